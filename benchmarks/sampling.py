@@ -1,4 +1,4 @@
-"""Drawing images: `ddpm sample`'s painter against diffusers' DDIM pipeline at its defaults, at equal steps."""
+"""Sampling: the painter of `ddpm sample` against diffusers' DDIM pipeline at its defaults, at equal steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AT_LEAST = 1.7
 
 
 def measure(quick: bool) -> list[Figure]:
-    """Draws batches in turn from networks that stay warm."""
+    """Samples batches in turn from networks that stay warm."""
     from diffusers import DDIMPipeline, DDIMScheduler
 
     steps, batch_size = (2, 2) if quick else (10, 32)

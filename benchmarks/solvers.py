@@ -1,10 +1,10 @@
-"""Samplers: how their errors shrink with the steps, and how far from the exact images a run's network gets with few.
+"""Samplers: their orders of convergence, and their errors with few steps on a run's network.
 
     python -m benchmarks.solvers                         the orders of convergence, on a mixture of Gaussians
     python -m benchmarks.solvers --run landscape-sample  also on the network of a run in ./bucket, beside diffusers
 
-The error on a network is the root mean square distance, in units of which black and white are two apart, to the images
-of 500 steps of UniPC for the same seeds. Each way asks the network as often, or as often as whole steps allow.
+The error on a network is the root mean square distance to the images of 500 steps of UniPC for the same seeds. Black
+and white are two apart. All samplers evaluate the network equally often, as far as whole steps allow.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ EVALUATIONS = (5, 10, 20)
 STEPS = (40, 80, 160, 320)
 FINE = 960
 SPACINGS = ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas")
-"""Those of diffusers beside its timestep spacings."""
+"""The spacings of diffusers besides its timestep spacings."""
 EXACT_STEPS = 500
 ORDERS: dict[str, tuple[samplers.Sampler, int]] = {
     "ddim, euler": (samplers.ddim, 1),
@@ -75,14 +75,14 @@ class Mixture:
     ).unbind()
 
     def denoise(self, x: Tensor, point: Point[float]) -> Tensor:
-        """E[x_0 | x_t]: the mean of the distributions' own, by how likely x_t is under each."""
+        """Returns E[x_0 | x_t]: the mean over the distributions, weighted by the likelihood of x_t under each."""
         variances = (point.alpha * self.stds) ** 2 + point.sigma**2
         away = x[..., None] - point.alpha * self.means
         likely = (self.shares.log() - variances.log() / 2 - away**2 / (2 * variances)).softmax(-1)
         return (likely * (self.means + point.alpha * self.stds**2 / variances * away)).sum(-1)
 
     def flow(self, x: Tensor, start: Point[float], end: Point[float]) -> Tensor:
-        """Where the probability flow leads: each pixel keeps its quantile, which is searched for by bisection."""
+        """Returns the end of the probability flow: each pixel keeps its quantile, which a bisection finds."""
 
         def quantile(x: Tensor, point: Point[float]) -> Tensor:
             stds = ((point.alpha * self.stds) ** 2 + point.sigma**2).sqrt()
@@ -98,7 +98,7 @@ class Mixture:
 
 
 def refined(process: Process, steps: int) -> list[Point[float]]:
-    """Points between the same two ends for any number of steps; some processes begin at pure noise."""
+    """Returns points between the same two ends for any number of steps; some processes begin at pure noise."""
     if isinstance(process, RectifiedFlow):
         return points_of(process.uniform(torch.linspace(1, 0.02, steps + 1, dtype=torch.float64)))
     if isinstance(process, VariancePreserving) and not process.alphas_cumprod[-1]:
@@ -107,10 +107,10 @@ def refined(process: Process, steps: int) -> list[Point[float]]:
 
 
 def errors_by_steps(steps: Sequence[int] = STEPS) -> dict[str, dict[str, list[float]]]:
-    """Root mean square errors on the mixture, by process and sampler, for each number of steps."""
+    """Returns root mean square errors on the mixture, by process and sampler, for each number of steps."""
     data = Mixture()
     noise = torch.special.ndtri((torch.arange(200, dtype=torch.float64) + 0.5) / 200).view(-1, 1, 1, 1)
-    # Between two points that are neither clean nor pure noise, all processes are one.
+    # Between two points that are neither clean nor pure noise, all processes are equivalent.
     processes = {
         "any": linear_schedule(),
         "flow, from pure noise": RectifiedFlow(),
@@ -129,18 +129,18 @@ def errors_by_steps(steps: Sequence[int] = STEPS) -> dict[str, dict[str, list[fl
 
 
 def orders(errors: Sequence[float]) -> list[float]:
-    """log2 of how much smaller each error is than that of half as many steps."""
+    """Returns log2 of the ratio of each error to that of half as many steps."""
     return [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
 
 
 def most_steps(process: Process, sampler: str, evaluations: int) -> int:
-    """How many steps ask the network so often at most: Heun's method asks twice for most of its steps."""
+    """Returns the largest number of steps with this number of evaluations: most steps of Heun's method need two."""
     every = [Sampling(sampler, steps, "trailing", order=1) for steps in range(1, evaluations + 1)]
     return max(one.steps for one in every if evaluations_of(process, one, (1, 8, 8)) <= evaluations)
 
 
 def rms(x: Tensor) -> float:
-    """√ of the mean of squares."""
+    """Returns the root of the mean of squares."""
     return float(x.square().mean().sqrt())
 
 
@@ -149,18 +149,18 @@ def _no_noise(draw: int) -> Tensor:
 
 
 Draw = Callable[[int], Tensor]
-"""Evaluations of the network for each image → images."""
+"""Takes the evaluations of the network for each image, and returns images."""
 
 
 class OnNetwork:
-    """A run's network, some noise, and where the probability flow leads from there."""
+    """A run's network, some noise, and the end of the probability flow from it."""
 
     def __init__(self, bucket: str, run: str, images: int) -> None:
         plan = plan_sampling(SampleRequest(run, bucket).check())
         self.painter = Painter(plan.config, meet(NEVER), "fp32", NEVER, Agreement(1, flags=1))
         self.painter.load(plan.run, plan.checkpoints[0], "ema")
         self.process, self.prediction = self.painter.process, plan.config.diffusion.prediction
-        # Others than those that the grid is found with.
+        # Other seeds than those of the found grid: its own would flatter it.
         self.seeds = torch.arange(10_000, 10_000 + images)
         self.start = self._noise(self.seeds)
         points = make_grid(self.process, EXACT_STEPS, "trailing")
@@ -171,11 +171,11 @@ class OnNetwork:
         return beginning(last, self.painter.noise_of(seeds))
 
     def _denoiser(self, seeds: Tensor) -> samplers.Denoiser:
-        # Clipping is no part of the differential equation.
+        # The differential equation has no clipping.
         return self.painter.denoiser(seeds, Sampling("ddim", 1, "trailing", clip=False), lambda *_: None)
 
     def ways(self) -> Iterator[tuple[str, Draw]]:
-        """All ways of drawing, by name."""
+        """Returns all samplers with their grids, by name."""
         seeds = torch.arange(IMAGES)
         denoise, noise = self._denoiser(seeds), self._noise(seeds)
         estimates: dict[float, Tensor] = {}
@@ -206,7 +206,7 @@ class OnNetwork:
             yield from self._theirs(self.process.betas.float().numpy(), found)
 
     def _theirs(self, betas: np.ndarray, found: Callable[[int], tuple[int, ...]]) -> Iterator[tuple[str, Draw]]:
-        """Schedulers of diffusers as its users choose them, each with its own arithmetic on the same betas."""
+        """Returns diffusers' schedulers with their users' options, each with its own arithmetic on the same betas."""
         import diffusers
 
         classes = self.painter.config.model.num_classes
@@ -217,7 +217,7 @@ class OnNetwork:
             scheduler = kind(trained_betas=betas, prediction_type=output, **config)
             for steps in range(evaluations, 0, -1):
                 scheduler.set_timesteps(steps)
-                # Some methods ask more than once a step.
+                # Some methods evaluate the network more than once a step.
                 if len(scheduler.timesteps) <= evaluations:
                     break
             return walk(scheduler)
@@ -229,7 +229,7 @@ class OnNetwork:
 
         def walk(scheduler: Any) -> Tensor:
             if hasattr(scheduler, "set_begin_index"):
-                # Of equal rounded timesteps it would take the wrong one.
+                # Rounding can make timesteps equal, and the scheduler would then begin at the wrong one.
                 scheduler.set_begin_index(0)
             x = self.start * scheduler.init_noise_sigma
             for t in scheduler.timesteps:
@@ -263,7 +263,7 @@ class OnNetwork:
 
 
 def errors_on_network(bucket: str, run: str, images: int) -> dict[str, dict[int, float]]:
-    """Root mean square distances to the exact images by way of drawing, for each number of evaluations."""
+    """Returns root mean square distances to the exact images by sampler, for each number of evaluations."""
     found: dict[str, dict[int, float]] = {}
     with torch.inference_mode():
         network = OnNetwork(bucket, run, images)
@@ -277,7 +277,7 @@ def errors_on_network(bucket: str, run: str, images: int) -> dict[str, dict[int,
 
 
 def lines_png(x: Sequence[int], lines: dict[str, Sequence[float]], xlabel: str, ylabel: str) -> bytes:
-    """A plot of lines by name, both axes logarithmic."""
+    """Returns a plot of lines by name as PNG, both axes logarithmic."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.8), dpi=100, layout="constrained")

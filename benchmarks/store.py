@@ -1,6 +1,6 @@
-"""Buckets: our store beside the clouds' own clients, on real servers on this machine, at no distance and at some.
+"""Buckets: our store against the clouds' official clients, on servers on this machine, with and without a distance.
 
-With `DDPM_BENCH_BASE=FOLDER`, a checkout of an earlier commit, that store takes part in the same turns.
+With `DDPM_BENCH_BASE=FOLDER`, a checkout of an earlier commit, the store of that commit takes part in the same turns.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SUBJECT = Path(__file__).with_name("store_subject.py")
 
 
 def measure(quick: bool) -> list[Figure]:
-    """Rows of megabytes and of thousands, for each cloud."""
+    """Measures large files and many small objects, for each cloud."""
     sizes = (
         {"megabytes": 8, "small": 20, "listed": 30} if quick else {"megabytes": 600, "small": 1000, "listed": 10_000}
     )
@@ -43,7 +43,7 @@ def measure(quick: bool) -> list[Figure]:
 
 
 def near(kind: str, url: str, folder: Path, sizes: dict[str, int], turns: int) -> list[Figure]:
-    """Each row in turn: ours, the raw client and, where there is one, the earlier store."""
+    """Measures each row without a distance, in turn: our store, the raw client and, if given, the earlier store."""
     bucket = new_bucket(kind, url)
     rows = {
         "upload": ["upload", folder / "content", "large"],
@@ -60,11 +60,11 @@ def near(kind: str, url: str, folder: Path, sizes: dict[str, int], turns: int) -
             for number, (row, words) in enumerate(rows.items()):
                 took: dict[str, list[float]] = {name: [] for name in everybody}
                 if row == "list":
-                    # Last: servers are slower with many objects.
+                    # Filled last, since servers are slower with many objects.
                     everybody["ours"]("fill", str(sizes["listed"]), "listed")
                 for turn in range(-1, turns):
                     for name, ask in everybody.items():
-                        # Each one writes keys of its own, and reads the same.
+                        # Each participant writes its own keys; all read the same.
                         own = f"{words[2]}-{name}" if row in ("upload", "puts") else str(words[2])
                         if row in ("download", "ranges", "gets"):
                             own += "-ours"
@@ -77,7 +77,7 @@ def near(kind: str, url: str, folder: Path, sizes: dict[str, int], turns: int) -
 
 
 def at_distance(kind: str, url: str, far: str, folder: Path, sizes: dict[str, int], turns: int) -> list[Figure]:
-    """Up and down where an answer takes 20 ms and a connection has 50 MB/s."""
+    """Measures uploads and downloads with 20 ms per answer and 50 MB/s per connection."""
     bucket = new_bucket(kind, url)
     figures, link_seconds = [], sizes["megabytes"] * 1e6 / BYTES_PER_SECOND
     with ExitStack() as workers:
@@ -104,7 +104,7 @@ def at_distance(kind: str, url: str, far: str, folder: Path, sizes: dict[str, in
 
 
 def figure(key: str, what: str, took: dict[str, list[float]]) -> Figure:
-    """Speed of ours by that of the earlier store, or else by the raw client's."""
+    """Returns our speed divided by that of the earlier store, else by that of the raw client."""
     peer = "base" if "base" in took else "raw"
     speeds = [theirs / ours for theirs, ours in zip(took[peer], took["ours"], strict=True)]
     beside = ", ".join(f"{name} {median(spent):.3g} s" for name, spent in took.items())
@@ -119,13 +119,13 @@ def figure(key: str, what: str, took: dict[str, list[float]]) -> Figure:
 
 
 def participants(kind: str) -> list[str]:
-    """Who takes part."""
+    """Returns the names of the participants."""
     return ["ours", *(["base"] if os.environ.get(BASE_VARIABLE) and kind != "az" else []), "raw"]
 
 
 @contextmanager
 def servers(folder: Path) -> Iterator[dict[str, str]]:
-    """A server of each cloud."""
+    """Starts a server of each cloud."""
     with ExitStack() as stack:
         urls = {}
         for kind, server in (("gs", fake_gcs_server), ("s3", seaweedfs), ("az", azurite)):
@@ -135,7 +135,7 @@ def servers(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def variables(kind: str, url: str) -> dict[str, str]:
-    """The variables that lead a client to a server."""
+    """Returns the variables that direct a client to a server."""
     return {
         "gs": {"STORAGE_EMULATOR_HOST": url},
         "s3": {
@@ -149,7 +149,7 @@ def variables(kind: str, url: str) -> dict[str, str]:
 
 
 def new_bucket(kind: str, url: str) -> str:
-    """A fresh one's name."""
+    """Creates a bucket and returns its name."""
     if kind == "az":
         return new_container(url)
     name = f"bench-{secrets.token_hex(4)}"
@@ -167,7 +167,7 @@ def new_bucket(kind: str, url: str) -> str:
 
 @contextmanager
 def worker(name: str, kind: str, url: str, bucket: str) -> Iterator[Callable[..., float]]:
-    """A process that does what it is asked for, and says how many seconds it took."""
+    """Starts a process that runs the requested operations, and yields a function that returns their seconds."""
     root = os.environ[BASE_VARIABLE] if name == "base" else str(Path(__file__).parents[1])
     environment = {**os.environ, **variables(kind, url), "PYTHONPATH": root}
     words = [sys.executable, str(_SUBJECT), "raw" if name == "raw" else "store", kind, bucket]
@@ -187,7 +187,7 @@ def worker(name: str, kind: str, url: str, bucket: str) -> Iterator[Callable[...
 
 @contextmanager
 def distance(url: str) -> Iterator[str]:
-    """The same server behind a network: a process of its own, so that it takes no time of whoever is measured."""
+    """Puts the server behind a slow network, in a separate process that takes no time of the participants."""
     with subprocess.Popen([sys.executable, str(_SUBJECT), "network", url], stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         try:

@@ -20,31 +20,31 @@ from urllib.parse import urlsplit
 MIB = 1 << 20
 ROUND_TRIP_SECONDS = 0.02
 BYTES_PER_SECOND = 50e6
-"""Of each connection at a distance."""
+"""The bandwidth of each connection at a distance."""
 _SLICE_BYTES = 128 << 10
 _QUEUED = 64
 
 
 class OfStore:
-    """The operations by `job.store`, of this checkout or an earlier one."""
+    """The operations by `job.store`, that of this checkout or an earlier one."""
 
     def __init__(self, kind: str, bucket: str) -> None:
-        """Opens it."""
+        """Opens the store."""
         from job.store import open_store
 
         self._store = open_store(f"{kind}://{bucket}")
 
     def upload(self, path: str, key: str) -> None:
-        """Whole files."""
+        """Uploads a whole file."""
         self._store.delete(key)
         self._store.upload(Path(path), key)
 
     def download(self, path: str, key: str) -> None:
-        """Whole files."""
+        """Downloads a whole file."""
         self._store.download(key, Path(path))
 
     def ranges(self, count: str, key: str) -> None:
-        """Of 1 MiB each, far from each other."""
+        """Reads ranges of 1 MiB each, far from each other."""
         with self._store.open(key) as file:
             size_bytes = file.seek(0, 2)
             for number in range(int(count)):
@@ -52,28 +52,28 @@ class OfStore:
                 assert len(file.read(MIB)) == MIB
 
     def puts(self, count: str, key: str) -> None:
-        """Of 4 KiB."""
+        """Writes objects of 4 KiB."""
         data = os.urandom(4096)
         for number in range(int(count)):
             self._store.put(f"{key}/{number}", data)
 
     def gets(self, count: str, key: str) -> None:
-        """Of 4 KiB."""
+        """Reads objects of 4 KiB."""
         for number in range(int(count)):
             assert len(self._store.read(f"{key}/{number}").data) == 4096
 
     def list(self, count: str, key: str) -> None:
-        """All of a folder."""
+        """Lists a whole folder."""
         assert len(list(self._store.list(key))) == int(count)
 
     def fill(self, count: str, key: str) -> None:
-        """What is listed."""
+        """Writes the objects to list."""
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda number: self._store.put(f"{key}/{number:06d}", b"1"), range(int(count))))
 
 
 class OfRaw:
-    """The same by the client that each cloud's maker offers, as its manual uses it."""
+    """The same operations by the official client of each cloud, used as in its manual."""
 
     def __init__(self, kind: str, bucket: str) -> None:
         """Makes the client."""
@@ -93,7 +93,7 @@ class OfRaw:
             self._bucket = ContainerClient.from_connection_string(account, bucket)
 
     def upload(self, path: str, key: str) -> None:
-        """Whole files."""
+        """Uploads a whole file."""
         if self._kind == "gs":
             self._bucket.blob(key).upload_from_filename(path, timeout=600)
         elif self._kind == "s3":
@@ -103,7 +103,7 @@ class OfRaw:
                 self._bucket.upload_blob(key, file, overwrite=True, max_concurrency=4)
 
     def download(self, path: str, key: str) -> None:
-        """Whole files."""
+        """Downloads a whole file."""
         if self._kind == "gs":
             self._bucket.blob(key).download_to_filename(path, timeout=600)
         elif self._kind == "s3":
@@ -113,7 +113,7 @@ class OfRaw:
                 self._bucket.download_blob(key, max_concurrency=4).readinto(file)
 
     def ranges(self, count: str, key: str) -> None:
-        """Of 1 MiB each, far from each other."""
+        """Reads ranges of 1 MiB each, far from each other."""
         size_bytes = self._size(key)
         for number in range(int(count)):
             start = number * (size_bytes - MIB) // int(count)
@@ -126,7 +126,7 @@ class OfRaw:
             assert len(data) == MIB
 
     def puts(self, count: str, key: str) -> None:
-        """Of 4 KiB."""
+        """Writes objects of 4 KiB."""
         data = os.urandom(4096)
         for number in range(int(count)):
             name = f"{key}/{number}"
@@ -138,7 +138,7 @@ class OfRaw:
                 self._bucket.upload_blob(name, data, overwrite=True)
 
     def gets(self, count: str, key: str) -> None:
-        """Of 4 KiB."""
+        """Reads objects of 4 KiB."""
         for number in range(int(count)):
             name = f"{key}/{number}"
             if self._kind == "gs":
@@ -150,7 +150,7 @@ class OfRaw:
             assert len(data) == 4096
 
     def list(self, count: str, key: str) -> None:
-        """All of a folder."""
+        """Lists a whole folder."""
         if self._kind == "gs":
             found: Any = self._bucket.list_blobs(prefix=f"{key}/")
         elif self._kind == "s3":
@@ -168,7 +168,7 @@ class OfRaw:
 
 
 def network(url: str) -> None:
-    """Passes on what comes, late and not too fast, for each connection."""
+    """Forwards bytes with the delay and the bandwidth of a distant connection."""
     server = urlsplit(url)
     listener = socket.create_server(("127.0.0.1", 0), backlog=200)
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)

@@ -1,4 +1,4 @@
-"""What is measured: images of noise, and one network that we and the peers run with the same weights."""
+"""The subjects of the benchmarks: images of noise, and one network that we and the peers run with equal weights."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ SIZE = 32
 HALF_WIDTH = ("model.channels=64", "model.dropout=0", "train.batch_size=32")
 """Ho et al.'s CIFAR-10 network at half its width, 9 million parameters: a step takes about a second on two cores."""
 TINY = ("model.channels=32", "model.channel_mults=1,2", "model.dropout=0", "train.batch_size=4")
-"""A network that shows that a benchmark works, in no time."""
+"""A network for a quick test of a benchmark."""
 
 
 def run_config(sets: tuple[str, ...]) -> RunConfig:
-    """Ho et al.'s CIFAR-10 configuration with changes, for images of 32 × 32 × 3."""
+    """Returns Ho et al.'s CIFAR-10 configuration with changes, for images of 32 × 32 × 3."""
     return draft(PRESET, {"data.size": SIZE, "data.channels": 3, **parse_sets(sets)})
 
 
 def write_noise(folder: Path, images: int, size: int) -> None:
-    """Fills `folder/all` with PNG files of uniform noise, uint8 [size, size, 3]: a folder as torchvision wants it."""
+    """Fills `folder/all` with PNG files of uniform noise, uint8 [size, size, 3]: a folder in torchvision's layout."""
     rng = np.random.default_rng(0)
     (folder / "all").mkdir(parents=True)
     for number in range(images):
@@ -40,13 +40,13 @@ def write_noise(folder: Path, images: int, size: int) -> None:
 
 
 def pack_noise(bucket_uri: str, folder: Path, size: int, shard_images: int = (16 << 20) // 12_288) -> DatasetIndex:
-    """Packs what `write_noise` wrote into `bucket_uri`, as the dataset `noise`."""
+    """Packs the files of `write_noise` into `bucket_uri`, as the dataset `noise`."""
     request = PackRequest(str(folder), DATASET, size=size, classes=False)
     return pack(open_store(bucket_uri), request, shard_images=shard_images)
 
 
 def diffusers_twin(network: nn.Module, config: RunConfig) -> Any:
-    """The same network as a diffusers `UNet2DModel` at its defaults: fp32, contiguous, equal weights."""
+    """Returns the same network as a diffusers `UNet2DModel` at its defaults: fp32, contiguous, equal weights."""
     from diffusers import UNet2DModel
 
     model = config.model
@@ -72,7 +72,7 @@ def diffusers_twin(network: nn.Module, config: RunConfig) -> Any:
 
 
 def forget_accelerator() -> None:
-    """Lets the next `Accelerator` of this process choose its own precision, which is otherwise that of the first."""
+    """Resets the state of `Accelerator`, so that the next one of this process can have another precision."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -47,7 +47,7 @@ IMAGES = 1024
 
 
 def measure(quick: bool) -> list[Figure]:
-    """Runs both loops step by step in turn, and what a step is made of."""
+    """Times both loops step by step in turn, and the parts of a step."""
     precision = compute.best_precision()
     with TemporaryDirectory(prefix="ddpm-bench-") as name:
         ours = OurLoop(Path(name), quick, precision)
@@ -100,7 +100,7 @@ def measure(quick: bool) -> list[Figure]:
 
 
 class OurLoop:
-    """`ddpm.training.train`, fed from a packed dataset and with the hooks of a real run; one step per call."""
+    """Runs `ddpm.training.train` on a packed dataset, with the hooks of a real run; one step per call."""
 
     def __init__(self, folder: Path, quick: bool, precision: str) -> None:
         write_noise(folder / "images", 32 if quick else IMAGES, SIZE)
@@ -111,7 +111,7 @@ class OurLoop:
         forget_accelerator()
         key, cache_dir = dataset_key_of(plan.config), folder / "cache"
         cache = open_cache(plan.bucket, key, plan.index, cache_dir=cache_dir, budget_bytes=1 << 40)
-        # Nothing is saved: the rows of the log go nowhere.
+        # The run saves nothing, so the rows of the log have no destination.
         recorder: Any = SimpleNamespace(
             writer=SimpleNamespace(overdue=False, troubled=False), record=lambda row: None, show=lambda bar: None
         )
@@ -129,13 +129,13 @@ class OurLoop:
             yield batch
 
     def step(self) -> None:
-        """One whole step."""
+        """Runs one whole step."""
         session, batch = self.session, islice(self._batches, 1)
         how = {"settings": session.settings, "accelerator": session.accelerator, "hooks": session.hooks}
         train(session.state, session.network, batch, session.objective, **how)
 
     def step_flop(self) -> int:
-        """Floating-point operations of the network's forward and backward pass over one batch."""
+        """Returns the floating-point operations of the network's forward and backward pass over one batch."""
         session = self.session
         shape = (session.batch_size, 3, SIZE, SIZE)
         with FlopCounterMode(display=False) as counter:
@@ -148,10 +148,10 @@ class OurLoop:
 
 
 class DiffusersLoop:
-    """What diffusers' example of unconditional training does in a step, at its defaults, EMA on.
+    """Runs the step of diffusers' example of unconditional training, at its defaults, with EMA.
 
-    Accelerate in fp32, AdamW, cosine schedule, clipping at 1, `EMAModel`. Its images are ready in memory, so that what
-    it does to read them is not held against it.
+    Accelerate in fp32, AdamW, cosine schedule, clipping at 1, `EMAModel`. Its images are ready in memory, so the
+    comparison leaves its reading of images out.
     """
 
     def __init__(self, config: RunConfig, network: Any) -> None:
@@ -188,7 +188,7 @@ class DiffusersLoop:
                 yield images
 
     def step(self) -> None:
-        """One whole step, with the loss read as the example does for its progress bar."""
+        """Runs one whole step, and reads the loss as the example does for its progress bar."""
         self._model.train()
         clean = next(self._batches)
         noise = torch.randn_like(clean)
@@ -206,7 +206,7 @@ class DiffusersLoop:
 
 
 def matmul_flop_per_second(dtype: torch.dtype, quick: bool) -> float:
-    """The best of several products of large square matrices: what this machine can do at most."""
+    """Returns the best rate of several products of large square matrices: the limit of this machine."""
     side = 256 if quick else 4096
     a, b = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
     product: Callable[[], Tensor] = lambda: a @ b  # noqa: E731

@@ -1,9 +1,9 @@
-"""What is usual for a preset on its own dataset: trains it with several seeds, and prints the band of their losses.
+"""Trains a preset on its own dataset with several seeds, and prints the band of their losses.
 
     python -m benchmarks.usual landscape-sample --seeds 4
 
-The output is the preset's section `usual`, by which the page of a run says whether it is on track. The loss at an epoch
-is the mean of its rows; the band goes from the lowest to the highest of the seeds, and by half of that beyond both.
+The output is the preset's section `usual`, with which the page of a run shows whether the run is on track. The loss at
+an epoch is the mean of its rows. The band covers all seeds, and is extended by half of its width on both sides.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ MARGIN = 0.5
 
 
 def main() -> None:
-    """Trains and prints."""
+    """Trains with each seed, and prints the band."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("preset", help="of a dataset that is packed, or embedded")
+    parser.add_argument("preset", help="preset with a packed or the embedded dataset")
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=None, help="default: the preset's")
-    parser.add_argument("--bucket", default="", help="where the dataset is; default: a new one, for what is embedded")
+    parser.add_argument("--epochs", type=int, default=None, help="length of each run; default: the preset's")
+    parser.add_argument(
+        "--bucket", default="", help="bucket of the dataset; default: a new one, with the embedded dataset"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         uri = arguments.bucket or folder
@@ -61,7 +63,7 @@ def _band(bucket: Store, arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def _losses(run: Store, epoch_images: int) -> dict[int, float]:
-    """The mean loss of each epoch, by its number from 1."""
+    """Returns the mean loss of each epoch, by its number from 1."""
     rows = merged(read_rows(run, load_manifest(run, max(list_checkpoints(run))).metrics))
     of_epoch: dict[int, list[float]] = {}
     for row in rows:

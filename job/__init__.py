@@ -1,6 +1,6 @@
-"""The pipeline: datasets, runs and checkpoints in buckets, the command line, and how a job is started and stopped.
+"""The pipeline: datasets, runs and checkpoints in buckets, the command line, and the start and stop of jobs.
 
-`job.load("gs://my-bucket/runs/celeba").sample(16, seed=0)` draws from a run.
+`job.load("gs://my-bucket/runs/celeba").sample(16, seed=0)` samples from a run.
 """
 
 from importlib.metadata import version
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 __version__ = version("ddpm-job")
 
 DEFAULT_BUCKET = "./bucket"
-"""Where datasets and runs lie if nobody says it."""
+"""The bucket if neither an option, a variable nor a target names one."""
 
 
 def __getattr__(name: str) -> Any:
-    # Every command imports this, and most need no tensors.
+    # Every command imports this module. Without the late import each would load PyTorch.
     if name == "load":
         from job.sampling.loading import load
 

@@ -1,7 +1,7 @@
-"""`ddpm`, also as `python -m job`; what the launcher starts begins here.
+"""The entry point of `ddpm`, of `python -m job`, and of the processes that the launcher starts.
 
-Process 1 of a container does not even notice a signal that it has no handler for. So there is one before anything
-large is imported, which takes half a second, and longer in an image that was never read before.
+Process 1 of a container ignores a signal without a handler. So the handler is set before the large imports, which take
+half a second, and longer in a new image.
 """
 
 import os
@@ -18,27 +18,27 @@ _is_ending = False
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
-    """Ends this process, with a progress bar to close and a temporary folder to remove; its work has not begun yet."""
+    """Ends this process before its work begins; closes its progress bar and deletes its temporary folder."""
     global _is_ending
     _is_ending = True
     ignore_stop_signals()
     os.write(2, f"ddpm: stopped by {signal.Signals(number).name}; the same command begins again\n".encode())
-    # The exception may be lost in a module that is imported with `except`, or in a callback of the interpreter's.
+    # An `except` around an import, or a callback of the interpreter, may swallow the exception: the alarm ends those.
     signal.signal(signal.SIGALRM, lambda *_: os._exit(75))
     signal.alarm(_LAST_SECONDS)
     raise StopSignal(75)
 
 
 def _open_closed_streams() -> None:
-    # What is opened later would get their numbers, and be written to by whoever means a terminal.
+    # The next opened file would get the number of a closed stream, and messages for the terminal would go into it.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, closefd=False))
 
 
 def main() -> None:
-    """Entry point; ends with a code of the table in `job.exits`, or 1 after a crash."""
-    # A rank ends at a signal that comes before its work: its launcher knows what that means.
+    """Runs the program; ends with a code of the table in `job.exits`, or 1 after a crash."""
+    # A rank needs no handler: a signal before its work ends it, and its launcher knows the reason.
     if "DDPM_LAUNCHED" not in os.environ:
         handle_stop_signals(_end)
     _open_closed_streams()
@@ -51,10 +51,10 @@ def main() -> None:
 
         app.main()
     except BaseException as error:
-        # A library that was being imported may have made another exception of it.
+        # A library that was being imported may have replaced the exception.
         if _is_ending:
             os._exit(75)
-        # What `app` does with errors, before there is one.
+        # Errors before `app` exists print like those in it.
         code, said = ending_of(error)
         if not said:
             raise

@@ -1,6 +1,6 @@
-"""The commands that may be jobs: request → plan → launch → work.
+"""The commands that can be jobs: request → plan → launch → work.
 
-The launcher sees whether the work can be done. The processes that it starts run the same command, and do it.
+The launcher checks that the work is possible. Its processes run the same command, and do the work.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 
 
 def train_command(request: TrainRequest, processes: int | None, hang_after_seconds: float, stop_after: str) -> None:
-    """Trains or goes on; says where everything lies when the run is finished.
+    """Starts or resumes training; prints the URIs of the results when the run is finished.
 
     Args:
-        request: which run.
-        processes: on this machine; None is one per GPU, or one. Under torchrun or accelerate these decide.
+        request: the run.
+        processes: processes on this machine; None: one per GPU, else one. Under torchrun or accelerate these decide.
         hang_after_seconds: see `launch`.
         stop_after: a duration, see `deadline`.
 
@@ -72,7 +72,7 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
 
 
 def sample_command(request: SampleRequest, processes: int | None, hang_after_seconds: float, stop_after: str) -> None:
-    """Samples, and says where the pictures lie; arguments are those of `train_command`.
+    """Samples, and prints the URIs of the pictures; the arguments are those of `train_command`.
 
     Raises:
         SystemExit: the ranks ended with another code than 0.
@@ -84,7 +84,7 @@ def sample_command(request: SampleRequest, processes: int | None, hang_after_sec
 
             run_sampling(plan, stop)
             return
-        # The processes choose again where a checkpoint was retired since it was chosen.
+        # Training may retire a chosen checkpoint meanwhile: the processes then choose again.
         with suppress(ObjectMissingError):
             sets = plan_sets(plan)
             for sample_set in sets:
@@ -100,14 +100,14 @@ def sample_command(request: SampleRequest, processes: int | None, hang_after_sec
 def evaluate_command(
     request: EvaluateRequest, processes: int | None, hang_after_seconds: float, stop_after: str
 ) -> None:
-    """Draws and scores; arguments are those of `train_command`.
+    """Samples and scores; the arguments are those of `train_command`.
 
     Raises:
-        BadRequestError: what computes scores is not installed.
+        BadRequestError: a library for scores is not installed.
         SystemExit: the ranks ended with another code than 0.
     """
     check_formulas()
-    with _command_on(request.bucket, stop_after) as stop:
+    with _command_on(request.bucket, stop_after, Slice.parse(request.slice)) as stop:
         plan = plan_evaluation(request.check(), stop)
         if is_rank():
             from job.evaluation.evaluate import run_evaluation
@@ -119,7 +119,7 @@ def evaluate_command(
 
 
 def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") -> None:
-    """Packs a source, or indexes tars where they lie, and prints what came of it."""
+    """Packs a source, or indexes tars in place, and prints the facts of the dataset."""
     from job.data.fetched import forget
     from job.data.pack import check_free, is_whole, pack
 
@@ -131,16 +131,16 @@ def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") ->
             request = replace(request, source=str(resources.files("job") / "datasets" / f"{EMBEDDED}.zip"))
         bucket = open_bucket(bucket_uri, stop)
         if not request.slice:
-            # Before its held-out part is packed.
+            # A dataset of this name must be an error before hours of packing its held-out part.
             check_free(bucket, request)
         for part in request.parts():
             if part.held and is_whole(bucket, part):
-                # The same command goes on where it was interrupted.
+                # An interrupted command has finished this part.
                 continue
             try:
                 index = pack(bucket, part, stop=stop)
             except BadDataError:
-                # A damaged download would be found again otherwise.
+                # The next attempt must not find the damaged download in the cache.
                 forget(request.source)
                 raise
             _say_made(index, bucket, part.name, part.slice)
@@ -148,7 +148,7 @@ def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") ->
 
 
 def encode_command(request: EncodeRequest, stop_after: str = "") -> None:
-    """Encodes a dataset, and prints what came of it."""
+    """Encodes a dataset into latents, and prints the facts of the new one."""
     from job.exchange.encoding import encode_dataset
 
     with _command_on(request.bucket, stop_after, Slice.parse(request.slice)) as stop:
@@ -168,15 +168,15 @@ def _say_made(index: DatasetIndex | None, bucket: Store, name: str, slice_text: 
 
 
 def ensure_command(name: str, bucket_uri: str, *, size: int | None = None, source: str = "", on: str = "") -> None:
-    """Packs a dataset unless the bucket has it; `on` is the target that wants it.
+    """Packs a dataset if the bucket lacks it; `on` is the target whose job needs it.
 
     Raises:
-        MissingInputError: it is not there and there is nothing to pack; the message has the lines to type.
+        MissingInputError: the dataset is missing, and so is `source`; the message has the commands to type.
     """
     from job.data.pack_request import PackRequest
     from job.report.datasets import how_to_pack, is_packed
 
-    # A dataset without a preset of its own is trained with the embedded one's network, which is made for its size.
+    # A dataset without a preset gets the network of the embedded preset, so it needs the size of that.
     preset = pack_config(name) or pack_config(EMBEDDED)
     assert preset is not None
     size_pixels = size or preset.size
@@ -190,19 +190,19 @@ def ensure_command(name: str, bucket_uri: str, *, size: int | None = None, sourc
 
 @contextmanager
 def _command_on(bucket_uri: str, stop_after: str, share: Slice = WHOLE) -> Iterator[Stop]:
-    """What all commands share: a bucket that learns how it ends, a deadline, and no signal that goes unnoticed."""
+    """Runs a command with the common parts: its outcome in the bucket, its deadline, and its reaction to signals."""
     with outcome_written(bucket_uri, share.index, share.count), deadline(stop_after):
-        # Until its work begins, signals end this process.
+        # Signals end this process until its work begins.
         stop = Stop().install(signals=False)
         watch_for_preemption(stop)
         yield stop
 
 
 def _launch(processes: int, hang_after_seconds: float) -> None:
-    """Runs this very command line once more in each process: there `is_rank()` is true, and the work begins."""
+    """Runs this command line again in each process; there `is_rank()` is true, and the work begins."""
     check_gpus()
     note("loading PyTorch" + (f" in {processes} processes" if processes > 1 else ""))
-    # -P: a job.py in the working folder must not stand in for the program.
+    # -P: a job.py in the working folder must not be imported instead of this package.
     if code := launch([sys.executable, "-P", "-m", "job", *sys.argv[1:]], processes, hang_after_seconds):
         raise SystemExit(code)
 
@@ -212,7 +212,7 @@ def _say_finished(plan: Plan, what: str) -> None:
 
     images_seen, outputs = plan.images_seen, describe_outputs(plan.run)
     epochs = max(plan.config.train.epochs, images_seen // plan.index.images)
-    # All is done: that nobody reads it is no failure.
+    # The work is done: a closed pipe must not make a failure of it.
     with suppress(OSError):
         print(f"Run {plan.request.run!r} {what}: {epochs:,} epoch{'s' * (epochs > 1)}, {images_seen:,} images seen.")
         print(outputs)

@@ -1,4 +1,4 @@
-"""The exit-code table: the only one. Every backend's retry policy and every error message is derived from it."""
+"""The only table of exit codes. Every retry policy and every error message follows from it."""
 
 import difflib
 import errno
@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Self
 
 CRASHED = 1
-"""The code of a program that ended by an error which nobody foresaw, or by the lack of memory."""
+"""The code of a program that ended with an unexpected error, or for lack of memory."""
 
 
 class Exit(IntEnum):
-    """What a finished process says about itself; the values follow sysexits.h where it has one.
+    """The exit code of a process; the values follow sysexits.h where it has one.
 
     Attributes:
-        text: what it means.
+        text: the meaning.
         retried: `never`, `bounded` (counted against a limit) or `always` (not counted where the engine allows that).
     """
 
@@ -26,42 +26,42 @@ class Exit(IntEnum):
     retried: str
 
     def __new__(cls, code: int, text: str = "", retried: str = "") -> Self:
-        """A row of the table."""
+        """Makes a row of the table."""
         row = int.__new__(cls, code)
         row._value_, row.text, row.retried = code, text, retried
         return row
 
     FINISHED = 0, "finished", "never"
     USAGE = 2, "wrong usage of the command line", "never"
-    BAD_REQUEST = 64, "a request that cannot be met, such as an unknown name", "never"
-    BAD_DATA = 65, "bad data: unreadable, truncated, rotten or unsafe", "never"
-    MISSING_INPUT = 66, "missing input: a bucket, dataset, run or checkpoint that is not there", "never"
-    BUCKET_AWAY = 69, "the bucket was away beyond the limit", "bounded"
-    NOT_A_NUMBER = 70, "the loss or a gradient was not a number; it would be again", "never"
+    BAD_REQUEST = 64, "an impossible request, such as an unknown name", "never"
+    BAD_DATA = 65, "bad data: unreadable, truncated, corrupt or unsafe", "never"
+    MISSING_INPUT = 66, "missing input: no such bucket, dataset, run or checkpoint", "never"
+    BUCKET_AWAY = 69, "the bucket did not answer within the limit", "bounded"
+    NOT_A_NUMBER = 70, "the loss or a gradient was not a number; a retry would repeat it", "never"
     HUNG = 71, "the job hung, or its machine lost a GPU", "bounded"
     DISK_FULL = 74, "the local disk is full", "never"
     STOPPED = 75, "stopped by preemption, a signal or a deadline, with the state saved", "always"
     LOST_RUN = 76, "another attempt holds the run", "never"
     NO_PERMISSION = 77, "permission denied", "never"
-    BAD_CONFIG = 78, "the configuration is not valid, or not the one the run was started with", "never"
+    BAD_CONFIG = 78, "an invalid configuration, or another one than the run's", "never"
 
 
 TABLE: dict[int, Exit] = {int(code): code for code in Exit}
-"""By number: programs end with others, too, when they crash, run out of memory or are killed."""
+"""The rows by number. Programs that crash, run out of memory or are killed end with other numbers."""
 
 
 def retried(code: int) -> str:
-    """Whether a program that ended with `code` is started again; see `Exit`. What is not in the table is `bounded`."""
+    """Returns whether a program that ended with `code` is started again; see `Exit`. Unknown codes are `bounded`."""
     return TABLE[code].retried if code in TABLE else "bounded"
 
 
 def severity(rule: str) -> int:
-    """How bad a failure is that is retried by `rule`: of several parts of a job the worst decides about the whole."""
+    """Returns the severity of a failure with this rule of retries; the most severe part decides about a whole job."""
     return ("always", "bounded", "never").index(rule)
 
 
 def meaning(code: int) -> str:
-    """What it means that a program ended with `code`, in words."""
+    """Returns the meaning of an exit code, in words."""
     if code in TABLE:
         return TABLE[code].text
     return f"killed by signal {code - 128}" if code > 128 else "crashed"
@@ -82,13 +82,13 @@ class JobError(Exception):
 
 
 class BadRequestError(JobError):
-    """A request that cannot be met: an unknown sampler, a name with a slash."""
+    """An impossible request: an unknown sampler, a name with a slash."""
 
     exit_code = Exit.BAD_REQUEST
 
 
 class BadDataError(JobError):
-    """Data that is unreadable, truncated, rotten or unsafe."""
+    """Data that is unreadable, truncated, corrupt or unsafe."""
 
     exit_code = Exit.BAD_DATA
 
@@ -124,7 +124,7 @@ class StoppedError(JobError):
 
 
 class LostRunError(JobError):
-    """Another attempt holds the run: it was there first, or took it over."""
+    """Another attempt holds the run: it came first, or took the run over."""
 
     exit_code = Exit.LOST_RUN
 
@@ -148,12 +148,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def ending_of(error: BaseException) -> tuple[int, str]:
-    """The exit code of a program that ends with `error`, and what to say; nothing for a crash, and for `SystemExit`."""
+    """Returns exit code and message of a program that ends with `error`; no message after a crash or `SystemExit`."""
     match error:
         case SystemExit():
             return error.code if isinstance(error.code, int) else CRASHED if error.code else 0, ""
         case JobError():
-            # A terminal would take some of what came from outside for commands.
+            # A terminal would execute control characters in names from outside.
             said = "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in str(error))
             return int(error.exit_code), said
         case OSError() if "No usable temporary directory" in str(error):
@@ -177,10 +177,10 @@ def _at(error: OSError) -> str:
 
 
 def _out_of_memory(error: Exception) -> str:
-    """What to say if memory ran out, here or on the GPU; empty for any other error."""
+    """Returns the message if memory ran out, here or on the GPU; empty for any other error."""
     torch, text = sys.modules.get("torch"), " ".join(str(error).split())
     is_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    # PyTorch says it of the host's memory in a bare RuntimeError, oneDNN in words that say nothing of memory, and the
+    # Lack of memory has many messages: a bare RuntimeError of PyTorch, an unspecific one of oneDNN, and those of the
     # kernel and the loader where a limit such as `ulimit -v` leaves no room for the program itself.
     words = (
         r"can(no|')t allocate memory|could not create a primitive|(\S+\.so\S* )?failed to map segment|start new thread"

@@ -43,17 +43,17 @@ _POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Slice:
-    """The share of one of several machines: every `count`-th piece, from `index` on."""
+    """The share of one machine of several: every `count`-th piece, from `index` on."""
 
     index: int
     count: int
 
     @classmethod
     def parse(cls, text: str) -> Slice:
-        """Reads `--slice I/N`; without text one machine makes all.
+        """Parses `--slice I/N`; an empty text means one machine for all pieces.
 
         Raises:
-            BadRequestError: it is no such thing.
+            BadRequestError: the text is not a slice.
         """
         if not text:
             return WHOLE
@@ -71,16 +71,16 @@ WHOLE = Slice(0, 1)
 
 
 class PieceRecord(Sealed):
-    """A piece that is there."""
+    """The record of a committed piece."""
 
     fingerprint: str = Field(pattern=SHA256_PATTERN)
-    """Of all that decides the pieces."""
+    """The SHA-256 of everything that decides the pieces."""
     number: int = Field(ge=0)
     files: tuple[NamedObject, ...]
     facts: dict[str, Any]
-    """Results that the last step puts together from all pieces."""
+    """Results that the last step combines over all pieces."""
     attempt: str = Field(pattern=r"^[0-9a-f]{32}$")
-    """Keeps two processes that make the same piece in the same second from both counting it as theirs."""
+    """A unique id: without it two processes that make a piece in the same second could both count it as theirs."""
     created: Moment
     code_version: str
 
@@ -96,17 +96,17 @@ class Made(NamedTuple):
 
 
 Advance = Callable[[float], None]
-"""Called with how much more of a piece is done, in the unit of its size."""
+"""Takes the newly finished amount of a piece, in the unit of its size."""
 Make = Callable[[int, Advance], Made]
-"""Makes the piece of this number."""
+"""Makes the piece of a number."""
 
 
 class OtherWorkError(BadRequestError):
-    """The folder holds pieces that were made of something else."""
+    """The folder holds pieces of other work."""
 
 
 class Pieces:
-    """The pieces below a folder: which are there, which are missing, and how they come about."""
+    """The pieces below a folder: the committed ones, the missing ones, and the protocol that makes them."""
 
     def __init__(
         self,
@@ -118,37 +118,37 @@ class Pieces:
         share: Slice = WHOLE,
         equal_bytes: bool = False,
     ) -> None:
-        """Touches nothing.
+        """Prepares the work without any request.
 
         Args:
-            store: below which files have their keys.
-            fingerprint: SHA-256 of all that decides the pieces.
-            sizes: how much each piece holds, such as images; their number is that of the pieces.
-            folder: of the store, in which records and claims lie.
+            store: the store to which the keys of files are relative.
+            fingerprint: the SHA-256 of everything that decides the pieces.
+            sizes: the size of each piece, such as its number of images; one for every piece.
+            folder: the folder of the store with records and claims.
             share: the pieces that this machine makes first.
-            equal_bytes: every machine makes the same bytes, so that another file in the place of one is an error.
-                Otherwise a file that a killed process left is taken as it is.
+            equal_bytes: whether every machine makes the same bytes, so that a different file under a key is an error.
+                Otherwise a file that a killed process left is accepted.
         """
         self.store, self.fingerprint, self.sizes = store, fingerprint, sizes
         self._records, self._claims = (f"{folder}/{name}" if folder else name for name in (RECORDS, CLAIMS))
         self._share, self._equal_bytes = share, equal_bytes
 
     def committed(self) -> set[int]:
-        """Returns the numbers of the pieces that are there, going by a listing."""
+        """Returns the numbers of the committed pieces, from a listing."""
         there = {entry.key for entry in self.store.list(self._records)}
         return {number for number in range(len(self.sizes)) if self._record_key(number) in there}
 
     def missing(self) -> list[int]:
-        """Returns the numbers of the pieces that are not there, in order."""
+        """Returns the numbers of the missing pieces, in order."""
         return sorted({*range(len(self.sizes))} - self.committed())
 
     def records(self, numbers: Iterable[int] | None = None, stop: Stop = NEVER) -> list[PieceRecord]:
         """Reads the records of these pieces, or of all.
 
         Raises:
-            ObjectMissingError: one is not there.
-            BadDataError: one is damaged; deleting it makes the piece again.
-            OtherWorkError: one is of other work.
+            ObjectMissingError: a record is missing.
+            BadDataError: a record is damaged; after its deletion the piece is made again.
+            OtherWorkError: a record belongs to other work.
         """
         records = list[PieceRecord]()
         with ThreadPoolExecutor(TRANSFERS) as pool:
@@ -160,23 +160,23 @@ class Pieces:
     def make_missing(
         self, make: Make, title: str, *, unit: str = "images", stop: Stop = NEVER, ranks: Ranks | None = None
     ) -> float:
-        """Makes and commits what is missing of this machine's slice, then what other machines left. Collective.
+        """Makes and commits the missing pieces of this machine's slice, then those of other machines. Collective.
 
-        Each piece is committed in a thread while the next one is made.
+        A thread commits each piece while the next one is made.
 
         Args:
-            make: makes a piece; asks `stop` now and then.
-            title: of the progress bar.
-            unit: of the sizes.
-            stop: asked while a commit is waited for.
+            make: makes a piece, and checks `stop` now and then.
+            title: the title of the progress bar.
+            unit: the unit of the sizes.
+            stop: ends the wait for a commit.
             ranks: the processes of this machine; None for a single one.
 
         Returns:
-            How much the processes of this machine have made and committed.
+            The amount that the processes of this machine have made and committed.
 
         Raises:
             OtherWorkError: the folder holds pieces of other work.
-            StoppedError: a stop was asked for; whole pieces are saved.
+            StoppedError: a stop was requested; whole pieces are saved.
         """
         rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
         committed = ranks.on_main(self._begin) if ranks else self._begin()
@@ -204,7 +204,7 @@ class Pieces:
                     committer.wait()
                 return ranks.sum(round(committer.committed))[0] if ranks else committer.committed
         except (StoppedError, RuntimeError) as error:
-            # A stopped process does not wait for the others, whose pieces may take long: its end ends them.
+            # A stopped process must not wait for the others, whose pieces may take long: its end ends them.
             if isinstance(error, RuntimeError) and not (stop() and lost_peer(error)):
                 raise
             raise StoppedError(
@@ -216,7 +216,7 @@ class Pieces:
         """Uploads the files of a piece and creates its record; returns whether this process was first.
 
         Raises:
-            ObjectExistsError: another file is in the place of one, though every machine makes the same bytes.
+            ObjectExistsError: a key holds a different file, though every machine makes the same bytes.
         """
         with ThreadPoolExecutor(TRANSFERS) as pool:
             files = tuple(pool.map(self._stored, made.files, made.files.values()))
@@ -236,12 +236,12 @@ class Pieces:
         return True
 
     def forget(self, record: PieceRecord) -> None:
-        """Deletes a piece whose files are damaged, so that it is made again; its record goes first."""
+        """Deletes a piece with damaged files, so that it is made again; the record goes first."""
         for key in (self._record_key(record.number), *(file.key for file in record.files)):
             self.store.delete(key)
 
     def clear(self, *, records: bool) -> None:
-        """Deletes all claims once the work is done, and the records once something else vouches for the files."""
+        """Deletes all claims after the work, and with `records` also the records, if an index now names the files."""
         for folder in (self._claims, self._records) if records else (self._claims,):
             for entry in self.store.list(folder):
                 self.store.delete(entry.key)
@@ -268,13 +268,13 @@ class Pieces:
         return committed
 
     def _shared_out(self, own: list[int], rank: int, world_size: int, stop: Stop) -> Iterator[int]:
-        """Yields this process's share, then what no machine has begun, then what a machine began and gave up."""
+        """Yields this process's pieces, then those that no machine has begun, then those whose machine died."""
         yield from own
         if self._share.count == 1:
             return
         claimed = set(self.store.folders(self._claims))
         free = [number for number in self.missing() if f"{number:05d}" not in claimed]
-        # Others go through their pieces from the front, and other idle machines begin elsewhere.
+        # Busy machines work from the front and other idle ones begin elsewhere: from the back, few claims collide.
         first = len(free) * self._share.index // self._share.count
         for number in [*free[first:], *free[:first]][::-1][rank::world_size]:
             if not self._claim(number).exists(LEASE_KEY):
@@ -284,7 +284,7 @@ class Pieces:
             yield from (number for number in self.missing() if claim_version(self._claim(number)) == before.get(number))
 
     def _begins(self, number: int, claim: ExitStack, stop: Stop) -> bool:
-        """Returns whether this process makes a piece now; where machines share the work it then has the claim."""
+        """Returns whether this process makes a piece now; if machines share the work, it then holds the claim."""
         if self._share.count > 1:
             try:
                 lease = Lease.take(self._claim(number), 0, 0.0, stop, lambda text: None)
@@ -321,16 +321,16 @@ class _Committer:
         self._pending: Future[None] | None = None
 
     def submit(self, number: int, made: Made, claim: ExitStack) -> None:
-        """Begins a commit once the one before is done; the claim is given back after it."""
+        """Begins a commit after the previous one; the claim is released after it."""
         self.wait()
         self._pending = self._pool.submit(self._commit, number, made, claim)
 
     def wait(self) -> None:
-        """Returns when the last commit is done.
+        """Waits for the last commit.
 
         Raises:
-            StoppedError: there was no time left for it.
-            JobError: it failed.
+            StoppedError: a stop request leaves no time for it.
+            JobError: the commit failed.
         """
         pending, self._pending = self._pending, None
         if pending is None:

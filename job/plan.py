@@ -1,4 +1,4 @@
-"""What a command finds in the bucket before it begins. Needs no tensors, so errors come at once, and once."""
+"""The plan of a command, from the bucket, before it begins. Planning needs no tensors, so errors come at once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunHandle:
-    """A run and its dataset. The stores wait for a bucket that is away."""
+    """A run and its dataset. The stores wait for a bucket that does not answer."""
 
     bucket: Store
     run: Store
@@ -32,48 +32,48 @@ class RunHandle:
     """None for a run that was imported without a dataset."""
     config: RunConfig
     own: Drawing
-    """How the run drew when it began: what differs is in the name of a picture."""
+    """The run's first sampling settings: the name of a picture lists the differences from them."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Those that the network knows; by number where nobody named them."""
+        """The classes of the network; by number if they have no names."""
         count = self.config.model.num_classes or 0
         return self.index.classes if self.index and count else tuple(map(str, range(count)))
 
     @property
     def drawing(self) -> Drawing:
-        """How images are drawn."""
+        """The sampling settings."""
         return self.config.sample
 
     @property
     def drawn_classes(self) -> tuple[str, ...]:
-        """Those of them that the seeds take in turn."""
+        """The classes that the seeds take in turn."""
         return tuple(self.classes[label] for label in self.drawing.labels) or self.classes
 
     @property
     def picture_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the pictures that people see."""
+        """Channels, height and width of the pictures: after decoding, for a run on latents."""
         if self.index and (encoding := self.index.encoding):
             return encoding.channels, encoding.size, encoding.size
         return self.config.image_shape
 
     def pictures(self) -> DatasetIndex | None:
-        """The images that people see: of a dataset of latents those that were encoded.
+        """Returns the dataset of the pictures: for latents, the dataset that was encoded.
 
         Raises:
-            MissingInputError: they are not there any more.
-            BadDataError: others are.
+            MissingInputError: the bucket no longer has it.
+            BadDataError: it has other images now.
         """
         if self.index is None or (encoding := self.index.encoding) is None:
             return self.index
         index = load_index(self.bucket, dataset_key(encoding.source, encoding.size))
         if index.dataset_id != encoding.source_id:
-            raise BadDataError(f"{encoding.source}-{encoding.size} holds others than the images of {self.index.name}")
+            raise BadDataError(f"{encoding.source}-{encoding.size} no longer holds the images of {self.index.name}")
         return index
 
     @property
     def dataset_images(self) -> int:
-        """Images of an epoch; without a dataset more than a run can see."""
+        """Images of an epoch; without a dataset, more than a run can see."""
         return self.index.images if self.index else MAX_IMAGES_SEEN + 1
 
     def opened_images(
@@ -82,7 +82,7 @@ class RunHandle:
         progress: Callable[[int, int], None] = lambda done, total: None,
         index: DatasetIndex | None = None,
     ) -> ImageCache:
-        """A dataset's images, the run's own unless told otherwise, as far as this node's cache holds them."""
+        """Opens the images of a dataset, by default the run's own, within the limits of this node's cache."""
         from job.data.cache import default_cache_dir, open_cache
 
         index, folder = index or self.index, default_cache_dir()
@@ -94,13 +94,13 @@ class RunHandle:
 
 
 def open_run(bucket_uri: str, name: str, stop: Stop = NEVER, *, with_dataset: bool = True) -> RunHandle:
-    """A run that is there, as it was last changed, and its dataset; `stop` is heard while the bucket is away.
+    """Returns an existing run with its last changes, and its dataset; `stop` ends a wait for the bucket.
 
-    Without `with_dataset` one that is not there any more is told, and left out.
+    Without `with_dataset` a missing dataset is only a note.
 
     Raises:
         MissingInputError: no such run, or no such dataset.
-        BadDataError: its configuration or the dataset's index is damaged.
+        BadDataError: the run's configuration or the dataset's index is damaged.
     """
     bucket = open_bucket(bucket_uri, stop)
     run, config = records.run_store(bucket, name), records.existing_config(bucket, name)
@@ -126,38 +126,41 @@ class Plan(RunHandle):
     index: DatasetIndex
     request: TrainRequest
     changes: dict[str, Any]
-    """What this attempt does otherwise than the run's stored configuration says."""
+    """The differences of this attempt from the run's stored configuration."""
     is_new: bool
     held_out: DatasetIndex | None
-    """Images that are not learnt, if the dataset has some and the run looks at them."""
+    """The held-out images, if the dataset has some and the run validates on them."""
 
     @property
     def target_images(self) -> int:
-        """`images_seen` at which the run is finished."""
+        """The number of images seen at which the run is finished."""
         return images_at_epoch(self.config.train.epochs, self.index.images, self.config.train.batch_size)
 
     @property
     def images_seen(self) -> int:
-        """By the newest checkpoint, now."""
+        """The progress of the newest checkpoint, read now."""
         checkpoints = list_checkpoints(self.run)
         return max(checkpoints).images_seen if checkpoints else 0
 
     def is_finished(self) -> bool:
-        """Whether nothing is left to be learnt."""
+        """Returns whether the run has reached its last epoch."""
         status = records.read_status(self.run)
         if status is None or status.state != "finished" or self.images_seen < self.target_images:
             return False
-        # One that was lost since then, or is another run's by now, is learnt again.
+        # A checkpoint that was lost, or replaced by one of another run, must be trained again.
         return sound_manifest(self.run, max(list_checkpoints(self.run))) is not None
 
 
 def plan_run(request: TrainRequest, stop: Stop = NEVER, precision: str = "auto") -> Plan:
     """Finds the dataset and the run, and resolves the configuration. Writes nothing.
 
-    A run that exists is the base of its own configuration, so that a newer program's presets cannot change it; what
-    its last attempt changed stays changed until somebody says otherwise.
-    `stop` is heard while the bucket is away, now and by the plan's stores later. `precision` is what a new run computes
-    in where its configuration says `auto`.
+    The base is the run's stored configuration, so that presets of a newer program cannot change a run. The changes of
+    the last attempt stay until an option replaces them.
+
+    Args:
+        request: the options of `ddpm train`.
+        stop: ends a wait for the bucket, now and later by the plan's stores.
+        precision: the number format of a new run whose configuration says `auto`.
 
     Raises:
         MissingInputError: no such dataset.
@@ -170,12 +173,12 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, precision: str = "auto")
         config = draft(request.preset_name, request.changes)
     elif not stored.data.dataset:
         raise BadRequestError(
-            f"run {request.run!r} in {bucket.uri} was imported without a dataset, and can only be drawn from: import "
-            f"it once more, under another name, with --dataset {request.dataset}"
+            f"run {request.run!r} in {bucket.uri} was imported without a dataset, and is only for sampling: import "
+            f"it again, under another name, with --dataset {request.dataset}"
         )
     elif stored.data.dataset != request.dataset:
         raise BadRequestError(
-            f"run {request.run!r} in {bucket.uri} is about dataset {stored.data.dataset!r}: "
+            f"run {request.run!r} in {bucket.uri} has another dataset, {stored.data.dataset!r}: "
             f"choose another name with --run"
         )
     elif request.preset and request.preset != stored.preset:
@@ -184,7 +187,7 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, precision: str = "auto")
         config = records.as_last_changed(run, stored).updated(request.changes)
     index = load_index(bucket, find_dataset(bucket, request.dataset, config.data.size))
     if index.encoding and (chosen := [key for key in ("data.flip", "sample.clip") if request.changes.get(key)]):
-        raise BadConfigError(f"{chosen[0]} is about pixels, and {index.name} holds latents: leave it out")
+        raise BadConfigError(f"{chosen[0]} needs pixels, and {index.name} holds latents: leave it out")
     config = follow_dataset(config, index)
     if config.train.precision == "auto":
         known = stored.train.precision if stored is not None else "auto"
@@ -192,8 +195,8 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, precision: str = "auto")
     check_drawing(config)
     if stored is not None and stored.imported and not list_checkpoints(run):
         raise BadDataError(
-            f"run {request.run!r} was to begin with an imported checkpoint, and has none: give the same `ddpm import` "
-            f"again, or delete it (ddpm runs delete {request.run} --yes)"
+            f"run {request.run!r} lacks its imported checkpoint: type the same `ddpm import` again, or delete the run "
+            f"(ddpm runs delete {request.run} --yes)"
         )
     changes = changed_for_attempt(stored, config, request.run) if stored is not None else {}
     own, held_out = (stored or config).sample, None
@@ -205,22 +208,22 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, precision: str = "auto")
 
 
 def check_drawing(config: RunConfig) -> None:
-    """Returns if a run can draw as its section `sample` says.
+    """Returns if training can sample with the section `sample`.
 
     Raises:
-        BadConfigError: by weights that it has not, or in a way that a command has to name.
+        BadConfigError: the run has no such weights, or the setting works only with `ddpm sample`.
     """
     if config.sample.weights not in (there := ("ema", "model", *config.ema.names)):
-        raise BadConfigError(f"sample.weights={config.sample.weights} is none that training has ({', '.join(there)})")
+        raise BadConfigError(f"sample.weights={config.sample.weights}: training has only {', '.join(there)}")
     if config.sample.sampler == "own" or config.sample.grid == "found":
         raise BadConfigError("sample.sampler=own and sample.grid=found are for `ddpm sample`: choose others to train")
 
 
 def follow_dataset(config: RunConfig, index: DatasetIndex) -> RunConfig:
-    """Fills in what follows the dataset: size, channels, classes.
+    """Fills in the settings that the dataset decides: size, channels, classes.
 
     Raises:
-        BadConfigError: a value that was set by hand does not fit the dataset, or the network cannot take the size.
+        BadConfigError: a setting of the user does not fit the dataset, or the network cannot take the size.
     """
     follows = {
         "data.dataset_id": (config.data.dataset_id or None, index.dataset_id),
@@ -233,10 +236,10 @@ def follow_dataset(config: RunConfig, index: DatasetIndex) -> RunConfig:
             raise BadConfigError(f"{key} is {chosen}, but the dataset {index.name}-{index.size} has {there}")
     changes = {key: there for key, (_, there) in follows.items()} | {"data.dataset": index.name}
     if config.model.num_classes == 0:
-        # A network that is to learn no classes.
+        # The user asked for a network without classes.
         del changes["model.num_classes"]
     if index.encoding:
-        # What presets say of pixels means nothing for latents.
+        # Presets have settings for pixels, which would be errors for latents.
         changes |= {"data.latents": True, "sample.clip": False}
         changes |= {"data.flip": False, "data.crop_scale": (1.0, 1.0), "data.augment": 0.0}
     return config.updated(changes)

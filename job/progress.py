@@ -1,4 +1,4 @@
-"""Progress of what takes longer than two seconds: a live bar on a terminal, elsewhere lines 30 s apart at least."""
+"""Progress of work that takes longer than two seconds: a live bar on a terminal, else a line every 30 s at most."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from rich import progress as rich_progress
 
 LINE_SECONDS = 30.0
-"""Between two lines where stderr is no terminal."""
+"""The shortest time between two lines on a stderr without a terminal."""
 QUIET_SECONDS = 2.0
-"""What is over sooner leaves no line behind."""
+"""Shorter work prints no line."""
 RATE_SECONDS = 30.0
-"""The rate and the time left are those of the last half minute: what was before does not spoil them for long."""
+"""The window of the rate and the remaining time, so that a slow start does not distort them for long."""
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _lock = threading.RLock()
@@ -31,19 +31,19 @@ _bars: rich_progress.Progress | None = None
 
 
 def printable(text: str) -> str:
-    """Text from outside as one line that a terminal shows and does not obey.
+    """Returns text from outside as one line that is safe to print on a terminal.
 
-    Bytes that are not UTF-8, control characters and marks of direction become `%XX`. In names, backslashes would be
-    taken for separators of folders, and what follows them for names of classes.
+    Bytes that are not UTF-8, control characters and direction marks become `%XX`, without backslashes. A backslash in a
+    name would look like a separator of folders, and split off the name of a class.
 
     Raises:
-        UnicodeError: it is no text.
+        UnicodeError: it is not text.
     """
     return _UNPRINTABLE.sub(lambda match: quote(match[0], errors="surrogateescape"), text)
 
 
 def all_printable(document: Any) -> Any:
-    """The same for all texts in what was read as JSON or YAML; whoever reads such from a bucket passes it through."""
+    """Returns a JSON or YAML document with all its texts made printable; for every document from a bucket."""
     match document:
         case str():
             return printable(document)
@@ -55,20 +55,20 @@ def all_printable(document: Any) -> Any:
 
 
 def set_loudness(*, verbose: bool, quiet: bool) -> None:
-    """What this process tells on stderr beside errors: all of it, or nothing."""
+    """Sets whether this process prints details, or nothing but errors, on stderr."""
     global _is_verbose, _is_quiet
     _is_verbose, _is_quiet = verbose, quiet
 
 
 def detail(tell: Callable[[], str]) -> None:
-    """Prints what only who asked for all of it wants to know."""
+    """Prints a line for `--verbose`; calls `tell` only then."""
     if _is_verbose:
         note(tell())
 
 
 def note(text: str) -> None:
-    """Prints a line on stderr, above the bars if there are any. Of several processes the first one speaks for all."""
-    # A terminal or a pipe that went away must not end a run.
+    """Prints a line on stderr, above any bars. Of several processes only the first one prints."""
+    # A closed terminal or pipe must not end a run.
     with suppress(OSError):
         if _is_quiet or not _is_first():
             return
@@ -79,35 +79,34 @@ def note(text: str) -> None:
 
 
 class Progress:
-    """How far something is, on stderr; of several processes the first one shows it.
+    """Shows the progress of some work on stderr; of several processes only the first one shows it.
 
         with Progress("packing", total=24_000, unit="images") as bar:
             bar.update(done, loss="0.0213", epoch="3/80")
 
-    Updates may come from any thread and as often as one likes. Bars may be nested: a terminal shows them one below the
-    other.
+    Updates may come from any thread, at any rate. Bars may be nested: a terminal shows them one below the other.
     """
 
     def __init__(self, title: str, *, total: int | None = None, unit: str = "images", start: int = 0) -> None:
-        """Prepares a bar; nothing is shown before it is entered.
+        """Prepares a bar, which appears when its context is entered.
 
         Args:
-            title: what is going on, in a word or two.
-            total: when it will be done, in `unit`; None while that is not known.
-            unit: what is counted, in the plural.
-            start: what was done before, such as by an earlier attempt: rates count from there.
+            title: the name of the work, one or two words.
+            total: the amount of all work, in `unit`; None while it is unknown.
+            unit: the unit, in the plural.
+            start: the amount of earlier attempts: rates count from there.
         """
         self._title, self._total, self._unit, self._start = title, total, unit, start
         self._began = self._line_due = 0.0
         self._task: rich_progress.Task | None = None
 
     def update(self, done: float, *, total: int | None = None, **fields: str) -> None:
-        """Notes what is done by now; what comes late from another thread does not turn it back.
+        """Moves the bar forward; a late update from another thread does not move it back.
 
         Args:
-            done: how much is done, in units, what was done before included.
-            total: the new total, if that has become known.
-            **fields: what to show beside it, such as `loss="0.0213"`; each stays until it is replaced.
+            done: the finished amount in units, with that of earlier attempts.
+            total: the total, if it has become known.
+            **fields: values to show beside it, such as `loss="0.0213"`; each stays until its next value.
         """
         with _lock:
             if _bars is None or self._task is None:
@@ -129,7 +128,7 @@ class Progress:
                 _bars.add_task(self._title, total=self._total, **begun)
                 self._task = _bars.tasks[-1]
         self._began = time.monotonic()
-        # Soon, for a log that says nothing looks like that of a job that hangs.
+        # The first line comes soon: an empty log looks like that of a job that hangs.
         self._line_due = self._began + min(QUIET_SECONDS, LINE_SECONDS)
         return self
 
@@ -175,21 +174,21 @@ def _new_bars() -> rich_progress.Progress:
         console=Console(stderr=True),
         refresh_per_second=5,
         speed_estimate_period=RATE_SECONDS,
-        # What goes to a file or a pipe must go on going there, not to the terminal.
+        # Output for a file or a pipe must not go to the terminal.
         redirect_stdout=sys.stdout.isatty(),
         disable=not sys.stderr.isatty() or os.environ.get("TERM") == "dumb",
     )
 
 
 def _details(task: rich_progress.Task, beside: str) -> str:
-    """How far it is, how fast, and how long it will take; what else is to be shown comes after `beside`."""
+    """Returns progress, rate and remaining time as text; the other fields follow after `beside`."""
     percent = f"{min(100, int(task.percentage))} %" if task.total else ""
-    # Of all time where one update takes longer than what the rate is measured in.
+    # If one update takes longer than the window of the rate, the average of all time replaces it.
     rate = task.speed or (task.completed - task.fields["before"]) / (task.elapsed or 1)
     left = f"ETA {_duration(task.remaining / rate)}" if rate > 0 and task.remaining is not None else ""
     counts = f"{_of_total(task)} {task.fields['unit']}"
     how_far = filter(None, (percent, counts, _rate_text(rate, task.fields["unit"]), left))
-    # Of a copy: another thread may add to them.
+    # A copy, because another thread may add fields during the loop.
     fields = dict(task.fields).items()
     more = (f"{name.replace('_', ' ')} {value}" for name, value in fields if name not in ("unit", "before"))
     return beside.join(filter(None, (" · ".join(how_far), " · ".join(more))))

@@ -1,4 +1,4 @@
-"""What a person asked for, checked as far as it can be without a bucket: usage errors come before missing inputs."""
+"""The options of the commands, with all checks that need no bucket: errors of usage come before missing inputs."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from job.pieces import Slice
 from job.runs import records
 
 GIF_SEEDS = 12
-"""Images of a GIF, at most."""
+"""The largest number of images in a GIF."""
 MODES = {
     "inpaint": {"image", "mask", "resamplings"},
     "img2img": {"image", "strength"},
     "invert": {"image", "strength"},
     "interpolate": set[str](),
 }
-"""What is drawn instead of new images, and the options that each takes."""
+"""The modes of `ddpm sample` besides new images, and the options of each."""
 MASKS = ("", "half", "centre")
 """Masks by name; any other `--mask` is a file."""
 NUMBERS = "0123456789-, "
 """The characters of a list of numbers; any other `--image` is a file."""
 METRICS = ("fid", "kid", "prdc", "mind", "is", "bpd")
-"""What an evaluation tells."""
+"""The groups of scores of an evaluation."""
 MAX_RESAMPLINGS = 1000
 MAX_NUMBERS = 10_000
 MAX_COUNT = 25_600_000
-"""Images of `--count`: the five digits in a piece's name can count 100,000, of 256 images."""
+"""The largest `--count`: the five digits in the name of a piece allow 100,000 pieces of 256 images."""
 
 _OWN_SAMPLER = re.compile(r"[A-Za-z_][\w.]{0,99}:[A-Za-z_]\w{0,99}", re.ASCII)
 _CHECKPOINTS = re.compile(r"latest|all|\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*")
@@ -41,7 +41,7 @@ _CHECKPOINTS = re.compile(r"latest|all|\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*")
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """What a person asked for; `check` finds every error that can be found without a bucket."""
+    """Options of `ddpm train`; `check` finds every error that needs no bucket."""
 
     dataset: str
     bucket: str
@@ -51,9 +51,9 @@ class TrainRequest:
     sets: tuple[str, ...] = ()
     config_file: Path | None = None
     wait_seconds: float = 0.0
-    """How long to wait for another attempt that holds the run."""
+    """The time to wait for another attempt that holds the run."""
     tracker: str = ""
-    """A service that is told the metrics."""
+    """A service that also gets the metrics."""
     changes: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> TrainRequest:
@@ -75,64 +75,64 @@ class TrainRequest:
 
     @property
     def preset_name(self) -> str:
-        """The preset asked for, else the dataset's own, else the small one."""
+        """The preset of the option, else the one named like the dataset, else the small one."""
         return self.preset or (self.dataset if self.dataset in preset_names() else EMBEDDED)
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Options of `ddpm sample`; what is not chosen follows the run's configuration."""
+    """Options of `ddpm sample`; the others follow the run's configuration."""
 
     run: str
     bucket: str
     checkpoints: str = "latest"
     seeds: str = ""
     chosen: dict[str, Any] = field(default_factory=dict)
-    """Keys of the run's section `sample`, and other values for them."""
+    """Values that replace those of the run's section `sample`, by key."""
     gif: bool = False
     count: int | None = None
-    """Draws so many images in pieces, instead of pictures."""
+    """The number of images to save in pieces; None: pictures only."""
     save: str = ""
     slice: str = ""
     first_seed: int | None = None
     classes: str = ""
-    """Names or numbers of those that seeds take in turn."""
+    """Names or numbers of the classes that the seeds take in turn."""
     mode: str = ""
-    """One of `MODES`, or new images."""
+    """One of `MODES`; empty: new images."""
     image: str = ""
     """Numbers of images in the dataset, or a file."""
     mask: str = ""
-    """What of them is made up: half, centre, or what is white in a file."""
+    """The part to replace: half, centre, or the white part of a file."""
     resamplings: int | None = None
     strength: float | None = None
     with_grid: bool = True
 
     @property
     def custom_sampler(self) -> str:
-        """`module:function`, if the sampler is somebody's own."""
+        """`module:function`, if the sampler is one of the user."""
         name = str(self.chosen.get("sampler"))
         return name if ":" in name else ""
 
     @property
     def files(self) -> dict[str, str]:
-        """Returns the options that name files of the machine where the command runs, with their values."""
+        """The options that name files of this machine, with their values."""
         image, mask = self.image.strip(NUMBERS) and self.image, self.mask if self.mask not in MASKS else ""
         module = self.custom_sampler.partition(":")[0].partition(".")[0]
-        # One that does not lie here may be installed in the image of a job.
+        # A module that does not lie here may be installed in the image of a job.
         is_here = module and any(Path(name).exists() for name in (module, f"{module}.py"))
         named = {"--sampler": self.custom_sampler if is_here else "", "--image": image, "--mask": mask}
         return {option: name for option, name in named.items() if name}
 
     @property
     def keys(self) -> dict[str, Any]:
-        """What was chosen as a configuration says it."""
+        """The chosen values in the form of a configuration."""
         return self.chosen | ({"sampler": "own"} if self.custom_sampler else {})
 
     def check(self) -> SampleRequest:
-        """Returns the request if its words are known.
+        """Returns the request if its options are valid.
 
         Raises:
-            BadRequestError: an unknown sampler or precision, a list that is none, or options that exclude each other.
+            BadRequestError: an unknown sampler or precision, an invalid list, or options that exclude each other.
         """
         records.validated_run_name(self.run)
         try:
@@ -143,7 +143,7 @@ class SampleRequest:
             raise BadRequestError(f"--{option} {first['input']!r}: {what.lower()}") from None
         sampler = self.chosen.get("sampler")
         if sampler == "own" or (self.custom_sampler and not _OWN_SAMPLER.fullmatch(self.custom_sampler)):
-            raise BadRequestError(f"--sampler {sampler!r}: one's own is module:function, such as mysamplers:walk")
+            raise BadRequestError(f"--sampler {sampler!r}: name yours as module:function, such as mysamplers:walk")
         if self.save not in ("", "shards", "png"):
             raise BadRequestError(f"--save {self.save!r}: use shards or png")
         if not _CHECKPOINTS.fullmatch(self.checkpoints):
@@ -154,10 +154,10 @@ class SampleRequest:
             raise BadRequestError(f"--count {self.count}: at most {MAX_COUNT:,}; --first-seed goes on from there")
         if self.count is None:
             unfit = {"--save": self.save, "--slice": self.slice, "--first-seed": self.first_seed is not None}
-            why = "is about many images: say how many with --count"
+            why = "works only with --count: add the number of images"
         else:
             unfit = {"--seeds": self.seeds, "--gif": self.gif, "--nearest": self.chosen.get("nearest")}
-            why = "is about pictures: leave it out, or --count, which takes --first-seed"
+            why = "makes pictures: leave it out, or --count, which takes --first-seed"
         if chosen := [option for option, is_chosen in unfit.items() if is_chosen]:
             raise BadRequestError(f"{chosen[0]} {why}")
         self._check_mode()
@@ -179,40 +179,40 @@ class SampleRequest:
             raise BadRequestError(f"--resamplings {self.resamplings}: use 1 to {MAX_RESAMPLINGS:,}")
         new = {"--gif": self.gif, "--nearest": self.chosen.get("nearest")}
         if self.mode and (chosen := [option for option, is_chosen in new.items() if is_chosen]):
-            raise BadRequestError(f"{chosen[0]} is about new images: leave it out, or --mode")
+            raise BadRequestError(f"{chosen[0]} works only for new images: leave it out, or --mode")
         if self.mode == "interpolate" and self.count is not None:
             raise BadRequestError("--mode interpolate makes a picture: leave --count out")
         if self.mode == "interpolate" and self.seeds and len(parse_numbers(self.seeds, "--seeds")) % 2:
-            raise BadRequestError(f"--mode interpolate goes from seed to seed: --seeds {self.seeds} are no pairs")
+            raise BadRequestError(f"--mode interpolate goes from seed to seed: --seeds {self.seeds} has an odd number")
 
 
 @dataclass(frozen=True)
 class EvaluateRequest:
-    """Options of `ddpm evaluate`; what is not chosen follows the run's configuration."""
+    """Options of `ddpm evaluate`; the others follow the run's configuration."""
 
     run: str
     bucket: str
     checkpoints: str = "latest"
     count: int = 5000
-    """Images that are drawn of each checkpoint."""
+    """The number of samples of each checkpoint."""
     metrics: str = ""
-    """Which scores are told; none: all that can be."""
+    """The scores to compute; empty: all that apply."""
     extractor: str = "inception"
     extractor_file: str = ""
     references: int = 50_000
-    """Real images that they are compared with, at most."""
+    """The largest number of real images to compare with."""
     repeats: int = 1
-    """Sets of images, of other seeds each."""
+    """The number of sample sets, each with other seeds."""
     classes: str = ""
     chosen: dict[str, Any] = field(default_factory=dict)
-    """Keys of the run's section `sample`, and other values for them."""
+    """Values that replace those of the run's section `sample`, by key."""
     slice: str = ""
 
     def check(self) -> EvaluateRequest:
-        """Returns the request if its words are known.
+        """Returns the request if its options are valid.
 
         Raises:
-            BadRequestError: as of a `SampleRequest`, or an unknown metric.
+            BadRequestError: as for a `SampleRequest`, or an unknown metric.
         """
         _ = self.chosen_metrics
         self.sampling.check()
@@ -220,10 +220,10 @@ class EvaluateRequest:
 
     @property
     def chosen_metrics(self) -> tuple[str, ...]:
-        """The metrics by name.
+        """The names of the metrics.
 
         Raises:
-            BadRequestError: there is no such metric.
+            BadRequestError: a metric is unknown.
         """
         if not self.metrics:
             return METRICS
@@ -231,12 +231,12 @@ class EvaluateRequest:
         for metric in chosen:
             if metric not in METRICS:
                 there = f"{did_you_mean(metric, METRICS)} (there are {', '.join(METRICS)})"
-                raise BadRequestError(f"--metrics: there is no metric {metric!r:.40}{there}")
+                raise BadRequestError(f"--metrics: unknown metric {metric!r:.40}{there}")
         return chosen
 
     @property
     def sampling(self) -> SampleRequest:
-        """What is to be drawn."""
+        """The options of the samples to score."""
         return SampleRequest(
             self.run,
             self.bucket,
@@ -257,16 +257,16 @@ class EncodeRequest:
     autoencoder: str
     """A folder of diffusers, a path or a URI."""
     size: int | None = None
-    """Height and width of the images, in pixels; None: the only size there is."""
+    """Height and width of the images, in pixels; None: the only size of the dataset."""
     to: str = ""
-    """Name of the dataset of latents; empty: the dataset's own with `-latents`."""
+    """Name of the dataset of latents; empty: the dataset's name with `-latents`."""
     slice: str = ""
 
     def check(self) -> EncodeRequest:
-        """Returns the request with its dataset of latents named.
+        """Returns the request with the name of its dataset of latents filled in.
 
         Raises:
-            BadRequestError: a name that no dataset can have, or no such slice.
+            BadRequestError: an invalid name or slice.
         """
         Slice.parse(self.slice)
         validated_dataset_name(self.name)
@@ -274,7 +274,7 @@ class EncodeRequest:
 
 
 def chosen_of(options: dict[str, Any]) -> dict[str, Any]:
-    """Of the options of `ddpm sample` those that are keys of the section `sample`, as far as they were given."""
+    """Returns the given options of `ddpm sample` that are keys of the section `sample`."""
     chosen = {key: options[key] for key in SampleConfig.model_fields if options.get(key) is not None}
     if "@" in (guide := str(chosen.get("autoguidance", ""))):
         chosen["autoguidance_run"], _, chosen["autoguidance"] = guide.partition("@")
@@ -282,10 +282,10 @@ def chosen_of(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_world_size(processes: int, batch_size: int) -> None:
-    """Returns if so many processes can share a batch.
+    """Returns if this number of processes can share a batch.
 
     Raises:
-        BadConfigError: there are more of them than images in it.
+        BadConfigError: the batch has fewer images than processes.
     """
     if processes > batch_size:
         shared = f"{processes} processes cannot share train.batch_size={batch_size} images"
@@ -296,17 +296,17 @@ def check_output(path: Path) -> None:
     """Returns if a picture can be written to `path`.
 
     Raises:
-        BadRequestError: it does not end in .png, is a folder, or would be in a folder that is not there.
+        BadRequestError: it does not end in .png, is a folder, or its folder is missing.
     """
     if path.suffix.lower() != ".png" or path.is_dir() or not path.parent.is_dir():
         raise BadRequestError(f"--output {path}: name a file that ends in .png, in a folder that is there")
 
 
 def parse_numbers(text: str, option: str) -> list[int]:
-    """`"0-3,7"` → `[0, 1, 2, 3, 7]`.
+    """Parses `"0-3,7"` into `[0, 1, 2, 3, 7]`.
 
     Raises:
-        BadRequestError: it is not such a list, or longer than `MAX_NUMBERS`.
+        BadRequestError: the text is another one, or has more than `MAX_NUMBERS` numbers.
     """
     numbers: list[int] = []
     for word in text.split(","):

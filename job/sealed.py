@@ -1,4 +1,4 @@
-"""Small JSON objects that carry the SHA-256 of their own canonical form: a flipped bit shows when they are read."""
+"""Small JSON objects that carry the SHA-256 of their own canonical form, so that a reader detects a flipped bit."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ MOMENT_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 
 def _moment(text: str) -> str:
-    # Compared with the same moment formatted anew, for the parser also takes moments without a zone.
+    # The parser also takes times without a zone: only an equal text proves UTC and whole seconds.
     if datetime.fromisoformat(text).strftime(MOMENT_FORMAT) != text:
         raise ValueError(f"{text!r} is not in UTC, or not to the second")
     return text
 
 
 Moment = Annotated[str, AfterValidator(_moment)]
-"""A moment in UTC that `datetime.fromisoformat` reads: a record with month 13 is refused when it is read."""
+"""A time in UTC that `datetime.fromisoformat` reads, so that a reader refuses a record with month 13."""
 
 
 def utc_now() -> str:
-    """Returns this moment, to the second."""
+    """Returns the time in UTC, to the second."""
     return datetime.now(UTC).strftime(MOMENT_FORMAT)
 
 
@@ -55,7 +55,7 @@ def code_version() -> str:
 
 
 class Part(BaseModel):
-    """A part of a record: it has these fields and no others, and never changes."""
+    """A part of a record: it has exactly these fields, and never changes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -69,7 +69,7 @@ class NamedObject(Part):
 
     @classmethod
     def of(cls, key: str, content: bytes | Path) -> Self:
-        """Returns what names an object of this content, or of a local file's."""
+        """Returns the record of an object with this content, or with that of a local file."""
         if isinstance(content, bytes):
             return cls(key=key, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
         with content.open("rb") as file:
@@ -102,20 +102,20 @@ class Sealed(Part):
     sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
 
     def to_json(self) -> bytes:
-        """The bytes to store, with the hash filled in."""
+        """Returns the bytes to store, with the hash filled in."""
         document = self.model_dump(mode="json")
         return _bytes(document | {"sha256": _digest_of(document)})
 
     @classmethod
     def from_json(cls, data: bytes, uri: str) -> Self:
-        """The inverse of `to_json`; `uri` is where the bytes came from.
+        """Parses the bytes of `to_json`; `uri` names the object for messages.
 
         Raises:
-            BadDataError: it is something else, or corrupt; the message names the object.
+            BadDataError: the object is something else, or corrupt; the message names it.
         """
         try:
             document = json.loads(data)
-            # Bytes are compared as well: `1e-5` and `1E-5` are one bit and no value apart.
+            # The bytes must match too: `1e-5` and `1E-5` differ by one bit, and have the same value.
             intact = document["sha256"] == _digest_of(document) and _bytes(document) == data
             shown = all_printable(document)
         except (ValueError, TypeError, KeyError, RecursionError):
@@ -135,20 +135,20 @@ class Sealed(Part):
         """Reads a record and checks it against its own hash.
 
         Raises:
-            BadDataError: it is something else, or corrupt; the message names the object.
-            ObjectMissingError: it is not there.
+            BadDataError: the object is something else, or corrupt; the message names it.
+            ObjectMissingError: the object is missing.
         """
         return cls.from_json(store.read(key).data, store.uri_of(key))
 
 
 def sealed_page(html: bytes, author: str) -> bytes:
-    """An HTML page that ends with who wrote it and the SHA-256 of all before that."""
+    """Returns an HTML page with its author and the SHA-256 of everything before that at its end."""
     signed = html + f"<!-- {author} ".encode()
     return signed + f"{hashlib.sha256(signed).hexdigest()} -->\n".encode()
 
 
 def author_of(page: bytes) -> str | None:
-    """Who wrote such a page; None if it is corrupt, cut off, or something else."""
+    """Returns the author of such a page; None if it is corrupt, truncated, or something else."""
     match = re.search(rb"<!-- (\S*) ([0-9a-f]{64}) -->\n\Z", page)
     if match is None or hashlib.sha256(page[: match.start(2)]).hexdigest() != match[2].decode():
         return None

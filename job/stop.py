@@ -1,6 +1,6 @@
-"""Being stopped: one object that says whether, why, and how much time is left; and the signs of life of who goes on.
+"""Stop requests: one object with whether, why, and the time left; and the heartbeats of processes that work.
 
-The command makes it, `install` has signals and the deadline ask it, and everybody below gets it as `stop`.
+The command makes the object, `install` connects it with signals and the deadline, and functions get it as `stop`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ STOP_AT = "DDPM_STOP_AT"
 """The deadline in seconds of CLOCK_BOOTTIME, which all processes of a machine share and which counts a suspension."""
 GRACE_VARIABLE = "DDPM_GRACE_SECONDS"
 SPOT_GRACE_SECONDS = 30.0
-"""What a spot VM is given. A GKE spot node gives 15 unless its pool is told otherwise, which the variable says."""
+"""The notice of a spot VM. A GKE spot node gives 15 by default; the variable has the value of its pool."""
 MARGIN_SECONDS = 3.0
-"""For noticing the signal and for ending the process."""
+"""The time to notice the signal and to end the process."""
 HEARTBEATS = "DDPM_HEARTBEATS"
 """`DESCRIPTOR:RANK` of the memory that this process shares with its launcher, and its place in it."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -41,18 +41,18 @@ class StopSignal(SystemExit):
 
 
 class Stop:
-    """Calling it says whether to stop. Made once per process by the command, handed down as `stop`, never wrapped.
+    """A stop request: a call returns whether to stop. One per process, passed down as `stop`, never wrapped.
 
     A second request changes nothing: a signal to a process group reaches a process twice, directly and from its
-    launcher, and must not cut the save short.
+    launcher, and must not interrupt the save.
 
     Attributes:
-        reason: why, for people; empty until somebody asks.
-        grace_seconds: from the first request to the end of the machine.
+        reason: the reason, for people; empty until a request comes.
+        grace_seconds: the time from the first request to the end of the machine.
     """
 
     def __init__(self, grace_seconds: float | None = None) -> None:
-        """Nobody asks yet; without `grace_seconds` these are `DDPM_GRACE_SECONDS`, or those of a spot VM."""
+        """Begins without a request; the default of `grace_seconds` is `DDPM_GRACE_SECONDS`, else that of a spot VM."""
         self.reason = ""
         if grace_seconds is None:
             which = "between a preemption notice and the end"
@@ -62,22 +62,22 @@ class Stop:
         self._is_installed = False
 
     def install(self, *, signals: bool = True) -> Stop:
-        """Has the signals of this process (main thread only) and its deadline ask, and returns itself.
+        """Connects the signals of this process (main thread only) and its deadline, and returns itself.
 
-        Without `signals` these end the process, as they did before, until `waiting` is over.
+        Without `signals` a signal still ends the process, until `waiting` is over.
         """
         self._is_installed = True
         if os.environ.get(STOP_AT):
             self._deadline = seconds_of(STOP_AT, 0.0, "of this machine's clock at which to stop")
         if signals:
             handle_stop_signals(lambda number, frame: self.request(signal.Signals(number).name))
-            # On its way out the interpreter restores the default actions: a second signal would change the exit code.
+            # At exit the interpreter restores the default actions: a second signal would change the exit code.
             atexit.register(ignore_stop_signals)
         return self
 
     def __call__(self) -> bool:
-        """Whether to stop; costs a microsecond. A call in the main thread is a heartbeat: see `beat`."""
-        # In other threads a loop may go on for ever while the work hangs.
+        """Returns whether to stop, in a microsecond. A call in the main thread is a heartbeat: see `beat`."""
+        # A loop in another thread may go on for ever while the work hangs.
         if threading.current_thread() is threading.main_thread():
             beat()
         if not self.reason and self._deadline < float("inf") and _boot_clock() >= self._deadline:
@@ -85,25 +85,27 @@ class Stop:
         return bool(self.reason)
 
     def request(self, reason: str) -> None:
-        """Asks this process to stop: a signal, a preemption notice, or another process. The first one counts."""
+        """Asks this process to stop, for a signal, a preemption notice or another process. The first request counts."""
         if not self.reason:
             self._asked_at, self.reason = time.monotonic(), reason
 
     def check(self, what: str, then: str = "the same command goes on") -> None:
-        """Raises if this process is to stop; `what` goes on after "stopped by SIGTERM", such as "while packing".
+        """Raises if this process has a stop request.
 
-        `then` is what is left of the work so far.
+        Args:
+            what: continues the message "stopped by SIGTERM", such as "while packing".
+            then: the state of the work, and how to continue.
 
         Raises:
-            StoppedError: it is.
+            StoppedError: a stop was requested.
         """
         if self():
             raise StoppedError(f"stopped by {self.reason} {what}; {then}")
 
     def sleep(self, seconds: float) -> bool:
-        """Sleeps so long, or until this process is to stop; whether it is.
+        """Sleeps until the time is over or a stop is requested; returns whether it is requested.
 
-        A heartbeat, in whichever thread: for waits with an end, such as for a bucket that is away.
+        Sends heartbeats in any thread. So use it only for waits with a limit, such as for a bucket that is away.
         """
         until = time.monotonic() + seconds
         while not self() and (left := until - time.monotonic()) > 0:
@@ -112,19 +114,19 @@ class Stop:
         return bool(self.reason)
 
     def seconds_left(self) -> float:
-        """Seconds until the machine is gone; infinite until somebody asks."""
+        """Returns the seconds until the machine is gone; infinite without a request."""
         return max(0.0, self._asked_at + self.grace_seconds - time.monotonic())
 
     def seconds_left_to_save(self) -> float:
-        """As `seconds_left`, less what is needed for ending the process in order."""
+        """Returns `seconds_left` minus the time for an orderly end of the process."""
         return max(0.0, self.seconds_left() - min(MARGIN_SECONDS, self.grace_seconds / 2))
 
     @contextmanager
     def waiting(self, patience_seconds: float) -> Iterator[None]:
-        """While this process waits for others to begin, who may never come, being asked ends it: nothing is to save.
+        """Ends this process at a stop request while it waits for other processes to begin: it has nothing to save yet.
 
-        Waiting is no hang for so many seconds, though nothing beats meanwhile. One that is installed takes signals
-        afterwards.
+        The wait counts as no hang for `patience_seconds`, although the main thread sends no heartbeats. Afterwards
+        signals are connected, if `install` was called before.
         """
         if not self._is_installed:
             yield
@@ -149,10 +151,10 @@ class Stop:
 
 
 def seconds_of(variable: str, default: float, which: str, least: float = 0.0) -> float:
-    """The seconds that a variable of the environment holds, or `default`; `which` says what they are, for people.
+    """Returns the seconds in an environment variable, or `default`; `which` describes them in the error message.
 
     Raises:
-        BadRequestError: it holds no such number, or less than `least`.
+        BadRequestError: the value is not a finite number of at least `least`.
     """
     text = os.environ.get(variable) or str(default)
     with suppress(ValueError):
@@ -162,10 +164,10 @@ def seconds_of(variable: str, default: float, which: str, least: float = 0.0) ->
 
 
 def count_of(variable: str, default: int, least: int = 0, most: int = 1_000_000) -> int:
-    """The whole number that a variable of the environment holds, or `default`; whoever starts processes sets such.
+    """Returns the whole number in an environment variable, or `default`, such as those that launchers set.
 
     Raises:
-        BadRequestError: it holds no such number, or one that is not from `least` to `most`.
+        BadRequestError: the value is not a whole number from `least` to `most`.
     """
     text = os.environ.get(variable, "").strip() or str(default)
     if re.fullmatch("[0-9]{1,9}", text) and least <= int(text) <= most:
@@ -174,28 +176,28 @@ def count_of(variable: str, default: int, least: int = 0, most: int = 1_000_000)
 
 
 NEVER = Stop(SPOT_GRACE_SECONDS)
-"""One that nobody asks; the default of library functions."""
+"""A stop that gets no request; the default of library functions."""
 
 
 def handle_stop_signals(handler: Callable[[int, FrameType | None], object]) -> None:
-    """Has `handler` called at the signals that ask this process to stop (main thread only)."""
+    """Connects `handler` with the signals that ask this process to stop (main thread only)."""
     for number in STOP_SIGNALS:
-        # nohup has SIGHUP ignored, and means it.
+        # nohup sets SIGHUP to be ignored: a hang-up must not stop that job.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 
 def ignore_stop_signals() -> None:
-    """For a process whose exit code is decided, so that no signal replaces it (main thread only)."""
+    """Ignores stop signals, so that none replaces the exit code of a process that ends (main thread only)."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def duration_seconds(text: str, option: str) -> int:
-    """`"90m"`, `"1h30m"`, `"2d"`, `"45s"` or a number of seconds, in seconds.
+    """Parses `"90m"`, `"1h30m"`, `"2d"`, `"45s"` or a number of seconds into seconds.
 
     Raises:
-        BadRequestError: it is none of these, or zero.
+        BadRequestError: the text is another one, or the duration is zero.
     """
     match = _DURATION.fullmatch(text.strip())
     counts = match.groups("0") if match else ()
@@ -207,12 +209,12 @@ def duration_seconds(text: str, option: str) -> int:
 
 @contextmanager
 def deadline(stop_after: str) -> Iterator[None]:
-    """Asks what is installed within, here and in child processes, to stop `stop_after` from now; empty means never.
+    """Sets the deadline of this process and its children to `stop_after` from now; empty means no deadline.
 
-    A deadline that is set already stays: the launcher counts from its own start, and its ranks take over what it says.
+    An existing deadline stays: the launcher counts from its own start, and its ranks inherit the deadline.
 
     Raises:
-        BadRequestError: `stop_after` is no duration.
+        BadRequestError: `stop_after` is not a duration.
     """
     seconds = duration_seconds(stop_after, "--stop-after") if stop_after else 0
     if not seconds or os.environ.get(STOP_AT):
@@ -230,23 +232,23 @@ def _boot_clock() -> float:
 
 
 class Heartbeats:
-    """The launcher's side: when each rank last beat, in memory that all share.
+    """The launcher's side of heartbeats: the time of each rank's last one, in shared memory.
 
-    Silence counts from the start: a process that never gets going is found, too.
+    Silence counts from the start, so that the launcher also finds a process that hangs before its first heartbeat.
     """
 
     def __init__(self, processes: int) -> None:
-        # Ranks inherit it. It is of no file system: a page of a full disk would be SIGBUS.
+        # Ranks inherit the descriptor. It belongs to no file system, where a full disk would cause SIGBUS.
         self.descriptor = os.memfd_create("ddpm-heartbeats")
         os.ftruncate(self.descriptor, 8 * processes)
         self._times = memoryview(mmap.mmap(self.descriptor, 0)).cast("d")
         self._counts_from = self._looked = time.monotonic()
 
     def silent_seconds(self) -> list[float]:
-        """For how long each rank has been silent, to the microsecond; to be called every second or so.
+        """Returns the seconds since each rank's last heartbeat; call it about every second.
 
-        It counts anew when the launcher did not run itself: a suspended laptop, a migrated VM or Ctrl-Z stops all
-        processes alike, and none of them hangs for that.
+        The count starts anew if the launcher itself did not run: a suspended laptop, a migrated VM or Ctrl-Z stops all
+        processes, and that is not a hang.
         """
         now = time.monotonic()
         if now - self._looked > _LONGEST_LOOK_SECONDS:
@@ -256,22 +258,22 @@ class Heartbeats:
 
 
 _own_beat: memoryview[float] | None = None
-"""The place of this process in the memory that it shares with its launcher."""
+"""This process's place in the memory that it shares with its launcher."""
 
 
 def beat() -> None:
-    """Says that this process gets on with its work; does nothing without a launcher.
+    """Sends a heartbeat to the launcher; does nothing without one.
 
-    It takes less than a microsecond and never waits, so call it from any thread and as often as you like: in each round
-    of a loop that does the work, and while waiting for something that may rightly take long. Not from a thread whose
-    only task is to beat: that would go on in a process whose work hangs.
+    It takes less than a microsecond and never waits. Call it in each round of a loop that does the work, and during
+    waits that may take long, from any thread. Do not call it from a thread that does nothing else: it would go on while
+    the work hangs.
     """
     if _own_beat is not None:
         _own_beat[0] = time.monotonic()
 
 
 def connect_heartbeat() -> None:
-    """Lets `beat` reach the launcher that started this process, if one did."""
+    """Connects `beat` with the launcher of this process, if it has one."""
     global _own_beat
     if place := os.environ.pop(HEARTBEATS, ""):
         descriptor, rank = map(int, place.split(":"))

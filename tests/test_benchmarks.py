@@ -66,7 +66,7 @@ def test_quick_benchmarks_give_a_table_and_json_of_plausible_numbers(tmp_path):
 def test_an_unknown_part_is_a_usage_error():
     done = benchmarks("loading")
     assert done.returncode == 2
-    assert "no part 'loading' (there are: training_step, loader, checkpoint, sampling, store)" in done.stderr
+    assert "unknown part 'loading': use training_step, loader, checkpoint, sampling, store" in done.stderr
 
 
 def test_a_missed_target_is_printed_as_it_is_and_marked(tmp_path, capsys):

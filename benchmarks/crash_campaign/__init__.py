@@ -1,1 +1,1 @@
-"""Proof by killing: a run that is killed at every point of its protocols ends like one that nobody disturbed."""
+"""The crash campaign: proves that a run killed at every point of its protocols ends like one without interruption."""

@@ -21,12 +21,12 @@ from job.progress import note
 from job.store import open_store
 
 EPILOG = """\
-Exit code: 0 if the killed runs end with the undisturbed run's weights, metrics and pictures, else 1, with what does not
-hold. Example: python -m benchmarks.crash_campaign --kills 100 --seed 7 --bucket gs"""
+Exit code: 0 if the killed runs end with the weights, metrics and pictures of the undisturbed run, else 1, with a list
+of failures. Example: python -m benchmarks.crash_campaign --kills 100 --seed 7 --bucket gs"""
 
 
 def main() -> int:
-    """Runs the campaign that the command line asks for; the exit code."""
+    """Runs the campaign of the command line; returns the exit code."""
     try:
         return _run()
     except JobError as error:
@@ -73,28 +73,30 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.crash_campaign",
-        description="Kills a run at every point of its protocols and at random moments; it must end as if undisturbed.",
+        description="Kills a run at every point of its protocols and at random moments; its result must not change.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds = ", ".join(f"{kind} ({what})" for kind, what in KINDS.items())
-    parser.add_argument("--kills", type=int, default=20, metavar="N", help="random kills after the points (20)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the runs and of the random kills (0)")
-    parser.add_argument("--epochs", type=int, default=10, metavar="N", help="length of each run (10)")
     parser.add_argument(
-        "--bucket", default="file", metavar="WHERE", help=f"{kinds}, or a URI, which is used as it is (file)"
+        "--kills", type=int, default=20, metavar="N", help="number of random kills after the points (20)"
     )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the runs and of the random kills (0)")
+    parser.add_argument("--epochs", type=int, default=10, metavar="N", help="length of each run (10)")
+    parser.add_argument("--bucket", default="file", metavar="WHERE", help=f"{kinds}, or the URI of a bucket (file)")
     parser.add_argument(
         "--points", default="", metavar="NAMES", help="only these points, such as staged,manifest; or none"
     )
-    parser.add_argument("--sabotage", default="", choices=SABOTAGES, help="break a protocol, which must be reported")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work there, and leave everything for a look")
-    parser.add_argument("--list", action="store_true", help="list the points, and end")
+    parser.add_argument(
+        "--sabotage", default="", choices=SABOTAGES, help="break a protocol on purpose; the campaign must report it"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work in this folder, and keep all files")
+    parser.add_argument("--list", action="store_true", help="list the points and exit")
     options = parser.parse_args()
     known = {point.name for point in POINTS} | {"none"}
     if unknown := [name for name in options.points.split(",") if name and name not in known]:
-        parser.error(f"there is no point {unknown[0]!r}: --list shows those there are")
+        parser.error(f"unknown point {unknown[0]!r}: --list shows all points")
     if options.keep and options.keep.exists() and any(options.keep.iterdir()):
         parser.error(f"--keep {options.keep} is not empty: choose another folder")
     if options.points == "none" and not options.kills:

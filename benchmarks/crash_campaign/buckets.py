@@ -1,4 +1,4 @@
-"""Where the campaign's runs lie: a bucket that was given, or one of a real server that is started for it."""
+"""The bucket of a campaign: a given one, or one of a real server that starts for it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 
 KINDS = {
     "file": "a folder",
-    "gs": "a fake-gcs-server of its own",
-    "s3": "a SeaweedFS of its own",
-    "s3-moto": "a moto server of its own",
-    "az": "an Azurite of its own",
+    "gs": "a new fake-gcs-server",
+    "s3": "a new SeaweedFS",
+    "s3-moto": "a new moto server",
+    "az": "a new Azurite",
 }
 
 
 @contextmanager
 def bucket(wanted: str, folder: Path) -> Iterator[str]:
-    """URI of a bucket while the context lasts.
+    """Yields the URI of a bucket, whose server runs while the context lasts.
 
     Args:
-        wanted: one of `KINDS`, or a URI, which is used as it is.
-        folder: for the data and logs of a server.
+        wanted: one of `KINDS`, or the URI of a bucket.
+        folder: the folder for the data and logs of a server.
     """
     kind = wanted.removesuffix("://")
     if kind not in KINDS:

@@ -1,4 +1,4 @@
-"""All lanes of a campaign, two at a time, and what they found, as a table and as JSON."""
+"""Runs all lanes of a campaign, two at a time, and reports the results as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ from job.progress import Progress
 
 LANES_AT_A_TIME = 2
 KINDS = ((1, 0.0), (1, 0.1), (2, 0.0), (2, 0.1))
-"""Processes and dropout of the lanes."""
+"""The number of processes and the dropout of each lane."""
 TURNS = (*KINDS, *KINDS[:2])
-"""Whose turn it is to get a random kill: two processes start and train more slowly than one."""
+"""The lanes that get random kills in turn: those of two processes get fewer, since they are slower."""
 ACTIONS, TARGETS = ("kill", "term"), ("group", "rank", "launcher")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a person asked for."""
+    """The options of a campaign."""
 
     kills: int
     seed: int
     epochs: int
-    """Length of each run."""
+    """The length of each run."""
     points: tuple[str, ...]
-    """Names; empty for all of them."""
+    """The names of the points; empty: all points."""
     sabotage: str = ""
 
     def chosen_points(self) -> list[Point]:
-        """The points to be met, in their order."""
+        """Returns the chosen points, in order."""
         names = self.points or SABOTAGES.get(self.sabotage, ()) or tuple(point.name for point in POINTS)
         return [point for point in POINTS if point.name in names]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the lanes found together."""
+    """The results of all lanes together."""
 
     request: Request
     bucket: str
@@ -59,7 +59,7 @@ class Report:
 
     @property
     def failures(self) -> list[str]:
-        """What did not hold."""
+        """The claims that did not hold."""
         return [failure for tally in self.lanes.values() for failure in tally.failures]
 
     @property
@@ -68,16 +68,16 @@ class Report:
         return sum((tally.kills for tally in self.lanes.values()), Counter())
 
     def total(self, name: str) -> int:
-        """The sum of a count over all lanes."""
+        """Returns the sum of a count over all lanes."""
         return sum(getattr(tally, name) for tally in self.lanes.values())
 
     @property
     def recovery_seconds(self) -> list[float]:
-        """Of all lanes."""
+        """The recovery times of all lanes."""
         return [seconds for tally in self.lanes.values() for seconds in tally.recovery_seconds]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """Returns everything as JSON values."""
         recovery = self.recovery_seconds or [0.0]
         return {
             "seed": self.request.seed,
@@ -100,7 +100,7 @@ class Report:
         }
 
     def table(self) -> str:
-        """For people."""
+        """Returns a table for people."""
         recovery = self.recovery_seconds
         rows: list[tuple[str, str]] = [("kills", f"{self.kills.total()}")]
         rows += [(f"  {kind}", f"{count}") for kind, count in sorted(self.kills.items())]
@@ -124,18 +124,18 @@ class Report:
 
 
 DEFINITIONS = (
-    "images lost: of the order from 0 to the end, those that went into the final weights not once.",
-    "images repeated: trained on again by a later attempt, because what was learnt from them was not saved.",
+    "images lost: images of the order from 0 to the end that never went into the final weights.",
+    "images repeated: images that a later attempt trained on again, because a kill came before their save.",
     "recovery: from the start of a process after a kill to the end of its first step, imports included.",
     "weights: SHA-256 over all tensors of the newest checkpoint: model, averaged weights, moments of the optimiser.",
-    "Compared as well: learning rate, losses and all other metrics, loss sums of manifests, pixels, noise and point",
-    "of every image, pictures, packed shards, saved samples. All of it is equal to the bit.",
+    "Also compared: learning rate, losses and all other metrics, loss sums of manifests, pixels, noise and point",
+    "of every image, pictures, packed shards, saved samples. All are equal to the bit.",
     f"The lease is renewed every {RENEW_SECONDS:g} s and expires after {EXPIRE_SECONDS:g} s, not 5 and 20.",
 )  # fmt: skip
 
 
 def lane_of(point: Point) -> tuple[int, float]:
-    """Processes and dropout of the lane that meets a point: the two lanes of one process share them out."""
+    """Returns processes and dropout of the lane that meets a point; the two lanes of one process share the points."""
     is_later = POINTS.index(point) >= [other.name for other in POINTS].index("renewal-before")
     if point.processes == 2:
         return 2, 0.1 if point.action == "term" else 0.0
@@ -143,7 +143,7 @@ def lane_of(point: Point) -> tuple[int, float]:
 
 
 def plan_lanes(request: Request) -> list[tuple[int, float, list[Point], list[Moment]]]:
-    """Processes, dropout, points and moments of each lane that has something to do."""
+    """Returns processes, dropout, points and moments of each lane with work."""
     # A broken protocol shows in any lane.
     shares = {kind: (list[Point](), list[Moment]()) for kind in (KINDS[:1] if request.sabotage else KINDS)}
     for point in request.chosen_points():
@@ -158,7 +158,7 @@ def plan_lanes(request: Request) -> list[tuple[int, float, list[Point], list[Mom
 
 
 def _kinds_of_kills(generator: random.Random, count: int) -> list[tuple[str, str, bool]]:
-    """As many of each kind as of any other, in an order that is drawn."""
+    """Returns equally many kills of each kind, in a random order."""
     kinds = list(product(ACTIONS, TARGETS, (False, True)))
     kills: list[tuple[str, str, bool]] = []
     while len(kills) < count:
@@ -171,9 +171,9 @@ def run_campaign(request: Request, bucket: str, folder: Path, tell: Callable[[st
     """Runs all lanes.
 
     Args:
-        request: what is to be done.
-        bucket: URI of a bucket or of a folder in one that nobody else uses.
-        folder: for caches, traces and outputs.
+        request: the options.
+        bucket: the URI of an unused bucket, or of an unused folder in one.
+        folder: the folder for caches, traces and outputs.
         tell: prints a line; called from several threads.
     """
     began = time.time()
@@ -206,7 +206,7 @@ def _work(base: str, part: str, **how: Any) -> Work:
 
 
 def title(report: Report, bucket: str) -> str:
-    """What was done, in a line."""
+    """Returns the facts of a campaign, in a line."""
     request, lanes = report.request, len(report.lanes)
     kinds = f"{lanes} kind{'s' * (lanes > 1)} of runs"
     length = f"{request.epochs} epochs of {IMAGES} images"

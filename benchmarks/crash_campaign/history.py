@@ -1,4 +1,4 @@
-"""What became of a run: the tensors, metrics and pictures at its end, and the images that each attempt trained on."""
+"""The result of a run: tensors, metrics and pictures at its end, and the training images of each attempt."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from job.runs.metric_rows import Row, read_rows
 from job.store import Store
 
 MEASURED = ("images_per_second", "memory_bytes", "time")
-"""What no two runs have in common in their metrics."""
+"""The metrics that differ between any two runs."""
 
 TITLE_PIXELS = 48
-"""Height of what a title may take of a picture."""
+"""The largest height of a picture's title."""
 Ref = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Ending:
-    """A finished run, as it lies in the bucket."""
+    """The content of a finished run in the bucket."""
 
     ref: Ref
     """Fence and images seen of the newest checkpoint."""
@@ -41,12 +41,12 @@ class Ending:
 
     @property
     def weights_sha256(self) -> str:
-        """One hash over all of them."""
+        """One hash over all groups of tensors."""
         return hashlib.sha256("".join(self.hashes.values()).encode()).hexdigest()
 
 
 def read_ending(run: Store) -> Ending:
-    """Reads a finished run's newest checkpoint and what goes with it.
+    """Reads a finished run's newest checkpoint, with its metrics and pictures.
 
     Raises:
         BadDataError: no checkpoint verifies, or a metric segment does not.
@@ -71,7 +71,7 @@ def read_ending(run: Store) -> Ending:
 
 
 def saved_images(run: Store) -> dict[str, str]:
-    """SHA-256 of every piece that `ddpm sample --count` saved, by name; nothing unless its index lists just these."""
+    """Returns the SHA-256 of every piece of `ddpm sample --count`, by name; empty if the index lists other pieces."""
     pieces, listed = {}, {}
     for entry in run.list(SAMPLES):
         name = entry.key.rpartition("/")[2]
@@ -86,7 +86,7 @@ def saved_images(run: Store) -> dict[str, str]:
 
 
 def _pixels_sha256(data: bytes) -> str:
-    """Over all frames of a picture, below its title: that has the name of its run."""
+    """Returns the hash of all frames of a picture below its title, which has the name of the run."""
     with Image.open(io.BytesIO(data)) as image:
         below = (0, TITLE_PIXELS, image.width, image.height)
         frames = (frame.convert("RGB").crop(below).tobytes() for frame in ImageSequence.Iterator(image))
@@ -109,15 +109,15 @@ def _sha256_of(paths: Iterable[Any]) -> str:
 
 @dataclass
 class History:
-    """What all attempts at a run did, put together from their traces."""
+    """The work of all attempts at a run, from their traces."""
 
     steps: dict[int, list[tuple[int, dict[int, str]]]] = field(default_factory=dict)
-    """By fence: images seen after a step, and what one rank trained on in it (number → hash)."""
+    """By fence: the images seen after each step, and the images of one rank in it (number → hash)."""
     restored: dict[int, Ref] = field(default_factory=dict)
     sums: dict[int, list[list[float]]] = field(default_factory=dict)
-    """Loss sums by images seen, of the last commit there."""
+    """The loss sums of the last commit at each number of images seen."""
     trained: Counter[int] = field(default_factory=Counter)
-    """How often each image number was trained on, by all attempts together."""
+    """The number of times that all attempts together trained on each image number."""
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> History:
@@ -135,7 +135,7 @@ class History:
         return history
 
     def effective(self, ref: Ref) -> list[tuple[int, str]]:
-        """Every image, with its number, that went into a checkpoint: its attempt's, its parent's, and so on."""
+        """Returns every image of a checkpoint, with its number: from its attempt, its parent's, and so on."""
         images: list[tuple[int, str]] = []
         at: Ref | None = ref
         while at is not None:
@@ -149,17 +149,17 @@ class History:
 
     @property
     def repeated_images(self) -> int:
-        """How many images were trained on again because what was learnt from them was not saved."""
+        """The number of images that an attempt trained on again, because a kill came before their save."""
         return sum(self.trained.values()) - len(self.trained)
 
 
 def lost_images(history: History, ending: Ending) -> int:
-    """How many images of the order, up to the end of the run, went into its final weights not once."""
+    """Returns the number of images up to the end of the run that never went into its final weights."""
     return len(set(range(ending.ref[1])) - {number for number, _ in history.effective(ending.ref)})
 
 
 def differences(history: History, ending: Ending, reference: History, undisturbed: Ending) -> list[str]:
-    """What a disturbed run ended with that the undisturbed one did not, causes first; nothing if all is well."""
+    """Returns the differences of a disturbed run from the undisturbed one, causes first; empty if both are equal."""
     found = _image_differences(history.effective(ending.ref), dict(reference.effective(undisturbed.ref)))
     for group in sorted(ending.hashes.keys() | undisturbed.hashes.keys()):
         ours, theirs = ending.hashes.get(group, "none"), undisturbed.hashes.get(group, "none")
@@ -181,7 +181,7 @@ def differences(history: History, ending: Ending, reference: History, undisturbe
 
 
 def _named(names: list[Any], kind: str, what: str, what_all: str) -> str:
-    """`image 216 was lost`, or `3 images were lost, the first is 216`."""
+    """Returns `image 216 was lost`, or `3 images were lost, the first is 216`."""
     if len(names) == 1:
         return f"{kind} {names[0]} {what}"
     return f"{len(names):,} {kind}s {what_all}, the first is {names[0]}"

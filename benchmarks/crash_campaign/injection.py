@@ -1,6 +1,6 @@
-"""What runs inside the processes that are to die: a trace of what they do, and the fault that ends them.
+"""The code inside the processes of a campaign: the trace of their work, and the fault that ends them.
 
-The product's code is not touched: modules are changed as they are imported, in these processes alone. The trace is a
+The product's code stays unchanged: hooks change modules after their import, in these processes alone. The trace is a
 file of JSON lines, each written with one call, so that it holds everything up to the kill.
 """
 
@@ -29,7 +29,7 @@ VARIABLE = "DDPM_CRASH_CAMPAIGN"
 OPERATIONS = ("read", "create", "replace", "put", "upload", "download", "open", "delete", "exists")
 SHARD_IMAGES = 26
 RENEW_SECONDS, EXPIRE_SECONDS = 1.0, 12.0
-"""Shorter than the product's, so that a small run renews its lease and a zombie is replaced while one watches."""
+"""Shorter than the product's, so that a small run renews its lease and a zombie is replaced within seconds."""
 
 _STORES = {
     "job.store.local": "LocalStore",
@@ -41,7 +41,7 @@ _SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGST
 
 
 class Trace:
-    """What this process did. Lines of several processes do not mix: each is one write to a file that only grows."""
+    """The trace of this process. Lines of several processes never mix: each is one write in append mode."""
 
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
@@ -55,7 +55,7 @@ class Trace:
 
 
 class _Gate:
-    """Lets a process be stopped while no other thread is inside an operation, holding a lock that others wait for."""
+    """Delays the stop of a process until no other thread is inside an operation, where it could hold a shared lock."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -97,7 +97,7 @@ class Fault:
         self._gate = _Gate()
 
     def around(self, op: str, uri: str, data: bytes, work: Callable[[], Any]) -> Any:
-        """Does `work`, and what the fault wants before or after it."""
+        """Runs `work`, with the fault before or after it."""
         with self._gate.inside():
             if self._struck or not self._matches(op, uri, data):
                 result = work()
@@ -105,7 +105,7 @@ class Fault:
                 return result
             if self._fields["hold"]:
                 return self._held(work)
-            # One at a time: after the k-th upload exactly k objects are there.
+            # One at a time, so that after the k-th upload exactly k objects exist.
             with self._lock:
                 self._count += 1
                 due = self._count == self._fields["nth"]
@@ -121,7 +121,7 @@ class Fault:
             self._count += 1
             if self._count == self._fields["nth"]:
                 self._strike("held", "")
-        # After SIGKILL nobody goes on, not even in the moment before it takes effect.
+        # SIGKILL takes effect after a moment, in which this thread must not go on.
         while not self._struck or self._fields["action"] == "kill":
             time.sleep(0.01)
         return work()
@@ -156,7 +156,7 @@ class Fault:
 
 
 class Watched:
-    """The hooks: what is changed in each module once it is imported."""
+    """The hooks that change each module after its import."""
 
     def __init__(self, trace: Trace, fault: Fault | None, broken: str) -> None:
         self._trace, self._fault, self._broken = trace, fault, broken
@@ -192,7 +192,7 @@ class Watched:
 
     def _watched(self, op: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(store: Any, *args: Any, **kwargs: Any) -> Any:
-            # What a store does within an operation, such as reading in a replace, is no operation of its own.
+            # An operation inside another one, such as the read of a replace, does not count.
             if getattr(self._local, "inside", False):
                 return method(store, *args, **kwargs)
             uri = f"{store.uri}/{args[1] if op == 'upload' else args[0]}"
@@ -258,7 +258,7 @@ class Watched:
         session.after_step = watched_after_step
 
     def _keep_drawn(self, module: ModuleType) -> None:
-        """Keeps what goes into a micro-batch: the numbers of its images, and their pixels, noise and points."""
+        """Keeps the content of each micro-batch: the numbers of its images, and their pixels, noise and points."""
         draw, losses = module.randomness.training_noise, module.Objective.losses
 
         def kept_noise(seed: int, image_numbers: Any, *args: Any) -> Any:
@@ -273,7 +273,7 @@ class Watched:
         module.randomness.training_noise, module.Objective.losses = kept_noise, kept_losses
 
     def _digests(self) -> list[list[Any]]:
-        """Of each image that went into this step: its number, and a hash of its pixels, noise and point."""
+        """Returns for each image of this step its number, and a hash of its pixels, noise and point."""
         digests = []
         for numbers, tensors in self._drawn:
             arrays = [tensor.contiguous().numpy() for tensor in tensors]
@@ -285,7 +285,7 @@ class Watched:
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Hands modules of the product to a hook once they are imported."""
+    """Passes modules of the product to a hook after their import."""
 
     def __init__(self, hook: Callable[[ModuleType], None]) -> None:
         self._hook = hook
@@ -309,7 +309,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Puts trace, fault and sabotage in place, if the environment asks for them."""
+    """Installs trace, fault and sabotage, if the environment asks for them."""
     if VARIABLE not in os.environ:
         return
     chosen = json.loads(os.environ[VARIABLE])

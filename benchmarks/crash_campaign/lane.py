@@ -1,4 +1,4 @@
-"""One kind of run, killed again and again: what is started, who is killed when, and what must hold afterwards."""
+"""One kind of run, killed repeatedly: the processes to start, the kills, and the checks afterwards."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from job.runs.layout import RUNS, SAMPLES
 from job.store import Store, open_store
 
 SHORTER = 0.8
-"""Times the fraction of a moment that a whole run did not reach."""
+"""The factor on the fraction of a moment that a whole run did not reach."""
 
 
 class Lane:
-    """A kind of run (processes, dropout): once undisturbed, then killed until points and moments are used up."""
+    """A kind of run (processes, dropout): trained once undisturbed, then killed at all its points and moments."""
 
     def __init__(
         self,
@@ -38,7 +38,17 @@ class Lane:
         tell: Callable[[str], None],
         killed: Callable[[], None],
     ) -> None:
-        """`work` gives the commands for a folder of the bucket; `tell` prints a line; `killed` hears of each kill."""
+        """Prepares a lane.
+
+        Args:
+            work: returns the commands for a folder of the bucket.
+            folder: the folder for caches, traces and outputs.
+            points: the points of this lane.
+            moments: its random kills.
+            sabotage: the protocol to break, or empty.
+            tell: prints a line.
+            killed: called after each kill.
+        """
         self._work_in, self._folder, self._tell, self._killed = work, folder, tell, killed
         self._work = work("disturbed")
         self._points, self._moments, self._sabotage = tuple(points), tuple(moments), sabotage
@@ -48,12 +58,12 @@ class Lane:
         self._started: list[Invocation] = []
         self._caches = 0
         self._pace_seconds = 0.0, 0.0
-        """To the end of a process's first step, and from then on per image."""
+        """The seconds of a process up to the end of its first step, and then per image."""
         self.tally = Tally()
         self.name = f"{self._work.processes} process{'es' * (self._work.processes > 1)}, dropout {self._work.dropout:g}"
 
     def run(self) -> Tally:
-        """Does it all; what does not hold is in the tally's `failures`."""
+        """Runs the lane; claims that do not hold are in the tally's `failures`."""
         try:
             if not self._sabotage:
                 self._undisturbed = self._make_undisturbed()
@@ -74,7 +84,7 @@ class Lane:
 
     @property
     def undisturbed(self) -> Undisturbed:
-        """Made when it is first needed."""
+        """The undisturbed run, made at its first use."""
         if self._undisturbed is None:
             self._undisturbed = self._make_undisturbed()
         return self._undisturbed
@@ -143,7 +153,7 @@ class Lane:
                 return run
 
     def _one_run(self, run: Run, events: deque[Point | Moment]) -> None:
-        """Starts the command until the run is finished; each process meets the next event, if it comes to that."""
+        """Starts the command until the run is finished; each process meets the next event, if it gets that far."""
         finished = False
         while not finished:
             event = events[0] if events else None
@@ -158,7 +168,7 @@ class Lane:
             if happened:
                 events.popleft()
             elif finished and len(run.invocations) == 1 and event is not None:
-                # Nothing else was in its way.
+                # A whole run without another kill must reach every point.
                 event = events.popleft()
                 if isinstance(event, Point):
                     self._fail(f"point {event.name} was not reached by a whole run")
@@ -166,7 +176,7 @@ class Lane:
                     events.appendleft(replace(event, fraction=event.fraction * SHORTER))
 
     def _meet(self, run: Run, event: Point | Moment | None) -> tuple[bool, bool]:
-        """Starts a process that is to meet `event`; whether it did, and whether the run is finished."""
+        """Starts a process for `event`; returns whether the event happened, and whether the run is finished."""
         if isinstance(event, Point) and event.fresh:
             self._new_cache()
         invocation = self._begin(run, event if isinstance(event, Point) else None)
@@ -204,13 +214,13 @@ class Lane:
         return True
 
     def _at_moment(self, run: Run, invocation: Invocation, moment: Moment) -> str:
-        """Sends the signal when it is time; who got it, or nothing if the run was finished before."""
+        """Sends the signal at its time; returns its target, or an empty text if the run was finished before."""
         until = invocation.started + moment.fraction * self._expected_seconds(run)
         while time.time() < until and invocation.code is None:
             time.sleep(0.01)
         number = signal.SIGKILL if moment.action == "kill" else signal.SIGTERM
         target = moment.target
-        # A rank that has not begun cannot be killed: the only process that there is takes its place.
+        # A rank that has not begun cannot be killed: the launcher, the only process so far, is killed instead.
         if target == "rank" and invocation.rank_pid(moment.rank) is None:
             target = "launcher"
         if invocation.code is not None or not invocation.send(number, target, moment.rank):
@@ -224,7 +234,7 @@ class Lane:
         return target
 
     def _expected_seconds(self, run: Run) -> float:
-        """How long the next process would take to the end of the run, at the pace of the one before."""
+        """Returns the seconds of the next process to the end of the run, at the pace of the last one."""
         done = max((ref.images_seen for ref in run.checkpoints), default=0)
         start_up, per_image = self._pace_seconds
         return start_up + (self.undisturbed.ending.ref[1] - done) * per_image
@@ -257,7 +267,7 @@ class Lane:
             self.tally.recovery_seconds.append(seconds)
 
     def _note_pace(self, invocation: Invocation) -> float | None:
-        """Seconds to the end of the first step, if there was one."""
+        """Returns the seconds to the end of the first step, if there was one."""
         steps = [event for event in invocation.events if event["event"] == "step"]
         if not steps:
             return None
@@ -297,7 +307,7 @@ class Lane:
         self._tell(f"{self.name:<26} {point.name:<36} {replaced.name}: exit {code}")
         if code != Exit.BAD_DATA or replaced.name not in invocation.output:
             raise BrokenError(
-                f"a rotten shard was not noticed: {replaced.name} holds an image that was not packed, and training "
+                f"a corrupt shard was not noticed: {replaced.name} holds an image that was not packed, and training "
                 f"ended with {code} instead of {int(Exit.BAD_DATA)}, after {_last_images(invocation):,} images"
             )
         return False
@@ -341,9 +351,9 @@ class Lane:
         self.tally.bad_checkpoints += len(aside)
         planted = {str(ref) for ref in run.rotten}
         if unexpected := sorted(aside - planted):
-            self._fail(f"{run.name}: checkpoint {unexpected[0]} was set aside, and nobody had damaged it")
+            self._fail(f"{run.name}: checkpoint {unexpected[0]} was set aside without damage")
         if unseen := sorted(planted - aside):
-            self._fail(f"{run.name}: checkpoint {unseen[0]} was damaged, and nobody noticed")
+            self._fail(f"{run.name}: checkpoint {unseen[0]} was damaged, and no process noticed")
         problems = differences(history, ending, undisturbed.history, undisturbed.ending)
         for problem in [*problems, *run.written_after_loss()]:
             self._fail(f"{run.name}: {problem}")
@@ -369,7 +379,7 @@ class Lane:
                 self._fail(f"{twice[0]} was committed twice")
 
     def _share(self, run: Run) -> None:
-        """Has machines share packing and sampling, from nothing each time."""
+        """Starts machines that share packing and sampling, each time from nothing."""
         samples, dataset = run.store.sub(SAMPLES), self._bucket.sub(f"shared/{DATASET_KEY}")
         batch = self._work.batch(run.name)
         for point in self._of("shared-pack", "shared-batch"):
@@ -396,7 +406,7 @@ def _point(name: str) -> Point:
 
 
 def _objects(store: Store) -> dict[str, bytes]:
-    """A dataset's objects, without the journal, which stays behind when packing is killed after its commit."""
+    """Returns a dataset's objects without records and claims, which a kill after the commit leaves behind."""
     keys = (entry.key for entry in store.list() if not entry.key.startswith(("pieces/", "claims/")))
     return {key: store.read(key).data for key in keys}
 

@@ -1,4 +1,4 @@
-"""Where a run is killed: the points of its protocols, as data. A random kill is a moment instead of a point."""
+"""The points of the protocols at which a run is killed, as data. A random kill is a moment instead of a point."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ SHARD = r"/shard-\d+\.tar$"
 
 @dataclass(frozen=True)
 class Point:
-    """A moment in a process, told by what it does: the n-th operation `op` on an object whose URI matches `key`.
+    """A point in a process: the n-th operation `op` on an object whose URI matches `key`.
 
     Attributes:
-        name: for `--points` and the report.
-        what: for people.
+        name: its name for `--points` and the report.
+        what: its description for people.
         phase: the command it lies in: `pack`, `train`, `end` (of training), `sample` or `batch`; `shared-pack` and
             `shared-batch` where machines share that.
         op: a method of `job.store.Store`, `sampling-step` for a step of a sampler; or `rot`, done between processes.
         key: regular expression for the object's URI.
         when: `before` or `after` the operation.
-        nth: which of the matching operations of a process, from 1.
-        data: regular expression for what is written.
-        since: only operations count that come after one whose `OP URI` matches this.
-        hold: earlier matching operations wait, so that none has begun when this one is reached.
+        nth: the number of the matching operation of a process, from 1.
+        data: regular expression for the written data.
+        since: operations count only after one whose `OP URI` matches this.
+        hold: whether earlier matching operations wait, so that all are still pending at this one.
         action: `kill` (SIGKILL), `term` (SIGTERM), or `stop` (SIGSTOP until another attempt has replaced this one).
         target: `group`, `rank` or `launcher`.
-        rank: in which of the processes.
-        processes: how many train.
-        machines: how many share the work; the first one is killed.
-        fresh: whether it needs a run, or a cache, that nobody has begun.
+        rank: the process that it lies in.
+        processes: the number of processes that train.
+        machines: the number of machines that share the work; the first one is killed.
+        fresh: whether it needs a new run, or a new cache.
     """
 
     name: str
@@ -62,8 +62,8 @@ def _pack() -> list[Point]:
         Point("pack-staged", "the first shard is written, nothing uploaded", "pack", "upload", SHARD, when="before"),
         Point("pack-upload-2", "the second shard is uploaded, it has no record", "pack", "upload", SHARD, nth=2),
         Point("pack-record-3", "three shards have records", "pack", "create", RECORD, nth=3),
-        Point("pack-index-before", "all shards are there, the index is not", "pack", "create", INDEX, when="before"),
-        Point("pack-index", "the index is there, the records not cleared away", "pack", "create", INDEX),
+        Point("pack-index-before", "all shards are there, no index", "pack", "create", INDEX, when="before"),
+        Point("pack-index", "the index is there, the records not deleted", "pack", "create", INDEX),
     ]
 
 
@@ -89,8 +89,8 @@ def _begin() -> list[Point]:
             data=take,
             fresh=True,
         ),
-        Point("config", "the configuration is there, no attempt is", "train", "create", "/config.yaml$", fresh=True),
-        Point("attempt", "the attempt is written down", "train", "create", "/attempts/", fresh=True),
+        Point("config", "the configuration is there, no attempt", "train", "create", "/config.yaml$", fresh=True),
+        Point("attempt", "the attempt is recorded", "train", "create", "/attempts/", fresh=True),
         Point("download-3", "the first download has three shards", "train", "download|open", SHARD, nth=3, fresh=True),
     ]
 
@@ -105,7 +105,7 @@ def _commit() -> list[Point]:
         Point("manifest-before", "everything but the manifest is there", "train", "create", MANIFEST, when="before"),
         Point("manifest", "the manifest is there, LATEST is not", "train", "create", MANIFEST),
         Point("latest", "LATEST is written, nothing retired", "train", "put", "/LATEST$"),
-        Point("sweep", "the leavings of dead attempts are half swept", "train", "delete", "/metrics/"),
+        Point("sweep", "half of the remains of dead attempts are deleted", "train", "delete", "/metrics/"),
         Point("retire-manifest", "a manifest is deleted, its objects are not", "train", "delete", MANIFEST),
         Point("retire-object", "one of its objects is deleted, too", "train", "delete", TENSORS, since=retired),
     ]
@@ -122,7 +122,7 @@ def _later() -> list[Point]:
         Point("sampling", "in the middle of in-training sampling", "train", "sampling-step", nth=3),
         Point(
             "picture-before",
-            "it is written where the picture comes from, but no picture",
+            "the provenance of a picture is written, the picture is not",
             "train",
             "put",
             f"{PICTURES}epoch-",
@@ -132,7 +132,7 @@ def _later() -> list[Point]:
         Point("shard-rot", "an image in the bucket's shard is replaced by another", "train", "rot", fresh=True),
         Point(
             "zombie",
-            "stopped between the last look at the lease and the manifest, woken after it was replaced",
+            "stopped between the last check of the lease and the manifest, woken after its replacement",
             "train",
             "create",
             MANIFEST,
@@ -146,7 +146,7 @@ def _of_two() -> list[Point]:
     return [
         Point("rank-1-sampling", "one of two ranks in in-training sampling", "train", "sampling-step", nth=3,
               target="rank", rank=1, processes=2),
-        Point("rank-0-manifest", "the writing one of two ranks, after the manifest", "train", "create", MANIFEST,
+        Point("rank-0-manifest", "the rank that writes, one of two, after the manifest", "train", "create", MANIFEST,
               target="rank", processes=2),
         Point("launcher-upload-2", "the launcher alone, with two files uploaded", "train", "upload", TENSORS, nth=2,
               target="launcher", processes=2),
@@ -157,11 +157,11 @@ def _of_two() -> list[Point]:
 
 def _end() -> list[Point]:
     return [
-        Point("last-picture", "the last picture is drawn, not stored", "end", "put", f"{PICTURES}denoising-",
+        Point("last-picture", "the last picture is made, not stored", "end", "put", f"{PICTURES}denoising-",
               when="before"),
-        Point("finished-before", "all is there, the status does not say so", "end", "put", "/status.json$",
+        Point("finished-before", "everything is there, the status is not updated", "end", "put", "/status.json$",
               when="before", data='"state": "finished"'),
-        Point("lease-return", "finished, the lease not given back", "end", "replace", LEASE, when="before",
+        Point("lease-return", "finished, the lease not released", "end", "replace", LEASE, when="before",
               data='"released": true'),
     ]  # fmt: skip
 
@@ -169,7 +169,7 @@ def _end() -> list[Point]:
 def _sample() -> list[Point]:
     return [
         Point("sample-step", "in the middle of `ddpm sample`", "sample", "sampling-step", nth=3),
-        Point("sample-before", "its picture is drawn, not stored", "sample", "put", PICTURES, when="before"),
+        Point("sample-before", "its picture is made, not stored", "sample", "put", PICTURES, when="before"),
     ]
 
 
@@ -178,7 +178,7 @@ def _batch() -> list[Point]:
         Point("batch-step", "in the middle of a piece of `ddpm sample --count`", "batch", "sampling-step", nth=3),
         Point("batch-upload-2", "the second piece is uploaded, it has no record", "batch", "create", PIECE, nth=2),
         Point("batch-record-2", "the second of its records is written", "batch", "create", RECORD, nth=2),
-        Point("batch-index-before", "all pieces are there, the index is not", "batch", "create", INDEX, when="before"),
+        Point("batch-index-before", "all pieces are there, no index", "batch", "create", INDEX, when="before"),
     ]
 
 
@@ -187,14 +187,14 @@ def _shared() -> list[Point]:
         Point("shared-pack-claim", "a piece is claimed, nothing made", "shared-pack", "create", CLAIM, machines=2),
         Point("shared-pack-upload", "a shard is uploaded, it has no record", "shared-pack", "upload", SHARD,
               machines=3),
-        Point("shared-pack-record", "a piece has its record, its claim is not given back", "shared-pack", "create",
+        Point("shared-pack-record", "a piece has its record, its claim is not released", "shared-pack", "create",
               RECORD, machines=2),
         Point("shared-batch-claim", "a piece is claimed, nothing drawn", "shared-batch", "create", CLAIM,
               machines=3),
         Point("shared-batch-step", "in the middle of a piece", "shared-batch", "sampling-step", nth=3, machines=2),
         Point("shared-batch-upload", "a piece is uploaded, it has no record", "shared-batch", "create", PIECE,
               machines=3),
-        Point("shared-batch-record", "a piece has its record, its claim is not given back", "shared-batch", "create",
+        Point("shared-batch-record", "a piece has its record, its claim is not released", "shared-batch", "create",
               RECORD, machines=2),
     ]  # fmt: skip
 
@@ -208,11 +208,11 @@ SABOTAGES = {
     "order-drawn-anew": ("manifest",),
     "shard-hash-unchecked": ("shard-rot",),
 }
-"""Ways to break the protocols on purpose, and the points at which each shows."""
+"""The ways to break a protocol on purpose, and the points that show each."""
 
 
 def listing() -> str:
-    """All points, a line each."""
+    """Returns all points, a line each."""
     rows = [
         (
             f"{number:>3}",

@@ -1,4 +1,4 @@
-"""Commands of the product as real processes: started, watched through their trace, killed, and awaited to the last."""
+"""Commands of the product as real processes: starts them, reads their traces, kills them, and waits for all of them."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ from benchmarks.crash_campaign.points import Point
 ROOT = Path(__file__).resolve().parents[2]
 INJECTED = Path(__file__).with_name("injected")
 PATIENCE_SECONDS = 300.0
-"""After so long without an end a process counts as hung, which is a failure of the product."""
+"""The longest time of a process; then it counts as hung, which is a failure of the product."""
 POLL_SECONDS = 0.02
 
 Event = dict[str, Any]
 _leaving = threading.Event()
 _started: set[Invocation] = set()
-"""Groups that may still run: each is a session of its own, which no signal to this process reaches."""
+"""Groups that may still run. Each has its own session, so signals to this process do not reach them."""
 
 
 def destroy_all() -> None:
-    """Kills everything that was started here and may still run; nothing can be started any more."""
+    """Kills all processes that may still run; afterwards none can be started."""
     _leaving.set()
     for invocation in list(_started):
         invocation.destroy()
 
 
 class HungError(Exception):
-    """A process did not get where it had to."""
+    """A process did not reach a state in time."""
 
 
 class LeavingError(Exception):
-    """Somebody stopped the campaign."""
+    """A signal stopped the campaign."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the processes of a lane work: their cache, temporary files and traces, and what is broken in them."""
+    """The folders of a lane's processes, for cache, temporary files and traces; and the protocol that is broken."""
 
     folder: Path
     cache: Path
     sabotage: str = ""
 
     def environment(self, trace: Path, point: Point | None) -> dict[str, str]:
-        """What a child process sees: one thread, so that sums are added up in one order, and nothing of `DDPM_…`."""
+        """Returns the variables of a child process: one thread, so that sums have one order, and no `DDPM_…`."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("DDPM_")}
         paths = [str(INJECTED), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         fault = None if point is None or point.op == "rot" else asdict(point)
@@ -68,7 +68,7 @@ class Place:
 
 
 class Invocation:
-    """One start of a command, in a process group of its own."""
+    """One start of a command, in a new process group."""
 
     def __init__(self, number: int, words: Sequence[str], place: Place, point: Point | None = None) -> None:
         if _leaving.is_set():
@@ -98,29 +98,29 @@ class Invocation:
 
     @property
     def output(self) -> str:
-        """What it printed so far, on both streams."""
+        """Its output so far, from both streams."""
         return self.output_path.read_text(errors="replace")
 
     @property
     def events(self) -> list[Event]:
         """Its trace so far."""
         with suppress(FileNotFoundError):
-            # The last line may be under way.
+            # The last line may be incomplete.
             whole, _, _ = self.trace_path.read_text().rpartition("\n")
             return [json.loads(line) for line in whole.splitlines()]
         return []
 
     def find(self, event: str) -> Event | None:
-        """The first event of a kind in its trace."""
+        """Returns the first event of a kind in its trace."""
         return next((found for found in self.events if found["event"] == event), None)
 
     def rank_pid(self, rank: int) -> int | None:
-        """Process id of a rank, once it has started."""
+        """Returns the process id of a rank, once it has started."""
         ranks = (event for event in self.events if event["event"] == "process" and event["role"] == "rank")
         return next((event["pid"] for event in ranks if event["rank"] == rank), None)
 
     def send(self, number: int, target: str, rank: int = 0) -> bool:
-        """Signals the group, a rank or the launcher alone; whether there was anybody to signal."""
+        """Signals the group, a rank or the launcher alone; returns whether that process existed."""
         with suppress(ProcessLookupError):
             if target == "group":
                 os.killpg(self.group, number)
@@ -134,14 +134,14 @@ class Invocation:
         return False
 
     def living(self) -> list[int]:
-        """Processes of the group that still run; dead ones that nobody has reaped are not among them."""
+        """Returns the processes of the group that still run, without zombies."""
         return [pid for pid, group, state in _processes() if group == self.group and state not in "ZX"]
 
     def wait_until(self, condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SECONDS) -> Any:
-        """Returns what `condition` said once that is true.
+        """Waits until `condition` returns a true value, and returns that.
 
         Raises:
-            HungError: it never was.
+            HungError: it did not in time.
         """
         deadline = time.monotonic() + seconds
         while not (said := condition()):
@@ -162,9 +162,9 @@ class Invocation:
         return code
 
     def destroy(self) -> None:
-        """Kills whatever is left of it."""
+        """Kills all processes of the group that still run."""
         if self not in _started:
-            # Its number may belong to somebody else by now.
+            # The number of an ended group may belong to another one now.
             return
         _started.discard(self)
         with suppress(ProcessLookupError):
@@ -173,7 +173,7 @@ class Invocation:
 
 
 def _processes() -> Iterator[tuple[int, int, str]]:
-    """Id, group and state of every process of this machine."""
+    """Yields id, group and state of every process of this machine."""
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
             with suppress(OSError):

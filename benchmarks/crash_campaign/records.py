@@ -1,4 +1,4 @@
-"""What a campaign keeps book of: kills at random moments, a run with all its processes, and what was counted."""
+"""The records of a campaign: kills at random moments, runs with all their processes, and counts."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ EXPECTED_CODES = {
     ("term", "launcher"): {Exit.STOPPED, TERMINATED},
     ("term", "rank"): {Exit.STOPPED, 128 + signal.SIGTERM},
 }
-"""How the command ends when somebody gets a signal; it may also have finished just before."""
+"""The exit codes of the command after a signal to a target; it may also have finished just before."""
 _SET_ASIDE = re.compile(rf"set aside checkpoint \S+/{CHECKPOINTS}/(\S+):")
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A kill at a moment that was drawn: after `fraction` of the time a process would take, start-up included."""
+    """A kill at a random moment: after `fraction` of the expected time of a process, with its start-up."""
 
     fraction: float
     action: str
     target: str
     rank: int
     at_once: bool
-    """Whether the command is typed again at once, while processes of the killed one may still run."""
+    """Whether the command starts again at once, while processes of the killed one may still run."""
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Its name for people."""
         whom = f"rank {self.rank}" if self.target == "rank" else self.target
         return f"SIG{self.action.upper()} to {whom}{', again at once' if self.at_once else ''}"
 
 
 class BrokenError(Exception):
-    """Something does not hold, and going on would prove nothing."""
+    """A claim does not hold, and the rest of the lane would prove nothing."""
 
 
 @dataclass
@@ -61,20 +61,20 @@ class Run:
     verified: set[CheckpointRef] = field(default_factory=set)
     rotten: set[CheckpointRef] = field(default_factory=set)
     zombies: set[int] = field(default_factory=set)
-    """Fences of attempts that were replaced while they stood still."""
+    """The fences of attempts that were stopped and replaced."""
 
     @property
     def history(self) -> History:
-        """What all its attempts did."""
+        """The work of all its attempts."""
         return History.of(event for invocation in self.invocations for event in invocation.events)
 
     @property
     def checkpoints(self) -> list[CheckpointRef]:
-        """Those that are committed, oldest first."""
+        """The committed checkpoints, oldest first."""
         try:
             return list_checkpoints(self.store)
         except JobError:
-            # A bucket that is a folder comes into being with its first object.
+            # A bucket that is a folder does not exist before its first object.
             return []
 
     @property
@@ -83,13 +83,13 @@ class Run:
         return {name for invocation in self.invocations for name in _SET_ASIDE.findall(invocation.output)}
 
     def audit(self) -> None:
-        """Every checkpoint that somebody committed must be whole with its snapshots, whoever was killed.
+        """Checks that every committed checkpoint is intact, with its snapshots.
 
         Raises:
-            BrokenError: one is not, and nobody damaged it on purpose.
+            BrokenError: one is not, and the campaign did not damage it.
         """
         for ref in set(self.checkpoints) - self.verified - self.rotten:
-            # What a zombie commits late may name objects that were swept, and harms nobody.
+            # A late commit of a zombie may name deleted objects. It has no effect, since its fence is lower.
             if ref.fence in self.zombies:
                 continue
             try:
@@ -101,7 +101,7 @@ class Run:
                 raise BrokenError(f"checkpoint {ref.key} is committed, but {error}") from None
 
     def written_after_loss(self) -> list[str]:
-        """Attempts that wrote although another had taken the run; one commit or deletion may have been under way."""
+        """Returns the attempts that wrote after another took the run; one write may have been in progress."""
         events = [event for invocation in self.invocations for event in invocation.events]
         taken, late = 0, Counter[int]()
         for event in sorted(events, key=lambda event: event["time"]):
@@ -114,7 +114,7 @@ class Run:
 
 @dataclass
 class Tally:
-    """What a lane counted."""
+    """The counts of a lane."""
 
     kills: Counter[str] = field(default_factory=Counter)
     rot: Counter[str] = field(default_factory=Counter)
@@ -132,7 +132,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """The run that nobody disturbs: what the others must end like."""
+    """The result of the undisturbed run, which the others must match."""
 
     ending: Ending
     history: History

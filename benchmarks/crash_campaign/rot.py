@@ -1,4 +1,4 @@
-"""Objects and files that are damaged between two processes, as disks and networks damage them, and mended again."""
+"""Damages objects and files between two processes, as disks and networks do, and repairs them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def flip_cached_byte(cache: Path) -> Path:
 
 
 class ReplacedImage:
-    """An image of a shard in the bucket replaced by another's bytes: a sound PNG, which only the shard's hash tells."""
+    """Replaces an image of a shard in the bucket by another valid PNG, which only the shard's hash can detect."""
 
     def __init__(self, bucket: Store) -> None:
         shard = load_index(bucket, DATASET_KEY).shards[1]
@@ -50,5 +50,5 @@ class ReplacedImage:
         bucket.put(self.key, bytes(data))
 
     def mend(self) -> None:
-        """Puts the sound shard back."""
+        """Restores the intact shard."""
         self.bucket.put(self.key, self._sound)

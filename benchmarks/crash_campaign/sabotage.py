@@ -1,4 +1,4 @@
-"""The protocols, broken on purpose inside a child process: a campaign that does not report each proves nothing."""
+"""Breaks protocols on purpose inside a child process: a campaign that does not report each break proves nothing."""
 
 from __future__ import annotations
 
@@ -77,6 +77,6 @@ _BROKEN: dict[tuple[str, str], Callable[[Any, Any], None]] = {
     ("position-off-by-one", "job.training.session"): _position_off_by_one,
     ("order-drawn-anew", "job.training.session"): _order_drawn_anew,
     ("shard-hash-unchecked", "job.data.shard_source"): _shard_hash_unchecked,
-    # The checksum of each image would find out as well.
+    # The checksum of each image would also detect the damage.
     ("shard-hash-unchecked", "job.data.image_reader"): _image_checksum_unchecked,
 }

@@ -1,4 +1,4 @@
-"""The small run that is killed: its images, its settings, and the commands that make it."""
+"""The small run of the campaign: its images, its settings and its commands."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ SETTINGS = {
     "checkpoint.keep_every_epochs": 5,
     "log.every_images": 96,
 }
-"""Batches straddle epochs, rows of the log straddle checkpoints, and old checkpoints are retired."""
+"""With these settings batches straddle epochs, log rows straddle checkpoints, and old checkpoints are retired."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """The commands of one lane: what is trained, by how many processes, and where it goes."""
+    """The commands of one lane."""
 
     bucket: str
     processes: int
@@ -60,14 +60,14 @@ class Work:
         return [*words, f"{self.bucket}/shared"]
 
     def train(self, run: str) -> list[str]:
-        """Trains a run or goes on with it; waits for another attempt that holds it."""
+        """Trains or resumes a run; waits for another attempt that holds it."""
         chosen = SETTINGS | {"model.dropout": self.dropout, "train.seed": self.seed}
         words = ["train", "--dataset", DATASET, "--run", run, "--bucket", self.bucket, "--epochs", str(self.epochs)]
         words += ["--processes", str(self.processes), "--wait", "120"]
         return words + [word for key, value in chosen.items() for word in ("--set", f"{key}={value}")]
 
     def sample(self, run: str) -> list[str]:
-        """Draws a picture of its own from a finished run."""
+        """Makes another picture of a finished run."""
         options = ["--seeds", SAMPLED_SEEDS, "--steps", "8", "--batch-size", "4", "--processes", str(self.processes)]
         return ["sample", "--run", run, "--bucket", self.bucket, *options]
 

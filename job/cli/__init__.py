@@ -1,1 +1,1 @@
-"""The command line: one thin module per noun, no logic. Modules import what they run only when they run it."""
+"""The command line: one thin module per noun, without logic. A command imports its modules when it runs."""

@@ -1,4 +1,4 @@
-"""The application: puts the nouns together and turns errors into one line and an exit code."""
+"""The application: joins the commands, and turns an error into one line and an exit code."""
 
 import atexit
 import os
@@ -20,7 +20,7 @@ from job.progress import set_loudness
 app = typer.Typer(
     name="ddpm",
     no_args_is_help=True,
-    # Rich would read [/PREFIX] as markup, and need three times as long for --help.
+    # Rich would read [/PREFIX] as markup, and --help would take three times as long.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -53,20 +53,20 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Also tell each request to a bucket, and how long it took.")
+        bool, typer.Option("--verbose", "-v", help="Also log each request to a bucket, with its duration.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Tell results and errors alone.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only results and errors.")] = False,
     storage_options: Annotated[
         list[str] | None,
         typer.Option(
             metavar="SCHEME.OPTION=VALUE",
-            help="Of fsspec, beside its own configuration, such as gs.requester_pays=my-project; may be repeated.",
+            help="Option of an fsspec file system, such as gs.requester_pays=my-project; may be repeated.",
         ),
     ] = None,
 ) -> None:
-    """The diffusion training job that never loses work: packs images, trains a DDPM on them and samples from it.
+    """Pack images, train a diffusion model (DDPM) on them and sample from it, in jobs that never lose work.
 
-    Everything lies in a bucket: a folder, gs://, s3:// or az://.
+    All datasets and runs lie in a bucket: gs://, s3://, az:// or a folder.
 
     Example: ddpm data pack photos.zip mine --size 64 && ddpm train --dataset mine
     """
@@ -78,35 +78,35 @@ def _root(
     try:
         Path.cwd()
     except FileNotFoundError:
-        # PyTorch's library of linear algebra would not load, and a relative path means nothing.
-        raise MissingInputError("the working folder is gone: change to one that is there, with cd") from None
+        # Without a working folder PyTorch's library of linear algebra does not load, and relative paths mean nothing.
+        raise MissingInputError("the working folder is gone: use cd to change to one that exists") from None
 
 
 def main() -> None:
-    """Entry point of `ddpm` and `python -m job`; ends with a code of the table in `job.exits`, or 1 after a crash."""
+    """Runs `ddpm` or `python -m job`; ends with a code of the table in `job.exits`, or with 1 after a crash."""
     try:
         run()
     except SystemExit as end:
-        # Libraries clear away what they left for the end, such as a cluster's key in a temporary file.
+        # Libraries delete files at exit, such as a temporary file with a cluster's key.
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
-            # Nobody may take it any more.
+            # The reader of the stream may be gone.
             with suppress(OSError):
                 stream.flush()
-        # The interpreter would wait for threads, of which one may be asking a bucket that keeps silent; and those of a
-        # process group that is no more would abort it, so that the code would be SIGABRT.
+        # A normal exit waits for threads, and one may wait for a bucket that does not answer. The threads of a process
+        # group that is gone would even abort the program, and its code would be SIGABRT.
         os._exit(ending_of(end)[0])
 
 
 def run() -> None:
-    """Does what the command line says; an error is told in one line.
+    """Runs the command line; prints an error as one line.
 
     Raises:
         SystemExit: the exit code.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            # A terminal that cannot show ×, ᾱ or the bytes of somebody's file name would end the command otherwise.
+            # A terminal that cannot show ×, ᾱ or the bytes of a file name must not end the command.
             stream.reconfigure(errors="backslashreplace")
     output = os.fstat(1)
     try:
@@ -119,26 +119,25 @@ def run() -> None:
             raise
         _fail(said, code)
     except SystemExit as end:
-        # Typer ends with 1 when `head` or a pager closes the pipe, though the command did not fail; and for any other
-        # pipe, where it did.
+        # Typer ends with 1 for every broken pipe. One that `head` or a pager closes must not count as a failure.
         left = isinstance(end.__context__, BrokenPipeError) and _is_unread(output)
         raise SystemExit(0 if left else end.code) from None
 
 
 def _is_unread(output: os.stat_result) -> bool:
-    """Returns whether nobody reads what a person's command prints; Rich has opened the null device there by then."""
+    """Returns whether the reader of a person's command is gone. Rich has then put the null device in its place."""
     poll = select.poll()
     poll.register(1, 0)
     return not is_launched() and (bool(poll.poll(0)) or not os.path.samestat(os.fstat(1), output))
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    # The launcher shows what a rank said if that one was the cause, and rank 0's in any case.
+    # The launcher shows the last lines of rank 0, and of the rank that failed first.
     rank = os.environ.get("RANK", "0")
     who = "ddpm" if rank == "0" or not rank.isdecimal() or is_launched() else f"ddpm (rank {rank})"
-    # Whoever read it may be gone; the code is what engines decide by.
+    # The reader may be gone, and engines need only the exit code.
     with suppress(OSError):
-        # That all were stopped is said once.
+        # All ranks stop together: rank 0 alone prints it.
         if who == "ddpm" or code != Exit.STOPPED:
             print(f"{who}: {message}", file=sys.stderr)
     raise SystemExit(int(code))

@@ -1,4 +1,4 @@
-"""What a shell offers for names: of what is there, as far as that can be seen in a moment."""
+"""Shell completion of names, from the bucket if it answers in time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from job import DEFAULT_BUCKET
 
 SECONDS = 3.0
-"""For a bucket to answer: who presses Tab does not wait for longer."""
+"""The longest time that a bucket has to answer after a press of Tab."""
 
 
 def _offered(names: Iterable[str], incomplete: str) -> list[str]:
@@ -23,7 +23,7 @@ def _in_bucket(folder: str) -> Callable[[typer.Context, str], list[str]]:
         from job.store import open_store
 
         uri = context.params.get("bucket") or os.environ.get("DDPM_BUCKET") or DEFAULT_BUCKET
-        # Whatever is wrong with a bucket, a shell is no place to say it.
+        # An error message in the middle of a command line would disturb more than it helps.
         with suppress(Exception):
             return _offered(open_store(str(uri)).within(SECONDS).folders(folder), incomplete)
         return []
@@ -36,20 +36,20 @@ jobs = _in_bucket("jobs")
 
 
 def datasets(context: typer.Context, incomplete: str) -> list[str]:
-    """Without the size, which is no part of a name."""
+    """Returns the names of datasets, without the size that their folders end with."""
     folders = _in_bucket("datasets")(context, "")
     return _offered((folder.rpartition("-")[0] for folder in folders), incomplete)
 
 
 def presets(incomplete: str) -> list[str]:
-    """Those that come with the program."""
+    """Returns the names of the presets."""
     from job.config import preset_names
 
     return _offered(preset_names(), incomplete)
 
 
 def targets(context: typer.Context, incomplete: str) -> list[str]:
-    """Those of the targets file."""
+    """Returns the names of the targets."""
     from job.jobs.targets import load_targets
 
     with suppress(Exception):

@@ -11,12 +11,12 @@ def ddpm_config(
     preset: Preset = "",
     sets: Sets = None,
     config: SettingsFile = None,
-    list_all: Annotated[bool, typer.Option("--list", help="All keys, with what each takes and is.")] = False,
+    list_all: Annotated[bool, typer.Option("--list", help="List all keys with their values and meanings.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a new run would get, key by key, and where each value comes from.
+    """Show the configuration of a new run, and where each value comes from.
 
-    preset ← --config FILE ← --set; what follows the dataset is not known before there is one.
+    --set overrides --config FILE, which overrides the preset. The dataset decides some more values, such as data.size.
 
     Examples:
 

@@ -10,7 +10,7 @@ from job.cli import completion
 from job.cli.options import AsJson, BucketUri, Certain, Size, SliceOption, StopAfter, Targets
 
 app = typer.Typer(
-    help="Datasets: pack images into shards, or index what there is; look, verify.\n\n"
+    help="Datasets: pack images into shards, index tars in place, list, show, verify, delete.\n\n"
     "Example: ddpm data pack ~/photos mine --size 64",
     no_args_is_help=True,
 )
@@ -19,25 +19,39 @@ DatasetName = Annotated[
     str,
     typer.Argument(metavar="NAME", help="Name of the dataset, such as celeba.", autocompletion=completion.datasets),
 ]
-Crop = Annotated[str, typer.Option("--crop", metavar="CROP", help="center[:PIXELS], squash or LEFT,TOP,WIDTH,HEIGHT.")]
-Filter = Annotated[str, typer.Option("--filter", metavar="NAME", help="lanczos, bicubic, bilinear or box.")]
-Channels = Annotated[int | None, typer.Option("--channels", metavar="N", help="3 for colour, 1 for grey.")]
-Classes = Annotated[
-    bool | None, typer.Option("--classes/--no-classes", help="Whether folders, or .cls files in tars, are classes.")
+Crop = Annotated[
+    str, typer.Option("--crop", metavar="CROP", help="center[:PIXELS], squash or LEFT,TOP,WIDTH,HEIGHT in pixels.")
 ]
-Licence = Annotated[str, typer.Option("--licence", metavar="TEXT", help="A note to keep with the dataset.")]
-MaxBad = Annotated[int, typer.Option("--max-bad", metavar="N", min=0, help="Unreadable images to put up with.")]
+Filter = Annotated[
+    str, typer.Option("--filter", metavar="NAME", help="Filter for resizing: lanczos, bicubic, bilinear or box.")
+]
+Channels = Annotated[
+    int | None,
+    typer.Option("--channels", metavar="N", help="3 for colour, 1 for grey. Default: 1 for MNIST files, else 3."),
+]
+Classes = Annotated[
+    bool | None,
+    typer.Option("--classes/--no-classes", help="Use folders, or .cls files in tars, as classes. Default: if any."),
+]
+Licence = Annotated[str, typer.Option("--licence", metavar="TEXT", help="Licence of the images, kept as a note.")]
+MaxBad = Annotated[int, typer.Option("--max-bad", metavar="N", min=0, help="Give up after N unreadable images.")]
 MinSide = Annotated[
-    int | None, typer.Option("--min-side", metavar="PIXELS", min=1, help="Reject shorter images. Default: size/2.")
+    int | None,
+    typer.Option(
+        "--min-side",
+        metavar="PIXELS",
+        min=1,
+        help="Reject images whose shorter side is below this. Default: half of --size.",
+    ),
 ]
 SourceArgument = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="A folder, .zip, .tar[.gz], MNIST idx files, or a URL of any.")
+    str, typer.Argument(metavar="SOURCE", help="Folder, .zip, .tar[.gz] or MNIST idx files; a path or a URL.")
 ]
-Split = Annotated[str, typer.Option("--split", metavar="NAME", help="Only the folder train, test, val … of SOURCE.")]
-HoldOut = Annotated[str, typer.Option("--hold-out", metavar="SHARE", help="Keep such a share apart, such as 5%.")]
-Tars = Annotated[
-    list[str], typer.Argument(metavar="URI", help="Tars, folders of tars, or patterns; local, or any URL.")
+Split = Annotated[str, typer.Option("--split", metavar="NAME", help="Pack one folder of SOURCE: train, test, val …")]
+HoldOut = Annotated[
+    str, typer.Option("--hold-out", metavar="SHARE", help="Share of the images to hold out, such as 5%.")
 ]
+Tars = Annotated[list[str], typer.Argument(metavar="URI", help="Tars, folders of tars or patterns; paths or URLs.")]
 
 
 @app.command("pack")
@@ -58,10 +72,15 @@ def data_pack(
     stop_after: StopAfter = "",
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
-    """Pack images into a dataset in the bucket. A NAME with a preset takes size and crop from it.
+    """Pack images into a dataset in the bucket.
 
-    The SOURCE landscape-sample comes with the program. With --hold-out a share of the images, chosen by their names,
-    becomes the dataset NAME-held-out: no run of NAME learns from it, and each logs its loss on it as val_loss.
+    A NAME with a preset, such as celeba, takes size and crop from it. The SOURCE landscape-sample comes with the
+    program. The same command resumes an interrupted one.
+
+    With --hold-out a share of the images, chosen by their names, becomes the dataset NAME-held-out. Runs on NAME never
+    learn from it; they log their loss on it as val_loss.
+
+    With --slice several machines pack one dataset: I/N is 0/4, 1/4, 2/4 and 3/4 on four of them.
 
     Examples:
 
@@ -93,9 +112,10 @@ def data_index(
     stop_after: StopAfter = "",
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
-    """Make WebDataset tars a dataset where they lie, without copying them.
+    """Index WebDataset tars as a dataset, without copying them.
 
-    Such tars are what img2dataset writes. They must stay as they are: every one is hashed.
+    img2dataset writes such tars. They must not change afterwards: the index holds a hash of each. With --slice several
+    machines index one dataset.
 
     Examples:
 
@@ -114,19 +134,21 @@ def data_index(
 def data_encode(
     name: DatasetName,
     autoencoder: Annotated[
-        str, typer.Option(metavar="DIR|URI", help="Folder of an AutoencoderKL of diffusers, or of its pipeline.")
+        str, typer.Option(metavar="DIR|URI", help="Folder of an AutoencoderKL or of a pipeline of diffusers.")
     ],
     size: Size = None,
-    to: Annotated[str, typer.Option("--to", metavar="NAME", help="Default: the dataset's name with -latents.")] = "",
+    to: Annotated[
+        str, typer.Option("--to", metavar="NAME", help="Name of the new dataset. Default: NAME-latents.")
+    ] = "",
     slice_: SliceOption = "",
     stop_after: StopAfter = "",
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
-    """Encode a dataset by an autoencoder, for networks that learn latents.
+    """Encode a dataset into latents of an autoencoder.
 
-    They work on far fewer numbers. Of each image mean and log-variance are kept, and the autoencoder with them: runs on
-    the new dataset decode by themselves what they draw. On a GPU if there is one. A command that was stopped goes on
-    when it is given again.
+    The new dataset keeps the mean and log-variance of each image, and the autoencoder. Runs on it decode their samples.
+    Encoding uses the GPU if there is one. The same command resumes an interrupted one. With --slice several machines
+    share the work.
 
     Example: ddpm data encode celebahq-256 --autoencoder sd-vae-ft-mse --to celebahq-latents
     """
@@ -139,15 +161,24 @@ def data_encode(
 @app.command("ensure")
 def data_ensure(
     name: DatasetName,
-    source: Annotated[str, typer.Option("--source", metavar="SOURCE", help="What to pack if it is not there.")] = "",
+    source: Annotated[
+        str, typer.Option("--source", metavar="SOURCE", help="Images to pack if the dataset is missing.")
+    ] = "",
     size: Size = None,
     on: Annotated[str, typer.Option("--on", metavar="TARGET", help="Use this target's bucket, if it has one.")] = "",
     targets: Targets = None,
-    bucket: Annotated[str, typer.Option("--bucket", metavar="URI", help="Default: as for submit.")] = "",
+    bucket: Annotated[
+        str,
+        typer.Option(
+            "--bucket",
+            metavar="URI",
+            help="Bucket of the dataset. Default: the target's, else DDPM_BUCKET, else ./bucket.",
+        ),
+    ] = "",
 ) -> None:
-    """Pack a dataset unless it is there. The work is done on this machine, wherever the bucket is.
+    """Pack a dataset if the bucket lacks it.
 
-    landscape-sample comes with the program and needs no source.
+    This machine does the work, wherever the bucket is. The dataset landscape-sample needs no --source.
 
     Example: ddpm data ensure celeba --source img_align_celeba.zip
     """
@@ -173,12 +204,13 @@ def data_show(
     name: DatasetName,
     size: Size = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="PNG", help="Contact sheet. Default: in the bucket.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="PNG", help="File of the contact sheet. Default: in the bucket."),
     ] = None,
     as_json: AsJson = False,
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
-    """Show what a dataset holds, and make a contact sheet of it.
+    """Show the facts of a dataset, and make a contact sheet of its images.
 
     Example: ddpm data show landscape-sample -o sheet.png
     """
@@ -191,7 +223,7 @@ def data_show(
 def data_verify(
     name: DatasetName, size: Size = None, as_json: AsJson = False, bucket: BucketUri = DEFAULT_BUCKET
 ) -> None:
-    """Check every hash and image of a dataset; names each bad object.
+    """Check every hash and image of a dataset, and name each damaged object.
 
     Example: ddpm data verify celeba --bucket gs://my-bucket
     """
@@ -202,7 +234,7 @@ def data_verify(
 
 @app.command("delete")
 def data_delete(name: DatasetName, size: Size = None, yes: Certain = False, bucket: BucketUri = DEFAULT_BUCKET) -> None:
-    """Delete a dataset, or what is left of one that was never finished.
+    """Delete a dataset, or the remains of an unfinished one.
 
     Example: ddpm data delete mine --size 64 --yes
     """

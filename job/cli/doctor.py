@@ -10,16 +10,17 @@ from job.cli.options import OnTarget, Targets
 def doctor(
     on: OnTarget = "local",
     bucket: Annotated[
-        str, typer.Option(metavar="URI", help="Default: the target's, else DDPM_BUCKET, else ./bucket.")
+        str,
+        typer.Option(metavar="URI", help="Bucket to check. Default: the target's, else DDPM_BUCKET, else ./bucket."),
     ] = "",
-    no_bucket: Annotated[bool, typer.Option("--no-bucket", help="Look at no bucket.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all as JSON, at the end.")] = False,
+    no_bucket: Annotated[bool, typer.Option("--no-bucket", help="Skip the checks of the bucket.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all lines as JSON, at the end.")] = False,
     targets: Targets = None,
 ) -> None:
-    """Look whether a job on a target would have what it needs, line by line.
+    """Check in seconds whether a job on a target would have all that it needs.
 
-    A line for each thing, with what to do. Ends with 0, or with the code that a job would end with for want of the
-    first thing that is missing.
+    Prints one line per check, with the remedy. Exits with 0, or with the code that a job would have for the first check
+    that failed.
 
     Example: ddpm doctor --on gke --bucket gs://my-bucket
     """

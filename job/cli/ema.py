@@ -11,15 +11,18 @@ from job.cli.options import BucketUri, Checkpoints, RunOption
 def ddpm_ema(
     run: RunOption,
     std: Annotated[
-        float, typer.Option(metavar="STD", min=0.001, max=0.28, help="Width, as a share of the training so far.")
+        float,
+        typer.Option(
+            metavar="STD", min=0.001, max=0.28, help="Width, as a share of the training so far, such as 0.13."
+        ),
     ],
     checkpoints: Checkpoints = "latest",
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
-    """Make an average of a run's weights that was not kept while it trained.
+    """Make an average of a run's weights after training (EMA of another width).
 
-    It is put together from snapshots of other averages, which a run keeps with ema.stds and ema.snapshot_epochs, and
-    lies beside its checkpoint, with which it goes. `ddpm sample --weights ema-STD` draws from it.
+    The command combines snapshots of other averages. A run keeps them if it has ema.stds and ema.snapshot_epochs. The
+    average lies beside its checkpoint and is deleted with it. `ddpm sample --weights ema-STD` uses it.
 
     Example: ddpm ema --run celeba --std 0.13 --checkpoints 490
     """

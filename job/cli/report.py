@@ -17,19 +17,19 @@ def ddpm_report(
             metavar="[RUN]", help="Name of the run. Default: all runs of the bucket.", autocompletion=completion.runs
         ),
     ] = "",
-    open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    open_it: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="Write it there, such as page.html, and not into the bucket."
+            "--output", "-o", metavar="FILE", help="Write to this file, such as page.html, instead of the bucket."
         ),
     ] = None,
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
     """Write the page of a run, or of all runs: one HTML file that needs no network.
 
-    A run writes its own page, report.html in its folder, with each sample grid and at its end. This writes it as the
-    run is now. Without RUN it is report.html in the bucket: all runs with their newest grids, any two side by side.
+    A run writes its page, report.html in its folder, with each sample grid and at its end. This command updates it.
+    Without RUN it writes report.html of the bucket: all runs with their newest grids, any two of them side by side.
 
     Example: ddpm report celeba --open
     """

@@ -9,7 +9,7 @@ from job.cli import completion
 from job.cli.options import AsJson, BucketUri, Certain
 
 app = typer.Typer(
-    help="Runs in the bucket: how they are going, whether they are whole.\n\nExample: ddpm runs show celeba",
+    help="Runs in the bucket: list, show, compare, verify, prune, delete.\n\nExample: ddpm runs show celeba",
     no_args_is_help=True,
 )
 
@@ -31,7 +31,7 @@ def runs_list(as_json: AsJson = False, bucket: BucketUri = DEFAULT_BUCKET) -> No
 
 @app.command("show")
 def runs_show(run: RunName, as_json: AsJson = False, bucket: BucketUri = DEFAULT_BUCKET) -> None:
-    """Show a run: state, progress, checkpoints, attempts, where its pictures lie.
+    """Show a run: state, progress, checkpoints, attempts, URIs of its pictures.
 
     Example: ddpm runs show celeba --bucket gs://my-bucket
     """
@@ -45,15 +45,17 @@ def runs_compare(
     first: RunName,
     second: Annotated[
         str,
-        typer.Argument(metavar="OTHER", help="Name of the run to compare it with.", autocompletion=completion.runs),
+        typer.Argument(metavar="OTHER", help="Name of the run to compare with.", autocompletion=completion.runs),
     ],
-    since_epoch: Annotated[float, typer.Option(metavar="EPOCH", min=0, help="Leave out what was before.")] = 0.0,
+    since_epoch: Annotated[
+        float, typer.Option(metavar="EPOCH", min=0, help="Leave out all epochs before this one.")
+    ] = 0.0,
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
     """Compare the losses of two runs of one seed, image by image.
 
-    Such runs see the same images with the same noise at the same steps, so that luck cancels out: the error beside the
-    difference is what is left of it. By quarter of the draws, from least to most noise, and on held-out images.
+    Such runs see the same images with the same noise at the same steps, so most of the random error cancels out. The
+    command prints mean differences with standard errors: by quarter of the noise levels, and on held-out images.
 
     Example: ddpm runs compare celeba celeba-v --since-epoch 10
     """
@@ -64,10 +66,10 @@ def runs_compare(
 
 @app.command("verify")
 def runs_verify(run: RunName, as_json: AsJson = False, bucket: BucketUri = DEFAULT_BUCKET) -> None:
-    """Check every object of a run, and name each that is not as it was written.
+    """Check every object of a run, and name each that is corrupt.
 
-    One may be rotten, cut off, missing, swapped or foreign. Reads all of the run once, also while it trains. Ends with
-    65 if anything is wrong.
+    An object can be corrupt, truncated, missing, swapped or of another run. The command reads the whole run once, also
+    while it trains. It exits with 65 if it finds a problem.
 
     Example: ddpm runs verify celeba --bucket gs://my-bucket
     """
@@ -80,15 +82,18 @@ def runs_verify(run: RunName, as_json: AsJson = False, bucket: BucketUri = DEFAU
 def runs_prune(
     run: RunName,
     keep_last: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Of the newest. Default: the run's checkpoint.keep_last.")
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Number of newest checkpoints to keep. Default: the run's checkpoint.keep_last."
+        ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would go, and why.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be deleted, and why.")] = False,
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
-    """Delete old checkpoints, as the run's rules have it, and leftovers.
+    """Delete old checkpoints by the run's rules, and the remains of killed attempts.
 
-    Leftovers are what killed attempts left behind. Never the newest checkpoint that verifies, nor one that is being
-    read. Refused while the run trains.
+    The command keeps the newest intact checkpoint and each one that another process reads. It refuses to work while the
+    run trains.
 
     Example: ddpm runs prune celeba --keep-last 1 --dry-run
     """
@@ -99,9 +104,10 @@ def runs_prune(
 
 @app.command("delete")
 def runs_delete(run: RunName, yes: Certain = False, bucket: BucketUri = DEFAULT_BUCKET) -> None:
-    """Delete a run: its checkpoints, pictures and metrics, or what is left of one.
+    """Delete a run: its checkpoints, pictures and metrics.
 
-    Refused while somebody trains it or samples from it.
+    The command refuses to work while another process trains the run or samples from it. The same command finishes an
+    interrupted deletion.
 
     Example: ddpm runs delete celeba --yes
     """

@@ -32,71 +32,84 @@ def ddpm_sample(
     sampler: Sampler = None,
     steps: Steps = None,
     grid: GridOfPoints = None,
-    shift: Annotated[float | None, typer.Option(metavar="S", help="Spend more of a flow's steps on noise: 3.")] = None,
-    eta: Annotated[float | None, typer.Option(metavar="0..1", help="Share of random noise, of ddim.")] = None,
-    order: Annotated[int | None, typer.Option(metavar="1..4", help="Estimates per step of unipc, ipndm, deis.")] = None,
-    churn: Annotated[
-        float | None, typer.Option(metavar="S", min=0, help="Noise that heun adds before steps, such as 40.")
+    shift: Annotated[
+        float | None, typer.Option(metavar="S", help="Spend more steps of a flow on noise, such as 3; 1: off.")
     ] = None,
-    variance: Annotated[str | None, typer.Option(metavar="NAME", help="fixed_small or fixed_large, of ddpm.")] = None,
+    eta: Annotated[float | None, typer.Option(metavar="0..1", help="Share of random noise in a step of ddim.")] = None,
+    order: Annotated[int | None, typer.Option(metavar="1..4", help="Order of unipc, ipndm and deis.")] = None,
+    churn: Annotated[
+        float | None, typer.Option(metavar="S", min=0, help="Noise that heun adds before its steps, such as 40.")
+    ] = None,
+    variance: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Variance of ddpm: fixed_small or fixed_large.")
+    ] = None,
     clip: Annotated[
-        bool | None, typer.Option("--clip/--no-clip", help="Keep estimates within the pixels' range.")
+        bool | None, typer.Option("--clip/--no-clip", help="Clip the estimated image to the range of pixels, or not.")
     ] = None,
     guidance: Guidance = None,
     guidance_interval: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Guide where sigma/alpha is from A to B, such as 0.3,5.")
+        str | None, typer.Option(metavar="A,B", help="Guide only where sigma/alpha is from A to B, such as 0.3,5.")
     ] = None,
     guidance_rescale: Annotated[
-        float | None, typer.Option(metavar="0..1", help="Share of the contrast that guidance adds taken back.")
+        float | None,
+        typer.Option(metavar="0..1", help="Share of the contrast added by guidance to remove, such as 0.7."),
     ] = None,
     autoguidance: Annotated[
-        str | None, typer.Option(metavar="[RUN@]EPOCH", help="Guide away from that checkpoint instead.")
+        str | None, typer.Option(metavar="[RUN@]EPOCH", help="Guide away from this weaker checkpoint, such as 30.")
     ] = None,
     classes: SampledClasses = "",
     weights: Weights = None,
     precision: Precision = None,
     mode: Annotated[
-        str, typer.Option(metavar="NAME", help="inpaint, img2img, invert or interpolate, not new images.")
+        str, typer.Option(metavar="NAME", help="inpaint, img2img, invert or interpolate. Default: new images.")
     ] = "",
     image: Annotated[
-        str, typer.Option(metavar="LIST|FILE", help="Of the dataset by numbers such as 0-3, or a file.")
+        str, typer.Option(metavar="LIST|FILE", help="Image numbers in the dataset, such as 0-3, or a file.")
     ] = "",
     mask: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="What inpaint makes up: half, centre, or what is white in a file.")
+        str,
+        typer.Option(
+            metavar="NAME|FILE", help="Part that inpaint replaces: half, centre, or the white part of a file."
+        ),
     ] = "",
     resamplings: Annotated[
-        int | None, typer.Option(metavar="N", help="How often inpaint walks each stretch of steps. Default: 10.")
+        int | None, typer.Option(metavar="N", help="Passes of inpaint over each stretch of ten steps. Default: 10.")
     ] = None,
     strength: Annotated[
-        float | None, typer.Option(metavar="0..1", help="Share of the steps. Default: img2img 0.6, invert 1.")
+        float | None,
+        typer.Option(metavar="0..1", help="Share of the steps to take. Default: img2img 0.6, invert 1."),
     ] = None,
-    gif: Annotated[bool, typer.Option("--gif", help="Also make a GIF of the denoising, of the first 12.")] = False,
+    gif: Annotated[bool, typer.Option("--gif", help="Also make a GIF of the denoising of the first 12 seeds.")] = False,
     nearest: Annotated[
-        bool | None, typer.Option("--nearest/--no-nearest", help="Show the nearest training image beside each sample.")
+        bool | None,
+        typer.Option("--nearest/--no-nearest", help="Show the nearest training image beside each sample, or not."),
     ] = None,
     batch_size: BatchSize = None,
     count: Annotated[
-        int | None, typer.Option(metavar="IMAGES", min=1, help="Save so many images, one per seed.")
+        int | None, typer.Option(metavar="IMAGES", min=1, help="Save this many images, one per seed.")
     ] = None,
-    save: Annotated[str, typer.Option(metavar="KIND", help="shards (tar files; the default) or png.")] = "",
+    save: Annotated[
+        str, typer.Option(metavar="KIND", help="Format for --count: shards (tar files; the default) or png.")
+    ] = "",
     slice_: SliceOption = "",
     first_seed: Annotated[
-        int | None, typer.Option(metavar="K", min=0, max=10**17, help="Of the first image. Default: 0.")
+        int | None,
+        typer.Option(metavar="K", min=0, max=10**17, help="Seed of the first image for --count. Default: 0."),
     ] = None,
     processes: Processes = None,
     hang_after: HangAfter = DEFAULT_HANG_AFTER,
     stop_after: StopAfter = "",
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
-    """Draw images from a run's checkpoints.
+    """Sample images from a run's checkpoints.
 
-    Image k depends on its seed alone. How it is drawn follows the run's own section `sample` where no option says
-    otherwise; a picture's name says where it does not. A grid for each checkpoint goes into the run's folder in the
-    bucket, and for several checkpoints one picture with them side by side.
+    An image depends only on the checkpoint, the options and its seed. Options that are not given follow the section
+    `sample` of the run's configuration; the name of a picture says what differs. Each checkpoint gets a grid in the
+    run's folder in the bucket. Several checkpoints also get one picture side by side.
 
-    With --count the images themselves are saved, in pieces of up to 256. A command that was stopped or killed goes on
-    when it is given again, with other slices or processes if you like, and makes no piece twice. While the run still
-    trains, name the checkpoint: latest would soon be another.
+    --count saves the images themselves, in pieces of up to 256. The same command resumes an interrupted one, also with
+    other --slice or --processes, and makes no committed piece twice. While the run still trains, name the checkpoint:
+    latest soon means another one.
 
     Examples:
 

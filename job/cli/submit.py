@@ -1,4 +1,4 @@
-"""`ddpm submit`: the same commands, started where there are machines for them."""
+"""`ddpm submit`: the same commands as jobs on other machines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from job.jobs.spec import Verb
 
 app = typer.Typer(
-    help="Start a command as a job somewhere; only --on changes.\n\n"
+    help="Start a command as a job on a target, such as a cluster or a cloud VM.\n\n"
     "Example: ddpm submit train --dataset celeba --on local",
     no_args_is_help=True,
 )
@@ -28,7 +28,7 @@ _VERBS: dict[Verb, tuple[str, Callable[..., None], str]] = {
     "index": ("data index", data.data_index, "index gs://theirs/{00000..00099}.tar laion --size 64 --on gke"),
     "encode": ("data encode", data.data_encode, "encode mine --autoencoder gs://models/vae --slices 8 --on gke"),
 }
-"""The command of each verb, what it calls, and an example."""
+"""The command of each verb, its function, and an example."""
 
 
 def _add_verb(verb: Verb) -> None:
@@ -36,42 +36,55 @@ def _add_verb(verb: Verb) -> None:
 
     @app.command(
         verb,
-        help=f"Start `ddpm {command}` with the words that follow: see its --help.\n\nExample: ddpm submit {example}",
+        help=f"Start `ddpm {command}` as a job. It takes all options of `ddpm {command} --help`, and these.\n\n"
+        f"Example: ddpm submit {example}",
         context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     )
     def submit_verb(
         context: typer.Context,
         on: OnTarget = "local",
         gpus: Annotated[
-            int | None, typer.Option(metavar="N", min=0, max=64, help="GPUs of each machine. Default: the target's.")
+            int | None, typer.Option(metavar="N", min=0, max=64, help="GPUs per machine. Default: the target's.")
         ] = None,
-        nodes: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="Machines that train together.")] = 1,
-        gpu_type: Annotated[str, typer.Option(metavar="TYPE", help="Such as nvidia-l4. Default: the target's.")] = "",
+        nodes: Annotated[
+            int, typer.Option(metavar="N", min=1, max=1000, help="Number of machines that train together.")
+        ] = 1,
+        gpu_type: Annotated[
+            str, typer.Option(metavar="TYPE", help="Type of GPU, such as nvidia-l4. Default: the target's.")
+        ] = "",
         spot: Annotated[
             bool | None,
             typer.Option(
                 "--spot/--on-demand",
-                help="Whether the machines may be taken away. Default: the target's.",
+                help="Use cheap machines that may be preempted, or not. Default: the target's.",
                 show_default=False,
             ),
         ] = None,
         max_hours: Annotated[
             float | None,
-            typer.Option(metavar="H", help="It is ended after so long; the plan says by whom. Default: the target's."),
+            typer.Option(metavar="H", help="End the job after H hours. Default: the target's."),
         ] = None,
         slices: Annotated[
             int,
-            typer.Option(metavar="N", min=0, max=1000, help="Machines that share the work; not for training."),
+            typer.Option(
+                metavar="N",
+                min=0,
+                max=1000,
+                help="Number of machines that share the work, such as 8; not for training.",
+            ),
         ] = 0,
         targets: Targets = None,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent, and send nothing.")] = False,
         output: Output = "",
         watch: Annotated[
-            bool, typer.Option("--watch", help="Stay, and submit it again where the engine gives up or has no machine.")
+            bool,
+            typer.Option(
+                "--watch", help="Wait for the end; submit again after preemptions, failures and lack of machines."
+            ),
         ] = False,
-        yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+        yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
         detach: Annotated[
-            bool, typer.Option("--detach", help="Return at once; the job goes on in the background.")
+            bool, typer.Option("--detach", help="Return at once; the job runs in the background.")
         ] = False,
     ) -> None:
         from job.jobs.building import Resources
@@ -87,10 +100,10 @@ for _verb in _VERBS:
 
 
 def parsed(verb: Verb, words: Sequence[str]) -> ParsedCommand:
-    """Takes the words of a command line apart as `ddpm train`, `ddpm sample` or `ddpm data pack` would.
+    """Parses the words of a command line as the verb's own command does, such as `ddpm data pack`.
 
     Raises:
-        click.UsageError: of the command line's library, which ends the program with 2 and tells the verb's usage.
+        click.UsageError: the words are wrong; the program then prints the verb's usage and ends with 2.
     """
     from job.jobs.command_line import ParsedCommand
 

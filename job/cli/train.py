@@ -22,27 +22,33 @@ from job.cli.options import (
 def ddpm_train(
     dataset: Dataset,
     run: Annotated[
-        str, typer.Option(metavar="NAME", help="Default: the dataset's name.", autocompletion=completion.runs)
+        str,
+        typer.Option(
+            metavar="NAME", help="Name of the run. Default: the dataset's name.", autocompletion=completion.runs
+        ),
     ] = "",
     epochs: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Up to this many passes over the dataset.")
+        int | None, typer.Option(metavar="N", min=1, help="Train up to this epoch, counted from the start of the run.")
     ] = None,
     preset: Preset = "",
     sets: Sets = None,
     config: SettingsFile = None,
     tracker: Annotated[
         str,
-        typer.Option(metavar="NAME", help="Also tell the metrics to wandb or mlflow; none: no more."),
+        typer.Option(metavar="NAME", help="Also send the metrics to wandb or mlflow; none: stop sending."),
     ] = "",
     processes: Processes = None,
     wait: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0, help="Wait so long for whoever holds the run.")
+        float, typer.Option(metavar="SECONDS", min=0, help="Wait this long if another process holds the run.")
     ] = 0.0,
     hang_after: HangAfter = DEFAULT_HANG_AFTER,
     stop_after: StopAfter = "",
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
-    """Train a run, or go on with it: the same command does both.
+    """Train a run, or resume it: the same command does both.
+
+    The command continues from the newest intact checkpoint, on every GPU of the machine. Ctrl-C saves, and exits
+    with 75.
 
     Examples:
 

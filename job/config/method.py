@@ -1,4 +1,4 @@
-"""What a configuration means to `ddpm`: its network, process, objective, the loop's settings, how it draws."""
+"""The parts of `ddpm` for a configuration: network, process, objective, settings of the loop, sampling."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from job.config import Drawing, RunConfig
 
 
 def build_network(config: RunConfig, device: torch.device) -> nn.Module:
-    """The network of a resolved configuration, initialised from the run's seed, in the layout that suits the device."""
+    """Returns the network of a resolved configuration, initialised from the run's seed, in a layout for the device."""
     torch.manual_seed(config.train.seed)
     data, model, diffusion = config.data, config.model, config.diffusion
     assert data.size is not None and data.channels is not None
@@ -38,7 +38,7 @@ def build_network(config: RunConfig, device: torch.device) -> nn.Module:
         **options,
     ).to(device)
     if device.type == "cuda":
-        # channels_last wins on GPUs and loses on CPUs (oneDNN picks its own layout there).
+        # channels_last is faster on GPUs and slower on CPUs, where oneDNN chooses its own layout.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
 
@@ -50,14 +50,14 @@ def model_of(
     decode: Callable[[Tensor], Tensor] | None = None,
     classes: tuple[str, ...] | None = None,
 ) -> Model:
-    """What draws as a run does, with initial weights.
+    """Returns the model of a run, with initial weights.
 
     Args:
-        config: of the run.
-        device: for the network.
-        precision: what the network computes in, `fp32` or `bf16`.
-        decode: makes pixels of latents, if it draws those.
-        classes: their names; numbers if there are none.
+        config: that of the run.
+        device: the device of the network.
+        precision: the number format of the network, `fp32` or `bf16`.
+        decode: turns latents into pixels, for a run on latents.
+        classes: the names of the classes; without them their numbers.
     """
     model, count = config.model, config.model.num_classes or 0
     bf16 = partial(torch.autocast, device.type, torch.bfloat16)
@@ -77,7 +77,7 @@ def model_of(
 
 
 def process_of(config: RunConfig) -> Process:
-    """The way from an image to noise."""
+    """Returns the process from an image to noise."""
     diffusion = config.diffusion
     return make_process(
         diffusion.schedule,
@@ -90,12 +90,12 @@ def process_of(config: RunConfig) -> Process:
 
 
 def prediction_of(config: RunConfig) -> Prediction:
-    """What the network's output means."""
+    """Returns the meaning of the network's output."""
     return Prediction(config.diffusion.prediction, config.diffusion.sigma_data)
 
 
 def objective_of(config: RunConfig) -> Objective:
-    """What is learnt."""
+    """Returns the training objective."""
     diffusion = config.diffusion
     draws = Draws(diffusion.draws, diffusion.draws_mean, diffusion.draws_std, diffusion.stratified)
     return Objective(
@@ -110,7 +110,7 @@ def objective_of(config: RunConfig) -> Objective:
 
 
 def settings_of(config: RunConfig) -> training.Settings:
-    """How it is learnt."""
+    """Returns the settings of the training loop."""
     train, ema = config.train, config.ema
     average = Exponential(ema.decay, ema.warmup, ema.inv_gamma, ema.power)
     return training.Settings(
@@ -138,7 +138,7 @@ def settings_of(config: RunConfig) -> training.Settings:
 
 
 def sampling_of(drawing: Drawing) -> Sampling:
-    """How pictures are drawn."""
+    """Returns the sampling settings."""
     guidance = Guidance(drawing.guidance, drawing.guidance_interval or (0.0, math.inf), drawing.guidance_rescale)
     how = drawing.model_dump(
         include={"sampler", "steps", "grid", "shift", "eta", "variance", "order", "churn", "clip", "labels"}

@@ -1,1 +1,1 @@
-"""How good what a run draws is: scores of its checkpoints against real images."""
+"""Scores of a run's samples against real images."""

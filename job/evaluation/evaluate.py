@@ -1,4 +1,4 @@
-"""`ddpm evaluate`: draws, sees and scores on all processes. Images never touch a disk; their features do, in pieces."""
+"""`ddpm evaluate`: samples, extracts features and scores on all processes. It stores features, never images."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ if TYPE_CHECKING:
 
 See = Callable[[torch.Tensor], "ExtractorOutput"]
 SEE_IMAGES = 50
-"""Real images that each process sees at a time."""
+"""Real images per batch on each process."""
 
 
 def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
-    """Scores what was planned, and prints a table for each checkpoint. Collective.
+    """Scores the planned checkpoints, and prints a table for each. Collective.
 
     Raises:
         BadDataError: a checkpoint, a record or the network's file is damaged; the message names it.
-        StoppedError: whole pieces are saved, and the same command goes on.
+        StoppedError: whole pieces are saved, and the same command resumes.
     """
     ranks = meet(stop)
-    # `prepared` keeps the checkpoints until all scores are printed: a run that trains would retire them.
+    # `prepared` marks the checkpoints until all scores are printed: without it training could retire them.
     with prepared(plan.sampling, ranks, stop) as (sampling_plan, painter, sampling):
         plan = replace(plan, sampling=sampling_plan)
         batches = ranks.on_main(lambda: [one.batch for one in plan.evaluations if one.scores() is None])
@@ -83,9 +83,9 @@ def references(
     check: Callable[[], object],
     share: Slice = WHOLE,
 ) -> Named | None:
-    """Returns the features of the real images on the main process, {} on the others; makes what is missing. Collective.
+    """Returns the features of the real images on the main process, {} on the others; makes missing ones. Collective.
 
-    None while other machines are still making some. `check` is called now and then, and raises to stop.
+    Returns None while other machines are still making some. `check` is called now and then, and raises to stop.
     """
     folder = reference_folder(of_run, reference, share)
 
@@ -99,7 +99,7 @@ def references(
         return folder.made(piece, joined(parts))
 
     if not ranks.on_main(folder.pieces.missing):
-        # A damaged piece is deleted, and missing then.
+        # Loading deletes a damaged piece, which is made again below.
         with suppress(BadDataError):
             return ranks.only_on_main(folder.load) or {}
     chosen = Order((reference.of_images,), seed=0).indices(np.arange(folder.count))
@@ -109,7 +109,7 @@ def references(
 
 
 def _draw_features(evaluation: Evaluation, painter: Painter, sampling: Sampling, see: See) -> None:
-    """Draws the images of a checkpoint and keeps what the network sees in them. Collective."""
+    """Samples the images of a checkpoint and stores their features. Collective."""
     plan, images, folder = evaluation.plan.sampling, evaluation.images, evaluation.folder
     evaluations, batch_size = painter.evaluations_of(sampling), plan.sample.batch_size
 
@@ -131,13 +131,13 @@ def _draw_features(evaluation: Evaluation, painter: Painter, sampling: Sampling,
 
 
 def _score(evaluation: Evaluation, painter: Painter, real: Named) -> None:
-    """Scores the images of a checkpoint, whose weights the painter has. Collective."""
+    """Scores the images of the checkpoint that the painter has loaded. Collective."""
     bound = _bits_per_dim(evaluation, painter)
     painter.ranks.on_main(lambda: _publish(evaluation, real, bound, painter.stop))
 
 
 def _bits_per_dim(evaluation: Evaluation, painter: Painter) -> tuple[float | None, int]:
-    """The bound on images that nobody learnt from, if there are any, else on learnt ones; on how many. Collective."""
+    """Returns the bound on held-out images, else on training images, and the number of images. Collective."""
     plan = evaluation.plan
     config, index = plan.sampling.config, plan.index
     if config.diffusion.offset_noise or index.encoding:
@@ -156,18 +156,18 @@ def _bits_per_dim(evaluation: Evaluation, painter: Painter) -> tuple[float | Non
 
 
 def _publish(evaluation: Evaluation, real: Named, bound: tuple[float | None, int], stop: Stop) -> None:
-    """Computes the scores, writes them down, and removes the features that they are of."""
+    """Computes and stores the scores, and deletes the features of the samples."""
     plan, images = evaluation.plan, evaluation.images
     try:
         drawn = evaluation.folder.load()
     except ObjectMissingError:
-        # An equal evaluation that was faster has removed them.
+        # An equal evaluation that was faster has deleted the features.
         if evaluation.scores() is None:
             raise
         return
     values, floor, floor_images = scored(tuple(metrics.COMPARISONS), drawn, real, stop, f"scoring {images.name}")
     if "logits" in drawn:
-        # It grows with the number of images.
+        # The inception score grows with the number of images, so both sides get the same number.
         for scores, logits in ((values, drawn["logits"]), (floor, real["logits"][: floor_images[0]])):
             scores["is"], scores["is_std"] = metrics.inception_score(logits)
     if bound[0] is not None:
@@ -184,7 +184,7 @@ def _publish(evaluation: Evaluation, real: Named, bound: tuple[float | None, int
         created=utc_now(),
         code_version=code_version(),
     )
-    # Whoever else saw the last piece come writes the same scores, at another moment.
+    # Another machine that found no piece missing may write the same scores at another time.
     with suppress(ObjectExistsError):
         images.run.create(ObjectKind.SCORES.key(batch=evaluation.batch), record.to_json())
     evaluation.folder.delete()
@@ -193,10 +193,10 @@ def _publish(evaluation: Evaluation, real: Named, bound: tuple[float | None, int
 def scored(
     chosen: Sequence[str], drawn: Named, real: Named, stop: Stop, title: str
 ) -> tuple[dict[str, float], dict[str, float], tuple[int, int]]:
-    """The scores of drawn images, those of as many real ones against the others, and how many these are.
+    """Returns the scores of samples, those of real images against other real images, and the numbers of the latter.
 
     Raises:
-        StoppedError: this process was asked to stop.
+        StoppedError: a stop was requested.
     """
     reals = real["features"]
     count = min(len(drawn["features"]), len(reals) // 2)
@@ -214,19 +214,19 @@ def scored(
 
 @torch.inference_mode()
 def seen(see: See, images: np.ndarray, device: torch.device) -> Named:
-    """What a network sees in uint8 [n, H, W, C]."""
+    """Returns a network's output for images, uint8 [n, H, W, C]."""
     features, logits = see(torch.from_numpy(images).permute(0, 3, 1, 2).to(device))
     found = {"features": features} if logits is None else {"features": features, "logits": logits}
     return {name: tensor.float().cpu() for name, tensor in found.items()}
 
 
 def joined(parts: list[Named]) -> Named:
-    """The features of several batches, in their order."""
+    """Returns the features of several batches, in their order."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def tables(plan: EvaluatePlan) -> Iterator[str]:
-    """What a person is told of each checkpoint: the protocol, and the scores beside those of real images."""
+    """Yields a text for each checkpoint: the protocol, and the scores beside those of real images."""
     for ref, group in groupby(plan.evaluations, key=lambda each: each.ref):
         found = [scores for evaluation in group if (scores := evaluation.scores())]
         first, sampling = found[0], plan.sampling
@@ -241,21 +241,21 @@ def tables(plan: EvaluatePlan) -> Iterator[str]:
         ]
         for name in _told(plan, first.values):
             of_sets = [one.values[name] for one in found]
-            # The bound is about no drawn image: it is the same for all sets.
+            # The bound does not depend on the samples: it is the same for all sets.
             is_drawn = name != "bpd" and len(of_sets) > 1
             spread = stdev(of_sets) if is_drawn else first.values.get(f"{name}_std")
             told = f"{fmean(of_sets):.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
             real = f"{first.floor[name]:.4g}" if name in first.floor else ""
             lines.append(f"{score_name(name, extractor.name):<20}{told:>22}  {real}")
         if "bpd" in first.values and "bpd" in plan.request.chosen_metrics:
-            whose = "that nobody learnt from" if first.held_out else "that were learnt"
-            lines.append(f"(bpd: the variational bound on {first.bits_per_dim_images:,} images {whose})")
+            kind = "held-out images" if first.held_out else "training images"
+            lines.append(f"(bpd: the variational bound on {first.bits_per_dim_images:,} {kind})")
         if len(found) > 1:
             lines.append(f"(± is the deviation over {len(found)} sets of seeds)")
         elif any(f"{name}_std" in first.values for name in _told(plan, first.values)):
-            lines.append("(± is the deviation over parts of one set; --repeats 3 tells that over sets of seeds)")
+            lines.append("(± is the deviation over parts of one set; --repeats 3 gives that over sets of seeds)")
         if drawing.count < 10_000 and "fid" in plan.request.chosen_metrics:
-            lines.append("(a Fréchet distance of fewer than 10,000 images compares with no published one)")
+            lines.append("(a Fréchet distance of fewer than 10,000 images is not comparable with published ones)")
         yield "\n".join(lines)
 
 

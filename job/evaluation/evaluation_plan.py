@@ -1,4 +1,4 @@
-"""What an evaluation finds before it begins. Needs no tensors, so that errors come at once."""
+"""The plan of an evaluation, before it begins. Planning needs no tensors, so errors come at once."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from job.stop import NEVER, Stop
 from job.store import ObjectMissingError
 
 FEWEST_IMAGES = 12
-"""Of each side: `ddpm.metrics` looks for five neighbours of each, also among half of the real ones."""
+"""The smallest number per side: `ddpm.metrics` needs five neighbours of each image, also in half of the real ones."""
 
 
 @dataclass(frozen=True)
 class EvaluatePlan:
-    """A run, the network that sees its images, and how many are drawn and compared."""
+    """A run, the network of the features, and the numbers of samples and real images."""
 
     request: EvaluateRequest
     sampling: SamplePlan
@@ -38,30 +38,30 @@ class EvaluatePlan:
 
     @property
     def index(self) -> DatasetIndex:
-        """Of the run's dataset."""
+        """The index of the run's dataset."""
         assert self.sampling.index is not None
         return self.sampling.index
 
     def check_metrics(self) -> None:
-        """Returns if all metrics that are wanted can be told.
+        """Returns if all requested metrics can be computed.
 
         Raises:
-            BadRequestError: the network has no classes, or the run no bound.
+            BadRequestError: the network has no classes, or the run has no bound.
         """
         chosen, config = {*self.request.chosen_metrics}, self.sampling.config
         if self.request.metrics and "is" in chosen and not self.found.extractor.has_classes:
             raise BadRequestError(
-                f"--metrics is: {self.found.extractor.title} comes without its classes here; --extractor mobilenet has "
-                "some, and its score is told as cs-mobilenet"
+                f"--metrics is: {self.found.extractor.title} comes without its classes here; use --extractor "
+                "mobilenet, whose score is called cs-mobilenet"
             )
         why = "independent noise, and diffusion.offset_noise is set" if config.diffusion.offset_noise else ""
         why = f"pixels, and {self.index.name} holds latents" if self.index.encoding else why
         if self.request.metrics and "bpd" in chosen and why:
-            raise BadRequestError(f"--metrics bpd: the bound is about {why}")
+            raise BadRequestError(f"--metrics bpd: the bound needs {why}")
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
-        """What is to be drawn and scored: each checkpoint as often as was asked for, its manifest read once."""
+        """The sample sets to score: one for each checkpoint and repeat; each manifest is read once."""
         found = []
         for repeat in range(self.request.repeats):
             request = replace(self.sampling.request, first_seed=repeat * self.request.count)
@@ -71,39 +71,39 @@ class EvaluatePlan:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Images of a checkpoint that are to be scored; only their features are kept."""
+    """The scoring of one sample set of a checkpoint; only the features of the images are stored."""
 
     plan: EvaluatePlan
     images: SampleSet
 
     @property
     def fingerprint(self) -> str:
-        """Of all that decides the scores."""
+        """The SHA-256 of everything that decides the scores."""
         drawing = self.images.drawing.model_dump(mode="json", exclude={"save"})
         return _hash_of({"drawing": drawing, "reference": self.plan.reference.model_dump()})
 
     @property
     def batch(self) -> str:
-        """Name of its folder."""
+        """The name of its folder."""
         return f"{self.images.name}-{self.plan.reference.extractor}-{self.fingerprint[:8]}"
 
     @property
     def folder(self) -> FeatureFolder:
-        """Features of the images."""
+        """The features of the images."""
         drawing, key = self.images.drawing, PurePosixPath(ObjectKind.SCORES.key(batch=self.batch))
         store = self.images.run.sub(str(key.parent))
         return FeatureFolder(store, self.fingerprint, drawing.count, drawing.piece_images, self.images.share)
 
     @property
     def ref(self) -> CheckpointRef:
-        """Whose images they are."""
+        """The checkpoint of the images."""
         return self.images.ref
 
     def scores(self) -> Scores | None:
-        """What came of it, if it was done before.
+        """Returns the stored scores; None before the evaluation.
 
         Raises:
-            BadDataError: the record is rotten.
+            BadDataError: the record is corrupt.
         """
         try:
             return Scores.load(self.images.run, ObjectKind.SCORES.key(batch=self.batch))
@@ -114,26 +114,26 @@ class Evaluation:
 
 
 def plan_evaluation(request: EvaluateRequest, stop: Stop = NEVER) -> EvaluatePlan:
-    """Finds the run, its dataset, its checkpoints and the network that sees images. Writes nothing.
+    """Finds the run, its dataset, its checkpoints and the network of the features. Writes nothing.
 
     Raises:
-        MissingInputError: no such run, dataset or checkpoint, or the network's weights are nowhere.
-        BadRequestError: fewer images than the metrics need, a metric that the network has not, or as `plan_sampling`.
+        MissingInputError: no such run, dataset or checkpoint, or no file of the network's weights.
+        BadRequestError: too few images for the metrics, a metric that the network lacks, or as `plan_sampling`.
         BadConfigError: as `plan_sampling`.
     """
     sampling = plan_sampling(request.sampling, stop)
     index = sampling.pictures()
     if index is None:
         raise BadRequestError(
-            f"run {request.run!r} was imported without a dataset, and there is nothing to compare its images with: "
-            "import it once more, under another name, with --dataset"
+            f"run {request.run!r} was imported without a dataset, so it has no real images to compare with: "
+            "import it again, under another name, with --dataset"
         )
     found = locate_extractor(request.extractor, sampling.bucket, request.extractor_file)
     references = min(index.images, request.references)
     if request.count < FEWEST_IMAGES or references < FEWEST_IMAGES:
         raise BadRequestError(
             f"{request.count:,} images against {references:,} real ones of {index.name}: scores need {FEWEST_IMAGES} "
-            "of each at least, and say something from a thousand on"
+            "of each at least, and are useful from a thousand on"
         )
     plan = EvaluatePlan(request, sampling, found, reference_of(index, found.extractor, references))
     plan.check_metrics()
@@ -141,17 +141,17 @@ def plan_evaluation(request: EvaluateRequest, stop: Stop = NEVER) -> EvaluatePla
 
 
 def check_formulas() -> None:
-    """Raises `BadRequestError` if what computes scores is not installed."""
+    """Raises `BadRequestError` if the library for scores is not installed."""
     if find_spec("torch_fidelity") is None:
-        raise BadRequestError(f"scores need more than is installed (torch-fidelity): {how_to_install('evaluate')}")
+        raise BadRequestError(f"scores need the library torch-fidelity: {how_to_install('evaluate')}")
 
 
 def check_scores(plan: Plan) -> None:
-    """Returns if the scores that a run wants while it trains can be computed, or it wants none.
+    """Returns if a run's scores during training can be computed, or if its configuration has none.
 
     Raises:
-        MissingInputError: the network's weights are nowhere.
-        BadRequestError: its dataset has too few images, or what computes scores is not installed.
+        MissingInputError: no file of the network's weights.
+        BadRequestError: the dataset has too few images, or the library for scores is not installed.
     """
     if not plan.config.evaluate.every_epochs:
         return
@@ -164,7 +164,7 @@ def check_scores(plan: Plan) -> None:
 
 
 def reference_of(index: DatasetIndex, extractor: Extractor, images: int) -> Reference:
-    """What is compared with: so many images of a dataset at most, as a network sees them."""
+    """Returns the record of the real images for a comparison: at most `images` of a dataset, and the network."""
     return Reference(
         dataset=index.name,
         dataset_id=index.dataset_id,
@@ -179,7 +179,7 @@ def reference_of(index: DatasetIndex, extractor: Extractor, images: int) -> Refe
 
 
 def reference_folder(of_run: RunHandle, reference: Reference, share: Slice = WHOLE) -> FeatureFolder:
-    """Features of the real images, which all runs on this dataset share."""
+    """Returns the features of the real images, which all runs on this dataset share."""
     fingerprint = _hash_of(reference.model_dump())
     name = f"{REFERENCES}/{reference.extractor}-{reference.images}-{fingerprint[:12]}"
     store = of_run.bucket.sub(f"{dataset_key(reference.dataset, reference.size)}/{name}")

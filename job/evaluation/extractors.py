@@ -1,7 +1,7 @@
-"""The pretrained networks that see images for us: which files of weights they are, and where these are found.
+"""The pretrained networks of features: their files of weights, and the places of these files.
 
-A file is looked for where a person says, in the bucket, and in an installed package that brings it, of which nothing
-but the file is used. It is known by its SHA-256.
+The program searches the path of an option, then the bucket, then an installed package that contains the file. It uses
+only the file of that package, and checks its SHA-256.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ddpm.features import ExtractorOutput
 
 FOLDER = "extractors"
-"""Of the bucket, in which jobs find them."""
+"""The folder of the bucket where jobs find the files."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Extractor:
     """A pretrained network.
 
     Attributes:
-        name: in the names of scores; see `ddpm.features.LOADERS`.
-        title: which network, for people.
-        how: what is done to an image before, for people.
-        has_classes: whether it also gives logits, as the inception score needs them.
-        file: what its file of weights is called.
-        sha256: of that file; empty before it is found, where any may be meant.
-        package: what installs it; empty if nothing does.
-        path: of the file in there.
+        name: its name in the names of scores; see `ddpm.features.LOADERS`.
+        title: its name for people.
+        how: its preprocessing of images, for people.
+        has_classes: whether it also gives logits, which the inception score needs.
+        file: the name of its file of weights.
+        sha256: the hash of that file; empty before a file is found, if any file may be used.
+        package: the package that contains the file, or empty.
+        path: the path of the file in the package.
     """
 
     name: str
@@ -88,22 +88,22 @@ EXTRACTORS = {
         ),
     )
 }
-"""By name. The first has the published names of scores, the second is several times as fast."""
+"""The networks by name. The first has the published names of scores; the second is several times as fast."""
 
 
 @dataclass(frozen=True)
 class LocatedExtractor:
-    """A network, and where its file of weights is."""
+    """A network, and the place of its file of weights."""
 
     extractor: Extractor
     uri: str
 
     def load(self, device: torch.device) -> Callable[[torch.Tensor], ExtractorOutput]:
-        """The network on a device; what lies in a bucket is downloaded once for the machine.
+        """Returns the network on a device; a machine downloads the file from a bucket once.
 
         Raises:
-            BadDataError: the file is another; the network raises it too, if its features are not finite.
-            BadRequestError: the network is not installed.
+            BadDataError: the file is another one. The network also raises it, if its features are not finite.
+            BadRequestError: a library of the network is not installed.
         """
         from safetensors import SafetensorError
 
@@ -142,18 +142,16 @@ class LocatedExtractor:
 
 
 def locate_extractor(name: str, bucket: Store, file: str = "") -> LocatedExtractor:
-    """Finds a network's file of weights, without reading it if its hash is known.
-
-    Which weights DINOv2 has is for its file to say: that is read.
+    """Finds a network's file of weights, and reads it only if its hash is unknown, as for DINOv2.
 
     Args:
-        name: of the network.
-        bucket: in which it may lie, in the folder `extractors`.
-        file: a path or a URI of it instead.
+        name: the network.
+        bucket: the bucket that may have the file, in the folder `extractors`.
+        file: a path or a URI of the file instead.
 
     Raises:
-        BadRequestError: there is no such network.
-        MissingInputError: its file is nowhere; the message says how to get it.
+        BadRequestError: the network is unknown.
+        MissingInputError: the file is nowhere; the message says how to get it.
     """
     if name not in EXTRACTORS:
         raise BadRequestError(f"--extractor {name!r}: there are {', '.join(EXTRACTORS)}")
@@ -162,7 +160,7 @@ def locate_extractor(name: str, bucket: Store, file: str = "") -> LocatedExtract
         folder, _, last = (file if is_remote(file) else str(Path(file).expanduser().absolute())).rpartition("/")
         store = open_store(folder or "/")
         if not store.exists(last):
-            raise MissingInputError(f"--extractor-file {file}: there is no such file")
+            raise MissingInputError(f"--extractor-file {file}: the file is missing")
         return _found(extractor, store, last)
     key = f"{FOLDER}/{extractor.file}"
     if bucket.exists(key):

@@ -23,10 +23,10 @@ class FeatureFolder:
     """A folder with features.
 
     Attributes:
-        store: of the folder.
-        fingerprint: SHA-256 of all that decides the features.
-        count: images.
-        piece_images: images of a piece.
+        store: the folder.
+        fingerprint: the SHA-256 of everything that decides the features.
+        count: the number of images.
+        piece_images: the number of images in a piece.
         share: the pieces that this machine makes first.
     """
 
@@ -57,7 +57,7 @@ class FeatureFolder:
 
         Raises:
             BadDataError: a piece was damaged; the same command makes it again.
-            ObjectMissingError: its record is gone.
+            ObjectMissingError: a record is gone.
         """
         import torch
 

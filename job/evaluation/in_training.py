@@ -28,7 +28,7 @@ class Evaluator:
         """Computes the features of the real images, which may take minutes. Collective.
 
         Raises:
-            StoppedError: this process was asked to stop; the same command goes on.
+            StoppedError: a stop was requested; the same command resumes.
         """
         self._chosen, self._sample, pictures = plan.config.evaluate, plan.config.sample, plan.pictures()
         assert pictures is not None
@@ -42,7 +42,7 @@ class Evaluator:
         """Returns the scores of the painter's network by name on the main process, and {} on the others. Collective.
 
         Raises:
-            StoppedError: on all processes at once, when any of them was asked to stop.
+            StoppedError: one of the processes got a stop request; it raises on all of them at once.
         """
         chosen, sample = self._chosen, self._sample
 
@@ -58,12 +58,12 @@ class Evaluator:
             values, floor, counts = scored(chosen.metrics, of_drawn, self._real, painter.stop, "scoring")
             row.update({score_name(name, chosen.extractor): value for name, value in values.items()})
             row.update({f"real {score_name(name, chosen.extractor)}": value for name, value in floor.items()})
-            told = [
+            shown = [
                 f"{score_name(name, chosen.extractor)} {value:.4g} (real images {floor[name]:.4g})"
                 for name, value in values.items()
                 if not name.endswith("_std")
             ]
-            note(f"{chosen.images:,} images: {', '.join(told)}; real ones are {counts[0]:,} against {counts[1]:,}")
+            note(f"{chosen.images:,} images: {', '.join(shown)}; real ones are {counts[0]:,} against {counts[1]:,}")
 
         painter.ranks.on_main(score)
         return row

@@ -1,4 +1,4 @@
-"""The loss on images that no run learns from, at points and with noise that are the same for all runs, always."""
+"""The loss on held-out images, at points and with noise that are always the same for all runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from job.runs.metric_rows import Row
 from job.sampling.painter import Painter
 
 SEED = 2**63
-"""Of the points and the noise; a run's own seed is smaller."""
+"""The seed of points and noise; a run's own seed is smaller."""
 
 
 def validation_row(
@@ -29,24 +29,24 @@ def validation_row(
     batch_size: int,
     latents: Latents | None = None,
 ) -> Row:
-    """Returns the mean loss as `val_loss`, and by quarters of the draws as `val_loss_q0` …. Collective.
+    """Returns the mean loss as `val_loss`, and by quarters of the draws as `val_loss_q0` and so on. Collective.
 
     The points are spread evenly over the draws, which lowers the variance. `val_bits_per_dim` is the variational bound
-    on pixels with independent noise, of which each image gives one step.
+    on pixels with independent noise, to which each image adds one step.
 
     Args:
-        painter: with the weights.
+        painter: has the weights, such as averaged ones.
         images: the held-out images.
-        objective: what is learnt.
-        count: images that are looked at, at most.
-        batch_size: images at a time and process.
-        latents: how they are drawn, if latents are learnt.
+        objective: the training objective.
+        count: the largest number of images.
+        batch_size: images per batch on each process.
+        latents: the distribution of latents, for a run on them.
 
     Raises:
-        StoppedError: on all processes at the same batch, when any of them was asked to stop.
+        StoppedError: one of the processes got a stop request; it raises on all of them at the same batch.
     """
     numbers = np.linspace(0, images.index.images - 1, min(count, images.index.images)).astype(np.int64)
-    # Which image gets which part of the draws must not go by the order of the images, which goes by class.
+    # Images are in order of classes: without a permutation each class would get its own part of the draws.
     strata = randomness.training_uniforms(SEED, torch.arange(len(numbers))).argsort()
     spread = replace(objective, draws=replace(objective.draws, stratified=True))
     points = spread.draw(SEED, strata, len(numbers))
@@ -54,7 +54,7 @@ def validation_row(
     log, bits, classes = LossLog(painter.device), LossLog(painter.device), painter.config.model.num_classes
     is_bounded = not ((offset := painter.config.diffusion.offset_noise) or latents)
     ranks = painter.ranks
-    # Every process asks as often as the first one, which has the most.
+    # Every process checks as often as the first one, which has the most images: the others would wait for it for ever.
     for start in range(0, len(numbers[:: ranks.world_size]), batch_size):
         painter.check_agreed("while validating")
         places = np.arange(len(numbers))[ranks.rank :: ranks.world_size][start : start + batch_size]

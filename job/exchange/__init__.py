@@ -1,1 +1,1 @@
-"""Runs from other people's checkpoints, and checkpoints for other people."""
+"""Imports of checkpoints of other programs, exports for diffusers, and latents of autoencoders."""

@@ -1,7 +1,7 @@
-"""`ddpm data encode`: a dataset of images becomes one of latents, by the autoencoder of a diffusers pipeline.
+"""`ddpm data encode`: turns a dataset of images into one of latents, by the autoencoder of a diffusers pipeline.
 
-Mean and log-variance of each image are kept, so that each image number draws anew from them. A shard of latents holds
-the images of the shard of the same number, in their order; each is a piece of work (`job.pieces`).
+The latents keep mean and log-variance of each image, so that each image number draws anew from them. A shard of latents
+holds the images of the shard of the same number, in their order; each is a piece of work (`job.pieces`).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 ENCODED_IMAGES = 16
-"""At a time."""
+"""Images per batch."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A dataset of images that is encoded, and where its latents go."""
+    """A dataset of images to encode, and the folder of its latents."""
 
     source: shards.DatasetIndex
     images: ImageCache
@@ -52,7 +52,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Encoder:
-    """The autoencoder on its device, and the latents that it makes."""
+    """The autoencoder on its device, and the shape of its latents."""
 
     network: nn.Module
     channels: int
@@ -68,27 +68,27 @@ class _Encoder:
         return hashlib.sha256(self.config).hexdigest(), hashlib.sha256(self.weights).hexdigest()
 
     def fingerprint(self, source: shards.DatasetIndex) -> str:
-        """Returns the SHA-256 of all that decides the latents of a dataset."""
+        """Returns the SHA-256 of everything that decides the latents of a dataset."""
         return hashlib.sha256(json.dumps([source.dataset_id, *self.hashes]).encode()).hexdigest()
 
 
 def encode_dataset(bucket: Store, request: EncodeRequest, stop: Stop) -> shards.DatasetIndex | None:
-    """Makes a dataset of latents, or resumes it.
+    """Makes or resumes a dataset of latents.
 
     Args:
-        bucket: of the dataset and its latents.
-        request: what is encoded.
-        stop: asked at each batch.
+        bucket: the bucket of the dataset and its latents.
+        request: the options of the command.
+        stop: checked at each batch.
 
     Returns:
-        The index as it lies in the bucket, or None while other machines are still making pieces.
+        The index in the bucket, or None while other machines still make pieces.
 
     Raises:
-        MissingInputError: there is no such dataset, or nothing at `autoencoder`.
-        BadDataError: what is there is damaged, or no autoencoder, or its latents are not finite.
-        BadConfigError: it does not fit the images.
-        BadRequestError: something else lies where the latents would.
-        StoppedError: whole shards are saved, and the same command goes on.
+        MissingInputError: no such dataset, or nothing at `autoencoder`.
+        BadDataError: the autoencoder is damaged or of another kind, or its latents are not finite.
+        BadConfigError: the autoencoder does not fit the images.
+        BadRequestError: the folder of the latents holds something else.
+        StoppedError: whole shards are saved, and the same command resumes.
     """
     source_key = shards.find_dataset(bucket, request.name, request.size)
     source = shards.load_index(bucket, source_key)
@@ -99,14 +99,14 @@ def encode_dataset(bucket: Store, request: EncodeRequest, stop: Stop) -> shards.
     if source.held_out:
         held_source = shards.load_index(bucket, shards.dataset_key(source.held_out, source.size))
         parts.insert(0, _part(bucket, held_source, f"{request.to}-held-out", encoder))
-    # The held-out part is whole before the rest is.
+    # A run on the latents looks for the held-out part, so that part is finished first.
     todo = [part for part in parts if not _is_made(part, encoder)]
     if parts[-1] not in todo:
         if not request.slice:
             raise _is_there(parts[-1], "is there already")
         todo = []
     for part in todo:
-        # An autoencoder that overflows is refused before anything is written.
+        # An autoencoder that overflows must fail before anything is written.
         _moments(encoder, part, np.arange(min(ENCODED_IMAGES, part.source.images)))
         try:
             part.dataset.create(AUTOENCODER[0], encoder.config)
@@ -148,10 +148,10 @@ def _part(bucket: Store, source: shards.DatasetIndex, name: str, encoder: _Encod
 
 
 def _is_made(part: _Part, encoder: _Encoder) -> bool:
-    """Returns whether the latents of a part are there.
+    """Returns whether the latents of a part are finished.
 
     Raises:
-        BadRequestError: other latents are.
+        BadRequestError: the folder holds other latents.
     """
     if not part.dataset.exists(shards.INDEX):
         return False
@@ -173,10 +173,10 @@ def _is_there(part: _Part, what: str) -> BadRequestError:
 
 
 def _fit(config: dict[str, object], source: shards.DatasetIndex, where: str) -> tuple[int, int]:
-    """Height and width of the latents, and their channels.
+    """Returns the size of the latents (height and width), and their channels.
 
     Raises:
-        BadConfigError: the autoencoder does not take such images.
+        BadConfigError: the autoencoder does not fit the images.
     """
     channels, widths = config.get("in_channels", 3), config.get("block_out_channels", [64])
     assert isinstance(widths, list | tuple)
@@ -191,7 +191,7 @@ def _fit(config: dict[str, object], source: shards.DatasetIndex, where: str) -> 
 
 
 def _encoded(part: _Part, encoder: _Encoder, number: int, advance: Advance) -> Made:
-    """Writes the latents of a shard's images to a shard; its facts say what they add up to."""
+    """Writes the latents of a shard's images to a shard; its facts hold the sums for the normalisation."""
     first = sum(shard.images for shard in part.source.shards[:number])
     numbers = range(first, first + part.source.shards[number].images)
     sums, squares = np.zeros(encoder.channels), np.zeros(encoder.channels)
@@ -209,7 +209,7 @@ def _encoded(part: _Part, encoder: _Encoder, number: int, advance: Advance) -> M
             squares += (mean**2 + np.exp(log_variance)).sum(axis=(0, 2, 3))
             advance(len(some))
         shard, offsets = writer.finish()
-        # Rounding may differ between machines: the shard that a killed one left must not stand in for this one.
+        # Rounding may differ between machines: a shard that a killed machine left must not replace this one.
         shard = shard.model_copy(update={"name": shards.shard_name(number, shard.sha256)})
         files = {shard.name: writer.path.read_bytes(), shard.offsets_name: offsets}
     return Made(files, {"shard": shard.model_dump(), "sums": sums.tolist(), "squares": squares.tolist()})
@@ -237,12 +237,12 @@ def _moments(encoder: _Encoder, part: _Part, numbers: np.ndarray) -> np.ndarray:
 
 
 def _publish(parts: list[_Part], made: list[Pieces], encoder: _Encoder, held_out: str) -> None:
-    """Creates the indices, the held-out part's first; images that are learnt say how all latents are normalised."""
+    """Creates the indices, that of the held-out part first; the training images decide the normalisation of both."""
     try:
         facts = [[record.facts for record in pieces.records(stop=encoder.stop)] for pieces in made]
     except ObjectMissingError:
         if parts and all(part.dataset.exists(shards.INDEX) for part in parts):
-            # An equal attempt that was faster has cleared the records away.
+            # An equal attempt that was faster has deleted the records.
             return
         raise
     for part, pieces, of_part in zip(parts, made, facts, strict=True):
@@ -258,7 +258,7 @@ def _publish(parts: list[_Part], made: list[Pieces], encoder: _Encoder, held_out
 
 
 def _normal(facts: list[dict[str, Any]], part: _Part, encoder: _Encoder) -> tuple[list[float], list[float]]:
-    """Returns mean and deviation of each channel, over all images, places, and what is drawn of each."""
+    """Returns mean and deviation of each channel, over all images, places and draws of latents."""
     count = part.source.images * encoder.size**2
     mean = np.sum([each["sums"] for each in facts], axis=0) / count
     variance = np.sum([each["squares"] for each in facts], axis=0) / count - mean**2

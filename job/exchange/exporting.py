@@ -1,4 +1,4 @@
-"""`ddpm export`: a checkpoint as a folder that diffusers, and the hub, take as it is."""
+"""`ddpm export`: writes a checkpoint as a folder for diffusers and the hub."""
 
 from __future__ import annotations
 
@@ -47,26 +47,26 @@ for t in scheduler.timesteps:
 
 The classes, from 0: {classes}."""
 _REMARK = {
-    "DDIMScheduler": "With this call diffusers draws what the run itself does with its sampler `ddim`; by default it "
-    "clips the estimated image and keeps the noise of the estimate before.",
-    "DDPMScheduler": "The network gives the variance of a step as well, which `DDPMPipeline` takes.",
+    "DDIMScheduler": "This call gives the images of the run's sampler `ddim`. The default call of diffusers clips the "
+    "estimated image, but keeps the noise of the estimate before clipping.",
+    "DDPMScheduler": "The network also gives the variance of a step, which `DDPMPipeline` uses.",
 }
 _SCHEDULER = "scheduler/scheduler_config.json"
 
 
 def export_run(bucket_uri: str, name: str, to: str, checkpoint: str = "latest", weights: str = "") -> None:
-    """Writes a checkpoint of a run as a folder of diffusers, and says where it lies.
+    """Writes a checkpoint of a run as a folder of diffusers, and prints its URI.
 
     Args:
-        bucket_uri: where the run lies.
-        name: of the run.
-        to: an empty folder, or one that is not there; a path or a URI.
+        bucket_uri: the bucket of the run.
+        name: the run.
+        to: a new or empty folder; a path or a URI.
         checkpoint: an epoch, or `latest`.
-        weights: which; none: those that the run draws with.
+        weights: `ema`, `ema-STD` or `model`; empty: the run's `sample.weights`.
 
     Raises:
         MissingInputError: no such run, checkpoint or weights.
-        BadRequestError: diffusers has no such network, or there is something at `to`.
+        BadRequestError: diffusers lacks the network, or the folder `to` has other files.
         BadDataError: the checkpoint is damaged.
     """
     stop = Stop().install()
@@ -95,13 +95,13 @@ def export_run(bucket_uri: str, name: str, to: str, checkpoint: str = "latest", 
             with suppress(ObjectMissingError):
                 small[PICTURE] = of_run.run.read(grid_key(label, of_run.config.sample.name(of_run.own))).data
             small[CARD] = _card(of_run, ref, weights, small, described.lacking).encode()
-            # Last what says that the folder is a pipeline.
+            # model_index.json makes the folder a pipeline, so it comes last.
             small = dict(sorted(small.items(), key=lambda each: each[0] == "model_index.json"))
             total = sum(path.stat().st_size for path in paths)
             _check_free(target, to, {*names, *small})
             with Progress(f"exporting {name}", unit="MB", total=total // 10**6) as bar:
                 for path, key in zip(paths, names, strict=True):
-                    stop.check("while exporting", "what was written is deleted, and the same command begins again")
+                    stop.check("while exporting", "its files are deleted, and the same command begins again")
                     target.upload(path, key)
                     written.append(key)
                     bar.update(sum(path.stat().st_size for path in paths[: len(written)]) // 10**6)
@@ -120,7 +120,7 @@ def export_run(bucket_uri: str, name: str, to: str, checkpoint: str = "latest", 
 
 
 def _check_free(target: Store, to: str, own: set[str]) -> None:
-    """Raises `BadRequestError` if the folder holds other objects than an export that was killed has left."""
+    """Raises `BadRequestError` if the folder holds other objects than those of a killed export."""
     # A local folder that does not exist cannot be listed.
     with suppress(MissingInputError):
         if strangers := [entry.key for entry in target.list() if entry.key not in own]:
@@ -128,7 +128,7 @@ def _check_free(target: Store, to: str, own: set[str]) -> None:
 
 
 def _index(paths: list[Path], names: list[str]) -> bytes:
-    """Says in which file each tensor lies."""
+    """Returns the index that names the file of each tensor."""
     from safetensors import safe_open
 
     places: dict[str, str] = {}
@@ -139,7 +139,7 @@ def _index(paths: list[Path], names: list[str]) -> bytes:
 
 
 def _card(of_run: RunHandle, ref: CheckpointRef, weights: str, objects: dict[str, bytes], lacking: str) -> str:
-    """What a person should know of the folder, as the hub shows it."""
+    """Returns the model card of the folder, which the hub shows."""
     config, index = of_run.config, of_run.index
     said = json.loads(objects.get(_SCHEDULER, b"{}"))
     kind, steps = said.get("_class_name", ""), config.sample.steps
@@ -154,19 +154,19 @@ def _card(of_run: RunHandle, ref: CheckpointRef, weights: str, objects: dict[str
         how = f'`UNet2DModel.from_pretrained(..., subfolder="unet")` loads the network; {lacking}.'
     licence = index.licence if index else ""
     kind_of = "class-conditional" if config.model.num_classes else "unconditional-image-generation"
-    of_images = f"{index.images:,} images of {index.name}" if index else "images that are not known"
+    of_images = f"{index.images:,} images of {index.name}" if index else "unknown images"
     licences = ["license: other", f"license_name: {json.dumps(licence)}"] if licence else []
     return "\n".join(
         [
             *("---", "library_name: diffusers", f"tags: [{kind_of}, ddpm]", *licences, "---", ""),
             f"# {of_run.run.uri.rpartition('/')[2]}",
             "",
-            f"A U-Net of {size}×{size} pixels, learnt from {of_images}: {ref.images_seen:,} images seen, "
+            f"A U-Net of {size}×{size} pixels, trained on {of_images}: {ref.images_seen:,} images seen, "
             f"weights `{weights}`, code {code_version()}.",
-            f"Licence of the images: {licence or 'nothing is said of it'}.",
+            f"Licence of the images: {licence or 'not stated'}.",
             "",
             how,
             "",
-            *([f"![Images that it draws]({PICTURE})", ""] if PICTURE in objects else []),
+            *([f"![Samples]({PICTURE})", ""] if PICTURE in objects else []),
         ]
     )

@@ -1,6 +1,6 @@
-"""Other people's checkpoints, read without running anything that is in them.
+"""Reads checkpoints of other programs without executing anything in them.
 
-A folder of diffusers says itself what it is. A `.pt` or `.safetensors` says it by the names of its tensors: Ho et al.'s
+A folder of diffusers has a configuration. The names of the tensors identify a `.pt` or `.safetensors`: Ho et al.'s
 networks as pesser/pytorch_diffusion and the DDIM authors keep them, and dome272's and ErenGurs'.
 """
 
@@ -31,12 +31,12 @@ Named = dict[str, "Tensor"]
 """Tensors by name."""
 
 FOLDERS = ("unet_ema/", "unet/", "")
-"""Where the network lies in a folder of diffusers: averages beside weights first, and flat folders last."""
+"""The places of the network in a folder of diffusers: averages first, flat folders last."""
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 MOST_JSON_BYTES = 1 << 24
-"""Of a configuration, or of the index of weights in several files."""
+"""The largest size of a configuration, or of the index of weights in several files."""
 DOME_SIZE = 64
-"""Pixels, of which the networks of dome272 and ErenGurs say nothing."""
+"""The usual size in pixels of the networks of dome272 and ErenGurs, whose files do not state it."""
 _DEEPEST = 3
 _DOME_SETTINGS = {
     "sample.sampler": "ddpm",
@@ -45,18 +45,17 @@ _DOME_SETTINGS = {
     "sample.variance": "fixed_large",
     "sample.clip": False,
 }
-"""As both draw."""
+"""The sampling settings of both programs."""
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """A network of others, as ours.
+    """A network of another program, in terms of this one.
 
     Attributes:
         what: kind and origin, for people.
-        settings: dotted keys of a configuration, those of its network and process, as far as it says them; and
-            `out_channels` of a U-Net.
-        tensors: by the names of our network's parameters.
+        settings: the known settings of its network and process, by dotted key; and `out_channels` of a U-Net.
+        tensors: its tensors by the names of our network's parameters.
     """
 
     what: str
@@ -66,34 +65,34 @@ class Foreign:
 
 @dataclass(frozen=True)
 class _Source:
-    """A folder or a file, wherever it lies."""
+    """A folder or a file, on the disk or in a bucket."""
 
     where: str
     names: frozenset[str]
-    """Of the files in it, relative to it; empty for a file."""
+    """The names of the files in a folder, relative to it; empty for a file."""
     fetch: Callable[[str], Path]
-    """A file of it on the local disk."""
+    """Returns the local path of a file by its name, after a download if needed."""
 
 
 @contextmanager
 def opened_foreign(source: str, size: int | None, retry: Retry) -> Iterator[Foreign]:
-    """What lies at `source`; its tensors may be files until the context ends.
+    """Opens the checkpoint at `source`; its tensors may need their files until the context ends.
 
     Args:
         source: a path, or a URI of an object or a folder in a bucket.
-        size: height and width of its images in pixels, where the checkpoint does not say it.
-        retry: the patience with its bucket.
+        size: height and width of its images in pixels, if the checkpoint does not state it.
+        retry: the retries for its bucket.
 
     Raises:
-        MissingInputError: there is nothing.
-        BadDataError: it is damaged, would run something, or is of a network that has no counterpart here.
+        MissingInputError: nothing lies at `source`.
+        BadDataError: the checkpoint is damaged, would execute code, or has a network without a counterpart here.
     """
     with _opened_source(source, retry) as found:
         try:
             foreign = _of_diffusers(found) if found.names else _of_file(found.where, found.fetch(""), size)
         except JobError:
             raise
-        # What strangers write meets readers with anything from KeyError to OverflowError; each means the same here.
+        # Files of strangers cause anything from KeyError to OverflowError in readers; each means the same here.
         except Exception as error:
             said = str(error) if isinstance(error, NoCounterpartError) else f"{type(error).__name__}: {error}"
             raise BadDataError(f"{found.where} cannot be imported: {printable(said):.300}") from None
@@ -106,10 +105,10 @@ def _opened_source(source: str, retry: Retry) -> Iterator[_Source]:
         f"nothing lies at {without_queries(source)}: name a folder of diffusers, a .pt or a .safetensors"
     )
     if not is_remote(source):
-        # What a cache of the hub keeps are links to elsewhere: the files of this machine are read as they are.
+        # A cache of the hub consists of links, which a store would refuse: local files are read directly.
         path = Path(open_store(source, retry).uri)
         with os_errors(path):
-            # A pipe would be waited for in vain, and a device has no end.
+            # Reading a pipe could wait for ever, and a device has no end.
             if not (path.is_file() or path.is_dir()):
                 raise nothing
             files = [file for file in path.glob("**/*") if file.is_file()] if path.is_dir() else []
@@ -143,8 +142,8 @@ def _of_diffusers(source: _Source) -> Foreign:
     folder = next((folder for folder in FOLDERS if f"{folder}config.json" in source.names), None)
     if folder is None:
         raise BadDataError(
-            f"{source.where} is no folder of diffusers: neither unet/config.json nor config.json is in it. Of another "
-            "program name the .pt itself"
+            f"{source.where} is not a folder of diffusers: it has neither unet/config.json nor config.json. For "
+            "another program name the .pt file itself"
         )
     config = _json(source, f"{folder}config.json")
     options = interop.unet_options(config)
@@ -160,25 +159,25 @@ def _of_diffusers(source: _Source) -> Foreign:
 
 @contextmanager
 def opened_autoencoder(source: str, retry: Retry) -> Iterator[tuple[dict[str, Any], Named]]:
-    """Configuration and weights of an autoencoder of diffusers, or of that of a pipeline.
+    """Opens an autoencoder of diffusers, alone or in a pipeline: its configuration and weights.
 
     Raises:
-        MissingInputError: there is nothing.
-        BadDataError: it is damaged, or would run something.
+        MissingInputError: nothing lies at `source`.
+        BadDataError: the autoencoder is damaged, or would execute code.
     """
     with _opened_source(source, retry) as found:
         folder = next((folder for folder in ("vae/", "") if f"{folder}config.json" in found.names), None)
         if folder is None:
-            raise BadDataError(f"{found.where} is no autoencoder of diffusers: no config.json is in it")
+            raise BadDataError(f"{found.where} is not an autoencoder of diffusers: it has no config.json")
         try:
             named = interop.with_names_of_today(_weights(found, folder))
         except NoCounterpartError as error:
-            raise BadDataError(f"{found.where} is no autoencoder: {error}") from None
+            raise BadDataError(f"{found.where} is not an autoencoder: {error}") from None
         yield _json(found, f"{folder}config.json"), named
 
 
 def _unet_settings(options: interop.Options) -> dict[str, Any]:
-    """Of a configuration, for these arguments of `UNet`."""
+    """Returns the settings of a configuration for these arguments of `UNet`."""
     rest = {"num_classes": 0, **options}
     settings = {"data.size": rest.pop("image_size"), "data.channels": rest.pop("in_channels")}
     settings["out_channels"] = rest.pop("out_channels")
@@ -186,7 +185,7 @@ def _unet_settings(options: interop.Options) -> dict[str, Any]:
 
 
 def _weights(source: _Source, folder: str) -> Named:
-    """All tensors of a network of diffusers, in one file or in several with an index."""
+    """Returns all tensors of a network of diffusers, from one file, or from several with an index."""
     for name in (f"{folder}{name}" for name in WEIGHTS):
         if name in source.names:
             return _averages_first(_tensors(f"{source.where}/{name}", source.fetch(name)))[0][1]
@@ -197,7 +196,7 @@ def _weights(source: _Source, folder: str) -> Named:
                 raise BadDataError(f"{source.where}/{strangers[0]} is missing, though {name}.index.json names it")
             loaded = [_averages_first(_tensors(f"{source.where}/{part}", source.fetch(part)))[0][1] for part in parts]
             return {name: tensor for named in loaded for name, tensor in named.items()}
-    raise BadDataError(f"{source.where} has no weights: neither {folder}{WEIGHTS[0]} nor {folder}{WEIGHTS[1]} is in it")
+    raise BadDataError(f"{source.where} has no weights: it lacks {folder}{WEIGHTS[0]} and {folder}{WEIGHTS[1]}")
 
 
 def _json(source: _Source, name: str) -> dict[str, Any]:
@@ -209,7 +208,7 @@ def _json(source: _Source, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
-        raise BadDataError(f"{source.where}/{name} is no JSON object such as diffusers writes")
+        raise BadDataError(f"{source.where}/{name} is not a JSON object such as diffusers writes")
     return document
 
 
@@ -227,13 +226,13 @@ def _of_file(where: str, path: Path, size: int | None) -> Foreign:
                 "has no counterpart; nor have its linear attention and its RMSNorms"
             )
         if any(name.startswith("down_blocks.") for name in tensors):
-            raise BadRequestError(f"{where} is of diffusers: name the folder in which it lies with its config.json")
+            raise BadRequestError(f"{where} is of diffusers: name its folder, which has the config.json")
     named = ", ".join(list(candidates[0][1])[:3])
-    raise NoCounterpartError(f"its tensors ({named:.200}, …) are those of no network that is known here")
+    raise NoCounterpartError(f"its tensors ({named:.200}, …) belong to an unknown network")
 
 
 def _known(tensors: Named, size: int | None) -> Foreign | None:
-    """The network that has tensors of these names; none if nobody knows it."""
+    """Returns the network with tensors of these names; None if it is unknown."""
     process = {"diffusion.schedule": "linear", "diffusion.timesteps": 1000, "diffusion.prediction": "epsilon"}
     if "temb.dense.0.weight" in tensors:
         named = interop.from_ho(tensors)
@@ -247,14 +246,14 @@ def _known(tensors: Named, size: int | None) -> Foreign | None:
     }
     settings["out_channels"] = channels
     if (labels := tensors.get("label_emb.weight")) is not None:
-        # Without a class it adds nothing to the timestep, as a last embedding of zeros does; so it can be guided.
+        # That program adds nothing to the timestep without a class, as a last embedding of zeros does: guidance works.
         settings |= {"model.num_classes": len(labels), "model.label_dropout": 0.1}
         tensors = tensors | {"label_emb.weight": interop.with_null_class(labels)}
     return Foreign("a U-Net of dome272's ddpm", settings, tensors)
 
 
 def _averages_first(loaded: Any) -> list[tuple[str, Named]]:
-    """The sets of named tensors in what was loaded, by where they lie in it."""
+    """Returns the sets of named tensors in a loaded file, averages first, each with its place in the file."""
     import torch
 
     found: list[tuple[str, Named]] = []
@@ -262,7 +261,7 @@ def _averages_first(loaded: Any) -> list[tuple[str, Named]]:
     walked: set[int] = set()
 
     def walk(part: Any, path: tuple[str, ...]) -> None:
-        # Lists that share an inner one would be walked for ever.
+        # Without this check, lists that contain each other would be walked for ever.
         if id(part) in walked:
             return
         walked.add(id(part))
@@ -286,10 +285,10 @@ def _averages_first(loaded: Any) -> list[tuple[str, Named]]:
 
 
 def _tensors(where: str, path: Path) -> Any:
-    """What a file holds, with its tensors on the CPU.
+    """Returns the content of a file, with its tensors on the CPU.
 
     Raises:
-        BadDataError: it is damaged, or would run something.
+        BadDataError: the file is damaged, or would execute code.
     """
     import torch
     from safetensors.torch import load_file
@@ -300,24 +299,24 @@ def _tensors(where: str, path: Path) -> Any:
                 return load_file(path)
             _check_not_compressed(path)
             return torch.load(path, map_location="cpu", weights_only=True)
-        # Readers meet broken files with anything from EOFError to AssertionError; each means the same here.
+        # Damaged files cause anything from EOFError to AssertionError in readers; each means the same here.
         except Exception as error:
-            # A zip that is cut off leads PyTorch to a place before its beginning: the disk refuses to go there.
+            # A truncated zip makes PyTorch seek to a place before its beginning, which the system refuses.
             if isinstance(error, OSError) and error.errno != errno.EINVAL:
                 raise
             if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
                 raise BadDataError(
-                    f"{where} is a pickle that asks for {asked[1]:.100}, and what a pickle asks for runs: nothing of "
-                    "it was run. Save its tensors alone, as a state_dict, and import that"
+                    f"{where} is a pickle that would execute {asked[1]:.100}; nothing of it was executed. Save only "
+                    "its tensors, as a state_dict, and import that"
                 ) from None
             raise BadDataError(
-                f"{where} is cut off, damaged, or no checkpoint as torch.save or safetensors write it; nothing of it "
-                "was run"
+                f"{where} is truncated, damaged, or not a checkpoint of torch.save or safetensors; nothing of it was "
+                "executed"
             ) from None
 
 
 def _check_not_compressed(path: Path) -> None:
-    """PyTorch compresses nothing: a small file that says otherwise would fill the memory."""
+    """Raises for a compressed archive: PyTorch compresses nothing, and such a small file could fill the memory."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:

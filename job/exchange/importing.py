@@ -1,7 +1,7 @@
-"""`ddpm import`: a run that begins with somebody else's network.
+"""`ddpm import`: makes a run from a network of another program.
 
-It gets a configuration, an attempt that says what was imported, and one checkpoint per import: weights and averages are
-those that were read, the optimiser's moments are zero. Everything else is as in a run that was trained here.
+The run gets a configuration, an attempt that names the source, and one checkpoint per import: the imported weights and
+averages, with zero as the optimiser's moments. Everything else is as in a run that was trained here.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImportRequest:
-    """What a person asked for.
+    """The options of `ddpm import`.
 
     Attributes:
         source: a folder of diffusers, or a file with tensors; a path or a URI.
-        bucket: where the run is to lie.
-        run: its name.
-        dataset: what it may go on to learn from; without one it can only be drawn from.
-        size: height and width of the images in pixels, where the checkpoint does not say it.
-        epoch: which epoch of the dataset the checkpoint is the end of.
-        preset: what gives the settings that the checkpoint does not say; none: the defaults.
+        bucket: the bucket of the new run.
+        run: the name of the run.
+        dataset: the dataset of further training; without one the run is only for sampling.
+        size: height and width of the images in pixels, if the checkpoint does not state it.
+        epoch: the epoch of the dataset at whose end the checkpoint was saved.
+        preset: the preset of the settings that the checkpoint lacks; empty: the defaults.
         sets: assignments to dotted keys.
     """
 
@@ -55,11 +55,11 @@ class ImportRequest:
     sets: tuple[str, ...] = ()
 
     def check(self) -> dict[str, Any]:
-        """The settings asked for, by dotted keys, if the rest is sound.
+        """Returns the settings of `--set` by dotted keys, if the other options are valid.
 
         Raises:
-            BadRequestError: a name that is none, or an epoch of no dataset.
-            BadConfigError: a setting that is none.
+            BadRequestError: an invalid name, or an epoch without a dataset.
+            BadConfigError: an invalid setting.
         """
         records.validated_run_name(self.run)
         if self.dataset:
@@ -70,21 +70,21 @@ class ImportRequest:
 
 
 def import_run(request: ImportRequest) -> None:
-    """Makes a run of a checkpoint, or adds it to a run that was imported before; says what it was and where it lies.
+    """Makes a run from a checkpoint, or adds the checkpoint to an imported run; prints its kind and URI.
 
     Raises:
-        MissingInputError: there is nothing to import, or no such dataset.
-        BadDataError: what is there is damaged, or of a network that has no counterpart here.
+        MissingInputError: nothing to import, or no such dataset.
+        BadDataError: the checkpoint is damaged, or its network has no counterpart here.
         BadConfigError: the network does not fit the dataset.
-        BadRequestError: the run that is there is another, or has trained.
-        LostRunError: somebody else holds the run.
-        StoppedError: a signal came before the checkpoint was committed.
+        BadRequestError: the existing run has another configuration, or has trained.
+        LostRunError: another process holds the run.
+        StoppedError: a signal came before the commit of the checkpoint.
     """
     sets, stop = request.check(), Stop().install()
     bucket = open_bucket(request.bucket, stop)
     run = records.run_store(bucket, request.run)
     with opened_foreign(request.source, request.size, bucket.retry.elsewhere()) as foreign:
-        # What a URL ends with may be a signature.
+        # The query of a URL may be a signature, which must not enter records.
         request = replace(request, source=without_queries(request.source))
         config, dataset_images = _config(bucket, request, foreign.settings, sets)
         _check_run(run, request.run, config)
@@ -93,45 +93,45 @@ def import_run(request: ImportRequest) -> None:
     records.check_writable(run)
     lease = Lease.take(run, records.highest_fence(run), 0.0, stop, note)
     try:
-        # Somebody else may have begun it meanwhile.
+        # Another process may have begun the run meanwhile.
         _check_run(run, request.run, config)
         where = _commit(run, config, state, dataset_images, lease, stop=stop, source=request.source)
     finally:
         lease.close(stop.seconds_left())
     weights = sum(parameter.numel() for parameter in state.model.parameters())
-    print(f"{where}  ({foreign.what}, {weights:,} weights)\nTo draw from it: ddpm sample --run {request.run}")
+    print(f"{where}  ({foreign.what}, {weights:,} weights)\nTo sample from it: ddpm sample --run {request.run}")
 
 
 def _config(
     bucket: Store, request: ImportRequest, found: dict[str, Any], sets: dict[str, Any]
 ) -> tuple[RunConfig, int]:
-    """The configuration of the run, and how many images its dataset has; without one more than a run can see."""
+    """Returns the configuration and the number of images of the dataset; without a dataset, more than a run can see."""
     if request.size not in (None, found["data.size"]):
-        raise BadConfigError(f"--size {request.size}: the checkpoint is of {found['data.size']} pixels, as it says")
+        raise BadConfigError(f"--size {request.size}: the checkpoint states {found['data.size']} pixels")
     told = found | sets
     channels, out_channels = told["data.channels"], told.pop("out_channels")
     if sets.get("diffusion.self_conditioning"):
         channels //= 2
     if out_channels not in (channels, 2 * channels):
         raise BadDataError(
-            f"{request.source} cannot be imported: {channels} channels in and {out_channels} out have no counterpart: "
-            "as many have, or twice as many; with diffusion.self_conditioning=true half of these are its estimate"
+            f"{request.source} cannot be imported: it has {channels} channels in and {out_channels} out, and a network "
+            "here has equal numbers, or twice as many out; diffusion.self_conditioning=true halves those in"
         )
     told |= {"data.channels": channels}
     if out_channels != channels:
         told |= {"diffusion.variance": "learned_range"}
     if "diffusion.schedule" not in told:
         raise BadConfigError(
-            f"{request.source} has no scheduler_config.json: say what its network was trained for, such as "
+            f"{request.source} has no scheduler_config.json: state the process of its training, such as "
             "--set diffusion.schedule=linear --set diffusion.prediction=epsilon"
         )
     if sets.get("model.label_dropout") and found["model.kind"] == "unet":
-        # The last embedding is that of no class.
+        # The last embedding means "no class".
         told["model.num_classes"] = found["model.num_classes"] - 1
     where = f"{request.source} as a run"
     told["imported"] = True
     if not request.preset:
-        # The usual number may be more than there are.
+        # The default number of steps may exceed the timesteps of this process.
         told = {"sample.steps": min(RunConfig().sample.steps, told.get("diffusion.timesteps", LARGEST))} | told
     config = draft(request.preset, told) if request.preset else validated(layered(RunConfig().flat(), told), where)
     check_drawing(config)
@@ -145,7 +145,7 @@ def _check_run(run: Store, name: str, config: RunConfig) -> None:
     """Returns if the checkpoint can become one of this run.
 
     Raises:
-        BadRequestError: the run has another configuration, or checkpoints that were learnt here.
+        BadRequestError: the run has another configuration, or checkpoints of training here.
     """
     stored = records.load_config(run)
     if stored is None:
@@ -153,15 +153,15 @@ def _check_run(run: Store, name: str, config: RunConfig) -> None:
     others = [key for key, value in stored.flat().items() if config.flat().get(key) != value]
     trained = [fence for fence in records.attempt_fences(run) if not records.load_attempt(run, fence).imported]
     if others or trained:
-        why = f"has another {others[0]}" if others else f"has learnt since (attempt {trained[0]})"
-        raise BadRequestError(f"run {name!r} is there and {why}: import under another name")
+        why = f"has another {others[0]}" if others else f"has trained since (attempt {trained[0]})"
+        raise BadRequestError(f"run {name!r} exists and {why}: import under another name")
 
 
 def _state(config: RunConfig, foreign: Foreign, source: str) -> TrainState:
-    """Weights and averages as they were read, and moments of zero.
+    """Returns a state with the imported weights and averages, and moments of zero.
 
     Raises:
-        BadDataError: the tensors are not those of the network that the configuration describes, or no numbers.
+        BadDataError: the tensors do not fit the network of the configuration, or are not finite numbers.
     """
     import torch
 
@@ -170,10 +170,10 @@ def _state(config: RunConfig, foreign: Foreign, source: str) -> TrainState:
 
     plain = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-    # Before memory is taken for whatever a configuration claims.
+    # Shapes are checked first: a forged configuration must not fill the memory.
     with torch.device("meta"):
         expected = {name: p.shape for name, p in method.build_network(config, torch.device("meta")).named_parameters()}
-    says = f"{source} says that it is {foreign.what}, and"
+    says = f"{source} looks like {foreign.what}, and"
     for name in sorted(expected.keys() ^ foreign.tensors.keys()):
         what = "lacks the tensor" if name in expected else "has a tensor that such a network does not have,"
         raise BadDataError(f"{says} {what} {printable(name):.200}")
@@ -182,28 +182,28 @@ def _state(config: RunConfig, foreign: Foreign, source: str) -> TrainState:
         if tensor.shape != shape:
             raise BadDataError(f"{says} its tensor {name} is {[*tensor.shape]} and not {[*shape]}")
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in plain:
-            raise BadDataError(f"{source}: the tensor {name} holds {tensor.dtype}, no plain floating-point numbers")
+            raise BadDataError(f"{source}: the tensor {name} holds {tensor.dtype}, not plain floating-point numbers")
     device = torch.device("cpu")
     network = method.build_network(config, device)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             parameter.copy_(foreign.tensors[name])
             if not parameter.isfinite().all():
-                raise BadDataError(f"{source}: the tensor {name} holds what are no finite numbers")
+                raise BadDataError(f"{source}: the tensor {name} holds values that are not finite")
     return training.create_state(network, device, method.settings_of(config))
 
 
 def _commit(
     run: Store, config: RunConfig, state: TrainState, dataset_images: int, lease: Lease, *, stop: Stop, source: str
 ) -> str:
-    """Writes the run down, if it is new, the attempt and its checkpoint; where that lies."""
+    """Records the run, if it is new, the attempt and its checkpoint; returns the URI of the checkpoint."""
     if records.load_config(run) is None:
         records.create_config(run, config)
     device = describe_device(state.first_nonfinite.device)
     attempt = records.record_attempt(
         run, lease.fence, lease.holder, changes={}, world_size=1, device=device, imported=source
     )
-    # Whoever imports one after another wants all of them.
+    # The next import into this run must not retire this checkpoint.
     retention = Retention(config.updated({"checkpoint.keep_last": LARGEST}), dataset_images)
     leased = LeasedRun(run, retention, attempt, lease)
     writer = CheckpointWriter(leased, state.tensors(), before=None, stop=stop, note=note)

@@ -1,4 +1,4 @@
-"""The datasets in a bucket, for people: what there is to pack, a list of them, a look at one, whether it is whole."""
+"""The datasets of a bucket for people: list, description, contact sheet, check, deletion."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ SHEET_PER_CLASS = 10
 
 
 def is_packed(bucket_uri: str, name: str, size: int | None) -> bool:
-    """Whether training on a dataset finds it.
+    """Returns whether the bucket has a dataset for training.
 
     Raises:
-        MissingInputError: there is not even a bucket.
+        MissingInputError: the bucket does not exist.
     """
     bucket = open_store(bucket_uri)
     try:
         find_dataset(bucket, name, size)
     except BadRequestError:
-        # There are several sizes, of which training takes the one it is told.
+        # The dataset has several sizes; training has an option to choose one.
         return True
     except MissingInputError:
-        # Raises if the bucket is what is missing, but for a local folder, which is made when it is needed.
+        # Raises if the bucket itself is missing. A local folder may be missing: the first write creates it.
         bucket.exists(DATASETS)
         return False
     return True
 
 
 def how_to_pack(bucket_uri: str, name: str, size: int, on: str) -> str:
-    """What a person types so that `name` is in the bucket; `on` is the target that wants it."""
+    """Returns the commands that pack a dataset, as a message; `on` is the target whose job needs it."""
     preset, quoted = pack_config(name), shlex.quote(bucket_uri)
     there = f" ON={shlex.quote(on)}" if on not in ("", "local") else ""
     what = (preset.fetch if preset else "") or "a folder or archive of images"
@@ -85,7 +85,7 @@ def list_datasets(bucket_uri: str, *, as_json: bool = False) -> None:
 
 
 def _told(bucket: Store, key: str) -> dict[str, Any]:
-    """A dataset as values; nothing of one that is unfinished or damaged."""
+    """Returns the facts of a dataset as JSON values; an empty one if it is unfinished or damaged."""
     try:
         index = load_index(bucket, key)
     except (MissingInputError, BadDataError):
@@ -96,11 +96,11 @@ def _told(bucket: Store, key: str) -> dict[str, Any]:
 
 
 def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | None, *, as_json: bool = False) -> None:
-    """Prints what a dataset holds and makes a contact sheet of it, in the bucket unless `output` names a file.
+    """Prints the facts of a dataset and makes a contact sheet of it, in the bucket unless `output` names a file.
 
     Raises:
-        BadRequestError: nothing can be written to `output`.
-        MissingInputError: there is no such dataset.
+        BadRequestError: `output` cannot be written.
+        MissingInputError: the bucket has no such dataset.
     """
     if output is not None:
         check_output(output)
@@ -133,7 +133,7 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
 
 
 def sheet_png(bucket: Store, key: str, index: DatasetIndex) -> bytes:
-    """A contact sheet: images spread over the dataset at `key`, by class if there are classes."""
+    """Returns a contact sheet as PNG: images spread over the dataset at `key`, by class if it has classes."""
     from ddpm import figures
     from job.data.cache import chosen_images
 
@@ -148,7 +148,7 @@ def verify_named(bucket_uri: str, name: str, size: int | None, *, as_json: bool 
     """Checks all hashes and images of a dataset.
 
     Raises:
-        BadDataError: naming each bad object.
+        BadDataError: an object is damaged; the message names each.
     """
     from job.data.verify import verify_dataset
 
@@ -168,11 +168,11 @@ def verify_named(bucket_uri: str, name: str, size: int | None, *, as_json: bool 
 
 
 def delete_dataset(bucket_uri: str, name: str, size: int | None, certain: bool) -> None:
-    """Deletes a dataset, its index first, so that nobody takes what is left for whole. Half-packed ones go too.
+    """Deletes a dataset, also an unfinished one. The index goes first, so that the rest never passes for a dataset.
 
     Raises:
-        BadRequestError: not `certain`; the message says what would go. Or there are several sizes and none was named.
-        MissingInputError: there is no such dataset.
+        BadRequestError: not `certain`; the message says how much would be deleted. Or `size` chooses none of several.
+        MissingInputError: the bucket has no such dataset.
     """
     bucket = open_store(bucket_uri)
     dataset = bucket.sub(find_dataset(bucket, name, size, unfinished=True))
@@ -190,7 +190,7 @@ def delete_dataset(bucket_uri: str, name: str, size: int | None, certain: bool) 
 
 
 def describe_dataset(index: DatasetIndex, bucket: Store) -> str:
-    """A dataset in a few lines."""
+    """Returns the facts of a dataset in a few lines."""
     shards = "1 shard" if len(index.shards) == 1 else f"{len(index.shards):,} shards"
     what = f"{'grey' if index.channels == 1 else 'colour'}, {index.size}×{index.size} pixels"
     if encoding := index.encoding:
@@ -219,7 +219,7 @@ def describe_dataset(index: DatasetIndex, bucket: Store) -> str:
 
 
 def _spread(labels: np.ndarray, classes: int) -> np.ndarray:
-    """Indices spread evenly over the dataset, or over each class."""
+    """Returns indices spread evenly over the dataset, or over each class."""
     groups = [np.flatnonzero(labels == number) for number in range(classes)] or [np.arange(len(labels))]
     count = SHEET_PER_CLASS if classes else SHEET_IMAGES
     spread = [group[np.linspace(0, len(group) - 1, min(count, len(group))).astype(int)] for group in groups]

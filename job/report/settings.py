@@ -1,4 +1,4 @@
-"""`ddpm config`: every key of a configuration with what it takes; what a run would get, and where that comes from."""
+"""`ddpm config`: all keys of a configuration with their values, and the configuration of a new run with its origins."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from job.requests import TrainRequest
 
 @dataclass(frozen=True)
 class Key:
-    """One key, as the schema has it."""
+    """One key of the schema."""
 
     key: str
     takes: str
-    """Type and limits, in words."""
+    """Its type and limits, in words."""
     default: Any
     description: str
     of: str = ""
-    """The option that chooses it, if `--set` does not."""
+    """The option that sets it instead of `--set`."""
 
 
 def keys() -> Iterator[Key]:
-    """All keys, those of every kind of network among them: the same one of several kinds once."""
+    """Yields all keys, with those of every kind of network; a key that several kinds have comes once."""
     schema = RunConfig.model_json_schema()
     sections = {name: _resolved(section, schema) for name, section in schema["properties"].items()}
     models = [model.model_json_schema() for model in NETWORKS.values()]
@@ -51,7 +51,7 @@ def _resolved(field: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def words_of(field: dict[str, Any], schema: dict[str, Any]) -> str:
-    """What a field of a JSON schema takes: `whole number from 1`, `ddim|ddpm`, `2 numbers above 0 up to 1`."""
+    """Returns the values of a field of a schema: `whole number from 1`, `ddim|ddpm`, `2 numbers above 0 up to 1`."""
     field = _resolved(field, schema)
     if "enum" in field:
         return "|".join(map(str, field["enum"]))
@@ -76,14 +76,14 @@ def _several(words: str) -> str:
 def _limits(field: dict[str, Any]) -> str:
     low = f"from {field['minimum']:g}" if "minimum" in field else ""
     low = f"above {field['exclusiveMinimum']:g}" if "exclusiveMinimum" in field else low
-    # A limit that nobody meets is none for a person.
+    # The largest limits only protect the program; no person needs to know them.
     high = f"up to {field['maximum']:,}" if field.get("maximum", LARGEST) < LARGEST else ""
     below = field.get("exclusiveMaximum", LARGEST)
     return " ".join(filter(None, (low, f"below {below:g}" if below < LARGEST else high)))
 
 
 def list_keys(*, as_json: bool) -> None:
-    """Prints every key: what it takes, its default, what it is."""
+    """Prints every key with its values, its default and its meaning."""
     from rich.table import Table
 
     from job.runs.listing import print_json, print_table
@@ -91,18 +91,18 @@ def list_keys(*, as_json: bool) -> None:
     if as_json:
         print_json([vars(key) for key in keys()])
         return
-    table = Table("key", "takes", "default", "what it is", box=None)
+    table = Table("key", "takes", "default", "meaning", box=None)
     for key in keys():
         said = "; ".join(filter(None, (key.description, f"set by {key.of}" if key.of else "")))
         table.add_row(key.key, key.takes, shown(key.default), said)
-    print_table(table, "there are no keys")
+    print_table(table, "no keys")
 
 
 def show_config(request: TrainRequest, *, as_json: bool) -> None:
-    """Prints what a new run would get, key by key, with where each value comes from; its dataset may fill in more.
+    """Prints the configuration of a new run, with the origin of each value; its dataset may fill in more.
 
     Raises:
-        BadConfigError, BadRequestError, MissingInputError: as `ddpm train` would.
+        BadConfigError, BadRequestError, MissingInputError: as `ddpm train`.
     """
     from rich.table import Table
 
@@ -127,11 +127,11 @@ def show_config(request: TrainRequest, *, as_json: bool) -> None:
     table = Table("key", "value", "from", box=None)
     for key, values in told.items():
         table.add_row(key, shown(values["value"]), values["from"])
-    print_table(table, "there are no keys")
+    print_table(table, "no keys")
 
 
 def shown(value: Any) -> str:
-    """A value as `--set` takes it."""
+    """Returns a value as `--set` takes it."""
     if isinstance(value, list | tuple):
         return ",".join(map(shown, value)) or "[]"
     if value is None:

@@ -1,1 +1,1 @@
-"""Drawing from checkpoints: grids and GIFs for people, numbered images by the thousand."""
+"""Sampling from checkpoints: grids and GIFs for people, numbered images by the thousand."""

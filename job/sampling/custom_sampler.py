@@ -1,4 +1,4 @@
-"""A sampler of somebody's own, which a command names as `module:function`; no file from a bucket can name one."""
+"""A sampler of the user, which a command names as `module:function`; no file of a bucket can name one."""
 
 from __future__ import annotations
 
@@ -29,60 +29,60 @@ if TYPE_CHECKING:
 
 _PROGRAM = (Path(__file__).parents[2] / package for package in ("job", "ddpm"))
 _NOT_THEIRS = ("<", *(f"{path}{os.sep}" for path in (*_PROGRAM, *map(sysconfig.get_path, ("stdlib", "purelib")))))
-"""Prefixes of the paths of files that are not the user's: the program's, the libraries' and Python's."""
+"""Prefixes of the paths of other files than the user's: those of the program, the libraries and Python."""
 
 
 @dataclass(frozen=True)
 class CustomSampler:
-    """The function, and what decides what it does."""
+    """The function, with the hash of its module."""
 
     name: str
     function: Sampler
     """See `ddpm.samplers.Sampler`."""
     sha256: str
-    """Of the file of its module."""
+    """The hash of its module's file."""
     place: str
-    """Where it is defined, for people."""
+    """The place of its definition, for people."""
     _evaluations: dict[tuple[Point[float], ...], int] = field(default_factory=dict, compare=False)
-    """How often it evaluates the network, by the points that it visits."""
+    """The number of its evaluations of the network, by points."""
 
     @classmethod
     def load(cls, name: str) -> CustomSampler:
-        """Imports it, from where the command runs if it is not installed.
+        """Imports the function: an installed one, or one in the working folder.
 
         Raises:
-            BadRequestError: there is no such function, its module cannot be imported, or its arguments are others.
+            BadRequestError: no such function, its module cannot be imported, or it takes other arguments.
         """
         module_name, _, function_name = name.partition(":")
-        # At the end, so that a file beside it cannot take the place of a library.
+        # At the end of the path, so that a file of the working folder cannot replace a library.
         sys.path.append(str(Path.cwd()))
-        with _refused(name, "name a function of a module that is installed or lies where the command runs"):
+        with _refused(name, "name a function of a module that is installed or lies in the working folder"):
             module = importlib.import_module(module_name)
             function = getattr(module, function_name)
             sha256 = hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
             code = getattr(inspect.unwrap(function), "__code__", None)
             place = f"see {code.co_filename}, line {code.co_firstlineno}" if code else f"see {module.__file__}"
         # A compiled function may have no signature.
-        with _refused(name, f"it is given (denoise, x, points, noise_at); {place}"), suppress(ValueError):
+        with _refused(name, f"its arguments must be (denoise, x, points, noise_at); {place}"), suppress(ValueError):
             inspect.signature(function).bind("denoise", "x", "points", "noise_at")
         return cls(name, function, sha256, place)
 
     @property
     def words(self) -> str:
-        """Part of a picture's name."""
+        """Its part of a picture's name."""
         return f"{self.name.replace(':', '.')}-{self.sha256[:8]}"
 
     def __call__(self, denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt) -> Tensor:
-        """Calls it.
+        """Calls the function.
 
         Raises:
-            BadRequestError: it raises an error, gives anything but finite numbers of the shape of x, or evaluates the
-                network more or less often than before at the same points. Processes wait for each other by that number.
-            JobError: from `denoise`, such as `StoppedError`.
+            BadRequestError: it raises an error, returns anything but finite numbers of the shape of x, or evaluates the
+                network more or less often than before at the same points: then other processes would wait for ever.
+            JobError: an error from `denoise`, such as `StoppedError`.
         """
         import torch
 
-        # The shape and the points from before the call, which may change both.
+        # Taken before the call, which may change both the shape and the points.
         evaluations, usual, shape = 0, self._evaluations.get(key := tuple(points)), x.shape
         varies = BadRequestError(
             f"--sampler {self.name} evaluates the network more or less often than the {usual} times that it took at "
@@ -103,27 +103,27 @@ class CustomSampler:
         is_tensor = isinstance(drawn, torch.Tensor)
         if not is_tensor or drawn.shape != shape or not drawn.is_floating_point() or not drawn.isfinite().all():
             what = f"a tensor {[*drawn.shape]}, {drawn.dtype}" if is_tensor else type(drawn).__name__
-            what += f": finite numbers {[*shape]} are wanted, as x; {self.place}"
-            raise BadRequestError(f"--sampler {self.name} gave {what}")
+            what += f": it must return finite numbers {[*shape]}, as x; {self.place}"
+            raise BadRequestError(f"--sampler {self.name} returned {what}")
         return drawn.detach().float()
 
 
 @contextmanager
 def _refused(name: str, otherwise: str) -> Iterator[None]:
-    """Turns any error of the user's code, `SystemExit` too, into one line with its place, or `otherwise`.
+    """Turns any error of the user's code, also `SystemExit`, into one line with its place, else with `otherwise`.
 
     Raises:
-        BadRequestError: it raised something; the traceback is a detail.
+        BadRequestError: the code raised something; `ddpm -v` prints the traceback.
     """
     try:
         yield
     except BaseException as error:
         causes = [error]
-        # Once each: an error may be its own context.
+        # An error may be its own context: without this check the loop would not end.
         while (context := causes[-1].__context__) and context not in causes:
             causes.append(context)
         for cause in causes:
-            # An error of the program, such as a stop, which the user's code may have caught and replaced by its own.
+            # The user's code may have caught an error of the program, such as a stop, and raised another one.
             if isinstance(cause, JobError | StopSignal) or lost_peer(cause):
                 raise cause from None
         detail("".join(traceback.format_exception(error)).rstrip)

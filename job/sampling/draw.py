@@ -1,7 +1,7 @@
 """`ddpm sample`, and the grids that training makes: pictures in the run's folder, or with `--count` images themselves.
 
 RUN/samples/epoch-0080-ddim-100.png              one image per seed, from the averaged weights
-            epoch-0080-ddim-50-eta-1-seeds-0-63.png  whatever differs from the run's own way is in the name
+            epoch-0080-ddim-50-eta-1-seeds-0-63.png  the name lists the differences from the run's settings
             comparison-30-80-490-ddim-100.png    the same seeds under several checkpoints
             denoising-epoch-0080-ddim-100.gif    20 frames from noise to image
             epoch-0080-ddim-100-inpaint-image-3-mask-half-resamplings-10.png  see `editing`
@@ -37,11 +37,11 @@ from job.stop import NEVER, Stop
 
 
 def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
-    """Draws what was planned from each chosen checkpoint, and prints where it lies. Collective.
+    """Samples the planned images from each chosen checkpoint, and prints their URIs. Collective.
 
     Raises:
         BadDataError: a checkpoint or a record is damaged; the message names the object.
-        StoppedError: with `--count`, whole pieces are saved, and the same command goes on.
+        StoppedError: with `--count`, whole pieces are saved, and the same command resumes.
     """
     with prepared(plan, meet(stop), stop) as (plan, painter, sampling):
         editor = Editor(plan, painter, sampling) if plan.given else None
@@ -55,10 +55,10 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
 def prepared(plan: SamplePlan, ranks: Ranks, stop: Stop) -> Iterator[tuple[SamplePlan, Painter, Sampling]]:
     """Yields the plan, painter and sampling of all processes, and marks the checkpoints as being read. Collective."""
     with ExitStack() as stack:
-        # A run that trains meanwhile may show each process another newest checkpoint.
+        # One process chooses for all: training may commit a newer checkpoint between the choices of two.
         checkpoints = ranks.on_main(lambda: stack.enter_context(reading_chosen(plan.run, plan.choose))[0])
         plan = replace(plan, checkpoints=tuple(checkpoints))
-        # Each process for itself: one that commits its last piece may outlive the others.
+        # Each process has its own mark: one that commits its last piece may outlive the others.
         renewals = [stack.enter_context(reading(plan.run, *checkpoints))]
         if (worse := plan.worse) is not None:
             renewals.append(stack.enter_context(reading(worse.run, worse.ref)))
@@ -73,7 +73,7 @@ def prepared(plan: SamplePlan, ranks: Ranks, stop: Stop) -> Iterator[tuple[Sampl
         if plan.custom_sampler:
             sampling = replace(sampling, sampler=plan.custom_sampler)
         if plan.sample.grid == "found":
-            # Whoever planned first may have seen none.
+            # Another process may have stored the grid since this one planned: all take that of the main process.
             plan = replace(plan, found=ranks.on_main(lambda: plan.found) or find_points(plan, painter))
             sampling = replace(sampling, grid=plan.found)
         yield plan, painter, sampling
@@ -96,7 +96,7 @@ def _draw_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
 
     def publish(ref: CheckpointRef, key: str, picture: bytes, note: str = "") -> None:
         put_picture(plan.run, key, picture, ref)
-        # A closed pipe, as after `head`, must not leave pictures undrawn.
+        # A closed pipe, as after `head`, must not prevent the other pictures.
         with suppress(BrokenPipeError):
             print(f"{plan.run.uri_of(key)}{note}")
 
@@ -130,7 +130,7 @@ def _draw_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
 def _draw_set(
     plan: SamplePlan, painter: Painter, sampling: Sampling, sample_set: SampleSet, editor: Editor | None
 ) -> None:
-    """Makes the pieces of this slice that are missing, and the index if that completes the set. Collective."""
+    """Makes the missing pieces, first those of this slice, and the index if the set is then complete. Collective."""
     ranks, drawing, pieces, began = painter.ranks, sample_set.drawing, sample_set.pieces, time.monotonic()
     ranks.on_main(sample_set.begin)
     evaluations = editor.evaluations if editor else painter.evaluations_of(sampling)
@@ -138,7 +138,7 @@ def _draw_set(
 
     def make(number: int, advance: Advance) -> Made:
         seeds, parts = drawing.seeds(number), list[np.ndarray]()
-        # Within the piece: rounding depends on a batch's company, so this gives equal bytes each time.
+        # Batches stay within a piece: rounding depends on the other images of a batch, and bytes must not change.
         for start in range(0, len(seeds), batch_size):
             some = seeds[start : start + batch_size]
 
@@ -183,18 +183,18 @@ def grid_png(
     stop: Stop = NEVER,
     title: str = "",
 ) -> bytes:
-    """A grid of images with the names of their classes, or each beside the training image that looks nearest to it.
+    """Returns a grid of images with the names of their classes, or each beside its nearest training image.
 
     Args:
         images: uint8 [n, H, W, C].
-        seeds: theirs.
-        classes: that they take in turn, if the network knows any.
-        training: images to find the nearest ones in, if these are to be shown.
-        stop: heard while they are looked for.
-        title: what the picture shows.
+        seeds: the seeds of the images.
+        classes: the classes that the seeds take in turn, if the network has any.
+        training: the images to search for the nearest ones; None: a grid without them.
+        stop: ends the search.
+        title: the title of the picture.
 
     Raises:
-        StoppedError: `stop` said so.
+        StoppedError: a stop was requested.
     """
     title = with_class(title, classes)
     if training is not None:
@@ -215,14 +215,14 @@ def grid_png(
 
 
 def with_class(title: str, classes: Sequence[str]) -> str:
-    """A title, with the class of all images if it is one."""
+    """Returns a title, with the class if all images have the same."""
     return f"{title} · class {classes[0]}" if len(classes) == 1 and title else title
 
 
 def _arranged(
     seeds: Sequence[int], classes: Sequence[str], widest: int
 ) -> tuple[int, Sequence[str] | None, Sequence[str] | None]:
-    """Columns, captions above them, and captions under images: a column for each class where that can be."""
+    """Returns columns, captions above them and captions under images: a column for each class if possible."""
     count = len(classes)
     if count < 2:
         return min(widest, len(seeds)), None, None

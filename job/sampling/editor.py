@@ -1,4 +1,4 @@
-"""Images that are drawn from others, or between two seeds: their routes, and the pictures of them."""
+"""Editing of given images and interpolation between two seeds: the routes of sampling, and the pictures."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from job.sampling.painter import Painter, Route
 from job.sampling.sampling_plan import SamplePlan
 
 COLUMNS = 8
-"""Images of a row: one that is given and what was made of it, or those between two seeds."""
+"""Images of a row: a given one with its results, or those between two seeds."""
 PAIRS = 4
-"""Rows between seeds, if nobody chooses them."""
+"""The default number of rows between seeds."""
 _HIDDEN = 128
-"""The grey of what is unknown."""
+"""The grey of the part that inpaint replaces."""
 
 
 class Editor:
-    """What a plan gives, on the device, and the routes from there.
+    """The given images of a plan, on the device, and the routes of sampling from them.
 
-    Seed k has image k mod n of the n that are given. Between seeds there are no images.
+    Seed k has image k mod n of the n given ones. Interpolation between seeds has no given images.
     """
 
     def __init__(self, plan: SamplePlan, painter: Painter, sampling: Sampling) -> None:
@@ -55,17 +55,17 @@ class Editor:
         self.evaluations = painter.evaluations_of(sampling, partial(self._edit, **of_image))
 
     def default_seeds(self) -> range:
-        """Those of a picture."""
-        # Without a sampler's noise, seeds invert an image alike.
+        """Returns the seeds of a picture by default."""
+        # Inversion does not depend on the seed without a sampler's noise, so one seed per image is enough.
         of_mode = {"interpolate": 2 * PAIRS, "invert": self._given.images}
         return range(of_mode.get(self._editing.mode, self._given.images * (COLUMNS - 1)))
 
     def drawn_seeds(self, seeds: Sequence[int]) -> Sequence[int]:
-        """The seeds of the images of a picture."""
+        """Returns the seed of each image of a picture."""
         return [seed for seed in seeds[::2] for _ in range(COLUMNS)] if self._editing.mode == "interpolate" else seeds
 
     def route(self, seeds: Sequence[int]) -> Route:
-        """To the images of these seeds, of a picture or a piece."""
+        """Returns the route to the images of these seeds, of a picture or a piece."""
         return Route(self.evaluations, partial(self._walk, seeds))
 
     def _walk(self, seeds: Sequence[int], places: Sequence[int]) -> Walk:
@@ -77,7 +77,7 @@ class Editor:
         return partial(self._edit, image=self._images[[seeds[place] % len(self._images) for place in places]])
 
     def grid(self, images: np.ndarray, seeds: Sequence[int], title: str) -> bytes:
-        """A row for each pair of seeds, or rows for each given image, which stands first."""
+        """Returns a picture with a row per pair of seeds, or with rows per given image, which comes first."""
         scale = max(1, 96 // images.shape[1])
         if self._editing.mode == "interpolate":
             names = [f"{a} to {b}" for a, b in zip(seeds[::2], seeds[1::2], strict=True)]

@@ -1,4 +1,4 @@
-"""The grid `found`: the points that suit a run's own network best, found once for each number of steps and kept."""
+"""The grid `found`: points optimised for a run's network, computed once for each number of steps and stored."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from job.sealed import code_version, utc_now
 from job.store import ObjectExistsError
 
 IMAGES = 16
-"""So many show how a network's ways bend: those of all images bend alike (Chen et al. 2024, section 3)."""
+"""The number of trajectories to measure: those of all images have a similar shape (Chen et al. 2024, section 3)."""
 CANDIDATES = 100
 
 
 def find_points(plan: SamplePlan, painter: Painter) -> tuple[int, ...]:
-    """Finds the points to visit on the newest chosen checkpoint, for all that is drawn in so many steps. Collective.
+    """Finds the points on the newest chosen checkpoint, for all sampling with this number of steps. Collective.
 
     Raises:
-        BadRequestError: there are more steps than points to choose from.
-        StoppedError: this process was asked to stop meanwhile.
+        BadRequestError: more steps than candidate points.
+        StoppedError: a stop was requested.
     """
     run, sample, steps = plan.run, plan.sample, plan.sample.steps
     candidates, key = min(CANDIDATES, painter.process.num_timesteps), ObjectKind.FOUND_GRID.key(steps=sample.steps)

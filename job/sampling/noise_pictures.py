@@ -1,4 +1,4 @@
-"""Pictures that need no run of the network: the schedule and noised images."""
+"""Figures that need no network: the schedule and noised images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def schedule_picture(kind: str, num_timesteps: int, output: Path) -> None:
     """Writes the plot of β and ᾱ.
 
     Raises:
-        BadRequestError: there is no such schedule, or nothing can be written to `output`.
+        BadRequestError: the schedule is unknown, or `output` cannot be written.
     """
     schedule = _checked_schedule(kind, num_timesteps, output)
     write_picture(output, figures.schedule_figure(schedule.betas.numpy(), schedule.alphas_cumprod.numpy(), kind))
@@ -29,11 +29,11 @@ def schedule_picture(kind: str, num_timesteps: int, output: Path) -> None:
 
 
 def noising_picture(bucket_uri: str, dataset: str, size: int | None, timesteps: str, kind: str, output: Path) -> None:
-    """Writes images beside q(x_t|x_0), and the two bare grids beside that.
+    """Writes a figure of images beside q(x_t|x_0), and two more files with the images and the noised images alone.
 
     Raises:
-        BadRequestError: there is no such schedule, timestep or number of images, or nothing can be written to `output`.
-        MissingInputError: there is no such dataset.
+        BadRequestError: an unknown schedule, a wrong timestep, too few images, or `output` cannot be written.
+        MissingInputError: no such dataset.
     """
     schedule, steps = _checked_schedule(kind, 1000, output), parse_numbers(timesteps, "--timesteps")
     if max(steps) >= schedule.num_timesteps:
@@ -60,16 +60,16 @@ def noising_picture(bucket_uri: str, dataset: str, size: int | None, timesteps: 
 
 def _checked_schedule(kind: str, num_timesteps: int, output: Path) -> VariancePreserving:
     if kind not in TABLES:
-        raise BadRequestError(f"there is no schedule {kind!r} of betas (there are: {', '.join(TABLES)})")
+        raise BadRequestError(f"--schedule {kind!r}: use {', '.join(TABLES)}")
     check_output(output)
     return TABLES[kind](num_timesteps)
 
 
 def write_picture(path: Path, data: bytes) -> None:
-    """Writes a file, whole or not at all.
+    """Writes a whole file or nothing.
 
     Raises:
-        DiskFullError, NoPermissionError: it cannot be written.
+        DiskFullError, NoPermissionError: the file cannot be written.
     """
     with os_errors(path), temporary_beside(path) as (temporary, file):
         file.write(data)

@@ -1,4 +1,4 @@
-"""Drawing: a model, and images from it, on all processes together or on one alone."""
+"""Sampling with a model, on all processes together or on one alone."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ GIF_FRAMES = 20
 
 @dataclass(frozen=True)
 class Route:
-    """How images come about, of which this is one by one."""
+    """The way from noise to images."""
 
     evaluations: int
     """See `evaluations_of`."""
     walk_of: Callable[[Sequence[int]], Walk] = lambda places: from_noise
-    """Of those at these places among the seeds that are drawn."""
+    """Returns the walk of the images at these places among the seeds."""
 
 
 class Painter(Model):
-    """A model on each of the processes there are."""
+    """A model on each process."""
 
     def __init__(
         self,
@@ -53,10 +53,16 @@ class Painter(Model):
         decoder: Decoder | None = None,
         renewals: Sequence[Callable[[], None]] = (),
     ) -> None:
-        """`agreement` has one flag: being stopped, which all processes must be at the same step.
+        """Builds the model of a configuration.
 
-        `decoder` makes pixels of what is drawn, where that are latents. `renewals` are called at each evaluation: see
-        `job.runs.readers.reading`.
+        Args:
+            config: that of the run.
+            ranks: all processes.
+            precision: the number format of the network, `fp32` or `bf16`.
+            stop: the stop request of this process.
+            agreement: has one flag for stop requests, so that all processes stop at the same step.
+            decoder: turns latents into pixels, for a run on latents.
+            renewals: called at each evaluation: see `job.runs.readers.reading`.
         """
         super().__init__(**vars(method.model_of(config, ranks.device, precision, decoder)))
         self.config, self.ranks, self.stop, self.agreement, self.renewals = config, ranks, stop, agreement, renewals
@@ -65,12 +71,12 @@ class Painter(Model):
         """Reads weights of a checkpoint, such as `ema` or `model`, once for all processes. Collective.
 
         Raises:
-            BadDataError: it is damaged; the message names the object, and how to find another.
+            BadDataError: the checkpoint is damaged; the message names the object, and how to find another.
         """
         self._load(self.network, run, ref, group)
 
     def load_worse(self, run: Store, config: RunConfig, ref: CheckpointRef, group: str) -> None:
-        """Likewise, of a second network that is guided away from, and of the run that it is of."""
+        """Reads the weights of the weaker network for autoguidance, with the configuration of its run. Collective."""
         if self.worse is None:
             self.worse = method.build_network(config, self.device).eval().requires_grad_(False)
             self._load(self.worse, run, ref, group)
@@ -94,7 +100,7 @@ class Painter(Model):
                 dist.broadcast(parameter.detach(), src=0)
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """The network's output under its autocast."""
+        """Returns the network's output under its autocast."""
         with self.autocast():
             return self.network(x, t, condition)
 
@@ -107,23 +113,23 @@ class Painter(Model):
         route: Route | None = None,
         kept: Callable[[np.ndarray], np.ndarray] = lambda images: images,
     ) -> np.ndarray:
-        """All seeds, shared out over the processes: uint8 [n, H, W, C] on the main one, none on the others. Collective.
+        """Samples seeds on all processes: uint8 [n, H, W, C] on the main one, no images on the others. Collective.
 
         Args:
-            seeds: of the images.
-            sampling: how they are drawn.
-            batch_size_images: at a time and process.
-            title: of the bar.
-            route: from noise to images; none: straight.
-            kept: what is handed on of each batch [n, …] instead of its images.
+            seeds: the seeds of the images.
+            sampling: the sampling settings.
+            batch_size_images: images per batch on each process.
+            title: the title of the progress bar.
+            route: the way from noise to images; None: plain sampling.
+            kept: turns each batch [n, …] into the values to keep instead of its images.
 
         Raises:
-            StoppedError: on all processes at the same step, when any of them was asked to stop.
+            StoppedError: one of the processes got a stop request; it raises on all of them at the same step.
         """
         rank, world_size = self.ranks.rank, self.ranks.world_size
         mine, route = range(len(seeds))[rank::world_size], route or Route(self.evaluations_of(sampling))
         made: list[np.ndarray] = []
-        # Every process counts the batches of the first one, which has the most.
+        # Every process counts the batches of the first one, which has the most: all must agree equally often.
         starts, done = range(0, len(seeds[::world_size]), batch_size_images), 0
 
         def after_evaluation(*_: Any) -> None:
@@ -141,7 +147,7 @@ class Painter(Model):
                     for _ in range(route.evaluations):
                         after_evaluation()
             self.agreement.finish()
-        # The first process has some whenever there are any; others may have none, of whatever shape.
+        # Only the first process always has images; those without any do not know their shape.
         part = np.concatenate(made) if made else np.empty(0)
         if world_size == 1:
             return part
@@ -154,8 +160,8 @@ class Painter(Model):
         return gathered
 
     def denoising_gif(self, seeds: Sequence[int], sampling: Sampling, title: str) -> bytes:
-        """The way from noise to image for a few seeds, as a GIF of `GIF_FRAMES` frames, repeated if steps are fewer."""
-        # EDM's network is told ln(σ)/4, which says less.
+        """Returns a GIF of the denoising of a few seeds: `GIF_FRAMES` frames, repeated if there are fewer steps."""
+        # The time of EDM's network, ln(σ)/4, means less to people than σ.
         by_sigma = isinstance(self.process, VarianceExploding)
         evaluations = itertools.count()
         shown = figures.shown_evaluations(self.evaluations_of(sampling), GIF_FRAMES)
@@ -164,7 +170,7 @@ class Painter(Model):
         def keep(point: Point[float], x_t: torch.Tensor, x_start: torch.Tensor) -> None:
             self.check_stopped()
             if next(evaluations) in shown[:-1]:
-                # At the variance of the images, so that noise does not hide all but black and white.
+                # Scaled to the variance of the images: otherwise most pixels of noise would be black or white.
                 at = f"sigma = {point.sigma:.3g}" if by_sigma else f"t = {point.t:.0f}"
                 frames.append((figures.to_uint8(self.pixels(x_t / max(1.0, point.sigma))), at))
 
@@ -179,19 +185,19 @@ class Painter(Model):
         callback: Callback | None = None,
         walk: Walk = from_noise,
     ) -> np.ndarray:
-        """A batch on this process, whatever the others do: uint8 [n, H, W, C].
+        """Samples a batch on this process, without the others: uint8 [n, H, W, C].
 
-        Seed k is of class k mod classes, of those that the sampling names or else of all, if there are any.
+        Seed k has class k mod n of the n classes of the sampling settings, by default of all classes.
 
         Args:
-            seeds: of the images.
-            sampling: how they are drawn.
-            callback: gets every evaluation's point, x_t and predicted x_0; without one a stop is heard.
-            walk: from their noise to the images.
+            seeds: the seeds of the images.
+            sampling: the sampling settings.
+            callback: gets every evaluation's point, x_t and predicted x_0; the default checks for a stop.
+            walk: the way from noise to the images.
 
         Raises:
-            StoppedError: this process was asked to stop.
-            NotANumberError: a pixel is none.
+            StoppedError: a stop was requested.
+            NotANumberError: a pixel is not a number.
         """
         numbers = torch.tensor(seeds, dtype=torch.int64, device=self.device)
         try:
@@ -200,13 +206,13 @@ class Painter(Model):
             raise NotANumberError(str(error)) from None
 
     def check_stopped(self, *_: Any) -> None:
-        """Raises `StoppedError` if this process was asked to stop, whatever the others do."""
+        """Raises `StoppedError` if this process has a stop request, without the others."""
         self.stop.check("while sampling")
         for renew in self.renewals:
             renew()
 
     def check_agreed(self, doing: str = "while sampling") -> None:
-        """Raises `StoppedError` on all processes at once if any was asked to stop. Collective."""
+        """Raises `StoppedError` on all processes at once if any of them has a stop request. Collective."""
         (stopping,) = self.agreement.exchange(self.stop())
         if stopping:
             self.agreement.finish()

@@ -1,4 +1,4 @@
-"""What a command that draws finds in the bucket before it begins. Needs no tensors, so that errors come at once."""
+"""The plan of a sampling command, before it begins. Planning needs no tensors, so errors come at once."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from job.stop import NEVER, Stop
 from job.store import ObjectMissingError, Store
 
 RESAMPLINGS = 10
-"""As Lugmayr et al. 2022."""
+"""The number of Lugmayr et al. 2022."""
 STRENGTHS = {"img2img": 0.6, "invert": 1.0}
-"""Share of the steps that a mode takes by default."""
+"""The default share of the steps of a mode."""
 MOST_FILE_BYTES = 1 << 28
-"""Of an image that is given."""
+"""The largest size of a given image file."""
 
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """What is drawn from, instead of noise alone."""
+    """The given images of an editing mode."""
 
     editing: Editing
     numbers: tuple[int, ...] = ()
-    """Of images of the dataset."""
+    """Numbers of images in the dataset."""
     image: np.ndarray | None = None
-    """Of a file, uint8 [H, W, C]."""
+    """The image of a file, uint8 [H, W, C]."""
     unknown: np.ndarray | None = None
-    """What is to be made up, bool [H, W]."""
+    """The part to replace, bool [H, W]."""
 
     @property
     def images(self) -> int:
-        """How many images are given."""
+        """The number of given images."""
         return len(self.numbers) or 1
 
 
@@ -58,7 +58,7 @@ SHARED = ["data.dataset_id", "data.size", "model.num_classes", *(f"diffusion.{ke
 
 @dataclass(frozen=True)
 class Worse:
-    """What autoguidance guides away from."""
+    """The weaker network of autoguidance."""
 
     run: Store
     config: RunConfig
@@ -67,34 +67,34 @@ class Worse:
 
 @dataclass(frozen=True)
 class SamplePlan(RunHandle):
-    """A run, and what of it is to be drawn."""
+    """A run, and the images to sample from it."""
 
     request: SampleRequest
     sample: SampleConfig
-    """The run's own section, but for what the request chose."""
+    """The run's section `sample`, with the values of the request."""
     checkpoints: tuple[CheckpointRef, ...]
     worse: Worse | None
     given: Given | None
     custom_sampler: CustomSampler | None
     found: tuple[int, ...]
-    """Numbers of the points to visit, once they are found."""
+    """The numbers of the points of the found grid, once it is computed."""
 
     @property
     def drawing(self) -> SampleConfig:
-        """How images are drawn."""
+        """The sampling settings."""
         return self.sample
 
     @property
     def precision(self) -> str:
-        """What the network computes in."""
+        """The number format of the network."""
         chosen = self.sample.precision
         return self.config.train.precision if chosen == "auto" else chosen
 
     def choose(self) -> tuple[CheckpointRef, ...]:
-        """Returns the checkpoints of the request that are there now.
+        """Returns the checkpoints of the request that exist now.
 
         Raises:
-            MissingInputError: as `job.runs.checkpoints.choose`, or one has no such weights.
+            MissingInputError: as `job.runs.checkpoints.choose`, or a checkpoint lacks the weights.
         """
         weights, batch_size = self.sample.weights, self.config.train.batch_size
         chosen = choose(self.run, self.request.checkpoints, self.dataset_images, batch_size)
@@ -103,18 +103,18 @@ class SamplePlan(RunHandle):
         return tuple(chosen)
 
     def label(self, ref: CheckpointRef) -> str:
-        """What a checkpoint is called in a picture's name."""
+        """Returns the name of a checkpoint in the name of a picture."""
         return label_of(ref.images_seen, self.dataset_images, self.config.train.batch_size)
 
     @property
     def words(self) -> str:
-        """How images are drawn, for people."""
+        """The sampling settings, for people."""
         own = f", {self.custom_sampler.name}" if self.custom_sampler else ""
         edited = f", {self.given.editing.words}" if self.given else ""
         return f"{self.sample.words(self.own)}{own}{edited}"
 
     def how(self, seeds: str = "") -> str:
-        """All that decides the images of a checkpoint, in a picture's name."""
+        """Returns everything that decides the images of a checkpoint, as part of a picture's name."""
         how = self.sample.name(self.own)
         how += f"-{self.custom_sampler.words}" if self.custom_sampler else ""
         how += f"-{self.given.editing.name}" if self.given else ""
@@ -122,12 +122,12 @@ class SamplePlan(RunHandle):
 
 
 def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
-    """Finds the run and its checkpoints. Writes nothing; `stop` is heard while the bucket is away, now and later.
+    """Finds the run and its checkpoints. Writes nothing; `stop` ends a wait for the bucket, now and later.
 
     Raises:
-        MissingInputError: no such run, dataset or checkpoint; the message names those there are.
-        BadConfigError: more steps than the run's diffusion has, or guidance that its network has not learnt.
-        BadRequestError: an option that its sampler does not take, a sampler, class or image that there is not.
+        MissingInputError: no such run, dataset or checkpoint; the message lists those that exist.
+        BadConfigError: more steps than timesteps, or guidance that the network has not learnt.
+        BadRequestError: an option that the sampler does not take, or an unknown sampler, class or image.
     """
     of_run = open_run(request.bucket, request.run, stop)
     run, config, chosen = of_run.run, of_run.config, {**request.keys}
@@ -145,7 +145,7 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         chosen["precision"] = "auto"
     usual, timesteps = config.sample.sampler, config.diffusion.timesteps
     if (sampler := chosen.get("sampler", usual)) != usual and "ddpm" in (sampler, usual):
-        # The run's steps are meant for its own sampler: few are noise for ancestral sampling, and others need few.
+        # The run's steps fit its own sampler: too few give noise with ancestral sampling, and other samplers need few.
         chosen.setdefault("steps", timesteps if sampler == "ddpm" else min(100, timesteps))
     sample = config.updated({f"sample.{key}": value for key, value in chosen.items()}).sample
     for option in {key for options in OPTIONS_OF.values() for key in options} & chosen.keys():
@@ -155,7 +155,7 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
     if sample.guidance == 1 and (idle := sorted({"guidance_interval", "guidance_rescale"} & chosen.keys())):
         raise BadRequestError(f"--{idle[0].replace('_', '-')} needs --guidance W other than 1")
     if sample.sampler == "own" and not request.custom_sampler:
-        raise BadRequestError("--sampler: the run's configuration names none that is known; choose one, such as ddim")
+        raise BadRequestError("--sampler: the run's configuration names no known sampler; choose one, such as ddim")
     custom_sampler = CustomSampler.load(request.custom_sampler) if request.custom_sampler else None
     worse = _worse(sample, of_run, request, stop) if sample.autoguidance else None
     found = found_points(run, sample.steps, config.diffusion.timesteps) if sample.grid == "found" else ()
@@ -171,7 +171,7 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
     )
     plan = replace(plan, checkpoints=plan.choose())
     if request.checkpoints == "latest" and (lost := lost_manifest(run, [*plan.checkpoints])):
-        note(f"{lost}; drawing from the newest checkpoint that is there")
+        note(f"{lost}; sampling from the newest checkpoint that is there")
     return plan
 
 
@@ -180,7 +180,7 @@ def _worse(sample: SampleConfig, of_run: RunHandle, request: SampleRequest, stop
     other = open_run(request.bucket, name, stop) if name else of_run
     ours, theirs = of_run.config.flat(), other.config.flat()
     if different := [f"{key}: {ours[key]} and {theirs[key]}" for key in SHARED if ours[key] != theirs[key]]:
-        raise BadRequestError(f"--autoguidance {name}: it answers another question than {request.run} ({different[0]})")
+        raise BadRequestError(f"--autoguidance {name}: it must match {request.run}, but differs in {different[0]}")
     (ref,) = choose(other.run, str(sample.autoguidance), other.dataset_images, other.config.train.batch_size)
     if sample.weights not in ("ema", "model"):
         check_average(other.run, ref, sample.weights, name or request.run)
@@ -188,10 +188,10 @@ def _worse(sample: SampleConfig, of_run: RunHandle, request: SampleRequest, stop
 
 
 def found_points(run: Store, steps: int, num_timesteps: int) -> tuple[int, ...]:
-    """The grid that was found for so many steps; nothing if none was yet.
+    """Returns the stored found grid of a number of steps; empty before its first use.
 
     Raises:
-        BadDataError: it is damaged, or not of this process.
+        BadDataError: the grid is damaged, or of another process.
     """
     key = ObjectKind.FOUND_GRID.key(steps=steps)
     try:
@@ -199,16 +199,16 @@ def found_points(run: Store, steps: int, num_timesteps: int) -> tuple[int, ...]:
     except ObjectMissingError:
         return ()
     except BadDataError as error:
-        raise BadDataError(f"{error}; delete it, and it is found anew") from None
+        raise BadDataError(f"{error}; delete it, and it is computed anew") from None
     if not all(num_timesteps > before > after for before, after in pairwise([*numbers, -1])):
-        raise BadDataError(f"{run.uri_of(key)} has other points than this run: delete it, and it is found anew")
+        raise BadDataError(f"{run.uri_of(key)} has other points than this run: delete it, and it is computed anew")
     return numbers
 
 
 def _labels(text: str, classes: tuple[str, ...]) -> tuple[int, ...]:
-    """The numbers of classes by name or number."""
+    """Returns the numbers of classes by name or number."""
     if not classes:
-        raise BadRequestError(f"--classes {text!r}: the network of this run knows none, so leave it out")
+        raise BadRequestError(f"--classes {text!r}: the network of this run has no classes, so leave it out")
     labels = []
     for word in (word.strip() for word in text.split(",")):
         if word in classes:
@@ -229,7 +229,7 @@ def _given(request: SampleRequest, of_run: RunHandle) -> Given | None:
     numbers, image, name, index = tuple[int, ...](), None, request.image, of_run.index
     channels, size, _ = of_run.picture_shape
     if index and index.encoding:
-        raise BadRequestError(f"--mode {request.mode} is about pixels, and {index.name} holds latents: draw new images")
+        raise BadRequestError(f"--mode {request.mode} needs pixels, and {index.name} holds latents: leave it out")
     if "--image" not in request.files:
         numbers = tuple(parse_numbers(name, "--image"))
         if index is None:
@@ -252,13 +252,13 @@ def _given(request: SampleRequest, of_run: RunHandle) -> Given | None:
         levels, mask = _read_image("--mask", mask, Recipe(size, "squash", "box", 1, min_side=1))
         unknown = levels[:, :, 0] > 127
     if unknown.all() or not unknown.any():
-        raise BadRequestError(f"--mask {request.mask}: what is white is made up, and it has to be a part of the image")
+        raise BadRequestError(f"--mask {request.mask}: inpaint replaces the white part, here all of it or nothing")
     editing = Editing(mode="inpaint", image=name, mask=mask, resamplings=request.resamplings or RESAMPLINGS)
     return Given(editing, numbers, image, unknown)
 
 
 def _read_image(option: str, path: str, recipe: Recipe) -> tuple[np.ndarray, str]:
-    """An image file made to fit, and the SHA-256 of the file."""
+    """Returns an image file, resized, and the SHA-256 of the file."""
     try:
         if Path(path).is_fifo():
             raise FileNotFoundError
@@ -267,16 +267,16 @@ def _read_image(option: str, path: str, recipe: Recipe) -> tuple[np.ndarray, str
         return prepare(encoded, recipe), hashlib.sha256(encoded).hexdigest()
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "no such file"
-        raise MissingInputError(f"{option} {path}: {why}; a file has to be where the command runs") from None
+        raise MissingInputError(f"{option} {path}: {why}; the file must be on the machine of the command") from None
     except RejectedImageError as error:
         raise BadDataError(f"{option} {path} {error}") from None
 
 
 def check_average(run: Store, ref: CheckpointRef, group: str, name: str) -> None:
-    """Returns if a checkpoint has this average, or one was made for it.
+    """Returns if a checkpoint has this average, or `ddpm ema` has made it.
 
     Raises:
-        MissingInputError: it has none; the message says how to make it.
+        MissingInputError: it is missing; the message says how to make it.
     """
     manifest = load_manifest(run, ref)
     if group not in manifest.groups:
@@ -291,7 +291,7 @@ def check_average(run: Store, ref: CheckpointRef, group: str, name: str) -> None
 
 
 def plan_sets(plan: SamplePlan) -> list[SampleSet]:
-    """What `--count` asks for: a set of images of each checkpoint; nothing without it. Writes nothing.
+    """Returns the sets of `--count`, one for each checkpoint; an empty list without it. Writes nothing.
 
     Raises:
         BadDataError: a checkpoint's manifest is damaged.

@@ -1,13 +1,13 @@
 """`ddpm sample --count`: many images of a checkpoint, in pieces that are committed one by one.
 
-RUN/samples/epoch-0080-ddim-100-0-50000/drawing.json               what decides the images: created once, first
+RUN/samples/epoch-0080-ddim-100-0-50000/drawing.json               everything that decides the images: created first
                                         piece-00012.tar            a shard that webdataset can read
                                         pieces/00012.json          created once, after the piece: its commit
                                         grid.png                   the first images, before their piece
                                         index.json                 created once, when all pieces are there
 RUN/samples/epoch-0080-ddim-100-0-50000-png/piece-00012/000003072.png …   with --save png
 
-`job.pieces` shares the pieces out among processes and machines, and resumes.
+`job.pieces` shares the pieces among processes and machines, and resumes.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from job.store import ObjectExistsError, ObjectMissingError, Store
 AboutDrawing = TypeVar("AboutDrawing", DrawingRecord, BatchIndex)
 
 PIECES_WANTED = 64
-"""So many pieces, if they are of a useful size, let a dozen slices finish at about the same time."""
+"""The preferred number of pieces: enough for a dozen slices to finish at about the same time."""
 SMALLEST_PIECE_IMAGES = 16
 LARGEST_PIECE_IMAGES = 256
-"""What a process that is killed has drawn in vain is at most two of these: one on its way, one half drawn."""
+"""A killed process loses at most two pieces: one in upload, one half made."""
 
 
 def piece_images(count: int) -> int:
-    """Images of a piece: a function of `count` alone, so that a job may go on in other slices, batches or processes."""
+    """Returns the images of a piece, a function of `count` alone, so that other slices or processes can resume."""
     return min(max(ceil(count / PIECES_WANTED), SMALLEST_PIECE_IMAGES), LARGEST_PIECE_IMAGES)
 
 
 @dataclass(frozen=True)
 class SampleSet:
-    """The images of a drawing, and their folder `name` below the run's samples."""
+    """The numbered images of one drawing, and their folder `name` below the run's samples."""
 
     run: Store
     name: str
@@ -55,18 +55,18 @@ class SampleSet:
 
     @property
     def folder(self) -> Store:
-        """Where it lies."""
+        """The folder of the set."""
         return self.run.sub(f"{SAMPLES}/{self.name}")
 
     def key(self, kind: ObjectKind, piece: int = 0, seed: int = 0) -> str:
-        """Where an object of this set lies, below the run."""
+        """Returns the key of an object of this set, below the run."""
         return kind.key(batch=self.name, piece=piece, seed=seed)
 
     def check(self) -> None:
-        """Returns if the folder is empty, or about this drawing.
+        """Returns if the folder is empty, or holds this drawing.
 
         Raises:
-            BadRequestError: it is about another; the message says in what they differ.
+            BadRequestError: it holds another drawing; the message lists the differences.
         """
         self._load(DrawingRecord, self.key(ObjectKind.DRAWING))
 
@@ -74,7 +74,7 @@ class SampleSet:
         """Claims the folder for this drawing.
 
         Raises:
-            BadRequestError: it is about another; the message says in what they differ.
+            BadRequestError: it holds another drawing; the message lists the differences.
         """
         try:
             self.run.create(self.key(ObjectKind.DRAWING), DrawingRecord(drawing=self.drawing).to_json())
@@ -89,11 +89,11 @@ class SampleSet:
         return Pieces(self.run, self.drawing.fingerprint, sizes, folder=folder, share=self.share)
 
     def index(self) -> BatchIndex | None:
-        """The index, if all pieces are there.
+        """Returns the index, if all pieces are there.
 
         Raises:
-            BadDataError: it is rotten, or a piece has gone that it lists; the message says what to delete.
-            BadRequestError: it is about another drawing.
+            BadDataError: the index is corrupt, or a listed piece is gone; the message says what to delete.
+            BadRequestError: the index is of another drawing.
         """
         index = self._load(BatchIndex, self.key(ObjectKind.INDEX))
         if index is not None:
@@ -101,25 +101,25 @@ class SampleSet:
         return index
 
     def publish(self, stop: Stop = NEVER) -> None:
-        """Says in the index that everything is there.
+        """Creates the index, once all pieces are there.
 
         Raises:
-            BadDataError: something is rotten or missing; the message says what to delete.
+            BadDataError: an object is corrupt or missing; the message says what to delete.
         """
         pieces = [named_piece(record, self.drawing) for record in self.pieces.records(stop=stop)]
         index = BatchIndex(drawing=self.drawing, pieces=tuple(pieces))
         self._check_files(index)
-        # Whoever else saw the last piece come writes the same.
+        # Another machine that found no piece missing writes the same bytes.
         self.run.create(self.key(ObjectKind.INDEX), index.to_json())
         self.pieces.clear(records=False)
 
     def describe(self, note: str) -> str:
-        """A line for people about a whole set."""
+        """Returns a line for people about a complete set."""
         pieces = f"{self.drawing.pieces:,} piece{'s' * (self.drawing.pieces > 1)}"
         return f"{self.run.uri_of(self.key(ObjectKind.INDEX))}  ({self.drawing.count:,} images in {pieces}; {note})"
 
     def _load(self, kind: type[AboutDrawing], key: str) -> AboutDrawing | None:
-        """A record if it is there and about this drawing."""
+        """Returns a record of this drawing; None if it is missing."""
         try:
             found = kind.load(self.run, key)
         except ObjectMissingError:
@@ -132,24 +132,24 @@ class SampleSet:
         ]
         if differing:
             raise BadRequestError(
-                f"{self.run.uri_of(key)} is about images of another drawing ({', '.join(differing)}): "
-                f"delete {self.folder.uri} to draw them anew, or draw others with --first-seed"
+                f"{self.run.uri_of(key)} is of another drawing ({', '.join(differing)}): "
+                f"delete {self.folder.uri} to make its images anew, or make others with --first-seed"
             )
         return found
 
     def _check_files(self, index: BatchIndex) -> None:
-        """Returns if the pieces are there, going by a listing; what is in them is for `ddpm runs verify`."""
+        """Returns if a listing has all pieces; `ddpm runs verify` checks their content."""
         found = Counter[str]()
         for entry in self.run.list(f"{SAMPLES}/{self.name}"):
-            # An image belongs to the folder of its piece.
+            # With --save png a piece is a folder of images: their sizes are added.
             found["/".join(entry.key.split("/")[:3])] += entry.size_bytes
         wrong = [number for number, piece in enumerate(index.pieces) if found[piece.key] != piece.size_bytes]
         if wrong:
             record_key, index_key = self.key(ObjectKind.RECORD, wrong[0]), self.key(ObjectKind.INDEX)
             raise BadDataError(
-                f"{self.run.uri_of(index.pieces[wrong[0]].key)} is missing or not as its record says "
-                f"({len(wrong)} such); delete it, {self.run.uri_of(record_key)} and {self.run.uri_of(index_key)}, as "
-                "far as they are there, and the same command makes this piece again"
+                f"{self.run.uri_of(index.pieces[wrong[0]].key)} is missing, or not as its record says "
+                f"({len(wrong)} such); delete it, {self.run.uri_of(record_key)} and {self.run.uri_of(index_key)}, if "
+                "they exist, and the same command makes this piece again"
             )
 
 
@@ -165,7 +165,7 @@ def made_piece(sample_set: SampleSet, number: int, images: np.ndarray) -> Made:
 
 
 def _shard(drawing: NumberedDrawing, seeds: range, pngs: list[bytes]) -> bytes:
-    """A tar that webdataset can read: `000003072.png`, and `000003072.cls` where there are classes."""
+    """Returns a tar that webdataset can read: `000003072.png`, and `000003072.cls` if there are classes."""
     file = io.BytesIO()
     labels = drawing.labels or range(len(drawing.classes))
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:

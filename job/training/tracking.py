@@ -1,7 +1,7 @@
-"""Metrics that also go to Weights & Biases or MLflow, through Accelerate's trackers: the rows of the run, as they are.
+"""Sends the rows of the metrics also to Weights & Biases or MLflow, through Accelerate's trackers.
 
-What a tracker is told leaves the bucket. It is told in a thread of its own, since a service that is away must not hold
-up training; the rows in the bucket are the truth, and what a tracker did not take is not sent to it again.
+These rows leave the bucket. A separate thread sends them, so that a service without an answer does not delay training.
+The rows in the bucket are the truth; the program does not send a row again that a tracker did not take.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 PROJECT = "ddpm"
 CLOSE_SECONDS = 10.0
-"""For a service to take the last rows."""
+"""The longest time for the last rows at the end of a run."""
 
 
 def check_tracker(name: str, *, is_asked_for: bool) -> None:
-    """Returns if a tracker's library is there, its server known, and this user signed in; asks no network for that.
+    """Returns if a tracker has its library, its server's address and its user's login; sends no request for that.
 
     Args:
-        name: of the tracker.
-        is_asked_for: by this command. What an earlier one asked for is no reason not to go on: it is told, and left.
+        name: the tracker.
+        is_asked_for: whether this command asks for it. If only an earlier command did, an error becomes a note.
 
     Raises:
-        BadRequestError, NoPermissionError: it is not; the message says what to do.
+        BadRequestError, NoPermissionError: something is missing; the message has the remedy.
     """
     try:
         if name == "none":
@@ -43,7 +43,7 @@ def check_tracker(name: str, *, is_asked_for: bool) -> None:
         if importlib.util.find_spec(name) is None:
             raise BadRequestError(f"--tracker {name} needs more than is installed: {how_to_install(name)}")
         if name == "mlflow" and not os.environ.get("MLFLOW_TRACKING_URI"):
-            raise BadRequestError("--tracker mlflow: set MLFLOW_TRACKING_URI to where your server is")
+            raise BadRequestError("--tracker mlflow: set MLFLOW_TRACKING_URI to the address of your server")
         if name == "wandb" and not _is_signed_in():
             raise NoPermissionError("--tracker wandb: sign in with `wandb login`, or set WANDB_MODE=offline")
     except JobError as error:
@@ -60,15 +60,15 @@ def _is_signed_in() -> bool:
     try:
         return bool(wandb.login(prompt=False))
     except Exception:
-        # There is a key, of which the service says more when it is told the first row.
+        # There is a key; the service checks it with the first row.
         return True
 
 
 class Tracking:
-    """A tracker of one run, or none where the configuration names none."""
+    """The tracker of one run; does nothing if the configuration names none."""
 
     def __init__(self, config: RunConfig, name: str, run_uri: str) -> None:
-        """Begins, or goes on where an earlier attempt was, while training begins as well."""
+        """Begins a tracked run, or resumes that of an earlier attempt, in a thread beside training."""
         self._kind, self._is_taking = config.log.tracker, config.log.tracker != "none"
         self._tracker: GeneralTracker | None = None
         if self._is_taking:
@@ -78,12 +78,12 @@ class Tracking:
             note(f"the rows of the metrics also go to {self._kind}, which is outside of the bucket")
 
     def log(self, row: Row) -> None:
-        """Tells a row, without waiting for whoever takes it."""
+        """Sends a row, without waiting for the service."""
         if self._is_taking:
             self._pool.submit(self._trying, lambda: self._tell(dict(row)))
 
     def close(self, timeout_seconds: float = CLOSE_SECONDS) -> None:
-        """Ends it, if it takes its last rows in time."""
+        """Ends the tracked run, if the service takes the last rows in time."""
         if self._is_taking:
             with suppress(Exception):
                 self._pool.submit(self._trying, self._finish).result(max(0.0, timeout_seconds))
@@ -100,7 +100,7 @@ class Tracking:
             note(f"{self._kind} takes no rows, which stay in the bucket ({type(error).__name__}: {said:.200})")
 
     def _begin(self, begin: Callable[..., GeneralTracker], *about: Any) -> None:
-        # In the thread that tells it the rows: MLflow knows a run by the thread that began it.
+        # The thread that sends rows must also begin the run: MLflow ties a run to its thread.
         self._tracker = begin(*about)
 
     def _tell(self, row: Row) -> None:
@@ -116,10 +116,10 @@ class Tracking:
 def _wandb(config: RunConfig, name: str, run_uri: str) -> GeneralTracker:
     from accelerate.tracking import WandBTracker
 
-    # Its files would lie in the working folder, which may be nobody's to write to.
+    # wandb writes files into the working folder by default, which may be read-only.
     os.environ.setdefault("WANDB_DIR", _scratch())
     os.environ.setdefault("WANDB_SILENT", "true")
-    # Rows that a resumed run logs again are at steps that it has had, and are dropped there.
+    # wandb drops rows at old steps, so rows that a resumed run sends again do no harm.
     known = hashlib.sha256(run_uri.encode()).hexdigest()[:16]
     tracker = WandBTracker(PROJECT, id=known, name=name, resume="allow")
     tracker.start()
@@ -138,7 +138,7 @@ def _mlflow(config: RunConfig, name: str, run_uri: str) -> GeneralTracker:
     tracker = MLflowTracker(PROJECT, run_name=name, run_id=known, tags=by_uri)
     tracker.start()
     if known is None:
-        # What a later attempt changes, MLflow would refuse to take.
+        # MLflow refuses a parameter whose value a later attempt changed.
         tracker.store_init_configuration(_plain(config))
     return tracker
 

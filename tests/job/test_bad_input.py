@@ -116,8 +116,8 @@ MEANINGLESS: Rows = [
     ("train --dataset a --set sample.images=10001", 78, ["sample.images", "10000"]),
     ("sample --run a --count 5 --save jpg", 64, ["--save 'jpg'", "shards or png"]),
     ("sample --run a --count 5 --slice 2/2", 64, ["--slice '2/2'", "from 0 to n-1"]),
-    ("sample --run a --first-seed 0", 64, ["--first-seed", "how many with --count"]),
-    ("sample --run a --count 5 --seeds 0-4", 64, ["--seeds is about pictures", "--count, which takes --first-seed"]),
+    ("sample --run a --first-seed 0", 64, ["--first-seed", "works only with --count: add the number"]),
+    ("sample --run a --count 5 --seeds 0-4", 64, ["--seeds makes pictures", "--count, which takes --first-seed"]),
 ]
 
 
@@ -197,10 +197,10 @@ UNFIT: Rows = [
     ("train --dataset tiles --run walk --set train.seed=1", 78, ["train.seed: the run has 0, asked for 1", "--run"]),
     ("train --dataset tiles --run new --set data.channels=1", 78, ["data.channels is 1", "tiles-16 has 3"]),
     ("train --dataset tiles --run new --set model.num_classes=4", 78, ["num_classes is 4", "tiles-16 has 5"]),
-    ("train --dataset other --run walk", 64, ["run 'walk'", "is about dataset 'tiles'"]),
+    ("train --dataset other --run walk", 64, ["run 'walk'", "has another dataset, 'tiles'"]),
     ("sample --run other", 66, ["no run 'other'", "ddpm runs list"]),
     ("sample --run walk --checkpoints 1,7", 66, ["no checkpoint of epoch 7", "there are: 1, 3)"]),
-    ("train --dataset tiles --run new --set sample.weights=ema-0.05", 78, ["ema-0.05 is none", "(ema, model)"]),
+    ("train --dataset tiles --run new --set sample.weights=ema-0.05", 78, ["ema-0.05: training has only ema, model"]),
     (
         "sample --run walk --weights ema-0.05",
         66,

@@ -58,7 +58,7 @@ def test_an_export_is_the_same_model_without_its_bucket(bucket, tmp_path):
 
 
 def test_what_is_not_there_is_said(bucket):
-    with pytest.raises(BadRequestError, match="is no run's folder: name one such as gs://my-bucket/runs/celeba"):
+    with pytest.raises(BadRequestError, match="is not the folder of a run: use one such as gs://my-bucket/runs/celeba"):
         job.load(f"{bucket}/walk")
     with pytest.raises(MissingInputError, match="there is no run 'walking'"):
         job.load(f"{bucket}/runs/walking")

@@ -89,7 +89,9 @@ def test_of_several_machines_the_worst_decides_and_all_must_have_finished(bucket
     assert (outcome.state, outcome.machines) == ("finished", 1)
 
 
-@pytest.mark.parametrize(("name", "count"), [("train-celeba", 2), ("sample-celeba-1a2b3c4d", 3)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("train-celeba", 2), ("sample-celeba-1a2b3c4d", 3), ("pack-mine-1a2b3c4d", 3)]
+)
 def test_each_start_is_remembered_of_slices_all(bucket, monkeypatch, name, count):
     for machine in (0, 1, 1):
         monkeypatch.setenv(JOB, name)
@@ -117,11 +119,12 @@ def test_commands_say_how_they_ended(tmp_path):
         ("no-duration", 64, ("train", "--dataset", "tiles", "--stop-after", "soon")),
         ("no-sampler", 64, ("sample", "--run", "no", "--sampler", "plms")),
         ("no-run", 66, ("sample", "--run", "no", "--count", "9", "--slice", "1/3")),
+        ("no-run-scored", 66, ("evaluate", "--run", "no", "--slice", "1/3")),
     ]
     for name, code, words in refusals:
         said = refused(ddpm_here(*words, *bucket, **{JOB: name}), code)
         outcome = read_outcome(name, str(tmp_path / "bucket"))
         assert (outcome.state, outcome.exit_code, outcome.message) == ("failed", code, said.removeprefix("ddpm: "))
-        assert (outcome.machine, outcome.machines) == ((1, 3) if name == "no-run" else (0, 1))
+        assert (outcome.machine, outcome.machines) == ((1, 3) if name.startswith("no-run") else (0, 1))
     finished = read_outcome("packed", str(tmp_path / "bucket"))
     assert (finished.state, finished.exit_code) == ("finished", 0)

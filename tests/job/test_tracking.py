@@ -129,7 +129,7 @@ def test_a_tracker_that_is_not_there_or_lets_nobody_in_begins_nothing(bucket, tm
     assert "--tracker wandb: sign in with `wandb login`, or set WANDB_MODE=offline" in done.stderr
     assert not (bucket / "runs/told").exists()
     line = refused(ddpm(*words, "mlflow"), Exit.BAD_REQUEST)
-    assert "--tracker mlflow: set MLFLOW_TRACKING_URI to where your server is" in line
+    assert "--tracker mlflow: set MLFLOW_TRACKING_URI to the address of your server" in line
     assert not (bucket / "runs/told").exists()
     found, without = importlib.util.find_spec, {"mlflow": None}
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Found by Python before anything else runs, because the campaign puts this folder on PYTHONPATH of what it starts."""
+"""Runs before everything else in each process of a campaign, which puts this folder on their PYTHONPATH."""
 
 import importlib
 import sys
@@ -9,7 +9,7 @@ from benchmarks.crash_campaign.injection import install
 
 install()
 
-# The machine may have a module of this name as well, which is to run as if this one were not there.
+# The machine may have its own module of this name, which must run as usual.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 this = sys.modules.pop("sitecustomize")
 with suppress(ImportError):

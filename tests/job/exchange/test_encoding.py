@@ -132,7 +132,7 @@ def test_a_run_decodes_what_it_draws(bucket, autoencoder):
 def test_scores_compare_with_the_images_that_were_encoded(bucket):
     few = ("--extractor", "mobilenet", "--count", 12, "--references", 24)
     bound = ddpm_here("evaluate", "--run", "r", "--bucket", bucket, *few, "--metrics", "bpd")
-    assert "the bound is about pixels, and tiles-latents holds latents" in refused(bound, 64)
+    assert "the bound needs pixels, and tiles-latents holds latents" in refused(bound, 64)
     said = succeeded(ddpm_here("evaluate", "--run", "r", "--bucket", bucket, *few))
     assert "of tiles-16 (crop center" in said
     assert "bpd" not in said
@@ -141,7 +141,7 @@ def test_scores_compare_with_the_images_that_were_encoded(bucket):
 
 def test_what_is_about_pixels_is_refused(bucket, tmp_path):
     train = ("train", "--dataset", "tiles-latents", "--run", "x", "--bucket", bucket)
-    assert "data.flip is about pixels" in refused(ddpm_here(*train, "--set", "data.flip=true"), Exit.BAD_CONFIG)
+    assert "data.flip needs pixels" in refused(ddpm_here(*train, "--set", "data.flip=true"), Exit.BAD_CONFIG)
     sample = ("sample", "--run", "r", "--bucket", bucket, "--mode", "img2img", "--image", "0")
     assert "holds latents" in refused(ddpm_here(*sample), Exit.BAD_REQUEST)
     again = ("data", "encode", "tiles-latents", "--autoencoder", tmp_path, "--bucket", bucket)
@@ -243,7 +243,7 @@ def test_a_folder_that_is_no_such_autoencoder_is_refused(images, autoencoder, tm
     assert said in refused(done, Exit.BAD_DATA)
     (other / NAMES[1]).write_bytes((autoencoder / NAMES[1]).read_bytes()[:2000])
     done = ddpm_here("data", "encode", "tiles", "--autoencoder", other, "--bucket", images)
-    assert "cut off" in refused(done, Exit.BAD_DATA)
+    assert "truncated" in refused(done, Exit.BAD_DATA)
     assert not (open_store(images).exists(f"{KEY}/{INDEX}"))
 
 

@@ -34,7 +34,7 @@ def test_an_export_is_a_pipeline_with_a_card(bucket, tmp_path):
     unet = {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
     assert names == {"README.md", "grid.png", "model_index.json", "scheduler/scheduler_config.json", *unet}
     card = (tmp_path / "out/README.md").read_text()
-    assert "Licence of the images: nothing is said of it." in card
+    assert "Licence of the images: not stated." in card
     assert "299 images of tiles" in card
     # As the hub reads it, and what its client would send.
     assert ModelCard(card).data.to_dict() == {

@@ -156,7 +156,7 @@ def test_an_imported_run_learns_on(tiles, pipeline, tmp_path):
     assert "resuming at epoch 3.1, image 912" in done.stderr
     assert verify_run(open_store(str(bucket)), "r").problems == []
     # What has learnt here is no place for another checkpoint.
-    assert "has learnt since (attempt 2)" in refused(imported(bucket, source, *again), Exit.BAD_REQUEST)
+    assert "has trained since (attempt 2)" in refused(imported(bucket, source, *again), Exit.BAD_REQUEST)
     alone = ddpm_here("train", "--dataset", "tiles", "--run", "source", "--bucket", bucket)
     assert "with --dataset tiles" in refused(alone, Exit.BAD_REQUEST)
 
@@ -277,7 +277,7 @@ def test_an_import_that_was_killed_is_no_run_to_train(tiles, tmp_path):
     shutil.rmtree(bucket / "runs/r/checkpoints")
     (bucket / "runs/r/LATEST").unlink()
     done = ddpm_here("train", "--dataset", "tiles", "--run", "r", "--bucket", bucket)
-    assert "give the same `ddpm import` again" in refused(done, Exit.BAD_DATA)
+    assert "type the same `ddpm import` again" in refused(done, Exit.BAD_DATA)
     succeeded(imported(bucket, tmp_path / "ckpt.pt", *words))
 
 
@@ -347,7 +347,7 @@ def test_nothing_of_a_file_is_run(pipeline, tmp_path):
     old(folder)
     torch.save({"conv_in.weight": Payload(marker)}, folder / "unet/diffusion_pytorch_model.bin")
     for name in ("a.pt", "b.ckpt", "c.pt", "d"):
-        assert "was run" in refused(imported(tmp_path / "bucket", tmp_path / name, "r"), Exit.BAD_DATA)
+        assert "was executed" in refused(imported(tmp_path / "bucket", tmp_path / name, "r"), Exit.BAD_DATA)
     assert not marker.exists()
     assert not (tmp_path / "bucket").exists()
 
@@ -368,7 +368,7 @@ def spoiled(folder: Path, config: dict | None = None, keep_bytes: int | None = N
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        ({"keep_bytes": 5000}, "cut off"),
+        ({"keep_bytes": 5000}, "truncated"),
         ({"config": {"act_fn": "gelu"}}, "act_fn='gelu' has no counterpart"),
         ({"config": {"block_out_channels": [8, 24]}}, "[16, 8, 3, 3] and not [24, 8, 3, 3]"),
         ({"config": {"layers_per_block": 2}}, "lacks the tensor "),
@@ -376,7 +376,7 @@ def spoiled(folder: Path, config: dict | None = None, keep_bytes: int | None = N
         ({"config": {"sample_size": 10**9}}, "data.size: input should be less than or equal to 4096 (got 1000000000)"),
         ({"tensors": {"conv_in.bias": None}}, "lacks the tensor conv_in.bias"),
         ({"tensors": {"conv_in.strange": torch.zeros(3)}}, "does not have, conv_in.strange"),
-        ({"tensors": {"conv_in.bias": torch.full((8,), torch.inf)}}, "conv_in.bias holds what are no finite numbers"),
+        ({"tensors": {"conv_in.bias": torch.full((8,), torch.inf)}}, "conv_in.bias holds values that are not finite"),
     ],
 )
 def test_a_folder_that_is_not_what_it_says_is_refused(pipeline, tmp_path, damage, said):
@@ -402,8 +402,8 @@ def test_a_file_that_nobody_knows_is_refused(tmp_path):
         ("l.pt", "layer init_conv", Exit.BAD_DATA),
         ("o.pt", "fc.weight", Exit.BAD_DATA),
         ("n.pt", "no tensors by name", Exit.BAD_DATA),
-        ("cut.pt", "cut off", Exit.BAD_DATA),
-        ("bomb.pt", "cut off, damaged", Exit.BAD_DATA),
+        ("cut.pt", "truncated", Exit.BAD_DATA),
+        ("bomb.pt", "truncated, damaged", Exit.BAD_DATA),
         ("empty", "nothing lies at", Exit.MISSING_INPUT),
         ("nowhere.pt", "nothing lies at", Exit.MISSING_INPUT),
     ):
@@ -413,7 +413,7 @@ def test_a_file_that_nobody_knows_is_refused(tmp_path):
     content = (tmp_path / "many.pt").read_bytes()
     for percent in (*range(1, 100, 7), 99):
         (tmp_path / "cut.pt").write_bytes(content[: len(content) * percent // 100])
-        assert "cut off" in refused(imported(tmp_path / "bucket", tmp_path / "cut.pt", "r"), Exit.BAD_DATA), percent
+        assert "truncated" in refused(imported(tmp_path / "bucket", tmp_path / "cut.pt", "r"), Exit.BAD_DATA), percent
     assert not (tmp_path / "bucket").exists()
     assert "--epoch counts" in refused(imported(tmp_path, tmp_path / "whole.pt", "r", "--epoch", 3), 64)
 

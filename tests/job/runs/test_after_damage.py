@@ -94,7 +94,7 @@ def test_a_finished_run_whose_newest_checkpoint_is_another_run_s_learns_it_again
     copy.delete(again.manifest_key)
     done = ddpm_here(*sample)
     assert f"{copy.uri}/{again.manifest_key} is missing" in done.stderr
-    assert "drawing from the newest checkpoint that is there" in done.stderr
+    assert "sampling from the newest checkpoint that is there" in done.stderr
 
 
 def test_a_run_that_goes_on_without_older_metrics_learns_what_an_undisturbed_one_does(copy, store, tmp_path):

@@ -248,13 +248,18 @@ def test_what_cannot_be_drawn_is_refused_in_a_line(bucket, tmp_path):
         ("all", 64, "--strength 1.5", ("--mode", "img2img", "--image", 3, "--strength", 1.5)),
         ("all", 64, "--strength 0", ("--mode", "img2img", "--image", 3, "--strength", 0)),
         ("all", 64, "--resamplings 0", (*inpaint, "--resamplings", 0)),
-        ("all", 64, "--gif is about new images", (*inpaint, "--gif")),
+        ("all", 64, "--gif works only for new images", (*inpaint, "--gif")),
         ("all", 64, "leave --count out", ("--mode", "interpolate", "--count", 4)),
-        ("all", 64, "--seeds 0-2 are no pairs", ("--mode", "interpolate", "--seeds", "0-2")),
+        ("all", 64, "--seeds 0-2 has an odd number", ("--mode", "interpolate", "--seeds", "0-2")),
         ("all", 64, "has the images 0 to 298", ("--mode", "img2img", "--image", "0-299")),
-        ("all", 66, "a file has to be where the command runs", ("--mode", "img2img", "--image", tmp_path / "no.png")),
+        (
+            "all",
+            66,
+            "the file must be on the machine of the command",
+            ("--mode", "img2img", "--image", tmp_path / "no.png"),
+        ),
         ("all", 65, "is damaged at its beginning", ("--mode", "img2img", "--image", tmp_path / "broken.png")),
-        ("all", 64, "what is white is made up", (*inpaint, "--mask", tmp_path / "white.png")),
+        ("all", 64, "inpaint replaces the white part", (*inpaint, "--mask", tmp_path / "white.png")),
     )
     for run, code, said, words in refusals:
         line = refused(ddpm_here("sample", "--run", run, "--bucket", bucket, *words), code)
