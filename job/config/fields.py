@@ -41,11 +41,8 @@ LARGEST_SIZE = 4096
 AsList = BeforeValidator(_split)
 Mults = Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], AsList]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1, le=LARGEST)], ...], AsList]
-Labels = Annotated[tuple[Annotated[int, Field(ge=0, le=LARGEST)], ...], AsList]
-Beta = Annotated[float, Field(ge=0, lt=1)]
 Ratio = Annotated[float, Field(ge=0, le=LARGEST)]
 Interval = Annotated[tuple[Ratio, Ratio], BeforeValidator(_split_in_two), AfterValidator(_ascending)]
-Share = Annotated[float, Field(gt=0, le=1)]
 # A power-function average with a standard deviation of 1/√12 = 0.289 would weight all steps alike.
 Stds = Annotated[tuple[Annotated[float, Field(ge=0.001, le=0.28)], ...], AsList]
 

@@ -8,26 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from job.config.fields import (
-    LARGEST,
-    LARGEST_SIZE,
-    AsList,
-    Beta,
-    Counts,
-    Interval,
-    Labels,
-    Section,
-    Share,
-    Stds,
-    Weights,
-    average_name,
-)
+from job.config.fields import LARGEST, LARGEST_SIZE, AsList, Counts, Interval, Section, Stds, Weights, average_name
 from job.config.networks import NETWORKS, Network, UNetConfig
 from job.config.rules import RULES
 from job.exits import BadConfigError
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Labels = Annotated[tuple[Annotated[int, Field(ge=0, le=LARGEST)], ...], AsList]
 
 
 class DataConfig(Section):
@@ -43,9 +35,7 @@ class DataConfig(Section):
         (1.0, 1.0), description="random crops: smallest and largest share of the image's area; 1,1: no crops"
     )
     augment: float = Field(0.0, ge=0, le=1, description="probability of each augmentation of EDM, given to the network")
-    shuffle_block_images: int = Field(
-        0, ge=0, le=LARGEST, description="images per shuffled block; 0: the whole dataset"
-    )
+    shuffle_block_images: int = Field(0, ge=0, le=LARGEST, description="images per shuffled block; 0: all of them")
     order: Literal["feistel-1"] = Field("feistel-1", description="version of the shuffling algorithm")
     cache_gigabytes: float = Field(32.0, gt=0, le=LARGEST, description="local disk space per node for cached images")
 
@@ -69,7 +59,9 @@ class DiffusionConfig(Section):
     sigma_min: float = Field(0.002, gt=0, le=LARGEST, description="smallest sigma of schedule=edm")
     sigma_max: float = Field(80.0, gt=0, le=LARGEST, description="largest sigma of schedule=edm")
     sigma_data: float = Field(0.5, gt=0, le=LARGEST, description="standard deviation of the images; for EDM's formulas")
-    prediction: Literal["epsilon", "x0", "v", "flow", "edm"] = Field("epsilon", description="output of the network")
+    prediction: Literal["epsilon", "x0", "v", "flow", "edm"] = Field(
+        "epsilon", description="output of the network: the noise, the image, or a mixture of both"
+    )
     weighting: Literal["plain", "snr", "min_snr", "soft_min_snr", "edm", "flow"] = Field(
         "plain", description="weight of the loss at each noise level; plain: squared error of the network's output"
     )
@@ -137,7 +129,9 @@ class TrainConfig(Section):
 class EmaConfig(Section):
     """Averages of the weights: `ema`, and `ema-STD` for each of `stds`; each takes 4 bytes a weight on every GPU."""
 
-    decay: float = Field(0.9999, ge=0, lt=1, description="per step; 0.5^(batch_size/H) is a half-life of H images")
+    decay: float = Field(
+        0.9999, ge=0, lt=1, description="decay per step: 0.5^(batch_size/H) for a half-life of H images"
+    )
     warmup: Literal["none", "ratio", "power", "edm"] = Field(
         "ratio",
         description="limit of the decay at step n: ratio: (1+n)/(10+n); power: 1-(1+(n-1)/inv_gamma)^-power; "
@@ -173,20 +167,8 @@ class CheckpointConfig(Section):
     keep_best: bool = Field(False, description="also keep the checkpoint with the best score; see evaluate.metrics")
 
 
-Sampler = Literal[
-    "ddpm",
-    "ddim",
-    "euler",
-    "euler_ancestral",
-    "heun",
-    "dpmpp_2m",
-    "dpmpp_3m",
-    "dpmpp_sde_2m",
-    "unipc",
-    "ipndm",
-    "deis",
-    "own",
-]
+_Multistep = Literal["dpmpp_2m", "dpmpp_3m", "dpmpp_sde_2m", "unipc", "ipndm", "deis"]
+Sampler = Literal["ddpm", "ddim", "euler", "euler_ancestral", "heun", _Multistep, "own"]
 OPTIONS_OF: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(get_args(Sampler), ()),
     "ddpm": ("variance",),
