@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from ddpm.generation import beginning, from_noise
-from ddpm.process import Point
-from ddpm.samplers import Denoiser, NoiseAt, Sampler, ddim
+from ddpm.samplers import Denoiser, NoiseAt, Points, Sampler, ddim
 
 
 def inpaint(
     sample: Sampler,
     denoise: Denoiser,
-    points: Sequence[Point[float]],
+    points: Points,
     noise_at: NoiseAt,
     *,
     image: Tensor,
@@ -57,7 +56,7 @@ def resampled(steps: int, jump: int = 10, resamplings: int = 10) -> list[int]:
 def from_image(
     sample: Sampler,
     denoise: Denoiser,
-    points: Sequence[Point[float]],
+    points: Points,
     noise_at: NoiseAt,
     *,
     image: Tensor,
@@ -71,7 +70,7 @@ def from_image(
 def inverted(
     sample: Sampler,
     denoise: Denoiser,
-    points: Sequence[Point[float]],
+    points: Points,
     noise_at: NoiseAt,
     *,
     image: Tensor,
@@ -87,7 +86,7 @@ def inverted(
     return sample(denoise, ddim(denoise, x, way[::-1], noise_at), points, noise_at)
 
 
-def last_points(points: Sequence[Point[float]], strength: float) -> Sequence[Point[float]]:
+def last_points(points: Points, strength: float) -> Points:
     """The last `strength` of the steps, in (0, 1], one at least: the more of them, the less stays of an image."""
     return points[-1 - max(1, round(strength * (len(points) - 1))) :]
 
@@ -95,7 +94,7 @@ def last_points(points: Sequence[Point[float]], strength: float) -> Sequence[Poi
 def interpolate(
     sample: Sampler,
     denoise: Denoiser,
-    points: Sequence[Point[float]],
+    points: Points,
     noise_at: NoiseAt,
     *,
     other: NoiseAt,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,69 +13,53 @@ import torch
 from torch import Tensor
 
 from ddpm import randomness, samplers
-from ddpm.grids import Grid, make_grid, numbered_points, shifted
+from ddpm.catalogue import SAMPLERS, Drawing
+from ddpm.grids import make_grid, numbered_points, shifted
 from ddpm.guidance import UNGUIDED, Guidance, guided
 from ddpm.objective import UNCONDITIONAL, Condition, Network
 from ddpm.prediction import Prediction
 from ddpm.process import Point, Process
-from ddpm.samplers import Denoiser, NoiseAt, Sampler, Variance
+from ddpm.samplers import Denoiser, NoiseAt, Points, Sampler
 
 Callback = Callable[[Point[float], Tensor, Tensor], None]
 """Called at every evaluation of the network with (point, x_t, the estimated x_0)."""
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How images are drawn. Each option is of the samplers that take it."""
+class Sampling(Drawing):
+    """How images are drawn: the settings, and a function or points that no setting can name."""
 
-    sampler: str | Sampler
-    """By its name, or somebody's own."""
-    steps: int
-    grid: Grid | tuple[int, ...]
-    """By its name, or the numbers of its points."""
-    shift: float = 1.0
-    """Of the grids of a rectified flow, for images of another size; see `shifted`."""
-    eta: float = 0.0
-    variance: Variance = "fixed_large"
-    order: int = 3
-    churn: float = 0.0
-    clip: bool = True
-    """Whether the estimated x_0 is clipped to [-1, 1] (as Ho et al.'s code does)."""
-    guidance: Guidance = UNGUIDED
-    labels: tuple[int, ...] = ()
-    """The classes that seeds take in turn; none: all."""
+    function: Sampler | None = None
+    """Replaces the sampler."""
+    numbers: tuple[int, ...] = ()
+    """The numbers of the points to visit; they replace the grid."""
+
+    @property
+    def guide(self) -> Guidance:
+        """The guidance of these settings."""
+        return Guidance(self.guidance, self.guidance_interval or (0.0, inf), self.guidance_rescale)
 
     def points(self, process: Process) -> list[Point[float]]:
-        """The points to visit, the clean image included."""
-        if isinstance(self.grid, tuple):
-            return numbered_points(process, self.grid)
+        """Returns the points to visit, the clean image included."""
+        if self.numbers:
+            return numbered_points(process, self.numbers)
         points = make_grid(process, self.steps, self.grid)
         return points if self.shift == 1 else shifted(process, points, self.shift)
 
     def solver(self, process: Process) -> Sampler:
-        """The sampler with its options.
+        """Returns the sampler with its options.
 
         Raises:
-            ValueError: there is none of this name.
+            ValueError: the sampler is unknown.
         """
-        if callable(self.sampler):
-            return self.sampler
-        named: dict[str, Sampler] = {
-            "ddpm": partial(samplers.ancestral, variance=self.variance),
-            "ddim": partial(samplers.ddim, eta=self.eta),
-            "euler": samplers.ddim,
-            "euler_ancestral": partial(samplers.ddim, eta=1.0),
-            "heun": partial(samplers.heun, process=process, churn=self.churn / self.steps),
-            "dpmpp_2m": samplers.dpmpp_2m,
-            "dpmpp_3m": samplers.dpmpp_3m,
-            "dpmpp_sde_2m": samplers.dpmpp_sde_2m,
-            "unipc": partial(samplers.unipc, order=self.order),
-            "ipndm": partial(samplers.ipndm, order=self.order),
-            "deis": partial(samplers.deis, order=self.order),
-        }
-        if self.sampler not in named:
-            raise ValueError(f"unknown sampler {self.sampler!r}: choose one of {', '.join(named)}")
-        return named[self.sampler]
+        if self.function:
+            return self.function
+        known = [name for name in SAMPLERS if name != "own"]
+        if self.sampler not in known:
+            raise ValueError(f"unknown sampler {self.sampler!r}: choose one of {', '.join(known)}")
+        sampler, given = SAMPLERS[self.sampler], vars(self) | {"process": process}
+        options = {name: given[name] for name in (*sampler.options, *sampler.also)} | sampler.fixed
+        return partial(getattr(samplers, sampler.function or self.sampler), **options)
 
 
 def make_denoiser(
@@ -84,7 +68,7 @@ def make_denoiser(
     prediction: Prediction,
     condition: Condition = UNCONDITIONAL,
     *,
-    clip: bool = True,
+    clip: bool = Drawing.clip,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     callback: Callback | None = None,
     guidance: Guidance = UNGUIDED,
@@ -159,16 +143,16 @@ def make_denoiser(
     return denoise
 
 
-Walk = Callable[[Sampler, Denoiser, Sequence[Point[float]], NoiseAt], Tensor]
+Walk = Callable[[Sampler, Denoiser, Points, NoiseAt], Tensor]
 """(sampler, denoiser, points, noise) → images: `from_noise`, or one of those in `editing`."""
 
 
-def beginning(points: Sequence[Point[float]], noise_at: NoiseAt) -> Tensor:
+def beginning(points: Points, noise_at: NoiseAt) -> Tensor:
     """Noise as at the first point: of unit variance if the process keeps the variance, of σ² if it lets it explode."""
     return max(1.0, points[0].sigma) * noise_at(0)
 
 
-def from_noise(sample: Sampler, denoise: Denoiser, points: Sequence[Point[float]], noise_at: NoiseAt) -> Tensor:
+def from_noise(sample: Sampler, denoise: Denoiser, points: Points, noise_at: NoiseAt) -> Tensor:
     """New images."""
     return sample(denoise, beginning(points, noise_at), points, noise_at)
 

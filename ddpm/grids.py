@@ -2,32 +2,26 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm.catalogue import GRIDS
 from ddpm.process import CLEAN, Point, Process, RectifiedFlow, points_of
 from ddpm.samplers import Denoiser, Visit, euler_step, unipc
 
-Grid = Literal["leading", "trailing", "linspace", "quadratic", "karras", "log_snr"]
 RHO = 7.0
 """ρ of Karras et al. 2022, section 3.2."""
 
 
-def make_grid(process: Process, steps: int, grid: Grid) -> list[Point[float]]:
+def make_grid(process: Process, steps: int, grid: str) -> list[Point[float]]:
     """The points to visit.
 
     Args:
         process: what is walked through.
         steps: how many, 1..T.
-        grid: `leading`: numbers 0, c, 2c … with c = T // steps. `trailing`: T-1, T-1-T/steps …, rounded; it and
-            `linspace` begin at T-1, where x_T is the noise the network was trained on (Lin et al. 2024, table 2).
-            `linspace`: T-1 to 0, rounded. `quadratic`: squares of evenly spaced numbers up to √(0.8 T), rounded down
-            (Song et al. 2021, appendix D.2). `karras`: evenly spaced (σ/α)^(1/7) (Karras et al. 2022, equation 5).
-            `log_snr`: evenly spaced ln(α²/σ²) (DPM-Solver: Lu et al. 2022, section 3.3).
-            Of equal numbers all but one are moved up.
+        grid: its name in the catalogue, which describes it. Of equal numbers all but one are moved up.
 
     Returns:
         `steps` different points, from the most noise to the least, and the clean image.
@@ -39,9 +33,10 @@ def make_grid(process: Process, steps: int, grid: Grid) -> list[Point[float]]:
     T = process.num_timesteps
     if not 1 <= steps <= T:
         raise ValueError(f"steps must be between 1 and {T}, the timesteps of the process, not {steps}")
-    if grid not in get_args(Grid):
-        raise ValueError(f"unknown grid {grid!r}: choose one of {', '.join(get_args(Grid))}")
-    if grid in ("karras", "log_snr"):
+    computed = [name for name in GRIDS if name != "found"]
+    if grid not in computed:
+        raise ValueError(f"unknown grid {grid!r}: choose one of {', '.join(computed)}")
+    if GRIDS[grid].by_ratio:
         return [*_by_ratio(process, steps, grid), CLEAN]
     return numbered_points(process, _numbers(T, steps, grid))
 
@@ -112,7 +107,7 @@ def find_grid(denoise: Denoiser, x: Tensor, process: Process, steps: int, candid
     return [numbers[i] for i in (0, *found[:0:-1])]
 
 
-def _numbers(T: int, steps: int, grid: Grid) -> list[int]:
+def _numbers(T: int, steps: int, grid: str) -> list[int]:
     last = max(steps - 1, 1)
     if grid == "leading":
         numbers = [i * (T // steps) for i in range(steps)]
@@ -127,7 +122,7 @@ def _numbers(T: int, steps: int, grid: Grid) -> list[int]:
     return different[::-1]
 
 
-def _by_ratio(process: Process, steps: int, grid: Grid) -> list[Point[float]]:
+def _by_ratio(process: Process, steps: int, grid: str) -> list[Point[float]]:
     ends = process.numbered(torch.tensor([process.num_timesteps - 1, 0]))
     if not ends.alpha.all():
         raise ValueError(f"the grid {grid} needs a process that leaves something of the image: choose another grid")

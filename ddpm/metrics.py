@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm.catalogue import METRICS
+
 KID_SUBSETS, KID_SUBSET_IMAGES = 100, 1000
 """Bińkowski et al. 2018, as most implementations have it."""
 PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
@@ -116,8 +118,8 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
     return found["inception_score_mean"], found["inception_score_std"]
 
 
-COMPARISONS = {"fid": fid, "kid": kid, "prdc": prdc, "mind": mind}
-"""What compares two sets of features, by the words that choose them."""
+COMPARISONS = {name: globals()[name] for name, metric in METRICS.items() if metric.of == "features"}
+"""The functions that compare two sets of features, by the names of their metrics."""
 
 
 def compared(chosen: tuple[str, ...], drawn: Tensor, real: Tensor) -> Iterator[tuple[str, float]]:

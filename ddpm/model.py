@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ddpm import figures, interop, networks
+from ddpm.catalogue import Diffusion, Drawing
 from ddpm.generation import Callback, Sampling, Walk, evaluations_of, from_noise, generate, make_denoiser, noise_of
-from ddpm.guidance import Guidance
 from ddpm.objective import Condition
 from ddpm.prediction import Prediction
 from ddpm.process import Process, make_process
@@ -26,8 +26,6 @@ from ddpm.samplers import Denoiser, NoiseAt
 
 MOST_TIMESTEPS = 100_000
 """Of a process that is loaded."""
-USUAL_STEPS = 100
-"""Of samplers other than `ddpm`, if nobody says otherwise."""
 _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 _SCHEDULER = "scheduler_config.json"
 
@@ -48,8 +46,7 @@ class Model:
         sampling: how it draws if nobody says otherwise.
         classes: names of those that it knows, by number.
         null_class: whether it also knows a class behind them that stands for none, as guidance needs.
-        self_conditioning: whether it is shown its own estimate.
-        offset_noise: as it was trained with; see `noise_of`.
+        diffusion: the settings of its training.
         autocast: context for the network alone, such as bf16 autocast.
         decode: makes pixels [B, c, h, w] of what is drawn, where that are latents; `pixels` clamps them to [-1, 1].
         worse: a network that has learnt less, to be guided away from.
@@ -62,8 +59,7 @@ class Model:
     sampling: Sampling
     classes: tuple[str, ...] = ()
     null_class: bool = False
-    self_conditioning: bool = False
-    offset_noise: float = 0.0
+    diffusion: Diffusion = field(default_factory=Diffusion)
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext
     decode: Callable[[Tensor], Tensor] | None = None
     worse: nn.Module | None = None
@@ -81,7 +77,7 @@ class Model:
         classes: str | int | Sequence[str | int] | None = None,
         sampler: str | None = None,
         steps: int | None = None,
-        guidance: float | Guidance | None = None,
+        guidance: float | None = None,
         batch_size: int = 64,
         as_tensor: bool = False,
         **options: Any,
@@ -115,7 +111,7 @@ class Model:
         if classes is not None:
             options["labels"] = self._labels(classes)
         if guidance is not None:
-            options["guidance"] = guidance if isinstance(guidance, Guidance) else Guidance(float(guidance))
+            options["guidance"] = float(guidance)
         sampling = self._sampling(sampler, steps, options)
         with _bar(total=images * self.evaluations_of(sampling)) as advance:
             parts = []
@@ -133,10 +129,10 @@ class Model:
         own, all_steps = self.sampling.sampler, self.process.num_timesteps
         if steps is None and sampler not in (None, own) and "ddpm" in (sampler, own):
             # Few steps are noise for ancestral sampling, and others need few.
-            steps = all_steps if sampler == "ddpm" else min(USUAL_STEPS, all_steps)
+            steps = all_steps if sampler == "ddpm" else min(Drawing.steps, all_steps)
         chosen = {"steps": steps, "sampler": sampler, **options}
         sampling = replace(self.sampling, **{key: value for key, value in chosen.items() if value is not None})
-        if sampling.guidance.scale != 1 and not self.null_class and self.worse is None:
+        if sampling.guidance != 1 and not self.null_class and self.worse is None:
             raise ValueError("guidance needs a network that has also learnt images without their class")
         return sampling
 
@@ -167,16 +163,18 @@ class Model:
     def denoiser(self, seeds: Tensor, sampling: Sampling, callback: Callback | None = None) -> Denoiser:
         """For images of these seeds, int64 [B] on the device: seed k is of class k mod classes, of those it takes."""
         taken = torch.tensor(sampling.labels or range(len(self.classes)), device=self.device)
-        start = torch.zeros(len(seeds), *self.image_shape, device=self.device) if self.self_conditioning else None
+        estimate = None
+        if self.diffusion.self_conditioning:
+            estimate = torch.zeros(len(seeds), *self.image_shape, device=self.device)
         return make_denoiser(
             self.network,
             self.process,
             self.prediction,
-            Condition(taken[seeds % len(taken)] if self.classes else None, start),
+            Condition(taken[seeds % len(taken)] if self.classes else None, estimate),
             clip=sampling.clip,
             autocast=self.autocast,
             callback=callback,
-            guidance=sampling.guidance,
+            guidance=sampling.guide,
             null_class=len(self.classes),
             worse=self.worse,
             with_share=(sampling.sampler, sampling.variance) == ("ddpm", "learned_range"),
@@ -184,7 +182,7 @@ class Model:
 
     def noise_of(self, seeds: Tensor) -> NoiseAt:
         """The noise of seeds, int64 [B] on the device."""
-        return noise_of(seeds, self.image_shape, self.offset_noise)
+        return noise_of(seeds, self.image_shape, self.diffusion.offset_noise)
 
     def evaluations_of(self, sampling: Sampling, walk: Walk = from_noise) -> int:
         """How often the network is asked for an image."""
@@ -259,7 +257,8 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
         network.load_state_dict({name: each.float() for name, each in interop.with_names_of_today(tensors).items()})
         if not 1 <= int(said["timesteps"]) <= MOST_TIMESTEPS:
             raise ValueError(f"num_train_timesteps={said['timesteps']}: from 1 to {MOST_TIMESTEPS:,}")
-        process = make_process(said["schedule"], said["timesteps"], zero_terminal_snr=said["zero_terminal_snr"])
+        diffusion = Diffusion(**said, self_conditioning=options["in_channels"] == 2 * shape[0])
+        process = make_process(diffusion)
     except FileNotFoundError:
         raise
     # What strangers write meets readers with anything; each means the same here.
@@ -269,13 +268,11 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
     return Model(
         network=network.to(device).eval().requires_grad_(False),
         process=process,
-        prediction=Prediction(said["prediction"]),
+        prediction=Prediction(diffusion.prediction),
         image_shape=shape,
-        sampling=Sampling(
-            "ddim", min(USUAL_STEPS, said["timesteps"]), "trailing", **interop.drawing_options(scheduler)
-        ),
+        sampling=Sampling(steps=min(Drawing.steps, diffusion.timesteps), **interop.drawing_options(scheduler)),
         classes=tuple(map(str, range(classes))),
-        self_conditioning=options["in_channels"] == 2 * shape[0],
+        diffusion=diffusion,
     )
 
 

@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ddpm import randomness
+from ddpm.catalogue import WEIGHTINGS, Diffusion, Drawing
 from ddpm.prediction import Prediction
 from ddpm.process import Point, Process, VariancePreserving, points_of
 from ddpm.variance import Posterior, bits, log_likelihood_of_levels, normal_kl, posteriors
@@ -19,8 +20,6 @@ BOUND_WEIGHT = 1e-3
 """λ of the hybrid loss (Nichol & Dhariwal 2021, equation 16), on a bound in bits per dimension as in their code."""
 MOST_FLOW_WEIGHT = 400.0
 """Of the squared error of x_0: 1/σ² at σ = 0.05, below which Li & He 2025 do not let it grow."""
-Weighting = Literal["plain", "snr", "min_snr", "soft_min_snr", "edm", "flow"]
-"""What the squared error counts: `plain` as it is at the output; the others say it on the error of x_0."""
 
 
 class Condition(NamedTuple):
@@ -39,20 +38,6 @@ UNCONDITIONAL = Condition()
 Network = Callable[[Tensor, Tensor, Condition], Tensor]
 """(x_t at the scale that the process says [B, C, H, W], t float32 [B], condition) → output [B, C, H, W]. One that
 learns the variance gives [B, 2C, H, W]; in the second half, -1 is for β̃ and 1 for β (see `variance`)."""
-
-
-@dataclass(frozen=True)
-class Draws:
-    """How points are drawn, as a function of the image's number alone."""
-
-    kind: Literal["uniform", "log_normal"] = "uniform"
-    """Evenly over the process, or with a normal ln(σ/α): log-normal σ on EDM's (Karras et al. 2022, table 1), which is
-    a logit-normal σ on a rectified flow (Esser et al. 2024, section 3.1)."""
-    mean: float = -1.2
-    """Of ln(σ/α)."""
-    std: float = 1.2
-    stratified: bool = False
-    """Whether image i of a batch draws from its i-th part: (i + u)/batch, which every split over processes keeps."""
 
 
 class Drawn(NamedTuple):
@@ -82,22 +67,20 @@ class Objective:
 
     process: Process
     prediction: Prediction
-    weighting: Weighting = "plain"
-    gamma: float = 5.0
-    """γ of min-SNR and soft min-SNR."""
-    draws: Draws = Draws()
-    learned_variance: bool = False
-    """Whether the network also learns the variance of the ancestral step, by the variational bound."""
-    clip: bool = True
+    diffusion: Diffusion = field(default_factory=Diffusion)
+    """How noise levels are drawn and weighted, and whether the variance is learnt by the variational bound."""
+    clip: bool = Drawing.clip
     """Whether self-conditioning shows the network its estimate clipped to [-1, 1], as sampling will."""
 
     def __post_init__(self) -> None:
-        if self.weighting not in get_args(Weighting):
-            raise ValueError(f"unknown weighting {self.weighting!r}: choose one of {', '.join(get_args(Weighting))}")
+        diffusion = self.diffusion
+        if diffusion.weighting not in WEIGHTINGS:
+            raise ValueError(f"unknown weighting {diffusion.weighting!r}: choose one of {', '.join(WEIGHTINGS)}")
         last = self.process.numbered(torch.tensor([self.process.num_timesteps - 1]))
         if self.prediction.kind == "epsilon" and not last.alpha.all():
-            raise ValueError("no image can be told from a prediction of epsilon where the process leaves none of it")
-        if self.learned_variance and (not isinstance(self.process, VariancePreserving) or self.draws.kind != "uniform"):
+            raise ValueError("a prediction of epsilon does not determine the image where the process leaves none of it")
+        has_betas = isinstance(self.process, VariancePreserving)
+        if diffusion.learns_variance and (not has_betas or diffusion.draws != "uniform"):
             raise ValueError("the variance is learnt of the steps of a table of betas, at points drawn uniformly")
 
     @cached_property
@@ -116,15 +99,16 @@ class Objective:
         Returns:
             float32 [6 or 9, B] on the host, for `Drawn`: one table is sent to the device at once.
         """
-        u = randomness.training_uniforms(seed, image_numbers)
-        if self.draws.stratified:
+        u, diffusion = randomness.training_uniforms(seed, image_numbers), self.diffusion
+        if diffusion.stratified:
             u = (image_numbers % batch_size_images + u) / batch_size_images
-        if self.draws.kind == "uniform":
+        if diffusion.draws == "uniform":
             point = self.process.uniform(u)
         else:
-            point = self.process.with_ratio((self.draws.mean + self.draws.std * torch.special.ndtri(u)).exp())
+            log_ratio = diffusion.draws_mean + diffusion.draws_std * torch.special.ndtri(u)
+            point = self.process.with_ratio(log_ratio.exp())
         scale = self.process.input_scale(point.sigma)
-        steps = self._posteriors[:, point.t.long()] if self.learned_variance else ()
+        steps = self._posteriors[:, point.t.long()] if diffusion.learns_variance else ()
         return torch.stack([*point, scale, self.weights(point), (u * QUARTILES).floor(), *steps]).float()
 
     def losses(
@@ -162,7 +146,7 @@ class Objective:
         output, share = network(scale * x_t, drawn.t, condition).float().tensor_split([channels], dim=1)
         target = self.prediction.target(x_start, noise, point)
         losses = drawn.weight * (output - target).square().mean(dim=(1, 2, 3))
-        if not self.learned_variance:
+        if not self.diffusion.learns_variance:
             return losses
         estimate = self.prediction.x_start(output.detach(), x_t, point)
         posterior = Posterior(*(part.view(-1, 1, 1, 1) for part in drawn[6:] if part is not None))
@@ -204,7 +188,7 @@ class Objective:
         output, share = network(scale * x_t, t, condition).float().tensor_split([x_start.shape[1]], dim=1)
         estimate = self.prediction.x_start(output, x_t, Point(t, alpha, sigma)).clamp(-1, 1)
         is_last = (numbers == 0).to(x_start.device)
-        share = (share + 1) / 2 if self.learned_variance else (~is_last).float().view(-1, 1, 1, 1)
+        share = (share + 1) / 2 if self.diffusion.learns_variance else (~is_last).float().view(-1, 1, 1, 1)
         (last,) = points_of(self.process.numbered(torch.tensor([self.process.num_timesteps - 1])))
         # What sampling begins with has the standard deviation max(1, σ).
         log_variance, beginning = 2 * math.log(last.sigma), 2 * math.log(max(1.0, last.sigma))
@@ -218,17 +202,18 @@ class Objective:
         2024, section 4.2), λ (Karras et al. 2022, table 1), or that of the error of ε - x_0 (`flow`; on a rectified
         flow 1/σ², the v-loss of Li & He 2025, section 4.3).
         """
-        if self.weighting == "plain":
+        weighting, gamma = self.diffusion.weighting, self.diffusion.gamma
+        if weighting == "plain":
             return torch.ones_like(point.sigma)
         snr = (point.alpha / point.sigma).square()
         factor = self.prediction.error_factor(point)
-        if self.weighting == "snr":
+        if weighting == "snr":
             return snr / factor
-        if self.weighting == "min_snr":
-            return snr.clamp(max=self.gamma) / factor
-        if self.weighting == "soft_min_snr":
-            return snr * self.gamma / (snr + self.gamma) / factor
-        if self.weighting == "flow":
+        if weighting == "min_snr":
+            return snr.clamp(max=gamma) / factor
+        if weighting == "soft_min_snr":
+            return snr * gamma / (snr + gamma) / factor
+        if weighting == "flow":
             return (1 + snr.sqrt()).square().clamp(max=MOST_FLOW_WEIGHT) / factor
         return (snr + self.prediction.sigma_data**-2) / factor
 

@@ -4,27 +4,24 @@ With x_t = α x_0 + σ ε this is one linear system, so one line recovers x_0 an
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from torch import Tensor
 
+from ddpm.catalogue import PREDICTIONS, Diffusion
 from ddpm.process import Number, Point
-
-PredictionKind = Literal["epsilon", "x0", "v", "flow", "edm"]
-"""ε (Ho et al. 2020), x_0, v (Salimans & Ho 2022), ε - x_0 (Liu et al. 2023), F (Karras et al. 2022)."""
 
 
 @dataclass(frozen=True)
 class Prediction:
     """A meaning of the output. Points are of floats, or of tensors that broadcast against the images."""
 
-    kind: PredictionKind
-    sigma_data: float = 0.5
+    kind: str
+    sigma_data: float = Diffusion.sigma_data
     """The images' standard deviation, for `edm`."""
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(PredictionKind):
-            raise ValueError(f"unknown prediction {self.kind!r}: choose one of {', '.join(get_args(PredictionKind))}")
+        if self.kind not in PREDICTIONS:
+            raise ValueError(f"unknown prediction {self.kind!r}: choose one of {', '.join(PREDICTIONS)}")
 
     def coefficients(self, point: Point[Number]) -> tuple[Number | float, Number | float]:
         """(q, p) at a point; those of F are Karras et al. 2022, table 1, for any α."""

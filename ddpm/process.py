@@ -7,16 +7,16 @@ alike. Points are computed in float64 on the host and rounded once: no step wait
 
 import math
 from dataclasses import dataclass
-from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Number = TypeVar("Number", float, Tensor)
+from ddpm.catalogue import SCHEDULES, Diffusion
 
-Schedule = Literal["linear", "scaled_linear", "cosine", "sigmoid", "edm", "flow"]
-"""The first four keep the variance; `edm` lets it explode; `flow` goes straight from the image to noise."""
+Number = TypeVar("Number", float, Tensor)
+TIMESTEPS = Diffusion.timesteps
 
 
 class Point(NamedTuple, Generic[Number]):
@@ -112,11 +112,11 @@ class VariancePreserving:
 class VarianceExploding:
     """α = 1 (Karras et al. 2022, table 1). The network is told ln(σ)/4, and sees x_t at unit variance."""
 
-    num_timesteps: int = 1000
+    num_timesteps: int = TIMESTEPS
     """Numbered points, evenly spaced in ln σ."""
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    sigma_data: float = 0.5
+    sigma_min: float = Diffusion.sigma_min
+    sigma_max: float = Diffusion.sigma_max
+    sigma_data: float = Diffusion.sigma_data
     """The images' standard deviation."""
 
     def numbered(self, numbers: Tensor) -> Point[Tensor]:
@@ -140,7 +140,7 @@ class VarianceExploding:
 class RectifiedFlow:
     """α = 1 - σ: a straight line (Liu et al. 2023; Lipman et al. 2023). The network is told 1000 σ."""
 
-    num_timesteps: int = 1000
+    num_timesteps: int = TIMESTEPS
     """Numbered points, evenly spaced in σ; the last is pure noise."""
 
     def numbered(self, numbers: Tensor) -> Point[Tensor]:
@@ -160,7 +160,9 @@ class RectifiedFlow:
         return sigma * 0 + 1
 
 
-def linear_schedule(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> VariancePreserving:
+def linear_schedule(
+    num_timesteps: int = TIMESTEPS, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> VariancePreserving:
     """Evenly spaced β (Ho et al. 2020, section 4). The ends are not rescaled when T is not 1000.
 
     Raises:
@@ -171,7 +173,7 @@ def linear_schedule(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_en
 
 
 def scaled_linear_schedule(
-    num_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+    num_timesteps: int = TIMESTEPS, beta_start: float = 0.00085, beta_end: float = 0.012
 ) -> VariancePreserving:
     """Evenly spaced √β, which latent-diffusion's code calls linear (Rombach et al. 2022).
 
@@ -182,7 +184,7 @@ def scaled_linear_schedule(
     return VariancePreserving.from_betas(torch.linspace(*ends, max(num_timesteps, 0), dtype=torch.float64).square())
 
 
-def cosine_schedule(num_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> VariancePreserving:
+def cosine_schedule(num_timesteps: int = TIMESTEPS, s: float = 0.008, max_beta: float = 0.999) -> VariancePreserving:
     """ᾱ(u) ∝ cos²(π/2 · (u+s)/(1+s)), u = t/T, with β_t = 1 - ᾱ((t+1)/T)/ᾱ(t/T) (Nichol & Dhariwal 2021, equation 17).
 
     Args:
@@ -198,7 +200,11 @@ def cosine_schedule(num_timesteps: int = 1000, s: float = 0.008, max_beta: float
 
 
 def sigmoid_schedule(
-    num_timesteps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max_beta: float = 0.999
+    num_timesteps: int = TIMESTEPS,
+    start: float = -3.0,
+    end: float = 3.0,
+    tau: float = 1.0,
+    max_beta: float = 0.999,
 ) -> VariancePreserving:
     """ᾱ(u) = 1 at the start to 0 at the end of a sigmoid's stretch (Jabri et al. 2023), β as in `cosine`.
 
@@ -226,32 +232,23 @@ TABLES = {
 """The processes that are a table of β, by name."""
 
 
-def make_process(
-    schedule: Schedule,
-    num_timesteps: int = 1000,
-    *,
-    zero_terminal_snr: bool = False,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
-    sigma_data: float = 0.5,
-) -> Process:
-    """The process of this name with its paper's constants; the sigmas are those of `edm`.
+def make_process(diffusion: Diffusion) -> Process:
+    """Returns the process of these settings, with the constants of its paper.
 
     Raises:
-        ValueError: for an unknown name, fewer than one timestep, or `zero_terminal_snr` without a table of ᾱ.
+        ValueError: for an unknown schedule, fewer than one timestep, or `zero_terminal_snr` without a table of ᾱ.
     """
-    if schedule == "edm":
-        process: Process = VarianceExploding(num_timesteps, sigma_min, sigma_max, sigma_data)
-    elif schedule == "flow":
-        process = RectifiedFlow(num_timesteps)
-    elif schedule in TABLES:
-        table = TABLES[schedule](num_timesteps)
-        return table.with_zero_terminal_snr() if zero_terminal_snr else table
-    else:
-        raise ValueError(f"unknown schedule {schedule!r}: choose one of {', '.join([*TABLES, 'edm', 'flow'])}")
-    if zero_terminal_snr:
+    schedule, timesteps = diffusion.schedule, diffusion.timesteps
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
+    if schedule in TABLES:
+        table = TABLES[schedule](timesteps)
+        return table.with_zero_terminal_snr() if diffusion.zero_terminal_snr else table
+    if diffusion.zero_terminal_snr:
         raise ValueError(f"zero_terminal_snr rescales a table of betas, which the process {schedule!r} does not have")
-    return process
+    if schedule == "edm":
+        return VarianceExploding(timesteps, diffusion.sigma_min, diffusion.sigma_max, diffusion.sigma_data)
+    return RectifiedFlow(timesteps)
 
 
 def _from_curve(alphas_cumprod: Tensor, max_beta: float) -> VariancePreserving:

@@ -8,19 +8,20 @@ of the draw, from 1; draw 0 is what sampling begins with.
 from collections.abc import Callable, Sequence
 from itertools import count, pairwise
 from math import exp, expm1, inf, log, sqrt
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm.catalogue import Drawing
 from ddpm.process import Point, Process, points_of
-
-Variance = Literal["fixed_small", "fixed_large", "learned_range"]
-"""Variance of an ancestral step: the posterior's β̃_t, β_t (Ho et al. 2020, section 3.2), or learnt, between them."""
 
 SHARES = {"fixed_small": 0.0, "fixed_large": 1.0}
 """How far the variance lies from β̃_t to β_t, on a logarithmic scale (Nichol & Dhariwal 2021, equation 15)."""
+
+Points = Sequence[Point[float]]
+"""The points that a sampler visits, from that of x to where it ends."""
 
 Denoiser = Callable[[Tensor, Point[float]], Tensor]
 """(x_t [B, C, H, W], point) → the estimated x_0, float32 [B, C, H, W]; for `learned_range` [B, 2C, H, W]: x_0 and the
@@ -29,7 +30,7 @@ share of β_t."""
 NoiseAt = Callable[[int], Tensor]
 """Number of a draw → standard normal noise, float32 [B, C, H, W]."""
 
-Sampler = Callable[[Denoiser, Tensor, Sequence[Point[float]], NoiseAt], Tensor]
+Sampler = Callable[[Denoiser, Tensor, Points, NoiseAt], Tensor]
 """(denoiser, x at the first point, points, noise) → x at the last point."""
 
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -4 / 3, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -3 / 8))
@@ -56,7 +57,7 @@ Step = Callable[[Sequence[Visit], Point[float]], Tensor]
 
 
 def ancestral(
-    denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt, variance: Variance = "fixed_small"
+    denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, variance: str = Drawing.variance
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, algorithm 2): x_s ~ q(x_s | x_t, x_0), on any grid of any process.
 
@@ -83,7 +84,7 @@ def ancestral(
     return x
 
 
-def ddim(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt, eta: float = 0.0) -> Tensor:
+def ddim(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, eta: float = Drawing.eta) -> Tensor:
     """DDIM (Song et al. 2021, equations 12 and 16), with ε derived from x_t and the (clipped) x_0.
 
     It is Euler's method on the probability-flow ODE in σ/α, and for η = 1 Euler's ancestral one (Karras et al. 2022;
@@ -117,10 +118,11 @@ def ddim(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at:
 def heun(
     denoise: Denoiser,
     x: Tensor,
-    points: Sequence[Point[float]],
+    points: Points,
     noise_at: NoiseAt,
     process: Process,
-    churn: float = 0.0,
+    churn: float = Drawing.churn,
+    steps: int = 1,
 ) -> Tensor:
     """Heun's method for x/α over σ/α, with churn (Karras et al. 2022, algorithm 2, with S_min 0, S_max ∞, S_noise 1).
 
@@ -132,12 +134,13 @@ def heun(
         points: from that of x to where to end.
         noise_at: the noise of each step whose point is raised; not asked for churn 0.
         process: says where the raised points are.
-        churn: S_churn over the number of all steps: before each, σ/α is raised by this part, √2 - 1 at most.
+        churn: S_churn; before each step σ/α is raised by S_churn over the number of all steps, √2 - 1 at most.
+        steps: the number of all steps, of which `points` may have a part.
 
     Returns:
         x at the last point, float32 [B, C, H, W].
     """
-    draws, raised_by = count(1), min(churn, sqrt(2) - 1)
+    draws, raised_by = count(1), min(churn / steps, sqrt(2) - 1)
     for point, after in pairwise(points):
         if raised_by and point.alpha >= NOTHING_LEFT:
             ratio = point.sigma / point.alpha
@@ -152,17 +155,17 @@ def heun(
     return x
 
 
-def dpmpp_2m(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt) -> Tensor:
+def dpmpp_2m(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2); see `ddim`. No noise is asked for."""
     return _multistep(denoise, x, points, exponential_step, 2)
 
 
-def dpmpp_3m(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt) -> Tensor:
+def dpmpp_3m(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt) -> Tensor:
     """DPM-Solver++(3M): the same with a third estimate, and of third order. No noise is asked for."""
     return _multistep(denoise, x, points, exponential_step, 3)
 
 
-def dpmpp_sde_2m(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt) -> Tensor:
+def dpmpp_sde_2m(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt) -> Tensor:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022, section 6), whose step of first order is that of `ddim` with η = 1."""
     draws = count(1)
 
@@ -174,7 +177,7 @@ def dpmpp_sde_2m(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], n
     return _multistep(denoise, x, points, step, 2)
 
 
-def ipndm(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt, order: int = 3) -> Tensor:
+def ipndm(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, order: int = Drawing.order) -> Tensor:
     """Adams and Bashforth's method for x/α over σ/α (iPNDM: Zhang & Chen 2023), up to order 4. No noise is asked for.
 
     Its weights are those of evenly spaced σ/α; on other grids its order is 2 at most.
@@ -182,7 +185,7 @@ def ipndm(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at
     return _multistep(denoise, x, points, ipndm_step, order)
 
 
-def deis(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt, order: int = 3) -> Tensor:
+def deis(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, order: int = Drawing.order) -> Tensor:
     """DEIS (Zhang & Chen 2023, equations 14 and 15) with polynomials in ln(σ/α), as in diffusers, not in t.
 
     No noise is asked for. Its last step, to the clean image, is Euler's.
@@ -190,7 +193,7 @@ def deis(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at:
     return _multistep(denoise, x, points, deis_step, order)
 
 
-def unipc(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt, order: int = 3) -> Tensor:
+def unipc(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, order: int = Drawing.order) -> Tensor:
     """UniPC with B_2(h) (Zhao et al. 2023, algorithms 5 and 6), whose order is one more. No noise is asked for.
 
     What is estimated at a point also corrects the x there that it was estimated from.
@@ -206,7 +209,7 @@ def unipc(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at
     return x
 
 
-def _multistep(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], step: Step, order: int) -> Tensor:
+def _multistep(denoise: Denoiser, x: Tensor, points: Points, step: Step, order: int) -> Tensor:
     visits: list[Visit] = []
     for point, after in pairwise(points):
         visits = [Visit(point, x, denoise(x, point)), *visits][:order]

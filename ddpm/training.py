@@ -57,11 +57,8 @@ class Settings:
     label_dropout: float = 0.0
     """Probability that an image is learnt without its class, as one of `null_class`."""
     null_class: int = 0
-    self_conditioning: bool = False
     latents: Latents | None = None
     """How those are drawn, if latents are learnt."""
-    offset_noise: float = 0.0
-    """Standard deviation of what the noise is shifted by in each channel: the process adds N(0, I + offset² 11ᵀ)."""
 
 
 class LossLog:
@@ -185,7 +182,7 @@ def train(
     the gradient: the split over processes and micro-batches changes nothing but rounding. Dropout masks are drawn per
     micro-batch, seeded by its first image number; they are the one thing that depends on the split.
     """
-    device = accelerator.device
+    device, diffusion = accelerator.device, objective.diffusion
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     # DDP averages gradients over processes; this makes each image weigh 1/batch, also when slots are unequal.
     weight = accelerator.num_processes / settings.batch_size_images
@@ -208,7 +205,7 @@ def train(
             labels = torch.where(dropped, settings.null_class, labels)
         batch_number = state.images_seen // settings.batch_size_images
         # The same for all images: in half of the batches there is no first pass to pay for.
-        twice = settings.self_conditioning and randomness.conditions_on_itself(settings.seed, batch_number)
+        twice = diffusion.self_conditioning and randomness.conditions_on_itself(settings.seed, batch_number)
         losses_of_parts: list[Tensor] = []
         for question, part in enumerate(micro_batches(len(numbers), micro_batch_size)):
             if 0 < question < questions and hooks.leaves_step():
@@ -220,12 +217,12 @@ def train(
                 x_start, done = settings.augmentation.apply(images[part], drawn[part])
             x_start = x_start.contiguous(memory_format=layout)
             shape = tuple(x_start.shape[1:])
-            noise = randomness.training_noise(settings.seed, numbers[part], shape, device, settings.offset_noise)
+            noise = randomness.training_noise(settings.seed, numbers[part], shape, device, diffusion.offset_noise)
             if settings.dropout:
                 torch.manual_seed(randomness.dropout_seed(settings.seed, int(batch.image_numbers[part.start])))
             last = part.stop == len(numbers)
             with nullcontext() if last else accelerator.no_sync(network):
-                unseen = torch.zeros_like(x_start) if settings.self_conditioning else None
+                unseen = torch.zeros_like(x_start) if diffusion.self_conditioning else None
                 condition = Condition(None if labels is None else labels[part], unseen, done)
                 losses = objective.losses(network, x_start, noise, Drawn(*points[:, part]), condition, twice)
                 balanced = losses

@@ -1,16 +1,12 @@
-"""Networks, by the `kind` of a configuration's model section."""
+"""Networks, by their kind: each is the class in the module of that name which the catalogue names."""
 
+from importlib import import_module
 from typing import Any
 
 from torch import nn
 
-from ddpm.networks.dit import DiT
-from ddpm.networks.dome import DomeUNet
-from ddpm.networks.edm2 import EDM2
+from ddpm.catalogue import NETWORKS
 from ddpm.networks.layers import Block
-from ddpm.networks.unet import UNet
-
-KINDS: dict[str, type[nn.Module]] = {"unet": UNet, "edm2": EDM2, "dit": DiT, "dome": DomeUNet}
 
 
 def build(
@@ -29,7 +25,7 @@ def build(
     """A network with initial weights from PyTorch's global random state.
 
     Args:
-        kind: one of `KINDS`.
+        kind: one of the catalogue's `NETWORKS`.
         image_size: height and width in pixels.
         in_channels: of the images.
         out_channels: as many, or twice that for a network that predicts variances as well.
@@ -38,20 +34,20 @@ def build(
         self_conditioning: whether it takes `Condition.x_start`.
         augmentation_labels: width of `Condition.augmentation`; 0 if it takes none.
         gradient_checkpointing: whether training keeps the ends of blocks alone and computes the rest again.
-        options: what this kind of network takes beside that.
+        options: of this kind of network; see the catalogue.
 
     Raises:
         ValueError: there is no such network, it does not fit the images, or cannot be told that.
     """
-    if kind not in KINDS:
-        raise ValueError(f"there is no network {kind!r}: choose one of {', '.join(KINDS)}")
+    if kind not in NETWORKS:
+        raise ValueError(f"unknown network {kind!r}: choose one of {', '.join(NETWORKS)}")
     if null_class and not num_classes:
         raise ValueError("null_class stands for none of the classes: set num_classes")
-    if kind == "dome" and (self_conditioning or augmentation_labels):
-        raise ValueError("the network dome is told t and the class alone, as in its checkpoints: choose unet")
+    if not NETWORKS[kind].takes_estimates and (self_conditioning or augmentation_labels):
+        raise ValueError(f"the network {kind} takes t and the class alone, as its checkpoints do: choose unet")
     if augmentation_labels:
         options["augmentation_labels"] = augmentation_labels
-    network = KINDS[kind](
+    network: nn.Module = getattr(import_module(f"ddpm.networks.{kind}"), NETWORKS[kind].__name__)(
         image_size=image_size,
         in_channels=in_channels * (1 + self_conditioning),
         out_channels=out_channels,

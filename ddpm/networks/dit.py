@@ -4,11 +4,13 @@ In shapes, N is the number of patches and E the width of all tokens and of the e
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm import catalogue
 from ddpm.networks.layers import Block, attend, initialised, sinusoids, with_estimate, with_labels
 from ddpm.objective import UNCONDITIONAL, Condition
 
@@ -25,33 +27,24 @@ class DiT(nn.Module):
         image_size: int,  # height and width in pixels
         in_channels: int,  # of the images; twice that with self-conditioning
         out_channels: int,
-        patch_size: int = 2,  # pixels
-        width: int = 384,  # of every token
-        depth: int = 12,  # blocks
-        heads: int = 6,  # of every attention
-        dropout: float = 0.0,  # probability, at the ends of both branches of a block
-        qk_norm: bool = False,  # RMSNorm of queries and keys, with a learnt scale (Esser et al. 2024, section 5.3.2)
-        rms_norm: bool = False,  # RMSNorm takes the place of all layer normalisations (Zhang & Sennrich 2019)
-        rope: bool = False,  # attention also rotates queries and keys by their place; see `_rotations`
         num_classes: int = 0,  # 0: no class conditioning
         augmentation_labels: int = 0,  # 0: none
+        **options: Any,  # see the catalogue
     ) -> None:
         super().__init__()
-        if image_size < 1 or image_size % patch_size:
-            raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}: change one")
-        if width % heads or width % 4:
-            raise ValueError(f"width {width} is not a multiple of 4 and of heads {heads}: change one of them")
-        if rope and width // heads % 4:
-            raise ValueError(f"rope needs heads of a multiple of 4 channels, not width {width} / heads {heads}")
-        self.in_channels, self.patch_size, self.rms_norm = in_channels, patch_size, rms_norm
-        self.head_width = width // heads if rope else 0
+        chosen = catalogue.DiT(**options)
+        chosen.check(image_size)
+        width, patch_size = chosen.width, chosen.patch_size
+        self.in_channels, self.patch_size, self.rms_norm = in_channels, patch_size, chosen.rms_norm
+        self.head_width = width // chosen.heads if chosen.rope else 0
         self.patches = initialised(nn.Conv2d(in_channels, width, patch_size, stride=patch_size))
         self.linear_1, self.linear_2 = initialised(nn.Linear(FREQUENCIES, width)), initialised(nn.Linear(width, width))
         self.class_embedding = nn.Embedding(num_classes, width) if num_classes else None
         labels = augmentation_labels
         self.augmentation_embedding = initialised(nn.Linear(labels, width, bias=False)) if labels else None
         self.blocks = nn.ModuleList(
-            TransformerBlock(width, heads, dropout, qk_norm=qk_norm, rms_norm=rms_norm) for _ in range(depth)
+            TransformerBlock(width, chosen.heads, chosen.dropout, qk_norm=chosen.qk_norm, rms_norm=chosen.rms_norm)
+            for _ in range(chosen.depth)
         )
         self.modulation = initialised(nn.Linear(width, 2 * width), zero=True)
         self.output = initialised(nn.Linear(width, patch_size**2 * out_channels), zero=True)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm import catalogue
 from ddpm.networks.layers import Block, sinusoids, with_labels
 from ddpm.objective import UNCONDITIONAL, Condition
 
@@ -19,8 +20,7 @@ class DomeUNet(nn.Module):
 
     def __init__(self, *, image_size: int, in_channels: int, out_channels: int, num_classes: int = 0) -> None:
         super().__init__()
-        if image_size < 8 or image_size % 8:
-            raise ValueError(f"image_size {image_size} cannot be halved three times: use a multiple of 8")
+        catalogue.DomeUNet().check(image_size)
         self.inc = DoubleConv(in_channels, 64)
         self.down1, self.sa1 = Down(64, 128), SelfAttention(128)
         self.down2, self.sa2 = Down(128, 256), SelfAttention(256)

@@ -5,15 +5,15 @@ are not clipped at ±256, which guards float16 alone. In shapes, E is the width 
 """
 
 import math
-from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.networks.layers import Block, attend, check_levels, resized, with_estimate, with_labels
+from ddpm import catalogue
+from ddpm.networks.layers import Block, attend, resized, with_estimate, with_labels
 from ddpm.objective import UNCONDITIONAL, Condition
 
 EPSILON = 1e-4
@@ -34,22 +34,22 @@ class EDM2(nn.Module):
         image_size: int,  # height and width in pixels
         in_channels: int,  # of the images; twice that with self-conditioning
         out_channels: int,
-        channels: int = 128,  # width of the first level, before its multiplier
-        channel_mults: Sequence[int] = (1, 2, 3, 4),  # one per level; every level halves the size
-        attention_sizes: Sequence[int] = (16, 8),  # pixels; levels of these sizes get attention, the middle always
-        layers_per_level: int = 3,  # residual blocks per level on the way down; on the way up there is one more
-        head_channels: int = 64,  # width of a head of the attention
-        dropout: float = 0.0,  # probability, within the residual blocks
         num_classes: int = 0,  # 0: no class conditioning
         augmentation_labels: int = 0,  # 0: none
-        uncertainty: bool = False,  # whether training learns u(σ); see `Uncertainty`
+        **options: Any,  # see the catalogue
     ) -> None:
         super().__init__()
-        check_levels(image_size, channel_mults)
-        widths = [channels * multiplier for multiplier in channel_mults]
+        chosen = catalogue.EDM2(**options)
+        chosen.check(image_size)
+        widths = [chosen.channels * multiplier for multiplier in chosen.channel_mults]
         last_level, embedding_width = len(widths) - 1, max(widths)
-        has_attention = [image_size // 2**level in attention_sizes for level in range(len(widths))]
-        block = partial(ResidualBlock, embedding_width=embedding_width, head_channels=head_channels, dropout=dropout)
+        has_attention = [image_size // 2**level in chosen.attention_sizes for level in range(len(widths))]
+        block = partial(
+            ResidualBlock,
+            embedding_width=embedding_width,
+            head_channels=chosen.head_channels,
+            dropout=chosen.dropout,
+        )
 
         self.in_channels = in_channels
         # One more channel, of ones, stands for all biases.
@@ -69,7 +69,7 @@ class EDM2(nn.Module):
             if level > 0:
                 self.encoder.append(block("down", width, width))
                 skip_widths.append(width)
-            for _ in range(layers_per_level):
+            for _ in range(chosen.layers_per_level):
                 self.encoder.append(block("encoder", width, level_width, has_attention[level]))
                 width = level_width
                 skip_widths.append(width)
@@ -78,7 +78,7 @@ class EDM2(nn.Module):
 
         self.decoder = nn.ModuleList()
         for level in range(last_level, -1, -1):
-            for _ in range(layers_per_level + 1):
+            for _ in range(chosen.layers_per_level + 1):
                 width_in = width + skip_widths.pop()
                 self.decoder.append(block("decoder", width_in, widths[level], has_attention[level]))
                 width = widths[level]
@@ -86,7 +86,7 @@ class EDM2(nn.Module):
                 self.decoder.append(block("up", width, width))
         self.conv_out = MPConv(width, out_channels, 3)
         self.gain_out = nn.Parameter(torch.zeros([]))
-        self.uncertainty = Uncertainty() if uncertainty else None
+        self.uncertainty = Uncertainty() if chosen.uncertainty else None
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
         """c_in x_t [B, C, H, W] and c_noise [B] to [B, out_channels, H, W]; see `UNet.forward`."""
@@ -154,8 +154,6 @@ class ResidualBlock(Block):
         dropout: float,
     ) -> None:
         super().__init__()
-        if attention and width_out % head_channels:
-            raise ValueError(f"{width_out} channels cannot be split into heads of {head_channels}")
         self.heads = heads = width_out // head_channels if attention else 0
         self.kind, self.is_decoder = kind, kind in ("decoder", "up")
         self.conv_1 = MPConv(width_in if self.is_decoder else width_out, width_out, 3)

@@ -1,7 +1,7 @@
 """What networks have in common: blocks that may be computed twice, sinusoids, what they are told beside t."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -39,18 +39,6 @@ def initialised(layer: Layer, zero: bool = False, gain: float = 1.0) -> Layer:
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
-
-
-def check_levels(image_size: int, channel_mults: Sequence[int]) -> None:
-    """Raises ValueError if images cannot be halved from level to level."""
-    halvings = len(channel_mults) - 1
-    if halvings < 0:
-        raise ValueError("channel_mults needs at least one level")
-    if image_size < 1 or image_size % 2**halvings:
-        raise ValueError(
-            f"image_size {image_size} cannot be halved {halvings} times, as the {halvings + 1} levels of channel_mults "
-            f"{tuple(channel_mults)} need: use a multiple of {2**halvings}, or fewer levels"
-        )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:

@@ -4,19 +4,19 @@ Parameters are named as in diffusers' `UNet2DModel`, so that exporting a checkpo
 of the timestep embedding: four times that of the first level.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm import catalogue
 from ddpm.networks.layers import (
     Block,
     Resize,
     attend,
-    check_levels,
     initialised,
     resized,
     sinusoids,
@@ -41,30 +41,17 @@ class UNet(nn.Module):
         image_size: int,  # height and width in pixels
         in_channels: int = 3,  # of the images; twice that with self-conditioning
         out_channels: int | None = None,  # as in_channels
-        channels: int = 128,  # width of the first level, before its multiplier
-        channel_mults: Sequence[int] = (1, 2, 2, 2),  # one per level; every level halves the size
-        attention_sizes: Sequence[int] = (16,),  # pixels; levels of these sizes get attention, the middle always
-        layers_per_level: int = 2,  # residual blocks per level on the way down; on the way up there is one more
-        norm_groups: int = 32,  # of the group normalisations
-        heads: int = 1,  # of every attention, if head_channels does not say how wide they are
-        head_channels: int | None = None,  # width of a head
-        scale_shift: bool = False,  # whether the embedding scales as well as shifts, after the normalisation
-        resample_in_blocks: bool = False,  # whether residual blocks change the size, as BigGAN's, and not convolutions
-        dropout: float = 0.0,  # probability, within the residual blocks
         num_classes: int = 0,  # 0: no class conditioning
         augmentation_labels: int = 0,  # 0: none
-        conventions: Conventions = "ho",
+        **options: Any,  # see the catalogue
     ) -> None:
         super().__init__()
-        check_levels(image_size, channel_mults)
-        if channels % norm_groups:
-            raise ValueError(f"channels {channels} is not a multiple of norm_groups {norm_groups}: change one of them")
-        if channels < 4 or channels % 2:
-            raise ValueError(f"channels {channels} must be even and at least 4, for the sinusoids of the timestep")
-        widths = [channels * multiplier for multiplier in channel_mults]
+        chosen = catalogue.UNet(**options)
+        chosen.check(image_size)
+        widths = [chosen.channels * multiplier for multiplier in chosen.channel_mults]
         embedding_width = 4 * widths[0]
         self.conv_in = initialised(nn.Conv2d(in_channels, widths[0], 3, padding=1))
-        self.time_embedding = TimestepEmbedding(widths[0], embedding_width, conventions)
+        self.time_embedding = TimestepEmbedding(widths[0], embedding_width, chosen.conventions)
         self.class_embedding = nn.Embedding(num_classes, embedding_width) if num_classes else None
         labels = augmentation_labels
         self.augmentation_embedding = initialised(nn.Linear(labels, embedding_width, bias=False)) if labels else None
@@ -72,27 +59,35 @@ class UNet(nn.Module):
         resnet = partial(
             ResnetBlock,
             embedding_width=embedding_width,
-            norm_groups=norm_groups,
-            dropout=dropout,
-            scale_shift=scale_shift,
+            norm_groups=chosen.norm_groups,
+            dropout=chosen.dropout,
+            scale_shift=chosen.scale_shift,
+        )
+        attention = partial(
+            AttentionBlock,
+            norm_groups=chosen.norm_groups,
+            heads=chosen.heads,
+            head_channels=chosen.head_channels,
         )
 
         def resample(width: int, resize: Resize) -> nn.Module:
-            return resnet(width, width, resize) if resample_in_blocks else Resample(width, resize, conventions)
+            if chosen.resample_in_blocks:
+                return resnet(width, width, resize)
+            return Resample(width, resize, chosen.conventions)
 
         self._add_levels(
             widths,
-            [image_size // 2**level in attention_sizes for level in range(len(widths))],
-            layers_per_level,
+            [image_size // 2**level in chosen.attention_sizes for level in range(len(widths))],
+            chosen.layers_per_level,
             resnet=resnet,
-            attention=partial(AttentionBlock, norm_groups=norm_groups, heads=heads, head_channels=head_channels),
+            attention=attention,
             resample=resample,
         )
-        self.conv_norm_out = nn.GroupNorm(norm_groups, widths[0])
+        self.conv_norm_out = nn.GroupNorm(chosen.norm_groups, widths[0])
         self.conv_out = initialised(nn.Conv2d(widths[0], out_channels or in_channels, 3, padding=1), zero=True)
         for module in self.modules():
             if isinstance(module, nn.GroupNorm):
-                module.eps = 1e-6 if conventions == "ho" else 1e-5
+                module.eps = 1e-6 if chosen.conventions == "ho" else 1e-5
 
     def _add_levels(
         self,
@@ -264,8 +259,6 @@ class AttentionBlock(Block):
 
     def __init__(self, width: int, *, norm_groups: int, heads: int, head_channels: int | None) -> None:
         super().__init__()
-        if width % (head_channels or heads):
-            raise ValueError(f"{width} channels cannot be split into heads: change heads or head_channels")
         self.heads = width // head_channels if head_channels else heads
         self.group_norm = nn.GroupNorm(norm_groups, width)
         self.to_q = initialised(nn.Linear(width, width))

@@ -1,29 +1,27 @@
 """`ddpm evaluate`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ddpm.catalogue import EXTRACTORS, METRICS
 from job import DEFAULT_BUCKET
+from job.cli.completion import names
+from job.cli.drawing import with_drawing_options
 from job.cli.options import (
     DEFAULT_HANG_AFTER,
     BatchSize,
     BucketUri,
     Checkpoints,
-    GridOfPoints,
-    Guidance,
     HangAfter,
-    Precision,
     Processes,
     RunOption,
     SampledClasses,
-    Sampler,
-    Steps,
     StopAfter,
-    Weights,
 )
 
 
+@with_drawing_options
 def ddpm_evaluate(
     run: RunOption,
     checkpoints: Checkpoints = "latest",
@@ -31,10 +29,15 @@ def ddpm_evaluate(
         int, typer.Option(metavar="IMAGES", min=1, max=1_000_000, help="Images that are drawn of each checkpoint.")
     ] = 5000,
     metrics: Annotated[
-        str, typer.Option(metavar="LIST", help="Of fid,kid,prdc,mind,is,bpd. Default: all that can be told.")
+        str, typer.Option(metavar="LIST", help=f"Of {','.join(METRICS)}. Default: all that can be computed.")
     ] = "",
     extractor: Annotated[
-        str, typer.Option(metavar="NAME", help="Whose features: inception, mobilenet or dinov2.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help=f"Network of the features. One of {', '.join(EXTRACTORS)}.",
+            autocompletion=names(EXTRACTORS),
+        ),
     ] = "inception",
     extractor_file: Annotated[
         str, typer.Option(metavar="PATH|URI", help="Its weights, if neither the bucket nor a package has them.")
@@ -45,18 +48,13 @@ def ddpm_evaluate(
     repeats: Annotated[
         int, typer.Option(metavar="N", min=1, max=100, help="Sets of images of other seeds, to tell the spread.")
     ] = 1,
-    sampler: Sampler = None,
-    steps: Steps = None,
-    grid: GridOfPoints = None,
-    guidance: Guidance = None,
     classes: SampledClasses = "",
-    weights: Weights = None,
-    precision: Precision = None,
     batch_size: BatchSize = None,
     processes: Processes = None,
     hang_after: HangAfter = DEFAULT_HANG_AFTER,
     stop_after: StopAfter = "",
     bucket: BucketUri = DEFAULT_BUCKET,
+    **drawing: Any,
 ) -> None:
     """Score what a run draws against real images: FID, KID, recall and others.
 
@@ -90,6 +88,6 @@ def ddpm_evaluate(
         references=references,
         repeats=repeats,
         classes=classes,
-        chosen=chosen_of(locals()),
+        chosen=chosen_of(locals() | drawing),
     )
     evaluate_command(request, processes, hang_after, stop_after)

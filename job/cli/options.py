@@ -43,14 +43,6 @@ Sets = Annotated[
 SettingsFile = Annotated[Path | None, typer.Option(metavar="FILE", help="A YAML file with settings.")]
 Size = Annotated[int | None, typer.Option(metavar="PIXELS", min=1, max=4096, help="Height and width of the images.")]
 Checkpoints = Annotated[str, typer.Option(metavar="LIST", help="Epochs such as 30,80,490, or latest, or all.")]
-Sampler = Annotated[str | None, typer.Option(metavar="NAME", help="Such as ddpm, ddim, unipc; or module:function.")]
-Steps = Annotated[int | None, typer.Option(metavar="N", min=1, help="Number of sampling steps.")]
-GridOfPoints = Annotated[
-    str | None, typer.Option(metavar="NAME", help="trailing, leading, linspace, quadratic, karras, log_snr or found.")
-]
-Guidance = Annotated[
-    float | None, typer.Option(metavar="W", min=0, help="Guidance scale, such as 2; 1 turns guidance off.")
-]
 SampledClasses = Annotated[
     str,
     typer.Option(
@@ -60,8 +52,6 @@ SampledClasses = Annotated[
         help="Names or numbers, such as forest,coast; of n, seed k has number k mod n. Default: all.",
     ),
 ]
-Weights = Annotated[str | None, typer.Option(metavar="NAME", help="ema, ema-STD (averages) or model (raw).")]
-Precision = Annotated[str | None, typer.Option(metavar="NAME", help="fp32 or bf16.")]
 BatchSize = Annotated[int | None, typer.Option(metavar="N", min=1, help="Images at a time and process.")]
 Processes = Annotated[int | None, typer.Option(metavar="N", min=1, max=64, help="Default: one per GPU, or one.")]
 HangAfter = Annotated[

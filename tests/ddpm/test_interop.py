@@ -172,12 +172,13 @@ def test_what_wrappers_put_before_names_goes():
 def test_processes_are_those_of_diffusers(schedule):
     from diffusers import DDIMScheduler
 
+    from ddpm.catalogue import Diffusion
     from ddpm.process import make_process
 
     said = {"schedule": schedule, "timesteps": 200, "prediction": "v", "zero_terminal_snr": schedule == "linear"}
     config = interop.scheduler_config(**said, variance="fixed", clip=True, grid="leading")
     theirs = DDIMScheduler.from_config(config)
-    ours = make_process(schedule, 200, zero_terminal_snr=said["zero_terminal_snr"]).alphas_cumprod
+    ours = make_process(Diffusion(**said)).alphas_cumprod
     assert (theirs.alphas_cumprod.double() - ours).abs().max() < 1e-6
     assert interop.process_options(theirs.config) == said | {"variance": "fixed"}
 
