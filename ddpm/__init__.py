@@ -1,7 +1,7 @@
 """The science: schedules, networks, objectives, samplers. Knows tensors; knows nothing of buckets or command lines.
 
-`ddpm.load(folder).sample(16, seed=0)` draws from a folder of diffusers. What a researcher wants lies here by name, and
-is imported, with PyTorch, when it is first asked for.
+`ddpm.load(folder).sample(16, seed=0)` draws from a diffusers folder. The names below are imported, together with
+PyTorch, on their first use.
 """
 
 from importlib import import_module

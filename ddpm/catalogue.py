@@ -76,7 +76,7 @@ class Schedule:
 
     sentence: str
     t: str = "timesteps"
-    """What the network gets as t."""
+    """The network's input for the noise level."""
     has_betas: bool = True
     """Whether it is a table of β, one for each timestep."""
 
@@ -389,7 +389,7 @@ class Metric:
     scores: tuple[str, ...] = ()
     """The names of its numbers, if it has several."""
     of: Literal["features", "logits", "likelihood"] = "features"
-    """What it compares or takes: features of drawn and real images, logits of drawn ones, or the network itself."""
+    """Its input: features of drawn and real images, logits of drawn ones, or the network of the run itself."""
 
 
 METRICS = {
@@ -416,7 +416,7 @@ class Extractor:
         has_classes: whether it also gives logits, as the inception score needs them.
         file: name of its file of weights.
         sha256: of that file; empty where any file may be used, before it is read.
-        package: the package that installs it; empty if there is no such package.
+        package: the package that installs it, or empty.
         path: of the file in the package.
     """
 

@@ -1,4 +1,4 @@
-"""Grids: which points of a process a sampler visits, from noise to the clean image."""
+"""Grids: the points of a process that a sampler visits, from noise to the clean image."""
 
 import math
 from collections.abc import Sequence
@@ -16,19 +16,18 @@ RHO = 7.0
 
 
 def make_grid(process: Process, steps: int, grid: str) -> list[Point[float]]:
-    """The points to visit.
+    """Returns the points to visit.
 
     Args:
-        process: what is walked through.
-        steps: how many, 1..T.
+        process: the process.
+        steps: number of points, 1..T.
         grid: its name in the catalogue, which describes it. Of equal numbers all but one are moved up.
 
     Returns:
         `steps` different points, from the most noise to the least, and the clean image.
 
     Raises:
-        ValueError: for steps outside 1..T, an unknown grid, or `karras` or `log_snr` on a process that leaves nothing
-            of the image.
+        ValueError: for steps outside 1..T, an unknown grid, or a grid over σ/α on a process that ends in pure noise.
     """
     T = process.num_timesteps
     if not 1 <= steps <= T:
@@ -42,17 +41,17 @@ def make_grid(process: Process, steps: int, grid: str) -> list[Point[float]]:
 
 
 def numbered_points(process: Process, numbers: Sequence[int]) -> list[Point[float]]:
-    """The points of these numbers, and the clean image."""
+    """Returns the points of these numbers, and the clean image."""
     return [*points_of(process.numbered(torch.tensor(numbers))), CLEAN]
 
 
 def shifted(process: Process, points: Sequence[Point[float]], shift: float) -> list[Point[float]]:
-    """Returns points of a rectified flow, moved to where an image of `shift` times the height has as much noise.
+    """Returns points of a rectified flow, moved to the noise that fits an image of `shift` times the height.
 
     σ becomes s σ/(1 + (s - 1) σ), which multiplies σ/α by s (Esser et al. 2024, section 5.3.2).
 
     Raises:
-        ValueError: the process is another one.
+        ValueError: the process is not a rectified flow.
     """
     if not isinstance(process, RectifiedFlow):
         raise ValueError("shift moves the points of a rectified flow: leave it at 1 for other processes")
@@ -61,24 +60,24 @@ def shifted(process: Process, points: Sequence[Point[float]], shift: float) -> l
 
 
 def find_grid(denoise: Denoiser, x: Tensor, process: Process, steps: int, candidates: int) -> list[int]:
-    """Which points a sampler had best visit, found by dynamic programming (GITS: Chen et al. 2024, section 4).
+    """Returns the points that a sampler should visit, by dynamic programming (GITS: Chen et al. 2024, section 4).
 
-    A step from i to k costs what Euler's method, from where the fine trajectory is at i, misses it by at k. The costs
-    of a way are added up. What the sampler's own steps would miss depends on where it was before, and costs that know
-    that lead to ways of uneven steps, on which errors grow: in practice these are better.
+    The cost of a step from i to k is the error at k of Euler's method that starts on the fine trajectory at i; the cost
+    of a grid is their sum. The error of the sampler's own steps also depends on its earlier points. Costs that include
+    this dependence give uneven steps, on which errors grow: in practice the costs of Euler's method are better.
 
     Args:
         denoise: the denoiser.
-        x: of a few images at the process's last point, float32 [B, C, H, W].
-        process: what is walked through.
-        steps: how many points to visit.
-        candidates: how many, on the grid `trailing`, they are chosen from; what it takes grows with their square.
+        x: a few images at the process's last point, float32 [B, C, H, W].
+        process: the process.
+        steps: number of points to visit.
+        candidates: number of points of the grid `trailing` to choose from; the time grows with its square.
 
     Returns:
-        Their numbers, from the most noise to the least.
+        The numbers of the points, from the most noise to the least.
 
     Raises:
-        ValueError: there are fewer points.
+        ValueError: there are more steps than candidates.
     """
     numbers = _numbers(process.num_timesteps, candidates, "trailing")
     points, last = numbered_points(process, numbers), len(numbers)

@@ -12,24 +12,24 @@ from torch.optim.adam import adam
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """How the weights follow their gradients."""
+    """The settings of the optimiser and its learning rate."""
 
     learning_rate: float
     warmup_images: int = 0
-    """Over which the learning rate grows linearly; 0 for none."""
+    """Images over which the learning rate grows linearly; 0: no warm-up."""
     learning_rate_decay: Literal["constant", "inverse_root", "cosine"] = "constant"
-    """How it falls: as 1/√images from `decay_images` on (Karras et al. 2024), or along half
-    a cosine from the end of the warm-up until there is none at `decay_images`."""
+    """The decay: as 1/√images from `decay_images` on (Karras et al. 2024), or along half a cosine from the end of the
+    warm-up to zero at `decay_images`."""
     decay_images: int = 0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
-    """What a step at a learning rate of 1 would take off each weight."""
+    """Share of each weight that a step at a learning rate of 1 would remove."""
     clip_norm: float = 1.0
     """Limit of the gradient's global L2 norm."""
 
     def learning_rate_at(self, images_seen: int, batch_size_images: int) -> float:
-        """Of the step that begins after `images_seen` images."""
+        """Returns the learning rate of the step after `images_seen` images."""
         rate = self.learning_rate
         if self.warmup_images:
             rate *= min(1.0, (images_seen + batch_size_images) / self.warmup_images)
@@ -42,10 +42,10 @@ class OptimizerSettings:
 
 
 class Adam:
-    """Kingma & Ba 2015 (algorithm 1), by PyTorch's fused kernel; gradients that are none are left alone.
+    """Adam (Kingma & Ba 2015, algorithm 1), by PyTorch's fused kernel, for the parameters that have a gradient.
 
-    With weight decay it is AdamW (Loshchilov & Hutter 2019, algorithm 2), as PyTorch has it: lr · decay is taken off.
-    `torch.optim.Adam` would do the same, but importing the compiler that it asks about takes more than a second.
+    With weight decay it is AdamW (Loshchilov & Hutter 2019, algorithm 2) as in PyTorch, which subtracts lr · decay.
+    `torch.optim.Adam` computes the same, but imports the compiler, which takes more than a second.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings) -> None:
@@ -56,7 +56,7 @@ class Adam:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """Updates the parameters from their gradients, and then lets go of these."""
+        """Updates the parameters from their gradients, and frees the gradients."""
         names = [name for name, parameter in self._parameters.items() if parameter.grad is not None]
         adam(
             params=[self._parameters[name] for name in names],

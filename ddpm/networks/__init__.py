@@ -22,22 +22,22 @@ def build(
     gradient_checkpointing: bool = False,
     **options: Any,
 ) -> nn.Module:
-    """A network with initial weights from PyTorch's global random state.
+    """Builds a network with initial weights from PyTorch's global random state.
 
     Args:
         kind: one of the catalogue's `NETWORKS`.
         image_size: height and width in pixels.
-        in_channels: of the images.
-        out_channels: as many, or twice that for a network that predicts variances as well.
-        num_classes: 0 for a network without classes.
-        null_class: whether there is a class number `num_classes`, for none of them (Ho & Salimans 2022).
+        in_channels: channels of the images.
+        out_channels: the same, or twice that for a network that predicts variances as well.
+        num_classes: 0: a network without classes.
+        null_class: whether class number `num_classes` stands for images without a class (Ho & Salimans 2022).
         self_conditioning: whether it takes `Condition.x_start`.
-        augmentation_labels: width of `Condition.augmentation`; 0 if it takes none.
+        augmentation_labels: width of `Condition.augmentation`; 0: it takes no labels.
         gradient_checkpointing: whether training keeps the ends of blocks alone and computes the rest again.
-        options: of this kind of network; see the catalogue.
+        options: the settings of this kind of network; see the catalogue.
 
     Raises:
-        ValueError: there is no such network, it does not fit the images, or cannot be told that.
+        ValueError: the kind is unknown, or the network does not fit the images or lacks an input.
     """
     if kind not in NETWORKS:
         raise ValueError(f"unknown network {kind!r}: choose one of {', '.join(NETWORKS)}")
