@@ -26,11 +26,11 @@ CROP_TRIES, CROP_RATIO = 10, (3 / 4, 4 / 3)
 class Augmentation:
     """The augmentation of a run's images."""
 
-    flip: bool = False
+    flip: bool
     """Whether half of them are mirrored; the network gets no label for it."""
-    crop_scale: tuple[float, float] = (1.0, 1.0)
+    crop_scale: tuple[float, float]
     """Range of the area of `random_boxes`."""
-    probability: float = 0.0
+    probability: float
     """Probability of each transform of `random_transforms`."""
 
     @property

@@ -221,6 +221,22 @@ class Drawing:
         return self.order if "order" in sampler.options else sampler.order
 
 
+@dataclass(frozen=True)
+class Average:
+    """The exponential average of the weights."""
+
+    decay: Annotated[float, Interval(ge=0, lt=1), "decay per step: 0.5^(batch_size/H) for a half-life of H images"] = (
+        0.9999
+    )
+    warmup: Annotated[
+        Literal["none", "ratio", "power", "edm"],
+        "limit of the decay at step n: ratio: (1+n)/(10+n); power: 1-(1+(n-1)/inv_gamma)^-power; "
+        "edm: a half-life of a twentieth of the steps so far",
+    ] = "ratio"
+    inv_gamma: Annotated[Positive, "parameter of warmup=power"] = 1.0
+    power: Annotated[Positive, "parameter of warmup=power"] = 2 / 3
+
+
 def takers(option: str) -> list[str]:
     """Returns the samplers that take this option; none for a setting that concerns all of them."""
     return [name for name, sampler in SAMPLERS.items() if option in sampler.options]

@@ -5,27 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ddpm.catalogue import Average
+
 
 @dataclass(frozen=True)
-class Exponential:
+class Exponential(Average):
     """An exponential average, whose factor is smaller while it warms up, so that it forgets the random initial weights.
 
     After n batches the factor is at most (1 + n)/(10 + n) with `ratio`, as in latent-diffusion; 1 - (1 +
     (n-1)/inv_gamma)^-power with `power`, as in diffusers; with `edm` the half-life is at most a twentieth of the
     batches so far (Karras et al. 2022).
     """
-
-    decay: float
-    """Factor on the old average after the warm-up; 0.5^(batch/H) for a half-life of H images."""
-    warmup: Literal["none", "ratio", "power", "edm"] = "none"
-    inv_gamma: float = 1.0
-    power: float = 2 / 3
 
     def decay_at(self, images_seen: int, batch_size_images: int) -> float:
         """Returns the factor on the old average for the update after `images_seen` images, this batch included."""

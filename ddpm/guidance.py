@@ -7,6 +7,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from ddpm.catalogue import Drawing
 from ddpm.process import Point
 from ddpm.samplers import Denoiser
 
@@ -18,11 +19,11 @@ Pair = Callable[[Tensor, Point[float]], tuple[Tensor, Tensor]]
 class Guidance:
     """The scale, the range of noise levels and the rescaling of guidance."""
 
-    scale: float = 1.0
+    scale: float = Drawing.guidance
     """Factor on the difference of the estimates: 1 + w of Ho & Salimans 2022, w of Karras et al. 2024; 1: off."""
     interval: tuple[float, float] = (0.0, inf)
     """Guidance is on for σ/α above the first and up to the second (Kynkäänniemi et al. 2024, equation 5)."""
-    rescale: float = 0.0
+    rescale: float = Drawing.guidance_rescale
     """φ of Lin et al. 2024, equation 16: 1 gives a guided estimate the contrast of the unguided one."""
 
 

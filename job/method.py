@@ -93,7 +93,7 @@ def objective_of(config: RunConfig) -> Objective:
 def settings_of(config: RunConfig) -> training.Settings:
     """How it is learnt."""
     train, ema = config.train, config.ema
-    average = Exponential(ema.decay, ema.warmup, ema.inv_gamma, ema.power)
+    average = Exponential(**asdict(ema))
     return training.Settings(
         batch_size_images=train.batch_size,
         micro_batch_size_images=train.micro_batch_size,

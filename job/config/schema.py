@@ -97,19 +97,9 @@ class TrainConfig(Settings):
         return self
 
 
-class EmaConfig(Settings):
+class EmaConfig(Settings, catalogue.Average):
     """Averages of the weights: `ema`, and `ema-STD` for each of `stds`; each takes 4 bytes a weight on every GPU."""
 
-    decay: float = Field(
-        0.9999, ge=0, lt=1, description="decay per step: 0.5^(batch_size/H) for a half-life of H images"
-    )
-    warmup: Literal["none", "ratio", "power", "edm"] = Field(
-        "ratio",
-        description="limit of the decay at step n: ratio: (1+n)/(10+n); power: 1-(1+(n-1)/inv_gamma)^-power; "
-        "edm: a half-life of a twentieth of the steps so far",
-    )
-    inv_gamma: float = Field(1.0, gt=0, le=LARGEST, description="parameter of warmup=power")
-    power: float = Field(2 / 3, gt=0, le=LARGEST, description="parameter of warmup=power")
     stds: tuple[Std, ...] = Field((), description="relative widths of further averages, as in EDM2; such as 0.05,0.10")
     snapshot_epochs: int = Field(0, ge=0, le=LARGEST, description="store stds every N epochs, for `ddpm ema`; 0: never")
 

@@ -198,7 +198,8 @@ def test_forward_is_what_the_paper_says() -> None:
 def test_learnt_uncertainty_divides_the_error_and_is_learnt() -> None:
     """Equation 21 by hand for one image; at its minimum u is the logarithm of the error, which stays as it is."""
     objective = Objective(VarianceExploding(), Prediction("edm", 0.5), Diffusion(draws="log_normal"))
-    settings = Settings(1, None, OptimizerSettings(0.01), {}, seed=3, augmentation=Augmentation(), dropout=0.0)
+    augmentation = Augmentation(flip=False, crop_scale=(1.0, 1.0), probability=0.0)
+    settings = Settings(1, None, OptimizerSettings(0.01), {}, seed=3, augmentation=augmentation, dropout=0.0)
     images = torch.randint(0, 256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     again = SimpleNamespace(image_numbers=np.arange(1), images=images, labels=None)
 
