@@ -4,10 +4,21 @@ The configuration, the command line and the formulas read them here; a test comp
 A setting is a field with its type, limits, default and description. Its value reaches the formulas in the same class.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Interval, Len
+
+if TYPE_CHECKING:
+    from typing import Annotated as OneOf
+else:
+
+    class OneOf:
+        """The type of one of some names: `OneOf[str, NAMES]`, a `str` for type checkers."""
+
+        def __class_getitem__(cls, arguments: tuple[type, Any]) -> Any:
+            return Literal[tuple(arguments[1])]
+
 
 LARGEST = 10**9
 """Limit of every number without a narrower one: arithmetic with 1e300 overflows."""
@@ -24,8 +35,6 @@ class Sampler:
     """Name of the function, if it differs from the sampler's name."""
     also: tuple[str, ...] = ()
     """Further arguments of the function: `process`, or fields of `Drawing`."""
-    fixed: dict[str, Any] = field(default_factory=dict)
-    """Arguments that cannot be chosen."""
     order: int = 1
     """Order without the option `order`; the smallest number of steps."""
 
@@ -33,13 +42,9 @@ class Sampler:
 SAMPLERS = {
     "ddpm": Sampler("ancestral sampling (Ho et al. 2020)", ("variance",), "ancestral"),
     "ddim": Sampler("DDIM (Song et al. 2021), with η = 1 as `ddpm` with `fixed_small`", ("eta",)),
-    "euler": Sampler("`ddim` with η = 0, named as in k-diffusion", (), "ddim", fixed={"eta": 0.0}),
-    "euler_ancestral": Sampler("`ddim` with η = 1, named as in k-diffusion", (), "ddim", fixed={"eta": 1.0}),
-    "heun": Sampler(
-        "Heun's method, with churn (Karras et al. 2022, algorithm 2); two evaluations per step",
-        ("churn",),
-        also=("process", "steps"),
-    ),
+    "euler": Sampler("`ddim` with η = 0, named as in k-diffusion", (), "ddim"),
+    "euler_ancestral": Sampler("`ddim` with η = 1, named as in k-diffusion"),
+    "heun": Sampler("Heun's method, with churn (Karras et al. 2022)", ("churn",), also=("process", "steps")),
     "dpmpp_2m": Sampler("DPM-Solver++(2M), multistep (Lu et al. 2022)", order=2),
     "dpmpp_3m": Sampler("DPM-Solver++(3M), multistep (Lu et al. 2022)", order=3),
     "dpmpp_sde_2m": Sampler("SDE-DPM-Solver++(2M), with new noise in each step", order=2),
@@ -104,29 +109,18 @@ WEIGHTINGS = {
     "edm": "λ on the error of x_0 (Karras et al. 2022, table 1)",
     "flow": "the error of ε − x_0; for σ ≥ 0.05 of a flow 1/σ² on that of x_0 (Li & He 2025, section 4.3)",
 }
+VARIANCES = {"fixed_small": "β̃", "fixed_large": "β", "learned_range": "between them, predicted by the network"}
 DRAWS = {
     "uniform": "evenly over the process",
     "log_normal": "normal ln(σ/α): log-normal σ of `edm` (Karras et al. 2022, table 1), logit-normal σ of `flow`",
 }
 
-if TYPE_CHECKING:
-    SamplerName = str
-    GridName = str
-    ScheduleName = str
-    PredictionName = str
-    WeightingName = str
-    DrawsName = str
-else:
-    SamplerName = Literal[tuple(SAMPLERS)]
-    GridName = Literal[tuple(GRIDS)]
-    ScheduleName = Literal[tuple(SCHEDULES)]
-    PredictionName = Literal[tuple(PREDICTIONS)]
-    WeightingName = Literal[tuple(WEIGHTINGS)]
-    DrawsName = Literal[tuple(DRAWS)]
-
 Share = Annotated[float, Interval(ge=0, le=1)]
+Below1 = Annotated[float, Interval(ge=0, lt=1)]
 Positive = Annotated[float, Interval(gt=0, le=LARGEST)]
 NotNegative = Annotated[float, Interval(ge=0, le=LARGEST)]
+Pair = tuple[NotNegative, NotNegative]
+Decay = Literal["constant", "inverse_root", "cosine"]
 Count = Annotated[int, Interval(ge=1, le=LARGEST)]
 CountOrNone = Annotated[int, Interval(ge=0, le=LARGEST)]
 
@@ -135,24 +129,18 @@ CountOrNone = Annotated[int, Interval(ge=0, le=LARGEST)]
 class Diffusion:
     """The process, the network's output, and the weight of each noise level."""
 
-    schedule: Annotated[ScheduleName, "noise schedule: one of four tables of betas, EDM, or rectified flow"] = "linear"
+    schedule: Annotated[OneOf[str, SCHEDULES], "noise schedule: a table of betas, EDM, or rectified flow"] = "linear"
     timesteps: Annotated[int, Interval(ge=2, le=10_000), "number of timesteps"] = 1000
     zero_terminal_snr: Annotated[bool, "rescale the betas so that the last timestep is pure noise"] = False
     sigma_min: Annotated[Positive, "smallest sigma of schedule=edm"] = 0.002
     sigma_max: Annotated[Positive, "largest sigma of schedule=edm"] = 80.0
     sigma_data: Annotated[Positive, "standard deviation of the images; for EDM's formulas"] = 0.5
-    prediction: Annotated[PredictionName, "output of the network: the noise, the image, or a mixture of both"] = (
-        "epsilon"
-    )
-    weighting: Annotated[
-        WeightingName, "weight of the loss at each noise level; plain: squared error of the network's output"
-    ] = "plain"
+    prediction: Annotated[OneOf[str, PREDICTIONS], "output of the network: noise, image, or a mixture"] = "epsilon"
+    weighting: Annotated[OneOf[str, WEIGHTINGS], "weight of each noise level; plain: error of the output"] = "plain"
     gamma: Annotated[Positive, "limit of the SNR, for weighting=min_snr or soft_min_snr"] = 5.0
-    draws: Annotated[DrawsName, "training distribution of t or sigma/alpha"] = "uniform"
+    draws: Annotated[OneOf[str, DRAWS], "training distribution of t or sigma/alpha"] = "uniform"
     draws_mean: Annotated[float, Interval(ge=-100, le=100), "mean of ln(sigma/alpha), with draws=log_normal"] = -1.2
-    draws_std: Annotated[
-        float, Interval(gt=0, le=100), "standard deviation of ln(sigma/alpha), with draws=log_normal"
-    ] = 1.2
+    draws_std: Annotated[float, Interval(gt=0, le=100), "deviation of ln(sigma/alpha), with draws=log_normal"] = 1.2
     stratified: Annotated[bool, "spread the noise levels of a batch evenly over their distribution"] = False
     variance: Annotated[Literal["fixed", "learned_range"], "learned_range: predicted by the network"] = "fixed"
     self_conditioning: Annotated[bool, "half of the batches give the network its own estimate of x_0"] = False
@@ -188,25 +176,17 @@ class Diffusion:
 class Drawing:
     """The settings that decide which image a seed gives, for the same checkpoint."""
 
-    sampler: Annotated[SamplerName, "sampling algorithm; own: a function, which `--sampler module:function` names"] = (
-        "ddim"
-    )
+    sampler: Annotated[OneOf[str, SAMPLERS], "sampling algorithm; own: `--sampler module:function`"] = "ddim"
     steps: Annotated[Count, "number of sampling steps"] = 100
-    grid: Annotated[GridName, "spacing of the steps; found: optimised for the network, only with `ddpm sample`"] = (
-        "trailing"
-    )
-    shift: Annotated[float, Interval(gt=0, le=100), "shift of the grid to more noise, for schedule=flow; 1: off"] = 1.0
+    grid: Annotated[OneOf[str, GRIDS], "spacing of the steps; found: only with `ddpm sample`"] = "trailing"
+    shift: Annotated[float, Interval(gt=0, le=100), "shift of the grid to more noise, for schedule=flow"] = 1.0
     eta: Annotated[Share, "share of random noise in a step; 0: deterministic"] = 0.0
     order: Annotated[int, Interval(ge=1, le=4), "number of estimates used per step"] = 3
     churn: Annotated[NotNegative, "noise added before the steps: S_churn of EDM"] = 0.0
-    variance: Annotated[
-        Literal["fixed_small", "fixed_large", "learned_range"], "variance of a step: beta~, beta, or between them"
-    ] = "fixed_large"
+    variance: Annotated[OneOf[str, VARIANCES], "variance of a step: beta~, beta, or learnt"] = "fixed_large"
     clip: Annotated[bool, "clip the estimated image to [-1, 1]"] = True
     guidance: Annotated[NotNegative, "guidance scale, for example 2; 1 turns guidance off"] = 1.0
-    guidance_interval: Annotated[
-        tuple[NotNegative, NotNegative] | None, "range of sigma/alpha with guidance; null: all"
-    ] = None
+    guidance_interval: Annotated[Pair | None, "range of sigma/alpha with guidance; null: all"] = None
     guidance_rescale: Annotated[Share, "share of guidance's added contrast that is removed"] = 0.0
     autoguidance: Annotated[CountOrNone, "guide away from this epoch's network; 0: from no class"] = 0
     autoguidance_run: Annotated[str, "run of that network; empty: the run itself"] = ""
@@ -222,12 +202,40 @@ class Drawing:
 
 
 @dataclass(frozen=True)
+class Train:
+    """Optimisation. All lengths are in images, so that they mean the same on any number of GPUs."""
+
+    batch_size: Annotated[int, Interval(ge=1, le=1_000_000), "images per optimiser step, over all processes"] = 128
+    micro_batch_size: Annotated[Count | None, "images at once per process; null: all"] = None
+    learning_rate: Annotated[Positive, "learning rate after the warm-up"] = 2e-4
+    warmup_images: Annotated[CountOrNone, "images over which the learning rate rises linearly"] = 0
+    learning_rate_decay: Annotated[Decay, "decay of the learning rate after the warm-up"] = "constant"
+    decay_images: Annotated[CountOrNone, "images seen when inverse_root starts or cosine ends"] = 0
+    adam_betas: Annotated[tuple[Below1, Below1], "decay of Adam's two moments"] = (0.9, 0.999)
+    adam_eps: Annotated[Positive, "Adam's epsilon, added to the second moment's root"] = 1e-8
+    weight_decay: Annotated[NotNegative, "AdamW's decay, times the learning rate; 0: Adam"] = 0.0
+    clip_norm: Annotated[Positive, "largest L2 norm of the whole gradient"] = 1.0
+    epochs: Annotated[int, Interval(ge=1, le=1_000_000), "number of passes over the dataset, in total"] = 1
+    seed: Annotated[
+        int, Interval(ge=0, lt=2**63), "seed of all random numbers: weights, data order, noise, dropout"
+    ] = 0
+    precision: Annotated[Literal["auto", "fp32", "bf16"], "auto: bf16 if the hardware has it"] = "auto"
+    deterministic: Annotated[bool, "bit-identical results on GPUs of one kind; slower"] = False
+    compile: Annotated[bool, "use torch.compile on CUDA"] = True
+
+    def check(self) -> None:
+        """Raises ValueError for settings that exclude each other."""
+        decay, after = self.learning_rate_decay, self.warmup_images if self.learning_rate_decay == "cosine" else 0
+        if decay != "constant" and self.decay_images <= after:
+            than = f"train.warmup_images={after}" if after else "0"
+            raise ValueError(f"train.learning_rate_decay={decay} needs a train.decay_images above {than}")
+
+
+@dataclass(frozen=True)
 class Average:
     """The exponential average of the weights."""
 
-    decay: Annotated[float, Interval(ge=0, lt=1), "decay per step: 0.5^(batch_size/H) for a half-life of H images"] = (
-        0.9999
-    )
+    decay: Annotated[Below1, "decay per step: 0.5^(batch_size/H) for a half-life of H images"] = 0.9999
     warmup: Annotated[
         Literal["none", "ratio", "power", "edm"],
         "limit of the decay at step n: ratio: (1+n)/(10+n); power: 1-(1+(n-1)/inv_gamma)^-power; "
@@ -242,14 +250,10 @@ def takers(option: str) -> list[str]:
     return [name for name, sampler in SAMPLERS.items() if option in sampler.options]
 
 
-Width = Annotated[int, Interval(ge=4, le=4096)]
-Dropout = Annotated[float, Interval(ge=0, lt=1), "dropout probability in each block"]
+Mult = Annotated[int, Interval(ge=1, le=64)]
+Dropout = Annotated[Below1, "dropout probability in each block"]
 Channels = Annotated[int, Interval(ge=1, le=4096), "channels of the first level, before its multiplier"]
-Mults = Annotated[
-    tuple[Annotated[int, Interval(ge=1, le=64)], ...],
-    Len(1, 12),
-    "channel multiplier of each level; each level halves the size of the one before",
-]
+Mults = Annotated[tuple[Mult, ...], Len(1, 12), "channel multiplier of each level; each halves the size before"]
 AttentionSizes = Annotated[tuple[Count, ...], "sizes of the levels that have attention, in pixels"]
 LayersPerLevel = Annotated[int, Interval(ge=1, le=64), "residual blocks per level of the encoder"]
 Heads = Annotated[Count, "attention heads"]
@@ -266,11 +270,11 @@ class Network:
 
     kind: str = ""
     num_classes: Annotated[CountOrNone | None, "null: as in the dataset; 0: unconditional"] = None
-    label_dropout: Annotated[float, Interval(ge=0, lt=1), "share of images trained without class, for guidance"] = 0.0
+    label_dropout: Annotated[Below1, "share of images trained without class, for guidance"] = 0.0
     gradient_checkpointing: Annotated[bool, "recompute activations: less memory, slower, same result"] = False
 
-    def check(self, size: int | None) -> None:
-        """Raises ValueError if the network cannot be built for images of this size; None stands for any size."""
+    def check_size(self, size: int | None) -> None:
+        """Raises ValueError for images of a size that the network cannot take; None stands for any size."""
 
 
 @dataclass(frozen=True)
@@ -290,8 +294,8 @@ class UNet(Network):
     conventions: Annotated[Literal["ho", "diffusers"], "timestep embedding, norms and padding"] = "ho"
     dropout: Dropout = 0.0
 
-    def check(self, size: int | None) -> None:
-        """Raises ValueError if the network cannot be built for images of this size; None stands for any size."""
+    def check_size(self, size: int | None) -> None:
+        """Raises ValueError for images of a size that the network cannot take; None stands for any size."""
         _check_halvings(self, size)
         if self.channels % self.norm_groups:
             raise ValueError(
@@ -319,8 +323,8 @@ class EDM2(Network):
     dropout: Dropout = 0.0
     uncertainty: Annotated[bool, "learn the expected error at each noise level; it weights the loss"] = False
 
-    def check(self, size: int | None) -> None:
-        """Raises ValueError if the network cannot be built for images of this size; None stands for any size."""
+    def check_size(self, size: int | None) -> None:
+        """Raises ValueError for images of a size that the network cannot take; None stands for any size."""
         _check_halvings(self, size)
         _check_heads(self, size, "head_channels")
 
@@ -339,8 +343,8 @@ class DiT(Network):
     rms_norm: Annotated[bool, "RMSNorm instead of layer normalisation (Zhang & Sennrich 2019)"] = False
     rope: Annotated[bool, "rotary embedding of rows and columns in the attention"] = False
 
-    def check(self, size: int | None) -> None:
-        """Raises ValueError if the network cannot be built for images of this size; None stands for any size."""
+    def check_size(self, size: int | None) -> None:
+        """Raises ValueError for images of a size that the network cannot take; None stands for any size."""
         _check_multiple(size, self.patch_size, f"is not a multiple of model.patch_size={self.patch_size}: change one")
         if self.width % self.heads:
             raise ValueError(f"model.width={self.width} cannot be split into model.heads={self.heads}")
@@ -358,8 +362,8 @@ class DomeUNet(Network):
 
     kind: Literal["dome"] = "dome"
 
-    def check(self, size: int | None) -> None:
-        """Raises ValueError if the network cannot be built for images of this size; None stands for any size."""
+    def check_size(self, size: int | None) -> None:
+        """Raises ValueError for images of a size that the network cannot take; None stands for any size."""
         _check_multiple(size, 8, "cannot be halved 3 times, as model.kind=dome does: use a multiple of 8")
 
 

@@ -13,11 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddpm.catalogue import EXTRACTORS
+
 Seen = tuple[Tensor, Tensor | None]
 """Features [b, D] and, where the network has classes, logits [b, classes]; float32."""
+See = Callable[[Tensor], Seen]
+"""uint8 images [b, C, H, W] → their features."""
 
 
-def _inception(path: Path, device: torch.device) -> Callable[[Tensor], Seen]:
+def inception(path: Path, device: torch.device) -> See:
+    """Loads Inception-v3 of the FID papers, a TorchScript file."""
     # TorchScript runs code from its file: call this only with a file of a known hash.
     from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
@@ -31,7 +36,8 @@ def _inception(path: Path, device: torch.device) -> Callable[[Tensor], Seen]:
     return see
 
 
-def _mobilenet(path: Path, device: torch.device) -> Callable[[Tensor], Seen]:
+def mobilenet(path: Path, device: torch.device) -> See:
+    """Loads MobileNetV2, with torchvision's names."""
     from torchvision.models import mobilenet_v2
 
     network = mobilenet_v2()
@@ -51,7 +57,8 @@ def _in_colour(images: Tensor) -> Tensor:
     return images.float().expand(-1, 3, -1, -1)
 
 
-def _dinov2(path: Path, device: torch.device) -> Callable[[Tensor], Seen]:
+def dinov2(path: Path, device: torch.device) -> See:
+    """Loads a DINOv2 of any size, with timm's or Meta's names."""
     import timm
     from safetensors.torch import load_file
 
@@ -81,9 +88,5 @@ def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
     return mean, torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
 
 
-LOADERS: dict[str, Callable[[Path, torch.device], Callable[[Tensor], Seen]]] = {
-    "inception": _inception,
-    "mobilenet": _mobilenet,
-    "dinov2": _dinov2,
-}
+LOADERS: dict[str, Callable[[Path, torch.device], See]] = {name: globals()[name] for name in EXTRACTORS}
 """The networks by name, as functions of a file of weights and a device that return the function of images."""

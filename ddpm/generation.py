@@ -58,7 +58,7 @@ class Sampling(Drawing):
         if self.sampler not in known:
             raise ValueError(f"unknown sampler {self.sampler!r}: choose one of {', '.join(known)}")
         sampler, given = SAMPLERS[self.sampler], vars(self) | {"process": process}
-        options = {name: given[name] for name in (*sampler.options, *sampler.also)} | sampler.fixed
+        options = {name: given[name] for name in (*sampler.options, *sampler.also)}
         return partial(getattr(samplers, sampler.function or self.sampler), **options)
 
 

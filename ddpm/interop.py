@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddpm.catalogue import Diffusion, Drawing, UNet
 from ddpm.process import sigmoid_schedule
 
 Options = dict[str, Any]
@@ -63,31 +64,15 @@ _SCHEDULES: dict[str, tuple[str, float, float]] = {
 """diffusers' names, and the β at both ends, which the cosine does not use."""
 
 
-def unet2d_config(
-    *,
-    image_size: int,
-    in_channels: int,
-    out_channels: int,
-    channels: int,
-    channel_mults: tuple[int, ...],
-    attention_sizes: tuple[int, ...],
-    layers_per_level: int,
-    norm_groups: int,
-    heads: int,
-    head_channels: int | None,
-    scale_shift: bool,
-    resample_in_blocks: bool,
-    dropout: float,
-    num_classes: int,
-    conventions: str,
-) -> Options:
+def unet2d_config(model: UNet, *, image_size: int, in_channels: int, out_channels: int, num_classes: int) -> Options:
     """Returns the `config.json` of the diffusers `UNet2DModel` that equals `UNet` with these arguments.
 
     Raises:
         NoCounterpartError: the attention has a fixed number of heads on several widths.
     """
-    widths = [channels * mult for mult in channel_mults]
-    has_attention = [image_size // 2**level in attention_sizes for level in range(len(widths))]
+    widths = [model.channels * mult for mult in model.channel_mults]
+    heads, head_channels = model.heads, model.head_channels
+    has_attention = [image_size // 2**level in model.attention_sizes for level in range(len(widths))]
     if head_channels is None and heads > 1:
         attended = {width for width, has in zip(widths, has_attention, strict=True) if has} | {widths[-1]}
         if len(attended) > 1:
@@ -96,27 +81,27 @@ def unet2d_config(
                 f"{' and '.join(map(str, sorted(attended)))} channels: nothing but model.head_channels can be exported"
             )
         head_channels = attended.pop() // heads
-    down = ["Attn" if has else "Resnet" if resample_in_blocks else "" for has in has_attention]
-    resampling = "resnet" if resample_in_blocks else "conv"
+    down = ["Attn" if has else "Resnet" if model.resample_in_blocks else "" for has in has_attention]
+    resampling = "resnet" if model.resample_in_blocks else "conv"
     ends = {"": "Block2D", "Attn": "Block2D", "Resnet": "sampleBlock2D"}
     return {
         "_class_name": "UNet2DModel",
         **_DEFAULTS,
-        **_CONVENTIONS[conventions],
+        **_CONVENTIONS[model.conventions],
         "sample_size": image_size,
         "in_channels": in_channels,
         "out_channels": out_channels,
         "block_out_channels": widths,
         "down_block_types": [f"{kind}Down{ends[kind]}" for kind in down],
         "up_block_types": [f"{kind}Up{ends[kind]}" for kind in reversed(down)],
-        "layers_per_block": layers_per_level,
+        "layers_per_block": model.layers_per_level,
         "downsample_type": resampling,
         "upsample_type": resampling,
         "attention_head_dim": head_channels,
-        "norm_num_groups": norm_groups,
-        "attn_norm_num_groups": norm_groups,
-        "resnet_time_scale_shift": "scale_shift" if scale_shift else "default",
-        "dropout": dropout,
+        "norm_num_groups": model.norm_groups,
+        "attn_norm_num_groups": model.norm_groups,
+        "resnet_time_scale_shift": "scale_shift" if model.scale_shift else "default",
+        "dropout": model.dropout,
         "num_class_embeds": num_classes or None,
     }
 
@@ -196,14 +181,13 @@ def _level(kind: str, resampling: str) -> _Level:
     return _Level(match[1] == "Attn", match[1] == "Resnet" or (match[1] == "Attn" and resampling == "resnet"))
 
 
-def scheduler_config(
-    *, schedule: str, timesteps: int, prediction: str, zero_terminal_snr: bool, variance: str, clip: bool, grid: str
-) -> Options:
+def scheduler_config(diffusion: Diffusion, drawing: Drawing) -> Options:
     """Returns the `scheduler_config.json` of diffusers for a process: DDPM for a learnt variance, else DDIM.
 
     Raises:
         NoCounterpartError: diffusers has no such process or prediction.
     """
+    schedule, timesteps, prediction = diffusion.schedule, diffusion.timesteps, diffusion.prediction
     if schedule == "sigmoid":
         betas = sigmoid_schedule(timesteps).betas.tolist()
         named: Options = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "trained_betas": betas}
@@ -215,18 +199,18 @@ def scheduler_config(
     if prediction not in _PREDICTIONS:
         raise NoCounterpartError(f"diffusion.prediction={prediction} has no counterpart in diffusers' DDIMScheduler")
     kind: Options = {"_class_name": "DDIMScheduler", "set_alpha_to_one": True}
-    if variance == "learned_range":
-        kind = {"_class_name": "DDPMScheduler", "variance_type": variance}
+    if diffusion.learns_variance:
+        kind = {"_class_name": "DDPMScheduler", "variance_type": diffusion.variance}
     return {
         **kind,
         "num_train_timesteps": timesteps,
         **named,
         "prediction_type": _PREDICTIONS[prediction],
-        "rescale_betas_zero_snr": zero_terminal_snr,
-        "clip_sample": clip,
+        "rescale_betas_zero_snr": diffusion.zero_terminal_snr,
+        "clip_sample": drawing.clip,
         "clip_sample_range": 1.0,
         "steps_offset": 0,
-        "timestep_spacing": grid if grid in ("leading", "trailing", "linspace") else "trailing",
+        "timestep_spacing": drawing.grid if drawing.grid in ("leading", "linspace") else "trailing",
         "thresholding": False,
     }
 
@@ -238,7 +222,7 @@ def process_options(config: Mapping[str, Any]) -> Options:
         NoCounterpartError: the process or the prediction has no counterpart.
     """
     kind = str(config.get("_class_name", "DDPMScheduler"))
-    if kind.removesuffix("Scheduler") not in _OF_BETAS:
+    if not _OF_BETAS.fullmatch(kind):
         raise NoCounterpartError(f"{kind} has no counterpart: schedulers of betas have, such as DDPMScheduler")
     for key, value in _USUAL.items():
         if config.get(key, value) != value:
@@ -288,17 +272,9 @@ def with_null_class(embeddings: Tensor) -> Tensor:
     return F.pad(embeddings, (0, 0, 0, 1))
 
 
-_OF_BETAS = (
-    *("DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "DDIMInverse", "PNDM", "LMSDiscrete", "EulerDiscrete"),
-    *("EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverMultistep"),
-    *(
-        "DPMSolverMultistepInverse",
-        "DPMSolverSinglestep",
-        "DPMSolverSDE",
-        "DEISMultistep",
-        "UniPCMultistep",
-        "SASolver",
-    ),
+_OF_BETAS = re.compile(
+    "(DDPM(Parallel)?|DDIM(Parallel|Inverse)?|PNDM|LMSDiscrete|Euler(Ancestral)?Discrete|HeunDiscrete|KDPM2(Ancestral)?"
+    "Discrete|DPMSolver(Multistep|MultistepInverse|Singlestep|SDE)|DEISMultistep|UniPCMultistep|SASolver)Scheduler"
 )
 """Schedulers of diffusers whose process is a table of betas; the others have keys of the same names."""
 _USUAL: Options = {"thresholding": False, "clip_sample_range": 1.0}

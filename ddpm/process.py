@@ -225,12 +225,7 @@ def sigmoid_schedule(
     return _from_curve((stretch[-1] - stretch) / (stretch[-1] - stretch[0]), max_beta)
 
 
-TABLES = {
-    "linear": linear_schedule,
-    "scaled_linear": scaled_linear_schedule,
-    "cosine": cosine_schedule,
-    "sigmoid": sigmoid_schedule,
-}
+TABLES = {name: globals()[f"{name}_schedule"] for name, schedule in SCHEDULES.items() if schedule.has_betas}
 """The processes that are a table of β, by name."""
 
 

@@ -116,6 +116,11 @@ def ddim(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, eta: f
     return x
 
 
+def euler_ancestral(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt) -> Tensor:
+    """Euler's ancestral method (Karras et al. 2022; k-diffusion), which is `ddim` with η = 1."""
+    return ddim(denoise, x, points, noise_at, eta=1.0)
+
+
 def heun(
     denoise: Denoiser,
     x: Tensor,

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from ddpm import randomness
 from ddpm.augment import Augmentation
+from ddpm.catalogue import Network, Train
 from ddpm.ema import EMA, Profile
 from ddpm.latents import Latents
 from ddpm.objective import QUARTILES, Condition, Drawn, Objective
-from ddpm.optimizer import Adam, OptimizerSettings
+from ddpm.optimizer import Adam, learning_rate_at
 
 LOSS_QUANTUM = 2.0**-32
 """Unit of logged losses: float64 sums of its multiples are exact (below 2²¹), in any order and any parts."""
@@ -44,19 +45,13 @@ class Batch(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of the loop; lengths are in images, and `batch_size_images` counts all processes."""
+    """The settings of the loop beside those of its objective."""
 
-    batch_size_images: int
-    micro_batch_size_images: int | None
-    optimizer: OptimizerSettings
+    train: Train
+    network: Network
     averages: Mapping[str, Profile]
     """The averages by name, such as `ema`; each needs the memory of the weights in fp32."""
-    seed: int
     augmentation: Augmentation
-    dropout: float
-    label_dropout: float = 0.0
-    """Probability that an image is learnt as one of `null_class` instead of its class."""
-    null_class: int = 0
     latents: Latents | None = None
     """The statistics of latents, if latents are learnt."""
 
@@ -147,7 +142,7 @@ class Hooks:
 
 def create_state(model: nn.Module, device: torch.device, settings: Settings) -> TrainState:
     """Returns an initial state on `device`, the model's device."""
-    optimizer = Adam(model.named_parameters(), settings.optimizer)
+    optimizer = Adam(model.named_parameters(), settings.train)
     averages = {name: EMA(model) for name in settings.averages}
     return TrainState(model, averages, optimizer, LossLog(device), first_nonfinite=torch.tensor(-1, device=device))
 
@@ -182,44 +177,45 @@ def train(
     the gradient: the split over processes and micro-batches changes only the rounding. The exception is dropout, whose
     masks are drawn per micro-batch, seeded by its first image number.
     """
-    device, diffusion = accelerator.device, objective.diffusion
+    device, diffusion, chosen, seed = accelerator.device, objective.diffusion, settings.train, settings.train.seed
+    dropout = getattr(settings.network, "dropout", 0.0)
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     # DDP averages gradients over processes; with this factor each image weighs 1/batch, also in unequal parts.
-    weight = accelerator.num_processes / settings.batch_size_images
-    micro_batch_size = settings.micro_batch_size_images
+    weight = accelerator.num_processes / chosen.batch_size
+    micro_batch_size = chosen.micro_batch_size
     parameters = list(state.model.parameters())
     # The number of the process with the fewest images: one that asked more often would wait for ever.
-    questions = len(micro_batches(settings.batch_size_images // accelerator.num_processes, micro_batch_size))
+    questions = len(micro_batches(chosen.batch_size // accelerator.num_processes, micro_batch_size))
     # EDM2 balances the noise levels by it.
     uncertainty = getattr(state.model, "uncertainty", None)
     network.train()
     for batch in batches:
         on_host = torch.from_numpy(batch.image_numbers)
         numbers = on_host.to(device, non_blocking=True)
-        points = objective.draw(settings.seed, on_host, settings.batch_size_images).to(device, non_blocking=True)
+        points = objective.draw(seed, on_host, chosen.batch_size).to(device, non_blocking=True)
         images = batch.images.to(device, non_blocking=True)
-        drawn = settings.augmentation.draw(settings.seed, on_host, images.shape[-1]).to(device, non_blocking=True)
+        drawn = settings.augmentation.draw(seed, on_host, images.shape[-1]).to(device, non_blocking=True)
         labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
-        if labels is not None and settings.label_dropout:
-            dropped = randomness.drops_label(settings.seed, numbers, settings.label_dropout)
-            labels = torch.where(dropped, settings.null_class, labels)
-        batch_number = state.images_seen // settings.batch_size_images
+        if labels is not None and settings.network.label_dropout:
+            dropped = randomness.drops_label(seed, numbers, settings.network.label_dropout)
+            labels = torch.where(dropped, settings.network.num_classes or 0, labels)
+        batch_number = state.images_seen // chosen.batch_size
         # One decision for all images saves the first pass in half of the batches.
-        twice = diffusion.self_conditioning and randomness.conditions_on_itself(settings.seed, batch_number)
+        twice = diffusion.self_conditioning and randomness.conditions_on_itself(seed, batch_number)
         losses_of_parts: list[Tensor] = []
         for question, part in enumerate(micro_batches(len(numbers), micro_batch_size)):
             if 0 < question < questions and hooks.leaves_step():
                 state.model.zero_grad()
                 return
             if settings.latents:
-                x_start, done = settings.latents.drawn(settings.seed, numbers[part], images[part]), None
+                x_start, done = settings.latents.drawn(seed, numbers[part], images[part]), None
             else:
                 x_start, done = settings.augmentation.apply(images[part], drawn[part])
             x_start = x_start.contiguous(memory_format=layout)
             shape = tuple(x_start.shape[1:])
-            noise = randomness.training_noise(settings.seed, numbers[part], shape, device, diffusion.offset_noise)
-            if settings.dropout:
-                torch.manual_seed(randomness.dropout_seed(settings.seed, int(batch.image_numbers[part.start])))
+            noise = randomness.training_noise(seed, numbers[part], shape, device, diffusion.offset_noise)
+            if dropout:
+                torch.manual_seed(randomness.dropout_seed(seed, int(batch.image_numbers[part.start])))
             last = part.stop == len(numbers)
             with nullcontext() if last else accelerator.no_sync(network):
                 unseen = torch.zeros_like(x_start) if diffusion.self_conditioning else None
@@ -232,13 +228,13 @@ def train(
                 accelerator.backward(balanced.sum() * weight)
             losses_of_parts.append(losses.detach())
         state.log.add(torch.cat(losses_of_parts), Drawn(*points).quartile)
-        norm = nn.utils.clip_grad_norm_(parameters, settings.optimizer.clip_norm, foreach=True)
+        norm = nn.utils.clip_grad_norm_(parameters, chosen.clip_norm, foreach=True)
         bad = (state.first_nonfinite < 0) & ~torch.isfinite(norm)
         state.first_nonfinite = torch.where(bad, state.images_seen, state.first_nonfinite)
-        state.optimizer.step(settings.optimizer.learning_rate_at(state.images_seen, settings.batch_size_images))
-        state.images_seen += settings.batch_size_images
+        state.optimizer.step(learning_rate_at(chosen, state.images_seen))
+        state.images_seen += chosen.batch_size
         for name, profile in settings.averages.items():
-            decay = profile.decay_at(state.images_seen, settings.batch_size_images)
+            decay = profile.decay_at(state.images_seen, chosen.batch_size)
             state.averages[name].update(state.model, decay)
         if hooks.after_step(state):
             return

@@ -7,18 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddpm.catalogue import takers
-from job.config import (
-    CHOSEN_ELSEWHERE,
-    EMBEDDED,
-    FOLLOWS,
-    LARGEST,
-    NETWORKS,
-    RunConfig,
-    description_of,
-    draft,
-    known_keys,
-    preset_keys,
-)
+from job.config import EMBEDDED, LARGEST, NETWORKS, RunConfig, preset_keys
+from job.config.resolve import CHOSEN_ELSEWHERE, FOLLOWS, description_of, draft, known_keys
 from job.requests import TrainRequest
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ddpm import networks, training
 from ddpm.augment import Augmentation
-from ddpm.ema import Exponential, PowerFunction
+from ddpm.ema import Exponential, PowerFunction, Profile
 from ddpm.generation import Sampling
 from ddpm.model import Model
 from ddpm.objective import Objective
@@ -92,28 +92,11 @@ def objective_of(config: RunConfig) -> Objective:
 
 def settings_of(config: RunConfig) -> training.Settings:
     """How it is learnt."""
-    train, ema = config.train, config.ema
-    average = Exponential(**asdict(ema))
-    return training.Settings(
-        batch_size_images=train.batch_size,
-        micro_batch_size_images=train.micro_batch_size,
-        optimizer=training.OptimizerSettings(
-            learning_rate=train.learning_rate,
-            warmup_images=train.warmup_images,
-            learning_rate_decay=train.learning_rate_decay,
-            decay_images=train.decay_images,
-            betas=train.adam_betas,
-            eps=train.adam_eps,
-            weight_decay=train.weight_decay,
-            clip_norm=train.clip_norm,
-        ),
-        averages={"ema": average, **dict(zip(ema.names, map(PowerFunction, ema.stds), strict=True))},
-        seed=train.seed,
-        augmentation=Augmentation(config.data.flip, config.data.crop_scale, config.data.augment),
-        dropout=getattr(config.model, "dropout", 0.0),
-        label_dropout=config.model.label_dropout,
-        null_class=config.model.num_classes or 0,
-    )
+    ema, data = config.ema, config.data
+    averages: dict[str, Profile] = {"ema": Exponential(**asdict(ema))}
+    averages |= dict(zip(ema.names, map(PowerFunction, ema.stds), strict=True))
+    augmentation = Augmentation(data.flip, data.crop_scale, data.augment)
+    return training.Settings(config.train, config.model, averages, augmentation)
 
 
 def sampling_of(drawing: Drawing) -> Sampling:

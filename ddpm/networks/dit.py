@@ -33,7 +33,7 @@ class DiT(nn.Module):
     ) -> None:
         super().__init__()
         chosen = catalogue.DiT(**options)
-        chosen.check(image_size)
+        chosen.check_size(image_size)
         width, patch_size = chosen.width, chosen.patch_size
         self.in_channels, self.patch_size, self.rms_norm = in_channels, patch_size, chosen.rms_norm
         self.head_width = width // chosen.heads if chosen.rope else 0

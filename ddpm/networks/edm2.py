@@ -40,7 +40,7 @@ class EDM2(nn.Module):
     ) -> None:
         super().__init__()
         chosen = catalogue.EDM2(**options)
-        chosen.check(image_size)
+        chosen.check_size(image_size)
         widths = [chosen.channels * multiplier for multiplier in chosen.channel_mults]
         last_level, embedding_width = len(widths) - 1, max(widths)
         has_attention = [image_size // 2**level in chosen.attention_sizes for level in range(len(widths))]

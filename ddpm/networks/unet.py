@@ -47,7 +47,7 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         chosen = catalogue.UNet(**options)
-        chosen.check(image_size)
+        chosen.check_size(image_size)
         widths = [chosen.channels * multiplier for multiplier in chosen.channel_mults]
         embedding_width = 4 * widths[0]
         self.conv_in = initialised(nn.Conv2d(in_channels, widths[0], 3, padding=1))
@@ -56,19 +56,16 @@ class UNet(nn.Module):
         labels = augmentation_labels
         self.augmentation_embedding = initialised(nn.Linear(labels, embedding_width, bias=False)) if labels else None
 
+        groups = chosen.norm_groups
         resnet = partial(
             ResnetBlock,
             embedding_width=embedding_width,
-            norm_groups=chosen.norm_groups,
+            norm_groups=groups,
             dropout=chosen.dropout,
             scale_shift=chosen.scale_shift,
         )
-        attention = partial(
-            AttentionBlock,
-            norm_groups=chosen.norm_groups,
-            heads=chosen.heads,
-            head_channels=chosen.head_channels,
-        )
+        heads, head_channels = chosen.heads, chosen.head_channels
+        attention = partial(AttentionBlock, norm_groups=groups, heads=heads, head_channels=head_channels)
 
         def resample(width: int, resize: Resize) -> nn.Module:
             if chosen.resample_in_blocks:
@@ -83,7 +80,7 @@ class UNet(nn.Module):
             attention=attention,
             resample=resample,
         )
-        self.conv_norm_out = nn.GroupNorm(chosen.norm_groups, widths[0])
+        self.conv_norm_out = nn.GroupNorm(groups, widths[0])
         self.conv_out = initialised(nn.Conv2d(widths[0], out_channels or in_channels, 3, padding=1), zero=True)
         for module in self.modules():
             if isinstance(module, nn.GroupNorm):

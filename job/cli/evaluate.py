@@ -32,12 +32,7 @@ def ddpm_evaluate(
         str, typer.Option(metavar="LIST", help=f"Of {','.join(METRICS)}. Default: all that can be computed.")
     ] = "",
     extractor: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help=f"Network of the features. One of {', '.join(EXTRACTORS)}.",
-            autocompletion=names(EXTRACTORS),
-        ),
+        str, typer.Option(metavar="NAME", help=f"One of {', '.join(EXTRACTORS)}.", autocompletion=names(EXTRACTORS))
     ] = "inception",
     extractor_file: Annotated[
         str, typer.Option(metavar="PATH|URI", help="Its weights, if neither the bucket nor a package has them.")

@@ -7,7 +7,6 @@ import typer
 
 from ddpm.catalogue import SCHEDULES, Diffusion
 from job import DEFAULT_BUCKET
-from job.cli.completion import names
 from job.cli.options import DEFAULT_HANG_AFTER, BucketUri, Dataset, RunOption, Size
 
 app = typer.Typer(
@@ -16,15 +15,7 @@ app = typer.Typer(
 )
 
 _TABLES = [name for name, schedule in SCHEDULES.items() if schedule.has_betas]
-Schedule = Annotated[
-    str,
-    typer.Option(
-        "--schedule",
-        metavar="NAME",
-        help=f"Noise schedule. One of {', '.join(_TABLES)}.",
-        autocompletion=names(_TABLES),
-    ),
-]
+Schedule = Annotated[str, typer.Option("--schedule", metavar="NAME", help=f"One of {', '.join(_TABLES)}.")]
 Picture = Annotated[Path, typer.Option("--output", "-o", metavar="PNG", help="Where to write it.")]
 
 

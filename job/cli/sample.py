@@ -24,10 +24,10 @@ def ddpm_sample(
     run: RunOption,
     checkpoints: Checkpoints = "latest",
     seeds: Annotated[str, typer.Option(metavar="LIST", help="One image per seed, such as 0-63 or 1,5,9-12.")] = "",
+    classes: SampledClasses = "",
     autoguidance: Annotated[
         str | None, typer.Option(metavar="[RUN@]EPOCH", help="Guide away from that checkpoint instead.")
     ] = None,
-    classes: SampledClasses = "",
     mode: Annotated[
         str, typer.Option(metavar="NAME", help="inpaint, img2img, invert or interpolate, not new images.")
     ] = "",

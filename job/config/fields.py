@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args, get_origin
+from typing import Any, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -25,6 +25,13 @@ class Settings(Section):
         if not isinstance(values, dict):
             return values
         return {key: split(value) if cls._takes_list(key) else value for key, value in values.items()}
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        # The check of a section from the catalogue stands there.
+        if check := getattr(self, "check", None):
+            check()
+        return self
 
     @classmethod
     def _takes_list(cls, key: str) -> bool:

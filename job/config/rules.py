@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def network_takes_image_size(config: RunConfig) -> None:
     """The size of the images fits the network's levels or patches."""
-    config.model.check(config.data.size)
+    config.model.check_size(config.data.size)
 
 
 def network_takes_its_inputs(config: RunConfig) -> None:
@@ -35,10 +35,9 @@ def best_checkpoint_has_a_score(config: RunConfig) -> None:
     """One score decides which checkpoint is the best."""
     if config.checkpoint.keep_best and not config.evaluate.every_epochs:
         raise ValueError("checkpoint.keep_best needs scores: set evaluate.every_epochs")
-    first = config.evaluate.metrics[0]
-    if config.checkpoint.keep_best and (scores := METRICS[first].scores):
+    if config.checkpoint.keep_best and METRICS[first := config.evaluate.metrics[0]].scores:
         raise ValueError(
-            f"checkpoint.keep_best needs a single score, and {first} has {len(scores)}: put another metric first"
+            f"checkpoint.keep_best needs a single score, and {first} has several: put another metric first"
         )
 
 

@@ -7,10 +7,10 @@ import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field_validator
 
 from ddpm import catalogue
-from ddpm.catalogue import EXTRACTORS, LARGEST, METRICS, SAMPLERS
+from ddpm.catalogue import EXTRACTORS, LARGEST, METRICS, SAMPLERS, OneOf
 from job.config.fields import LARGEST_SIZE, Settings, average_name, split
 from job.config.networks import NETWORKS, Network
 from job.config.rules import RULES
@@ -20,16 +20,10 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 # A power-function average with a standard deviation of 1/√12 = 0.289 would weight all steps alike.
 Std = Annotated[float, Field(ge=0.001, le=0.28)]
-if TYPE_CHECKING:
-    Comparison = str
-    Extractor = str
-else:
-    Comparison = Literal[tuple(name for name, metric in METRICS.items() if metric.of == "features")]
-    Extractor = Literal[tuple(EXTRACTORS)]
+_COMPARISONS = [name for name, metric in METRICS.items() if metric.of == "features"]
 
 
 class DataConfig(Settings):
@@ -49,52 +43,20 @@ class DataConfig(Settings):
     order: Literal["feistel-1"] = Field("feistel-1", description="version of the shuffling algorithm")
     cache_gigabytes: float = Field(32.0, gt=0, le=LARGEST, description="local disk space per node for cached images")
 
-    @model_validator(mode="after")
-    def _is_possible(self) -> DataConfig:
+    def check(self) -> None:
+        """Raises ValueError for settings that exclude each other."""
         if self.latents and (self.flip or self.augment or self.crop_scale != (1.0, 1.0)):
             raise ValueError("data.flip, data.crop_scale and data.augment need pixels, and the dataset holds latents")
         if self.crop_scale[0] > self.crop_scale[1]:
             raise ValueError(f"data.crop_scale={self.crop_scale}: the smaller share comes first")
-        return self
 
 
 class DiffusionConfig(Settings, catalogue.Diffusion):
     """The process, the network's output, and the weight of each noise level."""
 
-    @model_validator(mode="after")
-    def _is_possible(self) -> DiffusionConfig:
-        self.check()
-        return self
 
-
-class TrainConfig(Settings):
+class TrainConfig(Settings, catalogue.Train):
     """Optimisation. All lengths are in images, so that they mean the same on any number of GPUs."""
-
-    batch_size: int = Field(128, ge=1, le=1_000_000, description="images per optimiser step, over all processes")
-    micro_batch_size: int | None = Field(None, ge=1, le=LARGEST, description="images at once per process; null: all")
-    learning_rate: float = Field(2e-4, gt=0, le=LARGEST, description="learning rate after the warm-up")
-    warmup_images: int = Field(0, ge=0, le=LARGEST, description="images over which the learning rate rises linearly")
-    learning_rate_decay: Literal["constant", "inverse_root", "cosine"] = Field(
-        "constant", description="decay of the learning rate after the warm-up"
-    )
-    decay_images: int = Field(0, ge=0, le=LARGEST, description="images seen when inverse_root starts or cosine ends")
-    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="decay of Adam's two moments")
-    adam_eps: float = Field(1e-8, gt=0, le=LARGEST, description="Adam's epsilon, added to the second moment's root")
-    weight_decay: float = Field(0.0, ge=0, le=LARGEST, description="AdamW's decay, times the learning rate; 0: Adam")
-    clip_norm: float = Field(1.0, gt=0, le=LARGEST, description="largest L2 norm of the whole gradient")
-    epochs: int = Field(1, ge=1, le=1_000_000, description="number of passes over the dataset, in total")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of all random numbers: weights, data order, noise, dropout")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 if the hardware has it")
-    deterministic: bool = Field(False, description="bit-identical results on GPUs of one kind; slower")
-    compile: bool = Field(True, description="use torch.compile on CUDA")
-
-    @model_validator(mode="after")
-    def _decays_after_warmup(self) -> TrainConfig:
-        decay, after = self.learning_rate_decay, self.warmup_images if self.learning_rate_decay == "cosine" else 0
-        if decay != "constant" and self.decay_images <= after:
-            than = f"train.warmup_images={after}" if after else "0"
-            raise ValueError(f"train.learning_rate_decay={decay} needs a train.decay_images above {than}")
-        return self
 
 
 class EmaConfig(Settings, catalogue.Average):
@@ -108,13 +70,12 @@ class EmaConfig(Settings, catalogue.Average):
         """The names of the power-function averages."""
         return tuple(map(average_name, self.stds))
 
-    @model_validator(mode="after")
-    def _is_possible(self) -> EmaConfig:
+    def check(self) -> None:
+        """Raises ValueError for settings that exclude each other."""
         if len({*self.names}) < len(self.stds):
             raise ValueError("ema.stds has the same value twice")
         if self.snapshot_epochs and not self.stds:
             raise ValueError("ema.snapshot_epochs stores the averages of ema.stds: set these, for example to 0.05,0.10")
-        return self
 
 
 class CheckpointConfig(Settings):
@@ -133,17 +94,13 @@ class CheckpointConfig(Settings):
 class Drawing(Settings, catalogue.Drawing):
     """The settings that decide which image a seed gives, for the same checkpoint."""
 
-    @field_validator("guidance_interval", mode="before")
+    @field_validator("guidance_interval", mode="wrap")
     @classmethod
-    def _is_interval(cls, value: Any) -> Any:
+    def _ascends(cls, value: Any, validated: ValidatorFunctionWrapHandler) -> Any:
         parts = split(value)
         if isinstance(parts, list) and len(parts) != 2:
             raise ValueError("give two numbers, such as 0.3,5")
-        return parts
-
-    @field_validator("guidance_interval")
-    @classmethod
-    def _ascends(cls, interval: tuple[float, float] | None) -> tuple[float, float] | None:
+        interval = validated(parts)
         if interval and interval[0] >= interval[1]:
             raise ValueError("give the smaller number first, such as 0.3,5")
         return interval
@@ -206,10 +163,10 @@ class EvaluateConfig(Settings):
     every_epochs: int = Field(0, ge=0, le=LARGEST, description="compute scores every N epochs; 0: never")
     images: int = Field(1000, ge=12, le=1_000_000, description="number of samples to score")
     references: int = Field(50_000, ge=12, le=1_000_000, description="largest number of real images to compare with")
-    metrics: tuple[Comparison, ...] = Field(
+    metrics: tuple[OneOf[str, _COMPARISONS], ...] = Field(
         ("kid", "fid"), min_length=1, description="scores to compute; the first decides which checkpoint is the best"
     )
-    extractor: Extractor = Field("inception", description="network of the features")
+    extractor: OneOf[str, EXTRACTORS] = Field("inception", description="network of the features")
 
 
 class LogConfig(Settings):
@@ -242,11 +199,10 @@ class RunConfig(Settings):
         assert self.data.size is not None and self.data.channels is not None
         return self.data.channels, self.data.size, self.data.size
 
-    @model_validator(mode="after")
-    def _follows_rules(self) -> RunConfig:
+    def check(self) -> None:
+        """Raises ValueError for the first broken rule."""
         for rule in RULES:
             rule(self)
-        return self
 
     def to_yaml(self) -> str:
         """Returns the text of `config.yaml`."""

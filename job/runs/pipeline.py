@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ddpm import catalogue, interop
@@ -48,17 +47,13 @@ def described(config: RunConfig) -> Described:
     lacking = ""
     try:
         said["unet/config.json"] = interop.unet2d_config(
+            model,
             image_size=size,
             in_channels=channels * (1 + diffusion.self_conditioning),
             out_channels=channels * (1 + diffusion.learns_variance),
             num_classes=(model.num_classes or 0) + (model.label_dropout > 0),
-            **{key: value for key, value in asdict(model).items() if not hasattr(catalogue.Network, key)},
         )
-        scheduler = interop.scheduler_config(
-            **diffusion.model_dump(include={"schedule", "timesteps", "prediction", "zero_terminal_snr", "variance"}),
-            clip=sample.clip,
-            grid=sample.grid,
-        )
+        scheduler = interop.scheduler_config(diffusion, sample)
         said["scheduler/scheduler_config.json"] = scheduler
         kind = scheduler["_class_name"].removesuffix("Scheduler")
         if config.data.latents:

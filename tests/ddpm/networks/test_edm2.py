@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddpm import catalogue
 from ddpm.augment import Augmentation
-from ddpm.catalogue import Diffusion
+from ddpm.catalogue import Diffusion, Train
 from ddpm.networks import edm2
 from ddpm.networks.edm2 import EDM2, magnitude
 from ddpm.objective import Condition, Objective
-from ddpm.optimizer import OptimizerSettings
 from ddpm.prediction import Prediction
 from ddpm.process import VarianceExploding
 from ddpm.training import Hooks, Settings, create_state, loss_row, train
@@ -199,7 +199,8 @@ def test_learnt_uncertainty_divides_the_error_and_is_learnt() -> None:
     """Equation 21 by hand for one image; at its minimum u is the logarithm of the error, which stays as it is."""
     objective = Objective(VarianceExploding(), Prediction("edm", 0.5), Diffusion(draws="log_normal"))
     augmentation = Augmentation(flip=False, crop_scale=(1.0, 1.0), probability=0.0)
-    settings = Settings(1, None, OptimizerSettings(0.01), {}, seed=3, augmentation=augmentation, dropout=0.0)
+    train_settings = Train(batch_size=1, learning_rate=0.01, seed=3)
+    settings = Settings(train_settings, catalogue.EDM2(), {}, augmentation)
     images = torch.randint(0, 256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     again = SimpleNamespace(image_numbers=np.arange(1), images=images, labels=None)
 
