@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self, get_args, get_origin
+from typing import Any, Self, get_origin
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -35,8 +35,7 @@ class Settings(Section):
 
     @classmethod
     def _takes_list(cls, key: str) -> bool:
-        annotation = cls.model_fields[key].annotation if key in cls.model_fields else None
-        return any(get_origin(part) is tuple for part in (annotation, *get_args(annotation)))
+        return key in cls.model_fields and get_origin(cls.model_fields[key].annotation) is tuple
 
 
 def split(value: Any) -> Any:
