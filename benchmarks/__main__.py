@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.measuring import BUSY_LOAD, Figure, machine
+from job.sealed import utc_now
 
 PARTS = ("training_step", "loader", "checkpoint", "sampling", "store")
 LATEST = Path(__file__).with_name("latest.json")
@@ -30,7 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"there is no part {min(unknown)!r} (there are: {', '.join(PARTS)})")
-    started, there = time.time(), machine()
+    started, date, there = time.time(), utc_now(), machine()
     figures: list[Figure] = []
     for part in options.parts or PARTS:
         print(f"measuring: {part.replace('_', ' ')}", file=sys.stderr)
@@ -41,7 +42,7 @@ def main() -> None:
             **{figure.key: figure.value for figure in figures},
             "machine": there,
             "command": " ".join(["python", "-m", "benchmarks", *sys.argv[1:]]),
-            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+            "date": date,
             "minutes": round((time.time() - started) / 60, 2),
             "figures": {figure.key: figure.to_dict() for figure in figures},
         }

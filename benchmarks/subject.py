@@ -39,10 +39,10 @@ def write_noise(folder: Path, images: int, size: int) -> None:
         Image.fromarray(pixels).save(folder / "all" / f"{number:06d}.png", compress_level=1)
 
 
-def pack_noise(bucket_uri: str, folder: Path, size: int, shard_bytes: int = 16 << 20) -> DatasetIndex:
+def pack_noise(bucket_uri: str, folder: Path, size: int, shard_images: int = (16 << 20) // 12_288) -> DatasetIndex:
     """Packs what `write_noise` wrote into `bucket_uri`, as the dataset `noise`."""
     request = PackRequest(str(folder), DATASET, size=size, classes=False)
-    return pack(open_store(bucket_uri), request, shard_bytes=shard_bytes)
+    return pack(open_store(bucket_uri), request, shard_images=shard_images)
 
 
 def diffusers_twin(network: nn.Module, config: RunConfig) -> Any:

@@ -17,9 +17,8 @@ import numpy as np
 import yaml
 
 from job.data.shards import find_dataset, load_index
-from job.report.facts import merged
 from job.runs.checkpoints import list_checkpoints, load_manifest
-from job.runs.metrics import read_rows
+from job.runs.metrics import merged, read_rows
 from job.runs.records import run_store
 from job.store import Store, open_store
 

@@ -15,20 +15,20 @@ from torch import Tensor
 
 from ddpm.catalogue import EXTRACTORS
 
-Seen = tuple[Tensor, Tensor | None]
+ExtractorOutput = tuple[Tensor, Tensor | None]
 """Features [b, D] and, where the network has classes, logits [b, classes]; float32."""
-See = Callable[[Tensor], Seen]
+ExtractorFunction = Callable[[Tensor], ExtractorOutput]
 """uint8 images [b, C, H, W] → their features."""
 
 
-def inception(path: Path, device: torch.device) -> See:
+def inception(path: Path, device: torch.device) -> ExtractorFunction:
     """Loads Inception-v3 of the FID papers, a TorchScript file."""
     # TorchScript runs code from its file: call this only with a file of a known hash.
     from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
     network = torch.jit.load(str(path), map_location=device).eval()
 
-    def see(images: Tensor) -> Seen:
+    def see(images: Tensor) -> ExtractorOutput:
         # PyTorch's own interpolation is shifted by half a pixel.
         x = interpolate_bilinear_2d_like_tensorflow1x(_in_colour(images), size=(299, 299), align_corners=False)
         return network((x - 128) / 128), None
@@ -36,7 +36,7 @@ def inception(path: Path, device: torch.device) -> See:
     return see
 
 
-def mobilenet(path: Path, device: torch.device) -> See:
+def mobilenet(path: Path, device: torch.device) -> ExtractorFunction:
     """Loads MobileNetV2, with torchvision's names."""
     from torchvision.models import mobilenet_v2
 
@@ -45,7 +45,7 @@ def mobilenet(path: Path, device: torch.device) -> See:
     network.to(device).eval()
     mean, std = _imagenet(device)
 
-    def see(images: Tensor) -> Seen:
+    def see(images: Tensor) -> ExtractorOutput:
         x = F.interpolate(_in_colour(images) / 255, (224, 224), mode="bilinear", align_corners=False)
         features = network.features((x - mean) / std).mean(dim=(2, 3))
         return features, network.classifier(features)
@@ -57,7 +57,7 @@ def _in_colour(images: Tensor) -> Tensor:
     return images.float().expand(-1, 3, -1, -1)
 
 
-def dinov2(path: Path, device: torch.device) -> See:
+def dinov2(path: Path, device: torch.device) -> ExtractorFunction:
     """Loads a DINOv2 of any size, with timm's or Meta's names."""
     import timm
     from safetensors.torch import load_file
@@ -72,7 +72,7 @@ def dinov2(path: Path, device: torch.device) -> See:
     network.to(device).eval()
     mean, std = _imagenet(device)
 
-    def see(images: Tensor) -> Seen:
+    def see(images: Tensor) -> ExtractorOutput:
         x = F.interpolate(_in_colour(images) / 255, (224, 224), mode="bicubic", align_corners=False, antialias=True)
         return network((x.clamp(0, 1) - mean) / std), None
 
@@ -88,5 +88,5 @@ def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
     return mean, torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
 
 
-LOADERS: dict[str, Callable[[Path, torch.device], See]] = {name: globals()[name] for name in EXTRACTORS}
+LOADERS: dict[str, Callable[[Path, torch.device], ExtractorFunction]] = {name: globals()[name] for name in EXTRACTORS}
 """The networks by name, as functions of a file of weights and a device that return the function of images."""

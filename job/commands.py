@@ -17,13 +17,14 @@ from job.config import EMBEDDED, pack_config
 from job.evaluation.plan import check_formulas, check_scores, plan_evaluation
 from job.exits import BadDataError, MissingInputError
 from job.outcome import outcome_written
+from job.pieces import WHOLE, Slice
 from job.plan import Plan, plan_run
 from job.processes.group import Group, check_gpus, default_processes
 from job.processes.launched import is_rank
 from job.processes.launcher import launch
 from job.processes.preemption import watch_for_preemption
-from job.progress import Progress, note
-from job.requests import EvaluateRequest, SampleRequest, TrainRequest, check_world_size
+from job.progress import note
+from job.requests import EncodeRequest, EvaluateRequest, SampleRequest, TrainRequest, check_world_size
 from job.runs.records import check_writable
 from job.sampling.plan import plan_sampling, plan_sets
 from job.stop import Stop, deadline
@@ -48,7 +49,7 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
         SystemExit: the ranks ended with another code than 0.
     """
     here = Group(1) if is_rank() else Group.of(1)
-    with _command_on(request.bucket, stop_after, here.node, here.nodes) as stop:
+    with _command_on(request.bucket, stop_after, Slice(here.node, here.nodes)) as stop:
         request = request.check()
         if is_rank():
             from job.training.attempt import run_training
@@ -75,7 +76,7 @@ def sample_command(request: SampleRequest, processes: int | None, hang_after_sec
     Raises:
         SystemExit: the ranks ended with another code than 0.
     """
-    with _command_on(request.bucket, stop_after, *request.slice_of) as stop:
+    with _command_on(request.bucket, stop_after, Slice.parse(request.slice)) as stop:
         plan = plan_sampling(request.check(), stop)
         if is_rank():
             from job.sampling.sample import run_sampling
@@ -84,7 +85,10 @@ def sample_command(request: SampleRequest, processes: int | None, hang_after_sec
             return
         # The processes choose again where a checkpoint was retired since it was chosen.
         with suppress(ObjectMissingError):
-            if (sets := plan_sets(plan)) and all(sample_set.index() for sample_set in sets):
+            sets = plan_sets(plan)
+            for sample_set in sets:
+                sample_set.check()
+            if sets and all(sample_set.index() for sample_set in sets):
                 for sample_set in sets:
                     print(sample_set.describe("complete already"))
                 return
@@ -114,38 +118,46 @@ def evaluate_command(
 
 
 def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") -> None:
-    """Makes a dataset of a source, or of tars where they lie, and says what came of it."""
+    """Packs a source, or indexes tars where they lie, and prints what came of it."""
     from job.catalog import describe_dataset
     from job.data.fetched import forget
-    from job.data.pack import check_free, is_whole, pack
+    from job.data.pack import check_free, is_made_by_others, is_whole, pack
 
-    title, unit, units = ("indexing", "MB", 10**6) if request.tars else ("packing", "images", 1)
-    with _command_on(bucket_uri, stop_after) as stop:
+    share = Slice.parse(request.slice)
+    with _command_on(bucket_uri, stop_after, share) as stop:
         stop.install()
         request = request.check()
         if request.source == EMBEDDED:
             request = replace(request, source=str(resources.files("job") / "datasets" / f"{EMBEDDED}.zip"))
         bucket = open_bucket(bucket_uri, stop)
-        # Before what is held out of it.
+        if is_made_by_others(bucket, request):
+            print(f"{request.name}: complete already")
+            return
+        # Before its held-out part is packed.
         check_free(bucket, request)
         for part in request.parts():
             if part.held and is_whole(bucket, part):
                 # The same command goes on where it was interrupted.
                 continue
-            with Progress(f"{title} {part.name}", unit=unit) as bar:
-
-                def progress(done: int, total: int, images: int, bar: Progress = bar) -> None:
-                    shown = {"images": f"{images:,}"} if request.tars else {}
-                    bar.update(done // units, total=total // units, **shown)
-
-                try:
-                    index = pack(bucket, part, stop=stop, progress=progress)
-                except BadDataError:
-                    # A damaged one would be found again otherwise.
-                    forget(request.source)
-                    raise
-            print(describe_dataset(index, bucket))
+            try:
+                index = pack(bucket, part, stop=stop)
+            except BadDataError:
+                # A damaged download would be found again otherwise.
+                forget(request.source)
+                raise
+            if index is None:
+                print(f"{part.name}: slice {part.slice} is done; other machines are making the rest")
+            else:
+                print(describe_dataset(index, bucket))
         forget(request.source)
+
+
+def encode_command(request: EncodeRequest, stop_after: str = "") -> None:
+    """Encodes a dataset, and prints what came of it."""
+    from job.exchange.encoding import encode_dataset
+
+    with _command_on(request.bucket, stop_after, Slice.parse(request.slice)) as stop:
+        encode_dataset(request.check(), stop.install())
 
 
 def ensure_command(name: str, bucket_uri: str, *, size: int | None = None, source: str = "", on: str = "") -> None:
@@ -170,9 +182,9 @@ def ensure_command(name: str, bucket_uri: str, *, size: int | None = None, sourc
 
 
 @contextmanager
-def _command_on(bucket_uri: str, stop_after: str, machine: int = 0, machines: int = 1) -> Iterator[Stop]:
+def _command_on(bucket_uri: str, stop_after: str, share: Slice = WHOLE) -> Iterator[Stop]:
     """What all commands share: a bucket that learns how it ends, a deadline, and no signal that goes unnoticed."""
-    with outcome_written(bucket_uri, machine, machines), deadline(stop_after):
+    with outcome_written(bucket_uri, share.index, share.count), deadline(stop_after):
         # Until its work begins, signals end this process.
         stop = Stop().install(signals=False)
         watch_for_preemption(stop)

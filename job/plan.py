@@ -13,7 +13,7 @@ from job.exits import BadConfigError, BadDataError, BadRequestError, MissingInpu
 from job.progress import note
 from job.requests import TrainRequest
 from job.runs import records
-from job.runs.checkpoints import is_there, list_checkpoints
+from job.runs.checkpoints import list_checkpoints, sound_manifest
 from job.runs.layout import MAX_IMAGES_SEEN
 from job.stop import NEVER, Stop
 from job.store import Store, open_bucket
@@ -148,7 +148,7 @@ class Plan(FoundRun):
         if status is None or status.state != "finished" or self.images_seen < self.target_images:
             return False
         # One that was lost since then, or is another run's by now, is learnt again.
-        return is_there(self.run, max(list_checkpoints(self.run)))
+        return sound_manifest(self.run, max(list_checkpoints(self.run))) is not None
 
 
 def plan_run(request: TrainRequest, stop: Stop = NEVER, precision: str = "auto") -> Plan:

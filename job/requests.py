@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from ddpm.catalogue import METRICS
 from job.config import EMBEDDED, SampleConfig, draft, parse_sets, preset_names, read_config_file
 from job.data.shards import validated_dataset_name
 from job.exits import BadConfigError, BadRequestError, did_you_mean
+from job.pieces import Slice
 from job.runs import records
 
 GIF_SEEDS = 12
@@ -33,8 +33,6 @@ MAX_RESAMPLINGS = 1000
 MAX_NUMBERS = 10_000
 MAX_COUNT = 25_600_000
 """Images of `--count`: the five digits in a piece's name can count 100,000, of 256 images."""
-BATCH_TASK_INDEX = "BATCH_TASK_INDEX"
-"""As the I of `--slice I/N`: the number that Google Batch gives each task, whose words are all the same."""
 
 _OWN_SAMPLER = re.compile(r"[A-Za-z_][\w.]{0,99}:[A-Za-z_]\w{0,99}", re.ASCII)
 _CHECKPOINTS = re.compile(r"latest|all|\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*")
@@ -162,7 +160,7 @@ class SampleRequest:
         if chosen := [option for option, is_chosen in unfit.items() if is_chosen]:
             raise BadRequestError(f"{chosen[0]} {why}")
         self._check_mode()
-        _ = self.slice_of
+        Slice.parse(self.slice)
         return self
 
     def _check_mode(self) -> None:
@@ -186,23 +184,6 @@ class SampleRequest:
         if self.mode == "interpolate" and self.seeds and len(parse_numbers(self.seeds, "--seeds")) % 2:
             raise BadRequestError(f"--mode interpolate goes from seed to seed: --seeds {self.seeds} are no pairs")
 
-    @property
-    def slice_of(self) -> tuple[int, int]:
-        """Which slice is to be made, from 0, and of how many.
-
-        Raises:
-            BadRequestError: `slice` is none.
-        """
-        if not self.slice:
-            return 0, 1
-        text = self.slice.replace(BATCH_TASK_INDEX, os.environ.get(BATCH_TASK_INDEX, BATCH_TASK_INDEX))
-        match = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", text)
-        if not match or int(match[1]) >= int(match[2]):
-            raise BadRequestError(
-                f"--slice {self.slice!r}: slices are i/n with i from 0 to n-1, such as 0/4, 1/4, 2/4 and 3/4"
-            )
-        return int(match[1]), int(match[2])
-
 
 @dataclass(frozen=True)
 class EvaluateRequest:
@@ -224,6 +205,7 @@ class EvaluateRequest:
     classes: str = ""
     chosen: dict[str, Any] = field(default_factory=dict)
     """Keys of the run's section `sample`, and other values for them."""
+    slice: str = ""
 
     def check(self) -> EvaluateRequest:
         """Returns the request if its words are known.
@@ -255,8 +237,39 @@ class EvaluateRequest:
     def sampling(self) -> SampleRequest:
         """What is to be drawn."""
         return SampleRequest(
-            self.run, self.bucket, self.checkpoints, chosen=self.chosen, count=self.count, classes=self.classes
+            self.run,
+            self.bucket,
+            self.checkpoints,
+            chosen=self.chosen,
+            count=self.count,
+            classes=self.classes,
+            slice=self.slice,
         )
+
+
+@dataclass(frozen=True)
+class EncodeRequest:
+    """Options of `ddpm data encode`; `name` is the dataset's."""
+
+    name: str
+    bucket: str
+    autoencoder: str
+    """A folder of diffusers, a path or a URI."""
+    size: int | None = None
+    """Height and width of the images, in pixels; None: the only size there is."""
+    to: str = ""
+    """Name of the dataset of latents; empty: the dataset's own with `-latents`."""
+    slice: str = ""
+
+    def check(self) -> EncodeRequest:
+        """Returns the request with its dataset of latents named.
+
+        Raises:
+            BadRequestError: a name that no dataset can have, or no such slice.
+        """
+        Slice.parse(self.slice)
+        validated_dataset_name(self.name)
+        return replace(self, to=validated_dataset_name(self.to or f"{self.name}-latents"))
 
 
 def chosen_of(options: dict[str, Any]) -> dict[str, Any]:

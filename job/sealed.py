@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import time
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -33,7 +32,12 @@ Moment = Annotated[str, AfterValidator(_moment)]
 
 def utc_now() -> str:
     """Returns this moment, to the second."""
-    return time.strftime(MOMENT_FORMAT, time.gmtime())
+    return datetime.now(UTC).strftime(MOMENT_FORMAT)
+
+
+def utc_text(iso: str) -> str:
+    """Returns a time in ISO 8601 of any zone as one in UTC, to the second."""
+    return datetime.fromisoformat(iso).astimezone(UTC).strftime(MOMENT_FORMAT)
 
 
 class Part(BaseModel):
@@ -93,7 +97,7 @@ class Sealed(Part):
         """The inverse of `to_json`; `uri` is where the bytes came from.
 
         Raises:
-            BadDataError: it is something else, or rotten; the message names the object.
+            BadDataError: it is something else, or corrupt; the message names the object.
         """
         try:
             document = json.loads(data)
@@ -103,7 +107,7 @@ class Sealed(Part):
         except (ValueError, TypeError, KeyError, RecursionError):
             intact = False
         if not intact:
-            raise BadDataError(f"{uri} is rotten: it does not match its own SHA-256")
+            raise BadDataError(f"{uri} is corrupt: it does not match its own SHA-256")
         try:
             record = cls.model_validate(document)
             return record if shown == document else cls.model_validate(shown)
@@ -117,7 +121,7 @@ class Sealed(Part):
         """Reads a record and checks it against its own hash.
 
         Raises:
-            BadDataError: it is something else, or rotten; the message names the object.
+            BadDataError: it is something else, or corrupt; the message names the object.
             ObjectMissingError: it is not there.
         """
         return cls.from_json(store.read(key).data, store.uri_of(key))
@@ -130,7 +134,7 @@ def sealed_page(html: bytes, author: str) -> bytes:
 
 
 def author_of(page: bytes) -> str | None:
-    """Who wrote such a page; None if it is rotten, cut off, or none."""
+    """Who wrote such a page; None if it is corrupt, cut off, or something else."""
     match = re.search(rb"<!-- (\S*) ([0-9a-f]{64}) -->\n\Z", page)
     if match is None or hashlib.sha256(page[: match.start(2)]).hexdigest() != match[2].decode():
         return None

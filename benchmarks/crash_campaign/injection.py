@@ -27,7 +27,7 @@ from benchmarks.crash_campaign import sabotage
 VARIABLE = "DDPM_CRASH_CAMPAIGN"
 """JSON: `trace` (a path), `fault` (the fields of a `Point`, or null), `sabotage` (a name, or empty)."""
 OPERATIONS = ("read", "create", "replace", "put", "upload", "download", "open", "delete", "exists")
-SHARD_BYTES = 1 << 16
+SHARD_IMAGES = 26
 RENEW_SECONDS, EXPIRE_SECONDS = 1.0, 12.0
 """Shorter than the product's, so that a small run renews its lease and a zombie is replaced while one watches."""
 
@@ -173,7 +173,7 @@ class Watched:
             case "job.processes.lease":
                 vars(module).update(RENEW_SECONDS=RENEW_SECONDS, EXPIRE_SECONDS=EXPIRE_SECONDS)
             case "job.data.pack":
-                module.pack.__kwdefaults__["shard_bytes"] = SHARD_BYTES
+                module.pack.__kwdefaults__["shard_images"] = SHARD_IMAGES
             case "job.sampling.painter":
                 self._watch_sampling(module.Painter, "check_agreed")
                 self._watch_sampling(module.Painter, "check_stopped")
@@ -208,7 +208,7 @@ class Watched:
                     manifest = json.loads(data)
                     committed = [manifest["fence"], manifest["images_seen"]]
                     self._trace("commit", ref=committed, loss_sums=manifest["loss_sums"])
-                elif op == "create" and "/records/piece-" in uri:
+                elif op == "create" and re.search("/pieces/[0-9]+.json$", uri):
                     self._trace("piece", uri=uri)
                 elif op == "delete" and "/checkpoints/" in uri:
                     self._trace("delete", uri=uri)
@@ -316,6 +316,6 @@ def install() -> None:
     trace = Trace(chosen["trace"])
     role = "rank" if "DDPM_LAUNCHED" in os.environ else "launcher"
     trace("process", pid=os.getpid(), role=role)
-    is_target = role == "rank" or (chosen["fault"] or {}).get("phase") == "pack"
+    is_target = role == "rank" or (chosen["fault"] or {}).get("phase") in ("pack", "shared-pack")
     fault = Fault(trace, chosen["fault"]) if chosen["fault"] and is_target else None
     sys.meta_path.insert(0, _AfterImport(Watched(trace, fault, chosen["sabotage"]).after_import))

@@ -14,9 +14,10 @@ from benchmarks.crash_campaign.history import differences, lost_images, read_end
 from benchmarks.crash_campaign.points import POINTS, Point
 from benchmarks.crash_campaign.processes import HungError, Invocation, LeavingError, Place
 from benchmarks.crash_campaign.records import EXPECTED_CODES, BrokenError, Moment, Run, Tally, Undisturbed
+from benchmarks.crash_campaign.sharing import share_out
 from benchmarks.crash_campaign.work import DATASET_KEY, Work
 from job.exits import Exit, JobError
-from job.runs.layout import RUNS
+from job.runs.layout import RUNS, SAMPLES
 from job.store import Store, open_store
 
 SHORTER = 0.8
@@ -59,6 +60,7 @@ class Lane:
             self._pack()
             run = self._train()
             self._sample(run)
+            self._share(run)
         except (BrokenError, HungError) as error:
             self._fail(str(error))
         except LeavingError:
@@ -111,7 +113,7 @@ class Lane:
             self._finish(self._start(work.sample(run.name), place=place))
             pictures = read_ending(run.store).pictures
             sampled = {name: sha256 for name, sha256 in pictures.items() if name not in ending.pictures}
-        if self._of("batch"):
+        if self._of("batch", "shared-batch"):
             self._finish(self._start(work.batch(run.name), place=place))
             saved = saved_images(run.store)
         images_seen, sha256 = ending.ref[1], ending.weights_sha256
@@ -366,6 +368,21 @@ class Lane:
             if twice := [uri for uri, count in made.items() if count > 1]:
                 self._fail(f"{twice[0]} was committed twice")
 
+    def _share(self, run: Run) -> None:
+        """Has machines share packing and sampling, from nothing each time."""
+        samples, dataset = run.store.sub(SAMPLES), self._bucket.sub(f"shared/{DATASET_KEY}")
+        batch = self._work.batch(run.name)
+        for point in self._of("shared-pack", "shared-batch"):
+            is_packing = point.phase == "shared-pack"
+            for entry in list(dataset.list() if is_packing else samples.list()):
+                (dataset if is_packing else samples).delete(entry.key)
+            killed = share_out(self._start, self._work.shared_pack if is_packing else batch, point)
+            self._count(killed, f"SIGKILL of one of {point.machines} machines at a point", point.name)
+            if is_packing and _objects(dataset) != self.undisturbed.dataset:
+                self._fail(f"{point.name}: the dataset that machines packed together is not that of one machine")
+            if not is_packing and saved_images(run.store) != self.undisturbed.saved:
+                self._fail(f"{point.name}: the images that machines drew together are not those of one machine")
+
     def _draw(self, words: list[str], points: list[Point]) -> None:
         for point in points:
             if not self._at_point(self._start(words, point), point):
@@ -380,7 +397,7 @@ def _point(name: str) -> Point:
 
 def _objects(store: Store) -> dict[str, bytes]:
     """A dataset's objects, without the journal, which stays behind when packing is killed after its commit."""
-    keys = (entry.key for entry in store.list() if not entry.key.startswith("packing/"))
+    keys = (entry.key for entry in store.list() if not entry.key.startswith(("pieces/", "claims/")))
     return {key: store.read(key).data for key in keys}
 
 

@@ -9,6 +9,7 @@ LEASE = r"/lease\.json$"
 TENSORS = r"/checkpoints/[^/]+/(unet/)?[^/]+\.safetensors$"
 SNAPSHOT = r"/snapshots/"
 MANIFEST = r"/checkpoints/[^/]+/MANIFEST\.json$"
+RECORD, CLAIM = r"/pieces/\d+\.json$", r"/claims/\d+/lease\.json$"
 PIECE = r"/piece-\d+\.tar$"
 PICTURES = r"(?<!/provenance)(?<!/tensorboard)/samples/"
 SHARD = r"/shard-\d+\.tar$"
@@ -21,7 +22,8 @@ class Point:
     Attributes:
         name: for `--points` and the report.
         what: for people.
-        phase: the command it lies in: `pack`, `train`, `end` (of training), `sample` or `batch`.
+        phase: the command it lies in: `pack`, `train`, `end` (of training), `sample` or `batch`; `shared-pack` and
+            `shared-batch` where machines share that.
         op: a method of `job.store.Store`, `sampling-step` for a step of a sampler; or `rot`, done between processes.
         key: regular expression for the object's URI.
         when: `before` or `after` the operation.
@@ -33,6 +35,7 @@ class Point:
         target: `group`, `rank` or `launcher`.
         rank: in which of the processes.
         processes: how many train.
+        machines: how many share the work; the first one is killed.
         fresh: whether it needs a run, or a cache, that nobody has begun.
     """
 
@@ -50,16 +53,17 @@ class Point:
     target: str = "group"
     rank: int = 0
     processes: int = 1
+    machines: int = 1
     fresh: bool = False
 
 
 def _pack() -> list[Point]:
     return [
         Point("pack-staged", "the first shard is written, nothing uploaded", "pack", "upload", SHARD, when="before"),
-        Point("pack-upload-2", "the second shard is uploaded, nothing vouches for it", "pack", "upload", SHARD, nth=2),
-        Point("pack-journal-3", "the journal vouches for three shards", "pack", "create", r"/packing/shard-", nth=3),
+        Point("pack-upload-2", "the second shard is uploaded, it has no record", "pack", "upload", SHARD, nth=2),
+        Point("pack-record-3", "three shards have records", "pack", "create", RECORD, nth=3),
         Point("pack-index-before", "all shards are there, the index is not", "pack", "create", INDEX, when="before"),
-        Point("pack-index", "the index is there, the journal not cleared away", "pack", "create", INDEX),
+        Point("pack-index", "the index is there, the records not cleared away", "pack", "create", INDEX),
     ]
 
 
@@ -173,12 +177,29 @@ def _batch() -> list[Point]:
     return [
         Point("batch-step", "in the middle of a piece of `ddpm sample --count`", "batch", "sampling-step", nth=3),
         Point("batch-upload-2", "the second piece is uploaded, it has no record", "batch", "create", PIECE, nth=2),
-        Point("batch-record-2", "the second of its records is written", "batch", "create", "/records/piece-", nth=2),
+        Point("batch-record-2", "the second of its records is written", "batch", "create", RECORD, nth=2),
         Point("batch-index-before", "all pieces are there, the index is not", "batch", "create", INDEX, when="before"),
     ]
 
 
-POINTS = (*_pack(), *_begin(), *_commit(), *_later(), *_of_two(), *_end(), *_sample(), *_batch())
+def _shared() -> list[Point]:
+    return [
+        Point("shared-pack-claim", "a piece is claimed, nothing made", "shared-pack", "create", CLAIM, machines=2),
+        Point("shared-pack-upload", "a shard is uploaded, it has no record", "shared-pack", "upload", SHARD,
+              machines=3),
+        Point("shared-pack-record", "a piece has its record, its claim is not given back", "shared-pack", "create",
+              RECORD, machines=2),
+        Point("shared-batch-claim", "a piece is claimed, nothing drawn", "shared-batch", "create", CLAIM,
+              machines=3),
+        Point("shared-batch-step", "in the middle of a piece", "shared-batch", "sampling-step", nth=3, machines=2),
+        Point("shared-batch-upload", "a piece is uploaded, it has no record", "shared-batch", "create", PIECE,
+              machines=3),
+        Point("shared-batch-record", "a piece has its record, its claim is not given back", "shared-batch", "create",
+              RECORD, machines=2),
+    ]  # fmt: skip
+
+
+POINTS = (*_pack(), *_begin(), *_commit(), *_later(), *_of_two(), *_end(), *_sample(), *_batch(), *_shared())
 
 SABOTAGES = {
     "manifest-first": ("manifest",),

@@ -53,6 +53,12 @@ class Work:
         """Packs the images unless they are packed."""
         return ["data", "ensure", DATASET, "--source", str(self.source), "--size", str(SIZE), "--bucket", self.bucket]
 
+    @property
+    def shared_pack(self) -> list[str]:
+        """Packs the images by several machines."""
+        words = ["data", "pack", str(self.source), DATASET, "--size", str(SIZE), "--bucket"]
+        return [*words, f"{self.bucket}/shared"]
+
     def train(self, run: str) -> list[str]:
         """Trains a run or goes on with it; waits for another attempt that holds it."""
         chosen = SETTINGS | {"model.dropout": self.dropout, "train.seed": self.seed}

@@ -7,7 +7,7 @@ import typer
 
 from job import DEFAULT_BUCKET
 from job.cli import completion
-from job.cli.options import AsJson, BucketUri, Certain, Size, StopAfter, Targets
+from job.cli.options import AsJson, BucketUri, Certain, Size, SliceOption, StopAfter, Targets
 
 app = typer.Typer(
     help="Datasets: pack images into shards, or index what there is; look, verify.\n\n"
@@ -54,6 +54,7 @@ def data_pack(
     min_side: MinSide = None,
     split: Split = "",
     hold_out: HoldOut = "",
+    slice_: SliceOption = "",
     stop_after: StopAfter = "",
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
@@ -72,7 +73,7 @@ def data_pack(
     from job.data.pack import PackRequest
 
     options = (size, crop, resize_filter, channels, classes, licence, max_bad, min_side, split, hold_out)
-    request = PackRequest(source, name, *options)
+    request = PackRequest(source, name, *options, slice=slice_)
     pack_command(request, bucket, stop_after)
 
 
@@ -88,6 +89,7 @@ def data_index(
     licence: Licence = "",
     max_bad: MaxBad = 100,
     min_side: MinSide = None,
+    slice_: SliceOption = "",
     stop_after: StopAfter = "",
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
@@ -105,7 +107,7 @@ def data_index(
     from job.data.pack import PackRequest
 
     options = (size, crop, resize_filter, channels, classes, licence, max_bad, min_side)
-    pack_command(PackRequest("", name, *options, tars=tuple(tars)), bucket, stop_after)
+    pack_command(PackRequest("", name, *options, tars=tuple(tars), slice=slice_), bucket, stop_after)
 
 
 @app.command("encode")
@@ -116,6 +118,8 @@ def data_encode(
     ],
     size: Size = None,
     to: Annotated[str, typer.Option("--to", metavar="NAME", help="Default: the dataset's name with -latents.")] = "",
+    slice_: SliceOption = "",
+    stop_after: StopAfter = "",
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
     """Encode a dataset by an autoencoder, for networks that learn latents.
@@ -126,9 +130,10 @@ def data_encode(
 
     Example: ddpm data encode celebahq-256 --autoencoder sd-vae-ft-mse --to celebahq-latents
     """
-    from job.exchange.encoding import encode_dataset
+    from job.commands import encode_command
+    from job.requests import EncodeRequest
 
-    encode_dataset(bucket, name, size, autoencoder, to)
+    encode_command(EncodeRequest(name, bucket, autoencoder, size=size, to=to, slice=slice_), stop_after)
 
 
 @app.command("ensure")

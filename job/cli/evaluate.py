@@ -17,6 +17,7 @@ from job.cli.options import (
     Processes,
     RunOption,
     SampledClasses,
+    SliceOption,
     StopAfter,
 )
 
@@ -45,6 +46,7 @@ def ddpm_evaluate(
     ] = 1,
     classes: SampledClasses = "",
     batch_size: BatchSize = None,
+    slice_: SliceOption = "",
     processes: Processes = None,
     hang_after: HangAfter = DEFAULT_HANG_AFTER,
     stop_after: StopAfter = "",
@@ -84,5 +86,6 @@ def ddpm_evaluate(
         repeats=repeats,
         classes=classes,
         chosen=chosen_of(locals() | drawing),
+        slice=slice_,
     )
     evaluate_command(request, processes, hang_after, stop_after)

@@ -60,6 +60,9 @@ HangAfter = Annotated[
 StopAfter = Annotated[
     str, typer.Option(metavar="DURATION", help="Save, and end with 75 after so long, such as 1h30m; a job for good.")
 ]
+SliceOption = Annotated[
+    str, typer.Option("--slice", metavar="I/N", help="Share the work of N machines: this one is I, from 0.")
+]
 OnTarget = Annotated[
     str,
     typer.Option(

@@ -15,6 +15,7 @@ from job.cli.options import (
     Processes,
     RunOption,
     SampledClasses,
+    SliceOption,
     StopAfter,
 )
 
@@ -52,9 +53,7 @@ def ddpm_sample(
         int | None, typer.Option(metavar="IMAGES", min=1, help="Save so many images, one per seed.")
     ] = None,
     save: Annotated[str, typer.Option(metavar="KIND", help="shards (tar files; the default) or png.")] = "",
-    slice_: Annotated[
-        str, typer.Option("--slice", metavar="I/N", help="Every N-th piece of them: slices may run side by side.")
-    ] = "",
+    slice_: SliceOption = "",
     first_seed: Annotated[
         int | None, typer.Option(metavar="K", min=0, max=10**17, help="Of the first image. Default: 0.")
     ] = None,

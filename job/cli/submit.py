@@ -24,7 +24,9 @@ _VERBS: dict[Verb, tuple[str, Callable[..., None], str]] = {
     "train": ("train", train.ddpm_train, "train --dataset celeba --on gke --gpus 8 --max-hours 48"),
     "sample": ("sample", sample.ddpm_sample, "sample --run celeba --count 50000 --slices 4 --on gke"),
     "evaluate": ("evaluate", evaluate.ddpm_evaluate, "evaluate --run celeba --count 50000 --on gke"),
-    "pack": ("data pack", data.data_pack, "pack gs://photos/all.zip mine --size 64 --on gke"),
+    "pack": ("data pack", data.data_pack, "pack gs://photos/all.zip mine --size 64 --slices 8 --on gke"),
+    "index": ("data index", data.data_index, "index gs://theirs/{00000..00099}.tar laion --size 64 --on gke"),
+    "encode": ("data encode", data.data_encode, "encode mine --autoencoder gs://models/vae --slices 8 --on gke"),
 }
 """The command of each verb, what it calls, and an example."""
 
@@ -58,7 +60,8 @@ def _add_verb(verb: Verb) -> None:
             typer.Option(metavar="H", help="It is ended after so long; the plan says by whom. Default: the target's."),
         ] = None,
         slices: Annotated[
-            int, typer.Option(metavar="N", min=0, max=1000, help="Sample --count images on so many machines at once.")
+            int,
+            typer.Option(metavar="N", min=0, max=1000, help="Machines that share the work; not for training."),
         ] = 0,
         targets: Targets = None,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent, and send nothing.")] = False,

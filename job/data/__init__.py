@@ -1,1 +1,1 @@
-"""Datasets: packed from archives into verified shards, streamed back in one order that no machine changes."""
+"""Datasets: packed from archives into verified shards, and streamed in an order that no number of machines changes."""

@@ -1,8 +1,7 @@
-"""Work that threads do a little ahead of whoever takes its results."""
+"""Work of threads whose results are taken in order, with a limited number ahead."""
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
@@ -12,7 +11,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 STOP_POLL_SECONDS = 0.05
-"""How soon a thread that waits for others hears of a stop."""
+"""How often a waiting thread checks for a stop."""
 
 
 def in_order(
@@ -22,26 +21,26 @@ def in_order(
     window: int,
     check: Callable[[], object] = bool,
 ) -> Iterator[Result]:
-    """`pool.map` that takes items only `window` ahead of what it yields, so that memory does not grow with them.
+    """Yields `function` of each item in order, like `pool.map`, but takes only `window` items ahead, to limit memory.
 
     Args:
-        pool: does the work.
-        function: is the work.
+        pool: the threads that call `function`.
+        function: the work.
         items: taken one by one.
-        window: how many results are on their way at a time.
-        check: called for each result, and while it is waited for; raises if this process is to stop.
+        window: number of items ahead.
+        check: called for each result and during the wait for it; raises if this process has to stop.
     """
     waiting: deque[Future[Result]] = deque()
-    failed = threading.Event()
+    failed: list[int] = []
 
-    def work(item: Item) -> Result:
-        # The error of an earlier item is raised: one that begins later would only wait as long for the same outage.
-        if failed.is_set():
+    def work(number: int, item: Item) -> Result:
+        # After an error no later item is started, which would only wait as long for the same outage.
+        if min(failed, default=number) < number:
             raise CancelledError
         try:
             return function(item)
         except BaseException:
-            failed.set()
+            failed.append(number)
             raise
 
     def first() -> Result:
@@ -52,8 +51,8 @@ def in_order(
         return future.result()
 
     try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
+        for number, item in enumerate(items):
+            waiting.append(pool.submit(work, number, item))
             if len(waiting) >= window:
                 yield first()
         while waiting:

@@ -1,4 +1,4 @@
-"""The files in a zip or a tar, which is never extracted to a disk and is refused if it is not what it says."""
+"""The files in a zip or a tar. Nothing is extracted to a disk; an unsafe, truncated or damaged archive is refused."""
 
 from __future__ import annotations
 
@@ -8,78 +8,78 @@ from collections.abc import Iterator
 from functools import partial
 from typing import IO, BinaryIO, cast
 
-from job.data.members import (
-    ENTRY_BYTES,
-    EXPANSION,
-    Member,
-    Opener,
-    RefusedError,
-    is_image,
-    read_exactly,
-    refused,
-    unpacked,
-)
+from job.data import members
+from job.data.members import Member, Opener, RefusedError
 from job.data.shards import Digests
 
-_EXPANDS = f"unpacks to more than {EXPANSION} times its size: do not trust this archive"
+_EXPANDS = f"unpacks to more than {members.EXPANSION} times its size: do not trust this archive"
 _SKIPPED_BYTES = 1 << 20
 
 
 def zip_members(opener: Opener) -> Iterator[Member]:
-    """A zip archive, in the order of its directory."""
+    """Yields the files of a zip, in the order of its directory."""
     with opener() as file:
-        _, limit_bytes = unpacked(file)
+        _, limit_bytes = members.unpacked(file)
         with zipfile.ZipFile(file) as archive:
-            if sum(info.file_size for info in archive.infolist() if is_image(info.filename)) > limit_bytes:
+            if sum(info.file_size for info in archive.infolist() if members.is_image(info.filename)) > limit_bytes:
                 raise RefusedError(_EXPANDS)
             for info in archive.infolist():
                 if not info.is_dir():
-                    yield Member(info.filename, partial(_read_zipped, archive, info))
+                    yield Member(info.filename, partial(_read_zipped, archive, info), size_bytes=info.file_size)
 
 
 def _read_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     with archive.open(info) as stream:
-        return read_exactly(stream, info.file_size)
+        return members.read_exactly(stream, info.file_size)
+
+
+def open_zipped(opener: Opener, name: str) -> BinaryIO:
+    """Opens one file of a zip as a stream."""
+    file = opener()
+    _, limit_bytes = members.unpacked(file)
+    archive = zipfile.ZipFile(file)
+    if archive.getinfo(name).file_size > limit_bytes:
+        raise RefusedError(_EXPANDS)
+    return cast(BinaryIO, archive.open(name))
 
 
 def tar_members(opener: Opener, digests: Digests | None = None) -> Iterator[Member]:
-    """A tar archive, plain or gzipped, in stream order; it must end as a tar does.
+    """Yields the files of a tar, plain or gzipped, in stream order, and checks that the tar is complete.
 
-    With `digests`, which take every byte of it, it must be plain.
+    `digests` are updated with every byte of it; then it must be plain.
     """
     with opener() as file:
         stream = _TarStream(file, digests)
         try:
             archive = tarfile.TarFile(fileobj=cast(BinaryIO, stream))
         except tarfile.TarError:
-            raise RefusedError(
-                "is no archive that can be packed (.zip, .tar, .tar.gz, MNIST idx), or damaged"
-            ) from None
+            raise RefusedError("is damaged, or not a .zip, .tar, .tar.gz or MNIST idx file") from None
         while (member := archive.next()) is not None:
-            # Otherwise tarfile remembers every header, and memory grows with the archive.
+            # tarfile would keep every header, and memory would grow with the archive.
             archive.members.clear()  # type: ignore[attr-defined]
             if member.size < 0:
-                raise refused(member.name, f"has a size of {member.size:,} bytes: do not trust this archive")
+                raise members.refused(member.name, f"has a size of {member.size:,} bytes: do not trust this archive")
             if member.isreg() and not member.issparse():
                 content = cast(IO[bytes], archive.extractfile(member))
-                yield Member(member.name, partial(read_exactly, content, member.size), member.offset_data)
+                read = partial(members.read_exactly, content, member.size)
+                yield Member(member.name, read, member.offset_data, member.size)
             elif not member.isdir():
-                raise refused(member.name, "is a link or a device: do not trust this archive")
+                raise members.refused(member.name, "is a link or a device: do not trust this archive")
         stream.finish()
 
 
 class _TarStream:
-    """What `tarfile` reads from: it only goes forward, bounds each read, and knows whether the archive was whole."""
+    """The stream from which `tarfile` reads: forward only, with limited reads, and a check that the tar is complete."""
 
     def __init__(self, file: BinaryIO, digests: Digests | None) -> None:
-        """With `digests` everything is read; else, what nobody wants is skipped."""
-        self._file, self._limit_bytes = unpacked(file)
+        """Reads every byte for `digests`; without them, skips the content that is not read."""
+        self._file, self._limit_bytes = members.unpacked(file)
         if digests is not None and self._file is not file:
             raise RefusedError("is compressed: pack it with `ddpm data pack`, or unpack it to a plain .tar")
         self._digests, self._position, self._last_block = digests, 0, b""
 
     def tell(self) -> int:
-        """Bytes up to here, unpacked."""
+        """Returns the position in the unpacked stream."""
         return self._position
 
     def seek(self, position: int) -> None:
@@ -95,9 +95,9 @@ class _TarStream:
                 raise EOFError("unexpected end of data")
 
     def read(self, size: int) -> bytes:
-        """The next bytes."""
-        # A header may claim any length for itself, and tarfile would believe it.
-        if not 0 <= size <= ENTRY_BYTES:
+        """Returns the next bytes."""
+        # A header may give itself any length, and tarfile would allocate that.
+        if not 0 <= size <= members.ENTRY_BYTES:
             raise tarfile.ReadError(f"a block of {size:,} bytes")
         self._last_block = self._file.read(size)
         self._position += len(self._last_block)
@@ -108,20 +108,10 @@ class _TarStream:
         return self._last_block
 
     def finish(self) -> None:
-        """Raises unless the archive ends as a tar does: `tarfile` takes zeros in place of a header for the end."""
+        """Checks the end mark and the rest: to `tarfile` a tar also ends at zeros in place of a header."""
         if self._last_block != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("it has no end mark")
-        # A checksum is compared when the end is reached.
+        # gzip compares its checksum at the end of the stream.
         while block := self.read(_SKIPPED_BYTES):
             if block.strip(b"\0"):
                 raise RefusedError("holds more behind its end mark: was it joined by `cat`? Unpack it, pack the folder")
-
-
-def open_zipped(opener: Opener, name: str) -> BinaryIO:
-    """One file of a zip, as a stream."""
-    file = opener()
-    _, limit_bytes = unpacked(file)
-    archive = zipfile.ZipFile(file)
-    if archive.getinfo(name).file_size > limit_bytes:
-        raise RefusedError(_EXPANDS)
-    return cast(BinaryIO, archive.open(name))

@@ -1,7 +1,7 @@
-"""The autoencoder that lies with a dataset of latents: diffusers' `AutoencoderKL`, from JSON and safetensors alone.
+"""The autoencoder of a dataset of latents: diffusers' `AutoencoderKL`, read from JSON and safetensors alone.
 
 BUCKET/datasets/NAME-SIZE/autoencoder/config.json
-diffusion_pytorch_model.safetensors
+                                      diffusion_pytorch_model.safetensors
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,31 +25,23 @@ from job.store.files import os_errors
 
 CONFIG, WEIGHTS = AUTOENCODER
 MOST_LEVELS, MOST_LAYERS, MOST_CHANNELS = 12, 64, 8192
-"""Of a configuration: one beyond would build for hours before its weights do not fit."""
+"""Limits of a configuration: a larger network would be built for hours before its weights do not fit."""
 
 
-class Decoder:
-    """From what a network draws to pixels."""
-
-    def __init__(self, network: nn.Module, latents: Latents, device: torch.device) -> None:
-        self._network, self._latents = network.to(device).eval().requires_grad_(False), latents
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Normalised latents [b, C, h, w] to pixels [b, channels, H, W], about in [-1, 1]."""
-        pixels: Tensor = self._network.decode(self._latents.restored(x.float())).sample  # type: ignore[operator]
-        return pixels
+Decoder = Callable[[Tensor], Tensor]
+"""Decodes normalised latents [b, C, h, w] to pixels [b, channels, H, W], about in [-1, 1]."""
 
 
 def latents_of(index: DatasetIndex | None) -> Latents | None:
-    """What a dataset's latents are like, if it holds some."""
+    """Returns the mean and deviation of a dataset's latents; None for images."""
     return Latents(index.encoding.mean, index.encoding.std) if index and index.encoding else None
 
 
 def load_decoder(bucket: Store, index: DatasetIndex | None, device: torch.device) -> Decoder | None:
-    """What decodes a dataset's latents; none for images. It is fetched once for the machine.
+    """Loads the decoder of a dataset's latents, fetched once per machine; None for images.
 
     Raises:
-        BadDataError: the autoencoder is missing, rotten, or none.
+        BadDataError: the autoencoder is missing, corrupt, or another kind of network.
         BadRequestError: diffusers is not installed.
     """
     if index is None or index.encoding is None:
@@ -61,7 +53,7 @@ def load_decoder(bucket: Store, index: DatasetIndex | None, device: torch.device
     config = dataset.read(CONFIG).data
     path = default_cache_dir() / "autoencoders" / f"{encoding.hashes[1]}.safetensors"
     if not path.exists():
-        # Processes of a machine fetch it beside each other: the last one's is as good.
+        # Processes of a machine may fetch it at the same time, and rename equal files.
         beside = path.with_suffix(f".{os.getpid()}")
         dataset.download(WEIGHTS, beside)
         with os_errors(path):
@@ -70,49 +62,48 @@ def load_decoder(bucket: Store, index: DatasetIndex | None, device: torch.device
         hashes = hashlib.sha256(config).hexdigest(), hashlib.file_digest(file, "sha256").hexdigest()
     if hashes != encoding.hashes:
         path.unlink(missing_ok=True)
-        raise BadDataError(
-            f"{dataset.uri_of(WEIGHTS)}, or its configuration, is not what encoded the images: restore it, or encode"
-            " anew"
-        )
+        raise BadDataError(f"{dataset.uri_of(WEIGHTS)} or {CONFIG} differs from the index: restore it, or encode again")
     try:
         network = build_autoencoder(json.loads(config), load_file(path), dataset.uri_of(CONFIG))
     except (SafetensorError, ValueError) as error:
-        raise BadDataError(f"{dataset.uri_of(CONFIG)} is no autoencoder: {error}") from None
-    latents = latents_of(index)
-    assert latents is not None
-    return Decoder(network, latents, device)
+        raise BadDataError(f"{dataset.uri_of(CONFIG)} is not an autoencoder: {error}") from None
+    network, latents = network.to(device).eval().requires_grad_(False), Latents(encoding.mean, encoding.std)
+
+    def decode(x: Tensor) -> Tensor:
+        pixels: Tensor = network.decode(latents.restored(x.float())).sample  # type: ignore[operator]
+        return pixels
+
+    return decode
 
 
 def build_autoencoder(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> nn.Module:
-    """Diffusers' network of this configuration, with these weights.
+    """Builds diffusers' network of this configuration, with these weights.
 
     Raises:
-        BadDataError: it is another kind of network, or the weights are not those that it describes, or not finite.
+        BadDataError: another kind of network, or weights that do not fit the configuration or are not finite.
         BadRequestError: diffusers is not installed.
     """
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-        raise BadDataError(
-            f"{where} is a {config['_class_name']!s:.60}: of diffusers' autoencoders AutoencoderKL is read"
-        )
+        raise BadDataError(f"{where} is a {config['_class_name']!s:.60}, and only AutoencoderKL is supported")
     widths, layers = config.get("block_out_channels", [64]), config.get("layers_per_block", 1)
     try:
-        is_small = len(widths) <= MOST_LEVELS and max(map(int, widths)) <= MOST_CHANNELS and int(layers) <= MOST_LAYERS
+        if len(widths) > MOST_LEVELS or max(map(int, widths)) > MOST_CHANNELS or int(layers) > MOST_LAYERS:
+            raise ValueError
     except (TypeError, ValueError):
-        is_small = False
-    if not is_small:
-        raise BadDataError(f"{where}: block_out_channels={widths!s:.60} with layers_per_block={layers!s:.20} is none")
+        wrong = f"block_out_channels={widths!s:.60} or layers_per_block={layers!s:.20}"
+        raise BadDataError(f"{where}: wrong {wrong}") from None
     try:
         from diffusers import AutoencoderKL
     except ModuleNotFoundError as error:
         raise BadRequestError(f"latents need more than is installed ({error}): {how_to_install('latents')}") from None
     try:
-        # Nothing is allocated for what the weights do not fill.
+        # On "meta" no memory is allocated before the weights are assigned.
         with torch.device("meta"):
             network = AutoencoderKL.from_config(dict(config))
         network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-        said = " ".join(str(error).split())
-        raise BadDataError(f"{where}: its weights are not those of its configuration ({said:.200})") from None
+        reason = " ".join(str(error).split())
+        raise BadDataError(f"{where}: its weights do not fit its configuration ({reason:.200})") from None
     if bad := [name for name, weights in network.named_parameters() if not weights.isfinite().all()]:
         raise BadDataError(f"{where}: the tensor {bad[0]} holds values that are not finite: get the file again")
     return network

@@ -1,7 +1,7 @@
-"""What a node keeps of a dataset: every image decoded once where they fit, else the encoded shards that are due.
+"""A node's cache of a dataset: all images decoded, if they fit the budget, else the encoded shards that are due.
 
-The two caches give the same images for the same indices. Neither holds memory that grows with the dataset: what they
-keep lies in files, which all processes of the node share.
+Both caches give the same images for the same indices. They store images in files that all processes of the node share,
+so their memory does not grow with the dataset.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from job.store.files import os_errors
 
 _IS_FILLED = 1 << 32
 _CHOOSERS = 8
-"""Shards from which a few images are read at a time: these wait for the bucket, and not for a processor."""
+"""Number of shards from which a few images are read at a time: the threads wait for the bucket, not for a processor."""
 
 
 def default_cache_dir() -> Path:
-    """`$DDPM_CACHE`, else `$XDG_CACHE_HOME/ddpm`, else `~/.cache/ddpm`.
+    """Returns `$DDPM_CACHE`, else `$XDG_CACHE_HOME/ddpm`, else `~/.cache/ddpm`.
 
     Raises:
-        BadRequestError: none of them is set, and the user has no home.
+        BadRequestError: neither variable is set, and the user has no home.
     """
     folder = os.environ.get("DDPM_CACHE") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/ddpm"
     try:
@@ -58,23 +58,23 @@ def open_cache(
     progress: Callable[[int, int], None] = lambda done, total: None,
     stop: Stop = NEVER,
 ) -> ImageCache:
-    """Opens a node's cache of the dataset at `key`; processes of one node that open it share its files and the work.
+    """Opens a node's cache of the dataset at `key`; all processes of the node share its files and the work.
 
-    Returns when every image is decoded, if these fit the budget; at once otherwise.
+    Returns after all images are decoded, if they fit the budget; at once otherwise.
 
     Args:
-        bucket: where the dataset lies.
-        key: its folder, `datasets/NAME-SIZE`.
-        index: its index.
+        bucket: bucket of the dataset.
+        key: folder of the dataset, `datasets/NAME-SIZE`.
+        index: index of the dataset.
         cache_dir: folder on a local disk; the dataset's part of it is named after `index.dataset_id`.
-        budget_bytes: how much of that disk images may take.
-        progress: called with images decoded so far, and all.
+        budget_bytes: size limit of the images on that disk.
+        progress: called with the number of images decoded so far, and of all.
         stop: asked many times a second.
 
     Raises:
-        StoppedError: `stop` said so; what has been decoded is kept.
+        StoppedError: this process has to stop; the images decoded so far are kept.
         DiskFullError: the images fit the budget but not the disk.
-        BadDataError: the bucket's shards are not what was packed.
+        BadDataError: a shard in the bucket is corrupt.
     """
     source = ShardSource(bucket, key, index, cache_dir / index.dataset_id, stop=stop)
     if index.decoded_bytes <= budget_bytes:
@@ -83,18 +83,18 @@ def open_cache(
 
 
 class ImageCache:
-    """Images of a dataset by index. Each is read where it lies in the bucket; the caches below keep them on a disk."""
+    """Images of a dataset by index, read from the bucket each time; the subclasses keep them on a disk."""
 
     def __init__(self, source: ShardSource, threads: int | None = None) -> None:
-        """Fetches the offset tables, unless they are there; decodes by so many threads, see `ImageReader`."""
+        """Fetches the offset tables, if necessary; `threads` decode, see `ImageReader`."""
         self.index, self._source, self._reader = source.index, source, ImageReader(source, threads)
         self._labels = source.records["label"]
 
     def read(self, indices: Int64s, out: Uint8s | None = None) -> Uint8s:
-        """Images `indices`, uint8 [b, H, W, C], or latents as `decode_latents`; fastest in an `out` that is used again.
+        """Returns images `indices`, uint8 [b, H, W, C], or latents as `decode_latents`; fastest into a reused `out`.
 
         Raises:
-            BadDataError: the bucket's shard is not what was packed, or one of its images is damaged.
+            BadDataError: a shard in the bucket is corrupt, or one of its images is damaged.
         """
         if out is None:
             out = np.empty((len(indices), *self.index.image_shape), np.uint8)
@@ -102,31 +102,31 @@ class ImageCache:
         return out
 
     def _read(self, indices: Int64s, out: Uint8s) -> None:
-        self._reader.read_into(out, indices, self._source.open_there)
+        self._reader.read_into(out, indices, self._source.open_unverified)
 
     def labels(self, indices: Int64s) -> Int64s:
-        """Classes of the images, int64 [b]; -1 without classes."""
+        """Returns the classes of the images, int64 [b]; -1 without classes."""
         return self._labels[indices].astype(np.int64)
 
     def prefetch(self, order: Order, image_number: int) -> None:
-        """Says that a run is about to read from `image_number` on; cheap to call for each batch."""
+        """Announces that a run will read from `image_number` on; cheap enough for each batch."""
         return
 
     def close(self) -> None:
-        """Ends its threads; what is on disk stays."""
+        """Ends the threads; the files stay."""
         self._reader.close()
 
 
 class DecodedCache(ImageCache):
     """All images as one memory-mapped array [N, H, W, C] in `images`, filled shard by shard.
 
-    `checksums` holds a little-endian uint64 per image, 2^32 + its CRC-32C once it is there. Whatever a killed process
-    or a power failure leaves in the two files, the checksums find it out and it is mended. Each image that is read is
-    compared as well, at about a microsecond: who else writes to the cache meanwhile costs speed, and teaches nothing.
+    `checksums` holds a little-endian uint64 per image, 2^32 + its CRC-32C once it is decoded. After a kill or a power
+    failure the checksums identify the images to decode again. Each image is also compared when it is read, which takes
+    about a microsecond: training never sees what another program writes into the cache.
     """
 
     def __init__(self, source: ShardSource, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Checks what is there and decodes what is missing; one process does, others wait. Raises as `open_cache`."""
+        """Verifies all images and decodes the missing ones, in one process of the node. Raises as `open_cache`."""
         super().__init__(source)
         self._images_path, self._filled_path = source.folder / "images", source.folder / "checksums"
         try:
@@ -138,23 +138,23 @@ class DecodedCache(ImageCache):
         except BaseException:
             self.close()
             raise
-        # As in the other cache.
-        source.stop, self._is_harmed = NEVER, False
-        # From here on images are read in random order, of which reading ahead would make a multiple.
+        # A stop does not interrupt a batch: see `ShardCache`.
+        source.stop, self._is_damaged = NEVER, False
+        # Images are read in random order from now on, and read-ahead would multiply the bytes.
         self._file.madvise(mmap.MADV_RANDOM)
 
     def _read(self, indices: Int64s, out: Uint8s) -> None:
-        # "raise" would make numpy fill a buffer of its own first.
+        # With mode "raise" numpy would fill a temporary buffer first.
         np.take(self._images, indices, axis=0, out=out, mode="clip")
         if _checksums(out) != self._filled[indices].tolist():
-            if not self._is_harmed:
-                said = "is no longer what was decoded: reading such images from the bucket; the next start mends it"
-                logging.getLogger(__name__).warning(f"{self._images_path} {said}")
-            self._is_harmed = True
+            if not self._is_damaged:
+                remedy = "reading the damaged images from the bucket; the next start repairs it"
+                logging.getLogger(__name__).warning(f"{self._images_path} has changed since it was decoded: {remedy}")
+            self._is_damaged = True
             super()._read(indices, out)
 
     def _missing(self) -> list[int]:
-        """Maps the files and returns the shards whose images are not in them, or not intact."""
+        """Maps the files, and returns the shards whose images are missing or damaged."""
         shards, threads = range(len(self.index.shards)), self._reader.threads
         shape = self.index.images, *self.index.image_shape
         try:
@@ -162,7 +162,7 @@ class DecodedCache(ImageCache):
                 self._file = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
                 self._images: Uint8s = np.frombuffer(self._file, np.uint8).reshape(shape)
                 self._filled = np.memmap(self._filled_path, "<u8", "r", shape=(self.index.images,))
-        # They are not there, or not of their size.
+        # They do not exist, or have another size.
         except (MissingInputError, ValueError):
             return list(shards)
 
@@ -195,19 +195,19 @@ class DecodedCache(ImageCache):
 class ShardCache(ImageCache):
     """Verified shards in the folder `shards`, the least recently used evicted first; images are decoded at each read.
 
-    The processes of a node share the files and the budget, and change what is there under one lock. None keeps a shard
-    open from one read to the next, so that an evicted one gives its place on disk back, while a reader that has just
-    opened it reads on. From a bucket that is a folder, shards are read where they lie, and nothing is kept.
+    The processes of a node share the files and the budget, and change the folder under one lock. A shard is open only
+    during a read, so that an evicted shard frees its disk space; a reader that has just opened it can finish. Shards of
+    a local bucket are read without a copy.
     """
 
     def __init__(self, source: ShardSource, budget_bytes: int) -> None:
-        """Keeps at most `budget_bytes` of shards, or one if that is less."""
+        """Keeps at most `budget_bytes` of shards, but at least one shard."""
         super().__init__(source)
         self._budget_bytes = budget_bytes
         self._folder = source.folder / "shards"
         with os_errors(self._folder):
             self._folder.mkdir(exist_ok=True)
-        # A batch on its way is delivered, so that training stops between steps, where all processes agree, and saves.
+        # A stop does not interrupt a batch: training stops between steps, where all processes agree, and saves.
         source.stop = NEVER
         self._verified = cache(lambda shard: source.verified(shard, self._folder))
         self._block: tuple[int, int] | None = None
@@ -218,14 +218,14 @@ class ShardCache(ImageCache):
         try:
             self._reader.read_into(out, indices, self._open)
         except BadDataError:
-            # What has rotted on this disk since it was fetched is the bucket's no longer: fetch it anew.
+            # The copy on this disk may be corrupt: fetch the shards again.
             with self._source.lock():
                 for shard in np.searchsorted(self._source.starts, indices, side="right") - 1:
                     self._path(shard).unlink(missing_ok=True)
             self._reader.read_into(out, indices, self._open)
 
     def _open(self, shard: int) -> BinaryIO:
-        """A shard's file, fetched if it is not here; each image that is read from it is compared with its checksum."""
+        """Opens a shard's file, and fetches it if necessary; the reader compares each image with its checksum."""
         if self._source.is_local:
             return _shard_file(self._verified(shard))
         while True:
@@ -247,7 +247,7 @@ class ShardCache(ImageCache):
                 path.replace(self._path(shard))
 
     def _make_room(self, missing: list[int]) -> None:
-        """Evicts shards, those that are not due and were not read for longest first, until `missing` fit the budget."""
+        """Evicts shards until `missing` fit the budget: first those not due, the least recently used before others."""
         due = {self._path(shard) for shard in self._due}
         files = sorted(self._folder.iterdir(), key=lambda path: (path in due, path.stat().st_mtime_ns))
         excess_bytes = sum(path.stat().st_size for path in files) - self._budget_bytes
@@ -259,18 +259,18 @@ class ShardCache(ImageCache):
             path.unlink()
 
     def prefetch(self, order: Order, image_number: int) -> None:
-        """Fetches in the background, soonest needed first, as many of the coming shards as the budget holds.
+        """Fetches the next shards in the background, in the order of their use, as far as the budget permits.
 
         Raises:
-            BadConfigError: the shards of one block are more than the budget holds, so that nearly every image would
-                cost the transfer of a shard.
+            BadConfigError: the shards of one block exceed the budget, so that nearly every image would cost the
+                transfer of a shard.
         """
         block = order.block_of(image_number)
         if block == self._block or self._source.is_local:
             return
         if self._block is None:
             self._check_fits(order)
-        # The rest of an epoch and the next one name all shards.
+        # The rest of an epoch and the next epoch contain all shards.
         upcoming = dict.fromkeys(islice(order.upcoming_shards(image_number), 2 * len(self.index.shards)))
         sums_bytes = accumulate(self.index.shards[shard].bytes for shard in upcoming)
         fitting = [sum_bytes for sum_bytes in sums_bytes if sum_bytes <= self._budget_bytes]
@@ -278,7 +278,7 @@ class ShardCache(ImageCache):
         self._prefetcher.submit(self._prefetch, self._due)
 
     def _prefetch(self, due: tuple[int, ...]) -> None:
-        # An error ends up unread in the future: whoever needs the shard meets it again, and reports it.
+        # An error is ignored here: the read of the shard raises it again.
         missing = (shard for shard in due if not self._path(shard).exists())
         while (group := list(islice(missing, DOWNLOADS))) and self._due is due:
             self._fetch(group)
@@ -296,14 +296,14 @@ class ShardCache(ImageCache):
             )
 
     def close(self) -> None:
-        """Ends its threads; a download that is under way is waited for."""
+        """Ends the threads, after the current download."""
         self._due = ()
         self._prefetcher.shutdown(cancel_futures=True)
         super().close()
 
 
 def chosen_images(bucket: Store, key: str, index: DatasetIndex) -> ImageCache:
-    """For a few images that a person wants to see: no shard of the dataset at `key` is fetched for them."""
+    """Opens the dataset at `key` to read a few images, for which no shard is fetched."""
     return ImageCache(ShardSource(bucket, key, index, default_cache_dir() / index.dataset_id), _CHOOSERS)
 
 
@@ -313,7 +313,7 @@ def _shard_file(path: Path) -> BinaryIO:
 
 
 def _allocate(path: Path, size_bytes: int) -> None:
-    """Makes a file take its place on disk now: one with holes is SIGBUS when the disk is full later."""
+    """Allocates a file on the disk: with a sparse file, a disk that is full later would cause SIGBUS."""
     where = f"{path} ({size_bytes:,} bytes; DDPM_CACHE moves it, data.cache_gigabytes limits it)"
     try:
         with os_errors(where), path.open("ab") as file:
@@ -325,5 +325,5 @@ def _allocate(path: Path, size_bytes: int) -> None:
 
 
 def _checksums(images: Uint8s) -> list[int]:
-    """What is noted of them."""
+    """Returns the records of images in the file `checksums`."""
     return [_IS_FILLED | google_crc32c.value(image) for image in images]

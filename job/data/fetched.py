@@ -1,6 +1,6 @@
-"""A file at a source that is no bucket, fetched into the cache, where it stays until it is packed.
+"""Fetches a file from a server that is not a bucket into the cache, where it stays until it is packed.
 
-A fetch that broke off goes on where it was, but only in the same file.
+An interrupted fetch resumes at its position if the file on the server has not changed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from job.data.cache import default_cache_dir
-from job.exits import BadDataError, BadRequestError, BucketAwayError, DiskFullError, JobError
+from job.exits import BadDataError, BadRequestError, BucketAwayError, DiskFullError
 from job.progress import Progress
 from job.store import is_foreign, split_chain
 from job.store.files import os_errors
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from job.store.foreign import About, ForeignStore
 
 SPARE_BYTES = 1 << 30
-"""A fetched file leaves so much of the disk free."""
+"""Space that a fetched file leaves free on the disk."""
 
 
 def fetched(store: ForeignStore, key: str, source: str) -> Path:
-    """The file `key`, which is that at the URL `source`, on the local disk.
+    """Fetches the file `key` of a store, at the URL `source`, and returns its local path.
 
     Raises:
-        BadDataError: the server does not say how large it is, sends another size, or another file in the middle of it.
-        BadRequestError: another process fetches it.
-        DiskFullError: the disk has no room for it.
+        BadDataError: the server does not give the file's size, sends another size, or changes the file meanwhile.
+        BadRequestError: another process fetches the same file.
+        DiskFullError: the file does not fit the disk.
     """
     about = store.about(key)
     if not about.size_bytes:
-        raise BadDataError(f"{store.uri_of(key)} does not say how large it is: download it, and pack the file")
+        raise BadDataError(f"the server does not give the size of {store.uri_of(key)}: download it, and pack the file")
     known = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
     whole = _place(source).with_suffix(f".{known}")
     with os_errors(whole.parent):
@@ -47,12 +47,12 @@ def fetched(store: ForeignStore, key: str, source: str) -> Path:
                 _fetch(store, key, about, whole)
     except Timeout:
         where = store.uri_of(key)
-        raise BadRequestError(f"another process fetches {where} just now: begin again when it is done") from None
+        raise BadRequestError(f"another process fetches {where}: begin again when it has finished") from None
     return whole
 
 
 def forget(source: str) -> None:
-    """Removes what was fetched of a source: it is packed, or of no use."""
+    """Removes the fetched files of a source, after it is packed or refused."""
     inside, archive = split_chain(source)
     if inside:
         forget(archive)
@@ -72,12 +72,12 @@ def _fetch(store: ForeignStore, key: str, about: About, whole: Path) -> None:
     part = whole.with_name(f"{whole.name}-part")
     with os_errors(part), part.open("a+b") as file:
         if not about.version:
-            # The part may be of another file.
+            # Without a version the part may belong to another file.
             file.truncate(0)
         free_bytes = shutil.disk_usage(part.parent).free
         if size_bytes - file.tell() > free_bytes - SPARE_BYTES:
             raise DiskFullError(
-                f"{where} has {size_bytes:,} bytes, and {part.parent} room for {free_bytes:,}: set DDPM_CACHE to a "
+                f"{where} has {size_bytes:,} bytes, and {part.parent} has {free_bytes:,} free: set DDPM_CACHE to a "
                 "larger disk, or pack it from a bucket"
             )
         furthest = file.tell()
@@ -95,11 +95,11 @@ def _fetch(store: ForeignStore, key: str, about: About, whole: Path) -> None:
                         bar.update(file.tell() >> 20)
                         if file.tell() > size_bytes:
                             break
-                    # The rest may come in parts, but an answer from the first byte on is the whole file.
+                    # A server may send the rest in parts, but an answer from byte 0 on is the whole file.
                     if start and file.tell() < size_bytes:
                         raise BucketAwayError(f"{where} sends {file.tell():,} of {size_bytes:,} bytes")
                 except BucketAwayError:
-                    # A server without ranges sends the same bytes again for ever, which is no progress.
+                    # A server without ranges would send the same bytes again without end.
                     if file.tell() <= furthest:
                         raise
                     furthest = file.tell()
@@ -107,17 +107,17 @@ def _fetch(store: ForeignStore, key: str, about: About, whole: Path) -> None:
                     return
                 if (received_bytes := file.tell()) != size_bytes:
                     file.truncate(0)
-                    raise _wrong_size(where, size_bytes, received_bytes)
+                    sizes = (
+                        f"{where}: the server gives a size of {size_bytes:,} bytes and sends {received_bytes:,} or more"
+                    )
+                    # An empty answer may be an outage.
+                    if not received_bytes:
+                        raise BucketAwayError(sizes)
+                    raise BadDataError(f"{sizes}: download it, and pack the file")
 
             while file.seek(0, 2) < size_bytes:
                 store.retry(go_on)
         if store.about(key) != about:
             file.truncate(0)
-            raise BadDataError(f"{where} was changed just now: begin again")
+            raise BadDataError(f"{where} has changed during the read: begin again")
     part.replace(whole)
-
-
-def _wrong_size(where: str, size_bytes: int, received_bytes: int) -> JobError:
-    """Returns the error that a whole answer has another size than the server gave; an empty one may be an outage."""
-    said = f"{where}: the server gives a size of {size_bytes:,} bytes and sends {received_bytes:,} or more"
-    return BadDataError(f"{said}: download it yourself, and pack the file") if received_bytes else BucketAwayError(said)

@@ -1,9 +1,9 @@
-"""WebDataset tars of other people, which become a dataset where they lie: which a person means, and what is in them.
+"""WebDataset tars that are indexed in place: finds them, and reads their samples.
 
-A sample is what lies side by side under one key, the name up to the first dot of its last component: `000000000.jpg`,
+A sample consists of adjacent files with the same key, the path up to the first dot of the file's name: `000000000.jpg`,
 `.txt` and `.json` of img2dataset, or an image and its class in a `.cls` (https://github.com/webdataset/webdataset). Of
-several images under a key the one of the plain name is taken, `a.jpg` beside `a.mask.png`; without it, or with numbers
-such as `a.1.jpg`, nobody knows which is meant, and the tar is refused.
+several images under a key the one with the plain name is taken, `a.jpg` beside `a.mask.png`. Without a plain name, or
+with numbers such as `a.1.jpg`, the choice is ambiguous, and the tar is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from itertools import groupby, islice
 from braceexpand import braceexpand
 
 from job.data.archives import tar_members
-from job.data.members import SUFFIXES, Member, is_litter, refusing
+from job.data.members import SUFFIXES, Member, is_hidden, refusing
 from job.data.shards import Digests, is_tar_uri
 from job.data.sources import BAD_CLASS, Sample, Source
 from job.exits import BadDataError, BadRequestError, MissingInputError
@@ -26,7 +26,7 @@ from job.progress import printable
 from job.store import Retry, Store, open_to_read, split_uri, without_queries
 
 MOST_TARS = 100_000
-"""What the five digits in a shard's name can count."""
+"""The number of tars that five digits in a shard's name can count."""
 
 _SAMPLE_KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
 _CLASS = re.compile(rb"\s*(\d{1,5})\s*")
@@ -34,7 +34,7 @@ _CLASS = re.compile(rb"\s*(\d{1,5})\s*")
 
 @dataclass(frozen=True)
 class ForeignTar:
-    """A plain tar in somebody's bucket or folder: the store and key to read it with, and its size."""
+    """A plain tar in a bucket or a folder: its store, key and size."""
 
     store: Store
     key: str
@@ -42,15 +42,15 @@ class ForeignTar:
 
     @property
     def uri(self) -> str:
-        """Absolute, and the same however it was typed."""
+        """Returns the absolute URI, which is the same for all spellings."""
         return self.store.uri_of(self.key)
 
     def samples(self, digests: Digests | None = None) -> Iterator[Sample]:
-        """All samples that have an image, in order; `digests` take every byte of the tar meanwhile.
+        """Yields all samples that have an image, in order, and updates `digests` with every byte of the tar.
 
         Raises:
-            BadDataError: the tar is unsafe, truncated, damaged or compressed, or nobody knows which of the images of
-                one sample is meant; it names the entry.
+            BadDataError: the tar is unsafe, truncated, damaged or compressed, or a sample has several possible images;
+                the message names the entry.
         """
         tar = split_uri(self.key)[1]
         for _, files in groupby(self._files(digests), key=lambda file: file[0]):
@@ -62,14 +62,14 @@ class ForeignTar:
                     if f".{suffix.rpartition('.')[2]}" in SUFFIXES:
                         names.append(member.name)
                         is_numbered |= suffix[0].isdigit()
-                        # `photo.jpg` is meant where there is a `photo.mask.png` as well.
+                        # `photo.jpg` is the image, `photo.mask.png` is not.
                         if image is None or (is_plain and not plain_names):
                             image = Sample(f"{tar}/{member.name}", member.read(), offset=member.offset)
                         plain_names += is_plain
                     elif suffix == "cls":
                         match = _CLASS.fullmatch(member.read())
                         label = int(match[1]) if match else BAD_CLASS
-            # `photo.1.jpg` is no part of a `photo.jpg`.
+            # `photo.1.jpg` belongs to another image than `photo.jpg`.
             if len(names) > 1 and (is_numbered or plain_names != 1):
                 raise BadDataError(
                     f"{self.uri}: {names[0]!r} and {names[1]!r} would be one sample, for its key ends at the first dot "
@@ -79,43 +79,41 @@ class ForeignTar:
                 yield replace(image, label=label)
 
     def _files(self, digests: Digests | None) -> Iterator[tuple[str, str, Member]]:
-        """Key, suffix and the file itself, of each that belongs to a sample."""
+        """Yields the key and suffix of each file of a sample, and the file."""
         for member in Source(self.uri, partial(tar_members, partial(self.store.open, self.key), digests)).members():
-            if not is_litter(member.name) and (match := _SAMPLE_KEY.fullmatch(member.name)):
+            if not is_hidden(member.name) and (match := _SAMPLE_KEY.fullmatch(member.name)):
                 yield match[1], match[2].lower(), member
 
 
 def find_tars(words: Iterable[str], retry: Retry | None = None) -> list[ForeignTar]:
-    """The tars that `words` name, in that order; those of a folder in key order, with those of its sub-folders.
+    """Finds the tars that `words` name, in that order; those of a folder and its sub-folders in key order.
 
     Args:
-        words: URIs of tars and folders, or patterns of such, which are expanded as a shell does it.
-        retry: with which their buckets are opened.
+        words: URIs of tars and folders, or brace patterns, which are expanded as in a shell.
+        retry: how operations on their buckets are repeated.
 
     Raises:
-        MissingInputError: there is nothing at one of them, or a folder without tars.
-        BadRequestError: a pattern that is none, the same tar twice, or more than `MOST_TARS`.
+        MissingInputError: a tar does not exist, or a folder holds no tar.
+        BadRequestError: a wrong pattern, the same tar twice, or more than `MOST_TARS`.
     """
     tars: dict[str, ForeignTar] = {}
     for word in words:
         if without_queries(word) != word:
-            raise BadRequestError(
-                f"{without_queries(word)}?…: its query, which may be a signature, would stand in an index"
-            )
+            raise BadRequestError(f"{without_queries(word)}?…: its query may be a signature, which an index would show")
         for tar in _tars_at(word, retry):
             if tar.uri in tars:
                 raise BadRequestError(f"{tar.uri} is named twice: its images would count twice")
             if not is_tar_uri(tar.uri) or printable(tar.uri) != tar.uri:
-                raise BadRequestError(f"{tar.uri!r} cannot stand in an index: http:// and odd characters may not")
+                raise BadRequestError(f"{tar.uri!r} cannot be in an index: http:// and control characters may not")
             tars[tar.uri] = tar
             if len(tars) > MOST_TARS:
-                raise BadRequestError(f"more than {MOST_TARS:,} tars: a dataset has no names for so many shards")
+                raise BadRequestError(f"more than {MOST_TARS:,} tars: a shard's name has five digits")
     return list(tars.values())
 
 
 def _tars_at(word: str, retry: Retry | None) -> Iterator[ForeignTar]:
     try:
-        # braceexpand would hold all that is between them.
+        # braceexpand would keep the whole range in memory.
         if re.search(r"\d{7}\.\.|\.\.-?\d{7}", word):
             raise ValueError
         uris = list(islice(braceexpand(word, escape=False), MOST_TARS + 1))
@@ -132,7 +130,7 @@ def _tars_at(word: str, retry: Retry | None) -> Iterator[ForeignTar]:
             with store.open(name) as file:
                 yield ForeignTar(store, name, file.seek(0, io.SEEK_END))
         else:
-            # A pattern costs a bucket one listing, instead of a question for each tar.
+            # A pattern costs one listing per folder, instead of a request per tar.
             if folder not in listed:
                 listed[folder] = {tar.key: tar for tar in _tars_below(open_to_read(folder, retry))}
             if name not in listed[folder]:
@@ -141,7 +139,7 @@ def _tars_at(word: str, retry: Retry | None) -> Iterator[ForeignTar]:
 
 
 def _tars_below(store: Store) -> Iterator[ForeignTar]:
-    tars = [entry for entry in store.list() if entry.key.endswith(".tar") and not is_litter(entry.key)]
+    tars = [entry for entry in store.list() if entry.key.endswith(".tar") and not is_hidden(entry.key)]
     if not tars:
         raise MissingInputError(f"{store.uri} holds no .tar")
     for entry in tars:

@@ -1,4 +1,4 @@
-"""Images of shards, read and decoded by threads."""
+"""Reads the images of shards and decodes them by threads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from job.data.ahead import in_order
 from job.data.images import Recipe, RejectedImageError, codec_versions, decode, decode_latents, prepare
 from job.data.order import Int64s
 from job.data.shard_source import ShardSource
-from job.data.shards import DatasetIndex, Record
+from job.data.shards import Record
 from job.exits import BadDataError
 
 Uint8s = npt.NDArray[np.uint8]
@@ -29,13 +29,18 @@ class ImageReader:
     """Decodes the images of a `ShardSource`; thread-safe."""
 
     def __init__(self, source: ShardSource, threads: int | None = None) -> None:
-        """Decodes so many images at a time: one per processor, if `threads` does not say it.
+        """Starts `threads` decoders, by default one per processor.
 
         Raises:
-            BadRequestError: a recipe that makes no sense.
+            BadRequestError: the crop or the filter of the index is not valid.
         """
-        self.source, self.threads = source, threads or os.cpu_count() or 1
-        self._recipe = _recipe(source.index) if source.index.is_foreign else None
+        self.source, self.threads, index = source, threads or os.cpu_count() or 1, source.index
+        self._recipe = None
+        if index.is_foreign:
+            self._recipe = Recipe(index.size, index.crop, index.resize_filter, index.channels, min_side=1)
+            if index.codecs != (here := codec_versions()):
+                said = f"was indexed with {index.codecs}, and is read with {here}: the lowest bits may differ"
+                logging.getLogger(__name__).warning(f"dataset {index.name} {said}")
         self._decoders = ThreadPoolExecutor(self.threads, "decode")
 
     def read_into(
@@ -49,8 +54,8 @@ class ImageReader:
             open_shard: opens the file of a shard; called in the threads.
 
         Raises:
-            BadDataError: an image is not the one that was packed, or damaged, or of another size.
-            StoppedError: this process is to stop.
+            BadDataError: an image differs from the index, is damaged, or has another size.
+            StoppedError: this process has to stop.
         """
         shards = np.searchsorted(self.source.starts, indices, side="right") - 1
         rows, records = (indices - self.source.starts[shards]).tolist(), self.source.records[indices].tolist()
@@ -70,10 +75,10 @@ class ImageReader:
             pass
 
     def read_image(self, shard: int, row: int, record: Record, file: BinaryIO) -> Uint8s:
-        """Image `row` of a shard, of which `record` says where in `file` it lies; raises as `read_into`."""
+        """Returns image `row` of a shard from its place `record` in `file`; raises as `read_into`."""
         offset, size_bytes, _, checksum = record
         file.seek(offset)
-        encoded, wrong = file.read(size_bytes), f"it is not as it was {self.source.made}"
+        encoded, problem = file.read(size_bytes), "it differs from the index"
         try:
             if google_crc32c.value(encoded) == checksum:
                 if self._recipe is not None:
@@ -81,20 +86,11 @@ class ImageReader:
                 decoder = decode_latents if self.source.index.encoding else decode
                 return decoder(encoded, self.source.index.channels, self.source.index.size)
         except RejectedImageError as error:
-            wrong = f"it {error}"
+            problem = f"it {error}"
         except BadDataError as error:
-            wrong = str(error)
-        raise BadDataError(f"{self.source.uri(shard)}, image {row} (at byte {offset}): {wrong}: {self.source.mend}")
+            problem = str(error)
+        raise BadDataError(f"{self.source.uri(shard)}, image {row} (at byte {offset}): {problem}: {self.source.remedy}")
 
     def close(self) -> None:
         """Ends the threads."""
         self._decoders.shutdown(cancel_futures=True)
-
-
-def _recipe(index: DatasetIndex) -> Recipe:
-    """What is done to each image of tars that were indexed in place."""
-    if index.codecs != codec_versions():
-        logging.getLogger(__name__).warning(
-            f"dataset {index.name} was indexed with {index.codecs}, and not {codec_versions()}: last bits may differ"
-        )
-    return Recipe(index.size, index.crop, index.resize_filter, index.channels, min_side=1)

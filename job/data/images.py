@@ -1,6 +1,6 @@
-"""One image: from whatever a person has to the PNG that lies in a shard, and from there to the array trained on.
+"""Converts one image: from a source's file to the PNG in a shard, and from there to the array for training.
 
-How images are cropped and resized changes an FID more than most methods do: both are part of a dataset's record.
+Crop and filter change an FID more than most methods do, so both are part of a dataset's index.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from job.exits import BadDataError, BadRequestError
 
 FILTERS = ("lanczos", "bicubic", "bilinear", "box")
 PIXEL_LIMIT = 89_478_485
-"""Pillow's own limit (a quarter of a gigabyte as RGB), beyond which a file of a few kilobytes may be a bomb."""
+"""Pillow's limit (a quarter of a gigabyte as RGB): a file of a few kilobytes may decode to more than the memory."""
 
-# Ghostscript and other interpreters that Pillow can call are no place for strangers' files.
+# Pillow would pass other formats to Ghostscript and other interpreters, which must not read strangers' files.
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-_NO_PACKED_IMAGE = "an image is damaged, or no PNG"
+_NO_PACKED_IMAGE = "an image is damaged, or not a PNG"
 _CROP = re.compile(r"center|center:(?P<side>[1-9]\d{0,5})|squash|(?P<box>\d{1,6},\d{1,6},[1-9]\d{0,5},[1-9]\d{0,5})")
 
-# Pillow warns of large images, which are rejected here, and of broken EXIF, in the midst of a progress bar.
+# Pillow's warnings of large images, which are rejected here, and of broken EXIF would break a progress bar.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class RejectedImageError(Exception):
-    """An image that is left out of the dataset, and why."""
+    """The reason why an image is left out of the dataset."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What is done to each image.
+    """How each image is cropped and resized.
 
     Attributes:
         size: height and width of the result in pixels.
@@ -61,7 +61,7 @@ class Recipe:
     min_side: int
 
     def __post_init__(self) -> None:
-        """Raises `BadRequestError` for a value that means nothing."""
+        """Raises `BadRequestError` for an invalid value."""
         if not _CROP.fullmatch(self.crop):
             raise BadRequestError(f"--crop {self.crop!r}: use center, center:SIDE, squash or LEFT,TOP,WIDTH,HEIGHT")
         if self.resize_filter not in FILTERS:
@@ -70,10 +70,10 @@ class Recipe:
             raise BadRequestError(f"{self.channels} channels: use 3 for colour or 1 for grey")
 
     def box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """The crop (left, top, right, bottom) of an image of this size.
+        """Returns the crop (left, top, right, bottom) of an image of this size.
 
         Raises:
-            RejectedImageError: it is not inside of the image.
+            RejectedImageError: the crop is outside the image.
         """
         crop = _CROP.fullmatch(self.crop)
         assert crop is not None
@@ -90,13 +90,13 @@ class Recipe:
 
 
 def prepare(encoded: bytes, recipe: Recipe) -> np.ndarray:
-    """Decodes an image file, sets it upright, crops and resizes it.
+    """Decodes an image file, turns it upright, crops and resizes it.
 
     Returns:
         uint8 [size, size, channels].
 
     Raises:
-        RejectedImageError: unreadable, truncated, too small, too large, or the crop is outside of it.
+        RejectedImageError: the image is unreadable, truncated, too small or too large, or the crop is outside.
     """
     try:
         formats = (*_FORMATS, *_heif()) if encoded[4:8] == b"ftyp" else _FORMATS
@@ -112,8 +112,8 @@ def prepare(encoded: bytes, recipe: Recipe) -> np.ndarray:
     except RejectedImageError:
         raise
     except UnidentifiedImageError:
-        raise RejectedImageError("is damaged from its beginning, or no image of a kind that is read") from None
-    # Decoders meet broken files with anything from SyntaxError to ZeroDivisionError; each means the same here.
+        raise RejectedImageError("is damaged at its beginning, or has an unknown format") from None
+    # For damaged files decoders raise anything from SyntaxError to ZeroDivisionError, with the same meaning.
     except Exception as error:
         raise RejectedImageError(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
     image = image.resize((recipe.size, recipe.size), Image.Resampling[recipe.resize_filter.upper()], reducing_gap=None)
@@ -122,7 +122,7 @@ def prepare(encoded: bytes, recipe: Recipe) -> np.ndarray:
 
 @functools.cache
 def _heif() -> tuple[str, ...]:
-    """The format that telephones write, once Pillow reads it."""
+    """Registers the reader of HEIF, the format of many telephones, and returns its name."""
     import pi_heif
 
     pi_heif.register_heif_opener(thumbnails=False, decode_threads=1)
@@ -130,13 +130,13 @@ def _heif() -> tuple[str, ...]:
 
 
 def _in_channels(image: Image.Image, channels: int) -> Image.Image:
-    """The image with 8 bits per channel, transparency replaced by white."""
+    """Returns the image with 8 bits per channel, transparency replaced by white."""
     if image.mode.startswith("I"):
-        # Pillow's own conversion cuts 16 bits off at 255 instead of scaling them.
+        # Pillow would clip 16 bits at 255 instead of scaling them.
         levels = np.asarray(image).clip(0, 65535).astype(np.uint32)
         image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     elif image.mode == "F":
-        raise RejectedImageError("has floating-point pixels, whose range is anybody's guess")
+        raise RejectedImageError("has floating-point pixels, whose range is unknown")
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -144,16 +144,16 @@ def _in_channels(image: Image.Image, channels: int) -> Image.Image:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """Encodes uint8 [height, width, channels] for a shard."""
+    """Encodes uint8 [height, width, channels] as a PNG for a shard."""
     file = io.BytesIO()
-    # Run lengths of filtered rows: 64×64 photographs come out 4 % smaller than from deflate at level 1, 20 % sooner.
+    # Run-length coding of filtered rows: 4 % smaller and 20 % faster for 64×64 photographs than deflate at level 1.
     image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
     image.save(file, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
     return file.getvalue()
 
 
 def codec_versions() -> str:
-    """Versions of the decoders and encoders, which decide the bytes of a packed image."""
+    """Returns the versions of the decoders and encoders, which determine the bytes of a packed image."""
     libraries = ("jpg", "libjpeg_turbo", "zlib", "zlib_ng", "webp", "avif", "libtiff")
     versions = [f"pillow {features.version('pil')}", *(f"{name} {features.version(name)}" for name in libraries)]
     return " ".join([*versions, f"heif {metadata.version('pi-heif')}"])
@@ -165,24 +165,24 @@ def decode(encoded: bytes, channels: int, size: int) -> np.ndarray:
     Args:
         encoded: a PNG.
         channels: 3 or 1.
-        size: which height and width it must have.
+        size: the height and width that it must have.
 
     Returns:
         uint8 [size, size, channels].
 
     Raises:
-        BadDataError: the bytes are no PNG, or one of another size.
+        BadDataError: the bytes are not a PNG, or have another size.
     """
     import torch
 
     if not encoded.startswith(_PNG_MAGIC) or encoded[12:16] != b"IHDR":
         raise BadDataError(_NO_PACKED_IMAGE)
-    # A decoder would take the memory for whatever size the image claims.
+    # A decoder would allocate memory for any size in the header.
     width, height = int.from_bytes(encoded[16:20]), int.from_bytes(encoded[20:24])
     if (width, height) != (size, size):
         raise BadDataError(f"it is {width}×{height} pixels in a dataset of {size}×{size}")
     try:
-        # torchvision's `ImageReadMode`s are numbers of channels.
+        # torchvision's `ImageReadMode`s equal the numbers of channels.
         image: torch.Tensor = _decoder()(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), channels)
     except RuntimeError:
         raise BadDataError(_NO_PACKED_IMAGE) from None
@@ -190,7 +190,7 @@ def decode(encoded: bytes, channels: int, size: int) -> np.ndarray:
 
 
 def encode_latents(moments: np.ndarray) -> bytes:
-    """Encodes mean and log-variance, float16 [2 C, h, w], for a shard: an `.npy`."""
+    """Encodes mean and log-variance, float16 [2 C, h, w], as an `.npy` for a shard."""
     return _npy_header(moments.shape) + moments.astype("<f2").tobytes()
 
 
@@ -201,11 +201,11 @@ def decode_latents(encoded: bytes, channels: int, size: int) -> np.ndarray:
         uint8 [size, size, 4 C]: the bytes of float16 [size, size, 2 C], mean and log-variance.
 
     Raises:
-        BadDataError: the bytes are no latents, or of another shape, or not finite.
+        BadDataError: the bytes are not an `.npy` of this shape, or not finite.
     """
     shape = (2 * channels, size, size)
     header, size_bytes = _npy_header(shape), 2 * math.prod(shape)
-    # A reader that went by the header would take the memory for whatever it claims, or run a pickle.
+    # `np.load` would allocate memory for any size in the header, or run a pickle.
     if len(encoded) != len(header) + size_bytes or not encoded.startswith(header):
         raise BadDataError(f"it holds no latents of {channels} channels and {size}×{size}")
     moments = np.frombuffer(encoded, "<f2", offset=len(header)).reshape(shape)
@@ -222,7 +222,7 @@ def _npy_header(shape: tuple[int, ...]) -> bytes:
 
 @functools.cache
 def _decoder() -> Callable[..., Any]:
-    """The `decode_png` of torchvision, of which importing the package would take a second more."""
+    """Returns torchvision's `decode_png`; to import the whole package would take another second."""
     import torch
 
     spec = importlib.util.find_spec("torchvision")

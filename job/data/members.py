@@ -1,4 +1,4 @@
-"""One file of a source, and the error that refuses it: archives come from strangers."""
+"""The files of a source, and the errors that refuse it: an archive from a stranger may be unsafe or damaged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _DAMAGES = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, st
 
 
 class RefusedError(Exception):
-    """Why a file is not acceptable, as the end of a sentence that begins with its name."""
+    """The reason why a file is refused, as the end of a sentence that begins with its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +40,25 @@ class Member:
 
     Attributes:
         name: its relative path.
-        read: gives its content.
-        offset: where that begins in a tar.
+        read: returns its content.
+        offset: position of the content in a tar.
+        size_bytes: size of the content; 0 where the name decides it.
     """
 
     name: str
     read: Callable[[], bytes]
     offset: int = -1
+    size_bytes: int = 0
 
 
 @contextmanager
 def refusing(where: str) -> Iterator[None]:
-    """Turns whatever a damaged file, archive or folder can cause into one clear error that begins with `where`.
+    """Turns every error of a damaged file, archive or folder into one clear error that begins with `where`.
 
     Raises:
-        BadDataError: damaged or refused.
-        MissingInputError: gone.
-        NoPermissionError: not readable by this user.
+        BadDataError: it is damaged or refused.
+        MissingInputError: it does not exist any more.
+        NoPermissionError: this user may not read it.
     """
     try:
         yield
@@ -66,25 +68,25 @@ def refusing(where: str) -> Iterator[None]:
         raise MissingInputError(f"{where} is not there (any more)") from None
     except PermissionError:
         raise NoPermissionError(f"{where} may not be read by this user: change its permissions") from None
-    # zipfile raises RuntimeError and ValueError for what makes no sense or has a password, gzip EOFError, bz2 OSError;
-    # tarfile IndexError for a sparse file that is cut off, and OverflowError for a size beyond all machines.
+    # zipfile raises RuntimeError and ValueError for wrong fields and passwords, gzip EOFError, bz2 OSError; tarfile
+    # IndexError for a truncated sparse file, and OverflowError for a size beyond all machines.
     except (*_DAMAGES, EOFError, OSError, RuntimeError, ValueError, IndexError, OverflowError) as error:
         raise BadDataError(f"{where} is truncated or damaged ({error}): get it again") from None
 
 
 def path_parts(name: str) -> tuple[str, ...]:
-    """Components of a relative path; archives made on Windows may separate them by backslashes."""
+    """Returns the components of a relative path; archives made on Windows may separate them by backslashes."""
     return tuple(name.replace("\\", "/").split("/"))
 
 
 def is_image(name: str) -> bool:
-    """Whether the name says that this is an image a person meant to keep: no hidden file, no macOS litter."""
+    """Returns whether the name is that of an image, and not of a hidden file."""
     _, dot, suffix = path_parts(name)[-1].rpartition(".")
-    return f"{dot}{suffix.lower()}" in SUFFIXES and not is_litter(name)
+    return f"{dot}{suffix.lower()}" in SUFFIXES and not is_hidden(name)
 
 
-def is_litter(name: str) -> bool:
-    """Whether an operating system or program put it there: hidden files, and the resource forks of macOS."""
+def is_hidden(name: str) -> bool:
+    """Returns whether the name is that of a hidden file or of a resource fork of macOS."""
     return any(part.startswith(".") or part == "__MACOSX" for part in path_parts(name))
 
 
@@ -94,7 +96,7 @@ def refused(name: str, problem: str) -> RefusedError:
 
 
 def read_exactly(file: IO[bytes], size: int) -> bytes:
-    """The next `size` bytes, which must be there; no header is trusted with more memory than an image may take."""
+    """Returns the next `size` bytes. A wrong size in a header cannot take more memory than the largest image file."""
     check_size(size)
     content = file.read(size)
     if len(content) != size:
@@ -109,7 +111,7 @@ def check_size(size: int) -> None:
 
 
 def unpacked(file: BinaryIO) -> tuple[BinaryIO, int]:
-    """What is in a file that may be gzipped, and how many bytes may come out of it."""
+    """Returns the content of a file that may be gzipped, and how many bytes it may have."""
     limit_bytes = max(ENTRY_BYTES, EXPANSION * file.seek(0, io.SEEK_END))
     file.seek(0)
     is_gzipped = file.read(2) == b"\x1f\x8b"

@@ -1,10 +1,10 @@
-"""The one order of the data: which image of the dataset is image n of a run, as a function of (seed, n) alone.
+"""The order of the data: maps image n of a run to an image of the dataset, as a function of (seed, n) alone.
 
-Image n is at position n mod N of epoch n div N. In each epoch the shards are permuted and laid end to end, this line is
-cut into blocks, and each block is shuffled within itself. So a reader that cannot hold the dataset needs the shards of
-one block at a time, and who reads what, where from and on how many machines does not enter into it.
+Image n is at position n mod N of epoch n div N. In each epoch the shards are permuted and concatenated, the sequence is
+cut into blocks, and each block is shuffled. A reader that cannot hold the dataset needs the shards of one block at a
+time. The number of machines, their caches and the batch size do not change the order.
 
-A run's `data.order` names this algorithm: another would show a resumed run some images twice and others never.
+A run's `data.order` names this algorithm: another one would show a resumed run some images twice and others never.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-# Fewer are enough for thousands of images; blocks of three to six show a bias below twenty.
+# Fewer rounds suffice for thousands of images, but blocks of three to six show a bias.
 _FEISTEL_ROUNDS = 20
 
 Int64s = npt.NDArray[np.int64]
@@ -30,8 +30,8 @@ class Order:
 
     Attributes:
         shard_images: images per shard, in the order of the dataset's index.
-        seed: of the run, 64 bits.
-        block_images: images that are shuffled among each other; 0 for the whole dataset.
+        seed: the run's seed, 64 bits.
+        block_images: size of a block; 0 for the whole dataset.
     """
 
     shard_images: tuple[int, ...]
@@ -40,13 +40,13 @@ class Order:
 
     @cached_property
     def images(self) -> int:
-        """Number of images in the dataset."""
+        """Returns the number of images in the dataset."""
         return sum(self.shard_images)
 
     def indices(self, image_numbers: Int64s) -> Int64s:
-        """Indices in the dataset (shard order) of the images `image_numbers` of the run, int64 [b]; any b, any order.
+        """Returns the indices in the dataset (shard order) of the run's images `image_numbers`, int64 [b].
 
-        Cheapest for thousands of ascending numbers at once.
+        The numbers may have any order; thousands of ascending ones at once are fastest.
         """
         numbers = np.asarray(image_numbers, dtype=np.int64)
         epochs, positions = np.divmod(numbers, self.images)
@@ -61,12 +61,12 @@ class Order:
         return indices
 
     def block_of(self, image_number: int) -> tuple[int, int]:
-        """Epoch, and block within it, of an image of the run."""
+        """Returns the epoch of an image of the run, and its block within the epoch."""
         epoch, position = divmod(image_number, self.images)
         return epoch, position // self._block
 
     def upcoming_shards(self, image_number: int) -> Iterator[int]:
-        """Indices of the shards that the run needs from the block of `image_number` on, soonest first, without end."""
+        """Yields the shards that the run needs from the block of `image_number` on, in order, without end."""
         epoch, block = self.block_of(image_number)
         place = block * self._block
         while True:
@@ -79,7 +79,7 @@ class Order:
         return min(self.block_images or self.images, self.images)
 
     def _layout(self, epoch: int) -> tuple[Int64s, Int64s, Int64s]:
-        """The shards as they lie end to end in an epoch, where each ends, and what makes a place there an index."""
+        """Returns an epoch's order of shards, the end of each, and the shift from a place there to an index."""
         images = np.array(self.shard_images, dtype=np.int64)
         shards = np.argsort(_key(self.seed, epoch, 0, np.arange(len(images))), kind="stable")
         ends = np.cumsum(images[shards])
@@ -87,10 +87,10 @@ class Order:
 
 
 def _shuffled(offsets: Int64s, sizes: Int64s, keys: UInt64s) -> Int64s:
-    """Keyed permutation of `range(size)` at `offset`, elementwise.
+    """Evaluates a keyed permutation of `range(size)` at `offset`, elementwise.
 
-    A Feistel network on a grid a little larger than the block, and cycle walking back into the block (Black and Rogaway
-    2002, "Ciphers with Arbitrary Finite Domains"). An even number of rows lets odd permutations occur too.
+    A Feistel network permutes a grid a little larger than the block, and cycle walking leads back into the block (Black
+    and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). An even number of rows lets odd permutations occur too.
     """
     rows = 2 * np.ceil(np.sqrt(sizes) / 2).astype(np.int64)
     columns = -(-sizes // rows)
@@ -103,7 +103,7 @@ def _shuffled(offsets: Int64s, sizes: Int64s, keys: UInt64s) -> Int64s:
 
 
 def _feistel(places: Int64s, rows: Int64s, columns: Int64s, keys: UInt64s) -> Int64s:
-    """Permutation of the cells of a grid: a round turns each column, or each row, by a hash of its number."""
+    """Permutes the cells of a grid: a round rotates each column, or each row, by a hash of its number."""
     row, column = (half.astype(np.uint32) for half in np.divmod(places, columns))
     row_count, column_count = rows.astype(np.uint32), columns.astype(np.uint32)
     key, step = keys.astype(np.uint32), (keys >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
@@ -116,28 +116,28 @@ def _feistel(places: Int64s, rows: Int64s, columns: Int64s, keys: UInt64s) -> In
 
 
 def _turned(half: UInt32s, keyed: UInt32s, count: UInt32s) -> UInt32s:
-    """(half + hash) mod count without a division; below 2^31 rows or columns the sum cannot overflow."""
+    """Returns (half + hash) mod count without a division; below 2^31 rows or columns the sum cannot overflow."""
     turn = (_mixed32(keyed).astype(np.uint64) * count) >> np.uint64(32)
     moved = half + turn.astype(np.uint32)
     return np.minimum(moved, moved - count)
 
 
 def _mixed32(x: UInt32s) -> UInt32s:
-    """The bijective hash lowbias32 (C. Wellons 2018, "Prospecting for Hash Functions")."""
+    """Returns the bijective hash lowbias32 (C. Wellons 2018, "Prospecting for Hash Functions")."""
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
     return x ^ (x >> np.uint32(16))
 
 
 def _mixed64(x: UInt64s) -> UInt64s:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators")."""
+    """Returns the finaliser of SplitMix64 (Steele et al. 2014, "Fast Splittable Pseudorandom Number Generators")."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def _key(*words: Int64s | int) -> UInt64s:
-    """64-bit keys that depend on all of their arguments, elementwise."""
+    """Returns 64-bit keys that depend on all arguments, elementwise."""
     key = np.zeros(1, dtype=np.uint64)
     for word in words:
         key = _mixed64((key ^ np.asarray(word).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))

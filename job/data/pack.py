@@ -1,16 +1,12 @@
-"""Packing: images in, a dataset in the bucket out, whoever is killed on the way.
+"""Packing: images in, a dataset in the bucket out, however often it is interrupted.
 
-A folder or an archive is copied into shards. Tars that are to stay in place are read once, to hash them and to find
-their images; then the index names them, and what training sees is what copying the same images would have given: crop
-and filter apply at each reading. Either way every image is decoded, and those that cannot be used are left out.
+A folder or an archive is copied into shards. Tars that stay in place are read once, to hash them and to find their
+images; then the index names them, and training sees what a copy of the same images would have given: crop and filter
+apply at each reading. Either way every image is decoded, and images that cannot be used are left out.
 
-The same command goes on where an attempt was interrupted. It reads a source from its beginning, for only that tells
-whether it is still the same, but decodes and uploads nothing that is in the bucket already. What comes out depends on
-the source and the parameters alone: not on threads, interruptions, or how often it was tried. So all objects are
-created once, never written over, and one that is there and is the same counts as written: attempts at the same dataset
-do each other's work, and whoever finds something else in its place gives way.
-
-What vouches for a shard until the index does is an entry in the folder `packing`, written after it.
+Each shard is a piece of work (`job.pieces`): so many images of the source, or one tar. The shards depend on the source
+and the parameters alone, not on threads, interruptions or machines. The index, created once all pieces are there, makes
+the dataset exist.
 """
 
 from __future__ import annotations
@@ -22,10 +18,10 @@ import logging
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from itertools import count, islice
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +35,8 @@ from job.data.images import Recipe, RejectedImageError, codec_versions, encode_p
 from job.data.sources import BAD_CLASS, SPLITS, Sample, open_source
 from job.data.survey import no_images, survey
 from job.exits import BadDataError, BadRequestError
-from job.sealed import Sealed
+from job.pieces import RECORDS as PIECES
+from job.pieces import WHOLE, Advance, Made, OtherWorkError, PieceRecord, Pieces, Slice
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store
 from job.store.files import os_errors, scratch_folder
@@ -72,6 +69,7 @@ class PackRequest:
         hold_out: the share of the images that become a dataset of their own, which no run learns from, such as `5%`.
         held: whether this is the part that is held out.
         tars: instead of `source`: tars that stay where they are, as URIs, patterns or folders, see `find_tars`.
+        slice: `I/N`, the share of one of several machines; see `job.pieces`.
     """
 
     source: str
@@ -88,6 +86,7 @@ class PackRequest:
     hold_out: str = ""
     held: bool = False
     tars: tuple[str, ...] = ()
+    slice: str = ""
 
     def check(self) -> PackRequest:
         """Returns the request with size, crop, filter and licence filled in.
@@ -98,7 +97,7 @@ class PackRequest:
         shards.validated_dataset_name(self.name)
         if self.split not in ("", *SPLITS):
             raise BadRequestError(f"--split {self.split!r}: it is one of {', '.join(sorted(SPLITS))}")
-        if self.share > MOST_HELD_OUT:
+        if self.hold_out_share > MOST_HELD_OUT:
             raise BadRequestError(f"--hold-out {self.hold_out}: at most {MOST_HELD_OUT:.0%}, such as 5%")
         preset = pack_config(self.name) or (PackConfig(size=self.size) if self.size else None)
         if preset is None:
@@ -109,8 +108,8 @@ class PackRequest:
         return checked
 
     @property
-    def share(self) -> float:
-        """Of what is held out; 0 for nothing.
+    def hold_out_share(self) -> float:
+        """Share of the images that is held out; 0 for none.
 
         Raises:
             BadRequestError: `hold_out` is none.
@@ -123,7 +122,7 @@ class PackRequest:
     @property
     def held_out(self) -> str:
         """Name of the dataset of what is held out; empty if nothing is."""
-        return f"{self.name}-held-out" if self.share and not self.held else ""
+        return f"{self.name}-held-out" if self.hold_out_share and not self.held else ""
 
     def parts(self) -> list[PackRequest]:
         """What is packed one after the other, of a request that is checked: what is held out comes first."""
@@ -141,20 +140,18 @@ def pack(
     request: PackRequest,
     *,
     stop: Stop = NEVER,
-    progress: Callable[[int, int, int], None] = lambda done, total, images: None,
-    shard_bytes: int = shards.SHARD_BYTES,
-) -> shards.DatasetIndex:
-    """Makes `bucket/datasets/NAME-SIZE`, or goes on where an earlier attempt was interrupted.
+    shard_images: int | None = None,
+) -> shards.DatasetIndex | None:
+    """Makes `bucket/datasets/NAME-SIZE`, or resumes it.
 
     Args:
         bucket: where the dataset goes; a source in another bucket is opened with the same patience.
         request: what is packed.
         stop: asked at each image.
-        progress: called with how much was read and is to be read (images, or bytes of `tars`), and the images so far.
-        shard_bytes: a shard is closed when it has reached this size.
+        shard_images: images of a shard; None: as many as have `shards.SHARD_PIXEL_BYTES` of pixels.
 
     Returns:
-        The index as it lies in the bucket.
+        The index as it lies in the bucket, or None while other machines are still making pieces.
 
     Raises:
         BadRequestError: a parameter that means nothing, or something else lies there already.
@@ -168,22 +165,39 @@ def pack(
     request = request.check()
     assert request.size is not None
     key = shards.dataset_key(request.name, request.size)
+    dataset = bucket.sub(key)
     check_free(bucket, request)
-    with scratch_folder("pack") as folder, ThreadPoolExecutor(1, "upload") as uploader:
-        way = _InPlace if request.tars else _Copying
-        packing = way(bucket, key, request, folder, stop, progress, shard_bytes)
-        packing.dataset.check_writable(f"{shards.PACKING}/{uuid.uuid4().hex}")
+    way = f"choose another name, or {shards.deleting(bucket, key)} and type this command again"
+    with scratch_folder("pack") as folder:
+        kind = _InPlace if request.tars else _Copying
+        packing = kind(bucket, request, folder, stop=stop, shard_images=shard_images)
+        dataset.check_writable(f"{PIECES}/{uuid.uuid4().hex}")
+        share = Slice.parse(request.slice)
+        pieces = Pieces(dataset, packing.fingerprint, packing.sizes, share=share, equal_bytes=True)
         try:
-            # Each shard is uploaded while the next is packed, which waits when that cannot follow: none is begun behind
-            # one that found another's in its place, so of two attempts at different things one goes on.
-            upload: Future[object] = uploader.submit(bool)
-            for entry in packing.made():
-                upload.result()
-                upload = uploader.submit(packing.add, entry)
-            upload.result()
-            packing.commit()
-        except ObjectExistsError:
-            raise packing.is_otherwise() from None
+            packing.take(pieces.records(sorted(pieces.committed()), stop))
+            pieces.make_missing(packing.made, f"packing {request.name}", unit=packing.unit, stop=stop)
+            # A run that finds this dataset looks for its held-out part.
+            if request.held_out and not is_whole(bucket, request.parts()[0]):
+                return None
+            try:
+                packing.publish(dataset, pieces)
+            except ObjectMissingError:
+                if dataset.exists(shards.INDEX):
+                    # An equal attempt was faster, and has cleared the records away.
+                    packing.check_same(shards.load_index(bucket, key))
+                    pieces.clear(records=True)
+                elif share == WHOLE:
+                    raise BadRequestError(f"{dataset.uri} was deleted meanwhile: {way}") from None
+                else:
+                    return None
+        except OtherWorkError:
+            raise BadRequestError(
+                f"{dataset.uri} holds shards of other images than {packing.where} has now, or with other "
+                f"parameters: {way}"
+            ) from None
+        except ObjectExistsError as error:
+            raise BadRequestError(f"{error}: another process packs something else there: {way}") from None
     return shards.load_index(bucket, key)
 
 
@@ -203,8 +217,19 @@ def check_free(bucket: Store, request: PackRequest) -> None:
         )
 
 
+def is_made_by_others(bucket: Store, request: PackRequest) -> bool:
+    """Returns whether other machines, of which this one is to do a share, have finished a dataset alike."""
+    assert request.size is not None
+    key = shards.dataset_key(request.name, request.size)
+    if not request.slice or not bucket.exists(f"{key}/{shards.INDEX}"):
+        return False
+    there = shards.load_index(bucket, key)
+    wanted = request.crop, request.resize_filter, request.hold_out_share
+    return (there.crop, there.resize_filter, there.hold_out) == wanted
+
+
 def is_whole(bucket: Store, held: PackRequest) -> bool:
-    """Whether what is held out is there, from an attempt that was interrupted before all of the rest was.
+    """Returns whether the held-out part is there, from an attempt that was interrupted before the rest was.
 
     Raises:
         BadRequestError: another share was held out.
@@ -213,27 +238,12 @@ def is_whole(bucket: Store, held: PackRequest) -> bool:
     key = shards.dataset_key(held.name, held.size)
     if not bucket.exists(f"{key}/{shards.INDEX}"):
         return False
-    if (there := shards.load_index(bucket, key)).hold_out != held.share:
+    if (there := shards.load_index(bucket, key)).hold_out != held.hold_out_share:
         raise BadRequestError(
-            f"{bucket.uri}/{key} holds {there.hold_out:.3%} out, and not {held.share:.3%}: images of one would be "
-            f"learnt by the other. Choose another name, or delete it first: {shards.deleting(bucket, key)}"
+            f"{bucket.uri}/{key} holds {there.hold_out:.3%} out, and not {held.hold_out_share:.3%}: images of one "
+            f"would be learnt by the other. Choose another name, or delete it first: {shards.deleting(bucket, key)}"
         )
     return True
-
-
-class PackedShard(Sealed):
-    """The entry of a shard: it is in the bucket whole, and this is what went into it."""
-
-    parameters_sha256: str
-    shard: shards.Shard
-    rejects: tuple[Reject, ...]
-    """Those met since the shard before."""
-    read: int
-    """Images (of a source that is copied, with rejected ones) or tars that were read up to the end of this shard."""
-    source_sha256: str = ""
-    """Of a source that is copied: over the names and contents of these."""
-    highest_label: int = -1
-    """Of tars that stay in place: the largest number of a class in this one."""
 
 
 @dataclass(slots=True)
@@ -246,128 +256,120 @@ class _Checked:
     sha256: bytes = b""
 
 
-@dataclass
 class _Packing(abc.ABC):
-    """One reading of what is packed, from its beginning to its end; the two ways to do it are below."""
+    """A source and how its pieces become shards.
 
-    bucket: Store
-    key: str
-    request: PackRequest
-    folder: Path
-    """Where finished shards lie on their way to the bucket."""
-    stop: Stop
-    progress: Callable[[int, int, int], None]
-    shard_bytes: int
-    packed: list[PackedShard] = field(default_factory=list)
-    rejects: list[Reject] = field(default_factory=list)
+    Attributes:
+        where: the source, for messages.
+        source: its name in the index.
+        sizes: images, or megabytes of tars, of each piece; in `unit`.
+        fingerprint: SHA-256 of all that decides the shards.
+    """
 
-    where: str = ""
-    """What is packed, for messages."""
-    source: str = ""
-    source_sha256: str = ""
-    classes: tuple[str, ...] = ()
-    has_classes: bool = False
-    skipped: dict[str, int] = field(default_factory=dict)
+    unit = "images"
+    has_classes = False
 
-    def __post_init__(self) -> None:
-        self.recipe = self.request.recipe(channels=3)
-        self.dataset = self.bucket.sub(self.key)
+    def __init__(
+        self, bucket: Store, request: PackRequest, folder: Path, *, stop: Stop, shard_images: int | None
+    ) -> None:
+        """Looks at the source without decoding it; finished shards lie in `folder` on their way to the bucket."""
+        self._bucket, self._request, self._folder, self._stop = bucket, request, folder, stop
+        self._shard_images = shard_images
+        self._rejects: list[Reject] = []
+        self._known: list[dict[str, Any] | None] = []
+        self.where = self.source = ""
+        self.classes: tuple[str, ...] = ()
+        self.skipped: dict[str, int] = {}
+        self.sizes: list[float] = []
+        self.recipe = request.recipe(channels=3)
         parameters = {**self._survey(), **asdict(self.recipe), "codecs": codec_versions()}
-        self.parameters_sha256 = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()
 
     @abc.abstractmethod
     def _survey(self) -> dict[str, Any]:
-        """Looks at what is packed, without decoding it, and returns what else decides about the shards."""
+        """Finds the pieces, and returns what else decides the shards."""
 
     @abc.abstractmethod
-    def made(self) -> Iterator[PackedShard]:
-        """Makes the shards that are not vouched for; once they are exhausted, `commit` knows all."""
+    def made(self, number: int, advance: Advance) -> Made:
+        """Makes a piece."""
 
-    @property
-    def images(self) -> int:
-        """In finished shards."""
-        return sum(entry.shard.images for entry in self.packed)
-
-    def add(self, entry: PackedShard) -> None:
-        """Uploads a finished shard and vouches for it.
+    def reject(self, *rejects: Reject) -> None:
+        """Counts images that are left out.
 
         Raises:
-            ObjectExistsError: something else lies in its place.
+            BadDataError: there are more than `max_bad`.
         """
-        for path in (self.folder / entry.shard.name, self.folder / entry.shard.offsets_name):
-            # A tar that is to stay where it is has no copy here.
-            if path.exists():
-                self.dataset.upload(path, path.name)
-                path.unlink()
-        self.dataset.create(_entry_key(entry.shard.name), entry.to_json())
+        self._rejects += rejects
+        if len(self._rejects) > self._request.max_bad:
+            raise BadDataError(
+                f"{self.where}: more than --max-bad={self._request.max_bad} images cannot be used: "
+                f"{self._first_rejects()}: see to them, or allow more"
+            )
 
-    def commit(self) -> None:
-        """Creates the index, which makes the dataset exist, and clears the entries away.
+    def take(self, records: Sequence[PieceRecord]) -> None:
+        """Takes over the records of earlier attempts; raises as `reject`."""
+        for record in records:
+            self.reject(*record.facts["rejects"])
+            self._known.append(record.facts["shard"])
+
+    def check_same(self, index: shards.DatasetIndex) -> None:
+        """Returns if a dataset that another process finished has the shards that this one knows.
 
         Raises:
+            OtherWorkError: it has others.
+        """
+        there = [shard.model_dump() for shard in index.shards]
+        if not all(shard is None or shard in there for shard in self._known):
+            raise OtherWorkError(f"{index.name} was made of something else meanwhile")
+
+    def publish(self, dataset: Store, pieces: Pieces) -> None:
+        """Creates the index, which makes the dataset exist, and clears the records of the pieces away.
+
+        Raises:
+            ObjectMissingError: a record is not there.
             BadDataError: there are no images, or none that can be used.
             ObjectExistsError: something else lies in its place.
         """
-        if not self.packed:
-            none_usable = BadDataError(f"{self.where}: none of its images can be used: {self._first_rejects()}")
-            raise none_usable if self.rejects else no_images(self.where)
-        # Somebody may have deleted it all, and packed something else since.
-        first = self.packed[0]
-        try:
-            is_ours = self.dataset.read(_entry_key(first.shard.name)).data == first.to_json()
-        except ObjectMissingError:
-            # An equal attempt that was faster has cleared the entries away.
-            is_ours = self.dataset.exists(shards.INDEX)
-        if not is_ours:
-            raise self.is_otherwise()
-        rejects = "".join(f"{json.dumps(reject)}\n" for reject in self.rejects).encode()
+        records = pieces.records(stop=self._stop)
+        self._rejects = []
+        self.take(records)
+        facts = [record.facts for record in records]
+        made = [shards.Shard.model_validate(each["shard"]) for each in facts if each["shard"]]
+        if not made:
+            pieces.clear(records=True)
+            unusable = BadDataError(f"{self.where}: none of its images can be used: {self._first_rejects()}")
+            raise unusable if self._rejects else no_images(self.where)
+        self._check_whole(facts, sum(shard.images for shard in made))
+        rejects = "".join(f"{json.dumps(reject)}\n" for reject in self._rejects).encode()
         index = shards.DatasetIndex(
-            name=self.request.name,
+            name=self._request.name,
             size=self.recipe.size,
             channels=self.recipe.channels,
             classes=self.classes,
             crop=self.recipe.crop,
             resize_filter=self.recipe.resize_filter,
-            licence=self.request.licence,
+            licence=self._request.licence,
             source=self.source,
-            source_sha256=self.source_sha256,
-            held_out=self.request.held_out,
-            hold_out=self.request.share,
+            source_sha256=hashlib.sha256("".join(each["source_sha256"] for each in facts).encode()).hexdigest(),
+            held_out=self._request.held_out,
+            hold_out=self._request.hold_out_share,
             codecs=codec_versions(),
-            rejected_images=len(self.rejects),
+            rejected_images=len(self._rejects),
             skipped=self.skipped,
             rejects_sha256=hashlib.sha256(rejects).hexdigest() if rejects else "",
-            shards=tuple(entry.shard for entry in self.packed),
+            shards=tuple(made),
         )
         if rejects:
-            self.dataset.create(shards.REJECTS, rejects)
-        self.dataset.create(shards.INDEX, index.to_json())
-        for entry in self.dataset.list(shards.PACKING):
-            self.dataset.delete(entry.key)
+            dataset.create(shards.REJECTS, rejects)
+        dataset.create(shards.INDEX, index.to_json())
+        pieces.clear(records=True)
 
-    def _reused(self) -> Iterator[PackedShard]:
-        """The shards that are there, from the first one on; each counts as packed when the next one is asked for."""
-        for number in count():
-            try:
-                entry = PackedShard.load(self.dataset, _entry_key(shards.shard_name(number)))
-            except (ObjectMissingError, BadDataError):
-                return
-            if entry.parameters_sha256 != self.parameters_sha256:
-                raise self.is_otherwise()
-            yield entry
-            self.packed.append(entry)
-            self._reject(*entry.rejects)
-
-    def is_otherwise(self) -> BadRequestError:
-        """The error that something else lies here."""
-        return BadRequestError(
-            f"{self.dataset.uri} holds what was begun from other images than {self.where} has now, or with other "
-            "parameters, or is packed by another process, or was deleted meanwhile: choose another name, or "
-            f"{shards.deleting(self.bucket, self.key)} and type this command again"
-        )
+    def _check_whole(self, facts: list[dict[str, Any]], images: int) -> None:
+        """Checks what only all pieces together tell; nothing of a source that is copied."""
+        return
 
     def _check(self, sample: Sample) -> _Checked:
-        checked, copies = _Checked(sample), not self.request.tars
+        checked, copies = _Checked(sample), not self._request.tars
         if copies:
             checked.sha256 = hashlib.sha256(sample.content).digest()
         try:
@@ -381,151 +383,148 @@ class _Packing(abc.ABC):
         return checked
 
     def _check_stop(self) -> None:
-        then = "the same command goes on behind the last shard that is full, or begins again before the first"
-        self.stop.check(f"while packing {self.dataset.uri}", then)
+        self._stop.check(f"while packing {self._request.name}", "the same command goes on behind the last whole shard")
 
-    def _checked(self, samples: Iterable[Sample]) -> Iterator[_Checked]:
+    def _checked(self, samples: Iterable[Sample], rejects: list[Reject]) -> Iterator[_Checked]:
+        """Decodes samples in threads, in order; adds those that are left out to `rejects`."""
         threads = os.cpu_count() or 1
         with ThreadPoolExecutor(threads) as workers:
             for checked in in_order(workers, self._check, samples, _IMAGES_PER_THREAD * threads, self._check_stop):
                 if checked.reason:
-                    self._reject({"name": checked.sample.name, "reason": checked.reason})
+                    reject = {"name": checked.sample.name, "reason": checked.reason}
+                    rejects.append(reject)
+                    self.reject(reject)
                 yield checked
 
-    def _reject(self, *rejects: Reject) -> None:
-        self.rejects += rejects
-        if len(self.rejects) > self.request.max_bad:
-            raise BadDataError(
-                f"{self.where}: more than --max-bad={self.request.max_bad} images cannot be used: "
-                f"{self._first_rejects()}: see to them, or allow more"
-            )
-
     def _first_rejects(self) -> str:
-        more = len(self.rejects) - _NAMED_REJECTS
-        named = "; ".join(f"{reject['name']!r} {reject['reason']}" for reject in self.rejects[:_NAMED_REJECTS])
+        more = len(self._rejects) - _NAMED_REJECTS
+        named = "; ".join(f"{reject['name']!r} {reject['reason']}" for reject in self._rejects[:_NAMED_REJECTS])
         return f"{named}; and {more} more" if more > 0 else named
-
-    def _finished(self, shard: shards.Shard, offsets: bytes, **read: Any) -> PackedShard:
-        with os_errors(self.folder):
-            (self.folder / shard.offsets_name).write_bytes(offsets)
-        told = sum(len(before.rejects) for before in self.packed)
-        rejects = tuple(self.rejects[told:])
-        entry = PackedShard(parameters_sha256=self.parameters_sha256, shard=shard, rejects=rejects, **read)
-        self.packed.append(entry)
-        return entry
 
 
 class _Copying(_Packing):
-    """Images are decoded, prepared and written into shards as PNG."""
+    """Images are decoded, prepared and written into shards as PNG; a piece is so many images of the source."""
 
     def _survey(self) -> dict[str, Any]:
-        self._source = open_source(self.request.source, self.bucket.uri, self.bucket.retry.elsewhere())
-        if split := self.request.split:
-            self._source = replace(self._source, split=split, where=f"{self._source.where}, split {split}")
-        self.where, self.source = self._source.where, self._source.name
-        self._found = survey(self._polled(self._source.names()), self.where, self.request.classes)
-        if share := self.request.share:
-            # Classes are those of all images, whichever part has none of some.
-            self._source = replace(self._source, hold_out=share, held=self.request.held)
-            images = sum(1 for _ in self._polled(self._source.names()))
-            if not images:
-                part = "all images" if not self.request.held else "no image"
-                raise BadRequestError(f"--hold-out {share:.1%} of {self._found.images:,} images holds {part} out")
-            self._found = replace(self._found, images=images)
-        for remark in filter(None, (self._source.note, self._found.note)):
+        source = open_source(self._request.source, self._bucket.uri, self._bucket.retry.elsewhere())
+        if split := self._request.split:
+            source = replace(source, split=split, where=f"{source.where}, split {split}")
+        self.where, self.source = source.where, source.name
+        names = hashlib.sha256()
+
+        def listed() -> Iterator[str]:
+            for member in source.images():
+                self._check_stop()
+                names.update(b"%d:%b%d;" % (len(member.name.encode()), member.name.encode(), member.size_bytes))
+                yield member.name
+
+        found = survey(listed(), self.where, self._request.classes)
+        images, share = found.images, self._request.hold_out_share
+        if share:
+            # Classes are those of all images, even where one part lacks some.
+            source = replace(source, hold_out=share, held=self._request.held)
+            images = sum(1 for _ in listed())
+        if not images:
+            part = "no image" if self._request.held else "all images"
+            raise BadRequestError(f"--hold-out {share:.1%} of {found.images:,} images holds {part} out")
+        for remark in filter(None, (source.note, found.note)):
             logging.getLogger(__name__).warning(remark)
-        self.skipped = dict(sorted(self._source.skipped.items()))
-        self.recipe, self.classes = self.request.recipe(self._source.channels), self._found.classes
-        self._read_images, self._sha256 = 0, hashlib.sha256()
-        parts = (self.request.share, self.request.held)
+        self.skipped = dict(sorted(source.skipped.items()))
+        self.recipe, self.classes = self._request.recipe(source.channels), found.classes
+        self._source, self._label, self._images = source, found.label, images
+        self._members, self._next = iter(source.images()), 0
+        shape_bytes = self.recipe.size**2 * self.recipe.channels
+        self._shard_images = self._shard_images or max(1, shards.SHARD_PIXEL_BYTES // shape_bytes)
+        self.sizes = [len(self._numbers(number)) for number in range(-(-images // self._shard_images))]
         return {
-            "shard_bytes": self.shard_bytes,
+            "shard_images": self._shard_images,
             "classes": self.classes,
-            "class_depth": self._found.depth,
-            "part": parts,
+            "class_depth": found.depth,
+            "part": (share, self._request.held),
+            "names": names.hexdigest(),
         }
 
-    def made(self) -> Iterator[PackedShard]:
-        entries = self._source.entries()
-        for entry in self._reused():
-            for name, content in islice(entries, entry.read - self._read_images):
-                self._check_stop()
-                self._read(name, hashlib.sha256(content).digest())
-            # A shard that is not full was the last.
-            is_last = entry.shard.bytes < self.shard_bytes
-            if self._sha256.hexdigest() != entry.source_sha256 or (is_last and self._found.images > self._read_images):
-                raise self.is_otherwise()
+    def _numbers(self, number: int) -> range:
+        """Returns which images of the source a piece has."""
+        assert self._shard_images is not None
+        first = number * self._shard_images
+        return range(first, min(first + self._shard_images, self._images))
+
+    def made(self, number: int, advance: Advance) -> Made:
+        """Writes a shard; see `_Packing`."""
+        numbers, rejects, sha256 = self._numbers(number), list[Reject](), hashlib.sha256()
+        read = 0
         writer: shards.ShardWriter | None = None
-        samples = (Sample(name, content, self._found.label(name)) for name, content in entries)
-        for checked in self._checked(samples):
-            self._read(checked.sample.name, checked.sha256)
+        for image, checked in zip(numbers, self._checked(self._samples(numbers), rejects), strict=False):
+            name = checked.sample.name.encode()
+            # The length keeps names and contents apart, whatever they are.
+            sha256.update(b"%d:%b%b" % (len(name), name, checked.sha256))
             if not checked.reason:
-                with os_errors(self.folder):
-                    writer = writer or shards.ShardWriter(self.folder / shards.shard_name(len(self.packed)))
-                    key = f"{self._read_images - 1 - len(self.rejects):09d}"
-                    writer.add(key, checked.png, checked.sample.label)
-            if writer is not None and writer.digests.size_bytes >= self.shard_bytes:
-                yield self._closed(writer)
-                writer = None
-        if writer is not None:
-            yield self._closed(writer)
-        self.source_sha256 = self._sha256.hexdigest()
+                with os_errors(self._folder):
+                    writer = writer or shards.ShardWriter(self._folder / shards.shard_name(number))
+                    writer.add(f"{image:09d}", checked.png, checked.sample.label)
+            read += 1
+            advance(1)
+        if read < len(numbers):
+            raise BadDataError(f"{self.where} has changed while it was packed: type this command again")
+        facts: dict[str, Any] = {"rejects": rejects, "source_sha256": sha256.hexdigest(), "shard": None}
+        if writer is None:
+            return Made({}, facts)
+        with os_errors(self._folder):
+            shard, offsets = writer.finish()
+        self._known.append(shard.model_dump())
+        return Made({shard.name: writer.path, shard.offsets_name: offsets}, facts | {"shard": shard.model_dump()})
 
-    def _polled(self, names: Iterable[str]) -> Iterator[str]:
-        for name in names:
-            self._check_stop()
-            yield name
-
-    def _read(self, name: str, content_sha256: bytes) -> None:
-        """The length keeps names and contents apart, whatever they are."""
-        self._sha256.update(b"%d:%b%b" % (len(name.encode()), name.encode(), content_sha256))
-        self._read_images += 1
-        self.progress(self._read_images, self._found.images, self._read_images - len(self.rejects))
-
-    def _closed(self, writer: shards.ShardWriter) -> PackedShard:
-        with os_errors(writer.path):
-            finished = writer.finish()
-        return self._finished(*finished, read=self._read_images, source_sha256=self._sha256.hexdigest())
+    def _samples(self, numbers: range) -> Iterator[Sample]:
+        if numbers.start < self._next:
+            # The piece of another machine that gave it up: these are not in order.
+            self._members, self._next = iter(self._source.images()), 0
+        members = islice(self._members, numbers.start - self._next, numbers.stop - self._next)
+        self._next = numbers.stop
+        for name, content in self._source.loaded(members):
+            yield Sample(name, content, self._label(name))
 
 
 class _InPlace(_Packing):
-    """Tars are described where they lie, each as a shard."""
+    """Tars are described where they lie; a piece is a tar."""
+
+    unit = "MB"
 
     def _survey(self) -> dict[str, Any]:
-        self._tars = find_tars(self.request.tars, self.bucket.retry.elsewhere())
+        self._tars = find_tars(self._request.tars, self._bucket.retry.elsewhere())
+        self.sizes = [tar.bytes / 1e6 for tar in self._tars]
         first, others = self._tars[0].uri, len(self._tars) - 1
         self.where = self.source = f"{first} and {others} more" if others else first
         first_has_one = (sample.label != -1 for tar in self._tars for sample in tar.samples())
-        self.has_classes = next(first_has_one, False) if self.request.classes is None else self.request.classes
+        self.has_classes = next(first_has_one, False) if self._request.classes is None else self._request.classes
         return {"has_classes": self.has_classes, "tars": [[tar.uri, tar.bytes] for tar in self._tars]}
 
-    def made(self) -> Iterator[PackedShard]:
-        done_tars = max((entry.read for entry in self._reused()), default=0)
-        total_bytes, done_bytes = (sum(tar.bytes for tar in self._tars[:end]) for end in (None, done_tars))
-        for number, tar in enumerate(self._tars[done_tars:], start=done_tars + 1):
-            digests = shards.Digests()
-            records: list[shards.Record] = []
-            for checked in self._checked(tar.samples(digests)):
-                if not checked.reason:
-                    sample = checked.sample
-                    label, checksum = sample.label if self.has_classes else -1, google_crc32c.value(sample.content)
-                    records.append((sample.offset, len(sample.content), label, checksum))
-                self.progress(done_bytes + digests.size_bytes, total_bytes, self.images + len(records))
-            done_bytes += tar.bytes
-            # A tar without one good image is no shard; what was rejected in it is told with the next one.
-            if records:
-                finished = digests.shard(shards.shard_name(len(self.packed)), records, tar.uri)
-                yield self._finished(*finished, read=number, highest_label=max(label for _, _, label, _ in records))
-        highest_label = max((entry.highest_label for entry in self.packed), default=-1)
+    def made(self, number: int, advance: Advance) -> Made:
+        """Hashes a tar and lists its images; see `_Packing`."""
+        tar, digests, rejects = self._tars[number], shards.Digests(), list[Reject]()
+        records: list[shards.Record] = []
+        read_bytes = 0
+        for checked in self._checked(tar.samples(digests), rejects):
+            if not checked.reason:
+                sample = checked.sample
+                label, checksum = sample.label if self.has_classes else -1, google_crc32c.value(sample.content)
+                records.append((sample.offset, len(sample.content), label, checksum))
+            advance((digests.size_bytes - read_bytes) / 1e6)
+            read_bytes = digests.size_bytes
+        facts: dict[str, Any] = {"rejects": rejects, "source_sha256": "", "shard": None, "highest_label": -1}
+        if not records:
+            return Made({}, facts)
+        shard, offsets = digests.shard(shards.shard_name(number), records, tar.uri)
+        self._known.append(shard.model_dump())
+        facts |= {"shard": shard.model_dump(), "source_sha256": shard.sha256}
+        return Made({shard.offsets_name: offsets}, facts | {"highest_label": max(label for _, _, label, _ in records)})
+
+    def _check_whole(self, facts: list[dict[str, Any]], images: int) -> None:
+        highest_label = max(each["highest_label"] for each in facts)
         # One mistyped number would give the network a hundred thousand classes.
-        if highest_label >= self.images and self.packed:
+        if highest_label >= images:
             raise BadDataError(
-                f"{self.where}: a .cls says class {highest_label:,}, of {self.images:,} images: classes are numbered "
+                f"{self.where}: a .cls says class {highest_label:,}, of {images:,} images: classes are numbered "
                 "from 0 without large gaps; mend it, or index with --no-classes"
             )
         self.classes = tuple(map(str, range(highest_label + 1)))
-        self.source_sha256 = hashlib.sha256("".join(entry.shard.sha256 for entry in self.packed).encode()).hexdigest()
-
-
-def _entry_key(shard: str) -> str:
-    return f"{shards.PACKING}/{shard.removesuffix('.tar')}.json"

@@ -1,4 +1,4 @@
-"""The shards of a dataset: where they lie, and copies on this node, verified."""
+"""The shards of a dataset: their locations, and verified copies on this node."""
 
 from __future__ import annotations
 
@@ -29,26 +29,23 @@ DOWNLOADS = 4
 
 
 class ShardSource:
-    """The shards of one dataset, as a node sees them; thread-safe.
-
-    They lie beside the index or, of tars that were indexed in place, where these were.
+    """The shards of one dataset, beside its index or at the URIs of tars that are indexed in place; thread-safe.
 
     Attributes:
-        index: what the dataset is.
+        index: the dataset's index.
         folder: this dataset's part of the node's cache, shared by all processes of the node.
         starts: index of each shard's first image, and N, int64 [shards + 1].
-        is_local: whether all shards are files of this machine, which are read where they lie.
-        stop: whether this process is to stop.
-        made: how the dataset came to be, for messages.
-        mend: what a person does about one that is damaged.
+        is_local: whether all shards are files of this machine, which are read without a copy.
+        stop: ends reading and fetching.
+        remedy: how a person repairs a damaged shard, for messages.
     """
 
     def __init__(self, bucket: Store, key: str, index: DatasetIndex, folder: Path, stop: Stop = NEVER) -> None:
-        """Opens the stores of the shards of the dataset at `key`, and touches none of them.
+        """Opens the stores of the shards of the dataset at `key`, without any request.
 
         Raises:
-            BadRequestError: a URI that no store speaks.
-            NoPermissionError: no credentials for its bucket were found, as far as that is known before asking it.
+            BadRequestError: a shard's URI is not supported.
+            NoPermissionError: no credentials for a shard's bucket were found.
         """
         self.index, self.folder, self.stop = index, folder, stop
         self.starts: Int64s = np.cumsum([0, *(shard.images for shard in index.shards)])
@@ -56,25 +53,24 @@ class ShardSource:
         retry, folders = bucket.retry.elsewhere(), {split_uri(shard.uri)[0] for shard in index.shards if shard.uri}
         self._foreign = {folder: open_to_read(folder, retry) for folder in folders}
         self.is_local = all(store.uri.startswith("/") for store in self._foreign.values() or [bucket])
-        self.made = "indexed" if index.is_foreign else "packed"
-        self.mend = f"restore it, or {'index' if index.is_foreign else 'pack'} the dataset anew"
+        self.remedy = f"restore it, or {'index' if index.is_foreign else 'pack'} the dataset again"
         with os_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
     def check(self) -> None:
-        """Raises `StoppedError` if this process is to stop."""
-        self.stop.check(f"while reading the images of {self._bucket.uri}/{self._key}; what has been read is kept")
+        """Raises `StoppedError` if this process has to stop."""
+        self.stop.check(f"while reading the images of {self._bucket.uri}/{self._key}; the images read so far are kept")
 
     @cached_property
     def records(self) -> np.ndarray:
-        """Offset tables of all shards, memory-mapped, OFFSETS_DTYPE [N]; fetched first unless they are here.
+        """Returns the offset tables of all shards, memory-mapped, OFFSETS_DTYPE [N]; fetches them if necessary.
 
         Raises:
-            BadDataError: one in the bucket is not as it was packed.
+            BadDataError: a table in the bucket is corrupt.
         """
         path, hashes = self.folder / "offsets", [shard.offsets_sha256 for shard in self.index.shards]
         with os_errors(path):
-            # A file that is too short for them cannot be mapped.
+            # A file that is too short cannot be mapped.
             with suppress(FileNotFoundError, ValueError):
                 records = np.memmap(path, OFFSETS_DTYPE, "r", shape=(self.index.images,))
                 tables = (records[first:last] for first, last in pairwise(self.starts))
@@ -88,26 +84,26 @@ class ShardSource:
             return np.asarray(np.memmap(path, OFFSETS_DTYPE, "r"))
 
     def read_table(self, shard: int) -> np.ndarray:
-        """The offset table of a shard as it lies in the bucket, OFFSETS_DTYPE [images].
+        """Reads the offset table of a shard from the bucket, OFFSETS_DTYPE [images].
 
         Raises:
-            BadDataError: it is not as it was packed.
+            BadDataError: the table is corrupt.
         """
         packed = self.index.shards[shard]
         key = f"{self._key}/{packed.offsets_name}"
         uri, data = self._bucket.uri_of(key), self._bucket.read(key).data
         is_whole = len(data) == packed.images * OFFSETS_DTYPE.itemsize
         if not is_whole or hashlib.sha256(data).hexdigest() != packed.offsets_sha256:
-            raise BadDataError(f"{uri} is not the table that was {self.made}: {self.mend}")
+            raise BadDataError(f"{uri} differs from the index: {self.remedy}")
         table, classes = np.frombuffer(data, OFFSETS_DTYPE), len(self.index.classes)
-        # An index may vouch for any table.
+        # A hostile index may contain the hash of any table.
         are_classes = not classes or 0 <= table["label"].min() <= table["label"].max() < classes
         if not are_classes or table["offset"].max() >= packed.bytes:
-            raise BadDataError(f"{uri} points beyond its shard or its classes: {self.mend}")
+            raise BadDataError(f"{uri} points beyond its shard or its classes: {self.remedy}")
         return table
 
     def place(self, shard: int) -> tuple[Store, str]:
-        """The store that holds a shard's tar, and its key there."""
+        """Returns the store that holds a shard's tar, and its key there."""
         packed = self.index.shards[shard]
         if not packed.uri:
             return self._bucket, f"{self._key}/{packed.name}"
@@ -115,41 +111,41 @@ class ShardSource:
         return self._foreign[folder], name
 
     def uri(self, shard: int) -> str:
-        """Where a shard's tar lies."""
+        """Returns the URI of a shard's tar."""
         store, key = self.place(shard)
         return store.uri_of(key)
 
-    def open_there(self, shard: int) -> BinaryIO:
-        """A stream over a shard's tar where it lies, of which nothing is verified."""
+    def open_unverified(self, shard: int) -> BinaryIO:
+        """Opens a shard's tar in its store, without verification."""
         store, key = self.place(shard)
         return store.open(key)
 
     def fetch(self, shards: Iterable[int]) -> Iterator[tuple[int, Path]]:
-        """Yields each shard with a verified file of its bytes, fetching a few ahead. To be called under the lock.
+        """Yields each shard with a verified file of its content, and fetches a few ahead. The caller holds the lock.
 
         Raises:
-            BadDataError: the bucket's shard is not the one that was packed.
+            BadDataError: a shard is corrupt.
         """
         incoming = self.folder / "incoming"
-        # Whoever holds the lock knows that what lies here was left by a process that died.
+        # Under the lock, files in this folder can only be those of a dead process.
         shutil.rmtree(incoming, ignore_errors=True)
         with os_errors(incoming):
             incoming.mkdir(exist_ok=True)
         return self._ahead(lambda shard: (shard, self.verified(shard, incoming)), shards)
 
     def verified(self, shard: int, incoming: Path) -> Path:
-        """A file whose SHA-256 is that of the shard in the index.
+        """Returns a file whose SHA-256 is that of the shard in the index.
 
-        It is the shard itself if that is a file of this machine, else a download to `incoming`, which is the caller's.
+        A shard on this machine is returned itself; another one is downloaded to `incoming`.
 
         Raises:
-            BadDataError: it is not the shard that was packed; the first damaged image is named, if its table is there.
-            ObjectMissingError: it is not there.
+            BadDataError: the shard is corrupt; the message names the first damaged image, if its table is intact.
+            ObjectMissingError: the shard is missing.
         """
         packed, (store, key) = self.index.shards[shard], self.place(shard)
         if self.is_local:
-            # An index is written by anybody: a pipe that it names would be waited for in vain.
-            self.open_there(shard).close()
+            # A hostile index may name a pipe, and `path.open` would wait without end.
+            self.open_unverified(shard).close()
             path = Path(store.uri_of(key))
         else:
             path = incoming / packed.name
@@ -160,14 +156,14 @@ class ShardSource:
             damage = ""
             with suppress(JobError):
                 damage = f"; {first_damaged(file, self.read_table(shard))}"
-        raise BadDataError(f"{store.uri_of(key)} holds other bytes than were {self.made}{damage}: {self.mend}")
+        raise BadDataError(f"{store.uri_of(key)} differs from the index{damage}: {self.remedy}")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the folder against all other threads and processes of the node; a holder's death frees it.
+        """Locks the folder against all other threads and processes of the node; the death of a holder releases it.
 
         Raises:
-            StoppedError: this process is to stop while another holds it.
+            StoppedError: this process has to stop while another holds the lock.
         """
         path = self.folder / "lock"
         with os_errors(path):
@@ -184,5 +180,5 @@ class ShardSource:
         try:
             yield from in_order(pool, work, shards, DOWNLOADS, self.check)
         finally:
-            # A download cannot be cut short; a process that must stop does not wait for it.
+            # A process that has to stop does not wait for a download, which cannot be cancelled.
             pool.shutdown(wait=False, cancel_futures=True)

@@ -1,13 +1,13 @@
-"""The dataset format: tar shards that webdataset can read, one small offset table per shard, and an index on top.
+"""The dataset format: tar shards that webdataset can read, one small offset table per shard, and an index.
 
-    BUCKET/datasets/NAME-SIZE/index.json            written last, create-once: the dataset exists when this does
-                              shard-00000.tar       key.png (of latents key.npy) and, where there are classes, key.cls
+    BUCKET/datasets/NAME-SIZE/index.json            written last, once: the dataset exists when the index does
+                              shard-00000.tar       key.png (of latents key.npy) and, with classes, key.cls
                               shard-00000.offsets   a record of OFFSETS_DTYPE per image
-                              rejects.jsonl         the images that were left out, if there are any
+                              rejects.jsonl         the images that were left out, if any
 
-The index stays small for any number of images, because everything per image lies in the offset tables. Tars that were
-there before may be indexed in place: then the index names their URIs, and their images are prepared at each reading.
-The index carries its own hash and those of all other objects, the tables a checksum per image, so that damage is named.
+The index stays small for any number of images, because the offset tables hold all data per image. Tars can also be
+indexed in place: then the index names their URIs, and their images are prepared at each read. The index holds the
+hashes of all other objects and of itself, the tables a checksum per image, so that every damage can be located.
 """
 
 from __future__ import annotations
@@ -37,16 +37,15 @@ INDEX = "index.json"
 REJECTS = "rejects.jsonl"
 CONTACT_SHEET = "contact-sheet.png"
 AUTOENCODER = "autoencoder/config.json", "autoencoder/diffusion_pytorch_model.safetensors"
-"""What encoded latents, and decodes them."""
-PACKING = "packing"
-"""Folder of what vouches for shards until the index does."""
+"""The objects of the autoencoder of latents."""
 REFERENCES = "references"
-"""Folder of what pretrained networks see in the images, which evaluations keep."""
-SHARD_BYTES = 64 * 1024 * 1024
+"""Folder of the features that evaluations compute of the images."""
+SHARD_PIXEL_BYTES = 96 << 20
+"""Pixels of the images of a shard, which make about 64 MB of PNG."""
 OFFSETS_DTYPE = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("label", "<i4"), ("crc32c", "<u4")])
-"""Where an image's encoded bytes lie in its tar, its class (-1 without classes), and the CRC-32C of the bytes."""
+"""The place of an image's encoded bytes in its tar, its class (-1 without classes), and the CRC-32C of the bytes."""
 Record = tuple[int, int, int, int]
-"""A row of such a table."""
+"""A row of an offset table."""
 
 _DATASET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
@@ -54,13 +53,13 @@ _TAR_URI = re.compile(r"(/|(?!file:|http:|ftp:)[a-z][a-z0-9+.-]*://)[^\x00-\x1f\
 
 
 def is_tar_uri(uri: str) -> bool:
-    """Whether an index may say that a tar lies there, where nobody on the way could change it."""
+    """Returns whether an index may name this URI: an absolute one whose content cannot be changed in transit."""
     return _TAR_URI.fullmatch(uri) is not None
 
 
 def _of_a_tar(uri: str) -> str:
     if uri and not is_tar_uri(uri):
-        raise ValueError("no index may lead there")
+        raise ValueError("an index may not name this URI")
     return uri
 
 
@@ -69,33 +68,33 @@ class Shard(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=r"^shard-\d{5}\.tar$")
+    name: str = Field(pattern=r"^shard-\d{5}(-[0-9a-f]{8})?\.tar$")
     bytes: int = Field(gt=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     images: int = Field(gt=0)
     offsets_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     uri: Annotated[str, AfterValidator(_of_a_tar)] = ""
-    """Where the tar lies; empty if that is beside its table, under `name`."""
+    """URI of a tar that is indexed in place; empty for one beside its table, under `name`."""
 
     @property
     def offsets_name(self) -> str:
-        """Key of the offset table beside the shard."""
+        """Returns the key of the shard's offset table."""
         return self.name.removesuffix(".tar") + ".offsets"
 
 
 class Digests:
-    """Size and SHA-256 of bytes that go by."""
+    """Size and SHA-256 of a stream."""
 
     def __init__(self) -> None:
         self.size_bytes, self._sha256 = 0, hashlib.sha256()
 
     def update(self, data: bytes) -> None:
-        """Takes the next bytes into account."""
+        """Adds the next bytes."""
         self.size_bytes += len(data)
         self._sha256.update(data)
 
     def shard(self, name: str, records: Sequence[Record], uri: str = "") -> tuple[Shard, bytes]:
-        """What the index says of the tar whose bytes these were, and the table of its images."""
+        """Returns the index's record of the tar that was streamed, and the table of its images."""
         offsets = np.array(records, OFFSETS_DTYPE).tobytes()
         shard = Shard(
             name=name,
@@ -109,18 +108,18 @@ class Digests:
 
 
 class ShardWriter:
-    """Writes a shard to a local file. Its bytes depend on what is added alone: headers hold no times and no users."""
+    """Writes a shard to a local file. Equal images give equal bytes: the headers hold no times and no users."""
 
     def __init__(self, path: Path) -> None:
-        """`path` is the file to write; its name is the shard's."""
+        """Opens the file, whose name is the shard's."""
         self.path = path
         self.digests = Digests()
-        """Of what was written up to now."""
+        """Size and hash of the bytes written so far."""
         self._file = path.open("wb")
         self._records: list[Record] = []
 
     def add(self, key: str, encoded: bytes, label: int, kind: str = "png") -> None:
-        """Appends `key.png`, or of another kind, and, with a class (a label of 0 or more), `key.cls`."""
+        """Appends `key.png`, or another kind, and `key.cls` for a label of 0 or more."""
         place = self.digests.size_bytes + tarfile.BLOCKSIZE
         self._records.append((place, len(encoded), label, google_crc32c.value(encoded)))
         files = {f"{key}.{kind}": encoded} | ({f"{key}.cls": str(label).encode()} if label >= 0 else {})
@@ -130,7 +129,7 @@ class ShardWriter:
             self._write(header.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE))
 
     def finish(self) -> tuple[Shard, bytes]:
-        """Ends the file and returns its record and its offset table."""
+        """Closes the file, and returns its record and its offset table."""
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         self._file.close()
         return self.digests.shard(self.path.name, self._records)
@@ -141,38 +140,38 @@ class ShardWriter:
 
 
 def first_damaged(file: BinaryIO, table: npt.NDArray[np.void]) -> str:
-    """Names the first image of a damaged shard that is not as it was packed, or says that all of them are.
+    """Describes the first damaged image of a damaged shard, for messages.
 
     Args:
-        file: the shard, however damaged.
-        table: its offset table, OFFSETS_DTYPE [n], which must be the one that was packed.
+        file: the shard, with any damage.
+        table: its intact offset table, OFFSETS_DTYPE [n].
     """
     for row, (offset, size_bytes, _, checksum) in enumerate(table.tolist()):
         file.seek(offset)
         if google_crc32c.value(file.read(size_bytes)) != checksum:
             return f"the first damaged image is {row}, at byte {offset}"
-    return "all its images are whole, but not what lies between them"
+    return "all its images are intact, but not the bytes between them"
 
 
 class Encoding(Part):
-    """What images were encoded, by which autoencoder, and what their latents are like."""
+    """The origin of a dataset of latents: its images, the autoencoder, and the statistics of the latents."""
 
     source: str
-    """Name of the dataset of images, whose order and shards the latents have."""
+    """Name of the dataset of images; the latents have the same order and shards."""
     source_id: str = Field(pattern=SHA256_PATTERN)
     size: int = Field(gt=0, le=LARGEST_SIZE)
     """Height and width of the images, in pixels."""
     channels: int = Field(ge=1, le=3)
-    """Of the images."""
+    """Channels of the images."""
     mean: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
-    """Of each channel of the latents, over all images and what is drawn of each."""
+    """Mean of each channel of the latents, over all images and samples of their distributions."""
     std: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...]
     hashes: tuple[str, str]
-    """SHA-256 of each of `AUTOENCODER`."""
+    """SHA-256 of each object of `AUTOENCODER`."""
 
 
 class DatasetIndex(Sealed):
-    """What a dataset is and how it came to be: crop and filter change an FID more than most methods do."""
+    """The contents and the origin of a dataset, with crop and filter: they change an FID more than most methods do."""
 
     format: int = Field(default=2, ge=2, le=2)
     name: str
@@ -196,22 +195,22 @@ class DatasetIndex(Sealed):
 
     @property
     def is_foreign(self) -> bool:
-        """Whether the tars are somebody else's, indexed in place: `crop` and `resize_filter` apply at each reading."""
+        """Returns whether the tars are indexed in place, so that `crop` and `resize_filter` apply at each read."""
         return bool(self.shards[0].uri)
 
     @property
     def images(self) -> int:
-        """Number of images."""
+        """Returns the number of images."""
         return sum(shard.images for shard in self.shards)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of an image as it is kept: as bytes; of latents both moments, two bytes each."""
+        """Returns the shape of a decoded image in bytes; latents have two moments per channel, of two bytes each."""
         return self.size, self.size, self.channels * (4 if self.encoding else 1)
 
     @property
     def decoded_bytes(self) -> int:
-        """Size of all images so."""
+        """Returns the size of all decoded images."""
         return self.images * math.prod(self.image_shape)
 
     @model_validator(mode="after")
@@ -224,7 +223,7 @@ class DatasetIndex(Sealed):
 
     @property
     def dataset_id(self) -> str:
-        """SHA-256 over everything that decides what a reader sees: equal ids mean equal images in equal order."""
+        """Returns a SHA-256 over everything that a reader sees: equal ids mean equal images in equal order."""
         content = self.model_dump(include={"format", "size", "channels", "dtype", "classes", "shards"})
         if self.encoding:
             content |= {"encoding": self.encoding.model_dump(exclude={"source"})}
@@ -235,13 +234,13 @@ class DatasetIndex(Sealed):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def shard_name(number: int) -> str:
-    """Key of a shard below its dataset."""
-    return f"shard-{number:05d}.tar"
+def shard_name(number: int, sha256: str = "") -> str:
+    """Returns the key of a shard below its dataset, with the beginning of its hash if that is given."""
+    return f"shard-{number:05d}{f'-{sha256[:8]}' if sha256 else ''}.tar"
 
 
 def dataset_key(name: str, size: int) -> str:
-    """Folder of a dataset below the bucket: `datasets/celeba-64`."""
+    """Returns the folder of a dataset below the bucket, such as `datasets/celeba-64`."""
     return f"{DATASETS}/{validated_dataset_name(name)}-{size}"
 
 
@@ -249,12 +248,11 @@ def validated_dataset_name(name: str) -> str:
     """Returns `name` if it can be part of a key, a label and an argument.
 
     Raises:
-        BadRequestError: it cannot.
+        BadRequestError: it is not valid.
     """
     if not _DATASET_NAME.fullmatch(name):
-        raise BadRequestError(
-            f"{name!r} cannot be a dataset's name: use up to 63 lower-case letters, digits, inner '.', '_' and '-'"
-        )
+        wanted = "use up to 63 lower-case letters, digits, inner '.', '_' and '-'"
+        raise BadRequestError(f"{name!r} cannot be a dataset's name: {wanted}")
     return name
 
 
@@ -262,8 +260,8 @@ def load_index(bucket: Store, key: str) -> DatasetIndex:
     """Reads the index of the dataset at `key` (`datasets/NAME-SIZE`) and checks it against its own hash and place.
 
     Raises:
-        MissingInputError: there is no such dataset.
-        BadDataError: the index is not one, rotten, or another dataset's.
+        MissingInputError: the dataset does not exist.
+        BadDataError: the index is corrupt, or another dataset's.
     """
     where = f"{key}/{INDEX}"
     try:
@@ -278,17 +276,17 @@ def load_index(bucket: Store, key: str) -> DatasetIndex:
 
 
 def deleting(bucket: Store, key: str) -> str:
-    """The command that deletes a dataset, for messages."""
+    """Returns the command that deletes a dataset, for messages."""
     name, _, size = key.removeprefix(f"{DATASETS}/").rpartition("-")
     return f"`ddpm data delete {name} --size {size} --bucket {shlex.quote(bucket.uri)}`"
 
 
 def find_dataset(bucket: Store, name: str, size: int | None = None, *, unfinished: bool = False) -> str:
-    """Key of the dataset `name`; without `size`, of the only size there is. Those without an index only if asked for.
+    """Returns the key of the dataset `name`, at `size` or at its only size; `unfinished` includes one without an index.
 
     Raises:
-        MissingInputError: there is none.
-        BadRequestError: several sizes exist and none was chosen.
+        MissingInputError: the dataset does not exist.
+        BadRequestError: it exists at several sizes, and `size` is missing.
     """
     validated_dataset_name(name)
     sizes = sorted(

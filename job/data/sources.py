@@ -1,8 +1,7 @@
-"""What can be packed: a folder, a zip, a tar or MNIST's idx files, here or in a bucket; and which classes it has.
+"""Sources of images to pack: a folder, a zip, a tar or MNIST's idx files, on this machine or at a URI.
 
-Every source is an ordered stream of named files, refused as a whole if it is unsafe or damaged. Archives come from
-strangers. Nothing is ever extracted to a disk, yet a name that leads outside, a link, or kilobytes that unpack to
-terabytes mean that an archive is not what its user takes it for.
+Every source is an ordered stream of named files. One unsafe or damaged file refuses the whole source: a path that leads
+outside, a link, or kilobytes that unpack to terabytes show that an archive is not what its user expects.
 """
 
 from __future__ import annotations
@@ -12,31 +11,20 @@ import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
+from job.data import members
 from job.data.ahead import in_order
 from job.data.archives import open_zipped, tar_members, zip_members
 from job.data.cifar import cifar_members
 from job.data.fetched import fetched
-from job.data.members import (
-    ENTRY_BYTES,
-    SUFFIXES,
-    Member,
-    Opener,
-    RefusedError,
-    check_size,
-    is_image,
-    is_litter,
-    path_parts,
-    read_exactly,
-    refused,
-    refusing,
-)
+from job.data.members import Member, Opener, RefusedError
 from job.data.mnist import IDX_NAME, idx_members
 from job.exits import BadRequestError, MissingInputError
 from job.progress import printable
@@ -59,29 +47,28 @@ if TYPE_CHECKING:
 
 BAD_CLASS = -2
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
-"""Folders of these names say how a dataset is divided, not what its images show."""
+"""Names of folders that divide a dataset into splits, and are not classes."""
 
 HIDDEN = "hidden images"
-"""Files that are left out because their name, or that of a folder above them, begins with a dot."""
+"""The key of hidden images among the files that are skipped."""
 
 _FORK = re.compile(r"(^|/)(__MACOSX/|\._)")
-"""What macOS adds beside each file, by the same suffix."""
+"""A resource fork, which macOS adds beside each file under the same suffix."""
 _SUFFIXES_NAMED = 20
 _BUCKET_READERS = 16
 _NOTHING_AT = "there is nothing at {}: give a folder or an archive of images"
-_CIFAR_NOTE = "packing the images for training; --split test packs the others"
 _PATTERN = re.compile(r"([^*]*/)([^/*]*\*.*)")
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """An image on its way into a dataset.
+    """An image that is being packed.
 
     Attributes:
-        name: of its file.
+        name: name of its file.
         content: its encoded bytes.
-        label: its class; -1 without one, `BAD_CLASS` if that is no number of a class.
-        offset: where they begin in a tar that stays in place.
+        label: its class; -1 without one, `BAD_CLASS` for a `.cls` without a valid number.
+        offset: position of the content in a tar that stays in place.
     """
 
     name: str
@@ -98,14 +85,14 @@ class Source:
 
     Attributes:
         where: the path or URI that messages name.
-        listed: gives its files in order; each can be read until the next one is asked for. Raises `RefusedError`.
-        channels: what its images are packed to unless somebody chooses.
-        note: what a person should know about how the source was understood.
-        readers: how many files may be read at a time.
-        split: takes only what lies in this folder of those that divide the source, see `SPLITS`.
-        hold_out: which share of the images is kept apart.
-        held: takes only those, not the others.
-        skipped: how many files `names` has passed over: hidden images, and other files by suffix.
+        listed: yields its files in order, each readable until the next one is requested; raises `RefusedError`.
+        channels: channels of the packed images by default.
+        note: how the source is interpreted, for people.
+        readers: number of files to read at a time.
+        split: the folder of `SPLITS` whose images are taken; "" takes all.
+        hold_out: share of the images to hold out.
+        held: whether the held-out images are taken, or the others.
+        skipped: number of files that `images` has left out: hidden images, and other files by suffix.
     """
 
     where: str
@@ -120,37 +107,36 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What the dataset says that it was made from."""
+        """Returns the name of the source in the dataset's index."""
         return printable(self.where.rstrip("/").rpartition("/")[2])
 
     def members(self) -> Iterator[Member]:
-        """All files, with their names in plain form; each can be read until the next one is asked for."""
-        with refusing(self.where):
+        """Yields all files with normalised names, each readable until the next one is requested."""
+        with members.refusing(self.where):
             for member in self.listed():
-                parts = path_parts(member.name)
+                parts = members.path_parts(member.name)
                 if parts[0] == "" or ".." in parts or re.fullmatch("[A-Za-z]:", parts[0]):
                     raise RefusedError(f"has an entry that leads out of it, {member.name!r}: do not trust this archive")
                 if not self.split or self.split == next((part for part in map(str.lower, parts) if part in SPLITS), ""):
                     yield replace(member, name=printable("/".join(part for part in parts if part not in ("", "."))))
 
-    def names(self) -> Iterator[str]:
-        """Relative paths of the images, in order; reads no more than that takes."""
+    def images(self) -> Iterator[Member]:
+        """Yields the images, in order, and counts the files that it leaves out; reads no content."""
         self.skipped.clear()
         for member in self.members():
             suffix = Path(member.name).suffix.lower()
-            if is_image(member.name):
+            if members.is_image(member.name):
                 if self._takes(member.name):
-                    yield member.name
-            elif suffix in SUFFIXES:
+                    yield member
+            elif suffix in members.SUFFIXES:
                 if not _FORK.search(member.name):
                     self.skipped[HIDDEN] += 1
-            elif not is_litter(member.name):
+            elif not members.is_hidden(member.name):
                 is_named = suffix in self.skipped or (1 < len(suffix) < 12 and len(self.skipped) < _SUFFIXES_NAMED)
                 self.skipped[suffix if is_named else "other"] += 1
 
-    def entries(self) -> Iterator[tuple[str, bytes]]:
-        """Relative paths and contents of the images, in order."""
-        images = (member for member in self.members() if is_image(member.name) and self._takes(member.name))
+    def loaded(self, images: Iterable[Member]) -> Iterator[tuple[str, bytes]]:
+        """Yields the relative paths and contents of these images, in order."""
         if not self.readers:
             yield from map(self._load, images)
             return
@@ -158,22 +144,20 @@ class Source:
             yield from in_order(pool, self._load, images, window=2 * self.readers)
 
     def _takes(self, name: str) -> bool:
-        """By its name alone, so that an image stays on its side when others come or go."""
+        """Decides by the name alone, so that an image stays held out when others are added or removed."""
         drawn = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
         return (drawn < self.hold_out) == self.held
 
     def _load(self, member: Member) -> tuple[str, bytes]:
-        with refusing(f"{self.where}: entry {member.name!r}"):
+        with members.refusing(f"{self.where}: entry {member.name!r}"):
             return member.name, member.read()
 
 
-def folder_source(root: Path, bucket: str = "") -> Source:
-    """A local folder, in the order of its relative paths, without hidden files.
-
-    What is packed must not become a source: a `bucket` below is left out.
+def _folder_source(root: Path, bucket: str) -> Source:
+    """Returns a local folder in the order of relative paths, without hidden files and without a `bucket` below.
 
     Raises:
-        BadRequestError: the folder is itself the bucket.
+        BadRequestError: the folder is the bucket.
     """
     packed_to = Path(bucket).resolve() if bucket.startswith("/") else None
     if packed_to == root:
@@ -181,23 +165,24 @@ def folder_source(root: Path, bucket: str = "") -> Source:
 
     def below(folder: Path, prefix: str) -> Iterator[Member]:
         with os.scandir(folder) as scan:
-            # Whole paths are compared, as a bucket does it: a-b/x comes before a/x.
+            # The order of whole paths, as in a bucket: a-b/x comes before a/x.
             children = sorted(scan, key=lambda child: child.name + "/" * child.is_dir(follow_symlinks=False))
         for child in children:
             name, path = prefix + child.name, Path(child.path)
             if path == packed_to:
                 continue
-            if is_litter(child.name):
-                # `names` counts the images among them; folders that only the system may read are passed over.
+            if members.is_hidden(child.name):
+                # `images` counts hidden images; os.walk ignores folders that only the system may read.
                 walk = os.walk(path) if child.is_dir(follow_symlinks=False) else [("", [], [child.name])]
                 yield from (Member(f"{name}/{file}", bytes) for _, _, files in walk for file in files)
             elif child.is_dir(follow_symlinks=False):
                 yield from below(path, f"{name}/")
-            elif is_image(child.name) or child.is_dir():
-                # Following a link to a folder could go round in circles.
+            elif members.is_image(child.name) or child.is_dir():
+                # A link to a folder could form a cycle.
                 if not child.is_file() or (child.is_symlink() and not path.resolve().is_relative_to(root)):
-                    raise refused(name, "is a link out of this folder or to one, or no file: put a copy in its place")
-                yield Member(name, partial(_read_file, path))
+                    problem = "is not a file, or links to a folder or outside: put a copy in its place"
+                    raise members.refused(name, problem)
+                yield Member(name, partial(_read_file, path), size_bytes=_size_of(child))
             elif child.is_file():
                 yield Member(name, bytes)
 
@@ -206,33 +191,35 @@ def folder_source(root: Path, bucket: str = "") -> Source:
     return Source(str(root), partial(below, root, ""), note=note)
 
 
+def _size_of(child: os.DirEntry[str]) -> int:
+    # Reading names a file that is gone.
+    with suppress(FileNotFoundError):
+        return child.stat().st_size
+    return 0
+
+
 def _read_file(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return read_exactly(file, os.fstat(file.fileno()).st_size)
+    members.check_size(path.stat().st_size)
+    return path.read_bytes()
 
 
-def _bucket_members(store: Store, entries: Sequence[Entry]) -> Iterator[Member]:
-    """A folder in a bucket, in key order. Each image costs a request: archives are read much faster."""
-
-    def read(entry: Entry) -> bytes:
-        check_size(entry.size_bytes)
-        return store.read(entry.key, ENTRY_BYTES).data
-
-    return (Member(entry.key, partial(read, entry)) for entry in entries)
+def _read_stored(store: Store, entry: Entry) -> bytes:
+    members.check_size(entry.size_bytes)
+    return store.read(entry.key, members.ENTRY_BYTES).data
 
 
 def open_source(source: str, bucket: str = "", retry: Retry | None = None) -> Source:
-    """Finds out what `source` is: a local path, or the URI of an object or a folder in a bucket.
+    """Opens a source: a local folder or archive, or the URI of one.
 
     Args:
         source: a path or URI.
-        bucket: where it is to be packed to, which is no part of it.
-        retry: with which its own bucket is opened.
+        bucket: destination of the dataset, which is left out of the source.
+        retry: how operations on a bucket of the source are repeated.
 
     Raises:
-        MissingInputError: it is not there.
-        BadRequestError: a URI that no store speaks, or a folder that is itself `bucket`.
-        NoPermissionError: it may not be read.
+        MissingInputError: the source does not exist.
+        BadRequestError: a URI that is not supported, or a folder that is `bucket`.
+        NoPermissionError: the source may not be read.
     """
     inside, archive = split_chain(source)
     if inside:
@@ -241,20 +228,17 @@ def open_source(source: str, bucket: str = "", retry: Retry | None = None) -> So
         return _elsewhere(source, retry)
     path = Path(open_store(source).uri).resolve()
     folder, chosen = (path, "") if path.is_dir() else (path.parent, path.name)
-
-    def opened(name: str) -> BinaryIO:
-        return (folder / name).open("rb")
-
-    with refusing(repr(source)):
+    with members.refusing(repr(source)):
         if chosen and not path.is_file():
             raise MissingInputError(_NOTHING_AT.format(source))
-        if found := _mnist(folder, [there.name for there in folder.iterdir()], opened, chosen):
+        files = [file.name for file in folder.iterdir()]
+        if found := _mnist(folder, files, lambda name: (folder / name).open("rb"), chosen):
             return found
-        return _archive(str(path), partial(opened, chosen)) if chosen else folder_source(path, bucket)
+        return _archive(str(path), lambda: path.open("rb")) if chosen else _folder_source(path, bucket)
 
 
 def _inside(archive: Source, inside: str, where: str) -> Source:
-    """The files of an archive that lie in a folder of it, or match a pattern: `zip://train` or `zip://train/*.jpg`."""
+    """Returns the files of an archive in a folder, or of a pattern: `zip://train` or `zip://train/*.jpg`."""
     path = inside.partition("://")[2].strip("/")
     folder = path.partition("*")[0].rpartition("/")[0] if "*" in path else path
     start = f"{folder}/" if folder else ""
@@ -268,7 +252,7 @@ def _inside(archive: Source, inside: str, where: str) -> Source:
                 is_empty = False
                 yield replace(member, name=name)
         if is_empty:
-            raise RefusedError(f"is empty: {'nothing matches' if '*' in path else 'no file is in'} {path!r} in there")
+            raise RefusedError(f"is empty: {'no file matches' if '*' in path else 'no file is in'} {path!r}")
 
     if any(part.lower() in SPLITS for part in folder.split("/")):
         archive = replace(whole, note="")
@@ -276,6 +260,7 @@ def _inside(archive: Source, inside: str, where: str) -> Source:
 
 
 def _matching(pattern: str) -> Callable[[str], object]:
+    """Returns whether a name matches a pattern, as a function."""
     with fsspec_configured():
         from fsspec.utils import glob_translate
 
@@ -283,7 +268,7 @@ def _matching(pattern: str) -> Callable[[str], object]:
 
 
 def _elsewhere(uri: str, retry: Retry | None) -> Source:
-    """An archive or a folder at a URI; of a folder, all files or those that match a pattern such as `train/*.jpg`."""
+    """Returns an archive or a folder at a URI, or those files of a folder that match a pattern such as `*/*.jpg`."""
     folder, name = split_uri(uri)
     pattern = _PATTERN.fullmatch(uri) if without_queries(uri) == uri else None
     if pattern:
@@ -299,32 +284,42 @@ def _elsewhere(uri: str, retry: Retry | None) -> Source:
     entries = [entry for entry in store.list() if wanted(entry.key)]
     if not entries:
         raise MissingInputError(_NOTHING_AT.format(store.uri))
-    found = _mnist(store.uri, [entry.key for entry in entries], store.open)
-    return found or Source(store.uri, partial(_bucket_members, store, entries), readers=_BUCKET_READERS)
+    if found := _mnist(store.uri, [entry.key for entry in entries], store.open):
+        return found
+
+    def listed() -> Iterator[Member]:
+        return (
+            Member(entry.key, partial(_read_stored, store, entry), size_bytes=entry.size_bytes) for entry in entries
+        )
+
+    # Each image costs a request: archives are read much faster.
+    return Source(store.uri, listed, readers=_BUCKET_READERS)
 
 
 def _archive(where: str, opener: Opener) -> Source:
-    with refusing(where), opener() as file:
+    """Returns a zip or a tar, which may hold MNIST's files or those of CIFAR-10."""
+    with members.refusing(where), opener() as file:
         if file.read(4) in (b"PK\x03\x04", b"PK\x05\x06"):
             with zipfile.ZipFile(file) as archive:
-                # What is compressed in there once more has no honest limit.
-                names = [name for name in archive.namelist() if is_image(name) or not name.endswith(".gz")]
-            found = None if any(map(is_image, names)) else _mnist(where, names, partial(open_zipped, opener))
+                # The size of a gzipped file in a zip is unknown before it is unpacked.
+                names = [name for name in archive.namelist() if members.is_image(name) or not name.endswith(".gz")]
+            found = None if any(map(members.is_image, names)) else _mnist(where, names, partial(open_zipped, opener))
             return found or Source(where, partial(zip_members, opener))
         first = next(tar_members(opener), None)
     if first is not None and first.name.startswith("cifar-10-batches-"):
-        return Source(where, partial(cifar_members, opener), split="train", note=_CIFAR_NOTE)
+        note = "packing the images for training; --split test packs the others"
+        return Source(where, partial(cifar_members, opener), split="train", note=note)
     return Source(where, partial(tar_members, opener))
 
 
 def _mnist(folder: object, names: Sequence[str], opened: Callable[[str], BinaryIO], chosen: str = "") -> Source | None:
-    """The MNIST set `chosen` of a folder's files, or else the first one for training; None without any."""
+    """Returns the MNIST set `chosen` among a folder's files, or the first one for training; None without any."""
     sets = sorted(name for name in names if IDX_NAME.fullmatch(name) and "images" in name)
     if not sets or (chosen and not IDX_NAME.fullmatch(chosen)):
         return None
     name = chosen or next((name for name in sets if "train" in name), sets[0])
     wanted = name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
-    labels = [partial(opened, there) for there in names if there.removesuffix(".gz") == wanted]
+    labels = [partial(opened, file) for file in names if file.removesuffix(".gz") == wanted]
     others = [other for other in sets if other.removesuffix(".gz") != name.removesuffix(".gz")]
     note = f"packing {name}, leaving out {', '.join(others)}" if others and not chosen else ""
     return Source(f"{folder}/{name}", partial(idx_members, partial(opened, name), *labels[:1]), channels=1, note=note)

@@ -1,4 +1,4 @@
-"""The batches of a run, from any image number on, for any number of processes. Its only state is an image number."""
+"""Streams the batches of a run, from any image number on, to any number of processes; its only state is that number."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from job.exits import StoppedError
 from job.stop import NEVER, Stop
 
 PREFETCH_BATCHES = 4
-"""Batches that are ready before they are asked for."""
+"""Number of batches that are read ahead."""
 _CHUNK_IMAGES = 8192
 _LOOK_SECONDS = 0.5
 _LAST_BATCH_SECONDS = 2.0
@@ -50,24 +50,24 @@ def stream_batches(
     with_labels: bool = True,
     stop: Stop = NEVER,
 ) -> BatchStream:
-    """Yields rank's images first + rank, first + rank + world_size, … of each global batch, read ahead in one thread.
+    """Yields a rank's images first + rank, first + rank + world_size, … of each global batch, read ahead in one thread.
 
     Global batches are full, also across epochs: the k-th covers `batch_size_images` images of the run from
-    `first_image + k * batch_size_images` on. The last is the one that reaches `last_image`; without that there is none.
+    `first_image + k * batch_size_images` on. They end where `last_image` is reached; without it, never.
 
-    An error in the thread is raised here, in its place in the sequence.
+    An error in the thread is raised at its place in the sequence.
 
     Args:
-        cache: where the images are.
-        order: which image is which.
-        batch_size_images: over all processes.
+        cache: reads the images.
+        order: order of the images.
+        batch_size_images: size of the global batch, over all processes.
         first_image: number of the first image, on any batch boundary of the run.
-        last_image: how many images of the run are wanted at least, or None for no end.
+        last_image: how many images of the run are needed at least, or None for no end.
         rank: this process.
-        world_size: all processes; ranks beyond a remainder get one image less.
-        pin_memory: page-locked batches, which a GPU can copy while this process goes on.
-        with_labels: whether the network has classes; without, a dataset's classes are left out.
-        stop: beats while a batch is waited for, such as one whose shard lies in a bucket that is away.
+        world_size: number of processes; ranks beyond a remainder get one image less.
+        pin_memory: whether batches are page-locked, so that a GPU copies them in the background.
+        with_labels: whether batches have the dataset's classes, as the network has.
+        stop: polled during the wait for a batch, as a heartbeat, also while the bucket of a shard is away.
     """
 
     def batches() -> Iterator[LoadedBatch]:
@@ -86,17 +86,17 @@ def stream_batches(
 
 
 class BatchStream(Iterator[LoadedBatch]):
-    """Batches that a thread reads ahead, from the first question until they end or `close` is called."""
+    """Batches that a thread reads ahead, from the first call until they end or `close` is called."""
 
     def __init__(self, batches: Iterator[LoadedBatch], stop: Stop) -> None:
-        """See `stream_batches`."""
+        """Takes its arguments from `stream_batches`."""
         self._batches, self._stop = batches, stop
         self._reader = ThreadPoolExecutor(1, "batches")
         self._coming: deque[Future[LoadedBatch | None]] = deque()
         self._is_closed = False
 
     def __next__(self) -> LoadedBatch:
-        """The next batch, which is waited for."""
+        """Waits for the next batch and returns it."""
         self._read_ahead(PREFETCH_BATCHES + 1)
         if not self._coming:
             raise StopIteration
@@ -109,16 +109,13 @@ class BatchStream(Iterator[LoadedBatch]):
         raise coming.exception() or StopIteration
 
     def holds(self, count: int) -> bool:
-        """Whether the next `count` batches are here, or all that there will be; waits for none.
-
-        One that a stop kept from coming is not here.
-        """
+        """Returns at once whether the next `count` batches are read, or all that remain; not if a stop ended a read."""
         self._read_ahead(PREFETCH_BATCHES)
         coming = islice(self._coming, count)
         return all(batch.done() and not isinstance(batch.exception(), StoppedError) for batch in coming)
 
     def close(self) -> None:
-        """Ends the thread; a batch that it is reading is waited for, but not one whose shard does not come."""
+        """Ends the thread, and waits at most `_LAST_BATCH_SECONDS` for its current batch."""
         self._is_closed = True
         self._reader.shutdown(wait=False, cancel_futures=True)
         wait([batch for batch in self._coming if not batch.cancelled()], _LAST_BATCH_SECONDS)
@@ -132,7 +129,7 @@ class BatchStream(Iterator[LoadedBatch]):
 def _slots(
     order: Order, batch_size: int, first: int, last: int | None, *, rank: int, world_size: int
 ) -> Iterator[tuple[int, Int64s, Int64s]]:
-    """First image of each batch, and this rank's indices and image numbers; thousands at once, which is far cheaper."""
+    """Yields each batch's first image, and this rank's indices and image numbers, computed for thousands at once."""
     slots = np.arange(rank, batch_size, world_size)
     chunk_batches = max(1, _CHUNK_IMAGES // batch_size)
     while last is None or first < last:

@@ -1,4 +1,4 @@
-"""How many images a source has, and which classes their names tell."""
+"""The number of images in a source, and their classes, from their names alone."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from job.exits import BadDataError, BadRequestError
 
 @dataclass(frozen=True)
 class Survey:
-    """What a first look at a source's names tells."""
+    """The result of `survey`."""
 
     images: int
     classes: tuple[str, ...]
     depth: int
     """Number of folders above those that name the classes."""
     note: str = ""
-    """What a person should know who expected classes."""
+    """Why images have no classes, or which splits become one dataset; for people."""
 
     def label(self, name: str) -> int:
-        """Class of an image; -1 without classes."""
+        """Returns the class of an image; -1 without classes."""
         return self.classes.index(path_parts(name)[self.depth]) if self.classes else -1
 
 
@@ -32,11 +32,11 @@ def survey(names: Iterable[str], where: str, classes: bool | None = None) -> Sur
     Args:
         names: relative paths of all images.
         where: the source, for messages.
-        classes: True if there must be classes, False for none; None takes them if each image lies in one of several.
+        classes: True requires classes, False ignores them; None takes them if each image lies in one of several.
 
     Raises:
-        BadDataError: there are no images.
-        BadRequestError: there must be classes, and there are none.
+        BadDataError: the source has no images.
+        BadRequestError: classes are required and missing.
     """
     images, folders = 0, set()
     for name in names:
@@ -58,11 +58,12 @@ def survey(names: Iterable[str], where: str, classes: bool | None = None) -> Sur
 
 
 def no_images(where: str) -> BadDataError:
-    """The error that a source is empty."""
+    """Returns the error that a source is empty."""
     return BadDataError(f"{where} holds no images: none of its names ends in {', '.join(sorted(SUFFIXES))}")
 
 
 def _class_folders(folders: set[tuple[str, ...]]) -> tuple[tuple[str, ...], int]:
+    """Returns the names of the folders that are classes, and the number of folders above them."""
     while True:
         levels = enumerate(zip(*folders, strict=False))
         depth = next((number for number, level in levels if len(set(level)) > 1), min(map(len, folders)))

@@ -1,30 +1,22 @@
-"""Verifying a dataset: every object against the index, and every image by decoding it."""
+"""Verifies a dataset: compares every object with the index, and decodes every image."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from job.data import shards
 from job.data.ahead import in_order
 from job.data.image_reader import ImageReader
 from job.data.shard_source import ShardSource
-from job.data.shards import (
-    AUTOENCODER,
-    CONTACT_SHEET,
-    INDEX,
-    PACKING,
-    REFERENCES,
-    REJECTS,
-    DatasetIndex,
-    Record,
-    load_index,
-)
+from job.data.shards import DatasetIndex, Record, load_index
 from job.exits import BadDataError
+from job.pieces import CLAIMS, RECORDS
 from job.store import ObjectMissingError, Store
 from job.store.files import scratch_folder
 
@@ -34,33 +26,31 @@ _IMAGES_AHEAD = 256
 def verify_dataset(
     bucket: Store, key: str, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[str]:
-    """Checks the dataset at `key` (`datasets/NAME-SIZE`) down to the last image, one shard on the local disk at a time.
+    """Checks every image of the dataset at `key` (`datasets/NAME-SIZE`), with one shard on the local disk at a time.
 
     Args:
-        bucket: where the dataset lies.
-        key: of the dataset's folder.
-        progress: called with the number of images checked so far and in all.
+        bucket: bucket of the dataset.
+        key: folder of the dataset.
+        progress: called with the number of images checked so far, and of all.
 
     Returns:
-        A line for each bad object: its URI and what is wrong with it. None if the dataset is as it was packed.
+        A line for each bad object with its URI and problem; none for an intact dataset.
 
     Raises:
-        MissingInputError: there is no such dataset.
-        BadDataError: its index is not one, or rotten.
-        DiskFullError: there is no space for a shard.
+        MissingInputError: the dataset does not exist.
+        BadDataError: its index is corrupt.
+        DiskFullError: a shard does not fit the local disk.
     """
     index = load_index(bucket, key)
     dataset = bucket.sub(key)
-    problems = _others(dataset, index)
-    if index.rejected_images:
-        uri = dataset.uri_of(REJECTS)
-        with _noting(problems, uri):
-            if hashlib.sha256(dataset.read(REJECTS).data).hexdigest() != index.rejects_sha256:
-                problems.append(f"{uri} is not what was packed: restore it, or pack the dataset anew")
-    for name, sha256 in zip(AUTOENCODER, index.encoding.hashes, strict=True) if index.encoding else ():
+    hashes = {shards.REJECTS: index.rejects_sha256} if index.rejected_images else {}
+    if index.encoding:
+        hashes |= zip(shards.AUTOENCODER, index.encoding.hashes, strict=True)
+    problems = _others(dataset, index, hashes)
+    for name, sha256 in hashes.items():
         with _noting(problems, dataset.uri_of(name)), dataset.open(name) as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:  # type: ignore[arg-type]
-                problems.append(f"{dataset.uri_of(name)} is not what encoded the images: restore it, or encode anew")
+                problems.append(f"{dataset.uri_of(name)} differs from the index: restore it, or make the dataset again")
     with scratch_folder("verify") as folder, ThreadPoolExecutor(os.cpu_count()) as workers:
         source = ShardSource(bucket, key, index, folder)
         reader = ImageReader(source)
@@ -89,22 +79,20 @@ def _noting(problems: list[str], uri: str) -> Iterator[None]:
 
 
 def _image_problems(reader: ImageReader, uri: str, shard: int, path: Path, image: tuple[int, Record]) -> list[str]:
-    """What is wrong with an image of a shard that is whole."""
+    """Returns the problem of an image in a verified shard, if any."""
     problems: list[str] = []
     with _noting(problems, uri), path.open("rb") as file:
         reader.read_image(shard, *image, file)
     return problems
 
 
-def _others(dataset: Store, index: DatasetIndex) -> list[str]:
-    """What is wrong with the objects that the index does not name."""
-    named = {INDEX, CONTACT_SHEET, *([REJECTS] if index.rejected_images else [])}
-    named |= {*AUTOENCODER} if index.encoding else set()
+def _others(dataset: Store, index: DatasetIndex, hashes: Iterable[str]) -> list[str]:
+    """Returns a problem for each object that does not belong to the dataset."""
+    named = {shards.INDEX, shards.CONTACT_SHEET, *hashes}
     named |= {name for shard in index.shards for name in (shard.name, shard.offsets_name)}
     return [
-        f"{dataset.uri_of(entry.key)} is no part of the dataset: move it elsewhere, or delete it"
+        f"{dataset.uri_of(entry.key)} does not belong to the dataset: move it elsewhere, or delete it"
         for entry in dataset.list()
-        # What clearing-up leaves of the journal when it is killed belongs to nothing any more, and harms nobody; what
-        # evaluations keep says itself what it is of.
-        if entry.key not in named and not entry.key.startswith((f"{PACKING}/", f"{REFERENCES}/"))
+        # A killed packer may leave harmless records of pieces; references of evaluations name their dataset.
+        if entry.key not in named and not entry.key.startswith((f"{RECORDS}/", f"{CLAIMS}/", f"{shards.REFERENCES}/"))
     ]

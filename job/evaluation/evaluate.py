@@ -19,13 +19,13 @@ from job import method
 from job.code_version import code_version
 from job.data.order import Order
 from job.data.shards import dataset_key, load_index
-from job.evaluation.features import FeatureFolder, Named
+from job.evaluation.features import Named
 from job.evaluation.plan import EvaluatePlan, Evaluation, reference_folder
 from job.evaluation.validation import validation_row
-from job.exits import BadDataError, StoppedError
+from job.exits import BadDataError
+from job.pieces import WHOLE, Advance, Made, Slice
 from job.plan import FoundRun
-from job.processes.launched import lost_peer
-from job.processes.ranks import Ranks, meet
+from job.processes.ranks import meet
 from job.progress import Progress
 from job.runs.layout import ObjectKind
 from job.runs.scores import Reference, Scores, score_name
@@ -36,11 +36,9 @@ from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError
 
 if TYPE_CHECKING:
-    from ddpm.features import Seen
+    from ddpm.features import ExtractorOutput
 
-See = Callable[[torch.Tensor], "Seen"]
-Make = Callable[[range, Callable[[float], None]], Named]
-"""From the numbers of images, and what is told how many more are done, to what was seen in them."""
+See = Callable[[torch.Tensor], "ExtractorOutput"]
 SEE_IMAGES = 50
 """Real images that each process sees at a time."""
 
@@ -56,47 +54,61 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
     # `prepared` keeps the checkpoints until all scores are printed: a run that trains would retire them.
     with prepared(plan.sampling, ranks, stop) as (sampling_plan, painter, sampling):
         plan = replace(plan, sampling=sampling_plan)
-        todo = ranks.on_main(lambda: [one.batch for one in plan.evaluations() if one.scores() is None])
+        batches = ranks.on_main(lambda: [one.batch for one in plan.evaluations if one.scores() is None])
+        todo = [one for one in plan.evaluations if one.batch in batches]
         if todo:
-            see = plan.found.load(painter.device)
-            real = references(plan.sampling, plan.reference, painter, see)
-            for evaluation in plan.evaluations():
-                if evaluation.batch in todo:
-                    _evaluate(evaluation, painter, sampling, see, real)
+            see, share = plan.found.load(painter.device), todo[0].images.share
+            real = references(plan.sampling, plan.reference, painter, see, share)
+            for evaluation in todo:
+                _draw_features(evaluation, painter, sampling, see)
+            folders = [reference_folder(plan.sampling, plan.reference), *(evaluation.folder for evaluation in todo)]
+            if missing := ranks.on_main(lambda: sum(len(folder.pieces.missing()) for folder in folders)):
+                others = f"{missing:,} pieces are to come from other machines, of which the last one scores"
+                ranks.on_main(lambda: print(f"{plan.request.run}  (slice {plan.request.slice} is done: {others})"))
+                return
+            if real is None:
+                real = references(plan.sampling, plan.reference, painter, see, share)
+            for evaluation in todo:
+                painter.load(plan.sampling.run, evaluation.ref, plan.sampling.sample.weights)
+                _score(evaluation, painter, real or {})
         ranks.on_main(lambda: print("\n\n".join(tables(plan))))
 
 
-def references(of_run: FoundRun, reference: Reference, painter: Painter, see: See) -> Named:
-    """Features of the real images, on the main process; none on the others. Collective."""
-    folder, ranks = reference_folder(of_run, reference), painter.ranks
+def references(
+    of_run: FoundRun, reference: Reference, painter: Painter, see: See, share: Slice = WHOLE
+) -> Named | None:
+    """Returns the features of the real images on the main process, {} on the others; makes what is missing. Collective.
 
-    def make(numbers: range, advance: Callable[[float], None]) -> Named:
-        parts = []
+    None while other machines are still making some.
+    """
+    folder, ranks = reference_folder(of_run, reference, share), painter.ranks
+
+    def make(piece: int, advance: Advance) -> Made:
+        parts, numbers = [], folder.numbers(piece)
         for start in range(0, len(numbers), SEE_IMAGES):
             painter.check_stopped()
             some = chosen[numbers[start : start + SEE_IMAGES]]
             parts.append(seen(see, images.read(some), painter.device))
             advance(len(some))
-        return joined(parts)
+        return folder.made(piece, joined(parts))
 
-    if ranks.on_main(lambda: len(folder.committed())) == folder.pieces:
+    if not ranks.on_main(folder.pieces.missing):
+        # A damaged piece is deleted, and missing then.
         with suppress(BadDataError):
-            return _on_main(ranks, folder.load)
-    # A damaged piece has been deleted.
+            return ranks.only_on_main(folder.load) or {}
     chosen = Order((reference.of_images,), seed=0).indices(np.arange(folder.count))
     images = of_run.opened_images(painter.stop, index=of_run.pictures())
-    _make_pieces(folder, painter, f"looking at {reference.dataset}", make)
-    return _on_main(ranks, folder.load)
+    folder.pieces.make_missing(make, f"looking at {reference.dataset}", stop=painter.stop, ranks=ranks)
+    return None if ranks.on_main(folder.pieces.missing) else ranks.only_on_main(folder.load) or {}
 
 
-def _evaluate(evaluation: Evaluation, painter: Painter, sampling: Sampling, see: See, real: Named) -> None:
-    """Draws and scores the images of a checkpoint. Collective."""
-    plan, images = evaluation.plan.sampling, evaluation.images
+def _draw_features(evaluation: Evaluation, painter: Painter, sampling: Sampling, see: See) -> None:
+    """Draws the images of a checkpoint and keeps what the network sees in them. Collective."""
+    plan, images, folder = evaluation.plan.sampling, evaluation.images, evaluation.folder
     evaluations, batch_size = painter.evaluations_of(sampling), plan.sample.batch_size
-    painter.load(plan.run, evaluation.ref, plan.sample.weights)
 
-    def make(numbers: range, advance: Callable[[float], None]) -> Named:
-        first, parts = images.drawing.first_seed, []
+    def make(piece: int, advance: Advance) -> Made:
+        first, parts, numbers = images.drawing.first_seed, [], folder.numbers(piece)
         for start in range(0, len(numbers), batch_size):
             some = [first + number for number in numbers[start : start + batch_size]]
 
@@ -106,9 +118,14 @@ def _evaluate(evaluation: Evaluation, painter: Painter, sampling: Sampling, see:
 
             drawn = painter.draw_alone(some, sampling, after_evaluation)
             parts.append(seen(see, drawn, painter.device))
-        return joined(parts)
+        return folder.made(piece, joined(parts))
 
-    _make_pieces(evaluation.folder, painter, images.name, make)
+    painter.load(plan.run, evaluation.ref, plan.sample.weights)
+    folder.pieces.make_missing(make, images.name, stop=painter.stop, ranks=painter.ranks)
+
+
+def _score(evaluation: Evaluation, painter: Painter, real: Named) -> None:
+    """Scores the images of a checkpoint, whose weights the painter has. Collective."""
     bound = _bits_per_dim(evaluation, painter)
     painter.ranks.on_main(lambda: _publish(evaluation, real, bound, painter.stop))
 
@@ -185,39 +202,6 @@ def scored(
     return values, floor, (count, len(reals) - count)
 
 
-def _make_pieces(folder: FeatureFolder, painter: Painter, title: str, make: Make) -> None:
-    """Makes and commits the pieces that are missing, shared out over the processes; returns when all are there.
-
-    Raises:
-        StoppedError: what was made is saved, in whole pieces.
-    """
-    ranks, stop = painter.ranks, painter.stop
-    committed = ranks.on_main(folder.committed)
-    missing = [piece for piece in range(folder.pieces) if piece not in committed]
-    to_make, done = sum(len(folder.numbers(piece)) for piece in missing), 0.0
-    there = folder.count - to_make
-
-    def advance(images: float) -> None:
-        nonlocal done
-        done += images
-        # What the others have made by now is about as much.
-        bar.update(there + min(to_make, done * ranks.world_size))
-
-    try:
-        with Progress(title, total=folder.count, start=there) as bar:
-            for piece in missing[ranks.rank :: ranks.world_size]:
-                folder.commit(piece, make(folder.numbers(piece), advance))
-            ranks.sum(0)
-    except (StoppedError, RuntimeError) as error:
-        # A process that is stopped does not wait for the others, whose pieces may take long: its end ends them.
-        if isinstance(error, RuntimeError) and not (stop() and lost_peer(error)):
-            raise
-        raise StoppedError(
-            f"stopped by {stop.reason} while {title}; all whole pieces are saved, and the same command goes on from "
-            "there"
-        ) from None
-
-
 @torch.inference_mode()
 def seen(see: See, images: np.ndarray, device: torch.device) -> Named:
     """What a network sees in uint8 [n, H, W, C]."""
@@ -231,16 +215,9 @@ def joined(parts: list[Named]) -> Named:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _on_main(ranks: Ranks, work: Callable[[], Named]) -> Named:
-    """What `work` gives, on the main process alone: the others have no use for gigabytes. Collective."""
-    kept: Named = {}
-    ranks.on_main(lambda: kept.update(work()))
-    return kept
-
-
 def tables(plan: EvaluatePlan) -> Iterator[str]:
     """What a person is told of each checkpoint: the protocol, and the scores beside those of real images."""
-    for ref, group in groupby(plan.evaluations(), key=lambda each: each.ref):
+    for ref, group in groupby(plan.evaluations, key=lambda each: each.ref):
         found = [scores for evaluation in group if (scores := evaluation.scores())]
         first, sampling = found[0], plan.sampling
         drawing, extractor = first.drawing, plan.found.extractor

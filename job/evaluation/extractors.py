@@ -24,7 +24,7 @@ from job.store.files import os_errors
 if TYPE_CHECKING:
     import torch
 
-    from ddpm.features import Seen
+    from ddpm.features import ExtractorOutput
 
 FOLDER = "extractors"
 """Of the bucket, in which jobs find them."""
@@ -37,7 +37,7 @@ class FoundExtractor:
     extractor: Extractor
     uri: str
 
-    def load(self, device: torch.device) -> Callable[[torch.Tensor], Seen]:
+    def load(self, device: torch.device) -> Callable[[torch.Tensor], ExtractorOutput]:
         """The network on a device; what lies in a bucket is downloaded once for the machine.
 
         Raises:
@@ -71,7 +71,7 @@ class FoundExtractor:
             said = " ".join(str(error).split())
             raise BadDataError(f"{path} holds no weights of {self.extractor.title}: {said:.200}") from None
 
-        def checked(images: torch.Tensor) -> Seen:
+        def checked(images: torch.Tensor) -> ExtractorOutput:
             found = see(images)
             if not all(tensor is None or tensor.isfinite().all() for tensor in found):
                 raise BadDataError(f"{self.uri}: its features of images are not finite: take another file of weights")

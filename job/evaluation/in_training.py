@@ -31,7 +31,7 @@ class Evaluator:
         found = find_extractor(self._chosen.extractor, plan.bucket)
         self._see = found.load(painter.device)
         reference = reference_of(pictures, found.extractor, self._chosen.references)
-        self._real = references(plan, reference, painter, self._see)
+        self._real = references(plan, reference, painter, self._see) or {}
 
     def scores(self, painter: Painter) -> Row:
         """Returns the scores of the painter's network by name on the main process, and {} on the others. Collective.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import PurePosixPath
 
@@ -13,6 +14,7 @@ from job.data.shards import REFERENCES, DatasetIndex, dataset_key
 from job.evaluation.extractors import Extractor, FoundExtractor, find_extractor
 from job.evaluation.features import FeatureFolder
 from job.exits import BadDataError, BadRequestError
+from job.pieces import WHOLE, Slice
 from job.plan import FoundRun, Plan
 from job.requests import EvaluateRequest
 from job.runs.layout import CheckpointRef, ObjectKind
@@ -58,8 +60,9 @@ class EvaluatePlan:
         if self.request.metrics and "bpd" in chosen and why:
             raise BadRequestError(f"--metrics bpd: the bound is about {why}")
 
+    @cached_property
     def evaluations(self) -> list[Evaluation]:
-        """What is to be drawn and scored: each checkpoint as often as was asked for."""
+        """What is to be drawn and scored: each checkpoint as often as was asked for, its manifest read once."""
         found = []
         for repeat in range(self.request.repeats):
             request = replace(self.sampling.request, first_seed=repeat * self.request.count)
@@ -90,7 +93,7 @@ class Evaluation:
         """Features of the images."""
         drawing, key = self.images.drawing, PurePosixPath(ObjectKind.SCORES.key(batch=self.batch))
         store = self.images.run.sub(str(key.parent))
-        return FeatureFolder(store, self.fingerprint, drawing.count, drawing.piece_images)
+        return FeatureFolder(store, self.fingerprint, drawing.count, drawing.piece_images, self.images.share)
 
     @property
     def ref(self) -> CheckpointRef:
@@ -176,12 +179,12 @@ def reference_of(index: DatasetIndex, extractor: Extractor, images: int) -> Refe
     )
 
 
-def reference_folder(of_run: FoundRun, reference: Reference) -> FeatureFolder:
+def reference_folder(of_run: FoundRun, reference: Reference, share: Slice = WHOLE) -> FeatureFolder:
     """Features of the real images, which all runs on this dataset share."""
     fingerprint = _hash_of(reference.model_dump())
     name = f"{REFERENCES}/{reference.extractor}-{reference.images}-{fingerprint[:12]}"
     store = of_run.bucket.sub(f"{dataset_key(reference.dataset, reference.size)}/{name}")
-    return FeatureFolder(store, fingerprint, reference.images, piece_images(reference.images))
+    return FeatureFolder(store, fingerprint, reference.images, piece_images(reference.images), share)
 
 
 def _hash_of(content: object) -> str:

@@ -22,6 +22,7 @@ from job.runs import records
 from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef
 from job.runs.retention import Retention
 from job.runs.writer import CheckpointWriter, LeasedRun
+from job.sealed import utc_now
 from job.stop import Stop
 from job.store import Store, open_bucket, without_queries
 
@@ -205,7 +206,7 @@ def _commit(
     # Whoever imports one after another wants all of them.
     retention = Retention(config.updated({"checkpoint.keep_last": LARGEST}), dataset_images)
     leased = LeasedRun(run, retention, attempt, lease)
-    writer = CheckpointWriter(leased, state.tensors(), before=None, aside=set(), stop=stop, note=note)
+    writer = CheckpointWriter(leased, state.tensors(), before=None, stop=stop, note=note)
     try:
         writer.save(state.images_seen, state.log.reduced().tolist())
         writer.wait()
@@ -220,7 +221,7 @@ def _commit(
         epoch=round(state.images_seen / dataset_images, 3),
         loss=None,
         images_per_second=None,
-        updated=records.utc_now(),
+        updated=utc_now(),
     )
     run.put(records.STATUS_KEY, status.to_json())
     return f"{run.uri}/{CheckpointRef(attempt.fence, state.images_seen).key}"

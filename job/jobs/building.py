@@ -19,11 +19,12 @@ from job.jobs.targets import KubernetesTarget, Target
 from job.outcome import JOB
 from job.processes.group import GPUS
 from job.processes.lease import EXPIRE_SECONDS
-from job.requests import EvaluateRequest, SampleRequest, TrainRequest, check_world_size
+from job.requests import EncodeRequest, EvaluateRequest, SampleRequest, TrainRequest, check_world_size
 from job.runs.records import DOLLARS
 from job.stop import SPOT_GRACE_SECONDS, duration_seconds
 from job.store import check_source, check_uri, is_foreign, is_remote, split_chain, without_queries
 
+_WITHOUT_GPUS = ("pack", "index")
 WAIT_MARGIN_SECONDS = 30.0
 """For a predecessor's last save to arrive, and for the lease to be read in between."""
 
@@ -63,30 +64,37 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
     uri = str(command.values["bucket"]) if "bucket" in command.given else target.usual_bucket
     bucket = _seen("bucket", uri, target)
     command = command.with_values(bucket=bucket)
-    request = command.request().check()
+    request, reads = command.request().check(), list[str]()
+    if resources.slices and not isinstance(request, TrainRequest) and request.slice:
+        raise BadRequestError("--slices gives each machine a --slice of its own: leave one of them out")
     match request:
         case TrainRequest():
             command = _training(command, request, target, resources)
         case SampleRequest():
             _check_files(request, target)
             if resources.slices:
-                if request.slice:
-                    raise BadRequestError("--slices gives each machine a --slice of its own: leave one of them out")
                 replace(request, slice=f"0/{resources.slices}").check()
         case EvaluateRequest():
             _check_files(request.sampling, target)
             if request.extractor_file:
                 file = _seen("--extractor-file", request.extractor_file, target)
                 command = command.with_values(extractor_file=file)
+        case PackRequest() if request.tars:
+            reads = [_source(tar, target) for tar in request.tars]
+            command = command.with_values(tars=reads)
         case PackRequest():
-            command = command.with_values(source=_source(request.source, target))
-    run, subject = ("", request.name) if isinstance(request, PackRequest) else (request.run, request.run)
+            reads = [_source(request.source, target)]
+            command = command.with_values(source=reads[0])
+        case EncodeRequest():
+            reads = [_seen("--autoencoder", request.autoencoder, target)]
+            command = command.with_values(autoencoder=reads[0])
+    subject = request.name if isinstance(request, PackRequest | EncodeRequest) else request.run
     if not target.is_remote:
         command = _on_this_machine(command, target, resources)
     argv = command.argv()
     slices = ("--slices", str(resources.slices)) if resources.slices else ()
     name = job_name(command.verb, subject, () if command.verb == "train" else (*argv, *slices))
-    gpus = (0 if command.verb == "pack" else target.gpus) if resources.gpus is None else resources.gpus
+    gpus = (0 if command.verb in _WITHOUT_GPUS else target.gpus) if resources.gpus is None else resources.gpus
     # Elsewhere nobody sees that a machine with a driver too old computes on its CPU.
     needed_gpus = {GPUS: str(gpus)} if gpus and target.is_remote else {}
     spec = JobSpec(
@@ -95,13 +103,14 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
         argv=argv,
         image="" if target.backend == "local" else target.image,
         bucket=bucket,
-        run=run,
+        run="" if isinstance(request, PackRequest | EncodeRequest) else request.run,
         gpus=gpus,
         gpu_type=(resources.gpu_type or target.gpu_type) if gpus and _selects_by_type(target) else "",
         nodes=resources.nodes,
         slices=resources.slices,
         spot=target.spot if resources.spot is None else resources.spot,
         max_hours=resources.hours_on(target),
+        reads=tuple(map(_path_of, reads)),
         env={JOB: name, **needed_gpus, **target.env},
     )
     if command.verb != "train" or (dollars := dollars_per_hour(spec, target)) is None:
@@ -129,7 +138,7 @@ def _check_resources(command: ParsedCommand, target: Target, resources: Resource
         raise BadRequestError(f"{several}: use a kubernetes target, or one machine with more GPUs (--gpus 8)")
     if resources.slices and not target.is_remote:
         raise BadRequestError(f"--slices {resources.slices} needs several machines, and {target.name!r} is this one")
-    if command.verb == "pack" and (resources.gpus or resources.gpu_type):
+    if command.verb in _WITHOUT_GPUS and (resources.gpus or resources.gpu_type):
         raise BadRequestError("packing uses no GPUs: leave --gpus and --gpu-type out")
     if target.is_remote and not target.image:
         raise BadConfigError(f"target {target.name!r} has no `image:`, which its machines would run")
@@ -170,6 +179,13 @@ def _source(source: str, target: Target) -> str:
     elif archive != EMBEDDED:
         archive = _seen("SOURCE", archive, target)
     return f"{inside}::{archive}" if inside else archive
+
+
+def _path_of(source: str) -> str:
+    """Returns the file or folder of this machine in which a source lies; empty if it lies elsewhere."""
+    path = split_chain(source)[1].removeprefix("file://")
+    # A pattern of tars lies in a folder.
+    return "" if not path.startswith("/") else str(Path(path.partition("{")[0]).parent) if "{" in path else path
 
 
 def _training(command: ParsedCommand, request: TrainRequest, target: Target, resources: Resources) -> ParsedCommand:

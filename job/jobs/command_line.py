@@ -8,14 +8,16 @@ from typing import Any
 
 from job.data.pack import PackRequest
 from job.jobs.spec import Verb
-from job.requests import EvaluateRequest, SampleRequest, TrainRequest, chosen_of
+from job.requests import EncodeRequest, EvaluateRequest, SampleRequest, TrainRequest, chosen_of
 
-AnyRequest = TrainRequest | SampleRequest | EvaluateRequest | PackRequest
+AnyRequest = TrainRequest | SampleRequest | EvaluateRequest | PackRequest | EncodeRequest
 _REQUESTS: dict[Verb, type[AnyRequest]] = {
     "train": TrainRequest,
     "sample": SampleRequest,
     "evaluate": EvaluateRequest,
     "pack": PackRequest,
+    "index": PackRequest,
+    "encode": EncodeRequest,
 }
 _REQUEST_FIELDS = {"config": "config_file", "wait": "wait_seconds", "slice_": "slice"}
 """Parameters that a request calls otherwise."""
@@ -52,6 +54,8 @@ class ParsedCommand:
             values["sets"] = tuple(values["sets"] or ())
         elif kind in (SampleRequest, EvaluateRequest):
             values["chosen"] = chosen_of(values)
+        elif self.verb == "index":
+            values |= {"source": "", "tars": tuple(values["tars"])}
         return kind(**{each.name: values[each.name] for each in fields(kind) if each.name in values})
 
     def argv(self) -> tuple[str, ...]:
@@ -66,7 +70,7 @@ class ParsedCommand:
             if value is None:
                 continue
             if not option:
-                arguments.append(str(value))
+                arguments += map(str, value) if isinstance(value, list | tuple) else [str(value)]
             elif isinstance(value, bool):
                 # An option that is off by default has no word for off.
                 words += option[:1] if value else option[1:2]

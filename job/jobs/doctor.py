@@ -15,7 +15,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from job.data.shards import SHARD_BYTES
+from job.data.shards import SHARD_PIXEL_BYTES
 from job.exits import Exit, JobError
 from job.jobs.backends import backend_for
 from job.jobs.backends.base import Check
@@ -133,7 +133,7 @@ def _free_bytes(folder: Path, variable: str) -> int:
     with os_errors(f"{folder}, which {variable} moves"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            os.posix_fallocate(file.fileno(), 0, SHARD_BYTES)
+            os.posix_fallocate(file.fileno(), 0, SHARD_PIXEL_BYTES)
         return shutil.disk_usage(folder).free
 
 

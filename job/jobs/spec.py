@@ -13,7 +13,7 @@ from typing import Literal
 from job.exits import BadRequestError
 from job.store import is_remote, open_store
 
-Verb = Literal["train", "sample", "evaluate", "pack"]
+Verb = Literal["train", "sample", "evaluate", "pack", "index", "encode"]
 
 NAME_CHARACTERS = 52
 """Longest name: Kubernetes appends `-INDEX-XXXXX` for pods, whose names are labels of 63 characters at most."""
@@ -39,10 +39,11 @@ class JobSpec:
         gpus: per node; 0 is a CPU job.
         gpu_type: as the backend names it, such as `nvidia-l4`; empty is whatever the target says.
         nodes: machines that train together; 1 for everything else.
-        slices: independent parts of a sampling job, each on a machine of its own; 0 for all other jobs.
+        slices: machines that share the pieces of a job; 0 for one machine.
         spot: whether it may run on machines that are taken away.
         max_hours: after so long the job is ended, whatever it does: the guard against a forgotten bill. See `limit_of`
             for by whom, and what counts. Infinite on this machine, unless somebody says otherwise.
+        reads: files and folders of this machine that it reads besides its bucket.
         env: variables of the container. Nothing secret.
         retries: failures that its engine may still follow with another attempt; `--watch` subtracts those it has seen.
     """
@@ -59,6 +60,7 @@ class JobSpec:
     slices: int = 0
     spot: bool = True
     max_hours: float = 24.0
+    reads: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     retries: int = RETRIES
 
@@ -66,9 +68,9 @@ class JobSpec:
         """Refuses what no backend could run, naming the field."""
         validated_job_name(self.name)
         if self.nodes > 1 and self.verb != "train":
-            raise BadRequestError(f"--nodes {self.nodes} is for training: sampling uses --slices, packing one machine")
-        if self.slices and self.verb != "sample":
-            raise BadRequestError(f"--slices {self.slices} is for sampling")
+            raise BadRequestError(f"--nodes {self.nodes} is for training: all other work uses --slices")
+        if self.slices and self.verb == "train":
+            raise BadRequestError(f"--slices {self.slices} is not for training, which uses --nodes")
 
     @property
     def max_seconds(self) -> int:
@@ -95,7 +97,11 @@ class JobSpec:
 
     def argv_of_slice(self, index: int | str) -> tuple[str, ...]:
         """The words of one slice; `index` may be a variable that the engine fills in, such as `$(INDEX)`."""
-        return (*self.argv, "--slice", f"{index}/{self.slices}") if self.slices else self.argv
+        if not self.slices:
+            return self.argv
+        # Behind `--` it would be an argument.
+        end = self.argv.index("--") if "--" in self.argv else len(self.argv)
+        return (*self.argv[:end], "--slice", f"{index}/{self.slices}", *self.argv[end:])
 
     @property
     def all_labels(self) -> dict[str, str]:

@@ -23,7 +23,7 @@ from job.jobs.prices import dollars_per_hour, hourly_of
 from job.jobs.spec import JobSpec
 from job.jobs.targets import BatchTarget, GoogleTarget, KubernetesTarget, Target, VmTarget, chosen_target, load_targets
 from job.jobs.watch import Watch
-from job.runs.outlook import attempts_of, outlook_of, stretches
+from job.runs.outlook import attempts_of, outlook_of, spans_of
 from job.runs.records import read_status, run_store
 from job.stop import Stop
 from job.store import open_store
@@ -68,7 +68,7 @@ def submit(command: ParsedCommand, on: str, targets: Path | None, resources: Res
             print("\n".join(lines), flush=True)
             if not options.yes:
                 _ask(spec)
-        elif (folder := spec.bucket_folder) and spec.verb != "pack" and not folder.is_dir():
+        elif (folder := spec.bucket_folder) and spec.verb not in ("pack", "index") and not folder.is_dir():
             raise MissingInputError(f"bucket {spec.bucket} is not there: check the path, or pack a dataset first")
         if options.watch:
             Watch(backend, spec, Stop().install().sleep).run()
@@ -112,7 +112,7 @@ def outlook_lines(spec: JobSpec, target: Target) -> list[str]:
     try:
         run = run_store(open_store(spec.bucket).within(OUTLOOK_SECONDS), spec.run)
         status = read_status(run)
-        outlook = outlook_of(stretches(attempts_of(run), status), status, dollars_per_hour(spec, target))
+        outlook = outlook_of(spans_of(attempts_of(run), status), status, dollars_per_hour(spec, target))
     except JobError:
         # Who may submit jobs need not be able to see their bucket.
         return []

@@ -1,10 +1,10 @@
-"""One writer per run: a lease that its holder renews, and that others take when it is given back, dead or silent.
+"""One writer per run: a lease that its holder renews, and that others take once it is released, dead or silent.
 
-    RUN/lease.json     who holds the run, under which fence, and how often it was renewed
+    RUN/lease.json     the holder of the lease, its fence, and the number of renewals
 
-The object is created once and from then on only replaced by compare-and-swap. Who finds it held watches, by its own
-clock, whether it changes: the clocks of two machines are never compared. Fences only grow, so that a holder that was
-stopped, replaced and woken in the middle of a write has a lower one and harms nobody.
+The object is created once and from then on only replaced by compare-and-swap. An attempt that finds the lease held
+watches it for changes by its own clock: the clocks of two machines are never compared. Fences only grow. A holder that
+was stopped and replaced may wake in the middle of a write, but its fence is lower, so that its objects never win.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ MAX_FENCE = 10**6 - 1
 RENEW_SECONDS = 5.0
 EXPIRE_SECONDS = 20.0
 WATCH_SECONDS = 0.5
-"""How often one who watches reads the lease, and asks whether to stop."""
+"""The interval at which a waiting attempt reads the lease and checks for a stop request."""
 AGAIN_SECONDS = 1.0
-"""After a renewal that failed. Google Cloud Storage takes about one write a second to one object."""
+"""The pause after a failed renewal. Google Cloud Storage takes about one write a second to one object."""
 CLOSE_SECONDS = 5.0
 RETRY_SECONDS = 15.0
-"""How long a write is tried again: less than it takes to expire, after which it would come too late."""
+"""The limit of retries of a write: shorter than the expiry, after which it would come too late."""
 _SWAPS = 5
 
 
@@ -44,10 +44,10 @@ class LeaseRecord(Sealed):
     fence: int = Field(ge=1, le=MAX_FENCE)
     holder: str
     renewal: int = Field(ge=0)
-    """Goes up with every write, so that no two are alike: a store tells its own lost answers by the content."""
+    """Grows with every write, so that no two records are alike: by the content a store recognises its own write."""
     released: bool
     since: Moment
-    """For people only: nothing is decided by it."""
+    """For people only; decides nothing."""
     process: ProcessIdentity
 
     def __str__(self) -> str:
@@ -55,17 +55,17 @@ class LeaseRecord(Sealed):
 
 
 def load_lease(run: Store) -> LeaseRecord:
-    """What the run's lease says, whether it is held or was given back.
+    """Returns the record of the run's lease, be it held or released.
 
     Raises:
-        BadDataError: it is rotten.
-        ObjectMissingError: nobody ever held the run.
+        BadDataError: it is corrupt.
+        ObjectMissingError: no attempt ever held the lease.
     """
     return LeaseRecord.load(run, LEASE_KEY)
 
 
 def _read_lease(run: Store) -> tuple[LeaseRecord | None, str]:
-    """The record and its version; no version if there is no object, no record if nobody can read it."""
+    """Returns the record, None if it is missing or corrupt, and its version, empty if it is missing."""
     try:
         blob = run.read(LEASE_KEY)
     except ObjectMissingError:
@@ -81,7 +81,7 @@ def claim_version(folder: Store) -> str:
 
 
 def _write_lease(run: Store, record: LeaseRecord, version: str) -> str:
-    """The new version; none if somebody else wrote since `version` was read."""
+    """Writes a record and returns the new version; empty if the object has changed since `version`."""
     try:
         if version:
             return run.replace(LEASE_KEY, record.to_json(), version)
@@ -91,43 +91,43 @@ def _write_lease(run: Store, record: LeaseRecord, version: str) -> str:
 
 
 def _lease_clock() -> float:
-    """A clock that never jumps and counts the time a machine sleeps: what was ours before a sleep may not be after."""
+    """Returns a clock that never jumps and counts the time that a machine sleeps, during which a lease may expire."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 class _Watch:
-    """What one who wants a lease sees of it, by a clock of its own.
+    """The observation of a lease by an attempt that waits for it, by the attempt's clock.
 
-    Unlike the holder's that clock stands still while a machine sleeps: a laptop that wakes must give the holder, which
-    wakes with it, the time to renew.
+    Unlike the holder's clock this one stands still while the machine sleeps: when a laptop wakes, a holder on the same
+    laptop must have the time to renew.
     """
 
     def __init__(self, run: Store) -> None:
         self._run = run
         self.record: LeaseRecord | None = None
         self.version = ""
-        self.silent_seconds = self._seen_at = 0.0
-        """How long it has certainly not changed."""
+        self.silent_seconds = self._changed_at = 0.0
+        """The time for which it has certainly not changed."""
         self.is_renewed = False
-        """Whether the present holder was seen to renew it: that another has won a race does not say that it lives."""
+        """Whether this holder has renewed it: one that has just won a race for the lease may be dead."""
 
     def look(self) -> None:
         asked = time.monotonic()
         record, version = _read_lease(self._run)
         if version != self.version:
             self.is_renewed = bool(record and self.record and record.holder == self.record.holder)
-            self.record, self.version, self._seen_at = record, version, time.monotonic()
+            self.record, self.version, self._changed_at = record, version, time.monotonic()
         elif time.monotonic() - asked > EXPIRE_SECONDS / 2:
-            # While the bucket was away the holder could not renew: it gets its time anew.
-            self._seen_at = time.monotonic()
-        self.silent_seconds = max(0.0, asked - self._seen_at)
+            # While the bucket was away the holder could not renew: its time begins again.
+            self._changed_at = time.monotonic()
+        self.silent_seconds = max(0.0, asked - self._changed_at)
 
     def why_free(self) -> str:
-        """Why the lease may be taken; nothing while it may not."""
+        """Returns the reason why the lease may be taken; empty while it may not."""
         if not self.version:
-            return "nobody held it"
+            return "it was free"
         if self.record and self.record.released:
-            return "it was given back"
+            return "it was released"
         if self.record and self.record.process.certainly_dead():
             return f"{self.record} is dead"
         if self.silent_seconds >= EXPIRE_SECONDS:
@@ -136,25 +136,25 @@ class _Watch:
 
     @property
     def who(self) -> str:
-        return str(self.record) if self.record else f"somebody whose {LEASE_KEY} is damaged"
+        return str(self.record) if self.record else f"a holder whose {LEASE_KEY} is damaged"
 
 
 class Lease:
-    """The right to write to a run, kept by a thread until `close`.
+    """The right to write to a run, renewed by a thread until `close`.
 
-    While the bucket is away the thread keeps trying, and `confirm` refuses; only another holder's record means that the
-    run is lost.
+    While the bucket is away the thread retries, and `confirm` raises; the run is lost only if the lease has another
+    holder.
 
     Attributes:
-        fence: higher than that of everybody who held the run before.
-        holder: unique to this holder.
-        lost: which other attempt is known to have taken the run, for people; empty while none is.
+        fence: higher than that of every holder before.
+        holder: an id that only this holder has.
+        lost: a message that names the attempt that took the run; empty until then.
     """
 
     def __init__(
         self, run: Store, record: LeaseRecord, version: str, asked_at: float, note: Callable[[str], None]
     ) -> None:
-        """Keeps what `take` got by asking for it at `asked_at`."""
+        """Starts to renew a lease that `take` requested at `asked_at`."""
         self.fence, self.holder = record.fence, record.holder
         self._run, self._record, self._version, self._note = run, record, version, note
         self._uri = run.uri_of(LEASE_KEY)
@@ -165,22 +165,22 @@ class Lease:
 
     @classmethod
     def take(cls, run: Store, floor: int, wait_seconds: float, stop: Stop, note: Callable[[str], None]) -> Lease:
-        """Takes the run: at once if it is free or its holder certainly dead, else when the holder falls silent.
+        """Takes the lease: at once if it is free or its holder certainly dead, else when the holder falls silent.
 
         Args:
             run: the run's folder.
-            floor: the highest fence known from elsewhere, such as attempts and checkpoints.
-            wait_seconds: how long to wait for a holder that lives; 0 gives up with its first renewal.
-            stop: ends the watching.
-            note: told what a person should know; from other threads, too.
+            floor: the highest fence of attempts and checkpoints.
+            wait_seconds: the time to wait for a living holder; 0 gives up at its first renewal.
+            stop: ends the wait.
+            note: receives messages for people, also from other threads.
 
         Raises:
             LostRunError: the holder lives; the message names it.
-            BadDataError: something bears the last fence there is, or what lies there is no object.
-            StoppedError: `stop` said so.
+            BadDataError: an object has the last possible fence, or `lease.json` is not an object.
+            StoppedError: a stop was requested.
             BucketAwayError: the lease cannot be read or written.
         """
-        watch, began, told = _Watch(run), time.monotonic(), ""
+        watch, began, noted = _Watch(run), time.monotonic(), ""
         while True:
             stop.check(f"before {run.uri} could be taken")
             watch.look()
@@ -189,7 +189,7 @@ class Lease:
                 if last >= MAX_FENCE:
                     where = f"an attempt or a checkpoint of {run.uri}" if last == floor else run.uri_of(LEASE_KEY)
                     raise BadDataError(
-                        f"{where} has fence {last}, the last there is, which no run comes to: delete it"
+                        f"{where} has fence {last}, the last possible one, which no run reaches: delete it"
                         " (`ddpm runs verify` names what is damaged)"
                     )
                 record = LeaseRecord(
@@ -202,33 +202,33 @@ class Lease:
                 )
                 asked_at = _lease_clock()
                 if version := _write_lease(run, record, watch.version):
-                    if told or (watch.record and not watch.record.released):
+                    if noted or (watch.record and not watch.record.released):
                         note(f"took {run.uri} over: {why}")
                     return cls(run.within(RETRY_SECONDS), record, version, asked_at, note)
                 continue
             over = time.monotonic() - began >= wait_seconds
-            # A holder that just fell silent is not waited for in vain: it either comes back or expires.
+            # A holder that has just fallen silent is worth the wait: it either comes back or expires.
             if over and watch.is_renewed and watch.silent_seconds < 2 * RENEW_SECONDS:
                 raise LostRunError(
                     f"{run.uri} is held by {watch.who}, which is alive: stop it first (`ddpm jobs cancel`, if it was "
                     "submitted), or have `ddpm train --wait SECONDS` wait for it"
                 )
-            if told != watch.who:
-                told = watch.who
-                note(f"{run.uri} is held by {told}: watching for up to {EXPIRE_SECONDS:g} s whether it is alive")
+            if noted != watch.who:
+                noted = watch.who
+                note(f"{run.uri} is held by {noted}: watching for up to {EXPIRE_SECONDS:g} s whether it is alive")
             stop.sleep(WATCH_SECONDS)
 
     def confirm(self) -> None:
-        """Returns if the run is certainly still ours; call it before every commit and every delete.
+        """Returns if this attempt certainly still has the lease; call it before every commit and every delete.
 
-        It asks the bucket, by renewing, unless a renewal of the last `RENEW_SECONDS` answers it.
+        It renews the lease, unless the last renewal is younger than `RENEW_SECONDS`.
 
         Raises:
             LostRunError: another attempt took the run.
-            BucketAwayError: it cannot be known now, or the lease was given back; write nothing.
+            BucketAwayError: the bucket does not answer, or the lease was released; write nothing.
         """
         if self._closing.is_set():
-            raise BucketAwayError(f"{self._uri} was given back: nothing more is written")
+            raise BucketAwayError(f"{self._uri} was released: nothing more is written")
         self._renew()
 
     def check_lost(self) -> None:
@@ -241,14 +241,14 @@ class Lease:
             raise LostRunError(self.lost)
 
     def close(self, timeout_seconds: float = float("inf")) -> None:
-        """Gives the lease back if the bucket answers in that time or `CLOSE_SECONDS`; the fence stays in the record."""
+        """Releases the lease, if the bucket answers in that time or `CLOSE_SECONDS`; the fence stays in the record."""
         self._closing.set()
         self._thread.join(min(timeout_seconds, CLOSE_SECONDS))
         if self._thread.is_alive():
-            self._note(f"{self._uri} could not be given back in time: the next attempt waits until it expires")
+            self._note(f"{self._uri} could not be released in time: the next attempt waits until it expires")
 
     def _left_seconds(self) -> float:
-        """Until it is to be renewed."""
+        """Returns the time until the next renewal."""
         return self._confirmed_at + RENEW_SECONDS - _lease_clock()
 
     def _work(self) -> None:
@@ -259,10 +259,10 @@ class Lease:
                 is_failing = False
             except LostRunError:
                 return
-            # Whatever it was, a thread that ends here would give the run away.
+            # After any other error the thread retries: if it ended, the lease would expire.
             except Exception as error:
                 if not is_failing:
-                    self._note(f"could not renew {self._uri}, without which nothing is written: {error}")
+                    self._note(f"could not renew {self._uri}, and nothing is written until then: {error}")
                 is_failing = True
         try:
             with self._lock:
@@ -270,17 +270,17 @@ class Lease:
         except LostRunError:
             pass
         except JobError as error:
-            self._note(f"could not give {self._uri} back: {error}; the next attempt waits until it expires")
+            self._note(f"could not release {self._uri}: {error}; the next attempt waits until it expires")
 
     def _renew(self) -> None:
-        """If it is time for that."""
+        """Renews the lease, if it is due."""
         with self._lock:
             self.check_lost()
             if self._left_seconds() <= 0:
                 self._swap(released=False)
 
     def _swap(self, released: bool) -> None:
-        """Writes the next record over our last one, and over nothing else."""
+        """Replaces this holder's last record by the next one, and no other record."""
         for _ in range(_SWAPS):
             self.check_lost()
             asked_at = _lease_clock()
@@ -289,11 +289,11 @@ class Lease:
             if version := _write_lease(self._run, self._record, self._version):
                 self._version, self._confirmed_at = version, asked_at
                 return
-            # An own write that came late, or damage, is no loss; another's record is.
+            # This holder's late write, or damage, can be replaced; another holder's record means that the run is lost.
             record, self._version = _read_lease(self._run)
             if record is None:
-                self._note(f"{self._uri} was {'damaged' if self._version else 'deleted'}: writing it anew")
+                self._note(f"{self._uri} was {'damaged' if self._version else 'deleted'}: writing it again")
             elif record.holder != self.holder:
                 self.lost = f"{self._run.uri} was taken over by {record}: this attempt writes nothing more"
         self.check_lost()
-        raise BucketAwayError(f"{self._uri} changes faster than it can be renewed: find out who else writes it")
+        raise BucketAwayError(f"{self._uri} changes faster than it can be renewed: find out what else writes it")

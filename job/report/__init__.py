@@ -1,1 +1,1 @@
-"""What people look at: the page of a run, and the page of all runs in a bucket, each one file that needs no network."""
+"""HTML pages of a run and of all runs in a bucket, each a single file that needs no network."""

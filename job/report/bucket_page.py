@@ -1,4 +1,4 @@
-"""The page of all runs in a bucket: sortable, with what each of them draws, and any two of them side by side."""
+"""The page of all runs in a bucket: a sortable table with the newest sample grids, and any two runs side by side."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from job.plan import find_run
 from job.progress import Progress, note
 from job.report.facts import Facts, facts_of
 from job.report.page import PAGE_KEY, columns, rendered, smooth
-from job.report.pictures import Shelf
+from job.report.pictures import PictureCache
 from job.runs.layout import RUNS
 from job.runs.overview import run_names
 from job.runs.records import run_store
 from job.store import Store
 
 MOST_POINTS = 250
-"""Of a run's loss."""
+"""The largest number of points of a run's loss."""
 ALL_BYTES, MOST_BYTES = 1_500_000, 60_000
-"""Of all pictures together, and of one."""
+"""The size limits of all pictures together, and of one."""
 PIXELS_PER_BYTE = 4
-"""A sample grid as WebP has about this density; a good guess of the size saves encoding it again."""
+"""The density of a sample grid as WebP; a good guess of the size saves encoding it again."""
 
 
 @dataclass(frozen=True)
@@ -34,32 +34,33 @@ class Entry:
 
     name: str
     facts: Facts | None
-    """None where it cannot be read; without the rows of its metrics, which would fill the memory."""
+    """Without the rows of the metrics, which would fill the memory; None if the run cannot be read."""
     why: str = ""
+    """The reason why it cannot be read."""
     loss: dict[str, Any] = field(default_factory=dict)
-    """Its curve."""
+    """The points of its loss curve."""
     grid: str = ""
-    """Key of the newest, in the bucket."""
+    """The key of the newest sample grid, below the bucket."""
     has_page: bool = False
 
 
 def bucket_page(bucket: Store, say: Callable[[str], None] = note) -> bytes:
-    """The file. A run that cannot be read is there by name, with the reason."""
+    """Returns the page; a run that cannot be read has its name and the reason in it."""
     names = run_names(bucket)
-    shelf, entries = Shelf(say), list[Entry]()
+    picture_cache, entries = PictureCache(say), list[Entry]()
     most_bytes = min(MOST_BYTES, ALL_BYTES // max(1, len(names)))
     size = most_bytes, round(sqrt(PIXELS_PER_BYTE * most_bytes))
-    # The process of the shelf makes the picture of one run small while the records of the next are read.
+    # The process of the cache shrinks the picture of one run while the records of the next are read.
     with Progress("reading runs", total=len(names), unit="runs") as bar, ThreadPoolExecutor(1) as pool:
         for number, name in enumerate(names, 1):
             entries.append(_entry(bucket, name, say))
             if entries[-1].grid:
-                pool.submit(shelf.get, bucket, entries[-1].grid, *size)
+                pool.submit(picture_cache.get, bucket, entries[-1].grid, *size)
             bar.update(number)
-    grids = {entry.name: shelf.get(bucket, entry.grid, *size) for entry in entries if entry.grid}
-    shelf.close()
+    grids = {entry.name: picture_cache.get(bucket, entry.grid, *size) for entry in entries if entry.grid}
+    picture_cache.close()
     data = {e.name: {"loss": e.loss, "config": e.facts.config.flat()} for e in entries if e.facts}
-    more = {"grids": grids, "missing": shelf.missing, "runs_folder": RUNS}
+    more = {"grids": grids, "missing": picture_cache.missing, "runs_folder": RUNS}
     return rendered("bucket.html", {"runs": data}, bucket=bucket, entries=entries, **more)
 
 
@@ -68,11 +69,10 @@ def _entry(bucket: Store, name: str, say: Callable[[str], None]) -> Entry:
         facts = facts_of(find_run(bucket.uri, name, with_dataset=False), name, say=say, only_loss=True)
         x, loss = columns(facts.rows, ["loss"], facts.epoch_images or 1, MOST_POINTS) if facts.rows else ([], [])
     except Exception as error:
-        # Whatever is wrong with one run, the others are to be seen.
+        # An error in one run must not hide the others.
         return Entry(name, None, str(error) if isinstance(error, JobError) else f"cannot be read: {error!r}")
     has_page = False
     with suppress(JobError):
         has_page = run_store(bucket, name).exists(PAGE_KEY)
     grid = f"{RUNS}/{name}/{facts.grids[-1].key}" if facts.grids else ""
-    loss_curve = {"x": x, "values": smooth(loss)}
-    return Entry(name, replace(facts, rows=[]), loss=loss_curve, grid=grid, has_page=has_page)
+    return Entry(name, replace(facts, rows=[]), loss={"x": x, "values": smooth(loss)}, grid=grid, has_page=has_page)

@@ -1,4 +1,4 @@
-"""`ddpm report`: writes a page, says where it is, and shows it."""
+"""`ddpm report`: writes a page, prints its URI, and opens it."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from job.progress import note
 from job.report.bucket_page import bucket_page
 from job.report.facts import facts_of
 from job.report.page import PAGE_KEY, run_page
-from job.report.pictures import Shelf
+from job.report.pictures import PictureCache
 from job.sampling.pictures import write_picture
 from job.store import Store, is_remote, open_store
 
 
 def write_report(bucket_uri: str, name: str, open_it: bool, output: Path | None) -> None:
-    """Writes the page of a run, or of all runs if none is named, into its folder or to `output`.
+    """Writes the page of a run, or of all runs without a `name`, into its folder or to `output`.
 
     Raises:
-        MissingInputError: there is no such run, or no bucket.
+        MissingInputError: the run or the bucket is missing.
         BadDataError: its configuration or its dataset's index is damaged.
-        BadRequestError: nothing can be written to `output`.
+        BadRequestError: `output` is not a writable HTML file.
     """
     if output is not None and (output.suffix.lower() != ".html" or output.is_dir() or not output.parent.is_dir()):
-        raise BadRequestError(f"--output {output}: name a file that ends in .html, in a folder that is there")
+        raise BadRequestError(f"--output {output}: name a file that ends in .html, in a folder that exists")
     bucket = open_store(bucket_uri)
     if name:
         found = find_run(bucket_uri, name, with_dataset=False)
-        folder, page = found.run, run_page(facts_of(found, name), Shelf(note))
+        folder, page = found.run, run_page(facts_of(found, name), PictureCache(note))
     else:
         folder, page = bucket, bucket_page(bucket)
     if output is not None:
@@ -43,7 +43,7 @@ def write_report(bucket_uri: str, name: str, open_it: bool, output: Path | None)
 
 
 def _local(folder: Store, page: bytes, output: Path | None) -> Path:
-    """A file that a browser of this machine can open, and which stays there."""
+    """Returns a lasting local file with the page, for the browser."""
     if output is not None:
         return output
     if not is_remote(folder.uri):

@@ -1,7 +1,7 @@
-"""The page of a run: one HTML file with all it shows in it, that asks no network for anything.
+"""The page of a run: one HTML file with all its pictures and scripts, which loads nothing from the network.
 
-Every value of a run is escaped by Jinja, and its policy lets the page run the scripts that are named by their hashes
-alone: a class called `<script>` is text.
+Jinja escapes every value of a run, and the page's security policy allows only its scripts, by hash: a class with the
+name `<script>` is text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from job.config import description_of
 from job.data.shards import CONTACT_SHEET, dataset_key
 from job.report import pictures
 from job.report.facts import Facts
-from job.report.pictures import Shelf
+from job.report.pictures import PictureCache
 from job.runs.layout import ObjectKind
 from job.runs.metrics import Row
 from job.runs.outlook import duration
@@ -33,25 +33,29 @@ from job.store import ObjectMissingError
 
 PAGE_KEY = ObjectKind.PAGE.value
 POINTS = 1000
-"""Of a curve, at most: of more, the means of as many."""
+"""The largest number of points of a curve; longer ones are averaged in blocks."""
 SCRIPTS = ("uPlot.iife.min.js", "page.js")
 _QUARTERS = ("1st quarter of the noise", "2nd", "3rd", "4th")
 _NO_SCORES = ("images_seen", "epoch", "time", "learning_rate", "ema_decay", "images_per_second", "memory_bytes")
 
 
-def put_page(facts: Facts, shelf: Shelf) -> None:
-    """Puts the page into the run's folder, in the place of the one before."""
-    facts.found.run.put(PAGE_KEY, run_page(facts, shelf))
+def put_page(facts: Facts, picture_cache: PictureCache) -> None:
+    """Writes the page into the run's folder, in the place of the one before."""
+    facts.found.run.put(PAGE_KEY, run_page(facts, picture_cache))
 
 
-def run_page(facts: Facts, shelf: Shelf) -> bytes:
-    """The file."""
+def run_page(facts: Facts, picture_cache: PictureCache) -> bytes:
+    """Returns the page, sealed with its own hash."""
     run, config = facts.found.run, facts.config
     chosen = [facts.grids[i] for i in pictures.evenly(len(facts.grids), pictures.GRIDS)]
     grids = [
         {"moment": grid.moment, "src": src}
         for grid in chosen
-        if (src := shelf.get(run, grid.key, pictures.NEWEST_BYTES if grid is chosen[-1] else pictures.GRID_BYTES))
+        if (
+            src := picture_cache.get(
+                run, grid.key, pictures.NEWEST_BYTES if grid is chosen[-1] else pictures.GRID_BYTES
+            )
+        )
     ]
     keys = {key: (value, description_of(key, config.model.kind)) for key, value in config.flat().items()}
     html = rendered(
@@ -60,38 +64,27 @@ def run_page(facts: Facts, shelf: Shelf) -> bytes:
         facts=facts,
         grids=grids,
         left_out=len(facts.grids) - len(chosen),
-        denoising=shelf.get(run, facts.denoising, pictures.DENOISING_BYTES) if facts.denoising else "",
-        sheet=_sheet(facts, shelf),
-        missing=shelf.missing,
+        denoising=picture_cache.get(run, facts.denoising, pictures.DENOISING_BYTES) if facts.denoising else "",
+        sheet=_sheet(facts, picture_cache),
+        missing=picture_cache.missing,
         index=facts.found.index,
         classes=facts.found.classes,
         keys=keys,
         hours=duration,
         python=f'import job\n\nmodel = job.load("{run.uri}")\nimages = model.sample(16, seed=0)',
     )
-    shelf.close()
+    picture_cache.close()
     last = facts.attempts[-1].attempt if facts.attempts else None
     return sealed_page(html, f"{last.fence}/{last.id}" if last else "0/")
 
 
 def rendered(template: str, data: dict[str, Any], **values: Any) -> bytes:
-    """A page of a template, with `data` for its scripts."""
+    """Renders a template, with `data` for its scripts."""
     scripts = [_asset(name) for name in SCRIPTS]
     hashes = " ".join(f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'" for text in scripts)
-    html = (
-        _templates()
-        .get_template(template)
-        .render(
-            data=data,
-            scripts=scripts,
-            hashes=hashes,
-            styles=[_asset("uPlot.min.css"), _asset("page.css")],
-            written=utc_now(),
-            code_version=code_version(),
-            **values,
-        )
-    )
-    return str(html).encode()
+    values |= {"styles": [_asset("uPlot.min.css"), _asset("page.css")], "written": utc_now()}
+    values |= {"data": data, "scripts": scripts, "hashes": hashes, "code_version": code_version()}
+    return str(_templates().get_template(template).render(values)).encode()
 
 
 @cache
@@ -113,7 +106,7 @@ def _asset(name: str) -> str:
 
 
 def _short(value: Any) -> str:
-    """A number as people read it."""
+    """Formats a value of the configuration for people."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list | tuple):
@@ -121,8 +114,8 @@ def _short(value: Any) -> str:
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _sheet(facts: Facts, shelf: Shelf) -> str:
-    """Images of the dataset; empty where there are none, or where they cannot be read."""
+def _sheet(facts: Facts, picture_cache: PictureCache) -> str:
+    """Returns the contact sheet of the dataset; empty without a dataset, or if it cannot be read."""
     index, bucket = facts.found.index, facts.found.bucket
     if index is None:
         return ""
@@ -136,11 +129,11 @@ def _sheet(facts: Facts, shelf: Shelf) -> str:
         return sheet_png(bucket, key, shown)
 
     where = bucket.uri_of(dataset_key(index.name, index.size))
-    return shelf.made((where, pictures.SHEET_BYTES, pictures.WIDEST_PIXELS), sheet)
+    return picture_cache.made((where, pictures.SHEET_BYTES, pictures.WIDEST_PIXELS), sheet)
 
 
 def charts_of(facts: Facts) -> list[dict[str, Any]]:
-    """What is drawn over the epochs, or over the images seen where nobody knows how long an epoch is."""
+    """Returns the charts over epochs; without the dataset, over images seen."""
     unit = facts.epoch_images or 1
     charts = []
 
@@ -176,7 +169,7 @@ def charts_of(facts: Facts) -> list[dict[str, Any]]:
 
 
 def columns(rows: Sequence[Row], keys: Sequence[str], unit: int, points: int = POINTS) -> list[list[float | None]]:
-    """Points along x, and then the means of each key there, in as many blocks of rows as there are points."""
+    """Averages rows in blocks, one for each point; returns the positions along x, and then the means of each key."""
     table = np.array([[row.get(key) for key in ("images_seen", *keys)] for row in rows], dtype=np.float64)
     known = ~np.isnan(table)
     starts = [block[0] for block in np.array_split(np.arange(len(rows)), min(points, len(rows)))]
@@ -187,13 +180,13 @@ def columns(rows: Sequence[Row], keys: Sequence[str], unit: int, points: int = P
 
 
 def _finish(chart: dict[str, Any]) -> None:
-    """Smooths what jitters, beside what it was made of, and says in words what the chart shows."""
+    """Scales and smooths a chart's series, keeps the first one as it was beside it, and adds a description."""
     divisor = chart.pop("divisor", 1)
     first, *others = chart["series"]
     for series in chart["series"]:
         series["values"] = [None if value is None else _digits(value / divisor) for value in series["values"]]
     known = [value for value in first["values"] if value is not None]
-    chart["said"] = f"{first['label']}: {known[0]:.4g} at first, {known[-1]:.4g} now" if known else "nothing yet"
+    chart["summary"] = f"{first['label']}: {known[0]:.4g} at first, {known[-1]:.4g} now" if known else "nothing yet"
     if chart.pop("smooth", False):
         raw = {**first, "label": f"{first['label']}, each row", "faint": True}
         for series in (first, *others):
@@ -203,7 +196,7 @@ def _finish(chart: dict[str, Any]) -> None:
 
 
 def smooth(values: list[float | None]) -> list[float | None]:
-    """A curve without its jitter; None where nothing is known."""
+    """Smooths a curve; None where a value is missing."""
     places = [i for i, value in enumerate(values) if value is not None]
     means = smoothed(np.array([values[i] for i in places], dtype=np.float64))
     result: list[float | None] = [None] * len(values)
@@ -213,5 +206,5 @@ def smooth(values: list[float | None]) -> list[float | None]:
 
 
 def _digits(value: float, digits: int = 5) -> float | None:
-    """Few digits, for thousands of numbers stand in a page; what is no number is left out."""
+    """Rounds a number, to keep pages small; None for NaN and infinite ones."""
     return float(f"{value:.{digits}g}") if isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Pictures small enough that all of a run's fit into one page."""
+"""Pictures as data URIs, small enough that all of a run's pictures fit into one page."""
 
 from __future__ import annotations
 
@@ -12,38 +12,39 @@ from job.report.small import MEMORY_BYTES, SECONDS
 from job.store import Store
 
 GRIDS = 60
-"""On a page, at most: of more, as many as that, evenly spaced."""
+"""The largest number of grids on a page; of more, evenly spaced ones are chosen."""
 GRID_BYTES, NEWEST_BYTES, DENOISING_BYTES, SHEET_BYTES = 36_000, 400_000, 600_000, 150_000
-"""Of a picture, at most: all of them together, as base64, leave a page below 5 MB."""
+"""Size limits of the pictures, by which a page with all of them, as base64, stays below 5 MB."""
 WIDEST_PIXELS = 1200
 MOST_FILE_BYTES = 1 << 27
-"""A longer object is read up to here, and so counts as truncated."""
+"""The limit of reading: a longer object counts as truncated."""
 
 
-class Shelf:
-    """Pictures as data URIs, each read and made small once: none changes under its name while a run goes.
+class PictureCache:
+    """A cache of pictures as data URIs, each read and shrunk once: pictures keep their names while a run trains.
 
-    Another process decodes them: a damaged or hostile file must not cost a training its memory, its time or its life.
+    Another process decodes them, so that a damaged or hostile file cannot exhaust the memory or time of training, or
+    crash it.
 
     Attributes:
-        missing: why a page is without a picture, by its URI.
+        missing: the reasons why pictures are missing, by URI.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        """`say` is told what could not be read."""
+        """Makes an empty cache; `say` receives messages about pictures that cannot be read."""
         self._say, self._made = say, dict[tuple[str, int, int], str]()
         self.missing = dict[str, str]()
         self._process: Popen[bytes] | None = None
 
     def close(self) -> None:
-        """Ends that process; the next picture starts another."""
+        """Ends the decoding process; the next picture starts another."""
         if self._process is not None:
             self._process.kill()
             with suppress(BrokenPipeError), self._process:
                 self._process = None
 
     def get(self, store: Store, key: str, most_bytes: int, widest_pixels: int = WIDEST_PIXELS) -> str:
-        """An object's picture; empty for one that is not there, or cannot be read."""
+        """Returns the picture in an object; empty if it is missing or cannot be read."""
 
         def data() -> bytes:
             with store.open(key) as file:
@@ -52,29 +53,29 @@ class Shelf:
         return self.made((store.uri_of(key), most_bytes, widest_pixels), data)
 
     def made(self, name: tuple[str, int, int], data: Callable[[], bytes]) -> str:
-        """A picture by what tells it from all others: where it is from, its bytes at most, and its widest pixels."""
+        """Returns the picture of a name (its source, and the limits of bytes and width); calls `data` if it is new."""
         if name not in self._made:
             self.missing.pop(name[0], None)
             try:
                 self._made[name] = self._small(data(), *name[1:])
             except Exception as error:
-                # Whatever somebody put in the place of a picture is none, which is no reason for a page to fail.
+                # A picture that cannot be shown must not fail the page.
                 self.missing[name[0]] = str(error) or type(error).__name__
                 self._say(f"the page is without {name[0]}: {self.missing[name[0]]}")
                 if isinstance(error, BadDataError) or not isinstance(error, JobError | OSError):
-                    # It would be the same again.
+                    # A second attempt would fail in the same way.
                     self._made[name] = ""
         return self._made.get(name, "")
 
     def _small(self, data: bytes, most_bytes: int, widest_pixels: int) -> str:
-        """See `small.small`.
+        """Shrinks a picture in the decoding process; see `small.small`.
 
         Raises:
-            BadDataError: it cannot be shown.
+            BadDataError: the picture cannot be shown.
         """
         if (child := self._process) is None:
             command = [sys.executable, "-X", "utf8", "-P", "-c", "from job.report.small import main; main()"]
-            # Ctrl-C is for the program that asks.
+            # A new session, so that Ctrl-C ends only this program.
             child = self._process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, start_new_session=True)
         assert child.stdin is not None and child.stdout is not None
         with suppress(BrokenPipeError):
@@ -89,7 +90,7 @@ class Shelf:
 
 
 def evenly(count: int, most: int) -> list[int]:
-    """Indices of at most so many, evenly spaced, the first and the last among them."""
+    """Returns at most `most` indices, evenly spaced, with the first and the last."""
     if count <= most:
         return list(range(count))
     return [round(i * (count - 1) / (most - 1)) for i in range(most)]

@@ -1,4 +1,4 @@
-"""What is usual for a preset on its own dataset: a band of losses by epoch, and where a run is to it.
+"""The usual losses of a preset on its dataset, as a band by epoch, and the verdict on a run's loss.
 
 The bands lie in `presets/`, below `usual`, and come from `python -m benchmarks.usual`.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,15 +17,15 @@ from job.exits import JobError
 from job.runs.metrics import Row
 
 BEHIND = 1.5
-"""Times the upper end of the band: a loss above that is of a run that does not learn what others do."""
+"""A loss above this multiple of the band's upper end counts as broken."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a run is going, beside others like it."""
+    """The loss of a run among those of other runs of its preset."""
 
     word: str
-    """`on track`, `behind` or `broken`; empty where it is too early to tell."""
+    """`on track`, `behind` or `broken`; empty before the band begins."""
     reason: str
     epochs: tuple[float, ...]
     low: tuple[float, ...]
@@ -33,7 +34,7 @@ class Verdict:
 
 
 def verdict_of(config: RunConfig, rows: Sequence[Row], index: DatasetIndex | None) -> Verdict | None:
-    """Where a run is to the band of its preset; None where there is none for such a run.
+    """Compares a run's loss with the band of its preset; returns None if no band fits the run.
 
     Args:
         config: of the run.
@@ -48,23 +49,34 @@ def verdict_of(config: RunConfig, rows: Sequence[Row], index: DatasetIndex | Non
     if not losses or losses[-1][0] < usual.epochs[0]:
         return Verdict("", f"too early to tell: the band begins at epoch {usual.epochs[0]:g}", *band)
     epoch = losses[-1][0]
-    # As the band was made: the mean of the last epoch.
+    # The mean of the last epoch, as in the band.
     loss = float(np.mean([loss for at, loss in losses if at > epoch - 1]))
     low, high = (float(np.interp(epoch, usual.epochs, ends)) for ends in (usual.low, usual.high))
     word = "on track" if loss <= high else "behind" if loss <= BEHIND * high else "broken"
-    said = f"loss {loss:.4g} over the last epoch; {low:.4g} to {high:.4g} is usual at epoch {epoch:.1f}"
-    return Verdict(word, said, *band)
+    reason = f"loss {loss:.4g} over the last epoch; {low:.4g} to {high:.4g} is usual at epoch {epoch:.1f}"
+    return Verdict(word, reason, *band)
+
+
+def differing(config: RunConfig, index: DatasetIndex | None) -> dict[str, tuple[Any, Any]]:
+    """Returns the values that differ from the preset, by key: the preset's, and the configuration's."""
+    kind = config.model.kind
+    try:
+        usual = draft(config.preset, {}).flat()
+        usual = draft(config.preset, {"model.kind": kind}).flat() | {"model.kind": usual["model.kind"]}
+    except JobError:
+        return {}
+    ours = config.flat()
+    keys = [key for key in ours if key not in (*CHOSEN_ELSEWHERE, *FOLLOWS)]
+    if usual["train.precision"] == "auto":
+        # The machine chose the precision.
+        keys.remove("train.precision")
+    if config.model.num_classes == 0 and index and index.classes:
+        keys.append("model.num_classes")
+    return {key: (usual.get(key), ours[key]) for key in keys if usual.get(key) != ours[key]}
 
 
 def _learns_as_preset(config: RunConfig, index: DatasetIndex) -> bool:
-    """Whether nothing that decides what is learnt differs from the preset."""
-    try:
-        usual = draft(config.preset, {}).flat()
-    except JobError:
-        return False
-    ours = config.flat()
-    decides = [key for key in usual if key not in FREE and key.split(".")[0] not in FREE_SECTIONS]
-    if config.model.num_classes != len(index.classes):
-        return False
-    apart = (*CHOSEN_ELSEWHERE, *FOLLOWS, "train.precision", "train.seed")
-    return all(ours.get(key) == usual[key] for key in decides if key not in apart)
+    """Returns whether all settings that decide what is learnt are those of the preset."""
+    free = {*FREE, "train.precision", "train.seed"}
+    decides = [key for key in differing(config, index) if key not in free and key.split(".")[0] not in FREE_SECTIONS]
+    return not decides and config.model.num_classes == len(index.classes)

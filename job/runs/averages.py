@@ -1,12 +1,12 @@
-"""`ddpm ema`: averages of any width, put together after training (Karras et al. 2024, section 3.2).
+"""`ddpm ema`: averages of any width, combined after training (Karras et al. 2024, section 3.2).
 
     RUN/snapshots/000001-000000048000/ema-0.05-00.safetensors …         every `ema.snapshot_epochs`, in half precision
-    RUN/checkpoints/000002-000000096000/averages/UNIQUE/ema-0.13-00.safetensors …   made of these, uploaded first
+    RUN/checkpoints/000002-000000096000/averages/UNIQUE/ema-0.13-00.safetensors …   combined, uploaded first
                                         averages/ema-0.13.json          created once, last: the commit
 
-Snapshots travel with checkpoints, as metrics do: a manifest names all of its run until then, also those of attempts
-before. They stay as long as the run. What is made of them belongs to a checkpoint, and goes with it. Who makes it holds
-no lease: it says that it reads the checkpoint, and writes under a fresh prefix.
+A manifest names all snapshots of its run so far, as it does with metrics. Snapshots stay as long as the run; a combined
+average belongs to a checkpoint and is deleted with it. `ddpm ema` has no lease: it marks the checkpoint as being read,
+and writes under a fresh prefix.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from job.runs.checkpoints import Average, Manifest, choose, load_average, load_m
 from job.runs.layout import CheckpointRef, ObjectKind, located
 from job.runs.readers import reading_chosen
 from job.runs.samples import label_of
-from job.sealed import NamedObject
+from job.sealed import NamedObject, utc_now
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, open_bucket
 from job.store.files import scratch_folder
@@ -37,29 +37,34 @@ if TYPE_CHECKING:
 
 
 class _Source(NamedTuple):
-    """An average of the run at some moment, and where it lies."""
+    """A stored average of the run, and its files."""
 
     stored: Stored
     files: list[NamedObject]
 
 
 def make_averages(bucket_uri: str, name: str, std: float, checkpoints: str) -> None:
-    """Makes the average of width `std` for each chosen checkpoint that has none, and says where it lies.
+    """Makes the average of width `std` for each chosen checkpoint that lacks it, and prints its URI.
 
     Raises:
-        MissingInputError: there is no such run or checkpoint.
+        MissingInputError: the bucket lacks the run or the checkpoint.
         BadRequestError: the run keeps no averages of this kind.
         BadDataError: a checkpoint is damaged.
-        StoppedError: a signal came; the same command begins the one that it was at again.
+        StoppedError: a signal came; the same command begins the unfinished average again.
     """
     stop = Stop().install()
     bucket = open_bucket(bucket_uri, stop)
     run, config, group = records.run_store(bucket, name), records.existing_config(bucket, name), average_name(std)
     if not config.ema.stds:
-        raise BadRequestError(f"run {name!r} keeps no averages to make others of: ema.stds and ema.snapshot_epochs do")
+        raise BadRequestError(f"run {name!r} has no averages to combine: set ema.stds and ema.snapshot_epochs to train")
     dataset_images, batch_size = records.dataset_images_of(bucket, config), config.train.batch_size
     find = partial(choose, run, checkpoints, dataset_images, batch_size)
     with reading_chosen(run, find) as (refs, renew):
+
+        def check() -> None:
+            stop.check("while averages were added up")
+            renew()
+
         for ref in refs:
             of = f"{group} of {label_of(ref.images_seen, dataset_images, batch_size)}"
             manifest = load_manifest(run, ref)
@@ -69,16 +74,16 @@ def make_averages(bucket_uri: str, name: str, std: float, checkpoints: str) -> N
             try:
                 average = load_average(run, manifest, group)
             except ObjectMissingError:
-                average = _make(run, config, manifest, std, stop, renew)
+                average = _make(run, manifest, _sources(config, manifest), std, check)
             how = f"of {average.made_of:,} averages, {average.error:.2%} from its profile"
             print(f"{run.uri_of(ObjectKind.AVERAGE.key(checkpoint=ref, group=group))}  ({of}, {how})")
 
 
 def _sources(config: RunConfig, manifest: Manifest) -> list[_Source]:
-    """The averages in a checkpoint, and the snapshots before."""
+    """Returns the averages in a checkpoint, and the snapshots before."""
     stds = dict(zip(config.ema.names, config.ema.stds, strict=True))
     found: dict[tuple[CheckpointRef, str], list[NamedObject]] = {}
-    # What the checkpoint has itself, it has in full precision.
+    # The checkpoint has its averages in full precision, so that its snapshots are not needed.
     for file in manifest.files:
         if (group := manifest.group_of(file)) in stds:
             found.setdefault((manifest.ref, group), []).append(file)
@@ -89,17 +94,13 @@ def _sources(config: RunConfig, manifest: Manifest) -> list[_Source]:
     return [_Source(Stored(stds[group], ref.images_seen), files) for (ref, group), files in found.items()]
 
 
-def _make(
-    run: Store, config: RunConfig, manifest: Manifest, std: float, stop: Stop, renew: Callable[[], None]
-) -> Average:
-    """Makes an average for a checkpoint, and commits it; the one of whoever did so meanwhile, if somebody did."""
+def _make(run: Store, manifest: Manifest, sources: list[_Source], std: float, check: Callable[[], None]) -> Average:
+    """Combines an average for a checkpoint and commits it; returns another process's if that was committed first."""
     ref, group, unique = manifest.ref, average_name(std), uuid.uuid4().hex
-    sources = _sources(config, manifest)
     with Progress(f"{group} of {manifest.images_seen:,} images", total=len(sources), unit="averages") as bar:
 
         def advance(done: int) -> None:
-            stop.check("while averages were added up")
-            renew()
+            check()
             bar.update(done)
 
         sources, tensors, error = _combined(run, sources, Stored(std, manifest.images_seen), advance)
@@ -116,7 +117,7 @@ def _make(
         std=std,
         made_of=len(sources),
         error=error,
-        created=records.utc_now(),
+        created=utc_now(),
         code_version=code_version(),
         files=tuple(files),
     )
@@ -132,7 +133,7 @@ def _make(
 def _combined(
     run: Store, sources: list[_Source], wanted: Stored, advance: Callable[[int], None]
 ) -> tuple[list[_Source], dict[str, Tensor], float]:
-    """Adds up averages: those that are sound, the sum, float32, and how far its profile is from the one wanted.
+    """Combines the sound sources; returns them, the float32 sum, and the distance of its profile from the wanted one.
 
     Raises:
         BadDataError: an average of the checkpoint itself is damaged.
@@ -148,11 +149,11 @@ def _combined(
         except BadDataError as damage:
             if source.stored.images_seen == wanted.images_seen:
                 raise
-            note(f"doing without the averages of {source.stored.images_seen:,} images: {damage}")
+            note(f"going on without the averages of {source.stored.images_seen:,} images: {damage}")
             return _combined(run, [other for other in sources if other is not source], wanted, advance)
         for content in contents:
             for name, tensor in load(content).items():
-                # Factors alternate in sign: in float32 the sum would lose what they have in common.
+                # Factors alternate in sign: a sum in float32 would cancel most digits.
                 part = tensor.double() * factor
                 total[name] = total[name] + part if name in total else part
     return sources, {name: tensor.float() for name, tensor in total.items()}, error

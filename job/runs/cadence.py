@@ -1,4 +1,4 @@
-"""How often a run is saved: as configured, or more often where a preemption leaves no time for a last save."""
+"""The minutes between two saves: as configured, or fewer where a preemption leaves no time for a last save."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from job.store import Store
 
 PROBE_BYTES = 16 << 20
 SAVES_PER_CADENCE = 10
-"""Where a preemption costs the work since the last save, saving may take up to a tenth of the time."""
+"""Where a preemption loses the work since the last save, saving may take up to a tenth of the time."""
 SHORTEST_CADENCE_MINUTES = 1.0
 
 
 class Cadence:
-    """The minutes between two saves. A thread measures how long one takes, and shortens them if need be."""
+    """The minutes between two saves, which a thread shortens if a save takes longer than a preemption allows."""
 
     def __init__(
         self, run: Store, size_bytes: int, every_minutes: float, grace_seconds: float, note: Callable[[str], None]
     ) -> None:
-        """Begins now.
+        """Begins an interval, and measures the bucket in a thread.
 
         Args:
             run: the run's folder, which the measurement writes to.
             size_bytes: of a checkpoint.
             every_minutes: as configured.
             grace_seconds: between a preemption notice and the end.
-            note: told what a person should know.
+            note: receives messages for people.
         """
         self._run, self._size_bytes, self._note = run, size_bytes, note
         self._every_minutes, self._grace_seconds = every_minutes, grace_seconds
@@ -40,16 +40,16 @@ class Cadence:
         threading.Thread(target=self._measure, name="measure-save", daemon=True).start()
 
     def begin(self) -> None:
-        """Counts from now on."""
+        """Begins the next interval."""
         self._began = time.monotonic()
 
     @property
     def is_over(self) -> bool:
-        """Whether a save is due."""
+        """Returns whether a save is due."""
         return (time.monotonic() - self._began) / 60 >= self._every_minutes
 
     def _measure(self) -> None:
-        """Has saves made more often if one does not fit into the grace of a preemption."""
+        """Shortens the interval if a save does not fit into the grace period of a preemption."""
         data = os.urandom(min(PROBE_BYTES, self._size_bytes))
         key, began = ObjectKind.PROBE.key(unique=uuid.uuid4().hex), time.monotonic()
         try:
@@ -57,7 +57,7 @@ class Cadence:
             seconds = (time.monotonic() - began) * self._size_bytes / len(data)
             self._run.delete(key)
         except JobError as error:
-            self._note(f"could not measure how long a save takes: {error}")
+            self._note(f"could not measure the duration of a save: {error}")
             return
         configured = self._every_minutes
         if seconds + MARGIN_SECONDS > self._grace_seconds:

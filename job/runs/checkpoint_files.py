@@ -24,12 +24,12 @@ Tensors = dict[str, dict[str, Tensor]]
 """By group and name."""
 
 PART_BYTES = 128 * 1024 * 1024
-"""Parts of this size keep all connections busy, and a retry cheap."""
+"""Parts of this size keep all connections busy, and make a retry cheap."""
 PARALLEL_UPLOADS = 4
 
 
 def plan_parts(tensors: Tensors) -> Tensors:
-    """Cuts each group into files of about `PART_BYTES`: by file name, what it holds. A large tensor has its own."""
+    """Returns the tensors of each file: groups are cut at about `PART_BYTES`, and a larger tensor has a file alone."""
     parts: Tensors = {}
     for group, named in tensors.items():
         number = size_bytes = 0
@@ -46,48 +46,41 @@ class HostCopy:
 
     def __init__(self, live: Tensors) -> None:
         self.live = live
-        self.host: Tensors = {}
+        self.tensors: Tensors = {}
         self._cuda = any(tensor.is_cuda for named in live.values() for tensor in named.values())
         for group, named in live.items():
             sizes = [tensor.numel() for tensor in named.values()]
             flat = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=self._cuda)
             flat.fill_(0)  # touches every page: a first save into fresh pages takes ten times as long
             views = zip(named.items(), flat.split(sizes), strict=True)
-            self.host[group] = {name: view.view(tensor.shape) for (name, tensor), view in views}
+            self.tensors[group] = {name: view.view(tensor.shape) for (name, tensor), view in views}
 
     def copy(self) -> None:
         """Copies the live values; when it returns, training may go on."""
         for group, named in self.live.items():
-            torch._foreach_copy_(list(self.host[group].values()), list(named.values()), non_blocking=True)
+            torch._foreach_copy_(list(self.tensors[group].values()), list(named.values()), non_blocking=True)
         if self._cuda:
             torch.cuda.synchronize()
 
 
 class CheckpointFiles:
-    """What the checkpoints of a run hold, by file: a host copy of the live tensors, and what describes it to diffusers.
+    """Uploads the files of a run's checkpoints: a host copy of the live tensors, and its descriptions for diffusers.
 
     Attributes:
+        host: the host copy.
         drawn: the group whose weights lie where diffusers reads them.
         size_bytes: of a host copy.
     """
 
     def __init__(self, live: Tensors, retention: Retention) -> None:
-        self._retention, self._copy = retention, HostCopy(live)
-        self._parts = plan_parts(self._copy.host)
+        self._retention, self.host = retention, HostCopy(live)
+        self._parts = plan_parts(self.host.tensors)
         self._pipeline = pipeline.files_for_diffusers(retention.config, self._parts)
         self.drawn = self._pipeline.drawn
-        self.size_bytes = sum(tensor.nbytes for named in self._copy.host.values() for tensor in named.values())
-
-    def copy(self) -> None:
-        """See `HostCopy.copy`."""
-        self._copy.copy()
-
-    def descriptions(self, ref: CheckpointRef) -> dict[str, bytes]:
-        """The small objects of a checkpoint that describe its weights to diffusers, by key."""
-        return {f"{ref.key}/{name}": data for name, data in self._pipeline.descriptions.items()}
+        self.size_bytes = sum(tensor.nbytes for named in self.host.tensors.values() for tensor in named.values())
 
     def tensors_of(self, ref: CheckpointRef) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """What belongs to a checkpoint, by key: the host copy, and a snapshot of its averages if one is due."""
+        """Yields the tensors of a checkpoint by key: the host copy, and a snapshot of its averages if one is due."""
         takes_snapshot = self._retention.takes_snapshot(ref.images_seen)
         averages = self._retention.config.ema.names if takes_snapshot else ()
         for name, tensors in self._parts.items():
@@ -98,11 +91,11 @@ class CheckpointFiles:
     def upload(
         self, run: Store, lease: Lease, ref: CheckpointRef, when_written: Callable[[], None]
     ) -> tuple[NamedObject, ...]:
-        """Uploads the host copy, which may be overwritten `when_written`: as soon as all of it is in local files."""
+        """Uploads the files of a checkpoint, and calls `when_written` as soon as the host copy may be overwritten."""
         with scratch_folder("save") as folder, ThreadPoolExecutor(PARALLEL_UPLOADS) as pool:
 
             def upload(path: Path, key: str) -> None:
-                # Whoever slept may have lost the run, and would upload a whole checkpoint that nobody is to read.
+                # A process that slept may have lost the run: without this it would upload a whole useless checkpoint.
                 run.retry(lease.confirm)
                 run.upload(path, key)
                 path.unlink()
@@ -115,11 +108,14 @@ class CheckpointFiles:
             when_written()
             for one in uploads:
                 one.result()
-            return tuple(records)
+        for name, data in self._pipeline.descriptions.items():
+            run.create(key := f"{ref.key}/{name}", data)
+            records.append(NamedObject.of(key, data))
+        return tuple(records)
 
 
 def write_part(path: Path, key: str, tensors: dict[str, Tensor]) -> NamedObject:
-    """Writes tensors to a local file; what a record says of it once it is an object at `key`."""
+    """Writes tensors to a local file, and returns the entry of a record that names it as the object at `key`."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -127,7 +123,7 @@ def write_part(path: Path, key: str, tensors: dict[str, Tensor]) -> NamedObject:
         try:
             save_file(tensors, path, {"format": "pt"})
         except SafetensorError as error:
-            # It tells a full disk in words alone, which would end as a crash instead of with the disk's own code.
+            # Its message alone tells a full disk, which would otherwise end the process with a crash's exit code.
             if (match := re.search(r"os error (\d+)", str(error))) is None:
                 raise
             raise OSError(int(match[1]), os.strerror(int(match[1]))) from None

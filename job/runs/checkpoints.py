@@ -1,14 +1,14 @@
-"""Checkpoints in a bucket: how one is committed, found, verified and loaded.
+"""Checkpoints in a bucket: their commit, choice, verification and loading.
 
     RUN/checkpoints/{fence:06d}-{images_seen:012d}/model-00.safetensors …     uploaded first, under a fresh prefix
-                                                   unet/ …                    the weights that draw: see `pipeline`
+                                                   unet/ …                    the weights to sample with: `pipeline.py`
                                                    MANIFEST.json              created once, last: the commit
-                                                   averages/ema-0.13.json …   what `ddpm ema` made for it: see there
+                                                   averages/ema-0.13.json …   made by `ddpm ema`: `averages.py`
     RUN/LATEST                                                                the last commit, a hint
 
 A checkpoint exists when its manifest does. The newest is the one with the highest (fence, images seen) whose objects
-verify: a writer that was replaced, and does not know it, has a lower fence and harms nobody. `LATEST` only tells that a
-manifest was lost.
+verify: a replaced writer that still runs has a lower fence, and its checkpoints never win. `LATEST` only reveals the
+loss of a manifest.
 """
 
 from __future__ import annotations
@@ -37,53 +37,53 @@ PARALLEL_DOWNLOADS = 4
 
 
 class Manifest(RunRecord):
-    """What was committed. Its existence is the commit."""
+    """The content of `MANIFEST.json`, whose existence is the commit of a checkpoint."""
 
     format: int = Field(default=2, ge=2, le=2)
     fence: int = Field(ge=1)
     attempt: str
-    """The id of the attempt that wrote it, which tells runs apart."""
+    """The id of the attempt that wrote it; no other run has it."""
     images_seen: int = Field(ge=0)
     created: str
     world_size: int = Field(ge=1)
     loss_sums: list[list[float]]
-    """What has been added up for the next row of the metrics."""
+    """The sums of losses for the next row of the metrics."""
     files: tuple[NamedObject, ...]
     drawn: str = ""
-    """Which weights lie in `unet/`, such as `ema`; none where diffusers has no such network."""
+    """The group of weights in `unet/`, such as `ema`; empty if diffusers lacks the network."""
     metrics: tuple[NamedObject, ...] = ()
-    """Of the run until here: what `job.runs.metrics` makes of the rows since the checkpoint before, and so on."""
+    """All segments of the run's metrics up to here; see `metrics.py`."""
     snapshots: tuple[NamedObject, ...] = ()
-    """Of the run until here: power-function averages in half precision, for `ddpm ema`."""
+    """All snapshots of the run up to here: power-function averages in half precision, for `ddpm ema`."""
 
     @property
     def ref(self) -> CheckpointRef:
-        """Its place in the order."""
+        """Returns the name of its checkpoint."""
         return CheckpointRef(self.fence, self.images_seen)
 
     def is_at(self, place: Located) -> bool:
-        """In the folder of its checkpoint."""
+        """Returns whether it lies in the folder of its checkpoint."""
         return self.ref == place.checkpoint
 
     @property
     def objects(self) -> dict[str, str]:
-        """SHA-256 of each object that it names, by key."""
+        """Returns the SHA-256 of each object that it names, by key."""
         return {named.key: named.sha256 for named in (*self.files, *self.metrics, *self.snapshots)}
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """What it holds: `model`, `optimizer` and the averages."""
+        """Returns the groups of its tensors: `model`, `optimizer` and the averages."""
         return tuple(dict.fromkeys(filter(None, map(self.group_of, self.files))))
 
     def group_of(self, file: NamedObject) -> str:
-        """Which tensors one of its files holds: `model`, `optimizer` or an average, such as `ema`; empty for others."""
+        """Returns the group of a file's tensors: `model`, `optimizer` or an average such as `ema`; else empty."""
         place = located(file.key)
         is_drawn = place.kind is ObjectKind.PIPELINE and file.key.endswith(".safetensors")
         return self.drawn if is_drawn else place.group
 
 
 class Average(RunRecord):
-    """An average that `ddpm ema` made for a checkpoint, with which it goes. Its existence is the commit."""
+    """The record of an average that `ddpm ema` made for a checkpoint; its existence is the commit."""
 
     fence: int
     attempt: str
@@ -91,7 +91,7 @@ class Average(RunRecord):
     images_seen: int
     std: float
     made_of: int = Field(ge=1)
-    """Stored averages."""
+    """The number of stored averages that it combines."""
     error: float
     """See `ddpm.ema.reconstruct`."""
     created: str
@@ -99,31 +99,31 @@ class Average(RunRecord):
     files: tuple[NamedObject, ...]
 
     def is_at(self, place: Located) -> bool:
-        """Beside its checkpoint, under its name."""
+        """Returns whether it lies beside its checkpoint, under its name."""
         ref = CheckpointRef(self.fence, self.images_seen)
         return (ref, average_name(self.std)) == (place.checkpoint, place.group)
 
 
 class Latest(Sealed):
-    """The content of `LATEST`. It is written after the manifest, so that it may name the checkpoint before."""
+    """The content of `LATEST`, which is written after the manifest and so may still name the checkpoint before."""
 
     checkpoint: str = Field(pattern=r"^checkpoints/\d{6}-\d{12}$")
 
 
 def commit_manifest(run: Store, manifest: Manifest) -> None:
-    """The commit: creates the manifest once, after all its objects are there."""
+    """Commits a checkpoint: creates its manifest, once all its objects are there."""
     run.create(manifest.ref.manifest_key, manifest.to_json())
     run.put(LATEST_KEY, Latest(checkpoint=manifest.ref.key).to_json())
 
 
 def list_checkpoints(run: Store) -> list[CheckpointRef]:
-    """All committed checkpoints, oldest first."""
+    """Returns all committed checkpoints, oldest first."""
     places = places_in(run, CHECKPOINTS).values()
     return sorted(place.checkpoint for place in places if place.kind is ObjectKind.MANIFEST)
 
 
 def by_progress(refs: list[CheckpointRef]) -> dict[int, CheckpointRef]:
-    """One checkpoint per `images_seen`, of the highest fence where several attempts made the same one; in order."""
+    """Returns a checkpoint for each `images_seen`, in order: that of the newest attempt, if several made one."""
     newest = {ref.images_seen: ref for ref in sorted(refs)}
     return dict(sorted(newest.items()))
 
@@ -132,7 +132,7 @@ def load_manifest(run: Store, ref: CheckpointRef) -> Manifest:
     """Reads a manifest and checks it against its own hash, its place, and the attempt that should have written it.
 
     Raises:
-        BadDataError: it is rotten, or not the one of this place, or another run's, moved or copied here.
+        BadDataError: it is corrupt, or was written for another place or by another run.
         ObjectMissingError: it is gone.
     """
     manifest = Manifest.load(run, ref.manifest_key)
@@ -142,40 +142,41 @@ def load_manifest(run: Store, ref: CheckpointRef) -> Manifest:
 
 
 def lost_manifest(run: Store, refs: list[CheckpointRef]) -> str:
-    """What is wrong if `LATEST` names a checkpoint newer than all that are there, which are `refs`, or is rotten."""
+    """Returns a problem if `LATEST` is corrupt or names a checkpoint newer than all of `refs`; else an empty text."""
     try:
         ref = CheckpointRef.parse(Latest.load(run, LATEST_KEY).checkpoint.removeprefix(f"{CHECKPOINTS}/"))
     except ObjectMissingError:
         return ""
     except BadDataError as error:
         return str(error)
-    # One that is older was retired after somebody was killed, or replaced, before saying what came after it.
+    # An older one was deleted by the rules, after an attempt was killed between its manifest and `LATEST`.
     if (refs and ref <= max(refs)) or run.exists(ref.manifest_key):
         return ""
     return f"{run.uri_of(ref.manifest_key)} is missing, though {run.uri_of(LATEST_KEY)} names it"
 
 
-def is_there(run: Store, ref: CheckpointRef) -> bool:
-    """Whether a checkpoint's manifest is sound and its files have the sizes that it says; reads no more than that."""
+def sound_manifest(run: Store, ref: CheckpointRef) -> Manifest | None:
+    """Returns a checkpoint's manifest, if it is sound and the files have the sizes in it; does not read the files."""
     with suppress(BadDataError, ObjectMissingError):
-        files = load_manifest(run, ref).files
+        manifest = load_manifest(run, ref)
         sizes = {entry.key: entry.size_bytes for entry in run.list(ref.key)}
-        return all(sizes.get(file.key) == file.size_bytes for file in files)
-    return False
+        if all(sizes.get(file.key) == file.size_bytes for file in manifest.files):
+            return manifest
+    return None
 
 
-def newest_sound(run: Store, refs: list[CheckpointRef]) -> CheckpointRef | None:
-    """The newest of these checkpoints that `is_there`: what lies beside them may be anybody's."""
-    return next((ref for ref in sorted(refs, reverse=True) if is_there(run, ref)), None)
+def newest_sound(run: Store, refs: list[CheckpointRef]) -> Manifest | None:
+    """Returns the manifest of the newest of these checkpoints whose manifest is sound."""
+    return next((manifest for ref in sorted(refs, reverse=True) if (manifest := sound_manifest(run, ref))), None)
 
 
 @contextmanager
 def newest_good(
     run: Store, warn: Callable[[str], None], aside: set[CheckpointRef] | None = None
 ) -> Iterator[Restored | None]:
-    """The newest checkpoint whose every file verifies, or none if there are none: what an attempt goes on from.
+    """Yields the newest checkpoint whose every file verifies, from which an attempt goes on; None in a new run.
 
-    Damaged ones are named through `warn` and go into `aside`. Metrics that are damaged cost no work: see `read_rows`.
+    Damaged ones are reported to `warn` and added to `aside`. Damaged metrics do not matter here: see `read_rows`.
 
     Raises:
         BadDataError: there are checkpoints, but none of them verifies.
@@ -206,16 +207,16 @@ def newest_good(
 
 @contextmanager
 def opened(run: Store, ref: CheckpointRef, groups: tuple[str, ...] = ()) -> Iterator[Restored]:
-    """The verified files of one checkpoint, or of some of its groups, on the local disk until the context ends.
+    """Downloads and verifies a checkpoint, or some of its groups; the files are deleted when the context ends.
 
     A group that is not in the checkpoint itself is an average that was made for it later.
 
     Raises:
         BadDataError: it is damaged, or another run's; the message names the object.
-        ObjectMissingError: there is no such average.
+        ObjectMissingError: the bucket lacks this average.
     """
     manifest = load_manifest(run, ref)
-    # What describes the weights to others is not needed here: its damage costs no work.
+    # Descriptions for diffusers have no group: their damage must not stop a resume.
     wanted = [(file, group) for file in manifest.files if (group := manifest.group_of(file))]
     wanted = [(file, group) for file, group in wanted if not groups or group in groups]
     for group in set(groups) - {*manifest.groups}:
@@ -230,7 +231,7 @@ def opened(run: Store, ref: CheckpointRef, groups: tuple[str, ...] = ()) -> Iter
                 raise BadDataError(f"{uri} is missing, though its manifest is there") from None
             with path.open("rb") as file:
                 if sha256_of(file) != named.sha256:
-                    raise BadDataError(f"{uri} is rotten: its SHA-256 is not the one in the manifest")
+                    raise BadDataError(f"{uri} is corrupt: its SHA-256 is not the one in the manifest")
             return path
 
         files: dict[str, list[Path]] = {}
@@ -242,11 +243,11 @@ def opened(run: Store, ref: CheckpointRef, groups: tuple[str, ...] = ()) -> Iter
 
 
 def load_average(run: Store, manifest: Manifest, group: str) -> Average:
-    """The record of an average that was made for a checkpoint.
+    """Returns the record of an average that was made for a checkpoint.
 
     Raises:
-        BadDataError: it is rotten, or another run's.
-        ObjectMissingError: there is none.
+        BadDataError: it is corrupt, or another run's.
+        ObjectMissingError: the bucket lacks it.
     """
     average = Average.load(run, key := ObjectKind.AVERAGE.key(checkpoint=manifest.ref, group=group))
     if average.attempt != manifest.attempt:
@@ -255,23 +256,23 @@ def load_average(run: Store, manifest: Manifest, group: str) -> Average:
 
 
 def sha256_of(file: BinaryIO) -> str:
-    """The SHA-256 of all that is left to read."""
+    """Returns the SHA-256 of the rest of a file."""
     return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A verified checkpoint on the local disk, deleted when the context ends."""
+    """A verified checkpoint on the local disk."""
 
     manifest: Manifest
     files: dict[str, list[Path]]
     """By group."""
 
     def copy_into(self, tensors: dict[str, dict[str, Any]]) -> None:
-        """Copies the files' values into live tensors, by group and name, keeping the live memory layout.
+        """Copies the files' values into live tensors, by group and name, and keeps the live memory layout.
 
         Raises:
-            BadDataError: names or shapes do not match, or a file is none of tensors, whatever its manifest says.
+            BadDataError: names or shapes do not match, or a file is not in the format of safetensors.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -282,7 +283,7 @@ class Restored:
                 where = keys.get(path.name, f"{self.manifest.ref.key}/{path.name}")
                 try:
                     with safe_open(path, framework="pt") as file:
-                        for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                        for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
                             target, value = wanted.get(name), file.get_tensor(name)
                             if target is None or target.shape != value.shape:
                                 raise BadDataError(f"{where}: tensor {name!r} does not fit this configuration")
@@ -295,11 +296,11 @@ class Restored:
 
 
 def choose(run: Store, wanted: str, dataset_images: int, batch_size_images: int) -> list[CheckpointRef]:
-    """Checkpoints by a person's words: `latest`, `all`, or epochs such as `30,80,490`.
+    """Returns the checkpoints that a person asked for: `latest`, `all`, or epochs such as `30,80,490`.
 
     Raises:
-        MissingInputError: there are none, or not for one of the epochs; the message names those there are.
-        BadDataError: there was one.
+        MissingInputError: the run lacks one of them; the message lists the epochs of the others.
+        BadDataError: the run has lost all its checkpoints.
     """
     refs = by_progress(list_checkpoints(run))
     if not refs:

@@ -1,8 +1,8 @@
-"""Two runs against each other, row by row.
+"""`ddpm runs compare`: the losses of two runs against each other, row by row.
 
-Runs of one seed on one dataset see the same image with the same noise at the same point at each step, however they were
-split and interrupted. What luck adds to their losses is then the same in both, and their difference tells in a few rows
-what would otherwise take many runs.
+Runs of one seed on one dataset see the same image with the same noise and timestep at each step, however many processes
+and attempts they took. Their losses therefore share the random part, and a paired difference shows in a few rows what
+would otherwise take many runs.
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ from job.runs.overview import print_table
 from job.store import Store, open_store
 
 PAIRED_BY = ("data.dataset_id", "data.order", "data.shuffle_block_images", "train.seed", "train.batch_size")
-"""With these equal, image n of one run is image n of the other, with the same noise and draw of a point."""
+"""Keys that must be equal, so that image n of both runs is the same, with the same noise and timestep."""
 SAME_LOSS = ("diffusion.", "data.size", "data.channels")
-"""With these equal, the losses are of the same kind."""
+"""Sections and keys that must be equal, so that the losses have the same objective."""
+_PARTS = ("", "_q0", "_q1", "_q2", "_q3")
+LOSSES = (*(f"{name}{part}" for name in ("loss", "val_loss") for part in _PARTS), "val_bits_per_dim")
+"""The compared losses: of all timesteps and of each quarter of them."""
 FEWEST_ROWS = 3
 
 
 def compare_runs(bucket_uri: str, first: str, second: str, since_epoch: float) -> None:
-    """Prints by how much the losses of `second` are above those of `first`, and how sure that is.
+    """Prints the mean differences between the losses of `second` and `first`, with standard errors.
 
     Args:
         bucket_uri: where both lie.
         first: a run.
         second: another one.
-        since_epoch: rows up to then are left out.
+        since_epoch: rows up to this epoch are left out.
 
     Raises:
-        MissingInputError: there is no such run, or too few rows that both have.
+        MissingInputError: the bucket lacks a run, or they have too few rows in common.
         BadRequestError: they do not see the same images in the same order.
     """
     from rich.table import Table
@@ -59,16 +62,10 @@ def compare_runs(bucket_uri: str, first: str, second: str, since_epoch: float) -
     for key, (ours, theirs) in differing.items():
         print(f"{key}: {ours} and {theirs}")
     if any(key.startswith(SAME_LOSS) for key in differing):
-        note("their losses are of different objectives: only of val_bits_per_dim is a lower one that of a better run")
+        note("their losses have different objectives: only a lower val_bits_per_dim means a better run")
     print(f"means from image {images[0]:,} to {images[-1]:,}; ± is one standard error of the mean difference")
     table = Table("", first, second, f"{second} − {first}", "±", box=None)
-    for name in (
-        "loss",
-        *(f"loss_q{i}" for i in range(4)),
-        "val_loss",
-        *(f"val_loss_q{i}" for i in range(4)),
-        "val_bits_per_dim",
-    ):
+    for name in LOSSES:
         pairs = [(rows[0][seen][name], rows[1][seen][name]) for seen in images if all(name in r[seen] for r in rows)]
         if len(pairs) >= FEWEST_ROWS:
             ours, theirs = zip(*pairs, strict=True)
@@ -79,19 +76,17 @@ def compare_runs(bucket_uri: str, first: str, second: str, since_epoch: float) -
 
 
 def _differing(first: RunConfig, second: RunConfig) -> dict[str, tuple[object, object]]:
-    """Values that differ, by key, of those that may decide what is learnt."""
+    """Returns the values that differ, by key, but for the settings of sampling."""
     ours, theirs = first.flat(), second.flat()
     keys = dict.fromkeys([*ours, *theirs])
-    told = {key: (ours.get(key, "nothing"), theirs.get(key, "nothing")) for key in keys}
-    return {key: values for key, values in told.items() if values[0] != values[1] and not key.startswith("sample.")}
+    pairs = {key: (ours.get(key, "nothing"), theirs.get(key, "nothing")) for key in keys}
+    return {key: values for key, values in pairs.items() if values[0] != values[1] and not key.startswith("sample.")}
 
 
 def _rows(bucket: Store, name: str) -> dict[int, metrics.Row]:
-    """All rows of a run up to its newest checkpoint, those of one moment as one, by images seen."""
+    """Returns the merged rows of a run up to its newest checkpoint, by images seen."""
     run = records.run_store(bucket, name)
     if not (refs := list_checkpoints(run)):
         raise MissingInputError(f"run {name!r} has no checkpoint yet, and no losses")
-    rows: dict[int, metrics.Row] = {}
-    for row in metrics.read_rows(run, load_manifest(run, max(refs)).metrics):
-        rows.setdefault(row["images_seen"], {}).update(row)
-    return rows
+    rows = metrics.merged(metrics.read_rows(run, load_manifest(run, max(refs)).metrics))
+    return {row["images_seen"]: row for row in rows}

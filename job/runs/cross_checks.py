@@ -1,4 +1,4 @@
-"""The objects of a run against each other: records of another run, and what must be there and is not."""
+"""Checks of a run's objects against each other, which find records of other runs and missing objects."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from job.config import RunConfig
 from job.exits import BadDataError
+from job.pieces import PieceRecord
 from job.processes.lease import LEASE_KEY, LeaseRecord
 from job.runs import records, samples
 from job.runs.checkpoints import LATEST_KEY, Average, Manifest, lost_manifest
@@ -14,20 +15,20 @@ from job.runs.inventory import Inventory
 from job.runs.layout import MAX_IMAGES_SEEN, OF_CHECKPOINT, SAMPLES, ObjectKind, located
 from job.runs.records import CONFIG_KEY, STATUS_KEY, Attempt, Status
 from job.runs.retention import Retention
-from job.runs.samples import BatchIndex, Opening, PieceRecord, Provenance
+from job.runs.samples import BatchIndex, DrawingRecord, Provenance, named_piece
 from job.sealed import author_of
 from job.store import ObjectMissingError
 
 
 def check_config(found: Inventory) -> tuple[RunConfig, RunConfig] | None:
-    """The configuration as the run began and as it was last changed, if both are known."""
+    """Checks the configuration; returns it as the run began and as it was last changed, if both are sound."""
     try:
         config = records.load_config(found.run)
     except BadDataError as error:
         found.problems[CONFIG_KEY] = str(error)
         return None
     if config is None:
-        # An attempt that begins takes the lease and measures the bucket first.
+        # A new attempt takes the lease and measures the bucket before it stores the configuration.
         if len(found.keys(ObjectKind.LEASE, ObjectKind.PROBE)) < len(found.sizes):
             found.missing(CONFIG_KEY, "there are other objects of the run")
         return None
@@ -38,13 +39,13 @@ def check_config(found: Inventory) -> tuple[RunConfig, RunConfig] | None:
     try:
         return config, records.as_last_changed(found.run, config)
     except BadDataError as error:
-        # Without what was changed later nobody knows which checkpoints are to be there.
+        # Without the last changes the rules of retention are unknown, so that lost checkpoints cannot be found.
         found.problems.setdefault(max(found.keys(ObjectKind.ATTEMPT)), str(error))
         return None
 
 
 def check_attempts(found: Inventory) -> None:
-    """Attempts against each other, and what says by which it was written against that attempt."""
+    """Checks attempts against each other, and records against the attempt that wrote them."""
     ids = {attempt.fence: attempt.id for attempt in found.all(Attempt).values()}
     for key, record in list(found.records.items()):
         match record:
@@ -59,28 +60,32 @@ def check_attempts(found: Inventory) -> None:
 
 
 def check_page(found: Inventory) -> None:
-    """It vouches for nothing, and says itself who wrote it."""
+    """Checks the page, which holds its own hash and the attempt that wrote it."""
     ids = {str(attempt.fence): attempt.id for attempt in found.all(Attempt).values()}
     for key in found.keys(ObjectKind.PAGE):
         with suppress(ObjectMissingError):
             author = author_of(found.run.read(key).data)
             fence, _, attempt = (author or "").partition("/")
             if author is None:
-                found.bad(key, "is rotten: it does not match its own SHA-256; `ddpm report` writes it anew")
+                found.bad(key, "is corrupt: it does not match its own SHA-256; `ddpm report` writes it again")
             elif attempt != ids.get(fence, attempt):
                 found.bad(key, f"is another run's: attempt {fence} of this one did not write it")
 
 
 def check_batches(found: Inventory) -> None:
-    """Records of pieces against what is drawn, and the index against the records."""
+    """Checks records of pieces against the drawing, and the index against the records."""
     for key, record in found.all(PieceRecord).items():
         batch = found.places[key].batch
         drawing_key, index_key = ObjectKind.DRAWING.key(batch=batch), ObjectKind.INDEX.key(batch=batch)
-        opening, index = found.records.get(drawing_key), found.records.get(index_key)
-        if isinstance(opening, Opening) and record.drawing != opening.drawing:
+        drawing, index = found.records.get(drawing_key), found.records.get(index_key)
+        if record.number != found.places[key].piece:
+            found.bad(key, "is not in its place: it was written for another piece")
+        if isinstance(drawing, DrawingRecord) and record.fingerprint != drawing.drawing.fingerprint:
             found.bad(key, f"is about another drawing than {drawing_key}")
-        if isinstance(index, BatchIndex) and record.in_index not in index.pieces[record.number : record.number + 1]:
-            found.bad(index_key, "does not say what the records of its pieces say")
+        if isinstance(index, BatchIndex):
+            named = named_piece(record, index.drawing)
+            if named not in index.pieces[record.number : record.number + 1]:
+                found.bad(index_key, "differs from the records of its pieces")
     for key, index in found.all(BatchIndex).items():
         batch = found.places[key].batch
         recorded = [ObjectKind.RECORD.key(batch=batch, piece=number) for number in range(len(index.pieces))]
@@ -92,18 +97,18 @@ def check_batches(found: Inventory) -> None:
 
 
 def check_lost(found: Inventory, configs: tuple[RunConfig, RunConfig] | None, left: Iterable[str]) -> None:
-    """What a run like this one must have, beside the `left` objects of killed attempts.
+    """Reports objects that are lost: those that a run in this state must have.
 
-    An attempt commits in order, so a checkpoint before another of the same attempt was there, and so was one whose
-    metrics another names. If the run's rules would not have retired it, somebody else deleted its manifest.
-    A finished run has its last pictures; others may be deleted by whoever likes.
+    Files without a manifest are among the `left` objects of killed attempts. If their attempt has a later checkpoint,
+    or another manifest names their metrics, the checkpoint was committed; if the run's rules keep it, its manifest is
+    lost. A finished run has its last pictures; other pictures may be deleted.
     """
     refs = [found.places[key].checkpoint for key in found.keys(ObjectKind.MANIFEST)]
     if found.keys(ObjectKind.ATTEMPT):
         found.missing(LEASE_KEY, "there were attempts")
     if refs:
         found.missing(STATUS_KEY, "there are checkpoints")
-    # Whoever was killed after the very first one had not said so yet.
+    # An attempt that was killed after its first manifest has not written `LATEST` yet.
     if len(refs) > 1:
         found.missing(LATEST_KEY, "there are checkpoints")
     if lost := lost_manifest(found.run, refs):

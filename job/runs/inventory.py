@@ -1,4 +1,4 @@
-"""One listing of a run for its verification: what lies where, the records that are sound, and the problems found."""
+"""The inventory of a run for its verification: its objects, its sound records, and the problems found."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from contextlib import suppress
 from typing import TypeVar
 
 from job.exits import BadDataError
+from job.pieces import PieceRecord
 from job.processes.lease import LEASE_KEY, LeaseRecord
 from job.runs.checkpoints import Average, Latest, Manifest
 from job.runs.layout import ObjectKind, located
 from job.runs.readers import Reader
 from job.runs.records import Attempt, Status, no_such_run, run_store
-from job.runs.samples import BatchIndex, FoundGrid, Opening, PieceRecord, Provenance
+from job.runs.samples import BatchIndex, DrawingRecord, FoundGrid, Provenance
 from job.runs.scores import Scores
 from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
@@ -31,36 +32,36 @@ RECORD_TYPES: dict[ObjectKind | None, type[Sealed]] = {
     ObjectKind.PROVENANCE: Provenance,
     ObjectKind.FOUND_GRID: FoundGrid,
     ObjectKind.SCORES: Scores,
-    ObjectKind.DRAWING: Opening,
+    ObjectKind.DRAWING: DrawingRecord,
     ObjectKind.RECORD: PieceRecord,
     ObjectKind.INDEX: BatchIndex,
 }
-"""What carries its own hash. Of all else, but for the configuration, one of these has it."""
+"""Records, which carry their own hash. The hash of any other object, but for the configuration, is in one of these."""
 
 SealedRecord = TypeVar("SealedRecord", bound=Sealed)
 
 
 class Inventory:
-    """One listing of a run. What is listed may be retired, written over or joined by more while it is checked.
+    """One listing of a run. While it is checked, objects may be deleted, replaced or added.
 
     Attributes:
-        bucket: where the run lies.
-        run: its folder.
+        bucket: of the run.
+        run: the run's folder.
         sizes: of the objects in bytes, by key.
-        places: what the keys say, by key.
-        records: those that are sound, in their place and this run's, by key.
-        problems: the first that was found, by key.
+        places: the kinds of the objects and the other fields of their keys, by key.
+        records: the sound ones that belong to this run and lie in their place, by key.
+        problems: the first one of each object, by key.
     """
 
     def __init__(self, bucket: Store, name: str) -> None:
         """Lists the run and reads its records.
 
         Raises:
-            MissingInputError: there is no such run.
+            MissingInputError: the bucket lacks the run.
         """
         self.bucket, self.run = bucket, run_store(bucket, name)
         self.sizes = {entry.key: entry.size_bytes for entry in self.run.list()}
-        # A lease alone is what is left of a run that was deleted.
+        # A deleted run leaves its lease.
         if not self.sizes.keys() - {LEASE_KEY}:
             raise no_such_run(bucket, name)
         self.places = {key: located(key) for key in self.sizes}
@@ -77,23 +78,23 @@ class Inventory:
                 self.problems[key] = str(error)
 
     def keys(self, *kinds: ObjectKind | None) -> list[str]:
-        """Keys of the objects of these kinds."""
+        """Returns the keys of the objects of these kinds."""
         return [key for key, place in self.places.items() if place.kind in kinds]
 
     def all(self, kind: type[SealedRecord]) -> dict[str, SealedRecord]:
-        """The sound records of a type, by key."""
+        """Returns the sound records of a type, by key."""
         return {key: record for key, record in self.records.items() if isinstance(record, kind)}
 
     def bad(self, key: str, what: str) -> None:
-        """Adds a problem."""
+        """Adds a problem of an object, unless it has one already."""
         self.problems.setdefault(key, f"{self.run.uri_of(key)} {what}")
 
     def missing(self, key: str, why: str) -> None:
-        """Adds the problem that an object is not there, if it is not."""
+        """Adds the problem that an object is missing, if it is."""
         if key not in self.sizes:
             self.bad(key, f"is missing, though {why}")
 
     def foreign(self, key: str, why: str) -> None:
-        """Adds the problem that a record is another run's, and counts it no longer."""
+        """Adds the problem that a record is another run's, and removes it from `records`."""
         self.bad(key, f"is another run's: {why}")
         del self.records[key]

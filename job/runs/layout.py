@@ -1,7 +1,7 @@
-"""What lies where in a run's folder, said once: whoever writes, verifies, prunes or deletes reads this table.
+"""The layout of a run's folder: one table of keys for writing, verification, pruning and deletion.
 
-A row is the key of one kind of object below `BUCKET/runs/NAME`. It serves both ways: `key` fills it in, and
-`located` finds the row of a key and reads the fields out of it.
+A row is the key of one kind of object below `BUCKET/runs/NAME`. `ObjectKind.key` fills in its fields, and `located`
+finds the row of a key and reads the fields out of it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ RUNS = "runs"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
 MAX_IMAGES_SEEN = 10**12 - 1
-"""What the twelve digits in a checkpoint's name can count."""
+"""The largest number that fits the twelve digits of a checkpoint's name."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class CheckpointRef:
-    """A checkpoint's place in the order: attempts first, then progress."""
+    """The name of a checkpoint; names are ordered by attempt, then by progress."""
 
     fence: int
     images_seen: int
@@ -34,17 +34,17 @@ class CheckpointRef:
 
     @property
     def key(self) -> str:
-        """Its folder below the run."""
+        """Returns its folder below the run."""
         return f"{CHECKPOINTS}/{self}"
 
     @property
     def manifest_key(self) -> str:
-        """Where its manifest lies, whose existence is the commit."""
+        """Returns the key of its manifest, whose existence is the commit."""
         return ObjectKind.MANIFEST.key(checkpoint=self)
 
     @classmethod
     def parse(cls, text: str) -> CheckpointRef:
-        """The inverse of `str`."""
+        """Returns the checkpoint of a name, as the inverse of `str`."""
         fence, _, images_seen = text.partition("-")
         return cls(int(fence), int(images_seen))
 
@@ -53,51 +53,54 @@ class ObjectKind(Enum):
     """The kinds of objects in a run's folder, and their keys."""
 
     CONFIG = "config.yaml"  # resolved when the run began; never rewritten
-    LEASE = LEASE_KEY  # who may write to the run now
-    STATUS = "status.json"  # how it is going, for people
-    LATEST = "LATEST"  # the last commit, a hint
-    PAGE = "report.html"  # what people look at, written anew now and then
+    LEASE = LEASE_KEY  # the attempt that may write to the run now
+    STATUS = "status.json"  # the progress of the run, for people
+    LATEST = "LATEST"  # the checkpoint of the last commit, a hint
+    PAGE = "report.html"  # the page of the run, rewritten with each sample grid
     ATTEMPT = "attempts/{fence:06d}.json"  # one per attempt, created once: its number is the attempt's fence
     MANIFEST = "checkpoints/{checkpoint}/MANIFEST.json"  # created once, last: the commit of a checkpoint
     TENSORS = "checkpoints/{checkpoint}/{group}-{number:02d}.safetensors"
-    PIPELINE = "checkpoints/{checkpoint}/{pipeline}"  # the weights that draw, and what describes them, for diffusers
+    PIPELINE = "checkpoints/{checkpoint}/{pipeline}"  # weights to sample with, for diffusers
     AVERAGE = "checkpoints/{checkpoint}/averages/{group}.json"  # created once, last: the commit of a reconstruction
     AVERAGE_TENSORS = "checkpoints/{checkpoint}/averages/{unique}/{group}-{number:02d}.safetensors"
-    SNAPSHOT = "snapshots/{checkpoint}/{group}-{number:02d}.safetensors"  # averages of then, in half precision
+    SNAPSHOT = "snapshots/{checkpoint}/{group}-{number:02d}.safetensors"  # averages at a checkpoint, in half precision
     METRICS = "metrics/{checkpoint}.jsonl"  # rows up to this checkpoint and since the one before
     EVENTS = "tensorboard/events.out.tfevents.{checkpoint}"  # the same rows for TensorBoard
     GRID_EVENTS = "tensorboard/samples/events.out.tfevents.{checkpoint}"  # a sample grid for TensorBoard
     PICTURE = "samples/{name}.{picture}"
     FIGURE = "figures/{name}.{picture}"
-    DRAWING = "samples/{batch}/drawing.json"  # what decides the images of a batch: created once, first
+    DRAWING = "samples/{batch}/drawing.json"  # all settings of a batch of images: created once, first
     PIECE = "samples/{batch}/piece-{piece:05d}.tar"  # a shard that webdataset can read
     IMAGE = "samples/{batch}/piece-{piece:05d}/{seed:09d}.png"  # with --save png
-    RECORD = "samples/{batch}/records/piece-{piece:05d}.json"  # created once, after the piece: its commit
+    RECORD = "samples/{batch}/pieces/{piece:05d}.json"  # created once, after the piece: its commit
+    CLAIM = "samples/{batch}/claims/{piece:05d}/lease.json"  # the process that makes the piece now
     GRID = "samples/{batch}/grid.png"  # the first images of a batch
     INDEX = "samples/{batch}/index.json"  # created once, when all pieces are there
-    PROVENANCE = "provenance/{of}/{sha256}.json"  # where a picture of these bytes comes from
-    FEATURES = "evaluations/{batch}/piece-{piece:05d}.safetensors"  # of drawn images, until the scores are there
-    SCORES = "evaluations/{batch}/scores.json"  # created once: how far they are from real images
-    FOUND_GRID = "grids/found-{steps}.json"  # created once: the points that were found for so many steps
-    READER = "reading/{checkpoint}-{unique}.json"  # somebody reads this checkpoint; it stays until then
-    PROBE = "probe/{unique}"  # measures how long a save takes; deleted at once
+    PROVENANCE = "provenance/{of}/{sha256}.json"  # the origin of a picture with these bytes
+    FEATURES = "evaluations/{batch}/piece-{piece:05d}.safetensors"  # of drawn images, deleted once they are scored
+    FEATURE_RECORD = "evaluations/{batch}/pieces/{piece:05d}.json"  # created once, after the features: their commit
+    FEATURE_CLAIM = "evaluations/{batch}/claims/{piece:05d}/lease.json"  # the process that makes them now
+    SCORES = "evaluations/{batch}/scores.json"  # created once: distances from real images
+    FOUND_GRID = "grids/found-{steps}.json"  # created once: timesteps found for this number of steps
+    READER = "reading/{checkpoint}-{unique}.json"  # a process reads this checkpoint, which stays meanwhile
+    PROBE = "probe/{unique}"  # measures the duration of a save; deleted at once
 
     def key(self, **fields: object) -> str:
-        """The key of an object of this kind, below the run."""
+        """Returns the key of an object of this kind, below the run."""
         return self.value.format(**fields)
 
     @property
     def folder(self) -> str:
-        """The folder below the run in which all of this kind lie."""
+        """Returns the folder below the run that holds all objects of this kind."""
         return self.value.partition("/")[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """What the key of an object says; fields that its kind does not have are empty, zero or -1."""
+    """The fields of an object's key; those that its kind does not have are empty, zero or -1."""
 
     kind: ObjectKind | None
-    """None for what is no part of a run."""
+    """None if the object is not part of a run."""
     checkpoint: CheckpointRef = CheckpointRef(0, 0)
     fence: int = 0
     group: str = ""
@@ -109,9 +112,9 @@ class Located:
 
 
 OF_CHECKPOINT = (ObjectKind.TENSORS, ObjectKind.PIPELINE)
-"""What a manifest commits."""
+"""Kinds that a manifest commits."""
 PICTURES = (ObjectKind.PICTURE, ObjectKind.FIGURE, ObjectKind.GRID, ObjectKind.GRID_EVENTS)
-"""What has a record of where it comes from."""
+"""Kinds with a record of their origin."""
 _FIELDS = {
     "checkpoint": r"\d{6}-\d{12}",
     "fence": r"\d{6}",
@@ -129,17 +132,17 @@ _FIELDS = {
     "sha256": "[0-9a-f]{64}",
     "unique": "[0-9a-f]{1,32}",
 }
-"""How each field is written in a key."""
+"""The pattern of each field in a key."""
 _READ: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("group", "batch", "of", "sha256"), str),
     **dict.fromkeys(("fence", "piece", "steps"), int),
     "checkpoint": CheckpointRef.parse,
 }
-"""Those that are read out of it again."""
+"""The type of each field that `located` reads."""
 
 
 def located(key: str) -> Located:
-    """The kind of the object at `key`, below a run, and what else its key says."""
+    """Returns the kind of the object at `key`, below a run, and the other fields of its key."""
     for kind, pattern in _PATTERNS:
         if match := pattern.fullmatch(key):
             return Located(kind, **{field: _READ[field](match[field]) for field in _READ.keys() & pattern.groupindex})
@@ -147,14 +150,14 @@ def located(key: str) -> Located:
 
 
 def places_in(run: Store, *folders: str) -> dict[str, Located]:
-    """All objects in these folders of a run, or in all of it, by key."""
+    """Returns all objects in these folders of a run, or in all of it, by key."""
     return {entry.key: located(entry.key) for folder in folders or ("",) for entry in run.list(folder)}
 
 
 def _pattern(kind: ObjectKind) -> re.Pattern[str]:
     literals = re.split(r"\{(\w+)[^}]*\}", kind.value)
     parts = (f"(?P<{part}>{_FIELDS[part]})" if i % 2 else re.escape(part) for i, part in enumerate(literals))
-    # Other scripts have digits, too.
+    # Without ASCII, \d matches the digits of other scripts, too.
     return re.compile("".join(parts), re.ASCII)
 
 

@@ -1,14 +1,14 @@
 """Metrics: JSON lines and TensorBoard events, in segments that are committed with checkpoints.
 
-A bucket cannot append, and a killed attempt must leave neither gaps nor duplicates. So the rows since the last
-checkpoint travel with the next one, as objects of their own that its manifest names; what was logged after the last
-commit is logged again by the attempt that computes it again.
+A bucket cannot append, and a killed attempt must leave neither gaps nor duplicates. The rows since the last checkpoint
+are therefore uploaded with the next one, as objects that its manifest names. Rows after the last commit are lost with
+their attempt, and the next attempt logs them again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from job.config import RunConfig
+from job.config import LARGEST, RunConfig
 from job.exits import BadDataError
-from job.runs.layout import CheckpointRef, ObjectKind, located
+from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef, ObjectKind, located
 from job.sealed import NamedObject
 from job.store import Store
 from job.store.files import scratch_folder
@@ -30,14 +30,14 @@ Row = dict[str, Any]
 
 
 class _Line(BaseModel, extra="allow"):
-    """A row as it is read back: numbers by name, at a moment of the run."""
+    """The schema of a row: numbers by name, at a moment of the run."""
 
     __pydantic_extra__: dict[str, int | float | None]
     images_seen: int
 
 
 class _Loss(BaseModel):
-    """A row without the rest: it is read in half of the time."""
+    """The schema of a row's loss alone, which halves the time of reading."""
 
     images_seen: int
     loss: int | float | None = None
@@ -47,12 +47,12 @@ _LINES, _LOSSES = TypeAdapter(list[_Line]), TypeAdapter(list[_Loss])
 
 
 def metric_objects(rows: list[Row], ref: CheckpointRef, config: RunConfig | None = None) -> dict[str, bytes]:
-    """The rows as two objects by their keys: JSON lines, and TensorBoard events.
+    """Returns the rows as two objects by key: JSON lines, and TensorBoard events.
 
     Args:
         rows: since the checkpoint before.
-        ref: of the checkpoint that they go with.
-        config: of the run, whose values are its hyper-parameters in TensorBoard; with its first rows.
+        ref: the checkpoint that commits them.
+        config: of the run, with its first rows only; TensorBoard shows its values as hyper-parameters.
     """
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
 
@@ -73,14 +73,14 @@ def metric_objects(rows: list[Row], ref: CheckpointRef, config: RunConfig | None
 
 
 def grid_events(png: bytes, images_seen: int) -> bytes:
-    """A sample grid as TensorBoard events."""
+    """Returns a sample grid as TensorBoard events."""
     with Image.open(BytesIO(png)) as picture:
         pixels = np.asarray(picture.convert("RGB"))
     return _events(lambda writer: writer.add_image("samples", pixels, images_seen, dataformats="HWC"))
 
 
 def _events(write: Callable[[SummaryWriter], None]) -> bytes:
-    # Written locally, whole: an event writer on a bucket overwrites its own file at each flush.
+    # The file is written locally, because an event writer on a bucket overwrites its file at each flush.
     from tensorboardX import SummaryWriter
 
     with scratch_folder("events") as folder:
@@ -93,11 +93,11 @@ def _events(write: Callable[[SummaryWriter], None]) -> bytes:
 def read_rows(
     run: Store, named: Iterable[NamedObject], warn: Callable[[str], None] | None = None, only_loss: bool = False
 ) -> list[Row]:
-    """The rows of a checkpoint's metrics, in order. With `warn` a damaged object is named there, and left out.
+    """Returns the rows of a checkpoint's metrics, in order; with `warn` it reports damaged objects and skips them.
 
     Raises:
-        BadDataError: an object is missing or rotten; the message names it.
-        ValidationError: one holds no rows, though a checkpoint vouches for it.
+        BadDataError: an object is missing or corrupt; the message names it.
+        ValidationError: an object with the right hash holds something else than rows.
     """
     rows: list[Row] = []
     for segment in named:
@@ -112,3 +112,13 @@ def read_rows(
                 why = error if isinstance(error, BadDataError) else "it holds no rows of this version"
                 warn(f"going on without the rows of {run.uri_of(segment.key)}: {why}")
     return rows
+
+
+def merged(rows: Sequence[Row]) -> list[Row]:
+    """Returns the rows with those of one moment merged, in order; of values logged twice the last counts."""
+    at: dict[int, Row] = {}
+    for row in sorted(rows, key=lambda row: row["images_seen"]):
+        # NaN and infinite or huge values cannot be drawn.
+        sound = {name: value for name, value in row.items() if value is not None and -LARGEST < value < LARGEST**2}
+        at.setdefault(row["images_seen"], {}).update(sound)
+    return [at[images_seen] for images_seen in at if images_seen <= MAX_IMAGES_SEEN]

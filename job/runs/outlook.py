@@ -1,4 +1,4 @@
-"""How long a run has taken and what that cost, when it will end and for how much: one answer for all who tell it."""
+"""The time and cost of a run: so far, and to its end."""
 
 from __future__ import annotations
 
@@ -12,55 +12,55 @@ from job.runs.records import STATUS_KEY, Attempt, Status, attempt_fences, load_a
 from job.store import ObjectMissingError, Store
 
 STALE = timedelta(seconds=120)
-"""A run that calls itself running but has not said so for this long was cut off."""
+"""A run counts as cut off if its status is `running` but older than this."""
 CUT_OFF = "cut off"
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """One attempt on the axis of time, as far as anybody saw it."""
+class AttemptSpan:
+    """The time span of one attempt, as its run's records tell it."""
 
     attempt: Attempt
     began: datetime
-    seen: datetime
-    """When its status was written for the last time."""
+    last_seen: datetime
+    """The time of its last status."""
     state: str
-    """`running`, `finished`, `stopped`, `failed`, `imported`, or `cut off` without a word; empty if nobody knows."""
+    """`running`, `finished`, `stopped`, `failed`, `imported` or `cut off`; empty if unknown."""
     images_seen: int | None
 
     @property
     def hours(self) -> float:
-        """Between the two."""
-        return (self.seen - self.began).total_seconds() / 3600
+        """Returns the length in hours."""
+        return (self.last_seen - self.began).total_seconds() / 3600
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """Hours and dollars; None is what nobody can tell."""
+    """The hours and dollars of a run; None where unknown."""
 
     hours_so_far: float
     dollars_so_far: float | None
     hours_left: float | None
-    """At the speed of the last row of the metrics, while it runs or if it went on now."""
+    """At the speed of the last row of the metrics."""
     dollars_left: float | None
     ends: datetime | None
-    """If it runs on from now."""
+    """The end of a run that is running."""
 
     @property
     def words(self) -> dict[str, str]:
-        """The same for people, by what it is about."""
-        said = {}
+        """Returns texts for people, by title."""
+        texts = {}
         if self.dollars_so_far is not None:
-            said["cost so far"] = f"about ${self.dollars_so_far:,.2f} ({self.hours_so_far:,.1f} hours)"
+            texts["cost so far"] = f"about ${self.dollars_so_far:,.2f} ({self.hours_so_far:,.1f} hours)"
         if self.hours_left is not None:
             to_end = f", for about ${self.dollars_left:,.2f} more" if self.dollars_left is not None else ""
             when = f", at {self.ends:%Y-%m-%d %H:%M} UTC" if self.ends else " when it goes on"
-            said["to the end"] = f"{duration(self.hours_left)}{when}{to_end}"
-        return said
+            texts["to the end"] = f"{duration(self.hours_left)}{when}{to_end}"
+        return texts
 
 
 def duration(hours: float) -> str:
-    """Such as `3 h 20 min`."""
+    """Returns a duration for people, such as `3 h 20 min`."""
     minutes = round(hours * 60)
     if minutes < 1:
         return "less than a minute"
@@ -69,64 +69,65 @@ def duration(hours: float) -> str:
 
 
 def attempts_of(run: Store) -> list[Attempt]:
-    """All attempts whose records can be read, in order."""
+    """Returns all attempts with readable records, in order."""
     attempts = []
     for fence in attempt_fences(run):
-        # A run may be deleted while it is listed.
+        # The run may be deleted meanwhile.
         with suppress(BadDataError, ObjectMissingError):
             attempts.append(load_attempt(run, fence))
     return attempts
 
 
-def stretches(attempts: Iterable[Attempt], status: Status | None) -> list[Stretch]:
-    """Each attempt from its beginning to when it was last heard of: by its successor, or by the run's status."""
-    found: list[Stretch] = []
+def spans_of(attempts: Iterable[Attempt], status: Status | None) -> list[AttemptSpan]:
+    """Returns the span of each attempt; its last status is in the record of its successor, or is the run's status."""
+    found: list[AttemptSpan] = []
     ordered = list(attempts)
     for attempt, after in zip(ordered, [*ordered[1:], None], strict=False):
         began = datetime.fromisoformat(attempt.started)
-        seen, state, images_seen = began, "", None
+        last_seen, state, images_seen = began, "", None
         if after is not None and after.previous == attempt.fence and (last := after.previous_seen):
-            seen, images_seen = datetime.fromisoformat(last.updated), last.images_seen
+            last_seen, images_seen = datetime.fromisoformat(last.updated), last.images_seen
             state = CUT_OFF if last.state == "running" else last.state
         elif after is None and status is not None and status.fence == attempt.fence:
-            seen, images_seen, state = datetime.fromisoformat(status.updated), status.images_seen, state_of(status)
-        found.append(Stretch(attempt, began, max(began, seen), state, images_seen))
+            last_seen, images_seen = datetime.fromisoformat(status.updated), status.images_seen
+            state = state_of(status)
+        found.append(AttemptSpan(attempt, began, max(began, last_seen), state, images_seen))
     return found
 
 
 def state_of(status: Status) -> str:
-    """The state as a person should read it: a run that fell silent while running was cut off."""
+    """Returns the state for people: `cut off` if the status is `running` but stale."""
     silent = datetime.now(UTC) - datetime.fromisoformat(status.updated)
     return CUT_OFF if status.state == "running" and silent >= STALE else status.state
 
 
 def state_in(run: Store, status: Status | None) -> str:
-    """Returns the state of a run from its status, or None where that is missing or cannot be read."""
+    """Returns the state of a run for people, also if its status is missing or cannot be read."""
     return state_of(status) if status else "cannot be read" if run.exists(STATUS_KEY) else "not started"
 
 
-def outlook_of(found: list[Stretch], status: Status | None, dollars_per_hour: float | None = None) -> Outlook:
-    """What they took and cost, and what is left.
+def outlook_of(found: list[AttemptSpan], status: Status | None, dollars_per_hour: float | None = None) -> Outlook:
+    """Adds up the hours and dollars of a run's attempts, and estimates the rest.
 
     Args:
         found: the run's attempts.
-        status: the run's.
-        dollars_per_hour: of the machines that will go on; None: as its last attempt's.
+        status: of the run.
+        dollars_per_hour: the price of the machines from now on; None: that of the last attempt.
     """
-    hours = sum(stretch.hours for stretch in found)
-    prices = [stretch.attempt.dollars_per_hour for stretch in found]
-    costs = [stretch.hours * price for stretch, price in zip(found, prices, strict=True) if price is not None]
+    hours = sum(span.hours for span in found)
+    prices = [span.attempt.dollars_per_hour for span in found]
+    costs = [span.hours * price for span, price in zip(found, prices, strict=True) if price is not None]
     if dollars_per_hour is None and prices:
         dollars_per_hour = prices[-1]
     left = ends = None
     if status is not None and status.images_per_second and status.images_seen < status.target_images:
-        # A date after the year 9999 and a speed of NaN give no end.
+        # Fails for an end after the year 9999 and for a speed of NaN.
         with suppress(OverflowError, ValueError):
             hours_left = (status.target_images - status.images_seen) / status.images_per_second / 3600
             to_end, left = timedelta(hours=hours_left), hours_left
             if state_of(status) == "running":
                 ends = datetime.fromisoformat(status.updated) + to_end
-    # Of a part of the attempts a sum would look like that of all.
+    # If the price of an attempt is unknown, a sum of the others would pass for the cost of all.
     so_far = sum(costs) if costs and len(costs) == len(prices) else None
     dollars_left = left * dollars_per_hour if left is not None and dollars_per_hour is not None else None
     return Outlook(hours, so_far, left, dollars_left, ends)

@@ -1,33 +1,33 @@
-"""What is in a bucket, told to a person: runs, their state, and where their pictures lie."""
+"""`ddpm runs list`, `show` and `verify`: the runs of a bucket for people, as tables, lines or JSON."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from job.config import RunConfig
 from job.exits import BadDataError, BadRequestError
 from job.processes.lease import LEASE_KEY
 from job.runs import records
 from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound
 from job.runs.layout import PICTURES, RUNS, SAMPLES, ObjectKind, places_in
-from job.runs.outlook import CUT_OFF, attempts_of, duration, outlook_of, state_in, stretches
+from job.runs.outlook import CUT_OFF, attempts_of, duration, outlook_of, spans_of, state_in
 from job.runs.records import read_status, run_store
+from job.runs.samples import label_of, moment_of
 from job.store import Store, open_store
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 PIPE_COLUMNS = 1000
-"""Width where no terminal sets one: nothing is cut short that another program may look for."""
+"""The width of tables without a terminal, so that other programs get whole lines."""
 
 
 def run_names(bucket: Store) -> list[str]:
-    """The runs in the bucket; neither folders that somebody else put there, nor what is left of deleted runs."""
+    """Returns the runs in the bucket, without other folders and the remains of deleted runs."""
     names = []
     for name in bucket.folders(RUNS):
         with suppress(BadRequestError):
@@ -54,18 +54,17 @@ def list_runs(bucket_uri: str, *, as_json: bool = False) -> None:
 
 
 def summary_of(bucket: Store, name: str) -> dict[str, Any]:
-    """A run as a few values: what nobody knows is None."""
+    """Returns a run as a few values, None where unknown."""
     run = run_store(bucket, name)
     newest, status = newest_sound(run, list_checkpoints(run)), read_status(run)
-    outlook = outlook_of(stretches(attempts_of(run), status), status)
-    told = dict.fromkeys(("epoch", "images_seen", "target_images", "loss", "images_per_second", "updated", "fence"))
-    told |= {key: getattr(status, key) for key in told if status is not None}
+    outlook = outlook_of(spans_of(attempts_of(run), status), status)
+    of_status = ("epoch", "images_seen", "target_images", "loss", "images_per_second", "updated", "fence")
     return {
         "name": name,
         "uri": run.uri,
         "state": state_in(run, status),
-        **told,
-        "newest": newest.key if newest else None,
+        **{key: getattr(status, key, None) for key in of_status},
+        "newest": newest.ref.key if newest else None,
         "newest_images_seen": newest.images_seen if newest else None,
         **asdict(outlook),
         "outlook": outlook.words,
@@ -73,7 +72,7 @@ def summary_of(bucket: Store, name: str) -> dict[str, Any]:
 
 
 def progress_cells(run: dict[str, Any]) -> list[str]:
-    """State, epoch, images seen, loss, speed and what is left, of a `summary_of` a run."""
+    """Returns the state, epoch, images seen, loss, speed and time left of a `summary_of` a run."""
     seen = f"{run['images_seen']:,}/{run['target_images']:,}" if run["images_seen"] is not None else "-"
     shown = ((run["epoch"], ".1f"), (run["loss"], ".4f"), (run["images_per_second"], ",.1f"))
     epoch, loss, speed = ("-" if value is None else format(value, how) for value, how in shown)
@@ -82,7 +81,7 @@ def progress_cells(run: dict[str, Any]) -> list[str]:
 
 
 def print_json(document: Any) -> None:
-    """For programs: moments are ISO 8601, and what is no finite number is null."""
+    """Prints a document for programs: times in ISO 8601, and null for NaN and infinite numbers."""
     print(json.dumps(_finite(document), indent=2, ensure_ascii=False, default=lambda moment: moment.isoformat()))
 
 
@@ -98,13 +97,13 @@ def _finite(document: Any) -> Any:
 
 
 def print_table(table: Table, without_rows: str) -> None:
-    """Prints a table as wide as the terminal, or as it needs to be; one that has no rows in words."""
+    """Prints a table as wide as the terminal, or as it needs to be; a text in the place of an empty table."""
     from rich.console import Console
 
     if not table.row_count:
         print(without_rows)
         return
-    # A licence may hold what Rich would read as [/MARKUP].
+    # A licence may contain text that Rich would read as [/MARKUP].
     console = Console(markup=False, emoji=False)
     if not console.is_terminal:
         console.width = PIPE_COLUMNS
@@ -112,41 +111,31 @@ def print_table(table: Table, without_rows: str) -> None:
 
 
 def show_run(bucket_uri: str, name: str, *, as_json: bool = False) -> None:
-    """Prints everything a person asks about one run."""
+    """Prints a run: its state, progress, checkpoints and attempts, and the URIs of its pictures."""
     bucket = open_store(bucket_uri)
     config = records.existing_config(bucket, name)
-    run, told = run_store(bucket, name), summary_of(bucket, name)
-    moments, attempts = _moments(bucket, run, config), list(_attempts(run))
+    run, summary = run_store(bucket, name), summary_of(bucket, name)
+    dataset_images, batch_size = records.dataset_images_of(bucket, config), config.train.batch_size
+    labels = [label_of(seen, dataset_images, batch_size) for seen in by_progress(list_checkpoints(run))]
+    moments, attempts = [moment_of(label) for label in labels], list(_attempts(run))
     if as_json:
         more = {"dataset": config.data.dataset, "size": config.data.size, "checkpoints": moments, "attempts": attempts}
-        print_json(told | more | {"outputs": [uri for _, uri in outputs_of(run)]})
+        print_json(summary | more | {"outputs": [uri for _, uri in outputs_of(run)]})
         return
-    print(f"run         {name}  ({run.uri})")
-    print(f"dataset     {config.data.dataset}-{config.data.size}" if config.data.dataset else "dataset     none")
-    if told["updated"] is not None:
-        _, _, _, loss, speed, _ = progress_cells(told)
-        again = " (the same command goes on)" if told["state"] == CUT_OFF else ""
-        print(f"state       {told['state']}{again}, as of {told['updated']}, attempt {told['fence']}")
-        print(f"images seen {told['images_seen']:,} of {told['target_images']:,} (epoch {told['epoch']:.2f})")
-        print(f"loss        {loss}\nspeed       {speed} images/s")
-        for what, said in told["outlook"].items():
-            print(f"{what:<11} {said}")
+    lines = [("run", f"{name}  ({run.uri})")]
+    lines += [("dataset", f"{config.data.dataset}-{config.data.size}" if config.data.dataset else "none")]
+    if summary["updated"] is not None:
+        state, _, _, loss, speed, _ = progress_cells(summary)
+        again = " (the same command goes on)" if state == CUT_OFF else ""
+        seen = f"{summary['images_seen']:,} of {summary['target_images']:,} (epoch {summary['epoch']:.2f})"
+        lines += [("state", f"{state}{again}, as of {summary['updated']}, attempt {summary['fence']}")]
+        lines += [("images seen", seen), ("loss", loss), ("speed", f"{speed} images/s"), *summary["outlook"].items()]
     if moments:
-        seen = f"{told['newest']}, {told['newest_images_seen']:,} images seen" if told["newest"] else "none to read"
-        print(f"newest      {seen}")
-        print(f"checkpoints {len(moments):,}: {', '.join(moments)}")
-    for attempt in attempts:
-        print(f"attempt {attempt['fence']:<3} {attempt['said']}")
-    print(describe_outputs(run))
-
-
-def _moments(bucket: Store, run: Store, config: RunConfig) -> list[str]:
-    """Those of the checkpoints, such as `epoch 30`."""
-    from ddpm.epochs import epochs_completed_by
-
-    refs, dataset_images = by_progress(list_checkpoints(run)), records.dataset_images_of(bucket, config)
-    ends = {images: epochs_completed_by(images, dataset_images, config.train.batch_size) for images in refs}
-    return [f"epoch {epochs[-1]}" if epochs else f"{images:,} images" for images, epochs in ends.items()]
+        newest, images_seen = summary["newest"], summary["newest_images_seen"]
+        lines += [("newest", f"{newest}, {images_seen:,} images seen" if newest else "no readable one")]
+        lines += [("checkpoints", f"{len(moments):,}: {', '.join(moments)}")]
+    lines += [(f"attempt {attempt['fence']}", attempt["summary"]) for attempt in attempts]
+    print(_in_lines([*lines, *outputs_of(run)]))
 
 
 def _attempts(run: Store) -> Iterator[dict[str, Any]]:
@@ -154,26 +143,26 @@ def _attempts(run: Store) -> Iterator[dict[str, Any]]:
         try:
             attempt = records.load_attempt(run, fence)
         except BadDataError as error:
-            yield {"fence": fence, "said": f"cannot be read: {error}"}
+            yield {"fence": fence, "summary": f"cannot be read: {error}"}
             continue
         where = f"{attempt.host}, {attempt.world_size} × {attempt.device}, code {attempt.code_version}"
         imported = f"imported from {attempt.imported} " * bool(attempt.imported)
-        said = f"{attempt.started} {imported}on {where}"
-        yield attempt.model_dump(mode="json", exclude={"sha256"}) | {"said": said}
+        summary = f"{attempt.started} {imported}on {where}"
+        yield attempt.model_dump(mode="json", exclude={"sha256"}) | {"summary": summary}
 
 
 def verify_named_run(bucket_uri: str, name: str, *, as_json: bool = False) -> None:
     """Checks every object of a run and prints a line for each bad one.
 
     Raises:
-        MissingInputError: there is no such run.
-        BadDataError: there are bad objects.
+        MissingInputError: the bucket lacks the run.
+        BadDataError: the run has bad objects.
     """
     from job.runs.verification import verify_run
 
     bucket = open_store(bucket_uri)
     findings = verify_run(bucket, name)
-    uri, looked_at = run_store(bucket, name).uri, f"{findings.objects:,} objects, {findings.size_bytes:,} bytes"
+    uri, checked = run_store(bucket, name).uri, f"{findings.objects:,} objects, {findings.size_bytes:,} bytes"
     if as_json:
         print_json({"uri": uri, **asdict(findings)})
     else:
@@ -181,26 +170,29 @@ def verify_named_run(bucket_uri: str, name: str, *, as_json: bool = False) -> No
             print(problem)
         if findings.leftovers:
             left = f"{len(findings.leftovers):,} objects, {sum(findings.leftovers.values()):,} bytes"
-            deletes = f"`ddpm runs prune {name}` deletes them"
-            print(f"{uri}: {left} that killed attempts left behind harm nobody: {deletes}")
+            print(f"{uri}: killed attempts left {left}, which are harmless: `ddpm runs prune {name}` deletes them")
     if count := len(findings.problems):
-        raise BadDataError(f"{uri}: {count:,} problem{'s' * (count > 1)} in {looked_at}; each is named above")
+        raise BadDataError(f"{uri}: {count:,} problem{'s' * (count > 1)} in {checked}; each is named above")
     if not as_json:
-        print(f"{uri}: {looked_at}: all as they were written")
+        print(f"{uri}: {checked}: all as they were written")
 
 
 def describe_outputs(run: Store) -> str:
-    """Where the run's page, its checkpoints and pictures lie, a line each."""
-    return "\n".join(f"{what:<11} {uri}" for what, uri in outputs_of(run))
+    """Returns a line for each of `outputs_of` a run."""
+    return _in_lines(outputs_of(run))
+
+
+def _in_lines(titled: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(f"{title:<11} {text}" for title, text in titled)
 
 
 def outputs_of(run: Store) -> Iterator[tuple[str, str]]:
-    """What people look at, and where it lies."""
+    """Yields titles and URIs of the run's page, checkpoints, pictures and scores."""
     if run.exists(page := ObjectKind.PAGE.value):
         yield "page", run.uri_of(page)
     yield "checkpoints", f"{run.uri}/checkpoints"
-    what = {**dict.fromkeys(PICTURES, "picture"), ObjectKind.SCORES: "scores"}
-    # The images of a batch are not shown one by one.
+    titles = {**dict.fromkeys(PICTURES, "picture"), ObjectKind.SCORES: "scores"}
+    # The single images of a batch are too many.
     for key, place in places_in(run, SAMPLES, ObjectKind.FIGURE.folder, ObjectKind.SCORES.folder).items():
-        if place.kind in what:
-            yield what[place.kind], run.uri_of(key)
+        if place.kind in titles:
+            yield titles[place.kind], run.uri_of(key)

@@ -1,12 +1,13 @@
-"""What diffusers reads of a checkpoint, where it lies: the weights that draw, and what describes them.
+"""The files of a checkpoint that diffusers reads: the weights to sample with, and their description.
 
     RUN/checkpoints/…/unet/diffusion_pytorch_model.safetensors   the weights of `sample.weights`, which lie nowhere else
-                      unet/config.json                          says that they are a UNet2DModel's, and of which shape
-                      scheduler/scheduler_config.json           the process, and how the run draws
-                      model_index.json                          says that this is a DDIMPipeline
 
-The first two are there if diffusers has such a network, the third if it has such a process, the last if one of its
-pipelines can draw from both without being told a class.
+    RUN/checkpoints/…/unet/config.json                 the arguments of its UNet2DModel
+    RUN/checkpoints/…/scheduler/scheduler_config.json  the diffusion process, and the sampler of the run
+    RUN/checkpoints/…/model_index.json                 the class of its pipeline
+
+A checkpoint has the first two if diffusers has such a network, and the third if it has such a process. It has the last
+if one of its pipelines can sample from both without a class.
 """
 
 from __future__ import annotations
@@ -22,31 +23,31 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT_VERSION = "0.36.0"
-"""Of diffusers, in which all that these files say is known."""
+"""The version of diffusers that knows all these settings."""
 
 WEIGHTS = "unet/diffusion_pytorch_model"
 INDEX = f"{WEIGHTS}.safetensors.index.json"
 
 
 class Described(NamedTuple):
-    """What diffusers can be told of a run."""
+    """The description of a run for diffusers."""
 
     objects: dict[str, bytes]
-    """The JSON objects beside the weights, by key below the checkpoint; none if it has no such network."""
+    """The JSON objects beside the weights, by key below the checkpoint; empty if diffusers lacks the network."""
     lacking: str
-    """Why that is not a whole pipeline, if it is none."""
+    """The reason why they do not make a whole pipeline; empty if they do."""
 
 
 def described(config: RunConfig) -> Described:
-    """What diffusers reads of a run's checkpoints, beside the weights."""
+    """Returns the objects that diffusers reads beside the weights of a run's checkpoints."""
     model, diffusion, sample = config.model, config.diffusion, config.sample
     if not isinstance(model, catalogue.UNet):
-        return Described({}, f"model.kind={model.kind} is no network that diffusers draws images with by itself")
+        return Described({}, f"model.kind={model.kind} is not a network that diffusers samples from")
     channels, size, _ = config.image_shape
-    said: dict[str, dict[str, Any]] = {}
+    values: dict[str, dict[str, Any]] = {}
     lacking = ""
     try:
-        said["unet/config.json"] = interop.unet2d_config(
+        values["unet/config.json"] = interop.unet2d_config(
             model,
             image_size=size,
             in_channels=channels * (1 + diffusion.self_conditioning),
@@ -54,16 +55,16 @@ def described(config: RunConfig) -> Described:
             num_classes=(model.num_classes or 0) + (model.label_dropout > 0),
         )
         scheduler = interop.scheduler_config(diffusion, sample)
-        said["scheduler/scheduler_config.json"] = scheduler
+        values["scheduler/scheduler_config.json"] = scheduler
         kind = scheduler["_class_name"].removesuffix("Scheduler")
         if config.data.latents:
-            lacking = f"{kind}Pipeline draws pixels, and the network latents"
+            lacking = f"{kind}Pipeline samples pixels, and the network latents"
         elif model.num_classes:
-            lacking = f"{kind}Pipeline cannot be told a class"
+            lacking = f"{kind}Pipeline does not take a class"
         elif diffusion.self_conditioning:
-            lacking = f"{kind}Pipeline does not show the network its own estimate (diffusion.self_conditioning)"
+            lacking = f"{kind}Pipeline does not feed the network its own estimate (diffusion.self_conditioning)"
         else:
-            said["model_index.json"] = {
+            values["model_index.json"] = {
                 "_class_name": f"{kind}Pipeline",
                 "scheduler": ["diffusers", f"{kind}Scheduler"],
                 "unet": ["diffusers", "UNet2DModel"],
@@ -71,41 +72,41 @@ def described(config: RunConfig) -> Described:
     except interop.NoCounterpartError as error:
         lacking = str(error)
     objects = {
-        key: (json.dumps({"_diffusers_version": FORMAT_VERSION} | values, indent=2, sort_keys=True) + "\n").encode()
-        for key, values in said.items()
+        key: (json.dumps({"_diffusers_version": FORMAT_VERSION} | value, indent=2, sort_keys=True) + "\n").encode()
+        for key, value in values.items()
     }
     return Described(objects, lacking)
 
 
 def weights_names(parts: int) -> list[str]:
-    """What diffusers calls so many files of weights."""
+    """Returns diffusers' names for this number of weight files."""
     if parts == 1:
         return [f"{WEIGHTS}.safetensors"]
     return [f"{WEIGHTS}-{i + 1:05d}-of-{parts:05d}.safetensors" for i in range(parts)]
 
 
 def weights_index(size_bytes: int, names: dict[str, str]) -> bytes:
-    """The JSON object that says in which of several files a tensor lies, by the tensor's name."""
+    """Returns the JSON object that maps each tensor's name to its file, for weights in several files."""
     return (json.dumps({"metadata": {"total_size": size_bytes}, "weight_map": names}, indent=2) + "\n").encode()
 
 
 class FilesForDiffusers(NamedTuple):
-    """The weights that draw and what describes them, as they lie in a checkpoint."""
+    """The names and descriptions of a checkpoint's weights to sample with."""
 
     drawn: str
-    """Which weights; none where diffusers has no such network."""
+    """The group of these weights; empty if diffusers lacks the network."""
     names: dict[str, str]
-    """Their files below the checkpoint, by the names that they would have otherwise."""
+    """Their files below the checkpoint, by part."""
     descriptions: dict[str, bytes]
     """The JSON objects beside them, by key below the checkpoint."""
 
 
 def files_for_diffusers(config: RunConfig, parts: Mapping[str, Mapping[str, Tensor]]) -> FilesForDiffusers:
-    """What the files of the weights that draw are called, and what describes them.
+    """Names the parts with the weights to sample with, and describes them.
 
     Args:
         config: of the run.
-        parts: all tensors of a checkpoint by file, each named after its group: `ema-00.safetensors`.
+        parts: all tensors of a checkpoint by part, each named after its group: `ema-00.safetensors`.
     """
     descriptions = described(config).objects
     drawn = config.sample.weights if descriptions else ""

@@ -1,4 +1,4 @@
-"""Marks that keep a checkpoint while somebody reads it: `RUN/reading/…`, written before the first byte is read."""
+"""Marks below `RUN/reading/` that keep a checkpoint from deletion while a process reads it."""
 
 from __future__ import annotations
 
@@ -14,42 +14,44 @@ from job.runs.records import RunRecord
 from job.store import ObjectMissingError, Store
 
 READING_SECONDS = 900.0
-"""A reader that was killed on another machine holds its checkpoint no longer than this; it covers clocks that differ by
-minutes, and a step of sampling, after which it is said again."""
+"""The lifetime of a mark: a reader that was killed on another machine keeps its checkpoint no longer.
+
+It covers clocks that differ by minutes, and a step of sampling, after which the mark is renewed.
+"""
 
 
 class Reader(RunRecord):
-    """Somebody who reads a checkpoint."""
+    """The mark of a process that reads a checkpoint."""
 
     checkpoint: str
     until: float
-    """Seconds since 1970; minutes of difference between clocks do no harm. Who says so longer was killed."""
+    """Seconds since 1970; clocks may differ by minutes. An older mark is that of a killed process."""
     process: ProcessIdentity | None = None
 
     def is_at(self, place: Located) -> bool:
-        """In one of the places of its checkpoint."""
+        """Returns whether it lies among the marks of its checkpoint."""
         return self.checkpoint == place.checkpoint.key
 
 
 @contextmanager
 def reading(run: Store, *refs: CheckpointRef) -> Iterator[Callable[[], None]]:
-    """Keeps checkpoints from being retired, and their run from being deleted, meanwhile.
+    """Keeps checkpoints, and their run, from deletion until the context ends.
 
-    Yields a function to be called now and then by whoever takes longer than `READING_SECONDS`. Who may not write in the
-    bucket reads all the same, and may find that it was retired.
+    Yields a function that renews the marks, for readers that take longer than `READING_SECONDS`. A reader without
+    permission to write leaves no mark, and its checkpoint may be deleted meanwhile.
     """
     keys = {ref: ObjectKind.READER.key(checkpoint=ref, unique=uuid.uuid4().hex) for ref in refs}
-    may_write, said_at = True, float("-inf")
+    may_write, marked_at = True, float("-inf")
 
     def renew() -> None:
-        nonlocal said_at, may_write
-        if not may_write or time.monotonic() - said_at <= READING_SECONDS / 4:
+        nonlocal marked_at, may_write
+        if not may_write or time.monotonic() - marked_at <= READING_SECONDS / 4:
             return
         try:
             until, process = time.time() + READING_SECONDS, ProcessIdentity.of_this_process()
             for ref, key in keys.items():
                 run.put(key, Reader(checkpoint=ref.key, until=until, process=process).to_json())
-            said_at = time.monotonic()
+            marked_at = time.monotonic()
         except NoPermissionError:
             may_write = False
 
@@ -67,7 +69,7 @@ def reading_chosen(
 ) -> Iterator[tuple[Sequence[CheckpointRef], Callable[[], None]]]:
     """Chooses checkpoints and marks them as being read; yields them, and the function that `reading` yields.
 
-    A run that trains may retire one before its mark is written: then it chooses again.
+    If training deletes one of them before its mark is written, it chooses again.
     """
     while True:
         with reading(run, *(refs := choose())) as renew:
@@ -77,7 +79,7 @@ def reading_chosen(
 
 
 def being_read(run: Store) -> set[CheckpointRef]:
-    """The checkpoints that somebody reads. A word that is rotten, too old, or of a dead process, holds nothing."""
+    """Returns the checkpoints that are being read; corrupt or old marks and those of dead processes do not count."""
     refs = set()
     for key, place in places_in(run, ObjectKind.READER.folder).items():
         with suppress(BadDataError, ObjectMissingError):

@@ -1,4 +1,4 @@
-"""What a run's folder says about the run as a whole: its configuration, its attempts, its state."""
+"""The records of a run as a whole: its configuration, its attempts, its status."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ from job.data.shards import dataset_key, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, JobError, LostRunError, MissingInputError
 from job.progress import all_printable
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, RUNS, Located, ObjectKind, located, places_in
-from job.sealed import SHA256_PATTERN, Moment, Part, Sealed
-from job.sealed import utc_now as utc_now
+from job.sealed import SHA256_PATTERN, Moment, Part, Sealed, utc_now
 from job.store import ObjectExistsError, ObjectMissingError, Store
 from job.store.retry import PATIENCE_SECONDS
 
 CONFIG_KEY, STATUS_KEY = ObjectKind.CONFIG.value, ObjectKind.STATUS.value
 STATUS_SECONDS, STATUS_CLOSE_SECONDS = 30.0, 5.0
 DOLLARS = "DDPM_DOLLARS_PER_HOUR"
-"""Variable of a job: what its machines cost together."""
+"""Variable of a job: the price of its machines together."""
 
 
 def validated_run_name(name: str) -> str:
@@ -45,15 +44,15 @@ def validated_run_name(name: str) -> str:
 
 
 def run_store(bucket: Store, name: str) -> Store:
-    """The run's folder."""
+    """Returns the run's folder."""
     return bucket.sub(f"{RUNS}/{validated_run_name(name)}")
 
 
 def load_config(run: Store) -> RunConfig | None:
-    """The run's stored configuration, or none if there is no such run.
+    """Returns the run's stored configuration; None if the bucket lacks the run.
 
     Raises:
-        BadDataError: it is missing, rotten, another run's, or not readable by this version.
+        BadDataError: it is missing, corrupt, another run's, or not readable by this version.
     """
     attempt, uri = last_attempt(run), run.uri_of(CONFIG_KEY)
     try:
@@ -63,22 +62,22 @@ def load_config(run: Store) -> RunConfig | None:
             return None
         delete = f"ddpm runs delete {run.uri.rpartition('/')[2]} --yes"
         raise BadDataError(
-            f"{uri} is missing, though the run was begun: restore it, or delete the rest of the run ({delete})"
+            f"{uri} is missing, though the run has attempts: restore it, or delete the rest of the run ({delete})"
         ) from None
-    what_to_do = "Restore it, or start another run; what may change is changed with --set"
+    what_to_do = "Restore it, or start another run; --set changes the settings that may change"
     if attempt and attempt.config_sha256 != hashlib.sha256(data).hexdigest():
-        raise BadDataError(f"{uri} is not as attempt {attempt.fence} found it, or another run's. {what_to_do}")
+        raise BadDataError(f"{uri} differs from the one of attempt {attempt.fence}, or is another run's. {what_to_do}")
     try:
         return validated(flatten(all_printable(parse_yaml(data))), uri)
     except (yaml.YAMLError, AttributeError, UnicodeError, JobError) as error:
-        raise BadDataError(f"{uri} is no configuration, or another version's ({error}). {what_to_do}") from None
+        raise BadDataError(f"{uri} is not a configuration, or is another version's ({error}). {what_to_do}") from None
 
 
 def existing_config(bucket: Store, name: str) -> RunConfig:
-    """Like `load_config`, for commands that need the run.
+    """Returns the run's stored configuration, as `load_config`, for commands that need the run.
 
     Raises:
-        MissingInputError: there is no such run.
+        MissingInputError: the bucket lacks the run.
     """
     if config := load_config(run_store(bucket, name)):
         return config
@@ -86,16 +85,16 @@ def existing_config(bucket: Store, name: str) -> RunConfig:
 
 
 def no_such_run(bucket: Store, name: str) -> MissingInputError:
-    """The error about a run that is not there."""
+    """Returns the error about a missing run."""
     return MissingInputError(f"there is no run {name!r} in {bucket.uri}: `ddpm runs list` shows those there are")
 
 
 def as_last_changed(run: Store, config: RunConfig) -> RunConfig:
-    """The run's configuration with what its last attempt changed about it.
+    """Returns the run's configuration with the changes of its last attempt.
 
     Raises:
-        BadDataError: the record of that attempt is damaged, or its changes are wrong; with those of an earlier one,
-            checkpoints that are to stay would go.
+        BadDataError: the record of that attempt is damaged, or its changes are invalid. Those of an earlier attempt
+            must not be used: by them checkpoints could be deleted that are to stay.
     """
     if not (fences := attempt_fences(run)):
         return config
@@ -103,23 +102,23 @@ def as_last_changed(run: Store, config: RunConfig) -> RunConfig:
         changes = load_attempt(run, fences[-1]).changes
         return validated(config.flat() | changes, run.uri_of(ObjectKind.ATTEMPT.key(fence=fences[-1])))
     except (BadDataError, BadConfigError) as error:
-        what_to_do = "restore it, or delete it and say that again"
-        raise BadDataError(f"{error}; it says what was changed with --set since the run began: {what_to_do}") from None
+        what_to_do = "restore it, or delete it and give these --set again"
+        raise BadDataError(f"{error}; it holds the changes made with --set since the run began: {what_to_do}") from None
 
 
 def hash_of_config(run: Store) -> str:
-    """Of `config.yaml`, as it lies there."""
+    """Returns the SHA-256 of the stored `config.yaml`."""
     return hashlib.sha256(run.read(CONFIG_KEY).data).hexdigest()
 
 
 def dataset_key_of(config: RunConfig) -> str:
-    """Folder of a run's dataset below the bucket."""
+    """Returns the folder of a run's dataset below the bucket."""
     assert config.data.size is not None
     return dataset_key(config.data.dataset, config.data.size)
 
 
 def dataset_images_of(bucket: Store, config: RunConfig) -> int:
-    """Images of an epoch. Without its dataset nobody knows where a run's epochs end: then more than it can count."""
+    """Returns the images of an epoch; without the dataset more than a run can see, so that no epoch ends."""
     with suppress(JobError):
         return load_index(bucket, dataset_key_of(config)).images
     return MAX_IMAGES_SEEN + 1
@@ -129,7 +128,7 @@ def create_config(run: Store, config: RunConfig) -> None:
     """Stores a new run's configuration.
 
     Raises:
-        LostRunError: another attempt was first, with another one.
+        LostRunError: another attempt stored a different one first.
     """
     try:
         run.create(CONFIG_KEY, config.to_yaml().encode())
@@ -138,18 +137,18 @@ def create_config(run: Store, config: RunConfig) -> None:
 
 
 class RunRecord(Sealed):
-    """A record that says itself where in its run's folder it belongs."""
+    """A record that knows its place in the run's folder."""
 
     def is_at(self, place: Located) -> bool:
-        """Whether it was written for this place."""
+        """Returns whether it was written for this place."""
         raise NotImplementedError
 
     @classmethod
     def load(cls, store: Store, key: str) -> Self:
-        """As `Sealed.load`.
+        """Reads a record and checks its hash, as `Sealed.load`, and its place.
 
         Raises:
-            BadDataError: it is also not in its place.
+            BadDataError: it is corrupt, or lies in another place than the one it was written for.
         """
         record = super().load(store, key)
         if not record.is_at(located(key)):
@@ -157,8 +156,8 @@ class RunRecord(Sealed):
         return record
 
 
-class LastSeen(Part):
-    """How an attempt was going when its status was written for the last time."""
+class LastStatus(Part):
+    """The last status of an attempt."""
 
     state: str
     images_seen: int
@@ -166,60 +165,60 @@ class LastSeen(Part):
 
 
 class Attempt(RunRecord):
-    """One try at a run. Fences grow, so that a later attempt's checkpoints always win over an earlier one's."""
+    """The record of one attempt at a run. Fences grow, so that checkpoints of a later attempt win."""
 
     fence: int
     id: str
-    """As which it held the run's lease; no other attempt at any run has it."""
+    """The holder in the run's lease; no other attempt at any run has it."""
     started: Moment
     host: str
     code_version: str
     world_size: int
     device: str
-    """What it computes on, and with which PyTorch: rounding depends on both."""
+    """The device and the version of PyTorch: rounding depends on both."""
     changes: dict[str, Any]
-    """What this attempt does otherwise than the run's stored configuration says."""
+    """Settings that differ from the run's stored configuration, by key."""
     config_sha256: str = Field(pattern=SHA256_PATTERN)
-    """Of `config.yaml`, which is never rewritten: that of another run would not be noticed otherwise."""
+    """Of `config.yaml`, which is never rewritten; reveals that of another run."""
     imported: str = ""
-    """Where the checkpoint lay that it made its own, if it did not train."""
+    """The source of the imported checkpoint, if it did not train."""
     previous: int | None
-    """The fence of the attempt before, so that a record that was lost is missed; none for the first."""
-    previous_seen: LastSeen | None = None
-    """What the run's status said of that one, before it was this one's."""
+    """The fence of the attempt before, which reveals the loss of its record; None for the first."""
+    previous_seen: LastStatus | None = None
+    """The last status of that attempt."""
     dollars_per_hour: float | None = None
-    """Of all its machines together, as whoever submitted it said."""
+    """The price of all its machines together, as given when it was submitted."""
 
     def is_at(self, place: Located) -> bool:
-        """In the record of its fence."""
+        """Returns whether it lies under its fence."""
         return self.fence == place.fence
 
 
 def attempt_fences(run: Store) -> list[int]:
-    """The fences of the attempts that are recorded, in order; they have gaps where others held the run."""
+    """Returns the fences of the recorded attempts, in order; other holders of the lease leave gaps."""
     return sorted(place.fence for place in places_in(run, ObjectKind.ATTEMPT.folder).values() if place.kind)
 
 
 def load_attempt(run: Store, fence: int) -> Attempt:
-    """The record of an attempt.
+    """Returns the record of an attempt.
 
     Raises:
-        BadDataError: it is rotten, or another's.
-        ObjectMissingError: it is not there.
+        BadDataError: it is corrupt, or another attempt's.
+        ObjectMissingError: it is missing.
     """
     return Attempt.load(run, ObjectKind.ATTEMPT.key(fence=fence))
 
 
 def attempt_id(run: Store, fence: int) -> str:
-    """The id of an attempt; empty where nobody can tell."""
+    """Returns the id of an attempt; empty if its record is missing or corrupt."""
     with suppress(ObjectMissingError, BadDataError):
         return load_attempt(run, fence).id
     return ""
 
 
 def last_attempt(run: Store) -> Attempt | None:
-    """The newest record of an attempt that can be read, if there is one."""
-    # A bucket that is a folder which is not there yet has no attempts either.
+    """Returns the newest readable record of an attempt, if there is one."""
+    # A local bucket may be a folder that does not exist yet.
     with suppress(MissingInputError):
         for fence in reversed(attempt_fences(run)):
             with suppress(BadDataError):
@@ -228,7 +227,7 @@ def last_attempt(run: Store) -> Attempt | None:
 
 
 def highest_fence(run: Store) -> int:
-    """The highest fence that an attempt or a checkpoint bears; 0 for a new run."""
+    """Returns the highest fence of an attempt or a checkpoint; 0 for a new run."""
     places = places_in(run, ObjectKind.ATTEMPT.folder, CHECKPOINTS).values()
     return max((max(place.fence, place.checkpoint.fence) for place in places), default=0)
 
@@ -236,11 +235,11 @@ def highest_fence(run: Store) -> int:
 def record_attempt(
     run: Store, fence: int, holder: str, *, changes: dict[str, Any], world_size: int, device: str, imported: str = ""
 ) -> Attempt:
-    """Writes down who works on the run under this fence, which the run's lease gave to `holder`."""
+    """Creates the record of an attempt, which has the run's lease with this fence as `holder`."""
     previous, status = max(attempt_fences(run), default=None), read_status(run)
     seen = None
     if status is not None and status.fence == previous:
-        seen = LastSeen(state=status.state, images_seen=status.images_seen, updated=status.updated)
+        seen = LastStatus(state=status.state, images_seen=status.images_seen, updated=status.updated)
     attempt = Attempt(
         fence=fence,
         id=holder,
@@ -268,30 +267,30 @@ def _dollars_per_hour() -> float | None:
 
 
 def what_is_otherwise(before: Attempt, now: Attempt) -> list[str]:
-    """What a person should know when a run goes on under other circumstances: a sentence for each, mostly none."""
+    """Returns a sentence for each change of circumstances between two attempts that may change the results."""
     found = []
     if before.code_version != now.code_version:
         found.append(
-            f"attempt {before.fence} was made by code {before.code_version}, and this is {now.code_version}: the same "
-            "images and noise come, unless that is what was changed; what is learnt may differ from an undisturbed run"
+            f"attempt {before.fence} ran code {before.code_version}, and this one runs {now.code_version}: images and "
+            "noise stay the same, unless the code for them changed; the weights may differ from an undisturbed run"
         )
-    circumstances = [f"{attempt.world_size} × {attempt.device}" for attempt in (before, now)]
-    if circumstances[0] != circumstances[1]:
+    ran_on, runs_on = (f"{attempt.world_size} × {attempt.device}" for attempt in (before, now))
+    if ran_on != runs_on:
         found.append(
-            f"attempt {before.fence} computed on {circumstances[0]}, and this one does on {circumstances[1]}: "
-            "the same images and noise, another rounding"
+            f"attempt {before.fence} ran on {ran_on}, and this one runs on {runs_on}: images and noise stay the same, "
+            "rounding differs"
         )
     return found
 
 
 class Status(Sealed):
-    """How a run is going. A hint for people: nothing is decided by it but whether to say that a run is finished."""
+    """The progress of a run, for people; it decides only whether the run counts as finished."""
 
     state: str
     """`running`, `finished`, `stopped`, `failed` or `imported`."""
     fence: int
     attempt: str
-    """The id of the attempt, without which another run's status would not be noticed."""
+    """The id of the attempt, which reveals the status of another run."""
     images_seen: int
     target_images: int
     epoch: float
@@ -301,34 +300,34 @@ class Status(Sealed):
 
 
 def read_status(run: Store) -> Status | None:
-    """The last status, or none if there is none that is whole and that this version understands."""
+    """Returns the last status; None if it is missing, corrupt or another version's."""
     with suppress(ObjectMissingError, BadDataError):
         return Status.load(run, STATUS_KEY)
     return None
 
 
 def check_writable(run: Store) -> None:
-    """See `Store.check_writable`: a lease and every save need both."""
+    """Raises if the run's folder does not permit what a lease and every save need; see `Store.check_writable`."""
     run.check_writable(ObjectKind.PROBE.key(unique=uuid.uuid4().hex))
 
 
 class StatusReporter:
-    """Writes what `current()` returns, now and then and at the end. A bucket that is away is no reason to stop."""
+    """Writes the status in a thread, at intervals and at the end; an unavailable bucket does not stop the run."""
 
     def __init__(self, run: Store, current: Callable[[str], Status], warn: Callable[[str], None]) -> None:
-        # The last state is written when a stop has been asked for.
+        # The store has a limit of its own, because the last state is written after a stop request.
         self._run, self._current, self._warn = run.within(PATIENCE_SECONDS), current, warn
         self._state, self._ended = "running", threading.Event()
         self._thread = threading.Thread(target=self._work, name="status", daemon=True)
         self._thread.start()
 
     def close(self, state: str, timeout_seconds: float = STATUS_CLOSE_SECONDS) -> None:
-        """Has the last state written, `finished`, `stopped` or `failed`, if the bucket takes it in time."""
+        """Writes the last state, `finished`, `stopped` or `failed`, if the bucket answers in time."""
         self._state = state
         self._ended.set()
         self._thread.join(timeout_seconds)
         if self._thread.is_alive():
-            self._warn(f"the run's status does not say that it {state}: the bucket did not answer in time")
+            self._warn(f"the run's status could not be set to {state}: the bucket did not answer in time")
 
     def _work(self) -> None:
         is_failing = is_last = False
@@ -338,7 +337,7 @@ class StatusReporter:
                 self._run.put(STATUS_KEY, self._current(self._state).to_json())
                 is_failing = False
             except JobError as error:
-                # Once per outage is enough.
+                # Reported once per outage.
                 if not is_failing:
                     self._warn(f"could not write the run's status: {error}")
                 is_failing = True

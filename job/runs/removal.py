@@ -1,4 +1,4 @@
-"""`ddpm runs prune` and `delete`: what a run's rules do not keep, or all of a run, goes while nobody trains it."""
+"""`ddpm runs prune` and `ddpm runs delete`: the deletion of what a run's rules do not keep, or of a whole run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Removal(NamedTuple):
-    """A checkpoint or an object that is to go."""
+    """A checkpoint or an object to delete."""
 
     key: str
     size_bytes: int
@@ -36,21 +36,19 @@ class Removal(NamedTuple):
 
 
 def prune_run(bucket_uri: str, name: str, *, keep_last: int | None, dry_run: bool) -> None:
-    """Deletes what the run's rules do not keep, and prints a line for each removal; with `dry_run` only prints.
-
-    It is what training retires as it goes, at once and for a run that is over.
+    """Deletes what the run's rules do not keep, as training does, and prints a line for each removal.
 
     Args:
         bucket_uri: where the run lies.
         name: of the run.
         keep_last: how many of the newest checkpoints stay, instead of the run's `checkpoint.keep_last`.
-        dry_run: write, take and delete nothing.
+        dry_run: only print, and do not take the lease.
 
     Raises:
-        MissingInputError: there is no such run, or not the dataset whose epochs its rules speak of.
+        MissingInputError: the bucket lacks the run, or the dataset whose epochs its rules count.
         BadDataError: none of its checkpoints verifies; nothing was deleted.
-        LostRunError: somebody trains it.
-        StoppedError: a signal came; what is left goes with the same command.
+        LostRunError: an attempt trains it.
+        StoppedError: a signal came; the same command deletes the rest.
     """
     bucket, stop = open_store(bucket_uri), Stop().install()
     run = records.run_store(bucket, name)
@@ -73,7 +71,7 @@ def prune_run(bucket_uri: str, name: str, *, keep_last: int | None, dry_run: boo
 
 
 def _fence_at_work(run: Store) -> int:
-    """The fence from which on attempts may still be at work: the highest, unless it gave its lease back."""
+    """Returns the fence from which on attempts may still run: the highest, unless its lease was released."""
     with suppress(BadDataError, ObjectMissingError):
         if load_lease(run).released:
             return records.highest_fence(run) + 1
@@ -81,10 +79,10 @@ def _fence_at_work(run: Store) -> int:
 
 
 def _removals(bucket: Store, run: Store, config: RunConfig, fence: int) -> list[Removal]:
-    """What is to go, in the order in which it goes; deletes nothing. Attempts with a lower fence than `fence` are over.
+    """Lists the removals in their order, and deletes nothing. Attempts before `fence` are over.
 
     Raises:
-        MissingInputError: the run's rules speak of epochs of a dataset that is not there.
+        MissingInputError: the run's rules count epochs of a dataset that is missing.
         BadDataError: none of its checkpoints verifies.
     """
     sizes, keep, dataset_images = {entry.key: entry.size_bytes for entry in run.list()}, config.checkpoint, 1
@@ -97,29 +95,27 @@ def _removals(bucket: Store, run: Store, config: RunConfig, fence: int) -> list[
         with newest_good(run, note) as newest:
             stays = read | ({newest.manifest.ref} if newest else set())
             best = best_images_seen(config, read_rows(run, newest.manifest.metrics, note)) if newest else -1
-            old = [ref for ref in old if ref.images_seen != best]
         for ref in old:
-            if ref not in stays:
+            if ref not in stays and ref.images_seen != best:
                 size_bytes = sum(size for key, size in sizes.items() if key.startswith(f"{ref.key}/"))
                 found.append(Removal(ref.key, size_bytes, why, ref))
     places = {key: located(key) for key in sizes}
     for key, who in leftovers(run, places, fence).items():
-        # A sampler says that it reads a checkpoint before it makes its first piece.
+        # A sampler marks its checkpoint as being read before it makes its first piece.
         if not (read and places[key].batch):
             found.append(Removal(key, sizes[key], f"left behind by {who}"))
     return found
 
 
 def _remove(run: Store, removal: Removal) -> bool:
-    """Whether it has gone: a piece that has been taken up since it was found stays.
+    """Deletes an object or a checkpoint, and returns whether it did: a piece in use by a sampler stays.
 
-    Samplers hold no lease, but say that they read. They look for a piece's record while they say so, and make the
-    record after all that it names is there.
+    Samplers have no lease, but a mark that they read. Under this mark they look for a piece's record, and they create
+    the record after everything that it names.
     """
-    if batch := located(removal.key).batch:
-        record_key = ObjectKind.RECORD.key(batch=batch, piece=located(removal.key).piece)
-        if being_read(run) or run.exists(record_key):
-            return False
+    place = located(removal.key)
+    if place.batch and (being_read(run) or run.exists(ObjectKind.RECORD.key(batch=place.batch, piece=place.piece))):
+        return False
     if removal.ref is None:
         run.delete(removal.key)
     else:
@@ -128,13 +124,13 @@ def _remove(run: Store, removal: Removal) -> bool:
 
 
 def delete_run(bucket_uri: str, name: str, *, certain: bool) -> None:
-    """Deletes a run, or what is left of one whose deletion was stopped, and says how much that was.
+    """Deletes a run, or the rest of one whose deletion was stopped, and prints its size.
 
     Raises:
-        BadRequestError: not `certain`; the message says what would go.
-        MissingInputError: there is no such run.
-        LostRunError: somebody trains it, or samples from it.
-        StoppedError: a signal came; what is left goes with the same command.
+        BadRequestError: not `certain`; the message says how much would be deleted.
+        MissingInputError: the bucket has no such run.
+        LostRunError: a process trains it, or samples from it.
+        StoppedError: a signal came; the same command deletes the rest.
     """
     bucket, stop = open_store(bucket_uri), Stop().install()
     run = records.run_store(bucket, name)
@@ -147,34 +143,35 @@ def delete_run(bucket_uri: str, name: str, *, certain: bool) -> None:
             f"{run.uri} has {len(entries):,} objects of {size_bytes:,} bytes, its checkpoints and pictures among them: "
             "add --yes to delete them for good"
         )
-    # Whatever bears the last fence goes as well.
+    # An object with the last fence must not stop the deletion, which removes it.
     floor = min(records.highest_fence(run), MAX_FENCE - 1)
     with closing(Lease.take(run, floor, 0.0, stop, note)) as lease:
         if read := being_read(run):
             raise LostRunError(
-                f"somebody samples from {run.uri}/{max(read).key}: wait until that is done, or stop it. One that was "
-                f"killed on another machine holds it for up to {READING_SECONDS / 60:g} minutes, or until {run.uri}/"
+                f"a process samples from {run.uri}/{max(read).key}: wait until it ends, or stop it. The mark of one "
+                f"that was killed on another machine lasts up to {READING_SECONDS / 60:g} minutes, or until {run.uri}/"
                 f"{ObjectKind.READER.folder} is deleted"
             )
-        # Listed anew, for whoever held the run before may have written since.
-        keys = sorted((entry.key for entry in run.list() if entry.key != LEASE_KEY), key=_turn)
+        # Listed again, because the previous holder of the lease may have written since.
+        keys = sorted((entry.key for entry in run.list() if entry.key != LEASE_KEY), key=_deletion_order)
         for key in _while_leased("deleting", keys, lease, stop):
             run.delete(key)
     print(f"deleted {run.uri}: {len(keys):,} objects, {size_bytes:,} bytes")
 
 
-def _turn(key: str) -> int:
-    """An order in which a half-deleted run is never taken for whole.
+def _deletion_order(key: str) -> int:
+    """Sorts keys so that a half-deleted run never looks like a whole one.
 
-    The configuration goes first, without which nobody goes on with the run, and the attempts last, which say that there
-    was one. The lease stays: a woken attempt of the old run would otherwise have a fence as high as one of a new run.
+    The configuration goes first, because no attempt can resume without it, and the records of attempts last, as the
+    proof that there was a run. The lease stays: without it a new run would begin with the fences of the old one, of
+    which a sleeping attempt may wake.
     """
-    turns: dict[ObjectKind | None, int] = {ObjectKind.CONFIG: 0, ObjectKind.MANIFEST: 1, ObjectKind.ATTEMPT: 3}
-    return turns.get(located(key).kind, 2)
+    order: dict[ObjectKind | None, int] = {ObjectKind.CONFIG: 0, ObjectKind.MANIFEST: 1, ObjectKind.ATTEMPT: 3}
+    return order.get(located(key).kind, 2)
 
 
 def _while_leased(title: str, objects: Sequence[T], lease: Lease, stop: Stop) -> Iterator[T]:
-    """Yields what is to be deleted one by one, for as long as the run is certainly ours and nobody asks to stop."""
+    """Yields objects one by one, each after it has confirmed the lease and checked for a stop request."""
     with Progress(title, total=len(objects), unit="objects") as bar:
         for number, one in enumerate(objects):
             stop.check(f"after {number:,} of {len(objects):,} objects")

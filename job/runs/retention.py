@@ -1,6 +1,6 @@
-"""What stays in a run's folder and what goes: old checkpoints, and what dead attempts left half-done.
+"""Retention in a run's folder: which checkpoints stay, and the deletion of old ones and of leftovers.
 
-Training retires and sweeps as it goes. A checkpoint that somebody reads stays, whatever the rules say.
+Training deletes both after each commit. A checkpoint that a process reads stays, whatever the rules say.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from job.store import ObjectMissingError, Store
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the last few, and those of certain epochs."""
+    """The rules that decide which checkpoints stay: the last few, those of certain epochs, and the best."""
 
     config: RunConfig
     dataset_images: int
-    """From this follows which epochs a checkpoint ends."""
+    """Of an epoch; decides which epochs a checkpoint ends."""
     best_images_seen: int = -1
-    """By the checkpoint with the best score, if that one stays."""
+    """By the checkpoint with the best score, if the run keeps that one; else -1."""
 
     def keeps(self, images_seen: int) -> bool:
-        """Whether this is the best so far, or the end of an epoch whose checkpoint is never retired.
+        """Returns whether a checkpoint is kept for good: the best so far, or the end of a chosen epoch.
 
         An epoch ends with the first batch at or after its last image.
         """
@@ -41,31 +41,31 @@ class Retention:
         return is_chosen or images_seen == self.best_images_seen
 
     def takes_snapshot(self, images_seen: int) -> bool:
-        """Whether a checkpoint of this moment has a snapshot of the averages, and is therefore always made."""
+        """Returns whether a checkpoint of this moment has a snapshot of the averages, and so is always made."""
         every, batch_size = self.config.ema.snapshot_epochs, self.config.train.batch_size
         epochs = epochs_completed_by(images_seen, self.dataset_images, batch_size)
         return any(every and epoch % every == 0 for epoch in epochs)
 
     def needs(self, images_seen: int) -> bool:
-        """Whether a checkpoint of this moment must not be left out, however long the bucket takes."""
+        """Returns whether a checkpoint of this moment must be made, however long the bucket takes."""
         return self.keeps(images_seen) or self.takes_snapshot(images_seen)
 
     def retire(self, refs: Iterable[CheckpointRef]) -> list[CheckpointRef]:
-        """Those of the checkpoints that may go, oldest first; never the newest."""
+        """Returns the checkpoints to delete, oldest first; never the newest."""
         return [ref for ref in sorted(refs)[: -self.config.checkpoint.keep_last] if not self.keeps(ref.images_seen)]
 
 
 def best_images_seen(config: RunConfig, rows: Iterable[Row]) -> int:
-    """Of the row of the metrics with the best score, if its checkpoint is to stay; else -1."""
+    """Returns `images_seen` of the metric row with the best score, if the run keeps its checkpoint; else -1."""
     score = score_name(config.evaluate.metrics[0], config.evaluate.extractor)
     scored = [(row[score], row["images_seen"]) for row in rows if row.get(score) is not None]
     return min(scored)[1] if scored and config.checkpoint.keep_best else -1
 
 
 def delete_checkpoint(run: Store, ref: CheckpointRef) -> None:
-    """Retires a checkpoint: the manifest first, so that nobody takes the rest for whole.
+    """Deletes a checkpoint, the manifest first, so that the remaining files never look like a whole one.
 
-    The files of one that somebody began to read meanwhile are left behind, for a later sweep.
+    If a process began to read it meanwhile, its files stay, for a later sweep.
     """
     run.delete(ref.manifest_key)
     if ref not in being_read(run):
@@ -74,12 +74,12 @@ def delete_checkpoint(run: Store, ref: CheckpointRef) -> None:
 
 
 def leftovers(run: Store, places: Mapping[str, Located], fence: int) -> dict[str, str]:
-    """Keys of what killed processes left behind, and who left it; it harms nobody.
+    """Returns the keys of objects that killed processes left, and what left each of them; they are harmless.
 
     Args:
         run: the run's folder.
-        places: the objects in question, and all manifests and records of pieces among them.
-        fence: attempts from this one on may still be at work.
+        places: the objects to check, with all manifests and records of pieces among them.
+        fence: attempts from this one on may still run.
     """
     committed = {place.checkpoint for place in places.values() if place.kind is ObjectKind.MANIFEST}
     recorded = {(place.batch, place.piece) for place in places.values() if place.kind is ObjectKind.RECORD}
@@ -88,7 +88,7 @@ def leftovers(run: Store, places: Mapping[str, Located], fence: int) -> dict[str
     try:
         named: Collection[str] = {key for ref in list_checkpoints(run) for key in load_manifest(run, ref).objects}
     except (BadDataError, ObjectMissingError):
-        # A damaged manifest may name any.
+        # A damaged manifest may name any of them, so none of them counts as left.
         named = places
     for key, place in places.items():
         is_old = place.checkpoint.fence < fence
@@ -103,8 +103,10 @@ def leftovers(run: Store, places: Mapping[str, Located], fence: int) -> dict[str
                 left[key] = "`ddpm ema` that was stopped"
             case ObjectKind.PIECE | ObjectKind.IMAGE if (place.batch, place.piece) not in recorded:
                 left[key] = "sampling that was stopped"
-            case ObjectKind.FEATURES:
+            case ObjectKind.FEATURES | ObjectKind.FEATURE_RECORD | ObjectKind.FEATURE_CLAIM:
                 left[key] = "an evaluation that was stopped"
+            case ObjectKind.CLAIM:
+                left[key] = "sampling by several machines"
             case ObjectKind.READER if place.checkpoint not in read:
                 left[key] = "a reader that was killed"
             case ObjectKind.PROBE:
@@ -113,10 +115,9 @@ def leftovers(run: Store, places: Mapping[str, Located], fence: int) -> dict[str
 
 
 def sweep(run: Store, lease: Lease) -> None:
-    """Deletes what attempts before the holder of `lease` left behind.
+    """Deletes the leftovers of attempts before the holder of `lease`, none of which can commit any more.
 
-    They are over, for they cannot commit any more: files without a manifest, metrics that were logged again by the
-    attempt that computed them again.
+    They are files without a manifest, and metrics that a later attempt has logged again.
     """
     kinds = (ObjectKind.TENSORS, ObjectKind.METRICS, ObjectKind.EVENTS, ObjectKind.SNAPSHOT, ObjectKind.READER)
     for key in leftovers(run, places_in(run, *(kind.folder for kind in kinds)), lease.fence):
@@ -126,21 +127,23 @@ def sweep(run: Store, lease: Lease) -> None:
 
 
 class Retirement:
-    """Deletes what may go, after each commit of an attempt."""
+    """Deletes old checkpoints and leftovers after each commit of an attempt."""
 
-    def __init__(self, run: Store, lease: Lease, aside: Collection[CheckpointRef], note: Callable[[str], None]) -> None:
-        """Checkpoints that are set `aside` because they do not verify push no other out, and stay."""
-        self._run, self._lease, self._aside, self._note = run, lease, aside, note
+    def __init__(
+        self, run: Store, lease: Lease, damaged: Collection[CheckpointRef], note: Callable[[str], None]
+    ) -> None:
+        """Checkpoints that are `damaged` do not count for retention, and stay."""
+        self._run, self._lease, self._damaged, self._note = run, lease, damaged, note
         self._is_swept = False
 
     def after(self, newest: CheckpointRef, retention: Retention) -> None:
-        """Deletes what may go by now. An error costs space, not work: the next commit tries again."""
+        """Deletes what the rules do not keep. After an error, which loses no work, the next commit tries again."""
         try:
-            # One of a higher fence, which may be rotten for all anybody knows, pushes none out.
-            refs = [ref for ref in list_checkpoints(self._run) if ref <= newest and ref not in self._aside]
+            # A checkpoint of a higher fence may be damaged: if it counted, a sound one would be deleted in its place.
+            refs = [ref for ref in list_checkpoints(self._run) if ref <= newest and ref not in self._damaged]
             for ref in retention.retire(refs):
                 self._lease.confirm()
-                # Right before the deletion: a reader that comes later finds the manifest gone, and chooses again.
+                # Checked right before the deletion: a reader that comes later misses the manifest, and chooses again.
                 if ref not in being_read(self._run):
                     delete_checkpoint(self._run, ref)
             if not self._is_swept:

@@ -1,11 +1,11 @@
-"""What came of an evaluation: scores, and all that decides them.
+"""The record of an evaluation: scores, with the protocol that decides them.
 
     RUN/evaluations/epoch-0490-ddim-100-0-5000-inception-1f3a9c02/piece-00012.safetensors   features, until the end
                                                                   scores.json               created once, at the end
     BUCKET/datasets/NAME-SIZE/references/inception-50000-7be2…/piece-00012.safetensors      features of real images
 
-A score without its protocol says nothing: other images, filters, networks or counts give another. So both are one
-record, with the score of real images against other real images beside it.
+A score without its protocol means nothing: it depends on the images, the resize filter, the network and the counts. One
+record therefore holds both, and beside them the score of real images against other real images.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def score_name(score: str, extractor: str) -> str:
 
 
 class Reference(Part):
-    """The real images, and the network that saw them."""
+    """The real images, and the network that extracted their features."""
 
     dataset: str
     dataset_id: str = Field(pattern=SHA256_PATTERN)
@@ -37,7 +37,7 @@ class Reference(Part):
     crop: str
     resize_filter: str
     images: int = Field(ge=1)
-    """So many, drawn from all of them by a fixed order."""
+    """The number of images, chosen from `of_images` by a fixed order."""
     of_images: int = Field(ge=1)
     extractor: str
     extractor_sha256: str = Field(pattern=SHA256_PATTERN)
@@ -48,29 +48,29 @@ class Reference(Part):
 
 
 class Scores(RunRecord):
-    """How far the images of a drawing are from real ones."""
+    """The distances between the images of a drawing and real ones."""
 
     drawing: NumberedDrawing
     reference: Reference
     values: dict[str, float]
-    """By the name of the score."""
+    """The scores by name."""
     floor: dict[str, float]
-    """The same of real images against others."""
+    """The same scores of real images against other real images."""
     floor_images: tuple[int, int]
-    """How many real ones, and against how many."""
+    """The numbers of real images on the two sides."""
     bits_per_dim_images: int
-    """Of how many images that bound is, if it is there."""
+    """The number of images behind the score `bpd`, if there is one."""
     held_out: bool
-    """Whether nobody learnt from these."""
+    """Whether these images were held out from training."""
     batch: str
     created: str
     code_version: str
 
     def is_at(self, place: Located) -> bool:
-        """In the folder of its batch."""
+        """Returns whether it lies in the folder of its batch."""
         return self.batch == place.batch
 
     @property
     def ref(self) -> CheckpointRef:
-        """Whose images they are."""
+        """Returns the checkpoint that drew the images."""
         return CheckpointRef.parse(self.drawing.checkpoint.partition("/")[2])

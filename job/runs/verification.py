@@ -1,8 +1,8 @@
-"""Verifying a run: every object of its folder against the hash that it carries itself, or that another has of it.
+"""Verification of a run: every object of its folder against its own hash, or against the hash in another object.
 
-`layout` says what each object is. Records carry their own hash; tensors and metrics have it in manifests, pieces of
-images in their records, pictures in the record of where they come from. What nothing names is told as well: what killed
-attempts left behind, which harms nobody, and what is no part of a run.
+Records carry their own hash. Manifests hold the hashes of tensors and metrics, records of pieces those of images, and
+the provenance of a picture that of the picture. Verification also reports objects that no record names: harmless
+leftovers of killed attempts, and objects that are not part of the run.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from job.pieces import PieceRecord
 from job.processes.lease import MAX_FENCE
 from job.progress import Progress
 from job.runs.checkpoints import Average, Manifest, sha256_of
@@ -19,7 +20,6 @@ from job.runs.cross_checks import check_attempts, check_batches, check_config, c
 from job.runs.inventory import Inventory
 from job.runs.layout import OF_CHECKPOINT, PICTURES, ObjectKind
 from job.runs.retention import leftovers
-from job.runs.samples import PieceRecord
 from job.store import ObjectMissingError, Store
 
 HASHERS = 4
@@ -27,29 +27,31 @@ HASHERS = 4
 
 @dataclass(frozen=True)
 class Findings:
-    """What came of it."""
+    """The result of a verification."""
 
     problems: list[str]
-    """A line for each bad object: its URI and what is wrong with it."""
+    """A line for each bad object: its URI and the problem."""
     objects: int
     size_bytes: int
     leftovers: dict[str, int]
-    """Sizes in bytes of what killed attempts left behind, by key."""
+    """Sizes in bytes of the objects that killed attempts left, by key."""
 
 
 class _Named(NamedTuple):
-    """What one object says about another."""
+    """The hashes of one object in another."""
 
     by: str
     sha256s: list[str]
-    """One for all but pictures, which may be drawn anew."""
+    """A single one, but for pictures, which may be drawn again."""
 
 
 def verify_run(bucket: Store, name: str) -> Findings:
-    """Checks every object of a run, also while it trains; in the order in which one thing is needed to judge the next.
+    """Checks every object of a run, also while it trains.
+
+    The order matters: a check judges only records that the checks before it left as sound.
 
     Raises:
-        MissingInputError: there is no such run.
+        MissingInputError: the bucket lacks the run.
     """
     found = Inventory(bucket, name)
     configs = check_config(found)
@@ -73,7 +75,7 @@ def verify_run(bucket: Store, name: str) -> Findings:
 
 
 def _named(found: Inventory) -> dict[str, _Named]:
-    """What manifests, records of pieces and records of where pictures come from say about other objects."""
+    """Returns the hashes of objects in manifests, records of pieces and provenances, by key."""
     named: dict[str, _Named] = {}
     for by, manifest in found.all(Manifest).items():
         named |= {key: _Named(by, [sha256]) for key, sha256 in manifest.objects.items()}
@@ -87,7 +89,7 @@ def _named(found: Inventory) -> dict[str, _Named]:
 
 
 def _check_strangers(found: Inventory, unnamed: Iterable[str]) -> None:
-    """What is no part of a run, or lies beside objects of something whole that does not name it."""
+    """Reports objects that are not part of a run, or that a sound manifest or record should name and does not."""
     for key in unnamed:
         place, by = found.places[key], ""
         if place.kind in OF_CHECKPOINT:
@@ -97,20 +99,20 @@ def _check_strangers(found: Inventory, unnamed: Iterable[str]) -> None:
         elif place.kind in (ObjectKind.PIECE, ObjectKind.IMAGE):
             by = ObjectKind.RECORD.key(batch=place.batch, piece=place.piece)
         if place.kind is None or by in found.records:
-            found.bad(key, "is no part of the run: move it elsewhere, or delete it")
+            found.bad(key, "is not part of the run: move it elsewhere, or delete it")
 
 
 def _check_hash(found: Inventory, key: str, named: _Named) -> None:
-    """Compares an object with what others say about it."""
+    """Reports an object that is missing, or whose hash differs from the one in another object."""
     (by, sha256s), run = named, found.run
     try:
         with run.open(key) as file:
             sha256 = sha256_of(file)
     except ObjectMissingError:
-        # What was retired since it was listed is not missed.
+        # An object may have been deleted by the rules since it was listed, with the one that names it.
         if run.exists(by):
             found.bad(key, f"is missing, though {by} names it")
         return
-    # A picture may have been drawn anew since the run was listed.
+    # A picture may have been drawn again since the run was listed.
     if sha256 not in sha256s and not run.exists(ObjectKind.PROVENANCE.key(of=key, sha256=sha256)):
-        found.bad(key, f"is rotten, or was put there by something else: nothing in {by} has its SHA-256")
+        found.bad(key, f"is corrupt, or another program wrote it: nothing in {by} has its SHA-256")

@@ -1,14 +1,14 @@
-"""Saving without stopping: training waits for a copy into host buffers, a thread does the rest.
+"""Saving while training goes on: training waits for a copy into host buffers, and a thread does the rest.
 
 copy to host → (training goes on) → safetensors files on the local disk → objects under a fresh prefix → manifest →
-old checkpoints are retired. How often is as configured, or more often where a preemption leaves no time for a last one.
+deletion of old checkpoints.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,10 +19,10 @@ from job.runs.cadence import Cadence
 from job.runs.checkpoint_files import CheckpointFiles, Tensors
 from job.runs.checkpoints import Manifest, commit_manifest
 from job.runs.layout import OF_CHECKPOINT, CheckpointRef, located
-from job.runs.records import Attempt, utc_now
+from job.runs.records import Attempt
 from job.runs.retention import Retention, Retirement
 from job.runs.samples import put_picture
-from job.sealed import NamedObject
+from job.sealed import NamedObject, utc_now
 from job.stop import GRACE_VARIABLE, Stop
 from job.store import Store
 
@@ -31,60 +31,53 @@ WAIT_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class LeasedRun:
-    """A run, and what makes an attempt its one writer."""
+    """A run whose lease an attempt has, so that no other attempt writes to it."""
 
     store: Store
     """The run's folder."""
     retention: Retention
     attempt: Attempt
     lease: Lease
+    damaged: Collection[CheckpointRef] = ()
+    """Checkpoints that do not verify: they do not count for retention, and are kept for inspection."""
 
 
 class CheckpointWriter:
-    """Commits checkpoints in a thread of its own, in order. Training waits for a copy into host buffers, no longer.
+    """Commits checkpoints in a thread, in order, while training goes on.
 
-    While the bucket is away the thread tries again, and training goes on: of the checkpoints that fall due meanwhile
-    the newest is kept, with the small objects of those it stands in for, and every picture. An error that ends the
-    thread, such as a bucket that stays away beyond the limit, is raised by the next call: a run that cannot be saved
-    must not go on. Whoever waits asks `stop` how long there is time for it.
+    While the bucket is away the thread retries. It then commits the newest of the checkpoints that fell due meanwhile,
+    the metrics of the others, and every picture. An error that ends the thread, such as a bucket that stays away beyond
+    the limit, is raised by every later call.
 
     Attributes:
-        rows: of the metrics since the last checkpoint; whoever trains appends to them.
-        saved_metrics: the objects that hold those until then, or are to; on their way.
-        retention: which checkpoints stay.
+        rows: of the metrics since the last checkpoint; training appends to them.
+        saved_metrics: the objects that hold all earlier rows; some may still be uploading.
+        retention: the rules that decide which checkpoints stay.
     """
 
     def __init__(
-        self,
-        leased: LeasedRun,
-        live: Tensors,
-        *,
-        before: Manifest | None,
-        aside: set[CheckpointRef],
-        stop: Stop,
-        note: Callable[[str], None],
+        self, leased: LeasedRun, live: Tensors, *, before: Manifest | None, stop: Stop, note: Callable[[str], None]
     ) -> None:
         """Allocates the host buffers and starts the thread.
 
         Args:
             leased: the run.
             live: the tensors to save, by group.
-            before: of the checkpoint that was restored, whose metrics and snapshots stay those of the run.
-            aside: checkpoints that do not verify. They push no other out, and stay for somebody to look at.
+            before: of the restored checkpoint, whose metrics and snapshots stay those of the run.
             stop: asked while the main thread waits.
-            note: told what a person should know.
+            note: receives messages for people.
         """
         self.rows, self.saved_metrics = list[metrics.Row](), list(before.metrics if before else ())
         self._snapshots = before.snapshots if before else ()
         self.retention = leased.retention
         self._leased, self._stop = leased, stop
-        # What is on its way when a stop is asked for is to arrive.
+        # Unlike `stop` this ends no upload that is under way when a stop is requested.
         self._closing = Stop(stop.grace_seconds)
         self._run = leased.store.within(leased.store.retry.limit_seconds, self._closing)
         self._files = CheckpointFiles(live, leased.retention)
         every_minutes = leased.retention.config.checkpoint.every_minutes
         self._cadence = Cadence(self._run, self._files.size_bytes, every_minutes, stop.grace_seconds, note)
-        self._retirement = Retirement(self._run, leased.lease, aside, note)
+        self._retirement = Retirement(self._run, leased.lease, leased.damaged, note)
         self._changed = threading.Condition()
         self._queued: tuple[Manifest, dict[str, bytes]] | None = None
         self._later: list[Callable[[Store], None]] = []
@@ -95,16 +88,16 @@ class CheckpointWriter:
 
     @property
     def overdue(self) -> bool:
-        """Whether the last checkpoint is older than the cadence allows."""
+        """Returns whether the last checkpoint is older than the cadence allows."""
         return self._cadence.is_over and not self._busy
 
     @property
     def troubled(self) -> bool:
-        """Whether this attempt cannot go on: another holds the run, or what was to be saved cannot be."""
+        """Returns whether `raise_trouble` raises."""
         return bool(self._leased.lease.lost) or self._error is not None
 
     def raise_trouble(self) -> None:
-        """Raises why this attempt cannot go on, if it cannot.
+        """Raises the reason why this attempt cannot go on, if there is one.
 
         Raises:
             LostRunError: another attempt took the run.
@@ -117,11 +110,11 @@ class CheckpointWriter:
     def save(self, images_seen: int, loss_sums: list[list[float]]) -> None:
         """Queues a checkpoint of this moment, with the metric rows since the one before.
 
-        Blocks for a copy of the live tensors; for a local write that is under way; and, with the bucket away, for a
-        queued checkpoint of an epoch that is kept for good, or has a snapshot.
+        Blocks for a copy of the live tensors and for a local write that is under way. While the bucket is away it also
+        blocks for a queued checkpoint that must not be replaced: one that is kept for good, or has a snapshot.
 
         Raises:
-            BucketAwayError: a stop was asked for, and leaves no time for that.
+            BucketAwayError: a stop was requested, and no time is left to wait.
         """
         self._cadence.begin()
         attempt, objects = self._leased.attempt, dict[str, bytes]()
@@ -147,16 +140,16 @@ class CheckpointWriter:
             self.raise_trouble()
             if self._queued:
                 objects = self._queued[1] | objects
-            self._files.copy()
+            self._files.host.copy()
             self._queued = manifest, objects
 
     def put(self, key: str, picture: bytes, *, images_seen: int) -> None:
-        """Queues a picture of the weights at `images_seen`, which goes up when the bucket takes it."""
+        """Queues the upload of a picture that the weights of `images_seen` drew."""
         ref = CheckpointRef(self._leased.attempt.fence, images_seen)
         self.do_later(lambda run: put_picture(run, key, picture, ref))
 
     def do_later(self, work: Callable[[Store], None]) -> None:
-        """Queues what is to be done in the run's folder after all that was queued before; it gets the run's store."""
+        """Queues a function of the run's store, which the thread calls after everything that was queued before."""
         with self._change():
             self.raise_trouble()
             self._later.append(work)
@@ -165,7 +158,7 @@ class CheckpointWriter:
         """Returns when everything that was queued is in the bucket.
 
         Raises:
-            BucketAwayError: a stop was asked for, and there was not enough time for the last checkpoint.
+            BucketAwayError: a stop was requested, and there was not enough time for the last checkpoint.
             StoppedError: there was not enough time for the last pictures.
         """
         with self._changed:
@@ -174,7 +167,7 @@ class CheckpointWriter:
             self.raise_trouble()
 
     def close(self, wait: bool) -> None:
-        """Ends the thread; with `wait`, after what is queued is committed, for as long as a preemption would allow."""
+        """Ends the thread; with `wait` it first commits the queue, for as long as a preemption would allow."""
         over = time.monotonic() + (self._stop.grace_seconds if wait else 0.0)
 
         def is_time_left() -> bool:
@@ -185,7 +178,7 @@ class CheckpointWriter:
             while (self._busy or self._later) and self._error is None and is_time_left():
                 self._changed.wait(WAIT_SECONDS)
             self._closing.request("the end of its process")
-        # A thread that waits for a bucket that keeps silent dies with the process.
+        # A thread that waits for a silent bucket cannot be joined; it ends with the process.
         while self._thread.is_alive() and is_time_left():
             self._thread.join(WAIT_SECONDS)
         if self._error is not None:
@@ -219,8 +212,8 @@ class CheckpointWriter:
     def _work(self) -> None:
         try:
             while self._has_work():
-                # In order, for the next attempt draws only the picture of the very checkpoint that it begins with. But
-                # whoever is to stop may have no time for both.
+                # In order: a resumed attempt draws only the picture of the checkpoint that it begins with. After a
+                # stop request the checkpoint goes first, because there may be no time for both.
                 if self._later and not (self._queued and self._stop.reason):
                     self._run.retry(self._leased.lease.confirm)
                     self._later[0](self._run)
@@ -240,22 +233,20 @@ class CheckpointWriter:
             return not self._closing.reason
 
     def _commit(self) -> CheckpointRef:
-        """Commits what is queued: its files, its small objects, a last look at the lease, the manifest."""
+        """Commits the queued checkpoint: its files, its small objects, a last check of the lease, the manifest."""
         with self._change():
             assert self._queued is not None
             (manifest, objects), self._queued = self._queued, None
             self._committing = self._reading_host = True
         uploaded = self._files.upload(self._run, self._leased.lease, manifest.ref, self._release_host)
-        files = [file for file in uploaded if located(file.key).kind in OF_CHECKPOINT]
+        files = tuple(file for file in uploaded if located(file.key).kind in OF_CHECKPOINT)
         self._snapshots += tuple(file for file in uploaded if file not in files)
-        described = self._files.descriptions(manifest.ref)
-        files += [NamedObject.of(key, data) for key, data in described.items()]
-        manifest = manifest.model_copy(update={"files": tuple(files), "snapshots": self._snapshots})
-        for key, data in (objects | described).items():
+        manifest = manifest.model_copy(update={"files": files, "snapshots": self._snapshots})
+        for key, data in objects.items():
             self._run.create(key, data)
 
         def commit() -> None:
-            # Both again after an outage: the run may have been taken over meanwhile.
+            # After an outage the lease is checked again: another attempt may have taken the run meanwhile.
             self._leased.lease.confirm()
             commit_manifest(self._run, manifest)
 

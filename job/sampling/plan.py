@@ -13,6 +13,7 @@ from ddpm.catalogue import takers
 from job.config import RunConfig, SampleConfig
 from job.data.images import Recipe, RejectedImageError, prepare
 from job.exits import BadDataError, BadRequestError, MissingInputError, did_you_mean
+from job.pieces import Slice
 from job.plan import FoundRun, find_run
 from job.progress import note
 from job.requests import SampleRequest, parse_numbers
@@ -294,7 +295,6 @@ def plan_sets(plan: SamplePlan) -> list[SampleSet]:
 
     Raises:
         BadDataError: a checkpoint's manifest is damaged.
-        BadRequestError: images of another checkpoint, or drawn otherwise, lie where these would.
     """
     request, count = plan.request, plan.request.count
     if count is None:
@@ -319,6 +319,5 @@ def plan_sets(plan: SamplePlan) -> list[SampleSet]:
             save=save,
         )
         name = f"{plan.label(ref)}-{plan.how()}-{first_seed}-{count}{'-png' if save == 'png' else ''}"
-        sets.append(SampleSet(plan.run, name, ref, drawing))
-        sets[-1].check()
+        sets.append(SampleSet(plan.run, name, ref, drawing, Slice.parse(request.slice)))
     return sets

@@ -11,7 +11,7 @@ RUN/samples/epoch-0080-ddim-100.png              one image per seed, from the av
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 
@@ -21,11 +21,9 @@ from ddpm import figures
 from ddpm.generation import Sampling, from_noise
 from job.data.autoencoder import load_decoder
 from job.data.cache import ImageCache
-from job.exits import StoppedError
 from job.method import sampling_of
-from job.processes.launched import lost_peer
+from job.pieces import Advance, Made
 from job.processes.ranks import Agreement, Ranks, meet
-from job.progress import Progress
 from job.requests import GIF_SEEDS, parse_numbers
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.readers import reading, reading_chosen
@@ -34,7 +32,7 @@ from job.sampling.editing import Editor
 from job.sampling.found_grid import find_points
 from job.sampling.painter import Painter
 from job.sampling.plan import SamplePlan, plan_sets
-from job.sampling.sets import PieceWriter, SampleSet
+from job.sampling.sets import SampleSet, made_piece
 from job.stop import NEVER, Stop
 
 
@@ -50,7 +48,7 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
         if plan.request.count is None:
             _draw_pictures(plan, painter, sampling, editor)
         for sample_set in plan_sets(plan):
-            _draw_slice(plan, painter, sampling, sample_set, editor)
+            _draw_set(plan, painter, sampling, sample_set, editor)
 
 
 @contextmanager
@@ -127,110 +125,52 @@ def _draw_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
         publish(max(plan.checkpoints), key, figures.png(picture))
 
 
-def _draw_slice(
+def _draw_set(
     plan: SamplePlan, painter: Painter, sampling: Sampling, sample_set: SampleSet, editor: Editor | None
 ) -> None:
     """Makes the pieces of this slice that are missing, and the index if that completes the set. Collective."""
-    ranks, stop, drawing = painter.ranks, painter.stop, sample_set.drawing
-    index, slices = plan.request.slice_of
-    # Each n-th, so that all slices finish at about the same time.
-    numbers = range(index, drawing.pieces, slices)
-    committed = ranks.on_main(sample_set.begin)
-    missing = [number for number in numbers if number not in committed]
-    to_make = sum(len(drawing.seeds(number)) for number in missing)
-    there_before = sum(len(drawing.seeds(number)) for number in numbers) - to_make
-    made = "0 made"
-    if missing:
+    ranks, drawing, pieces, began = painter.ranks, sample_set.drawing, sample_set.pieces, time.monotonic()
+    ranks.on_main(sample_set.begin)
+    evaluations = editor.evaluations if editor else painter.evaluations_of(sampling)
+    batch_size = plan.sample.batch_size
+
+    def make(number: int, advance: Advance) -> Made:
+        seeds, parts = drawing.seeds(number), list[np.ndarray]()
+        # Within the piece: rounding depends on a batch's company, so this gives equal bytes each time.
+        for start in range(0, len(seeds), batch_size):
+            some = seeds[start : start + batch_size]
+
+            def after_evaluation(*_: object, images: int = len(some)) -> None:
+                painter.check_stopped()
+                advance(images / evaluations)
+
+            walk = editor.route(some).walk_of(range(len(some))) if editor else from_noise
+            parts.append(painter.draw_alone(some, sampling, after_evaluation, walk))
+        images = np.concatenate(parts)
+        if number == 0:
+            shown = plan.sample.images
+            title = title_of(plan.run, moment_of(plan.label(sample_set.ref)), plan.words, seeds[:shown])
+            grid = grid_png(images[:shown], seeds[:shown], plan.drawn_classes, title=title)
+            put_picture(plan.run, sample_set.key(ObjectKind.GRID), grid, sample_set.ref)
+        return made_piece(sample_set, number, images)
+
+    there_before = ranks.on_main(lambda: drawing.count - sum(pieces.sizes[number] for number in pieces.missing()))
+    if there_before < drawing.count:
         painter.load(plan.run, sample_set.ref, plan.sample.weights)
-        began = time.monotonic()
-        with Progress(sample_set.name, total=there_before + to_make, start=there_before) as bar:
-
-            def advance(done: float) -> None:
-                # What the others have drawn by now is about as much.
-                bar.update(there_before + min(to_make, done * ranks.world_size))
-
-            if count := _draw_pieces(plan, painter, sampling, sample_set, editor, missing, advance):
-                made = f"{count:,} made at {count / (time.monotonic() - began):.2f} images/s"
+    made = pieces.make_missing(make, f"drawing {sample_set.name}", stop=painter.stop, ranks=ranks)
+    rate = f" at {made / (time.monotonic() - began):.2f} images/s" if made else ""
+    note = f"{made:,} made{rate}, {there_before:,} there before"
 
     def finish() -> None:
-        note = f"{made}, {there_before:,} there before"
-        if to_come := drawing.pieces - len(sample_set.committed()):
-            pieces = f"{to_come:,} of {drawing.pieces:,} pieces are to come from others"
-            print(f"{sample_set.folder.uri}  (slice {index}/{slices} is done: {note}; {pieces})")
+        if missing := pieces.missing():
+            others = f"{len(missing):,} of {drawing.pieces:,} pieces are to come from other machines"
+            print(f"{sample_set.folder.uri}  (slice {plan.request.slice} is done: {note}; {others})")
             return
         if sample_set.index() is None:
-            sample_set.publish(stop)
-        print(sample_set.describe(note if missing else "complete already"))
+            sample_set.publish(painter.stop)
+        print(sample_set.describe(note if made else "complete already"))
 
     ranks.on_main(finish)
-
-
-def _draw_pieces(
-    plan: SamplePlan,
-    painter: Painter,
-    sampling: Sampling,
-    sample_set: SampleSet,
-    editor: Editor | None,
-    missing: list[int],
-    advance: Callable[[float], None],
-) -> int:
-    """Draws this process's share of the missing pieces; how many images all processes have committed then.
-
-    Args:
-        plan: how they are drawn.
-        painter: with the weights.
-        sampling: likewise, as `ddpm` says it.
-        sample_set: where they belong.
-        editor: if images are given.
-        missing: the numbers of the pieces.
-        advance: told how many images this process has drawn by now, after each evaluation of a batch.
-
-    Raises:
-        StoppedError: what was drawn is saved, in whole pieces.
-    """
-    ranks, stop, batch_size = painter.ranks, painter.stop, plan.sample.batch_size
-    writer = PieceWriter(sample_set, stop)
-    evaluations = editor.evaluations if editor else painter.evaluations_of(sampling)
-    some, evaluated_images = range(0), 0
-
-    def after_evaluation(*_: object) -> None:
-        nonlocal evaluated_images
-        painter.check_stopped()
-        evaluated_images += len(some)
-        advance(evaluated_images / evaluations)
-
-    try:
-        try:
-            for number in missing[ranks.rank :: ranks.world_size]:
-                seeds, parts = sample_set.drawing.seeds(number), list[np.ndarray]()
-                if plan.run.exists(sample_set.key(ObjectKind.RECORD, number)):
-                    evaluated_images += len(seeds) * evaluations
-                    continue
-                # Within the piece: rounding depends on a batch's company, so this gives equal bytes each time.
-                for start in range(0, len(seeds), batch_size):
-                    some = seeds[start : start + batch_size]
-                    walk = editor.route(some).walk_of(range(len(some))) if editor else from_noise
-                    parts.append(painter.draw_alone(some, sampling, after_evaluation, walk))
-                images = np.concatenate(parts)
-                if number == 0:
-                    shown = plan.sample.images
-                    title = title_of(plan.run, moment_of(plan.label(sample_set.ref)), plan.words, seeds[:shown])
-                    grid = grid_png(images[:shown], seeds[:shown], plan.drawn_classes, title=title)
-                    put_picture(plan.run, sample_set.key(ObjectKind.GRID), grid, sample_set.ref)
-                writer.submit(number, images)
-        finally:
-            writer.wait()
-        (made,) = ranks.sum(writer.made_images)
-    except (StoppedError, RuntimeError) as error:
-        # A process that is stopped does not wait for the others, whose pieces may take long: its end ends them.
-        if isinstance(error, RuntimeError) and not (stop() and lost_peer(error)):
-            raise
-        of_rank = f" of process {ranks.rank}" if ranks.world_size > 1 else ""
-        raise StoppedError(
-            f"stopped by {stop.reason} after {writer.made_images:,} images{of_rank} of {sample_set.name}; all whole "
-            "pieces are saved, and the same command goes on from there"
-        ) from None
-    return made
 
 
 def grid_png(

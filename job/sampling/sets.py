@@ -2,47 +2,40 @@
 
 RUN/samples/epoch-0080-ddim-100-0-50000/drawing.json               what decides the images: created once, first
                                         piece-00012.tar            a shard that webdataset can read
-                                        records/piece-00012.json   created once, after the piece: its commit
+                                        pieces/00012.json          created once, after the piece: its commit
                                         grid.png                   the first images, before their piece
                                         index.json                 created once, when all pieces are there
 RUN/samples/epoch-0080-ddim-100-0-50000-png/piece-00012/000003072.png …   with --save png
 
-Each process makes pieces of its own and commits them. Which pieces are there decides what is left to do, so that a job
-goes on wherever it was stopped, in other slices and processes too. Nobody who samples writes over or deletes anything.
+`job.pieces` shares the pieces out among processes and machines, and resumes.
 """
 
 from __future__ import annotations
 
 import io
 import tarfile
-import uuid
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import partial
 from math import ceil
 from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
-from job.code_version import code_version
-from job.exits import BadDataError, BadRequestError, StoppedError
-from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind, places_in
-from job.runs.samples import BatchIndex, NumberedDrawing, Opening, PieceRecord
-from job.sealed import NamedObject, utc_now
+from job.exits import BadDataError, BadRequestError
+from job.pieces import WHOLE, Made, Pieces, Slice
+from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind
+from job.runs.samples import BatchIndex, DrawingRecord, NumberedDrawing, named_piece
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store
 
-AboutDrawing = TypeVar("AboutDrawing", Opening, PieceRecord, BatchIndex)
+AboutDrawing = TypeVar("AboutDrawing", DrawingRecord, BatchIndex)
 
 PIECES_WANTED = 64
 """So many pieces, if they are of a useful size, let a dozen slices finish at about the same time."""
 SMALLEST_PIECE_IMAGES = 16
 LARGEST_PIECE_IMAGES = 256
 """What a process that is killed has drawn in vain is at most two of these: one on its way, one half drawn."""
-TRANSFERS = 16
-ARRIVAL_POLL_SECONDS = 0.05
 
 
 def piece_images(count: int) -> int:
@@ -58,6 +51,7 @@ class SampleSet:
     name: str
     ref: CheckpointRef
     drawing: NumberedDrawing
+    share: Slice = WHOLE
 
     @property
     def folder(self) -> Store:
@@ -74,24 +68,25 @@ class SampleSet:
         Raises:
             BadRequestError: it is about another; the message says in what they differ.
         """
-        self._load(Opening, self.key(ObjectKind.DRAWING))
+        self._load(DrawingRecord, self.key(ObjectKind.DRAWING))
 
-    def begin(self) -> set[int]:
-        """Claims the folder for this drawing, and returns the numbers of the pieces that are there.
+    def begin(self) -> None:
+        """Claims the folder for this drawing.
 
         Raises:
             BadRequestError: it is about another; the message says in what they differ.
         """
         try:
-            self.run.create(self.key(ObjectKind.DRAWING), Opening(drawing=self.drawing).to_json())
+            self.run.create(self.key(ObjectKind.DRAWING), DrawingRecord(drawing=self.drawing).to_json())
         except ObjectExistsError:
             self.check()
-        return self.committed()
 
-    def committed(self) -> set[int]:
-        """The numbers of the pieces that are there."""
-        places = places_in(self.run, self.key(ObjectKind.RECORD).rpartition("/")[0]).values()
-        return {place.piece for place in places} & {*range(self.drawing.pieces)}
+    @property
+    def pieces(self) -> Pieces:
+        """The pieces, of which this machine makes its share first."""
+        sizes = [len(self.drawing.seeds(number)) for number in range(self.drawing.pieces)]
+        folder = f"{SAMPLES}/{self.name}"
+        return Pieces(self.run, self.drawing.fingerprint, sizes, folder=folder, share=self.share)
 
     def index(self) -> BatchIndex | None:
         """The index, if all pieces are there.
@@ -111,17 +106,12 @@ class SampleSet:
         Raises:
             BadDataError: something is rotten or missing; the message says what to delete.
         """
-        pieces, keys = list[NamedObject](), [self.key(ObjectKind.RECORD, n) for n in range(self.drawing.pieces)]
-        with ThreadPoolExecutor(TRANSFERS) as pool:
-            for key, record in zip(keys, pool.map(partial(self._load, PieceRecord), keys), strict=True):
-                stop.check("while the records were read")
-                if record is None:
-                    raise BadDataError(f"{self.run.uri_of(key)} is missing: type the same again")
-                pieces.append(record.in_index)
+        pieces = [named_piece(record, self.drawing) for record in self.pieces.records(stop=stop)]
         index = BatchIndex(drawing=self.drawing, pieces=tuple(pieces))
         self._check_files(index)
         # Whoever else saw the last piece come writes the same.
         self.run.create(self.key(ObjectKind.INDEX), index.to_json())
+        self.pieces.clear(records=False)
 
     def describe(self, note: str) -> str:
         """A line for people about a whole set."""
@@ -163,74 +153,15 @@ class SampleSet:
             )
 
 
-def commit_piece(sample_set: SampleSet, number: int, images: np.ndarray) -> int:
-    """Uploads uint8 [n, H, W, C] as a piece and creates its record; how many images this process has made by that.
-
-    What a process that was killed left of the piece is taken as it is: it shows the same images.
-    """
+def made_piece(sample_set: SampleSet, number: int, images: np.ndarray) -> Made:
+    """Returns the files of a piece with uint8 [n, H, W, C]."""
     from ddpm import figures
 
     drawing, seeds = sample_set.drawing, sample_set.drawing.seeds(number)
     pngs = [figures.png(Image.fromarray(one.squeeze(-1) if drawing.channels == 1 else one)) for one in images]
     if drawing.save == "shards":
-        files = {sample_set.key(ObjectKind.PIECE, number): _shard(drawing, seeds, pngs)}
-    else:
-        files = {sample_set.key(ObjectKind.IMAGE, number, seed): png for seed, png in zip(seeds, pngs, strict=True)}
-
-    def store(key: str) -> NamedObject:
-        data = files[key]
-        try:
-            sample_set.run.create(key, data)
-        except ObjectExistsError:
-            data = sample_set.run.read(key).data
-        return NamedObject.of(key, data)
-
-    with ThreadPoolExecutor(TRANSFERS) as pool:
-        stored = tuple(pool.map(store, files))
-    record = PieceRecord(
-        number=number,
-        files=stored,
-        drawing=drawing,
-        attempt=uuid.uuid4().hex,
-        created=utc_now(),
-        code_version=code_version(),
-    )
-    try:
-        sample_set.run.create(sample_set.key(ObjectKind.RECORD, number), record.to_json())
-    except ObjectExistsError:
-        return 0
-    return len(seeds)
-
-
-class PieceWriter:
-    """Commits a piece in a thread of its own, while the next one is drawn."""
-
-    def __init__(self, sample_set: SampleSet, stop: Stop) -> None:
-        """Pieces belong to `sample_set`; a stop lets what is on its way arrive, for as long as there is time."""
-        self.made_images = 0
-        self._set, self._stop = sample_set, stop
-        self._pool = ThreadPoolExecutor(1, "piece-writer")
-        self._pending: Future[int] | None = None
-
-    def submit(self, number: int, images: np.ndarray) -> None:
-        """Sends a piece, uint8 [n, H, W, C], on its way once the one before has arrived; for the rest see `wait`."""
-        self.wait()
-        self._pending = self._pool.submit(commit_piece, self._set, number, images)
-
-    def wait(self) -> None:
-        """Returns when everything has arrived.
-
-        Raises:
-            StoppedError: there was no time left for it.
-            JobError: it could not be committed.
-        """
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        while not wait([pending], ARRIVAL_POLL_SECONDS).done:
-            if self._stop() and self._stop.seconds_left_to_save() <= 0:
-                raise StoppedError("stopped before the last piece was in the bucket")
-        self.made_images += pending.result()
+        return Made({sample_set.key(ObjectKind.PIECE, number): _shard(drawing, seeds, pngs)})
+    return Made({sample_set.key(ObjectKind.IMAGE, number, seed): png for seed, png in zip(seeds, pngs, strict=True)})
 
 
 def _shard(drawing: NumberedDrawing, seeds: range, pngs: list[bytes]) -> bytes:

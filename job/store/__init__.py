@@ -1,4 +1,4 @@
-"""Object storage: what we ask of a bucket (`base`), and who answers (`local`, `gcs`, `s3`, `azure`)."""
+"""Object storage: the operations of a bucket (`base`), its backends, and what a URI means."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ from job.stop import Stop
 from job.store.base import ConflictError, Entry, ObjectExistsError, ObjectMissingError, Store
 from job.store.retry import Retry, away_limit_seconds
 
-# Without these the client asks, for traces, about a bucket's metadata, which a trainer may not read;
+# Without these the client reads the bucket's metadata for traces, which a trainer may not read;
 os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
-# and gcsfs imports its file system of zonal buckets, which asks by gRPC about the bucket.
+# and gcsfs imports its file system of zonal buckets, which reads them by gRPC.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 __all__ = ["ConflictError", "Entry", "ObjectExistsError", "ObjectMissingError", "Retry", "Store"]
-"""They lie in the modules below, and are imported from here."""
+"""Names of the modules below that other rooms import from here."""
 
 _SECRET_OPTION = re.compile("key|secret|token|pass|sas|credential|connection_string")
 _MISLEADING = {
     *("reference", "memory", "data", "filecache", "simplecache", "blockcache", "cached"),
     *("local", "dir", "generic", "async_wrapper", "asyncwrapper"),
 }
-"""Their content lies elsewhere than their URL says, fills the disk, or has a plain path."""
+"""File systems whose URL does not name the location of the content, that fill the disk, or that have a plain path."""
 _ADDRESS = re.compile(r"\[[0-9a-fA-F:.]*\]")
-"""Of IPv6."""
+"""An IPv6 address in a URL."""
 _CHAIN = re.compile(r"((?:zip|tar)://[^:]*)::(.+)", re.DOTALL | re.IGNORECASE)
 WEB = ("http", "https")
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _GOOGLE, _AZURE = ("gcs", "GcsStore", "gs"), ("azure", "AzureStore", "az")
 _BACKENDS = {"gs": _GOOGLE, "gcs": _GOOGLE, "s3": ("s3", "S3Store", "s3"), "az": _AZURE, "abfs": _AZURE}
-"""By scheme: module, class and extra."""
+"""Module, class and extra of each scheme."""
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 
 
 def open_store(uri: str, retry: Retry | None = None) -> Store:
-    """Opens `gs://`, `s3://` or `az://BUCKET[/PREFIX]`, `file:///PATH` or a plain path, and touches none of them.
+    """Opens `gs://`, `s3://` or `az://BUCKET[/PREFIX]`, `file:///PATH` or a plain path, without any request.
 
-    Backends are imported only when asked for, so that a local run needs no cloud library.
+    A backend is imported when it is opened, so that a local run needs no cloud library.
 
     Args:
         uri: where the objects lie; a path may be relative to the working folder or begin with `~`.
-        retry: the patience of all operations; they give up after `retry.PATIENCE_SECONDS` if not given.
+        retry: how operations are repeated; by default they give up after `retry.PATIENCE_SECONDS`.
 
     Raises:
-        BadRequestError: a scheme nobody here speaks, a name no bucket can have, or a backend whose extra is missing.
+        BadRequestError: an unsupported scheme, an impossible bucket name, or a backend whose extra is missing.
         NoPermissionError: no credentials for the bucket were found.
     """
     retry = retry or Retry()
@@ -77,7 +77,7 @@ def open_bucket(uri: str, stop: Stop) -> Store:
 
 
 def open_to_read(uri: str, retry: Retry | None = None) -> Store:
-    """As `open_store`, and whatever an installed fsspec file system reads: see `job.store.foreign`."""
+    """Opens what `open_store` does, and everything that an installed fsspec file system reads, see `foreign`."""
     if not is_foreign(uri):
         return open_store(uri, retry)
     with fsspec_configured():
@@ -88,58 +88,58 @@ def open_to_read(uri: str, retry: Retry | None = None) -> Store:
 
 @contextmanager
 def fsspec_configured() -> Iterator[None]:
-    """In it fsspec may be imported, which reads its configuration, and a file system be made by that.
+    """Reports errors in fsspec's configuration, which is read when fsspec is imported and a file system is made.
 
     Raises:
-        BadConfigError: something in there makes no sense.
+        BadConfigError: the configuration is not valid.
     """
     try:
         with warnings.catch_warnings():
-            # It would print two lines, and go on without the variable.
+            # fsspec would print two lines, and ignore the variable.
             warnings.filterwarnings("error", module=r"fsspec\.config")
             yield
     except (ValueError, TypeError, AttributeError, UserWarning) as error:
-        # Their words may repeat a secret.
+        # The error's text may repeat a secret.
         where = "fsspec's configuration (~/.config/fsspec/*.json, FSSPEC_… variables)"
-        raise BadConfigError(f"{where} makes no sense ({type(error).__name__}): correct it") from None
+        raise BadConfigError(f"{where} is not valid ({type(error).__name__}): correct it") from None
 
 
 def is_foreign(uri: str) -> bool:
-    """Whether a URI is for fsspec alone: no bucket and no path."""
+    """Returns whether only fsspec can read a URI, which is neither a bucket's nor a path."""
     return is_remote(uri) and uri.partition("://")[0].lower() not in _BACKENDS
 
 
 def check_source(uri: str) -> None:
-    """Returns if something may be read from a URL of `is_foreign`.
+    """Checks a URI of `is_foreign` before it is read.
 
     Raises:
-        BadRequestError: it holds a password, anybody on the way could change it, or it leads elsewhere.
+        BadRequestError: it holds a password, can be changed in transit, or does not name the location of its content.
     """
     scheme = re.split("://|::", uri, maxsplit=1)[0].lower()
     if scheme in ("zip", "tar"):
         raise BadRequestError(f"{scheme}://: a chain is {scheme}://FOLDER::ARCHIVE, and only `data pack` takes one")
     if scheme in _MISLEADING or "::" in _ADDRESS.sub("", uri):
-        raise BadRequestError(f"{scheme}:// may lead anywhere: name what it would read")
+        raise BadRequestError(f"{scheme}:// may read any other location: name that location")
     try:
         parts = urlsplit(uri)
         parts.port  # noqa: B018 -- it raises if the port is text, which may be a part of a password
     except ValueError:
-        raise BadRequestError("a source that is no URL, or holds a user and password: name a host") from None
-    # github://org:repo@ref/path looks as if it had them.
+        raise BadRequestError("the source is not a valid URL, or holds a user and password: name a host") from None
+    # In github://org:repo@ref/path the same characters have another meaning.
     if scheme != "github" and (parts.password or (parts.username and scheme in WEB)):
         raise BadRequestError("a source must not hold a user and password: lists and logs would show them")
     if not is_safe(uri):
-        raise BadRequestError(f"{without_queries(uri)}: anybody on the way could change it: use https://")
+        raise BadRequestError(f"{without_queries(uri)}: its content could be changed in transit: use https://")
 
 
 def is_safe(url: str) -> bool:
-    """Whether the content of a URL cannot be changed on the way."""
+    """Returns whether the content of a URL cannot be changed in transit."""
     parts = urlsplit(url)
     return parts.scheme.lower() not in ("http", "ftp") or parts.hostname in _LOCAL
 
 
 def without_queries(uri: str) -> str:
-    """A URL for people and records: a query may be a signature."""
+    """Returns a URI for messages and records, without its query, which may be a signature."""
     inside, archive = split_chain(uri)
     if inside:
         return f"{inside}::{without_queries(archive)}"
@@ -147,21 +147,21 @@ def without_queries(uri: str) -> str:
 
 
 def is_web(uri: str) -> bool:
-    """Whether a URI has a query behind its `?`, where others have a name."""
+    """Returns whether `?` begins a query in a URI; in those of other schemes it is part of a name."""
     return uri.partition("://")[0].lower() in WEB
 
 
 def split_chain(uri: str) -> tuple[str, str]:
-    """A part of an archive, and where that lies: of `zip://train/*.jpg::gs://theirs/all.zip` the two halves.
+    """Splits `zip://train/*.jpg::gs://theirs/all.zip` into the part of an archive, and the URI of the archive.
 
-    The first one is empty for any other URI.
+    The first half is empty for any other URI.
     """
     chain = _CHAIN.fullmatch(uri)
     return (chain[1], chain[2]) if chain else ("", uri)
 
 
 def split_uri(uri: str) -> tuple[str, str]:
-    """The folder of an object, as `open_to_read` takes it, with the query of its URL, and its name."""
+    """Splits the URI of an object into its folder, which keeps the query of a URL, and its name."""
     path, mark, query = uri.partition("?") if is_web(uri) else (uri, "", "")
     folder, _, name = path.rpartition("/")
     return f"{folder or '/'}{'/' * folder.endswith(':/')}{mark}{query}", name
@@ -174,30 +174,27 @@ def set_storage_options(settings: Iterable[str]) -> None:
         settings: `SCHEME.OPTION=VALUE`, such as `gs.requester_pays=my-project`; a value is JSON, or else text.
 
     Raises:
-        BadRequestError: a setting of another form, or a secret, which lists of processes would show.
+        BadRequestError: a setting of another form, or one that may be a secret: every user can list arguments.
     """
     for setting in settings:
         name, _, text = setting.partition("=")
         scheme, _, option = name.partition(".")
         if not (text and option.isidentifier() and scheme.isalnum()):
             raise BadRequestError(f"{name!r}: write SCHEME.OPTION=VALUE, such as gs.requester_pays=my-project")
-        if text.lstrip().startswith(("{", "[")):
-            raise BadRequestError(f"{name} may hold a secret, which lists would show: it goes into ~/.config/fsspec")
-        if (_SECRET_OPTION.search(option.lower()) or {"?", "@"} & {*text}) and text != "anon":
-            raise BadRequestError(
-                f"{name} is a secret, which lists would show: it goes into ~/.config/fsspec/conf.json"
-            )
+        if (_SECRET_OPTION.search(option.lower()) or re.search(r"[?@]|^\s*[{\[]", text)) and text != "anon":
+            remedy = "write it into ~/.config/fsspec/conf.json, because every user can list the arguments of a process"
+            raise BadRequestError(f"{name} may be a secret: {remedy}")
         os.environ[f"FSSPEC_{scheme}_{option}".upper()] = text
 
 
 def is_remote(uri: str) -> bool:
-    """Whether `uri` lies in a bucket, and not on a disk of this machine."""
+    """Returns whether `uri` does not lie on a disk of this machine."""
     scheme, separator, _ = uri.partition("://")
     return bool(separator) and scheme.lower() != "file"
 
 
 def check_uri(uri: str) -> None:
-    """Returns if `uri` can be a bucket; needs neither its library nor credentials.
+    """Checks the URI of a bucket, without its library and credentials.
 
     Raises:
         BadRequestError: as `open_store`.
@@ -209,10 +206,10 @@ def check_uri(uri: str) -> None:
 
 
 def _local_root(uri: str) -> Path:
-    """The folder that a path or a `file://` URI names."""
+    """Returns the folder that a path or a `file://` URI names."""
     _, separator, rest = uri.partition("://")
     path = unquote(rest.removeprefix("localhost")) if separator else uri
-    # There may be no such user as in `~user`.
+    # The user in `~user` may not exist.
     with suppress(RuntimeError):
         if path and "\0" not in path and (path.startswith("/") or not separator):
             return Path(os.path.normpath((Path(path) if separator else Path(path).expanduser()).absolute()))
@@ -220,19 +217,16 @@ def _local_root(uri: str) -> Path:
 
 
 def _bucket_of(uri: str) -> tuple[str, str, str]:
-    """Scheme, bucket and prefix of a URI that is no folder's."""
+    """Splits a bucket's URI into scheme, bucket and prefix."""
     scheme, _, rest = uri.partition("://")
+    # A user and password, and a query, which may be a signature, are secret.
+    shown = re.sub(r"://.*@", "://…@", re.sub(r"\?.*", "?…", uri))
     if (scheme := scheme.lower()) not in _BACKENDS:
-        first = "download it first (curl -LO), or " if scheme in ("http", "https") else ""
+        first = "download it first (curl -LO), or " if scheme in WEB else ""
         use = f"{first}use gs://, s3:// or az://BUCKET, or a path"
-        raise BadRequestError(f"{_without_secrets(uri)!r}: nobody here speaks {scheme}://; {use}")
+        raise BadRequestError(f"{shown!r}: {scheme}:// is not supported; {use}")
     bucket, _, prefix = rest.strip("/").partition("/")
     if not _BUCKET.fullmatch(bucket) or re.search(r"\?.*=", prefix):
         named = f"use {scheme}://BUCKET[/FOLDER], without a user, password or signature"
-        raise BadRequestError(f"{_without_secrets(uri)} names no bucket: {named}")
+        raise BadRequestError(f"{shown} names no bucket: {named}")
     return scheme, bucket, prefix
-
-
-def _without_secrets(uri: str) -> str:
-    """The URI for a message: without user and password, and without a query, which may be a signature."""
-    return re.sub(r"://.*@", "://…@", re.sub(r"\?.*", "?…", uri))

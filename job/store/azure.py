@@ -1,7 +1,7 @@
-"""A container of Azure Blob Storage, by adlfs, which knows the account and its credentials, and Microsoft's client.
+"""A container of Azure Blob Storage: adlfs finds the account and its credentials, Microsoft's client transfers content.
 
-A large object goes up in blocks and appears with their list. Azure compares the MD5 of each block; the metadata have
-the crc32c of the whole.
+A large object is uploaded in blocks and appears with their list. Azure compares the MD5 of each block; the metadata
+contain the crc32c of the whole.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from job.store.files import COPY_BYTES
 from job.store.remote import Page, Piece, RemoteStore, Watched, cause, content_type, damaged
 from job.store.retry import Retry
 
-# They tell what our one line says, in many.
+# It logs many lines about an error that this program reports in one.
 logging.getLogger("azure").setLevel(logging.CRITICAL)
 
 _SCOPE = "https://storage.azure.com/.default"
@@ -40,9 +40,9 @@ _BLOCK_BYTES = 4 << 20
 _BLOCKS_AT_ONCE = 4
 _SILENCES_PER_BLOCK = 12
 _UNREACHABLE = re.compile(r"(Environment|WorkloadIdentity)Credential: [^\n]*(Cannot connect|[Tt]imed? ?out)")
-"""The words of credentials whose server is away: nothing else tells them from wrong ones."""
-_NOT_AS_THOUGHT = ("BlobAlreadyExists", "ConditionNotMet", "InvalidBlockList")
-"""The answers to a conditional write that finds something else; the last if that was committed in between."""
+"""The text of an error whose cause is a sign-in server that does not answer, and not wrong credentials."""
+_CONFLICTS = ("BlobAlreadyExists", "ConditionNotMet", "InvalidBlockList")
+"""The answers to a conditional write that finds another object; the last if that was committed in between."""
 
 
 class AzureStore(RemoteStore):
@@ -53,7 +53,7 @@ class AzureStore(RemoteStore):
     _login_by = "set AZURE_STORAGE_ACCOUNT_NAME and run `az login`, or set AZURE_STORAGE_CONNECTION_STRING"
 
     def __init__(self, container: str, retry: Retry) -> None:
-        """Finds the account and its credentials as adlfs does, but sends nothing yet.
+        """Finds the account and its credentials as adlfs does, without any request.
 
         Raises:
             NoPermissionError: no account is named.
@@ -62,9 +62,9 @@ class AzureStore(RemoteStore):
         try:
             self._fs = AzureBlobFileSystem(use_listings_cache=False, skip_instance_cache=True)
         except ValueError:
-            # Its own words may repeat a key.
-            raise self._no_credentials("no account, or one that makes no sense") from None
-        # Of adlfs's own, each request would be tried again for a minute.
+            # The error's text may repeat a key.
+            raise self._no_credentials("no account, or a wrong one") from None
+        # The client of adlfs would repeat each request for a minute.
         self._fs.service_client = BlobServiceClient(
             self._fs.service_client.url,
             credential=self._fs.service_client.credential,
@@ -78,7 +78,7 @@ class AzureStore(RemoteStore):
 
     def _sign_in(self, *, anew: bool = False) -> bool:
         if hasattr(credential := self._fs.service_client.credential, "get_token"):
-            # It is kept until it expires.
+            # The credential keeps the token until it expires.
             self._in_time(self._begin(credential.get_token(_SCOPE)))
         return False
 
@@ -112,19 +112,19 @@ class AzureStore(RemoteStore):
                 sent = self._send_off(blob.commit_block_list(self._blocks(blob, content), **about))
             return str(self._answer(sent)["etag"])
         except HttpResponseError as error:
-            if _code(error) in _NOT_AS_THOUGHT or (over and _code(error) == "BlobNotFound"):
+            if _code(error) in _CONFLICTS or (over and _code(error) == "BlobNotFound"):
                 return None
             raise
 
     def _blocks(self, blob: BlobClient, content: Watched) -> list[BlobBlock]:
-        """Sends the content in blocks, some at a time, which are nothing to anybody until their list is there."""
-        # Of two writers under one key, each has blocks of its own.
+        """Sends the content in blocks, some at a time; no reader sees them before their list is committed."""
+        # Two writers under one key do not overwrite each other's blocks.
         writer, blocks = secrets.token_hex(8), list[BlobBlock]()
         ahead: deque[Future[Any]] = deque()
         try:
             while block := content.read(_BLOCK_BYTES):
                 blocks.append(BlobBlock(f"{writer}-{len(blocks):05d}"))
-                # Microsoft's client would compute it on the event loop.
+                # Microsoft's client would compute the MD5 on the event loop.
                 md5 = hashlib.md5(block, usedforsecurity=False).digest()
                 sent = blob.stage_block(blocks[-1].id, BytesIO(block), len(block), transactional_content_md5=md5)
                 ahead.append(self._send_off(sent))
@@ -142,7 +142,7 @@ class AzureStore(RemoteStore):
         listed: Any = asked(name_starts_with=start, include=["metadata"])
         found = self._answer(self._begin(_all(listed)))
         blobs = [each for each in found if not isinstance(each, BlobPrefix)]
-        # Where names have a hierarchy, folders are listed as objects.
+        # An account with a hierarchical namespace lists folders as objects.
         objects = [(each.name, each.size) for each in blobs if "hdi_isfolder" not in (each.metadata or {})]
         yield objects, [each.name for each in found if isinstance(each, BlobPrefix)]
 
@@ -156,7 +156,7 @@ class AzureStore(RemoteStore):
         return on_loop(self._fs.loop, asyncio.wait_for(asked, limit_seconds))
 
     def _send_off(self, asked: Awaitable[T]) -> Future[T]:
-        # Nothing is seen of a block while a slow network takes it.
+        # The client reports no progress within a block, which a slow network takes long to send.
         return self._begin(asked, _SILENCES_PER_BLOCK * self.retry.silence_seconds)
 
     def _job_error(self, error: Exception, uri: str) -> JobError | None:
@@ -167,11 +167,11 @@ class AzureStore(RemoteStore):
             case "ContainerNotFound" | "ContainerBeingDeleted":
                 return self._no_bucket()
             case "ConditionNotMet":
-                return ObjectMissingError(f"{uri} was replaced while it was read: what is there now is another object")
+                return ObjectMissingError(f"{uri} was replaced while it was read: it is another object now")
             case "Md5Mismatch":
                 return damaged(uri)
             case "InvalidOperation" if "contentMD5" in str(error):
-                # As Azurite says it.
+                # Azurite's code for the same error.
                 return damaged(uri)
         if isinstance(error, ClientAuthenticationError) and _UNREACHABLE.search(str(error)):
             return self._status_error(uri, None, "Azure's sign-in does not answer")
@@ -180,7 +180,7 @@ class AzureStore(RemoteStore):
             return self._no_credentials((code or type(error).__name__) + clock)
         if status in (None, 200):
             return self._status_error(uri, None, cause(error) if status is None else "an answer that is not Azure's")
-        # The words of a refusal hold what was signed.
+        # The text of a refusal contains the signed string.
         return self._status_error(uri, status, code or "without a reason")
 
     def _status(self, error: Exception) -> int | None:
@@ -188,7 +188,7 @@ class AzureStore(RemoteStore):
 
 
 def _once() -> Callable[[object], None]:
-    """For a request: refuses when Microsoft's client, which heeds no setting there, asks for a broken answer again."""
+    """Returns a hook of a request that forbids a second one: Microsoft's client repeats a broken one at any setting."""
     asked: list[object] = []
 
     def ask(request: object) -> None:
@@ -200,7 +200,7 @@ def _once() -> Callable[[object], None]:
 
 
 def _code(error: Exception) -> str:
-    """The word by which Azure knows an error, such as `BlobNotFound`."""
+    """Returns Azure's code of an error, such as `BlobNotFound`."""
     code = getattr(error, "error_code", None)
     return str(getattr(code, "value", code) or "")
 

@@ -100,11 +100,11 @@ class Store(abc.ABC):
         other.retry = self.retry.within(seconds, stop)
         return other
 
-    def read(self, key: str, most_bytes: int = READ_BYTES) -> Blob:
+    def read(self, key: str, most_bytes: int | None = None) -> Blob:
         """Returns a small object's content and version.
 
         Raises:
-            BadDataError: the object has more than `most_bytes`.
+            BadDataError: the object has more than `most_bytes`, or `READ_BYTES`.
         """
         return self._attempt(self._read, validated_key(key), most_bytes)
 
@@ -244,8 +244,8 @@ class Store(abc.ABC):
         version = self._fetch(key, lambda data: equal.append(content.read(len(data)) == data))
         return version if all(equal) and not content.read(1) else None
 
-    def _read(self, key: str, most_bytes: int) -> Blob:
-        content = io.BytesIO()
+    def _read(self, key: str, most_bytes: int | None = None) -> Blob:
+        content, most_bytes = io.BytesIO(), most_bytes or READ_BYTES
 
         def consume(data: bytes) -> None:
             if content.tell() + len(data) > most_bytes:

@@ -1,6 +1,6 @@
-"""Waiting for threads and event loops, such that a stop and silence end the wait.
+"""Waits for threads and event loops that end at a stop, and when the server falls silent.
 
-`fsspec.asyn.sync` and a request in the calling thread hear of neither until the server answers.
+Neither ends `fsspec.asyn.sync` or a request in the calling thread before the server answers.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ T = TypeVar("T")
 
 POLL_SECONDS = 0.1
 LAST_SECONDS = 0.5
-"""A call has so long once a stop is heard: enough to write a record or to give back a lease."""
+"""Time that a call has after a stop: enough to write a record or to give back a lease."""
 
 
 def on_loop(loop: asyncio.AbstractEventLoop, asked: Awaitable[T]) -> Future[T]:
-    """Begins a call to an fsspec file system on its event loop, which serves all threads. It can be cancelled."""
+    """Starts a call to an fsspec file system on its event loop, which serves all threads. It can be cancelled."""
 
     async def call() -> T:
-        # asyncio would complain of a call that fails when its waiter has left.
+        # asyncio logs the error of a call for which no thread waits any more.
         cast(asyncio.Task[T], asyncio.current_task()).add_done_callback(
             lambda task: task.cancelled() or task.exception()
         )
@@ -35,7 +35,7 @@ def on_loop(loop: asyncio.AbstractEventLoop, asked: Awaitable[T]) -> Future[T]:
 
 
 def in_thread(work: Callable[..., T], *args: Any, **named: Any) -> Future[T]:
-    """Begins `work` in a thread of its own, for which the end of the process does not wait. It cannot be cancelled."""
+    """Starts `work` in a new thread, for which the end of the process does not wait. It cannot be cancelled."""
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
 
@@ -47,39 +47,40 @@ def in_thread(work: Callable[..., T], *args: Any, **named: Any) -> Future[T]:
         else:
             future.set_result(result)
 
-    # As a `threading.Thread` it would be waited for until it has begun.
+    # `threading.Thread.start` waits until the thread runs.
     _thread.start_new_thread(run, ())
     return future
 
 
-def answer(future: Future[T], retry: Retry, where: str, signed_at: Callable[[], float] | None = None) -> T:
-    """Waits for a call, and cancels it when the wait ends before it.
+def answer(future: Future[T], retry: Retry, where: str, active_at: Callable[[], float] | None = None) -> T:
+    """Waits for a call and returns its result; cancels the call when the wait ends earlier.
 
     Args:
         future: of `on_loop` or `in_thread`.
-        retry: whose stop is heard, and which says how long silence lasts.
-        where: the URI that a stop names.
-        signed_at: gives when the server last gave a sign, by the monotonic clock, if the call does not end by itself.
+        retry: its stop and its `silence_seconds` end the wait.
+        where: the URI that the error of a stop names.
+        active_at: returns the time of the server's last activity, by the monotonic clock. Without it the call must end
+            by itself when the server falls silent.
 
     Raises:
-        StoppedError: this process is to stop, and the call has had `LAST_SECONDS` since.
-        TimeoutError: the server gave no sign for so long.
+        StoppedError: this process has to stop, and `LAST_SECONDS` have passed since.
+        TimeoutError: the server was silent for longer than `retry.silence_seconds`.
     """
-    heard_at = float("inf")
+    stopped_at = float("inf")
     try:
         while True:
             try:
                 return future.result(POLL_SECONDS)
             except TimeoutError:
-                # It may be the call's own, or have been too early by a moment.
+                # The error may be the call's, or the call may just have ended.
                 if future.done():
                     return future.result()
             now = time.monotonic()
             if retry.stop():
-                heard_at = min(heard_at, now)
-                if now - heard_at >= LAST_SECONDS:
+                stopped_at = min(stopped_at, now)
+                if now - stopped_at >= LAST_SECONDS:
                     retry.stop.check(f"while waiting for {where}")
-            if signed_at and now - signed_at() > retry.silence_seconds:
+            if active_at and now - active_at() > retry.silence_seconds:
                 raise TimeoutError
     finally:
         future.cancel()

@@ -1,8 +1,8 @@
-"""Files on a local disk that are whole or absent, whoever is killed while writing them.
+"""Files on a local disk that are whole or absent, even if their writer is killed.
 
-A file is written under a hidden temporary name beside its place and then linked or renamed into it. Its writer holds a
-lock on it all the while, so a temporary file that nobody locks belongs to a process that died, and may go. So it is
-with temporary folders.
+A file is written under a hidden temporary name in the same folder, then linked or renamed to its final name. The writer
+locks the temporary file, so one without a lock belongs to a dead process and can be deleted. Temporary folders are
+handled the same way.
 """
 
 from __future__ import annotations
@@ -34,38 +34,38 @@ _swept: set[Path] = set()
 
 @contextmanager
 def os_errors(where: object) -> Iterator[None]:
-    """Turns an `OSError` into the error a person can act on.
+    """Turns an `OSError` into a `JobError` with a remedy.
 
     Args:
-        where: the path or URI the message names.
+        where: the path or URI that the message names.
 
     Raises:
-        MissingInputError: it is not there.
-        NoPermissionError: this user may not.
-        DiskFullError: no space, quota or allowed file size is left.
+        MissingInputError: the file or folder does not exist.
+        NoPermissionError: this user lacks the permission.
+        DiskFullError: the disk, the quota or the file size limit is exhausted.
         BadRequestError: the name cannot be used.
-        BucketAwayError: anything else, such as a network file system that fell silent.
+        BucketAwayError: any other error, such as a network file system that does not answer.
     """
     try:
         yield
     except OSError as error:
-        what: type[JobError] = BucketAwayError
-        todo = "see to the disk or its mount, then start again"
+        kind: type[JobError] = BucketAwayError
+        remedy = "see to the disk or its mount, then start again"
         match error.errno:
             case errno.ENOENT:
-                what, todo = MissingInputError, "check the path"
+                kind, remedy = MissingInputError, "check the path"
             case errno.EACCES | errno.EPERM | errno.EROFS:
-                what, todo = NoPermissionError, f"give user {os.geteuid()} access, or choose another place"
+                kind, remedy = NoPermissionError, f"give user {os.geteuid()} access, or choose another place"
             case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
-                what, todo = DiskFullError, "free some space or choose another disk, then start again"
+                kind, remedy = DiskFullError, "free some space or choose another disk, then start again"
             case errno.ENOTDIR | errno.EISDIR | errno.EEXIST | errno.ENAMETOOLONG | errno.ELOOP:
-                what, todo = BadRequestError, "choose another name; on a local disk it is either a file or a folder"
-        raise what(f"{where}: {error.strerror or error}: {todo}") from error
+                kind, remedy = BadRequestError, "choose another name; on a local disk it is either a file or a folder"
+        raise kind(f"{where}: {error.strerror or error}: {remedy}") from error
 
 
 @contextmanager
 def temporary_beside(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """An empty file with a hidden name in `path`'s folder, which is made if need be; gone when the context ends.
+    """Makes an empty hidden file in `path`'s folder, which is created if necessary, and deletes it in the end.
 
     Yields:
         Its path, to be linked or renamed, and the file, open for writing and reading.
@@ -73,7 +73,7 @@ def temporary_beside(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     folder = path.parent
     for _ in range(_ATTEMPTS):
         temporary = folder / f"{_TEMPORARY}{secrets.token_hex(8)}"
-        # Whoever deletes the last file of a folder removes the folder too, so that it may vanish at any time.
+        # A process that deletes the last file of a folder removes the folder too, at any time.
         with suppress(FileNotFoundError):
             _make_folder(folder)
             temporary.touch(exist_ok=False)
@@ -91,12 +91,12 @@ def temporary_beside(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Holds the one lock of a folder that exists, across threads and processes; a holder's death frees it.
+    """Locks an existing folder against other threads and processes; the death of a holder releases the lock.
 
     Raises:
-        BucketAwayError: somebody else held it all the time, such as a process that was suspended.
+        BucketAwayError: another process held the lock all the time, such as a suspended one.
     """
-    # One that is missing would be made.
+    # The lock file would create a missing folder.
     os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
     path = folder / _LOCK
     try:
@@ -104,14 +104,14 @@ def folder_lock(folder: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                # Or no folder would ever be empty. Who waits for this very file finds it gone, and makes another.
+                # Otherwise no folder would ever be empty. A process that waits for this file creates a new one.
                 path.unlink(missing_ok=True)
     except Timeout:
         raise BucketAwayError(f"{path} was locked for {LOCK_SECONDS:g} s: end what `fuser {path}` names") from None
 
 
 def sync_folder(folder: Path) -> None:
-    """Returns when the folder's names are on the disk: without it a crash could undo a link or a rename."""
+    """Writes a folder's names to the disk, so that a crash cannot undo a link or a rename."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -121,11 +121,11 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def scratch_folder(purpose: str) -> Iterator[Path]:
-    """An empty folder of this process on the local disk, with `purpose` in its name; gone when the context ends.
+    """Makes an empty folder on the local disk, with `purpose` in its name, and deletes it in the end.
 
     Raises:
-        FileNotFoundError: there is no folder for temporary files, or no space in any; see `job.exits.ending_of`.
-        DiskFullError: no space is left by now.
+        FileNotFoundError: no folder for temporary files exists, or all are full; see `job.exits.ending_of`.
+        DiskFullError: the disk is full.
     """
     parent = Path(tempfile.gettempdir())
     with os_errors("the folder for temporary files (TMPDIR)"):
@@ -144,18 +144,16 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
 def _locked_descriptor(path: Path) -> int | None:
     """Locks a temporary file or folder that was just made, until the descriptor is closed or its process dies.
 
-    None if it is gone, or if somebody who sweeps was faster: it is to be made anew.
+    Returns None if another process has swept it away, so that a new one must be made.
     """
     with suppress(FileNotFoundError):
         descriptor = _opened(path)
         is_swept = False
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            is_swept = True
-        except OSError:
-            # A file system without locks: nobody can sweep there.
-            pass
+        except OSError as error:
+            # On a file system without locks no process can sweep.
+            is_swept = isinstance(error, BlockingIOError)
         if not is_swept and path.exists():
             return descriptor
         os.close(descriptor)
@@ -163,16 +161,16 @@ def _locked_descriptor(path: Path) -> int | None:
 
 
 def _sweep_once(folder: Path, prefix: str) -> None:
-    """Sweeps a folder that this process has not swept yet, which keeps it cheap."""
+    """Sweeps a folder once per process: to list it for every file would be slow."""
     if folder not in _swept:
         _swept.add(folder)
         sweep_temporaries(folder, prefix)
 
 
 def sweep_temporaries(folder: Path, prefix: str = _TEMPORARY) -> None:
-    """Removes what dead processes left in `folder`: files and folders of theirs whose names begin with `prefix`."""
+    """Removes the temporary files and folders of dead processes from `folder`."""
     for leftover in folder.glob(f"{prefix}*"):
-        # Somebody who still writes holds the lock, and somebody else may sweep too.
+        # A living writer holds the lock, and another process may sweep too.
         with suppress(OSError):
             descriptor = _opened(leftover)
             try:
@@ -186,13 +184,13 @@ def sweep_temporaries(folder: Path, prefix: str = _TEMPORARY) -> None:
 
 
 def _opened(path: Path) -> int:
-    # Network file systems lock only what may be written to.
+    # Network file systems lock only files that are open for writing.
     mode = os.O_RDONLY if path.is_dir() else os.O_RDWR
     return os.open(path, mode | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def _make_folder(folder: Path) -> None:
-    """`mkdir --parents` whose new names survive a power failure."""
+    """Makes a folder and its parents, such that their names survive a power failure."""
     if not folder.exists():
         _make_folder(folder.parent)
         with suppress(FileExistsError):

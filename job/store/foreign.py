@@ -1,7 +1,7 @@
-"""Everything that an fsspec file system reads: `sftp://HOST/photos`, `hf://datasets/…`, `github://…`, `https://…`.
+"""A read-only store of what an fsspec file system reads: `sftp://HOST/photos`, `hf://datasets/…`, `https://…`.
 
-It is a source and no bucket: fsspec has no create that fails for a second writer. Each call is made in a thread, since
-most of these file systems know neither a stop nor a deadline.
+It cannot be a bucket, because fsspec has no create that fails for a second writer. Each call runs in a thread, because
+most of these file systems end a call neither at a stop nor after a time.
 """
 
 from __future__ import annotations
@@ -32,76 +32,75 @@ from job.store.retry import Retry
 if TYPE_CHECKING:
     import aiohttp
 
-# It tells in many lines what our one line says.
+# It logs many lines about an error that this program reports in one.
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)
 
 _SILENCES_PER_READ = 8
-"""Some file systems show nothing of a block that they read ahead."""
+"""Times of silence per read: some file systems report no progress of a block that they read ahead."""
 _EXTRAS = dict.fromkeys((*WEB, "hf"), "web")
 _SIGN_IN = {
     "hf": "sign in with `hf auth login`",
     **dict.fromkeys(WEB, "download it where you are signed in"),
 }
 _VERSIONS = ("ETag", "etag", "Last-Modified", "generation", "blob_id", "sha", "mtime", "last_modified", "modified")
-"""A file system tells some of these; the first two are what `If-Range` takes."""
+"""Names under which file systems give a file's version; `If-Range` takes the first two."""
 _MOST_FOLDERS_DEEP = 64
-_HOPELESS = (TypeError, NotImplementedError, IsADirectoryError)
-"""A file system that raises these would raise them again."""
+_FINAL = (TypeError, NotImplementedError, IsADirectoryError)
+"""Errors that another attempt would raise again."""
 
 
 class About(NamedTuple):
-    """A file's size in bytes, None if it is unknown, and the words that change with its content."""
+    """A file's size in bytes, None if it is unknown, and strings that change with its content."""
 
     size_bytes: int | None
     version: tuple[str, ...]
 
 
 class _Connection:
-    """The file system of a store and of its copies; one that broke is made anew by the next call."""
+    """The file system of a store and its copies; the first call after a failure makes a new one."""
 
     def __init__(self, scheme: str, kind: Any, url: str, options: dict[str, Any]) -> None:
         self.scheme, self.kind, self._url, self._options = scheme, kind, url, options
         self._fs: Any = None
-        # A server of SSH has no other name for its top.
+        # The root of an SSH server is `/`.
         self._root: str = kind._strip_protocol(url) or ("/" if scheme in ("sftp", "ssh") else "")
-        # Threads may share these, as fsspec says of no other: of two that ask by SSH, one would wait for good.
+        # fsspec lets threads share these alone: of two threads that use SSH, one would wait without end.
         self.turns = threading.Semaphore(CONNECTIONS if kind.async_impl or scheme == "hf" else 1)
 
     def path(self, below: str) -> str:
-        """The file system's name for what lies below the URL."""
-        # From a whole URL some file systems would take a part of a name for a query.
+        """Returns the file system's name of a path below the URL."""
+        # In a whole URL some file systems would read part of a name as a query.
         start = self._root if self._root[-1:] in ("", "/") else f"{self._root}/"
         return f"{start}{below}".rstrip("/") or self._root
 
     def fs(self) -> Any:
-        """The file system, which some kinds connect at once."""
+        """Returns the file system; to make it, some kinds connect to the server."""
         if self._fs is None:
             try:
                 self._fs = self.kind(**{**self.kind._get_kwargs_from_urls(self._url), **self._options})
             except ImportError as error:
                 raise _not_installed(self.scheme, error) from None
             except (TypeError, ValueError, AttributeError) as error:
-                # Others may repeat a secret.
-                said = one_line(str(error)) if isinstance(error, TypeError) else type(error).__name__
+                # Other texts may repeat a secret.
+                reason = one_line(str(error)) if isinstance(error, TypeError) else type(error).__name__
                 raise BadRequestError(
-                    f"{self.scheme}:// cannot be opened ({said}): check the URL, and fsspec's configuration"
+                    f"{self.scheme}:// cannot be opened ({reason}): check the URL, and fsspec's configuration"
                 ) from None
         return self._fs
 
     def drop(self) -> None:
-        """Has the next call make it anew."""
+        """Makes the next call open a new file system."""
         self._fs = None
 
 
 class ForeignStore(Store):
-    """Files below the folder that a URL names. The query of a URL, which may be a signature, is in no message."""
+    """Files below the folder that a URL names. No message contains the URL's query, which may be a signature."""
 
     def __init__(self, uri: str, retry: Retry) -> None:
-        """Finds the file system of the scheme, and sends nothing yet.
+        """Finds the file system of the scheme, without any request.
 
         Raises:
-            BadRequestError: a scheme that fsspec does not know, or whose package is missing; or a URL that holds a
-                password, that anybody on the way could change, or that leads elsewhere.
+            BadRequestError: an unknown scheme, a missing package, or a URL that `check_source` refuses.
         """
         check_source(uri)
         scheme, _, rest = uri.partition("://")
@@ -115,24 +114,24 @@ class ForeignStore(Store):
             raise _not_installed(scheme, error) from None
         self._connection = _Connection(scheme, kind, path, _options(scheme, retry.silence_seconds))
         if "?" in path and "?" not in self._path(""):
-            raise BadRequestError(f"{path}: no folder with a ? in its name can be read there: rename it")
+            raise BadRequestError(f"{path}: a folder with a ? in its name cannot be read: rename it")
 
     def about(self, key: str) -> About:
-        """Asks anew for a file's size and version.
+        """Returns a file's current size and version.
 
         Raises:
-            ObjectMissingError: it is missing, or a folder.
+            ObjectMissingError: the file is missing, or a folder.
         """
         return self._attempt(self._about, key, True)
 
     def blocks(
         self, key: str, start: int = 0, stop: int | None = None, version: tuple[str, ...] = ()
     ) -> tuple[int, Iterator[bytes]]:
-        """Begins to read a file at the byte `start`, or at 0 if it cannot be read from there or has another version.
+        """Starts to read a file at the byte `start`, or at 0 if that is impossible or its version has changed.
 
         Returns:
-            Where it begins, and the content from there on, to `stop` or further; reading raises as any operation does,
-            and tries once.
+            The first byte's position, and the content from there on, at least up to `stop`. A read makes one attempt,
+            and raises as any operation does.
         """
         where, path = self.uri_of(key), self._path(key)
         is_web = "https" in self._connection.kind.protocol
@@ -145,7 +144,7 @@ class ForeignStore(Store):
                 headers["Range"] = f"bytes={start}-{stop - 1 if stop else ''}"
             if start and version:
                 headers["If-Range"] = version[0]
-            # A stream; it has a size, so that fsspec does not ask for one.
+            # Block size 0 opens a stream; a size saves the request for it.
             return fs.open(path, "rb", block_size=0, size=1, headers=headers)
 
         file = self._ask(where, opened)
@@ -169,7 +168,7 @@ class ForeignStore(Store):
         return self._connection.path(self._prefix + key) + self._query
 
     def _ask(self, where: str, work: Callable[[Any], T]) -> T:
-        """Does `work` with the file system."""
+        """Returns `work` of the file system, and translates its errors."""
         while not self._connection.turns.acquire(timeout=POLL_SECONDS):
             self.retry.is_under_way(where)
         due = time.monotonic() + (_SILENCES_PER_READ - 1) * self.retry.silence_seconds
@@ -207,25 +206,25 @@ class ForeignStore(Store):
             received_bytes += len(block)
         if about.size_bytes not in (None, received_bytes):
             raise BucketAwayError(f"{self.uri_of(key)} sends {received_bytes:,} of {about.size_bytes:,} bytes")
-        # A smaller one comes in a single request, and the hub answers few questions an hour.
+        # A smaller file arrives in one request, and the hub limits the requests per hour.
         if received_bytes > READ_AHEAD_BYTES:
             self._check_same(key, about)
         return repr(about.version)
 
     def _check_same(self, key: str, about: About) -> None:
         if self._about(key, anew=True) != about:
-            raise BadDataError(f"{self.uri_of(key)} was changed just now: begin again")
+            raise BadDataError(f"{self.uri_of(key)} has changed during the read: begin again")
 
     def _open(self, key: str) -> BinaryIO:
         about = self._about(key)
         if about.size_bytes is None:
-            raise BadDataError(f"{self.uri_of(key)} does not say how large it is: download it")
+            raise BadDataError(f"the server does not give the size of {self.uri_of(key)}: download it")
         return cast(BinaryIO, Ranges(partial(self._attempt, self._part, key, about), about.size_bytes))
 
     def _part(self, key: str, about: About, start: int, stop: int) -> bytes:
         begins_at, blocks = self.blocks(key, start, stop, about.version)
         if begins_at != start:
-            raise BadDataError(f"{self.uri_of(key)} cannot be read in parts, or was changed just now: download it")
+            raise BadDataError(f"{self.uri_of(key)} cannot be read in parts, or has changed: download it")
         part = bytearray()
         for block in blocks:
             part += block
@@ -238,9 +237,7 @@ class ForeignStore(Store):
 
     def _list(self, prefix: str) -> Sequence[Entry]:
         if self._query:
-            raise BadRequestError(
-                f"{self._uri(prefix)}: a folder with a query has no list of its files: name an archive"
-            )
+            raise BadRequestError(f"{self._uri(prefix)}: a folder with a query cannot be listed: name an archive")
         entries, folders = list[Entry](), [prefix]
         while folders:
             for key, found in self._listed(folder := folders.pop()):
@@ -252,16 +249,16 @@ class ForeignStore(Store):
                     case _:
                         entries.append(Entry(key, self._linked_bytes(key)))
             if folder.count("/") > _MOST_FOLDERS_DEEP:
-                raise BadDataError(f"{self._uri(prefix)} has folders in folders without end: name one of them")
+                raise BadDataError(f"{self._uri(prefix)} has more than {_MOST_FOLDERS_DEEP} levels: name a sub-folder")
         return entries
 
     def _listed(self, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Keys of a folder's files and folders, and what is known of each; nothing if there is no such folder."""
+        """Lists the keys and properties of a folder's files and folders; nothing for a missing folder."""
         path, start = self._path(folder), self._connection.path(self._prefix).rstrip("/")
 
         def ask(fs: Any) -> list[dict[str, Any]]:
             fs.invalidate_cache()
-            # The hub answers few questions an hour, but tells all files below a folder at once.
+            # The hub limits the requests per hour, but lists all files below a folder in one.
             is_hub = self._connection.scheme == "hf"
             return [*fs.find(path, detail=True).values()] if is_hub else fs.ls(path, detail=True)
 
@@ -269,7 +266,7 @@ class ForeignStore(Store):
         with suppress(ObjectMissingError):
             found = self._ask(self._uri(folder), ask)
         for each in found:
-            # The links of a page may lead anywhere, and some servers begin theirs with a dot.
+            # The links of a page may lead outside the folder, and some servers begin them with a dot.
             name = each["name"].replace("/./", "/")
             key = name[len(start) :].strip("/")
             if name.startswith(f"{start}/" if start else "") and key and key.startswith(folder):
@@ -277,7 +274,7 @@ class ForeignStore(Store):
 
     def _linked_bytes(self, key: str) -> int:
         found = {}
-        # Whoever reads it will hear of it.
+        # A reader of the file gets the error.
         with suppress(ObjectMissingError):
             found = self._info(key)
         if found.get("type") == "directory":
@@ -289,14 +286,14 @@ class ForeignStore(Store):
         return sorted({name.partition("/")[0] for name in names if "/" in name})
 
     def _write(self, key: str, content: BinaryIO, over: str | None) -> NoReturn:
-        raise BadRequestError(f"{self.uri_of(key)}: it can only be read: write to gs://, s3://, az:// or a folder")
+        raise BadRequestError(f"{self.uri_of(key)} can only be read: write to gs://, s3://, az:// or a folder")
 
     def _delete(self, key: str) -> NoReturn:
-        raise BadRequestError(f"{self.uri_of(key)}: it can only be read: delete it where it is")
+        raise BadRequestError(f"{self.uri_of(key)} can only be read: delete it with another program")
 
 
 def _options(scheme: str, silence_seconds: float) -> dict[str, Any]:
-    """Beside fsspec's configuration."""
+    """Returns options of a file system, beside fsspec's configuration."""
     own: dict[str, Any] = {"skip_instance_cache": True}
     if scheme in WEB:
         import aiohttp
@@ -310,25 +307,25 @@ def _options(scheme: str, silence_seconds: float) -> dict[str, Any]:
 
 
 def _meaning(error: Exception, uri: str) -> JobError:
-    # fsspec raises a FileNotFoundError for any failure of the web, and its cause says which one it was.
+    # fsspec raises a FileNotFoundError for any failure of HTTP, with the failure as its cause.
     error = error.__cause__ if isinstance(error.__cause__, Exception) else error
     if isinstance(error, JobError):
         return error
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
-    # The query of an address may be a signature, also where a server redirects to.
-    said = one_line(re.sub(r"\?[^\s'\")]+", "", str(error))) or type(error).__name__
+    # The query of a URL may be a signature, also that of a redirect.
+    reason = one_line(re.sub(r"\?[^\s'\")]+", "", str(error))) or type(error).__name__
     is_refused = isinstance(error, PermissionError) or "Authentication" in type(error).__name__
-    if status in (401, 403) or is_refused or said.startswith("No authentication"):
+    if status in (401, 403) or is_refused or reason.startswith("No authentication"):
         how = _SIGN_IN.get(uri.partition("://")[0], "its user and key go into fsspec's configuration")
-        return NoPermissionError(f"{uri} may not be read ({said}): {how}")
+        return NoPermissionError(f"{uri} may not be read ({reason}): {how}")
     if status in (404, 410) or isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return ObjectMissingError(f"there is nothing at {uri}: check the address")
-    if isinstance(error, _HOPELESS) or type(error).__name__ == "HFValidationError":
-        return BadRequestError(f"{uri} cannot be read ({said}): check the URL")
+    if isinstance(error, _FINAL) or type(error).__name__ == "HFValidationError":
+        return BadRequestError(f"{uri} cannot be read ({reason}): check the URL")
     if status == 416:
         return BadDataError(f"{uri} ends before the size that the server gives: download it")
-    # Any other failure may pass.
-    return BucketAwayError(f"{uri} does not answer: {said}")
+    # Any other failure may be temporary.
+    return BucketAwayError(f"{uri} does not answer: {reason}")
 
 
 async def _check_redirect(_: object, __: object, sent: aiohttp.TraceRequestRedirectParams) -> None:
@@ -340,10 +337,10 @@ async def _check_redirect(_: object, __: object, sent: aiohttp.TraceRequestRedir
 
 
 def _not_installed(scheme: str, error: Exception) -> BadRequestError:
-    """Which package is missing, or which scheme was meant."""
+    """Returns the error of an unknown scheme, or of a missing package."""
     if scheme not in available_protocols():
         near = difflib.get_close_matches(scheme, available_protocols(), 1)
-        meant = f"did you mean {near[0]}://?" if near else "`fsspec.available_protocols()` has all"
+        meant = f"did you mean {near[0]}://?" if near else "`fsspec.available_protocols()` lists all"
         return BadRequestError(f"{scheme}://: no file system of that name is known: {meant}")
     how = how_to_install(_EXTRAS[scheme]) if scheme in _EXTRAS else "install it with pip"
     return BadRequestError(f"{scheme}:// needs more than is installed ({one_line(str(error))}): {how}")

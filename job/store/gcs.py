@@ -1,6 +1,6 @@
-"""A Google Cloud Storage bucket: gcsfs moves the content, google-cloud-storage makes the small writes that decide.
+"""A Google Cloud Storage bucket: gcsfs transfers content, google-cloud-storage makes the small conditional writes.
 
-These have connections of their own: a lease is renewed in time beside a checkpoint on its way up.
+Small writes have separate connections, so that a lease is renewed in time during the upload of a checkpoint.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from job.store.retry import Retry
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _BLOCK_BYTES = 256 << 10
-"""Is on its way within seconds on the slowest of networks."""
+"""Size of a block that is sent within seconds on the slowest network."""
 
 _UNREACHABLE = (aiohttp.ClientError, requests.RequestException, ConnectionError, TimeoutError)
 _CLIENT = (api.GoogleAPIError, GoogleAuthError, *_UNREACHABLE)
@@ -53,10 +53,10 @@ class GcsStore(RemoteStore):
     _login_by = "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to a key file"
 
     def __init__(self, bucket: str, retry: Retry) -> None:
-        """Finds credentials, but sends nothing yet; with `STORAGE_EMULATOR_HOST` set it needs none.
+        """Finds credentials, without any request; an emulator (`STORAGE_EMULATOR_HOST`) needs none.
 
         Raises:
-            NoPermissionError: there are no credentials.
+            NoPermissionError: no credentials were found.
         """
         super().__init__("gs", bucket, retry)
         try:
@@ -64,8 +64,8 @@ class GcsStore(RemoteStore):
         except DefaultCredentialsError as error:
             raise self._no_credentials(str(error)) from error
         except Exception as error:
-            # Its text may repeat a token of fsspec's configuration.
-            raise self._no_credentials(f"those of fsspec's configuration: {type(error).__name__}") from None
+            # The error's text may repeat a token of fsspec's configuration.
+            raise self._no_credentials(f"fsspec's configuration: {type(error).__name__}") from None
         self._fs = _OneAttempt(
             token=self._login or "anon",
             version_aware=False,
@@ -75,7 +75,7 @@ class GcsStore(RemoteStore):
         )
         session = AuthorizedSession(self._login or AnonymousCredentials(), refresh_status_codes=())
         for scheme in ("http://", "https://"):
-            # More threads than connections would make urllib3 throw connections away, and complain of it.
+            # With more threads than connections urllib3 would close connections, and log each.
             session.mount(scheme, HTTPAdapter(pool_maxsize=CONNECTIONS))
         client = storage.Client(
             project=None,
@@ -100,7 +100,7 @@ class GcsStore(RemoteStore):
 
         url = self._fs.url(f"{self._bucket.name}/{self._prefix}{key}", generation=version or None)
         part = {"Range": f"bytes={start}-{stop - 1}"} if stop else {}
-        # A compressed object comes as it is stored: its checksum is of that.
+        # A compressed object arrives as it is stored, for that is what the checksum covers.
         return self._call(piece, "GET", url, headers={"Accept-Encoding": "gzip", **part})
 
     def _send(self, key: str, content: Watched, over: str | None) -> str | None:
@@ -111,7 +111,7 @@ class GcsStore(RemoteStore):
         except api.PreconditionFailed:
             return None
         except aiohttp.ClientOSError:
-            # A server that refuses before all is sent may reset the connection, and the refusal is lost.
+            # A server that refuses during the upload may reset the connection, which loses its answer.
             if over == "" and self.exists(key):
                 return None
             raise
@@ -124,7 +124,7 @@ class GcsStore(RemoteStore):
         return blob.generation
 
     def _upload(self, name: str, content: Watched, condition: str | None) -> object:
-        # Google refuses what arrives with another checksum. No file holds the boundary.
+        # Google refuses content with another checksum. The boundary is random, so that no file contains it.
         about = {"name": name, "contentType": content_type(name), "crc32c": content.crc32c}
         boundary = secrets.token_hex(16)
         parts = ("application/json", json.dumps(about)), (about["contentType"], "")
@@ -156,7 +156,7 @@ class GcsStore(RemoteStore):
             yield [(item["name"], int(item["size"])) for item in page.get("items", [])], page.get("prefixes", [])
 
     def _call(self, made_of: Callable[[Any, Sequence[bytes]], T], *asked: Any, **named: Any) -> Future[T]:
-        """Begins a request; its result is `made_of` the headers and the content of the answer."""
+        """Starts a request; its result is `made_of` the headers and the content of the answer."""
         silence_seconds = self.retry.silence_seconds
         limits = aiohttp.ClientTimeout(total=None, sock_connect=silence_seconds, sock_read=silence_seconds)
 
@@ -166,9 +166,9 @@ class GcsStore(RemoteStore):
         return on_loop(self._fs.loop, call())
 
     def _bucket_exists(self) -> bool:
-        """As far as can be known: a missing bucket is answered like a missing object."""
+        """Returns whether the bucket exists, as far as is known: the answer 404 may mean a missing object or bucket."""
         if not self._was_seen.is_set():
-            # Without the right to list it is unknown. Nor may the role that trains read a bucket's own metadata.
+            # Without the right to list nothing is known: the role of a trainer may not read a bucket's metadata.
             with suppress(*_CLIENT):
                 try:
                     next(self._pages("", "", maxResults=1))
@@ -181,7 +181,7 @@ class GcsStore(RemoteStore):
         if not isinstance(error, _CLIENT) or isinstance(error, requests.JSONDecodeError):
             return super()._job_error(error, uri)
         if isinstance(answer := getattr(error, "response", None), requests.Response):
-            # The words of google-cloud-storage repeat the whole answer.
+            # The error of google-cloud-storage repeats the whole answer.
             error = _refusal(answer.status_code, answer.content)
         if _DAMAGED in str(error):
             return damaged(uri)
@@ -200,14 +200,14 @@ class GcsStore(RemoteStore):
 
 
 class _OneAttempt(GCSFileSystem):
-    """Sends a request once, where gcsfs tries six times and outlives a lease, and gives the answer in blocks."""
+    """Sends each request once, because six attempts of gcsfs outlast a lease, and returns the answer in blocks."""
 
     async def _request(self, method: str, path: str, *args: str, **named: Any) -> tuple[int, Any, Any, Sequence[bytes]]:
         about = {name: named.pop(name, None) for name in ("data", "timeout")}
         about |= {"headers": self._get_headers(named.pop("headers", None)), "params": self._get_params(named)}
         session = await self._set_session()
         async with session.request(method, self._format_path(path, args), **about) as answer:
-            # Joined, they would all be copied once more.
+            # To join the blocks would copy them once more.
             blocks = [block async for block in answer.content.iter_any()]
             if answer.status >= 400:
                 raise _refusal(answer.status, b"".join(blocks))
@@ -215,10 +215,10 @@ class _OneAttempt(GCSFileSystem):
 
 
 class _Login(Credentials):
-    """The credentials in use, with a token that a thread of its own fetches before the last one expires.
+    """The credentials in use. A separate thread fetches the next token before the last one expires.
 
-    gcsfs would fetch it on the event loop, where every transfer waits for it, and google-cloud-storage in the middle of
-    a request that renews a lease.
+    gcsfs would fetch it on the event loop, where all transfers wait for it, and google-cloud-storage during a request
+    that renews a lease.
     """
 
     def __init__(self, credentials: Credentials) -> None:
@@ -228,11 +228,11 @@ class _Login(Credentials):
 
     @property
     def valid(self) -> bool:
-        """Whether there is a token; that it is fresh is seen to by `coming`."""
+        """Returns whether a token exists; `coming` keeps it fresh."""
         return self._credentials.token is not None
 
     def coming(self, *, anew: bool = False) -> Future[None] | None:
-        """The fetching of a token for which a request has to wait; None if there is one, which may be the last one."""
+        """Starts to fetch a token if necessary; returns that call if a request must wait for it."""
         with self._lock:
             state = TokenState.INVALID if anew else self._credentials.token_state
             if state is not TokenState.FRESH and (self._coming is None or self._coming.done()):
@@ -244,11 +244,11 @@ class _Login(Credentials):
         self._credentials.apply(headers)
 
     def refresh(self, request: object) -> None:
-        """Is left to `coming`."""
+        """Does nothing: `coming` fetches tokens."""
 
 
 def _login() -> _Login | None:
-    """Of fsspec's configuration, or else of Google's; None for anonymous reading and for an emulator."""
+    """Returns the login of fsspec's configuration, or else Google's; None for anonymous reading and an emulator."""
     token = apply_config(GCSFileSystem, {}).get("token")
     if token is None and "STORAGE_EMULATOR_HOST" in os.environ:
         token = "anon"  # noqa: S105
@@ -265,7 +265,7 @@ def _json(_: object, blocks: Sequence[bytes]) -> dict[str, Any]:
 
 
 def _refusal(status: int, content: bytes) -> Exception:
-    """As google-cloud-storage tells it."""
+    """Returns the error that google-cloud-storage raises for this answer."""
     try:
         message = str(json.loads(content)["error"]["message"])
     except (ValueError, LookupError, TypeError):

@@ -1,4 +1,4 @@
-"""A folder on a local or network disk that keeps the promises of a bucket."""
+"""A bucket that is a folder on a local or network disk."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from job.store.retry import Retry
 
 
 class LocalStore(Store):
-    """Objects are files below a root folder; hidden names, and links that lead out of the root, are no objects.
+    """Objects are files below a root folder, except hidden files and links that lead out of the root.
 
-    The root comes into being with its first object: until then nothing is found in it, and listing it is an error.
-    Versions are SHA-256 sums of the content, because inodes and times are not stable on every file system.
+    The first object creates the root; listing it earlier is an error. Versions are SHA-256 sums of the content, because
+    inodes and times are not stable on every file system.
     """
 
     def __init__(self, root: Path, retry: Retry | None = None) -> None:
-        """Opens the folder `root`, an absolute path; without `retry` operations give up soon."""
+        """Opens the folder `root`, an absolute path."""
         self._root = root
-        # Shared with the stores of its folders.
+        # The stores of sub-folders share it.
         self._inode: dict[str, int] = {}
         super().__init__(str(root), retry or Retry())
 
@@ -36,7 +36,7 @@ class LocalStore(Store):
         return Path(self._root, self._prefix)
 
     def sweep(self) -> None:
-        """Unlinks the temporary files that nobody has locked, and the folders that are empty without them."""
+        """Removes temporary files without a lock, and folders that are empty then."""
         with os_errors(self._folder):
             for folder, _, _ in os.walk(self._folder, topdown=False):
                 sweep_temporaries(Path(folder))
@@ -45,12 +45,12 @@ class LocalStore(Store):
                         Path(folder).rmdir()
 
     def _fetch(self, key: str, consume: Callable[[bytes], object]) -> str:
-        # An open file is never written again, so that bytes and version belong together.
+        # An object's file is never modified, so the bytes and the version belong together.
         with self._open(key) as file:
             return _copied(file, consume)
 
     def _download(self, key: str, path: Path) -> None:
-        # Without its version, which would take longer than the copy.
+        # To hash the content for its version would take longer than the copy.
         with self._open(key) as source, temporary_beside(path) as (temporary, file):
             shutil.copyfileobj(source, file, COPY_BYTES)
             file.flush()
@@ -58,7 +58,7 @@ class LocalStore(Store):
 
     def _write(self, key: str, content: BinaryIO, over: str | None) -> str | None:
         path = self._path(key)
-        # Its folder would be made.
+        # The temporary file would create the folder.
         if over and not path.exists():
             return None
         with temporary_beside(path) as (temporary, file):
@@ -83,7 +83,7 @@ class LocalStore(Store):
         path = self._path(key)
         with os_errors(path):
             with suppress(FileNotFoundError, NotADirectoryError):
-                # Opening a pipe would wait for somebody to write into it, for good.
+                # To open a pipe would wait for a writer, without end.
                 if stat.S_ISREG(path.stat().st_mode):
                     return path.open("rb")
             raise ObjectMissingError(f"no object at {path}" if self._root.is_dir() else self._no_root())
@@ -92,7 +92,7 @@ class LocalStore(Store):
         return list(self._walk(self._existing(prefix), prefix))
 
     def _folders(self, prefix: str) -> Sequence[str]:
-        # A folder without an object below is nothing to a bucket.
+        # A bucket has no folders without objects.
         return [
             child.name
             for child in _children(self._existing(prefix))
@@ -104,7 +104,7 @@ class LocalStore(Store):
         absent = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
         with suppress(*absent), folder_lock(path.parent):
             path.unlink()
-        # A folder with anything in it stays, and so does one that somebody begins to write to.
+        # A folder that is not empty stays, so a writer that has just begun does not lose it.
         with suppress(OSError):
             for folder in path.parents:
                 if folder == self._root:
@@ -122,13 +122,13 @@ class LocalStore(Store):
         return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self._root))
 
     def _no_root(self) -> str:
-        return f"{self._root} is no folder: check the path; it is made when something is first written to it"
+        return f"{self._root} is not a folder: check the path; the first object creates it"
 
     def _check_there(self) -> None:
-        """Raises `BucketAwayError` if the root is no longer the folder that was found first: removed, or unmounted."""
+        """Raises `BucketAwayError` if the root is not the folder that was found first: it was removed or unmounted."""
         inode = self._root.stat().st_ino if self._root.is_dir() else None
         if inode != (self._inode.setdefault("root", inode) if inode else self._inode.get("root")):
-            raise BucketAwayError(f"{self._root} is gone, and all that was in it: mount it again, or restore it")
+            raise BucketAwayError(f"{self._root} is gone with all its objects: mount it again, or restore it")
 
     def _existing(self, prefix: str) -> Path:
         self._check_there()
@@ -155,7 +155,7 @@ def _children(folder: Path) -> Sequence[os.DirEntry[str]]:
 
 
 def _copied(content: BinaryIO, consume: Callable[[bytes], object]) -> str:
-    """Hands the rest of a file to `consume`, and returns its version."""
+    """Passes the rest of a file to `consume`, and returns its version."""
     digest = hashlib.sha256()
     while block := content.read(COPY_BYTES):
         digest.update(block)

@@ -1,4 +1,4 @@
-"""The common part of gs://, s3:// and az://: content that comes in pieces, with a checksum, and errors of HTTP."""
+"""The common part of gs://, s3:// and az://: downloads in pieces with a checksum, and the errors of HTTP."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from job.store.retry import Retry
 
 CONNECTIONS = 64
 PIECE_BYTES = 4 << 20
-"""Of an object are asked for at a time: longer on the way than the question, on most networks."""
+"""Size of one ranged read: on most networks its transfer takes longer than its request."""
 _PIECES_AHEAD = 6
 READ_AHEAD_BYTES = PIECE_BYTES
 _REASON_CHARACTERS = 200
@@ -38,7 +38,7 @@ Page = tuple[Iterable[tuple[str, int]], Iterable[str]]
 
 
 class Piece(NamedTuple):
-    """Some bytes of an object, and what the bucket says of the whole: size, version and, if it knows it, crc32c."""
+    """Some bytes of an object, and the size, version and, if the bucket knows it, crc32c of the whole."""
 
     blocks: Sequence[bytes]
     size_bytes: int
@@ -47,14 +47,14 @@ class Piece(NamedTuple):
 
 
 class RemoteStore(Store):
-    """A bucket behind HTTP. A backend sends the requests, knows its client's errors and says what mends them."""
+    """A bucket behind HTTP. A backend sends the requests and translates its client's errors."""
 
     _cloud: str
     _login_by: str
     _roles: str
-    """Somebody without permission needs these; `{uri}` is the bucket's."""
+    """The roles that grant all permissions; `{uri}` is the bucket's."""
     _make: str
-    """The command that makes the bucket `{name}`."""
+    """The command that creates the bucket `{name}`."""
 
     def __init__(self, scheme: str, name: str, retry: Retry) -> None:
         super().__init__(f"{scheme}://{name}", retry)
@@ -63,19 +63,19 @@ class RemoteStore(Store):
 
     @abc.abstractmethod
     def _get(self, key: str, start: int, stop: int | None, version: str = "") -> Future[Piece]:
-        """Begins to read the bytes from `start` to `stop`, or to the end, of this version or of any."""
+        """Starts to read the bytes from `start` to `stop`, or to the end, of this version or of any."""
 
     @abc.abstractmethod
     def _status(self, error: Exception) -> int | None:
-        """The number with which a server refused; None if none did."""
+        """Returns the HTTP status of a refusal; None for other errors."""
 
     @abc.abstractmethod
     def _send(self, key: str, content: Watched, over: str | None) -> str | None:
-        """As `_write`."""
+        """Does what `_write` does."""
 
     @abc.abstractmethod
     def _pages(self, start: str, delimiter: str) -> Iterator[Page]:
-        """Lists the names that begin so; with a delimiter, the folders up to it."""
+        """Lists the names that begin with `start`; with a delimiter, the folders up to it."""
 
     def _list(self, prefix: str) -> Sequence[Entry]:
         pages = self._pages(self._prefix + prefix, "")
@@ -87,13 +87,13 @@ class RemoteStore(Store):
         return [folder.removeprefix(start).removesuffix("/") for folder in folders]
 
     def _sign_in(self, *, anew: bool = False) -> bool:
-        """Waits for a token if it is missing; `anew` gets another one, and returns whether it could."""
+        """Waits for a missing token; `anew` gets a new one. Returns whether that is possible."""
         return False
 
     def _attempt(self, work: Callable[..., T], key: str, *args: Any) -> T:
         @wraps(work)
         def signed_in(key: str, *args: Any) -> T:
-            # In the midst of a request nothing would bound the wait, and a lease would expire meanwhile.
+            # During a request nothing would limit the wait, and a lease would expire.
             self._sign_in()
             try:
                 return work(key, *args)
@@ -105,19 +105,19 @@ class RemoteStore(Store):
         return super()._attempt(signed_in, key, *args)
 
     def _in_time(self, future: Future[T]) -> T:
-        """As `_answer`, of a call that does not end by itself when a server is silent."""
+        """Waits for a call that does not end by itself when the server is silent, and returns its result."""
         began = time.monotonic()
         return self._answer(future, lambda: began)
 
-    def _answer(self, future: Future[T], signed_at: Callable[[], float] | None = None) -> T:
-        return answer(future, self.retry, self.uri, signed_at)
+    def _answer(self, future: Future[T], active_at: Callable[[], float] | None = None) -> T:
+        return answer(future, self.retry, self.uri, active_at)
 
     def _write(self, key: str, content: BinaryIO, over: str | None) -> str | None:
         return self._send(key, Watched(content, partial(self.retry.is_under_way, self.uri_of(key))), over)
 
     def _fetch(self, key: str, consume: Callable[[bytes], object]) -> str:
         checksum = google_crc32c.Checksum()
-        # If the disk is full, nothing more is to come.
+        # A full disk cancels the pieces ahead.
         with closing(self._pieces(key)) as pieces:
             for piece in pieces:
                 for block in piece.blocks:
@@ -128,7 +128,7 @@ class RemoteStore(Store):
         return piece.version
 
     def _pieces(self, key: str) -> Generator[Piece]:
-        """The content in order and of one version; while a piece is used, the next ones are on their way."""
+        """Yields the content of one version in order, and reads some pieces ahead."""
         piece = self._first(key, PIECE_BYTES)
         size_bytes, version = piece.size_bytes, piece.version
         stops = ((start, min(start + PIECE_BYTES, size_bytes)) for start in range(PIECE_BYTES, size_bytes, PIECE_BYTES))
@@ -150,7 +150,7 @@ class RemoteStore(Store):
         try:
             return self._whole(key, 0, stop, self._get(key, 0, stop))
         except Exception as error:
-            # HTTP has no range for what is in an empty object.
+            # An empty object has no valid range.
             if self._status(error) != 416:
                 raise
         return self._answer(self._get(key, 0, None))
@@ -169,18 +169,18 @@ class RemoteStore(Store):
         return found
 
     def _job_error(self, error: Exception, uri: str) -> JobError | None:
-        # A proxy on the way may answer 200 with a page of its own, or with nothing.
+        # A proxy may answer 200 with its own page, or without content.
         if isinstance(error, (LookupError, TypeError, ValueError, AttributeError)):
-            return self._status_error(uri, None, f"an answer that is no bucket's: {type(error).__name__}")
+            return self._status_error(uri, None, f"the answer is not a bucket's: {type(error).__name__}")
         return None
 
     def _status_error(self, uri: str, status: int | None, reason: str, permission: str = "") -> JobError:
-        """What an answer means, or that there was none; `permission` is the one that is lacking, if that is known."""
+        """Returns the meaning of an HTTP status; None means no answer. `permission` is the missing one, if known."""
         if status == 404:
             return ObjectMissingError(f"no object at {uri}")
         if status in (401, 403):
-            lacking = f"no permission {permission}".rstrip()
-            return NoPermissionError(f"{uri}: {lacking} ({reason}): grant the account in use {self._roles}")
+            missing = f"no permission {permission}".rstrip()
+            return NoPermissionError(f"{uri}: {missing} ({reason}): grant the account in use {self._roles}")
         if status in (None, 408, 429, 500, 502, 503, 504):
             return BucketAwayError(f"{uri}: the bucket is away ({reason}): check the network")
         return BadRequestError(f"{uri}: the bucket refused with {status}: {reason}")
@@ -188,17 +188,15 @@ class RemoteStore(Store):
     def _no_bucket(self) -> MissingInputError:
         return MissingInputError(f"no bucket {self._bucket_uri}: check the name, or make it with `{self._make}`")
 
-    def _no_credentials(self, reason: str) -> NoPermissionError:
-        return NoPermissionError(
-            f"{self._bucket_uri}: no usable {self._cloud} credentials ({reason}): {self._login_by}"
-        )
+    def _no_credentials(self, why: str) -> NoPermissionError:
+        return NoPermissionError(f"{self._bucket_uri}: no usable {self._cloud} credentials ({why}): {self._login_by}")
 
 
 class Watched:
-    """Content on its way up, with its size and checksum; `read_at` is when the server last took some of it."""
+    """The content of an upload, with its size and checksum; `read_at` is the time of the last read."""
 
     def __init__(self, content: BinaryIO, report: Callable[[], None]) -> None:
-        """Reads it once; `report` is called after each block but the first."""
+        """Reads the content once for its checksum; calls `report` after each block but the first."""
         self._content, self.size_bytes = content, 0
         self.seek, self.tell = content.seek, content.tell
         checksum = google_crc32c.Checksum()
@@ -212,7 +210,7 @@ class Watched:
 
     def read(self, size_bytes: int = -1) -> bytes:
         """The next bytes."""
-        # A transfer that gets on does not hang.
+        # A transfer that makes progress does not hang.
         beat()
         self.read_at = time.monotonic()
         return self._content.read(size_bytes)
@@ -227,12 +225,12 @@ class Ranges(AbstractBufferedFile):
 
 
 def damaged(uri: str) -> BucketAwayError:
-    """The bytes that arrived are not the ones that were sent."""
-    return BucketAwayError(f"{uri}: the bytes were damaged on the way (crc32c differs): check the network")
+    """Returns the error that the received bytes are not those that were sent."""
+    return BucketAwayError(f"{uri}: the bytes were damaged in transit (crc32c differs): check the network")
 
 
 def cause(error: BaseException) -> str:
-    """Why there is no answer: `Connection refused`, not a nest of classes that print a whole URL."""
+    """Returns the innermost reason of an error, such as `Connection refused`: the outer ones print a whole URL."""
     while not isinstance(error, TimeoutError) and (inner := error.__cause__ or error.__context__):
         error = inner
     if isinstance(error, OSError) and error.errno and error.errno > 0:
@@ -241,16 +239,16 @@ def cause(error: BaseException) -> str:
 
 
 def one_line(text: str) -> str:
-    """The words of a server, short enough for a line of a log."""
+    """Returns a server's text, short enough for a line of a log."""
     text = " ".join(text.split())
     return text if len(text) <= _REASON_CHARACTERS else f"{text[:_REASON_CHARACTERS]}…"
 
 
 def content_type(key: str) -> str:
-    """What a browser needs to show a report or a picture that somebody clicks on in the bucket."""
+    """Returns the media type by which a browser shows a report or a picture from the bucket."""
     return mimetypes.guess_type(key)[0] or "application/octet-stream"
 
 
 def _encoded(checksum: google_crc32c.Checksum) -> str:
-    """The checksum as both buckets write it."""
+    """Returns the checksum in the encoding of Google's and Amazon's API."""
     return base64.b64encode(checksum.digest()).decode()

@@ -1,4 +1,4 @@
-"""The patience of a store: how long an operation is tried again while the bucket is away, and who is told."""
+"""Repeats operations while a bucket is away, for a limited time, and reports each outage once."""
 
 from __future__ import annotations
 
@@ -17,75 +17,75 @@ from job.stop import NEVER, Stop, beat, seconds_of
 T = TypeVar("T")
 
 PATIENCE_SECONDS = 15.0
-"""How long a bucket may be away before an operation gives up, if nothing else is said: less than a lease lasts."""
+"""How long an operation is repeated by default while the bucket is away: less than a lease lasts."""
 AWAY_VARIABLE = "DDPM_AWAY_SECONDS"
 AWAY_SECONDS = 900.0
 SILENCE_SECONDS = 7.5
-"""After so long without a sign of the server an attempt fails: half the deadline, so that there is a second one."""
+"""An attempt fails after this time without an answer: half the limit, which leaves time for a second attempt."""
 FIRST_PAUSE_SECONDS = 0.25
 LONGEST_PAUSE_SECONDS = 15.0
 
 _is_within_work = ContextVar("is_within_work", default=False)
-"""Whether this thread is inside work that is tried again as a whole."""
+"""Whether this thread is inside work that is repeated as a whole."""
 
 
 def away_limit_seconds() -> float:
-    """How long a bucket may be away from work with hours behind it: `DDPM_AWAY_SECONDS`, or a quarter of an hour."""
+    """Returns how long a bucket may be away from a run: `DDPM_AWAY_SECONDS`, or a quarter of an hour."""
     return seconds_of(AWAY_VARIABLE, AWAY_SECONDS, "that a bucket may be away")
 
 
 class Retry:
-    """Does work again while the bucket is away. All stores of a bucket share one: an outage is told once.
+    """Repeats work while the bucket is away. All stores of a bucket share one, which reports an outage once.
 
-    An attempt ends by itself, soon after the server falls silent; between two of them a stop is heard. Inside work
-    that is tried again as a whole, the operations of a store fail at the first error.
+    An attempt ends soon after the server falls silent; a stop ends the pause between two attempts. Inside work that is
+    repeated as a whole, the operations of a store fail at the first error.
     """
 
     def __init__(
         self, limit_seconds: float = PATIENCE_SECONDS, stop: Stop = NEVER, note: Callable[[str], None] = lambda _: None
     ) -> None:
-        """Knows of no outage yet.
+        """Begins without an outage.
 
         Args:
             limit_seconds: how long the bucket may be away.
-            stop: ends the waiting for a bucket that is away.
-            note: told when the bucket goes away and when it is back; from any thread.
+            stop: ends the wait for a bucket that is away.
+            note: gets a line at the beginning and at the end of an outage; from any thread.
         """
         self.limit_seconds, self.stop = limit_seconds, stop
         self._outage = _Outage(note)
 
     def within(self, seconds: float, stop: Stop = NEVER) -> Self:
-        """Gives up after `seconds`, or at `stop`, and shares what this one knows about an outage."""
+        """Returns a `Retry` of the same bucket that gives up after `seconds`, or at `stop`."""
         other = copy.copy(self)
         other.limit_seconds, other.stop = seconds, stop
         return other
 
     def elsewhere(self) -> Retry:
-        """The same patience with another bucket, whose outages are its own."""
+        """Returns a `Retry` with the same limit for another bucket."""
         return Retry(self.limit_seconds, self.stop, self._outage.note)
 
     @property
     def silence_seconds(self) -> float:
-        """How long an attempt waits for a sign of the server."""
+        """How long an attempt waits while the server is silent."""
         return min(SILENCE_SECONDS, self.limit_seconds / 2) or SILENCE_SECONDS
 
     def is_under_way(self, uri: str) -> None:
-        """For an attempt to say at each block: a transfer that gets on does not hang, and a stop ends it.
+        """Reports progress of a transfer, which does not hang as long as blocks arrive, and ends it at a stop.
 
         Raises:
-            StoppedError: this process is to stop.
+            StoppedError: this process has to stop.
         """
         beat()
-        self.stop.check(f"while {uri} was on its way")
+        self.stop.check(f"while {uri} was transferred")
 
     def __call__(self, work: Callable[..., T], *args: object) -> T:
-        """Does `work`, which must bear repetition, until the bucket is there for all of it.
+        """Does `work`, which can be repeated, until it succeeds, and returns its result.
 
-        A host that no name server knows has `PATIENCE_SECONDS` at most, if the bucket has never answered.
+        If the bucket has never answered and no name server knows its host, the limit is `PATIENCE_SECONDS` at most.
 
         Raises:
-            BucketAwayError: it was away for longer than the limit.
-            StoppedError: `stop` said so while it was away.
+            BucketAwayError: the bucket was away for longer than the limit.
+            StoppedError: a stop came while the bucket was away.
         """
         if _is_within_work.get():
             return work(*args)
@@ -96,16 +96,16 @@ class Retry:
                 result = work(*args)
             except BucketAwayError as error:
                 now = time.monotonic()
-                # The silence counts that an attempt waited for, but not what it did before.
+                # The silence before a failure counts, but not the successful part of the attempt.
                 away_since = min(away_since, max(asked_at, now - self.silence_seconds))
                 limit_seconds = self.limit_seconds
-                # A name that does not exist is misspelt, unless the bucket has answered before.
+                # An unknown host is misspelt, unless the bucket has answered before.
                 if not self._outage.answered_at and _is_unknown_host(error):
                     limit_seconds = min(limit_seconds, PATIENCE_SECONDS)
                 left_seconds = away_since + limit_seconds - now
                 if left_seconds > 0 and not self.stop():
                     self._outage.began(error, asked_at, limit_seconds)
-                # Many processes may have lost the same bucket: not all of them are to ask at once.
+                # The random factor spreads the requests of many processes that have lost the same bucket.
                 if self.stop.sleep(min(pause_seconds * random.uniform(0.5, 1), left_seconds)):  # noqa: S311
                     raise StoppedError(f"stopped while the bucket was away ({error})") from error
                 if left_seconds <= 0:
@@ -128,7 +128,7 @@ def _is_unknown_host(error: BaseException | None) -> bool:
 
 
 class _Outage:
-    """What is known about a bucket being away."""
+    """The state of a bucket's current outage, if any."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self.note = note
@@ -138,9 +138,9 @@ class _Outage:
         """Reading of the monotonic clock at the latest answer; 0 before the first one."""
 
     def began(self, error: BucketAwayError, asked_at: float, limit_seconds: float) -> None:
-        """An attempt failed that was begun at this reading of the monotonic clock."""
+        """Records the failure of an attempt that began at this reading of the monotonic clock."""
         with self._lock:
-            # Others may have had an answer meanwhile.
+            # Another thread may have had an answer meanwhile.
             is_news = self._since is None and asked_at > self.answered_at
             if is_news:
                 self._since = time.monotonic()
@@ -148,7 +148,7 @@ class _Outage:
             self.note(f"{error}; trying again for up to {limit_seconds:g} s")
 
     def ended(self) -> None:
-        """An attempt succeeded."""
+        """Records the success of an attempt."""
         with self._lock:
             since, self._since, self.answered_at = self._since, None, time.monotonic()
         if since is not None:

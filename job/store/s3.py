@@ -1,9 +1,9 @@
-"""An S3 bucket, of Amazon's or of any server that knows conditional writes (If-None-Match and If-Match).
+"""An S3 bucket at Amazon or on any server with conditional writes (If-None-Match and If-Match).
 
-Every object goes up in one request, of which S3 takes up to 5 GB, guarded by its crc32c and, in the signature, by the
-SHA-256 of the content. Its metadata have the crc32c as well: servers differ in what they keep.
+Every object is uploaded in one request, of which S3 accepts up to 5 GB, and guarded by its crc32c and, in the
+signature, by the SHA-256 of the content. The metadata contain the crc32c as well, because not every server keeps it.
 
-The words of a server that refuses credentials are never repeated: they may hold the key that it refused.
+Messages never repeat the text of a server that refuses credentials: it may contain the key.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _LISTINGS_AT_ONCE = 16
 
 _NO_ANSWER = (boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError, ConnectionError, TimeoutError)
 _LOCKED_OUT = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound, boto.SSOError)
-_NOT_AS_THOUGHT = ("PreconditionFailed", "412")
-"""The answers to a conditional write that finds something else; the second from servers that only send a status."""
+_CONFLICTS = ("PreconditionFailed", "412")
+"""The answers to a conditional write that finds another object; servers without error codes send the second."""
 _ACTION = re.compile(r"\bs3:[A-Z][A-Za-z]+")
 
 
@@ -51,11 +51,11 @@ class S3Store(RemoteStore):
     )
 
     def __init__(self, bucket: str, retry: Retry) -> None:
-        """Finds credentials and endpoint as the AWS command line does, but sends nothing to the bucket yet.
+        """Finds credentials and endpoint as the AWS command line does, without any request to the bucket.
 
         Raises:
             NoPermissionError: the profile does not exist.
-            BadRequestError: the endpoint or another setting makes no sense.
+            BadRequestError: the endpoint or another setting is not valid.
         """
         super().__init__("s3", bucket, retry)
         self._bucket = bucket
@@ -66,7 +66,7 @@ class S3Store(RemoteStore):
             read_timeout=retry.silence_seconds,
             max_pool_connections=CONNECTIONS,
             retries={"total_max_attempts": 1},
-            # We send and compare crc32c ourselves; older servers choke on the trailers that botocore would add.
+            # This store sends and compares crc32c; older servers refuse the trailers that botocore would add.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             signature_version=UNSIGNED if options.get("anon") else None,
@@ -81,9 +81,9 @@ class S3Store(RemoteStore):
             if urlsplit(self._client.meta.endpoint_url).username is not None:
                 raise ValueError
         except (boto.BotoCoreError, ValueError) as error:
-            # Its own words may repeat a password.
-            told = self._job_error(error, self.uri) if isinstance(error, boto.BotoCoreError) else None
-            raise told or BadRequestError(
+            # The error's text may repeat a password.
+            meaning = self._job_error(error, self.uri) if isinstance(error, boto.BotoCoreError) else None
+            raise meaning or BadRequestError(
                 f"{self.uri}: AWS_ENDPOINT_URL must be the URL of a server without a user and password"
             ) from None
 
@@ -99,13 +99,13 @@ class S3Store(RemoteStore):
         def get() -> Piece:
             answer = self._client.get_object(**self._named(key), **which)
             if "ContentLength" not in answer:
-                # S3 always says how much is to come; something on the way cut the answer into chunks of its own.
+                # S3 always sends the length: a proxy has replaced it by chunks.
                 raise boto.IncompleteReadError(actual_bytes=0, expected_bytes="unknown")
-            # Entered itself, it would give the stream below it, which takes a shorter content for a whole one.
+            # As a context it would give the stream below, which does not notice missing content.
             with closing(answer["Body"]) as body:
                 data = body.read()
             size_bytes = int(answer.get("ContentRange", f"/{len(data)}").rpartition("/")[2])
-            # An object of others carries no checksum of ours.
+            # An object that another program wrote has no such checksum.
             return Piece([data], size_bytes, answer["ETag"], answer["Metadata"].get(_CRC32C, ""))
 
         return in_thread(get)
@@ -116,20 +116,20 @@ class S3Store(RemoteStore):
                 "put_object",
                 **self._named(key),
                 **({} if over is None else {"IfMatch": over} if over else {"IfNoneMatch": "*"}),
-                # A file is announced first, and waits for an answer.
+                # A file is sent after the answer to an `Expect` header, which costs a round trip.
                 Body=content if content.size_bytes > COPY_BYTES else content.read(),
                 ContentType=content_type(key),
                 ChecksumCRC32C=content.crc32c,
                 Metadata={_CRC32C: content.crc32c},
             )
         except boto.ClientError as error:
-            if _code(error) in _NOT_AS_THOUGHT or (over and _code(error) == "NoSuchKey"):
+            if _code(error) in _CONFLICTS or (over and _code(error) == "NoSuchKey"):
                 return None
             raise
         return str(answer["ETag"])
 
     def _ask(self, operation: str, **asked: Any) -> dict[str, Any]:
-        """The answer to a request."""
+        """Sends a request, and returns the answer."""
         found: dict[str, Any] = self._answer(in_thread(getattr(self._client, operation), **asked))
         return found
 
@@ -138,7 +138,7 @@ class S3Store(RemoteStore):
             objects, _ = next(self._pages(f"{self._prefix}{prefix}{name}/", "", MaxKeys=1))
             return bool(objects)
 
-        # SeaweedFS goes on listing a folder that was emptied.
+        # SeaweedFS still lists a folder whose objects are deleted.
         found = super()._folders(prefix)
         with ThreadPoolExecutor(_LISTINGS_AT_ONCE) as pool:
             return [name for name, there in zip(found, pool.map(has_objects, found), strict=True) if there]
@@ -151,7 +151,7 @@ class S3Store(RemoteStore):
         is_last = False
         while not is_last:
             page = self._ask("list_objects_v2", **asked)
-            # A page of somebody on the way has nothing in it that S3 says, and would be an empty listing.
+            # A missing key raises: the page of a proxy would otherwise be an empty listing.
             is_last, asked["ContinuationToken"] = not page["IsTruncated"], page.get("NextContinuationToken", "")
             objects = [(content["Key"], content["Size"]) for content in page.get("Contents", [])]
             yield objects, [folder["Prefix"] for folder in page.get("CommonPrefixes", [])]
@@ -165,7 +165,7 @@ class S3Store(RemoteStore):
         if isinstance(error, (*_LOCKED_OUT, boto.TokenRetrievalError)):
             return self._no_credentials(type(error).__name__)
         if isinstance(error, ResponseParserError):
-            # The answer itself is in its words.
+            # The error's text contains the whole answer.
             return self._status_error(uri, None, "an answer that is not S3's")
         if isinstance(error, (*_NO_ANSWER, boto.CredentialRetrievalError)):
             return self._status_error(uri, None, cause(error))
@@ -174,7 +174,7 @@ class S3Store(RemoteStore):
         return super()._job_error(error, uri)
 
     def _refusal(self, error: boto.ClientError, uri: str) -> JobError:
-        """What S3's word for an error means, or else its number."""
+        """Returns the meaning of S3's error code, or else of the HTTP status."""
         code, status = _code(error), self._status(error)
         reason = one_line(error.response["Error"].get("Message", "") or code)
         match code:
@@ -185,11 +185,11 @@ class S3Store(RemoteStore):
             case "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "AuthorizationHeaderMalformed":
                 return self._no_credentials(code)
             case "RequestTimeTooSkewed":
-                return NoPermissionError(f"{uri}: refused, for this machine's clock is wrong ({code}): set it")
+                return NoPermissionError(f"{uri}: refused because this machine's clock is wrong ({code}): set it")
             case "BadDigest" | "XAmzContentSHA256Mismatch" | "XAmzContentChecksumMismatch":
                 return damaged(uri)
             case "PreconditionFailed" | "412":
-                return ObjectMissingError(f"{uri} was replaced while it was read: what is there now is another object")
+                return ObjectMissingError(f"{uri} was replaced while it was read: it is another object now")
             case "ConditionalRequestConflict" | "IncompleteBody" | "OperationAborted" | "RequestTimeout" | "SlowDown":
                 return self._status_error(uri, None, reason)
         action = _ACTION.search(str(error))
@@ -200,5 +200,5 @@ class S3Store(RemoteStore):
 
 
 def _code(error: boto.ClientError) -> str:
-    """The word by which S3 knows an error, such as `NoSuchKey`."""
+    """Returns S3's code of an error, such as `NoSuchKey`."""
     return str(error.response["Error"].get("Code", ""))

@@ -197,8 +197,8 @@ def _recording(
         yield None
         return
     rows = metrics.read_rows(plan.run, restored.metrics, note) if restored else []
-    leased = LeasedRun(plan.run, retention_of(plan, rows), attempt, lease)
-    writer = CheckpointWriter(leased, state.tensors(), before=restored, aside=damaged, stop=stop, note=note)
+    leased = LeasedRun(plan.run, retention_of(plan, rows), attempt, lease, damaged)
+    writer = CheckpointWriter(leased, state.tensors(), before=restored, stop=stop, note=note)
     recorder = Recorder(plan, state, attempt, lease, writer=writer, rows=rows, tracking=tracking)
     try:
         yield recorder

@@ -12,12 +12,13 @@ from job.processes.lease import Lease
 from job.progress import Progress, note
 from job.report.facts import facts_of
 from job.report.page import put_page
-from job.report.pictures import Shelf
+from job.report.pictures import PictureCache
 from job.runs import records
 from job.runs.metrics import Row, read_rows
 from job.runs.retention import Retention, best_images_seen
 from job.runs.samples import LOSS_FIGURE, label_of, moment_of
 from job.runs.writer import CheckpointWriter
+from job.sealed import utc_now
 from job.stop import Stop
 from job.store import Store
 from job.tracking import Tracking
@@ -58,7 +59,7 @@ class Recorder:
         """
         self.plan, self.attempt, self.writer, self.rows = plan, attempt, writer, rows
         self._state, self._lease, self._tracking = state, lease, tracking
-        self._shelf, self._shown = Shelf(note), Row()
+        self._page_pictures, self._shown = PictureCache(note), Row()
         self._status = records.StatusReporter(plan.run, self._confirmed_status, note)
 
     def has_saved(self, name: str) -> bool:
@@ -100,7 +101,7 @@ class Recorder:
             found = FoundRun(plan.bucket, run.within(PAGE_PATIENCE_SECONDS), plan.index, plan.config, plan.own)
             try:
                 self._lease.confirm()
-                put_page(facts_of(found, plan.request.run, rows, status), self._shelf)
+                put_page(facts_of(found, plan.request.run, rows, status), self._page_pictures)
             except Exception as error:
                 # Training must not end because of a page.
                 note(f"the run's page stays as it was: {type(error).__name__}: {error}")
@@ -144,7 +145,7 @@ class Recorder:
             epoch=round(images_seen / self.plan.index.images, 3),
             loss=self._shown.get("loss"),
             images_per_second=self._shown.get("images_per_second"),
-            updated=records.utc_now(),
+            updated=utc_now(),
         )
 
 

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
 
+import job.data.pack
 from job.data.pack import PackRequest, pack
 from job.data.shards import DatasetIndex
+from job.data.sources import Source
 from job.stop import Stop
 from job.store import open_store
 from tests.job.some_images import jpeg, zip_of
 
 KEY = "datasets/small-16"
-SHARD_BYTES = 40_000
+SHARD_IMAGES = 16
 FILES = [(f"{kind}/{n:03d}.jpg", jpeg(100 * i + n)) for i, kind in enumerate(("cats", "dogs")) for n in range(30)]
 
 
 def packed(
-    bucket: str | Path, source: str | Path, *, shard_bytes: int = SHARD_BYTES, stop_at: int = 0, **options
+    bucket: str | Path, source: str | Path, *, shard_images: int = SHARD_IMAGES, stop_at: int = 0, **options
 ) -> DatasetIndex:
-    """Packs the source as this module's dataset, or is stopped once so many images, or bytes of tars, are read."""
-    stop = Stop()
-    told = options.pop("progress", lambda *_: None)
+    """Packs the source as this module's dataset, or is stopped once so many images are decoded."""
+    stop, decoded, prepare = Stop(), count(1), job.data.pack.prepare
 
-    def progress(done: int, total: int, images: int) -> None:
-        told(done, total, images)
-        if stop_at and images >= stop_at:
+    def counted(*arguments):
+        if next(decoded) == stop_at:
             stop.request("a test")
+        return prepare(*arguments)
 
     request = PackRequest(str(source), "small", **{"size": 16, **options})
-    store = open_store(str(bucket))
-    return pack(store, request, shard_bytes=shard_bytes, stop=stop, progress=progress)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job.data.pack, "prepare", counted)
+        return pack(open_store(str(bucket)), request, shard_images=shard_images, stop=stop)
+
+
+def names_of(source: Source) -> Iterator[str]:
+    """The names of a source's images, in order."""
+    return (member.name for member in source.images())
+
+
+def entries_of(source: Source) -> Iterator[tuple[str, bytes]]:
+    """The same with their contents."""
+    return source.loaded(source.images())
 
 
 def objects(bucket: str | Path) -> dict[str, bytes]:
@@ -43,7 +57,7 @@ def objects(bucket: str | Path) -> dict[str, bytes]:
 def committed(bucket: Path) -> dict[str, bytes]:
     """Without what an interrupted clearing-up may have left of the journal."""
     assert (bucket / KEY / "index.json").exists()
-    return {key: content for key, content in objects(bucket).items() if not key.startswith("packing/")}
+    return {key: content for key, content in objects(bucket).items() if not key.startswith("pieces/")}
 
 
 def written(shard: Path) -> tuple[int, int]:

@@ -157,8 +157,8 @@ def test_a_working_folder_that_is_gone(bucket, tmp_path, monkeypatch):
 def test_a_bucket_that_is_not_there(tmp_path, gcs_server):
     (tmp_path / "file").write_text("no bucket")
     buckets: Rows = [
-        (f"{tmp_path}/nowhere", 66, [f"{tmp_path}/nowhere is no folder", "check the path"]),
-        (f"{tmp_path}/file", 66, [f"{tmp_path}/file is no folder"]),
+        (f"{tmp_path}/nowhere", 66, [f"{tmp_path}/nowhere is not a folder", "check the path"]),
+        (f"{tmp_path}/file", 66, [f"{tmp_path}/file is not a folder"]),
         ("ftp://mine", 64, ["'ftp://mine'", "az://BUCKET"]),
         ("gs://", 64, ["gs:// names no bucket"]),
         ("", 64, ["names no folder"]),
@@ -260,7 +260,7 @@ def test_rotten_checkpoints_are_named_and_not_used(bucket):
         done = ddpm_here(*words, "--epochs" if words[0] == "train" else "--steps", 4, DDPM_BUCKET=str(bucket))
         assert done.returncode == Exit.BAD_DATA
         assert "Traceback" not in done.stderr
-        assert f"{rotten[-1]} is rotten" in done.stderr.splitlines()[-1]
+        assert f"{rotten[-1]} is corrupt" in done.stderr.splitlines()[-1]
     flip_a_bit(bucket / "runs/walk/attempts/000001.json")
     assert "attempt 1   cannot be read: " in succeeded(ddpm_here("runs", "show", "walk", "--bucket", bucket))
 
@@ -282,7 +282,7 @@ def test_rotten_descriptions_are_named(tmp_path):
 
 
 def test_what_was_never_finished_is_listed_and_goes_without_its_size(tmp_path):
-    left = tmp_path / "datasets/mine-16/packing/shard-00000.json"
+    left = tmp_path / "datasets/mine-16/pieces/00000.json"
     left.parent.mkdir(parents=True)
     left.write_text("{}")
     assert "unfinished: pack it again, or delete it" in succeeded(ddpm_here("data", "list", "--bucket", tmp_path))

@@ -26,7 +26,7 @@ from tests.job.command_line import ddpm_here, refused, settings, started, succee
 from tests.job.launching import children
 from tests.job.leases import eventually
 
-SHARD_BYTES = 60_000
+SHARD_IMAGES = 24
 EPOCHS = 4
 MANY_EPOCHS = 100_000
 KEPT_EPOCHS = 20
@@ -53,10 +53,10 @@ def patient(bucket: str) -> Store:
     return open_store(bucket, Retry(retry.AWAY_SECONDS))
 
 
-def pack_tiles(bucket: Store, shard_bytes: int = SHARD_BYTES) -> str:
+def pack_tiles(bucket: Store, shard_images: int = SHARD_IMAGES) -> str:
     """Packs the embedded images as `tiles-16` in many shards, and returns the dataset's id."""
     source = resources.files("job") / "datasets" / "landscape-sample.zip"
-    return pack(bucket, PackRequest(str(source), "tiles", size=16), shard_bytes=shard_bytes).dataset_id
+    return pack(bucket, PackRequest(str(source), "tiles", size=16), shard_images=shard_images).dataset_id
 
 
 def train_words(bucket: str, epochs: int) -> list[object]:
@@ -250,9 +250,9 @@ def test_a_preemption_while_a_shard_does_not_come_saves_the_last_step(
     proxy: FaultyProxy, remote_bucket: str, processes: int, told: str
 ) -> None:
     """One process may have the images of the next step and the other not: none begins it, and all save."""
-    pack_tiles(patient(remote_bucket), shard_bytes=SHARD_BYTES // 3)
+    pack_tiles(patient(remote_bucket), shard_images=SHARD_IMAGES // 3)
     run = patient(remote_bucket).sub("runs/walk")
-    cache = settings(data__cache_gigabytes=str(3 * SHARD_BYTES / 1e9), data__shuffle_block_images="32")
+    cache = settings(data__cache_gigabytes=str(3 * 60_000 / 1e9), data__shuffle_block_images="32")
     more = settings(train__batch_size="8", sample__every_epochs="0")
     child = started(*train_words(remote_bucket, MANY_EPOCHS), *cache, *more, "--processes", processes)
     eventually(lambda: newest(run) > 0, 120)

@@ -73,7 +73,7 @@ def test_a_damaged_checkpoint_is_not_drawn_from(bucket):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(BadDataError, match="is rotten"):
+    with pytest.raises(BadDataError, match="is corrupt"):
         job.load(f"{bucket}/runs/walk")
 
 

@@ -25,7 +25,7 @@ def words(bucket: Path) -> tuple[object, ...]:
 def test_other_code_is_told(words, tmp_path):
     # Nothing is said where nothing changed.
     done = ddpm_here(*words, "--epochs", 4)
-    assert "was made by code" not in succeeded(done) + done.stderr
+    assert " ran code " not in succeeded(done) + done.stderr
     checkout = Path(job.__file__).parents[1]
     for package in PACKAGES:
         shutil.copytree(checkout / package, tmp_path / "other" / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -33,8 +33,8 @@ def test_other_code_is_told(words, tmp_path):
         source.write("# Another line.\n")
     done = ddpm(*words, "--epochs", 5, program=(sys.executable, "-P", "-m", "job"), PYTHONPATH=str(tmp_path / "other"))
     succeeded(done)
-    (line,) = [line for line in done.stderr.splitlines() if "made by code" in line]
-    assert line.startswith(f"attempt 2 was made by code {code_version()}, and this is {code_version().split('+')[0]}+")
+    (line,) = [line for line in done.stderr.splitlines() if " ran code " in line]
+    assert line.startswith(f"attempt 2 ran code {code_version()}, and this one runs {code_version().split('+')[0]}+")
     attempt = last_attempt(open_store(str(tmp_path / "bucket")).sub("runs/walk"))
     assert attempt.code_version != code_version()
     assert attempt.code_version in line
@@ -45,4 +45,4 @@ def test_another_gpu_is_told(words, monkeypatch):
     monkeypatch.setattr(compute, "describe_device", lambda device: name)
     done = ddpm_here(*words, "--epochs", 4)
     succeeded(done)
-    assert f"and this one does on 1 × {name}: the same images and noise, another rounding" in done.stderr
+    assert f"and this one runs on 1 × {name}: images and noise stay the same, rounding differs" in done.stderr

@@ -239,7 +239,7 @@ def test_payloads_among_images_to_pack_and_in_the_journal_of_a_packing_that_was_
         bad = [(name, payload(marker)) for name in ("0.npy", "0.npz", "0.pt", "0.pkl", "0.cls", "config.yaml", "x.png")]
         bad.append(("bomb.png", bomb()))
         for name in ("parameters", "shard-00000", "shard-00001"):
-            folder_of(bucket / DATASET, [(f"packing/{name}.json", payload(marker))])
+            folder_of(bucket / DATASET, [(f"pieces/{name}.json", payload(marker))])
         folder_of(bucket / DATASET, [("shard-00000.tar", payload(marker)), ("shard-00000.offsets", b"")])
         images = folder_of(place / "images", good + bad)
         words = ("data", "pack", images, "small", "--size", 8, "--bucket", bucket)

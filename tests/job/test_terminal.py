@@ -45,7 +45,7 @@ def test_what_is_wrong_is_in_the_json_too_and_in_the_exit_code(bucket):
     (bucket / "runs/walk/LATEST").write_text("{}")
     done = ddpm_here("runs", "verify", "walk", "--bucket", bucket, "--json")
     assert done.returncode == Exit.BAD_DATA
-    assert "LATEST is rotten" in json.loads(done.stdout)["problems"][0]
+    assert "LATEST is corrupt" in json.loads(done.stdout)["problems"][0]
 
 
 def test_quiet_tells_results_alone_and_verbose_each_request(bucket):

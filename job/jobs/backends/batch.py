@@ -20,7 +20,8 @@ from job.jobs.backends.google import GoogleNotFoundError
 from job.jobs.backends.machines import Machine
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.jobs.targets import BatchTarget
-from job.requests import BATCH_TASK_INDEX
+from job.pieces import BATCH_TASK_INDEX
+from job.sealed import utc_text
 
 MAX_RETRIES = 10
 """The most that Batch takes; it counts preemptions like everything else, and so `--watch` goes on where it stops."""
@@ -209,7 +210,7 @@ def batch_status(found: JsonObject, tasks: Sequence[JsonObject]) -> JobStatus:
         ends = [_ended_task(name, each[-1]) for ended, each in codes if ended == "FAILED" and each]
         status = max(ends, key=lambda end: severity(end.retried), default=status)
     starts = sum(event.get("taskState") == "RUNNING" for task in tasks for event in _status_events(task))
-    created = google.utc_text(found["createTime"])
+    created = utc_text(found["createTime"])
     failures = max((sum(_ended_task(name, code).retried == "bounded" for code in each) for _, each in codes), default=0)
     return replace(status, attempts=starts, failures=failures, created=created, place=_region(found))
 

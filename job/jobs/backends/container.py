@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +26,7 @@ from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.jobs.targets import ContainerTarget, Target
 from job.processes.group import local_gpus
 from job.progress import note
+from job.sealed import utc_text
 
 OWN_IMAGE = "localhost/"
 """What begins so lies in no registry: it is built here."""
@@ -74,15 +74,11 @@ def _mount(path: Path, inside: str, *options: str) -> str:
 
 
 def _mounted_folders(spec: JobSpec) -> list[str]:
-    """Returns the mounts of the folders that a job reads or writes: a local bucket, and the source that it packs."""
+    """Returns the mounts of the folders that a job reads or writes: a local bucket, and what it is made of."""
     mounts = []
     if (folder := spec.bucket_folder) is not None:
         mounts.append(_mount(folder, str(folder)))
-    if spec.verb == "pack":
-        # `data pack SOURCE …`, or `data pack … -- SOURCE NAME`.
-        source = spec.argv[spec.argv.index("--") + 1 if "--" in spec.argv else 2].removeprefix("file://")
-        mounts += [_mount(Path(source), source, "readonly")] if source.startswith("/") else []
-    return mounts
+    return mounts + [_mount(Path(path), path, "readonly") for path in filter(None, spec.reads)]
 
 
 def _gpu_options(engine: str, count: int, there: int) -> list[str]:
@@ -317,8 +313,7 @@ def _container_status(found: dict[str, Any]) -> JobStatus:
     said, code = str(state["Status"]).lower(), int(state["ExitCode"])
     started = str(state.get("StartedAt", "")).startswith("2")
     # Nanoseconds are more than datetime reads.
-    made = datetime.fromisoformat(re.sub(r"\.\d+", "", found["Created"])).astimezone(UTC)
-    name, created = found["Name"].removeprefix("/"), made.strftime("%Y-%m-%dT%H:%M:%SZ")
+    name, created = found["Name"].removeprefix("/"), utc_text(re.sub(r"\.\d+", "", found["Created"]))
     bucket = labels.get(BUCKET_LABEL, "")
     status = JobStatus(name, State.RUNNING, attempts=int(started), created=created, bucket=bucket)
     # One that cannot be started stays as it was made.

@@ -17,7 +17,7 @@ import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import cache
 from typing import Any, ClassVar, Self
 from urllib.parse import urlsplit
@@ -129,11 +129,6 @@ def _refusal_text(answer: Any) -> str:
     except (ValueError, KeyError, TypeError, AttributeError):
         return str(answer.text or answer.reason)
     return " ".join(dict.fromkeys(words))
-
-
-def utc_text(at: str) -> str:
-    """A time of an API as ISO 8601 in UTC, to the second."""
-    return datetime.fromisoformat(at).astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 class GoogleBackend(Backend):

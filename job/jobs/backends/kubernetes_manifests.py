@@ -192,9 +192,9 @@ def _container(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
     requests = _requests(spec, target)
     limits = requests | ({GPU_RESOURCE: str(spec.gpus)} if spec.gpus else {})
     rights = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
-    args = [_literally(word) for word in spec.argv]
-    if spec.slices:
-        args += ["--slice", f"$({INDEX_VARIABLE})/{spec.slices}"]
+    # The one word that Kubernetes expands.
+    index = f"$({INDEX_VARIABLE})"
+    args = [word if word.startswith(f"{index}/") else _literally(word) for word in spec.argv_of_slice(index)]
     is_fixed = "@sha256:" in spec.image or spec.image.startswith("localhost/")
     return {
         "name": CONTAINER,

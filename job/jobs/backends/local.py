@@ -26,7 +26,7 @@ from job.data.cache import default_cache_dir
 from job.exits import BadRequestError
 from job.jobs.backends.base import FOLLOW_POLL_SECONDS, Backend, JobStatus, JsonObject, State
 from job.jobs.spec import JobSpec
-from job.runs.records import utc_now
+from job.sealed import utc_now
 from job.store.files import folder_lock, os_errors
 
 SAME_START_SECONDS = 2.0

@@ -24,6 +24,7 @@ from job.jobs.backends.google import GoogleNotFoundError
 from job.jobs.backends.machines import Machine
 from job.jobs.spec import JobSpec
 from job.jobs.targets import VmTarget
+from job.sealed import utc_text
 
 VM_IMAGE = "projects/cos-cloud/global/images/family/cos-stable"
 VM_LOG = "ddpm-jobs"
@@ -237,7 +238,7 @@ def last_words(name: str, entries: Iterable[JsonObject]) -> dict[int, JobStatus]
     for entry in entries:
         labels, said = entry["labels"], entry["jsonPayload"]
         event, code, number = said.get("event"), int(said.get("code", 0)), int(labels.get(SLICE_LABEL, 0))
-        gone = JobStatus(name, State.GONE, "its machine is gone", created=google.utc_text(entry["timestamp"]))
+        gone = JobStatus(name, State.GONE, "its machine is gone", created=utc_text(entry["timestamp"]))
         if event == "submitted" or not parts:
             parts = dict.fromkeys(range(max(int(labels[SLICES_LABEL]), 1)), gone)
         part = parts.get(number, gone)
@@ -277,7 +278,7 @@ def vm_status(name: str, machines: Sequence[JsonObject], told: Mapping[int, JobS
 def _of_machine(machine: JsonObject, told: JobStatus) -> JobStatus:
     """How a job is whose machine is there; what it told counts once that is on its way out."""
     word = machine["status"]
-    told = replace(told, created=google.utc_text(machine["creationTimestamp"]), place=_zone(machine))
+    told = replace(told, created=utc_text(machine["creationTimestamp"]), place=_zone(machine))
     if word in _SWITCHED_OFF:
         off = f"its machine is switched off, and its disk costs money: `ddpm jobs cancel {told.name}` deletes both"
         return replace(told, message=f"{told.message}; {off}".removeprefix("; "))

@@ -53,12 +53,12 @@
   for (const chart of charts ? data.charts ?? [] : []) {
     const plot = element("div", { className: "plot", tabIndex: 0 });
     plot.setAttribute("role", "img");
-    plot.setAttribute("aria-label", `Chart: ${chart.title}. ${chart.said}. Arrow keys move along it.`);
+    plot.setAttribute("aria-label", `Chart: ${chart.title}. ${chart.summary}. Arrow keys move along it.`);
     const tooltip = element("div", { className: "tooltip hidden" });
     tooltip.setAttribute("role", "status");
     const log = element("button", { type: "button" });
     const figure = element("figure", { className: "chart", id: `chart-${chart.name}` },
-      element("h3", {}, chart.title), element("figcaption", {}, chart.said), plot, tooltip);
+      element("h3", {}, chart.title), element("figcaption", {}, chart.summary), plot, tooltip);
     if (chart.log !== undefined) figure.insertBefore(element("div", { className: "controls" }, log), plot);
     charts.append(figure);
     let logarithmic = chart.log === true;
@@ -173,9 +173,9 @@
         document.getElementById(`${side.id}-head`).textContent = side.value;
       }
       const keys = Object.keys({ ...chosen[0].config, ...chosen[1].config });
-      const said = (value) => (value === undefined ? "none" : JSON.stringify(value));
-      const rows = keys.filter((key) => said(chosen[0].config[key]) !== said(chosen[1].config[key])).map((key) =>
-        element("tr", {}, Object.assign(element("th", {}, key), { scope: "row" }), ...chosen.map((run) => element("td", {}, said(run.config[key])))));
+      const shown = (value) => (value === undefined ? "none" : JSON.stringify(value));
+      const rows = keys.filter((key) => shown(chosen[0].config[key]) !== shown(chosen[1].config[key])).map((key) =>
+        element("tr", {}, Object.assign(element("th", {}, key), { scope: "row" }), ...chosen.map((run) => element("td", {}, shown(run.config[key])))));
       document.getElementById("differing").tBodies[0].replaceChildren(...rows);
       losses?.destroy();
       const plot = document.getElementById("losses");

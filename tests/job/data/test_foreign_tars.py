@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+import job.data.pack
 from job.data.cache import open_cache
 from job.data.foreign_tars import find_tars
 from job.data.pack import PackRequest, pack
@@ -48,18 +50,21 @@ def write_tars(folder: Path, samples: list[dict[str, object]], per_tar: int = 10
     return folder
 
 
-def indexed(bucket: Store, *words: object, stop_at: int = 0, read: list[int] | None = None, **options):
-    """Makes the tars the dataset `laion`, or is stopped once it holds so many images."""
-    stop = Stop()
+def indexed(bucket: Store, *words: object, stop_at: int = 0, decoded: list[str] | None = None, **options):
+    """Makes the tars the dataset `laion`, or is stopped once so many images are decoded."""
+    stop, prepare, calls = Stop(), job.data.pack.prepare, count(1)
 
-    def told(done: int, total: int, images: int) -> None:
-        if read is not None:
-            read.append(images)
-        if images == stop_at > 0:
+    def counted(*arguments):
+        if next(calls) == stop_at:
             stop.request("a test")
+        if decoded is not None:
+            decoded.append("one")
+        return prepare(*arguments)
 
     request = PackRequest("", "laion", **{"size": 16, **options}, tars=tuple(map(str, words)))
-    return pack(bucket, request, stop=stop, progress=told)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job.data.pack, "prepare", counted)
+        return pack(bucket, request, stop=stop)
 
 
 def pixels(bucket: Store, key: str, cache_dir: Path, budget_bytes: int = 1 << 30) -> np.ndarray:
@@ -211,7 +216,7 @@ def test_a_stopped_indexing_goes_on_with_the_next_tar(tmp_path, tars):
     straight = tmp_path / "straight"
     indexed(open_store(str(straight)), tars)
     for stop_at in (3, 17, 30):
-        bucket, read = open_store(str(tmp_path / f"stopped-{stop_at}")), list[int]()
+        bucket, decoded = open_store(str(tmp_path / f"stopped-{stop_at}")), list[str]()
         with pytest.raises(StoppedError):
             indexed(bucket, tars, stop_at=stop_at)
         assert not bucket.exists(f"{KEY}/index.json")
@@ -219,8 +224,10 @@ def test_a_stopped_indexing_goes_on_with_the_next_tar(tmp_path, tars):
             # What was begun with other tars or parameters stands in nobody's way who deletes it.
             with pytest.raises(BadRequestError, match=f"`ddpm data delete laion --size 16 --bucket {bucket.uri}`"):
                 indexed(bucket, tars, crop="squash")
-        indexed(bucket, tars, read=read)
-        assert read[0] == stop_at // 10 * 10 + 1
+        tars_done = len(list(bucket.list(f"{KEY}/pieces")))
+        assert tars_done >= (stop_at - 1) // 10
+        whole = indexed(bucket, tars, decoded=decoded)
+        assert len(decoded) == whole.images - 10 * tars_done
         assert files_in(Path(bucket.uri)) == files_in(straight)
 
 
@@ -243,7 +250,7 @@ def test_a_tar_that_changes_later_is_named(tmp_path, tars):
                 pixels(bucket, KEY, folder / "cache", budget_bytes)
             assert raised.value.exit_code == code
             assert f"{theirs}/00002.tar" in str(raised.value)
-            assert ("than were indexed" in str(raised.value)) == (code == Exit.BAD_DATA)
+            assert ("or index the dataset again" in str(raised.value)) == (code == Exit.BAD_DATA)
 
 
 def test_bad_images_are_named_left_out_and_bounded(tmp_path, bucket):
@@ -282,7 +289,7 @@ def test_words_that_mean_no_tars(tmp_path):
     for word, code, part in [
         ("nowhere.tar", 66, "no object at"),
         ("{nowhere,a}.tar", 66, "nothing at"),
-        ("nowhere", 66, "is no folder"),
+        ("nowhere", 66, "is not a folder"),
         ("empty", 66, "holds no .tar"),
         ("texts", 66, "holds no .tar"),
         ("no-images.tar", 65, "holds no images: none of its names ends in .avif"),
@@ -292,7 +299,7 @@ def test_words_that_mean_no_tars(tmp_path):
         ("{-1000000..0}.tar", 64, "up to six digits"),
         ("{" * 5000 + "}" * 5000, 64, "{00000..00099}"),
         ("{a,a}.tar", 64, "named twice"),
-        ("ftp://host/a.tar", 64, "anybody on the way could change it"),
+        ("ftp://host/a.tar", 64, "could be changed in transit"),
     ]:
         with pytest.raises(JobError) as error:
             indexed(bucket, word if "://" in word else f"{tmp_path}/{word}")

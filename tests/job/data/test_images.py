@@ -110,8 +110,8 @@ def test_bad_images_are_rejected_with_the_reason():
     lab = encoded(Image.new("LAB", (8, 8), (128, 200, 128)), "TIFF")
     assert prepare(lab, recipe(min_side=4)).shape == (8, 8, 3)
     for file, options, reason in [
-        (b"", {}, "is damaged from its beginning, or no image"),
-        (b"not an image", {}, "is damaged from its beginning, or no image"),
+        (b"", {}, "is damaged at its beginning, or has an unknown format"),
+        (b"not an image", {}, "is damaged at its beginning, or has an unknown format"),
         (jpeg(1)[:-200], {}, "cannot be decoded.*truncated"),
         (encoded(picture(1))[:-500], {}, "cannot be decoded.*(truncated|ended)"),
         (encoded(Image.new("1", (10_000, 10_000))), {}, "10000×10000 pixels, more than the limit of 89,478,485"),
@@ -119,7 +119,11 @@ def test_bad_images_are_rejected_with_the_reason():
         (encoded(picture(1, 1, 1)), {}, "1×1 pixels, under 4 on its shorter side"),
         (encoded(picture(1, 60, 3)), {}, "60×3 pixels, under 4 on its shorter side"),
         (encoded(Image.new("F", (8, 8)), "TIFF"), {}, "floating-point"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", {}, "no image of a kind that is read"),
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+            {},
+            "is damaged at its beginning, or has an unknown format",
+        ),
         (lab, {"channels": 1}, "cannot be decoded: conversion from LAB"),
         *(
             (encoded(picture(1, 40, 48)), {"crop": crop}, f"crop {crop} is outside of its 40×48 pixels")

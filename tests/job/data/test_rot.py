@@ -34,7 +34,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, name in enumerate(("pets", "other")):
         files = [(f"{kind}/{n:02d}.jpg", jpeg(100 * number + n)) for kind in ("cat", "dog") for n in range(10)]
         source = zip_of(folder / f"{name}.zip", [*files, ("cat/bad.jpg", b""), ("dog/bad.jpg", b"")])
-        pack(open_store(str(folder)), PackRequest(str(source), name, 16), shard_bytes=16_000)
+        pack(open_store(str(folder)), PackRequest(str(source), name, 16), shard_images=8)
         succeeded(ddpm_here("data", "show", name, "--bucket", folder, DDPM_CACHE=str(folder / "show")))
     return folder
 
@@ -118,7 +118,7 @@ def test_verifying_names_whatever_is_damaged_and_nothing_else(bucket, store, dat
         with damaged(dataset, key, lambda data, theirs=theirs: theirs):
             if (found := blamed(store)) != [key]:
                 wrong["another dataset's", key] = found
-    for key, is_named in (("shard-00099.tar", True), ("packing/left-by-a-killed-packer.json", False)):
+    for key, is_named in (("shard-00099.tar", True), ("pieces/00099.json", False)):
         dataset.create(key, b"x")
         if (found := blamed(store)) != [key] * is_named:
             wrong["no part of it", key] = found
@@ -161,11 +161,11 @@ def test_the_damaged_image_is_named(bucket, store, dataset, tmp_path):
     verify = ("data", "verify", "pets", "--bucket", bucket)
     with damaged(dataset, shard.name, flip):
         line = refused(ddpm_here(*words, DDPM_CACHE=str(tmp_path / "cache")), Exit.BAD_DATA)
-        assert f"{dataset.uri_of(shard.name)} holds other bytes than were packed; {named}" in line
+        assert f"{dataset.uri_of(shard.name)} differs from the index; {named}" in line
         assert named in refused(ddpm_here(*verify), Exit.BAD_DATA)
     with damaged(dataset, shard.name, lambda data: data[:100] + b"?" + data[101:]):
         line = refused(ddpm_here(*verify), Exit.BAD_DATA)
-        assert "all its images are whole, but not what lies between them" in line
+        assert "all its images are intact, but not the bytes between them" in line
     with damaged(dataset, shard.name, lambda data: data[: offset + 1]):
         assert named in refused(ddpm_here(*verify), Exit.BAD_DATA)
 
@@ -215,13 +215,13 @@ def test_what_was_wrong_from_the_beginning_is_named(tmp_path):
     done: list[tuple[int, int]] = []
     problems = verify_dataset(written.bucket, written.key, lambda *progress: done.append(progress))
     assert [
-        re.sub(r" \(at byte \d+\)", "", problem).removesuffix(": restore it, or pack the dataset anew")
+        re.sub(r" \(at byte \d+\)", "", problem).removesuffix(": restore it, or pack the dataset again")
         for problem in problems
     ] == [
-        f"{where}/shard-00000.tar, image 1: an image is damaged, or no PNG",
+        f"{where}/shard-00000.tar, image 1: an image is damaged, or not a PNG",
         f"{where}/shard-00000.tar, image 2: it is 8×9 pixels in a dataset of 8×8",
-        f"{where}/shard-00000.tar, image 3: an image is damaged, or no PNG",
-        *(f"{where}/shard-00001.tar, image {row}: it is not as it was packed" for row in range(4)),
+        f"{where}/shard-00000.tar, image 3: an image is damaged, or not a PNG",
+        *(f"{where}/shard-00001.tar, image {row}: it differs from the index" for row in range(4)),
     ]
     assert done == [(n, 8) for n in range(1, 9)]
     with pytest.raises(MissingInputError):

@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 import tarfile
+import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from job.data.survey import survey
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.store import open_store
 from tests.job.damages import flip_a_bit
+from tests.job.packing import entries_of, names_of
 from tests.job.some_images import folder_of, idx, jpeg, mnist, tar_of, zip_of
 
 # As `unzip -l` shows the archives that people download, shortened.
@@ -36,8 +38,8 @@ ARCHIVES = [(zip_of, "a.zip"), (tar_of, "a.tar"), (tar_of, "a.tgz")]
 
 def read(path: Path | str) -> list[tuple[str, bytes]]:
     source = open_source(str(path))
-    entries = list(source.entries())
-    assert list(source.names()) == [name for name, _ in entries]
+    entries = list(entries_of(source))
+    assert list(names_of(source)) == [name for name, _ in entries]
     return entries
 
 
@@ -50,7 +52,7 @@ def refusal(path: Path | str, error: type[JobError] = BadDataError) -> str:
 def test_archives_as_downloaded(tmp_path):
     def names_in_zip(names: list[str]) -> list[str]:
         files = [(name, b"x" if name[-1] != "/" else b"") for name in names]
-        return list(open_source(str(zip_of(tmp_path / "a.zip", files))).names())
+        return list(names_of(open_source(str(zip_of(tmp_path / "a.zip", files)))))
 
     assert names_in_zip(CELEBA) == CELEBA[1:]
     assert survey(CELEBA[1:], "celeba") == survey(CELEBA[1:], "celeba", classes=False)
@@ -143,7 +145,7 @@ def test_bombs_do_not_go_off(tmp_path, monkeypatch):
     beside = deflated(tmp_path / "beside.zip", 1, 100)
     with zipfile.ZipFile(beside, "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("masks.npy", bytes(64 << 20))
-    assert list(open_source(str(beside)).names()) == ["0.png"]
+    assert list(names_of(open_source(str(beside)))) == ["0.png"]
     # One whose directory is honest, and one of whom nothing is known before it is unpacked.
     tar = tar_of(tmp_path / "a.tgz", [("1.jpg", jpeg(1)), ("zeros.bin", bytes(64 << 20))])
     for path in (deflated(tmp_path / "b.zip", 100, limit), tar):
@@ -205,7 +207,7 @@ def test_what_is_damaged_is_named_and_nothing_is_left_out_in_silence(tmp_path):
     assert "CRC check failed" in refusal(flip_a_bit(tar_of(tmp_path / "a.tgz", FILES), -6))
     for content in (b"", b"hello", bytes(100), b"\x89PNG\r\n\x1a\n" * 200, gzip.compress(b"a,b\n" * 999)):
         (tmp_path / "a").write_bytes(content)
-        assert "a is no archive that can be packed" in refusal(tmp_path / "a"), content[:20]
+        assert "a is damaged, or not a .zip" in refusal(tmp_path / "a"), content[:20]
     first, second = (tar_of(tmp_path / f"{name}.tar", [(f"{name}.jpg", b"1")]).read_bytes() for name in "ab")
     (tmp_path / "joined.tar").write_bytes(first + second)
     assert "holds more behind its end mark" in refusal(tmp_path / "joined.tar")
@@ -221,22 +223,22 @@ def test_mnist_files_become_grey_images_in_a_folder_per_class(tmp_path, digits, 
     source = open_source(str(tmp_path / "mnist"))
     assert source.channels == 1
     assert "train-images-idx3-ubyte" in source.note and "leaving out t10k-images" in source.note
-    entries = list(source.entries())
+    entries = list(entries_of(source))
     assert [name for name, _ in entries] == [f"{label}/{n:02d}.pgm" for n, label in enumerate(labels)]
     recipe = Recipe(28, "center", "lanczos", 1, 14)
     np.testing.assert_array_equal([prepare(content, recipe)[..., 0] for _, content in entries], images)
     chosen = next((tmp_path / "mnist").glob("t10k-images*"))
     source = open_source(str(chosen))
-    assert (source.note, source.name, len(list(source.entries()))) == ("", chosen.name, 3)
+    assert (source.note, source.name, len(list(entries_of(source)))) == ("", chosen.name, 3)
     for path in (tmp_path / "mnist").glob("*labels*"):
         path.unlink()
-    assert next(open_source(str(tmp_path / "mnist")).names()) == "00.pgm"
+    assert next(names_of(open_source(str(tmp_path / "mnist")))) == "00.pgm"
     file = tmp_path / f"train-images-idx3-ubyte{'.gz' if gz else ''}"
     for content, its_labels, part in [
         (idx(images)[:-1], labels, "has 783 bytes where 784 were promised"),
         (idx(images)[:10], labels, "has 10 bytes where 16 were promised"),
-        (b"\0\0\x08\x03" + b"\xff" * 400, labels, "is no whole MNIST image file"),
-        (idx(images[:0]), labels[:0], "is no whole MNIST image file"),
+        (b"\0\0\x08\x03" + b"\xff" * 400, labels, "is not a complete MNIST image file"),
+        (idx(images[:0]), labels[:0], "is not a complete MNIST image file"),
         (idx(images), labels[:-1], "does not go with its labels"),
         (idx(images) + b"0", labels, "holds more than the"),
     ]:
@@ -303,7 +305,7 @@ def test_what_is_no_image_is_counted_by_kind_and_a_split_is_a_folder(tmp_path, m
     ]:
         part = replace(source, split=split)
         # Looked at twice, nothing counts twice.
-        assert list(part.names()) == list(part.names()) == [one for one, _ in part.entries()] == found
+        assert list(names_of(part)) == list(names_of(part)) == [one for one, _ in entries_of(part)] == found
         assert part.skipped == skipped
 
 
@@ -313,7 +315,7 @@ def test_no_images_and_no_source_are_errors(tmp_path):
         for files in ([], [("readme.txt", b"x")]):
             source = open_source(str(make(tmp_path / name, files)))
             with pytest.raises(BadDataError, match=r"holds no images: none of its names ends in .avif, .bmp, .gif"):
-                survey(source.names(), source.where)
+                survey(names_of(source), source.where)
     for missing in ("nowhere", "nowhere.zip", "file:///nowhere/a.zip", "~/nowhere/at/all"):
         assert "nothing at" in refusal(missing, MissingInputError)
     assert "ftp" in refusal("ftp://host/a.zip", BadRequestError)
@@ -324,7 +326,7 @@ def test_a_folder_is_read_in_the_order_of_its_relative_paths(tmp_path):
     folder_of(tmp_path / "in", [(name, name.encode()) for name in reversed(names)])
     for path in (f"{tmp_path}/in", f"file://{tmp_path}/in", os.path.relpath(tmp_path / "in")):
         assert read(path) == [(name, name.encode()) for name in sorted(names)]
-    entries = open_source(str(tmp_path / "in")).entries()
+    entries = entries_of(open_source(str(tmp_path / "in")))
     assert next(entries)[0] == "Z.jpg"
     (tmp_path / "in" / "a b.jpg").unlink()
     with pytest.raises(MissingInputError, match=r"entry 'a b.jpg' is not there"):
@@ -339,7 +341,7 @@ def test_links_of_a_folder(tmp_path):
     assert read(folder) == [("1.jpg", b"1"), ("3.jpg", b"2"), ("sub/2.jpg", b"2")]
     for name, target in [("4.jpg", "../outside.jpg"), ("other", "/etc"), ("other", "."), ("4.jpg", "gone.jpg")]:
         (folder / name).symlink_to(target)
-        assert f"{name!r}, which is a link out of this folder or to one, or no file" in refusal(folder)
+        assert f"{name!r}, which is not a file, or links to a folder or outside" in refusal(folder)
         (folder / name).unlink()
     os.mkfifo(folder / "4.jpg")
     assert "'4.jpg', which is" in refusal(folder)
@@ -361,10 +363,10 @@ def test_a_bucket_gives_what_a_local_disk_gives(tmp_path, gcs_server, gcs_bucket
     for name in ("a.zip", "a.tar", "a.tgz", "images", "images/", "mnist", "mnist/train-images-idx3-ubyte.gz"):
         here, there = open_source(str(local / name)), open_source(f"{gcs_bucket}/some/where/{name}")
         assert (there.name, there.channels) == (here.name, here.channels)
-        assert list(there.names()) == list(here.names())
-        assert list(there.entries()) == list(here.entries())
+        assert list(names_of(there)) == list(names_of(here))
+        assert list(entries_of(there)) == list(entries_of(here))
     shutil.copytree(local, tmp_path / "whole" / "some" / "where")
-    assert list(open_source(gcs_bucket).names()) == list(open_source(str(tmp_path / "whole")).names())
+    assert list(names_of(open_source(gcs_bucket))) == list(names_of(open_source(str(tmp_path / "whole"))))
     for missing in (f"{gcs_bucket}/some/where/else", f"{gcs_bucket}/some/where/b.zip"):
         assert "there is nothing at gs://" in refusal(missing, MissingInputError)
     # Names may be what people call their files.
@@ -410,3 +412,24 @@ def test_nothing_is_begun_after_a_failure():
     with ThreadPoolExecutor(2) as pool, pytest.raises(BadDataError, match="item 0"):
         list(in_order(pool, work, range(6), window=6))
     assert sorted(begun) == [0, 1]
+
+
+def test_a_later_failure_does_not_cancel_an_earlier_item():
+    """Its thread may be slow to begin, and its result comes first."""
+    failed = threading.Event()
+
+    class SlowToBegin(ThreadPoolExecutor):
+        def submit(self, work, *args):
+            return super().submit(lambda: ((args[-1] == 0 and failed.wait(5) and time.sleep(0.05)), work(*args))[1])
+
+    def work(item: int) -> int:
+        if item:
+            failed.set()
+            raise BadDataError(f"item {item}")
+        return item
+
+    with SlowToBegin(2) as pool:
+        results = in_order(pool, work, range(2), window=2)
+        assert next(results) == 0
+        with pytest.raises(BadDataError, match="item 1"):
+            next(results)

@@ -21,6 +21,7 @@ from job.stop import Stop
 from job.store import Retry
 from job.store.foreign import About, ForeignStore
 from tests.job.command_line import ddpm, ddpm_here, refused, succeeded
+from tests.job.packing import entries_of, names_of
 from tests.job.some_images import png
 
 
@@ -63,7 +64,7 @@ def test_a_killed_fetch_goes_on(server, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         fetched.fetched(store, "all.zip", f"{url}/all.zip")
     handler.asked.clear()
-    assert len(list(open_source(f"{url}/all.zip").names())) == 40
+    assert len(list(names_of(open_source(f"{url}/all.zip")))) == 40
     # The rest of it is asked for, and nothing from the beginning.
     assert [asked for command, asked in handler.asked if command == "GET" and not asked] == []
 
@@ -83,10 +84,10 @@ def test_no_fetch_is_of_two_files(server, monkeypatch):
         return ask(*about, **named)
 
     monkeypatch.setattr(store, "blocks", replaced)
-    with pytest.raises(BadDataError, match="was changed just now: begin again"):
+    with pytest.raises(BadDataError, match="has changed during the read: begin again"):
         fetched.fetched(store, "all.zip", f"{url}/all.zip")
     handler.content = {"/all.zip": two}
-    assert len(list(open_source(f"{url}/all.zip").names())) == 41
+    assert len(list(names_of(open_source(f"{url}/all.zip")))) == 41
 
 
 def test_a_server_that_lies_gets_no_memory_and_no_disk(server, tmp_path, monkeypatch):
@@ -134,15 +135,15 @@ def test_what_is_not_there_or_not_for_everybody_is_said_in_a_line(server, tmp_pa
     line = refused(ddpm_here("data", "pack", f"{url}/secret.zip?token=abc", *at), Exit.NO_PERMISSION)
     assert "download it where you are signed in" in line and "abc" not in line
     for source, said in (
-        ("http://example.com/a.zip", "anybody on the way could change it: use https://"),
+        ("http://example.com/a.zip", "could be changed in transit: use https://"),
         ("https://user:word@example.com/a.zip", "must not hold a user and password"),
         ("sftp://user:word@example.com/a.zip", "must not hold a user and password"),
-        ("zip://a::http://example.com/a.zip", "anybody on the way could change it: use https://"),
-        ("reference://::https://example.com/a.json", "may lead anywhere"),
-        ("simplecache::https://example.com/a.zip", "may lead anywhere"),
-        ("https://[::1/a.zip", "may lead anywhere"),
-        ("https://[1/a.zip", "is no URL"),
-        ("sftp://user:wo#rd@example.com/a.zip", "is no URL, or holds a user and password"),
+        ("zip://a::http://example.com/a.zip", "could be changed in transit: use https://"),
+        ("reference://::https://example.com/a.json", "may read any other location"),
+        ("simplecache::https://example.com/a.zip", "may read any other location"),
+        ("https://[::1/a.zip", "may read any other location"),
+        ("https://[1/a.zip", "is not a valid URL"),
+        ("sftp://user:wo#rd@example.com/a.zip", "is not a valid URL, or holds a user and password"),
         ("sfpt://example.com/a.zip", "did you mean sftp://?"),
         ("nothinglikeit://example.com/a.zip", "no file system of that name is known"),
         ("smb://example.com/a.zip", "smb:// needs more than is installed (SMB requires"),
@@ -185,7 +186,7 @@ def test_cifar_10_is_packed_as_it_is_downloaded(tmp_path, caplog):
         ddpm_here("data", "pack", path, "test", "--split", "test", "--size", 32, *at)
     )
     # Channel by channel, as their page has it.
-    entries = dict(open_source(str(path)).entries())
+    entries = dict(entries_of(open_source(str(path))))
     first = np.asarray(Image.open(BytesIO(entries["train/airplane/data_batch_1-00000.ppm"])))
     assert first.shape == (32, 32, 3)
     assert first[..., 0].tobytes() == np.random.default_rng(0).bytes(3072)[:1024]
@@ -195,12 +196,12 @@ def test_a_part_of_cifar_10_is_a_chain(tmp_path):
     path = tmp_path / "cifar-10-binary.tar.gz"
     path.write_bytes(cifar())
     alone = open_source(str(path))
-    whole = dict(replace(alone, split="").entries())
-    assert dict(open_source(f"tar://::{path}").entries()) == dict(alone.entries())
+    whole = dict(entries_of(replace(alone, split="")))
+    assert dict(entries_of(open_source(f"tar://::{path}"))) == dict(entries_of(alone))
     for split in ("train", "test"):
         part = {name.removeprefix(f"{split}/"): data for name, data in whole.items() if name.startswith(f"{split}/")}
-        assert dict(open_source(f"tar://{split}::{path}").entries()) == part
-        assert dict(replace(open_source(f"tar://::{path}"), split=split).entries()).keys() == {
+        assert dict(entries_of(open_source(f"tar://{split}::{path}"))) == part
+        assert dict(entries_of(replace(open_source(f"tar://::{path}"), split=split))).keys() == {
             f"{split}/{name}" for name in part
         }
 
@@ -254,4 +255,4 @@ def test_what_only_sounds_like_a_known_archive_is_what_is_in_it(tmp_path):
         mixed.writestr("cats/0.png", png(0))
         mixed.writestr("train-images-idx3-ubyte", b"")
     for name in ("cifar-10-pngs.tar", "mixed.zip"):
-        assert list(open_source(str(tmp_path / name)).names()) == ["cats/0.png"]
+        assert list(names_of(open_source(str(tmp_path / name)))) == ["cats/0.png"]

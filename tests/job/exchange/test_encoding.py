@@ -14,14 +14,14 @@ from ddpm.generation import noise_of
 from job.data.autoencoder import latents_of
 from job.data.cache import chosen_images
 from job.data.pack import PackRequest, pack
-from job.data.shards import INDEX, OFFSETS_DTYPE, PACKING, load_index
+from job.data.shards import INDEX, OFFSETS_DTYPE, load_index
 from job.exits import Exit
 from job.runs.records import existing_config
 from job.runs.verification import verify_run
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.sampling.by_hand import ddim_50, estimate_of
-from tests.job.stops import stop_after
+from tests.job.stops import StopWhen
 
 KEY = "datasets/tiles-latents-8"
 NAMES = ("config.json", "diffusion_pytorch_model.safetensors")
@@ -55,7 +55,7 @@ def images(tmp_path_factory):
     bucket = open_store(str(tmp_path_factory.mktemp("images") / "bucket"))
     source = str(resources.files("job") / "datasets" / "landscape-sample.zip")
     for part in PackRequest(source, "tiles", 16, hold_out="20%").check().parts():
-        pack(bucket, part, shard_bytes=60_000)
+        pack(bucket, part, shard_images=24)
     return bucket.uri
 
 
@@ -147,7 +147,7 @@ def test_what_is_about_pixels_is_refused(bucket, tmp_path):
     assert "holds latents already, of tiles" in refused(ddpm_here(*again), Exit.BAD_REQUEST)
     done = ddpm_here("export", "--run", "r", "--to", tmp_path / "out", "--bucket", bucket)
     succeeded(done)
-    assert "DDIMPipeline draws pixels" in done.stderr
+    assert "DDIMPipeline samples pixels" in done.stderr
 
 
 def test_an_autoencoder_that_has_changed_is_noticed(bucket, tmp_path):
@@ -156,22 +156,23 @@ def test_an_autoencoder_that_has_changed_is_noticed(bucket, tmp_path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert "is not what encoded the images" in refused(
+    assert "diffusion_pytorch_model.safetensors differs from the index" in refused(
         ddpm_here("data", "verify", "tiles-latents", "--bucket", changed), Exit.BAD_DATA
     )
     sample = ("sample", "--run", "r", "--seeds", 0, "--bucket", changed)
     done = ddpm_here(*sample, DDPM_CACHE=str(tmp_path / "cache"))
-    assert "is not what encoded the images" in refused(done, Exit.BAD_DATA)
+    assert "or autoencoder/config.json differs from the index" in refused(done, Exit.BAD_DATA)
 
 
 def test_encoding_goes_on_behind_the_last_shard(images, autoencoder, tmp_path, monkeypatch):
     bucket = shutil.copytree(images, tmp_path / "bucket")
     encode = ("data", "encode", "tiles", "--autoencoder", autoencoder, "--bucket", bucket)
     with monkeypatch.context() as patch:
-        patch.setattr("job.exchange.encoding.Stop", lambda: Installed(stop_after(12)))
+        is_begun = StopWhen(lambda: any((bucket / KEY / "pieces").glob("*.json")))
+        patch.setattr("job.commands.Stop", lambda: Installed(is_begun))
         done = ddpm_here(*encode)
-    assert "goes on behind the last shard" in refused(done, Exit.STOPPED)
-    entries = {path: path.stat().st_mtime_ns for path in (bucket / KEY / PACKING).glob("*.json")}
+    assert "all whole pieces are saved" in refused(done, Exit.STOPPED)
+    entries = {path: path.stat().st_mtime_ns for path in (bucket / KEY / "pieces").glob("*.json")}
     assert entries
     assert not (bucket / KEY / INDEX).exists()
     shards = {path: path.stat().st_mtime_ns for path in (bucket / KEY).glob("*.tar")}
@@ -180,9 +181,9 @@ def test_encoding_goes_on_behind_the_last_shard(images, autoencoder, tmp_path, m
         ddpm_here("data", "encode", "tiles", "--autoencoder", other, "--bucket", bucket), Exit.BAD_REQUEST
     )
     succeeded(ddpm_here(*encode))
-    first = bucket / KEY / "shard-00000.tar"
+    first = min(shards)
     assert first.stat().st_mtime_ns == shards[first]
-    assert not (bucket / KEY / PACKING).exists() or not list((bucket / KEY / PACKING).iterdir())
+    assert not (bucket / KEY / "pieces").exists() or not list((bucket / KEY / "pieces").iterdir())
     assert "is there already" in refused(ddpm_here(*encode), Exit.BAD_REQUEST)
     # As if it had been killed between the part that is held out and the rest.
     index = (bucket / KEY / INDEX).read_bytes()
@@ -198,7 +199,7 @@ class Installed:
     def __init__(self, stop):
         self._stop = stop
 
-    def install(self):
+    def install(self, *, signals=True):
         return self._stop
 
 
@@ -227,10 +228,10 @@ def test_an_autoencoder_that_does_not_fit_is_refused(images, tmp_path, changes, 
     ("config", "said"),
     [
         ({"_class_name": "VQModel"}, "is a VQModel"),
-        ({"block_out_channels": [8, 10**9]}, "is none"),
-        ({"layers_per_block": 10**9}, "is none"),
-        ({"layers_per_block": 2}, "are not those of its configuration"),
-        ({"down_block_types": ["Nonsense", "Nonsense"]}, "are not those of its configuration"),
+        ({"block_out_channels": [8, 10**9]}, "wrong block_out_channels="),
+        ({"layers_per_block": 10**9}, "or layers_per_block=1000000000"),
+        ({"layers_per_block": 2}, "its weights do not fit its configuration"),
+        ({"down_block_types": ["Nonsense", "Nonsense"]}, "its weights do not fit its configuration"),
     ],
 )
 def test_a_folder_that_is_no_such_autoencoder_is_refused(images, autoencoder, tmp_path, config, said):

@@ -84,7 +84,7 @@ def test_other_weights_are_those_of_their_average(bucket, tmp_path):
 def test_the_card_of_classes_has_a_loop_that_draws_them(bucket, tmp_path):
     done = export(bucket, "classes", tmp_path / "out")
     succeeded(done)
-    assert "DDIMPipeline cannot be told a class" in done.stderr
+    assert "DDIMPipeline does not take a class" in done.stderr
     card = (tmp_path / "out/README.md").read_text()
     seen: dict = {}
     exec(card.split("```")[1].removeprefix("python\n").replace("this folder", str(tmp_path / "out")), seen)
@@ -99,7 +99,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(bucket, tmp_path)
     words = [word for setting in tiny for word in ("--set", setting)]
     succeeded(ddpm_here("train", "--dataset", "tiles", "--run", "dit", "--epochs", 1, "--bucket", bucket, *words))
     said = refused(export(bucket, "dit", tmp_path / "dit"), Exit.BAD_REQUEST)
-    assert "model.kind=dit is no network" in said
+    assert "model.kind=dit is not a network" in said
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
     assert "notes.txt is there already" in refused(export(bucket, "images", tmp_path / "full"), Exit.BAD_REQUEST)

@@ -237,7 +237,7 @@ REFUSED = [
         )
     ],
     ("pack a.zip b --size 8", "gke", {}, BadRequestError, "SOURCE 'a.zip' is a path of this"),
-    ("pack ftp://a/b.zip b --size 8", "gke", {}, BadRequestError, "anybody on the way"),
+    ("pack ftp://a/b.zip b --size 8", "gke", {}, BadRequestError, "changed in transit"),
 ]
 
 

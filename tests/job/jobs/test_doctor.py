@@ -44,7 +44,7 @@ def test_a_job_finds_it_before_it_starts_anything(seaweedfs_bucket, monkeypatch)
     # Nor is an image prepared of a dataset that cannot be written.
     monkeypatch.setattr(pack, "prepare", lambda *image: pytest.fail("an image was prepared"))
     words = ("data", "pack", "landscape-sample", "mine", "--size", 16, "--bucket", seaweedfs_bucket)
-    assert f"{seaweedfs_bucket}/datasets/mine-16/packing/" in refused(ddpm_here(*words), 77)
+    assert f"{seaweedfs_bucket}/datasets/mine-16/pieces/" in refused(ddpm_here(*words), 77)
 
 
 def test_this_machine(tmp_path, monkeypatch):

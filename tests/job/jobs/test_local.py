@@ -99,7 +99,7 @@ def test_a_job_that_fails_says_why_in_its_bucket_or_in_its_log(bucket, folder, m
     status = ended("train-b")
     assert (status.state, status.exit_code) == (State.GONE, None)
     assert "see `ddpm jobs logs train-b`" in status.message
-    assert "nowhere is no folder" in "\n".join(backend().logs("train-b", True))
+    assert "nowhere is not a folder" in "\n".join(backend().logs("train-b", True))
 
 
 def test_a_number_that_another_process_has_now_is_nobody():

@@ -69,7 +69,7 @@ REFUSED = [
     (GKE + ", env: {lower: a}}", ["env.lower", "should match pattern"]),
     (GKE + ", env: {HF_TOKEN: a}}", ["HF_TOKEN looks like a secret", "service account"]),
     (GKE + ", env: {A: 1}}", ["env.A: Input should be a valid string"]),
-    ("gke: {backend: kubernetes, bucket: 'hdfs://x/y'}", ["bucket:", "nobody here speaks hdfs://"]),
+    ("gke: {backend: kubernetes, bucket: 'hdfs://x/y'}", ["bucket:", "hdfs:// is not supported"]),
     ("gke: {backend: kubernetes, bucket: 'gs:/bucket'}", ["bucket:", "'gs:/bucket' is a folder of this machine"]),
     ("gke: {backend: kubernetes, image: 'a b'}", ["image: String should match pattern", "'a b'"]),
     ("Big_One: {backend: local}", ["target 'Big_One': name: String should match pattern"]),

@@ -170,7 +170,7 @@ def prepare(content, recipe):
     time.sleep(0.3)
     return quick(content, recipe)
 
-pack.__kwdefaults__["shard_bytes"] = 40_000
+pack.__kwdefaults__["shard_images"] = 16
 """
 
 

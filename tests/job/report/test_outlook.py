@@ -6,8 +6,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from job.runs.outlook import duration, outlook_of, stretches
-from job.runs.records import Attempt, LastSeen, Status
+from job.runs.outlook import duration, outlook_of, spans_of
+from job.runs.records import Attempt, LastStatus, Status
 
 BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -16,7 +16,7 @@ def at(hours: float) -> str:
     return (BEGAN + timedelta(hours=hours)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def attempt(fence: int, hours: float, dollars: float | None = 2.0, seen: LastSeen | None = None) -> Attempt:
+def attempt(fence: int, hours: float, dollars: float | None = 2.0, seen: LastStatus | None = None) -> Attempt:
     return Attempt(
         fence=fence,
         id=str(fence),
@@ -50,12 +50,12 @@ def status(fence: int, updated: str, state: str = "stopped", seen: int = 4000, s
 def test_each_attempt_lasts_until_it_was_heard_of_for_the_last_time():
     attempts = [
         attempt(1, 0),
-        attempt(2, 5, seen=LastSeen(state="running", images_seen=1000, updated=at(2))),
-        attempt(3, 9, seen=LastSeen(state="stopped", images_seen=2000, updated=at(6))),
+        attempt(2, 5, seen=LastStatus(state="running", images_seen=1000, updated=at(2))),
+        attempt(3, 9, seen=LastStatus(state="stopped", images_seen=2000, updated=at(6))),
         # One of which nobody says how the one before ended.
         attempt(4, 12),
     ]
-    found = stretches(attempts, status(4, at(12.5)))
+    found = spans_of(attempts, status(4, at(12.5)))
     assert [(each.hours, each.state, each.images_seen) for each in found] == [
         (2.0, "cut off", 1000),
         (1.0, "stopped", 2000),
@@ -65,8 +65,8 @@ def test_each_attempt_lasts_until_it_was_heard_of_for_the_last_time():
 
 
 def test_hours_and_dollars_add_up():
-    attempts = [attempt(1, 0), attempt(2, 5, 4.0, LastSeen(state="stopped", images_seen=1000, updated=at(2)))]
-    found = stretches(attempts, status(2, at(6)))
+    attempts = [attempt(1, 0), attempt(2, 5, 4.0, LastStatus(state="stopped", images_seen=1000, updated=at(2)))]
+    found = spans_of(attempts, status(2, at(6)))
     outlook = outlook_of(found, status(2, at(6)))
     assert (outlook.hours_so_far, outlook.dollars_so_far) == (3.0, 2 * 2.0 + 1 * 4.0)
     assert (outlook.hours_left, outlook.dollars_left, outlook.ends) == (2.5, 10.0, None)
@@ -78,20 +78,20 @@ def test_hours_and_dollars_add_up():
     assert outlook_of(found, status(2, at(6)), 1.0).dollars_left == 2.5
     # Of a part of the attempts nobody knows the price: a sum of the others would be too low.
     without = [attempt(1, 0, None), attempts[1]]
-    assert outlook_of(stretches(without, status(2, at(6))), status(2, at(6))).dollars_so_far is None
+    assert outlook_of(spans_of(without, status(2, at(6))), status(2, at(6))).dollars_so_far is None
 
 
 def test_a_run_that_goes_on_says_when_it_ends():
     now = datetime.now(UTC).replace(microsecond=0)
     running = status(1, now.strftime("%Y-%m-%dT%H:%M:%SZ"), "running", speed=0.5)
-    outlook = outlook_of(stretches([attempt(1, 0)], running), running)
+    outlook = outlook_of(spans_of([attempt(1, 0)], running), running)
     assert outlook.ends == now + timedelta(hours=5)
     assert f"5 h 0 min, at {outlook.ends:%Y-%m-%d %H:%M} UTC, for about $10.00 more" == outlook.words["to the end"]
 
 
 @pytest.mark.parametrize("told", [status(1, at(1), speed=None), status(1, at(1), seen=13_000), None])
 def test_what_nobody_can_tell_is_not_told(told):
-    outlook = outlook_of(stretches([attempt(1, 0, None)], told), told)
+    outlook = outlook_of(spans_of([attempt(1, 0, None)], told), told)
     assert (outlook.hours_left, outlook.ends, outlook.words) == (None, None, {})
 
 

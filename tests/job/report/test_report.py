@@ -18,7 +18,7 @@ from job.exits import Exit
 from job.plan import find_run, follow_dataset
 from job.report.facts import facts_of
 from job.report.page import run_page
-from job.report.pictures import Shelf, evenly
+from job.report.pictures import PictureCache, evenly
 from job.runs.verification import verify_run
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
@@ -41,7 +41,7 @@ def odd(made_once):
 
 def page_of(bucket, run):
     found = find_run(str(bucket), run)
-    return run_page(facts_of(found, run), Shelf(lambda said: pytest.fail(said))).decode()
+    return run_page(facts_of(found, run), PictureCache(lambda said: pytest.fail(said))).decode()
 
 
 def test_a_run_writes_its_page_with_each_grid_and_at_its_end(odd):
@@ -120,7 +120,7 @@ def test_runs_that_cannot_be_read_have_no_page_and_do_not_hide_the_others(bucket
     succeeded(ddpm_here("report", "--bucket", bucket))
     page = (bucket / "report.html").read_text()
     assert data_of(page)["runs"].keys() == {"begun", "walk"}
-    assert "no configuration, or another version" in page
+    assert "is not a configuration, or is another version" in page
     assert 'href="runs/walk/report.html"' in page
     # It is no run.
     assert "report.html" not in succeeded(ddpm_here("runs", "list", "--bucket", bucket))

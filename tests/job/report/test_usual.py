@@ -9,7 +9,7 @@ from job.config.presets import UsualConfig
 from job.data.shards import load_index
 from job.plan import follow_dataset
 from job.report import usual
-from job.report.usual import verdict_of
+from job.report.usual import differing, verdict_of
 from job.store import open_store
 
 
@@ -62,3 +62,9 @@ def test_bands_that_are_shipped_go_down_and_are_bands():
             low < high for low, high in zip(band.low, band.high, strict=True)
         )
         assert band.high[-1] < band.low[0]
+
+
+def test_another_kind_of_network_differs_from_the_preset(index):
+    config = run_of(index, **{"model.kind": "dit"})
+    assert differing(config, index) == {"model.kind": ("unet", "dit")}
+    assert verdict_of(config, [{"images_seen": 2 * index.images, "loss": 0.3}], index) is None

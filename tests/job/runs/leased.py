@@ -62,7 +62,7 @@ def leased(run: Store, fence: int = 1, **changes: object) -> LeasedRun:
 
 def writer_of(leased_run: LeasedRun, tensors: Tensors, stop: Stop = NEVER, notes: list[str] | None = None):
     note = pytest.fail if notes is None else notes.append
-    return CheckpointWriter(leased_run, tensors, before=None, aside=set(), stop=stop, note=note)
+    return CheckpointWriter(leased_run, tensors, before=None, stop=stop, note=note)
 
 
 def save(writer: CheckpointWriter, *images_seen: int) -> None:

@@ -59,7 +59,7 @@ def test_without_what_was_changed_last_nothing_is_retired(copy, tmp_path):
     with damaged(copy, "attempts/000002.json", DAMAGES["bit in the middle"]):
         for words in (("train", "--dataset", "tiles", "--run", "r", "--epochs", 5), ("runs", "prune", "r")):
             line = refused(ddpm_here(*words, "--bucket", tmp_path), Exit.BAD_DATA)
-            assert f"{copy.uri}/attempts/000002.json is rotten" in line
+            assert f"{copy.uri}/attempts/000002.json is corrupt" in line
             assert "--set" in line
         assert list_checkpoints(copy) == before
         done = ddpm_here("sample", "--run", "r", "--seeds", "0", "--no-nearest", "--bucket", tmp_path)

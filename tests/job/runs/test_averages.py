@@ -104,7 +104,7 @@ def test_pictures_are_drawn_from_it(folder):
 def test_a_run_without_them_is_told_how_to_have_them(new_run, tmp_path):
     records.create_config(new_run, small_config())
     line = refused(make(tmp_path, 0.1, run="r"), Exit.BAD_REQUEST)
-    assert "run 'r' keeps no averages to make others of: ema.stds and ema.snapshot_epochs do" in line
+    assert "run 'r' has no averages to combine: set ema.stds and ema.snapshot_epochs to train" in line
 
 
 def test_damaged_snapshots_are_done_without_and_the_checkpoint_itself_is_not(folder):
@@ -114,7 +114,7 @@ def test_damaged_snapshots_are_done_without_and_the_checkpoint_itself_is_not(fol
     with damaged(made, first, DAMAGES["bit in the middle"]):
         done = make(folder, 0.11)
     assert f"of {2 * EPOCHS - 1} averages" in succeeded(done)
-    assert f"doing without the averages of 312 images: {made.uri_of(first)} is rotten" in done.stderr
+    assert f"going on without the averages of 312 images: {made.uri_of(first)} is corrupt" in done.stderr
     with damaged(made, f"{ref.key}/ema-0.1-00.safetensors", DAMAGES["gone"]):
         assert "ema-0.1-00.safetensors is missing" in refused(make(folder, 0.12), Exit.BAD_DATA)
 

@@ -70,7 +70,7 @@ def test_who_takes_a_lease_is_above_the_floor_and_fences_only_grow(any_run: Stor
 def test_nobody_has_a_fence_after_the_last(new_run: Store):
     by_somebody_elsewhere(new_run, fence=lease_module.MAX_FENCE)
     new_run.put(LEASE_KEY, lease_module.load_lease(new_run).model_copy(update={"released": True}).to_json())
-    with pytest.raises(BadDataError, match=f"{new_run.uri_of(LEASE_KEY)} has fence 999999, the last there is"):
+    with pytest.raises(BadDataError, match=f"{new_run.uri_of(LEASE_KEY)} has fence 999999, the last possible one"):
         taken(new_run)
     new_run.delete(LEASE_KEY)
     with pytest.raises(BadDataError, match=r"an attempt or a checkpoint of .* has fence 999999"):
@@ -197,13 +197,13 @@ def test_a_bucket_that_is_away_lets_nobody_take_the_run_or_give_it_back(
         began = time.monotonic()
         silent.close()
         assert 0.3 <= time.monotonic() - began < 10
-    assert ["could not be given back in time" in note for note in notes] == [True]
+    assert ["could not be released in time" in note for note in notes] == [True]
     answer.set()
     bad_day.delete(LEASE_KEY)
     lease = taken(bad_day, notes=(notes := []))
     bad_day.away = True
     lease.close()
-    assert "could not give" in notes[-1]
+    assert "could not release" in notes[-1]
     assert "the bucket is away" in notes[-1]
     with pytest.raises(BucketAwayError):
         taken(bad_day)

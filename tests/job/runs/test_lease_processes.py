@@ -121,7 +121,7 @@ def test_who_finds_a_living_holder_ends_with_76_and_says_who_it_is(new_run: Stor
     lease = taken(new_run, wait_seconds=60, notes=notes)
     assert 1.0 <= time.monotonic() - began < 20
     assert lease.fence == 2
-    assert [f"held by process {holder.pid}" in notes[0], "given back" in notes[-1], len(notes)] == [True, True, 2]
+    assert [f"held by process {holder.pid}" in notes[0], "released" in notes[-1], len(notes)] == [True, True, 2]
     lease.close()
 
 

@@ -175,7 +175,7 @@ def test_nothing_goes_while_somebody_trains_or_samples(bucket, run, quick):
     finally:
         lease.close()
     with reading(run, CheckpointRef(1, 16)):
-        assert "somebody samples from" in refused(delete(bucket, "--yes"), Exit.LOST_RUN)
+        assert "a process samples from" in refused(delete(bucket, "--yes"), Exit.LOST_RUN)
     assert everything(run) == before
     assert load_lease(run).released
 

@@ -122,8 +122,8 @@ def test_what_is_no_part_of_a_run_is_named_and_what_killed_attempts_left_is_no_p
     for key in created:
         run.delete(key)
     assert findings.leftovers == dict.fromkeys(left, 4)
-    expected = [f"{run.uri_of(key)} is no part of the run: move it elsewhere, or delete it" for key in strangers]
-    unknown = f"{run.uri}/samples/photo.png is rotten, or was put there by something else: nothing in "
+    expected = [f"{run.uri_of(key)} is not part of the run: move it elsewhere, or delete it" for key in strangers]
+    unknown = f"{run.uri}/samples/photo.png is corrupt, or another program wrote it: nothing in "
     assert findings.problems == sorted([*expected, f"{unknown}provenance/samples/photo.png has its SHA-256"])
 
 

@@ -253,7 +253,7 @@ def test_what_cannot_be_drawn_is_refused_in_a_line(bucket, tmp_path):
         ("all", 64, "--seeds 0-2 are no pairs", ("--mode", "interpolate", "--seeds", "0-2")),
         ("all", 64, "has the images 0 to 298", ("--mode", "img2img", "--image", "0-299")),
         ("all", 66, "a file has to be where the command runs", ("--mode", "img2img", "--image", tmp_path / "no.png")),
-        ("all", 65, "is damaged from its beginning", ("--mode", "img2img", "--image", tmp_path / "broken.png")),
+        ("all", 65, "is damaged at its beginning", ("--mode", "img2img", "--image", tmp_path / "broken.png")),
         ("all", 64, "what is white is made up", (*inpaint, "--mask", tmp_path / "white.png")),
     )
     for run, code, said, words in refusals:

@@ -57,7 +57,7 @@ def test_what_is_held_stays(bucket, train_on):
         assert [*kept] == [CHOSEN]
         assert train_on() == [312, 912, 1200]
         told = ddpm_here("runs", "delete", "walk", "--yes", "--bucket", bucket)
-        assert "somebody samples from" in refused(told, 76)
+        assert "a process samples from" in refused(told, 76)
     assert train_on(5) == [312, 1512]
 
 

@@ -88,10 +88,10 @@ def test_a_root_that_is_no_folder_is_an_error_to_readers_and_made_by_writers(tmp
     for root in (tmp_path / "bucket", tmp_path / "archive.zip"):
         store = open_store(str(root))
         for look in (store.list, store.folders, store.sub("runs").list):
-            with pytest.raises(MissingInputError, match=f"{root} is no folder: check the path"):
+            with pytest.raises(MissingInputError, match=f"{root} is not a folder: check the path"):
                 look()
         for read in (store.read, store.open, lambda key, store=store: store.download(key, tmp_path / "out")):
-            with pytest.raises(ObjectMissingError, match=f"{root} is no folder"):
+            with pytest.raises(ObjectMissingError, match=f"{root} is not a folder"):
                 read("key")
         assert not store.exists("key")
         store.delete("key")
@@ -302,9 +302,9 @@ def test_uris_that_nobody_speaks(monkeypatch: pytest.MonkeyPatch, aws_credential
     for uri, words in [
         (
             "https://host/a.zip?s=1",
-            "'https://host/a.zip?…': nobody here speaks https://; download it first (curl -LO), or use",
+            "'https://host/a.zip?…': https:// is not supported; download it first (curl -LO), or use",
         ),
-        ("ftp://bucket", "nobody here speaks ftp://; use gs://, s3:// or az://BUCKET, or a path"),
+        ("ftp://bucket", "ftp:// is not supported; use gs://, s3:// or az://BUCKET, or a path"),
         ("https://storage.googleapis.com/bucket", "https://"),
         ("", "names no folder"),
         ("file://", "names no folder"),

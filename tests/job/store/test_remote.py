@@ -105,7 +105,7 @@ def test_damage_on_the_way_is_noticed_and_mended(proxy: FaultyProxy, store: Stor
         store.download(key, file.with_name("out"))
         assert file.with_name("out").read_bytes() == data
     proxy.received = lambda body: body.replace(b"345678", b"345578")
-    with pytest.raises(BucketAwayError, match="damaged on the way"):
+    with pytest.raises(BucketAwayError, match="damaged in transit"):
         store.within(0.5).read("upload")
     assert {path.name for path in file.parent.iterdir()} == {"file", "out"}
 
@@ -184,7 +184,7 @@ REFUSALS = {
         (401, "", "Invalid Credentials", NoPermissionError, "no usable Google credentials"),
         (400, "", "User project is invalid", BadRequestError, "refused with 400: User project is invalid"),
         (502, "", "a page of a proxy", BucketAwayError, "is away"),
-        (400, "", DAMAGED, BucketAwayError, "damaged on the way"),
+        (400, "", DAMAGED, BucketAwayError, "damaged in transit"),
         (429, "", "Rate limit exceeded", BucketAwayError, "is away"),
     ],
     "s3": [
@@ -213,7 +213,7 @@ REFUSALS = {
         ),
         (401, "NoAuthenticationInformation", ECHO, NoPermissionError, "no usable Azure credentials"),
         (400, "InvalidHeaderValue", ECHO, BadRequestError, "refused with 400: InvalidHeaderValue"),
-        (400, "Md5Mismatch", ECHO, BucketAwayError, "damaged on the way"),
+        (400, "Md5Mismatch", ECHO, BucketAwayError, "damaged in transit"),
         (503, "ServerBusy", "The server is busy.", BucketAwayError, r"is away \(ServerBusy\)"),
     ],
 }

@@ -126,12 +126,12 @@ def test_a_stop_ends_the_waiting_and_nothing_else(opened: Opened, proxy: FaultyP
     assert store.read("key").data == b"1"
     store.put("there", CONTENT[:1000])
     for carry in (store.upload, lambda path, key: store.download("large", path)):
-        with pytest.raises(StoppedError, match=r"stopped by SIGTERM while gs://.*/large was on its way"):
+        with pytest.raises(StoppedError, match=r"stopped by SIGTERM while gs://.*/large was transferred"):
             carry(tmp_path / "file", "new/large")
     proxy.refuse()
     for call in (lambda: store.read("key"), lambda: store.upload(tmp_path / "file", "large")):
         with pytest.raises(
-            StoppedError, match=r"while the bucket was away \(.*refused|by SIGTERM while .*/large was on"
+            StoppedError, match=r"while the bucket was away \(.*refused|by SIGTERM while .*/large was transferred"
         ):
             call()
 

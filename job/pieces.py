@@ -1,0 +1,346 @@
+"""Long work in numbered pieces, which processes and machines share, and which resumes wherever it was stopped.
+
+    FOLDER/pieces/00012.json            the record of a piece, created once, after its files: the commit
+           claims/00012/lease.json      the process that makes the piece now, where machines share the work
+
+A process first makes the pieces of its own slice, then those that no machine has begun, then those whose machine died.
+Records decide what is left to do. A claim only keeps two machines from making the same piece: one that is wrong costs
+time and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import Field
+
+from job.code_version import code_version
+from job.exits import BadDataError, BadRequestError, LostRunError, StoppedError
+from job.processes.launched import lost_peer
+from job.processes.lease import LEASE_KEY, RENEW_SECONDS, Lease, claim_version
+from job.progress import Progress
+from job.sealed import SHA256_PATTERN, Moment, NamedObject, Sealed, utc_now
+from job.stop import NEVER, Stop
+from job.store import ObjectExistsError, Store
+
+if TYPE_CHECKING:
+    from job.processes.ranks import Ranks
+
+RECORDS, CLAIMS = "pieces", "claims"
+TRANSFERS = 16
+"""Objects that are read or written at a time."""
+BATCH_TASK_INDEX = "BATCH_TASK_INDEX"
+"""The variable in which Google Batch gives each task its number."""
+_POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The share of one of several machines: every `count`-th piece, from `index` on."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Slice:
+        """Reads `--slice I/N`; without text one machine makes all.
+
+        Raises:
+            BadRequestError: it is no such thing.
+        """
+        if not text:
+            return WHOLE
+        # Google Batch gives all its tasks the same command line.
+        filled = text.replace(BATCH_TASK_INDEX, os.environ.get(BATCH_TASK_INDEX, BATCH_TASK_INDEX))
+        match = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", filled)
+        if not match or int(match[1]) >= int(match[2]):
+            raise BadRequestError(
+                f"--slice {text!r}: slices are i/n with i from 0 to n-1, such as 0/4, 1/4, 2/4 and 3/4"
+            )
+        return cls(int(match[1]), int(match[2]))
+
+
+WHOLE = Slice(0, 1)
+
+
+class PieceRecord(Sealed):
+    """A piece that is there."""
+
+    fingerprint: str = Field(pattern=SHA256_PATTERN)
+    """Of all that decides the pieces."""
+    number: int = Field(ge=0)
+    files: tuple[NamedObject, ...]
+    facts: dict[str, Any]
+    """Results that the last step puts together from all pieces."""
+    attempt: str = Field(pattern=r"^[0-9a-f]{32}$")
+    """Keeps two processes that make the same piece in the same second from both counting it as theirs."""
+    created: Moment
+    code_version: str
+
+
+class Made(NamedTuple):
+    """A piece before its commit: the content or the local path of each file by its key, and facts for the record.
+
+    A local file is deleted once it is in the bucket.
+    """
+
+    files: Mapping[str, bytes | Path]
+    facts: Mapping[str, Any] = {}
+
+
+Advance = Callable[[float], None]
+"""Called with how much more of a piece is done, in the unit of its size."""
+Make = Callable[[int, Advance], Made]
+"""Makes the piece of this number."""
+
+
+class OtherWorkError(BadRequestError):
+    """The folder holds pieces that were made of something else."""
+
+
+class Pieces:
+    """The pieces below a folder: which are there, which are missing, and how they come about."""
+
+    def __init__(
+        self,
+        store: Store,
+        fingerprint: str,
+        sizes: Sequence[float],
+        *,
+        folder: str = "",
+        share: Slice = WHOLE,
+        equal_bytes: bool = False,
+    ) -> None:
+        """Touches nothing.
+
+        Args:
+            store: below which files have their keys.
+            fingerprint: SHA-256 of all that decides the pieces.
+            sizes: how much each piece holds, such as images; their number is that of the pieces.
+            folder: of the store, in which records and claims lie.
+            share: the pieces that this machine makes first.
+            equal_bytes: every machine makes the same bytes, so that another file in the place of one is an error.
+                Otherwise a file that a killed process left is taken as it is.
+        """
+        self.store, self.fingerprint, self.sizes = store, fingerprint, sizes
+        self._records, self._claims = (f"{folder}/{name}" if folder else name for name in (RECORDS, CLAIMS))
+        self._share, self._equal_bytes = share, equal_bytes
+
+    def committed(self) -> set[int]:
+        """Returns the numbers of the pieces that are there, going by a listing."""
+        there = {entry.key for entry in self.store.list(self._records)}
+        return {number for number in range(len(self.sizes)) if self._record_key(number) in there}
+
+    def missing(self) -> list[int]:
+        """Returns the numbers of the pieces that are not there, in order."""
+        return sorted({*range(len(self.sizes))} - self.committed())
+
+    def records(self, numbers: Iterable[int] | None = None, stop: Stop = NEVER) -> list[PieceRecord]:
+        """Reads the records of these pieces, or of all.
+
+        Raises:
+            ObjectMissingError: one is not there.
+            BadDataError: one is damaged; deleting it makes the piece again.
+            OtherWorkError: one is of other work.
+        """
+        records = list[PieceRecord]()
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            for record in pool.map(self._record, range(len(self.sizes)) if numbers is None else numbers):
+                stop.check("while reading the records of pieces")
+                records.append(record)
+        return records
+
+    def make_missing(
+        self, make: Make, title: str, *, unit: str = "images", stop: Stop = NEVER, ranks: Ranks | None = None
+    ) -> float:
+        """Makes and commits what is missing of this machine's slice, then what other machines left. Collective.
+
+        Each piece is committed in a thread while the next one is made.
+
+        Args:
+            make: makes a piece; asks `stop` now and then.
+            title: of the progress bar.
+            unit: of the sizes.
+            stop: asked while a commit is waited for.
+            ranks: the processes of this machine; None for a single one.
+
+        Returns:
+            How much the processes of this machine have made and committed.
+
+        Raises:
+            OtherWorkError: the folder holds pieces of other work.
+            StoppedError: a stop was asked for; whole pieces are saved.
+        """
+        rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
+        committed = ranks.on_main(self._begin) if ranks else self._begin()
+        own = range(self._share.index, len(self.sizes), self._share.count)
+        missing = [number for number in own if number not in committed]
+        to_make = sum(self.sizes[number] for number in missing)
+        there, done = sum(self.sizes[number] for number in own) - to_make, 0.0
+        committer = _Committer(self, stop)
+
+        def advance(more: float) -> None:
+            nonlocal done
+            done += more
+            # The other processes have made about as much by now.
+            bar.update(there + min(to_make, done * world_size))
+
+        try:
+            with Progress(title, total=round(there + to_make), unit=unit, start=round(there)) as bar:
+                try:
+                    for number in self._shared_out(missing[rank::world_size], rank, world_size, stop):
+                        with ExitStack() as claim:
+                            if self._begins(number, claim, stop):
+                                committer.submit(number, make(number, advance), claim.pop_all())
+                finally:
+                    committer.wait()
+                return ranks.sum(round(committer.committed))[0] if ranks else committer.committed
+        except (StoppedError, RuntimeError) as error:
+            # A stopped process does not wait for the others, whose pieces may take long: its end ends them.
+            if isinstance(error, RuntimeError) and not (stop() and lost_peer(error)):
+                raise
+            raise StoppedError(
+                f"stopped by {stop.reason} while {title}; all whole pieces are saved, and the same command goes on "
+                "from there"
+            ) from None
+
+    def commit(self, number: int, made: Made) -> bool:
+        """Uploads the files of a piece and creates its record; returns whether this process was first.
+
+        Raises:
+            ObjectExistsError: another file is in the place of one, though every machine makes the same bytes.
+        """
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            files = tuple(pool.map(self._stored, made.files, made.files.values()))
+        record = PieceRecord(
+            fingerprint=self.fingerprint,
+            number=number,
+            files=files,
+            facts=dict(made.facts),
+            attempt=uuid.uuid4().hex,
+            created=utc_now(),
+            code_version=code_version(),
+        )
+        try:
+            self.store.create(self._record_key(number), record.to_json())
+        except ObjectExistsError:
+            return False
+        return True
+
+    def forget(self, record: PieceRecord) -> None:
+        """Deletes a piece whose files are damaged, so that it is made again; its record goes first."""
+        for key in (self._record_key(record.number), *(file.key for file in record.files)):
+            self.store.delete(key)
+
+    def clear(self, *, records: bool) -> None:
+        """Deletes all claims once the work is done, and the records once something else vouches for the files."""
+        for folder in (self._claims, self._records) if records else (self._claims,):
+            for entry in self.store.list(folder):
+                self.store.delete(entry.key)
+
+    def _record_key(self, number: int) -> str:
+        return f"{self._records}/{number:05d}.json"
+
+    def _claim(self, number: int) -> Store:
+        return self.store.sub(f"{self._claims}/{number:05d}")
+
+    def _record(self, number: int) -> PieceRecord:
+        key = self._record_key(number)
+        try:
+            record = PieceRecord.load(self.store, key)
+        except BadDataError as error:
+            raise BadDataError(f"{error}; delete it, and the same command makes the piece again") from None
+        if (record.fingerprint, record.number) != (self.fingerprint, number):
+            raise OtherWorkError(f"{self.store.uri_of(key)} is of other work: delete it all, or choose another name")
+        return record
+
+    def _begin(self) -> set[int]:
+        committed = self.committed()
+        self.records(sorted(committed)[:1])
+        return committed
+
+    def _shared_out(self, own: list[int], rank: int, world_size: int, stop: Stop) -> Iterator[int]:
+        """Yields this process's share, then what no machine has begun, then what a machine began and gave up."""
+        yield from own
+        if self._share.count == 1:
+            return
+        claimed = set(self.store.folders(self._claims))
+        free = [number for number in self.missing() if f"{number:05d}" not in claimed]
+        # Others go through their pieces from the front, and other idle machines begin elsewhere.
+        first = len(free) * self._share.index // self._share.count
+        for number in [*free[first:], *free[:first]][::-1][rank::world_size]:
+            if not self._claim(number).exists(LEASE_KEY):
+                yield number
+        before = {number: claim_version(self._claim(number)) for number in self.missing()}
+        if before and not stop.sleep(2 * RENEW_SECONDS):
+            yield from (number for number in self.missing() if claim_version(self._claim(number)) == before.get(number))
+
+    def _begins(self, number: int, claim: ExitStack, stop: Stop) -> bool:
+        """Returns whether this process makes a piece now; where machines share the work it then has the claim."""
+        if self._share.count > 1:
+            try:
+                lease = Lease.take(self._claim(number), 0, 0.0, stop, lambda text: None)
+            except LostRunError:
+                # A machine that is alive makes it.
+                return False
+            claim.callback(lease.close)
+        # Another process may have made it since it was listed.
+        return not self.store.exists(self._record_key(number))
+
+    def _stored(self, key: str, content: bytes | Path) -> NamedObject:
+        named = NamedObject.of(key, content)
+        try:
+            if isinstance(content, Path):
+                self.store.upload(content, key)
+                content.unlink()
+            else:
+                self.store.create(key, content)
+        except ObjectExistsError:
+            if self._equal_bytes:
+                raise
+            named = NamedObject.of(key, self.store.read(key).data)
+        return named
+
+
+class _Committer:
+    """Commits pieces in a thread, one while the next is made."""
+
+    def __init__(self, pieces: Pieces, stop: Stop) -> None:
+        self.committed = 0.0
+        """How much this process has committed."""
+        self._pieces, self._stop = pieces, stop
+        self._pool = ThreadPoolExecutor(1, "piece-writer")
+        self._pending: Future[None] | None = None
+
+    def submit(self, number: int, made: Made, claim: ExitStack) -> None:
+        """Begins a commit once the one before is done; the claim is given back after it."""
+        self.wait()
+        self._pending = self._pool.submit(self._commit, number, made, claim)
+
+    def wait(self) -> None:
+        """Returns when the last commit is done.
+
+        Raises:
+            StoppedError: there was no time left for it.
+            JobError: it failed.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        while not wait([pending], _POLL_SECONDS).done:
+            if self._stop() and self._stop.seconds_left_to_save() <= 0:
+                raise StoppedError("stopped before the last piece was in the bucket")
+        pending.result()
+
+    def _commit(self, number: int, made: Made, claim: ExitStack) -> None:
+        with claim:
+            if self._pieces.commit(number, made):
+                self.committed += self._pieces.sizes[number]

@@ -1,0 +1,173 @@
+"""Work in pieces: shared among machines, resumed after a kill, and made once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from job import pieces
+from job.exits import BadDataError, BadRequestError, StoppedError
+from job.pieces import Made, OtherWorkError, Pieces, Slice
+from job.processes import lease
+from job.stop import NEVER, Stop
+from job.store import ObjectExistsError, Store, open_store
+from tests.job.leases import QUICK, by_somebody_elsewhere, taken
+from tests.job.stops import StopWhen
+
+COUNT = 12
+WORK = "a" * 64
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in QUICK.items():
+        monkeypatch.setattr(lease, name, seconds)
+    monkeypatch.setattr(pieces, "RENEW_SECONDS", 0.3)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    (tmp_path / "bucket").mkdir()
+    return open_store(str(tmp_path / "bucket"))
+
+
+class Machine:
+    """One machine's part of the work, at its pace."""
+
+    def __init__(self, store: Store, index: int, count: int, seconds: float = 0.0) -> None:
+        self.store, self.made, self.seconds = store, list[int](), seconds
+        self.pieces = Pieces(store, WORK, [1] * COUNT, share=Slice(index, count))
+
+    def work(self, stop: Stop = NEVER) -> float:
+        return self.pieces.make_missing(self._make, "testing", stop=stop)
+
+    def _make(self, number, advance):
+        time.sleep(self.seconds)
+        self.made.append(number)
+        advance(1)
+        return Made({f"{number}.txt": f"piece {number}".encode()}, {"square": number**2})
+
+
+def work_together(machines: list[Machine]) -> None:
+    threads = [threading.Thread(target=machine.work) for machine in machines]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_a_slow_machine_does_not_decide(store):
+    machines = [Machine(store, 0, 3), Machine(store, 1, 3), Machine(store, 2, 3, seconds=1.0)]
+    began = time.monotonic()
+    work_together(machines)
+    assert Counter(number for machine in machines for number in machine.made) == Counter(range(COUNT))
+    assert len(machines[2].made) < 4 and time.monotonic() - began < 4
+    records = machines[0].pieces.records()
+    assert [record.facts["square"] for record in records] == [number**2 for number in range(COUNT)]
+    assert [file.read(store) for record in records for file in record.files] == [
+        f"piece {number}".encode() for number in range(COUNT)
+    ]
+
+
+def test_one_machine_alone_makes_no_claims(store):
+    assert Machine(store, 0, 1).work() == COUNT
+    assert not list(store.list("claims"))
+    again = Machine(store, 0, 1)
+    assert (again.work(), again.made) == (0, [])
+
+
+KILLED = """
+import sys, time
+from job.processes.lease import Lease
+from job.stop import NEVER
+from job.store import open_store
+Lease.take(open_store(sys.argv[1]).sub("claims/00001"), 0, 0.0, NEVER, print)
+print("claimed", flush=True)
+time.sleep(600)
+"""
+
+
+def test_the_piece_of_a_killed_machine_is_made(store):
+    child = subprocess.Popen([sys.executable, "-c", KILLED, store.uri], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "claimed\n"
+    alive = Machine(store, 0, 2)
+    alive.work()
+    assert alive.pieces.missing() == [1]
+    child.kill()
+    child.wait()
+    alive.work()
+    assert alive.pieces.missing() == []
+
+
+def test_the_piece_of_a_machine_that_fell_silent_is_made(store, monkeypatch):
+    monkeypatch.setattr(lease, "EXPIRE_SECONDS", 1.0)
+    by_somebody_elsewhere(store.sub("claims/00003"))
+    Machine(store, 0, 2).work()
+    assert Pieces(store, WORK, [1] * COUNT).missing() == []
+
+
+def test_a_stopped_machine_gives_its_claim_back(store):
+    machine = Machine(store, 0, 2)
+    with pytest.raises(StoppedError, match="all whole pieces are saved"):
+        machine.work(StopWhen(lambda: len(machine.made) >= 3))
+    claims = [json.loads(store.read(entry.key).data) for entry in store.list("claims")]
+    assert claims and all(claim["released"] for claim in claims)
+    Machine(store, 1, 2).work()
+    assert machine.pieces.missing() == []
+
+
+def test_a_piece_that_another_makes_is_not_waited_for(store):
+    claim = taken(store.sub("claims/00000"))
+    machine = Machine(store, 0, 2)
+    began = time.monotonic()
+    machine.work()
+    assert machine.pieces.missing() == [0] and time.monotonic() - began < 10
+    claim.close()
+
+
+def test_files_of_a_killed_process_stand(store):
+    """Another machine may round otherwise: the file that is there counts, unless all must make the same bytes."""
+    store.create("0.txt", b"of another machine")
+    assert Machine(store, 0, 1).work() == COUNT
+    (record,) = Pieces(store, WORK, [1] * COUNT).records([0])
+    assert record.files[0].read(store) == b"of another machine"
+    exact = Pieces(store, WORK, [1] * COUNT, equal_bytes=True, folder="exact")
+    with pytest.raises(ObjectExistsError):
+        exact.commit(0, Made({"0.txt": b"piece 0"}))
+
+
+def test_only_the_first_commit_counts(store):
+    work = Pieces(store, WORK, [1])
+    assert work.commit(0, Made({"a": b"1"})) and not work.commit(0, Made({"a": b"1"}))
+
+
+def test_other_work_and_damage_are_refused(store):
+    Machine(store, 0, 1).work()
+    with pytest.raises(OtherWorkError, match="is of other work"):
+        Pieces(store, "b" * 64, [1] * COUNT).make_missing(lambda number, advance: Made({}), "testing")
+    path = Path(store.uri) / "pieces/00000.json"
+    path.write_bytes(path.read_bytes().replace(b'"number": 0', b'"number": 1'))
+    with pytest.raises(BadDataError, match=r"pieces/00000\.json .* delete it"):
+        Machine(store, 0, 1).work()
+
+
+def test_slices_by_name(monkeypatch):
+    assert (Slice.parse(""), Slice.parse("2/3")) == (Slice(0, 1), Slice(2, 3))
+    for text in ("3/3", "1", "a/b", "-1/2", "BATCH_TASK_INDEX/3"):
+        with pytest.raises(BadRequestError, match="slices are i/n"):
+            Slice.parse(text)
+    monkeypatch.setenv("BATCH_TASK_INDEX", "2")
+    assert Slice.parse("BATCH_TASK_INDEX/3") == Slice(2, 3)
+
+
+def test_an_error_of_a_commit_ends_the_work(store, tmp_path):
+    (tmp_path / "bucket/pieces").write_text("no folder")
+    with pytest.raises(BadRequestError, match="pieces"):
+        Machine(store, 0, 1).work()
