@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ddpm import metrics
+from ddpm.catalogue import METRICS
 from ddpm.generation import Sampling
 from job.config import method
 from job.data.order import Order
@@ -260,5 +261,5 @@ def tables(plan: EvaluatePlan) -> Iterator[str]:
 
 
 def _told(plan: EvaluatePlan, values: dict[str, float]) -> list[str]:
-    words = {"prdc": ("precision", "recall", "density", "coverage")}
-    return [name for metric in plan.request.chosen_metrics for name in words.get(metric, (metric,)) if name in values]
+    chosen = plan.request.chosen_metrics
+    return [name for metric in chosen for name in METRICS[metric].scores or (metric,) if name in values]

@@ -48,7 +48,7 @@ def validation_row(
     numbers = np.linspace(0, images.index.images - 1, min(count, images.index.images)).astype(np.int64)
     # Images are in order of classes: without a permutation each class would get its own part of the draws.
     strata = randomness.training_uniforms(SEED, torch.arange(len(numbers))).argsort()
-    spread = replace(objective, draws=replace(objective.draws, stratified=True))
+    spread = replace(objective, diffusion=replace(objective.diffusion, stratified=True))
     points = spread.draw(SEED, strata, len(numbers))
     steps, stands_for = (part[strata] for part in spread_over_steps(objective.process.num_timesteps, len(numbers)))
     log, bits, classes = LossLog(painter.device), LossLog(painter.device), painter.config.model.num_classes

@@ -71,11 +71,11 @@ def prepared(plan: SamplePlan, ranks: Ranks, stop: Stop) -> Iterator[tuple[Sampl
             painter.load_worse(worse.run, worse.config, worse.ref, plan.sample.weights)
         sampling = sampling_of(plan.sample)
         if plan.custom_sampler:
-            sampling = replace(sampling, sampler=plan.custom_sampler)
+            sampling = replace(sampling, function=plan.custom_sampler)
         if plan.sample.grid == "found":
             # Another process may have stored the grid since this one planned: all take that of the main process.
             plan = replace(plan, found=ranks.on_main(lambda: plan.found) or find_points(plan, painter))
-            sampling = replace(sampling, grid=plan.found)
+            sampling = replace(sampling, numbers=plan.found)
         yield plan, painter, sampling
 
 
