@@ -116,7 +116,7 @@ def test_one_s_own_sampler(bucket, tmp_path, monkeypatch):
         ("nothing_here:midway", "No module named 'nothing_here'"),
         ("mysamplers:number", "is not a callable object"),
         ("mysamplers:nothing_of_it", "returned NoneType: it must return finite numbers"),
-        ("mysamplers:smaller", "gave a tensor [1, 3, 8, 8]"),
+        ("mysamplers:smaller", "returned a tensor [1, 3, 8, 8]"),
     ):
         assert what in refused(ddpm_here(*with_count, "--sampler", name), 64)
 
