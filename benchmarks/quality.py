@@ -186,7 +186,7 @@ class Ours:
             for sampler in ("ddpm", "ddim", "dpmpp_2m", "unipc"):
                 yield sampler, evaluations, Sampling(sampler, evaluations, "trailing", order=2)
             yield "heun", evaluations, Sampling("heun", most_steps(self.process, "heun", evaluations), "trailing")
-            yield "unipc, found", evaluations, Sampling("unipc", evaluations, found, order=2)
+            yield "unipc, found", evaluations, Sampling("unipc", evaluations, "found", order=2, numbers=found)
 
 
 CAREFUL = {

@@ -192,7 +192,7 @@ class OnNetwork:
 
         def ours(sampler: str, order: int, grid: Any, evaluations: int) -> Tensor:
             steps = most_steps(self.process, sampler, evaluations)
-            sampling = Sampling(sampler, steps, found(steps) if grid == "found" else grid, order=order)
+            sampling = Sampling(sampler, steps, grid, order=order, numbers=found(steps) if grid == "found" else ())
             points = sampling.points(self.process)
             return sampling.solver(self.process)(self._denoiser(self.seeds), self.start, points, _no_noise)
 

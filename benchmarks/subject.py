@@ -9,8 +9,10 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
-from job.config import RunConfig, UNetConfig, draft, parse_sets
-from job.data.pack import PackRequest, pack
+from ddpm import catalogue
+from job.config import RunConfig, draft, parse_sets
+from job.data.pack import pack
+from job.data.pack_request import PackRequest
 from job.data.shards import DatasetIndex
 from job.store import open_store
 
@@ -49,7 +51,7 @@ def diffusers_twin(network: nn.Module, config: RunConfig) -> Any:
     from diffusers import UNet2DModel
 
     model = config.model
-    assert isinstance(model, UNetConfig)
+    assert isinstance(model, catalogue.UNet)
     sizes = [SIZE // 2**level for level in range(len(model.channel_mults))]
     attention = ["Attn" if size in model.attention_sizes else "" for size in sizes]
     twin: Any = UNet2DModel(

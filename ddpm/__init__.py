@@ -1,13 +1,14 @@
 """The science: schedules, networks, objectives, samplers. Knows tensors; knows nothing of buckets or command lines.
 
-`ddpm.load(folder).sample(16, seed=0)` draws from a folder of diffusers. What a researcher wants lies here by name, and
-is imported, with PyTorch, when it is first asked for.
+`ddpm.load(folder).sample(16, seed=0)` draws from a diffusers folder. The names below are imported, together with
+PyTorch, on their first use.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ddpm.catalogue import Diffusion as Diffusion
     from ddpm.ema import EMA as EMA
     from ddpm.ema import Exponential as Exponential
     from ddpm.ema import PowerFunction as PowerFunction
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from ddpm.networks.edm2 import EDM2 as EDM2
     from ddpm.networks.unet import UNet as UNet
     from ddpm.objective import Condition as Condition
-    from ddpm.objective import Draws as Draws
     from ddpm.objective import Objective as Objective
     from ddpm.prediction import Prediction as Prediction
     from ddpm.process import Point as Point
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from ddpm.samplers import unipc as unipc
 
 _MODULES = {
+    "ddpm.catalogue": ("Diffusion",),
     "ddpm.ema": ("EMA", "Exponential", "PowerFunction"),
     "ddpm.generation": ("Sampling", "generate", "make_denoiser", "noise_of"),
     "ddpm.grids": ("make_grid",),
@@ -52,7 +53,7 @@ _MODULES = {
     "ddpm.networks.dome": ("DomeUNet",),
     "ddpm.networks.edm2": ("EDM2",),
     "ddpm.networks.unet": ("UNet",),
-    "ddpm.objective": ("Condition", "Draws", "Objective"),
+    "ddpm.objective": ("Condition", "Objective"),
     "ddpm.prediction": ("Prediction",),
     "ddpm.process": ("Point", "RectifiedFlow", "VarianceExploding", "VariancePreserving", "make_process"),
     "ddpm.samplers": ("ancestral", "ddim", "deis", "dpmpp_2m", "dpmpp_3m", "dpmpp_sde_2m", "heun", "ipndm", "unipc"),

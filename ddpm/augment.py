@@ -1,7 +1,7 @@
-"""What becomes of an image before it is noised, as a function of its number alone.
+"""Augmentation of images before they are noised, as a function of the image's number alone.
 
-It is drawn on the host in float64 and rounded once, and done on the device in fp32, pixel by pixel: the result is the
-same to the bit for every split of a batch over processes and micro-batches.
+The host draws it in float64 and rounds once, the device applies it in fp32, pixel by pixel: the result is bit-identical
+for every split of a batch over processes and micro-batches.
 """
 
 import math
@@ -16,7 +16,7 @@ from ddpm.randomness import Purpose
 
 LABELS = 9
 SCALE_STD, STRETCH_STD, SHIFT_STD = 0.2, 0.2, 0.125
-"""Of log₂ of the factors, and of the shift as a share of the image."""
+"""Standard deviations of log₂ of the factors, and of the shift as a share of the image."""
 TURNED_STRETCHES = 0.5
 """Share of the stretches with an axis of random direction; the others follow the image's own axes."""
 CROP_TRIES, CROP_RATIO = 10, (3 / 4, 4 / 3)
@@ -24,25 +24,25 @@ CROP_TRIES, CROP_RATIO = 10, (3 / 4, 4 / 3)
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to the images of a run."""
+    """The augmentation of a run's images."""
 
-    flip: bool = False
-    """Whether half of them are mirrored, which nobody is told."""
-    crop_scale: tuple[float, float] = (1.0, 1.0)
-    """Of `random_boxes`."""
-    probability: float = 0.0
-    """Of `random_transforms`."""
+    flip: bool
+    """Whether half of them are mirrored; the network gets no label for it."""
+    crop_scale: tuple[float, float]
+    """Range of the area of `random_boxes`."""
+    probability: float
+    """Probability of each transform of `random_transforms`."""
 
     @property
     def labels(self) -> int:
-        """How many numbers the network is told."""
+        """Number of labels that the network gets."""
         return LABELS if self.probability else 0
 
     def draw(self, seed: int, image_numbers: Tensor, size: int) -> Tensor:
-        """What is to be done to images of these numbers, int64 [B], and of this size in pixels.
+        """Draws the augmentation of the images with these numbers, int64 [B], and this size in pixels.
 
         Returns:
-            float32 [B, columns] on the host, for `apply`: one table is sent to the device at once.
+            float32 [B, columns] on the host, for `apply`: one table, so that one copy to the device suffices.
         """
         parts = [randomness.training_flips(seed, image_numbers)[:, None].double() * self.flip]
         if self.crop_scale != (1.0, 1.0):
@@ -54,10 +54,10 @@ class Augmentation:
         return torch.cat(parts, dim=1).float()
 
     def apply(self, images: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Does to uint8 images [b, C, H, W] what their rows say.
+        """Applies the drawn rows to uint8 images [b, C, H, W].
 
         Returns:
-            float32 [b, C, H, W] in [-1, 1] (x/127.5 − 1, as Ho et al.), and what the network is told, [b, `LABELS`].
+            float32 [b, C, H, W] in [-1, 1] (x/127.5 − 1, as Ho et al.), and the labels for the network, [b, `LABELS`].
         """
         x = images.float() / 127.5 - 1
         if self.crop_scale != (1.0, 1.0):
@@ -71,10 +71,10 @@ class Augmentation:
 
 
 def random_boxes(u: Tensor, scale: tuple[float, float], size: int) -> Tensor:
-    """Boxes of random area, aspect and place, as torchvision's `RandomResizedCrop` has them (Szegedy et al. 2015).
+    """Returns boxes of random area, aspect and place, as in torchvision's `RandomResizedCrop` (Szegedy et al. 2015).
 
     Args:
-        u: uniform in (0, 1), float64 [B, tries, 4]; the first try that fits counts, and the whole image if none does.
+        u: uniform in (0, 1), float64 [B, tries, 4]; the first box that fits is used, else the whole image.
         scale: of the area, as a share of the image's: from, to.
         size: height and width of the images, in pixels.
 
@@ -93,7 +93,7 @@ def random_boxes(u: Tensor, scale: tuple[float, float], size: int) -> Tensor:
 
 
 def crop(x: Tensor, boxes: Tensor) -> Tensor:
-    """Each image's box [B, 4] enlarged to all of it, bilinearly; nothing beyond the box is looked at."""
+    """Enlarges each image's box [B, 4] to the whole image, bilinearly, from pixels inside the box alone."""
     size = x.shape[-1]
     centres = (torch.arange(size, device=x.device) + 0.5) / size
     first, length = boxes[:, :2, None], boxes[:, 2:, None]
@@ -113,9 +113,9 @@ def random_transforms(u: Tensor, probability: float) -> tuple[Tensor, Tensor]:
         probability: of each but the first.
 
     Returns:
-        float64 [B, 6]: rows of the matrix [2, 3] that leads from a place in the result to that in the mirrored image
-        where it comes from, origin in the middle and borders at ±1; and float64 [B, 9]: what the network is told, zeros
-        for what did not happen.
+        float64 [B, 6]: rows of the matrix [2, 3] that maps a place in the result to its origin in the mirrored image,
+        with 0 in the middle and ±1 at the borders; and float64 [B, 9]: the labels for the network, 0 for a transform
+        that is not applied.
     """
     mirrored, upside_down = (u[:, :2] < 0.5).double().unbind(1)
     happens = (u[:, 2:7] < probability).double()
@@ -138,15 +138,15 @@ def random_transforms(u: Tensor, probability: float) -> tuple[Tensor, Tensor]:
 
 
 def _rotation(angle: Tensor) -> Tensor:
-    """Matrices [B, 2, 2]."""
+    """Returns rotation matrices [B, 2, 2]."""
     return torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
 
 
 def transform(x: Tensor, matrices: Tensor, labels: Tensor) -> Tensor:
     """Moves images [B, C, H, W] as `random_transforms` says, reflected at the centres of their border pixels.
 
-    One bicubic interpolation takes the place of EDM's symlet filters and bilinear interpolation at twice the size, so
-    that no low-pass precedes a shrinking. An image that stays in its place keeps its values to the bit.
+    One bicubic interpolation replaces EDM's symlet filters and bilinear interpolation at twice the size, without their
+    low-pass filter before an image shrinks. An image that is not moved keeps its values to the bit.
     """
     x = torch.where(labels[:, 0, None, None, None] > 0, x.flip(-1), x)
     x = torch.where(labels[:, 1, None, None, None] > 0, x.flip(-2), x)
@@ -154,7 +154,7 @@ def transform(x: Tensor, matrices: Tensor, labels: Tensor) -> Tensor:
     places = (2 * torch.arange(size, device=x.device) + 1) / size - 1
     # With align_corners, ±1 are the centres of the border pixels, at which EDM's padding reflects.
     matrices = matrices * (size / max(size - 1, 1))
-    # One rounded operation at a time, as a product of matrices may be rounded otherwise in other company.
+    # One operation at a time: the rounding of a product of matrices may depend on the size of the batch.
     m = matrices[..., None, None]
     grid = m[:, :, 0] * places + m[:, :, 1] * places[:, None] + m[:, :, 2]
     moved = F.grid_sample(x, grid.permute(0, 2, 3, 1), mode="bicubic", padding_mode="reflection", align_corners=True)

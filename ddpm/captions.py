@@ -13,7 +13,7 @@ WHITE, INK = (255, 255, 255), (64, 64, 64)
 
 @cache
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """Returns the font of all texts, so many pixels high."""
+    """Returns the font of all texts, `size` pixels high."""
     import matplotlib
 
     # Pillow's own font draws boxes for é, β and all else beyond ASCII; this one is also that of the plots.
@@ -28,7 +28,7 @@ def text_size(tile_width: int) -> int:
 def put_text(
     canvas: Image.Image, xy: tuple[float, float], text: str, *, size: int, anchor: str, limit: float = inf
 ) -> None:
-    """Writes a text at a place of a picture, smaller or cut if it is wider than `limit` pixels."""
+    """Writes a text on a picture at `xy`, smaller or cut if it is wider than `limit` pixels."""
     while size > 9 and font(size).getlength(text) > limit:
         size -= 1
     while len(text) > 1 and font(size).getlength(text) > limit:
@@ -37,7 +37,7 @@ def put_text(
 
 
 def titled(picture: Image.Image, title: str) -> Image.Image:
-    """Returns the picture below a title in lines as long as it is wide; the parts of a title stand between ` · `."""
+    """Returns the picture with a title above it, which breaks into lines at ` · `."""
     if not title:
         return picture
     size, margin = 13, 8

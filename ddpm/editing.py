@@ -1,4 +1,4 @@
-"""Editing: walks (see `generation`) that keep something of given images, by the same denoisers, points and samplers."""
+"""Editing: walks (see `generation`) that keep parts of given images, with the same denoisers, points and samplers."""
 
 from collections.abc import Sequence
 from itertools import count, pairwise
@@ -8,24 +8,23 @@ import torch
 from torch import Tensor
 
 from ddpm.generation import beginning, from_noise
-from ddpm.process import Point
-from ddpm.samplers import Denoiser, NoiseAt, Sampler, ddim
+from ddpm.samplers import Denoiser, NoiseAt, Points, Sampler, ddim
 
 
 def inpaint(
     sample: Sampler,
     denoise: Denoiser,
-    points: Sequence[Point[float]],
+    points: Points,
     noise_at: NoiseAt,
     *,
     image: Tensor,
     unknown: Tensor,
     path: Sequence[int],
 ) -> Tensor:
-    """Makes up what is unknown of an image (RePaint; Lugmayr et al. 2022, algorithm 1).
+    """Draws the unknown part of an image (RePaint; Lugmayr et al. 2022, algorithm 1, where the sampler is `ancestral`).
 
-    The sampler, theirs being `ancestral`, takes one step at a time along `path`, indices into the points of which the
-    last is the clean image (see `resampled`). The image [B, C, H, W] stays as it is where `unknown`, bool, is false.
+    The sampler takes one step at a time along `path`, which holds indices of the points and ends at the clean image
+    (see `resampled`). The image [B, C, H, W] does not change where `unknown`, bool, is false.
     """
     noises = map(noise_at, count(1))
     x = beginning(points, noise_at)
@@ -42,9 +41,9 @@ def inpaint(
 
 
 def resampled(steps: int, jump: int = 10, resamplings: int = 10) -> list[int]:
-    """A way through points 0..steps, on which each stretch of `jump` but the first is walked `resamplings` times.
+    """Returns a path through points 0..steps that walks each stretch of `jump` but the first `resamplings` times.
 
-    Without it what is made up fits its surroundings in colour, not in meaning (Lugmayr et al. 2022, section 4.2: j, r).
+    Without it the new part fits its surroundings in colour, not in meaning (Lugmayr et al. 2022, section 4.2: j, r).
     """
     path = [0]
     for index in range(1, steps + 1):
@@ -57,13 +56,13 @@ def resampled(steps: int, jump: int = 10, resamplings: int = 10) -> list[int]:
 def from_image(
     sample: Sampler,
     denoise: Denoiser,
-    points: Sequence[Point[float]],
+    points: Points,
     noise_at: NoiseAt,
     *,
     image: Tensor,
     strength: float,
 ) -> Tensor:
-    """Begins with an image and noise, at the first of `last_points` (SDEdit; Meng et al. 2022, algorithm 1)."""
+    """Starts from an image with noise, at the first of `last_points` (SDEdit; Meng et al. 2022, algorithm 1)."""
     points = last_points(points, strength)
     return sample(denoise, points[0].alpha * image + points[0].sigma * noise_at(0), points, noise_at)
 
@@ -71,15 +70,15 @@ def from_image(
 def inverted(
     sample: Sampler,
     denoise: Denoiser,
-    points: Sequence[Point[float]],
+    points: Points,
     noise_at: NoiseAt,
     *,
     image: Tensor,
     strength: float,
 ) -> Tensor:
-    """Finds the noise of an image by DDIM, and draws it again from there (Song et al. 2021, section 5.4).
+    """Finds the noise of an image by DDIM, and draws the image again from there (Song et al. 2021, section 5.4).
 
-    The network is not asked at the clean image: there the estimate at the first noisy point stands for its own.
+    It does not evaluate the network at the clean image, where it uses the estimate at the first noisy point instead.
     """
     *way, _ = points = last_points(points, strength)
     first = way[-1]
@@ -87,27 +86,27 @@ def inverted(
     return sample(denoise, ddim(denoise, x, way[::-1], noise_at), points, noise_at)
 
 
-def last_points(points: Sequence[Point[float]], strength: float) -> Sequence[Point[float]]:
-    """The last `strength` of the steps, in (0, 1], one at least: the more of them, the less stays of an image."""
+def last_points(points: Points, strength: float) -> Points:
+    """Returns the last `strength` of the steps, in (0, 1], one at least; more of them keep less of an image."""
     return points[-1 - max(1, round(strength * (len(points) - 1))) :]
 
 
 def interpolate(
     sample: Sampler,
     denoise: Denoiser,
-    points: Sequence[Point[float]],
+    points: Points,
     noise_at: NoiseAt,
     *,
     other: NoiseAt,
     weight: Tensor,
 ) -> Tensor:
-    """From between the noises at `weight` 0 and at 1, [B], in every draw: noisy samplers change smoothly as well."""
+    """Starts from noise between that at `weight` 0 and at 1, [B], in every draw, which keeps noisy samplers smooth."""
     return from_noise(sample, denoise, points, lambda draw: slerp(noise_at(draw), other(draw), weight))
 
 
 def slerp(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
-    """Between images along the great circle (Shoemake 1985; Song et al. 2021, eq. 67), where noise keeps its size."""
-    # Of equal noises, any small angle gives a mean.
+    """Interpolates along the great circle (Shoemake 1985; Song et al. 2021, eq. 67), which keeps the norm of noise."""
+    # For equal noises any small angle gives their mean.
     angle = torch.cosine_similarity(first.flatten(1), second.flatten(1)).clamp(-1, 1).acos().clamp(min=1e-3)
     ways = ((1 - weight) * angle).sin() / angle.sin(), (weight * angle).sin() / angle.sin()
     return ways[0].view(-1, 1, 1, 1) * first + ways[1].view(-1, 1, 1, 1) * second

@@ -1,34 +1,30 @@
-"""Averaged weights, the ones to sample from: while training, and put together afterwards from stored averages."""
+"""Averages of the weights, for sampling: updated while training, or combined from stored averages afterwards."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ddpm.catalogue import Average
+
 
 @dataclass(frozen=True)
-class Exponential:
-    """A fixed factor, below it while it warms up, so that the random initial weights are forgotten early.
+class Exponential(Average):
+    """An exponential average, whose factor is smaller while it warms up, so that it forgets the random initial weights.
 
-    After n batches the factor is at most (1 + n)/(10 + n) with `ratio`, as in latent-diffusion;
-    1 - (1 + (n-1)/inv_gamma)^-power with `power`, as diffusers has it; and with `edm` the half-life is at most a
-    twentieth of the batches before (Karras et al. 2022).
+    After n batches the factor is at most (1 + n)/(10 + n) with `ratio`, as in latent-diffusion; 1 - (1 +
+    (n-1)/inv_gamma)^-power with `power`, as in diffusers; with `edm` the half-life is at most a twentieth of the
+    batches so far (Karras et al. 2022).
     """
 
-    decay: float
-    """Of the old average in one update, as it is reached in the end; a half-life of H images is 0.5^(batch/H)."""
-    warmup: Literal["none", "ratio", "power", "edm"] = "none"
-    inv_gamma: float = 1.0
-    power: float = 2 / 3
-
     def decay_at(self, images_seen: int, batch_size_images: int) -> float:
-        """The factor on the old average, for the update after `images_seen` images, the present batch included."""
+        """Returns the factor on the old average for the update after `images_seen` images, this batch included."""
         n = images_seen / batch_size_images
         if self.warmup == "ratio":
             return min(self.decay, (1 + n) / (10 + n))
@@ -41,9 +37,9 @@ class Exponential:
 
 @dataclass(frozen=True)
 class PowerFunction:
-    """Weights at time τ count as τ^γ, up to now (Karras et al. 2024, section 3.1): it is as wide as training is long.
+    """An average in which weights at time τ count as τ^γ (Karras et al. 2024, section 3.1).
 
-    The first update takes the weights as they are, and each needs to know nothing but the time.
+    Its width is proportional to the length of training. The first update copies the weights.
     """
 
     std: float
@@ -56,7 +52,7 @@ class PowerFunction:
         return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
     def decay_at(self, images_seen: int, batch_size_images: int) -> float:
-        """β = (1 - Δt/t)^(γ+1); arguments are those of `Exponential.decay_at`."""
+        """Returns β = (1 - Δt/t)^(γ+1); the arguments are those of `Exponential.decay_at`."""
         return float((1 - batch_size_images / images_seen) ** (self.gamma + 1))
 
 
@@ -71,20 +67,20 @@ class Stored(NamedTuple):
 
 
 def reconstruct(stored: Sequence[Stored], wanted: Stored) -> tuple[np.ndarray, float]:
-    """Post-hoc EMA: which sum of stored averages has the profile nearest to another (Karras et al. 2024, section 3.2).
+    """Returns the sum of stored averages whose profile is nearest to another one (Karras et al. 2024, section 3.2).
 
-    The factors add up to one, which the paper leaves to chance: weights that never change are their own average.
+    The factors add up to one, which the paper does not require: the average of constant weights is these weights.
 
     Args:
-        stored: averages up to the wanted moment, of different ones.
-        wanted: need not be among them.
+        stored: averages of different moments, none later than the wanted one.
+        wanted: any average, stored or not.
 
     Returns:
-        The factors, float64, and the norm of what their profile lacks, as a share of that of the profile wanted.
+        The factors, float64, and the norm of the difference between the two profiles, relative to the wanted one.
     """
     products = _inner_products([*stored, wanted])
     products /= products[-1, -1]
-    # The last row and column are those of the multiplier that has the factors add up.
+    # The last row and column belong to the Lagrange multiplier that makes the factors add up to one.
     system, right = np.ones_like(products), np.append(products[:-1, -1], 1.0)
     system[:-1, :-1], system[-1, -1] = products[:-1, :-1], 0.0
     factors = np.linalg.lstsq(system, right)[0][:-1]
@@ -93,7 +89,7 @@ def reconstruct(stored: Sequence[Stored], wanted: Stored) -> tuple[np.ndarray, f
 
 
 def _inner_products(averages: Sequence[Stored]) -> np.ndarray:
-    """Of the profiles (γ+1) τ^γ / t^(γ+1), 0 ≤ τ ≤ t, each with each: float64 [n, n] (algorithm 3)."""
+    """Returns the inner products of all profiles (γ+1) τ^γ / t^(γ+1), 0 ≤ τ ≤ t, float64 [n, n] (algorithm 3)."""
     gammas = {average.std: PowerFunction(average.std).gamma for average in averages}
     gamma = np.array([gammas[average.std] for average in averages])[:, None]
     t = np.array([average.images_seen for average in averages], np.float64)[:, None]
@@ -103,7 +99,7 @@ def _inner_products(averages: Sequence[Stored]) -> np.ndarray:
 
 
 class EMA:
-    """Moving average of a module's parameters, in float32 whatever their dtype.
+    """Moving average of a module's parameters, in float32 for any dtype.
 
     It takes the bare module: the caller strips the wrappers of DDP and torch.compile, whose prefixes change the names.
     """
@@ -115,13 +111,13 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, decay: float) -> None:
-        """Move the average: shadow ← decay · shadow + (1 - decay) · parameter. Nothing waits for the device."""
+        """Updates the average: shadow ← decay · shadow + (1 - decay) · parameter, without waiting for the device."""
         parameters = dict(model.named_parameters())
         current = [parameters[name].to(torch.float32) for name in self.shadow]
         torch._foreach_lerp_(list(self.shadow.values()), current, 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Overwrite the module's parameters with the average."""
+        """Overwrites the module's parameters with the average."""
         parameters = dict(model.named_parameters())
         torch._foreach_copy_([parameters[name] for name in self.shadow], list(self.shadow.values()))

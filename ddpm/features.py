@@ -1,7 +1,7 @@
-"""What pretrained networks see in images: the features by which sets of images are compared.
+"""Features of images by pretrained networks, with which sets of images are compared.
 
-A network takes uint8 [b, C, H, W] (C = 1 is grey) and makes of each image what it was trained on. Which file of weights
-it is given is for the caller to check: a score is worth what its network is.
+A network takes uint8 [b, C, H, W] (C = 1 is grey) and does the preprocessing of its training. The caller checks the
+file of weights, on which every score depends.
 """
 
 from __future__ import annotations
@@ -13,25 +13,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddpm.catalogue import EXTRACTORS
+
 ExtractorOutput = tuple[Tensor, Tensor | None]
 """Features [b, D] and, where the network has classes, logits [b, classes]; float32."""
+ExtractorFunction = Callable[[Tensor], ExtractorOutput]
+"""uint8 images [b, C, H, W] → their features."""
 
 
-def _inception(path: Path, device: torch.device) -> Callable[[Tensor], ExtractorOutput]:
-    # TorchScript runs what its file says: to be called with a file whose hash is known.
+def inception(path: Path, device: torch.device) -> ExtractorFunction:
+    """Loads Inception-v3 of the FID papers, a TorchScript file."""
+    # TorchScript runs code from its file: call this only with a file of a known hash.
     from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
     network = torch.jit.load(str(path), map_location=device).eval()
 
     def see(images: Tensor) -> ExtractorOutput:
-        # PyTorch's samples half a pixel beside.
+        # PyTorch's own interpolation is shifted by half a pixel.
         x = interpolate_bilinear_2d_like_tensorflow1x(_in_colour(images), size=(299, 299), align_corners=False)
         return network((x - 128) / 128), None
 
     return see
 
 
-def _mobilenet(path: Path, device: torch.device) -> Callable[[Tensor], ExtractorOutput]:
+def mobilenet(path: Path, device: torch.device) -> ExtractorFunction:
+    """Loads MobileNetV2, with torchvision's names."""
     from torchvision.models import mobilenet_v2
 
     network = mobilenet_v2()
@@ -51,15 +57,16 @@ def _in_colour(images: Tensor) -> Tensor:
     return images.float().expand(-1, 3, -1, -1)
 
 
-def _dinov2(path: Path, device: torch.device) -> Callable[[Tensor], ExtractorOutput]:
+def dinov2(path: Path, device: torch.device) -> ExtractorFunction:
+    """Loads a DINOv2 of any size, with timm's or Meta's names."""
     import timm
     from safetensors.torch import load_file
 
     tensors = load_file(path)
-    # Of training alone; Meta's files have it, timm's do not.
+    # Meta's files have it, for training alone; timm's do not.
     tensors.pop("mask_token", None)
     size = _VIT_SIZES[tensors["cls_token"].shape[-1]]
-    # Positions are of 518 pixels, between which they are interpolated.
+    # The positions are for 518 pixels, and timm interpolates between them.
     network = timm.create_model(f"vit_{size}_patch14_dinov2", pretrained=False, num_classes=0, dynamic_img_size=True)
     network.load_state_dict(tensors)
     network.to(device).eval()
@@ -73,7 +80,7 @@ def _dinov2(path: Path, device: torch.device) -> Callable[[Tensor], ExtractorOut
 
 
 _VIT_SIZES = {384: "small", 768: "base", 1024: "large", 1536: "giant"}
-"""By the width of the class token."""
+"""Names of the sizes by the width of the class token."""
 
 
 def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -81,9 +88,5 @@ def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
     return mean, torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
 
 
-LOADERS: dict[str, Callable[[Path, torch.device], Callable[[Tensor], ExtractorOutput]]] = {
-    "inception": _inception,
-    "mobilenet": _mobilenet,
-    "dinov2": _dinov2,
-}
-"""By the name of the network: from its file of weights to what it sees, on a device."""
+LOADERS: dict[str, Callable[[Path, torch.device], ExtractorFunction]] = {name: globals()[name] for name in EXTRACTORS}
+"""The networks by name, as functions of a file of weights and a device that return the function of images."""

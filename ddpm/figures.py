@@ -1,8 +1,8 @@
 """Pictures: sample grids, nearest neighbours, noised beside original, the β/ᾱ plot, the loss curve, the denoising GIF.
 
 Everything here is pure: tensors and arrays go in, a `PIL.Image.Image` or the bytes of a file come out. Images are
-uint8 [B, H, W, C] with C = 1 (grey) or 3 (RGB); every function raises ValueError where there are none, or where shapes,
-types or counts do not match. Small images are magnified by nearest neighbour, so that pixels stay what they are.
+uint8 [B, H, W, C] with C = 1 (grey) or 3 (RGB); every function raises ValueError for an empty batch, and for shapes,
+types or counts that do not match. Small images are magnified by nearest neighbour, which keeps the pixels visible.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 Images = NDArray[np.uint8]
 _FAINT, _INK_HEX = (168, 168, 168), "#404040"
 _BETWEEN = (116, 116, 116)
-"""At the edges of letters, where there are few colours."""
+"""The colour at the edges of letters in a palette."""
 _XYZ_OF_RGB = (
     (0.4124564 / 0.95047, 0.3575761 / 0.95047, 0.1804375 / 0.95047),
     (0.2126729, 0.7151522, 0.0721750),
     (0.0193339 / 1.08883, 0.1191920 / 1.08883, 0.9503041 / 1.08883),
 )
-"""Of linear sRGB (IEC 61966-2-1), relative to the white of D65."""
+"""Matrix from linear sRGB (IEC 61966-2-1) to XYZ, relative to the white of D65."""
 _CURVES = {
     "loss": ("#22437c", "loss"),
     "val_loss": ("#111111", "held out"),
@@ -44,7 +44,7 @@ _CURVES = {
 
 
 def to_uint8(x: torch.Tensor) -> Images:
-    """Turn float [B, C, H, W] in [-1, 1] into uint8 [B, H, W, C], rounded to nearest and clamped; NaN is mid-grey."""
+    """Returns float [B, C, H, W] in [-1, 1] as uint8 [B, H, W, C], rounded to nearest and clamped; NaN is mid-grey."""
     import torch
 
     levels = x.detach().float().nan_to_num(nan=0.0).add(1).mul(127.5).round().clamp(0, 255)
@@ -52,7 +52,7 @@ def to_uint8(x: torch.Tensor) -> Images:
 
 
 def png(picture: Image.Image) -> bytes:
-    """Encode a picture as PNG."""
+    """Returns a picture as the bytes of a PNG file."""
     file = BytesIO()
     picture.save(file, "PNG")
     return file.getvalue()
@@ -68,7 +68,7 @@ def image_grid(
     column_labels: Sequence[str] | None = None,
     title: str = "",
 ) -> Image.Image:
-    """Lay images out on white, row by row, `columns · (W · scale + padding) + padding` pixels wide, and likewise high.
+    """Returns images on white, row by row, `columns · (W · scale + padding) + padding` pixels wide, and likewise high.
 
     Args:
         images: uint8 [B, H, W, C].
@@ -106,10 +106,10 @@ def image_grid(
 
 
 def colours_of(images: Images) -> NDArray[np.float64]:
-    """What a picture looks like from afar, float64 [B, 240]: distances are about those that people see.
+    """Returns the colours of a picture at low resolution, float64 [B, 240], whose distances are about perceptual.
 
-    The means of 8×8 and of 4×4 fields in CIE Lab (1976; D65), the coarse ones at twice the weight. Distances over raw
-    pixels would make a flat picture the nearest one to anything with a pattern, whatever its colour.
+    They are the means of 8×8 and of 4×4 fields in CIE Lab (1976; D65), the coarse ones at twice the weight. By
+    distances of raw pixels, a flat picture would be the nearest one to every picture with a pattern, of any colour.
     """
     import torch
     import torch.nn.functional as F
@@ -126,7 +126,7 @@ def colours_of(images: Images) -> NDArray[np.float64]:
 def nearest_pairs(
     samples: Images, training: Images | Callable[[], Iterable[Images]]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Find the training image nearest to each sample, by `colours_of`.
+    """Returns the training image nearest to each sample, by `colours_of`.
 
     Memory is bounded by the samples and a few times 16 MiB, whatever the size of the training set.
 
@@ -145,7 +145,7 @@ def nearest_pairs(
             raise ValueError(f"training images are {chunk.shape[1:]}, samples are {samples.shape[1:]}")
         for start in range(0, len(chunk), at_once):
             theirs = colours_of(chunk[start : start + at_once])
-            # Differences and not products, whose rounding would tell a copy from its original.
+            # Differences instead of products: the rounding of products would distinguish a copy from its original.
             squared = np.stack([np.square(theirs - one).sum(axis=1) for one in ours])
             nearest = squared.argmin(axis=1)
             found = squared[np.arange(len(ours)), nearest]
@@ -153,7 +153,7 @@ def nearest_pairs(
             best[closer], indices[closer] = found[closer], nearest[closer] + seen
             seen += len(theirs)
     if not seen:
-        raise ValueError("there are no training images to compare with")
+        raise ValueError("nearest_pairs needs at least one training image")
     return indices, np.sqrt(best)
 
 
@@ -165,7 +165,7 @@ def pairs_grid(
     column_labels: Sequence[str] | None = None,
     title: str = "",
 ) -> Image.Image:
-    """Show each sample joined by a thin line to its nearest training image, `columns` pairs in a row.
+    """Returns each sample joined by a thin line to its nearest training image, `columns` pairs in a row.
 
     Args:
         samples: uint8 [B, H, W, C].
@@ -199,7 +199,7 @@ def pairs_grid(
 def comparison(
     grids: Sequence[tuple[str, Images]], columns: int = 0, column_labels: Sequence[str] | None = None, title: str = ""
 ) -> Image.Image:
-    """Show checkpoints side by side, each under its title ("epoch 30"), from the same seeds in the same order.
+    """Returns checkpoints side by side, each under its title ("epoch 30"), from the same seeds in the same order.
 
     More than four go into several rows; they are magnified no more than fits a screen.
 
@@ -220,7 +220,7 @@ def comparison(
 
 
 class NoisingFigure(NamedTuple):
-    """Originals and what q(x_t | x_0) made of them (Ho et al. 2020, equation 4)."""
+    """Originals and their samples of q(x_t | x_0) (Ho et al. 2020, equation 4)."""
 
     original: Image.Image
     noised: Image.Image
@@ -228,9 +228,9 @@ class NoisingFigure(NamedTuple):
 
 
 def noising_figure(images: Images, noised: torch.Tensor, timesteps: Sequence[int]) -> NoisingFigure:
-    """Show x_0 (`images`, uint8 [B, H, W, C]) beside x_t (`noised`, float [B, C, H, W], clamped to [-1, 1]).
+    """Returns x_0 (`images`, uint8 [B, H, W, C]) beside x_t (`noised`, float [B, C, H, W], clamped to [-1, 1]).
 
-    Returns two bare grids, six to a row (398×134 pixels for twelve 64-pixel images), and a labelled picture of both.
+    These are two bare grids, six to a row (398×134 pixels for twelve 64-pixel images), and a labelled picture of both.
     """
     pixels = to_uint8(noised)
     if pixels.shape != images.shape or len(timesteps) != len(images):
@@ -245,7 +245,7 @@ def noising_figure(images: Images, noised: torch.Tensor, timesteps: Sequence[int
 def contact_sheet(
     images: Images, labels: Sequence[int] | None = None, class_names: Sequence[str] | None = None, columns: int = 10
 ) -> Image.Image:
-    """Show images of a dataset, those of a class beside its name (or number, without names), if there are `labels`."""
+    """Returns images of a dataset; with `labels` those of a class stand beside its name or number."""
     scale = _scale(images, tile_pixels=72)
     if labels is None:
         return _framed(image_grid(images, columns, 4, scale))
@@ -263,9 +263,9 @@ def contact_sheet(
 
 
 def shown_evaluations(evaluations: int, frames: int = 20) -> list[int]:
-    """Choose evaluations of a network to show, by number from 0: evenly spaced from the first to the last.
+    """Returns the numbers, from 0, of evaluations of a network to show: evenly spaced from the first to the last.
 
-    There are exactly `frames` of them, without repetition, or all where there are fewer.
+    There are exactly `frames` of them, without repetition, or all if there are fewer.
     """
     count, last = min(frames, evaluations), evaluations - 1
     return [last - index * last // max(1, count - 1) for index in reversed(range(count))]
@@ -279,14 +279,14 @@ def denoising_gif(
     labels: Sequence[str] | None = None,
     title: str = "",
 ) -> bytes:
-    """Animate sampling as an endless GIF over a thin bar that shows how far it is.
+    """Returns an endless GIF of sampling, with a thin progress bar.
 
     Args:
         frames: uint8 [B, H, W, C] each, from noise to samples; each becomes exactly one frame.
         columns: tiles in a row.
         fps: frames in a second.
-        scale: magnification; about 96 pixels a tile if none is named.
-        labels: what stands under each frame, such as `t = 812`.
+        scale: magnification; None: about 96 pixels a tile.
+        labels: the text under each frame, such as `t = 812`.
         title: above all frames; see `titled`.
     """
     if not frames or (labels is not None and len(labels) != len(frames)):
@@ -302,7 +302,7 @@ def denoising_gif(
             put_text(canvas, (4, grid.height + 17), labels[index], size=13, anchor="lm", limit=grid.width)
         end = 2 + (grid.width - 5) * (index + 1) // len(frames)
         ImageDraw.Draw(canvas).rectangle((2, grid.height, end, grid.height + 2), fill=_FAINT)
-        # One palette each, for noise and samples share few colours; dithering would look like noise that is left.
+        # One palette for each frame, since noise and samples share few colours; dithering would look like noise.
         if images is not frames[max(index - 1, 0)]:
             palette = _palette(images)
         pictures.append(canvas.quantize(palette=palette, dither=Image.Dither.NONE))
@@ -312,7 +312,7 @@ def denoising_gif(
 
 
 def schedule_figure(betas: ArrayLike, alphas_cumprod: ArrayLike, name: str) -> bytes:
-    """Plot β_t, float [T], and ᾱ_t = ∏ (1 - β_s) for s ≤ t (Ho et al. 2020, section 2), float [T], as a 640×480 PNG.
+    """Plots β_t, float [T], and ᾱ_t = ∏ (1 - β_s) for s ≤ t (Ho et al. 2020, section 2), float [T], as a 640×480 PNG.
 
     β is red, on the left axis, ᾱ is blue, on the right one; `name` of the schedule is in the title.
     """
@@ -336,12 +336,12 @@ def schedule_figure(betas: ArrayLike, alphas_cumprod: ArrayLike, name: str) -> b
 
 
 def loss_figure(rows: Sequence[Mapping[str, float]], epoch_images: int | None = None, title: str = "") -> bytes:
-    """Plot the training loss over the images seen as a 960×480 PNG: smoothed over raw, timestep quartiles thin.
+    """Plots the training loss over the images seen as a 960×480 PNG: smoothed over raw, timestep quartiles thin.
 
     Each row has `images_seen`, `loss` and, where known, `loss_q0` … `loss_q3`: the loss over the quarters of the
-    timesteps, from least to most noise. Of rows that a resumed run logged again the last counts. The y axis is
-    logarithmic where the loss spans more than a factor of ten; images per epoch give a second axis in epochs. The title
-    says which run it is.
+    timesteps, from least to most noise. A row that a resumed run logged again replaces the earlier one. The y axis is
+    logarithmic if the loss spans more than a factor of ten; with `epoch_images` there is a second axis in epochs. The
+    title names the run.
     """
     from matplotlib.ticker import EngFormatter, LogLocator
 
@@ -382,10 +382,10 @@ def loss_figure(rows: Sequence[Mapping[str, float]], epoch_images: int | None = 
 
 
 def scores_figure(rows: Sequence[Mapping[str, float]], epoch_images: int, title: str = "") -> bytes:
-    """Plot scores over the epochs, a panel for each, as a PNG 480 pixels high.
+    """Plots scores over the epochs, a panel for each, as a PNG 480 pixels high.
 
-    Each row has `images_seen`, and scores by their names; of several about one moment the last counts. Where a row has
-    `kid_std` that is the ± of `kid`, and `real kid` is a line: that of real images. The title says which run it is.
+    Each row has `images_seen`, and scores by their names; the last row of a moment counts. `kid_std` is the ± of `kid`,
+    and `real kid`, the score of real images, is a line. The title names the run.
     """
     latest = {row["images_seen"]: row for row in rows}
     beside = ("images_seen", "epoch", "time")
@@ -482,7 +482,7 @@ def _plot_png(figure: Figure) -> bytes:
 
 
 def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Moving average over a 25th of the points on either side; none before a point that are not also after it."""
+    """Returns the moving average over a 25th of the points on either side, and over fewer near the ends."""
     index = np.arange(len(values))
     radius = np.minimum(index, len(values) // 25)
     sums = np.concatenate([[0], np.cumsum(values)])

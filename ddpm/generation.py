@@ -1,8 +1,8 @@
-"""From seeds to pictures: one image per seed, whatever the batch, the order or the number of processes."""
+"""From seeds to images: one image per seed, for any batch, order and number of processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,69 +13,53 @@ import torch
 from torch import Tensor
 
 from ddpm import randomness, samplers
-from ddpm.grids import Grid, make_grid, numbered_points, shifted
+from ddpm.catalogue import SAMPLERS, Drawing
+from ddpm.grids import make_grid, numbered_points, shifted
 from ddpm.guidance import UNGUIDED, Guidance, guided
 from ddpm.objective import UNCONDITIONAL, Condition, Network
 from ddpm.prediction import Prediction
 from ddpm.process import Point, Process
-from ddpm.samplers import Denoiser, NoiseAt, Sampler, Variance
+from ddpm.samplers import Denoiser, NoiseAt, Points, Sampler
 
 Callback = Callable[[Point[float], Tensor, Tensor], None]
 """Called at every evaluation of the network with (point, x_t, the estimated x_0)."""
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How images are drawn. Each option is of the samplers that take it."""
+class Sampling(Drawing):
+    """How images are drawn: the settings, and a function or points that no setting can name."""
 
-    sampler: str | Sampler
-    """By its name, or somebody's own."""
-    steps: int
-    grid: Grid | tuple[int, ...]
-    """By its name, or the numbers of its points."""
-    shift: float = 1.0
-    """Of the grids of a rectified flow, for images of another size; see `shifted`."""
-    eta: float = 0.0
-    variance: Variance = "fixed_large"
-    order: int = 3
-    churn: float = 0.0
-    clip: bool = True
-    """Whether the estimated x_0 is clipped to [-1, 1] (as Ho et al.'s code does)."""
-    guidance: Guidance = UNGUIDED
-    labels: tuple[int, ...] = ()
-    """The classes that seeds take in turn; none: all."""
+    function: Sampler | None = None
+    """Replaces the sampler."""
+    numbers: tuple[int, ...] = ()
+    """The numbers of the points to visit; they replace the grid."""
+
+    @property
+    def guide(self) -> Guidance:
+        """The guidance of these settings."""
+        return Guidance(self.guidance, self.guidance_interval or (0.0, inf), self.guidance_rescale)
 
     def points(self, process: Process) -> list[Point[float]]:
-        """The points to visit, the clean image included."""
-        if isinstance(self.grid, tuple):
-            return numbered_points(process, self.grid)
+        """Returns the points to visit, the clean image included."""
+        if self.numbers:
+            return numbered_points(process, self.numbers)
         points = make_grid(process, self.steps, self.grid)
         return points if self.shift == 1 else shifted(process, points, self.shift)
 
     def solver(self, process: Process) -> Sampler:
-        """The sampler with its options.
+        """Returns the sampler with its options.
 
         Raises:
-            ValueError: there is none of this name.
+            ValueError: the sampler is unknown.
         """
-        if callable(self.sampler):
-            return self.sampler
-        named: dict[str, Sampler] = {
-            "ddpm": partial(samplers.ancestral, variance=self.variance),
-            "ddim": partial(samplers.ddim, eta=self.eta),
-            "euler": samplers.ddim,
-            "euler_ancestral": partial(samplers.ddim, eta=1.0),
-            "heun": partial(samplers.heun, process=process, churn=self.churn / self.steps),
-            "dpmpp_2m": samplers.dpmpp_2m,
-            "dpmpp_3m": samplers.dpmpp_3m,
-            "dpmpp_sde_2m": samplers.dpmpp_sde_2m,
-            "unipc": partial(samplers.unipc, order=self.order),
-            "ipndm": partial(samplers.ipndm, order=self.order),
-            "deis": partial(samplers.deis, order=self.order),
-        }
-        if self.sampler not in named:
-            raise ValueError(f"unknown sampler {self.sampler!r}: choose one of {', '.join(named)}")
-        return named[self.sampler]
+        if self.function:
+            return self.function
+        known = [name for name in SAMPLERS if name != "own"]
+        if self.sampler not in known:
+            raise ValueError(f"unknown sampler {self.sampler!r}: choose one of {', '.join(known)}")
+        sampler, given = SAMPLERS[self.sampler], vars(self) | {"process": process}
+        options = {name: given[name] for name in (*sampler.options, *sampler.also)}
+        return partial(getattr(samplers, sampler.function or self.sampler), **options)
 
 
 def make_denoiser(
@@ -84,7 +68,7 @@ def make_denoiser(
     prediction: Prediction,
     condition: Condition = UNCONDITIONAL,
     *,
-    clip: bool = True,
+    clip: bool = Drawing.clip,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     callback: Callback | None = None,
     guidance: Guidance = UNGUIDED,
@@ -92,25 +76,27 @@ def make_denoiser(
     worse: Network | None = None,
     with_share: bool = False,
 ) -> Denoiser:
-    """Turn a network into a denoiser.
+    """Returns a network as a denoiser.
 
     Args:
         network: the network, in evaluation mode.
-        process: the one it was trained with.
-        prediction: what its output means.
-        condition: what else it is told; where it has an x_0, that is the first estimate of a network with
-            self-conditioning, and each evaluation sees the estimate of the one before (Chen et al. 2023, algorithm 2).
-        clip: see `Sampling`; after guidance. What the network sees as its estimate is clipped likewise.
+        process: the process of its training.
+        prediction: the meaning of its output.
+        condition: its further inputs. An x_0 there is the first estimate of a network with self-conditioning, and each
+            evaluation gets the estimate of the one before (Chen et al. 2023, algorithm 2).
+        clip: whether the estimated x_0 is clipped to [-1, 1] (as in Ho et al.'s code), after guidance; the network's
+            own estimate is clipped likewise.
         autocast: context for the network alone, such as bf16 autocast; all other arithmetic is fp32.
         callback: see `Callback`.
-        guidance: see there; from its own estimate without a class if there is no worse network, both in one batch.
-        null_class: the class that stands for none.
-        worse: a network that has learnt less.
-        with_share: whether the answer has the share of β as well.
+        guidance: see `Guidance`; without a worse network it moves away from the estimate of the null class, and both
+            estimates share a batch.
+        null_class: the number of the class for images without a class.
+        worse: a network with less training.
+        with_share: whether the denoiser also returns the share of β.
 
     Returns:
-        A function (x_t, point) → x_0, float32, without gradients. An estimate conditions evaluations with less noise
-        alone: a trajectory that begins where the one before did, and RePaint's jumps, begin afresh.
+        A function (x_t, point) → x_0, float32, without gradients. An estimate conditions only evaluations with less
+        noise, so that a second trajectory, and a jump of RePaint, start with the first estimate again.
     """
     first_estimate = condition.x_start
     estimates: list[tuple[float, Tensor]] = []
@@ -150,7 +136,7 @@ def make_denoiser(
         if clip:
             x_start = x_start.clamp(-1, 1)
         if first_estimate is not None:
-            # Two of them: Heun's method evaluates a point twice, and its corrected x follows from the one before.
+            # Keeps two: Heun's method evaluates a point twice, and its corrected x follows from the estimate before.
             estimates[:] = [*estimates[-1:], (ratio, x_start)]
         if callback is not None:
             callback(point, x_t, x_start)
@@ -159,17 +145,17 @@ def make_denoiser(
     return denoise
 
 
-Walk = Callable[[Sampler, Denoiser, Sequence[Point[float]], NoiseAt], Tensor]
-"""(sampler, denoiser, points, noise) → images: `from_noise`, or one of those in `editing`."""
+Walk = Callable[[Sampler, Denoiser, Points, NoiseAt], Tensor]
+"""(sampler, denoiser, points, noise) → images: `from_noise`, or a function of `editing`."""
 
 
-def beginning(points: Sequence[Point[float]], noise_at: NoiseAt) -> Tensor:
-    """Noise as at the first point: of unit variance if the process keeps the variance, of σ² if it lets it explode."""
+def beginning(points: Points, noise_at: NoiseAt) -> Tensor:
+    """Returns noise of the first point: of unit variance, or of σ² where a process lets the variance explode."""
     return max(1.0, points[0].sigma) * noise_at(0)
 
 
-def from_noise(sample: Sampler, denoise: Denoiser, points: Sequence[Point[float]], noise_at: NoiseAt) -> Tensor:
-    """New images."""
+def from_noise(sample: Sampler, denoise: Denoiser, points: Points, noise_at: NoiseAt) -> Tensor:
+    """Returns new images."""
     return sample(denoise, beginning(points, noise_at), points, noise_at)
 
 
@@ -178,14 +164,14 @@ def generate(
 ) -> Tensor:
     """Returns x at the clean image, float32 [B, C, H, W]; sample k depends on its noise alone (see `noise_of`).
 
-    Nothing is clamped here: x may be latents, which have no bounds. `Model.pixels` makes pixels of it.
+    It does not clamp x, which may be latents without bounds; `Model.pixels` makes pixels of it.
     """
     with torch.inference_mode():
         return walk(sampling.solver(process), denoise, sampling.points(process), noise_at)
 
 
 def noise_of(seeds: Tensor, shape: tuple[int, int, int], offset_noise: float = 0.0) -> NoiseAt:
-    """The noise (C, H, W) of each seed, int64 [B], on their device; with the offset of the training, if any."""
+    """Returns the noise (C, H, W) of each seed, int64 [B], on their device, with the offset noise of the training."""
 
     def noise_at(draw: int) -> Tensor:
         noise = randomness.sampling_noise(seeds, draw, shape, seeds.device, offset_noise)
@@ -195,7 +181,7 @@ def noise_of(seeds: Tensor, shape: tuple[int, int, int], offset_noise: float = 0
 
 
 def evaluations_of(process: Process, sampling: Sampling, shape: tuple[int, ...], walk: Walk = from_noise) -> int:
-    """How often a denoiser is asked for an image (C, H, W), by walking with zeros; guidance may ask twice as often."""
+    """Counts the evaluations of a denoiser for an image (C, H, W), without guidance, by a walk with zeros."""
     image, asked = torch.zeros(1, *shape), count()
 
     def denoise(x: Tensor, point: Point[float]) -> Tensor:

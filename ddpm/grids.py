@@ -1,63 +1,57 @@
-"""Grids: which points of a process a sampler visits, from noise to the clean image."""
+"""Grids: the points of a process that a sampler visits, from noise to the clean image."""
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm.catalogue import GRIDS
 from ddpm.process import CLEAN, Point, Process, RectifiedFlow, points_of
 from ddpm.samplers import Denoiser, Visit, euler_step, unipc
 
-Grid = Literal["leading", "trailing", "linspace", "quadratic", "karras", "log_snr"]
 RHO = 7.0
 """ρ of Karras et al. 2022, section 3.2."""
 
 
-def make_grid(process: Process, steps: int, grid: Grid) -> list[Point[float]]:
-    """The points to visit.
+def make_grid(process: Process, steps: int, grid: str) -> list[Point[float]]:
+    """Returns the points to visit.
 
     Args:
-        process: what is walked through.
-        steps: how many, 1..T.
-        grid: `leading`: numbers 0, c, 2c … with c = T // steps. `trailing`: T-1, T-1-T/steps …, rounded; it and
-            `linspace` begin at T-1, where x_T is the noise the network was trained on (Lin et al. 2024, table 2).
-            `linspace`: T-1 to 0, rounded. `quadratic`: squares of evenly spaced numbers up to √(0.8 T), rounded down
-            (Song et al. 2021, appendix D.2). `karras`: evenly spaced (σ/α)^(1/7) (Karras et al. 2022, equation 5).
-            `log_snr`: evenly spaced ln(α²/σ²) (DPM-Solver: Lu et al. 2022, section 3.3).
-            Of equal numbers all but one are moved up.
+        process: the process.
+        steps: number of points, 1..T.
+        grid: its name in the catalogue, which describes it. Of equal numbers all but one are moved up.
 
     Returns:
         `steps` different points, from the most noise to the least, and the clean image.
 
     Raises:
-        ValueError: for steps outside 1..T, an unknown grid, or `karras` or `log_snr` on a process that leaves nothing
-            of the image.
+        ValueError: for steps outside 1..T, an unknown grid, or a grid over σ/α on a process that ends in pure noise.
     """
     T = process.num_timesteps
     if not 1 <= steps <= T:
         raise ValueError(f"steps must be between 1 and {T}, the timesteps of the process, not {steps}")
-    if grid not in get_args(Grid):
-        raise ValueError(f"unknown grid {grid!r}: choose one of {', '.join(get_args(Grid))}")
-    if grid in ("karras", "log_snr"):
+    computed = [name for name in GRIDS if name != "found"]
+    if grid not in computed:
+        raise ValueError(f"unknown grid {grid!r}: choose one of {', '.join(computed)}")
+    if GRIDS[grid].by_ratio:
         return [*_by_ratio(process, steps, grid), CLEAN]
     return numbered_points(process, _numbers(T, steps, grid))
 
 
 def numbered_points(process: Process, numbers: Sequence[int]) -> list[Point[float]]:
-    """The points of these numbers, and the clean image."""
+    """Returns the points of these numbers, and the clean image."""
     return [*points_of(process.numbered(torch.tensor(numbers))), CLEAN]
 
 
 def shifted(process: Process, points: Sequence[Point[float]], shift: float) -> list[Point[float]]:
-    """Returns points of a rectified flow, moved to where an image of `shift` times the height has as much noise.
+    """Returns points of a rectified flow, moved to the noise that fits an image of `shift` times the height.
 
     σ becomes s σ/(1 + (s - 1) σ), which multiplies σ/α by s (Esser et al. 2024, section 5.3.2).
 
     Raises:
-        ValueError: the process is another one.
+        ValueError: the process is not a rectified flow.
     """
     if not isinstance(process, RectifiedFlow):
         raise ValueError("shift moves the points of a rectified flow: leave it at 1 for other processes")
@@ -66,24 +60,24 @@ def shifted(process: Process, points: Sequence[Point[float]], shift: float) -> l
 
 
 def find_grid(denoise: Denoiser, x: Tensor, process: Process, steps: int, candidates: int) -> list[int]:
-    """Which points a sampler had best visit, found by dynamic programming (GITS: Chen et al. 2024, section 4).
+    """Returns the points that a sampler should visit, by dynamic programming (GITS: Chen et al. 2024, section 4).
 
-    A step from i to k costs what Euler's method, from where the fine trajectory is at i, misses it by at k. The costs
-    of a way are added up. What the sampler's own steps would miss depends on where it was before, and costs that know
-    that lead to ways of uneven steps, on which errors grow: in practice these are better.
+    The cost of a step from i to k is the error at k of Euler's method that starts on the fine trajectory at i; the cost
+    of a grid is their sum. The error of the sampler's own steps also depends on its earlier points. Costs that include
+    this dependence give uneven steps, on which errors grow: in practice the costs of Euler's method are better.
 
     Args:
         denoise: the denoiser.
-        x: of a few images at the process's last point, float32 [B, C, H, W].
-        process: what is walked through.
-        steps: how many points to visit.
-        candidates: how many, on the grid `trailing`, they are chosen from; what it takes grows with their square.
+        x: a few images at the process's last point, float32 [B, C, H, W].
+        process: the process.
+        steps: number of points to visit.
+        candidates: number of points of the grid `trailing` to choose from; the time grows with its square.
 
     Returns:
-        Their numbers, from the most noise to the least.
+        The numbers of the points, from the most noise to the least.
 
     Raises:
-        ValueError: there are fewer points.
+        ValueError: there are more steps than candidates.
     """
     numbers = _numbers(process.num_timesteps, candidates, "trailing")
     points, last = numbered_points(process, numbers), len(numbers)
@@ -112,7 +106,7 @@ def find_grid(denoise: Denoiser, x: Tensor, process: Process, steps: int, candid
     return [numbers[i] for i in (0, *found[:0:-1])]
 
 
-def _numbers(T: int, steps: int, grid: Grid) -> list[int]:
+def _numbers(T: int, steps: int, grid: str) -> list[int]:
     last = max(steps - 1, 1)
     if grid == "leading":
         numbers = [i * (T // steps) for i in range(steps)]
@@ -127,7 +121,7 @@ def _numbers(T: int, steps: int, grid: Grid) -> list[int]:
     return different[::-1]
 
 
-def _by_ratio(process: Process, steps: int, grid: Grid) -> list[Point[float]]:
+def _by_ratio(process: Process, steps: int, grid: str) -> list[Point[float]]:
     ends = process.numbered(torch.tensor([process.num_timesteps - 1, 0]))
     if not ends.alpha.all():
         raise ValueError(f"the grid {grid} needs a process that leaves something of the image: choose another grid")

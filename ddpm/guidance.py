@@ -1,4 +1,4 @@
-"""Guidance: away from a worse estimate, of the network without a class or of a worse network."""
+"""Guidance: moves an estimate away from a worse one, of the network without a class or of a worse network."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,34 +7,35 @@ from math import inf
 import torch
 from torch import Tensor
 
+from ddpm.catalogue import Drawing
 from ddpm.process import Point
 from ddpm.samplers import Denoiser
 
 Pair = Callable[[Tensor, Point[float]], tuple[Tensor, Tensor]]
-"""(x_t, point) → a `Denoiser`'s answer, and a worse one."""
+"""(x_t, point) → a denoiser's result, and a worse one."""
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """How far, where and how gently an estimate is moved away from a worse one."""
+    """The scale, the range of noise levels and the rescaling of guidance."""
 
-    scale: float = 1.0
-    """1 is the estimate itself, 0 the worse one: 1 + w of Ho & Salimans 2022, w of Karras et al. 2024."""
+    scale: float = Drawing.guidance
+    """Factor on the difference of the estimates: 1 + w of Ho & Salimans 2022, w of Karras et al. 2024; 1: off."""
     interval: tuple[float, float] = (0.0, inf)
-    """Guides where σ/α is above the first and not above the second (Kynkäänniemi et al. 2024, equation 5)."""
-    rescale: float = 0.0
-    """φ of Lin et al. 2024, equation 16: 1 gives a guided image the contrast of the one that is not."""
+    """Guidance is on for σ/α above the first and up to the second (Kynkäänniemi et al. 2024, equation 5)."""
+    rescale: float = Drawing.guidance_rescale
+    """φ of Lin et al. 2024, equation 16: 1 gives a guided estimate the contrast of the unguided one."""
 
 
 UNGUIDED = Guidance()
 
 
 def guided(denoise: Denoiser, both: Pair, guidance: Guidance) -> Denoiser:
-    """Guide an estimate of x_0, which is an affine function of whatever the network predicts.
+    """Returns a guided denoiser; x_0 is an affine function of the network's output for every prediction.
 
-    The worse estimate is that of the null class (Ho & Salimans 2022, equation 6) or that of a network that has learnt
-    less (Karras et al. 2024, equation 4). Within the interval `both` is asked, and else `denoise`. The share of β, if
-    there is one, stays that of the better estimate.
+    The worse estimate is that of the null class (Ho & Salimans 2022, equation 6) or that of a network with less
+    training (Karras et al. 2024, equation 4). Within the interval it calls `both`, and else `denoise`. The share of β,
+    if there is one, is that of the better estimate.
     """
     low, high = guidance.interval
 

@@ -1,8 +1,8 @@
-"""Other people's checkpoints: what their configurations mean, and what they call the parameters of our networks.
+"""Checkpoints of other code bases: their configurations and the names of their parameters.
 
-The parameters of `UNet` have the names of diffusers' `UNet2DModel`, those of `DomeUNet` dome272's. The functions here
-translate the rest: diffusers' configurations in both directions, and the names of older diffusers folders and of Ho et
-al.'s networks as pesser/pytorch_diffusion has them.
+The parameters of `UNet` have the names of diffusers' `UNet2DModel`, those of `DomeUNet` dome272's names. The functions
+here translate diffusers' configurations in both directions, the names of older diffusers folders, and those of Ho et
+al.'s networks in pesser/pytorch_diffusion.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddpm.catalogue import Diffusion, Drawing, UNet
 from ddpm.process import sigmoid_schedule
 
 Options = dict[str, Any]
@@ -22,7 +23,7 @@ Options = dict[str, Any]
 
 
 class NoCounterpartError(ValueError):
-    """Something of another code base has no counterpart here, or the other way round; the message names it."""
+    """A part of a configuration has no counterpart in the other code base; the message names it."""
 
 
 _FIXED: Options = {
@@ -36,7 +37,7 @@ _FIXED: Options = {
     "class_embed_type": None,
     "num_train_timesteps": None,
 }
-"""What `UNet2DModel` takes where a configuration says nothing, and nothing else has a counterpart."""
+"""Defaults of `UNet2DModel` that are the only values with a counterpart."""
 _CONVENTIONS: dict[str, Options] = {
     "ho": {"norm_eps": 1e-6, "flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0},
     "diffusers": {"norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1},
@@ -53,41 +54,25 @@ _DEFAULTS: Options = {
     "dropout": 0.0,
     "num_class_embeds": None,
 }
-"""All that it takes so."""
+"""All defaults of `UNet2DModel`."""
 _PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
 _SCHEDULES: dict[str, tuple[str, float, float]] = {
     "linear": ("linear", 1e-4, 0.02),
     "scaled_linear": ("scaled_linear", 0.00085, 0.012),
     "cosine": ("squaredcos_cap_v2", 1e-4, 0.02),
 }
-"""diffusers' name, and the β at the ends, which the cosine does not have."""
+"""diffusers' names, and the β at both ends, which the cosine does not use."""
 
 
-def unet2d_config(
-    *,
-    image_size: int,
-    in_channels: int,
-    out_channels: int,
-    channels: int,
-    channel_mults: tuple[int, ...],
-    attention_sizes: tuple[int, ...],
-    layers_per_level: int,
-    norm_groups: int,
-    heads: int,
-    head_channels: int | None,
-    scale_shift: bool,
-    resample_in_blocks: bool,
-    dropout: float,
-    num_classes: int,
-    conventions: str,
-) -> Options:
-    """The `config.json` of diffusers' `UNet2DModel` that computes what `UNet` does with the same arguments.
+def unet2d_config(model: UNet, *, image_size: int, in_channels: int, out_channels: int, num_classes: int) -> Options:
+    """Returns the `config.json` of the diffusers `UNet2DModel` that equals `UNet` with these arguments.
 
     Raises:
-        NoCounterpartError: attention of one number of heads on several widths.
+        NoCounterpartError: the attention has a fixed number of heads on several widths.
     """
-    widths = [channels * mult for mult in channel_mults]
-    has_attention = [image_size // 2**level in attention_sizes for level in range(len(widths))]
+    widths = [model.channels * mult for mult in model.channel_mults]
+    heads, head_channels = model.heads, model.head_channels
+    has_attention = [image_size // 2**level in model.attention_sizes for level in range(len(widths))]
     if head_channels is None and heads > 1:
         attended = {width for width, has in zip(widths, has_attention, strict=True) if has} | {widths[-1]}
         if len(attended) > 1:
@@ -96,36 +81,36 @@ def unet2d_config(
                 f"{' and '.join(map(str, sorted(attended)))} channels: nothing but model.head_channels can be exported"
             )
         head_channels = attended.pop() // heads
-    down = ["Attn" if has else "Resnet" if resample_in_blocks else "" for has in has_attention]
-    resampling = "resnet" if resample_in_blocks else "conv"
+    down = ["Attn" if has else "Resnet" if model.resample_in_blocks else "" for has in has_attention]
+    resampling = "resnet" if model.resample_in_blocks else "conv"
     ends = {"": "Block2D", "Attn": "Block2D", "Resnet": "sampleBlock2D"}
     return {
         "_class_name": "UNet2DModel",
         **_DEFAULTS,
-        **_CONVENTIONS[conventions],
+        **_CONVENTIONS[model.conventions],
         "sample_size": image_size,
         "in_channels": in_channels,
         "out_channels": out_channels,
         "block_out_channels": widths,
         "down_block_types": [f"{kind}Down{ends[kind]}" for kind in down],
         "up_block_types": [f"{kind}Up{ends[kind]}" for kind in reversed(down)],
-        "layers_per_block": layers_per_level,
+        "layers_per_block": model.layers_per_level,
         "downsample_type": resampling,
         "upsample_type": resampling,
         "attention_head_dim": head_channels,
-        "norm_num_groups": norm_groups,
-        "attn_norm_num_groups": norm_groups,
-        "resnet_time_scale_shift": "scale_shift" if scale_shift else "default",
-        "dropout": dropout,
+        "norm_num_groups": model.norm_groups,
+        "attn_norm_num_groups": model.norm_groups,
+        "resnet_time_scale_shift": "scale_shift" if model.scale_shift else "default",
+        "dropout": model.dropout,
         "num_class_embeds": num_classes or None,
     }
 
 
 def unet_options(config: Mapping[str, Any]) -> Options:
-    """The arguments of `UNet` that compute what diffusers' `UNet2DModel` does: the inverse of `unet2d_config`.
+    """Returns the arguments of `UNet` that equal a diffusers `UNet2DModel`: the inverse of `unet2d_config`.
 
     Raises:
-        NoCounterpartError: the configuration is of another network, or says something that ours cannot be told.
+        NoCounterpartError: the configuration is of another network, or has a value without a counterpart.
     """
     name = config.get("_class_name", "UNet2DModel")
     if name != "UNet2DModel":
@@ -157,7 +142,7 @@ def unet_options(config: Mapping[str, Any]) -> Options:
     groups, scale_shift = said.get("attn_norm_num_groups"), said["resnet_time_scale_shift"] == "scale_shift"
     if groups != said["norm_num_groups"] and (groups is not None or scale_shift):
         raise NoCounterpartError(f"attn_norm_num_groups={groups!r} has no counterpart: that of the other norms has")
-    # The last level changes no size, whatever its name says.
+    # The last level keeps the size, in spite of its name.
     resamples = {level.in_blocks for level in (*down[:-1], *up[1:])}
     attended = [level.has_attention for level in down]
     if len(resamples) > 1 or attended != [level.has_attention for level in up] or len(down) != len(widths):
@@ -182,7 +167,7 @@ def unet_options(config: Mapping[str, Any]) -> Options:
 
 
 class _Level(NamedTuple):
-    """What the type of a block of `UNet2DModel` says."""
+    """The meaning of a block type of `UNet2DModel`."""
 
     has_attention: bool
     in_blocks: bool
@@ -196,14 +181,13 @@ def _level(kind: str, resampling: str) -> _Level:
     return _Level(match[1] == "Attn", match[1] == "Resnet" or (match[1] == "Attn" and resampling == "resnet"))
 
 
-def scheduler_config(
-    *, schedule: str, timesteps: int, prediction: str, zero_terminal_snr: bool, variance: str, clip: bool, grid: str
-) -> Options:
-    """The `scheduler_config.json` of diffusers for a process: a `DDIMScheduler`, which cannot be told learnt variances.
+def scheduler_config(diffusion: Diffusion, drawing: Drawing) -> Options:
+    """Returns the `scheduler_config.json` of diffusers for a process: DDPM for a learnt variance, else DDIM.
 
     Raises:
-        NoCounterpartError: diffusers has no such process, or no such prediction for it.
+        NoCounterpartError: diffusers has no such process or prediction.
     """
+    schedule, timesteps, prediction = diffusion.schedule, diffusion.timesteps, diffusion.prediction
     if schedule == "sigmoid":
         betas = sigmoid_schedule(timesteps).betas.tolist()
         named: Options = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "trained_betas": betas}
@@ -211,34 +195,34 @@ def scheduler_config(
         name, start, end = _SCHEDULES[schedule]
         named = {"beta_schedule": name, "beta_start": start, "beta_end": end, "trained_betas": None}
     else:
-        raise NoCounterpartError(f"diffusion.schedule={schedule} has none among the schedulers of diffusers' pipelines")
+        raise NoCounterpartError(f"diffusion.schedule={schedule} has no counterpart in diffusers' pipelines")
     if prediction not in _PREDICTIONS:
-        raise NoCounterpartError(f"diffusion.prediction={prediction} is none that diffusers' DDIMScheduler knows")
+        raise NoCounterpartError(f"diffusion.prediction={prediction} has no counterpart in diffusers' DDIMScheduler")
     kind: Options = {"_class_name": "DDIMScheduler", "set_alpha_to_one": True}
-    if variance == "learned_range":
-        kind = {"_class_name": "DDPMScheduler", "variance_type": variance}
+    if diffusion.learns_variance:
+        kind = {"_class_name": "DDPMScheduler", "variance_type": diffusion.variance}
     return {
         **kind,
         "num_train_timesteps": timesteps,
         **named,
         "prediction_type": _PREDICTIONS[prediction],
-        "rescale_betas_zero_snr": zero_terminal_snr,
-        "clip_sample": clip,
+        "rescale_betas_zero_snr": diffusion.zero_terminal_snr,
+        "clip_sample": drawing.clip,
         "clip_sample_range": 1.0,
         "steps_offset": 0,
-        "timestep_spacing": grid if grid in ("leading", "trailing", "linspace") else "trailing",
+        "timestep_spacing": drawing.grid if drawing.grid in ("leading", "linspace") else "trailing",
         "thresholding": False,
     }
 
 
 def process_options(config: Mapping[str, Any]) -> Options:
-    """What a `scheduler_config.json` of diffusers says of the process: `schedule`, `timesteps`, `prediction`, ….
+    """Returns the settings of the process in a `scheduler_config.json` of diffusers: `schedule`, `timesteps`, ….
 
     Raises:
-        NoCounterpartError: it is of another process than ours, or its network predicts something else.
+        NoCounterpartError: the process or the prediction has no counterpart.
     """
     kind = str(config.get("_class_name", "DDPMScheduler"))
-    if kind.removesuffix("Scheduler") not in _OF_BETAS:
+    if not _OF_BETAS.fullmatch(kind):
         raise NoCounterpartError(f"{kind} has no counterpart: schedulers of betas have, such as DDPMScheduler")
     for key, value in _USUAL.items():
         if config.get(key, value) != value:
@@ -276,7 +260,7 @@ def process_options(config: Mapping[str, Any]) -> Options:
 
 
 def drawing_options(config: Mapping[str, Any]) -> Options:
-    """What a `scheduler_config.json` of diffusers says of how images are drawn: `clip`, and a DDPM's `variance`."""
+    """Returns the settings of sampling in a `scheduler_config.json` of diffusers: `clip`, and a DDPM's `variance`."""
     found: Options = {"clip": bool(config.get("clip_sample", True))}
     if (variance := config.get("variance_type", "fixed_small")) in ("fixed_small", "fixed_large"):
         found["variance"] = variance
@@ -284,30 +268,22 @@ def drawing_options(config: Mapping[str, Any]) -> Options:
 
 
 def with_null_class(embeddings: Tensor) -> Tensor:
-    """Embeddings of classes [n, E] with one of zeros behind them, for images of no class: [n + 1, E]."""
+    """Returns embeddings of classes [n, E] followed by zeros for images without a class: [n + 1, E]."""
     return F.pad(embeddings, (0, 0, 0, 1))
 
 
-_OF_BETAS = (
-    *("DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "DDIMInverse", "PNDM", "LMSDiscrete", "EulerDiscrete"),
-    *("EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverMultistep"),
-    *(
-        "DPMSolverMultistepInverse",
-        "DPMSolverSinglestep",
-        "DPMSolverSDE",
-        "DEISMultistep",
-        "UniPCMultistep",
-        "SASolver",
-    ),
+_OF_BETAS = re.compile(
+    "(DDPM(Parallel)?|DDIM(Parallel|Inverse)?|PNDM|LMSDiscrete|Euler(Ancestral)?Discrete|HeunDiscrete|KDPM2(Ancestral)?"
+    "Discrete|DPMSolver(Multistep|MultistepInverse|Singlestep|SDE)|DEISMultistep|UniPCMultistep|SASolver)Scheduler"
 )
-"""Schedulers of diffusers whose process is a table of betas; others call their keys alike."""
+"""Schedulers of diffusers whose process is a table of betas; the others have keys of the same names."""
 _USUAL: Options = {"thresholding": False, "clip_sample_range": 1.0}
 PREFIXES = ("ema_model.", "module.", "_orig_mod.", "model.", "unet.")
-"""What wrappers put before the names of parameters: DDP, torch.compile, averages, whoever holds a network."""
+"""Prefixes of parameter names that wrappers add: DDP, torch.compile, averages, and modules that hold a network."""
 
 
 def without_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters under their own names; where there are averages beside the weights, the averages alone."""
+    """Returns the parameters without the wrappers' prefixes; of weights and their averages, the averages alone."""
     named = dict(tensors)
     while prefix := next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in named)), None):
         named = {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
@@ -331,11 +307,11 @@ _HO = (
     (r"(.*attentions\.\d+)\.(q|k|v)\.", r"\1.to_\2."),
     (r"(.*attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
 )
-"""Beginnings of names in Ho et al.'s networks, in the order in which they are replaced."""
+"""Prefixes of names in Ho et al.'s networks and their replacements, in the order of replacement."""
 
 
 def with_names_of_today(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a diffusers folder, whose attention may have older names."""
+    """Returns the tensors of a diffusers folder with the present names of the attention."""
 
     def renamed(name: str) -> str:
         where, _, end = name.rpartition(".")
@@ -346,13 +322,13 @@ def with_names_of_today(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_ho(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a network of Ho et al. in pesser/pytorch_diffusion's names, under those of `UNet`."""
+    """Returns the tensors of a network of Ho et al., as in pesser/pytorch_diffusion, with the names of `UNet`."""
     levels = len({name.split(".")[1] for name in tensors if name.startswith("up.")})
 
     def renamed(name: str) -> str:
         for pattern, replacement in _HO:
             name = re.sub(f"^{pattern}", replacement, name)
-        # They count the levels of the way up by their size.
+        # They number the levels of the way up by size.
         return re.sub(r"^up_blocks\.(\d+)", lambda match: f"up_blocks.{levels - 1 - int(match[1])}", name)
 
     named = {renamed(name): tensor for name, tensor in tensors.items()}
@@ -363,14 +339,14 @@ def from_ho(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def ho_options(tensors: Mapping[str, Tensor], image_size: int | None = None) -> Options:
-    """The arguments of `UNet` for tensors that `from_ho` has named; their shapes tell all but the size of the images.
+    """Returns the arguments of `UNet` for tensors of `from_ho`; their shapes determine all but the size of the images.
 
     Args:
-        tensors: by `UNet`'s names.
-        image_size: none: that at which the attention is at 16 pixels, as in all of Ho et al.'s networks.
+        tensors: with the names of `UNet`.
+        image_size: None: the size at which the attention is at 16 pixels, as in all of Ho et al.'s networks.
 
     Raises:
-        NoCounterpartError: there are no tensors of such a network, or no attention to tell the size by.
+        NoCounterpartError: the tensors are of another network, or do not determine the size of the images.
     """
     try:
         channels = len(tensors["conv_in.weight"])
@@ -380,7 +356,7 @@ def ho_options(tensors: Mapping[str, Tensor], image_size: int | None = None) -> 
         raise NoCounterpartError(f"the tensor {error} is not there") from None
     attended = [level for level in range(levels) if f"down_blocks.{level}.attentions.0.to_q.weight" in tensors]
     if image_size is None and not attended:
-        raise NoCounterpartError("nothing in it tells the size of its images: say it")
+        raise NoCounterpartError("the tensors do not determine the size of the images: give it")
     size = image_size or 16 * 2 ** attended[0]
     return {
         "image_size": size,

@@ -1,4 +1,4 @@
-"""Encoded images: of each a normal distribution, of which every image number draws (Rombach et al. 2022, 3.1)."""
+"""Encoded images: each is a normal distribution, of which every image number draws (Rombach et al. 2022, 3.1)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ddpm import randomness
 
 @dataclass(frozen=True)
 class Latents:
-    """What a dataset's latents are like: with it they get mean 0 and deviation 1 in each of their C channels."""
+    """The statistics that normalise a dataset's latents to mean 0 and deviation 1 in each of their C channels."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def drawn(self, seed: int, image_numbers: Tensor, moments: Tensor) -> Tensor:
-        """x_0 of images: z ~ N(mean, exp(log-variance)), normalised; a function of the seed and the images' numbers.
+        """Returns x_0 of images: z ~ N(mean, exp(log-variance)), normalised, by the seed and the images' numbers.
 
         Args:
-            seed: of the run.
+            seed: the run's seed.
             image_numbers: int64 [b].
             moments: mean and log-variance, [b, 2 C, h, w].
 
@@ -34,7 +34,7 @@ class Latents:
         return (mean + (0.5 * log_variance).exp() * noise - centre) / scale
 
     def restored(self, x: Tensor) -> Tensor:
-        """Latents as the autoencoder decodes them, of x_0 [b, C, h, w]."""
+        """Returns the latents that the autoencoder decodes, for x_0 [b, C, h, w]."""
         centre, scale = self._of(x)
         return x * scale + centre
 

@@ -1,7 +1,7 @@
-"""How far apart two sets of images are, by their features, float32 [n, D]; drawn ones first, real ones second.
+"""Distances of two sets of images, by their features, float32 [n, D]; drawn images first, real ones second.
 
-Formulas are torch-fidelity's where it has them and is quick. Sums are float64, so that the same features give the same
-score whatever batches and processes they came from.
+Formulas are torch-fidelity's where it is fast enough. Sums are float64, so that the same features give the same score
+for any batches and processes.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm.catalogue import METRICS
+
 KID_SUBSETS, KID_SUBSET_IMAGES = 100, 1000
-"""Bińkowski et al. 2018, as most implementations have it."""
+"""Bińkowski et al. 2018, with the numbers of most implementations."""
 PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
 """Kynkäänniemi et al. 2019, section 3; Naeem et al. 2020, section 4."""
 MOST_NEIGHBOURS_IMAGES = 10_000
-"""Of each side, in which neighbours are looked for: all pairs of distances are held."""
+"""Largest number of images of each side for nearest neighbours, since all pairs of distances are in memory."""
 PROJECTIONS, MIND_SEED = 1000, 0
 _CHUNK = 4096
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean, float64 [D], and unbiased covariance, float64 [D, D]."""
+    """Returns the mean, float64 [D], and the unbiased covariance, float64 [D, D]."""
     count, total, squares = len(features), 0.0, 0.0
     for part in features.split(_CHUNK):
         rows = part.double().cpu()
@@ -34,9 +36,9 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fid(drawn: Tensor, real: Tensor) -> float:
-    """The squared Fréchet distance of two Gaussians (Heusel et al. 2017, equation 6).
+    """Returns the squared Fréchet distance of two Gaussians (Heusel et al. 2017, equation 6).
 
-    The trace of (Σ₁ Σ₂)^½ is that of (Σ₁^½ Σ₂ Σ₁^½)^½, whose matrix is symmetric, which is much faster.
+    The trace of (Σ₁ Σ₂)^½ equals that of (Σ₁^½ Σ₂ Σ₁^½)^½, whose symmetric matrix is much faster.
     """
     (mean_drawn, of_drawn), (mean_real, of_real) = moments(drawn), moments(real)
     values, vectors = torch.linalg.eigh(of_drawn)
@@ -47,10 +49,10 @@ def fid(drawn: Tensor, real: Tensor) -> float:
 
 
 def kid(drawn: Tensor, real: Tensor) -> tuple[float, float]:
-    """The unbiased squared MMD with the kernel (x·y/D + 1)³ (Bińkowski et al. 2018, section 4) over subsets.
+    """Returns the unbiased squared MMD with the kernel (x·y/D + 1)³ (Bińkowski et al. 2018, section 4) over subsets.
 
     Returns:
-        The mean over 100 subsets of 1,000 images of each side, or of all of the smaller, and their deviation.
+        The mean and the deviation over 100 subsets of 1,000 images of each side, or of the size of the smaller side.
     """
     from torch_fidelity.metric_kid import kid_features_to_metric
 
@@ -62,13 +64,13 @@ def kid(drawn: Tensor, real: Tensor) -> tuple[float, float]:
 
 
 def prdc(drawn: Tensor, real: Tensor) -> dict[str, float]:
-    """Precision and recall (Kynkäänniemi et al. 2019) and density and coverage (Naeem et al. 2020, equations 3 and 5).
+    """Returns precision, recall (Kynkäänniemi et al. 2019), density, coverage (Naeem et al. 2020, equations 3 and 5).
 
-    Of up to 10,000 images of each side, by as many nearest neighbours as the papers take: 3 and 5.
+    They use up to 10,000 images of each side and the papers' numbers of nearest neighbours: 3 and 5.
     """
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    # In float32 distances of near neighbours round to equal ones, or past each other.
+    # In float32 the distances of near neighbours may round to equal ones, or change their order.
     drawn, real = drawn[:MOST_NEIGHBOURS_IMAGES].double(), real[:MOST_NEIGHBOURS_IMAGES].double()
     options = {"prc_neighborhood": PRECISION_NEIGHBOURS, "prc_batch_size": _CHUNK, "save_cpu_ram": True}
     found = prc_features_to_metric(drawn, real, verbose=False, **options)
@@ -87,9 +89,9 @@ def prdc(drawn: Tensor, real: Tensor) -> dict[str, float]:
 
 
 def mind(drawn: Tensor, real: Tensor) -> float:
-    """3 D times the squared sliced Wasserstein distance (Berthet et al. 2026, arXiv 2605.06797): 1,000 directions.
+    """Returns 3 D times the squared sliced Wasserstein distance (Berthet et al. 2026, arXiv 2605.06797).
 
-    Of two sides that are not equally many, as many of the first images as the smaller has.
+    It uses 1,000 directions, and of the larger side as many of the first images as the smaller one has.
     """
     count, width = min(len(drawn), len(real)), drawn.shape[1]
     directions = torch.randn(PROJECTIONS, width, generator=torch.Generator().manual_seed(MIND_SEED))
@@ -102,10 +104,10 @@ def mind(drawn: Tensor, real: Tensor) -> float:
 
 
 def inception_score(logits: Tensor) -> tuple[float, float]:
-    """Exp of the mean divergence of p(class | image) from p(class) (Salimans et al. 2016, section 4), in ten parts.
+    """Returns exp of the mean divergence of p(class | image) from p(class), in ten parts (Salimans et al. 2016).
 
     Args:
-        logits: of the images that were drawn, [n, classes].
+        logits: of the drawn images, [n, classes].
 
     Returns:
         The mean over the parts, and their deviation.
@@ -116,19 +118,19 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
     return found["inception_score_mean"], found["inception_score_std"]
 
 
-COMPARISONS = {"fid": fid, "kid": kid, "prdc": prdc, "mind": mind}
-"""What compares two sets of features, by the words that choose them."""
+COMPARISONS = {name: globals()[name] for name, metric in METRICS.items() if metric.of == "features"}
+"""The functions that compare two sets of features, by the names of their metrics."""
 
 
 def compared(chosen: tuple[str, ...], drawn: Tensor, real: Tensor) -> Iterator[tuple[str, float]]:
-    """The scores of these comparisons, by name; deviations as `kid_std`."""
+    """Yields the scores of these comparisons by name, with deviations as `kid_std`."""
     for metric in chosen:
         found: Any = COMPARISONS[metric](drawn, real)
         if isinstance(found, dict):
             yield from found.items()
         elif isinstance(found, tuple):
             yield metric, found[0]
-            # Of a single subset there is none.
+            # A single subset has no deviation.
             if found[1]:
                 yield f"{metric}_std", found[1]
         else:

@@ -1,4 +1,4 @@
-"""A trained network and all that is needed to draw from it: `ddpm.load(folder).sample(16, seed=0)`."""
+"""A trained network with all that sampling needs: `ddpm.load(folder).sample(16, seed=0)`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -17,42 +17,39 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ddpm import figures, interop, networks
+from ddpm.catalogue import Diffusion, Drawing
 from ddpm.generation import Callback, Sampling, Walk, evaluations_of, from_noise, generate, make_denoiser, noise_of
-from ddpm.guidance import Guidance
 from ddpm.objective import Condition
 from ddpm.prediction import Prediction
 from ddpm.process import Process, make_process
 from ddpm.samplers import Denoiser, NoiseAt
 
 MOST_TIMESTEPS = 100_000
-"""Of a process that is loaded."""
-USUAL_STEPS = 100
-"""Of samplers other than `ddpm`, if nobody says otherwise."""
+"""Limit of the timesteps of a process that is loaded."""
 _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 _SCHEDULER = "scheduler_config.json"
 
 
 class NotFiniteError(ValueError):
-    """A network draws what are no numbers."""
+    """A network draws values that are not finite."""
 
 
 @dataclass
 class Model:
-    """A network in evaluation mode with its process. Image k depends on its seed alone.
+    """A network in evaluation mode with its process. An image depends on its seed alone.
 
     Attributes:
-        network: of the images' shape, or of twice their channels where it gives variances as well.
-        process: the one it was trained with.
-        prediction: what its output means.
-        image_shape: (C, H, W) of what it draws.
-        sampling: how it draws if nobody says otherwise.
-        classes: names of those that it knows, by number.
-        null_class: whether it also knows a class behind them that stands for none, as guidance needs.
-        self_conditioning: whether it is shown its own estimate.
-        offset_noise: as it was trained with; see `noise_of`.
+        network: its output has the images' shape, or twice their channels if it predicts variances as well.
+        process: the process of its training.
+        prediction: the meaning of its output.
+        image_shape: (C, H, W) of the images or latents.
+        sampling: the default settings of sampling.
+        classes: names of the network's classes, by number.
+        null_class: whether a further class stands for images without a class, as guidance needs.
+        diffusion: the settings of its training.
         autocast: context for the network alone, such as bf16 autocast.
-        decode: makes pixels [B, c, h, w] of what is drawn, where that are latents; `pixels` clamps them to [-1, 1].
-        worse: a network that has learnt less, to be guided away from.
+        decode: decodes latents to pixels [B, c, h, w]; `pixels` clamps these to [-1, 1].
+        worse: a network with less training, for guidance away from it.
     """
 
     network: nn.Module
@@ -62,15 +59,14 @@ class Model:
     sampling: Sampling
     classes: tuple[str, ...] = ()
     null_class: bool = False
-    self_conditioning: bool = False
-    offset_noise: float = 0.0
+    diffusion: Diffusion = field(default_factory=Diffusion)
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext
     decode: Callable[[Tensor], Tensor] | None = None
     worse: nn.Module | None = None
 
     @property
     def device(self) -> torch.device:
-        """Of the network."""
+        """Returns the network's device."""
         return next(self.network.parameters()).device
 
     def sample(
@@ -81,29 +77,29 @@ class Model:
         classes: str | int | Sequence[str | int] | None = None,
         sampler: str | None = None,
         steps: int | None = None,
-        guidance: float | Guidance | None = None,
+        guidance: float | None = None,
         batch_size: int = 64,
         as_tensor: bool = False,
         **options: Any,
     ) -> list[Image.Image] | Tensor:
-        """Draws images: number k is that of seed `seed` + k, whatever the others are.
+        """Draws images: number k is that of seed `seed` + k, for any number of images.
 
         Args:
-            images: how many.
-            seed: of the first.
-            classes: names or numbers of those that seeds take in turn; all if none are named.
+            images: number of images.
+            seed: seed of the first image.
+            classes: names or numbers of the classes that the seeds take in turn; None: all.
             sampler: such as `ddim`, `unipc` or `ddpm`.
-            steps: points that are visited.
-            guidance: away from images of no class; 1 is none.
+            steps: number of sampling steps.
+            guidance: scale of the guidance away from images without a class; 1: off.
             batch_size: images at a time.
-            as_tensor: gives float32 [B, C, H, W] in [-1, 1] on the network's device, and not pictures.
-            options: others of `Sampling`, such as `eta` or `grid`.
+            as_tensor: whether to return float32 [B, C, H, W] in [-1, 1] on the network's device instead of pictures.
+            options: further fields of `Sampling`, such as `eta` or `grid`.
 
         Raises:
-            ValueError: a number that means nothing; no such class, sampler or grid; more steps than the process has;
-                guidance that the network has not learnt.
-            NotFiniteError: it draws what are no numbers.
-            TypeError: there is no such option.
+            ValueError: a number is out of range, a class, sampler or grid is unknown, there are more steps than
+                timesteps, or the network has not learnt what guidance needs.
+            NotFiniteError: the network draws values that are not finite.
+            TypeError: an option is unknown.
         """
         for name, count in {"images": images, "batch_size": batch_size, "steps": 1 if steps is None else steps}.items():
             if count < 1:
@@ -115,7 +111,7 @@ class Model:
         if classes is not None:
             options["labels"] = self._labels(classes)
         if guidance is not None:
-            options["guidance"] = guidance if isinstance(guidance, Guidance) else Guidance(float(guidance))
+            options["guidance"] = float(guidance)
         sampling = self._sampling(sampler, steps, options)
         with _bar(total=images * self.evaluations_of(sampling)) as advance:
             parts = []
@@ -129,70 +125,72 @@ class Model:
         return [Image.fromarray(each[:, :, 0] if each.shape[2] == 1 else each) for each in pixels]
 
     def _sampling(self, sampler: str | None, steps: int | None, options: dict[str, Any]) -> Sampling:
-        """Returns how this model draws with these options."""
+        """Returns this model's settings with these options."""
         own, all_steps = self.sampling.sampler, self.process.num_timesteps
         if steps is None and sampler not in (None, own) and "ddpm" in (sampler, own):
-            # Few steps are noise for ancestral sampling, and others need few.
-            steps = all_steps if sampler == "ddpm" else min(USUAL_STEPS, all_steps)
+            # Ancestral sampling draws noise in few steps, and the other samplers need only few.
+            steps = all_steps if sampler == "ddpm" else min(Drawing.steps, all_steps)
         chosen = {"steps": steps, "sampler": sampler, **options}
         sampling = replace(self.sampling, **{key: value for key, value in chosen.items() if value is not None})
-        if sampling.guidance.scale != 1 and not self.null_class and self.worse is None:
+        if sampling.guidance != 1 and not self.null_class and self.worse is None:
             raise ValueError("guidance needs a network that has also learnt images without their class")
         return sampling
 
     def draw(
         self, seeds: Tensor, sampling: Sampling, callback: Callback | None = None, walk: Walk = from_noise
     ) -> Tensor:
-        """One batch: the images of these seeds, int64 [B] on the device, as pixels [B, C, H, W] in [-1, 1].
+        """Returns the images of these seeds, int64 [B] on the device, as pixels [B, C, H, W] in [-1, 1].
 
         Args:
-            seeds: of the images.
-            sampling: how they are drawn.
-            callback: see there.
-            walk: from their noise to the images.
+            seeds: seeds of one batch.
+            sampling: the settings.
+            callback: see `Callback`.
+            walk: from the noise to the images.
 
         Raises:
-            NotFiniteError: a pixel is none.
+            NotFiniteError: a pixel is not finite.
         """
         x = generate(self.denoiser(seeds, sampling, callback), self.process, sampling, self.noise_of(seeds), walk)
-        # As a picture it would be grey like any other.
+        # As a picture it would be grey, like a valid one.
         if not x.isfinite().all():
-            raise NotFiniteError("the network draws what are no finite numbers: draw from an earlier checkpoint")
+            raise NotFiniteError("the network draws values that are not finite: draw from an earlier checkpoint")
         return self.pixels(x)
 
     def pixels(self, x: Tensor) -> Tensor:
-        """Returns what a person sees of x [B, C, H, W], latents or images: float32 in [-1, 1]."""
+        """Returns the pixels of x [B, C, H, W], latents or images: float32 in [-1, 1]."""
         return (self.decode(x) if self.decode else x).clamp(-1, 1)
 
     def denoiser(self, seeds: Tensor, sampling: Sampling, callback: Callback | None = None) -> Denoiser:
-        """For images of these seeds, int64 [B] on the device: seed k is of class k mod classes, of those it takes."""
+        """Returns the denoiser for these seeds, int64 [B] on the device; seed k has class k mod n of n chosen ones."""
         taken = torch.tensor(sampling.labels or range(len(self.classes)), device=self.device)
-        start = torch.zeros(len(seeds), *self.image_shape, device=self.device) if self.self_conditioning else None
+        estimate = None
+        if self.diffusion.self_conditioning:
+            estimate = torch.zeros(len(seeds), *self.image_shape, device=self.device)
         return make_denoiser(
             self.network,
             self.process,
             self.prediction,
-            Condition(taken[seeds % len(taken)] if self.classes else None, start),
+            Condition(taken[seeds % len(taken)] if self.classes else None, estimate),
             clip=sampling.clip,
             autocast=self.autocast,
             callback=callback,
-            guidance=sampling.guidance,
+            guidance=sampling.guide,
             null_class=len(self.classes),
             worse=self.worse,
             with_share=(sampling.sampler, sampling.variance) == ("ddpm", "learned_range"),
         )
 
     def noise_of(self, seeds: Tensor) -> NoiseAt:
-        """The noise of seeds, int64 [B] on the device."""
-        return noise_of(seeds, self.image_shape, self.offset_noise)
+        """Returns the noise of seeds, int64 [B] on the device."""
+        return noise_of(seeds, self.image_shape, self.diffusion.offset_noise)
 
     def evaluations_of(self, sampling: Sampling, walk: Walk = from_noise) -> int:
-        """How often the network is asked for an image."""
+        """Returns the number of evaluations of the network for an image."""
         return evaluations_of(self.process, sampling, self.image_shape, walk)
 
     def _labels(self, classes: str | int | Sequence[str | int]) -> tuple[int, ...]:
         if not self.classes:
-            raise ValueError(f"classes={classes!r}: the network knows none, so leave them out")
+            raise ValueError(f"classes={classes!r}: the network has no classes, so leave them out")
         several: Iterable[Any] = [classes]
         if isinstance(classes, Iterable) and not isinstance(classes, str):
             several = classes
@@ -204,17 +202,17 @@ class Model:
     def _label(self, one: str | int) -> int:
         if one in self.classes:
             return self.classes.index(str(one))
-        # Also NumPy's numbers, but neither True nor 1.0.
+        # Accepts NumPy's integers, but neither True nor 1.0.
         if hasattr(one, "__index__") and not isinstance(one, bool) and 0 <= index(one) < len(self.classes):
             return index(one)
         near = difflib.get_close_matches(str(one), self.classes, 1)
         there = f"did you mean {near[0]!r}?" if near else f"there are {len(self.classes):,}: {', '.join(self.classes)}"
-        raise ValueError(f"there is no class {one!r}; {there:.300}")
+        raise ValueError(f"unknown class {one!r}; {there:.300}")
 
 
 @contextmanager
 def _bar(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, for whoever draws; quiet elsewhere."""
+    """Shows a progress bar on a terminal, and nothing elsewhere."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -224,28 +222,27 @@ def _bar(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
-    """The model in a folder of diffusers on disk: a pipeline of `UNet2DModel` and a scheduler, or the network alone.
+    """Loads the model of a diffusers folder on disk: a pipeline of `UNet2DModel` and a scheduler, or the network alone.
 
-    Nothing in it is run: weights are read from safetensors alone. It draws with `ddim` unless told otherwise.
+    It runs no code from the folder, since it reads weights from safetensors alone. The default sampler is `ddim`.
 
     Args:
         folder: with `unet/config.json`, or `config.json`.
-        device: none: the first GPU, if there is one.
+        device: None: the first GPU, if there is one.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no file of weights that can be read.
-        ValueError: it is no folder of diffusers, of a network or a process that has no counterpart here, or damaged;
-            the message says what it is.
+        FileNotFoundError: the folder or its weights are missing.
+        ValueError: the folder is not of diffusers, its network or process has no counterpart here, or it is corrupt.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is no folder: name one of diffusers, with unet/config.json in it")
+        raise FileNotFoundError(f"{root} is not a folder: name one of diffusers, with unet/config.json in it")
     inner = next((inner for inner in (root / "unet", root) if (inner / _CONFIG).is_file()), None)
     if inner is None:
-        raise ValueError(f"{root} is no folder of diffusers: neither unet/config.json nor config.json is in it")
+        raise ValueError(f"{root} is not a diffusers folder: neither unet/config.json nor config.json is in it")
     found = next((path for path in (root / "scheduler" / _SCHEDULER, root / _SCHEDULER) if path.is_file()), None)
     try:
         options = interop.unet_options(_json(inner / _CONFIG))
@@ -259,36 +256,37 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
         network.load_state_dict({name: each.float() for name, each in interop.with_names_of_today(tensors).items()})
         if not 1 <= int(said["timesteps"]) <= MOST_TIMESTEPS:
             raise ValueError(f"num_train_timesteps={said['timesteps']}: from 1 to {MOST_TIMESTEPS:,}")
-        process = make_process(said["schedule"], said["timesteps"], zero_terminal_snr=said["zero_terminal_snr"])
+        diffusion = Diffusion(**said, self_conditioning=options["in_channels"] == 2 * shape[0])
+        process = make_process(diffusion)
     except FileNotFoundError:
         raise
-    # What strangers write meets readers with anything; each means the same here.
+    # A corrupt folder may raise any of these in the readers.
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{root} cannot be loaded: {' '.join(str(error).split()):.300}") from None
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Model(
         network=network.to(device).eval().requires_grad_(False),
         process=process,
-        prediction=Prediction(said["prediction"]),
+        prediction=Prediction(diffusion.prediction),
         image_shape=shape,
-        sampling=Sampling(
-            "ddim", min(USUAL_STEPS, said["timesteps"]), "trailing", **interop.drawing_options(scheduler)
-        ),
+        sampling=Sampling(steps=min(Drawing.steps, diffusion.timesteps), **interop.drawing_options(scheduler)),
         classes=tuple(map(str, range(classes))),
-        self_conditioning=options["in_channels"] == 2 * shape[0],
+        diffusion=diffusion,
     )
 
 
 def _network_shape(options: interop.Options, variance: str) -> tuple[int, int, int]:
-    """(C, H, W) of the images of a network with these arguments.
+    """Returns (C, H, W) of the images of a network with these arguments.
 
     Raises:
-        ValueError: it gives something else than images, or takes something beside them.
+        ValueError: its numbers of channels do not fit a diffusion model.
     """
     channels = options["out_channels"] // (2 if variance == "learned_range" else 1)
     if options["in_channels"] not in (channels, 2 * channels):
-        said = f"from {options['in_channels']} channels {options['out_channels']}"
-        raise ValueError(f"it makes {said}: a scheduler with variance_type=learned_range is missing, or it is no model")
+        found = f"{options['in_channels']} channels to {options['out_channels']}"
+        raise ValueError(
+            f"the network maps {found}: a scheduler with variance_type=learned_range is missing, or it is another model"
+        )
     return channels, options["image_size"], options["image_size"]
 
 
@@ -298,7 +296,7 @@ def _weights(folder: Path) -> list[Path]:
     if (index := folder / f"{_WEIGHTS}.index.json").is_file():
         names = sorted({str(name) for name in _json(index).get("weight_map", {}).values()})
         if any("/" in name or not (folder / name).is_file() for name in names):
-            raise FileNotFoundError(f"{index} names files that are not there")
+            raise FileNotFoundError(f"{index} names files that are missing")
         return [folder / name for name in names]
     raise FileNotFoundError(
         f"{folder} has no {_WEIGHTS}: only safetensors are read here, for other files may run code; "
@@ -309,5 +307,5 @@ def _weights(folder: Path) -> list[Path]:
 def _json(path: Path) -> dict[str, Any]:
     said = json.loads(path.read_bytes())
     if not isinstance(said, dict):
-        raise ValueError(f"{path} is no JSON object")
+        raise ValueError(f"{path} does not hold a JSON object")
     return said

@@ -1,15 +1,16 @@
-"""The training loss: at which points of a process, what the network predicts there, how much each of them counts."""
+"""The training loss: the points of a process, the target of the network there, and the weight of each point."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ddpm import randomness
+from ddpm.catalogue import WEIGHTINGS, Diffusion, Drawing
 from ddpm.prediction import Prediction
 from ddpm.process import Point, Process, VariancePreserving, points_of
 from ddpm.variance import Posterior, bits, log_likelihood_of_levels, normal_kl, posteriors
@@ -18,57 +19,41 @@ QUARTILES = 4
 BOUND_WEIGHT = 1e-3
 """λ of the hybrid loss (Nichol & Dhariwal 2021, equation 16), on a bound in bits per dimension as in their code."""
 MOST_FLOW_WEIGHT = 400.0
-"""Of the squared error of x_0: 1/σ² at σ = 0.05, below which Li & He 2025 do not let it grow."""
-Weighting = Literal["plain", "snr", "min_snr", "soft_min_snr", "edm", "flow"]
-"""What the squared error counts: `plain` as it is at the output; the others say it on the error of x_0."""
+"""Limit of the weight `flow` on the error of x_0: 1/σ² at σ = 0.05, the smallest σ of Li & He 2025."""
 
 
 class Condition(NamedTuple):
-    """What a network is told beside the point."""
+    """The inputs of a network beside x_t and t."""
 
     labels: Tensor | None = None
-    """Class indices, int64 [B]; none for a network without classes."""
+    """Class indices, int64 [B]; None for a network without classes."""
     x_start: Tensor | None = None
-    """An estimate of x_0 [B, C, H, W] for a network with self-conditioning; without one it is zero."""
+    """An estimate of x_0 [B, C, H, W] for a network with self-conditioning; None stands for zeros."""
     augmentation: Tensor | None = None
-    """What was done to the images, float32 [B, n], for a network that takes it; without it nothing was."""
+    """Labels of augmentation, float32 [B, n], for a network that takes them; None: the images are not augmented."""
 
 
 UNCONDITIONAL = Condition()
 
 Network = Callable[[Tensor, Tensor, Condition], Tensor]
-"""(x_t at the scale that the process says [B, C, H, W], t float32 [B], condition) → output [B, C, H, W]. One that
-learns the variance gives [B, 2C, H, W]; in the second half, -1 is for β̃ and 1 for β (see `variance`)."""
-
-
-@dataclass(frozen=True)
-class Draws:
-    """How points are drawn, as a function of the image's number alone."""
-
-    kind: Literal["uniform", "log_normal"] = "uniform"
-    """Evenly over the process, or with a normal ln(σ/α): log-normal σ on EDM's (Karras et al. 2022, table 1), which is
-    a logit-normal σ on a rectified flow (Esser et al. 2024, section 3.1)."""
-    mean: float = -1.2
-    """Of ln(σ/α)."""
-    std: float = 1.2
-    stratified: bool = False
-    """Whether image i of a batch draws from its i-th part: (i + u)/batch, which every split over processes keeps."""
+"""(x_t at the input scale of the process [B, C, H, W], t float32 [B], condition) → output [B, C, H, W]. A network that
+learns the variance returns [B, 2C, H, W]; in the second half -1 stands for β̃ and 1 for β (see `variance`)."""
 
 
 class Drawn(NamedTuple):
-    """A point for each image of a batch and what goes with it, float32 [B] each."""
+    """A point for each image of a batch with its scale, weight and quartile, float32 [B] each."""
 
     t: Tensor
     alpha: Tensor
     sigma: Tensor
     input_scale: Tensor
-    """What x_t is multiplied with for the network."""
+    """Factor on x_t for the network's input."""
     weight: Tensor
-    """Of the squared error at the output."""
+    """Weight of the squared error of the output."""
     quartile: Tensor
     """0 for the quarter of the draws with the least noise, 3 for that with the most."""
     on_x_start: Tensor | None = None
-    """From here on a `Posterior`, where the variance is learnt."""
+    """The fields from here on are a `Posterior`, if the variance is learnt."""
     log_small: Tensor | None = None
     log_large: Tensor | None = None
 
@@ -77,32 +62,32 @@ class Drawn(NamedTuple):
 class Objective:
     """The squared error of a network's output at drawn points of a process.
 
-    All of it is float32; autocast, if any, belongs around the network alone.
+    Everything is float32; an autocast belongs around the network alone.
     """
 
     process: Process
     prediction: Prediction
-    weighting: Weighting = "plain"
-    gamma: float = 5.0
-    """γ of min-SNR and soft min-SNR."""
-    draws: Draws = Draws()
-    learned_variance: bool = False
-    """Whether the network also learns the variance of the ancestral step, by the variational bound."""
-    clip: bool = True
+    diffusion: Diffusion = field(default_factory=Diffusion)
+    """How noise levels are drawn and weighted, and whether the variance is learnt by the variational bound."""
+    clip: bool = Drawing.clip
     """Whether self-conditioning shows the network its estimate clipped to [-1, 1], as sampling will."""
 
     def __post_init__(self) -> None:
-        if self.weighting not in get_args(Weighting):
-            raise ValueError(f"unknown weighting {self.weighting!r}: choose one of {', '.join(get_args(Weighting))}")
+        diffusion = self.diffusion
+        if diffusion.weighting not in WEIGHTINGS:
+            raise ValueError(f"unknown weighting {diffusion.weighting!r}: choose one of {', '.join(WEIGHTINGS)}")
         last = self.process.numbered(torch.tensor([self.process.num_timesteps - 1]))
         if self.prediction.kind == "epsilon" and not last.alpha.all():
-            raise ValueError("no image can be told from a prediction of epsilon where the process leaves none of it")
-        if self.learned_variance and (not isinstance(self.process, VariancePreserving) or self.draws.kind != "uniform"):
-            raise ValueError("the variance is learnt of the steps of a table of betas, at points drawn uniformly")
+            raise ValueError(
+                "a prediction of epsilon does not determine the image in pure noise, where the process ends"
+            )
+        has_betas = isinstance(self.process, VariancePreserving)
+        if diffusion.learns_variance and (not has_betas or diffusion.draws != "uniform"):
+            raise ValueError("a learnt variance needs a table of betas, at points drawn uniformly")
 
     @cached_property
     def _posteriors(self) -> Tensor:
-        """Of all timesteps, float64 [3, T]."""
+        """Returns the posteriors of all timesteps, float64 [3, T]."""
         return torch.stack(posteriors(*self.process.numbered(torch.arange(self.process.num_timesteps))[1:]))
 
     def draw(self, seed: int, image_numbers: Tensor, batch_size_images: int) -> Tensor:
@@ -111,20 +96,21 @@ class Objective:
         Args:
             seed: the run's seed.
             image_numbers: int64 [B], on the host.
-            batch_size_images: of the global batch, which begins at a multiple of that.
+            batch_size_images: size of the global batch, which starts at a multiple of it.
 
         Returns:
-            float32 [6 or 9, B] on the host, for `Drawn`: one table is sent to the device at once.
+            float32 [6 or 9, B] on the host, for `Drawn`: one table, so that one copy to the device suffices.
         """
-        u = randomness.training_uniforms(seed, image_numbers)
-        if self.draws.stratified:
+        u, diffusion = randomness.training_uniforms(seed, image_numbers), self.diffusion
+        if diffusion.stratified:
             u = (image_numbers % batch_size_images + u) / batch_size_images
-        if self.draws.kind == "uniform":
+        if diffusion.draws == "uniform":
             point = self.process.uniform(u)
         else:
-            point = self.process.with_ratio((self.draws.mean + self.draws.std * torch.special.ndtri(u)).exp())
+            log_ratio = diffusion.draws_mean + diffusion.draws_std * torch.special.ndtri(u)
+            point = self.process.with_ratio(log_ratio.exp())
         scale = self.process.input_scale(point.sigma)
-        steps = self._posteriors[:, point.t.long()] if self.learned_variance else ()
+        steps = self._posteriors[:, point.t.long()] if diffusion.learns_variance else ()
         return torch.stack([*point, scale, self.weights(point), (u * QUARTILES).floor(), *steps]).float()
 
     def losses(
@@ -136,20 +122,20 @@ class Objective:
         condition: Condition = UNCONDITIONAL,
         conditions_on_itself: bool = False,
     ) -> Tensor:
-        """Noise the images, run the network, compare.
+        """Returns the loss of each image: noises the images, runs the network, and compares.
 
         Args:
             network: see `Network`.
             x_start: images [B, C, H, W] in [-1, 1].
             noise: standard normal ε, float32 [B, C, H, W].
             drawn: a point for each image.
-            condition: what else the network is told.
-            conditions_on_itself: whether that is to have the network's own estimate, of a first pass without gradient
+            condition: the network's further inputs.
+            conditions_on_itself: whether these include the network's own estimate, from a first pass without gradient
                 (Chen et al. 2023, algorithm 1).
 
         Returns:
-            float32 [B]: each image's squared error, averaged over its pixels and weighted. Where the variance is
-            learnt, λ T times the bound's term at this step is added, whose gradient does not reach the estimate.
+            float32 [B]: each image's squared error, averaged over its pixels and weighted. With a learnt variance it
+            adds λ T times the bound's term at this step, whose gradient does not reach the estimate.
         """
         alpha, sigma, scale = (row.view(-1, 1, 1, 1) for row in (drawn.alpha, drawn.sigma, drawn.input_scale))
         x_t = alpha * x_start + sigma * noise
@@ -162,7 +148,7 @@ class Objective:
         output, share = network(scale * x_t, drawn.t, condition).float().tensor_split([channels], dim=1)
         target = self.prediction.target(x_start, noise, point)
         losses = drawn.weight * (output - target).square().mean(dim=(1, 2, 3))
-        if not self.learned_variance:
+        if not self.diffusion.learns_variance:
             return losses
         estimate = self.prediction.x_start(output.detach(), x_t, point)
         posterior = Posterior(*(part.view(-1, 1, 1, 1) for part in drawn[6:] if part is not None))
@@ -179,18 +165,18 @@ class Objective:
         stands_for: Tensor,
         condition: Condition = UNCONDITIONAL,
     ) -> Tensor:
-        """An estimate of the variational bound on -log₂ p(x_0) per dimension, from one step of each image.
+        """Estimates the variational bound on -log₂ p(x_0) per dimension, from one step of each image.
 
         The bound is that of ancestral sampling over all points of any process (Ho et al. 2020, equation 5), with the
-        variance that was learnt or else β; at the last step β̃ of the one before, as Ho et al.'s `calc_bpd_loop` has it.
+        learnt variance or else β; the last step has β̃ of the step before, as in Ho et al.'s `calc_bpd_loop`.
 
         Args:
             network: see `Network`.
             x_start: images of 256 levels, float32 [B, C, H, W] in [-1, 1].
-            noise: standard normal ε, of that shape.
-            numbers: of the point of each image, int64 [B] in 0..T-1, on the host.
-            stands_for: of how many steps it takes the place, float32 [B]; see `spread_over_steps`.
-            condition: what else the network is told.
+            noise: standard normal ε, of the same shape.
+            numbers: number of each image's point, int64 [B] in 0..T-1, on the host.
+            stands_for: number of steps that it represents, float32 [B]; see `spread_over_steps`.
+            condition: the network's further inputs.
 
         Returns:
             float32 [B].
@@ -204,37 +190,33 @@ class Objective:
         output, share = network(scale * x_t, t, condition).float().tensor_split([x_start.shape[1]], dim=1)
         estimate = self.prediction.x_start(output, x_t, Point(t, alpha, sigma)).clamp(-1, 1)
         is_last = (numbers == 0).to(x_start.device)
-        share = (share + 1) / 2 if self.learned_variance else (~is_last).float().view(-1, 1, 1, 1)
+        share = (share + 1) / 2 if self.diffusion.learns_variance else (~is_last).float().view(-1, 1, 1, 1)
         (last,) = points_of(self.process.numbered(torch.tensor([self.process.num_timesteps - 1])))
-        # What sampling begins with has the standard deviation max(1, σ).
+        # The noise at the start of sampling has the standard deviation max(1, σ).
         log_variance, beginning = 2 * math.log(last.sigma), 2 * math.log(max(1.0, last.sigma))
         before = bits(normal_kl(last.alpha * x_start, log_variance, beginning))
         return before + stands_for.to(x_start.device) * _bound(posterior, is_last, x_start, estimate, share)
 
     def weights(self, point: Point[Tensor]) -> Tensor:
-        """The weight of the squared error at the output, float64 [B].
-
-        On the error of x_0 it is SNR, min(SNR, γ) (Hang et al. 2023, equation 7), SNR γ/(SNR + γ) (Crowson et al.
-        2024, section 4.2), λ (Karras et al. 2022, table 1), or that of the error of ε - x_0 (`flow`; on a rectified
-        flow 1/σ², the v-loss of Li & He 2025, section 4.3).
-        """
-        if self.weighting == "plain":
+        """Returns the weight of the squared error of the output, float64 [B]; the catalogue has it on that of x_0."""
+        weighting, gamma = self.diffusion.weighting, self.diffusion.gamma
+        if weighting == "plain":
             return torch.ones_like(point.sigma)
         snr = (point.alpha / point.sigma).square()
         factor = self.prediction.error_factor(point)
-        if self.weighting == "snr":
+        if weighting == "snr":
             return snr / factor
-        if self.weighting == "min_snr":
-            return snr.clamp(max=self.gamma) / factor
-        if self.weighting == "soft_min_snr":
-            return snr * self.gamma / (snr + self.gamma) / factor
-        if self.weighting == "flow":
+        if weighting == "min_snr":
+            return snr.clamp(max=gamma) / factor
+        if weighting == "soft_min_snr":
+            return snr * gamma / (snr + gamma) / factor
+        if weighting == "flow":
             return (1 + snr.sqrt()).square().clamp(max=MOST_FLOW_WEIGHT) / factor
         return (snr + self.prediction.sigma_data**-2) / factor
 
 
 def _bound(posterior: Posterior[Tensor], is_last: Tensor, x_start: Tensor, estimate: Tensor, share: Tensor) -> Tensor:
-    """The bound's term at each step, bits per dimension [B] (Nichol & Dhariwal 2021, equations 5, 6 and 15)."""
+    """Returns the bound's term at each step, bits per dimension [B] (Nichol & Dhariwal 2021, equations 5, 6 and 15)."""
     log_variance = share * posterior.log_large + (1 - share) * posterior.log_small
     kl = normal_kl(posterior.on_x_start * (x_start - estimate), posterior.log_small, log_variance)
     last = -log_likelihood_of_levels(x_start, estimate, log_variance)

@@ -1,33 +1,30 @@
-"""What a network's output means: q x_0 + p ε, whichever of ε, x_0, v, the flow or EDM's F it was trained for.
+"""The meaning of a network's output: q x_0 + p ε, for a prediction of ε, x_0, v, the flow or EDM's F.
 
 With x_t = α x_0 + σ ε this is one linear system, so one line recovers x_0 and one factor relates the errors.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from torch import Tensor
 
+from ddpm.catalogue import PREDICTIONS, Diffusion
 from ddpm.process import Number, Point
-
-PredictionKind = Literal["epsilon", "x0", "v", "flow", "edm"]
-"""ε (Ho et al. 2020), x_0, v (Salimans & Ho 2022), ε - x_0 (Liu et al. 2023), F (Karras et al. 2022)."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A meaning of the output. Points are of floats, or of tensors that broadcast against the images."""
+    """A meaning of the output. Points have floats, or tensors that broadcast against the images."""
 
-    kind: PredictionKind
-    sigma_data: float = 0.5
-    """The images' standard deviation, for `edm`."""
+    kind: str
+    sigma_data: float = Diffusion.sigma_data
+    """Standard deviation of the images, for `edm`."""
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(PredictionKind):
-            raise ValueError(f"unknown prediction {self.kind!r}: choose one of {', '.join(get_args(PredictionKind))}")
+        if self.kind not in PREDICTIONS:
+            raise ValueError(f"unknown prediction {self.kind!r}: choose one of {', '.join(PREDICTIONS)}")
 
     def coefficients(self, point: Point[Number]) -> tuple[Number | float, Number | float]:
-        """(q, p) at a point; those of F are Karras et al. 2022, table 1, for any α."""
+        """Returns (q, p) at a point; for F those of Karras et al. 2022, table 1, for any α."""
         if self.kind == "epsilon":
             return 0.0, 1.0
         if self.kind == "x0":
@@ -41,16 +38,16 @@ class Prediction:
         return point.sigma * inverse_root / self.sigma_data, -signal * inverse_root
 
     def target(self, x_start: Tensor, noise: Tensor, point: Point[Number]) -> Tensor:
-        """What the output should be, of the images' shape [B, C, H, W]."""
+        """Returns the target of the output, in the images' shape [B, C, H, W]."""
         q, p = self.coefficients(point)
         return q * x_start + p * noise
 
     def x_start(self, output: Tensor, x_t: Tensor, point: Point[Number]) -> Tensor:
-        """The x_0 that an output for x_t implies, float32 [B, C, H, W]; none can be told from ε where α is 0."""
+        """Returns the x_0 that an output for x_t implies, float32 [B, C, H, W]; ε implies no x_0 where α is 0."""
         q, p = self.coefficients(point)
         return (p * x_t - point.sigma * output) / (p * point.alpha - point.sigma * q)
 
     def error_factor(self, point: Point[Number]) -> Number | float:
-        """|output - target|² over |x̂_0 - x_0|²: SNR for ε, SNR + 1 for v, EDM's λ for F."""
+        """Returns |output - target|² over |x̂_0 - x_0|²: SNR for ε, SNR + 1 for v, EDM's λ for F."""
         q, p = self.coefficients(point)
         return (q - p * point.alpha / point.sigma) ** 2

@@ -1,37 +1,37 @@
 """Processes: the way from an image to noise, as points (t, α, σ) with x_t = α x_0 + σ ε.
 
-A point is all that an objective or a sampler needs to know of a process, so they serve DDPM, EDM and rectified flow
-alike. Points are computed in float64 on the host and rounded once: no step waits for the device, 1 - ᾱ, as small as
-4e-5, keeps its digits, and half precision never touches them (bfloat16 makes 1 of the first ten ᾱ of the linear one).
+Objectives and samplers need nothing of a process but its points, so they work for DDPM, EDM and rectified flow alike.
+The host computes points in float64 and rounds once: no step waits for the device, and 1 - ᾱ, as small as 4e-5, keeps
+its digits. Half precision is never used for them: in bfloat16 the first ten ᾱ of the linear schedule are 1.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Number = TypeVar("Number", float, Tensor)
+from ddpm.catalogue import SCHEDULES, Diffusion
 
-Schedule = Literal["linear", "scaled_linear", "cosine", "sigmoid", "edm", "flow"]
-"""The first four keep the variance; `edm` lets it explode; `flow` goes straight from the image to noise."""
+Number = TypeVar("Number", float, Tensor)
+TIMESTEPS = Diffusion.timesteps
 
 
 class Point(NamedTuple, Generic[Number]):
-    """A place on the way, of numbers for a sampler and of tensors [B] for a batch of images."""
+    """A noise level: numbers for a sampler, tensors [B] for a batch of images."""
 
     t: Number
-    """What the network is told."""
+    """The network's input for the noise level."""
     alpha: Number
-    """What is left of the image; 0 for pure noise."""
+    """Factor on the image; 0 for pure noise."""
     sigma: Number
-    """The noise's standard deviation; 0 for the clean image."""
+    """Standard deviation of the noise; 0 for the clean image."""
 
 
 CLEAN = Point(-1.0, 1.0, 0.0)
-"""Where sampling ends. No network is asked there."""
+"""The end of sampling, where no network is evaluated."""
 
 
 class Process(Protocol):
@@ -42,34 +42,34 @@ class Process(Protocol):
         """T."""
 
     def numbered(self, numbers: Tensor) -> Point[Tensor]:
-        """The points of these numbers, int64 [B] in 0..T-1; float64 [B]."""
+        """Returns the points of these numbers, int64 [B] in 0..T-1; float64 [B]."""
 
     def uniform(self, u: Tensor) -> Point[Tensor]:
-        """Points spread evenly over the way, for u in (0, 1), float64 [B]."""
+        """Returns points spread evenly over the process, for u in (0, 1), float64 [B]."""
 
     def with_ratio(self, ratio: Tensor) -> Point[Tensor]:
-        """The points where σ/α is `ratio`, float64 [B]."""
+        """Returns the points where σ/α is `ratio`, float64 [B]."""
 
     def input_scale(self, sigma: Number) -> Number:
-        """What x_t is multiplied with for the network, at points of these σ."""
+        """Returns the factor on x_t for the network's input, at points of these σ."""
 
 
 @dataclass(frozen=True, eq=False)
 class VariancePreserving:
-    """α² + σ² = 1, by a table of ᾱ_t = α² (Ho et al. 2020); its `betas` and `alphas_cumprod` are float64 [T]."""
+    """α² + σ² = 1, by a table of ᾱ_t = α² (Ho et al. 2020); `betas` and `alphas_cumprod` are float64 [T]."""
 
     betas: Tensor
     alphas_cumprod: Tensor
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> "VariancePreserving":
-        """Build the table.
+        """Returns the process of a table of β.
 
         Args:
             betas: float64 [T], each in (0, 1); the last may be 1.
 
         Raises:
-            ValueError: for another β, or none.
+            ValueError: for an empty table, or another β.
         """
         if betas.numel() == 0 or not bool(((betas > 0) & (betas <= 1)).all()) or bool((betas[:-1] == 1).any()):
             raise ValueError("a noise schedule needs at least one timestep, and every beta between 0 and 1")
@@ -81,27 +81,27 @@ class VariancePreserving:
         return len(self.betas)
 
     def numbered(self, numbers: Tensor) -> Point[Tensor]:
-        """The number itself is t."""
+        """Returns points whose t is the number."""
         alphas_cumprod = self.alphas_cumprod[numbers]
         return Point(numbers.double(), alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt())
 
     def uniform(self, u: Tensor) -> Point[Tensor]:
-        """Whole timesteps, as the network will see them when all are visited."""
+        """Returns whole timesteps, which are the network's inputs when a sampler visits all of them."""
         return self.numbered((u * self.num_timesteps).long())
 
     def with_ratio(self, ratio: Tensor) -> Point[Tensor]:
-        """T lies between whole timesteps, in proportion to ln(σ/α), as in k-diffusion; none lies beyond the table."""
+        """Returns points with t between whole timesteps, by ln(σ/α), as in k-diffusion, and within the table."""
         known = ((1 - self.alphas_cumprod) / self.alphas_cumprod).log() / 2
         t = torch.from_numpy(np.interp(ratio.log().numpy(), known.numpy(), np.arange(self.num_timesteps)))
         alpha = (1 + ratio.square()).rsqrt()
         return Point(t, alpha, ratio * alpha)
 
     def input_scale(self, sigma: Number) -> Number:
-        """1: x_t has the variance of the images."""
+        """Returns 1, since x_t has the variance of the images."""
         return sigma * 0 + 1
 
     def with_zero_terminal_snr(self) -> "VariancePreserving":
-        """√ᾱ shifted and scaled so that nothing is left of the image at T-1 (Lin et al. 2024, algorithm 1)."""
+        """Returns the table with √ᾱ shifted and scaled to 0 at T-1 (Lin et al. 2024, algorithm 1)."""
         roots = self.alphas_cumprod.sqrt()
         alphas_cumprod = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square()
         before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
@@ -110,58 +110,60 @@ class VariancePreserving:
 
 @dataclass(frozen=True)
 class VarianceExploding:
-    """α = 1 (Karras et al. 2022, table 1). The network is told ln(σ)/4, and sees x_t at unit variance."""
+    """α = 1 (Karras et al. 2022, table 1). The network's inputs are ln(σ)/4, and x_t at unit variance."""
 
-    num_timesteps: int = 1000
-    """Numbered points, evenly spaced in ln σ."""
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    sigma_data: float = 0.5
-    """The images' standard deviation."""
+    num_timesteps: int = TIMESTEPS
+    """Number of points, evenly spaced in ln σ."""
+    sigma_min: float = Diffusion.sigma_min
+    sigma_max: float = Diffusion.sigma_max
+    sigma_data: float = Diffusion.sigma_data
+    """Standard deviation of the images."""
 
     def numbered(self, numbers: Tensor) -> Point[Tensor]:
-        """From σ_min to σ_max."""
+        """Returns points from σ_min to σ_max."""
         return self.uniform(numbers.double() / (self.num_timesteps - 1))
 
     def uniform(self, u: Tensor) -> Point[Tensor]:
-        """Evenly in ln σ."""
+        """Returns points evenly spaced in ln σ."""
         return self.with_ratio(self.sigma_min * (self.sigma_max / self.sigma_min) ** u)
 
     def with_ratio(self, ratio: Tensor) -> Point[Tensor]:
-        """σ is the ratio."""
+        """Returns points whose σ is the ratio."""
         return Point(ratio.log() / 4, torch.ones_like(ratio), ratio)
 
     def input_scale(self, sigma: Number) -> Number:
-        """c_in = 1/√(σ² + σ_data²)."""
+        """Returns c_in = 1/√(σ² + σ_data²)."""
         return (sigma**2 + self.sigma_data**2) ** -0.5
 
 
 @dataclass(frozen=True)
 class RectifiedFlow:
-    """α = 1 - σ: a straight line (Liu et al. 2023; Lipman et al. 2023). The network is told 1000 σ."""
+    """α = 1 - σ: a straight line (Liu et al. 2023; Lipman et al. 2023). The network's input is 1000 σ."""
 
-    num_timesteps: int = 1000
-    """Numbered points, evenly spaced in σ; the last is pure noise."""
+    num_timesteps: int = TIMESTEPS
+    """Number of points, evenly spaced in σ; the last is pure noise."""
 
     def numbered(self, numbers: Tensor) -> Point[Tensor]:
-        """σ from 1/T to 1."""
+        """Returns points with σ from 1/T to 1."""
         return self.uniform((numbers.double() + 1) / self.num_timesteps)
 
     def uniform(self, u: Tensor) -> Point[Tensor]:
-        """σ is u."""
+        """Returns points whose σ is u."""
         return Point(1000 * u, 1 - u, u)
 
     def with_ratio(self, ratio: Tensor) -> Point[Tensor]:
-        """σ = r/(1 + r), so that a normal ln(σ/α) is a logit-normal σ (Esser et al. 2024, section 3.1)."""
+        """Returns σ = r/(1 + r); a normal ln(σ/α) is a logit-normal σ (Esser et al. 2024, section 3.1)."""
         return self.uniform(ratio / (1 + ratio))
 
     def input_scale(self, sigma: Number) -> Number:
-        """1, as is usual."""
+        """Returns 1, as is usual."""
         return sigma * 0 + 1
 
 
-def linear_schedule(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> VariancePreserving:
-    """Evenly spaced β (Ho et al. 2020, section 4). The ends are not rescaled when T is not 1000.
+def linear_schedule(
+    num_timesteps: int = TIMESTEPS, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> VariancePreserving:
+    """Returns evenly spaced β (Ho et al. 2020, section 4). The ends are not rescaled for another T than 1000.
 
     Raises:
         ValueError: for fewer than one timestep or a β outside (0, 1).
@@ -171,9 +173,9 @@ def linear_schedule(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_en
 
 
 def scaled_linear_schedule(
-    num_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+    num_timesteps: int = TIMESTEPS, beta_start: float = 0.00085, beta_end: float = 0.012
 ) -> VariancePreserving:
-    """Evenly spaced √β, which latent-diffusion's code calls linear (Rombach et al. 2022).
+    """Returns evenly spaced √β, which latent-diffusion's code calls linear (Rombach et al. 2022).
 
     Raises:
         ValueError: for fewer than one timestep or a β outside (0, 1).
@@ -182,8 +184,10 @@ def scaled_linear_schedule(
     return VariancePreserving.from_betas(torch.linspace(*ends, max(num_timesteps, 0), dtype=torch.float64).square())
 
 
-def cosine_schedule(num_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> VariancePreserving:
-    """ᾱ(u) ∝ cos²(π/2 · (u+s)/(1+s)), u = t/T, with β_t = 1 - ᾱ((t+1)/T)/ᾱ(t/T) (Nichol & Dhariwal 2021, equation 17).
+def cosine_schedule(num_timesteps: int = TIMESTEPS, s: float = 0.008, max_beta: float = 0.999) -> VariancePreserving:
+    """Returns ᾱ(u) ∝ cos²(π/2 · (u+s)/(1+s)), u = t/T (Nichol & Dhariwal 2021, equation 17).
+
+    β_t is 1 - ᾱ((t+1)/T)/ᾱ(t/T).
 
     Args:
         num_timesteps: T.
@@ -198,14 +202,18 @@ def cosine_schedule(num_timesteps: int = 1000, s: float = 0.008, max_beta: float
 
 
 def sigmoid_schedule(
-    num_timesteps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max_beta: float = 0.999
+    num_timesteps: int = TIMESTEPS,
+    start: float = -3.0,
+    end: float = 3.0,
+    tau: float = 1.0,
+    max_beta: float = 0.999,
 ) -> VariancePreserving:
-    """ᾱ(u) = 1 at the start to 0 at the end of a sigmoid's stretch (Jabri et al. 2023), β as in `cosine`.
+    """Returns ᾱ(u) along part of a sigmoid, scaled to 1 … 0 (Jabri et al. 2023), with β as in `cosine_schedule`.
 
     Args:
         num_timesteps: T.
-        start: where on the sigmoid u = 0 lies.
-        end: where u = 1 lies.
+        start: place of u = 0 on the sigmoid.
+        end: place of u = 1.
         tau: temperature; lucidrains' default is 1.
         max_beta: cap on β, reached at the last timestep only.
 
@@ -217,48 +225,34 @@ def sigmoid_schedule(
     return _from_curve((stretch[-1] - stretch) / (stretch[-1] - stretch[0]), max_beta)
 
 
-TABLES = {
-    "linear": linear_schedule,
-    "scaled_linear": scaled_linear_schedule,
-    "cosine": cosine_schedule,
-    "sigmoid": sigmoid_schedule,
-}
+TABLES = {name: globals()[f"{name}_schedule"] for name, schedule in SCHEDULES.items() if schedule.has_betas}
 """The processes that are a table of β, by name."""
 
 
-def make_process(
-    schedule: Schedule,
-    num_timesteps: int = 1000,
-    *,
-    zero_terminal_snr: bool = False,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
-    sigma_data: float = 0.5,
-) -> Process:
-    """The process of this name with its paper's constants; the sigmas are those of `edm`.
+def make_process(diffusion: Diffusion) -> Process:
+    """Returns the process of these settings, with the constants of its paper.
 
     Raises:
-        ValueError: for an unknown name, fewer than one timestep, or `zero_terminal_snr` without a table of ᾱ.
+        ValueError: for an unknown schedule, fewer than one timestep, or `zero_terminal_snr` without a table of ᾱ.
     """
-    if schedule == "edm":
-        process: Process = VarianceExploding(num_timesteps, sigma_min, sigma_max, sigma_data)
-    elif schedule == "flow":
-        process = RectifiedFlow(num_timesteps)
-    elif schedule in TABLES:
-        table = TABLES[schedule](num_timesteps)
-        return table.with_zero_terminal_snr() if zero_terminal_snr else table
-    else:
-        raise ValueError(f"unknown schedule {schedule!r}: choose one of {', '.join([*TABLES, 'edm', 'flow'])}")
-    if zero_terminal_snr:
+    schedule, timesteps = diffusion.schedule, diffusion.timesteps
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
+    if schedule in TABLES:
+        table = TABLES[schedule](timesteps)
+        return table.with_zero_terminal_snr() if diffusion.zero_terminal_snr else table
+    if diffusion.zero_terminal_snr:
         raise ValueError(f"zero_terminal_snr rescales a table of betas, which the process {schedule!r} does not have")
-    return process
+    if schedule == "edm":
+        return VarianceExploding(timesteps, diffusion.sigma_min, diffusion.sigma_max, diffusion.sigma_data)
+    return RectifiedFlow(timesteps)
 
 
 def _from_curve(alphas_cumprod: Tensor, max_beta: float) -> VariancePreserving:
-    """From ᾱ at the T + 1 ends of the timesteps, float64, with a cap on β."""
+    """Returns the table of ᾱ at the T + 1 ends of the timesteps, float64, with a cap on β."""
     return VariancePreserving.from_betas((1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=max_beta))
 
 
 def points_of(points: Point[Tensor]) -> list[Point[float]]:
-    """A batch of points as a list for a sampler."""
+    """Returns a batch of points as a list, for a sampler."""
     return [Point(*numbers) for numbers in zip(*(part.tolist() for part in points), strict=True)]

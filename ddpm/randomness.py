@@ -1,8 +1,8 @@
 """Random draws keyed by (seed, image number): the same for any batch, micro-batch, world size and device.
 
 Every draw is a pure function of a key and a counter (Philox4x32-10; Salmon et al. 2011, "Parallel random numbers: as
-easy as 1, 2, 3"), so there is no generator state to save, and an image's noise does not depend on who computes it or
-beside whom. `torch.randn` cannot give that: its values depend on the batch it fills and, on CUDA, on the card.
+easy as 1, 2, 3"). So a checkpoint needs no state of a generator, and an image's noise does not depend on its process or
+its batch. `torch.randn` cannot do that: its values depend on the batch and, on CUDA, on the card.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Word = Tensor | int
-"""A 32-bit word, in an int64 tensor or a Python int. Words that are tensors broadcast against each other."""
+"""A 32-bit word, in an int64 tensor or a Python int. Tensors of words broadcast against each other."""
 
 _WORD_MASK = 0xFFFFFFFF
 _PHILOX_ROUNDS = 10
@@ -28,7 +28,7 @@ _COSINE_SERIES = [(-1) ** k / math.factorial(2 * k) for k in range(8)]
 
 
 class Purpose(IntEnum):
-    """What a draw is for; part of its counter. Renumbering would change the noise of every run that is resumed."""
+    """The purpose of a draw, part of its counter. Other numbers would change the noise of every resumed run."""
 
     TRAINING_NOISE = 0
     POINT = 1
@@ -47,14 +47,14 @@ class Purpose(IntEnum):
 def training_noise(
     seed: int, image_numbers: Tensor, shape: Sequence[int], device: torch.device | str, offset: float = 0.0
 ) -> Tensor:
-    """Standard normal noise ε for training images.
+    """Returns standard normal noise ε for training images.
 
     Args:
-        seed: the run's seed, of which 64 bits count.
+        seed: the run's seed; its 64 bits count.
         image_numbers: int64 [B], the images' numbers in the run.
         shape: (C, H, W) of one image.
-        device: where the noise is wanted.
-        offset: standard deviation of what each channel is shifted by as a whole (offset noise; Guttenberg 2023).
+        device: device of the noise.
+        offset: standard deviation of the shift of each channel as a whole (offset noise; Guttenberg 2023).
 
     Returns:
         float32 [B, C, H, W].
@@ -66,21 +66,21 @@ def training_noise(
 
 
 def latents_noise(seed: int, image_numbers: Tensor, shape: Sequence[int], device: torch.device | str) -> Tensor:
-    """What is drawn of the encoded images of these numbers, int64 [B]: standard normal, float32 [B, C, h, w]."""
+    """Returns the noise of the encoded images of these numbers, int64 [B]: standard normal, float32 [B, C, h, w]."""
     return _normals(Purpose.LATENTS, image_numbers, seed, shape, device)
 
 
 def sampling_noise(
     seeds: Tensor, draw: int, shape: Sequence[int], device: torch.device | str, offset: float = 0.0
 ) -> Tensor:
-    """Standard normal noise for sampling: an image's noise depends on its own seed and the draw alone.
+    """Returns standard normal noise for sampling, which depends on an image's seed and the draw alone.
 
     Args:
         seeds: int64 [B], one seed per image.
-        draw: which of the image's draws: 0 for the noise that sampling begins with, then as the sampler asks.
+        draw: number of the image's draw: 0 for the noise at the start, then in the order of the sampler.
         shape: (C, H, W) of one image.
-        device: where the noise is wanted.
-        offset: that of the training.
+        device: device of the noise.
+        offset: the offset noise of the training.
 
     Returns:
         float32 [B, C, H, W].
@@ -92,20 +92,20 @@ def sampling_noise(
 
 
 def training_uniforms(seed: int, image_numbers: Tensor) -> Tensor:
-    """Where between 0 and 1 the point of each image is drawn from.
+    """Returns the uniform number that decides the point of each image.
 
     Args:
         seed: the run's seed.
         image_numbers: int64 [B], the images' numbers in the run.
 
     Returns:
-        float64 [B], multiples of 2⁻³³ that are neither 0 nor 1, on the device of `image_numbers`.
+        float64 [B], multiples of 2⁻³³ strictly between 0 and 1, on the device of `image_numbers`.
     """
     return (_first_word(Purpose.POINT, image_numbers, seed).double() + 0.5) * 2.0**-32
 
 
 def training_flips(seed: int, image_numbers: Tensor) -> Tensor:
-    """Which images are mirrored.
+    """Returns whether each image is mirrored.
 
     Args:
         seed: the run's seed.
@@ -118,7 +118,7 @@ def training_flips(seed: int, image_numbers: Tensor) -> Tensor:
 
 
 def augmentation_uniforms(purpose: Purpose, seed: int, image_numbers: Tensor, count: int) -> Tensor:
-    """What decides what is done to each image, by `AUGMENT` or `CROP`: as `training_uniforms`, float64 [B, count]."""
+    """Returns the uniform numbers of `AUGMENT` or `CROP`, as `training_uniforms`, float64 [B, count]."""
     blocks = torch.arange(math.ceil(count / 4), device=image_numbers.device)
     words = philox((blocks, int(purpose), *_halves(image_numbers[:, None])), _halves(seed))
     flat = torch.stack([torch.as_tensor(word) for word in words], dim=-1).flatten(1)
@@ -126,37 +126,37 @@ def augmentation_uniforms(purpose: Purpose, seed: int, image_numbers: Tensor, co
 
 
 def drops_label(seed: int, image_numbers: Tensor, probability: float) -> Tensor:
-    """Which images are learnt without their class, bool [B] on the device of `image_numbers`, int64 [B]."""
+    """Returns whether each image is learnt without its class, bool [B], on the device of `image_numbers`, int64 [B]."""
     return _first_word(Purpose.LABEL_DROPOUT, image_numbers, seed) < probability * 2**32
 
 
 def conditions_on_itself(seed: int, batch_number: int) -> bool:
-    """Whether the network sees an estimate of its own in this batch, with probability 1/2: one coin for all ranks."""
+    """Returns whether the network gets its own estimate in this batch, with probability 1/2, the same on all ranks."""
     word, *_ = philox((0, int(Purpose.SELF_CONDITIONING), *_halves(batch_number)), _halves(seed))
     return int(word) >= 1 << 31
 
 
 def dropout_seed(seed: int, first_image_number: int) -> int:
-    """Seed of 63 bits for the dropout masks of the micro-batch that begins with this image number."""
+    """Returns the seed, 63 bits, of the dropout masks of the micro-batch that starts with this image number."""
     upper, lower, _, _ = philox((0, int(Purpose.DROPOUT), *_halves(first_image_number)), _halves(seed))
     return int(upper << 32 | lower) >> 1
 
 
 def philox(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tuple[Word, Word, Word, Word]:
-    """Philox4x32-10, a counter-based random function (Salmon et al. 2011, section 3.3).
+    """Computes Philox4x32-10, a counter-based random function (Salmon et al. 2011, section 3.3).
 
     Args:
         counter: four words in 0..2³²-1.
         key: two words in 0..2³²-1.
 
     Returns:
-        Four random words in 0..2³²-1, of the shape that counter and key broadcast to.
+        Four random words in 0..2³²-1, in the shape to which counter and key broadcast.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_PHILOX_ROUNDS):
-        # A product may wrap past 2⁶³: its upper word is still right after shift and mask. c1 and c3 keep whole
-        # products, whose upper words the next mask removes: that saves two passes over memory.
+        # A product may wrap past 2⁶³, but shift and mask still give its upper word. c1 and c3 keep whole products, and
+        # the next mask removes their upper words: that saves two passes over memory.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1 = ((product1 >> 32) ^ c1 ^ k0) & _WORD_MASK, product1
         c2, c3 = ((product0 >> 32) ^ c3 ^ k1) & _WORD_MASK, product0
@@ -165,7 +165,7 @@ def philox(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tu
 
 
 def _halves(number: Word) -> tuple[Word, Word]:
-    """Lower and upper word of 64-bit integers, negative ones in two's complement."""
+    """Returns the lower and the upper word of 64-bit integers, negative ones in two's complement."""
     return number & _WORD_MASK, (number >> 32) & _WORD_MASK
 
 
@@ -176,7 +176,7 @@ def _first_word(purpose: Purpose, numbers: Tensor, seed: int) -> Tensor:
 
 
 def _normals(purpose: Purpose, number: Word, seed: Word, shape: Sequence[int], device: torch.device | str) -> Tensor:
-    """float32 [B, *shape] for `number` or `seed` of shape [B]: value i of an image is word i mod 4 of block i div 4."""
+    """Returns float32 [B, *shape] for `number` or `seed` [B]: value i of an image is word i mod 4 of block i div 4."""
     # MPS has no float64.
     compute_device = "cpu" if torch.device(device).type == "mps" else device
     number, seed = (x[:, None].to(compute_device) if isinstance(x, Tensor) else x for x in (number, seed))
@@ -191,11 +191,11 @@ def _normals(purpose: Purpose, number: Word, seed: Word, shape: Sequence[int], d
 
 
 def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent standard normals, float64, from two words (Box & Muller 1958).
+    """Returns two independent standard normals, float64, from two words (Box & Muller 1958).
 
-    Built from +, -, × and ÷ alone, which IEEE 754 rounds in one way only. Library logarithms, cosines and even torch's
-    square root may differ in the last bit between vector bodies and scalar tails, thread counts, processors and cards;
-    rounding to float32 hides that almost always, not always.
+    It uses +, -, × and ÷ alone, whose rounding IEEE 754 defines. Library logarithms, cosines and even torch's square
+    root may differ in the last bit between vector bodies and scalar tails, thread counts, processors and cards;
+    rounding to float32 hides that almost always, but not always.
     """
     radius = _square_root(_logarithm((radius_word.double() + 0.5) * 2.0**-32).mul_(-2))
     cosine, sine = _cosine_and_sine(angle_word)
@@ -203,7 +203,7 @@ def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor
 
 
 def _logarithm(x: Tensor) -> Tensor:
-    """Natural logarithm of positive float64: ln(f·2ᵉ) = (e + ½) ln 2 + 2 artanh((f-√2)/(f+√2)) for f in [1, 2)."""
+    """Returns ln x of positive float64: ln(f·2ᵉ) = (e + ½) ln 2 + 2 artanh((f-√2)/(f+√2)) for f in [1, 2)."""
     bits = x.view(torch.int64)
     exponent = (bits >> 52) - 1023
     fraction = (bits & ((1 << 52) - 1) | (1023 << 52)).view(torch.float64)
@@ -212,7 +212,7 @@ def _logarithm(x: Tensor) -> Tensor:
 
 
 def _square_root(x: Tensor) -> Tensor:
-    """Square root of positive float64: x·(1/√x), by Newton's method from a guess that halves the exponent."""
+    """Returns the square root of positive float64: x·(1/√x), by Newton's method from a guess with half the exponent."""
     inverse_root = (_INVERSE_ROOT_GUESS - (x.view(torch.int64) >> 1)).view(torch.float64)
     minus_half = x * -0.5
     for _ in range(4):
@@ -221,7 +221,7 @@ def _square_root(x: Tensor) -> Tensor:
 
 
 def _cosine_and_sine(word: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of an angle uniform on the circle: series within ±π/4, then the angle is doubled twice."""
+    """Returns cosine and sine of a uniform angle: series within ±π/4, then the angle is doubled twice."""
     angle = (word - (1 << 31)).double().mul_(math.pi / 2**33)
     squared = angle * angle
     cosine, sine = _series(squared, _COSINE_SERIES), _series(squared, _SINE_SERIES).mul_(angle)
@@ -231,7 +231,7 @@ def _cosine_and_sine(word: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _series(x: Tensor, coefficients: list[float]) -> Tensor:
-    """Power series by Horner's rule, one rounded operation at a time: a fused multiply-add would round differently."""
+    """Sums a power series by Horner's rule, one operation at a time: a fused multiply-add would round differently."""
     total = torch.full_like(x, coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
         total.mul_(x).add_(coefficient)

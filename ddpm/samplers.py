@@ -1,26 +1,27 @@
 """Samplers: from noise to images, as flat functions of a denoiser and the points to visit.
 
-A denoiser maps (x_t, point) to an estimate of x_0, so the samplers know neither what the network predicts nor how the
-process is called. Coefficients are float64 on the host: no step waits for the device. Noise is asked for by the number
-of the draw, from 1; draw 0 is what sampling begins with.
+A denoiser maps (x_t, point) to an estimate of x_0, so samplers do not depend on the network's prediction or the
+process. Coefficients are float64 on the host: no step waits for the device. A sampler requests noise by the number of
+the draw, from 1; draw 0 is the noise at the start.
 """
 
 from collections.abc import Callable, Sequence
 from itertools import count, pairwise
 from math import exp, expm1, inf, log, sqrt
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm.catalogue import Drawing
 from ddpm.process import Point, Process, points_of
 
-Variance = Literal["fixed_small", "fixed_large", "learned_range"]
-"""Variance of an ancestral step: the posterior's β̃_t, β_t (Ho et al. 2020, section 3.2), or learnt, between them."""
-
 SHARES = {"fixed_small": 0.0, "fixed_large": 1.0}
-"""How far the variance lies from β̃_t to β_t, on a logarithmic scale (Nichol & Dhariwal 2021, equation 15)."""
+"""Place of the variance between β̃_t (0) and β_t (1), on a logarithmic scale (Nichol & Dhariwal 2021, equation 15)."""
+
+Points = Sequence[Point[float]]
+"""The points that a sampler visits, from that of x to where it ends."""
 
 Denoiser = Callable[[Tensor, Point[float]], Tensor]
 """(x_t [B, C, H, W], point) → the estimated x_0, float32 [B, C, H, W]; for `learned_range` [B, 2C, H, W]: x_0 and the
@@ -29,17 +30,17 @@ share of β_t."""
 NoiseAt = Callable[[int], Tensor]
 """Number of a draw → standard normal noise, float32 [B, C, H, W]."""
 
-Sampler = Callable[[Denoiser, Tensor, Sequence[Point[float]], NoiseAt], Tensor]
+Sampler = Callable[[Denoiser, Tensor, Points, NoiseAt], Tensor]
 """(denoiser, x at the first point, points, noise) → x at the last point."""
 
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -4 / 3, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -3 / 8))
-"""Weights of the last slopes, the newest first, for orders 1 to 4."""
+"""Weights of the last slopes, from the newest, for orders 1 to 4."""
 NOTHING_LEFT = 1e-3
-"""Where α is less, a step over σ/α would be nearly all of the way: a cosine's last one is from 20,000 to a few."""
+"""Smallest α for a step over σ/α: the first step of a cosine leads from 20,000 to a few, nearly the whole way."""
 
 
 class Visit(NamedTuple):
-    """A point that was visited, x_t and the estimated x_0 there, [B, C, H, W] each."""
+    """A visited point with x_t and the estimated x_0, [B, C, H, W] each."""
 
     point: Point[float]
     x: Tensor
@@ -47,25 +48,26 @@ class Visit(NamedTuple):
 
     @property
     def epsilon(self) -> Tensor:
-        """The noise in x_t; it is the slope of x/α over σ/α along the probability flow."""
+        """Returns the noise in x_t, which is the slope of x/α over σ/α along the probability flow."""
         return (self.x - self.point.alpha * self.x_start) / self.point.sigma
 
 
 Step = Callable[[Sequence[Visit], Point[float]], Tensor]
-"""(the last points that were visited, the newest first; where to go) → x there."""
+"""(the last visits, from the newest; the next point) → x at that point."""
 
 
 def ancestral(
-    denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt, variance: Variance = "fixed_small"
+    denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, variance: str = Drawing.variance
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, algorithm 2): x_s ~ q(x_s | x_t, x_0), on any grid of any process.
 
     Args:
         denoise: the denoiser.
-        x: what sampling begins with, float32 [B, C, H, W].
-        points: from that of x to where to end, with less noise each.
+        x: float32 [B, C, H, W], at the first point.
+        points: the points to visit, each with less noise.
         noise_at: the noise of each step that does not end at the clean image.
-        variance: how much of it is added.
+        variance: variance of that noise: the posterior's β̃_t (`fixed_small`), β_t (`fixed_large`; Ho et al. 2020,
+            section 3.2), or learnt, between them.
 
     Returns:
         x at the last point, float32 [B, C, H, W].
@@ -83,7 +85,7 @@ def ancestral(
     return x
 
 
-def ddim(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt, eta: float = 0.0) -> Tensor:
+def ddim(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, eta: float = Drawing.eta) -> Tensor:
     """DDIM (Song et al. 2021, equations 12 and 16), with ε derived from x_t and the (clipped) x_0.
 
     It is Euler's method on the probability-flow ODE in σ/α, and for η = 1 Euler's ancestral one (Karras et al. 2022;
@@ -92,8 +94,8 @@ def ddim(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at:
     Args:
         denoise: the denoiser.
         x: float32 [B, C, H, W], at the first point.
-        points: from that of x to where to end; growing noise, with η = 0, finds the noise of an image.
-        noise_at: the noise of each step that does not end at the clean image; not asked for η = 0.
+        points: the points to visit; with growing noise and η = 0 the result is the noise of an image.
+        noise_at: the noise of each step that does not end at the clean image; not called for η = 0.
         eta: η in [0, 1], the share of random noise.
 
     Returns:
@@ -107,37 +109,45 @@ def ddim(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at:
         if eta and after.sigma:
             beta = point.sigma**2 - (point.alpha / after.alpha * after.sigma) ** 2
             sigma_up = eta * after.sigma / point.sigma * sqrt(beta)
-        # Rounding may leave -1e-17 under the root where almost no signal is left.
+        # Rounding may give -1e-17 under the root where there is almost no signal.
         x = after.alpha * x_start + sqrt(max(after.sigma**2 - sigma_up**2, 0.0)) * epsilon
         if sigma_up:
             x = x + sigma_up * noise_at(next(draws))
     return x
 
 
+def euler_ancestral(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt) -> Tensor:
+    """Euler's ancestral method (Karras et al. 2022; k-diffusion), which is `ddim` with η = 1."""
+    return ddim(denoise, x, points, noise_at, eta=1.0)
+
+
 def heun(
     denoise: Denoiser,
     x: Tensor,
-    points: Sequence[Point[float]],
+    points: Points,
     noise_at: NoiseAt,
     process: Process,
-    churn: float = 0.0,
+    churn: float = Drawing.churn,
+    steps: int = 1,
 ) -> Tensor:
     """Heun's method for x/α over σ/α, with churn (Karras et al. 2022, algorithm 2, with S_min 0, S_max ∞, S_noise 1).
 
-    It asks twice a step. Steps to the clean image, and from where nothing is left of it, are Euler's and ask once.
+    It evaluates the denoiser twice per step. A step to the clean image, or from nearly pure noise, is Euler's and
+    evaluates it once.
 
     Args:
         denoise: the denoiser.
         x: float32 [B, C, H, W], at the first point.
-        points: from that of x to where to end.
-        noise_at: the noise of each step whose point is raised; not asked for churn 0.
-        process: says where the raised points are.
-        churn: S_churn over the number of all steps: before each, σ/α is raised by this part, √2 - 1 at most.
+        points: the points to visit.
+        noise_at: the noise of each step whose point is raised; not called for churn 0.
+        process: gives the raised points.
+        churn: S_churn; before each step σ/α is raised by S_churn over the number of all steps, √2 - 1 at most.
+        steps: the number of all steps, which `points` may be a part of.
 
     Returns:
         x at the last point, float32 [B, C, H, W].
     """
-    draws, raised_by = count(1), min(churn, sqrt(2) - 1)
+    draws, raised_by = count(1), min(churn / steps, sqrt(2) - 1)
     for point, after in pairwise(points):
         if raised_by and point.alpha >= NOTHING_LEFT:
             ratio = point.sigma / point.alpha
@@ -152,17 +162,17 @@ def heun(
     return x
 
 
-def dpmpp_2m(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2); see `ddim`. No noise is asked for."""
+def dpmpp_2m(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), without noise; see `ddim`."""
     return _multistep(denoise, x, points, exponential_step, 2)
 
 
-def dpmpp_3m(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt) -> Tensor:
-    """DPM-Solver++(3M): the same with a third estimate, and of third order. No noise is asked for."""
+def dpmpp_3m(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt) -> Tensor:
+    """DPM-Solver++(3M): `dpmpp_2m` with a third estimate, of third order."""
     return _multistep(denoise, x, points, exponential_step, 3)
 
 
-def dpmpp_sde_2m(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt) -> Tensor:
+def dpmpp_sde_2m(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt) -> Tensor:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022, section 6), whose step of first order is that of `ddim` with η = 1."""
     draws = count(1)
 
@@ -174,26 +184,26 @@ def dpmpp_sde_2m(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], n
     return _multistep(denoise, x, points, step, 2)
 
 
-def ipndm(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt, order: int = 3) -> Tensor:
-    """Adams and Bashforth's method for x/α over σ/α (iPNDM: Zhang & Chen 2023), up to order 4. No noise is asked for.
+def ipndm(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, order: int = Drawing.order) -> Tensor:
+    """Adams and Bashforth's method for x/α over σ/α (iPNDM: Zhang & Chen 2023), up to order 4, without noise.
 
-    Its weights are those of evenly spaced σ/α; on other grids its order is 2 at most.
+    Its weights are exact for evenly spaced σ/α; on other grids its order is 2 at most.
     """
     return _multistep(denoise, x, points, ipndm_step, order)
 
 
-def deis(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt, order: int = 3) -> Tensor:
+def deis(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, order: int = Drawing.order) -> Tensor:
     """DEIS (Zhang & Chen 2023, equations 14 and 15) with polynomials in ln(σ/α), as in diffusers, not in t.
 
-    No noise is asked for. Its last step, to the clean image, is Euler's.
+    It uses no noise. Its last step, to the clean image, is Euler's.
     """
     return _multistep(denoise, x, points, deis_step, order)
 
 
-def unipc(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt, order: int = 3) -> Tensor:
-    """UniPC with B_2(h) (Zhao et al. 2023, algorithms 5 and 6), whose order is one more. No noise is asked for.
+def unipc(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, order: int = Drawing.order) -> Tensor:
+    """UniPC with B_2(h) (Zhao et al. 2023, algorithms 5 and 6), without noise; its order is `order` + 1.
 
-    What is estimated at a point also corrects the x there that it was estimated from.
+    The estimate at a point also corrects the x of that point.
     """
     visits: list[Visit] = []
     x_start = denoise(x, points[0])
@@ -206,7 +216,7 @@ def unipc(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at
     return x
 
 
-def _multistep(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], step: Step, order: int) -> Tensor:
+def _multistep(denoise: Denoiser, x: Tensor, points: Points, step: Step, order: int) -> Tensor:
     visits: list[Visit] = []
     for point, after in pairwise(points):
         visits = [Visit(point, x, denoise(x, point)), *visits][:order]
@@ -215,24 +225,24 @@ def _multistep(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], ste
 
 
 def euler_step(visits: Sequence[Visit], after: Point[float]) -> Tensor:
-    """Euler's step for x/α over σ/α, which is DDIM's: the same x_0 and the same ε."""
+    """Returns Euler's step for x/α over σ/α, which equals DDIM's: x_0 and ε stay the same."""
     return after.alpha * visits[0].x_start + after.sigma * visits[0].epsilon
 
 
 def ipndm_step(visits: Sequence[Visit], after: Point[float]) -> Tensor:
-    """Euler's step, but with the slope that all visits together say."""
+    """Returns Euler's step with a weighted sum of the slopes of all visits."""
     return _adams_step(visits, after, ADAMS_BASHFORTH[len(visits) - 1][1:])
 
 
 def deis_step(visits: Sequence[Visit], after: Point[float]) -> Tensor:
-    """Euler's step, with the integral over σ/α of the polynomial in ln(σ/α) through the last slopes."""
+    """Returns Euler's step with the integral over σ/α of the polynomial in ln(σ/α) through the last slopes."""
     gaps, h = _gaps(visits, after)
     weights = [weight / gap for weight, gap in zip(_slope_weights(gaps, -h), gaps, strict=True)]
     return _adams_step(visits, after, weights)
 
 
 def _adams_step(visits: Sequence[Visit], after: Point[float], weights: Sequence[float]) -> Tensor:
-    """Euler's step with a weighted sum of slopes; `weights` are of the earlier visits, and all weights add up to 1."""
+    """Returns Euler's step with these weights of the earlier slopes; the newest slope has the rest of 1."""
     x, newest = euler_step(visits, after), visits[0]
     for weight, visit in zip(weights, visits[1:], strict=False):
         x = x + _ratio_gained(newest.point, after) * weight * (visit.epsilon - newest.epsilon)
@@ -242,11 +252,11 @@ def _adams_step(visits: Sequence[Visit], after: Point[float], weights: Sequence[
 def exponential_step(
     visits: Sequence[Visit], after: Point[float], x_start: Tensor | None = None, stochastic: bool = False
 ) -> Tensor:
-    """The integral over λ of x_0 as up to three estimates say it, before noise is added if it is `stochastic`.
+    """Returns the integral over λ of x_0 by up to three estimates; if it is `stochastic`, the caller adds the noise.
 
-    It is the step of DPM-Solver++ (Lu et al. 2022, equation 9) and UniP, which are the same, and UniC with the x_0 that
-    was estimated at `after` (Zhao et al. 2023, equations 3 and 8). That of DPM-Solver++(3M) has half of its last term
-    in the authors' code and in what was made from it, which leaves it of second order.
+    It is the step of DPM-Solver++ (Lu et al. 2022, equation 9) and of UniP, which are equal, and with the estimate at
+    `after`, `x_start`, that of UniC (Zhao et al. 2023, equations 3 and 8). The authors' code of DPM-Solver++(3M), and
+    code made from it, has half of the last term, and is therefore of second order.
     """
     newest, (gaps, h) = visits[0], _gaps(visits, after)
     kept, gained = (exp(-h), -expm1(-2 * h)) if stochastic else (1.0, -expm1(-h))
@@ -254,7 +264,7 @@ def exponential_step(
     others = [visit.x_start for visit in visits[1 : len(gaps) + 1]]
     if x_start is not None:
         gaps, others = [*gaps, 1.0], [*others, x_start]
-    # ½ as in both papers; it differs from what would be solved for by what the order allows.
+    # ½ as in both papers; the exact solution differs from it only beyond the order of the step.
     weights = [0.5] if len(gaps) == 1 else _slope_weights(gaps, h)
     for weight, gap, other in zip(weights, gaps, others, strict=True):
         x = x + (after.alpha * gained * weight / gap) * (other - newest.x_start)
@@ -262,16 +272,16 @@ def exponential_step(
 
 
 def _gaps(visits: Sequence[Visit], after: Point[float]) -> tuple[list[float], float]:
-    """How far, over λ and in units of the step h from the newest visit, the earlier ones lie; and h."""
+    """Returns the distances in λ from the newest visit to the earlier ones, in units of the step h; and h."""
     start = _log_snr(visits[0].point)
     h = _log_snr(after) - start
-    # λ is infinite at the clean image and at pure noise, which is visited first: no slope over it is finite.
+    # λ is infinite at the clean image and at pure noise, the first visit: no slope over it is finite.
     earlier = [visit for visit in visits[1:] if visit.point.alpha and after.sigma]
     return [(_log_snr(visit.point) - start) / h for visit in earlier], h
 
 
 def _slope_weights(gaps: Sequence[float], h: float) -> list[float]:
-    """What slopes over these gaps count, in units of h: so much that the integrals of powers of λ are right."""
+    """Returns weights of the slopes over these gaps, in units of h, for which integrals of powers of λ are exact."""
     integrals = [-expm1(-h)]
     for power in range(1, len(gaps) + 1):
         # By parts: ∫ τ^power h e^(h (τ - 1)) dτ from 0 to 1.
@@ -282,12 +292,12 @@ def _slope_weights(gaps: Sequence[float], h: float) -> list[float]:
 
 
 def _ratio_gained(point: Point[float], after: Point[float]) -> float:
-    """By how much σ/α grows, in units of x at `after`."""
+    """Returns the growth of σ/α, in units of x at `after`."""
     return after.sigma - after.alpha * point.sigma / point.alpha
 
 
 def _log_snr(point: Point[float]) -> float:
-    """λ = ln(α/σ): half the logarithm of the SNR."""
+    """Returns λ = ln(α/σ), half the logarithm of the SNR."""
     if not point.alpha:
         return -inf
     return log(point.alpha / point.sigma) if point.sigma else inf

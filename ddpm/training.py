@@ -1,6 +1,6 @@
 """The training loop. Progress is one number, `images_seen`; the rest is a function of it, the seed and the settings.
 
-The loop receives hooks and an iterable of batches, so that it can be read, tested and reused without a bucket.
+The loop gets hooks and an iterable of batches, and needs no bucket.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from ddpm import randomness
 from ddpm.augment import Augmentation
+from ddpm.catalogue import Network, Train
 from ddpm.ema import EMA, Profile
 from ddpm.latents import Latents
 from ddpm.objective import QUARTILES, Condition, Drawn, Objective
-from ddpm.optimizer import Adam, OptimizerSettings
+from ddpm.optimizer import Adam, learning_rate_at
 
 LOSS_QUANTUM = 2.0**-32
-"""What a logged loss is rounded to: float64 sums of such numbers are exact (below 2²¹), in whatever order and parts."""
+"""Unit of logged losses: float64 sums of its multiples are exact (below 2²¹), in any order and any parts."""
 
 
 class Batch(Protocol):
@@ -31,37 +32,28 @@ class Batch(Protocol):
 
     @property
     def image_numbers(self) -> np.ndarray:
-        """int64 [b]: which images of the run these are."""
+        """The numbers of these images in the run, int64 [b]."""
 
     @property
     def images(self) -> Tensor:
-        """uint8 [b, C, H, W]; of latents mean and log-variance, float16 [b, 2 C, h, w]."""
+        """The images, uint8 [b, C, H, W], or mean and log-variance of latents, float16 [b, 2 C, h, w]."""
 
     @property
     def labels(self) -> Tensor | None:
-        """int64 [b], or none."""
+        """The classes, int64 [b], or None."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the loop needs to know; lengths in images, `batch_size_images` over all processes."""
+    """The settings of the loop beside those of its objective."""
 
-    batch_size_images: int
-    micro_batch_size_images: int | None
-    optimizer: OptimizerSettings
+    train: Train
+    network: Network
     averages: Mapping[str, Profile]
-    """By name, such as `ema`; each takes as much memory as the weights, in fp32."""
-    seed: int
+    """The averages by name, such as `ema`; each needs the memory of the weights in fp32."""
     augmentation: Augmentation
-    dropout: float
-    label_dropout: float = 0.0
-    """Probability that an image is learnt without its class, as one of `null_class`."""
-    null_class: int = 0
-    self_conditioning: bool = False
     latents: Latents | None = None
-    """How those are drawn, if latents are learnt."""
-    offset_noise: float = 0.0
-    """Standard deviation of what the noise is shifted by in each channel: the process adds N(0, I + offset² 11ᵀ)."""
+    """The statistics of latents, if latents are learnt."""
 
 
 class LossLog:
@@ -74,14 +66,14 @@ class LossLog:
         self.sums = torch.zeros(2, 1 + QUARTILES, dtype=torch.float64, device=device)
 
     def add(self, losses: Tensor, quartiles: Tensor) -> None:
-        """Counts per-image `losses` [b] of these `quartiles` [b]; no host synchronisation."""
+        """Adds `losses` [b] of these `quartiles` [b], without waiting for the device."""
         member = (quartiles == torch.arange(QUARTILES, device=quartiles.device)[:, None]).double()
         member = torch.cat([torch.ones_like(member[:1]), member])
         rounded = (losses.double() / LOSS_QUANTUM).round() * LOSS_QUANTUM
         self.sums += torch.stack([member @ rounded, member.sum(dim=1)])
 
     def reduced(self) -> Tensor:
-        """The sums over all processes; a collective call where there are several."""
+        """Returns the sums over all processes. Collective if there are several."""
         sums = self.sums.clone()
         if dist.is_initialized():
             dist.all_reduce(sums)
@@ -89,7 +81,7 @@ class LossLog:
 
 
 def loss_row(sums: Tensor) -> dict[str, float]:
-    """Mean losses from `LossLog` sums: `loss`, `loss_q0` … `loss_q3`; quartiles without an image are left out."""
+    """Returns mean losses of `LossLog` sums: `loss`, `loss_q0` … `loss_q3`, without quartiles that have no image."""
     names = ["loss", *(f"loss_q{i}" for i in range(QUARTILES))]
     totals, counts = sums.tolist()
     return {name: total / count for name, total, count in zip(names, totals, counts, strict=True) if count}
@@ -97,19 +89,19 @@ def loss_row(sums: Tensor) -> dict[str, float]:
 
 @dataclass
 class TrainState:
-    """Everything that changes while training, on the device."""
+    """Everything that changes in training, on the device."""
 
     model: nn.Module
     averages: dict[str, EMA]
-    """By name."""
+    """The averages by name."""
     optimizer: Adam
     log: LossLog
     images_seen: int = 0
     first_nonfinite: Tensor = field(default_factory=lambda: torch.tensor(-1))
-    """`images_seen` before the first step whose gradient was not finite, or -1; read only when something is."""
+    """`images_seen` before the first step whose gradient was not finite, or -1; see `check_finite`."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The live tensors that a checkpoint holds, by group."""
+        """Returns the live tensors of a checkpoint, by group."""
         named = dict(self.model.named_parameters())
         moments = {
             f"{moment}.{name}": tensor
@@ -123,14 +115,14 @@ class TrainState:
         }
 
     def resume_at(self, images_seen: int, batch_size_images: int) -> None:
-        """Sets the progress after the tensors were restored; Adam's step count follows from it."""
+        """Sets the progress after the tensors are restored; Adam's step count follows from it."""
         self.images_seen = images_seen
         for step in self.optimizer.steps.values():
             step.fill_(images_seen // batch_size_images)
 
 
 class NonFiniteError(ArithmeticError):
-    """A gradient was not a finite number; `images_seen` says before which step."""
+    """A gradient was not finite in the step after `images_seen` images."""
 
     def __init__(self, images_seen: int) -> None:
         super().__init__(f"the gradient was not a finite number after {images_seen:,} images")
@@ -139,24 +131,24 @@ class NonFiniteError(ArithmeticError):
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop asks of its surroundings, after every step; `images_seen` counts whole global batches."""
+    """Functions that the loop calls; `images_seen` counts whole global batches."""
 
     after_step: Callable[[TrainState], bool]
-    """Saves, logs and samples as due; returns whether to stop."""
+    """Called after each step: saves, logs and samples when due; returns whether to stop."""
     leaves_step: Callable[[], bool] = lambda: False
-    """Asked between two micro-batches, equally often on every process: whether all leave the step that they are in,
-    which then has not been."""
+    """Called between two micro-batches, equally often on every process: returns whether all processes abandon this
+    step, without any effect of it."""
 
 
 def create_state(model: nn.Module, device: torch.device, settings: Settings) -> TrainState:
-    """A fresh state on `device`, where the model is."""
-    optimizer = Adam(model.named_parameters(), settings.optimizer)
+    """Returns an initial state on `device`, the model's device."""
+    optimizer = Adam(model.named_parameters(), settings.train)
     averages = {name: EMA(model) for name in settings.averages}
     return TrainState(model, averages, optimizer, LossLog(device), first_nonfinite=torch.tensor(-1, device=device))
 
 
 def micro_batches(count: int, size: int | None) -> list[slice]:
-    """Cuts `count` images into slices of at most `size`."""
+    """Returns `count` images as slices of at most `size`."""
     size = size or count
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -170,62 +162,63 @@ def train(
     accelerator: Any,
     hooks: Hooks,
 ) -> None:
-    """Trains until `batches` ends or a hook says stop; the state is that of the last whole step then.
+    """Trains until `batches` ends or a hook stops it; the state is then that of the last whole step.
 
     Args:
         state: updated in place; its `model` holds the parameters.
-        network: what computes the prediction: `state.model`, wrapped for DDP and autocast by `accelerator`.
-        batches: beginning with image number `state.images_seen`.
+        network: `state.model`, wrapped for DDP and autocast by `accelerator`.
+        batches: the batches from image number `state.images_seen` on.
         objective: the loss, in fp32 around the network's autocast.
         settings: see `Settings`.
         accelerator: an `accelerate.Accelerator`, for its device, `no_sync` and `backward`.
         hooks: see `Hooks`.
 
-    Each image's noise, point, augmentation and lost label depend on its number alone, and its loss weighs 1/batch in
-    the gradient: the split over processes and micro-batches changes nothing but rounding. Dropout masks are drawn per
-    micro-batch, seeded by its first image number; they are the one thing that depends on the split.
+    Each image's noise, point, augmentation and label dropout depend on its number alone, and its loss weighs 1/batch in
+    the gradient: the split over processes and micro-batches changes only the rounding. The exception is dropout, whose
+    masks are drawn per micro-batch, seeded by its first image number.
     """
-    device = accelerator.device
+    device, diffusion, chosen, seed = accelerator.device, objective.diffusion, settings.train, settings.train.seed
+    dropout = getattr(settings.network, "dropout", 0.0)
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    # DDP averages gradients over processes; this makes each image weigh 1/batch, also when slots are unequal.
-    weight = accelerator.num_processes / settings.batch_size_images
-    micro_batch_size = settings.micro_batch_size_images
+    # DDP averages gradients over processes; with this factor each image weighs 1/batch, also in unequal parts.
+    weight = accelerator.num_processes / chosen.batch_size
+    micro_batch_size = chosen.micro_batch_size
     parameters = list(state.model.parameters())
-    # Of the process with the fewest images: one that asked more often would wait for an answer for ever.
-    questions = len(micro_batches(settings.batch_size_images // accelerator.num_processes, micro_batch_size))
-    # Of EDM2, which balances the noise levels so.
+    # The number of the process with the fewest images: one that asked more often would wait for ever.
+    questions = len(micro_batches(chosen.batch_size // accelerator.num_processes, micro_batch_size))
+    # EDM2 balances the noise levels by it.
     uncertainty = getattr(state.model, "uncertainty", None)
     network.train()
     for batch in batches:
         on_host = torch.from_numpy(batch.image_numbers)
         numbers = on_host.to(device, non_blocking=True)
-        points = objective.draw(settings.seed, on_host, settings.batch_size_images).to(device, non_blocking=True)
+        points = objective.draw(seed, on_host, chosen.batch_size).to(device, non_blocking=True)
         images = batch.images.to(device, non_blocking=True)
-        drawn = settings.augmentation.draw(settings.seed, on_host, images.shape[-1]).to(device, non_blocking=True)
+        drawn = settings.augmentation.draw(seed, on_host, images.shape[-1]).to(device, non_blocking=True)
         labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
-        if labels is not None and settings.label_dropout:
-            dropped = randomness.drops_label(settings.seed, numbers, settings.label_dropout)
-            labels = torch.where(dropped, settings.null_class, labels)
-        batch_number = state.images_seen // settings.batch_size_images
-        # The same for all images: in half of the batches there is no first pass to pay for.
-        twice = settings.self_conditioning and randomness.conditions_on_itself(settings.seed, batch_number)
+        if labels is not None and settings.network.label_dropout:
+            dropped = randomness.drops_label(seed, numbers, settings.network.label_dropout)
+            labels = torch.where(dropped, settings.network.num_classes or 0, labels)
+        batch_number = state.images_seen // chosen.batch_size
+        # One decision for all images saves the first pass in half of the batches.
+        twice = diffusion.self_conditioning and randomness.conditions_on_itself(seed, batch_number)
         losses_of_parts: list[Tensor] = []
         for question, part in enumerate(micro_batches(len(numbers), micro_batch_size)):
             if 0 < question < questions and hooks.leaves_step():
                 state.model.zero_grad()
                 return
             if settings.latents:
-                x_start, done = settings.latents.drawn(settings.seed, numbers[part], images[part]), None
+                x_start, done = settings.latents.drawn(seed, numbers[part], images[part]), None
             else:
                 x_start, done = settings.augmentation.apply(images[part], drawn[part])
             x_start = x_start.contiguous(memory_format=layout)
             shape = tuple(x_start.shape[1:])
-            noise = randomness.training_noise(settings.seed, numbers[part], shape, device, settings.offset_noise)
-            if settings.dropout:
-                torch.manual_seed(randomness.dropout_seed(settings.seed, int(batch.image_numbers[part.start])))
+            noise = randomness.training_noise(seed, numbers[part], shape, device, diffusion.offset_noise)
+            if dropout:
+                torch.manual_seed(randomness.dropout_seed(seed, int(batch.image_numbers[part.start])))
             last = part.stop == len(numbers)
             with nullcontext() if last else accelerator.no_sync(network):
-                unseen = torch.zeros_like(x_start) if settings.self_conditioning else None
+                unseen = torch.zeros_like(x_start) if diffusion.self_conditioning else None
                 condition = Condition(None if labels is None else labels[part], unseen, done)
                 losses = objective.losses(network, x_start, noise, Drawn(*points[:, part]), condition, twice)
                 balanced = losses
@@ -235,23 +228,23 @@ def train(
                 accelerator.backward(balanced.sum() * weight)
             losses_of_parts.append(losses.detach())
         state.log.add(torch.cat(losses_of_parts), Drawn(*points).quartile)
-        norm = nn.utils.clip_grad_norm_(parameters, settings.optimizer.clip_norm, foreach=True)
+        norm = nn.utils.clip_grad_norm_(parameters, chosen.clip_norm, foreach=True)
         bad = (state.first_nonfinite < 0) & ~torch.isfinite(norm)
         state.first_nonfinite = torch.where(bad, state.images_seen, state.first_nonfinite)
-        state.optimizer.step(settings.optimizer.learning_rate_at(state.images_seen, settings.batch_size_images))
-        state.images_seen += settings.batch_size_images
+        state.optimizer.step(learning_rate_at(chosen, state.images_seen))
+        state.images_seen += chosen.batch_size
         for name, profile in settings.averages.items():
-            decay = profile.decay_at(state.images_seen, settings.batch_size_images)
+            decay = profile.decay_at(state.images_seen, chosen.batch_size)
             state.averages[name].update(state.model, decay)
         if hooks.after_step(state):
             return
 
 
 def check_finite(state: TrainState) -> None:
-    """Reads the device-side flag; call it when the host waits for the device anyway, and before every commit.
+    """Reads the flag on the device: for moments when the host waits for the device anyway, and before every commit.
 
     Raises:
-        NonFiniteError: some step's gradient was not finite.
+        NonFiniteError: the gradient of a step was not finite.
     """
     first = int(state.first_nonfinite.item())
     if first >= 0:

@@ -32,7 +32,7 @@ from job.store import ObjectMissingError, Store, open_bucket
 from job.training.tracking import check_tracker
 
 if TYPE_CHECKING:
-    from job.data.pack import PackRequest
+    from job.data.pack_request import PackRequest
     from job.data.shards import DatasetIndex
 
 
@@ -173,7 +173,7 @@ def ensure_command(name: str, bucket_uri: str, *, size: int | None = None, sourc
     Raises:
         MissingInputError: the dataset is missing, and so is `source`; the message has the commands to type.
     """
-    from job.data.pack import PackRequest
+    from job.data.pack_request import PackRequest
     from job.report.datasets import how_to_pack, is_packed
 
     # A dataset without a preset gets the network of the embedded preset, so it needs the size of that.

@@ -202,7 +202,9 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, precision: str = "auto")
     own, held_out = (stored or config).sample, None
     if index.held_out and config.log.validate_epochs:
         held_out = load_index(bucket, dataset_key(index.held_out, index.size))
-    return Plan(bucket, run, index, config, own, request, changes, stored is None, held_out)
+    return Plan(
+        bucket, run, index, config, own, request=request, changes=changes, is_new=stored is None, held_out=held_out
+    )
 
 
 def check_drawing(config: RunConfig) -> None:

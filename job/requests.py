@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ddpm.catalogue import METRICS
 from job.config import EMBEDDED, SampleConfig, draft, parse_sets, preset_names, read_config_file
 from job.data.shards import validated_dataset_name
 from job.exits import BadConfigError, BadRequestError, did_you_mean
@@ -28,8 +29,6 @@ MASKS = ("", "half", "centre")
 """Masks by name; any other `--mask` is a file."""
 NUMBERS = "0123456789-, "
 """The characters of a list of numbers; any other `--image` is a file."""
-METRICS = ("fid", "kid", "prdc", "mind", "is", "bpd")
-"""The groups of scores of an evaluation."""
 MAX_RESAMPLINGS = 1000
 MAX_NUMBERS = 10_000
 MAX_COUNT = 25_600_000
@@ -226,7 +225,7 @@ class EvaluateRequest:
             BadRequestError: a metric is unknown.
         """
         if not self.metrics:
-            return METRICS
+            return tuple(METRICS)
         chosen = tuple(dict.fromkeys(word.strip() for word in self.metrics.split(",")))
         for metric in chosen:
             if metric not in METRICS:

@@ -1,16 +1,12 @@
-"""Networks, by the `kind` of a configuration's model section."""
+"""Networks, by their kind: each is the class in the module of that name which the catalogue names."""
 
+from importlib import import_module
 from typing import Any
 
 from torch import nn
 
-from ddpm.networks.dit import DiT
-from ddpm.networks.dome import DomeUNet
-from ddpm.networks.edm2 import EDM2
+from ddpm.catalogue import NETWORKS
 from ddpm.networks.layers import Block
-from ddpm.networks.unet import UNet
-
-KINDS: dict[str, type[nn.Module]] = {"unet": UNet, "edm2": EDM2, "dit": DiT, "dome": DomeUNet}
 
 
 def build(
@@ -26,32 +22,32 @@ def build(
     gradient_checkpointing: bool = False,
     **options: Any,
 ) -> nn.Module:
-    """A network with initial weights from PyTorch's global random state.
+    """Builds a network with initial weights from PyTorch's global random state.
 
     Args:
-        kind: one of `KINDS`.
+        kind: one of the catalogue's `NETWORKS`.
         image_size: height and width in pixels.
-        in_channels: of the images.
-        out_channels: as many, or twice that for a network that predicts variances as well.
-        num_classes: 0 for a network without classes.
-        null_class: whether there is a class number `num_classes`, for none of them (Ho & Salimans 2022).
+        in_channels: channels of the images.
+        out_channels: the same, or twice that for a network that predicts variances as well.
+        num_classes: 0: a network without classes.
+        null_class: whether class number `num_classes` stands for images without a class (Ho & Salimans 2022).
         self_conditioning: whether it takes `Condition.x_start`.
-        augmentation_labels: width of `Condition.augmentation`; 0 if it takes none.
+        augmentation_labels: width of `Condition.augmentation`; 0: it takes no labels.
         gradient_checkpointing: whether training keeps the ends of blocks alone and computes the rest again.
-        options: what this kind of network takes beside that.
+        options: the settings of this kind of network; see the catalogue.
 
     Raises:
-        ValueError: there is no such network, it does not fit the images, or cannot be told that.
+        ValueError: the kind is unknown, or the network does not fit the images or lacks an input.
     """
-    if kind not in KINDS:
-        raise ValueError(f"there is no network {kind!r}: choose one of {', '.join(KINDS)}")
+    if kind not in NETWORKS:
+        raise ValueError(f"unknown network {kind!r}: choose one of {', '.join(NETWORKS)}")
     if null_class and not num_classes:
         raise ValueError("null_class stands for none of the classes: set num_classes")
-    if kind == "dome" and (self_conditioning or augmentation_labels):
-        raise ValueError("the network dome is told t and the class alone, as in its checkpoints: choose unet")
+    if not NETWORKS[kind].takes_estimates and (self_conditioning or augmentation_labels):
+        raise ValueError(f"the network {kind} takes t and the class alone, as its checkpoints do: choose unet")
     if augmentation_labels:
         options["augmentation_labels"] = augmentation_labels
-    network = KINDS[kind](
+    network: nn.Module = getattr(import_module(f"ddpm.networks.{kind}"), NETWORKS[kind].__name__)(
         image_size=image_size,
         in_channels=in_channels * (1 + self_conditioning),
         out_channels=out_channels,

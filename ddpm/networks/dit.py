@@ -1,14 +1,16 @@
-"""DiT, a transformer on patches of the image (Peebles & Xie 2023), for any size that the patches divide.
+"""DiT, a transformer on patches of the image (Peebles & Xie 2023), for any size that is a multiple of the patch size.
 
-In shapes, N is the number of patches and E the width of all tokens and of the embedding of t.
+In shapes, N is the number of patches and E the width of the tokens and of the embedding of t.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm import catalogue
 from ddpm.networks.layers import Block, attend, initialised, sinusoids, with_estimate, with_labels
 from ddpm.objective import UNCONDITIONAL, Condition
 
@@ -17,7 +19,7 @@ FREQUENCIES = 256
 
 
 class DiT(nn.Module):
-    """Transformer blocks that are told t and the class by their normalisations (section 3.2, adaLN-Zero)."""
+    """Transformer blocks whose normalisations depend on t and the class (section 3.2, adaLN-Zero)."""
 
     def __init__(
         self,
@@ -25,59 +27,50 @@ class DiT(nn.Module):
         image_size: int,  # height and width in pixels
         in_channels: int,  # of the images; twice that with self-conditioning
         out_channels: int,
-        patch_size: int = 2,  # pixels
-        width: int = 384,  # of every token
-        depth: int = 12,  # blocks
-        heads: int = 6,  # of every attention
-        dropout: float = 0.0,  # probability, at the ends of both branches of a block
-        qk_norm: bool = False,  # RMSNorm of queries and keys, with a learnt scale (Esser et al. 2024, section 5.3.2)
-        rms_norm: bool = False,  # RMSNorm takes the place of all layer normalisations (Zhang & Sennrich 2019)
-        rope: bool = False,  # attention also rotates queries and keys by their place; see `_rotations`
         num_classes: int = 0,  # 0: no class conditioning
         augmentation_labels: int = 0,  # 0: none
+        **options: Any,  # see the catalogue
     ) -> None:
         super().__init__()
-        if image_size < 1 or image_size % patch_size:
-            raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}: change one")
-        if width % heads or width % 4:
-            raise ValueError(f"width {width} is not a multiple of 4 and of heads {heads}: change one of them")
-        if rope and width // heads % 4:
-            raise ValueError(f"rope needs heads of a multiple of 4 channels, not width {width} / heads {heads}")
-        self.in_channels, self.patch_size, self.rms_norm = in_channels, patch_size, rms_norm
-        self.head_width = width // heads if rope else 0
+        chosen = catalogue.DiT(**options)
+        chosen.check_size(image_size)
+        width, patch_size = chosen.width, chosen.patch_size
+        self.in_channels, self.patch_size, self.rms_norm = in_channels, patch_size, chosen.rms_norm
+        self.head_width = width // chosen.heads if chosen.rope else 0
         self.patches = initialised(nn.Conv2d(in_channels, width, patch_size, stride=patch_size))
         self.linear_1, self.linear_2 = initialised(nn.Linear(FREQUENCIES, width)), initialised(nn.Linear(width, width))
         self.class_embedding = nn.Embedding(num_classes, width) if num_classes else None
         labels = augmentation_labels
         self.augmentation_embedding = initialised(nn.Linear(labels, width, bias=False)) if labels else None
         self.blocks = nn.ModuleList(
-            TransformerBlock(width, heads, dropout, qk_norm=qk_norm, rms_norm=rms_norm) for _ in range(depth)
+            TransformerBlock(width, chosen.heads, chosen.dropout, qk_norm=chosen.qk_norm, rms_norm=chosen.rms_norm)
+            for _ in range(chosen.depth)
         )
         self.modulation = initialised(nn.Linear(width, 2 * width), zero=True)
         self.output = initialised(nn.Linear(width, patch_size**2 * out_channels), zero=True)
-        # A patch is one vector of pixels.
+        # Each patch is one input vector.
         nn.init.xavier_uniform_(self.patches.weight.flatten(1))
         for embedding in (self.linear_1, self.linear_2, self.class_embedding):
             if embedding is not None:
                 nn.init.normal_(embedding.weight, std=0.02)
-        # Constants, and no part of a checkpoint.
+        # Constants, which checkpoints leave out.
         self.grid = (image_size // patch_size,) * 2
         positions, rotations = self._places(*self.grid, self.output.weight.device)
         self.register_buffer("positions", positions, persistent=False)
         self.register_buffer("rotations", rotations, persistent=False)
 
     def _places(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Returns what tokens and attention are given of the places of patches; the second with `rope` alone."""
+        """Returns the sinusoids for the tokens and, with `rope`, the rotations for the attention."""
         rotations = _rotations(rows, columns, self.head_width, device) if self.head_width else None
         return _positions(rows, columns, self.output.in_features, device), rotations
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
-        """x_t [B, C, H, W] and timesteps [B] to [B, out_channels, H, W]; see `UNet.forward`."""
+        """Maps x_t [B, C, H, W] and timesteps [B] to [B, out_channels, H, W]; see `UNet.forward`."""
         # Cosines come first, as in the published weights.
         features = sinusoids(t, FREQUENCIES).roll(FREQUENCIES // 2, dims=1).to(self.output.weight.dtype)
-        told = self.linear_2(F.silu(self.linear_1(features)))
+        of_time = self.linear_2(F.silu(self.linear_1(features)))
         # Every block projects the activated embedding: activate it once.
-        embedding = F.silu(with_labels(told, condition, self.class_embedding, self.augmentation_embedding))
+        embedding = F.silu(with_labels(of_time, condition, self.class_embedding, self.augmentation_embedding))
 
         patches = self.patches(with_estimate(x, condition, self.in_channels))
         rows, columns = patches.shape[2:]
@@ -94,14 +87,14 @@ class DiT(nn.Module):
 
 
 class TransformerBlock(Block):
-    """Attention, then two layers with a GELU; the embedding shifts and scales what enters, and gates what is added."""
+    """Attention, then two layers with a GELU; the embedding shifts and scales their inputs, and gates their outputs."""
 
     def __init__(
         self, width: int, heads: int, dropout: float, *, qk_norm: bool = False, rms_norm: bool = False
     ) -> None:
         super().__init__()
         self.heads, self.rms_norm = heads, rms_norm
-        # As parts of one matrix [3 E, E], whose variance is 2/(E + 3 E), half of that of a matrix [E, E].
+        # They are parts of one matrix [3 E, E], whose variance 2/(E + 3 E) is half of that of a matrix [E, E].
         fused = math.sqrt(0.5)
         self.to_q, self.to_k, self.to_v = (initialised(nn.Linear(width, width), gain=fused) for _ in range(3))
         self.to_out = initialised(nn.Linear(width, width))
@@ -110,12 +103,12 @@ class TransformerBlock(Block):
             initialised(nn.Linear(width, 4 * width)),
             initialised(nn.Linear(4 * width, width)),
         )
-        # The block begins as the identity.
+        # The initial block is the identity.
         self.modulation = initialised(nn.Linear(width, 6 * width), zero=True)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, embedding: Tensor, rotations: Tensor | None = None) -> Tensor:
-        """[B, N, E], the activated embedding [B, E] and `_rotations`, if any, to [B, N, E]."""
+        """Maps [B, N, E], the activated embedding [B, E] and optional `_rotations` to [B, N, E]."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(embedding)[:, None].chunk(6, dim=2)
         h = _modulated(x, shift_1, scale_1, self.rms_norm)
         q, k = self._placed(self.to_q(h), self.scale_q, rotations), self._placed(self.to_k(h), self.scale_k, rotations)
@@ -125,7 +118,7 @@ class TransformerBlock(Block):
         return x + gate_2 * self.dropout(self.linear_2(h))
 
     def _placed(self, x: Tensor, scale: Tensor | None, rotations: Tensor | None) -> Tensor:
-        """Normalises and rotates queries or keys [B, N, E] of each head, as far as the options say."""
+        """Normalises and rotates queries or keys [B, N, E] of each head, if the options ask for it."""
         heads = x.unflatten(2, (self.heads, -1))
         if scale is not None:
             heads = F.rms_norm(heads.float(), scale.shape, eps=1e-6) * scale
@@ -139,22 +132,22 @@ class TransformerBlock(Block):
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor, rms_norm: bool) -> Tensor:
     norm = F.rms_norm if rms_norm else F.layer_norm
-    # A learnt scale of the norm would be one with the bias of `scale`.
+    # The norm needs no learnt scale, since `scale` has a bias.
     return norm(x, x.shape[2:], eps=1e-6) * (1 + scale) + shift
 
 
 def _positions(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
-    """Returns sinusoids of a patch's column, then of its row, float32 [N, width]."""
+    """Returns sinusoids of each patch's column, then of its row, float32 [N, width]."""
     across = torch.arange(columns, device=device).repeat(rows)
     down = torch.arange(rows, device=device).repeat_interleave(columns)
     return torch.cat([sinusoids(across, width // 2), sinusoids(down, width // 2)], dim=1)
 
 
 def _rotations(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
-    """Returns the rotary embedding (RoPE) of two axes of EVA-02 (Fang et al. 2023), as LightningDiT and JiT take it.
+    """Returns the two-dimensional rotary embedding (RoPE) of EVA-02 (Fang et al. 2023), as in LightningDiT and JiT.
 
-    A patch's row turns the pairs of neighbouring channels of the first half of a head of this width, its column those
-    of the second: pair i by 10000^(-4 i/width) radians a patch.
+    A patch's row rotates the pairs of neighbouring channels in the first half of a head of this width, its column those
+    in the second half: pair i by 10000^(-4 i/width) radians per patch.
 
     Returns:
         float32 [2, N, width/2]: cosines, then sines.

@@ -1,12 +1,13 @@
-"""The U-Net of dome272's and ErenGurs' ddpm, for any image size that can be halved three times.
+"""The U-Net of dome272's and ErenGurs' ddpm, for any image size that is a multiple of 8.
 
-Parameters are named as theirs, so that their checkpoints load. In shapes, E is 256.
+Parameters have the names of their checkpoints. In shapes, E is 256.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm import catalogue
 from ddpm.networks.layers import Block, sinusoids, with_labels
 from ddpm.objective import UNCONDITIONAL, Condition
 
@@ -19,8 +20,7 @@ class DomeUNet(nn.Module):
 
     def __init__(self, *, image_size: int, in_channels: int, out_channels: int, num_classes: int = 0) -> None:
         super().__init__()
-        if image_size < 8 or image_size % 8:
-            raise ValueError(f"image_size {image_size} cannot be halved three times: use a multiple of 8")
+        catalogue.DomeUNet().check_size(image_size)
         self.inc = DoubleConv(in_channels, 64)
         self.down1, self.sa1 = Down(64, 128), SelfAttention(128)
         self.down2, self.sa2 = Down(128, 256), SelfAttention(256)
@@ -33,10 +33,10 @@ class DomeUNet(nn.Module):
         self.label_emb = nn.Embedding(num_classes, EMBEDDING_WIDTH) if num_classes else None
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
-        """x_t [B, C, H, W] and timesteps [B] to [B, out_channels, H, W]; see `UNet.forward`."""
-        told = sinusoids(t, EMBEDDING_WIDTH).to(self.outc.weight.dtype)
+        """Maps x_t [B, C, H, W] and timesteps [B] to [B, out_channels, H, W]; see `UNet.forward`."""
+        of_time = sinusoids(t, EMBEDDING_WIDTH).to(self.outc.weight.dtype)
         # Every level projects the activated embedding: activate it once.
-        embedding = F.silu(with_labels(told, condition, self.label_emb))
+        embedding = F.silu(with_labels(of_time, condition, self.label_emb))
         x1 = self.inc(x)
         x2 = self.sa1(self.down1(x1, embedding))
         x3 = self.sa2(self.down2(x2, embedding))
@@ -49,7 +49,7 @@ class DomeUNet(nn.Module):
 
 
 class DoubleConv(Block):
-    """Two 3×3 convolutions, each normalised over the whole image, with a GELU between them; or gelu(x + that)."""
+    """Two 3×3 convolutions, each normalised over the whole image, with a GELU between; `residual`: gelu(x + output)."""
 
     def __init__(self, width_in: int, width_out: int, width: int | None = None, residual: bool = False) -> None:
         super().__init__()
@@ -63,12 +63,12 @@ class DoubleConv(Block):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C', H, W]."""
+        """Maps [B, C, H, W] to [B, C', H, W]."""
         return F.gelu(x + self.double_conv(x)) if self.residual else self.double_conv(x)
 
 
 class Down(nn.Module):
-    """Half the size, two double convolutions, the embedding added to the result."""
+    """Halves the size, applies two double convolutions, and adds the embedding."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
@@ -77,12 +77,12 @@ class Down(nn.Module):
         self.emb_layer = nn.Sequential(nn.Identity(), nn.Linear(EMBEDDING_WIDTH, width_out))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """[B, C, H, W] and the activated embedding [B, E] to [B, C', H/2, W/2]."""
+        """Maps [B, C, H, W] and the activated embedding [B, E] to [B, C', H/2, W/2]."""
         return self.maxpool_conv(x) + self.emb_layer(embedding)[:, :, None, None]
 
 
 class Up(nn.Module):
-    """Twice the size, the skip in front, two double convolutions, the embedding added to the result."""
+    """Doubles the size, puts the skip in front, applies two double convolutions, and adds the embedding."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
@@ -92,12 +92,12 @@ class Up(nn.Module):
         self.emb_layer = nn.Sequential(nn.Identity(), nn.Linear(EMBEDDING_WIDTH, width_out))
 
     def forward(self, x: Tensor, skip: Tensor, embedding: Tensor) -> Tensor:
-        """[B, C, H, W], the skip of twice the size and the activated embedding [B, E] to [B, C', 2H, 2W]."""
+        """Maps [B, C, H, W], the skip of twice the size and the activated embedding [B, E] to [B, C', 2H, 2W]."""
         return self.conv(torch.cat([skip, self.up(x)], dim=1)) + self.emb_layer(embedding)[:, :, None, None]
 
 
 class SelfAttention(Block):
-    """Self-attention between all pixels, then two layers with a GELU, each on a residual connection."""
+    """Self-attention between all pixels, then two layers with a GELU, each with a residual connection."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -106,9 +106,9 @@ class SelfAttention(Block):
         self.ff_self = nn.Sequential(nn.LayerNorm([width]), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C, H, W]."""
+        """Maps [B, C, H, W] to [B, C, H, W]."""
         tokens = x.flatten(2).transpose(1, 2)
         h = self.ln(tokens)
-        # Asked for its weights too, it would make a matrix of all pixels by all pixels.
+        # With its weights it would allocate a matrix of all pixels by all pixels.
         tokens = tokens + self.mha(h, h, h, need_weights=False)[0]
         return (tokens + self.ff_self(tokens)).transpose(1, 2).unflatten(2, x.shape[2:])

@@ -1,24 +1,24 @@
 """The magnitude-preserving U-Net of Karras et al. 2024 (EDM2, configuration G), written from the paper.
 
 Every layer keeps the variance of independent inputs, so there are neither group normalisations nor biases. Activations
-are not clipped at ±256, which guards float16 alone. In shapes, E is the width of the embedding.
+are not clipped at ±256, which only float16 needs. In shapes, E is the width of the embedding.
 """
 
 import math
-from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.networks.layers import Block, attend, check_levels, resized, with_estimate, with_labels
+from ddpm import catalogue
+from ddpm.networks.layers import Block, attend, resized, with_estimate, with_labels
 from ddpm.objective import UNCONDITIONAL, Condition
 
 EPSILON = 1e-4
 RESIDUAL_BALANCE = 0.3
-"""What the end of a residual branch counts in its sum."""
+"""Weight of a residual branch in its sum."""
 SILU_MAGNITUDE = 0.596
 """√E[silu(x)²] for standard normal x."""
 
@@ -34,27 +34,27 @@ class EDM2(nn.Module):
         image_size: int,  # height and width in pixels
         in_channels: int,  # of the images; twice that with self-conditioning
         out_channels: int,
-        channels: int = 128,  # width of the first level, before its multiplier
-        channel_mults: Sequence[int] = (1, 2, 3, 4),  # one per level; every level halves the size
-        attention_sizes: Sequence[int] = (16, 8),  # pixels; levels of these sizes get attention, the middle always
-        layers_per_level: int = 3,  # residual blocks per level on the way down; on the way up there is one more
-        head_channels: int = 64,  # width of a head of the attention
-        dropout: float = 0.0,  # probability, within the residual blocks
         num_classes: int = 0,  # 0: no class conditioning
         augmentation_labels: int = 0,  # 0: none
-        uncertainty: bool = False,  # whether training learns u(σ); see `Uncertainty`
+        **options: Any,  # see the catalogue
     ) -> None:
         super().__init__()
-        check_levels(image_size, channel_mults)
-        widths = [channels * multiplier for multiplier in channel_mults]
+        chosen = catalogue.EDM2(**options)
+        chosen.check_size(image_size)
+        widths = [chosen.channels * multiplier for multiplier in chosen.channel_mults]
         last_level, embedding_width = len(widths) - 1, max(widths)
-        has_attention = [image_size // 2**level in attention_sizes for level in range(len(widths))]
-        block = partial(ResidualBlock, embedding_width=embedding_width, head_channels=head_channels, dropout=dropout)
+        has_attention = [image_size // 2**level in chosen.attention_sizes for level in range(len(widths))]
+        block = partial(
+            ResidualBlock,
+            embedding_width=embedding_width,
+            head_channels=chosen.head_channels,
+            dropout=chosen.dropout,
+        )
 
         self.in_channels = in_channels
-        # One more channel, of ones, stands for all biases.
+        # A further channel of ones replaces all biases.
         self.conv_in = MPConv(in_channels + 1, widths[0], 3)
-        # Drawn once. They lie where the weights do, so that a checkpoint holds them, and have no gradient.
+        # Drawn once, without gradient. As parameters they are part of a checkpoint.
         self.frequencies = nn.Parameter(torch.randn(widths[0]), requires_grad=False)
         self.phases = nn.Parameter(torch.rand(widths[0]), requires_grad=False)
         self.time_embedding = MPConv(widths[0], embedding_width, 0)
@@ -69,7 +69,7 @@ class EDM2(nn.Module):
             if level > 0:
                 self.encoder.append(block("down", width, width))
                 skip_widths.append(width)
-            for _ in range(layers_per_level):
+            for _ in range(chosen.layers_per_level):
                 self.encoder.append(block("encoder", width, level_width, has_attention[level]))
                 width = level_width
                 skip_widths.append(width)
@@ -78,7 +78,7 @@ class EDM2(nn.Module):
 
         self.decoder = nn.ModuleList()
         for level in range(last_level, -1, -1):
-            for _ in range(layers_per_level + 1):
+            for _ in range(chosen.layers_per_level + 1):
                 width_in = width + skip_widths.pop()
                 self.decoder.append(block("decoder", width_in, widths[level], has_attention[level]))
                 width = widths[level]
@@ -86,14 +86,14 @@ class EDM2(nn.Module):
                 self.decoder.append(block("up", width, width))
         self.conv_out = MPConv(width, out_channels, 3)
         self.gain_out = nn.Parameter(torch.zeros([]))
-        self.uncertainty = Uncertainty() if uncertainty else None
+        self.uncertainty = Uncertainty() if chosen.uncertainty else None
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
-        """c_in x_t [B, C, H, W] and c_noise [B] to [B, out_channels, H, W]; see `UNet.forward`."""
+        """Maps c_in x_t [B, C, H, W] and c_noise [B] to [B, out_channels, H, W]; see `UNet.forward`."""
         if self.training:
             self._force_unit_magnitude()
-        told = self.time_embedding(fourier(t, self.frequencies, self.phases).to(self.gain_out.dtype))
-        embedding = mp_silu(with_labels(told, condition, self.class_embedding, self.augmentation_embedding, mp_sum))
+        of_time = self.time_embedding(fourier(t, self.frequencies, self.phases).to(self.gain_out.dtype))
+        embedding = mp_silu(with_labels(of_time, condition, self.class_embedding, self.augmentation_embedding, mp_sum))
 
         x = with_estimate(x, condition, self.in_channels)
         skips = [self.conv_in(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))]
@@ -107,15 +107,15 @@ class EDM2(nn.Module):
         output = self.conv_out(h) * self.gain_out
         if self.uncertainty is None or not self.training:
             return output
-        # DDP waits for a gradient of every weight, also where the output alone is differentiated.
+        # DDP waits for a gradient of every weight, even if only the output is differentiated.
         return output + 0 * self.uncertainty(t)[:, None, None, None].to(output.dtype)
 
     @torch.no_grad()
     def _force_unit_magnitude(self) -> None:
-        """Algorithm 1, once before the layers instead of within each.
+        """Applies algorithm 1 once before the layers instead of in each layer.
 
-        Weights of unit magnitude stay as they are to the bit, so that neither a second micro-batch nor an attempt that
-        resumes rounds them once more.
+        Weights of unit magnitude do not change by a bit, so that a second micro-batch or a resumed attempt rounds
+        nothing again.
         """
         for weight in [module.weight for module in self.modules() if isinstance(module, MPConv)]:
             now = magnitude(weight)
@@ -132,14 +132,14 @@ class Uncertainty(nn.Module):
         self.linear = MPConv(width, 1, 0)
 
     def forward(self, t: Tensor) -> Tensor:
-        """c_noise [B] to u, float32 [B]."""
+        """Maps c_noise [B] to u, float32 [B]."""
         return self.linear(fourier(t, self.frequencies, self.phases))[:, 0]
 
 
 class ResidualBlock(Block):
     """conv(dropout(silu(g · conv(silu(h))))) with g = 1 + gain · dense(embedding), then attention if wanted.
 
-    In the encoder every pixel of the input is normalised, after the 1×1 convolution that a change of width needs.
+    In the encoder every pixel of the input is normalised, after the 1×1 convolution for a change of width.
     """
 
     def __init__(
@@ -154,8 +154,6 @@ class ResidualBlock(Block):
         dropout: float,
     ) -> None:
         super().__init__()
-        if attention and width_out % head_channels:
-            raise ValueError(f"{width_out} channels cannot be split into heads of {head_channels}")
         self.heads = heads = width_out // head_channels if attention else 0
         self.kind, self.is_decoder = kind, kind in ("decoder", "up")
         self.conv_1 = MPConv(width_in if self.is_decoder else width_out, width_out, 3)
@@ -168,7 +166,7 @@ class ResidualBlock(Block):
         self.to_out = MPConv(width_out, width_out, 1) if heads else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """[B, C, H, W] and the activated embedding [B, E] to [B, C', H', W']."""
+        """Maps [B, C, H, W] and the activated embedding [B, E] to [B, C', H', W']."""
         if self.kind == "down" or self.kind == "up":
             x = resized(x, self.kind)
         if not self.is_decoder:
@@ -195,7 +193,7 @@ class MPConv(nn.Module):
         self.weight = nn.Parameter(torch.randn(width_out, width_in, *[kernel_size] * 2 * (kernel_size > 0)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C', H, W], or [B, C] to [B, C']."""
+        """Maps [B, C, H, W] to [B, C', H, W], or [B, C] to [B, C']."""
         weight = normalised(self.weight) / math.sqrt(self.weight[0].numel())
         return F.linear(x, weight) if weight.ndim == 2 else F.conv2d(x, weight, padding=weight.shape[2] // 2)
 
@@ -204,39 +202,39 @@ class MPEmbedding(MPConv):
     """A dense layer of classes, one-hot at unit magnitude."""
 
     def forward(self, labels: Tensor) -> Tensor:
-        """int64 [B] to [B, E]."""
+        """Maps int64 [B] to [B, E]."""
         one_hot = labels[:, None] == torch.arange(self.in_features, device=labels.device)
         return super().forward(one_hot.to(self.weight.dtype) * math.sqrt(self.in_features))
 
 
 def fourier(t: Tensor, frequencies: Tensor, phases: Tensor) -> Tensor:
-    """√2 cos(2π(f t + φ)) of t [B], float32 [B, C] (equation 75)."""
+    """Returns √2 cos(2π(f t + φ)) for t [B], float32 [B, C] (equation 75)."""
     return math.sqrt(2) * (2 * math.pi * (t[:, None].float() * frequencies + phases)).cos()
 
 
 def magnitude(x: Tensor, dims: list[int] | None = None) -> Tensor:
-    """Root of the mean square over `dims` or all but the first, which stay with size 1, in float32 at least."""
+    """Returns the root of the mean square over `dims`, or all but the first, kept with size 1; in float32 at least."""
     dims, dtype = dims or list(range(1, x.ndim)), torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
     return norm * math.sqrt(norm.numel() / x.numel())
 
 
 def normalised(x: Tensor, dims: list[int] | None = None) -> Tensor:
-    """At unit magnitude over `dims` or all but the first."""
+    """Returns x at unit magnitude over `dims`, or all but the first."""
     return (x / (magnitude(x, dims) + EPSILON)).to(x.dtype)
 
 
 def mp_silu(x: Tensor) -> Tensor:
-    """silu(x) at the magnitude of x (equation 81)."""
+    """Returns silu(x) at the magnitude of x (equation 81)."""
     return F.silu(x) / SILU_MAGNITUDE
 
 
 def mp_sum(a: Tensor, b: Tensor, balance: float = 0.5) -> Tensor:
-    """(1 - balance) a + balance b at their magnitude (equation 88)."""
+    """Returns (1 - balance) a + balance b at their magnitude (equation 88)."""
     return torch.lerp(a, b, balance) / math.hypot(1 - balance, balance)
 
 
 def mp_cat(a: Tensor, b: Tensor) -> Tensor:
-    """Channels of both, which count alike whatever their number, at their magnitude (equation 103)."""
+    """Returns the channels of both at their magnitude, with equal weight for any number of channels (equation 103)."""
     half = (a.shape[1] + b.shape[1]) / 2
     return torch.cat([a * math.sqrt(half / a.shape[1]), b * math.sqrt(half / b.shape[1])], dim=1)

@@ -1,7 +1,7 @@
-"""What networks have in common: blocks that may be computed twice, sinusoids, what they are told beside t."""
+"""Layers that networks share: checkpointed blocks, attention, resizing, sinusoids, and the inputs beside t."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -16,22 +16,22 @@ Resize = Literal["down", "up"]
 
 
 class Block(nn.Module):
-    """A part of a network that keeps nothing between its ends with `recompute`: the backward pass computes it again.
+    """A part of a network that keeps no activations with `recompute`: the backward pass computes them again.
 
-    The result is the same to the bit, dropout included (Chen et al. 2016, "Training deep nets with sublinear memory").
+    The result is bit-identical, with dropout as well (Chen et al. 2016, "Training deep nets with sublinear memory").
     """
 
     recompute = False
 
     def __call__(self, *args: Any) -> Any:
-        """As of any module."""
+        """Calls the module, under a checkpoint if it recomputes."""
         if self.recompute and self.training and torch.is_grad_enabled():
             return checkpoint(super().__call__, *args, use_reentrant=False)
         return super().__call__(*args)
 
 
 def initialised(layer: Layer, zero: bool = False, gain: float = 1.0) -> Layer:
-    """Draws Ho et al.'s initial weights, uniform of variance 2 gain²/(fan-in + fan-out), or sets them to zero."""
+    """Initialises weights as Ho et al., uniform of variance 2 gain²/(fan-in + fan-out), or with zeros."""
     if zero:
         nn.init.zeros_(layer.weight)
     else:
@@ -41,36 +41,24 @@ def initialised(layer: Layer, zero: bool = False, gain: float = 1.0) -> Layer:
     return layer
 
 
-def check_levels(image_size: int, channel_mults: Sequence[int]) -> None:
-    """Raises ValueError if images cannot be halved from level to level."""
-    halvings = len(channel_mults) - 1
-    if halvings < 0:
-        raise ValueError("channel_mults needs at least one level")
-    if image_size < 1 or image_size % 2**halvings:
-        raise ValueError(
-            f"image_size {image_size} cannot be halved {halvings} times, as the {halvings + 1} levels of channel_mults "
-            f"{tuple(channel_mults)} need: use a multiple of {2**halvings}, or fewer levels"
-        )
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Softmax attention between tokens, [B, N, C] each, in heads of C/heads channels."""
+    """Returns softmax attention between tokens, [B, N, C] each, in heads of C/heads channels."""
     q, k, v = (each.unflatten(2, (heads, -1)).transpose(1, 2) for each in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def resized(x: Tensor, resize: Resize) -> Tensor:
-    """Half the size, of means of 2×2 pixels, or twice, of pixels doubled."""
+    """Returns x at half the size, with means of 2×2 pixels, or at twice the size, with doubled pixels."""
     return F.avg_pool2d(x, 2) if resize == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def sinusoids(t: Tensor, width: int, freq_shift: int = 0) -> Tensor:
-    """Sines, then cosines, of t at width/2 frequencies from 1 down to almost 1/10000 (Vaswani et al. 2017).
+    """Returns sines, then cosines, of t at width/2 frequencies from 1 down to almost 1/10000 (Vaswani et al. 2017).
 
     Args:
         t: [B].
         width: even, at least 4.
-        freq_shift: 1 to end at 1/10000 itself, as Ho et al.'s code does.
+        freq_shift: 1: end at exactly 1/10000, as Ho et al.'s code.
 
     Returns:
         float32 [B, width].
@@ -82,10 +70,10 @@ def sinusoids(t: Tensor, width: int, freq_shift: int = 0) -> Tensor:
 
 
 def with_estimate(x: Tensor, condition: Condition, in_channels: int) -> Tensor:
-    """x_t [B, C, H, W], and for a network of 2C `in_channels` the estimate of x_0 after it, zero where there is none.
+    """Returns x_t [B, C, H, W], followed by the estimate of x_0, or zeros, for a network of 2C `in_channels`.
 
     Raises:
-        ValueError: for an estimate that the network does not take.
+        ValueError: the network does not take an estimate.
     """
     if x.shape[1] < in_channels:
         return torch.cat([x, torch.zeros_like(x) if condition.x_start is None else condition.x_start], dim=1)
@@ -101,10 +89,10 @@ def with_labels(
     augmentation: Any = None,
     plus: Callable[[Tensor, Tensor], Tensor] = torch.add,
 ) -> Tensor:
-    """The embedding of t [B, E] `plus` that of the class, and that of the augmentation added.
+    """Returns the embedding of t [B, E] `plus` that of the class, with that of the augmentation added.
 
     Raises:
-        ValueError: for labels without classes, classes without labels, or augmentation that is not taken.
+        ValueError: for labels without classes, classes without labels, or augmentation without its input.
     """
     if (condition.labels is None) != (classes is None):
         raise ValueError("labels go with a network that has classes: set num_classes, or leave the labels out")
@@ -112,8 +100,8 @@ def with_labels(
         embedding = plus(embedding, classes(condition.labels))
     if augmentation is None:
         if condition.augmentation is not None:
-            raise ValueError("this network is told of no augmentation: set augmentation_labels, or leave them out")
+            raise ValueError("this network takes no labels of augmentation: set augmentation_labels, or leave them out")
         return embedding
-    # A layer that is left out would have no gradient, which DDP waits for.
-    nothing_done = embedding.new_zeros(len(embedding), augmentation.in_features)
-    return embedding + augmentation(nothing_done if condition.augmentation is None else condition.augmentation)
+    # DDP waits for the gradient of this layer, even if no image is augmented.
+    unchanged = embedding.new_zeros(len(embedding), augmentation.in_features)
+    return embedding + augmentation(unchanged if condition.augmentation is None else condition.augmentation)

@@ -1,22 +1,22 @@
 """The U-Net of Ho et al. 2020 for any image size, optionally with classes.
 
-Parameters are named as in diffusers' `UNet2DModel`, so that exporting a checkpoint is a copy. In shapes, E is the width
-of the timestep embedding: four times that of the first level.
+Parameters have the names of diffusers' `UNet2DModel`, so that exporting a checkpoint is a copy. In shapes, E is the
+width of the timestep embedding: four times that of the first level.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm import catalogue
 from ddpm.networks.layers import (
     Block,
     Resize,
     attend,
-    check_levels,
     initialised,
     resized,
     sinusoids,
@@ -26,13 +26,13 @@ from ddpm.networks.layers import (
 from ddpm.objective import UNCONDITIONAL, Condition
 
 Conventions = Literal["ho", "diffusers"]
-"""Whose small choices, which no shape of a parameter shows: those of Ho et al.'s code, or the defaults of diffusers."""
+"""The code whose details to follow, which the shapes do not show: Ho et al.'s, or the defaults of diffusers."""
 
 
 class UNet(nn.Module):
-    """Takes noisy images and their timesteps, gives a prediction of the images' shape (Ho et al. 2020, appendix B).
+    """Maps noisy images and their timesteps to a prediction of the images' shape (Ho et al. 2020, appendix B).
 
-    `heads`, `scale_shift` and `resample_in_blocks` make it that of Dhariwal & Nichol 2021, section 3.
+    With `heads`, `scale_shift` and `resample_in_blocks` it is the network of Dhariwal & Nichol 2021, section 3.
     """
 
     def __init__(
@@ -41,58 +41,50 @@ class UNet(nn.Module):
         image_size: int,  # height and width in pixels
         in_channels: int = 3,  # of the images; twice that with self-conditioning
         out_channels: int | None = None,  # as in_channels
-        channels: int = 128,  # width of the first level, before its multiplier
-        channel_mults: Sequence[int] = (1, 2, 2, 2),  # one per level; every level halves the size
-        attention_sizes: Sequence[int] = (16,),  # pixels; levels of these sizes get attention, the middle always
-        layers_per_level: int = 2,  # residual blocks per level on the way down; on the way up there is one more
-        norm_groups: int = 32,  # of the group normalisations
-        heads: int = 1,  # of every attention, if head_channels does not say how wide they are
-        head_channels: int | None = None,  # width of a head
-        scale_shift: bool = False,  # whether the embedding scales as well as shifts, after the normalisation
-        resample_in_blocks: bool = False,  # whether residual blocks change the size, as BigGAN's, and not convolutions
-        dropout: float = 0.0,  # probability, within the residual blocks
         num_classes: int = 0,  # 0: no class conditioning
         augmentation_labels: int = 0,  # 0: none
-        conventions: Conventions = "ho",
+        **options: Any,  # see the catalogue
     ) -> None:
         super().__init__()
-        check_levels(image_size, channel_mults)
-        if channels % norm_groups:
-            raise ValueError(f"channels {channels} is not a multiple of norm_groups {norm_groups}: change one of them")
-        if channels < 4 or channels % 2:
-            raise ValueError(f"channels {channels} must be even and at least 4, for the sinusoids of the timestep")
-        widths = [channels * multiplier for multiplier in channel_mults]
+        chosen = catalogue.UNet(**options)
+        chosen.check_size(image_size)
+        widths = [chosen.channels * multiplier for multiplier in chosen.channel_mults]
         embedding_width = 4 * widths[0]
         self.conv_in = initialised(nn.Conv2d(in_channels, widths[0], 3, padding=1))
-        self.time_embedding = TimestepEmbedding(widths[0], embedding_width, conventions)
+        self.time_embedding = TimestepEmbedding(widths[0], embedding_width, chosen.conventions)
         self.class_embedding = nn.Embedding(num_classes, embedding_width) if num_classes else None
         labels = augmentation_labels
         self.augmentation_embedding = initialised(nn.Linear(labels, embedding_width, bias=False)) if labels else None
 
+        groups = chosen.norm_groups
         resnet = partial(
             ResnetBlock,
             embedding_width=embedding_width,
-            norm_groups=norm_groups,
-            dropout=dropout,
-            scale_shift=scale_shift,
+            norm_groups=groups,
+            dropout=chosen.dropout,
+            scale_shift=chosen.scale_shift,
         )
+        heads, head_channels = chosen.heads, chosen.head_channels
+        attention = partial(AttentionBlock, norm_groups=groups, heads=heads, head_channels=head_channels)
 
         def resample(width: int, resize: Resize) -> nn.Module:
-            return resnet(width, width, resize) if resample_in_blocks else Resample(width, resize, conventions)
+            if chosen.resample_in_blocks:
+                return resnet(width, width, resize)
+            return Resample(width, resize, chosen.conventions)
 
         self._add_levels(
             widths,
-            [image_size // 2**level in attention_sizes for level in range(len(widths))],
-            layers_per_level,
+            [image_size // 2**level in chosen.attention_sizes for level in range(len(widths))],
+            chosen.layers_per_level,
             resnet=resnet,
-            attention=partial(AttentionBlock, norm_groups=norm_groups, heads=heads, head_channels=head_channels),
+            attention=attention,
             resample=resample,
         )
-        self.conv_norm_out = nn.GroupNorm(norm_groups, widths[0])
+        self.conv_norm_out = nn.GroupNorm(groups, widths[0])
         self.conv_out = initialised(nn.Conv2d(widths[0], out_channels or in_channels, 3, padding=1), zero=True)
         for module in self.modules():
             if isinstance(module, nn.GroupNorm):
-                module.eps = 1e-6 if conventions == "ho" else 1e-5
+                module.eps = 1e-6 if chosen.conventions == "ho" else 1e-5
 
     def _add_levels(
         self,
@@ -129,22 +121,22 @@ class UNet(nn.Module):
             self.up_blocks.append(UpBlock(resnets, attentions, resizers))
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
-        """Predict.
+        """Returns the prediction.
 
         Args:
-            x: x_t, [B, C, H, W], of any size that the levels divide.
-            t: timesteps, whole or between, [B].
-            condition: has labels exactly when the network has classes.
+            x: x_t, [B, C, H, W], of any size that the levels can halve.
+            t: timesteps, also between whole ones, [B].
+            condition: with labels exactly if the network has classes.
 
         Returns:
             [B, out_channels, H, W].
 
         Raises:
-            ValueError: for a condition that the network does not take, or classes without labels.
+            ValueError: the network does not take the condition, or needs labels.
         """
-        told = with_labels(self.time_embedding(t), condition, self.class_embedding, self.augmentation_embedding)
+        of_time = self.time_embedding(t)
         # Every residual block projects the activated embedding: activate it once.
-        embedding = F.silu(told)
+        embedding = F.silu(with_labels(of_time, condition, self.class_embedding, self.augmentation_embedding))
 
         skips = [self.conv_in(with_estimate(x, condition, self.conv_in.in_channels))]
         for down_block in self.down_blocks:
@@ -156,7 +148,7 @@ class UNet(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """One level on the way down: residual blocks, each with attention if wanted, then half the size."""
+    """One level on the way down: residual blocks, optionally with attention, then half the size."""
 
     def __init__(
         self, resnets: list["ResnetBlock"], attentions: list["AttentionBlock"], downsamplers: list[nn.Module]
@@ -167,7 +159,7 @@ class DownBlock(nn.Module):
         self.downsamplers = nn.ModuleList(downsamplers)
 
     def forward(self, h: Tensor, embedding: Tensor) -> list[Tensor]:
-        """All intermediate results, for the way up; the last one goes on to the next level."""
+        """Returns all intermediate results for the way up; the last one is the input of the next level."""
         outputs = []
         for i, resnet in enumerate(self.resnets):
             h = resnet(h, embedding)
@@ -180,7 +172,7 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """The middle, at the smallest size: residual block, attention, residual block."""
+    """The middle level, at the smallest size: residual block, attention, residual block."""
 
     def __init__(self, resnets: list["ResnetBlock"], attention: "AttentionBlock") -> None:
         super().__init__()
@@ -188,13 +180,13 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([attention])
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
-        """[B, C, H, W] and [B, E] to [B, C, H, W]."""
+        """Maps [B, C, H, W] and [B, E] to [B, C, H, W]."""
         first, second = self.resnets
         return second(self.attentions[0](first(h, embedding)), embedding)
 
 
 class UpBlock(nn.Module):
-    """One level on the way up: residual blocks that take the skips of the way down, then twice the size."""
+    """One level on the way up: residual blocks that take the skips from the way down, then twice the size."""
 
     def __init__(
         self, resnets: list["ResnetBlock"], attentions: list["AttentionBlock"], upsamplers: list[nn.Module]
@@ -205,7 +197,7 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList(upsamplers)
 
     def forward(self, h: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C, 2H, 2W]; takes its skips off the end of the list, which frees them when sampling."""
+        """Maps [B, C, H, W] to [B, C, 2H, 2W]; it pops its skips off the list, which frees them in sampling."""
         for i, resnet in enumerate(self.resnets):
             h = resnet(torch.cat([h, skips.pop()], dim=1), embedding)
             if self.attentions:
@@ -218,8 +210,8 @@ class UpBlock(nn.Module):
 class ResnetBlock(Block):
     """h + conv(dropout(silu(norm(conv(silu(norm(h))) + dense(embedding))))), a 1×1 convolution where widths differ.
 
-    With `scale_shift` the embedding says (s, b) of (1 + s) norm(…) + b; with `resize` the first convolution and the sum
-    are at the new size.
+    With `scale_shift` the embedding gives (s, b) of (1 + s) norm(…) + b; with `resize` the first convolution and the
+    sum are at the new size.
     """
 
     def __init__(
@@ -244,17 +236,17 @@ class ResnetBlock(Block):
         self.conv_shortcut = initialised(nn.Conv2d(width_in, width_out, 1)) if width_in != width_out else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """[B, C, H, W] and the activated embedding [B, E] to [B, C', H', W']."""
+        """Maps [B, C, H, W] and the activated embedding [B, E] to [B, C', H', W']."""
         h = F.silu(self.norm1(x))
         if self.resize is not None:
             h, x = (resized(each, self.resize) for each in (h, x))
         h = self.conv1(h)
-        told = self.time_emb_proj(embedding)[:, :, None, None]
+        projected = self.time_emb_proj(embedding)[:, :, None, None]
         if self.scale_shift:
-            scale, shift = told.chunk(2, dim=1)
+            scale, shift = projected.chunk(2, dim=1)
             h = self.norm2(h) * (1 + scale) + shift
         else:
-            h = self.norm2(h + told)
+            h = self.norm2(h + projected)
         h = self.conv2(self.dropout(F.silu(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
@@ -264,8 +256,6 @@ class AttentionBlock(Block):
 
     def __init__(self, width: int, *, norm_groups: int, heads: int, head_channels: int | None) -> None:
         super().__init__()
-        if width % (head_channels or heads):
-            raise ValueError(f"{width} channels cannot be split into heads: change heads or head_channels")
         self.heads = width // head_channels if head_channels else heads
         self.group_norm = nn.GroupNorm(norm_groups, width)
         self.to_q = initialised(nn.Linear(width, width))
@@ -274,15 +264,15 @@ class AttentionBlock(Block):
         self.to_out = nn.ModuleList([initialised(nn.Linear(width, width), zero=True)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C, H, W]."""
-        # One copy (none in channels_last), where each of the three projections would make its own.
+        """Maps [B, C, H, W] to [B, C, H, W]."""
+        # One copy (none in channels_last) instead of one for each of the three projections.
         tokens = self.group_norm(x).flatten(2).transpose(1, 2).contiguous()
         attended = attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens), self.heads)
         return x + self.to_out[0](attended).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class Resample(nn.Module):
-    """A 3×3 convolution on pixels doubled, or of stride 2, padded right and below alone by Ho et al.'s conventions."""
+    """A 3×3 convolution on doubled pixels, or of stride 2, which Ho et al. pad only on the right and below."""
 
     def __init__(self, width: int, resize: Resize, conventions: Conventions) -> None:
         super().__init__()
@@ -291,7 +281,7 @@ class Resample(nn.Module):
         self.conv = initialised(nn.Conv2d(width, width, 3, stride, padding))
 
     def forward(self, h: Tensor, _: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C, H', W'], whatever the embedding."""
+        """Maps [B, C, H, W] to [B, C, H', W'], without the embedding."""
         if self.resize == "up":
             h = resized(h, "up")
         return self.conv(F.pad(h, (0, 1, 0, 1)) if self.beyond else h)
@@ -307,7 +297,7 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = initialised(nn.Linear(embedding_width, embedding_width))
 
     def forward(self, t: Tensor) -> Tensor:
-        """[B] to [B, E]."""
+        """Maps [B] to [B, E]."""
         width, is_ho = self.linear_1.in_features, self.conventions == "ho"
         features = sinusoids(t, width, freq_shift=1 if is_ho else 0)
         if not is_ho:

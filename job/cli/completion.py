@@ -31,6 +31,15 @@ def _in_bucket(folder: str) -> Callable[[typer.Context, str], list[str]]:
     return complete
 
 
+def names(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """Returns what completes one of these names."""
+
+    def complete(incomplete: str) -> list[str]:
+        return _offered(known, incomplete)
+
+    return complete
+
+
 runs = _in_bucket("runs")
 jobs = _in_bucket("jobs")
 

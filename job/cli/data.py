@@ -83,7 +83,7 @@ def data_pack(
         ddpm data pack ~/photos mine --size 64 --hold-out 5%
     """
     from job.commands import pack_command
-    from job.data.pack import PackRequest
+    from job.data.pack_request import PackRequest
 
     options = (size, crop, resize_filter, channels, classes, licence, max_bad, min_side, split, hold_out)
     request = PackRequest(source, name, *options, slice=slice_)
@@ -118,7 +118,7 @@ def data_index(
         ddpm data index ~/laion laion --size 64 --crop center
     """
     from job.commands import pack_command
-    from job.data.pack import PackRequest
+    from job.data.pack_request import PackRequest
 
     options = (size, crop, resize_filter, channels, classes, licence, max_bad, min_side)
     pack_command(PackRequest("", name, *options, tars=tuple(tars), slice=slice_), bucket, stop_after)

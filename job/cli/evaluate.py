@@ -1,30 +1,28 @@
 """`ddpm evaluate`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ddpm.catalogue import EXTRACTORS, METRICS
 from job import DEFAULT_BUCKET
+from job.cli.completion import names
+from job.cli.drawing import with_drawing_options
 from job.cli.options import (
     DEFAULT_HANG_AFTER,
     BatchSize,
     BucketUri,
     Checkpoints,
-    GridOfPoints,
-    Guidance,
     HangAfter,
-    Precision,
     Processes,
     RunOption,
     SampledClasses,
-    Sampler,
     SliceOption,
-    Steps,
     StopAfter,
-    Weights,
 )
 
 
+@with_drawing_options
 def ddpm_evaluate(
     run: RunOption,
     checkpoints: Checkpoints = "latest",
@@ -32,10 +30,10 @@ def ddpm_evaluate(
         int, typer.Option(metavar="IMAGES", min=1, max=1_000_000, help="Number of samples to score, per checkpoint.")
     ] = 5000,
     metrics: Annotated[
-        str, typer.Option(metavar="LIST", help="Scores of fid,kid,prdc,mind,is,bpd. Default: all that apply.")
+        str, typer.Option(metavar="LIST", help=f"Of {','.join(METRICS)}. Default: all that can be computed.")
     ] = "",
     extractor: Annotated[
-        str, typer.Option(metavar="NAME", help="Network of the features: inception, mobilenet or dinov2.")
+        str, typer.Option(metavar="NAME", help=f"One of {', '.join(EXTRACTORS)}.", autocompletion=names(EXTRACTORS))
     ] = "inception",
     extractor_file: Annotated[
         str, typer.Option(metavar="PATH|URI", help="Weights of that network, if no package and no bucket has them.")
@@ -46,19 +44,14 @@ def ddpm_evaluate(
     repeats: Annotated[
         int, typer.Option(metavar="N", min=1, max=100, help="Sample sets with other seeds, to measure the spread.")
     ] = 1,
-    sampler: Sampler = None,
-    steps: Steps = None,
-    grid: GridOfPoints = None,
-    guidance: Guidance = None,
     classes: SampledClasses = "",
-    weights: Weights = None,
-    precision: Precision = None,
     batch_size: BatchSize = None,
     slice_: SliceOption = "",
     processes: Processes = None,
     hang_after: HangAfter = DEFAULT_HANG_AFTER,
     stop_after: StopAfter = "",
     bucket: BucketUri = DEFAULT_BUCKET,
+    **drawing: Any,
 ) -> None:
     """Score samples of a run against real images: FID, KID, recall and others.
 
@@ -95,7 +88,7 @@ def ddpm_evaluate(
         references=references,
         repeats=repeats,
         classes=classes,
-        chosen=chosen_of(locals()),
+        chosen=chosen_of(locals() | drawing),
         slice=slice_,
     )
     evaluate_command(request, processes, hang_after, stop_after)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ddpm.catalogue import SCHEDULES, Diffusion
 from job import DEFAULT_BUCKET
 from job.cli.options import DEFAULT_HANG_AFTER, BucketUri, Dataset, RunOption, Size
 
@@ -13,18 +14,17 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Schedule = Annotated[
-    str, typer.Option("--schedule", metavar="NAME", help="Noise schedule: linear, scaled_linear, cosine or sigmoid.")
-]
+_TABLES = [name for name, schedule in SCHEDULES.items() if schedule.has_betas]
+Schedule = Annotated[str, typer.Option("--schedule", metavar="NAME", help=f"Noise schedule: {', '.join(_TABLES)}.")]
 Picture = Annotated[Path, typer.Option("--output", "-o", metavar="PNG", help="File to write.")]
 
 
 @app.command("schedule")
 def figure_schedule(
-    kind: Schedule = "linear",
+    kind: Schedule = Diffusion.schedule,
     timesteps: Annotated[
         int, typer.Option(metavar="N", min=2, max=1_000_000, help="Number of diffusion steps T.")
-    ] = 1000,
+    ] = Diffusion.timesteps,
     output: Picture = Path("schedule.png"),
 ) -> None:
     """Plot β (left axis) and ᾱ (right axis) over the timesteps.
@@ -42,7 +42,7 @@ def figure_noising(
     timesteps: Annotated[
         str, typer.Option(metavar="LIST", help="One timestep (0 to 999) per image, comma-separated.")
     ] = "962,237,38,39,988,559,299,226,985,791,859,485",
-    kind: Schedule = "linear",
+    kind: Schedule = Diffusion.schedule,
     size: Size = None,
     output: Picture = Path("noising.png"),
     bucket: BucketUri = DEFAULT_BUCKET,

@@ -48,18 +48,6 @@ Size = Annotated[
 Checkpoints = Annotated[
     str, typer.Option(metavar="LIST", help="Checkpoints by epoch, such as 30,80,490; or latest, or all.")
 ]
-Sampler = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Sampler, such as ddpm, ddim or unipc; or your own as module:function."),
-]
-Steps = Annotated[int | None, typer.Option(metavar="N", min=1, help="Number of sampling steps, such as 50.")]
-GridOfPoints = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Steps: trailing, leading, linspace, quadratic, karras, log_snr or found."),
-]
-Guidance = Annotated[
-    float | None, typer.Option(metavar="W", min=0, help="Guidance scale, such as 2; 1 turns guidance off.")
-]
 SampledClasses = Annotated[
     str,
     typer.Option(
@@ -69,10 +57,6 @@ SampledClasses = Annotated[
         help="Names or numbers, such as forest,coast. The seeds take them in turn. Default: all classes.",
     ),
 ]
-Weights = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Weights: ema, ema-STD such as ema-0.05 (averages), or model (raw).")
-]
-Precision = Annotated[str | None, typer.Option(metavar="NAME", help="Number format: fp32 or bf16.")]
 BatchSize = Annotated[int | None, typer.Option(metavar="N", min=1, help="Images at once on each process.")]
 Processes = Annotated[
     int | None, typer.Option(metavar="N", min=1, max=64, help="Number of processes. Default: one per GPU, else one.")

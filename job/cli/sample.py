@@ -1,65 +1,34 @@
 """`ddpm sample`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from job import DEFAULT_BUCKET
+from job.cli.drawing import with_drawing_options
 from job.cli.options import (
     DEFAULT_HANG_AFTER,
     BatchSize,
     BucketUri,
     Checkpoints,
-    GridOfPoints,
-    Guidance,
     HangAfter,
-    Precision,
     Processes,
     RunOption,
     SampledClasses,
-    Sampler,
     SliceOption,
-    Steps,
     StopAfter,
-    Weights,
 )
 
 
+@with_drawing_options
 def ddpm_sample(
     run: RunOption,
     checkpoints: Checkpoints = "latest",
     seeds: Annotated[str, typer.Option(metavar="LIST", help="One image per seed, such as 0-63 or 1,5,9-12.")] = "",
-    sampler: Sampler = None,
-    steps: Steps = None,
-    grid: GridOfPoints = None,
-    shift: Annotated[
-        float | None, typer.Option(metavar="S", help="Spend more steps of a flow on noise, such as 3; 1: off.")
-    ] = None,
-    eta: Annotated[float | None, typer.Option(metavar="0..1", help="Share of random noise in a step of ddim.")] = None,
-    order: Annotated[int | None, typer.Option(metavar="1..4", help="Order of unipc, ipndm and deis.")] = None,
-    churn: Annotated[
-        float | None, typer.Option(metavar="S", min=0, help="Noise that heun adds before its steps, such as 40.")
-    ] = None,
-    variance: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Variance of ddpm: fixed_small or fixed_large.")
-    ] = None,
-    clip: Annotated[
-        bool | None, typer.Option("--clip/--no-clip", help="Clip the estimated image to the range of pixels, or not.")
-    ] = None,
-    guidance: Guidance = None,
-    guidance_interval: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Guide only where sigma/alpha is from A to B, such as 0.3,5.")
-    ] = None,
-    guidance_rescale: Annotated[
-        float | None,
-        typer.Option(metavar="0..1", help="Share of the contrast added by guidance to remove, such as 0.7."),
-    ] = None,
+    classes: SampledClasses = "",
     autoguidance: Annotated[
         str | None, typer.Option(metavar="[RUN@]EPOCH", help="Guide away from this weaker checkpoint, such as 30.")
     ] = None,
-    classes: SampledClasses = "",
-    weights: Weights = None,
-    precision: Precision = None,
     mode: Annotated[
         str, typer.Option(metavar="NAME", help="inpaint, img2img, invert or interpolate. Default: new images.")
     ] = "",
@@ -96,6 +65,7 @@ def ddpm_sample(
     hang_after: HangAfter = DEFAULT_HANG_AFTER,
     stop_after: StopAfter = "",
     bucket: BucketUri = DEFAULT_BUCKET,
+    **drawing: Any,
 ) -> None:
     """Sample images from a run's checkpoints.
 
@@ -125,7 +95,7 @@ def ddpm_sample(
         bucket=bucket,
         checkpoints=checkpoints,
         seeds=seeds,
-        chosen=chosen_of(locals()),
+        chosen=chosen_of(locals() | drawing),
         gif=gif,
         count=count,
         save=save,

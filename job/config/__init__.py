@@ -4,12 +4,11 @@ A configuration is resolved once, when a run begins: preset ← dataset ← `--c
 stored with the run, and every later attempt starts from it. `schema` and `networks` list the settings.
 """
 
-from job.config.fields import LARGEST as LARGEST
+from ddpm.catalogue import LARGEST as LARGEST
 from job.config.fields import LARGEST_SIZE as LARGEST_SIZE
 from job.config.fields import Section as Section
 from job.config.fields import average_name as average_name
 from job.config.networks import NETWORKS as NETWORKS
-from job.config.networks import UNetConfig as UNetConfig
 from job.config.presets import EMBEDDED as EMBEDDED
 from job.config.presets import PackConfig as PackConfig
 from job.config.presets import pack_config as pack_config
@@ -21,12 +20,11 @@ from job.config.resolve import FOLLOWS as FOLLOWS
 from job.config.resolve import FREE as FREE
 from job.config.resolve import FREE_SECTIONS as FREE_SECTIONS
 from job.config.resolve import changed_for_attempt as changed_for_attempt
+from job.config.resolve import description_of as description_of
 from job.config.resolve import draft as draft
-from job.config.resolve import field_of as field_of
 from job.config.resolve import known_keys as known_keys
 from job.config.resolve import parse_sets as parse_sets
 from job.config.resolve import read_config_file as read_config_file
-from job.config.schema import OPTIONS_OF as OPTIONS_OF
 from job.config.schema import DataConfig as DataConfig
 from job.config.schema import Drawing as Drawing
 from job.config.schema import RunConfig as RunConfig

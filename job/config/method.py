@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from ddpm import networks, training
 from ddpm.augment import Augmentation
-from ddpm.ema import Exponential, PowerFunction
+from ddpm.ema import Exponential, PowerFunction, Profile
 from ddpm.generation import Sampling
-from ddpm.guidance import Guidance
 from ddpm.model import Model
-from ddpm.objective import Draws, Objective
+from ddpm.objective import Objective
 from ddpm.prediction import Prediction
 from ddpm.process import Process, make_process
 from job.config import Drawing, RunConfig
@@ -27,11 +26,12 @@ def build_network(config: RunConfig, device: torch.device) -> nn.Module:
     torch.manual_seed(config.train.seed)
     data, model, diffusion = config.data, config.model, config.diffusion
     assert data.size is not None and data.channels is not None
-    options = model.model_dump(exclude={"label_dropout"}) | {"num_classes": model.num_classes or 0}
+    options = asdict(model) | {"num_classes": model.num_classes or 0}
+    del options["label_dropout"]
     network = networks.build(
         image_size=data.size,
         in_channels=data.channels,
-        out_channels=data.channels * (2 if diffusion.variance == "learned_range" else 1),
+        out_channels=data.channels * (1 + diffusion.learns_variance),
         null_class=model.label_dropout > 0,
         self_conditioning=diffusion.self_conditioning,
         augmentation_labels=settings_of(config).augmentation.labels,
@@ -67,10 +67,9 @@ def model_of(
         prediction_of(config),
         config.image_shape,
         sampling_of(config.sample),
-        classes or tuple(map(str, range(count))),
+        classes=classes or tuple(map(str, range(count))),
         null_class=model.label_dropout > 0,
-        self_conditioning=config.diffusion.self_conditioning,
-        offset_noise=config.diffusion.offset_noise,
+        diffusion=config.diffusion,
         autocast=bf16 if precision == "bf16" else nullcontext,
         decode=decode,
     )
@@ -78,15 +77,7 @@ def model_of(
 
 def process_of(config: RunConfig) -> Process:
     """Returns the process from an image to noise."""
-    diffusion = config.diffusion
-    return make_process(
-        diffusion.schedule,
-        diffusion.timesteps,
-        zero_terminal_snr=diffusion.zero_terminal_snr,
-        sigma_min=diffusion.sigma_min,
-        sigma_max=diffusion.sigma_max,
-        sigma_data=diffusion.sigma_data,
-    )
+    return make_process(config.diffusion)
 
 
 def prediction_of(config: RunConfig) -> Prediction:
@@ -96,45 +87,18 @@ def prediction_of(config: RunConfig) -> Prediction:
 
 def objective_of(config: RunConfig) -> Objective:
     """Returns the training objective."""
-    diffusion = config.diffusion
-    draws = Draws(diffusion.draws, diffusion.draws_mean, diffusion.draws_std, diffusion.stratified)
-    learned, weighting = diffusion.variance == "learned_range", diffusion.weighting
-    process, prediction = process_of(config), prediction_of(config)
-    return Objective(process, prediction, weighting, diffusion.gamma, draws, learned, config.sample.clip)
+    return Objective(process_of(config), prediction_of(config), config.diffusion, config.sample.clip)
 
 
 def settings_of(config: RunConfig) -> training.Settings:
     """Returns the settings of the training loop."""
-    train, ema = config.train, config.ema
-    average = Exponential(ema.decay, ema.warmup, ema.inv_gamma, ema.power)
-    return training.Settings(
-        batch_size_images=train.batch_size,
-        micro_batch_size_images=train.micro_batch_size,
-        optimizer=training.OptimizerSettings(
-            learning_rate=train.learning_rate,
-            warmup_images=train.warmup_images,
-            learning_rate_decay=train.learning_rate_decay,
-            decay_images=train.decay_images,
-            betas=train.adam_betas,
-            eps=train.adam_eps,
-            weight_decay=train.weight_decay,
-            clip_norm=train.clip_norm,
-        ),
-        averages={"ema": average, **dict(zip(ema.names, map(PowerFunction, ema.stds), strict=True))},
-        seed=train.seed,
-        augmentation=Augmentation(config.data.flip, config.data.crop_scale, config.data.augment),
-        dropout=config.model.dropout,
-        label_dropout=config.model.label_dropout,
-        null_class=config.model.num_classes or 0,
-        self_conditioning=config.diffusion.self_conditioning,
-        offset_noise=config.diffusion.offset_noise,
-    )
+    ema, data = config.ema, config.data
+    averages: dict[str, Profile] = {"ema": Exponential(**asdict(ema))}
+    averages |= dict(zip(ema.names, map(PowerFunction, ema.stds), strict=True))
+    augmentation = Augmentation(data.flip, data.crop_scale, data.augment)
+    return training.Settings(config.train, config.model, averages, augmentation)
 
 
 def sampling_of(drawing: Drawing) -> Sampling:
     """Returns the sampling settings."""
-    guidance = Guidance(drawing.guidance, drawing.guidance_interval or (0.0, math.inf), drawing.guidance_rescale)
-    how = drawing.model_dump(
-        include={"sampler", "steps", "grid", "shift", "eta", "variance", "order", "churn", "clip", "labels"}
-    )
-    return Sampling(**how, guidance=guidance)
+    return Sampling(**asdict(drawing))

@@ -44,13 +44,15 @@ CHOSEN_ELSEWHERE = {
 """Keys that neither `--set` nor a file may set, and the option that sets them instead."""
 
 
-def field_of(key: str, kind: str = "unet") -> FieldInfo:
-    """Returns the type, default and description of a dotted key, for this kind of network."""
+def description_of(key: str, kind: str = "unet") -> str:
+    """Returns the description of a dotted key, for this kind of network."""
     section, _, leaf = key.rpartition(".")
-    if not section:
-        return RunConfig.model_fields[leaf]
-    annotation: Any = NETWORKS[kind] if section == "model" else RunConfig.model_fields[section].annotation
-    return annotation.model_fields[leaf]
+    annotation: Any = NETWORKS[kind] if section == "model" else RunConfig
+    if section not in ("", "model"):
+        annotation = RunConfig.model_fields[section].annotation
+    setting: FieldInfo = annotation.model_fields[leaf]
+    # The catalogue's descriptions are among the metadata.
+    return setting.description or next((part for part in setting.metadata if isinstance(part, str)), "")
 
 
 def known_keys() -> list[str]:

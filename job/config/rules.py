@@ -4,25 +4,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ddpm.catalogue import GRIDS, METRICS, SCHEDULES
+
 if TYPE_CHECKING:
     from job.config.schema import RunConfig
 
 
 def network_takes_image_size(config: RunConfig) -> None:
     """The size of the images fits the network's levels or patches."""
-    config.model.check(config.data.size)
+    config.model.check_size(config.data.size)
 
 
 def network_takes_its_inputs(config: RunConfig) -> None:
     """The network has inputs for the noise level, augmentation labels and own estimates that training gives it."""
-    if config.model.kind == "edm2" and config.diffusion.schedule != "edm":
+    model, diffusion = config.model, config.diffusion
+    if model.schedule not in ("", diffusion.schedule):
+        wanted, given = SCHEDULES[model.schedule].t, SCHEDULES[diffusion.schedule].t
         raise ValueError(
-            "model.kind=edm2 takes ln(sigma)/4 instead of timesteps: set diffusion.schedule=edm and "
-            "diffusion.prediction=edm, or choose another network"
+            f"model.kind={model.kind} takes {wanted} instead of {given}: "
+            f"set diffusion.schedule={model.schedule} with a diffusion.prediction that fits, or choose another network"
         )
-    if config.model.kind == "dome" and (config.diffusion.self_conditioning or config.data.augment):
+    if not model.takes_estimates and (diffusion.self_conditioning or config.data.augment):
         raise ValueError(
-            "model.kind=dome takes only the timestep and the class, as its checkpoints do: leave out "
+            f"model.kind={model.kind} takes only the timestep and the class, as its checkpoints do: leave out "
             "diffusion.self_conditioning and data.augment, or choose another network"
         )
 
@@ -31,8 +35,10 @@ def best_checkpoint_has_a_score(config: RunConfig) -> None:
     """One score decides which checkpoint is the best."""
     if config.checkpoint.keep_best and not config.evaluate.every_epochs:
         raise ValueError("checkpoint.keep_best needs scores: set evaluate.every_epochs")
-    if config.checkpoint.keep_best and config.evaluate.metrics[0] == "prdc":
-        raise ValueError("checkpoint.keep_best needs a single score, and prdc has four: put another metric first")
+    if config.checkpoint.keep_best and METRICS[first := config.evaluate.metrics[0]].scores:
+        raise ValueError(
+            f"checkpoint.keep_best needs a single score, and {first} has several: put another metric first"
+        )
 
 
 def samples_use_what_is_learnt(config: RunConfig) -> None:
@@ -43,7 +49,7 @@ def samples_use_what_is_learnt(config: RunConfig) -> None:
             f"model.label_dropout={config.model.label_dropout:g} needs a network with classes, and "
             "model.num_classes=0: set it to 0, or train on a dataset with classes"
         )
-    if sample.variance == "learned_range" and config.diffusion.variance != "learned_range":
+    if sample.variance == "learned_range" and not config.diffusion.learns_variance:
         raise ValueError("sample.variance=learned_range needs a network with diffusion.variance=learned_range")
     if sample.guidance != 1 and not (config.model.label_dropout or sample.autoguidance):
         raise ValueError(
@@ -72,7 +78,7 @@ def grid_starts_at_noise(config: RunConfig) -> None:
     """The first point of the grid is nearly pure noise, and is not exactly that where the grid cannot take it."""
     sample, diffusion = config.sample, config.diffusion
     steps, timesteps, is_flow = sample.steps, diffusion.timesteps, diffusion.schedule == "flow"
-    if sample.grid in ("karras", "log_snr") and (is_flow or diffusion.zero_terminal_snr):
+    if GRIDS[sample.grid].by_ratio and (is_flow or diffusion.zero_terminal_snr):
         start = "schedule=flow" if is_flow else "zero_terminal_snr"
         raise ValueError(
             f"sample.grid={sample.grid} cannot start at pure noise, as diffusion.{start} does: choose another"

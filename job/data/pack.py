@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,12 +27,12 @@ from typing import Any
 
 import google_crc32c
 
-from job.config import PackConfig, pack_config
 from job.data import shards
 from job.data.ahead import in_order
 from job.data.foreign_tars import find_tars
-from job.data.images import Recipe, RejectedImageError, codec_versions, encode_png, prepare
-from job.data.sources import BAD_CLASS, SPLITS, Sample, open_source
+from job.data.images import RejectedImageError, codec_versions, encode_png, prepare
+from job.data.pack_request import PackRequest
+from job.data.sources import BAD_CLASS, Sample, open_source
 from job.data.survey import no_images, survey
 from job.exits import BadDataError, BadRequestError
 from job.pieces import RECORDS as PIECES
@@ -45,109 +44,12 @@ from job.store.files import os_errors, scratch_folder
 Reject = dict[str, str]
 """A line of `rejects.jsonl`: the `name` of an image that was left out, and the `reason`."""
 
-MOST_HELD_OUT = 0.5
 _NAMED_REJECTS = 3
 _IMAGES_PER_THREAD = 16
 
 
-@dataclass(frozen=True)
-class PackRequest:
-    """What is to become a dataset, and how; empty options follow the preset of the dataset's name, if there is one.
-
-    Attributes:
-        source: a local path or a URI, see `open_source`.
-        name: of the dataset.
-        size: height and width of the images in pixels.
-        crop: see `Recipe`.
-        resize_filter: see `Recipe`.
-        channels: 3 or 1; None takes what the source has: 1 for MNIST's files, else 3.
-        classes: True if there must be classes, False for none; None: if each image lies in one of several folders, or,
-            of tars, if the first image has a `.cls`.
-        licence: a note to keep with the dataset.
-        max_bad: how many images may be rejected.
-        min_side: reject images with a shorter side under this many pixels; None is half of `size`.
-        split: pack only what lies in this folder of those that divide the source, such as `train`.
-        hold_out: the share of the images that become a dataset of their own, which no run learns from, such as `5%`.
-        held: whether this is the part that is held out.
-        tars: instead of `source`: tars that stay where they are, as URIs, patterns or folders, see `find_tars`.
-        slice: `I/N`, the share of one of several machines; see `job.pieces`.
-    """
-
-    source: str
-    name: str
-    size: int | None = None
-    crop: str = ""
-    resize_filter: str = ""
-    channels: int | None = None
-    classes: bool | None = None
-    licence: str = ""
-    max_bad: int = 100
-    min_side: int | None = None
-    split: str = ""
-    hold_out: str = ""
-    held: bool = False
-    tars: tuple[str, ...] = ()
-    slice: str = ""
-
-    def check(self) -> PackRequest:
-        """Returns the request with size, crop, filter and licence filled in.
-
-        Raises:
-            BadRequestError: a value that means nothing, or no size and no preset to take it from.
-        """
-        shards.validated_dataset_name(self.name)
-        if self.split not in ("", *SPLITS):
-            raise BadRequestError(f"--split {self.split!r}: it is one of {', '.join(sorted(SPLITS))}")
-        if self.hold_out_share > MOST_HELD_OUT:
-            raise BadRequestError(f"--hold-out {self.hold_out}: at most {MOST_HELD_OUT:.0%}, such as 5%")
-        preset = pack_config(self.name) or (PackConfig(size=self.size) if self.size else None)
-        if preset is None:
-            raise BadRequestError(f"--size is needed: {self.name!r} has no preset to take it from (try --size 64)")
-        follow = ("size", "crop", "resize_filter", "licence")
-        checked = replace(self, **{option: getattr(self, option) or getattr(preset, option) for option in follow})
-        checked.recipe(channels=3)
-        return checked
-
-    @property
-    def hold_out_share(self) -> float:
-        """Share of the images that is held out; 0 for none.
-
-        Raises:
-            BadRequestError: `hold_out` is none.
-        """
-        match = re.fullmatch(r"\s*([0-9]{1,3}(?:\.[0-9]{1,9})?)\s*%\s*", self.hold_out)
-        if self.hold_out and not match:
-            raise BadRequestError(f"--hold-out {self.hold_out!r}: use a share such as 5% or 0.5%")
-        return float(match[1]) / 100 if match else 0.0
-
-    @property
-    def key(self) -> str:
-        """The dataset's folder; of a request that is checked."""
-        assert self.size is not None
-        return shards.dataset_key(self.name, self.size)
-
-    @property
-    def held_out(self) -> str:
-        """Name of the dataset of what is held out; empty if nothing is."""
-        return f"{self.name}-held-out" if self.hold_out_share and not self.held else ""
-
-    def parts(self) -> list[PackRequest]:
-        """What is packed one after the other, of a request that is checked: what is held out comes first."""
-        return [*([replace(self, name=self.held_out, held=True).check()] if self.held_out else []), self]
-
-    def recipe(self, channels: int) -> Recipe:
-        """What is done to each image of a source with so many channels; of a request that is checked."""
-        assert self.size is not None
-        min_side = self.size // 2 if self.min_side is None else self.min_side
-        return Recipe(self.size, self.crop, self.resize_filter, self.channels or channels, min_side)
-
-
 def pack(
-    bucket: Store,
-    request: PackRequest,
-    *,
-    stop: Stop = NEVER,
-    shard_images: int | None = None,
+    bucket: Store, request: PackRequest, *, stop: Stop = NEVER, shard_images: int | None = None
 ) -> shards.DatasetIndex | None:
     """Makes `bucket/datasets/NAME-SIZE`, or resumes it.
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ddpm import metrics
+from ddpm.catalogue import METRICS
 from ddpm.generation import Sampling
 from job.config import method
 from job.data.order import Order
@@ -23,7 +24,7 @@ from job.evaluation.validation import validation_row
 from job.exits import BadDataError
 from job.pieces import WHOLE, Advance, Made, Slice
 from job.plan import RunHandle
-from job.processes.ranks import meet
+from job.processes.ranks import Ranks, meet
 from job.progress import Progress
 from job.runs.layout import ObjectKind
 from job.runs.scores import Reference, Scores, score_name
@@ -56,7 +57,8 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
         todo = [one for one in plan.evaluations if one.batch in batches]
         if todo:
             see, share = plan.found.load(painter.device), todo[0].images.share
-            real = references(plan.sampling, plan.reference, painter, see, share)
+            check = painter.check_stopped
+            real = references(plan.sampling, plan.reference, see, ranks, stop=stop, check=check, share=share)
             for evaluation in todo:
                 _draw_features(evaluation, painter, sampling, see)
             folders = [reference_folder(plan.sampling, plan.reference), *(evaluation.folder for evaluation in todo)]
@@ -65,7 +67,7 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
                 ranks.on_main(lambda: print(f"{plan.request.run}  (slice {plan.request.slice} is done: {others})"))
                 return
             if real is None:
-                real = references(plan.sampling, plan.reference, painter, see, share)
+                real = references(plan.sampling, plan.reference, see, ranks, stop=stop, check=check, share=share)
             for evaluation in todo:
                 painter.load(plan.sampling.run, evaluation.ref, plan.sampling.sample.weights)
                 _score(evaluation, painter, real or {})
@@ -73,20 +75,27 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
 
 
 def references(
-    of_run: RunHandle, reference: Reference, painter: Painter, see: See, share: Slice = WHOLE
+    of_run: RunHandle,
+    reference: Reference,
+    see: See,
+    ranks: Ranks,
+    *,
+    stop: Stop,
+    check: Callable[[], object],
+    share: Slice = WHOLE,
 ) -> Named | None:
     """Returns the features of the real images on the main process, {} on the others; makes missing ones. Collective.
 
-    Returns None while other machines are still making some.
+    Returns None while other machines are still making some. `check` is called now and then, and raises to stop.
     """
-    folder, ranks = reference_folder(of_run, reference, share), painter.ranks
+    folder = reference_folder(of_run, reference, share)
 
     def make(piece: int, advance: Advance) -> Made:
         parts, numbers = [], folder.numbers(piece)
         for start in range(0, len(numbers), SEE_IMAGES):
-            painter.check_stopped()
+            check()
             some = chosen[numbers[start : start + SEE_IMAGES]]
-            parts.append(seen(see, images.read(some), painter.device))
+            parts.append(seen(see, images.read(some), ranks.device))
             advance(len(some))
         return folder.made(piece, joined(parts))
 
@@ -95,8 +104,8 @@ def references(
         with suppress(BadDataError):
             return ranks.only_on_main(folder.load) or {}
     chosen = Order((reference.of_images,), seed=0).indices(np.arange(folder.count))
-    images = of_run.opened_images(painter.stop, index=of_run.pictures())
-    folder.pieces.make_missing(make, f"looking at {reference.dataset}", stop=painter.stop, ranks=ranks)
+    images = of_run.opened_images(stop, index=of_run.pictures())
+    folder.pieces.make_missing(make, f"looking at {reference.dataset}", stop=stop, ranks=ranks)
     return None if ranks.on_main(folder.pieces.missing) else ranks.only_on_main(folder.load) or {}
 
 
@@ -138,7 +147,11 @@ def _bits_per_dim(evaluation: Evaluation, painter: Painter) -> tuple[float | Non
         index = load_index(plan.sampling.bucket, dataset_key(index.held_out, index.size))
     images = plan.sampling.opened_images(painter.stop, index=index)
     row = validation_row(
-        painter, images, method.objective_of(config), config.log.validate_images, plan.sampling.sample.batch_size
+        painter,
+        images,
+        method.objective_of(config),
+        count=config.log.validate_images,
+        batch_size=plan.sampling.sample.batch_size,
     )
     return row["val_bits_per_dim"], min(config.log.validate_images, index.images)
 
@@ -248,5 +261,5 @@ def tables(plan: EvaluatePlan) -> Iterator[str]:
 
 
 def _told(plan: EvaluatePlan, values: dict[str, float]) -> list[str]:
-    words = {"prdc": ("precision", "recall", "density", "coverage")}
-    return [name for metric in plan.request.chosen_metrics for name in words.get(metric, (metric,)) if name in values]
+    chosen = plan.request.chosen_metrics
+    return [name for metric in chosen for name in METRICS[metric].scores or (metric,) if name in values]

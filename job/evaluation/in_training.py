@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -11,16 +13,18 @@ from job.evaluation.evaluation_plan import reference_of
 from job.evaluation.extractors import locate_extractor
 from job.evaluation.feature_folder import Named
 from job.plan import Plan
+from job.processes.ranks import Ranks
 from job.progress import note
 from job.runs.metric_rows import Row
 from job.runs.scores import score_name
 from job.sampling.painter import Painter
+from job.stop import Stop
 
 
 class Evaluator:
     """Scores a run's samples against the features of real images, which are computed once."""
 
-    def __init__(self, plan: Plan, painter: Painter) -> None:
+    def __init__(self, plan: Plan, ranks: Ranks, stop: Stop) -> None:
         """Computes the features of the real images, which may take minutes. Collective.
 
         Raises:
@@ -29,9 +33,10 @@ class Evaluator:
         self._chosen, self._sample, pictures = plan.config.evaluate, plan.config.sample, plan.pictures()
         assert pictures is not None
         found = locate_extractor(self._chosen.extractor, plan.bucket)
-        self._see = found.load(painter.device)
+        self._see = found.load(ranks.device)
         reference = reference_of(pictures, found.extractor, self._chosen.references)
-        self._real = references(plan, reference, painter, self._see) or {}
+        check = partial(stop.check, "while looking at real images")
+        self._real = references(plan, reference, self._see, ranks, stop=stop, check=check) or {}
 
     def scores(self, painter: Painter) -> Row:
         """Returns the scores of the painter's network by name on the main process, and {} on the others. Collective.

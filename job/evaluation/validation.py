@@ -24,15 +24,15 @@ def validation_row(
     painter: Painter,
     images: ImageCache,
     objective: Objective,
+    *,
     count: int,
     batch_size: int,
     latents: Latents | None = None,
 ) -> Row:
     """Returns the mean loss as `val_loss`, and by quarters of the draws as `val_loss_q0` and so on. Collective.
 
-    The points are spread evenly over the draws, so that the row varies less than one of as many training images.
-    `val_bits_per_dim` is the variational bound, to which each image adds one step; it needs pixels and independent
-    noise.
+    The points are spread evenly over the draws, which lowers the variance. `val_bits_per_dim` is the variational bound
+    on pixels with independent noise, to which each image adds one step.
 
     Args:
         painter: has the weights, such as averaged ones.
@@ -48,17 +48,16 @@ def validation_row(
     numbers = np.linspace(0, images.index.images - 1, min(count, images.index.images)).astype(np.int64)
     # Images are in order of classes: without a permutation each class would get its own part of the draws.
     strata = randomness.training_uniforms(SEED, torch.arange(len(numbers))).argsort()
-    spread = replace(objective, draws=replace(objective.draws, stratified=True))
+    spread = replace(objective, diffusion=replace(objective.diffusion, stratified=True))
     points = spread.draw(SEED, strata, len(numbers))
     steps, stands_for = (part[strata] for part in spread_over_steps(objective.process.num_timesteps, len(numbers)))
     log, bits, classes = LossLog(painter.device), LossLog(painter.device), painter.config.model.num_classes
-    offset = painter.config.diffusion.offset_noise
-    is_bounded = not (offset or latents)
-    rank, world_size = painter.ranks.rank, painter.ranks.world_size
+    is_bounded = not ((offset := painter.config.diffusion.offset_noise) or latents)
+    ranks = painter.ranks
     # Every process checks as often as the first one, which has the most images: the others would wait for it for ever.
-    for start in range(0, len(numbers[::world_size]), batch_size):
+    for start in range(0, len(numbers[:: ranks.world_size]), batch_size):
         painter.check_agreed("while validating")
-        places = np.arange(len(numbers))[rank::world_size][start : start + batch_size]
+        places = np.arange(len(numbers))[ranks.rank :: ranks.world_size][start : start + batch_size]
         if not len(places):
             continue
         stored = torch.from_numpy(images.read(numbers[places])).to(painter.device)
@@ -80,4 +79,4 @@ def validation_row(
                 bits.add(objective.bits_per_dim(painter.predict, x_start, noise, *at, condition), drawn.quartile)
     painter.agreement.finish()
     row = {f"val_{name}": value for name, value in loss_row(log.reduced()).items()}
-    return row if not is_bounded else row | {"val_bits_per_dim": loss_row(bits.reduced())["loss"]}
+    return row | ({"val_bits_per_dim": loss_row(bits.reduced())["loss"]} if is_bounded else {})

@@ -95,7 +95,7 @@ def import_run(request: ImportRequest) -> None:
     try:
         # Another process may have begun the run meanwhile.
         _check_run(run, request.run, config)
-        where = _commit(run, config, state, dataset_images, lease, stop, request.source)
+        where = _commit(run, config, state, dataset_images, lease, stop=stop, source=request.source)
     finally:
         lease.close(stop.seconds_left())
     weights = sum(parameter.numel() for parameter in state.model.parameters())
@@ -194,7 +194,7 @@ def _state(config: RunConfig, foreign: Foreign, source: str) -> TrainState:
 
 
 def _commit(
-    run: Store, config: RunConfig, state: TrainState, dataset_images: int, lease: Lease, stop: Stop, source: str
+    run: Store, config: RunConfig, state: TrainState, dataset_images: int, lease: Lease, *, stop: Stop, source: str
 ) -> str:
     """Records the run, if it is new, the attempt and its checkpoint; returns the URI of the checkpoint."""
     if records.load_config(run) is None:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from job.config import EMBEDDED, draft, parse_sets, read_config_file
-from job.data.pack import PackRequest
+from job.data.pack_request import PackRequest
 from job.exits import BadConfigError, BadRequestError
 from job.jobs.command_line import ParsedCommand
 from job.jobs.prices import dollars_per_hour

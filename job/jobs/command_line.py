@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from job.data.pack import PackRequest
+from job.data.pack_request import PackRequest
 from job.jobs.spec import Verb
 from job.requests import EncodeRequest, EvaluateRequest, SampleRequest, TrainRequest, chosen_of
 

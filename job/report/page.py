@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ddpm.figures import smoothed
-from job.config import field_of
+from job.config import description_of
 from job.data.shards import CONTACT_SHEET, dataset_key
 from job.report import picture_cache as sizes
 from job.report.datasets import sheet_png
@@ -52,7 +52,7 @@ def run_page(facts: Facts, pictures: PictureCache) -> bytes:
         for grid in chosen
         if (src := pictures.get(run, grid.key, sizes.NEWEST_BYTES if grid is chosen[-1] else sizes.GRID_BYTES))
     ]
-    keys = {key: (value, field_of(key, config.model.kind).description or "") for key, value in config.flat().items()}
+    keys = {key: (value, description_of(key, config.model.kind)) for key, value in config.flat().items()}
     html = rendered(
         "run.html",
         {"charts": charts_of(facts), "grids": grids, "unit": "epoch" if facts.epoch_images else "images seen"},

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from job.config import CHOSEN_ELSEWHERE, EMBEDDED, FOLLOWS, LARGEST, NETWORKS, RunConfig, draft, known_keys, preset_keys
+from ddpm.catalogue import takers
+from job.config import EMBEDDED, LARGEST, NETWORKS, RunConfig, preset_keys
+from job.config.resolve import CHOSEN_ELSEWHERE, FOLLOWS, description_of, draft, known_keys
 from job.requests import TrainRequest
 
 
@@ -24,25 +26,26 @@ class Key:
 
 
 def keys() -> Iterator[Key]:
-    """Yields all keys, with those of every kind of network; a key that several kinds have comes once."""
+    """Yields all keys; a key that several kinds of networks have comes once, with the limits of the first kind."""
     schema = RunConfig.model_json_schema()
     sections = {name: _resolved(section, schema) for name, section in schema["properties"].items()}
-    models = [model.model_json_schema() for model in NETWORKS.values()]
+    models = {kind: model.model_json_schema()["properties"] for kind, model in NETWORKS.items()}
     for key in known_keys():
         section, _, leaf = key.rpartition(".")
-        if section == "model":
-            found = next((each, each["properties"][leaf]) for each in models if leaf in each["properties"])
-            takes = "|".join(NETWORKS) if leaf == "kind" else words_of(_resolved(found[1], found[0]), found[0])
-            field = found[1]
-        else:
-            field = _resolved(sections[section]["properties"][leaf] if section else sections[leaf], schema)
-            takes = words_of(field, schema)
         if key == "model.kind":
-            field = {"default": "unet", "description": "kind of network"}
-        kinds = [kind for kind, model in NETWORKS.items() if section == "model" and leaf in model.model_fields]
-        only = f"only for {', '.join(kinds)}" if kinds and len(kinds) < len(NETWORKS) else ""
-        said = "; ".join(filter(None, (field.get("description", ""), only)))
-        yield Key(key, takes, field.get("default"), said, CHOSEN_ELSEWHERE.get(key, ""))
+            yield Key(key, "|".join(NETWORKS), "unet", "kind of network")
+            continue
+        kinds = [kind for kind, fields in models.items() if leaf in fields] if section == "model" else []
+        if kinds:
+            field = models[kinds[0]][leaf]
+        else:
+            field = sections[section]["properties"][leaf] if section else sections[leaf]
+        only = kinds if len(kinds) < len(models) else []
+        of = only or (takers(leaf) if section == "sample" else [])
+        description = description_of(key, *kinds[:1])
+        said = "; ".join(filter(None, (description, f"only for {', '.join(of)}" if of else "")))
+        takes = words_of(field, schema)
+        yield Key(key, takes, _resolved(field, schema).get("default"), said, CHOSEN_ELSEWHERE.get(key, ""))
 
 
 def _resolved(field: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ddpm import interop
-from job.config import RunConfig, UNetConfig
+from ddpm import catalogue, interop
+from job.config import RunConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,25 +41,20 @@ class Described(NamedTuple):
 def described(config: RunConfig) -> Described:
     """Returns the objects that diffusers reads beside the weights of a run's checkpoints."""
     model, diffusion, sample = config.model, config.diffusion, config.sample
-    if not isinstance(model, UNetConfig):
+    if not isinstance(model, catalogue.UNet):
         return Described({}, f"model.kind={model.kind} is not a network that diffusers samples from")
     channels, size, _ = config.image_shape
-    is_learned = diffusion.variance == "learned_range"
     values: dict[str, dict[str, Any]] = {}
     lacking = ""
     try:
         values["unet/config.json"] = interop.unet2d_config(
+            model,
             image_size=size,
             in_channels=channels * (1 + diffusion.self_conditioning),
-            out_channels=channels * (1 + is_learned),
+            out_channels=channels * (1 + diffusion.learns_variance),
             num_classes=(model.num_classes or 0) + (model.label_dropout > 0),
-            **model.model_dump(exclude={"kind", "num_classes", "label_dropout", "gradient_checkpointing"}),
         )
-        scheduler = interop.scheduler_config(
-            **diffusion.model_dump(include={"schedule", "timesteps", "prediction", "zero_terminal_snr", "variance"}),
-            clip=sample.clip,
-            grid=sample.grid,
-        )
+        scheduler = interop.scheduler_config(diffusion, sample)
         values["scheduler/scheduler_config.json"] = scheduler
         kind = scheduler["_class_name"].removesuffix("Scheduler")
         if config.data.latents:

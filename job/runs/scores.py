@@ -12,17 +12,20 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from ddpm.catalogue import METRICS, Metric
 from job.runs.drawings import NumberedDrawing
 from job.runs.layout import CheckpointRef, Located
 from job.runs.records import RunRecord
 from job.sealed import SHA256_PATTERN, Part
 
-_OTHERS = {"fid": "fd", "kid": "kd", "kid_std": "kd_std", "mind": "md", "is": "cs", "is_std": "cs_std"}
 
-
-def score_name(metric: str, extractor: str) -> str:
-    """Returns the name of a score: `fid` for Inception alone, and `fd-mobilenet` for MobileNetV2."""
-    return metric if extractor == "inception" or metric == "bpd" else f"{_OTHERS.get(metric, metric)}-{extractor}"
+def score_name(score: str, extractor: str) -> str:
+    """Returns the name of a score by its network: `fid` is Inception's alone, and MobileNetV2's is `fd-mobilenet`."""
+    name = score.removesuffix("_std")
+    metric = METRICS.get(name, Metric(""))
+    if extractor == "inception" or metric.of == "likelihood":
+        return score
+    return f"{metric.elsewhere or name}{score.removeprefix(name)}-{extractor}"
 
 
 class Reference(Part):

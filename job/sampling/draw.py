@@ -64,16 +64,18 @@ def prepared(plan: SamplePlan, ranks: Ranks, stop: Stop) -> Iterator[tuple[Sampl
             renewals.append(stack.enter_context(reading(worse.run, worse.ref)))
         decoder = load_decoder(plan.bucket, plan.index, ranks.device)
         agreement = Agreement(ranks.world_size, flags=1)
-        painter = Painter(plan.config, ranks, plan.precision, stop, agreement, decoder, renewals)
+        painter = Painter(
+            plan.config, ranks, plan.precision, stop, agreement=agreement, decoder=decoder, renewals=renewals
+        )
         if worse is not None:
             painter.load_worse(worse.run, worse.config, worse.ref, plan.sample.weights)
         sampling = sampling_of(plan.sample)
         if plan.custom_sampler:
-            sampling = replace(sampling, sampler=plan.custom_sampler)
+            sampling = replace(sampling, function=plan.custom_sampler)
         if plan.sample.grid == "found":
             # Another process may have stored the grid since this one planned: all take that of the main process.
             plan = replace(plan, found=ranks.on_main(lambda: plan.found) or find_points(plan, painter))
-            sampling = replace(sampling, grid=plan.found)
+            sampling = replace(sampling, numbers=plan.found)
         yield plan, painter, sampling
 
 
@@ -111,7 +113,7 @@ def _draw_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
                 if editor:
                     grid = editor.grid(images, seeds, with_class(title, plan.drawn_classes))
                 else:
-                    grid = grid_png(images, seeds, plan.drawn_classes, training, painter.stop, title)
+                    grid = grid_png(images, seeds, plan.drawn_classes, training, stop=painter.stop, title=title)
                 publish(ref, grid_key(label, how + layout), grid, f"  ({rate:.2f} images/s)")
         if request.gif and is_main:
             title = with_class(title_of(plan.run, moment_of(label), plan.words, gif_seeds), plan.drawn_classes)
@@ -204,7 +206,7 @@ def grid_png(
 
         indices, _ = figures.nearest_pairs(images, chunks)
         columns, above, below = _arranged(seeds, classes, 5)
-        pairs = figures.pairs_grid(images, training.read(indices), columns, below, above, title)
+        pairs = figures.pairs_grid(images, training.read(indices), columns, below, column_labels=above, title=title)
         return figures.png(pairs)
     columns, above, below = _arranged(seeds, classes, 10 if len(classes) > 1 else 8)
     scale = max(1, 96 // images.shape[1])

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from job.config import OPTIONS_OF, RunConfig, SampleConfig
+from ddpm.catalogue import takers
+from job.config import RunConfig, SampleConfig
 from job.data.images import Recipe, RejectedImageError, prepare
 from job.exits import BadDataError, BadRequestError, MissingInputError, did_you_mean
 from job.pieces import Slice
@@ -148,10 +149,9 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         # The run's steps fit its own sampler: too few give noise with ancestral sampling, and other samplers need few.
         chosen.setdefault("steps", timesteps if sampler == "ddpm" else min(100, timesteps))
     sample = config.updated({f"sample.{key}": value for key, value in chosen.items()}).sample
-    for option in {key for options in OPTIONS_OF.values() for key in options} & chosen.keys():
-        if option not in OPTIONS_OF[sample.sampler]:
-            takers = ", ".join(sampler for sampler, options in OPTIONS_OF.items() if option in options)
-            raise BadRequestError(f"--{option} is an option of {takers}: leave it out, or choose --sampler")
+    for option in chosen:
+        if (of := takers(option)) and sample.sampler not in of:
+            raise BadRequestError(f"--{option} is an option of {', '.join(of)}: leave it out, or choose --sampler")
     if sample.guidance == 1 and (idle := sorted({"guidance_interval", "guidance_rescale"} & chosen.keys())):
         raise BadRequestError(f"--{idle[0].replace('_', '-')} needs --guidance W other than 1")
     if sample.sampler == "own" and not request.custom_sampler:
@@ -241,7 +241,7 @@ def _given(request: SampleRequest, of_run: RunHandle) -> Given | None:
         image, name = _read_image("--image", name, recipe)
     if request.mode == "img2img" or request.mode == "invert":
         strength = request.strength or STRENGTHS[request.mode]
-        return Given(Editing(mode=request.mode, image=name, strength=strength), numbers, image)  # type: ignore[arg-type]
+        return Given(Editing(mode=request.mode, image=name, strength=strength), numbers, image)
     mask = request.mask or "half"
     unknown = np.zeros((size, size), bool)
     if mask == "half":
@@ -316,7 +316,7 @@ def plan_sets(plan: SamplePlan) -> list[SampleSet]:
             first_seed=first_seed,
             count=count,
             piece_images=piece_images(count),
-            save=save,  # type: ignore[arg-type]
+            save=save,
         )
         name = f"{plan.label(ref)}-{plan.how()}-{first_seed}-{count}{'-png' if save == 'png' else ''}"
         sets.append(SampleSet(plan.run, name, ref, drawing, Slice.parse(request.slice)))

@@ -140,7 +140,7 @@ class Scoring(Interlude):
         if chosen.every_epochs:
             from job.evaluation.in_training import Evaluator
 
-            self._evaluator = Evaluator(self.plan, self.sampling_painter())
+            self._evaluator = Evaluator(self.plan, session.ranks, session.stop)
 
     def is_due(self, images_seen: int) -> bool:
         """See `Interlude`."""

@@ -17,6 +17,7 @@ from torch import nn
 
 from ddpm import training
 from ddpm.epochs import crosses
+from ddpm.optimizer import learning_rate_at
 from job.config import RunConfig, method
 from job.data.autoencoder import latents_of, load_decoder
 from job.data.cache import ImageCache
@@ -259,13 +260,13 @@ class TrainingSession:
         training.check_finite(self.state)
         images_seen, losses = self.state.images_seen, training.loss_row(self.state.log.reduced())
         self.state.log.sums.zero_()
-        optimizer, average = self.settings.optimizer, self.settings.averages["ema"]
+        average = self.settings.averages["ema"]
         rate = self.pace.images_per_second(images_seen)
         if self.recorder is not None:
             self.recorder.record(
                 {
                     **losses,
-                    "learning_rate": optimizer.learning_rate_at(images_seen - self.batch_size, self.batch_size),
+                    "learning_rate": learning_rate_at(self.settings.train, images_seen - self.batch_size),
                     "ema_decay": average.decay_at(images_seen, self.batch_size),
                     "images_per_second": round(rate, 2),
                     "memory_bytes": compute.peak_memory_bytes(self.device),

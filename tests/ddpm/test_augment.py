@@ -1,6 +1,7 @@
 """What becomes of images, against torchvision, matrices of its own and functions that are known everywhere."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torchvision.transforms import functional as torchvision
 
 from ddpm.augment import LABELS, Augmentation, random_boxes, random_transforms, transform
 
+NONE = Augmentation(flip=False, crop_scale=(1.0, 1.0), probability=0.0)
 ALL = Augmentation(flip=True, crop_scale=(0.5, 1.0), probability=0.5)
 SIZE = 24
 
@@ -31,12 +33,12 @@ def test_every_split_gives_the_same_to_the_bit() -> None:
             assert torch.equal(ALL.draw(7, numbers[part], SIZE), drawn[part])
             x, told = ALL.apply(images[part], drawn[part])
             assert torch.equal(x, whole[part]) and torch.equal(told, labels[part])
-    few = Augmentation(probability=0.1)
+    few = replace(NONE, probability=0.1)
     x, labels = few.apply(images, few.draw(7, numbers, SIZE))
     untouched = ~labels.any(dim=1)
     assert 10 < untouched.sum() < 40
     assert torch.equal(x[untouched], images[untouched].float() / 127.5 - 1)
-    plain = Augmentation(flip=True)
+    plain = replace(NONE, flip=True)
     x, none = plain.apply(images, plain.draw(7, numbers, SIZE))
     mirrored = (x == (images.float() / 127.5 - 1).flip(-1)).flatten(1).all(dim=1)
     assert none is None and 20 < mirrored.sum() < 41
@@ -44,7 +46,7 @@ def test_every_split_gives_the_same_to_the_bit() -> None:
 
 def test_a_crop_is_torchvision_s() -> None:
     numbers, images = torch.arange(5000), images_of(40)
-    crops = Augmentation(crop_scale=(0.3, 0.9))
+    crops = replace(NONE, crop_scale=(0.3, 0.9))
     drawn = crops.draw(3, numbers, SIZE)
     x, _ = crops.apply(images, drawn[:40])
     boxes = drawn[:, 1:].int().numpy()
@@ -137,7 +139,7 @@ def test_a_positive_rotation_is_counterclockwise_and_borders_are_mirrored() -> N
 
 
 def test_what_is_drawn_has_the_distributions_of_edm_s_table() -> None:
-    labels = Augmentation(probability=0.12).draw(1, torch.arange(50_000), SIZE)[:, -LABELS:].double()
+    labels = replace(NONE, probability=0.12).draw(1, torch.arange(50_000), SIZE)[:, -LABELS:].double()
     shares = (labels != 0).double().mean(dim=0)
     # Half of the stretches follow the image's axes: r = 0, and no w sin r.
     assert shares.tolist() == pytest.approx([0.5, 0.06, *[0.12] * 4, 0.06, *[0.12] * 2], abs=0.008)

@@ -6,7 +6,8 @@ from itertools import product
 import pytest
 import torch
 
-from ddpm import interop
+from ddpm import catalogue, interop
+from ddpm.catalogue import Diffusion, Drawing
 from ddpm.networks.unet import UNet
 from ddpm.objective import Condition
 from tests.ddpm.networks.test_unet import inputs, randomise
@@ -30,6 +31,12 @@ SMALL = {
 }
 
 
+def unet2d_config(**options):
+    """The configuration of a `UNet` with these arguments."""
+    about_images = {key: options.pop(key) for key in ("image_size", "in_channels", "out_channels", "num_classes")}
+    return interop.unet2d_config(catalogue.UNet(**options), **about_images)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -44,7 +51,7 @@ def test_a_network_and_its_configuration_compute_the_same_in_diffusers(changes):
     from diffusers import UNet2DModel
 
     options = SMALL | changes
-    config = interop.unet2d_config(**options)
+    config = unet2d_config(**options)
     ours, theirs = UNet(**options).eval(), UNet2DModel.from_config(config).eval()
     randomise(ours)
     theirs.load_state_dict(ours.state_dict())
@@ -99,18 +106,18 @@ def test_what_diffusers_takes_by_default_is_understood():
 )
 def test_what_has_no_counterpart_is_named(changes, named):
     with pytest.raises(interop.NoCounterpartError, match=re.escape(named)):
-        interop.unet_options(interop.unet2d_config(**SMALL) | changes)
+        interop.unet_options(unet2d_config(**SMALL) | changes)
 
 
 def test_heads_that_diffusers_cannot_be_told_are_named():
     with pytest.raises(interop.NoCounterpartError, match="16 and 24 channels"):
-        interop.unet2d_config(**SMALL | {"heads": 2})
+        unet2d_config(**SMALL | {"heads": 2})
 
 
 def test_older_names_of_the_attention_are_read():
     from diffusers import UNet2DModel
 
-    theirs = UNet2DModel.from_config(interop.unet2d_config(**SMALL))
+    theirs = UNet2DModel.from_config(unet2d_config(**SMALL))
     today = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     named = theirs.state_dict()
     old = {re.sub("to_(?:q|k|v|out.0)", lambda match: today[match[0]], name): named[name] for name in named}
@@ -175,9 +182,9 @@ def test_processes_are_those_of_diffusers(schedule):
     from ddpm.process import make_process
 
     said = {"schedule": schedule, "timesteps": 200, "prediction": "v", "zero_terminal_snr": schedule == "linear"}
-    config = interop.scheduler_config(**said, variance="fixed", clip=True, grid="leading")
+    config = interop.scheduler_config(Diffusion(**said), Drawing(clip=True, grid="leading"))
     theirs = DDIMScheduler.from_config(config)
-    ours = make_process(schedule, 200, zero_terminal_snr=said["zero_terminal_snr"]).alphas_cumprod
+    ours = make_process(Diffusion(**said)).alphas_cumprod
     assert (theirs.alphas_cumprod.double() - ours).abs().max() < 1e-6
     assert interop.process_options(theirs.config) == said | {"variance": "fixed"}
 
@@ -201,7 +208,6 @@ def test_a_process_without_a_counterpart_is_named(config, named):
 
 
 def test_what_diffusers_pipelines_do_not_know_is_named():
-    said = {"timesteps": 100, "zero_terminal_snr": False, "variance": "fixed", "clip": True, "grid": "trailing"}
     for schedule, prediction, named in (("flow", "flow", "schedule=flow"), ("linear", "edm", "prediction=edm")):
         with pytest.raises(interop.NoCounterpartError, match=named):
-            interop.scheduler_config(schedule=schedule, prediction=prediction, **said)
+            interop.scheduler_config(Diffusion(schedule, 100, prediction=prediction), Drawing())

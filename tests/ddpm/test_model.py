@@ -68,7 +68,7 @@ def test_ancestral_sampling_visits_all_points_unless_told_otherwise(pipeline):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"classes": "4"}, "there is no class '4'; there are 4: 0, 1, 2, 3"),
+        ({"classes": "4"}, "unknown class '4'; there are 4: 0, 1, 2, 3"),
         ({"sampler": "ddin"}, "unknown sampler 'ddin': choose one of ddpm, ddim"),
         ({"steps": 51}, "steps must be between 1 and 50"),
         ({"grid": "even"}, "unknown grid 'even'"),
@@ -79,8 +79,8 @@ def test_ancestral_sampling_visits_all_points_unless_told_otherwise(pipeline):
         ({"seed": 2**70}, r"seeds are from 0 to 2\^63 - 1"),
         ({"eta": -1}, "eta from 0 to 1"),
         ({"classes": []}, "name one at least"),
-        ({"classes": True}, "there is no class True"),
-        ({"classes": 1.0}, "there is no class 1.0"),
+        ({"classes": True}, "unknown class True"),
+        ({"classes": 1.0}, "unknown class 1.0"),
         ({"guidance": 2}, "guidance needs a network that has also learnt images without their class"),
     ],
 )
@@ -98,8 +98,8 @@ def broken(folder: Path, name: str, text: str | None) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("unet/config.json", None, "is no folder of diffusers: neither unet/config.json nor config.json"),
-        ("unet/config.json", "[]", "is no JSON object"),
+        ("unet/config.json", None, "is not a diffusers folder: neither unet/config.json nor config.json"),
+        ("unet/config.json", "[]", "does not hold a JSON object"),
         ("unet/config.json", "{", "cannot be loaded"),
         ("unet/config.json", '{"_class_name": "UNet2DConditionModel"}', "it is a UNet2DConditionModel"),
         ("unet/diffusion_pytorch_model.safetensors", None, "only safetensors are read here"),
@@ -120,9 +120,9 @@ def test_a_network_that_is_no_model_of_its_process_is_refused(pipeline, tmp_path
     folder = shutil.copytree(pipeline, tmp_path / "folder")
     config = json.loads((folder / "unet/config.json").read_text()) | {"out_channels": 6}
     (folder / "unet/config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="it makes from 3 channels 6"):
+    with pytest.raises(ValueError, match="maps 3 channels to 6"):
         ddpm.load(folder)
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         ddpm.load(tmp_path / "nowhere")
 
 

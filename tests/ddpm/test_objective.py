@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm.objective import Condition, Drawn, Draws, Objective
+from ddpm.catalogue import Diffusion
+from ddpm.objective import Condition, Drawn, Objective
 from ddpm.prediction import Prediction
 from ddpm.process import Point, Process, RectifiedFlow, VarianceExploding, linear_schedule, make_process
 
@@ -30,8 +31,9 @@ POSSIBLE = [
 
 def objective(schedule: str, prediction: str, weighting: str = "plain") -> Objective:
     """A weighting "with variance" learns that as well; "unclipped" is about its own estimate."""
-    options = {"learned_variance": "variance" in weighting, "clip": "unclipped" not in weighting}
-    return Objective(make_process(schedule), Prediction(prediction), weighting.split()[0], **options)
+    variance = "learned_range" if "variance" in weighting else "fixed"
+    diffusion = Diffusion(schedule, prediction=prediction, weighting=weighting.split()[0], variance=variance)
+    return Objective(make_process(diffusion), Prediction(prediction), diffusion, clip="unclipped" not in weighting)
 
 
 def given(weighting: str) -> tuple[Condition, bool]:
@@ -93,11 +95,11 @@ def test_loss_is_the_weighted_squared_error_of_what_the_network_makes_of_x_t(
             assert t is drawn.t and given.labels is condition.labels
             assert torch.is_grad_enabled() == (len(told) == twice)
             told.append(given)
-            return answer if learnt.learned_variance else answer[:, :3]
+            return answer if learnt.diffusion.learns_variance else answer[:, :3]
 
         losses = learnt.losses(network, X_START, NOISE, drawn, condition, twice)
         expected = [w * nn.functional.mse_loss(output[i], target[i]).item() for i, w in enumerate(weights.tolist())]
-        if output is target or not learnt.learned_variance:
+        if output is target or not learnt.diffusion.learns_variance:
             assert losses.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
         else:
             assert (losses > torch.tensor(expected)).all()
@@ -125,7 +127,7 @@ def test_weights_are_said_on_x_start_whatever_is_predicted() -> None:
         for (weighting, on_x_start), kind in product(expected.items(), ("epsilon", "x0", "v", "flow", "edm")):
             if isinstance(process, RectifiedFlow) and (kind == "epsilon" or weighting == "edm"):
                 continue
-            learnt = Objective(process, Prediction(kind), weighting, gamma)
+            learnt = Objective(process, Prediction(kind), Diffusion(weighting=weighting, gamma=gamma))
             found = learnt.weights(point) * learnt.prediction.error_factor(point)
             torch.testing.assert_close(found, on_x_start, rtol=1e-9, atol=0, msg=f"{process} {weighting} {kind}")
     plain = Objective(LINEAR, Prediction("v")).weights(LINEAR.numbered(torch.arange(1000)))
@@ -137,9 +139,10 @@ def test_published_weights_on_the_output() -> None:
     point = LINEAR.numbered(torch.tensor([20, 300, 900]))
     snr = (point.alpha / point.sigma).square()
     for kind, expected in (("epsilon", snr.clamp(max=5) / snr), ("v", snr.clamp(max=5) / (snr + 1))):
-        torch.testing.assert_close(Objective(LINEAR, Prediction(kind), "min_snr").weights(point), expected)
+        learnt = Objective(LINEAR, Prediction(kind), Diffusion(weighting="min_snr"))
+        torch.testing.assert_close(learnt.weights(point), expected)
     edm = VarianceExploding().numbered(torch.tensor([20, 300, 900]))
-    weights = Objective(VarianceExploding(), Prediction("edm"), "edm").weights(edm)
+    weights = Objective(VarianceExploding(), Prediction("edm"), Diffusion(weighting="edm")).weights(edm)
     torch.testing.assert_close(weights, torch.ones(3, dtype=torch.float64))
 
 
@@ -150,22 +153,28 @@ def test_flow_weighting_is_the_velocity_s_error() -> None:
     x_t = (1 - sigma[:, None]) * x_0 + sigma[:, None] * noise
     velocity, estimated = ((x_t - x) / sigma.clamp(min=0.05)[:, None] for x in (x_0, x_hat))
     expected = (estimated - velocity).square().mean(dim=1)
-    weights = Objective(RectifiedFlow(), Prediction("x0"), "flow").weights(point)
+    by_velocity = Diffusion(weighting="flow")
+    weights = Objective(RectifiedFlow(), Prediction("x0"), by_velocity).weights(point)
     torch.testing.assert_close(weights * (x_hat - x_0).square().mean(dim=1), expected)
     # An output that is the velocity has that error as it is.
-    assert Objective(RectifiedFlow(), Prediction("flow"), "flow").weights(point)[2:].tolist() == pytest.approx([1, 1])
+    weights = Objective(RectifiedFlow(), Prediction("flow"), by_velocity).weights(point)
+    assert weights[2:].tolist() == pytest.approx([1, 1])
+
+
+def log_normal(mean: float = -1.2, std: float = 1.2, stratified: bool = False) -> Diffusion:
+    return Diffusion(draws="log_normal", draws_mean=mean, draws_std=std, stratified=stratified)
 
 
 def test_draws_follow_their_distributions() -> None:
     count = 50_000
     for process, draws, quantile_of in (
-        (VarianceExploding(), Draws("log_normal"), lambda d: torch.special.ndtr((d.sigma.log() + 1.2) / 1.2)),
-        (RectifiedFlow(), Draws("uniform"), lambda d: d.sigma),
-        (RectifiedFlow(), Draws("log_normal", 0, 1), lambda d: torch.special.ndtr((d.sigma / d.alpha).log())),
-        (LINEAR, Draws("log_normal", 0, 0.5), lambda d: torch.special.ndtr((d.sigma / d.alpha).log() / 0.5)),
-        (LINEAR, Draws("uniform"), lambda d: (d.t + 0.5) / 1000),
+        (VarianceExploding(), log_normal(), lambda d: torch.special.ndtr((d.sigma.log() + 1.2) / 1.2)),
+        (RectifiedFlow(), Diffusion(), lambda d: d.sigma),
+        (RectifiedFlow(), log_normal(0, 1), lambda d: torch.special.ndtr((d.sigma / d.alpha).log())),
+        (LINEAR, log_normal(0, 0.5), lambda d: torch.special.ndtr((d.sigma / d.alpha).log() / 0.5)),
+        (LINEAR, Diffusion(), lambda d: (d.t + 0.5) / 1000),
     ):
-        drawn = Drawn(*Objective(process, Prediction("v"), draws=draws).draw(1, torch.arange(count), 128))
+        drawn = Drawn(*Objective(process, Prediction("v"), draws).draw(1, torch.arange(count), 128))
         quantiles, even = quantile_of(drawn), (torch.arange(count) + 0.5) / count
         # Kolmogorov and Smirnov's bound for one draw in 1,500.
         assert (quantiles.sort().values - even).abs().max() < 2 / count**0.5, draws
@@ -174,12 +183,12 @@ def test_draws_follow_their_distributions() -> None:
 
 def test_stratified_draws_spread_each_batch_and_depend_on_the_image_alone() -> None:
     batch = 32
-    for process, draws in ((RectifiedFlow(), Draws(stratified=True)), (LINEAR, Draws("log_normal", stratified=True))):
-        learnt = Objective(process, Prediction("v"), draws=draws)
+    for process, draws in ((RectifiedFlow(), Diffusion(stratified=True)), (LINEAR, log_normal(stratified=True))):
+        learnt = Objective(process, Prediction("v"), draws)
         whole = learnt.draw(7, torch.arange(64 * batch), batch)
         for rank in range(3):
             assert torch.equal(learnt.draw(7, torch.arange(64 * batch)[rank::3], batch), whole[:, rank::3])
-        if draws.kind == "uniform":
+        if draws.draws == "uniform":
             sigma = whole[2].view(64, batch)
             assert torch.equal((sigma * batch).floor(), torch.arange(batch).float().expand(64, batch))
             # The mean of a batch strays a batch's size less than that of independent draws.
@@ -194,7 +203,7 @@ def test_half_precision_networks_give_float32_losses_and_gradients_that_agree(
     drawn = Drawn(*learnt.draw(0, NUMBERS, 6))
     for enabled in (False, True):
         torch.manual_seed(0)
-        network = nn.Conv2d(3, 3 * (1 + learnt.learned_variance), 1)
+        network = nn.Conv2d(3, 3 * (1 + learnt.diffusion.learns_variance), 1)
 
         def autocast(x: Tensor, t: Tensor, condition: Condition, network=network, enabled=enabled) -> Tensor:
             assert x.dtype == t.dtype == torch.float32
@@ -222,7 +231,7 @@ def test_gradients_are_those_of_finite_differences(schedule: str, prediction: st
 
     def loss(weight: Tensor) -> Tensor:
         def network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-            if not learnt.learned_variance:
+            if not learnt.diffusion.learns_variance:
                 return (x * weight + weight.sin()).as_subclass(Double)
             # By the bound no gradient reaches the estimate, which differences would see.
             return torch.cat([x * 0.4, x.sin() * weight], 1).as_subclass(Double)
@@ -247,7 +256,9 @@ def test_weights_are_finite_however_little_signal_is_left() -> None:
     """In float32 the SNR at the end of 20,000 timesteps is 0, and 0/0 no number."""
     point = linear_schedule(20_000).numbered(torch.arange(20_000))
     for kind in ("epsilon", "v"):
-        weights = Objective(linear_schedule(20_000), Prediction(kind), "min_snr").weights(point).float()
+        weights = (
+            Objective(linear_schedule(20_000), Prediction(kind), Diffusion(weighting="min_snr")).weights(point).float()
+        )
         assert torch.isfinite(weights).all()
         assert kind == "v" or math.isclose(weights[-1], 1)
 
@@ -255,10 +266,10 @@ def test_weights_are_finite_however_little_signal_is_left() -> None:
 def test_impossible_objectives_are_refused() -> None:
     processes: list[Process] = [RectifiedFlow(), LINEAR.with_zero_terminal_snr()]
     for process in processes:
-        with pytest.raises(ValueError, match="epsilon where the process leaves none"):
+        with pytest.raises(ValueError, match="epsilon does not determine the image"):
             Objective(process, Prediction("epsilon"))
-    for process, draws in ((RectifiedFlow(), Draws()), (LINEAR, Draws("log_normal"))):
+    for process, draws in ((RectifiedFlow(), "uniform"), (LINEAR, "log_normal")):
         with pytest.raises(ValueError, match="a table of betas, at points drawn uniformly"):
-            Objective(process, Prediction("v"), draws=draws, learned_variance=True)
+            Objective(process, Prediction("v"), Diffusion(draws=draws, variance="learned_range"))
     with pytest.raises(ValueError, match=r"'p2'.*plain.*edm"):
         objective("linear", "v", "p2")

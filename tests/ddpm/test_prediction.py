@@ -1,15 +1,15 @@
 """One line that recovers x_0, whatever was predicted, and one factor between the errors: on points of every process."""
 
 from itertools import product
-from typing import get_args
 
 import pytest
 import torch
 
-from ddpm.prediction import Prediction, PredictionKind
+from ddpm.catalogue import PREDICTIONS
+from ddpm.prediction import Prediction
 from ddpm.process import Point, RectifiedFlow, VarianceExploding, cosine_schedule, linear_schedule
 
-KINDS = get_args(PredictionKind)
+KINDS = tuple(PREDICTIONS)
 PROCESSES = (linear_schedule(), cosine_schedule(), VarianceExploding(), RectifiedFlow())
 X_START, NOISE, ERROR = torch.randn(3, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 

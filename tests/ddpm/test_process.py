@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddpm.catalogue import Diffusion
 from ddpm.process import (
     CLEAN,
     TABLES,
@@ -44,7 +45,7 @@ def numbers(*chosen: int) -> Tensor:
 
 def test_golden_values() -> None:
     for name, expected in GOLDEN.items():
-        point = make_process(name, T).numbered(torch.tensor(list(expected)))
+        point = make_process(Diffusion(name, T)).numbered(torch.tensor(list(expected)))
         assert point.t.tolist() == list(expected)
         for found, alpha_bar in zip(point.alpha.square().tolist(), expected.values(), strict=True):
             assert found == pytest.approx(alpha_bar, rel=1e-12), name
@@ -88,7 +89,7 @@ def test_sigmoid_is_the_curve_of_its_paper() -> None:
 
 def test_every_process_goes_from_the_image_to_noise_and_finds_its_own_points() -> None:
     for name in ALL:
-        process = make_process(name, T)
+        process = make_process(Diffusion(name, T))
         point = process.numbered(torch.arange(T))
         ratio = point.sigma / point.alpha
         assert all(part.dtype == torch.float64 for part in point)
@@ -136,8 +137,8 @@ def test_impossible_processes_are_refused() -> None:
         (lambda: scaled_linear_schedule(10, beta_end=1.5), "between 0 and 1"),
         (lambda: VariancePreserving.from_betas(torch.tensor([0.1, torch.nan])), "between 0 and 1"),
         (lambda: VariancePreserving.from_betas(torch.tensor([1.0, 0.1])), "between 0 and 1"),
-        (lambda: make_process("laplace"), r"'laplace'.*linear.*flow"),
-        (lambda: make_process("edm", zero_terminal_snr=True), "'edm' does not have"),
+        (lambda: make_process(Diffusion("laplace")), r"'laplace'.*linear.*flow"),
+        (lambda: make_process(Diffusion("edm", zero_terminal_snr=True)), "'edm' does not have"),
     ):
         with pytest.raises(ValueError, match=message):
             make()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from ddpm.objective import Condition, Drawn, Draws, Objective
+from ddpm.catalogue import Diffusion
+from ddpm.objective import Condition, Drawn, Objective
 from ddpm.prediction import Prediction
 from ddpm.process import RectifiedFlow, VarianceExploding, cosine_schedule, linear_schedule
 from ddpm.variance import log_likelihood_of_levels, normal_kl, posteriors, spread_over_steps
@@ -77,7 +78,7 @@ def test_steps_and_the_hybrid_loss_are_the_published_ones(schedule) -> None:
     for found, expected in zip(steps, (on_x_start, clipped.log(), betas.log()), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
-    learnt = Objective(schedule, Prediction("v"), draws=Draws(stratified=True), learned_variance=True)
+    learnt = Objective(schedule, Prediction("v"), Diffusion(variance="learned_range", stratified=True))
     drawn = Drawn(*learnt.draw(0, torch.tensor([0, 1, 400, 999]), 1000))
     assert drawn.t.tolist() == [0, 1, 400, 999]
     x_start, noise, weight = levels(normal(0)), normal(1), torch.tensor(0.1, requires_grad=True)
@@ -111,7 +112,7 @@ def test_steps_and_the_hybrid_loss_are_the_published_ones(schedule) -> None:
 
 
 def test_the_bound_teaches_the_variance_and_not_the_estimate() -> None:
-    learnt = Objective(linear_schedule(), Prediction("epsilon"), learned_variance=True)
+    learnt = Objective(linear_schedule(), Prediction("epsilon"), Diffusion(variance="learned_range"))
     plain = Objective(linear_schedule(), Prediction("epsilon"))
     drawn = Drawn(*learnt.draw(0, torch.arange(4), 4))
     gradients = []
@@ -150,7 +151,7 @@ def test_bits_per_dim_are_those_of_a_known_distribution() -> None:
 
         learnt = Objective(process, Prediction("x0"))
         # Only tables of betas have a loss that teaches it, but all have the bound.
-        object.__setattr__(learnt, "learned_variance", True)
+        object.__setattr__(learnt, "diffusion", Diffusion(variance="learned_range"))
         fixed = Objective(process, Prediction("x0"))
         found, of_beta = (
             torch.stack(

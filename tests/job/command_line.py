@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
-from job.cli.app import run
 import job.commands
+from job.cli.app import run
 from job.processes.launched import LAUNCHED
 from job.stop import STOP_SIGNALS
 

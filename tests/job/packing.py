@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import job.data.pack
-from job.data.pack import PackRequest, pack
+from job.data.pack import pack
+from job.data.pack_request import PackRequest
 from job.data.shards import DatasetIndex
 from job.data.sources import Source
 from job.stop import Stop

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from ddpm.training import TrainState
-from job.data.pack import PackRequest, pack
+from job.data.pack import pack
+from job.data.pack_request import PackRequest
 from job.exits import Exit
 from job.processes import lease
 from job.runs.checkpoints import list_checkpoints, load_manifest

@@ -177,10 +177,10 @@ def test_rows_and_columns_are_told_apart() -> None:
 
 def test_impossible_networks_are_refused() -> None:
     for changes, message in (
-        ({"image_size": 30}, r"image_size 30 is not a multiple of patch_size 4"),
-        ({"heads": 3}, r"width 16 is not a multiple of 4 and of heads 3"),
-        ({"width": 6, "heads": 3}, r"width 6 is not a multiple of 4"),
-        ({"heads": 8, "rope": True}, r"rope needs heads of a multiple of 4 channels, not width 16 / heads 8"),
+        ({"image_size": 30}, r"data.size=30 is not a multiple of model.patch_size=4"),
+        ({"heads": 3}, r"width=16 cannot be split into model.heads=3"),
+        ({"width": 6, "heads": 3}, r"width=6 must be a multiple of 4"),
+        ({"heads": 8, "rope": True}, r"rope: model.width=16 / model.heads=8 must be a multiple of 4"),
     ):
         sizes = {"image_size": 16, "patch_size": 4, "width": 16, "depth": 1, "heads": 2}
         with pytest.raises(ValueError, match=message):

@@ -102,5 +102,5 @@ def test_forward_is_what_the_weights_say_at_any_size(image_size: int) -> None:
 
 def test_a_size_that_cannot_be_halved_is_refused() -> None:
     for image_size in (0, 28, 4):
-        with pytest.raises(ValueError, match=re.escape(f"image_size {image_size} cannot be halved three times")):
+        with pytest.raises(ValueError, match=re.escape(f"data.size={image_size} cannot be halved 3 times")):
             DomeUNet(image_size=image_size, in_channels=3, out_channels=3)

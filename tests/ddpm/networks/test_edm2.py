@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddpm import catalogue
 from ddpm.augment import Augmentation
+from ddpm.catalogue import Diffusion, Train
 from ddpm.networks import edm2
 from ddpm.networks.edm2 import EDM2, magnitude
-from ddpm.objective import Condition, Draws, Objective
-from ddpm.optimizer import OptimizerSettings
+from ddpm.objective import Condition, Objective
 from ddpm.prediction import Prediction
 from ddpm.process import VarianceExploding
 from ddpm.training import Hooks, Settings, create_state, loss_row, train
@@ -196,8 +197,10 @@ def test_forward_is_what_the_paper_says() -> None:
 
 def test_learnt_uncertainty_divides_the_error_and_is_learnt() -> None:
     """Equation 21 by hand for one image; at its minimum u is the logarithm of the error, which stays as it is."""
-    objective = Objective(VarianceExploding(), Prediction("edm", 0.5), draws=Draws("log_normal"))
-    settings = Settings(1, None, OptimizerSettings(0.01), {}, seed=3, augmentation=Augmentation(), dropout=0.0)
+    objective = Objective(VarianceExploding(), Prediction("edm", 0.5), Diffusion(draws="log_normal"))
+    augmentation = Augmentation(flip=False, crop_scale=(1.0, 1.0), probability=0.0)
+    train_settings = Train(batch_size=1, learning_rate=0.01, seed=3)
+    settings = Settings(train_settings, catalogue.EDM2(), {}, augmentation)
     images = torch.randint(0, 256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     again = SimpleNamespace(image_numbers=np.arange(1), images=images, labels=None)
 
@@ -233,9 +236,9 @@ def test_learnt_uncertainty_divides_the_error_and_is_learnt() -> None:
 
 def test_impossible_networks_are_refused() -> None:
     for changes, message in (
-        ({"image_size": 15}, r"image_size 15 cannot be halved 1 times"),
+        ({"image_size": 15}, r"data.size=15 cannot be halved 1 times"),
         ({"channel_mults": ()}, r"at least one level"),
-        ({"head_channels": 5}, r"32 channels cannot be split into heads of 5"),
+        ({"head_channels": 5}, r"32 channels cannot be split into heads by model.head_channels=5"),
     ):
         with pytest.raises(ValueError, match=message):
             small(**changes)

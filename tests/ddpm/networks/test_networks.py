@@ -97,7 +97,7 @@ def test_what_a_network_cannot_be_told_is_refused(kind: str) -> None:
 
 
 def test_there_is_no_other_network() -> None:
-    with pytest.raises(ValueError, match="no network 'vit': choose one of unet, edm2, dit, dome"):
+    with pytest.raises(ValueError, match="unknown network 'vit': choose one of unet, edm2, dit, dome"):
         networks.build("vit", image_size=16, in_channels=3, out_channels=3, num_classes=0)
 
 

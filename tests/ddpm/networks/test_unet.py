@@ -233,10 +233,10 @@ def test_labels_must_match_the_network() -> None:
 
 def test_impossible_networks_are_refused() -> None:
     for changes, message in (
-        ({"image_size": 30}, r"image_size 30 cannot be halved 2 times.*multiple of 4"),
-        ({"image_size": 0}, r"image_size 0"),
-        ({"norm_groups": 5}, r"channels 8 is not a multiple of norm_groups 5"),
-        ({"channels": 3, "norm_groups": 3}, r"channels 3 must be even and at least 4"),
+        ({"image_size": 30}, r"data.size=30 cannot be halved 2 times.*multiple of 4"),
+        ({"image_size": 0}, r"data.size=0"),
+        ({"norm_groups": 5}, r"channels=8 cannot be split into model.norm_groups=5 groups"),
+        ({"channels": 3, "norm_groups": 3}, r"channels=3 must be even and at least 4"),
         ({"channel_mults": ()}, r"at least one level"),
         ({"heads": 3}, r"16 channels cannot be split into heads"),
         ({"head_channels": 12}, r"16 channels cannot be split into heads"),

@@ -13,8 +13,8 @@ from job.config import (
     validated,
 )
 from job.config.method import build_network
-from job.config.networks import DiTConfig, DomeConfig
-from job.data.pack import PackRequest
+from job.config.networks import NETWORKS
+from job.data.pack_request import PackRequest
 from job.exits import BadConfigError
 from job.requests import TrainRequest, parse_numbers
 
@@ -76,10 +76,10 @@ def test_later_layers_win(tmp_path):
 
 def test_another_network_begins_with_its_own_defaults():
     config = draft("celeba", {"model.kind": "dit", "model.depth": 4})
-    assert config.model == DiTConfig(depth=4)
+    assert config.model == NETWORKS["dit"](depth=4)
     assert config.train == draft("celeba", {}).train
     again = config.updated({"model.kind": "dome", "train.seed": 3})
-    assert (again.model, again.train.seed) == (DomeConfig(), 3)
+    assert (again.model, again.train.seed) == (NETWORKS["dome"](), 3)
     # Said once more, it is no other.
     assert config.updated({"model.kind": "dit"}) == config
     assert draft("celeba", {"model.kind": "unet"}).model == draft("celeba", {}).model

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
-from job.data.pack import PackRequest, pack
+from job.data.pack import pack
+from job.data.pack_request import PackRequest
 from job.exits import Exit, JobError
 from job.progress import printable
 from job.store import open_store

@@ -14,7 +14,8 @@ from PIL import Image
 import job.data.pack
 from job.data.cache import open_cache
 from job.data.foreign_tars import find_tars
-from job.data.pack import PackRequest, pack
+from job.data.pack import pack
+from job.data.pack_request import PackRequest
 from job.data.shards import load_index
 from job.data.verify import verify_dataset
 from job.exits import BadDataError, BadRequestError, Exit, JobError, StoppedError

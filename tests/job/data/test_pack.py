@@ -12,7 +12,8 @@ import webdataset
 from PIL import Image
 
 import job.data.pack
-from job.data.pack import PackRequest, pack
+from job.data.pack import pack
+from job.data.pack_request import PackRequest
 from job.data.shards import OFFSETS_DTYPE, load_index
 from job.data.verify import verify_dataset
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError, StoppedError

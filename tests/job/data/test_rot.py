@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from job.data.cache import DecodedCache, ImageCache, ShardCache
-from job.data.pack import PackRequest, pack
+from job.data.pack import pack
+from job.data.pack_request import PackRequest
 from job.data.shard_source import ShardSource
 from job.data.shards import load_index
 from job.data.verify import verify_dataset

@@ -119,7 +119,9 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_drawn(bucket, tmp_p
 
     monkeypatch.setattr(evaluate, "run_evaluation", None)
     assert "scores need 12" in refused(evaluating("--count", 5, "--extractor", "mobilenet"), Exit.BAD_REQUEST)
-    assert "unknown metric 'fidd'; did you mean 'fid'?" in refused(evaluating("--metrics", "kid,fidd"), Exit.BAD_REQUEST)
+    assert "unknown metric 'fidd'; did you mean 'fid'?" in refused(
+        evaluating("--metrics", "kid,fidd"), Exit.BAD_REQUEST
+    )
     assert "comes without its classes" in refused(evaluating("--metrics", "is"), Exit.BAD_REQUEST)
     assert "there are inception, mobilenet, dinov2" in refused(evaluating("--extractor", "vgg"), Exit.BAD_REQUEST)
     assert "no such file" in refused(evaluating("--extractor-file", tmp_path / "nope.pt"), Exit.MISSING_INPUT)
@@ -270,7 +272,7 @@ def test_a_run_that_wants_scores_that_cannot_be_is_refused_when_it_begins(tiles,
     bucket = shutil.copytree(tiles, tmp_path / "bucket")
     words = ("train", "--dataset", "tiles", "--run", "r", "--bucket", bucket)
     prdc = settings(evaluate__every_epochs="1", evaluate__metrics="prdc,fid", checkpoint__keep_best="true")
-    assert "prdc has four" in refused(ddpm_here(*words, *prdc), Exit.BAD_CONFIG)
+    assert "prdc has several" in refused(ddpm_here(*words, *prdc), Exit.BAD_CONFIG)
     assert "evaluate.every_epochs" in refused(
         ddpm_here(*words, *settings(checkpoint__keep_best="true")), Exit.BAD_CONFIG
     )

@@ -13,7 +13,8 @@ import torch
 from ddpm.generation import noise_of
 from job.data.autoencoder import latents_of
 from job.data.cache import chosen_images
-from job.data.pack import PackRequest, pack
+from job.data.pack import pack
+from job.data.pack_request import PackRequest
 from job.data.shards import INDEX, OFFSETS_DTYPE, load_index
 from job.exits import Exit
 from job.runs.records import existing_config

@@ -1,0 +1,106 @@
+"""What the catalogue lists is there, and nothing else, in the formulas and in the tables of the documentation."""
+
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from inspect import signature
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm import catalogue, metrics, networks, samplers
+from ddpm.catalogue import (
+    EXTRACTORS,
+    GRIDS,
+    METRICS,
+    NETWORKS,
+    PREDICTIONS,
+    SAMPLERS,
+    SCHEDULES,
+    WEIGHTINGS,
+    Diffusion,
+    Drawing,
+    Network,
+)
+from ddpm.features import LOADERS
+from ddpm.grids import make_grid
+from ddpm.objective import Objective
+from ddpm.prediction import Prediction
+from ddpm.process import TABLES, make_process
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def column(page: str, header: str) -> list[str]:
+    """The names in the first cells of a table, whose header begins so."""
+    _, _, table = (DOCS / page).read_text().partition(f"| {header}")
+    rows = table.partition("\n\n")[0].splitlines()[2:]
+    return [name for row in rows for name in re.findall(r"`(?:--extractor )?(\w+)`", row.split("|")[1])]
+
+
+def test_it_needs_neither_pytorch_nor_pydantic():
+    code = "import sys, ddpm.catalogue; assert not {'torch', 'numpy', 'pydantic', 'yaml'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_each_sampler_has_a_function_that_takes_its_options_and_no_default_of_its_own():
+    settings = {field.name: field.default for field in fields(Drawing)}
+    for name, sampler in SAMPLERS.items():
+        if name == "own":
+            continue
+        _, _, _, _, *own = signature(getattr(samplers, sampler.function or name)).parameters.values()
+        assert {parameter.name for parameter in own} == {*sampler.options, *sampler.also} | (
+            {"eta"} if name == "euler" else set()
+        ), name
+        for parameter in own:
+            if parameter.name in sampler.options:
+                assert parameter.default == settings[parameter.name], (name, parameter.name)
+
+
+def test_each_name_means_something_in_the_formulas():
+    assert [name for name, schedule in SCHEDULES.items() if schedule.has_betas] == list(TABLES)
+    process = make_process(Diffusion())
+    for grid in GRIDS.keys() - {"found"}:
+        assert len(make_grid(process, 5, grid)) == 6
+    for schedule in SCHEDULES:
+        assert make_process(Diffusion(schedule, 7)).num_timesteps == 7
+    point = process.numbered(torch.arange(0, 1000, 100))
+    for prediction in PREDICTIONS:
+        for weighting in WEIGHTINGS:
+            learnt = Objective(process, Prediction(prediction), Diffusion(weighting=weighting))
+            assert learnt.weights(point).isfinite().all()
+    assert {name for name, metric in METRICS.items() if metric.of == "features"} == metrics.COMPARISONS.keys()
+    assert EXTRACTORS.keys() == LOADERS.keys()
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_each_network_can_be_built_with_its_defaults(kind):
+    with torch.device("meta"):
+        network = networks.build(kind, image_size=32, in_channels=3, out_channels=3, num_classes=2)
+    assert type(network).__name__ == NETWORKS[kind].__name__
+    assert getattr(catalogue, NETWORKS[kind].__name__) is NETWORKS[kind]
+
+
+def test_the_documentation_lists_the_same():
+    page = (DOCS / "samplers.md").read_text()
+    for name, sampler in SAMPLERS.items():
+        if name != "own":
+            options = " ".join(f"`--{option}`" for option in sampler.options)
+            assert f"| `{name}` | {sampler.sentence} | {options} |\n" in page
+    for name, grid in GRIDS.items():
+        assert f"| `{name}` | {grid.sentence} |\n" in page
+    assert column("notation.md", "process (`diffusion.schedule`)") == list(SCHEDULES)
+    assert column("notation.md", "`diffusion.prediction`") == list(PREDICTIONS)
+    weight = (DOCS / "notation.md").read_text().partition("The **weight** ")[2].partition("\n\n")[0]
+    assert {*WEIGHTINGS, *catalogue.DRAWS} <= {*re.findall(r"`(\w+)`", weight)}
+    scores = [score for name, metric in METRICS.items() for score in metric.scores or (name,)]
+    assert column("evaluation.md", "score ") == scores
+    assert column("evaluation.md", "network ") == list(EXTRACTORS)
+    assert column("networks.md", "`model.kind`") == list(NETWORKS)
+    page = (DOCS / "networks.md").read_text()
+    for network in NETWORKS.values():
+        own = {field.name for field in fields(network)} - {field.name for field in fields(Network)}
+        row = page.partition(f"| `{network.kind}` |")[2].partition("\n")[0]
+        assert own <= {*re.findall(r"`(\w+)`", row)}, network.kind
