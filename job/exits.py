@@ -1,65 +1,123 @@
-"""The exit-code table: the only one. Every backend's retry policy and every error message is derived from it."""
+"""The one table of exit codes and states: retry policies, records and error messages follow from it."""
 
 import difflib
 import errno
 import re
 import sys
 from collections.abc import Iterable
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import Self
 
 CRASHED = 1
-"""The code of a program that ended by an error which nobody foresaw, or by the lack of memory."""
+"""The exit code of a program that ended by an unforeseen error, or by a lack of memory."""
+
+
+class Restart(IntEnum):
+    """Whether a program that ended is started again. Of several parts of a job the largest value decides."""
+
+    ALWAYS = 0
+    """Not counted where the engine allows that."""
+    BOUNDED = 1
+    """Counted against a limit."""
+    NEVER = 2
 
 
 class Exit(IntEnum):
-    """What a finished process says about itself; the values follow sysexits.h where it has one.
+    """The exit codes of this program; the values follow sysexits.h where it has one.
 
     Attributes:
-        text: what it means.
-        retried: `never`, `bounded` (counted against a limit) or `always` (not counted where the engine allows that).
+        text: the meaning.
+        retried: whether the program is started again.
     """
 
     text: str
-    retried: str
+    retried: Restart
 
-    def __new__(cls, code: int, text: str = "", retried: str = "") -> Self:
-        """A row of the table."""
+    def __new__(cls, code: int, text: str = "", retried: Restart = Restart.NEVER) -> Self:
+        """Makes a row of the table."""
         row = int.__new__(cls, code)
         row._value_, row.text, row.retried = code, text, retried
         return row
 
-    FINISHED = 0, "finished", "never"
-    USAGE = 2, "wrong usage of the command line", "never"
-    BAD_REQUEST = 64, "a request that cannot be met, such as an unknown name", "never"
-    BAD_DATA = 65, "bad data: unreadable, truncated, rotten or unsafe", "never"
-    MISSING_INPUT = 66, "missing input: a bucket, dataset, run or checkpoint that is not there", "never"
-    BUCKET_AWAY = 69, "the bucket was away beyond the limit", "bounded"
-    NOT_A_NUMBER = 70, "the loss or a gradient was not a number; it would be again", "never"
-    HUNG = 71, "the job hung, or its machine lost a GPU", "bounded"
-    DISK_FULL = 74, "the local disk is full", "never"
-    STOPPED = 75, "stopped by preemption, a signal or a deadline, with the state saved", "always"
-    LOST_RUN = 76, "another attempt holds the run", "never"
-    NO_PERMISSION = 77, "permission denied", "never"
-    BAD_CONFIG = 78, "the configuration is not valid, or not the one the run was started with", "never"
+    FINISHED = 0, "finished"
+    USAGE = 2, "wrong usage of the command line"
+    BAD_REQUEST = 64, "a request that cannot be met, such as an unknown name"
+    BAD_DATA = 65, "bad data: unreadable, truncated, corrupt or unsafe"
+    MISSING_INPUT = 66, "missing input: a bucket, dataset, run or checkpoint that is not there"
+    BUCKET_AWAY = 69, "the bucket was away beyond the limit", Restart.BOUNDED
+    NOT_A_NUMBER = 70, "the loss or a gradient was not a number; it would be again"
+    HUNG = 71, "the job hung, or its machine lost a GPU", Restart.BOUNDED
+    DISK_FULL = 74, "the local disk is full"
+    STOPPED = 75, "stopped by preemption, a signal or a deadline, with the state saved", Restart.ALWAYS
+    LOST_RUN = 76, "another attempt holds the run"
+    NO_PERMISSION = 77, "permission denied"
+    BAD_CONFIG = 78, "the configuration is not valid, or not the one the run was started with"
 
 
 TABLE: dict[int, Exit] = {int(code): code for code in Exit}
-"""By number: programs end with others, too, when they crash, run out of memory or are killed."""
+"""The rows by number: a program that crashes, is killed or runs out of memory ends with a code of no row."""
 
 
-def retried(code: int) -> str:
-    """Whether a program that ended with `code` is started again; see `Exit`. What is not in the table is `bounded`."""
-    return TABLE[code].retried if code in TABLE else "bounded"
+class State(StrEnum):
+    """The state of a run, a job or a process: one table for the four vocabularies.
+
+    | state       | run (`Status`)       | job (`Outcome`)   | engine (`JobStatus`)            | rank (launcher)       |
+    |-------------|----------------------|-------------------|---------------------------------|-----------------------|
+    | FINISHED    | finished             | exit code 0       | exit code 0                     | exit code 0           |
+    | GONE        |                      |                   | unknown to the engine           |                       |
+    | CANCELLED   |                      |                   | by a person; here also code 75  |                       |
+    | STOPPED     | stopped              | exit code 75      |                                 | exit code 75          |
+    | FAILED      | failed               | another exit code | another exit code               | another exit code     |
+    | WAITING     |                      |                   | for a machine, queue or image   |                       |
+    | RUNNING     | running              | no exit code yet  | running                         | no exit code yet      |
+    | IMPORTED    | made by `ddpm import`|                   |                                 |                       |
+    | CUT_OFF     | running, but silent  |                   |                                 |                       |
+    | NOT_STARTED | has no status        |                   |                                 |                       |
+    | UNREADABLE  | has a corrupt status |                   |                                 |                       |
+    | NEVER_BEGAN |                      |                   |                                 | killed by the signal  |
+    | LOST_PEER   |                      |                   |                                 | another rank ended it |
+
+    Of several parts of a job the state that is listed last decides about the job.
+    """
+
+    FINISHED = "finished"
+    GONE = "gone"
+    CANCELLED = "cancelled"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    WAITING = "waiting"
+    RUNNING = "running"
+    IMPORTED = "imported"
+    CUT_OFF = "cut off"
+    NOT_STARTED = "not started"
+    UNREADABLE = "cannot be read"
+    NEVER_BEGAN = "never began"
+    LOST_PEER = "lost its peer"
+
+    @classmethod
+    def of_code(cls, code: int | None) -> Self:
+        """Returns the state after an exit code; without one the program runs."""
+        states = {None: cls.RUNNING, Exit.FINISHED.value: cls.FINISHED, Exit.STOPPED.value: cls.STOPPED}
+        return states.get(code, cls.FAILED)
+
+    @property
+    def order(self) -> int:
+        """The position in the table."""
+        return [*State].index(self)
+
+    @property
+    def is_over(self) -> bool:
+        """Returns whether a job stays in this state until it is submitted again."""
+        return self not in (State.WAITING, State.RUNNING)
 
 
-def severity(rule: str) -> int:
-    """How bad a failure is that is retried by `rule`: of several parts of a job the worst decides about the whole."""
-    return ("always", "bounded", "never").index(rule)
+def retried(code: int) -> Restart:
+    """Returns whether a program that ended with `code` is started again; a code of no row is `BOUNDED`."""
+    return TABLE[code].retried if code in TABLE else Restart.BOUNDED
 
 
 def meaning(code: int) -> str:
-    """What it means that a program ended with `code`, in words."""
+    """Returns the meaning of an exit code, for people."""
     if code in TABLE:
         return TABLE[code].text
     return f"killed by signal {code - 128}" if code > 128 else "crashed"
@@ -86,7 +144,7 @@ class BadRequestError(JobError):
 
 
 class BadDataError(JobError):
-    """Data that is unreadable, truncated, rotten or unsafe."""
+    """Data that is unreadable, truncated, corrupt or unsafe."""
 
     exit_code = Exit.BAD_DATA
 
@@ -146,7 +204,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def ending_of(error: BaseException) -> tuple[int, str]:
-    """The exit code of a program that ends with `error`, and what to say; nothing for a crash, and for `SystemExit`."""
+    """Returns the exit code of a program that ends with `error`, and its message, empty for a crash or `SystemExit`."""
     match error:
         case SystemExit():
             return error.code if isinstance(error.code, int) else CRASHED if error.code else 0, ""
@@ -175,7 +233,7 @@ def _at(error: OSError) -> str:
 
 
 def _out_of_memory(error: Exception) -> str:
-    """What to say if memory ran out, here or on the GPU; empty for any other error."""
+    """Returns the message of an error that memory ran out, here or on the GPU; empty for any other error."""
     torch, text = sys.modules.get("torch"), " ".join(str(error).split())
     is_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
     # PyTorch says it of the host's memory in a bare RuntimeError, oneDNN in words that say nothing of memory, and the

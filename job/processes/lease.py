@@ -76,7 +76,7 @@ def _read_lease(run: Store) -> tuple[LeaseRecord | None, str]:
 
 
 def claim_version(folder: Store) -> str:
-    """Returns the version of the lease in a folder, which changes whenever it is renewed; empty if there is none."""
+    """Returns the version of the lease in a folder, which changes with every renewal; empty if the folder has none."""
     return _read_lease(folder)[1]
 
 

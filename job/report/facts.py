@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from job.config import RunConfig
-from job.exits import BadDataError
+from job.exits import BadDataError, State
 from job.keys import shown
 from job.plan import FoundRun
 from job.progress import note
@@ -85,7 +85,7 @@ class Facts:
         data = self.config.data
         if not data.dataset:
             return ""
-        more = ["--epochs", str(2 * self.config.train.epochs)] if self.state == "finished" else []
+        more = ["--epochs", str(2 * self.config.train.epochs)] if self.state == State.FINISHED else []
         return shlex.join(["ddpm", "train", *self._about(self.name), *more])
 
     @property
