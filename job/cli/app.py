@@ -66,7 +66,7 @@ def _root(
 ) -> None:
     """The diffusion training job that never loses work: packs images, trains a DDPM on them and samples from it.
 
-    Everything lies in a bucket: a folder, gs://, s3:// or az://.
+    Everything lies in a bucket: a folder, or a URI such as gs://NAME.
 
     Example: ddpm data pack photos.zip mine --size 64 && ddpm train --dataset mine
     """

@@ -12,7 +12,7 @@ BucketUri = Annotated[
     typer.Option(
         metavar="URI",
         envvar="DDPM_BUCKET",
-        help="Where datasets and runs lie: gs://NAME[/PREFIX], s3://NAME[/PREFIX] or a local folder.",
+        help="Where datasets and runs lie: a folder, or a URI such as gs://NAME[/PREFIX].",
         show_envvar=True,
     ),
 ]

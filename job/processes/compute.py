@@ -43,9 +43,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 def settle_buckets(network: nn.Module, config: RunConfig, images: int, device: torch.device) -> None:
     """Makes DDP lay out its gradient buckets as it will keep them, by a pass whose gradients are dropped. Collective.
 
-    DDP lays them out after the first pass of an attempt. Sums over three or more processes depend on the layout: a resumed
-    run would be rounded otherwise than an uninterrupted one. The pass has as many images as a step: for another number
-    the network would be compiled once more.
+    DDP lays them out after the first pass of an attempt. Sums over three or more processes depend on the layout: a
+    resumed run would be rounded otherwise than an uninterrupted one. The pass has as many images as a step: for another
+    number the network would be compiled once more.
     """
     size, channels = config.data.size, config.data.channels
     assert size is not None and channels is not None

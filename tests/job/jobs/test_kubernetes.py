@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, NoPermissionError, StoppedError
+from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, NoPermissionError, State, StoppedError
 from job.jobs.backends import kubernetes_api
-from job.jobs.backends.base import Cause, State
+from job.jobs.backends.base import Cause
 from job.jobs.backends.kubernetes import KubernetesBackend
 from job.outcome import outcome_written
 from tests.job.command_line import ddpm_here, environment, refused, succeeded
@@ -171,12 +171,12 @@ def test_cancelling_ends_the_pods_in_order_and_room_is_made_when_they_are_gone(s
     for job, plural in ((spec(), "jobs"), (spec(nodes=2), "jobsets")):
         backend.submit(job)
         server.start_pod(NAME, 0, plural)
-        assert backend.cancel(NAME).startswith("was told to stop: it saves first")
+        assert backend.cancel(NAME).startswith("is stopping: it saves first")
         assert backend.status(NAME).state is State.CANCELLED
         assert backend.cancel(NAME) == "is being deleted: its pods may save first"
         backend.submit(job)
         assert not server.names("pods")
-        assert backend.cancel(NAME).startswith("was waiting, and is no more")
+        assert backend.cancel(NAME).startswith("was waiting and is removed")
         eventually(lambda: backend.status(NAME).state is State.GONE)
         # By which a watch knows that somebody deleted it.
         assert backend.keeps_ended
@@ -508,7 +508,7 @@ def test_a_name_in_two_namespaces_is_two_jobs(gke, targets_folder):
     succeeded(ddpm_here(*TRAIN[:-1], "gke-big", "--yes"))
     assert succeeded(ddpm_here("jobs", "list")).count("train-celeba") == 2
     line = refused(ddpm_here("jobs", "cancel", "train-celeba"), Exit.BAD_REQUEST)
-    assert "on several targets (gke, gke-big): say which with --on" in line
+    assert "on several targets (gke, gke-big): choose one with --on" in line
 
 
 @pytest.mark.parametrize("options", [("-o", "yaml"), ("-o", "json", "--nodes", "2")], ids=["yaml", "json"])

@@ -1,4 +1,4 @@
-"""For the doctor: a sum over processes, by NCCL on GPUs and by gloo without."""
+"""A sum over processes for the doctor, by NCCL on GPUs and by gloo without."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ TIMEOUT = timedelta(seconds=20)
 
 
 def main() -> None:
-    """`python -m job.jobs.all_reduce FILE WORLD_SIZE`: ends with 1 if the sum is wrong. They meet by the file."""
+    """Runs `python -m job.jobs.backends.all_reduce FILE WORLD_SIZE`, which fails if the sum is wrong."""
     meeting, world_size = sys.argv[1], int(sys.argv[2])
-    # Forked, so that PyTorch is imported once; nobody has asked for CUDA yet, which would not survive that.
+    # Forked, so that PyTorch is imported once; a CUDA context, which a fork would break, does not exist yet.
     torch.multiprocessing.start_processes(_sum, (meeting, world_size), nprocs=world_size, start_method="fork")
 
 
