@@ -197,6 +197,13 @@ class BadConfigError(JobError):
     exit_code = Exit.BAD_CONFIG
 
 
+class JobEndedError(JobError):
+    """A job that `--watch` saw end badly. This program ends with the job's code, also after a crash."""
+
+    def __init__(self, message: str, code: int | None) -> None:
+        super().__init__(message, CRASHED if code is None else code)  # type: ignore[arg-type]
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns the end of a message about an unknown word: the known word that is most like it, if any is."""
     close = difflib.get_close_matches(word, known, n=1)

@@ -107,11 +107,11 @@ def _check_resources(command: ParsedCommand, target: Target, resources: Resource
     spot = "" if resources.spot is None else "--spot" if resources.spot else "--on-demand"
     option, on = f"--gpu-type {resources.gpu_type}" if resources.gpu_type else spot, f"target {target.name!r}"
     if resources.max_hours is not None and not 1 / 60 <= resources.max_hours <= 720:
-        given = f"--max-hours {resources.max_hours:g}, or --stop-after"
-        raise BadRequestError(f"{given}: a job lasts for at least a minute (0.017) and at most 720 hours")
+        raise BadRequestError(
+            f"--max-hours {resources.max_hours:g}, or --stop-after: a job lasts for 0.017 to 720 hours"
+        )
     if resources.nodes > 1 and not target.has_groups:
-        lacks = f"--nodes {resources.nodes}: {on} has no machines that train together"
-        raise BadRequestError(f"{lacks}: use a kubernetes target, or one machine with more GPUs (--gpus 8)")
+        raise BadRequestError(f"--nodes {resources.nodes}: on {on} no machines train together: use a kubernetes target")
     if resources.slices and not target.is_remote:
         raise BadRequestError(f"--slices {resources.slices} needs several machines, and {on} is this one")
     if command.verb in _WITHOUT_GPUS and (resources.gpus or resources.gpu_type):
@@ -130,8 +130,7 @@ def _visible(what: str, uri: str, target: Target) -> str:
     if is_remote(uri):
         return uri
     if target.is_remote:
-        hidden = f"{what} {uri!r} is a path of this machine, which jobs on {target.name!r} cannot see"
-        raise BadRequestError(f"{hidden}: use a URI, such as gs://NAME")
+        raise BadRequestError(f"{what} {uri!r} is a path of this machine, which jobs on {target.name!r} cannot see")
     return uri if "://" in uri else str(Path(uri).expanduser().absolute())
 
 
@@ -196,8 +195,7 @@ def _training(command: ParsedCommand, request: TrainRequest, target: Target, res
         check_world_size((command.values["processes"] or gpus or 1) * resources.nodes, batch_size)
     if not target.is_in_place:
         if request.changes.get("log.tracker", "none") != "none":
-            lacks = f"jobs on {target.name!r} lack the key and the library of a tracker"
-            raise BadRequestError(f"--tracker: {lacks}: leave it out")
+            raise BadRequestError(f"--tracker: jobs on {target.name!r} lack its library and its key: leave it out")
         if request.config_file is not None:
             # The job cannot see the file.
             sets, settings = parse_sets(request.sets), read_config_file(request.config_file)

@@ -78,9 +78,7 @@ class Search:
     def unknown(self, name: str) -> MissingInputError:
         """Returns the error about a job that no target knows."""
         names = ", ".join(target.name for target in self.targets)
-        return MissingInputError(
-            f"no target knows a job {name!r} ({names}): `ddpm jobs list` shows the jobs that exist"
-        )
+        return MissingInputError(f"no target knows a job {name!r} ({names}): see `ddpm jobs list`")
 
 
 def list_jobs(search: Search, *, as_json: bool = False) -> None:

@@ -41,7 +41,7 @@ class JobSpec:
         nodes: machines that train together; 1 for everything else.
         slices: machines that share the pieces of a job; 0 for one machine.
         spot: whether it may run on machines that are taken away.
-        max_hours: the time after which the job is ended, which guards against a forgotten bill. See `Target.limit` for
+        max_hours: the time after which the job is ended, which guards against a forgotten bill. See `Target.terms` for
             what counts, and who ends it. By default infinite on this machine.
         reads: files and folders of this machine that it reads besides its bucket.
         env: variables of the container, without secrets.

@@ -84,21 +84,21 @@ def submit(command: ParsedCommand, on: str, targets: Path | None, resources: Res
 
 def plan_lines(spec: JobSpec, target: Target, *, is_watched: bool = False) -> list[str]:
     """Returns the facts for a person before a job is sent: command, place, machines, limit and cost."""
+    terms = target.terms(spec)
     gpus = f"{spec.gpus} × {spec.gpu_type or 'GPU'} each" if spec.gpus else "no GPU"
-    if not spec.gpus and (found := gpus_of(target.machine)):
+    if not spec.gpus and (found := gpus_of(terms.machine)):
         gpus = f"no GPU used: {found[0]} × {found[1]} idle, but paid for"
     kind = "spot, which may be taken away: nothing is lost" if spec.spot else "on demand"
     if not target.selects_machines:
         kind = "spot or on demand, as the target's nodes are"
     again = "; what --watch submits again has what is left of them" if is_watched else ""
-    limit = f"{spec.max_hours:g} hours {target.limit(spec).words}{again}"
     return [
-        f"job       {spec.name}, on {target.name} ({', '.join((target.backend, *target.place))})",
+        f"job       {spec.name}, on {target.name} ({', '.join((target.backend, *terms.place))})",
         f"command   ddpm {shlex.join(spec.argv)}",
         f"image     {spec.image}",
-        f"machines  {spec.machines} × {target.machine}, {gpus}; {kind}",
+        f"machines  {spec.machines} × {terms.machine}, {gpus}; {kind}",
         f"bucket    {spec.bucket}",
-        f"limit     {limit}; saved work stays (--max-hours)",
+        f"limit     {spec.max_hours:g} hours {terms.limit}{again}; saved work stays (--max-hours)",
         f"cost      {cost_of(spec, target)}",
     ]
 
@@ -119,16 +119,16 @@ def outlook_lines(spec: JobSpec, target: Target) -> list[str]:
 
 def cost_of(spec: JobSpec, target: Target) -> str:
     """Returns the highest cost of `spec` on `target`, and the source of that figure."""
-    hourly, limit = target.hourly(spec), target.limit(spec)
+    hourly, terms = target.hourly(spec), target.terms(spec)
     if hourly is None:
         return "price unknown: set the target's `price_per_hour`"
     about = f"{'; spot costs less' * (spec.spot and target.price_per_hour is None)}; {hourly.about}"
     words = f"{spec.machines} × ${hourly.dollars:.4g} per hour"
-    if limit.attempts is None:
+    if terms.attempts is None:
         return f"{words}, for as long as it runs, without a limit{about}"
-    words += f" × {limit.attempts} attempts" * (limit.attempts > 1)
-    dollars = spec.machines * hourly.dollars * limit.attempts * spec.max_hours
-    figure = f"${dollars:,.2f} ({words} × {spec.max_hours:g} hours{about}{limit.margin})"
+    words += f" × {terms.attempts} attempts" * (terms.attempts > 1)
+    dollars = spec.machines * hourly.dollars * terms.attempts * spec.max_hours
+    figure = f"${dollars:,.2f} ({words} × {spec.max_hours:g} hours{about}{terms.margin})"
     if hourly.unknown:
         return f"from {figure}; the prices in {', '.join(hourly.unknown)} are unknown"
     return f"at most {figure}"

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from job.config import parse_mapping, read_settings
 from job.exits import BadConfigError, BadRequestError, did_you_mean
-from job.jobs.backends import BACKENDS, backend_class
+from job.jobs.backends import BACKENDS, target_class
 from job.jobs.backends.target import Target
 from job.store import URIS, is_remote
 from job.store.files import os_errors
@@ -61,8 +61,7 @@ def chosen_target(targets: dict[str, Target], name: str) -> Target:
         BadRequestError: the name is unknown; the message has the known ones.
     """
     if name not in targets:
-        known = f"(there are: {', '.join(targets)})"
-        raise BadRequestError(f"unknown target {name!r}{did_you_mean(name, targets)} {known}")
+        raise BadRequestError(f"unknown target {name!r}{did_you_mean(name, targets)} (known: {', '.join(targets)})")
     return targets[name]
 
 
@@ -79,7 +78,7 @@ def _target(name: str, block: Any, where: str) -> Target:
         raise BadConfigError(f"{where}: `backend:` must be one of {', '.join(BACKENDS)} (got {backend!r})")
     if name in BUILT_IN and backend != name:
         raise BadConfigError(f"{where} is always the {name} backend: choose another name for one on {backend}")
-    model = backend_class(backend).target_class
+    model = target_class(backend)
     keys = [key for key in model.model_fields if key != "name"]
     for unknown in (str(key) for key in block if key not in keys):
         known = f"({backend} has {', '.join(keys)})"

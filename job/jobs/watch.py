@@ -14,17 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from job.exits import (
-    CRASHED,
-    BadRequestError,
-    BucketAwayError,
-    Exit,
-    JobError,
-    MissingInputError,
-    Restart,
-    State,
-    StoppedError,
-)
+from job.exits import BadRequestError, BucketAwayError, JobEndedError, MissingInputError, Restart, State, StoppedError
 from job.jobs.backends.base import Backend, Cause, JobStatus, NoCapacityError
 from job.jobs.spec import RETRIES, JobSpec
 from job.outcome import Outcome, read_outcome
@@ -44,13 +34,6 @@ SLACK_HOURS = 0.1
 """The rest of `max_hours`, as the watch counts them, of a job that its engine ended for having used them. A larger rest
 means that the engine counts the time without a machine as well."""
 _GONE = "is gone, deleted by a person or over for longer than its engine remembers, and its bucket has no other end"
-
-
-class JobEndedError(JobError):
-    """A job that did not end well. This program ends with the job's code, also after a crash."""
-
-    def __init__(self, message: str, code: int | None) -> None:
-        super().__init__(message, CRASHED if code is None else code)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -162,13 +145,13 @@ class Watch:
         if status.state is State.CANCELLED and self._hours_left() >= SHORTEST_HOURS:
             raise self._ended_by_person(f"was cancelled ({status.message})" if status.message else "was cancelled")
         # Deletion stops a job, which then ends with 75.
-        is_deleted = status.state is State.GONE and status.cause is None and code in (None, Exit.STOPPED)
+        is_deleted = status.state is State.GONE and status.cause is None and code in (None, StoppedError.exit_code)
         if is_deleted and self._here.keeps_ended:
             raise self._ended_by_person(_GONE)
         how = f"ended with {code}" if code is not None else "is gone" if status.state is State.GONE else "failed"
         why = f": {status.message}" if status.message else ""
         if status.cause is Cause.NO_IMAGE:
-            raise JobEndedError(f"{name} cannot begin, and is removed{why}", Exit.MISSING_INPUT)
+            raise JobEndedError(f"{name} cannot begin, and is removed{why}", MissingInputError.exit_code)
         if status.cause is Cause.OUT_OF_TIME:
             # It may have used them without a machine, while it waited for one.
             rule, how, why = Restart.ALWAYS, f"had a machine for less than its {hours}", ""

@@ -5,25 +5,26 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import get_type_hints
 
 from job.code_version import how_to_install
 from job.exits import MissingInputError
 from job.jobs.backends.base import Backend
 from job.jobs.backends.target import Target
 
-BACKENDS = {
-    "local": "LocalBackend",
-    "container": "ContainerBackend",
-    "kubernetes": "KubernetesBackend",
-    "vm": "VmBackend",
-    "batch": "BatchBackend",
-}
-"""The class of each backend, in the module of the backend's name."""
+BACKENDS = ("local", "container", "kubernetes", "vm", "batch")
+"""Each has a module of its name; the backend `vm` is the class `VmBackend` in it, whose attribute `target` is typed."""
 
 
 def backend_class(name: str) -> type[Backend]:
     """Returns the class of a backend, without importing the client library of its engine."""
-    found: type[Backend] = getattr(importlib.import_module(f"{__name__}.{name}"), BACKENDS[name])
+    found: type[Backend] = getattr(importlib.import_module(f"{__name__}.{name}"), f"{name.title()}Backend")
+    return found
+
+
+def target_class(name: str) -> type[Target]:
+    """Returns the class of a backend's targets."""
+    found: type[Target] = get_type_hints(backend_class(name))["target"]
     return found
 
 
@@ -40,5 +41,5 @@ def backend_for(target: Target) -> Iterator[Backend]:
     except ImportError as error:
         if not kind.extra or (error.name or "").partition(".")[0] in ("job", "ddpm"):
             raise
-        what = f"target {target.name!r} needs more than is installed ({error})"
-        raise MissingInputError(f"{what}: {how_to_install(kind.extra)}") from None
+        how = how_to_install(kind.extra)
+        raise MissingInputError(f"target {target.name!r} needs more than is installed ({error}): {how}") from None

@@ -182,8 +182,8 @@ class Backend(abc.ABC):
     a refusal, `BucketAwayError` if the engine's API is away after bounded retries, and `NoCapacityError`.
     """
 
-    target_class: ClassVar[type[Target]]
-    """The keys of its targets."""
+    target: Target
+    """The subclass has the type of its targets, which lists their keys."""
     extra: ClassVar[str] = ""
     """The extra of this program that installs its client library."""
     keeps_ended: ClassVar[bool] = False
@@ -248,13 +248,11 @@ class Backend(abc.ABC):
 
     def unknown(self, name: str) -> MissingInputError:
         """Returns the error about a job that the engine does not know."""
-        what = f"target {self.target.name!r} knows no job {name!r}"
-        return MissingInputError(f"{what}: `ddpm jobs list` shows the jobs that exist")
+        return MissingInputError(f"target {self.target.name!r} knows no job {name!r}: see `ddpm jobs list`")
 
     def runs_already(self, name: str, where: str) -> BadRequestError:
         """Returns the error about a job that is submitted while it runs."""
-        about = f"`ddpm jobs status {name}` shows its state, `ddpm jobs cancel {name}` stops it"
-        return BadRequestError(f"{name} runs {where} already: {about}")
+        return BadRequestError(f"{name} runs {where} already: `ddpm jobs cancel {name}` stops it")
 
     @staticmethod
     def effect_of_cancelling(state: State) -> str:

@@ -21,7 +21,6 @@ from job.jobs.backends.base import Cause, JobStatus, JsonObject
 from job.jobs.backends.confinement import SCRATCH
 from job.jobs.backends.google import GoogleNotFoundError
 from job.jobs.backends.machines import Machine
-from job.jobs.backends.target import MINUTES_MORE, Limit
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.pieces import BATCH_TASK_INDEX
 from job.sealed import utc_text
@@ -55,6 +54,10 @@ FAILING_CODES = [*(code for code in range(1, 256) if retried(code) is Restart.NE
 class BatchTarget(google.GoogleTarget):
     """Google Batch."""
 
+    limit = (
+        f"for each attempt of a task, of which there may be {1 + MAX_RETRIES}, then Batch ends it",
+        1 + MAX_RETRIES,
+    )
     backend: Literal["batch"]
     regions: tuple[Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+$")], ...] = Field(min_length=1)
 
@@ -63,17 +66,10 @@ class BatchTarget(google.GoogleTarget):
         """See `GoogleTarget.places`."""
         return self.regions
 
-    def limit(self, spec: JobSpec) -> Limit:
-        """See `Target.limit`."""
-        attempts = 1 + MAX_RETRIES
-        words = f"for each attempt of a task, of which there may be {attempts}, then Batch ends it"
-        return Limit(attempts, words, MINUTES_MORE)
-
 
 class BatchBackend(google.GoogleBackend):
     """See `Backend`. A job waits in one region; `elsewhere` is the target's next one."""
 
-    target_class = BatchTarget
     engine = "Batch"
     # For 60 days after their end.
     keeps_ended = True

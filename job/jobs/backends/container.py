@@ -65,7 +65,6 @@ def _mount(path: Path | str, inside: str, *options: str) -> list[str]:
 class ContainerBackend(Backend):
     """Jobs that are containers of this machine's engine, found by their labels."""
 
-    target_class = ContainerTarget
     # Until a person removes the container.
     keeps_ended = True
     target: ContainerTarget
@@ -226,8 +225,8 @@ class ContainerBackend(Backend):
         command: list[str] = self.render(spec)[0]["command"]
         before, kind = self.find(spec.name), kind_of(spec.bucket)
         if kind and kind.secret in os.environ and not kind.credential_files():
-            why = f"{kind.secret} is not passed to a container, whose variables every user can list"
-            raise NoPermissionError(f"{why}: write the credentials into {[*kind.files.values()][-1]}")
+            where = [*kind.files.values()][-1]
+            raise NoPermissionError(f"{kind.secret} is not passed to a container: write the credentials into {where}")
         if spec.gpus and not self.gpus:
             note("this machine has no NVIDIA GPU: the container computes on the CPU")
         if before and not before.state.is_over:

@@ -29,7 +29,7 @@ from job.jobs import prices
 from job.jobs.backends.base import Backend, Check, JsonObject, NoCapacityError
 from job.jobs.backends.confinement import IMAGE_USER, docker_options, scratch_variables
 from job.jobs.backends.machines import Machine, machine_for
-from job.jobs.backends.target import LabelValue, Target, Word
+from job.jobs.backends.target import LabelValue, Target, Terms, Word
 from job.jobs.prices import Hourly
 from job.jobs.spec import JobSpec
 
@@ -65,6 +65,8 @@ CHANGE_SECONDS = 600.0
 class GoogleTarget(Target):
     """The common keys of targets on Google Cloud."""
 
+    limit: ClassVar[tuple[str, int] | tuple[str, int, str]]
+    """The fields of `Terms` about the limit."""
     project: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{4,28}[a-z0-9]$")]
     service_account: Word = ""
     """The e-mail address of the account that the job runs as."""
@@ -84,15 +86,9 @@ class GoogleTarget(Target):
         """Returns the regions of the places."""
         return tuple(dict.fromkeys(re.sub(r"-[a-z]$", "", place) for place in self.places))
 
-    @property
-    def machine(self) -> str:
-        """See `Target.machine`."""
-        return self.machine_type
-
-    @property
-    def place(self) -> tuple[str, ...]:
-        """See `Target.place`."""
-        return f"project {self.project}", ", then ".join(self.places)
+    def terms(self, spec: JobSpec) -> Terms:
+        """See `Target.terms`."""
+        return Terms(self.machine_type, (f"project {self.project}", ", then ".join(self.places)), *self.limit)
 
     def list_price(self, spec: JobSpec) -> Hourly | None:
         """See `Target.list_price`: the price in the dearest region, with disk and address."""
@@ -137,19 +133,9 @@ _STATUSES: dict[int, _Refusal] = {
     429: _AWAY,
 }
 _OTHER_STATUS: _Refusal = (BadRequestError, "Google refused it", "change what it names")
-_SHORTAGES: dict[str, _Refusal] = {
-    r"RESOURCE_POOL_EXHAUSTED|does not have enough resources|STOCKOUT|resource_availability": (
-        NoCapacityError,
-        "such machines are out of stock",
-        "try another zone or region, later, or --on-demand",
-    ),
-    r"QUOTA_?EXCEEDED|Quota '[A-Z0-9_-]+' exceeded": (
-        BadRequestError,
-        "the project's quota does not allow it",
-        f"request more at {QUOTA_PAGE}; spot has its own",
-    ),
-}
-"""By the words of Compute Engine, whatever its status; Batch passes the same words on."""
+_OUT_OF_STOCK = r"(?i)RESOURCE_POOL_EXHAUSTED|does not have enough resources|STOCKOUT|resource_availability"
+_BEYOND_QUOTA = r"(?i)QUOTA_?EXCEEDED|Quota '[A-Z0-9_-]+' exceeded"
+"""The words of Compute Engine, whatever its status; Batch passes the same words on."""
 
 
 @cache
@@ -178,7 +164,15 @@ def refusal(status: int | None, reason: str, what: str, project: str) -> JobErro
 
 def shortage(text: str) -> _Refusal | None:
     """Returns the meaning of a text about a machine that is not available; None for any other text."""
-    return next((found for pattern, found in _SHORTAGES.items() if re.search(pattern, text, re.IGNORECASE)), None)
+    if re.search(_OUT_OF_STOCK, text):
+        return NoCapacityError, "such machines are out of stock", "try another zone or region, later, or --on-demand"
+    if re.search(_BEYOND_QUOTA, text):
+        return (
+            BadRequestError,
+            "the project's quota does not allow it",
+            f"request more at {QUOTA_PAGE}; spot has its own",
+        )
+    return None
 
 
 def _refusal_text(answer: Any) -> str:
@@ -278,8 +272,9 @@ class GoogleBackend(Backend):
     def render(self, spec: JobSpec) -> list[JsonObject]:
         """Returns the bodies of the requests that make the job in the place of this backend."""
         if not spec.image or spec.image.startswith("localhost/"):
-            how = "set the target's image to one that machines can pull (`make push-image`)"
-            raise BadRequestError(f"image {spec.image!r}: {how}")
+            raise BadRequestError(
+                f"image {spec.image!r}: set the target's image to one in a registry (`make push-image`)"
+            )
         for word in (*spec.argv, *spec.env.values()):
             if "\n" in word:
                 raise BadRequestError(f"{word!r} has a line break, which no word or variable of a job may have")

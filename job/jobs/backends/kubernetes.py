@@ -38,7 +38,6 @@ _Found = list[tuple[kubernetes_api.Kind, JsonObject]]
 class KubernetesBackend(Backend):
     """One namespace of a cluster. A job of one machine is a Job, one of several nodes a JobSet; a name is one job."""
 
-    target_class = KubernetesTarget
     extra = "kubernetes"
     keeps_ended = True
     target: KubernetesTarget
@@ -58,8 +57,7 @@ class KubernetesBackend(Backend):
         (made,) = self.render(spec)
         kind = kubernetes_api.KINDS[made["kind"]]
         if spec.nodes > 1 and not self._api.knows(kind):
-            need = f"{self._api.host} knows no JobSets, which --nodes {spec.nodes} needs"
-            raise MissingInputError(f"{need}: {_INSTALL.format('jobset')}")
+            raise MissingInputError(f"--nodes {spec.nodes} needs JobSets in the cluster: {_INSTALL.format('jobset')}")
         with suppress(NoPermissionError):
             # Credentials for jobs need not read queues.
             self._look_for_queue()
@@ -187,8 +185,7 @@ class KubernetesBackend(Backend):
         until = time.monotonic() + self.target.grace_seconds + GONE_MARGIN_SECONDS
         while self._api.get(kind, name) is not None:
             if time.monotonic() > until:
-                look = f"`kubectl -n {self.target.namespace} get pods -l ddpm-job={name}`"
-                raise BadRequestError(f"the old job {name!r} is being deleted, and its pods do not end: see {look}")
+                raise BadRequestError(f"the pods of the old job {name!r} {self._where} do not end: delete them")
             time.sleep(GONE_POLL_SECONDS)
 
     def _look_for_queue(self) -> str:
@@ -197,14 +194,15 @@ class KubernetesBackend(Backend):
             return "none is set"
         if any(self._api.get(kind, queue) for kind in kubernetes_api.LOCAL_QUEUES):
             return f"{queue} is there"
-        how = f"create it, once Kueue is installed ({_INSTALL.format('kueue')})"
-        raise MissingInputError(f"no LocalQueue {queue!r} {self._where}: {how}")
+        raise MissingInputError(
+            f"no LocalQueue {queue!r} {self._where}: create it in Kueue ({_INSTALL.format('kueue')})"
+        )
 
     def _look_at_rights(self) -> str:
         for verb, group, *resource in _CHECKED_RIGHTS:
             if not self._api.may(verb, group, *resource):
-                what = f"{verb} {'/'.join(resource)} {self._where} of {self._api.host}"
-                raise NoPermissionError(f"these credentials may not {what}: ask for the role `edit` there")
+                what = f"{verb} {'/'.join(resource)} {self._where}"
+                raise NoPermissionError(f"{self._api.host}: you may not {what}: ask for the role `edit` there")
         return f"{self._api.host} lets you create, follow and delete jobs {self._where}"
 
     def _look_for_account(self) -> str:

@@ -47,10 +47,8 @@ def manifest(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
     is_set = spec.nodes > 1
     pod_name = f"{spec.name}{f'-{NODE_JOB}-0' * is_set}-{spec.machines - 1}-abcde"
     if len(pod_name) > LONGEST_POD_NAME:
-        raise BadRequestError(
-            f"the pods of {spec.name!r} would have names of {len(pod_name)} characters, and {LONGEST_POD_NAME} is the "
-            "most: choose a shorter --run"
-        )
+        length = f"{len(pod_name)} characters, and {LONGEST_POD_NAME} is the most"
+        raise BadRequestError(f"the pods of {spec.name!r} would have names of {length}: choose a shorter --run")
     labels, waits = spec.all_labels, {}
     if target.queue:
         # A Job's own deadline begins again when a queue stops and starts it; the queue's limit does not.

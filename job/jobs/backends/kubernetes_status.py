@@ -235,8 +235,8 @@ def _decisive_end(pods: Sequence[JsonObject]) -> JsonObject | None:
 
 def _why_failed(condition: JsonObject, pods: Sequence[JsonObject]) -> str:
     reason, ended = condition.get("reason", ""), _decisive_end(pods)
-    why = f"{reason}: {condition.get('message', '')}"
-    return f"{_end_in_words(ended)} ({reason if reason == 'PodFailurePolicy' else why})" if ended else why
+    why = reason if ended and reason == "PodFailurePolicy" else f"{reason}: {condition.get('message', '')}"
+    return f"{_end_in_words(ended)} ({why})" if ended else why
 
 
 def _end_in_words(ended: JsonObject) -> str:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 
 from job.jobs import prices
 from job.jobs.backends.machines import gpus_of
-from job.jobs.backends.target import MINUTES_MORE, LabelValue, Limit, Name, Target
+from job.jobs.backends.target import LabelValue, Name, Target, Terms
 from job.jobs.prices import Hourly
 from job.jobs.spec import JobSpec
 
@@ -71,11 +71,6 @@ class KubernetesTarget(Target):
     """Part of `memory`; empty: 2Gi for each GPU."""
 
     @property
-    def place(self) -> tuple[str, ...]:
-        """See `Target.place`."""
-        return *[f"context {self.context}"] * bool(self.context), f"namespace {self.namespace}"
-
-    @property
     def notice_seconds(self) -> float:
         """See `Target.notice_seconds`."""
         return self.grace_seconds
@@ -85,15 +80,15 @@ class KubernetesTarget(Target):
         """Returns whether the GPU type and `spot` decide about the node, and not the target's own selector."""
         return self.cluster == "gke" and self.node_selector is None
 
-    def limit(self, spec: JobSpec) -> Limit:
-        """See `Target.limit`: a queue stops a group for good, while Kubernetes counts from each of its starts."""
-        waits = "waiting for nodes and pauses included, then"
-        if self.queue:
-            return Limit(1, f"for all attempts together, {waits} its queue stops it for good", MINUTES_MORE)
-        if spec.nodes == 1:
-            return Limit(1, f"for all attempts together, {waits} Kubernetes ends it", MINUTES_MORE)
-        words = f"from each start of the group, {waits} Kubernetes ends it; preemptions start it without bound"
-        return Limit(None, words, MINUTES_MORE)
+    def terms(self, spec: JobSpec) -> Terms:
+        """See `Target.terms`: a queue stops a group for good, while Kubernetes counts from each of its starts."""
+        place = (*[f"context {self.context}"] * bool(self.context), f"namespace {self.namespace}")
+        is_group = spec.nodes > 1 and not self.queue
+        start = "from each start of the group" if is_group else "for all attempts together"
+        end = "its queue stops it for good" if self.queue else "Kubernetes ends it"
+        more = "; preemptions start it without bound" * is_group
+        limit = f"{start}, waiting for nodes and pauses included, then {end}{more}"
+        return Terms("node", place, limit, None if is_group else 1)
 
     def list_price(self, spec: JobSpec) -> Hourly | None:
         """See `Target.list_price`: a job pays for its GPUs' share of a node; the type of other nodes is unknown."""

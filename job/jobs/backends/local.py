@@ -74,7 +74,7 @@ class LocalRecord:
 class LocalBackend(Backend):
     """Jobs that are processes of this machine; the cache folder has a record of those in the background."""
 
-    target_class = LocalTarget
+    target: LocalTarget
 
     def render(self, spec: JobSpec) -> list[JsonObject]:
         """Returns the one command, and its variables."""

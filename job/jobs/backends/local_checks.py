@@ -1,4 +1,7 @@
-"""The checks of this machine for `ddpm doctor`: GPUs, shared memory, disks, and a sum over two processes."""
+"""The checks of this machine for `ddpm doctor`: GPUs, shared memory, disks, and a sum over two processes.
+
+python -m job.jobs.backends.local_checks FILE WORLD_SIZE    the sum, which fails if it is wrong
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,8 @@ SHARED_MEMORY_BYTES = 1 << 30
 """The need of NCCL and torch for /dev/shm with several GPUs; the default of container engines is 64 MB."""
 FREE_DISK_BYTES = 2 << 30
 PROGRAM_SECONDS = 60.0
-"""The limit of nvidia-smi, and of the sum over processes."""
+"""The limit of nvidia-smi, and of the sum over processes, which itself waits for less:"""
+ALL_REDUCE_SECONDS = 20
 
 
 def machine_checks() -> Iterator[Check]:
@@ -87,7 +92,7 @@ def _sum_over_processes(gpus: int) -> str:
     world_size = 1 if gpus == 1 else 2
     remedy = "set NCCL_DEBUG=INFO and repeat" if gpus else "check the loopback interface and its firewall"
     with scratch_folder("doctor") as folder:
-        program = [sys.executable, "-P", "-m", "job.jobs.backends.all_reduce", f"{folder}/meeting", str(world_size)]
+        program = [sys.executable, "-P", "-m", "job.jobs.backends.local_checks", f"{folder}/meeting", str(world_size)]
         done = _output_of(program, remedy, OMP_NUM_THREADS="1")
     last = ([*done.stderr.splitlines(), *done.stdout.splitlines()] or ["without output"])[-1]
     if done.returncode:
@@ -103,3 +108,28 @@ def _output_of(command: list[str], remedy: str, **variables: str) -> subprocess.
         return subprocess.run(command, env={**os.environ, **variables}, check=False, **how)
     except subprocess.TimeoutExpired:
         raise JobError(f"{Path(command[0]).name} does not answer: {remedy}", Exit.HUNG) from None
+
+
+def _all_reduce(rank: int, meeting: str, world_size: int) -> None:
+    import torch
+    import torch.distributed as dist
+
+    device, backend = ("cuda", "nccl") if torch.cuda.is_available() else ("cpu", "gloo")
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    meet: dict[str, Any] = {"init_method": f"file://{meeting}", "rank": rank, "world_size": world_size}
+    dist.init_process_group(backend, timeout=timedelta(seconds=ALL_REDUCE_SECONDS), **meet)
+    value = torch.full((1,), float(rank + 1), device=device)
+    dist.all_reduce(value)
+    dist.destroy_process_group()
+    if value.item() != world_size * (world_size + 1) / 2:
+        raise RuntimeError(f"the sum over {world_size} processes is {value.item():g}")
+    if rank == 0:
+        print(f"{backend}, PyTorch {torch.__version__}, {torch.cuda.device_count()} GPUs")
+
+
+if __name__ == "__main__":
+    from torch.multiprocessing import start_processes
+
+    # Forked, so that PyTorch is imported once; a CUDA context, which a fork would break, does not exist yet.
+    start_processes(_all_reduce, (sys.argv[1], int(sys.argv[2])), nprocs=int(sys.argv[2]), start_method="fork")

@@ -20,7 +20,6 @@ _SECRET = re.compile(
 )
 _NO_SECRET = re.compile("|".join([r"\w+_(FILE|PATH|DIR)|(OLD)?PWD", *(name for kind in KINDS for name in kind.files)]))
 """The names that look like those of secrets, and hold a path."""
-MINUTES_MORE = "; machines that start or go cost some minutes more"
 
 
 def _not_secret(variable: str) -> str:
@@ -45,18 +44,22 @@ Word = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._:/@,=-]{0,400})?$
 _Variable = Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$"), AfterValidator(_not_secret)]
 
 
-class Limit(NamedTuple):
-    """The meaning of `max_hours` on a target.
+class Terms(NamedTuple):
+    """The facts about a job on a target that a person reads before it is sent.
 
     Attributes:
-        attempts: how often the hours may pass; None without bound.
-        words: what they count for, and who ends the job then.
-        margin: what a job costs beside these hours.
+        machine: the type of its machines.
+        place: where they are.
+        limit: what `max_hours` count for, and who ends the job then.
+        attempts: how often these hours may pass; None without bound.
+        margin: what a job costs beside them.
     """
 
-    attempts: int | None
-    words: str
-    margin: str = ""
+    machine: str
+    place: tuple[str, ...]
+    limit: str
+    attempts: int | None = 1
+    margin: str = "; machines that start or go cost some minutes more"
 
 
 class Target(BaseModel):
@@ -96,16 +99,6 @@ class Target(BaseModel):
         return self.bucket or os.environ.get("DDPM_BUCKET", "") or DEFAULT_BUCKET
 
     @property
-    def machine(self) -> str:
-        """Returns the machine type, for people."""
-        return "node"
-
-    @property
-    def place(self) -> tuple[str, ...]:
-        """Returns where its machines are, for people."""
-        return ()
-
-    @property
     def notice_seconds(self) -> float:
         """Returns the time between the notice that a machine is taken away and its end."""
         return SPOT_GRACE_SECONDS
@@ -115,9 +108,9 @@ class Target(BaseModel):
         """Returns whether the GPU type and `spot` decide about the machine."""
         return True
 
-    def limit(self, spec: JobSpec) -> Limit:
-        """Returns the meaning of the job's `max_hours` here."""
-        return Limit(1, "for all attempts together, then the engine ends it")
+    def terms(self, spec: JobSpec) -> Terms:
+        """Returns the facts about a job on a remote target."""
+        raise NotImplementedError
 
     def list_price(self, spec: JobSpec) -> Hourly | None:
         """Returns the price of one machine by the table that comes with the program; None if it is unknown."""

@@ -45,6 +45,8 @@ _MACHINE_STATES = {
 class VmTarget(google.GoogleTarget):
     """A Compute Engine VM for each job, which deletes itself."""
 
+    # It counts from a VM's first minute to its last.
+    limit = ("for all attempts together, then the engine ends it", 1, "")
     backend: Literal["vm"]
     zones: tuple[Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+-[a-z]$")], ...] = Field(min_length=1)
 
@@ -57,7 +59,6 @@ class VmTarget(google.GoogleTarget):
 class VmBackend(google.GoogleBackend):
     """See `Backend`. A job is made in one zone; `elsewhere` is the target's next one."""
 
-    target_class = VmTarget
     engine = "Compute Engine"
     target: VmTarget
 

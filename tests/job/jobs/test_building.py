@@ -211,7 +211,7 @@ REFUSED = [
     ("train --dataset a --bucket gs://u:secret@b", "gke", {}, BadRequestError, "without a user, password"),
     ("train --dataset a", "bare", {}, BadConfigError, "target 'bare' has no `image:`"),
     ("train --dataset a --set x=1", "gke", {}, BadConfigError, "unknown key 'x'"),
-    ("train --dataset a", "gke", {"max_hours": 0.0166}, BadRequestError, "at least a minute"),
+    ("train --dataset a", "gke", {"max_hours": 0.0166}, BadRequestError, "a job lasts for 0.017 to 720 hours"),
     ("train --dataset a", "local", {"max_hours": float("nan")}, BadRequestError, "--max-hours nan"),
     ("train --dataset a", "local", {"spot": True}, BadRequestError, "--spot is about machines in a cloud"),
     ("train --dataset a", "container", {"gpu_type": "l4"}, BadRequestError, "--gpu-type l4 is about"),

@@ -63,7 +63,7 @@ def test_an_engine_that_does_not_answer_hides_no_other(failed, folder, monkeypat
 def test_what_is_asked_about_a_job_that_nobody_knows():
     for command in ("status", "logs", "cancel"):
         line = refused(ddpm_here("jobs", command, "train-nothing", "--on", "local"), Exit.MISSING_INPUT)
-        assert "no target knows a job 'train-nothing' (local): `ddpm jobs list` shows the jobs that exist" in line
+        assert "no target knows a job 'train-nothing' (local): see `ddpm jobs list`" in line
         assert "unknown target 'mars'" in refused(
             ddpm_here("jobs", command, "train-a", "--on", "mars"), Exit.BAD_REQUEST
         )

@@ -116,7 +116,7 @@ def test_a_queue_must_be_there_before_the_job(server):
     server.forbidden = set()
     for installed in ("v1beta2", "v1beta1"):
         with pytest.raises(
-            MissingInputError, match=r"no LocalQueue 'gpus' in namespace 'training'.*once Kueue is inst"
+            MissingInputError, match=r"no LocalQueue 'gpus' in namespace 'training'.*create it in Kueue .kubectl"
         ):
             backend.submit(spec(f"train-{installed}"))
         server.add("localqueues", {"metadata": {"name": "gpus"}}, "training")
@@ -142,7 +142,9 @@ def test_several_nodes_are_a_jobset(server, backend):
 
 def test_a_cluster_without_jobsets_says_what_installs_them(server, backend):
     del server.served["jobset.x-k8s.io/v1alpha2"]
-    with pytest.raises(MissingInputError, match=r"--nodes 2 needs: kubectl apply --server-side -f .*jobset"):
+    with pytest.raises(
+        MissingInputError, match=r"--nodes 2 needs JobSets in the cluster: kubectl apply --server-side -f .*jobset"
+    ):
         backend.submit(spec(nodes=2))
     assert not server.bodies
     backend.submit(spec())
@@ -271,7 +273,7 @@ def test_a_doctor_finds_what_a_job_would_miss(server):
 def test_a_doctor_says_in_one_line_that_a_cluster_cannot_be_used(server, monkeypatch, tmp_path):
     server.forbidden.add(("get", "pods/log"))
     (check,) = doctor().values()
-    assert "may not get pods/log in namespace 'default'" in check.message
+    assert "you may not get pods/log in namespace 'default'" in check.message
     # What `ddpm jobs` needs.
     for verb, resource in (("list", "pods"), ("get", "jobs"), ("list", "jobs")):
         server.forbidden = {(verb, resource)}
