@@ -6,7 +6,6 @@ import json
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from functools import partial
 
 from job.exits import Exit, JobError
 from job.jobs.backends import backend_for
@@ -40,7 +39,7 @@ def bucket_checks(uri: str) -> Iterator[Check]:
         yield Check.of_error("credentials", error)
         return
     yield Check("credentials", True, "found" if is_remote(uri) else "a folder of this machine needs none")
-    yield Check.of("bucket write", partial(_write_once_and_delete, store))
+    yield Check.of("bucket write", lambda: _write_once_and_delete(store))
     yield Check.of("bucket list", lambda: f"{len(store.folders(RUNS)):,} runs are there")
 
 

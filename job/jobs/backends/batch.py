@@ -161,26 +161,16 @@ class BatchBackend(google.GoogleBackend):
             "runAsNonRoot": True,
             "taskSpec": _task(spec, machine),
         }
-        made = {
-            "labels": spec.all_labels,
-            "taskGroups": [group],
-            "allocationPolicy": self._allocation(spec, machine),
-            "logsPolicy": {"destination": "CLOUD_LOGGING"},
-        }
+        allocation, logs = self._allocation(spec, machine), {"destination": "CLOUD_LOGGING"}
+        made = {"labels": spec.all_labels, "taskGroups": [group], "allocationPolicy": allocation, "logsPolicy": logs}
         return [made]
 
     def _allocation(self, spec: JobSpec, machine: Machine) -> JsonObject:
         target = self.target
-        policy: JsonObject = {
-            "machineType": machine.machine_type,
-            "provisioningModel": "SPOT" if spec.spot else "STANDARD",
-            "bootDisk": {
-                # Its docker knows `--gpus`; that of batch-cos does not.
-                "image": "batch-debian",
-                "type": machine.disk_type,
-                "sizeGb": str(target.boot_disk_gigabytes),
-            },
-        }
+        # Docker on batch-debian knows `--gpus`; that on batch-cos does not.
+        disk = {"image": "batch-debian", "type": machine.disk_type, "sizeGb": str(target.boot_disk_gigabytes)}
+        kind = "SPOT" if spec.spot else "STANDARD"
+        policy: JsonObject = {"machineType": machine.machine_type, "provisioningModel": kind, "bootDisk": disk}
         if machine.extra:
             policy["accelerators"] = [{"type": machine.gpu_type, "count": str(machine.gpus)}]
         allocation: JsonObject = {
@@ -227,15 +217,12 @@ def batch_status(found: JsonObject, tasks: Sequence[JsonObject]) -> JobStatus:
     if state is State.FAILED:
         ends = [_ended_task(name, each[-1]) for ended, each in codes if ended == "FAILED" and each]
         status = max(ends, key=lambda end: end.retried, default=status)
-    return replace(
-        status,
-        attempts=sum(event.get("taskState") == "RUNNING" for task in tasks for event in _events(task)),
-        failures=max(
-            (sum(_ended_task(name, code).retried is Restart.BOUNDED for code in each) for _, each in codes), default=0
-        ),
-        created=utc_text(found["createTime"]),
-        place=_region(found),
+    starts = sum(event.get("taskState") == "RUNNING" for task in tasks for event in _events(task))
+    failures = max(
+        [0, *(sum(_ended_task(name, code).retried is Restart.BOUNDED for code in each) for _, each in codes)]
     )
+    created = utc_text(found["createTime"])
+    return replace(status, attempts=starts, failures=failures, created=created, place=_region(found))
 
 
 def _ended_task(name: str, code: int) -> JobStatus:

@@ -169,14 +169,12 @@ class ContainerBackend(Backend):
         while True:
             # Before the read, which then has all output until the end.
             is_over = not follow or self.known(name).state.is_over
-            with subprocess.Popen(
-                words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-            ) as process:
+            with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
                 assert process.stdout is not None
                 try:
                     for line in islice(process.stdout, shown, None):
                         shown += 1
-                        yield line.removesuffix("\n")
+                        yield line.decode(errors="replace").removesuffix("\n")
                 finally:
                     process.kill()
             if is_over:
@@ -195,11 +193,7 @@ class ContainerBackend(Backend):
 
     def checks(self) -> Iterator[Check]:
         """See `Backend.checks`: the engine, the image, and what the container itself finds on this machine."""
-        version = ("version", "--format", "{{.Client.Version}}")
-        for name, look in (
-            ("engine", lambda: f"{self.engine} {self._ask(*version).strip()}"),
-            ("image", self._look_for_image),
-        ):
+        for name, look in (("engine", self._look_for_engine), ("image", self._look_for_image)):
             yield (check := Check.of(name, look))
             if not check.passed:
                 return
@@ -214,6 +208,9 @@ class ContainerBackend(Backend):
             return
         for inside in found:
             yield Check(**inside | {"name": f"{inside['name']} (in it)", "exit_code": Exit(inside["exit_code"])})
+
+    def _look_for_engine(self) -> str:
+        return f"{self.engine} {self._ask('version', '--format', '{{.Client.Version}}').strip()}"
 
     def _look_for_image(self) -> str:
         if not self._has_image(self.target.image):
@@ -298,9 +295,8 @@ def _container_status(found: dict[str, Any]) -> JobStatus:
         return replace(status, state=State.FAILED, message=error or "it did not start")
     if state.get("OOMKilled"):
         error = "killed by the kernel: memory ran out; `memory:` of the target is the limit"
-    return replace(
-        status, state=ended_here(code), message=error or JobStatus.of_code(name, code).message, exit_code=code
-    )
+    message = error or JobStatus.of_code(name, code).message
+    return replace(status, state=ended_here(code), message=message, exit_code=code)
 
 
 def _last_line(answer: subprocess.CompletedProcess[str]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -71,7 +71,7 @@ class ClusterApi:
 
     def get(self, kind: Kind, name: str) -> JsonObject | None:
         """Returns an object; None if it or its kind is missing, or if it is optional and may not be read."""
-        with suppress(NoSuchObjectError), _tolerant(kind):
+        with suppress(*_missing(kind)):
             return self._objects("get", kind, name)
         return None
 
@@ -92,7 +92,7 @@ class ClusterApi:
 
     def all_with(self, kind: Kind, selector: str) -> list[JsonObject]:
         """Returns the objects with these labels; none of a missing kind, or of an optional one that may not be read."""
-        with suppress(NoSuchObjectError), _tolerant(kind):
+        with suppress(*_missing(kind)):
             return list(self._objects("list", kind, label_selector=selector)["items"])
         return []
 
@@ -189,8 +189,8 @@ class ClusterApi:
         return BucketAwayError(f"the API of the cluster, {self.host}, {how}: check its address, and the network")
 
 
-def _tolerant(kind: Kind) -> AbstractContextManager[None]:
-    return suppress(NoPermissionError) if kind in _OPTIONAL else nullcontext()
+def _missing(kind: Kind) -> tuple[type[JobError], ...]:
+    return (NoSuchObjectError, NoPermissionError) if kind in _OPTIONAL else (NoSuchObjectError,)
 
 
 def _message_of(error: Any) -> str:

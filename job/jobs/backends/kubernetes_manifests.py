@@ -64,11 +64,11 @@ def manifest(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
 
 
 def _job_spec(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
-    limits, on_fatal = {"backoffLimit": spec.retries}, "FailJob"
+    limits = {"backoffLimit": spec.retries}
     if spec.slices:
         # If more than half of the slices fail for good, the rest need not cost money.
         limits = {"backoffLimitPerIndex": spec.retries, "maxFailedIndexes": spec.slices // 2}
-        on_fatal = "FailIndex"
+    on_fatal = "FailIndex" if spec.slices else "FailJob"
     rules = [_on_codes("Ignore", "In", Restart.ALWAYS), _on_codes(on_fatal, "In", Restart.NEVER)]
     return {**_pods(spec, target, "Ignore", *rules), **limits}
 

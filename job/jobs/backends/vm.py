@@ -135,11 +135,8 @@ class VmBackend(google.GoogleBackend):
     def _path(self, zone: str) -> str:
         return f"compute/projects/{self.target.project}/zones/{zone}"
 
-    def _log(self, name: str) -> str:
-        return f"projects/{self.target.project}/logs/{name}"
-
     def _filter(self, log: str, labels: str, name: str) -> str:
-        return f'logName="{self._log(log)}" AND {labels}."{JOB_LABEL}"="{name}"'
+        return f'logName="projects/{self.target.project}/logs/{log}" AND {labels}."{JOB_LABEL}"="{name}"'
 
     def _last_events(self, name: str) -> dict[int, JobStatus]:
         since = datetime.now(UTC) - LOG_LOOK_BACK
@@ -147,10 +144,10 @@ class VmBackend(google.GoogleBackend):
 
     def _log_event(self, name: str, slices: int, event: str) -> None:
         """Logs an event about a job; without the right to write logs all else still works."""
-        labels, payload = {JOB_LABEL: name, SLICES_LABEL: str(slices)}, {"message": f"ddpm-vm: {event}", "event": event}
-        entry = {"logName": self._log(VM_LOG), "resource": {"type": "global"}, "labels": labels, "jsonPayload": payload}
+        labels, log = {JOB_LABEL: name, SLICES_LABEL: str(slices)}, f"projects/{self.target.project}/logs/{VM_LOG}"
+        entry = {"labels": labels, "jsonPayload": {"message": f"ddpm-vm: {event}", "event": event}}
         with suppress(JobError):
-            self.ask("POST logging/entries:write", {"entries": [entry]})
+            self.ask("POST logging/entries:write", {"logName": log, "resource": {"type": "global"}, "entries": [entry]})
 
     def _delete(self, machines: Iterable[JsonObject]) -> None:
         """Deletes machines, and waits until all are gone."""
