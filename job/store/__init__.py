@@ -45,10 +45,8 @@ class Kind:
     """A kind of bucket. Its client library is imported when a bucket is opened, and not for what is declared here.
 
     Attributes:
-        schemes: of its URIs; messages use the first one.
-        module: of this package.
-        store: the class in it.
-        extra: of this program, which installs the client library.
+        schemes: of its URIs; the first one is in messages, and names the extra that installs the client library.
+        module: of this package; `gcs` has the class `GcsStore`.
         files: the default paths of credential files, by the variable that names another path.
         variables: settings without a secret, which a container gets as well.
         secret: a variable with a secret, which a container does not get.
@@ -56,8 +54,6 @@ class Kind:
 
     schemes: tuple[str, ...]
     module: str
-    store: str
-    extra: str
     files: Mapping[str, str]
     variables: tuple[str, ...]
     secret: str = ""
@@ -69,7 +65,7 @@ class Kind:
             # As google.auth looks for it.
             usual = usual.replace("~/.config/gcloud", os.environ.get("CLOUDSDK_CONFIG") or "~/.config/gcloud")
             path = os.path.expanduser(os.environ.get(variable) or usual)  # noqa: PTH111 -- a user may have no home
-            if os.path.exists(path):  # noqa: PTH110 -- nor rights to look
+            if os.path.exists(path):  # noqa: PTH110 -- the user may not look there
                 found[variable] = Path(path).absolute()
         return found
 
@@ -80,9 +76,9 @@ _GOOGLE_FILES = {"GOOGLE_APPLICATION_CREDENTIALS": "~/.config/gcloud/application
 _AWS_FILES = {"AWS_CONFIG_FILE": "~/.aws/config", "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials"}
 _AWS = ("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 KINDS = (
-    Kind(("gs", "gcs"), "gcs", "GcsStore", "gs", _GOOGLE_FILES, ("GOOGLE_CLOUD_PROJECT", "STORAGE_EMULATOR_HOST")),
-    Kind(("s3",), "s3", "S3Store", "s3", _AWS_FILES, _AWS, "AWS_SECRET_ACCESS_KEY"),
-    Kind(("az", "abfs"), "azure", "AzureStore", "az", {}, ("AZURE_STORAGE_ACCOUNT_NAME",)),
+    Kind(("gs", "gcs"), "gcs", _GOOGLE_FILES, ("GOOGLE_CLOUD_PROJECT", "STORAGE_EMULATOR_HOST")),
+    Kind(("s3",), "s3", _AWS_FILES, _AWS, "AWS_SECRET_ACCESS_KEY"),
+    Kind(("az", "abfs"), "azure", {}, ("AZURE_STORAGE_ACCOUNT_NAME",)),
 )
 _BY_SCHEME = {scheme: kind for kind in KINDS for scheme in kind.schemes}
 URIS = " or ".join(", ".join(f"{kind.schemes[0]}://" for kind in KINDS).rsplit(", ", 1))
@@ -112,9 +108,10 @@ def open_store(uri: str, retry: Retry | None = None) -> Store:
     kind = _BY_SCHEME[scheme]
     try:
         with fsspec_configured():
-            store: Store = getattr(import_module(f"job.store.{kind.module}"), kind.store)(bucket, retry)
+            found = getattr(import_module(f"job.store.{kind.module}"), f"{kind.module.title()}Store")
+            store: Store = found(bucket, retry)
     except ModuleNotFoundError as error:
-        how = how_to_install(kind.extra)
+        how = how_to_install(kind.schemes[0])
         raise BadRequestError(f"{scheme}:// needs more than is installed ({error}): {how}") from None
     return store.sub(prefix) if prefix else store
 

@@ -355,18 +355,17 @@ class GoogleBackend(Backend):
 
     def _quota(self, metric: str, places: Sequence[str]) -> str:
         """Returns what is left of a quota, which one of the places, regions or all of them, must have for a job."""
-        gpus, fits, found = self.target.gpus, False, []
+        free = {}
         for place in places:
             quotas = self.ask(f"GET compute/projects/{self.target.project}{place}").get("quotas", ())
             quota = next((quota for quota in quotas if quota.get("metric") == metric), None)
             if quota is None:
                 # This API hides the quota of some GPUs.
                 return f"{metric}: not known before a job requests it"
-            free = quota["limit"] - quota.get("usage", 0)
-            fits = fits or free >= gpus
-            found.append(f"{place.removeprefix('/regions/')} {free:g} of {quota['limit']:g} free".strip())
-        message = f"{metric}: {', '.join(found)}; a job takes {gpus}"
-        if not fits:
+            left = quota["limit"] - quota.get("usage", 0)
+            free[f"{place.removeprefix('/regions/')} {left:g} of {quota['limit']:g} free".strip()] = left
+        message = f"{metric}: {', '.join(free)}; a job takes {self.target.gpus}"
+        if max(free.values()) < self.target.gpus:
             raise BadRequestError(f"{message}: request more at {QUOTA_PAGE.format(project=self.target.project)}")
         return message
 

@@ -62,7 +62,7 @@ class KubernetesBackend(Backend):
             # Credentials for jobs need not read queues.
             self._look_for_queue()
         for there, old in self.find(spec.name):
-            if not self._observed(old, self._pods_of(spec.name)).state.is_over:
+            if not self._observed(old, self._api.pods(f"ddpm-job={spec.name}")).state.is_over:
                 raise self.runs_already(spec.name, self._where)
             self._api.delete(there, spec.name, old["metadata"]["uid"])
             self._wait_until_gone(there, spec.name)
@@ -159,11 +159,8 @@ class KubernetesBackend(Backend):
         """Returns the status of a job, and its pods."""
         if not (found := self.find(name)):
             return JobStatus(name, State.GONE, f"no job {name!r} {self._where}"), []
-        pods = self._pods_of(name)
+        pods = self._api.pods(f"ddpm-job={name}")
         return self._observed(found[0][1], pods), pods
-
-    def _pods_of(self, name: str) -> list[JsonObject]:
-        return self._api.pods(f"ddpm-job={name}")
 
     def _observed(self, job: JsonObject, pods: list[JsonObject]) -> JobStatus:
         """Returns the status of a job, from other objects as well if its own does not show enough."""

@@ -33,13 +33,9 @@ VM_LOG = "ddpm-jobs"
 JOB_LABEL, SLICE_LABEL, SLICES_LABEL = "ddpm-job", "ddpm-slice", "ddpm-slices"
 LOG_LOOK_BACK = timedelta(days=30)
 """The default retention of Cloud Logging."""
+_COMING = {"PROVISIONING", "STAGING", "PENDING", "REPAIRING"}
 _SWITCHED_OFF = {"TERMINATED", "STOPPED", "SUSPENDED"}
 _LEAVING = {"STOPPING", "PENDING_STOP", "SUSPENDING", "DEPROVISIONING", *_SWITCHED_OFF}
-_MACHINE_STATES = {
-    **dict.fromkeys(("PROVISIONING", "STAGING", "PENDING", "REPAIRING"), (State.WAITING, "the machine is being made")),
-    **dict.fromkeys(_LEAVING, (State.RUNNING, "its machine is being taken away")),
-}
-"""The state of a job that has not logged its end; with a machine in any other state it runs."""
 
 
 class VmTarget(google.GoogleTarget):
@@ -295,7 +291,9 @@ def _of_machine(machine: JsonObject, logged: JobStatus) -> JobStatus:
         return replace(logged, message=f"{logged.message}; {off}".removeprefix("; "))
     if status in _LEAVING and logged.state in (State.FINISHED, State.FAILED):
         return logged
-    state, message = _MACHINE_STATES.get(status, (State.RUNNING, ""))
+    state = State.WAITING if status in _COMING else State.RUNNING
+    message = "the machine is being made" if status in _COMING else "its machine is being taken away"
+    message *= status in _COMING | _LEAVING
     return JobStatus(logged.name, state, message, created=logged.created, place=logged.place)
 
 
