@@ -135,7 +135,7 @@ def cost_of(spec: JobSpec, target: Target) -> str:
 
 
 def _ask(spec: JobSpec) -> None:
-    # stdin is None in a process whose input was closed.
+    # A process whose input was closed has no stdin.
     if sys.stdin is None or not sys.stdin.isatty():
         raise BadRequestError(f"{spec.name} is not submitted: no terminal can confirm it; --yes submits without")
     print("Submit? [y/N] ", end="", flush=True)

@@ -144,11 +144,11 @@ class Watch:
         # Its own deadline cancels it as a person would.
         if status.state is State.CANCELLED and self._hours_left() >= SHORTEST_HOURS:
             raise self._ended_by_person(f"was cancelled ({status.message})" if status.message else "was cancelled")
-        # Deletion stops a job, which then ends with 75.
+        # A deleted job is stopped, and ends with 75.
         is_deleted = status.state is State.GONE and status.cause is None and code in (None, StoppedError.exit_code)
         if is_deleted and self._here.keeps_ended:
             raise self._ended_by_person(_GONE)
-        how = f"ended with {code}" if code is not None else "is gone" if status.state is State.GONE else "failed"
+        how = f"ended with {code}" if code is not None else "is gone" if status.state is State.GONE else State.FAILED
         why = f": {status.message}" if status.message else ""
         if status.cause is Cause.NO_IMAGE:
             raise JobEndedError(f"{name} cannot begin, and is removed{why}", MissingInputError.exit_code)

@@ -80,6 +80,11 @@ class Facts:
         return self.found.index.images if self.found.index else None
 
     @property
+    def is_running(self) -> bool:
+        """Returns whether an attempt writes the run now."""
+        return self.state == State.RUNNING
+
+    @property
     def go_on(self) -> str:
         """Returns the command that goes on with the run; empty if it cannot be trained."""
         data = self.config.data

@@ -36,7 +36,7 @@ _STATES = {
     "DELETION_IN_PROGRESS": State.RUNNING,
     "CANCELLATION_IN_PROGRESS": State.RUNNING,
 }
-"""Of a job; in every other state it waits."""
+"""The states of a job; in every other one it waits."""
 _RESERVED: dict[int, tuple[str, Cause | None]] = {
     50000: ("Batch gives no reason", None),
     50001: ("its spot machine was taken away", Cause.TAKEN_AWAY),

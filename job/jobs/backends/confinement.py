@@ -1,4 +1,4 @@
-"""What the container of a job may write and use, on every engine."""
+"""The confinement of a job's container on every engine: the folders it may write, and its rights."""
 
 from job.stop import GRACE_VARIABLE
 

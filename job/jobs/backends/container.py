@@ -167,7 +167,7 @@ class ContainerBackend(Backend):
         """See `Backend.logs`; the engine keeps the output until the job is submitted again."""
         shown, words = 0, [self.engine, "logs", *(["--follow"] if follow else []), name]
         while True:
-            # Before the read, which then has all output until the end.
+            # Determined before the read, so that it has all output until the end.
             is_over = not follow or self.known(name).state.is_over
             with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
                 assert process.stdout is not None

@@ -305,7 +305,7 @@ class GoogleBackend(Backend):
         while True:
             if follow and over_at == math.inf and self.status(name).state.is_over:
                 over_at = time.monotonic()
-            # Before the request, which then has all entries until the end.
+            # Determined before the request, so that it has all entries until the end.
             is_last = not follow or time.monotonic() - over_at >= LOG_SETTLE_SECONDS
             for entry in self.log_entries(filter_, max(since, newest - LOG_OVERLAP)):
                 if entry["insertId"] not in seen:

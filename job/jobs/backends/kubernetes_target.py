@@ -21,7 +21,7 @@ def size_bytes(text: str) -> int:
     """Returns a size as Kubernetes writes it, such as `50Gi` or `1.5T`, in bytes.
 
     Raises:
-        ValueError: the text is no such size.
+        ValueError: the text is not such a size.
     """
     match = _SIZE.fullmatch(text)
     if match is None:

@@ -131,7 +131,7 @@ class LocalBackend(Backend):
         record, part = self.known(name), ""
         with os_errors(_log_path(name)), _log_path(name).open(encoding="utf-8", errors="replace", newline="\n") as file:
             while True:
-                # Before the read, which then has all output until the end.
+                # Determined before the read, so that it has all output until the end.
                 is_over = not follow or record.process() is None
                 *lines, part = (part + file.read()).split("\n")
                 yield from lines
