@@ -1,4 +1,4 @@
-"""The only table of exit codes. Every retry policy and every error message follows from it."""
+"""The one table of exit codes and states: retry policies, records and error messages follow from it."""
 
 import difflib
 import errno
@@ -6,62 +6,120 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import Self
 
 CRASHED = 1
-"""The code of a program that ended with an unexpected error, or for lack of memory."""
+"""The exit code of a program that ended by an unforeseen error, or by a lack of memory."""
+
+
+class Restart(IntEnum):
+    """Whether a program that ended is started again. Of several parts of a job the largest value decides."""
+
+    ALWAYS = 0
+    """Not counted where the engine allows that."""
+    BOUNDED = 1
+    """Counted against a limit."""
+    NEVER = 2
 
 
 class Exit(IntEnum):
-    """The exit code of a process; the values follow sysexits.h where it has one.
+    """The exit codes of this program; the values follow sysexits.h where it has one.
 
     Attributes:
         text: the meaning.
-        retried: `never`, `bounded` (counted against a limit) or `always` (not counted where the engine allows that).
+        retried: whether the program is started again.
     """
 
     text: str
-    retried: str
+    retried: Restart
 
-    def __new__(cls, code: int, text: str = "", retried: str = "") -> Self:
+    def __new__(cls, code: int, text: str = "", retried: Restart = Restart.NEVER) -> Self:
         """Makes a row of the table."""
         row = int.__new__(cls, code)
         row._value_, row.text, row.retried = code, text, retried
         return row
 
-    FINISHED = 0, "finished", "never"
-    USAGE = 2, "wrong usage of the command line", "never"
-    BAD_REQUEST = 64, "an impossible request, such as an unknown name", "never"
-    BAD_DATA = 65, "bad data: unreadable, truncated, corrupt or unsafe", "never"
-    MISSING_INPUT = 66, "missing input: no such bucket, dataset, run or checkpoint", "never"
-    BUCKET_AWAY = 69, "the bucket did not answer within the limit", "bounded"
-    NOT_A_NUMBER = 70, "the loss or a gradient was not a number; a retry would repeat it", "never"
-    HUNG = 71, "the job hung, or its machine lost a GPU", "bounded"
-    DISK_FULL = 74, "the local disk is full", "never"
-    STOPPED = 75, "stopped by preemption, a signal or a deadline, with the state saved", "always"
-    LOST_RUN = 76, "another attempt holds the run", "never"
-    NO_PERMISSION = 77, "permission denied", "never"
-    BAD_CONFIG = 78, "an invalid configuration, or another one than the run's", "never"
+    FINISHED = 0, "finished"
+    USAGE = 2, "wrong usage of the command line"
+    BAD_REQUEST = 64, "an impossible request, such as an unknown name"
+    BAD_DATA = 65, "bad data: unreadable, truncated, corrupt or unsafe"
+    MISSING_INPUT = 66, "missing input: no such bucket, dataset, run or checkpoint"
+    BUCKET_AWAY = 69, "the bucket did not answer within the limit", Restart.BOUNDED
+    NOT_A_NUMBER = 70, "the loss or a gradient was not a number; a retry would repeat it"
+    HUNG = 71, "the job hung, or its machine lost a GPU", Restart.BOUNDED
+    DISK_FULL = 74, "the local disk is full"
+    STOPPED = 75, "stopped by preemption, a signal or a deadline, with the state saved", Restart.ALWAYS
+    LOST_RUN = 76, "another attempt holds the run"
+    NO_PERMISSION = 77, "permission denied"
+    BAD_CONFIG = 78, "an invalid configuration, or another one than the run's"
 
 
 TABLE: dict[int, Exit] = {int(code): code for code in Exit}
-"""The rows by number. Programs that crash, run out of memory or are killed end with other numbers."""
+"""The rows by number: a program that crashes, is killed or runs out of memory ends with a code of no row."""
 
 
-def retried(code: int) -> str:
-    """Returns whether a program that ended with `code` is started again; see `Exit`. Unknown codes are `bounded`."""
-    return TABLE[code].retried if code in TABLE else "bounded"
+class State(StrEnum):
+    """The state of a run, a job or a process: one table for the four vocabularies.
+
+    | state       | run (`Status`)       | job (`Outcome`)   | engine (`JobStatus`)            | rank (launcher)       |
+    |-------------|----------------------|-------------------|---------------------------------|-----------------------|
+    | FINISHED    | finished             | exit code 0       | exit code 0                     | exit code 0           |
+    | GONE        |                      |                   | unknown to the engine           |                       |
+    | CANCELLED   |                      |                   | by a person; here also code 75  |                       |
+    | STOPPED     | stopped              | exit code 75      |                                 | exit code 75          |
+    | FAILED      | failed               | another exit code | another exit code               | another exit code     |
+    | WAITING     |                      |                   | for a machine, queue or image   |                       |
+    | RUNNING     | running              | no exit code yet  | running                         | no exit code yet      |
+    | IMPORTED    | made by `ddpm import`|                   |                                 |                       |
+    | CUT_OFF     | running, but silent  |                   |                                 |                       |
+    | NOT_STARTED | has no status        |                   |                                 |                       |
+    | UNREADABLE  | has a corrupt status |                   |                                 |                       |
+    | NEVER_BEGAN |                      |                   |                                 | killed by the signal  |
+    | LOST_PEER   |                      |                   |                                 | another rank ended it |
+
+    Of several parts of a job the state that is listed last decides about the job.
+    """
+
+    FINISHED = "finished"
+    GONE = "gone"
+    CANCELLED = "cancelled"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    WAITING = "waiting"
+    RUNNING = "running"
+    IMPORTED = "imported"
+    CUT_OFF = "cut off"
+    NOT_STARTED = "not started"
+    UNREADABLE = "cannot be read"
+    NEVER_BEGAN = "never began"
+    LOST_PEER = "lost its peer"
+
+    @classmethod
+    def of_code(cls, code: int | None) -> Self:
+        """Returns the state after an exit code; without one the program runs."""
+        states = {None: cls.RUNNING, Exit.FINISHED.value: cls.FINISHED, Exit.STOPPED.value: cls.STOPPED}
+        return states.get(code, cls.FAILED)
+
+    @property
+    def order(self) -> int:
+        """The position in the table."""
+        return [*State].index(self)
+
+    @property
+    def is_over(self) -> bool:
+        """Returns whether a job stays in this state until it is submitted again."""
+        return self not in (State.WAITING, State.RUNNING)
 
 
-def severity(rule: str) -> int:
-    """Returns the severity of a failure with this rule of retries; the most severe part decides about a whole job."""
-    return ("always", "bounded", "never").index(rule)
+def retried(code: int) -> Restart:
+    """Returns whether a program that ended with `code` is started again; a code of no row is `BOUNDED`."""
+    return TABLE[code].retried if code in TABLE else Restart.BOUNDED
 
 
 def meaning(code: int) -> str:
-    """Returns the meaning of an exit code, in words."""
+    """Returns the meaning of an exit code, for people."""
     if code in TABLE:
         return TABLE[code].text
     return f"killed by signal {code - 128}" if code > 128 else "crashed"
@@ -141,6 +199,13 @@ class BadConfigError(JobError):
     exit_code = Exit.BAD_CONFIG
 
 
+class JobEndedError(JobError):
+    """A job that `--watch` saw end badly. This program ends with the job's code, also after a crash."""
+
+    def __init__(self, message: str, code: int | None) -> None:
+        super().__init__(message, CRASHED if code is None else code)  # type: ignore[arg-type]
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns the end of a message about an unknown word: the known word that is most like it, if any is."""
     close = difflib.get_close_matches(word, known, n=1)
@@ -148,7 +213,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def ending_of(error: BaseException) -> tuple[int, str]:
-    """Returns exit code and message of a program that ends with `error`; no message after a crash or `SystemExit`."""
+    """Returns the exit code of a program that ends with `error`, and its message, empty for a crash or `SystemExit`."""
     match error:
         case SystemExit():
             return error.code if isinstance(error.code, int) else CRASHED if error.code else 0, ""
@@ -177,7 +242,7 @@ def _at(error: OSError) -> str:
 
 
 def _out_of_memory(error: Exception) -> str:
-    """Returns the message if memory ran out, here or on the GPU; empty for any other error."""
+    """Returns the message of an error that memory ran out, here or on the GPU; empty for any other error."""
     torch, text = sys.modules.get("torch"), " ".join(str(error).split())
     is_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
     # Lack of memory has many messages: a bare RuntimeError of PyTorch, an unspecific one of oneDNN, and those of the

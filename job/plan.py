@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ddpm.epochs import images_at_epoch
 from job.config import Drawing, RunConfig, changed_for_attempt, draft
 from job.data.shards import DatasetIndex, dataset_key, find_dataset, load_index
-from job.exits import BadConfigError, BadDataError, BadRequestError, MissingInputError
+from job.exits import BadConfigError, BadDataError, BadRequestError, MissingInputError, State
 from job.progress import note
 from job.requests import TrainRequest
 from job.runs import records
@@ -145,7 +145,7 @@ class Plan(RunHandle):
     def is_finished(self) -> bool:
         """Returns whether the run has reached its last epoch."""
         status = records.read_status(self.run)
-        if status is None or status.state != "finished" or self.images_seen < self.target_images:
+        if status is None or status.state != State.FINISHED or self.images_seen < self.target_images:
             return False
         # A checkpoint that was lost, or replaced by one of another run, must be trained again.
         return sound_manifest(self.run, max(list_checkpoints(self.run))) is not None

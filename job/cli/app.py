@@ -66,7 +66,7 @@ def _root(
 ) -> None:
     """Pack images, train a diffusion model (DDPM) on them and sample from it, in jobs that never lose work.
 
-    All datasets and runs lie in a bucket: gs://, s3://, az:// or a folder.
+    All datasets and runs lie in a bucket: a folder, or a URI such as gs://NAME.
 
     Example: ddpm data pack photos.zip mine --size 64 && ddpm train --dataset mine
     """

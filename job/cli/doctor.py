@@ -24,10 +24,10 @@ def doctor(
 
     Example: ddpm doctor --on gke --bucket gs://my-bucket
     """
-    from job.jobs.doctor import checks_of, tell
+    from job.jobs.doctor import checks_of, report
     from job.jobs.targets import chosen_target, load_targets
 
     target = chosen_target(load_targets(targets), on)
     uri = "" if no_bucket else bucket or target.usual_bucket
-    if code := tell(checks_of(target, uri), as_json):
+    if code := report(checks_of(target, uri), as_json):
         raise SystemExit(int(code))

@@ -12,7 +12,7 @@ BucketUri = Annotated[
     typer.Option(
         metavar="URI",
         envvar="DDPM_BUCKET",
-        help="Bucket of datasets and runs: gs://NAME[/PREFIX], s3://NAME[/PREFIX], az://NAME[/PREFIX] or a folder.",
+        help="Bucket of datasets and runs: a folder, or a URI such as gs://NAME[/PREFIX].",
         show_envvar=True,
     ),
 ]

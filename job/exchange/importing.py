@@ -13,7 +13,7 @@ from ddpm.epochs import images_at_epoch
 from job.config import LARGEST, RunConfig, draft, layered, parse_sets, validated
 from job.data.shards import find_dataset, load_index, validated_dataset_name
 from job.exchange.foreign import Foreign, opened_foreign
-from job.exits import BadConfigError, BadDataError, BadRequestError
+from job.exits import BadConfigError, BadDataError, BadRequestError, State
 from job.plan import check_drawing, follow_dataset
 from job.processes.compute import describe_device
 from job.processes.lease import Lease
@@ -213,7 +213,7 @@ def _commit(
     finally:
         writer.close(wait=False)
     status = records.Status(
-        state="imported",
+        state=State.IMPORTED,
         fence=attempt.fence,
         attempt=attempt.id,
         images_seen=state.images_seen,

@@ -1,1 +1,1 @@
-"""Jobs: a command as data, and the engines that run it. What a dry run prints is what is sent."""
+"""Jobs: a command as data, and the engines that run it. A dry run prints exactly the requests of a submission."""

@@ -1,4 +1,4 @@
-"""A command of this program as its own parser read it: what can be looked at, changed, and written down again."""
+"""A command of this program as its own parser read it, which can be changed and written as words again."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _REQUESTS: dict[Verb, type[AnyRequest]] = {
     "encode": EncodeRequest,
 }
 _REQUEST_FIELDS = {"config": "config_file", "wait": "wait_seconds", "slice_": "slice"}
-"""Parameters that a request calls otherwise."""
+"""The parameters that have another name in a request."""
 
 
 @dataclass(frozen=True)
 class ParsedCommand:
-    """A command line, taken apart.
+    """A parsed command line.
 
     Attributes:
-        verb: what it does.
+        verb: of the job.
         command: the words between `ddpm` and the parameters, such as `("data", "pack")`.
         options: the words of each parameter, in order: `("--gif",)`, `("--classes", "--no-classes")`, none for an
             argument.
@@ -43,11 +43,11 @@ class ParsedCommand:
     given: frozenset[str]
 
     def with_values(self, **values: Any) -> ParsedCommand:
-        """The same, with these parameters given as well; one that is None is left out."""
+        """Returns the same command with these parameters; None removes one."""
         return replace(self, values={**self.values, **values}, given=self.given | set(values))
 
     def request(self) -> AnyRequest:
-        """What is asked for, not checked yet."""
+        """Returns the request, not checked yet."""
         kind = _REQUESTS[self.verb]
         values = {_REQUEST_FIELDS.get(name, name): value for name, value in self.values.items()}
         if kind is TrainRequest:
@@ -59,7 +59,7 @@ class ParsedCommand:
         return kind(**{each.name: values[each.name] for each in fields(kind) if each.name in values})
 
     def argv(self) -> tuple[str, ...]:
-        """What comes after `ddpm`: arguments, then options, each in the order of the parameters.
+        """Returns the words after `ddpm`: arguments, then options, each in the order of the parameters.
 
         Equal commands give equal words, however they were typed.
         """
@@ -69,14 +69,14 @@ class ParsedCommand:
             value = self.values.get(name) if name in self.given else None
             if value is None:
                 continue
+            many = value if isinstance(value, list | tuple) else [value]
             if not option:
-                arguments += map(str, value) if isinstance(value, list | tuple) else [str(value)]
+                arguments += map(str, many)
             elif isinstance(value, bool):
                 # An option that is off by default has no word for off.
                 words += option[:1] if value else option[1:2]
             else:
-                for one in value if isinstance(value, list | tuple) else (value,):
-                    words += [option[0], _text(one)]
+                words += [word for one in many for word in (option[0], _text(one))]
         if any(word.startswith("-") for word in arguments):
             return (*self.command, *words, "--", *arguments)
         return (*self.command, *arguments, *words)

@@ -1,4 +1,4 @@
-"""`ddpm jobs`: how jobs are going, from their engines and, also when the machines are long gone, from their bucket."""
+"""`ddpm jobs`: the state of jobs by their engines and, also when the machines are long gone, by their bucket."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from job.exits import BadRequestError, JobError, MissingInputError, meaning
+from job.exits import BadRequestError, JobError, MissingInputError, State, meaning
 from job.jobs.backends import backend_for
-from job.jobs.backends.base import Backend, JobStatus, State
+from job.jobs.backends.base import Backend, JobStatus
+from job.jobs.backends.target import Target
 from job.jobs.spec import is_about, validated_job_name
-from job.jobs.targets import Target, chosen_target, load_targets
+from job.jobs.targets import chosen_target, load_targets
 from job.outcome import Outcome, read_outcome
 from job.progress import Progress, note, printable
 from job.runs.layout import RUNS
@@ -25,19 +26,19 @@ from job.store import open_store
 
 @dataclass(frozen=True)
 class Search:
-    """Where to look for jobs: on one target, or, where none is named, on all of the file."""
+    """The targets that are searched for jobs: the one named `on`, or all of the file."""
 
     on: str = ""
     targets_file: Path | None = None
 
     @property
     def targets(self) -> list[Target]:
-        """The targets in question."""
+        """Returns these targets."""
         targets = load_targets(self.targets_file)
         return [chosen_target(targets, self.on)] if self.on else list(targets.values())
 
     def ask(self, question: Callable[[Backend], list[JobStatus]]) -> Iterator[tuple[Backend, JobStatus]]:
-        """Each job in the engines' answers, once; of several engines one that is silent is told of and left out."""
+        """Yields each job in the engines' answers once; reports and skips a silent engine if there are several."""
         seen: set[tuple[str, ...]] = set()
         for target in self.targets:
             try:
@@ -50,18 +51,17 @@ class Search:
             except JobError as error:
                 if self.on:
                     raise
-                # Nobody said that there is a container engine on this machine.
-                if target.backend != "container":
+                if target.is_expected:
                     note(f"{target.name}: {error}")
 
     def find(self, name: str) -> list[tuple[Backend, JobStatus]]:
-        """The engines that know a job of that name, or of which a machine that is gone has left a record."""
+        """Returns the engines that know a job of that name, or that have a record of its lost machine."""
         validated_job_name(name)
         found = self.ask(lambda backend: [backend.status(name)])
         return [(backend, status) for backend, status in found if status.state is not State.GONE or status.created]
 
     def the_one(self, name: str) -> Backend:
-        """The engine that knows a job of that name.
+        """Returns the engine that knows a job of that name.
 
         Raises:
             MissingInputError: none does.
@@ -72,59 +72,54 @@ class Search:
             raise self.unknown(name)
         if len(found) > 1:
             names = ", ".join(backend.target.name for backend, _ in found)
-            raise BadRequestError(f"there is a job {name!r} on several targets ({names}): say which with --on")
+            raise BadRequestError(f"there is a job {name!r} on several targets ({names}): choose one with --on")
         return found[0][0]
 
     def unknown(self, name: str) -> MissingInputError:
-        """The error about a job that nobody knows."""
+        """Returns the error about a job that no target knows."""
         names = ", ".join(target.name for target in self.targets)
-        return MissingInputError(f"no target knows a job {name!r} ({names}): `ddpm jobs list` shows those there are")
+        return MissingInputError(f"no target knows a job {name!r} ({names}): see `ddpm jobs list`")
 
 
 def list_jobs(search: Search, *, as_json: bool = False) -> None:
-    """Prints a table of the jobs on the targets in question, newest first, with how their runs are going."""
+    """Prints a table of the jobs on the targets, newest first, with the progress of their runs."""
     from rich.table import Table
 
     _folders_of_runs.cache_clear()
     found = search.ask(lambda backend: backend.jobs())
     ordered = sorted(found, key=lambda one: one[1].created, reverse=True)
+    rows = []
     with Progress("reading runs", total=len(ordered), unit="jobs") as bar:
-        told = []
         for number, (backend, status) in enumerate(ordered, 1):
             uri = status.bucket or backend.target.usual_bucket
-            # One that is away is asked once, and not for each job.
+            # A bucket that is away is tried once, and not for each job.
             is_there = _folders_of_runs(uri) is not None
-            told.append(_told(status.informed(uri) if is_there else status, backend, uri))
+            rows.append(_row(status.informed(uri) if is_there else status, backend, uri))
             bar.update(number)
     if as_json:
-        print_json(told)
+        print_json(rows)
         return
     titles = ("job", "target", "state", "attempts", "exit code", "created", "place")
-    of_run = ("epoch", "loss", "images/s", "to the end", "cost so far", "what it says")
+    of_run = ("epoch", "loss", "images/s", "to the end", "cost so far", "message")
     table = Table(*titles, *of_run, box=None)
-    for job in told:
+    for job in rows:
         code = "-" if job["exit_code"] is None else str(job["exit_code"])
         engine = (str(job["attempts"] or "-"), code, job["created"] or "-", job["place"] or "-")
-        cells = (job["name"], job["target"], job["state"], *engine)
-        table.add_row(*cells, *_run_cells(job["run"]), job["message"])
+        table.add_row(*(job["name"], job["target"], job["state"], *engine, *_run_cells(job["run"]), job["message"]))
     where = f"on {search.on}" if search.on else "on any target"
     print_table(table, f"no jobs {where}: start one with `ddpm submit train --dataset NAME --on TARGET`")
 
 
-def _told(status: JobStatus, backend: Backend | None, bucket_uri: str) -> dict[str, Any]:
-    """A job as values, with a summary of the run that it works on, if there is one."""
-    told = asdict(status) | {"target": backend.target.name if backend else None, "bucket": bucket_uri}
-    return told | {"run": _summary(_run_of(status.name, bucket_uri), bucket_uri)}
-
-
-def _summary(run: str, bucket_uri: str) -> dict[str, Any] | None:
+def _row(status: JobStatus, backend: Backend | None, bucket_uri: str) -> dict[str, Any]:
+    """Returns the values of a job, with a summary of its run."""
+    summary, run = None, _run_of(status.name, bucket_uri)
     with suppress(JobError):
-        return summary_of(open_store(bucket_uri), run) if run else None
-    return None
+        summary = summary_of(open_store(bucket_uri), run) if run else None
+    return asdict(status) | {"target": backend.target.name if backend else None, "bucket": bucket_uri, "run": summary}
 
 
 def _run_cells(run: dict[str, Any] | None) -> list[str]:
-    """Epoch, loss, speed, what is left and what it cost."""
+    """Returns epoch, loss, speed, time to the end and cost."""
     if run is None:
         return ["-"] * 5
     _, epoch, _, *others = progress_cells(run)
@@ -133,7 +128,7 @@ def _run_cells(run: dict[str, Any] | None) -> list[str]:
 
 
 def show_job(name: str, search: Search, bucket: str, *, as_json: bool = False) -> None:
-    """Prints how a job is going, as its engine and its bucket say; the target's bucket, unless one is named.
+    """Prints the state of a job, by its engine and its bucket; the default bucket is the target's.
 
     Raises:
         MissingInputError: neither an engine nor a bucket knows it.
@@ -149,21 +144,25 @@ def show_job(name: str, search: Search, bucket: str, *, as_json: bool = False) -
         raise search.unknown(name)
     if as_json:
         left = [(None, JobStatus(name, State.GONE).informed(uri), uri) for _, uri in gone]
-        print_json([_told(status, backend, uri) for backend, status, uri in [*found, *left]])
+        print_json([_row(status, backend, uri) for backend, status, uri in [*found, *left]])
         return
     for backend, status, uri in found:
-        _print_status(status, backend.target.name)
-        _print_run(_run_of(name, uri), uri)
+        place = f", in {status.place}" if status.place else ""
+        started = f", {status.attempts} start{'s' * (status.attempts > 1)}" if status.attempts else ""
+        submitted = f", submitted {status.created}" if status.created else ""
+        print(f"job         {name}, on {backend.target.name}{place}\nstate       {status.state}{started}{submitted}")
+        _print_end(status.exit_code, status.message)
+        _print_run(name, uri)
     for outcome, uri in gone:
-        print(f"job         {name}: no engine knows it any more; this is what its bucket says")
+        print(f"job         {name}: unknown to every engine; the facts below are in its bucket")
         if outcome:
             print(f"state       {outcome.state}, as of {outcome.updated}")
-            _print_ending(outcome.exit_code, outcome.message)
-        _print_run(_run_of(name, uri), uri)
+            _print_end(outcome.exit_code, outcome.message)
+        _print_run(name, uri)
 
 
 def _left_behind(name: str, search: Search, bucket: str) -> Iterator[tuple[Outcome | None, str]]:
-    """The buckets that know a job whose machine is gone: what it said is where it was."""
+    """Yields the buckets that know a job whose machine is gone, with its outcome."""
     for uri in dict.fromkeys([bucket] if bucket else [target.usual_bucket for target in search.targets]):
         outcome = read_outcome(name, uri)
         if outcome or _run_of(name, uri):
@@ -171,7 +170,7 @@ def _left_behind(name: str, search: Search, bucket: str) -> Iterator[tuple[Outco
 
 
 def print_logs(name: str, search: Search, *, follow: bool) -> None:
-    """Prints what a job said; with `follow` until it is over or a signal comes, which leaves the job alone.
+    """Prints a job's output; with `follow` until the job's end or a signal, which leaves the job alone.
 
     Raises:
         MissingInputError: no target knows it, or its output is gone.
@@ -185,7 +184,7 @@ def print_logs(name: str, search: Search, *, follow: bool) -> None:
 
 
 def cancel_job(name: str, search: Search) -> None:
-    """Has a job save and end, and says what that meant for it.
+    """Makes a job save and end, and prints the effect.
 
     Raises:
         MissingInputError: no target knows it.
@@ -194,25 +193,17 @@ def cancel_job(name: str, search: Search) -> None:
     print(f"{name} on {backend.target.name} {backend.cancel(name)}")
 
 
-def _print_status(status: JobStatus, target: str) -> None:
-    place = f", in {status.place}" if status.place else ""
-    started = f", {status.attempts} {'start' if status.attempts == 1 else 'starts'}" if status.attempts else ""
-    submitted = f", submitted {status.created}" if status.created else ""
-    print(f"job         {status.name}, on {target}{place}\nstate       {status.state}{started}{submitted}")
-    _print_ending(status.exit_code, status.message)
-
-
-def _print_ending(code: int | None, message: str) -> None:
+def _print_end(code: int | None, message: str) -> None:
     if code is not None:
         print(f"exit code   {code}: {meaning(code)}")
     if message:
-        print(f"it says     {message}")
+        print(f"message     {message}")
 
 
 def _run_of(job_name: str, bucket_uri: str) -> str:
-    """The run that a job works on; empty if there is none yet, or if nobody here may see it."""
+    """Returns the run of a job; empty if it does not exist yet, or may not be read."""
     for name in _folders_of_runs(bucket_uri) or ():
-        # Somebody else may have put a folder there whose name no run can have.
+        # A folder of another program may have a name that no run can have.
         with suppress(BadRequestError):
             if is_about(job_name, name):
                 return name
@@ -221,7 +212,7 @@ def _run_of(job_name: str, bucket_uri: str) -> str:
 
 @cache
 def _folders_of_runs(bucket_uri: str) -> tuple[str, ...] | None:
-    """Asked once for all jobs of a bucket; None if that is away."""
+    """Returns the folders of all runs, from one request for all jobs of a bucket; None if that is away."""
     try:
         return tuple(open_store(bucket_uri).folders(RUNS))
     except MissingInputError:
@@ -231,9 +222,8 @@ def _folders_of_runs(bucket_uri: str) -> tuple[str, ...] | None:
     return None
 
 
-def _print_run(name: str, bucket_uri: str) -> None:
-    """Prints what the folder of a run tells, of its attempts too; nothing if `name` is empty."""
-    if not name:
-        return
-    with suppress(MissingInputError):
-        show_run(bucket_uri, name)
+def _print_run(job_name: str, bucket_uri: str) -> None:
+    """Prints the facts in the folder of a job's run, if there is one."""
+    if name := _run_of(job_name, bucket_uri):
+        with suppress(MissingInputError):
+            show_run(bucket_uri, name)

@@ -1,4 +1,4 @@
-"""A job as data: a command of this program, and what it needs of a machine. Backends render it; none is sent here."""
+"""A job as data: a command of this program, and its needs for a machine. Backends render and send it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from job.store import is_remote, open_store
 Verb = Literal["train", "sample", "evaluate", "pack", "index", "encode"]
 
 NAME_CHARACTERS = 52
-"""Longest name: Kubernetes appends `-INDEX-XXXXX` for pods, whose names are labels of 63 characters at most."""
+"""The longest name: Kubernetes appends `-INDEX-XXXXX` for pods, whose names are labels of at most 63 characters."""
 LABEL_PREFIX = "ddpm"
 RETRIES = 4
-"""How many failures that count, such as crashes, are followed by another attempt of the engine or of `--watch`."""
+"""The number of failures that count, such as crashes, after which the engine or `--watch` tries again."""
 _HASH_CHARACTERS = 8
 _JOB_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
@@ -29,23 +29,23 @@ class JobSpec:
     """One job. Equal specs give equal manifests, and a job that is submitted twice has the same name.
 
     Attributes:
-        name: a DNS label that begins with a letter; what engines and people call the job.
-        verb: what it does.
-        argv: the words after `ddpm`, such as `("train", "--dataset", "celeba", "--bucket", "gs://b")`. Nothing
-            secret: they are shown in lists and logs.
+        name: a DNS label that begins with a letter, by which engines and people know the job.
+        verb: the kind of work.
+        argv: the words after `ddpm`, such as `("train", "--dataset", "celeba", "--bucket", "gs://b")`, without secrets,
+            because lists and logs show them.
         image: the container image; empty for jobs that are processes of this machine.
         bucket: URI of the bucket.
         run: the run it works on; empty for packing.
         gpus: per node; 0 is a CPU job.
-        gpu_type: as the backend names it, such as `nvidia-l4`; empty is whatever the target says.
+        gpu_type: as the backend names it, such as `nvidia-l4`; empty is the target's.
         nodes: machines that train together; 1 for everything else.
         slices: machines that share the pieces of a job; 0 for one machine.
         spot: whether it may run on machines that are taken away.
-        max_hours: after so long the job is ended, whatever it does: the guard against a forgotten bill. See `limit_of`
-            for by whom, and what counts. Infinite on this machine, unless somebody says otherwise.
+        max_hours: the time after which the job is ended, which guards against a forgotten bill. See `Target.terms` for
+            what counts, and who ends it. By default infinite on this machine.
         reads: files and folders of this machine that it reads besides its bucket.
-        env: variables of the container. Nothing secret.
-        retries: failures that its engine may still follow with another attempt; `--watch` subtracts those it has seen.
+        env: variables of the container, without secrets.
+        retries: the failures after which its engine may still try again; `--watch` subtracts those it has seen.
     """
 
     name: str
@@ -65,20 +65,20 @@ class JobSpec:
     retries: int = RETRIES
 
     def __post_init__(self) -> None:
-        """Refuses what no backend could run, naming the field."""
+        """Refuses a job that no backend could run; the message names the option."""
         validated_job_name(self.name)
         if self.nodes > 1 and self.verb != "train":
-            raise BadRequestError(f"--nodes {self.nodes} is for training: all other work uses --slices")
+            raise BadRequestError(f"--nodes {self.nodes} is for training: use --slices for all other work")
         if self.slices and self.verb == "train":
-            raise BadRequestError(f"--slices {self.slices} is not for training, which uses --nodes")
+            raise BadRequestError(f"--slices {self.slices} is not for training: use --nodes")
 
     @property
     def max_seconds(self) -> int:
-        """`max_hours` in whole seconds."""
+        """Returns `max_hours` in whole seconds."""
         return round(self.max_hours * 3600)
 
     def lasting(self, max_hours: float) -> JobSpec:
-        """The same job, by the same name, with another limit; also where it keeps to that itself."""
+        """Returns the same job, of the same name, with another limit, also of a job that keeps its limit itself."""
         if max_hours == self.max_hours:
             return self
         words = pairwise(("", *self.argv))
@@ -87,46 +87,46 @@ class JobSpec:
 
     @property
     def bucket_folder(self) -> Path | None:
-        """The bucket, if it is a folder of this machine."""
+        """Returns the bucket, if it is a folder of this machine."""
         return None if is_remote(self.bucket) else Path(open_store(self.bucket).uri)
 
     @property
     def machines(self) -> int:
-        """How many run at a time, at most."""
+        """Returns the number of its machines at a time."""
         return self.slices or self.nodes
 
     def argv_of_slice(self, index: int | str) -> tuple[str, ...]:
-        """The words of one slice; `index` may be a variable that the engine fills in, such as `$(INDEX)`."""
+        """Returns the words of one slice; `index` may be a variable that the engine fills in, such as `$(INDEX)`."""
         if not self.slices:
             return self.argv
-        # Behind `--` it would be an argument.
+        # After `--` it would be an argument.
         end = self.argv.index("--") if "--" in self.argv else len(self.argv)
         return (*self.argv[:end], "--slice", f"{index}/{self.slices}", *self.argv[end:])
 
     @property
     def all_labels(self) -> dict[str, str]:
-        """Labels by which a job is found again, whoever made it."""
+        """Returns the labels by which a job is found."""
         own = {"app": LABEL_PREFIX, "ddpm-job": self.name, "ddpm-verb": self.verb}
         return {**own, "ddpm-run": self.run} if self.run else own
 
 
 def stop_after(hours: float) -> str:
-    """The value of `--stop-after` with which a job ends itself, where there is no engine that would end it."""
+    """Returns the value of `--stop-after` with which a job ends itself, if no engine would end it."""
     return f"{max(1, round(hours * 3600))}s"
 
 
 def validated_job_name(name: str) -> str:
-    """Returns `name` if every backend can call a job so."""
+    """Returns `name` if it is valid on every backend."""
     if not (_JOB_NAME.fullmatch(name) and len(name) <= NAME_CHARACTERS):
-        wanted = f"at most {NAME_CHARACTERS} lower-case letters, digits and '-', beginning with a letter"
-        raise BadRequestError(f"{name!r} cannot be a job's name: use {wanted}")
+        use = f"use a letter and up to {NAME_CHARACTERS - 1} lower-case letters, digits and inner '-'"
+        raise BadRequestError(f"{name!r} cannot be a job's name: {use}")
     return name
 
 
 def job_name(verb: Verb, subject: str, argv: Sequence[str] = ()) -> str:
-    """What the job is called: `train-RUN`, or `sample-RUN-HASH`, `pack-DATASET-HASH`, …, of the words in `argv`.
+    """Returns the name of a job: `train-RUN`, or `sample-RUN-HASH`, `pack-DATASET-HASH`, …, of the words in `argv`.
 
-    The same words give the same name, so that a job that runs already is found and not started twice.
+    The same words give the same name, so that a running job is found and not started twice.
     """
     subject = re.sub(r"[._]", "-", subject).strip("-")
     digest = hashlib.sha256("\0".join(argv).encode()).hexdigest()[:_HASH_CHARACTERS] if argv else ""
@@ -139,7 +139,7 @@ def job_name(verb: Verb, subject: str, argv: Sequence[str] = ()) -> str:
 
 
 def is_about(name: str, run: str) -> bool:
-    """Whether a job of this name works on `run`."""
+    """Returns whether a job of this name works on `run`."""
     if name == job_name("train", run):
         return True
     about: tuple[Verb, ...] = ("sample", "evaluate")

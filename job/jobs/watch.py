@@ -1,7 +1,7 @@
 """`--watch`: follows a job, and submits it again where its engine gives up, as the table of exit codes allows.
 
 Engines retry as well, but Google Batch counts every retry, a VM that was taken away is gone, and none of them looks
-for machines elsewhere. The watch is a process on somebody's machine: if it ends, the job goes on without it, and the
+for machines elsewhere. The watch is a process on a person's machine: if it ends, the job goes on without it, and the
 same command watches it again.
 """
 
@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from job.exits import CRASHED, BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, StoppedError
-from job.jobs.backends.base import Backend, Cause, JobStatus, NoCapacityError, State
+from job.exits import BadRequestError, BucketAwayError, JobEndedError, MissingInputError, Restart, State, StoppedError
+from job.jobs.backends.base import Backend, Cause, JobStatus, NoCapacityError
 from job.jobs.spec import RETRIES, JobSpec
 from job.outcome import Outcome, read_outcome
 from job.progress import note
@@ -25,32 +25,25 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 10.0, 600.0
 """Before a job is submitted again; doubled each time, until one had a machine for `STEADY_SECONDS`."""
 STEADY_SECONDS = 600.0
 ELSEWHERE_SECONDS = 900.0
-"""A job that has waited so long for a machine is moved to the target's next zone or region."""
+"""The wait for a machine after which a job is moved to the target's next zone or region."""
 NO_IMAGE_SECONDS = 300.0
-"""A job whose image cannot be pulled for so long is ended: somebody must mend that, and its machine costs meanwhile."""
+"""The time after which a job is ended whose image cannot be pulled: its machine costs meanwhile."""
 SHORTEST_HOURS = 1 / 60
-"""What is left of `max_hours` when it is not worth submitting a job again."""
+"""The rest of `max_hours` for which a job is not submitted again."""
 SLACK_HOURS = 0.1
-"""What may be left of `max_hours`, as seen from here, of a job that its engine ended for having had them. More is left
-where the engine counts the time without a machine as well."""
-_GONE = "is gone, deleted by somebody or over for longer than its engine remembers, and its bucket says no more"
-
-
-class JobEndedError(JobError):
-    """A job that ended otherwise than well. This program ends with its code, also where that is a crash's."""
-
-    def __init__(self, message: str, code: int | None) -> None:
-        super().__init__(message, CRASHED if code is None else code)  # type: ignore[arg-type]
+"""The rest of `max_hours`, as the watch counts them, of a job that its engine ended for having used them. A larger rest
+means that the engine counts the time without a machine as well."""
+_GONE = "is gone, deleted by a person or over for longer than its engine remembers, and its bucket has no other end"
 
 
 @dataclass
 class Watch:
-    """One job, until it is finished or nobody should try again.
+    """The watch of one job, until it is finished or must not be tried again.
 
     Attributes:
         home: the target's first place; `elsewhere` of it are the others.
-        spec: the job. What is submitted again has what is left of its `max_hours`.
-        sleep: waits so long, and says whether to stop watching, as `Stop.sleep` does.
+        spec: the job. Each submission has the rest of its `max_hours`.
+        sleep: waits for a time, and returns whether to stop watching, as `Stop.sleep` does.
         now: the time of day, which goes on while a laptop sleeps, as jobs and their costs do.
     """
 
@@ -62,44 +55,44 @@ class Watch:
     def __post_init__(self) -> None:
         self._here = self.home
         self._outcome_before: Outcome | None = None
-        """What the bucket said when the job was submitted: not about this one."""
+        """The outcome in the bucket before the job was submitted, which belongs to an earlier one."""
         self._failures, self._pause_seconds = 0, FIRST_PAUSE_SECONDS
         """Failures that count, over all submissions: crashes, and machines that vanished, which may as well have failed
         for good. Preemptions do not count. After more than `RETRIES` the watch gives up."""
         self._waited_for: str | None = ""
-        """Why the job had no machine when it was last looked at; None once it had one."""
+        """Why the job had no machine at the last look; None once it had one."""
         self._seen_seconds = self._unseen_seconds = 0.0
-        """How long the job had a machine, in all, as was seen; and may have had one before anybody watched, at most."""
+        """The time for which the watch saw the job have a machine, and the most it may have had one before."""
 
     def run(self) -> None:
         """Submits the job unless it is there, and returns when it is finished.
 
         Raises:
-            StoppedError: the watch was told to stop, or somebody cancelled the job, or its `max_hours` are used up.
-            JobEndedError: what the job ended with is not tried again, or was too often.
-            JobError: what the engine says to a request; see `Backend`.
+            StoppedError: the watch has to stop, or a person cancelled the job, or its `max_hours` are used up.
+            JobEndedError: the job's end is not tried again, or was too often.
+            JobError: the engine's answer to a request; see `Backend`.
         """
         status = self._ask()
         if status.state.is_over:
             self._submit()
         else:
-            note(f"{self.spec.name} is {status.state.value} already: watching it")
-            # A job that still waits for its first machine has not run; of one that is evicted only the bucket knows.
-            said = read_outcome(self.spec.name, self.spec.bucket)
-            if status.costs or status.attempts > 1 or (said and said.updated >= status.created):
+            note(f"{self.spec.name} is {status.state} already: watching it")
+            # A job that still waits for its first machine has not run; only the bucket knows of an evicted attempt.
+            outcome = read_outcome(self.spec.name, self.spec.bucket)
+            if status.costs or status.attempts > 1 or (outcome and outcome.updated >= status.created):
                 with suppress(ValueError):
                     self._unseen_seconds = self.now() - datetime.fromisoformat(status.created).timestamp()
         while (status := self._follow()).state is not State.FINISHED:
             self._judge(status)
             self._pause()
-            # Somebody may have removed what failed.
+            # A person may have removed what failed.
             if status.state is State.FAILED and self._here.keeps_ended and self._ask().state is State.GONE:
-                raise self._ended_by_somebody(_GONE)
+                raise self._ended_by_person(_GONE)
             self._submit()
         note(f"{self.spec.name} is finished")
 
     def _follow(self) -> JobStatus:
-        """Looks at the job until it is over, counts how long it has a machine, and removes what waits in vain."""
+        """Looks at the job until it is over, counts how long it has a machine, and removes a job that waits in vain."""
         looked_at, before = self.now(), JobStatus(self.spec.name, State.GONE)
         seen_before, waited, without_image = self._seen_seconds, 0.0, 0.0
         while True:
@@ -114,15 +107,14 @@ class Watch:
                 return status.informed(self.spec.bucket, self._outcome_before)
             self._waited_for = None if status.costs or self._waited_for is None else status.message
             if (status.state, status.place, status.message) != (before.state, before.place, before.message):
-                place, said = f" in {status.place}" * bool(status.place), f": {status.message}" * bool(status.message)
-                note(f"{self.spec.name} is {status.state.value}{place}{said}")
+                place, why = f" in {status.place}" * bool(status.place), f": {status.message}" * bool(status.message)
+                note(f"{self.spec.name} is {status.state}{place}{why}")
             waited = 0.0 if status.costs else waited + passed
             without_image = without_image + passed if before.cause is status.cause is Cause.NO_IMAGE else 0.0
             before = status
             hopeless = self._why_hopeless(status, without_image)
             if hopeless or (waited > ELSEWHERE_SECONDS and self.home.elsewhere() is not None):
-                removed = self._remove()
-                if removed.state not in (State.CANCELLED, State.GONE):
+                if self._remove().state not in (State.CANCELLED, State.GONE):
                     # It had ended by itself.
                     continue
                 if hopeless:
@@ -134,10 +126,10 @@ class Watch:
             self._sleep(WATCH_POLL_SECONDS)
 
     def _why_hopeless(self, status: JobStatus, without_image_seconds: float) -> Cause | None:
-        """Why a job that has not ended is to be removed: it would wait for what will not come, or may not be used."""
+        """Returns why a job is to be removed that waits for what will not come, or for what it may not use."""
         if without_image_seconds > NO_IMAGE_SECONDS:
             return Cause.NO_IMAGE
-        # Of hours that were not seen nobody knows, and so they are no reason to end a job.
+        # Only hours that were seen may end a job.
         is_out_of_time = self._hours_left(self._seen_seconds) < SHORTEST_HOURS
         return Cause.OUT_OF_TIME if is_out_of_time and not status.costs else None
 
@@ -146,36 +138,35 @@ class Watch:
 
         Raises:
             JobEndedError: it is not.
-            StoppedError: somebody stopped it, or its hours are used up.
+            StoppedError: a person stopped it, or its hours are used up.
         """
-        name, code, rule = self.spec.name, status.exit_code, status.retried
-        # Its own deadline ends it as somebody would.
+        name, code, rule, hours = self.spec.name, status.exit_code, status.retried, f"{self.spec.max_hours:g} hours"
+        # Its own deadline cancels it as a person would.
         if status.state is State.CANCELLED and self._hours_left() >= SHORTEST_HOURS:
-            raise self._ended_by_somebody(f"was cancelled ({status.message})" if status.message else "was cancelled")
-        # Who deletes it has it stop, and so it says 75.
-        is_deleted = status.state is State.GONE and status.cause is None and code in (None, Exit.STOPPED)
+            raise self._ended_by_person(f"was cancelled ({status.message})" if status.message else "was cancelled")
+        # A deleted job is stopped, and ends with 75.
+        is_deleted = status.state is State.GONE and status.cause is None and code in (None, StoppedError.exit_code)
         if is_deleted and self._here.keeps_ended:
-            raise self._ended_by_somebody(_GONE)
-        how = f"ended with {code}" if code is not None else "is gone" if status.state is State.GONE else "failed"
-        said = f": {status.message}" if status.message else ""
+            raise self._ended_by_person(_GONE)
+        how = f"ended with {code}" if code is not None else "is gone" if status.state is State.GONE else State.FAILED
+        why = f": {status.message}" if status.message else ""
         if status.cause is Cause.NO_IMAGE:
-            raise JobEndedError(f"{name} cannot begin, and is removed{said}", Exit.MISSING_INPUT)
+            raise JobEndedError(f"{name} cannot begin, and is removed{why}", MissingInputError.exit_code)
         if status.cause is Cause.OUT_OF_TIME:
-            # It may have had them without a machine, for which it only waited.
-            rule, how, said = "always", f"had a machine for less than its {self.spec.max_hours:g} hours", ""
-        if rule == "never":
-            raise JobEndedError(f"{name} {how}, which would come again{said}", code)
-        # Else the failures of the engine's own attempts would multiply with those seen here.
-        self._failures += max(status.failures, rule == "bounded")
+            # It may have used them without a machine, while it waited for one.
+            rule, how, why = Restart.ALWAYS, f"had a machine for less than its {hours}", ""
+        if rule is Restart.NEVER:
+            raise JobEndedError(f"{name} {how}, which would come again{why}", code)
+        # Otherwise the failures of the engine's own attempts would multiply with those seen here.
+        self._failures += max(status.failures, rule is Restart.BOUNDED)
         if self._failures > RETRIES:
-            raise JobEndedError(f"{name} {how}, the {self._failures}th failure: giving up{said}", code)
+            raise JobEndedError(f"{name} {how}, the {self._failures}th failure: giving up{why}", code)
         if self._hours_left() < (SLACK_HOURS if status.cause is Cause.OUT_OF_TIME else SHORTEST_HOURS):
-            used = f"{name} has used its {self.spec.max_hours:g} hours"
-            if self._waited_for and self._hours_left() > self.spec.max_hours / 2:
-                used = f"{name} never started within its {self.spec.max_hours:g} hours ({self._waited_for})"
-            raise StoppedError(f"{used}: the same command goes on, for as long again")
-        counted = f" (failure {self._failures} of {RETRIES})" if rule == "bounded" else ""
-        note(f"{name} {how}{said}; submitting it again{counted}")
+            never_ran = self._waited_for and self._hours_left() > self.spec.max_hours / 2
+            used = f"never started within its {hours} ({self._waited_for})" if never_ran else f"has used its {hours}"
+            raise StoppedError(f"{name} {used}: the same command goes on, for as long again")
+        counted = f" (failure {self._failures} of {RETRIES})" if rule is Restart.BOUNDED else ""
+        note(f"{name} {how}{why}; submitting it again{counted}")
 
     def _submit(self) -> None:
         """Submits the job where there is a machine, however long that takes to find."""
@@ -191,13 +182,13 @@ class Watch:
                 self._here = self.home
                 self._pause()
             except BadRequestError:
-                # An answer that was lost on the way: the job is there all the same.
+                # After a lost answer the job is there all the same.
                 if self._ask().state.is_over:
                     raise
                 return
 
     def _remove(self) -> JobStatus:
-        """Ends the job, and returns how it ended, which it may have done by itself."""
+        """Ends the job, and returns its last status: it may have ended by itself."""
         name = self.spec.name
         with suppress(MissingInputError, BadRequestError):
             self._retry(lambda: self._here.cancel(name), f"trying again to remove {name}")
@@ -209,20 +200,20 @@ class Watch:
         return self._retry(lambda: self._here.status(self.spec.name), "the job goes on meanwhile")
 
     def _retry(self, request: Callable[[], Any], meanwhile: str) -> Any:
-        """What an engine answers, however long it is away."""
-        told = False
+        """Returns an engine's answer, however long the engine is away."""
+        is_noted = False
         while True:
             try:
                 return request()
             except BucketAwayError as error:
-                if not told:
+                if not is_noted:
                     note(f"{error}; {meanwhile}")
-                told = True
+                is_noted = True
                 self._sleep(WATCH_POLL_SECONDS)
 
     def _hours_left(self, used_seconds: float | None = None) -> float:
         used_seconds = self._seen_seconds + self._unseen_seconds if used_seconds is None else used_seconds
-        # Rounded up, so that a job which is submitted for the first time is what the dry run shows.
+        # Rounded up, so that the first submission is the one that a dry run shows.
         return max(self.spec.max_hours - int(used_seconds) / 3600, 0.0)
 
     def _pause(self) -> None:
@@ -234,5 +225,5 @@ class Watch:
             name = self.spec.name
             raise StoppedError(f"no longer watching {name}, which goes on: `ddpm jobs cancel {name}` would stop it")
 
-    def _ended_by_somebody(self, how: str) -> StoppedError:
-        return StoppedError(f"{self.spec.name} {how}: what it saved stays, and the same command goes on")
+    def _ended_by_person(self, how: str) -> StoppedError:
+        return StoppedError(f"{self.spec.name} {how}: its saved state stays, and the same command goes on")

@@ -1,4 +1,4 @@
-"""The hardware a process runs on: device, precision, memory layout."""
+"""The hardware of a process: device, precision, memory, speed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from job.config import RunConfig
 
 
 def best_precision() -> Literal["fp32", "bf16"]:
-    """bf16 where the hardware computes in it; elsewhere autocast would only be slower."""
+    """Returns bf16 where the hardware computes in it; elsewhere autocast would only be slower."""
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     capabilities = torch.cpu.get_capabilities()
@@ -22,17 +22,17 @@ def best_precision() -> Literal["fp32", "bf16"]:
 
 
 def describe_device(device: torch.device) -> str:
-    """`NVIDIA H100 80GB HBM3, torch 2.9.1`: all that rounding depends on, but for the number of processes."""
+    """Returns `NVIDIA H100 80GB HBM3, torch 2.9.1`: all that rounding depends on, except the number of processes."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        # Each thread adds up a part.
+        # Each thread adds up a part, so that their number decides about rounding.
         name = f"{torch.get_num_threads()}-thread CPU with {torch.backends.cpu.get_cpu_capability()}"
     return f"{name}, torch {torch.__version__}"
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """What tensors took of a GPU's memory at most since this was asked last; of the machine's what the process has."""
+    """Returns the peak of a GPU's memory since the last call; on a CPU the memory of the process."""
     if device.type != "cuda":
         return int(psutil.Process().memory_info().rss)
     peak = torch.cuda.max_memory_allocated(device)
@@ -41,11 +41,11 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def settle_buckets(network: nn.Module, config: RunConfig, images: int, device: torch.device) -> None:
-    """Has DDP lay out its buckets as it will keep them, by a pass whose gradients are dropped. Collective.
+    """Makes DDP lay out its gradient buckets as it will keep them, by a pass whose gradients are dropped. Collective.
 
-    It does so after the first pass of an attempt. Sums over three processes and more depend on the layout, and so a run
-    that was resumed would be rounded otherwise than one that was not. With as many images as a step has: for another
-    number of them the network would be compiled once more.
+    DDP lays them out after the first pass of an attempt. Sums over three or more processes depend on the layout: a
+    resumed run would be rounded otherwise than an uninterrupted one. The pass has as many images as a step: for another
+    number the network would be compiled once more.
     """
     size, channels = config.data.size, config.data.channels
     assert size is not None and channels is not None
@@ -57,10 +57,10 @@ def settle_buckets(network: nn.Module, config: RunConfig, images: int, device: t
 
 
 def why_slow(step_seconds: float, waited_seconds: float) -> str:
-    """The likely cause of a step that took so long, of which it waited for images, and what to look at."""
+    """Returns the likely cause of a slow step, `waited_seconds` of which it waited for images, and a remedy."""
     cores, load = os.cpu_count() or 1, os.getloadavg()[0]
     if waited_seconds > step_seconds / 2:
-        return "it waited for images, so the bucket or the disk of the cache is slow"
+        return "it waited for images: the bucket or the disk of the cache is slow"
     if load > 1.5 * cores:
-        return f"{load:.0f} threads want the {cores} cores of this machine; `top` shows whose they are"
+        return f"{load:.0f} threads share the {cores} cores of this machine: `top` shows their processes"
     return "look for a throttled processor or GPU (`nvidia-smi -q -d PERFORMANCE`) and for swapped memory (`vmstat 1`)"

@@ -1,7 +1,7 @@
-"""Which processes make one group: one for each GPU of this machine, and of the job's other nodes if it has several.
+"""The group of a job's processes: one for each GPU of this machine, and of the other nodes if the job has several.
 
-The environment of each node says it; a single machine needs to be told nothing. No torch is imported here: one in a
-process of its own is asked for the GPUs.
+The environment of each node describes the group; a single machine needs no description. This module imports no torch:
+a process of its own reports torch's GPUs.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from job.stop import count_of
 from job.store.retry import away_limit_seconds
 
 MEETING_SECONDS = 600.0
-"""How long processes wait for each other, at the beginning and in each step: one that is gone must end the others in
-minutes, not in the hours that backends default to. One that waits for the bucket is not: its patience comes on top."""
+"""The limit of waiting for another process, at the beginning and in each step: a process that is gone must end the
+others in minutes, not in the hours that are the default of backends. The limit of a wait for the bucket is added."""
 
 GPUS = "DDPM_GPUS"
-"""How many GPUs of each machine the job was given; whoever starts it there says so."""
+"""The variable that holds the number of GPUs that the job has on each machine; its engine sets it."""
 DRIVER = Path("/proc/driver/nvidia")
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
-"""`QUOTA PERIOD` in microseconds, in a container (docs.kernel.org/admin-guide/cgroup-v2.html)."""
+"""The file that holds a container's `QUOTA PERIOD` in microseconds (docs.kernel.org/admin-guide/cgroup-v2.html)."""
 
 PLACES = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|(MPI_LOCALR|PMI_R)ANK.*|(PMI|OMPI_COMM_WORLD|MV2_COMM_WORLD)_\w+")
-"""Variables in which launchers, ours and others, tell a process its place in a group."""
+"""The variables in which this launcher and others describe a process's place in a group."""
 _LISTENING_PORTS = range(10_000, 32_768)
-"""Below those that the kernel gives to connections: one of these would be taken before a rank listens."""
+"""Below the ports of outgoing connections, one of which could be taken before a rank listens."""
 
 
 def rendezvous_seconds() -> float:
-    """After so long a process gives up the others for lost."""
+    """Returns the time after which a process counts the others as lost."""
     return MEETING_SECONDS + away_limit_seconds()
 
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of a job, seen from one node.
+    """The processes of a job, as one node sees them.
 
     Attributes:
         processes: on this node, and as many on each other one.
         nodes: of the job.
         node: this one's number, from 0.
-        address: host name or address of node 0, which all others must reach.
-        port: where node 0 listens.
+        address: host name or address of node 0, which every other node must reach.
+        port: of node 0.
     """
 
     processes: int
@@ -63,10 +63,10 @@ class Group:
 
     @classmethod
     def of(cls, processes: int, environment: Mapping[str, str] = os.environ) -> Group:
-        """The group of `processes` on this node and as many on each of the others that the environment tells of.
+        """Returns the group of `processes` on each of the nodes that the environment describes.
 
         Raises:
-            BadRequestError: the variables contradict each other, or one is missing; the message names it.
+            BadRequestError: a variable is missing or contradicts another; the message names it.
         """
         try:
             nodes = int(environment.get("NNODES", "1"))
@@ -78,20 +78,20 @@ class Group:
             return cls(processes, nodes, node, environment["MASTER_ADDR"], port)
         except (KeyError, ValueError) as error:
             raise BadRequestError(
-                f"{error} makes no group: with NNODES, a node needs NODE_RANK and the first one's MASTER_ADDR and _PORT"
+                f"invalid group ({error}): with NNODES, set NODE_RANK, and the first node's MASTER_ADDR and MASTER_PORT"
             ) from None
 
     @property
     def world_size(self) -> int:
-        """Processes of all nodes."""
+        """Returns the number of processes on all nodes."""
         return self.nodes * self.processes
 
     def environment(self, number: int) -> dict[str, str]:
-        """Variables of this node's process `number`; of the group nothing for one that is alone."""
+        """Returns the variables of this node's process `number`; a single process gets none about the group."""
         threads = max(1, usable_cores() // self.processes)
         variables = {
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-            # Threads that spin for long while they wait for each other are in their own way where others use the cores.
+            # Threads that spin while they wait for each other would slow each other down on shared cores.
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
         }
         if self.world_size == 1:
@@ -107,9 +107,9 @@ class Group:
 
 
 def usable_cores() -> int:
-    """How many cores this process may use at once: those it is bound to, or what its container is given of them."""
+    """Returns the number of cores that this process may use at once: its affinity, or its container's quota."""
     cores = len(os.sched_getaffinity(0))
-    # Without a limit the quota is "max".
+    # Without a limit the quota is the word "max".
     with suppress(OSError, ValueError):
         quota, period = map(int, CPU_LIMIT.read_text().split())
         cores = min(cores, max(1, quota // period))
@@ -125,41 +125,40 @@ def _free_port() -> int:
 
 
 def default_processes() -> int:
-    """One per GPU that torch sees, or one."""
+    """Returns one process per GPU that torch sees, or one."""
     return max(1, _cuda()[1])
 
 
 def local_gpus() -> int:
-    """How many NVIDIA GPUs this machine has, whether anybody may use them or not."""
+    """Returns the number of NVIDIA GPUs of this machine, whether they may be used or not."""
     return sum(path.name.removeprefix("nvidia").isdecimal() for path in Path("/dev").glob("nvidia*"))
 
 
 def check_gpus() -> None:
-    """Returns if torch sees the GPUs that the job was given: on a CPU it would go on for weeks, at a GPU's price.
+    """Returns if torch sees the job's GPUs: on a CPU the job would take weeks, at a GPU's price.
 
     Raises:
-        MissingInputError: this machine has no driver for them, or this PyTorch no CUDA.
-        JobError: it sees fewer (71), such as on a machine whose GPU failed: another machine may have them all.
+        MissingInputError: this machine lacks the driver, or this PyTorch lacks CUDA.
+        JobError: it sees fewer (71), such as on a machine whose GPU failed; another machine may have them all.
     """
     if not (given := count_of(GPUS, 0)):
         return
     cuda, seen = _cuda()
-    said = f"this job was given {given} GPU{'s' * (given != 1)}, and PyTorch sees {seen}"
+    counts = f"this job was given {given} GPU{'s' * (given != 1)}, and PyTorch sees {seen}"
     if not DRIVER.exists():
-        raise MissingInputError(f"{said}: there is no NVIDIA driver on this machine")
+        raise MissingInputError(f"{counts}: this machine lacks the NVIDIA driver")
     if not cuda:
-        raise MissingInputError(f"{said}: the image has a PyTorch for CPUs; `make image TORCH=cuda` builds the other")
+        raise MissingInputError(f"{counts}: the image has a PyTorch for CPUs; `make image TORCH=cuda` builds the other")
     if seen < given:
-        raise JobError(
-            f"{said}: did one fail, or is the driver too old for CUDA {cuda}? `nvidia-smi` there says more", Exit.HUNG
-        )
+        why = f"a GPU failed, or the driver is too old for CUDA {cuda}: run `nvidia-smi` there"
+        raise JobError(f"{counts}: {why}", Exit.HUNG)
 
 
 @cache
 def _cuda() -> tuple[str, int]:
-    """The CUDA that torch was built for, and how many GPUs it sees; ("", 0) where there is no NVIDIA driver.
+    """Returns the version of torch's CUDA and the number of its GPUs; ("", 0) without an NVIDIA driver.
 
-    ("unknown", 0) if torch cannot be asked. Here it would take its time, and the GPUs' memory.
+    A process of its own imports torch, which takes seconds and memory of the GPUs; if it fails, ("unknown", 0).
     """
     if not DRIVER.exists():
         return "", 0

@@ -1,7 +1,7 @@
-"""A process under the launcher: dies with its parent, shows its stacks when asked, tells a consequence from a cause.
+"""A process under the launcher: it dies with its parent, shows its stacks on request, and reports a lost peer.
 
-The same command under torchrun or accelerate is a rank of theirs: it saves and stops as well, but nobody watches its
-heartbeat, and whatever code it ends with, those two end with 1.
+The same command under torchrun or accelerate is a rank of theirs. It saves and stops as well, but these two watch no
+heartbeat, and end with 1 after every failure.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from job.exits import BadRequestError
 from job.stop import connect_heartbeat, count_of
 
 LAUNCHED = "DDPM_LAUNCHED"
-"""Process id of the launcher, in the environment of the ranks it started."""
+"""The variable that holds the launcher's process id, in the ranks it started."""
 LOST_PEER = 68
-"""Exit code of a rank that ended only because another one went away. It never leaves the launcher."""
+"""The exit code of a rank that ended only because another one went away. The launcher never ends with it."""
 
 _PR_SET_PDEATHSIG = 1
 _PEER_IS_AWAY = re.compile(
@@ -29,15 +29,15 @@ _PEER_IS_AWAY = re.compile(
 
 
 def is_launched() -> bool:
-    """Whether our launcher started this process."""
+    """Returns whether this program's launcher started this process."""
     return LAUNCHED in os.environ
 
 
 def is_rank() -> bool:
-    """Whether this process is to do the work itself: one that our launcher, torchrun or accelerate started.
+    """Returns whether this process does the work itself: this launcher, torchrun or accelerate started it.
 
     Raises:
-        BadRequestError: the variables that tell such a process its place make no sense.
+        BadRequestError: the variables that describe its place in the group are not valid.
     """
     if not (is_launched() or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()):
         return False
@@ -49,29 +49,29 @@ def is_rank() -> bool:
 
 
 def attach() -> None:
-    """Ties this process to its launcher, if it has one; to be called before anything that takes time.
+    """Ties this process to its launcher, if it has one; call it before anything that takes time.
 
-    The rank asks for the parent-death signal itself, and not the launcher between fork and exec: Python code there may
-    deadlock on a lock that a thread of the launcher held at the fork. A launcher that died before shows in `getppid`.
+    The rank requests the parent-death signal itself. The launcher's Python code between fork and exec could deadlock
+    on a lock that another thread held at the fork. `getppid` shows whether the launcher died before the request.
     """
     if not is_launched():
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if str(os.getppid()) != os.environ[LAUNCHED]:
-        raise BadRequestError(f"the launcher of this process is gone; without {LAUNCHED} it would need none")
-    # Until `Stop` takes over, Ctrl-C is to end this process like SIGTERM does, without a traceback.
+        raise BadRequestError(f"the launcher of this process is gone: unset {LAUNCHED} to run without one")
+    # Until `Stop` handles it, Ctrl-C must end this process without a traceback, as SIGTERM does.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     connect_heartbeat()
 
 
 def lost_peer(error: BaseException) -> str:
-    """What a distributed backend said of another process that went away, in one line; empty for any other error."""
+    """Returns the line in which a distributed backend reports a process that went away; empty for any other error."""
     if "torch" not in sys.modules or not isinstance(error, RuntimeError):
         return ""
     import torch.distributed as dist
 
-    # Gloo raises bare RuntimeErrors that begin with its source file.
+    # Gloo raises plain RuntimeErrors that begin with the name of its source file.
     is_distributed = isinstance(error, dist.DistError) or "gloo" in str(error)
     text = " ".join(str(error).split())
     if not (is_distributed and _PEER_IS_AWAY.search(text)):

@@ -1,11 +1,11 @@
-"""The parent of all ranks, and PID 1 in a container: starts them, passes signals on, and tells how they ended.
+"""The parent of all ranks, and PID 1 in a container: starts them, passes signals on, and reports how they ended.
 
-Container engines signal process 1 alone; the kernel gives it every orphan, and of the signals those that it handles. So
-this process handles them, passes them on, and reaps. It imports no torch. If it is killed, the kernel kills the ranks
-(see `job.processes.launched`).
+Container engines signal process 1 alone. The kernel gives it every orphan, and only the signals that it handles: this
+process handles them, passes them on, and reaps. It imports no torch. If it is killed, the kernel kills the ranks (see
+`job.processes.launched`).
 
-torchrun and accelerate can start the ranks as well. Training and stopping are the same then, but these two end with 1
-for whatever code a rank ended with, kill what has not saved within 30 s of a signal, and notice no process that hangs.
+torchrun and accelerate can start the ranks as well. Training and stopping are the same then. But these two end with 1
+after every failure, kill a rank that has not saved within 30 s of a signal, and notice no process that hangs.
 """
 
 from __future__ import annotations
@@ -20,45 +20,44 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from enum import Enum, auto
 
-from job.exits import TABLE, Exit
+from job.exits import CRASHED, TABLE, Exit, State
 from job.processes.group import PLACES, Group
 from job.processes.launched import LAUNCHED, LOST_PEER
 from job.stop import HEARTBEATS, STOP_SIGNALS, Heartbeats, handle_stop_signals, ignore_stop_signals
 
 HANG_SECONDS = 600.0
-"""After so long without a heartbeat a rank counts as hung, unless another limit is given."""
+"""The default time without a heartbeat after which a rank counts as hung."""
 GRACE_SECONDS = 30.0
-"""How long other ranks may take to end after one of them failed."""
+"""The time in which the other ranks must end after one of them failed."""
 CAUSE_SECONDS = 3.0
-"""How long a rank that lost a peer may be earlier to end than the peer, whose own end must show first."""
+"""The time to wait for the end of a lost peer, which is the cause: the rank that lost it may end earlier."""
 DUMP_SECONDS = 1.0
 
 _STDERR = 2
 _TAIL_LINES = 20
 _LINE_BYTES = 8192
 _PIPE_BYTES = 1 << 20
-"""More than a pipe holds: one read takes all that a dead rank has left behind."""
+"""More than a pipe holds: one read takes the whole rest of a dead rank's output."""
 _BACKEND_NOISE = re.compile(rb"\[rank\d+\]:\[[A-Z]\d|frame #\d+: |terminate called|  what\(\): |Exception raised from ")
-"""Lines with which torch's C++ side accompanies the end of a process group, a screenful per rank."""
+"""Lines that torch's C++ side prints at the end of a process group, a screenful per rank."""
 
 
 def launch(command: Sequence[str], processes: int, hang_after_seconds: float = HANG_SECONDS) -> int:
     """Runs `command` as `processes` ranks on this machine, in the main thread, and returns the exit code of them all.
 
     That is the code of the rank that failed first, 128 + n if signal n killed it. A rank that failed because another
-    one was gone is not the first, and one that stopped with its state saved does not outweigh one that failed. A single
-    rank learns of no group, for which Accelerate would make a process group of one. Where the environment tells of
-    several nodes (see `job.processes.group`), these are the ranks of this one.
+    one was gone is not the first, and a failure counts before a stop with the state saved. A single rank gets no group,
+    because Accelerate would make a process group of one. If the environment describes several nodes (see
+    `job.processes.group`), these are the ranks of this one.
 
     Args:
         command: the words that start a rank; it calls `job.processes.launched.attach` first thing.
-        processes: how many; with one it has this process's input, output and terminal to itself.
-        hang_after_seconds: a rank without a heartbeat for so long ends all with code 71; 0 means never.
+        processes: the number of ranks; a single one has this process's input, output and terminal to itself.
+        hang_after_seconds: a rank without a heartbeat for this time ends all with code 71; 0 means never.
 
     Raises:
-        BadRequestError: the environment tells of nodes in a way that makes no sense.
+        BadRequestError: the environment's description of the nodes contradicts itself.
     """
     code, why = _Launch(Group.of(processes), hang_after_seconds).run(command)
     if why:
@@ -66,35 +65,24 @@ def launch(command: Sequence[str], processes: int, hang_after_seconds: float = H
     return code
 
 
-class _End(Enum):
-    FINISHED = auto()
-    STOPPED = auto()
-    NEVER_BEGAN = auto()
-    """A signal that was to stop the job came before the rank could take it."""
-    CONSEQUENCE = auto()
-    """It lost another one, or was killed by this process for one's sake."""
-    FAILED = auto()
-
-
 class _Rank:
-    """A process, and what it prints if it has no terminal, or the launcher's own stderr, to itself.
+    """A process, and its output if it has no terminal, or the launcher's own stderr, to itself.
 
-    The first one of this machine speaks for all; lines of others begin with `[rank 1] `. Their errors are kept back
-    until it is known which of them was the cause, and so is what a distributed backend prints while it goes down.
+    The first rank of this machine speaks for all; lines of others begin with `[rank 1] `. Their errors are kept back
+    until the cause is known, and so is the output of a distributed backend that goes down.
     """
 
     def __init__(self, number: int, local: int, process: subprocess.Popen[bytes]) -> None:
-        """Its `number` is in the whole group, `local` is the one among those of this node."""
+        """Wraps the process of rank `number` of the whole group, `local` among those of this node."""
         self.number, self.local, self.process = number, local, process
-        self.code = 0
-        self.end: _End | None = None
+        self.code, self.state = 0, State.RUNNING
         self.pipe = process.stdout or process.stderr
         self._unfinished, self._tail = b"", deque[bytes](maxlen=_TAIL_LINES)
         if self.pipe:
             os.set_blocking(self.pipe.fileno(), False)
 
     def show(self, *, is_last: bool = False) -> bool:
-        """Shows the lines that have come, the last ones of a dead rank also without an end; whether more may come."""
+        """Shows the new lines, with `is_last` also one without an end; returns whether more may come."""
         data, may_come = b"", True
         with suppress(BlockingIOError):
             may_come = bool(data := os.read(self.pipe.fileno(), _PIPE_BYTES) if self.pipe else b"")
@@ -110,7 +98,7 @@ class _Rank:
         return may_come
 
     def tail(self) -> list[str]:
-        """The last lines, also those that were not shown."""
+        """Returns the last lines, also those that were not shown."""
         return [line.decode(errors="replace") for line in self._tail]
 
 
@@ -123,15 +111,15 @@ class _Launch:
         self._selector = selectors.DefaultSelector()
         self._ranks: list[_Rank] = []
         self._ended: list[_Rank] = []
-        """In the order in which they did."""
+        """The ranks in the order of their ends."""
         self._stop_signals: list[int] = []
         self._failed_at = float("inf")
-        self._told_to_end = self._killed = False
+        self._is_ending = self._is_killed = False
         self._hang = ""
-        """Who hung, for people."""
+        """The message about the rank that hung."""
 
     def run(self, command: Sequence[str]) -> tuple[int, str]:
-        """The exit code, and a line that says why, unless the ranks themselves said it."""
+        """Returns the exit code, and the reason unless the ranks themselves have printed it."""
         waking, woken = socket.socketpair()
         with waking, woken, self._selector:
             waking.setblocking(False)
@@ -158,9 +146,9 @@ class _Launch:
         """Starts a rank; from the main thread, for the parent-death signal comes when the thread that forked ends."""
         in_group = self._group.environment(local)
         heartbeat = f"{self._heartbeats.descriptor}:{local}"
-        # What is left of another launcher would tell it of a group that is not there.
+        # The variables of another launcher would describe a group that does not exist.
         inherited = {name: value for name, value in os.environ.items() if not PLACES.fullmatch(name)}
-        # One that is alone has the streams to itself; the first of several draws its progress on a terminal itself.
+        # A single rank has the streams to itself; the first of several draws its progress on a terminal itself.
         has_stderr = local == 0 and (self._group.world_size == 1 or os.isatty(_STDERR))
         process = subprocess.Popen(
             command,
@@ -180,65 +168,60 @@ class _Launch:
             key.data()
 
     def _forward(self, signals: bytes) -> None:
-        for number in signals:
-            if number in STOP_SIGNALS:
-                self._stop_signals.append(number)
-                self._send(number)
+        for number in filter(STOP_SIGNALS.__contains__, signals):
+            self._stop_signals.append(number)
+            self._send(number)
 
     def _show(self, rank: _Rank) -> None:
-        # What a rank left behind may hold its pipe open for ever.
+        # An orphan of the rank may hold its pipe open for ever.
         if rank.pipe and not rank.show():
             self._selector.unregister(rank.pipe)
 
     def _living(self) -> list[_Rank]:
-        return [rank for rank in self._ranks if rank.end is None]
+        return [rank for rank in self._ranks if rank.state is State.RUNNING]
 
     def _send(self, number: int) -> None:
-        # Nobody else reaps: the process id of a rank that is not in `_ended` is its own, even if it is dead by now.
+        # Only this process reaps: until then the process id of a rank is its own, even if it is dead.
         for rank in self._living():
             os.kill(rank.process.pid, number)
 
     def _reap(self) -> None:
-        """Takes the status of every dead child: the ranks' for what they tell, the orphans' to be rid of them."""
+        """Takes the exit status of every dead child: of the ranks for the verdict, of orphans to be rid of them."""
         with suppress(ChildProcessError):
             while (child := os.waitpid(-1, os.WNOHANG))[0]:
                 for rank in self._living():
                     if rank.process.pid == child[0]:
                         rank.code = rank.process.returncode = os.waitstatus_to_exitcode(child[1])
                         rank.show(is_last=True)
-                        rank.end = self._end_of(rank)
+                        rank.state = self._state_of(rank)
                         self._ended.append(rank)
 
-    def _end_of(self, rank: _Rank) -> _End:
-        if rank.code == 0:
-            return _End.FINISHED
-        if rank.code == Exit.STOPPED:
-            return _End.STOPPED
+    def _state_of(self, rank: _Rank) -> State:
         if -rank.code in self._stop_signals:
-            return _End.NEVER_BEGAN
+            return State.NEVER_BEGAN
         is_consequence = {
             LOST_PEER: True,
             # NCCL's watchdog aborts a process whose peers are gone.
             -signal.SIGABRT: any("ProcessGroupNCCL" in line for line in rank.tail()),
-            -signal.SIGTERM: self._told_to_end,
-            -signal.SIGKILL: self._killed,
-            # Asked for its stacks when it was past showing them.
+            -signal.SIGTERM: self._is_ending,
+            -signal.SIGKILL: self._is_killed,
+            # The request for its stacks came when it was past showing them.
             -signal.SIGUSR1: True,
         }
-        return _End.CONSEQUENCE if is_consequence.get(rank.code) else _End.FAILED
+        return State.LOST_PEER if is_consequence.get(rank.code) else State.of_code(rank.code)
 
     def _end_the_others(self) -> None:
-        """Once a rank has ended otherwise than finished: has the others save and end, and kills who does not."""
-        ends, now = {rank.end for rank in self._ended} - {_End.FINISHED}, time.monotonic()
-        if not ends or not self._living() or self._killed:
+        """Once a rank has ended without finishing, asks the others to save and end, and later kills the rest."""
+        states, now = {rank.state for rank in self._ended} - {State.FINISHED}, time.monotonic()
+        if not states or not self._living() or self._is_killed:
             return
-        if ends != {_End.STOPPED}:
+        if states != {State.STOPPED}:
             self._failed_at = min(self._failed_at, now)
-        if not self._told_to_end and (ends != {_End.CONSEQUENCE} or now > self._failed_at + CAUSE_SECONDS):
-            self._told_to_end = True
+        if not self._is_ending and (states != {State.LOST_PEER} or now > self._failed_at + CAUSE_SECONDS):
+            self._is_ending = True
             self._send(signal.SIGTERM)
-        # Without all of its ranks the group never met, so that there is nothing to save, and nothing to wait for.
-        if _End.NEVER_BEGAN in ends:
+        # Without all of its ranks the group never met: it has nothing to save, and nothing to wait for.
+        if State.NEVER_BEGAN in states:
             self._kill()
         elif now > self._failed_at + GRACE_SECONDS:
             self._dump_stacks()
@@ -247,15 +230,15 @@ class _Launch:
     def _find_hung(self) -> None:
         silent_seconds, living = self._heartbeats.silent_seconds(), self._living()
         is_hung = any(silent_seconds[rank.local] > self._hang_after_seconds for rank in living)
-        if not is_hung or not self._hang_after_seconds or self._killed:
+        if not is_hung or not self._hang_after_seconds or self._is_killed:
             return
         import psutil
 
-        # The first one to fall silent: the others soon wait for it. One that is stopped may have had the last word.
-        states = {rank: psutil.Process(rank.process.pid).status() for rank in living}
-        first = max(living, key=lambda rank: (states[rank] == psutil.STATUS_STOPPED, silent_seconds[rank.local]))
+        # The first one to fall silent: the others soon wait for it. A stopped rank may have beaten last of all.
+        status = {rank: psutil.Process(rank.process.pid).status() for rank in living}
+        first = max(living, key=lambda rank: (status[rank] == psutil.STATUS_STOPPED, silent_seconds[rank.local]))
         self._hang = (
-            f"{self._name(first)} hung: no sign of life for {silent_seconds[first.local]:.0f} s ({states[first]}); "
+            f"{self._name(first)} hung: no sign of life for {silent_seconds[first.local]:.0f} s ({status[first]}); "
             "--hang-after sets the limit. The stacks of all processes are above"
         )
         self._dump_stacks()
@@ -272,42 +255,41 @@ class _Launch:
                 self._listen(left)
 
     def _kill(self) -> None:
-        self._killed = True
+        self._is_killed = True
         self._send(signal.SIGKILL)
 
     def _verdict(self) -> tuple[int, str]:
-        """The exit code of all ranks, and why, in words."""
+        """Returns the exit code of all ranks, and the reason for people."""
         if self._hang:
             return int(Exit.HUNG), self._hang
         for rank in self._ended:
-            if rank.end is _End.NEVER_BEGAN:
+            if rank.state is State.NEVER_BEGAN:
                 name = signal.Signals(self._stop_signals[0]).name
                 return int(Exit.STOPPED), f"stopped by {name} before it began; the same command begins again"
-            if rank.end is _End.FAILED:
+            if rank.state is State.FAILED:
                 return 128 - rank.code if rank.code < 0 else rank.code, self._failure(rank)
-        ends = {rank.end for rank in self._ranks}
-        if _End.STOPPED in ends:
+        by_state = {rank.state: rank for rank in reversed(self._ended)}
+        if State.STOPPED in by_state:
             return int(Exit.STOPPED), ""
-        if ends == {_End.FINISHED}:
-            return int(Exit.FINISHED), ""
-        # Nobody knows why they parted, such as those of a node whose peer node died.
-        return 1, self._failure(next(rank for rank in self._ended if rank.end is _End.CONSEQUENCE))
+        # The cause is unknown, such as on a node whose peer node died.
+        lost = by_state.get(State.LOST_PEER)
+        return (CRASHED, self._failure(lost)) if lost else (int(Exit.FINISHED), "")
 
     def _failure(self, rank: _Rank) -> str:
         what = self._name(rank) + (" failed first" if self._group.world_size > 1 else " failed")
         if rank.code in TABLE:
-            # What ends all ranks alike, rank 0 has said; one that ends with a code of the table has said why.
+            # Rank 0 has printed what ends all ranks alike; a rank prints why it ends with a code of the table.
             if self._ranks[0].code == rank.code:
                 return ""
-            said = [line.removeprefix("ddpm: ") for line in rank.tail() if line.startswith("ddpm: ")]
-            return f"{what}: {said[-1] if said else TABLE[Exit(rank.code)].text}"
+            errors = [line.removeprefix("ddpm: ") for line in rank.tail() if line.startswith("ddpm: ")]
+            return f"{what}: {errors[-1] if errors else TABLE[rank.code].text}"
         if rank.code < 0:
             hint = ", as the kernel does when memory runs out" if rank.code == -signal.SIGKILL else ""
             what += f": killed by {signal.Signals(-rank.code).name}{hint}"
-        elif rank.end is _End.CONSEQUENCE:
+        elif rank.state is State.LOST_PEER:
             what += ": it lost the others"
         elif self._group.processes == 1:
-            # Its traceback is the last that was printed here.
+            # Its traceback is the last output.
             return ""
         else:
             what += f", with exit code {rank.code}"
@@ -323,7 +305,7 @@ def _say(text: str) -> None:
 
 
 def _show(lines: list[bytes]) -> None:
-    # A progress bar may stand in the line: what comes out takes its place, and the bar is drawn anew below.
+    # The line may hold a progress bar: the output takes its place, and the bar is drawn anew below.
     begin = b"\r\x1b[2K" if os.isatty(_STDERR) and os.environ.get("TERM") != "dumb" else b""
     data = b"".join(begin + line + b"\n" for line in lines)
     # A terminal or a pipe that went away must not end a run.

@@ -76,7 +76,7 @@ def _read_lease(run: Store) -> tuple[LeaseRecord | None, str]:
 
 
 def claim_version(folder: Store) -> str:
-    """Returns the version of the lease in a folder, which changes whenever it is renewed; empty if there is none."""
+    """Returns the version of the lease in a folder, which changes with every renewal; empty if the folder has none."""
     return _read_lease(folder)[1]
 
 
@@ -189,8 +189,7 @@ class Lease:
                 if last >= MAX_FENCE:
                     where = f"an attempt or a checkpoint of {run.uri}" if last == floor else run.uri_of(LEASE_KEY)
                     raise BadDataError(
-                        f"{where} has fence {last}, the last possible one, which no run reaches: delete it"
-                        " (`ddpm runs verify` names what is damaged)"
+                        f"{where} has fence {last}, which no run reaches: delete it (`ddpm runs verify`)"
                     )
                 record = LeaseRecord(
                     fence=last + 1,
@@ -209,10 +208,8 @@ class Lease:
             over = time.monotonic() - began >= wait_seconds
             # A holder that has just fallen silent is worth the wait: it either comes back or expires.
             if over and watch.is_renewed and watch.silent_seconds < 2 * RENEW_SECONDS:
-                raise LostRunError(
-                    f"{run.uri} is held by {watch.who}, which is alive: stop it first (`ddpm jobs cancel`, if it was "
-                    "submitted), or have `ddpm train --wait SECONDS` wait for it"
-                )
+                remedy = "stop it (a job: `ddpm jobs cancel`), or wait for it with `ddpm train --wait SECONDS`"
+                raise LostRunError(f"{run.uri} is held by {watch.who}, which is alive: {remedy}")
             if noted != watch.who:
                 noted = watch.who
                 note(f"{run.uri} is held by {noted}: watching for up to {EXPIRE_SECONDS:g} s whether it is alive")

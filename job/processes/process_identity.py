@@ -1,4 +1,4 @@
-"""Which process of which machine somebody is, said so that another can tell for certain that it is dead."""
+"""The identity of a process on a machine, by which another process can prove that it is dead."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _STATE, _START = 0, 19
 
 
 class ProcessIdentity(BaseModel):
-    """A process, as one that comes later on the same machine can recognise it.
+    """A process, as a later process of the same machine recognises it.
 
-    Where there is no `/proc`, or not that of its PID namespace, `boot_id` and `pid_namespace` are empty, and the
-    process counts as alive whatever happens to it.
+    Without `/proc`, or with that of another PID namespace, `boot_id` and `pid_namespace` are empty, and the process
+    always counts as alive.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -25,18 +25,18 @@ class ProcessIdentity(BaseModel):
     host: str
     pid: int = Field(ge=1, lt=2**31)
     boot_id: str
-    """Random number that the kernel draws when it starts."""
+    """A random number that the kernel draws when it starts."""
     pid_namespace: str
-    """`pid:[INODE]`: in another one the same number means another process."""
+    """`pid:[INODE]`: in another namespace the same number means another process."""
     start_ticks: int = Field(ge=0)
-    """When it started, in clock ticks since the machine did: a number that is used again has another."""
+    """The start of the process, in clock ticks since that of the machine: a process that reuses `pid` has another."""
 
     @classmethod
     def of_this_process(cls) -> ProcessIdentity:
-        """The process that asks."""
+        """Returns the identity of the calling process."""
         host, pid = socket.gethostname(), os.getpid()
         with suppress(OSError):
-            # A container that was given its host's /proc would look up its own numbers among the host's.
+            # A container with its host's /proc would look up its own numbers among the host's.
             if Path("/proc/self").readlink() == Path(str(pid)):
                 start_ticks = int(_stat(pid)[_START])
                 namespace = str(Path("/proc/self/ns/pid").readlink())
@@ -45,9 +45,9 @@ class ProcessIdentity(BaseModel):
         return cls(host=host, pid=pid, boot_id="", pid_namespace="", start_ticks=0)
 
     def certainly_dead(self) -> bool:
-        """Whether this very process has ended; False whenever that cannot be known from here."""
+        """Returns whether this very process has ended; False if that cannot be known from here."""
         here = ProcessIdentity.of_this_process()
-        # Clones of one virtual machine share their boot id, but seldom their name.
+        # Clones of a virtual machine share their boot id, but seldom their host name.
         place = (self.host, self.boot_id, self.pid_namespace)
         if not self.boot_id or place != (here.host, here.boot_id, here.pid_namespace):
             return False
@@ -57,7 +57,7 @@ class ProcessIdentity(BaseModel):
             pass
         except ProcessLookupError:
             return True
-        # A /proc that hides the processes of other users shows nothing here, which proves nothing.
+        # A /proc may hide the processes of other users, which proves nothing.
         with suppress(OSError):
             stat = _stat(self.pid)
             # A zombie, or dead.
@@ -66,5 +66,5 @@ class ProcessIdentity(BaseModel):
 
 
 def _stat(pid: int) -> list[bytes]:
-    """What `/proc/PID/stat` says after the process's name, which may itself hold spaces and parentheses."""
+    """Returns the fields of `/proc/PID/stat` after the process's name, which may hold spaces and parentheses."""
     return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()

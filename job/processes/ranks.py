@@ -1,4 +1,4 @@
-"""The processes of a run, and what they tell each other outside the training step."""
+"""The processes of a run, and their messages outside the training step."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LONGEST_WAIT = timedelta(days=7)
-"""The main process may wait for a lease or a bucket; if it dies, its closed connection ends the others at once."""
+"""The main process may wait for a lease or a bucket. Its death ends the others at once: it closes the connection."""
 _COLLECTIVE_POLL_SECONDS = 0.002
 
 
 class Ranks:
-    """All processes of a run, seen from one of them."""
+    """All processes of a run, as one of them sees them."""
 
     def __init__(self, state: PartialState, stop: Stop = NEVER) -> None:
-        """Collective. `stop` is asked while this process waits for others: waiting must not be taken for hanging."""
+        """Collective. While this process waits for others it calls `stop`, which is its heartbeat."""
         self.state, self._stop = state, stop
         self.rank, self.world_size, self.device = state.process_index, state.num_processes, state.device
         self.is_main = state.is_main_process
-        # NCCL would need device tensors, and would give up after the timeout of a training step.
+        # NCCL would need device tensors, and would fail after the timeout of a training step.
         self._group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if self.world_size > 1 else None
 
     def on_main(self, work: Callable[[], T]) -> T:
@@ -56,7 +56,7 @@ class Ranks:
         data.resize_(int(size))
         self._wait(dist.broadcast(data, src=0, group=self._group, async_op=True))
         if not self.is_main:
-            # These bytes come from a process of this run that is connected to this one, never from a bucket.
+            # These bytes come from a connected process of this run, never from a bucket.
             outcome = pickle.loads(data.numpy().tobytes())  # noqa: S301
         result, error = outcome
         if error is not None:
@@ -70,7 +70,7 @@ class Ranks:
         return made[0] if made else None
 
     def sum(self, *numbers: int) -> tuple[int, ...]:
-        """The sums of every process's numbers, on all of them. Collective."""
+        """Returns the sums of every process's numbers. Collective."""
         if self._group is None:
             return numbers
         sums = torch.tensor(numbers, dtype=torch.int64)
@@ -85,10 +85,10 @@ class Ranks:
 
 
 def meet(stop: Stop) -> Ranks:
-    """Returns the processes of this run once they have met; one that is stopped before ends at once. Collective."""
+    """Returns the processes of this run once they have met; a stop before that ends this one at once. Collective."""
     patience_seconds = rendezvous_seconds() if count_of("WORLD_SIZE", 1) > 1 else 0.0
     with stop.waiting(patience_seconds):
-        # The import takes a second, in which `waiting` beats for this process.
+        # The import takes a second, in which `waiting` sends the heartbeat.
         from accelerate import PartialState
 
         torch.backends.cudnn.benchmark = torch.cuda.is_available()
@@ -97,11 +97,11 @@ def meet(stop: Stop) -> Ranks:
 
 
 def build_accelerator(precision: str, deterministic: bool = False) -> Accelerator:
-    """Returns what wraps a network for training on the processes that have met.
+    """Returns the accelerator that wraps a network for training on the processes that have met.
 
     Args:
         precision: `fp32` or `bf16`.
-        deterministic: ask for bit-equal kernels.
+        deterministic: use bit-equal kernels.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
@@ -117,9 +117,9 @@ def build_accelerator(precision: str, deterministic: bool = False) -> Accelerato
 
 
 class Agreement:
-    """Flags that hold once any process raised them, agreed without waiting.
+    """Flags that hold once any process raised them, exchanged without waiting.
 
-    Each step starts an exchange and reads the one before, so the answer is one step late and the same everywhere.
+    Each step starts an exchange and reads the previous one: the answer is one step late, and the same on every process.
     """
 
     def __init__(self, world_size: int, flags: int) -> None:
@@ -130,7 +130,7 @@ class Agreement:
             self._group = dist.new_group(backend="gloo")
 
     def exchange(self, *flags: bool) -> tuple[bool, ...]:
-        """Offers this step's flags and returns those that any process offered in the step before.
+        """Sends this step's flags and returns those that any process sent in the step before.
 
         With one process the answer is immediate.
         """
@@ -156,5 +156,5 @@ def _pickled(outcome: tuple[Any, BaseException | None]) -> bytes:
     try:
         return pickle.dumps(outcome)
     except Exception as failure:
-        # Whatever it is, the others must not wait for it for ever.
-        return pickle.dumps((None, RuntimeError(f"the main process cannot tell what came of it: {failure!r}")))
+        # The others must not wait for ever for a result that cannot be pickled.
+        return pickle.dumps((None, RuntimeError(f"the main process has a result that cannot be sent: {failure!r}")))

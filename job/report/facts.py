@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from job.config import RunConfig
-from job.exits import BadDataError
+from job.exits import BadDataError, State
 from job.plan import RunHandle
 from job.progress import note
 from job.report.settings import shown
@@ -80,12 +80,17 @@ class Facts:
         return self.found.index.images if self.found.index else None
 
     @property
+    def is_running(self) -> bool:
+        """Returns whether an attempt writes the run now."""
+        return self.state == State.RUNNING
+
+    @property
     def go_on(self) -> str:
         """Returns the command that goes on with the run; empty if it cannot be trained."""
         data = self.config.data
         if not data.dataset:
             return ""
-        more = ["--epochs", str(2 * self.config.train.epochs)] if self.state == "finished" else []
+        more = ["--epochs", str(2 * self.config.train.epochs)] if self.state == State.FINISHED else []
         return shlex.join(["ddpm", "train", *self._about(self.name), *more])
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from job.config import RunConfig
-from job.exits import BadDataError
+from job.exits import BadDataError, State
 from job.pieces import PieceRecord
 from job.processes.lease import LEASE_KEY, LeaseRecord
 from job.runs import drawings, records
@@ -124,7 +124,7 @@ def check_lost(found: Inventory, configs: tuple[RunConfig, RunConfig] | None, le
         if (came_later or ref in committed) and ref not in retention.retire([*refs, ref]):
             found.missing(ref.manifest_key, "its files are there, and the run's rules keep it")
     status = found.records.get(STATUS_KEY)
-    if isinstance(status, Status) and status.state == "finished" and dataset_images <= MAX_IMAGES_SEEN:
+    if isinstance(status, Status) and status.state == State.FINISHED and dataset_images <= MAX_IMAGES_SEEN:
         label = drawings.label_of(status.images_seen, dataset_images, config.train.batch_size)
         how = config.sample.name(stored.sample)
         for key in (drawings.grid_key(label, how), drawings.denoising_key(label, how), drawings.LOSS_FIGURE):

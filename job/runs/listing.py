@@ -9,13 +9,13 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from job.exits import BadDataError, BadRequestError
+from job.exits import BadDataError, BadRequestError, State
 from job.processes.lease import LEASE_KEY
 from job.runs import records
 from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound
 from job.runs.drawings import label_of, moment_of
 from job.runs.layout import PICTURES, RUNS, SAMPLES, ObjectKind, places_in
-from job.runs.outlook import CUT_OFF, attempts_of, duration, outlook_of, spans_of, state_in
+from job.runs.outlook import attempts_of, duration, outlook_of, spans_of, state_in
 from job.runs.records import read_status, run_store
 from job.store import Store, open_store
 
@@ -126,7 +126,7 @@ def show_run(bucket_uri: str, name: str, *, as_json: bool = False) -> None:
     lines += [("dataset", f"{config.data.dataset}-{config.data.size}" if config.data.dataset else "none")]
     if summary["updated"] is not None:
         state, _, _, loss, speed, _ = progress_cells(summary)
-        again = " (the same command goes on)" if state == CUT_OFF else ""
+        again = " (the same command goes on)" if state == State.CUT_OFF else ""
         seen = f"{summary['images_seen']:,} of {summary['target_images']:,} (epoch {summary['epoch']:.2f})"
         lines += [("state", f"{state}{again}, as of {summary['updated']}, attempt {summary['fence']}")]
         lines += [("images seen", seen), ("loss", loss), ("speed", f"{speed} images/s"), *summary["outlook"].items()]

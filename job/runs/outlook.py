@@ -7,13 +7,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from job.exits import BadDataError
+from job.exits import BadDataError, State
 from job.runs.records import STATUS_KEY, Attempt, Status, attempt_fences, load_attempt
 from job.store import ObjectMissingError, Store
 
 STALE = timedelta(seconds=120)
 """A run counts as cut off if its status is `running` but older than this."""
-CUT_OFF = "cut off"
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class AttemptSpan:
     last_seen: datetime
     """The time of its last status."""
     state: str
-    """`running`, `finished`, `stopped`, `failed`, `imported` or `cut off`; empty if unknown."""
+    """See `State`; empty if unknown."""
     images_seen: int | None
 
     @property
@@ -87,7 +86,7 @@ def spans_of(attempts: Iterable[Attempt], status: Status | None) -> list[Attempt
         last_seen, state, images_seen = began, "", None
         if after is not None and after.previous == attempt.fence and (last := after.previous_seen):
             last_seen, images_seen = datetime.fromisoformat(last.updated), last.images_seen
-            state = CUT_OFF if last.state == "running" else last.state
+            state = State.CUT_OFF if last.state == State.RUNNING else last.state
         elif after is None and status is not None and status.fence == attempt.fence:
             last_seen, images_seen = datetime.fromisoformat(status.updated), status.images_seen
             state = state_of(status)
@@ -98,12 +97,12 @@ def spans_of(attempts: Iterable[Attempt], status: Status | None) -> list[Attempt
 def state_of(status: Status) -> str:
     """Returns the state for people: `cut off` if the status is `running` but stale."""
     silent = datetime.now(UTC) - datetime.fromisoformat(status.updated)
-    return CUT_OFF if status.state == "running" and silent >= STALE else status.state
+    return State.CUT_OFF if status.state == State.RUNNING and silent >= STALE else status.state
 
 
 def state_in(run: Store, status: Status | None) -> str:
     """Returns the state of a run for people, also if its status is missing or cannot be read."""
-    return state_of(status) if status else "cannot be read" if run.exists(STATUS_KEY) else "not started"
+    return state_of(status) if status else State.UNREADABLE if run.exists(STATUS_KEY) else State.NOT_STARTED
 
 
 def outlook_of(found: list[AttemptSpan], status: Status | None, dollars_per_hour: float | None = None) -> Outlook:
@@ -125,7 +124,7 @@ def outlook_of(found: list[AttemptSpan], status: Status | None, dollars_per_hour
         with suppress(OverflowError, ValueError):
             hours_left = (status.target_images - status.images_seen) / status.images_per_second / 3600
             to_end, left = timedelta(hours=hours_left), hours_left
-            if state_of(status) == "running":
+            if state_of(status) == State.RUNNING:
                 ends = datetime.fromisoformat(status.updated) + to_end
     # If the price of an attempt is unknown, a sum of the others would pass for the cost of all.
     so_far = sum(costs) if costs and len(costs) == len(prices) else None

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from job.config import RunConfig, flatten, parse_yaml, validated
 from job.data.shards import dataset_key, load_index
-from job.exits import BadConfigError, BadDataError, BadRequestError, JobError, LostRunError, MissingInputError
+from job.exits import BadConfigError, BadDataError, BadRequestError, JobError, LostRunError, MissingInputError, State
 from job.progress import all_printable
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, RUNS, Located, ObjectKind, located, places_in
 from job.sealed import SHA256_PATTERN, Moment, Part, Sealed, code_version, utc_now
@@ -286,7 +286,7 @@ class Status(Sealed):
     """The progress of a run, for people; it decides only whether the run counts as finished."""
 
     state: str
-    """`running`, `finished`, `stopped`, `failed` or `imported`."""
+    """See `State`."""
     fence: int
     attempt: str
     """The id of the attempt, which reveals the status of another run."""
@@ -313,14 +313,14 @@ def check_writable(run: Store) -> None:
 class StatusReporter:
     """Writes the status in a thread, at intervals and at the end; an unavailable bucket does not stop the run."""
 
-    def __init__(self, run: Store, current: Callable[[str], Status], warn: Callable[[str], None]) -> None:
+    def __init__(self, run: Store, current: Callable[[State], Status], warn: Callable[[str], None]) -> None:
         # The store has a limit of its own, because the last state is written after a stop request.
         self._run, self._current, self._warn = run.within(PATIENCE_SECONDS), current, warn
-        self._state, self._ended = "running", threading.Event()
+        self._state, self._ended = State.RUNNING, threading.Event()
         self._thread = threading.Thread(target=self._work, name="status", daemon=True)
         self._thread.start()
 
-    def close(self, state: str, timeout_seconds: float = STATUS_CLOSE_SECONDS) -> None:
+    def close(self, state: State, timeout_seconds: float = STATUS_CLOSE_SECONDS) -> None:
         """Writes the last state, `finished`, `stopped` or `failed`, if the bucket answers in time."""
         self._state = state
         self._ended.set()

@@ -1,12 +1,13 @@
-"""Object storage: the operations of a bucket (`base`), its backends, and what a URI means."""
+"""Object storage: the operations of a bucket (`base`), the table of its kinds, and the meaning of a URI."""
 
 from __future__ import annotations
 
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -36,9 +37,51 @@ _ADDRESS = re.compile(r"\[[0-9a-fA-F:.]*\]")
 _CHAIN = re.compile(r"((?:zip|tar)://[^:]*)::(.+)", re.DOTALL | re.IGNORECASE)
 WEB = ("http", "https")
 _LOCAL = ("localhost", "127.0.0.1", "::1")
-_GOOGLE, _AZURE = ("gcs", "GcsStore", "gs"), ("azure", "AzureStore", "az")
-_BACKENDS = {"gs": _GOOGLE, "gcs": _GOOGLE, "s3": ("s3", "S3Store", "s3"), "az": _AZURE, "abfs": _AZURE}
-"""Module, class and extra of each scheme."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of bucket. Its client library is imported when a bucket is opened, and not for what is declared here.
+
+    Attributes:
+        schemes: of its URIs; the first one is in messages, and names the extra that installs the client library.
+        module: of this package; `gcs` has the class `GcsStore`.
+        files: the default paths of credential files, by the variable that names another path.
+        variables: settings without a secret, which a container gets as well.
+        secret: a variable with a secret, which a container does not get.
+    """
+
+    schemes: tuple[str, ...]
+    module: str
+    files: Mapping[str, str]
+    variables: tuple[str, ...]
+    secret: str = ""
+
+    def credential_files(self) -> dict[str, Path]:
+        """Returns the credential files that exist on this machine, by the variable that names the path."""
+        found = {}
+        for variable, usual in (dict(self.files) | _FSSPEC_FOLDER).items():
+            # As google.auth looks for it.
+            usual = usual.replace("~/.config/gcloud", os.environ.get("CLOUDSDK_CONFIG") or "~/.config/gcloud")
+            path = os.path.expanduser(os.environ.get(variable) or usual)  # noqa: PTH111 -- a user may have no home
+            if os.path.exists(path):  # noqa: PTH110 -- the user may not look there
+                found[variable] = Path(path).absolute()
+        return found
+
+
+_FSSPEC_FOLDER = {"FSSPEC_CONFIG_DIR": "~/.config/fsspec"}
+"""The folder of fsspec's configuration, which may hold credentials for every kind."""
+_GOOGLE_FILES = {"GOOGLE_APPLICATION_CREDENTIALS": "~/.config/gcloud/application_default_credentials.json"}
+_AWS_FILES = {"AWS_CONFIG_FILE": "~/.aws/config", "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials"}
+_AWS = ("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+KINDS = (
+    Kind(("gs", "gcs"), "gcs", _GOOGLE_FILES, ("GOOGLE_CLOUD_PROJECT", "STORAGE_EMULATOR_HOST")),
+    Kind(("s3",), "s3", _AWS_FILES, _AWS, "AWS_SECRET_ACCESS_KEY"),
+    Kind(("az", "abfs"), "azure", {}, ("AZURE_STORAGE_ACCOUNT_NAME",)),
+)
+_BY_SCHEME = {scheme: kind for kind in KINDS for scheme in kind.schemes}
+URIS = " or ".join(", ".join(f"{kind.schemes[0]}://" for kind in KINDS).rsplit(", ", 1))
+"""The schemes of all kinds, for messages."""
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 
 
@@ -61,12 +104,14 @@ def open_store(uri: str, retry: Retry | None = None) -> Store:
 
         return LocalStore(_local_root(uri), retry)
     scheme, bucket, prefix = _bucket_of(uri)
-    module, name, extra = _BACKENDS[scheme]
+    kind = _BY_SCHEME[scheme]
     try:
         with fsspec_configured():
-            store: Store = getattr(import_module(f"job.store.{module}"), name)(bucket, retry)
+            found = getattr(import_module(f"job.store.{kind.module}"), f"{kind.module.title()}Store")
+            store: Store = found(bucket, retry)
     except ModuleNotFoundError as error:
-        raise BadRequestError(f"{scheme}:// needs more than is installed ({error}): {how_to_install(extra)}") from None
+        how = how_to_install(kind.schemes[0])
+        raise BadRequestError(f"{scheme}:// needs more than is installed ({error}): {how}") from None
     return store.sub(prefix) if prefix else store
 
 
@@ -105,7 +150,13 @@ def fsspec_configured() -> Iterator[None]:
 
 def is_foreign(uri: str) -> bool:
     """Returns whether only fsspec can read a URI, which is neither a bucket's nor a path."""
-    return is_remote(uri) and uri.partition("://")[0].lower() not in _BACKENDS
+    return is_remote(uri) and kind_of(uri) is None
+
+
+def kind_of(uri: str) -> Kind | None:
+    """Returns the kind of a bucket; None for a folder, and for a URI that only fsspec can read."""
+    scheme, separator, _ = uri.partition("://")
+    return _BY_SCHEME.get(scheme.lower()) if separator else None
 
 
 def check_source(uri: str) -> None:
@@ -220,9 +271,9 @@ def _bucket_of(uri: str) -> tuple[str, str, str]:
     scheme, _, rest = uri.partition("://")
     # A user and password, and a query, which may be a signature, are secret.
     shown = re.sub(r"://.*@", "://…@", re.sub(r"\?.*", "?…", uri))
-    if (scheme := scheme.lower()) not in _BACKENDS:
+    if (scheme := scheme.lower()) not in _BY_SCHEME:
         first = "download it first (curl -LO), or " if scheme in WEB else ""
-        use = f"{first}use gs://, s3:// or az://BUCKET, or a path"
+        use = f"{first}use {URIS}BUCKET, or a path"
         raise BadRequestError(f"{shown!r}: {scheme}:// is not supported; {use}")
     bucket, _, prefix = rest.strip("/").partition("/")
     if not _BUCKET.fullmatch(bucket) or re.search(r"\?.*=", prefix):

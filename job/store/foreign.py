@@ -21,7 +21,7 @@ from fsspec import available_protocols, get_filesystem_class
 from fsspec.config import conf
 
 from job.exits import BadDataError, BadRequestError, BucketAwayError, JobError, NoPermissionError, how_to_install
-from job.store import WEB, check_source, is_safe, is_web
+from job.store import URIS, WEB, check_source, is_safe, is_web
 from job.store.base import Entry, ObjectMissingError, Store
 from job.store.calls import POLL_SECONDS, T, answer, in_thread
 from job.store.files import COPY_BYTES
@@ -285,7 +285,7 @@ class ForeignStore(Store):
         return sorted({name.partition("/")[0] for name in names if "/" in name})
 
     def _write(self, key: str, content: BinaryIO, over: str | None) -> NoReturn:
-        raise BadRequestError(f"{self.uri_of(key)} can only be read: write to gs://, s3://, az:// or a folder")
+        raise BadRequestError(f"{self.uri_of(key)} can only be read: write to a folder, {URIS}")
 
     def _delete(self, key: str) -> NoReturn:
         raise BadRequestError(f"{self.uri_of(key)} can only be read: delete it with another program")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ddpm import training
 from job.evaluation.evaluation_plan import check_scores
-from job.exits import JobError, LostRunError, NotANumberError, StoppedError
+from job.exits import JobError, LostRunError, NotANumberError, State, StoppedError
 from job.plan import Plan, plan_run
 from job.processes import compute
 from job.processes.launched import is_launched
@@ -210,10 +210,10 @@ def _recording(
     except BaseException as error:
         # A queued checkpoint is good, whatever went wrong since: it is committed before the error is reported.
         try:
-            recorder.close("stopped" if isinstance(error, StoppedError) else "failed", stop)
+            recorder.close(State.STOPPED if isinstance(error, StoppedError) else State.FAILED, stop)
         except JobError as second:
             if second is not error:
                 note(f"while ending: {second}")
         raise
     else:
-        recorder.close("finished", stop)
+        recorder.close(State.FINISHED, stop)

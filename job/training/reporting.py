@@ -7,6 +7,7 @@ import time
 from torch import Tensor
 
 from ddpm import figures, training
+from job.exits import State
 from job.plan import Plan, RunHandle
 from job.processes.lease import Lease
 from job.progress import Progress, note
@@ -93,7 +94,7 @@ class Recorder:
         shown["next_checkpoint"] = f"epoch {min((int(epoch) // every_epochs + 1) * every_epochs, epochs)}"
         bar.update(images_seen, total=self.plan.target_images, **shown)
 
-    def write_page(self, state: str = "running") -> None:
+    def write_page(self, state: State = State.RUNNING) -> None:
         """Queues the run's page as it is now."""
         status, rows, plan = self._status_of(state), list(self.rows), self.plan
 
@@ -115,10 +116,10 @@ class Recorder:
         title = f"{plan.request.run} · {moment} of {plan.config.train.epochs:,}"
         figure = figures.loss_figure(self.rows, plan.index.images, title)
         self.writer.put(LOSS_FIGURE, figure, images_seen=images_seen)
-        self.write_page("finished")
+        self.write_page(State.FINISHED)
         self.writer.wait()
 
-    def close(self, state: str, stop: Stop) -> None:
+    def close(self, state: State, stop: Stop) -> None:
         """Commits what is queued and writes the last status, as far as `stop` leaves time.
 
         Raises:
@@ -129,12 +130,12 @@ class Recorder:
         finally:
             self._status.close(state, min(records.STATUS_CLOSE_SECONDS, stop.seconds_left() / 2))
 
-    def _confirmed_status(self, state: str) -> records.Status:
+    def _confirmed_status(self, state: State) -> records.Status:
         # A process that slept and was replaced must not overwrite the status of the attempt that replaced it.
         self._lease.confirm()
         return self._status_of(state)
 
-    def _status_of(self, state: str) -> records.Status:
+    def _status_of(self, state: State) -> records.Status:
         images_seen = self._state.images_seen
         return records.Status(
             state=state,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from job.jobs.backends.base import State
-from job.jobs.backends.container import ContainerBackend
-from job.jobs.targets import ContainerTarget, load_targets
+from job.exits import State
+from job.jobs.backends.container import ContainerBackend, ContainerTarget
+from job.jobs.targets import load_targets
 from job.outcome import read_outcome
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.store import open_store

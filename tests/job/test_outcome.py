@@ -77,7 +77,7 @@ def test_of_several_machines_the_worst_decides_and_all_must_have_finished(bucket
         told.append((outcome.state, outcome.exit_code))
     running, finished = ("running", None), ("finished", 0)
     assert told == [running, running, finished, ("stopped", 75), ("failed", 69), ("failed", 64)]
-    # What is rotten says nothing.
+    # What is corrupt says nothing.
     path = tmp_path / "bucket/jobs/train-celeba/2-of-3.json"
     path.write_text(path.read_text().replace("64", "0"))
     outcome = read_outcome(NAME, bucket)

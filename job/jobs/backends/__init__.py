@@ -1,31 +1,44 @@
-"""The engines that run jobs: each renders a spec, and talks to its engine about it."""
+"""The backends: each describes its targets, renders a job, and talks to one engine about it."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import get_type_hints
 
 from job.exits import MissingInputError, how_to_install
 from job.jobs.backends.base import Backend
-from job.jobs.targets import Target
+from job.jobs.backends.target import Target
 
-_EXTRAS = {"kubernetes": "kubernetes", "vm": "google", "batch": "google"}
-"""Of this package: what brings the libraries of each engine that needs some."""
+BACKENDS = ("local", "container", "kubernetes", "vm", "batch")
+"""Each has a module of its name; the backend `vm` is the class `VmBackend` in it, whose attribute `target` is typed."""
+
+
+def backend_class(name: str) -> type[Backend]:
+    """Returns the class of a backend, without importing the client library of its engine."""
+    found: type[Backend] = getattr(importlib.import_module(f"{__name__}.{name}"), f"{name.title()}Backend")
+    return found
+
+
+def target_class(name: str) -> type[Target]:
+    """Returns the class of a backend's targets."""
+    found: type[Target] = get_type_hints(backend_class(name))["target"]
+    return found
 
 
 @contextmanager
 def backend_for(target: Target) -> Iterator[Backend]:
-    """The engine of a target. Libraries of other engines need not be there.
+    """Yields the backend of a target.
 
     Raises:
-        MissingInputError: its own are missing, there or when they are first used; the message says how to get them.
+        MissingInputError: its client library is missing, at once or when it is first used; the message has the remedy.
     """
-    name, extra = target.backend, _EXTRAS.get(target.backend, "")
+    kind = backend_class(target.backend)
     try:
-        yield getattr(importlib.import_module(f"job.jobs.backends.{name}"), f"{name.title()}Backend")(target)
+        yield kind(target)
     except ImportError as error:
-        if not extra or (error.name or "").partition(".")[0] in ("job", "ddpm"):
+        if not kind.extra or (error.name or "").partition(".")[0] in ("job", "ddpm"):
             raise
-        lacking = f"target {target.name!r} needs more than is installed ({error})"
-        raise MissingInputError(f"{lacking}: {how_to_install(extra)}") from None
+        how = how_to_install(kind.extra)
+        raise MissingInputError(f"target {target.name!r} needs more than is installed ({error}): {how}") from None

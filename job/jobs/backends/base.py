@@ -1,4 +1,4 @@
-"""What is asked of an engine that runs jobs, said once for all of them."""
+"""The operations of an engine that runs jobs, defined once for all engines."""
 
 from __future__ import annotations
 
@@ -8,52 +8,20 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, ClassVar, NoReturn
 
-from job.exits import BadRequestError, Exit, JobError, MissingInputError, meaning, retried
+from job.exits import BadRequestError, Exit, JobError, MissingInputError, Restart, State, meaning, retried
+from job.jobs.backends.target import Target
 from job.jobs.spec import JobSpec
-from job.jobs.targets import Target
 from job.outcome import Outcome, read_outcome
 from job.progress import note, printable
 
 JsonObject = dict[str, Any]
-"""What is sent to an engine, as JSON types."""
-FOLLOW_POLL_SECONDS = 0.2
-"""Between two looks at a job of this machine whose output somebody follows."""
-
-
-class State(StrEnum):
-    """How a job is going; the words of all engines are translated into these."""
-
-    WAITING = "waiting"
-    """For a machine, a queue or an image."""
-    RUNNING = "running"
-    FINISHED = "finished"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-    GONE = "gone"
-    """The engine does not know it, though it was submitted: its machine was taken away, or somebody deleted it."""
-
-    @classmethod
-    def of_code(cls, code: int) -> State:
-        """How a job of this machine ended, where nobody but a person or its own deadline stops one."""
-        return {Exit.FINISHED.value: State.FINISHED, Exit.STOPPED.value: State.CANCELLED}.get(code, State.FAILED)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it stays like that unless somebody submits the job again."""
-        return self not in (State.WAITING, State.RUNNING)
-
-    @property
-    def when_cancelled(self) -> str:
-        """What cancelling does to a job in this state, in words that go on after its name."""
-        if self is State.RUNNING:
-            return "was told to stop: it saves first, and the same command goes on from there"
-        if self is State.WAITING:
-            return "was waiting, and is no more: the same command submits it again"
-        return f"was {self} already: what its engine still had of it is removed"
+"""A request to an engine, or its answer, as JSON types."""
+FOLLOW_SECONDS = 0.2
+"""Between two looks at the output of a job of this machine."""
 
 
 class Cause(StrEnum):
-    """Why a job is as it is, where its engine knows what an exit code does not tell."""
+    """The cause of a state, where the engine knows what an exit code does not show."""
 
     TAKEN_AWAY = "taken away"
     """Its machine was."""
@@ -67,27 +35,27 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True)
 class JobStatus:
-    """What an engine says about a job."""
+    """An engine's answer about a job."""
 
     name: str
     state: State
     message: str = ""
-    """Why, in a line: the engine's reason, or the last line of the program."""
+    """The reason, in a line: the engine's, or the last line of the program."""
     exit_code: int | None = None
-    """Of the program, where the engine tells it."""
+    """The program's, if the engine reports it."""
     attempts: int = 0
-    """How often the program was started, where the engine tells it."""
+    """The number of the program's starts, if the engine reports it."""
     failures: int = 0
-    """How many attempts ended in a failure that counts, where the engine makes several attempts by itself."""
+    """The number of attempts that ended in a failure that counts, if the engine makes several by itself."""
     created: str = ""
     """ISO 8601, UTC."""
     place: str = ""
     """Zone or node it runs on."""
     cause: Cause | None = None
     has_machine: bool = False
-    """Whether a job that waits has one already, such as one that fetches its image: it costs as if the job ran."""
+    """Whether a waiting job has a machine, for example to pull its image: it costs as much as a running one."""
     bucket: str = ""
-    """As the job was told, where its engine remembers that."""
+    """The job's bucket, if its engine stores it."""
 
     def __post_init__(self) -> None:
         # The last line of a program may hold escape sequences, which a terminal obeys.
@@ -95,43 +63,43 @@ class JobStatus:
 
     @classmethod
     def of_code(cls, name: str, code: int) -> JobStatus:
-        """How a job, or a part of one, is whose program ended with `code` on a machine of its own."""
+        """Returns the status of a job, or a part of one, whose program ended with `code` on its machine."""
         if code == Exit.FINISHED:
             return cls(name, State.FINISHED, exit_code=code)
         return cls(name, State.FAILED, f"ended with code {code}: {meaning(code)}", code)
 
     @property
     def costs(self) -> bool:
-        """Whether it has a machine, as far as its engine knows."""
+        """Returns whether it has a machine, if its engine reports that."""
         return self.state is State.RUNNING or self.has_machine
 
     @property
-    def retried(self) -> str:
-        """Whether it is tried again: `never`, `bounded` or `always`, as the table of exit codes has it."""
+    def retried(self) -> Restart:
+        """Returns whether it is tried again, by its cause and else by its exit code."""
         if self.cause is not None:
-            return "always" if self.cause is Cause.TAKEN_AWAY else "never"
-        return "bounded" if self.exit_code is None else retried(self.exit_code)
+            return Restart.ALWAYS if self.cause is Cause.TAKEN_AWAY else Restart.NEVER
+        return Restart.BOUNDED if self.exit_code is None else retried(self.exit_code)
 
     def informed(self, bucket_uri: str, earlier: Outcome | None = None) -> JobStatus:
-        """Returns this status with what the job's bucket adds: starts, and how the job or its last attempt ended.
+        """Returns this status with the facts in the job's bucket: its starts, and how it or its last attempt ended.
 
-        The engine's own answer wins where it has one.
+        The engine's own facts win.
 
         Args:
             bucket_uri: the job's bucket.
-            earlier: what the bucket said before the job was submitted, which is about another one of this name.
+            earlier: the outcome before the job was submitted, which belongs to an earlier job of this name.
         """
         outcome = read_outcome(self.name, bucket_uri)
-        # What is older than the job is an earlier one's as well.
+        # An outcome from before the job was made belongs to an earlier job as well.
         if outcome is None or outcome == earlier or outcome.updated < self.created:
             return self
         starts = sum(start >= self.created for start in outcome.starts)
         status, code = replace(self, attempts=max(self.attempts, starts)), outcome.exit_code
-        # Of slices some may have ended, while others have not begun.
+        # Some slices may have ended while others have not begun.
         is_whole = outcome.machines == 1 or not self.name.startswith("sample-")
         if self.exit_code is None and self.state is State.WAITING and starts and is_whole:
-            ended = "without a word" if code is None else f"with exit code {code}: {outcome.message or meaning(code)}"
-            return replace(status, message=f"{self.message}; the attempt before ended {ended}".removeprefix("; "))
+            end = "without a message" if code is None else f"with exit code {code}: {outcome.message or meaning(code)}"
+            return replace(status, message=f"{self.message}; the attempt before ended {end}".removeprefix("; "))
         if code is None or self.exit_code is not None or self.state not in (State.FAILED, State.GONE):
             return status
         is_finished = code == Exit.FINISHED
@@ -139,24 +107,30 @@ class JobStatus:
             status,
             state=State.FINISHED if is_finished else self.state,
             exit_code=code,
-            failures=self.failures * (retried(code) == "bounded"),
-            # The engine would call a finished process killed.
+            failures=self.failures * (retried(code) is Restart.BOUNDED),
+            # The engine would report a finished process as killed.
             message=outcome.message or self.message * (not is_finished),
-            # With a code that would come again a new machine is of no use, whatever became of this one.
+            # A code that would come again counts more than the loss of the machine.
             cause=None if self.cause is Cause.TAKEN_AWAY else self.cause,
         )
 
 
+def ended_here(code: int) -> State:
+    """Returns the state of a job of this machine after an exit code: only a person or its deadline stops one."""
+    state = State.of_code(code)
+    return State.CANCELLED if state is State.STOPPED else state
+
+
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at before a job needs it, and what to do about it.
+    """The result of looking at one thing that a job needs.
 
     Attributes:
-        name: what was looked at, in a word or two, such as `bucket write`.
+        name: of the thing, such as `bucket write`.
         passed: whether a job can rely on it.
-        message: what was found, in a line.
+        message: the finding, in a line.
         remedy: what to do if it did not pass.
-        exit_code: what a job would end with for want of it.
+        exit_code: the code of a job that lacks it.
     """
 
     name: str
@@ -167,13 +141,13 @@ class Check:
 
     @classmethod
     def of_error(cls, name: str, error: JobError) -> Check:
-        """A check that failed with `error`, whose message says what to do after its last colon."""
+        """Returns a check that failed with `error`, whose message has the remedy after its last colon."""
         message, separator, remedy = str(error).rpartition(": ")
         return cls(name, False, message if separator else remedy, remedy if separator else "", error.exit_code)
 
     @classmethod
     def of(cls, name: str, look: Callable[[], str]) -> Check:
-        """A check that passes, with what `look` says, unless that raises a `JobError`."""
+        """Returns a check that passes with the message that `look` returns, or fails with the `JobError` it raises."""
         try:
             return cls(name, True, look())
         except JobError as error:
@@ -181,21 +155,21 @@ class Check:
 
     @classmethod
     def unless_hidden(cls, name: str, look: Callable[[], str]) -> Check:
-        """As `of`; it passes where these credentials may not look, which who may submit jobs need not be allowed to."""
+        """As `of`, but passes if these credentials may not look: submitting a job does not need that right."""
         check = cls.of(name, look)
         is_hidden = not check.passed and check.exit_code is Exit.NO_PERMISSION
         return cls(name, True, f"not looked at: {check.message}: {check.remedy}") if is_hidden else check
 
     @classmethod
     def of_image(cls, image: str) -> Check:
-        """About the image of a target elsewhere: only the machines there can see whether its registry has it."""
+        """Returns the check of a remote target's image, which only the machines there can find in its registry."""
         if not image:
             return cls("image", False, "the target names none", "set its `image:`")
-        return cls("image", True, f"{image}: not checked here; a job whose image is not there says so")
+        return cls("image", True, f"{image}: not checked here; a job reports an image that is missing")
 
 
 class NoCapacityError(JobError):
-    """The engine has no machine of the kind that was asked for: another zone, or later, may have one."""
+    """The engine lacks a machine of the requested kind now: another zone, or later, may have one."""
 
     exit_code = Exit.BUCKET_AWAY
 
@@ -203,37 +177,40 @@ class NoCapacityError(JobError):
 class Backend(abc.ABC):
     """One engine, as a target describes it.
 
-    Rendering needs neither credentials nor network. Everything else raises errors that a person can act on:
-    `NoPermissionError` (77), `MissingInputError` (66) for a job, project or namespace that is not there,
-    `BadRequestError` (64) for what the engine refuses, `BucketAwayError` (69) when the engine's API is away after
-    bounded retries, and `NoCapacityError` when it has no machine of that kind now.
+    Rendering needs neither credentials nor network. All other methods raise errors that a person can act on:
+    `NoPermissionError`, `MissingInputError` for a job, project or namespace that does not exist, `BadRequestError` for
+    a refusal, `BucketAwayError` if the engine's API is away after bounded retries, and `NoCapacityError`.
     """
 
+    target: Target
+    """The subclass has the type of its targets, which lists their keys."""
+    extra: ClassVar[str] = ""
+    """The extra of this program that installs its client library."""
     keeps_ended: ClassVar[bool] = False
-    """Whether the engine knows a job that is over for a day at least: one that is gone was deleted by somebody."""
+    """Whether the engine knows a job for a day after its end: an unknown one was then deleted."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
 
     @abc.abstractmethod
     def render(self, spec: JobSpec) -> list[JsonObject]:
-        """All that `submit` sends, in order. Pure: equal specs give equal manifests.
+        """Returns all that `submit` sends, in order. Pure: equal specs give equal manifests.
 
         Raises:
-            BadRequestError: this backend cannot run such a job; the message names the option.
+            BadRequestError: this backend cannot run the job; the message names the option.
         """
 
     @abc.abstractmethod
     def submit(self, spec: JobSpec) -> None:
-        """Sends what `render` gives, or nothing: what was made before an error is removed again.
+        """Sends what `render` returns, or nothing: after an error it removes what it has made.
 
         Raises:
-            BadRequestError: a job of this name is there and not over.
-            NoCapacityError: there is no such machine now.
+            BadRequestError: a job of this name is not over.
+            NoCapacityError: the engine lacks such a machine now.
         """
 
     def submit_where_possible(self, spec: JobSpec) -> Backend:
-        """Submits to the first place, from this one on, that has a machine, and returns that.
+        """Submits to the first place, from this one on, that has a machine, and returns that place.
 
         Raises:
             NoCapacityError: none has.
@@ -248,55 +225,72 @@ class Backend(abc.ABC):
         return self
 
     def become(self, spec: JobSpec) -> NoReturn:
-        """Turns this process into the job, where that runs on this machine: its terminal, signals and exit code."""
+        """Turns this process into the job, if that runs on this machine: its terminal, signals and exit code."""
         raise NotImplementedError
 
     def elsewhere(self) -> Backend | None:
-        """The same engine in the target's next zone or region, where there may be a machine; None after the last."""
+        """Returns the same engine in the target's next zone or region; None after the last."""
         return None
 
-    def runs_already(self, name: str, where: str) -> BadRequestError:
-        """The error about a job that is to be submitted, and is there."""
-        about = f"`ddpm jobs status {name}` tells how it is going, `ddpm jobs cancel {name}` stops it"
-        return BadRequestError(f"{name} runs {where} already: {about}")
+    @abc.abstractmethod
+    def find(self, name: str) -> Any:
+        """Returns the engine's record of a job; falsy if the engine does not know the job."""
+
+    def known(self, name: str) -> Any:
+        """Returns what `find` does.
+
+        Raises:
+            MissingInputError: the engine does not know the job.
+        """
+        if found := self.find(name):
+            return found
+        raise self.unknown(name)
 
     def unknown(self, name: str) -> MissingInputError:
-        """The error about a job that the engine does not know."""
-        said = f"target {self.target.name!r} knows no job {name!r}"
-        return MissingInputError(f"{said}: `ddpm jobs list` shows those there are")
+        """Returns the error about a job that the engine does not know."""
+        return MissingInputError(f"target {self.target.name!r} knows no job {name!r}: see `ddpm jobs list`")
+
+    def runs_already(self, name: str, where: str) -> BadRequestError:
+        """Returns the error about a job that is submitted while it runs."""
+        return BadRequestError(f"{name} runs {where} already: `ddpm jobs cancel {name}` stops it")
+
+    @staticmethod
+    def effect_of_cancelling(state: State) -> str:
+        """Returns what cancelling does to a job in this state, in words that go on after its name."""
+        if state is State.RUNNING:
+            return "is stopping: it saves first, and the same command goes on from there"
+        if state is State.WAITING:
+            return "was waiting and is removed: the same command submits it again"
+        return f"was {state} already: its engine's record of it is removed"
 
     @abc.abstractmethod
     def status(self, name: str) -> JobStatus:
-        """How a job is going; `State.GONE` if the engine does not know it."""
+        """Returns the status of a job; `State.GONE` if the engine does not know it."""
 
     @abc.abstractmethod
     def jobs(self) -> list[JobStatus]:
-        """All jobs that this program submitted to this target, in any order."""
+        """Returns all jobs that this program submitted to this target, in any order."""
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
-        """What tells a job of this engine from all others, whichever of several targets shows it."""
+        """Returns what tells a job of this engine from all others: several targets may show the same one."""
         return (self.target.backend, self.target.name, status.name)
 
     @abc.abstractmethod
     def logs(self, name: str, follow: bool) -> Iterator[str]:
-        """What the job printed, line by line; with `follow` until it is over, across restarts of its machine.
-
-        Who asks ends that earlier by an exception.
+        """Yields the job's output, line by line; with `follow` until its end, across restarts of its machine.
 
         Raises:
-            MissingInputError: there is no such job, or its output is gone.
+            MissingInputError: the job is unknown, or its output is gone.
         """
 
     @abc.abstractmethod
     def cancel(self, name: str) -> str:
-        """Ends the job as a preemption would (it saves first), and removes what it had made for it.
-
-        Returns: what that was for this job; see `State.when_cancelled`.
+        """Ends the job as a preemption would (it saves first), and returns `effect_of_cancelling`.
 
         Raises:
-            MissingInputError: there is no such job.
+            MissingInputError: the engine does not know the job.
         """
 
     def checks(self) -> Iterable[Check]:
-        """For `ddpm doctor`: looks at what a job would need of the engine. Says what is wrong instead of raising it."""
+        """Yields the checks of `ddpm doctor` about the engine. A problem is a failed check, not an error."""
         return ()

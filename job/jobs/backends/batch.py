@@ -1,8 +1,8 @@
-"""Google Batch: it makes the machines, retries what may be retried, and keeps the story of a job for two months.
+"""Google Batch, which makes the machines, retries what may be retried, and keeps the record of a job for two months.
 
-A job is what `jobs.create` takes (cloud.google.com/batch/docs/reference/rest). Batch has one policy about exit codes,
-of one action: it retries the listed codes alone (RETRY_TASK), or all but the listed ones (FAIL_TASK). This program has
-every code retried that it does not know, which only the second one says.
+A job is what `jobs.create` takes (cloud.google.com/batch/docs/reference/rest). Batch has one policy about exit codes
+with one action: it retries the listed codes alone (RETRY_TASK), or all others (FAIL_TASK). This program retries every
+unknown code, which needs the second one.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
+from typing import Annotated, Literal
 
-from job.exits import BadRequestError, retried, severity
+from pydantic import Field
+
+from job.exits import BadRequestError, Restart, State, retried
 from job.jobs.backends import google
-from job.jobs.backends.base import Cause, JobStatus, JsonObject, State
+from job.jobs.backends.base import Cause, JobStatus, JsonObject
 from job.jobs.backends.confinement import SCRATCH
 from job.jobs.backends.google import GoogleNotFoundError
 from job.jobs.backends.machines import Machine
 from job.jobs.spec import LABEL_PREFIX, JobSpec
-from job.jobs.targets import BatchTarget
 from job.pieces import BATCH_TASK_INDEX
 from job.sealed import utc_text
 
 MAX_RETRIES = 10
-"""The most that Batch takes; it counts preemptions like everything else, and so `--watch` goes on where it stops."""
-_BATCH_STATES = {
-    "QUEUED": State.WAITING,
-    "SCHEDULED": State.WAITING,
+"""The most that Batch takes. It counts preemptions as well, and so `--watch` goes on after them."""
+_STATES = {
     "RUNNING": State.RUNNING,
     "SUCCEEDED": State.FINISHED,
     "FAILED": State.FAILED,
@@ -36,25 +36,42 @@ _BATCH_STATES = {
     "DELETION_IN_PROGRESS": State.RUNNING,
     "CANCELLATION_IN_PROGRESS": State.RUNNING,
 }
+"""The states of a job; in every other one it waits."""
 _RESERVED: dict[int, tuple[str, Cause | None]] = {
-    50000: ("Batch does not say why", None),
+    50000: ("Batch gives no reason", None),
     50001: ("its spot machine was taken away", Cause.TAKEN_AWAY),
     50002: ("its machine stopped answering", Cause.TAKEN_AWAY),
     50003: ("its machine restarted", Cause.TAKEN_AWAY),
     50004: ("it could not be ended", Cause.STUCK),
     50005: ("it ran longer than --max-hours", Cause.OUT_OF_TIME),
-    50006: ("its machine was made anew", Cause.TAKEN_AWAY),
+    50006: ("its machine was made again", Cause.TAKEN_AWAY),
 }
-"""Exit codes of Batch's own (cloud.google.com/batch/docs/troubleshooting#reserved-exit-codes)."""
-FAILING_CODES = [*(code for code in range(1, 256) if retried(code) == "never"), 50004, 50005]
-"""With which a task is not tried again: of the program, and of Batch itself."""
+"""Batch's own exit codes (cloud.google.com/batch/docs/troubleshooting#reserved-exit-codes)."""
+FAILING_CODES = [*(code for code in range(1, 256) if retried(code) is Restart.NEVER), 50004, 50005]
+"""The exit codes, of the program and of Batch, after which a task is not tried again."""
+
+
+class BatchTarget(google.GoogleTarget):
+    """Google Batch."""
+
+    limit = (
+        f"for each attempt of a task, of which there may be {1 + MAX_RETRIES}, then Batch ends it",
+        1 + MAX_RETRIES,
+    )
+    backend: Literal["batch"]
+    regions: tuple[Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+$")], ...] = Field(min_length=1)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """See `GoogleTarget.places`."""
+        return self.regions
 
 
 class BatchBackend(google.GoogleBackend):
     """See `Backend`. A job waits in one region; `elsewhere` is the target's next one."""
 
     engine = "Batch"
-    # Jobs that are over for 60 days.
+    # For 60 days after their end.
     keeps_ended = True
     target: BatchTarget
 
@@ -62,7 +79,7 @@ class BatchBackend(google.GoogleBackend):
         """See `Backend.submit`. Batch takes every job, and looks for machines afterwards: see `JobStatus.message`."""
         (manifest,) = self.render(spec)
         while before := self.find(spec.name):
-            if not _job_state(before[0]).is_over and not _is_being_ended(before[0]):
+            if not _state_of(before[0]).is_over and not _is_being_ended(before[0]):
                 raise self.runs_already(spec.name, f"in {_region(before[0])}")
             self._delete(before[0])
         self.create(f"POST {self._path(self.place)}", manifest, jobId=spec.name)
@@ -75,8 +92,8 @@ class BatchBackend(google.GoogleBackend):
 
     def jobs(self) -> list[JobStatus]:
         """See `Backend.jobs`."""
-        asked = [self.pages(f"GET {self._path(region)}") for region in self._places]
-        found = [job for pages in asked for page in pages for job in page.get("jobs", ())]
+        pages = (page for region in self._places for page in self.pages(f"GET {self._path(region)}"))
+        found = [job for page in pages for job in page.get("jobs", ())]
         return [batch_status(job, ()) for job in found if job.get("labels", {}).get("app") == LABEL_PREFIX]
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
@@ -94,32 +111,33 @@ class BatchBackend(google.GoogleBackend):
         return str(entry["labels"]["task_id"]).split("/")[1].rpartition("-")[2]
 
     def cancel(self, name: str) -> str:
-        """See `Backend.cancel`: Batch ends its tasks, deletes their machines, and keeps the story of the job.
+        """See `Backend.cancel`: Batch ends its tasks, deletes their machines, and keeps the record of the job.
 
         Raises:
             BadRequestError: it is over already.
         """
         found = self.known(name)[0]
-        if _job_state(found).is_over:
-            raise BadRequestError(f"job {name!r} is {_job_state(found)} already")
+        state = _state_of(found)
+        if state.is_over:
+            raise BadRequestError(f"job {name!r} is {state} already")
         if not _is_being_ended(found):
             self.ask(f"POST batch/{found['name']}:cancel", {})
-        return _job_state(found).when_cancelled
+        return self.effect_of_cancelling(state)
 
     def find(self, name: str) -> list[JsonObject]:
-        """The jobs of this name, one for each region: first one that is not over, else the newest."""
+        """Returns the jobs of this name, one for each region: one that is not over first, then the newest."""
         found = []
         for region in self._places:
             with suppress(GoogleNotFoundError):
                 found.append(self.ask(f"GET {self._path(region)}/{name}"))
-        return sorted(found, key=lambda one: (not _job_state(one).is_over, _created(one)), reverse=True)
+        return sorted(found, key=lambda one: (not _state_of(one).is_over, _created(one)), reverse=True)
 
     def _path(self, region: str) -> str:
         return f"batch/projects/{self.target.project}/locations/{region}/jobs"
 
     def _tasks(self, found: JsonObject) -> list[JsonObject]:
-        if _job_state(found) is State.WAITING:
-            # One that has only just been made has none, not even an empty list.
+        if _state_of(found) is State.WAITING:
+            # A job that has only just been made has not even an empty list of tasks.
             return []
         pages = self.pages(f"GET batch/{found['name']}/taskGroups/group0/tasks")
         return [task for page in pages for task in page.get("tasks", ())]
@@ -143,26 +161,16 @@ class BatchBackend(google.GoogleBackend):
             "runAsNonRoot": True,
             "taskSpec": _task(spec, machine),
         }
-        made = {
-            "labels": spec.all_labels,
-            "taskGroups": [group],
-            "allocationPolicy": self._allocation(spec, machine),
-            "logsPolicy": {"destination": "CLOUD_LOGGING"},
-        }
+        allocation, logs = self._allocation(spec, machine), {"destination": "CLOUD_LOGGING"}
+        made = {"labels": spec.all_labels, "taskGroups": [group], "allocationPolicy": allocation, "logsPolicy": logs}
         return [made]
 
     def _allocation(self, spec: JobSpec, machine: Machine) -> JsonObject:
         target = self.target
-        policy: JsonObject = {
-            "machineType": machine.machine_type,
-            "provisioningModel": "SPOT" if spec.spot else "STANDARD",
-            "bootDisk": {
-                # Its docker knows `--gpus`; that of batch-cos does not.
-                "image": "batch-debian",
-                "type": machine.disk_type,
-                "sizeGb": str(target.boot_disk_gigabytes),
-            },
-        }
+        # Docker on batch-debian knows `--gpus`; that on batch-cos does not.
+        disk = {"image": "batch-debian", "type": machine.disk_type, "sizeGb": str(target.boot_disk_gigabytes)}
+        kind = "SPOT" if spec.spot else "STANDARD"
+        policy: JsonObject = {"machineType": machine.machine_type, "provisioningModel": kind, "bootDisk": disk}
         if machine.extra:
             policy["accelerators"] = [{"type": machine.gpu_type, "count": str(machine.gpus)}]
         allocation: JsonObject = {
@@ -172,8 +180,8 @@ class BatchBackend(google.GoogleBackend):
         }
         if target.service_account:
             allocation["serviceAccount"] = {"email": target.service_account, "scopes": [google.CLOUD_SCOPE]}
-        if network := google.network_of(target, self.place):
-            # Who names a network has one that reaches Google without external addresses.
+        if network := target.network_in(self.place):
+            # A named network reaches Google without external addresses.
             allocation["network"] = {"networkInterfaces": [{**network, "noExternalIpAddress": True}]}
         return allocation
 
@@ -183,12 +191,12 @@ def _task(spec: JobSpec, machine: Machine) -> JsonObject:
     if machine.shape:
         cpus, memory_mib = machine.shape
         resources = {"computeResource": {"cpuMilli": str(1000 * cpus), "memoryMib": str(memory_mib)}}
-    # Docker makes the volume, with the rights that it has in the image, and removes it.
+    # Docker makes the volume, with the rights of the folder in the image, and removes it.
     scratch = f"--mount=type=volume,target={SCRATCH}"
     container = {
         "imageUri": spec.image,
         "commands": [*spec.argv_of_slice(BATCH_TASK_INDEX)],
-        # All constants: Batch takes these apart at the spaces.
+        # Only constants, because Batch splits the text at spaces.
         "options": " ".join((*google.CONTAINER_OPTIONS, scratch, *["--gpus=all"] * bool(machine.gpus))),
     }
     environment = {"variables": google.container_variables(spec)}
@@ -202,52 +210,54 @@ def _task(spec: JobSpec, machine: Machine) -> JsonObject:
 
 
 def batch_status(found: JsonObject, tasks: Sequence[JsonObject]) -> JobStatus:
-    """A job's status from what Batch says about it, and about its tasks if it was asked."""
-    name, state = found["name"].rpartition("/")[2], _job_state(found)
-    status = JobStatus(name, state, _batch_message(found, state), 0 if state is State.FINISHED else None)
+    """Returns a job's status from Batch's record of it, and from those of its tasks, if they were requested."""
+    name, state = found["name"].rpartition("/")[2], _state_of(found)
+    status = JobStatus(name, state, _message(found, state), 0 if state is State.FINISHED else None)
     codes = [(task["status"].get("state"), _codes_of(task)) for task in tasks]
     if state is State.FAILED:
         ends = [_ended_task(name, each[-1]) for ended, each in codes if ended == "FAILED" and each]
-        status = max(ends, key=lambda end: severity(end.retried), default=status)
-    starts = sum(event.get("taskState") == "RUNNING" for task in tasks for event in _status_events(task))
+        status = max(ends, key=lambda end: end.retried, default=status)
+    starts = sum(event.get("taskState") == "RUNNING" for task in tasks for event in _events(task))
+    failures = max(
+        [0, *(sum(_ended_task(name, code).retried is Restart.BOUNDED for code in each) for _, each in codes)]
+    )
     created = utc_text(found["createTime"])
-    failures = max((sum(_ended_task(name, code).retried == "bounded" for code in each) for _, each in codes), default=0)
     return replace(status, attempts=starts, failures=failures, created=created, place=_region(found))
 
 
 def _ended_task(name: str, code: int) -> JobStatus:
     if code not in _RESERVED:
         return JobStatus.of_code(name, code)
-    said, cause = _RESERVED[code]
-    return JobStatus(name, State.FAILED, f"ended with code {code}: {said}", cause=cause)
+    reason, cause = _RESERVED[code]
+    return JobStatus(name, State.FAILED, f"ended with code {code}: {reason}", cause=cause)
 
 
 def _codes_of(task: JsonObject) -> list[int]:
-    """Returns the codes with which a task's attempts failed, the oldest first."""
-    codes = (event.get("taskExecution", {}).get("exitCode", 0) for event in _status_events(task))
+    """Returns the exit codes of a task's failed attempts, the oldest first."""
+    codes = (event.get("taskExecution", {}).get("exitCode", 0) for event in _events(task))
     return [code for code in codes if code]
 
 
-def _batch_message(found: JsonObject, state: State) -> str:
+def _message(found: JsonObject, state: State) -> str:
     if _is_being_ended(found):
         return "it is being ended"
-    events = [str(event.get("description", "")) for event in _status_events(found)]
+    events = [str(event.get("description", "")) for event in _events(found)]
     if state is State.FAILED and events:
         return events[-1]
     shortages = [want for event in events if (want := google.shortage(event))]
     return f"{shortages[-1][1]}, and Batch keeps trying" if state is State.WAITING and shortages else ""
 
 
-def _job_state(found: JsonObject) -> State:
-    return _BATCH_STATES.get(found["status"].get("state", ""), State.WAITING)
+def _state_of(found: JsonObject) -> State:
+    return _STATES.get(found["status"].get("state", ""), State.WAITING)
 
 
 def _is_being_ended(found: JsonObject) -> bool:
     return str(found["status"].get("state", "")).endswith("_IN_PROGRESS")
 
 
-def _status_events(found: JsonObject) -> list[JsonObject]:
-    """Of a job or a task, the oldest first."""
+def _events(found: JsonObject) -> list[JsonObject]:
+    """Returns the events of a job or a task, the oldest first."""
     return list(found["status"].get("statusEvents", ()))
 
 

@@ -1,4 +1,4 @@
-"""What the container of a job may write and use, whichever engine runs it."""
+"""The confinement of a job's container on every engine: the folders it may write, and its rights."""
 
 from job.stop import GRACE_VARIABLE
 
@@ -9,13 +9,13 @@ SCRATCH = "/scratch"
 
 
 def scratch_variables(grace_seconds: int) -> dict[str, str]:
-    """Variables of the container: where the program may write, and how long it has to save."""
+    """Returns the container's variables for the folders it may write, and for the time it has to save."""
     folders = {"TMPDIR": SCRATCH, "XDG_CACHE_HOME": f"{SCRATCH}/cache", "DDPM_CACHE": f"{SCRATCH}/ddpm"}
     return {**folders, GRACE_VARIABLE: str(grace_seconds)}
 
 
 def docker_options(user: int, group: int, stop_seconds: int) -> list[str]:
-    """Of `docker run`: nothing to write but scratch and /tmp, no rights, and so long from SIGTERM to SIGKILL."""
+    """Returns options of `docker run`: no rights, only scratch and /tmp to write, and the time until SIGKILL."""
     return [
         f"--stop-timeout={stop_seconds}",
         "--read-only",

@@ -1,8 +1,8 @@
-"""What jobs on Compute Engine and on Batch have in common: the APIs, their errors, the container, logs, the doctor.
+"""The common part of jobs on Compute Engine and on Batch: targets, APIs and their errors, logs, the doctor.
 
-APIs are asked in JSON. Endpoints are those of the services, or what gcloud's own variables say, such as a private one:
-`CLOUDSDK_API_ENDPOINT_OVERRIDES_COMPUTE`, `…_BATCH`, `…_LOGGING`, `…_IAM`. One in plain http is a server on a
-developer's machine: no credentials go there.
+Requests to the APIs are JSON. Endpoints are those of the services, or those in gcloud's own variables, such as private
+ones: `CLOUDSDK_API_ENDPOINT_OVERRIDES_COMPUTE`, `…_BATCH`, `…_LOGGING`, `…_IAM`. One in plain http is a server on a
+developer's machine, which gets no credentials.
 """
 
 from __future__ import annotations
@@ -19,47 +19,103 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import cache
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 from urllib.parse import urlsplit
 
+from pydantic import Field
+
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
+from job.jobs import prices
 from job.jobs.backends.base import Backend, Check, JsonObject, NoCapacityError
 from job.jobs.backends.confinement import IMAGE_USER, docker_options, scratch_variables
 from job.jobs.backends.machines import Machine, machine_for
+from job.jobs.backends.target import LabelValue, Target, Terms, Word
+from job.jobs.prices import Hourly
 from job.jobs.spec import JobSpec
-from job.jobs.targets import GoogleTarget, Target
 
 API_RETRY_PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)
-"""Between attempts, while an API does not answer or says that it is too busy."""
+"""Between attempts, while an API does not answer or is too busy."""
 API_TIMEOUT_SECONDS = 30.0
 HURRIED_TIMEOUT_SECONDS = 4.0
 LOG_PAGE_ENTRIES = 1000
 ENDPOINT_VARIABLE = "CLOUDSDK_API_ENDPOINT_OVERRIDES_"
 LOGIN = "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to a key file"
 CLOUD_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
-"""Of tokens, here and on machines: what an account may do is decided by its roles alone."""
+"""The scope of tokens, here and on machines: only its roles decide what an account may do."""
 QUOTA_PAGE = "https://console.cloud.google.com/iam-admin/quotas?project={project}"
-"""Where somebody asks for more."""
 _PATHS = {"compute": "compute/v1", "batch": "v1", "logging": "v2", "iam": "v1"}
 _LONGEST_REASON = 400
 CONTAINER_GRACE_SECONDS = 25
 """From SIGTERM to SIGKILL: Compute Engine gives a spot machine 30 s in all."""
-CONTAINER_OPTIONS = [
-    "--ipc=host",
-    *docker_options(IMAGE_USER, IMAGE_USER, CONTAINER_GRACE_SECONDS),
-    "--ulimit=memlock=-1",
-]
-"""Of `docker run`, on both."""
+_CONFINED = docker_options(IMAGE_USER, IMAGE_USER, CONTAINER_GRACE_SECONDS)
+CONTAINER_OPTIONS = ["--ipc=host", *_CONFINED, "--ulimit=memlock=-1"]
+"""Of `docker run`, on both engines."""
 
 LOG_POLL_SECONDS = 5.0
 """Cloud Logging answers sixty requests a minute and project."""
 LOG_SETTLE_SECONDS = 15.0
-"""So long after its end a job's last lines may still be on their way."""
+"""The time after a job's end in which its last lines may still arrive."""
 LOG_OVERLAP = timedelta(seconds=30)
-"""Entries of several machines do not arrive in the order of their times."""
+"""Requested again, because entries of several machines do not arrive in the order of their times."""
 CHANGE_POLL_SECONDS = 1.0
 CHANGE_SECONDS = 600.0
-"""How long making or deleting machines may take: a job saves first, and a shutdown alone takes up to two minutes."""
+"""The limit of making or deleting machines: a job saves first, and a shutdown alone takes up to two minutes."""
+
+
+class GoogleTarget(Target):
+    """The common keys of targets on Google Cloud."""
+
+    limit: ClassVar[tuple[str, int] | tuple[str, int, str]]
+    """The fields of `Terms` about the limit."""
+    project: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{4,28}[a-z0-9]$")]
+    service_account: Word = ""
+    """The e-mail address of the account that the job runs as."""
+    network: Word = ""
+    subnetwork: Word = ""
+    machine_type: LabelValue = "g2-standard-8"
+    gpu_type: LabelValue = "nvidia-l4"
+    boot_disk_gigabytes: int = Field(100, ge=30, le=2000)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Returns the zones or regions where a job may run, which are tried in this order."""
+        raise NotImplementedError
+
+    @property
+    def all_regions(self) -> tuple[str, ...]:
+        """Returns the regions of the places."""
+        return tuple(dict.fromkeys(re.sub(r"-[a-z]$", "", place) for place in self.places))
+
+    def terms(self, spec: JobSpec) -> Terms:
+        """See `Target.terms`."""
+        return Terms(self.machine_type, (f"project {self.project}", ", then ".join(self.places)), *self.limit)
+
+    def list_price(self, spec: JobSpec) -> Hourly | None:
+        """See `Target.list_price`: the price in the dearest region, with disk and address."""
+        table, gigabytes = prices.load_prices(), self.boot_disk_gigabytes
+        machine = table.machines.get(self.machine_type, {})
+        disk = table.disks.get(Machine(self.machine_type).disk_type, {})
+        address = 0.0 if self.network else table.address
+        dollars = {
+            region: machine[region] + gigabytes * disk.get(region, 0.0) / prices.HOURS_OF_MONTH + address
+            for region in self.all_regions
+            if region in machine
+        }
+        if not dollars:
+            return None
+        dearest = max(dollars, key=dollars.__getitem__)
+        beside = f" and a disk of {gigabytes} GB" * (dearest in disk) + " and an address" * bool(address)
+        without = "traffic" if dearest in disk else "disk and traffic"
+        what = f"with {self.machine_type}{beside} in {dearest}, without {without}"
+        return table.hourly(dollars[dearest], what, tuple(one for one in self.all_regions if one not in dollars))
+
+    def network_in(self, region: str) -> dict[str, str]:
+        """Returns `network` and `subnetwork` of a machine's interface, as paths, if the target names them."""
+        found = {}
+        for key, folder in (("network", "global/networks"), ("subnetwork", f"regions/{region}/subnetworks")):
+            if name := getattr(self, key):
+                found[key] = name if "/" in name else f"projects/{self.project}/{folder}/{name}"
+        return found
 
 
 class GoogleNotFoundError(MissingInputError):
@@ -67,29 +123,19 @@ class GoogleNotFoundError(MissingInputError):
 
 
 _Refusal = tuple[type[JobError], str, str]
-"""What an answer means: the error, and in it what is wrong and what to do."""
+"""The meaning of an answer: the error, the problem and the remedy."""
 _AWAY: _Refusal = (BucketAwayError, "Google's API is away or too busy", "check the network, or try again later")
 _STATUSES: dict[int, _Refusal] = {
-    401: (NoPermissionError, "Google does not know who asks", LOGIN),
+    401: (NoPermissionError, "Google does not accept the credentials", LOGIN),
     403: (NoPermissionError, "no permission", "have an owner of the project grant a role that has it"),
-    404: (GoogleNotFoundError, "it is not there", "check its name, and project and place in the target"),
+    404: (GoogleNotFoundError, "not found", "check its name, and project and place in the target"),
     408: _AWAY,
     429: _AWAY,
 }
 _OTHER_STATUS: _Refusal = (BadRequestError, "Google refused it", "change what it names")
-_SHORTAGES: dict[str, _Refusal] = {
-    r"RESOURCE_POOL_EXHAUSTED|does not have enough resources|STOCKOUT|resource_availability": (
-        NoCapacityError,
-        "there is no such machine now",
-        "try another zone or region, later, or --on-demand",
-    ),
-    r"QUOTA_?EXCEEDED|Quota '[A-Z0-9_-]+' exceeded": (
-        BadRequestError,
-        "the project's quota does not allow it",
-        f"ask for more at {QUOTA_PAGE}; spot has its own",
-    ),
-}
-"""By what Compute Engine says, whatever its status; Batch passes the same words on."""
+_OUT_OF_STOCK = r"(?i)RESOURCE_POOL_EXHAUSTED|does not have enough resources|STOCKOUT|resource_availability"
+_BEYOND_QUOTA = r"(?i)QUOTA_?EXCEEDED|Quota '[A-Z0-9_-]+' exceeded"
+"""The words of Compute Engine, whatever its status; Batch passes the same words on."""
 
 
 @cache
@@ -98,31 +144,39 @@ def _authorized_session() -> Any:
     from google.auth.transport.requests import AuthorizedSession
 
     with warnings.catch_warnings():
-        # It is about quotas of users without a project; ours is named in each request.
+        # The warning is about quotas of users without a project, and each request here names one.
         warnings.simplefilter("ignore")
         return AuthorizedSession(google.auth.default(scopes=[CLOUD_SCOPE])[0])
 
 
 def refusal(status: int | None, reason: str, what: str, project: str) -> JobError:
-    """What an API or an operation of it says, as an error that a person can act on; without a status for no answer.
+    """Returns the refusal of an API or an operation as an error that a person can act on; no answer has no status.
 
     `GoogleNotFoundError` for 404, `NoPermissionError` for 401 and 403, `NoCapacityError` for a machine out of stock,
     `BadRequestError` for a quota and every other refusal, and `BucketAwayError` for no answer, 408, 429 and 5xx.
     """
     is_refused = 400 <= (status or 0) < 500 and "rateLimitExceeded" not in reason
     by_status = _STATUSES.get(status or 0, _OTHER_STATUS) if is_refused else _AWAY
-    error, said, remedy = shortage(reason) or by_status
+    error, problem, remedy = shortage(reason) or by_status
     reason = textwrap.shorten(reason, _LONGEST_REASON, placeholder=" …")
-    return error(f"{what}: {said} ({reason}): {remedy.format(project=project)}")
+    return error(f"{what}: {problem} ({reason}): {remedy.format(project=project)}")
 
 
 def shortage(text: str) -> _Refusal | None:
-    """What a machine that cannot be had is for want of; None if the text says nothing of the kind."""
-    return next((found for pattern, found in _SHORTAGES.items() if re.search(pattern, text, re.IGNORECASE)), None)
+    """Returns the meaning of a text about a machine that is not available; None for any other text."""
+    if re.search(_OUT_OF_STOCK, text):
+        return NoCapacityError, "such machines are out of stock", "try another zone or region, later, or --on-demand"
+    if re.search(_BEYOND_QUOTA, text):
+        return (
+            BadRequestError,
+            "the project's quota does not allow it",
+            f"request more at {QUOTA_PAGE}; spot has its own",
+        )
+    return None
 
 
 def _refusal_text(answer: Any) -> str:
-    """What a refusal says (cloud.google.com/apis/design/errors, and Compute Engine's words with it)."""
+    """Returns the text of a refusal (cloud.google.com/apis/design/errors, and Compute Engine's reasons with it)."""
     try:
         error = answer.json()["error"]
         words = [str(error["message"]), *(str(item.get("reason", "")) for item in error.get("errors", ()))]
@@ -132,13 +186,14 @@ def _refusal_text(answer: Any) -> str:
 
 
 class GoogleBackend(Backend):
-    """A backend of one zone or region, its `place`: there it submits; all else looks into all of the target's."""
+    """A backend of one zone or region, its `place`, to which it submits; everything else covers all of the target's."""
 
+    extra = "google"
     engine: ClassVar[str]
-    """As Google calls it."""
+    """Google's name for it."""
     target: GoogleTarget
     is_hurried = False
-    """Whether each request is tried once, and not for long: somebody waits for the answers."""
+    """Whether each request is tried once, and briefly, because a person waits."""
 
     def __init__(self, target: Target, first: int = 0) -> None:
         """`first` is the number of its place among those of the target."""
@@ -147,10 +202,10 @@ class GoogleBackend(Backend):
         self.place, *self._others = self._places[first:]
 
     def ask(self, request: str, body: JsonObject | None = None, **query: str) -> JsonObject:
-        """What an API answers; it is asked again while it is away or too busy.
+        """Returns the answer of an API; repeats the request while the API is away or too busy.
 
         Args:
-            request: method, API and path, such as `GET compute/projects/p`; it has to bear repetition.
+            request: method, API and path, such as `GET compute/projects/p`; it must bear repetition.
             body: of the request.
             query: parameters in the URL.
 
@@ -164,7 +219,7 @@ class GoogleBackend(Backend):
         return self._ask_once(request, body, query)
 
     def create(self, request: str, body: JsonObject, **query: str) -> JsonObject:
-        """As `ask`; a repetition whose first answer was lost does not find its own thing in its way."""
+        """As `ask`; a repetition whose first answer was lost does not collide with its own object."""
         return self.ask(request, body, **query, requestId=str(uuid.uuid4()))
 
     def pages(self, request: str, body: JsonObject | None = None, **query: str) -> Iterator[JsonObject]:
@@ -178,10 +233,10 @@ class GoogleBackend(Backend):
             token = {"pageToken": page["nextPageToken"]}
 
     def log_entries(self, filter_: str, since: datetime) -> Iterator[JsonObject]:
-        """The entries of logs that match `filter_` from `since` on, in the order of their times."""
+        """Yields the entries of logs that match `filter_` from `since` on, in the order of their times."""
         asked = {
             "resourceNames": [f"projects/{self.target.project}"],
-            # Without a time the API gives the last day alone.
+            # Without a time the API returns the last day alone.
             "filter": f'({filter_}) AND timestamp>="{since.isoformat()}"',
             "orderBy": "timestamp asc",
             "pageSize": LOG_PAGE_ENTRIES,
@@ -207,8 +262,7 @@ class GoogleBackend(Backend):
         except (requests.RequestException, TransportError) as error:
             raise refusal(None, str(error), request, self.target.project) from error
         except GoogleAuthError as error:
-            said = f"{request}: no usable Google credentials ({error})"
-            raise NoPermissionError(f"{said}: {LOGIN}") from error
+            raise NoPermissionError(f"{request}: no usable Google credentials ({error}): {LOGIN}") from error
         raise refusal(answer.status_code, _refusal_text(answer), request, self.target.project)
 
     def elsewhere(self) -> Self | None:
@@ -216,15 +270,15 @@ class GoogleBackend(Backend):
         return type(self)(self.target, -len(self._others)) if self._others else None
 
     def render(self, spec: JobSpec) -> list[JsonObject]:
-        """See `Backend.render`: the bodies of the requests that make the job in the place of this backend."""
-        target = self.target
+        """Returns the bodies of the requests that make the job in the place of this backend."""
         if not spec.image or spec.image.startswith("localhost/"):
-            how = "set image in the target to one that machines can pull (`make push-image`)"
-            raise BadRequestError(f"image {spec.image!r}: {how}")
+            raise BadRequestError(
+                f"image {spec.image!r}: set the target's image to one in a registry (`make push-image`)"
+            )
         for word in (*spec.argv, *spec.env.values()):
             if "\n" in word:
                 raise BadRequestError(f"{word!r} has a line break, which no word or variable of a job may have")
-        machine = machine_for(target.machine_type, spec.gpu_type or target.gpu_type, spec.gpus)
+        machine = machine_for(self.target.machine_type, spec.gpu_type or self.target.gpu_type, spec.gpus)
         return self.requests_for(spec, machine)
 
     @abc.abstractmethod
@@ -232,30 +286,16 @@ class GoogleBackend(Backend):
         """See `render`, for a job that both engines could run."""
 
     @abc.abstractmethod
-    def find(self, name: str) -> list[JsonObject]:
-        """What the engine holds of a job, in any place of the target; empty if it does not know it."""
-
-    def known(self, name: str) -> list[JsonObject]:
-        """As `find`.
-
-        Raises:
-            MissingInputError: it is empty.
-        """
-        if found := self.find(name):
-            return found
-        raise self.unknown(name)
-
-    @abc.abstractmethod
     def log_of(self, name: str) -> tuple[str, datetime, bool]:
-        """What finds a job's entries in Cloud Logging, since when there are any, and whether slices wrote them.
+        """Returns the filter of a job's entries in Cloud Logging, their earliest time, and whether slices wrote them.
 
         Raises:
-            MissingInputError: there is no such job, or its output is gone.
+            MissingInputError: the engine does not know the job, or its output is gone.
         """
 
     @abc.abstractmethod
     def slice_of(self, entry: JsonObject) -> str:
-        """The number of the slice that wrote this."""
+        """Returns the number of the slice that wrote an entry."""
 
     def logs(self, name: str, follow: bool) -> Iterator[str]:
         """See `Backend.logs`: each entry once, in the order in which they arrive."""
@@ -265,7 +305,7 @@ class GoogleBackend(Backend):
         while True:
             if follow and over_at == math.inf and self.status(name).state.is_over:
                 over_at = time.monotonic()
-            # Decided before the entries are asked for: what was written before the end is among them.
+            # Determined before the request, so that it has all entries until the end.
             is_last = not follow or time.monotonic() - over_at >= LOG_SETTLE_SECONDS
             for entry in self.log_entries(filter_, max(since, newest - LOG_OVERLAP)):
                 if entry["insertId"] not in seen:
@@ -278,7 +318,7 @@ class GoogleBackend(Backend):
             time.sleep(LOG_POLL_SECONDS)
 
     def patience(self, what: str) -> Iterator[None]:
-        """Comes round while an engine changes something; whoever has seen it done leaves the loop.
+        """Yields at intervals while an engine changes something; the caller leaves the loop when it is done.
 
         Raises:
             BucketAwayError: it takes too long.
@@ -293,7 +333,7 @@ class GoogleBackend(Backend):
         """See `Backend.checks`: the API, the machine type, quotas of its GPUs, the account, the image."""
         target = self.target
         self.is_hurried = True
-        yield (engine := Check.of(self.engine, self._engine_answers))
+        yield (engine := Check.of(self.engine, self._look_at_engine))
         if not engine.passed:
             return
         if target.gpus:
@@ -303,10 +343,10 @@ class GoogleBackend(Backend):
             # A project has a quota over all regions besides that of each: 0 in a new one.
             yield Check.of("GPU quota, everywhere", lambda: self._quota("GPUS_ALL_REGIONS", [""]))
         if target.service_account:
-            yield Check.unless_hidden("service account", self._account_is_there)
+            yield Check.unless_hidden("service account", self._look_for_account)
         yield Check.of_image(target.image)
 
-    def _engine_answers(self) -> str:
+    def _look_at_engine(self) -> str:
         jobs, _ = self.jobs(), self._machine()
         return f"project {self.target.project} answers; {len(jobs):,} jobs"
 
@@ -314,43 +354,33 @@ class GoogleBackend(Backend):
         return machine_for(self.target.machine_type, self.target.gpu_type, self.target.gpus)
 
     def _quota(self, metric: str, places: Sequence[str]) -> str:
-        """Whether one of the places, regions or all of them, has the GPUs of a job left."""
-        gpus, fits, said = self.target.gpus, False, []
+        """Returns what is left of a quota, which one of the places, regions or all of them, must have for a job."""
+        free = {}
         for place in places:
             quotas = self.ask(f"GET compute/projects/{self.target.project}{place}").get("quotas", ())
-            found = next((quota for quota in quotas if quota.get("metric") == metric), None)
-            if found is None:
-                # Some GPUs have a quota that this API does not tell.
-                return f"{metric}: not known before a job asks"
-            free = found["limit"] - found.get("usage", 0)
-            fits = fits or free >= gpus
-            said.append(f"{place.removeprefix('/regions/')} {free:g} of {found['limit']:g} free".strip())
-        message = f"{metric}: {', '.join(said)}; a job takes {gpus}"
-        if not fits:
-            raise BadRequestError(f"{message}: ask for more at {QUOTA_PAGE.format(project=self.target.project)}")
+            quota = next((quota for quota in quotas if quota.get("metric") == metric), None)
+            if quota is None:
+                # This API hides the quota of some GPUs.
+                return f"{metric}: not known before a job requests it"
+            left = quota["limit"] - quota.get("usage", 0)
+            free[f"{place.removeprefix('/regions/')} {left:g} of {quota['limit']:g} free".strip()] = left
+        message = f"{metric}: {', '.join(free)}; a job takes {self.target.gpus}"
+        if max(free.values()) < self.target.gpus:
+            raise BadRequestError(f"{message}: request more at {QUOTA_PAGE.format(project=self.target.project)}")
         return message
 
-    def _account_is_there(self) -> str:
+    def _look_for_account(self) -> str:
         account = self.ask(f"GET iam/projects/-/serviceAccounts/{self.target.service_account}")
         return f"{account['email']} is there"
 
 
-def network_of(target: GoogleTarget, region: str) -> dict[str, str]:
-    """`network` and `subnetwork` of a machine's interface, as paths, where the target names them."""
-    found = {}
-    for key, folder in (("network", "global/networks"), ("subnetwork", f"regions/{region}/subnetworks")):
-        if name := getattr(target, key):
-            found[key] = name if "/" in name else f"projects/{target.project}/{folder}/{name}"
-    return found
-
-
 def container_variables(spec: JobSpec) -> dict[str, str]:
-    """The variables of the container, in the order of their names."""
+    """Returns the variables of the container, in the order of their names."""
     return dict(sorted({**scratch_variables(CONTAINER_GRACE_SECONDS), **spec.env}.items()))
 
 
 def quota_metric(gpu_type: str, spot: bool) -> str:
-    """The name under which Compute Engine counts these GPUs: `PREEMPTIBLE_NVIDIA_L4_GPUS`."""
+    """Returns the name of Compute Engine's quota for these GPUs: `PREEMPTIBLE_NVIDIA_L4_GPUS`."""
     kind = gpu_type.removeprefix("nvidia-").removeprefix("tesla-").upper().replace("-", "_")
     # The first H100s are counted without the size of their memory, and A100s of 40 GB as well.
     kind = {"H100_80GB": "H100"}.get(kind, kind)

@@ -1,4 +1,4 @@
-"""Jobs on a Kubernetes cluster: what `kubernetes_manifests` renders, sent by the official client."""
+"""Jobs on a Kubernetes cluster: `kubernetes_manifests` renders them, and the official client sends them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from contextlib import suppress
 from datetime import datetime
 from itertools import dropwhile
 
-from job.exits import BadRequestError, BucketAwayError, MissingInputError, NoPermissionError
+from job.exits import BadRequestError, BucketAwayError, MissingInputError, NoPermissionError, State
 from job.jobs.backends import kubernetes_api, kubernetes_status
-from job.jobs.backends.base import Backend, Cause, Check, JobStatus, JsonObject, State
+from job.jobs.backends.base import Backend, Cause, Check, JobStatus, JsonObject
 from job.jobs.backends.kubernetes_manifests import QUEUE_LABEL, manifest
+from job.jobs.backends.kubernetes_target import KubernetesTarget
+from job.jobs.backends.target import Target
 from job.jobs.spec import LABEL_PREFIX, JobSpec
-from job.jobs.targets import KubernetesTarget, Target
 
 GONE_MARGIN_SECONDS = 45.0
-"""How long a job that is deleted may take to go, beyond the grace period of its pods."""
+"""The time that a deleted job may take to go, beyond the grace period of its pods."""
 GONE_POLL_SECONDS = 0.5
 PODS_POLL_SECONDS = 1.0
-"""How often a job that is followed is asked for new lines."""
+"""Between two requests for new lines of a job that is followed."""
 LOG_OVERLAP_SECONDS = 60
-"""What was printed so long ago may not have been read yet."""
+"""Requested again, because older lines may arrive late."""
 JOB_SET_LABEL = "jobset.sigs.k8s.io/jobset-name"
 """On the Jobs that a JobSet makes."""
 _RELEASE = "https://github.com/kubernetes-sigs/{}/releases/latest/download/manifests.yaml"
@@ -31,51 +32,57 @@ _CHECKED_RIGHTS = (
     ("list", "", "pods"),
     ("get", "", "pods", "log"),
 )
+_Found = list[tuple[kubernetes_api.Kind, JsonObject]]
 
 
 class KubernetesBackend(Backend):
-    """One namespace of a cluster. Jobs of one machine are Jobs, those of several JobSets; both have one name space."""
+    """One namespace of a cluster. A job of one machine is a Job, one of several nodes a JobSet; a name is one job."""
 
+    extra = "kubernetes"
     keeps_ended = True
     target: KubernetesTarget
 
     def __init__(self, target: Target) -> None:
-        """Connects to nothing yet."""
+        """Sends no request yet."""
         super().__init__(target)
         self._api = kubernetes_api.ClusterApi(self.target)
+        self._where = f"in namespace {self.target.namespace!r}"
 
     def render(self, spec: JobSpec) -> list[JsonObject]:
-        """A Job, or a JobSet for several nodes; `kubectl apply -f` takes it as well."""
+        """Returns a Job, or a JobSet for several nodes, which `kubectl apply -f` takes as well."""
         return [manifest(spec, self.target)]
 
     def submit(self, spec: JobSpec) -> None:
-        """Sends it; a job of that name that is over makes room."""
+        """See `Backend.submit`; a job of that name that is over makes room."""
         (made,) = self.render(spec)
         kind = kubernetes_api.KINDS[made["kind"]]
         if spec.nodes > 1 and not self._api.knows(kind):
-            install = _INSTALL.format("jobset")
-            raise MissingInputError(f"{self._api.host} knows no JobSets, which --nodes {spec.nodes} needs: {install}")
+            raise MissingInputError(f"--nodes {spec.nodes} needs JobSets in the cluster: {_INSTALL.format('jobset')}")
         with suppress(NoPermissionError):
-            # Who may submit jobs need not be allowed to see queues.
+            # Credentials for jobs need not read queues.
             self._look_for_queue()
-        where = f"in namespace {self.target.namespace!r}"
-        for there, old in self._all_named(spec.name):
-            if not self._observed(old, self._pods_of(spec.name)).state.is_over:
-                raise self.runs_already(spec.name, where)
+        for there, old in self.find(spec.name):
+            if not self._observed(old, self._api.pods(f"ddpm-job={spec.name}")).state.is_over:
+                raise self.runs_already(spec.name, self._where)
             self._api.delete(there, spec.name, old["metadata"]["uid"])
             self._wait_until_gone(there, spec.name)
         try:
             self._api.create(kind, made)
         except kubernetes_api.ObjectConflictError:
-            # Somebody was faster, or the first answer of several was lost.
-            raise self.runs_already(spec.name, where) from None
+            # Another person was faster, or the first answer of several was lost.
+            raise self.runs_already(spec.name, self._where) from None
+
+    def find(self, name: str) -> _Found:
+        """Returns the objects of this name, with their kinds."""
+        found = [(kind, self._api.get(kind, name)) for kind in kubernetes_api.KINDS.values()]
+        return [(kind, job) for kind, job in found if job is not None]
 
     def status(self, name: str) -> JobStatus:
-        """How it is going; a job that was deleted, or that is over for a day, is gone."""
+        """See `Backend.status`; a job is gone when it was deleted, or a day after its end."""
         return self._look(name)[0]
 
     def jobs(self) -> list[JobStatus]:
-        """All jobs with this program's label."""
+        """Returns all jobs with this program's label."""
         selector = f"app={LABEL_PREFIX}"
         pods: dict[str, list[JsonObject]] = {}
         for pod in self._api.pods(selector):
@@ -88,19 +95,19 @@ class KubernetesBackend(Backend):
         return ("kubernetes", self._api.host, self.target.namespace, status.name)
 
     def logs(self, name: str, follow: bool) -> Iterator[str]:
-        """Lines of all its pods, also of those that replace others, with the index before each where there are several.
+        """Yields the lines of all its pods, also of replaced ones, with the index before each if there are several.
 
         Raises:
-            MissingInputError: there is no output, or its image cannot be pulled, so that nothing will come.
+            MissingInputError: it has no output, or its image cannot be pulled, so that none will come.
         """
-        spec = self._named(name)[0][1]["spec"]
+        spec = self.known(name)[0][1]["spec"]
         for part in spec.get("replicatedJobs", []):
             spec = part["template"]["spec"]
         # By pod, the time of the last line that was read.
         last: dict[str, str] = {}
         while True:
             status, pods = self._look(name)
-            # The pods of one that is cancelled still save.
+            # The pods of a cancelled job still save.
             is_last = not follow or (status.state.is_over and all(map(kubernetes_status.has_ended, pods)))
             for pod in pods:
                 uid = pod["metadata"]["uid"]
@@ -117,13 +124,13 @@ class KubernetesBackend(Backend):
             time.sleep(PODS_POLL_SECONDS)
 
     def _new_lines(self, pod: JsonObject, last: str) -> Iterator[str]:
-        """What a pod printed after the time `last`; its whole output if that is empty."""
+        """Yields a pod's lines after the time `last`, or all if that is empty."""
         since = {}
         if last:
-            # Whoever reads may have paused for long.
+            # The reader may have paused for long.
             age_seconds = time.time() - datetime.fromisoformat(last).timestamp()
             since = {"since_seconds": max(int(age_seconds), 0) + LOG_OVERLAP_SECONDS}
-        # One has not begun, or its output is gone with its node; that of the others is not.
+        # One pod has not begun, or its output is gone with its node; the others' is not.
         with suppress(kubernetes_api.NoSuchObjectError, BadRequestError, BucketAwayError):
             # A time may have lost the zeros at its end.
             lines = self._api.log(pod["metadata"]["name"], **since)
@@ -132,52 +139,38 @@ class KubernetesBackend(Backend):
 
     def cancel(self, name: str) -> str:
         """Deletes it: its pods get SIGTERM and their grace period, in which they save."""
-        status, _ = self._look(name)
-        found = self._named(name)
+        status, found = self.status(name), self.known(name)
         for kind, there in found:
             self._api.delete(kind, name, there["metadata"]["uid"])
-        return status.message if kubernetes_status.is_being_deleted(found[0][1]) else status.state.when_cancelled
+        if kubernetes_status.is_being_deleted(found[0][1]):
+            return status.message
+        return self.effect_of_cancelling(status.state)
 
     def checks(self) -> Iterator[Check]:
-        """Rights, account, queue and image; the rest is left out where the cluster does not answer."""
+        """See `Backend.checks`: rights, account, queue and image, or the cluster alone if it does not answer."""
         self._api.is_hurried = True
         yield (cluster := Check.of("cluster", self._look_at_rights))
-        if not cluster.passed:
-            return
-        yield Check.unless_hidden("service account", self._look_for_account)
-        yield Check.unless_hidden("queue", self._look_for_queue)
-        yield Check.of_image(self.target.image)
-
-    def _all_named(self, name: str) -> list[tuple[kubernetes_api.Kind, JsonObject]]:
-        found = [(kind, self._api.get(kind, name)) for kind in kubernetes_api.KINDS.values()]
-        return [(kind, job) for kind, job in found if job is not None]
-
-    def _named(self, name: str) -> list[tuple[kubernetes_api.Kind, JsonObject]]:
-        """See `_all_named`; there is one at least."""
-        if found := self._all_named(name):
-            return found
-        raise self.unknown(name)
+        if cluster.passed:
+            yield Check.unless_hidden("service account", self._look_for_account)
+            yield Check.unless_hidden("queue", self._look_for_queue)
+            yield Check.of_image(self.target.image)
 
     def _look(self, name: str) -> tuple[JobStatus, list[JsonObject]]:
-        """How a job is going, and its pods."""
-        found = self._all_named(name)
-        if not found:
-            return JobStatus(name, State.GONE, f"there is no job {name!r} in namespace {self.target.namespace!r}"), []
-        pods = self._pods_of(name)
+        """Returns the status of a job, and its pods."""
+        if not (found := self.find(name)):
+            return JobStatus(name, State.GONE, f"no job {name!r} {self._where}"), []
+        pods = self._api.pods(f"ddpm-job={name}")
         return self._observed(found[0][1], pods), pods
 
-    def _pods_of(self, name: str) -> list[JsonObject]:
-        return self._api.pods(f"ddpm-job={name}")
-
     def _observed(self, job: JsonObject, pods: list[JsonObject]) -> JobStatus:
-        """How a job is going, with what others say about it where it does not say that itself."""
+        """Returns the status of a job, from other objects as well if its own does not show enough."""
         name, uid = job["metadata"]["name"], job["metadata"]["uid"]
         events, others, cluster_queue = [], [], None
         if kubernetes_status.is_over(job):
             if job.get("kind") == "JobSet":
                 others = self._api.all_with(kubernetes_api.KINDS["Job"], f"{JOB_SET_LABEL}={name}")
         elif not pods or kubernetes_status.is_suspended(job):
-            # A quota or a missing service account keeps the controller from making pods, and only events say so.
+            # A quota or a missing service account keeps the controller from making pods, and only events show it.
             events = [event for event in self._api.events(name) if event["involvedObject"].get("uid") == uid]
             of_job = f"{kubernetes_api.JOB_UID_LABEL}={uid}"
             others = next(filter(None, (self._api.all_with(kind, of_job) for kind in kubernetes_api.WORKLOADS)), [])
@@ -189,33 +182,31 @@ class KubernetesBackend(Backend):
         until = time.monotonic() + self.target.grace_seconds + GONE_MARGIN_SECONDS
         while self._api.get(kind, name) is not None:
             if time.monotonic() > until:
-                look = f"`kubectl -n {self.target.namespace} get pods -l ddpm-job={name}`"
-                raise BadRequestError(f"the old job {name!r} is being deleted, and its pods do not end: see {look}")
+                raise BadRequestError(f"the pods of the old job {name!r} {self._where} do not end: delete them")
             time.sleep(GONE_POLL_SECONDS)
 
     def _look_for_queue(self) -> str:
-        """Says that the target's queue is there: one that is not would never let a job go."""
-        queue = self.target.queue
-        if not queue:
+        """Returns that the target's queue exists: a missing one would hold a job for ever."""
+        if not (queue := self.target.queue):
             return "none is set"
         if any(self._api.get(kind, queue) for kind in kubernetes_api.LOCAL_QUEUES):
             return f"{queue} is there"
-        missing = f"there is no LocalQueue {queue!r} in namespace {self.target.namespace!r}"
-        raise MissingInputError(f"{missing}: create it, once Kueue is installed ({_INSTALL.format('kueue')})")
+        raise MissingInputError(
+            f"no LocalQueue {queue!r} {self._where}: create it in Kueue ({_INSTALL.format('kueue')})"
+        )
 
     def _look_at_rights(self) -> str:
-        where = f"in namespace {self.target.namespace!r}"
         for verb, group, *resource in _CHECKED_RIGHTS:
             if not self._api.may(verb, group, *resource):
-                what = f"{verb} {'/'.join(resource)} {where} of {self._api.host}"
-                raise NoPermissionError(f"these credentials may not {what}: ask for the role `edit` there")
-        return f"{self._api.host} lets you create, follow and delete jobs {where}"
+                what = f"{verb} {'/'.join(resource)} {self._where}"
+                raise NoPermissionError(f"{self._api.host}: you may not {what}: ask for the role `edit` there")
+        return f"{self._api.host} lets you create, follow and delete jobs {self._where}"
 
     def _look_for_account(self) -> str:
-        name, namespace = self.target.service_account, self.target.namespace
+        name = self.target.service_account
         try:
             self._api.read("read_namespaced_service_account", name)
         except kubernetes_api.NoSuchObjectError:
-            make = f"`kubectl -n {namespace} create serviceaccount {name}`"
-            raise MissingInputError(f"no service account {name!r} in namespace {namespace!r}: {make}") from None
+            make = f"`kubectl -n {self.target.namespace} create serviceaccount {name}`"
+            raise MissingInputError(f"no service account {name!r} {self._where}: {make}") from None
         return f"{name} is there"

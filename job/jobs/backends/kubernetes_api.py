@@ -1,27 +1,27 @@
-"""What is asked of a cluster's API: as whom, few calls, JSON in and out, bounded retries while it is busy or away.
+"""The requests to a cluster's API: its credentials, JSON in and out, bounded retries while it is busy or away.
 
-Jobs go through the client's CustomObjectsApi, which sends a manifest as it is and answers with JSON, whatever version
-the client has; its typed models would drop what they do not know. The kubeconfig is read as kubectl reads it.
+Jobs go through the client's CustomObjectsApi, which sends a manifest unchanged and answers with JSON, in every version
+of the client; its typed models would drop unknown fields. The kubeconfig is read as kubectl reads it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
 from job.exits import BadConfigError, BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
 from job.jobs.backends.base import JsonObject
 from job.jobs.backends.kubernetes_manifests import CONTAINER
-from job.jobs.targets import KubernetesTarget
+from job.jobs.backends.kubernetes_target import KubernetesTarget
 
 API_RETRIES, API_RETRY_SECONDS = 5, 0.5
-"""How often a call is repeated, and the first pause between two; each is twice the one before."""
+"""The number of retries, and the first pause between two; each is twice the one before."""
 API_CONNECT_SECONDS, API_READ_SECONDS = 5.0, 30.0
 DOCTOR_TIMEOUT_SECONDS = 3.0
-"""Of a call for which somebody waits."""
+"""The limit of a request for which a person waits."""
 _BUSY_STATUSES = (408, 429, 500, 502, 503, 504)
 _NEEDED_RIGHTS = "get, list, create and delete of jobs (--nodes: jobsets), get and list of pods, pods/log and events"
 _KUBECONFIG_HINT = "`gcloud container clusters get-credentials` writes one, and `context:` of the target is one of its"
@@ -34,112 +34,108 @@ LOCAL_QUEUES, WORKLOADS = (
     [("kueue.x-k8s.io", beta, plural) for beta in ("v1beta2", "v1beta1")] for plural in ("localqueues", "workloads")
 )
 _OPTIONAL = [KINDS["JobSet"], *WORKLOADS]
-"""Who submits plain Jobs need not be allowed to see these."""
+"""The kinds that credentials for plain Jobs need not read."""
 JOB_UID_LABEL = "kueue.x-k8s.io/job-uid"
-"""On the Workload that Kueue makes of a Job or a JobSet, and which says what the queue does about it."""
+"""On the Workload that Kueue makes of a Job or a JobSet, which has the state of the queue."""
 
 
 class NoSuchObjectError(MissingInputError):
-    """404: the object, its namespace, or its kind is not there."""
+    """404: the object, its namespace, or its kind is missing."""
 
 
 class ObjectConflictError(BadRequestError):
-    """409: there is an object of this name, or it is another one than was meant."""
+    """409: an object of this name exists, or it is another one than was meant."""
 
 
 class ClusterApi:
-    """The API of a target's cluster; the kubeconfig is read with the first call.
+    """The API of a target's cluster; the kubeconfig is read with the first request.
 
     All methods raise `BucketAwayError` when the API does not answer, `NoPermissionError`, and `BadRequestError` for
-    what it refuses otherwise.
+    other refusals.
     """
 
     is_hurried = False
-    """Whether each call is tried once, and not for long: somebody waits for the answers."""
+    """Whether each request is tried once, and briefly, because a person waits."""
 
     def __init__(self, target: KubernetesTarget) -> None:
         self.namespace, self._context = target.namespace, target.context
 
     @property
     def host(self) -> str:
-        """Its address."""
+        """Returns its address."""
         return str(self._client.configuration.host)
 
     def create(self, kind: Kind, manifest: JsonObject) -> None:
-        """Creates an object; the server refuses fields that it does not know."""
+        """Creates an object; the server refuses unknown fields."""
         self._objects("create", kind, manifest, field_validation="Strict")
 
     def get(self, kind: Kind, name: str) -> JsonObject | None:
-        """An object; None if there is none of this name, or no such kind, or an optional one that one may not see."""
-        with suppress(NoSuchObjectError), _tolerant(kind):
-            return dict(self._objects("get", kind, name))
+        """Returns an object; None if it or its kind is missing, or if it is optional and may not be read."""
+        with suppress(*_missing(kind)):
+            return self._objects("get", kind, name)
         return None
 
     def cluster_queue(self, local_queue: str) -> JsonObject | None:
         """Returns the ClusterQueue behind a LocalQueue; None if these credentials may not read both."""
-        for group, version, plural in LOCAL_QUEUES:
+        for kind in LOCAL_QUEUES:
             with suppress(NoSuchObjectError, NoPermissionError, KeyError):
-                local = self._objects("get", (group, version, plural), local_queue)
-                words = (group, version, "clusterqueues", local["spec"]["clusterQueue"])
-                return dict(self._ask("CustomObjectsApi", "get_cluster_custom_object", *words))
+                name = self._objects("get", kind, local_queue)["spec"]["clusterQueue"]
+                return self._ask("CustomObjectsApi", "get_cluster_custom_object", *kind[:2], "clusterqueues", name)
         return None
 
     def knows(self, kind: Kind) -> bool:
-        """Whether the cluster has such objects at all."""
+        """Returns whether the cluster has objects of this kind."""
         with suppress(NoSuchObjectError):
             self._objects("list", kind, limit=1)
             return True
         return False
 
     def all_with(self, kind: Kind, selector: str) -> list[JsonObject]:
-        """The objects with these labels; none if there is no such kind, or an optional one that one may not see."""
-        with suppress(NoSuchObjectError), _tolerant(kind):
+        """Returns the objects with these labels; none of a missing kind, or of an optional one that may not be read."""
+        with suppress(*_missing(kind)):
             return list(self._objects("list", kind, label_selector=selector)["items"])
         return []
 
     def delete(self, kind: Kind, name: str, uid: str) -> None:
-        """Deletes this very object, once its pods have ended, which have their grace period."""
+        """Deletes the very object with this uid, once its pods have ended, which have their grace period."""
         options = {"propagationPolicy": "Foreground", "preconditions": {"uid": uid}}
-        # Gone, or replaced by somebody else's, in the meantime.
+        # It may be gone meanwhile, or replaced by an object of another person.
         with suppress(NoSuchObjectError, ObjectConflictError):
             self._objects("delete", kind, name, body=options)
 
     def pods(self, selector: str) -> list[JsonObject]:
-        """The pods with these labels, oldest first."""
+        """Returns the pods with these labels, oldest first."""
         pods = self.read("list_namespaced_pod", label_selector=selector)["items"]
         return sorted(pods, key=lambda pod: (pod["metadata"].get("creationTimestamp", ""), pod["metadata"]["name"]))
 
     def events(self, name: str) -> list[JsonObject]:
-        """What controllers said about an object, oldest first; nothing for who may not see it."""
-        about = f"involvedObject.name={name}"
+        """Returns the events of controllers about an object, oldest first; none if they may not be read."""
         with suppress(NoPermissionError):
-            found = self.read("list_namespaced_event", field_selector=about)["items"]
+            found = self.read("list_namespaced_event", field_selector=f"involvedObject.name={name}")["items"]
             return sorted(found, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")
         return []
 
     def read(self, call: str, *names: str, **options: Any) -> JsonObject:
-        """What a method of the client's CoreV1Api reads in the namespace, such as `list_namespaced_pod`."""
-        answer = self._ask("CoreV1Api", call, *names, self.namespace, _preload_content=False, **options)
-        return dict(json.loads(answer.data))
+        """Returns the answer to a method of the client's CoreV1Api in the namespace, such as `list_namespaced_pod`."""
+        return self._ask("CoreV1Api", call, *names, self.namespace, **options)
 
     def may(self, verb: str, group: str, resource: str, part: str = "") -> bool:
-        """Whether these credentials are allowed to do it in the namespace."""
+        """Returns whether these credentials are allowed to do it in the namespace."""
         about = {"verb": verb, "group": group, "resource": resource, "subresource": part, "namespace": self.namespace}
         review = {"spec": {"resourceAttributes": about}}
-        answer = self._ask("AuthorizationV1Api", "create_self_subject_access_review", review, _preload_content=False)
-        return bool(json.loads(answer.data).get("status", {}).get("allowed"))
+        answer = self._ask("AuthorizationV1Api", "create_self_subject_access_review", review)
+        return bool(answer.get("status", {}).get("allowed"))
 
     def log(self, pod: str, **options: Any) -> list[str]:
-        """The lines of a pod's output until now, each behind its time stamp.
+        """Returns the lines of a pod's output until now, each behind its time stamp.
 
         Raises:
             NoSuchObjectError: the pod is gone.
             BadRequestError: the container has not started.
         """
-        options |= {"container": CONTAINER, "timestamps": True, "_preload_content": False}
-        answer = self._ask("CoreV1Api", "read_namespaced_pod_log", pod, self.namespace, **options)
-        lines: list[str] = answer.data.decode(errors="replace").removesuffix("\n").split("\n")
-        return lines if lines != [""] else []
+        options |= {"container": CONTAINER, "timestamps": True}
+        text = self._content("CoreV1Api", "read_namespaced_pod_log", pod, self.namespace, **options)
+        return text.decode(errors="replace").removesuffix("\n").split("\n") if text else []
 
     @cached_property
     def _client(self) -> Any:
@@ -147,73 +143,75 @@ class ClusterApi:
 
         return ApiClient(configuration(self._context, 0 if self.is_hurried else API_RETRIES))
 
-    def _objects(self, verb: str, kind: Kind, *words: Any, **options: Any) -> Any:
+    def _objects(self, verb: str, kind: Kind, *words: Any, **options: Any) -> JsonObject:
         group, version, plural = kind
         call, place = f"{verb}_namespaced_custom_object", (group, version, self.namespace, plural)
         return self._ask("CustomObjectsApi", call, *place, *words, **options)
 
-    def _ask(self, api: str, call: str, *words: Any, **options: Any) -> Any:
-        """Calls a method of the client."""
+    def _ask(self, api: str, call: str, *words: Any, **options: Any) -> JsonObject:
+        return dict(json.loads(self._content(api, call, *words, **options)))
+
+    def _content(self, api: str, call: str, *words: Any, **options: Any) -> bytes:
+        """Returns the answer to a method of the client."""
         import urllib3
         from kubernetes import client
 
         seconds = (DOCTOR_TIMEOUT_SECONDS,) * 2 if self.is_hurried else (API_CONNECT_SECONDS, API_READ_SECONDS)
+        options |= {"_request_timeout": seconds, "_preload_content": False}
         try:
-            return getattr(getattr(client, api)(self._client), call)(*words, _request_timeout=seconds, **options)
+            return bytes(getattr(getattr(client, api)(self._client), call)(*words, **options).data)
         except client.ApiException as error:
             raise self._refusal(error) from None
         except ValueError:
-            # The error's own words may hold a token.
+            # The error's text may hold a token.
             raise BadConfigError("the kubeconfig has an address, a proxy or a token that is not valid") from None
         except urllib3.exceptions.HTTPError as error:
             raise self._away(f"does not answer: {error}") from None
 
     def _refusal(self, error: Any) -> JobError:
-        said, where = _said_by(error), f"{self.host}, namespace {self.namespace!r}"
+        reason, where = _message_of(error), f"{self.host}, namespace {self.namespace!r}"
         match error.status:
             case 401:
-                return NoPermissionError(f"{where} does not take these credentials ({said}): sign in again")
-            # A webhook refuses what is asked for, and not who asks.
-            case 403 if "admission webhook" not in said:
-                return NoPermissionError(f"{where}: {said}; jobs need {_NEEDED_RIGHTS}")
+                return NoPermissionError(f"{where} does not take these credentials ({reason}): sign in again")
+            # A webhook refuses the object, and not the credentials.
+            case 403 if "admission webhook" not in reason:
+                return NoPermissionError(f"{where}: {reason}; jobs need {_NEEDED_RIGHTS}")
             case 404:
-                return NoSuchObjectError(f"{where}: {said}: `kubectl create` it, or set `namespace:` of the target")
+                return NoSuchObjectError(f"{where}: {reason}: `kubectl create` it, or set `namespace:` of the target")
             case 409:
-                return ObjectConflictError(f"{where}: {said}")
-        # Status 0 is how some versions of the client tell that TLS failed.
+                return ObjectConflictError(f"{where}: {reason}")
+        # Status 0 is how some versions of the client report that TLS failed.
         if not error.status or error.status in _BUSY_STATUSES:
-            return self._away(f"answers {error.status or 'nothing'}: {said}")
-        return BadRequestError(f"{where} refuses it ({error.status}): {said}")
+            return self._away(f"answers {error.status or 'nothing'}: {reason}")
+        return BadRequestError(f"{where} refuses it ({error.status}): {reason}")
 
     def _away(self, how: str) -> BucketAwayError:
-        ask = "is it there, and is this machine allowed to reach it?"
-        return BucketAwayError(f"the API of the cluster, {self.host}, {how}: {ask}")
+        return BucketAwayError(f"the API of the cluster, {self.host}, {how}: check its address, and the network")
 
 
-def _tolerant(kind: Kind) -> AbstractContextManager[None]:
-    return suppress(NoPermissionError) if kind in _OPTIONAL else nullcontext()
+def _missing(kind: Kind) -> tuple[type[JobError], ...]:
+    return (NoSuchObjectError, NoPermissionError) if kind in _OPTIONAL else (NoSuchObjectError,)
 
 
-def _said_by(error: Any) -> str:
-    """What an answer says, in a line: the message of a Status, where it is one."""
+def _message_of(error: Any) -> str:
+    """Returns the text of an answer in a line: the message of a Status, if it is one."""
     body = error.body.decode(errors="replace") if isinstance(error.body, bytes) else error.body
-    said = body or error.reason
+    text = body or error.reason
     with suppress(ValueError, TypeError, AttributeError):
-        said = json.loads(body).get("message") or said
-    return " ".join(str(said).split())[:400]
+        text = json.loads(body).get("message") or text
+    return " ".join(str(text).split())[:400]
 
 
 def configuration(context: str, retries: int) -> Any:
-    """A `kubernetes.client.Configuration` for a context of the kubeconfig; empty is its current one.
+    """Returns a `kubernetes.client.Configuration` for a context of the kubeconfig; empty is its current one.
 
     Raises:
-        MissingInputError: there is no kubeconfig.
+        MissingInputError: the kubeconfig is missing.
         BadConfigError: it is not valid, or has no such context.
     """
     import urllib3
     import yaml
     from kubernetes import client, config
-    from kubernetes.config.kube_config import KubeConfigLoader, KubeConfigMerger
 
     made = client.Configuration()
     # All methods: a job whose first answer was lost is found to run already.
@@ -226,11 +224,10 @@ def configuration(context: str, retries: int) -> Any:
     )
     paths = os.environ.get("KUBECONFIG") or "~/.kube/config"
     try:
-        merged = KubeConfigMerger(paths).config
-        if merged is None:
-            raise MissingInputError(f"there is no kubeconfig at {paths}: {_KUBECONFIG_HINT}")
-        KubeConfigLoader(merged, active_context=context or None, config_base_path=None).load_and_set(made)
+        config.load_kube_config(paths, context or None, made, persist_config=False)
     except (config.ConfigException, yaml.YAMLError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise BadConfigError(f"the kubeconfig {paths} cannot be used: {said}; {_KUBECONFIG_HINT}") from None
+        reason = " ".join(str(error).split())
+        if reason.endswith("No configuration found."):
+            raise MissingInputError(f"the kubeconfig {paths} is missing: {_KUBECONFIG_HINT}") from None
+        raise BadConfigError(f"the kubeconfig {paths} cannot be used: {reason}; {_KUBECONFIG_HINT}") from None
     return made

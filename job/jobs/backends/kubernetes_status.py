@@ -1,4 +1,4 @@
-"""From what Kubernetes holds about a job and its pods to how it is going, in words a person can act on. Pure."""
+"""The status of a job from the objects of Kubernetes about it and its pods, in words a person can act on. Pure."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from job.exits import Exit, meaning, retried, severity
-from job.jobs.backends.base import Cause, JobStatus, JsonObject, State
+from job.exits import Exit, Restart, State, meaning, retried
+from job.jobs.backends.base import Cause, JobStatus, JsonObject
 from job.jobs.backends.kubernetes_manifests import CONTAINER, INDEX_ANNOTATION, QUEUE_LABEL
 from job.jobs.spec import RETRIES
 
 NO_IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
-"""Why a container waits that will not start before somebody mends its image or the right to pull it."""
+"""The reasons of a container that waits until a person corrects its image or the right to pull it."""
 _OUT_OF_TIME, _QUEUE_HOURS_OVER = "DeadlineExceeded", "maximum execution time"
-"""How a Job says that its hours are over, and how Kueue does."""
-_HOURS_OVER = "its --max-hours are over, what it waited for a node included; the same command goes on"
+"""The words of a Job, and of Kueue, about hours that are over."""
+_HOURS_OVER = "its --max-hours are over, including the wait for a node; the same command goes on"
 _NEVER = "it can never run so: ask for less, or for more quota"
-_LONGEST_SAID = 200
-"""Characters of what a queue says: it lists every flavor, and what is missing stands at the end."""
+_LONGEST_REASON = 200
+"""In characters, of a queue's message: it lists every flavor, and the cause is at its end."""
 
 
 def observed_status(
@@ -28,14 +28,14 @@ def observed_status(
     others: Sequence[JsonObject] = (),
     cluster_queue: JsonObject | None = None,
 ) -> JobStatus:
-    """How a Job or a JobSet is going.
+    """Returns the status of a Job or a JobSet.
 
     Args:
-        job: the object, as the API gives it.
+        job: the object, as the API returns it.
         pods: its pods, oldest first.
-        events: what was said about it, oldest first; asked only while it has no pods, or is suspended.
-        others: of a JobSet that is over its Jobs; of one that a queue holds the queue's Workload, if it can be seen.
-        cluster_queue: the ClusterQueue of a job that a queue holds, if it can be seen.
+        events: about it, oldest first; needed only while it has no pods, or is suspended.
+        others: the Jobs of a JobSet that is over; the Workload of a job that a queue holds, if it may be read.
+        cluster_queue: the ClusterQueue of a job that a queue holds, if it may be read.
     """
     state, message, cause = _state_and_cause(job, pods, events, others)
     if state is State.WAITING and cluster_queue and _NEVER not in message:
@@ -56,96 +56,94 @@ def observed_status(
         cause=cause,
         has_machine=state is State.WAITING and bool(placed),
     )
-    gave_up = state is State.FAILED and status.retried == "bounded"
+    gave_up = state is State.FAILED and status.retried is Restart.BOUNDED
     spec = {**job.get("spec", {}), **job.get("spec", {}).get("failurePolicy", {})}
     limit = spec.get("maxRestarts", spec.get("backoffLimitPerIndex", spec.get("backoffLimit", RETRIES)))
     return replace(status, failures=limit + 1 if gave_up else _counted(job, pods))
 
 
 def is_over(job: JsonObject) -> bool:
-    """Whether it has ended for good."""
-    return _condition(job, "Complete", "Completed", "Failed") is not None
+    """Returns whether it has ended for good."""
+    return bool(_condition(job, "Complete", "Completed", "Failed"))
 
 
 def is_suspended(job: JsonObject) -> bool:
-    """Whether it waits for somebody, such as a queue, to let it begin or go on."""
-    return _condition(job, "Suspended") is not None or bool(job["spec"].get("suspend"))
+    """Returns whether it waits until a queue or a person lets it begin or go on."""
+    return bool(_condition(job, "Suspended") or job["spec"].get("suspend"))
 
 
 def is_being_deleted(job: JsonObject) -> bool:
-    """Whether it only waits for its pods to end."""
+    """Returns whether it only waits for its pods to end."""
     return bool(job["metadata"].get("deletionTimestamp"))
 
 
 def is_running(pod: JsonObject) -> bool:
-    """Whether the program runs in it."""
-    return "running" in _container_state(pod)
+    """Returns whether the program runs in it."""
+    return _container_state(pod, "running") is not None
 
 
 def has_ended(pod: JsonObject) -> bool:
-    """Whether nothing more comes from it."""
+    """Returns whether its output is complete."""
     return _end_of(pod) is not None or pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
 
 
 def index_of(pod: JsonObject) -> int:
-    """The node or slice that a pod is."""
+    """Returns the number of the node or the slice that a pod is."""
     return int(pod["metadata"].get("annotations", {}).get(INDEX_ANNOTATION) or 0)
 
 
 def _state_and_cause(
     job: JsonObject, pods: Sequence[JsonObject], events: Sequence[JsonObject], others: Sequence[JsonObject]
 ) -> tuple[State, str, Cause | None]:
-    """State, message and cause."""
+    """Returns state, message and cause."""
     if is_being_deleted(job):
         return State.CANCELLED, "is being deleted: its pods may save first", None
-    if _condition(job, "Complete", "Completed") is not None:
+    if _condition(job, "Complete", "Completed"):
         return State.FINISHED, "", None
-    if (failed := _condition(job, "Failed")) is not None:
-        # A JobSet says only that one of its Jobs failed.
-        all_failed = filter(None, (_condition(one, "Failed") for one in (job, *others)))
-        if any(one.get("reason") == _OUT_OF_TIME for one in all_failed):
+    if failed := _condition(job, "Failed"):
+        # A JobSet shows only that one of its Jobs failed.
+        if any(_condition(one, "Failed").get("reason") == _OUT_OF_TIME for one in (job, *others)):
             return State.FAILED, f"{_OUT_OF_TIME}: {_HOURS_OVER}", Cause.OUT_OF_TIME
         return State.FAILED, _why_failed(failed, pods), None
     if is_suspended(job):
         return _why_suspended(job, events, next(iter(others), {}))
     living = [pod for pod in pods if not has_ended(pod)]
-    if any(is_running(pod) for pod in living):
+    if any(map(is_running, living)):
         return State.RUNNING, _how_running(living, pods), None
     if living:
         without_image = [pod for pod in living if _waiting_reason(pod) in NO_IMAGE_REASONS]
-        cause = Cause.NO_IMAGE if without_image else None
-        return State.WAITING, _why_waiting((without_image or living[-1:])[0]), cause
+        why = _why_waiting((without_image or living[-1:])[0])
+        return State.WAITING, why, Cause.NO_IMAGE if without_image else None
     if pods:
         ended = _end_of(pods[-1])
-        how = _ending_in_words(ended) if ended else pods[-1].get("status", {}).get("reason") or "its node is gone"
+        how = _end_in_words(ended) if ended else pods[-1].get("status", {}).get("reason") or "its node is gone"
         return State.WAITING, f"the next attempt follows; the last one: {how}", None
-    if warnings := [event for event in events if event.get("type") == "Warning"]:
-        return State.WAITING, f"{warnings[-1].get('reason')}: {warnings[-1].get('message')}", None
-    return State.WAITING, "waits for a pod", None
+    warnings = [f"{event.get('reason')}: {event.get('message')}" for event in events if event.get("type") == "Warning"]
+    return State.WAITING, warnings[-1] if warnings else "waits for a pod", None
 
 
 def _why_suspended(
     job: JsonObject, events: Sequence[JsonObject], workload: JsonObject
 ) -> tuple[State, str, Cause | None]:
-    """What becomes of a job that a queue, or somebody, holds."""
+    """Returns state, message and cause of a job that a queue or a person holds."""
     queue = job["metadata"].get("labels", {}).get(QUEUE_LABEL)
     is_deactivated = workload.get("spec", {}).get("active") is False
-    eviction = _condition(workload, "Evicted") or {}
-    evicted = _ending_of(eviction.get("message"))
+    eviction = _condition(workload, "Evicted")
+    evicted = _tail_of(eviction.get("message"))
     if _queue_ended_it(events) or (is_deactivated and _QUEUE_HOURS_OVER in evicted):
         return State.FAILED, _HOURS_OVER, Cause.OUT_OF_TIME
     if is_deactivated:
-        why = f"its queue {queue!r} lets it run no more: {evicted or 'somebody deactivated it'}"
+        why = f"its queue {queue!r} lets it run no more: {evicted or 'a person deactivated it'}"
         return State.CANCELLED, f"{why}; the same command submits it again", None
-    pending = _condition(workload, "QuotaReserved", status="False") or {}
-    said = ": ".join(filter(None, (pending.get("reason"), _ending_of(pending.get("message")))))
+    pending = _condition(workload, "QuotaReserved", status="False")
+    reason = ": ".join(filter(None, (pending.get("reason"), _tail_of(pending.get("message")))))
     if pending.get("reason") == "ExceedsMaxQuota":
-        said += f"; {_NEVER}"
-    said = said or (_condition(job, "Suspended") or {}).get("message", "")
+        reason += f"; {_NEVER}"
+    reason = reason or _condition(job, "Suspended").get("message", "")
     why = f"waits in the queue {queue!r}" if queue else "is suspended"
     if eviction.get("reason") == "Preempted":
         why = f"was preempted ({evicted}), and {why} again"
-    return State.WAITING, f"{why}: {said}" if said else why, None
+    return State.WAITING, f"{why}: {reason}" if reason else why, None
 
 
 def _beyond_quota(job: JsonObject, cluster_queue: JsonObject) -> str:
@@ -169,25 +167,25 @@ def _beyond_quota(job: JsonObject, cluster_queue: JsonObject) -> str:
     return ""
 
 
-def _condition(thing: JsonObject, *types: str, status: str = "True") -> Any:
-    """The condition of one of these types that has this status; None if there is none."""
+def _condition(thing: JsonObject, *types: str, status: str = "True") -> JsonObject:
+    """Returns the condition of one of these types that has this status; empty if it is missing."""
     conditions = thing.get("status", {}).get("conditions") or []
-    return next((c for c in conditions if c.get("type") in types and c.get("status") == status), None)
+    return next((one for one in conditions if one.get("type") in types and one.get("status") == status), {})
 
 
-def _container_state(pod: JsonObject) -> Any:
-    """What Kubernetes says about the program in a pod, under `waiting`, `running` or `terminated`."""
+def _container_state(pod: JsonObject, kind: str) -> Any:
+    """Returns the state `waiting`, `running` or `terminated` of the program in a pod; None if it has another one."""
     containers = pod.get("status", {}).get("containerStatuses") or []
-    return next((c.get("state") for c in containers if c.get("name") == CONTAINER), None) or {}
+    return next((one.get("state") or {} for one in containers if one.get("name") == CONTAINER), {}).get(kind)
 
 
 def _waiting_reason(pod: JsonObject) -> str:
-    return str((_container_state(pod).get("waiting") or {}).get("reason", ""))
+    return str((_container_state(pod, "waiting") or {}).get("reason", ""))
 
 
 def _end_of(pod: JsonObject) -> Any:
-    """How the program ended (`exitCode`, `reason`, `message`, `finishedAt`); None while it has not."""
-    return _container_state(pod).get("terminated")
+    """Returns the end of the program (`exitCode`, `reason`, `message`, `finishedAt`); None before it."""
+    return _container_state(pod, "terminated")
 
 
 def _node_of(pod: JsonObject) -> str:
@@ -197,10 +195,10 @@ def _node_of(pod: JsonObject) -> str:
 def _attempts(job: JsonObject, pods: Sequence[JsonObject]) -> int:
     status = job.get("status", {})
     if job.get("kind") == "JobSet":
-        # A pod that stopped by itself is followed by another without a restart.
+        # A pod that stopped by itself is replaced without a restart.
         indexes = [index_of(pod) for pod in pods]
         return int(status.get("restarts") or 0) + max(map(indexes.count, indexes), default=0)
-    # Pods that are gone are in the counts; of those that wait for a node there may be one for each slice.
+    # The counts include pods that are gone; one pod for each slice may wait for a node.
     ended = sum(int(status.get(field) or 0) for field in ("succeeded", "failed"))
     placed = [pod for pod in pods if _node_of(pod)]
     started = max(ended + sum(not has_ended(pod) for pod in placed), len(placed))
@@ -208,42 +206,41 @@ def _attempts(job: JsonObject, pods: Sequence[JsonObject]) -> int:
 
 
 def _counted(job: JsonObject, pods: Sequence[JsonObject]) -> int:
-    """Returns how many failures of a job count: the restarts of a group, and the failures of the worst slice."""
+    """Returns the number of a job's failures that count: the restarts of a group, or those of the worst slice."""
     ends = [(index_of(pod), _end_of(pod)) for pod in pods]
-    counted = [index for index, end in ends if end is not None and retried(int(end["exitCode"])) == "bounded"]
+    counted = [index for index, end in ends if end is not None and retried(int(end["exitCode"])) is Restart.BOUNDED]
     restarts = int(job.get("status", {}).get("restartsCountTowardsMax") or 0)
     return max([restarts, *map(counted.count, counted)])
 
 
 def _queue_ended_it(events: Sequence[JsonObject]) -> bool:
-    """Whether Kueue stopped it for good, for `max-exec-time-seconds`; the Job itself only says that it is suspended.
+    """Returns whether Kueue stopped it for `max-exec-time-seconds`; the Job itself shows only that it is suspended.
 
-    See pkg/controller/jobframework/reconciler.go of Kueue, which passes the workload's reason on as an event.
+    See pkg/controller/jobframework/reconciler.go of Kueue, which copies the workload's reason into an event.
     """
     stops = [event.get("message", "") for event in events if event.get("reason") in ("Stopped", "Started")]
     return bool(stops) and _QUEUE_HOURS_OVER in stops[-1]
 
 
 def _failures(pods: Sequence[JsonObject]) -> list[JsonObject]:
-    """How the programs ended that did not finish, oldest first."""
+    """Returns the ends of the programs that did not finish, oldest first."""
     ends = [end for pod in pods if (end := _end_of(pod)) is not None and end.get("exitCode") != Exit.FINISHED]
     return sorted(ends, key=lambda end: end.get("finishedAt") or "")
 
 
 def _decisive_end(pods: Sequence[JsonObject]) -> JsonObject | None:
-    """What made a job fail: of a group, the others are stopped, and end with 75, after one ended for good."""
-    return max(reversed(_failures(pods)), key=lambda end: severity(retried(int(end["exitCode"]))), default=None)
+    """Returns the end that made a job fail: after a fatal one the others of a group are stopped, and end with 75."""
+    return max(reversed(_failures(pods)), key=lambda end: retried(int(end["exitCode"])), default=None)
 
 
 def _why_failed(condition: JsonObject, pods: Sequence[JsonObject]) -> str:
-    reason, said = condition.get("reason", ""), condition.get("message", "")
-    why = reason if reason == "PodFailurePolicy" else f"{reason}: {said}"
-    ended = _decisive_end(pods)
-    return f"{_ending_in_words(ended)} ({why})" if ended else f"{reason}: {said}"
+    reason, ended = condition.get("reason", ""), _decisive_end(pods)
+    why = reason if ended and reason == "PodFailurePolicy" else f"{reason}: {condition.get('message', '')}"
+    return f"{_end_in_words(ended)} ({why})" if ended else why
 
 
-def _ending_in_words(ended: JsonObject) -> str:
-    """`exit code 78 (the configuration is not valid …): its last line`."""
+def _end_in_words(ended: JsonObject) -> str:
+    """Returns `exit code 78 (the configuration is not valid …): its last line`."""
     code, is_memory = int(ended["exitCode"]), ended.get("reason") == "OOMKilled"
     how = "OOMKilled: `memory:` of the target is too little" if is_memory else meaning(code)
     lines = [line for line in str(ended.get("message") or "").splitlines() if line.strip()]
@@ -251,32 +248,29 @@ def _ending_in_words(ended: JsonObject) -> str:
 
 
 def _how_running(living: Sequence[JsonObject], pods: Sequence[JsonObject]) -> str:
-    waiting = [pod for pod in living if not is_running(pod)]
-    parts = []
+    waiting, parts = [pod for pod in living if not is_running(pod)], []
     if waiting:
-        # What one pod of several waits for holds all of them up.
+        # One pod of several that waits holds all of them up.
         parts = [f"{len(living) - len(waiting)} of {len(living)} pods run", _why_waiting(waiting[0])]
     if failures := _failures(pods):
-        parts.append(f"an attempt before: {_ending_in_words(failures[-1])}")
+        parts.append(f"an attempt before: {_end_in_words(failures[-1])}")
     return "; ".join(parts)
 
 
 def _why_waiting(pod: JsonObject) -> str:
-    reason = _waiting_reason(pod)
-    said = (_container_state(pod).get("waiting") or {}).get("message")
+    reason, message = _waiting_reason(pod), (_container_state(pod, "waiting") or {}).get("message")
     if reason in NO_IMAGE_REASONS:
         image = pod["spec"]["containers"][0]["image"]
-        return f"{reason}: {said or image}; is the image {image} there, and may the cluster's nodes pull it?"
+        return f"{reason}: {message or image}; is the image {image} there, and may the cluster's nodes pull it?"
     if reason in ("ContainerCreating", "PodInitializing"):
         return f"{reason} on {_node_of(pod) or 'a node'}: its image is fetched"
     if reason:
-        return f"{reason}: {said}" if said else reason
-    if (unscheduled := _condition(pod, "PodScheduled", status="False")) is not None:
-        return f"FailedScheduling: {unscheduled.get('message', '')}"
-    return "waits for a node"
+        return f"{reason}: {message}" if message else reason
+    unscheduled = _condition(pod, "PodScheduled", status="False")
+    return f"FailedScheduling: {unscheduled.get('message', '')}" if unscheduled else "waits for a node"
 
 
-def _ending_of(text: object) -> str:
-    """Returns the text in a line, without its beginning if it is long."""
-    said = " ".join(str(text or "").split())
-    return said if len(said) <= _LONGEST_SAID else f"… {said[-_LONGEST_SAID:].partition(' ')[2]}"
+def _tail_of(text: object) -> str:
+    """Returns a text in a line, without its beginning if it is long."""
+    line = " ".join(str(text or "").split())
+    return line if len(line) <= _LONGEST_REASON else f"… {line[-_LONGEST_REASON:].partition(' ')[2]}"

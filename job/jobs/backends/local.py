@@ -1,9 +1,9 @@
-"""Processes of this machine: in the foreground this process becomes the job, in the background another one does it.
+"""Processes of this machine: this process becomes the job, or starts it in the background.
 
-    CACHE/jobs/HOST/NAME.json    the newest job of that name: a process, by its id and when it began
-                    NAME.log     what it printed
+    CACHE/jobs/HOST/NAME.json    the newest job of that name: a process, by its id and its start
+                    NAME.log     its output
 
-How it ended it says itself, in its bucket.
+The job itself writes into its bucket how it ended.
 """
 
 from __future__ import annotations
@@ -14,28 +14,38 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import psutil
 
-from job.data.cache import default_cache_dir
-from job.exits import BadRequestError
-from job.jobs.backends.base import FOLLOW_POLL_SECONDS, Backend, JobStatus, JsonObject, State
+from job.exits import BadRequestError, State
+from job.jobs.backends.base import FOLLOW_SECONDS, Backend, Check, JobStatus, JsonObject, ended_here
+from job.jobs.backends.target import Target
 from job.jobs.spec import JobSpec
 from job.sealed import utc_now
 from job.store.files import folder_lock, os_errors
 
 SAME_START_SECONDS = 2.0
-"""By so much the start of one process may be told differently, since the clock was set right meanwhile."""
+"""The tolerance of a process's start, because the clock may have been set meanwhile."""
+
+
+class LocalTarget(Target):
+    """Processes of this machine."""
+
+    is_remote = False
+    is_in_place = True
+    backend: Literal["local"] = "local"
+    gpus: int = 0
+    spot: bool = False
 
 
 @dataclass(frozen=True)
 class LocalRecord:
-    """A job in the background; `process_began`, in seconds since 1970, tells it from a later process of its number."""
+    """A job in the background; `process_began`, in seconds since 1970, tells it from a later process of the same id."""
 
     name: str
     bucket: str
@@ -44,7 +54,7 @@ class LocalRecord:
     process_began: float
 
     def process(self) -> psutil.Process | None:
-        """The very process, unless it has ended."""
+        """Returns the process; None if it has ended."""
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(self.pid)
             is_same = abs(process.create_time() - self.process_began) < SAME_START_SECONDS
@@ -52,34 +62,36 @@ class LocalRecord:
         return None
 
     def status(self) -> JobStatus:
-        """How the job is going, or ended."""
+        """Returns the status of the job."""
         status = JobStatus(self.name, State.RUNNING, attempts=1, created=self.created, bucket=self.bucket)
         if self.process() is not None:
             return status
         why = f"its process ended, or was killed: see `ddpm jobs logs {self.name}`"
         status = replace(status, state=State.GONE, message=why).informed(self.bucket)
-        return status if status.exit_code is None else replace(status, state=State.of_code(status.exit_code))
+        return status if status.exit_code is None else replace(status, state=ended_here(status.exit_code))
 
 
 class LocalBackend(Backend):
-    """Jobs that are processes of this machine; those in the background are remembered in the cache folder."""
+    """Jobs that are processes of this machine; the cache folder has a record of those in the background."""
+
+    target: LocalTarget
 
     def render(self, spec: JobSpec) -> list[JsonObject]:
-        """The one command, and its variables."""
+        """Returns the one command, and its variables."""
         return [{"name": spec.name, "command": ["ddpm", *spec.argv], "environment": dict(spec.env)}]
 
     def become(self, spec: JobSpec) -> NoReturn:
-        """Turns this process into the job: its terminal, signals and exit code are the job's own."""
+        """See `Backend.become`."""
         sys.stdout.flush()
         os.execve(sys.executable, _command(spec), {**os.environ, **spec.env})  # noqa: S606
 
     def submit(self, spec: JobSpec) -> None:
-        """Starts the job in the background, in a session of its own, with a log file for what it prints."""
+        """Starts the job in the background, in a session of its own, with a log file for its output."""
         folder = _folder()
         with os_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             with folder_lock(folder):
-                if (before := _record(spec.name)) and before.process():
+                if (before := self.find(spec.name)) and before.process():
                     raise self.runs_already(spec.name, "on this machine")
                 created = utc_now()
                 with _log_path(spec.name).open("wb") as log:
@@ -95,47 +107,54 @@ class LocalBackend(Backend):
                 record = LocalRecord(spec.name, spec.bucket, created, child.pid, began)
                 (folder / f"{spec.name}.json").write_text(json.dumps(asdict(record)), encoding="utf-8")
 
+    def find(self, name: str) -> LocalRecord | None:
+        """Returns the record of the newest job of that name; None if it is missing or damaged."""
+        with suppress(OSError, ValueError, TypeError):
+            return LocalRecord(**json.loads((_folder() / f"{name}.json").read_bytes()))
+        return None
+
     def status(self, name: str) -> JobStatus:
-        """How a job in the background is going."""
-        record = _record(name)
+        """See `Backend.status`."""
+        record = self.find(name)
         return record.status() if record else JobStatus(name, State.GONE, "it was not started here")
 
     def jobs(self) -> list[JobStatus]:
-        """The newest job of each name that was started here."""
-        return [record.status() for path in _folder().glob("*.json") if (record := _record(path.stem))]
+        """Returns the newest job of each name that was started here."""
+        return [record.status() for path in _folder().glob("*.json") if (record := self.find(path.stem))]
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """See `Backend.identity`: all targets are this machine."""
         return ("local", status.name)
 
     def logs(self, name: str, follow: bool) -> Iterator[str]:
-        """What the job printed."""
-        record, part = self._known(name), ""
+        """See `Backend.logs`."""
+        record, part = self.known(name), ""
         with os_errors(_log_path(name)), _log_path(name).open(encoding="utf-8", errors="replace", newline="\n") as file:
             while True:
-                # Asked before reading, so that nothing is missed that was printed in between.
+                # Determined before the read, so that it has all output until the end.
                 is_over = not follow or record.process() is None
                 *lines, part = (part + file.read()).split("\n")
                 yield from lines
                 if is_over:
                     yield from filter(None, [part])
                     return
-                time.sleep(FOLLOW_POLL_SECONDS)
+                time.sleep(FOLLOW_SECONDS)
 
     def cancel(self, name: str) -> str:
-        """Has the job save and end, as Ctrl-C would."""
-        process = self._known(name).process()
+        """Makes the job save and end, as Ctrl-C would."""
+        process = self.known(name).process()
         if process is None:
-            raise BadRequestError(f"{name} is over already: `ddpm jobs status {name}` tells how it ended")
+            raise BadRequestError(f"{name} is over already: `ddpm jobs status {name}` shows how it ended")
         # It may end in this moment.
         with suppress(psutil.NoSuchProcess):
             process.terminate()
-        return State.RUNNING.when_cancelled
+        return self.effect_of_cancelling(State.RUNNING)
 
-    def _known(self, name: str) -> LocalRecord:
-        if record := _record(name):
-            return record
-        raise self.unknown(name)
+    def checks(self) -> Iterable[Check]:
+        """See `Backend.checks`: the machine itself."""
+        from job.jobs.backends.local_checks import machine_checks
+
+        return machine_checks()
 
 
 def _command(spec: JobSpec) -> list[str]:
@@ -144,16 +163,11 @@ def _command(spec: JobSpec) -> list[str]:
 
 
 def _folder() -> Path:
-    # A cache may be shared by several machines, whose numbers of processes mean nothing here.
+    from job.data.cache import default_cache_dir
+
+    # Several machines may share a cache, and their process ids mean nothing here.
     return default_cache_dir() / "jobs" / socket.gethostname()
 
 
 def _log_path(name: str) -> Path:
     return _folder() / f"{name}.log"
-
-
-def _record(name: str) -> LocalRecord | None:
-    """The newest job of that name, if there was one, and its record is whole."""
-    with suppress(OSError, ValueError, TypeError):
-        return LocalRecord(**json.loads((_folder() / f"{name}.json").read_bytes()))
-    return None

@@ -1,4 +1,4 @@
-"""Which GPUs, processors and memory a machine type of Compute Engine has, so that a wrong pair is refused at once.
+"""The GPUs, processors and memory of Compute Engine's machine types, by which a wrong pair is refused at once.
 
 The table holds the accelerator-optimised families (docs.cloud.google.com/compute/docs/accelerator-optimized-machines,
 as of 2026-04-13). N1 is the one family that takes GPUs as an extra; all others have none.
@@ -15,14 +15,14 @@ from job.exits import BadRequestError
 
 @dataclass(frozen=True)
 class _Family:
-    """Machine types that differ in the number at their end: of processors, or, in `8g`, of GPUs."""
+    """Machine types that differ in the number at their end: that of processors, or, in `8g`, of GPUs."""
 
     cpus: float = 1
-    """For each of that number, as `gigabytes`."""
+    """For each of that number, like `gigabytes`."""
     gigabytes: float = 4
     gpu_type: str = ""
     gpus: Mapping[str, int] = field(default_factory=dict)
-    """How many, by what stands at the end."""
+    """Their number, by the end of the name."""
 
 
 _EACH = {"1g": 1, "2g": 2, "4g": 4, "8g": 8}
@@ -42,14 +42,14 @@ _FAMILIES = {
     "n1-highmem": _Family(1, 6.5),
 }
 _OTHER_FAMILIES = {"standard": _Family(1, 4), "highmem": _Family(1, 8)}
-"""By the last word of their names."""
+"""By the last part of the family's name."""
 _EXTRA: dict[str, tuple[int, ...]] = {
     "nvidia-tesla-t4": (1, 2, 4),
     "nvidia-tesla-p4": (1, 2, 4),
     "nvidia-tesla-p100": (1, 2, 4),
     "nvidia-tesla-v100": (1, 2, 4, 8),
 }
-"""What N1 takes, and how many of them."""
+"""The GPUs that N1 takes, and in which numbers."""
 _GPU_TYPES = sorted({*(family.gpu_type for family in _FAMILIES.values() if family.gpu_type), *_EXTRA})
 GKE_GPU_TYPES = tuple(sorted([*_GPU_TYPES, "nvidia-gb200", "nvidia-gb300"]))
 """Values of the label `cloud.google.com/gke-accelerator`."""
@@ -62,9 +62,9 @@ class Machine:
 
     Attributes:
         machine_type: as Compute Engine names it.
-        gpu_type: what the job gets; empty for none.
-        gpus: how many of them.
-        extra: whether the request has to name them, because the machine type does not.
+        gpu_type: of the job; empty for none.
+        gpus: their number.
+        extra: whether the request must name them, because the machine type has none of its own.
     """
 
     machine_type: str
@@ -74,12 +74,12 @@ class Machine:
 
     @property
     def disk_type(self) -> str:
-        """The boot disk that the family takes; the newest ones refuse all but Hyperdisk."""
+        """Returns the boot disk that the family takes; the newest families refuse all but Hyperdisk."""
         return "hyperdisk-balanced" if _HYPERDISK_ONLY.match(self.machine_type) else "pd-balanced"
 
     @property
     def shape(self) -> tuple[int, int] | None:
-        """Processors, and MiB of memory less what the system needs; None for a machine type that is not known here."""
+        """Returns processors, and MiB of memory without the system's own; None for an unknown machine type."""
         family, end = _family_and_end(self.machine_type)
         number = end.removesuffix("g")
         if family is None or not number.isdecimal():
@@ -93,18 +93,18 @@ def _family_and_end(machine_type: str) -> tuple[_Family | None, str]:
 
 
 def gpus_of(machine_type: str) -> tuple[int, str] | None:
-    """How many GPUs every machine of the type has, and which; None if it has none of its own."""
+    """Returns the number and the type of the GPUs of a machine type; None if it has none of its own."""
     family, end = _family_and_end(machine_type)
     return (family.gpus[end], family.gpu_type) if family and end in family.gpus else None
 
 
 def machine_for(machine_type: str, gpu_type: str, gpus: int) -> Machine:
-    """The machine for a job with `gpus` GPUs of type `gpu_type`, or of the machine's own type if that is empty.
+    """Returns the machine for a job with `gpus` GPUs of `gpu_type`, or of the machine's own type if that is empty.
 
-    A CPU job may run on a machine that has GPUs; it uses none of them.
+    A CPU job may run on a machine with GPUs, and uses none of them.
 
     Raises:
-        BadRequestError: there is no such pair; the message names what there is.
+        BadRequestError: no such pair exists; the message names those that do.
     """
     count, bundled = gpus_of(machine_type) or (0, "")
     if gpus == 0:

@@ -1,10 +1,10 @@
-"""Compute Engine: a VM for each job, or one for each slice, which runs its container once and deletes itself.
+"""Compute Engine: a VM for each job, or for each slice, which runs its container once and deletes itself.
 
 A VM is what `instances.insert` takes (cloud.google.com/compute/docs/reference/rest/v1). It runs Container-Optimized OS,
-which starts `vm_start.sh`. No value of a user is part of that script: it finds the words of `docker run` in the VM's
-metadata. Compute Engine deletes the VM at `maxRunDuration`, whatever it does.
+which starts `vm_start.sh`. No value of a user is part of that script: it reads the words of `docker run` in the VM's
+metadata. Compute Engine deletes the VM at `maxRunDuration`, whatever the job does.
 
-What a VM says of itself is in Cloud Logging for 30 days, in a log of its own; its last word has the exit code.
+A VM logs its events in Cloud Logging, which keeps them for 30 days; the last one has the exit code.
 """
 
 from __future__ import annotations
@@ -15,31 +15,41 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Annotated, Literal
 
-from job.exits import JobError, retried, severity
+from pydantic import Field
+
+from job.exits import JobError, Restart, State, retried
 from job.jobs.backends import google
-from job.jobs.backends.base import Cause, JobStatus, JsonObject, State
+from job.jobs.backends.base import Cause, JobStatus, JsonObject
 from job.jobs.backends.confinement import SCRATCH
 from job.jobs.backends.google import GoogleNotFoundError
 from job.jobs.backends.machines import Machine
 from job.jobs.spec import JobSpec
-from job.jobs.targets import VmTarget
 from job.sealed import utc_text
 
 VM_IMAGE = "projects/cos-cloud/global/images/family/cos-stable"
 VM_LOG = "ddpm-jobs"
 JOB_LABEL, SLICE_LABEL, SLICES_LABEL = "ddpm-job", "ddpm-slice", "ddpm-slices"
 LOG_LOOK_BACK = timedelta(days=30)
-"""As long as Cloud Logging keeps entries, unless it was told otherwise."""
+"""The default retention of Cloud Logging."""
+_COMING = {"PROVISIONING", "STAGING", "PENDING", "REPAIRING"}
 _SWITCHED_OFF = {"TERMINATED", "STOPPED", "SUSPENDED"}
 _LEAVING = {"STOPPING", "PENDING_STOP", "SUSPENDING", "DEPROVISIONING", *_SWITCHED_OFF}
-_MACHINE_STATES = {
-    **dict.fromkeys(("PROVISIONING", "STAGING", "PENDING", "REPAIRING"), (State.WAITING, "the machine is being made")),
-    **dict.fromkeys(_LEAVING, (State.RUNNING, "its machine is being taken away")),
-}
-"""Of a job that has not said how it ended; with a machine in any other state it runs."""
-_ORDER = (State.RUNNING, State.WAITING, State.FAILED, State.CANCELLED, State.GONE, State.FINISHED)
-"""What a job of several slices is: the first of these that one of its slices is."""
+
+
+class VmTarget(google.GoogleTarget):
+    """A Compute Engine VM for each job, which deletes itself."""
+
+    # It counts from a VM's first minute to its last.
+    limit = ("for all attempts together, then the engine ends it", 1, "")
+    backend: Literal["vm"]
+    zones: tuple[Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+-[a-z]$")], ...] = Field(min_length=1)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """See `GoogleTarget.places`."""
+        return self.zones
 
 
 class VmBackend(google.GoogleBackend):
@@ -60,26 +70,26 @@ class VmBackend(google.GoogleBackend):
         try:
             operations = []
             for manifest in manifests:
-                # Before the request: one without an answer may have been met.
+                # Before the request, which may succeed without an answer.
                 made.append({"name": manifest["name"], "zone": self.place})
                 operations.append(self.create(f"POST {self._path(self.place)}/instances", manifest))
             self._wait(operations)
         except BaseException as error:
             if "alreadyExists" in str(error):
-                # It is somebody else's, who was faster.
+                # It belongs to another person, who was faster.
                 made.pop()
             with suppress(JobError):
                 self._delete(made)
             raise
-        # What an earlier job of this name said is past.
-        self._tell(spec.name, spec.slices, "submitted")
+        # Events of an earlier job of this name no longer count.
+        self._log_event(spec.name, spec.slices, "submitted")
 
     def status(self, name: str) -> JobStatus:
         """See `Backend.status`."""
-        return vm_status(name, self.find(name), self._last_words(name))
+        return vm_status(name, self.find(name), self._last_events(name))
 
     def jobs(self) -> list[JobStatus]:
-        """See `Backend.jobs`: those that have a machine."""
+        """Returns the jobs that have a machine."""
         machines: dict[str, list[JsonObject]] = {}
         for machine in self.find():
             machines.setdefault(machine["labels"][JOB_LABEL], []).append(machine)
@@ -90,14 +100,14 @@ class VmBackend(google.GoogleBackend):
         return ("vm", self.target.project, status.name)
 
     def log_of(self, name: str) -> tuple[str, datetime, bool]:
-        """See `GoogleBackend.log_of`: what docker sent, and what the machines said themselves."""
-        machines, told = self.find(name), self._last_words(name)
-        found = vm_status(name, machines, told)
+        """See `GoogleBackend.log_of`: docker's output, and the events of the machines themselves."""
+        machines, parts = self.find(name), self._last_events(name)
+        found = vm_status(name, machines, parts)
         if not found.created:
             raise self.unknown(name)
         docker = self._filter("gcplogs-docker-driver", "jsonPayload.container.metadata", name)
         filter_ = f"({docker}) OR ({self._filter(VM_LOG, 'labels', name)})"
-        return filter_, datetime.fromisoformat(found.created), len(told) > 1 or any(map(_slices, machines))
+        return filter_, datetime.fromisoformat(found.created), len(parts) > 1 or any(map(_slices, machines))
 
     def slice_of(self, entry: JsonObject) -> str:
         """See `GoogleBackend.slice_of`."""
@@ -107,13 +117,13 @@ class VmBackend(google.GoogleBackend):
     def cancel(self, name: str) -> str:
         """See `Backend.cancel`: deleting a machine switches it off first, which stops the container."""
         machines = self.known(name)
-        # So that nobody takes it for lost, and starts it again.
-        self._tell(name, _slices(machines[0]), "cancelled")
+        # Otherwise a watch would count the machines as lost, and submit the job again.
+        self._log_event(name, _slices(machines[0]), "cancelled")
         self._delete(machines)
-        return vm_status(name, machines, {}).state.when_cancelled
+        return self.effect_of_cancelling(vm_status(name, machines, {}).state)
 
     def find(self, name: str = "") -> list[JsonObject]:
-        """The machines of one job, or of all, in any zone of the project."""
+        """Returns the machines of one job, or of all, in any zone of the project."""
         request = f"GET compute/projects/{self.target.project}/aggregated/instances"
         pages = self.pages(request, filter=f"labels.{JOB_LABEL}" + (f"={name}" if name else ":*"))
         return [one for page in pages for zone in page.get("items", {}).values() for one in zone.get("instances", ())]
@@ -121,25 +131,22 @@ class VmBackend(google.GoogleBackend):
     def _path(self, zone: str) -> str:
         return f"compute/projects/{self.target.project}/zones/{zone}"
 
-    def _log(self, name: str) -> str:
-        return f"projects/{self.target.project}/logs/{name}"
-
     def _filter(self, log: str, labels: str, name: str) -> str:
-        return f'logName="{self._log(log)}" AND {labels}."{JOB_LABEL}"="{name}"'
+        return f'logName="projects/{self.target.project}/logs/{log}" AND {labels}."{JOB_LABEL}"="{name}"'
 
-    def _last_words(self, name: str) -> dict[int, JobStatus]:
+    def _last_events(self, name: str) -> dict[int, JobStatus]:
         since = datetime.now(UTC) - LOG_LOOK_BACK
-        return last_words(name, self.log_entries(self._filter(VM_LOG, "labels", name), since))
+        return last_events(name, self.log_entries(self._filter(VM_LOG, "labels", name), since))
 
-    def _tell(self, name: str, slices: int, event: str) -> None:
-        """Leaves word about a job; who may not write logs may do all else."""
-        labels, said = {JOB_LABEL: name, SLICES_LABEL: str(slices)}, {"message": f"ddpm-vm: {event}", "event": event}
-        entry = {"logName": self._log(VM_LOG), "resource": {"type": "global"}, "labels": labels, "jsonPayload": said}
+    def _log_event(self, name: str, slices: int, event: str) -> None:
+        """Logs an event about a job; without the right to write logs all else still works."""
+        labels, log = {JOB_LABEL: name, SLICES_LABEL: str(slices)}, f"projects/{self.target.project}/logs/{VM_LOG}"
+        entry = {"labels": labels, "jsonPayload": {"message": f"ddpm-vm: {event}", "event": event}}
         with suppress(JobError):
-            self.ask("POST logging/entries:write", {"entries": [entry]})
+            self.ask("POST logging/entries:write", {"logName": log, "resource": {"type": "global"}, "entries": [entry]})
 
     def _delete(self, machines: Iterable[JsonObject]) -> None:
-        """Deletes machines, and waits until they are gone. Those that are gone already count."""
+        """Deletes machines, and waits until all are gone."""
         operations = []
         for machine in machines:
             with suppress(GoogleNotFoundError):
@@ -188,9 +195,9 @@ class VmBackend(google.GoogleBackend):
             "diskType": f"zones/{zone}/diskTypes/{machine.disk_type}",
             "labels": spec.all_labels,
         }
-        interface: JsonObject = {**google.network_of(target, zone.rpartition("-")[0]), "nicType": "GVNIC"}
+        interface: JsonObject = {**target.network_in(zone.rpartition("-")[0]), "nicType": "GVNIC"}
         if len(interface) == 1:
-            # Who names a network has one that reaches Google without external addresses; the default one does not.
+            # A named network reaches Google without external addresses; the default one does not.
             external = {"type": "ONE_TO_ONE_NAT", "name": "External NAT"}
             interface |= {"network": "global/networks/default", "accessConfigs": [external]}
         instance: JsonObject = {
@@ -200,7 +207,7 @@ class VmBackend(google.GoogleBackend):
             "labels": {**spec.all_labels, **labels},
             "scheduling": {
                 "provisioningModel": "SPOT" if spec.spot else "STANDARD",
-                # A stopped machine's disk would cost money for as long as nobody looks.
+                # The disk of a stopped machine would cost money until a person deletes it.
                 "instanceTerminationAction": "DELETE",
                 # Machines with GPUs cannot move.
                 "onHostMaintenance": "TERMINATE",
@@ -220,7 +227,7 @@ class VmBackend(google.GoogleBackend):
 
 
 def _slices(machine: JsonObject) -> int:
-    """How many slices its job has; 0 for none."""
+    """Returns the number of its job's slices; 0 for none."""
     return int(machine["labels"][SLICES_LABEL])
 
 
@@ -228,16 +235,16 @@ def _zone(resource: JsonObject) -> str:
     return str(resource["zone"]).rpartition("/")[2]
 
 
-def last_words(name: str, entries: Iterable[JsonObject]) -> dict[int, JobStatus]:
-    """How each slice of a job ended, or the job where it has none, as the log has it, the oldest word first.
+def last_events(name: str, entries: Iterable[JsonObject]) -> dict[int, JobStatus]:
+    """Returns the status of each slice of a job, or of the job, by the events in the log, the oldest first.
 
-    What was said before the last submission, or the start of the slice's machine, is past. A slice of which there is no
-    word since then is `State.GONE`.
+    Events before the last submission, or before the start of the slice's machine, do not count. A slice without an
+    event since then is `State.GONE`.
     """
     parts: dict[int, JobStatus] = {}
     for entry in entries:
-        labels, said = entry["labels"], entry["jsonPayload"]
-        event, code, number = said.get("event"), int(said.get("code", 0)), int(labels.get(SLICE_LABEL, 0))
+        labels, payload = entry["labels"], entry["jsonPayload"]
+        event, code, number = payload.get("event"), int(payload.get("code", 0)), int(labels.get(SLICE_LABEL, 0))
         gone = JobStatus(name, State.GONE, "its machine is gone", created=utc_text(entry["timestamp"]))
         if event == "submitted" or not parts:
             parts = dict.fromkeys(range(max(int(labels[SLICES_LABEL]), 1)), gone)
@@ -247,9 +254,9 @@ def last_words(name: str, entries: Iterable[JsonObject]) -> dict[int, JobStatus]
                 parts[number] = gone
             case "cancelled":
                 lost = [index for index, one in parts.items() if one.state is State.GONE]
-                parts |= {index: replace(parts[index], state=State.CANCELLED, message="cancelled") for index in lost}
-            # What would come again is no matter of the machine.
-            case "taken" if retried(code) != "never":
+                parts |= {index: replace(parts[index], state=State.CANCELLED, message=event) for index in lost}
+            # A code that would come again counts more than the loss of the machine.
+            case "taken" if retried(code) is not Restart.NEVER:
                 if part.state is not State.CANCELLED:
                     parts[number] = replace(part, message="its machine was taken away", cause=Cause.TAKEN_AWAY)
             case "ended" | "taken":
@@ -257,35 +264,37 @@ def last_words(name: str, entries: Iterable[JsonObject]) -> dict[int, JobStatus]
     return parts
 
 
-def vm_status(name: str, machines: Sequence[JsonObject], told: Mapping[int, JobStatus]) -> JobStatus:
-    """How a job is going, all its slices together: by the machines that are there, and `last_words` of the others."""
-    gone = JobStatus(name, State.GONE, "its machine is gone, and left no word")
-    parts = [told.get(number, gone) for number in range(max([1, len(told), *map(_slices, machines)]))]
+def vm_status(name: str, machines: Sequence[JsonObject], parts: Mapping[int, JobStatus]) -> JobStatus:
+    """Returns the status of a job, all its slices together, by its machines, and by `last_events` of those gone."""
+    gone = JobStatus(name, State.GONE, "its machine is gone, and logged no end")
+    found = [parts.get(number, gone) for number in range(max([1, len(parts), *map(_slices, machines)]))]
     for machine in machines:
         number = int(machine["labels"][SLICE_LABEL])
-        parts[number] = _of_machine(machine, parts[number])
-    if len(parts) == 1:
-        return parts[0]
-    worst = min(parts, key=lambda part: (_ORDER.index(part.state), -severity(part.retried)))
-    message = f"{sum(part.state is State.FINISHED for part in parts)} of {len(parts)} slices finished"
+        found[number] = _of_machine(machine, found[number])
+    if len(found) == 1:
+        return found[0]
+    worst = max(found, key=lambda part: (part.state.order, part.retried))
+    message = f"{sum(part.state is State.FINISHED for part in found)} of {len(found)} slices finished"
     if worst.message:
-        message += f"; slice {parts.index(worst)}: {worst.message}"
-    created = min((part.created for part in parts if part.created), default="")
-    places = ",".join(sorted({part.place for part in parts if part.place}))
+        message += f"; slice {found.index(worst)}: {worst.message}"
+    created = min((part.created for part in found if part.created), default="")
+    places = ",".join(sorted({part.place for part in found if part.place}))
     return replace(worst, message=message, created=created, place=places)
 
 
-def _of_machine(machine: JsonObject, told: JobStatus) -> JobStatus:
-    """How a job is whose machine is there; what it told counts once that is on its way out."""
-    word = machine["status"]
-    told = replace(told, created=utc_text(machine["creationTimestamp"]), place=_zone(machine))
-    if word in _SWITCHED_OFF:
-        off = f"its machine is switched off, and its disk costs money: `ddpm jobs cancel {told.name}` deletes both"
-        return replace(told, message=f"{told.message}; {off}".removeprefix("; "))
-    if word in _LEAVING and told.state in (State.FINISHED, State.FAILED):
-        return told
-    state, message = _MACHINE_STATES.get(word, (State.RUNNING, ""))
-    return JobStatus(told.name, state, message, created=told.created, place=told.place)
+def _of_machine(machine: JsonObject, logged: JobStatus) -> JobStatus:
+    """Returns the status of a job whose machine exists; its logged end counts once the machine is leaving."""
+    status = machine["status"]
+    logged = replace(logged, created=utc_text(machine["creationTimestamp"]), place=_zone(machine))
+    if status in _SWITCHED_OFF:
+        off = f"its machine is switched off, and its disk costs money: `ddpm jobs cancel {logged.name}` deletes both"
+        return replace(logged, message=f"{logged.message}; {off}".removeprefix("; "))
+    if status in _LEAVING and logged.state in (State.FINISHED, State.FAILED):
+        return logged
+    state = State.WAITING if status in _COMING else State.RUNNING
+    message = "the machine is being made" if status in _COMING else "its machine is being taken away"
+    message *= status in _COMING | _LEAVING
+    return JobStatus(logged.name, state, message, created=logged.created, place=logged.place)
 
 
 def _machine_name(spec: JobSpec, number: int) -> str:
@@ -293,7 +302,7 @@ def _machine_name(spec: JobSpec, number: int) -> str:
 
 
 def _docker_words(spec: JobSpec, gpus: int, number: int) -> list[str]:
-    """What comes after `docker run`, less the options for the log."""
+    """Returns the words after `docker run`, without the options for the log."""
     options = [
         f"--hostname={_machine_name(spec, number)}",
         f"--label={JOB_LABEL}={spec.name}",
@@ -303,10 +312,9 @@ def _docker_words(spec: JobSpec, gpus: int, number: int) -> list[str]:
         f"--mount=type=bind,source=/var/lib/ddpm,target={SCRATCH}",
     ]
     if gpus:
-        # What `--gpus all` does elsewhere (cloud.google.com/container-optimized-os/docs/how-to/run-gpus).
+        # As `--gpus all` elsewhere (cloud.google.com/container-optimized-os/docs/how-to/run-gpus).
         options += [f"--volume=/var/lib/nvidia/{folder}:/usr/local/nvidia/{folder}:ro" for folder in ("lib64", "bin")]
-        devices = [*map(str, range(gpus)), "ctl", "-uvm"]
-        options += [f"--device=/dev/nvidia{device}" for device in devices]
+        options += [f"--device=/dev/nvidia{device}" for device in (*range(gpus), "ctl", "-uvm")]
     return [*options, spec.image, *spec.argv_of_slice(number)]
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from job.jobs.backends.batch import BatchBackend
+from job.jobs.backends.batch import BatchBackend, BatchTarget
 from job.jobs.backends.google import GoogleBackend
-from job.jobs.backends.vm import VmBackend
+from job.jobs.backends.vm import VmBackend, VmTarget
 from job.jobs.spec import JobSpec
-from job.jobs.targets import BatchTarget, VmTarget
 
 BUCKET = "gs://bucket"
 ZONES, REGIONS = ("us-central1-a", "us-east1-c"), ("us-central1", "us-east1")

@@ -8,8 +8,8 @@ from typing import Any
 import kubernetes_validate
 import kubernetes_validate.utils
 
+from job.jobs.backends.kubernetes_target import KubernetesTarget
 from job.jobs.spec import JobSpec
-from job.jobs.targets import KubernetesTarget
 
 BUCKET = "gs://bucket"
 IMAGE = "europe-docker.pkg.dev/project/images/ddpm@sha256:" + "5f" * 32

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from job.cli.submit import parsed
 from job.exits import Exit
-from job.jobs.targets import BY_BACKEND
+from job.jobs.backends import target_class
 from job.stop import deadline
 from tests.fuzzing import examples, search
 from tests.job.command_line import ddpm_here
@@ -54,7 +54,7 @@ MOUNTS = ("type source destination", "type source destination readonly", "type s
 def changed_targets(draw):
     """A target that is valid but for some of its keys."""
     name = draw(st.sampled_from([*VALID]))
-    keys = st.sampled_from([*BY_BACKEND[VALID[name]["backend"]].model_fields, "nmae"]) | SCALARS
+    keys = st.sampled_from([*target_class(VALID[name]["backend"]).model_fields, "nmae"]) | SCALARS
     block = VALID[name] | draw(st.dictionaries(keys, VALUES, min_size=1, max_size=2))
     return name, yaml.safe_dump({name: block}, allow_unicode=True).encode("utf-8", "surrogatepass")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from job.exits import BadRequestError, MissingInputError
-from job.jobs.backends.base import Cause, State
+from job.exits import BadRequestError, MissingInputError, State
+from job.jobs.backends.base import Cause
 from job.pieces import Slice
 from job.requests import SampleRequest
 from tests.job.jobs.google_jobs import REGIONS, backend_of, sampling, spec
@@ -47,7 +47,7 @@ def test_a_failure_says_why(cloud, backend):
     for code, shown, cause, message in [
         (65, 65, None, "bad data"),
         (137, 137, None, "killed by signal 9"),
-        (50000, None, None, "does not say why"),
+        (50000, None, None, "gives no reason"),
         *((code, None, Cause.TAKEN_AWAY, "its") for code in (50001, 50002, 50003, 50006)),
         (50004, None, Cause.STUCK, "could not be ended"),
         (50005, None, Cause.OUT_OF_TIME, "--max-hours"),
@@ -65,7 +65,7 @@ def test_no_stock_is_said_and_the_next_region_may_have_some(cloud, backend):
     backend.submit(spec())
     for code, said in (
         ("CODE_GCE_QUOTA_EXCEEDED", "the project's quota does not allow it"),
-        ("CODE_GCE_ZONE_RESOURCE_POOL_EXHAUSTED", "there is no such machine now"),
+        ("CODE_GCE_ZONE_RESOURCE_POOL_EXHAUSTED", "such machines are out of stock"),
     ):
         cloud.batch.move("celeba", "SCHEDULED", SHORTAGE.format(code))
         status = backend.status("celeba")
@@ -91,7 +91,7 @@ def test_a_task_knows_its_slice(monkeypatch):
 def test_cancelling_keeps_the_story(cloud, backend):
     backend.submit(spec())
     cloud.batch.move("celeba", "CANCELLATION_IN_PROGRESS")
-    assert backend.cancel("celeba").startswith("was told to stop: it saves first")
+    assert backend.cancel("celeba").startswith("is stopping: it saves first")
     assert (backend.status("celeba").message, cloud.made(":cancel")) == ("it is being ended", [])
     cloud.batch.move("celeba", "RUNNING")
     backend.cancel("celeba")

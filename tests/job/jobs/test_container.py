@@ -8,11 +8,10 @@ import os
 
 import pytest
 
-from job.exits import BadRequestError, Exit, MissingInputError, NoPermissionError
-from job.jobs.backends.base import State
-from job.jobs.backends.container import ContainerBackend, credential_files
+from job.exits import BadRequestError, Exit, MissingInputError, NoPermissionError, State
+from job.jobs.backends.container import ContainerBackend, ContainerTarget
 from job.jobs.spec import JobSpec
-from job.jobs.targets import ContainerTarget
+from job.store import kind_of
 from tests.job.jobs.submitting import built
 
 TARGET = ContainerTarget(name="container")
@@ -125,11 +124,11 @@ def test_the_targets_settings_are_passed_on():
 def test_secrets_in_variables_stay_where_they_are(engine, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
     backend = engine("Error: no such container train-x", 1)
-    with pytest.raises(NoPermissionError, match="not handed to a container"):
+    with pytest.raises(NoPermissionError, match="not passed to a container"):
         backend.submit(spec("s3://photos"))
     (tmp_path / ".aws").mkdir()
     (tmp_path / ".aws/credentials").write_text("[default]\naws_secret_access_key = hush\n")
-    assert credential_files("s3") == {"AWS_SHARED_CREDENTIALS_FILE": tmp_path / ".aws/credentials"}
+    assert kind_of("s3://photos").credential_files() == {"AWS_SHARED_CREDENTIALS_FILE": tmp_path / ".aws/credentials"}
     assert "hush" not in " ".join(command_of(spec("s3://photos")))
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "AccountKey=hush")
     (tmp_path / ".config/fsspec").mkdir(parents=True)
@@ -197,7 +196,7 @@ def test_the_engines_words_are_translated(engine):
         assert message in status.message
         assert status.created == "2026-11-25T10:00:00Z"
     # Who cancels is told what that did.
-    for said, done in (("running", "was told to stop: it saves"), ("exited", "was finished already")):
+    for said, done in (("running", "is stopping: it saves"), ("exited", "was finished already")):
         assert engine(inspected(Status=said, ExitCode=0)).cancel("train-celeba").startswith(done)
 
 

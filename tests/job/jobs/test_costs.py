@@ -12,11 +12,12 @@ import pytest
 
 from job.cli.submit import parsed
 from job.jobs import prices
+from job.jobs.backends.target import Target
 from job.jobs.building import Resources, spec_of
 from job.jobs.prices import Prices, load_prices
 from job.jobs.spec import JobSpec
 from job.jobs.submit import cost_of, outlook_lines, plan_lines
-from job.jobs.targets import Target, chosen_target, load_targets, parse_targets
+from job.jobs.targets import chosen_target, load_targets, parse_targets
 from tests.job.command_line import ddpm_here, succeeded
 from tests.job.jobs.submitting import FOR_TRAIN, built
 
@@ -75,7 +76,7 @@ def test_a_person_is_told_what_the_hours_mean_there():
         spec, there = built("train", FOR_TRAIN, on, max_hours=10, **changes), chosen_target(load_targets(), on)
         for is_watched in (False, True):
             lines = dict(line.split(maxsplit=1) for line in plan_lines(spec, there, is_watched=is_watched))
-            assert lines["limit"] == f"{limit}{again * is_watched}; what is saved stays (--max-hours)"
+            assert lines["limit"] == f"{limit}{again * is_watched}; saved work stays (--max-hours)"
 
 
 def test_a_cost_has_a_source_or_there_is_none(monkeypatch):
@@ -98,7 +99,7 @@ def test_a_cost_has_a_source_or_there_is_none(monkeypatch):
         (
             target("vm").model_copy(update={"zones": ("us-east1-b", "mars-north1-a")}),
             {},
-            f"from $5.15 (1 × $0.515 per hour × 10 hours; {east}); nothing is known of prices in mars-north1",
+            f"from $5.15 (1 × $0.515 per hour × 10 hours; {east}); the prices in mars-north1 are unknown",
         ),
         # The target's own price wins.
         (target("vm", priced), nodes, "at most $30.00 (2 × $1.5 per hour × 10 hours; as the target says)"),
@@ -107,7 +108,7 @@ def test_a_cost_has_a_source_or_there_is_none(monkeypatch):
         (
             target("kubernetes", priced),
             nodes,
-            "2 × $1.5 per hour, for as long as it runs: nothing bounds that; as the target says",
+            "2 × $1.5 per hour, for as long as it runs, without a limit; as the target says",
         ),
         (target("kubernetes", priced + ", queue: gpus"), nodes, "at most $30.00"),
         # A job pays for its share of a node, where it is known which that is.

@@ -7,9 +7,8 @@ import socket
 
 import pytest
 
-from job.exits import BadRequestError, BucketAwayError, Exit, NoPermissionError
+from job.exits import BadRequestError, BucketAwayError, Exit, NoPermissionError, State
 from job.jobs.backends import google
-from job.jobs.backends.base import State
 from job.jobs.backends.google import quota_metric
 from tests.job.jobs.google_jobs import backend_of, spec
 from tests.job.jobs.google_server import Refusal

@@ -46,7 +46,7 @@ def test_what_could_not_run_is_refused_before_anything_is_sent(engine):
         (spec(gpus=8), {}, "has 1 nvidia-l4, not 8 nvidia-l4: use another machine_type"),
         (spec(gpus=8, gpu_type="nvidia-tesla-t4"), {"machine_type": "n1-standard-8"}, "no GPUs of its own"),
         (spec(gpu_type="nvidia-l5"), {}, "--gpu-type nvidia-a100-80gb|"),
-        (spec(image=""), {}, "set image in the target"),
+        (spec(image=""), {}, "set the target's image"),
         (spec(image="localhost/ddpm:latest"), {}, "make push-image"),
         (spec(argv=("train", "--set", "a=1\n2")), {}, "line break"),
         (spec(env={"A": "x\ny"}), {}, "line break"),

@@ -35,7 +35,7 @@ def test_jobs_are_listed_with_how_they_ended(request):
     request.getfixturevalue("failed")
     header, row = succeeded(ddpm_here("jobs", "list", "--on", "local")).splitlines()
     columns = ["job", "target", "state", "attempts", "exit code", "created", "place"]
-    columns += ["epoch", "loss", "images/s", "to the end", "cost so far", "what it says"]
+    columns += ["epoch", "loss", "images/s", "to the end", "cost so far", "message"]
     assert re.split(r"  +", header.strip()) == columns
     assert row.split()[:5] == ["train-none", "local", "failed", "1", "66"]
     assert "no dataset 'none'" in row
@@ -63,8 +63,10 @@ def test_an_engine_that_does_not_answer_hides_no_other(failed, folder, monkeypat
 def test_what_is_asked_about_a_job_that_nobody_knows():
     for command in ("status", "logs", "cancel"):
         line = refused(ddpm_here("jobs", command, "train-nothing", "--on", "local"), Exit.MISSING_INPUT)
-        assert "no target knows a job 'train-nothing' (local): `ddpm jobs list` shows those there are" in line
-        assert "no target 'mars'" in refused(ddpm_here("jobs", command, "train-a", "--on", "mars"), Exit.BAD_REQUEST)
+        assert "no target knows a job 'train-nothing' (local): see `ddpm jobs list`" in line
+        assert "unknown target 'mars'" in refused(
+            ddpm_here("jobs", command, "train-a", "--on", "mars"), Exit.BAD_REQUEST
+        )
         assert "cannot be a job's name" in refused(ddpm_here("jobs", command, "../a"), Exit.BAD_REQUEST)
         line = refused(ddpm_here("jobs", command, "train-a", "--targets", "no.yaml"), Exit.MISSING_INPUT)
         assert "--targets no.yaml: No such file" in line
@@ -80,7 +82,7 @@ def test_a_job_whose_machine_is_gone_has_its_story_still(folder, gcs_bucket):
     for name in ("train-walk", "sample-walk-0123abcd"):
         for more in ([], ["--on", "local"], ["--bucket", uri]):
             lines = succeeded(ddpm_here("jobs", "status", name, *more)).splitlines()
-            assert lines.pop(0) == f"job         {name}: no engine knows it any more; this is what its bucket says"
+            assert lines.pop(0) == f"job         {name}: unknown to every engine; the facts below are in its bucket"
             if name == "train-walk":
                 assert lines.pop(0).startswith("state       finished, as of 20")
                 assert lines.pop(0) == "exit code   0: finished"

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, NoPermissionError, StoppedError
+from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, NoPermissionError, State, StoppedError
 from job.jobs.backends import kubernetes_api
-from job.jobs.backends.base import Cause, State
+from job.jobs.backends.base import Cause
 from job.jobs.backends.kubernetes import KubernetesBackend
 from job.outcome import outcome_written
 from tests.job.command_line import ddpm_here, environment, refused, succeeded
@@ -116,7 +116,7 @@ def test_a_queue_must_be_there_before_the_job(server):
     server.forbidden = set()
     for installed in ("v1beta2", "v1beta1"):
         with pytest.raises(
-            MissingInputError, match=r"no LocalQueue 'gpus' in namespace 'training'.*once Kueue is inst"
+            MissingInputError, match=r"no LocalQueue 'gpus' in namespace 'training'.*create it in Kueue .kubectl"
         ):
             backend.submit(spec(f"train-{installed}"))
         server.add("localqueues", {"metadata": {"name": "gpus"}}, "training")
@@ -142,7 +142,9 @@ def test_several_nodes_are_a_jobset(server, backend):
 
 def test_a_cluster_without_jobsets_says_what_installs_them(server, backend):
     del server.served["jobset.x-k8s.io/v1alpha2"]
-    with pytest.raises(MissingInputError, match=r"--nodes 2 needs: kubectl apply --server-side -f .*jobset"):
+    with pytest.raises(
+        MissingInputError, match=r"--nodes 2 needs JobSets in the cluster: kubectl apply --server-side -f .*jobset"
+    ):
         backend.submit(spec(nodes=2))
     assert not server.bodies
     backend.submit(spec())
@@ -171,12 +173,12 @@ def test_cancelling_ends_the_pods_in_order_and_room_is_made_when_they_are_gone(s
     for job, plural in ((spec(), "jobs"), (spec(nodes=2), "jobsets")):
         backend.submit(job)
         server.start_pod(NAME, 0, plural)
-        assert backend.cancel(NAME).startswith("was told to stop: it saves first")
+        assert backend.cancel(NAME).startswith("is stopping: it saves first")
         assert backend.status(NAME).state is State.CANCELLED
         assert backend.cancel(NAME) == "is being deleted: its pods may save first"
         backend.submit(job)
         assert not server.names("pods")
-        assert backend.cancel(NAME).startswith("was waiting, and is no more")
+        assert backend.cancel(NAME).startswith("was waiting and is removed")
         eventually(lambda: backend.status(NAME).state is State.GONE)
         # By which a watch knows that somebody deleted it.
         assert backend.keeps_ended
@@ -271,7 +273,7 @@ def test_a_doctor_finds_what_a_job_would_miss(server):
 def test_a_doctor_says_in_one_line_that_a_cluster_cannot_be_used(server, monkeypatch, tmp_path):
     server.forbidden.add(("get", "pods/log"))
     (check,) = doctor().values()
-    assert "may not get pods/log in namespace 'default'" in check.message
+    assert "you may not get pods/log in namespace 'default'" in check.message
     # What `ddpm jobs` needs.
     for verb, resource in (("list", "pods"), ("get", "jobs"), ("list", "jobs")):
         server.forbidden = {(verb, resource)}
@@ -508,7 +510,7 @@ def test_a_name_in_two_namespaces_is_two_jobs(gke, targets_folder):
     succeeded(ddpm_here(*TRAIN[:-1], "gke-big", "--yes"))
     assert succeeded(ddpm_here("jobs", "list")).count("train-celeba") == 2
     line = refused(ddpm_here("jobs", "cancel", "train-celeba"), Exit.BAD_REQUEST)
-    assert "on several targets (gke, gke-big): say which with --on" in line
+    assert "on several targets (gke, gke-big): choose one with --on" in line
 
 
 @pytest.mark.parametrize("options", [("-o", "yaml"), ("-o", "json", "--nodes", "2")], ids=["yaml", "json"])

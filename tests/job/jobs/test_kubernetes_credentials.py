@@ -46,7 +46,7 @@ def test_kubeconfigs_that_are_right(server, write, tmp_path):
 def test_what_is_wrong_with_a_kubeconfig_is_told_in_a_line(server, write, tmp_path):
     path = write(server.kubeconfig())
     path.unlink()
-    with pytest.raises(MissingInputError, match=r"there is no kubeconfig at .*get-credentials"):
+    with pytest.raises(MissingInputError, match=r"the kubeconfig .* is missing: .*get-credentials"):
         asked()
     write(server.kubeconfig())
     with pytest.raises(BadConfigError, match=rf"{path} cannot be used: .* name prod in .*contexts.* `context:` of the"):

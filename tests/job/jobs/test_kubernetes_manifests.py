@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from job.exits import TABLE, BadRequestError, Exit
+from job.exits import BadRequestError, Restart, retried
 from job.jobs.backends.kubernetes_manifests import manifest
 from job.processes.group import Group
 from job.stop import GRACE_VARIABLE as GRACE
@@ -103,20 +103,22 @@ def ended_by(policy, code, disrupted=False):
 def test_every_exit_code_is_retried_as_the_table_says(case):
     job = job_of(manifest(*CASES[case]))
     for code in range(1, 256):
-        rule = TABLE[Exit(code)].retried if code in TABLE else "bounded"
+        rule = retried(code)
         action, message = ended_by(job["podFailurePolicy"], code)
         if case != "two-nodes":
             # What is wrong with a slice may be wrong with its machine alone.
             never = "FailIndex" if case == "sampling-slices" else "FailJob"
-            assert action == {"never": never, "bounded": "Count", "always": "Ignore"}[rule], code
+            assert action == {Restart.NEVER: never, Restart.BOUNDED: "Count", Restart.ALWAYS: "Ignore"}[rule], code
             assert ended_by(job["podFailurePolicy"], code, disrupted=True)[0] == "Ignore"
             continue
         # There a failure of a pod is one of the Job, and the JobSet looks at the Job's message.
-        if rule == "always":
+        if rule is Restart.ALWAYS:
             # A JobSet restarts at once. The Job pauses, and counts, also those that stop because another is taken away.
             assert (action, "backoffLimit" in job) == ("Count", False)
         else:
-            assert set_action(action, message) == {"never": "FailJobSet", "bounded": "RestartJobSet"}[rule], code
+            assert (
+                set_action(action, message) == {Restart.NEVER: "FailJobSet", Restart.BOUNDED: "RestartJobSet"}[rule]
+            ), code
         taken_away = ended_by(job["podFailurePolicy"], code, disrupted=True)
         assert set_action(*taken_away) == "RestartJobSetAndIgnoreMaxRestarts"
 
@@ -207,7 +209,7 @@ def test_a_job_asks_for_its_share_of_a_node():
 def test_what_could_not_run_is_refused():
     small, unknown = "g2-standard-8", "n1-custom-8-16384"
     for job, target, said in [
-        (spec(gpus=8), {"machine_type": small}, "--gpus 8: nodes of target 'gke' are g2-standard-8, with 1: ask"),
+        (spec(gpus=8), {"machine_type": small}, "--gpus 8: nodes of target 'gke' are g2-standard-8, with 1: use fewer"),
         (spec(), {"machine_type": unknown}, "are n1-custom-8-16384, whose room for jobs is not known here"),
         (spec(), {"machine_type": "n1-standard-1"}, "set cpus and memory"),
         (spec("t" * 49, nodes=2), {}, "63 is the most"),

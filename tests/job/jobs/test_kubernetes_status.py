@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from job.jobs.backends.base import Cause, State
+from job.exits import State
+from job.jobs.backends.base import Cause
 from job.jobs.backends.kubernetes_manifests import INDEX_ANNOTATION, manifest
 from job.jobs.backends.kubernetes_status import observed_status
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, sampling, spec
@@ -66,9 +67,14 @@ def test_why_a_job_failed():
         ),
         ("BackoffLimitExceeded", [ended(137, reason="OOMKilled")], 137, "exit code 137 (OOMKilled: `memory:` of the"),
         ("BackoffLimitExceeded", [], None, "BackoffLimitExceeded: said"),
-        ("DeadlineExceeded", [ended(75)], 75, "DeadlineExceeded: its --max-hours are over, what it waited for a node"),
+        (
+            "DeadlineExceeded",
+            [ended(75)],
+            75,
+            "DeadlineExceeded: its --max-hours are over, including the wait for a node",
+        ),
         # Of a group the others are stopped after one ended for good, and end later.
-        ("PodFailurePolicy", [ended(65, "rotten"), ended(75, at="2")], 65, "exit code 65 (bad data: unreadable"),
+        ("PodFailurePolicy", [ended(65, "corrupt"), ended(75, at="2")], 65, "exit code 65 (bad data: unreadable"),
     ]:
         status = observed_status(job(("Failed", reason, "said")), ends)
         assert (status.state, status.exit_code) == (State.FAILED, code)
@@ -111,7 +117,7 @@ def test_a_queue_says_why_a_job_waits_and_that_it_will_not_run():
         (True, "Evicted", "PodsReadyTimeout", "too slow", State.WAITING, f"{waiting}Job suspended"),
         (True, "Evicted", "Preempted", "for another", State.WAITING, "was preempted (for another), and waits in the"),
         (None, "", "", "", State.WAITING, f"{waiting}Job suspended"),
-        (False, "", "", "", State.CANCELLED, f"{stopped}somebody deactivated it"),
+        (False, "", "", "", State.CANCELLED, f"{stopped}a person deactivated it"),
         (False, "Evicted", "Deactivated", f"{gave_up}number", State.CANCELLED, f"{stopped}{gave_up}number"),
         (False, "Evicted", "Deactivated", f"{gave_up}execution time", State.FAILED, "its --max-hours are over"),
     ]:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("targets_folder")
 
 
 REFUSED = [
-    ("train --dataset a --on gek", 64, "no target 'gek'; did you mean 'gke'?"),
+    ("train --dataset a --on gek", 64, "unknown target 'gek'; did you mean 'gke'?"),
     ("train --dataset a --epoch 3 --on gke", 2, "No such option: --epoch"),
     ("train --on gke", 2, "Missing option '--dataset'"),
     ("train --dataset a --on gke -o xml --dry-run", 64, "-o xml: use yaml or json"),
@@ -91,7 +91,7 @@ def test_each_target_of_the_example_takes_each_verb():
 def test_who_cannot_be_asked_must_have_said_yes():
     words = ["submit", "train", *FOR_TRAIN, "--on", "gke"]
     done = ddpm(*words, KUBECONFIG="/nonexistent")
-    assert "there is no terminal to ask on; --yes submits without" in refused(done, Exit.BAD_REQUEST)
+    assert "no terminal can confirm it; --yes submits without" in refused(done, Exit.BAD_REQUEST)
     assert "train-celeba, on gke" in done.stdout
     # Not even an input.
     closed = ddpm(*words, program=("sh", "-c", 'exec "$@" <&-', "sh", DDPM))

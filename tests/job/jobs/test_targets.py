@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from job.exits import BadConfigError, BadRequestError, MissingInputError
-from job.jobs.targets import bucket_on, load_targets, parse_targets, size_bytes
+from job.jobs.backends.kubernetes_target import size_bytes
+from job.jobs.targets import bucket_on, load_targets, parse_targets
 
 EXAMPLE = (resources.files("job.jobs") / "targets.example.yaml").read_text()
 GKE = "gke: {backend: kubernetes, image: i, bucket: gs://bucket"
@@ -83,7 +84,7 @@ REFUSED = [
         (f"{GKE}, queue: '{queue}'}}", ["queue: String should "])
         for queue in ("a b", "Team", "a_b", "a-", "a..b", "q" * 64)
     ],
-    (GKE + ", scratch: fifty}", ["scratch: 'fifty' is no size: use one like 50Gi"]),
+    (GKE + ", scratch: fifty}", ["scratch: 'fifty' is not a size: use one like 50Gi"]),
     (GKE + ", cpus: '-1'}", ["cpus: String should match pattern"]),
     ("c: {backend: container, image: --privileged}", ["image: String should match pattern", "'--privileged'"]),
     *[
@@ -96,9 +97,9 @@ REFUSED = [
     ],
     (GKE + ', env: {A: "a\\0b"}}', ["env.A: 'a\\x00b' has characters that cannot be printed"]),
     (GKE + ', context: "\\e[31m"}', ["context: '\\x1b[31m' has characters"]),
-    (GKE + ", env: {2020-01-01: a}}", ["env: the key 2020-01-01 is no text: put it in quotes"]),
-    (GKE + ", node_selector: {1: a}}", ["node_selector: the key 1 is no text"]),
-    (GKE + ", tolerations: [{1: a}]}", ["tolerations.0: the key 1 is no text"]),
+    (GKE + ", env: {2020-01-01: a}}", ["env: the key 2020-01-01 is not text: put it in quotes"]),
+    (GKE + ", node_selector: {1: a}}", ["node_selector: the key 1 is not text"]),
+    (GKE + ", tolerations: [{1: a}]}", ["tolerations.0: the key 1 is not text"]),
 ]
 
 

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from job.exits import BadRequestError, Exit, MissingInputError
+from job.exits import BadRequestError, Exit, MissingInputError, Restart, State
 from job.jobs.backends import google
-from job.jobs.backends.base import Cause, NoCapacityError, State
+from job.jobs.backends.base import Cause, NoCapacityError
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.jobs.google_jobs import REGIONS, ZONES, backend_of, sampling, spec
 from tests.job.jobs.google_server import Refusal
@@ -86,7 +86,7 @@ def test_a_machine_that_is_gone_leaves_its_job_known(cloud, backend, folder):
     assert lines == ["ddpm-vm: submitted", "epoch 1", "ddpm-vm: ended with code 75"]
     lines = succeeded(ddpm_here("jobs", "status", "celeba", "--on", "vm", "--bucket", folder)).splitlines()
     assert re.fullmatch(r"state       gone, submitted 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", lines[1])
-    assert lines[2] == "it says     its machine was taken away"
+    assert lines[2] == "message     its machine was taken away"
     # What was never there is not.
     assert "knows a job" in refused(ddpm_here("jobs", "logs", "nobody", "--on", "vm"), Exit.MISSING_INPUT)
 
@@ -173,13 +173,13 @@ def test_the_slice_that_failed_worst_decides(cloud, backend):
             cloud.logging.ended(SLICED, code, index, 2)
         cloud.compute.vanish()
         status = backend.status(SLICED)
-        assert (status.state, status.exit_code, status.retried) == (State.FAILED, 65, "never")
+        assert (status.state, status.exit_code, status.retried) == (State.FAILED, 65, Restart.NEVER)
         assert f"slice {codes.index(65)}" in status.message
 
 
 def test_cancelling_deletes_the_machines_and_is_told_from_being_lost(cloud, backend):
     backend.submit(sampling())
-    assert backend.cancel(SLICED).startswith("was waiting, and is no more")
+    assert backend.cancel(SLICED).startswith("was waiting and is removed")
     assert not cloud.compute.instances
     # They hear of it, and say so.
     cloud.logging.ended(SLICED, 75, 1, 3, "taken")
@@ -188,7 +188,7 @@ def test_cancelling_deletes_the_machines_and_is_told_from_being_lost(cloud, back
         backend.cancel(SLICED)
     # Who may not write logs may submit and cancel all the same.
     cloud.denied["entries:write"] = Refusal(403, "Permission 'logging.logEntries.create' denied")
-    for word, expected in (("RUNNING", "was told to stop: it saves first"), ("TERMINATED", "was gone already")):
+    for word, expected in (("RUNNING", "is stopping: it saves first"), ("TERMINATED", "was gone already")):
         backend.submit(spec())
         cloud.compute.set_status("celeba", word)
         assert backend.cancel("celeba").startswith(expected)

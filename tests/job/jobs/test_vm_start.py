@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from job.exits import Exit
+from job.exits import Exit, State
 from job.jobs.backends import vm as module
-from job.jobs.backends.base import Cause, State
+from job.jobs.backends.base import Cause
 from tests.job.jobs.google_jobs import backend_of, metadata_of, spec
 from tests.job.jobs.google_server import Refusal
 from tests.job.launching import eventually

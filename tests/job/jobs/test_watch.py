@@ -8,19 +8,19 @@ from itertools import pairwise
 
 import pytest
 
-from job.exits import BadRequestError, BucketAwayError, Exit, JobError, NoPermissionError, StoppedError
+from job.exits import BadRequestError, BucketAwayError, Exit, JobError, NoPermissionError, State, StoppedError
 from job.jobs import watch
-from job.jobs.backends.base import Cause, JobStatus, NoCapacityError, State
+from job.jobs.backends.base import Cause, JobStatus, NoCapacityError
 from job.jobs.watch import LONGEST_PAUSE_SECONDS, WATCH_POLL_SECONDS, JobEndedError
 from job.outcome import Outcome
 from job.store import open_store
-from tests.job.jobs.written_engine import SPEC, TAKEN, C, Engine, F, G, Place, R, W
+from tests.job.jobs.written_engine import CANCELLED, FINISHED, GONE, RUNNING, SPEC, TAKEN, WAITING, Engine, Place
 
 DAY = 86_400.0
 PATIENCE = int(watch.ELSEWHERE_SECONDS / WATCH_POLL_SECONDS) + 2
 """Looks at a job that waits, after which it is moved."""
 MOST_FAILURES = 4
-WAITED = [(W, 45.0)] * 160
+WAITED = [(WAITING, 45.0)] * 160
 """Two hours without a machine."""
 
 
@@ -35,52 +35,52 @@ def stops(engine: Engine, match: str, *places: str, **options) -> Engine:
 
 
 def test_a_job_is_submitted_unless_it_is_there_and_told_about():
-    engine = Engine([G, W, W, R, R, F]).watch()
+    engine = Engine([GONE, WAITING, WAITING, RUNNING, RUNNING, FINISHED]).watch()
     assert engine.submitted == [("a", 2.0)]
     assert engine.told == ["train-a is waiting", "train-a is running in a", "train-a is finished"]
-    engine = Engine([R, R, F]).watch()
+    engine = Engine([RUNNING, RUNNING, FINISHED]).watch()
     assert engine.submitted == []
     assert engine.told[0] == "train-a is running already: watching it"
-    for over in (F, C, 66):
-        assert len(Engine([over, R, F]).watch().submitted) == 1
+    for over in (FINISHED, CANCELLED, 66):
+        assert len(Engine([over, RUNNING, FINISHED]).watch().submitted) == 1
 
 
 def test_codes_and_causes_are_tried_again_as_the_table_says():
     never = [2, 64, 65, 66, 70, 74, 76, 77, 78]
-    bounded = [1, 3, 69, 71, 134, 137, 139, 143, 255, None, G]
+    bounded = [1, 3, 69, 71, 134, 137, 139, 143, 255, None, GONE]
     always = [75, TAKEN]
     assert {int(code) for code in Exit} - {0} <= {*never, *bounded, *always}
     for ending in never + bounded:
-        engine = Engine([G, ending])
+        engine = Engine([GONE, ending])
         with pytest.raises(JobEndedError) as ended:
             engine.watch()
         assert ended.value.exit_code == (ending if type(ending) is int else 1), ending
         assert len(engine.submitted) == (MOST_FAILURES + 1 if ending in bounded else 1), ending
     for ending in always:
-        assert len(Engine([G, *[ending] * 40, F]).watch().submitted) == 41, ending
+        assert len(Engine([GONE, *[ending] * 40, FINISHED]).watch().submitted) == 41, ending
     # In between, these count for nothing.
-    engine = Engine([G, *[75, 137, TAKEN] * MOST_FAILURES, F]).watch()
+    engine = Engine([GONE, *[75, 137, TAKEN] * MOST_FAILURES, FINISHED]).watch()
     assert len(engine.submitted) == 3 * MOST_FAILURES + 1
     with pytest.raises(JobEndedError, match=r"ended with 137, the 5th failure: giving up: because"):
-        Engine([G, 137]).watch()
+        Engine([GONE, 137]).watch()
 
 
 def test_failures_that_an_engine_followed_by_itself_are_counted_with_the_others():
     five, three = (JobStatus("train-a", State.FAILED, "because", 137, failures=count) for count in (5, 3))
     with pytest.raises(JobEndedError, match=r"ended with 137, the 5th failure: giving up: because"):
-        (engine := Engine([G, R, five])).watch()
+        (engine := Engine([GONE, RUNNING, five])).watch()
     assert engine.retries == [4]
     # Three before its hours were over without a machine, one, and the last that there may be.
     late = replace(three, exit_code=None, cause=Cause.OUT_OF_TIME)
     with pytest.raises(JobEndedError, match="the 5th failure"):
-        (engine := Engine([G, late, R, 137, R, 137])).watch()
+        (engine := Engine([GONE, late, RUNNING, 137, RUNNING, 137])).watch()
     assert engine.retries == [4, 1, 0]
 
 
 def test_the_job_s_own_word_counts_where_its_engine_has_none(tmp_path):
     spec = replace(SPEC, bucket=str(tmp_path))
 
-    def follow(*words: str, ending=G, answers=()) -> Engine:
+    def follow(*words: str, ending=GONE, answers=()) -> Engine:
         """What each attempt says before its end, as `state code why`; the first is there before."""
         told = list(words)
 
@@ -92,19 +92,21 @@ def test_the_job_s_own_word_counts_where_its_engine_has_none(tmp_path):
 
         (tmp_path / "jobs/train-a/0-of-1.json").unlink(missing_ok=True)
         say()
-        return Engine([*answers] or [G, R, ending], at_submission=say, keeps_ended=bool(answers)).watch(spec=spec)
+        return Engine([*answers] or [GONE, RUNNING, ending], at_submission=say, keeps_ended=bool(answers)).watch(
+            spec=spec
+        )
 
     # A VM is gone, and its job had finished; whether it could say in time that it was taken away or not.
-    for ending in (G, TAKEN):
+    for ending in (GONE, TAKEN):
         assert follow("", "finished 0", ending=ending).told[-1] == "train-a is finished"
         with pytest.raises(JobEndedError, match="ended with 78, which would come again: no such key") as ended:
             follow("", "failed 78 no such key", ending=ending)
         assert ended.value.exit_code == 78
     # Its engine remembered it for a day, and the machine that watches slept.
-    assert follow("", "finished 0", answers=[G, R, (G, 2 * DAY)]).told[-1] == "train-a is finished"
+    assert follow("", "finished 0", answers=[GONE, RUNNING, (GONE, 2 * DAY)]).told[-1] == "train-a is finished"
     # Who deletes it has it stop.
-    with pytest.raises(StoppedError, match="deleted by somebody"):
-        follow("", "stopped 75", "finished 0", answers=[G, R, G, F])
+    with pytest.raises(StoppedError, match="deleted by a person"):
+        follow("", "stopped 75", "finished 0", answers=[GONE, RUNNING, GONE, FINISHED])
     # What was there before is an earlier job's.
     with pytest.raises(JobEndedError, match="is gone, the 5th failure"):
         follow("failed 78")
@@ -116,7 +118,9 @@ def test_the_job_s_own_word_counts_where_its_engine_has_none(tmp_path):
 
 
 def test_pauses_grow_to_a_limit_and_shrink_after_a_steady_run():
-    engine = Engine([G, *[75] * 12, (R, 0), (R, 700), 75, R, F]).watch(spec=replace(SPEC, max_hours=500.0))
+    engine = Engine([GONE, *[75] * 12, (RUNNING, 0), (RUNNING, 700), 75, RUNNING, FINISHED]).watch(
+        spec=replace(SPEC, max_hours=500.0)
+    )
     pauses = [later - earlier for earlier, later in pairwise(engine.submitted_at)]
     assert pauses[:6] == [10, 20, 40, 80, 160, 320]
     assert pauses[6:12] == [LONGEST_PAUSE_SECONDS] * 6
@@ -124,17 +128,20 @@ def test_pauses_grow_to_a_limit_and_shrink_after_a_steady_run():
 
 
 def test_what_somebody_cancelled_or_deleted_is_left_alone():
-    assert len(stops(Engine([G, R, C]), "was cancelled").submitted) == 1
-    stops(Engine([G, R, JobStatus("train-a", C, "its queue")]), r"was cancelled \(its queue\): what it saved stays")
-    for answers, submissions in (([G, R, G], 1), ([R, G], 0), ([G, 137, G], 1)):
-        engine = stops(Engine(answers, keeps_ended=True), "train-a is gone, deleted by somebody or over for longer")
+    assert len(stops(Engine([GONE, RUNNING, CANCELLED]), "was cancelled").submitted) == 1
+    stops(
+        Engine([GONE, RUNNING, JobStatus("train-a", CANCELLED, "its queue")]),
+        r"was cancelled \(its queue\): its saved state stays",
+    )
+    for answers, submissions in (([GONE, RUNNING, GONE], 1), ([RUNNING, GONE], 0), ([GONE, 137, GONE], 1)):
+        engine = stops(Engine(answers, keeps_ended=True), "train-a is gone, deleted by a person or over for longer")
         assert len(engine.submitted) == submissions
     # Who failed and is there still is tried again.
-    assert len(Engine([G, 137, 137, F], keeps_ended=True).watch().submitted) == 2
+    assert len(Engine([GONE, 137, 137, FINISHED], keeps_ended=True).watch().submitted) == 2
 
 
 def test_without_a_machine_the_next_place_is_tried_and_then_all_again_later():
-    engine = Engine([G, R, F], full={"a": 2, "b": 2, "c": 1}).watch("a", "b", "c")
+    engine = Engine([GONE, RUNNING, FINISHED], full={"a": 2, "b": 2, "c": 1}).watch("a", "b", "c")
     assert (engine.submitted, engine.submitted_at) == ([("c", 2.0)], [10.0])
     assert [line for line in engine.told if "no machine" in line] == [
         "a has no machine; trying the next place",
@@ -144,133 +151,148 @@ def test_without_a_machine_the_next_place_is_tried_and_then_all_again_later():
         "b has no machine; trying the next place",
     ]
     # However long that takes; and where there was one, there may be one again.
-    assert Engine([G, R, F], full={"a": 500}).watch("a").submitted == [("a", 2.0)]
-    engine = Engine([G, R, G, R, F], full={"a": 1}).watch("a", "b")
+    assert Engine([GONE, RUNNING, FINISHED], full={"a": 500}).watch("a").submitted == [("a", 2.0)]
+    engine = Engine([GONE, RUNNING, GONE, RUNNING, FINISHED], full={"a": 1}).watch("a", "b")
     assert [place for place, _ in engine.submitted] == ["b", "b"]
     # Without the watch each is tried once.
-    assert Place(Engine([G], full={"a": 1}), ("a", "b")).submit_where_possible(SPEC).name == "b"
+    assert Place(Engine([GONE], full={"a": 1}), ("a", "b")).submit_where_possible(SPEC).name == "b"
     with pytest.raises(NoCapacityError, match="b has no machine"):
-        Place(Engine([G], full={"a": 1, "b": 1}), ("a", "b")).submit_where_possible(SPEC)
+        Place(Engine([GONE], full={"a": 1, "b": 1}), ("a", "b")).submit_where_possible(SPEC)
 
 
 def test_a_job_that_waits_for_too_long_is_moved():
     away = [BucketAwayError("the API is away")] * 3
     for cancelling in ([], away, [*away, BadRequestError("it is over: the request had arrived")]):
-        engine = Engine([G, *[W] * PATIENCE, C, R, F], cancelling=[*cancelling]).watch("a", "b")
+        engine = Engine([GONE, *[WAITING] * PATIENCE, CANCELLED, RUNNING, FINISHED], cancelling=[*cancelling]).watch(
+            "a", "b"
+        )
         assert [place for place, _ in engine.submitted] == ["a", "b"], cancelling
         assert engine.told.count("the API is away; trying again to remove train-a") == bool(cancelling)
     # One that gets ready has a machine; and where there is no other place, patience is all there is.
-    ready = JobStatus("train-a", W, "the image is being pulled", has_machine=True)
-    assert Engine([G, *[ready] * PATIENCE, R, F]).watch("a", "b").cancelled == []
-    assert Engine([G, *[W] * 500, R, F]).watch("a").cancelled == []
+    ready = JobStatus("train-a", WAITING, "the image is being pulled", has_machine=True)
+    assert Engine([GONE, *[ready] * PATIENCE, RUNNING, FINISHED]).watch("a", "b").cancelled == []
+    assert Engine([GONE, *[WAITING] * 500, RUNNING, FINISHED]).watch("a").cancelled == []
     # One that ended by itself meanwhile.
-    engine = Engine([G, *[W] * PATIENCE, F], cancelling=[BadRequestError("it is over")]).watch("a", "b")
+    engine = Engine([GONE, *[WAITING] * PATIENCE, FINISHED], cancelling=[BadRequestError("it is over")]).watch("a", "b")
     assert len(engine.submitted) == 1
 
 
 def test_a_job_whose_image_cannot_be_pulled_is_removed():
-    without = JobStatus("train-a", W, "ImagePullBackOff", cause=Cause.NO_IMAGE, has_machine=True)
-    engine = Engine([G, *[without] * 22, G])
+    without = JobStatus("train-a", WAITING, "ImagePullBackOff", cause=Cause.NO_IMAGE, has_machine=True)
+    engine = Engine([GONE, *[without] * 22, GONE])
     with pytest.raises(JobEndedError, match="train-a cannot begin, and is removed: ImagePullBackOff") as ended:
         engine.watch()
     assert (ended.value.exit_code, engine.cancelled) == (66, ["a"])
     # Somebody pushed it just in time.
-    assert Engine([G, *[without] * 15, W, *[without] * 15, R, F]).watch().cancelled == []
+    assert Engine([GONE, *[without] * 15, WAITING, *[without] * 15, RUNNING, FINISHED]).watch().cancelled == []
 
 
 def test_an_engine_that_does_not_answer_leaves_the_job_alone_and_one_that_refuses_ends_the_watch():
-    engine = Engine([G, R, *[BucketAwayError("the API is away")] * 100, R, F]).watch()
+    engine = Engine([GONE, RUNNING, *[BucketAwayError("the API is away")] * 100, RUNNING, FINISHED]).watch()
     assert len(engine.submitted) == 1
     assert engine.told.count("the API is away; the job goes on meanwhile") == 1
     refusals: list[JobError] = [NoPermissionError("no"), BadRequestError("no such GPU")]
     for refusal in refusals:
         with pytest.raises(type(refusal), match=str(refusal)):
-            Engine([G, G], refusal=refusal).watch()
+            Engine([GONE, GONE], refusal=refusal).watch()
     # The answer to the first request was lost: the second finds the job there.
-    Engine([G, R, R, F], refusal=refusals[1]).watch()
+    Engine([GONE, RUNNING, RUNNING, FINISHED], refusal=refusals[1]).watch()
 
 
 def test_a_watch_that_is_told_to_stop_leaves_the_job_alone():
-    engine = Engine([G, (R, DAY)])
+    engine = Engine([GONE, (RUNNING, DAY)])
     stops(engine, "no longer watching train-a, which goes on", spec=replace(SPEC, max_hours=700.0))
     assert engine.cancelled == []
 
 
 def test_max_hours_hold_for_all_attempts_together():
-    engine = stops(Engine([G, *[(R, 0.0), (R, 1800.0), 75] * 6]), "has used its 2 hours: the same command goes on")
+    engine = stops(
+        Engine([GONE, *[(RUNNING, 0.0), (RUNNING, 1800.0), 75] * 6]), "has used its 2 hours: the same command goes on"
+    )
     hours = [hours for _, hours in engine.submitted]
     assert hours[0] == 2.0
     assert 3 <= len(hours) <= 4
     assert all(later < earlier - 0.5 for earlier, later in pairwise(hours))
     # A machine that only gets ready is paid for, too; the time without one is not.
-    ready = JobStatus("train-a", W, "the GPU driver is being installed", has_machine=True)
-    engine = stops(Engine([G, *[ready, (ready, 600.0), TAKEN] * 50]), "has used its 2 hours")
+    ready = JobStatus("train-a", WAITING, "the GPU driver is being installed", has_machine=True)
+    engine = stops(Engine([GONE, *[ready, (ready, 600.0), TAKEN] * 50]), "has used its 2 hours")
     assert 10 <= len(engine.submitted) <= 12
-    assert Engine([G, *[(W, 3600.0)] * 10, (R, 0.0), F]).watch().submitted == [("a", 2.0)]
+    assert Engine([GONE, *[(WAITING, 3600.0)] * 10, (RUNNING, 0.0), FINISHED]).watch().submitted == [("a", 2.0)]
     # Where nobody named a limit there is none.
-    engine = Engine([G, R, (R, 360_000.0), 137, R, F]).watch(spec=replace(SPEC, max_hours=math.inf))
+    engine = Engine([GONE, RUNNING, (RUNNING, 360_000.0), 137, RUNNING, FINISHED]).watch(
+        spec=replace(SPEC, max_hours=math.inf)
+    )
     assert engine.submitted == [("a", math.inf), ("a", math.inf)]
 
 
 def test_the_hours_of_a_job_that_runs_already_began_when_it_did(tmp_path):
-    there = JobStatus("train-a", R, created="2026-01-31T11:00:00Z")
+    there = JobStatus("train-a", RUNNING, created="2026-01-31T11:00:00Z")
     for other, least, most in (
         (there, 0.98, 1.0),
         (replace(there, created="2026-01-31T11:00:00.123456+00:00"), 0.98, 1.001),
         # Between two attempts it has run; who waits for a first machine has not, and a time that is none is none.
-        (replace(there, state=W, attempts=2), 0.9, 1.0),
-        (replace(there, state=W, attempts=1), 1.9, 2.0),
+        (replace(there, state=WAITING, attempts=2), 0.9, 1.0),
+        (replace(there, state=WAITING, attempts=1), 1.9, 2.0),
         (replace(there, created=""), 1.9, 2.0),
     ):
-        ((_, hours),) = Engine([other, 75, R, F]).watch().submitted
+        ((_, hours),) = Engine([other, 75, RUNNING, FINISHED]).watch().submitted
         assert least < hours <= most, other
     engine = stops(Engine([replace(there, created="2026-01-31T09:00:00Z"), 75]), "has used its 2 hours")
     assert engine.submitted == []
     # An engine forgets an evicted attempt, and the job's bucket does not; what an earlier job said is none of it.
-    evicted = replace(there, state=W)
+    evicted = replace(there, state=WAITING)
     for updated, least, most in (("2026-01-31T11:30:00Z", 0.9, 1.0), ("2026-01-31T10:30:00Z", 1.9, 2.0)):
         said = Outcome(state="stopped", exit_code=75, updated=updated)
         open_store(str(tmp_path)).put("jobs/train-a/0-of-1.json", said.to_json())
-        ((_, hours),) = Engine([evicted, 75, R, F]).watch(spec=replace(SPEC, bucket=str(tmp_path))).submitted
+        ((_, hours),) = (
+            Engine([evicted, 75, RUNNING, FINISHED]).watch(spec=replace(SPEC, bucket=str(tmp_path))).submitted
+        )
         assert least < hours <= most, updated
 
 
 def test_what_the_engine_ended_for_its_hours_has_used_them_unless_it_only_waited():
     for answers, submissions in (
-        ([R, (Cause.OUT_OF_TIME, 7200.0)], 0),
-        ([G, R, (R, 7000.0), Cause.OUT_OF_TIME], 1),
+        ([RUNNING, (Cause.OUT_OF_TIME, 7200.0)], 0),
+        ([GONE, RUNNING, (RUNNING, 7000.0), Cause.OUT_OF_TIME], 1),
         # Nobody looked while it got its machine, and had it.
-        ([G, W, (Cause.OUT_OF_TIME, 9000.0)], 1),
+        ([GONE, WAITING, (Cause.OUT_OF_TIME, 9000.0)], 1),
     ):
         assert len(stops(Engine(answers), "has used its 2 hours").submitted) == submissions
     for keeps_ended in (False, True):
         looks = 2 if keeps_ended else 1
         ending = [Cause.OUT_OF_TIME] * looks
-        engine = Engine([G, *WAITED, *ending, R, (R, 1800.0), *[75] * looks, R, F], keeps_ended=keeps_ended).watch()
+        engine = Engine(
+            [GONE, *WAITED, *ending, RUNNING, (RUNNING, 1800.0), *[75] * looks, RUNNING, FINISHED],
+            keeps_ended=keeps_ended,
+        ).watch()
         first, second, third = (hours for _, hours in engine.submitted)
         assert first == 2.0 and second > 1.97 and 1.4 < third < 1.5, ending
         assert "train-a had a machine for less than its 2 hours; submitting it again" in engine.told
-    stops(Engine([G, R, (R, 7000.0), Cause.OUT_OF_TIME], keeps_ended=True), "has used its 2 hours")
+    stops(Engine([GONE, RUNNING, (RUNNING, 7000.0), Cause.OUT_OF_TIME], keeps_ended=True), "has used its 2 hours")
 
 
 def test_a_job_that_never_had_a_machine_has_not_used_its_hours():
-    no_node, short = JobStatus("train-a", W, "FailedScheduling: 0/3 nodes"), replace(SPEC, max_hours=0.02)
+    no_node, short = JobStatus("train-a", WAITING, "FailedScheduling: 0/3 nodes"), replace(SPEC, max_hours=0.02)
     said = r"train-a never started within its 0.02 hours \(FailedScheduling: 0/3 nodes\): the same command goes on"
-    stops(Engine([G, *[no_node] * 5, Cause.OUT_OF_TIME]), said, spec=short)
+    stops(Engine([GONE, *[no_node] * 5, Cause.OUT_OF_TIME]), said, spec=short)
     # One that had a machine for a while has, also if it waited for another in the end.
-    stops(Engine([G, R, no_node, no_node, Cause.OUT_OF_TIME]), "has used its 0.02 hours", spec=short)
+    stops(Engine([GONE, RUNNING, no_node, no_node, Cause.OUT_OF_TIME]), "has used its 0.02 hours", spec=short)
 
 
 def test_a_job_that_waits_when_the_hours_that_were_seen_are_used_up_is_removed():
     for keeps_ended in (False, True):
-        engine = stops(Engine([G, R, (R, 7200.0), W, G], keeps_ended=keeps_ended), "has used its 2 hours")
+        engine = stops(
+            Engine([GONE, RUNNING, (RUNNING, 7200.0), WAITING, GONE], keeps_ended=keeps_ended), "has used its 2 hours"
+        )
         assert engine.cancelled == ["a"]
     # Made three days ago, preempted once: it may have run for most of them, or for minutes.
-    waiting = JobStatus("train-a", W, created="2026-01-28T12:00:00Z", attempts=2)
-    engine = Engine([waiting, waiting, R, F]).watch()
+    waiting = JobStatus("train-a", WAITING, created="2026-01-28T12:00:00Z", attempts=2)
+    engine = Engine([waiting, waiting, RUNNING, FINISHED]).watch()
     assert engine.cancelled == [] and engine.submitted == []
     # One that had ended by itself is told as it ended.
-    engine = Engine([G, R, (R, 7200.0), W, F], cancelling=[BadRequestError("it is over")]).watch()
+    engine = Engine(
+        [GONE, RUNNING, (RUNNING, 7200.0), WAITING, FINISHED], cancelling=[BadRequestError("it is over")]
+    ).watch()
     assert engine.told[-1] == "train-a is finished"
 
 
@@ -279,7 +301,7 @@ def test_a_job_that_ends_itself_has_what_is_left_of_its_hours():
     assert spec.lasting(0.5).argv == (*SPEC.argv, "--stop-after", "1800s")
     assert spec.lasting(0.5).max_hours == 0.5
     # On this machine its own deadline ends it as somebody would who cancels it.
-    ends = Engine([G, R, (R, 7200.0), C])
+    ends = Engine([GONE, RUNNING, (RUNNING, 7200.0), CANCELLED])
     assert stops(ends, "has used its 2 hours: the same command", spec=replace(spec, max_hours=2.0)).submitted == [
         ("a", 2)
     ]

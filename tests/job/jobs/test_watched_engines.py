@@ -79,6 +79,6 @@ def test_a_job_on_a_cluster_is_submitted_again_unless_it_failed_five_times_or_so
     with pytest.raises(JobEndedError, match="ended with 137, the 5th failure: giving up") as failed:
         watched(backend, job, runs, lambda: ends(137, "Failed", "BackoffLimitExceeded"))
     assert (failed.value.exit_code, len(server.bodies)) == (137, 3)
-    with pytest.raises(StoppedError, match="deleted by somebody") as stopped:
+    with pytest.raises(StoppedError, match="deleted by a person") as stopped:
         watched(backend, job, runs, lambda: server.remove("jobs", name))
     assert stopped.value.exit_code is Exit.STOPPED

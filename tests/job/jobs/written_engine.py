@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 
 import pytest
 
-from job.exits import JobError
+from job.exits import JobError, State
 from job.jobs import watch
 from job.jobs.backends import base
-from job.jobs.backends.base import Backend, Cause, JobStatus, JsonObject, NoCapacityError, State
+from job.jobs.backends.base import Backend, Cause, JobStatus, JsonObject, NoCapacityError
 from job.jobs.spec import JobSpec
 from job.jobs.targets import parse_targets
 from job.jobs.watch import Watch
@@ -20,7 +20,8 @@ VM = parse_targets("vm: {backend: vm, project: my-project, zones: [us-east1-b], 
 SPEC = JobSpec("train-a", "train", ("train", "--dataset", "a"), "i", "gs://bucket", run="a", max_hours=2.0)
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
 """When the clock begins."""
-W, R, F, C, G = State.WAITING, State.RUNNING, State.FINISHED, State.CANCELLED, State.GONE
+WAITING, RUNNING, FINISHED = State.WAITING, State.RUNNING, State.FINISHED
+CANCELLED, GONE = State.CANCELLED, State.GONE
 TAKEN = Cause.TAKEN_AWAY
 
 
@@ -86,6 +87,9 @@ class Place(Backend):
     def render(self, spec: JobSpec) -> list[JsonObject]:
         return [{}]
 
+    def find(self, name: str) -> None:
+        return None
+
     def submit(self, spec: JobSpec) -> None:
         if self.engine.refusal:
             raise self.engine.refusal
@@ -108,9 +112,9 @@ class Place(Backend):
             case JobStatus():
                 return answer
             case Cause():
-                return JobStatus(name, G if answer is TAKEN else State.FAILED, "because", cause=answer)
+                return JobStatus(name, GONE if answer is TAKEN else State.FAILED, "because", cause=answer)
             case State():
-                return JobStatus(name, answer, place=self.name if answer is R else "")
+                return JobStatus(name, answer, place=self.name if answer is RUNNING else "")
         return JobStatus(name, State.FAILED, "because", answer)
 
     def jobs(self) -> list[JobStatus]:
@@ -123,4 +127,4 @@ class Place(Backend):
         if self.engine.cancelling:
             raise self.engine.cancelling.pop(0)
         self.engine.cancelled.append(self.name)
-        return "was told to stop"
+        return "is stopping"

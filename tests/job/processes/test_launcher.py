@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from job.exits import JobError, MissingInputError, retried
+from job.exits import JobError, MissingInputError, Restart, retried
 from job.processes import group
 from tests.job.command_line import environment
 from tests.job.launching import children, ended, eventually, is_gone, ready_pids, start
@@ -167,14 +167,19 @@ def test_a_job_whose_gpus_are_not_there_does_not_begin_on_the_cpu(monkeypatch, t
         group.check_gpus()
     monkeypatch.setenv(group.GPUS, "8")
     # Another machine may have what this one lost.
-    with pytest.raises(JobError, match="was given 8 GPUs, and PyTorch sees 1: did one fail, or is the driver") as lost:
+    with pytest.raises(
+        JobError, match="was given 8 GPUs, and PyTorch sees 1: a GPU failed, or the driver is too old"
+    ) as lost:
         group.check_gpus()
-    assert retried(lost.value.exit_code) == "bounded"
+    assert retried(lost.value.exit_code) is Restart.BOUNDED
     monkeypatch.undo()
     # No machine would have these.
     monkeypatch.setenv(group.GPUS, "1")
     (tmp_path / "there").mkdir()
-    for driver, words in (("there", "the image has a PyTorch for CPUs"), ("gone", "there is no NVIDIA driver")):
+    for driver, words in (
+        ("there", "the image has a PyTorch for CPUs"),
+        ("gone", "this machine lacks the NVIDIA driver"),
+    ):
         monkeypatch.setattr(group, "DRIVER", tmp_path / driver)
         group._cuda.cache_clear()
         with pytest.raises(MissingInputError, match=f"was given 1 GPU, and PyTorch sees 0: {words}"):

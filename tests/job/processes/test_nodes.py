@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import time
@@ -27,12 +28,12 @@ def test_the_environment_says_who_a_node_is():
     assert alone.keys() == {"OMP_NUM_THREADS", "GOMP_SPINCOUNT"}
     assert Group.of(2, {}).address == "127.0.0.1"
     for named, wrong in {
-        **{f"'{name}' makes no group": {key: TWO[key] for key in TWO if key != name} for name in TWO if name[0] != "N"},
-        "'NODE_RANK' makes no group": {"NNODES": "2"},
-        "NODE_RANK=2, NNODES=2, MASTER_PORT=1234 makes no group": TWO | {"NODE_RANK": "2"},
-        "'two' makes no group": {"NNODES": "two"},
+        **{f"('{name}')": {key: TWO[key] for key in TWO if key != name} for name in TWO if name[0] != "N"},
+        "('NODE_RANK')": {"NNODES": "2"},
+        "(NODE_RANK=2, NNODES=2, MASTER_PORT=1234)": TWO | {"NODE_RANK": "2"},
+        "'two')": {"NNODES": "two"},
     }.items():
-        with pytest.raises(BadRequestError, match=named):
+        with pytest.raises(BadRequestError, match=f"invalid group .*{re.escape(named)}: with NNODES, set NODE_RANK"):
             Group.of(1, wrong)
 
 

@@ -92,7 +92,7 @@ def test_an_error_reaches_all_with_its_exit_code(told):
     main, other = told
     assert main["unspeakable"][:2] == ["Unspeakable", "a lock cannot be sent"]
     assert other["unspeakable"][0] == "RuntimeError"
-    assert "cannot tell what came of it" in other["unspeakable"][1]
+    assert "has a result that cannot be sent" in other["unspeakable"][1]
 
 
 def test_waiting_for_the_main_process_asks_whether_to_stop(told):

@@ -70,7 +70,7 @@ def test_who_takes_a_lease_is_above_the_floor_and_fences_only_grow(any_run: Stor
 def test_nobody_has_a_fence_after_the_last(new_run: Store):
     by_somebody_elsewhere(new_run, fence=lease_module.MAX_FENCE)
     new_run.put(LEASE_KEY, lease_module.load_lease(new_run).model_copy(update={"released": True}).to_json())
-    with pytest.raises(BadDataError, match=f"{new_run.uri_of(LEASE_KEY)} has fence 999999, the last possible one"):
+    with pytest.raises(BadDataError, match=f"{new_run.uri_of(LEASE_KEY)} has fence 999999, which no run reaches"):
         taken(new_run)
     new_run.delete(LEASE_KEY)
     with pytest.raises(BadDataError, match=r"an attempt or a checkpoint of .* has fence 999999"):
