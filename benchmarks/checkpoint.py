@@ -19,8 +19,7 @@ from benchmarks.measuring import Figure, Turns, take_turns
 from benchmarks.resume import resumptions
 from benchmarks.subject import TINY, run_config
 from ddpm.training import create_state
-from job import method
-from job.config import RunConfig
+from job.config import RunConfig, method
 from job.processes.lease import Lease
 from job.runs.checkpoint_files import PARALLEL_UPLOADS, plan_parts
 from job.runs.checkpoints import list_checkpoints

@@ -32,8 +32,7 @@ from benchmarks.solvers import lines_png, most_steps
 from ddpm import training
 from ddpm.generation import Sampling, beginning, generate, make_denoiser, noise_of
 from ddpm.grids import find_grid, numbered_points
-from job import method
-from job.config import EMBEDDED, RunConfig, draft, parse_sets
+from job.config import EMBEDDED, RunConfig, draft, method, parse_sets
 from job.data.order import Order
 from job.sampling.found_grid import CANDIDATES
 from job.sampling.found_grid import IMAGES as IMAGES_OF_GRID

@@ -15,7 +15,7 @@ from benchmarks.subject import DATASET, PRESET, SIZE, forget_accelerator, pack_n
 from job.progress import Progress
 from job.requests import TrainRequest
 from job.runs.checkpoints import list_checkpoints, load_manifest, newest_good
-from job.runs.metrics import Row, read_rows
+from job.runs.metric_rows import Row, read_rows
 from job.store import Store, open_store
 from job.training.attempt import run_training
 

@@ -42,7 +42,7 @@ from job.progress import Progress
 from job.requests import SampleRequest
 from job.sampling.found_grid import CANDIDATES, IMAGES
 from job.sampling.painter import Painter
-from job.sampling.plan import plan_sampling
+from job.sampling.sampling_plan import plan_sampling
 from job.stop import NEVER
 
 EVALUATIONS = (5, 10, 20)

@@ -18,7 +18,7 @@ import yaml
 
 from job.data.shards import find_dataset, load_index
 from job.runs.checkpoints import list_checkpoints, load_manifest
-from job.runs.metrics import merged, read_rows
+from job.runs.metric_rows import merged, read_rows
 from job.runs.records import run_store
 from job.store import Store, open_store
 

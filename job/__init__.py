@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from job.model import load as load
+    from job.sampling.loading import load as load
 
 __version__ = version("ddpm-job")
 
@@ -18,7 +18,7 @@ DEFAULT_BUCKET = "./bucket"
 def __getattr__(name: str) -> Any:
     # Every command imports this, and most need no tensors.
     if name == "load":
-        from job.model import load
+        from job.sampling.loading import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from job.config import EMBEDDED, pack_config
-from job.evaluation.plan import check_formulas, check_scores, plan_evaluation
+from job.evaluation.evaluation_plan import check_formulas, check_scores, plan_evaluation
 from job.exits import BadDataError, MissingInputError
 from job.outcome import outcome_written
 from job.pieces import WHOLE, Slice
@@ -26,13 +26,14 @@ from job.processes.preemption import watch_for_preemption
 from job.progress import note
 from job.requests import EncodeRequest, EvaluateRequest, SampleRequest, TrainRequest, check_world_size
 from job.runs.records import check_writable
-from job.sampling.plan import plan_sampling, plan_sets
+from job.sampling.sampling_plan import plan_sampling, plan_sets
 from job.stop import Stop, deadline
-from job.store import ObjectMissingError, open_bucket
-from job.tracking import check_tracker
+from job.store import ObjectMissingError, Store, open_bucket
+from job.training.tracking import check_tracker
 
 if TYPE_CHECKING:
     from job.data.pack import PackRequest
+    from job.data.shards import DatasetIndex
 
 
 def train_command(request: TrainRequest, processes: int | None, hang_after_seconds: float, stop_after: str) -> None:
@@ -79,7 +80,7 @@ def sample_command(request: SampleRequest, processes: int | None, hang_after_sec
     with _command_on(request.bucket, stop_after, Slice.parse(request.slice)) as stop:
         plan = plan_sampling(request.check(), stop)
         if is_rank():
-            from job.sampling.sample import run_sampling
+            from job.sampling.draw import run_sampling
 
             run_sampling(plan, stop)
             return
@@ -119,9 +120,8 @@ def evaluate_command(
 
 def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") -> None:
     """Packs a source, or indexes tars where they lie, and prints what came of it."""
-    from job.catalog import describe_dataset
     from job.data.fetched import forget
-    from job.data.pack import check_free, is_made_by_others, is_whole, pack
+    from job.data.pack import check_free, is_whole, pack
 
     share = Slice.parse(request.slice)
     with _command_on(bucket_uri, stop_after, share) as stop:
@@ -130,11 +130,9 @@ def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") ->
         if request.source == EMBEDDED:
             request = replace(request, source=str(resources.files("job") / "datasets" / f"{EMBEDDED}.zip"))
         bucket = open_bucket(bucket_uri, stop)
-        if is_made_by_others(bucket, request):
-            print(f"{request.name}: complete already")
-            return
-        # Before its held-out part is packed.
-        check_free(bucket, request)
+        if not request.slice:
+            # Before its held-out part is packed.
+            check_free(bucket, request)
         for part in request.parts():
             if part.held and is_whole(bucket, part):
                 # The same command goes on where it was interrupted.
@@ -145,10 +143,7 @@ def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") ->
                 # A damaged download would be found again otherwise.
                 forget(request.source)
                 raise
-            if index is None:
-                print(f"{part.name}: slice {part.slice} is done; other machines are making the rest")
-            else:
-                print(describe_dataset(index, bucket))
+            _say_made(index, bucket, part.name, part.slice)
         forget(request.source)
 
 
@@ -157,7 +152,19 @@ def encode_command(request: EncodeRequest, stop_after: str = "") -> None:
     from job.exchange.encoding import encode_dataset
 
     with _command_on(request.bucket, stop_after, Slice.parse(request.slice)) as stop:
-        encode_dataset(request.check(), stop.install())
+        stop.install()
+        request = request.check()
+        bucket = open_bucket(request.bucket, stop)
+        _say_made(encode_dataset(bucket, request, stop), bucket, request.to, request.slice)
+
+
+def _say_made(index: DatasetIndex | None, bucket: Store, name: str, slice_text: str) -> None:
+    from job.report.datasets import describe_dataset
+
+    if index is None:
+        print(f"{name}: slice {slice_text} is done; other machines are making the rest")
+    else:
+        print(describe_dataset(index, bucket))
 
 
 def ensure_command(name: str, bucket_uri: str, *, size: int | None = None, source: str = "", on: str = "") -> None:
@@ -166,8 +173,8 @@ def ensure_command(name: str, bucket_uri: str, *, size: int | None = None, sourc
     Raises:
         MissingInputError: it is not there and there is nothing to pack; the message has the lines to type.
     """
-    from job.catalog import how_to_pack, is_packed
     from job.data.pack import PackRequest
+    from job.report.datasets import how_to_pack, is_packed
 
     # A dataset without a preset of its own is trained with the embedded one's network, which is made for its size.
     preset = pack_config(name) or pack_config(EMBEDDED)
@@ -201,7 +208,7 @@ def _launch(processes: int, hang_after_seconds: float) -> None:
 
 
 def _say_finished(plan: Plan, what: str) -> None:
-    from job.runs.overview import describe_outputs
+    from job.runs.listing import describe_outputs
 
     images_seen, outputs = plan.images_seen, describe_outputs(plan.run)
     epochs = max(plan.config.train.epochs, images_seen // plan.index.images)

@@ -3,9 +3,11 @@
 import difflib
 import errno
 import re
+import shlex
 import sys
 from collections.abc import Iterable
 from enum import IntEnum
+from pathlib import Path
 from typing import Self
 
 CRASHED = 1
@@ -193,3 +195,11 @@ def _out_of_memory(error: Exception) -> str:
         f"memory ran out on the {place}{what}: {allow}train with a smaller train.micro_batch_size, which changes "
         "rounding and nothing else; what was saved is there, and the same command goes on from it"
     )
+
+
+def how_to_install(extra: str) -> str:
+    """Returns the command that installs an extra of this package from where the package came: no index has it."""
+    root = Path(__file__).parents[1]
+    is_checkout = (root / "pyproject.toml").exists()
+    what = ["--editable", f"{root}[{extra}]"] if is_checkout else [f"ddpm-job[{extra}] @ file:///PATH/TO/ITS/WHEEL.whl"]
+    return shlex.join([sys.executable, "-m", "pip", "install", *what])

@@ -22,12 +22,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from job.code_version import code_version
 from job.exits import BadDataError, BadRequestError, LostRunError, StoppedError
 from job.processes.launched import lost_peer
 from job.processes.lease import LEASE_KEY, RENEW_SECONDS, Lease, claim_version
 from job.progress import Progress
-from job.sealed import SHA256_PATTERN, Moment, NamedObject, Sealed, utc_now
+from job.sealed import SHA256_PATTERN, Moment, NamedObject, Sealed, code_version, utc_now
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, Store
 
@@ -191,7 +190,8 @@ class Pieces:
             nonlocal done
             done += more
             # The other processes have made about as much by now.
-            bar.update(there + min(to_make, done * world_size))
+            # Thirds and the like add up to a little less than the whole.
+            bar.update(round(there + min(to_make, done * world_size), 6))
 
         try:
             with Progress(title, total=round(there + to_make), unit=unit, start=round(there)) as bar:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FoundRun:
+class RunHandle:
     """A run and its dataset. The stores wait for a bucket that is away."""
 
     bucket: Store
@@ -93,7 +93,7 @@ class FoundRun:
         )
 
 
-def find_run(bucket_uri: str, name: str, stop: Stop = NEVER, *, with_dataset: bool = True) -> FoundRun:
+def open_run(bucket_uri: str, name: str, stop: Stop = NEVER, *, with_dataset: bool = True) -> RunHandle:
     """A run that is there, as it was last changed, and its dataset; `stop` is heard while the bucket is away.
 
     Without `with_dataset` one that is not there any more is told, and left out.
@@ -116,11 +116,11 @@ def find_run(bucket_uri: str, name: str, stop: Stop = NEVER, *, with_dataset: bo
         if with_dataset:
             raise
         note(f"going on without the dataset: {error}")
-    return FoundRun(bucket, run, index, config, own)
+    return RunHandle(bucket, run, index, config, own)
 
 
 @dataclass(frozen=True)
-class Plan(FoundRun):
+class Plan(RunHandle):
     """A run before this attempt touches it."""
 
     index: DatasetIndex

@@ -107,7 +107,7 @@ class SampleRequest:
     with_grid: bool = True
 
     @property
-    def own_sampler(self) -> str:
+    def custom_sampler(self) -> str:
         """`module:function`, if the sampler is somebody's own."""
         name = str(self.chosen.get("sampler"))
         return name if ":" in name else ""
@@ -116,16 +116,16 @@ class SampleRequest:
     def files(self) -> dict[str, str]:
         """Returns the options that name files of the machine where the command runs, with their values."""
         image, mask = self.image.strip(NUMBERS) and self.image, self.mask if self.mask not in MASKS else ""
-        module = self.own_sampler.partition(":")[0].partition(".")[0]
+        module = self.custom_sampler.partition(":")[0].partition(".")[0]
         # One that does not lie here may be installed in the image of a job.
         is_here = module and any(Path(name).exists() for name in (module, f"{module}.py"))
-        named = {"--sampler": self.own_sampler if is_here else "", "--image": image, "--mask": mask}
+        named = {"--sampler": self.custom_sampler if is_here else "", "--image": image, "--mask": mask}
         return {option: name for option, name in named.items() if name}
 
     @property
     def keys(self) -> dict[str, Any]:
         """What was chosen as a configuration says it."""
-        return self.chosen | ({"sampler": "own"} if self.own_sampler else {})
+        return self.chosen | ({"sampler": "own"} if self.custom_sampler else {})
 
     def check(self) -> SampleRequest:
         """Returns the request if its words are known.
@@ -141,7 +141,7 @@ class SampleRequest:
             option, what = str(first["loc"][0]).replace("_", "-"), first["msg"].removeprefix("Value error, ")
             raise BadRequestError(f"--{option} {first['input']!r}: {what.lower()}") from None
         sampler = self.chosen.get("sampler")
-        if sampler == "own" or (self.own_sampler and not _OWN_SAMPLER.fullmatch(self.own_sampler)):
+        if sampler == "own" or (self.custom_sampler and not _OWN_SAMPLER.fullmatch(self.custom_sampler)):
             raise BadRequestError(f"--sampler {sampler!r}: one's own is module:function, such as mysamplers:walk")
         if self.save not in ("", "shards", "png"):
             raise BadRequestError(f"--save {self.save!r}: use shards or png")

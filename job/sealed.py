@@ -6,16 +6,19 @@ import hashlib
 import json
 import re
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from job import __version__
 from job.exits import BadDataError
 from job.progress import all_printable, printable
 from job.store.base import ObjectMissingError, Store
 
 SHA256_PATTERN = r"^[0-9a-f]{64}$"
+PACKAGES = ("ddpm", "job")
 MOMENT_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 
@@ -38,6 +41,17 @@ def utc_now() -> str:
 def utc_text(iso: str) -> str:
     """Returns a time in ISO 8601 of any zone as one in UTC, to the second."""
     return datetime.fromisoformat(iso).astimezone(UTC).strftime(MOMENT_FORMAT)
+
+
+@cache
+def code_version() -> str:
+    """Returns `0.1.0+3f2a9c1b`: the version, and a hash of the names and bytes of all modules and presets."""
+    root, sha256 = Path(__file__).parents[1], hashlib.sha256()
+    paths = (path for package in PACKAGES for path in (root / package).rglob("*") if path.suffix in (".py", ".yaml"))
+    for path in sorted(paths):
+        source = path.read_bytes()
+        sha256.update(f"{path.relative_to(root)}\0{len(source)}\0".encode() + source)
+    return f"{__version__}+{sha256.hexdigest()[:8]}"
 
 
 class Part(BaseModel):

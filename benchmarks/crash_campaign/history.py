@@ -15,7 +15,7 @@ from PIL import Image, ImageSequence
 from benchmarks.crash_campaign.processes import Event
 from job.runs.checkpoints import newest_good
 from job.runs.layout import SAMPLES, ObjectKind, located, places_in
-from job.runs.metrics import Row, read_rows
+from job.runs.metric_rows import Row, read_rows
 from job.store import Store
 
 MEASURED = ("images_per_second", "memory_bytes", "time")

@@ -24,7 +24,7 @@ def ddpm_config(
 
         ddpm config --preset celeba --set train.batch_size=64
     """
-    from job.keys import list_keys, show_config
+    from job.report.settings import list_keys, show_config
     from job.requests import TrainRequest
 
     if list_all:

@@ -163,7 +163,7 @@ def data_list(as_json: AsJson = False, bucket: BucketUri = DEFAULT_BUCKET) -> No
 
     Example: ddpm data list --bucket gs://my-bucket
     """
-    from job.catalog import list_datasets
+    from job.report.datasets import list_datasets
 
     list_datasets(bucket, as_json=as_json)
 
@@ -182,7 +182,7 @@ def data_show(
 
     Example: ddpm data show landscape-sample -o sheet.png
     """
-    from job.catalog import show_dataset
+    from job.report.datasets import show_dataset
 
     show_dataset(bucket, name, size, output, as_json=as_json)
 
@@ -195,7 +195,7 @@ def data_verify(
 
     Example: ddpm data verify celeba --bucket gs://my-bucket
     """
-    from job.catalog import verify_named
+    from job.report.datasets import verify_named
 
     verify_named(bucket, name, size, as_json=as_json)
 
@@ -206,6 +206,6 @@ def data_delete(name: DatasetName, size: Size = None, yes: Certain = False, buck
 
     Example: ddpm data delete mine --size 64 --yes
     """
-    from job.catalog import delete_dataset
+    from job.report.datasets import delete_dataset
 
     delete_dataset(bucket, name, size, yes)

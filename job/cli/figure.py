@@ -31,7 +31,7 @@ def figure_schedule(
 
     Example: ddpm figure schedule --schedule cosine -o cosine.png
     """
-    from job.sampling.pictures import schedule_picture
+    from job.sampling.noise_pictures import schedule_picture
 
     schedule_picture(kind, timesteps, output)
 
@@ -51,7 +51,7 @@ def figure_noising(
 
     Example: ddpm figure noising --dataset landscape-sample
     """
-    from job.sampling.pictures import noising_picture
+    from job.sampling.noise_pictures import noising_picture
 
     noising_picture(bucket, dataset, size, timesteps=timesteps, kind=kind, output=output)
 

@@ -24,7 +24,7 @@ def runs_list(as_json: AsJson = False, bucket: BucketUri = DEFAULT_BUCKET) -> No
 
     Example: ddpm runs list --bucket gs://my-bucket
     """
-    from job.runs.overview import list_runs
+    from job.runs.listing import list_runs
 
     list_runs(bucket, as_json=as_json)
 
@@ -35,7 +35,7 @@ def runs_show(run: RunName, as_json: AsJson = False, bucket: BucketUri = DEFAULT
 
     Example: ddpm runs show celeba --bucket gs://my-bucket
     """
-    from job.runs.overview import show_run
+    from job.runs.listing import show_run
 
     show_run(bucket, run, as_json=as_json)
 
@@ -71,7 +71,7 @@ def runs_verify(run: RunName, as_json: AsJson = False, bucket: BucketUri = DEFAU
 
     Example: ddpm runs verify celeba --bucket gs://my-bucket
     """
-    from job.runs.overview import verify_named_run
+    from job.runs.listing import verify_named_run
 
     verify_named_run(bucket, run, as_json=as_json)
 

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.latents import Latents
-from job.code_version import how_to_install
 from job.data.cache import default_cache_dir
 from job.data.shards import AUTOENCODER, DatasetIndex, dataset_key
-from job.exits import BadDataError, BadRequestError
+from job.exits import BadDataError, BadRequestError, how_to_install
 from job.store import Store
 from job.store.files import os_errors
 

@@ -20,6 +20,7 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -120,6 +121,12 @@ class PackRequest:
         return float(match[1]) / 100 if match else 0.0
 
     @property
+    def key(self) -> str:
+        """The dataset's folder; of a request that is checked."""
+        assert self.size is not None
+        return shards.dataset_key(self.name, self.size)
+
+    @property
     def held_out(self) -> str:
         """Name of the dataset of what is held out; empty if nothing is."""
         return f"{self.name}-held-out" if self.hold_out_share and not self.held else ""
@@ -163,34 +170,32 @@ def pack(
         NoPermissionError: the credentials do not allow to write, or to read.
     """
     request = request.check()
-    assert request.size is not None
-    key = shards.dataset_key(request.name, request.size)
-    dataset = bucket.sub(key)
-    check_free(bucket, request)
+    if not request.slice:
+        check_free(bucket, request)
+    key = request.key
+    dataset, share = bucket.sub(key), Slice.parse(request.slice)
     way = f"choose another name, or {shards.deleting(bucket, key)} and type this command again"
     with scratch_folder("pack") as folder:
         kind = _InPlace if request.tars else _Copying
         packing = kind(bucket, request, folder, stop=stop, shard_images=shard_images)
-        dataset.check_writable(f"{PIECES}/{uuid.uuid4().hex}")
-        share = Slice.parse(request.slice)
         pieces = Pieces(dataset, packing.fingerprint, packing.sizes, share=share, equal_bytes=True)
         try:
-            packing.take(pieces.records(sorted(pieces.committed()), stop))
+            if share != WHOLE and (made := _made(bucket, key, packing.fingerprint)):
+                return made
+            dataset.check_writable(f"{PIECES}/{uuid.uuid4().hex}")
+            packing.reject(*_rejects_in(pieces.records(sorted(pieces.committed()), stop)))
             pieces.make_missing(packing.made, f"packing {request.name}", unit=packing.unit, stop=stop)
             # A run that finds this dataset looks for its held-out part.
             if request.held_out and not is_whole(bucket, request.parts()[0]):
                 return None
-            try:
-                packing.publish(dataset, pieces)
-            except ObjectMissingError:
-                if dataset.exists(shards.INDEX):
-                    # An equal attempt was faster, and has cleared the records away.
-                    packing.check_same(shards.load_index(bucket, key))
-                    pieces.clear(records=True)
-                elif share == WHOLE:
-                    raise BadRequestError(f"{dataset.uri} was deleted meanwhile: {way}") from None
-                else:
-                    return None
+            # Without a record: others are still making pieces, or have created the index and cleared up.
+            with suppress(ObjectMissingError):
+                packing.publish(dataset, pieces.records(stop=stop))
+            if made := _made(bucket, key, packing.fingerprint):
+                pieces.clear(records=True)
+            elif share == WHOLE:
+                raise BadRequestError(f"{dataset.uri} was deleted meanwhile: {way}")
+            return made
         except OtherWorkError:
             raise BadRequestError(
                 f"{dataset.uri} holds shards of other images than {packing.where} has now, or with other "
@@ -198,7 +203,20 @@ def pack(
             ) from None
         except ObjectExistsError as error:
             raise BadRequestError(f"{error}: another process packs something else there: {way}") from None
-    return shards.load_index(bucket, key)
+
+
+def _made(bucket: Store, key: str, fingerprint: str) -> shards.DatasetIndex | None:
+    """Returns the index of a dataset that is finished.
+
+    Raises:
+        OtherWorkError: it was made of something else.
+    """
+    if not bucket.exists(f"{key}/{shards.INDEX}"):
+        return None
+    index = shards.load_index(bucket, key)
+    if index.fingerprint != fingerprint:
+        raise OtherWorkError(key)
+    return index
 
 
 def check_free(bucket: Store, request: PackRequest) -> None:
@@ -207,8 +225,7 @@ def check_free(bucket: Store, request: PackRequest) -> None:
     Raises:
         BadRequestError: there is.
     """
-    assert request.size is not None
-    key = shards.dataset_key(request.name, request.size)
+    key = request.key
     if bucket.exists(f"{key}/{shards.INDEX}"):
         there = shards.load_index(bucket, key)
         raise BadRequestError(
@@ -217,25 +234,13 @@ def check_free(bucket: Store, request: PackRequest) -> None:
         )
 
 
-def is_made_by_others(bucket: Store, request: PackRequest) -> bool:
-    """Returns whether other machines, of which this one is to do a share, have finished a dataset alike."""
-    assert request.size is not None
-    key = shards.dataset_key(request.name, request.size)
-    if not request.slice or not bucket.exists(f"{key}/{shards.INDEX}"):
-        return False
-    there = shards.load_index(bucket, key)
-    wanted = request.crop, request.resize_filter, request.hold_out_share
-    return (there.crop, there.resize_filter, there.hold_out) == wanted
-
-
 def is_whole(bucket: Store, held: PackRequest) -> bool:
     """Returns whether the held-out part is there, from an attempt that was interrupted before the rest was.
 
     Raises:
         BadRequestError: another share was held out.
     """
-    assert held.size is not None
-    key = shards.dataset_key(held.name, held.size)
+    key = held.key
     if not bucket.exists(f"{key}/{shards.INDEX}"):
         return False
     if (there := shards.load_index(bucket, key)).hold_out != held.hold_out_share:
@@ -244,6 +249,11 @@ def is_whole(bucket: Store, held: PackRequest) -> bool:
             f"would be learnt by the other. Choose another name, or delete it first: {shards.deleting(bucket, key)}"
         )
     return True
+
+
+def _rejects_in(records: Iterable[PieceRecord]) -> list[Reject]:
+    """Returns the images that earlier attempts left out."""
+    return [reject for record in records for reject in record.facts["rejects"]]
 
 
 @dataclass(slots=True)
@@ -276,7 +286,6 @@ class _Packing(abc.ABC):
         self._bucket, self._request, self._folder, self._stop = bucket, request, folder, stop
         self._shard_images = shard_images
         self._rejects: list[Reject] = []
-        self._known: list[dict[str, Any] | None] = []
         self.where = self.source = ""
         self.classes: tuple[str, ...] = ()
         self.skipped: dict[str, int] = {}
@@ -306,37 +315,20 @@ class _Packing(abc.ABC):
                 f"{self._first_rejects()}: see to them, or allow more"
             )
 
-    def take(self, records: Sequence[PieceRecord]) -> None:
-        """Takes over the records of earlier attempts; raises as `reject`."""
-        for record in records:
-            self.reject(*record.facts["rejects"])
-            self._known.append(record.facts["shard"])
-
-    def check_same(self, index: shards.DatasetIndex) -> None:
-        """Returns if a dataset that another process finished has the shards that this one knows.
+    def publish(self, dataset: Store, records: Sequence[PieceRecord]) -> None:
+        """Creates the index, which makes the dataset exist.
 
         Raises:
-            OtherWorkError: it has others.
-        """
-        there = [shard.model_dump() for shard in index.shards]
-        if not all(shard is None or shard in there for shard in self._known):
-            raise OtherWorkError(f"{index.name} was made of something else meanwhile")
-
-    def publish(self, dataset: Store, pieces: Pieces) -> None:
-        """Creates the index, which makes the dataset exist, and clears the records of the pieces away.
-
-        Raises:
-            ObjectMissingError: a record is not there.
             BadDataError: there are no images, or none that can be used.
             ObjectExistsError: something else lies in its place.
         """
-        records = pieces.records(stop=self._stop)
         self._rejects = []
-        self.take(records)
+        self.reject(*_rejects_in(records))
         facts = [record.facts for record in records]
         made = [shards.Shard.model_validate(each["shard"]) for each in facts if each["shard"]]
         if not made:
-            pieces.clear(records=True)
+            for entry in dataset.list(PIECES):
+                dataset.delete(entry.key)
             unusable = BadDataError(f"{self.where}: none of its images can be used: {self._first_rejects()}")
             raise unusable if self._rejects else no_images(self.where)
         self._check_whole(facts, sum(shard.images for shard in made))
@@ -354,6 +346,7 @@ class _Packing(abc.ABC):
             held_out=self._request.held_out,
             hold_out=self._request.hold_out_share,
             codecs=codec_versions(),
+            fingerprint=self.fingerprint,
             rejected_images=len(self._rejects),
             skipped=self.skipped,
             rejects_sha256=hashlib.sha256(rejects).hexdigest() if rejects else "",
@@ -362,7 +355,6 @@ class _Packing(abc.ABC):
         if rejects:
             dataset.create(shards.REJECTS, rejects)
         dataset.create(shards.INDEX, index.to_json())
-        pieces.clear(records=True)
 
     def _check_whole(self, facts: list[dict[str, Any]], images: int) -> None:
         """Checks what only all pieces together tell; nothing of a source that is copied."""
@@ -472,7 +464,6 @@ class _Copying(_Packing):
             return Made({}, facts)
         with os_errors(self._folder):
             shard, offsets = writer.finish()
-        self._known.append(shard.model_dump())
         return Made({shard.name: writer.path, shard.offsets_name: offsets}, facts | {"shard": shard.model_dump()})
 
     def _samples(self, numbers: range) -> Iterator[Sample]:
@@ -515,7 +506,6 @@ class _InPlace(_Packing):
         if not records:
             return Made({}, facts)
         shard, offsets = digests.shard(shards.shard_name(number), records, tar.uri)
-        self._known.append(shard.model_dump())
         facts |= {"shard": shard.model_dump(), "source_sha256": shard.sha256}
         return Made({shard.offsets_name: offsets}, facts | {"highest_label": max(label for _, _, label, _ in records)})
 

@@ -191,6 +191,7 @@ class DatasetIndex(Sealed):
     rejects_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$", description="of rejects.jsonl, if any")
     skipped: dict[str, int] = Field(default={}, description="files that were left out, by suffix or as hidden images")
     codecs: str = Field(default="", description="versions of what decoded the images")
+    fingerprint: str = Field(default="", description="SHA-256 of all that decides the shards, of packed datasets")
     shards: tuple[Shard, ...] = Field(min_length=1)
 
     @property

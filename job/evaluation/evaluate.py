@@ -15,23 +15,22 @@ import torch
 from ddpm import metrics
 from ddpm.catalogue import METRICS
 from ddpm.generation import Sampling
-from job import method
-from job.code_version import code_version
+from job.config import method
 from job.data.order import Order
 from job.data.shards import dataset_key, load_index
-from job.evaluation.features import Named
-from job.evaluation.plan import EvaluatePlan, Evaluation, reference_folder
+from job.evaluation.evaluation_plan import EvaluatePlan, Evaluation, reference_folder
+from job.evaluation.feature_folder import Named
 from job.evaluation.validation import validation_row
 from job.exits import BadDataError
 from job.pieces import WHOLE, Advance, Made, Slice
-from job.plan import FoundRun
+from job.plan import RunHandle
 from job.processes.ranks import meet
 from job.progress import Progress
 from job.runs.layout import ObjectKind
 from job.runs.scores import Reference, Scores, score_name
+from job.sampling.draw import prepared
 from job.sampling.painter import Painter
-from job.sampling.sample import prepared
-from job.sealed import utc_now
+from job.sealed import code_version, utc_now
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError
 
@@ -75,7 +74,7 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
 
 
 def references(
-    of_run: FoundRun, reference: Reference, painter: Painter, see: See, share: Slice = WHOLE
+    of_run: RunHandle, reference: Reference, painter: Painter, see: See, share: Slice = WHOLE
 ) -> Named | None:
     """Returns the features of the real images on the main process, {} on the others; makes what is missing. Collective.
 

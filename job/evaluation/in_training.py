@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from job import method
+from job.config import method
 from job.evaluation.evaluate import references, scored, seen
-from job.evaluation.extractors import find_extractor
-from job.evaluation.features import Named
-from job.evaluation.plan import reference_of
+from job.evaluation.evaluation_plan import reference_of
+from job.evaluation.extractors import locate_extractor
+from job.evaluation.feature_folder import Named
 from job.plan import Plan
 from job.progress import note
-from job.runs.metrics import Row
+from job.runs.metric_rows import Row
 from job.runs.scores import score_name
 from job.sampling.painter import Painter
 
@@ -28,7 +28,7 @@ class Evaluator:
         """
         self._chosen, self._sample, pictures = plan.config.evaluate, plan.config.sample, plan.pictures()
         assert pictures is not None
-        found = find_extractor(self._chosen.extractor, plan.bucket)
+        found = locate_extractor(self._chosen.extractor, plan.bucket)
         self._see = found.load(painter.device)
         reference = reference_of(pictures, found.extractor, self._chosen.references)
         self._real = references(plan, reference, painter, self._see) or {}

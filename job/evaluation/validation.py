@@ -13,7 +13,7 @@ from ddpm.objective import Condition, Drawn, Objective
 from ddpm.training import LossLog, loss_row
 from ddpm.variance import spread_over_steps
 from job.data.cache import ImageCache
-from job.runs.metrics import Row
+from job.runs.metric_rows import Row
 from job.sampling.painter import Painter
 
 SEED = 2**63

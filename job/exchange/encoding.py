@@ -24,7 +24,7 @@ from job.exits import BadConfigError, BadDataError, BadRequestError
 from job.pieces import Advance, Made, OtherWorkError, Pieces, Slice
 from job.requests import EncodeRequest
 from job.stop import Stop
-from job.store import ObjectExistsError, ObjectMissingError, Store, open_bucket
+from job.store import ObjectExistsError, ObjectMissingError, Store
 from job.store.files import scratch_folder
 
 if TYPE_CHECKING:
@@ -72,12 +72,16 @@ class _Encoder:
         return hashlib.sha256(json.dumps([source.dataset_id, *self.hashes]).encode()).hexdigest()
 
 
-def encode_dataset(request: EncodeRequest, stop: Stop) -> None:
-    """Makes a dataset of latents, or resumes it, and prints what it is.
+def encode_dataset(bucket: Store, request: EncodeRequest, stop: Stop) -> shards.DatasetIndex | None:
+    """Makes a dataset of latents, or resumes it.
 
     Args:
+        bucket: of the dataset and its latents.
         request: what is encoded.
         stop: asked at each batch.
+
+    Returns:
+        The index as it lies in the bucket, or None while other machines are still making pieces.
 
     Raises:
         MissingInputError: there is no such dataset, or nothing at `autoencoder`.
@@ -86,9 +90,6 @@ def encode_dataset(request: EncodeRequest, stop: Stop) -> None:
         BadRequestError: something else lies where the latents would.
         StoppedError: whole shards are saved, and the same command goes on.
     """
-    from job.catalog import describe_dataset
-
-    bucket = open_bucket(request.bucket, stop)
     source_key = shards.find_dataset(bucket, request.name, request.size)
     source = shards.load_index(bucket, source_key)
     if source.encoding:
@@ -120,10 +121,9 @@ def encode_dataset(request: EncodeRequest, stop: Stop) -> None:
     except OtherWorkError as error:
         raise BadRequestError(f"{error}: it is of other images, or by another autoencoder") from None
     if any(pieces.missing() for pieces in made):
-        print(f"{request.to}: slice {request.slice} is done; other machines are making the rest")
-        return
+        return None
     _publish(todo, made, encoder, f"{request.to}-held-out" if source.held_out else "")
-    print(describe_dataset(shards.load_index(bucket, parts[-1].key), bucket))
+    return shards.load_index(bucket, parts[-1].key)
 
 
 def _load_encoder(where: str, bucket: Store, source: shards.DatasetIndex, stop: Stop) -> _Encoder:

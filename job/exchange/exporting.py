@@ -8,16 +8,16 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
-from job.code_version import code_version
 from job.exits import BadRequestError, MissingInputError
-from job.plan import FoundRun, find_run
+from job.plan import RunHandle, open_run
 from job.progress import Progress, note
 from job.runs import pipeline
 from job.runs.checkpoints import choose, opened
+from job.runs.drawings import grid_key, label_of
 from job.runs.layout import CheckpointRef
 from job.runs.readers import reading_chosen
-from job.runs.samples import grid_key, label_of
-from job.sampling.plan import check_average
+from job.sampling.sampling_plan import check_average
+from job.sealed import code_version
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, open_store
 
@@ -70,7 +70,7 @@ def export_run(bucket_uri: str, name: str, to: str, checkpoint: str = "latest", 
         BadDataError: the checkpoint is damaged.
     """
     stop = Stop().install()
-    of_run = find_run(bucket_uri, name, stop)
+    of_run = open_run(bucket_uri, name, stop)
     described = pipeline.described(of_run.config)
     if not described.objects:
         raise BadRequestError(f"run {name!r} cannot be exported to diffusers: {described.lacking}")
@@ -138,7 +138,7 @@ def _index(paths: list[Path], names: list[str]) -> bytes:
     return pipeline.weights_index(sum(path.stat().st_size for path in paths), places)
 
 
-def _card(of_run: FoundRun, ref: CheckpointRef, weights: str, objects: dict[str, bytes], lacking: str) -> str:
+def _card(of_run: RunHandle, ref: CheckpointRef, weights: str, objects: dict[str, bytes], lacking: str) -> str:
     """What a person should know of the folder, as the hub shows it."""
     config, index = of_run.config, of_run.index
     said = json.loads(objects.get(_SCHEDULER, b"{}"))

@@ -166,7 +166,7 @@ def _state(config: RunConfig, foreign: Foreign, source: str) -> TrainState:
     import torch
 
     from ddpm import training
-    from job import method
+    from job.config import method
 
     plain = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

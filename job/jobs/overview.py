@@ -18,7 +18,7 @@ from job.jobs.targets import Target, chosen_target, load_targets
 from job.outcome import Outcome, read_outcome
 from job.progress import Progress, note, printable
 from job.runs.layout import RUNS
-from job.runs.overview import print_json, print_table, progress_cells, show_run, summary_of
+from job.runs.listing import print_json, print_table, progress_cells, show_run, summary_of
 from job.stop import handle_stop_signals
 from job.store import open_store
 

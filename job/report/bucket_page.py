@@ -10,13 +10,13 @@ from math import sqrt
 from typing import Any
 
 from job.exits import JobError
-from job.plan import find_run
+from job.plan import open_run
 from job.progress import Progress, note
 from job.report.facts import Facts, facts_of
 from job.report.page import PAGE_KEY, columns, rendered, smooth
-from job.report.pictures import PictureCache
+from job.report.picture_cache import PictureCache
 from job.runs.layout import RUNS
-from job.runs.overview import run_names
+from job.runs.listing import run_names
 from job.runs.records import run_store
 from job.store import Store
 
@@ -66,7 +66,7 @@ def bucket_page(bucket: Store, say: Callable[[str], None] = note) -> bytes:
 
 def _entry(bucket: Store, name: str, say: Callable[[str], None]) -> Entry:
     try:
-        facts = facts_of(find_run(bucket.uri, name, with_dataset=False), name, say=say, only_loss=True)
+        facts = facts_of(open_run(bucket.uri, name, with_dataset=False), name, say=say, only_loss=True)
         x, loss = columns(facts.rows, ["loss"], facts.epoch_images or 1, MOST_POINTS) if facts.rows else ([], [])
     except Exception as error:
         # An error in one run must not hide the others.

@@ -6,13 +6,13 @@ import webbrowser
 from pathlib import Path
 
 from job.exits import BadRequestError
-from job.plan import find_run
+from job.plan import open_run
 from job.progress import note
 from job.report.bucket_page import bucket_page
 from job.report.facts import facts_of
 from job.report.page import PAGE_KEY, run_page
-from job.report.pictures import PictureCache
-from job.sampling.pictures import write_picture
+from job.report.picture_cache import PictureCache
+from job.sampling.noise_pictures import write_picture
 from job.store import Store, is_remote, open_store
 
 
@@ -28,7 +28,7 @@ def write_report(bucket_uri: str, name: str, open_it: bool, output: Path | None)
         raise BadRequestError(f"--output {output}: name a file that ends in .html, in a folder that exists")
     bucket = open_store(bucket_uri)
     if name:
-        found = find_run(bucket_uri, name, with_dataset=False)
+        found = open_run(bucket_uri, name, with_dataset=False)
         folder, page = found.run, run_page(facts_of(found, name), PictureCache(note))
     else:
         folder, page = bucket, bucket_page(bucket)

@@ -11,17 +11,17 @@ from typing import Any
 
 from job.config import RunConfig
 from job.exits import BadDataError
-from job.keys import shown
-from job.plan import FoundRun
+from job.plan import RunHandle
 from job.progress import note
+from job.report.settings import shown
 from job.report.usual import Verdict, differing, verdict_of
-from job.runs import metrics, records
+from job.runs import metric_rows, records
 from job.runs.checkpoints import Manifest, by_progress, list_checkpoints, newest_sound
+from job.runs.drawings import denoising_key, grid_key, label_of, moment_of
 from job.runs.layout import ObjectKind, places_in
-from job.runs.metrics import Row
+from job.runs.metric_rows import Row
 from job.runs.outlook import AttemptSpan, Outlook, attempts_of, outlook_of, spans_of, state_in
 from job.runs.records import Status
-from job.runs.samples import denoising_key, grid_key, label_of, moment_of
 from job.runs.scores import Scores
 from job.store import ObjectMissingError
 
@@ -43,7 +43,7 @@ class Grid:
 class Facts:
     """The state of a run at one moment."""
 
-    found: FoundRun
+    found: RunHandle
     name: str
     status: Status | None
     outlook: Outlook
@@ -110,7 +110,7 @@ class Facts:
 
 
 def facts_of(
-    found: FoundRun,
+    found: RunHandle,
     name: str,
     rows: Sequence[Row] | None = None,
     status: Status | None = None,
@@ -132,7 +132,7 @@ def facts_of(
     refs = list_checkpoints(run)
     manifest = newest_sound(run, refs)
     if rows is None:
-        rows = metrics.read_rows(run, manifest.metrics, say, only_loss) if manifest else []
+        rows = metric_rows.read_rows(run, manifest.metrics, say, only_loss) if manifest else []
     places = places_in(run, ObjectKind.PICTURE.folder, ObjectKind.SCORES.folder)
     attempts = spans_of(attempts_of(run), status)
     pictures, how = [key for key in places if places[key].kind is ObjectKind.PICTURE], config.sample.name(found.own)
@@ -153,7 +153,7 @@ def facts_of(
         status=status,
         outlook=outlook_of(attempts, status),
         attempts=attempts,
-        rows=metrics.merged(rows),
+        rows=metric_rows.merged(rows),
         grids=grids,
         denoising=gifs[-1] if gifs else "",
         others=[key for key in sorted(pictures) if key not in shown],

@@ -18,17 +18,16 @@ from typing import Any
 import numpy as np
 
 from ddpm.figures import smoothed
-from job.catalog import sheet_png
-from job.code_version import code_version
 from job.config import description_of
 from job.data.shards import CONTACT_SHEET, dataset_key
-from job.report import pictures
+from job.report import picture_cache as sizes
+from job.report.datasets import sheet_png
 from job.report.facts import Facts
-from job.report.pictures import PictureCache
+from job.report.picture_cache import PictureCache
 from job.runs.layout import ObjectKind
-from job.runs.metrics import Row
+from job.runs.metric_rows import Row
 from job.runs.outlook import duration
-from job.sealed import sealed_page, utc_now
+from job.sealed import code_version, sealed_page, utc_now
 from job.store import ObjectMissingError
 
 PAGE_KEY = ObjectKind.PAGE.value
@@ -39,23 +38,19 @@ _QUARTERS = ("1st quarter of the noise", "2nd", "3rd", "4th")
 _NO_SCORES = ("images_seen", "epoch", "time", "learning_rate", "ema_decay", "images_per_second", "memory_bytes")
 
 
-def put_page(facts: Facts, picture_cache: PictureCache) -> None:
+def put_page(facts: Facts, pictures: PictureCache) -> None:
     """Writes the page into the run's folder, in the place of the one before."""
-    facts.found.run.put(PAGE_KEY, run_page(facts, picture_cache))
+    facts.found.run.put(PAGE_KEY, run_page(facts, pictures))
 
 
-def run_page(facts: Facts, picture_cache: PictureCache) -> bytes:
+def run_page(facts: Facts, pictures: PictureCache) -> bytes:
     """Returns the page, sealed with its own hash."""
     run, config = facts.found.run, facts.config
-    chosen = [facts.grids[i] for i in pictures.evenly(len(facts.grids), pictures.GRIDS)]
+    chosen = [facts.grids[i] for i in sizes.evenly(len(facts.grids), sizes.GRIDS)]
     grids = [
         {"moment": grid.moment, "src": src}
         for grid in chosen
-        if (
-            src := picture_cache.get(
-                run, grid.key, pictures.NEWEST_BYTES if grid is chosen[-1] else pictures.GRID_BYTES
-            )
-        )
+        if (src := pictures.get(run, grid.key, sizes.NEWEST_BYTES if grid is chosen[-1] else sizes.GRID_BYTES))
     ]
     keys = {key: (value, description_of(key, config.model.kind)) for key, value in config.flat().items()}
     html = rendered(
@@ -64,16 +59,16 @@ def run_page(facts: Facts, picture_cache: PictureCache) -> bytes:
         facts=facts,
         grids=grids,
         left_out=len(facts.grids) - len(chosen),
-        denoising=picture_cache.get(run, facts.denoising, pictures.DENOISING_BYTES) if facts.denoising else "",
-        sheet=_sheet(facts, picture_cache),
-        missing=picture_cache.missing,
+        denoising=pictures.get(run, facts.denoising, sizes.DENOISING_BYTES) if facts.denoising else "",
+        sheet=_sheet(facts, pictures),
+        missing=pictures.missing,
         index=facts.found.index,
         classes=facts.found.classes,
         keys=keys,
         hours=duration,
         python=f'import job\n\nmodel = job.load("{run.uri}")\nimages = model.sample(16, seed=0)',
     )
-    picture_cache.close()
+    pictures.close()
     last = facts.attempts[-1].attempt if facts.attempts else None
     return sealed_page(html, f"{last.fence}/{last.id}" if last else "0/")
 
@@ -114,7 +109,7 @@ def _short(value: Any) -> str:
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _sheet(facts: Facts, picture_cache: PictureCache) -> str:
+def _sheet(facts: Facts, pictures: PictureCache) -> str:
     """Returns the contact sheet of the dataset; empty without a dataset, or if it cannot be read."""
     index, bucket = facts.found.index, facts.found.bucket
     if index is None:
@@ -129,7 +124,7 @@ def _sheet(facts: Facts, picture_cache: PictureCache) -> str:
         return sheet_png(bucket, key, shown)
 
     where = bucket.uri_of(dataset_key(index.name, index.size))
-    return picture_cache.made((where, pictures.SHEET_BYTES, pictures.WIDEST_PIXELS), sheet)
+    return pictures.made((where, sizes.SHEET_BYTES, sizes.WIDEST_PIXELS), sheet)
 
 
 def charts_of(facts: Facts) -> list[dict[str, Any]]:

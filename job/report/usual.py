@@ -14,7 +14,7 @@ import numpy as np
 from job.config import CHOSEN_ELSEWHERE, FOLLOWS, FREE, FREE_SECTIONS, RunConfig, draft, usual_of
 from job.data.shards import DatasetIndex
 from job.exits import JobError
-from job.runs.metrics import Row
+from job.runs.metric_rows import Row
 
 BEHIND = 1.5
 """A loss above this multiple of the band's upper end counts as broken."""

@@ -17,17 +17,16 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from ddpm.ema import Stored, reconstruct
-from job.code_version import code_version
 from job.config import RunConfig, average_name
 from job.exits import BadDataError, BadRequestError
 from job.progress import Progress, note
 from job.runs import records
 from job.runs.checkpoint_files import plan_parts, write_part
 from job.runs.checkpoints import Average, Manifest, choose, load_average, load_manifest
+from job.runs.drawings import label_of
 from job.runs.layout import CheckpointRef, ObjectKind, located
 from job.runs.readers import reading_chosen
-from job.runs.samples import label_of
-from job.sealed import NamedObject, utc_now
+from job.sealed import NamedObject, code_version, utc_now
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, open_bucket
 from job.store.files import scratch_folder

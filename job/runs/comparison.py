@@ -13,9 +13,9 @@ from statistics import fmean, stdev
 from job.config import RunConfig
 from job.exits import BadRequestError, MissingInputError
 from job.progress import note
-from job.runs import metrics, records
+from job.runs import metric_rows, records
 from job.runs.checkpoints import list_checkpoints, load_manifest
-from job.runs.overview import print_table
+from job.runs.listing import print_table
 from job.store import Store, open_store
 
 PAIRED_BY = ("data.dataset_id", "data.order", "data.shuffle_block_images", "train.seed", "train.batch_size")
@@ -83,10 +83,10 @@ def _differing(first: RunConfig, second: RunConfig) -> dict[str, tuple[object, o
     return {key: values for key, values in pairs.items() if values[0] != values[1] and not key.startswith("sample.")}
 
 
-def _rows(bucket: Store, name: str) -> dict[int, metrics.Row]:
+def _rows(bucket: Store, name: str) -> dict[int, metric_rows.Row]:
     """Returns the merged rows of a run up to its newest checkpoint, by images seen."""
     run = records.run_store(bucket, name)
     if not (refs := list_checkpoints(run)):
         raise MissingInputError(f"run {name!r} has no checkpoint yet, and no losses")
-    rows = metrics.merged(metrics.read_rows(run, load_manifest(run, max(refs)).metrics))
+    rows = metric_rows.merged(metric_rows.read_rows(run, load_manifest(run, max(refs)).metrics))
     return {row["images_seen"]: row for row in rows}

@@ -9,13 +9,13 @@ from job.config import RunConfig
 from job.exits import BadDataError
 from job.pieces import PieceRecord
 from job.processes.lease import LEASE_KEY, LeaseRecord
-from job.runs import records, samples
+from job.runs import drawings, records
 from job.runs.checkpoints import LATEST_KEY, Average, Manifest, lost_manifest
+from job.runs.drawings import BatchIndex, DrawingRecord, Provenance, named_piece
 from job.runs.inventory import Inventory
 from job.runs.layout import MAX_IMAGES_SEEN, OF_CHECKPOINT, SAMPLES, ObjectKind, located
 from job.runs.records import CONFIG_KEY, STATUS_KEY, Attempt, Status
 from job.runs.retention import Retention
-from job.runs.samples import BatchIndex, DrawingRecord, Provenance, named_piece
 from job.sealed import author_of
 from job.store import ObjectMissingError
 
@@ -125,7 +125,7 @@ def check_lost(found: Inventory, configs: tuple[RunConfig, RunConfig] | None, le
             found.missing(ref.manifest_key, "its files are there, and the run's rules keep it")
     status = found.records.get(STATUS_KEY)
     if isinstance(status, Status) and status.state == "finished" and dataset_images <= MAX_IMAGES_SEEN:
-        label = samples.label_of(status.images_seen, dataset_images, config.train.batch_size)
+        label = drawings.label_of(status.images_seen, dataset_images, config.train.batch_size)
         how = config.sample.name(stored.sample)
-        for key in (samples.grid_key(label, how), samples.denoising_key(label, how), samples.LOSS_FIGURE):
+        for key in (drawings.grid_key(label, how), drawings.denoising_key(label, how), drawings.LOSS_FIGURE):
             found.missing(key, "the run is finished")

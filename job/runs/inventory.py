@@ -10,10 +10,10 @@ from job.exits import BadDataError
 from job.pieces import PieceRecord
 from job.processes.lease import LEASE_KEY, LeaseRecord
 from job.runs.checkpoints import Average, Latest, Manifest
+from job.runs.drawings import BatchIndex, DrawingRecord, FoundGrid, Provenance
 from job.runs.layout import ObjectKind, located
 from job.runs.readers import Reader
 from job.runs.records import Attempt, Status, no_such_run, run_store
-from job.runs.samples import BatchIndex, DrawingRecord, FoundGrid, Provenance
 from job.runs.scores import Scores
 from job.sealed import Sealed
 from job.store import ObjectMissingError, Store

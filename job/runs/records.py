@@ -16,13 +16,12 @@ from typing import Any, Self
 import yaml
 from pydantic import Field
 
-from job.code_version import code_version
 from job.config import RunConfig, flatten, parse_yaml, validated
 from job.data.shards import dataset_key, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, JobError, LostRunError, MissingInputError
 from job.progress import all_printable
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, RUNS, Located, ObjectKind, located, places_in
-from job.sealed import SHA256_PATTERN, Moment, Part, Sealed, utc_now
+from job.sealed import SHA256_PATTERN, Moment, Part, Sealed, code_version, utc_now
 from job.store import ObjectExistsError, ObjectMissingError, Store
 from job.store.retry import PATIENCE_SECONDS
 

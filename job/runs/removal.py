@@ -14,7 +14,7 @@ from job.progress import Progress, note
 from job.runs import records
 from job.runs.checkpoints import list_checkpoints, newest_good
 from job.runs.layout import CheckpointRef, ObjectKind, located
-from job.runs.metrics import read_rows
+from job.runs.metric_rows import read_rows
 from job.runs.readers import READING_SECONDS, being_read
 from job.runs.retention import Retention, best_images_seen, delete_checkpoint, leftovers
 from job.stop import Stop

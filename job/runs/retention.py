@@ -14,7 +14,7 @@ from job.exits import BadDataError, JobError, LostRunError
 from job.processes.lease import Lease
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.layout import CHECKPOINTS, CheckpointRef, Located, ObjectKind, places_in
-from job.runs.metrics import Row
+from job.runs.metric_rows import Row
 from job.runs.readers import being_read
 from job.runs.scores import score_name
 from job.store import ObjectMissingError, Store

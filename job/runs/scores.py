@@ -13,9 +13,9 @@ from __future__ import annotations
 from pydantic import Field
 
 from ddpm.catalogue import METRICS, Metric
+from job.runs.drawings import NumberedDrawing
 from job.runs.layout import CheckpointRef, Located
 from job.runs.records import RunRecord
-from job.runs.samples import NumberedDrawing
 from job.sealed import SHA256_PATTERN, Part
 
 

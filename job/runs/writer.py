@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 from job.exits import BucketAwayError, StoppedError
 from job.processes.lease import Lease
-from job.runs import metrics
+from job.runs import metric_rows
 from job.runs.cadence import Cadence
 from job.runs.checkpoint_files import CheckpointFiles, Tensors
 from job.runs.checkpoints import Manifest, commit_manifest
+from job.runs.drawings import put_picture
 from job.runs.layout import OF_CHECKPOINT, CheckpointRef, located
 from job.runs.records import Attempt
 from job.runs.retention import Retention, Retirement
-from job.runs.samples import put_picture
 from job.sealed import NamedObject, utc_now
 from job.stop import GRACE_VARIABLE, Stop
 from job.store import Store
@@ -67,7 +67,7 @@ class CheckpointWriter:
             stop: asked while the main thread waits.
             note: receives messages for people.
         """
-        self.rows, self.saved_metrics = list[metrics.Row](), list(before.metrics if before else ())
+        self.rows, self.saved_metrics = list[metric_rows.Row](), list(before.metrics if before else ())
         self._snapshots = before.snapshots if before else ()
         self.retention = leased.retention
         self._leased, self._stop = leased, stop
@@ -120,7 +120,7 @@ class CheckpointWriter:
         attempt, objects = self._leased.attempt, dict[str, bytes]()
         if self.rows:
             config = None if self.saved_metrics else self.retention.config
-            objects = metrics.metric_objects(self.rows, CheckpointRef(attempt.fence, images_seen), config)
+            objects = metric_rows.metric_objects(self.rows, CheckpointRef(attempt.fence, images_seen), config)
             self.saved_metrics += [NamedObject.of(key, data) for key, data in objects.items()]
             self.rows = []
         manifest = Manifest(

@@ -8,15 +8,14 @@ import torch
 
 from ddpm.generation import beginning
 from ddpm.grids import find_grid, numbered_points
-from job.code_version import code_version
+from job.config.method import sampling_of
 from job.exits import BadRequestError
-from job.method import sampling_of
 from job.progress import Progress
+from job.runs.drawings import FoundGrid
 from job.runs.layout import ObjectKind
-from job.runs.samples import FoundGrid
 from job.sampling.painter import Painter
-from job.sampling.plan import SamplePlan, found_points
-from job.sealed import utc_now
+from job.sampling.sampling_plan import SamplePlan, found_points
+from job.sealed import code_version, utc_now
 from job.store import ObjectExistsError
 
 IMAGES = 16

@@ -17,8 +17,7 @@ from ddpm.generation import Callback, Sampling, Walk, from_noise
 from ddpm.model import Model, NotFiniteError
 from ddpm.objective import Condition
 from ddpm.process import Point, VarianceExploding
-from job import method
-from job.config import RunConfig
+from job.config import RunConfig, method
 from job.data.autoencoder import Decoder
 from job.exits import BadDataError, NotANumberError, StoppedError
 from job.processes.ranks import Agreement, Ranks

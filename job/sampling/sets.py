@@ -24,8 +24,8 @@ from PIL import Image
 
 from job.exits import BadDataError, BadRequestError
 from job.pieces import WHOLE, Made, Pieces, Slice
+from job.runs.drawings import BatchIndex, DrawingRecord, NumberedDrawing, named_piece
 from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind
-from job.runs.samples import BatchIndex, DrawingRecord, NumberedDrawing, named_piece
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store
 

@@ -11,8 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from job.code_version import how_to_install
-from job.exits import BadConfigError, BadRequestError
+from job.exits import BadConfigError, BadRequestError, how_to_install
 from job.progress import note
 from job.stop import Stop
 from job.store.base import ConflictError, Entry, ObjectExistsError, ObjectMissingError, Store

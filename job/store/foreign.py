@@ -20,8 +20,7 @@ from urllib.parse import urljoin
 from fsspec import available_protocols, get_filesystem_class
 from fsspec.config import conf
 
-from job.code_version import how_to_install
-from job.exits import BadDataError, BadRequestError, BucketAwayError, JobError, NoPermissionError
+from job.exits import BadDataError, BadRequestError, BucketAwayError, JobError, NoPermissionError, how_to_install
 from job.store import WEB, check_source, is_safe, is_web
 from job.store.base import Entry, ObjectMissingError, Store
 from job.store.calls import POLL_SECONDS, T, answer, in_thread

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ddpm import training
-from job.evaluation.plan import check_scores
+from job.evaluation.evaluation_plan import check_scores
 from job.exits import JobError, LostRunError, NotANumberError, StoppedError
 from job.plan import Plan, plan_run
 from job.processes import compute
@@ -23,15 +23,15 @@ from job.processes.lease import Lease
 from job.processes.ranks import Ranks, meet
 from job.progress import Progress, note
 from job.requests import TrainRequest, check_world_size
-from job.runs import metrics, records
+from job.runs import metric_rows, records
 from job.runs.checkpoints import Manifest, newest_good
 from job.runs.layout import CheckpointRef
 from job.runs.writer import CheckpointWriter, LeasedRun
 from job.stop import NEVER, Stop
 from job.store import open_bucket
-from job.tracking import CLOSE_SECONDS, Tracking
 from job.training.reporting import Recorder, retention_of
 from job.training.session import TrainingSession, initial_state
+from job.training.tracking import CLOSE_SECONDS, Tracking
 
 _EXIT_SECONDS = 0.5
 """The part of a preemption's notice that the process itself needs to end."""
@@ -196,7 +196,7 @@ def _recording(
     if lease is None or tracking is None:
         yield None
         return
-    rows = metrics.read_rows(plan.run, restored.metrics, note) if restored else []
+    rows = metric_rows.read_rows(plan.run, restored.metrics, note) if restored else []
     leased = LeasedRun(plan.run, retention_of(plan, rows), attempt, lease, damaged)
     writer = CheckpointWriter(leased, state.tensors(), before=restored, stop=stop, note=note)
     recorder = Recorder(plan, state, attempt, lease, writer=writer, rows=rows, tracking=tracking)

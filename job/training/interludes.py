@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ddpm import figures
 from ddpm.epochs import epochs_completed_by
-from job import method
+from job.config import method
 from job.data.cache import ImageCache
 from job.evaluation.validation import validation_row
 from job.requests import GIF_SEEDS
-from job.runs import metrics
+from job.runs import metric_rows
+from job.runs.drawings import SCORES_FIGURE, denoising_key, grid_key, label_of, moment_of, title_of
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.metrics import Row
-from job.runs.samples import SCORES_FIGURE, denoising_key, grid_key, label_of, moment_of, title_of
+from job.runs.metric_rows import Row
 from job.runs.scores import score_name
+from job.sampling.draw import grid_png, with_class
 from job.sampling.painter import Painter
-from job.sampling.sample import grid_png, with_class
 from job.training.reporting import Recorder, retention_of
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ class Grid(Interlude):
             )
             recorder.writer.put(self._key(), grid, images_seen=images_seen)
             ref = CheckpointRef(recorder.attempt.fence, images_seen)
-            events = metrics.grid_events(grid, images_seen)
+            events = metric_rows.grid_events(grid, images_seen)
             recorder.writer.put(ObjectKind.GRID_EVENTS.key(checkpoint=ref), events, images_seen=images_seen)
 
         self.session.on_main(publish)

@@ -7,21 +7,21 @@ import time
 from torch import Tensor
 
 from ddpm import figures, training
-from job.plan import FoundRun, Plan
+from job.plan import Plan, RunHandle
 from job.processes.lease import Lease
 from job.progress import Progress, note
 from job.report.facts import facts_of
 from job.report.page import put_page
-from job.report.pictures import PictureCache
+from job.report.picture_cache import PictureCache
 from job.runs import records
-from job.runs.metrics import Row, read_rows
+from job.runs.drawings import LOSS_FIGURE, label_of, moment_of
+from job.runs.metric_rows import Row, read_rows
 from job.runs.retention import Retention, best_images_seen
-from job.runs.samples import LOSS_FIGURE, label_of, moment_of
 from job.runs.writer import CheckpointWriter
 from job.sealed import utc_now
 from job.stop import Stop
 from job.store import Store
-from job.tracking import Tracking
+from job.training.tracking import Tracking
 
 PAGE_PATIENCE_SECONDS = 60.0
 """With a bucket that is away; the next grid writes the page again."""
@@ -98,7 +98,7 @@ class Recorder:
         status, rows, plan = self._status_of(state), list(self.rows), self.plan
 
         def write(run: Store) -> None:
-            found = FoundRun(plan.bucket, run.within(PAGE_PATIENCE_SECONDS), plan.index, plan.config, plan.own)
+            found = RunHandle(plan.bucket, run.within(PAGE_PATIENCE_SECONDS), plan.index, plan.config, plan.own)
             try:
                 self._lease.confirm()
                 put_page(facts_of(found, plan.request.run, rows, status), self._page_pictures)

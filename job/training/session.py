@@ -18,8 +18,7 @@ from torch import nn
 from ddpm import training
 from ddpm.epochs import crosses
 from ddpm.optimizer import learning_rate_at
-from job import method
-from job.config import RunConfig
+from job.config import RunConfig, method
 from job.data.autoencoder import latents_of, load_decoder
 from job.data.cache import ImageCache
 from job.data.order import Order

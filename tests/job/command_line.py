@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
+import job.commands
 from job.cli.app import run
 from job.processes.launched import LAUNCHED
 from job.stop import STOP_SIGNALS
@@ -92,7 +93,7 @@ def start_ddpm(*words: object, program: tuple[str, ...] = (DDPM,), **variables: 
 
 
 def ddpm_here(*words: object, **variables: str | None) -> subprocess.CompletedProcess[str]:
-    """Like `ddpm`, in this process as if a launcher had started it: spares the seconds that importing torch takes.
+    """Like `ddpm`, launcher and rank in this process: spares the seconds that importing torch takes.
 
     Variables that are None are not there.
     """
@@ -103,7 +104,16 @@ def ddpm_here(*words: object, **variables: str | None) -> subprocess.CompletedPr
         patch.setattr(sys, "argv", [DDPM, *map(str, words)])
         patch.setattr(sys, "excepthook", sys.excepthook)
         patch.delenv("DDPM_BUCKET", raising=False)
-        patch.setenv(LAUNCHED, str(os.getppid()))
+
+        def launch_here(processes: int, hang_after_seconds: float) -> None:
+            patch.setenv(LAUNCHED, str(os.getppid()))
+            try:
+                run()
+            except SystemExit as end:
+                if end.code:
+                    raise
+
+        patch.setattr(job.commands, "_launch", launch_here)
         for name, value in variables.items():
             patch.delenv(name, raising=False) if value is None else patch.setenv(name, value)
         try:

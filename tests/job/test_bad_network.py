@@ -18,7 +18,7 @@ from job.data.pack import PackRequest, pack
 from job.exits import Exit
 from job.processes import lease
 from job.runs.checkpoints import list_checkpoints, load_manifest
-from job.runs.metrics import read_rows
+from job.runs.metric_rows import read_rows
 from job.store import ConflictError, ObjectExistsError, Retry, Store, open_store, retry
 from job.training.session import TrainingSession
 from tests.faulty_proxy import Fault, FaultyProxy

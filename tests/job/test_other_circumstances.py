@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import job
-from job.code_version import PACKAGES, code_version
 from job.processes import compute
 from job.runs.records import last_attempt
+from job.sealed import PACKAGES, code_version
 from job.store import open_store
 from tests.job.command_line import ddpm, ddpm_here, succeeded
 

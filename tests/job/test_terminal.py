@@ -12,7 +12,7 @@ import typer
 from job.cli import app as cli
 from job.config import NETWORKS, draft, known_keys, parse_sets
 from job.exits import Exit
-from job.keys import keys
+from job.report.settings import keys
 from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, refused, succeeded
 
 

@@ -16,10 +16,10 @@ from PIL import Image
 from job.config import draft
 from job.exits import BadRequestError, Exit
 from job.runs.checkpoints import list_checkpoints, load_manifest
-from job.runs.metrics import read_rows
+from job.runs.metric_rows import read_rows
 from job.runs.records import run_store
 from job.store import open_store
-from job.tracking import Tracking, check_tracker
+from job.training.tracking import Tracking, check_tracker
 from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
 
 WORDS = ("--dataset", "tiles", "--run", "told")

@@ -19,7 +19,7 @@ from job.exits import NotANumberError, StoppedError
 from job.requests import TrainRequest
 from job.runs.checkpoints import list_checkpoints, opened
 from job.runs.layout import located
-from job.runs.metrics import read_rows
+from job.runs.metric_rows import read_rows
 from job.runs.records import read_status
 from job.store import open_store
 from job.training.attempt import run_training

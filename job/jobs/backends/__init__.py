@@ -6,8 +6,7 @@ import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from job.code_version import how_to_install
-from job.exits import MissingInputError
+from job.exits import MissingInputError, how_to_install
 from job.jobs.backends.base import Backend
 from job.jobs.targets import Target
 

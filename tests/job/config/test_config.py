@@ -12,10 +12,10 @@ from job.config import (
     read_config_file,
     validated,
 )
+from job.config.method import build_network
 from job.config.networks import NETWORKS
 from job.data.pack import PackRequest
 from job.exits import BadConfigError
-from job.method import build_network
 from job.requests import TrainRequest, parse_numbers
 
 

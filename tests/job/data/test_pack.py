@@ -312,8 +312,8 @@ def test_what_somebody_deletes_meanwhile_is_not_committed(tmp_path, source, monk
 
     for happening in (delete, replace):
         delete()
-        before(monkeypatch, "upload", "shard-00003.tar", happening)
-        with pytest.raises(BadRequestError, match=r"was deleted meanwhile|packs something else"):
+        before(monkeypatch, "create", "pieces/00003.json", happening)
+        with pytest.raises(BadRequestError, match=r"was deleted meanwhile|holds shards of other images"):
             packed(tmp_path, source)
         assert dataset.exists("index.json") == (happening is replace)
     assert verify_dataset(open_store(str(tmp_path)), KEY) == []

@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 from ddpm import metrics
 from job.evaluation.evaluate import seen
-from job.evaluation.extractors import find_extractor
+from job.evaluation.extractors import locate_extractor
 from job.store import open_store
 
 SIDE = 75
@@ -45,7 +45,7 @@ def noisy(images: np.ndarray, sigma: float) -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["inception", "mobilenet"])
 def test_scores_grow_with_the_damage(tmp_path, name):
-    see = find_extractor(name, open_store(str(tmp_path))).load(torch.device("cpu"))
+    see = locate_extractor(name, open_store(str(tmp_path))).load(torch.device("cpu"))
 
     def features(images: np.ndarray) -> torch.Tensor:
         return torch.cat([seen(see, part, torch.device("cpu"))["features"] for part in np.array_split(images, 8)])

@@ -10,9 +10,9 @@ import time
 import pytest
 
 from job.data.shards import load_index
-from job.evaluation import evaluate, plan
-from job.evaluation.extractors import EXTRACTORS, find_extractor
-from job.evaluation.features import FeatureFolder
+from job.evaluation import evaluate, evaluation_plan
+from job.evaluation.extractors import EXTRACTORS, locate_extractor
+from job.evaluation.feature_folder import FeatureFolder
 from job.exits import BadDataError, Exit, MissingInputError, StoppedError
 from job.runs.verification import verify_run
 from job.store import open_store
@@ -124,13 +124,13 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_drawn(bucket, tmp_p
     assert "there are inception, mobilenet, dinov2" in refused(evaluating("--extractor", "vgg"), Exit.BAD_REQUEST)
     assert "no such file" in refused(evaluating("--extractor-file", tmp_path / "nope.pt"), Exit.MISSING_INPUT)
     assert "no checkpoint of epoch 7" in refused(evaluating("--checkpoints", 7), Exit.MISSING_INPUT).replace("'", "")
-    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    monkeypatch.setattr(evaluation_plan, "find_spec", lambda name: None)
     assert "torch-fidelity" in refused(evaluating(), Exit.BAD_REQUEST)
 
 
 def test_a_networks_file_is_found_in_the_bucket_and_known_by_its_hash(bucket, tmp_path, monkeypatch):
     store, mobilenet = open_store(str(bucket)), EXTRACTORS["mobilenet"]
-    in_package = find_extractor("mobilenet", store)
+    in_package = locate_extractor("mobilenet", store)
     (tmp_path / "other.pth").write_bytes(b"something else")
     other = ("--extractor-file", tmp_path / "other.pth", "--count", 20)
     done = ddpm_here("evaluate", "--run", "walk", "--bucket", bucket, *FEW, *other)
@@ -146,7 +146,7 @@ def test_a_networks_file_is_found_in_the_bucket_and_known_by_its_hash(bucket, tm
     assert f"{bucket}/extractors/mobilenet_v2-b0353104.pth" in line
     (bucket / "extractors").mkdir()
     shutil.copy(in_package.uri, bucket / "extractors" / mobilenet.file)
-    assert find_extractor("mobilenet", store).uri == str(bucket / "extractors" / mobilenet.file)
+    assert locate_extractor("mobilenet", store).uri == str(bucket / "extractors" / mobilenet.file)
 
 
 def test_a_file_of_dinov2_says_itself_what_it_is(bucket, tmp_path):
@@ -159,7 +159,7 @@ def test_a_file_of_dinov2_says_itself_what_it_is(bucket, tmp_path):
     at_518 = timm.create_model("vit_small_patch14_dinov2", num_classes=0)
     tensors = at_518.state_dict() | {"mask_token": torch.zeros(1, 384)}
     save_file(tensors, tmp_path / "vits14.safetensors")
-    found = find_extractor("dinov2", open_store(str(bucket)), str(tmp_path / "vits14.safetensors"))
+    found = locate_extractor("dinov2", open_store(str(bucket)), str(tmp_path / "vits14.safetensors"))
     assert len(found.extractor.sha256) == 64
     features, logits = found.load(torch.device("cpu"))(torch.zeros(2, 1, 16, 16, dtype=torch.uint8))
     assert (features.shape, logits) == ((2, 384), None)
@@ -172,24 +172,26 @@ def test_a_file_of_dinov2_says_itself_what_it_is(bucket, tmp_path):
         assert (network(black) - features[:1]).abs().max() < 1e-4
     tensors["norm.bias"] = torch.full((384,), torch.nan)
     save_file(tensors, tmp_path / "damaged.safetensors")
-    damaged = find_extractor("dinov2", open_store(str(bucket)), str(tmp_path / "damaged.safetensors"))
+    damaged = locate_extractor("dinov2", open_store(str(bucket)), str(tmp_path / "damaged.safetensors"))
     with pytest.raises(BadDataError, match=r"damaged.safetensors: its features of images are not finite"):
         damaged.load(torch.device("cpu"))(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     save_file({"head.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(BadDataError, match="holds no weights of DINOv2"):
-        find_extractor("dinov2", open_store(str(bucket)), str(tmp_path / "other.safetensors")).load(torch.device("cpu"))
+        locate_extractor("dinov2", open_store(str(bucket)), str(tmp_path / "other.safetensors")).load(
+            torch.device("cpu")
+        )
     with pytest.raises(MissingInputError, match=re.escape("extractors/dinov2.safetensors")):
-        find_extractor("dinov2", open_store(str(tmp_path)))
+        locate_extractor("dinov2", open_store(str(tmp_path)))
 
 
 def test_features_that_are_not_finite_are_made_again(tmp_path):
     import torch
 
-    folder = FeatureFolder(open_store(str(tmp_path)), "fingerprint", count=2, piece_images=2)
-    folder.commit(0, {"features": torch.tensor([[0.0], [torch.inf]])})
+    folder = FeatureFolder(open_store(str(tmp_path)), "a" * 64, count=2, piece_images=2)
+    folder.pieces.commit(0, folder.made(0, {"features": torch.tensor([[0.0], [torch.inf]])}))
     with pytest.raises(BadDataError, match="was damaged: the same command makes it again"):
         folder.load()
-    assert folder.committed() == set()
+    assert folder.pieces.committed() == set()
 
 
 def test_what_a_network_saw_is_the_datasets_own(bucket):
@@ -272,6 +274,6 @@ def test_a_run_that_wants_scores_that_cannot_be_is_refused_when_it_begins(tiles,
     assert "evaluate.every_epochs" in refused(
         ddpm_here(*words, *settings(checkpoint__keep_best="true")), Exit.BAD_CONFIG
     )
-    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    monkeypatch.setattr(evaluation_plan, "find_spec", lambda name: None)
     assert "torch-fidelity" in refused(ddpm_here(*words, *settings(evaluate__every_epochs="1")), Exit.BAD_REQUEST)
     assert not (bucket / "runs").exists()

@@ -14,7 +14,7 @@ from ddpm.generation import beginning, generate, make_denoiser, noise_of
 from ddpm.networks.dome import DomeUNet
 from ddpm.networks.unet import UNet
 from ddpm.objective import Condition
-from job import method
+from job.config import method
 from job.exits import Exit
 from job.runs.checkpoints import choose, list_checkpoints, load_manifest, opened
 from job.runs.records import existing_config, load_attempt

@@ -6,6 +6,7 @@ import pytest
 
 from job.exits import BadRequestError, MissingInputError
 from job.jobs.backends.base import Cause, State
+from job.pieces import Slice
 from job.requests import SampleRequest
 from tests.job.jobs.google_jobs import REGIONS, backend_of, sampling, spec
 
@@ -81,7 +82,7 @@ def test_a_task_knows_its_slice(monkeypatch):
     with pytest.raises(BadRequestError, match="BATCH_TASK_INDEX"):
         request.check()
     monkeypatch.setenv("BATCH_TASK_INDEX", "2")
-    assert request.check().slice_of == (2, 3)
+    assert Slice.parse(request.check().slice) == Slice(2, 3)
     monkeypatch.setenv("BATCH_TASK_INDEX", "3")
     with pytest.raises(BadRequestError):
         request.check()

@@ -219,7 +219,7 @@ REFUSED = [
     ("train --dataset a", "own", {"spot": False}, BadRequestError, "--on-demand decides nothing on 'own'"),
     ("pack gs://abc/b.zip b --size 8", "gke", {"gpus": 1}, BadRequestError, "packing uses no GPUs"),
     ("train --dataset a", "vm", {"nodes": 2}, BadRequestError, "use a kubernetes target"),
-    ("train --dataset a", "gke", {"slices": 2}, BadRequestError, "--slices 2 is for sampling"),
+    ("train --dataset a", "gke", {"slices": 2}, BadRequestError, "--slices 2 is not for training"),
     ("sample --run r", "gke", {"slices": 2}, BadRequestError, "--slice is about many images"),
     ("sample --run r", "gke", {"nodes": 2}, BadRequestError, "--nodes 2 is for training"),
     ("sample --run r --count 9 --slice 0/2", "gke", {"slices": 2}, BadRequestError, "leave one of them out"),

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from job.runs.checkpoints import list_checkpoints, load_manifest
-from job.runs.metrics import read_rows
+from job.runs.metric_rows import read_rows
 from tests.job.command_line import settings
 from tests.job.hooked import hooked
 

@@ -104,11 +104,11 @@ def test_a_node_that_is_preempted_stops_all_and_they_learn_together_what_two_pro
 
 OPENS_SLOWLY = """
 import os
-def slowly(plan, stop, *more, opened_images=FoundRun.opened_images):
+def slowly(plan, stop, *more, opened_images=RunHandle.opened_images):
     stop.sleep(24 * int(os.environ["NODE_RANK"]))
     return opened_images(plan, stop, *more)
 
-FoundRun.opened_images = slowly
+RunHandle.opened_images = slowly
 """
 
 

@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image
 
 from job.data.pack import PackRequest, pack
-from job.plan import find_run
+from job.plan import open_run
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.metrics import metric_objects
+from job.runs.metric_rows import metric_objects
 from job.runs.records import run_store
 from job.sealed import NamedObject
 from job.store import open_store
@@ -47,7 +47,7 @@ def fill_hostile(folder: Path) -> None:
 def lengthen(bucket: Path, run: str, epochs: int, grids: int, rows: int) -> None:
     """Makes a run of one epoch look as if it were of many, with pictures that compress badly and all its metrics."""
     store = run_store(open_store(str(bucket)), run)
-    found = find_run(str(bucket), run)
+    found = open_run(str(bucket), run)
     assert found.index is not None
     noise = np.random.default_rng(0)
     images, how = found.index.images, found.config.sample.name(found.own)

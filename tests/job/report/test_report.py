@@ -15,10 +15,10 @@ import pytest
 
 from job.config import draft, parse_sets
 from job.exits import Exit
-from job.plan import find_run, follow_dataset
+from job.plan import follow_dataset, open_run
 from job.report.facts import facts_of
 from job.report.page import run_page
-from job.report.pictures import PictureCache, evenly
+from job.report.picture_cache import PictureCache, evenly
 from job.runs.verification import verify_run
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
@@ -40,7 +40,7 @@ def odd(made_once):
 
 
 def page_of(bucket, run):
-    found = find_run(str(bucket), run)
+    found = open_run(str(bucket), run)
     return run_page(facts_of(found, run), PictureCache(lambda said: pytest.fail(said))).decode()
 
 
@@ -73,7 +73,7 @@ def test_a_page_asks_no_network_and_runs_no_script_but_its_own(odd):
 
 
 def test_what_is_typed_to_make_it_again_makes_the_same(bucket):
-    found = find_run(str(bucket), "walk")
+    found = open_run(str(bucket), "walk")
     words = shlex.split(facts_of(found, "walk").make_again)
     assert words[:6] == ["ddpm", "train", "--dataset", "tiles", "--run", "walk-again"]
     sets = [word for option, word in pairwise(words) if option == "--set"]
@@ -198,7 +198,7 @@ def test_a_picture_costs_a_training_neither_memory_nor_its_end(tiles, tmp_path):
 
 def test_pictures_are_left_out_where_no_process_can_make_them_small(bucket, monkeypatch):
     """As where a decoder ends it."""
-    monkeypatch.setattr("job.report.pictures.sys.executable", "/bin/false")
+    monkeypatch.setattr("job.report.picture_cache.sys.executable", "/bin/false")
     succeeded(ddpm_here("report", "walk", "--bucket", bucket))
     page = (bucket / "runs/walk/report.html").read_text()
     assert data_of(page)["grids"] == [] and "it takes more than 20 s" in page

@@ -9,8 +9,8 @@ import pytest
 from job.exits import BadDataError, Exit
 from job.requests import SampleRequest
 from job.runs.checkpoints import LATEST_KEY, list_checkpoints, load_manifest, newest_good
-from job.runs.metrics import read_rows
-from job.sampling.plan import plan_sampling
+from job.runs.metric_rows import read_rows
+from job.sampling.sampling_plan import plan_sampling
 from job.sealed import NamedObject
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, succeeded

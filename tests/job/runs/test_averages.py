@@ -18,7 +18,7 @@ from job.store import Store, open_store
 from job.store.local import LocalStore
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.damages import DAMAGES, damaged
-from tests.job.processes.leased import small_config
+from tests.job.runs.leased import small_config
 from tests.job.runs.whole_runs import train
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,7 @@ from job.runs.checkpoints import LATEST_KEY, choose, list_checkpoints, load_mani
 from job.runs.layout import CheckpointRef
 from job.runs.retention import delete_checkpoint
 from tests.job.damages import DAMAGES
-from tests.job.processes.leased import live_tensors, write
+from tests.job.runs.leased import live_tensors, write
 
 
 def test_a_checkpoint_comes_back_bit_for_bit_and_a_damaged_one_is_passed_over(any_run):

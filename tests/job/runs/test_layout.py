@@ -37,7 +37,10 @@ ROWS = {
     ObjectKind.DRAWING: ("samples/one/drawing.json", {"batch": "one"}),
     ObjectKind.PIECE: ("samples/one/piece-00012.tar", {"batch": "one", "piece": 12}),
     ObjectKind.IMAGE: ("samples/one/piece-00012/000003072.png", {"batch": "one", "piece": 12}),
-    ObjectKind.RECORD: ("samples/one/records/piece-00012.json", {"batch": "one", "piece": 12}),
+    ObjectKind.RECORD: ("samples/one/pieces/00012.json", {"batch": "one", "piece": 12}),
+    ObjectKind.CLAIM: ("samples/one/claims/00012/lease.json", {"batch": "one", "piece": 12}),
+    ObjectKind.FEATURE_RECORD: ("evaluations/one/pieces/00012.json", {"batch": "one", "piece": 12}),
+    ObjectKind.FEATURE_CLAIM: ("evaluations/one/claims/00012/lease.json", {"batch": "one", "piece": 12}),
     ObjectKind.GRID: (GRID, {"batch": "one"}),
     ObjectKind.INDEX: ("samples/one/index.json", {"batch": "one"}),
     ObjectKind.PROVENANCE: (

@@ -8,7 +8,7 @@ import torch
 
 from ddpm.generation import beginning, generate, make_denoiser, noise_of
 from ddpm.objective import UNCONDITIONAL, Condition
-from job import method
+from job.config import method
 from job.runs import checkpoint_files
 from job.runs.checkpoints import list_checkpoints, load_manifest, opened
 from job.runs.records import existing_config

@@ -20,7 +20,7 @@ from job.store.local import LocalStore
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.damages import DAMAGES, damaged
 from tests.job.leases import taken
-from tests.job.processes.leased import committed_images, small_config, write
+from tests.job.runs.leased import committed_images, small_config, write
 from tests.job.small_dataset import write_dataset
 from tests.job.stops import StopWhen
 
@@ -131,7 +131,7 @@ def test_what_was_left_behind_goes_once_whoever_left_it_is_over(bucket, run):
     there, killed = everything(run).keys(), said_to_read(run, CheckpointRef(2, 64), until=1.0)
     anyway = orphans_of(1) | {"probe/0123"}
     pieces = {f"{BATCH}/piece-00000.tar", f"{BATCH}/piece-00001/000000000.png"}
-    kept = {f"{BATCH}/piece-00002.tar", f"{BATCH}/records/piece-00002.json"}
+    kept = {f"{BATCH}/piece-00002.tar", f"{BATCH}/pieces/00002.json"}
     for key in anyway | orphans_of(FENCE) | pieces | kept:
         run.create(key, b"half")
     unlocked = Path(run.uri) / "checkpoints/000001-000000000099/.tmp-0123456789abcdef"
@@ -154,7 +154,7 @@ def test_a_piece_that_is_taken_up_in_the_middle_of_pruning_stays(bucket, run, mo
     def deleted_while_sampled(store: Store, key: str) -> None:
         if key.endswith("piece-00000.tar"):
             # A sampler has committed the next one since it was found, and another has begun.
-            run.create(f"{BATCH}/records/piece-00001.json", b"{}")
+            run.create(f"{BATCH}/pieces/00001.json", b"{}")
         if key.endswith("piece-00002.tar"):
             said_to_read(run, CheckpointRef(2, 80), until=time.time() + 99)
         delete_one(store, key)
@@ -162,7 +162,7 @@ def test_a_piece_that_is_taken_up_in_the_middle_of_pruning_stays(bucket, run, mo
     monkeypatch.setattr(LocalStore, "delete", deleted_while_sampled)
     succeeded(prune(bucket))
     names = [entry.key.rpartition("/")[2] for entry in run.list(BATCH)]
-    assert names == ["piece-00001.tar", "piece-00003.tar", "piece-00001.json"]
+    assert names == ["piece-00001.tar", "piece-00003.tar", "00001.json"]
 
 
 def test_nothing_goes_while_somebody_trains_or_samples(bucket, run, quick):

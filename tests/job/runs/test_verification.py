@@ -10,8 +10,8 @@ import pytest
 
 from job.exits import Exit
 from job.runs.checkpoints import LATEST_KEY, list_checkpoints
+from job.runs.drawings import BatchIndex, put_picture
 from job.runs.layout import ObjectKind, located
-from job.runs.samples import BatchIndex, put_picture
 from job.runs.verification import verify_run
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, refused, succeeded
@@ -42,6 +42,9 @@ def test_a_whole_run_has_no_problems(bucket, store, keys):
         ObjectKind.IMAGE,
         ObjectKind.PROBE,
         ObjectKind.FEATURES,
+        ObjectKind.FEATURE_RECORD,
+        ObjectKind.FEATURE_CLAIM,
+        ObjectKind.CLAIM,
     }
 
 

@@ -17,7 +17,7 @@ from job.exits import BadDataError, BucketAwayError, LostRunError
 from job.runs import checkpoint_files
 from job.runs.checkpoints import list_checkpoints, load_manifest, opened
 from job.runs.layout import CheckpointRef, ObjectKind, located
-from job.runs.metrics import read_rows
+from job.runs.metric_rows import read_rows
 from job.runs.readers import reading
 from job.stop import GRACE_VARIABLE
 from job.store import Retry, open_store, retry
@@ -26,7 +26,7 @@ from tests.faulty_proxy import Fault, FaultyProxy
 from tests.job.command_line import ddpm, settings
 from tests.job.hooked import hooked
 from tests.job.leases import eventually
-from tests.job.processes.leased import committed_images, leased, live_tensors, save, writer_of
+from tests.job.runs.leased import committed_images, leased, live_tensors, save, writer_of
 
 
 class Watched(LocalStore):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpm.objective import Condition
-from job import method
+from job.config import method
 from job.runs.checkpoints import list_checkpoints, opened
 from job.runs.records import existing_config
 from job.store import open_store

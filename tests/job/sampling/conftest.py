@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 
-from job.method import sampling_of
+from job.config.method import sampling_of
 from job.processes.ranks import Agreement, meet
 from job.requests import SampleRequest
 from job.sampling.painter import Painter
-from job.sampling.plan import plan_sampling
+from job.sampling.sampling_plan import plan_sampling
 from job.stop import NEVER
 from tests.job.command_line import ddpm_here, settings, succeeded
 from tests.job.conftest import MadeOnce

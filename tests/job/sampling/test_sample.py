@@ -18,9 +18,9 @@ from job.data.shards import load_index
 from job.exits import NotANumberError, StoppedError
 from job.requests import SampleRequest
 from job.runs.verification import verify_run
+from job.sampling.draw import grid_png, run_sampling
 from job.sampling.painter import Painter
-from job.sampling.plan import plan_sampling
-from job.sampling.sample import grid_png, run_sampling
+from job.sampling.sampling_plan import plan_sampling
 from job.store import open_store
 from tests.job.command_line import ddpm, succeeded
 from tests.job.stops import stop_after
@@ -78,10 +78,10 @@ def test_each_step_shows_on_the_bar(bucket, draw, monkeypatch, capsys):
     monkeypatch.setattr("job.progress.LINE_SECONDS", 0.0)
     draw(range(7), 4, steps=5)
     run_sampling(plan_sampling(SampleRequest("walk", str(bucket), chosen={"steps": 5}, count=7).check()))
-    shown = re.findall(r"(?m)^(\w+)\S*: (\d+) % · (\d)", capsys.readouterr().err)
+    shown = re.findall(r"(?m)^(\w+)[^:]*: (\d+) % · (\d)", capsys.readouterr().err)
     whole = [("test", str(10 * step), str(round(0.7 * step))) for step in range(1, 10)] + [("test", "100", "7")]
     assert [line for line in shown if line[0] == "test"] == whole
-    assert [int(line[1]) for line in shown if line[0] == "epoch"] == [20, 40, 60, 80, 100]
+    assert [int(line[1]) for line in shown if line[0] == "drawing"] == [20, 40, 60, 80, 100]
 
 
 def test_what_is_no_number_is_no_picture(draw, monkeypatch):

@@ -7,14 +7,14 @@ import re
 import torch
 
 from ddpm.model import Model
-from job import method
+from job.config import method
 from job.data.autoencoder import load_decoder
 from job.exits import BadRequestError
 from job.requests import SampleRequest
 from job.runs.checkpoints import opened
 from job.runs.layout import RUNS
 from job.runs.readers import reading_chosen
-from job.sampling.plan import plan_sampling
+from job.sampling.sampling_plan import plan_sampling
 
 
 def load(

@@ -19,19 +19,19 @@ import numpy as np
 
 from ddpm import figures
 from ddpm.generation import Sampling, from_noise
+from job.config.method import sampling_of
 from job.data.autoencoder import load_decoder
 from job.data.cache import ImageCache
-from job.method import sampling_of
 from job.pieces import Advance, Made
 from job.processes.ranks import Agreement, Ranks, meet
 from job.requests import GIF_SEEDS, parse_numbers
+from job.runs.drawings import denoising_key, file_words, grid_key, moment_of, put_picture, title_of
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.readers import reading, reading_chosen
-from job.runs.samples import denoising_key, file_words, grid_key, moment_of, put_picture, title_of
-from job.sampling.editing import Editor
+from job.sampling.editor import Editor
 from job.sampling.found_grid import find_points
 from job.sampling.painter import Painter
-from job.sampling.plan import SamplePlan, plan_sets
+from job.sampling.sampling_plan import SamplePlan, plan_sets
 from job.sampling.sets import SampleSet, made_piece
 from job.stop import NEVER, Stop
 
@@ -68,8 +68,8 @@ def prepared(plan: SamplePlan, ranks: Ranks, stop: Stop) -> Iterator[tuple[Sampl
         if worse is not None:
             painter.load_worse(worse.run, worse.config, worse.ref, plan.sample.weights)
         sampling = sampling_of(plan.sample)
-        if plan.own_sampler:
-            sampling = replace(sampling, function=plan.own_sampler)
+        if plan.custom_sampler:
+            sampling = replace(sampling, function=plan.custom_sampler)
         if plan.sample.grid == "found":
             # Whoever planned first may have seen none.
             plan = replace(plan, found=ranks.on_main(lambda: plan.found) or find_points(plan, painter))

@@ -56,7 +56,7 @@ def list_datasets(bucket_uri: str, *, as_json: bool = False) -> None:
     """Prints a table of the datasets in the bucket."""
     from rich.table import Table
 
-    from job.runs.overview import print_json, print_table
+    from job.runs.listing import print_json, print_table
 
     bucket = open_store(bucket_uri)
     if as_json:
@@ -108,13 +108,13 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
     key = find_dataset(bucket, name, size)
     index = load_index(bucket, key)
     if as_json:
-        from job.runs.overview import print_json
+        from job.runs.listing import print_json
 
         print_json(_told(bucket, key))
         return
 
     from job.data.cache import chosen_images
-    from job.sampling.pictures import write_picture
+    from job.sampling.noise_pictures import write_picture
 
     images = chosen_images(bucket, key, index)
     labels = images.labels(np.arange(index.images))
@@ -157,7 +157,7 @@ def verify_named(bucket_uri: str, name: str, size: int | None, *, as_json: bool 
     with Progress(f"verifying {name}", unit="images") as bar:
         problems = verify_dataset(bucket, key, lambda done, total: bar.update(done, total=total))
     if as_json:
-        from job.runs.overview import print_json
+        from job.runs.listing import print_json
 
         print_json({"uri": f"{bucket.uri}/{key}", "problems": problems})
     if problems:

@@ -33,7 +33,7 @@ _NOT_THEIRS = ("<", *(f"{path}{os.sep}" for path in (*_PROGRAM, *map(sysconfig.g
 
 
 @dataclass(frozen=True)
-class OwnSampler:
+class CustomSampler:
     """The function, and what decides what it does."""
 
     name: str
@@ -47,7 +47,7 @@ class OwnSampler:
     """How often it evaluates the network, by the points that it visits."""
 
     @classmethod
-    def load(cls, name: str) -> OwnSampler:
+    def load(cls, name: str) -> CustomSampler:
         """Imports it, from where the command runs if it is not installed.
 
         Raises:

@@ -13,10 +13,10 @@ from job.exits import BadDataError, BadRequestError
 from job.processes.lease import LEASE_KEY
 from job.runs import records
 from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound
+from job.runs.drawings import label_of, moment_of
 from job.runs.layout import PICTURES, RUNS, SAMPLES, ObjectKind, places_in
 from job.runs.outlook import CUT_OFF, attempts_of, duration, outlook_of, spans_of, state_in
 from job.runs.records import read_status, run_store
-from job.runs.samples import label_of, moment_of
 from job.store import Store, open_store
 
 if TYPE_CHECKING:

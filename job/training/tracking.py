@@ -14,11 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from job.code_version import how_to_install
 from job.config import RunConfig
-from job.exits import BadRequestError, JobError, NoPermissionError
+from job.exits import BadRequestError, JobError, NoPermissionError, how_to_install
 from job.progress import note
-from job.runs.metrics import Row
+from job.runs.metric_rows import Row
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker

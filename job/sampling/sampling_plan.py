@@ -14,14 +14,14 @@ from job.config import RunConfig, SampleConfig
 from job.data.images import Recipe, RejectedImageError, prepare
 from job.exits import BadDataError, BadRequestError, MissingInputError, did_you_mean
 from job.pieces import Slice
-from job.plan import FoundRun, find_run
+from job.plan import RunHandle, open_run
 from job.progress import note
 from job.requests import SampleRequest, parse_numbers
 from job.runs import records
 from job.runs.checkpoints import choose, load_average, load_manifest, lost_manifest
+from job.runs.drawings import Editing, FoundGrid, NumberedDrawing, file_words, label_of
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.samples import Editing, FoundGrid, NumberedDrawing, file_words, label_of
-from job.sampling.own_sampler import OwnSampler
+from job.sampling.custom_sampler import CustomSampler
 from job.sampling.sets import SampleSet, piece_images
 from job.stop import NEVER, Stop
 from job.store import ObjectMissingError, Store
@@ -67,7 +67,7 @@ class Worse:
 
 
 @dataclass(frozen=True)
-class SamplePlan(FoundRun):
+class SamplePlan(RunHandle):
     """A run, and what of it is to be drawn."""
 
     request: SampleRequest
@@ -76,7 +76,7 @@ class SamplePlan(FoundRun):
     checkpoints: tuple[CheckpointRef, ...]
     worse: Worse | None
     given: Given | None
-    own_sampler: OwnSampler | None
+    custom_sampler: CustomSampler | None
     found: tuple[int, ...]
     """Numbers of the points to visit, once they are found."""
 
@@ -110,14 +110,14 @@ class SamplePlan(FoundRun):
     @property
     def words(self) -> str:
         """How images are drawn, for people."""
-        own = f", {self.own_sampler.name}" if self.own_sampler else ""
+        own = f", {self.custom_sampler.name}" if self.custom_sampler else ""
         edited = f", {self.given.editing.words}" if self.given else ""
         return f"{self.sample.words(self.own)}{own}{edited}"
 
     def how(self, seeds: str = "") -> str:
         """All that decides the images of a checkpoint, in a picture's name."""
         how = self.sample.name(self.own)
-        how += f"-{self.own_sampler.words}" if self.own_sampler else ""
+        how += f"-{self.custom_sampler.words}" if self.custom_sampler else ""
         how += f"-{self.given.editing.name}" if self.given else ""
         return f"{how}-seeds-{file_words(seeds, '_')}" if seeds else how
 
@@ -130,7 +130,7 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         BadConfigError: more steps than the run's diffusion has, or guidance that its network has not learnt.
         BadRequestError: an option that its sampler does not take, a sampler, class or image that there is not.
     """
-    of_run = find_run(request.bucket, request.run, stop)
+    of_run = open_run(request.bucket, request.run, stop)
     run, config, chosen = of_run.run, of_run.config, {**request.keys}
     given, classes = _given(request, of_run), of_run.classes
     if request.classes:
@@ -154,9 +154,9 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
             raise BadRequestError(f"--{option} is an option of {', '.join(of)}: leave it out, or choose --sampler")
     if sample.guidance == 1 and (idle := sorted({"guidance_interval", "guidance_rescale"} & chosen.keys())):
         raise BadRequestError(f"--{idle[0].replace('_', '-')} needs --guidance W other than 1")
-    if sample.sampler == "own" and not request.own_sampler:
+    if sample.sampler == "own" and not request.custom_sampler:
         raise BadRequestError("--sampler: the run's configuration names none that is known; choose one, such as ddim")
-    own_sampler = OwnSampler.load(request.own_sampler) if request.own_sampler else None
+    custom_sampler = CustomSampler.load(request.custom_sampler) if request.custom_sampler else None
     worse = _worse(sample, of_run, request, stop) if sample.autoguidance else None
     found = found_points(run, sample.steps, config.diffusion.timesteps) if sample.grid == "found" else ()
     plan = SamplePlan(
@@ -166,7 +166,7 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         checkpoints=(),
         worse=worse,
         given=given,
-        own_sampler=own_sampler,
+        custom_sampler=custom_sampler,
         found=found,
     )
     plan = replace(plan, checkpoints=plan.choose())
@@ -175,9 +175,9 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
     return plan
 
 
-def _worse(sample: SampleConfig, of_run: FoundRun, request: SampleRequest, stop: Stop) -> Worse:
+def _worse(sample: SampleConfig, of_run: RunHandle, request: SampleRequest, stop: Stop) -> Worse:
     name = sample.autoguidance_run
-    other = find_run(request.bucket, name, stop) if name else of_run
+    other = open_run(request.bucket, name, stop) if name else of_run
     ours, theirs = of_run.config.flat(), other.config.flat()
     if different := [f"{key}: {ours[key]} and {theirs[key]}" for key in SHARED if ours[key] != theirs[key]]:
         raise BadRequestError(f"--autoguidance {name}: it answers another question than {request.run} ({different[0]})")
@@ -221,7 +221,7 @@ def _labels(text: str, classes: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(labels)
 
 
-def _given(request: SampleRequest, of_run: FoundRun) -> Given | None:
+def _given(request: SampleRequest, of_run: RunHandle) -> Given | None:
     if not request.mode:
         return None
     if request.mode == "interpolate":
@@ -308,7 +308,7 @@ def plan_sets(plan: SamplePlan) -> list[SampleSet]:
             checkpoint_sha256=load_manifest(plan.run, ref).sha256,
             worse_sha256=load_manifest(plan.worse.run, plan.worse.ref).sha256 if plan.worse else "",
             editing=plan.given.editing if plan.given else None,
-            own_sampler=f"{plan.own_sampler.name} {plan.own_sampler.sha256}" if plan.own_sampler else "",
+            custom_sampler=f"{plan.custom_sampler.name} {plan.custom_sampler.sha256}" if plan.custom_sampler else "",
             found=plan.found,
             size=plan.picture_shape[1],
             channels=plan.picture_shape[0],

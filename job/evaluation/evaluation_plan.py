@@ -9,17 +9,16 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import PurePosixPath
 
-from job.code_version import how_to_install
 from job.data.shards import REFERENCES, DatasetIndex, dataset_key
-from job.evaluation.extractors import Extractor, FoundExtractor, find_extractor
-from job.evaluation.features import FeatureFolder
-from job.exits import BadDataError, BadRequestError
+from job.evaluation.extractors import Extractor, LocatedExtractor, locate_extractor
+from job.evaluation.feature_folder import FeatureFolder
+from job.exits import BadDataError, BadRequestError, how_to_install
 from job.pieces import WHOLE, Slice
-from job.plan import FoundRun, Plan
+from job.plan import Plan, RunHandle
 from job.requests import EvaluateRequest
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.scores import Reference, Scores
-from job.sampling.plan import SamplePlan, plan_sampling, plan_sets
+from job.sampling.sampling_plan import SamplePlan, plan_sampling, plan_sets
 from job.sampling.sets import SampleSet, piece_images
 from job.stop import NEVER, Stop
 from job.store import ObjectMissingError
@@ -34,7 +33,7 @@ class EvaluatePlan:
 
     request: EvaluateRequest
     sampling: SamplePlan
-    found: FoundExtractor
+    found: LocatedExtractor
     reference: Reference
 
     @property
@@ -129,7 +128,7 @@ def plan_evaluation(request: EvaluateRequest, stop: Stop = NEVER) -> EvaluatePla
             f"run {request.run!r} was imported without a dataset, and there is nothing to compare its images with: "
             "import it once more, under another name, with --dataset"
         )
-    found = find_extractor(request.extractor, sampling.bucket, request.extractor_file)
+    found = locate_extractor(request.extractor, sampling.bucket, request.extractor_file)
     references = min(index.images, request.references)
     if request.count < FEWEST_IMAGES or references < FEWEST_IMAGES:
         raise BadRequestError(
@@ -157,7 +156,7 @@ def check_scores(plan: Plan) -> None:
     if not plan.config.evaluate.every_epochs:
         return
     check_formulas()
-    find_extractor(plan.config.evaluate.extractor, plan.bucket)
+    locate_extractor(plan.config.evaluate.extractor, plan.bucket)
     if plan.index.images < FEWEST_IMAGES:
         raise BadRequestError(
             f"evaluate.every_epochs: {plan.index.name} has {plan.index.images:,} images; scores need {FEWEST_IMAGES}"
@@ -179,7 +178,7 @@ def reference_of(index: DatasetIndex, extractor: Extractor, images: int) -> Refe
     )
 
 
-def reference_folder(of_run: FoundRun, reference: Reference, share: Slice = WHOLE) -> FeatureFolder:
+def reference_folder(of_run: RunHandle, reference: Reference, share: Slice = WHOLE) -> FeatureFolder:
     """Features of the real images, which all runs on this dataset share."""
     fingerprint = _hash_of(reference.model_dump())
     name = f"{REFERENCES}/{reference.extractor}-{reference.images}-{fingerprint[:12]}"

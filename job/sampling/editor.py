@@ -13,7 +13,7 @@ from ddpm.generation import Sampling, Walk
 from job.data.cache import chosen_images
 from job.runs import records
 from job.sampling.painter import Painter, Route
-from job.sampling.plan import SamplePlan
+from job.sampling.sampling_plan import SamplePlan
 
 COLUMNS = 8
 """Images of a row: one that is given and what was made of it, or those between two seeds."""

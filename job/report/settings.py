@@ -89,7 +89,7 @@ def list_keys(*, as_json: bool) -> None:
     """Prints every key: what it takes, its default, what it is."""
     from rich.table import Table
 
-    from job.runs.overview import print_json, print_table
+    from job.runs.listing import print_json, print_table
 
     if as_json:
         print_json([vars(key) for key in keys()])
@@ -110,7 +110,7 @@ def show_config(request: TrainRequest, *, as_json: bool) -> None:
     from rich.table import Table
 
     from job.config import parse_sets, read_config_file
-    from job.runs.overview import print_json, print_table
+    from job.runs.listing import print_json, print_table
 
     file, sets = read_config_file(request.config_file), parse_sets(request.sets)
     preset = request.preset or EMBEDDED

@@ -21,12 +21,11 @@ from typing import Literal
 from pydantic import Field
 
 from ddpm.epochs import epochs_completed_by
-from job.code_version import code_version
 from job.config import Drawing, Section
 from job.pieces import PieceRecord
 from job.runs.layout import CheckpointRef, Located, ObjectKind
 from job.runs.records import RunRecord, attempt_id
-from job.sealed import SHA256_PATTERN, NamedObject, Sealed
+from job.sealed import SHA256_PATTERN, NamedObject, Sealed, code_version
 from job.store import Store
 
 LOSS_FIGURE = ObjectKind.FIGURE.key(name="loss", picture="png")
@@ -166,7 +165,7 @@ class NumberedDrawing(Drawing):
     worse_sha256: str = ""
     """The hash of the worse checkpoint that autoguidance uses; empty without autoguidance."""
     editing: Editing | None = None
-    own_sampler: str = ""
+    custom_sampler: str = ""
     """`module:function` and the SHA-256 of the module's file, for a sampler of the user."""
     found: tuple[int, ...] = ()
     """The timesteps of the grid `found`."""
