@@ -1,4 +1,4 @@
-"""What a configuration means to `ddpm`: its network, process, objective, the loop's settings, how it draws."""
+"""Builds the objects of `ddpm` from a configuration: network, process, objective, settings of training and sampling."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from job.config import Drawing, RunConfig
 
 
 def build_network(config: RunConfig, device: torch.device) -> nn.Module:
-    """The network of a resolved configuration, initialised from the run's seed, in the layout that suits the device."""
+    """Builds the network of a resolved configuration with the run's seed, in the memory layout for the device."""
     torch.manual_seed(config.train.seed)
     data, model, diffusion = config.data, config.model, config.diffusion
     assert data.size is not None and data.channels is not None
@@ -50,24 +50,24 @@ def model_of(
     decode: Callable[[Tensor], Tensor] | None = None,
     classes: tuple[str, ...] | None = None,
 ) -> Model:
-    """What draws as a run does, with initial weights.
+    """Returns a run's model with initial weights.
 
     Args:
-        config: of the run.
-        device: for the network.
-        precision: what the network computes in, `fp32` or `bf16`.
-        decode: makes pixels of latents, if it draws those.
-        classes: their names; numbers if there are none.
+        config: the run's configuration.
+        device: the network's device.
+        precision: number format of the network, `fp32` or `bf16`.
+        decode: decodes latents to pixels, if the network draws latents.
+        classes: names of the classes; None: their numbers.
     """
     model, count = config.model, config.model.num_classes or 0
     bf16 = partial(torch.autocast, device.type, torch.bfloat16)
     return Model(
-        build_network(config, device).eval().requires_grad_(False),
-        process_of(config),
-        prediction_of(config),
-        config.image_shape,
-        sampling_of(config.sample),
-        classes or tuple(map(str, range(count))),
+        network=build_network(config, device).eval().requires_grad_(False),
+        process=process_of(config),
+        prediction=prediction_of(config),
+        image_shape=config.image_shape,
+        sampling=sampling_of(config.sample),
+        classes=classes or tuple(map(str, range(count))),
         null_class=model.label_dropout > 0,
         diffusion=config.diffusion,
         autocast=bf16 if precision == "bf16" else nullcontext,
@@ -76,22 +76,22 @@ def model_of(
 
 
 def process_of(config: RunConfig) -> Process:
-    """The way from an image to noise."""
+    """Returns the process from an image to noise."""
     return make_process(config.diffusion)
 
 
 def prediction_of(config: RunConfig) -> Prediction:
-    """What the network's output means."""
+    """Returns the meaning of the network's output."""
     return Prediction(config.diffusion.prediction, config.diffusion.sigma_data)
 
 
 def objective_of(config: RunConfig) -> Objective:
-    """What is learnt."""
+    """Returns the training loss."""
     return Objective(process_of(config), prediction_of(config), config.diffusion, config.sample.clip)
 
 
 def settings_of(config: RunConfig) -> training.Settings:
-    """How it is learnt."""
+    """Returns the settings of the training loop."""
     ema, data = config.ema, config.data
     averages: dict[str, Profile] = {"ema": Exponential(**asdict(ema))}
     averages |= dict(zip(ema.names, map(PowerFunction, ema.stds), strict=True))
@@ -100,5 +100,5 @@ def settings_of(config: RunConfig) -> training.Settings:
 
 
 def sampling_of(drawing: Drawing) -> Sampling:
-    """How pictures are drawn."""
+    """Returns the settings of sampling."""
     return Sampling(**asdict(drawing))
