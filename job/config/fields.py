@@ -28,7 +28,7 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
-        # The check of a section from the catalogue stands there.
+        # A section inherits `check` from the catalogue, or defines it.
         if check := getattr(self, "check", None):
             check()
         return self

@@ -1,4 +1,4 @@
-"""The parts of `ddpm` for a configuration: network, process, objective, settings of the loop, sampling."""
+"""Builds the objects of `ddpm` from a configuration: network, process, objective, settings of training and sampling."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from job.config import Drawing, RunConfig
 
 
 def build_network(config: RunConfig, device: torch.device) -> nn.Module:
-    """Returns the network of a resolved configuration, initialised from the run's seed, in a layout for the device."""
+    """Builds the network of a resolved configuration with the run's seed, in the memory layout for the device."""
     torch.manual_seed(config.train.seed)
     data, model, diffusion = config.data, config.model, config.diffusion
     assert data.size is not None and data.channels is not None
@@ -50,23 +50,23 @@ def model_of(
     decode: Callable[[Tensor], Tensor] | None = None,
     classes: tuple[str, ...] | None = None,
 ) -> Model:
-    """Returns the model of a run, with initial weights.
+    """Returns a run's model with initial weights.
 
     Args:
-        config: that of the run.
-        device: the device of the network.
-        precision: the number format of the network, `fp32` or `bf16`.
-        decode: turns latents into pixels, for a run on latents.
-        classes: the names of the classes; without them their numbers.
+        config: the run's configuration.
+        device: the network's device.
+        precision: number format of the network, `fp32` or `bf16`.
+        decode: decodes latents to pixels, if the network draws latents.
+        classes: names of the classes; None: their numbers.
     """
     model, count = config.model, config.model.num_classes or 0
     bf16 = partial(torch.autocast, device.type, torch.bfloat16)
     return Model(
-        build_network(config, device).eval().requires_grad_(False),
-        process_of(config),
-        prediction_of(config),
-        config.image_shape,
-        sampling_of(config.sample),
+        network=build_network(config, device).eval().requires_grad_(False),
+        process=process_of(config),
+        prediction=prediction_of(config),
+        image_shape=config.image_shape,
+        sampling=sampling_of(config.sample),
         classes=classes or tuple(map(str, range(count))),
         null_class=model.label_dropout > 0,
         diffusion=config.diffusion,
@@ -86,7 +86,7 @@ def prediction_of(config: RunConfig) -> Prediction:
 
 
 def objective_of(config: RunConfig) -> Objective:
-    """Returns the training objective."""
+    """Returns the training loss."""
     return Objective(process_of(config), prediction_of(config), config.diffusion, config.sample.clip)
 
 
@@ -100,5 +100,5 @@ def settings_of(config: RunConfig) -> training.Settings:
 
 
 def sampling_of(drawing: Drawing) -> Sampling:
-    """Returns the sampling settings."""
+    """Returns the settings of sampling."""
     return Sampling(**asdict(drawing))

@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field_validator
 
 from ddpm import catalogue
-from ddpm.catalogue import EXTRACTORS, LARGEST, METRICS, SAMPLERS, OneOf
+from ddpm.catalogue import EXTRACTORS, LARGEST, METRICS, OneOf, takers
 from job.config.fields import LARGEST_SIZE, Settings, average_name, split
 from job.config.networks import NETWORKS, Network
 from job.config.rules import RULES
@@ -118,8 +118,7 @@ class Drawing(Settings, catalogue.Drawing):
     @property
     def drawing(self) -> Drawing:
         """Only the settings of `Drawing`; options that the sampler does not take have their defaults."""
-        unused = {option for sampler in SAMPLERS.values() for option in sampler.options}
-        unused -= {*SAMPLERS[self.sampler].options}
+        unused = {key for key in Drawing.model_fields if takers(key) and self.sampler not in takers(key)}
         if self.guidance == 1:
             unused |= {"guidance_interval", "guidance_rescale"}
         return Drawing(**self.model_dump(include=Drawing.model_fields.keys() - unused))

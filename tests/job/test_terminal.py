@@ -70,6 +70,9 @@ def test_quiet_tells_results_alone_and_verbose_each_request(bucket):
         ("config --set train.batch", "train.batch_size="),
         ("doctor --on loc", "local"),
         ("jobs status train-", "train-walk"),
+        ("sample --run walk --sampler dpmpp_3", "dpmpp_3m"),
+        ("evaluate --run walk --grid kar", "karras"),
+        ("evaluate --run walk --extractor mob", "mobilenet"),
     ],
 )
 def test_a_shell_offers_names(bucket, words, offered):
