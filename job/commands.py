@@ -134,7 +134,7 @@ def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") ->
             # A dataset of this name must be an error before hours of packing its held-out part.
             check_free(bucket, request)
         for part in request.parts():
-            if part.held and is_whole(bucket, part):
+            if part.is_held_out and is_whole(bucket, part):
                 # An interrupted command has finished this part.
                 continue
             try:

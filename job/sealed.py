@@ -54,13 +54,13 @@ def code_version() -> str:
     return f"{__version__}+{sha256.hexdigest()[:8]}"
 
 
-class Part(BaseModel):
+class RecordPart(BaseModel):
     """A part of a record: it has exactly these fields, and never changes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class NamedObject(Part):
+class NamedObject(RecordPart):
     """The key, size and hash of an object, as a record names it."""
 
     key: str
@@ -96,7 +96,7 @@ class NamedObject(Part):
         return data
 
 
-class Sealed(Part):
+class Sealed(RecordPart):
     """A record with its own hash, `sha256`: that of the canonical JSON (sorted keys) of every other field."""
 
     sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")

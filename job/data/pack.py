@@ -316,10 +316,10 @@ class _Copying(_Packing):
         images, share = found.images, self._request.hold_out_share
         if share:
             # Classes are those of all images, even where one part lacks some.
-            source = replace(source, hold_out=share, held=self._request.held)
+            source = replace(source, hold_out=share, takes_held_out=self._request.is_held_out)
             images = sum(1 for _ in listed())
         if not images:
-            part = "no image" if self._request.held else "all images"
+            part = "no image" if self._request.is_held_out else "all images"
             raise BadRequestError(f"--hold-out {share:.1%} of {found.images:,} images holds {part} out")
         for remark in filter(None, (source.note, found.note)):
             logging.getLogger(__name__).warning(remark)
@@ -334,7 +334,7 @@ class _Copying(_Packing):
             "shard_images": self._shard_images,
             "classes": self.classes,
             "class_depth": found.depth,
-            "part": (share, self._request.held),
+            "part": (share, self._request.is_held_out),
             "names": names.hexdigest(),
         }
 

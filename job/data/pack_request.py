@@ -32,7 +32,7 @@ class PackRequest:
         min_side: reject images with a shorter side under this many pixels; None is half of `size`.
         split: pack only what lies in this folder of those that divide the source, such as `train`.
         hold_out: the share of the images that become a dataset of their own, which no run learns from, such as `5%`.
-        held: whether this is the part that is held out.
+        is_held_out: whether this is the part that is held out.
         tars: instead of `source`: tars that stay where they are, as URIs, patterns or folders, see `find_tars`.
         slice: `I/N`, the share of one of several machines; see `job.pieces`.
     """
@@ -49,7 +49,7 @@ class PackRequest:
     min_side: int | None = None
     split: str = ""
     hold_out: str = ""
-    held: bool = False
+    is_held_out: bool = False
     tars: tuple[str, ...] = ()
     slice: str = ""
 
@@ -93,11 +93,11 @@ class PackRequest:
     @property
     def held_out(self) -> str:
         """Name of the dataset of what is held out; empty if nothing is."""
-        return f"{self.name}-held-out" if self.hold_out_share and not self.held else ""
+        return f"{self.name}-held-out" if self.hold_out_share and not self.is_held_out else ""
 
     def parts(self) -> list[PackRequest]:
         """What is packed one after the other, of a request that is checked: what is held out comes first."""
-        return [*([replace(self, name=self.held_out, held=True).check()] if self.held_out else []), self]
+        return [*([replace(self, name=self.held_out, is_held_out=True).check()] if self.held_out else []), self]
 
     def recipe(self, channels: int) -> Recipe:
         """What is done to each image of a source with so many channels; of a request that is checked."""

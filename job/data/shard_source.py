@@ -168,11 +168,11 @@ class ShardSource:
         path = self.folder / "lock"
         with os_errors(path):
             try:
-                held = FileLock(path, poll_interval=STOP_POLL_SECONDS).acquire(cancel_check=self.stop)
+                lock = FileLock(path, poll_interval=STOP_POLL_SECONDS).acquire(cancel_check=self.stop)
             except Timeout:
                 self.check()
                 raise
-        with held:
+        with lock:
             yield
 
     def _ahead(self, work: Callable[[int], Fetched], shards: Iterable[int]) -> Iterator[Fetched]:

@@ -29,7 +29,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from job.config import LARGEST_SIZE
 from job.exits import BadDataError, BadRequestError, MissingInputError
-from job.sealed import SHA256_PATTERN, Part, Sealed
+from job.sealed import SHA256_PATTERN, RecordPart, Sealed
 from job.store import ObjectMissingError, Store
 
 DATASETS = "datasets"
@@ -153,7 +153,7 @@ def first_damaged(file: BinaryIO, table: npt.NDArray[np.void]) -> str:
     return "all its images are intact, but not the bytes between them"
 
 
-class Encoding(Part):
+class Encoding(RecordPart):
     """The origin of a dataset of latents: its images, the autoencoder, and the statistics of the latents."""
 
     source: str

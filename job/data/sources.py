@@ -91,7 +91,7 @@ class Source:
         readers: number of files to read at a time.
         split: the folder of `SPLITS` whose images are taken; "" takes all.
         hold_out: share of the images to hold out.
-        held: whether the held-out images are taken, or the others.
+        takes_held_out: whether the held-out images are taken, or the others.
         skipped: number of files that `images` has left out: hidden images, and other files by suffix.
     """
 
@@ -102,7 +102,7 @@ class Source:
     readers: int = 0
     split: str = ""
     hold_out: float = 0.0
-    held: bool = False
+    takes_held_out: bool = False
     skipped: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -146,7 +146,7 @@ class Source:
     def _takes(self, name: str) -> bool:
         """Decides by the name alone, so that an image stays held out when others are added or removed."""
         drawn = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-        return (drawn < self.hold_out) == self.held
+        return (drawn < self.hold_out) == self.takes_held_out
 
     def _load(self, member: Member) -> tuple[str, bytes]:
         with members.refusing(f"{self.where}: entry {member.name!r}"):

@@ -56,7 +56,7 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
         batches = ranks.on_main(lambda: [one.batch for one in plan.evaluations if one.scores() is None])
         todo = [one for one in plan.evaluations if one.batch in batches]
         if todo:
-            see, share = plan.found.load(painter.device), todo[0].images.share
+            see, share = plan.located.load(painter.device), todo[0].images.share
             check = painter.check_stopped
             real = references(plan.sampling, plan.reference, see, ranks, stop=stop, check=check, share=share)
             for evaluation in todo:
@@ -231,7 +231,7 @@ def tables(plan: EvaluatePlan) -> Iterator[str]:
     for ref, group in groupby(plan.evaluations, key=lambda each: each.ref):
         found = [scores for evaluation in group if (scores := evaluation.scores())]
         first, sampling = found[0], plan.sampling
-        drawing, extractor = first.drawing, plan.found.extractor
+        drawing, extractor = first.drawing, plan.located.extractor
         against = "{:,} real images against {:,}".format(*first.floor_images)
         seeds = f"seeds from {' and '.join(f'{one.drawing.first_seed:,}' for one in found)}"
         what = f"{sampling.run.uri.rpartition('/')[2]}, {sampling.label(ref)}"

@@ -33,7 +33,7 @@ class EvaluatePlan:
 
     request: EvaluateRequest
     sampling: SamplePlan
-    found: LocatedExtractor
+    located: LocatedExtractor
     reference: Reference
 
     @property
@@ -49,9 +49,9 @@ class EvaluatePlan:
             BadRequestError: the network has no classes, or the run has no bound.
         """
         chosen, config = {*self.request.chosen_metrics}, self.sampling.config
-        if self.request.metrics and "is" in chosen and not self.found.extractor.has_classes:
+        if self.request.metrics and "is" in chosen and not self.located.extractor.has_classes:
             raise BadRequestError(
-                f"--metrics is: {self.found.extractor.title} comes without its classes here; use --extractor "
+                f"--metrics is: {self.located.extractor.title} comes without its classes here; use --extractor "
                 "mobilenet, whose score is called cs-mobilenet"
             )
         why = "independent noise, and diffusion.offset_noise is set" if config.diffusion.offset_noise else ""

@@ -43,7 +43,7 @@ class Grid:
 class Facts:
     """The state of a run at one moment."""
 
-    found: RunHandle
+    handle: RunHandle
     name: str
     status: Status | None
     outlook: Outlook
@@ -67,17 +67,17 @@ class Facts:
     @cached_property
     def verdict(self) -> Verdict | None:
         """Returns the verdict on the loss among runs of the preset; None if nothing is comparable."""
-        return verdict_of(self.config, self.rows, self.found.index)
+        return verdict_of(self.config, self.rows, self.handle.index)
 
     @property
     def config(self) -> RunConfig:
         """Returns the configuration as it was last changed."""
-        return self.found.config
+        return self.handle.config
 
     @property
     def epoch_images(self) -> int | None:
         """Returns the images of an epoch; None if the dataset is missing."""
-        return self.found.index.images if self.found.index else None
+        return self.handle.index.images if self.handle.index else None
 
     @property
     def is_running(self) -> bool:
@@ -106,16 +106,16 @@ class Facts:
         return shlex.join(["ddpm", "train", *self._about(f"{self.name[:57]}-again"), *preset, *sets])
 
     def _about(self, run: str) -> list[str]:
-        return ["--dataset", self.config.data.dataset, "--run", run, "--bucket", self.found.bucket.uri]
+        return ["--dataset", self.config.data.dataset, "--run", run, "--bucket", self.handle.bucket.uri]
 
     @property
     def differing(self) -> dict[str, tuple[Any, Any]]:
         """Returns the values that differ from the preset, by key: the preset's, and the run's."""
-        return differing(self.config, self.found.index)
+        return differing(self.config, self.handle.index)
 
 
 def facts_of(
-    found: RunHandle,
+    handle: RunHandle,
     name: str,
     rows: Sequence[Row] | None = None,
     status: Status | None = None,
@@ -125,14 +125,14 @@ def facts_of(
     """Collects the facts about a run.
 
     Args:
-        found: the run.
+        handle: the run.
         name: of the run.
         rows: of the metrics; None: those of the newest checkpoint.
         status: of the run; None: the one in its folder.
         say: receives messages about objects that cannot be read.
         only_loss: read only the loss of the metrics.
     """
-    run, config = found.run, found.config
+    run, config = handle.run, handle.config
     status = status or records.read_status(run)
     refs = list_checkpoints(run)
     manifest = newest_sound(run, refs)
@@ -140,11 +140,11 @@ def facts_of(
         rows = metric_rows.read_rows(run, manifest.metrics, say, only_loss) if manifest else []
     places = places_in(run, ObjectKind.PICTURE.folder, ObjectKind.SCORES.folder)
     attempts = spans_of(attempts_of(run), status)
-    pictures, how = [key for key in places if places[key].kind is ObjectKind.PICTURE], config.sample.name(found.own)
+    pictures, how = [key for key in places if places[key].kind is ObjectKind.PICTURE], config.sample.name(handle.own)
     grids = [Grid(moment_of(label), key) for label, key in _in_order(pictures, grid_key(_LABEL, how))]
     gifs = [key for _, key in _in_order(pictures, denoising_key(_LABEL, how))]
     shown = {*(grid.key for grid in grids), *gifs[-1:]}
-    labels = [label_of(seen, found.dataset_images, config.train.batch_size) for seen in by_progress(refs)]
+    labels = [label_of(seen, handle.dataset_images, config.train.batch_size) for seen in by_progress(refs)]
     scores = []
     for key, place in places.items():
         if place.kind is ObjectKind.SCORES:
@@ -153,7 +153,7 @@ def facts_of(
             except (BadDataError, ObjectMissingError) as error:
                 say(f"the page is without {error}")
     return Facts(
-        found=found,
+        handle=handle,
         name=name,
         status=status,
         outlook=outlook_of(attempts, status),
@@ -172,8 +172,8 @@ def facts_of(
 def _in_order(keys: Iterable[str], pattern: str) -> list[tuple[str, str]]:
     """Returns the labels and keys that match `pattern`, in which `_LABEL` is any label; the oldest first."""
     matches = (re.fullmatch(re.escape(pattern).replace(_LABEL, r"((epoch|images)-(\d+))"), key) for key in keys)
-    found = sorted((match[2], int(match[3]), match[1], match[0]) for match in matches if match)
-    return [(label, key) for _, _, label, key in found]
+    handle = sorted((match[2], int(match[3]), match[1], match[0]) for match in matches if match)
+    return [(label, key) for _, _, label, key in handle]
 
 
 def _parameters(manifest: Manifest | None) -> int:

@@ -40,12 +40,12 @@ _NO_SCORES = ("images_seen", "epoch", "time", "learning_rate", "ema_decay", "ima
 
 def put_page(facts: Facts, pictures: PictureCache) -> None:
     """Writes the page into the run's folder, in the place of the one before."""
-    facts.found.run.put(PAGE_KEY, run_page(facts, pictures))
+    facts.handle.run.put(PAGE_KEY, run_page(facts, pictures))
 
 
 def run_page(facts: Facts, pictures: PictureCache) -> bytes:
     """Returns the page, sealed with its own hash."""
-    run, config = facts.found.run, facts.config
+    run, config = facts.handle.run, facts.config
     chosen = [facts.grids[i] for i in sizes.evenly(len(facts.grids), sizes.GRIDS)]
     grids = [
         {"moment": grid.moment, "src": src}
@@ -62,8 +62,8 @@ def run_page(facts: Facts, pictures: PictureCache) -> bytes:
         denoising=pictures.get(run, facts.denoising, sizes.DENOISING_BYTES) if facts.denoising else "",
         sheet=_sheet(facts, pictures),
         missing=pictures.missing,
-        index=facts.found.index,
-        classes=facts.found.classes,
+        index=facts.handle.index,
+        classes=facts.handle.classes,
         keys=keys,
         hours=duration,
         python=f'import job\n\nmodel = job.load("{run.uri}")\nimages = model.sample(16, seed=0)',
@@ -111,12 +111,12 @@ def _short(value: Any) -> str:
 
 def _sheet(facts: Facts, pictures: PictureCache) -> str:
     """Returns the contact sheet of the dataset; empty without a dataset, or if it cannot be read."""
-    index, bucket = facts.found.index, facts.found.bucket
+    index, bucket = facts.handle.index, facts.handle.bucket
     if index is None:
         return ""
 
     def sheet() -> bytes:
-        shown = facts.found.pictures()
+        shown = facts.handle.pictures()
         assert shown is not None
         key = dataset_key(shown.name, shown.size)
         with suppress(ObjectMissingError):

@@ -21,7 +21,7 @@ from job.data.shards import dataset_key, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, JobError, LostRunError, MissingInputError, State
 from job.progress import all_printable
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, RUNS, Located, ObjectKind, located, places_in
-from job.sealed import SHA256_PATTERN, Moment, Part, Sealed, code_version, utc_now
+from job.sealed import SHA256_PATTERN, Moment, RecordPart, Sealed, code_version, utc_now
 from job.store import ObjectExistsError, ObjectMissingError, Store
 from job.store.retry import PATIENCE_SECONDS
 
@@ -155,7 +155,7 @@ class RunRecord(Sealed):
         return record
 
 
-class LastStatus(Part):
+class LastStatus(RecordPart):
     """The last status of an attempt."""
 
     state: str

@@ -16,7 +16,7 @@ from ddpm.catalogue import METRICS, Metric
 from job.runs.drawings import NumberedDrawing
 from job.runs.layout import CheckpointRef, Located
 from job.runs.records import RunRecord
-from job.sealed import SHA256_PATTERN, Part
+from job.sealed import SHA256_PATTERN, RecordPart
 
 
 def score_name(score: str, extractor: str) -> str:
@@ -28,7 +28,7 @@ def score_name(score: str, extractor: str) -> str:
     return f"{metric.elsewhere or name}{score.removeprefix(name)}-{extractor}"
 
 
-class Reference(Part):
+class Reference(RecordPart):
     """The real images, and the network that extracted their features."""
 
     dataset: str
