@@ -212,7 +212,7 @@ UNFIT: Rows = [
     ("data pack landscape-sample tiles --size 16", 64, ["tiles-16 is there already", "299 images"]),
     ("data pack {bucket}/nothing.zip new --size 8", 66, ["nothing at", "nothing.zip", "folder or an archive"]),
     ("runs show nobody", 66, ["there is no run 'nobody' in {bucket}:"]),
-    ("submit train --dataset tiles --on mars", 64, ["no target 'mars'", "local"]),
+    ("submit train --dataset tiles --on mars", 64, ["unknown target 'mars'", "local"]),
 ]
 
 

@@ -92,7 +92,7 @@ def test_what_is_mistyped_is_told_before_hours_of_packing(make, tmp_path):
     # make itself ends with 2 whatever its commands say.
     assert done.returncode == 2
     assert re.search(r"unknown key 'train.x'[^\n]*\n.*submit-train\] Error 78$", done.stderr.strip())
-    assert "no target 'mars'" in make("submit-train", "ON=mars").stderr
+    assert "unknown target 'mars'" in make("submit-train", "ON=mars").stderr
     assert not (tmp_path / "b").exists()
 
 

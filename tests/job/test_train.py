@@ -265,7 +265,7 @@ def test_steps_that_take_much_longer_than_they_could_are_told_once(train, monkey
     monkeypatch.setattr("os.getloadavg", lambda: (99.0, 1.0, 1.0))
     train("slow", epochs=1)
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("a step took")]
-    pattern = r"a step took 2\.\d s instead of 0\.\d s: 99 threads want the \d+ cores of this machine; .*"
+    pattern = r"a step took 2\.\d s instead of 0\.\d s: 99 threads share the \d+ cores of this machine; .*"
     assert re.fullmatch(pattern, said)
 
 

@@ -240,7 +240,7 @@ def _why_failed(condition: JsonObject, pods: Sequence[JsonObject]) -> str:
 
 
 def _end_in_words(ended: JsonObject) -> str:
-    """Returns `exit code 78 (the configuration is not valid …): its last line`."""
+    """Returns `exit code 78 (an invalid configuration …): its last line`."""
     code, is_memory = int(ended["exitCode"]), ended.get("reason") == "OOMKilled"
     how = "OOMKilled: `memory:` of the target is too little" if is_memory else meaning(code)
     lines = [line for line in str(ended.get("message") or "").splitlines() if line.strip()]

@@ -184,7 +184,7 @@ def test_the_engines_words_are_translated(engine):
         ({"Status": "stopping", "ExitCode": 0}, State.RUNNING, None, ""),
         ({"Status": "exited", "ExitCode": 0}, State.FINISHED, 0, ""),
         ({"Status": "exited", "ExitCode": 75}, State.CANCELLED, 75, "with the state saved"),
-        ({"Status": "exited", "ExitCode": 78}, State.FAILED, 78, "configuration is not valid"),
+        ({"Status": "exited", "ExitCode": 78}, State.FAILED, 78, "an invalid configuration"),
         ({"Status": "exited", "ExitCode": 137, "OOMKilled": True}, State.FAILED, 137, "memory"),
         ({"Status": "exited", "ExitCode": 1}, State.FAILED, 1, "crashed"),
         ({"Status": "created", "ExitCode": 0, **never}, State.RUNNING, None, ""),

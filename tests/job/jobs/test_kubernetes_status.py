@@ -58,7 +58,7 @@ def test_why_a_job_waits():
 
 def test_why_a_job_failed():
     for reason, ends, code, message in [
-        ("PodFailurePolicy", [ended(78, "before\nlast\n")], 78, "exit code 78 (the configuration is not valid"),
+        ("PodFailurePolicy", [ended(78, "before\nlast\n")], 78, "exit code 78 (an invalid configuration"),
         (
             "BackoffLimitExceeded",
             [ended(139, "x")],
