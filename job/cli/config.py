@@ -14,9 +14,9 @@ def ddpm_config(
     list_all: Annotated[bool, typer.Option("--list", help="List all keys with their values and meanings.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show the configuration of a new run, and where each value comes from.
+    """Show the configuration of a new run, and the source of each value.
 
-    --set overrides --config FILE, which overrides the preset. The dataset decides some more values, such as data.size.
+    --set overrides --config FILE, which overrides the preset. The dataset sets some more values, such as data.size.
 
     Examples:
 

@@ -74,7 +74,7 @@ def data_pack(
     With --hold-out a share of the images, chosen by their names, becomes the dataset NAME-held-out. Runs on NAME never
     learn from it; they log their loss on it as val_loss.
 
-    With --slice several machines pack one dataset: I/N is 0/4, 1/4, 2/4 and 3/4 on four of them.
+    With --slice several machines pack one dataset: I/N is 0/4, 1/4, 2/4 and 3/4 on four machines.
 
     Examples:
 

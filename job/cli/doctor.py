@@ -17,7 +17,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print all lines as JSON, at the end.")] = False,
     targets: Targets = None,
 ) -> None:
-    """Check in seconds whether a job on a target would have all that it needs.
+    """Check in seconds whether a target has all that a job needs.
 
     Prints one line per check, with the remedy. Exits with 0, or with the code that a job would have for the first check
     that failed.

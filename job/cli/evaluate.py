@@ -30,7 +30,7 @@ def ddpm_evaluate(
         int, typer.Option(metavar="IMAGES", min=1, max=1_000_000, help="Number of samples to score, per checkpoint.")
     ] = 5000,
     metrics: Annotated[
-        str, typer.Option(metavar="LIST", help=f"Of {','.join(METRICS)}. Default: all that can be computed.")
+        str, typer.Option(metavar="LIST", help=f"Some of {','.join(METRICS)}. Default: all that can be computed.")
     ] = "",
     extractor: Annotated[
         str, typer.Option(metavar="NAME", help=f"One of {', '.join(EXTRACTORS)}.", autocompletion=names(EXTRACTORS))
@@ -55,9 +55,9 @@ def ddpm_evaluate(
 ) -> None:
     """Score samples of a run against real images: FID, KID, recall and others.
 
-    The scores are FID, KID, precision, recall, density, coverage, MIND, inception score and bits per dimension. Samples
-    are made as by `ddpm sample`, on all GPUs, and are not saved. The same command resumes an interrupted one. With
-    --slice several machines share the work.
+    The scores are FID, KID, precision, recall, density, coverage, MIND, inception score and bits per dimension. The
+    command samples like `ddpm sample`, on all GPUs, but saves no image. The same command resumes an interrupted one.
+    With --slice several machines share the work.
 
     Beside each score the command prints the score of real images against other real images, and the protocol: crop,
     filter, count and network change a score more than most methods do. The features of the real images are kept with

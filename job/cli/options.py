@@ -69,11 +69,12 @@ StopAfter = Annotated[
     str,
     typer.Option(
         metavar="DURATION",
-        help="Save and exit with 75 after this time, such as 1h30m. For a job it is the limit --max-hours.",
+        help="Save and exit with 75 after this time, such as 1h30m. For a job it sets --max-hours.",
     ),
 ]
 SliceOption = Annotated[
-    str, typer.Option("--slice", metavar="I/N", help="Share the work among N machines: this is number I, from 0.")
+    str,
+    typer.Option("--slice", metavar="I/N", help="Share the work among N machines; this is machine I, counted from 0."),
 ]
 OnTarget = Annotated[
     str,

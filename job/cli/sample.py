@@ -69,13 +69,13 @@ def ddpm_sample(
 ) -> None:
     """Sample images from a run's checkpoints.
 
-    An image depends only on the checkpoint, the options and its seed. Options that are not given follow the section
-    `sample` of the run's configuration; the name of a picture says what differs. Each checkpoint gets a grid in the
-    run's folder in the bucket. Several checkpoints also get one picture side by side.
+    An image depends only on the checkpoint, the options and its seed. The section `sample` of the run's configuration
+    has the defaults; the name of a picture lists the differences from them. Each checkpoint gets a grid in the run's
+    folder in the bucket. Several checkpoints also get one picture side by side.
 
     --count saves the images themselves, in pieces of up to 256. The same command resumes an interrupted one, also with
-    other --slice or --processes, and makes no committed piece twice. While the run still trains, name the checkpoint:
-    latest soon means another one.
+    other --slice or --processes, and makes no committed piece twice. While the run still trains, give an epoch,
+    because `latest` changes with the next checkpoint.
 
     Examples:
 

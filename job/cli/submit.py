@@ -78,7 +78,7 @@ def _add_verb(verb: Verb) -> None:
         ] = False,
         yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
         detach: Annotated[
-            bool, typer.Option("--detach", help="Return at once; the job runs in the background.")
+            bool, typer.Option("--detach", help="Return at once; a local or container job runs in the background.")
         ] = False,
     ) -> None:
         from job.jobs.building import Resources
