@@ -14,7 +14,7 @@ from tests.job.command_line import DDPM, environment, settings
 
 
 @pytest.mark.parametrize("words", ["runs list --json", "runs list", "--help", "config --list"])
-def test_a_reader_that_has_enough_is_no_failure(bucket, words):
+def test_a_closed_pipe_is_no_failure(bucket, words):
     """As `head` and pagers are."""
     reads, writes = os.pipe()
     os.close(reads)

@@ -132,7 +132,7 @@ def sampled(walked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_what_others_wrote_is_shown_and_not_obeyed(bucket: Path, tmp_path: Path) -> None:
+def test_escape_sequences_are_never_obeyed(bucket: Path, tmp_path: Path) -> None:
     """Nor is what nobody can read taken for the newest checkpoint."""
     run, index = bucket / RUN, bucket / "datasets/tiles-16/index.json"
     for path, changes in (
@@ -165,7 +165,7 @@ def ends_as_it_should(words: str, bucket: Path) -> None:
 
 
 @examples(few=4, many=60)
-def test_whatever_lies_in_a_bucket_a_command_ends_with_a_code_of_the_table(
+def test_any_bucket_gives_a_known_code(
     sampled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     monkeypatch.setattr("job.processes.lease.EXPIRE_SECONDS", 0.3)
@@ -194,7 +194,7 @@ FORGED = st.lists(
 
 
 @examples(few=2, many=80)
-def test_whatever_sealed_records_say_every_reading_command_ends(
+def test_any_sealed_record_can_be_read(
     sampled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     bucket = shutil.copytree(sampled, tmp_path / "bucket")

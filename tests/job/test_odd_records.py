@@ -50,13 +50,13 @@ def test_an_odd_moment_costs_its_record(bucket, forge, name):
 
 
 @pytest.mark.parametrize("speed", [1e-300, 5e-324, float("nan"), float("inf")])
-def test_no_end_is_told_where_none_can_be(bucket, forge, speed):
+def test_an_impossible_speed_has_no_end(bucket, forge, speed):
     forge(STATUS, {"state": "running", "images_per_second": speed, "updated": "9999-12-31T23:59:59Z"})
     forge(STATUS, {"images_seen": 0, "target_images": 10**400})
     assert "running" in shown(bucket)
 
 
-def test_changes_that_are_wrong_name_their_attempt(bucket, forge):
+def test_wrong_changes_name_their_attempt(bucket, forge):
     forge(ATTEMPT, {"changes": {"train.epochs": "many"}})
     words = ("--bucket", bucket)
     for command in (("runs", "prune", "walk"), ("train", "--dataset", "tiles", "--run", "walk")):

@@ -39,7 +39,7 @@ def told(text: str | bytes) -> list[str]:
 
 
 @pytest.mark.parametrize("bucket_uri", ["gs", pytest.param("s3-seaweedfs", marks=pytest.mark.slow)], indirect=True)
-def test_a_run_tells_no_secret_to_anybody(bucket_uri, secrets, tmp_path):
+def test_a_run_stores_no_secret(bucket_uri, secrets, tmp_path):
     bucket, cache = bucket_uri, tmp_path / "cache"
     images = folder_of(tmp_path / "images", [(f"{n}.png", encoded(picture(n, 12, 12))) for n in range(12)])
     train = ["train", "--dataset", "small", "--bucket", bucket, "--epochs", 2, *settings(train__batch_size="12")]
@@ -77,7 +77,7 @@ def test_what_is_refused_is_not_repeated(seaweedfs_server, aws_credentials, secr
         assert told(done.stdout + done.stderr) == []
 
 
-def test_a_uri_with_a_password_is_refused_and_not_repeated(tmp_path):
+def test_uris_with_passwords_are_refused(tmp_path):
     bucket, targets = tmp_path / "bucket", tmp_path / "targets.yaml"
     targets.write_text("gke: {backend: kubernetes, image: i, bucket: gs://bucket}\n")
     for uri in (

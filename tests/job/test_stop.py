@@ -52,7 +52,7 @@ def test_seconds_that_the_environment_says(monkeypatch):
             away_limit_seconds()
 
 
-def test_a_deadline_reaches_what_is_installed_later_and_the_first_one_stays(installed):
+def test_the_first_deadline_stays(installed):
     with deadline("2s"):
         set_at = os.environ[STOP_AT]
         with deadline("1h"):
@@ -67,7 +67,7 @@ def test_a_deadline_reaches_what_is_installed_later_and_the_first_one_stays(inst
         assert not installed()()
 
 
-def test_the_first_signal_is_the_reason_and_others_change_nothing(installed):
+def test_the_first_signal_is_the_reason(installed):
     for first in STOP_SIGNALS:
         stop = installed()
         assert not stop()
@@ -98,7 +98,7 @@ def test_waiting_for_others_is_no_hang(installed, monkeypatch):
         eventually(lambda: "until-all-have-met" in beating, 10)
 
 
-def test_sighup_stops_except_under_nohup_and_no_signal_on_the_way_out_changes_the_code():
+def test_signals_at_exit_keep_the_code():
     program = """
     import os, signal, sys, time
     from job.stop import Stop

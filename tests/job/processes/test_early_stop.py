@@ -11,7 +11,7 @@ import time
 import pytest
 
 from tests.job.command_line import DDPM, environment
-from tests.job.metadata_server import PREEMPTED, metadata_server
+from tests.job.metadata_server import metadata_server
 
 WORDS = ("train", "--dataset", "x", "--bucket", "gs://nobody-there")
 
@@ -63,15 +63,15 @@ time.sleep(60)
 """
 
 
-def test_a_library_that_catches_the_end_delays_it_by_seconds_and_does_not_change_the_code():
+def test_a_caught_end_is_only_delayed():
     for code in (ANOTHER_ERROR, CAUGHT):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40, check=False)
         assert (done.returncode, done.stderr) == (75, "ddpm: stopped by SIGTERM; the same command begins again\n")
 
 
-def test_by_a_deadline_or_a_notice_while_the_bucket_is_away(unreachable):
+def test_deadlines_and_notices_end_waits(unreachable):
     with metadata_server() as server:
-        server.set(PREEMPTED, "TRUE")
+        server.preempt()
         cases = [((), {"GCE_METADATA_HOST": server.host}), (("--stop-after", "4s"), {})]
         began = time.monotonic()
         begun = [begin([DDPM, *WORDS, *words], unreachable | variables) for words, variables in cases]

@@ -20,7 +20,7 @@ from tests.faulty_proxy import Fault
 from tests.job.command_line import ddpm, settings, start_ddpm, succeeded
 from tests.job.hooked import hooked
 from tests.job.launching import eventually
-from tests.job.metadata_server import PREEMPTED, metadata_server
+from tests.job.metadata_server import metadata_server
 from tests.job.packing import FILES, KEY, objects, packed, written
 from tests.job.processes.conftest import ON_AND_ON
 from tests.job.some_images import zip_of
@@ -84,7 +84,7 @@ def saved(run: Store, said: str) -> None:
 def test_training_by_a_preemption_notice(place):
     with metadata_server() as server:
         process = place.begun("notice", GCE_METADATA_HOST=server.host)
-        saved(place.run("notice"), said := stopped_by(lambda process: server.set(PREEMPTED, "TRUE"), process))
+        saved(place.run("notice"), said := stopped_by(lambda process: server.preempt(), process))
     assert "the machine's notice instance/preempted=TRUE" in said
 
 

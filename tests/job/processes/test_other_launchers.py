@@ -21,7 +21,7 @@ ACCELERATE = (
 pytestmark = pytest.mark.slow
 
 
-def test_stopped_under_torchrun_and_finished_under_accelerate_it_is_the_same_run(place):
+def test_torchrun_and_accelerate_share_a_run(place):
     run = place.run("theirs")
     process = place.begun("theirs", program=TORCHRUN)
     process.terminate()
@@ -43,7 +43,7 @@ def test_stopped_under_torchrun_and_finished_under_accelerate_it_is_the_same_run
     assert [(file.name, file.sha256) for file in found.files] == [(file.name, file.sha256) for file in expected.files]
 
 
-def test_an_error_is_told_and_its_code_becomes_1(place):
+def test_an_error_becomes_code_1(place):
     for program in (TORCHRUN, ACCELERATE):
         process = place.started("refused", "--set", "train.batch_size=1", program=program)
         _, err = process.communicate(timeout=150)

@@ -50,7 +50,7 @@ def drawn(config, network, condition=UNCONDITIONAL, **changes):
 
 
 @pytest.mark.parametrize(("schedule", "prediction"), [("linear", "epsilon"), ("cosine", "v"), ("sigmoid", "x0")])
-def test_diffusers_draws_the_same_pictures_from_where_it_lies(bucket, monkeypatch, schedule, prediction):
+def test_diffusers_draws_the_same_pictures(bucket, monkeypatch, schedule, prediction):
     from diffusers import DDIMPipeline
     from diffusers.pipelines.ddim import pipeline_ddim
 
@@ -71,7 +71,7 @@ def test_diffusers_draws_the_same_pictures_from_where_it_lies(bucket, monkeypatc
         assert difference < 2e-6 if same_call or prediction == "x0" else difference > 1e-4
 
 
-def test_a_network_of_classes_draws_the_same_in_the_loop_of_the_documentation(bucket):
+def test_the_documented_loop_draws_the_same(bucket):
     from diffusers import DDIMScheduler, UNet2DModel
 
     store, ref = trained(bucket, "classes")
@@ -88,7 +88,7 @@ def test_a_network_of_classes_draws_the_same_in_the_loop_of_the_documentation(bu
     assert (x.clamp(-1, 1) - drawn(config, network, Condition(SEEDS))).abs().max() < 2e-6
 
 
-def test_large_weights_lie_in_several_files_with_an_index(bucket, monkeypatch):
+def test_large_weights_have_several_files(bucket, monkeypatch):
     from diffusers import UNet2DModel
 
     monkeypatch.setattr(checkpoint_files, "PART_BYTES", 50_000)
@@ -124,7 +124,7 @@ def test_only_what_diffusers_has_is_described(bucket, changes, there):
     assert manifest.groups == ("model", "ema", "optimizer")
 
 
-def test_learnt_variances_come_with_the_pipeline_that_knows_them(bucket):
+def test_learnt_variances_have_their_pipeline(bucket):
     from diffusers import DDPMPipeline
 
     store, ref = trained(bucket, "learnt", model__num_classes="0", diffusion__variance="learned_range")

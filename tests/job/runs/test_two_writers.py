@@ -54,7 +54,7 @@ def words(bucket: Path, epochs: int) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_sleeping_holder_is_replaced_and_its_late_manifest_harms_nobody(tiles, tmp_path):
+def test_a_sleeping_holder_is_replaced(tiles, tmp_path):
     bucket, freeze = shutil.copytree(tiles, tmp_path / "bucket"), tmp_path / "freeze"
     run, hooks = open_store(str(bucket)).sub("runs/tiles"), hooked(tmp_path / "hooks", job__runs__writer=FREEZE)
     sleeper = subprocess.Popen(
