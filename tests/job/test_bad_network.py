@@ -263,18 +263,6 @@ def test_a_preemption_without_images_saves(proxy: FaultyProxy, remote_bucket: st
     assert f"after {newest(run):,} images; everything is saved" in said
 
 
-@pytest.mark.parametrize("remote_bucket", ["gs"], indirect=True)
-def test_packing_stops_in_an_outage(proxy: FaultyProxy, remote_bucket: str) -> None:
-    proxy.hang()
-    child = started("data", "pack", "landscape-sample", "mine", "--size", 16, "--bucket", remote_bucket)
-    eventually(lambda: proxy.connections > 0, 60)
-    child.terminate()
-    said, _ = child.communicate(timeout=60)
-    assert child.returncode == Exit.STOPPED, said
-    assert said.splitlines()[-1].startswith("ddpm: stopped ")
-    assert "Traceback" not in said
-
-
 def test_a_lost_answer_is_no_conflict(proxy: FaultyProxy, remote_bucket: str, tmp_path: Path) -> None:
     store = open_store(remote_bucket)
     small, large = tmp_path / "small", tmp_path / "large"

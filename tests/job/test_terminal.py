@@ -48,13 +48,13 @@ def test_problems_are_in_the_json(bucket):
 
 
 def test_quiet_and_verbose(bucket):
-    words = ("sample", "--run", "walk", "--bucket", bucket, "--seeds", 0)
-    quiet, usual = ddpm("-q", *words), ddpm(*words)
-    assert (quiet.returncode, quiet.stderr) == (0, "")
-    assert usual.stderr and quiet.stdout.split()[0] == usual.stdout.split()[0]
-    assert "there is no run 'wal'" in refused(ddpm("-q", "runs", "show", "wal", "--bucket", bucket), Exit.MISSING_INPUT)
-    said = ddpm("-v", "runs", "list", "--bucket", bucket).stderr
+    said = ddpm_here("-v", "runs", "list", "--bucket", bucket).stderr
     assert re.search(rf"(?m)^read {re.escape(str(bucket))}/runs/walk/status\.json: \d\.\d\d\d s$", said)
+    quiet = ddpm_here("-q", "runs", "show", "wal", "--bucket", bucket)
+    assert "there is no run 'wal'" in refused(quiet, Exit.MISSING_INPUT)
+    quiet = ddpm("-q", "sample", "--run", "walk", "--bucket", bucket, "--seeds", 0)
+    assert (quiet.returncode, quiet.stderr) == (0, "")
+    assert "samples/epoch-0003-ddim-4-seeds-0.png" in quiet.stdout
 
 
 def completed(words, bucket):

@@ -13,6 +13,7 @@ import pytest
 from tests.job.command_line import DDPM, environment
 from tests.job.metadata_server import metadata_server
 
+PACK = ("data", "pack", "landscape-sample", "mine", "--size", "16", "--bucket", "gs://nobody-there")
 WORDS = ("train", "--dataset", "x", "--bucket", "gs://nobody-there")
 
 
@@ -72,9 +73,10 @@ def test_a_caught_end_is_only_delayed():
 def test_deadlines_and_notices_end_waits(unreachable):
     with metadata_server() as server:
         server.preempt()
-        cases = [((), {"GCE_METADATA_HOST": server.host}), (("--stop-after", "4s"), {})]
+        cases = [(WORDS, {"GCE_METADATA_HOST": server.host})]
+        cases += [((*words, "--stop-after", "4s"), {}) for words in (WORDS, PACK)]
         began = time.monotonic()
-        begun = [begin([DDPM, *WORDS, *words], unreachable | variables) for words, variables in cases]
+        begun = [begin([DDPM, *words], unreachable | variables) for words, variables in cases]
         for child, (words, _) in zip(begun, cases, strict=True):
             _, err = child.communicate(timeout=60)
             assert child.returncode == 75, (words, err)

@@ -21,9 +21,7 @@ from tests.job.command_line import ddpm, settings, start_ddpm, succeeded
 from tests.job.hooked import hooked
 from tests.job.launching import eventually
 from tests.job.metadata_server import metadata_server
-from tests.job.packing import FILES, KEY, objects, packed, written
 from tests.job.processes.conftest import ON_AND_ON
-from tests.job.some_images import zip_of
 
 LIMIT_SECONDS = 10
 TELL = """
@@ -55,11 +53,7 @@ def stopped_by(ask: Callable[[Process], object], process: Process) -> str:
     """Asks a command to stop and returns what it said; it must end in time, with 75."""
     assert process.poll() is None, process.communicate()
     ask(process)
-    return stopped(process, time.monotonic())
-
-
-def stopped(process: Process, asked: float) -> str:
-    """What a command said that was asked to stop at `asked`, in `time.monotonic`'s seconds."""
+    asked = time.monotonic()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
     assert time.monotonic() - asked < LIMIT_SECONDS
@@ -160,38 +154,6 @@ def test_sample(place, telling):
 
 
 # --- data
-
-
-SLOW = """
-import time
-quick = prepare
-
-def prepare(content, recipe):
-    time.sleep(0.3)
-    return quick(content, recipe)
-
-pack.__kwdefaults__["shard_images"] = 16
-"""
-
-
-@pytest.mark.slow
-def test_packing_goes_on_from_its_journal(tmp_path):
-    source, bucket = zip_of(tmp_path / "pets.zip", FILES), tmp_path / "bucket"
-    packed(tmp_path / "undisturbed", source)
-    pack = ("data", "pack", source, "small", "--size", 16, "--bucket", bucket)
-    slower = hooked(tmp_path / "slower", job__data__pack=SLOW.replace("0.3", "2"))
-    began = time.monotonic()
-    said = stopped(start_ddpm(*pack, "--stop-after", "4s", PYTHONPATH=slower), began + 4)
-    assert "stopped by its deadline (--stop-after) while packing" in said
-    first = bucket / KEY / "shard-00000.tar"
-    process = start_ddpm(*pack, PYTHONPATH=hooked(tmp_path / "slow", job__data__pack=SLOW))
-    eventually(first.exists)
-    assert "the same command goes on" in stopped_by(by_group(signal.SIGINT), process)
-    kept = written(first)
-    assert not (bucket / KEY / "index.json").exists()
-    succeeded(ddpm(*pack, PYTHONPATH=hooked(tmp_path / "quick", job__data__pack=SLOW.replace("0.3", "0"))))
-    assert objects(bucket) == objects(tmp_path / "undisturbed")
-    assert written(first) == kept, "it was packed anew"
 
 
 @pytest.mark.slow

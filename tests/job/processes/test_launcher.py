@@ -176,14 +176,10 @@ def test_missing_gpus_are_refused(monkeypatch, tmp_path):
     # No machine would have these.
     monkeypatch.setenv(group.GPUS, "1")
     (tmp_path / "there").mkdir()
-    for driver, words in (
-        ("there", "the image has a PyTorch for CPUs"),
-        ("gone", "this machine lacks the NVIDIA driver"),
-    ):
-        monkeypatch.setattr(group, "DRIVER", tmp_path / driver)
-        group._cuda.cache_clear()
-        with pytest.raises(MissingInputError, match=f"was given 1 GPU, and PyTorch sees 0: {words}"):
-            group.check_gpus()
+    monkeypatch.setattr(group, "DRIVER", tmp_path / "there")
+    group._cuda.cache_clear()
+    with pytest.raises(MissingInputError, match="was given 1 GPU, and PyTorch sees 0: the image has a PyTorch for CPU"):
+        group.check_gpus()
     group._cuda.cache_clear()
 
 

@@ -11,8 +11,8 @@ from tests.job.damages import DAMAGES
 from tests.job.runs.leased import live_tensors, write
 
 
-def test_a_checkpoint_comes_back_bit_equal(any_run):
-    run = any_run
+def test_a_checkpoint_comes_back_bit_equal(new_run):
+    run = new_run
     run.put("status.json", b"{}")
     with newest_good(run, pytest.fail) as restored:
         assert restored is None
