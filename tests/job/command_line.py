@@ -67,26 +67,17 @@ def ddpm(
     )
 
 
-def started(*words: object, cwd: Path | None = None, **variables: str) -> subprocess.Popen[str]:
-    """Begins `ddpm WORDS` in a process of its own; both of its streams come as one."""
-    return subprocess.Popen(
-        [DDPM, *map(str, words)],
-        cwd=cwd,
-        env=environment(**variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def start_ddpm(*words: object, program: tuple[str, ...] = (DDPM,), **variables: str) -> subprocess.Popen[str]:
-    """A command in a process group of its own; its stderr is a pipe."""
+def started(
+    *words: object, program: tuple[str, ...] = (DDPM,), cwd: Path | None = None, **variables: str
+) -> subprocess.Popen[str]:
+    """Begins `ddpm WORDS` in a process group of its own; both of its streams come as one."""
     return subprocess.Popen(
         [*program, *map(str, words)],
+        cwd=cwd,
         env=environment(**variables),
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )

@@ -16,7 +16,7 @@ import pytest
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
 from job.store import open_store
-from tests.job.command_line import ddpm, start_ddpm, succeeded
+from tests.job.command_line import ddpm, started, succeeded
 from tests.job.data.test_foreign_tars import write_tars
 from tests.job.exchange.test_encoding import make_autoencoder
 from tests.job.some_images import encoded, files_in, folder_of, picture
@@ -30,7 +30,7 @@ def finished_by(*words: object, kills: int = 0) -> list[int]:
     draw, deadline = random.Random(0), time.monotonic() + 240
 
     def start(number: int) -> subprocess.Popen[str]:
-        return start_ddpm(*words, "--slice", f"{number}/{MACHINES}")
+        return started(*words, "--slice", f"{number}/{MACHINES}")
 
     machines = [start(number) for number in range(MACHINES)]
     while kills and any(machine.poll() is None for machine in machines):

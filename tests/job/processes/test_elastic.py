@@ -66,7 +66,7 @@ def started(place, tmp_path):
 
 def stopped(child):
     """Waits until it has saved everything and ended."""
-    _, err = child.communicate(timeout=250)
+    err, _ = child.communicate(timeout=250)
     assert child.returncode == 75, err
 
 

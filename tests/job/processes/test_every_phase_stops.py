@@ -17,7 +17,7 @@ from job.runs.checkpoints import list_checkpoints
 from job.runs.records import read_status
 from job.store import Store, open_store
 from tests.faulty_proxy import Fault
-from tests.job.command_line import ddpm, settings, start_ddpm, succeeded
+from tests.job.command_line import ddpm, settings, started, succeeded
 from tests.job.hooked import hooked
 from tests.job.launching import eventually
 from tests.job.metadata_server import metadata_server
@@ -54,7 +54,7 @@ def stopped_by(ask: Callable[[Process], object], process: Process) -> str:
     assert process.poll() is None, process.communicate()
     ask(process)
     asked = time.monotonic()
-    _, err = process.communicate(timeout=60)
+    err, _ = process.communicate(timeout=60)
     assert process.returncode == 75, err
     assert time.monotonic() - asked < LIMIT_SECONDS
     assert "Traceback" not in err
@@ -148,7 +148,7 @@ def test_sample(place, telling):
     words = ("--run", "drawn", "--bucket", place.bucket, "--seeds", "0-499", "--steps", 1000, "--sampler", "ddpm")
     for processes, number in ((1, signal.SIGTERM), (2, signal.SIGINT)):
         Path(telling["SAMPLING"]).unlink(missing_ok=True)
-        process = start_ddpm("sample", *words, "--processes", processes, **telling)
+        process = started("sample", *words, "--processes", processes, **telling)
         assert "while sampling" in stopped_by(by_group(number), sampling(process, telling))
         assert {entry.key for entry in place.run("drawn").list()} == before
 
@@ -162,7 +162,7 @@ def test_the_first_download(proxy, remote_bucket, tmp_path):
     succeeded(ddpm("data", "ensure", "landscape-sample", "--bucket", remote_bucket))
     proxy.inject(Fault.SILENCE, "^GET .*shard-", times=1000)
     options = ("--dataset", "landscape-sample", "--bucket", remote_bucket, "--epochs", 1, *settings())
-    process = start_ddpm("train", *options, DDPM_CACHE=str(tmp_path / "cache"))
+    process = started("train", *options, DDPM_CACHE=str(tmp_path / "cache"))
     eventually(lambda: proxy.injected[Fault.SILENCE] or process.poll() is not None, 120)
     said = stopped_by(Process.terminate, process)
     assert re.search(r"stopped( by SIGTERM)? while (reading the images|the bucket was away)", said)

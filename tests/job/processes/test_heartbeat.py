@@ -104,7 +104,7 @@ def test_a_hung_run_ends(place):
     child = place.begun("hangs", "--processes", 2, "--hang-after", 20)
     ranks = sorted(children(child.pid))
     os.kill(ranks[1], signal.SIGSTOP)
-    code, _, err = ended(child, 60)
+    code, err, _ = ended(child, 60)
     assert code == 71
     assert re.search(r"ddpm: rank 1 of 2 hung: no sign of life for 2\d s \(stopped\); --hang-after", err)
     assert re.search(r"ddpm: stacks of rank 0 of 2:\n(.*\n)+.* in train\n(.*\n)+ddpm: stacks of rank 1 of 2:\n", err)

@@ -268,7 +268,7 @@ def test_a_killed_rank_is_named(place):
     child = place.begun("killed", "--processes", 2)
     ranks = sorted(children(child.pid))
     os.kill(ranks[1], signal.SIGKILL)
-    code, _, err = ended(child, 60)
+    code, err, _ = ended(child, 60)
     assert code == 137
     assert "Traceback" not in err
     assert err.count("went away") == 1

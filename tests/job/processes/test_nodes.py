@@ -72,7 +72,7 @@ def together(place):
 
 def codes(nodes):
     """How they end, and what the first one said."""
-    said = [node.communicate(timeout=120)[1] for node in nodes]
+    said = [node.communicate(timeout=120)[0] for node in nodes]
     return [node.returncode for node in nodes], said[0]
 
 

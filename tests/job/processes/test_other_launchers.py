@@ -25,7 +25,7 @@ def test_torchrun_and_accelerate_share_a_run(place):
     run = place.run("theirs")
     process = place.begun("theirs", program=TORCHRUN)
     process.terminate()
-    _, err = process.communicate(timeout=150)
+    err, _ = process.communicate(timeout=150)
     assert process.returncode == 1, err
     assert err.count("everything is saved, and the same command goes on from there") == 1
     assert read_status(run).state == "stopped"
@@ -35,7 +35,7 @@ def test_torchrun_and_accelerate_share_a_run(place):
     ours = place.started("ours", "--epochs", epochs, "--processes", 2)
     theirs = place.started("theirs", "--epochs", epochs, program=ACCELERATE)
     for process in (theirs, ours):
-        _, err = process.communicate(timeout=150)
+        err, _ = process.communicate(timeout=150)
         assert process.returncode == 0, err
     found, expected = (load_manifest(run, max(list_checkpoints(run))) for run in (run, place.run("ours")))
     assert read_status(run).state == "finished"
@@ -46,7 +46,7 @@ def test_torchrun_and_accelerate_share_a_run(place):
 def test_an_error_becomes_code_1(place):
     for program in (TORCHRUN, ACCELERATE):
         process = place.started("refused", "--set", "train.batch_size=1", program=program)
-        _, err = process.communicate(timeout=150)
+        err, _ = process.communicate(timeout=150)
         assert process.returncode == 1
         said = r"^ddpm(?: \(rank 1\))?: 2 processes cannot share train\.batch_size=1 images"
         assert re.search(said, err, re.MULTILINE)
