@@ -13,7 +13,6 @@ from torch import Tensor
 
 from job.processes.lease import Lease
 from job.runs import pipeline
-from job.runs.checkpoints import sha256_of
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.retention import Retention
 from job.sealed import NamedObject
@@ -127,5 +126,4 @@ def write_part(path: Path, key: str, tensors: dict[str, Tensor]) -> NamedObject:
             if (match := re.search(r"os error (\d+)", str(error))) is None:
                 raise
             raise OSError(int(match[1]), os.strerror(int(match[1]))) from None
-    with path.open("rb") as file:
-        return NamedObject(key=key, size_bytes=path.stat().st_size, sha256=sha256_of(file))
+    return NamedObject.of(key, path)

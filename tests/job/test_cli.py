@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from itertools import product
@@ -18,10 +17,7 @@ from PIL import Image
 import job
 from job.cli.app import app
 from job.exits import Exit
-from job.runs.checkpoints import list_checkpoints
-from job.store import open_store
-from tests.job.command_line import DDPM, about, ddpm, ddpm_here, environment, started, succeeded
-from tests.job.launching import eventually
+from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, succeeded
 from tests.job.some_images import folder_of, jpeg, zip_of
 
 HEAVY = {"torch", "numpy", "PIL", "matplotlib", "yaml", "rich", "accelerate", "google", "botocore"}
@@ -131,18 +127,6 @@ def test_the_schedule_needs_no_bucket(tmp_path):
     output = tmp_path / "schedule.png"
     assert succeeded(ddpm_here("figure", "schedule", "--schedule", "cosine", "-o", output)) == f"{output}\n"
     assert Image.open(output).size == (640, 480)
-
-
-def test_a_local_job_stops_with_submit(bucket, tmp_path):
-    """Also in a folder that has a `job` of its own."""
-    (tmp_path / "job.py").write_text("raise SystemExit('the wrong job')")
-    words = ["submit", "train", *about(bucket, "sent"), "--on", "local", "--epochs", "1000"]
-    child = started(*words, cwd=tmp_path)
-    eventually(lambda: list_checkpoints(open_store(str(bucket)).sub("runs/sent")))
-    child.send_signal(signal.SIGTERM)
-    said, _ = child.communicate(timeout=60)
-    assert child.returncode == 75
-    assert "everything is saved, and the same command goes on from there" in said
 
 
 def test_ensure_packs_only_a_missing_dataset(tmp_path):

@@ -31,11 +31,11 @@ def installed():
 def test_durations():
     good = {"3600": 3600, "45s": 45, "90m": 5400, "1h30m": 5400, "2d": 172_800, "1d2h3m4s": 93_784, "1H": 3600}
     good |= {" 5m ": 300, "5m30": 330}
-    assert {text: duration_seconds(text, "--stop-after") for text in good} == good
+    assert {text: duration_seconds(text) for text in good} == good
     bad = ["", "0", "0h", "-5", "1.5h", "m", "90 m", "30m1h", "1h1h", "ten", "1e3", "inf", "1y", "9" * 400]
     for text in bad:
         with pytest.raises(BadRequestError, match="90m, 1h30m or 3600"):
-            print(text, duration_seconds(text, "--stop-after"))
+            print(text, duration_seconds(text))
 
 
 def test_seconds_that_the_environment_says(monkeypatch):
