@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +33,14 @@ def commands(group, path: str = "") -> list[str]:
 def test_help_is_whole_and_light():
     names = commands(typer.main.get_command(app))
     assert len(names) > 30
-    for name, columns in product(names, (80, 100)):
-        out = succeeded(ddpm_here(*name.split(), "--help", COLUMNS=str(columns)))
+    for name in names:
+        out = succeeded(ddpm_here(*name.split(), "--help", COLUMNS="80"))
         assert out.startswith("Usage: "), name
-        assert max(map(len, out.splitlines())) <= columns, name
+        assert max(map(len, out.splitlines())) <= 80, name
         assert f" ddpm {name}".rstrip() in out.partition("Example")[2], name
-        if columns == 100:
-            assert not [line for line in out.splitlines()[1:] if line.endswith("...")], name
+        if "\nCommands:" in out:
+            _, *wider = succeeded(ddpm_here(*name.split(), "--help", COLUMNS="100")).splitlines()
+            assert not [line for line in wider if line.endswith("...")], name
     for name in ("", "submit train", "jobs logs"):
         words = [sys.executable, "-X", "importtime", DDPM, *name.split(), "--help"]
         done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=True, timeout=60)

@@ -41,7 +41,7 @@ def told(text: str | bytes) -> list[str]:
 def test_a_run_stores_no_secret(bucket_uri, secrets, tmp_path):
     bucket, cache = bucket_uri, tmp_path / "cache"
     images = folder_of(tmp_path / "images", [(f"{n}.png", encoded(picture(n, 12, 12))) for n in range(12)])
-    train = ["train", "--dataset", "small", "--bucket", bucket, "--epochs", 2, *settings(train__batch_size="12")]
+    train = ["train", "--dataset", "small", "--bucket", bucket, "--epochs", 1, *settings(train__batch_size="12")]
     printed = []
     for words in (
         ["data", "pack", images, "small", "--size", 8, "--bucket", bucket],
