@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -227,12 +228,8 @@ def test_an_outage_is_no_silence(bad_day: BadDay, soon_expired: float, monkeypat
 
 def test_endless_conflicts_confirm_nothing(bad_day: BadDay, monkeypatch: pytest.MonkeyPatch):
     lease = taken(bad_day)
-
-    def conflict(*_: object) -> str:
-        raise ConflictError("changed")
-
     monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.0)
-    monkeypatch.setattr(BadDay, "replace", conflict)
+    monkeypatch.setattr(BadDay, "replace", Mock(side_effect=ConflictError("changed")))
     with pytest.raises(BucketAwayError, match="changes faster"):
         lease.confirm()
     monkeypatch.undo()

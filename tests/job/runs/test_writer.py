@@ -8,6 +8,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -58,13 +59,6 @@ def run(tmp_path: Path) -> Watched:
     return Watched(tmp_path / "run")
 
 
-def refusing(error: Exception) -> Callable[[str], None]:
-    def refuse(key: str) -> None:
-        raise error
-
-    return refuse
-
-
 def test_checkpoints_hold_the_values_then(run, monkeypatch):
     tensors = {"model": {f"w{i}": torch.full((1000,), float(i)) for i in range(10)}, "ema": {"w": torch.ones(5)}}
     monkeypatch.setattr(checkpoint_files, "PART_BYTES", 12_000)
@@ -83,7 +77,7 @@ def test_checkpoints_hold_the_values_then(run, monkeypatch):
 
 
 def test_a_failed_save_is_raised_later(run):
-    run.hooks["upload"] = refusing(BadDataError("the disk ate it"))
+    run.hooks["upload"] = Mock(side_effect=BadDataError("the disk ate it"))
     writer = writer_of(leased(run), live_tensors(), notes=[])
     writer.save(80, [])
     eventually(lambda: writer.troubled)
@@ -136,7 +130,7 @@ def test_a_checkpoint_in_use_stays(run):
     with reading(run, CheckpointRef(1, 24)):
         save(writer, 48, 72)
         eventually(lambda: committed_images(run) == [24, 72] and not list(run.list(CheckpointRef(1, 48).key)))
-    run.hooks["delete"] = refusing(BucketAwayError("the bucket is away"))
+    run.hooks["delete"] = Mock(side_effect=BucketAwayError("the bucket is away"))
     save(writer, 96)
     eventually(lambda: [note for note in notes if "stay for now: the bucket is away" in note])
     del run.hooks["delete"]
