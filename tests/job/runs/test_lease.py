@@ -126,32 +126,32 @@ def test_a_late_silence_is_noticed(bad_day: BadDay, soon_expired: float):
     lease.close()
 
 
-def test_a_holder_mends_its_lease(any_run: Store, quick: None):
+def test_a_holder_mends_its_lease(new_run: Store, quick: None):
     notes: Notes = []
-    lease = taken(any_run, floor=2, notes=notes)
-    any_run.put(LEASE_KEY, b"garbage")
+    lease = taken(new_run, floor=2, notes=notes)
+    new_run.put(LEASE_KEY, b"garbage")
     with pytest.raises(LostRunError, match="is alive"):
-        taken(any_run)
-    assert record_in(any_run)["fence"] == 3
-    any_run.delete(LEASE_KEY)
-    eventually(lambda: any_run.exists(LEASE_KEY))
+        taken(new_run)
+    assert record_in(new_run)["fence"] == 3
+    new_run.delete(LEASE_KEY)
+    eventually(lambda: new_run.exists(LEASE_KEY))
     lease.confirm()
-    assert (record_in(any_run)["fence"], lease.lost) == (3, "")
+    assert (record_in(new_run)["fence"], lease.lost) == (3, "")
     assert [any(word in note for note in notes) for word in ("damaged", "deleted")] == [True, True]
     lease.close()
 
 
-def test_a_lost_run_is_reported(any_run: Store, monkeypatch: pytest.MonkeyPatch):
-    lease = taken(any_run)
+def test_a_lost_run_is_reported(new_run: Store, monkeypatch: pytest.MonkeyPatch):
+    lease = taken(new_run)
     lease.check_lost()
-    foreign = by_somebody_elsewhere(any_run, fence=9)
+    foreign = by_somebody_elsewhere(new_run, fence=9)
     monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.0)
     for ask in (lease.confirm, lease.confirm, lease.check_lost):
         with pytest.raises(LostRunError, match=r"taken over by process 77 on 'far-away' since .* \(fence 9\)"):
             ask()
     assert lease.lost
     lease.close()
-    assert any_run.read(LEASE_KEY).data == foreign
+    assert new_run.read(LEASE_KEY).data == foreign
 
 
 def test_a_holder_survives_an_outage(bad_day: BadDay, quick: None):
