@@ -253,7 +253,7 @@ def test_slow_steps_are_reported_once(train, monkeypatch, capsys):
     monkeypatch.setattr("os.getloadavg", lambda: (99.0, 1.0, 1.0))
     train("slow", epochs=1)
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("a step took")]
-    pattern = r"a step took 2\.\d s instead of 0\.\d s: 99 threads share the \d+ cores of this machine; .*"
+    pattern = r"a step took 2\.\d s instead of 0\.\d s: 99 threads share the \d+ cores of this machine: .*"
     assert re.fullmatch(pattern, said)
 
 

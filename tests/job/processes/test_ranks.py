@@ -64,6 +64,8 @@ else:
 agreed.append(agreement.finish())
 told["agreed"] = agreed
 Path(f"{rank}.json").write_text(json.dumps(told))
+# As the program ends: at a normal exit the threads of gloo may abort the process.
+os._exit(0)
 """
 
 
