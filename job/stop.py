@@ -193,8 +193,8 @@ def ignore_stop_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def duration_seconds(text: str, option: str) -> int:
-    """Parses `"90m"`, `"1h30m"`, `"2d"`, `"45s"` or a number of seconds into seconds.
+def duration_seconds(text: str) -> int:
+    """Parses the value of `--stop-after`: `"90m"`, `"1h30m"`, `"2d"`, `"45s"` or a number of seconds into seconds.
 
     Raises:
         BadRequestError: the text is another one, or the duration is zero.
@@ -203,7 +203,7 @@ def duration_seconds(text: str, option: str) -> int:
     counts = match.groups("0") if match else ()
     seconds = sum(int(count) * unit for count, unit in zip(counts, _UNIT_SECONDS, strict=False))
     if not seconds:
-        raise BadRequestError(f"{option} {text!r}: use a duration such as 90m, 1h30m or 3600 (seconds)")
+        raise BadRequestError(f"--stop-after {text!r}: use a duration such as 90m, 1h30m or 3600 (seconds)")
     return seconds
 
 
@@ -216,7 +216,7 @@ def deadline(stop_after: str) -> Iterator[None]:
     Raises:
         BadRequestError: `stop_after` is not a duration.
     """
-    seconds = duration_seconds(stop_after, "--stop-after") if stop_after else 0
+    seconds = duration_seconds(stop_after) if stop_after else 0
     if not seconds or os.environ.get(STOP_AT):
         yield
         return

@@ -57,7 +57,7 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
     """
     if text := command.values["stop_after"]:
         # It becomes the job's limit: an engine would start a job again that ends itself with 75.
-        hours = min(duration_seconds(text, "--stop-after") / 3600, resources.hours_on(target))
+        hours = min(duration_seconds(text) / 3600, resources.hours_on(target))
         command, resources = command.with_values(stop_after=None), replace(resources, max_hours=hours)
     _check_resources(command, target, resources)
     uri = str(command.values["bucket"]) if "bucket" in command.given else target.usual_bucket

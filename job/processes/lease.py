@@ -92,7 +92,7 @@ def _write_lease(run: Store, record: LeaseRecord, version: str) -> str:
 
 def _lease_clock() -> float:
     """Returns a clock that never jumps and counts the time that a machine sleeps, during which a lease may expire."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class _Watch:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from job.processes.lease import Lease
 from job.runs import pipeline
-from job.runs.checkpoints import sha256_of
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.retention import Retention
 from job.sealed import NamedObject
@@ -41,43 +40,37 @@ def plan_parts(tensors: Tensors) -> Tensors:
     return parts
 
 
-class HostCopy:
-    """Host buffers for a set of live tensors: contiguous, allocated and touched once, pinned for CUDA."""
+class CheckpointFiles:
+    """Uploads the files of a run's checkpoints: a host copy of the live tensors, and its descriptions for diffusers.
 
-    def __init__(self, live: Tensors) -> None:
-        self.live = live
-        self.tensors: Tensors = {}
+    The host buffers are contiguous, allocated and touched once, and pinned for CUDA.
+
+    Attributes:
+        drawn: the group whose weights lie where diffusers reads them.
+        size_bytes: of a host copy.
+    """
+
+    def __init__(self, live: Tensors, retention: Retention) -> None:
+        self._live, self._retention = live, retention
+        self._host: Tensors = {}
         self._cuda = any(tensor.is_cuda for named in live.values() for tensor in named.values())
         for group, named in live.items():
             sizes = [tensor.numel() for tensor in named.values()]
             flat = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=self._cuda)
             flat.fill_(0)  # touches every page: a first save into fresh pages takes ten times as long
             views = zip(named.items(), flat.split(sizes), strict=True)
-            self.tensors[group] = {name: view.view(tensor.shape) for (name, tensor), view in views}
-
-    def copy(self) -> None:
-        """Copies the live values; when it returns, training may go on."""
-        for group, named in self.live.items():
-            torch._foreach_copy_(list(self.tensors[group].values()), list(named.values()), non_blocking=True)
-        if self._cuda:
-            torch.cuda.synchronize()
-
-
-class CheckpointFiles:
-    """Uploads the files of a run's checkpoints: a host copy of the live tensors, and its descriptions for diffusers.
-
-    Attributes:
-        host: the host copy.
-        drawn: the group whose weights lie where diffusers reads them.
-        size_bytes: of a host copy.
-    """
-
-    def __init__(self, live: Tensors, retention: Retention) -> None:
-        self._retention, self.host = retention, HostCopy(live)
-        self._parts = plan_parts(self.host.tensors)
+            self._host[group] = {name: view.view(tensor.shape) for (name, tensor), view in views}
+        self.size_bytes = sum(tensor.nbytes for named in self._host.values() for tensor in named.values())
+        self._parts = plan_parts(self._host)
         self._pipeline = pipeline.files_for_diffusers(retention.config, self._parts)
         self.drawn = self._pipeline.drawn
-        self.size_bytes = sum(tensor.nbytes for named in self.host.tensors.values() for tensor in named.values())
+
+    def copy(self) -> None:
+        """Copies the live values into the host buffers; when it returns, training may go on."""
+        for group, named in self._live.items():
+            torch._foreach_copy_(list(self._host[group].values()), list(named.values()), non_blocking=True)
+        if self._cuda:
+            torch.cuda.synchronize()
 
     def tensors_of(self, ref: CheckpointRef) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yields the tensors of a checkpoint by key: the host copy, and a snapshot of its averages if one is due."""
@@ -127,5 +120,4 @@ def write_part(path: Path, key: str, tensors: dict[str, Tensor]) -> NamedObject:
             if (match := re.search(r"os error (\d+)", str(error))) is None:
                 raise
             raise OSError(int(match[1]), os.strerror(int(match[1]))) from None
-    with path.open("rb") as file:
-        return NamedObject(key=key, size_bytes=path.stat().st_size, sha256=sha256_of(file))
+    return NamedObject.of(key, path)

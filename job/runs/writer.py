@@ -140,7 +140,7 @@ class CheckpointWriter:
             self.raise_trouble()
             if self._queued:
                 objects = self._queued[1] | objects
-            self._files.host.copy()
+            self._files.copy()
             self._queued = manifest, objects
 
     def put(self, key: str, picture: bytes, *, images_seen: int) -> None:

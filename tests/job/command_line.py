@@ -11,14 +11,17 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import typer
 from accelerate.state import AcceleratorState
 
 import job.commands
-from job.cli.app import run
+from job.cli.app import app, run
 from job.processes.launched import LAUNCHED
 from job.stop import STOP_SIGNALS
 
 DDPM = str(Path(sys.executable).with_name("ddpm"))
+COMMANDS = typer.main.get_command(app)
+"""Made once: at each call Typer would read the signatures of all commands, which takes longer than many of them."""
 
 NETWORK = {
     "model.channels": "8",
@@ -67,26 +70,17 @@ def ddpm(
     )
 
 
-def started(*words: object, cwd: Path | None = None, **variables: str) -> subprocess.Popen[str]:
-    """Begins `ddpm WORDS` in a process of its own; both of its streams come as one."""
-    return subprocess.Popen(
-        [DDPM, *map(str, words)],
-        cwd=cwd,
-        env=environment(**variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def start_ddpm(*words: object, program: tuple[str, ...] = (DDPM,), **variables: str) -> subprocess.Popen[str]:
-    """A command in a process group of its own; its stderr is a pipe."""
+def started(
+    *words: object, program: tuple[str, ...] = (DDPM,), cwd: Path | None = None, **variables: str
+) -> subprocess.Popen[str]:
+    """Begins `ddpm WORDS` in a process group of its own; both of its streams come as one."""
     return subprocess.Popen(
         [*program, *map(str, words)],
+        cwd=cwd,
         env=environment(**variables),
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
@@ -102,7 +96,7 @@ def ddpm_here(*words: object, **variables: str | None) -> subprocess.CompletedPr
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", [DDPM, *map(str, words)])
-        patch.setattr(sys, "excepthook", sys.excepthook)
+        patch.setattr("job.cli.app.app", COMMANDS)
         patch.delenv("DDPM_BUCKET", raising=False)
 
         def launch_here(processes: int, hang_after_seconds: float) -> None:

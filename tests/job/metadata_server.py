@@ -1,4 +1,4 @@
-"""Compute Engine's metadata server, on this machine: values to wait for, and days on which it is not well."""
+"""Compute Engine's metadata server, on this machine: its notice of a preemption, and days on which it is not well."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from urllib.parse import parse_qs, urlsplit
 
 from tests.job.answering import JsonHandler, serving
 
-PREEMPTED = "instance/preempted"
-_PATH = "/computeMetadata/v1/"
+_PREEMPTED = "/computeMetadata/v1/instance/preempted"
 
 Answer = Callable[[JsonHandler], None]
 
 
 class MetadataServer:
-    """What the server knows; `host` is for `GCE_METADATA_HOST`.
+    """The server's value `instance/preempted`; `host` is for `GCE_METADATA_HOST`.
 
     A request with `wait_for_change` is answered when the value's ETag is another one than `last_etag`, or after
     `timeout_sec` (cloud.google.com/compute/docs/metadata/querying-metadata).
@@ -27,26 +26,11 @@ class MetadataServer:
         self.requests: list[str] = []
         self.odd: Answer | None = None
         """What answers instead, while it is set."""
-        self._values = {PREEMPTED: ("FALSE", 0)}
-        self._changed = threading.Condition()
+        self._preempted = threading.Event()
 
-    def set(self, resource: str, value: str) -> None:
-        """Changes a value, and answers those that wait for it."""
-        with self._changed:
-            self._values[resource] = value, self._values[resource][1] + 1
-            self._changed.notify_all()
-
-    def asked(self, resource: str) -> int:
-        """How often somebody has asked for a value."""
-        return sum(resource in path for path in self.requests)
-
-    def _wait(self, resource: str, last_etag: str, seconds: float) -> tuple[str, str]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._etag(resource) != last_etag, seconds)
-            return self._values[resource][0], self._etag(resource)
-
-    def _etag(self, resource: str) -> str:
-        return f"etag-of-{resource}-{self._values[resource][1]}"
+    def preempt(self) -> None:
+        """Answers requests that wait for it, and later ones."""
+        self._preempted.set()
 
     def answer(self, request: JsonHandler) -> None:
         self.requests.append(request.path)
@@ -54,15 +38,16 @@ class MetadataServer:
             self.odd(request)
             return
         url = urlsplit(request.path)
-        query, resource = parse_qs(url.query), url.path.removeprefix(_PATH)
-        if request.headers.get("Metadata-Flavor") != "Google" or resource not in self._values:
-            request.send_error(403 if resource in self._values else 404)
+        query = parse_qs(url.query)
+        if request.headers.get("Metadata-Flavor") != "Google" or url.path != _PREEMPTED:
+            request.send_error(403 if url.path == _PREEMPTED else 404)
             return
-        seconds = float(query["timeout_sec"][0]) if query.get("wait_for_change") == ["true"] else 0.0
-        value, etag = self._wait(resource, query.get("last_etag", [""])[0], seconds)
+        if query.get("wait_for_change") == ["true"] and query["last_etag"] == ["etag-False"]:
+            self._preempted.wait(float(query["timeout_sec"][0]))
+        is_preempted = self._preempted.is_set()
         # Who asked may be gone by now.
         with suppress(OSError):
-            request.say(200, value, ETag=etag)
+            request.say(200, str(is_preempted).upper(), ETag=f"etag-{is_preempted}")
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Store]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remote_bucket", ["gs", "s3"], indirect=True)
-def test_every_tenth_request_goes_wrong_and_nothing_comes_out_differently(
+def test_failing_requests_change_no_result(
     undisturbed: tuple[str, Store], proxy: FaultyProxy, remote_bucket: str
 ) -> None:
     dataset_id, quiet = undisturbed
@@ -129,7 +129,7 @@ def meanwhile(work: Callable[[], None]) -> threading.Thread:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remote_bucket", ["gs"], indirect=True)
-def test_training_goes_on_while_the_bucket_is_away_and_the_uploads_catch_up(
+def test_training_goes_on_without_the_bucket(
     proxy: FaultyProxy, remote_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pack_tiles(patient(remote_bucket))
@@ -175,9 +175,7 @@ def test_training_goes_on_while_the_bucket_is_away_and_the_uploads_catch_up(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remote_bucket", ["gs"], indirect=True)
-def test_a_bucket_that_stays_away_ends_training_and_the_same_command_goes_on(
-    proxy: FaultyProxy, remote_bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_outage_ends_training(proxy: FaultyProxy, remote_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pack_tiles(patient(remote_bucket))
     run = patient(remote_bucket).sub("runs/walk")
 
@@ -208,9 +206,7 @@ def test_a_bucket_that_stays_away_ends_training_and_the_same_command_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("remote_bucket", "processes"), [("gs", 1), ("s3", 2)], indirect=["remote_bucket"])
-def test_a_preemption_while_the_bucket_keeps_silent_ends_in_time(
-    proxy: FaultyProxy, remote_bucket: str, processes: int
-) -> None:
+def test_a_preemption_in_an_outage_ends(proxy: FaultyProxy, remote_bucket: str, processes: int) -> None:
     pack_tiles(patient(remote_bucket))
     run = patient(remote_bucket).sub("runs/walk")
     child = started(*train_words(remote_bucket, MANY_EPOCHS), "--processes", processes, DDPM_GRACE_SECONDS="6")
@@ -228,7 +224,7 @@ def test_a_preemption_while_the_bucket_keeps_silent_ends_in_time(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remote_bucket", ["gs"], indirect=True)
-def test_waiting_for_a_checkpoint_is_no_hang(proxy: FaultyProxy, remote_bucket: str) -> None:
+def test_waiting_for_a_checkpoint_is_alive(proxy: FaultyProxy, remote_bucket: str) -> None:
     pack_tiles(patient(remote_bucket))
     train(remote_bucket, 1)
     proxy.inject(Fault.UNAVAILABLE, r"^GET [^\n]*safetensors", times=10_000)
@@ -247,9 +243,7 @@ def test_waiting_for_a_checkpoint_is_no_hang(proxy: FaultyProxy, remote_bucket: 
     [("gs", 2, "a rank"), ("s3", 1, "launcher")],
     indirect=["remote_bucket"],
 )
-def test_a_preemption_while_a_shard_does_not_come_saves_the_last_step(
-    proxy: FaultyProxy, remote_bucket: str, processes: int, told: str
-) -> None:
+def test_a_preemption_without_images_saves(proxy: FaultyProxy, remote_bucket: str, processes: int, told: str) -> None:
     """One process may have the images of the next step and the other not: none begins it, and all save."""
     pack_tiles(patient(remote_bucket), shard_images=SHARD_IMAGES // 3)
     run = patient(remote_bucket).sub("runs/walk")
@@ -269,23 +263,7 @@ def test_a_preemption_while_a_shard_does_not_come_saves_the_last_step(
     assert f"after {newest(run):,} images; everything is saved" in said
 
 
-@pytest.mark.parametrize(("remote_bucket", "how"), [("gs", "hang"), ("s3", "refuse")], indirect=["remote_bucket"])
-def test_packing_is_stopped_though_the_bucket_is_away(proxy: FaultyProxy, remote_bucket: str, how: str) -> None:
-    proxy.hang()
-    child = started("data", "pack", "landscape-sample", "mine", "--size", 16, "--bucket", remote_bucket)
-    eventually(lambda: proxy.connections > 0, 60)
-    if how == "refuse":
-        proxy.refuse()
-    child.terminate()
-    said, _ = child.communicate(timeout=60)
-    assert child.returncode == Exit.STOPPED, said
-    assert said.splitlines()[-1].startswith("ddpm: stopped ")
-    assert "Traceback" not in said
-
-
-def test_a_write_whose_answer_is_lost_is_no_conflict_with_itself(
-    proxy: FaultyProxy, remote_bucket: str, tmp_path: Path
-) -> None:
+def test_a_lost_answer_is_no_conflict(proxy: FaultyProxy, remote_bucket: str, tmp_path: Path) -> None:
     store = open_store(remote_bucket)
     small, large = tmp_path / "small", tmp_path / "large"
     small.write_bytes(secrets.token_bytes(1000))

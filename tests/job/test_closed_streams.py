@@ -14,7 +14,7 @@ from tests.job.command_line import DDPM, environment, settings
 
 
 @pytest.mark.parametrize("words", ["runs list --json", "runs list", "--help", "config --list"])
-def test_a_reader_that_has_enough_is_no_failure(bucket, words):
+def test_a_closed_pipe_is_no_failure(bucket, words):
     """As `head` and pagers are."""
     reads, writes = os.pipe()
     os.close(reads)
@@ -31,8 +31,11 @@ def test_a_reader_that_has_enough_is_no_failure(bucket, words):
     assert (done.returncode, done.stderr) == (Exit.FINISHED, b"")
 
 
-def test_a_run_is_trained(bucket):
-    words = ("train", "--dataset", "tiles", "--bucket", bucket, "--epochs", 1, *settings())
+def test_a_run_is_trained(bucket, tmp_path):
+    """Also in a folder that has a `job` of its own."""
+    (tmp_path / "job.py").write_text("raise SystemExit('the wrong job')")
+    words = ("submit", "train", "--dataset", "tiles", "--bucket", bucket, "--epochs", 1, *settings(), "--on", "local")
     command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", DDPM, *map(str, words)]
-    assert subprocess.run(command, env=environment(), check=False, timeout=120).returncode == Exit.FINISHED
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), check=False, timeout=120)
+    assert done.returncode == Exit.FINISHED
     assert [ref.images_seen for ref in list_checkpoints(open_store(str(bucket)).sub("runs/tiles"))] == [312]

@@ -72,14 +72,6 @@ def test_a_full_disk_while_training(small_disk, tmp_path):
     assert "Run 'few' is finished: 2 epochs, 24 images seen." in out
 
 
-def test_a_full_disk_for_the_cache(small_disk, tmp_path):
-    words = packed(tmp_path / "bucket", tmp_path)
-    filled(small_disk, 8 << 10)
-    line = refused(ddpm_here("train", *words, DDPM_CACHE=str(small_disk / "cache")), Exit.DISK_FULL)
-    assert "DDPM_CACHE moves it" in line
-    assert list_checkpoints(open_store(str(tmp_path / "bucket")).sub("runs/few")) == []
-
-
 def test_a_full_disk_for_a_picture(small_disk):
     filled(small_disk, 4 << 10)
     output = small_disk / "schedule.png"

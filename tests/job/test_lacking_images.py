@@ -58,7 +58,7 @@ def saved(run: Store) -> list[int]:
     return [ref.images_seen for ref in list_checkpoints(run)]
 
 
-def test_a_checkpoint_that_is_due_is_saved_before_images_are_waited_for(plan):
+def test_a_checkpoint_comes_before_the_wait(plan):
     seen = []
 
     def watch():
@@ -77,7 +77,7 @@ def test_a_checkpoint_that_is_due_is_saved_before_images_are_waited_for(plan):
     assert load_lease(plan.run).released
 
 
-def test_a_stop_waits_neither_for_them_nor_for_who_reads_them(plan):
+def test_a_stop_waits_for_no_images(plan):
     def readers() -> list[threading.Thread]:
         return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 

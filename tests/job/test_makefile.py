@@ -60,7 +60,7 @@ def test_help_lists_every_verb(make):
         assert variable in out
 
 
-def test_what_submitting_elsewhere_needs_is_installed_when_it_is_asked_for(make):
+def test_setup_installs_the_named_extras(make):
     assert "Nothing to be done" in succeeded(make("setup"))
     commands = succeeded(make("--dry-run", "setup", "EXTRAS=google,kubernetes")).splitlines()
     assert [shlex.split(command)[-2:] for command in commands if "pip install" in command] == [
@@ -68,7 +68,7 @@ def test_what_submitting_elsewhere_needs_is_installed_when_it_is_asked_for(make)
     ]
 
 
-def test_submit_train_packs_trains_and_says_where_everything_lies(make):
+def test_submit_train_packs_and_trains(make):
     out = succeeded(make("submit-train", "SIZE=16", "EPOCHS=1", f"ARGS={SMALL}"))
     assert "299 colour, 16×16 pixels" in out
     assert "Run 'landscape-sample' is finished: 1 epoch, 312 images seen." in out
@@ -87,7 +87,7 @@ def test_submit_train_packs_trains_and_says_where_everything_lies(make):
     assert f"{bucket}/runs/landscape-sample/samples/epoch-0001-ddim-4-seeds-0-1-alone.png" in out
 
 
-def test_what_is_mistyped_is_told_before_hours_of_packing(make, tmp_path):
+def test_mistakes_are_found_before_packing(make, tmp_path):
     done = make("submit-train", "DATASET=mine", f"SOURCE={tmp_path}", f"BUCKET={tmp_path}/b", "ARGS=--set train.x=1")
     # make itself ends with 2 whatever its commands say.
     assert done.returncode == 2
@@ -97,7 +97,7 @@ def test_what_is_mistyped_is_told_before_hours_of_packing(make, tmp_path):
 
 
 @pytest.mark.slow
-def test_names_with_spaces_dots_and_sizes_pass_through(make, tmp_path):
+def test_names_with_spaces_pass_through(make, tmp_path):
     source = zip_of(tmp_path / "my photos.zip", [(f"{n}.jpg", jpeg(n)) for n in range(12)])
     bucket = tmp_path / "my bucket"
     words = [f"BUCKET={bucket}", "DATASET=my_photos", f"SOURCE={source}"]
@@ -138,7 +138,7 @@ HOSTILE = """'; touch {m}; '$(touch {m})$(shell touch {m})"$$(touch {m})"#`touch
 touch {m}"""
 
 
-def test_neither_make_nor_its_shell_sees_what_its_variables_hold(make, tmp_path):
+def test_variables_are_never_executed(make, tmp_path):
     hostile = HOSTILE.format(m=tmp_path / "marker")
     names = ("DATASET", "RUN", "SOURCE", "BUCKET", "SIZE", "EPOCHS", "ON", "TARGETS")
     # -i: whatever one line of a recipe says, make goes on with the next.

@@ -33,30 +33,32 @@ def forge(bucket):
 
 
 def shown(bucket):
-    """The row of the run in the list; all else that shows it ends well, too."""
-    for words in ("runs list --json", "runs show walk", "report", "report walk"):
+    """The run in the list, and by itself; all else that shows it ends well, too."""
+    for words in ("runs list --json", "report", "report walk"):
         succeeded(ddpm_here(*words.split(), "--bucket", bucket))
-    return succeeded(ddpm_here("runs", "list", "--bucket", bucket)).splitlines()[1]
+    return [succeeded(ddpm_here("runs", *words, "--bucket", bucket)) for words in (["list"], ["show", "walk"])]
 
 
 @pytest.mark.parametrize("name", ODD)
 def test_an_odd_moment_costs_its_record(bucket, forge, name):
     key, changes = ODD[name]
     forge(key, changes)
-    assert ("cannot be read" in shown(bucket)) == (key == STATUS)
+    listed, alone = shown(bucket)
+    assert ("cannot be read" in listed) == (key == STATUS)
+    assert ("attempt 1   cannot be read: " in alone) == (key == ATTEMPT)
     done = ddpm_here("runs", "verify", "walk", "--bucket", bucket)
     assert f"/runs/walk/{key} " in done.stdout
     refused(done, Exit.BAD_DATA)
 
 
 @pytest.mark.parametrize("speed", [1e-300, 5e-324, float("nan"), float("inf")])
-def test_no_end_is_told_where_none_can_be(bucket, forge, speed):
+def test_an_impossible_speed_has_no_end(bucket, forge, speed):
     forge(STATUS, {"state": "running", "images_per_second": speed, "updated": "9999-12-31T23:59:59Z"})
     forge(STATUS, {"images_seen": 0, "target_images": 10**400})
-    assert "running" in shown(bucket)
+    assert "running" in shown(bucket)[0]
 
 
-def test_changes_that_are_wrong_name_their_attempt(bucket, forge):
+def test_wrong_changes_name_their_attempt(bucket, forge):
     forge(ATTEMPT, {"changes": {"train.epochs": "many"}})
     words = ("--bucket", bucket)
     for command in (("runs", "prune", "walk"), ("train", "--dataset", "tiles", "--run", "walk")):

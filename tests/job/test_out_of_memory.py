@@ -46,7 +46,7 @@ def test_on_the_machine(tmp_path):
     succeeded(ddpm(*words, "--set", "train.micro_batch_size=16", **variables))
 
 
-def test_a_limit_that_leaves_no_room_for_the_program_itself(tmp_path):
+def test_a_limit_below_the_program_itself(tmp_path):
     said = refused(ddpm("data", "list", "--bucket", tmp_path, program=("prlimit", "--as=60000000", DDPM)), 1)
     assert re.search(r"ran out on the machine \(\S+\.so\S* failed to map segment\): allow more \(`ulimit -a`\)", said)
 

@@ -21,7 +21,7 @@ def bucket(tmp_path, monkeypatch) -> str:
     return str(tmp_path / "bucket")
 
 
-def test_the_bucket_says_that_a_job_runs_and_how_it_ended(bucket, monkeypatch):
+def test_an_outcome_follows_its_job(bucket, monkeypatch):
     endings = [
         (None, "finished", 0, ""),
         (SystemExit(0), "finished", 0, ""),
@@ -51,7 +51,7 @@ def test_the_bucket_says_that_a_job_runs_and_how_it_ended(bucket, monkeypatch):
         assert outcome.message.startswith(message), error
 
 
-def test_who_is_no_job_writes_nothing_and_a_bucket_that_takes_nothing_stops_nobody(bucket, tmp_path, monkeypatch):
+def test_outcomes_need_job_and_bucket(bucket, tmp_path, monkeypatch):
     monkeypatch.delenv(JOB)
     with outcome_written(bucket):
         pass
@@ -64,7 +64,7 @@ def test_who_is_no_job_writes_nothing_and_a_bucket_that_takes_nothing_stops_nobo
     assert not any(read_outcome(NAME, str(tmp_path / name)) for name in ("bucket", "file", "misspelt"))
 
 
-def test_of_several_machines_the_worst_decides_and_all_must_have_finished(bucket, tmp_path, monkeypatch):
+def test_the_worst_of_several_machines_decides(bucket, tmp_path, monkeypatch):
     def end(machine: int, code: int) -> None:
         monkeypatch.setenv(JOB, NAME)
         with pytest.raises(SystemExit), outcome_written(bucket, machine, 3):
@@ -92,7 +92,7 @@ def test_of_several_machines_the_worst_decides_and_all_must_have_finished(bucket
 @pytest.mark.parametrize(
     ("name", "count"), [("train-celeba", 2), ("sample-celeba-1a2b3c4d", 3), ("pack-mine-1a2b3c4d", 3)]
 )
-def test_each_start_is_remembered_of_slices_all(bucket, monkeypatch, name, count):
+def test_starts_are_kept(bucket, monkeypatch, name, count):
     for machine in (0, 1, 1):
         monkeypatch.setenv(JOB, name)
         with outcome_written(bucket, machine, 2):
@@ -100,11 +100,11 @@ def test_each_start_is_remembered_of_slices_all(bucket, monkeypatch, name, count
     starts = read_outcome(name, bucket).starts
     assert len(starts) == count and all(start.startswith("20") and start.endswith("Z") for start in starts)
     # They do not grow without end.
-    for _ in range(120):
-        monkeypatch.setenv(JOB, "train-long")
-        with outcome_written(bucket):
-            pass
-    assert len(read_outcome("train-long", bucket).starts) == 100
+    monkeypatch.setattr("job.outcome.MOST_STARTS", 2)
+    monkeypatch.setenv(JOB, name)
+    with outcome_written(bucket, 1, 2):
+        pass
+    assert len(read_outcome(name, bucket).starts) == count
 
 
 def test_commands_say_how_they_ended(tmp_path):

@@ -94,7 +94,7 @@ time.sleep(600)
 """
 
 
-def test_the_piece_of_a_killed_machine_is_made(store):
+def test_a_killed_machine_loses_its_piece(store):
     child = subprocess.Popen([sys.executable, "-c", KILLED, store.uri], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None and child.stdout.readline() == "claimed\n"
     alive = Machine(store, 0, 2)
@@ -106,14 +106,14 @@ def test_the_piece_of_a_killed_machine_is_made(store):
     assert alive.pieces.missing() == []
 
 
-def test_the_piece_of_a_machine_that_fell_silent_is_made(store, monkeypatch):
+def test_a_silent_machine_loses_its_piece(store, monkeypatch):
     monkeypatch.setattr(lease, "EXPIRE_SECONDS", 1.0)
     by_somebody_elsewhere(store.sub("claims/00003"))
     Machine(store, 0, 2).work()
     assert Pieces(store, WORK, [1] * COUNT).missing() == []
 
 
-def test_a_stopped_machine_gives_its_claim_back(store):
+def test_a_stopped_machine_releases_its_claim(store):
     machine = Machine(store, 0, 2)
     with pytest.raises(StoppedError, match="all whole pieces are saved"):
         machine.work(StopWhen(lambda: len(machine.made) >= 3))
@@ -123,7 +123,7 @@ def test_a_stopped_machine_gives_its_claim_back(store):
     assert machine.pieces.missing() == []
 
 
-def test_a_piece_that_another_makes_is_not_waited_for(store):
+def test_nobody_waits_for_a_claimed_piece(store):
     claim = taken(store.sub("claims/00000"))
     machine = Machine(store, 0, 2)
     began = time.monotonic()
@@ -167,7 +167,7 @@ def test_slices_by_name(monkeypatch):
     assert Slice.parse("BATCH_TASK_INDEX/3") == Slice(2, 3)
 
 
-def test_an_error_of_a_commit_ends_the_work(store, tmp_path):
+def test_a_failed_commit_ends_the_work(store, tmp_path):
     (tmp_path / "bucket/pieces").write_text("no folder")
     with pytest.raises(BadRequestError, match="pieces"):
         Machine(store, 0, 1).work()

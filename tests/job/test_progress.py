@@ -61,7 +61,7 @@ def screen_after(written: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def test_a_pipe_gets_plain_lines_with_everything_on_them():
+def test_a_pipe_gets_plain_lines():
     """Rates count from where a resumed run began; a total may become known later."""
     script = """
 with Progress("packing", start=1_000_000) as bar:
@@ -83,7 +83,7 @@ with Progress("packing", start=1_000_000) as bar:
     assert re.fullmatch(rf"packing: {counts}", last)
 
 
-def test_the_rate_is_that_of_the_last_updates_or_of_all_where_one_takes_long():
+def test_the_rate_has_a_window():
     script = """
 job.progress.RATE_SECONDS = 0.5
 with Progress("quick", total=10_000) as bar:
@@ -101,7 +101,7 @@ with Progress("slow", total=100, start=50) as bar:
     assert 0.5 < float(re.search(r"51 % · 52/100 images · ([\d.]+) images/s · ETA 0:00:[45]\d", slow)[1]) < 1, slow
 
 
-def test_an_error_passes_through_and_the_last_line_says_where():
+def test_the_last_line_has_the_error():
     script = """
 try:
     with Progress("training", total=500) as bar:
@@ -122,7 +122,7 @@ with Progress("quiet", total=500) as bar:
     assert result.stdout == "as it was\n"
 
 
-def test_a_reader_that_went_away_does_not_end_the_run():
+def test_a_closed_reader_ends_no_work():
     script = 'with Progress("a") as bar:\n    time.sleep(0.3)\n    note("x")\nprint("done")'
     ours, theirs = os.pipe()
     os.close(ours)
@@ -133,7 +133,7 @@ def test_a_reader_that_went_away_does_not_end_the_run():
     assert child.stdout == b"done\n"
 
 
-def test_a_terminal_gets_live_bars_and_keeps_only_what_is_worth_keeping():
+def test_a_terminal_gets_live_bars():
     script = """
 with Progress("training", total=24000, start=6000) as bar:
     for i in range(8):

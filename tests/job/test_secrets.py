@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -39,10 +38,10 @@ def told(text: str | bytes) -> list[str]:
 
 
 @pytest.mark.parametrize("bucket_uri", ["gs", pytest.param("s3-seaweedfs", marks=pytest.mark.slow)], indirect=True)
-def test_a_run_tells_no_secret_to_anybody(bucket_uri, secrets, tmp_path):
+def test_a_run_stores_no_secret(bucket_uri, secrets, tmp_path):
     bucket, cache = bucket_uri, tmp_path / "cache"
     images = folder_of(tmp_path / "images", [(f"{n}.png", encoded(picture(n, 12, 12))) for n in range(12)])
-    train = ["train", "--dataset", "small", "--bucket", bucket, "--epochs", 2, *settings(train__batch_size="12")]
+    train = ["train", "--dataset", "small", "--bucket", bucket, "--epochs", 1, *settings(train__batch_size="12")]
     printed = []
     for words in (
         ["data", "pack", images, "small", "--size", 8, "--bucket", bucket],
@@ -64,39 +63,19 @@ def test_a_run_tells_no_secret_to_anybody(bucket_uri, secrets, tmp_path):
     assert [(path, secret) for path in held for secret in told(path.read_bytes())] == []
 
 
-def test_what_is_refused_is_not_repeated(seaweedfs_server, aws_credentials, secrets, monkeypatch):
-    """Credentials, a password in the address of a server, and a broken key file."""
+def test_refusals_repeat_no_credentials(secrets, tmp_path, monkeypatch):
+    """A broken key file, a password, and the signature of a source that a job would show."""
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
-    for uri, code, variables in (
-        ("s3://any", Exit.NO_PERMISSION, {"AWS_ENDPOINT_URL": seaweedfs_server, "AWS_ACCESS_KEY_ID": "nobody"}),
-        ("s3://any", Exit.BAD_REQUEST, {"AWS_ENDPOINT_URL": f"http://somebody:{SECRET}@127.0.0.1:1"}),
-        ("gs://any", Exit.NO_PERMISSION, {}),
+    targets, signed = tmp_path / "targets.yaml", f"https://host/archive.zip?X-Amz-Signature={SECRET}"
+    targets.write_text("gke: {backend: kubernetes, image: i, bucket: gs://bucket}\n")
+    pack, bucket = ("a", "--size", 8), ("--bucket", tmp_path / "bucket")
+    for words, code in (
+        (("data", "list", "--bucket", "gs://any"), Exit.NO_PERMISSION),
+        (("data", "pack", f"https://somebody:{SECRET}@host/archive.zip", *pack, *bucket), Exit.BAD_REQUEST),
+        (("data", "ensure", "a", "--source", f"s3://KEY:{SECRET}@mine/folder", *bucket), Exit.BAD_REQUEST),
+        (("submit", "pack", signed, *pack, "--on", "gke", "--targets", targets, "--dry-run"), Exit.BAD_REQUEST),
     ):
-        done = ddpm_here("data", "list", "--bucket", uri, **variables)
+        done = ddpm_here(*words)
         refused(done, code)
         assert told(done.stdout + done.stderr) == []
-
-
-def test_a_uri_with_a_password_is_refused_and_not_repeated(tmp_path):
-    bucket, targets = tmp_path / "bucket", tmp_path / "targets.yaml"
-    targets.write_text("gke: {backend: kubernetes, image: i, bucket: gs://bucket}\n")
-    for uri in (
-        f"s3://AKIAEXAMPLE:{SECRET}@my-bucket",
-        f"s3://AKIAEXAMPLE:ab/{SECRET}@my-bucket/folder",
-        f"gs://somebody:{SECRET}@my-bucket/folder",
-        f"https://somebody:{SECRET}@host/archive.zip",
-        f"https://my-bucket.s3.amazonaws.com/archive.zip?X-Amz-Signature={SECRET}",
-        f"hdfs://somebody:{SECRET}@host/folder",
-    ):
-        sources = (
-            ["data", "pack", uri, "a", "--size", 8, "--bucket", bucket],
-            ["data", "ensure", "a", "--source", uri, "--bucket", bucket],
-        )
-        # One that is signed is asked for, but handed to nobody else.
-        signed = ["submit", "pack", uri, "a", "--size", 8, "--on", "gke", "--targets", targets, "--dry-run"]
-        for words in (["data", "list", "--bucket", uri], *([signed] if "?" in uri else sources)):
-            done = ddpm_here(*words)
-            line = refused(done, Exit.BAD_REQUEST)
-            assert re.search("is not supported|a user, password or|a user and password|which may be a signature", line)
-            assert told(done.stdout + done.stderr) == []
-    assert not bucket.exists()
+    assert not (tmp_path / "bucket").exists()

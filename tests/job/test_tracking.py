@@ -67,7 +67,7 @@ def logged(data):
             record = b""
 
 
-def test_tensorboard_has_the_grids_and_the_hyper_parameters(bucket, tmp_path):
+def test_tensorboard_has_grids_and_hyper_parameters(bucket, tmp_path):
     more = ("--epochs", 2, "--bucket", bucket, *settings(sample__every_epochs="1"))
     succeeded(ddpm_here("train", *WORDS, *more))
     events = events_of(bucket / "runs/told/tensorboard")
@@ -84,7 +84,7 @@ def test_tensorboard_has_the_grids_and_the_hyper_parameters(bucket, tmp_path):
 
 
 @pytest.mark.slow
-def test_wandb_gets_the_rows_offline_and_a_resumed_run_goes_on_there(bucket, tmp_path):
+def test_wandb_gets_the_rows_of_attempts(bucket, tmp_path):
     from wandb.proto.wandb_internal_pb2 import Record
 
     at = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path / "wandb")}
@@ -108,7 +108,7 @@ def test_wandb_gets_the_rows_offline_and_a_resumed_run_goes_on_there(bucket, tmp
 
 
 @pytest.mark.slow
-def test_mlflow_gets_the_rows_and_a_resumed_run_goes_on_there(bucket, tmp_path):
+def test_mlflow_gets_the_rows_of_attempts(bucket, tmp_path):
     at = {"MLFLOW_TRACKING_URI": (tmp_path / "mlruns").as_uri(), "MLFLOW_ALLOW_FILE_STORE": "true"}
     words = ("train", *WORDS, "--bucket", bucket, "--tracker", "mlflow", *settings())
     succeeded(ddpm(*words, "--epochs", 1, **at))
@@ -121,7 +121,7 @@ def test_mlflow_gets_the_rows_and_a_resumed_run_goes_on_there(bucket, tmp_path):
     assert next((tmp_path / "mlruns").glob("*/*/params/train.batch_size")).read_text() == "24"
 
 
-def test_a_tracker_that_is_not_there_or_lets_nobody_in_begins_nothing(bucket, tmp_path, monkeypatch):
+def test_a_missing_tracker_begins_nothing(bucket, tmp_path, monkeypatch):
     words = ("train", *WORDS, "--bucket", bucket, *settings(), "--epochs", 1, "--tracker")
     assert "log.tracker" in refused(ddpm_here(*words, "comet"), Exit.BAD_CONFIG)
     done = ddpm(*words, "wandb", HOME=str(tmp_path), WANDB_MODE="online", NETRC=str(tmp_path / "none"))
@@ -139,7 +139,7 @@ def test_a_tracker_that_is_not_there_or_lets_nobody_in_begins_nothing(bucket, tm
         check_tracker("mlflow", is_asked_for=True)
 
 
-def test_a_service_that_is_away_costs_no_training(tmp_path, monkeypatch, capsys):
+def test_a_failing_tracker_stops_no_training(tmp_path, monkeypatch, capsys):
     """MLflow begins on a disk that is gone when the first row comes."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -156,7 +156,7 @@ def test_a_service_that_is_away_costs_no_training(tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.slow
-def test_a_service_that_never_answers_holds_nothing_up(bucket):
+def test_a_silent_tracker_delays_no_training(bucket):
     """From its first second; a run that was told to use it goes on without, and stops at once."""
     at = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     words = ("train", *WORDS, "--bucket", bucket, *settings())

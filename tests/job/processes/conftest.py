@@ -10,7 +10,7 @@ import pytest
 
 from job.runs.checkpoints import list_checkpoints
 from job.store import Store, open_store
-from tests.job.command_line import DDPM, settings, start_ddpm
+from tests.job.command_line import DDPM, settings, started
 from tests.job.launching import eventually
 
 Process = subprocess.Popen[str]
@@ -36,7 +36,7 @@ class Place:
     def started(self, run: str, *words: object, program: Words = (DDPM,), **variables: str) -> Process:
         """A command that trains."""
         options = ("train", "--dataset", "tiles", "--run", run, "--bucket", self.bucket, *settings(), *words)
-        return start_ddpm(*options, program=program, DDPM_CACHE=str(self._cache), **variables)
+        return started(*options, program=program, DDPM_CACHE=str(self._cache), **variables)
 
     def begun(self, run: str, *words: object, program: Words = (DDPM,), **variables: str) -> Process:
         """One that goes on and on, as soon as it has committed a checkpoint."""

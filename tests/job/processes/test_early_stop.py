@@ -11,8 +11,9 @@ import time
 import pytest
 
 from tests.job.command_line import DDPM, environment
-from tests.job.metadata_server import PREEMPTED, metadata_server
+from tests.job.metadata_server import metadata_server
 
+PACK = ("data", "pack", "landscape-sample", "mine", "--size", "16", "--bucket", "gs://nobody-there")
 WORDS = ("train", "--dataset", "x", "--bucket", "gs://nobody-there")
 
 
@@ -63,18 +64,19 @@ time.sleep(60)
 """
 
 
-def test_a_library_that_catches_the_end_delays_it_by_seconds_and_does_not_change_the_code():
+def test_a_caught_end_is_only_delayed():
     for code in (ANOTHER_ERROR, CAUGHT):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40, check=False)
         assert (done.returncode, done.stderr) == (75, "ddpm: stopped by SIGTERM; the same command begins again\n")
 
 
-def test_by_a_deadline_or_a_notice_while_the_bucket_is_away(unreachable):
+def test_deadlines_and_notices_end_waits(unreachable):
     with metadata_server() as server:
-        server.set(PREEMPTED, "TRUE")
-        cases = [((), {"GCE_METADATA_HOST": server.host}), (("--stop-after", "4s"), {})]
+        server.preempt()
+        cases = [(WORDS, {"GCE_METADATA_HOST": server.host})]
+        cases += [((*words, "--stop-after", "4s"), {}) for words in (WORDS, PACK)]
         began = time.monotonic()
-        begun = [begin([DDPM, *WORDS, *words], unreachable | variables) for words, variables in cases]
+        begun = [begin([DDPM, *words], unreachable | variables) for words, variables in cases]
         for child, (words, _) in zip(begun, cases, strict=True):
             _, err = child.communicate(timeout=60)
             assert child.returncode == 75, (words, err)

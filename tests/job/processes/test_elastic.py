@@ -66,7 +66,7 @@ def started(place, tmp_path):
 
 def stopped(child):
     """Waits until it has saved everything and ended."""
-    _, err = child.communicate(timeout=250)
+    err, _ = child.communicate(timeout=250)
     assert child.returncode == 75, err
 
 
@@ -85,7 +85,7 @@ def batch_losses(rows, first, last):
 
 
 @pytest.mark.slow
-def test_three_processes_that_were_stopped_learn_to_the_bit_what_others_do(place, started):
+def test_three_stopped_processes_learn_the_same(place, started):
     ended = started("whole", 0, "fp32", 3, 10**9, "--epochs", 2)
     stopped(started("parted", 0, "fp32", 3, 200, "--epochs", 2))
     assert started("parted", 1, "fp32", 3, 10**9, "--epochs", 2).wait(250) == ended.wait(250) == 0
@@ -105,7 +105,7 @@ def test_three_processes_that_were_stopped_learn_to_the_bit_what_others_do(place
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "bound", "stages"), [("fp32", 1e-5, STAGES), ("bf16", 1e-2, STAGES[:2])])
-def test_two_then_one_then_three_processes_learn_what_one_does(place, started, tmp_path, precision, bound, stages):
+def test_changing_processes_learn_the_same(place, started, tmp_path, precision, bound, stages):
     alone = started(f"alone-{precision}", 0, precision, 1, stages[-1][1] + 50)
     stopped_at, name = [0], f"moving-{precision}"
     run = place.run(name)

@@ -17,13 +17,11 @@ from job.runs.checkpoints import list_checkpoints
 from job.runs.records import read_status
 from job.store import Store, open_store
 from tests.faulty_proxy import Fault
-from tests.job.command_line import ddpm, settings, start_ddpm, succeeded
+from tests.job.command_line import ddpm, settings, started, succeeded
 from tests.job.hooked import hooked
 from tests.job.launching import eventually
-from tests.job.metadata_server import PREEMPTED, metadata_server
-from tests.job.packing import FILES, KEY, objects, packed, written
+from tests.job.metadata_server import metadata_server
 from tests.job.processes.conftest import ON_AND_ON
-from tests.job.some_images import zip_of
 
 LIMIT_SECONDS = 10
 TELL = """
@@ -55,12 +53,8 @@ def stopped_by(ask: Callable[[Process], object], process: Process) -> str:
     """Asks a command to stop and returns what it said; it must end in time, with 75."""
     assert process.poll() is None, process.communicate()
     ask(process)
-    return stopped(process, time.monotonic())
-
-
-def stopped(process: Process, asked: float) -> str:
-    """What a command said that was asked to stop at `asked`, in `time.monotonic`'s seconds."""
-    _, err = process.communicate(timeout=60)
+    asked = time.monotonic()
+    err, _ = process.communicate(timeout=60)
     assert process.returncode == 75, err
     assert time.monotonic() - asked < LIMIT_SECONDS
     assert "Traceback" not in err
@@ -84,7 +78,7 @@ def saved(run: Store, said: str) -> None:
 def test_training_by_a_preemption_notice(place):
     with metadata_server() as server:
         process = place.begun("notice", GCE_METADATA_HOST=server.host)
-        saved(place.run("notice"), said := stopped_by(lambda process: server.set(PREEMPTED, "TRUE"), process))
+        saved(place.run("notice"), said := stopped_by(lambda process: server.preempt(), process))
     assert "the machine's notice instance/preempted=TRUE" in said
 
 
@@ -154,44 +148,12 @@ def test_sample(place, telling):
     words = ("--run", "drawn", "--bucket", place.bucket, "--seeds", "0-499", "--steps", 1000, "--sampler", "ddpm")
     for processes, number in ((1, signal.SIGTERM), (2, signal.SIGINT)):
         Path(telling["SAMPLING"]).unlink(missing_ok=True)
-        process = start_ddpm("sample", *words, "--processes", processes, **telling)
+        process = started("sample", *words, "--processes", processes, **telling)
         assert "while sampling" in stopped_by(by_group(number), sampling(process, telling))
         assert {entry.key for entry in place.run("drawn").list()} == before
 
 
 # --- data
-
-
-SLOW = """
-import time
-quick = prepare
-
-def prepare(content, recipe):
-    time.sleep(0.3)
-    return quick(content, recipe)
-
-pack.__kwdefaults__["shard_images"] = 16
-"""
-
-
-@pytest.mark.slow
-def test_packing_goes_on_from_its_journal(tmp_path):
-    source, bucket = zip_of(tmp_path / "pets.zip", FILES), tmp_path / "bucket"
-    packed(tmp_path / "undisturbed", source)
-    pack = ("data", "pack", source, "small", "--size", 16, "--bucket", bucket)
-    slower = hooked(tmp_path / "slower", job__data__pack=SLOW.replace("0.3", "2"))
-    began = time.monotonic()
-    said = stopped(start_ddpm(*pack, "--stop-after", "4s", PYTHONPATH=slower), began + 4)
-    assert "stopped by its deadline (--stop-after) while packing" in said
-    first = bucket / KEY / "shard-00000.tar"
-    process = start_ddpm(*pack, PYTHONPATH=hooked(tmp_path / "slow", job__data__pack=SLOW))
-    eventually(first.exists)
-    assert "the same command goes on" in stopped_by(by_group(signal.SIGINT), process)
-    kept = written(first)
-    assert not (bucket / KEY / "index.json").exists()
-    succeeded(ddpm(*pack, PYTHONPATH=hooked(tmp_path / "quick", job__data__pack=SLOW.replace("0.3", "0"))))
-    assert objects(bucket) == objects(tmp_path / "undisturbed")
-    assert written(first) == kept, "it was packed anew"
 
 
 @pytest.mark.slow
@@ -200,7 +162,7 @@ def test_the_first_download(proxy, remote_bucket, tmp_path):
     succeeded(ddpm("data", "ensure", "landscape-sample", "--bucket", remote_bucket))
     proxy.inject(Fault.SILENCE, "^GET .*shard-", times=1000)
     options = ("--dataset", "landscape-sample", "--bucket", remote_bucket, "--epochs", 1, *settings())
-    process = start_ddpm("train", *options, DDPM_CACHE=str(tmp_path / "cache"))
+    process = started("train", *options, DDPM_CACHE=str(tmp_path / "cache"))
     eventually(lambda: proxy.injected[Fault.SILENCE] or process.poll() is not None, 120)
     said = stopped_by(Process.terminate, process)
     assert re.search(r"stopped( by SIGTERM)? while (reading the images|the bucket was away)", said)

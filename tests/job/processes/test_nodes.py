@@ -18,7 +18,7 @@ from tests.job.launching import eventually
 TWO = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node-0.job", "MASTER_PORT": "1234"}
 
 
-def test_the_environment_says_who_a_node_is():
+def test_the_environment_describes_the_group():
     group = Group.of(4, TWO)
     assert group == Group(4, nodes=2, node=1, address="node-0.job", port=1234)
     place = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
@@ -37,7 +37,7 @@ def test_the_environment_says_who_a_node_is():
             Group.of(1, wrong)
 
 
-def test_threads_are_as_many_as_a_process_has_cores_and_spin_briefly(tmp_path, monkeypatch):
+def test_threads_follow_the_cores(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
     monkeypatch.setattr("job.processes.group.CPU_LIMIT", tmp_path / "cpu.max")
@@ -72,12 +72,12 @@ def together(place):
 
 def codes(nodes):
     """How they end, and what the first one said."""
-    said = [node.communicate(timeout=120)[1] for node in nodes]
+    said = [node.communicate(timeout=120)[0] for node in nodes]
     return [node.returncode for node in nodes], said[0]
 
 
 @pytest.mark.slow
-def test_a_node_that_is_preempted_stops_all_and_they_learn_together_what_two_processes_of_one_do(place, together):
+def test_a_preempted_node_stops_all(place, together):
     run = place.run("walk")
     nodes = together("walk", 10_000)
     eventually(lambda: list_checkpoints(run), 200)
@@ -114,14 +114,14 @@ RunHandle.opened_images = slowly
 
 
 @pytest.mark.slow
-def test_a_node_whose_images_are_there_is_not_taken_for_hung_while_another_decodes(together, tmp_path):
+def test_a_slow_node_is_waited_for(together, tmp_path):
     hooks = hooked(tmp_path / "hooks", job__plan=OPENS_SLOWLY)
     found, said = codes(together("decodes", 1, "--hang-after", "12", PYTHONPATH=hooks))
     assert found == [0, 0], said
 
 
 @pytest.mark.slow
-def test_a_node_that_waits_for_another_can_be_stopped_keeps_to_its_deadline_and_is_not_taken_for_hung(place, together):
+def test_a_waiting_node_can_be_stopped(place, together):
     (waiting, other) = together("waits", 2)
     other.kill()
     # Long enough to have begun to wait.

@@ -21,11 +21,11 @@ ACCELERATE = (
 pytestmark = pytest.mark.slow
 
 
-def test_stopped_under_torchrun_and_finished_under_accelerate_it_is_the_same_run(place):
+def test_torchrun_and_accelerate_share_a_run(place):
     run = place.run("theirs")
     process = place.begun("theirs", program=TORCHRUN)
     process.terminate()
-    _, err = process.communicate(timeout=150)
+    err, _ = process.communicate(timeout=150)
     assert process.returncode == 1, err
     assert err.count("everything is saved, and the same command goes on from there") == 1
     assert read_status(run).state == "stopped"
@@ -35,7 +35,7 @@ def test_stopped_under_torchrun_and_finished_under_accelerate_it_is_the_same_run
     ours = place.started("ours", "--epochs", epochs, "--processes", 2)
     theirs = place.started("theirs", "--epochs", epochs, program=ACCELERATE)
     for process in (theirs, ours):
-        _, err = process.communicate(timeout=150)
+        err, _ = process.communicate(timeout=150)
         assert process.returncode == 0, err
     found, expected = (load_manifest(run, max(list_checkpoints(run))) for run in (run, place.run("ours")))
     assert read_status(run).state == "finished"
@@ -43,10 +43,10 @@ def test_stopped_under_torchrun_and_finished_under_accelerate_it_is_the_same_run
     assert [(file.name, file.sha256) for file in found.files] == [(file.name, file.sha256) for file in expected.files]
 
 
-def test_an_error_is_told_and_its_code_becomes_1(place):
+def test_an_error_becomes_code_1(place):
     for program in (TORCHRUN, ACCELERATE):
         process = place.started("refused", "--set", "train.batch_size=1", program=program)
-        _, err = process.communicate(timeout=150)
+        err, _ = process.communicate(timeout=150)
         assert process.returncode == 1
         said = r"^ddpm(?: \(rank 1\))?: 2 processes cannot share train\.batch_size=1 images"
         assert re.search(said, err, re.MULTILINE)

@@ -10,7 +10,7 @@ import pytest
 from job.processes import preemption
 from job.stop import Stop
 from tests.job.launching import eventually
-from tests.job.metadata_server import PREEMPTED, metadata_server
+from tests.job.metadata_server import metadata_server
 
 
 @pytest.fixture
@@ -36,16 +36,16 @@ def server():
         yield server
 
 
-def test_a_preemption_notice_is_acted_on_as_soon_as_it_comes(watching, server, monkeypatch):
+def test_a_notice_stops_at_once(watching, server, monkeypatch):
     # That of another machine.
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     stop = watching(server.host)
-    eventually(lambda: server.asked(PREEMPTED) == 2, 20)
+    eventually(lambda: len(server.requests) == 2, 20)
     assert server.requests[0].endswith("wait_for_change=true&last_etag=0&timeout_sec=60")
     time.sleep(0.2)
     assert len(server.requests) == 2, "it asks again although its request is not answered"
     assert not stop()
-    server.set(PREEMPTED, "TRUE")
+    server.preempt()
     eventually(stop, 10)
     assert stop.reason == "the machine's notice instance/preempted=TRUE"
     # One that begins on a machine that is preempted already stops at once.
@@ -68,27 +68,27 @@ ODD_ANSWERS = {
 }
 
 
-def test_no_answer_but_the_right_one_stops_anybody_or_ends_the_watch(watching, server):
+def test_odd_answers_stop_nothing(watching, server):
     for name, server.odd in ODD_ANSWERS.items():
-        asked = server.asked(PREEMPTED)
+        asked = len(server.requests)
         stop = watching(server.host)
-        eventually(lambda asked=asked: server.asked(PREEMPTED) > asked + 3, 20)
+        eventually(lambda asked=asked: len(server.requests) > asked + 3, 20)
         assert not stop(), name
         stop.request("the next one")
     stop = watching(server.host)
     server.odd = None
-    server.set(PREEMPTED, "TRUE")
+    server.preempt()
     eventually(stop, 10)
 
 
-def test_a_server_that_is_not_there_harms_nobody(watching, monkeypatch, tmp_path):
+def test_a_missing_server_harms_nothing(watching, monkeypatch, tmp_path):
     errors = []
     monkeypatch.setattr(threading, "excepthook", errors.append)
     stops = [watching(host) for host in ("127.0.0.1:1", "not a host", "http://metadata", "nobody.invalid")]
     time.sleep(0.2)
     assert not any(stop() for stop in stops)
     assert errors == []
-    assert PREEMPTED in {thread.name for thread in threading.enumerate()}
+    assert "instance/preempted" in {thread.name for thread in threading.enumerate()}
     monkeypatch.delenv("GCE_METADATA_HOST")
     product = tmp_path / "product_name"
     monkeypatch.setattr(preemption, "_PRODUCT", product)

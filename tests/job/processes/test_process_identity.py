@@ -44,7 +44,7 @@ def ticks_now() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")
 
 
-def test_this_process_is_alive_and_began_when_the_kernel_says(start: Start):
+def test_this_process_is_alive(start: Start):
     me = ProcessIdentity.of_this_process()
     assert (me.pid, len(me.boot_id)) == (os.getpid(), 36)
     assert me.pid_namespace == str(Path("/proc/self/ns/pid").readlink())
@@ -55,7 +55,7 @@ def test_this_process_is_alive_and_began_when_the_kernel_says(start: Start):
     assert before - 1 <= identity.start_ticks <= ticks_now() + 1
 
 
-def test_dead_is_who_was_killed_and_not_who_was_stopped_or_may_not_be_asked(start: Start, monkeypatch):
+def test_only_a_killed_process_is_dead(start: Start, monkeypatch):
     child, identity = start()
     assert identity.pid == child.pid
     with monkeypatch.context() as patch:
@@ -75,7 +75,7 @@ def test_dead_is_who_was_killed_and_not_who_was_stopped_or_may_not_be_asked(star
         assert not identity.model_copy(update=elsewhere).certainly_dead(), elsewhere
 
 
-def test_a_process_of_another_namespace_counts_as_alive_even_when_it_is_gone(start: Start):
+def test_another_namespace_counts_as_alive(start: Start):
     me, unshare = ProcessIdentity.of_this_process(), ("unshare", "--user", "--map-root-user", "--pid", "--fork")
     child, identity = start(*unshare, "--mount-proc")
     assert (identity.pid, identity.boot_id) == (1, me.boot_id)

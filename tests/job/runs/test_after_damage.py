@@ -26,7 +26,7 @@ def copy(store, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_next_attempt_uses_the_newest_checkpoint_that_is_whole(run, keys, contents):
+def test_the_newest_whole_checkpoint_is_used(run, keys, contents):
     refs, wrong = sorted(contents, reverse=True), {}
     differing = [key for key in keys if not key.endswith(DESCRIPTIONS)]
     cases = [(name, (key,)) for name in DAMAGES for key in keys] + [("swapped", pair) for pair in pairs(differing)]
@@ -42,7 +42,7 @@ def test_the_next_attempt_uses_the_newest_checkpoint_that_is_whole(run, keys, co
     assert wrong == {}
 
 
-def test_a_run_that_has_lost_all_manifests_does_not_begin_anew(copy):
+def test_lost_manifests_begin_no_new_run(copy):
     refs = list_checkpoints(copy)
     for ref in refs:
         copy.delete(f"{ref.key}/MANIFEST.json")
@@ -53,7 +53,7 @@ def test_a_run_that_has_lost_all_manifests_does_not_begin_anew(copy):
         plan_sampling(SampleRequest("r", copy.uri.removesuffix("/runs/r")).check())
 
 
-def test_without_what_was_changed_last_nothing_is_retired(copy, tmp_path):
+def test_a_damaged_attempt_retires_nothing(copy, tmp_path):
     """The record of the last attempt says which checkpoints are to stay."""
     before = list_checkpoints(copy)
     with damaged(copy, "attempts/000002.json", DAMAGES["bit in the middle"]):
@@ -67,7 +67,7 @@ def test_without_what_was_changed_last_nothing_is_retired(copy, tmp_path):
         succeeded(done)
 
 
-def test_a_finished_run_whose_newest_checkpoint_is_another_run_s_learns_it_again(copy, store, contents, tmp_path):
+def test_a_foreign_checkpoint_is_trained_again(copy, store, contents, tmp_path):
     theirs, newest = store.sub("runs/undisturbed"), max(list_checkpoints(copy))
     sample = ("sample", "--run", "r", "--seeds", "0", "--no-nearest", "--bucket", tmp_path)
     # Of the same images, by the attempt of the same number, and whole.
@@ -97,7 +97,7 @@ def test_a_finished_run_whose_newest_checkpoint_is_another_run_s_learns_it_again
     assert "sampling from the newest checkpoint that is there" in done.stderr
 
 
-def test_a_run_that_goes_on_without_older_metrics_learns_what_an_undisturbed_one_does(copy, store, tmp_path):
+def test_lost_metrics_change_no_weights(copy, store, tmp_path):
     undisturbed, newest = store.sub("runs/undisturbed"), max(list_checkpoints(copy))
     manifest = load_manifest(copy, newest)
     rotten, gone, foreign = lost = [named for named in manifest.metrics if named.key.startswith("metrics/")][:3]

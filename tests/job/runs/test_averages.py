@@ -60,7 +60,7 @@ def weights_of(run: Store, ref: CheckpointRef, group: str) -> torch.Tensor:
     return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
 
 
-def test_what_is_made_afterwards_is_what_would_have_been_kept(folder):
+def test_made_averages_equal_kept_ones(folder):
     made, kept = run_in(folder, "made"), run_in(folder, "kept")
     (ref,) = list_checkpoints(made)
     assert len(load_manifest(made, ref).snapshots) == 2 * EPOCHS
@@ -101,13 +101,13 @@ def test_pictures_are_drawn_from_it(folder):
     assert "has no weights ema-0.19 (it has ema, ema-0.05, ema-0.1): `ddpm ema --run made --std 0.19` makes" in line
 
 
-def test_a_run_without_them_is_told_how_to_have_them(new_run, tmp_path):
+def test_a_run_without_averages_is_refused(new_run, tmp_path):
     records.create_config(new_run, small_config())
     line = refused(make(tmp_path, 0.1, run="r"), Exit.BAD_REQUEST)
     assert "run 'r' has no averages to combine: set ema.stds and ema.snapshot_epochs to train" in line
 
 
-def test_damaged_snapshots_are_done_without_and_the_checkpoint_itself_is_not(folder):
+def test_damaged_snapshots_are_left_out(folder):
     made = run_in(folder, "made")
     (ref,) = list_checkpoints(made)
     (first, *_) = [file.key for file in load_manifest(made, ref).snapshots if "ema-0.05" in file.key]
@@ -119,7 +119,7 @@ def test_damaged_snapshots_are_done_without_and_the_checkpoint_itself_is_not(fol
         assert "ema-0.1-00.safetensors is missing" in refused(make(folder, 0.12), Exit.BAD_DATA)
 
 
-def test_of_two_that_make_the_same_one_wins_and_what_a_kill_left_is_pruned(folder, monkeypatch):
+def test_one_of_two_makers_wins(folder, monkeypatch):
     made = run_in(folder, "made")
     (ref,) = list_checkpoints(made)
     create = LocalStore.create
@@ -152,7 +152,7 @@ def test_of_two_that_make_the_same_one_wins_and_what_a_kill_left_is_pruned(folde
     assert sorted(there) == [key for key, place in places_in(made, ref.key).items() if place.group == "ema-0.08"]
 
 
-def test_averages_go_with_their_checkpoint_and_snapshots_stay(folder):
+def test_averages_go_with_their_checkpoint(folder):
     made = run_in(folder, "made")
     (ref,) = list_checkpoints(made)
     succeeded(make(folder, 0.2))

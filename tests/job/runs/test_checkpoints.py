@@ -11,8 +11,8 @@ from tests.job.damages import DAMAGES
 from tests.job.runs.leased import live_tensors, write
 
 
-def test_a_checkpoint_comes_back_bit_for_bit_and_a_damaged_one_is_passed_over(any_run):
-    run = any_run
+def test_a_checkpoint_comes_back_bit_equal(new_run):
+    run = new_run
     run.put("status.json", b"{}")
     with newest_good(run, pytest.fail) as restored:
         assert restored is None
@@ -40,7 +40,7 @@ def test_a_checkpoint_comes_back_bit_for_bit_and_a_damaged_one_is_passed_over(an
         assert restored.manifest.ref == CheckpointRef(2, 40)
 
 
-def test_tensors_that_do_not_fit_and_a_manifest_of_another_place_are_refused(new_run):
+def test_unfit_tensors_and_manifests_are_refused(new_run):
     write(new_run, (1, 80))
     with opened(new_run, CheckpointRef(1, 80), ("model",)) as restored:
         with pytest.raises(BadDataError, match=r"conv\.bias"):

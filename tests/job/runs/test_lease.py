@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -51,7 +52,7 @@ def bad_day(tmp_path: Path) -> BadDay:
     return BadDay(tmp_path / "run")
 
 
-def test_who_takes_a_lease_is_above_the_floor_and_fences_only_grow(any_run: Store):
+def test_fences_only_grow(any_run: Store):
     fences, notes = [], list[str]()
     began = time.monotonic()
     for floor in (6, 0, 10, 3, 0):
@@ -67,7 +68,7 @@ def test_who_takes_a_lease_is_above_the_floor_and_fences_only_grow(any_run: Stor
     assert time.monotonic() - began < lease_module.EXPIRE_SECONDS / 2
 
 
-def test_nobody_has_a_fence_after_the_last(new_run: Store):
+def test_the_last_fence_is_refused(new_run: Store):
     by_somebody_elsewhere(new_run, fence=lease_module.MAX_FENCE)
     new_run.put(LEASE_KEY, lease_module.load_lease(new_run).model_copy(update={"released": True}).to_json())
     with pytest.raises(BadDataError, match=f"{new_run.uri_of(LEASE_KEY)} has fence 999999, which no run reaches"):
@@ -80,7 +81,7 @@ def test_nobody_has_a_fence_after_the_last(new_run: Store):
         taken(new_run)
 
 
-def test_a_lease_that_stands_still_is_watched_by_ones_own_clock_and_then_replaced(new_run: Store, soon_expired: float):
+def test_a_silent_lease_is_replaced(new_run: Store, soon_expired: float):
     """Whatever it says about the time, and whether or not anybody can read it."""
     intact = by_somebody_elsewhere(new_run, fence=4)
     for fence, (content, said) in enumerate(
@@ -104,7 +105,7 @@ def test_a_lease_that_stands_still_is_watched_by_ones_own_clock_and_then_replace
         lease.close()
 
 
-def test_a_race_won_by_somebody_who_then_dies_is_not_lost_for_ever(new_run: Store, soon_expired: float):
+def test_a_winner_that_dies_is_replaced(new_run: Store, soon_expired: float):
     by_somebody_elsewhere(new_run, fence=4, since="2031-01-01T00:00:00Z")
     threading.Timer(0.3, by_somebody_elsewhere, [new_run, 5, "2031-01-01T00:00:01Z"]).start()
     began = time.monotonic()
@@ -114,7 +115,7 @@ def test_a_race_won_by_somebody_who_then_dies_is_not_lost_for_ever(new_run: Stor
     lease.close()
 
 
-def test_a_holder_that_falls_silent_at_the_end_of_the_wait_is_not_taken_for_alive(bad_day: BadDay, soon_expired: float):
+def test_a_late_silence_is_noticed(bad_day: BadDay, soon_expired: float):
     holder = taken(bad_day)
     run = open_store(bad_day.uri)
     threading.Timer(0.3, setattr, [bad_day, "away", True]).start()
@@ -125,35 +126,35 @@ def test_a_holder_that_falls_silent_at_the_end_of_the_wait_is_not_taken_for_aliv
     lease.close()
 
 
-def test_a_holder_writes_a_damaged_or_deleted_lease_anew_and_nobody_else_gets_in(any_run: Store, quick: None):
+def test_a_holder_mends_its_lease(new_run: Store, quick: None):
     notes: Notes = []
-    lease = taken(any_run, floor=2, notes=notes)
-    any_run.put(LEASE_KEY, b"garbage")
+    lease = taken(new_run, floor=2, notes=notes)
+    new_run.put(LEASE_KEY, b"garbage")
     with pytest.raises(LostRunError, match="is alive"):
-        taken(any_run)
-    assert record_in(any_run)["fence"] == 3
-    any_run.delete(LEASE_KEY)
-    eventually(lambda: any_run.exists(LEASE_KEY))
+        taken(new_run)
+    assert record_in(new_run)["fence"] == 3
+    new_run.delete(LEASE_KEY)
+    eventually(lambda: new_run.exists(LEASE_KEY))
     lease.confirm()
-    assert (record_in(any_run)["fence"], lease.lost) == (3, "")
+    assert (record_in(new_run)["fence"], lease.lost) == (3, "")
     assert [any(word in note for note in notes) for word in ("damaged", "deleted")] == [True, True]
     lease.close()
 
 
-def test_whoever_lost_the_run_is_told_and_writes_nothing(any_run: Store, monkeypatch: pytest.MonkeyPatch):
-    lease = taken(any_run)
+def test_a_lost_run_is_reported(new_run: Store, monkeypatch: pytest.MonkeyPatch):
+    lease = taken(new_run)
     lease.check_lost()
-    foreign = by_somebody_elsewhere(any_run, fence=9)
+    foreign = by_somebody_elsewhere(new_run, fence=9)
     monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.0)
     for ask in (lease.confirm, lease.confirm, lease.check_lost):
         with pytest.raises(LostRunError, match=r"taken over by process 77 on 'far-away' since .* \(fence 9\)"):
             ask()
     assert lease.lost
     lease.close()
-    assert any_run.read(LEASE_KEY).data == foreign
+    assert new_run.read(LEASE_KEY).data == foreign
 
 
-def test_a_holder_whose_bucket_is_away_goes_on_and_renews_when_it_is_back(bad_day: BadDay, quick: None):
+def test_a_holder_survives_an_outage(bad_day: BadDay, quick: None):
     notes: Notes = []
     lease = taken(bad_day, notes=notes)
     bad_day.away = True
@@ -172,7 +173,7 @@ def test_a_holder_whose_bucket_is_away_goes_on_and_renews_when_it_is_back(bad_da
     lease.close()
 
 
-def test_the_lost_answer_to_an_own_renewal_is_no_loss(bad_day: BadDay, monkeypatch: pytest.MonkeyPatch):
+def test_a_lost_answer_loses_no_lease(bad_day: BadDay, monkeypatch: pytest.MonkeyPatch):
     lease = taken(bad_day)
     monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.0)
     for _ in range(3):
@@ -187,9 +188,7 @@ def test_the_lost_answer_to_an_own_renewal_is_no_loss(bad_day: BadDay, monkeypat
     lease.close()
 
 
-def test_a_bucket_that_is_away_lets_nobody_take_the_run_or_give_it_back(
-    bad_day: BadDay, quick: None, monkeypatch: pytest.MonkeyPatch
-):
+def test_no_lease_changes_in_an_outage(bad_day: BadDay, quick: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lease_module, "CLOSE_SECONDS", 0.3)
     silent, notes, answer = taken(bad_day, notes=(notes := [])), notes, threading.Event()
     with monkeypatch.context() as patch:
@@ -209,7 +208,7 @@ def test_a_bucket_that_is_away_lets_nobody_take_the_run_or_give_it_back(
         taken(bad_day)
 
 
-def test_an_outage_is_no_silence_of_the_holder(bad_day: BadDay, soon_expired: float, monkeypatch: pytest.MonkeyPatch):
+def test_an_outage_is_no_silence(bad_day: BadDay, soon_expired: float, monkeypatch: pytest.MonkeyPatch):
     """Who watches through an outage gives the holder its time anew: it could not renew either."""
     by_somebody_elsewhere(bad_day)
     real = BadDay.read
@@ -227,16 +226,10 @@ def test_an_outage_is_no_silence_of_the_holder(bad_day: BadDay, soon_expired: fl
     lease.close()
 
 
-def test_a_renewal_that_is_somebody_elses_doing_every_time_is_not_confirmed(
-    bad_day: BadDay, monkeypatch: pytest.MonkeyPatch
-):
+def test_endless_conflicts_confirm_nothing(bad_day: BadDay, monkeypatch: pytest.MonkeyPatch):
     lease = taken(bad_day)
-
-    def conflict(*_: object) -> str:
-        raise ConflictError("changed")
-
     monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.0)
-    monkeypatch.setattr(BadDay, "replace", conflict)
+    monkeypatch.setattr(BadDay, "replace", Mock(side_effect=ConflictError("changed")))
     with pytest.raises(BucketAwayError, match="changes faster"):
         lease.confirm()
     monkeypatch.undo()

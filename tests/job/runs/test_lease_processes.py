@@ -85,7 +85,7 @@ def start() -> Iterator[Start]:
         child.process.communicate()
 
 
-def test_after_kill_9_on_the_same_machine_nobody_waits(new_run: Store, start: Start):
+def test_killed_holders_are_replaced_at_once(new_run: Store, start: Start):
     holder = start(new_run)
     assert holder.took() == 1
     holder.process.kill()
@@ -99,7 +99,7 @@ def test_after_kill_9_on_the_same_machine_nobody_waits(new_run: Store, start: St
     lease.close()
 
 
-def test_who_finds_a_living_holder_ends_with_76_and_says_who_it_is(new_run: Store, start: Start):
+def test_a_living_holder_is_named(new_run: Store, start: Start):
     holder = start(new_run, **QUICK)
     assert holder.took() == 1
     since = record_in(new_run)["since"]
@@ -127,7 +127,7 @@ def test_who_finds_a_living_holder_ends_with_76_and_says_who_it_is(new_run: Stor
 
 # moto looks whether there is an object and writes it without a lock in between: there two may win.
 @pytest.mark.parametrize("bucket_uri", ["local", "gs", "s3-seaweedfs"], indirect=True)
-def test_of_many_that_come_at_once_one_wins(any_run: Store, start: Start):
+def test_one_of_many_processes_wins(any_run: Store, start: Start):
     children = [start(any_run, floor=3, **QUICK) for _ in range(5)]
     # One after another that was killed, so that all find the same lease to replace.
     assert children[4].took() == 4

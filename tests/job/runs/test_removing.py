@@ -64,7 +64,7 @@ def said_to_read(run: Store, ref: CheckpointRef, until: float) -> str:
     return key
 
 
-def test_a_dry_run_says_what_would_go_and_why_and_then_it_goes(bucket, run):
+def test_a_dry_run_lists_the_removals(bucket, run):
     before, lease = everything(run), run.read(LEASE_KEY)
     lines = [line.split("  ") for line in succeeded(prune(bucket, "--dry-run")).splitlines()]
     keys = [f"checkpoints/{place}" for place in ("000001-000000000016", "000001-000000000032", "000002-000000000048")]
@@ -91,7 +91,7 @@ def test_epochs_that_the_run_keeps_stay(bucket, run, tmp_path):
     assert committed_images(run) == [48, 80]
 
 
-def test_the_newest_one_that_verifies_stays_whatever_the_rules_say(bucket, run):
+def test_the_newest_sound_checkpoint_stays(bucket, run):
     refs = list_checkpoints(run)
     for ref in refs[1:]:
         key = f"{ref.key}/model-00.safetensors"
@@ -118,7 +118,7 @@ def test_what_is_being_read_stays(bucket, run):
     assert committed_images(run) == [64, 80]
 
 
-def test_what_was_left_behind_goes_once_whoever_left_it_is_over(bucket, run):
+def test_leftovers_of_ended_attempts_go(bucket, run):
     def orphans_of(fence: int) -> set[str]:
         place = f"{fence:06d}-000000000099"
         tensors = f"checkpoints/{place}/model-00.safetensors", f"snapshots/{place}/ema-0.1-00.safetensors"
@@ -145,7 +145,7 @@ def test_what_was_left_behind_goes_once_whoever_left_it_is_over(bucket, run):
     assert not unlocked.parent.exists()
 
 
-def test_a_piece_that_is_taken_up_in_the_middle_of_pruning_stays(bucket, run, monkeypatch):
+def test_a_piece_in_use_stays(bucket, run, monkeypatch):
     succeeded(prune(bucket))
     for number in range(4):
         run.create(f"{BATCH}/piece-{number:05d}.tar", b"1")
@@ -165,7 +165,7 @@ def test_a_piece_that_is_taken_up_in_the_middle_of_pruning_stays(bucket, run, mo
     assert names == ["piece-00001.tar", "piece-00003.tar", "00001.json"]
 
 
-def test_nothing_goes_while_somebody_trains_or_samples(bucket, run, quick):
+def test_a_run_in_use_stays(bucket, run, quick):
     before = everything(run)
     lease = taken(run, FENCE)
     try:
@@ -180,7 +180,7 @@ def test_nothing_goes_while_somebody_trains_or_samples(bucket, run, quick):
     assert load_lease(run).released
 
 
-def test_what_a_killed_sampler_said_is_not_waited_for(bucket, run):
+def test_a_killed_sampler_holds_nothing(bucket, run):
     """On its own machine."""
     with subprocess.Popen(["sleep", "60"]) as child:
         here = ProcessIdentity.of_this_process()
@@ -197,7 +197,7 @@ def test_what_a_killed_sampler_said_is_not_waited_for(bucket, run):
     succeeded(delete(bucket, "--yes"))
 
 
-def test_only_who_is_certain_deletes_and_the_same_name_begins_anew_with_a_higher_fence(bucket, run, tmp_path):
+def test_a_deleted_run_begins_anew(bucket, run, tmp_path):
     before = everything(run)
     assert f"{len(before):,} objects" in refused(delete(bucket), Exit.BAD_REQUEST)
     assert everything(run) == before
@@ -214,7 +214,7 @@ def test_only_who_is_certain_deletes_and_the_same_name_begins_anew_with_a_higher
     succeeded(ddpm_here("runs", "verify", "r", "--bucket", bucket))
 
 
-def test_a_stopped_deletion_leaves_nothing_that_is_taken_for_whole(bucket, run, tmp_path, monkeypatch):
+def test_a_stopped_deletion_leaves_no_run(bucket, run, tmp_path, monkeypatch):
     write_dataset(str(bucket), tmp_path)
     total = len(everything(run))
     for leaves in (total - 1, total - 5, 1):

@@ -54,7 +54,7 @@ def words(bucket: Path, epochs: int) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_sleeping_holder_is_replaced_and_its_late_manifest_harms_nobody(tiles, tmp_path):
+def test_a_sleeping_holder_is_replaced(tiles, tmp_path):
     bucket, freeze = shutil.copytree(tiles, tmp_path / "bucket"), tmp_path / "freeze"
     run, hooks = open_store(str(bucket)).sub("runs/tiles"), hooked(tmp_path / "hooks", job__runs__writer=FREEZE)
     sleeper = subprocess.Popen(
@@ -65,18 +65,6 @@ def test_a_sleeping_holder_is_replaced_and_its_late_manifest_harms_nobody(tiles,
     )
     eventually(lambda: list_checkpoints(run) or sleeper.poll() is not None, 120)
     (rank,) = children(sleeper.pid)
-
-    # Without --wait: refused.
-    second = subprocess.Popen([DDPM, *words(bucket, 10_000)], env=environment(), stderr=subprocess.PIPE, text=True)
-    assert "watching for up to 20 s whether it is alive" in next(line for line in second.stderr if "is held by" in line)
-    found = time.monotonic()
-    line = second.stderr.read()
-    assert second.wait(60) == 76
-    assert time.monotonic() - found < 15
-    assert re.search(
-        rf"^ddpm: .*runs/tiles is held by process {rank} on '.*' since \d{{4}}-\d\d-\d\dT.*Z \(fence 1\)", line
-    )
-    assert sleeper.poll() is None
 
     # With --wait: it has the run when its holder fell silent.
     freeze.touch()

@@ -49,7 +49,7 @@ def test_a_whole_run_has_no_problems(bucket, store, keys):
 
 
 @pytest.mark.slow
-def test_whatever_is_damaged_is_named_and_nothing_else(store, run, keys):
+def test_each_damage_is_named(store, run, keys):
     wrong = {}
     one_of_each_kind = {located(key).kind: key for key in keys}.values()
     for name, damage in DAMAGES.items():
@@ -65,7 +65,7 @@ def test_whatever_is_damaged_is_named_and_nothing_else(store, run, keys):
     assert wrong == {}
 
 
-def test_whatever_is_swapped_is_named_and_nothing_else(store, run, keys):
+def test_swapped_objects_are_named(store, run, keys):
     found = {}
     for one, other in pairs([key for key in keys if not key.endswith(DESCRIPTIONS)]):
         with swapped(run, one, other):
@@ -80,7 +80,7 @@ def test_whatever_is_swapped_is_named_and_nothing_else(store, run, keys):
     assert {pair: names for pair, names in found.items() if names != list(pair)} == {}
 
 
-def test_what_belongs_to_another_run_is_named(store, run, keys):
+def test_objects_of_another_run_are_named(store, run, keys):
     other, wrong = store.sub("runs/other"), {}
     same = {entry.key for entry in other.list()} & {*keys}
     for key in {key for key in same - {LATEST_KEY} if not key.endswith(DESCRIPTIONS)}:
@@ -98,7 +98,7 @@ def test_what_belongs_to_another_run_is_named(store, run, keys):
     run.delete(theirs)
 
 
-def test_what_is_no_part_of_a_run_is_named_and_what_killed_attempts_left_is_no_problem(store, run):
+def test_strangers_are_named_and_leftovers_counted(store, run):
     left = {
         "checkpoints/000002-000000099999/model-00.safetensors",
         "metrics/000002-000000099999.jsonl",
@@ -130,7 +130,7 @@ def test_what_is_no_part_of_a_run_is_named_and_what_killed_attempts_left_is_no_p
     assert findings.problems == sorted([*expected, f"{unknown}provenance/samples/photo.png has its SHA-256"])
 
 
-def test_a_picture_that_is_drawn_anew_is_never_without_its_record(store, run):
+def test_a_new_picture_has_its_record(store, run):
     """Whoever is killed while a picture is written leaves the record of the new bytes beside the old ones."""
     key, ref = "samples/denoising-epoch-0002-ddim-4.gif", list_checkpoints(run)[0]
     before, written = run.read(key).data, []
@@ -149,7 +149,7 @@ def test_a_picture_that_is_drawn_anew_is_never_without_its_record(store, run):
     run.delete(record)
 
 
-def test_the_command_ends_with_65_and_names_all(bucket, run):
+def test_the_command_names_all_problems(bucket, run):
     weights = f"{list_checkpoints(run)[0].key}/model-00.safetensors"
     with damaged(run, "config.yaml", DAMAGES["bit in the middle"]), damaged(run, weights, DAMAGES["gone"]):
         done = ddpm_here("runs", "verify", "r", "--bucket", bucket)
@@ -162,7 +162,7 @@ def test_the_command_ends_with_65_and_names_all(bucket, run):
     assert "there is no run 'nobody'" in refused(ddpm_here("runs", "verify", "nobody", "--bucket", bucket), 66)
 
 
-def test_what_a_run_lacks_when_it_begins_is_no_problem(store, tmp_path):
+def test_a_beginning_run_has_no_problems(store, tmp_path):
     here = open_store(str(tmp_path))
     begun = here.sub("runs/r")
     begun.create("probe/0123", b"1")

@@ -8,6 +8,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -58,14 +59,7 @@ def run(tmp_path: Path) -> Watched:
     return Watched(tmp_path / "run")
 
 
-def refusing(error: Exception) -> Callable[[str], None]:
-    def refuse(key: str) -> None:
-        raise error
-
-    return refuse
-
-
-def test_the_values_of_the_moment_come_back_in_parts_though_training_goes_on(run, monkeypatch):
+def test_checkpoints_hold_the_values_then(run, monkeypatch):
     tensors = {"model": {f"w{i}": torch.full((1000,), float(i)) for i in range(10)}, "ema": {"w": torch.ones(5)}}
     monkeypatch.setattr(checkpoint_files, "PART_BYTES", 12_000)
     writer = writer_of(leased(run), tensors)
@@ -82,8 +76,8 @@ def test_the_values_of_the_moment_come_back_in_parts_though_training_goes_on(run
     assert [tensor.unique().tolist() for tensor in target["model"].values()] == [[i - 100.0] for i in range(10)]
 
 
-def test_a_failed_save_is_raised_by_every_later_call_and_leaves_no_checkpoint(run):
-    run.hooks["upload"] = refusing(BadDataError("the disk ate it"))
+def test_a_failed_save_is_raised_later(run):
+    run.hooks["upload"] = Mock(side_effect=BadDataError("the disk ate it"))
     writer = writer_of(leased(run), live_tensors(), notes=[])
     writer.save(80, [])
     eventually(lambda: writer.troubled)
@@ -99,7 +93,7 @@ def test_a_failed_save_is_raised_by_every_later_call_and_leaves_no_checkpoint(ru
     assert not list(run.list("checkpoints"))
 
 
-def test_old_checkpoints_and_what_dead_attempts_left_go_and_those_of_chosen_epochs_stay(run):
+def test_old_checkpoints_and_leftovers_go(run):
     orphans = {"checkpoints/000001-000000000048/model-00.safetensors", "metrics/000001-000000000048.jsonl"}
     orphans.add("snapshots/000001-000000000048/ema-0.1-00.safetensors")
     # One of a later attempt, which may be alive for all this one knows.
@@ -129,14 +123,14 @@ def test_old_checkpoints_and_what_dead_attempts_left_go_and_those_of_chosen_epoc
     assert all(decisive[number - 1] == "confirm" for number in manifests)
 
 
-def test_a_checkpoint_stays_while_it_is_read_or_the_bucket_cannot_delete(run):
+def test_a_checkpoint_in_use_stays(run):
     notes = []
     writer = writer_of(leased(run, checkpoint__keep_last=1), live_tensors(), notes=notes)
     save(writer, 24)
     with reading(run, CheckpointRef(1, 24)):
         save(writer, 48, 72)
         eventually(lambda: committed_images(run) == [24, 72] and not list(run.list(CheckpointRef(1, 48).key)))
-    run.hooks["delete"] = refusing(BucketAwayError("the bucket is away"))
+    run.hooks["delete"] = Mock(side_effect=BucketAwayError("the bucket is away"))
     save(writer, 96)
     eventually(lambda: [note for note in notes if "stay for now: the bucket is away" in note])
     del run.hooks["delete"]
@@ -156,7 +150,7 @@ def scalars(data: bytes) -> Iterator[tuple[int, str, float]]:
 
 
 @pytest.mark.parametrize("changes", [{"checkpoint__keep_epochs": (1,)}, {"ema__stds": 0.1, "ema__snapshot_epochs": 1}])
-def test_the_newest_stands_in_for_others_but_not_for_what_is_kept_for_good(run, changes):
+def test_the_newest_replaces_queued_checkpoints(run, changes):
     go_on = threading.Event()
     run.hooks["upload"] = lambda key: go_on.wait(30)
     writer = writer_of(leased(run, **changes), live_tensors())
@@ -178,7 +172,7 @@ def test_the_newest_stands_in_for_others_but_not_for_what_is_kept_for_good(run, 
     assert events == [(row["images_seen"], "loss", pytest.approx(row["loss"])) for row in rows]
 
 
-def test_nobody_waits_for_retirement_but_the_end(run):
+def test_only_the_end_waits_for_retirement(run):
     go_on = threading.Event()
     writer = writer_of(leased(run, checkpoint__keep_last=1), live_tensors())
     save(writer, 24)
@@ -190,7 +184,7 @@ def test_nobody_waits_for_retirement_but_the_end(run):
     assert committed_images(run) == [48]
 
 
-def test_the_lease_is_confirmed_again_after_an_outage(gcs_server, gcs_bucket, monkeypatch):
+def test_an_outage_confirms_the_lease_again(gcs_server, gcs_bucket, monkeypatch):
     monkeypatch.setattr(retry, "FIRST_PAUSE_SECONDS", 0.05)
     with FaultyProxy(gcs_server) as proxy:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
@@ -208,7 +202,7 @@ def test_the_lease_is_confirmed_again_after_an_outage(gcs_server, gcs_bucket, mo
 
 
 @pytest.mark.parametrize("queue", [lambda w: w.put("samples/a.png", b"1", images_seen=8), lambda w: w.save(8, [])])
-def test_who_lost_the_run_meanwhile_writes_nothing_of_what_is_queued(run, queue):
+def test_a_lost_run_gets_no_writes(run, queue):
     holder, is_queued = leased(run), threading.Event()
     writer = writer_of(holder, live_tensors(), notes=[])
 
@@ -226,7 +220,7 @@ def test_who_lost_the_run_meanwhile_writes_nothing_of_what_is_queued(run, queue)
 
 
 @pytest.mark.slow
-def test_a_person_is_warned_and_saving_follows(tiles, tmp_path):
+def test_a_short_grace_shortens_the_cadence(tiles, tmp_path):
     bucket = shutil.copytree(tiles, tmp_path / "bucket")
     # A minute is the shortest cadence that follows; a test has less time.
     hooks = hooked(tmp_path / "hooks", job__runs__cadence="SHORTEST_CADENCE_MINUTES = 0.002")

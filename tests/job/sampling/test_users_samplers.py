@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from job.exits import Exit
 from tests.fuzzing import examples, search
-from tests.job.command_line import ddpm, ddpm_here, refused, start_ddpm
+from tests.job.command_line import ddpm, ddpm_here, refused, started
 
 WALK = ("sample", "--run", "walk", "--seeds", "0-1", "--no-nearest", "--steps", 3)
 HEAD = "def f(denoise, x, points, noise_at):\n"
@@ -96,11 +96,11 @@ def test_a_stop_within_is_a_stop(own, text):
 def test_ctrl_c_ends_an_import_that_catches_everything(own, tmp_path):
     text = "import pathlib, time\npathlib.Path('begun').touch()\n"
     text += "try:\n    time.sleep(60)\nexcept BaseException:\n    0 / 0\n"
-    process = start_ddpm(*own("slow", text))
+    process = started(*own("slow", text))
     while not (tmp_path / "begun").exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=20)
+    said, _ = process.communicate(timeout=20)
     assert process.returncode == Exit.STOPPED, said
     assert "stopped by SIGINT" in said
 
