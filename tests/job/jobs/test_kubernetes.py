@@ -10,14 +10,16 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, NoPermissionError, State, StoppedError
 from job.jobs.backends import kubernetes_api
-from job.jobs.backends.base import Cause
+from job.jobs.backends.base import Cause, JobStatus
 from job.jobs.backends.kubernetes import KubernetesBackend
+from job.jobs.spec import Verb
 from job.outcome import outcome_written
 from tests.job.command_line import ddpm_here, environment, refused, succeeded
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, sampling, spec
@@ -106,6 +108,15 @@ def test_attempts_whose_pods_are_gone_are_told_by_the_bucket(server, backend, jo
     # What was before this job is another one's.
     later = replace(backend.status(NAME), created="2100-01-01T00:00:00Z")
     assert later.informed(bucket) == later
+
+
+def test_a_slice_that_ended_is_no_attempt_of_all(tmp_path, monkeypatch):
+    for verb in {*get_args(Verb)} - {"train"}:
+        name = f"{verb}-celeba-1a2b3c4d"
+        monkeypatch.setenv("DDPM_JOB", name)
+        with suppress(StoppedError), outcome_written(str(tmp_path), 0, 2):
+            raise StoppedError("stopped by SIGTERM")
+        assert JobStatus(name, State.WAITING).informed(str(tmp_path)).message == "", verb
 
 
 def test_a_queue_must_be_there_before_the_job(server):
