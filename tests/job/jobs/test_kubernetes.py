@@ -374,20 +374,6 @@ def test_a_job_that_its_queue_ended_is_cleared_away(server):
         server.remove("workloads", NAME, "training")
 
 
-def test_what_a_queue_has_is_read_by_whoever_may(server):
-    backend = KubernetesBackend(QUEUED)
-    server.add("localqueues", {"metadata": {"name": "gpus"}, "spec": {"clusterQueue": "all"}}, "training")
-    flavor = {"name": "spot", "resources": [{"name": "nvidia.com/gpu", "nominalQuota": "4"}]}
-    server.add(
-        "clusterqueues", {"metadata": {"name": "all"}, "spec": {"resourceGroups": [{"flavors": [flavor]}]}}, None
-    )
-    backend.submit(spec(gpus=5))
-    assert "no flavor of its queue has more than 4: it can never run so" in backend.status(NAME).message
-    for resource in ("clusterqueues", "localqueues"):
-        server.forbidden = {("get", resource)}
-        assert backend.status(NAME).message == "waits in the queue 'gpus'"
-
-
 class Followed:
     """A thread that follows a job, as `ddpm jobs logs -f` does."""
 

@@ -128,43 +128,6 @@ def test_a_queue_says_why_a_job_waits_and_that_it_will_not_run():
         assert status.cause is (Cause.OUT_OF_TIME if state is State.FAILED else None)
 
 
-def a_queue(*quotas, cohort=""):
-    """A ClusterQueue with a flavor for each of the quotas, as the API gives it."""
-    flavors = [
-        {"name": "f", "resources": [{"name": name, "nominalQuota": most, **more} for name, most in quota.items()]}
-        for quota, more in quotas
-    ]
-    named = {"cohortName": cohort} if cohort else {}
-    return {"spec": {**named, "resourceGroups": [{"coveredResources": [], "flavors": flavors}]}}
-
-
-def test_a_job_beyond_every_flavor_of_its_queue_is_told_that_it_can_never_run():
-    four, borrowed, gpus = {"nvidia.com/gpu": "4"}, {"borrowingLimit": "1"}, "nvidia.com/gpu"
-    said = "; it asks for {} {}, and no flavor of its queue has more than {}: it can never run so: ask for less"
-    for made, queue, message in (
-        (spec(gpus=5), a_queue((four, {}), (four, {})), said.format(5, gpus, 4)),
-        # All pods of a group start together, and so do slices.
-        (spec(gpus=3, nodes=2), a_queue((four, {})), said.format(6, gpus, 4)),
-        (sampling(slices=5), a_queue((four, {})), said.format(5, gpus, 4)),
-        (spec(gpus=4), a_queue((four, {})), ""),
-        (spec(gpus=5), a_queue((four, {}), ({gpus: "8"}, {})), ""),
-        # What others of its cohort may lend, its own limits say, or nobody here knows.
-        (spec(gpus=5), a_queue((four, borrowed), cohort="all"), ""),
-        (spec(gpus=6), a_queue((four, borrowed), cohort="all"), said.format(6, gpus, 5)),
-        (spec(gpus=5), a_queue((four, {}), cohort="all"), ""),
-        (spec(), a_queue(({"cpu": "3500m"}, {})), said.format(4, "cpu", 3.5)),
-        (spec(), a_queue(({"memory": "16G"}, {})), said.format(16 * 2**30, "memory", 16 * 10**9)),
-        (spec(), a_queue(({"cpu": 4, "memory": "16Gi"}, {})), ""),
-        (spec(), {"spec": {}}, ""),
-    ):
-        pending = {"type": "QuotaReserved", "status": "False", "reason": "Pending", "message": "no quota"}
-        workload = {"spec": {"active": True}, "status": {"conditions": [pending]}}
-        held = job(("Suspended",), made=manifest(made, QUEUED))
-        status = observed_status(held, [], [], [workload], queue)
-        told = status.message.removeprefix("waits in the queue 'gpus': Pending: no quota")
-        assert told.startswith(message) and bool(told) is bool(message), status
-
-
 def test_of_the_long_list_of_a_queue_the_end_is_told():
     one = "insufficient unused quota for nvidia.com/gpu in flavor gpu-{}, {} more needed"
     listed = "couldn't assign flavors to pod set main: " + ", ".join(one.format(n, n) for n in range(1, 12))
