@@ -55,27 +55,6 @@ def test_what_is_sent_is_what_a_dry_run_prints(server, backend):
     assert found == {jobs[2].name: State.WAITING, "train-b": State.RUNNING, NAME: State.WAITING}
 
 
-def test_a_job_from_its_beginning_to_its_end(server, backend):
-    backend.submit(spec())
-    status = backend.status(NAME)
-    assert (status.name, status.state, status.message) == (NAME, State.WAITING, "waits for a pod")
-    pod = server.start_pod(NAME)
-    status = backend.status(NAME)
-    assert (status.state, status.message, status.place, status.attempts) == (State.RUNNING, "", "node-0", 1)
-    server.end_pod(pod, 75, "ddpm: stopped by SIGTERM, saved")
-    status = backend.status(NAME)
-    assert (status.state, status.exit_code) == (State.WAITING, 75)
-    second = server.start_pod(NAME)
-    status = backend.status(NAME)
-    assert (status.state, status.attempts) == (State.RUNNING, 2)
-    assert "an attempt before: exit code 75 (stopped by" in status.message
-    server.end_pod(second, 0)
-    server.end_job(NAME, "Complete")
-    status = backend.status(NAME)
-    assert (status.state, status.exit_code, status.message) == (State.FINISHED, 0, "")
-    assert backend.status("other").state is State.GONE
-
-
 @pytest.mark.parametrize("job", [spec(), spec(nodes=2)], ids=["job", "group"])
 def test_attempts_whose_pods_are_gone_are_told_by_the_bucket(server, backend, job, tmp_path, monkeypatch):
     plural, bucket = "jobs" if job.nodes == 1 else "jobsets", str(tmp_path)
@@ -136,19 +115,6 @@ def test_a_queue_must_be_there_before_the_job(server):
         kept = server.served.pop(f"kueue.x-k8s.io/{installed}")
         server.served |= {"kueue.x-k8s.io/v1beta1": kept} if installed == "v1beta2" else {}
         server.remove("localqueues", "gpus", "training")
-
-
-def test_several_nodes_are_a_jobset(server, backend):
-    backend.submit(spec(nodes=2))
-    assert server.names("jobsets") == [NAME] and not server.names("jobs")
-    pods = [server.start_pod(NAME, index, "jobsets") for index in (0, 1)]
-    server.set_pod(pods[1], waiting={"reason": "ImagePullBackOff", "message": "denied"})
-    server.change("jobsets", NAME, restarts=3)
-    status = backend.status(NAME)
-    assert (status.state, status.attempts) == (State.RUNNING, 4)
-    assert "1 of 2 pods run; ImagePullBackOff: denied" in status.message
-    server.end_job(NAME, "Completed", plural="jobsets")
-    assert backend.status(NAME).state is State.FINISHED
 
 
 def test_a_cluster_without_jobsets_says_what_installs_them(server, backend):
@@ -347,33 +313,6 @@ def test_what_a_queue_does_about_a_job_is_read_where_it_says_so(server):
     assert backend.cancel("train-b").startswith("was cancelled already")
 
 
-def held_for_ever(server, name=NAME, plural="jobs"):
-    """A job that Kueue ended for its hours: it is suspended, for good, and its Workload is not active."""
-    uid = server.get(plural, name, "training")["metadata"]["uid"]
-    over = {"reason": "DeactivatedDueToMaximumExecutionTimeExceeded", "type": "Evicted", "status": "True"}
-    over["message"] = "The workload is deactivated due to exceeding the maximum execution time"
-    made = {"metadata": {"name": name, "labels": {"kueue.x-k8s.io/job-uid": uid}}, "spec": {"active": False}}
-    server.add("workloads", {**made, "status": {"conditions": [over]}}, "training")
-    server.change(plural, name, "training", conditions=[{"type": "Suspended", "status": "True"}])
-
-
-def test_a_job_that_its_queue_ended_is_cleared_away(server):
-    backend = KubernetesBackend(QUEUED)
-    server.add("localqueues", {"metadata": {"name": "gpus"}, "spec": {"clusterQueue": "gpus"}}, "training")
-    for job, plural in ((spec(), "jobs"), (spec(nodes=2), "jobsets")):
-        backend.submit(job)
-        held_for_ever(server, plural=plural)
-        assert backend.status(NAME).cause is Cause.OUT_OF_TIME
-        old = server.get(plural, NAME, "training")["metadata"]["uid"]
-        backend.submit(job)
-        assert server.get(plural, NAME, "training")["metadata"]["uid"] != old
-        server.remove("workloads", NAME, "training")
-        held_for_ever(server, plural=plural)
-        assert backend.cancel(NAME).startswith("was failed already")
-        eventually(lambda: backend.status(NAME).state is State.GONE)
-        server.remove("workloads", NAME, "training")
-
-
 class Followed:
     """A thread that follows a job, as `ddpm jobs logs -f` does."""
 
@@ -490,24 +429,20 @@ def gke(server, targets_folder):
     return server
 
 
-def test_two_targets_of_one_namespace_have_one_job(gke, targets_folder):
-    (targets_folder / "targets.yaml").write_text(block("gke") + block("gke-big", gpus=8, context="test"))
+def test_a_name_is_one_job_of_each_namespace(gke, targets_folder):
+    two = block("gke-big", gpus=8, context="test")
+    (targets_folder / "targets.yaml").write_text(block("gke") + two + block("other", namespace="training"))
     succeeded(ddpm_here(*TRAIN, "--yes"))
-    gke.print(gke.start_pod("train-celeba"), "epoch 1")
-    assert succeeded(ddpm_here("jobs", "list")).count("train-celeba") == 1
-    lines = succeeded(ddpm_here("jobs", "status", "train-celeba", "--bucket", targets_folder)).splitlines()
-    assert [line for line in lines if line.startswith("job ")] == ["job         train-celeba, on gke, in node-0"]
-    assert succeeded(ddpm_here("jobs", "logs", "train-celeba")) == "epoch 1\n"
-    succeeded(ddpm_here("jobs", "cancel", "train-celeba"))
-
-
-def test_a_name_in_two_namespaces_is_two_jobs(gke, targets_folder):
-    (targets_folder / "targets.yaml").write_text(block("gke") + block("gke-big", namespace="training"))
-    succeeded(ddpm_here(*TRAIN, "--yes"))
-    succeeded(ddpm_here(*TRAIN[:-1], "gke-big", "--yes"))
-    assert succeeded(ddpm_here("jobs", "list")).count("train-celeba") == 2
-    line = refused(ddpm_here("jobs", "cancel", "train-celeba"), Exit.BAD_REQUEST)
-    assert "on several targets (gke, gke-big): choose one with --on" in line
+    gke.print(gke.start_pod(NAME), "epoch 1")
+    assert succeeded(ddpm_here("jobs", "list")).count(NAME) == 1
+    lines = succeeded(ddpm_here("jobs", "status", NAME, "--bucket", targets_folder)).splitlines()
+    assert [line for line in lines if line.startswith("job ")] == [f"job         {NAME}, on gke, in node-0"]
+    assert succeeded(ddpm_here("jobs", "logs", NAME)) == "epoch 1\n"
+    succeeded(ddpm_here(*TRAIN[:-1], "other", "--yes"))
+    assert succeeded(ddpm_here("jobs", "list")).count(NAME) == 2
+    line = refused(ddpm_here("jobs", "cancel", NAME), Exit.BAD_REQUEST)
+    assert "on several targets (gke, other): choose one with --on" in line
+    succeeded(ddpm_here("jobs", "cancel", NAME, "--on", "gke"))
 
 
 @pytest.mark.parametrize("options", [("-o", "yaml"), ("-o", "json", "--nodes", "2")], ids=["yaml", "json"])
