@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
 import pty
-import subprocess
 import sys
 from importlib import resources
 from pathlib import Path
@@ -16,7 +16,7 @@ import yaml
 
 import job
 from job.exits import Exit
-from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, refused, succeeded
+from tests.job.command_line import DDPM, ddpm, ddpm_here, refused, succeeded
 from tests.job.jobs.submitting import FOR_TRAIN
 
 pytestmark = pytest.mark.usefixtures("targets_folder")
@@ -88,33 +88,24 @@ def test_each_target_of_the_example_takes_each_verb():
         assert list(yaml.safe_load_all(succeeded(ddpm_here(*words))))
 
 
-def test_who_cannot_be_asked_must_have_said_yes():
-    words = ["submit", "train", *FOR_TRAIN, "--on", "gke"]
-    done = ddpm(*words, KUBECONFIG="/nonexistent")
-    assert "no terminal can confirm it; --yes submits without" in refused(done, Exit.BAD_REQUEST)
-    assert "train-celeba, on gke" in done.stdout
-    # Not even an input.
-    closed = ddpm(*words, program=("sh", "-c", 'exec "$@" <&-', "sh", DDPM))
-    assert closed.returncode == Exit.BAD_REQUEST
+def test_who_cannot_be_asked_must_have_said_yes(monkeypatch):
+    # Neither a terminal nor, after `<&-`, an input.
+    for stdin in (io.StringIO("yes"), None):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        done = ddpm_here("submit", "train", *FOR_TRAIN, "--on", "gke", KUBECONFIG="/nonexistent")
+        assert "no terminal can confirm it; --yes submits without" in refused(done, Exit.BAD_REQUEST)
+        assert "train-celeba, on gke" in done.stdout
 
 
-def test_on_a_terminal_a_person_is_asked():
+def test_on_a_terminal_a_person_is_asked(monkeypatch):
     terminal, other = pty.openpty()
-    child = subprocess.Popen(
-        [DDPM, "submit", "train", *FOR_TRAIN, "--on", "gke"],
-        env=environment(KUBECONFIG="/nonexistent"),
-        stdin=other,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    os.close(other)
     os.write(terminal, b"yesterday\n")
-    out, err = child.communicate(timeout=60)
+    with os.fdopen(other) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        done = ddpm_here("submit", "train", *FOR_TRAIN, "--on", "gke", KUBECONFIG="/nonexistent")
     os.close(terminal)
-    assert child.returncode == Exit.BAD_REQUEST
-    assert "Submit? [y/N]" in out
-    assert err == "ddpm: train-celeba is not submitted\n"
+    assert done.stdout.endswith("Submit? [y/N] ")
+    assert refused(done, Exit.BAD_REQUEST) == "ddpm: train-celeba is not submitted"
 
 
 def test_a_library_that_is_missing_is_named_with_its_extra(tmp_path):
