@@ -6,8 +6,6 @@ import pytest
 
 from job.exits import BadRequestError, MissingInputError, State
 from job.jobs.backends.base import Cause
-from job.pieces import Slice
-from job.requests import SampleRequest
 from tests.job.jobs.google_jobs import REGIONS, backend_of, sampling, spec
 
 SHORTAGE = (
@@ -75,17 +73,6 @@ def test_no_stock_is_said_and_the_next_region_may_have_some(cloud, backend):
     assert backend.status("celeba").place == REGIONS[1]
     # The one that was cancelled in the first region is out of the way.
     assert len(cloud.batch.jobs) == 1
-
-
-def test_a_task_knows_its_slice(monkeypatch):
-    request = SampleRequest(run="celeba", bucket="gs://b", count=50, slice="BATCH_TASK_INDEX/3")
-    with pytest.raises(BadRequestError, match="BATCH_TASK_INDEX"):
-        request.check()
-    monkeypatch.setenv("BATCH_TASK_INDEX", "2")
-    assert Slice.parse(request.check().slice) == Slice(2, 3)
-    monkeypatch.setenv("BATCH_TASK_INDEX", "3")
-    with pytest.raises(BadRequestError):
-        request.check()
 
 
 def test_cancelling_keeps_the_story(cloud, backend):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import os
 import pty
 import sys
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -74,18 +72,6 @@ def test_a_dry_run_prints_the_request_alone_and_needs_nothing(targets_folder, on
     assert found == documents
     assert "celeba" in text
     assert not (targets_folder / "cache").exists()
-
-
-def test_each_target_of_the_example_takes_each_verb():
-    example = str(resources.files("job.jobs") / "targets.example.yaml")
-    jobs = (
-        ["train", *FOR_TRAIN],
-        ["sample", "--run", "celeba", "--seeds", "0-3"],
-        ["pack", "landscape-sample", "tiles", "--size", "16"],
-    )
-    for on, words in itertools.product(("container", "gke", "cluster", "vm", "batch"), jobs):
-        words = ["submit", *words, "--on", on, "--targets", example, "--bucket", "gs://mine", "--dry-run"]
-        assert list(yaml.safe_load_all(succeeded(ddpm_here(*words))))
 
 
 def test_who_cannot_be_asked_must_have_said_yes(monkeypatch):

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from job.exits import BadConfigError, BadRequestError, MissingInputError
 from job.jobs.backends.kubernetes_target import size_bytes
-from job.jobs.targets import bucket_on, load_targets, parse_targets
+from job.jobs.targets import load_targets, parse_targets
 
-EXAMPLE = (resources.files("job.jobs") / "targets.example.yaml").read_text()
 GKE = "gke: {backend: kubernetes, image: i, bucket: gs://bucket"
 VM = "backend: vm, project: my-project, zones: [us-east1-b]"
 
 
 pytestmark = pytest.mark.usefixtures("folder")
-
-
-def test_the_example_has_a_valid_target_of_each_backend(tmp_path):
-    Path("targets.yaml").write_text(EXAMPLE)
-    targets = load_targets()
-    assert {target.backend for target in targets.values()} == {"local", "container", "kubernetes", "vm", "batch"}
-    assert [name for name, one in targets.items() if not one.is_remote] == ["local", "container"]
-    assert (bucket_on("gke"), bucket_on("local")) == ("gs://my-bucket", "./bucket")
 
 
 def test_the_option_wins_over_the_variable_and_that_over_the_working_folder(tmp_path, monkeypatch):
@@ -119,14 +109,6 @@ def test_what_is_wrong_is_named_with_the_target_and_the_key():
 def test_sizes_are_those_of_kubernetes():
     for text, size in (("16Gi", 16 * 2**30), ("1.5G", 15 * 10**8), ("1Ti", 2**40), ("2k", 2000), ("0.1Ki", 103)):
         assert size_bytes(text) == size
-
-
-def test_a_block_changes_what_a_built_in_target_says():
-    Path("targets.yaml").write_text("local: {bucket: ./mine, max_hours: 2}\ncontainer: {engine: docker, gpus: 2}")
-    targets = load_targets()
-    assert (targets["local"].bucket, targets["local"].max_hours) == ("./mine", 2.0)
-    assert (targets["container"].engine, targets["container"].gpus) == ("docker", 2)
-    assert list(targets) == ["local", "container"]
 
 
 SECRETS = ["PGPASSWORD", "APIKEY", "WANDB_CREDENTIALS", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"]

@@ -21,20 +21,6 @@ def nothing():
     """A pause passes."""
 
 
-def test_a_vm_that_is_taken_away_is_made_again_until_its_job_is_finished(cloud):
-    def runs():
-        cloud.compute.set_status("celeba", "RUNNING")
-
-    def ends(code):
-        cloud.logging.ended("celeba", code)
-        cloud.compute.vanish()
-
-    watched(google_jobs.backend_of("vm"), google_jobs.spec(), runs, lambda: ends(75), nothing, runs, lambda: ends(0))
-    assert len(cloud.made("POST .*/instances")) == 2
-    with pytest.raises(JobEndedError, match="ended with 65, which would come again"):
-        watched(google_jobs.backend_of("vm"), google_jobs.spec(), runs, lambda: ends(65))
-
-
 def test_what_batch_gave_up_is_submitted_again_unless_that_is_of_no_use(cloud):
     def becomes(state, *codes):
         cloud.batch.end_task("celeba", *codes)
