@@ -268,10 +268,9 @@ def _resized(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
-def _diffusers(learnt: np.ndarray, asked: argparse.Namespace, careful: bool) -> tuple[Draw, int]:
-    from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
-    from diffusers.optimization import get_scheduler
-    from diffusers.training_utils import EMAModel
+def _diffusers_network(careful: bool) -> tuple[Any, int, float, dict[str, str]]:
+    """Returns a network, its batch size and learning rate, and the options of its scheduler."""
+    from diffusers import UNet2DModel
 
     if careful:
         # As small as our preset, with the advice of later papers.
@@ -284,19 +283,26 @@ def _diffusers(learnt: np.ndarray, asked: argparse.Namespace, careful: bool) -> 
             up_block_types=("UpBlock2D",) * 3,
             norm_num_groups=8,
         )
-        batch_size, rate, kind = 8, 1e-3, {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
-    else:
-        attention = ["", "", "", "", "Attn", ""]
-        network = UNet2DModel(
-            sample_size=32,
-            in_channels=1,
-            out_channels=1,
-            layers_per_block=2,
-            block_out_channels=(128, 128, 256, 256, 512, 512),
-            down_block_types=tuple(f"{kind}DownBlock2D" for kind in attention),
-            up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(attention)),
-        )
-        batch_size, rate, kind = 16, 1e-4, {"beta_schedule": "linear"}
+        return network, 8, 1e-3, {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+    attention = ["", "", "", "", "Attn", ""]
+    network = UNet2DModel(
+        sample_size=32,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=2,
+        block_out_channels=(128, 128, 256, 256, 512, 512),
+        down_block_types=tuple(f"{kind}DownBlock2D" for kind in attention),
+        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(attention)),
+    )
+    return network, 16, 1e-4, {"beta_schedule": "linear"}
+
+
+def _diffusers(learnt: np.ndarray, asked: argparse.Namespace, careful: bool) -> tuple[Draw, int]:
+    from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+
+    network, batch_size, rate, kind = _diffusers_network(careful)
     size = network.config.sample_size
     scheduler: Any = DDPMScheduler(num_train_timesteps=1000, **kind)
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.crash_campaign.attempts import Attempts
 from benchmarks.crash_campaign.injection import EXPIRE_SECONDS, RENEW_SECONDS
 from benchmarks.crash_campaign.lane import Lane
 from benchmarks.crash_campaign.points import POINTS, SABOTAGES, Point
@@ -192,9 +193,11 @@ def run_campaign(request: Request, bucket: str, folder: Path, tell: Callable[[st
 
         for number, (processes, dropout, points, moments) in enumerate(planned):
             base, place = f"{bucket}/lane-{number + 1}", folder / f"lane-{number + 1}"
-            how = {"processes": processes, "dropout": dropout, "seed": request.seed, "epochs": request.epochs}
-            work = partial(_work, base, source=source, **how)
-            lanes.append(Lane(work, place, points, moments, sabotage=request.sabotage, tell=tell, killed=killed))
+            how: dict[str, Any] = {"processes": processes, "dropout": dropout, "seed": request.seed}
+            work = partial(_work, base, source=source, epochs=request.epochs, **how)
+            lane = f"{processes} process{'es' * (processes > 1)}, dropout {dropout:g}"
+            attempts = Attempts(lane, place / "disturbed", sabotage=request.sabotage, tell=tell, killed=killed)
+            lanes.append(Lane(work, place / "undisturbed", points, moments, attempts))
         with ThreadPoolExecutor(LANES_AT_A_TIME) as pool:
             tallies = list(pool.map(Lane.run, lanes))
     names: Sequence[str] = [lane.name for lane in lanes]

@@ -37,6 +37,10 @@ def destroy_all() -> None:
         invocation.destroy()
 
 
+class BrokenError(Exception):
+    """A claim does not hold, and the rest of the lane would prove nothing."""
+
+
 class HungError(Exception):
     """A process did not reach a state in time."""
 
@@ -102,6 +106,11 @@ class Invocation:
         return self.output_path.read_text(errors="replace")
 
     @property
+    def last_line(self) -> str:
+        """The last line of its output, which says why it ended."""
+        return (self.output.strip().splitlines() or ["(it printed nothing)"])[-1]
+
+    @property
     def events(self) -> list[Event]:
         """Its trace so far."""
         with suppress(FileNotFoundError):
@@ -160,6 +169,15 @@ class Invocation:
             raise LeavingError
         _started.discard(self)
         return code
+
+    def finish(self) -> None:
+        """Waits for its end.
+
+        Raises:
+            BrokenError: it ended with another code than 0.
+        """
+        if code := self.wait():
+            raise BrokenError(f"`{' '.join(self.words[:2])}` ended with {code}: {self.last_line}")
 
     def destroy(self) -> None:
         """Kills all processes of the group that still run."""

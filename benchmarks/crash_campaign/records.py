@@ -7,8 +7,8 @@ import signal
 from collections import Counter
 from dataclasses import dataclass, field
 
-from benchmarks.crash_campaign.history import Ending, History
-from benchmarks.crash_campaign.processes import Invocation
+from benchmarks.crash_campaign.history import History
+from benchmarks.crash_campaign.processes import BrokenError, Invocation
 from job.exits import Exit, JobError
 from job.runs.checkpoints import list_checkpoints, opened
 from job.runs.layout import CHECKPOINTS, CheckpointRef
@@ -46,10 +46,6 @@ class Moment:
         return f"SIG{self.action.upper()} to {whom}{', again at once' if self.at_once else ''}"
 
 
-class BrokenError(Exception):
-    """A claim does not hold, and the rest of the lane would prove nothing."""
-
-
 @dataclass
 class Run:
     """One run of a lane, from its first process to its last."""
@@ -81,6 +77,12 @@ class Run:
     def set_aside(self) -> set[str]:
         """Folders of checkpoints that a process found damaged."""
         return {name for invocation in self.invocations for name in _SET_ASIDE.findall(invocation.output)}
+
+    def misjudged(self) -> list[str]:
+        """Returns the intact checkpoints that a process set aside, and the damaged ones that no process noticed."""
+        damaged, aside = {str(ref) for ref in self.rotten}, self.set_aside
+        intact = [f"checkpoint {name} was set aside without damage" for name in sorted(aside - damaged)]
+        return intact + [f"checkpoint {name} was damaged, and no process noticed" for name in sorted(damaged - aside)]
 
     def audit(self) -> None:
         """Checks that every committed checkpoint is intact, with its snapshots.
@@ -128,16 +130,3 @@ class Tally:
     hashes: list[str] = field(default_factory=list)
     undisturbed_hash: str = ""
     failures: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Undisturbed:
-    """The result of the undisturbed run, which the others must match."""
-
-    ending: Ending
-    history: History
-    dataset: dict[str, bytes]
-    sampled: dict[str, str]
-    """Pictures of `ddpm sample`: SHA-256 by name."""
-    saved: dict[str, str]
-    """Pieces of `ddpm sample --count`: SHA-256 by name."""
