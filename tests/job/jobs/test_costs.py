@@ -128,7 +128,11 @@ def test_shipped_prices_are_those_of_example_targets():
     assert all(dollars > 0 for by_region in table.machines.values() for dollars in by_region.values())
     example = parse_targets((resources.files("job.jobs") / "targets.example.yaml").read_text(), "example")
     assert {there.backend for there in example.values()} == {*BACKENDS}
-    verbs = {"train": ["--dataset", "a"], "sample": ["--run", "a", "--seeds", "0-3"], "pack": ["gs://a/b.zip", "c"]}
+    verbs = {
+        "train": ["--dataset", "a"],
+        "sample": ["--run", "a", "--seeds", "0-3"],
+        "pack": ["gs://abc/b.zip", "celeba"],
+    }
     for name, there in example.items():
         for verb, words in verbs.items():
             spec = spec_of(parsed(verb, [*words, "--bucket", "gs://mine"]), there, Resources())
