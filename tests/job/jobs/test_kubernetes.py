@@ -278,6 +278,9 @@ def test_what_ended_a_job_for_its_hours_is_looked_for_where_it_is_said(server, b
 def test_what_a_queue_does_about_a_job_is_read_where_it_says_so(server):
     backend = KubernetesBackend(QUEUED)
     server.add("localqueues", {"metadata": {"name": "gpus"}}, "training")
+    said = "The workload is deactivated due to exceeding the maximum execution time"
+    evicted = {"type": "Evicted", "status": "True", "message": said}
+    over = {"spec": {"active": False}, "status": {"conditions": [evicted]}}
     for job, plural in ((spec(), "jobs"), (spec("train-b", nodes=2), "jobsets")):
         backend.submit(job)
         uid = server.get(plural, job.name, "training")["metadata"]["uid"]
@@ -290,15 +293,15 @@ def test_what_a_queue_does_about_a_job_is_read_where_it_says_so(server):
         assert found.state is State.WAITING and "ExceedsMaxQuota: 8 > 4; it can never run so" in found.message
         with pytest.raises(BadRequestError, match="runs in namespace 'training' already"):
             backend.submit(job)
-        # One that the queue gave up makes room.
-        server.add("workloads", {**workload, "spec": {"active": False}}, "training")
-        assert backend.status(job.name).state is State.CANCELLED
+        # One that the queue ended for its hours makes room.
+        server.add("workloads", {**workload, **over}, "training")
+        assert backend.status(job.name).cause is Cause.OUT_OF_TIME
         backend.submit(job)
         made = server.get(plural, job.name, "training")["metadata"]
         assert made["uid"] != uid and backend.status(job.name).state is State.WAITING
     workload["metadata"]["labels"]["kueue.x-k8s.io/job-uid"] = made["uid"]
-    server.add("workloads", {**workload, "spec": {"active": False}}, "training")
-    assert backend.cancel("train-b").startswith("was cancelled already")
+    server.add("workloads", {**workload, **over}, "training")
+    assert backend.cancel("train-b").startswith("was failed already")
 
 
 class Followed:
