@@ -97,7 +97,7 @@ def submitted(name: str, text: bytes, words: list[str]) -> None:
 
 
 @examples(few=10, many=400)
-def test_any_targets_and_any_words_are_refused_in_a_line_or_give_a_job_and_no_more(count, monkeypatch):
+def test_any_targets_and_words(count, monkeypatch):
     # Most of the time would go into making the same parser of commands.
     monkeypatch.setattr(typer.main, "get_command", lru_cache(2)(typer.main.get_command))
 

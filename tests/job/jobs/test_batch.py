@@ -59,7 +59,7 @@ def test_a_failure_says_why(cloud, backend):
         assert message in status.message
 
 
-def test_no_stock_is_said_and_the_next_region_may_have_some(cloud, backend):
+def test_shortages_are_named(cloud, backend):
     backend.submit(spec())
     for code, said in (
         ("CODE_GCE_QUOTA_EXCEEDED", "the project's quota does not allow it"),
@@ -89,7 +89,7 @@ def test_cancelling_keeps_the_story(cloud, backend):
         backend.cancel("nobody")
 
 
-def test_slices_that_batch_mended_say_nothing_about_why_the_job_failed(cloud, backend):
+def test_mended_slices_explain_no_failure(cloud, backend):
     backend.submit(sampling())
     for tasks, code, cause in [
         (((50001, 65), (50001,), (137, 0)), 65, None),
@@ -103,7 +103,7 @@ def test_slices_that_batch_mended_say_nothing_about_why_the_job_failed(cloud, ba
         assert (status.exit_code, status.cause) == (code, cause)
 
 
-def test_logs_are_those_of_this_job_and_of_each_of_its_tasks(cloud, backend):
+def test_logs_are_those_of_the_tasks(cloud, backend):
     cloud.logging.printed_by_task("celeba-of-last-week", "another")
     for job, prefix in ((spec(), ""), (sampling(), "[2] ")):
         backend.submit(job)

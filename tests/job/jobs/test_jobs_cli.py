@@ -40,7 +40,7 @@ def failed(failed_once: Path, folder: Path) -> str:
     return "train-none"
 
 
-def test_jobs_are_listed_with_how_they_ended(failed):
+def test_lists_show_how_jobs_ended(failed):
     header, row = succeeded(ddpm_here("jobs", "list", "--on", "local")).splitlines()
     columns = ["job", "target", "state", "attempts", "exit code", "created", "place"]
     columns += ["epoch", "loss", "images/s", "to the end", "cost so far", "message"]
@@ -49,14 +49,14 @@ def test_jobs_are_listed_with_how_they_ended(failed):
     assert "no dataset 'none'" in row
 
 
-def test_two_targets_of_this_machine_have_one_job(failed, folder):
+def test_targets_here_share_their_jobs(failed, folder):
     (folder / "targets.yaml").write_text("mine: {backend: local}")
     assert succeeded(ddpm_here("jobs", "list")).count(failed) == 1
     assert succeeded(ddpm_here("jobs", "status", failed)).count("state ") == 1
     assert "no dataset" in succeeded(ddpm_here("jobs", "logs", failed))
 
 
-def test_an_engine_that_does_not_answer_hides_no_other(failed, folder, monkeypatch):
+def test_silent_engines_hide_no_other(failed, folder, monkeypatch):
     monkeypatch.setenv("KUBECONFIG", str(folder / "no-cluster"))
     (folder / "targets.yaml").write_text("gke: {backend: kubernetes, image: i, bucket: gs://bucket}")
     done = ddpm_here("jobs", "list")
@@ -68,7 +68,7 @@ def test_an_engine_that_does_not_answer_hides_no_other(failed, folder, monkeypat
     assert "failed" in succeeded(ddpm_here("jobs", "status", failed))
 
 
-def test_what_is_asked_about_a_job_that_nobody_knows():
+def test_unknown_jobs_are_refused():
     assert succeeded(ddpm_here("jobs", "list", "--on", "local")) == (
         "no jobs on local: start one with `ddpm submit train --dataset NAME --on TARGET`\n"
     )
@@ -83,7 +83,7 @@ def test_what_is_asked_about_a_job_that_nobody_knows():
         assert "--targets no.yaml: No such file" in line
 
 
-def test_a_job_whose_machine_is_gone_has_its_story_still(bucket, folder, monkeypatch):
+def test_bucket_knows_a_gone_job(bucket, folder, monkeypatch):
     uri = str(bucket)
     monkeypatch.setenv("DDPM_JOB", "train-walk")
     with outcome_written(uri):
@@ -107,20 +107,20 @@ def test_a_job_whose_machine_is_gone_has_its_story_still(bucket, folder, monkeyp
     refused(ddpm_here("jobs", "logs", "train-walk"), Exit.MISSING_INPUT)
 
 
-def test_a_bucket_that_cannot_be_read_hides_no_job(failed, folder):
+def test_unreadable_buckets_hide_no_job(failed, folder):
     done = ddpm_here("jobs", "status", failed, "--bucket", "gs://X")
     assert "state       failed" in succeeded(done)
     assert "the run's folder cannot be read" in done.stderr
 
 
-def test_what_a_job_printed_cannot_command_a_terminal(failed):
+def test_output_cannot_command_a_terminal(failed):
     log = next(Path("cache/jobs").glob("*/*.log"))
     log.write_bytes("red \x1b[31mand\x1b]0;title\x07 \x9b2J\ttab\r\nhidden\rshown\ngrüße 🙂\n".encode())
     printed = succeeded(ddpm_here("jobs", "logs", failed))
     assert printed == "red %1B[31mand%1B]0;title%07 %C2%9B2J\ttab\nhidden%0Dshown\ngrüße 🙂\n"
 
 
-def test_a_job_that_finished_is_not_said_to_be_killed(failed, folder):
+def test_finished_jobs_are_not_called_killed(failed, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDPM_JOB", failed)
         with outcome_written("bucket"):

@@ -42,7 +42,7 @@ def elsewhere(server, tmp_path, port):
     )
 
 
-def test_what_is_sent_is_what_a_dry_run_prints(server, backend):
+def test_dry_runs_print_what_is_sent(server, backend):
     jobs = [spec(), spec("train-b", nodes=2), sampling()]
     for job in jobs:
         backend.submit(job)
@@ -56,7 +56,7 @@ def test_what_is_sent_is_what_a_dry_run_prints(server, backend):
 
 
 @pytest.mark.parametrize("job", [spec(), spec(nodes=2)], ids=["job", "group"])
-def test_attempts_whose_pods_are_gone_are_told_by_the_bucket(server, backend, job, tmp_path, monkeypatch):
+def test_bucket_knows_attempts_without_pods(server, backend, job, tmp_path, monkeypatch):
     plural, bucket = "jobs" if job.nodes == 1 else "jobsets", str(tmp_path)
 
     def told():
@@ -89,7 +89,7 @@ def test_attempts_whose_pods_are_gone_are_told_by_the_bucket(server, backend, jo
     assert later.informed(bucket) == later
 
 
-def test_a_slice_that_ended_is_no_attempt_of_all(tmp_path, monkeypatch):
+def test_ended_slice_is_no_attempt(tmp_path, monkeypatch):
     for verb in {*get_args(Verb)} - {"train"}:
         name = f"{verb}-celeba-1a2b3c4d"
         monkeypatch.setenv("DDPM_JOB", name)
@@ -98,7 +98,7 @@ def test_a_slice_that_ended_is_no_attempt_of_all(tmp_path, monkeypatch):
         assert JobStatus(name, State.WAITING).informed(str(tmp_path)).message == "", verb
 
 
-def test_a_queue_must_be_there_before_the_job(server):
+def test_queue_must_exist_before_the_job(server):
     backend = KubernetesBackend(QUEUED)
     # Who may not see queues may still submit.
     server.forbidden = {("get", "localqueues")}
@@ -117,7 +117,7 @@ def test_a_queue_must_be_there_before_the_job(server):
         server.remove("localqueues", "gpus", "training")
 
 
-def test_a_cluster_without_jobsets_says_what_installs_them(server, backend):
+def test_missing_jobsets_are_named(server, backend):
     del server.served["jobset.x-k8s.io/v1alpha2"]
     with pytest.raises(
         MissingInputError, match=r"--nodes 2 needs JobSets in the cluster: kubectl apply --server-side -f .*jobset"
@@ -128,7 +128,7 @@ def test_a_cluster_without_jobsets_says_what_installs_them(server, backend):
     assert [status.state for status in backend.jobs()] == [State.WAITING]
 
 
-def test_a_job_that_is_alive_is_not_submitted_twice_and_one_that_is_over_makes_room(server, backend):
+def test_living_jobs_are_not_submitted_twice(server, backend):
     backend.submit(spec())
     for job in (spec(), spec(nodes=2)):
         with pytest.raises(
@@ -145,7 +145,7 @@ def test_a_job_that_is_alive_is_not_submitted_twice_and_one_that_is_over_makes_r
         assert backend.status(NAME).state is State.WAITING
 
 
-def test_cancelling_ends_the_pods_in_order_and_room_is_made_when_they_are_gone(server, backend):
+def test_cancelling_ends_the_pods(server, backend):
     server.goes_after_seconds = 0.4
     for job, plural in ((spec(), "jobs"), (spec(nodes=2), "jobsets")):
         backend.submit(job)
@@ -163,7 +163,7 @@ def test_cancelling_ends_the_pods_in_order_and_room_is_made_when_they_are_gone(s
             backend.cancel(NAME)
 
 
-def test_what_the_server_refuses_is_told_and_leaves_nothing(server, backend, monkeypatch):
+def test_refused_jobs_leave_nothing(server, backend, monkeypatch):
     elsewhere = KubernetesBackend(TARGET.model_copy(update={"namespace": "nowhere"}))
     with pytest.raises(MissingInputError, match=r'namespaces "nowhere" not found: `kubectl create` it, or set'):
         elsewhere.submit(spec())
@@ -179,7 +179,7 @@ def test_what_the_server_refuses_is_told_and_leaves_nothing(server, backend, mon
     assert not server.names("jobs") and not server.names("jobsets")
 
 
-def test_rights_that_a_job_does_not_need_are_not_asked_for(server):
+def test_only_needed_rights_are_used(server):
     for resource in ("jobsets", "workloads"):
         server.forbidden |= {(verb, resource) for verb in ("get", "list", "create", "delete")}
     backend = KubernetesBackend(TARGET)
@@ -192,7 +192,7 @@ def test_rights_that_a_job_does_not_need_are_not_asked_for(server):
         backend.submit(spec(nodes=2))
 
 
-def test_an_api_that_is_busy_or_away_is_asked_again_but_not_for_ever(server, backend, tmp_path):
+def test_busy_api_is_asked_again(server, backend, tmp_path):
     for code in (429, 503):
         server.answer_next(code, times=2)
         server.answer_next(code, times=2, method="POST")
@@ -206,7 +206,7 @@ def test_an_api_that_is_busy_or_away_is_asked_again_but_not_for_ever(server, bac
         KubernetesBackend(TARGET).submit(spec())
 
 
-def test_an_answer_that_gets_lost_makes_no_second_job(server, backend):
+def test_lost_answers_make_no_second_job(server, backend):
     def lose(handler):
         server.create("default", "jobs", backend.render(spec())[0])
         handler.close_connection = True
@@ -221,7 +221,7 @@ def doctor(target=TARGET):
     return {check.name: check for check in KubernetesBackend(target).checks()}
 
 
-def test_a_doctor_finds_what_a_job_would_miss(server):
+def test_doctor_finds_what_a_job_misses(server):
     server.add("serviceaccounts", {"metadata": {"name": "ddpm"}})
     found = doctor()
     assert list(found) == ["cluster", "service account", "queue", "image"]
@@ -235,7 +235,7 @@ def test_a_doctor_finds_what_a_job_would_miss(server):
     assert not found["queue"].passed and "no LocalQueue 'gpus'" in found["queue"].message
 
 
-def test_a_doctor_says_in_one_line_that_a_cluster_cannot_be_used(server, monkeypatch, tmp_path):
+def test_doctor_names_an_unusable_cluster(server, monkeypatch, tmp_path):
     server.forbidden.add(("get", "pods/log"))
     (check,) = doctor().values()
     assert "you may not get pods/log in namespace 'default'" in check.message
@@ -257,7 +257,7 @@ def test_a_doctor_says_in_one_line_that_a_cluster_cannot_be_used(server, monkeyp
     assert "does not answer" in check.message
 
 
-def test_what_ended_a_job_for_its_hours_is_looked_for_where_it_is_said(server, backend):
+def test_used_hours_are_found(server, backend):
     backend.submit(spec(nodes=2))
     # A JobSet only says that one of its Jobs failed.
     server.add("jobs", {"metadata": {"name": "part", "labels": {"jobset.sigs.k8s.io/jobset-name": NAME}}})
@@ -275,7 +275,7 @@ def test_what_ended_a_job_for_its_hours_is_looked_for_where_it_is_said(server, b
         assert KubernetesBackend(QUEUED).status(NAME).cause is (cause and Cause.OUT_OF_TIME)
 
 
-def test_what_a_queue_does_about_a_job_is_read_where_it_says_so(server):
+def test_workloads_show_what_queues_do(server):
     backend = KubernetesBackend(QUEUED)
     server.add("localqueues", {"metadata": {"name": "gpus"}}, "training")
     said = "The workload is deactivated due to exceeding the maximum execution time"
@@ -341,7 +341,7 @@ def test_what_was_printed_until_now(server, backend):
     assert past(backend) == ["one", "two  with spaces ", "", "grüße 🙂"]
 
 
-def test_following_goes_on_in_the_pod_that_replaces_another_and_loses_no_line(server, backend):
+def test_following_loses_no_line(server, backend):
     backend.submit(spec())
     followed = Followed(backend)
     first = server.start_pod(NAME)
@@ -371,7 +371,7 @@ def test_following_goes_on_in_the_pod_that_replaces_another_and_loses_no_line(se
     assert followed.ended() == [*lines, "saved", "epoch 2", "epoch 3", "finished"]
 
 
-def test_slices_and_nodes_are_told_apart_and_none_hides_another(server, backend):
+def test_lines_name_their_slice(server, backend):
     for job, plural, done in ((sampling(slices=2), "jobs", "Complete"), (spec(nodes=2), "jobsets", "Completed")):
         backend.submit(job)
         pods = [server.start_pod(job.name, index, plural) for index in (0, 1)]
@@ -387,7 +387,7 @@ def test_slices_and_nodes_are_told_apart_and_none_hides_another(server, backend)
         assert past(backend, job.name) == ["[0] second", "[1] first"]
 
 
-def test_a_job_that_is_cancelled_is_followed_until_it_has_saved(server, backend):
+def test_cancelled_jobs_are_followed_until_saved(server, backend):
     server.goes_after_seconds = 1.0
     backend.submit(spec())
     pod = server.start_pod(NAME)
@@ -400,7 +400,7 @@ def test_a_job_that_is_cancelled_is_followed_until_it_has_saved(server, backend)
     assert followed.ended() == ["one", "saved"]
 
 
-def test_following_a_job_whose_image_cannot_be_pulled_ends(server, backend):
+def test_following_ends_without_an_image(server, backend):
     backend.submit(spec())
     server.start_pod(NAME, waiting={"reason": "ImagePullBackOff", "message": "manifest unknown"})
     with pytest.raises(MissingInputError, match="train-celeba prints nothing: ImagePullBackOff: manifest unknown"):
@@ -420,7 +420,7 @@ def gke(server, targets_folder):
     return server
 
 
-def test_a_name_is_one_job_of_each_namespace(gke, targets_folder):
+def test_names_are_unique_per_namespace(gke, targets_folder):
     two = block("gke-big", gpus=8, context="test")
     (targets_folder / "targets.yaml").write_text(block("gke") + two + block("other", namespace="training"))
     succeeded(ddpm_here(*TRAIN, "--yes"))
@@ -437,7 +437,7 @@ def test_a_name_is_one_job_of_each_namespace(gke, targets_folder):
 
 
 @pytest.mark.parametrize("options", [("-o", "yaml"), ("-o", "json", "--nodes", "2")], ids=["yaml", "json"])
-def test_kubectl_sends_what_a_dry_run_prints(gke, options):
+def test_kubectl_sends_the_dry_run(gke, options):
     printed = succeeded(ddpm_here(*TRAIN, "--dry-run", *options))
     assert not gke.requests
     # kubectl sends no token over a connection that is not encrypted.

@@ -29,7 +29,7 @@ def asked(context=""):
     return KubernetesBackend(TARGET.model_copy(update={"context": context})).jobs()
 
 
-def test_what_is_wrong_with_a_kubeconfig_is_told_in_a_line(server, write, tmp_path):
+def test_wrong_kubeconfigs_are_refused(server, write, tmp_path):
     path = write(server.kubeconfig())
     path.unlink()
     with pytest.raises(MissingInputError, match=r"the kubeconfig .* is missing: .*get-credentials"):

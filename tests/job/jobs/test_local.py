@@ -42,7 +42,7 @@ def record_of(name: str) -> Path:
     return Path(os.environ["DDPM_CACHE"], "jobs", socket.gethostname(), f"{name}.json")
 
 
-def test_a_job_in_the_background_is_known_and_can_be_stopped(bucket, monkeypatch):
+def test_background_jobs_are_known_and_stopped(bucket, monkeypatch):
     words = ["submit", "train", *about(bucket, "long"), "--epochs", 1000, "--on", "local", "--detach"]
     out = succeeded(ddpm_here(*words))
     assert out.startswith("train-long is submitted: `ddpm jobs logs train-long --on local -f` follows it")
@@ -75,7 +75,7 @@ def test_a_job_in_the_background_is_known_and_can_be_stopped(bucket, monkeypatch
     assert "exit code   75: stopped by preemption" in succeeded(ddpm_here("jobs", "status", "train-long"))
 
 
-def test_a_job_that_fails_says_why_in_its_bucket_or_in_its_log(bucket, folder, monkeypatch):
+def test_failed_jobs_say_why(bucket, folder, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "marked-8f3a")
     words = ["submit", "train", "--dataset", "none", "--bucket", str(bucket)]
     succeeded(ddpm_here(*words, "--detach"))
@@ -99,7 +99,7 @@ def test_a_job_that_fails_says_why_in_its_bucket_or_in_its_log(bucket, folder, m
     assert "nowhere is not a folder" in "\n".join(backend().logs("train-b", True))
 
 
-def test_a_job_starts_once_and_its_process_is_no_other():
+def test_jobs_start_once():
     """Three that submit it at the same time; it is killed, and its record names a process that is none of its own."""
 
     def submit(_):
@@ -136,7 +136,7 @@ def test_a_job_starts_once_and_its_process_is_no_other():
 
 
 @pytest.mark.slow
-def test_a_watched_job_in_the_background_is_submitted_until_it_is_finished(bucket):
+def test_background_jobs_are_watched(bucket):
     words = [DDPM, "submit", "train", *about(bucket, "seen"), "--epochs", "1000", "--watch"]
     child = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)
     eventually(lambda: list(bucket.glob("runs/seen/checkpoints/*/MANIFEST.json")), 100)

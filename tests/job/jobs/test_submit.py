@@ -45,7 +45,7 @@ def test_the_code_says_what_is_wrong(targets_folder):
     assert not (targets_folder / "nowhere").exists()
 
 
-def test_what_needs_no_file_of_this_machine_is_sent(targets_folder):
+def test_jobs_without_local_files_are_sent(targets_folder):
     (targets_folder / "mine.py").touch()
     anywhere = ("--mode inpaint --image 0-3 --mask half", "--sampler installed_there:walk")
     here = ("--mode img2img --image x.png --on local", "--sampler mine:walk --on local")
@@ -54,7 +54,7 @@ def test_what_needs_no_file_of_this_machine_is_sent(targets_folder):
 
 
 @pytest.mark.parametrize("on", ["gke", "vm", "local", "container"])
-def test_a_dry_run_prints_the_request_alone_and_needs_nothing(targets_folder, on):
+def test_dry_runs_need_nothing(targets_folder, on):
     """Neither credentials nor a network, nor a home folder."""
     words = ["submit", "train", *FOR_TRAIN, "--on", on, "--dry-run"]
     nothing = {"HOME": "/nonexistent", "KUBECONFIG": "/nonexistent", "GOOGLE_APPLICATION_CREDENTIALS": "/nonexistent"}
@@ -74,7 +74,7 @@ def test_a_dry_run_prints_the_request_alone_and_needs_nothing(targets_folder, on
     assert not (targets_folder / "cache").exists()
 
 
-def test_who_cannot_be_asked_must_have_said_yes(monkeypatch):
+def test_jobs_need_a_terminal_or_yes(monkeypatch):
     # Neither a terminal nor, after `<&-`, an input.
     for stdin in (io.StringIO("yes"), None):
         monkeypatch.setattr(sys, "stdin", stdin)
@@ -83,7 +83,7 @@ def test_who_cannot_be_asked_must_have_said_yes(monkeypatch):
         assert "train-celeba, on gke" in done.stdout
 
 
-def test_on_a_terminal_a_person_is_asked(monkeypatch):
+def test_terminals_are_asked(monkeypatch):
     terminal, other = pty.openpty()
     os.write(terminal, b"yesterday\n")
     with os.fdopen(other) as stdin:
@@ -94,7 +94,7 @@ def test_on_a_terminal_a_person_is_asked(monkeypatch):
     assert refused(done, Exit.BAD_REQUEST) == "ddpm: train-celeba is not submitted"
 
 
-def test_a_library_that_is_missing_is_named_with_its_extra(tmp_path):
+def test_missing_libraries_are_named(tmp_path):
     """In an interpreter that cannot import it, as where the extra is not installed."""
     blocked = tmp_path / "blocked"
     for name in ("kubernetes", "google"):

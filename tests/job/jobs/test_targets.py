@@ -17,7 +17,7 @@ VM = "backend: vm, project: my-project, zones: [us-east1-b]"
 pytestmark = pytest.mark.usefixtures("folder")
 
 
-def test_the_option_wins_over_the_variable_and_that_over_the_working_folder(tmp_path, monkeypatch):
+def test_option_variable_then_working_folder(tmp_path, monkeypatch):
     for name, folder in (("here", "."), ("there", "a"), ("elsewhere", "b")):
         Path(folder).mkdir(exist_ok=True)
         Path(folder, "targets.yaml").write_text(GKE.replace("gke", name) + "}")
@@ -27,7 +27,7 @@ def test_the_option_wins_over_the_variable_and_that_over_the_working_folder(tmp_
     assert list(load_targets(Path("b/targets.yaml"))) == ["local", "container", "elsewhere"]
 
 
-def test_a_file_that_was_named_must_be_there_and_be_one(monkeypatch):
+def test_named_files_must_exist(monkeypatch):
     with pytest.raises(MissingInputError, match=r"--targets no\.yaml: No such file"):
         load_targets(Path("no.yaml"))
     Path("b").write_bytes(b"\xff\xfe\x00")
@@ -93,7 +93,7 @@ REFUSED = [
 ]
 
 
-def test_what_is_wrong_is_named_with_the_target_and_the_key():
+def test_refusals_name_target_and_key():
     for text, parts in REFUSED:
         with pytest.raises(BadConfigError) as refused:
             parse_targets(text, "targets.yaml")
@@ -119,7 +119,7 @@ HARMLESS += ["HF_TOKEN_PATH", "AWS_SHARED_CREDENTIALS_FILE", "PWD", "NCCL_DEBUG"
 HARMLESS += ["FSSPEC_GS_REQUESTER_PAYS", "FSSPEC_S3_ENDPOINT_URL"]
 
 
-def test_variables_that_sound_secret_are_refused_and_others_let_through():
+def test_secret_variables_are_refused():
     for name in SECRETS:
         with pytest.raises(BadConfigError, match=f"{name} looks like a secret"):
             parse_targets(GKE + f", env: {{{name}: x}}}}", "f")

@@ -21,7 +21,7 @@ def nothing():
     """A pause passes."""
 
 
-def test_what_batch_gave_up_is_submitted_again_unless_that_is_of_no_use(cloud):
+def test_batch_jobs_are_submitted_again(cloud):
     def becomes(state, *codes):
         cloud.batch.end_task("celeba", *codes)
         cloud.batch.move("celeba", state)
@@ -39,7 +39,7 @@ def test_what_batch_gave_up_is_submitted_again_unless_that_is_of_no_use(cloud):
         watched(backend, job, runs, lambda: becomes("FAILED", *[50001] * 5, *[137] * 6))
 
 
-def test_a_job_on_a_cluster_is_submitted_again_unless_it_failed_five_times_or_somebody_deleted_it(server):
+def test_cluster_jobs_are_submitted_again(server):
     name, pods = "train-celeba", []
 
     def runs():
