@@ -74,7 +74,7 @@ REFUSED = [
         (f"{GKE}, queue: '{queue}'}}", ["queue: String should "])
         for queue in ("a b", "Team", "a_b", "a-", "a..b", "q" * 64)
     ],
-    (GKE + ", scratch: fifty}", ["scratch: 'fifty' is not a size: use one like 50Gi"]),
+    (GKE + ", scratch: fifty}", ["scratch: String should match pattern", "'fifty'"]),
     (GKE + ", cpus: '-1'}", ["cpus: String should match pattern"]),
     ("c: {backend: container, image: --privileged}", ["image: String should match pattern", "'--privileged'"]),
     *[
