@@ -50,7 +50,7 @@ def test_jobs_find_missing_rights_first(seaweedfs_bucket, monkeypatch):
 
 def test_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "not/yet"))
-    found = json.loads(succeeded(ddpm("doctor", "--bucket", tmp_path / "bucket", "--json")))
+    found = json.loads(succeeded(ddpm_here("doctor", "--bucket", tmp_path / "bucket", "--json")))
     names = [
         "credentials",
         "bucket write",
