@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import typer.main
 from accelerate.state import AcceleratorState
 
 import job.commands
@@ -19,6 +21,9 @@ from job.processes.launched import LAUNCHED
 from job.stop import STOP_SIGNALS
 
 DDPM = str(Path(sys.executable).with_name("ddpm"))
+
+# Making the parser of all commands takes longer than most commands.
+_get_command = lru_cache(2)(typer.main.get_command)
 
 NETWORK = {
     "model.channels": "8",
@@ -114,6 +119,7 @@ def ddpm_here(*words: object, **variables: str | None) -> subprocess.CompletedPr
                     raise
 
         patch.setattr(job.commands, "_launch", launch_here)
+        patch.setattr(typer.main, "get_command", _get_command)
         for name, value in variables.items():
             patch.delenv(name, raising=False) if value is None else patch.setenv(name, value)
         try:
