@@ -32,7 +32,7 @@ resource "google_project_iam_member" "job" {
 
 # A VM deletes itself when its job is over. IAM conditions cannot see labels, but they see names, which begin with a verb.
 locals {
-  is_job = join(" || ", [for verb in ["train", "sample", "evaluate", "pack"] : "resource.name.extract('/instances/{name}').startsWith('${verb}-')"])
+  is_job = join(" || ", [for verb in ["train", "sample", "evaluate", "pack", "index", "encode"] : "resource.name.extract('/instances/{name}').startsWith('${verb}-')"])
 }
 
 resource "google_project_iam_custom_role" "deletes_itself" {

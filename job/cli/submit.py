@@ -82,11 +82,11 @@ def _add_verb(verb: Verb) -> None:
         ] = False,
     ) -> None:
         from job.jobs.building import Resources
-        from job.jobs.submit import SubmitOptions, submit
+        from job.jobs.submit import submit
 
         resources = Resources(gpus, nodes, gpu_type, spot, max_hours=max_hours, slices=slices)
-        options = SubmitOptions(dry_run, output, watch, yes, detach)
-        submit(parsed(verb, context.args), on, targets, resources, options)
+        command = parsed(verb, context.args)
+        submit(command, on, targets, resources, dry_run=dry_run, output=output, watch=watch, yes=yes, detach=detach)
 
 
 for _verb in _VERBS:

@@ -6,7 +6,6 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +30,18 @@ OUTLOOK_SECONDS = 10.0
 """The limit of a look at the run that a job will go on with."""
 
 
-@dataclass(frozen=True)
-class SubmitOptions:
-    """The options of `ddpm submit` that change no job."""
-
-    dry_run: bool = False
-    output: str = ""
-    watch: bool = False
-    yes: bool = False
-    detach: bool = False
-
-
-def submit(command: ParsedCommand, on: str, targets: Path | None, resources: Resources, options: SubmitOptions) -> None:
+def submit(
+    command: ParsedCommand,
+    on: str,
+    targets: Path | None,
+    resources: Resources,
+    *,
+    dry_run: bool = False,
+    output: str = "",
+    watch: bool = False,
+    yes: bool = False,
+    detach: bool = False,
+) -> None:
     """Submits `command` to the target `on`; on this machine, in the foreground, this process becomes it.
 
     Raises:
@@ -51,27 +50,27 @@ def submit(command: ParsedCommand, on: str, targets: Path | None, resources: Res
         MissingInputError: a file or a library is missing.
         JobError: the engine's answer; see `Backend`.
     """
-    if options.output and not options.dry_run:
-        raise BadRequestError(f"-o {options.output} is the format of --dry-run: add that, or leave it out")
-    if options.dry_run and options.watch:
+    if output and not dry_run:
+        raise BadRequestError(f"-o {output} is the format of --dry-run: add that, or leave it out")
+    if dry_run and watch:
         raise BadRequestError("--dry-run sends nothing that --watch could watch: leave one of them out")
     target = chosen_target(load_targets(targets), on)
     spec = spec_of(command, target, resources)
     with backend_for(target) as backend:
         manifests = backend.render(spec)
-        if options.dry_run:
-            print(formatted(manifests, options.output), end="")
+        if dry_run:
+            print(formatted(manifests, output), end="")
             return
         if target.is_remote:
-            lines = [*plan_lines(spec, target, is_watched=options.watch), *outlook_lines(spec, target)]
+            lines = [*plan_lines(spec, target, is_watched=watch), *outlook_lines(spec, target)]
             print("\n".join(lines), flush=True)
-            if not options.yes:
+            if not yes:
                 _ask(spec)
         elif (folder := spec.bucket_folder) and spec.verb not in ("pack", "index") and not folder.is_dir():
             raise MissingInputError(f"bucket {spec.bucket} is not there: check the path, or pack a dataset first")
-        if options.watch:
+        if watch:
             Watch(backend, spec, Stop().install().sleep).run()
-        elif target.is_remote or options.detach:
+        elif target.is_remote or detach:
             try:
                 backend.submit_where_possible(spec)
             except NoCapacityError as error:

@@ -29,7 +29,7 @@ def backend() -> ContainerBackend:
     return ContainerBackend(target)
 
 
-def test_pack_and_train_with_what_comes_along(place):
+def test_containers_pack_and_train(place):
     bucket = place.parent / "new-bucket"
     out = succeeded(ddpm("submit", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", bucket, *HERE))
     assert "299 colour, 16×16 pixels" in out
@@ -54,7 +54,7 @@ def test_pack_and_train_with_what_comes_along(place):
     assert "is finished already" in succeeded(ddpm("submit", *training("first", bucket, epochs=1), *HERE))
 
 
-def test_a_run_that_is_stopped_twice_has_the_weights_of_an_undisturbed_one(place):
+def test_stopped_runs_have_undisturbed_weights(place):
     run, other = (open_store(str(place)).sub(f"runs/{name}") for name in ("stopped", "undisturbed"))
     words = [DDPM, "submit", *training("stopped", place), *HERE]
     seen = 0
@@ -78,7 +78,7 @@ def _checkpoints(run):
     return len(list_checkpoints(run)) if run.exists("config.yaml") else 0
 
 
-def test_in_the_background_it_is_listed_followed_and_cancelled(place):
+def test_background_containers_are_listed_and_cancelled(place):
     run = open_store(str(place)).sub("runs/behind")
     out = succeeded(ddpm("submit", *training("behind", place, 10_000), *HERE, "--detach"))
     assert "ddpm jobs logs train-behind --on container -f" in out
@@ -120,7 +120,7 @@ def test_the_container_is_confined(place):
     podman("rm", "--force", "--time", "0", "train-confined")
 
 
-def test_what_only_the_container_finds_has_its_code(place):
+def test_errors_inside_have_their_code(place):
     """A dataset that the bucket does not have is found by the program in the container."""
     done = ddpm("submit", "train", "--dataset", "nowhere", "--bucket", place, *HERE)
     assert "nowhere" in refused(done, 66)
@@ -128,7 +128,7 @@ def test_what_only_the_container_finds_has_its_code(place):
     assert backend().status("train-nowhere").state is State.FAILED
 
 
-def test_an_image_that_is_not_there_is_built_from_the_checkout(place):
+def test_missing_images_are_built(place):
     own = "localhost/ddpm-test-built:latest"
     Path("targets.yaml").write_text(f"container: {{image: '{own}'}}\n")
     check = next(check for check in backend().checks() if not check.passed)

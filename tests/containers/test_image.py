@@ -18,7 +18,7 @@ CONFINED = ("--read-only", "--tmpfs", "/tmp:rw,exec,mode=1777", "--cap-drop", "A
 
 
 @pytest.mark.parametrize("user", ["10001:10001", "4321:0"])
-def test_the_program_works_for_any_user_where_nothing_but_tmp_can_be_written(user, tmp_path):
+def test_program_works_for_any_user(user, tmp_path):
     bucket = tmp_path / "bucket"
     bucket.mkdir()
     bucket.chmod(0o777)
@@ -29,7 +29,7 @@ def test_the_program_works_for_any_user_where_nothing_but_tmp_can_be_written(use
     assert (bucket / "datasets/tiles-16/index.json").stat().st_uid == int(user.partition(":")[0])
 
 
-def test_its_own_user_is_not_root_can_write_nothing_and_has_a_compiler_and_caches_for_torch_compile():
+def test_own_user_can_write_nothing():
     script = """
         id -u
         for f in / /opt/ddpm /etc /usr/local /home /root; do touch $f/x 2>/dev/null && echo wrote $f; done
@@ -42,7 +42,7 @@ def test_its_own_user_is_not_root_can_write_nothing_and_has_a_compiler_and_cache
     assert done.stdout.splitlines() == ["10001", "/tmp/torchinductor /tmp/triton /tmp", "7"]
 
 
-def test_it_is_labelled_and_says_what_it_needs():
+def test_image_is_labelled():
     (found,) = json.loads(podman("image", "inspect", IMAGE).stdout)
     config = found["Config"]
     assert (config["Entrypoint"], config["User"]) == (["/opt/ddpm/bin/ddpm"], "10001:10001")
@@ -53,7 +53,7 @@ def test_it_is_labelled_and_says_what_it_needs():
     assert any(word.startswith("LD_LIBRARY_PATH=/usr/local/nvidia/lib64") for word in config["Env"])
 
 
-def test_there_is_nothing_in_it_but_the_program():
+def test_image_has_the_program_alone():
     places = "/opt /run /srv /tmp /scratch /home /var/cache/apt /var/lib/apt/lists"
     script = f"find {places} -xdev -type f -size +0 ! -path '/opt/ddpm/*' ! -name lock; find /root -name .cache"
     done = podman("run", "--rm", "--user", "0", "--entrypoint", "sh", IMAGE, "-c", script)
@@ -62,7 +62,7 @@ def test_there_is_nothing_in_it_but_the_program():
     assert (CHECKOUT / ".dockerignore").read_text().splitlines()[1] == "*"
 
 
-def test_pid_1_is_the_launcher_which_reaps_and_passes_the_signal_on(packed):
+def test_launcher_is_pid_1(packed):
     mount = f"type=bind,source={packed},destination=/bucket"
     run = open_store(str(packed)).sub("runs/signalled")
     name, user = "pid-1", f"{os.getuid()}:{os.getgid()}"

@@ -42,7 +42,7 @@ def of(bucket: str, run: str) -> Store:
     return open_store(bucket).sub(f"runs/{run}")
 
 
-def test_a_run_that_is_terminated_and_disrupted_ends_with_the_weights_of_an_undisturbed_one(bucket):
+def test_disrupted_runs_have_undisturbed_weights(bucket):
     run, ended = of(bucket, "taken"), set[str]()
 
     def once_it_has_saved(attempt: Attempt) -> None:

@@ -45,7 +45,7 @@ def keys(value: Any, before: str = "") -> Iterator[str]:
             yield from keys(inner, f"{before}{key}.") if key != "nodeLabels" else ()
 
 
-def test_each_object_has_the_keys_of_its_kind():
+def test_objects_have_known_keys():
     for thing in OBJECTS:
         kind, metadata = thing["kind"], thing["metadata"]
         assert set(thing) == {"apiVersion", "kind", "metadata", "spec"} and thing["apiVersion"] == API
@@ -54,7 +54,7 @@ def test_each_object_has_the_keys_of_its_kind():
     assert QUEUE_LABEL.split("/")[0] == API.split("/")[0]
 
 
-def test_queues_lead_to_flavours_with_a_quota_for_all_that_jobs_ask_for():
+def test_queues_lead_to_flavours():
     [(name, queue)] = of_kind("ClusterQueue").items()
     assert queue["queueingStrategy"] in STRATEGY and queue["preemption"]["withinClusterQueue"] in PREEMPTION
     assert [spec["clusterQueue"] for spec in of_kind("LocalQueue").values()] == [name]

@@ -48,7 +48,7 @@ def rendered(name: str, **changed: str) -> str:
     return text
 
 
-def test_templates_use_what_they_are_given_and_are_given_what_they_use():
+def test_templates_use_their_values():
     for output in ("targets", "kubernetes_account"):
         call = re.fullmatch(
             r'\$\{templatefile\("\$\{path\.module\}/(.+?)", \{(.*)\}\)\}', body_of("output", output)["value"]
@@ -58,7 +58,7 @@ def test_templates_use_what_they_are_given_and_are_given_what_they_use():
         assert set(re.findall(r"(?:^|, )(\w+) = ", call[2])) == used <= set(VALUES), output
 
 
-def test_targets_name_what_was_made_and_take_jobs(tmp_path):
+def test_written_targets_take_jobs(tmp_path):
     text = rendered("targets.yaml.tftpl")
     made = parse_targets(text, "targets.yaml")
     assert list(made) == ["gke", "vm", "batch"]
@@ -78,7 +78,7 @@ def test_targets_name_what_was_made_and_take_jobs(tmp_path):
     assert machine["serviceAccounts"][0]["email"] == ACCOUNT
 
 
-def test_the_cluster_gets_a_namespace_and_an_account_bound_to_googles():
+def test_cluster_gets_namespace_and_account():
     namespace, account = yaml.safe_load_all(rendered("service-account.yaml.tftpl"))
     for document in (namespace, account):
         kubernetes_validate.validate(document, "1.34", strict=True)

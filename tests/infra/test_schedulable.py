@@ -131,7 +131,7 @@ def where(pod: Pod, **changed: Any) -> list[str]:
     return [pool.name for pool in pools(**changed) if takes(pool, pod)]
 
 
-def test_each_job_has_a_pool_as_setup_makes_it(pod):
+def test_each_job_has_a_pool(pod):
     for words, place in (
         (TRAIN, "gpu-spot"),
         ((*TRAIN, "--nodes", "2"), "gpu-spot"),
@@ -145,7 +145,7 @@ def test_each_job_has_a_pool_as_setup_makes_it(pod):
         assert where(pod(*words)) == [place], words
 
 
-def test_on_demand_gpus_are_there_for_who_asks_for_such_nodes(pod):
+def test_on_demand_gpus_have_a_pool(pod):
     on_demand = pod(*TRAIN, "--on-demand")
     assert where(on_demand) == []
     assert where(on_demand, on_demand_max_nodes=1) == ["gpu-on-demand"]
@@ -166,7 +166,7 @@ def test_in_a_queue_too(pod):
             assert name in where(job, on_demand_max_nodes=1)
 
 
-def test_jobs_fit_on_every_machine_type_that_terraform_takes(pod):
+def test_jobs_fit_on_every_machine_type(pod):
     t4 = [(f"n1-{kind}-{cpus}", "nvidia-tesla-t4", 1) for kind in ("standard", "highmem") for cpus in (2, 4, 8, 16, 32)]
     bundled = [(name, kind, gpus) for name in BUNDLED for gpus, kind in [gpus_of(name)]]
     for machine_type, gpu_type, gpus in (*bundled, *t4, ("n1-standard-16", "nvidia-tesla-t4", 4)):
@@ -177,7 +177,7 @@ def test_jobs_fit_on_every_machine_type_that_terraform_takes(pod):
         assert where(pod(*PACK, **values), **chosen) == ["cpu-spot"], chosen
 
 
-def test_the_smallest_disk_that_is_allowed_suffices(pod):
+def test_smallest_disk_suffices(pod):
     assert "var.gpu_pool.disk_gigabytes >= 130" in body_of("variable", "gpu_pool")["validation"][1]["condition"]
     assert where(pod(*TRAIN), disk_gigabytes=130) == ["gpu-spot"]
     assert where(pod(*PACK), disk_gigabytes=130) == ["cpu-spot"]

@@ -47,7 +47,7 @@ def plain(commands: list[list[str]], place: Place) -> list[list[str]]:
     return [[word(text) for text in command] for command in commands]
 
 
-def test_a_dry_run_prints_all_that_a_run_does_and_does_nothing(place, sources):
+def test_dry_run_prints_all_commands(place, sources):
     dry = place.setup(*EVERYTHING, *sources, "--dry-run")
     assert (dry.returncode, dry.stderr) == (0, "")
     assert not (place.folder / "calls").exists()
@@ -100,7 +100,7 @@ def test_the_second_time_nothing_is_made(place, sources):
     assert (place.checkout / "targets.yaml").read_text() == before
 
 
-def test_every_command_that_fails_stops_all_with_its_step_and_code(place, sources):
+def test_failing_commands_stop_all(place, sources):
     parts = "services enable|buckets create|buckets update| init | plan | apply -input|get-credentials|kubectl"
     parts += "|setup EXTRAS|login|push-image|cp --no-clobber|pack|curl|--recursive|verify"
     for part in parts.split("|"):
@@ -112,7 +112,7 @@ def test_every_command_that_fails_stops_all_with_its_step_and_code(place, source
         assert "== done" not in done.stdout
 
 
-def test_all_missing_tools_are_named_at_once_with_the_way_to_get_them(place, sources):
+def test_missing_tools_are_named_at_once(place, sources):
     tools = ["make", "gcloud", "terraform", "kubectl", "gke-gcloud-auth-plugin", "curl", "podman"]
     for tool in (*tools, "docker"):
         (place.programs / tool).unlink()
@@ -121,7 +121,7 @@ def test_all_missing_tools_are_named_at_once_with_the_way_to_get_them(place, sou
     assert re.findall(r"^  ([\w-]+): \S+", done.stderr, re.MULTILINE) == tools
 
 
-def test_docker_will_do_and_so_does_no_engine_without_an_image(place):
+def test_docker_or_no_engine_suffices(place):
     (place.programs / "podman").unlink()
     assert place.setup(*EVERYTHING).returncode == 0
     assert any(command[0] == "docker" for command in place.calls())
@@ -139,7 +139,7 @@ def test_without_credentials_nothing_is_begun(place):
         assert place.calls() == []
 
 
-def test_the_project_is_gclouds_unless_it_is_named(place):
+def test_default_project_is_gclouds(place):
     done = place.setup("--yes", "--infra-only")
     assert done.returncode == 0
     assert f"-var=project={PROJECT}" in place.calls()[4]
@@ -149,7 +149,7 @@ def test_the_project_is_gclouds_unless_it_is_named(place):
     assert place.setup("--dry-run").returncode == 2
 
 
-def test_wrong_words_are_refused_before_anything_is_done(place):
+def test_wrong_words_are_refused_first(place):
     for words, code, said in (
         ("--help", 0, ""),
         ("--projekt x", 2, "no option --projekt"),
@@ -167,7 +167,7 @@ def test_wrong_words_are_refused_before_anything_is_done(place):
     assert place.calls() == []
 
 
-def test_nothing_is_applied_unless_somebody_says_so(place):
+def test_applying_needs_a_word(place):
     done = place.setup("--project", PROJECT)
     assert done.returncode == 64 and "add --yes" in done.stderr
     assert not [command for command in place.calls() if "apply" in command]
@@ -177,7 +177,7 @@ def test_nothing_is_applied_unless_somebody_says_so(place):
     assert not (place.checkout / "targets.yaml").exists()
 
 
-def test_a_plan_that_removes_something_needs_a_word_for_it(place):
+def test_removing_needs_a_word(place):
     lost = {"address": "google_container_cluster.this[0]", "change": {"actions": ["delete"]}}
     place.answer(("show -json", json.dumps({"resource_changes": [lost]}), 0))
     done = place.setup("--project", PROJECT, "--yes")
@@ -186,7 +186,7 @@ def test_a_plan_that_removes_something_needs_a_word_for_it(place):
     assert place.setup("--project", PROJECT, "--yes", "--allow-destroy").returncode == 0
 
 
-def test_destroying_leaves_the_buckets_and_says_what_they_need(place):
+def test_destroying_leaves_the_buckets(place):
     kept = ["data.google_project.this", "google_storage_bucket.runs"]
     state = "\n".join([*kept, 'google_project_iam_member.job["roles/x"]', "google_compute_network.this"])
     place.answer(("state list", state, 0))
@@ -203,13 +203,13 @@ def test_destroying_leaves_the_buckets_and_says_what_they_need(place):
     assert place.calls() == []
 
 
-def test_before_anything_was_pushed_targets_have_the_tag(place):
+def test_targets_have_the_tag_at_first(place):
     place.answer(("images describe", "", 1))
     assert place.setup(*EVERYTHING, "--infra-only").returncode == 0
     assert f"image: {IMAGE}\n" in (place.checkout / "targets.yaml").read_text()
 
 
-def test_an_edited_targets_file_stays_and_a_person_is_told(place):
+def test_edited_targets_file_stays(place):
     target = place.checkout / "targets.yaml"
     assert place.setup(*EVERYTHING).returncode == 0
     # What an earlier set-up wrote is replaced.

@@ -67,13 +67,13 @@ def sourced(place: Place, shell: str, words: str, first: str = "") -> str:
     return done.stdout + done.stderr
 
 
-def test_sourcing_sets_two_variables_and_nothing_else(place, shell):
+def test_sourcing_sets_two_variables(place, shell):
     out = sourced(place, shell, " ".join(CLOUD))
     assert changes(out) == ["DDPM_BUCKET", "DDPM_TARGETS"]
     assert f"code 0, bucket {BUCKET}, targets {place.checkout}/targets.yaml" in out
 
 
-def test_a_failure_leaves_the_shell_as_it_was(place, shell):
+def test_failures_leave_the_shell_alone(place, shell):
     first = "trap 'echo bye' EXIT\nshopt -s nullglob 2>/dev/null\n" * (shell == "bash")
     for part in ("services enable", " apply ", "output -raw bucket"):
         place.answer((part, "", 9))
@@ -82,14 +82,14 @@ def test_a_failure_leaves_the_shell_as_it_was(place, shell):
         assert "code 9, bucket unset, targets unset" in out, part
 
 
-def test_what_sets_nothing_up_sets_no_variable(place, shell):
+def test_other_commands_set_no_variable(place, shell):
     for words in ("--no-such-option", "--help", "--dry-run --project my-project", "--project my-project --plan"):
         out = sourced(place, shell, words)
         assert changes(out) == [], words
         assert f"code {2 if 'no-such' in words else 0}, bucket unset" in out, words
 
 
-def test_from_another_folder_and_in_a_strict_shell(place, shell):
+def test_another_folder_and_strict_shell(place, shell):
     first = "cd ..\nset -eu\n"
     script = first + f'source "my checkout/setup.sh" {" ".join(CLOUD)}\necho "$DDPM_BUCKET in $PWD"; echo $-'
     done = place.bash(script, shell=shell)
@@ -97,7 +97,7 @@ def test_from_another_folder_and_in_a_strict_shell(place, shell):
     assert f"{BUCKET} in {place.folder}\n" in done.stdout
 
 
-def test_another_shell_is_told_which_to_use_and_zsh_may_run_it(place):
+def test_other_shells_are_refused(place):
     done = place.bash("sh ./setup.sh --local")
     assert done.returncode == 2 and "use bash" in done.stderr
     done = place.bash(". ./setup.sh --local; echo $?", shell="sh")
@@ -106,7 +106,7 @@ def test_another_shell_is_told_which_to_use_and_zsh_may_run_it(place):
     assert done.returncode == 0 and "--celeba SOURCE" in done.stdout
 
 
-def test_local_packs_the_embedded_images_for_real_and_once(place):
+def test_local_packs_embedded_images_once(place):
     real_program(place)
     archive = zip_of(place.folder / "it's mine.zip", [(f"{n}.jpg", jpeg(n)) for n in range(12)])
     run = place.folder / "elsewhere/runs/example"

@@ -89,7 +89,7 @@ def test_planted_mistakes_are_noticed():
         assert any(said in problem for problem in found), (mistake, found)
 
 
-def test_every_variable_that_a_person_types_as_text_is_validated_and_the_example_sets_what_there_is():
+def test_variables_are_validated():
     variables = {block.labels[0]: block.body for block in read() if block.kind == "variable"}
     assert [name for name, body in variables.items() if "validation" not in body and body["type"] != "bool"] == []
     text = (FOLDER / "terraform.tfvars.example").read_text().replace("# ", "")
@@ -117,7 +117,7 @@ def test_jobs_may_do_little():
     assert all(job_name(verb, "celeba").startswith(f"{verb}-") for verb in named)
 
 
-def test_buckets_outlive_terraform_and_retired_checkpoints_are_not_paid_for():
+def test_buckets_outlive_terraform():
     text = FILES["storage.tf"]
     assert "force_destroy" not in text
     assert (

@@ -11,7 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-import typer
+import typer.main
 from accelerate.state import AcceleratorState
 
 import job.commands

@@ -95,8 +95,8 @@ class JobStatus:
             return self
         starts = sum(start >= self.created for start in outcome.starts)
         status, code = replace(self, attempts=max(self.attempts, starts)), outcome.exit_code
-        # Some slices may have ended while others have not begun.
-        is_whole = outcome.machines == 1 or not self.name.startswith("sample-")
+        # Some slices may have ended while others have not begun; the nodes of a training end together.
+        is_whole = outcome.machines == 1 or self.name.startswith("train-")
         if self.exit_code is None and self.state is State.WAITING and starts and is_whole:
             end = "without a message" if code is None else f"with exit code {code}: {outcome.message or meaning(code)}"
             return replace(status, message=f"{self.message}; the attempt before ended {end}".removeprefix("; "))

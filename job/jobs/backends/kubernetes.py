@@ -11,7 +11,7 @@ from itertools import dropwhile
 from job.exits import BadRequestError, BucketAwayError, MissingInputError, NoPermissionError, State
 from job.jobs.backends import kubernetes_api, kubernetes_status
 from job.jobs.backends.base import Backend, Cause, Check, JobStatus, JsonObject
-from job.jobs.backends.kubernetes_manifests import QUEUE_LABEL, manifest
+from job.jobs.backends.kubernetes_manifests import manifest
 from job.jobs.backends.kubernetes_target import KubernetesTarget
 from job.jobs.backends.target import Target
 from job.jobs.spec import LABEL_PREFIX, JobSpec
@@ -165,7 +165,7 @@ class KubernetesBackend(Backend):
     def _observed(self, job: JsonObject, pods: list[JsonObject]) -> JobStatus:
         """Returns the status of a job, from other objects as well if its own does not show enough."""
         name, uid = job["metadata"]["name"], job["metadata"]["uid"]
-        events, others, cluster_queue = [], [], None
+        events, others = [], []
         if kubernetes_status.is_over(job):
             if job.get("kind") == "JobSet":
                 others = self._api.all_with(kubernetes_api.KINDS["Job"], f"{JOB_SET_LABEL}={name}")
@@ -174,9 +174,7 @@ class KubernetesBackend(Backend):
             events = [event for event in self._api.events(name) if event["involvedObject"].get("uid") == uid]
             of_job = f"{kubernetes_api.JOB_UID_LABEL}={uid}"
             others = next(filter(None, (self._api.all_with(kind, of_job) for kind in kubernetes_api.WORKLOADS)), [])
-            if queue := kubernetes_status.is_suspended(job) and job["metadata"].get("labels", {}).get(QUEUE_LABEL):
-                cluster_queue = self._api.cluster_queue(queue)
-        return kubernetes_status.observed_status(job, pods, events, others, cluster_queue)
+        return kubernetes_status.observed_status(job, pods, events, others)
 
     def _wait_until_gone(self, kind: kubernetes_api.Kind, name: str) -> None:
         until = time.monotonic() + self.target.grace_seconds + GONE_MARGIN_SECONDS

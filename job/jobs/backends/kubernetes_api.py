@@ -75,14 +75,6 @@ class ClusterApi:
             return self._objects("get", kind, name)
         return None
 
-    def cluster_queue(self, local_queue: str) -> JsonObject | None:
-        """Returns the ClusterQueue behind a LocalQueue; None if these credentials may not read both."""
-        for kind in LOCAL_QUEUES:
-            with suppress(NoSuchObjectError, NoPermissionError, KeyError):
-                name = self._objects("get", kind, local_queue)["spec"]["clusterQueue"]
-                return self._ask("CustomObjectsApi", "get_cluster_custom_object", *kind[:2], "clusterqueues", name)
-        return None
-
     def knows(self, kind: Kind) -> bool:
         """Returns whether the cluster has objects of this kind."""
         with suppress(NoSuchObjectError):

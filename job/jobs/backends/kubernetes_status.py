@@ -16,7 +16,6 @@ NO_IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "Err
 _OUT_OF_TIME, _QUEUE_HOURS_OVER = "DeadlineExceeded", "maximum execution time"
 """The words of a Job, and of Kueue, about hours that are over."""
 _HOURS_OVER = "its --max-hours are over, including the wait for a node; the same command goes on"
-_NEVER = "it can never run so: ask for less, or for more quota"
 _LONGEST_REASON = 200
 """In characters, of a queue's message: it lists every flavor, and the cause is at its end."""
 
@@ -26,7 +25,6 @@ def observed_status(
     pods: Sequence[JsonObject],
     events: Sequence[JsonObject] = (),
     others: Sequence[JsonObject] = (),
-    cluster_queue: JsonObject | None = None,
 ) -> JobStatus:
     """Returns the status of a Job or a JobSet.
 
@@ -35,11 +33,8 @@ def observed_status(
         pods: its pods, oldest first.
         events: about it, oldest first; needed only while it has no pods, or is suspended.
         others: the Jobs of a JobSet that is over; the Workload of a job that a queue holds, if it may be read.
-        cluster_queue: the ClusterQueue of a job that a queue holds, if it may be read.
     """
     state, message, cause = _state_and_cause(job, pods, events, others)
-    if state is State.WAITING and cluster_queue and _NEVER not in message:
-        message += _beyond_quota(job, cluster_queue)
     if state not in (State.FINISHED, State.CANCELLED) and (numbers := job.get("status", {}).get("failedIndexes")):
         message = "; ".join(filter(None, (f"failed slices: {numbers}", message)))
     placed = [pod for pod in pods if _node_of(pod) and not has_ended(pod)]
@@ -138,33 +133,12 @@ def _why_suspended(
     pending = _condition(workload, "QuotaReserved", status="False")
     reason = ": ".join(filter(None, (pending.get("reason"), _tail_of(pending.get("message")))))
     if pending.get("reason") == "ExceedsMaxQuota":
-        reason += f"; {_NEVER}"
+        reason += "; it can never run so: ask for less, or for more quota"
     reason = reason or _condition(job, "Suspended").get("message", "")
     why = f"waits in the queue {queue!r}" if queue else "is suspended"
     if eviction.get("reason") == "Preempted":
         why = f"was preempted ({evicted}), and {why} again"
     return State.WAITING, f"{why}: {reason}" if reason else why, None
-
-
-def _beyond_quota(job: JsonObject, cluster_queue: JsonObject) -> str:
-    """Returns words about a resource of which no flavor of a ClusterQueue has enough for the job; empty otherwise."""
-    from kubernetes.utils import parse_quantity
-
-    spec = job["spec"]["replicatedJobs"][0]["template"]["spec"] if job.get("kind") == "JobSet" else job["spec"]
-    resources, quotas = spec["template"]["spec"]["containers"][0]["resources"], cluster_queue["spec"]
-    borrows = quotas.get("cohortName") or quotas.get("cohort")
-    most: dict[str, Any] = {}
-    flavors = (flavor for group in quotas.get("resourceGroups", ()) for flavor in group["flavors"])
-    for one in (one for flavor in flavors for one in flavor["resources"]):
-        # Without a limit a queue may borrow all that its cohort has, which other queues know.
-        borrowed = parse_quantity(one.get("borrowingLimit") or "1E") if borrows else 0
-        most[one["name"]] = max(most.get(one["name"], 0), parse_quantity(one["nominalQuota"]) + borrowed)
-    for name, each in (resources["limits"] | resources["requests"]).items():
-        asked = parse_quantity(each) * spec["parallelism"]
-        if (has := most.get(name, asked)) < asked:
-            asks = f"it asks for {asked.normalize():f} {name}"
-            return f"; {asks}, and no flavor of its queue has more than {has.normalize():f}: {_NEVER}"
-    return ""
 
 
 def _condition(thing: JsonObject, *types: str, status: str = "True") -> JsonObject:

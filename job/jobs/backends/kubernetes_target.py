@@ -6,7 +6,7 @@ import math
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from job.jobs import prices
 from job.jobs.backends.machines import gpus_of
@@ -14,29 +14,16 @@ from job.jobs.backends.target import LabelValue, Name, Target, Terms
 from job.jobs.prices import Hourly
 from job.jobs.spec import JobSpec
 
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMGTPE]i|[kMGTPE])")
-
-
-def size_bytes(text: str) -> int:
-    """Returns a size as Kubernetes writes it, such as `50Gi` or `1.5T`, in bytes.
-
-    Raises:
-        ValueError: the text is not such a size.
-    """
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise ValueError(f"{text!r} is not a size: use one like 50Gi")
-    unit = match[2]
-    return math.ceil(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** ("KMGTPE".index(unit[0].upper()) + 1))
-
-
-def _size(text: str) -> str:
-    size_bytes(text)
-    return text
-
-
-_Size = Annotated[str, AfterValidator(_size)]
+_SIZE = r"^([0-9]+(?:\.[0-9]+)?)([KMGTPE]i|[kMGTPE])$"
+_Size = Annotated[str, Field(pattern=_SIZE)]
+"""As Kubernetes writes it, such as `50Gi` or `1.5T`."""
 _Queue = Annotated[str, Field(pattern=r"^([a-z0-9](-*[a-z0-9])*(\.[a-z0-9](-*[a-z0-9])*)*)?$", max_length=63)]
+
+
+def size_bytes(size: str) -> int:
+    """Returns a valid size in bytes."""
+    number, unit = re.findall(_SIZE, size)[0]
+    return math.ceil(float(number) * (1024 if unit.endswith("i") else 1000) ** ("KMGTPE".index(unit[0].upper()) + 1))
 
 
 class KubernetesTarget(Target):

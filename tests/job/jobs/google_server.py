@@ -180,8 +180,6 @@ class Batch:
         return answered(self.jobs[full], "batch_v1.Job")
 
     def _create(self, full: str, job: Any) -> Json:
-        if full in self.jobs:
-            raise Refusal(409, f"Resource '{full}' already exists")
         uid, status = f"{full.rpartition('/')[2]}-{now()}", {"state": "QUEUED", "statusEvents": []}
         own = {"name": full, "uid": uid, "createTime": now(), "status": status}
         self.jobs[full] = json_format.MessageToDict(job) | own

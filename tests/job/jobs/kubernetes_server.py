@@ -25,7 +25,7 @@ SERVED = {
     "v1": ("pods", "events", "serviceaccounts"),
     "batch/v1": ("jobs",),
     "jobset.x-k8s.io/v1alpha2": ("jobsets",),
-    "kueue.x-k8s.io/v1beta2": ("clusterqueues", "localqueues", "workloads"),
+    "kueue.x-k8s.io/v1beta2": ("localqueues", "workloads"),
     "authorization.k8s.io/v1": ("selfsubjectaccessreviews",),
 }
 KINDS = {"jobs": "Job", "jobsets": "JobSet"}
@@ -63,7 +63,7 @@ class Cluster:
         """A method, and what answers its next request instead; each is used once."""
         self.goes_after_seconds = 0.05
         """How long the pods of an object that is deleted take to end."""
-        self._objects: dict[tuple[str | None, str, str], Object] = {}
+        self._objects: dict[tuple[str, str, str], Object] = {}
         """By namespace, resource and name."""
         self._lines: dict[str, list[str]] = {}
         """Of a pod, by its name, behind their times."""
@@ -132,8 +132,8 @@ class Cluster:
 
     # What tests do.
 
-    def add(self, plural: str, thing: Object, namespace: str | None = "default") -> None:
-        """Puts an object there without asking; one of the whole cluster has no namespace."""
+    def add(self, plural: str, thing: Object, namespace: str = "default") -> None:
+        """Puts an object there without asking."""
         made = {"status": {}, **copy.deepcopy(thing)}
         made["metadata"] = {"uid": str(uuid.uuid4()), "creationTimestamp": self._now(), **made["metadata"]}
         with self._lock:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 
 import pytest
-import typer
 import yaml
 from hypothesis import strategies as st
 
@@ -97,10 +95,7 @@ def submitted(name: str, text: bytes, words: list[str]) -> None:
 
 
 @examples(few=10, many=400)
-def test_any_targets_and_any_words_are_refused_in_a_line_or_give_a_job_and_no_more(count, monkeypatch):
-    # Most of the time would go into making the same parser of commands.
-    monkeypatch.setattr(typer.main, "get_command", lru_cache(2)(typer.main.get_command))
-
+def test_any_targets_and_words(count):
     @search(count, changed_targets(), commands())
     def check(target, words):
         submitted(*target, words)

@@ -6,8 +6,6 @@ import pytest
 
 from job.exits import BadRequestError, MissingInputError, State
 from job.jobs.backends.base import Cause
-from job.pieces import Slice
-from job.requests import SampleRequest
 from tests.job.jobs.google_jobs import REGIONS, backend_of, sampling, spec
 
 SHORTAGE = (
@@ -61,7 +59,7 @@ def test_a_failure_says_why(cloud, backend):
         assert message in status.message
 
 
-def test_no_stock_is_said_and_the_next_region_may_have_some(cloud, backend):
+def test_shortages_are_named(cloud, backend):
     backend.submit(spec())
     for code, said in (
         ("CODE_GCE_QUOTA_EXCEEDED", "the project's quota does not allow it"),
@@ -75,17 +73,6 @@ def test_no_stock_is_said_and_the_next_region_may_have_some(cloud, backend):
     assert backend.status("celeba").place == REGIONS[1]
     # The one that was cancelled in the first region is out of the way.
     assert len(cloud.batch.jobs) == 1
-
-
-def test_a_task_knows_its_slice(monkeypatch):
-    request = SampleRequest(run="celeba", bucket="gs://b", count=50, slice="BATCH_TASK_INDEX/3")
-    with pytest.raises(BadRequestError, match="BATCH_TASK_INDEX"):
-        request.check()
-    monkeypatch.setenv("BATCH_TASK_INDEX", "2")
-    assert Slice.parse(request.check().slice) == Slice(2, 3)
-    monkeypatch.setenv("BATCH_TASK_INDEX", "3")
-    with pytest.raises(BadRequestError):
-        request.check()
 
 
 def test_cancelling_keeps_the_story(cloud, backend):
@@ -102,7 +89,7 @@ def test_cancelling_keeps_the_story(cloud, backend):
         backend.cancel("nobody")
 
 
-def test_slices_that_batch_mended_say_nothing_about_why_the_job_failed(cloud, backend):
+def test_mended_slices_explain_no_failure(cloud, backend):
     backend.submit(sampling())
     for tasks, code, cause in [
         (((50001, 65), (50001,), (137, 0)), 65, None),
@@ -116,7 +103,7 @@ def test_slices_that_batch_mended_say_nothing_about_why_the_job_failed(cloud, ba
         assert (status.exit_code, status.cause) == (code, cause)
 
 
-def test_logs_are_those_of_this_job_and_of_each_of_its_tasks(cloud, backend):
+def test_logs_are_those_of_the_tasks(cloud, backend):
     cloud.logging.printed_by_task("celeba-of-last-week", "another")
     for job, prefix in ((spec(), ""), (sampling(), "[2] ")):
         backend.submit(job)

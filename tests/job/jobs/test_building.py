@@ -20,7 +20,7 @@ from tests.job.jobs.submitting import FOR_TRAIN, built
 pytestmark = pytest.mark.usefixtures("targets_folder")
 
 
-def test_what_is_written_down_is_read_again():
+def test_commands_survive_writing_and_reading():
     for verb, words in (
         ("train", ["--dataset", "a", "--set", "x=1", "--set", "y=[1, 2]", "--wait", "30", "--epochs", "3"]),
         ("train", ["--dataset", "a", "--config", "some where.yaml", "--hang-after", "0.5", "--stop-after", "1h"]),
@@ -43,12 +43,12 @@ def test_what_is_written_down_is_read_again():
         assert (again, again.request(), again.argv()) == (first, first.request(), argv), words
 
 
-def test_what_a_job_is_to_draw_is_known_before_it_is_submitted():
+def test_chosen_options_are_known():
     words = ["--run", "r", "--steps", "4", "--no-nearest", "--eta", "0.5", "--grid", "karras"]
     assert parsed("sample", words).request().chosen == {"steps": 4, "nearest": False, "eta": 0.5, "grid": "karras"}
 
 
-def test_scores_can_be_a_job_that_finds_its_networks_file_in_a_bucket():
+def test_scores_are_a_job():
     words = ["--run", "celeba", "--count", "50000", "--extractor-file", "gs://theirs/inception.pt"]
     spec = built("evaluate", words)
     assert (spec.verb, spec.run, spec.slices, spec.gpus) == ("evaluate", "celeba", 0, built("sample", words[:4]).gpus)
@@ -59,7 +59,7 @@ def test_scores_can_be_a_job_that_finds_its_networks_file_in_a_bucket():
         built("evaluate", [*words[:4], "--extractor-file", "/home/me/inception.pt"])
 
 
-def test_only_what_was_typed_is_written_down_in_one_order(monkeypatch):
+def test_only_typed_options_are_written(monkeypatch):
     monkeypatch.setenv("DDPM_BUCKET", "gs://of-the-environment")
     command = parsed("train", ["--dataset", "a"])
     assert command.argv() == ("train", "--dataset", "a")
@@ -97,7 +97,7 @@ def test_training_becomes_a_job():
     assert [built("train", FOR_TRAIN, max_hours=hours).max_seconds for hours in (0.017, 1 / 60)] == [61, 60]
 
 
-def test_a_replacement_waits_until_its_predecessor_s_lease_has_certainly_expired():
+def test_replacements_wait_for_the_lease():
     for name, grace in (("gke", 105), ("vm", 30)):
         spec = built("train", [*FOR_TRAIN, "--wait", "5"], name)
         waits = float(spec.argv[spec.argv.index("--wait") + 1])
@@ -107,7 +107,7 @@ def test_a_replacement_waits_until_its_predecessor_s_lease_has_certainly_expired
     assert "--wait" not in built("sample", ["--run", "a"]).argv
 
 
-def test_sampling_and_packing_have_names_of_their_own():
+def test_sampling_and_packing_have_own_names():
     spec = built("sample", ["--run", "celeba", "--count", "100"], slices=4)
     assert (spec.run, spec.slices, spec.machines) == ("celeba", 4, 4)
     assert "--slice" not in spec.argv
@@ -129,7 +129,7 @@ def test_sampling_and_packing_have_names_of_their_own():
 
 
 @pytest.mark.parametrize("verb", ["train", "sample", "pack"])
-def test_names_of_jobs_fit_whatever_the_run_is_called(verb):
+def test_names_fit_for_any_run(verb):
     words = () if verb == "train" else ("a", "b")
     long = ["a" * 63, "a" * 62 + "b", "a" * 40 + "-" * 20 + "b", "0" * 63, "1-" * 20 + "1"]
     names = [job_name(verb, name, words) for name in long]
@@ -140,7 +140,7 @@ def test_names_of_jobs_fit_whatever_the_run_is_called(verb):
         assert not is_about(job_name(verb, "run-2", words), "run")
 
 
-def test_a_configuration_file_of_this_machine_travels_as_words(targets_folder):
+def test_configuration_files_become_words(targets_folder):
     text = """
     train: {batch_size: 64, learning_rate: 2.0e-05, epochs: 7}
     model: {channel_mults: [1, 2], attention_sizes: [8]}
@@ -159,7 +159,7 @@ def test_a_configuration_file_of_this_machine_travels_as_words(targets_folder):
     assert "mine.yaml" in built("train", words, "local").argv
 
 
-def test_every_value_survives_the_way_into_a_word(tmp_path):
+def test_values_survive_as_words(tmp_path):
     from job.jobs.building import _as_yaml
 
     for value in (1, 1.0, 1e-9, 1e22, True, None, "true", "1", "", "a: b", "#", [1, [2.5, "x"]], "é\n'\""):
@@ -169,7 +169,7 @@ def test_every_value_survives_the_way_into_a_word(tmp_path):
         assert read_config_file(tmp_path / "c.yaml") == {"train.batch_size": value}
 
 
-def test_the_bucket_is_the_option_s_else_the_target_s_else_the_variable_s(targets_folder, monkeypatch):
+def test_bucket_of_option_target_or_variable(targets_folder, monkeypatch):
     monkeypatch.setenv("DDPM_BUCKET", "gs://of-the-environment")
     assert built("train", FOR_TRAIN).bucket == "gs://bucket"
     assert built("train", FOR_TRAIN, "s3").bucket == "gs://of-the-environment"
@@ -182,7 +182,7 @@ def test_the_bucket_is_the_option_s_else_the_target_s_else_the_variable_s(target
     assert built("train", [*FOR_TRAIN, "--bucket", "b"], "local").argv[-2:] == ("--bucket", str(targets_folder / "b"))
 
 
-def test_this_machine_has_no_engine_that_ends_a_job():
+def test_local_jobs_end_themselves():
     argv = built("train", FOR_TRAIN, "local", gpus=2, max_hours=1.5).argv
     assert argv[argv.index("--processes") + 1] == "2"
     assert argv[argv.index("--stop-after") + 1] == "5400s"
@@ -191,7 +191,7 @@ def test_this_machine_has_no_engine_that_ends_a_job():
     assert "--stop-after" not in built("train", FOR_TRAIN, "local").argv
 
 
-def test_a_job_that_is_to_stop_is_limited_instead_of_ending_with_75_and_being_started_again():
+def test_stop_after_becomes_the_limit():
     for verb, words in (
         ("train", FOR_TRAIN),
         ("sample", ["--run", "r"]),
@@ -241,7 +241,7 @@ REFUSED = [
 ]
 
 
-def test_what_no_machine_could_do_is_refused_here():
+def test_impossible_jobs_are_refused():
     for words, on, resources, error, part in REFUSED:
         verb, *rest = words.split()
         with pytest.raises(error, match=re.escape(part)) as refusal:

@@ -46,7 +46,7 @@ def values(command: list[str], option: str) -> list[str]:
     return [value for word, value in itertools.pairwise(command) if word == option]
 
 
-def test_a_job_on_a_bucket_runs_as_the_images_own_user():
+def test_bucket_jobs_run_as_image_user():
     command = command_of(spec())
     assert command == [
         *("podman", "run", "--name", "train-celeba"),
@@ -61,7 +61,7 @@ def test_a_job_on_a_bucket_runs_as_the_images_own_user():
     ]
 
 
-def test_files_of_this_machine_are_mounted_and_are_the_user_s(tmp_path, targets_folder, monkeypatch):
+def test_local_files_are_mounted(tmp_path, targets_folder, monkeypatch):
     (tmp_path / "adc.json").write_text("{}")
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "adc.json"))
     monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "mine")
@@ -121,7 +121,7 @@ def test_the_targets_settings_are_passed_on():
     assert "DDPM_CACHE=/elsewhere" in values(command, "--env")
 
 
-def test_secrets_in_variables_stay_where_they_are(engine, tmp_path, monkeypatch):
+def test_secrets_are_not_passed_on(engine, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
     backend = engine("Error: no such container train-x", 1)
     with pytest.raises(NoPermissionError, match="not passed to a container"):
@@ -200,7 +200,7 @@ def test_the_engines_words_are_translated(engine):
         assert engine(inspected(Status=said, ExitCode=0)).cancel("train-celeba").startswith(done)
 
 
-def test_an_engine_that_refuses_or_knows_no_such_container(engine):
+def test_engines_refuse_or_know_no_container(engine):
     daemon = "Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?"
     with pytest.raises(BadRequestError, match="podman: Cannot connect"):
         engine(daemon, 125).status("train-celeba")

@@ -12,6 +12,7 @@ import pytest
 
 from job.cli.submit import parsed
 from job.jobs import prices
+from job.jobs.backends import BACKENDS, backend_class
 from job.jobs.backends.target import Target
 from job.jobs.building import Resources, spec_of
 from job.jobs.prices import Prices, load_prices
@@ -40,7 +41,7 @@ PRICES = Prices(
 )
 
 
-def test_a_person_is_told_what_where_how_long_and_for_how_much():
+def test_plans_state_the_facts():
     vm = target("vm", ", price_per_hour: 0.75")
     spec = replace(SPEC, spot=True, argv=("train", "--run", "it is"))
     lines = dict(line.split(maxsplit=1) for line in plan_lines(spec, vm))
@@ -62,7 +63,7 @@ def test_a_person_is_told_what_where_how_long_and_for_how_much():
         assert f"machines  1 × {machine_type}, {said}" in plan_lines(spec, vm)
 
 
-def test_a_person_is_told_what_the_hours_mean_there():
+def test_plans_state_the_limit():
     again = "; what --watch submits again has what is left of them"
     together, until = "10 hours for all attempts together, ", "waiting for nodes and pauses included, then"
     waiting = f"{until} Kubernetes ends it"
@@ -79,7 +80,7 @@ def test_a_person_is_told_what_the_hours_mean_there():
             assert lines["limit"] == f"{limit}{again * is_watched}; saved work stays (--max-hours)"
 
 
-def test_a_cost_has_a_source_or_there_is_none(monkeypatch):
+def test_costs_have_a_source(monkeypatch):
     monkeypatch.setattr(prices, "load_prices", lambda: PRICES)
     beside = "g2-standard-8 and a disk of 100 GB and an address in us-east1, without traffic"
     east = f"on demand with {beside}; https://example.com/prices, 2026-01-31"
@@ -121,18 +122,25 @@ def test_a_cost_has_a_source_or_there_is_none(monkeypatch):
         assert cost.startswith(said), cost
 
 
-def test_the_prices_that_are_shipped_have_a_source_and_a_day_and_are_those_of_the_example_targets():
+def test_shipped_prices_cover_the_example():
     table = load_prices()
     assert table.source.startswith("https://") and isinstance(table.date, datetime.date)
     assert all(dollars > 0 for by_region in table.machines.values() for dollars in by_region.values())
     example = parse_targets((resources.files("job.jobs") / "targets.example.yaml").read_text(), "example")
+    assert {there.backend for there in example.values()} == {*BACKENDS}
+    verbs = {
+        "train": ["--dataset", "a"],
+        "sample": ["--run", "a", "--seeds", "0-3"],
+        "pack": ["gs://abc/b.zip", "celeba"],
+    }
     for name, there in example.items():
-        if there.is_remote:
-            spec = spec_of(parsed("train", ["--dataset", "celeba"]), there, Resources())
-            assert cost_of(spec, there).startswith("at most $"), name
+        for verb, words in verbs.items():
+            spec = spec_of(parsed(verb, [*words, "--bucket", "gs://mine"]), there, Resources())
+            assert backend_class(there.backend)(there).render(spec)
+            assert not there.is_remote or verb == "pack" or cost_of(spec, there).startswith("at most $"), name
 
 
-def test_a_job_knows_its_price_and_the_page_says_what_submit_does(tmp_path, capsys, walked):
+def test_page_and_submit_agree(tmp_path, capsys, walked):
     """One number, wherever it is told: before it is sent, of the job, and on the run's page."""
     bucket = shutil.copytree(walked, tmp_path / "bucket")
     there = target("vm", ", price_per_hour: 3.6")

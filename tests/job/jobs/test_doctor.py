@@ -15,7 +15,7 @@ from job.store import open_store
 from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
 
 
-def test_a_bucket_of_each_kind_passes_and_is_left_as_it_was(bucket_uri, monkeypatch):
+def test_each_kind_of_bucket_passes(bucket_uri, monkeypatch):
     checks = list(doctor.bucket_checks(bucket_uri))
     assert [check.name for check in checks if not check.passed] == []
     assert [check.name for check in checks] == ["credentials", "bucket write", "bucket list"]
@@ -23,7 +23,7 @@ def test_a_bucket_of_each_kind_passes_and_is_left_as_it_was(bucket_uri, monkeypa
         assert not list(open_store(bucket_uri).list("doctor"))
 
 
-def test_it_looks_at_the_bucket_that_a_job_would_use(folder, monkeypatch):
+def test_doctor_looks_at_the_bucket(folder, monkeypatch):
     looked: list[str] = []
     monkeypatch.setattr(doctor, "checks_of", lambda target, uri: looked.append(uri) or ())
     (folder / "targets.yaml").write_text("gke: {backend: kubernetes, image: i, bucket: gs://mine}")
@@ -32,7 +32,7 @@ def test_it_looks_at_the_bucket_that_a_job_would_use(folder, monkeypatch):
     assert looked == ["gs://other", "gs://mine", "gs://third", ""]
 
 
-def test_a_job_finds_it_before_it_starts_anything(seaweedfs_bucket, monkeypatch):
+def test_jobs_find_missing_rights_first(seaweedfs_bucket, monkeypatch):
     succeeded(ddpm_here("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", seaweedfs_bucket))
     done = ddpm("train", "--dataset", "tiles", "--bucket", seaweedfs_bucket, *settings(), AWS_ACCESS_KEY_ID="reader")
     assert f"{seaweedfs_bucket}/runs/tiles/" in refused(done, 77)
@@ -50,7 +50,7 @@ def test_a_job_finds_it_before_it_starts_anything(seaweedfs_bucket, monkeypatch)
 
 def test_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "not/yet"))
-    found = json.loads(succeeded(ddpm("doctor", "--bucket", tmp_path / "bucket", "--json")))
+    found = json.loads(succeeded(ddpm_here("doctor", "--bucket", tmp_path / "bucket", "--json")))
     names = [
         "credentials",
         "bucket write",
@@ -65,7 +65,7 @@ def test_this_machine(tmp_path, monkeypatch):
     assert not (tmp_path / "bucket").exists() or not [*(tmp_path / "bucket").iterdir()]
 
 
-def test_a_cache_that_cannot_be_made_and_too_little_shared_memory_and_disk(small_disk, tmp_path, monkeypatch):
+def test_small_disks_and_memory_fail(small_disk, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     # Where Python would silently take another.
     monkeypatch.setenv("TMPDIR", str(small_disk))
@@ -87,7 +87,7 @@ def test_a_cache_that_cannot_be_made_and_too_little_shared_memory_and_disk(small
     assert found["GPUs"].message == "2 × L4 (name, driver, memory)"
 
 
-def test_the_code_is_that_of_the_first_failure(capsys):
+def test_first_failure_gives_the_code(capsys):
     checks = [
         Check("a", True, "fine", "nothing to do"),
         Check("b", False, "no", "ask", Exit.NO_PERMISSION),

@@ -16,7 +16,7 @@ from tests.job.jobs.google_server import Refusal
 both = pytest.mark.parametrize("engine", ["vm", "batch"])
 
 
-def test_an_api_that_is_not_there_or_says_nothing(monkeypatch):
+def test_absent_and_silent_apis(monkeypatch):
     monkeypatch.setattr(google, "API_RETRY_PAUSES_SECONDS", (0.01,))
     monkeypatch.setattr(google, "API_TIMEOUT_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -44,7 +44,7 @@ def test_nobody_is_logged_in(tmp_path, monkeypatch, recwarn):
     assert not recwarn
 
 
-def test_refusals_are_errors_that_a_person_can_act_on(cloud):
+def test_refusals_become_errors(cloud):
     disabled = "Batch API has not been used in project my-project before or it is disabled. Enable it by visiting …"
     needed = "Required 'compute.instances.create' permission for 'projects/my-project/zones/us-central1-a/instances/x'"
     for refusal, error, words in [
@@ -61,7 +61,7 @@ def test_refusals_are_errors_that_a_person_can_act_on(cloud):
     assert not cloud.compute.instances
 
 
-def test_an_api_that_is_away_or_too_busy_is_asked_a_bounded_number_of_times(cloud):
+def test_busy_apis_are_asked_again(cloud):
     for refusal in (Refusal(429, "Quota exceeded for 'Queries'"), Refusal(403, "Limit", "rateLimitExceeded")):
         cloud.refusals = [refusal] * 2
         assert backend_of("vm").status("celeba").state is State.GONE
@@ -73,7 +73,7 @@ def test_an_api_that_is_away_or_too_busy_is_asked_a_bounded_number_of_times(clou
 
 
 @both
-def test_one_job_is_made_whoever_submits_it_again_and_whatever_answer_is_lost(cloud, engine):
+def test_jobs_are_made_once(cloud, engine):
     cloud.lost_answers = 1
     backend = backend_of(engine)
     backend.submit(spec())
@@ -85,7 +85,7 @@ def test_one_job_is_made_whoever_submits_it_again_and_whatever_answer_is_lost(cl
 
 
 @both
-def test_the_doctor_looks_at_the_api_the_quotas_the_account_and_the_image(cloud, engine):
+def test_doctor_looks_at_all_parts(cloud, engine):
     found = {check.name: check for check in backend_of(engine).checks()}
     assert all(check.passed for check in found.values())
     assert found["GPU quota"].message.startswith("PREEMPTIBLE_NVIDIA_L4_GPUS: us-central1 3 of 4 free, us-east1 3 of 4")
@@ -107,7 +107,7 @@ def test_the_doctor_looks_at_the_api_the_quotas_the_account_and_the_image(cloud,
     assert (api.passed, api.exit_code) == (False, Exit.NO_PERMISSION)
 
 
-def test_the_names_of_quotas_are_those_of_the_api():
+def test_names_of_quotas():
     from google.cloud import compute_v1
 
     for gpu, spot, metric in [

@@ -29,7 +29,7 @@ JOBS = {
 
 @both
 @pytest.mark.parametrize("case", JOBS)
-def test_a_request_is_what_is_kept_and_the_service_takes_it(engine, case):
+def test_requests_are_kept_and_valid(engine, case):
     job, changes = JOBS[case]
     made = backend_of(engine, **changes).render(job)
     for one in made:
@@ -41,7 +41,7 @@ def test_a_request_is_what_is_kept_and_the_service_takes_it(engine, case):
 
 
 @both
-def test_what_could_not_run_is_refused_before_anything_is_sent(engine):
+def test_impossible_jobs_are_refused(engine):
     for job, changes, message in [
         (spec(gpus=8), {}, "has 1 nvidia-l4, not 8 nvidia-l4: use another machine_type"),
         (spec(gpus=8, gpu_type="nvidia-tesla-t4"), {"machine_type": "n1-standard-8"}, "no GPUs of its own"),
@@ -58,7 +58,7 @@ def test_what_could_not_run_is_refused_before_anything_is_sent(engine):
         assert caught.value.exit_code == Exit.BAD_REQUEST
 
 
-def test_a_cpu_job_gets_no_driver_and_no_devices():
+def test_cpu_jobs_get_no_devices():
     (machine,) = backend_of("vm", machine_type="e2-standard-8").render(spec(gpus=0))
     assert metadata_of(machine)["ddpm-gpus"] == "0" and "guestAccelerators" not in machine
     assert "nvidia" not in metadata_of(machine)["ddpm-words"]
@@ -66,7 +66,7 @@ def test_a_cpu_job_gets_no_driver_and_no_devices():
     assert "--gpus" not in str(made) and "'installGpuDrivers': False" in str(made) and "accelerators" not in str(made)
 
 
-def test_values_of_users_are_words_as_they_are_and_win():
+def test_user_values_are_literal():
     words = ("train", "--set", "a=$(touch x); `y` \"z\" 'w' # %n", "--dataset", " a  b ", "")
     job = spec(argv=words, env={"A": "$(x) 'y'", "TMPDIR": "/elsewhere"})
     known = metadata_of(backend_of("vm").render(job)[0])
@@ -79,7 +79,7 @@ def test_values_of_users_are_words_as_they_are_and_win():
     assert runnable["environment"]["variables"].items() >= job.env.items()
 
 
-def test_the_newest_machines_take_no_other_disks():
+def test_newest_machines_take_hyperdisks():
     for machine, disk in (("a4-highgpu-8g", "hyperdisk"), ("g2-standard-8", "pd"), ("c4d-standard-8", "hyperdisk")):
         (made,) = backend_of("vm", machine_type=machine).render(spec(gpus=0))
         assert made["disks"][0]["initializeParams"]["diskType"].endswith(f"/{disk}-balanced")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,27 +13,34 @@ from job.exits import Exit
 from job.jobs.backends.local import LocalBackend
 from job.jobs.targets import load_targets
 from job.outcome import outcome_written
-from tests.job.command_line import ddpm_here, refused, settings, succeeded
+from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.jobs.test_local import ended, spec
 
 pytestmark = pytest.mark.usefixtures("folder")
 
 
+@pytest.fixture(scope="module")
+def failed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working folder of a job in the background that ended with 66, with its bucket and its cache."""
+    made = tmp_path_factory.mktemp("failed")
+    (made / "bucket").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made)
+        patch.setenv("DDPM_CACHE", str(made / "cache"))
+        job = spec("--dataset", "none", "--bucket", "bucket", name="train-none", bucket="bucket")
+        LocalBackend(load_targets()["local"]).submit(job)
+        ended("train-none")
+    return made
+
+
 @pytest.fixture
-def failed(folder: Path) -> str:
-    """The name of a job in the background that ended with 66."""
-    (folder / "bucket").mkdir()
-    words = ("--dataset", "none", "--bucket", str(folder / "bucket"))
-    LocalBackend(load_targets()["local"]).submit(spec(*words, name="train-none", bucket=str(folder / "bucket")))
-    ended("train-none")
+def failed(failed_once: Path, folder: Path) -> str:
+    """The name of that job, in a copy of its folder."""
+    shutil.copytree(failed_once, folder, dirs_exist_ok=True)
     return "train-none"
 
 
-def test_jobs_are_listed_with_how_they_ended(request):
-    assert succeeded(ddpm_here("jobs", "list", "--on", "local")) == (
-        "no jobs on local: start one with `ddpm submit train --dataset NAME --on TARGET`\n"
-    )
-    request.getfixturevalue("failed")
+def test_lists_show_how_jobs_ended(failed):
     header, row = succeeded(ddpm_here("jobs", "list", "--on", "local")).splitlines()
     columns = ["job", "target", "state", "attempts", "exit code", "created", "place"]
     columns += ["epoch", "loss", "images/s", "to the end", "cost so far", "message"]
@@ -41,14 +49,14 @@ def test_jobs_are_listed_with_how_they_ended(request):
     assert "no dataset 'none'" in row
 
 
-def test_two_targets_of_this_machine_have_one_job(failed, folder):
+def test_targets_here_share_their_jobs(failed, folder):
     (folder / "targets.yaml").write_text("mine: {backend: local}")
     assert succeeded(ddpm_here("jobs", "list")).count(failed) == 1
     assert succeeded(ddpm_here("jobs", "status", failed)).count("state ") == 1
     assert "no dataset" in succeeded(ddpm_here("jobs", "logs", failed))
 
 
-def test_an_engine_that_does_not_answer_hides_no_other(failed, folder, monkeypatch):
+def test_silent_engines_hide_no_other(failed, folder, monkeypatch):
     monkeypatch.setenv("KUBECONFIG", str(folder / "no-cluster"))
     (folder / "targets.yaml").write_text("gke: {backend: kubernetes, image: i, bucket: gs://bucket}")
     done = ddpm_here("jobs", "list")
@@ -60,7 +68,10 @@ def test_an_engine_that_does_not_answer_hides_no_other(failed, folder, monkeypat
     assert "failed" in succeeded(ddpm_here("jobs", "status", failed))
 
 
-def test_what_is_asked_about_a_job_that_nobody_knows():
+def test_unknown_jobs_are_refused():
+    assert succeeded(ddpm_here("jobs", "list", "--on", "local")) == (
+        "no jobs on local: start one with `ddpm submit train --dataset NAME --on TARGET`\n"
+    )
     for command in ("status", "logs", "cancel"):
         line = refused(ddpm_here("jobs", command, "train-nothing", "--on", "local"), Exit.MISSING_INPUT)
         assert "no target knows a job 'train-nothing' (local): see `ddpm jobs list`" in line
@@ -72,11 +83,11 @@ def test_what_is_asked_about_a_job_that_nobody_knows():
         assert "--targets no.yaml: No such file" in line
 
 
-def test_a_job_whose_machine_is_gone_has_its_story_still(folder, gcs_bucket):
-    uri = str(gcs_bucket)
-    succeeded(ddpm_here("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", uri))
-    words = ["train", "--dataset", "tiles", "--run", "walk", "--epochs", 1, "--bucket", uri, *settings()]
-    succeeded(ddpm_here(*words, DDPM_JOB="train-walk"))
+def test_bucket_knows_a_gone_job(bucket, folder, monkeypatch):
+    uri = str(bucket)
+    monkeypatch.setenv("DDPM_JOB", "train-walk")
+    with outcome_written(uri):
+        pass
     # As told by a target that has its bucket, and by a person who knows where it was.
     (folder / "targets.yaml").write_text(yaml.safe_dump({"local": {"bucket": uri}}))
     for name in ("train-walk", "sample-walk-0123abcd"):
@@ -87,8 +98,8 @@ def test_a_job_whose_machine_is_gone_has_its_story_still(folder, gcs_bucket):
                 assert lines.pop(0).startswith("state       finished, as of 20")
                 assert lines.pop(0) == "exit code   0: finished"
             assert lines[0] == f"run         walk  ({uri}/runs/walk)"
-            assert "images seen 312 of 312 (epoch 1.04)" in lines
-            assert any(line.startswith("newest      checkpoints/000001-000000000312") for line in lines)
+            assert "images seen 912 of 912 (epoch 3.05)" in lines
+            assert any(line.startswith("newest      checkpoints/000001-000000000912") for line in lines)
             assert any(line.startswith("attempt 1 ") for line in lines)
     for name in ("train-other", "train-walk-2"):
         refused(ddpm_here("jobs", "status", name), Exit.MISSING_INPUT)
@@ -96,24 +107,23 @@ def test_a_job_whose_machine_is_gone_has_its_story_still(folder, gcs_bucket):
     refused(ddpm_here("jobs", "logs", "train-walk"), Exit.MISSING_INPUT)
 
 
-def test_a_bucket_that_cannot_be_read_hides_no_job(failed, folder):
+def test_unreadable_buckets_hide_no_job(failed, folder):
     done = ddpm_here("jobs", "status", failed, "--bucket", "gs://X")
     assert "state       failed" in succeeded(done)
     assert "the run's folder cannot be read" in done.stderr
 
 
-def test_what_a_job_printed_cannot_command_a_terminal(failed):
+def test_output_cannot_command_a_terminal(failed):
     log = next(Path("cache/jobs").glob("*/*.log"))
     log.write_bytes("red \x1b[31mand\x1b]0;title\x07 \x9b2J\ttab\r\nhidden\rshown\ngrüße 🙂\n".encode())
     printed = succeeded(ddpm_here("jobs", "logs", failed))
     assert printed == "red %1B[31mand%1B]0;title%07 %C2%9B2J\ttab\nhidden%0Dshown\ngrüße 🙂\n"
 
 
-def test_a_job_that_finished_is_not_said_to_be_killed(failed, folder):
-    # As a job says it that ends with 0 in its bucket.
+def test_finished_jobs_are_not_called_killed(failed, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDPM_JOB", failed)
-        with outcome_written(str(folder / "bucket")):
+        with outcome_written("bucket"):
             pass
     for listed in (("list",), ("status", failed)):
         told = succeeded(ddpm_here("jobs", *listed))

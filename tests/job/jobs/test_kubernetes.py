@@ -10,14 +10,16 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, NoPermissionError, State, StoppedError
 from job.jobs.backends import kubernetes_api
-from job.jobs.backends.base import Cause
+from job.jobs.backends.base import Cause, JobStatus
 from job.jobs.backends.kubernetes import KubernetesBackend
+from job.jobs.spec import Verb
 from job.outcome import outcome_written
 from tests.job.command_line import ddpm_here, environment, refused, succeeded
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, sampling, spec
@@ -40,7 +42,7 @@ def elsewhere(server, tmp_path, port):
     )
 
 
-def test_what_is_sent_is_what_a_dry_run_prints(server, backend):
+def test_dry_runs_print_what_is_sent(server, backend):
     jobs = [spec(), spec("train-b", nodes=2), sampling()]
     for job in jobs:
         backend.submit(job)
@@ -53,29 +55,8 @@ def test_what_is_sent_is_what_a_dry_run_prints(server, backend):
     assert found == {jobs[2].name: State.WAITING, "train-b": State.RUNNING, NAME: State.WAITING}
 
 
-def test_a_job_from_its_beginning_to_its_end(server, backend):
-    backend.submit(spec())
-    status = backend.status(NAME)
-    assert (status.name, status.state, status.message) == (NAME, State.WAITING, "waits for a pod")
-    pod = server.start_pod(NAME)
-    status = backend.status(NAME)
-    assert (status.state, status.message, status.place, status.attempts) == (State.RUNNING, "", "node-0", 1)
-    server.end_pod(pod, 75, "ddpm: stopped by SIGTERM, saved")
-    status = backend.status(NAME)
-    assert (status.state, status.exit_code) == (State.WAITING, 75)
-    second = server.start_pod(NAME)
-    status = backend.status(NAME)
-    assert (status.state, status.attempts) == (State.RUNNING, 2)
-    assert "an attempt before: exit code 75 (stopped by" in status.message
-    server.end_pod(second, 0)
-    server.end_job(NAME, "Complete")
-    status = backend.status(NAME)
-    assert (status.state, status.exit_code, status.message) == (State.FINISHED, 0, "")
-    assert backend.status("other").state is State.GONE
-
-
 @pytest.mark.parametrize("job", [spec(), spec(nodes=2)], ids=["job", "group"])
-def test_attempts_whose_pods_are_gone_are_told_by_the_bucket(server, backend, job, tmp_path, monkeypatch):
+def test_bucket_knows_attempts_without_pods(server, backend, job, tmp_path, monkeypatch):
     plural, bucket = "jobs" if job.nodes == 1 else "jobsets", str(tmp_path)
 
     def told():
@@ -108,7 +89,16 @@ def test_attempts_whose_pods_are_gone_are_told_by_the_bucket(server, backend, jo
     assert later.informed(bucket) == later
 
 
-def test_a_queue_must_be_there_before_the_job(server):
+def test_ended_slice_is_no_attempt(tmp_path, monkeypatch):
+    for verb in {*get_args(Verb)} - {"train"}:
+        name = f"{verb}-celeba-1a2b3c4d"
+        monkeypatch.setenv("DDPM_JOB", name)
+        with suppress(StoppedError), outcome_written(str(tmp_path), 0, 2):
+            raise StoppedError("stopped by SIGTERM")
+        assert JobStatus(name, State.WAITING).informed(str(tmp_path)).message == "", verb
+
+
+def test_queue_must_exist_before_the_job(server):
     backend = KubernetesBackend(QUEUED)
     # Who may not see queues may still submit.
     server.forbidden = {("get", "localqueues")}
@@ -127,20 +117,7 @@ def test_a_queue_must_be_there_before_the_job(server):
         server.remove("localqueues", "gpus", "training")
 
 
-def test_several_nodes_are_a_jobset(server, backend):
-    backend.submit(spec(nodes=2))
-    assert server.names("jobsets") == [NAME] and not server.names("jobs")
-    pods = [server.start_pod(NAME, index, "jobsets") for index in (0, 1)]
-    server.set_pod(pods[1], waiting={"reason": "ImagePullBackOff", "message": "denied"})
-    server.change("jobsets", NAME, restarts=3)
-    status = backend.status(NAME)
-    assert (status.state, status.attempts) == (State.RUNNING, 4)
-    assert "1 of 2 pods run; ImagePullBackOff: denied" in status.message
-    server.end_job(NAME, "Completed", plural="jobsets")
-    assert backend.status(NAME).state is State.FINISHED
-
-
-def test_a_cluster_without_jobsets_says_what_installs_them(server, backend):
+def test_missing_jobsets_are_named(server, backend):
     del server.served["jobset.x-k8s.io/v1alpha2"]
     with pytest.raises(
         MissingInputError, match=r"--nodes 2 needs JobSets in the cluster: kubectl apply --server-side -f .*jobset"
@@ -151,7 +128,7 @@ def test_a_cluster_without_jobsets_says_what_installs_them(server, backend):
     assert [status.state for status in backend.jobs()] == [State.WAITING]
 
 
-def test_a_job_that_is_alive_is_not_submitted_twice_and_one_that_is_over_makes_room(server, backend):
+def test_living_jobs_are_not_submitted_twice(server, backend):
     backend.submit(spec())
     for job in (spec(), spec(nodes=2)):
         with pytest.raises(
@@ -168,7 +145,7 @@ def test_a_job_that_is_alive_is_not_submitted_twice_and_one_that_is_over_makes_r
         assert backend.status(NAME).state is State.WAITING
 
 
-def test_cancelling_ends_the_pods_in_order_and_room_is_made_when_they_are_gone(server, backend):
+def test_cancelling_ends_the_pods(server, backend):
     server.goes_after_seconds = 0.4
     for job, plural in ((spec(), "jobs"), (spec(nodes=2), "jobsets")):
         backend.submit(job)
@@ -186,7 +163,7 @@ def test_cancelling_ends_the_pods_in_order_and_room_is_made_when_they_are_gone(s
             backend.cancel(NAME)
 
 
-def test_what_the_server_refuses_is_told_and_leaves_nothing(server, backend, monkeypatch):
+def test_refused_jobs_leave_nothing(server, backend, monkeypatch):
     elsewhere = KubernetesBackend(TARGET.model_copy(update={"namespace": "nowhere"}))
     with pytest.raises(MissingInputError, match=r'namespaces "nowhere" not found: `kubectl create` it, or set'):
         elsewhere.submit(spec())
@@ -202,19 +179,7 @@ def test_what_the_server_refuses_is_told_and_leaves_nothing(server, backend, mon
     assert not server.names("jobs") and not server.names("jobsets")
 
 
-def test_no_permission_names_what_is_needed(server, backend):
-    for right, act in (
-        (("create", "jobs"), lambda: backend.submit(spec())),
-        (("get", "jobs"), lambda: backend.status(NAME)),
-        (("list", "pods"), backend.jobs),
-    ):
-        server.forbidden = {right}
-        with pytest.raises(NoPermissionError, match=rf"cannot {right[0]} resource.*jobs need get, list, create"):
-            act()
-    assert not server.names("jobs")
-
-
-def test_rights_that_a_job_does_not_need_are_not_asked_for(server):
+def test_only_needed_rights_are_used(server):
     for resource in ("jobsets", "workloads"):
         server.forbidden |= {(verb, resource) for verb in ("get", "list", "create", "delete")}
     backend = KubernetesBackend(TARGET)
@@ -223,11 +188,11 @@ def test_rights_that_a_job_does_not_need_are_not_asked_for(server):
     assert [status.state for status in backend.jobs()] == [backend.status(NAME).state] == [State.WAITING]
     backend.cancel(NAME)
     eventually(lambda: backend.status(NAME).state is State.GONE)
-    with pytest.raises(NoPermissionError, match=r"cannot list resource .jobsets"):
+    with pytest.raises(NoPermissionError, match=r"cannot list resource .jobsets.*jobs need get, list, create"):
         backend.submit(spec(nodes=2))
 
 
-def test_an_api_that_is_busy_or_away_is_asked_again_but_not_for_ever(server, backend, tmp_path):
+def test_busy_api_is_asked_again(server, backend, tmp_path):
     for code in (429, 503):
         server.answer_next(code, times=2)
         server.answer_next(code, times=2, method="POST")
@@ -241,7 +206,7 @@ def test_an_api_that_is_busy_or_away_is_asked_again_but_not_for_ever(server, bac
         KubernetesBackend(TARGET).submit(spec())
 
 
-def test_an_answer_that_gets_lost_makes_no_second_job(server, backend):
+def test_lost_answers_make_no_second_job(server, backend):
     def lose(handler):
         server.create("default", "jobs", backend.render(spec())[0])
         handler.close_connection = True
@@ -256,7 +221,7 @@ def doctor(target=TARGET):
     return {check.name: check for check in KubernetesBackend(target).checks()}
 
 
-def test_a_doctor_finds_what_a_job_would_miss(server):
+def test_doctor_finds_what_a_job_misses(server):
     server.add("serviceaccounts", {"metadata": {"name": "ddpm"}})
     found = doctor()
     assert list(found) == ["cluster", "service account", "queue", "image"]
@@ -270,7 +235,7 @@ def test_a_doctor_finds_what_a_job_would_miss(server):
     assert not found["queue"].passed and "no LocalQueue 'gpus'" in found["queue"].message
 
 
-def test_a_doctor_says_in_one_line_that_a_cluster_cannot_be_used(server, monkeypatch, tmp_path):
+def test_doctor_names_an_unusable_cluster(server, monkeypatch, tmp_path):
     server.forbidden.add(("get", "pods/log"))
     (check,) = doctor().values()
     assert "you may not get pods/log in namespace 'default'" in check.message
@@ -292,7 +257,7 @@ def test_a_doctor_says_in_one_line_that_a_cluster_cannot_be_used(server, monkeyp
     assert "does not answer" in check.message
 
 
-def test_what_ended_a_job_for_its_hours_is_looked_for_where_it_is_said(server, backend):
+def test_used_hours_are_found(server, backend):
     backend.submit(spec(nodes=2))
     # A JobSet only says that one of its Jobs failed.
     server.add("jobs", {"metadata": {"name": "part", "labels": {"jobset.sigs.k8s.io/jobset-name": NAME}}})
@@ -310,9 +275,12 @@ def test_what_ended_a_job_for_its_hours_is_looked_for_where_it_is_said(server, b
         assert KubernetesBackend(QUEUED).status(NAME).cause is (cause and Cause.OUT_OF_TIME)
 
 
-def test_what_a_queue_does_about_a_job_is_read_where_it_says_so(server):
+def test_workloads_show_what_queues_do(server):
     backend = KubernetesBackend(QUEUED)
     server.add("localqueues", {"metadata": {"name": "gpus"}}, "training")
+    said = "The workload is deactivated due to exceeding the maximum execution time"
+    evicted = {"type": "Evicted", "status": "True", "message": said}
+    over = {"spec": {"active": False}, "status": {"conditions": [evicted]}}
     for job, plural in ((spec(), "jobs"), (spec("train-b", nodes=2), "jobsets")):
         backend.submit(job)
         uid = server.get(plural, job.name, "training")["metadata"]["uid"]
@@ -325,56 +293,15 @@ def test_what_a_queue_does_about_a_job_is_read_where_it_says_so(server):
         assert found.state is State.WAITING and "ExceedsMaxQuota: 8 > 4; it can never run so" in found.message
         with pytest.raises(BadRequestError, match="runs in namespace 'training' already"):
             backend.submit(job)
-        # One that the queue gave up makes room.
-        server.add("workloads", {**workload, "spec": {"active": False}}, "training")
-        assert backend.status(job.name).state is State.CANCELLED
+        # One that the queue ended for its hours makes room.
+        server.add("workloads", {**workload, **over}, "training")
+        assert backend.status(job.name).cause is Cause.OUT_OF_TIME
         backend.submit(job)
         made = server.get(plural, job.name, "training")["metadata"]
         assert made["uid"] != uid and backend.status(job.name).state is State.WAITING
     workload["metadata"]["labels"]["kueue.x-k8s.io/job-uid"] = made["uid"]
-    server.add("workloads", {**workload, "spec": {"active": False}}, "training")
-    assert backend.cancel("train-b").startswith("was cancelled already")
-
-
-def held_for_ever(server, name=NAME, plural="jobs"):
-    """A job that Kueue ended for its hours: it is suspended, for good, and its Workload is not active."""
-    uid = server.get(plural, name, "training")["metadata"]["uid"]
-    over = {"reason": "DeactivatedDueToMaximumExecutionTimeExceeded", "type": "Evicted", "status": "True"}
-    over["message"] = "The workload is deactivated due to exceeding the maximum execution time"
-    made = {"metadata": {"name": name, "labels": {"kueue.x-k8s.io/job-uid": uid}}, "spec": {"active": False}}
-    server.add("workloads", {**made, "status": {"conditions": [over]}}, "training")
-    server.change(plural, name, "training", conditions=[{"type": "Suspended", "status": "True"}])
-
-
-def test_a_job_that_its_queue_ended_is_cleared_away(server):
-    backend = KubernetesBackend(QUEUED)
-    server.add("localqueues", {"metadata": {"name": "gpus"}, "spec": {"clusterQueue": "gpus"}}, "training")
-    for job, plural in ((spec(), "jobs"), (spec(nodes=2), "jobsets")):
-        backend.submit(job)
-        held_for_ever(server, plural=plural)
-        assert backend.status(NAME).cause is Cause.OUT_OF_TIME
-        old = server.get(plural, NAME, "training")["metadata"]["uid"]
-        backend.submit(job)
-        assert server.get(plural, NAME, "training")["metadata"]["uid"] != old
-        server.remove("workloads", NAME, "training")
-        held_for_ever(server, plural=plural)
-        assert backend.cancel(NAME).startswith("was failed already")
-        eventually(lambda: backend.status(NAME).state is State.GONE)
-        server.remove("workloads", NAME, "training")
-
-
-def test_what_a_queue_has_is_read_by_whoever_may(server):
-    backend = KubernetesBackend(QUEUED)
-    server.add("localqueues", {"metadata": {"name": "gpus"}, "spec": {"clusterQueue": "all"}}, "training")
-    flavor = {"name": "spot", "resources": [{"name": "nvidia.com/gpu", "nominalQuota": "4"}]}
-    server.add(
-        "clusterqueues", {"metadata": {"name": "all"}, "spec": {"resourceGroups": [{"flavors": [flavor]}]}}, None
-    )
-    backend.submit(spec(gpus=5))
-    assert "no flavor of its queue has more than 4: it can never run so" in backend.status(NAME).message
-    for resource in ("clusterqueues", "localqueues"):
-        server.forbidden = {("get", resource)}
-        assert backend.status(NAME).message == "waits in the queue 'gpus'"
+    server.add("workloads", {**workload, **over}, "training")
+    assert backend.cancel("train-b").startswith("was failed already")
 
 
 class Followed:
@@ -414,7 +341,7 @@ def test_what_was_printed_until_now(server, backend):
     assert past(backend) == ["one", "two  with spaces ", "", "grüße 🙂"]
 
 
-def test_following_goes_on_in_the_pod_that_replaces_another_and_loses_no_line(server, backend):
+def test_following_loses_no_line(server, backend):
     backend.submit(spec())
     followed = Followed(backend)
     first = server.start_pod(NAME)
@@ -444,7 +371,7 @@ def test_following_goes_on_in_the_pod_that_replaces_another_and_loses_no_line(se
     assert followed.ended() == [*lines, "saved", "epoch 2", "epoch 3", "finished"]
 
 
-def test_slices_and_nodes_are_told_apart_and_none_hides_another(server, backend):
+def test_lines_name_their_slice(server, backend):
     for job, plural, done in ((sampling(slices=2), "jobs", "Complete"), (spec(nodes=2), "jobsets", "Completed")):
         backend.submit(job)
         pods = [server.start_pod(job.name, index, plural) for index in (0, 1)]
@@ -460,7 +387,7 @@ def test_slices_and_nodes_are_told_apart_and_none_hides_another(server, backend)
         assert past(backend, job.name) == ["[0] second", "[1] first"]
 
 
-def test_a_job_that_is_cancelled_is_followed_until_it_has_saved(server, backend):
+def test_cancelled_jobs_are_followed_until_saved(server, backend):
     server.goes_after_seconds = 1.0
     backend.submit(spec())
     pod = server.start_pod(NAME)
@@ -473,7 +400,7 @@ def test_a_job_that_is_cancelled_is_followed_until_it_has_saved(server, backend)
     assert followed.ended() == ["one", "saved"]
 
 
-def test_following_a_job_whose_image_cannot_be_pulled_ends(server, backend):
+def test_following_ends_without_an_image(server, backend):
     backend.submit(spec())
     server.start_pod(NAME, waiting={"reason": "ImagePullBackOff", "message": "manifest unknown"})
     with pytest.raises(MissingInputError, match="train-celeba prints nothing: ImagePullBackOff: manifest unknown"):
@@ -493,28 +420,24 @@ def gke(server, targets_folder):
     return server
 
 
-def test_two_targets_of_one_namespace_have_one_job(gke, targets_folder):
-    (targets_folder / "targets.yaml").write_text(block("gke") + block("gke-big", gpus=8, context="test"))
+def test_names_are_unique_per_namespace(gke, targets_folder):
+    two = block("gke-big", gpus=8, context="test")
+    (targets_folder / "targets.yaml").write_text(block("gke") + two + block("other", namespace="training"))
     succeeded(ddpm_here(*TRAIN, "--yes"))
-    gke.print(gke.start_pod("train-celeba"), "epoch 1")
-    assert succeeded(ddpm_here("jobs", "list")).count("train-celeba") == 1
-    lines = succeeded(ddpm_here("jobs", "status", "train-celeba", "--bucket", targets_folder)).splitlines()
-    assert [line for line in lines if line.startswith("job ")] == ["job         train-celeba, on gke, in node-0"]
-    assert succeeded(ddpm_here("jobs", "logs", "train-celeba")) == "epoch 1\n"
-    succeeded(ddpm_here("jobs", "cancel", "train-celeba"))
-
-
-def test_a_name_in_two_namespaces_is_two_jobs(gke, targets_folder):
-    (targets_folder / "targets.yaml").write_text(block("gke") + block("gke-big", namespace="training"))
-    succeeded(ddpm_here(*TRAIN, "--yes"))
-    succeeded(ddpm_here(*TRAIN[:-1], "gke-big", "--yes"))
-    assert succeeded(ddpm_here("jobs", "list")).count("train-celeba") == 2
-    line = refused(ddpm_here("jobs", "cancel", "train-celeba"), Exit.BAD_REQUEST)
-    assert "on several targets (gke, gke-big): choose one with --on" in line
+    gke.print(gke.start_pod(NAME), "epoch 1")
+    assert succeeded(ddpm_here("jobs", "list")).count(NAME) == 1
+    lines = succeeded(ddpm_here("jobs", "status", NAME, "--bucket", targets_folder)).splitlines()
+    assert [line for line in lines if line.startswith("job ")] == [f"job         {NAME}, on gke, in node-0"]
+    assert succeeded(ddpm_here("jobs", "logs", NAME)) == "epoch 1\n"
+    succeeded(ddpm_here(*TRAIN[:-1], "other", "--yes"))
+    assert succeeded(ddpm_here("jobs", "list")).count(NAME) == 2
+    line = refused(ddpm_here("jobs", "cancel", NAME), Exit.BAD_REQUEST)
+    assert "on several targets (gke, other): choose one with --on" in line
+    succeeded(ddpm_here("jobs", "cancel", NAME, "--on", "gke"))
 
 
 @pytest.mark.parametrize("options", [("-o", "yaml"), ("-o", "json", "--nodes", "2")], ids=["yaml", "json"])
-def test_kubectl_sends_what_a_dry_run_prints(gke, options):
+def test_kubectl_sends_the_dry_run(gke, options):
     printed = succeeded(ddpm_here(*TRAIN, "--dry-run", *options))
     assert not gke.requests
     # kubectl sends no token over a connection that is not encrypted.

@@ -82,17 +82,18 @@ def test_why_a_job_failed():
         assert status.message.startswith(message)
 
 
-def test_an_image_that_cannot_be_pulled_is_named():
+def test_missing_images_are_named():
     for reason in ("ErrImagePull", "ImagePullBackOff", "InvalidImageName"):
         without = pod(waiting={"reason": reason, "message": "manifest unknown"})
         status = observed_status(job(), [without, NO_NODE])
         assert (status.state, status.cause, status.has_machine) == (State.WAITING, Cause.NO_IMAGE, True)
         assert status.message.startswith(f"{reason}: manifest unknown; is the image r/ddpm:1 there")
     status = observed_status(job(), [RUNNING, without])
-    assert (status.state, status.cause) == (State.RUNNING, None), "a part of it runs"
+    assert (status.state, status.cause) == (State.RUNNING, None)
+    assert status.message.startswith("1 of 2 pods run; InvalidImageName: manifest unknown; is the image r/ddpm:1 there")
 
 
-def test_a_queue_holds_a_job_and_may_stop_it_for_good():
+def test_queues_hold_and_stop_jobs():
     queued = manifest(spec(), QUEUED)
     assert observed_status(job(made=queued), []).message == "waits in the queue 'gpus'"
     suspended = ("Suspended", "", "Job suspended")
@@ -106,7 +107,7 @@ def test_a_queue_holds_a_job_and_may_stop_it_for_good():
     assert observed_status(job(suspended, made=queued), [ended(75)], again).cause is None
 
 
-def test_a_queue_says_why_a_job_waits_and_that_it_will_not_run():
+def test_queues_say_why_jobs_wait():
     held = job(("Suspended", "", "Job suspended"), made=manifest(spec(), QUEUED))
     waiting, stopped = "waits in the queue 'gpus': ", "its queue 'gpus' lets it run no more: "
     gave_up, never = "The workload is deactivated due to exceeding the maximum ", "; it can never run so: ask for less"
@@ -128,44 +129,7 @@ def test_a_queue_says_why_a_job_waits_and_that_it_will_not_run():
         assert status.cause is (Cause.OUT_OF_TIME if state is State.FAILED else None)
 
 
-def a_queue(*quotas, cohort=""):
-    """A ClusterQueue with a flavor for each of the quotas, as the API gives it."""
-    flavors = [
-        {"name": "f", "resources": [{"name": name, "nominalQuota": most, **more} for name, most in quota.items()]}
-        for quota, more in quotas
-    ]
-    named = {"cohortName": cohort} if cohort else {}
-    return {"spec": {**named, "resourceGroups": [{"coveredResources": [], "flavors": flavors}]}}
-
-
-def test_a_job_beyond_every_flavor_of_its_queue_is_told_that_it_can_never_run():
-    four, borrowed, gpus = {"nvidia.com/gpu": "4"}, {"borrowingLimit": "1"}, "nvidia.com/gpu"
-    said = "; it asks for {} {}, and no flavor of its queue has more than {}: it can never run so: ask for less"
-    for made, queue, message in (
-        (spec(gpus=5), a_queue((four, {}), (four, {})), said.format(5, gpus, 4)),
-        # All pods of a group start together, and so do slices.
-        (spec(gpus=3, nodes=2), a_queue((four, {})), said.format(6, gpus, 4)),
-        (sampling(slices=5), a_queue((four, {})), said.format(5, gpus, 4)),
-        (spec(gpus=4), a_queue((four, {})), ""),
-        (spec(gpus=5), a_queue((four, {}), ({gpus: "8"}, {})), ""),
-        # What others of its cohort may lend, its own limits say, or nobody here knows.
-        (spec(gpus=5), a_queue((four, borrowed), cohort="all"), ""),
-        (spec(gpus=6), a_queue((four, borrowed), cohort="all"), said.format(6, gpus, 5)),
-        (spec(gpus=5), a_queue((four, {}), cohort="all"), ""),
-        (spec(), a_queue(({"cpu": "3500m"}, {})), said.format(4, "cpu", 3.5)),
-        (spec(), a_queue(({"memory": "16G"}, {})), said.format(16 * 2**30, "memory", 16 * 10**9)),
-        (spec(), a_queue(({"cpu": 4, "memory": "16Gi"}, {})), ""),
-        (spec(), {"spec": {}}, ""),
-    ):
-        pending = {"type": "QuotaReserved", "status": "False", "reason": "Pending", "message": "no quota"}
-        workload = {"spec": {"active": True}, "status": {"conditions": [pending]}}
-        held = job(("Suspended",), made=manifest(made, QUEUED))
-        status = observed_status(held, [], [], [workload], queue)
-        told = status.message.removeprefix("waits in the queue 'gpus': Pending: no quota")
-        assert told.startswith(message) and bool(told) is bool(message), status
-
-
-def test_of_the_long_list_of_a_queue_the_end_is_told():
+def test_long_reasons_keep_their_end():
     one = "insufficient unused quota for nvidia.com/gpu in flavor gpu-{}, {} more needed"
     listed = "couldn't assign flavors to pod set main: " + ", ".join(one.format(n, n) for n in range(1, 12))
     pending = {"type": "QuotaReserved", "status": "False", "reason": "Pending", "message": listed}
@@ -175,7 +139,7 @@ def test_of_the_long_list_of_a_queue_the_end_is_told():
     assert message.startswith("waits in the queue 'gpus': Pending: … ") and message.endswith("gpu-11, 11 more needed")
 
 
-def test_failures_that_count_are_told_to_whoever_submits_again():
+def test_failures_are_counted():
     late = ("Failed", "DeadlineExceeded", "said")
     first, second = ({"metadata": {"annotations": {INDEX_ANNOTATION: index}}} for index in "01")
     for made, status, pods, failures in (
@@ -193,12 +157,12 @@ def test_failures_that_count_are_told_to_whoever_submits_again():
     assert observed_status(job(("Failed", "ReachedMaxRestarts", "said")), [ended(75)]).failures == 0
 
 
-def test_a_program_s_last_line_cannot_command_a_terminal():
+def test_last_lines_cannot_command_a_terminal():
     status = observed_status(job(("Failed", "PodFailurePolicy", "said")), [ended(1, "a\x1b[2Jb\x9b31mc\bd")])
     assert status.message.isprintable() and status.message.endswith(": a%1B[2Jb%C2%9B31mc%08d (PodFailurePolicy)")
 
 
-def test_slices_that_failed_for_good_are_named_while_others_run_and_in_the_end():
+def test_failed_slices_are_named():
     lost, over = [ended(74, "no space left")], ("Failed", "FailedIndexes", "said")
     how = "exit code 74 (the local disk is full): no space left"
     for conditions, pods, state, message in (
@@ -209,7 +173,7 @@ def test_slices_that_failed_for_good_are_named_while_others_run_and_in_the_end()
         assert (status.state, status.message, status.exit_code) == (state, message, 74)
 
 
-def test_attempts_are_pods_that_had_a_node_and_one_that_waits_for_one():
+def test_attempts_are_pods_with_a_node():
     assert observed_status(job(), [NO_NODE] * 4).attempts == 1
     assert observed_status(job(failed=1), [ended(1), NO_NODE]).attempts == 2
     # Pods that are gone are in the counts.

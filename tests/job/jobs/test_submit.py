@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
+import io
 import json
 import os
 import pty
-import subprocess
 import sys
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ import yaml
 
 import job
 from job.exits import Exit
-from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, refused, succeeded
+from tests.job.command_line import DDPM, ddpm, ddpm_here, refused, succeeded
 from tests.job.jobs.submitting import FOR_TRAIN
 
 pytestmark = pytest.mark.usefixtures("targets_folder")
@@ -47,7 +45,7 @@ def test_the_code_says_what_is_wrong(targets_folder):
     assert not (targets_folder / "nowhere").exists()
 
 
-def test_what_needs_no_file_of_this_machine_is_sent(targets_folder):
+def test_jobs_without_local_files_are_sent(targets_folder):
     (targets_folder / "mine.py").touch()
     anywhere = ("--mode inpaint --image 0-3 --mask half", "--sampler installed_there:walk")
     here = ("--mode img2img --image x.png --on local", "--sampler mine:walk --on local")
@@ -56,7 +54,7 @@ def test_what_needs_no_file_of_this_machine_is_sent(targets_folder):
 
 
 @pytest.mark.parametrize("on", ["gke", "vm", "local", "container"])
-def test_a_dry_run_prints_the_request_alone_and_needs_nothing(targets_folder, on):
+def test_dry_runs_need_nothing(targets_folder, on):
     """Neither credentials nor a network, nor a home folder."""
     words = ["submit", "train", *FOR_TRAIN, "--on", on, "--dry-run"]
     nothing = {"HOME": "/nonexistent", "KUBECONFIG": "/nonexistent", "GOOGLE_APPLICATION_CREDENTIALS": "/nonexistent"}
@@ -76,48 +74,27 @@ def test_a_dry_run_prints_the_request_alone_and_needs_nothing(targets_folder, on
     assert not (targets_folder / "cache").exists()
 
 
-def test_each_target_of_the_example_takes_each_verb():
-    example = str(resources.files("job.jobs") / "targets.example.yaml")
-    jobs = (
-        ["train", *FOR_TRAIN],
-        ["sample", "--run", "celeba", "--seeds", "0-3"],
-        ["pack", "landscape-sample", "tiles", "--size", "16"],
-    )
-    for on, words in itertools.product(("container", "gke", "cluster", "vm", "batch"), jobs):
-        words = ["submit", *words, "--on", on, "--targets", example, "--bucket", "gs://mine", "--dry-run"]
-        assert list(yaml.safe_load_all(succeeded(ddpm_here(*words))))
+def test_jobs_need_a_terminal_or_yes(monkeypatch):
+    # Neither a terminal nor, after `<&-`, an input.
+    for stdin in (io.StringIO("yes"), None):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        done = ddpm_here("submit", "train", *FOR_TRAIN, "--on", "gke", KUBECONFIG="/nonexistent")
+        assert "no terminal can confirm it; --yes submits without" in refused(done, Exit.BAD_REQUEST)
+        assert "train-celeba, on gke" in done.stdout
 
 
-def test_who_cannot_be_asked_must_have_said_yes():
-    words = ["submit", "train", *FOR_TRAIN, "--on", "gke"]
-    done = ddpm(*words, KUBECONFIG="/nonexistent")
-    assert "no terminal can confirm it; --yes submits without" in refused(done, Exit.BAD_REQUEST)
-    assert "train-celeba, on gke" in done.stdout
-    # Not even an input.
-    closed = ddpm(*words, program=("sh", "-c", 'exec "$@" <&-', "sh", DDPM))
-    assert closed.returncode == Exit.BAD_REQUEST
-
-
-def test_on_a_terminal_a_person_is_asked():
+def test_terminals_are_asked(monkeypatch):
     terminal, other = pty.openpty()
-    child = subprocess.Popen(
-        [DDPM, "submit", "train", *FOR_TRAIN, "--on", "gke"],
-        env=environment(KUBECONFIG="/nonexistent"),
-        stdin=other,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    os.close(other)
     os.write(terminal, b"yesterday\n")
-    out, err = child.communicate(timeout=60)
+    with os.fdopen(other) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        done = ddpm_here("submit", "train", *FOR_TRAIN, "--on", "gke", KUBECONFIG="/nonexistent")
     os.close(terminal)
-    assert child.returncode == Exit.BAD_REQUEST
-    assert "Submit? [y/N]" in out
-    assert err == "ddpm: train-celeba is not submitted\n"
+    assert done.stdout.endswith("Submit? [y/N] ")
+    assert refused(done, Exit.BAD_REQUEST) == "ddpm: train-celeba is not submitted"
 
 
-def test_a_library_that_is_missing_is_named_with_its_extra(tmp_path):
+def test_missing_libraries_are_named(tmp_path):
     """In an interpreter that cannot import it, as where the extra is not installed."""
     blocked = tmp_path / "blocked"
     for name in ("kubernetes", "google"):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from job.exits import BadConfigError, BadRequestError, MissingInputError
 from job.jobs.backends.kubernetes_target import size_bytes
-from job.jobs.targets import bucket_on, load_targets, parse_targets
+from job.jobs.targets import load_targets, parse_targets
 
-EXAMPLE = (resources.files("job.jobs") / "targets.example.yaml").read_text()
 GKE = "gke: {backend: kubernetes, image: i, bucket: gs://bucket"
 VM = "backend: vm, project: my-project, zones: [us-east1-b]"
 
@@ -19,15 +17,7 @@ VM = "backend: vm, project: my-project, zones: [us-east1-b]"
 pytestmark = pytest.mark.usefixtures("folder")
 
 
-def test_the_example_has_a_valid_target_of_each_backend(tmp_path):
-    Path("targets.yaml").write_text(EXAMPLE)
-    targets = load_targets()
-    assert {target.backend for target in targets.values()} == {"local", "container", "kubernetes", "vm", "batch"}
-    assert [name for name, one in targets.items() if not one.is_remote] == ["local", "container"]
-    assert (bucket_on("gke"), bucket_on("local")) == ("gs://my-bucket", "./bucket")
-
-
-def test_the_option_wins_over_the_variable_and_that_over_the_working_folder(tmp_path, monkeypatch):
+def test_option_variable_then_working_folder(tmp_path, monkeypatch):
     for name, folder in (("here", "."), ("there", "a"), ("elsewhere", "b")):
         Path(folder).mkdir(exist_ok=True)
         Path(folder, "targets.yaml").write_text(GKE.replace("gke", name) + "}")
@@ -37,7 +27,7 @@ def test_the_option_wins_over_the_variable_and_that_over_the_working_folder(tmp_
     assert list(load_targets(Path("b/targets.yaml"))) == ["local", "container", "elsewhere"]
 
 
-def test_a_file_that_was_named_must_be_there_and_be_one(monkeypatch):
+def test_named_files_must_exist(monkeypatch):
     with pytest.raises(MissingInputError, match=r"--targets no\.yaml: No such file"):
         load_targets(Path("no.yaml"))
     Path("b").write_bytes(b"\xff\xfe\x00")
@@ -84,7 +74,7 @@ REFUSED = [
         (f"{GKE}, queue: '{queue}'}}", ["queue: String should "])
         for queue in ("a b", "Team", "a_b", "a-", "a..b", "q" * 64)
     ],
-    (GKE + ", scratch: fifty}", ["scratch: 'fifty' is not a size: use one like 50Gi"]),
+    (GKE + ", scratch: fifty}", ["scratch: String should match pattern", "'fifty'"]),
     (GKE + ", cpus: '-1'}", ["cpus: String should match pattern"]),
     ("c: {backend: container, image: --privileged}", ["image: String should match pattern", "'--privileged'"]),
     *[
@@ -103,7 +93,7 @@ REFUSED = [
 ]
 
 
-def test_what_is_wrong_is_named_with_the_target_and_the_key():
+def test_refusals_name_target_and_key():
     for text, parts in REFUSED:
         with pytest.raises(BadConfigError) as refused:
             parse_targets(text, "targets.yaml")
@@ -121,14 +111,6 @@ def test_sizes_are_those_of_kubernetes():
         assert size_bytes(text) == size
 
 
-def test_a_block_changes_what_a_built_in_target_says():
-    Path("targets.yaml").write_text("local: {bucket: ./mine, max_hours: 2}\ncontainer: {engine: docker, gpus: 2}")
-    targets = load_targets()
-    assert (targets["local"].bucket, targets["local"].max_hours) == ("./mine", 2.0)
-    assert (targets["container"].engine, targets["container"].gpus) == ("docker", 2)
-    assert list(targets) == ["local", "container"]
-
-
 SECRETS = ["PGPASSWORD", "APIKEY", "WANDB_CREDENTIALS", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"]
 SECRETS += ["HF_TOKEN", "GITHUBTOKEN", "MYSQL_PWD", "SSHPASSWD", "GPG_PASSPHRASE", "CLIENTSECRET", "PRIVATE_KEYS"]
 SECRETS += ["FSSPEC_GS", "FSSPEC_S3_KEY", "FSSPEC_HTTPS_HEADERS", "FSSPEC_S3_CLIENT_KWARGS", "FSSPEC_SFTP_PASS"]
@@ -137,7 +119,7 @@ HARMLESS += ["HF_TOKEN_PATH", "AWS_SHARED_CREDENTIALS_FILE", "PWD", "NCCL_DEBUG"
 HARMLESS += ["FSSPEC_GS_REQUESTER_PAYS", "FSSPEC_S3_ENDPOINT_URL"]
 
 
-def test_variables_that_sound_secret_are_refused_and_others_let_through():
+def test_secret_variables_are_refused():
     for name in SECRETS:
         with pytest.raises(BadConfigError, match=f"{name} looks like a secret"):
             parse_targets(GKE + f", env: {{{name}: x}}}}", "f")

@@ -59,7 +59,7 @@ def test_a_job_through_its_states(cloud, backend, state):
     assert backend.jobs() == []
 
 
-def test_what_an_earlier_job_of_that_name_said_is_past(cloud, backend, state):
+def test_earlier_jobs_do_not_count(cloud, backend, state):
     backend.submit(spec())
     cloud.logging.ended("celeba", 0)
     cloud.compute.vanish()
@@ -75,7 +75,7 @@ def test_what_an_earlier_job_of_that_name_said_is_past(cloud, backend, state):
     assert state() == (State.GONE, None)
 
 
-def test_a_machine_that_is_gone_leaves_its_job_known(cloud, backend, folder):
+def test_gone_machines_leave_jobs_known(cloud, backend, folder):
     text = f"vm: {{backend: vm, project: my-project, zones: [{ZONES[0]}], image: i, bucket: gs://bucket}}"
     (folder / "targets.yaml").write_text(text)
     backend.submit(spec())
@@ -91,7 +91,7 @@ def test_a_machine_that_is_gone_leaves_its_job_known(cloud, backend, folder):
     assert "knows a job" in refused(ddpm_here("jobs", "logs", "nobody", "--on", "vm"), Exit.MISSING_INPUT)
 
 
-def test_targets_of_one_project_have_one_job(cloud, backend, folder):
+def test_targets_of_a_project_share_jobs(cloud, backend, folder):
     places = {"one": ("vm", "zones", ZONES[0]), "two": ("vm", "zones", ZONES[1])}
     places |= {"first": ("batch", "regions", REGIONS[0]), "both": ("batch", "regions", ", ".join(REGIONS))}
     line = "{}: {{backend: {}, project: my-project, {}: [{}], image: i, bucket: gs://bucket}}\n"
@@ -107,14 +107,14 @@ def test_targets_of_one_project_have_one_job(cloud, backend, folder):
         succeeded(ddpm_here("jobs", "cancel", name))
 
 
-def test_somebody_elses_machine_of_that_name_stays(cloud, backend):
+def test_machines_of_others_stay(cloud, backend):
     cloud.compute.instances[ZONES[0], "celeba"] = {"name": "celeba", "status": "RUNNING"}
     with pytest.raises(BadRequestError, match="already exists"):
         backend.submit(spec())
     assert list(cloud.compute.instances) == [(ZONES[0], "celeba")] and not cloud.made("DELETE")
 
 
-def test_a_machine_that_is_off_or_going_makes_room(cloud, backend, state):
+def test_leaving_machines_make_room(cloud, backend, state):
     backend.submit(spec())
     cloud.logging.ended("celeba", 70)
     cloud.compute.set_status("celeba", "TERMINATED")
@@ -128,7 +128,7 @@ def test_a_machine_that_is_off_or_going_makes_room(cloud, backend, state):
     assert state() == (State.WAITING, None)
 
 
-def test_what_cannot_all_be_had_is_nothing_and_the_next_zone_may_have_it(cloud, backend):
+def test_shortage_leaves_nothing(cloud, backend):
     for place, problem, error, said in [
         (ZONES[0], STOCK_OUT, NoCapacityError, "does not have enough resources"),
         # The last of several slices.
@@ -177,7 +177,7 @@ def test_the_slice_that_failed_worst_decides(cloud, backend):
         assert f"slice {codes.index(65)}" in status.message
 
 
-def test_cancelling_deletes_the_machines_and_is_told_from_being_lost(cloud, backend):
+def test_cancelling_deletes_the_machines(cloud, backend):
     backend.submit(sampling())
     assert backend.cancel(SLICED).startswith("was waiting and is removed")
     assert not cloud.compute.instances
@@ -194,7 +194,7 @@ def test_cancelling_deletes_the_machines_and_is_told_from_being_lost(cloud, back
         assert backend.cancel("celeba").startswith(expected)
 
 
-def test_logs_are_those_of_this_job_however_many_and_late(cloud, backend, monkeypatch):
+def test_logs_are_complete(cloud, backend, monkeypatch):
     monkeypatch.setattr(google, "LOG_PAGE_ENTRIES", 20)
     cloud.logging.printed("celeba", "of a job of the same name, last week", ago_seconds=7 * 86400)
     backend.submit(spec())

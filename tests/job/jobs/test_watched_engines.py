@@ -21,21 +21,7 @@ def nothing():
     """A pause passes."""
 
 
-def test_a_vm_that_is_taken_away_is_made_again_until_its_job_is_finished(cloud):
-    def runs():
-        cloud.compute.set_status("celeba", "RUNNING")
-
-    def ends(code):
-        cloud.logging.ended("celeba", code)
-        cloud.compute.vanish()
-
-    watched(google_jobs.backend_of("vm"), google_jobs.spec(), runs, lambda: ends(75), nothing, runs, lambda: ends(0))
-    assert len(cloud.made("POST .*/instances")) == 2
-    with pytest.raises(JobEndedError, match="ended with 65, which would come again"):
-        watched(google_jobs.backend_of("vm"), google_jobs.spec(), runs, lambda: ends(65))
-
-
-def test_what_batch_gave_up_is_submitted_again_unless_that_is_of_no_use(cloud):
+def test_batch_jobs_are_submitted_again(cloud):
     def becomes(state, *codes):
         cloud.batch.end_task("celeba", *codes)
         cloud.batch.move("celeba", state)
@@ -53,7 +39,7 @@ def test_what_batch_gave_up_is_submitted_again_unless_that_is_of_no_use(cloud):
         watched(backend, job, runs, lambda: becomes("FAILED", *[50001] * 5, *[137] * 6))
 
 
-def test_a_job_on_a_cluster_is_submitted_again_unless_it_failed_five_times_or_somebody_deleted_it(server):
+def test_cluster_jobs_are_submitted_again(server):
     name, pods = "train-celeba", []
 
     def runs():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -11,12 +11,10 @@ import pytest
 from job.exits import JobError, State
 from job.jobs import watch
 from job.jobs.backends import base
-from job.jobs.backends.base import Backend, Cause, JobStatus, JsonObject, NoCapacityError
+from job.jobs.backends.base import Backend, Cause, JobStatus, NoCapacityError
 from job.jobs.spec import JobSpec
-from job.jobs.targets import parse_targets
 from job.jobs.watch import Watch
 
-VM = parse_targets("vm: {backend: vm, project: my-project, zones: [us-east1-b], image: i}", "f")["vm"]
 SPEC = JobSpec("train-a", "train", ("train", "--dataset", "a"), "i", "gs://bucket", run="a", max_hours=2.0)
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
 """When the clock begins."""
@@ -70,25 +68,17 @@ class Engine:
         return self
 
 
-class Place(Backend):
-    """One of the places of an engine."""
+class Place:
+    """One of the places of an engine: what the watch asks of a `Backend`."""
+
+    submit_where_possible = Backend.submit_where_possible
 
     def __init__(self, engine: Engine, places: tuple[str, ...]) -> None:
-        super().__init__(VM)
         self.engine, self.name, self.rest = engine, places[0], places[1:]
+        self.keeps_ended = engine.keeps_ended
 
-    @property
-    def keeps_ended(self) -> bool:
-        return self.engine.keeps_ended
-
-    def elsewhere(self) -> Backend | None:
+    def elsewhere(self) -> Place | None:
         return Place(self.engine, self.rest) if self.rest else None
-
-    def render(self, spec: JobSpec) -> list[JsonObject]:
-        return [{}]
-
-    def find(self, name: str) -> None:
-        return None
 
     def submit(self, spec: JobSpec) -> None:
         if self.engine.refusal:
@@ -116,12 +106,6 @@ class Place(Backend):
             case State():
                 return JobStatus(name, answer, place=self.name if answer is RUNNING else "")
         return JobStatus(name, State.FAILED, "because", answer)
-
-    def jobs(self) -> list[JobStatus]:
-        return []
-
-    def logs(self, name: str, follow: bool) -> Iterator[str]:
-        yield from ()
 
     def cancel(self, name: str) -> str:
         if self.engine.cancelling:
