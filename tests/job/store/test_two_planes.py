@@ -13,24 +13,21 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import ClassVar
-from urllib.parse import urlsplit
 
 import google_crc32c
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
-from fsspec.config import set_conf_env
+from fsspec.config import conf, set_conf_env
 
 from job.exits import BadRequestError, BucketAwayError, Exit, NoPermissionError, StoppedError
 from job.stop import Stop
 from job.store import Retry, Store, open_store, retry, set_storage_options
 from tests.conftest import new_bucket
 from tests.faulty_proxy import Fault, FaultyProxy, Request
-from tests.job.answering import serving
+from tests.job.answering import JsonHandler, serving
 from tests.job.command_line import ddpm, environment, refused
 from tests.job.conftest import SERVERS, point_at
 from tests.job.store.test_remote import LARGE_BYTES, every_call
@@ -46,25 +43,16 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-@contextmanager
-def silent_server(*, reads: bool) -> Iterator[str]:
-    """URL of one that takes connections, and what comes on them if it `reads`, and never answers."""
-    with socket.create_server(("127.0.0.1", 0), backlog=200) as server:
-
-        def read() -> None:
-            taken = []
-            while True:
-                try:
-                    taken.append(server.accept()[0])
-                except OSError:
-                    return
-                threading.Thread(
-                    target=lambda end=taken[-1]: all(iter(lambda: end.recv(1 << 20), b"")), daemon=True
-                ).start()
-
-        if reads:
-            threading.Thread(target=read, daemon=True).start()
-        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+@pytest.fixture(params=["reads nothing", "answers nothing"])
+def silent_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """URL of a server that takes connections, and never answers."""
+    if request.param == "reads nothing":
+        with socket.create_server(("127.0.0.1", 0), backlog=200) as server:
+            yield f"http://127.0.0.1:{server.getsockname()[1]}"
+    else:
+        with FaultyProxy("http://nowhere") as proxy:
+            proxy.hang()
+            yield proxy.url
 
 
 def stopped_at(store: Store, stop: Stop, file: Path) -> list[float]:
@@ -87,14 +75,10 @@ def stopped_at(store: Store, stop: Stop, file: Path) -> list[float]:
     return [at - asked_at[0] for at in heard]
 
 
-@pytest.mark.parametrize("reads", [False, True], ids=["reads nothing", "answers nothing"])
-def test_a_stop_is_heard_within_a_second(
-    remote_bucket: str, reads: bool, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_is_heard_within_a_second(remote_bucket: str, silent_url: str, file: Path, monkeypatch) -> None:
     stop = Stop(30)
-    with silent_server(reads=reads) as url:
-        point_at(url, monkeypatch)
-        assert max(stopped_at(open_store(f"{remote_bucket}/runs", Retry(60, stop)), stop, file)) < 1
+    point_at(silent_url, monkeypatch)
+    assert max(stopped_at(open_store(f"{remote_bucket}/runs", Retry(60, stop)), stop, file)) < 1
     assert [path.name for path in file.parent.iterdir()] == ["file"]
 
 
@@ -127,27 +111,20 @@ def test_one_failure_is_one_request(proxy: FaultyProxy, remote_bucket: str, tmp_
 TOKEN_SECONDS = 10.0
 
 
-class Tokens(BaseHTTPRequestHandler):
+class Tokens(JsonHandler):
     """Google's server of tokens: what it gives is soon to be renewed, and the second one takes its time."""
 
     given: ClassVar[list[str]]
     delays_seconds: ClassVar[list[float]]
     expires_seconds: ClassVar[list[int]]
 
-    def log_message(self, *_: object) -> None:
-        pass
-
     def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
         number = len(self.given)
         self.given.append(f"token-{number}")
         time.sleep(self.delays_seconds[min(number, len(self.delays_seconds) - 1)])
         expires_seconds = self.expires_seconds[min(number, len(self.expires_seconds) - 1)]
-        body = json.dumps({"access_token": f"token-{number}", "expires_in": expires_seconds}).encode()
-        self.send_response(200 if expires_seconds else 401)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        self.say(200, {"access_token": f"token-{number}", "expires_in": expires_seconds})
 
 
 @contextmanager
@@ -155,10 +132,8 @@ def signed_in(
     folder: Path, monkeypatch: pytest.MonkeyPatch, delays_seconds: list[float], expires_seconds: list[int]
 ) -> Iterator[type[Tokens]]:
     """A service account's key, whose tokens come from a server of ours."""
-    handler = type(
-        "OwnTokens", (Tokens,), {"given": [], "delays_seconds": delays_seconds, "expires_seconds": expires_seconds}
-    )
-    with serving(handler) as url:
+    about = {"given": [], "delays_seconds": delays_seconds, "expires_seconds": expires_seconds}
+    with serving(handler := type("OwnTokens", (Tokens,), about)) as url:
         key = rsa.generate_private_key(65537, 2048).private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
@@ -168,7 +143,7 @@ def signed_in(
         endpoint = os.environ["STORAGE_EMULATOR_HOST"]
         # With an emulator nobody signs in.
         monkeypatch.delenv("STORAGE_EMULATOR_HOST")
-        monkeypatch.setitem(__import__("fsspec.config").config.conf, "gs", {"endpoint_url": endpoint})
+        monkeypatch.setitem(conf, "gs", {"endpoint_url": endpoint})
         yield handler
 
 
@@ -238,51 +213,17 @@ def test_a_token_that_is_refused_is_fetched_anew_once(
                 store.read("key")
 
 
-class Sink(BaseHTTPRequestHandler):
-    """Takes large uploads and forgets them; what is small goes to the real server."""
-
-    behind: ClassVar[str]
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        self.do_POST()
-
-    def do_POST(self) -> None:
-        size_bytes = int(self.headers.get("Content-Length") or 0)
-        if size_bytes > 1 << 30:
-            buffer = bytearray(1 << 20)
-            while size_bytes > 0:
-                size_bytes -= self.rfile.readinto(memoryview(buffer)[: min(size_bytes, len(buffer))])
-            status, body = 200, b'{"generation": "1"}'
-        else:
-            server = HTTPConnection(urlsplit(self.behind).netloc)
-            headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
-            server.request(self.command, self.path, self.rfile.read(size_bytes), headers)
-            answer = server.getresponse()
-            status, body = answer.status, answer.read()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-
 @pytest.mark.slow
-def test_a_lease_is_renewed_beside_ten_gigabytes(
-    gcs_bucket: str, gcs_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lease_is_renewed_beside_a_large_upload(gcs_bucket: str, tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb") as large:
-        large.truncate(10 * 10**9)
-    with serving(type("OwnSink", (Sink,), {"behind": gcs_server, "protocol_version": "HTTP/1.1"})) as url:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
-        store, is_over = open_store(gcs_bucket), threading.Event()
-        with ThreadPoolExecutor(1) as pool:
-            took = pool.submit(renewals, store, is_over)
-            store.upload(tmp_path / "large", "large")
-            is_over.set()
-        assert len(took.result()) > 10
-        assert max(took.result()) < 1
+        large.truncate(MOVED_BYTES)
+    store, is_over = open_store(gcs_bucket), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        took = pool.submit(renewals, store, is_over)
+        store.upload(tmp_path / "large", "large")
+        is_over.set()
+    assert len(took.result()) > 10
+    assert max(took.result()) < 1
 
 
 MOVED_BYTES, MOST_ABOVE_BYTES = 600 * 10**6, 64 << 20
@@ -359,9 +300,7 @@ def test_a_bucket_that_takes_two_creates_is_refused(
         point_at(proxy.url, monkeypatch)
         open_store(uri).check_writable("probe")
         proxy.passed = without_condition
-        with pytest.raises(
-            BadRequestError, match=r"lets a second writer overwrite the first.*that honours If-None-Match"
-        ):
+        with pytest.raises(BadRequestError, match=r"lets a second writer overwrite the first.*honours If-None-Match"):
             open_store(uri).check_writable("probe")
         assert list(open_store(uri).list()) == []
 
@@ -398,7 +337,7 @@ store.delete("small")
 
 
 def test_the_configuration_of_fsspec_is_heeded(
-    remote_bucket: str, request: pytest.FixtureRequest, tmp_path: Path
+    remote_bucket: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch
 ) -> None:
     """Where the bucket is, and who pays, comes from its variables, its file and our option; no other says it."""
     scheme = remote_bucket.partition("://")[0]
@@ -416,19 +355,11 @@ def test_the_configuration_of_fsspec_is_heeded(
             # A key is no variable of this test: it lies in a file.
             account = {"connection_string": azurite_account(proxy.url)}
             (folder / "conf.json").write_text(json.dumps({"az": account}))
-        blank = dict.fromkeys(("STORAGE_EMULATOR_HOST", "AWS_ENDPOINT_URL", "AZURE_STORAGE_CONNECTION_STRING"))
-        options = ["gs.token=anon"] if scheme == "gs" else []
-        child = subprocess.run(
-            [sys.executable, "-c", SAYING, remote_bucket, *options],
-            check=False,
-            capture_output=True,
-            text=True,
-            env={
-                name: value
-                for name, value in environment(**variables, FSSPEC_CONFIG_DIR=str(folder)).items()
-                if name not in blank
-            },
-        )
+        for name in ("STORAGE_EMULATOR_HOST", "AWS_ENDPOINT_URL", "AZURE_STORAGE_CONNECTION_STRING"):
+            monkeypatch.delenv(name, raising=False)
+        words = [sys.executable, "-c", SAYING, remote_bucket, *(["gs.token=anon"] if scheme == "gs" else [])]
+        env = environment(**variables, FSSPEC_CONFIG_DIR=str(folder))
+        child = subprocess.run(words, check=False, capture_output=True, text=True, env=env)
     assert child.stdout == "b'1' 3145728 ['large', 'small']\n", child.stderr
     assert asked
     if scheme == "gs":
@@ -438,15 +369,11 @@ def test_the_configuration_of_fsspec_is_heeded(
 
 
 def test_storage_options_are_no_place_for_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
-    for option in ("az.account_key=word", "gs.token=/a/word.json", "s3.secret=word", "s3.KEY=word", "sftp.pass=word"):
-        with pytest.raises(BadRequestError, match="may be a secret") as error:
-            set_storage_options([option])
-        assert "word" not in str(error.value)
-    for option in ("az.account_url=https://x.y/?sig=word", "gs.endpoint_url=https://me:word@x.y"):
-        with pytest.raises(BadRequestError, match="may be a secret") as error:
-            set_storage_options([option])
-        assert "word" not in str(error.value)
-    for option in ("s3.client_kwargs={aws_secret_access_key: word}", 'https.headers={"Authorization": "word"}'):
+    for option in (
+        *("az.account_key=word", "gs.token=/a/word.json", "s3.secret=word", "s3.KEY=word", "sftp.pass=word"),
+        *("az.account_url=https://x.y/?sig=word", "gs.endpoint_url=https://me:word@x.y"),
+        *("s3.client_kwargs={aws_secret_access_key: word}", 'https.headers={"Authorization": "word"}'),
+    ):
         with pytest.raises(BadRequestError, match="may be a secret") as error:
             set_storage_options([option])
         assert "word" not in str(error.value)
@@ -480,29 +407,29 @@ def test_a_configuration_that_makes_no_sense_is_one_line(uri: str, variable: str
     assert "fsspec's configuration (~/.config/fsspec/*.json, FSSPEC_… variables) is not valid" in line
 
 
+@pytest.mark.parametrize("silent_url", ["reads nothing"], indirect=True)
 @pytest.mark.parametrize("which", ["az", "s3"])
-def test_the_wait_for_a_token_has_an_end(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Google's is above; whoever gives those of the others takes the question, and nothing comes."""
+def test_the_wait_for_a_token_has_an_end(which: str, silent_url: str, tmp_path: Path, monkeypatch) -> None:
+    """Google's is above."""
     monkeypatch.setattr(retry, "SILENCE_SECONDS", 0.5)
     (tmp_path / "token").write_text("a token of the pod")
-    with silent_server(reads=True) as url:
-        variables = {
-            "az": {
-                **dict.fromkeys(("AZURE_CLIENT_ID", "AZURE_TENANT_ID", "AZURE_CLIENT_SECRET"), "somebody"),
-                "AZURE_STORAGE_ACCOUNT_NAME": "account",
-                "AZURE_AUTHORITY_HOST": url.replace("http:", "https:"),
-            },
-            "s3": {
-                "AWS_ROLE_ARN": "arn:aws:iam::123456789012:role/job",
-                "AWS_WEB_IDENTITY_TOKEN_FILE": str(tmp_path / "token"),
-                "AWS_ENDPOINT_URL_STS": url,
-                "AWS_DEFAULT_REGION": "us-east-1",
-            },
-        }[which]
-        monkeypatch.delenv("AZURE_STORAGE_CONNECTION_STRING", raising=False)
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        began = time.monotonic()
-        with pytest.raises(BucketAwayError, match="timed out"):
-            open_store(f"{which}://bucket", Retry(1)).read("key")
-        assert time.monotonic() - began < 5
+    variables = {
+        "az": {
+            **dict.fromkeys(("AZURE_CLIENT_ID", "AZURE_TENANT_ID", "AZURE_CLIENT_SECRET"), "somebody"),
+            "AZURE_STORAGE_ACCOUNT_NAME": "account",
+            "AZURE_AUTHORITY_HOST": silent_url.replace("http:", "https:"),
+        },
+        "s3": {
+            "AWS_ROLE_ARN": "arn:aws:iam::123456789012:role/job",
+            "AWS_WEB_IDENTITY_TOKEN_FILE": str(tmp_path / "token"),
+            "AWS_ENDPOINT_URL_STS": silent_url,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        },
+    }[which]
+    monkeypatch.delenv("AZURE_STORAGE_CONNECTION_STRING", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    began = time.monotonic()
+    with pytest.raises(BucketAwayError, match="timed out"):
+        open_store(f"{which}://bucket", Retry(1)).read("key")
+    assert time.monotonic() - began < 5
