@@ -12,7 +12,7 @@ import job.data.pack
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
 from job.data.shards import DatasetIndex
-from job.data.sources import Source
+from job.data.sources import Source, open_source
 from job.stop import Stop
 from job.store import open_store
 from tests.job.some_images import jpeg, zip_of
@@ -42,6 +42,14 @@ def packed(
 def names_of(source: Source) -> Iterator[str]:
     """The names of a source's images, in order."""
     return (member.name for member in source.images())
+
+
+def images_of(source: str | Path) -> list[tuple[str, bytes]]:
+    """Names and contents of the images at a place, in order."""
+    opened = open_source(str(source))
+    entries = list(entries_of(opened))
+    assert list(names_of(opened)) == [name for name, _ in entries]
+    return entries
 
 
 def entries_of(source: Source) -> Iterator[tuple[str, bytes]]:

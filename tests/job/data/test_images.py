@@ -107,23 +107,20 @@ def test_sixteen_bits_are_scaled_and_not_cut_off():
 
 
 def test_bad_images_are_rejected_with_the_reason():
+    unknown = "is damaged at its beginning, or has an unknown format"
     lab = encoded(Image.new("LAB", (8, 8), (128, 200, 128)), "TIFF")
     assert prepare(lab, recipe(min_side=4)).shape == (8, 8, 3)
     for file, options, reason in [
-        (b"", {}, "is damaged at its beginning, or has an unknown format"),
-        (b"not an image", {}, "is damaged at its beginning, or has an unknown format"),
+        (b"", {}, unknown),
+        (b"not an image", {}, unknown),
         (jpeg(1)[:-200], {}, "cannot be decoded.*truncated"),
         (encoded(picture(1))[:-500], {}, "cannot be decoded.*(truncated|ended)"),
         (encoded(Image.new("1", (10_000, 10_000))), {}, "10000×10000 pixels, more than the limit of 89,478,485"),
-        (encoded(Image.new("1", (20_000, 20_000))), {}, "cannot be decoded: Image size .* exceeds limit"),
+        (encoded(Image.new("1", (13_400, 13_400))), {}, "cannot be decoded: Image size .* exceeds limit"),
         (encoded(picture(1, 1, 1)), {}, "1×1 pixels, under 4 on its shorter side"),
         (encoded(picture(1, 60, 3)), {}, "60×3 pixels, under 4 on its shorter side"),
         (encoded(Image.new("F", (8, 8)), "TIFF"), {}, "floating-point"),
-        (
-            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
-            {},
-            "is damaged at its beginning, or has an unknown format",
-        ),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", {}, unknown),
         (lab, {"channels": 1}, "cannot be decoded: conversion from LAB"),
         *(
             (encoded(picture(1, 40, 48)), {"crop": crop}, f"crop {crop} is outside of its 40×48 pixels")
@@ -186,11 +183,3 @@ def test_what_telephones_write_is_read_upright():
     turned = prepare(heic(image, exif=exif.tobytes()), whole)
     upright = prepare(encoded(image.transpose(Image.Transpose.ROTATE_270), "PNG"), whole)
     assert np.abs(turned.astype(int) - upright).mean() < 8
-
-
-def test_damaged_heic_is_rejected():
-    data = heic(picture(3).convert("RGB").resize((48, 32)))
-    recipe = Recipe(16, "center", "box", 3, min_side=1)
-    for broken in (data[: len(data) // 2], data[:40], data[:200] + bytes(100) + data[300:]):
-        with pytest.raises(RejectedImageError):
-            prepare(broken, recipe)

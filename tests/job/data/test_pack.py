@@ -22,7 +22,7 @@ from job.store import open_store
 from job.store.local import LocalStore
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.packing import FILES, KEY, SHARD_IMAGES, committed, objects, packed, written
-from tests.job.some_images import encoded, folder_of, jpeg, mnist, picture, tar_of, zip_of
+from tests.job.some_images import encoded, folder_of, jpeg, picture, tar_of, zip_of
 
 
 def test_webdataset_reads_the_same_pixels_and_classes_and_the_index_says_how_they_were_made(tmp_path, source):
@@ -109,14 +109,6 @@ def test_what_is_held_out_is_a_dataset_of_its_own(tmp_path, source):
     assert "holds 20.000% out, and not 10.000%" in refused(ddpm_here(*words, "10%"), 64)
     none = ddpm_here("data", "pack", fewer, "none", "--size", 16, "--bucket", tmp_path, "--hold-out", "0.001%")
     assert "holds no image out" in refused(none, 64)
-
-
-def test_mnist_is_packed_grey(tmp_path, digits):
-    mnist(tmp_path / "mnist", "train", *digits, gz=True)
-    index = packed(tmp_path, tmp_path / "mnist", size=28)
-    assert (index.channels, index.classes) == (1, ("0", "1", "2", "3", "4", "5", "9"))
-    assert index.source == "train-images-idx3-ubyte.gz"
-    assert verify_dataset(open_store(str(tmp_path)), "datasets/small-28") == []
 
 
 def test_rejected_images_are_counted_named_and_bounded(tmp_path):
@@ -246,7 +238,10 @@ def test_what_changed_since_it_was_begun_is_refused_with_the_way_out(tmp_path, s
     assert committed(bucket).keys() == before.keys() - {key for key in before if "pieces" in key} | {"index.json"}
 
 
-def test_interrupted_before_any_write_it_goes_on_to_the_same_bytes(tmp_path, source, undisturbed):
+def test_interrupted_before_any_write_it_goes_on(tmp_path):
+    source, few = zip_of(tmp_path / "few.zip", FILES[25:33]), {"shard_images": 2}
+    packed(tmp_path / "undisturbed", source, **few)
+    undisturbed = objects(tmp_path / "undisturbed")
     # Three objects for each of four shards; the index; the entries of the four to delete. Before them, a probe.
     for number in range(12 + 1 + 4):
         bucket, writes = tmp_path / str(number), count(-3)
@@ -257,7 +252,7 @@ def test_interrupted_before_any_write_it_goes_on_to_the_same_bytes(tmp_path, sou
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             for method in ("create", "upload", "put", "delete"):
                 patch.setattr(LocalStore, method, dying(getattr(LocalStore, method)))
-            packed(bucket, source)
+            packed(bucket, source, **few)
         assert (bucket / KEY / "index.json").exists() == (number > 12)
         if number > 12:
             assert committed(bucket) == undisturbed
@@ -265,7 +260,7 @@ def test_interrupted_before_any_write_it_goes_on_to_the_same_bytes(tmp_path, sou
         vouched = [f"shard-{path.stem}" for path in (bucket / KEY / "pieces").glob("*.json")]
         reused = {path: written(path) for path in (bucket / KEY).glob("*.tar") if path.stem in vouched}
         assert len(reused) == number // 3
-        packed(bucket, source)
+        packed(bucket, source, **few)
         assert objects(bucket) == undisturbed
         assert {path: written(path) for path in reused} == reused
 

@@ -117,8 +117,11 @@ def test_damage_on_the_way_is_noticed_and_mended(proxy: FaultyProxy, store: Stor
     assert {path.name for path in file.parent.iterdir()} == {"file", "out"}
 
 
-def test_what_breaks_off_is_begun_anew_and_takes_few_requests(proxy: FaultyProxy, store: Store, file: Path) -> None:
-    file.write_bytes(bytes(LARGE_BYTES))
+def test_what_breaks_off_is_begun_anew_and_takes_few_requests(proxy, store: Store, file: Path, monkeypatch) -> None:
+    for name in ("PIECE_BYTES", "READ_AHEAD_BYTES"):
+        monkeypatch.setattr(f"job.store.remote.{name}", 1 << 20)
+    size_bytes = (1 << 22) + 1
+    file.write_bytes(bytes(size_bytes))
     store.upload(file, "part")
     requests = proxy.requests
     for fault in (Fault.SHORT, Fault.SHORT_CHUNKS, Fault.LOST_ANSWER):
@@ -133,10 +136,10 @@ def test_what_breaks_off_is_begun_anew_and_takes_few_requests(proxy: FaultyProxy
             proxy.inject(fault, "^GET .*part")
             assert read() != bytes(999)
             assert requests["GET"] == before + 1 + pieces
-        assert stream.tell() == LARGE_BYTES
+        assert stream.tell() == size_bytes
     with store.open("part") as stream:
         before = requests["GET"]
-        assert sum(len(block) for block in iter(lambda: stream.read(10_240), b"")) == LARGE_BYTES
+        assert sum(len(block) for block in iter(lambda: stream.read(10_240), b"")) == size_bytes
         assert requests["GET"] == before + 5
     before = requests.total()
     version = store.create("key", b"1")
@@ -169,7 +172,7 @@ def test_a_server_that_is_away_or_silent_is_told(
         if listening:
             server.listen(200)
         point_at(f"http://127.0.0.1:{server.getsockname()[1]}", monkeypatch)
-        calls = every_call(open_store(f"{remote_bucket}/runs", Retry(2)), file)
+        calls = every_call(open_store(f"{remote_bucket}/runs", Retry(0.6)), file)
         lines = refused(calls.values(), BucketAwayError, words)
     for line in lines:
         assert line.startswith(f"{remote_bucket}/runs")
@@ -220,9 +223,9 @@ def refusal(request: Request, status: int, code: str, message: str) -> bytes:
 
 
 def test_refusals_are_told_in_a_line(proxy: FaultyProxy, remote_bucket: str, file: Path) -> None:
+    store = open_store(remote_bucket, Retry(0))
     for status, code, message, error, words in REFUSALS[remote_bucket[:2]]:
         proxy.instead = lambda request, said=(status, code, message): refusal(request, *said)
-        store = open_store(remote_bucket, Retry(3 if error is BucketAwayError else 10))
         calls = every_call(store, file)
         if code == "ConditionalRequestConflict":
             calls = {name: calls[name] for name in ("create", "replace", "put", "upload")}
@@ -235,11 +238,11 @@ def test_refusals_are_told_in_a_line(proxy: FaultyProxy, remote_bucket: str, fil
 
 def test_an_answer_that_is_no_bucket_s_is_none(proxy: FaultyProxy, remote_bucket: str, file: Path) -> None:
     """From what stands between, such as a proxy that wants a password; least of all it means that nothing is there."""
+    calls = every_call(open_store(remote_bucket, Retry(0.3)), file)
+    del calls["delete"]  # Nobody is told whether something was deleted.
     for body in (b"", b"<html></html>", b"[]"):
         head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
         proxy.instead = lambda request, answer=head + body: answer
-        calls = every_call(open_store(remote_bucket, Retry(0.3)), file)
-        del calls["delete"]  # Nobody is told whether something was deleted.
         refused(calls.values(), BucketAwayError, "the bucket is away")
 
 

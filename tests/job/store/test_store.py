@@ -17,10 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-import boto3
 import pytest
-from azure.storage.blob import BlobServiceClient
-from google.cloud import storage
 
 from job.exits import BadRequestError, Exit, MissingInputError
 from job.store import ConflictError, ObjectExistsError, ObjectMissingError, Store, open_store
@@ -58,10 +55,16 @@ def put_by_others(uri: str, key: str, data: bytes = b"1") -> None:
     scheme, _, bucket = uri.partition("://")
     match scheme:
         case "gs":
+            from google.cloud import storage
+
             storage.Client(project="test").bucket(bucket).blob(key).upload_from_string(data)
         case "s3":
+            import boto3
+
             boto3.client("s3").put_object(Bucket=bucket, Key=key, Body=data)
         case "az":
+            from azure.storage.blob import BlobServiceClient
+
             account = BlobServiceClient.from_connection_string(os.environ["AZURE_STORAGE_CONNECTION_STRING"])
             account.get_blob_client(bucket, key).upload_blob(data)
         case _:
@@ -174,7 +177,7 @@ def test_missing_objects_are_named_and_leave_nothing(store: Store, tmp_path: Pat
     assert keys(store) == ["folder/object"]
 
 
-def test_listings_are_in_key_order_whole_and_never_stale(store: Store) -> None:
+def test_listings_are_in_key_order_whole_and_never_stale(store: Store, monkeypatch) -> None:
     other = open_store(store.uri)
     assert (keys(other), other.folders()) == ([], [])
     names = ["b", "a/b/c", "a-b/c", "a/a", "a.b", "a0", "B", "a/b-c", "a/b.c/d", "0/x"]
@@ -198,10 +201,14 @@ def test_listings_are_in_key_order_whole_and_never_stale(store: Store) -> None:
         assert not other.exists(name)
     assert (keys(other), other.folders()) == ([], [])
 
-    # More than a bucket tells on one page.
-    many = [f"many/{number:04d}" for number in range(1100 if "://" in store.uri else 10)]
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda name: store.put(name, b""), many))
+    # More than a bucket tells on one page; Microsoft's client asks for the next one by itself.
+    kind, few = type(store), {"gs": {"maxResults": 3}, "s3": {"MaxKeys": 3}}.get(store.uri.partition("://")[0])
+    if few:
+        pages = kind._pages
+        monkeypatch.setattr(kind, "_pages", lambda self, start, delimiter: pages(self, start, delimiter, **few))
+    many = [f"many/{number:02d}" for number in range(10)]
+    for name in many:
+        store.put(name, b"")
     listing = store.list("many")
     assert next(listing).key == many[0]
     for entry in listing:
