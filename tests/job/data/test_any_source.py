@@ -78,7 +78,7 @@ def sftp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path
     loop.call_soon_threadsafe(listening.close)
 
 
-def test_a_bucket_gives_what_a_local_disk_gives(bucket_uri: str, zipped: bytes, tmp_path, digits, monkeypatch) -> None:
+def test_bucket_sources_equal_local_ones(bucket_uri: str, zipped: bytes, tmp_path, digits, monkeypatch) -> None:
     folder_of(local := tmp_path / "local", [(f"images/{name}", data) for name, data in IMAGES.items()])
     for make, name in ((zip_of, "all.zip"), (tar_of, "a.tar"), (tar_of, "a.tgz")):
         make(local / name, IMAGES.items())
@@ -121,7 +121,7 @@ def test_chains_over_the_web(server, zipped: bytes, tmp_path: Path) -> None:
     }
 
 
-def test_a_signature_is_in_no_record_and_no_message(server, zipped: bytes, tmp_path: Path) -> None:
+def test_signatures_are_in_no_record(server, zipped: bytes, tmp_path: Path) -> None:
     handler, url = server
     handler.content = {"/all.zip": zipped}
     query = f"?se=2026-01-01T00:00:00Z&sig={WORD}"
@@ -138,7 +138,7 @@ def test_a_signature_is_in_no_record_and_no_message(server, zipped: bytes, tmp_p
     assert not [path for path in bucket.rglob("*") if path.is_file() and WORD.encode() in path.read_bytes()]
 
 
-def test_an_archive_in_a_chain_is_judged_as_any(bucket_uri: str, zipped: bytes) -> None:
+def test_archives_in_chains_are_checked(bucket_uri: str, zipped: bytes) -> None:
     store, damaged, unsafe = open_store(bucket_uri), bytearray(zipped), io.BytesIO()
     damaged[60] ^= 1
     with zipfile.ZipFile(unsafe, "w") as archive:
@@ -159,7 +159,7 @@ def test_odd_names_are_names(bucket_uri: str, zipped: bytes) -> None:
         assert read(f"{bucket_uri}/odd/{name}") == IMAGES
 
 
-def test_a_server_of_files_by_ssh(sftp: tuple[Path, str], zipped: bytes, tmp_path: Path) -> None:
+def test_ssh_server_is_a_source(sftp: tuple[Path, str], zipped: bytes, tmp_path: Path) -> None:
     folder, url = sftp
     folder_of(folder / "photos", IMAGES.items())
     (folder / "all.zip").write_bytes(zipped)
@@ -172,7 +172,7 @@ def test_a_server_of_files_by_ssh(sftp: tuple[Path, str], zipped: bytes, tmp_pat
     assert WORD not in "".join(path.read_text(errors="replace") for path in ours.rglob("*") if path.is_file())
 
 
-def test_names_and_links_on_a_server_of_files(sftp: tuple[Path, str]) -> None:
+def test_names_and_links_by_ssh(sftp: tuple[Path, str]) -> None:
     folder, url = sftp
     (folder / "odd").mkdir()
     (folder / "odd" / "a.png").write_bytes(IMAGES["cat/0.png"])
@@ -193,7 +193,7 @@ def page(*links: str) -> bytes:
     return "".join(f'<a href="{link}">there</a>' for link in links).encode()
 
 
-def test_a_folder_of_the_web_is_its_page(server) -> None:
+def test_web_folder_is_its_page(server) -> None:
     handler, url = server
     handler.content = {f"/ds/{name}": data for name, data in IMAGES.items()}
     handler.content |= {f"/ds/{kind}": page("../", "/", *(f"{n}.png" for n in range(3))) for kind in ("cat", "horse")}
@@ -211,7 +211,7 @@ def test_a_folder_of_the_web_is_its_page(server) -> None:
         read(f"{url}/loop/")
 
 
-def test_what_a_chain_has_fetched_does_not_stay(server, zipped: bytes, tmp_path: Path) -> None:
+def test_fetched_archives_do_not_stay(server, zipped: bytes, tmp_path: Path) -> None:
     handler, url = server
     handler.content = {"/all.zip": zipped}
     at = ("--size", 16, "--bucket", tmp_path / "bucket")
@@ -231,18 +231,18 @@ def test_what_a_chain_has_fetched_does_not_stay(server, zipped: bytes, tmp_path:
         ("dir:///photos", "dir:// may read any other location"),
     ],
 )
-def test_what_can_never_be_read_is_refused_at_once(source: str, said: str) -> None:
+def test_impossible_sources_are_refused(source: str, said: str) -> None:
     with pytest.raises(BadRequestError, match=said):
         read(source)
 
 
-def test_an_address_of_ipv6_is_a_host() -> None:
+def test_ipv6_addresses_are_hosts() -> None:
     assert open_to_read("https://[2001:db8::1]/images").uri == "https://[2001:db8::1]/images"
     with pytest.raises(BadRequestError, match="changed in transit"):
         open_to_read("http://[2001:db8::1]/images")
 
 
-def test_a_connection_that_broke_is_made_anew(sftp: tuple[Path, str]) -> None:
+def test_broken_connection_is_renewed(sftp: tuple[Path, str]) -> None:
     folder, url = sftp
     (folder / "0.png").write_bytes(IMAGES["cat/0.png"])
     store = open_to_read(f"{url}/", Retry(20))
@@ -253,7 +253,7 @@ def test_a_connection_that_broke_is_made_anew(sftp: tuple[Path, str]) -> None:
     assert store.read("0.png").data == IMAGES["cat/0.png"]
 
 
-def test_without_etags_the_date_tells_two_files_apart(server) -> None:
+def test_date_replaces_a_missing_etag(server) -> None:
     handler, url = server
     one, two = (b"1" * 9_000_000, b"2" * 9_000_000)
     handler.content, handler.etag, handler.date = {"/a": one}, "", "Sun, 01 Nov 2026 00:00:00 GMT"
@@ -265,14 +265,14 @@ def test_without_etags_the_date_tells_two_files_apart(server) -> None:
             file.read()
 
 
-def test_a_body_that_ends_early_is_no_whole_object(server) -> None:
+def test_short_body_is_an_outage(server) -> None:
     handler, url = server
     handler.content, handler.without_length = {"/a": b"0123456789" * 100}, True
     with pytest.raises(BucketAwayError, match="sends 500 of 1,000 bytes"):
         open_to_read(url, Retry(0.5)).read("a")
 
 
-def test_tars_are_indexed_wherever_they_lie(sftp: tuple[Path, str], tmp_path: Path) -> None:
+def test_tars_by_ssh_are_indexed(sftp: tuple[Path, str], tmp_path: Path) -> None:
     folder, url = sftp
     (folder / "tars").mkdir()
     for number in range(2):

@@ -92,7 +92,7 @@ def bucket(tmp_path) -> Store:
     return open_store(str(tmp_path / "bucket"))
 
 
-def test_the_images_are_those_that_packing_would_have_given(tmp_path):
+def test_indexed_images_equal_packed_ones(tmp_path):
     squashed, grey = {"crop": "squash", "resize_filter": "box"}, {"channels": 1, "crop": "center:24"}
     for kind, options in (("jpg", {}), ("png", squashed), ("webp", grey)):
         samples, folder, bucket = samples_of(24, kind), tmp_path / kind, open_store(str(tmp_path / kind / "bucket"))
@@ -107,7 +107,7 @@ def test_the_images_are_those_that_packing_would_have_given(tmp_path):
         assert verify_dataset(bucket, KEY) == []
 
 
-def test_the_same_tars_give_the_same_dataset_however_they_are_named_and_stay_as_they_are(tmp_path, bucket, tars):
+def test_differently_named_tars_are_one_dataset(tmp_path, bucket, tars):
     before = files_in(tars)
     index = indexed(bucket, tars)
     names = set(files_in(tmp_path / "bucket" / KEY))
@@ -125,7 +125,7 @@ def test_the_same_tars_give_the_same_dataset_however_they_are_named_and_stay_as_
     assert files_in(tars) == before
 
 
-def test_tars_in_any_bucket_are_read_where_they_lie(tmp_path, tars, bucket, bucket_uri):
+def test_tars_are_read_in_place(tmp_path, tars, bucket, bucket_uri):
     theirs = f"{bucket_uri}/theirs/laion"
     uploaded(tars, theirs)
     here = indexed(bucket, tars)
@@ -141,7 +141,7 @@ def test_tars_in_any_bucket_are_read_where_they_lie(tmp_path, tars, bucket, buck
             there.delete(entry.key)
 
 
-def test_a_bucket_trains_from_tars_in_another(tmp_path, gcs_bucket):
+def test_training_reads_indexed_tars(tmp_path, gcs_bucket):
     """With room for three shards, which is what a block needs."""
     # Images take less in these than when they are decoded at 40 pixels.
     compact_tars = write_tars(tmp_path / "theirs", [{"__key__": f"{n:09d}", "jpg": jpeg(n, 44, 40)} for n in range(34)])
@@ -161,7 +161,7 @@ def test_a_bucket_trains_from_tars_in_another(tmp_path, gcs_bucket):
     assert "as it was" in succeeded(ddpm_here("data", "verify", "laion", "--bucket", ours, **cache))
 
 
-def test_classes_are_the_numbers_in_cls_files(tmp_path, bucket):
+def test_cls_files_are_classes(tmp_path, bucket):
     tars = write_tars(tmp_path / "tars", samples_of(12, cls=lambda n: b"%d" % (n % 3)))
     index = indexed(bucket, tars)
     assert index.classes == ("0", "1", "2")
@@ -187,7 +187,7 @@ def test_classes_are_the_numbers_in_cls_files(tmp_path, bucket):
     np.testing.assert_array_equal(found, want)
 
 
-def test_one_sample_is_one_image(tmp_path, bucket):
+def test_sample_is_one_image(tmp_path, bucket):
     """Masks, thumbnails and captions beside it, folders, litter and dots in names."""
     names = ["a/one.mask.png", "a/one.jpg", "a/one.txt", "b/two.large.JPG", "._two.jpg", "c/.hidden/x.jpg", "read.me"]
     tar = tar_of(tmp_path / "a.tar", [(name, jpeg(number)) for number, name in enumerate(names)])
@@ -205,7 +205,7 @@ def test_one_sample_is_one_image(tmp_path, bucket):
         *[("a.jpg", "a.jpg"), ("a.jpg", "a.png")],
     ],
 )
-def test_no_image_is_lost_because_its_name_has_dots(tmp_path, bucket, names):
+def test_ambiguous_samples_are_refused(tmp_path, bucket, names):
     tar = tar_of(tmp_path / "a.tar", [("0.jpg", jpeg(0)), *((name, jpeg(n)) for n, name in enumerate(names))])
     with pytest.raises(BadDataError, match=r"a\.tar: '.*' and '.*' would be one sample") as error:
         indexed(bucket, tar)
@@ -213,7 +213,7 @@ def test_no_image_is_lost_because_its_name_has_dots(tmp_path, bucket, names):
     assert pack(bucket, PackRequest(str(tar), "packed", 16)).images == 3
 
 
-def test_a_stopped_indexing_goes_on_with_the_next_tar(tmp_path, tars):
+def test_stopped_indexing_resumes_at_the_tar(tmp_path, tars):
     straight = tmp_path / "straight"
     indexed(open_store(str(straight)), tars)
     for stop_at in (3, 17, 30):
@@ -232,7 +232,7 @@ def test_a_stopped_indexing_goes_on_with_the_next_tar(tmp_path, tars):
         assert files_in(Path(bucket.uri)) == files_in(straight)
 
 
-def test_a_tar_that_changes_later_is_named(tmp_path, tars):
+def test_tar_changed_later_is_named(tmp_path, tars):
     def became_a_pipe(tar: Path) -> None:
         # An index is written by anybody: one that names a pipe must not hang a reader.
         tar.unlink()
@@ -254,7 +254,7 @@ def test_a_tar_that_changes_later_is_named(tmp_path, tars):
             assert ("or index the dataset again" in str(raised.value)) == (code == Exit.BAD_DATA)
 
 
-def test_bad_images_are_named_left_out_and_bounded(tmp_path, bucket):
+def test_bad_images_in_tars_are_named(tmp_path, bucket):
     samples = samples_of(30)
     for number, content in ((3, b"no image"), (11, jpeg(11)[:-300]), (12, encoded(picture(1, 4, 4))), (29, BOMB)):
         samples[number]["jpg"] = content
@@ -280,7 +280,7 @@ def test_bad_images_are_named_left_out_and_bounded(tmp_path, bucket):
         indexed(open_store(str(tmp_path / "none")), bad)
 
 
-def test_words_that_mean_no_tars(tmp_path):
+def test_words_without_tars_are_refused(tmp_path):
     bucket = open_store(str(tmp_path / "bucket"))
     (tmp_path / "empty").mkdir()
     folder_of(tmp_path / "texts", [("read.me", b"hello")])
@@ -308,7 +308,7 @@ def test_words_that_mean_no_tars(tmp_path):
         assert not any(path.is_file() for path in Path(bucket.uri).rglob("*"))
 
 
-def test_a_pattern_costs_a_bucket_one_listing_and_relative_paths_become_absolute(tmp_path, gcs_bucket, monkeypatch):
+def test_pattern_costs_one_listing(tmp_path, gcs_bucket, monkeypatch):
     for number in range(4):
         open_store(gcs_bucket).create(f"a/{number:05d}.tar", bytes(number + 1))
     lists, kind = [], type(open_store(gcs_bucket))

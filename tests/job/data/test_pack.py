@@ -25,7 +25,7 @@ from tests.job.packing import FILES, KEY, SHARD_IMAGES, committed, objects, pack
 from tests.job.some_images import encoded, folder_of, jpeg, picture, tar_of, zip_of
 
 
-def test_webdataset_reads_the_same_pixels_and_classes_and_the_index_says_how_they_were_made(tmp_path, source):
+def test_webdataset_reads_the_same_dataset(tmp_path, source):
     options = {"crop": "1,2,30,40", "resize_filter": "box", "licence": "CC0-1.0"}
     index = packed(tmp_path, source, **options)
     urls = [str(tmp_path / KEY / shard.name) for shard in index.shards]
@@ -55,7 +55,7 @@ def test_webdataset_reads_the_same_pixels_and_classes_and_the_index_says_how_the
     assert without.classes == () and not any("cls" in sample for sample in samples)
 
 
-def test_the_same_images_are_the_same_dataset_whatever_they_lie_in(tmp_path, source, undisturbed, monkeypatch):
+def test_any_container_gives_the_same_dataset(tmp_path, source, undisturbed, monkeypatch):
     sources = [source, folder_of(tmp_path / "pets", FILES), tar_of(tmp_path / "pets.tgz", FILES)]
     indices = []
     for number, path in enumerate(sources):
@@ -72,7 +72,7 @@ def test_the_same_images_are_the_same_dataset_whatever_they_lie_in(tmp_path, sou
     assert objects(tmp_path / "bucket-0") == undisturbed
 
 
-def test_what_is_held_out_is_a_dataset_of_its_own(tmp_path, source):
+def test_held_out_images_are_a_dataset(tmp_path, source):
     words = ("data", "pack", source, "small", "--size", 16, "--bucket", tmp_path, "--hold-out")
     said = succeeded(ddpm_here(*words, "20%"))
     assert "held out small-held-out-16, on which its runs log val_loss" in said
@@ -111,7 +111,7 @@ def test_what_is_held_out_is_a_dataset_of_its_own(tmp_path, source):
     assert "holds no image out" in refused(none, 64)
 
 
-def test_rejected_images_are_counted_named_and_bounded(tmp_path):
+def test_rejected_images_are_named_and_bounded(tmp_path):
     good = encoded(picture(1))
     files = [("1.png", good), ("2.png", b"no image"), ("3.png", good[:-400]), ("4.png", encoded(picture(1, 7, 50)))]
     files += [("5.png", good), ("6.jpg", b"")]
@@ -129,7 +129,7 @@ def test_rejected_images_are_counted_named_and_bounded(tmp_path):
         load_index(open_store(str(tmp_path / "bad")), KEY)
 
 
-def test_a_person_is_told_of_what_is_skipped_and_merged(tmp_path, caplog):
+def test_pack_reports_skipped_and_merged(tmp_path, caplog):
     """As a telephone and an exercise leave them; what Pillow reads is packed."""
     files = [(f"{split}/{kind}/1.png", encoded(picture(1))) for split in ("train", "test") for kind in ("cats", "dogs")]
     files += [("train/cats/2.avif", encoded(picture(2), "AVIF")), ("train/cats/3.cr2", b"x"), ("test/notes.txt", b"x")]
@@ -163,7 +163,7 @@ def test_bad_requests_touch_nothing(tmp_path, gcs_bucket, source, monkeypatch):
         packed(f"{gcs_bucket}-not", source)
 
 
-def test_a_stopped_packing_goes_on_and_decodes_nothing_twice(tmp_path, source, undisturbed, gcs_bucket, monkeypatch):
+def test_stopped_packing_decodes_nothing_twice(tmp_path, source, undisturbed, gcs_bucket, monkeypatch):
     """From a bucket to a bucket."""
     open_store(gcs_bucket).upload(source, "in/pets.zip")
     theirs = f"{gcs_bucket}/in/pets.zip"
@@ -182,7 +182,7 @@ def test_a_stopped_packing_goes_on_and_decodes_nothing_twice(tmp_path, source, u
     assert verify_dataset(open_store(gcs_bucket), KEY) == []
 
 
-def test_more_rejects_may_be_allowed_when_it_goes_on(tmp_path):
+def test_resumed_packing_may_allow_more_rejects(tmp_path):
     bad = [(f"{name}-bad.jpg", b"bad") for name, _ in FILES[::5]]
     source = zip_of(tmp_path / "a.zip", sorted([*FILES, *bad]))
     with pytest.raises(BadDataError, match="--max-bad=9"):
@@ -216,7 +216,7 @@ def all_but_committed(bucket: Path, source: Path) -> None:
         packed(bucket, source)
 
 
-def test_what_changed_since_it_was_begun_is_refused_with_the_way_out(tmp_path, source):
+def test_changed_source_or_options_are_refused(tmp_path, source):
     changes = {
         "an image": [*FILES[:35], (FILES[35][0], jpeg(999)), *FILES[36:]],
         "a name": [*FILES[:35], ("cats/new.jpg", FILES[35][1]), *FILES[36:]],
@@ -238,7 +238,7 @@ def test_what_changed_since_it_was_begun_is_refused_with_the_way_out(tmp_path, s
     assert committed(bucket).keys() == before.keys() - {key for key in before if "pieces" in key} | {"index.json"}
 
 
-def test_interrupted_before_any_write_it_goes_on(tmp_path):
+def test_packing_resumes_before_any_write(tmp_path):
     source, few = zip_of(tmp_path / "few.zip", FILES[25:33]), {"shard_images": 2}
     packed(tmp_path / "undisturbed", source, **few)
     undisturbed = objects(tmp_path / "undisturbed")
@@ -289,13 +289,13 @@ def test_two_packers_at_once(tmp_path, source, undisturbed):
             assert verify_dataset(open_store(str(bucket)), KEY) == []
 
 
-def test_an_equal_packer_that_commits_in_between_is_no_rival(tmp_path, source, undisturbed, monkeypatch):
+def test_equal_packer_is_no_rival(tmp_path, source, undisturbed, monkeypatch):
     before(monkeypatch, "create", "pieces/00001.json", lambda: packed(tmp_path, source))
     packed(tmp_path, source)
     assert objects(tmp_path) == undisturbed
 
 
-def test_what_somebody_deletes_meanwhile_is_not_committed(tmp_path, source, monkeypatch):
+def test_deleted_pieces_are_not_committed(tmp_path, source, monkeypatch):
     dataset = open_store(str(tmp_path)).sub(KEY)
 
     def delete() -> None:

@@ -57,7 +57,7 @@ def test_archives_as_downloaded(tmp_path):
     assert names_in_zip(good + bad) == good
 
 
-def test_entries_come_in_the_archives_own_order_under_names_that_can_be_printed(tmp_path):
+def test_entries_keep_order_under_printable_names(tmp_path):
     for make, name in [*ARCHIVES, (tar_of, "a")]:
         assert images_of(make(tmp_path / name, FILES)) == IMAGES
     for compression in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
@@ -81,7 +81,7 @@ def test_entries_come_in_the_archives_own_order_under_names_that_can_be_printed(
 
 
 @pytest.mark.parametrize(("make", "name"), ARCHIVES)
-def test_an_archive_that_leads_outside_is_refused_and_one_within_is_not_opened(tmp_path, make, name):
+def test_entries_that_lead_outside_are_refused(tmp_path, make, name):
     for entry in LEADS_OUT:
         said = refusal(make(tmp_path / name, [("1.jpg", jpeg(1)), (entry, b"x")]))
         assert f"leads out of it, {entry!r}" in said
@@ -91,7 +91,7 @@ def test_an_archive_that_leads_outside_is_refused_and_one_within_is_not_opened(t
     assert images_of(path) == [("inner.png", inner), *IMAGES]
 
 
-def test_links_devices_and_encryption_refuse_an_archive(tmp_path):
+def test_links_and_encryption_are_refused(tmp_path):
     for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE):
         entry = tarfile.TarInfo("innocent.jpg")
         entry.type, entry.linkname = kind, "/etc/passwd"
@@ -153,7 +153,7 @@ def test_no_header_is_believed(tmp_path):
 
 
 @pytest.mark.parametrize(("make", "name"), ARCHIVES)
-def test_truncation_and_damage_show_as_a_clear_error_and_nothing_else(tmp_path, make, name):
+def test_truncated_archives_are_refused(tmp_path, make, name):
     path = make(tmp_path / name, FILES)
     whole, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
     # A tar is whole with its first end block; Python pads it to 10 KiB.
@@ -174,7 +174,7 @@ def test_truncation_and_damage_show_as_a_clear_error_and_nothing_else(tmp_path, 
     assert refused > 50
 
 
-def test_what_is_damaged_is_named_and_nothing_is_left_out_in_silence(tmp_path):
+def test_damaged_entries_are_named(tmp_path):
     archive = zip_of(tmp_path / "a.zip", [("1.jpg", jpeg(1)), ("2.jpg", jpeg(2))])
     flip_a_bit(archive, archive.read_bytes().index(jpeg(2)) + 300)
     assert "a.zip: entry '2.jpg' is truncated or damaged (Bad CRC-32" in refusal(archive)
@@ -191,7 +191,7 @@ def test_what_is_damaged_is_named_and_nothing_is_left_out_in_silence(tmp_path):
 
 
 @pytest.mark.parametrize("gz", [False, True])
-def test_mnist_files_become_grey_images_in_a_folder_per_class(tmp_path, digits, gz):
+def test_mnist_files_become_grey_images(tmp_path, digits, gz):
     images, labels = digits
     mnist(tmp_path / "mnist", "train", images, labels, gz)
     mnist(tmp_path / "mnist", "t10k", images[:3], labels[:3], gz)
@@ -222,7 +222,7 @@ def test_mnist_files_become_grey_images_in_a_folder_per_class(tmp_path, digits, 
         assert part in refusal(tmp_path), part
 
 
-def test_classes_are_the_first_folders_that_tell_images_apart():
+def test_classes_are_the_first_differing_folders():
     lie_beside, together = "some images lie beside the folders of others", "test and train are packed together"
     val = "`ddpm data pack --split val` would pack Val"
     for names, classes, note in [
@@ -250,7 +250,7 @@ def test_classes_are_the_first_folders_that_tell_images_apart():
 
 
 @pytest.mark.parametrize(("make", "name"), [*ARCHIVES, (folder_of, "a")])
-def test_what_is_no_image_is_counted_by_kind_and_a_split_is_a_folder(tmp_path, make, name):
+def test_skipped_files_are_counted_by_kind(tmp_path, make, name):
     images = ["set/Train/cats/1.jpg", "set/Train/test/2.jpg", "set/test/cats/3.jpg"]
     others = ["set/Train/a.CR2", "set/Train/b.cr2", "set/test/c.txt", "set/README", "set/.DS_Store"]
     others += ["__MACOSX/._1.cr2", "__MACOSX/._1.jpg", "set/Train/cats/._1.jpg"]
@@ -268,7 +268,7 @@ def test_what_is_no_image_is_counted_by_kind_and_a_split_is_a_folder(tmp_path, m
         assert part.skipped == skipped
 
 
-def test_no_images_and_no_source_are_errors(tmp_path):
+def test_empty_and_missing_sources_are_errors(tmp_path):
     (tmp_path / "a").mkdir()
     for make, name in [*ARCHIVES, (folder_of, "a")]:
         for files in ([], [("readme.txt", b"x")]):
@@ -280,7 +280,7 @@ def test_no_images_and_no_source_are_errors(tmp_path):
     assert "ftp" in refusal("ftp://host/a.zip", BadRequestError)
 
 
-def test_a_folder_is_read_in_the_order_of_its_relative_paths(tmp_path):
+def test_folder_order_is_that_of_paths(tmp_path):
     names = ["a-b/1.jpg", "a/2.jpg", "a/b/0.jpg", "a/b.jpg", "a0.jpg", "a.jpg", "Z.jpg", "é/1.jpg", "a b.jpg"]
     folder_of(tmp_path / "in", [(name, name.encode()) for name in reversed(names)])
     for path in (f"{tmp_path}/in", f"file://{tmp_path}/in", os.path.relpath(tmp_path / "in")):
@@ -306,7 +306,7 @@ def test_links_of_a_folder(tmp_path):
     assert "'4.jpg', which is" in refusal(folder)
 
 
-def test_work_is_done_ahead_but_not_far_and_comes_out_in_order():
+def test_work_ahead_is_limited_and_ordered():
     taken, yielded, ahead = 0, 0, []
 
     def items():
@@ -341,7 +341,7 @@ def test_nothing_is_begun_after_a_failure():
     assert sorted(begun) == [0, 1]
 
 
-def test_a_later_failure_does_not_cancel_an_earlier_item():
+def test_later_failure_cancels_no_earlier_item():
     """Its thread may be slow to begin, and its result comes first."""
     failed = threading.Event()
 

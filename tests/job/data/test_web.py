@@ -35,7 +35,7 @@ def archive(images: int) -> bytes:
     return file.getvalue()
 
 
-def test_a_fetch_that_broke_off_goes_on_where_it_was(server, tmp_path, monkeypatch):
+def test_broken_fetch_resumes(server, tmp_path, monkeypatch):
     handler, url = server
     handler.content = {"/all.zip": archive(40)}
     monkeypatch.setattr("job.store.retry.FIRST_PAUSE_SECONDS", 0.01)
@@ -49,7 +49,7 @@ def test_a_fetch_that_broke_off_goes_on_where_it_was(server, tmp_path, monkeypat
     assert not [path for path in (tmp_path / "cache/sources").iterdir() if path.suffix != ".lock"]
 
 
-def test_a_killed_fetch_goes_on(server, monkeypatch):
+def test_killed_fetch_resumes(server, monkeypatch):
     handler, url = server
     handler.content = {"/all.zip": archive(40)}
     handler.cuts_once = True
@@ -70,7 +70,7 @@ def test_a_killed_fetch_goes_on(server, monkeypatch):
     assert [asked for command, asked in handler.asked if command == "GET" and not asked] == []
 
 
-def test_no_fetch_is_of_two_files(server, monkeypatch):
+def test_fetch_is_of_one_file(server, monkeypatch):
     """A file that is replaced while it is fetched is refused, though the server heeds no `If-Range`."""
     handler, url = server
     one, two = archive(40), archive(41)
@@ -91,7 +91,7 @@ def test_no_fetch_is_of_two_files(server, monkeypatch):
     assert len(list(names_of(open_source(f"{url}/all.zip")))) == 41
 
 
-def test_a_server_that_lies_gets_no_memory_and_no_disk(server, tmp_path, monkeypatch):
+def test_lying_server_gets_no_disk(server, tmp_path, monkeypatch):
     handler, url = server
     handler.content = {"/all.zip": b"x" * 5_000_000}
     store = ForeignStore(url, Retry())
@@ -101,7 +101,7 @@ def test_a_server_that_lies_gets_no_memory_and_no_disk(server, tmp_path, monkeyp
     assert sum(path.stat().st_size for path in (tmp_path / "cache/sources").iterdir()) == 0
 
 
-def test_a_server_that_stalls_does_not_hold_up_a_stop(server, monkeypatch):
+def test_stalled_server_does_not_delay_stop(server, monkeypatch):
     handler, url = server
     handler.content = {"/all.zip": archive(40)}
     monkeypatch.setattr(handler, "stalls", True)
@@ -113,7 +113,7 @@ def test_a_server_that_stalls_does_not_hold_up_a_stop(server, monkeypatch):
     assert time.monotonic() - began < 2
 
 
-def test_a_dataset_of_the_hub_is_an_archive_or_a_folder(server, tmp_path, monkeypatch):
+def test_hub_datasets_are_packed(server, tmp_path, monkeypatch):
     handler, url = server
     monkeypatch.setitem(conf, "hf", {"endpoint": url})
     handler.content = {f"/images/{kind}/{number}.png": png(number) for kind in ("cats", "dogs") for number in range(3)}
@@ -127,7 +127,7 @@ def test_a_dataset_of_the_hub_is_an_archive_or_a_folder(server, tmp_path, monkey
     assert "there is nothing at hf://datasets/org/name/none" in line
 
 
-def test_what_is_not_there_or_not_for_everybody_is_said_in_a_line(server, tmp_path, monkeypatch):
+def test_unreadable_web_sources_are_one_line(server, tmp_path, monkeypatch):
     _, url = server
     at = ("name", "--size", 8, "--bucket", tmp_path / "b")
     line = refused(ddpm_here("data", "pack", f"{url}/none.zip", *at), Exit.MISSING_INPUT)
@@ -169,7 +169,7 @@ def cifar(path: Path, folder: str = "cifar-10-batches-bin", suffix: str = ".bin"
     return tar_of(path, [*files, (f"{folder}/batches.meta.txt", names)])
 
 
-def test_cifar_10_is_packed_as_it_is_downloaded(tmp_path, caplog):
+def test_cifar_10_is_packed(tmp_path, caplog):
     path = cifar(tmp_path / "cifar-10-binary.tar.gz")
     at = ("--bucket", tmp_path / "b")
     said = succeeded(ddpm_here("data", "pack", path, "cifar10", *at))
@@ -185,7 +185,7 @@ def test_cifar_10_is_packed_as_it_is_downloaded(tmp_path, caplog):
     assert first[..., 0].tobytes() == np.random.default_rng(0).bytes(3072)[:1024]
 
 
-def test_a_part_of_cifar_10_is_a_chain(tmp_path):
+def test_cifar_10_can_be_a_chain(tmp_path):
     path = cifar(tmp_path / "cifar-10-binary.tar.gz")
     alone = open_source(str(path))
     whole = dict(entries_of(replace(alone, split="")))
@@ -198,14 +198,14 @@ def test_a_part_of_cifar_10_is_a_chain(tmp_path):
         }
 
 
-def test_cifar_10_of_pickles_or_damaged_is_refused(tmp_path):
+def test_pickles_of_cifar_10_are_refused(tmp_path):
     at = ("cifar10", "--bucket", tmp_path / "b")
     path = cifar(tmp_path / "cifar-10-python.tar.gz", "cifar-10-batches-py", "")
     line = refused(ddpm_here("data", "pack", path, *at), Exit.BAD_DATA)
     assert "holds pickles, which are programs: get cifar-10-binary.tar.gz, of the same images" in line
 
 
-def test_idx_files_in_a_zip_are_fashion_mnist_as_it_is_downloaded(tmp_path, digits):
+def test_zip_of_idx_files_is_packed(tmp_path, digits):
     images, labels = digits
     files = [("fashion-mnist_train.csv", b"label,pixel1\n")]
     for split in ("t10k", "train"):
@@ -215,7 +215,7 @@ def test_idx_files_in_a_zip_are_fashion_mnist_as_it_is_downloaded(tmp_path, digi
     assert "images   12 grey, 28×28" in said and "classes  0, 1, 2" in said
 
 
-def test_without_its_library_the_web_is_refused(monkeypatch):
+def test_missing_web_library_is_named(monkeypatch):
     def missing(*_, **__):
         raise ImportError("no aiohttp")
 
@@ -224,7 +224,7 @@ def test_without_its_library_the_web_is_refused(monkeypatch):
         open_source("https://example.com/a.zip")
 
 
-def test_no_archive_in_an_archive_unpacks_to_more_than_it_may(tmp_path, monkeypatch):
+def test_nested_bombs_do_not_go_off(tmp_path, monkeypatch):
     monkeypatch.setattr(members, "ENTRY_BYTES", 1 << 20)
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as bomb:
         bomb.writestr("train-images-idx3-ubyte", idx(np.zeros((4000, 28, 28))))
@@ -233,7 +233,7 @@ def test_no_archive_in_an_archive_unpacks_to_more_than_it_may(tmp_path, monkeypa
     assert "unpacks to more than 200 times its size: do not trust this archive" in line
 
 
-def test_what_only_sounds_like_a_known_archive_is_what_is_in_it(tmp_path):
+def test_content_decides_what_an_archive_is(tmp_path):
     image = ("cats/0.png", png(0))
     tar = tar_of(tmp_path / "cifar-10-pngs.tar", [image])
     mixed = zip_of(tmp_path / "mixed.zip", [image, ("train-images-idx3-ubyte", b"")])

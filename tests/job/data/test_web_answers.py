@@ -184,7 +184,7 @@ def test_every_answer_has_its_exit_code(server, tmp_path, monkeypatch, place):
 
 
 @pytest.mark.parametrize("bucket", ["", "s3://bucket/folder", "gs://bucket/folder"])
-def test_a_host_that_does_not_exist_is_given_up_soon(tmp_path, monkeypatch, bucket):
+def test_unknown_host_is_given_up_soon(tmp_path, monkeypatch, bucket):
     """The clients' own errors have to lead to that of the resolver."""
 
     def unknown(*_: object, **__: object) -> None:

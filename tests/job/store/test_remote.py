@@ -88,7 +88,7 @@ def sent_damaged_once() -> Callable[[Request], Request]:
     return lambda request: replace(request, body=damage(request.body))
 
 
-def test_damage_on_the_way_is_noticed_and_mended(proxy: FaultyProxy, store: Store, file: Path) -> None:
+def test_damage_in_transit_is_repaired(proxy: FaultyProxy, store: Store, file: Path) -> None:
     version = store.create("lease", b"0")
     writes: dict[str, Callable[[], object]] = {
         "create": lambda: store.create("create", b"345678"),
@@ -117,10 +117,10 @@ def test_damage_on_the_way_is_noticed_and_mended(proxy: FaultyProxy, store: Stor
     assert {path.name for path in file.parent.iterdir()} == {"file", "out"}
 
 
-def test_what_breaks_off_is_begun_anew_and_takes_few_requests(proxy, store: Store, file: Path, monkeypatch) -> None:
+def test_broken_reads_take_few_requests(proxy, store: Store, file: Path, monkeypatch) -> None:
     for name in ("PIECE_BYTES", "READ_AHEAD_BYTES"):
         monkeypatch.setattr(f"job.store.remote.{name}", 1 << 20)
-    size_bytes = (1 << 22) + 1
+    size_bytes = LARGE_BYTES >> 2
     file.write_bytes(bytes(size_bytes))
     store.upload(file, "part")
     requests = proxy.requests
@@ -151,7 +151,7 @@ def test_what_breaks_off_is_begun_anew_and_takes_few_requests(proxy, store: Stor
     assert requests.total() == before + 6
 
 
-def test_an_object_that_changes_under_a_reader_is_noticed(store: Store, file: Path) -> None:
+def test_replaced_object_is_noticed(store: Store, file: Path) -> None:
     file.write_bytes(bytes(LARGE_BYTES))
     store.upload(file, "part")
     with store.open("part") as stream:
@@ -162,7 +162,7 @@ def test_an_object_that_changes_under_a_reader_is_noticed(store: Store, file: Pa
 
 
 @pytest.mark.parametrize(("listening", "words"), [(False, "Connection refused"), (True, "timed out")])
-def test_a_server_that_is_away_or_silent_is_told(
+def test_absent_server_is_an_outage(
     remote_bucket: str, listening: bool, words: str, file: Path, monkeypatch, caplog
 ) -> None:
     # More than a socket takes of it.
@@ -222,7 +222,7 @@ def refusal(request: Request, status: int, code: str, message: str) -> bytes:
     return "\r\n".join([*lines, f"x-ms-error-code: {code}", "", ""]).encode() + body
 
 
-def test_refusals_are_told_in_a_line(proxy: FaultyProxy, remote_bucket: str, file: Path) -> None:
+def test_refusals_are_one_line(proxy: FaultyProxy, remote_bucket: str, file: Path) -> None:
     store = open_store(remote_bucket, Retry(0))
     for status, code, message, error, words in REFUSALS[remote_bucket[:2]]:
         proxy.instead = lambda request, said=(status, code, message): refusal(request, *said)
@@ -236,7 +236,7 @@ def test_refusals_are_told_in_a_line(proxy: FaultyProxy, remote_bucket: str, fil
     assert [path.name for path in file.parent.iterdir()] == ["file"]
 
 
-def test_an_answer_that_is_no_bucket_s_is_none(proxy: FaultyProxy, remote_bucket: str, file: Path) -> None:
+def test_foreign_answers_are_an_outage(proxy: FaultyProxy, remote_bucket: str, file: Path) -> None:
     """From what stands between, such as a proxy that wants a password; least of all it means that nothing is there."""
     calls = every_call(open_store(remote_bucket, Retry(0.3)), file)
     del calls["delete"]  # Nobody is told whether something was deleted.
@@ -266,7 +266,7 @@ class RefusingAtOnce(BaseHTTPRequestHandler):
         self.wfile.write(b"x")
 
 
-def test_a_refusal_before_the_content_is_sent_and_one_without_words_are_conflicts(
+def test_early_and_wordless_refusals_are_conflicts(
     file: Path, monkeypatch: pytest.MonkeyPatch, aws_credentials: None
 ) -> None:
     file.write_bytes(bytes(LARGE_BYTES))
@@ -279,14 +279,14 @@ def test_a_refusal_before_the_content_is_sent_and_one_without_words_are_conflict
             open_store("s3://bucket", Retry(2)).create("key", b"content")
 
 
-def test_a_missing_bucket_is_no_missing_object(remote_bucket: str, file: Path) -> None:
+def test_missing_bucket_is_named(remote_bucket: str, file: Path) -> None:
     missing = f"{remote_bucket[:2]}://no-such-bucket"
     calls = every_call(open_store(f"{missing}/runs"), file)
     words = f"no bucket {missing}: check the name, or make it with `(gcloud|aws|az) "
     refused(calls.values(), MissingInputError, words)
 
 
-def test_objects_have_the_type_a_browser_needs(remote_bucket: str, file: Path) -> None:
+def test_objects_have_media_types(remote_bucket: str, file: Path) -> None:
     store, name = open_store(remote_bucket), remote_bucket.partition("://")[2]
     store.put("report.html", b"<p>")
     store.upload(file, "shard.tar.gz")
@@ -307,7 +307,7 @@ def test_objects_have_the_type_a_browser_needs(remote_bucket: str, file: Path) -
     assert found("shard.tar.gz") == ("application/x-tar", None)
 
 
-def test_what_others_uploaded_to_s3_in_parts_is_read(seaweedfs_bucket: str, file: Path) -> None:
+def test_multipart_uploads_of_others_are_read(seaweedfs_bucket: str, file: Path) -> None:
     file.write_bytes(bytes(LARGE_BYTES))
     boto3.client("s3").upload_file(str(file), seaweedfs_bucket.removeprefix("s3://"), "theirs")
     store = open_store(seaweedfs_bucket)
@@ -316,7 +316,7 @@ def test_what_others_uploaded_to_s3_in_parts_is_read(seaweedfs_bucket: str, file
     store.upload(file, "theirs")
 
 
-def test_wrong_rights_on_s3_are_told(seaweedfs_bucket: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_s3_rights_are_named(seaweedfs_bucket: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version = open_store(seaweedfs_bucket).create("key", b"1")
     with monkeypatch.context() as patch:
         patch.setenv("AWS_ACCESS_KEY_ID", "reader")
@@ -355,7 +355,7 @@ def test_missing_credentials(aws_credentials: None, tmp_path: Path, monkeypatch:
         open_store("s3://bucket")
 
 
-def test_s3_settings_that_make_no_sense(aws_credentials: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_s3_settings_are_named(aws_credentials: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Passwords in them are not repeated."""
     for variable, value, error, words in (
         ("AWS_ENDPOINT_URL", "owner:top-secret@somewhere", BadRequestError, "AWS_ENDPOINT_URL must be the URL of"),
@@ -372,7 +372,7 @@ def test_s3_settings_that_make_no_sense(aws_credentials: None, monkeypatch: pyte
             assert "top-secret" not in str(caught.value)
 
 
-def test_a_process_ends_quietly_and_at_once(remote_bucket: str) -> None:
+def test_process_ends_quietly(remote_bucket: str) -> None:
     script = f"""
 from job.store import open_store
 store = open_store({remote_bucket!r})
@@ -384,7 +384,7 @@ print(stream.read(5))
     assert (child.stdout, child.stderr) == (b"b'01234'\n", b"")
 
 
-def test_without_its_library_it_is_said_how_to_get_it(tmp_path: Path) -> None:
+def test_missing_cloud_library_names_its_install(tmp_path: Path) -> None:
     """Where the program is installed without a checkout."""
     shutil.copytree(Path(job.__file__).parent, tmp_path / "job", ignore=shutil.ignore_patterns("__pycache__"))
     script = """

@@ -76,7 +76,7 @@ def stopped_at(store: Store, stop: Stop, file: Path) -> list[float]:
     return [at - asked_at[0] for at in heard]
 
 
-def test_a_stop_is_heard_within_a_second(remote_bucket: str, silent_url: str, file: Path, monkeypatch) -> None:
+def test_stop_is_heard_within_a_second(remote_bucket: str, silent_url: str, file: Path, monkeypatch) -> None:
     stop = Stop(30)
     point_at(silent_url, monkeypatch)
     assert max(stopped_at(open_store(f"{remote_bucket}/runs", Retry(60, stop)), stop, file)) < 1
@@ -159,9 +159,7 @@ def renewals(store: Store, until: threading.Event) -> list[float]:
     return took
 
 
-def test_a_lease_and_a_transfer_go_on_while_a_token_is_fetched(
-    gcs_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lease_outlives_the_fetch_of_tokens(gcs_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with signed_in(tmp_path, monkeypatch, [0, TOKEN_SECONDS, 0], [200, 3600]) as tokens:
         store, is_over = open_store(gcs_bucket), threading.Event()
         store.put("image", b"1")
@@ -179,13 +177,13 @@ def test_a_lease_and_a_transfer_go_on_while_a_token_is_fetched(
         assert tokens.given == ["token-0", "token-1"]
 
 
-def test_a_stop_ends_the_wait_for_a_token(gcs_bucket: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_ends_wait_for_tokens(gcs_bucket: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop = Stop(30)
     with signed_in(file.parent, monkeypatch, [TOKEN_SECONDS], [3600]):
         assert max(stopped_at(open_store(gcs_bucket, Retry(60, stop)), stop, file)) < 1
 
 
-def test_a_token_that_is_refused_is_fetched_anew_once(
+def test_refused_token_is_fetched_again(
     gcs_bucket: str, gcs_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused = {"token-0"}
@@ -215,7 +213,7 @@ def test_a_token_that_is_refused_is_fetched_anew_once(
 
 
 @pytest.mark.slow
-def test_a_lease_is_renewed_beside_a_large_upload(gcs_bucket: str, tmp_path: Path) -> None:
+def test_large_uploads_delay_no_lease(gcs_bucket: str, tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb") as large:
         large.truncate(MOVED_BYTES)
     store, is_over = open_store(gcs_bucket), threading.Event()
@@ -271,7 +269,7 @@ def test_a_large_object_takes_little_memory(remote_bucket: str, tmp_path: Path) 
     assert max(json.loads(done.stdout).values()) < MOST_ABOVE_BYTES
 
 
-def test_a_large_upload_has_its_checksum_and_its_condition_in_one_request(
+def test_large_upload_is_one_conditional_request(
     gcs_bucket: str, gcs_server: str, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What gcsfs takes for the end of a content is part of this one.
@@ -292,7 +290,7 @@ def test_a_large_upload_has_its_checksum_and_its_condition_in_one_request(
 
 
 @pytest.mark.parametrize("which", ["gs", "s3-moto"])
-def test_a_bucket_that_takes_two_creates_is_refused(
+def test_bucket_without_conditions_is_refused(
     which: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Before anything is computed: a proxy on the way drops what only the first writer may do."""
@@ -337,7 +335,7 @@ store.delete("small")
 """
 
 
-def test_the_configuration_of_fsspec_is_heeded(
+def test_configuration_of_fsspec_applies(
     remote_bucket: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch
 ) -> None:
     """Where the bucket is, and who pays, comes from its variables, its file and our option; no other says it."""
@@ -369,7 +367,7 @@ def test_the_configuration_of_fsspec_is_heeded(
         assert all(dict(request.headers)["x-amz-request-payer"] == "requester" for request in asked)
 
 
-def test_storage_options_are_no_place_for_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_options_take_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     for option in (
         *("az.account_key=word", "gs.token=/a/word.json", "s3.secret=word", "s3.KEY=word", "sftp.pass=word"),
         *("az.account_url=https://x.y/?sig=word", "gs.endpoint_url=https://me:word@x.y"),
@@ -393,7 +391,7 @@ def test_storage_options_are_no_place_for_secrets(monkeypatch: pytest.MonkeyPatc
     assert found["s3"] == {"profile": "mine", "a": "2020-01-01"}
 
 
-def test_a_configuration_that_makes_no_sense_is_one_line(tmp_path: Path, monkeypatch) -> None:
+def test_invalid_fsspec_configuration_is_one_line(tmp_path: Path, monkeypatch) -> None:
     words = r"fsspec's configuration \(~/.config/fsspec/\*.json, FSSPEC_… variables\) is not valid"
     for uri, its in (("s3://bucket", {"endpoint_url": 5}), ("https://host/images", {"client_kwargs": 5})):
         monkeypatch.setitem(conf, uri.partition(":")[0], its)
@@ -409,7 +407,7 @@ def test_a_configuration_that_makes_no_sense_is_one_line(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("silent_url", ["reads nothing"], indirect=True)
 @pytest.mark.parametrize("which", ["az", "s3"])
-def test_the_wait_for_a_token_has_an_end(which: str, silent_url: str, tmp_path: Path, monkeypatch) -> None:
+def test_wait_for_tokens_ends(which: str, silent_url: str, tmp_path: Path, monkeypatch) -> None:
     """Google's is above."""
     monkeypatch.setattr(retry, "SILENCE_SECONDS", 0.5)
     (tmp_path / "token").write_text("a token of the pod")
