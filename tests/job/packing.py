@@ -23,10 +23,17 @@ FILES = [(f"{kind}/{n:03d}.jpg", jpeg(100 * i + n)) for i, kind in enumerate(("c
 
 
 def packed(
-    bucket: str | Path, source: str | Path, *, shard_images: int = SHARD_IMAGES, stop_at: int = 0, **options
+    bucket: str | Path,
+    source: str | Path,
+    *,
+    shard_images: int | None = SHARD_IMAGES,
+    stop_at: int | None = None,
+    decoded: Iterator[int] | None = None,
+    **options,
 ) -> DatasetIndex:
-    """Packs the source as this module's dataset, or is stopped once so many images are decoded."""
-    stop, decoded, prepare = Stop(), count(1), job.data.pack.prepare
+    """Packs the source as this module's dataset, or is stopped once so many images are decoded, which it counts."""
+    stop, prepare = Stop(), job.data.pack.prepare
+    decoded = decoded or count(1)
 
     def counted(*arguments):
         if next(decoded) == stop_at:

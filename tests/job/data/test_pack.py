@@ -163,7 +163,7 @@ def test_bad_requests_touch_nothing(tmp_path, gcs_bucket, source, monkeypatch):
         packed(f"{gcs_bucket}-not", source)
 
 
-def test_stopped_packing_decodes_nothing_twice(tmp_path, source, undisturbed, gcs_bucket, monkeypatch):
+def test_stopped_packing_decodes_nothing_twice(source, undisturbed, gcs_bucket):
     """From a bucket to a bucket."""
     open_store(gcs_bucket).upload(source, "in/pets.zip")
     theirs = f"{gcs_bucket}/in/pets.zip"
@@ -174,11 +174,9 @@ def test_stopped_packing_decodes_nothing_twice(tmp_path, source, undisturbed, gc
     assert "index.json" not in there
     done = [json.loads(there[key]) for key in sorted(there) if key.startswith("pieces/")]
     assert 1 <= len(done) <= 2
-    calls, prepare = [], job.data.pack.prepare
-    monkeypatch.setattr(job.data.pack, "prepare", lambda *a: (calls.append(a), prepare(*a))[1])
-    packed(gcs_bucket, theirs)
+    packed(gcs_bucket, theirs, decoded=(decoded := count()))
     assert objects(gcs_bucket) == undisturbed
-    assert len(calls) == 60 - sum(record["facts"]["shard"]["images"] for record in done)
+    assert next(decoded) == 60 - sum(record["facts"]["shard"]["images"] for record in done)
     assert verify_dataset(open_store(gcs_bucket), KEY) == []
 
 
@@ -265,28 +263,32 @@ def test_packing_resumes_before_any_write(tmp_path):
         assert {path: written(path) for path in reused} == reused
 
 
-def test_two_packers_at_once(tmp_path, source, undisturbed):
-    """Equal ones do each other's work. Of others one gives way."""
-    for crop in ("center", "squash", "squash", "squash"):
-        bucket, outcomes = tmp_path / str(len(list(tmp_path.iterdir()))), []
+def test_equal_packers_do_each_others_work(tmp_path, source, undisturbed):
+    outcomes = []
 
-        def attempt(crop: str, bucket=bucket, outcomes=outcomes) -> None:
-            try:
-                packed(bucket, source, crop=crop)
-            except JobError as refusal:
-                outcomes.append(str(refusal))
+    def attempt() -> None:
+        try:
+            packed(tmp_path, source)
+        except JobError as refusal:
+            outcomes.append(str(refusal))
 
-        threads = [threading.Thread(target=attempt, args=(each,)) for each in ("center", crop)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if crop == "center":
-            assert all("is there already" in error for error in outcomes), outcomes
-            assert committed(bucket) == undisturbed
-        else:
-            assert len(outcomes) == 1, outcomes
-            assert verify_dataset(open_store(str(bucket)), KEY) == []
+    threads = [threading.Thread(target=attempt) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all("is there already" in error for error in outcomes), outcomes
+    assert committed(tmp_path) == undisturbed
+
+
+def test_packer_of_others_gives_way(tmp_path, source, undisturbed, monkeypatch):
+    def rival() -> None:
+        with pytest.raises(BadRequestError, match="another process packs something else there"):
+            packed(tmp_path, source, crop="squash")
+
+    before(monkeypatch, "create", "pieces/00000.json", rival)
+    packed(tmp_path, source)
+    assert objects(tmp_path) == undisturbed
 
 
 def test_equal_packer_is_no_rival(tmp_path, source, undisturbed, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 import zipfile
@@ -33,20 +32,6 @@ def archive(images: int) -> bytes:
             zipped.writestr(f"{'cats' if number % 2 else 'dogs'}/{number:03d}.png", png(number))
         zipped.writestr("notes.txt", np.random.default_rng(0).bytes(6_000_000))
     return file.getvalue()
-
-
-def test_broken_fetch_resumes(server, tmp_path, monkeypatch):
-    handler, url = server
-    handler.content = {"/all.zip": archive(40)}
-    monkeypatch.setattr("job.store.retry.FIRST_PAUSE_SECONDS", 0.01)
-    handler.cuts_once = True
-    said = succeeded(ddpm_here("data", "pack", f"{url}/all.zip", "web", "--size", 8, "--bucket", tmp_path / "b"))
-    assert "images   40 colour" in said and "made     from all.zip" in said
-    # All of it at first, of which half came, and then the rest.
-    first, rest = (asked for command, asked in handler.asked if command == "GET")
-    assert first == "" and re.fullmatch(r"bytes=[1-9]\d{5,6}-", rest)
-    # What is packed is not kept.
-    assert not [path for path in (tmp_path / "cache/sources").iterdir() if path.suffix != ".lock"]
 
 
 def test_killed_fetch_resumes(server, monkeypatch):
@@ -147,6 +132,13 @@ def test_unreadable_web_sources_are_one_line(server, tmp_path, monkeypatch):
         ("sfpt://example.com/a.zip", "did you mean sftp://?"),
         ("nothinglikeit://example.com/a.zip", "no file system of that name is known"),
         ("smb://example.com/a.zip", "smb:// needs more than is installed (SMB requires"),
+        ("adl://x/y", "adl:// needs more than is installed"),
+        ("github://x", "missing 2 required positional arguments: 'org' and 'repo'"),
+        ("zip://cat", "a chain is zip://FOLDER::ARCHIVE"),
+        ("zip://a:b::all.zip", "a chain is zip://FOLDER::ARCHIVE"),
+        ("local://photos", "local:// may read any other location"),
+        ("dir:///photos", "dir:// may read any other location"),
+        ("http://[2001:db8::1]/images", "changed in transit"),
     ):
         line = refused(ddpm_here("data", "pack", source, *at), Exit.BAD_REQUEST)
         assert said in line and "word" not in line.replace("password", "")

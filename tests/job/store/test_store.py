@@ -138,7 +138,7 @@ def test_large_files_are_transferred_and_read(store: Store, large_file: Path, tm
 
 
 def test_one_of_two_large_uploads_wins(store: Store, tmp_path: Path) -> None:
-    contents = [bytes([number]) * (9 << 20) for number in (1, 2)]
+    contents = [bytes([number]) * (5 << 20) for number in (1, 2)]
     for number, content in enumerate(contents):
         (tmp_path / f"{number}").write_bytes(content)
 
