@@ -213,14 +213,19 @@ def test_refused_token_is_fetched_again(
 
 
 @pytest.mark.slow
-def test_large_uploads_delay_no_lease(gcs_bucket: str, tmp_path: Path) -> None:
+def test_large_uploads_delay_no_lease(gcs_bucket: str, gcs_server: str, tmp_path: Path, monkeypatch) -> None:
     with (tmp_path / "large").open("wb") as large:
         large.truncate(MOVED_BYTES)
-    store, is_over = open_store(gcs_bucket), threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        took = pool.submit(renewals, store, is_over)
-        store.upload(tmp_path / "large", "large")
-        is_over.set()
+    # The server of the tests answers nobody while it takes so much.
+    taken = b'HTTP/1.1 200 OK\r\nContent-Length: 19\r\nConnection: close\r\n\r\n{"generation": "1"}'
+    with FaultyProxy(gcs_server) as proxy:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+        proxy.instead = lambda request: taken if len(request.body) > MOVED_BYTES else None
+        store, is_over = open_store(gcs_bucket), threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            took = pool.submit(renewals, store, is_over)
+            store.upload(tmp_path / "large", "large")
+            is_over.set()
     assert len(took.result()) > 10
     assert max(took.result()) < 1
 
