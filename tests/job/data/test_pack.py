@@ -14,7 +14,7 @@ from PIL import Image
 import job.data.pack
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
-from job.data.shards import OFFSETS_DTYPE, load_index
+from job.data.shards import OFFSETS_DTYPE, DatasetIndex, load_index
 from job.data.verify import verify_dataset
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError, StoppedError
 from job.stop import Stop
@@ -25,11 +25,15 @@ from tests.job.packing import FILES, KEY, SHARD_IMAGES, committed, objects, pack
 from tests.job.some_images import encoded, folder_of, jpeg, picture, tar_of, zip_of
 
 
+def samples_in(bucket: Path, index: DatasetIndex, key: str = KEY) -> webdataset.WebDataset:
+    urls = [str(bucket / key / shard.name) for shard in index.shards]
+    return webdataset.WebDataset(urls, shardshuffle=False)
+
+
 def test_webdataset_reads_the_same_dataset(tmp_path, source):
     options = {"crop": "1,2,30,40", "resize_filter": "box", "licence": "CC0-1.0"}
     index = packed(tmp_path, source, **options)
-    urls = [str(tmp_path / KEY / shard.name) for shard in index.shards]
-    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
+    samples = list(samples_in(tmp_path, index).decode("rgb8"))
     assert [sample["__key__"] for sample in samples] == [f"{n:09d}" for n in range(60)]
     for (name, content), sample in zip(FILES, samples, strict=True):
         image = Image.open(io.BytesIO(content)).crop((1, 2, 31, 42)).resize((16, 16), Image.Resampling.BOX)
@@ -50,9 +54,7 @@ def test_webdataset_reads_the_same_dataset(tmp_path, source):
             labels.append(label)
     assert labels == [0] * 30 + [1] * 30
     without = packed(tmp_path / "without", source, classes=False)
-    urls = [str(tmp_path / "without" / KEY / shard.name) for shard in without.shards]
-    samples = webdataset.WebDataset(urls, shardshuffle=False)
-    assert without.classes == () and not any("cls" in sample for sample in samples)
+    assert without.classes == () and not any("cls" in sample for sample in samples_in(tmp_path / "without", without))
 
 
 def test_any_container_gives_the_same_dataset(tmp_path, source, undisturbed, monkeypatch):
@@ -80,14 +82,12 @@ def test_held_out_images_are_a_dataset(tmp_path, source):
     for name in ("small", "small-held-out"):
         index = load_index(store, f"datasets/{name}-16")
         assert index.classes == ("cats", "dogs")
-        urls = [str(tmp_path / f"datasets/{name}-16" / shard.name) for shard in index.shards]
-        parts[name] = {(sample["cls"], sample["png"]) for sample in webdataset.WebDataset(urls, shardshuffle=False)}
+        parts[name] = {(sample["cls"], sample["png"]) for sample in samples_in(tmp_path, index, f"datasets/{name}-16")}
         assert len(parts[name]) == index.images
     assert 4 <= len(parts["small-held-out"]) <= 20
     whole = packed(tmp_path / "whole", source)
-    urls = [str(tmp_path / "whole" / KEY / shard.name) for shard in whole.shards]
-    everything = [(sample["cls"], sample["png"]) for sample in webdataset.WebDataset(urls, shardshuffle=False)]
-    assert parts["small"] | parts["small-held-out"] == {*everything}
+    everything = {(sample["cls"], sample["png"]) for sample in samples_in(tmp_path / "whole", whole)}
+    assert parts["small"] | parts["small-held-out"] == everything
     assert not parts["small"] & parts["small-held-out"]
 
     # Of what is there already nothing is held out afterwards.

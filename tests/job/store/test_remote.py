@@ -160,9 +160,7 @@ def test_replaced_object_is_noticed(store: Store, file: Path) -> None:
 
 
 @pytest.mark.parametrize(("listening", "words"), [(False, "Connection refused"), (True, "timed out")])
-def test_absent_server_is_an_outage(
-    remote_bucket: str, listening: bool, words: str, file: Path, monkeypatch, caplog
-) -> None:
+def test_absent_server_is_an_outage(remote_bucket: str, listening: bool, words: str, file, monkeypatch, caplog) -> None:
     # More than a socket takes of it.
     file.write_bytes(bytes(LARGE_BYTES))
     with socket.socket() as server:
@@ -264,9 +262,7 @@ class RefusingAtOnce(BaseHTTPRequestHandler):
         self.wfile.write(b"x")
 
 
-def test_early_and_wordless_refusals_are_conflicts(
-    file: Path, monkeypatch: pytest.MonkeyPatch, aws_credentials: None
-) -> None:
+def test_early_and_wordless_refusals_are_conflicts(file: Path, monkeypatch, aws_credentials: None) -> None:
     file.write_bytes(bytes(LARGE_BYTES))
     with serving(RefusingAtOnce) as url:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)

@@ -183,9 +183,7 @@ def test_stop_ends_wait_for_tokens(gcs_bucket: str, file: Path, monkeypatch: pyt
         assert max(stopped_at(open_store(gcs_bucket, Retry(60, stop)), stop, file)) < 1
 
 
-def test_refused_token_is_fetched_again(
-    gcs_bucket: str, gcs_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refused_token_is_fetched_again(gcs_bucket: str, gcs_server: str, tmp_path: Path, monkeypatch) -> None:
     refused = {"token-0"}
 
     def refusing(request: Request) -> bytes | None:
@@ -274,9 +272,7 @@ def test_a_large_object_takes_little_memory(remote_bucket: str, tmp_path: Path) 
     assert max(json.loads(done.stdout).values()) < MOST_ABOVE_BYTES
 
 
-def test_large_upload_is_one_conditional_request(
-    gcs_bucket: str, gcs_server: str, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_upload_is_one_conditional_request(gcs_bucket: str, gcs_server: str, file: Path, monkeypatch) -> None:
     # What gcsfs takes for the end of a content is part of this one.
     file.write_bytes(b"\r\n--==0==--" * 200_000)
     seen: list[Request] = []
@@ -295,9 +291,7 @@ def test_large_upload_is_one_conditional_request(
 
 
 @pytest.mark.parametrize("which", ["gs", "s3-moto"])
-def test_bucket_without_conditions_is_refused(
-    which: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_bucket_without_conditions_is_refused(which: str, request, monkeypatch, tmp_path: Path) -> None:
     """Before anything is computed: a proxy on the way drops what only the first writer may do."""
     uri = new_bucket(which, request, monkeypatch, tmp_path)
     with FaultyProxy(str(request.getfixturevalue("gcs_server" if which == "gs" else "moto_server"))) as proxy:
@@ -340,9 +334,7 @@ store.delete("small")
 """
 
 
-def test_configuration_of_fsspec_applies(
-    remote_bucket: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch
-) -> None:
+def test_configuration_of_fsspec_applies(remote_bucket: str, request, tmp_path: Path, monkeypatch) -> None:
     """Where the bucket is, and who pays, comes from its variables, its file and our option; no other says it."""
     scheme = remote_bucket.partition("://")[0]
     asked: list[Request] = []
