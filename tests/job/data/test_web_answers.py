@@ -166,7 +166,7 @@ def test_every_answer_has_its_exit_code(server, tmp_path, monkeypatch, place):
         handler.requests.clear()
         cache, bucket, began = tmp_path / f"cache{number}", tmp_path / f"bucket{number}", time.monotonic()
         words = ("data", "pack", url, "all", "--size", 8, "--bucket", bucket)
-        # An outage need not last.
+        # Patience only helps where a later answer is good.
         patience_seconds = PATIENCE_SECONDS / 4 if TABLE[place][answer] == AWAY else PATIENCE_SECONDS
         done = ddpm_here(*words, DDPM_CACHE=str(cache), DDPM_AWAY_SECONDS=str(patience_seconds))
         found[answer] = done.returncode
