@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from http.client import HTTPConnection, HTTPException
@@ -39,6 +39,8 @@ _BODIES = {
     "json": '{"error": {"code": %d, "message": "a bad day", "errors": []}}',
     "xml": "<?xml version='1.0'?><Error><Code>BadDay</Code><Message>%d, a bad day</Message></Error>",
 }
+SILENT_SECONDS = 60.0
+"""How long a connection stays silent, unless its client gives up first."""
 _BODILESS = {204, 304}
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect"}
 
@@ -66,6 +68,8 @@ class Answer:
     reason: str
     headers: tuple[tuple[str, str], ...]
     body: bytes
+    length: str
+    """What an answer to HEAD says of a body that does not come."""
 
 
 class FaultyProxy:
@@ -73,27 +77,24 @@ class FaultyProxy:
 
     Attributes:
         rate: which part of the requests meets a fault; all kinds are dealt out before one comes again.
-        silence_seconds: how long a connection stays silent, unless its client gives up first.
         requests: the requests that arrived so far, by method.
         injected: the faults so far.
         connections: the connections so far.
         instead: answers a request in the server's stead, if it returns bytes.
         passed: changes a request on its way to the server.
-        sent: changes the body of a request on its way to the server.
         received: changes the body of an answer on its way to the client.
     """
 
-    def __init__(self, target: str, *, rate: float = 0.0, seed: int = 0, silence_seconds: float = 60.0) -> None:
+    def __init__(self, target: str) -> None:
         """Errors look like Google's for a client of `STORAGE_EMULATOR_HOST`, and like S3's for any other."""
-        self.rate, self.silence_seconds = rate, silence_seconds
+        self.rate = 0.0
         self.requests: Counter[str] = Counter()
         self.injected: Counter[Fault] = Counter()
         self.connections = 0
         self.instead: Callable[[Request], bytes | None] = lambda request: None
         self.passed: Callable[[Request], Request] = lambda request: request
-        self.sent: Callable[[bytes], bytes] = bytes
         self.received: Callable[[bytes], bytes] = bytes
-        self._random, self._deck = random.Random(seed), list[Fault]()
+        self._random, self._deck = random.Random(0), list[Fault]()
         self._orders: list[tuple[re.Pattern[str], Fault]] = []
         self._lock = threading.Lock()
         self._target = urlsplit(target).netloc
@@ -170,21 +171,17 @@ class FaultyProxy:
                 threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        server = HTTPConnection(self._target)
-        try:
-            with client, suppress(OSError, HTTPException), client.makefile("rb") as file:
-                while (request := _read_request(client, file)) is not None and self._pass(client, server, request):
-                    pass
-        finally:
-            server.close()
-            with self._lock:
-                self._open.discard(client)
+        with client, suppress(OSError, HTTPException), client.makefile("rb") as file:
+            while (request := _read_request(client, file)) is not None and self._pass(client, request):
+                pass
+        with self._lock:
+            self._open.discard(client)
 
-    def _pass(self, client: socket.socket, server: HTTPConnection, request: Request) -> bool:
+    def _pass(self, client: socket.socket, request: Request) -> bool:
         """Answers one request; whether the connection lives on."""
         fault = self._fault_for(request)
         if fault is Fault.SILENCE or self._hanging:
-            self._keep_silent(client)
+            _keep_silent(client)
             return False
         if fault is Fault.RESET:
             _reset(client)
@@ -195,14 +192,14 @@ class FaultyProxy:
         if (said := self.instead(request)) is not None:
             client.sendall(said)
             return False
-        answer = self._ask(server, self.passed(replace(request, body=self.sent(request.body))))
+        answer = self._ask(self.passed(request))
         answer = replace(answer, body=self.received(answer.body))
         if self._hanging:
-            self._keep_silent(client)
+            _keep_silent(client)
             return False
         if fault is None:
-            client.sendall(_head(answer, f"Content-Length: {_length(request, answer)}"))
-            client.sendall(answer.body)
+            length = answer.length if request.method == "HEAD" else len(answer.body)
+            client.sendall(_head(answer, f"Content-Length: {length}") + answer.body)
             return True
         if fault is Fault.LOST_ANSWER or answer.status in _BODILESS:
             _reset(client)
@@ -214,7 +211,7 @@ class FaultyProxy:
             client.sendall(_head(answer, f"Content-Length: {len(answer.body) + 1}"))
             client.sendall(answer.body[: len(answer.body) // 2])
             if fault is Fault.SILENCE_MIDWAY:
-                self._keep_silent(client)
+                _keep_silent(client)
         return False
 
     def _fault_for(self, request: Request) -> Fault | None:
@@ -240,41 +237,29 @@ class FaultyProxy:
 
     def _refusal(self, request: Request, fault: Fault) -> bytes:
         body = (_BODIES["json" if "/storage/v1/" in request.target else "xml"] % int(fault)).encode()
-        if request.method == "HEAD":
-            body = b""
+        body = b"" if request.method == "HEAD" else body
         return f"HTTP/1.1 {fault} No\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
-    def _ask(self, server: HTTPConnection, request: Request) -> Answer:
-        for attempt in range(2):
-            try:
-                server.putrequest(request.method, request.target, skip_host=True, skip_accept_encoding=True)
-                for name, value in request.headers:
-                    if name.lower() not in _HOP_BY_HOP:
-                        server.putheader(name, value)
-                server.putheader("Content-Length", str(len(request.body)))
-                server.endheaders(request.body)
-                response = server.getresponse()
-                break
-            except (OSError, HTTPException):
-                # The server has closed a connection that was idle.
-                server.close()
-                if attempt:
-                    raise
-        body, headers = response.read(), response.getheaders()
-        here = urlsplit(self.url).netloc
-        if "json" in (response.getheader("Content-Type") or ""):
-            body = body.replace(self._target.encode(), here.encode())
-        # Where an upload goes on, too, must lead through here.
-        passed = tuple((name, value.replace(self._target, here)) for name, value in headers)
-        return Answer(response.status, response.reason, passed, body)
+    def _ask(self, request: Request) -> Answer:
+        with closing(HTTPConnection(self._target)) as server:
+            server.putrequest(request.method, request.target, skip_host=True, skip_accept_encoding=True)
+            for name, value in request.headers:
+                if name.lower() not in _HOP_BY_HOP:
+                    server.putheader(name, value)
+            server.putheader("Content-Length", str(len(request.body)))
+            server.endheaders(request.body)
+            response = server.getresponse()
+            length, body, headers = response.getheader("Content-Length"), response.read(), response.getheaders()
+        return Answer(response.status, response.reason, tuple(headers), body, length or "0")
 
-    def _keep_silent(self, client: socket.socket) -> None:
-        until = time.monotonic() + self.silence_seconds
-        client.settimeout(0.1)
-        while time.monotonic() < until:
-            with suppress(TimeoutError):
-                if not client.recv(1 << 16):
-                    return
+
+def _keep_silent(client: socket.socket) -> None:
+    until = time.monotonic() + SILENT_SECONDS
+    client.settimeout(0.1)
+    while time.monotonic() < until:
+        with suppress(TimeoutError):
+            if not client.recv(1 << 16):
+                return
 
 
 def _read_request(client: socket.socket, file: BinaryIO) -> Request | None:
@@ -289,34 +274,17 @@ def _read_request(client: socket.socket, file: BinaryIO) -> Request | None:
     named = {name.lower(): value for name, value in headers}
     if named.get("expect", "").lower() == "100-continue":
         client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-    if "chunked" in named.get("transfer-encoding", "").lower():
-        body = b"".join(_chunks(file))
-    else:
-        size_bytes = int(named.get("content-length", 0))
-        body = file.read(size_bytes)
-        if len(body) < size_bytes:
-            return None
-    return Request(method, target, tuple(headers), body)
-
-
-def _chunks(file: BinaryIO) -> Iterator[bytes]:
-    while size_bytes := int(file.readline().split(b";")[0] or b"0", 16):
-        yield file.read(size_bytes)
-        file.readline()
-    file.readline()
+    # No client sends chunks.
+    assert "transfer-encoding" not in named, named
+    size_bytes = int(named.get("content-length", 0))
+    body = file.read(size_bytes)
+    return Request(method, target, tuple(headers), body) if len(body) == size_bytes else None
 
 
 def _head(answer: Answer, framing: str) -> bytes:
     lines = [f"HTTP/1.1 {answer.status} {answer.reason}"]
     lines += [f"{name}: {value}" for name, value in answer.headers if name.lower() not in _HOP_BY_HOP]
     return "\r\n".join([*lines, framing, "", ""]).encode("latin-1")
-
-
-def _length(request: Request, answer: Answer) -> int | str:
-    """What an answer to HEAD says of a body that does not come."""
-    if request.method == "HEAD":
-        return next((value for name, value in answer.headers if name.lower() == "content-length"), 0)
-    return len(answer.body)
 
 
 def _reset(client: socket.socket) -> None:

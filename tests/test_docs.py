@@ -18,7 +18,7 @@ FAULTS = (ROOT / "docs/what-happens-when.md").read_text()
 CRASHED = {"1", "137"}
 
 
-def test_each_fault_names_a_test_that_there_is_and_codes_of_the_table():
+def test_faults_name_existing_tests_and_codes():
     lines = [line for line in FAULTS.splitlines() if line.startswith("| ")][1:]
     rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
     assert len(rows) > 18
@@ -36,23 +36,23 @@ def test_links_lead_somewhere(page):
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
-def test_the_readme_leads_to_every_page():
+def test_readme_links_every_page():
     text = (ROOT / "README.md").read_text()
     assert [page.name for page in ROOT.glob("docs/*.md") if f"](docs/{page.name})" not in text] == []
 
 
-def test_the_number_of_points_of_the_campaign():
+def test_docs_count_the_points():
     assert f"`ARGS=--list` shows the {len(POINTS)})" in FAULTS
 
 
-def test_thousands_are_written_in_one_way():
+def test_thousands_have_separators():
     """But for what is typed, such as `train.batch_size=1024 images`."""
     counted = r"(?<!=)\{[^{}:]+\} (?:images|bytes|objects|problems|shards|entries|jobs)(?!/s)\b"
     sources = {path: path.read_text() for room in ("ddpm", "job") for path in (ROOT / room).rglob("*.py")}
     assert [(path.name, found) for path, text in sources.items() for found in re.findall(counted, text)] == []
 
 
-def test_the_exit_codes_that_people_read_are_those_of_the_program():
+def test_documented_exit_codes_are_right():
     rows = re.findall(r"^\| (\d+) \| (.+?) \| (\w+) \|$", (ROOT / "docs/exit-codes.md").read_text(), re.MULTILINE)
     assert rows == [(str(int(code)), meaning.text, meaning.retried.name.lower()) for code, meaning in TABLE.items()]
 

@@ -25,7 +25,7 @@ def locked(name: str) -> dict[str, list[str]]:
     return found
 
 
-def test_all_that_the_program_needs_is_locked_in_versions_it_allows():
+def test_locks_have_every_dependency():
     extras = PROJECT["optional-dependencies"]
     have = {**locked("requirements.txt"), **locked("requirements-torch-cuda.txt")}
     for text in [*PROJECT["dependencies"], *(text for name in IN_IMAGE for text in extras[name])]:
@@ -35,7 +35,7 @@ def test_all_that_the_program_needs_is_locked_in_versions_it_allows():
         assert all(needed.specifier.contains(version) for version in versions), f"{text}, not {versions}: make locks"
 
 
-def test_an_extra_that_is_added_later_takes_what_the_others_have():
+def test_extras_agree_on_shared_limits():
     """pip looks at what it is asked for: a limit that one extra's library has on another, all have that share it."""
     takes: dict[str, dict[str, bool]] = {}
     for extra in ("gs", "s3", "az", "kubernetes", "google"):

@@ -24,7 +24,7 @@ print(json.dumps([targets, dict(os.environ), os.path.expanduser("~")]))
 
 
 @pytest.mark.slow
-def test_nothing_of_whoever_runs_them_reaches_them(tmp_path):
+def test_tests_see_nothing_of_their_user(tmp_path):
     (tmp_path / "targets.yaml").write_text("local: {bucket: gs://theirs}\ngke: {backend: kubernetes, image: i}\n")
     variables = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[1]), "HOME": str(tmp_path)}
     variables |= dict.fromkeys(THEIRS.split(), "theirs") | {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,11 +51,7 @@ def load_decoder(bucket: Store, index: DatasetIndex | None, device: torch.device
     config = dataset.read(CONFIG).data
     path = default_cache_dir() / "autoencoders" / f"{encoding.hashes[1]}.safetensors"
     if not path.exists():
-        # Processes of a machine may fetch it at the same time, and rename equal files.
-        beside = path.with_suffix(f".{os.getpid()}")
-        dataset.download(WEIGHTS, beside)
-        with os_errors(path):
-            beside.replace(path)
+        dataset.download(WEIGHTS, path)
     with os_errors(path), path.open("rb") as file:
         hashes = hashlib.sha256(config).hexdigest(), hashlib.file_digest(file, "sha256").hexdigest()
     if hashes != encoding.hashes:

@@ -107,16 +107,18 @@ def pack(
             raise BadRequestError(f"{error}: another process packs something else there: {way}") from None
 
 
+def _index_of(bucket: Store, key: str) -> shards.DatasetIndex | None:
+    return shards.load_index(bucket, key) if bucket.exists(f"{key}/{shards.INDEX}") else None
+
+
 def _made(bucket: Store, key: str, fingerprint: str) -> shards.DatasetIndex | None:
     """Returns the index of a dataset that is finished.
 
     Raises:
         OtherWorkError: it was made of something else.
     """
-    if not bucket.exists(f"{key}/{shards.INDEX}"):
-        return None
-    index = shards.load_index(bucket, key)
-    if index.fingerprint != fingerprint:
+    index = _index_of(bucket, key)
+    if index and index.fingerprint != fingerprint:
         raise OtherWorkError(key)
     return index
 
@@ -127,12 +129,10 @@ def check_free(bucket: Store, request: PackRequest) -> None:
     Raises:
         BadRequestError: there is.
     """
-    key = request.key
-    if bucket.exists(f"{key}/{shards.INDEX}"):
-        there = shards.load_index(bucket, key)
+    if there := _index_of(bucket, request.key):
         raise BadRequestError(
-            f"{bucket.uri}/{key} is there already: {there.images:,} images of {there.source}, crop {there.crop}. "
-            f"Choose another name, or delete it first: {shards.deleting(bucket, key)}"
+            f"{bucket.uri}/{request.key} is there already: {there.images:,} images of {there.source}, crop "
+            f"{there.crop}. Choose another name, or delete it first: {shards.deleting(bucket, request.key)}"
         )
 
 
@@ -142,15 +142,14 @@ def is_whole(bucket: Store, held: PackRequest) -> bool:
     Raises:
         BadRequestError: another share was held out.
     """
-    key = held.key
-    if not bucket.exists(f"{key}/{shards.INDEX}"):
-        return False
-    if (there := shards.load_index(bucket, key)).hold_out != held.hold_out_share:
+    there = _index_of(bucket, held.key)
+    if there and there.hold_out != held.hold_out_share:
         raise BadRequestError(
-            f"{bucket.uri}/{key} holds {there.hold_out:.3%} out, and not {held.hold_out_share:.3%}: images of one "
-            f"would be learnt by the other. Choose another name, or delete it first: {shards.deleting(bucket, key)}"
+            f"{bucket.uri}/{held.key} holds {there.hold_out:.3%} out, and not {held.hold_out_share:.3%}: images of one "
+            f"would be learnt by the other. Choose another name, or delete it first: "
+            f"{shards.deleting(bucket, held.key)}"
         )
-    return True
+    return there is not None
 
 
 def _rejects_in(records: Iterable[PieceRecord]) -> list[Reject]:

@@ -1,4 +1,4 @@
-"""What a person asks to have packed, checked as far as it can be without the source."""
+"""The options of a packing, checked as far as possible without the source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_HELD_OUT = 0.5
 
 @dataclass(frozen=True)
 class PackRequest:
-    """What is to become a dataset, and how; empty options follow the preset of the dataset's name, if there is one.
+    """The source and the options of a dataset; empty options follow the preset of its name, if there is one.
 
     Attributes:
         source: a local path or a URI, see `open_source`.
@@ -77,7 +77,7 @@ class PackRequest:
         """Share of the images that is held out; 0 for none.
 
         Raises:
-            BadRequestError: `hold_out` is none.
+            BadRequestError: `hold_out` is not a percentage.
         """
         match = re.fullmatch(r"\s*([0-9]{1,3}(?:\.[0-9]{1,9})?)\s*%\s*", self.hold_out)
         if self.hold_out and not match:
@@ -96,11 +96,11 @@ class PackRequest:
         return f"{self.name}-held-out" if self.hold_out_share and not self.is_held_out else ""
 
     def parts(self) -> list[PackRequest]:
-        """What is packed one after the other, of a request that is checked: what is held out comes first."""
+        """Returns the parts of a checked request in the order of packing: the held-out part comes first."""
         return [*([replace(self, name=self.held_out, is_held_out=True).check()] if self.held_out else []), self]
 
     def recipe(self, channels: int) -> Recipe:
-        """What is done to each image of a source with so many channels; of a request that is checked."""
+        """Returns how a checked request converts each image of a source with so many channels."""
         assert self.size is not None
         min_side = self.size // 2 if self.min_side is None else self.min_side
         return Recipe(self.size, self.crop, self.resize_filter, self.channels or channels, min_side)

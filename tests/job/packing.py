@@ -12,7 +12,7 @@ import job.data.pack
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
 from job.data.shards import DatasetIndex
-from job.data.sources import Source
+from job.data.sources import Source, open_source
 from job.stop import Stop
 from job.store import open_store
 from tests.job.some_images import jpeg, zip_of
@@ -23,10 +23,17 @@ FILES = [(f"{kind}/{n:03d}.jpg", jpeg(100 * i + n)) for i, kind in enumerate(("c
 
 
 def packed(
-    bucket: str | Path, source: str | Path, *, shard_images: int = SHARD_IMAGES, stop_at: int = 0, **options
+    bucket: str | Path,
+    source: str | Path,
+    *,
+    shard_images: int | None = SHARD_IMAGES,
+    stop_at: int | None = None,
+    decoded: Iterator[int] | None = None,
+    **options,
 ) -> DatasetIndex:
-    """Packs the source as this module's dataset, or is stopped once so many images are decoded."""
-    stop, decoded, prepare = Stop(), count(1), job.data.pack.prepare
+    """Packs the source as this module's dataset, or is stopped once so many images are decoded, which it counts."""
+    stop, prepare = Stop(), job.data.pack.prepare
+    decoded = decoded or count(1)
 
     def counted(*arguments):
         if next(decoded) == stop_at:
@@ -42,6 +49,14 @@ def packed(
 def names_of(source: Source) -> Iterator[str]:
     """The names of a source's images, in order."""
     return (member.name for member in source.images())
+
+
+def images_of(source: str | Path) -> list[tuple[str, bytes]]:
+    """Names and contents of the images at a place, in order."""
+    opened = open_source(str(source))
+    entries = list(entries_of(opened))
+    assert list(names_of(opened)) == [name for name, _ in entries]
+    return entries
 
 
 def entries_of(source: Source) -> Iterator[tuple[str, bytes]]:

@@ -2,43 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from tests.job.answering import serving
+from tests.job.answering import JsonHandler, serving
 
 
-class Files(BaseHTTPRequestHandler):
+class Files(JsonHandler):
     """Serves `content` by path, in ranges; and what the hub says of a dataset `org/name` of these files."""
 
     content: ClassVar[dict[str, bytes]]
     asked: ClassVar[list[tuple[str, str]]]
-    cut_after: ClassVar[list[int]]
-    """How many answers are whole before one breaks off."""
+    cuts_once = False
+    """The next answer breaks off in its middle."""
     etag = "one"
     date = ""
     stalls = False
     without_length = False
     """Half of a body comes, and nothing says that it is half."""
 
-    def log_message(self, *_: object) -> None:
-        pass
-
     def do_HEAD(self) -> None:
         self.answer(with_body=False)
 
     def do_POST(self) -> None:
-        asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        paths = parse_qs(asked)["paths"] if asked.startswith("paths=") else json.loads(asked)["paths"]
-        self.say([each for each in self.listed() if each["path"] in paths])
+        paths = self.heard()["paths"]
+        self.say(200, [each for each in self.listed() if each["path"] in paths])
 
     def do_GET(self) -> None:
         self.answer(with_body=True)
@@ -78,42 +72,31 @@ class Files(BaseHTTPRequestHandler):
             if self.stalls:
                 time.sleep(3)
                 return
-            if self.cut_after and self.cut_after[0] <= first:
-                part = part[: len(part) // 2]
-                self.cut_after.clear()
-                self.close_connection = True
+            if self.cuts_once:
+                part, self.close_connection, type(self).cuts_once = part[: len(part) // 2], True, False
             self.wfile.write(part)
 
     def listed(self) -> list[dict[str, object]]:
         """Files and folders as the hub tells of them."""
         parents = {str(parent) for name in self.content for parent in PurePosixPath(name[1:]).parents} - {"."}
         folders = [{"type": "directory", "path": folder, "oid": "b" * 40} for folder in sorted(parents)]
-        kept = self.content.items()
-        return [
-            *folders,
-            *({"type": "file", "path": name[1:], "size": len(data), "oid": "a" * 40} for name, data in kept),
+        files = self.content.items()
+        return folders + [
+            {"type": "file", "path": name[1:], "size": len(data), "oid": "a" * 40} for name, data in files
         ]
 
     def hub(self, path: str) -> None:
         if "/tree/" in path:
             below = path.partition("/tree/")[2].partition("/")[2]
-            self.say([each for each in self.listed() if not below or str(each["path"]).startswith(f"{below}/")])
+            self.say(200, [each for each in self.listed() if not below or str(each["path"]).startswith(f"{below}/")])
         else:
-            self.say({"id": "org/name", "sha": "0" * 40, "siblings": [], "private": False, "gated": False})
-
-    def say(self, document: object) -> None:
-        body = json.dumps(document).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+            self.say(200, {"id": "org/name", "sha": "0" * 40, "siblings": [], "private": False, "gated": False})
 
 
 @pytest.fixture(name="server")
 def server_fixture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[type[Files], str]]:
     """The class whose attributes say how it answers, and its URL; nothing is in the cache."""
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
-    handler = type("OwnFiles", (Files,), {"content": {}, "asked": [], "cut_after": []})
+    handler = type("OwnFiles", (Files,), {"content": {}, "asked": []})
     with serving(handler) as url:
         yield handler, url

@@ -60,7 +60,7 @@ def assert_equal(cache: ImageCache, dataset: SmallDataset, indices: np.ndarray |
     np.testing.assert_array_equal(cache.labels(indices), dataset.labels[indices])
 
 
-def test_images_and_labels_come_back_in_any_order_from_any_bucket(bucket_uri, tmp_path):
+def test_cache_reads_any_order_and_bucket(bucket_uri, tmp_path):
     dataset = write_dataset(bucket_uri, tmp_path, SHARD_IMAGES, size=64, grain=8)
     for shards in (0, 2):
         cache = opened(dataset.bucket, dataset, tmp_path / "cache", shards)
@@ -72,7 +72,7 @@ def test_images_and_labels_come_back_in_any_order_from_any_bucket(bucket_uri, tm
         cache.close()
 
 
-def test_the_second_opening_fetches_and_decodes_nothing(dataset, far, tmp_path):
+def test_second_opening_fetches_nothing(dataset, far, tmp_path):
     progress: list[tuple[int, int]] = []
     assert_equal(opened(far, dataset, tmp_path / "cache", progress=lambda *done: progress.append(done)), dataset)
     assert sorted(far.downloads) == SHARDS
@@ -88,7 +88,7 @@ def test_the_second_opening_fetches_and_decodes_nothing(dataset, far, tmp_path):
     assert (len(far.downloads), progress) == (6, [])
 
 
-def test_a_folder_is_read_where_it_lies(dataset, far, tmp_path):
+def test_local_shards_are_not_copied(dataset, far, tmp_path):
     far.uri = str(tmp_path / "bucket")
     for shards in (0, 1):
         cache = opened(far, dataset, tmp_path / "cache", shards)
@@ -98,7 +98,7 @@ def test_a_folder_is_read_where_it_lies(dataset, far, tmp_path):
         assert {path.name for path in (tmp_path / "bucket" / KEY).glob("*.tar")} == set(SHARDS)
 
 
-def test_what_is_damaged_is_made_anew_and_nothing_else(dataset, far, tmp_path):
+def test_damaged_cache_is_repaired(dataset, far, tmp_path):
     folder = tmp_path / "cache" / dataset.index.dataset_id
 
     def leave_downloads() -> None:
@@ -120,7 +120,7 @@ def test_what_is_damaged_is_made_anew_and_nothing_else(dataset, far, tmp_path):
             assert sorted(far.downloads) == fetched_again, name
 
 
-def test_what_is_written_over_while_it_is_read_teaches_nothing(dataset, far, tmp_path, caplog):
+def test_overwritten_cache_is_not_used(dataset, far, tmp_path, caplog):
     images, order = tmp_path / "cache" / dataset.index.dataset_id / "images", [5, 8, 8, 23]
     cache = opened(far, dataset, tmp_path / "cache")
     assert_equal(cache, dataset, order)
@@ -154,7 +154,7 @@ np.save(root / f"{os.getpid()}.npy", cache.read(np.arange(index.images)))
 
 
 @pytest.mark.slow
-def test_processes_share_the_work_and_go_on_where_one_was_killed(tmp_path):
+def test_processes_share_the_decoding(tmp_path):
     dataset = write_dataset(str(tmp_path / "bucket"), tmp_path, (4,) * 20)
 
     def opening(killed_after: int) -> subprocess.Popen[bytes]:
@@ -172,7 +172,7 @@ def test_processes_share_the_work_and_go_on_where_one_was_killed(tmp_path):
     assert len(downloads) <= 20 + 4
 
 
-def test_a_full_disk_is_found_before_anything_is_decoded(small_disk, tmp_path):
+def test_full_disk_is_found_before_decoding(small_disk, tmp_path):
     dataset = write_dataset(str(tmp_path / "bucket"), tmp_path, (100, 100), size=64)
     with pytest.raises(DiskFullError, match=r"images \(2,457,600 bytes; DDPM_CACHE moves it.*No space left") as caught:
         opened(dataset.bucket, dataset, small_disk)
@@ -182,7 +182,7 @@ def test_a_full_disk_is_found_before_anything_is_decoded(small_disk, tmp_path):
     assert_equal(opened(small.bucket, small, small_disk), small)
 
 
-def test_a_stop_is_obeyed_and_keeps_what_is_done(dataset, far, tmp_path):
+def test_stop_keeps_decoded_images(dataset, far, tmp_path):
     done: list[int] = []
     stop = Stop()
 
@@ -205,7 +205,7 @@ def test_a_stop_is_obeyed_and_keeps_what_is_done(dataset, far, tmp_path):
     assert done[3:] == [8, 12, 16, 20, 24]
 
 
-def test_a_few_images_are_read_without_fetching_a_shard(tmp_path, monkeypatch):
+def test_few_images_need_no_shard(tmp_path, monkeypatch):
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
     written = write_dataset(str(tmp_path / "bucket"), tmp_path)
     bucket = FarStore(tmp_path / "bucket")
@@ -221,7 +221,7 @@ def test_a_few_images_are_read_without_fetching_a_shard(tmp_path, monkeypatch):
         images.read(np.array([0, 10]))
 
 
-def test_the_least_recently_read_shard_goes_first(dataset, far, tmp_path):
+def test_least_recently_read_shard_goes(dataset, far, tmp_path):
     cache = opened(far, dataset, tmp_path / "cache", 3)
     for image in (0, 4, 8, 1, 12):
         assert_equal(cache, dataset, [image])
@@ -232,7 +232,7 @@ def test_the_least_recently_read_shard_goes_first(dataset, far, tmp_path):
     assert len(far.downloads) == 4
 
 
-def test_the_budget_is_kept_however_images_are_read(dataset, tmp_path):
+def test_budget_of_shards_is_kept(dataset, tmp_path):
     sizes = [shard.bytes for shard in dataset.index.shards]
     for shards in (1, 2, 5):
         folder, seen = tmp_path / f"cache-{shards}", []
@@ -255,7 +255,7 @@ def test_the_budget_is_kept_however_images_are_read(dataset, tmp_path):
         assert len(shards_in(folder)) == shards
 
 
-def test_the_shards_of_the_coming_blocks_are_fetched_ahead(dataset, far, tmp_path):
+def test_coming_shards_are_fetched_ahead(dataset, far, tmp_path):
     order, folder = Order(SHARD_IMAGES, 3, block_images=4), tmp_path / "cache"
     cache = opened(far, dataset, folder, 3)
     first_epoch = list(islice(order.upcoming_shards(0), 6))
@@ -274,7 +274,7 @@ def test_the_shards_of_the_coming_blocks_are_fetched_ahead(dataset, far, tmp_pat
     cache.close()
 
 
-def test_closing_ends_the_prefetch_whose_errors_are_met_by_who_needs_the_shard(dataset, tmp_path):
+def test_closing_ends_prefetch_without_its_errors(dataset, tmp_path):
     before, begun, go_on = set(threading.enumerate()), threading.Event(), threading.Event()
 
     def hold(key: str) -> None:
@@ -294,7 +294,7 @@ def test_closing_ends_the_prefetch_whose_errors_are_met_by_who_needs_the_shard(d
     assert_equal(opened(dataset.bucket, dataset, tmp_path / "cache", 6), dataset)
 
 
-def test_blocks_that_the_budget_cannot_hold_are_refused_with_the_way_out(dataset, far, tmp_path):
+def test_blocks_beyond_the_budget_are_refused(dataset, far, tmp_path):
     cache = opened(far, dataset, tmp_path / "cache", 4)
     with pytest.raises(BadConfigError, match=r"blocks of 24 images.*with a smaller data\.shuffle_block_images$"):
         cache.prefetch(Order(SHARD_IMAGES, 0), 0)

@@ -81,7 +81,7 @@ ARCHIVES = st.one_of(TARS, TARS, TARS.map(gzip.compress), ZIPS, st.binary(max_si
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @examples(few=20, many=600)
-def test_whatever_is_packed_makes_a_dataset_or_a_line(tmp_path: Path, count: int) -> None:
+def test_hostile_archive_makes_dataset_or_line(tmp_path: Path, count: int) -> None:
     path, bucket = tmp_path / "a.tar", tmp_path / "bucket"
 
     @search(count, ARCHIVES, DAMAGES, CUTS)

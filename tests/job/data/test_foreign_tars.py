@@ -11,21 +11,19 @@ import pytest
 import webdataset
 from PIL import Image
 
-import job.data.pack
 from job.data.cache import open_cache
 from job.data.foreign_tars import find_tars
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
-from job.data.shards import load_index
+from job.data.shards import DatasetIndex, load_index
 from job.data.verify import verify_dataset
 from job.exits import BadDataError, BadRequestError, Exit, JobError, StoppedError
-from job.stop import Stop
 from job.store import Store, open_store
-from tests.job.command_line import ddpm_here, settings, succeeded
+from tests.job.command_line import ddpm_here, succeeded
 from tests.job.damages import flip_a_bit
+from tests.job.packing import KEY, packed
 from tests.job.some_images import encoded, files_in, folder_of, jpeg, picture, tar_of
 
-KEY = "datasets/laion-16"
 BOMB = encoded(Image.new("1", (10_000, 10_000)), "PNG")
 
 
@@ -51,21 +49,9 @@ def write_tars(folder: Path, samples: list[dict[str, object]], per_tar: int = 10
     return folder
 
 
-def indexed(bucket: Store, *words: object, stop_at: int = 0, decoded: list[str] | None = None, **options):
-    """Makes the tars the dataset `laion`, or is stopped once so many images are decoded."""
-    stop, prepare, calls = Stop(), job.data.pack.prepare, count(1)
-
-    def counted(*arguments):
-        if next(calls) == stop_at:
-            stop.request("a test")
-        if decoded is not None:
-            decoded.append("one")
-        return prepare(*arguments)
-
-    request = PackRequest("", "laion", **{"size": 16, **options}, tars=tuple(map(str, words)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job.data.pack, "prepare", counted)
-        return pack(bucket, request, stop=stop)
+def indexed(bucket: Store, *words: object, **options) -> DatasetIndex:
+    """Makes the tars a dataset, as `packed` does."""
+    return packed(bucket.uri, "", tars=tuple(map(str, words)), shard_images=None, **options)
 
 
 def pixels(bucket: Store, key: str, cache_dir: Path, budget_bytes: int = 1 << 30) -> np.ndarray:
@@ -92,22 +78,22 @@ def bucket(tmp_path) -> Store:
     return open_store(str(tmp_path / "bucket"))
 
 
-def test_the_images_are_those_that_packing_would_have_given(tmp_path):
+def test_indexed_images_equal_packed_ones(tmp_path):
     squashed, grey = {"crop": "squash", "resize_filter": "box"}, {"channels": 1, "crop": "center:24"}
     for kind, options in (("jpg", {}), ("png", squashed), ("webp", grey)):
         samples, folder, bucket = samples_of(24, kind), tmp_path / kind, open_store(str(tmp_path / kind / "bucket"))
         tars = write_tars(folder / "tars", samples)
         files = folder_of(folder / "images", [(f"{s['__key__']}.{kind}", s[kind]) for s in samples])  # type: ignore[misc]
         index = indexed(bucket, tars, **options)
-        packed = pack(bucket, PackRequest(str(files), "packed", 16, **options))
-        assert (index.images, len(index.shards), index.channels) == (24, 3, packed.channels)
+        copied = pack(bucket, PackRequest(str(files), "packed", 16, **options))
+        assert (index.images, len(index.shards), index.channels) == (24, 3, copied.channels)
         want = pixels(bucket, "datasets/packed-16", folder)
         np.testing.assert_array_equal(pixels(bucket, KEY, folder), want, err_msg=kind)
         np.testing.assert_array_equal(pixels(bucket, KEY, folder / "other", budget_bytes=1), want, err_msg=kind)
         assert verify_dataset(bucket, KEY) == []
 
 
-def test_the_same_tars_give_the_same_dataset_however_they_are_named_and_stay_as_they_are(tmp_path, bucket, tars):
+def test_differently_named_tars_are_one_dataset(tmp_path, bucket, tars):
     before = files_in(tars)
     index = indexed(bucket, tars)
     names = set(files_in(tmp_path / "bucket" / KEY))
@@ -120,12 +106,12 @@ def test_the_same_tars_give_the_same_dataset_however_they_are_named_and_stay_as_
     for number, words in enumerate([*patterns, [moved.parent]]):
         assert indexed(open_store(str(tmp_path / str(number))), *words).dataset_id == index.dataset_id, words
     assert indexed(open_store(str(tmp_path / "other")), tars, crop="squash").dataset_id != index.dataset_id
-    succeeded(ddpm_here("data", "delete", "laion", "--yes", "--bucket", bucket.uri))
+    succeeded(ddpm_here("data", "delete", "small", "--yes", "--bucket", bucket.uri))
     assert not (tmp_path / "bucket" / KEY).exists()
     assert files_in(tars) == before
 
 
-def test_tars_in_any_bucket_are_read_where_they_lie(tmp_path, tars, bucket, bucket_uri):
+def test_tars_are_read_in_place(tmp_path, tars, bucket, bucket_uri):
     theirs = f"{bucket_uri}/theirs/laion"
     uploaded(tars, theirs)
     here = indexed(bucket, tars)
@@ -141,27 +127,19 @@ def test_tars_in_any_bucket_are_read_where_they_lie(tmp_path, tars, bucket, buck
             there.delete(entry.key)
 
 
-def test_a_bucket_trains_from_tars_in_another(tmp_path, gcs_bucket):
-    """With room for three shards, which is what a block needs."""
-    # Images take less in these than when they are decoded at 40 pixels.
-    compact_tars = write_tars(tmp_path / "theirs", [{"__key__": f"{n:09d}", "jpg": jpeg(n, 44, 40)} for n in range(34)])
-    theirs, ours = f"{gcs_bucket}/theirs", f"{gcs_bucket}/ours"
-    uploaded(compact_tars, theirs)
-    cache = {"DDPM_CACHE": str(tmp_path / "cache")}
-    out = succeeded(ddpm_here("data", "index", theirs, "laion", "--size", 40, "--bucket", ours, **cache))
+def test_commands_show_an_indexed_dataset(tmp_path, tars, gcs_bucket, monkeypatch):
+    monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
+    theirs, at = f"{gcs_bucket}/theirs", ("--bucket", f"{gcs_bucket}/ours")
+    uploaded(tars, theirs)
+    out = succeeded(ddpm_here("data", "index", theirs, "laion", "--size", 40, *at))
     assert "34 colour, 40×40 pixels, in 4 shards" in out
     assert f"from {theirs}/00000.tar and 3 more, crop center, lanczos filter, at each reading" in out
-    changes = {"sample__images": "1", "sample__steps": "1", "data__shuffle_block_images": "8"}
-    changes |= {"train__batch_size": "17", "data__cache_gigabytes": "0.000125"}
-    words = ["--dataset", "laion", "--run", "small", "--bucket", ours, "--epochs", 2, *settings(**changes)]
-    assert "Run 'small' is finished: 2 epochs, 68 images seen." in succeeded(ddpm_here("train", *words, **cache))
-    assert len(list((tmp_path / "cache").rglob("shards/*.tar"))) in (2, 3)
-    assert " 34 " in succeeded(ddpm_here("data", "list", "--bucket", ours))
-    assert "contact sheet" in succeeded(ddpm_here("data", "show", "laion", "--bucket", ours, **cache))
-    assert "as it was" in succeeded(ddpm_here("data", "verify", "laion", "--bucket", ours, **cache))
+    assert " 34 " in succeeded(ddpm_here("data", "list", *at))
+    assert "contact sheet" in succeeded(ddpm_here("data", "show", "laion", *at))
+    assert "as it was" in succeeded(ddpm_here("data", "verify", "laion", *at))
 
 
-def test_classes_are_the_numbers_in_cls_files(tmp_path, bucket):
+def test_cls_files_are_classes(tmp_path, bucket):
     tars = write_tars(tmp_path / "tars", samples_of(12, cls=lambda n: b"%d" % (n % 3)))
     index = indexed(bucket, tars)
     assert index.classes == ("0", "1", "2")
@@ -187,7 +165,7 @@ def test_classes_are_the_numbers_in_cls_files(tmp_path, bucket):
     np.testing.assert_array_equal(found, want)
 
 
-def test_one_sample_is_one_image(tmp_path, bucket):
+def test_sample_is_one_image(tmp_path, bucket):
     """Masks, thumbnails and captions beside it, folders, litter and dots in names."""
     names = ["a/one.mask.png", "a/one.jpg", "a/one.txt", "b/two.large.JPG", "._two.jpg", "c/.hidden/x.jpg", "read.me"]
     tar = tar_of(tmp_path / "a.tar", [(name, jpeg(number)) for number, name in enumerate(names)])
@@ -205,7 +183,7 @@ def test_one_sample_is_one_image(tmp_path, bucket):
         *[("a.jpg", "a.jpg"), ("a.jpg", "a.png")],
     ],
 )
-def test_no_image_is_lost_because_its_name_has_dots(tmp_path, bucket, names):
+def test_ambiguous_samples_are_refused(tmp_path, bucket, names):
     tar = tar_of(tmp_path / "a.tar", [("0.jpg", jpeg(0)), *((name, jpeg(n)) for n, name in enumerate(names))])
     with pytest.raises(BadDataError, match=r"a\.tar: '.*' and '.*' would be one sample") as error:
         indexed(bucket, tar)
@@ -213,26 +191,26 @@ def test_no_image_is_lost_because_its_name_has_dots(tmp_path, bucket, names):
     assert pack(bucket, PackRequest(str(tar), "packed", 16)).images == 3
 
 
-def test_a_stopped_indexing_goes_on_with_the_next_tar(tmp_path, tars):
+def test_stopped_indexing_resumes_at_the_tar(tmp_path, tars):
     straight = tmp_path / "straight"
     indexed(open_store(str(straight)), tars)
     for stop_at in (3, 17, 30):
-        bucket, decoded = open_store(str(tmp_path / f"stopped-{stop_at}")), list[str]()
+        bucket, decoded = open_store(str(tmp_path / f"stopped-{stop_at}")), count()
         with pytest.raises(StoppedError):
             indexed(bucket, tars, stop_at=stop_at)
         assert not bucket.exists(f"{KEY}/index.json")
         if stop_at == 17:
             # What was begun with other tars or parameters stands in nobody's way who deletes it.
-            with pytest.raises(BadRequestError, match=f"`ddpm data delete laion --size 16 --bucket {bucket.uri}`"):
+            with pytest.raises(BadRequestError, match=f"`ddpm data delete small --size 16 --bucket {bucket.uri}`"):
                 indexed(bucket, tars, crop="squash")
         tars_done = len(list(bucket.list(f"{KEY}/pieces")))
         assert tars_done >= (stop_at - 1) // 10
         whole = indexed(bucket, tars, decoded=decoded)
-        assert len(decoded) == whole.images - 10 * tars_done
+        assert next(decoded) == whole.images - 10 * tars_done
         assert files_in(Path(bucket.uri)) == files_in(straight)
 
 
-def test_a_tar_that_changes_later_is_named(tmp_path, tars):
+def test_tar_changed_later_is_named(tmp_path, tars):
     def became_a_pipe(tar: Path) -> None:
         # An index is written by anybody: one that names a pipe must not hang a reader.
         tar.unlink()
@@ -254,7 +232,7 @@ def test_a_tar_that_changes_later_is_named(tmp_path, tars):
             assert ("or index the dataset again" in str(raised.value)) == (code == Exit.BAD_DATA)
 
 
-def test_bad_images_are_named_left_out_and_bounded(tmp_path, bucket):
+def test_bad_images_in_tars_are_named(tmp_path, bucket):
     samples = samples_of(30)
     for number, content in ((3, b"no image"), (11, jpeg(11)[:-300]), (12, encoded(picture(1, 4, 4))), (29, BOMB)):
         samples[number]["jpg"] = content
@@ -280,7 +258,7 @@ def test_bad_images_are_named_left_out_and_bounded(tmp_path, bucket):
         indexed(open_store(str(tmp_path / "none")), bad)
 
 
-def test_words_that_mean_no_tars(tmp_path):
+def test_words_without_tars_are_refused(tmp_path):
     bucket = open_store(str(tmp_path / "bucket"))
     (tmp_path / "empty").mkdir()
     folder_of(tmp_path / "texts", [("read.me", b"hello")])
@@ -308,7 +286,7 @@ def test_words_that_mean_no_tars(tmp_path):
         assert not any(path.is_file() for path in Path(bucket.uri).rglob("*"))
 
 
-def test_a_pattern_costs_a_bucket_one_listing_and_relative_paths_become_absolute(tmp_path, gcs_bucket, monkeypatch):
+def test_pattern_costs_one_listing(tmp_path, gcs_bucket, monkeypatch):
     for number in range(4):
         open_store(gcs_bucket).create(f"a/{number:05d}.tar", bytes(number + 1))
     lists, kind = [], type(open_store(gcs_bucket))

@@ -26,7 +26,7 @@ def flat(mode: str, color, size=8) -> Image.Image:
     return Image.new(mode, (size, size), color)
 
 
-def test_crops_first_and_then_resizes_as_pillow_does():
+def test_crop_precedes_pillow_s_resize():
     image = picture(1, 178, 218)
     for crop, box in [
         ("center", (0, 20, 178, 198)),
@@ -46,7 +46,7 @@ def test_crops_first_and_then_resizes_as_pillow_does():
     assert (recipe().box(11, 8), recipe().box(8, 13)) == ((1, 0, 9, 8), (0, 2, 8, 10))
 
 
-def test_exif_orientation_is_applied_before_the_crop_and_broken_exif_does_no_harm():
+def test_exif_orientation_precedes_the_crop():
     upright, turns = picture(3, 8, 12), Image.Transpose
     # How each of the eight orientations is stored (EXIF 2.3, 4.6.4 A): the inverse of what shows it upright.
     for orientation, stored in {
@@ -98,7 +98,7 @@ def test_every_mode_becomes_rgb_or_grey():
     assert (pixels(encoded(flat("L", 77)), channels=1) == 77).all()
 
 
-def test_sixteen_bits_are_scaled_and_not_cut_off():
+def test_sixteen_bits_are_scaled():
     levels = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     for kind in ("PNG", "TIFF", "PPM"):
         for channels in (1, 3):
@@ -106,24 +106,21 @@ def test_sixteen_bits_are_scaled_and_not_cut_off():
             np.testing.assert_array_equal(got[..., -1], np.round(levels / 257), err_msg=kind)
 
 
-def test_bad_images_are_rejected_with_the_reason():
+def test_bad_images_are_rejected():
+    unknown = "is damaged at its beginning, or has an unknown format"
     lab = encoded(Image.new("LAB", (8, 8), (128, 200, 128)), "TIFF")
     assert prepare(lab, recipe(min_side=4)).shape == (8, 8, 3)
     for file, options, reason in [
-        (b"", {}, "is damaged at its beginning, or has an unknown format"),
-        (b"not an image", {}, "is damaged at its beginning, or has an unknown format"),
+        (b"", {}, unknown),
+        (b"not an image", {}, unknown),
         (jpeg(1)[:-200], {}, "cannot be decoded.*truncated"),
         (encoded(picture(1))[:-500], {}, "cannot be decoded.*(truncated|ended)"),
         (encoded(Image.new("1", (10_000, 10_000))), {}, "10000×10000 pixels, more than the limit of 89,478,485"),
-        (encoded(Image.new("1", (20_000, 20_000))), {}, "cannot be decoded: Image size .* exceeds limit"),
+        (encoded(Image.new("1", (13_400, 13_400))), {}, "cannot be decoded: Image size .* exceeds limit"),
         (encoded(picture(1, 1, 1)), {}, "1×1 pixels, under 4 on its shorter side"),
         (encoded(picture(1, 60, 3)), {}, "60×3 pixels, under 4 on its shorter side"),
         (encoded(Image.new("F", (8, 8)), "TIFF"), {}, "floating-point"),
-        (
-            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
-            {},
-            "is damaged at its beginning, or has an unknown format",
-        ),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", {}, unknown),
         (lab, {"channels": 1}, "cannot be decoded: conversion from LAB"),
         *(
             (encoded(picture(1, 40, 48)), {"crop": crop}, f"crop {crop} is outside of its 40×48 pixels")
@@ -134,7 +131,7 @@ def test_bad_images_are_rejected_with_the_reason():
             prepare(file, recipe(min_side=4, **options))
 
 
-def test_damaged_files_are_rejected_and_nothing_else():
+def test_damaged_images_are_rejected():
     rng = np.random.default_rng(0)
     files = [encoded(picture(1), kind) for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")]
     files += [heic(picture(1))]
@@ -154,7 +151,7 @@ def test_damaged_files_are_rejected_and_nothing_else():
     assert min(outcomes.values()) > 20
 
 
-def test_a_recipe_that_means_nothing_is_refused():
+def test_invalid_recipes_are_refused():
     for change, message in [
         ({"crop": "middle"}, "--crop 'middle'"),
         ({"crop": "center:0"}, "--crop 'center:0'"),
@@ -175,7 +172,7 @@ def heic(image: Image.Image, **options) -> bytes:
     return file.getvalue()
 
 
-def test_what_telephones_write_is_read_upright():
+def test_heic_is_read_upright():
     image = picture(3).convert("RGB").resize((48, 32))
     whole = Recipe(32, "squash", "box", 3, min_side=1)
     close = np.abs(prepare(heic(image), whole).astype(int) - prepare(encoded(image, "PNG"), whole))
@@ -186,11 +183,3 @@ def test_what_telephones_write_is_read_upright():
     turned = prepare(heic(image, exif=exif.tobytes()), whole)
     upright = prepare(encoded(image.transpose(Image.Transpose.ROTATE_270), "PNG"), whole)
     assert np.abs(turned.astype(int) - upright).mean() < 8
-
-
-def test_damaged_heic_is_rejected():
-    data = heic(picture(3).convert("RGB").resize((48, 32)))
-    recipe = Recipe(16, "center", "box", 3, min_side=1)
-    for broken in (data[: len(data) // 2], data[:40], data[:200] + bytes(100) + data[300:]):
-        with pytest.raises(RejectedImageError):
-            prepare(broken, recipe)

@@ -28,7 +28,7 @@ def table(places: np.ndarray) -> np.ndarray:
     return np.stack([np.bincount(column, minlength=n) for column in places.T])
 
 
-def test_every_epoch_holds_every_image_once_in_blocks_of_any_size():
+def test_every_epoch_has_every_image_once():
     for block_images in (0, 1, 2, 7, 64, 399, IMAGES - 1, IMAGES, IMAGES + 1):
         order = Order(SHARDS, 5, block_images)
         epochs = order.indices(np.arange(4 * IMAGES)).reshape(4, IMAGES)
@@ -38,7 +38,7 @@ def test_every_epoch_holds_every_image_once_in_blocks_of_any_size():
         assert (np.sort(epochs_of(images, 2)) == np.arange(images)).all(), images
 
 
-def test_position_alone_decides_and_not_how_it_is_asked_for():
+def test_position_alone_decides():
     order = Order(SHARDS, 5, 90)
     numbers = np.arange(3 * IMAGES)
     expected = order.indices(numbers)
@@ -48,7 +48,7 @@ def test_position_alone_decides_and_not_how_it_is_asked_for():
     assert order.indices(np.empty(0, np.int64)).shape == (0,)
 
 
-def test_the_stored_version_names_exactly_this_order():
+def test_stored_version_names_this_order():
     assert RunConfig().data.order == "feistel-1"
     far = 10**12
     few, many = Order((10, 20, 30), 1234, 25), Order((10**9, 10**9), 2**63 - 1)
@@ -68,7 +68,7 @@ def test_seeds_and_epochs_give_unrelated_orders():
 
 
 @pytest.mark.slow
-def test_an_image_lands_anywhere_and_independently_of_the_epoch_before():
+def test_order_is_statistically_random():
     for images in (2, 3, 5, 7, 9, 16, 33, 63, 64, 100):
         orders = epochs_of(images, max(4000, 40 * images))
         epochs, degrees, scale = len(orders), (images - 1) ** 2, (images - 1) / images
@@ -92,7 +92,7 @@ def test_large_blocks_show_no_pattern():
         assert abs(np.corrcoef(first, other)[0, 1]) < 4 / sqrt(100_000)
 
 
-def test_a_block_holds_neighbouring_shards_only_and_the_shards_are_permuted():
+def test_block_has_few_permuted_shards():
     order = Order((10,) * 50, 3, 20)
     shards = order.indices(np.arange(3 * 500)).reshape(3, 25, 20) // 10
     for epoch in shards:
@@ -100,7 +100,7 @@ def test_a_block_holds_neighbouring_shards_only_and_the_shards_are_permuted():
     assert len({tuple(sorted(set(block.tolist()))) for block in shards.reshape(-1, 20)}) > 60
 
 
-def test_upcoming_shards_are_those_that_will_be_read_soonest_first():
+def test_upcoming_shards_come_soonest_first():
     for block_images in (IMAGES, 30, 101):
         order = Order(SHARDS, 8, block_images)
         for number in (0, 1, 150, 399, 400, 401, 1234):

@@ -14,7 +14,7 @@ from PIL import Image
 import job.data.pack
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
-from job.data.shards import OFFSETS_DTYPE, load_index
+from job.data.shards import OFFSETS_DTYPE, DatasetIndex, load_index
 from job.data.verify import verify_dataset
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError, StoppedError
 from job.stop import Stop
@@ -22,14 +22,18 @@ from job.store import open_store
 from job.store.local import LocalStore
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.packing import FILES, KEY, SHARD_IMAGES, committed, objects, packed, written
-from tests.job.some_images import encoded, folder_of, jpeg, mnist, picture, tar_of, zip_of
+from tests.job.some_images import encoded, folder_of, jpeg, picture, tar_of, zip_of
 
 
-def test_webdataset_reads_the_same_pixels_and_classes_and_the_index_says_how_they_were_made(tmp_path, source):
+def samples_in(bucket: Path, index: DatasetIndex, key: str = KEY) -> webdataset.WebDataset:
+    urls = [str(bucket / key / shard.name) for shard in index.shards]
+    return webdataset.WebDataset(urls, shardshuffle=False)
+
+
+def test_webdataset_reads_the_same_dataset(tmp_path, source):
     options = {"crop": "1,2,30,40", "resize_filter": "box", "licence": "CC0-1.0"}
     index = packed(tmp_path, source, **options)
-    urls = [str(tmp_path / KEY / shard.name) for shard in index.shards]
-    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
+    samples = list(samples_in(tmp_path, index).decode("rgb8"))
     assert [sample["__key__"] for sample in samples] == [f"{n:09d}" for n in range(60)]
     for (name, content), sample in zip(FILES, samples, strict=True):
         image = Image.open(io.BytesIO(content)).crop((1, 2, 31, 42)).resize((16, 16), Image.Resampling.BOX)
@@ -50,12 +54,10 @@ def test_webdataset_reads_the_same_pixels_and_classes_and_the_index_says_how_the
             labels.append(label)
     assert labels == [0] * 30 + [1] * 30
     without = packed(tmp_path / "without", source, classes=False)
-    urls = [str(tmp_path / "without" / KEY / shard.name) for shard in without.shards]
-    samples = webdataset.WebDataset(urls, shardshuffle=False)
-    assert without.classes == () and not any("cls" in sample for sample in samples)
+    assert without.classes == () and not any("cls" in sample for sample in samples_in(tmp_path / "without", without))
 
 
-def test_the_same_images_are_the_same_dataset_whatever_they_lie_in(tmp_path, source, undisturbed, monkeypatch):
+def test_any_container_gives_the_same_dataset(tmp_path, source, undisturbed, monkeypatch):
     sources = [source, folder_of(tmp_path / "pets", FILES), tar_of(tmp_path / "pets.tgz", FILES)]
     indices = []
     for number, path in enumerate(sources):
@@ -72,7 +74,7 @@ def test_the_same_images_are_the_same_dataset_whatever_they_lie_in(tmp_path, sou
     assert objects(tmp_path / "bucket-0") == undisturbed
 
 
-def test_what_is_held_out_is_a_dataset_of_its_own(tmp_path, source):
+def test_held_out_images_are_a_dataset(tmp_path, source):
     words = ("data", "pack", source, "small", "--size", 16, "--bucket", tmp_path, "--hold-out")
     said = succeeded(ddpm_here(*words, "20%"))
     assert "held out small-held-out-16, on which its runs log val_loss" in said
@@ -80,14 +82,12 @@ def test_what_is_held_out_is_a_dataset_of_its_own(tmp_path, source):
     for name in ("small", "small-held-out"):
         index = load_index(store, f"datasets/{name}-16")
         assert index.classes == ("cats", "dogs")
-        urls = [str(tmp_path / f"datasets/{name}-16" / shard.name) for shard in index.shards]
-        parts[name] = {(sample["cls"], sample["png"]) for sample in webdataset.WebDataset(urls, shardshuffle=False)}
+        parts[name] = {(sample["cls"], sample["png"]) for sample in samples_in(tmp_path, index, f"datasets/{name}-16")}
         assert len(parts[name]) == index.images
     assert 4 <= len(parts["small-held-out"]) <= 20
     whole = packed(tmp_path / "whole", source)
-    urls = [str(tmp_path / "whole" / KEY / shard.name) for shard in whole.shards]
-    everything = [(sample["cls"], sample["png"]) for sample in webdataset.WebDataset(urls, shardshuffle=False)]
-    assert parts["small"] | parts["small-held-out"] == {*everything}
+    everything = {(sample["cls"], sample["png"]) for sample in samples_in(tmp_path / "whole", whole)}
+    assert parts["small"] | parts["small-held-out"] == everything
     assert not parts["small"] & parts["small-held-out"]
 
     # Of what is there already nothing is held out afterwards.
@@ -111,15 +111,7 @@ def test_what_is_held_out_is_a_dataset_of_its_own(tmp_path, source):
     assert "holds no image out" in refused(none, 64)
 
 
-def test_mnist_is_packed_grey(tmp_path, digits):
-    mnist(tmp_path / "mnist", "train", *digits, gz=True)
-    index = packed(tmp_path, tmp_path / "mnist", size=28)
-    assert (index.channels, index.classes) == (1, ("0", "1", "2", "3", "4", "5", "9"))
-    assert index.source == "train-images-idx3-ubyte.gz"
-    assert verify_dataset(open_store(str(tmp_path)), "datasets/small-28") == []
-
-
-def test_rejected_images_are_counted_named_and_bounded(tmp_path):
+def test_rejected_images_are_named_and_bounded(tmp_path):
     good = encoded(picture(1))
     files = [("1.png", good), ("2.png", b"no image"), ("3.png", good[:-400]), ("4.png", encoded(picture(1, 7, 50)))]
     files += [("5.png", good), ("6.jpg", b"")]
@@ -137,7 +129,7 @@ def test_rejected_images_are_counted_named_and_bounded(tmp_path):
         load_index(open_store(str(tmp_path / "bad")), KEY)
 
 
-def test_a_person_is_told_of_what_is_skipped_and_merged(tmp_path, caplog):
+def test_pack_reports_skipped_and_merged(tmp_path, caplog):
     """As a telephone and an exercise leave them; what Pillow reads is packed."""
     files = [(f"{split}/{kind}/1.png", encoded(picture(1))) for split in ("train", "test") for kind in ("cats", "dogs")]
     files += [("train/cats/2.avif", encoded(picture(2), "AVIF")), ("train/cats/3.cr2", b"x"), ("test/notes.txt", b"x")]
@@ -171,7 +163,7 @@ def test_bad_requests_touch_nothing(tmp_path, gcs_bucket, source, monkeypatch):
         packed(f"{gcs_bucket}-not", source)
 
 
-def test_a_stopped_packing_goes_on_and_decodes_nothing_twice(tmp_path, source, undisturbed, gcs_bucket, monkeypatch):
+def test_stopped_packing_decodes_nothing_twice(source, undisturbed, gcs_bucket):
     """From a bucket to a bucket."""
     open_store(gcs_bucket).upload(source, "in/pets.zip")
     theirs = f"{gcs_bucket}/in/pets.zip"
@@ -182,15 +174,13 @@ def test_a_stopped_packing_goes_on_and_decodes_nothing_twice(tmp_path, source, u
     assert "index.json" not in there
     done = [json.loads(there[key]) for key in sorted(there) if key.startswith("pieces/")]
     assert 1 <= len(done) <= 2
-    calls, prepare = [], job.data.pack.prepare
-    monkeypatch.setattr(job.data.pack, "prepare", lambda *a: (calls.append(a), prepare(*a))[1])
-    packed(gcs_bucket, theirs)
+    packed(gcs_bucket, theirs, decoded=(decoded := count()))
     assert objects(gcs_bucket) == undisturbed
-    assert len(calls) == 60 - sum(record["facts"]["shard"]["images"] for record in done)
+    assert next(decoded) == 60 - sum(record["facts"]["shard"]["images"] for record in done)
     assert verify_dataset(open_store(gcs_bucket), KEY) == []
 
 
-def test_more_rejects_may_be_allowed_when_it_goes_on(tmp_path):
+def test_resumed_packing_may_allow_more_rejects(tmp_path):
     bad = [(f"{name}-bad.jpg", b"bad") for name, _ in FILES[::5]]
     source = zip_of(tmp_path / "a.zip", sorted([*FILES, *bad]))
     with pytest.raises(BadDataError, match="--max-bad=9"):
@@ -224,7 +214,7 @@ def all_but_committed(bucket: Path, source: Path) -> None:
         packed(bucket, source)
 
 
-def test_what_changed_since_it_was_begun_is_refused_with_the_way_out(tmp_path, source):
+def test_changed_source_or_options_are_refused(tmp_path, source):
     changes = {
         "an image": [*FILES[:35], (FILES[35][0], jpeg(999)), *FILES[36:]],
         "a name": [*FILES[:35], ("cats/new.jpg", FILES[35][1]), *FILES[36:]],
@@ -246,7 +236,10 @@ def test_what_changed_since_it_was_begun_is_refused_with_the_way_out(tmp_path, s
     assert committed(bucket).keys() == before.keys() - {key for key in before if "pieces" in key} | {"index.json"}
 
 
-def test_interrupted_before_any_write_it_goes_on_to_the_same_bytes(tmp_path, source, undisturbed):
+def test_packing_resumes_before_any_write(tmp_path):
+    source, few = zip_of(tmp_path / "few.zip", FILES[25:33]), {"shard_images": 2}
+    packed(tmp_path / "undisturbed", source, **few)
+    undisturbed = objects(tmp_path / "undisturbed")
     # Three objects for each of four shards; the index; the entries of the four to delete. Before them, a probe.
     for number in range(12 + 1 + 4):
         bucket, writes = tmp_path / str(number), count(-3)
@@ -257,7 +250,7 @@ def test_interrupted_before_any_write_it_goes_on_to_the_same_bytes(tmp_path, sou
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             for method in ("create", "upload", "put", "delete"):
                 patch.setattr(LocalStore, method, dying(getattr(LocalStore, method)))
-            packed(bucket, source)
+            packed(bucket, source, **few)
         assert (bucket / KEY / "index.json").exists() == (number > 12)
         if number > 12:
             assert committed(bucket) == undisturbed
@@ -265,42 +258,46 @@ def test_interrupted_before_any_write_it_goes_on_to_the_same_bytes(tmp_path, sou
         vouched = [f"shard-{path.stem}" for path in (bucket / KEY / "pieces").glob("*.json")]
         reused = {path: written(path) for path in (bucket / KEY).glob("*.tar") if path.stem in vouched}
         assert len(reused) == number // 3
-        packed(bucket, source)
+        packed(bucket, source, **few)
         assert objects(bucket) == undisturbed
         assert {path: written(path) for path in reused} == reused
 
 
-def test_two_packers_at_once(tmp_path, source, undisturbed):
-    """Equal ones do each other's work. Of others one gives way."""
-    for crop in ("center", "squash", "squash", "squash"):
-        bucket, outcomes = tmp_path / str(len(list(tmp_path.iterdir()))), []
+def test_equal_packers_do_each_others_work(tmp_path, source, undisturbed):
+    outcomes = []
 
-        def attempt(crop: str, bucket=bucket, outcomes=outcomes) -> None:
-            try:
-                packed(bucket, source, crop=crop)
-            except JobError as refusal:
-                outcomes.append(str(refusal))
+    def attempt() -> None:
+        try:
+            packed(tmp_path, source)
+        except JobError as refusal:
+            outcomes.append(str(refusal))
 
-        threads = [threading.Thread(target=attempt, args=(each,)) for each in ("center", crop)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if crop == "center":
-            assert all("is there already" in error for error in outcomes), outcomes
-            assert committed(bucket) == undisturbed
-        else:
-            assert len(outcomes) == 1, outcomes
-            assert verify_dataset(open_store(str(bucket)), KEY) == []
+    threads = [threading.Thread(target=attempt) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all("is there already" in error for error in outcomes), outcomes
+    assert committed(tmp_path) == undisturbed
 
 
-def test_an_equal_packer_that_commits_in_between_is_no_rival(tmp_path, source, undisturbed, monkeypatch):
+def test_packer_of_others_gives_way(tmp_path, source, undisturbed, monkeypatch):
+    def rival() -> None:
+        with pytest.raises(BadRequestError, match="another process packs something else there"):
+            packed(tmp_path, source, crop="squash")
+
+    before(monkeypatch, "create", "pieces/00000.json", rival)
+    packed(tmp_path, source)
+    assert objects(tmp_path) == undisturbed
+
+
+def test_equal_packer_is_no_rival(tmp_path, source, undisturbed, monkeypatch):
     before(monkeypatch, "create", "pieces/00001.json", lambda: packed(tmp_path, source))
     packed(tmp_path, source)
     assert objects(tmp_path) == undisturbed
 
 
-def test_what_somebody_deletes_meanwhile_is_not_committed(tmp_path, source, monkeypatch):
+def test_deleted_pieces_are_not_committed(tmp_path, source, monkeypatch):
     dataset = open_store(str(tmp_path)).sub(KEY)
 
     def delete() -> None:

@@ -98,7 +98,7 @@ def refusal(store: Store, cache: Path, kind: str, pixels: np.ndarray) -> str:
     return ""
 
 
-def test_verifying_names_whatever_is_damaged_and_nothing_else(bucket, store, dataset, keys):
+def test_verifying_names_damaged_objects(bucket, store, dataset, keys):
     assert "as it was packed" in succeeded(ddpm_here("data", "verify", "pets", "--bucket", bucket))
     wrong: dict[object, list[str]] = {}
     for name, damage in DAMAGES.items():
@@ -128,7 +128,7 @@ def test_verifying_names_whatever_is_damaged_and_nothing_else(bucket, store, dat
 
 
 @pytest.mark.parametrize("kind", ["decoded", "shards"])
-def test_a_reader_names_what_is_damaged_in_the_bucket(store, dataset, keys, pixels, bucket, tmp_path, kind):
+def test_reader_names_damaged_objects(store, dataset, keys, pixels, bucket, tmp_path, kind):
     far, wrong = FarStore(bucket), {}
     for name in (*DAMAGES, "another dataset's"):
         for key in keys:
@@ -147,7 +147,7 @@ def test_a_reader_names_what_is_damaged_in_the_bucket(store, dataset, keys, pixe
     assert wrong == {}
 
 
-def test_the_damaged_image_is_named(bucket, store, dataset, tmp_path):
+def test_damaged_image_is_named(bucket, store, dataset, tmp_path):
     index = load_index(store, KEY)
     row, shard = 3, index.shards[1]
     image = index.shards[0].images + row
@@ -174,7 +174,7 @@ def test_the_damaged_image_is_named(bucket, store, dataset, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "kept"), [("decoded", {"images", "checksums", "offsets"}), ("shards", {"shard-.tar", "offsets"})]
 )
-def test_what_rots_in_a_cache_is_made_anew(bucket, store, pixels, tmp_path, kind, kept):
+def test_corrupt_cache_is_repaired(bucket, store, pixels, tmp_path, kind, kept):
     far, cache = FarStore(bucket), tmp_path / "cache"
     np.testing.assert_array_equal(read(far, cache, kind), pixels)
     files = sorted(path for path in cache.rglob("*") if path.is_file() and path.stat().st_size)
@@ -188,7 +188,7 @@ def test_what_rots_in_a_cache_is_made_anew(bucket, store, pixels, tmp_path, kind
             np.testing.assert_array_equal(read(far, cache, kind), pixels, err_msg=f"{name} of {path.name}")
 
 
-def test_an_image_that_rots_in_the_cache_while_it_is_used_is_fetched_anew(gcs_bucket, tmp_path):
+def test_corrupt_image_is_fetched_anew(gcs_bucket, tmp_path):
     files = [(f"{n}.jpg", jpeg(n)) for n in range(8)]
     open_store(gcs_bucket).upload(tar_of(tmp_path / "a.tar", files), "a.tar")
     index = pack(store := open_store(str(tmp_path / "bucket")), PackRequest("", "pets", 16, tars=(gcs_bucket,)))
@@ -202,7 +202,7 @@ def test_an_image_that_rots_in_the_cache_while_it_is_used_is_fetched_anew(gcs_bu
     cache.close()
 
 
-def test_what_was_wrong_from_the_beginning_is_named(tmp_path):
+def test_images_packed_wrong_are_named(tmp_path):
     """Hashes are right, images are not; nor are those of a table that is about another tar."""
     good, wide, other = encoded(picture(1, 8, 8)), encoded(picture(1, 8, 9)), encoded(picture(2, 8, 8))
     files = iter([good, good[:99], wide, jpeg(1), *[other] * 4])

