@@ -20,7 +20,7 @@ from job.runs.checkpoints import choose, list_checkpoints, load_manifest, opened
 from job.runs.records import existing_config, load_attempt
 from job.runs.verification import verify_run
 from job.store import open_store
-from tests.ddpm.networks.test_unet import randomise
+from tests.ddpm.networks.weights import randomise
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 
 SEEDS = torch.arange(3)
