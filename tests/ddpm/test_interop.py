@@ -12,23 +12,10 @@ from ddpm.networks.unet import UNet
 from ddpm.objective import Condition
 from tests.ddpm.networks.weights import inputs, randomise
 
-SMALL = {
-    "image_size": 16,
-    "in_channels": 3,
-    "out_channels": 3,
-    "channels": 8,
-    "channel_mults": (1, 2, 3),
-    "attention_sizes": (8,),
-    "layers_per_level": 1,
-    "norm_groups": 4,
-    "heads": 1,
-    "head_channels": None,
-    "scale_shift": False,
-    "resample_in_blocks": False,
-    "dropout": 0.0,
-    "num_classes": 0,
-    "conventions": "ho",
-}
+IMAGES = {"image_size": 16, "in_channels": 3, "out_channels": 3, "num_classes": 0}
+WIDTHS = {"channels": 8, "channel_mults": (1, 2, 3), "attention_sizes": (8,), "layers_per_level": 1, "norm_groups": 4}
+SWITCHES = {"heads": 1, "head_channels": None, "scale_shift": False, "resample_in_blocks": False, "conventions": "ho"}
+SMALL = IMAGES | WIDTHS | SWITCHES | {"dropout": 0.0}
 
 
 HO = {"norm_eps": 1e-6, "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1}
@@ -37,7 +24,7 @@ HO = {"norm_eps": 1e-6, "downsample_padding": 0, "flip_sin_to_cos": False, "freq
 
 def unet2d_config(**options):
     """The configuration of a `UNet` with these arguments."""
-    about_images = {key: options.pop(key) for key in ("image_size", "in_channels", "out_channels", "num_classes")}
+    about_images = {key: options.pop(key) for key in IMAGES}
     return interop.unet2d_config(catalogue.UNet(**options), **about_images)
 
 

@@ -175,14 +175,6 @@ def test_uniforms_are_uniform() -> None:
     assert (uniforms * 2**33 % 2 == 1).all()
 
 
-def test_flips_are_fair_and_independent() -> None:
-    numbers = torch.arange(100_000)
-    flips = training_flips(11, numbers).double()
-    assert flips.mean().item() == pytest.approx(0.5, abs=4 * 0.5 / 100_000**0.5)
-    assert (flips[1:] * flips[:-1]).mean().item() == pytest.approx(0.25, abs=0.006)
-    assert torch.corrcoef(torch.stack([flips, training_uniforms(11, numbers)]))[0, 1].abs() < 4 / 100_000**0.5
-
-
 def test_labels_are_dropped_by_probability() -> None:
     numbers = torch.arange(100_000)
     for probability in (0.1, 0.5):

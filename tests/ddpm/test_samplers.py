@@ -37,7 +37,6 @@ from ddpm.samplers import (
     dpmpp_3m,
     dpmpp_sde_2m,
     heun,
-    ipndm,
     ipndm_step,
     unipc,
 )
@@ -93,24 +92,6 @@ class TestStep:
 def smooth_network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
     """Some function of x_t and t that a network could be."""
     return torch.tanh(1.3 * x.roll(1, -1) + t.view(-1, 1, 1, 1) / T - 0.4)
-
-
-def test_ddim_is_eulers_method_in_sigma() -> None:
-    """diffusers' Euler schedulers are k-diffusion's: x/α over σ/α, noise of standard deviation 1 at the start."""
-    import diffusers
-
-    schedule = linear_schedule()
-    denoise = make_denoiser(smooth_network, schedule, Prediction("epsilon"), clip=False)
-    for kind, eta in ((diffusers.EulerDiscreteScheduler, 0.0), (diffusers.EulerAncestralDiscreteScheduler, 1.0)):
-        scheduler = kind(num_train_timesteps=T, timestep_spacing="trailing")
-        scheduler.set_timesteps(20)
-        points = make_grid(schedule, 20, "trailing")
-        expected = normal(0) / points[0].alpha
-        for draw, t in enumerate(scheduler.timesteps, 1):
-            output = smooth_network(scheduler.scale_model_input(expected, t), t.expand(len(expected)), Condition())
-            noise = torch.Generator().manual_seed(draw)
-            expected = scheduler.step(output, t, expected, generator=noise).prev_sample
-        assert_close(ddim(denoise, normal(0), points, normal, eta), expected, rtol=1e-3, atol=2e-3)
 
 
 Denoise = Callable[[Tensor, Point[float]], Tensor]
@@ -184,34 +165,6 @@ def test_multistep_samplers_equal_diffusers() -> None:
             assert len(ours) == len(theirs) == n + 1
             for step, pair in enumerate(zip(ours[: n + 1 - different], theirs, strict=False)):
                 assert_close(*pair, rtol=0, atol=2e-5, msg=f"{kind.__name__} {config}, step {step}, flow {flow}")
-
-
-def test_heun_and_ipndm_equal_diffusers() -> None:
-    from diffusers import HeunDiscreteScheduler, IPNDMScheduler
-
-    points = make_grid(linear_schedule(), 20, "karras")
-    scheduler = HeunDiscreteScheduler(prediction_type="sample")
-    scheduler.set_timesteps(20)
-    scheduler.set_begin_index(0)
-    ratios = torch.tensor([point.sigma / point.alpha for point in points], dtype=torch.float64)
-    scheduler.sigmas = torch.cat([ratios[:1], ratios[1:-1].repeat_interleave(2), ratios[-1:]])
-    expected = normal(0) / points[0].alpha
-    visited = [points[0], *(point for point in points[1:-1] for _ in range(2))]
-    for t, point in zip(scheduler.timesteps, visited, strict=True):
-        expected = scheduler.step(estimate(point.alpha * expected, point), t, expected).prev_sample
-    assert_close(heun(estimate, normal(0), points, no_noise, linear_schedule()), expected, rtol=0, atol=2e-5)
-
-    scheduler = IPNDMScheduler()
-    scheduler.set_timesteps(20)
-    scheduler.set_begin_index(0)
-    scheduler.alphas = torch.tensor([point.alpha for point in points], dtype=torch.float64)
-    scheduler.betas = torch.tensor([point.sigma for point in points], dtype=torch.float64)
-    expected = normal(0)
-    for t, point in zip(scheduler.timesteps, points, strict=False):
-        epsilon = (expected - point.alpha * estimate(expected, point)) / point.sigma
-        v = (epsilon - point.sigma * expected) / point.alpha
-        expected = scheduler.step(v, t, expected).prev_sample
-    assert_close(ipndm(estimate, normal(0), points, no_noise, 4), expected)
 
 
 def test_churn_is_edms() -> None:

@@ -44,28 +44,6 @@ def open_gains(network: EDM2) -> EDM2:
     return network
 
 
-def test_operations_preserve_the_magnitude() -> None:
-    nodes = torch.linspace(-12, 12, 100_001, dtype=torch.float64)
-    density = torch.exp(-nodes.square() / 2) / math.sqrt(2 * math.pi)
-    mean_square = torch.trapezoid(density * edm2.mp_silu(nodes).square(), nodes).item()
-    assert mean_square == pytest.approx(1, abs=2e-3)
-    torch.manual_seed(0)
-    a, b = torch.randn(2, 400, 30, 10, 10).double()
-    for name, result in (
-        ("sum", edm2.mp_sum(a, b)),
-        ("sum of unequal parts", edm2.mp_sum(a, b, 0.3)),
-        ("cat", edm2.mp_cat(a[:, :5], b)),
-        ("normalised", edm2.normalised(7 * a, [1])),
-        ("convolution", edm2.MPConv(30, 8, 3).double()(a)[:, :, 1:-1, 1:-1]),
-        ("dense", edm2.MPConv(30, 8, 0).double()(a[:, :, 0, 0])),
-    ):
-        assert result.square().mean().sqrt().item() == pytest.approx(1, abs=0.02), name
-    # Both sides of a concatenation count alike, though one has six times the channels.
-    both = edm2.mp_cat(a[:, :5], b)
-    shares = [part.square().sum().item() for part in (both[:, :5], both[:, 5:])]
-    assert shares[0] == pytest.approx(shares[1], rel=0.01)
-
-
 def test_training_brings_the_weights_back_once() -> None:
     """A second pass, of another micro-batch or of a step that is repeated, changes no bit; sampling changes none."""
     network, (x, t, condition) = open_gains(small(**ALL)), inputs()
@@ -201,7 +179,7 @@ def test_learnt_uncertainty_divides_the_error() -> None:
     features = math.sqrt(2) * np.cos(2 * math.pi * (t * f + phi))
     u = weight @ features / np.linalg.norm(weight)
     assert abs(u) > 0.1
-    error, losses = trained(network, 150)
+    error, losses = trained(network, 60)
     assert losses[0] == pytest.approx(error / math.exp(u) + u, rel=1e-3)
     assert losses[-1] == pytest.approx(1 + math.log(error), abs=1e-3)
     plain, errors = trained(small(), 1)

@@ -33,28 +33,18 @@ IMPROVED = {"channel_mults": (1, 2, 3, 4), "layers_per_level": 3, "attention_siz
 ADM = {"head_channels": 64, "resample_in_blocks": True, "attention_sizes": (32, 16, 8), "scale_shift": True}
 PUBLISHED = {
     # Nichol & Dhariwal 2021, section 3.4, and Dhariwal & Nichol 2021, table 4.
-    ("unet", 64, 6, 0): [(30, IMPROVED | {"channels": 64}), (68, IMPROVED | {"channels": 96}), (121, IMPROVED)],
+    ("unet", 64, 6, 0): [(30, IMPROVED | {"channels": 64}), (121, IMPROVED)],
     ("unet", 64, 6, 1000): [(296, IMPROVED | ADM | {"channels": 192})],
     ("unet", 128, 6, 1000): [(422, ADM | {"channels": 256, "channel_mults": (1, 1, 2, 3, 4)})],
     ("unet", 256, 6, 1000): [(554, ADM | {"channels": 256, "channel_mults": (1, 1, 2, 2, 4, 4)})],
     # Peebles & Xie 2023, table 4, on latents.
     ("dit", 32, 8, 1001): [
-        (millions, {"patch_size": patch_size, "width": width, "depth": depth, "heads": heads})
-        for millions, patch_size, width, depth, heads in (
-            (33, 2, 384, 12, 6),
-            (130, 2, 768, 12, 12),
-            (131, 8, 768, 12, 12),
-            (458, 2, 1024, 24, 16),
-            (459, 8, 1024, 24, 16),
-            (675, 2, 1152, 28, 16),
-            (676, 8, 1152, 28, 16),
-        )
+        (33, {"width": 384, "depth": 12, "heads": 6}),
+        (131, {"width": 768, "depth": 12, "heads": 12, "patch_size": 8}),
+        (675, {"width": 1152, "depth": 28, "heads": 16}),
     ],
     # Karras et al. 2024, table 2, on latents.
-    ("edm2", 64, 4, 1000): [
-        (millions, {"channels": channels})
-        for millions, channels in ((124.7, 128), (280.2, 192), (497.8, 256), (777.5, 320), (1119.3, 384), (1523.2, 448))
-    ],
+    ("edm2", 64, 4, 1000): [(124.7, {"channels": 128}), (1523.2, {"channels": 448})],
 }
 """Millions of parameters, by kind, size of the images, channels out and classes."""
 
