@@ -91,7 +91,7 @@ def test_sets_of_seeds_show_the_spread(bucket):
 def test_evaluation_resumes_after_a_stop(bucket):
     (alone,) = {record["values"]["fid"] for record in scores(bucket).values() if record["drawing"]["first_seed"] == 0}
     shutil.rmtree(bucket / "runs/walk/evaluations")
-    slowly = ("--batch-size", 1, "--sampler", "ddpm", "--steps", 20)
+    slowly = ("--batch-size", 1, "--sampler", "ddpm", "--steps", 20, "--count", 24)
     process = started("evaluate", "--run", "walk", "--bucket", bucket, *FEW, *slowly)
     pieces = eventually(lambda: list(bucket.rglob("runs/walk/evaluations/*/piece-*.safetensors")))
     process.send_signal(signal.SIGTERM)

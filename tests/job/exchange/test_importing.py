@@ -170,19 +170,19 @@ def test_epochs_of_erengurs_are_compared(tiles, tmp_path):
     network = DomeUNet(image_size=16, in_channels=3, out_channels=3)
     sets = ("--set", "sample.steps=2", "--set", "sample.grid=trailing")
     more = ("--dataset", "tiles", "--size", 16, "--preset", "erengurs", *sets)
-    for epoch in (30, 80, 490):
+    for epoch in (30, 490):
         randomise(network)
         torch.save({f"model.{name}": tensor for name, tensor in network.state_dict().items()}, tmp_path / "ckpt.pt")
         succeeded(imported(bucket, tmp_path / "ckpt.pt", "seed", "--epoch", epoch, *more))
     done = succeeded(
-        ddpm_here("sample", "--run", "seed", "--checkpoints", "30,80,490", "--seeds", "0-3", "--bucket", bucket)
+        ddpm_here("sample", "--run", "seed", "--checkpoints", "30,490", "--seeds", "0-3", "--bucket", bucket)
     )
-    assert "comparison-30-80-490-ddpm-2-seeds-0-3.png" in done
+    assert "comparison-30-490-ddpm-2-seeds-0-3.png" in done
     _, ours = network_of(bucket, "seed")
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
     with torch.no_grad():
         assert torch.equal(ours(x, t), network.eval()(x, t))
-    attempt = load_attempt(open_store(str(bucket)).sub("runs/seed"), 3)
+    attempt = load_attempt(open_store(str(bucket)).sub("runs/seed"), 2)
     assert attempt.imported == str(tmp_path / "ckpt.pt")
 
 

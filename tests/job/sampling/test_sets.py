@@ -195,10 +195,10 @@ def test_damages_are_named_with_their_remedy(bucket):
         )
     ):
         more = ("--first-seed", 100 * number, "--save", "png" if key.endswith("png") else "shards")
-        images = set_of(bucket, 40, first_seed=100 * number, save=more[-1])
+        images = set_of(bucket, 20, first_seed=100 * number, save=more[-1])
         if key.endswith("png"):
             key = f"piece-00001/{100 * number + 17:09d}.png"
-        succeeded(ddpm_here(*words(bucket, 40, *more, "--slice", f"0/{slices}")))
+        succeeded(ddpm_here(*words(bucket, 20, *more, "--slice", f"0/{slices}")))
         whole = contents(images.folder, but="pieces/")
         if slices > 1:
             # As before the last piece.
@@ -208,24 +208,24 @@ def test_damages_are_named_with_their_remedy(bucket):
             line for line in verify_run(open_store(str(bucket)), "walk").problems if f"{images.folder.uri}/" in line
         ]
         assert any(f"{images.folder.uri}/{key} " in line for line in problems), problems
-        line = refused(ddpm_here(*words(bucket, 40, *more)), 65)
+        line = refused(ddpm_here(*words(bucket, 20, *more)), 65)
         assert f"{images.folder.uri}/{key}".removesuffix(f"/{Path(key).name}" if key.endswith("png") else "") in line
         named = re.findall(rf"{re.escape(images.folder.uri)}/(\S+?\.json|piece-\d+(?:\.tar)?)(?=[ ,;:])", line)
         for name in named:
             for path in (Path(images.folder.uri) / name).parent.glob(f"{Path(name).name}*"):
                 subprocess.run(["rm", "-r", path], check=True)
-        assert "40 images in 3 pieces" in succeeded(ddpm_here(*words(bucket, 40, *more)))
+        assert "20 images in 2 pieces" in succeeded(ddpm_here(*words(bucket, 20, *more)))
         assert whole.items() <= contents(images.folder, but="pieces/").items()
 
 
 def test_checkpoints_of_a_set_never_mix(bucket):
-    succeeded(ddpm_here(*words(bucket, 33, "--slice", "0/2")))
+    succeeded(ddpm_here(*words(bucket, 20, "--slice", "0/2")))
     run = open_store(str(bucket)).sub("runs/walk")
     ref = max(list_checkpoints(run))
     manifest = load_manifest(run, ref).model_copy(update={"created": "another time"})
     run.put(ObjectKind.MANIFEST.key(checkpoint=ref), manifest.to_json())
     for slice_ in ("0/2", "1/2"):
-        line = refused(ddpm_here(*words(bucket, 33, "--slice", slice_)), 64)
+        line = refused(ddpm_here(*words(bucket, 20, "--slice", slice_)), 64)
         assert "another drawing (checkpoint_sha256 " in line
         assert "--first-seed" in line
 
