@@ -153,6 +153,17 @@ def micro_batches(count: int, size: int | None) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+def _shown_labels(labels: Tensor | None, numbers: Tensor, settings: Settings) -> Tensor | None:
+    """Returns the classes on the device of the image `numbers`, some replaced by the class of images without one."""
+    if labels is None:
+        return None
+    labels, network = labels.to(numbers.device, non_blocking=True), settings.network
+    if not network.label_dropout:
+        return labels
+    dropped = randomness.drops_label(settings.train.seed, numbers, network.label_dropout)
+    return torch.where(dropped, network.num_classes or 0, labels)
+
+
 def train(
     state: TrainState,
     network: nn.Module,
@@ -182,10 +193,8 @@ def train(
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     # DDP averages gradients over processes; with this factor each image weighs 1/batch, also in unequal parts.
     weight = accelerator.num_processes / chosen.batch_size
-    micro_batch_size = chosen.micro_batch_size
-    parameters = list(state.model.parameters())
     # The number of the process with the fewest images: one that asked more often would wait for ever.
-    questions = len(micro_batches(chosen.batch_size // accelerator.num_processes, micro_batch_size))
+    questions = len(micro_batches(chosen.batch_size // accelerator.num_processes, chosen.micro_batch_size))
     # EDM2 balances the noise levels by it.
     uncertainty = getattr(state.model, "uncertainty", None)
     network.train()
@@ -195,15 +204,12 @@ def train(
         points = objective.draw(seed, on_host, chosen.batch_size).to(device, non_blocking=True)
         images = batch.images.to(device, non_blocking=True)
         drawn = settings.augmentation.draw(seed, on_host, images.shape[-1]).to(device, non_blocking=True)
-        labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
-        if labels is not None and settings.network.label_dropout:
-            dropped = randomness.drops_label(seed, numbers, settings.network.label_dropout)
-            labels = torch.where(dropped, settings.network.num_classes or 0, labels)
+        labels = _shown_labels(batch.labels, numbers, settings)
         batch_number = state.images_seen // chosen.batch_size
         # One decision for all images saves the first pass in half of the batches.
         twice = diffusion.self_conditioning and randomness.conditions_on_itself(seed, batch_number)
         losses_of_parts: list[Tensor] = []
-        for question, part in enumerate(micro_batches(len(numbers), micro_batch_size)):
+        for question, part in enumerate(micro_batches(len(numbers), chosen.micro_batch_size)):
             if 0 < question < questions and hooks.leaves_step():
                 state.model.zero_grad()
                 return
@@ -228,7 +234,7 @@ def train(
                 accelerator.backward(balanced.sum() * weight)
             losses_of_parts.append(losses.detach())
         state.log.add(torch.cat(losses_of_parts), Drawn(*points).quartile)
-        norm = nn.utils.clip_grad_norm_(parameters, chosen.clip_norm, foreach=True)
+        norm = nn.utils.clip_grad_norm_(state.model.parameters(), chosen.clip_norm, foreach=True)
         bad = (state.first_nonfinite < 0) & ~torch.isfinite(norm)
         state.first_nonfinite = torch.where(bad, state.images_seen, state.first_nonfinite)
         state.optimizer.step(learning_rate_at(chosen, state.images_seen))

@@ -112,20 +112,11 @@ def references(
 def _draw_features(evaluation: Evaluation, painter: Painter, sampling: Sampling, see: See) -> None:
     """Samples the images of a checkpoint and stores their features. Collective."""
     plan, images, folder = evaluation.plan.sampling, evaluation.images, evaluation.folder
-    evaluations, batch_size = painter.evaluations_of(sampling), plan.sample.batch_size
 
     def make(piece: int, advance: Advance) -> Made:
-        first, parts, numbers = images.drawing.first_seed, [], folder.numbers(piece)
-        for start in range(0, len(numbers), batch_size):
-            some = [first + number for number in numbers[start : start + batch_size]]
-
-            def after_evaluation(*_: object, count: int = len(some)) -> None:
-                painter.check_stopped()
-                advance(count / evaluations)
-
-            drawn = painter.draw_alone(some, sampling, after_evaluation)
-            parts.append(seen(see, drawn, painter.device))
-        return folder.made(piece, joined(parts))
+        seeds = [images.drawing.first_seed + number for number in folder.numbers(piece)]
+        batches = painter.draw_batches(seeds, sampling, plan.sample.batch_size, advance)
+        return folder.made(piece, joined([seen(see, drawn, painter.device) for drawn in batches]))
 
     painter.load(plan.run, evaluation.ref, plan.sample.weights)
     folder.pieces.make_missing(make, images.name, stop=painter.stop, ranks=painter.ranks)

@@ -87,24 +87,17 @@ def export_run(bucket_uri: str, name: str, to: str, checkpoint: str = "latest", 
             check_average(of_run.run, ref, weights, name)
             restored = stack.enter_context(opened(of_run.run, ref, (weights,)))
             paths = restored.files[weights]
-            names = pipeline.weights_names(len(paths))
-            small = dict(described.objects)
-            if len(paths) > 1:
-                small[pipeline.INDEX] = _index(paths, names)
+            files = dict(zip(pipeline.weights_names(len(paths)), paths, strict=True))
             label = label_of(ref.images_seen, of_run.dataset_images, of_run.config.train.batch_size)
-            with suppress(ObjectMissingError):
-                small[PICTURE] = of_run.run.read(grid_key(label, of_run.config.sample.name(of_run.own))).data
-            small[CARD] = _card(of_run, ref, weights, small, described.lacking).encode()
-            # model_index.json makes the folder a pipeline, so it comes last.
-            small = dict(sorted(small.items(), key=lambda each: each[0] == "model_index.json"))
+            small = _small_objects(of_run, ref, label, weights, described=described, files=files)
+            _check_free(target, to, {*files, *small})
             total = sum(path.stat().st_size for path in paths)
-            _check_free(target, to, {*names, *small})
             with Progress(f"exporting {name}", unit="MB", total=total // 10**6) as bar:
-                for path, key in zip(paths, names, strict=True):
+                for key, path in files.items():
                     stop.check("while exporting", "its files are deleted, and the same command begins again")
                     target.upload(path, key)
                     written.append(key)
-                    bar.update(sum(path.stat().st_size for path in paths[: len(written)]) // 10**6)
+                    bar.update(sum(files[done].stat().st_size for done in written) // 10**6)
                 for key, data in small.items():
                     target.create(key, data)
                     written.append(key)
@@ -119,6 +112,26 @@ def export_run(bucket_uri: str, name: str, to: str, checkpoint: str = "latest", 
         note(f"without model_index.json: {described.lacking}; see {CARD}")
 
 
+def _small_objects(
+    of_run: RunHandle,
+    ref: CheckpointRef,
+    label: str,
+    weights: str,
+    *,
+    described: pipeline.Described,
+    files: dict[str, Path],
+) -> dict[str, bytes]:
+    """Returns all other objects of an export; model_index.json, which makes it a pipeline, comes last."""
+    small = dict(described.objects)
+    last = {key: small.pop(key) for key in ("model_index.json",) if key in small}
+    if len(files) > 1:
+        small[pipeline.INDEX] = _index(files)
+    with suppress(ObjectMissingError):
+        small[PICTURE] = of_run.run.read(grid_key(label, of_run.config.sample.name(of_run.own))).data
+    small[CARD] = _card(of_run, ref, weights, small | last, described.lacking).encode()
+    return small | last
+
+
 def _check_free(target: Store, to: str, own: set[str]) -> None:
     """Raises `BadRequestError` if the folder holds other objects than those of a killed export."""
     # A local folder that does not exist cannot be listed.
@@ -127,15 +140,15 @@ def _check_free(target: Store, to: str, own: set[str]) -> None:
             raise BadRequestError(f"--to {to}: {strangers[0]} is there already; name another folder, or an empty one")
 
 
-def _index(paths: list[Path], names: list[str]) -> bytes:
+def _index(files: dict[str, Path]) -> bytes:
     """Returns the index that names the file of each tensor."""
     from safetensors import safe_open
 
     places: dict[str, str] = {}
-    for path, name in zip(paths, names, strict=True):
+    for name, path in files.items():
         with safe_open(path, framework="pt") as file:
             places |= dict.fromkeys(file.keys(), name.rpartition("/")[2])
-    return pipeline.weights_index(sum(path.stat().st_size for path in paths), places)
+    return pipeline.weights_index(sum(path.stat().st_size for path in files.values()), places)
 
 
 def _card(of_run: RunHandle, ref: CheckpointRef, weights: str, objects: dict[str, bytes], lacking: str) -> str:

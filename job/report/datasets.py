@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from job.progress import Progress, note
 from job.requests import check_output
 from job.store import Retry, Store, open_store
 from job.store.retry import away_limit_seconds
+
+if TYPE_CHECKING:
+    from job.data.cache import ImageCache
 
 SHEET_IMAGES = 60
 SHEET_PER_CLASS = 10
@@ -124,7 +127,7 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
     if encoding := index.encoding:
         print(f"to look at: `ddpm data show {encoding.source} --size {encoding.size}`")
         return
-    sheet = sheet_png(bucket, key, index)
+    sheet = sheet_png(images)
     if output is None:
         bucket.put(f"{key}/{CONTACT_SHEET}", sheet)
     else:
@@ -132,13 +135,11 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
     print(f"contact sheet  {output or bucket.uri_of(f'{key}/{CONTACT_SHEET}')}")
 
 
-def sheet_png(bucket: Store, key: str, index: DatasetIndex) -> bytes:
-    """Returns a contact sheet as PNG: images spread over the dataset at `key`, by class if it has classes."""
+def sheet_png(images: ImageCache) -> bytes:
+    """Returns a contact sheet as PNG: images spread over a dataset, by class if it has classes."""
     from ddpm import figures
-    from job.data.cache import chosen_images
 
-    images = chosen_images(bucket, key, index)
-    labels = images.labels(np.arange(index.images))
+    index, labels = images.index, images.labels(np.arange(images.index.images))
     chosen = _spread(labels, len(index.classes))
     by_class = labels[chosen].tolist() if index.classes else None
     return figures.png(figures.contact_sheet(images.read(chosen), by_class, index.classes))

@@ -18,7 +18,7 @@ from dataclasses import replace
 import numpy as np
 
 from ddpm import figures
-from ddpm.generation import Sampling, from_noise
+from ddpm.generation import Sampling
 from job.config.method import sampling_of
 from job.data.autoencoder import load_decoder
 from job.data.cache import ImageCache
@@ -133,22 +133,12 @@ def _draw_set(
     """Makes the missing pieces, first those of this slice, and the index if the set is then complete. Collective."""
     ranks, drawing, pieces, began = painter.ranks, sample_set.drawing, sample_set.pieces, time.monotonic()
     ranks.on_main(sample_set.begin)
-    evaluations = editor.evaluations if editor else painter.evaluations_of(sampling)
-    batch_size = plan.sample.batch_size
 
     def make(number: int, advance: Advance) -> Made:
-        seeds, parts = drawing.seeds(number), list[np.ndarray]()
+        seeds = drawing.seeds(number)
+        route = editor.route(seeds) if editor else None
         # Batches stay within a piece: rounding depends on the other images of a batch, and bytes must not change.
-        for start in range(0, len(seeds), batch_size):
-            some = seeds[start : start + batch_size]
-
-            def after_evaluation(*_: object, images: int = len(some)) -> None:
-                painter.check_stopped()
-                advance(images / evaluations)
-
-            walk = editor.route(some).walk_of(range(len(some))) if editor else from_noise
-            parts.append(painter.draw_alone(some, sampling, after_evaluation, walk))
-        images = np.concatenate(parts)
+        images = np.concatenate([*painter.draw_batches(seeds, sampling, plan.sample.batch_size, advance, route)])
         if number == 0:
             shown = plan.sample.images
             title = title_of(plan.run, moment_of(plan.label(sample_set.ref)), plan.words, seeds[:shown])

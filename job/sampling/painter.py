@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,6 +158,30 @@ class Painter(Model):
             if len(of_rank):
                 gathered[other::world_size] = of_rank
         return gathered
+
+    def draw_batches(
+        self,
+        seeds: Sequence[int],
+        sampling: Sampling,
+        batch_size_images: int,
+        advance: Callable[[float], None],
+        route: Route | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Samples seeds on this process in batches, uint8 [b, H, W, C]; `advance` gets images, or parts of them.
+
+        Raises:
+            StoppedError: a stop was requested.
+        """
+        route = route or Route(self.evaluations_of(sampling))
+        for start in range(0, len(seeds), batch_size_images):
+            places = range(len(seeds))[start : start + batch_size_images]
+
+            def after_evaluation(*_: object, part: float = len(places) / route.evaluations) -> None:
+                self.check_stopped()
+                advance(part)
+
+            some = [seeds[place] for place in places]
+            yield self.draw_alone(some, sampling, after_evaluation, route.walk_of(places))
 
     def denoising_gif(self, seeds: Sequence[int], sampling: Sampling, title: str) -> bytes:
         """Returns a GIF of the denoising of a few seeds: `GIF_FRAMES` frames, repeated if there are fewer steps."""

@@ -22,7 +22,7 @@ def images_of(count: int, size: int = SIZE) -> Tensor:
     return torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
 
 
-def test_every_split_gives_the_same_to_the_bit() -> None:
+def test_every_split_gives_the_same() -> None:
     """Also what nothing is done to, which is exactly the image, and its labels zeros."""
     numbers, images = torch.arange(2**33, 2**33 + 61), images_of(61)
     drawn = ALL.draw(7, numbers, SIZE)
@@ -44,7 +44,7 @@ def test_every_split_gives_the_same_to_the_bit() -> None:
     assert none is None and 20 < mirrored.sum() < 41
 
 
-def test_a_crop_is_torchvision_s() -> None:
+def test_crops_are_torchvisions() -> None:
     numbers, images = torch.arange(5000), images_of(40)
     crops = replace(NONE, crop_scale=(0.3, 0.9))
     drawn = crops.draw(3, numbers, SIZE)
@@ -90,7 +90,7 @@ def _source_in_edm(label: list[float], sign: int, size: int) -> np.ndarray:
     return matrix @ _shifted(-right * size / 8, -down * size / 8)
 
 
-def test_transforms_are_edm_s_and_the_network_is_told() -> None:
+def test_transforms_are_edms() -> None:
     """A smooth function in the place of an image is known beyond its pixels: the result is the function elsewhere.
 
     EDM's label (w cos r, w sin r) is that of a stretch along r, or else of as strong a squeeze: both are drawn.
@@ -121,7 +121,7 @@ def test_transforms_are_edm_s_and_the_network_is_told() -> None:
     assert len(squeezes) > 80 and 0.3 < np.mean(squeezes) < 0.7
 
 
-def test_a_positive_rotation_is_counterclockwise_and_borders_are_mirrored() -> None:
+def test_rotations_are_counterclockwise() -> None:
     """By hand: a quarter turn has EDM's label sin w = 1, and its padding repeats no border pixel."""
     image = images_of(1).float()[0]
     # Nothing happens but a rotation by π/2, of the range ±π.
@@ -138,7 +138,7 @@ def test_a_positive_rotation_is_counterclockwise_and_borders_are_mirrored() -> N
     assert moved == pytest.approx(padded[:, 3:, :SIZE], abs=0.02)
 
 
-def test_what_is_drawn_has_the_distributions_of_edm_s_table() -> None:
+def test_draws_have_edms_distributions() -> None:
     labels = replace(NONE, probability=0.12).draw(1, torch.arange(50_000), SIZE)[:, -LABELS:].double()
     shares = (labels != 0).double().mean(dim=0)
     # Half of the stretches follow the image's axes: r = 0, and no w sin r.

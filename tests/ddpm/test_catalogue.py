@@ -1,16 +1,13 @@
 """What the catalogue lists is there, and nothing else, in the formulas and in the tables of the documentation."""
 
 import re
-import subprocess
-import sys
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
 
-import pytest
 import torch
 
-from ddpm import catalogue, metrics, networks, samplers
+from ddpm import catalogue, metrics, samplers
 from ddpm.catalogue import (
     EXTRACTORS,
     GRIDS,
@@ -40,12 +37,7 @@ def column(page: str, header: str) -> list[str]:
     return [name for row in rows for name in re.findall(r"`(?:--extractor )?(\w+)`", row.split("|")[1])]
 
 
-def test_it_needs_neither_pytorch_nor_pydantic():
-    code = "import sys, ddpm.catalogue; assert not {'torch', 'numpy', 'pydantic', 'yaml'} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_each_sampler_has_a_function_that_takes_its_options_and_no_default_of_its_own():
+def test_sampler_functions_take_their_options():
     settings = {field.name: field.default for field in fields(Drawing)}
     for name, sampler in SAMPLERS.items():
         if name == "own":
@@ -59,7 +51,7 @@ def test_each_sampler_has_a_function_that_takes_its_options_and_no_default_of_it
                 assert parameter.default == settings[parameter.name], (name, parameter.name)
 
 
-def test_each_name_means_something_in_the_formulas():
+def test_each_name_has_its_formula():
     assert [name for name, schedule in SCHEDULES.items() if schedule.has_betas] == list(TABLES)
     process = make_process(Diffusion())
     for grid in GRIDS.keys() - {"found"}:
@@ -73,14 +65,6 @@ def test_each_name_means_something_in_the_formulas():
             assert learnt.weights(point).isfinite().all()
     assert {name for name, metric in METRICS.items() if metric.of == "features"} == metrics.COMPARISONS.keys()
     assert EXTRACTORS.keys() == LOADERS.keys()
-
-
-@pytest.mark.parametrize("kind", NETWORKS)
-def test_each_network_can_be_built_with_its_defaults(kind):
-    with torch.device("meta"):
-        network = networks.build(kind, image_size=32, in_channels=3, out_channels=3, num_classes=2)
-    assert type(network).__name__ == NETWORKS[kind].__name__
-    assert getattr(catalogue, NETWORKS[kind].__name__) is NETWORKS[kind]
 
 
 def test_the_documentation_lists_the_same():

@@ -10,17 +10,12 @@ from torch.testing import assert_close
 
 from ddpm import editing
 from ddpm.grids import make_grid
-from ddpm.process import Point, RectifiedFlow, VarianceExploding, cosine_schedule, linear_schedule, points_of
+from ddpm.process import CLEAN, Point, RectifiedFlow, VarianceExploding, cosine_schedule, linear_schedule, points_of
 from ddpm.samplers import ancestral, ddim
-
-SHAPE = (2, 3, 4, 4)
-
-
-def normal(seed: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.ddpm.gaussian import SHAPE, Gaussian, normal
 
 
-def test_the_way_of_repaint_is_diffusers_and_so_is_each_step_of_it() -> None:
+def test_repaint_equals_diffusers() -> None:
     """Published counts: T = 250, j = r = 10. Its step is DDIM's; jumps of one timestep need one noise in both."""
     import diffusers
 
@@ -65,7 +60,7 @@ def test_the_way_of_repaint_is_diffusers_and_so_is_each_step_of_it() -> None:
     assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_made_up_follows_from_what_is_known() -> None:
+def test_inpainting_follows_the_known_part() -> None:
     """Pairs of pixels with correlation 0.9: resampling brings the mean and deviation of the second near the truth."""
     count, std, correlation = 4000, 0.4, 0.9
     shape, known = (count, 1, 1, 2), 0.5
@@ -92,30 +87,21 @@ def test_what_is_made_up_follows_from_what_is_known() -> None:
         assert deviation == pytest.approx(std * (1 - correlation**2) ** 0.5, rel=0.15), process
 
 
-def test_from_an_image_less_stays_of_it_the_more_steps_are_taken() -> None:
-    """Of normal images the probability flow is known: x_0 is the quantile of where it begins."""
-    std, image = 0.4, normal(1).clamp(-1, 1)
-
-    def denoise(x: Tensor, point: Point[float]) -> Tensor:
-        return point.alpha * std**2 / ((point.alpha * std) ** 2 + point.sigma**2) * x
-
+def test_from_image_follows_the_flow() -> None:
+    data, image = Gaussian(), normal(1).clamp(-1, 1)
     for process in (linear_schedule(), VarianceExploding(sigma_max=20), RectifiedFlow()):
         whole = make_grid(process, 200, "trailing")
         assert [len(editing.last_points(whole, strength)) for strength in (0.001, 0.25, 0.5, 1)] == [2, 51, 101, 201]
         for strength in (0.25, 0.5, 0.9):
             start = whole[200 - round(200 * strength)]
-            begins = start.alpha * image + start.sigma * normal(0)
-            expected = std * begins / ((start.alpha * std) ** 2 + start.sigma**2) ** 0.5
-            found = editing.from_image(ddim, denoise, whole, normal, image=image, strength=strength)
+            expected = data.flow(start.alpha * image + start.sigma * normal(0), start, CLEAN)
+            found = editing.from_image(ddim, data.denoise, whole, normal, image=image, strength=strength)
             assert_close(found, expected, rtol=0.03, atol=0.02)
 
 
-def test_inversion_finds_the_noise_of_an_image() -> None:
-    """Of normal images the probability flow is known: x stays at the same quantile, and comes back to the image."""
-    std, image, began = 0.4, 0.4 * normal(1), list[Tensor]()
-
-    def denoise(x: Tensor, point: Point[float]) -> Tensor:
-        return point.alpha * std**2 / ((point.alpha * std) ** 2 + point.sigma**2) * x
+def test_inversion_finds_the_noise() -> None:
+    """And comes back to the image."""
+    data, image, began = Gaussian(), 0.3 + 0.4 * normal(1), list[Tensor]()
 
     def remembering(denoise, x, points, noise_at) -> Tensor:
         began.append(x)
@@ -125,31 +111,26 @@ def test_inversion_finds_the_noise_of_an_image() -> None:
         points = make_grid(process, 400, "trailing")
         for strength in (0.5, 1.0):
             start, *_ = editing.last_points(points, strength)
-            found = editing.inverted(remembering, denoise, points, normal, image=image, strength=strength)
-            expected = ((start.alpha * std) ** 2 + start.sigma**2) ** 0.5 / std * image
-            assert_close(began.pop(), expected, rtol=0.03, atol=0.01, msg=f"{process} {strength}")
+            found = editing.inverted(remembering, data.denoise, points, normal, image=image, strength=strength)
+            assert_close(began.pop(), data.flow(image, CLEAN, start), rtol=0.03, atol=0.01, msg=f"{process} {strength}")
             assert_close(found, image, rtol=0.03, atol=0.01)
 
 
 def test_between_two_noises_lies_noise() -> None:
     shape = (2000, 3, 4, 4)
     first, second, weight = normal(0, shape), normal(1, shape), torch.full((2000,), 0.3, dtype=torch.float64)
-    between = editing.slerp(first, second, weight)
-    assert between.std().item() == pytest.approx(1, abs=0.01)
-    angles = [
-        torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1)).acos()
-        for a, b in ((first, between), (first, second))
-    ]
-    norms = [x.flatten(1).norm(dim=1, keepdim=True) for x in (first, second)]
-    unit = editing.slerp(first / norms[0].view(-1, 1, 1, 1), second / norms[1].view(-1, 1, 1, 1), weight)
+    assert editing.slerp(first, second, weight).std().item() == pytest.approx(1, abs=0.01)
+    # On the sphere it is at three tenths of the angle.
+    first, second = (x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for x in (first, second))
+    unit = editing.slerp(first, second, weight)
     assert_close(unit.flatten(1).norm(dim=1), torch.ones(2000).double())
-    cosine = (unit.flatten(1) * first.flatten(1) / norms[0]).sum(1)
-    assert_close(cosine.acos(), 0.3 * angles[1])
+    angles = [(first * other).flatten(1).sum(dim=1).acos() for other in (unit, second)]
+    assert_close(angles[0], 0.3 * angles[1])
     assert_close(editing.slerp(first, first, weight), first, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("sampler", [ddim, partial(ddim, eta=1.0), ancestral])
-def test_interpolation_begins_and_ends_with_the_images_of_its_seeds(sampler) -> None:
+def test_interpolation_ends_with_both_images(sampler) -> None:
     points = make_grid(linear_schedule(), 20, "trailing")
 
     def denoise(x: Tensor, point: Point[float]) -> Tensor:

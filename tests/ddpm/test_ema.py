@@ -23,7 +23,7 @@ def test_decay_warms_up_with_batches_seen() -> None:
         assert found == pytest.approx(expected), images_seen
 
 
-def test_other_warm_ups_are_those_of_diffusers_and_of_edm() -> None:
+def test_other_warm_ups_are_published() -> None:
     for inv_gamma, power in ((1.0, 2 / 3), (7.0, 0.9)):
         theirs = EMAModel([], decay=0.995, use_ema_warmup=True, inv_gamma=inv_gamma, power=power)
         ours = Exponential(0.995, "power", inv_gamma, power)
@@ -37,7 +37,7 @@ def test_other_warm_ups_are_those_of_diffusers_and_of_edm() -> None:
         assert found == pytest.approx(expected, rel=1e-12), images_seen
 
 
-def test_power_functions_have_the_width_that_they_are_named_by() -> None:
+def test_power_functions_have_their_width() -> None:
     """The standard deviation of a density γ τ^γ, by its moments in 50 digits; and the two γ that the paper names."""
     assert [PowerFunction(std).gamma for std in (0.05, 0.1)] == pytest.approx([16.97, 6.94], abs=5e-3)
     with mp.workdps(50):
@@ -57,7 +57,7 @@ def profiles(std: float, steps: int) -> np.ndarray:
     return rows
 
 
-def test_averages_add_up_to_those_of_other_widths_and_say_how_nearly() -> None:
+def test_averages_add_up_to_others() -> None:
     """By the profiles themselves, step by step, where `reconstruct` integrates."""
     total, stds = 600, (0.05, 0.1)
     kept = {std: profiles(std, total) for std in stds}
@@ -78,7 +78,7 @@ def test_averages_add_up_to_those_of_other_widths_and_say_how_nearly() -> None:
             assert found == pytest.approx(nearest, rel=0.02, abs=1e-6), (std, every)
 
 
-def test_average_starts_as_a_copy_and_follows_the_recurrence() -> None:
+def test_average_follows_the_recurrence() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(5, 6))
     ema = EMA(model)
@@ -96,7 +96,7 @@ def test_average_starts_as_a_copy_and_follows_the_recurrence() -> None:
             assert not average.requires_grad
 
 
-def test_average_of_a_half_precision_model_is_float32() -> None:
+def test_average_of_half_precision_is_float32() -> None:
     """In bfloat16 a step of 1e-4 of the way is lost: 1 + 1e-4 is 1."""
     model = nn.Linear(4, 4, bias=False).bfloat16()
     nn.init.ones_(model.weight)
@@ -110,7 +110,7 @@ def test_average_of_a_half_precision_model_is_float32() -> None:
     assert model.weight.dtype == torch.bfloat16
 
 
-def test_a_model_takes_the_averages_over_and_leaves_them_alone() -> None:
+def test_models_copy_the_averages() -> None:
     source = nn.Conv2d(3, 4, 3)
     target = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     ema = EMA(source)

@@ -1,12 +1,12 @@
 from ddpm.epochs import crosses, epochs_completed_by, images_at_epoch
 
 
-def test_an_epoch_ends_at_the_first_batch_boundary_at_or_after_its_last_image():
+def test_epochs_end_at_batch_boundaries():
     ends = [images_at_epoch(*case) for case in ((1, 299, 8), (2, 299, 8), (8, 299, 8), (3, 5, 16))]
     assert ends == [304, 600, 8 * 299, 16]
 
 
-def test_every_epoch_is_completed_by_exactly_one_batch():
+def test_one_batch_completes_each_epoch():
     for dataset_images, batch_size in [(299, 8), (5, 16), (16, 4), (7, 7), (10, 3)]:
         assert not epochs_completed_by(0, dataset_images, batch_size)
         completed = [

@@ -11,6 +11,7 @@ from ddpm.generation import Sampling
 from ddpm.grids import find_grid, make_grid, numbered_points
 from ddpm.process import CLEAN, RectifiedFlow, VarianceExploding, cosine_schedule, linear_schedule
 from ddpm.samplers import ddim, unipc
+from tests.ddpm.gaussian import no_noise
 
 T = 1000
 LINEAR = linear_schedule(T)
@@ -38,7 +39,7 @@ def test_shift_is_diffusers() -> None:
         Sampling("ddim", 5, "trailing", shift=3.0).points(LINEAR)
 
 
-def test_every_grid_of_timesteps_descends_without_repeats() -> None:
+def test_grids_of_timesteps_descend() -> None:
     kinds = ("leading", "trailing", "linspace", "quadratic")
     for grid, num_timesteps in product(kinds, (1, 2, 3, 4, 5, 10, 37, 1000)):
         for steps in {*range(1, min(num_timesteps, 40) + 1), num_timesteps - num_timesteps // 9, num_timesteps}:
@@ -59,7 +60,7 @@ def test_timesteps_equal_diffusers() -> None:
     assert timesteps(1, "linspace") == timesteps(1, "trailing") == [999]
 
 
-def test_quadratic_is_the_grid_of_the_ddim_paper() -> None:
+def test_quadratic_is_the_ddim_papers() -> None:
     """The paper's has repeats among its smallest timesteps; only these are moved."""
     assert timesteps(5, "quadratic") == [800, 450, 200, 50, 0]
     for steps, moved in ((10, 0), (20, 0), (50, 3), (100, 12)):
@@ -69,7 +70,7 @@ def test_quadratic_is_the_grid_of_the_ddim_paper() -> None:
         assert grid[moved + 1 :] == squares[moved + 1 :], steps
 
 
-def test_karras_is_the_grid_of_the_edm_paper() -> None:
+def test_karras_is_the_edm_papers() -> None:
     steps, rho = 18, 7
     ramp = np.linspace(0, 1, steps)
     for process, largest, smallest in (
@@ -82,7 +83,7 @@ def test_karras_is_the_grid_of_the_edm_paper() -> None:
         assert clean == CLEAN
 
 
-def test_log_snr_is_spaced_as_the_exponential_sigmas_of_diffusers() -> None:
+def test_log_snr_is_diffusers_exponential_sigmas() -> None:
     """And the network is told the timestep there, which diffusers cuts to a whole one."""
     from diffusers import DEISMultistepScheduler
 
@@ -111,7 +112,7 @@ def test_impossible_grids_are_refused() -> None:
             make_grid(process, 10, grid)
 
 
-def test_the_grid_that_is_found_is_the_best_of_all_by_its_own_measure_and_better_than_even_steps() -> None:
+def test_found_grid_is_the_best() -> None:
     """Every choice of 4 among 9 points, judged by the errors of Euler's method from where the exact way is."""
     data, process = Mixture(), cosine_schedule(100)
     candidates = make_grid(process, 9, "trailing")
@@ -137,7 +138,3 @@ def test_the_grid_that_is_found_is_the_best_of_all_by_its_own_measure_and_better
     assert errors[0] < 0.8 * errors[1], errors
     with pytest.raises(ValueError, match="between 1 and 9, the points to choose from, not 10"):
         find_grid(data.denoise, x, process, 10, 9)
-
-
-def no_noise(draw: int) -> torch.Tensor:
-    raise AssertionError("noise was asked for")

@@ -10,30 +10,21 @@ from ddpm import catalogue, interop
 from ddpm.catalogue import Diffusion, Drawing
 from ddpm.networks.unet import UNet
 from ddpm.objective import Condition
-from tests.ddpm.networks.test_unet import inputs, randomise
+from tests.ddpm.networks.weights import inputs, randomise
 
-SMALL = {
-    "image_size": 16,
-    "in_channels": 3,
-    "out_channels": 3,
-    "channels": 8,
-    "channel_mults": (1, 2, 3),
-    "attention_sizes": (8,),
-    "layers_per_level": 1,
-    "norm_groups": 4,
-    "heads": 1,
-    "head_channels": None,
-    "scale_shift": False,
-    "resample_in_blocks": False,
-    "dropout": 0.0,
-    "num_classes": 0,
-    "conventions": "ho",
-}
+IMAGES = {"image_size": 16, "in_channels": 3, "out_channels": 3, "num_classes": 0}
+WIDTHS = {"channels": 8, "channel_mults": (1, 2, 3), "attention_sizes": (8,), "layers_per_level": 1, "norm_groups": 4}
+SWITCHES = {"heads": 1, "head_channels": None, "scale_shift": False, "resample_in_blocks": False, "conventions": "ho"}
+SMALL = IMAGES | WIDTHS | SWITCHES | {"dropout": 0.0}
+
+
+HO = {"norm_eps": 1e-6, "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1}
+"""diffusers' names of what Ho et al.'s code does otherwise."""
 
 
 def unet2d_config(**options):
     """The configuration of a `UNet` with these arguments."""
-    about_images = {key: options.pop(key) for key in ("image_size", "in_channels", "out_channels", "num_classes")}
+    about_images = {key: options.pop(key) for key in IMAGES}
     return interop.unet2d_config(catalogue.UNet(**options), **about_images)
 
 
@@ -42,24 +33,32 @@ def unet2d_config(**options):
     [
         {},
         {"conventions": "diffusers", "head_channels": 8, "num_classes": 5},
-        {"heads": 2, "channel_mults": (1, 2, 2)},
+        {"heads": 2, "channel_mults": (1, 2, 2), "layers_per_level": 3},
         {"scale_shift": True, "resample_in_blocks": True, "head_channels": 4, "in_channels": 1, "out_channels": 2},
         {"attention_sizes": (16, 4), "resample_in_blocks": True, "conventions": "diffusers", "layers_per_level": 2},
     ],
 )
-def test_a_network_and_its_configuration_compute_the_same_in_diffusers(changes):
+def test_networks_equal_diffusers(changes):
     from diffusers import UNet2DModel
 
     options = SMALL | changes
     config = unet2d_config(**options)
+    assert config | HO == config or options["conventions"] == "diffusers"
     ours, theirs = UNet(**options).eval(), UNet2DModel.from_config(config).eval()
     randomise(ours)
     theirs.load_state_dict(ours.state_dict())
     x, t = inputs(options["in_channels"])
     labels = torch.arange(4) if options["num_classes"] else None
-    with torch.no_grad():
-        difference = ours(x, t, Condition(labels)) - theirs(x, t, labels).sample
-    assert difference.abs().max() < 2e-5
+    output, expected = ours(x, t, Condition(labels)), theirs(x, t, labels).sample
+    torch.testing.assert_close(output, expected, rtol=0, atol=2e-5)
+    output.square().mean().backward()
+    expected.square().mean().backward()
+    of_theirs = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        scale = of_theirs[name].grad.abs().max().item()
+        # A constant added to all keys moves no attention weight.
+        assert scale > 1e-8 or name.endswith("to_k.bias"), name
+        torch.testing.assert_close(parameter.grad, of_theirs[name].grad, rtol=0, atol=1e-4 * scale + 1e-8, msg=name)
     # Back again: whoever asks for heads by their number gets their width.
     back = interop.unet_options(config)
     if options["heads"] > 1:
@@ -70,7 +69,7 @@ def test_a_network_and_its_configuration_compute_the_same_in_diffusers(changes):
     assert interop.unet_options(theirs.config) == interop.unet_options(config)
 
 
-def test_what_diffusers_takes_by_default_is_understood():
+def test_defaults_of_diffusers_are_understood():
     from diffusers import UNet2DModel
 
     config = {"sample_size": 16, "block_out_channels": [32, 64], "norm_num_groups": 8}
@@ -104,17 +103,17 @@ def test_what_diffusers_takes_by_default_is_understood():
         ({"attn_norm_num_groups": None, "resnet_time_scale_shift": "scale_shift"}, "attn_norm_num_groups=None"),
     ],
 )
-def test_what_has_no_counterpart_is_named(changes, named):
+def test_networks_without_counterpart_are_named(changes, named):
     with pytest.raises(interop.NoCounterpartError, match=re.escape(named)):
         interop.unet_options(unet2d_config(**SMALL) | changes)
 
 
-def test_heads_that_diffusers_cannot_be_told_are_named():
+def test_impossible_heads_are_named():
     with pytest.raises(interop.NoCounterpartError, match="16 and 24 channels"):
         unet2d_config(**SMALL | {"heads": 2})
 
 
-def test_older_names_of_the_attention_are_read():
+def test_older_attention_names_are_read():
     from diffusers import UNet2DModel
 
     theirs = UNet2DModel.from_config(unet2d_config(**SMALL))
@@ -162,7 +161,7 @@ def test_the_networks_of_ho_are_read():
     assert interop.ho_options(found, 16) == {key: SMALL[key] for key in shown}
 
 
-def test_what_wrappers_put_before_names_goes():
+def test_prefixes_of_wrappers_are_removed():
     weights = {"conv_in.weight": torch.zeros(1)}
     for before in ("", "module.", "_orig_mod.module.", "model.", "module._orig_mod.model."):
         assert interop.without_prefixes({f"{before}{name}": tensor for name, tensor in weights.items()}) == weights
@@ -202,12 +201,12 @@ def test_processes_are_those_of_diffusers(schedule):
         ({"prediction_type": "flow_prediction"}, "flow_prediction"),
     ],
 )
-def test_a_process_without_a_counterpart_is_named(config, named):
+def test_processes_without_counterpart_are_named(config, named):
     with pytest.raises(interop.NoCounterpartError, match=named):
         interop.process_options(config)
 
 
-def test_what_diffusers_pipelines_do_not_know_is_named():
+def test_unknown_processes_are_named():
     for schedule, prediction, named in (("flow", "flow", "schedule=flow"), ("linear", "edm", "prediction=edm")):
         with pytest.raises(interop.NoCounterpartError, match=named):
             interop.scheduler_config(Diffusion(schedule, 100, prediction=prediction), Drawing())

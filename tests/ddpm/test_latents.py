@@ -17,7 +17,7 @@ def moments(images):
     return torch.cat([mean, log_variance], dim=1).half()
 
 
-def test_what_is_drawn_depends_on_seed_and_number_alone():
+def test_draws_depend_on_seed_and_number():
     of_images = moments(6)
     numbers = torch.tensor([5, 0, 2**40, 7, 8, 9])
     whole = LATENTS.drawn(3, numbers, of_images)

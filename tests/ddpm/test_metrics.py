@@ -18,7 +18,7 @@ def features(count, seed, shift=0.0, scale=1.0):
     return torch.randn(count, WIDTH, generator=generator) @ mixing * scale + 30 + shift
 
 
-def test_the_frechet_distance_is_that_of_pytorch_fid():
+def test_frechet_distance_is_pytorch_fids():
     drawn, real = features(300, 0, shift=0.3, scale=1.2), features(400, 1)
     of_drawn, of_real = (side.double().numpy() for side in (drawn, real))
     roots = sqrtm(np.cov(of_drawn, rowvar=False) @ np.cov(of_real, rowvar=False))
@@ -33,14 +33,14 @@ def test_the_frechet_distance_is_that_of_pytorch_fid():
         assert metrics.fid(drawn[:images], real) == pytest.approx(of_library, rel=1e-6)
 
 
-def test_sums_do_not_depend_on_how_features_come(monkeypatch):
+def test_sums_are_independent_of_the_parts(monkeypatch):
     whole = metrics.moments(features(1000, 0))
     monkeypatch.setattr(metrics, "_CHUNK", 7)
     for in_parts, at_once in zip(metrics.moments(features(1000, 0)), whole, strict=True):
         np.testing.assert_allclose(in_parts, at_once, rtol=1e-12, atol=1e-10)
 
 
-def test_kid_is_the_unbiased_distance_over_all_pairs_of_sets_that_are_small():
+def test_kid_is_unbiased():
     drawn, real = features(60, 0, shift=0.2), features(60, 1)
 
     def kernel(a, b):
@@ -58,7 +58,7 @@ def test_kid_is_the_unbiased_distance_over_all_pairs_of_sets_that_are_small():
     assert mean == pytest.approx(brute, abs=4 * deviation + 0.2 * abs(brute))
 
 
-def test_precision_recall_density_and_coverage_by_brute_force():
+def test_prdc_by_brute_force():
     """Also of features that are far from 0, where float32 loses the distances of near ones."""
     drawn, real = features(40, 0, shift=1.0) + 3000, features(50, 1) + 3000
     found = metrics.prdc(drawn, real)
@@ -78,7 +78,7 @@ def test_precision_recall_density_and_coverage_by_brute_force():
     assert (same["precision"], same["recall"], same["coverage"]) == (1.0, 1.0, 1.0)
 
 
-def test_mind_of_gaussians_that_are_shifted_is_three_times_the_square_of_the_shift():
+def test_mind_of_shifted_gaussians():
     """Along a direction u they are u·m apart, whose mean square is |m|²/D."""
     drawn = torch.randn(4000, WIDTH, generator=torch.Generator().manual_seed(0))
     real = torch.randn(4000, WIDTH, generator=torch.Generator().manual_seed(1)) + 2.0
@@ -86,7 +86,7 @@ def test_mind_of_gaussians_that_are_shifted_is_three_times_the_square_of_the_shi
     assert metrics.mind(drawn, drawn) == 0.0
 
 
-def test_the_inception_score_counts_classes_that_are_told_apart():
+def test_inception_score_counts_classes():
     logits = 50.0 * torch.eye(8).repeat(200, 1)
     assert metrics.inception_score(logits)[0] == pytest.approx(8, rel=0.03)
     assert metrics.inception_score(torch.zeros(100, 8)) == (pytest.approx(1), pytest.approx(0, abs=1e-9))

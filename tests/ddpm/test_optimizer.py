@@ -9,7 +9,7 @@ from ddpm.catalogue import Train
 from ddpm.optimizer import Adam, learning_rate_at
 
 
-def test_steps_are_those_of_adam_and_adamw() -> None:
+def test_steps_equal_adam_and_adamw() -> None:
     for weight_decay in (0.0, 0.1):
         torch.manual_seed(0)
         ours, theirs = nn.Linear(7, 5), nn.Linear(7, 5)
@@ -31,7 +31,7 @@ def test_steps_are_those_of_adam_and_adamw() -> None:
                 assert torch.equal(one, other), (weight_decay, step)
 
 
-def test_the_learning_rate_falls_as_a_function_of_images_seen() -> None:
+def test_learning_rate_follows_images_seen() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2e-4)
     peer = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=4, num_training_steps=20)
     train = Train(24, None, 2e-4, 4 * 24, "cosine", 20 * 24)

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise, product
-from math import expm1, log, log2, sqrt
+from math import log, log2, sqrt
 
 import pytest
 import torch
@@ -38,21 +37,12 @@ from ddpm.samplers import (
     dpmpp_3m,
     dpmpp_sde_2m,
     heun,
-    ipndm,
     ipndm_step,
     unipc,
 )
+from tests.ddpm.gaussian import SHAPE, Gaussian, no_noise, normal
 
 T = 1000
-SHAPE = (2, 3, 4, 4)
-
-
-def normal(seed: int) -> Tensor:
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
-
-
-def no_noise(draw: int) -> Tensor:
-    raise AssertionError("noise was asked for")
 
 
 def visited(process: Process, *numbers: int) -> list[Point[float]]:
@@ -102,57 +92,6 @@ class TestStep:
 def smooth_network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
     """Some function of x_t and t that a network could be."""
     return torch.tanh(1.3 * x.roll(1, -1) + t.view(-1, 1, 1, 1) / T - 0.4)
-
-
-@pytest.mark.parametrize(
-    ("sampler", "prediction", "clip"),
-    [("ddim", "epsilon", True), ("ddim", "v", False), ("fixed_small", "epsilon", False), ("fixed_large", "v", True)],
-)
-def test_whole_trajectories_equal_diffusers(sampler: str, prediction: str, clip: bool) -> None:
-    """Unchanged diffusers, whose tables are float32: three digits less."""
-    import diffusers
-
-    schedule, is_ddim = linear_schedule(), sampler == "ddim"
-    denoise = make_denoiser(smooth_network, schedule, Prediction(prediction), clip=clip)
-    config = {
-        "prediction_type": "epsilon" if prediction == "epsilon" else "v_prediction",
-        "clip_sample": clip,
-        **({} if is_ddim else {"variance_type": sampler}),
-    }
-    for grid, steps in (*((("trailing", 20),) if is_ddim else ()), ("leading", 30)):
-        kind = diffusers.DDIMScheduler if is_ddim else diffusers.DDPMScheduler
-        scheduler = kind(num_train_timesteps=T, timestep_spacing=grid, **config)
-        scheduler.set_timesteps(steps)
-        expected = normal(0)
-        for draw, t in enumerate(scheduler.timesteps, 1):
-            output = smooth_network(expected, t.expand(len(expected)), Condition())
-            generator = torch.Generator().manual_seed(draw)
-            how = {"use_clipped_model_output": True} if is_ddim else {"generator": generator}
-            expected = scheduler.step(output, t, expected, **how).prev_sample
-        points = make_grid(schedule, steps, grid)
-        if is_ddim:
-            x_0 = ddim(denoise, normal(0), points, no_noise)
-        else:
-            x_0 = ancestral(denoise, normal(0), points, normal, sampler)
-        assert_close(x_0, expected, rtol=1e-3, atol=1e-3)
-
-
-def test_ddim_is_euler_s_method_in_sigma_and_its_ancestral_one() -> None:
-    """diffusers' Euler schedulers are k-diffusion's: x/α over σ/α, noise of standard deviation 1 at the start."""
-    import diffusers
-
-    schedule = linear_schedule()
-    denoise = make_denoiser(smooth_network, schedule, Prediction("epsilon"), clip=False)
-    for kind, eta in ((diffusers.EulerDiscreteScheduler, 0.0), (diffusers.EulerAncestralDiscreteScheduler, 1.0)):
-        scheduler = kind(num_train_timesteps=T, timestep_spacing="trailing")
-        scheduler.set_timesteps(20)
-        points = make_grid(schedule, 20, "trailing")
-        expected = normal(0) / points[0].alpha
-        for draw, t in enumerate(scheduler.timesteps, 1):
-            output = smooth_network(scheduler.scale_model_input(expected, t), t.expand(len(expected)), Condition())
-            noise = torch.Generator().manual_seed(draw)
-            expected = scheduler.step(output, t, expected, generator=noise).prev_sample
-        assert_close(ddim(denoise, normal(0), points, normal, eta), expected, rtol=1e-3, atol=2e-3)
 
 
 Denoise = Callable[[Tensor, Point[float]], Tensor]
@@ -228,60 +167,13 @@ def test_multistep_samplers_equal_diffusers() -> None:
                 assert_close(*pair, rtol=0, atol=2e-5, msg=f"{kind.__name__} {config}, step {step}, flow {flow}")
 
 
-def test_the_third_order_of_diffusers_dpmpp_3m_lacks_half_of_its_last_term() -> None:
-    """The paper's integral of D''/2 (λ - λ_s)² is α φ_3 h² D'', where D'' is twice what their D2 is."""
-    from diffusers import DPMSolverMultistepScheduler as DPM
-
-    points = lambdas(linear_schedule(), 3, -1.0, 1.0)
-    (x, *_), estimates = asked(dpmpp_3m, points, normal(0), estimate), []
-
-    def remembered(x: Tensor, point: Point[float]) -> Tensor:
-        estimates.append(estimate(x, point))
-        return estimates[-1]
-
-    ours = dpmpp_3m(remembered, x, points, no_noise)
-    theirs = asked_by_diffusers(DPM, points, x, solver_order=3, final_sigmas_type="sigma_min", lower_order_final=False)
-    h = 2 / 3
-    curvature = (estimates[2] - 2 * estimates[1] + estimates[0]) / 2
-    phi = 1 + expm1(-h) / h
-    assert_close(ours - theirs[-1], points[-1].alpha * (0.5 - phi / h) * curvature, rtol=1e-3, atol=1e-6)
-
-
-def test_heun_and_ipndm_equal_diffusers() -> None:
-    from diffusers import HeunDiscreteScheduler, IPNDMScheduler
-
-    points = make_grid(linear_schedule(), 20, "karras")
-    scheduler = HeunDiscreteScheduler(prediction_type="sample")
-    scheduler.set_timesteps(20)
-    scheduler.set_begin_index(0)
-    ratios = torch.tensor([point.sigma / point.alpha for point in points], dtype=torch.float64)
-    scheduler.sigmas = torch.cat([ratios[:1], ratios[1:-1].repeat_interleave(2), ratios[-1:]])
-    expected = normal(0) / points[0].alpha
-    visited = [points[0], *(point for point in points[1:-1] for _ in range(2))]
-    for t, point in zip(scheduler.timesteps, visited, strict=True):
-        expected = scheduler.step(estimate(point.alpha * expected, point), t, expected).prev_sample
-    assert_close(heun(estimate, normal(0), points, no_noise, linear_schedule()), expected, rtol=0, atol=2e-5)
-
-    scheduler = IPNDMScheduler()
-    scheduler.set_timesteps(20)
-    scheduler.set_begin_index(0)
-    scheduler.alphas = torch.tensor([point.alpha for point in points], dtype=torch.float64)
-    scheduler.betas = torch.tensor([point.sigma for point in points], dtype=torch.float64)
-    expected = normal(0).double()
-    for t, point in zip(scheduler.timesteps, points, strict=False):
-        epsilon = (expected - point.alpha * estimate(expected, point)) / point.sigma
-        v = (epsilon - point.sigma * expected) / point.alpha
-        expected = scheduler.step(v, t, expected).prev_sample
-    assert_close(ipndm(estimate, normal(0).double(), points, no_noise, 4), expected)
-
-
-def test_churn_is_that_of_the_edm_paper() -> None:
+def test_churn_is_edms() -> None:
     """Algorithm 2 as it is printed, for D(x; σ) with x/α and σ/α for x and σ."""
     S_churn = 2.0
     for process in (linear_schedule(), VarianceExploding(), RectifiedFlow()):
         points = [*lambdas(process, 12, -4.0, 3.5), CLEAN]
         t = [point.sigma / point.alpha for point in points]
-        start = points[0].sigma * normal(0).double()
+        start = points[0].sigma * normal(0)
         x = start / points[0].alpha
 
         def D(x: Tensor, sigma: float) -> Tensor:
@@ -303,65 +195,26 @@ def test_churn_is_that_of_the_edm_paper() -> None:
         assert_close(first, heun(estimate, start, points[:2], normal, process, S_churn / (len(t) - 1)))
 
 
-def test_ddim_with_all_noise_is_ancestral_sampling() -> None:
-    for process, steps in product((cosine_schedule(50), VarianceExploding()), (50, 7)):
-        points = make_grid(process, steps, "trailing")
-        expected = ancestral(estimate, normal(0), points, normal, "fixed_small")
-        assert_close(ddim(estimate, normal(0), points, normal, 1.0), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_heun_s_first_step_of_a_cosine_is_euler_s() -> None:
+def test_heuns_first_step_of_a_cosine() -> None:
     """There σ/α falls from 20,000 to a few, over which no slope says anything."""
     data, process = Mixture(), cosine_schedule()
     points = make_grid(process, 8, "trailing")
-    exact = data.flow(normal(0).double(), points[0], CLEAN)
-    errors = [
-        rms(f(data.denoise, normal(0).double(), points, no_noise) - exact)
-        for f in (partial(heun, process=process), ddim)
-    ]
+    exact = data.flow(normal(0), points[0], CLEAN)
+    errors = [rms(f(data.denoise, normal(0), points, no_noise) - exact) for f in (partial(heun, process=process), ddim)]
     assert errors[0] < 0.7 * errors[1], errors
-
-
-class Gaussian:
-    """Images from a normal distribution, whose denoiser and probability flow are known exactly on any process."""
-
-    mean, std = 0.3, 0.4
-
-    def denoise(self, x: Tensor, point: Point[float]) -> Tensor:
-        """E[x_0 | x_t]."""
-        variance = (point.alpha * self.std) ** 2 + point.sigma**2
-        return self.mean + point.alpha * self.std**2 / variance * (x - point.alpha * self.mean)
-
-    def flow(self, x: Tensor, start: Point[float], end: Point[float]) -> Tensor:
-        """Where the probability flow leads: the same quantile of the distribution at `end`."""
-        stds = [((point.alpha * self.std) ** 2 + point.sigma**2) ** 0.5 for point in (start, end)]
-        return end.alpha * self.mean + stds[1] / stds[0] * (x - start.alpha * self.mean)
 
 
 PROCESSES: Sequence[Process] = (linear_schedule(), cosine_schedule(), VarianceExploding(sigma_max=20), RectifiedFlow())
 
 
-def test_new_images_begin_with_noise_of_the_deviation_that_their_process_has() -> None:
+def test_new_images_begin_with_noise() -> None:
     """And end where the flow leads from there; EDM's begin with σ_max, and where variance is kept, with 1."""
     data = Gaussian()
     for process, deviation in zip(PROCESSES, (1, 1, 20, 1), strict=True):
         points = make_grid(process, 400, "trailing")
-        found = from_noise(ddim, data.denoise, points, lambda draw: normal(draw).double())
-        expected = data.flow(deviation * normal(0).double(), points[0], CLEAN)
+        found = from_noise(ddim, data.denoise, points, normal)
+        expected = data.flow(deviation * normal(0), points[0], CLEAN)
         assert_close(found, expected, rtol=0.02, atol=0.01)
-
-
-def test_ddim_follows_the_probability_flow_of_every_process_to_first_order() -> None:
-    data = Gaussian()
-    for process in PROCESSES:
-        errors = []
-        for steps in (25, 50, 100):
-            points = make_grid(process, steps, "trailing")
-            x = points[0].sigma * normal(0).double()
-            found = ddim(data.denoise, x, points, no_noise)
-            errors.append((found - data.flow(x, points[0], CLEAN)).abs().max().item())
-        for coarse, fine in pairwise(errors):
-            assert coarse / fine == pytest.approx(2, rel=0.25), (process, errors)
 
 
 def test_every_sampler_converges_with_its_order() -> None:
@@ -375,9 +228,9 @@ def test_every_sampler_converges_with_its_order() -> None:
 
 
 @pytest.mark.parametrize(("take", "evenly"), [(ipndm_step, True), (deis_step, False)])
-def test_a_step_of_ipndm_and_of_deis_has_its_order(take: Step, evenly: bool) -> None:
+def test_steps_of_ipndm_and_deis(take: Step, evenly: bool) -> None:
     """From points that are visited exactly: a whole trajectory also begins with lower orders. iPNDM needs even σ/α."""
-    data, process, x = Gaussian(), VarianceExploding(), normal(0).double()
+    data, process, x = Gaussian(), VarianceExploding(), normal(0)
     for order in (1, 2, 3, 4):
         errors = []
         for step in (0.04, 0.02):
@@ -390,10 +243,9 @@ def test_a_step_of_ipndm_and_of_deis_has_its_order(take: Step, evenly: bool) -> 
         assert log2(errors[0] / errors[1]) == pytest.approx(order + 1, abs=0.3), order
 
 
-def test_samplers_with_noise_converge_to_the_data_s_deviation_with_their_order() -> None:
+def test_samplers_with_noise_converge() -> None:
     """On a Gaussian all is linear: image b gets draw b alone, and the squares of all together are the variance."""
-    data = Gaussian()
-    data.mean = 0.0
+    data = Gaussian(mean=0.0)
     for sampler, order in (
         (ancestral, 1),
         (partial(ancestral, variance="fixed_large"), 1),
@@ -407,23 +259,14 @@ def test_samplers_with_noise_converge_to_the_data_s_deviation_with_their_order()
                     refined(process, steps),
                     torch.eye(steps + 1, dtype=torch.float64)[..., None, None, None],
                 )
-                first, last = (sqrt((end.alpha * data.std) ** 2 + end.sigma**2) for end in (points[0], points[-1]))
+                first, last = data.std_at(points[0]), data.std_at(points[-1])
                 x = sampler(data.denoise, first * draws[0], points, draws.__getitem__)
                 errors.append(abs(float(x.square().sum().sqrt()) - last))
             assert log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.3), (sampler, process, errors)
 
 
-def test_ddim_backwards_finds_the_noise_of_an_image() -> None:
-    data = Gaussian()
-    for process in PROCESSES:
-        points = make_grid(process, 500, "trailing")[-2::-1]
-        image = 0.3 + 0.4 * normal(1).double()
-        noise = ddim(data.denoise, image, points, no_noise)
-        assert_close(noise, data.flow(image, points[0], points[-1]), rtol=0.02, atol=0.02)
-
-
 class TestContract:
-    def test_noise_is_asked_for_where_it_is_used_by_the_number_of_the_draw(self) -> None:
+    def test_noise_is_requested_by_draw(self) -> None:
         for sample, expected in (
             (partial(ancestral, variance="fixed_large"), [1, 2]),
             (partial(ddim, eta=0.5), [1, 2]),
@@ -443,27 +286,27 @@ class TestContract:
             assert asked == expected
             assert seen == [900, 400, 7]
 
-    def test_the_network_gets_the_point_and_the_condition_and_its_answer_becomes_float32_without_gradients(
+    def test_network_gets_point_and_condition(
         self,
     ) -> None:
         layer, condition, steps = torch.nn.Conv2d(3, 3, 1).bfloat16(), Condition(torch.tensor([3, 1])), []
-        edm = VarianceExploding()
+        edm, x_t = VarianceExploding(), normal(0).float()
         (point,) = visited(edm, 700)
 
         def network(x: Tensor, t: Tensor, given: Condition) -> Tensor:
             assert (t.tolist(), t.dtype) == ([pytest.approx(point.t)] * 2, torch.float32)
             assert given is condition
-            assert_close(x, normal(0) / (point.sigma**2 + 0.25) ** 0.5)
+            assert_close(x, x_t / (point.sigma**2 + 0.25) ** 0.5)
             return layer(x.bfloat16())
 
         def keep(*step: object) -> None:
             steps.append(step)
 
-        estimate = make_denoiser(network, edm, Prediction("edm"), condition, callback=keep)(normal(0), point)
+        estimate = make_denoiser(network, edm, Prediction("edm"), condition, callback=keep)(x_t, point)
         assert (estimate.dtype, estimate.requires_grad) == (torch.float32, False)
         assert estimate.abs().max() <= 1, "clipped unless it is said otherwise"
-        ((at, x_t, x_start),) = steps
-        assert at is point and torch.equal(x_t, normal(0)) and x_start is estimate
+        ((at, given_x, x_start),) = steps
+        assert at is point and given_x is x_t and x_start is estimate
 
     def test_sampling_never_waits_for_the_device(self) -> None:
         """On the meta device any look at a value raises."""

@@ -13,7 +13,7 @@ from ddpm.catalogue import Diffusion
 from ddpm.objective import Condition, Drawn, Objective
 from ddpm.prediction import Prediction
 from ddpm.process import RectifiedFlow, VarianceExploding, cosine_schedule, linear_schedule
-from ddpm.variance import log_likelihood_of_levels, normal_kl, posteriors, spread_over_steps
+from ddpm.variance import log_likelihood_of_levels, posteriors, spread_over_steps
 
 SHAPE = (4, 3, 8, 8)
 
@@ -27,15 +27,7 @@ def levels(values: Tensor) -> Tensor:
     return ((values.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
-def test_divergences_are_those_of_torch() -> None:
-    means, logs, others = normal(0).double(), normal(1).double(), 3 * normal(2).double()
-    expected = kl_divergence(Normal(means, (logs / 2).exp()), Normal(torch.zeros(()).double(), (others / 2).exp()))
-    torch.testing.assert_close(normal_kl(means, logs, others), expected)
-    expected = kl_divergence(Normal(means, math.exp(-0.4)), Normal(torch.zeros(()).double(), math.exp(0.15)))
-    torch.testing.assert_close(normal_kl(means, -0.8, 0.3), expected)
-
-
-def test_likelihoods_of_levels_agree_with_fifty_digits_wherever_the_mean_lies() -> None:
+def test_likelihoods_of_levels_have_their_digits() -> None:
     mpmath.mp.dps = 50
     for std in (0.002, 0.01, 0.3, 5.0):
         for level in (0, 1, 100, 254, 255):
@@ -54,30 +46,23 @@ def test_likelihoods_of_levels_agree_with_fifty_digits_wherever_the_mean_lies() 
                 assert found == pytest.approx(expected, rel=1e-3, abs=2e-4), (std, level, off)
 
 
-def test_levels_have_a_probability_of_one_together_and_gradients_of_finite_differences() -> None:
-    x = (torch.arange(256).double() / 127.5 - 1).view(1, 1, 16, 16)
-    for mean, std in ((0.1, 0.2), (-0.99, 0.02), (3.0, 1.5)):
-        total = log_likelihood_of_levels(x, torch.full_like(x, mean), torch.tensor(2 * math.log(std)).double()).exp()
-        assert total.sum().item() == pytest.approx(1, rel=1e-9)
+def test_likelihoods_of_levels_have_their_gradients() -> None:
+    x = (torch.arange(0, 256, 5).double() / 127.5 - 1).view(1, 1, 4, 13)
 
     def likelihood(log_variance: Tensor) -> Tensor:
-        return log_likelihood_of_levels(x[..., ::5], torch.full_like(x[..., ::5], 0.3), log_variance)
+        return log_likelihood_of_levels(x, torch.full_like(x, 0.3), log_variance)
 
     assert torch.autograd.gradcheck(likelihood, torch.tensor(-3.0, dtype=torch.float64, requires_grad=True))
 
 
 @pytest.mark.parametrize("schedule", [linear_schedule(), cosine_schedule()], ids=["linear", "cosine"])
-def test_steps_and_the_hybrid_loss_are_the_published_ones(schedule) -> None:
+def test_hybrid_loss_is_the_published_one(schedule) -> None:
     """Tables as in improved-diffusion's `GaussianDiffusion`, terms from torch's distributions in float64."""
     betas, products = schedule.betas, schedule.alphas_cumprod
     before = torch.cat([torch.ones(1).double(), products[:-1]])
     posterior = betas * (1 - before) / (1 - products)
     clipped = torch.cat([posterior[1:2], posterior[1:]])
     on_x_start, on_x_t = betas * before.sqrt() / (1 - products), (1 - before) * (1 - betas).sqrt() / (1 - products)
-    steps = posteriors(*schedule.numbered(torch.arange(1000))[1:])
-    for found, expected in zip(steps, (on_x_start, clipped.log(), betas.log()), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
-
     learnt = Objective(schedule, Prediction("v"), Diffusion(variance="learned_range", stratified=True))
     drawn = Drawn(*learnt.draw(0, torch.tensor([0, 1, 400, 999]), 1000))
     assert drawn.t.tolist() == [0, 1, 400, 999]
@@ -111,7 +96,7 @@ def test_steps_and_the_hybrid_loss_are_the_published_ones(schedule) -> None:
             assert losses[i].item() == pytest.approx(expected.item(), rel=2e-4), t
 
 
-def test_the_bound_teaches_the_variance_and_not_the_estimate() -> None:
+def test_the_bound_teaches_variance_alone() -> None:
     learnt = Objective(linear_schedule(), Prediction("epsilon"), Diffusion(variance="learned_range"))
     plain = Objective(linear_schedule(), Prediction("epsilon"))
     drawn = Drawn(*learnt.draw(0, torch.arange(4), 4))
@@ -125,7 +110,7 @@ def test_the_bound_teaches_the_variance_and_not_the_estimate() -> None:
     assert (gradients[0][:, 3:].flatten(1).norm(dim=1) > 0).all()
 
 
-def test_bits_per_dim_are_those_of_a_known_distribution() -> None:
+def test_bits_of_a_known_distribution() -> None:
     """Of normal images the steps back are normal: with their variance the bound is reached, however few they are."""
     std, T = 0.15, 40
     images = levels(std * normal(3, (32, 1, 24, 24)))
@@ -169,7 +154,7 @@ def test_bits_per_dim_are_those_of_a_known_distribution() -> None:
         assert (of_beta > found + 0.05).all(), process
 
 
-def test_few_images_are_enough_for_an_estimate_of_all_steps() -> None:
+def test_few_images_estimate_all_steps() -> None:
     """Of the bound that all of 1,000 steps give, with an exact denoiser of normal images."""
     std = 0.3
 
@@ -189,26 +174,7 @@ def test_few_images_are_enough_for_an_estimate_of_all_steps() -> None:
         assert all(found[count] == pytest.approx(found[T], rel=0.1) for count in found), found
 
 
-def test_a_step_s_bits_are_the_divergences_of_torch() -> None:
-    """What is left of the image at T, and a step whose variance is not learnt and which is taken for β."""
-    process, x_0, noise = linear_schedule(30), levels(normal(0)), normal(1)
-    objective, n = Objective(process, Prediction("x0")), 20
-    _, alpha, sigma = process.numbered(torch.tensor([n, 29]))
-    unit, estimate = Normal(torch.zeros(()).double(), 1.0), (3 * normal(2))
-    before = kl_divergence(Normal(alpha[1] * x_0.double(), sigma[1]), unit).mean(dim=(1, 2, 3)) / math.log(2)
-    on_x_start, log_small, log_large = (part[n] for part in posteriors(*process.numbered(torch.arange(30))[1:]))
-    term = kl_divergence(
-        Normal(on_x_start * x_0.double(), (log_small / 2).exp()),
-        Normal(on_x_start * estimate.clamp(-1, 1).double(), (log_large / 2).exp()),
-    ).mean(dim=(1, 2, 3)) / math.log(2)
-    for stands_for in (0.0, 3.0):
-        found = objective.bits_per_dim(
-            lambda x, t, c: estimate, x_0, noise, torch.full((4,), n), torch.full((4,), stands_for)
-        )
-        torch.testing.assert_close(found, (before + stands_for * term).float(), rtol=1e-4, atol=1e-4)
-
-
-def test_bits_per_dim_equal_ho_s_calc_bpd_loop() -> None:
+def test_bits_per_dim_equal_hos_loop() -> None:
     """`_prior_bpd` and `_vb_terms_bpd` with `fixedlarge`, clipped, in NumPy as Ho et al.'s code has them."""
     T, x_0 = 12, levels(normal(0)).double().numpy()
     betas = np.linspace(1e-4, 0.02, T)

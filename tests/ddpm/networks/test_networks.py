@@ -1,4 +1,4 @@
-"""What all kinds of networks keep: what they are told, and that activations may be computed twice."""
+"""Each kind of network: published sizes, the inputs that it takes, and the same result in other circumstances."""
 
 import copy
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ddpm import networks
 from ddpm.objective import Condition
-from tests.ddpm.networks.test_unet import randomise
+from tests.ddpm.networks.weights import inputs, randomise
 
 SMALL: dict[str, dict[str, Any]] = {
     "unet": {"channels": 8, "channel_mults": (1, 2), "attention_sizes": (8,), "norm_groups": 4, "dropout": 0.3},
@@ -24,18 +24,91 @@ TELLABLE = ("unet", "edm2", "dit")
 
 def build(kind: str, **changes: Any) -> nn.Module:
     sizes = {"image_size": 16, "in_channels": 3, "out_channels": 3, "num_classes": 0}
-    network = networks.build(kind, **{**sizes, **SMALL[kind], **changes})
+    network = networks.build(kind, **{**sizes, **SMALL.get(kind, {}), **changes})
     randomise(network)
     return network
 
 
-def inputs(channels: int = 3) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(4, channels, 16, 16, generator=generator), torch.tensor([0.0, 0.2, 17.0, 999.0])
+IMPROVED = {"channel_mults": (1, 2, 3, 4), "layers_per_level": 3, "attention_sizes": (16, 8), "scale_shift": True}
+ADM = {"head_channels": 64, "resample_in_blocks": True, "attention_sizes": (32, 16, 8), "scale_shift": True}
+PUBLISHED = {
+    # Nichol & Dhariwal 2021, section 3.4, and Dhariwal & Nichol 2021, table 4.
+    ("unet", 64, 6, 0): [(30, IMPROVED | {"channels": 64}), (121, IMPROVED)],
+    ("unet", 64, 6, 1000): [(296, IMPROVED | ADM | {"channels": 192})],
+    ("unet", 128, 6, 1000): [(422, ADM | {"channels": 256, "channel_mults": (1, 1, 2, 3, 4)})],
+    ("unet", 256, 6, 1000): [(554, ADM | {"channels": 256, "channel_mults": (1, 1, 2, 2, 4, 4)})],
+    # Peebles & Xie 2023, table 4, on latents.
+    ("dit", 32, 8, 1001): [
+        (33, {"width": 384, "depth": 12, "heads": 6}),
+        (131, {"width": 768, "depth": 12, "heads": 12, "patch_size": 8}),
+        (675, {"width": 1152, "depth": 28, "heads": 16}),
+    ],
+    # Karras et al. 2024, table 2, on latents.
+    ("edm2", 64, 4, 1000): [(124.7, {"channels": 128}), (1523.2, {"channels": 448})],
+}
+"""Millions of parameters, by kind, size of the images, channels out and classes."""
+
+
+@pytest.mark.parametrize("about", PUBLISHED)
+def test_published_sizes(about: tuple[str, int, int, int]) -> None:
+    kind, image_size, out_channels, num_classes = about
+    shape = {"image_size": image_size, "out_channels": out_channels, "num_classes": num_classes}
+    for millions, options in PUBLISHED[about]:
+        with torch.device("meta"):
+            network = networks.build(kind, in_channels=3 if kind == "unet" else 4, **shape, **options)
+        found = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad) / 1e6
+        assert round(found, 1 if kind == "edm2" else None) == millions, options
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("unet", {"image_size": 27}, r"data.size=27 cannot be halved 1 times.*multiple of 2"),
+        ("unet", {"image_size": 0}, r"data.size=0"),
+        ("unet", {"norm_groups": 5}, r"channels=8 cannot be split into model.norm_groups=5 groups"),
+        ("unet", {"channels": 3, "norm_groups": 3}, r"channels=3 must be even and at least 4"),
+        ("unet", {"channel_mults": ()}, r"at least one level"),
+        ("unet", {"heads": 3}, r"16 channels cannot be split into heads"),
+        ("unet", {"head_channels": 12}, r"16 channels cannot be split into heads"),
+        ("unet", {"null_class": True}, r"null_class stands for none of the classes"),
+        ("edm2", {"image_size": 15}, r"data.size=15 cannot be halved 1 times"),
+        ("edm2", {"channel_mults": ()}, r"at least one level"),
+        ("edm2", {"head_channels": 5}, r"16 channels cannot be split into heads by model.head_channels=5"),
+        ("dit", {"image_size": 15}, r"data.size=15 is not a multiple of model.patch_size=2"),
+        ("dit", {"heads": 3}, r"width=16 cannot be split into model.heads=3"),
+        ("dit", {"width": 6}, r"width=6 must be a multiple of 4"),
+        ("dit", {"heads": 8}, r"rope: model.width=16 / model.heads=8 must be a multiple of 4"),
+        ("dome", {"image_size": 0}, r"data.size=0 cannot be halved 3 times"),
+        ("dome", {"image_size": 28}, r"data.size=28 cannot be halved 3 times"),
+        ("dome", {"self_conditioning": True}, "t and the class alone"),
+        ("dome", {"augmentation_labels": 2}, "t and the class alone"),
+        ("vit", {}, "unknown network 'vit': choose one of unet, edm2, dit, dome"),
+    ],
+)
+def test_impossible_networks_are_refused(kind: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(kind, **changes)
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_other_sizes_than_built_for(kind: str) -> None:
+    x = torch.randn(2, 3, 8, 24)
+    output = build(kind)(x, torch.tensor([1.0, 2.0]))
+    assert output.shape == x.shape
+    assert output.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", TELLABLE)
-def test_without_an_estimate_or_augmentation_both_are_zero(kind: str) -> None:
+def test_dropout_acts_in_training_alone(kind: str) -> None:
+    network, (x, t) = build(kind), inputs()
+    with torch.no_grad():
+        assert (network(x, t) - network(x, t)).abs().max() > 0.01
+        network.eval()
+        assert torch.equal(network(x, t), network(x, t))
+
+
+@pytest.mark.parametrize("kind", TELLABLE)
+def test_lacking_estimate_and_augmentation_are_zero(kind: str) -> None:
     network = build(kind, out_channels=6, self_conditioning=True, augmentation_labels=5).eval()
     x, t = inputs()
     none, ones = Condition(), torch.ones(4, 5)
@@ -63,8 +136,8 @@ def test_the_null_class_is_one_more(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", SMALL)
-def test_every_weight_has_a_gradient_when_nothing_is_told(kind: str) -> None:
-    """DDP waits for one that has none."""
+def test_every_weight_has_a_gradient(kind: str) -> None:
+    """Also when it gets neither an estimate nor augmentation: DDP waits for one that has none."""
     told = {"self_conditioning": True, "augmentation_labels": 2} if kind in TELLABLE else {}
     network = build(kind, num_classes=2, **told, **({"uncertainty": True} if kind == "edm2" else {}))
     x, t = inputs()
@@ -73,7 +146,7 @@ def test_every_weight_has_a_gradient_when_nothing_is_told(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", SMALL)
-def test_what_a_network_cannot_be_told_is_refused(kind: str) -> None:
+def test_wrong_inputs_are_refused(kind: str) -> None:
     x, t = inputs()
     network = build(kind)
     for condition, message in (
@@ -88,17 +161,6 @@ def test_what_a_network_cannot_be_told_is_refused(kind: str) -> None:
             network(x, t, condition)
     with pytest.raises(ValueError, match="num_classes"):
         build(kind, num_classes=5)(x, t, Condition())
-    with pytest.raises(ValueError, match="null_class stands for none of the classes"):
-        build(kind, null_class=True)
-    if kind not in TELLABLE:
-        for told in ({"self_conditioning": True}, {"augmentation_labels": 2}):
-            with pytest.raises(ValueError, match="t and the class alone"):
-                build(kind, **told)
-
-
-def test_there_is_no_other_network() -> None:
-    with pytest.raises(ValueError, match="unknown network 'vit': choose one of unet, edm2, dit, dome"):
-        networks.build("vit", image_size=16, in_channels=3, out_channels=3, num_classes=0)
 
 
 def held_bytes(network: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
@@ -118,7 +180,7 @@ def held_bytes(network: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, i
 
 
 @pytest.mark.parametrize("kind", SMALL)
-def test_computed_twice_it_is_the_same_to_the_bit_and_holds_less(kind: str) -> None:
+def test_recomputing_keeps_every_bit(kind: str) -> None:
     results = []
     for again in (False, True):
         network = build(kind, gradient_checkpointing=again, num_classes=2)
@@ -137,7 +199,7 @@ def test_computed_twice_it_is_the_same_to_the_bit_and_holds_less(kind: str) -> N
 
 
 @pytest.mark.parametrize("kind", SMALL)
-def test_channels_last_and_autocast_agree_with_float32(kind: str) -> None:
+def test_half_precision_agrees_with_float32(kind: str) -> None:
     told = {"self_conditioning": True, "augmentation_labels": 2} if kind in TELLABLE else {}
     network = build(kind, num_classes=3, **told).eval()
     x, t = inputs()
@@ -148,8 +210,11 @@ def test_channels_last_and_autocast_agree_with_float32(kind: str) -> None:
         output = network(x.contiguous(memory_format=torch.channels_last), t, condition)
         torch.testing.assert_close(output, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
         with torch.autocast("cpu", torch.bfloat16):
-            rounded = network(x, t, condition)
-    assert (rounded.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
+            rounded = [network(x, t, condition)]
+        if kind != "edm2":
+            rounded += [network.bfloat16()(x.bfloat16(), t, condition)]
+    for output in rounded:
+        assert (output.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
 @pytest.mark.parametrize("kind", SMALL)

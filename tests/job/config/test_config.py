@@ -19,7 +19,7 @@ from job.exits import BadConfigError
 from job.requests import TrainRequest, parse_numbers
 
 
-def test_every_preset_is_valid_and_survives_being_stored():
+def test_every_preset_survives_being_stored():
     for name in preset_names():
         config = draft(name, {})
         assert validated(flatten(yaml.safe_load(config.to_yaml())), "stored") == config
@@ -74,7 +74,7 @@ def test_later_layers_win(tmp_path):
     assert config.train.learning_rate == 2e-4
 
 
-def test_another_network_begins_with_its_own_defaults():
+def test_another_network_has_its_own_defaults():
     config = draft("celeba", {"model.kind": "dit", "model.depth": 4})
     assert config.model == NETWORKS["dit"](depth=4)
     assert config.train == draft("celeba", {}).train
@@ -85,7 +85,7 @@ def test_another_network_begins_with_its_own_defaults():
     assert draft("celeba", {"model.kind": "unet"}).model == draft("celeba", {}).model
 
 
-def test_what_an_attempt_may_change_about_its_network():
+def test_attempts_may_change_some_settings():
     stored = draft("celeba", {})
     changes = {"model.gradient_checkpointing": True}
     assert changed_for_attempt(stored, stored.updated(changes), "r") == changes
@@ -97,7 +97,7 @@ def test_numbers_and_ranges():
     assert parse_numbers("0-3,7, 9-9", "--seeds") == [0, 1, 2, 3, 7, 9]
 
 
-def test_a_training_request_is_checked_without_a_bucket():
+def test_training_requests_need_no_bucket():
     request = TrainRequest("my_photos.v2", "gs://nowhere", epochs=3).check()
     assert request.run == "my-photos-v2"
     assert request.changes == {"train.epochs": 3}
@@ -105,7 +105,7 @@ def test_a_training_request_is_checked_without_a_bucket():
     assert TrainRequest("celeba", "x").check().preset_name == "celeba"
 
 
-def test_packing_follows_the_preset_of_the_name():
+def test_packing_follows_the_preset():
     request = PackRequest("x.zip", "celeba").check()
     assert (request.size, request.crop, request.resize_filter) == (64, "25,57,128,128", "bilinear")
     assert PackRequest("x.zip", "celeba", size=32, crop="squash").check().crop == "squash"

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import signal
-import time
 
 import pytest
 
@@ -17,6 +16,8 @@ from job.exits import BadDataError, Exit, MissingInputError, StoppedError
 from job.runs.verification import verify_run
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, settings, started, succeeded
+from tests.job.damages import flip_a_bit
+from tests.job.launching import eventually
 
 FEW = ("--extractor", "mobilenet", "--count", 40, "--references", 60)
 
@@ -35,7 +36,11 @@ def scores(bucket, run="walk"):
     return {path.parent.name: json.loads(path.read_text()) for path in found}
 
 
-def test_scores_come_with_their_protocol_and_those_of_real_images(bucket):
+def rows_of(run):
+    return [json.loads(line) for path in sorted(run.glob("metrics/*.jsonl")) for line in path.open()]
+
+
+def test_scores_come_with_their_protocol(bucket):
     said = succeeded(ddpm_here("evaluate", "--run", "walk", "--bucket", bucket, *FEW))
     assert said.startswith("walk, epoch-0003: 40 images, ddim-4, weights ema, seeds from 0\n")
     assert "against 60 of 299 of tiles-16 (crop center, lanczos), seen by MobileNetV2" in said
@@ -57,7 +62,7 @@ def test_scores_come_with_their_protocol_and_those_of_real_images(bucket):
     assert [line.split()[0] for line in few.splitlines()[3:5]] == ["md-mobilenet", "kd-mobilenet"]
 
 
-def test_scores_depend_on_no_batch_and_no_number_of_processes(bucket):
+def test_scores_are_independent_of_batches(bucket):
     """The same images in other company: their pixels may be rounded otherwise now and then, and nothing else."""
     (alone,) = scores(bucket).values()
     shutil.rmtree(bucket / "runs/walk/evaluations")
@@ -74,7 +79,7 @@ def test_scores_depend_on_no_batch_and_no_number_of_processes(bucket):
             assert other["floor"].get(name) == pytest.approx(alone["floor"].get(name), rel=1e-4)
 
 
-def test_sets_of_other_seeds_tell_the_spread(bucket):
+def test_sets_of_seeds_show_the_spread(bucket):
     said = succeeded(ddpm_here("evaluate", "--run", "walk", "--bucket", bucket, *FEW, "--repeats", 2))
     assert "seeds from 0 and 40" in said
     assert "(± is the deviation over 2 sets of seeds)" in said
@@ -83,25 +88,20 @@ def test_sets_of_other_seeds_tell_the_spread(bucket):
     assert line.split()[1:4] == [f"{(first + second) / 2:.4g}", "±", f"{(second - first) / 2**0.5:.2g}"]
 
 
-def test_who_is_stopped_goes_on_with_the_next_piece(bucket):
+def test_evaluation_resumes_after_a_stop(bucket):
     (alone,) = {record["values"]["fid"] for record in scores(bucket).values() if record["drawing"]["first_seed"] == 0}
     shutil.rmtree(bucket / "runs/walk/evaluations")
-    slowly = ("--batch-size", 1, "--sampler", "ddpm", "--steps", 20)
+    slowly = ("--batch-size", 1, "--sampler", "ddpm", "--steps", 20, "--count", 24)
     process = started("evaluate", "--run", "walk", "--bucket", bucket, *FEW, *slowly)
-    deadline = time.monotonic() + 60
-    while not (pieces := list(bucket.rglob("runs/walk/evaluations/*/piece-*.safetensors"))):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    pieces = eventually(lambda: list(bucket.rglob("runs/walk/evaluations/*/piece-*.safetensors")))
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == Exit.STOPPED, process.stdout.read()
     findings = verify_run(open_store(str(bucket)), "walk")
     assert findings.problems == []
     kept = {path: path.stat().st_mtime_ns for path in pieces}
     assert {str(path.relative_to(bucket / "runs/walk")) for path in kept} <= findings.leftovers.keys()
-    # One that has rotted since is made again, and said.
-    content = bytearray(pieces[0].read_bytes())
-    content[-1] ^= 1
-    pieces[0].write_bytes(content)
+    # One that is damaged since is made again, and named.
+    flip_a_bit(pieces[0], -1)
     words = ("evaluate", "--run", "walk", "--bucket", bucket, *FEW, *slowly)
     assert "was damaged: the same command makes it again" in refused(ddpm_here(*words), Exit.BAD_DATA)
     succeeded(ddpm_here(*words))
@@ -113,7 +113,7 @@ def test_who_is_stopped_goes_on_with_the_next_piece(bucket):
     assert undisturbed["values"] == pytest.approx(again["values"], rel=1e-6)
 
 
-def test_what_cannot_be_scored_is_refused_before_anything_is_drawn(bucket, tmp_path, monkeypatch):
+def test_impossible_scores_are_refused(bucket, tmp_path, monkeypatch):
     def evaluating(*words):
         return ddpm_here("evaluate", "--run", "walk", "--bucket", bucket, *words)
 
@@ -130,7 +130,7 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_drawn(bucket, tmp_p
     assert "torch-fidelity" in refused(evaluating(), Exit.BAD_REQUEST)
 
 
-def test_a_networks_file_is_found_in_the_bucket_and_known_by_its_hash(bucket, tmp_path, monkeypatch):
+def test_weights_are_known_by_their_hash(bucket, tmp_path, monkeypatch):
     store, mobilenet = open_store(str(bucket)), EXTRACTORS["mobilenet"]
     in_package = locate_extractor("mobilenet", store)
     (tmp_path / "other.pth").write_bytes(b"something else")
@@ -151,7 +151,7 @@ def test_a_networks_file_is_found_in_the_bucket_and_known_by_its_hash(bucket, tm
     assert locate_extractor("mobilenet", store).uri == str(bucket / "extractors" / mobilenet.file)
 
 
-def test_a_file_of_dinov2_says_itself_what_it_is(bucket, tmp_path):
+def test_dinov2_files_are_read(bucket, tmp_path):
     """Weights that nobody trained, under Meta's names: the network is timm's."""
     import timm
     import torch
@@ -186,7 +186,7 @@ def test_a_file_of_dinov2_says_itself_what_it_is(bucket, tmp_path):
         locate_extractor("dinov2", open_store(str(tmp_path)))
 
 
-def test_features_that_are_not_finite_are_made_again(tmp_path):
+def test_infinite_features_are_made_again(tmp_path):
     import torch
 
     folder = FeatureFolder(open_store(str(tmp_path)), "a" * 64, count=2, piece_images=2)
@@ -196,7 +196,7 @@ def test_features_that_are_not_finite_are_made_again(tmp_path):
     assert folder.pieces.committed() == set()
 
 
-def test_what_a_network_saw_is_the_datasets_own(bucket):
+def test_real_features_belong_to_the_dataset(bucket):
     reference = next(iter(scores(bucket).values()))["reference"]
     assert reference["dataset_id"] == load_index(open_store(str(bucket)), "datasets/tiles-16").dataset_id
     assert (reference["images"], reference["of_images"], reference["crop"]) == (60, 299, "center")
@@ -218,8 +218,7 @@ def test_a_run_keeps_its_best_checkpoint(tiles, tmp_path):
     assert done.stderr.count("20 images: md-mobilenet") == 2
     succeeded(ddpm_here(*words, "--epochs", 4))
     run = bucket / "runs/r"
-    rows = [json.loads(line) for path in sorted(run.glob("metrics/*.jsonl")) for line in path.read_text().splitlines()]
-    found = {row["images_seen"]: row for row in rows if "md-mobilenet" in row}
+    found = {row["images_seen"]: row for row in rows_of(run) if "md-mobilenet" in row}
     assert [*found] == [312, 600, 912, 1200]
     assert {"fd-mobilenet", "real md-mobilenet"} <= found[312].keys()
     best = min(found, key=lambda images_seen: found[images_seen]["md-mobilenet"])
@@ -231,7 +230,7 @@ def test_a_run_keeps_its_best_checkpoint(tiles, tmp_path):
     assert "nothing to prune" in succeeded(ddpm_here("runs", "prune", "r", "--bucket", bucket))
 
 
-def test_a_score_that_a_stop_came_before_is_made_up_for(tiles, tmp_path, monkeypatch):
+def test_a_missed_score_is_made_later(tiles, tmp_path, monkeypatch):
     """Also that of the last epoch, after which nothing else would be saved; and a rotten piece is no reason to end."""
     bucket = shutil.copytree(tiles, tmp_path / "bucket")
     words = ("train", "--dataset", "tiles", "--run", "r", "--epochs", 1, "--bucket", bucket)
@@ -245,30 +244,24 @@ def test_a_score_that_a_stop_came_before_is_made_up_for(tiles, tmp_path, monkeyp
         done = ddpm_here(*words, *settings(**scored, evaluate__extractor="mobilenet"))
         assert done.returncode in (0, Exit.STOPPED), done.stderr
     (piece, *_) = bucket.glob("datasets/tiles-16/references/*/piece-00001.safetensors")
-    content = bytearray(piece.read_bytes())
-    content[-1] ^= 1
-    piece.write_bytes(content)
+    damaged = flip_a_bit(piece, -1).read_bytes()
     succeeded(ddpm_here(*words))
-    rows = [json.loads(line) for path in bucket.glob("runs/r/metrics/*.jsonl") for line in path.open()]
-    assert [row["images_seen"] for row in rows if "kd-mobilenet" in row] == [312]
-    assert piece.read_bytes() != content
+    assert [row["images_seen"] for row in rows_of(bucket / "runs/r") if "kd-mobilenet" in row] == [312]
+    assert piece.read_bytes() != damaged
     assert verify_run(open_store(str(bucket)), "r").problems == []
 
 
-def test_two_processes_stop_while_they_look_at_real_images(tiles, tmp_path):
+def test_two_processes_stop_while_scoring(tiles, tmp_path):
     bucket = shutil.copytree(tiles, tmp_path / "bucket")
     scored = {"evaluate__every_epochs": "1", "evaluate__images": "20", "evaluate__extractor": "mobilenet"}
     words = ("train", "--dataset", "tiles", "--run", "r", "--epochs", 1, "--bucket", bucket, "--processes", 2)
     process = started(*words, *settings(**scored))
-    deadline = time.monotonic() + 60
-    while not list(bucket.glob("datasets/tiles-16/references/*/piece-*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    eventually(lambda: list(bucket.glob("datasets/tiles-16/references/*/piece-*")))
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=40) == Exit.STOPPED, process.stdout.read()
 
 
-def test_a_run_that_wants_scores_that_cannot_be_is_refused_when_it_begins(tiles, tmp_path, monkeypatch):
+def test_runs_with_impossible_scores_are_refused(tiles, tmp_path, monkeypatch):
     bucket = shutil.copytree(tiles, tmp_path / "bucket")
     words = ("train", "--dataset", "tiles", "--run", "r", "--bucket", bucket)
     prdc = settings(evaluate__every_epochs="1", evaluate__metrics="prdc,fid", checkpoint__keep_best="true")

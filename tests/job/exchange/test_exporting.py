@@ -25,7 +25,7 @@ def export(bucket, run, to, *more):
     return ddpm_here("export", "--run", run, "--to", to, "--bucket", bucket, *more)
 
 
-def test_an_export_is_a_pipeline_with_a_card(bucket, tmp_path):
+def test_exports_are_pipelines_with_cards(bucket, tmp_path):
     from diffusers import DDIMPipeline
 
     said = succeeded(export(bucket, "images", tmp_path / "out"))
@@ -54,7 +54,7 @@ def test_an_export_is_a_pipeline_with_a_card(bucket, tmp_path):
     assert len(seen["images"]) == 4
 
 
-def test_an_export_that_was_killed_goes_on_and_what_others_wrote_stays(bucket, tmp_path):
+def test_killed_exports_resume(bucket, tmp_path):
     succeeded(export(bucket, "images", tmp_path / "out"))
     (tmp_path / "out/model_index.json").unlink()
     (tmp_path / "out/README.md").unlink()
@@ -66,7 +66,7 @@ def test_an_export_that_was_killed_goes_on_and_what_others_wrote_stays(bucket, t
     assert (tmp_path / "out/unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
 
 
-def test_other_weights_are_those_of_their_average(bucket, tmp_path):
+def test_exports_have_the_chosen_average(bucket, tmp_path):
     from safetensors.torch import load_file
 
     succeeded(export(bucket, "images", tmp_path / "ema"))
@@ -81,7 +81,7 @@ def test_other_weights_are_those_of_their_average(bucket, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_the_card_of_classes_has_a_loop_that_draws_them(bucket, tmp_path):
+def test_card_of_classes_has_a_loop(bucket, tmp_path):
     done = export(bucket, "classes", tmp_path / "out")
     succeeded(done)
     assert "DDIMPipeline does not take a class" in done.stderr
@@ -93,7 +93,7 @@ def test_the_card_of_classes_has_a_loop_that_draws_them(bucket, tmp_path):
     assert not (tmp_path / "out/model_index.json").exists()
 
 
-def test_what_cannot_be_exported_is_refused_and_leaves_nothing(bucket, tmp_path):
+def test_impossible_exports_leave_nothing(bucket, tmp_path):
     small = [word for word in settings() if word.startswith(("train.", "sample."))]
     tiny = ("model.kind=dit", "model.width=16", "model.depth=1", "model.heads=2", *small)
     words = [word for setting in tiny for word in ("--set", setting)]
@@ -108,7 +108,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(bucket, tmp_path)
     assert not (tmp_path / "x").exists()
 
 
-def test_a_disk_without_space_gets_no_half_of_an_export(bucket, small_disk):
+def test_full_disks_get_no_export(bucket, small_disk):
     (small_disk / "filler").write_bytes(bytes(1_900_000))
     refused(export(bucket, "images", small_disk / "out"), Exit.DISK_FULL)
     assert not [path for path in (small_disk / "out").rglob("*") if path.is_file()]

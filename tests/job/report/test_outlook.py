@@ -47,7 +47,7 @@ def status(fence: int, updated: str, state: str = "stopped", seen: int = 4000, s
     )
 
 
-def test_each_attempt_lasts_until_it_was_heard_of_for_the_last_time():
+def test_attempts_last_until_their_last_status():
     attempts = [
         attempt(1, 0),
         attempt(2, 5, seen=LastStatus(state="running", images_seen=1000, updated=at(2))),
@@ -81,7 +81,7 @@ def test_hours_and_dollars_add_up():
     assert outlook_of(spans_of(without, status(2, at(6))), status(2, at(6))).dollars_so_far is None
 
 
-def test_a_run_that_goes_on_says_when_it_ends():
+def test_running_runs_state_their_end():
     now = datetime.now(UTC).replace(microsecond=0)
     running = status(1, now.strftime("%Y-%m-%dT%H:%M:%SZ"), "running", speed=0.5)
     outlook = outlook_of(spans_of([attempt(1, 0)], running), running)
@@ -90,7 +90,7 @@ def test_a_run_that_goes_on_says_when_it_ends():
 
 
 @pytest.mark.parametrize("told", [status(1, at(1), speed=None), status(1, at(1), seen=13_000), None])
-def test_what_nobody_can_tell_is_not_told(told):
+def test_unknown_durations_are_left_out(told):
     outlook = outlook_of(spans_of([attempt(1, 0, None)], told), told)
     assert (outlook.hours_left, outlook.ends, outlook.words) == (None, None, {})
 

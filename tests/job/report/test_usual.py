@@ -38,7 +38,7 @@ def run_of(index, **changes):
         ({9: 0.15}, "on track"),
     ],
 )
-def test_the_verdict_is_by_the_last_epoch(index, losses, word):
+def test_verdict_is_by_the_last_epoch(index, losses, word):
     rows = [{"images_seen": int(epoch * index.images), "loss": loss} for epoch, loss in losses.items()]
     verdict = verdict_of(run_of(index), rows, index)
     assert (verdict.word, verdict.epochs, verdict.high) == (word, (1, 3), (0.4, 0.2))
@@ -53,7 +53,7 @@ def test_there_is_none_for_other_runs(index):
     assert verdict_of(run_of(index), rows, other) is None
 
 
-def test_bands_that_are_shipped_go_down_and_are_bands():
+def test_shipped_bands_are_bands():
     shipped = [band for band in map(usual_of, preset_names()) if band]
     assert shipped
     for band in shipped:
@@ -64,7 +64,7 @@ def test_bands_that_are_shipped_go_down_and_are_bands():
         assert band.high[-1] < band.low[0]
 
 
-def test_another_kind_of_network_differs_from_the_preset(index):
+def test_another_network_differs_from_the_preset(index):
     config = run_of(index, **{"model.kind": "dit"})
     assert differing(config, index) == {"model.kind": ("unet", "dit")}
     assert verdict_of(config, [{"images_seen": 2 * index.images, "loss": 0.3}], index) is None

@@ -60,7 +60,7 @@ def tiles_of(picture: np.ndarray, columns: int, left: int = 0) -> np.ndarray:
     )
 
 
-def test_an_image_depends_on_its_seed_alone_however_it_is_guided(draw):
+def test_guided_images_depend_on_seeds_alone(draw):
     """With all that a network can learn: half a batch without classes, the estimate before, a variance of its own."""
     plain = draw(SEEDS, 64, run="all")
     for chosen in (
@@ -82,7 +82,7 @@ def test_an_image_depends_on_its_seed_alone_however_it_is_guided(draw):
     assert (one_class < 0.1).tolist() == [seed % 5 == 3 for seed in SEEDS]
 
 
-def test_names_say_how_a_picture_was_guided_and_of_which_classes(sampled):
+def test_names_state_guidance_and_classes(sampled):
     names = {
         "epoch-0002-ddim-4-guidance-3-seeds-0-3.png": ("--guidance", 3),
         "epoch-0002-ddim-4-guidance-3-guidance_interval-0.5_5-guidance_rescale-0.7-seeds-0-3.png": (
@@ -99,7 +99,7 @@ def test_names_say_how_a_picture_was_guided_and_of_which_classes(sampled):
     }
 
 
-def test_saved_images_are_of_the_classes_that_were_chosen(bucket, draw):
+def test_saved_images_have_the_chosen_classes(bucket, draw):
     words = ("--classes", "skyline,coast", "--count", 18, "--guidance", 2, "--autoguidance", 1)
     succeeded(ddpm_here("sample", "--run", "all", "--bucket", bucket, "--precision", "fp32", *words))
     folder = bucket / "runs/all/samples/epoch-0002-ddim-4-guidance-2-autoguidance-1-labels-4_0-0-18"
@@ -111,7 +111,7 @@ def test_saved_images_are_of_the_classes_that_were_chosen(bucket, draw):
     assert verify_run(open_store(str(bucket)), "all").problems == []
 
 
-def test_autoguidance_takes_another_run_s_network(bucket):
+def test_autoguidance_takes_another_runs_network(bucket):
     """As EDM2's best results are: away from a smaller network that has learnt less."""
     smaller = ("--dataset", "tiles", "--run", "small", "--bucket", bucket, "--epochs", 1)
     succeeded(ddpm_here("train", *smaller, *settings(model__channels="4")))
@@ -127,7 +127,7 @@ def test_autoguidance_takes_another_run_s_network(bucket):
     assert verify_run(open_store(str(bucket)), "walk").problems == []
 
 
-def test_what_is_known_of_an_image_stays_and_the_rest_depends_on_the_seed(bucket, sampled, tmp_path):
+def test_inpainting_keeps_the_known_part(bucket, sampled, tmp_path):
     given, how = images_of(bucket, 3, 17), ("--resamplings", 2, "--steps", 12)
     inpaint = ("--mode", "inpaint", *how)
     ((name, picture),) = sampled(*inpaint, "--image", "3,17", "--seeds", "0-5").items()
@@ -166,7 +166,7 @@ def test_what_is_known_of_an_image_stays_and_the_rest_depends_on_the_seed(bucket
         assert np.abs(saved[seed] - tiles[seed % 2, 1 + seed // 2]).max() <= 1
 
 
-def test_each_step_of_an_edit_shows_on_the_bar(bucket, monkeypatch):
+def test_each_step_of_edits_shows(bucket, monkeypatch):
     """Processes without a batch of their own count the same steps, or the others would wait for them for ever."""
     monkeypatch.setattr("job.progress.LINE_SECONDS", 0.0)
     for steps, words in (
@@ -181,7 +181,7 @@ def test_each_step_of_an_edit_shows_on_the_bar(bucket, monkeypatch):
         assert shown == [100 * step // (2 * steps) for step in range(1, 2 * steps + 1)], words
 
 
-def test_the_less_of_the_way_is_walked_the_more_stays_of_an_image(bucket, sampled):
+def test_img2img_keeps_more_at_low_strength(bucket, sampled):
     given, distances = images_of(bucket, 40), []
     for strength in (0.05, 0.3, 0.9):
         words = ("--mode", "img2img", "--image", 40, "--strength", strength, "--steps", 20, "--seeds", "0-2")
@@ -204,7 +204,7 @@ def test_invert_draws_an_image_again(bucket, sampled):
     assert again < 12 < 2 * again < other
 
 
-def test_between_two_seeds_lie_images_that_begin_and_end_with_theirs(sampled, draw):
+def test_interpolation_ends_with_both_seeds(sampled, draw):
     ((name, picture),) = sampled("--mode", "interpolate", "--seeds", "3,8,5,10").items()
     assert name == "epoch-0002-ddim-4-interpolate-seeds-3_8_5_10.png"
     rows = tiles_of(picture, 8, picture.shape[1] - 98 * 8 - 2).reshape(2, 8, 16, 16, 3)
@@ -217,7 +217,7 @@ def test_between_two_seeds_lie_images_that_begin_and_end_with_theirs(sampled, dr
     assert (steps < 0.5 * whole[:, None]).all() and (steps > 0).all()
 
 
-def test_what_cannot_be_drawn_is_refused_in_a_line(bucket, tmp_path):
+def test_impossible_drawings_are_refused(bucket, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     Image.new("L", (8, 8), 255).save(tmp_path / "white.png")
     inpaint = ("--mode", "inpaint", "--image", "3")
@@ -225,12 +225,11 @@ def test_what_cannot_be_drawn_is_refused_in_a_line(bucket, tmp_path):
         ("walk", 78, "label_dropout=0.1 when the run begins", ("--guidance", 2)),
         ("walk", 78, "diffusion.variance", ("--sampler", "ddpm", "--variance", "learned_range")),
         ("walk", 78, "is of order 3, above sample.steps=2", ("--sampler", "unipc", "--steps", 2)),
-        ("walk", 78, "is of order 2, above sample.steps=1", ("--sampler", "dpmpp_2m", "--steps", 1)),
         ("walk", 64, "--order is an option of unipc, ipndm, deis", ("--sampler", "dpmpp_2m", "--order", 2)),
         ("walk", 78, "t=0 of 50", ("--grid", "leading", "--steps", 1)),
+        ("walk", 78, "sample.steps=51 exceeds", ("--grid", "found", "--steps", 51)),
         ("all", 64, "--guidance-rescale needs --guidance", ("--guidance-rescale", 0.7)),
         ("walk", 78, "sample.shift=3 needs diffusion.schedule=flow", ("--shift", 3)),
-        ("walk", 64, "--churn is an option of heun", ("--churn", 40)),
         ("all", 78, "guidance other than 1", ("--autoguidance", 1)),
         ("all", 64, "smaller number first", ("--guidance-interval", "5,0.5")),
         ("all", 64, "--guidance-interval '5': give two numbers", ("--guidance-interval", "5")),
@@ -245,48 +244,38 @@ def test_what_cannot_be_drawn_is_refused_in_a_line(bucket, tmp_path):
         ("all", 64, "needs --image", ("--mode", "img2img")),
         ("all", 64, "--strength is an option of --mode img2img and invert", (*inpaint, "--strength", 0.5)),
         ("all", 64, "--mask is an option of --mode inpaint", ("--mask", "half")),
-        ("all", 64, "--strength 1.5", ("--mode", "img2img", "--image", 3, "--strength", 1.5)),
         ("all", 64, "--strength 0", ("--mode", "img2img", "--image", 3, "--strength", 0)),
         ("all", 64, "--resamplings 0", (*inpaint, "--resamplings", 0)),
         ("all", 64, "--gif works only for new images", (*inpaint, "--gif")),
         ("all", 64, "leave --count out", ("--mode", "interpolate", "--count", 4)),
         ("all", 64, "--seeds 0-2 has an odd number", ("--mode", "interpolate", "--seeds", "0-2")),
         ("all", 64, "has the images 0 to 298", ("--mode", "img2img", "--image", "0-299")),
-        (
-            "all",
-            66,
-            "the file must be on the machine of the command",
-            ("--mode", "img2img", "--image", tmp_path / "no.png"),
-        ),
+        ("all", 66, "the file must be on the machine", ("--mode", "img2img", "--image", tmp_path / "no.png")),
         ("all", 65, "is damaged at its beginning", ("--mode", "img2img", "--image", tmp_path / "broken.png")),
         ("all", 64, "inpaint replaces the white part", (*inpaint, "--mask", tmp_path / "white.png")),
     )
     for run, code, said, words in refusals:
         line = refused(ddpm_here("sample", "--run", run, "--bucket", bucket, *words), code)
         assert said in line, (words, line)
-    for code, said, changes in (
-        (78, "needs a network with classes", ("model.label_dropout=0.1", "model.num_classes=0")),
-        (
-            78,
-            "change diffusion.draws",
-            ("diffusion.variance=learned_range", "diffusion.draws=log_normal"),
-        ),
-        (
-            78,
-            "change diffusion.schedule",
-            ("diffusion.variance=learned_range", "diffusion.schedule=flow", "diffusion.prediction=v"),
-        ),
-        (78, "change diffusion.offset_noise", ("diffusion.variance=learned_range", "diffusion.offset_noise=0.1")),
-        (78, "is set by ddpm sample --autoguidance [RUN@]EPOCH", ("sample.autoguidance=3",)),
-        (78, "class 9 does not exist, the network has 5", ("sample.labels=1,9",)),
+    learned = "diffusion.variance=learned_range"
+    for said, *changes in (
+        ("needs a network with classes", "model.label_dropout=0.1", "model.num_classes=0"),
+        ("change diffusion.draws", learned, "diffusion.draws=log_normal"),
+        ("change diffusion.schedule", learned, "diffusion.schedule=flow", "diffusion.prediction=v"),
+        ("change diffusion.offset_noise", learned, "diffusion.offset_noise=0.1"),
+        ("is set by ddpm sample --autoguidance [RUN@]EPOCH", "sample.autoguidance=3"),
+        ("class 9 does not exist, the network has 5", "sample.labels=1,9"),
+        ("are for `ddpm sample`", "sample.sampler=own"),
+        ("are for `ddpm sample`", "sample.grid=found"),
     ):
         sets = [word for change in changes for word in ("--set", change)]
-        line = refused(ddpm_here("train", "--dataset", "tiles", "--run", "new", "--bucket", bucket, *sets), code)
+        line = refused(ddpm_here("train", "--dataset", "tiles", "--run", "new", "--bucket", bucket, *sets), 78)
         assert said in line, (changes, line)
+    assert not (bucket / "runs/new").exists()
 
 
 @pytest.mark.slow
-def test_processes_share_an_edit_out_and_draw_the_same(bucket, sampled):
+def test_processes_share_an_edit(bucket, sampled):
     inpaint = ("--mode", "inpaint", "--image", "3,17", "--resamplings", 2, "--steps", 12, "--seeds", "0-6")
     words = (*inpaint, "--guidance", 2, "--autoguidance", 1)
     ((name, alone),) = sampled(*words).items()

@@ -30,24 +30,21 @@ def train_on(bucket):
     return train_on
 
 
-@pytest.mark.parametrize("count", [None, 3])
-def test_what_is_drawn_is_chosen_again(bucket, train_on, capsys, monkeypatch, count):
+def test_retired_checkpoints_are_chosen_again(bucket, train_on, capsys, monkeypatch):
     monkeypatch.setenv("DDPM_LAUNCHED", "1")
-    request = SampleRequest("walk", str(bucket), count=count, chosen={} if count else {"nearest": False})
-    plan = plan_sampling(request)
-    assert plan.checkpoints == (CHOSEN,)
+    requests = ({"chosen": {"nearest": False}}, {"count": 3}, {"checkpoints": "3"})
+    grid, images, gone = (plan_sampling(SampleRequest("walk", str(bucket), **options)) for options in requests)
+    scores = plan_evaluation(EvaluateRequest("walk", str(bucket), count=12, extractor="mobilenet", references=24))
+    assert grid.checkpoints == images.checkpoints == (CHOSEN,)
     assert train_on() == [312, 1200]
-    run_sampling(plan)
-    assert "epoch-0004-" in capsys.readouterr().out
-    assert not list((bucket / "runs/walk").glob("reading/*"))
-
-
-def test_what_is_scored_is_chosen_again(bucket, train_on, capsys):
-    request = EvaluateRequest("walk", str(bucket), count=12, extractor="mobilenet", references=24)
-    plan = plan_evaluation(request)
-    train_on()
-    run_evaluation(plan)
+    for plan in (grid, images):
+        run_sampling(plan)
+        assert "epoch-0004-" in capsys.readouterr().out
+    run_evaluation(scores)
     assert "walk, epoch-0004: 12 images" in capsys.readouterr().out
+    with pytest.raises(Exception, match=r"no checkpoint of epoch 3: not kept or not reached \(there are: 1, 4\)"):
+        run_sampling(gone)
+    assert not list((bucket / "runs/walk").glob("reading/*"))
 
 
 def test_what_is_held_stays(bucket, train_on):
@@ -59,10 +56,3 @@ def test_what_is_held_stays(bucket, train_on):
         told = ddpm_here("runs", "delete", "walk", "--yes", "--bucket", bucket)
         assert "a process samples from" in refused(told, 76)
     assert train_on(5) == [312, 1512]
-
-
-def test_an_epoch_that_was_retired_is_told(bucket, train_on):
-    plan = plan_sampling(SampleRequest("walk", str(bucket), checkpoints="3"))
-    train_on()
-    with pytest.raises(Exception, match=r"no checkpoint of epoch 3: not kept or not reached \(there are: 1, 4\)"):
-        run_sampling(plan)

@@ -22,7 +22,6 @@ from job.sampling.draw import grid_png, run_sampling
 from job.sampling.painter import Painter
 from job.sampling.sampling_plan import plan_sampling
 from job.store import open_store
-from tests.job.command_line import ddpm, succeeded
 from tests.job.stops import stop_after
 
 SEEDS = [0, 1, 2, 3, 4, 10**17, 77]
@@ -47,7 +46,7 @@ def sample(bucket: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., di
     return sample
 
 
-def test_an_image_depends_on_its_seed_alone(draw):
+def test_images_depend_on_seeds_alone(draw):
     for sampling in (
         {},
         {"sampler": "ddim", "steps": 5, "eta": 1.0},
@@ -66,7 +65,7 @@ def test_an_image_depends_on_its_seed_alone(draw):
         assert different[~np.eye(7, dtype=bool)].min() > 10, sampling
 
 
-def test_bf16_differs_a_little_between_batch_sizes(draw):
+def test_bf16_differs_a_little(draw):
     fp32 = draw(SEEDS, 64)
     bf16 = {batch_size: draw(SEEDS, batch_size, precision="bf16") for batch_size in (1, 3, 64)}
     for images in bf16.values():
@@ -84,7 +83,7 @@ def test_each_step_shows_on_the_bar(bucket, draw, monkeypatch, capsys):
     assert [int(line[1]) for line in shown if line[0] == "drawing"] == [20, 40, 60, 80, 100]
 
 
-def test_what_is_no_number_is_no_picture(draw, monkeypatch):
+def test_infinite_pixels_are_refused(draw, monkeypatch):
     load = Painter.load
 
     def load_damaged(painter, *what):
@@ -96,17 +95,7 @@ def test_what_is_no_number_is_no_picture(draw, monkeypatch):
         draw(SEEDS, 4)
 
 
-@pytest.mark.slow
-def test_processes_share_the_seeds_out_and_draw_the_same(bucket, sample):
-    (name, alone), *_ = sample(seeds="0-6", precision="fp32").items()
-    words = ("--run", "walk", "--seeds", "0-6", "--precision", "fp32", "--processes", 2)
-    out = succeeded(ddpm("sample", *words, "--bucket", bucket))
-    assert [line.split()[0] for line in out.splitlines()] == [str(bucket / "runs/walk/samples" / name)]
-    together = np.asarray(Image.open(bucket / "runs/walk/samples" / name), np.int16)
-    assert np.abs(together - np.asarray(alone, np.int16)).max() <= 1
-
-
-def test_a_picture_s_name_says_what_it_shows(sample):
+def test_names_state_what_pictures_show(sample):
     """What differs does not overwrite each other; what is the run's own way anyway changes no name."""
     names = {
         "epoch-0003-ddim-4.png": {},
@@ -133,7 +122,7 @@ def test_a_picture_s_name_says_what_it_shows(sample):
     assert np.abs(averaged - raw).mean() > 2
 
 
-def test_several_checkpoints_give_one_picture_of_the_same_seeds(bucket, sample):
+def test_several_checkpoints_give_a_comparison(bucket, sample):
     pictures = sample(checkpoints="1, 3", seeds="0-3")
     assert list(pictures) == [
         "epoch-0001-ddim-4-seeds-0-3.png",
@@ -148,7 +137,7 @@ def test_several_checkpoints_give_one_picture_of_the_same_seeds(bucket, sample):
 
 
 @pytest.mark.parametrize("steps", [4, 50])
-def test_a_gif_has_20_frames_at_5_per_second_from_noise_to_the_sample(sample, draw, steps):
+def test_gif_goes_from_noise_to_sample(sample, draw, steps):
     ((_, gif),) = sample(gif=True, with_grid=False, steps=steps).items()
     assert (gif.n_frames, gif.info["loop"]) == (20, 0)
     frames = []
@@ -163,7 +152,7 @@ def test_a_gif_has_20_frames_at_5_per_second_from_noise_to_the_sample(sample, dr
     assert np.abs(tiles[-1] - first).mean() < 8 < 40 < np.abs(tiles[0] - first).mean()
 
 
-def test_the_search_for_the_nearest_images_can_be_stopped(bucket):
+def test_search_for_nearest_images_can_stop(bucket):
     class Cache:
         """Has more images than are compared at a time."""
 

@@ -71,7 +71,7 @@ def test_pieces_hold_every_seed_once(walked):
         assert len(first) <= max(256, count / 100_000)
 
 
-def test_shards_hold_the_image_of_each_seed(bucket, draw):
+def test_shards_hold_each_seeds_image(bucket, draw):
     out = succeeded(ddpm_here(*words(bucket, 40, "--first-seed", 995)))
     images = set_of(bucket, 40, first_seed=995)
     index = images.index()
@@ -96,7 +96,7 @@ def test_shards_hold_the_image_of_each_seed(bucket, draw):
     assert {path: path.stat().st_mtime_ns for path in Path(images.folder.uri).rglob("*")} == before
 
 
-def test_png_files_hold_the_image_of_each_seed(bucket):
+def test_png_files_hold_each_seeds_image(bucket):
     succeeded(ddpm_here(*words(bucket, 20, "--save", "png", "--weights", "model")))
     images = set_of(bucket, 20, save="png", weights="model")
     assert images.folder.uri.endswith("/epoch-0003-ddim-4-weights-model-0-20-png")
@@ -111,7 +111,7 @@ def test_png_files_hold_the_image_of_each_seed(bucket):
         assert hashlib.sha256(sums.stdout).hexdigest() == entry.sha256
 
 
-def test_slices_side_by_side_make_what_one_process_makes(bucket, far):
+def test_slices_make_what_one_process_makes(bucket, far):
     child = started(*words(far, 100, "--slice", "1/2"))
     succeeded(ddpm_here(*words(bucket, 100)))
     outputs = [succeeded(ddpm_here(*words(far, 100, "--slice", "0/2"))), child.communicate(timeout=200)[0]]
@@ -125,7 +125,7 @@ def test_slices_side_by_side_make_what_one_process_makes(bucket, far):
 
 
 @pytest.mark.slow
-def test_after_a_kill_other_slices_go_on_and_make_no_piece_twice(bucket):
+def test_slices_resume_after_a_kill(bucket):
     images = set_of(bucket, 96, steps=25)
     child = started(*words(bucket, 96, *SLOW))
     eventually(lambda: len(images.pieces.committed()) >= 2)
@@ -148,7 +148,7 @@ def test_after_a_kill_other_slices_go_on_and_make_no_piece_twice(bucket):
 
 
 @pytest.mark.slow
-def test_a_stop_keeps_what_is_committed_and_processes_share_the_rest(bucket):
+def test_a_stop_keeps_committed_pieces(bucket):
     images = set_of(bucket, 96, steps=25)
     typed = words(bucket, 96, *SLOW, "--processes", 2)
     child = started(*typed)
@@ -168,7 +168,7 @@ def test_a_stop_keeps_what_is_committed_and_processes_share_the_rest(bucket):
 
 
 @pytest.mark.parametrize("save", ["shards", "png"])
-def test_who_makes_a_piece_again_does_no_harm(far, save):
+def test_repeated_pieces_do_no_harm(far, save):
     """Also with other bytes, as another machine that rounds otherwise makes them."""
     images = set_of(far, 20, save=save)
     images.begin()
@@ -184,7 +184,7 @@ def test_who_makes_a_piece_again_does_no_harm(far, save):
     assert contents(images.folder, but="pieces/") == pieces
 
 
-def test_rot_and_loss_are_named_and_what_is_said_to_be_done_helps(bucket):
+def test_damages_are_named_with_their_remedy(bucket):
     for number, (key, harm, slices) in enumerate(
         (
             ("pieces/00000.json", flip_a_bit, 2),
@@ -195,10 +195,10 @@ def test_rot_and_loss_are_named_and_what_is_said_to_be_done_helps(bucket):
         )
     ):
         more = ("--first-seed", 100 * number, "--save", "png" if key.endswith("png") else "shards")
-        images = set_of(bucket, 40, first_seed=100 * number, save=more[-1])
+        images = set_of(bucket, 20, first_seed=100 * number, save=more[-1])
         if key.endswith("png"):
             key = f"piece-00001/{100 * number + 17:09d}.png"
-        succeeded(ddpm_here(*words(bucket, 40, *more, "--slice", f"0/{slices}")))
+        succeeded(ddpm_here(*words(bucket, 20, *more, "--slice", f"0/{slices}")))
         whole = contents(images.folder, but="pieces/")
         if slices > 1:
             # As before the last piece.
@@ -208,29 +208,29 @@ def test_rot_and_loss_are_named_and_what_is_said_to_be_done_helps(bucket):
             line for line in verify_run(open_store(str(bucket)), "walk").problems if f"{images.folder.uri}/" in line
         ]
         assert any(f"{images.folder.uri}/{key} " in line for line in problems), problems
-        line = refused(ddpm_here(*words(bucket, 40, *more)), 65)
+        line = refused(ddpm_here(*words(bucket, 20, *more)), 65)
         assert f"{images.folder.uri}/{key}".removesuffix(f"/{Path(key).name}" if key.endswith("png") else "") in line
         named = re.findall(rf"{re.escape(images.folder.uri)}/(\S+?\.json|piece-\d+(?:\.tar)?)(?=[ ,;:])", line)
         for name in named:
             for path in (Path(images.folder.uri) / name).parent.glob(f"{Path(name).name}*"):
                 subprocess.run(["rm", "-r", path], check=True)
-        assert "40 images in 3 pieces" in succeeded(ddpm_here(*words(bucket, 40, *more)))
+        assert "20 images in 2 pieces" in succeeded(ddpm_here(*words(bucket, 20, *more)))
         assert whole.items() <= contents(images.folder, but="pieces/").items()
 
 
-def test_images_of_another_checkpoint_are_not_mixed_in(bucket):
-    succeeded(ddpm_here(*words(bucket, 33, "--slice", "0/2")))
+def test_checkpoints_of_a_set_never_mix(bucket):
+    succeeded(ddpm_here(*words(bucket, 20, "--slice", "0/2")))
     run = open_store(str(bucket)).sub("runs/walk")
     ref = max(list_checkpoints(run))
     manifest = load_manifest(run, ref).model_copy(update={"created": "another time"})
     run.put(ObjectKind.MANIFEST.key(checkpoint=ref), manifest.to_json())
     for slice_ in ("0/2", "1/2"):
-        line = refused(ddpm_here(*words(bucket, 33, "--slice", slice_)), 64)
+        line = refused(ddpm_here(*words(bucket, 20, "--slice", slice_)), 64)
         assert "another drawing (checkpoint_sha256 " in line
         assert "--first-seed" in line
 
 
-def test_each_checkpoint_has_a_folder_of_its_own(bucket):
+def test_each_checkpoint_has_its_folder(bucket):
     out = succeeded(ddpm_here(*words(bucket, 18, "--checkpoints", "all", "--sampler", "ddpm", "--steps", 3)))
     names = [Path(line.split()[0]).parent.name for line in out.splitlines()]
     assert names == ["epoch-0001-ddpm-3-0-18", "epoch-0003-ddpm-3-0-18"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 
 import pytest
 from hypothesis import strategies as st
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from job.exits import Exit
 from tests.fuzzing import examples, search
 from tests.job.command_line import ddpm, ddpm_here, refused, started
+from tests.job.launching import eventually
 
 WALK = ("sample", "--run", "walk", "--seeds", "0-1", "--no-nearest", "--steps", 3)
 HEAD = "def f(denoise, x, points, noise_at):\n"
@@ -61,7 +61,7 @@ def own(bucket, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_each_fault_is_told_with_its_place(own, bucket, tmp_path, name):
+def test_faults_are_reported_with_their_place(own, bucket, tmp_path, name):
     text, line, said = FAULTS[name]
     before = pictures(bucket)
     told = refused(ddpm_here(*own(name, text)), Exit.BAD_REQUEST)
@@ -71,7 +71,7 @@ def test_each_fault_is_told_with_its_place(own, bucket, tmp_path, name):
     assert pictures(bucket) == before
 
 
-def test_the_traceback_comes_with_verbose(own):
+def test_verbose_prints_the_traceback(own):
     text = "def inner():\n    raise ValueError('why')\ndef f(denoise, x, points, noise_at):\n    inner()\n"
     done = ddpm_here("-v", *own("verbose", text))
     assert done.returncode == Exit.BAD_REQUEST
@@ -93,12 +93,11 @@ def test_a_stop_within_is_a_stop(own, text):
     assert "stopped while sampling" in refused(done, Exit.STOPPED)
 
 
-def test_ctrl_c_ends_an_import_that_catches_everything(own, tmp_path):
+def test_ctrl_c_ends_an_import(own, tmp_path):
     text = "import pathlib, time\npathlib.Path('begun').touch()\n"
     text += "try:\n    time.sleep(60)\nexcept BaseException:\n    0 / 0\n"
     process = started(*own("slow", text))
-    while not (tmp_path / "begun").exists():
-        time.sleep(0.02)
+    eventually((tmp_path / "begun").exists)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=20)
     assert process.returncode == Exit.STOPPED, said
@@ -106,7 +105,7 @@ def test_ctrl_c_ends_an_import_that_catches_everything(own, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_number_that_varies_does_not_hold_up_other_processes(own):
+def test_varying_evaluations_stop_all_processes(own):
     text = f"import os\n{HEAD}    for _ in range(1 + 8 * int(os.environ['RANK']) * bool(x.any())):\n"
     done = ddpm(*own("uneven", f"{text}        y = denoise(x, points[0])\n    return y\n"), "--processes", 2)
     assert "more or less often than the 1 times" in done.stderr
