@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -38,7 +39,7 @@ TRANSFERS = 16
 """Objects that are read or written at a time."""
 BATCH_TASK_INDEX = "BATCH_TASK_INDEX"
 """The variable in which Google Batch gives each task its number."""
-_POLL_SECONDS = 0.05
+_POLL_SECONDS, _POLL_CLAIMS_SECONDS = 0.05, 1.0
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ class Pieces:
         missing = [number for number in own if number not in committed]
         to_make = sum(self.sizes[number] for number in missing)
         there, done = sum(self.sizes[number] for number in own) - to_make, 0.0
-        committer = _Committer(self, stop)
+        committer, made = _Committer(self, stop), set[int]()
 
         def advance(more: float) -> None:
             nonlocal done
@@ -196,9 +197,10 @@ class Pieces:
         try:
             with Progress(title, total=round(there + to_make), unit=unit, start=round(there)) as bar:
                 try:
-                    for number in self._shared_out(missing[rank::world_size], rank, world_size, stop):
+                    for number in self._shared_out(missing[rank::world_size], made, rank, world_size, stop):
                         with ExitStack() as claim:
                             if self._begins(number, claim, stop):
+                                made.add(number)
                                 committer.submit(number, make(number, advance), claim.pop_all())
                 finally:
                     committer.wait()
@@ -267,7 +269,7 @@ class Pieces:
         self.records(sorted(committed)[:1])
         return committed
 
-    def _shared_out(self, own: list[int], rank: int, world_size: int, stop: Stop) -> Iterator[int]:
+    def _shared_out(self, own: list[int], made: set[int], rank: int, world_size: int, stop: Stop) -> Iterator[int]:
         """Yields this process's pieces, then those that no machine has begun, then those whose machine died."""
         yield from own
         if self._share.count == 1:
@@ -279,9 +281,15 @@ class Pieces:
         for number in [*free[first:], *free[:first]][::-1][rank::world_size]:
             if not self._claim(number).exists(LEASE_KEY):
                 yield number
-        before = {number: claim_version(self._claim(number)) for number in self.missing()}
-        if before and not stop.sleep(2 * RENEW_SECONDS):
-            yield from (number for number in self.missing() if claim_version(self._claim(number)) == before.get(number))
+        # The last own piece may not be committed yet: this process must not wait for itself.
+        idle = {number: claim_version(self._claim(number)) for number in self.missing() if number not in made}
+        until = time.monotonic() + 2 * RENEW_SECONDS
+        while idle and (left := until - time.monotonic()) > 0:
+            if stop.sleep(min(_POLL_CLAIMS_SECONDS, left)):
+                return
+            missing = {*self.missing()}
+            idle = {number: version for number, version in idle.items() if number in missing}
+        yield from (number for number, version in idle.items() if claim_version(self._claim(number)) == version)
 
     def _begins(self, number: int, claim: ExitStack, stop: Stop) -> bool:
         """Returns whether this process makes a piece now; if machines share the work, it then holds the claim."""

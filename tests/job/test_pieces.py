@@ -76,6 +76,13 @@ def test_a_slow_machine_does_not_decide(store):
     ]
 
 
+def test_a_slice_without_others_ends_at_once(store, monkeypatch):
+    monkeypatch.setattr(pieces, "RENEW_SECONDS", 5.0)
+    began = time.monotonic()
+    assert Machine(store, 1, 3).work() == COUNT
+    assert time.monotonic() - began < 5
+
+
 def test_one_machine_alone_makes_no_claims(store):
     assert Machine(store, 0, 1).work() == COUNT
     assert not list(store.list("claims"))
