@@ -31,6 +31,7 @@ def test_a_closed_pipe_is_no_failure(bucket, words):
     assert (done.returncode, done.stderr) == (Exit.FINISHED, b"")
 
 
+@pytest.mark.slow
 def test_a_run_is_trained(bucket, tmp_path):
     """Also in a folder that has a `job` of its own."""
     (tmp_path / "job.py").write_text("raise SystemExit('the wrong job')")

@@ -68,6 +68,7 @@ def test_setup_installs_the_named_extras(make):
     ]
 
 
+@pytest.mark.slow
 def test_submit_train_packs_and_trains(make):
     out = succeeded(make("submit-train", "SIZE=16", "EPOCHS=1", f"ARGS={SMALL}"))
     assert "299 colour, 16×16 pixels" in out

@@ -22,6 +22,7 @@ def words(bucket: Path) -> tuple[object, ...]:
     return ("train", "--dataset", "tiles", "--run", "walk", "--bucket", bucket)
 
 
+@pytest.mark.slow
 def test_other_code_is_told(words, tmp_path):
     # Nothing is said where nothing changed.
     done = ddpm_here(*words, "--epochs", 4)

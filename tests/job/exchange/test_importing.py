@@ -165,6 +165,7 @@ def test_an_imported_run_learns_on(tiles, pipeline, tmp_path):
     assert "with --dataset tiles" in refused(alone, Exit.BAD_REQUEST)
 
 
+@pytest.mark.slow
 def test_epochs_of_erengurs_are_compared(tiles, tmp_path):
     bucket = shutil.copytree(tiles, tmp_path / "bucket")
     network = DomeUNet(image_size=16, in_channels=3, out_channels=3)

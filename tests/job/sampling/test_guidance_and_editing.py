@@ -111,6 +111,7 @@ def test_saved_images_have_the_chosen_classes(bucket, draw):
     assert verify_run(open_store(str(bucket)), "all").problems == []
 
 
+@pytest.mark.slow
 def test_autoguidance_takes_another_runs_network(bucket):
     """As EDM2's best results are: away from a smaller network that has learnt less."""
     smaller = ("--dataset", "tiles", "--run", "small", "--bucket", bucket, "--epochs", 1)

@@ -111,6 +111,7 @@ def test_png_files_hold_each_seeds_image(bucket):
         assert hashlib.sha256(sums.stdout).hexdigest() == entry.sha256
 
 
+@pytest.mark.slow
 def test_slices_make_what_one_process_makes(bucket, far):
     child = started(*words(far, 100, "--slice", "1/2"))
     succeeded(ddpm_here(*words(bucket, 100)))
