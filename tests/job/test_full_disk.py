@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 from job.data.verify import verify_dataset
 from job.exits import Exit
 from job.runs.checkpoints import list_checkpoints
@@ -51,6 +53,7 @@ def test_a_full_disk_while_packing(small_disk, tmp_path):
     assert verify_dataset(open_store(str(bucket)), "datasets/mine-16") == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_training(small_disk, tmp_path):
     """There is space for the first checkpoint and none for the second: the next attempt goes on from the first."""
     bucket, cache = small_disk / "bucket", {"DDPM_CACHE": str(tmp_path / "cache")}

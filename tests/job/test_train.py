@@ -219,6 +219,7 @@ def test_a_short_attempt_shows_a_loss(train, packed):
     assert 0 < read_status(run_of(packed, "soon")).loss < 3
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing_but_rounding(train, packed):
     changes = EVERYTHING | {"model__dropout": 0, "diffusion__variance": "fixed", "diffusion__offset_noise": 0.1}
     train("one", epochs=1, **changes)
@@ -241,6 +242,7 @@ def test_a_non_finite_gradient_ends_training(train, packed):
         assert read_status(run).state == "failed"
 
 
+@pytest.mark.slow
 def test_slow_steps_are_reported_once(train, monkeypatch, capsys):
     draw = training.randomness.training_noise
 

@@ -207,6 +207,7 @@ def test_real_features_belong_to_the_dataset(bucket):
     assert "as it was packed" in succeeded(ddpm_here("data", "verify", "tiles", "--bucket", bucket))
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_best_checkpoint(tiles, tmp_path):
     """The best of three epochs is the first here, by a learning rate that soon spoils everything."""
     bucket = shutil.copytree(tiles, tmp_path / "bucket")
@@ -232,6 +233,7 @@ def test_a_run_keeps_its_best_checkpoint(tiles, tmp_path):
     assert "nothing to prune" in succeeded(ddpm_here("runs", "prune", "r", "--bucket", bucket))
 
 
+@pytest.mark.slow
 def test_a_missed_score_is_made_later(tiles, tmp_path, monkeypatch):
     """Also that of the last epoch, after which nothing else would be saved; and a rotten piece is no reason to end."""
     bucket = shutil.copytree(tiles, tmp_path / "bucket")

@@ -42,6 +42,7 @@ def record_of(name: str) -> Path:
     return Path(os.environ["DDPM_CACHE"], "jobs", socket.gethostname(), f"{name}.json")
 
 
+@pytest.mark.slow
 def test_background_jobs_are_known_and_stopped(bucket, monkeypatch):
     words = ["submit", "train", *about(bucket, "long"), "--epochs", 1000, "--on", "local", "--detach"]
     out = succeeded(ddpm_here(*words))

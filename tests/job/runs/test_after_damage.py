@@ -67,6 +67,7 @@ def test_a_damaged_attempt_retires_nothing(copy, tmp_path):
         succeeded(done)
 
 
+@pytest.mark.slow
 def test_a_foreign_checkpoint_is_trained_again(copy, store, contents, tmp_path):
     theirs, newest = store.sub("runs/undisturbed"), max(list_checkpoints(copy))
     sample = ("sample", "--run", "r", "--seeds", "0", "--no-nearest", "--bucket", tmp_path)

@@ -115,11 +115,12 @@ def test_a_winner_that_dies_is_replaced(new_run: Store, soon_expired: float):
     lease.close()
 
 
-def test_a_late_silence_is_noticed(bad_day: BadDay, soon_expired: float):
+def test_a_late_silence_is_noticed(bad_day: BadDay, quick: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lease_module, "EXPIRE_SECONDS", 2.0)
     holder = taken(bad_day)
     run = open_store(bad_day.uri)
     threading.Timer(0.3, setattr, [bad_day, "away", True]).start()
-    lease = taken(run, wait_seconds=0.6)
+    lease = taken(run, wait_seconds=1.5)
     assert lease.fence == 2
     bad_day.away = False
     eventually(lambda: holder.lost)

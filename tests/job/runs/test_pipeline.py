@@ -89,6 +89,7 @@ def test_the_documented_loop_draws_the_same(bucket):
     assert (x.clamp(-1, 1) - drawn(config, network, Condition(SEEDS))).abs().max() < 2e-6
 
 
+@pytest.mark.slow
 def test_large_weights_have_several_files(bucket, monkeypatch):
     from diffusers import UNet2DModel
 

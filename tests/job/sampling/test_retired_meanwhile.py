@@ -30,6 +30,7 @@ def train_on(bucket):
     return train_on
 
 
+@pytest.mark.slow
 def test_retired_checkpoints_are_chosen_again(bucket, train_on, capsys, monkeypatch):
     monkeypatch.setenv("DDPM_LAUNCHED", "1")
     requests = ({"chosen": {"nearest": False}}, {"count": 3}, {"checkpoints": "3"})
