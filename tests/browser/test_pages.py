@@ -80,7 +80,7 @@ def opened(browser: Browser, bucket: Path, request: pytest.FixtureRequest):
 @pytest.mark.parametrize("name", ["runs/walk/report.html", "runs/odd/report.html", "report.html"])
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_nothing_overflows_and_everything_has_a_name(opened, name, width, scheme):
+def test_nothing_overflows_or_lacks_a_name(opened, name, width, scheme):
     page = opened(name, width, scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate(OVERFLOWING) == 0
@@ -92,7 +92,7 @@ def test_nothing_overflows_and_everything_has_a_name(opened, name, width, scheme
     assert (sum(map(int, paper[4:-1].split(","))) < sum(map(int, ink[4:-1].split(",")))) == (scheme == "dark")
 
 
-def test_the_scrubber_moves_by_mouse_and_by_keys(opened):
+def test_mouse_and_keys_move_the_scrubber(opened):
     page = opened("runs/walk/report.html")
     grid, moment = page.locator("#grid"), page.locator("#moment")
     assert moment.text_content() == "epoch 500"
@@ -113,7 +113,7 @@ def test_the_scrubber_moves_by_mouse_and_by_keys(opened):
         assert page.evaluate(f"document.getElementById('{name}').naturalWidth") > 100
 
 
-def test_a_tooltip_shows_numbers_under_the_mouse_and_under_the_arrows(opened):
+def test_tooltips_follow_mouse_and_arrows(opened):
     page = opened("runs/walk/report.html")
     chart = page.locator("#chart-loss")
     tooltip, plot = chart.locator(".tooltip"), chart.locator(".u-over")
@@ -149,7 +149,7 @@ def test_markup_in_a_run_is_text(opened):
     assert "{{7*7}}" in " ".join(shown)
 
 
-def test_runs_are_sorted_and_any_two_of_them_lie_side_by_side(opened):
+def test_runs_are_sorted_and_compared(opened):
     page = opened("report.html")
     names = lambda: page.locator("#runs tbody th").all_inner_texts()  # noqa: E731
     assert names() == ["odd", "walk"]
@@ -167,7 +167,7 @@ def test_runs_are_sorted_and_any_two_of_them_lie_side_by_side(opened):
     assert page.url.endswith("/runs/walk/report.html")
 
 
-def test_many_runs_are_sorted_and_each_picture_is_there_once(opened):
+def test_many_runs_share_their_pictures(opened):
     page = opened("many/report.html")
     sizes = page.evaluate("[...document.querySelectorAll('img.thumbnail')].map(image => image.naturalWidth)")
     assert len(sizes) == 60 and min(sizes) > 100
@@ -184,7 +184,7 @@ def test_many_runs_are_sorted_and_each_picture_is_there_once(opened):
     assert page.locator("#losses canvas").count() == 1
 
 
-def test_the_page_prints_its_numbers_without_its_script(browser, bucket):
+def test_pages_print_numbers_without_script(browser, bucket):
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto((bucket / "runs/walk/report.html").as_uri())

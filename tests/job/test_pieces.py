@@ -76,7 +76,7 @@ def test_a_slow_machine_does_not_decide(store):
     ]
 
 
-def test_a_slice_without_others_ends_at_once(store, monkeypatch):
+def test_a_lone_slice_ends_at_once(store, monkeypatch):
     monkeypatch.setattr(pieces, "RENEW_SECONDS", 5.0)
     began = time.monotonic()
     assert Machine(store, 1, 3).work() == COUNT
