@@ -32,7 +32,7 @@ GRACE_SECONDS = 30.0
 """The time in which the other ranks must end after one of them failed."""
 CAUSE_SECONDS = 3.0
 """The time to wait for the end of a lost peer, which is the cause: the rank that lost it may end earlier."""
-DUMP_SECONDS = 1.0
+DUMP_SECONDS, SIGNAL_SECONDS = 1.0, 0.2
 
 _STDERR = 2
 _TAIL_LINES = 20
@@ -136,6 +136,8 @@ class _Launch:
                     self._reap()
                     self._end_the_others()
                     self._find_hung()
+                if any(rank.state is State.FAILED and -rank.code in STOP_SIGNALS for rank in self._ended):
+                    self._listen_for(SIGNAL_SECONDS)
             finally:
                 self._kill()
                 signal.set_wakeup_fd(-1)
@@ -167,10 +169,19 @@ class _Launch:
         for key, _ in self._selector.select(seconds):
             key.data()
 
+    def _listen_for(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self._listen(left)
+
     def _forward(self, signals: bytes) -> None:
         for number in filter(STOP_SIGNALS.__contains__, signals):
             self._stop_signals.append(number)
             self._send(number)
+            # A signal to the whole process group may reach a rank before this process.
+            for rank in self._ended:
+                if rank.state is State.FAILED and rank.code == -number:
+                    rank.state = State.NEVER_BEGAN
 
     def _show(self, rank: _Rank) -> None:
         # An orphan of the rank may hold its pipe open for ever.
@@ -250,9 +261,7 @@ class _Launch:
             os.kill(rank.process.pid, signal.SIGUSR1)
             # A stopped process would keep the signal for later.
             os.kill(rank.process.pid, signal.SIGCONT)
-            until = time.monotonic() + DUMP_SECONDS
-            while (left := until - time.monotonic()) > 0:
-                self._listen(left)
+            self._listen_for(DUMP_SECONDS)
 
     def _kill(self) -> None:
         self._is_killed = True

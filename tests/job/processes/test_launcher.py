@@ -122,9 +122,13 @@ def test_an_early_signal_is_a_stop(started, tmp_path):
     ready()
     time.sleep(60)
     """
-    for processes in (1, 2):
+    for processes in (1, 2, 3):
         child = started(str(processes), code, processes)
-        ready_pids(tmp_path / str(processes), processes)
+        pids = ready_pids(tmp_path / str(processes), processes)
+        if processes != 2:
+            # A signal to the whole process group reaches a rank first.
+            os.kill(pids[0], signal.SIGTERM)
+            time.sleep(0.05)
         child.terminate()
         began = time.monotonic()
         assert ended(child) == (75, "", "ddpm: stopped by SIGTERM before it began; the same command begins again\n")
