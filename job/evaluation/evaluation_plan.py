@@ -140,13 +140,13 @@ def plan_evaluation(request: EvaluateRequest, stop: Stop = NEVER) -> EvaluatePla
     return plan
 
 
-def check_formulas() -> None:
+def check_library() -> None:
     """Raises `BadRequestError` if the library for scores is not installed."""
     if find_spec("torch_fidelity") is None:
         raise BadRequestError(f"scores need the library torch-fidelity: {how_to_install('evaluate')}")
 
 
-def check_scores(plan: Plan) -> None:
+def check_scores_in_training(plan: Plan) -> None:
     """Returns if a run's scores during training can be computed, or if its configuration has none.
 
     Raises:
@@ -155,7 +155,7 @@ def check_scores(plan: Plan) -> None:
     """
     if not plan.config.evaluate.every_epochs:
         return
-    check_formulas()
+    check_library()
     locate_extractor(plan.config.evaluate.extractor, plan.bucket)
     if plan.index.images < FEWEST_IMAGES:
         raise BadRequestError(
