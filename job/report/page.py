@@ -19,7 +19,7 @@ import numpy as np
 
 from ddpm.figures import smoothed
 from job.config import description_of
-from job.data.cache import chosen_images
+from job.data.cache import uncached_images
 from job.data.shards import CONTACT_SHEET, dataset_key
 from job.report import picture_cache as sizes
 from job.report.datasets import sheet_png
@@ -122,7 +122,7 @@ def _sheet(facts: Facts, pictures: PictureCache) -> str:
         key = dataset_key(shown.name, shown.size)
         with suppress(ObjectMissingError):
             return bucket.read(f"{key}/{CONTACT_SHEET}").data
-        return sheet_png(chosen_images(bucket, key, shown))
+        return sheet_png(uncached_images(bucket, key, shown))
 
     where = bucket.uri_of(dataset_key(index.name, index.size))
     return pictures.made((where, sizes.SHEET_BYTES, sizes.WIDEST_PIXELS), sheet)

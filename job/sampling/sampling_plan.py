@@ -136,11 +136,11 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
     if request.classes:
         chosen["labels"] = _labels(request.classes, classes)
     elif given and given.numbers and classes:
-        from job.data.cache import chosen_images
+        from job.data.cache import uncached_images
 
         # An image of the dataset keeps its own class.
         assert of_run.index is not None
-        images = chosen_images(of_run.bucket, records.dataset_key_of(config), of_run.index)
+        images = uncached_images(of_run.bucket, records.dataset_key_of(config), of_run.index)
         chosen["labels"] = images.labels(np.array(given.numbers)).tolist()
     if chosen.get("precision") == config.train.precision:
         chosen["precision"] = "auto"
