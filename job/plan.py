@@ -208,7 +208,7 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, precision: str = "auto")
 
 
 def check_drawing(config: RunConfig) -> None:
-    """Returns if training can sample with the section `sample`.
+    """Checks that training can sample with the section `sample`.
 
     Raises:
         BadConfigError: the run has no such weights, or the setting works only with `ddpm sample`.

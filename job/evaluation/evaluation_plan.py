@@ -43,7 +43,7 @@ class EvaluatePlan:
         return self.sampling.index
 
     def check_metrics(self) -> None:
-        """Returns if all requested metrics can be computed.
+        """Checks that all requested metrics can be computed.
 
         Raises:
             BadRequestError: the network has no classes, or the run has no bound.
@@ -147,7 +147,7 @@ def check_library() -> None:
 
 
 def check_scores_in_training(plan: Plan) -> None:
-    """Returns if a run's scores during training can be computed, or if its configuration has none.
+    """Checks that a run's scores during training can be computed, if its configuration asks for them.
 
     Raises:
         MissingInputError: no file of the network's weights.

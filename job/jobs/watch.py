@@ -134,10 +134,10 @@ class Watch:
         return Cause.OUT_OF_TIME if is_out_of_time and not status.occupies_machine else None
 
     def _judge(self, status: JobStatus) -> None:
-        """Returns if the job is to be submitted again.
+        """Checks that the job may be submitted again.
 
         Raises:
-            JobEndedError: it is not.
+            JobEndedError: it may not.
             StoppedError: a person stopped it, or its hours are used up.
         """
         name, code, rule, hours = self.spec.name, status.exit_code, status.restart, f"{self.spec.max_hours:g} hours"

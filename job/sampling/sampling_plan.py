@@ -273,7 +273,7 @@ def _read_image(option: str, path: str, recipe: Recipe) -> tuple[np.ndarray, str
 
 
 def check_average(run: Store, ref: CheckpointRef, group: str, name: str) -> None:
-    """Returns if a checkpoint has this average, or `ddpm ema` has made it.
+    """Checks that a checkpoint has this average, or `ddpm ema` has made it.
 
     Raises:
         MissingInputError: it is missing; the message says how to make it.
