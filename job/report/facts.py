@@ -140,7 +140,8 @@ def facts_of(
         rows = metric_rows.read_rows(run, manifest.metrics, say, only_loss) if manifest else []
     places = places_in(run, ObjectKind.PICTURE.folder, ObjectKind.SCORES.folder)
     attempts = spans_of(attempts_of(run), status)
-    pictures, how = [key for key in places if places[key].kind is ObjectKind.PICTURE], config.sample.name(handle.own)
+    pictures = [key for key in places if places[key].kind is ObjectKind.PICTURE]
+    how = config.sample.name(handle.first_drawing)
     grids = [Grid(moment_of(label), key) for label, key in _in_order(pictures, grid_key(_LABEL, how))]
     gifs = [key for _, key in _in_order(pictures, denoising_key(_LABEL, how))]
     shown = {*(grid.key for grid in grids), *gifs[-1:]}
