@@ -28,12 +28,12 @@ def inception(path: Path, device: torch.device) -> ExtractorFunction:
 
     network = torch.jit.load(str(path), map_location=device).eval()
 
-    def see(images: Tensor) -> ExtractorOutput:
+    def extract(images: Tensor) -> ExtractorOutput:
         # PyTorch's own interpolation is shifted by half a pixel.
         x = interpolate_bilinear_2d_like_tensorflow1x(_in_colour(images), size=(299, 299), align_corners=False)
         return network((x - 128) / 128), None
 
-    return see
+    return extract
 
 
 def mobilenet(path: Path, device: torch.device) -> ExtractorFunction:
@@ -45,12 +45,12 @@ def mobilenet(path: Path, device: torch.device) -> ExtractorFunction:
     network.to(device).eval()
     mean, std = _imagenet(device)
 
-    def see(images: Tensor) -> ExtractorOutput:
+    def extract(images: Tensor) -> ExtractorOutput:
         x = F.interpolate(_in_colour(images) / 255, (224, 224), mode="bilinear", align_corners=False)
         features = network.features((x - mean) / std).mean(dim=(2, 3))
         return features, network.classifier(features)
 
-    return see
+    return extract
 
 
 def _in_colour(images: Tensor) -> Tensor:
@@ -72,11 +72,11 @@ def dinov2(path: Path, device: torch.device) -> ExtractorFunction:
     network.to(device).eval()
     mean, std = _imagenet(device)
 
-    def see(images: Tensor) -> ExtractorOutput:
+    def extract(images: Tensor) -> ExtractorOutput:
         x = F.interpolate(_in_colour(images) / 255, (224, 224), mode="bicubic", align_corners=False, antialias=True)
         return network((x.clamp(0, 1) - mean) / std), None
 
-    return see
+    return extract
 
 
 _VIT_SIZES = {384: "small", 768: "base", 1024: "large", 1536: "giant"}

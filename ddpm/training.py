@@ -188,35 +188,36 @@ def train(
     the gradient: the split over processes and micro-batches changes only the rounding. The exception is dropout, whose
     masks are drawn per micro-batch, seeded by its first image number.
     """
-    device, diffusion, chosen, seed = accelerator.device, objective.diffusion, settings.train, settings.train.seed
+    device, diffusion, options, seed = accelerator.device, objective.diffusion, settings.train, settings.train.seed
     dropout = getattr(settings.network, "dropout", 0.0)
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     # DDP averages gradients over processes; with this factor each image weighs 1/batch, also in unequal parts.
-    weight = accelerator.num_processes / chosen.batch_size
-    # The number of the process with the fewest images: one that asked more often would wait for ever.
-    questions = len(micro_batches(chosen.batch_size // accelerator.num_processes, chosen.micro_batch_size))
+    weight = accelerator.num_processes / options.batch_size
+    # Micro-batches of the process with the fewest images: one that asked more often would wait for ever.
+    questions = len(micro_batches(options.batch_size // accelerator.num_processes, options.micro_batch_size))
     # EDM2 balances the noise levels by it.
     uncertainty = getattr(state.model, "uncertainty", None)
     network.train()
     for batch in batches:
         on_host = torch.from_numpy(batch.image_numbers)
         numbers = on_host.to(device, non_blocking=True)
-        points = objective.draw(seed, on_host, chosen.batch_size).to(device, non_blocking=True)
+        points = objective.draw(seed, on_host, options.batch_size).to(device, non_blocking=True)
         images = batch.images.to(device, non_blocking=True)
-        drawn = settings.augmentation.draw(seed, on_host, images.shape[-1]).to(device, non_blocking=True)
+        augmentations = settings.augmentation.draw(seed, on_host, images.shape[-1]).to(device, non_blocking=True)
         labels = _shown_labels(batch.labels, numbers, settings)
-        batch_number = state.images_seen // chosen.batch_size
+        batch_number = state.images_seen // options.batch_size
         # One decision for all images saves the first pass in half of the batches.
         twice = diffusion.self_conditioning and randomness.conditions_on_itself(seed, batch_number)
         losses_of_parts: list[Tensor] = []
-        for question, part in enumerate(micro_batches(len(numbers), chosen.micro_batch_size)):
+        for question, part in enumerate(micro_batches(len(numbers), options.micro_batch_size)):
             if 0 < question < questions and hooks.leaves_step():
                 state.model.zero_grad()
                 return
             if settings.latents:
-                x_start, done = settings.latents.drawn(seed, numbers[part], images[part]), None
+                x_start, applied = settings.latents.drawn(seed, numbers[part], images[part]), None
             else:
-                x_start, done = settings.augmentation.apply(images[part], drawn[part])
+                # From uint8 to float32 in [-1, 1], and labels of the augmentation for the network.
+                x_start, applied = settings.augmentation.apply(images[part], augmentations[part])
             x_start = x_start.contiguous(memory_format=layout)
             shape = tuple(x_start.shape[1:])
             noise = randomness.training_noise(seed, numbers[part], shape, device, diffusion.offset_noise)
@@ -224,8 +225,8 @@ def train(
                 torch.manual_seed(randomness.dropout_seed(seed, int(batch.image_numbers[part.start])))
             last = part.stop == len(numbers)
             with nullcontext() if last else accelerator.no_sync(network):
-                unseen = torch.zeros_like(x_start) if diffusion.self_conditioning else None
-                condition = Condition(None if labels is None else labels[part], unseen, done)
+                no_estimate = torch.zeros_like(x_start) if diffusion.self_conditioning else None
+                condition = Condition(None if labels is None else labels[part], no_estimate, applied)
                 losses = objective.losses(network, x_start, noise, Drawn(*points[:, part]), condition, twice)
                 balanced = losses
                 if uncertainty is not None:
@@ -234,13 +235,13 @@ def train(
                 accelerator.backward(balanced.sum() * weight)
             losses_of_parts.append(losses.detach())
         state.log.add(torch.cat(losses_of_parts), Drawn(*points).quartile)
-        norm = nn.utils.clip_grad_norm_(state.model.parameters(), chosen.clip_norm, foreach=True)
+        norm = nn.utils.clip_grad_norm_(state.model.parameters(), options.clip_norm, foreach=True)
         bad = (state.first_nonfinite < 0) & ~torch.isfinite(norm)
         state.first_nonfinite = torch.where(bad, state.images_seen, state.first_nonfinite)
-        state.optimizer.step(learning_rate_at(chosen, state.images_seen))
-        state.images_seen += chosen.batch_size
+        state.optimizer.step(learning_rate_at(options, state.images_seen))
+        state.images_seen += options.batch_size
         for name, profile in settings.averages.items():
-            decay = profile.decay_at(state.images_seen, chosen.batch_size)
+            decay = profile.decay_at(state.images_seen, options.batch_size)
             state.averages[name].update(state.model, decay)
         if hooks.after_step(state):
             return

@@ -14,7 +14,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from job.config import EMBEDDED, pack_config
-from job.evaluation.evaluation_plan import check_formulas, check_scores, plan_evaluation
+from job.evaluation.evaluation_plan import check_library, check_scores_in_training, plan_evaluation
 from job.exits import BadDataError, MissingInputError
 from job.outcome import outcome_written
 from job.pieces import WHOLE, Slice
@@ -62,7 +62,7 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
         plan = plan_run(request, stop)
         processes = processes or default_processes()
         check_world_size(processes * here.nodes, plan.config.train.batch_size)
-        check_scores(plan)
+        check_scores_in_training(plan)
         check_tracker(plan.config.log.tracker, is_asked_for="log.tracker" in request.changes)
         if plan.is_finished():
             _say_finished(plan, "is finished already")
@@ -106,7 +106,7 @@ def evaluate_command(
         BadRequestError: a library for scores is not installed.
         SystemExit: the ranks ended with another code than 0.
     """
-    check_formulas()
+    check_library()
     with _command_on(request.bucket, stop_after, Slice.parse(request.slice)) as stop:
         plan = plan_evaluation(request.check(), stop)
         if is_rank():

@@ -29,16 +29,16 @@ class Exit(IntEnum):
 
     Attributes:
         text: the meaning.
-        retried: whether the program is started again.
+        restart: whether the program is started again.
     """
 
     text: str
-    retried: Restart
+    restart: Restart
 
-    def __new__(cls, code: int, text: str = "", retried: Restart = Restart.NEVER) -> Self:
+    def __new__(cls, code: int, text: str = "", restart: Restart = Restart.NEVER) -> Self:
         """Makes a row of the table."""
         row = int.__new__(cls, code)
-        row._value_, row.text, row.retried = code, text, retried
+        row._value_, row.text, row.restart = code, text, restart
         return row
 
     FINISHED = 0, "finished"
@@ -113,9 +113,9 @@ class State(StrEnum):
         return self not in (State.WAITING, State.RUNNING)
 
 
-def retried(code: int) -> Restart:
+def restart_after(code: int) -> Restart:
     """Returns whether a program that ended with `code` is started again; a code of no row is `BOUNDED`."""
-    return TABLE[code].retried if code in TABLE else Restart.BOUNDED
+    return TABLE[code].restart if code in TABLE else Restart.BOUNDED
 
 
 def meaning(code: int) -> str:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from job.exits import BadDataError, Exit, JobError, State, ending_of, retried
+from job.exits import BadDataError, Exit, JobError, State, ending_of, restart_after
 from job.sealed import Moment, Sealed, utc_now
 from job.store import ObjectMissingError, Retry, open_store
 
@@ -105,7 +105,7 @@ def read_outcome(name: str, bucket_uri: str) -> Outcome | None:
     # A job of this name for another number of machines is another job.
     newest = max(found, key=lambda one: one.updated)
     found = [one for one in found if one.machines == newest.machines]
-    worst = max(found, key=lambda one: (one.state.order, retried(one.exit_code or 0)))
+    worst = max(found, key=lambda one: (one.state.order, restart_after(one.exit_code or 0)))
     # Nodes begin an attempt together, slices each its own.
     by_machine = [one.starts for one in found]
     starts = max(by_machine, key=len) if name.startswith("train-") else sum(by_machine, ())

@@ -131,12 +131,13 @@ class Pieces:
                 Otherwise a file that a killed process left is accepted.
         """
         self.store, self.fingerprint, self.sizes = store, fingerprint, sizes
-        self._records, self._claims = (f"{folder}/{name}" if folder else name for name in (RECORDS, CLAIMS))
+        above = f"{folder}/" if folder else ""
+        self._records_folder, self._claims_folder = f"{above}{RECORDS}", f"{above}{CLAIMS}"
         self._share, self._equal_bytes = share, equal_bytes
 
     def committed(self) -> set[int]:
         """Returns the numbers of the committed pieces, from a listing."""
-        there = {entry.key for entry in self.store.list(self._records)}
+        there = {entry.key for entry in self.store.list(self._records_folder)}
         return {number for number in range(len(self.sizes)) if self._record_key(number) in there}
 
     def missing(self) -> list[int]:
@@ -180,7 +181,7 @@ class Pieces:
             StoppedError: a stop was requested; whole pieces are saved.
         """
         rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
-        committed = ranks.on_main(self._begin) if ranks else self._begin()
+        committed = ranks.on_main(self._checked_committed) if ranks else self._checked_committed()
         own = range(self._share.index, len(self.sizes), self._share.count)
         missing = [number for number in own if number not in committed]
         to_make = sum(self.sizes[number] for number in missing)
@@ -199,7 +200,7 @@ class Pieces:
                 try:
                     for number in self._shared_out(missing[rank::world_size], made, rank, world_size, stop):
                         with ExitStack() as claim:
-                            if self._begins(number, claim, stop):
+                            if self._takes(number, claim, stop):
                                 made.add(number)
                                 committer.submit(number, make(number, advance), claim.pop_all())
                 finally:
@@ -244,15 +245,15 @@ class Pieces:
 
     def clear(self, *, records: bool) -> None:
         """Deletes all claims after the work, and with `records` also the records, if an index now names the files."""
-        for folder in (self._claims, self._records) if records else (self._claims,):
+        for folder in (self._claims_folder, self._records_folder) if records else (self._claims_folder,):
             for entry in self.store.list(folder):
                 self.store.delete(entry.key)
 
     def _record_key(self, number: int) -> str:
-        return f"{self._records}/{number:05d}.json"
+        return f"{self._records_folder}/{number:05d}.json"
 
     def _claim(self, number: int) -> Store:
-        return self.store.sub(f"{self._claims}/{number:05d}")
+        return self.store.sub(f"{self._claims_folder}/{number:05d}")
 
     def _record(self, number: int) -> PieceRecord:
         key = self._record_key(number)
@@ -264,7 +265,8 @@ class Pieces:
             raise OtherWorkError(f"{self.store.uri_of(key)} is of other work: delete it all, or choose another name")
         return record
 
-    def _begin(self) -> set[int]:
+    def _checked_committed(self) -> set[int]:
+        """Returns the committed pieces; raises `OtherWorkError` if the first of them belongs to other work."""
         committed = self.committed()
         self.records(sorted(committed)[:1])
         return committed
@@ -274,7 +276,7 @@ class Pieces:
         yield from own
         if self._share.count == 1:
             return
-        claimed = set(self.store.folders(self._claims))
+        claimed = set(self.store.folders(self._claims_folder))
         free = [number for number in self.missing() if f"{number:05d}" not in claimed]
         # Busy machines work from the front and other idle ones begin elsewhere: from the back, few claims collide.
         first = len(free) * self._share.index // self._share.count
@@ -291,7 +293,7 @@ class Pieces:
             idle = {number: version for number, version in idle.items() if number in missing}
         yield from (number for number, version in idle.items() if claim_version(self._claim(number)) == version)
 
-    def _begins(self, number: int, claim: ExitStack, stop: Stop) -> bool:
+    def _takes(self, number: int, claim: ExitStack, stop: Stop) -> bool:
         """Returns whether this process makes a piece now; if machines share the work, it then holds the claim."""
         if self._share.count > 1:
             try:

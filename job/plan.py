@@ -31,7 +31,7 @@ class RunHandle:
     index: DatasetIndex | None
     """None for a run that was imported without a dataset."""
     config: RunConfig
-    own: Drawing
+    first_drawing: Drawing
     """The run's first sampling settings: the name of a picture lists the differences from them."""
 
     @property
@@ -104,7 +104,7 @@ def open_run(bucket_uri: str, name: str, stop: Stop = NEVER, *, with_dataset: bo
     """
     bucket = open_bucket(bucket_uri, stop)
     run, config = records.run_store(bucket, name), records.existing_config(bucket, name)
-    own = config.sample
+    first_drawing = config.sample
     try:
         config = records.as_last_changed(run, config)
     except BadDataError as error:
@@ -116,7 +116,7 @@ def open_run(bucket_uri: str, name: str, stop: Stop = NEVER, *, with_dataset: bo
         if with_dataset:
             raise
         note(f"going on without the dataset: {error}")
-    return RunHandle(bucket, run, index, config, own)
+    return RunHandle(bucket, run, index, config, first_drawing)
 
 
 @dataclass(frozen=True)
@@ -199,16 +199,24 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, precision: str = "auto")
             f"(ddpm runs delete {request.run} --yes)"
         )
     changes = changed_for_attempt(stored, config, request.run) if stored is not None else {}
-    own, held_out = (stored or config).sample, None
+    first_drawing, held_out = (stored or config).sample, None
     if index.held_out and config.log.validate_epochs:
         held_out = load_index(bucket, dataset_key(index.held_out, index.size))
     return Plan(
-        bucket, run, index, config, own, request=request, changes=changes, is_new=stored is None, held_out=held_out
+        bucket,
+        run,
+        index,
+        config,
+        first_drawing,
+        request=request,
+        changes=changes,
+        is_new=stored is None,
+        held_out=held_out,
     )
 
 
 def check_drawing(config: RunConfig) -> None:
-    """Returns if training can sample with the section `sample`.
+    """Checks that training can sample with the section `sample`.
 
     Raises:
         BadConfigError: the run has no such weights, or the setting works only with `ddpm sample`.

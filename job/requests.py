@@ -281,7 +281,7 @@ def chosen_of(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_world_size(processes: int, batch_size: int) -> None:
-    """Returns if this number of processes can share a batch.
+    """Checks that this number of processes can share a batch.
 
     Raises:
         BadConfigError: the batch has fewer images than processes.
@@ -292,7 +292,7 @@ def check_world_size(processes: int, batch_size: int) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Returns if a picture can be written to `path`.
+    """Checks that a picture can be written to `path`.
 
     Raises:
         BadRequestError: it does not end in .png, is a folder, or its folder is missing.

@@ -54,7 +54,7 @@ def test_thousands_have_separators():
 
 def test_documented_exit_codes_are_right():
     rows = re.findall(r"^\| (\d+) \| (.+?) \| (\w+) \|$", (ROOT / "docs/exit-codes.md").read_text(), re.MULTILINE)
-    assert rows == [(str(int(code)), meaning.text, meaning.retried.name.lower()) for code, meaning in TABLE.items()]
+    assert rows == [(str(int(code)), meaning.text, meaning.restart.name.lower()) for code, meaning in TABLE.items()]
 
 
 @pytest.mark.slow

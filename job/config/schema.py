@@ -123,18 +123,18 @@ class Drawing(Settings, catalogue.Drawing):
             unused |= {"guidance_interval", "guidance_rescale"}
         return Drawing(**self.model_dump(include=Drawing.model_fields.keys() - unused))
 
-    def name(self, own: Drawing) -> str:
-        """Returns a part of a picture's file name: sampler, steps, and what differs from the run's `own` settings."""
-        words = [f"{key}-{value}" for key, value in self._differing(own).items()]
+    def name(self, first: Drawing) -> str:
+        """Returns a part of a picture's file name: sampler, steps, and what differs from the run's `first` settings."""
+        words = [f"{key}-{value}" for key, value in self._differing(first).items()]
         return "-".join([self.sampler, str(self.steps), *words])
 
-    def words(self, own: Drawing) -> str:
+    def words(self, first: Drawing) -> str:
         """Returns the same for people, without the classes, which a picture shows: `ddim, 50 steps, eta 1`."""
-        words = [f"{key.replace('_', ' ')} {value}" for key, value in self._differing(own).items() if key != "labels"]
+        words = [f"{key.replace('_', ' ')} {value}" for key, value in self._differing(first).items() if key != "labels"]
         return ", ".join([self.sampler, f"{self.steps:,} steps", *words])
 
-    def _differing(self, own: Drawing) -> dict[str, str]:
-        ours, theirs = self.drawing.model_dump(exclude={"sampler", "steps"}), own.drawing.model_dump()
+    def _differing(self, first: Drawing) -> dict[str, str]:
+        ours, theirs = self.drawing.model_dump(exclude={"sampler", "steps"}), first.drawing.model_dump()
         return {key: _word(value) for key, value in ours.items() if value != theirs[key]}
 
 

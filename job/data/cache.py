@@ -30,8 +30,8 @@ from job.stop import NEVER, Stop
 from job.store import Store
 from job.store.files import os_errors
 
-_IS_FILLED = 1 << 32
-_CHOOSERS = 8
+_IS_DECODED = 1 << 32
+_UNCACHED_THREADS = 8
 """Number of shards from which a few images are read at a time: the threads wait for the bucket, not for a processor."""
 
 
@@ -128,12 +128,12 @@ class DecodedCache(ImageCache):
     def __init__(self, source: ShardSource, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Verifies all images and decodes the missing ones, in one process of the node. Raises as `open_cache`."""
         super().__init__(source)
-        self._images_path, self._filled_path = source.folder / "images", source.folder / "checksums"
+        self._images_path, self._checksums_path = source.folder / "images", source.folder / "checksums"
         try:
             if self._missing():
                 with source.lock():
                     _allocate(self._images_path, self.index.decoded_bytes)
-                    _allocate(self._filled_path, 8 * self.index.images)
+                    _allocate(self._checksums_path, 8 * self.index.images)
                     self._fill(self._missing(), progress)
         except BaseException:
             self.close()
@@ -146,7 +146,7 @@ class DecodedCache(ImageCache):
     def _read(self, indices: Int64s, out: Uint8s) -> None:
         # With mode "raise" numpy would fill a temporary buffer first.
         np.take(self._images, indices, axis=0, out=out, mode="clip")
-        if _checksums(out) != self._filled[indices].tolist():
+        if _checksums(out) != self._stored_checksums[indices].tolist():
             if not self._is_damaged:
                 remedy = "reading the damaged images from the bucket; the next start repairs it"
                 logging.getLogger(__name__).warning(f"{self._images_path} has changed since it was decoded: {remedy}")
@@ -161,34 +161,35 @@ class DecodedCache(ImageCache):
             with os_errors(self._images_path), self._images_path.open("rb") as file:
                 self._file = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
                 self._images: Uint8s = np.frombuffer(self._file, np.uint8).reshape(shape)
-                self._filled = np.memmap(self._filled_path, "<u8", "r", shape=(self.index.images,))
+                self._stored_checksums = np.memmap(self._checksums_path, "<u8", "r", shape=(self.index.images,))
         # They do not exist, or have another size.
         except (MissingInputError, ValueError):
             return list(shards)
 
         def is_intact(shard: int) -> bool:
-            filled = self._block(self._filled, shard)
-            return bool(filled.all()) and _checksums(self._block(self._images, shard)) == filled.tolist()
+            stored = self._of_shard(self._stored_checksums, shard)
+            return bool(stored.all()) and _checksums(self._of_shard(self._images, shard)) == stored.tolist()
 
         with ThreadPoolExecutor(threads) as pool:
             intact = in_order(pool, is_intact, shards, 2 * threads, self._source.check)
             return [shard for shard, is_there in zip(shards, intact, strict=True) if not is_there]
 
-    def _block(self, images: np.ndarray, shard: int) -> np.ndarray:
-        return images[self._source.starts[shard] : self._source.starts[shard + 1]]
+    def _of_shard(self, values: np.ndarray, shard: int) -> np.ndarray:
+        """Returns the part of a shard in an array of all images or checksums."""
+        return values[self._source.starts[shard] : self._source.starts[shard + 1]]
 
     def _fill(self, missing: list[int], progress: Callable[[int, int], None]) -> None:
         images = np.asarray(np.memmap(self._images_path, np.uint8, "r+", shape=self._images.shape))
-        filled = np.memmap(self._filled_path, "<u8", "r+")
+        checksums = np.memmap(self._checksums_path, "<u8", "r+")
         done = self.index.images - sum(self.index.shards[shard].images for shard in missing)
         progress(done, self.index.images)
         for shard, path in self._source.fetch(missing):
-            block, indices = self._block(images, shard), np.arange(*self._source.starts[shard : shard + 2])
-            self._reader.read_into(block, indices, lambda _, path=path: _shard_file(path))  # type: ignore[misc]
-            self._block(filled, shard)[:] = _checksums(block)
+            of_shard, indices = self._of_shard(images, shard), np.arange(*self._source.starts[shard : shard + 2])
+            self._reader.read_into(of_shard, indices, lambda _, path=path: _shard_file(path))  # type: ignore[misc]
+            self._of_shard(checksums, shard)[:] = _checksums(of_shard)
             if not self._source.is_local:
                 path.unlink()
-            done += len(block)
+            done += len(of_shard)
             progress(done, self.index.images)
 
 
@@ -210,7 +211,7 @@ class ShardCache(ImageCache):
         # A stop does not interrupt a batch: training stops between steps, where all processes agree, and saves.
         source.stop = NEVER
         self._verified = cache(lambda shard: source.verified(shard, self._folder))
-        self._block: tuple[int, int] | None = None
+        self._prefetched_block: tuple[int, int] | None = None
         self._due: tuple[int, ...] = ()
         self._prefetcher = ThreadPoolExecutor(1, "prefetch")
 
@@ -266,15 +267,15 @@ class ShardCache(ImageCache):
                 transfer of a shard.
         """
         block = order.block_of(image_number)
-        if block == self._block or self._source.is_local:
+        if block == self._prefetched_block or self._source.is_local:
             return
-        if self._block is None:
+        if self._prefetched_block is None:
             self._check_fits(order)
         # The rest of an epoch and the next epoch contain all shards.
         upcoming = dict.fromkeys(islice(order.upcoming_shards(image_number), 2 * len(self.index.shards)))
         sums_bytes = accumulate(self.index.shards[shard].bytes for shard in upcoming)
         fitting = [sum_bytes for sum_bytes in sums_bytes if sum_bytes <= self._budget_bytes]
-        self._block, self._due = block, tuple(islice(upcoming, len(fitting)))
+        self._prefetched_block, self._due = block, tuple(islice(upcoming, len(fitting)))
         self._prefetcher.submit(self._prefetch, self._due)
 
     def _prefetch(self, due: tuple[int, ...]) -> None:
@@ -302,9 +303,9 @@ class ShardCache(ImageCache):
         super().close()
 
 
-def chosen_images(bucket: Store, key: str, index: DatasetIndex) -> ImageCache:
-    """Opens the dataset at `key` to read a few images, for which no shard is fetched."""
-    return ImageCache(ShardSource(bucket, key, index, default_cache_dir() / index.dataset_id), _CHOOSERS)
+def uncached_images(bucket: Store, key: str, index: DatasetIndex) -> ImageCache:
+    """Opens the dataset at `key` without a cache, to read a few images: no shard is fetched for them."""
+    return ImageCache(ShardSource(bucket, key, index, default_cache_dir() / index.dataset_id), _UNCACHED_THREADS)
 
 
 def _shard_file(path: Path) -> BinaryIO:
@@ -326,4 +327,4 @@ def _allocate(path: Path, size_bytes: int) -> None:
 
 def _checksums(images: Uint8s) -> list[int]:
     """Returns the records of images in the file `checksums`."""
-    return [_IS_FILLED | google_crc32c.value(image) for image in images]
+    return [_IS_DECODED | google_crc32c.value(image) for image in images]

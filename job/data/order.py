@@ -50,32 +50,32 @@ class Order:
         """
         numbers = np.asarray(image_numbers, dtype=np.int64)
         epochs, positions = np.divmod(numbers, self.images)
-        blocks, offsets = np.divmod(positions, self._block)
-        starts = blocks * self._block
-        sizes = np.minimum(self._block, self.images - starts)
+        blocks, offsets = np.divmod(positions, self._block_size)
+        starts = blocks * self._block_size
+        sizes = np.minimum(self._block_size, self.images - starts)
         places = starts + _shuffled(offsets, sizes, _key(self.seed, epochs, blocks + 1))
         indices = np.empty_like(numbers)
-        for run in filter(len, np.split(np.arange(len(numbers)), np.flatnonzero(np.diff(epochs)) + 1)):
-            _, ends, shifts = self._layout(int(epochs[run[0]]))
-            indices[run] = places[run] + shifts[np.searchsorted(ends, places[run], side="right")]
+        for same_epoch in filter(len, np.split(np.arange(len(numbers)), np.flatnonzero(np.diff(epochs)) + 1)):
+            _, ends, shifts = self._layout(int(epochs[same_epoch[0]]))
+            indices[same_epoch] = places[same_epoch] + shifts[np.searchsorted(ends, places[same_epoch], side="right")]
         return indices
 
     def block_of(self, image_number: int) -> tuple[int, int]:
         """Returns the epoch of an image of the run, and its block within the epoch."""
         epoch, position = divmod(image_number, self.images)
-        return epoch, position // self._block
+        return epoch, position // self._block_size
 
     def upcoming_shards(self, image_number: int) -> Iterator[int]:
         """Yields the shards that the run needs from the block of `image_number` on, in order, without end."""
         epoch, block = self.block_of(image_number)
-        place = block * self._block
+        place = block * self._block_size
         while True:
             shards, ends, _ = self._layout(epoch)
             yield from shards[np.searchsorted(ends, place, side="right") :].tolist()
             epoch, place = epoch + 1, 0
 
     @property
-    def _block(self) -> int:
+    def _block_size(self) -> int:
         return min(self.block_images or self.images, self.images)
 
     def _layout(self, epoch: int) -> tuple[Int64s, Int64s, Int64s]:

@@ -124,7 +124,7 @@ def _made(bucket: Store, key: str, fingerprint: str) -> shards.DatasetIndex | No
 
 
 def check_free(bucket: Store, request: PackRequest) -> None:
-    """Returns if there is no such dataset yet.
+    """Checks that there is no such dataset yet.
 
     Raises:
         BadRequestError: there is.

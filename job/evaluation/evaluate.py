@@ -35,10 +35,9 @@ from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError
 
 if TYPE_CHECKING:
-    from ddpm.features import ExtractorOutput
+    from ddpm.features import ExtractorFunction
 
-See = Callable[[torch.Tensor], "ExtractorOutput"]
-SEE_IMAGES = 50
+REAL_BATCH_IMAGES = 50
 """Real images per batch on each process."""
 
 
@@ -53,49 +52,53 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
     # `prepared` marks the checkpoints until all scores are printed: without it training could retire them.
     with prepared(plan.sampling, ranks, stop) as (sampling_plan, painter, sampling):
         plan = replace(plan, sampling=sampling_plan)
-        batches = ranks.on_main(lambda: [one.batch for one in plan.evaluations if one.scores() is None])
-        todo = [one for one in plan.evaluations if one.batch in batches]
+        unscored = ranks.on_main(lambda: [one.name for one in plan.evaluations if one.scores() is None])
+        todo = [one for one in plan.evaluations if one.name in unscored]
         if todo:
-            see, share = plan.located.load(painter.device), todo[0].images.share
+            extract, share = plan.located.load(painter.device), todo[0].sample_set.share
             check = painter.check_stopped
-            real = references(plan.sampling, plan.reference, see, ranks, stop=stop, check=check, share=share)
+            real = real_features(plan.sampling, plan.reference, extract, ranks, stop=stop, check=check, share=share)
             for evaluation in todo:
-                _draw_features(evaluation, painter, sampling, see)
+                _draw_features(evaluation, painter, sampling, extract)
             folders = [reference_folder(plan.sampling, plan.reference), *(evaluation.folder for evaluation in todo)]
             if missing := ranks.on_main(lambda: sum(len(folder.pieces.missing()) for folder in folders)):
                 others = f"{missing:,} pieces are to come from other machines, of which the last one scores"
                 ranks.on_main(lambda: print(f"{plan.request.run}  (slice {plan.request.slice} is done: {others})"))
                 return
             if real is None:
-                real = references(plan.sampling, plan.reference, see, ranks, stop=stop, check=check, share=share)
+                # Other machines have made the last of them meanwhile.
+                real = real_features(plan.sampling, plan.reference, extract, ranks, stop=stop, check=check, share=share)
             for evaluation in todo:
                 painter.load(plan.sampling.run, evaluation.ref, plan.sampling.sample.weights)
                 _score(evaluation, painter, real or {})
         ranks.on_main(lambda: print("\n\n".join(tables(plan))))
 
 
-def references(
+def real_features(
     of_run: RunHandle,
     reference: Reference,
-    see: See,
+    extract: ExtractorFunction,
     ranks: Ranks,
     *,
     stop: Stop,
     check: Callable[[], object],
     share: Slice = WHOLE,
 ) -> Named | None:
-    """Returns the features of the real images on the main process, {} on the others; makes missing ones. Collective.
+    """Makes the missing features of the real images of this machine's slice, and loads all of them. Collective.
 
-    Returns None while other machines are still making some. `check` is called now and then, and raises to stop.
+    `check` is called now and then, and raises to stop.
+
+    Returns:
+        All features on the main process, {} on the others; None while other machines are still making some.
     """
     folder = reference_folder(of_run, reference, share)
 
     def make(piece: int, advance: Advance) -> Made:
         parts, numbers = [], folder.numbers(piece)
-        for start in range(0, len(numbers), SEE_IMAGES):
+        for start in range(0, len(numbers), REAL_BATCH_IMAGES):
             check()
-            some = chosen[numbers[start : start + SEE_IMAGES]]
-            parts.append(seen(see, images.read(some), ranks.device))
+            some = chosen[numbers[start : start + REAL_BATCH_IMAGES]]
+            parts.append(features_of(extract, images.read(some), ranks.device))
             advance(len(some))
         return folder.made(piece, joined(parts))
 
@@ -109,17 +112,17 @@ def references(
     return None if ranks.on_main(folder.pieces.missing) else ranks.only_on_main(folder.load) or {}
 
 
-def _draw_features(evaluation: Evaluation, painter: Painter, sampling: Sampling, see: See) -> None:
+def _draw_features(evaluation: Evaluation, painter: Painter, sampling: Sampling, extract: ExtractorFunction) -> None:
     """Samples the images of a checkpoint and stores their features. Collective."""
-    plan, images, folder = evaluation.plan.sampling, evaluation.images, evaluation.folder
+    plan, sample_set, folder = evaluation.plan.sampling, evaluation.sample_set, evaluation.folder
 
     def make(piece: int, advance: Advance) -> Made:
-        seeds = [images.drawing.first_seed + number for number in folder.numbers(piece)]
+        seeds = [sample_set.drawing.first_seed + number for number in folder.numbers(piece)]
         batches = painter.draw_batches(seeds, sampling, plan.sample.batch_size, advance)
-        return folder.made(piece, joined([seen(see, drawn, painter.device) for drawn in batches]))
+        return folder.made(piece, joined([features_of(extract, drawn, painter.device) for drawn in batches]))
 
     painter.load(plan.run, evaluation.ref, plan.sample.weights)
-    folder.pieces.make_missing(make, images.name, stop=painter.stop, ranks=painter.ranks)
+    folder.pieces.make_missing(make, sample_set.name, stop=painter.stop, ranks=painter.ranks)
 
 
 def _score(evaluation: Evaluation, painter: Painter, real: Named) -> None:
@@ -149,7 +152,7 @@ def _bits_per_dim(evaluation: Evaluation, painter: Painter) -> tuple[float | Non
 
 def _publish(evaluation: Evaluation, real: Named, bound: tuple[float | None, int], stop: Stop) -> None:
     """Computes and stores the scores, and deletes the features of the samples."""
-    plan, images = evaluation.plan, evaluation.images
+    plan, sample_set = evaluation.plan, evaluation.sample_set
     try:
         drawn = evaluation.folder.load()
     except ObjectMissingError:
@@ -157,7 +160,7 @@ def _publish(evaluation: Evaluation, real: Named, bound: tuple[float | None, int
         if evaluation.scores() is None:
             raise
         return
-    values, floor, floor_images = scored(tuple(metrics.COMPARISONS), drawn, real, stop, f"scoring {images.name}")
+    values, floor, floor_images = scored(tuple(metrics.COMPARISONS), drawn, real, stop, f"scoring {sample_set.name}")
     if "logits" in drawn:
         # The inception score grows with the number of images, so both sides get the same number.
         for scores, logits in ((values, drawn["logits"]), (floor, real["logits"][: floor_images[0]])):
@@ -165,20 +168,20 @@ def _publish(evaluation: Evaluation, real: Named, bound: tuple[float | None, int
     if bound[0] is not None:
         values["bpd"] = bound[0]
     record = Scores(
-        drawing=images.drawing,
+        drawing=sample_set.drawing,
         reference=plan.reference,
         values=values,
         floor=floor,
         floor_images=floor_images,
         bits_per_dim_images=bound[1],
         held_out=bool(plan.index.held_out),
-        batch=evaluation.batch,
+        batch=evaluation.name,
         created=utc_now(),
         code_version=code_version(),
     )
     # Another machine that found no piece missing may write the same scores at another time.
     with suppress(ObjectExistsError):
-        images.run.create(ObjectKind.SCORES.key(batch=evaluation.batch), record.to_json())
+        sample_set.run.create(ObjectKind.SCORES.key(batch=evaluation.name), record.to_json())
     evaluation.folder.delete()
 
 
@@ -205,9 +208,9 @@ def scored(
 
 
 @torch.inference_mode()
-def seen(see: See, images: np.ndarray, device: torch.device) -> Named:
-    """Returns a network's output for images, uint8 [n, H, W, C]."""
-    features, logits = see(torch.from_numpy(images).permute(0, 3, 1, 2).to(device))
+def features_of(extract: ExtractorFunction, images: np.ndarray, device: torch.device) -> Named:
+    """Returns the features of images, uint8 [n, H, W, C]."""
+    features, logits = extract(torch.from_numpy(images).permute(0, 3, 1, 2).to(device))
     found = {"features": features} if logits is None else {"features": features, "logits": logits}
     return {name: tensor.float().cpu() for name, tensor in found.items()}
 
@@ -231,26 +234,27 @@ def tables(plan: EvaluatePlan) -> Iterator[str]:
             f"against {first.reference}, seen by {extractor.title}, {extractor.how}",
             f"{'':<20}{'drawn':>22}  {against}",
         ]
-        for name in _told(plan, first.values):
+        for name in _shown_scores(plan, first.values):
             of_sets = [one.values[name] for one in found]
             # The bound does not depend on the samples: it is the same for all sets.
             is_drawn = name != "bpd" and len(of_sets) > 1
             spread = stdev(of_sets) if is_drawn else first.values.get(f"{name}_std")
-            told = f"{fmean(of_sets):.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
+            score = f"{fmean(of_sets):.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
             real = f"{first.floor[name]:.4g}" if name in first.floor else ""
-            lines.append(f"{score_name(name, extractor.name):<20}{told:>22}  {real}")
+            lines.append(f"{score_name(name, extractor.name):<20}{score:>22}  {real}")
         if "bpd" in first.values and "bpd" in plan.request.chosen_metrics:
             kind = "held-out images" if first.held_out else "training images"
             lines.append(f"(bpd: the variational bound on {first.bits_per_dim_images:,} {kind})")
         if len(found) > 1:
             lines.append(f"(± is the deviation over {len(found)} sets of seeds)")
-        elif any(f"{name}_std" in first.values for name in _told(plan, first.values)):
+        elif any(f"{name}_std" in first.values for name in _shown_scores(plan, first.values)):
             lines.append("(± is the deviation over parts of one set; --repeats 3 gives that over sets of seeds)")
         if drawing.count < 10_000 and "fid" in plan.request.chosen_metrics:
             lines.append("(a Fréchet distance of fewer than 10,000 images is not comparable with published ones)")
         yield "\n".join(lines)
 
 
-def _told(plan: EvaluatePlan, values: dict[str, float]) -> list[str]:
+def _shown_scores(plan: EvaluatePlan, values: dict[str, float]) -> list[str]:
+    """Returns the names of the computed scores that the request asks for."""
     chosen = plan.request.chosen_metrics
     return [name for metric in chosen for name in METRICS[metric].scores or (metric,) if name in values]

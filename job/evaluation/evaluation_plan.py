@@ -43,7 +43,7 @@ class EvaluatePlan:
         return self.sampling.index
 
     def check_metrics(self) -> None:
-        """Returns if all requested metrics can be computed.
+        """Checks that all requested metrics can be computed.
 
         Raises:
             BadRequestError: the network has no classes, or the run has no bound.
@@ -66,7 +66,7 @@ class EvaluatePlan:
         for repeat in range(self.request.repeats):
             request = replace(self.sampling.request, first_seed=repeat * self.request.count)
             found += [Evaluation(self, one) for one in plan_sets(replace(self.sampling, request=request))]
-        return sorted(found, key=lambda each: each.images.ref)
+        return sorted(found, key=lambda each: each.ref)
 
 
 @dataclass(frozen=True)
@@ -74,30 +74,30 @@ class Evaluation:
     """The scoring of one sample set of a checkpoint; only the features of the images are stored."""
 
     plan: EvaluatePlan
-    images: SampleSet
+    sample_set: SampleSet
 
     @property
     def fingerprint(self) -> str:
         """The SHA-256 of everything that decides the scores."""
-        drawing = self.images.drawing.model_dump(mode="json", exclude={"save"})
+        drawing = self.sample_set.drawing.model_dump(mode="json", exclude={"save"})
         return _hash_of({"drawing": drawing, "reference": self.plan.reference.model_dump()})
 
     @property
-    def batch(self) -> str:
+    def name(self) -> str:
         """The name of its folder."""
-        return f"{self.images.name}-{self.plan.reference.extractor}-{self.fingerprint[:8]}"
+        return f"{self.sample_set.name}-{self.plan.reference.extractor}-{self.fingerprint[:8]}"
 
     @property
     def folder(self) -> FeatureFolder:
         """The features of the images."""
-        drawing, key = self.images.drawing, PurePosixPath(ObjectKind.SCORES.key(batch=self.batch))
-        store = self.images.run.sub(str(key.parent))
-        return FeatureFolder(store, self.fingerprint, drawing.count, drawing.piece_images, self.images.share)
+        drawing, key = self.sample_set.drawing, PurePosixPath(ObjectKind.SCORES.key(batch=self.name))
+        store = self.sample_set.run.sub(str(key.parent))
+        return FeatureFolder(store, self.fingerprint, drawing.count, drawing.piece_images, self.sample_set.share)
 
     @property
     def ref(self) -> CheckpointRef:
         """The checkpoint of the images."""
-        return self.images.ref
+        return self.sample_set.ref
 
     def scores(self) -> Scores | None:
         """Returns the stored scores; None before the evaluation.
@@ -106,7 +106,7 @@ class Evaluation:
             BadDataError: the record is corrupt.
         """
         try:
-            return Scores.load(self.images.run, ObjectKind.SCORES.key(batch=self.batch))
+            return Scores.load(self.sample_set.run, ObjectKind.SCORES.key(batch=self.name))
         except ObjectMissingError:
             return None
         except BadDataError as error:
@@ -140,14 +140,14 @@ def plan_evaluation(request: EvaluateRequest, stop: Stop = NEVER) -> EvaluatePla
     return plan
 
 
-def check_formulas() -> None:
+def check_library() -> None:
     """Raises `BadRequestError` if the library for scores is not installed."""
     if find_spec("torch_fidelity") is None:
         raise BadRequestError(f"scores need the library torch-fidelity: {how_to_install('evaluate')}")
 
 
-def check_scores(plan: Plan) -> None:
-    """Returns if a run's scores during training can be computed, or if its configuration has none.
+def check_scores_in_training(plan: Plan) -> None:
+    """Checks that a run's scores during training can be computed, if its configuration asks for them.
 
     Raises:
         MissingInputError: no file of the network's weights.
@@ -155,7 +155,7 @@ def check_scores(plan: Plan) -> None:
     """
     if not plan.config.evaluate.every_epochs:
         return
-    check_formulas()
+    check_library()
     locate_extractor(plan.config.evaluate.extractor, plan.bucket)
     if plan.index.images < FEWEST_IMAGES:
         raise BadRequestError(

@@ -7,7 +7,6 @@ only the file of that package, and checks its SHA-256.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
@@ -23,7 +22,7 @@ from job.store.files import os_errors
 if TYPE_CHECKING:
     import torch
 
-    from ddpm.features import ExtractorOutput
+    from ddpm.features import ExtractorFunction, ExtractorOutput
 
 FOLDER = "extractors"
 """The folder of the bucket where jobs find the files."""
@@ -36,7 +35,7 @@ class LocatedExtractor:
     extractor: Extractor
     uri: str
 
-    def load(self, device: torch.device) -> Callable[[torch.Tensor], ExtractorOutput]:
+    def load(self, device: torch.device) -> ExtractorFunction:
         """Returns the network on a device; a machine downloads the file from a bucket once.
 
         Raises:
@@ -63,7 +62,7 @@ class LocatedExtractor:
                 f"{self.extractor.sha256:.12}…: delete it, and take the right one"
             )
         try:
-            see = LOADERS[self.extractor.name](path, device)
+            extract = LOADERS[self.extractor.name](path, device)
         except ModuleNotFoundError as error:
             raise BadRequestError(f"{error}: {how_to_install(self.extractor.name)}") from None
         except (KeyError, RuntimeError, SafetensorError) as error:
@@ -71,7 +70,7 @@ class LocatedExtractor:
             raise BadDataError(f"{path} holds no weights of {self.extractor.title}: {said:.200}") from None
 
         def checked(images: torch.Tensor) -> ExtractorOutput:
-            found = see(images)
+            found = extract(images)
             if not all(tensor is None or tensor.isfinite().all() for tensor in found):
                 raise BadDataError(f"{self.uri}: its features of images are not finite: take another file of weights")
             return found

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from job.config import method
-from job.evaluation.evaluate import references, scored, seen
+from job.evaluation.evaluate import features_of, real_features, scored
 from job.evaluation.evaluation_plan import reference_of
 from job.evaluation.extractors import locate_extractor
 from job.evaluation.feature_folder import Named
@@ -33,10 +33,10 @@ class Evaluator:
         self._chosen, self._sample, pictures = plan.config.evaluate, plan.config.sample, plan.pictures()
         assert pictures is not None
         found = locate_extractor(self._chosen.extractor, plan.bucket)
-        self._see = found.load(ranks.device)
+        self._extract = found.load(ranks.device)
         reference = reference_of(pictures, found.extractor, self._chosen.references)
         check = partial(stop.check, "while looking at real images")
-        self._real = references(plan, reference, self._see, ranks, stop=stop, check=check) or {}
+        self._real = real_features(plan, reference, self._extract, ranks, stop=stop, check=check) or {}
 
     def scores(self, painter: Painter) -> Row:
         """Returns the scores of the painter's network by name on the main process, and {} on the others. Collective.
@@ -47,7 +47,7 @@ class Evaluator:
         chosen, sample = self._chosen, self._sample
 
         def features(images: np.ndarray) -> np.ndarray:
-            return seen(self._see, images, painter.device)["features"].numpy()
+            return features_of(self._extract, images, painter.device)["features"].numpy()
 
         sampling, seeds = method.sampling_of(sample), range(chosen.images)
         drawn = painter.draw_together(seeds, sampling, sample.batch_size, "drawing for scores", kept=features)

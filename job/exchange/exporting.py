@@ -127,7 +127,7 @@ def _small_objects(
     if len(files) > 1:
         small[pipeline.INDEX] = _index(files)
     with suppress(ObjectMissingError):
-        small[PICTURE] = of_run.run.read(grid_key(label, of_run.config.sample.name(of_run.own))).data
+        small[PICTURE] = of_run.run.read(grid_key(label, of_run.config.sample.name(of_run.first_drawing))).data
     small[CARD] = _card(of_run, ref, weights, small | last, described.lacking).encode()
     return small | last
 

@@ -142,7 +142,7 @@ def _config(
 
 
 def _check_run(run: Store, name: str, config: RunConfig) -> None:
-    """Returns if the checkpoint can become one of this run.
+    """Checks that the checkpoint can become one of this run.
 
     Raises:
         BadRequestError: the run has another configuration, or checkpoints of training here.

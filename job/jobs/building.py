@@ -61,7 +61,7 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
         command, resources = command.with_values(stop_after=None), replace(resources, max_hours=hours)
     _check_resources(command, target, resources)
     uri = str(command.values["bucket"]) if "bucket" in command.given else target.usual_bucket
-    bucket = _visible("bucket", uri, target)
+    bucket = _uri_for_jobs("bucket", uri, target)
     command = command.with_values(bucket=bucket)
     request = command.request().check()
     command, reads = _adapted(command, request, target, resources)
@@ -124,7 +124,7 @@ def _check_resources(command: ParsedCommand, target: Target, resources: Resource
         raise BadRequestError(f"{option} is about machines in a cloud, and {on} is this one: leave it out")
 
 
-def _visible(what: str, uri: str, target: Target) -> str:
+def _uri_for_jobs(what: str, uri: str, target: Target) -> str:
     """Returns a URI or a path that the jobs of a target can see. Folders of this machine become absolute."""
     check_uri(uri)
     if is_remote(uri):
@@ -150,7 +150,7 @@ def _adapted(
         case EvaluateRequest():
             _check_files(request.sampling, target)
             if file := request.extractor_file:
-                command = command.with_values(extractor_file=_visible("--extractor-file", file, target))
+                command = command.with_values(extractor_file=_uri_for_jobs("--extractor-file", file, target))
         case PackRequest() if request.tars:
             tars = [_source(tar, target) for tar in request.tars]
             return command.with_values(tars=tars), tars
@@ -158,7 +158,7 @@ def _adapted(
             source = _source(request.source, target)
             return command.with_values(source=source), [source]
         case EncodeRequest():
-            autoencoder = _visible("--autoencoder", request.autoencoder, target)
+            autoencoder = _uri_for_jobs("--autoencoder", request.autoencoder, target)
             return command.with_values(autoencoder=autoencoder), [autoencoder]
     return command, []
 
@@ -176,7 +176,7 @@ def _source(source: str, target: Target) -> str:
         if target.is_remote and (shown := without_queries(archive)) != archive:
             raise BadRequestError(f"{shown}?…: lists and logs would show its query, which may be a signature")
     elif archive != EMBEDDED:
-        archive = _visible("SOURCE", archive, target)
+        archive = _uri_for_jobs("SOURCE", archive, target)
     return f"{inside}::{archive}" if inside else archive
 
 

@@ -94,7 +94,7 @@ def list_jobs(search: Search, *, as_json: bool = False) -> None:
             uri = status.bucket or backend.target.usual_bucket
             # A bucket that is away is tried once, and not for each job.
             is_there = _folders_of_runs(uri) is not None
-            rows.append(_row(status.informed(uri) if is_there else status, backend, uri))
+            rows.append(_row(status.with_outcome(uri) if is_there else status, backend, uri))
             bar.update(number)
     if as_json:
         print_json(rows)
@@ -135,7 +135,7 @@ def show_job(name: str, search: Search, bucket: str, *, as_json: bool = False) -
     """
     _folders_of_runs.cache_clear()
     found = [
-        (backend, status.informed(uri), uri)
+        (backend, status.with_outcome(uri), uri)
         for backend, status in search.find(name)
         for uri in [bucket or status.bucket or backend.target.usual_bucket]
     ]
@@ -143,7 +143,7 @@ def show_job(name: str, search: Search, bucket: str, *, as_json: bool = False) -
     if not found and not gone:
         raise search.unknown(name)
     if as_json:
-        left = [(None, JobStatus(name, State.GONE).informed(uri), uri) for _, uri in gone]
+        left = [(None, JobStatus(name, State.GONE).with_outcome(uri), uri) for _, uri in gone]
         print_json([_row(status, backend, uri) for backend, status, uri in [*found, *left]])
         return
     for backend, status, uri in found:

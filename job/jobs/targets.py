@@ -102,7 +102,7 @@ def _problem(problem: Any) -> str:
 
 
 def _check_printable(value: Any, where: str) -> None:
-    """Returns if all text in a value can be part of a command, a label or a terminal's line, and all keys are text.
+    """Checks that all text in a value can be part of a command, a label or a terminal's line, and all keys are text.
 
     Raises:
         BadConfigError: the message names the key.

@@ -79,7 +79,7 @@ class Watch:
             note(f"{self.spec.name} is {status.state} already: watching it")
             # A job that still waits for its first machine has not run; only the bucket knows of an evicted attempt.
             outcome = read_outcome(self.spec.name, self.spec.bucket)
-            if status.costs or status.attempts > 1 or (outcome and outcome.updated >= status.created):
+            if status.occupies_machine or status.attempts > 1 or (outcome and outcome.updated >= status.created):
                 with suppress(ValueError):
                     self._unseen_seconds = self.now() - datetime.fromisoformat(status.created).timestamp()
         while (status := self._follow()).state is not State.FINISHED:
@@ -99,17 +99,17 @@ class Watch:
             status = self._ask()
             passed, looked_at = self.now() - looked_at, self.now()
             # A machine may have come, or come and gone, between two looks.
-            if status.state.is_over or status.costs or before.costs:
+            if status.state.is_over or status.occupies_machine or before.occupies_machine:
                 self._seen_seconds += passed
             if self._seen_seconds - seen_before > STEADY_SECONDS:
                 self._pause_seconds = FIRST_PAUSE_SECONDS
             if status.state.is_over:
-                return status.informed(self.spec.bucket, self._outcome_before)
-            self._waited_for = None if status.costs or self._waited_for is None else status.message
+                return status.with_outcome(self.spec.bucket, self._outcome_before)
+            self._waited_for = None if status.occupies_machine or self._waited_for is None else status.message
             if (status.state, status.place, status.message) != (before.state, before.place, before.message):
                 place, why = f" in {status.place}" * bool(status.place), f": {status.message}" * bool(status.message)
                 note(f"{self.spec.name} is {status.state}{place}{why}")
-            waited = 0.0 if status.costs else waited + passed
+            waited = 0.0 if status.occupies_machine else waited + passed
             without_image = without_image + passed if before.cause is status.cause is Cause.NO_IMAGE else 0.0
             before = status
             hopeless = self._why_hopeless(status, without_image)
@@ -131,16 +131,16 @@ class Watch:
             return Cause.NO_IMAGE
         # Only hours that were seen may end a job.
         is_out_of_time = self._hours_left(self._seen_seconds) < SHORTEST_HOURS
-        return Cause.OUT_OF_TIME if is_out_of_time and not status.costs else None
+        return Cause.OUT_OF_TIME if is_out_of_time and not status.occupies_machine else None
 
     def _judge(self, status: JobStatus) -> None:
-        """Returns if the job is to be submitted again.
+        """Checks that the job may be submitted again.
 
         Raises:
-            JobEndedError: it is not.
+            JobEndedError: it may not.
             StoppedError: a person stopped it, or its hours are used up.
         """
-        name, code, rule, hours = self.spec.name, status.exit_code, status.retried, f"{self.spec.max_hours:g} hours"
+        name, code, rule, hours = self.spec.name, status.exit_code, status.restart, f"{self.spec.max_hours:g} hours"
         # Its own deadline cancels it as a person would.
         if status.state is State.CANCELLED and self._hours_left() >= SHORTEST_HOURS:
             raise self._ended_by_person(f"was cancelled ({status.message})" if status.message else "was cancelled")

@@ -135,7 +135,7 @@ def local_gpus() -> int:
 
 
 def check_gpus() -> None:
-    """Returns if torch sees the job's GPUs: on a CPU the job would take weeks, at a GPU's price.
+    """Checks that torch sees the job's GPUs: on a CPU the job would take weeks, at a GPU's price.
 
     Raises:
         MissingInputError: this machine lacks the driver, or this PyTorch lacks CUDA.

@@ -216,7 +216,7 @@ class Lease:
             stop.sleep(WATCH_SECONDS)
 
     def confirm(self) -> None:
-        """Returns if this attempt certainly still has the lease; call it before every commit and every delete.
+        """Checks that this attempt certainly still has the lease; call it before every commit and every delete.
 
         It renews the lease, unless the last renewal is younger than `RENEW_SECONDS`.
 

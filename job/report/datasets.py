@@ -116,10 +116,10 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
         print_json(_told(bucket, key))
         return
 
-    from job.data.cache import chosen_images
+    from job.data.cache import uncached_images
     from job.sampling.noise_pictures import write_picture
 
-    images = chosen_images(bucket, key, index)
+    images = uncached_images(bucket, key, index)
     labels = images.labels(np.arange(index.images))
     print(describe_dataset(index, bucket))
     for number, class_name in enumerate(index.classes):

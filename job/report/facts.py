@@ -52,9 +52,9 @@ class Facts:
     """The merged rows of the metrics, in order."""
     grids: list[Grid]
     """Oldest first."""
-    denoising: str
+    newest_gif: str
     """The key of the newest denoising GIF; empty without one."""
-    others: list[str]
+    other_pictures: list[str]
     """The keys of all other pictures."""
     scores: list[Scores]
     parameters: int
@@ -140,7 +140,8 @@ def facts_of(
         rows = metric_rows.read_rows(run, manifest.metrics, say, only_loss) if manifest else []
     places = places_in(run, ObjectKind.PICTURE.folder, ObjectKind.SCORES.folder)
     attempts = spans_of(attempts_of(run), status)
-    pictures, how = [key for key in places if places[key].kind is ObjectKind.PICTURE], config.sample.name(handle.own)
+    pictures = [key for key in places if places[key].kind is ObjectKind.PICTURE]
+    how = config.sample.name(handle.first_drawing)
     grids = [Grid(moment_of(label), key) for label, key in _in_order(pictures, grid_key(_LABEL, how))]
     gifs = [key for _, key in _in_order(pictures, denoising_key(_LABEL, how))]
     shown = {*(grid.key for grid in grids), *gifs[-1:]}
@@ -160,8 +161,8 @@ def facts_of(
         attempts=attempts,
         rows=metric_rows.merged(rows),
         grids=grids,
-        denoising=gifs[-1] if gifs else "",
-        others=[key for key in sorted(pictures) if key not in shown],
+        newest_gif=gifs[-1] if gifs else "",
+        other_pictures=[key for key in sorted(pictures) if key not in shown],
         scores=sorted(scores, key=lambda each: (each.ref.images_seen, each.batch)),
         parameters=_parameters(manifest),
         checkpoints=[moment_of(label) for label in labels],
@@ -172,8 +173,8 @@ def facts_of(
 def _in_order(keys: Iterable[str], pattern: str) -> list[tuple[str, str]]:
     """Returns the labels and keys that match `pattern`, in which `_LABEL` is any label; the oldest first."""
     matches = (re.fullmatch(re.escape(pattern).replace(_LABEL, r"((epoch|images)-(\d+))"), key) for key in keys)
-    handle = sorted((match[2], int(match[3]), match[1], match[0]) for match in matches if match)
-    return [(label, key) for _, _, label, key in handle]
+    found = sorted((match[2], int(match[3]), match[1], match[0]) for match in matches if match)
+    return [(label, key) for _, _, label, key in found]
 
 
 def _parameters(manifest: Manifest | None) -> int:

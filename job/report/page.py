@@ -19,12 +19,20 @@ import numpy as np
 
 from ddpm.figures import smoothed
 from job.config import description_of
-from job.data.cache import chosen_images
+from job.data.cache import uncached_images
 from job.data.shards import CONTACT_SHEET, dataset_key
-from job.report import picture_cache as sizes
 from job.report.datasets import sheet_png
 from job.report.facts import Facts
-from job.report.picture_cache import PictureCache
+from job.report.picture_cache import (
+    DENOISING_BYTES,
+    GRID_BYTES,
+    GRIDS,
+    NEWEST_BYTES,
+    SHEET_BYTES,
+    WIDEST_PIXELS,
+    PictureCache,
+    evenly,
+)
 from job.runs.layout import ObjectKind
 from job.runs.metric_rows import Row
 from job.runs.outlook import duration
@@ -47,26 +55,26 @@ def put_page(facts: Facts, pictures: PictureCache) -> None:
 def run_page(facts: Facts, pictures: PictureCache) -> bytes:
     """Returns the page, sealed with its own hash."""
     run, config = facts.handle.run, facts.config
-    chosen = [facts.grids[i] for i in sizes.evenly(len(facts.grids), sizes.GRIDS)]
+    chosen = [facts.grids[i] for i in evenly(len(facts.grids), GRIDS)]
     grids = [
         {"moment": grid.moment, "src": src}
         for grid in chosen
-        if (src := pictures.get(run, grid.key, sizes.NEWEST_BYTES if grid is chosen[-1] else sizes.GRID_BYTES))
+        if (src := pictures.get(run, grid.key, NEWEST_BYTES if grid is chosen[-1] else GRID_BYTES))
     ]
-    keys = {key: (value, description_of(key, config.model.kind)) for key, value in config.flat().items()}
+    settings = {key: (value, description_of(key, config.model.kind)) for key, value in config.flat().items()}
     html = rendered(
         "run.html",
         {"charts": charts_of(facts), "grids": grids, "unit": "epoch" if facts.epoch_images else "images seen"},
         facts=facts,
         grids=grids,
         left_out=len(facts.grids) - len(chosen),
-        denoising=pictures.get(run, facts.denoising, sizes.DENOISING_BYTES) if facts.denoising else "",
+        denoising=pictures.get(run, facts.newest_gif, DENOISING_BYTES) if facts.newest_gif else "",
         sheet=_sheet(facts, pictures),
         missing=pictures.missing,
         index=facts.handle.index,
         classes=facts.handle.classes,
-        keys=keys,
-        hours=duration,
+        settings=settings,
+        duration=duration,
         python=f'import job\n\nmodel = job.load("{run.uri}")\nimages = model.sample(16, seed=0)',
     )
     pictures.close()
@@ -122,10 +130,10 @@ def _sheet(facts: Facts, pictures: PictureCache) -> str:
         key = dataset_key(shown.name, shown.size)
         with suppress(ObjectMissingError):
             return bucket.read(f"{key}/{CONTACT_SHEET}").data
-        return sheet_png(chosen_images(bucket, key, shown))
+        return sheet_png(uncached_images(bucket, key, shown))
 
     where = bucket.uri_of(dataset_key(index.name, index.size))
-    return pictures.made((where, sizes.SHEET_BYTES, sizes.WIDEST_PIXELS), sheet)
+    return pictures.made((where, SHEET_BYTES, WIDEST_PIXELS), sheet)
 
 
 def charts_of(facts: Facts) -> list[dict[str, Any]]:
@@ -134,6 +142,7 @@ def charts_of(facts: Facts) -> list[dict[str, Any]]:
     charts = []
 
     def chart(name: str, title: str, of: Sequence[tuple[str, str, str]], **more: Any) -> None:
+        """Adds a chart with a curve for each (key in the rows, label, colour in page.css), if a row has one of them."""
         known = [row for row in facts.rows if any(row.get(key) is not None for key, _, _ in of)]
         if not known:
             return

@@ -8,7 +8,7 @@ from contextlib import suppress
 from subprocess import DEVNULL, PIPE, Popen
 
 from job.exits import BadDataError, JobError
-from job.report.small import MEMORY_BYTES, SECONDS
+from job.report.shrink import MEMORY_BYTES, SECONDS
 from job.store import Store
 
 GRIDS = 60
@@ -57,7 +57,7 @@ class PictureCache:
         if name not in self._made:
             self.missing.pop(name[0], None)
             try:
-                self._made[name] = self._small(data(), *name[1:])
+                self._made[name] = self._shrunk(data(), *name[1:])
             except Exception as error:
                 # A picture that cannot be shown must not fail the page.
                 self.missing[name[0]] = str(error) or type(error).__name__
@@ -67,14 +67,14 @@ class PictureCache:
                     self._made[name] = ""
         return self._made.get(name, "")
 
-    def _small(self, data: bytes, most_bytes: int, widest_pixels: int) -> str:
-        """Shrinks a picture in the decoding process; see `small.small`.
+    def _shrunk(self, data: bytes, most_bytes: int, widest_pixels: int) -> str:
+        """Shrinks a picture in the decoding process; see `shrink.shrunk`.
 
         Raises:
             BadDataError: the picture cannot be shown.
         """
         if (child := self._process) is None:
-            command = [sys.executable, "-X", "utf8", "-P", "-c", "from job.report.small import main; main()"]
+            command = [sys.executable, "-X", "utf8", "-P", "-c", "from job.report.shrink import main; main()"]
             # A new session, so that Ctrl-C ends only this program.
             child = self._process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, start_new_session=True)
         assert child.stdin is not None and child.stdout is not None

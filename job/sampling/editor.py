@@ -10,7 +10,7 @@ import torch
 
 from ddpm import editing, figures
 from ddpm.generation import Sampling, Walk
-from job.data.cache import chosen_images
+from job.data.cache import uncached_images
 from job.runs import records
 from job.sampling.painter import Painter, Route
 from job.sampling.sampling_plan import SamplePlan
@@ -39,7 +39,7 @@ class Editor:
             self._shown = plan.given.image[None]
         else:
             assert plan.index is not None
-            cache = chosen_images(plan.bucket, records.dataset_key_of(plan.config), plan.index)
+            cache = uncached_images(plan.bucket, records.dataset_key_of(plan.config), plan.index)
             self._shown = cache.read(np.array(plan.given.numbers))
         self._images = torch.tensor(self._shown).permute(0, 3, 1, 2).to(painter.device).float() / 127.5 - 1
         if plan.given.unknown is None:

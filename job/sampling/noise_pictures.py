@@ -9,7 +9,7 @@ import torch
 
 from ddpm import figures, randomness
 from ddpm.process import TABLES, VariancePreserving
-from job.data.cache import chosen_images
+from job.data.cache import uncached_images
 from job.data.shards import find_dataset, load_index
 from job.exits import BadRequestError
 from job.requests import check_output, parse_numbers
@@ -46,7 +46,7 @@ def noising_picture(bucket_uri: str, dataset: str, size: int | None, timesteps: 
     if len(steps) > index.images:
         raise BadRequestError(f"--timesteps has {len(steps):,} entries, but {index.name} only {index.images:,} images")
     chosen = np.linspace(0, index.images - 1, len(steps)).astype(np.int64)
-    images = chosen_images(bucket, key, index).read(chosen)
+    images = uncached_images(bucket, key, index).read(chosen)
     x_start = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     noise = randomness.sampling_noise(torch.arange(len(steps)), 0, tuple(x_start.shape[1:]), x_start.device)
     _, alpha, sigma = (part.float().view(-1, 1, 1, 1) for part in schedule.numbered(torch.tensor(steps)))

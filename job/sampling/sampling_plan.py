@@ -112,11 +112,11 @@ class SamplePlan(RunHandle):
         """The sampling settings, for people."""
         own = f", {self.custom_sampler.name}" if self.custom_sampler else ""
         edited = f", {self.given.editing.words}" if self.given else ""
-        return f"{self.sample.words(self.own)}{own}{edited}"
+        return f"{self.sample.words(self.first_drawing)}{own}{edited}"
 
     def how(self, seeds: str = "") -> str:
         """Returns everything that decides the images of a checkpoint, as part of a picture's name."""
-        how = self.sample.name(self.own)
+        how = self.sample.name(self.first_drawing)
         how += f"-{self.custom_sampler.words}" if self.custom_sampler else ""
         how += f"-{self.given.editing.name}" if self.given else ""
         return f"{how}-seeds-{file_words(seeds, '_')}" if seeds else how
@@ -136,11 +136,11 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
     if request.classes:
         chosen["labels"] = _labels(request.classes, classes)
     elif given and given.numbers and classes:
-        from job.data.cache import chosen_images
+        from job.data.cache import uncached_images
 
         # An image of the dataset keeps its own class.
         assert of_run.index is not None
-        images = chosen_images(of_run.bucket, records.dataset_key_of(config), of_run.index)
+        images = uncached_images(of_run.bucket, records.dataset_key_of(config), of_run.index)
         chosen["labels"] = images.labels(np.array(given.numbers)).tolist()
     if chosen.get("precision") == config.train.precision:
         chosen["precision"] = "auto"
@@ -273,7 +273,7 @@ def _read_image(option: str, path: str, recipe: Recipe) -> tuple[np.ndarray, str
 
 
 def check_average(run: Store, ref: CheckpointRef, group: str, name: str) -> None:
-    """Returns if a checkpoint has this average, or `ddpm ema` has made it.
+    """Checks that a checkpoint has this average, or `ddpm ema` has made it.
 
     Raises:
         MissingInputError: it is missing; the message says how to make it.

@@ -63,7 +63,7 @@ class SampleSet:
         return kind.key(batch=self.name, piece=piece, seed=seed)
 
     def check(self) -> None:
-        """Returns if the folder is empty, or holds this drawing.
+        """Checks that the folder is empty, or holds this drawing.
 
         Raises:
             BadRequestError: it holds another drawing; the message lists the differences.
@@ -138,7 +138,7 @@ class SampleSet:
         return found
 
     def _check_files(self, index: BatchIndex) -> None:
-        """Returns if a listing has all pieces; `ddpm runs verify` checks their content."""
+        """Checks that a listing has all pieces; `ddpm runs verify` checks their content."""
         found = Counter[str]()
         for entry in self.run.list(f"{SAMPLES}/{self.name}"):
             # With --save png a piece is a folder of images: their sizes are added.

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ddpm import training
-from job.evaluation.evaluation_plan import check_scores
+from job.evaluation.evaluation_plan import check_scores_in_training
 from job.exits import JobError, LostRunError, NotANumberError, State, StoppedError
 from job.plan import Plan, plan_run
 from job.processes import compute
@@ -71,7 +71,7 @@ def run_training(request: TrainRequest, stop: Stop = NEVER) -> Plan:
     if not is_launched():
         # Under torchrun no launcher of ours has checked the request.
         plan = planned()
-        ranks.on_main(lambda: check_scores(plan))
+        ranks.on_main(lambda: check_scores_in_training(plan))
         if ranks.on_main(plan.is_finished):
             return plan
     lease: Lease | None = None

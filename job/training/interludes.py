@@ -232,10 +232,11 @@ class Grid(Interlude):
         return label_of(self.session.state.images_seen, self.plan.index.images, self.config.train.batch_size)
 
     def _drawing_name(self) -> str:
-        return self.config.sample.name(self.plan.own)
+        return self.config.sample.name(self.plan.first_drawing)
 
     def _key(self) -> str:
         return grid_key(self._label(), self._drawing_name())
 
     def _title(self, seeds: Sequence[int]) -> str:
-        return title_of(self.plan.run, moment_of(self._label()), self.config.sample.words(self.plan.own), seeds)
+        words = self.config.sample.words(self.plan.first_drawing)
+        return title_of(self.plan.run, moment_of(self._label()), words, seeds)

@@ -99,7 +99,8 @@ class Recorder:
         status, rows, plan = self._status_of(state), list(self.rows), self.plan
 
         def write(run: Store) -> None:
-            found = RunHandle(plan.bucket, run.within(PAGE_PATIENCE_SECONDS), plan.index, plan.config, plan.own)
+            patient = run.within(PAGE_PATIENCE_SECONDS)
+            found = RunHandle(plan.bucket, patient, plan.index, plan.config, plan.first_drawing)
             try:
                 self._lease.confirm()
                 put_page(facts_of(found, plan.request.run, rows, status), self._page_pictures)

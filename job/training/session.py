@@ -193,7 +193,7 @@ class TrainingSession:
         if crosses(images_seen, self.batch_size, min(self.config.log.every_images, self.plan.index.images)):
             self._log()
         due = [interlude for interlude in self.interludes if interlude.is_due(images_seen)]
-        stopping = stopping or self._is_stopped_in(due, precedes_save=True)
+        stopping = stopping or self._run_due(due, precedes_save=True)
 
         if stopping:
             self.stop.request(ANOTHER_PROCESS)
@@ -209,7 +209,7 @@ class TrainingSession:
         # The checkpoint is queued first: images may never come, and drawing takes long.
         with self.pace.waiting_for_images():
             stopping = stopping or (starved and not self._can_all_begin(1))
-        stopping = stopping or self._is_stopped_in(due, precedes_save=False)
+        stopping = stopping or self._run_due(due, precedes_save=False)
         if recorder is not None:
             recorder.show(self.bar)
         return stopping
@@ -234,7 +234,7 @@ class TrainingSession:
                 return not lacking
             time.sleep(_STARVED_POLL_SECONDS)
 
-    def _is_stopped_in(self, due: list[Interlude], *, precedes_save: bool) -> bool:
+    def _run_due(self, due: list[Interlude], *, precedes_save: bool) -> bool:
         """Runs the interludes of one kind; returns whether a process was asked to stop meanwhile. Collective."""
         try:
             for interlude in due:

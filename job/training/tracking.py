@@ -28,7 +28,7 @@ CLOSE_SECONDS = 10.0
 
 
 def check_tracker(name: str, *, is_asked_for: bool) -> None:
-    """Returns if a tracker has its library, its server's address and its user's login; sends no request for that.
+    """Checks that a tracker has its library, its server's address and its user's login; sends no request for that.
 
     Args:
         name: the tracker.

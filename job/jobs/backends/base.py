@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, ClassVar, NoReturn
 
-from job.exits import BadRequestError, Exit, JobError, MissingInputError, Restart, State, meaning, retried
+from job.exits import BadRequestError, Exit, JobError, MissingInputError, Restart, State, meaning, restart_after
 from job.jobs.backends.target import Target
 from job.jobs.spec import JobSpec
 from job.outcome import Outcome, read_outcome
@@ -69,18 +69,18 @@ class JobStatus:
         return cls(name, State.FAILED, f"ended with code {code}: {meaning(code)}", code)
 
     @property
-    def costs(self) -> bool:
-        """Returns whether it has a machine, if its engine reports that."""
+    def occupies_machine(self) -> bool:
+        """Returns whether it runs, or waits on a machine that costs as much, if its engine reports that."""
         return self.state is State.RUNNING or self.has_machine
 
     @property
-    def retried(self) -> Restart:
+    def restart(self) -> Restart:
         """Returns whether it is tried again, by its cause and else by its exit code."""
         if self.cause is not None:
             return Restart.ALWAYS if self.cause is Cause.TAKEN_AWAY else Restart.NEVER
-        return Restart.BOUNDED if self.exit_code is None else retried(self.exit_code)
+        return Restart.BOUNDED if self.exit_code is None else restart_after(self.exit_code)
 
-    def informed(self, bucket_uri: str, earlier: Outcome | None = None) -> JobStatus:
+    def with_outcome(self, bucket_uri: str, earlier: Outcome | None = None) -> JobStatus:
         """Returns this status with the facts in the job's bucket: its starts, and how it or its last attempt ended.
 
         The engine's own facts win.
@@ -107,7 +107,7 @@ class JobStatus:
             status,
             state=State.FINISHED if is_finished else self.state,
             exit_code=code,
-            failures=self.failures * (retried(code) is Restart.BOUNDED),
+            failures=self.failures * (restart_after(code) is Restart.BOUNDED),
             # The engine would report a finished process as killed.
             message=outcome.message or self.message * (not is_finished),
             # A code that would come again counts more than the loss of the machine.

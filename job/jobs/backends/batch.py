@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from job.exits import BadRequestError, Restart, State, retried
+from job.exits import BadRequestError, Restart, State, restart_after
 from job.jobs.backends import google
 from job.jobs.backends.base import Cause, JobStatus, JsonObject
 from job.jobs.backends.confinement import SCRATCH
@@ -47,7 +47,7 @@ _RESERVED: dict[int, tuple[str, Cause | None]] = {
     50006: ("its machine was made again", Cause.TAKEN_AWAY),
 }
 """Batch's own exit codes (cloud.google.com/batch/docs/troubleshooting#reserved-exit-codes)."""
-FAILING_CODES = [*(code for code in range(1, 256) if retried(code) is Restart.NEVER), 50004, 50005]
+FAILING_CODES = [*(code for code in range(1, 256) if restart_after(code) is Restart.NEVER), 50004, 50005]
 """The exit codes, of the program and of Batch, after which a task is not tried again."""
 
 
@@ -216,10 +216,10 @@ def batch_status(found: JsonObject, tasks: Sequence[JsonObject]) -> JobStatus:
     codes = [(task["status"].get("state"), _codes_of(task)) for task in tasks]
     if state is State.FAILED:
         ends = [_ended_task(name, each[-1]) for ended, each in codes if ended == "FAILED" and each]
-        status = max(ends, key=lambda end: end.retried, default=status)
+        status = max(ends, key=lambda end: end.restart, default=status)
     starts = sum(event.get("taskState") == "RUNNING" for task in tasks for event in _events(task))
     failures = max(
-        [0, *(sum(_ended_task(name, code).retried is Restart.BOUNDED for code in each) for _, each in codes)]
+        [0, *(sum(_ended_task(name, code).restart is Restart.BOUNDED for code in each) for _, each in codes)]
     )
     created = utc_text(found["createTime"])
     return replace(status, attempts=starts, failures=failures, created=created, place=_region(found))

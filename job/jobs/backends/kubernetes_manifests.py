@@ -121,14 +121,14 @@ def _pods(spec: JobSpec, target: KubernetesTarget, when_taken_away: str, *rules:
     }
 
 
-def _on_codes(action: str, operator: str, retried: Restart) -> JsonObject:
-    codes = {"containerName": CONTAINER, "operator": operator, "values": _codes(retried)}
+def _on_codes(action: str, operator: str, restart: Restart) -> JsonObject:
+    codes = {"containerName": CONTAINER, "operator": operator, "values": _codes(restart)}
     return {"action": action, "onExitCodes": codes}
 
 
-def _codes(retried: Restart) -> list[int]:
-    """Returns the exit codes of failures that are retried so, in order."""
-    return sorted(int(code) for code, row in TABLE.items() if row.retried is retried and code != Exit.FINISHED)
+def _codes(restart: Restart) -> list[int]:
+    """Returns the exit codes of failures with this rule of restarts, in order."""
+    return sorted(int(code) for code, row in TABLE.items() if row.restart is restart and code != Exit.FINISHED)
 
 
 def _pod(spec: JobSpec, target: KubernetesTarget) -> JsonObject:

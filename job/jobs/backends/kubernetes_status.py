@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from job.exits import Exit, Restart, State, meaning, retried
+from job.exits import Exit, Restart, State, meaning, restart_after
 from job.jobs.backends.base import Cause, JobStatus, JsonObject
 from job.jobs.backends.kubernetes_manifests import CONTAINER, INDEX_ANNOTATION, QUEUE_LABEL
 from job.jobs.spec import RETRIES
@@ -51,7 +51,7 @@ def observed_status(
         cause=cause,
         has_machine=state is State.WAITING and bool(placed),
     )
-    gave_up = state is State.FAILED and status.retried is Restart.BOUNDED
+    gave_up = state is State.FAILED and status.restart is Restart.BOUNDED
     spec = {**job.get("spec", {}), **job.get("spec", {}).get("failurePolicy", {})}
     limit = spec.get("maxRestarts", spec.get("backoffLimitPerIndex", spec.get("backoffLimit", RETRIES)))
     return replace(status, failures=limit + 1 if gave_up else _counted(job, pods))
@@ -182,7 +182,9 @@ def _attempts(job: JsonObject, pods: Sequence[JsonObject]) -> int:
 def _counted(job: JsonObject, pods: Sequence[JsonObject]) -> int:
     """Returns the number of a job's failures that count: the restarts of a group, or those of the worst slice."""
     ends = [(index_of(pod), _end_of(pod)) for pod in pods]
-    counted = [index for index, end in ends if end is not None and retried(int(end["exitCode"])) is Restart.BOUNDED]
+    counted = [
+        index for index, end in ends if end is not None and restart_after(int(end["exitCode"])) is Restart.BOUNDED
+    ]
     restarts = int(job.get("status", {}).get("restartsCountTowardsMax") or 0)
     return max([restarts, *map(counted.count, counted)])
 
@@ -204,7 +206,7 @@ def _failures(pods: Sequence[JsonObject]) -> list[JsonObject]:
 
 def _decisive_end(pods: Sequence[JsonObject]) -> JsonObject | None:
     """Returns the end that made a job fail: after a fatal one the others of a group are stopped, and end with 75."""
-    return max(reversed(_failures(pods)), key=lambda end: retried(int(end["exitCode"])), default=None)
+    return max(reversed(_failures(pods)), key=lambda end: restart_after(int(end["exitCode"])), default=None)
 
 
 def _why_failed(condition: JsonObject, pods: Sequence[JsonObject]) -> str:

@@ -67,7 +67,7 @@ class LocalRecord:
         if self.process() is not None:
             return status
         why = f"its process ended, or was killed: see `ddpm jobs logs {self.name}`"
-        status = replace(status, state=State.GONE, message=why).informed(self.bucket)
+        status = replace(status, state=State.GONE, message=why).with_outcome(self.bucket)
         return status if status.exit_code is None else replace(status, state=ended_here(status.exit_code))
 
 

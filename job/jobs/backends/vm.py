@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from job.exits import JobError, Restart, State, retried
+from job.exits import JobError, Restart, State, restart_after
 from job.jobs.backends import google
 from job.jobs.backends.base import Cause, JobStatus, JsonObject
 from job.jobs.backends.confinement import SCRATCH
@@ -256,7 +256,7 @@ def last_events(name: str, entries: Iterable[JsonObject]) -> dict[int, JobStatus
                 lost = [index for index, one in parts.items() if one.state is State.GONE]
                 parts |= {index: replace(parts[index], state=State.CANCELLED, message=event) for index in lost}
             # A code that would come again counts more than the loss of the machine.
-            case "taken" if retried(code) is not Restart.NEVER:
+            case "taken" if restart_after(code) is not Restart.NEVER:
                 if part.state is not State.CANCELLED:
                     parts[number] = replace(part, message="its machine was taken away", cause=Cause.TAKEN_AWAY)
             case "ended" | "taken":
@@ -273,7 +273,7 @@ def vm_status(name: str, machines: Sequence[JsonObject], parts: Mapping[int, Job
         found[number] = _of_machine(machine, found[number])
     if len(found) == 1:
         return found[0]
-    worst = max(found, key=lambda part: (part.state.order, part.retried))
+    worst = max(found, key=lambda part: (part.state.order, part.restart))
     message = f"{sum(part.state is State.FINISHED for part in found)} of {len(found)} slices finished"
     if worst.message:
         message += f"; slice {found.index(worst)}: {worst.message}"

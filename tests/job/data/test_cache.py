@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from job.data.cache import DecodedCache, ImageCache, ShardCache, chosen_images, default_cache_dir, open_cache
+from job.data.cache import DecodedCache, ImageCache, ShardCache, default_cache_dir, open_cache, uncached_images
 from job.data.order import Order
 from job.data.shards import OFFSETS_DTYPE
 from job.exits import BadConfigError, BadDataError, BucketAwayError, DiskFullError, Exit, StoppedError
@@ -209,7 +209,7 @@ def test_few_images_need_no_shard(tmp_path, monkeypatch):
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
     written = write_dataset(str(tmp_path / "bucket"), tmp_path)
     bucket = FarStore(tmp_path / "bucket")
-    images = chosen_images(bucket, KEY, written.index)
+    images = uncached_images(bucket, KEY, written.index)
     np.testing.assert_array_equal(images.labels(np.arange(22)), written.labels)
     for indices in ([0], [21, 3, 4, 5, 3], list(range(22))):
         np.testing.assert_array_equal(images.read(np.array(indices)), written.pixels[indices])

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from ddpm import metrics
-from job.evaluation.evaluate import seen
+from job.evaluation.evaluate import features_of
 from job.evaluation.extractors import locate_extractor
 from job.store import open_store
 
@@ -45,10 +45,11 @@ def noisy(images: np.ndarray, sigma: float) -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["inception", "mobilenet"])
 def test_scores_grow_with_the_damage(tmp_path, name):
-    see = locate_extractor(name, open_store(str(tmp_path))).load(torch.device("cpu"))
+    extract = locate_extractor(name, open_store(str(tmp_path))).load(torch.device("cpu"))
 
     def features(images: np.ndarray) -> torch.Tensor:
-        return torch.cat([seen(see, part, torch.device("cpu"))["features"] for part in np.array_split(images, 8)])
+        parts = [features_of(extract, part, torch.device("cpu")) for part in np.array_split(images, 8)]
+        return torch.cat([part["features"] for part in parts])
 
     one, other = halves()
     real = features(one)

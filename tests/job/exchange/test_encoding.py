@@ -12,7 +12,7 @@ import torch
 
 from ddpm.generation import noise_of
 from job.data.autoencoder import latents_of
-from job.data.cache import chosen_images
+from job.data.cache import uncached_images
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
 from job.data.shards import INDEX, OFFSETS_DTYPE, load_index
@@ -84,7 +84,7 @@ def test_latents_are_the_autoencoders(bucket, autoencoder):
     index, source = load_index(store, KEY), load_index(store, "datasets/tiles-16")
     assert len(index.shards) == len(source.shards) > 2
     assert (index.size, index.channels, index.dtype, index.classes) == (8, 4, "float16", source.classes)
-    pixels = chosen_images(store, "datasets/tiles-16", source).read(np.arange(source.images))
+    pixels = uncached_images(store, "datasets/tiles-16", source).read(np.arange(source.images))
     with torch.no_grad():
         theirs = judge(autoencoder).encode(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
     theirs = torch.cat([theirs.mean, theirs.logvar], dim=1)
@@ -92,8 +92,8 @@ def test_latents_are_the_autoencoders(bucket, autoencoder):
     samples = list(webdataset.WebDataset(paths, shardshuffle=False, empty_check=False).decode())
     ours = torch.from_numpy(np.stack([sample["npy"] for sample in samples])).float()
     assert (ours - theirs).abs().max() < 2e-3
-    assert [sample["cls"] for sample in samples[:3]] == chosen_images(store, KEY, index).labels(np.arange(3)).tolist()
-    stored = chosen_images(store, KEY, index).read(np.arange(index.images)).view(np.float16)
+    assert [sample["cls"] for sample in samples[:3]] == uncached_images(store, KEY, index).labels(np.arange(3)).tolist()
+    stored = uncached_images(store, KEY, index).read(np.arange(index.images)).view(np.float16)
     assert np.array_equal(stored.transpose(0, 3, 1, 2), np.stack([sample["npy"] for sample in samples]))
     # Measured over what is drawn.
     drawn = latents_of(index).drawn(0, torch.arange(index.images), ours)

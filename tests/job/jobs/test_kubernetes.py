@@ -60,7 +60,7 @@ def test_bucket_knows_attempts_without_pods(server, backend, job, tmp_path, monk
     plural, bucket = "jobs" if job.nodes == 1 else "jobsets", str(tmp_path)
 
     def told():
-        status = backend.status(NAME).informed(bucket)
+        status = backend.status(NAME).with_outcome(bucket)
         return status.state, status.attempts, status.message
 
     backend.submit(job)
@@ -83,10 +83,10 @@ def test_bucket_knows_attempts_without_pods(server, backend, job, tmp_path, monk
         )
     # Who stopped, however often, has not failed, though Kubernetes gives up.
     server.end_job(NAME, "Failed", "in its own words", plural)
-    assert (backend.status(NAME).failures, backend.status(NAME).informed(bucket).failures) == (5, 0)
+    assert (backend.status(NAME).failures, backend.status(NAME).with_outcome(bucket).failures) == (5, 0)
     # What was before this job is another one's.
     later = replace(backend.status(NAME), created="2100-01-01T00:00:00Z")
-    assert later.informed(bucket) == later
+    assert later.with_outcome(bucket) == later
 
 
 def test_ended_slice_is_no_attempt(tmp_path, monkeypatch):
@@ -95,7 +95,7 @@ def test_ended_slice_is_no_attempt(tmp_path, monkeypatch):
         monkeypatch.setenv("DDPM_JOB", name)
         with suppress(StoppedError), outcome_written(str(tmp_path), 0, 2):
             raise StoppedError("stopped by SIGTERM")
-        assert JobStatus(name, State.WAITING).informed(str(tmp_path)).message == "", verb
+        assert JobStatus(name, State.WAITING).with_outcome(str(tmp_path)).message == "", verb
 
 
 def test_queue_must_exist_before_the_job(server):

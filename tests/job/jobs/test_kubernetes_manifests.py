@@ -10,7 +10,7 @@ from itertools import product
 
 import pytest
 
-from job.exits import BadRequestError, Restart, retried
+from job.exits import BadRequestError, Restart, restart_after
 from job.jobs.backends.kubernetes_manifests import manifest
 from job.processes.group import Group
 from job.stop import GRACE_VARIABLE as GRACE
@@ -92,7 +92,7 @@ def ended_by(policy, code, disrupted=False):
 def test_exit_codes_are_retried_by_table(case):
     job = job_of(manifest(*CASES[case]))
     for code in range(1, 256):
-        rule = retried(code)
+        rule = restart_after(code)
         action, message = ended_by(job["podFailurePolicy"], code)
         if case != "two-nodes":
             # What is wrong with a slice may be wrong with its machine alone.

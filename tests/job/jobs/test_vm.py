@@ -173,7 +173,7 @@ def test_the_slice_that_failed_worst_decides(cloud, backend):
             cloud.logging.ended(SLICED, code, index, 2)
         cloud.compute.vanish()
         status = backend.status(SLICED)
-        assert (status.state, status.exit_code, status.retried) == (State.FAILED, 65, Restart.NEVER)
+        assert (status.state, status.exit_code, status.restart) == (State.FAILED, 65, Restart.NEVER)
         assert f"slice {codes.index(65)}" in status.message
 
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from job.exits import JobError, MissingInputError, Restart, retried
+from job.exits import JobError, MissingInputError, Restart, restart_after
 from job.processes import group
 from tests.job.command_line import environment
 from tests.job.launching import children, ended, eventually, is_gone, ready_pids, start
@@ -175,7 +175,7 @@ def test_missing_gpus_are_refused(monkeypatch, tmp_path):
         JobError, match="was given 8 GPUs, and PyTorch sees 1: a GPU failed, or the driver is too old"
     ) as lost:
         group.check_gpus()
-    assert retried(lost.value.exit_code) is Restart.BOUNDED
+    assert restart_after(lost.value.exit_code) is Restart.BOUNDED
     monkeypatch.undo()
     # No machine would have these.
     monkeypatch.setenv(group.GPUS, "1")

@@ -14,7 +14,7 @@ import webdataset
 from PIL import Image
 
 from ddpm.generation import noise_of
-from job.data.cache import chosen_images
+from job.data.cache import uncached_images
 from job.data.shards import load_index
 from job.runs.verification import verify_run
 from job.store import open_store
@@ -44,7 +44,7 @@ def sampled(bucket: Path) -> Callable[..., dict[str, np.ndarray]]:
 def images_of(bucket: Path, *numbers: int) -> np.ndarray:
     store = open_store(str(bucket))
     index = load_index(store, "datasets/tiles-16")
-    return chosen_images(store, "datasets/tiles-16", index).read(np.array(numbers)).astype(np.int16)
+    return uncached_images(store, "datasets/tiles-16", index).read(np.array(numbers)).astype(np.int16)
 
 
 def tiles_of(picture: np.ndarray, columns: int, left: int = 0) -> np.ndarray:

@@ -21,7 +21,7 @@ MEMORY_BYTES, SECONDS = 1 << 30, 20
 """Limits of the program: address space, and processor time for each picture."""
 
 
-def small(data: bytes, most_bytes: int, widest_pixels: int) -> str:
+def shrunk(data: bytes, most_bytes: int, widest_pixels: int) -> str:
     """Returns a PNG, or the animation of a GIF, as the data URI of a WebP of at most about `most_bytes`.
 
     Raises:
@@ -64,7 +64,7 @@ def main() -> None:
         # Counts processor time, so that a busy machine loses no pictures. Its signal ends the process.
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
-            answer = small(sys.stdin.buffer.read(size_bytes), most_bytes, widest_pixels)
+            answer = shrunk(sys.stdin.buffer.read(size_bytes), most_bytes, widest_pixels)
         # For broken files decoders raise anything from SyntaxError to ZeroDivisionError.
         except Exception as error:
             # Pillow's message ends with the address of a Python object.
