@@ -178,8 +178,7 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, precision: str = "auto")
         )
     elif stored.data.dataset != request.dataset:
         raise BadRequestError(
-            f"run {request.run!r} in {bucket.uri} has another dataset, {stored.data.dataset!r}: "
-            f"choose another name with --run"
+            f"run {request.run!r} in {bucket.uri} has another dataset, {stored.data.dataset!r}: choose another --run"
         )
     elif request.preset and request.preset != stored.preset:
         config = draft(request.preset, request.changes)
@@ -199,7 +198,7 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, precision: str = "auto")
             f"(ddpm runs delete {request.run} --yes)"
         )
     changes = changed_for_attempt(stored, config, request.run) if stored is not None else {}
-    first_drawing, held_out = (stored or config).sample, None
+    held_out = None
     if index.held_out and config.log.validate_epochs:
         held_out = load_index(bucket, dataset_key(index.held_out, index.size))
     return Plan(
@@ -207,7 +206,7 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, precision: str = "auto")
         run,
         index,
         config,
-        first_drawing,
+        (stored or config).sample,
         request=request,
         changes=changes,
         is_new=stored is None,
