@@ -154,8 +154,8 @@ class Plan(RunHandle):
 def plan_run(request: TrainRequest, stop: Stop = NEVER, precision: str = "auto") -> Plan:
     """Finds the dataset and the run, and resolves the configuration. Writes nothing.
 
-    The base is the run's stored configuration, so that presets of a newer program cannot change a run. The changes of
-    the last attempt stay until an option replaces them.
+    Presets of a newer program cannot change a run, whose stored configuration is the base. The changes of the last
+    attempt stay until an option replaces them.
 
     Args:
         request: the options of `ddpm train`.
@@ -198,9 +198,8 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, precision: str = "auto")
             f"(ddpm runs delete {request.run} --yes)"
         )
     changes = changed_for_attempt(stored, config, request.run) if stored is not None else {}
-    held_out = None
-    if index.held_out and config.log.validate_epochs:
-        held_out = load_index(bucket, dataset_key(index.held_out, index.size))
+    validates = index.held_out and config.log.validate_epochs
+    held_out = load_index(bucket, dataset_key(index.held_out, index.size)) if validates else None
     return Plan(
         bucket,
         run,
