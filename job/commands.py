@@ -17,7 +17,7 @@ from job.config import EMBEDDED, pack_config
 from job.evaluation.evaluation_plan import check_library, check_scores_in_training, plan_evaluation
 from job.exits import BadDataError, MissingInputError
 from job.outcome import outcome_written
-from job.pieces import WHOLE, Slice
+from job.pieces import IF_NONE_RUNS, WHOLE, Slice
 from job.plan import Plan, plan_run
 from job.processes.group import Group, check_gpus, default_processes
 from job.processes.launched import is_rank
@@ -162,7 +162,7 @@ def _say_made(index: DatasetIndex | None, bucket: Store, name: str, slice_text: 
     from job.report.datasets import describe_dataset
 
     if index is None:
-        print(f"{name}: slice {slice_text} is done; other machines are making the rest")
+        print(f"{name}: slice {slice_text} is done; other machines are making the rest; {IF_NONE_RUNS}")
     else:
         print(describe_dataset(index, bucket))
 

@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,7 +29,7 @@ from job.processes.lease import LEASE_KEY, RENEW_SECONDS, Lease, claim_version
 from job.progress import Progress
 from job.sealed import SHA256_PATTERN, Moment, NamedObject, Sealed, code_version, utc_now
 from job.stop import NEVER, Stop
-from job.store import ObjectExistsError, Store
+from job.store import ObjectExistsError, ObjectMissingError, Store
 
 if TYPE_CHECKING:
     from job.processes.ranks import Ranks
@@ -39,6 +39,7 @@ TRANSFERS = 16
 """Objects that are read or written at a time."""
 BATCH_TASK_INDEX = "BATCH_TASK_INDEX"
 """The variable in which Google Batch gives each task its number."""
+IF_NONE_RUNS = "if none of them runs any more, the same command makes the rest"
 _POLL_SECONDS, _POLL_CLAIMS_SECONDS = 0.05, 1.0
 
 
@@ -117,6 +118,7 @@ class Pieces:
         *,
         folder: str = "",
         share: Slice = WHOLE,
+        result: str = "",
         equal_bytes: bool = False,
     ) -> None:
         """Prepares the work without any request.
@@ -127,18 +129,22 @@ class Pieces:
             sizes: the size of each piece, such as its number of images; one for every piece.
             folder: the folder of the store with records and claims.
             share: the pieces that this machine makes first.
+            result: the key of the object after which the records are deleted; empty if they stay.
             equal_bytes: whether every machine makes the same bytes, so that a different file under a key is an error.
                 Otherwise a file that a killed process left is accepted.
         """
         self.store, self.fingerprint, self.sizes = store, fingerprint, sizes
         above = f"{folder}/" if folder else ""
         self._records_folder, self._claims_folder = f"{above}{RECORDS}", f"{above}{CLAIMS}"
-        self._share, self._equal_bytes = share, equal_bytes
+        self._share, self._result, self._equal_bytes = share, result, equal_bytes
 
     def committed(self) -> set[int]:
-        """Returns the numbers of the committed pieces, from a listing."""
+        """Returns the numbers of the committed pieces, from a listing; all of them once the result exists."""
         there = {entry.key for entry in self.store.list(self._records_folder)}
-        return {number for number in range(len(self.sizes)) if self._record_key(number) in there}
+        numbers = {number for number in range(len(self.sizes)) if self._record_key(number) in there}
+        # Another machine may be deleting the records: it created the result before, so this looks for it after them.
+        is_finished = len(numbers) < len(self.sizes) and self._is_finished()
+        return {*range(len(self.sizes))} if is_finished else numbers
 
     def missing(self) -> list[int]:
         """Returns the numbers of the missing pieces, in order."""
@@ -268,7 +274,9 @@ class Pieces:
     def _checked_committed(self) -> set[int]:
         """Returns the committed pieces; raises `OtherWorkError` if the first of them belongs to other work."""
         committed = self.committed()
-        self.records(sorted(committed)[:1])
+        # Without a record: another machine has created the result, and deletes them.
+        with suppress(ObjectMissingError):
+            self.records(sorted(committed)[:1])
         return committed
 
     def _shared_out(self, own: list[int], made: set[int], rank: int, world_size: int, stop: Stop) -> Iterator[int]:
@@ -296,6 +304,8 @@ class Pieces:
     def _takes(self, number: int, claim: ExitStack, stop: Stop) -> bool:
         """Returns whether this process makes a piece now; if machines share the work, it then holds the claim."""
         if self._share.count > 1:
+            if self._is_made(number):
+                return False
             try:
                 lease = Lease.take(self._claim(number), 0, 0.0, stop, lambda text: None)
             except LostRunError:
@@ -303,7 +313,13 @@ class Pieces:
                 return False
             claim.callback(lease.close)
         # Another process may have made it since it was listed.
-        return not self.store.exists(self._record_key(number))
+        return not self._is_made(number)
+
+    def _is_made(self, number: int) -> bool:
+        return self.store.exists(self._record_key(number)) or self._is_finished()
+
+    def _is_finished(self) -> bool:
+        return bool(self._result) and self.store.exists(self._result)
 
     def _stored(self, key: str, content: bytes | Path) -> NamedObject:
         named = NamedObject.of(key, content)

@@ -80,12 +80,13 @@ def pack(
     with scratch_folder("pack") as folder:
         kind = _InPlace if request.tars else _Copying
         packing = kind(bucket, request, folder, stop=stop, shard_images=shard_images)
-        pieces = Pieces(dataset, packing.fingerprint, packing.sizes, share=share, equal_bytes=True)
+        pieces = Pieces(dataset, packing.fingerprint, packing.sizes, share=share, result=shards.INDEX, equal_bytes=True)
         try:
-            if share != WHOLE and (made := _made(bucket, key, packing.fingerprint)):
+            if made := _made(bucket, key, packing.fingerprint):
                 return made
             dataset.check_writable(f"{PIECES}/{uuid.uuid4().hex}")
-            packing.reject(*_rejects_in(pieces.records(sorted(pieces.committed()), stop)))
+            with suppress(ObjectMissingError):
+                packing.reject(*_rejects_in(pieces.records(sorted(pieces.committed()), stop)))
             pieces.make_missing(packing.made, f"packing {request.name}", unit=packing.unit, stop=stop)
             # A run that finds this dataset looks for its held-out part.
             if request.held_out and not is_whole(bucket, request.parts()[0]):

@@ -22,7 +22,7 @@ from job.evaluation.evaluation_plan import EvaluatePlan, Evaluation, reference_f
 from job.evaluation.feature_folder import Named
 from job.evaluation.validation import validation_row
 from job.exits import BadDataError
-from job.pieces import WHOLE, Advance, Made, Slice
+from job.pieces import IF_NONE_RUNS, WHOLE, Advance, Made, Slice
 from job.plan import RunHandle
 from job.processes.ranks import Ranks, meet
 from job.progress import Progress
@@ -62,7 +62,7 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
                 _draw_features(evaluation, painter, sampling, extract)
             folders = [reference_folder(plan.sampling, plan.reference), *(evaluation.folder for evaluation in todo)]
             if missing := ranks.on_main(lambda: sum(len(folder.pieces.missing()) for folder in folders)):
-                others = f"{missing:,} pieces are to come from other machines, of which the last one scores"
+                others = f"{missing:,} pieces are to come from other machines; {IF_NONE_RUNS}"
                 ranks.on_main(lambda: print(f"{plan.request.run}  (slice {plan.request.slice} is done: {others})"))
                 return
             if real is None:
@@ -109,7 +109,10 @@ def real_features(
     chosen = Order((reference.of_images,), seed=0).indices(np.arange(folder.count))
     images = of_run.opened_images(stop, index=of_run.pictures())
     folder.pieces.make_missing(make, f"looking at {reference.dataset}", stop=stop, ranks=ranks)
-    return None if ranks.on_main(folder.pieces.missing) else ranks.only_on_main(folder.load) or {}
+    if ranks.on_main(folder.pieces.missing):
+        return None
+    ranks.on_main(lambda: folder.pieces.clear(records=False))
+    return ranks.only_on_main(folder.load) or {}
 
 
 def _draw_features(evaluation: Evaluation, painter: Painter, sampling: Sampling, extract: ExtractorFunction) -> None:

@@ -92,7 +92,8 @@ class Evaluation:
         """The features of the images."""
         drawing, key = self.sample_set.drawing, PurePosixPath(ObjectKind.SCORES.key(batch=self.name))
         store = self.sample_set.run.sub(str(key.parent))
-        return FeatureFolder(store, self.fingerprint, drawing.count, drawing.piece_images, self.sample_set.share)
+        share = self.sample_set.share
+        return FeatureFolder(store, self.fingerprint, drawing.count, drawing.piece_images, share=share, result=key.name)
 
     @property
     def ref(self) -> CheckpointRef:

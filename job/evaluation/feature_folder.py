@@ -28,6 +28,7 @@ class FeatureFolder:
         count: the number of images.
         piece_images: the number of images in a piece.
         share: the pieces that this machine makes first.
+        result: the key of the scores after which the features are deleted; empty if they stay.
     """
 
     store: Store
@@ -35,12 +36,13 @@ class FeatureFolder:
     count: int
     piece_images: int
     share: Slice = WHOLE
+    result: str = ""
 
     @property
     def pieces(self) -> Pieces:
         """The pieces of work."""
         sizes = [len(self.numbers(piece)) for piece in range(-(-self.count // self.piece_images))]
-        return Pieces(self.store, self.fingerprint, sizes, share=self.share)
+        return Pieces(self.store, self.fingerprint, sizes, share=self.share, result=self.result)
 
     def numbers(self, piece: int) -> range:
         """Returns the images of a piece, of `count`."""
@@ -67,10 +69,10 @@ class FeatureFolder:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def delete(self) -> None:
-        """Deletes the pieces."""
-        for record in self.pieces.records(self.pieces.committed()):
-            self.pieces.forget(record)
-        self.pieces.clear(records=True)
+        """Deletes all but the result."""
+        for entry in self.store.list():
+            if entry.key != self.result:
+                self.store.delete(entry.key)
 
     def _load(self, pieces: Pieces, record: PieceRecord) -> Named:
         from safetensors import SafetensorError

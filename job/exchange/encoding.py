@@ -164,7 +164,8 @@ def _is_made(part: _Part, encoder: _Encoder) -> bool:
 def _pieces(part: _Part, encoder: _Encoder, slice_text: str) -> Pieces:
     """Returns the pieces: a shard of latents for each shard of images."""
     sizes = [shard.images for shard in part.source.shards]
-    return Pieces(part.dataset, encoder.fingerprint(part.source), sizes, share=Slice.parse(slice_text))
+    share = Slice.parse(slice_text)
+    return Pieces(part.dataset, encoder.fingerprint(part.source), sizes, share=share, result=shards.INDEX)
 
 
 def _is_there(part: _Part, what: str) -> BadRequestError:

@@ -22,7 +22,7 @@ from ddpm.generation import Sampling
 from job.config.method import sampling_of
 from job.data.autoencoder import load_decoder
 from job.data.cache import ImageCache
-from job.pieces import Advance, Made
+from job.pieces import IF_NONE_RUNS, Advance, Made
 from job.processes.ranks import Agreement, Ranks, meet
 from job.requests import GIF_SEEDS, parse_numbers
 from job.runs.drawings import denoising_key, file_words, grid_key, moment_of, put_picture, title_of
@@ -155,7 +155,7 @@ def _draw_set(
 
     def finish() -> None:
         if missing := pieces.missing():
-            others = f"{len(missing):,} of {drawing.pieces:,} pieces are to come from other machines"
+            others = f"{len(missing):,} of {drawing.pieces:,} pieces are to come from other machines; {IF_NONE_RUNS}"
             print(f"{sample_set.folder.uri}  (slice {plan.request.slice} is done: {note}; {others})")
             return
         if sample_set.index() is None:

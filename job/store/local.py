@@ -101,7 +101,8 @@ class LocalStore(Store):
 
     def _delete(self, key: str) -> None:
         path = self._path(key)
-        absent = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+        # FileLock finds its folder existing and then gone, if another process removes it just then.
+        absent = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
         with suppress(*absent), folder_lock(path.parent):
             path.unlink()
         # A folder that is not empty stays, so a writer that has just begun does not lose it.

@@ -90,6 +90,23 @@ def test_one_machine_alone_makes_no_claims(store):
     assert (again.work(), again.made) == (0, [])
 
 
+def test_finished_work_is_not_made_again(store):
+    """Another machine may finish the work and clear it up while this one still walks along its list."""
+    late, quick = (Pieces(store, WORK, [1] * COUNT, share=Slice(index, 2), result="index.json") for index in range(2))
+    made = []
+
+    def make(number, advance):
+        made.append(number)
+        for missing in quick.missing():
+            quick.commit(missing, Made({f"{missing}.txt": b"the same"}))
+        store.create("index.json", b"names all")
+        quick.clear(records=True)
+        return Made({f"{number}.txt": b"the same"})
+
+    late.make_missing(make, "testing")
+    assert made == [0] and late.missing() == []
+
+
 KILLED = """
 import sys, time
 from job.processes.lease import Lease

@@ -102,5 +102,6 @@ def test_evaluating(walked, tmp_path):
         else:
             assert finished_by(*words, bucket, kills=4) == [0] * MACHINES
         (path,) = bucket.glob("runs/walk/evaluations/*/scores.json")
+        assert not list(bucket.rglob("claims/*"))
         scores.append(json.loads(path.read_text())["values"])
     assert scores[0] == scores[1]

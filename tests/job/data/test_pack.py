@@ -71,6 +71,9 @@ def test_any_container_gives_the_same_dataset(tmp_path, source, undisturbed, mon
     assert other.source_sha256 != indices[0].source_sha256
     with pytest.raises(BadRequestError, match=r"small-16 is there already: 60 images of pets.zip, crop center"):
         packed(tmp_path / "bucket-0", source, crop="squash")
+    assert packed(tmp_path / "bucket-0", source, slice="0/1").dataset_id == other.dataset_id
+    with pytest.raises(BadRequestError, match="holds shards of other images"):
+        packed(tmp_path / "bucket-0", zip_of(tmp_path / "c.zip", FILES[1:]), slice="0/1")
     assert objects(tmp_path / "bucket-0") == undisturbed
 
 
