@@ -227,7 +227,9 @@ def train(
             with nullcontext() if last else accelerator.no_sync(network):
                 no_estimate = torch.zeros_like(x_start) if diffusion.self_conditioning else None
                 condition = Condition(None if labels is None else labels[part], no_estimate, applied)
-                losses = objective.losses(network, x_start, noise, Drawn(*points[:, part]), condition, twice)
+                losses = objective.losses(
+                    network, x_start, noise, Drawn(*points[:, part]), condition, conditions_on_itself=twice
+                )
                 balanced = losses
                 if uncertainty is not None:
                     u = uncertainty(points[0, part])

@@ -28,8 +28,8 @@ def write_report(bucket_uri: str, name: str, open_it: bool, output: Path | None)
         raise BadRequestError(f"--output {output}: name a file that ends in .html, in a folder that exists")
     bucket = open_store(bucket_uri)
     if name:
-        found = open_run(bucket_uri, name, with_dataset=False)
-        folder, page = found.run, run_page(facts_of(found, name), PictureCache(note))
+        handle = open_run(bucket_uri, name, with_dataset=False)
+        folder, page = handle.run, run_page(facts_of(handle, name), PictureCache(note))
     else:
         folder, page = bucket, bucket_page(bucket)
     if output is not None:

@@ -20,112 +20,112 @@ from job.sealed import author_of
 from job.store import ObjectMissingError
 
 
-def check_config(found: Inventory) -> tuple[RunConfig, RunConfig] | None:
+def check_config(inventory: Inventory) -> tuple[RunConfig, RunConfig] | None:
     """Checks the configuration; returns it as the run began and as it was last changed, if both are sound."""
     try:
-        config = records.load_config(found.run)
+        config = records.load_config(inventory.run)
     except BadDataError as error:
-        found.problems[CONFIG_KEY] = str(error)
+        inventory.problems[CONFIG_KEY] = str(error)
         return None
     if config is None:
         # A new attempt takes the lease and measures the bucket before it stores the configuration.
-        if len(found.keys(ObjectKind.LEASE, ObjectKind.PROBE)) < len(found.sizes):
-            found.missing(CONFIG_KEY, "there are other objects of the run")
+        if len(inventory.keys(ObjectKind.LEASE, ObjectKind.PROBE)) < len(inventory.sizes):
+            inventory.missing(CONFIG_KEY, "there are other objects of the run")
         return None
-    sha256 = records.hash_of_config(found.run)
-    for key, attempt in found.all(Attempt).items():
+    sha256 = records.hash_of_config(inventory.run)
+    for key, attempt in inventory.all(Attempt).items():
         if attempt.config_sha256 != sha256:
-            found.foreign(key, "it is about another configuration")
+            inventory.foreign(key, "it is about another configuration")
     try:
-        return config, records.as_last_changed(found.run, config)
+        return config, records.as_last_changed(inventory.run, config)
     except BadDataError as error:
         # Without the last changes the rules of retention are unknown, so that lost checkpoints cannot be found.
-        found.problems.setdefault(max(found.keys(ObjectKind.ATTEMPT)), str(error))
+        inventory.problems.setdefault(max(inventory.keys(ObjectKind.ATTEMPT)), str(error))
         return None
 
 
-def check_attempts(found: Inventory) -> None:
+def check_attempts(inventory: Inventory) -> None:
     """Checks attempts against each other, and records against the attempt that wrote them."""
-    ids = {attempt.fence: attempt.id for attempt in found.all(Attempt).values()}
-    for key, record in list(found.records.items()):
+    ids = {attempt.fence: attempt.id for attempt in inventory.all(Attempt).values()}
+    for key, record in list(inventory.records.items()):
         match record:
             case Attempt(previous=int(previous)):
-                found.missing(ObjectKind.ATTEMPT.key(fence=previous), f"attempt {record.fence} came after it")
+                inventory.missing(ObjectKind.ATTEMPT.key(fence=previous), f"attempt {record.fence} came after it")
             case Manifest() | Average() | Status() | Provenance():
-                found.missing(ObjectKind.ATTEMPT.key(fence=record.fence), f"{key} is of this attempt")
+                inventory.missing(ObjectKind.ATTEMPT.key(fence=record.fence), f"{key} is of this attempt")
                 if record.attempt not in ("", ids.get(record.fence, record.attempt)):
-                    found.foreign(key, f"attempt {record.fence} of this one did not write it")
+                    inventory.foreign(key, f"attempt {record.fence} of this one did not write it")
             case LeaseRecord() if record.holder != ids.get(record.fence, record.holder):
-                found.foreign(key, f"attempt {record.fence} of this one did not hold it")
+                inventory.foreign(key, f"attempt {record.fence} of this one did not hold it")
 
 
-def check_page(found: Inventory) -> None:
+def check_page(inventory: Inventory) -> None:
     """Checks the page, which holds its own hash and the attempt that wrote it."""
-    ids = {str(attempt.fence): attempt.id for attempt in found.all(Attempt).values()}
-    for key in found.keys(ObjectKind.PAGE):
+    ids = {str(attempt.fence): attempt.id for attempt in inventory.all(Attempt).values()}
+    for key in inventory.keys(ObjectKind.PAGE):
         with suppress(ObjectMissingError):
-            author = author_of(found.run.read(key).data)
+            author = author_of(inventory.run.read(key).data)
             fence, _, attempt = (author or "").partition("/")
             if author is None:
-                found.bad(key, "is corrupt: it does not match its own SHA-256; `ddpm report` writes it again")
+                inventory.bad(key, "is corrupt: it does not match its own SHA-256; `ddpm report` writes it again")
             elif attempt != ids.get(fence, attempt):
-                found.bad(key, f"is another run's: attempt {fence} of this one did not write it")
+                inventory.bad(key, f"is another run's: attempt {fence} of this one did not write it")
 
 
-def check_batches(found: Inventory) -> None:
+def check_batches(inventory: Inventory) -> None:
     """Checks records of pieces against the drawing, and the index against the records."""
-    for key, record in found.all(PieceRecord).items():
-        batch = found.places[key].batch
+    for key, record in inventory.all(PieceRecord).items():
+        batch = inventory.places[key].batch
         drawing_key, index_key = ObjectKind.DRAWING.key(batch=batch), ObjectKind.INDEX.key(batch=batch)
-        drawing, index = found.records.get(drawing_key), found.records.get(index_key)
-        if record.number != found.places[key].piece:
-            found.bad(key, "is not in its place: it was written for another piece")
+        drawing, index = inventory.records.get(drawing_key), inventory.records.get(index_key)
+        if record.number != inventory.places[key].piece:
+            inventory.bad(key, "is not in its place: it was written for another piece")
         if isinstance(drawing, DrawingRecord) and record.fingerprint != drawing.drawing.fingerprint:
-            found.bad(key, f"is about another drawing than {drawing_key}")
+            inventory.bad(key, f"is about another drawing than {drawing_key}")
         if isinstance(index, BatchIndex):
             named = named_piece(record, index.drawing)
             if named not in index.pieces[record.number : record.number + 1]:
-                found.bad(index_key, "differs from the records of its pieces")
-    for key, index in found.all(BatchIndex).items():
-        batch = found.places[key].batch
+                inventory.bad(index_key, "differs from the records of its pieces")
+    for key, index in inventory.all(BatchIndex).items():
+        batch = inventory.places[key].batch
         recorded = [ObjectKind.RECORD.key(batch=batch, piece=number) for number in range(len(index.pieces))]
         for other in (ObjectKind.GRID.key(batch=batch), *recorded):
-            found.missing(other, f"{key} says that everything is there")
-    drawn = (place for place in found.places.values() if place.kind and place.kind.folder == SAMPLES)
+            inventory.missing(other, f"{key} says that everything is there")
+    drawn = (place for place in inventory.places.values() if place.kind and place.kind.folder == SAMPLES)
     for batch in {place.batch for place in drawn if place.batch}:
-        found.missing(ObjectKind.DRAWING.key(batch=batch), "there are images of it")
+        inventory.missing(ObjectKind.DRAWING.key(batch=batch), "there are images of it")
 
 
-def check_lost(found: Inventory, configs: tuple[RunConfig, RunConfig] | None, left: Iterable[str]) -> None:
+def check_lost(inventory: Inventory, configs: tuple[RunConfig, RunConfig] | None, left: Iterable[str]) -> None:
     """Reports objects that are lost: those that a run in this state must have.
 
     Files without a manifest are among the `left` objects of killed attempts. If their attempt has a later checkpoint,
     or another manifest names their metrics, the checkpoint was committed; if the run's rules keep it, its manifest is
     lost. A finished run has its last pictures; other pictures may be deleted.
     """
-    refs = [found.places[key].checkpoint for key in found.keys(ObjectKind.MANIFEST)]
-    if found.keys(ObjectKind.ATTEMPT):
-        found.missing(LEASE_KEY, "there were attempts")
+    refs = [inventory.places[key].checkpoint for key in inventory.keys(ObjectKind.MANIFEST)]
+    if inventory.keys(ObjectKind.ATTEMPT):
+        inventory.missing(LEASE_KEY, "there were attempts")
     if refs:
-        found.missing(STATUS_KEY, "there are checkpoints")
+        inventory.missing(STATUS_KEY, "there are checkpoints")
     # An attempt that was killed after its first manifest has not written `LATEST` yet.
     if len(refs) > 1:
-        found.missing(LATEST_KEY, "there are checkpoints")
-    if lost := lost_manifest(found.run, refs):
-        found.problems[LATEST_KEY] = lost
+        inventory.missing(LATEST_KEY, "there are checkpoints")
+    if lost := lost_manifest(inventory.run, refs):
+        inventory.problems[LATEST_KEY] = lost
     if configs is None:
         return
     stored, config = configs
-    dataset_images = records.dataset_images_of(found.bucket, config)
+    dataset_images = records.dataset_images_of(inventory.bucket, config)
     retention = Retention(config, dataset_images)
-    committed = {located(key).checkpoint for manifest in found.all(Manifest).values() for key in manifest.objects}
-    for ref in {found.places[key].checkpoint for key in left if found.places[key].kind in OF_CHECKPOINT}:
+    committed = {located(key).checkpoint for manifest in inventory.all(Manifest).values() for key in manifest.objects}
+    for ref in {inventory.places[key].checkpoint for key in left if inventory.places[key].kind in OF_CHECKPOINT}:
         came_later = [other for other in refs if other.fence == ref.fence and other > ref]
         if (came_later or ref in committed) and ref not in retention.retire([*refs, ref]):
-            found.missing(ref.manifest_key, "its files are there, and the run's rules keep it")
-    status = found.records.get(STATUS_KEY)
+            inventory.missing(ref.manifest_key, "its files are there, and the run's rules keep it")
+    status = inventory.records.get(STATUS_KEY)
     if isinstance(status, Status) and status.state == State.FINISHED and dataset_images <= MAX_IMAGES_SEEN:
         label = drawings.label_of(status.images_seen, dataset_images, config.train.batch_size)
         how = config.sample.name(stored.sample)
         for key in (drawings.grid_key(label, how), drawings.denoising_key(label, how), drawings.LOSS_FIGURE):
-            found.missing(key, "the run is finished")
+            inventory.missing(key, "the run is finished")

@@ -79,7 +79,7 @@ def attempts_of(run: Store) -> list[Attempt]:
 
 def spans_of(attempts: Iterable[Attempt], status: Status | None) -> list[AttemptSpan]:
     """Returns the span of each attempt; its last status is in the record of its successor, or is the run's status."""
-    found: list[AttemptSpan] = []
+    spans: list[AttemptSpan] = []
     ordered = list(attempts)
     for attempt, after in zip(ordered, [*ordered[1:], None], strict=False):
         began = datetime.fromisoformat(attempt.started)
@@ -90,8 +90,8 @@ def spans_of(attempts: Iterable[Attempt], status: Status | None) -> list[Attempt
         elif after is None and status is not None and status.fence == attempt.fence:
             last_seen, images_seen = datetime.fromisoformat(status.updated), status.images_seen
             state = state_of(status)
-        found.append(AttemptSpan(attempt, began, max(began, last_seen), state, images_seen))
-    return found
+        spans.append(AttemptSpan(attempt, began, max(began, last_seen), state, images_seen))
+    return spans
 
 
 def state_of(status: Status) -> str:
@@ -105,17 +105,17 @@ def state_in(run: Store, status: Status | None) -> str:
     return state_of(status) if status else State.UNREADABLE if run.exists(STATUS_KEY) else State.NOT_STARTED
 
 
-def outlook_of(found: list[AttemptSpan], status: Status | None, dollars_per_hour: float | None = None) -> Outlook:
+def outlook_of(spans: list[AttemptSpan], status: Status | None, dollars_per_hour: float | None = None) -> Outlook:
     """Adds up the hours and dollars of a run's attempts, and estimates the rest.
 
     Args:
-        found: the run's attempts.
+        spans: the run's attempts.
         status: of the run.
         dollars_per_hour: the price of the machines from now on; None: that of the last attempt.
     """
-    hours = sum(span.hours for span in found)
-    prices = [span.attempt.dollars_per_hour for span in found]
-    costs = [span.hours * price for span, price in zip(found, prices, strict=True) if price is not None]
+    hours = sum(span.hours for span in spans)
+    prices = [span.attempt.dollars_per_hour for span in spans]
+    costs = [span.hours * price for span, price in zip(spans, prices, strict=True) if price is not None]
     if dollars_per_hour is None and prices:
         dollars_per_hour = prices[-1]
     left = ends = None

@@ -53,66 +53,66 @@ def verify_run(bucket: Store, name: str) -> Findings:
     Raises:
         MissingInputError: the bucket lacks the run.
     """
-    found = Inventory(bucket, name)
-    configs = check_config(found)
-    check_attempts(found)
-    check_page(found)
-    check_batches(found)
-    left = leftovers(found.run, found.places, MAX_FENCE + 1)
-    check_lost(found, configs, left)
-    named = _named(found)
-    _check_strangers(found, found.sizes.keys() - named.keys() - left.keys())
+    inventory = Inventory(bucket, name)
+    configs = check_config(inventory)
+    check_attempts(inventory)
+    check_page(inventory)
+    check_batches(inventory)
+    left = leftovers(inventory.run, inventory.places, MAX_FENCE + 1)
+    check_lost(inventory, configs, left)
+    named = _named(inventory)
+    _check_strangers(inventory, inventory.sizes.keys() - named.keys() - left.keys())
     bar = Progress(f"verifying {name}", total=len(named), unit="objects")
     with bar, ThreadPoolExecutor(HASHERS) as pool:
-        for done, _ in enumerate(pool.map(lambda key: _check_hash(found, key, named[key]), named), 1):
+        for done, _ in enumerate(pool.map(lambda key: _check_hash(inventory, key, named[key]), named), 1):
             bar.update(done)
     return Findings(
-        sorted(found.problems.values()),
-        len(found.sizes),
-        sum(found.sizes.values()),
-        {key: found.sizes[key] for key in sorted(left)},
+        sorted(inventory.problems.values()),
+        len(inventory.sizes),
+        sum(inventory.sizes.values()),
+        {key: inventory.sizes[key] for key in sorted(left)},
     )
 
 
-def _named(found: Inventory) -> dict[str, _Named]:
+def _named(inventory: Inventory) -> dict[str, _Named]:
     """Returns the hashes of objects in manifests, records of pieces and provenances, by key."""
     named: dict[str, _Named] = {}
-    for by, manifest in found.all(Manifest).items():
+    for by, manifest in inventory.all(Manifest).items():
         named |= {key: _Named(by, [sha256]) for key, sha256 in manifest.objects.items()}
-    for by, record in (found.all(PieceRecord) | found.all(Average)).items():
+    for by, record in (inventory.all(PieceRecord) | inventory.all(Average)).items():
         named |= {file.key: _Named(by, [file.sha256]) for file in record.files}
-    named |= {key: _Named(f"{ObjectKind.PROVENANCE.folder}/{key}", []) for key in found.keys(*PICTURES)}
-    for place in found.places.values():
+    named |= {key: _Named(f"{ObjectKind.PROVENANCE.folder}/{key}", []) for key in inventory.keys(*PICTURES)}
+    for place in inventory.places.values():
         if place.of in named:
             named[place.of].sha256s.append(place.sha256)
     return named
 
 
-def _check_strangers(found: Inventory, unnamed: Iterable[str]) -> None:
+def _check_strangers(inventory: Inventory, unnamed: Iterable[str]) -> None:
     """Reports objects that are not part of a run, or that a sound manifest or record should name and does not."""
     for key in unnamed:
-        place, by = found.places[key], ""
+        place, by = inventory.places[key], ""
         if place.kind in OF_CHECKPOINT:
             by = place.checkpoint.manifest_key
         elif place.kind is ObjectKind.AVERAGE_TENSORS:
             by = ObjectKind.AVERAGE.key(checkpoint=place.checkpoint, group=place.group)
         elif place.kind in (ObjectKind.PIECE, ObjectKind.IMAGE):
             by = ObjectKind.RECORD.key(batch=place.batch, piece=place.piece)
-        if place.kind is None or by in found.records:
-            found.bad(key, "is not part of the run: move it elsewhere, or delete it")
+        if place.kind is None or by in inventory.records:
+            inventory.bad(key, "is not part of the run: move it elsewhere, or delete it")
 
 
-def _check_hash(found: Inventory, key: str, named: _Named) -> None:
+def _check_hash(inventory: Inventory, key: str, named: _Named) -> None:
     """Reports an object that is missing, or whose hash differs from the one in another object."""
-    (by, sha256s), run = named, found.run
+    (by, sha256s), run = named, inventory.run
     try:
         with run.open(key) as file:
             sha256 = sha256_of(file)
     except ObjectMissingError:
         # An object may have been deleted by the rules since it was listed, with the one that names it.
         if run.exists(by):
-            found.bad(key, f"is missing, though {by} names it")
+            inventory.bad(key, f"is missing, though {by} names it")
         return
     # A picture may have been drawn again since the run was listed.
     if sha256 not in sha256s and not run.exists(ObjectKind.PROVENANCE.key(of=key, sha256=sha256)):
-        found.bad(key, f"is corrupt, or another program wrote it: nothing in {by} has its SHA-256")
+        inventory.bad(key, f"is corrupt, or another program wrote it: nothing in {by} has its SHA-256")

@@ -100,10 +100,10 @@ class Recorder:
 
         def write(run: Store) -> None:
             patient = run.within(PAGE_PATIENCE_SECONDS)
-            found = RunHandle(plan.bucket, patient, plan.index, plan.config, plan.first_drawing)
+            handle = RunHandle(plan.bucket, patient, plan.index, plan.config, plan.first_drawing)
             try:
                 self._lease.confirm()
-                put_page(facts_of(found, plan.request.run, rows, status), self._page_pictures)
+                put_page(facts_of(handle, plan.request.run, rows, status), self._page_pictures)
             except Exception as error:
                 # Training must not end because of a page.
                 note(f"the run's page stays as it was: {type(error).__name__}: {error}")
