@@ -137,18 +137,18 @@ def check_free(bucket: Store, request: PackRequest) -> None:
         )
 
 
-def is_whole(bucket: Store, held: PackRequest) -> bool:
+def is_whole(bucket: Store, held_out: PackRequest) -> bool:
     """Returns whether the held-out part is there, from an attempt that was interrupted before the rest was.
 
     Raises:
         BadRequestError: another share was held out.
     """
-    there = _index_of(bucket, held.key)
-    if there and there.hold_out != held.hold_out_share:
+    there = _index_of(bucket, held_out.key)
+    if there and there.hold_out != held_out.hold_out_share:
         raise BadRequestError(
-            f"{bucket.uri}/{held.key} holds {there.hold_out:.3%} out, and not {held.hold_out_share:.3%}: images of one "
-            f"would be learnt by the other. Choose another name, or delete it first: "
-            f"{shards.deleting(bucket, held.key)}"
+            f"{bucket.uri}/{held_out.key} holds {there.hold_out:.3%} out, and not {held_out.hold_out_share:.3%}: "
+            f"images of one would be learnt by the other. Choose another name, or delete it first: "
+            f"{shards.deleting(bucket, held_out.key)}"
         )
     return there is not None
 
