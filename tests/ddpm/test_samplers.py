@@ -217,6 +217,7 @@ def test_new_images_begin_with_noise() -> None:
         assert_close(found, expected, rtol=0.02, atol=0.01)
 
 
+@pytest.mark.slow
 def test_every_sampler_converges_with_its_order() -> None:
     """On a mixture of three Gaussians, from 160 to 320 steps, on processes that are as different as can be."""
     by_process = errors_by_steps((160, 320))

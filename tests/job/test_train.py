@@ -184,6 +184,7 @@ def test_every_network_resumes_bit_equal(train, packed, kind):
     assert rows_whole[-1]["loss"] < rows_whole[0]["loss"]
 
 
+@pytest.mark.slow
 def test_more_epochs_go_on_exactly(train, packed):
     train("long", epochs=2)
     train("grown", epochs=1)

@@ -80,6 +80,7 @@ def test_scores_are_independent_of_batches(bucket):
             assert other["floor"].get(name) == pytest.approx(alone["floor"].get(name), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_sets_of_seeds_show_the_spread(bucket):
     said = succeeded(ddpm_here("evaluate", "--run", "walk", "--bucket", bucket, *FEW, "--repeats", 2))
     assert "seeds from 0 and 24" in said
@@ -153,6 +154,7 @@ def test_weights_are_known_by_their_hash(bucket, tmp_path, monkeypatch):
     assert locate_extractor("mobilenet", store).uri == str(bucket / "extractors" / mobilenet.file)
 
 
+@pytest.mark.slow
 def test_dinov2_files_are_read(bucket, tmp_path):
     """Weights that nobody trained, under Meta's names: the network is timm's."""
     import timm

@@ -130,6 +130,7 @@ def test_a_run_decodes_what_it_draws(bucket, autoencoder):
     assert np.abs(ours - ((theirs + 1) * 127.5).clip(0, 255).numpy()).max() < 0.51
 
 
+@pytest.mark.slow
 def test_scores_compare_with_encoded_images(bucket):
     few = ("--extractor", "mobilenet", "--count", 12, "--references", 24)
     bound = ddpm_here("evaluate", "--run", "r", "--bucket", bucket, *few, "--metrics", "bpd")

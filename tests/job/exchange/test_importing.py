@@ -145,6 +145,7 @@ def test_every_folder_gives_the_same_run(pipeline, tmp_path):
         assert torch.equal(drawn(tmp_path, run)[0], expected), run
 
 
+@pytest.mark.slow
 def test_an_imported_run_learns_on(tiles, pipeline, tmp_path):
     """From its own epoch, with the moments at zero; and what a bucket holds is imported as a local folder is."""
     bucket = shutil.copytree(tiles, tmp_path / "bucket")
@@ -187,6 +188,7 @@ def test_epochs_of_erengurs_are_compared(tiles, tmp_path):
     assert attempt.imported == str(tmp_path / "ckpt.pt")
 
 
+@pytest.mark.slow
 def test_classes_of_dome_are_guided(tmp_path):
     """There no class means that nothing is added to the timestep."""
     network = DomeUNet(image_size=16, in_channels=3, out_channels=3, num_classes=5)
@@ -239,13 +241,15 @@ def test_averages_come_before_weights(tmp_path, make):
     ("changes", "sets"),
     [
         ({"diffusion__schedule": "sigmoid", "diffusion__variance": "learned_range"}, ()),
-        (
+        pytest.param(
             {"diffusion__self_conditioning": "true", "model__label_dropout": "0.1", "model__num_classes": "5"},
             ("diffusion.self_conditioning=true", "model.label_dropout=0.1"),
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             {"diffusion__schedule": "flow", "diffusion__prediction": "flow"},
             ("diffusion.schedule=flow", "diffusion.prediction=flow", "diffusion.timesteps=50"),
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -140,6 +140,7 @@ def test_shipped_prices_cover_the_example():
             assert not there.is_remote or verb == "pack" or cost_of(spec, there).startswith("at most $"), name
 
 
+@pytest.mark.slow
 def test_page_and_submit_agree(tmp_path, capsys, walked):
     """One number, wherever it is told: before it is sent, of the job, and on the run's page."""
     bucket = shutil.copytree(walked, tmp_path / "bucket")

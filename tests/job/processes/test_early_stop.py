@@ -64,6 +64,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_a_caught_end_is_only_delayed():
     for code in (ANOTHER_ERROR, CAUGHT):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40, check=False)

@@ -76,6 +76,7 @@ def test_a_hung_job_shows_its_stacks(tmp_path):
     assert all(map(is_gone, ranks))
 
 
+@pytest.mark.slow
 def test_a_slow_or_suspended_job_lives(tmp_path):
     cases = {
         # name: rank's code, seconds after which it hangs, processes, exit code

@@ -48,6 +48,7 @@ def test_retired_checkpoints_are_chosen_again(bucket, train_on, capsys, monkeypa
     assert not list((bucket / "runs/walk").glob("reading/*"))
 
 
+@pytest.mark.slow
 def test_what_is_held_stays(bucket, train_on):
     run = open_store(str(bucket)).sub("runs/walk")
     refs = choose(run, "latest", 299, 24)

@@ -46,6 +46,7 @@ def sample(bucket: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., di
     return sample
 
 
+@pytest.mark.slow
 def test_images_depend_on_seeds_alone(draw):
     for sampling in (
         {},
