@@ -135,9 +135,9 @@ def test_missing_images_are_built(place):
     assert (check.name, check.remedy) == ("image", "submitting a job builds or pulls it")
     wheels = {"TORCH_WHEELS": torch_wheels()} if torch_wheels() else {}
     done = ddpm("submit", *training("built", place, epochs=1), *HERE, BASE_IMAGE=BASE_IMAGE, **wheels)
+    podman("image", "rm", "--force", own)
     assert "Run 'built' is finished" in succeeded(done)
     assert f"building {own} from " in done.stderr
-    podman("image", "rm", "--force", own)
 
 
 def test_the_doctor_looks_into_the_container(place):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,14 @@ def test_image_has_the_program_alone():
     assert done.stdout.split() == []
     # The build's context: what is not named there stays outside.
     assert (CHECKOUT / ".dockerignore").read_text().splitlines()[1] == "*"
+
+
+def test_image_has_this_checkouts_program():
+    script = "cd /opt/ddpm/lib/python3*/site-packages && find ddpm job -type f ! -name '*.pyc' -exec sha256sum {} +"
+    found = podman("run", "--rm", "--entrypoint", "sh", IMAGE, "-c", script).stdout.splitlines()
+    named = subprocess.run(["git", "ls-files", "ddpm", "job"], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    files = named.stdout.split()
+    assert sorted(found) == sorted(f"{sha256((CHECKOUT / name).read_bytes()).hexdigest()}  {name}" for name in files)
 
 
 def test_launcher_is_pid_1(packed):
