@@ -36,10 +36,10 @@ def training_noise(seed, image_numbers, *how):
 def sha256(tensor):
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
-def losses(self, network, x_start, noise, drawn, condition, twice):
-    found = image_losses(self, network, x_start, noise, drawn, condition, twice)
+def losses(self, network, x_start, noise, drawn, condition, conditions_on_itself):
+    found = image_losses(self, network, x_start, noise, drawn, condition, conditions_on_itself)
     rows = [row.tolist() for row in (*drawn, condition.labels, condition.augmentation) if row is not None]
-    contents = map(sha256, x_start), map(sha256, noise), zip(*rows), [twice] * len(found)
+    contents = map(sha256, x_start), map(sha256, noise), zip(*rows), [conditions_on_itself] * len(found)
     for number, *content, loss in zip(numbers_drawn, *contents, found.tolist(), strict=True):
         print(json.dumps([number, content, loss]), file=record)
     if numbers_drawn[0] >= int(os.environ["STOP_AT_IMAGE"]):
