@@ -69,8 +69,10 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
     if not target.is_remote:
         command = _on_this_machine(command, target, resources)
     argv = command.argv()
-    slices = ("--slices", str(resources.slices)) if resources.slices else ()
-    name = job_name(command.verb, subject, () if command.verb == "train" else (*argv, *slices))
+    # A single machine makes all slices.
+    slices = resources.slices if target.is_remote or command.verb == "train" else 0
+    named = (*argv, *(("--slices", str(slices)) if slices else ()))
+    name = job_name(command.verb, subject, () if command.verb == "train" else named)
     gpus = (0 if command.verb in _WITHOUT_GPUS else target.gpus) if resources.gpus is None else resources.gpus
     # The job itself checks them: a machine with too old a driver would silently compute on its CPU.
     needed_gpus = {GPUS: str(gpus)} if gpus and target.is_remote else {}
@@ -84,7 +86,7 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
         gpus=gpus,
         gpu_type=(resources.gpu_type or target.gpu_type) if gpus and target.selects_machines else "",
         nodes=resources.nodes,
-        slices=resources.slices,
+        slices=slices,
         spot=target.spot if resources.spot is None else resources.spot,
         max_hours=resources.hours_on(target),
         reads=tuple(map(_path_of, reads)),
@@ -112,8 +114,6 @@ def _check_resources(command: ParsedCommand, target: Target, resources: Resource
         )
     if resources.nodes > 1 and not target.has_groups:
         raise BadRequestError(f"--nodes {resources.nodes}: on {on} no machines train together: use a kubernetes target")
-    if resources.slices and not target.is_remote:
-        raise BadRequestError(f"--slices {resources.slices} needs several machines, and {on} is this one")
     if command.verb in _WITHOUT_GPUS and (resources.gpus or resources.gpu_type):
         raise BadRequestError("packing uses no GPUs: leave --gpus and --gpu-type out")
     if target.is_remote and not target.image:

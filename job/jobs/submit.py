@@ -21,6 +21,7 @@ from job.jobs.command_line import ParsedCommand
 from job.jobs.spec import JobSpec
 from job.jobs.targets import chosen_target, load_targets
 from job.jobs.watch import Watch
+from job.progress import note
 from job.runs.outlook import attempts_of, outlook_of, spans_of
 from job.runs.records import read_status, run_store
 from job.stop import Stop
@@ -56,6 +57,8 @@ def submit(
         raise BadRequestError("--dry-run sends nothing that --watch could watch: leave one of them out")
     target = chosen_target(load_targets(targets), on)
     spec = spec_of(command, target, resources)
+    if resources.slices and not spec.slices:
+        note(f"target {target.name!r} is one machine, which makes all {resources.slices} slices")
     with backend_for(target) as backend:
         manifests = backend.render(spec)
         if dry_run:

@@ -28,7 +28,8 @@ REFUSED = [
     ("train --dataset a --on gke -o json", 64, "-o json is the format of --dry-run"),
     ("train --dataset a --on gke --dry-run --watch", 64, "leave one of them out"),
     ("train --dataset a --set train.batch_size=0 --on gke", 78, "train.batch_size"),
-    ("sample --run a --count 9 --slices 2", 64, "--slices 2 needs several machines"),
+    ("train --dataset a --slices 2", 64, "--slices 2 is not for training: use --nodes"),
+    ("sample --run a --slices 2", 64, "--slice"),
     ("sample --run a --mode img2img --image x.png --on gke", 64, "--image 'x.png' is a file of this machine"),
     ("sample --run a --mode img2img --image x.png --on container", 64, "jobs on 'container' cannot see"),
     ("sample --run a --mode inpaint --image 3 --mask 7.png --on vm", 64, "--mask '7.png' is a file of this machine"),
@@ -51,6 +52,14 @@ def test_jobs_without_local_files_are_sent(targets_folder):
     here = ("--mode img2img --image x.png --on local", "--sampler mine:walk --on local")
     for words in (*(f"{words} --on gke" for words in anywhere), *here):
         succeeded(ddpm_here("submit", "sample", "--run", "a", *words.split(), "--dry-run"))
+
+
+@pytest.mark.parametrize("on", ["local", "container"])
+def test_one_machine_makes_all_slices(on):
+    words = ("submit", "sample", "--run", "a", "--count", 9, "--bucket", "gs://bucket", "--on", on, "--dry-run")
+    done = ddpm_here(*words, "--slices", 8)
+    assert succeeded(done) == succeeded(ddpm_here(*words))
+    assert done.stderr == f"target '{on}' is one machine, which makes all 8 slices\n"
 
 
 @pytest.mark.parametrize("on", ["gke", "vm", "local", "container"])
