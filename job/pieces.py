@@ -197,8 +197,7 @@ class Pieces:
         def advance(more: float) -> None:
             nonlocal done
             done += more
-            # The other processes have made about as much by now.
-            # Thirds and the like add up to a little less than the whole.
+            # The other processes have made about as much; thirds and the like add up to less than the whole.
             bar.update(round(there + min(to_make, done * world_size), 6))
 
         try:
@@ -297,19 +296,13 @@ class Pieces:
         while idle and (left := until - time.monotonic()) > 0:
             if stop.sleep(min(_POLL_CLAIMS_SECONDS, left)):
                 return
-            missing = {*self.missing()}
-            idle = {number: version for number, version in idle.items() if number in missing}
+            idle = {number: idle[number] for number in self.missing() if number in idle}
         yield from (number for number, version in idle.items() if claim_version(self._claim(number)) == version)
 
     def _takes(self, number: int, claim: ExitStack, stop: Stop) -> bool:
         """Returns whether this process makes a piece now; if machines share the work, it then holds the claim."""
         if self._share.count > 1:
-            if self._is_made(number):
-                return False
-            try:
-                lease = Lease.take(self._claim(number), 0, 0.0, stop, lambda text: None)
-            except LostRunError:
-                # A machine that is alive makes it.
+            if self._is_made(number) or (lease := _lease_on(self._claim(number), stop)) is None:
                 return False
             claim.callback(lease.close)
         # Another process may have made it since it was listed.
@@ -334,6 +327,14 @@ class Pieces:
                 raise
             named = NamedObject.of(key, self.store.read(key).data)
         return named
+
+
+def _lease_on(claim: Store, stop: Stop) -> Lease | None:
+    """Returns the lease on a piece; None if a machine that is alive makes it."""
+    try:
+        return Lease.take(claim, 0, 0.0, stop, lambda text: None)
+    except LostRunError:
+        return None
 
 
 class _Committer:

@@ -71,8 +71,8 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
     argv = command.argv()
     # A single machine makes all slices.
     slices = resources.slices if target.is_remote or command.verb == "train" else 0
-    named = (*argv, *(("--slices", str(slices)) if slices else ()))
-    name = job_name(command.verb, subject, () if command.verb == "train" else named)
+    words = (*argv, "--slices", str(slices)) if slices else argv
+    name = job_name(command.verb, subject, () if command.verb == "train" else words)
     gpus = (0 if command.verb in _WITHOUT_GPUS else target.gpus) if resources.gpus is None else resources.gpus
     # The job itself checks them: a machine with too old a driver would silently compute on its CPU.
     needed_gpus = {GPUS: str(gpus)} if gpus and target.is_remote else {}
