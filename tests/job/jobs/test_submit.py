@@ -29,7 +29,7 @@ REFUSED = [
     ("train --dataset a --on gke --dry-run --watch", 64, "leave one of them out"),
     ("train --dataset a --set train.batch_size=0 --on gke", 78, "train.batch_size"),
     ("train --dataset a --slices 2", 64, "--slices 2 is not for training: use --nodes"),
-    ("sample --run a --slices 2", 64, "--slice"),
+    ("sample --run a --slices 2", 64, "--slice works only with --count"),
     ("sample --run a --mode img2img --image x.png --on gke", 64, "--image 'x.png' is a file of this machine"),
     ("sample --run a --mode img2img --image x.png --on container", 64, "jobs on 'container' cannot see"),
     ("sample --run a --mode inpaint --image 3 --mask 7.png --on vm", 64, "--mask '7.png' is a file of this machine"),
