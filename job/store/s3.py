@@ -22,6 +22,7 @@ from botocore.config import Config
 from botocore.credentials import RefreshableCredentials
 from botocore.parsers import ResponseParserError
 from fsspec.config import conf
+from urllib3.exceptions import HTTPError
 
 from job.exits import BadRequestError, JobError, NoPermissionError
 from job.store.base import ObjectMissingError
@@ -33,7 +34,15 @@ from job.store.retry import Retry
 _CRC32C = "ddpm-crc32c"
 _LISTINGS_AT_ONCE = 16
 
-_NO_ANSWER = (boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError, ConnectionError, TimeoutError)
+_NO_ANSWER = (
+    boto.ConnectionError,
+    boto.HTTPClientError,
+    boto.IncompleteReadError,
+    # botocore lets the client's own error through where the body of a refusal breaks off.
+    HTTPError,
+    ConnectionError,
+    TimeoutError,
+)
 _LOCKED_OUT = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound, boto.SSOError)
 _CONFLICTS = ("PreconditionFailed", "412")
 """The answers to a conditional write that finds another object; servers without error codes send the second."""

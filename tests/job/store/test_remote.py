@@ -138,6 +138,8 @@ def test_broken_reads_take_few_requests(proxy, remote_bucket: str, file: Path, m
             assert read() != bytes(999)
             assert requests["GET"] == before + 1 + pieces
         assert stream.tell() == size_bytes
+        proxy.inject(fault, "^GET .*missing")
+        assert not store.exists("missing")
     with store.open("part") as stream:
         before = requests["GET"]
         assert sum(len(block) for block in iter(lambda: stream.read(10_240), b"")) == size_bytes
