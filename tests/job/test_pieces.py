@@ -118,6 +118,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_machine_loses_its_piece(store):
     child = subprocess.Popen([sys.executable, "-c", KILLED, store.uri], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None and child.stdout.readline() == "claimed\n"

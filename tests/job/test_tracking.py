@@ -67,6 +67,7 @@ def logged(data):
             record = b""
 
 
+@pytest.mark.slow
 def test_tensorboard_has_grids_and_hyper_parameters(bucket, tmp_path):
     more = ("--epochs", 2, "--bucket", bucket, *settings(sample__every_epochs="1"))
     succeeded(ddpm_here("train", *WORDS, *more))

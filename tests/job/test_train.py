@@ -260,6 +260,7 @@ def test_slow_steps_are_reported_once(train, monkeypatch, capsys):
     assert re.fullmatch(pattern, said)
 
 
+@pytest.mark.slow
 def test_settings_reach_the_training(train, packed):
     """No classes are learnt from a dataset that has some; a row a epoch, however rare; other moments of Adam."""
     settings = {"model__num_classes": 0, "log__every_images": 1_000_000}

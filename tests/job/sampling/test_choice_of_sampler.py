@@ -6,6 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from job.runs.drawings import FoundGrid
@@ -40,6 +41,7 @@ def sampled(bucket: Path, *words: object) -> list[str]:
     return [Path(line.split()[0]).name for line in out.splitlines()]
 
 
+@pytest.mark.slow
 def test_samplers_without_noise_agree(draw):
     """That of each seed where the probability flow ends, and the better ones find it in fewer steps."""
     exact, seeds = draw(range(4), 4, sampler="dpmpp_3m", steps=50, clip=False), range(4)

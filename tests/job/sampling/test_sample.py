@@ -96,6 +96,7 @@ def test_infinite_pixels_are_refused(draw, monkeypatch):
         draw(SEEDS, 4)
 
 
+@pytest.mark.slow
 def test_names_state_what_pictures_show(sample):
     """What differs does not overwrite each other; what is the run's own way anyway changes no name."""
     names = {
@@ -137,7 +138,7 @@ def test_several_checkpoints_give_a_comparison(bucket, sample):
     assert verify_run(open_store(str(bucket)), "walk").problems == []
 
 
-@pytest.mark.parametrize("steps", [4, 50])
+@pytest.mark.parametrize("steps", [4, pytest.param(50, marks=pytest.mark.slow)])
 def test_gif_goes_from_noise_to_sample(sample, draw, steps):
     ((_, gif),) = sample(gif=True, with_grid=False, steps=steps).items()
     assert (gif.n_frames, gif.info["loop"]) == (20, 0)

@@ -185,6 +185,7 @@ def test_repeated_pieces_do_no_harm(far, save):
     assert contents(images.folder, but="pieces/") == pieces
 
 
+@pytest.mark.slow
 def test_damages_are_named_with_their_remedy(bucket):
     for number, (key, harm, slices) in enumerate(
         (
