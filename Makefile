@@ -120,7 +120,7 @@ locks: $(TESTED) ## Write the locks of the image anew: ARGS=--upgrade
 	.venv/bin/python docker/locks.py $(call each_quoted,$(ARGS))
 
 test: $(TESTED) ## Install what the tests need and run them
-	.venv/bin/pytest -n 4 --dist loadfile $(ARGS)
+	.venv/bin/pytest -n 3 --dist loadfile $(ARGS)
 
 test-browser: $(TESTED) ## Look at the pages in Chromium: SCREENSHOTS=folder keeps what it saw
 	@tests/install.sh chromium

@@ -204,6 +204,7 @@ def test_more_epochs_go_on_exactly(train, packed):
     assert changes == [{"train.epochs": 2}, {"train.epochs": 3, "log.every_images": 48}]
 
 
+@pytest.mark.slow
 def test_a_missing_grid_is_drawn_later(train, packed):
     run, every_epoch = run_of(packed, "pictured"), {"sample__every_epochs": 1, "checkpoint__every_epochs": 1}
     with pytest.raises(StoppedError):

@@ -17,6 +17,8 @@ from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.damages import DAMAGES, damaged, pairs, swapped
 from tests.job.runs.whole_runs import DESCRIPTIONS, content_hash, copy_objects, resumed, train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def copy(store, tmp_path):
@@ -25,7 +27,6 @@ def copy(store, tmp_path):
     return open_store(str(tmp_path)).sub("runs/r")
 
 
-@pytest.mark.slow
 def test_the_newest_whole_checkpoint_is_used(run, keys, contents):
     refs, wrong = sorted(contents, reverse=True), {}
     differing = [key for key in keys if not key.endswith(DESCRIPTIONS)]
@@ -67,7 +68,6 @@ def test_a_damaged_attempt_retires_nothing(copy, tmp_path):
         succeeded(done)
 
 
-@pytest.mark.slow
 def test_a_foreign_checkpoint_is_trained_again(copy, store, contents, tmp_path):
     theirs, newest = store.sub("runs/undisturbed"), max(list_checkpoints(copy))
     sample = ("sample", "--run", "r", "--seeds", "0", "--no-nearest", "--bucket", tmp_path)

@@ -50,7 +50,9 @@ def drawn(config, network, condition=UNCONDITIONAL, **changes):
     return generate(denoise, method.process_of(config), sampling, noise_of(SEEDS, SHAPE))
 
 
-@pytest.mark.parametrize(("schedule", "prediction"), [("cosine", "v"), ("sigmoid", "x0")])
+@pytest.mark.parametrize(
+    ("schedule", "prediction"), [("cosine", "v"), pytest.param("sigmoid", "x0", marks=pytest.mark.slow)]
+)
 def test_diffusers_draws_the_same_pictures(bucket, monkeypatch, schedule, prediction):
     from diffusers import DDIMPipeline
     from diffusers.pipelines.ddim import pipeline_ddim
@@ -72,6 +74,7 @@ def test_diffusers_draws_the_same_pictures(bucket, monkeypatch, schedule, predic
         assert difference < 2e-6 if same_call or prediction == "x0" else difference > 1e-4
 
 
+@pytest.mark.slow
 def test_the_documented_loop_draws_the_same(bucket):
     from diffusers import DDIMScheduler, UNet2DModel
 

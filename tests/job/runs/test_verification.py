@@ -18,6 +18,8 @@ from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.damages import DAMAGES, damaged, pairs, swapped
 from tests.job.runs.whole_runs import DESCRIPTIONS, copy_objects, train
 
+pytestmark = pytest.mark.slow
+
 NEVER_MISSED = re.compile(
     r"report\.html|tensorboard/samples/.*|reading/.*|grids/.*|evaluations/.*|.*/averages/ema-0\.2\.json|"
     r"samples/((denoising-)?epoch-0002-ddim-4\.(png|gif)|[^/]*/index\.json)"
@@ -48,7 +50,6 @@ def test_a_whole_run_has_no_problems(bucket, store, keys):
     }
 
 
-@pytest.mark.slow
 def test_each_damage_is_named(store, run, keys):
     wrong = {}
     one_of_each_kind = {located(key).kind: key for key in keys}.values()

@@ -60,6 +60,7 @@ def tiles_of(picture: np.ndarray, columns: int, left: int = 0) -> np.ndarray:
     )
 
 
+@pytest.mark.slow
 def test_guided_images_depend_on_seeds_alone(draw):
     """With all that a network can learn: half a batch without classes, the estimate before, a variance of its own."""
     plain = draw(SEEDS, 64, run="all")
@@ -128,6 +129,7 @@ def test_autoguidance_takes_another_runs_network(bucket):
     assert verify_run(open_store(str(bucket)), "walk").problems == []
 
 
+@pytest.mark.slow
 def test_inpainting_keeps_the_known_part(bucket, sampled, tmp_path):
     given, how = images_of(bucket, 3, 17), ("--resamplings", 2, "--steps", 12)
     inpaint = ("--mode", "inpaint", *how)
