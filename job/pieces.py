@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pydantic import Field
 
@@ -33,6 +34,8 @@ from job.store import ObjectExistsError, ObjectMissingError, Store
 
 if TYPE_CHECKING:
     from job.processes.ranks import Ranks
+
+T = TypeVar("T")
 
 RECORDS, CLAIMS = "pieces", "claims"
 TRANSFERS = 16
@@ -187,7 +190,7 @@ class Pieces:
             StoppedError: a stop was requested; whole pieces are saved.
         """
         rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
-        committed = ranks.on_main(self._checked_committed) if ranks else self._checked_committed()
+        committed = _on_main(ranks, self._checked_committed)
         own = range(self._share.index, len(self.sizes), self._share.count)
         missing = [number for number in own if number not in committed]
         to_make = sum(self.sizes[number] for number in missing)
@@ -210,7 +213,9 @@ class Pieces:
                                 committer.submit(number, make(number, advance), claim.pop_all())
                 finally:
                     committer.wait()
-                return ranks.sum(round(committer.committed))[0] if ranks else committer.committed
+                total = ranks.sum(round(committer.committed))[0] if ranks else committer.committed
+                _on_main(ranks, self._clear_claims)
+                return total
         except (StoppedError, RuntimeError) as error:
             # A stopped process must not wait for the others, whose pieces may take long: its end ends them.
             if isinstance(error, RuntimeError) and not (stop() and lost_peer(error)):
@@ -227,7 +232,8 @@ class Pieces:
             ObjectExistsError: a key holds a different file, though every machine makes the same bytes.
         """
         with ThreadPoolExecutor(TRANSFERS) as pool:
-            files = tuple(pool.map(self._stored, made.files, made.files.values()))
+            stored = partial(_stored, self.store, self._equal_bytes)
+            files = tuple(pool.map(stored, made.files, made.files.values()))
         record = PieceRecord(
             fingerprint=self.fingerprint,
             number=number,
@@ -248,11 +254,14 @@ class Pieces:
         for key in (self._record_key(record.number), *(file.key for file in record.files)):
             self.store.delete(key)
 
-    def clear(self, *, records: bool) -> None:
-        """Deletes all claims after the work, and with `records` also the records, if an index now names the files."""
-        for folder in (self._claims_folder, self._records_folder) if records else (self._claims_folder,):
-            for entry in self.store.list(folder):
-                self.store.delete(entry.key)
+    def clear(self) -> None:
+        """Deletes the records after the work, if an index now names the files."""
+        _delete_all(self.store, self._records_folder)
+
+    def _clear_claims(self) -> None:
+        # Every machine does so at its end: the first may finish the work while another takes or releases a claim.
+        if not self.missing():
+            _delete_all(self.store, self._claims_folder)
 
     def _record_key(self, number: int) -> str:
         return f"{self._records_folder}/{number:05d}.json"
@@ -314,19 +323,29 @@ class Pieces:
     def _is_finished(self) -> bool:
         return bool(self._result) and self.store.exists(self._result)
 
-    def _stored(self, key: str, content: bytes | Path) -> NamedObject:
-        named = NamedObject.of(key, content)
-        try:
-            if isinstance(content, Path):
-                self.store.upload(content, key)
-                content.unlink()
-            else:
-                self.store.create(key, content)
-        except ObjectExistsError:
-            if self._equal_bytes:
-                raise
-            named = NamedObject.of(key, self.store.read(key).data)
-        return named
+
+def _on_main(ranks: Ranks | None, work: Callable[[], T]) -> T:
+    return ranks.on_main(work) if ranks else work()
+
+
+def _stored(store: Store, equal_bytes: bool, key: str, content: bytes | Path) -> NamedObject:
+    named = NamedObject.of(key, content)
+    try:
+        if isinstance(content, Path):
+            store.upload(content, key)
+            content.unlink()
+        else:
+            store.create(key, content)
+    except ObjectExistsError:
+        if equal_bytes:
+            raise
+        named = NamedObject.of(key, store.read(key).data)
+    return named
+
+
+def _delete_all(store: Store, folder: str) -> None:
+    for entry in store.list(folder):
+        store.delete(entry.key)
 
 
 def _lease_on(claim: Store, stop: Stop) -> Lease | None:

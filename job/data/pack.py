@@ -95,7 +95,7 @@ def pack(
             with suppress(ObjectMissingError):
                 packing.publish(dataset, pieces.records(stop=stop))
             if made := _made(bucket, key, packing.fingerprint):
-                pieces.clear(records=True)
+                pieces.clear()
             elif share == WHOLE:
                 raise BadRequestError(f"{dataset.uri} was deleted meanwhile: {way}")
             return made

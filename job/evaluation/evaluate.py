@@ -111,7 +111,6 @@ def real_features(
     folder.pieces.make_missing(make, f"looking at {reference.dataset}", stop=stop, ranks=ranks)
     if ranks.on_main(folder.pieces.missing):
         return None
-    ranks.on_main(lambda: folder.pieces.clear(records=False))
     return ranks.only_on_main(folder.load) or {}
 
 

@@ -250,7 +250,7 @@ def _publish(parts: list[_Part], made: list[Pieces], encoder: _Encoder, held_out
         mean, std = _normal(facts[-1], parts[-1], encoder)
         index = _index(part, encoder, of_part, mean=mean, std=std, held_out=held_out if part is parts[-1] else "")
         part.dataset.create(shards.INDEX, index.to_json())
-        pieces.clear(records=True)
+        pieces.clear()
         named = {name for shard in index.shards for name in (shard.name, shard.offsets_name)}
         for entry in part.dataset.list():
             if entry.key.startswith("shard-") and entry.key not in named:

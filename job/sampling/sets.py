@@ -111,7 +111,6 @@ class SampleSet:
         self._check_files(index)
         # Another machine that found no piece missing writes the same bytes.
         self.run.create(self.key(ObjectKind.INDEX), index.to_json())
-        self.pieces.clear(records=False)
 
     def describe(self, note: str) -> str:
         """Returns a line for people about a complete set."""

@@ -100,11 +100,27 @@ def test_finished_work_is_not_made_again(store):
         for missing in quick.missing():
             quick.commit(missing, Made({f"{missing}.txt": b"the same"}))
         store.create("index.json", b"names all")
-        quick.clear(records=True)
+        quick.clear()
         return Made({f"{number}.txt": b"the same"})
 
     late.make_missing(make, "testing")
     assert made == [0] and late.missing() == []
+
+
+def test_the_last_machine_leaves_no_claims(store, monkeypatch):
+    """Another machine finishes the work, and clears up, just before this one takes a claim."""
+    late, quick = Machine(store, 0, 2), Machine(store, 1, 2)
+    create = type(store).create
+
+    def just_before(self, key, data):
+        if "claims/00004" in self.uri_of(key) and not quick.made:
+            quick.work()
+        return create(self, key, data)
+
+    monkeypatch.setattr(type(store), "create", just_before)
+    late.work()
+    assert Counter(late.made + quick.made) == Counter(range(COUNT))
+    assert not list(store.list("claims"))
 
 
 KILLED = """
