@@ -17,7 +17,8 @@ import pytest
 from job.data import members
 from job.data.ahead import in_order
 from job.data.images import Recipe, prepare
-from job.data.sources import open_source
+from job.data.opening import open_source
+from job.data.source import Found
 from job.data.survey import survey
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from tests.job.damages import flip_a_bit

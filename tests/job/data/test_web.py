@@ -15,7 +15,7 @@ from fsspec.config import conf
 from PIL import Image
 
 from job.data import fetched, members
-from job.data.sources import open_source
+from job.data.opening import open_source
 from job.exits import BadDataError, BadRequestError, Exit, StoppedError
 from job.stop import Stop
 from job.store import Retry
