@@ -86,8 +86,10 @@ def data_pack(
 ) -> None:
     """Pack images into a dataset in the bucket.
 
-    A NAME with a preset, such as celeba, takes size and crop from it. The SOURCE landscape-sample comes with the
-    program. The same command resumes an interrupted one.
+    SOURCE is a folder, a .zip, a .tar[.gz] or a folder of those; or files of WebDataset, EDM and StyleGAN, Parquet
+    and Arrow (Hugging Face), NumPy, TFRecord, LMDB, MNIST or CIFAR, with their labels. The SOURCE landscape-sample comes
+    with the program. A NAME with a preset, such as celeba, takes size and crop from it. The same command resumes an
+    interrupted one.
 
     With --hold-out a share of the images, chosen by their names, becomes the dataset NAME-held-out. Runs on NAME never
     learn from it; they log their loss on it as val_loss.
@@ -99,6 +101,8 @@ def data_pack(
         ddpm data pack img_align_celeba.zip celeba --bucket gs://my-bucket
 
         ddpm data pack ~/photos mine --size 64 --hold-out 5%
+
+        ddpm data pack train.zip dogs --size 64 --labels labels.csv:breed
     """
     from job.commands import pack_command
     from job.data.pack_request import PackRequest

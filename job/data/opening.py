@@ -19,6 +19,7 @@ from job.data.foreign_tars import find_tars
 from job.data.formats import cifar, recognised
 from job.data.formats.beside import labelled_beside
 from job.data.formats.mnist import IDX_NAME
+from job.data.formats.unread import next_step_by
 from job.data.members import Member, Opener, RefusedError
 from job.data.source import Files, Source
 from job.data.splits import split_in
@@ -257,7 +258,7 @@ def _one_elsewhere(parent: Store, name: str, uri: str, column: str | None) -> So
 def _archive(where: str, opener: Opener, column: str | None) -> Source:
     """Returns a zip or a tar, which may hold files of another format."""
     with members.refusing(where), opener() as file:
-        if file.read(4) in (b"PK\x03\x04", b"PK\x05\x06"):
+        if (start := file.read(4)) in (b"PK\x03\x04", b"PK\x05\x06"):
             with zipfile.ZipFile(file) as archive:
                 names = archive.namelist()
             # The size of a gzipped file in a zip is unknown before it is unpacked.
@@ -266,6 +267,8 @@ def _archive(where: str, opener: Opener, column: str | None) -> Source:
             has_images = any(map(members.is_image, names))
             found = None if has_images else recognised(files, column)
             return found or labelled_beside(Source(where, partial(zip_members, opener)), files, column)
+        if unread := next_step_by(start):
+            raise RefusedError(f"has no images: {unread}")
         first = next(tar_members(opener), None)
     if first is not None and cifar.is_cifar(first.name):
         return cifar.source_of(where, partial(tar_members, opener), column)
