@@ -132,6 +132,8 @@ def _begin(plan: Plan, ranks: Ranks, lease: Lease | None) -> records.Attempt:
     assert lease is not None
     if plan.is_new:
         records.create_config(plan.run, plan.config)
+        for remark in plan.index.remarks(with_classes=bool(plan.config.model.num_classes)):
+            note(remark)
     before = records.last_attempt(plan.run)
     device = compute.describe_device(ranks.device)
     attempt = records.record_attempt(
