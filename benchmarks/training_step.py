@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -132,7 +133,8 @@ class OurLoop:
         """Runs one whole step."""
         session, batch = self.session, islice(self._batches, 1)
         how = {"settings": session.settings, "accelerator": session.accelerator, "hooks": session.hooks}
-        train(session.state, session.network, batch, session.objective, **how)
+        with session.threads.alone() if session.threads else nullcontext():
+            train(session.state, session.network, batch, session.objective, **how, threads=session.threads)
 
     def step_flop(self) -> int:
         """Returns the floating-point operations of the network's forward and backward pass over one batch."""

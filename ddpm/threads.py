@@ -8,9 +8,9 @@ that equal machines give equal bits, busy or not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from itertools import pairwise
 from typing import TypeVar
@@ -30,6 +30,16 @@ class Threads:
         self.count = count
         # In the thread that calls it, this is the number of PyTorch's threads of that thread.
         self._pool = ThreadPoolExecutor(count, "compute", initializer=torch.set_num_threads, initargs=(1,))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Leaves one thread to the operations outside of `map` as well, such as the optimiser's."""
+        usual = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(usual)
 
     def map(self, work: Callable[[slice], T], images: slice) -> list[T]:
         """Returns what `work` makes of each thread's part of the images, in their order; raises its first error."""

@@ -25,6 +25,7 @@ from job.processes.launcher import launch
 from job.processes.preemption import watch_for_preemption
 from job.progress import note
 from job.requests import EncodeRequest, EvaluateRequest, SampleRequest, TrainRequest, check_world_size
+from job.runs.layout import ObjectKind
 from job.runs.records import check_writable
 from job.sampling.sampling_plan import plan_sampling, plan_sets
 from job.stop import Stop, deadline
@@ -68,6 +69,7 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
             _say_finished(plan, "is finished already")
         else:
             check_writable(plan.run)
+            note(f"the page of this run: {plan.run.uri_of(ObjectKind.PAGE.value)}")
             _launch(processes, hang_after_seconds)
 
 

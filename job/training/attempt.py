@@ -22,6 +22,8 @@ from job.processes.launched import is_launched
 from job.processes.lease import Lease
 from job.processes.ranks import Ranks, meet
 from job.progress import Progress, note
+from job.report.command import open_page
+from job.report.picture_cache import PictureCache
 from job.requests import TrainRequest, check_world_size
 from job.runs import metric_rows, records
 from job.runs.checkpoints import Manifest, newest_good
@@ -29,7 +31,7 @@ from job.runs.layout import CheckpointRef
 from job.runs.writer import CheckpointWriter, LeasedRun
 from job.stop import NEVER, Stop
 from job.store import open_bucket
-from job.training.reporting import Recorder, retention_of
+from job.training.reporting import Recorder, put_run_page, retention_of, status_of
 from job.training.session import TrainingSession, initial_state
 from job.training.tracking import CLOSE_SECONDS, Tracking
 
@@ -128,7 +130,7 @@ def _train(plan: Plan, ranks: Ranks, lease: Lease | None, tracking: Tracking | N
 
 
 def _begin(plan: Plan, ranks: Ranks, lease: Lease | None) -> records.Attempt:
-    """Writes the run's configuration, if the run is new, and this attempt's record; reports changed circumstances."""
+    """Writes the configuration of a new run, this attempt's record and the first page; reports what has changed."""
     assert lease is not None
     if plan.is_new:
         records.create_config(plan.run, plan.config)
@@ -141,6 +143,10 @@ def _begin(plan: Plan, ranks: Ranks, lease: Lease | None) -> records.Attempt:
     )
     for difference in records.what_is_otherwise(before, attempt) if before else []:
         note(difference)
+    status = status_of(plan, attempt, State.RUNNING, plan.images_seen, {})
+    put_run_page(plan, lease, None, status, PictureCache(note))
+    if plan.request.open_page:
+        open_page(plan.run)
     return attempt
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -64,14 +64,10 @@ def wrapped(model: nn.Module, config: RunConfig, ranks: Ranks, accelerator: Acce
 
 
 def _threads(config: RunConfig, ranks: Ranks) -> Threads | None:
-    """Returns the threads that share a micro-batch, if they can, and leaves all else to one thread."""
+    """Returns the threads that share a micro-batch, if they can."""
     # Gradients of several processes meet in DDP's hooks, and threads share PyTorch's generator of dropout masks.
-    if ranks.world_size > 1 or getattr(config.model, "dropout", 0.0):
-        return None
-    threads = threads_of(ranks.device)
-    if threads:
-        torch.set_num_threads(1)
-    return threads
+    is_alone = ranks.world_size == 1 and not getattr(config.model, "dropout", 0.0)
+    return threads_of(ranks.device) if is_alone else None
 
 
 class TrainingSession:
@@ -153,7 +149,7 @@ class TrainingSession:
         """
         state = self.state
         with self.bar:
-            with closing(self.batches):
+            with closing(self.batches), self.threads.alone() if self.threads else nullcontext():
                 for interlude in self.interludes:
                     if interlude.is_due(state.images_seen) and self.on_main(interlude.is_missing):
                         self._run(interlude)
