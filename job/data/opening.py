@@ -46,6 +46,7 @@ ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 
 _BUCKET_READERS = 16
 _NOTHING_AT = "there is nothing at {}: give a folder or an archive of images"
+_BRACES = re.compile(r"\{.*\}")
 _PATTERN = re.compile(r"([^*]*/)([^/*]*\*.*)")
 
 
@@ -121,12 +122,14 @@ def open_source(source: str, bucket: str = "", retry: Retry | None = None, colum
     inside, archive = split_chain(source)
     if inside:
         return _inside(open_source(archive, bucket, retry, column), inside, without_queries(source))
-    if re.search(r"\{.*\}", source):
-        tars = find_tars([source], retry)
-        return _archives(source, [(tar.key, partial(tar.store.open, tar.key)) for tar in tars], column)
-    if is_remote(source) or "*" in source:
-        return _elsewhere(source, retry, column)
-    path = Path(open_store(source).uri).resolve()
+    path = None if is_remote(source) else Path(open_store(source).uri).resolve()
+    # A local name may hold the characters of a pattern.
+    if path is None or not path.exists():
+        if _BRACES.search(source):
+            tars = find_tars([source], retry)
+            return _archives(source, [(tar.key, partial(tar.store.open, tar.key)) for tar in tars], column)
+        if path is None or "*" in source:
+            return _elsewhere(source, retry, column)
     with members.refusing(repr(source)):
         if path.is_dir():
             return _folder(path, bucket, column)

@@ -103,7 +103,8 @@ def run_training(request: TrainRequest, stop: Stop = NEVER) -> Plan:
 
 def _train(plan: Plan, ranks: Ranks, lease: Lease | None, tracking: Tracking | None, stop: Stop) -> None:
     """Opens the dataset, restores the state and trains; the main process has the lease and the tracker. Collective."""
-    attempt = ranks.on_main(lambda: _begin(plan, ranks, lease))
+    pictures = PictureCache(note)
+    attempt = ranks.on_main(lambda: _begin(plan, ranks, lease, pictures))
     with Progress("reading images", total=plan.index.images) as bar:
         images = plan.opened_images(stop, lambda done, total: bar.update(done))
         held_out = plan.opened_images(stop, index=plan.held_out) if plan.held_out else None
@@ -113,7 +114,15 @@ def _train(plan: Plan, ranks: Ranks, lease: Lease | None, tracking: Tracking | N
     damaged = set[CheckpointRef]()
     manifest = _restore(state, plan, ranks, attempt, damaged)
     with _recording(
-        plan, state, attempt, lease=lease, tracking=tracking, restored=manifest, damaged=damaged, stop=stop
+        plan,
+        state,
+        attempt,
+        lease=lease,
+        tracking=tracking,
+        pictures=pictures,
+        restored=manifest,
+        damaged=damaged,
+        stop=stop,
     ) as recorder:
         session = TrainingSession(
             plan,
@@ -129,7 +138,7 @@ def _train(plan: Plan, ranks: Ranks, lease: Lease | None, tracking: Tracking | N
         session.finish()
 
 
-def _begin(plan: Plan, ranks: Ranks, lease: Lease | None) -> records.Attempt:
+def _begin(plan: Plan, ranks: Ranks, lease: Lease | None, pictures: PictureCache) -> records.Attempt:
     """Writes the configuration of a new run, this attempt's record and the first page; reports what has changed."""
     assert lease is not None
     if plan.is_new:
@@ -144,7 +153,7 @@ def _begin(plan: Plan, ranks: Ranks, lease: Lease | None) -> records.Attempt:
     for difference in records.what_is_otherwise(before, attempt) if before else []:
         note(difference)
     status = status_of(plan, attempt, State.RUNNING, plan.images_seen, {})
-    put_run_page(plan, lease, None, status, PictureCache(note))
+    put_run_page(plan, lease, None, status, pictures)
     if plan.request.open_page:
         open_page(plan.run)
     return attempt
@@ -196,6 +205,7 @@ def _recording(
     *,
     lease: Lease | None,
     tracking: Tracking | None,
+    pictures: PictureCache,
     restored: Manifest | None,
     damaged: set[CheckpointRef],
     stop: Stop,
@@ -207,7 +217,7 @@ def _recording(
     rows = metric_rows.read_rows(plan.run, restored.metrics, note) if restored else []
     leased = LeasedRun(plan.run, retention_of(plan, rows), attempt, lease, damaged)
     writer = CheckpointWriter(leased, state.tensors(), before=restored, stop=stop, note=note)
-    recorder = Recorder(plan, state, attempt, lease, writer=writer, rows=rows, tracking=tracking)
+    recorder = Recorder(plan, state, attempt, lease, writer=writer, rows=rows, tracking=tracking, pictures=pictures)
     try:
         yield recorder
     except LostRunError:

@@ -47,6 +47,7 @@ class Recorder:
         writer: CheckpointWriter,
         rows: list[Row],
         tracking: Tracking,
+        pictures: PictureCache,
     ) -> None:
         """Starts the thread that writes the run's status.
 
@@ -58,10 +59,11 @@ class Recorder:
             writer: for this run's checkpoints.
             rows: the metrics up to the checkpoint that was restored.
             tracking: gets every row.
+            pictures: those of the page so far.
         """
         self.plan, self.attempt, self.writer, self.rows = plan, attempt, writer, rows
         self._state, self._lease, self._tracking = state, lease, tracking
-        self._page_pictures, self._shown = PictureCache(note), Row()
+        self._page_pictures, self._shown = pictures, Row()
         self._status = records.StatusReporter(plan.run, self._confirmed_status, note)
 
     def has_saved(self, name: str) -> bool:
