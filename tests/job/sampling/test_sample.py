@@ -132,10 +132,10 @@ def test_several_checkpoints_give_a_comparison(bucket, sample):
         "comparison-1-3-ddim-4-seeds-0-3.png",
     ]
     assert list(sample(checkpoints="all", seeds="0-3"))[-1] == "comparison-all-ddim-4-seeds-0-3.png"
-    compared = np.asarray(pictures["comparison-1-3-ddim-4-seeds-0-3.png"], np.int16)[-8 - 2 * 98 - 2 : -8, -8 - 4 * 98 :]
-    for row, label in enumerate(("epoch-0001", "epoch-0003")):
-        alone = np.asarray(pictures[f"{label}-ddim-4-seeds-0-3.png"], np.int16)[-100:]
-        assert np.array_equal(compared[98 * row :][2:98, : 4 * 98 - 2], alone[2:98, 2 : 4 * 98])
+    compared, *alone = (np.asarray(pictures[name], np.int16) for name in sorted(pictures))
+    rows = compared[-8 - 2 * 98 - 2 :, -8 - 4 * 98 :]
+    for number, grid in enumerate(alone):
+        assert np.array_equal(rows[2 + 98 * number :][:96, : 4 * 98 - 2], grid[-98:-2, 2 : 4 * 98])
     assert verify_run(open_store(str(bucket)), "walk").problems == []
 
 
