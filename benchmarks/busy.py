@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -53,7 +54,7 @@ def measure(quick: bool) -> list[Figure]:
         ways = {"ours": (Threads(count), count), "one thread": (None, 1), "PyTorch's threads": (None, count)}
         with busy_neighbours():
             for what, work in (("training", loop.step), ("sampling", draw)):
-                times = _in_turn(what, {way: in_way(*how, work) for way, how in ways.items()}, 2 if quick else 9)
+                times = _in_turn(what, {way: in_way(*how, work) for way, how in ways.items()}, 2 if quick else 5)
                 figures.append(_figure(what, times, count))
         loop.close()
     torch.set_num_threads(count)
@@ -62,8 +63,9 @@ def measure(quick: bool) -> list[Figure]:
 
 @contextmanager
 def busy_neighbours() -> Iterator[None]:
-    """Keeps processes busy meanwhile."""
-    neighbours = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(NEIGHBOURS)]
+    """Keeps processes busy meanwhile, which end with this one."""
+    counting = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
+    neighbours = [subprocess.Popen([sys.executable, "-c", counting]) for _ in range(NEIGHBOURS)]
     try:
         yield
     finally:
