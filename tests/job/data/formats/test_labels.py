@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import webdataset
+from hypothesis import strategies as st
 
-from job.data.labels import table_in
-from job.data.members import RefusedError
+from job.data.labels import read_labels, table_in
 from job.data.opening import open_source
 from job.data.source import Found
 from job.data.survey import survey
-from job.exits import BadDataError, BadRequestError, MissingInputError
+from job.exits import BadDataError, BadRequestError, Exit, JobError, MissingInputError
+from job.progress import printable
+from tests.fuzzing import examples, search
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.packing import entries_of, packed
 from tests.job.some_images import folder_of, jpeg, png, tar_of, zip_of
@@ -158,13 +160,28 @@ def test_same_names_in_two_folders_are_told_apart():
     assert [table.of(name) for name in ("a/1.jpg", "set/b/1.jpg", "1.jpg", "2.jpg")] == ["x", "y", "", "z"]
 
 
-@pytest.mark.parametrize("content", [b"", b"x", b"1\n2\n", b"\xff\xfe\x00", b"a,b\n", b'"' * 9, b"[1]\n", b"{}"])
-def test_odd_tables_are_refused(content):
-    for name in ("a.csv", "a.jsonl", "a.json"):
+WORDS = st.sampled_from(
+    ["file", "label", "1.png", "-1", "1", "", '"', ",", ";", "\t", " ", "\n", "\r", "{", "}", "[", "]"]
+)
+TEXTS = st.lists(WORDS, max_size=30).map("".join).map(str.encode) | st.binary(max_size=200)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["labels", "file_name", "a"]), inner),
+).map(lambda value: json.dumps(value).encode())
+
+
+@examples(few=60, many=3000)
+def test_odd_tables_give_labels_or_a_line(tmp_path, count):
+    @search(count, st.sampled_from([".csv", ".txt", ".jsonl", ".json"]), TEXTS | JSON)
+    def check(suffix: str, content: bytes) -> None:
+        path = tmp_path / f"table{suffix}"
+        path.write_bytes(content)
         try:
-            assert table_in(name, content).labels == {}
-        except (RefusedError, ValueError, BadRequestError):
-            continue
+            table = read_labels(str(path), "")
+        except JobError as error:
+            assert error.exit_code in (Exit.BAD_DATA, Exit.BAD_REQUEST) and len(str(error).splitlines()) == 1
+        else:
+            assert all(label == printable(label) and len(label) <= 100 for label in table.labels.values())
 
 
 def test_folder_of_archives_is_one_source(tmp_path):
