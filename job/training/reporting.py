@@ -88,7 +88,7 @@ class Recorder:
     def show(self, bar: Progress) -> None:
         """Updates the bar, with the loss of the last row: reading the current one would wait for the device."""
         images_seen, epochs = self._state.images_seen, self.plan.config.train.epochs
-        epoch, every_epochs = images_seen / self.plan.index.images, self.plan.config.checkpoint.every_epochs
+        epoch, every_epochs = self._epoch_at(images_seen), self.plan.config.checkpoint.every_epochs
         shown = {"loss": f"{self._shown['loss']:.4f}"} if "loss" in self._shown else {}
         shown["epoch"] = f"{epoch:.1f}/{epochs}"
         shown["next_checkpoint"] = f"epoch {min((int(epoch) // every_epochs + 1) * every_epochs, epochs)}"
@@ -131,6 +131,10 @@ class Recorder:
         finally:
             self._status.close(state, min(records.STATUS_CLOSE_SECONDS, stop.seconds_left() / 2))
 
+    def _epoch_at(self, images_seen: int) -> float:
+        # The last batch may go beyond the last epoch: people would read `epoch 1.6 of 1`.
+        return min(images_seen / self.plan.index.images, self.plan.config.train.epochs)
+
     def _confirmed_status(self, state: State) -> records.Status:
         # A process that slept and was replaced must not overwrite the status of the attempt that replaced it.
         self._lease.confirm()
@@ -144,7 +148,7 @@ class Recorder:
             attempt=self.attempt.id,
             images_seen=images_seen,
             target_images=self.plan.target_images,
-            epoch=round(images_seen / self.plan.index.images, 3),
+            epoch=round(self._epoch_at(images_seen), 3),
             loss=self._shown.get("loss"),
             images_per_second=self._shown.get("images_per_second"),
             updated=utc_now(),

@@ -22,7 +22,7 @@ def asked(*words):
 def test_programs_get_everything_as_json(bucket):
     at = ("--bucket", bucket, "--json")
     (listed,) = asked("runs", "list", *at)
-    assert (listed["name"], listed["state"], listed["epoch"], listed["hours_left"]) == ("walk", "finished", 3.05, None)
+    assert (listed["name"], listed["state"], listed["epoch"], listed["hours_left"]) == ("walk", "finished", 3.0, None)
     shown = asked("runs", "show", "walk", *at)
     assert shown["checkpoints"] == ["epoch 1", "epoch 3"]
     assert shown["attempts"][0]["world_size"] == 1

@@ -98,7 +98,7 @@ def test_bucket_knows_a_gone_job(bucket, folder, monkeypatch):
                 assert lines.pop(0).startswith("state       finished, as of 20")
                 assert lines.pop(0) == "exit code   0: finished"
             assert lines[0] == f"run         walk  ({uri}/runs/walk)"
-            assert "images seen 912 of 912 (epoch 3.05)" in lines
+            assert "images seen 912 of 912 (epoch 3.00)" in lines
             assert any(line.startswith("newest      checkpoints/000001-000000000912") for line in lines)
             assert any(line.startswith("attempt 1 ") for line in lines)
     for name in ("train-other", "train-walk-2"):
