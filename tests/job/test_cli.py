@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import typer
 import yaml
 from PIL import Image
@@ -16,7 +17,7 @@ from PIL import Image
 import job
 from job.cli.app import app
 from job.exits import Exit
-from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, succeeded
+from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, refused, succeeded
 from tests.job.some_images import folder_of, jpeg, zip_of
 
 HEAVY = {"torch", "numpy", "PIL", "matplotlib", "yaml", "rich", "accelerate", "google", "botocore"}
@@ -117,15 +118,36 @@ def test_images_are_noised(bucket, tmp_path):
     assert np.abs(original - noised)[:, :half].mean() < 8 < 40 < np.abs(original - noised)[:, half:].mean()
 
 
+def test_one_image_gets_noisier_by_the_schedule_of_a_run(bucket, tmp_path):
+    output, walk = tmp_path / "n.png", ("--run", "walk", "--bucket", bucket)
+    assert succeeded(ddpm_here("figure", "noising", *walk, "--image", 3, "-o", output)) == f"{output}\n"
+    # Tiles of 6 times 16 pixels, with captions under them.
+    picture = np.asarray(Image.open(output).convert("RGB"), float)
+    top = np.flatnonzero((picture[:, 4:100] < 255).any(axis=2).all(axis=1))[0]
+    tiles = [picture[y : y + 96, 4 + 100 * x : 100 + 100 * x] for y in (top, top + 126) for x in range(6)]
+    distances = [np.abs(tile - tiles[0]).mean() for tile in tiles]
+    assert distances == sorted(distances) and distances[11] > 60
+    # It has 50 timesteps, and plots differ in their titles alone.
+    plots = []
+    for words in (walk, ("--schedule", "cosine", "--timesteps", 50), ("--schedule", "cosine")):
+        succeeded(ddpm_here("figure", "schedule", *words, "-o", output))
+        plots.append(np.asarray(Image.open(output))[35:])
+    assert np.array_equal(plots[0], plots[1]) and not np.array_equal(plots[0], plots[2])
+    assert "99 is not in 0 to 49" in refused(ddpm_here("figure", "noising", *walk, "--timesteps", 99), Exit.BAD_REQUEST)
+    line = refused(ddpm_here("figure", "schedule", *walk, "--schedule", "edm"), Exit.BAD_REQUEST)
+    assert "run 'walk' has a schedule of its own" in line
+
+
 def test_denoising_is_a_gif(bucket):
     out = succeeded(ddpm_here("figure", "denoising", "--run", "walk", "--seeds", "3,5", "--bucket", bucket))
     gif = Image.open(out.strip())
     assert (gif.n_frames, gif.info["duration"]) == (20, 200)
 
 
-def test_the_schedule_needs_no_bucket(tmp_path):
+@pytest.mark.parametrize("kind", ["cosine", "edm", "flow"])
+def test_the_schedule_needs_no_bucket(tmp_path, kind):
     output = tmp_path / "schedule.png"
-    assert succeeded(ddpm_here("figure", "schedule", "--schedule", "cosine", "-o", output)) == f"{output}\n"
+    assert succeeded(ddpm_here("figure", "schedule", "--schedule", kind, "-o", output)) == f"{output}\n"
     assert Image.open(output).size == (640, 480)
 
 
