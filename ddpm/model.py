@@ -50,6 +50,7 @@ class Model:
         autocast: context for the network alone, such as bf16 autocast.
         decode: decodes latents to pixels [B, c, h, w]; `pixels` clamps these to [-1, 1].
         worse: a network with less training, for guidance away from it.
+        source: the place that it was loaded from, for people.
     """
 
     network: nn.Module
@@ -63,6 +64,20 @@ class Model:
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext
     decode: Callable[[Tensor], Tensor] | None = None
     worse: nn.Module | None = None
+    source: str = ""
+
+    def __repr__(self) -> str:
+        """Returns one line; the generated one would have every layer of the network."""
+        parts = [
+            type(self.network).__name__,
+            f"{sum(parameter.numel() for parameter in self.network.parameters()):,} parameters",
+            f"{'latents' if self.decode else 'images'} {'×'.join(map(str, self.image_shape))}",
+            f"prediction {self.diffusion.prediction}",
+            f"schedule {self.diffusion.schedule}",
+        ]
+        parts += [f"{len(self.classes):,} classes"] if self.classes else []
+        parts += [f"from {self.source}"] if self.source else []
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     @property
     def device(self) -> torch.device:
@@ -272,6 +287,7 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
         sampling=Sampling(steps=min(Drawing.steps, diffusion.timesteps), **interop.drawing_options(scheduler)),
         classes=tuple(map(str, range(classes))),
         diffusion=diffusion,
+        source=str(root),
     )
 
 
