@@ -105,9 +105,14 @@ def print_table(table: Table, without_rows: str) -> None:
         return
     # A licence may contain text that Rich would read as [/MARKUP].
     console = Console(markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = PIPE_COLUMNS
-    console.print(table)
+    if console.is_terminal:
+        console.print(table)
+        return
+    console.width = PIPE_COLUMNS
+    with console.capture() as text:
+        console.print(table)
+    # A pager would break the spaces at the ends of the lines into empty ones.
+    print("\n".join(map(str.rstrip, text.get().splitlines())))
 
 
 def show_run(bucket_uri: str, name: str, *, as_json: bool = False) -> None:
