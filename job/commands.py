@@ -14,6 +14,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from job.config import EMBEDDED, pack_config
+from job.data.shards import NoDatasetError
 from job.evaluation.evaluation_plan import check_library, check_scores_in_training, plan_evaluation
 from job.exits import BadDataError, MissingInputError
 from job.outcome import outcome_written
@@ -59,7 +60,13 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
             if os.environ.get("RANK", "0") == "0":
                 _say_finished(plan, "is finished")
             return
-        plan = plan_run(request, stop)
+        try:
+            plan = plan_run(request, stop)
+        except NoDatasetError as error:
+            from job.report.datasets import how_to_pack
+
+            size_pixels = error.size or _usual_size_pixels(request.preset_name)
+            raise MissingInputError(how_to_pack(request.bucket, request.dataset, size_pixels)) from None
         processes = processes or default_processes()
         check_world_size(processes * here.nodes, plan.config.train.batch_size)
         check_scores_in_training(plan)
@@ -176,16 +183,20 @@ def ensure_command(name: str, bucket_uri: str, *, size: int | None = None, sourc
     from job.data.pack_request import PackRequest
     from job.report.datasets import how_to_pack, is_packed
 
-    # A dataset without a preset gets the network of the embedded preset, so it needs the size of that.
-    preset = pack_config(name) or pack_config(EMBEDDED)
-    assert preset is not None
-    size_pixels = size or preset.size
+    size_pixels = size or _usual_size_pixels(name)
     request = PackRequest(source or name, name, size_pixels).check()
     if is_packed(bucket_uri, name, size):
         return
     if not source and name != EMBEDDED:
         raise MissingInputError(how_to_pack(bucket_uri, name, size_pixels, on))
     pack_command(request, bucket_uri)
+
+
+def _usual_size_pixels(preset: str) -> int:
+    # A dataset without a preset gets the network of the embedded preset, so it needs the size of that.
+    pack = pack_config(preset) or pack_config(EMBEDDED)
+    assert pack is not None
+    return pack.size
 
 
 @contextmanager

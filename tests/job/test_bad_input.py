@@ -138,7 +138,7 @@ def test_a_working_folder_that_is_gone(bucket, tmp_path, monkeypatch):
 
 
 UNFIT: Rows = [
-    ("train --dataset other", 66, ["no dataset 'other'"]),
+    ("train --dataset other", 66, ["dataset 'other' is not in {bucket} yet. Get a folder or archive"]),
     ("train --dataset tiles --run walk --set data.size=32", 66, ["'tiles' at 32 pixels", "there is tiles-16"]),
     ("train --dataset tiles --run walk --set train.seed=1", 78, ["train.seed: the run has 0, asked for 1", "--run"]),
     ("train --dataset tiles --run new --set data.channels=1", 78, ["data.channels is 1", "tiles-16 has 3"]),
@@ -194,6 +194,17 @@ def test_a_missing_source_says_the_commands(tmp_path, monkeypatch):
         "  ddpm data pack path/to/it celeba --size 64 --bucket b",
     ]
     assert not list(tmp_path.iterdir())
+    # Training says the same, of the size that its network takes, and of images that need no search.
+    (tmp_path / "b").mkdir()
+    for words, typed in {
+        ("celeba",): "data pack path/to/it celeba --size 64 --bucket b",
+        ("mine", "--preset", "dit"): "data pack path/to/it mine --size 64 --bucket b",
+        ("mine", "--set", "data.size=48"): "data pack path/to/it mine --size 48 --bucket b",
+        ("landscape-sample",): "data ensure landscape-sample --bucket b",
+    }.items():
+        done = ddpm_here("train", "--dataset", *words, "--bucket", "b")
+        refused(done, Exit.MISSING_INPUT)
+        assert done.stderr.splitlines()[-1] == f"  ddpm {typed}"
 
 
 def test_an_unfinished_dataset_is_listed(tmp_path):

@@ -82,9 +82,9 @@ def test_failed_jobs_say_why(bucket, folder, monkeypatch):
     succeeded(ddpm_here(*words, "--detach"))
     status = ended("train-none")
     assert (status.state, status.exit_code) == (State.FAILED, 66)
-    assert "no dataset 'none'" in status.message
+    assert "dataset 'none' is not in" in status.message
     assert "exit code   66: missing input" in succeeded(ddpm_here("jobs", "status", "train-none"))
-    assert "no dataset 'none'" in succeeded(ddpm_here("jobs", "logs", "train-none"))
+    assert "dataset 'none' is not in" in succeeded(ddpm_here("jobs", "logs", "train-none"))
     # The target's variables reach the job, in the foreground and in the background, and nothing secret is remembered.
     (folder / "targets.yaml").write_text("local: {env: {DDPM_GRACE_SECONDS: 'soon'}}")
     words[3] = "tiles"
