@@ -26,6 +26,7 @@ from job.processes.launcher import launch
 from job.processes.preemption import watch_for_preemption
 from job.progress import note
 from job.requests import EncodeRequest, EvaluateRequest, SampleRequest, TrainRequest, check_world_size
+from job.runs.layout import ObjectKind
 from job.runs.records import check_writable
 from job.sampling.sampling_plan import plan_sampling, plan_sets
 from job.stop import Stop, deadline
@@ -219,12 +220,17 @@ def _launch(processes: int, hang_after_seconds: float) -> None:
 
 
 def _say_finished(plan: Plan, what: str) -> None:
-    from job.runs.listing import describe_outputs
+    from job.runs.drawings import grid_key, label_of
+    from job.runs.listing import in_lines
 
-    images_seen, outputs = plan.images_seen, describe_outputs(plan.run)
-    epochs = max(plan.config.train.epochs, images_seen // plan.index.images)
+    images_seen, batch_size = plan.images_seen, plan.config.train.batch_size
+    # The run may have seen more epochs than this command asks for.
+    is_beyond = images_seen > plan.target_images
+    epochs = images_seen // plan.index.images if is_beyond else plan.config.train.epochs
+    grid = grid_key(label_of(images_seen, plan.index.images, batch_size), plan.config.sample.name(plan.first_drawing))
+    outputs = {"page": ObjectKind.PAGE.value, "samples": grid}
+    there = [(title, plan.run.uri_of(key)) for title, key in outputs.items() if plan.run.exists(key)]
     # The work is done: a closed pipe must not make a failure of it.
     with suppress(OSError):
         print(f"Run {plan.request.run!r} {what}: {epochs:,} epoch{'s' * (epochs > 1)}, {images_seen:,} images seen.")
-        print(outputs)
-        print(f"To go on: the same command with more epochs (EPOCHS={epochs * 2}, or --epochs {epochs * 2}).")
+        print(in_lines([*there, ("go on", f"the same command with --epochs {epochs * 2} (make: EPOCHS={epochs * 2})")]))
