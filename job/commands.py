@@ -76,6 +76,7 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
             _say_finished(plan, "is finished already")
         else:
             check_writable(plan.run)
+            note(f"the page of this run: {plan.run.uri_of(ObjectKind.PAGE.value)}")
             _launch(processes, hang_after_seconds)
 
 
@@ -175,22 +176,22 @@ def _say_made(index: DatasetIndex | None, bucket: Store, name: str, slice_text: 
         print(describe_dataset(index, bucket))
 
 
-def ensure_command(name: str, bucket_uri: str, *, size: int | None = None, source: str = "", on: str = "") -> None:
+def ensure_command(request: PackRequest, bucket_uri: str, on: str = "") -> None:
     """Packs a dataset if the bucket lacks it; `on` is the target whose job needs it.
 
     Raises:
-        MissingInputError: the dataset is missing, and so is `source`; the message has the commands to type.
+        MissingInputError: the dataset is missing, and the request has no source; the message has the commands to type.
     """
-    from job.data.pack_request import PackRequest
     from job.report.datasets import how_to_pack, is_packed
 
-    size_pixels = size or _usual_size_pixels(name)
-    request = PackRequest(source or name, name, size_pixels).check()
-    if is_packed(bucket_uri, name, size):
+    name = request.name
+    size_pixels = request.size or _usual_size_pixels(name)
+    filled = replace(request, source=request.source or name, size=size_pixels).check()
+    if is_packed(bucket_uri, name, request.size):
         return
-    if not source and name != EMBEDDED:
+    if not request.source and name != EMBEDDED:
         raise MissingInputError(how_to_pack(bucket_uri, name, size_pixels, on))
-    pack_command(request, bucket_uri)
+    pack_command(filled, bucket_uri)
 
 
 def _usual_size_pixels(preset: str) -> int:

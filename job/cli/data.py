@@ -30,7 +30,22 @@ Channels = Annotated[
 ]
 Classes = Annotated[
     bool | None,
-    typer.Option("--classes/--no-classes", help="Use folders, or .cls files in tars, as classes. Default: if any."),
+    typer.Option(
+        "--classes/--no-classes",
+        help="Default: the labels of the source, else folders, unless their names are numbers or splits.",
+    ),
+]
+Labels = Annotated[
+    str,
+    typer.Option(
+        "--labels",
+        metavar="FILE[:COLUMN]",
+        help="Table of labels by file name (.csv, .jsonl, .json, .txt); :COLUMN alone: a label of SOURCE.",
+    ),
+]
+LabelKey = Annotated[
+    str,
+    typer.Option("--labels", metavar=":KEY", help="Key of the label in .json files. Default: label, cls or class."),
 ]
 Licence = Annotated[str, typer.Option("--licence", metavar="TEXT", help="Licence of the images, kept as a note.")]
 MaxBad = Annotated[int, typer.Option("--max-bad", metavar="N", min=0, help="Give up after N unreadable images.")]
@@ -39,9 +54,11 @@ MinSide = Annotated[
     typer.Option("--min-side", metavar="PIXELS", min=1, help="Reject images with a shorter side. Default: size/2."),
 ]
 SourceArgument = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="Folder, .zip, .tar[.gz] or MNIST idx files; a path or a URL.")
+    str, typer.Argument(metavar="SOURCE", help="Folder, archive or file of images; a path, a URL or a pattern.")
 ]
-Split = Annotated[str, typer.Option("--split", metavar="NAME", help="Pack one folder of SOURCE: train, test, val …")]
+Split = Annotated[
+    str, typer.Option("--split", metavar="NAME", help="Pack one split of SOURCE: train, test or val. Default: all.")
+]
 HoldOut = Annotated[
     str, typer.Option("--hold-out", metavar="SHARE", help="Share of the images to hold out, such as 5%.")
 ]
@@ -57,6 +74,7 @@ def data_pack(
     resize_filter: Filter = "",
     channels: Channels = None,
     classes: Classes = None,
+    labels: Labels = "",
     licence: Licence = "",
     max_bad: MaxBad = 100,
     min_side: MinSide = None,
@@ -68,8 +86,10 @@ def data_pack(
 ) -> None:
     """Pack images into a dataset in the bucket.
 
-    A NAME with a preset, such as celeba, takes size and crop from it. The SOURCE landscape-sample comes with the
-    program. The same command resumes an interrupted one.
+    SOURCE is a folder, a .zip, a .tar[.gz] or a folder of those; or files of WebDataset, EDM and StyleGAN, Parquet
+    and Arrow (Hugging Face), NumPy, TFRecord, LMDB, MNIST or CIFAR, with their labels. The SOURCE landscape-sample
+    comes with the program. A NAME with a preset, such as celeba, takes size and crop from it. The same command resumes
+    an interrupted one.
 
     With --hold-out a share of the images, chosen by their names, becomes the dataset NAME-held-out. Runs on NAME never
     learn from it; they log their loss on it as val_loss.
@@ -81,12 +101,28 @@ def data_pack(
         ddpm data pack img_align_celeba.zip celeba --bucket gs://my-bucket
 
         ddpm data pack ~/photos mine --size 64 --hold-out 5%
+
+        ddpm data pack train.zip dogs --size 64 --labels labels.csv:breed
     """
     from job.commands import pack_command
     from job.data.pack_request import PackRequest
 
-    options = (size, crop, resize_filter, channels, classes, licence, max_bad, min_side, split, hold_out)
-    request = PackRequest(source, name, *options, slice=slice_)
+    request = PackRequest(
+        source,
+        name,
+        size=size,
+        crop=crop,
+        resize_filter=resize_filter,
+        channels=channels,
+        classes=classes,
+        labels=labels,
+        licence=licence,
+        max_bad=max_bad,
+        min_side=min_side,
+        split=split,
+        hold_out=hold_out,
+        slice=slice_,
+    )
     pack_command(request, bucket, stop_after)
 
 
@@ -99,6 +135,7 @@ def data_index(
     resize_filter: Filter = "",
     channels: Channels = None,
     classes: Classes = None,
+    labels: LabelKey = "",
     licence: Licence = "",
     max_bad: MaxBad = 100,
     min_side: MinSide = None,
@@ -120,8 +157,22 @@ def data_index(
     from job.commands import pack_command
     from job.data.pack_request import PackRequest
 
-    options = (size, crop, resize_filter, channels, classes, licence, max_bad, min_side)
-    pack_command(PackRequest("", name, *options, tars=tuple(tars), slice=slice_), bucket, stop_after)
+    request = PackRequest(
+        "",
+        name,
+        size=size,
+        crop=crop,
+        resize_filter=resize_filter,
+        channels=channels,
+        classes=classes,
+        labels=labels,
+        licence=licence,
+        max_bad=max_bad,
+        min_side=min_side,
+        tars=tuple(tars),
+        slice=slice_,
+    )
+    pack_command(request, bucket, stop_after)
 
 
 @app.command("encode")
@@ -159,6 +210,9 @@ def data_ensure(
         str, typer.Option("--source", metavar="SOURCE", help="Images to pack if the dataset is missing.")
     ] = "",
     size: Size = None,
+    classes: Classes = None,
+    labels: Labels = "",
+    split: Split = "",
     on: Annotated[str, typer.Option("--on", metavar="TARGET", help="Use this target's bucket, if it has one.")] = "",
     targets: Targets = None,
     bucket: Annotated[
@@ -172,9 +226,11 @@ def data_ensure(
     Example: ddpm data ensure celeba --source img_align_celeba.zip
     """
     from job.commands import ensure_command
+    from job.data.pack_request import PackRequest
     from job.jobs.targets import bucket_on
 
-    ensure_command(name, bucket or bucket_on(on or "local", targets), size=size, source=source, on=on)
+    request = PackRequest(source, name, size, classes=classes, labels=labels, split=split)
+    ensure_command(request, bucket or bucket_on(on or "local", targets), on)
 
 
 @app.command("list")

@@ -18,9 +18,10 @@ from itertools import groupby, islice
 from braceexpand import braceexpand
 
 from job.data.archives import tar_members
+from job.data.labels import SIDECARS, sidecar_label
 from job.data.members import SUFFIXES, Member, is_hidden, refusing
 from job.data.shards import Digests, is_tar_uri
-from job.data.sources import BAD_CLASS, Sample, Source
+from job.data.source import SAMPLE_KEY, Source
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import printable
 from job.store import Retry, Store, open_to_read, split_uri, without_queries
@@ -28,8 +29,25 @@ from job.store import Retry, Store, open_to_read, split_uri, without_queries
 MOST_TARS = 100_000
 """The number of tars that five digits in a shard's name can count."""
 
-_SAMPLE_KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
-_CLASS = re.compile(rb"\s*(\d{1,5})\s*")
+BAD_CLASS = -2
+_CLASS = re.compile(r"\d{1,5}")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """An image that is being packed.
+
+    Attributes:
+        name: name of its file.
+        content: its encoded bytes.
+        label: its class; -1 without one, `BAD_CLASS` for a `.cls` without a valid number.
+        offset: position of the content in a tar that stays in place.
+    """
+
+    name: str
+    content: bytes
+    label: int = -1
+    offset: int = -1
 
 
 @dataclass(frozen=True)
@@ -45,8 +63,10 @@ class ForeignTar:
         """Returns the absolute URI, which is the same for all spellings."""
         return self.store.uri_of(self.key)
 
-    def samples(self, digests: Digests | None = None) -> Iterator[Sample]:
+    def samples(self, digests: Digests | None = None, label_key: str = "") -> Iterator[Sample]:
         """Yields all samples that have an image, in order, and updates `digests` with every byte of the tar.
+
+        `label_key` is that of the labels in `.json` files; see `sidecar_label`.
 
         Raises:
             BadDataError: the tar is unsafe, truncated, damaged or compressed, or a sample has several possible images;
@@ -66,9 +86,10 @@ class ForeignTar:
                         if image is None or (is_plain and not plain_names):
                             image = Sample(f"{tar}/{member.name}", member.read(), offset=member.offset)
                         plain_names += is_plain
-                    elif suffix == "cls":
-                        match = _CLASS.fullmatch(member.read())
-                        label = int(match[1]) if match else BAD_CLASS
+                    elif f".{suffix}" in SIDECARS and label == -1:
+                        said = sidecar_label(suffix, member.read(), label_key)
+                        if said or suffix == "cls":
+                            label = int(said) if _CLASS.fullmatch(said) else BAD_CLASS
             # `photo.1.jpg` belongs to another image than `photo.jpg`.
             if len(names) > 1 and (is_numbered or plain_names != 1):
                 raise BadDataError(
@@ -81,7 +102,7 @@ class ForeignTar:
     def _files(self, digests: Digests | None) -> Iterator[tuple[str, str, Member]]:
         """Yields the key and suffix of each file of a sample, and the file."""
         for member in Source(self.uri, partial(tar_members, partial(self.store.open, self.key), digests)).members():
-            if not is_hidden(member.name) and (match := _SAMPLE_KEY.fullmatch(member.name)):
+            if not is_hidden(member.name) and (match := SAMPLE_KEY.fullmatch(member.name)):
                 yield match[1], match[2].lower(), member
 
 

@@ -43,12 +43,14 @@ class Member:
         read: returns its content.
         offset: position of the content in a tar.
         size_bytes: size of the content; 0 where the name decides it.
+        label: the name of its class, if the format has one.
     """
 
     name: str
     read: Callable[[], bytes]
     offset: int = -1
     size_bytes: int = 0
+    label: str = ""
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import uuid
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -29,10 +30,13 @@ import google_crc32c
 
 from job.data import shards
 from job.data.ahead import in_order
-from job.data.foreign_tars import find_tars
+from job.data.foreign_tars import BAD_CLASS, Sample, find_tars
 from job.data.images import RejectedImageError, codec_versions, encode_png, prepare
+from job.data.labels import read_labels, split_labels
+from job.data.members import Member
+from job.data.opening import open_source
 from job.data.pack_request import PackRequest
-from job.data.sources import BAD_CLASS, Sample, open_source
+from job.data.source import Found
 from job.data.survey import no_images, survey
 from job.exits import BadDataError, BadRequestError
 from job.pieces import RECORDS as PIECES
@@ -190,6 +194,9 @@ class _Packing(abc.ABC):
         self._rejects: list[Reject] = []
         self.where = self.source = ""
         self.classes: tuple[str, ...] = ()
+        self.classes_from: str = ""
+        self.splits: tuple[str, ...] = ()
+        self.unlabelled_images = 0
         self.skipped: dict[str, int] = {}
         self.sizes: list[float] = []
         self.recipe = request.recipe(channels=3)
@@ -240,6 +247,8 @@ class _Packing(abc.ABC):
             size=self.recipe.size,
             channels=self.recipe.channels,
             classes=self.classes,
+            classes_from=self.classes_from,
+            splits=self.splits,
             crop=self.recipe.crop,
             resize_filter=self.recipe.resize_filter,
             licence=self._request.licence,
@@ -250,6 +259,7 @@ class _Packing(abc.ABC):
             codecs=codec_versions(),
             fingerprint=self.fingerprint,
             rejected_images=len(self._rejects),
+            unlabelled_images=self.unlabelled_images,
             skipped=self.skipped,
             rejects_sha256=hashlib.sha256(rejects).hexdigest() if rejects else "",
             shards=tuple(made),
@@ -300,43 +310,55 @@ class _Copying(_Packing):
     """Images are decoded, prepared and written into shards as PNG; a piece is so many images of the source."""
 
     def _survey(self) -> dict[str, Any]:
-        source = open_source(self._request.source, self._bucket.uri, self._bucket.retry.elsewhere())
-        if split := self._request.split:
+        request, retry = self._request, self._bucket.retry.elsewhere()
+        file, column = split_labels(request.labels)
+        wanted = None if request.classes is False else "" if file else column
+        source = open_source(request.source, self._bucket.uri, retry, wanted)
+        if split := request.split:
             source = replace(source, split=split, where=f"{source.where}, split {split}")
-        self.where, self.source = source.where, source.name
-        names = hashlib.sha256()
+        table = read_labels(file, column, retry) if file else None
+        self.where, self.source, self._source = source.where, source.name, source
 
-        def listed() -> Iterator[str]:
-            for member in source.images():
+        def found() -> Iterator[Found]:
+            for image in source.labelled():
                 self._check_stop()
-                names.update(b"%d:%b%d;" % (len(member.name.encode()), member.name.encode(), member.size_bytes))
-                yield member.name
+                yield image._replace(label=table.of(image.name)) if table else image
 
-        found = survey(listed(), self.where, self._request.classes)
-        images, share = found.images, self._request.hold_out_share
+        self._found = survey(found(), self.where, request.classes, source.classes, source.skipped)
+        if table and self._found.classes_from != "labels":
+            raise BadRequestError(f"{self.where}: none of its images has a label in {table.where}: compare the names")
+        share, images = request.hold_out_share, self._found.images
         if share:
             # Classes are those of all images, even where one part lacks some.
-            source = replace(source, hold_out=share, takes_held_out=self._request.is_held_out)
-            images = sum(1 for _ in listed())
+            images = sum(1 for _ in self._chosen())
         if not images:
-            part = "no image" if self._request.is_held_out else "all images"
-            raise BadRequestError(f"--hold-out {share:.1%} of {found.images:,} images holds {part} out")
-        for remark in filter(None, (source.note, found.note)):
+            part = "no image" if request.is_held_out else "all images"
+            raise BadRequestError(f"--hold-out {share:.1%} of {self._found.images:,} images holds {part} out")
+        for remark in filter(None, (source.note, *self._found.notes)):
             logging.getLogger(__name__).warning(remark)
         self.skipped = dict(sorted(source.skipped.items()))
-        self.recipe, self.classes = self._request.recipe(source.channels), found.classes
-        self._source, self._label, self._images = source, found.label, images
-        self._members, self._next = iter(source.images()), 0
+        self.recipe, self.classes = request.recipe(source.channels), self._found.classes
+        self.classes_from, self.splits = self._found.classes_from, self._found.splits
+        self.unlabelled_images = self._found.unlabelled_images
+        self._images, self._members, self._next = images, self._chosen(), 0
         shape_bytes = self.recipe.size**2 * self.recipe.channels
         self._shard_images = self._shard_images or max(1, shards.SHARD_PIXEL_BYTES // shape_bytes)
         self.sizes = [len(self._numbers(number)) for number in range(-(-images // self._shard_images))]
         return {
             "shard_images": self._shard_images,
             "classes": self.classes,
-            "class_depth": found.depth,
-            "part": (share, self._request.is_held_out),
-            "names": names.hexdigest(),
+            "classes_from": self._found.classes_from,
+            "part": (share, request.is_held_out),
+            "images": self._found.sha256,
         }
+
+    def _chosen(self) -> Iterator[tuple[Member, int]]:
+        """Yields the images of this part of the source with their classes, -1 without."""
+        share, is_held_out = self._request.hold_out_share, self._request.is_held_out
+        for number, member in enumerate(self._source.images()):
+            label = self._found.label(number)
+            if label is not None and (not share or _is_drawn(member.name, share) == is_held_out):
+                yield member, label
 
     def _numbers(self, number: int) -> range:
         """Returns which images of the source a piece has."""
@@ -371,11 +393,23 @@ class _Copying(_Packing):
     def _samples(self, numbers: range) -> Iterator[Sample]:
         if numbers.start < self._next:
             # The piece of another machine that gave it up: these are not in order.
-            self._members, self._next = iter(self._source.images()), 0
-        members = islice(self._members, numbers.start - self._next, numbers.stop - self._next)
+            self._members, self._next = self._chosen(), 0
+        chosen = islice(self._members, numbers.start - self._next, numbers.stop - self._next)
         self._next = numbers.stop
-        for name, content in self._source.loaded(members):
-            yield Sample(name, content, self._label(name))
+        labels = deque[int]()
+
+        def images() -> Iterator[Member]:
+            for member, label in chosen:
+                labels.append(label)
+                yield member
+
+        for name, content in self._source.loaded(images()):
+            yield Sample(name, content, labels.popleft())
+
+
+def _is_drawn(name: str, share: float) -> bool:
+    """Decides by the name alone, so that an image stays held out when others are added or removed."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64 < share
 
 
 class _InPlace(_Packing):
@@ -388,16 +422,21 @@ class _InPlace(_Packing):
         self.sizes = [tar.bytes / 1e6 for tar in self._tars]
         first, others = self._tars[0].uri, len(self._tars) - 1
         self.where = self.source = f"{first} and {others} more" if others else first
-        first_has_one = (sample.label != -1 for tar in self._tars for sample in tar.samples())
+        file, self._label_key = split_labels(self._request.labels)
+        if file:
+            raise BadRequestError(f"--labels {file}: tars in place have their labels beside the images: use :KEY")
+        samples = (sample for tar in self._tars for sample in tar.samples(label_key=self._label_key))
+        first_has_one = (sample.label != -1 for sample in samples)
         self.has_classes = next(first_has_one, False) if self._request.classes is None else self._request.classes
-        return {"has_classes": self.has_classes, "tars": [[tar.uri, tar.bytes] for tar in self._tars]}
+        key = self._label_key if self.has_classes else ""
+        return {"has_classes": self.has_classes, "label_key": key, "tars": [[tar.uri, tar.bytes] for tar in self._tars]}
 
     def made(self, number: int, advance: Advance) -> Made:
         """Hashes a tar and lists its images; see `_Packing`."""
         tar, digests, rejects = self._tars[number], shards.Digests(), list[Reject]()
         records: list[shards.Record] = []
         read_bytes = 0
-        for checked in self._checked(tar.samples(digests), rejects):
+        for checked in self._checked(tar.samples(digests, self._label_key), rejects):
             if not checked.reason:
                 sample = checked.sample
                 label, checksum = sample.label if self.has_classes else -1, google_crc32c.value(sample.content)
@@ -420,3 +459,4 @@ class _InPlace(_Packing):
                 "from 0 without large gaps; mend it, or index with --no-classes"
             )
         self.classes = tuple(map(str, range(highest_label + 1)))
+        self.classes_from = "labels" if self.classes else ""

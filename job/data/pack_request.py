@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from job.config import PackConfig, pack_config
 from job.data import shards
 from job.data.images import Recipe
-from job.data.sources import SPLITS
+from job.data.splits import SPLITS
 from job.exits import BadRequestError
 
 MOST_HELD_OUT = 0.5
@@ -26,7 +26,8 @@ class PackRequest:
         resize_filter: see `Recipe`.
         channels: 3 or 1; None takes what the source has: 1 for MNIST's files, else 3.
         classes: True if there must be classes, False for none; None: if each image lies in one of several folders, or,
-            of tars, if the first image has a `.cls`.
+            of tars, if the first image has a label.
+        labels: `FILE[:COLUMN]`, a table of labels by file name; or `:COLUMN`, which of the source's labels is taken.
         licence: a note to keep with the dataset.
         max_bad: how many images may be rejected.
         min_side: reject images with a shorter side under this many pixels; None is half of `size`.
@@ -44,6 +45,7 @@ class PackRequest:
     resize_filter: str = ""
     channels: int | None = None
     classes: bool | None = None
+    labels: str = ""
     licence: str = ""
     max_bad: int = 100
     min_side: int | None = None
@@ -62,6 +64,8 @@ class PackRequest:
         shards.validated_dataset_name(self.name)
         if self.split not in ("", *SPLITS):
             raise BadRequestError(f"--split {self.split!r}: it is one of {', '.join(sorted(SPLITS))}")
+        if self.labels and self.classes is False:
+            raise BadRequestError("--labels and --no-classes contradict each other: leave one out")
         if self.hold_out_share > MOST_HELD_OUT:
             raise BadRequestError(f"--hold-out {self.hold_out}: at most {MOST_HELD_OUT:.0%}, such as 5%")
         preset = pack_config(self.name) or (PackConfig(size=self.size) if self.size else None)

@@ -180,6 +180,8 @@ class DatasetIndex(Sealed):
     dtype: Literal["uint8", "float16"] = Field(default="uint8", description="pixels; latents: mean, log-variance")
     encoding: Encoding | None = None
     classes: tuple[str, ...] = ()
+    classes_from: Literal["", "labels", "folders"] = Field(default="", description="what named the classes")
+    splits: tuple[str, ...] = Field(default=(), description="of the source, if several became this dataset")
     crop: str
     resize_filter: str
     licence: str = ""
@@ -188,6 +190,7 @@ class DatasetIndex(Sealed):
     held_out: str = Field(default="", description="name of the dataset of the images that were held out")
     hold_out: float = Field(default=0.0, ge=0, le=1, description="the share of the source that was held out")
     rejected_images: int = Field(default=0, ge=0)
+    unlabelled_images: int = Field(default=0, ge=0, description="left out, because all others have a label")
     rejects_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$", description="of rejects.jsonl, if any")
     skipped: dict[str, int] = Field(default={}, description="files that were left out, by suffix or as hidden images")
     codecs: str = Field(default="", description="versions of what decoded the images")
@@ -213,6 +216,19 @@ class DatasetIndex(Sealed):
     def decoded_bytes(self) -> int:
         """Returns the size of all decoded images."""
         return self.images * math.prod(self.image_shape)
+
+    def remarks(self, *, with_classes: bool) -> list[str]:
+        """Returns what a person has to know before a run learns from it, of its classes if the run learns them."""
+        said = []
+        if with_classes and self.classes_from == "folders":
+            named = ", ".join(self.classes[:10]) + (f" and {len(self.classes) - 10:,} more" * (len(self.classes) > 10))
+            said.append(
+                f"learning {len(self.classes):,} folders of {self.name} as classes: {named}; if they are no classes, "
+                "start another run with --set model.num_classes=0"
+            )
+        if self.splits:
+            said.append(f"learning {' and '.join(self.splits)} of {self.name} together, which were packed together")
+        return said
 
     @model_validator(mode="after")
     def _is_of_one_kind(self) -> DatasetIndex:

@@ -1,75 +1,223 @@
-"""The number of images in a source, and their classes, from their names alone."""
+"""The number of images in a source, and their classes: by the labels of its format, else by the names of folders.
+
+Classes are never made up. Folders whose names are numbers or splits are no classes unless a person says so, and the
+person reads which folders became classes before anything is trained.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import hashlib
+import re
+from array import array
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
+from job.data.formats.unread import next_step
 from job.data.members import SUFFIXES, path_parts
-from job.data.sources import SPLITS
+from job.data.source import Found
+from job.data.splits import is_data_file, split_of, stem_of
 from job.exits import BadDataError, BadRequestError
+
+T = TypeVar("T")
+
+_MOST_CLASSES = 100_000
+_FEW_IMAGES = 100
+_NAMED = 10
+_NUMBER = re.compile(r"[\d_. -]+")
 
 
 @dataclass(frozen=True)
 class Survey:
-    """The result of `survey`."""
+    """The result of `survey`.
+
+    Attributes:
+        images: number of images, without those that are left out.
+        classes: the names of the classes, in the order of their numbers.
+        classes_from: `labels` or `folders`; empty without classes.
+        splits: the splits that become one dataset, if there are several.
+        unlabelled_images: images that are left out, because all others have a label.
+        notes: what a person has to know before training.
+        sha256: of the names, sizes and labels of all images.
+    """
 
     images: int
     classes: tuple[str, ...]
-    depth: int
-    """Number of folders above those that name the classes."""
-    note: str = ""
-    """Why images have no classes, or which splits become one dataset; for people."""
+    classes_from: str
+    splits: tuple[str, ...]
+    unlabelled_images: int
+    notes: tuple[str, ...]
+    sha256: str
+    _labels: array[int] = field(repr=False)
 
-    def label(self, name: str) -> int:
-        """Returns the class of an image; -1 without classes."""
-        return self.classes.index(path_parts(name)[self.depth]) if self.classes else -1
+    def label(self, number: int) -> int | None:
+        """Returns the class of image `number` of the source, -1 without classes; None for one that is left out."""
+        label = self._labels[number]
+        return None if self.classes and label < 0 else label
 
 
-def survey(names: Iterable[str], where: str, classes: bool | None = None) -> Survey:
-    """Counts the images and finds their classes: the first folders in which they differ, unless these are splits.
+def survey(
+    images: Iterable[Found],
+    where: str,
+    classes: bool | None = None,
+    names: tuple[str, ...] = (),
+    skipped: Mapping[str, int] | None = None,
+) -> Survey:
+    """Counts the images and finds their classes.
 
     Args:
-        names: relative paths of all images.
+        images: all images of the source.
         where: the source, for messages.
-        classes: True requires classes, False ignores them; None takes them if each image lies in one of several.
+        classes: True requires classes, False ignores them; None takes labels, or else folders that look like classes.
+        names: the names of the classes in the order of the format, if it has one.
+        skipped: number of files by suffix that are no images; read when all images are.
 
     Raises:
         BadDataError: the source has no images.
-        BadRequestError: classes are required and missing.
+        BadRequestError: classes are required and missing, or each image has a label of its own.
     """
-    images, folders = 0, set()
-    for name in names:
-        images += 1
-        folders.add(path_parts(name)[:-1])
-    if not images:
-        raise no_images(where)
-    found, depth = _class_folders(folders)
-    if classes and not found:
-        raise BadRequestError(f"{where} has no classes: each image would have to lie in one of at least two folders")
-    notes, divided = [], {part for folder in folders for part in folder if part.lower() in SPLITS}
-    if len(splits := divided.difference(found)) > 1:
-        named = f"{' and '.join(sorted(splits))} are packed together, as one dataset"
-        notes.append(f"{where}: {named}; `ddpm data pack --split {max(splits).lower()}` would pack {max(splits)} alone")
-    inner = {tuple(part for part in folder if part not in splits) for folder in folders}
-    if classes is None and not found and len([folder for folder in inner if folder]) > 1:
-        notes.append(f"{where}: some images lie beside the folders of others, so the folders are not taken for classes")
-    return Survey(images, () if classes is False else found, depth, "\n".join(notes))
+    digest, by_label, by_folder = hashlib.sha256(), _Repeated[str](), _Repeated[tuple[str, ...]]()
+    for name, size_bytes, label in images:
+        digest.update(b"%d:%b%d:%b;" % (len(name.encode()), name.encode(), size_bytes, label.encode()))
+        by_label.add(label)
+        by_folder.add(path_parts(name)[:-1])
+        if len(by_label.numbers) > _MOST_CLASSES:
+            raise BadRequestError(f"{where} has more than {_MOST_CLASSES:,} different labels: use --no-classes")
+    if not by_label.values:
+        raise no_images(where, skipped or {})
+    found = _Found((), {})
+    if classes is not False:
+        ways = (_are_classes, _are_no_splits, bool) if classes else (_are_classes,)
+        by_name = [_class_folders(set(by_folder.numbers), accepts) for accepts in ways]
+        found = _labels(by_label, names) or next((found for found in by_name if found.names), by_name[0])
+    if classes and not found.names:
+        raise BadRequestError(
+            f"{where} has no classes: no image has a label, and each would have to lie in one of at least two folders. "
+            "--labels FILE names a table of labels"
+        )
+    labels = (by_label if found.are_labels else by_folder).renumbered(found.numbers)
+    count, lacking = len(labels), labels.count(-1) if found.names else 0
+    if found.are_labels and count > _FEW_IMAGES and len(found.numbers) >= count - lacking:
+        raise BadRequestError(f"{where} has another label for each image, so these are no classes: use --no-classes")
+    divided = {part for folder in by_folder.numbers for part in folder if split_of(part)}.difference(found.names)
+    splits = tuple(sorted(set(map(split_of, divided))))
+    notes = [*found.notes(asked=classes), *_together(divided if len(splits) > 1 else ())]
+    if lacking:
+        notes.append(f"{lacking:,} of {count:,} images have no label, and are left out; --no-classes keeps them")
+    return Survey(
+        images=count - lacking,
+        classes=found.names,
+        classes_from=("labels" if found.are_labels else "folders") if found.names else "",
+        splits=splits if len(splits) > 1 else (),
+        unlabelled_images=lacking,
+        notes=tuple(f"{where}: {said}" for said in notes),
+        sha256=digest.hexdigest(),
+        _labels=labels,
+    )
 
 
-def no_images(where: str) -> BadDataError:
-    """Returns the error that a source is empty."""
-    return BadDataError(f"{where} holds no images: none of its names ends in {', '.join(sorted(SUFFIXES))}")
+def no_images(where: str, skipped: Iterable[str] = ()) -> BadDataError:
+    """Returns the error that a source is empty; files with these suffixes were skipped."""
+    suffixes = f"none of its names ends in {', '.join(sorted(SUFFIXES))}"
+    return BadDataError(f"{where} holds no images: {next(filter(None, map(next_step, skipped)), suffixes)}")
 
 
-def _class_folders(folders: set[tuple[str, ...]]) -> tuple[tuple[str, ...], int]:
-    """Returns the names of the folders that are classes, and the number of folders above them."""
+class _Repeated(Generic[T]):
+    """A value for each image, of which few are different."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[T, int] = {}
+        self.values = array("i")
+
+    def add(self, value: T) -> None:
+        """Appends the value of the next image."""
+        self.values.append(self.numbers.setdefault(value, len(self.numbers)))
+
+    def renumbered(self, numbers: Mapping[T, int]) -> array[int]:
+        """Returns for each image the number of its value; -1 for a value without one."""
+        new = [numbers.get(value, -1) for value in self.numbers]
+        return array("i", (new[value] for value in self.values))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The classes of a source.
+
+    Attributes:
+        names: of the classes.
+        numbers: the number of the class of each label or folder.
+        are_labels: whether the format has labels.
+        passed: the folders that are no classes.
+        beside: whether some images lie beside the folders of others.
+    """
+
+    names: tuple[str, ...]
+    numbers: Mapping[Any, int]
+    are_labels: bool = False
+    passed: tuple[str, ...] = ()
+    beside: bool = False
+
+    def notes(self, asked: bool | None) -> Iterator[str]:
+        """Yields what a person has to know, who asked for classes, for none, or for neither."""
+        if self.names and self.are_labels:
+            yield f"its labels name {len(self.names):,} classes that the network will learn: {_some(self.names)}"
+        elif self.names:
+            yield (
+                f"{len(self.names):,} folders became classes that the network will learn: {_some(self.names)}; "
+                "use --no-classes if they are not classes"
+            )
+        elif asked is None and self.passed:
+            yield f"the folders {_some(self.passed)} are not taken for classes; use --classes if they are classes"
+        elif asked is None and self.beside:
+            yield "some images lie beside the folders of others, so the folders are not taken for classes"
+
+
+def _labels(by_label: _Repeated[str], names: tuple[str, ...]) -> _Found | None:
+    """Returns the classes of a format's labels, of which those in `names` come first; None without any label."""
+    known = sorted(filter(None, by_label.numbers), key=lambda name: (int(name) if name.isdecimal() else -1, name))
+    if not known:
+        return None
+    classes = tuple(dict.fromkeys([*names, *known]))
+    return _Found(classes, {name: number for number, name in enumerate(classes)}, are_labels=True)
+
+
+def _class_folders(folders: set[tuple[str, ...]], accepts: Callable[[set[str]], bool]) -> _Found:
+    """Returns the first level of folders in which images differ and whose names are accepted as those of classes."""
+    inner, passed = {folder: folder for folder in folders}, tuple[str, ...]()
     while True:
-        levels = enumerate(zip(*folders, strict=False))
-        depth = next((number for number, level in levels if len(set(level)) > 1), min(map(len, folders)))
-        if any(len(folder) == depth for folder in folders):
-            return (), 0
-        first = {folder[depth] for folder in folders}
-        if not all(name.lower() in SPLITS for name in first):
-            return tuple(sorted(first)), depth
-        folders = {(*folder[:depth], "", *folder[depth + 1 :]) for folder in folders}
+        levels = enumerate(zip(*inner.values(), strict=False))
+        depth = next((number for number, level in levels if len(set(level)) > 1), min(map(len, inner.values())))
+        if any(len(folder) == depth for folder in inner.values()):
+            return _Found((), {}, passed=passed, beside=len(set(filter(any, inner.values()))) > 1)
+        first = {folder[depth] for folder in inner.values()}
+        if accepts(first):
+            names = tuple(sorted(set(map(stem_of, first))))
+            return _Found(names, {folder: names.index(stem_of(there[depth])) for folder, there in inner.items()})
+        if not all(map(split_of, first)):
+            passed = passed or tuple(sorted(first))
+        inner = {folder: (*there[:depth], "", *there[depth + 1 :]) for folder, there in inner.items()}
+
+
+def _are_classes(names: set[str]) -> bool:
+    """Returns whether names look like classes: neither numbers, nor files of many images, nor splits."""
+    return _are_no_splits(names) and not all(is_data_file(name) or _NUMBER.fullmatch(name) for name in names)
+
+
+def _are_no_splits(names: set[str]) -> bool:
+    # Of many classes one may be that of trains.
+    return 2 * sum(map(bool, map(split_of, names))) < len(names)
+
+
+def _together(divided: Collection[str]) -> Iterator[str]:
+    """Yields that folders of several splits become one dataset."""
+    if divided:
+        first = split_of(max(divided))
+        yield (
+            f"{_some(sorted(divided))} are packed together, as one dataset; "
+            f"`ddpm data pack --split {first}` would pack {max(divided)} alone"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")

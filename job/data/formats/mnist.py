@@ -8,12 +8,27 @@ from collections.abc import Iterator
 from functools import partial
 
 from job.data.members import Member, Opener, RefusedError, read_exactly, unpacked
+from job.data.source import Files, Source
 
 IDX_NAME = re.compile(r"[^/]*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")
 
 
-def idx_members(open_images: Opener, open_labels: Opener | None = None) -> Iterator[Member]:
-    """Yields the images as PGM files, in a folder per class if there are labels."""
+def idx_source(files: Files, column: str | None) -> Source | None:
+    """Returns the set of images that was chosen among the files, or the first one for training."""
+    sets = sorted(name for name in files.names if IDX_NAME.fullmatch(name) and "images" in name)
+    if not sets or (files.chosen and not IDX_NAME.fullmatch(files.chosen)):
+        return None
+    name = files.chosen or next((name for name in sets if "train" in name), sets[0])
+    wanted = name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    labels = [partial(files.open, file) for file in files.names if file.removesuffix(".gz") == wanted]
+    others = [other for other in sets if other.removesuffix(".gz") != name.removesuffix(".gz")]
+    note = f"packing {name}, leaving out {', '.join(others)}" if others and not files.chosen else ""
+    listed = partial(_members, partial(files.open, name), *labels[:1])
+    return Source(f"{files.where}/{name}", listed, channels=1, note=note)
+
+
+def _members(open_images: Opener, open_labels: Opener | None = None) -> Iterator[Member]:
+    """Yields the images as PGM files, with their digits as labels if there are labels."""
     with open_images() as raw:
         file, limit_bytes = unpacked(raw)
         magic, count, height, width = struct.unpack(">4I", read_exactly(file, 16))
@@ -22,7 +37,7 @@ def idx_members(open_images: Opener, open_labels: Opener | None = None) -> Itera
             shape = f"header {magic:#x}, {count:,} of {height} × {width}"
             raise RefusedError(f"is not a complete MNIST image file ({shape})")
         labels = _idx_labels(open_labels, count) if open_labels else b""
-        digits, label_digits = len(str(count - 1)), len(str(max(labels, default=0)))
+        digits = len(str(count - 1))
         header = b"P5 %d %d 255\n" % (width, height)
 
         def read(number: int) -> bytes:
@@ -31,8 +46,8 @@ def idx_members(open_images: Opener, open_labels: Opener | None = None) -> Itera
             return header + read_exactly(file, pixels)
 
         for number in range(count):
-            folder = f"{labels[number]:0{label_digits}d}/" if labels else ""
-            yield Member(f"{folder}{number:0{digits}d}.pgm", partial(read, number))
+            label = str(labels[number]) if labels else ""
+            yield Member(f"{number:0{digits}d}.pgm", partial(read, number), label=label)
         file.seek(16 + count * pixels)
         if file.read(1):
             raise RefusedError(f"holds more than the {count:,} images of its header: get it again")

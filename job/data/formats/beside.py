@@ -1,0 +1,47 @@
+"""The files beside a source's images that say what the images are: the labels of StyleGAN and EDM, COCO's objects."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+from job.data import members
+from job.data.labels import table_in
+from job.data.members import Member
+from job.data.source import Files, Source
+from job.exits import BadRequestError
+
+DATASET_JSON = "dataset.json"
+"""The table of labels that StyleGAN's and EDM's `dataset_tool.py` writes (Karras et al. 2022)."""
+
+_COCO = re.compile(r"(?:.*/)?annotations/(?:instances|captions|person_keypoints|panoptic|stuff)_.*\.json")
+
+
+def labelled_beside(source: Source, files: Files, column: str | None) -> Source:
+    """Returns the images of a source with the labels of a `dataset.json`, if there is one.
+
+    Raises:
+        BadRequestError: the images are COCO's, which have no classes, and `column` is not None.
+    """
+    if column is None:
+        return source
+    if any(map(_COCO.fullmatch, files.names)):
+        raise BadRequestError(
+            f"{files.where} is COCO: an image shows several objects, and has no class. Pack one folder of images, such "
+            "as train2017, or add --split train --no-classes"
+        )
+    if DATASET_JSON not in files.names:
+        return source
+    with members.refusing(f"{files.where}: {DATASET_JSON}"):
+        content = files.read(DATASET_JSON)
+        found = json.loads(content)
+        if not isinstance(found, dict) or not found.get("labels"):
+            return source
+        table = table_in(DATASET_JSON, content)
+
+    def listed() -> Iterator[Member]:
+        return (replace(member, label=table.of(member.name)) for member in source.listed())
+
+    return replace(source, listed=listed)

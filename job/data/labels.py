@@ -1,0 +1,199 @@
+"""The labels of images: in a file beside each image, in a table of the source, or in a table that a person names.
+
+A label is the name of a class, as text; an image without a class has an empty one. What a format writes for "no class",
+such as -1 or null, is that as well.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from job.data import members
+from job.data.members import RefusedError
+from job.exits import BadRequestError, MissingInputError
+from job.progress import printable
+from job.store import Retry, is_remote, open_store, open_to_read, split_uri
+
+LABEL_KEYS = ("label", "cls", "class")
+"""The names under which formats keep a label; the first one that is there counts."""
+
+SIDECARS = (".cls", ".json")
+"""The files beside an image in a WebDataset tar that may hold its label."""
+
+_LONGEST = 100
+_NAME_COLUMNS = (
+    *("file_name", "filename", "file", "image_name", "image_id", "image", "img"),
+    *("id", "path", "filepath", "key", "name"),
+)
+"""Usual columns of file names, of Hugging Face and of Kaggle's competitions."""
+_COLUMNS_NAMED = 12
+
+
+def label_of(value: object) -> str:
+    """Returns the class that a value of a format stands for."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if value is None or isinstance(value, bool) or not isinstance(value, int | str):
+        return ""
+    text = printable(str(value).strip())
+    return "" if re.fullmatch(r"-\d+", text) or len(text) > _LONGEST else text
+
+
+def sidecar_label(suffix: str, content: bytes, key: str = "") -> str:
+    """Returns the label in a `.cls` or `.json` file of a WebDataset sample.
+
+    Args:
+        suffix: cls or json.
+        content: the file.
+        key: of the label in a `.json`; empty for the first of `LABEL_KEYS`.
+    """
+    if suffix == "cls":
+        return label_of(content.decode(errors="replace"))
+    try:
+        found = json.loads(content)
+    # Too many brackets are a RecursionError.
+    except (ValueError, RecursionError):
+        return ""
+    keys = (key,) if key else LABEL_KEYS
+    return label_of(next((found[name] for name in keys if name in found), None)) if isinstance(found, dict) else ""
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """Labels by file name: `img/000001.jpg` finds its own row, or that of `000001.jpg` or `000001`.
+
+    Attributes:
+        where: the file, for messages.
+        labels: the label of each name.
+    """
+
+    where: str
+    labels: dict[str, str]
+
+    def of(self, name: str) -> str:
+        """Returns the label of an image; empty if the table has none."""
+        parts = members.path_parts(name)
+        tails = ["/".join(parts[start:]) for start in range(len(parts))]
+        stem = tails[-1].rpartition(".")[0]
+        return next((self.labels[tail] for tail in (*tails, stem) if tail in self.labels), "")
+
+
+def split_labels(text: str) -> tuple[str, str]:
+    """Splits `FILE[:COLUMN]`, in which FILE may be a URI, into both; `:COLUMN` is a column of the source itself."""
+    file, colon, column = text.rpartition(":")
+    return (file, column) if colon and not set("/\\") & set(column) else (text, "")
+
+
+def read_labels(file: str, column: str, retry: Retry | None = None) -> LabelTable:
+    """Reads a table of labels: .csv, .tsv, .jsonl, .json, or a text with blanks such as CelebA's.
+
+    Args:
+        file: path or URI.
+        column: the one to take; may be empty if there is no other beside that of the file names.
+        retry: how operations on a bucket are repeated.
+
+    Raises:
+        MissingInputError: the file does not exist.
+        BadRequestError: it has no such column, or several and none is named.
+        BadDataError: it is damaged or no table.
+    """
+    folder, name = split_uri(file) if "/" in file else (".", file)
+    store = open_to_read(folder, retry) if is_remote(file) else open_store(folder)
+    if not store.exists(name):
+        raise MissingInputError(f"--labels: there is nothing at {file}")
+    with members.refusing(file):
+        with store.open(name) as opened:
+            members.check_size(opened.seek(0, io.SEEK_END))
+            opened.seek(0)
+            content = opened.read()
+        return table_in(file, content, column)
+
+
+def table_in(where: str, content: bytes, column: str = "") -> LabelTable:
+    """Returns the table in a file's content; see `read_labels`. Raises `RefusedError` if it is none."""
+    text, suffix = content.decode("utf-8-sig", "replace"), PurePosixPath(where).suffix.lower()
+    if suffix == ".json":
+        return LabelTable(where, _by_name(_json_pairs(text)))
+    header, rows = _json_lines(text) if suffix == ".jsonl" else _rows(text)
+    lowered = [name.lower() for name in header]
+    names = next((lowered.index(name) for name in _NAME_COLUMNS if name in lowered), 0)
+    chosen = _chosen(where, header, names, column)
+    pairs = [(str(row[names]), row[chosen]) for row in rows if len(row) > max(names, chosen)]
+    if {str(value) for _, value in pairs} == {"-1", "1"}:
+        # CelebA says so of attributes.
+        pairs = [(name, header[chosen] if str(value) == "1" else f"not {header[chosen]}") for name, value in pairs]
+    return LabelTable(where, _by_name(pairs))
+
+
+def _json_pairs(text: str) -> Iterable[tuple[str, Any]]:
+    """Returns the pairs of StyleGAN's and EDM's `dataset.json`, or of an object of names."""
+    found = json.loads(text)
+    found = found.get("labels", found) if isinstance(found, dict) else found
+    pairs = list(found.items()) if isinstance(found, dict) else found
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs
+    ):
+        raise RefusedError('has no labels such as {"labels": [["00000/img00000000.png", 6]]}')
+    if any(isinstance(label, list | dict) for _, label in pairs):
+        raise RefusedError("has a vector or several values for each image, and not one class: use --no-classes")
+    return pairs
+
+
+def _json_lines(text: str) -> tuple[list[str], list[list[Any]]]:
+    lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+    if not lines or not all(isinstance(line, dict) for line in lines):
+        raise RefusedError('has no lines such as {"file_name": "0001.png", "label": "cat"}')
+    header = list(dict.fromkeys(key for line in lines for key in line))
+    return header, [[line.get(key) for key in header] for line in lines]
+
+
+def _rows(text: str) -> tuple[list[str], list[list[str]]]:
+    """Returns the columns and rows of a table, which tabs, semicolons, commas or blanks separate."""
+    first = text.partition("\n")[0]
+    delimiter = next((mark for mark in "\t;," if mark in first), "")
+    # Lines may end as on Windows, or on an old Macintosh.
+    lines = io.StringIO(text, newline=None)
+    try:
+        rows = [row for row in (csv.reader(lines, delimiter=delimiter) if delimiter else map(str.split, lines)) if row]
+    except csv.Error as error:
+        raise RefusedError(f"is no table of file names and labels ({error})") from None
+    if rows and len(rows[0]) == 1 and rows[0][0].isdecimal():
+        # CelebA's files begin with the number of images.
+        del rows[0]
+    if len(rows) < 2 or len(rows[1]) < 2:
+        raise RefusedError("is no table of file names and labels")
+    if members.is_image(rows[0][0]):
+        return ["file", *(f"column {number}" for number in range(2, len(rows[0]) + 1))], rows
+    # CelebA names the attributes, and not the column of the files.
+    return (["file"] if len(rows[1]) == len(rows[0]) + 1 else []) + rows[0], rows[1:]
+
+
+def _chosen(where: str, header: list[str], names: int, column: str) -> int:
+    """Returns the number of the column of labels."""
+    others = [number for number in range(len(header)) if number != names]
+    if column in header:
+        return header.index(column)
+    if not column and len(others) == 1:
+        return others[0]
+    shown = ", ".join(printable(header[number]) for number in others[:_COLUMNS_NAMED])
+    more = f" and {len(others) - _COLUMNS_NAMED} more" if len(others) > _COLUMNS_NAMED else ""
+    said = f"has no column {column!r}, but" if column else "has several columns:"
+    raise BadRequestError(f"{where} {said} {shown}{more}: choose one with --labels {where}:COLUMN")
+
+
+def _by_name(pairs: Iterable[tuple[str, Any]]) -> dict[str, str]:
+    """Returns the labels by name, also by the last part of a path where that is one image's alone."""
+    labels = {"/".join(members.path_parts(name)): label_of(label) for name, label in pairs}
+    if any("/" in name for name in labels):
+        tails = Counter(name.rpartition("/")[2] for name in labels)
+        short = {tail: label for name, label in labels.items() if tails[tail := name.rpartition("/")[2]] == 1}
+        labels = short | labels
+    return labels
