@@ -234,17 +234,18 @@ class NoisingFigure(NamedTuple):
     combined: Image.Image
 
 
-def noising_figure(images: Images, noised: torch.Tensor, timesteps: Sequence[int]) -> NoisingFigure:
+def noising_figure(images: Images, noised: torch.Tensor, labels: Sequence[str]) -> NoisingFigure:
     """Returns x_0 (`images`, uint8 [B, H, W, C]) beside x_t (`noised`, float [B, C, H, W], clamped to [-1, 1]).
 
-    These are two bare grids, six to a row (398×134 pixels for twelve 64-pixel images), and a labelled picture of both.
+    These are two bare grids, six to a row (398×134 pixels for twelve 64-pixel images), and a picture of both with
+    labels, such as `t = 962`, under the noised ones.
     """
     pixels = to_uint8(noised)
-    if pixels.shape != images.shape or len(timesteps) != len(images):
-        raise ValueError(f"images {images.shape}, noised {pixels.shape} and {len(timesteps)} timesteps do not match")
+    if pixels.shape != images.shape or len(labels) != len(images):
+        raise ValueError(f"images {images.shape}, noised {pixels.shape} and {len(labels)} labels do not match")
     scale = _scale(images)
     plain = image_grid(images, 6, 4, scale, labels=[""] * len(images))
-    labelled = image_grid(pixels, 6, 4, scale, labels=[f"t = {t}" for t in timesteps])
+    labelled = image_grid(pixels, 6, 4, scale, labels=labels)
     size = min(max(plain.width // 24, 14), 24)
     step, header = plain.width + round(1.5 * size), 2 * size
     combined = Image.new("RGB", (step + plain.width, header + plain.height), WHITE)
@@ -323,26 +324,27 @@ def denoising_gif(
     return file.getvalue()
 
 
-def schedule_figure(betas: ArrayLike, alphas_cumprod: ArrayLike, name: str) -> bytes:
-    """Plots β_t, float [T], and ᾱ_t = ∏ (1 - β_s) for s ≤ t (Ho et al. 2020, section 2), float [T], as a 640×480 PNG.
+def schedule_figure(curves: Mapping[str, ArrayLike], title: str, log: bool = False) -> bytes:
+    """Plots two curves over the timesteps, float [T] each, by their labels, as a 640×480 PNG.
 
-    β is red, on the left axis, ᾱ is blue, on the right one; `name` of the schedule is in the title.
+    The first, such as β_t, is red, on the left axis, which may be logarithmic. The second, such as ᾱ_t = ∏ (1 - β_s)
+    for s ≤ t (Ho et al. 2020, section 2), is blue, on the right one.
     """
     figure, axes = _figure(width_inches=6.4)
-    right = axes.twinx()
-    timesteps = len(np.asarray(betas))
-    lines = [
-        *axes.plot(np.asarray(betas), color="#c0392b", linewidth=2, label=r"$\beta_t$"),
-        *right.plot(np.asarray(alphas_cumprod), color="#1f5fa8", linewidth=2, label=r"$\bar\alpha_t$"),
-    ]
-    for side, line in zip((axes, right), lines, strict=True):
-        side.set_ylabel(str(line.get_label()), color=line.get_color(), fontsize=14)
-        side.tick_params(axis="y", colors=line.get_color())
-        side.set_ylim(bottom=0)
-    right.spines[:].set_visible(False)
-    axes.set_xlim(0, timesteps)
+    sides, colors = (axes, axes.twinx()), ("#c0392b", "#1f5fa8")
+    lines = []
+    for side, color, (label, values) in zip(sides, colors, curves.items(), strict=True):
+        lines += side.plot(np.asarray(values), color=color, linewidth=2, label=label)
+        side.set_ylabel(label, color=color, fontsize=14)
+        side.tick_params(axis="y", colors=color)
+        if log and side is axes:
+            side.set_yscale("log")
+        else:
+            side.set_ylim(bottom=0)
+    sides[1].spines[:].set_visible(False)
+    axes.set_xlim(0, np.size(lines[0].get_ydata()))
     axes.set_xlabel("timestep t")
-    axes.set_title(f"{name} schedule, T = {timesteps}", pad=10)
+    axes.set_title(title, pad=10)
     axes.legend(handles=lines, loc="center right", frameon=False, fontsize=13)
     return _plot_png(figure)
 

@@ -53,6 +53,7 @@ class Model:
         decode: decodes latents to pixels [B, c, h, w]; `pixels` clamps these to [-1, 1].
         worse: a network with less training, for guidance away from it.
         threads: share the images of a batch on a CPU.
+        source: the place that it was loaded from, for people.
     """
 
     network: nn.Module
@@ -67,6 +68,20 @@ class Model:
     decode: Callable[[Tensor], Tensor] | None = None
     worse: nn.Module | None = None
     threads: Threads | None = None
+    source: str = ""
+
+    def __repr__(self) -> str:
+        """Returns one line; the generated one would have every layer of the network."""
+        parts = [
+            type(self.network).__name__,
+            f"{sum(parameter.numel() for parameter in self.network.parameters()):,} parameters",
+            f"{'latents' if self.decode else 'images'} {'×'.join(map(str, self.image_shape))}",
+            f"prediction {self.diffusion.prediction}",
+            f"schedule {self.diffusion.schedule}",
+        ]
+        parts += [f"{len(self.classes):,} classes"] if self.classes else []
+        parts += [f"from {self.source}"] if self.source else []
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     @property
     def device(self) -> torch.device:
@@ -287,6 +302,7 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
         classes=tuple(map(str, range(classes))),
         diffusion=diffusion,
         threads=threads_of(device),
+        source=str(root),
     )
 
 

@@ -14,6 +14,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from job.config import EMBEDDED, pack_config
+from job.data.shards import NoDatasetError
 from job.evaluation.evaluation_plan import check_library, check_scores_in_training, plan_evaluation
 from job.exits import BadDataError, MissingInputError
 from job.outcome import outcome_written
@@ -60,7 +61,13 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
             if os.environ.get("RANK", "0") == "0":
                 _say_finished(plan, "is finished")
             return
-        plan = plan_run(request, stop)
+        try:
+            plan = plan_run(request, stop)
+        except NoDatasetError as error:
+            from job.report.datasets import how_to_pack
+
+            size_pixels = error.size or _usual_size_pixels(request.preset_name)
+            raise MissingInputError(how_to_pack(request.bucket, request.dataset, size_pixels)) from None
         processes = processes or default_processes()
         check_world_size(processes * here.nodes, plan.config.train.batch_size)
         check_scores_in_training(plan)
@@ -177,15 +184,21 @@ def ensure_command(request: PackRequest, bucket_uri: str, on: str = "") -> None:
     """
     from job.report.datasets import how_to_pack, is_packed
 
-    # A dataset without a preset gets the network of the embedded preset, so it needs the size of that.
-    name, preset = request.name, pack_config(request.name) or pack_config(EMBEDDED)
-    assert preset is not None
-    filled = replace(request, source=request.source or name, size=request.size or preset.size).check()
+    name = request.name
+    size_pixels = request.size or _usual_size_pixels(name)
+    filled = replace(request, source=request.source or name, size=size_pixels).check()
     if is_packed(bucket_uri, name, request.size):
         return
     if not request.source and name != EMBEDDED:
-        raise MissingInputError(how_to_pack(bucket_uri, name, request.size or preset.size, on))
+        raise MissingInputError(how_to_pack(bucket_uri, name, size_pixels, on))
     pack_command(filled, bucket_uri)
+
+
+def _usual_size_pixels(preset: str) -> int:
+    # A dataset without a preset gets the network of the embedded preset, so it needs the size of that.
+    pack = pack_config(preset) or pack_config(EMBEDDED)
+    assert pack is not None
+    return pack.size
 
 
 @contextmanager
@@ -208,12 +221,17 @@ def _launch(processes: int, hang_after_seconds: float) -> None:
 
 
 def _say_finished(plan: Plan, what: str) -> None:
-    from job.runs.listing import describe_outputs
+    from job.runs.drawings import grid_key, label_of
+    from job.runs.listing import in_lines
 
-    images_seen, outputs = plan.images_seen, describe_outputs(plan.run)
-    epochs = max(plan.config.train.epochs, images_seen // plan.index.images)
+    images_seen, batch_size = plan.images_seen, plan.config.train.batch_size
+    # The run may have seen more epochs than this command asks for.
+    is_beyond = images_seen > plan.target_images
+    epochs = images_seen // plan.index.images if is_beyond else plan.config.train.epochs
+    grid = grid_key(label_of(images_seen, plan.index.images, batch_size), plan.config.sample.name(plan.first_drawing))
+    outputs = {"page": ObjectKind.PAGE.value, "samples": grid}
+    there = [(title, plan.run.uri_of(key)) for title, key in outputs.items() if plan.run.exists(key)]
     # The work is done: a closed pipe must not make a failure of it.
     with suppress(OSError):
         print(f"Run {plan.request.run!r} {what}: {epochs:,} epoch{'s' * (epochs > 1)}, {images_seen:,} images seen.")
-        print(outputs)
-        print(f"To go on: the same command with more epochs (EPOCHS={epochs * 2}, or --epochs {epochs * 2}).")
+        print(in_lines([*there, ("go on", f"the same command with --epochs {epochs * 2} (make: EPOCHS={epochs * 2})")]))

@@ -207,9 +207,13 @@ class JobEndedError(JobError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Returns the end of a message about an unknown word: the known word that is most like it, if any is."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    """Returns the end of a message about an unknown word: the known word that begins so or is most like it, if any."""
+    # The names of samplers are `DPM++ 2M` and `Euler a` elsewhere.
+    plain = str.maketrans({"+": "p", "-": "_", " ": "_"})
+    names, typed = {name.lower().translate(plain): name for name in known}, word.lower().translate(plain)
+    longer = [name for name in names if len(typed) > 2 and name.startswith(typed)]
+    close = longer or difflib.get_close_matches(typed, names, n=1)
+    return f"; did you mean {names[close[0]]!r}?" if close else ""
 
 
 def ending_of(error: BaseException) -> tuple[int, str]:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ddpm.catalogue import METRICS
-from job.config import EMBEDDED, SampleConfig, draft, parse_sets, preset_names, read_config_file
+from job.config import EMBEDDED, SampleConfig, draft, nearest_name, parse_sets, preset_names, read_config_file
 from job.data.shards import validated_dataset_name
 from job.exits import BadConfigError, BadRequestError, did_you_mean
 from job.pieces import Slice
@@ -141,7 +141,7 @@ class SampleRequest:
         except ValidationError as error:
             first = error.errors()[0]
             option, what = str(first["loc"][0]).replace("_", "-"), first["msg"].removeprefix("Value error, ")
-            raise BadRequestError(f"--{option} {first['input']!r}: {what.lower()}") from None
+            raise BadRequestError(f"--{option} {first['input']!r}: {what.lower()}{nearest_name(first)}") from None
         sampler = self.chosen.get("sampler")
         if sampler == "own" or (self.custom_sampler and not _OWN_SAMPLER.fullmatch(self.custom_sampler)):
             raise BadRequestError(f"--sampler {sampler!r}: name yours as module:function, such as mysamplers:walk")

@@ -13,12 +13,14 @@ import typer
 
 from job import __version__
 from job.cli import config, data, doctor, ema, evaluate, exchange, figure, jobs, report, runs, sample, submit, train
+from job.cli.instead import Commands
 from job.exits import Exit, MissingInputError, ending_of
 from job.processes.launched import LOST_PEER, is_launched, lost_peer
 from job.progress import set_loudness
 
 app = typer.Typer(
     name="ddpm",
+    cls=Commands,
     no_args_is_help=True,
     # Rich would read [/PREFIX] as markup, and --help would take three times as long.
     rich_markup_mode=None,

@@ -8,19 +8,25 @@ from job.cli.options import AsJson, Preset, Sets, SettingsFile
 
 
 def ddpm_config(
+    begin: Annotated[
+        str, typer.Argument(metavar="KEYS", help="Only the keys that begin so, such as train or train.adam.")
+    ] = "",
     preset: Preset = "",
     sets: Sets = None,
     config: SettingsFile = None,
     list_all: Annotated[bool, typer.Option("--list", help="List all keys with their values and meanings.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show the configuration of a new run, and the source of each value.
+    """Show the configuration of a new run, or with --list all keys.
 
-    --set overrides --config FILE, which overrides the preset. The dataset sets some more values, such as data.size.
+    The column `from` has the source of each value. --set overrides --config FILE, which overrides the preset. The
+    dataset sets some more values, such as data.size.
 
     Examples:
 
         ddpm config --list
+
+        ddpm config --list train
 
         ddpm config --preset celeba --set train.batch_size=64
     """
@@ -28,6 +34,7 @@ def ddpm_config(
     from job.requests import TrainRequest
 
     if list_all:
-        list_keys(as_json=as_json)
+        list_keys(begin, as_json=as_json)
     else:
-        show_config(TrainRequest("", "", preset=preset, sets=tuple(sets or ()), config_file=config), as_json=as_json)
+        request = TrainRequest("", "", preset=preset, sets=tuple(sets or ()), config_file=config)
+        show_config(request, begin, as_json=as_json)

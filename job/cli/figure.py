@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from ddpm.catalogue import SCHEDULES, Diffusion
+from ddpm.catalogue import SCHEDULES
 from job import DEFAULT_BUCKET
+from job.cli import completion
 from job.cli.options import DEFAULT_HANG_AFTER, BucketUri, Dataset, RunOption, Size
 
 app = typer.Typer(
@@ -14,48 +15,77 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-_TABLES = [name for name, schedule in SCHEDULES.items() if schedule.has_betas]
-Schedule = Annotated[str, typer.Option("--schedule", metavar="NAME", help=f"Noise schedule: {', '.join(_TABLES)}.")]
+Schedule = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help=f"Noise schedule: {', '.join(SCHEDULES)}. Default: that of --run, else linear.",
+        autocompletion=completion.names(tuple(SCHEDULES)),
+    ),
+]
+OfRun = Annotated[
+    str, typer.Option("--run", metavar="NAME", help="Show the run's own schedule.", autocompletion=completion.runs)
+]
 Picture = Annotated[Path, typer.Option("--output", "-o", metavar="PNG", help="File to write.")]
 
 
 @app.command("schedule")
 def figure_schedule(
-    kind: Schedule = Diffusion.schedule,
+    run: OfRun = "",
+    schedule: Schedule = "",
     timesteps: Annotated[
-        int, typer.Option(metavar="N", min=2, max=1_000_000, help="Number of diffusion steps T.")
-    ] = Diffusion.timesteps,
+        int | None,
+        typer.Option(metavar="N", min=2, max=10_000, help="Diffusion steps T. Default: those of --run, else 1000."),
+    ] = None,
     output: Picture = Path("schedule.png"),
+    bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
-    """Plot β (left axis) and ᾱ (right axis) over the timesteps.
+    """Plot β and ᾱ over the timesteps.
 
-    Example: ddpm figure schedule --schedule cosine -o cosine.png
+    The schedules edm and flow have no β: the plot shows their σ and α.
+
+    Examples:
+
+        ddpm figure schedule --schedule cosine -o cosine.png
+
+        ddpm figure schedule --run celeba
     """
-    from job.sampling.noise_pictures import schedule_picture
+    from job.sampling.noise_pictures import NoiseRequest, schedule_picture
 
-    schedule_picture(kind, timesteps, output)
+    schedule_picture(NoiseRequest(bucket, run, schedule, timesteps), output)
 
 
 @app.command("noising")
 def figure_noising(
-    dataset: Dataset,
+    dataset: Dataset = "",
+    run: OfRun = "",
+    image: Annotated[
+        int | None,
+        typer.Option(metavar="NUMBER", min=0, help="Show this one image of the dataset, such as 0, at growing t."),
+    ] = None,
     timesteps: Annotated[
-        str, typer.Option(metavar="LIST", help="One timestep (0 to 999) per image, comma-separated.")
-    ] = "962,237,38,39,988,559,299,226,985,791,859,485",
-    kind: Schedule = Diffusion.schedule,
+        str, typer.Option(metavar="LIST", help="Timesteps from 0 to T-1, such as 0,99,499: one for each tile.")
+    ] = "",
+    schedule: Schedule = "",
     size: Size = None,
     output: Picture = Path("noising.png"),
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
-    """Show images beside their noised versions q(x_t|x_0).
+    """Show images beside their noised versions q(x_t|x_0), or one image at growing t.
 
-    Two more files beside the figure hold the images alone and the noised images alone.
+    With --run, schedule and dataset are those of the run. Without --image the command shows twelve images, each at
+    another t; two more files beside the figure hold the images alone and the noised images alone.
 
-    Example: ddpm figure noising --dataset landscape-sample
+    Examples:
+
+        ddpm figure noising --dataset landscape-sample
+
+        ddpm figure noising --run celeba --image 3
     """
-    from job.sampling.noise_pictures import noising_picture
+    from job.sampling.noise_pictures import NoiseRequest, noising_picture
 
-    noising_picture(bucket, dataset, size, timesteps=timesteps, kind=kind, output=output)
+    request = NoiseRequest(bucket, run, schedule)
+    noising_picture(request, dataset, size, timesteps=timesteps, image=image, output=output)
 
 
 @app.command("denoising")

@@ -31,6 +31,7 @@ from job.config.schema import RunConfig as RunConfig
 from job.config.schema import SampleConfig as SampleConfig
 from job.config.schema import flatten as flatten
 from job.config.schema import layered as layered
+from job.config.schema import nearest_name as nearest_name
 from job.config.schema import validated as validated
 from job.config.yaml_files import parse_mapping as parse_mapping
 from job.config.yaml_files import parse_yaml as parse_yaml

@@ -14,7 +14,7 @@ from ddpm.catalogue import EXTRACTORS, LARGEST, METRICS, OneOf, takers
 from job.config.fields import LARGEST_SIZE, Settings, average_name, split
 from job.config.networks import NETWORKS, Network
 from job.config.rules import RULES
-from job.exits import BadConfigError
+from job.exits import BadConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -275,4 +275,11 @@ def _message(problem: ErrorDetails, model: Any) -> str:
         loc = (*loc[:1], *loc[2:])
         if problem["type"] == "extra_forbidden":
             fault = f"not an option of model.kind={model['kind']}"
-    return f"{'.'.join(map(str, loc))}: {fault[:1].lower()}{fault[1:]} (got {value!r:.200})"
+    return f"{'.'.join(map(str, loc))}: {fault[:1].lower()}{fault[1:]}{nearest_name(problem)} (got {value!r:.200})"
+
+
+def nearest_name(problem: ErrorDetails) -> str:
+    """Returns the end of a message about a setting that takes one of some names: the nearest one, if any is near."""
+    if problem["type"] != "literal_error":
+        return ""
+    return did_you_mean(str(problem["input"]), re.findall("'([^']*)'", problem["ctx"]["expected"]))

@@ -50,7 +50,9 @@ class ShardSource:
         self.index, self.folder, self.stop = index, folder, stop
         self.starts: Int64s = np.cumsum([0, *(shard.images for shard in index.shards)])
         self._bucket, self._key = bucket, key
-        retry, folders = bucket.retry.elsewhere(), {split_uri(shard.uri)[0] for shard in index.shards if shard.uri}
+        folders = {split_uri(shard.uri)[0] for shard in index.shards if shard.uri}
+        # Training waits for a name server that is away.
+        retry = bucket.retry.elsewhere(waits_for_name=True)
         self._foreign = {folder: open_to_read(folder, retry) for folder in folders}
         self.is_local = all(store.uri.startswith("/") for store in self._foreign.values() or [bucket])
         self.remedy = f"restore it, or {'index' if index.is_foreign else 'pack'} the dataset again"

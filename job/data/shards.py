@@ -298,11 +298,19 @@ def deleting(bucket: Store, key: str) -> str:
     return f"`ddpm data delete {name} --size {size} --bucket {shlex.quote(bucket.uri)}`"
 
 
+class NoDatasetError(MissingInputError):
+    """A bucket has no dataset of a name; `size` in pixels is the wanted one, None for any."""
+
+    def __init__(self, message: str, size: int | None) -> None:
+        super().__init__(message)
+        self.size = size
+
+
 def find_dataset(bucket: Store, name: str, size: int | None = None, *, unfinished: bool = False) -> str:
     """Returns the key of the dataset `name`, at `size` or at its only size; `unfinished` includes one without an index.
 
     Raises:
-        MissingInputError: the dataset does not exist.
+        MissingInputError: the dataset does not exist; `NoDatasetError` if it does not at any size.
         BadRequestError: it exists at several sizes, and `size` is missing.
     """
     validated_dataset_name(name)
@@ -321,5 +329,7 @@ def find_dataset(bucket: Store, name: str, size: int | None = None, *, unfinishe
             "(of ddpm train: --set data.size=N)"
         )
     wanted = f"{name!r} at {size} pixels" if size else f"{name!r}"
-    there = f" (there is {', '.join(f'{name}-{s}' for s in sizes)})" if sizes else ""
-    raise MissingInputError(f"no dataset {wanted} in {bucket.uri}{there}")
+    if not sizes:
+        raise NoDatasetError(f"no dataset {wanted} in {bucket.uri}", size)
+    there = ", ".join(f"{name}-{s}" for s in sizes)
+    raise MissingInputError(f"no dataset {wanted} in {bucket.uri} (there is {there})")

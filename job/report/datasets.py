@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from job.config import pack_config
+from job.config import EMBEDDED, pack_config
 from job.data.shards import CONTACT_SHEET, DATASETS, INDEX, DatasetIndex, dataset_key, find_dataset, load_index
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import Progress, note
@@ -42,9 +42,12 @@ def is_packed(bucket_uri: str, name: str, size: int | None) -> bool:
     return True
 
 
-def how_to_pack(bucket_uri: str, name: str, size: int, on: str) -> str:
+def how_to_pack(bucket_uri: str, name: str, size: int, on: str = "") -> str:
     """Returns the commands that pack a dataset, as a message; `on` is the target whose job needs it."""
     preset, quoted = pack_config(name), shlex.quote(bucket_uri)
+    if name == EMBEDDED:
+        more = f" --size {size}" * (preset is None or size != preset.size)
+        return f"dataset {name!r} is not in {bucket_uri} yet: type\n  ddpm data ensure {name} --bucket {quoted}{more}"
     there = f" ON={shlex.quote(on)}" if on not in ("", "local") else ""
     what = (preset.fetch if preset else "") or "a folder or archive of images"
     return (

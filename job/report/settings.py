@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ddpm.catalogue import takers
 from job.config import EMBEDDED, LARGEST, NETWORKS, RunConfig, preset_keys
 from job.config.resolve import CHOSEN_ELSEWHERE, FOLLOWS, description_of, draft, known_keys
+from job.exits import BadRequestError, did_you_mean
 from job.requests import TrainRequest
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -85,30 +91,55 @@ def _limits(field: dict[str, Any]) -> str:
     return " ".join(filter(None, (low, f"below {below:g}" if below < LARGEST else high)))
 
 
-def list_keys(*, as_json: bool) -> None:
-    """Prints every key with its values, its default and its meaning."""
-    from rich.table import Table
+def list_keys(begin: str = "", *, as_json: bool) -> None:
+    """Prints the keys that begin with `begin`, each with its default, its meaning and its values.
 
+    Raises:
+        BadRequestError: no key does.
+    """
     from job.runs.listing import print_json, print_table
 
+    chosen = _beginning({key.key: key for key in keys()}, begin)
     if as_json:
-        print_json([vars(key) for key in keys()])
+        print_json([vars(key) for key in chosen.values()])
         return
-    table = Table("key", "takes", "default", "meaning", box=None)
-    for key in keys():
+    table = _table("default", "meaning")
+    for key in chosen.values():
         said = "; ".join(filter(None, (key.description, f"set by {key.of}" if key.of else "")))
-        table.add_row(key.key, key.takes, shown(key.default), said)
+        table.add_row(key.key, shown(key.default), f"{said} ({key.takes})")
     print_table(table, "no keys")
 
 
-def show_config(request: TrainRequest, *, as_json: bool) -> None:
-    """Prints the configuration of a new run, with the origin of each value; its dataset may fill in more.
+def _beginning(known: dict[str, Value], begin: str) -> dict[str, Value]:
+    """Returns the keys that begin with `begin`; raises BadRequestError if none does."""
+    if chosen := {key: value for key, value in known.items() if key.startswith(begin)}:
+        return chosen
+    sections = dict.fromkeys(key.partition(".")[0] for key in known)
+    raise BadRequestError(f"no key begins with {begin!r}{did_you_mean(begin, sections)} ({', '.join(sections)})")
 
-    Raises:
-        BadConfigError, BadRequestError, MissingInputError: as `ddpm train`.
-    """
+
+def _table(*titles: str) -> Table:
     from rich.table import Table
 
+    table = Table(box=None)
+    # A key that is cut cannot be typed.
+    table.add_column("key", no_wrap=True, overflow="fold")
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    return table
+
+
+def show_config(request: TrainRequest, begin: str = "", *, as_json: bool) -> None:
+    """Prints the configuration of a new run, with the origin of each value; its dataset may fill in more.
+
+    Args:
+        request: the run.
+        begin: the keys to print begin with it.
+        as_json: whether to print JSON.
+
+    Raises:
+        BadConfigError, BadRequestError, MissingInputError: as `ddpm train`, or no key begins so.
+    """
     from job.config import parse_sets, read_config_file
     from job.runs.listing import print_json, print_table
 
@@ -124,10 +155,11 @@ def show_config(request: TrainRequest, *, as_json: bool) -> None:
 
     settings = {*known_keys()} - {"preset"}
     told = {key: {"value": value, "from": origin(key)} for key, value in config.flat().items() if key in settings}
+    told = _beginning(told, begin)
     if as_json:
         print_json(told)
         return
-    table = Table("key", "value", "from", box=None)
+    table = _table("value", "from")
     for key, values in told.items():
         table.add_row(key, shown(values["value"]), values["from"])
     print_table(table, "no keys")

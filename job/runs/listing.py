@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
@@ -105,9 +106,14 @@ def print_table(table: Table, without_rows: str) -> None:
         return
     # A licence may contain text that Rich would read as [/MARKUP].
     console = Console(markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = PIPE_COLUMNS
-    console.print(table)
+    if console.is_terminal:
+        console.print(table)
+        return
+    console.width = PIPE_COLUMNS
+    with console.capture() as text:
+        console.print(table)
+    # A pager would break the spaces at the ends of the lines into empty ones.
+    print("\n".join(map(str.rstrip, text.get().splitlines())))
 
 
 def show_run(bucket_uri: str, name: str, *, as_json: bool = False) -> None:
@@ -135,7 +141,7 @@ def show_run(bucket_uri: str, name: str, *, as_json: bool = False) -> None:
         lines += [("newest", f"{newest}, {images_seen:,} images seen" if newest else "no readable one")]
         lines += [("checkpoints", f"{len(moments):,}: {', '.join(moments)}")]
     lines += [(f"attempt {attempt['fence']}", attempt["summary"]) for attempt in attempts]
-    print(_in_lines([*lines, *outputs_of(run)]))
+    print(in_lines([*lines, *_places_of(run)]))
 
 
 def _attempts(run: Store) -> Iterator[dict[str, Any]]:
@@ -177,13 +183,21 @@ def verify_named_run(bucket_uri: str, name: str, *, as_json: bool = False) -> No
         print(f"{uri}: {checked}: all as they were written")
 
 
-def describe_outputs(run: Store) -> str:
-    """Returns a line for each of `outputs_of` a run."""
-    return _in_lines(outputs_of(run))
-
-
-def _in_lines(titled: Iterable[tuple[str, str]]) -> str:
+def in_lines(titled: Iterable[tuple[str, str]]) -> str:
+    """Returns texts beside their titles, a line for each."""
     return "\n".join(f"{title:<11} {text}" for title, text in titled)
+
+
+def _places_of(run: Store) -> Iterator[tuple[str, str]]:
+    """Yields the page, the folder of the checkpoints, and each folder with pictures or scores, with their number."""
+    several: Counter[tuple[str, str]] = Counter()
+    for title, uri in outputs_of(run):
+        if title in ("page", "checkpoints"):
+            yield title, uri
+        else:
+            several[title, uri.rpartition("/")[0]] += 1
+    for (title, folder), count in several.items():
+        yield title, f"{count:,} in {folder}"
 
 
 def outputs_of(run: Store) -> Iterator[tuple[str, str]]:
@@ -191,7 +205,7 @@ def outputs_of(run: Store) -> Iterator[tuple[str, str]]:
     if run.exists(page := ObjectKind.PAGE.value):
         yield "page", run.uri_of(page)
     yield "checkpoints", f"{run.uri}/checkpoints"
-    titles = {**dict.fromkeys(PICTURES, "picture"), ObjectKind.SCORES: "scores"}
+    titles = {**dict.fromkeys(PICTURES, "pictures"), ObjectKind.SCORES: "scores"}
     # The single images of a batch are too many.
     for key, place in places_in(run, SAMPLES, ObjectKind.FIGURE.folder, ObjectKind.SCORES.folder).items():
         if place.kind in titles:

@@ -293,6 +293,7 @@ class Status(Sealed):
     images_seen: int
     target_images: int
     epoch: float
+    """At most the number of epochs, though the last batch may go beyond them."""
     loss: float | None
     images_per_second: float | None
     updated: Moment

@@ -12,6 +12,7 @@ from job.data.autoencoder import load_decoder
 from job.exits import BadRequestError
 from job.requests import SampleRequest
 from job.runs.checkpoints import opened
+from job.runs.drawings import moment_of
 from job.runs.layout import RUNS
 from job.runs.readers import reading_chosen
 from job.sampling.sampling_plan import plan_sampling
@@ -54,4 +55,5 @@ def load(
     tensors = {plan.sample.weights: {name: each.detach() for name, each in model.network.named_parameters()}}
     with reading_chosen(plan.run, plan.choose) as ((ref,), _), opened(plan.run, ref, tuple(tensors)) as restored:
         restored.copy_into(tensors)
+    model.source = f"{plan.run.uri}, {moment_of(plan.label(ref))}, weights {plan.sample.weights}"
     return model

@@ -26,7 +26,7 @@ from job.store.base import Entry, ObjectMissingError, Store
 from job.store.calls import POLL_SECONDS, T, answer, in_thread
 from job.store.files import COPY_BYTES
 from job.store.remote import CONNECTIONS, READ_AHEAD_BYTES, Ranges, one_line
-from job.store.retry import Retry
+from job.store.retry import Retry, UnknownHostError, is_unknown_host
 
 if TYPE_CHECKING:
     import aiohttp
@@ -306,6 +306,7 @@ def _options(scheme: str, silence_seconds: float) -> dict[str, Any]:
 
 
 def _meaning(error: Exception, uri: str) -> JobError:
+    has_unknown_host = is_unknown_host(error)
     # fsspec raises a FileNotFoundError for any failure of HTTP, with the failure as its cause.
     error = error.__cause__ if isinstance(error.__cause__, Exception) else error
     if isinstance(error, JobError):
@@ -323,6 +324,10 @@ def _meaning(error: Exception, uri: str) -> JobError:
         return BadRequestError(f"{uri} cannot be read ({reason}): check the URL")
     if status == 416:
         return BadDataError(f"{uri} ends before the size that the server gives: download it")
+    if has_unknown_host:
+        return UnknownHostError(
+            f"{uri}: the name of its host is not known ({reason}): check the address and the network"
+        )
     # Any other failure may be temporary.
     return BucketAwayError(f"{uri} does not answer: {reason}")
 

@@ -34,6 +34,10 @@ def away_limit_seconds() -> float:
     return seconds_of(AWAY_VARIABLE, AWAY_SECONDS, "that a bucket may be away")
 
 
+class UnknownHostError(BucketAwayError):
+    """No name server knows the host of a URL, or none answers."""
+
+
 class Retry:
     """Repeats work while the bucket is away. All stores of a bucket share one, which reports an outage once.
 
@@ -52,7 +56,7 @@ class Retry:
             note: gets a line at the beginning and at the end of an outage; from any thread.
         """
         self.limit_seconds, self.stop = limit_seconds, stop
-        self._outage = _Outage(note)
+        self._outage, self._waits_for_name = _Outage(note), True
 
     def within(self, seconds: float, stop: Stop = NEVER) -> Self:
         """Returns a `Retry` of the same bucket that gives up after `seconds`, or at `stop`."""
@@ -60,9 +64,15 @@ class Retry:
         other.limit_seconds, other.stop = seconds, stop
         return other
 
-    def elsewhere(self) -> Retry:
-        """Returns a `Retry` with the same limit for another bucket."""
-        return Retry(self.limit_seconds, self.stop, self._outage.note)
+    def elsewhere(self, *, waits_for_name: bool = False) -> Retry:
+        """Returns a `Retry` with the same limit for another bucket, or for a source.
+
+        Args:
+            waits_for_name: whether an `UnknownHostError` is repeated though the host has never answered.
+        """
+        other = Retry(self.limit_seconds, self.stop, self._outage.note)
+        other._waits_for_name = waits_for_name
+        return other
 
     @property
     def silence_seconds(self) -> float:
@@ -81,7 +91,8 @@ class Retry:
     def __call__(self, work: Callable[..., T], *args: object) -> T:
         """Does `work`, which can be repeated, until it succeeds, and returns its result.
 
-        If the bucket has never answered and no name server knows its host, the limit is `PATIENCE_SECONDS` at most.
+        If the bucket has never answered and no name server knows its host, the limit is `PATIENCE_SECONDS` at most, and
+        of a source this is an error at once.
 
         Raises:
             BucketAwayError: the bucket was away for longer than the limit.
@@ -99,8 +110,10 @@ class Retry:
                 # The silence before a failure counts, but not the successful part of the attempt.
                 away_since = min(away_since, max(asked_at, now - self.silence_seconds))
                 limit_seconds = self.limit_seconds
+                if isinstance(error, UnknownHostError) and not (self._outage.answered_at or self._waits_for_name):
+                    raise
                 # An unknown host is misspelt, unless the bucket has answered before.
-                if not self._outage.answered_at and _is_unknown_host(error):
+                if not self._outage.answered_at and is_unknown_host(error, socket.EAI_NONAME):
                     limit_seconds = min(limit_seconds, PATIENCE_SECONDS)
                 left_seconds = away_since + limit_seconds - now
                 if left_seconds > 0 and not self.stop():
@@ -120,11 +133,11 @@ class Retry:
                 _is_within_work.reset(outside)
 
 
-def _is_unknown_host(error: BaseException | None) -> bool:
-    """Returns whether an attempt failed because no name server knows the host."""
+def is_unknown_host(error: BaseException | None, *codes: int) -> bool:
+    """Returns whether an attempt failed by an error about the host's name, with one of these codes if any are named."""
     while error is not None and not isinstance(error, socket.gaierror):
         error = error.__cause__ or error.__context__
-    return error is not None and error.errno == socket.EAI_NONAME
+    return error is not None and (not codes or error.errno in codes)
 
 
 class _Outage:

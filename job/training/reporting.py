@@ -91,7 +91,7 @@ class Recorder:
     def show(self, bar: Progress) -> None:
         """Updates the bar, with the loss of the last row: reading the current one would wait for the device."""
         images_seen, epochs = self._state.images_seen, self.plan.config.train.epochs
-        epoch, every_epochs = images_seen / self.plan.index.images, self.plan.config.checkpoint.every_epochs
+        epoch, every_epochs = _epoch_at(self.plan, images_seen), self.plan.config.checkpoint.every_epochs
         shown = {"loss": f"{self._shown['loss']:.4f}"} if "loss" in self._shown else {}
         shown["epoch"] = f"{epoch:.1f}/{epochs}"
         shown["next_checkpoint"] = f"epoch {min((int(epoch) // every_epochs + 1) * every_epochs, epochs)}"
@@ -146,11 +146,16 @@ def status_of(
         attempt=attempt.id,
         images_seen=images_seen,
         target_images=plan.target_images,
-        epoch=round(images_seen / plan.index.images, 3),
+        epoch=round(_epoch_at(plan, images_seen), 3),
         loss=row.get("loss"),
         images_per_second=row.get("images_per_second"),
         updated=utc_now(),
     )
+
+
+def _epoch_at(plan: Plan, images_seen: int) -> float:
+    # The last batch may go beyond the last epoch: people would read `epoch 1.6 of 1`.
+    return min(images_seen / plan.index.images, plan.config.train.epochs)
 
 
 def put_run_page(

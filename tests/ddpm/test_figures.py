@@ -186,9 +186,9 @@ def test_checkpoints_are_compared_row_by_row():
 
 
 def test_noising_figure_has_three_pictures(tiles):
-    timesteps = [962, 237, 38, 39, 988, 559, 299, 226, 985, 791, 859, 485]
+    labels = [f"t = {t}" for t in (962, 237, 38, 39, 988, 559, 299, 226, 985, 791, 859, 485)]
     noised = torch.randn(12, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    figure = figures.noising_figure(tiles, noised, timesteps)
+    figure = figures.noising_figure(tiles, noised, labels)
     assert figure.original.size == figure.noised.size == (398, 134)
     assert (pixels(figure.original)[2:66, 68:132] == tiles[1]).all()
     assert (pixels(figure.noised)[68:132, 332:396] == figures.to_uint8(noised)[11]).all()
@@ -198,8 +198,8 @@ def test_noising_figure_has_three_pictures(tiles):
     under = combined[y : y + 36] < 128
     assert not under[:, :half].any(), "originals have no t"
     assert all(under[:, x : x + 128].any() for x in range(combined.shape[1] - 812, combined.shape[1] - 20, 132))
-    with pytest.raises(ValueError, match="11 timesteps"):
-        figures.noising_figure(tiles, noised, timesteps[:11])
+    with pytest.raises(ValueError, match="11 labels"):
+        figures.noising_figure(tiles, noised, labels[:11])
 
 
 def test_contact_sheet_groups_classes():
@@ -270,7 +270,8 @@ def test_equal_frames_stay_frames():
 def test_schedule_is_drawn_by_its_numbers():
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)
-    plot = opened(figures.schedule_figure(betas, alphas_cumprod, "linear"))
+    curves = {r"$\beta_t$": betas, r"$\bar\alpha_t$": alphas_cumprod}
+    plot = opened(figures.schedule_figure(curves, "linear"))
     assert plot.shape == (480, 640, 3)
     red, blue = near(plot, (192, 57, 43)), near(plot, (31, 95, 168))
     # The axes end where β ends on the right and ᾱ begins on the left.
@@ -279,7 +280,7 @@ def test_schedule_is_drawn_by_its_numbers():
         t = int((x - left) / (right - left) * 1000)
         for curve, expected in ((red, betas[t] / 0.02), (blue, alphas_cumprod[t])):
             assert abs((bottom - np.nonzero(curve[:, x])[0].mean()) / (bottom - top) - expected) < 0.02
-    renamed = opened(figures.schedule_figure(betas.numpy(), alphas_cumprod.numpy(), "cosine"))
+    renamed = opened(figures.schedule_figure(curves, "cosine"))
     assert set(np.nonzero((renamed != plot).any(axis=(1, 2)))[0]) <= set(range(35)), "the name is in the title alone"
 
 

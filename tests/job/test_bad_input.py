@@ -20,6 +20,26 @@ MEANINGLESS: Rows = [
     ("train --dataset a/b", 64, ["'a/b'", "dataset's name", "lower-case letters"]),
     ("train --dataset a --run ../a", 64, ["'../a'", "run's name"]),
     ("train --dataset a --preset landscap", 64, ["'landscap'", "did you mean 'landscape'?"]),
+    ("train --dataset a --resume", 2, ["no option --resume: leave it out, the same command resumes a run"]),
+    ("train --dataset a --lr 1e-3", 2, ["no option --lr: type --set train.learning_rate=1e-3"]),
+    ("train --dataset a --batch-size=8", 2, ["no option --batch-size: type --set train.batch_size=8"]),
+    ("train --dataset a --channels --lr", 2, ["--channels: type --set data.channels=VALUE or --set model.channels=V"]),
+    ("train --dataset a --output_dir out", 2, ["no option --output_dir: type --bucket out"]),
+    ("train --dataset a --set train.seed 3", 2, ["--set train.seed 3: type --set train.seed=3"]),
+    ("train --dataset a --seed 3", 2, ["no option --seed: type --set train.seed=3"]),
+    ("sample --run a --seed 3", 2, ["no option --seed: type --seeds 3"]),
+    ("train --dataset a --every", 2, ["Error: No such option: --every"]),
+    (
+        "submit train --dataset a --gpus 8 --lr 3",
+        2,
+        ["ddpm train has no option --lr: type --set train.lear"],
+    ),
+    ("sample celeba --steps 10", 2, ["sample takes only options: type --run celeba"]),
+    ("sample --run a --batch_size 8", 2, ["no option --batch_size: type --batch-size 8"]),
+    ("runs show --run a", 2, ["no option --run: type a without it"]),
+    ("import a.pt", 2, ["Error: Missing option '--run'"]),
+    ("sample --run a --sampler DPM++", 64, ["--sampler 'DPM++'", "did you mean 'dpmpp_2m'?"]),
+    ("train --dataset a --set sample.sampler=euler_a", 78, ["did you mean 'euler_ancestral'? (got 'euler_a')"]),
     ("sample --run a --sampler plms", 64, ["--sampler 'plms'", "'ddpm', 'ddim'"]),
     ("sample --run a --sampler own", 64, ["--sampler 'own'", "module:function"]),
     ("sample --run a --sampler ../mine:walk", 64, ["--sampler '../mine:walk'", "module:function"]),
@@ -138,7 +158,7 @@ def test_a_working_folder_that_is_gone(bucket, tmp_path, monkeypatch):
 
 
 UNFIT: Rows = [
-    ("train --dataset other", 66, ["no dataset 'other'"]),
+    ("train --dataset other", 66, ["dataset 'other' is not in {bucket} yet. Get a folder or archive"]),
     ("train --dataset tiles --run walk --set data.size=32", 66, ["'tiles' at 32 pixels", "there is tiles-16"]),
     ("train --dataset tiles --run walk --set train.seed=1", 78, ["train.seed: the run has 0, asked for 1", "--run"]),
     ("train --dataset tiles --run new --set data.channels=1", 78, ["data.channels is 1", "tiles-16 has 3"]),
@@ -194,6 +214,17 @@ def test_a_missing_source_says_the_commands(tmp_path, monkeypatch):
         "  ddpm data pack path/to/it celeba --size 64 --bucket b",
     ]
     assert not list(tmp_path.iterdir())
+    # Training says the same, of the size that its network takes, and of images that need no search.
+    (tmp_path / "b").mkdir()
+    for words, typed in {
+        ("celeba",): "data pack path/to/it celeba --size 64 --bucket b",
+        ("mine", "--preset", "dit"): "data pack path/to/it mine --size 64 --bucket b",
+        ("mine", "--set", "data.size=48"): "data pack path/to/it mine --size 48 --bucket b",
+        ("landscape-sample",): "data ensure landscape-sample --bucket b",
+    }.items():
+        done = ddpm_here("train", "--dataset", *words, "--bucket", "b")
+        refused(done, Exit.MISSING_INPUT)
+        assert done.stderr.splitlines()[-1] == f"  ddpm {typed}"
 
 
 def test_an_unfinished_dataset_is_listed(tmp_path):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import typer
 import yaml
 from PIL import Image
@@ -16,7 +17,7 @@ from PIL import Image
 import job
 from job.cli.app import app
 from job.exits import Exit
-from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, succeeded
+from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, refused, succeeded
 from tests.job.some_images import folder_of, jpeg, zip_of
 
 HEAVY = {"torch", "numpy", "PIL", "matplotlib", "yaml", "rich", "accelerate", "google", "botocore"}
@@ -76,13 +77,14 @@ def test_a_finished_run_lists_its_results(bucket):
     for epochs in (3, 1):
         words = ("--dataset", "tiles", "--run", "walk", "--bucket", bucket, "--epochs", epochs)
         out = succeeded(ddpm_here("train", *words))
-        assert out.startswith("Run 'walk' is finished already: 3 epochs, 912 images seen.\n")
-        assert out.endswith("To go on: the same command with more epochs (EPOCHS=6, or --epochs 6).\n")
+        assert out.splitlines() == [
+            "Run 'walk' is finished already: 3 epochs, 912 images seen.",
+            f"page        {bucket}/runs/walk/report.html",
+            f"samples     {bucket}/runs/walk/samples/epoch-0003-ddim-4.png",
+            "go on       the same command with --epochs 6 (make: EPOCHS=6)",
+        ]
     run = bucket / "runs/walk"
-    assert f"checkpoints {run}/checkpoints\n" in out
-    pictures = [Path(path) for path in re.findall(r"^picture +(.*)$", out, re.MULTILINE)]
-    names = {"samples/epoch-0003-ddim-4.png", "samples/denoising-epoch-0003-ddim-4.gif", "figures/loss.png"}
-    assert {run / name for name in names} <= {*pictures}
+    pictures = [run / name for name in ("samples/epoch-0003-ddim-4.png", "figures/loss.png")]
     assert all(len(Image.open(path).convert("RGB").getcolors(1 << 24)) > 10 for path in pictures)
     config = yaml.safe_load((run / "config.yaml").read_bytes())
     assert (config["data"]["size"], config["data"]["channels"], config["model"]["num_classes"]) == (16, 3, 5)
@@ -103,6 +105,10 @@ def test_runs_are_listed_and_shown(bucket):
     assert "newest      checkpoints/000001-000000000912," in out
     assert "checkpoints 2: epoch 1, epoch 3" in out
     assert re.search(r"^attempt 1   20\d\d-.* on .*, 1 × .*, code 0\.", out, re.MULTILINE)
+    run = bucket / "runs/walk"
+    count = len([path for path in (run / "samples").iterdir() if path.is_file()])
+    assert f"page        {run}/report.html\ncheckpoints {run}/checkpoints\n" in out
+    assert f"pictures    {count} in {run}/samples\npictures    1 in {run}/figures\n" in out
 
 
 def test_images_are_noised(bucket, tmp_path):
@@ -117,15 +123,36 @@ def test_images_are_noised(bucket, tmp_path):
     assert np.abs(original - noised)[:, :half].mean() < 8 < 40 < np.abs(original - noised)[:, half:].mean()
 
 
+def test_one_image_gets_noisier_by_the_schedule_of_a_run(bucket, tmp_path):
+    output, walk = tmp_path / "n.png", ("--run", "walk", "--bucket", bucket)
+    assert succeeded(ddpm_here("figure", "noising", *walk, "--image", 3, "-o", output)) == f"{output}\n"
+    # Tiles of 6 times 16 pixels, with captions under them.
+    picture = np.asarray(Image.open(output).convert("RGB"), float)
+    top = np.flatnonzero((picture[:, 4:100] < 255).any(axis=2).all(axis=1))[0]
+    tiles = [picture[y : y + 96, 4 + 100 * x : 100 + 100 * x] for y in (top, top + 126) for x in range(6)]
+    distances = [np.abs(tile - tiles[0]).mean() for tile in tiles]
+    assert distances == sorted(distances) and distances[11] > 60
+    # It has 50 timesteps, and plots differ in their titles alone.
+    plots = []
+    for words in (walk, ("--schedule", "cosine", "--timesteps", 50), ("--schedule", "cosine")):
+        succeeded(ddpm_here("figure", "schedule", *words, "-o", output))
+        plots.append(np.asarray(Image.open(output))[35:])
+    assert np.array_equal(plots[0], plots[1]) and not np.array_equal(plots[0], plots[2])
+    assert "99 is not in 0 to 49" in refused(ddpm_here("figure", "noising", *walk, "--timesteps", 99), Exit.BAD_REQUEST)
+    line = refused(ddpm_here("figure", "schedule", *walk, "--schedule", "edm"), Exit.BAD_REQUEST)
+    assert "run 'walk' has a schedule of its own" in line
+
+
 def test_denoising_is_a_gif(bucket):
     out = succeeded(ddpm_here("figure", "denoising", "--run", "walk", "--seeds", "3,5", "--bucket", bucket))
     gif = Image.open(out.strip())
     assert (gif.n_frames, gif.info["duration"]) == (20, 200)
 
 
-def test_the_schedule_needs_no_bucket(tmp_path):
+@pytest.mark.parametrize("kind", ["cosine", "edm", "flow"])
+def test_the_schedule_needs_no_bucket(tmp_path, kind):
     output = tmp_path / "schedule.png"
-    assert succeeded(ddpm_here("figure", "schedule", "--schedule", "cosine", "-o", output)) == f"{output}\n"
+    assert succeeded(ddpm_here("figure", "schedule", "--schedule", kind, "-o", output)) == f"{output}\n"
     assert Image.open(output).size == (640, 480)
 
 

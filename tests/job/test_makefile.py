@@ -73,11 +73,11 @@ def test_submit_train_packs_and_trains(make):
     out = succeeded(make("submit-train", "SIZE=16", "EPOCHS=1", f"ARGS={SMALL}"))
     assert "299 colour, 16×16 pixels" in out
     assert "Run 'landscape-sample' is finished: 1 epoch, 312 images seen." in out
-    bucket = Path(re.search(r"^checkpoints (.*)/runs/[^/]*/checkpoints$", out, re.MULTILINE)[1])
+    page, samples = (Path(path) for path in re.findall(r"^(?:page|samples) +(.*)$", out, re.MULTILINE))
+    bucket = page.parents[2]
     assert (bucket.name, bucket.parent.name) == ("bucket", "checkout")
-    pictures = [Path(path) for path in re.findall(r"^picture +(.*)$", out, re.MULTILINE)]
-    assert {path.name for path in pictures} == {"epoch-0001-ddim-4.png", "denoising-epoch-0001-ddim-4.gif", "loss.png"}
-    assert all(path.stat().st_size > 1000 for path in pictures)
+    assert (page.name, samples.name) == ("report.html", "epoch-0001-ddim-4.png")
+    assert all(path.stat().st_size > 1000 for path in (page, samples))
 
     out = succeeded(make("submit-train"))
     assert "299 colour" not in out

@@ -52,6 +52,9 @@ def test_an_export_is_the_same_model(bucket, tmp_path):
     succeeded(ddpm_here("export", "--run", "walk", "--bucket", bucket, "--to", tmp_path / "folder"))
     there, here = ddpm.load(tmp_path / "folder", device="cpu"), job.load(f"{bucket}/runs/walk", device="cpu")
     assert (pixels(there.sample(3, steps=4)) == pixels(here.sample(3, steps=4))).all()
+    what = "Model(UNet, 64,643 parameters, images 3×16×16, prediction v, schedule cosine, 5 classes, from "
+    assert repr(here) == f"{what}{bucket}/runs/walk, epoch 3, weights ema)"
+    assert repr(there) == f"{what}{tmp_path / 'folder'})"
 
 
 def test_what_is_not_there_is_said(bucket):

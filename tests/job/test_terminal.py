@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+from contextlib import suppress
 
 import pytest
 from typer.testing import CliRunner
@@ -12,7 +15,7 @@ from job.cli.app import app
 from job.config import NETWORKS, draft, known_keys, parse_sets
 from job.exits import Exit
 from job.report.settings import keys
-from tests.job.command_line import ddpm_here, refused, succeeded
+from tests.job.command_line import DDPM, ddpm_here, environment, refused, succeeded
 
 
 def asked(*words):
@@ -22,7 +25,7 @@ def asked(*words):
 def test_programs_get_everything_as_json(bucket):
     at = ("--bucket", bucket, "--json")
     (listed,) = asked("runs", "list", *at)
-    assert (listed["name"], listed["state"], listed["epoch"], listed["hours_left"]) == ("walk", "finished", 3.05, None)
+    assert (listed["name"], listed["state"], listed["epoch"], listed["hours_left"]) == ("walk", "finished", 3.0, None)
     shown = asked("runs", "show", "walk", *at)
     assert shown["checkpoints"] == ["epoch 1", "epoch 3"]
     assert shown["attempts"][0]["world_size"] == 1
@@ -106,7 +109,32 @@ def test_every_key_has_its_values():
     assert listed["model.kind"].takes == "|".join(NETWORKS)
     assert listed["train.precision"].takes == "auto|fp32|bf16"
     assert asked("config", "--list", "--json")[5]["key"] == known_keys()[5]
-    assert "train.warmup_images" in succeeded(ddpm_here("config", "--list"))
+
+
+def test_keys_are_whole_however_narrow_the_terminal_is():
+    sections = {"train": 15, "train.adam": 2, "": len(known_keys())}
+    for begin, count in sections.items():
+        keys_listed = [key["key"] for key in asked("config", "--list", "--json", *filter(None, [begin]))]
+        assert len(keys_listed) == count and all(key.startswith(begin) for key in keys_listed)
+    assert list(asked("config", "train.adam", "--json")) == ["train.adam_betas", "train.adam_eps"]
+    line = refused(ddpm_here("config", "--list", "trian"), Exit.BAD_REQUEST)
+    assert "no key begins with 'trian'; did you mean 'train'? (preset, imported, data, model, " in line
+    # A pager gets one line for each key, as long as its text.
+    header, *lines = succeeded(ddpm_here("config", "--list")).splitlines()
+    assert header.split() == ["key", "default", "meaning"]
+    assert [line.split()[0] for line in lines] == known_keys()
+    assert all(line == line.rstrip() for line in (header, *lines))
+    control, terminal = os.openpty()
+    words, here = [DDPM, "config", "--list"], environment(TERM="xterm", COLUMNS="60")
+    with os.fdopen(control, "rb") as shown, subprocess.Popen(words, env=here, stdout=terminal) as child:
+        os.close(terminal)
+        text = b""
+        # Linux reports the end of a terminal as an error.
+        with suppress(OSError):
+            while part := os.read(shown.fileno(), 4096):
+                text += part
+    assert child.returncode == 0
+    assert [line[1:].partition(" ")[0] for line in text.decode().splitlines()[1:] if line[1] != " "] == known_keys()
 
 
 def test_values_have_an_origin(tmp_path):

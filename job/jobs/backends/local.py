@@ -1,7 +1,7 @@
 """Processes of this machine: this process becomes the job, or starts it in the background.
 
     CACHE/jobs/HOST/NAME.json    the newest job of that name: a process, by its id and its start
-                    NAME.log     its output
+                    NAME.log     its output, unless that went to a terminal
 
 The job itself writes into its bucket how it ended.
 """
@@ -15,14 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NoReturn
 
 import psutil
 
-from job.exits import BadRequestError, State
+from job.exits import BadRequestError, MissingInputError, State
 from job.jobs.backends.base import FOLLOW_SECONDS, Backend, Check, JobStatus, JsonObject, ended_here
 from job.jobs.backends.target import Target
 from job.jobs.spec import JobSpec
@@ -45,7 +45,7 @@ class LocalTarget(Target):
 
 @dataclass(frozen=True)
 class LocalRecord:
-    """A job in the background; `process_began`, in seconds since 1970, tells it from a later process of the same id."""
+    """A job of this machine; `process_began`, in seconds since 1970, tells it from a later process of the same id."""
 
     name: str
     bucket: str
@@ -66,13 +66,15 @@ class LocalRecord:
         status = JobStatus(self.name, State.RUNNING, attempts=1, created=self.created, bucket=self.bucket)
         if self.process() is not None:
             return status
-        why = f"its process ended, or was killed: see `ddpm jobs logs {self.name}`"
-        status = replace(status, state=State.GONE, message=why).with_outcome(self.bucket)
-        return status if status.exit_code is None else replace(status, state=ended_here(status.exit_code))
+        status = replace(status, state=State.GONE).with_outcome(self.bucket)
+        if status.exit_code is not None:
+            return replace(status, state=ended_here(status.exit_code))
+        see = f": see `ddpm jobs logs {self.name}`" * _log_path(self.name).exists()
+        return replace(status, message=f"its process ended, or was killed{see}")
 
 
 class LocalBackend(Backend):
-    """Jobs that are processes of this machine; the cache folder has a record of those in the background."""
+    """Jobs that are processes of this machine, with records in the cache folder."""
 
     target: LocalTarget
 
@@ -81,31 +83,31 @@ class LocalBackend(Backend):
         return [{"name": spec.name, "command": ["ddpm", *spec.argv], "environment": dict(spec.env)}]
 
     def become(self, spec: JobSpec) -> NoReturn:
-        """See `Backend.become`."""
+        """See `Backend.become`; its record shows the job to commands in other terminals, which may cancel it."""
+        with _records() as folder:
+            # The record of a job in the background must not be lost: no other command could cancel it.
+            if not ((before := self.find(spec.name)) and before.process()):
+                _log_path(spec.name).unlink(missing_ok=True)
+                _write_record(folder, spec, os.getpid(), utc_now())
         sys.stdout.flush()
         os.execve(sys.executable, _command(spec), {**os.environ, **spec.env})  # noqa: S606
 
     def submit(self, spec: JobSpec) -> None:
         """Starts the job in the background, in a session of its own, with a log file for its output."""
-        folder = _folder()
-        with os_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            with folder_lock(folder):
-                if (before := self.find(spec.name)) and before.process():
-                    raise self.runs_already(spec.name, "on this machine")
-                created = utc_now()
-                with _log_path(spec.name).open("wb") as log:
-                    child = subprocess.Popen(
-                        _command(spec),
-                        env={**os.environ, **spec.env},
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
-                began = psutil.Process(child.pid).create_time()
-                record = LocalRecord(spec.name, spec.bucket, created, child.pid, began)
-                (folder / f"{spec.name}.json").write_text(json.dumps(asdict(record)), encoding="utf-8")
+        with _records() as folder:
+            if (before := self.find(spec.name)) and before.process():
+                raise self.runs_already(spec.name, "on this machine")
+            created = utc_now()
+            with _log_path(spec.name).open("wb") as log:
+                child = subprocess.Popen(
+                    _command(spec),
+                    env={**os.environ, **spec.env},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            _write_record(folder, spec, child.pid, created)
 
     def find(self, name: str) -> LocalRecord | None:
         """Returns the record of the newest job of that name; None if it is missing or damaged."""
@@ -129,6 +131,8 @@ class LocalBackend(Backend):
     def logs(self, name: str, follow: bool) -> Iterator[str]:
         """See `Backend.logs`."""
         record, part = self.known(name), ""
+        if not _log_path(name).exists():
+            raise MissingInputError(f"{name} prints to the terminal that it was started from, and has no log")
         with os_errors(_log_path(name)), _log_path(name).open(encoding="utf-8", errors="replace", newline="\n") as file:
             while True:
                 # Determined before the read, so that it has all output until the end.
@@ -167,6 +171,21 @@ def _folder() -> Path:
 
     # Several machines may share a cache, and their process ids mean nothing here.
     return default_cache_dir() / "jobs" / socket.gethostname()
+
+
+@contextmanager
+def _records() -> Iterator[Path]:
+    """Opens the folder of the records for one process at a time."""
+    folder = _folder()
+    with os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with folder_lock(folder):
+            yield folder
+
+
+def _write_record(folder: Path, spec: JobSpec, pid: int, created: str) -> None:
+    record = LocalRecord(spec.name, spec.bucket, created, pid, psutil.Process(pid).create_time())
+    (folder / f"{spec.name}.json").write_text(json.dumps(asdict(record)), encoding="utf-8")
 
 
 def _log_path(name: str) -> Path:

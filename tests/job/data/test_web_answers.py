@@ -184,21 +184,35 @@ def test_every_answer_has_its_exit_code(server, tmp_path, monkeypatch, place):
     assert found == {answer: int(code) for answer, code in TABLE[place].items()}
 
 
-@pytest.mark.parametrize("bucket", ["", "s3://bucket/folder", "gs://bucket/folder"])
-def test_unknown_host_is_given_up_soon(tmp_path, monkeypatch, bucket):
-    """The clients' own errors have to lead to that of the resolver."""
-
+def without_name_servers(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def unknown(*_: object, **__: object) -> None:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        raise socket.gaierror(code, "Name or service not known")
 
     monkeypatch.setattr("socket.getaddrinfo", unknown)
+
+
+@pytest.mark.parametrize("bucket", ["s3://bucket/folder", "gs://bucket/folder"])
+def test_unknown_host_is_given_up_soon(monkeypatch, bucket):
+    """The clients' own errors have to lead to that of the resolver."""
+    without_name_servers(monkeypatch, socket.EAI_NONAME)
     monkeypatch.setattr("job.store.retry.PATIENCE_SECONDS", 0.5)
     endpoint, began = "http://no-such.invalid", time.monotonic()
     keys = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "a")
-    words = ("data", "pack", "landscape-sample" if bucket else "https://no-such.invalid/all.zip", "all")
     variables = {"AWS_ENDPOINT_URL": endpoint, "STORAGE_EMULATOR_HOST": endpoint, "DDPM_AWAY_SECONDS": "100"}
-    done = ddpm_here(*words, "--size", 8, "--bucket", bucket or tmp_path / "bucket", **keys, **variables)
-    line = refused(done, Exit.BUCKET_AWAY)
-    assert "Name or service not known" in line
+    words = ("data", "pack", "landscape-sample", "all", "--size", 8, "--bucket", bucket)
+    done = ddpm_here(*words, **keys, **variables)
+    assert "Name or service not known" in refused(done, Exit.BUCKET_AWAY)
     assert "trying again for up to 0.5 s" in done.stderr
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("source", ["https://no-such.invalid/all.zip", "hf://datasets/some/one", "sftp://no-such/all"])
+@pytest.mark.parametrize("code", [socket.EAI_NONAME, socket.EAI_AGAIN])
+def test_unknown_host_of_a_source_is_an_error_at_once(tmp_path, monkeypatch, source, code):
+    without_name_servers(monkeypatch, code)
+    began = time.monotonic()
+    done = ddpm_here("data", "pack", source, "all", "--size", 8, "--bucket", tmp_path / "b", DDPM_AWAY_SECONDS="100")
+    line = refused(done, Exit.BUCKET_AWAY)
+    assert line.startswith(f"ddpm: {source}: the name of its host is not known (")
+    assert "trying again" not in done.stderr
+    assert time.monotonic() - began < 10

@@ -46,14 +46,14 @@ def test_lists_show_how_jobs_ended(failed):
     columns += ["epoch", "loss", "images/s", "to the end", "cost so far", "message"]
     assert re.split(r"  +", header.strip()) == columns
     assert row.split()[:5] == ["train-none", "local", "failed", "1", "66"]
-    assert "no dataset 'none'" in row
+    assert "dataset 'none' is not in" in row
 
 
 def test_targets_here_share_their_jobs(failed, folder):
     (folder / "targets.yaml").write_text("mine: {backend: local}")
     assert succeeded(ddpm_here("jobs", "list")).count(failed) == 1
     assert succeeded(ddpm_here("jobs", "status", failed)).count("state ") == 1
-    assert "no dataset" in succeeded(ddpm_here("jobs", "logs", failed))
+    assert "dataset 'none' is not in" in succeeded(ddpm_here("jobs", "logs", failed))
 
 
 def test_silent_engines_hide_no_other(failed, folder, monkeypatch):
@@ -98,7 +98,7 @@ def test_bucket_knows_a_gone_job(bucket, folder, monkeypatch):
                 assert lines.pop(0).startswith("state       finished, as of 20")
                 assert lines.pop(0) == "exit code   0: finished"
             assert lines[0] == f"run         walk  ({uri}/runs/walk)"
-            assert "images seen 912 of 912 (epoch 3.05)" in lines
+            assert "images seen 912 of 912 (epoch 3.00)" in lines
             assert any(line.startswith("newest      checkpoints/000001-000000000912") for line in lines)
             assert any(line.startswith("attempt 1 ") for line in lines)
     for name in ("train-other", "train-walk-2"):

@@ -19,7 +19,7 @@ from job.jobs.backends.base import JobStatus
 from job.jobs.backends.local import LocalBackend
 from job.jobs.spec import JobSpec
 from job.jobs.targets import load_targets
-from tests.job.command_line import DDPM, about, ddpm, ddpm_here, environment, refused, settings, succeeded
+from tests.job.command_line import DDPM, about, ddpm, ddpm_here, environment, refused, settings, started, succeeded
 from tests.job.launching import eventually
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -82,9 +82,9 @@ def test_failed_jobs_say_why(bucket, folder, monkeypatch):
     succeeded(ddpm_here(*words, "--detach"))
     status = ended("train-none")
     assert (status.state, status.exit_code) == (State.FAILED, 66)
-    assert "no dataset 'none'" in status.message
+    assert "dataset 'none' is not in" in status.message
     assert "exit code   66: missing input" in succeeded(ddpm_here("jobs", "status", "train-none"))
-    assert "no dataset 'none'" in succeeded(ddpm_here("jobs", "logs", "train-none"))
+    assert "dataset 'none' is not in" in succeeded(ddpm_here("jobs", "logs", "train-none"))
     # The target's variables reach the job, in the foreground and in the background, and nothing secret is remembered.
     (folder / "targets.yaml").write_text("local: {env: {DDPM_GRACE_SECONDS: 'soon'}}")
     words[3] = "tiles"
@@ -134,6 +134,28 @@ def test_jobs_start_once():
     # A damaged record is no job.
     path.write_text("{")
     assert (backend().jobs(), backend().status("train-a").state) == ([], State.GONE)
+
+
+@pytest.mark.slow
+def test_jobs_in_the_foreground_are_known_and_stopped(bucket, folder):
+    """To commands in other terminals, while they run and later; their output is in their own terminal."""
+    (folder / "other").mkdir()
+    words = ["submit", "train", *about(bucket, "front"), "--epochs", 1000]
+    child = started(*words)
+    try:
+        eventually(lambda: list(bucket.glob("jobs/train-front/*.json")), 100)
+        # One of the same name in another bucket does not take its place.
+        refused(ddpm(*words, "--bucket", folder / "other"), 66)
+        status = backend().status("train-front")
+        assert (status.state, status.bucket, status.attempts) == (State.RUNNING, str(bucket), 1)
+        assert "has no log" in refused(ddpm_here("jobs", "logs", "train-front"), 66)
+        assert "saves first" in succeeded(ddpm_here("jobs", "cancel", "train-front"))
+        child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 75
+    _, row = succeeded(ddpm_here("jobs", "list")).splitlines()
+    assert row.split()[:5] == ["train-front", "local", "cancelled", "1", "75"]
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from job.exits import BucketAwayError, StoppedError
 from job.stop import NEVER, Stop
 from job.store import ObjectMissingError, Retry, Store, open_store
 from job.store.base import Entry
+from job.store.retry import UnknownHostError
 from tests.faulty_proxy import Fault, FaultyProxy
 
 Notes = list[str]
@@ -113,6 +114,17 @@ def test_known_host_is_waited_for(monkeypatch: pytest.MonkeyPatch, remote_bucket
     with pytest.raises(BucketAwayError):
         retry(unknown)
     assert time.monotonic() - began > 1
+
+    def unknown_source() -> None:
+        raise UnknownHostError("away")
+
+    # A source that has answered, and one of which images are read in training.
+    answered, began = Retry(0.3).elsewhere(), time.monotonic()
+    answered(bool)
+    for source in (answered, Retry(0.3).elsewhere(waits_for_name=True)):
+        with pytest.raises(BucketAwayError, match="tried for"):
+            source(unknown_source)
+    assert time.monotonic() - began > 0.6
 
 
 def test_stop_ends_only_the_waiting(opened: Opened, proxy: FaultyProxy, tmp_path: Path) -> None:
