@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from job.data.formats.arrays import array_source
 from job.data.formats.cifar import cifar_source
+from job.data.formats.lsun import lsun_source
 from job.data.formats.mnist import idx_source
 from job.data.formats.tfrecords import tfrecord_source
 from job.data.source import Files, Source
@@ -17,6 +18,7 @@ from job.data.source import Files, Source
 _READERS: tuple[Callable[[Files, str | None], Source | None], ...] = (
     idx_source,
     cifar_source,
+    lsun_source,
     tfrecord_source,
     # Other formats may have statistics in an .npz beside them.
     array_source,
