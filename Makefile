@@ -13,7 +13,7 @@ define newline
 
 endef
 literal = $(subst $(newline), ,$(value $(1)))
-$(foreach name,DATASET SOURCE RUN BUCKET EPOCHS SIZE ON TARGETS ARGS EXTRAS IMAGE TORCH BASE_IMAGE TORCH_WHEELS,$(eval override $(name) := $$(call literal,$(name))))
+$(foreach name,DATASET SOURCE RUN BUCKET EPOCHS SIZE ON TARGETS PACK ARGS EXTRAS IMAGE TORCH BASE_IMAGE TORCH_WHEELS,$(eval override $(name) := $$(call literal,$(name))))
 quoted = '$(subst ','\'',$(1))'
 each_quoted = $(foreach word,$(1),$(call quoted,$(word)))
 
@@ -33,10 +33,10 @@ RUN_NAME  = $(or $(RUN),$(subst _,-,$(subst .,-,$(DATASET))))
 IN_BUCKET = $(if $(BUCKET),--bucket $(call quoted,$(BUCKET)))
 PLACE     = --on $(call quoted,$(ON)) $(if $(TARGETS),--targets $(call quoted,$(TARGETS)))
 TRAIN     = train --dataset $(call quoted,$(DATASET)) --run $(call quoted,$(RUN_NAME)) $(IN_BUCKET) \
-            $(if $(EPOCHS),--epochs $(call quoted,$(EPOCHS))) $(if $(SIZE),--set $(call quoted,data.size=$(SIZE)))
+            $(if $(EPOCHS),--epochs $(call quoted,$(EPOCHS))) $(if $(SIZE),--set $(call quoted,data.size=$(SIZE))) $(if $(OPEN),--open)
 SAMPLE    = sample --run $(call quoted,$(RUN_NAME)) $(IN_BUCKET)
 PACKING   = $(IN_BUCKET) $(if $(SIZE),--size $(call quoted,$(SIZE)))
-PACK      = $(call quoted,$(or $(SOURCE),$(DATASET))) $(call quoted,$(DATASET)) $(PACKING)
+PACKED    = $(call quoted,$(or $(SOURCE),$(DATASET))) $(call quoted,$(DATASET)) $(PACKING) $(call each_quoted,$(PACK))
 
 # Tests and campaigns start Python by the hundred: it is not to compile the same files each time.
 export PYTHONDONTWRITEBYTECODE =
@@ -48,6 +48,7 @@ help: ## List the verbs and their variables
 	@echo
 	@echo "Variables: DATASET=landscape-sample|fashion-mnist|cifar10|celeba|landscape|… SOURCE=path-or-any-URL-of-fsspec RUN=name"
 	@echo "           BUCKET=./bucket|gs://name|s3://…|az://… EPOCHS=n SIZE=pixels ARGS='--set train.batch_size=64'"
+	@echo "           PACK='--labels labels.csv --split train' OPEN=1"
 	@echo "           ON=local|container|name-of-a-target TARGETS=targets.yaml"
 	@echo "           IMAGE=registry/name:tag TORCH=cuda|cpu ENGINE=podman|docker BASE_IMAGE=name:tag TORCH_WHEELS=folder"
 
@@ -82,14 +83,14 @@ $(QUALITY): $(TESTED)
 
 submit-train: $(INSTALLED) ## Pack if needed, then train (or go on) where ON= says: the main job
 	@$(if $(filter --dry-run,$(ARGS)),:,$(DDPM) submit $(TRAIN) $(PLACE) --dry-run $(call each_quoted,$(filter-out --watch,$(ARGS))) >/dev/null)
-	@$(if $(filter --dry-run,$(ARGS)),:,$(DDPM) data ensure $(call quoted,$(DATASET)) $(PACKING) $(PLACE) $(if $(SOURCE),--source $(call quoted,$(SOURCE))))
+	@$(if $(filter --dry-run,$(ARGS)),:,$(DDPM) data ensure $(call quoted,$(DATASET)) $(PACKING) $(PLACE) $(if $(SOURCE),--source $(call quoted,$(SOURCE))) $(call each_quoted,$(PACK)))
 	@$(DDPM) submit $(TRAIN) $(PLACE) $(call each_quoted,$(ARGS))
 
 submit-sample: $(INSTALLED) ## Draw images of RUN where ON= says
 	@$(DDPM) submit $(SAMPLE) $(PLACE) $(call each_quoted,$(ARGS))
 
 submit-pack: $(INSTALLED) ## Pack SOURCE (elsewhere a URI) into DATASET where ON= says
-	@$(DDPM) submit pack $(PACK) $(PLACE) $(call each_quoted,$(ARGS))
+	@$(DDPM) submit pack $(PACKED) $(PLACE) $(call each_quoted,$(ARGS))
 
 train: $(INSTALLED) ## Train or go on in this process
 	@$(DDPM) $(TRAIN) $(call each_quoted,$(ARGS))
@@ -101,7 +102,7 @@ evaluate: $(EVALUATES) ## Score what RUN's newest checkpoint draws against real 
 	@$(DDPM) evaluate --run $(call quoted,$(RUN_NAME)) $(IN_BUCKET) $(call each_quoted,$(ARGS))
 
 pack: $(INSTALLED) ## Pack SOURCE into DATASET
-	@$(DDPM) data pack $(PACK) $(call each_quoted,$(ARGS))
+	@$(DDPM) data pack $(PACKED) $(call each_quoted,$(ARGS))
 
 image: ## Build IMAGE with PyTorch for TORCH
 	$(ENGINE) build --file docker/Dockerfile --tag $(call quoted,$(IMAGE)) --build-arg TORCH=$(call quoted,$(TORCH)) \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -102,12 +103,14 @@ def measure(quick: bool) -> list[Figure]:
 class OurLoop:
     """Runs `ddpm.training.train` on a packed dataset, with the hooks of a real run; one step per call."""
 
-    def __init__(self, folder: Path, quick: bool, precision: str) -> None:
+    def __init__(
+        self, folder: Path, quick: bool, precision: str, preset: str = PRESET, sets: tuple[str, ...] = HALF_WIDTH
+    ) -> None:
         write_noise(folder / "images", 32 if quick else IMAGES, SIZE)
         bucket = str(folder / "bucket")
         pack_noise(bucket, folder / "images", SIZE)
-        sets = (*(TINY if quick else HALF_WIDTH), *NO_SAVES, f"train.precision={precision}")
-        plan = plan_run(TrainRequest(DATASET, bucket, preset=PRESET, epochs=1000, sets=sets).check())
+        sets = (*(TINY if quick else sets), *NO_SAVES, f"train.precision={precision}")
+        plan = plan_run(TrainRequest(DATASET, bucket, preset=preset, epochs=1000, sets=sets).check())
         forget_accelerator()
         key, cache_dir = dataset_key_of(plan.config), folder / "cache"
         cache = open_cache(plan.bucket, key, plan.index, cache_dir=cache_dir, budget_bytes=1 << 40)
@@ -132,7 +135,8 @@ class OurLoop:
         """Runs one whole step."""
         session, batch = self.session, islice(self._batches, 1)
         how = {"settings": session.settings, "accelerator": session.accelerator, "hooks": session.hooks}
-        train(session.state, session.network, batch, session.objective, **how)
+        with session.threads.alone() if session.threads else nullcontext():
+            train(session.state, session.network, batch, session.objective, **how, threads=session.threads)
 
     def step_flop(self) -> int:
         """Returns the floating-point operations of the network's forward and backward pass over one batch."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BytesIO
-from math import ceil, inf, sqrt
+from math import ceil, inf
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Images = NDArray[np.uint8]
 _FAINT, _INK_HEX = (168, 168, 168), "#404040"
+_PAGE_PIXELS = 1200
 _BETWEEN = (116, 116, 116)
 """The colour at the edges of letters in a palette."""
 _XYZ_OF_RGB = (
@@ -89,7 +90,7 @@ def image_grid(
             raise ValueError(f"{len(captions)} captions for {expected} places: {captions}")
 
     size, line = text_size(width), 2 * text_size(width)
-    left = max(round(font(size).getlength(text)) for text in row_labels) + size if row_labels else 0
+    left = _beside(row_labels, size) if row_labels else 0
     top = line if column_labels else 0
     step_x, step_y = width + padding, height + padding + (line if labels else 0)
     canvas = Image.new("RGB", (left + columns * step_x + padding, top + rows * step_y + padding), WHITE)
@@ -99,7 +100,7 @@ def image_grid(
         if labels:
             put_text(canvas, (x + width / 2, y + height + line / 2), labels[index], size=size, anchor="mm", limit=width)
         if row_labels and index % columns == 0:
-            put_text(canvas, (left - size, y + height / 2), row_labels[index // columns], size=size, anchor="rm")
+            put_text(canvas, (left - size / 2, y + height / 2), row_labels[index // columns], size=size, anchor="rm")
         if column_labels and index < columns:
             put_text(canvas, (x + width / 2, line / 2), column_labels[index], size=size, anchor="mm", limit=width)
     return titled(canvas, title)
@@ -196,27 +197,33 @@ def pairs_grid(
     return titled(_framed(canvas), f"{title} · each beside the training image that looks nearest" if title else "")
 
 
-def comparison(
-    grids: Sequence[tuple[str, Images]], columns: int = 0, column_labels: Sequence[str] | None = None, title: str = ""
-) -> Image.Image:
-    """Returns checkpoints side by side, each under its title ("epoch 30"), from the same seeds in the same order.
+def comparison(grids: Sequence[tuple[str, Images]], column_labels: Sequence[str], title: str = "") -> Image.Image:
+    """Returns a row of images for each checkpoint, beside its name ("epoch 30"), with a column for each seed.
 
-    More than four go into several rows; they are magnified no more than fits a screen.
+    It is as wide as a page: seeds beyond that follow below, again with a row for each checkpoint, and large images are
+    reduced to about 128 pixels.
 
     Args:
-        grids: titles, and uint8 [B, H, W, C] alike.
-        columns: of each grid; 0: as many as rows.
-        column_labels: a caption above each column of each.
+        grids: names, and uint8 [B, H, W, C] alike.
+        column_labels: a caption above each column.
         title: above all.
     """
     if not grids:
         raise ValueError("there is nothing to compare")
-    first = _checked_images(grids[0][1])
-    columns = columns or ceil(sqrt(len(first)))
-    across = len(grids) if len(grids) <= 4 else ceil(sqrt(len(grids)))
-    scale = min(_scale(first), max(1, 2000 // (across * columns * first.shape[2])))
-    blocks = [(name, image_grid(images, columns, scale=scale, column_labels=column_labels)) for name, images in grids]
-    return titled(_side_by_side(blocks, across), title)
+    names, margin = [name for name, _ in grids], 8
+    images = np.stack([_reduced(images, round(images.shape[2] / 128)) for _, images in grids])
+    count, scale = images.shape[1], _scale(images[0])
+    step = images.shape[3] * scale + 2
+    across = max(1, (_PAGE_PIXELS - 2 * margin - 2 - _beside(names, text_size(step - 2))) // step)
+    across = ceil(count / ceil(count / across))
+    blank = -count % across
+    images = np.pad(images, [(0, 0), (0, blank), (0, 0), (0, 0), (0, 0)], constant_values=255)
+    above, blocks = [*column_labels, *[""] * blank], []
+    for first in range(0, count, across):
+        tiles, heads = np.concatenate(images[:, first : first + across]), above[first : first + across]
+        block = image_grid(tiles, across, scale=scale, row_labels=names, column_labels=heads)
+        blocks.append(np.asarray(block))
+    return titled(_framed(Image.fromarray(np.vstack(blocks)), margin), title)
 
 
 class NoisingFigure(NamedTuple):
@@ -238,8 +245,13 @@ def noising_figure(images: Images, noised: torch.Tensor, timesteps: Sequence[int
     scale = _scale(images)
     plain = image_grid(images, 6, 4, scale, labels=[""] * len(images))
     labelled = image_grid(pixels, 6, 4, scale, labels=[f"t = {t}" for t in timesteps])
-    combined = _side_by_side([("original", plain), ("noised", labelled)], across=2)
-    return NoisingFigure(image_grid(images, 6), image_grid(pixels, 6), combined)
+    size = min(max(plain.width // 24, 14), 24)
+    step, header = plain.width + round(1.5 * size), 2 * size
+    combined = Image.new("RGB", (step + plain.width, header + plain.height), WHITE)
+    for x, title, grid in ((0, "original", plain), (step, "noised", labelled)):
+        put_text(combined, (x + 2, size * 0.8), title, size=size, anchor="lm", limit=plain.width)
+        combined.paste(grid, (x, header))
+    return NoisingFigure(image_grid(images, 6), image_grid(pixels, 6), _framed(combined))
 
 
 def contact_sheet(
@@ -419,21 +431,17 @@ def _tiles(images: Images, scale: int) -> Images:
     return np.ascontiguousarray(rgb.repeat(scale, axis=1).repeat(scale, axis=2))
 
 
+def _reduced(images: Images, factor: int) -> Images:
+    tiles = _tiles(images, 1)
+    return np.stack([np.asarray(Image.fromarray(tile).reduce(factor)) for tile in tiles]) if factor > 1 else tiles
+
+
+def _beside(row_labels: Sequence[str], size: int) -> int:
+    return max(round(font(size).getlength(text)) for text in row_labels) + size
+
+
 def _scale(images: Images, tile_pixels: int = 96) -> int:
     return max(1, round(tile_pixels / _checked_images(images).shape[2]))
-
-
-def _side_by_side(blocks: Sequence[tuple[str, Image.Image]], across: int) -> Image.Image:
-    width, height = max(block.width for _, block in blocks), max(block.height for _, block in blocks)
-    size = min(max(width // 24, 14), 24)
-    gap, header = round(1.5 * size), 2 * size
-    rows = ceil(len(blocks) / across)
-    canvas = Image.new("RGB", (across * (width + gap) - gap, rows * (header + height + gap) - gap), WHITE)
-    for index, (title, block) in enumerate(blocks):
-        x, y = index % across * (width + gap), index // across * (header + height + gap)
-        put_text(canvas, (x + 2, y + size * 0.8), title, size=size, anchor="lm", limit=width)
-        canvas.paste(block, (x, y + header))
-    return _framed(canvas)
 
 
 def _framed(picture: Image.Image, margin: int = 20) -> Image.Image:

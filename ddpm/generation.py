@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -69,7 +68,6 @@ def make_denoiser(
     condition: Condition = UNCONDITIONAL,
     *,
     clip: bool = Drawing.clip,
-    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     callback: Callback | None = None,
     guidance: Guidance = UNGUIDED,
     null_class: int | None = None,
@@ -79,14 +77,13 @@ def make_denoiser(
     """Returns a network as a denoiser.
 
     Args:
-        network: the network, in evaluation mode.
+        network: the network, in evaluation mode; all arithmetic around it is fp32.
         process: the process of its training.
         prediction: the meaning of its output.
         condition: its further inputs. An x_0 there is the first estimate of a network with self-conditioning, and each
             evaluation gets the estimate of the one before (Chen et al. 2023, algorithm 2).
         clip: whether the estimated x_0 is clipped to [-1, 1] (as in Ho et al.'s code), after guidance; the network's
             own estimate is clipped likewise.
-        autocast: context for the network alone, such as bf16 autocast; all other arithmetic is fp32.
         callback: see `Callback`.
         guidance: see `Guidance`; without a worse network it moves away from the estimate of the null class, and both
             estimates share a batch.
@@ -103,8 +100,7 @@ def make_denoiser(
 
     def answer_of(network: Network, x_t: Tensor, point: Point[float], condition: Condition) -> Tensor:
         t = torch.full((len(x_t),), point.t, dtype=torch.float32, device=x_t.device)
-        with autocast():
-            answer = network(process.input_scale(point.sigma) * x_t, t, condition).float()
+        answer = network(process.input_scale(point.sigma) * x_t, t, condition).float()
         output, share = answer.tensor_split([x_t.shape[1]], dim=1)
         x_start = prediction.x_start(output, x_t, point)
         return torch.cat([x_start, (share + 1) / 2], dim=1) if with_share else x_start

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ddpm.objective import Condition
 from ddpm.prediction import Prediction
 from ddpm.process import Process, make_process
 from ddpm.samplers import Denoiser, NoiseAt
+from ddpm.threads import Threads, threads_of
 
 MOST_TIMESTEPS = 100_000
 """Limit of the timesteps of a process that is loaded."""
@@ -50,6 +52,7 @@ class Model:
         autocast: context for the network alone, such as bf16 autocast.
         decode: decodes latents to pixels [B, c, h, w]; `pixels` clamps these to [-1, 1].
         worse: a network with less training, for guidance away from it.
+        threads: share the images of a batch on a CPU.
     """
 
     network: nn.Module
@@ -63,6 +66,7 @@ class Model:
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext
     decode: Callable[[Tensor], Tensor] | None = None
     worse: nn.Module | None = None
+    threads: Threads | None = None
 
     @property
     def device(self) -> torch.device:
@@ -167,18 +171,28 @@ class Model:
         if self.diffusion.self_conditioning:
             estimate = torch.zeros(len(seeds), *self.image_shape, device=self.device)
         return make_denoiser(
-            self.network,
+            self.predict,
             self.process,
             self.prediction,
             Condition(taken[seeds % len(taken)] if self.classes else None, estimate),
             clip=sampling.clip,
-            autocast=self.autocast,
             callback=callback,
             guidance=sampling.guide,
             null_class=len(self.classes),
-            worse=self.worse,
+            worse=self.worse and partial(self._answer, self.worse),
             with_share=(sampling.sampler, sampling.variance) == ("ddpm", "learned_range"),
         )
+
+    def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Returns the network's output [B, …] under its autocast, without gradients."""
+        return self._answer(self.network, x, t, condition)
+
+    def _answer(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        if self.threads:
+            return self.threads.sharing(network, self.autocast)(x, t, condition)
+        with torch.no_grad(), self.autocast():
+            answer: Tensor = network(x, t, condition)
+            return answer
 
     def noise_of(self, seeds: Tensor) -> NoiseAt:
         """Returns the noise of seeds, int64 [B] on the device."""
@@ -272,6 +286,7 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
         sampling=Sampling(steps=min(Drawing.steps, diffusion.timesteps), **interop.drawing_options(scheduler)),
         classes=tuple(map(str, range(classes))),
         diffusion=diffusion,
+        threads=threads_of(device),
     )
 
 

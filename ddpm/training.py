@@ -5,9 +5,10 @@ The loop gets hooks and an iterable of batches, and needs no bucket.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from ddpm.ema import EMA, Profile
 from ddpm.latents import Latents
 from ddpm.objective import QUARTILES, Condition, Drawn, Objective
 from ddpm.optimizer import Adam, learning_rate_at
+from ddpm.threads import Threads
 
 LOSS_QUANTUM = 2.0**-32
 """Unit of logged losses: float64 sums of its multiples are exact (below 2²¹), in any order and any parts."""
@@ -153,6 +155,83 @@ def micro_batches(count: int, size: int | None) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+@dataclass(frozen=True)
+class _Learnt:
+    """A batch on the device, and what its losses are made of."""
+
+    network: nn.Module
+    objective: Objective
+    settings: Settings
+    uncertainty: Callable[[Tensor], Tensor] | None
+    """EDM2 balances the noise levels by it."""
+    numbers: Tensor
+    images: Tensor
+    points: Tensor
+    augmentations: Tensor
+    labels: Tensor | None
+    twice: bool
+    """Whether a first pass gives the network its own estimate."""
+
+    @classmethod
+    def of(
+        cls, batch: Batch, state: TrainState, network: nn.Module, objective: Objective, settings: Settings
+    ) -> _Learnt:
+        """Draws what is random of a batch, by the numbers of its images."""
+        device, options = state.first_nonfinite.device, settings.train
+        on_host = torch.from_numpy(batch.image_numbers)
+        numbers = on_host.to(device, non_blocking=True)
+        points = objective.draw(options.seed, on_host, options.batch_size).to(device, non_blocking=True)
+        images = batch.images.to(device, non_blocking=True)
+        augmentations = settings.augmentation.draw(options.seed, on_host, images.shape[-1])
+        batch_number = state.images_seen // options.batch_size
+        return cls(
+            network,
+            objective,
+            settings,
+            getattr(state.model, "uncertainty", None),
+            numbers,
+            images,
+            points,
+            augmentations.to(device, non_blocking=True),
+            _shown_labels(batch.labels, numbers, settings),
+            # One decision for all images saves the first pass in half of the batches.
+            objective.diffusion.self_conditioning and randomness.conditions_on_itself(options.seed, batch_number),
+        )
+
+    def losses(self, part: slice) -> tuple[Tensor, Tensor]:
+        """Returns the losses of some images, float32 [b], and the same balanced for the gradient."""
+        numbers, images, labels = self.numbers[part], self.images[part], self.labels
+        diffusion, seed = self.objective.diffusion, self.settings.train.seed
+        if self.settings.latents:
+            x_start, applied = self.settings.latents.drawn(seed, numbers, images), None
+        else:
+            # From uint8 to float32 in [-1, 1], and labels of the augmentation for the network.
+            x_start, applied = self.settings.augmentation.apply(images, self.augmentations[part])
+        layout = torch.channels_last if x_start.device.type == "cuda" else torch.contiguous_format
+        x_start = x_start.contiguous(memory_format=layout)
+        shape = tuple(x_start.shape[1:])
+        noise = randomness.training_noise(seed, numbers, shape, x_start.device, diffusion.offset_noise)
+        no_estimate = torch.zeros_like(x_start) if diffusion.self_conditioning else None
+        losses = self.objective.losses(
+            self.network,
+            x_start,
+            noise,
+            Drawn(*self.points[:, part]),
+            Condition(None if labels is None else labels[part], no_estimate, applied),
+            conditions_on_itself=self.twice,
+        )
+        if self.uncertainty is None:
+            return losses.detach(), losses
+        u = self.uncertainty(self.points[0, part])
+        return losses.detach(), losses / u.exp() + u
+
+    def gradients(self, weight: float, part: slice) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Returns the losses of some images, and the gradients of their weighted sum."""
+        losses, balanced = self.losses(part)
+        parameters = list(self.network.parameters())
+        return losses, torch.autograd.grad(balanced.sum() * weight, parameters, allow_unused=True)
+
+
 def _shown_labels(labels: Tensor | None, numbers: Tensor, settings: Settings) -> Tensor | None:
     """Returns the classes on the device of the image `numbers`, some replaced by the class of images without one."""
     if labels is None:
@@ -172,6 +251,7 @@ def train(
     settings: Settings,
     accelerator: Any,
     hooks: Hooks,
+    threads: Threads | None = None,
 ) -> None:
     """Trains until `batches` ends or a hook stops it; the state is then that of the last whole step.
 
@@ -181,62 +261,41 @@ def train(
         batches: the batches from image number `state.images_seen` on.
         objective: the loss, in fp32 around the network's autocast.
         settings: see `Settings`.
-        accelerator: an `accelerate.Accelerator`, for its device, `no_sync` and `backward`.
+        accelerator: an `accelerate.Accelerator`, for its processes, `no_sync` and `backward`.
         hooks: see `Hooks`.
+        threads: share each micro-batch; neither for several processes nor for dropout.
 
     Each image's noise, point, augmentation and label dropout depend on its number alone, and its loss weighs 1/batch in
-    the gradient: the split over processes and micro-batches changes only the rounding. The exception is dropout, whose
-    masks are drawn per micro-batch, seeded by its first image number.
+    the gradient: the split over processes, micro-batches and threads changes only the rounding. The exception is
+    dropout, whose masks are drawn per micro-batch, seeded by its first image number.
     """
-    device, diffusion, options, seed = accelerator.device, objective.diffusion, settings.train, settings.train.seed
+    options = settings.train
     dropout = getattr(settings.network, "dropout", 0.0)
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     # DDP averages gradients over processes; with this factor each image weighs 1/batch, also in unequal parts.
     weight = accelerator.num_processes / options.batch_size
     # Micro-batches of the process with the fewest images: one that asked more often would wait for ever.
     questions = len(micro_batches(options.batch_size // accelerator.num_processes, options.micro_batch_size))
-    # EDM2 balances the noise levels by it.
-    uncertainty = getattr(state.model, "uncertainty", None)
     network.train()
     for batch in batches:
-        on_host = torch.from_numpy(batch.image_numbers)
-        numbers = on_host.to(device, non_blocking=True)
-        points = objective.draw(seed, on_host, options.batch_size).to(device, non_blocking=True)
-        images = batch.images.to(device, non_blocking=True)
-        augmentations = settings.augmentation.draw(seed, on_host, images.shape[-1]).to(device, non_blocking=True)
-        labels = _shown_labels(batch.labels, numbers, settings)
-        batch_number = state.images_seen // options.batch_size
-        # One decision for all images saves the first pass in half of the batches.
-        twice = diffusion.self_conditioning and randomness.conditions_on_itself(seed, batch_number)
-        losses_of_parts: list[Tensor] = []
-        for question, part in enumerate(micro_batches(len(numbers), options.micro_batch_size)):
+        learnt = _Learnt.of(batch, state, network, objective, settings)
+        count, losses_of_parts = len(learnt.numbers), list[Tensor]()
+        for question, part in enumerate(micro_batches(count, options.micro_batch_size)):
             if 0 < question < questions and hooks.leaves_step():
                 state.model.zero_grad()
                 return
-            if settings.latents:
-                x_start, applied = settings.latents.drawn(seed, numbers[part], images[part]), None
-            else:
-                # From uint8 to float32 in [-1, 1], and labels of the augmentation for the network.
-                x_start, applied = settings.augmentation.apply(images[part], augmentations[part])
-            x_start = x_start.contiguous(memory_format=layout)
-            shape = tuple(x_start.shape[1:])
-            noise = randomness.training_noise(seed, numbers[part], shape, device, diffusion.offset_noise)
+            if threads is not None:
+                # In the order of the images: sums must not depend on which thread is ready first.
+                for losses, gradients in threads.map(partial(learnt.gradients, weight), part):
+                    _add(gradients, network.parameters())
+                    losses_of_parts.append(losses)
+                continue
             if dropout:
-                torch.manual_seed(randomness.dropout_seed(seed, int(batch.image_numbers[part.start])))
-            last = part.stop == len(numbers)
-            with nullcontext() if last else accelerator.no_sync(network):
-                no_estimate = torch.zeros_like(x_start) if diffusion.self_conditioning else None
-                condition = Condition(None if labels is None else labels[part], no_estimate, applied)
-                losses = objective.losses(
-                    network, x_start, noise, Drawn(*points[:, part]), condition, conditions_on_itself=twice
-                )
-                balanced = losses
-                if uncertainty is not None:
-                    u = uncertainty(points[0, part])
-                    balanced = losses / u.exp() + u
+                torch.manual_seed(randomness.dropout_seed(options.seed, int(batch.image_numbers[part.start])))
+            with nullcontext() if part.stop == count else accelerator.no_sync(network):
+                losses, balanced = learnt.losses(part)
                 accelerator.backward(balanced.sum() * weight)
-            losses_of_parts.append(losses.detach())
-        state.log.add(torch.cat(losses_of_parts), Drawn(*points).quartile)
+            losses_of_parts.append(losses)
+        state.log.add(torch.cat(losses_of_parts), Drawn(*learnt.points).quartile)
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), options.clip_norm, foreach=True)
         bad = (state.first_nonfinite < 0) & ~torch.isfinite(norm)
         state.first_nonfinite = torch.where(bad, state.images_seen, state.first_nonfinite)
@@ -247,6 +306,15 @@ def train(
             state.averages[name].update(state.model, decay)
         if hooks.after_step(state):
             return
+
+
+def _add(gradients: Iterable[Tensor | None], parameters: Iterable[nn.Parameter]) -> None:
+    """Adds gradients to those of the parameters."""
+    for gradient, parameter in zip(gradients, parameters, strict=True):
+        if gradient is not None and parameter.grad is not None:
+            parameter.grad += gradient
+        elif gradient is not None:
+            parameter.grad = gradient
 
 
 def check_finite(state: TrainState) -> None:

@@ -25,6 +25,7 @@ from job.processes.launcher import launch
 from job.processes.preemption import watch_for_preemption
 from job.progress import note
 from job.requests import EncodeRequest, EvaluateRequest, SampleRequest, TrainRequest, check_world_size
+from job.runs.layout import ObjectKind
 from job.runs.records import check_writable
 from job.sampling.sampling_plan import plan_sampling, plan_sets
 from job.stop import Stop, deadline
@@ -68,6 +69,7 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
             _say_finished(plan, "is finished already")
         else:
             check_writable(plan.run)
+            note(f"the page of this run: {plan.run.uri_of(ObjectKind.PAGE.value)}")
             _launch(processes, hang_after_seconds)
 
 
@@ -167,25 +169,23 @@ def _say_made(index: DatasetIndex | None, bucket: Store, name: str, slice_text: 
         print(describe_dataset(index, bucket))
 
 
-def ensure_command(name: str, bucket_uri: str, *, size: int | None = None, source: str = "", on: str = "") -> None:
+def ensure_command(request: PackRequest, bucket_uri: str, on: str = "") -> None:
     """Packs a dataset if the bucket lacks it; `on` is the target whose job needs it.
 
     Raises:
-        MissingInputError: the dataset is missing, and so is `source`; the message has the commands to type.
+        MissingInputError: the dataset is missing, and the request has no source; the message has the commands to type.
     """
-    from job.data.pack_request import PackRequest
     from job.report.datasets import how_to_pack, is_packed
 
     # A dataset without a preset gets the network of the embedded preset, so it needs the size of that.
-    preset = pack_config(name) or pack_config(EMBEDDED)
+    name, preset = request.name, pack_config(request.name) or pack_config(EMBEDDED)
     assert preset is not None
-    size_pixels = size or preset.size
-    request = PackRequest(source or name, name, size_pixels).check()
-    if is_packed(bucket_uri, name, size):
+    filled = replace(request, source=request.source or name, size=request.size or preset.size).check()
+    if is_packed(bucket_uri, name, request.size):
         return
-    if not source and name != EMBEDDED:
-        raise MissingInputError(how_to_pack(bucket_uri, name, size_pixels, on))
-    pack_command(request, bucket_uri)
+    if not request.source and name != EMBEDDED:
+        raise MissingInputError(how_to_pack(bucket_uri, name, request.size or preset.size, on))
+    pack_command(filled, bucket_uri)
 
 
 @contextmanager

@@ -53,6 +53,8 @@ class TrainRequest:
     """The time to wait for another attempt that holds the run."""
     tracker: str = ""
     """A service that also gets the metrics."""
+    open_page: bool = False
+    """Whether the browser of this machine opens the run's page."""
     changes: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> TrainRequest:

@@ -86,8 +86,10 @@ def data_pack(
 ) -> None:
     """Pack images into a dataset in the bucket.
 
-    A NAME with a preset, such as celeba, takes size and crop from it. The SOURCE landscape-sample comes with the
-    program. The same command resumes an interrupted one.
+    SOURCE is a folder, a .zip, a .tar[.gz] or a folder of those; or files of WebDataset, EDM and StyleGAN, Parquet
+    and Arrow (Hugging Face), NumPy, TFRecord, LMDB, MNIST or CIFAR, with their labels. The SOURCE landscape-sample
+    comes with the program. A NAME with a preset, such as celeba, takes size and crop from it. The same command resumes
+    an interrupted one.
 
     With --hold-out a share of the images, chosen by their names, becomes the dataset NAME-held-out. Runs on NAME never
     learn from it; they log their loss on it as val_loss.
@@ -99,6 +101,8 @@ def data_pack(
         ddpm data pack img_align_celeba.zip celeba --bucket gs://my-bucket
 
         ddpm data pack ~/photos mine --size 64 --hold-out 5%
+
+        ddpm data pack train.zip dogs --size 64 --labels labels.csv:breed
     """
     from job.commands import pack_command
     from job.data.pack_request import PackRequest
@@ -206,6 +210,9 @@ def data_ensure(
         str, typer.Option("--source", metavar="SOURCE", help="Images to pack if the dataset is missing.")
     ] = "",
     size: Size = None,
+    classes: Classes = None,
+    labels: Labels = "",
+    split: Split = "",
     on: Annotated[str, typer.Option("--on", metavar="TARGET", help="Use this target's bucket, if it has one.")] = "",
     targets: Targets = None,
     bucket: Annotated[
@@ -219,9 +226,11 @@ def data_ensure(
     Example: ddpm data ensure celeba --source img_align_celeba.zip
     """
     from job.commands import ensure_command
+    from job.data.pack_request import PackRequest
     from job.jobs.targets import bucket_on
 
-    ensure_command(name, bucket or bucket_on(on or "local", targets), size=size, source=source, on=on)
+    request = PackRequest(source, name, size, classes=classes, labels=labels, split=split)
+    ensure_command(request, bucket or bucket_on(on or "local", targets), on)
 
 
 @app.command("list")

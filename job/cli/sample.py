@@ -71,7 +71,7 @@ def ddpm_sample(
 
     An image depends only on the checkpoint, the options and its seed. The section `sample` of the run's configuration
     has the defaults; the name of a picture lists the differences from them. Each checkpoint gets a grid in the run's
-    folder in the bucket. Several checkpoints also get one picture side by side.
+    folder in the bucket. Several checkpoints also get one picture with a row for each.
 
     --count saves the images themselves, in pieces of up to 256. The same command resumes an interrupted one, also with
     other --slice or --processes, and makes no committed piece twice. While the run still trains, give an epoch,

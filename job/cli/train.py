@@ -37,6 +37,9 @@ def ddpm_train(
     wait: Annotated[
         float, typer.Option(metavar="SECONDS", min=0, help="Wait this long if another process holds the run.")
     ] = 0.0,
+    open_page: Annotated[
+        bool, typer.Option("--open", help="Open the run's page in a browser; it reloads itself while the run goes on.")
+    ] = False,
     hang_after: HangAfter = DEFAULT_HANG_AFTER,
     stop_after: StopAfter = "",
     bucket: BucketUri = DEFAULT_BUCKET,
@@ -65,5 +68,6 @@ def ddpm_train(
         config_file=config,
         wait_seconds=wait,
         tracker=tracker,
+        open_page=open_page,
     )
     train_command(request, processes, hang_after, stop_after)

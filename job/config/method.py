@@ -18,6 +18,7 @@ from ddpm.model import Model
 from ddpm.objective import Objective
 from ddpm.prediction import Prediction
 from ddpm.process import Process, make_process
+from ddpm.threads import threads_of
 from job.config import Drawing, RunConfig
 
 
@@ -72,6 +73,7 @@ def model_of(
         diffusion=config.diffusion,
         autocast=bf16 if precision == "bf16" else nullcontext,
         decode=decode,
+        threads=threads_of(device),
     )
 
 

@@ -151,7 +151,12 @@ class SampleConfig(Drawing):
     """The defaults of `ddpm sample`, and the pictures that training makes."""
 
     images: int = Field(64, ge=1, le=10_000, description="number of images in a sample grid")
-    every_epochs: int = Field(0, ge=0, le=LARGEST, description="make a sample grid every N epochs; 0: only at the end")
+    every_epochs: int | None = Field(
+        None,
+        ge=0,
+        le=LARGEST,
+        description="sample grid every N epochs; null: after 1, 2, 4, 8, …; 0: at the end alone",
+    )
     batch_size: int = Field(64, ge=1, le=10_000, description="images at once on each process")
     nearest: bool = Field(False, description="show the nearest training image beside each sample")
 

@@ -153,8 +153,10 @@ def _json_pairs(text: str) -> Iterable[tuple[str, Any]]:
     """Returns the pairs of StyleGAN's and EDM's `dataset.json`, or of an object of names."""
     found = json.loads(text)
     found = found.get("labels", found) if isinstance(found, dict) else found
-    pairs = found.items() if isinstance(found, dict) else found or ()
-    if not all(isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+    pairs = list(found.items()) if isinstance(found, dict) else found
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs
+    ):
         raise RefusedError('has no labels such as {"labels": [["00000/img00000000.png", 6]]}')
     if any(isinstance(label, list | dict) for _, label in pairs):
         raise RefusedError("has a vector or several values for each image, and not one class: use --no-classes")

@@ -20,6 +20,7 @@ from job.data.formats import recognised
 from job.data.formats.beside import labelled_beside
 from job.data.formats.cifar import archive_source
 from job.data.formats.mnist import IDX_NAME
+from job.data.formats.unread import next_step_by
 from job.data.members import Member, Opener, RefusedError
 from job.data.source import Files, Source
 from job.data.splits import split_in
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 _BUCKET_READERS = 16
 _NOTHING_AT = "there is nothing at {}: give a folder or an archive of images"
+_BRACES = re.compile(r"\{.*\}")
 _PATTERN = re.compile(r"([^*]*/)([^/*]*\*.*)")
 
 
@@ -118,12 +120,14 @@ def open_source(source: str, bucket: str = "", retry: Retry | None = None, colum
     inside, archive = split_chain(source)
     if inside:
         return _inside(open_source(archive, bucket, retry, column), inside, without_queries(source))
-    if re.search(r"\{.*\}", source):
-        tars = find_tars([source], retry)
-        return _archives(source, [(tar.key, partial(tar.store.open, tar.key)) for tar in tars], column)
-    if is_remote(source) or "*" in source:
-        return _elsewhere(source, retry, column)
-    path = Path(open_store(source).uri).resolve()
+    path = None if is_remote(source) else Path(open_store(source).uri).resolve()
+    # A local name may hold the characters of a pattern.
+    if path is None or not path.exists():
+        if _BRACES.search(source):
+            tars = find_tars([source], retry)
+            return _archives(source, [(tar.key, partial(tar.store.open, tar.key)) for tar in tars], column)
+        if path is None or "*" in source:
+            return _elsewhere(source, retry, column)
     with members.refusing(repr(source)):
         if path.is_dir():
             return _folder(path, bucket, column)
@@ -255,7 +259,7 @@ def _one_elsewhere(parent: Store, name: str, uri: str, column: str | None) -> So
 def _archive(where: str, opener: Opener, column: str | None) -> Source:
     """Returns a zip or a tar, which may hold files of another format."""
     with members.refusing(where), opener() as file:
-        if file.read(4) in (b"PK\x03\x04", b"PK\x05\x06"):
+        if (start := file.read(4)) in (b"PK\x03\x04", b"PK\x05\x06"):
             with zipfile.ZipFile(file) as archive:
                 names = archive.namelist()
             # The size of a gzipped file in a zip is unknown before it is unpacked.
@@ -264,6 +268,8 @@ def _archive(where: str, opener: Opener, column: str | None) -> Source:
             has_images = any(map(members.is_image, names))
             found = None if has_images else recognised(files, column)
             return found or labelled_beside(Source(where, partial(zip_members, opener)), files, column)
+        if unread := next_step_by(start):
+            raise RefusedError(f"has no images: {unread}")
         first = next(tar_members(opener), None)
     listed = partial(tar_members, opener)
     if first is not None and (found := archive_source(first.name, where, listed, column)):

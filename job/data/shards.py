@@ -217,6 +217,19 @@ class DatasetIndex(Sealed):
         """Returns the size of all decoded images."""
         return self.images * math.prod(self.image_shape)
 
+    def remarks(self, *, with_classes: bool) -> list[str]:
+        """Returns what a person has to know before a run learns from it, of its classes if the run learns them."""
+        said = []
+        if with_classes and self.classes_from == "folders":
+            named = ", ".join(self.classes[:10]) + (f" and {len(self.classes) - 10:,} more" * (len(self.classes) > 10))
+            said.append(
+                f"learning {len(self.classes):,} folders of {self.name} as classes: {named}; if they are no classes, "
+                "start another run with --set model.num_classes=0"
+            )
+        if self.splits:
+            said.append(f"learning {' and '.join(self.splits)} of {self.name} together, which were packed together")
+        return said
+
     @model_validator(mode="after")
     def _is_of_one_kind(self) -> DatasetIndex:
         if (self.dtype == "float16") != (self.encoding is not None) or (not self.encoding and self.channels > 3):

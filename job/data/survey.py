@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -87,9 +87,9 @@ def survey(
         raise no_images(where, skipped or {})
     found = _Found((), {})
     if classes is not False:
-        found = _labels(by_label, names) or _class_folders(set(by_folder.numbers))
-    if classes and not found.names:
-        found = _class_folders(set(by_folder.numbers), any_name=True)
+        ways = (_are_classes, _are_no_splits, bool) if classes else (_are_classes,)
+        by_name = [_class_folders(set(by_folder.numbers), accepts) for accepts in ways]
+        found = _labels(by_label, names) or next((found for found in by_name if found.names), by_name[0])
     if classes and not found.names:
         raise BadRequestError(
             f"{where} has no classes: no image has a label, and each would have to lie in one of at least two folders. "
@@ -181,8 +181,8 @@ def _labels(by_label: _Repeated[str], names: tuple[str, ...]) -> _Found | None:
     return _Found(classes, {name: number for number, name in enumerate(classes)}, are_labels=True)
 
 
-def _class_folders(folders: set[tuple[str, ...]], *, any_name: bool = False) -> _Found:
-    """Returns the first level of folders in which images differ and whose names look like classes, or have any name."""
+def _class_folders(folders: set[tuple[str, ...]], accepts: Callable[[set[str]], bool]) -> _Found:
+    """Returns the first level of folders in which images differ and whose names are accepted as those of classes."""
     inner, passed = {folder: folder for folder in folders}, tuple[str, ...]()
     while True:
         levels = enumerate(zip(*inner.values(), strict=False))
@@ -190,7 +190,7 @@ def _class_folders(folders: set[tuple[str, ...]], *, any_name: bool = False) -> 
         if any(len(folder) == depth for folder in inner.values()):
             return _Found((), {}, passed=passed, beside=len(set(filter(any, inner.values()))) > 1)
         first = {folder[depth] for folder in inner.values()}
-        if any_name or _are_classes(first):
+        if accepts(first):
             names = tuple(sorted(set(map(stem_of, first))))
             return _Found(names, {folder: names.index(stem_of(there[depth])) for folder, there in inner.items()})
         if not all(map(split_of, first)):
@@ -199,9 +199,12 @@ def _class_folders(folders: set[tuple[str, ...]], *, any_name: bool = False) -> 
 
 
 def _are_classes(names: set[str]) -> bool:
-    """Returns whether names look like classes: neither numbers, files of many images, nor mostly splits."""
-    if all(is_data_file(name) or _NUMBER.fullmatch(name) for name in names):
-        return False
+    """Returns whether names look like classes: neither numbers, nor files of many images, nor splits."""
+    return _are_no_splits(names) and not all(is_data_file(name) or _NUMBER.fullmatch(name) for name in names)
+
+
+def _are_no_splits(names: set[str]) -> bool:
+    # Of many classes one may be that of trains.
     return 2 * sum(map(bool, map(split_of, names))) < len(names)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import yaml
 
 from job.config import EMBEDDED, draft, parse_sets, read_config_file
+from job.data.labels import split_labels
 from job.data.pack_request import PackRequest
 from job.exits import BadConfigError, BadRequestError
 from job.jobs.backends.target import Target
@@ -155,8 +157,13 @@ def _adapted(
             tars = [_source(tar, target) for tar in request.tars]
             return command.with_values(tars=tars), tars
         case PackRequest():
-            source = _source(request.source, target)
-            return command.with_values(source=source), [source]
+            reads = [_source(request.source, target)]
+            command = command.with_values(source=reads[0])
+            file, column = split_labels(request.labels)
+            if file:
+                reads.append(_source(file, target, "--labels"))
+                command = command.with_values(labels=f"{reads[1]}:{column}" if column else reads[1])
+            return command, reads
         case EncodeRequest():
             autoencoder = _uri_for_jobs("--autoencoder", request.autoencoder, target)
             return command.with_values(autoencoder=autoencoder), [autoencoder]
@@ -168,23 +175,24 @@ def _check_files(request: SampleRequest, target: Target) -> None:
         raise BadRequestError(f"{option} {name!r} is a file of this machine, which jobs on {target.name!r} cannot see")
 
 
-def _source(source: str, target: Target) -> str:
-    """Returns the source of a dataset, as the jobs of a target can see it."""
+def _source(source: str, target: Target, what: str = "SOURCE") -> str:
+    """Returns a source of a dataset, as the jobs of a target can see it."""
     inside, archive = split_chain(source)
     if is_foreign(archive):
         check_source(archive)
         if target.is_remote and (shown := without_queries(archive)) != archive:
             raise BadRequestError(f"{shown}?…: lists and logs would show its query, which may be a signature")
     elif archive != EMBEDDED:
-        archive = _uri_for_jobs("SOURCE", archive, target)
+        archive = _uri_for_jobs(what, archive, target)
     return f"{inside}::{archive}" if inside else archive
 
 
 def _path_of(source: str) -> str:
     """Returns the file or folder of this machine that contains a source; empty if the source is remote."""
     path = split_chain(source)[1].removeprefix("file://")
-    # A pattern of tars lies in a folder.
-    return "" if not path.startswith("/") else str(Path(path.partition("{")[0]).parent) if "{" in path else path
+    # The files of a pattern lie in a folder.
+    start = re.split(r"[{*]", path)[0]
+    return "" if not path.startswith("/") else path if start == path else str(Path(f"{start}x").parent)
 
 
 def _training(command: ParsedCommand, request: TrainRequest, target: Target, resources: Resources) -> ParsedCommand:
@@ -194,6 +202,9 @@ def _training(command: ParsedCommand, request: TrainRequest, target: Target, res
         batch_size = draft(request.preset_name, request.changes).train.batch_size
         check_world_size((command.values["processes"] or gpus or 1) * resources.nodes, batch_size)
     if not target.is_in_place:
+        if request.open_page:
+            how = f"`ddpm report {request.run} --open` opens the page when it is in the bucket"
+            raise BadRequestError(f"--open: jobs on {target.name!r} have no browser; {how}")
         if request.changes.get("log.tracker", "none") != "none":
             raise BadRequestError(f"--tracker: jobs on {target.name!r} lack its library and its key: leave it out")
         if request.config_file is not None:

@@ -1,8 +1,9 @@
-"""The page of all runs in a bucket: a sortable table with the newest sample grids, and any two runs side by side."""
+"""The page of all runs in a bucket: a sortable table with the newest sample grids, and chosen runs side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -13,15 +14,19 @@ from job.exits import JobError
 from job.plan import open_run
 from job.progress import Progress, note
 from job.report.facts import Facts, facts_of
-from job.report.page import PAGE_KEY, columns, rendered, smooth
+from job.report.page import PAGE_KEY, columns, rendered
 from job.report.picture_cache import PictureCache
 from job.runs.layout import RUNS
 from job.runs.listing import run_names
+from job.runs.metric_rows import Row
+from job.runs.outlook import AttemptSpan
 from job.runs.records import run_store
 from job.store import Store
 
 MOST_POINTS = 250
 """The largest number of points of a run's loss."""
+COMPARED_AT_FIRST = 4
+"""The number of runs, of the newest status, that the page compares until people choose others."""
 ALL_BYTES, MOST_BYTES = 1_500_000, 60_000
 """The size limits of all pictures together, and of one."""
 PIXELS_PER_BYTE = 4
@@ -38,7 +43,7 @@ class Entry:
     why: str = ""
     """The reason why it cannot be read."""
     loss: dict[str, Any] = field(default_factory=dict)
-    """The points of its loss curve."""
+    """The points of its loss curve, over images seen and hours."""
     grid: str = ""
     """The key of the newest sample grid, below the bucket."""
     has_page: bool = False
@@ -59,15 +64,36 @@ def bucket_page(bucket: Store, say: Callable[[str], None] = note) -> bytes:
             bar.update(number)
     grids = {entry.name: picture_cache.get(bucket, entry.grid, *size) for entry in entries if entry.grid}
     picture_cache.close()
-    data = {e.name: {"loss": e.loss, "config": e.facts.config.flat()} for e in entries if e.facts}
-    more = {"grids": grids, "missing": picture_cache.missing, "runs_folder": RUNS}
+    readable = {entry.name: entry.facts for entry in entries if entry.facts}
+    configs = _differing({name: facts.config.flat() for name, facts in readable.items()})
+    data = {
+        entry.name: {
+            "loss": entry.loss,
+            "epoch_images": readable[entry.name].epoch_images,
+            "config": configs[entry.name],
+        }
+        for entry in entries
+        if entry.facts
+    }
+    newest = sorted(
+        readable, key=lambda name: status.updated if (status := readable[name].status) else "", reverse=True
+    )
+    more: dict[str, Any] = {"grids": grids, "missing": picture_cache.missing, "runs_folder": RUNS}
+    more |= {"compared": newest[:COMPARED_AT_FIRST], "comparable": len(readable) > 1}
     return rendered("bucket.html", {"runs": data}, bucket=bucket, entries=entries, **more)
+
+
+def _differing(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns the configurations without the values that are the same in all of them."""
+    keys = dict.fromkeys(key for config in configs.values() for key in config)
+    differ = [key for key in keys if len({repr(config.get(key)) for config in configs.values()}) > 1]
+    return {name: {key: config[key] for key in differ if key in config} for name, config in configs.items()}
 
 
 def _entry(bucket: Store, name: str, say: Callable[[str], None]) -> Entry:
     try:
-        facts = facts_of(open_run(bucket.uri, name, with_dataset=False), name, say=say, only_loss=True)
-        x, loss = columns(facts.rows, ["loss"], facts.epoch_images or 1, MOST_POINTS) if facts.rows else ([], [])
+        facts = facts_of(open_run(bucket.uri, name, with_dataset=False), name, say=say, brief=True)
+        loss = loss_curve(facts.rows, facts.attempts)
     except Exception as error:
         # An error in one run must not hide the others.
         return Entry(name, None, str(error) if isinstance(error, JobError) else f"cannot be read: {error!r}")
@@ -75,4 +101,23 @@ def _entry(bucket: Store, name: str, say: Callable[[str], None]) -> Entry:
     with suppress(JobError):
         has_page = run_store(bucket, name).exists(PAGE_KEY)
     grid = f"{RUNS}/{name}/{facts.grids[-1].key}" if facts.grids else ""
-    return Entry(name, replace(facts, rows=[]), loss={"x": x, "values": smooth(loss)}, grid=grid, has_page=has_page)
+    return Entry(name, replace(facts, rows=[]), loss=loss, grid=grid, has_page=has_page)
+
+
+def loss_curve(rows: Sequence[Row], attempts: Iterable[AttemptSpan]) -> dict[str, list[float | None]]:
+    """Returns the points of a loss: images seen, hours of training, and values.
+
+    The hours leave out the time between attempts, and that of steps which an attempt repeated.
+    """
+    began = sorted(span.began.timestamp() for span in attempts)
+    seconds, before, timed = 0.0, 0.0, list[Row]()
+    for row in rows:
+        if (at := row.get("time")) is not None:
+            attempt = bisect_right(began, at)
+            # The clock of another machine may be behind.
+            seconds += max(0.0, at - max(before, began[attempt - 1] if attempt else at))
+            before = at
+        if row.get("loss") is not None:
+            timed.append({**row, "hours": seconds / 3600})
+    images, loss, hours = columns(timed, ["loss", "hours"], 1, MOST_POINTS) if timed else ([], [], [])
+    return {"images": images, "hours": hours, "values": loss}

@@ -39,7 +39,12 @@ def write_report(bucket_uri: str, name: str, open_it: bool, output: Path | None)
     where = str(output) if output else folder.uri_of(PAGE_KEY)
     print(f"{where}  ({len(page):,} bytes)")
     if open_it:
-        webbrowser.open(_local(folder, page, output).absolute().as_uri())
+        open_page(folder, page, output)
+
+
+def open_page(folder: Store, page: bytes = b"", output: Path | None = None) -> None:
+    """Opens a page in the browser of this machine: `output`, else the one in a folder, which is read without `page`."""
+    webbrowser.open(_local(folder, page or folder.read(PAGE_KEY).data, output).absolute().as_uri())
 
 
 def _local(folder: Store, page: bytes, output: Path | None) -> Path:

@@ -206,7 +206,11 @@ def describe_dataset(index: DatasetIndex, bucket: Store) -> str:
         + (", at each reading" if index.is_foreign else ""),
     ]
     if index.classes:
-        lines.append(f"classes  {', '.join(index.classes)}")
+        lines.append(f"classes  {', '.join(index.classes)}" + (" (folders)" if index.classes_from == "folders" else ""))
+    if index.splits:
+        lines.append(f"splits   {', '.join(index.splits)}, packed together")
+    if index.unlabelled_images:
+        lines.append(f"left out {index.unlabelled_images:,} without a label")
     if index.held_out:
         lines.append(f"held out {index.held_out}-{index.size}, on which its runs log val_loss")
     if index.rejected_images:

@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
+from statistics import median
 from typing import Any
 
 from job.config import RunConfig
@@ -54,8 +56,10 @@ class Facts:
     """Oldest first."""
     newest_gif: str
     """The key of the newest denoising GIF; empty without one."""
-    other_pictures: list[str]
-    """The keys of all other pictures."""
+    own_pictures: list[str]
+    """The keys of the pictures that `ddpm sample` made."""
+    older_gifs: list[str]
+    """The keys of the other denoising GIFs; newest first."""
     scores: list[Scores]
     parameters: int
     """The approximate number of the network's parameters; 0 before the first checkpoint."""
@@ -63,6 +67,8 @@ class Facts:
     """The moments of the checkpoints."""
     state: str
     """See `job.runs.outlook.state_in`."""
+    median_images_per_second: float | None
+    """The median of all rows; None without rows."""
 
     @cached_property
     def verdict(self) -> Verdict | None:
@@ -120,7 +126,7 @@ def facts_of(
     rows: Sequence[Row] | None = None,
     status: Status | None = None,
     say: Callable[[str], None] = note,
-    only_loss: bool = False,
+    brief: bool = False,
 ) -> Facts:
     """Collects the facts about a run.
 
@@ -130,21 +136,23 @@ def facts_of(
         rows: of the metrics; None: those of the newest checkpoint.
         status: of the run; None: the one in its folder.
         say: receives messages about objects that cannot be read.
-        only_loss: read only the loss of the metrics.
+        brief: read only the most important metrics; see `read_rows`.
     """
     run, config = handle.run, handle.config
     status = status or records.read_status(run)
     refs = list_checkpoints(run)
     manifest = newest_sound(run, refs)
     if rows is None:
-        rows = metric_rows.read_rows(run, manifest.metrics, say, only_loss) if manifest else []
+        rows = metric_rows.read_rows(run, manifest.metrics, say, brief) if manifest else []
     places = places_in(run, ObjectKind.PICTURE.folder, ObjectKind.SCORES.folder)
     attempts = spans_of(attempts_of(run), status)
-    pictures = [key for key in places if places[key].kind is ObjectKind.PICTURE]
+    pictures = [key for key in places if places[key].kind in (ObjectKind.PICTURE, ObjectKind.GRID)]
     how = config.sample.name(handle.first_drawing)
     grids = [Grid(moment_of(label), key) for label, key in _in_order(pictures, grid_key(_LABEL, how))]
     gifs = [key for _, key in _in_order(pictures, denoising_key(_LABEL, how))]
-    shown = {*(grid.key for grid in grids), *gifs[-1:]}
+    made_by_run = {*(grid.key for grid in grids), *gifs}
+    rows = metric_rows.merged(rows)
+    speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
     labels = [label_of(seen, handle.dataset_images, config.train.batch_size) for seen in by_progress(refs)]
     scores = []
     for key, place in places.items():
@@ -159,14 +167,16 @@ def facts_of(
         status=status,
         outlook=outlook_of(attempts, status),
         attempts=attempts,
-        rows=metric_rows.merged(rows),
+        rows=rows,
         grids=grids,
         newest_gif=gifs[-1] if gifs else "",
-        other_pictures=[key for key in sorted(pictures) if key not in shown],
+        own_pictures=sorted(set(pictures) - made_by_run, key=_newest_first),
+        older_gifs=gifs[-2::-1],
         scores=sorted(scores, key=lambda each: (each.ref.images_seen, each.batch)),
         parameters=_parameters(manifest),
         checkpoints=[moment_of(label) for label in labels],
         state=state_in(run, status),
+        median_images_per_second=median(speeds) if speeds else None,
     )
 
 
@@ -175,6 +185,12 @@ def _in_order(keys: Iterable[str], pattern: str) -> list[tuple[str, str]]:
     matches = (re.fullmatch(re.escape(pattern).replace(_LABEL, r"((epoch|images)-(\d+))"), key) for key in keys)
     found = sorted((match[2], int(match[3]), match[1], match[0]) for match in matches if match)
     return [(label, key) for _, _, label, key in found]
+
+
+def _newest_first(key: str) -> tuple[float, str]:
+    """Returns the order of a picture's key: first those of several checkpoints, then from the newest checkpoint on."""
+    match = re.search(r"(?:epoch|images)-(\d{1,12})", key)
+    return -int(match[1]) if match else -inf, key
 
 
 def _parameters(manifest: Manifest | None) -> int:

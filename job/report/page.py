@@ -24,10 +24,13 @@ from job.data.shards import CONTACT_SHEET, dataset_key
 from job.report.datasets import sheet_png
 from job.report.facts import Facts
 from job.report.picture_cache import (
+    ALL_OWN_BYTES,
     DENOISING_BYTES,
     GRID_BYTES,
     GRIDS,
     NEWEST_BYTES,
+    OWN_BYTES,
+    OWN_PICTURES,
     SHEET_BYTES,
     WIDEST_PIXELS,
     PictureCache,
@@ -43,7 +46,12 @@ PAGE_KEY = ObjectKind.PAGE.value
 POINTS = 1000
 """The largest number of points of a curve; longer ones are averaged in blocks."""
 SCRIPTS = ("uPlot.iife.min.js", "page.js")
-_QUARTERS = ("1st quarter of the noise", "2nd", "3rd", "4th")
+_QUARTERS = {
+    "1st quarter of the noise": "the timesteps with the least noise",
+    "2nd": "those with more",
+    "3rd": "with more still",
+    "4th": "those with the most",
+}
 _NO_SCORES = ("images_seen", "epoch", "time", "learning_rate", "ema_decay", "images_per_second", "memory_bytes")
 
 
@@ -61,13 +69,23 @@ def run_page(facts: Facts, pictures: PictureCache) -> bytes:
         for grid in chosen
         if (src := pictures.get(run, grid.key, NEWEST_BYTES if grid is chosen[-1] else GRID_BYTES))
     ]
+    shown = facts.own_pictures[:OWN_PICTURES]
+    own_bytes = min(OWN_BYTES, ALL_OWN_BYTES // max(1, len(shown)))
+    own = {key: src for key in shown if (src := pictures.get(run, key, own_bytes))}
     settings = {key: (value, description_of(key, config.model.kind)) for key, value in config.flat().items()}
     html = rendered(
         "run.html",
-        {"charts": charts_of(facts), "grids": grids, "unit": "epoch" if facts.epoch_images else "images seen"},
+        {
+            "charts": charts_of(facts),
+            "grids": grids,
+            "unit": "epoch" if facts.epoch_images else "images seen",
+            "running": facts.is_running,
+        },
         facts=facts,
         grids=grids,
         left_out=len(facts.grids) - len(chosen),
+        own=own,
+        others=[key for key in (*facts.own_pictures, *facts.older_gifs) if key not in own],
         denoising=pictures.get(run, facts.newest_gif, DENOISING_BYTES) if facts.newest_gif else "",
         sheet=_sheet(facts, pictures),
         missing=pictures.missing,
@@ -138,36 +156,44 @@ def _sheet(facts: Facts, pictures: PictureCache) -> str:
 
 def charts_of(facts: Facts) -> list[dict[str, Any]]:
     """Returns the charts over epochs; without the dataset, over images seen."""
-    unit = facts.epoch_images or 1
+    config, unit = facts.config, facts.epoch_images or 1
     charts = []
 
-    def chart(name: str, title: str, of: Sequence[tuple[str, str, str]], **more: Any) -> None:
-        """Adds a chart with a curve for each (key in the rows, label, colour in page.css), if a row has one of them."""
-        known = [row for row in facts.rows if any(row.get(key) is not None for key, _, _ in of)]
+    def chart(name: str, title: str, of: Sequence[tuple[str, str, str, str]], **more: Any) -> None:
+        """Adds a chart with the curves of which a row has a value.
+
+        A curve is (key in the rows, label, colour in page.css, explanation).
+        """
+        known = [row for row in facts.rows if any(row.get(key) is not None for key, *_ in of)]
         if not known:
             return
-        x, *values = columns(known, [key for key, _, _ in of], unit)
+        x, *values = columns(known, [key for key, *_ in of], unit)
         series = [
-            {"label": label, "color": color, "values": column}
-            for (_, label, color), column in zip(of, values, strict=True)
+            {"label": label, "color": color, "about": about, "values": column, "more": key.startswith("loss_q")}
+            for (key, label, color, about), column in zip(of, values, strict=True)
             if any(value is not None for value in column)
         ]
         charts.append({"name": name, "title": title, "x": x, "series": series, **more})
 
-    losses = [("loss", "loss", "loss"), ("val_loss", "held out", "held-out")]
-    losses += [(f"loss_q{i}", label, f"q{i}") for i, label in enumerate(_QUARTERS)]
+    losses = [("loss", "loss", "loss", "error of the network's predictions, smoothed")]
+    losses += [("val_loss", "held out", "held-out", "the same for images that training does not see")]
+    losses += [(f"loss_q{i}", label, f"q{i}", about) for i, (label, about) in enumerate(_QUARTERS.items())]
     band = {}
     if (verdict := facts.verdict) is not None:
-        band = {"band": {"x": verdict.epochs, "low": verdict.low, "high": verdict.high}}
-    chart("loss", "Loss", losses, log=True, smooth=True, **band)
+        about = f"other seeds of preset {config.preset}"
+        band = {"band": {"x": verdict.epochs, "low": verdict.low, "high": verdict.high, "about": about}}
+    chart("loss", "Loss", losses, log=True, smooth=True, more="By quarter of the noise", **band)
     for name in dict.fromkeys(key for row in facts.rows for key in row):
         if name in _NO_SCORES or "loss" in name or "_std" in name or name.startswith("real "):
             continue
         title = "Bits per dimension, held out" if name == "val_bits_per_dim" else f"Score {name}"
-        chart(f"score-{name}", title, [(name, name, "loss"), (f"real {name}", "real images", "q3")])
-    chart("speed", "Images per second", [("images_per_second", "images/s", "loss")])
-    chart("rate", "Learning rate", [("learning_rate", "learning rate", "loss")], log=False)
-    chart("memory", "Memory (GB)", [("memory_bytes", "of the main process", "loss")], divisor=1e9)
+        real = (f"real {name}", "real images", "q3", "the score of real images, the best to expect")
+        chart(f"score-{name}", title, [(name, name, "loss", "that of drawn images"), real])
+    median = facts.median_images_per_second
+    beside = f"; median {median:.4g}" if median is not None else ""
+    chart("speed", "Images per second", [("images_per_second", "images/s", "loss", "")], beside=beside)
+    chart("rate", "Learning rate", [("learning_rate", "learning rate", "loss", "")], log=False)
+    chart("memory", "Memory (GB)", [("memory_bytes", "of the main process", "loss", "")], divisor=1e9)
     for each in charts:
         _finish(each)
     return charts
@@ -191,9 +217,10 @@ def _finish(chart: dict[str, Any]) -> None:
     for series in chart["series"]:
         series["values"] = [None if value is None else _digits(value / divisor) for value in series["values"]]
     known = [value for value in first["values"] if value is not None]
-    chart["summary"] = f"{first['label']}: {known[0]:.4g} at first, {known[-1]:.4g} now" if known else "nothing yet"
+    numbers = f"{known[0]:.4g} at first, {known[-1]:.4g} now" if known else "nothing yet"
+    chart["summary"] = f"{first['label']}: {numbers}{chart.pop('beside', '')}"
     if chart.pop("smooth", False):
-        raw = {**first, "label": f"{first['label']}, each row", "faint": True}
+        raw = {**first, "label": f"{first['label']}, each row", "about": "not smoothed", "faint": True}
         for series in (first, *others):
             if series["label"] != "held out":
                 series["values"] = smooth(series["values"])

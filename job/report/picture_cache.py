@@ -13,8 +13,12 @@ from job.store import Store
 
 GRIDS = 60
 """The largest number of grids on a page; of more, evenly spaced ones are chosen."""
-GRID_BYTES, NEWEST_BYTES, DENOISING_BYTES, SHEET_BYTES = 36_000, 400_000, 600_000, 150_000
+OWN_PICTURES = 12
+"""The largest number of pictures of `ddpm sample` on a page; it has links to the others."""
+GRID_BYTES, NEWEST_BYTES, DENOISING_BYTES, SHEET_BYTES = 28_000, 400_000, 600_000, 150_000
 """Size limits of the pictures, by which a page with all of them, as base64, stays below 5 MB."""
+ALL_OWN_BYTES, OWN_BYTES = 600_000, 150_000
+"""Those of all pictures of `ddpm sample` together, and of one."""
 WIDEST_PIXELS = 1200
 MOST_FILE_BYTES = 1 << 27
 """The limit of reading: a longer object counts as truncated."""

@@ -122,8 +122,8 @@ def _draw_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
     if len(grids) > 1:
         key = grid_key(f"comparison-{file_words(request.checkpoints, '-')}", how)
         title = with_class(title_of(plan.run, f"{len(grids)} checkpoints", plan.words, seeds), plan.drawn_classes)
-        columns, above, _ = _arranged(seeds, plan.drawn_classes, 10) if len(plan.drawn_classes) > 1 else (0, None, None)
-        picture = figures.comparison(grids, columns if above else 0, above, title)
+        classes = plan.drawn_classes if len(plan.drawn_classes) > 1 else ("seed",)
+        picture = figures.comparison(grids, [f"{classes[seed % len(classes)]} {seed}" for seed in drawn_seeds], title)
         publish(max(plan.checkpoints), key, figures.png(picture))
 
 

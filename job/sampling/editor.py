@@ -16,7 +16,7 @@ from job.sampling.painter import Painter, Route
 from job.sampling.sampling_plan import SamplePlan
 
 COLUMNS = 8
-"""Images of a row: a given one with its results, or those between two seeds."""
+"""Images of a row between two seeds, or a given one with its results."""
 PAIRS = 4
 """The default number of rows between seeds."""
 _HIDDEN = 128
@@ -36,12 +36,13 @@ class Editor:
         if self._editing.mode == "interpolate":
             return
         if plan.given.image is not None:
-            self._shown = plan.given.image[None]
+            given = plan.given.image[None]
         else:
             assert plan.index is not None
             cache = uncached_images(plan.bucket, records.dataset_key_of(plan.config), plan.index)
-            self._shown = cache.read(np.array(plan.given.numbers))
-        self._images = torch.tensor(self._shown).permute(0, 3, 1, 2).to(painter.device).float() / 127.5 - 1
+            given = cache.read(np.array(plan.given.numbers))
+        self._shown = {"given": given}
+        self._images = torch.tensor(given).permute(0, 3, 1, 2).to(painter.device).float() / 127.5 - 1
         if plan.given.unknown is None:
             edit = editing.inverted if self._editing.mode == "invert" else editing.from_image
             self._edit = partial(edit, strength=self._editing.strength)
@@ -49,7 +50,7 @@ class Editor:
             unknown = torch.from_numpy(plan.given.unknown).to(painter.device)
             path = editing.resampled(sampling.steps, resamplings=self._editing.resamplings)
             self._edit = partial(editing.inpaint, unknown=unknown, path=path)
-            self._shown = np.where(plan.given.unknown[:, :, None], np.uint8(_HIDDEN), self._shown)
+            self._shown["masked"] = np.where(plan.given.unknown[:, :, None], np.uint8(_HIDDEN), given)
         image = torch.zeros(1, *painter.image_shape)
         of_image = {"image": image} | ({"unknown": image == 0} if plan.given.unknown is not None else {})
         self.evaluations = painter.evaluations_of(sampling, partial(self._edit, **of_image))
@@ -77,16 +78,22 @@ class Editor:
         return partial(self._edit, image=self._images[[seeds[place] % len(self._images) for place in places]])
 
     def grid(self, images: np.ndarray, seeds: Sequence[int], title: str) -> bytes:
-        """Returns a picture with a row per pair of seeds, or with rows per given image, which comes first."""
+        """Returns a picture with a row per pair of seeds, or with rows per given image, which comes first.
+
+        Between the given image and the results of `inpaint` is what the network sees of the image.
+        """
         scale = max(1, 96 // images.shape[1])
         if self._editing.mode == "interpolate":
             names = [f"{a} to {b}" for a, b in zip(seeds[::2], seeds[1::2], strict=True)]
             return figures.png(figures.image_grid(images, COLUMNS, scale=scale, row_labels=names, title=title))
+        count = self._given.images
+        of_each = [images[[seed % count == number for seed in seeds]] for number in range(count)]
+        made = min(COLUMNS - 1, max(map(len, of_each)))
+        heads = [*self._shown, *["made"] * made]
         tiles: list[np.ndarray] = []
-        columns = 2 if self._editing.mode == "invert" else COLUMNS
-        for number, given in enumerate(self._shown):
-            own = images[[seed % len(self._shown) == number for seed in seeds]]
-            for start in range(0, len(own), columns - 1):
-                tiles += [given, *own[start : start + columns - 1]]
-                tiles += [np.full_like(given, 255)] * (-len(tiles) % columns)
-        return figures.png(figures.image_grid(np.stack(tiles), columns, scale=scale, title=title))
+        for number, own in enumerate(of_each):
+            for start in range(0, len(own), made):
+                tiles += [*(shown[number] for shown in self._shown.values()), *own[start : start + made]]
+                tiles += [np.full_like(images[0], 255)] * (-len(tiles) % len(heads))
+        picture = figures.image_grid(np.stack(tiles), len(heads), 8, scale, column_labels=heads, title=title)
+        return figures.png(picture)

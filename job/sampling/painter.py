@@ -15,7 +15,6 @@ from torch import nn
 from ddpm import figures
 from ddpm.generation import Callback, Sampling, Walk, from_noise
 from ddpm.model import Model, NotFiniteError
-from ddpm.objective import Condition
 from ddpm.process import Point, VarianceExploding
 from job.config import RunConfig, method
 from job.data.autoencoder import Decoder
@@ -98,11 +97,6 @@ class Painter(Model):
         if dist.is_initialized():
             for parameter in network.parameters():
                 dist.broadcast(parameter.detach(), src=0)
-
-    def predict(self, x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """Returns the network's output under its autocast."""
-        with self.autocast():
-            return self.network(x, t, condition)
 
     def draw_together(
         self,

@@ -22,6 +22,8 @@ from job.processes.launched import is_launched
 from job.processes.lease import Lease
 from job.processes.ranks import Ranks, meet
 from job.progress import Progress, note
+from job.report.command import open_page
+from job.report.picture_cache import PictureCache
 from job.requests import TrainRequest, check_world_size
 from job.runs import metric_rows, records
 from job.runs.checkpoints import Manifest, newest_good
@@ -29,7 +31,7 @@ from job.runs.layout import CheckpointRef
 from job.runs.writer import CheckpointWriter, LeasedRun
 from job.stop import NEVER, Stop
 from job.store import open_bucket
-from job.training.reporting import Recorder, retention_of
+from job.training.reporting import Recorder, put_run_page, retention_of, status_of
 from job.training.session import TrainingSession, initial_state
 from job.training.tracking import CLOSE_SECONDS, Tracking
 
@@ -101,7 +103,8 @@ def run_training(request: TrainRequest, stop: Stop = NEVER) -> Plan:
 
 def _train(plan: Plan, ranks: Ranks, lease: Lease | None, tracking: Tracking | None, stop: Stop) -> None:
     """Opens the dataset, restores the state and trains; the main process has the lease and the tracker. Collective."""
-    attempt = ranks.on_main(lambda: _begin(plan, ranks, lease))
+    pictures = PictureCache(note)
+    attempt = ranks.on_main(lambda: _begin(plan, ranks, lease, pictures))
     with Progress("reading images", total=plan.index.images) as bar:
         images = plan.opened_images(stop, lambda done, total: bar.update(done))
         held_out = plan.opened_images(stop, index=plan.held_out) if plan.held_out else None
@@ -111,7 +114,15 @@ def _train(plan: Plan, ranks: Ranks, lease: Lease | None, tracking: Tracking | N
     damaged = set[CheckpointRef]()
     manifest = _restore(state, plan, ranks, attempt, damaged)
     with _recording(
-        plan, state, attempt, lease=lease, tracking=tracking, restored=manifest, damaged=damaged, stop=stop
+        plan,
+        state,
+        attempt,
+        lease=lease,
+        tracking=tracking,
+        pictures=pictures,
+        restored=manifest,
+        damaged=damaged,
+        stop=stop,
     ) as recorder:
         session = TrainingSession(
             plan,
@@ -127,11 +138,13 @@ def _train(plan: Plan, ranks: Ranks, lease: Lease | None, tracking: Tracking | N
         session.finish()
 
 
-def _begin(plan: Plan, ranks: Ranks, lease: Lease | None) -> records.Attempt:
-    """Writes the run's configuration, if the run is new, and this attempt's record; reports changed circumstances."""
+def _begin(plan: Plan, ranks: Ranks, lease: Lease | None, pictures: PictureCache) -> records.Attempt:
+    """Writes the configuration of a new run, this attempt's record and the first page; reports what has changed."""
     assert lease is not None
     if plan.is_new:
         records.create_config(plan.run, plan.config)
+        for remark in plan.index.remarks(with_classes=bool(plan.config.model.num_classes)):
+            note(remark)
     before = records.last_attempt(plan.run)
     device = compute.describe_device(ranks.device)
     attempt = records.record_attempt(
@@ -139,6 +152,10 @@ def _begin(plan: Plan, ranks: Ranks, lease: Lease | None) -> records.Attempt:
     )
     for difference in records.what_is_otherwise(before, attempt) if before else []:
         note(difference)
+    status = status_of(plan, attempt, State.RUNNING, plan.images_seen, {})
+    put_run_page(plan, lease, None, status, pictures)
+    if plan.request.open_page:
+        open_page(plan.run)
     return attempt
 
 
@@ -188,6 +205,7 @@ def _recording(
     *,
     lease: Lease | None,
     tracking: Tracking | None,
+    pictures: PictureCache,
     restored: Manifest | None,
     damaged: set[CheckpointRef],
     stop: Stop,
@@ -199,7 +217,7 @@ def _recording(
     rows = metric_rows.read_rows(plan.run, restored.metrics, note) if restored else []
     leased = LeasedRun(plan.run, retention_of(plan, rows), attempt, lease, damaged)
     writer = CheckpointWriter(leased, state.tensors(), before=restored, stop=stop, note=note)
-    recorder = Recorder(plan, state, attempt, lease, writer=writer, rows=rows, tracking=tracking)
+    recorder = Recorder(plan, state, attempt, lease, writer=writer, rows=rows, tracking=tracking, pictures=pictures)
     try:
         yield recorder
     except LostRunError:

@@ -24,6 +24,8 @@ from job.sampling.draw import grid_png, with_class
 from job.sampling.painter import Painter
 from job.training.reporting import Recorder, retention_of
 
+_EARLY_IMAGES = 20
+
 if TYPE_CHECKING:
     from job.evaluation.in_training import Evaluator
     from job.training.session import TrainingSession
@@ -176,7 +178,12 @@ class Grid(Interlude):
     def is_due(self, images_seen: int) -> bool:
         """See `Interlude`; `finish` draws the last one."""
         every_epochs = self.config.sample.every_epochs
-        return bool(every_epochs) and not self.is_last(images_seen) and self.ends_epoch(images_seen, every_epochs)
+        if self.is_last(images_seen) or every_epochs == 0:
+            return False
+        if every_epochs:
+            return self.ends_epoch(images_seen, every_epochs)
+        epochs = epochs_completed_by(images_seen, self.plan.index.images, self.config.train.batch_size)
+        return any(epoch.bit_count() == 1 for epoch in epochs)
 
     def is_missing(self, recorder: Recorder) -> bool:
         """See `Interlude`."""
@@ -184,12 +191,14 @@ class Grid(Interlude):
 
     def run(self) -> None:
         """See `Interlude`."""
-        self._draw()
+        count, on_cpu = self.config.sample.images, self.session.device.type == "cpu"
+        # On a CPU a whole grid may take longer than the epoch before it.
+        self._draw(range(min(count, _EARLY_IMAGES) if on_cpu else count))
         self.session.on_main(Recorder.write_page)
 
     def finish(self) -> None:
         """Draws the last grid and the GIF from noise to image. Collective."""
-        painter = self._draw()
+        painter = self._draw(range(self.config.sample.images))
 
         def publish(recorder: Recorder) -> None:
             title = with_class(self._title(range(GIF_SEEDS)), self.plan.drawn_classes)
@@ -199,9 +208,8 @@ class Grid(Interlude):
 
         self.session.on_main(publish)
 
-    def _draw(self) -> Painter:
+    def _draw(self, seeds: range) -> Painter:
         sample, painter = self.config.sample, self.sampling_painter()
-        seeds = range(sample.images)
         drawn = painter.draw_together(seeds, method.sampling_of(sample), sample.batch_size, "sampling")
 
         def publish(recorder: Recorder) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +23,6 @@ from job.runs.retention import Retention, best_images_seen
 from job.runs.writer import CheckpointWriter
 from job.sealed import utc_now
 from job.stop import Stop
-from job.store import Store
 from job.training.tracking import Tracking
 
 PAGE_PATIENCE_SECONDS = 60.0
@@ -46,6 +47,7 @@ class Recorder:
         writer: CheckpointWriter,
         rows: list[Row],
         tracking: Tracking,
+        pictures: PictureCache,
     ) -> None:
         """Starts the thread that writes the run's status.
 
@@ -57,10 +59,11 @@ class Recorder:
             writer: for this run's checkpoints.
             rows: the metrics up to the checkpoint that was restored.
             tracking: gets every row.
+            pictures: those of the page so far.
         """
         self.plan, self.attempt, self.writer, self.rows = plan, attempt, writer, rows
         self._state, self._lease, self._tracking = state, lease, tracking
-        self._page_pictures, self._shown = PictureCache(note), Row()
+        self._page_pictures, self._shown = pictures, Row()
         self._status = records.StatusReporter(plan.run, self._confirmed_status, note)
 
     def has_saved(self, name: str) -> bool:
@@ -96,19 +99,8 @@ class Recorder:
 
     def write_page(self, state: State = State.RUNNING) -> None:
         """Queues the run's page as it is now."""
-        status, rows, plan = self._status_of(state), list(self.rows), self.plan
-
-        def write(run: Store) -> None:
-            patient = run.within(PAGE_PATIENCE_SECONDS)
-            handle = RunHandle(plan.bucket, patient, plan.index, plan.config, plan.first_drawing)
-            try:
-                self._lease.confirm()
-                put_page(facts_of(handle, plan.request.run, rows, status), self._page_pictures)
-            except Exception as error:
-                # Training must not end because of a page.
-                note(f"the run's page stays as it was: {type(error).__name__}: {error}")
-
-        self.writer.do_later(write)
+        status, rows = self._status_of(state), list(self.rows)
+        self.writer.do_later(lambda run: put_run_page(self.plan, self._lease, rows, status, self._page_pictures))
 
     def finish(self) -> None:
         """Queues the figure of the losses and the finished page, and waits until everything is in the bucket."""
@@ -130,6 +122,10 @@ class Recorder:
             self.writer.close(wait=True)
         finally:
             self._status.close(state, min(records.STATUS_CLOSE_SECONDS, stop.seconds_left() / 2))
+            patience_seconds = min(records.STATUS_CLOSE_SECONDS, stop.seconds_left() / 2)
+            if state is not State.FINISHED and patience_seconds >= 1:
+                status = self._status_of(state)
+                put_run_page(self.plan, self._lease, self.rows, status, self._page_pictures, patience_seconds)
 
     def _confirmed_status(self, state: State) -> records.Status:
         # A process that slept and was replaced must not overwrite the status of the attempt that replaced it.
@@ -137,18 +133,42 @@ class Recorder:
         return self._status_of(state)
 
     def _status_of(self, state: State) -> records.Status:
-        images_seen = self._state.images_seen
-        return records.Status(
-            state=state,
-            fence=self.attempt.fence,
-            attempt=self.attempt.id,
-            images_seen=images_seen,
-            target_images=self.plan.target_images,
-            epoch=round(images_seen / self.plan.index.images, 3),
-            loss=self._shown.get("loss"),
-            images_per_second=self._shown.get("images_per_second"),
-            updated=utc_now(),
-        )
+        return status_of(self.plan, self.attempt, state, self._state.images_seen, self._shown)
+
+
+def status_of(
+    plan: Plan, attempt: records.Attempt, state: State, images_seen: int, row: Mapping[str, Any]
+) -> records.Status:
+    """Returns the status of an attempt with the values of its last row."""
+    return records.Status(
+        state=state,
+        fence=attempt.fence,
+        attempt=attempt.id,
+        images_seen=images_seen,
+        target_images=plan.target_images,
+        epoch=round(images_seen / plan.index.images, 3),
+        loss=row.get("loss"),
+        images_per_second=row.get("images_per_second"),
+        updated=utc_now(),
+    )
+
+
+def put_run_page(
+    plan: Plan,
+    lease: Lease,
+    rows: Sequence[Row] | None,
+    status: records.Status,
+    pictures: PictureCache,
+    patience_seconds: float = PAGE_PATIENCE_SECONDS,
+) -> None:
+    """Writes the run's page, without `rows` with those of its newest checkpoint; an error is only a note."""
+    bucket, run = (store.within(patience_seconds) for store in (plan.bucket, plan.run))
+    handle = RunHandle(bucket, run, plan.index, plan.config, plan.first_drawing)
+    try:
+        lease.confirm()
+        put_page(facts_of(handle, plan.request.run, rows, status), pictures)
+    except Exception as error:
+        note(f"the run's page stays as it was: {type(error).__name__}: {error}")
 
 
 def retention_of(plan: Plan, rows: list[Row]) -> Retention:

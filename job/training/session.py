@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,6 +18,7 @@ from torch import nn
 from ddpm import training
 from ddpm.epochs import crosses
 from ddpm.optimizer import learning_rate_at
+from ddpm.threads import Threads, threads_of
 from job.config import RunConfig, method
 from job.data.autoencoder import latents_of, load_decoder
 from job.data.cache import ImageCache
@@ -62,6 +63,13 @@ def wrapped(model: nn.Module, config: RunConfig, ranks: Ranks, accelerator: Acce
     return network
 
 
+def _threads(config: RunConfig, ranks: Ranks) -> Threads | None:
+    """Returns the threads that share a micro-batch, if they can."""
+    # Gradients of several processes meet in DDP's hooks, and threads share PyTorch's generator of dropout masks.
+    is_alone = ranks.world_size == 1 and not getattr(config.model, "dropout", 0.0)
+    return threads_of(ranks.device) if is_alone else None
+
+
 class TrainingSession:
     """The state and the loop of one process; all processes make the same decisions at the same step."""
 
@@ -98,6 +106,7 @@ class TrainingSession:
         self.decoder = load_decoder(plan.bucket, plan.index, self.device)
         self.accelerator = build_accelerator(self.config.train.precision, self.config.train.deterministic)
         self.network = wrapped(state.model, self.config, ranks, self.accelerator)
+        self.threads = _threads(self.config, ranks)
         self.agreement = Agreement(ranks.world_size, flags=4)
         self.agreement_in_step = Agreement(ranks.world_size, flags=1)
         self.retention = Retention(self.config, plan.index.images)
@@ -140,7 +149,7 @@ class TrainingSession:
         """
         state = self.state
         with self.bar:
-            with closing(self.batches):
+            with closing(self.batches), self.threads.alone() if self.threads else nullcontext():
                 for interlude in self.interludes:
                     if interlude.is_due(state.images_seen) and self.on_main(interlude.is_missing):
                         self._run(interlude)
@@ -155,6 +164,7 @@ class TrainingSession:
                         settings=self.settings,
                         accelerator=self.accelerator,
                         hooks=self.hooks,
+                        threads=self.threads,
                     )
                 self.agreement.finish()
                 self.agreement_in_step.finish()

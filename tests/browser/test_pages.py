@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from job.runs.records import read_status, run_store
+from job.sealed import utc_now
+from job.store import open_store
 from tests.job.command_line import ddpm_here, succeeded
 from tests.job.conftest import cache_folder, made_once, tiles, walked  # noqa: F401 -- fixtures
 from tests.job.report.hostile import CLASSES, fill_hostile, lengthen, multiply
@@ -57,8 +62,10 @@ def opened(browser: Browser, bucket: Path, request: pytest.FixtureRequest):
     said: list[str] = []
     pages: list[Page] = []
 
-    def open_page(name: str, width: int = 1400, scheme: str = "light") -> Page:
+    def open_page(name: str, width: int = 1400, scheme: str = "light", clock: bool = False) -> Page:
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        if clock:
+            page.clock.install()
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("dialog", lambda dialog: said.append(f"dialog {dialog.message}") or dialog.dismiss())
@@ -121,7 +128,12 @@ def test_tooltips_follow_mouse_and_arrows(opened):
     plot.hover()
     assert tooltip.is_visible()
     said = tooltip.inner_text()
-    assert "epoch " in said and "loss 0.0" in said and "1st quarter of the noise 0.0" in said
+    assert "epoch " in said and "loss 0.0" in said and "quarter" not in said
+    assert "quarter" not in chart.locator(".legend").inner_text()
+    chart.get_by_label("By quarter of the noise").check()
+    plot.hover(position={"x": 99, "y": 9})
+    assert "1st quarter of the noise 0.0" in tooltip.inner_text()
+    assert "1st quarter of the noise: the timesteps with the least noise" in chart.locator(".legend").inner_text()
     box, frame = tooltip.bounding_box(), chart.bounding_box()
     assert frame["x"] <= box["x"] and box["x"] + box["width"] <= frame["x"] + frame["width"]
     chart.locator(".plot").focus()
@@ -133,11 +145,8 @@ def test_tooltips_follow_mouse_and_arrows(opened):
 
 def test_the_scale_is_linear_or_logarithmic(opened):
     page = opened("runs/walk/report.html")
-    button, canvas = page.locator("#chart-loss .controls button"), page.locator("#chart-loss canvas")
-    assert button.text_content() == "Linear scale"
-    before = canvas.screenshot()
-    button.click()
-    assert button.text_content() == "Logarithmic scale"
+    before = page.locator("#chart-loss canvas").screenshot()
+    page.locator("#chart-loss").get_by_label("Logarithmic scale").uncheck()
     assert page.locator("#chart-loss canvas").screenshot() != before
 
 
@@ -157,31 +166,130 @@ def test_runs_are_sorted_and_compared(opened):
     page.locator("#runs th button", has_text="Run").click()
     assert names() == ["walk", "odd"]
     assert page.locator("#runs th[aria-sort=descending]").count() == 1
-    page.locator("#second").select_option("odd")
-    page.locator("#first").select_option("walk")
-    assert page.locator("#first-caption").text_content() == "walk"
     keys = page.locator("#differing tbody th").all_inner_texts()
     assert "data.dataset" in keys and "model.kind" not in keys
-    assert page.locator("#losses canvas").count() == 1
     page.locator("#runs a", has_text="walk").click()
     assert page.url.endswith("/runs/walk/report.html")
 
 
 def test_many_runs_share_their_pictures(opened):
     page = opened("many/report.html")
-    sizes = page.evaluate("[...document.querySelectorAll('img.thumbnail')].map(image => image.naturalWidth)")
+    sizes = page.evaluate("[...document.querySelectorAll('.thumbnail img')].map(image => image.naturalWidth)")
     assert len(sizes) == 60 and min(sizes) > 100
     for _ in range(2):
         page.locator("#runs th button", has_text="Run").click()
     assert page.locator("#runs tbody th").first.inner_text() == "walk-058"
-    page.locator("#first").select_option("walk-058")
-    page.locator("#second").select_option("walk-007")
-    for side, name in (("first", "walk-058"), ("second", "walk-007")):
-        assert page.evaluate(f"document.getElementById('{side}-grid').naturalWidth") > 100
+    page.locator("#clear").click()
+    assert page.locator("#losses canvas").count() == page.locator("#grids img").count() == 0
+    names = ("walk-058", "walk-007", "walk-030")
+    for name in names:
+        page.get_by_label(f"Compare {name}").check()
+    # In the order of the table when the page was written.
+    shown = sorted(names)
+    assert page.locator("#losses + .tooltip + .legend li").all_inner_texts() == shown
+    for number, name in enumerate(shown):
         thumbnail = page.locator(f"#runs img[alt='Newest sample grid of {name}']")
-        assert page.locator(f"#{side}-grid").get_attribute("src") == thumbnail.get_attribute("src")
-    assert page.locator("#differing tbody td").all_inner_texts() == ["59", "8"]
-    assert page.locator("#losses canvas").count() == 1
+        image = page.locator("#grids img").nth(number)
+        assert image.get_attribute("src") == thumbnail.get_attribute("src")
+        assert image.evaluate("image => image.naturalWidth") > 100
+    assert page.locator("#differing thead th").all_inner_texts() == ["Key", *shown]
+    assert page.locator("#differing tbody td").all_inner_texts() == ["8", "31", "59"]
+
+
+def test_losses_of_runs_share_an_axis(opened):
+    page = opened("report.html")
+    plot, tooltip = page.locator("#losses"), page.locator("#losses + .tooltip")
+    begins = {}
+    for axis, unit in (("epochs", "epoch"), ("images", "images seen"), ("hours", "hours")):
+        page.locator("#axis").select_option(axis)
+        plot.focus()
+        page.keyboard.press("Home")
+        begins[axis] = tooltip.inner_text().splitlines()[0]
+        assert begins[axis].startswith(unit)
+    # The first row of `odd`, of 8 images in 24.
+    assert begins["images"] == "images seen 24" and begins["epochs"] == "epoch 1"
+    page.locator("#axis").select_option("epochs")
+    canvas = page.locator("#losses canvas")
+    before = canvas.screenshot()
+    page.locator("#smoothing").press("End")
+    assert page.locator("#losses canvas").screenshot() != before
+
+
+def test_pictures_are_enlarged(opened):
+    for name, width in (("report.html", 1400), ("runs/walk/report.html", 380)):
+        page = opened(name, width, "dark")
+        image, dialog = page.locator("main .picture img").first, page.locator("#enlarged")
+        assert "brightness" in image.evaluate("image => getComputedStyle(image).filter")
+        image.hover()
+        assert image.evaluate("image => getComputedStyle(image).filter") == "none"
+        image.click()
+        large = dialog.locator("img")
+        assert large.evaluate("image => getComputedStyle(image).filter") == "none"
+        assert large.bounding_box()["width"] > image.bounding_box()["width"]
+        assert large.bounding_box()["width"] >= image.evaluate("image => image.naturalWidth")
+        page.keyboard.press("Escape")
+        assert not dialog.is_visible()
+        page.locator("main .picture").first.press("Enter")
+        dialog.locator("button").click()
+        assert not dialog.is_visible()
+
+
+def test_one_grid_has_no_slider(opened, bucket):
+    shutil.copytree(bucket / "many/runs/walk", bucket / "runs/short")
+    succeeded(ddpm_here("report", "short", "--bucket", bucket))
+    page = opened("runs/short/report.html")
+    assert page.locator("#grid").is_visible() and page.locator("#caption").inner_text() == "epoch 3"
+    assert page.locator("input[type=range]").count() == 0
+
+
+def test_pages_of_running_runs_reload_themselves(opened, bucket):
+    run = shutil.copytree(bucket / "many/runs/walk", bucket / "runs/going")
+    samples, path = run / "samples", run / "report.html"
+
+    def write(state: str, minutes_ago: int = 0) -> None:
+        status = read_status(run_store(open_store(str(bucket)), "going"))
+        status = status.model_copy(update={"state": state, "updated": utc_now()})
+        (run / "status.json").write_bytes(status.to_json())
+        succeeded(ddpm_here("report", "going", "--bucket", bucket))
+        written = datetime.now(UTC) - timedelta(minutes=minutes_ago)
+        now = r'(written <time datetime=")[^"]*'
+        path.write_text(re.sub(now, rf"\g<1>{written:%Y-%m-%dT%H:%M:%SZ}", path.read_text()))
+
+    for epoch in (1, 2):
+        shutil.copy(samples / "epoch-0003-ddim-4.png", samples / f"epoch-{epoch:04d}-ddim-4.png")
+    write("running")
+    page = opened("runs/going/report.html", clock=True)
+    page.locator("#chart-loss").get_by_label("Logarithmic scale").uncheck()
+    page.locator("#beside").select_option("0")
+    page.locator("#all-keys summary").click()
+    shutil.copy(samples / "epoch-0003-ddim-4.png", samples / "epoch-0004-ddim-4.png")
+    write("running")
+    # Not while a picture is enlarged.
+    page.locator(".picture").first.press("Enter")
+    page.clock.run_for(60_000)
+    assert page.locator("#moment").text_content() == "epoch 3"
+    page.keyboard.press("Escape")
+    page.evaluate("scrollTo({top: 700, behavior: 'instant'})")
+    top = page.locator("#curves").bounding_box()["y"]
+    with page.expect_event("load"):
+        page.clock.run_for(20_000)
+    assert page.locator("#moment").text_content() == "epoch 4"
+    assert not page.locator("#chart-loss").get_by_label("Logarithmic scale").is_checked()
+    assert page.locator("#other-caption").text_content() == "epoch 1"
+    assert page.locator("#all-keys").get_attribute("open") is not None
+    assert page.locator("#curves").bounding_box()["y"] == pytest.approx(top, abs=2)
+    # A run that was killed writes no more.
+    write("running", minutes_ago=25 * 60)
+    with page.expect_event("load"):
+        page.clock.run_for(20_000)
+    page.clock.run_for(5_000)
+    assert page.locator("#silent").is_visible() and "25 h ago" in page.locator("header").inner_text()
+    write("finished")
+    page.clock.run_for(4 * 3600_000)
+    assert page.locator("#silent").is_visible()
+    page.reload()
+    page.clock.run_for(4 * 3600_000)
+    assert page.locator(".state").inner_text() == "finished"
 
 
 def test_pages_print_numbers_without_script(browser, bucket):

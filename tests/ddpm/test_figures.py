@@ -161,19 +161,28 @@ def test_pairs_lie_side_by_side():
         figures.pairs_grid(samples, nearest[:4])
 
 
-def test_checkpoints_are_compared_side_by_side():
-    first, second = random_images(4, 32, 32, 3), random_images(4, 32, 32, 3, seed=1)
-    picture = pixels(figures.comparison([("epoch 30", first), ("epoch 490", second)]))
-    block, title = 2 * 98 + 2, 14
-    gap, header, margin = 21, 2 * title, 20
-    for number, images in enumerate((first, second)):
-        x, y = margin + number * (block + gap), margin + header
-        assert (picture[y : y + block, x : x + block] == pixels(figures.image_grid(images, 2, scale=3))).all()
-        assert (picture[margin:y, x : x + block] < 128).any(), "title"
-    many = figures.comparison([(f"epoch {number}", random_images(64, 64, 64, 3)) for number in range(5)])
-    assert many.width < 2000 and many.height < 1400, "they stay on the screen"
+def test_checkpoints_are_compared_row_by_row():
+    grids = [(f"epoch {number}", random_images(13, 32, 32, 3, seed=number)) for number in (30, 490)]
+    picture = pixels(figures.comparison(grids, [f"seed {seed}" for seed in range(13)]))
+    # Two blocks of seven and six seeds, each under its heads.
+    block, margin, head = 2 * 98 + 2 + 26, 8, 26
+    left = picture.shape[1] - margin - 2 - 7 * 98
+    for seed in range(13):
+        y, x = margin + seed // 7 * block, left + 2 + seed % 7 * 98
+        assert (picture[y : y + head, x : x + 96] < 128).any(), "the seed"
+        for row, (_, images) in enumerate(grids):
+            top = y + head + 2 + row * 98
+            assert (picture[top : top + 96, x : x + 96] == enlarged(images[seed])).all()
+            assert (picture[top : top + 96, margin:left] < 128).any(), "the checkpoint"
+    assert (picture[margin + block + head + 2 :, left + 2 + 6 * 98 :] == 255).all()
+    for size, tile, across in ((28, 84, 11), (64, 128, 8), (512, 128, 8)):
+        grid = figures.comparison([("1,000,000 images", random_images(50, size, size, 1))], [""] * 50)
+        assert tile * across < grid.width <= 1200
+    large = random_images(1, 512, 512, 3)
+    reduced = pixels(figures.comparison([("epoch 1", large)], [""]))[-10 - 128 : -10, -10 - 128 : -10]
+    assert np.abs(reduced - large[0].reshape(128, 4, 128, 4, 3).mean(axis=(1, 3))).max() <= 0.5
     with pytest.raises(ValueError, match="nothing to compare"):
-        figures.comparison([])
+        figures.comparison([], [])
 
 
 def test_noising_figure_has_three_pictures(tiles):

@@ -33,6 +33,7 @@ NETWORK = {
     "train.batch_size": "24",
     "sample.images": "4",
     "sample.steps": "4",
+    "sample.every_epochs": "0",
     "log.every_images": "72",
 }
 """A network that trains on the embedded images at 16 pixels in a second."""

@@ -1,5 +1,6 @@
 """Whole runs of a small network on the embedded images: resuming, splitting, stopping, failing."""
 
+import io
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load, load_file
 
 from ddpm import training
@@ -213,6 +215,16 @@ def test_a_missing_grid_is_drawn_later(train, packed):
     assert not run.exists("samples/epoch-0001-ddim-4.png")
     train("pictured", epochs=2, **every_epoch)
     assert run.exists("samples/epoch-0001-ddim-4.png")
+
+
+def test_grids_come_ever_more_rarely(train, packed):
+    train("doubled", epochs=5, sample__every_epochs="null", sample__images=24)
+    run = run_of(packed, "doubled")
+    grids = [entry.key for entry in run.list("samples") if entry.key.endswith("ddim-4.png")]
+    assert grids == [f"samples/epoch-{epoch:04d}-ddim-4.png" for epoch in (1, 2, 4, 5)]
+    heights = [Image.open(io.BytesIO(run.read(key).data)).height for key in grids]
+    # Before the end a CPU draws twenty images.
+    assert heights[0] == heights[1] == heights[2] <= heights[3]
 
 
 def test_a_short_attempt_shows_a_loss(train, packed):

@@ -13,8 +13,8 @@ import asyncssh
 import pytest
 
 from job.data import members
-from job.data.shards import load_index
 from job.data.opening import open_source
+from job.data.shards import load_index
 from job.data.verify import verify_dataset
 from job.exits import BadDataError, BadRequestError, BucketAwayError, Exit, MissingInputError
 from job.store import Retry, open_store, open_to_read

@@ -21,10 +21,25 @@ from tests.fuzzing import examples, search
 from tests.job.some_images import encoded, picture
 
 PNG = encoded(picture(0, 8, 8))
-NAMES = ("1.png", "a/1.png", "b/2.png", "b/2.cls", "x.txt", "3.a.png", "c/", "../1.png", "\x1b[2J.png", "d\udcff.png")
+NAMES = (
+    "1.png",
+    "a/1.png",
+    "b/2.png",
+    "b/2.cls",
+    "b/2.json",
+    "dataset.json",
+    "x.txt",
+    "3.a.png",
+    "c/",
+    "../1.png",
+    "\x1b[2J.png",
+    "d\udcff.png",
+)
 SIZES = st.one_of(st.integers(-2048, 4096), st.sampled_from([-(2**70), -(2**63), 2**31, 2**62, 2**64, 2**70]))
 KINDS = st.sampled_from([*b"0000000\x0012345678DKLNSVxgMX"]).map(lambda number: bytes([number]))
-CONTENTS = st.one_of(st.just(PNG), st.sampled_from([b"", b"0", b"-1", b"7", b"99999", b"cat"]), st.binary(max_size=600))
+LABELS = [b"", b"0", b"-1", b"7", b"99999", b"cat", b'{"label": "\\ud800"}', b'{"label": [1]}', b"[" * 99_999, b"null"]
+TABLES = [b'{"labels": [["a/1.png", 1], ["b/2.png", "x"]]}', b'{"labels": {"1.png": NaN}}', b'{"labels": [[[], 1]]}']
+CONTENTS = st.one_of(st.just(PNG), st.sampled_from(LABELS + TABLES), st.binary(max_size=600))
 RECORDS = st.dictionaries(
     st.sampled_from(["size", "path", "linkpath", "mtime", "hdrcharset", "GNU.sparse.size", "GNU.sparse.map", "x"])
     | st.sampled_from(["GNU.sparse.major", "GNU.sparse.minor", "GNU.sparse.name", "GNU.sparse.realsize"]),

@@ -140,10 +140,11 @@ def test_pack_reports_skipped_and_merged(tmp_path, caplog):
     out = succeeded(ddpm_here(*words, "both")).splitlines()
     assert out[1].startswith("images   5 colour") and "rejects" not in str(out)
     assert out[-1] == "skipped  1 .cr2, 1 .txt"
-    assert "test and train are packed together, as one dataset; `ddpm data pack --split train`" in caplog.messages[0]
+    assert "2 folders became classes that the network will learn: cats, dogs" in caplog.messages[0]
+    assert "test, train are packed together, as one dataset; `ddpm data pack --split train`" in caplog.messages[1]
     caplog.clear()
     out = succeeded(ddpm_here(*words, "one", "--split", "train")).splitlines()
-    assert out[1].startswith("images   3 colour") and not caplog.messages
+    assert out[1].startswith("images   3 colour") and len(caplog.messages) == 1
     assert "from a.zip, split train, crop" in str(out) and out[-1] == "skipped  1 .cr2"
     assert "split val holds no images" in refused(ddpm_here(*words, "none", "--split", "val"), 65)
     assert "--split 'cats'" in refused(ddpm_here(*words, "none", "--split", "cats"), 64)

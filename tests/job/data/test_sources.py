@@ -19,7 +19,7 @@ from job.data.ahead import in_order
 from job.data.images import Recipe, prepare
 from job.data.opening import open_source
 from job.data.source import Found
-from job.data.survey import survey
+from job.data.survey import Survey, survey
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from tests.job.damages import flip_a_bit
 from tests.job.packing import entries_of, images_of, names_of
@@ -41,17 +41,21 @@ def refusal(path: Path | str, error: type[JobError] = BadDataError) -> str:
     return str(caught.value)
 
 
+def surveyed(names, classes: bool | None = None) -> Survey:
+    return survey((Found(name) for name in names), "here", classes)
+
+
 def test_archives_as_downloaded(tmp_path):
     def names_in_zip(names: list[str]) -> list[str]:
         files = [(name, b"x" if name[-1] != "/" else b"") for name in names]
         return list(names_of(open_source(str(zip_of(tmp_path / "a.zip", files)))))
 
     assert names_in_zip(CELEBA) == CELEBA[1:]
-    assert survey(CELEBA[1:], "celeba") == survey(CELEBA[1:], "celeba", classes=False)
+    assert surveyed(CELEBA[1:]).classes == ()
     for folder in ("", "landscape_img_folder/", "landscape_img_folder/train/", "archive/Landscape Images/"):
         names = names_in_zip([folder + name for name in LANDSCAPE] + LITTER)
         assert names == [folder + name for name in LANDSCAPE]
-        assert (survey(names, "landscape").classes, survey(names, "landscape").images) == ((), 5)
+        assert (surveyed(names).classes, surveyed(names).images) == ((), 5)
     suffixes = ["avif", "jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jpe", "jfif", "JPG"]
     good = [f"a/1.{suffix}" for suffix in suffixes]
     bad = ["a/.1.jpg", ".a/1.jpg", "__MACOSX/a/1.jpg", "a/Thumbs.db", "a/1.txt", "a/jpg", "a/1.jpg.part", "a/1.jpg/"]
@@ -200,7 +204,8 @@ def test_mnist_files_become_grey_images(tmp_path, digits, gz):
     assert source.channels == 1
     assert "train-images-idx3-ubyte" in source.note and "leaving out t10k-images" in source.note
     entries = list(entries_of(source))
-    assert [name for name, _ in entries] == [f"{label}/{n:02d}.pgm" for n, label in enumerate(labels)]
+    assert [name for name, _ in entries] == [f"{n:02d}.pgm" for n in range(len(labels))]
+    assert [one.label for one in source.labelled()] == [str(label) for label in labels]
     recipe = Recipe(28, "center", "lanczos", 1, 14)
     np.testing.assert_array_equal([prepare(content, recipe)[..., 0] for _, content in entries], images)
     chosen = next((tmp_path / "mnist").glob("t10k-images*"))
@@ -224,8 +229,8 @@ def test_mnist_files_become_grey_images(tmp_path, digits, gz):
 
 
 def test_classes_are_the_first_differing_folders():
-    lie_beside, together = "some images lie beside the folders of others", "test and train are packed together"
-    val = "`ddpm data pack --split val` would pack Val"
+    lie_beside, together = "some images lie beside the folders of others", "test, train are packed together"
+    val, no_classes = "`ddpm data pack --split val` would pack Val", "are not taken for classes; use --classes if"
     for names, classes, note in [
         (["cats/1.jpg", "dogs/1.jpg"], ("cats", "dogs"), ""),
         (["dogs/1.jpg", "cats/tabby/1.jpg", "cats/2.jpg"], ("cats", "dogs"), ""),
@@ -234,20 +239,39 @@ def test_classes_are_the_first_differing_folders():
         (["x/Train/a/cats/1.jpg", "x/Val/a/dogs/1.jpg"], ("cats", "dogs"), val),
         (["train/cats/1.jpg", "test/2.jpg"], (), together),
         (["train/cats/1.jpg", "train/dogs/3.jpg", "test/2.jpg"], (), lie_beside),
-        (["train/1.jpg", "faces/2.jpg"], ("faces", "train"), ""),
         (["train/1.jpg", "test/2.jpg"], (), together),
+        (["train2017/1.jpg", "val2017/2.jpg"], (), "train2017, val2017 are packed together"),
+        (["seg_train/sea/1.jpg", "seg_train/ice/1.jpg", "seg_test/ice/1.jpg"], ("ice", "sea"), "--split train"),
+        (["trainA/1.jpg", "trainB/1.jpg", "testA/1.jpg"], (), "testA, trainA, trainB are packed together"),
+        (["train/1.jpg", "faces/2.jpg"], (), f"the folders faces, train {no_classes}"),
+        (["train/1.jpg", "plane/2.jpg", "bus/2.jpg"], ("bus", "plane", "train"), ""),
+        (["2023/1.jpg", "2024/2.jpg"], (), f"the folders 2023, 2024 {no_classes}"),
+        (["2023-05/1.jpg", "2023-06/2.jpg", "2023-06/3.jpg"], (), f"the folders 2023-05, 2023-06 {no_classes}"),
+        (["00000/img0.png", "00001/img1.png"], (), no_classes),
+        (["2023/cats/1.jpg", "2024/dogs/2.jpg"], ("cats", "dogs"), ""),
+        (["cats.zip/1.jpg", "dogs.zip/2.jpg"], (), f"the folders cats.zip, dogs.zip {no_classes}"),
         (["cats/1.jpg", "cats/2.jpg"], (), ""),
         (["cats/1.jpg", "dogs/1.jpg", "preview.jpg"], (), lie_beside),
         (["cats/1.jpg", "cats/young/2.jpg"], (), lie_beside),
     ]:
-        found, without = survey(names, "here"), survey(names, "here", classes=False)
+        found, without = surveyed(names), surveyed(names, classes=False)
         assert (found.images, found.classes) == (len(names), classes), names
-        assert note in found.note and bool(note) == bool(found.note), names
-        assert (without.classes, without.label(names[0])) == ((), -1)
-        assert all(found.classes[found.label(name)] in name.split("/") for name in names if classes)
-        if not classes:
-            with pytest.raises(BadRequestError, match="here has no classes"):
-                survey(names, "here", classes=True)
+        became = f"here: {len(classes)} folders became classes that the network will learn: {', '.join(classes)}; use"
+        assert (found.notes[0].startswith(became) if classes else True) and note in "".join(found.notes), names
+        assert bool(found.notes) == bool(classes or note), names
+        assert (without.classes, without.label(0)) == ((), -1)
+        labels = [found.label(number) for number in range(len(names))]
+        assert all(classes[label] in name.split("/") for name, label in zip(names, labels, strict=True) if classes)
+    for names, classes in [
+        (["2023/1.jpg", "2024/2.jpg"], ("2023", "2024")),
+        (["train/1.jpg", "test/2.jpg"], ("test", "train")),
+        (["n02.tar/1.jpg", "n01.tar/2.jpg"], ("n01", "n02")),
+        (["train/0/1.jpg", "test/1/2.jpg"], ("0", "1")),
+    ]:
+        assert surveyed(names, classes=True).classes == classes
+    for names in (["1.jpg", "2.jpg"], ["cats/1.jpg", "cats/2.jpg"], ["cats/1.jpg", "2.jpg"]):
+        with pytest.raises(BadRequestError, match="here has no classes: no image has a label"):
+            surveyed(names, classes=True)
 
 
 @pytest.mark.parametrize(("make", "name"), [*ARCHIVES, (folder_of, "a")])
@@ -275,7 +299,7 @@ def test_empty_and_missing_sources_are_errors(tmp_path):
         for files in ([], [("readme.txt", b"x")]):
             source = open_source(str(make(tmp_path / name, files)))
             with pytest.raises(BadDataError, match=r"holds no images: none of its names ends in .avif, .bmp, .gif"):
-                survey(names_of(source), source.where)
+                survey(source.labelled(), source.where)
     for missing in ("nowhere", "nowhere.zip", "file:///nowhere/a.zip", "~/nowhere/at/all"):
         assert "nothing at" in refusal(missing, MissingInputError)
     assert "ftp" in refusal("ftp://host/a.zip", BadRequestError)

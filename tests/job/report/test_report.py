@@ -9,6 +9,7 @@ import resource
 import shlex
 import shutil
 import time
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
 import pytest
@@ -16,9 +17,11 @@ import pytest
 from job.config import draft, parse_sets
 from job.exits import Exit
 from job.plan import follow_dataset, open_run
+from job.report.bucket_page import loss_curve
 from job.report.facts import facts_of
 from job.report.page import run_page
 from job.report.picture_cache import PictureCache, evenly
+from job.runs.outlook import AttemptSpan
 from job.runs.verification import verify_run
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
@@ -79,6 +82,46 @@ def test_command_of_pages_makes_the_same(bucket):
     sets = [word for option, word in pairwise(words) if option == "--set"]
     again = follow_dataset(draft(words[words.index("--preset") + 1], parse_sets(sets)), found.index)
     assert again == found.config
+
+
+def test_own_samples_are_on_the_page(bucket):
+    succeeded(ddpm_here("sample", "--run", "walk", "--bucket", bucket, "--checkpoints", "1,3", "--seeds", "0-3"))
+    succeeded(ddpm_here("sample", "--run", "walk", "--bucket", bucket, "--count", 4))
+    shown = lambda: re.findall(r'<figure><img src="data:[^"]*" alt="(samples/[^"]*)">', page_of(bucket, "walk"))  # noqa: E731
+    assert shown() == [
+        "samples/comparison-1-3-ddim-4-seeds-0-3.png",
+        "samples/epoch-0003-ddim-4-0-4/grid.png",
+        "samples/epoch-0003-ddim-4-seeds-0-3.png",
+        "samples/epoch-0001-ddim-4-seeds-0-3.png",
+    ]
+    for steps in range(10, 20):
+        shutil.copy(bucket / "runs/walk" / shown()[1], bucket / f"runs/walk/samples/epoch-0002-ddim-{steps}.png")
+    page = page_of(bucket, "walk")
+    assert len(shown()) == 12 and "2 more pictures in the run" in page
+    assert '<li><a href="samples/epoch-0001-ddim-4-seeds-0-3.png">' in page
+
+
+def test_speeds_are_beside_their_median(bucket):
+    lengthen(bucket, "walk", epochs=3, grids=1, rows=99)
+    page = page_of(bucket, "walk")
+    (median,) = re.findall(r'<span class="faint">median ([\d.]+)</span>', page)
+    assert 400 < float(median) < 401
+    (speed,) = (chart for chart in data_of(page)["charts"] if chart["name"] == "speed")
+    assert f"; median {float(median):.4g}" in speed["summary"]
+    succeeded(ddpm_here("report", "--bucket", bucket))
+    assert f'<span class="faint">median {median}</span>' in (bucket / "report.html").read_text()
+
+
+def test_hours_of_training_leave_pauses_out():
+    """Two attempts of which the second repeats no logged row, on a machine whose clock is behind."""
+    began = datetime(2026, 1, 1, tzinfo=UTC)
+    seconds = began.timestamp()
+    spans = [AttemptSpan(None, began + timedelta(hours=hours), began, "", None) for hours in (0, 5)]
+    at = {10: 1.0, 20: 2.0, 30: 5.5, 40: 5.25, 50: 6.25}
+    rows = [{"images_seen": seen, "loss": 1 / seen, "time": seconds + 3600 * hours} for seen, hours in at.items()]
+    curve = loss_curve([*rows, {"images_seen": 60, "val_loss": 1.0}], spans)
+    assert curve == {"images": [*at], "hours": [1.0, 2.0, 2.5, 2.5, 3.5], "values": [0.1, 0.05, 0.033333, 0.025, 0.02]}
+    assert loss_curve([], spans) == {"images": [], "hours": [], "values": []}
 
 
 @pytest.mark.slow

@@ -47,17 +47,12 @@ def images_of(bucket: Path, *numbers: int) -> np.ndarray:
     return uncached_images(store, "datasets/tiles-16", index).read(np.array(numbers)).astype(np.int16)
 
 
-def tiles_of(picture: np.ndarray, columns: int, left: int = 0) -> np.ndarray:
-    """The images of a grid whose tiles are six times as large and have two pixels around each, [n, 16, 16, 3]."""
-    rows, title = divmod(picture.shape[0] - 2, 98)
-    picture = picture[title:]
-    return np.stack(
-        [
-            picture[2 + 98 * y : 98 + 98 * y : 6, left + 2 + 98 * x :][:, :96:6]
-            for y in range(rows)
-            for x in range(columns)
-        ]
-    )
+def tiles_of(picture: np.ndarray, columns: int, left: int = 0, padding: int = 8) -> np.ndarray:
+    """The images of a grid whose tiles are six times as large and have `padding` around each, [n, 16, 16, 3]."""
+    step = 96 + padding
+    rows, above = divmod(picture.shape[0] - padding, step)
+    picture = picture[above + padding :, left + padding :]
+    return np.stack([picture[step * y :, step * x :][:96:6, :96:6] for y in range(rows) for x in range(columns)])
 
 
 @pytest.mark.slow
@@ -136,16 +131,18 @@ def test_inpainting_keeps_the_known_part(bucket, sampled, tmp_path):
     ((name, picture),) = sampled(*inpaint, "--image", "3,17", "--seeds", "0-5").items()
     # Each has its own class.
     assert name == "epoch-0002-ddim-12-labels-0_0-inpaint-image-3_17-mask-half-resamplings-2-seeds-0-5.png"
-    tiles = tiles_of(picture, 8).reshape(2, 8, 16, 16, 3)
+    tiles = tiles_of(picture, 5).reshape(2, 5, 16, 16, 3)
     for own, image in zip(tiles, given, strict=True):
-        assert np.array_equal(own[0, :, :8], image[:, :8]) and (own[0, :, 8:] == 128).all()
-        assert np.array_equal(own[1:4, :, :8], image[None, :, :8].repeat(3, axis=0))
-        different = [np.abs(own[a, :, 8:] - own[b, :, 8:]).mean() for a, b in ((1, 2), (1, 3), (2, 3))]
+        assert np.array_equal(own[0], image)
+        assert np.array_equal(own[1, :, :8], image[:, :8]) and (own[1, :, 8:] == 128).all()
+        assert np.array_equal(own[2:, :, :8], image[None, :, :8].repeat(3, axis=0))
+        different = [np.abs(own[a, :, 8:] - own[b, :, 8:]).mean() for a, b in ((2, 3), (2, 4), (3, 4))]
         assert min(different) > 2
-        assert (own[4:] == 255).all()
+    heads = picture[-8 - 2 * 104 - 26 : -8 - 2 * 104]
+    assert all((heads[:, 8 + 104 * column :][:, :96] < 128).any() for column in range(5)), "a head above each column"
     ((_, alone),) = sampled(*inpaint, "--image", "3,17", "--seeds", "4,5", "--batch-size", 1).items()
-    again = tiles_of(alone, 8).reshape(2, 8, 16, 16, 3)
-    assert np.abs(again[:, 1] - tiles[:, 3]).max() <= 1
+    again = tiles_of(alone, 3).reshape(2, 3, 16, 16, 3)
+    assert np.abs(again[:, 2] - tiles[:, 4]).max() <= 1
 
     # The same image and mask as files.
     Image.fromarray(given[0].astype(np.uint8)).save(tmp_path / "image.png")
@@ -155,7 +152,7 @@ def test_inpainting_keeps_the_known_part(bucket, sampled, tmp_path):
     files = ("--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png", "--classes", "coast")
     ((name, of_files),) = sampled(*inpaint, *files, "--seeds", "0,2,4").items()
     assert name.startswith("epoch-0002-ddim-12-labels-0-inpaint-image-") and len(name) < 130
-    assert np.abs(tiles_of(of_files, 8)[1:4] - tiles[0, 1:4]).max() <= 1
+    assert np.abs(tiles_of(of_files, 5)[2:] - tiles[0, 2:]).max() <= 1
 
     # Saved in pieces, image by image the same; of another image in a folder of its own.
     save = ("--save", "png", "--count", 18)
@@ -166,7 +163,7 @@ def test_inpainting_keeps_the_known_part(bucket, sampled, tmp_path):
     saved = [np.asarray(Image.open(path), np.int16) for path in sorted(folder.glob("piece-*/*.png"))]
     assert len(saved) == 18
     for seed in range(6):
-        assert np.abs(saved[seed] - tiles[seed % 2, 1 + seed // 2]).max() <= 1
+        assert np.abs(saved[seed] - tiles[seed % 2, 2 + seed // 2]).max() <= 1
 
 
 def test_each_step_of_edits_shows(bucket, monkeypatch):
@@ -190,9 +187,9 @@ def test_img2img_keeps_more_at_low_strength(bucket, sampled):
         words = ("--mode", "img2img", "--image", 40, "--strength", strength, "--steps", 20, "--seeds", "0-2")
         ((name, picture),) = sampled(*words).items()
         assert f"-img2img-image-40-strength-{strength:g}-seeds-0-2.png" in name
-        tiles = tiles_of(picture, 8)
+        tiles = tiles_of(picture, 4)
         assert np.array_equal(tiles[0], given[0])
-        distances.append(np.abs(tiles[1:4] - given).mean())
+        distances.append(np.abs(tiles[1:] - given).mean())
     assert distances[0] < 12 < distances[1] < distances[2]
 
 
@@ -210,7 +207,7 @@ def test_invert_draws_an_image_again(bucket, sampled):
 def test_interpolation_ends_with_both_seeds(sampled, draw):
     ((name, picture),) = sampled("--mode", "interpolate", "--seeds", "3,8,5,10").items()
     assert name == "epoch-0002-ddim-4-interpolate-seeds-3_8_5_10.png"
-    rows = tiles_of(picture, 8, picture.shape[1] - 98 * 8 - 2).reshape(2, 8, 16, 16, 3)
+    rows = tiles_of(picture, 8, picture.shape[1] - 98 * 8 - 2, padding=2).reshape(2, 8, 16, 16, 3)
     ends = draw([3, 8, 5, 10], 4, run="all")
     # Both seeds of a pair are of one class here, or they would not end with the second one's own image.
     assert np.abs(rows[:, 0] - ends[::2]).max() <= 1

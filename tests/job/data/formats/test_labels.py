@@ -1,0 +1,239 @@
+"""Labels in and beside the images: each format's own code says which image has which."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import webdataset
+from hypothesis import strategies as st
+
+from job.data.labels import read_labels, table_in
+from job.data.opening import open_source
+from job.data.source import Found
+from job.data.survey import survey
+from job.exits import BadDataError, BadRequestError, Exit, JobError, MissingInputError
+from job.progress import printable
+from tests.fuzzing import examples, search
+from tests.job.command_line import ddpm_here, refused, succeeded
+from tests.job.packing import entries_of, packed
+from tests.job.some_images import folder_of, jpeg, png, tar_of, zip_of
+
+ANIMALS = ("cat", "dog", "dog", "owl", "cat", "owl", "owl")
+
+
+def labels_of(place: str | Path, **options) -> list[tuple[str, str]]:
+    """The labels of a source's images by name, and that the images come in the same order."""
+    source = open_source(str(place), **options)
+    found = list(source.labelled())
+    assert [one.name for one in found] == [name for name, _ in entries_of(source)]
+    return [(one.name, one.label) for one in found]
+
+
+@pytest.mark.parametrize("make", [zip_of, folder_of])
+def test_edm_labels_are_joined_by_name(tmp_path, make):
+    """As `dataset_tool.py` writes them: `dataset.json` last, with the labels in another order than the images.
+
+    EDM's loader sorts the names of the images, and looks each up in the table (Karras et al. 2022).
+    """
+    names = [f"{n // 4:05d}/img{n:08d}.png" for n in range(10)]
+    table = [[name, (n * 7) % 12] for n, name in enumerate(names)]
+    files = [(name, png(n)) for n, name in enumerate(names)]
+    content = json.dumps({"labels": table[::-1]}).encode()
+    path = make(tmp_path / "edm.zip", [*files, ("dataset.json", content)])
+    assert labels_of(path) == [(name, str(dict(table)[name])) for name in sorted(names)]
+    index = packed(tmp_path / "b", path)
+    assert index.classes == tuple(map(str, sorted({label for _, label in table})))
+    assert index.classes_from == "labels"
+    # Without labels the folders are no classes, which hold the images by number.
+    for nothing in (b'{"labels": null}', b"[1, 2]", b"{}"):
+        bare = make(tmp_path / f"bare-{len(nothing)}", [*files, ("dataset.json", nothing)])
+        assert packed(tmp_path / f"b{len(nothing)}", bare).classes == ()
+    vectors = json.dumps({"labels": [[name, [0.5, 1.0]] for name in names]}).encode()
+    with pytest.raises(BadDataError, match=r"dataset.json has a vector or several values for each image"):
+        open_source(str(make(tmp_path / "vectors", [*files, ("dataset.json", vectors)])))
+    assert packed(tmp_path / "without", tmp_path / "vectors", classes=False).classes == ()
+    for harmed in (content[:-9], b'{"labels": [["a", 1, 2]]}', b'{"labels": [7]}', b'{"labels": 7}'):
+        with pytest.raises(BadDataError, match=r"dataset.json (has no labels such as|is truncated or damaged)"):
+            open_source(str(make(tmp_path / f"harmed-{len(harmed)}", [*files, ("dataset.json", harmed)])))
+
+
+def write_tars(folder: Path, kind: str) -> Path:
+    """Seven images in three tars by the real library, with classes by number or name."""
+    folder.mkdir()
+    with webdataset.ShardWriter(str(folder / "train-%05d.tar"), maxcount=3, verbose=0) as writer:
+        for n, animal in enumerate(ANIMALS):
+            label = {"cls": 2 * n % 5} if kind == "cls" else {"json": {"label": animal, "width": 40}}
+            writer.write({"__key__": f"{n:04d}", "jpg": jpeg(n), "txt": "a", **label})
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["cls", "json"])
+def test_webdataset_labels_are_those_of_its_library(tmp_path, kind):
+    folder = write_tars(tmp_path / "wds", kind)
+    urls = sorted(map(str, folder.iterdir()))
+    theirs = list(webdataset.WebDataset(urls, shardshuffle=False))
+    said = [s["cls"].decode() if kind == "cls" else json.loads(s["json"])["label"] for s in theirs]
+    for place in (folder, f"{folder}/train-*.tar", f"{folder}/train-{{00000..00002}}.tar"):
+        assert [label for _, label in labels_of(place)] == said
+        assert [content for _, content in entries_of(open_source(str(place)))] == [s["jpg"] for s in theirs]
+    index = packed(tmp_path / "b", folder)
+    assert (index.classes, index.images) == (tuple(sorted(set(said))), 7)
+    assert index.skipped == {".txt": 7} and index.splits == ()
+    # An image without a label among others that have one is left out, and counted.
+    with webdataset.ShardWriter(str(folder / "train-9%04d.tar"), verbose=0) as writer:
+        writer.write({"__key__": "x", "jpg": jpeg(50), "txt": "a"})
+        writer.write({"__key__": "y", "jpg": jpeg(51), "cls": -1})
+    index = packed(tmp_path / "c", folder)
+    assert (index.images, index.unlabelled_images, index.rejected_images) == (7, 2, 0)
+    assert packed(tmp_path / "d", folder, classes=False).images == 9
+
+
+def test_index_and_pack_read_the_same_labels(tmp_path):
+    folder = tmp_path / "wds"
+    folder.mkdir()
+    with webdataset.ShardWriter(str(folder / "%05d.tar"), maxcount=3, verbose=0) as writer:
+        for n in range(7):
+            writer.write({"__key__": f"{n:04d}", "jpg": jpeg(n), "json": {"label": "x", "kind": n % 3}})
+    copied = packed(tmp_path / "a", folder, labels=":kind")
+    in_place = packed(tmp_path / "b", "", tars=(str(folder),), shard_images=None, labels=":kind")
+    assert copied.classes == in_place.classes == ("0", "1", "2")
+    with pytest.raises(BadDataError, match="more than --max-bad=3 images"):
+        packed(tmp_path / "c", "", tars=(str(folder),), shard_images=None, max_bad=3)
+    with pytest.raises(BadRequestError, match="labels beside the images: use :KEY"):
+        packed(tmp_path / "d", "", tars=(str(folder),), labels="a.csv:kind")
+
+
+CELEBA_ATTRIBUTES = b"3\nSmiling Young\n000001.jpg  1 -1\n000002.jpg -1  1\n000003.jpg  1  1\n"
+TABLES = [
+    ("identity_CelebA.txt", b"000001.jpg 2880\n000002.jpg 2937\n000003.jpg 2880\n", "", ["2880", "2937", "2880"]),
+    ("list_attr_celeba.txt", CELEBA_ATTRIBUTES, "Smiling", ["Smiling", "not Smiling", "Smiling"]),
+    ("train.csv", b"id,breed\n000001,pug\n000002,boxer\n000003,pug\n", "", ["pug", "boxer", "pug"]),
+    ("a.csv", b"\xef\xbb\xbflabel;Image\n7;img/000001.jpg\n8;img/000002.jpg\n7;img/000003.jpg\n", "", ["7", "8", "7"]),
+    ("a.tsv", b'name\tkind\n000001.jpg\t"a, b"\n000002.jpg\tc\n000003.jpg\td\n', "", ["a, b", "c", "d"]),
+    (
+        "metadata.jsonl",
+        b'{"file_name": "000001.jpg", "text": "x", "label": 3}\n\n{"file_name": "000002.jpg", "label": null}\n'
+        b'{"file_name": "000003.jpg", "label": 0}\n',
+        "label",
+        ["3", "", "0"],
+    ),
+    ("a.json", b'{"000001.jpg": "cat", "000003.jpg": "dog"}', "", ["cat", "", "dog"]),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "column", "expected"), TABLES)
+def test_tables_name_the_classes(name, content, column, expected):
+    table = table_in(name, content, column)
+    assert [table.of(f"img/{n:06d}.jpg") for n in (1, 2, 3)] == expected
+    assert table.of("img/000004.jpg") == ""
+
+
+def test_table_is_joined_by_file_name(tmp_path):
+    source = zip_of(tmp_path / "img_align.zip", [(f"img/{n:06d}.jpg", jpeg(n)) for n in range(6)])
+    table = tmp_path / "train.csv"
+    table.write_text("id,breed\n" + "".join(f"{n:06d},{ANIMALS[n]}\n" for n in range(5)))
+    at = ("small", "--size", 16, "--bucket", tmp_path / "b")
+    said = succeeded(ddpm_here("data", "pack", source, *at, "--labels", table))
+    assert "classes  cat, dog, owl" in said and "images   5 colour" in said and "1 without a label" in said
+    assert packed(tmp_path / "c", source, labels=str(table)).unlabelled_images == 1
+    (tmp_path / "attr.txt").write_bytes(CELEBA_ATTRIBUTES)
+    for words, code, line in [
+        (("--labels", tmp_path / "attr.txt"), 64, "has several columns: Smiling, Young: choose one with --labels"),
+        (("--labels", f"{tmp_path}/attr.txt:Old"), 64, "has no column 'Old', but Smiling, Young"),
+        (("--labels", tmp_path / "none.csv"), 66, "nothing at"),
+        (("--labels", table, "--no-classes"), 64, "contradict each other"),
+        (("--labels", source), 65, "is no table of file names and labels"),
+    ]:
+        assert line in refused(ddpm_here("data", "pack", source, "other", *at[1:], *words), code)
+    (tmp_path / "else.csv").write_text("id,breed\nx,pug\ny,boxer\n")
+    words = ("--labels", tmp_path / "else.csv")
+    assert "none of its images has a label in" in refused(
+        ddpm_here("data", "pack", source, "other", *at[1:], *words), 64
+    )
+
+
+def test_same_names_in_two_folders_are_told_apart():
+    table = table_in("a.csv", b"file,label\na/1.jpg,x\nb/1.jpg,y\nb/2.jpg,z\n")
+    assert [table.of(name) for name in ("a/1.jpg", "set/b/1.jpg", "1.jpg", "2.jpg")] == ["x", "y", "", "z"]
+
+
+WORDS = st.sampled_from(
+    ["file", "label", "1.png", "-1", "1", "", '"', ",", ";", "\t", " ", "\n", "\r", "{", "}", "[", "]"]
+)
+TEXTS = st.lists(WORDS, max_size=30).map("".join).map(str.encode) | st.binary(max_size=200)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["labels", "file_name", "a"]), inner),
+).map(lambda value: json.dumps(value).encode())
+
+
+@examples(few=60, many=3000)
+def test_odd_tables_give_labels_or_a_line(tmp_path, count):
+    @search(count, st.sampled_from([".csv", ".txt", ".jsonl", ".json"]), TEXTS | JSON)
+    def check(suffix: str, content: bytes) -> None:
+        path = tmp_path / f"table{suffix}"
+        path.write_bytes(content)
+        try:
+            table = read_labels(str(path), "")
+        except JobError as error:
+            assert error.exit_code in (Exit.BAD_DATA, Exit.BAD_REQUEST) and len(str(error).splitlines()) == 1
+        else:
+            assert all(label == printable(label) and len(label) <= 100 for label in table.labels.values())
+
+
+def test_folder_of_archives_is_one_source(tmp_path):
+    """As ImageNet has a tar for each class; the names of the archives are classes only if a person says so."""
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for n, kind in enumerate(("n01", "n02")):
+        tar_of(tars / f"{kind}.tar", [(f"{kind}_{number}.jpg", jpeg(10 * n + number)) for number in range(3)])
+    names = [name for name, _ in labels_of(tars)]
+    assert names == [f"{kind}.tar/{kind}_{number}.jpg" for kind in ("n01", "n02") for number in range(3)]
+    assert packed(tmp_path / "a", tars).classes == ()
+    assert packed(tmp_path / "b", tars, classes=True).classes == ("n01", "n02")
+    zips = tmp_path / "zips"
+    zips.mkdir()
+    for split in ("train", "test"):
+        zip_of(zips / f"{split}.zip", [(f"{kind}/{split}.png", png(1)) for kind in ("cat", "dog")])
+    both = packed(tmp_path / "c", zips)
+    assert (both.classes, both.splits) == (("cat", "dog"), ("test", "train"))
+    one = packed(tmp_path / "d", zips, split="test")
+    assert (one.images, one.splits) == (2, ())
+
+
+def test_what_cannot_be_read_says_what_to_do(tmp_path):
+    coco = [("annotations/instances_train2017.json", b"{}"), ("train2017/1.jpg", jpeg(1)), ("val2017/2.jpg", jpeg(2))]
+    for place in (zip_of(tmp_path / "coco.zip", coco), folder_of(tmp_path / "coco", coco)):
+        with pytest.raises(BadRequestError, match="is COCO: an image shows several objects, and has no class"):
+            packed(tmp_path / "b", place)
+        assert packed(tmp_path / f"of-{place.name}", place, classes=False, split="train").images == 1
+    nested = zip_of(tmp_path / "nested.zip", [("a/train.zip", b"PK"), ("b.txt", b"")])
+    with pytest.raises(BadDataError, match="it holds archives: unpack it once, and pack the folder of archives"):
+        packed(tmp_path / "b", nested)
+    for name, content, said in [
+        ("a.h5", b"\x89HDF\r\n\x1a\n", "HDF5 is not read"),
+        ("b.rar", b"Rar!\x1a\x07", "7-Zip or RAR"),
+        ("c.pkl", b"\x80\x04\x95", "pickles are programs"),
+        ("d", b"\x89HDF\r\n\x1a\n", "HDF5 is not read"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BadDataError, match=said):
+            packed(tmp_path / "b", tmp_path / name)
+    with pytest.raises(BadDataError, match="HDF5 is not read"):
+        packed(tmp_path / "b", folder_of(tmp_path / "f", [("x/a.h5", b"1")]))
+    with pytest.raises(MissingInputError):
+        open_source(str(tmp_path / "*.jpg"))
+
+
+def test_each_image_with_its_own_label_has_no_class():
+    images = [Found(f"{n}.png", 1, f"name {n}") for n in range(200)]
+    with pytest.raises(BadRequestError, match="another label for each image"):
+        survey(images, "here")
+    assert survey(images, "here", classes=False).classes == ()
+    numbers = survey([Found("a", 1, "10"), Found("b", 1, "9"), Found("c", 1, "cat")], "here", names=("dog", "cat"))
+    assert numbers.classes == ("dog", "cat", "9", "10")
+    assert [numbers.label(n) for n in range(3)] == [3, 2, 1]
+    assert re.search("name 4 classes that the network will learn: dog, cat, 9, 10", numbers.notes[0])
