@@ -267,7 +267,7 @@ def _members(sets: Iterable[tuple[_Array, _Array | None]]) -> Iterator[Member]:
         with closing(images.open()) as stream:
             for number in range(images.shape[0]):
                 read = partial(_file, stream, images.start + number * size_bytes, shape, axes)
-                label = _label(values[number].item()) if values is not None else ""
+                label = "" if values is None else _label(values[number : number + 1])
                 yield Member(f"{images.path}/{number:0{digits}d}{suffix}", read, size_bytes=size_bytes, label=label)
 
 
@@ -283,7 +283,13 @@ def _values(labels: _Array) -> np.ndarray:
     return np.frombuffer(content, labels.dtype)
 
 
-def _label(value: object) -> str:
-    if isinstance(value, bytes):
-        return label_of(value.decode(errors="replace"))
-    return label_of(int(value) if isinstance(value, bool) else value)
+def _label(value: np.ndarray) -> str:
+    """Returns the label in an array of one."""
+    if value.dtype.kind == "U":
+        # Python itself fails on a number in an array of text that is no character.
+        order = "utf-32-be" if value.dtype.byteorder == ">" else "utf-32-le"
+        return label_of(value.tobytes().decode(order, "replace").rstrip("\0"))
+    said = value.item()
+    if isinstance(said, bytes):
+        return label_of(said.decode(errors="replace"))
+    return label_of(int(said) if isinstance(said, bool) else said)
