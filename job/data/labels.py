@@ -175,8 +175,12 @@ def _rows(text: str) -> tuple[list[str], list[list[str]]]:
     """Returns the columns and rows of a table, which tabs, semicolons, commas or blanks separate."""
     first = text.partition("\n")[0]
     delimiter = next((mark for mark in "\t;," if mark in first), "")
-    lines = csv.reader(io.StringIO(text), delimiter=delimiter) if delimiter else map(str.split, text.splitlines())
-    rows = [row for row in lines if row]
+    # Lines may end as on Windows, or on an old Macintosh.
+    lines = io.StringIO(text, newline=None)
+    try:
+        rows = [row for row in (csv.reader(lines, delimiter=delimiter) if delimiter else map(str.split, lines)) if row]
+    except csv.Error as error:
+        raise RefusedError(f"is no table of file names and labels ({error})") from None
     if rows and len(rows[0]) == 1 and rows[0][0].isdecimal():
         # CelebA's files begin with the number of images.
         del rows[0]
