@@ -57,7 +57,12 @@ SourceArgument = Annotated[
     str, typer.Argument(metavar="SOURCE", help="Folder, archive or file of images; a path, a URL or a pattern.")
 ]
 Split = Annotated[
-    str, typer.Option("--split", metavar="NAME", help="Pack one split of SOURCE: train, test or val. Default: all.")
+    str,
+    typer.Option(
+        "--split",
+        metavar="NAME",
+        help="Pack one split of SOURCE: train, test or val. Default: all; of CIFAR, arrays, TFRecords and LSUN train.",
+    ),
 ]
 HoldOut = Annotated[
     str, typer.Option("--hold-out", metavar="SHARE", help="Share of the images to hold out, such as 5%.")

@@ -12,7 +12,10 @@ from job.data import members
 from job.data.members import Member, Opener, RefusedError
 from job.data.shards import Digests
 
-_EXPANDS = f"unpacks to more than {members.EXPANSION} times its size: do not trust this archive"
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+"""Suffixes of the archives of which a folder may consist."""
+EXPANDS = f"unpacks to more than {members.EXPANSION} times its size: do not trust this archive"
+
 _SKIPPED_BYTES = 1 << 20
 
 
@@ -22,7 +25,7 @@ def zip_members(opener: Opener) -> Iterator[Member]:
         _, limit_bytes = members.unpacked(file)
         with zipfile.ZipFile(file) as archive:
             if sum(info.file_size for info in archive.infolist() if members.is_image(info.filename)) > limit_bytes:
-                raise RefusedError(_EXPANDS)
+                raise RefusedError(EXPANDS)
             for info in archive.infolist():
                 if not info.is_dir():
                     yield Member(info.filename, partial(_read_zipped, archive, info), size_bytes=info.file_size)
@@ -39,7 +42,7 @@ def open_zipped(opener: Opener, name: str) -> BinaryIO:
     _, limit_bytes = members.unpacked(file)
     archive = zipfile.ZipFile(file)
     if archive.getinfo(name).file_size > limit_bytes:
-        raise RefusedError(_EXPANDS)
+        raise RefusedError(EXPANDS)
     return cast(BinaryIO, archive.open(name))
 
 
@@ -87,7 +90,7 @@ class _TarStream:
         if position < self._position:
             raise tarfile.ReadError(f"a header that leads back to byte {position}")
         if position > self._limit_bytes:
-            raise RefusedError(_EXPANDS)
+            raise RefusedError(EXPANDS)
         if self._digests is None:
             self._position = self._file.seek(position)
         while self._position < position:
@@ -102,7 +105,7 @@ class _TarStream:
         self._last_block = self._file.read(size)
         self._position += len(self._last_block)
         if self._position > self._limit_bytes:
-            raise RefusedError(_EXPANDS)
+            raise RefusedError(EXPANDS)
         if self._digests is not None:
             self._digests.update(self._last_block)
         return self._last_block

@@ -11,7 +11,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -84,6 +84,22 @@ class LabelTable:
         tails = ["/".join(parts[start:]) for start in range(len(parts))]
         stem = tails[-1].rpartition(".")[0]
         return next((self.labels[tail] for tail in (*tails, stem) if tail in self.labels), "")
+
+
+def chosen_label(where: str, labels: Sequence[str], column: str, usual: Sequence[str] = LABEL_KEYS) -> str:
+    """Returns which of the labels of a format is taken: the one that a person named, a usual one, or the only one.
+
+    Raises:
+        BadRequestError: there is no such label, or there are several and none is named.
+    """
+    if column in labels:
+        return column
+    found = next(([name] for name in usual if name in labels), labels)
+    if not column and len(found) == 1:
+        return found[0]
+    said = f"has no label {column!r}, but" if column else "has several labels:"
+    shown = _some(labels) or "no others"
+    raise BadRequestError(f"{where} {said} {shown}: choose one with --labels :NAME, or use --no-classes")
 
 
 def split_labels(text: str) -> tuple[str, str]:
@@ -183,10 +199,14 @@ def _chosen(where: str, header: list[str], names: int, column: str) -> int:
         return header.index(column)
     if not column and len(others) == 1:
         return others[0]
-    shown = ", ".join(printable(header[number]) for number in others[:_COLUMNS_NAMED])
-    more = f" and {len(others) - _COLUMNS_NAMED} more" if len(others) > _COLUMNS_NAMED else ""
     said = f"has no column {column!r}, but" if column else "has several columns:"
-    raise BadRequestError(f"{where} {said} {shown}{more}: choose one with --labels {where}:COLUMN")
+    shown = _some([header[number] for number in others])
+    raise BadRequestError(f"{where} {said} {shown}: choose one with --labels {where}:COLUMN")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _COLUMNS_NAMED} more" if len(names) > _COLUMNS_NAMED else ""
+    return ", ".join(map(printable, names[:_COLUMNS_NAMED])) + more
 
 
 def _by_name(pairs: Iterable[tuple[str, Any]]) -> dict[str, str]:

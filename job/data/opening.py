@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from job.data import members
-from job.data.archives import open_zipped, tar_members, zip_members
+from job.data.archives import ARCHIVES, open_zipped, tar_members, zip_members
 from job.data.fetched import fetched
 from job.data.foreign_tars import find_tars
-from job.data.formats import cifar, recognised
+from job.data.formats import recognised
 from job.data.formats.beside import labelled_beside
+from job.data.formats.cifar import archive_source
 from job.data.formats.mnist import IDX_NAME
 from job.data.formats.unread import next_step_by
 from job.data.members import Member, Opener, RefusedError
@@ -40,9 +41,6 @@ from job.store import (
 
 if TYPE_CHECKING:
     from job.store.foreign import ForeignStore
-
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
-"""Suffixes of the archives of which a folder may consist."""
 
 _BUCKET_READERS = 16
 _NOTHING_AT = "there is nothing at {}: give a folder or an archive of images"
@@ -247,15 +245,15 @@ def _elsewhere(uri: str, retry: Retry | None, column: str | None) -> Source:
 
 def _one_elsewhere(parent: Store, name: str, uri: str, column: str | None) -> Source:
     """Returns the images of a file at a URI."""
-    # Labels of MNIST and names of CIFAR's classes lie in files beside the chosen one.
-    has_parts = IDX_NAME.fullmatch(name) or name.endswith(".bin")
-    names = tuple(entry.key for entry in parent.list()) if has_parts and not is_foreign(uri) else (name,)
-    if found := recognised(Files(parent.uri, names, parent.open, name), column):
-        return found
     if is_foreign(uri):
         path = fetched(cast("ForeignStore", parent), name, uri)
-        return _archive(parent.uri_of(name), lambda: path.open("rb"), column)
-    return _archive(uri, partial(parent.open, name), column)
+        alone = Files(parent.uri, (name,), lambda _: path.open("rb"), name)
+        return recognised(alone, column) or _archive(parent.uri_of(name), lambda: path.open("rb"), column)
+    # Labels of MNIST and of arrays and names of CIFAR's classes lie in files beside the chosen one.
+    has_parts = IDX_NAME.fullmatch(name) or name.endswith((".bin", ".npy"))
+    names = tuple(entry.key for entry in parent.list()) if has_parts else (name,)
+    files = Files(parent.uri, names, parent.open, name)
+    return recognised(files, column) or _archive(uri, partial(parent.open, name), column)
 
 
 def _archive(where: str, opener: Opener, column: str | None) -> Source:
@@ -273,7 +271,7 @@ def _archive(where: str, opener: Opener, column: str | None) -> Source:
         if unread := next_step_by(start):
             raise RefusedError(f"has no images: {unread}")
         first = next(tar_members(opener), None)
-    if first is not None and cifar.is_cifar(first.name):
-        return cifar.source_of(where, partial(tar_members, opener), column)
     listed = partial(tar_members, opener)
+    if first is not None and (found := archive_source(first.name, where, listed, column)):
+        return found
     return Source(where, listed, sidecars=column is not None, label_key=column or "")

@@ -52,6 +52,11 @@ class Files:
     chosen: str = ""
     folder: Path | None = None
 
+    @property
+    def place(self) -> str:
+        """Returns the chosen file, or the place of all."""
+        return f"{self.where}/{self.chosen}" if self.chosen else self.where
+
     def matching(self, pattern: re.Pattern[str]) -> list[str]:
         """Returns the names that a pattern matches from beginning to end: of a chosen file, its own alone."""
         return [name for name in self.names if pattern.fullmatch(name) and self.chosen in ("", name)]
@@ -151,9 +156,9 @@ class Source:
             yield from in_order(pool, self._load, images, window=2 * self.readers)
 
     def _is_image(self, member: Member) -> bool:
-        suffix = Path(member.name).suffix.lower()
         if members.is_image(member.name):
             return True
+        suffix = Path(member.name).suffix.lower()
         if suffix in members.SUFFIXES:
             self.skipped[HIDDEN] += not _FORK.search(member.name)
         elif not members.is_hidden(member.name) and not (self.sidecars and member.name.endswith(SIDECARS)):

@@ -20,7 +20,11 @@ _FOLDER = re.compile(
 )
 # imagenet-train-00000.tar, train-00000-of-00001.parquet
 _FILE = re.compile(rf"(?:^|[-_. ])({_WORD})(?=[-_. ]|\d|$)", re.IGNORECASE)
-_DATA_FILE = re.compile(r"\.(zip|tar|tgz|tar\.gz|parquet|arrow|np[yz]|tfrecords?|bin)$|\.tfrecords?-", re.IGNORECASE)
+_DATA_FILE = re.compile(
+    r"\.(zip|tar|tgz|tar\.gz|parquet|arrow|np[yz]|tfrecords?|bin|lmdb)(\.gz)?$"
+    r"|\.tfrecords?-|-\d{5}-of-\d{5}(\.gz)?$|_lmdb$",
+    re.IGNORECASE,
+)
 """Files that hold many images: a part of an image's name, but never a class."""
 
 
@@ -43,3 +47,15 @@ def split_of(part: str) -> str:
 def split_in(parts: Iterable[str]) -> str:
     """Returns the first split among the parts of a name; an empty string for none."""
     return next(filter(None, map(split_of, parts)), "")
+
+
+def first_split(names: Iterable[str]) -> tuple[str, str]:
+    """Returns the split of a format that is packed unless a person chooses another, and a note that says so.
+
+    `names` are those of its files. Of several splits it is train; otherwise both results are empty.
+    """
+    found = {split_in(name.split("/")) for name in names}
+    others = sorted(found - {"train", ""})
+    if "train" not in found or not others:
+        return "", ""
+    return "train", f"packing the images for training; --split {' or '.join(others)} packs the others"

@@ -8,11 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from job.data.formats.arrays import array_source
 from job.data.formats.cifar import cifar_source
+from job.data.formats.lsun import lsun_source
 from job.data.formats.mnist import idx_source
+from job.data.formats.tfrecords import tfrecord_source
 from job.data.source import Files, Source
 
-_READERS: tuple[Callable[[Files, str | None], Source | None], ...] = (idx_source, cifar_source)
+_READERS: tuple[Callable[[Files, str | None], Source | None], ...] = (
+    idx_source,
+    cifar_source,
+    lsun_source,
+    tfrecord_source,
+    # Other formats may have statistics in an .npz beside them.
+    array_source,
+)
 
 
 def recognised(files: Files, column: str | None) -> Source | None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 _CONVERT = "write its images into a folder or an .npz, and pack that"
 _UNREAD = {
     (".zip", ".tar", ".tgz"): "it holds archives: unpack it once, and pack the folder of archives",
+    # Their readers need a folder or a file of their own.
+    (".npy", ".npz", ".tfrecord", ".tfrecords", ".lmdb", ".mdb", ".bin"): (
+        "it holds files of many images: unpack it, and pack the folder"
+    ),
     (".pkl", ".pickle", ".pt", ".pth"): f"pickles are programs, and are not read: {_CONVERT}",
     (".h5", ".hdf5", ".he5"): f"HDF5 is not read: {_CONVERT} (h5py opens it)",
     (".mat",): f"MATLAB's files are not read: {_CONVERT} (scipy.io.loadmat opens them)",

@@ -1,0 +1,295 @@
+"""NumPy's files of images, `.npy` and `.npz`: Keras', MedMNIST's, samples of guided-diffusion, batches of ImageNet-64.
+
+Headers are checked against the sizes of their files, pickles are not read, and pixels are read image by image. Names
+tell what an array is: `x_train` and `y_train`, `val_images` and `val_labels`, `data` and `labels`.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from job.data import members
+from job.data.archives import ARCHIVES, EXPANDS, open_zipped
+from job.data.formats.image_bytes import netpbm, netpbm_suffix
+from job.data.labels import chosen_label, label_of
+from job.data.members import Member, RefusedError, read_exactly, refused
+from job.data.source import Files, Source
+from job.data.splits import SPLITS, first_split, split_in
+from job.exits import BadDataError, BadRequestError
+
+_FILE = re.compile(r".*\.np[yz]", re.IGNORECASE)
+_PICKLE = re.compile(r"(?:.*/)?train_data_batch_\d+")
+"""ImageNet-64's batches (Chrabaszcz et al. 2017), which come as pickles, too."""
+_IMAGES = {"x", "image", "images", "img", "imgs", "data", "samples"}
+_LABELS = {"y", "label", "labels", "class", "classes", "cls", "target", "targets"}
+# `np.savez` names arrays so that got no name.
+_UNNAMED = {"arr_0": "images", "arr_1": "labels"}
+
+_HEADER_BYTES = 10_240
+_MOST_ARRAYS = 1_000
+_MOST_AXES = 32
+_LEAST_SIDE = 4
+_NEXT_STEP = "save it as uint8 [images, height, width, 1 or 3] in C order, and pack that"
+
+# Of headers that Python 2 wrote.
+warnings.filterwarnings("ignore", message="Reading `.npy`")
+
+
+@dataclass(frozen=True)
+class _Array:
+    """An array, by its header.
+
+    Attributes:
+        path: its file, and its name in an `.npz` below: the beginning of the names of its images.
+        dtype: of its values.
+        shape: as in the header.
+        is_fortran: whether the first index changes fastest.
+        start: position of the first value in its stream.
+        size_bytes: size of the stream.
+        open: opens the stream.
+    """
+
+    path: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    is_fortran: bool
+    start: int
+    size_bytes: int
+    open: Callable[[], BinaryIO]
+
+    @property
+    def split(self) -> str:
+        """Returns the split that the path names, if it does."""
+        return split_in(self.path.split("/"))
+
+    @property
+    def words(self) -> list[str]:
+        """Returns the words of the name, without that of a split."""
+        name = PurePosixPath(self.path).stem.lower()
+        return [word for word in re.split(r"[\W_]+", _UNNAMED.get(name, name)) if word and word not in SPLITS]
+
+    @property
+    def key(self) -> str:
+        """Returns the name by which a person chooses it as labels."""
+        return "_".join(self.words)
+
+    @property
+    def set(self) -> list[str]:
+        """Returns the words that images and their labels have in common."""
+        return [word for word in self.words if word not in _IMAGES | _LABELS]
+
+    @property
+    def are_labels(self) -> bool:
+        """Returns whether its name is one of labels."""
+        return not _LABELS.isdisjoint(self.words)
+
+    @property
+    def stored(self) -> tuple[tuple[int, ...], tuple[int, int, int]] | None:
+        """Returns the shape of each image, and the axes that make it [height, width, channels]; None for no images.
+
+        Images are uint8 [N, H, W, C], [N, C, H, W] or [N, H, W], or flat: grey, or channel by channel as ImageNet-64.
+        """
+        if self.dtype != np.uint8 or self.is_fortran or self.are_labels or min(self.shape, default=0) < 1:
+            return None
+        shape: tuple[int, ...]
+        match self.shape:
+            case (_, height, width, 1 | 3 as channels):
+                shape, axes = (height, width, channels), (0, 1, 2)
+            case (_, 1 | 3 as channels, height, width):
+                shape, axes = (channels, height, width), (1, 2, 0)
+            case (_, height, width):
+                shape, axes = (height, width, 1), (0, 1, 2)
+            case (_, pixels) if (side := math.isqrt(pixels)) ** 2 == pixels:
+                shape, axes = (side, side, 1), (0, 1, 2)
+            case (_, pixels) if 3 * (side := math.isqrt(pixels // 3)) ** 2 == pixels:
+                shape, axes = (3, side, side), (1, 2, 0)
+            case _:
+                return None
+        # [H, W, 3] is one image, and a header could promise a billion images of one pixel.
+        return (shape, axes) if min(shape[axis] for axis in axes[:2]) >= _LEAST_SIDE else None
+
+    def __str__(self) -> str:
+        """Returns what a message says of it."""
+        kind = "Python objects, which are pickles, and these are programs" if self.dtype.hasobject else self.dtype.name
+        return f"{self.path} is {kind} {[*self.shape]}{' in Fortran order' if self.is_fortran else ''}"
+
+    def check(self) -> None:
+        """Raises `RefusedError` if its header promises more or fewer bytes than there are."""
+        promised_bytes = self.start + math.prod(self.shape) * self.dtype.itemsize
+        if promised_bytes != self.size_bytes:
+            raise refused(self.path, f"has {self.size_bytes:,} bytes, and promises {promised_bytes:,}: get it again")
+
+
+def array_source(files: Files, column: str | None) -> Source | None:
+    """Returns the images of one file or of all in a folder, with labels of the same file or of an `.npy` beside."""
+    if files.matching(_PICKLE):
+        said = "holds pickles, which are programs: get the .npz files of Imagenet64_*_npz.zip, of the same images"
+        raise BadDataError(f"{files.place} {said}")
+    names = files.matching(_FILE)
+    if not names:
+        return None
+    sets, others = list[tuple[_Array, _Array | None]](), list[_Array]()
+    for arrays in _groups(files, names, column):
+        # Arrays beside a chosen one are read for its labels alone.
+        are_images = [
+            array
+            for array in arrays
+            if array.stored and not {array.path, array.path.rpartition("/")[0]}.isdisjoint(names)
+        ]
+        named = [array for array in are_images if not _IMAGES.isdisjoint(array.words)] or are_images
+        others += [array for array in arrays if array not in named]
+        for images in named:
+            with members.refusing(files.place):
+                images.check()
+                labels = None if column is None else _labels_of(files.place, images, named, arrays, column)
+            sets.append((images, labels))
+    if not sets and not files.chosen and any(name.lower().endswith(ARCHIVES) for name in files.names):
+        return None
+    if not sets:
+        said = "; ".join(map(str, sorted(others, key=lambda array: array.are_labels)[:3])) or "its .npz are empty"
+        raise BadDataError(f"{files.place} holds no array of images: {said}: {_NEXT_STEP}")
+    left_out = [array.path for array in others if array.stored]
+    split, note = first_split(images.path for images, _ in sets)
+    note = "; ".join(filter(None, (note, f"leaving out {', '.join(left_out[:3])}" if left_out else "")))
+    channels = max(_channels(images) for images, _ in sets)
+    return Source(files.place, partial(_members, sets), channels=channels, note=note, split=split)
+
+
+def _groups(files: Files, names: Sequence[str], column: str | None) -> Iterator[list[_Array]]:
+    """Yields the arrays of each `.npz`, and the `.npy` of each folder."""
+    for name in names:
+        if name.lower().endswith(".npz"):
+            with members.refusing(f"{files.where}/{name}"):
+                yield _zipped(files, name)
+    plain = [name for name in names if name.lower().endswith(".npy")]
+    for folder in dict.fromkeys(name.rpartition("/")[0] for name in plain):
+        arrays = list[_Array]()
+        for name in files.names:
+            there, _, last = name.rpartition("/")
+            may_be_labels = not _LABELS.isdisjoint(re.split(r"[\W_]+", last.lower())) or bool(column and column in last)
+            if there == folder and _FILE.fullmatch(name) and (name in plain or may_be_labels):
+                with members.refusing(f"{files.where}/{name}"), closing(files.open(name)) as file:
+                    arrays.append(_array(name, file, file.seek(0, io.SEEK_END), partial(files.open, name)))
+        yield arrays
+
+
+def _zipped(files: Files, name: str) -> list[_Array]:
+    """Returns the arrays of an `.npz`."""
+    with closing(files.open(name)) as file:
+        if isinstance(file, zipfile.ZipExtFile):
+            raise RefusedError("is a zip in a zip: unzip the outer one, and pack the folder")
+        _, limit_bytes = members.unpacked(file)
+        with zipfile.ZipFile(file) as archive:
+            found = [inner for inner in dict.fromkeys(archive.namelist()) if inner.endswith(".npy")]
+            if len(found) > _MOST_ARRAYS:
+                raise RefusedError(
+                    f"holds {len(found):,} arrays: stack the images into one, uint8 [images, height, width, 3]"
+                )
+            arrays = list[_Array]()
+            if sum(archive.getinfo(inner).file_size for inner in found) > limit_bytes:
+                raise RefusedError(EXPANDS)
+            for inner in found:
+                info = archive.getinfo(inner)
+                if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise refused(inner, "is compressed as np.savez_compressed does not: save it with that")
+                with archive.open(info) as stream:
+                    opener = partial(open_zipped, partial(files.open, name), inner)
+                    arrays.append(_array(f"{name}/{inner}", stream, info.file_size, opener))
+    return arrays
+
+
+def _array(path: str, stream: Any, size_bytes: int, opener: Callable[[], BinaryIO]) -> _Array:
+    """Returns the array whose header is at the beginning of a stream."""
+    stream.seek(0)
+    start = io.BytesIO(stream.read(_HEADER_BYTES))
+    formats = np.lib.format
+    readers = {(1, 0): formats.read_array_header_1_0, (2, 0): formats.read_array_header_2_0}
+    try:
+        shape, is_fortran, dtype = readers[formats.read_magic(start)](start)
+    # NumPy evaluates the header as a Python literal, which raises anything from TokenError to MemoryError.
+    except Exception:
+        raise refused(path, "is damaged, or not an array: get it again") from None
+    if len(shape) > _MOST_AXES or any(type(length) is not int or length < 0 for length in shape):
+        raise refused(path, "is damaged, or not an array: get it again")
+    return _Array(path, dtype, shape, is_fortran, start=start.tell(), size_bytes=size_bytes, open=opener)
+
+
+def _labels_of(
+    where: str, images: _Array, all_images: Iterable[_Array], arrays: Iterable[_Array], column: str
+) -> _Array | None:
+    """Returns the labels of an array of images, from the same file or folder; None without any."""
+    count = images.shape[0]
+    of_others = [other.set for other in all_images if other is not images and other.split == images.split]
+    beside = {
+        array.key: array
+        for array in arrays
+        if array.split == images.split and (array.are_labels or array.key == column) and array.set not in of_others
+    }
+    exact = {key: array for key, array in beside.items() if array.set == images.set}
+    found = exact if exact and not column else beside
+    if not found and not column:
+        return None
+    labels = found[chosen_label(where, [*found], column, usual=())]
+    if labels.shape not in ((count,), (count, 1)) or labels.dtype.kind not in "biufSU":
+        raise BadRequestError(
+            f"{where}: {labels}, and not one label for each of {count:,} images: save it so (a one-hot vector by "
+            "argmax), or use --no-classes"
+        )
+    labels.check()
+    return labels
+
+
+def _channels(images: _Array) -> int:
+    assert images.stored is not None
+    shape, axes = images.stored
+    return shape[axes[2]]
+
+
+def _members(sets: Iterable[tuple[_Array, _Array | None]]) -> Iterator[Member]:
+    """Yields the images as PPM or PGM files."""
+    for images, labels in sets:
+        assert images.stored is not None
+        shape, axes = images.stored
+        size_bytes, digits, suffix = math.prod(shape), len(str(images.shape[0] - 1)), netpbm_suffix(_channels(images))
+        values = _values(labels) if labels else None
+        with closing(images.open()) as stream:
+            for number in range(images.shape[0]):
+                read = partial(_file, stream, images.start + number * size_bytes, shape, axes)
+                label = "" if values is None else _label(values[number : number + 1])
+                yield Member(f"{images.path}/{number:0{digits}d}{suffix}", read, size_bytes=size_bytes, label=label)
+
+
+def _file(stream: BinaryIO, at: int, shape: tuple[int, ...], axes: tuple[int, int, int]) -> bytes:
+    stream.seek(at)
+    return netpbm(np.frombuffer(read_exactly(stream, math.prod(shape)), np.uint8).reshape(shape).transpose(axes))
+
+
+def _values(labels: _Array) -> np.ndarray:
+    with closing(labels.open()) as stream:
+        stream.seek(labels.start)
+        content = read_exactly(stream, labels.shape[0] * labels.dtype.itemsize)
+    return np.frombuffer(content, labels.dtype)
+
+
+def _label(value: np.ndarray) -> str:
+    """Returns the label in an array of one."""
+    if value.dtype.kind == "U":
+        # Python itself fails on a number in an array of text that is no character.
+        order = "utf-32-be" if value.dtype.byteorder == ">" else "utf-32-le"
+        return label_of(value.tobytes().decode(order, "replace").rstrip("\0"))
+    said = value.item()
+    if isinstance(said, bytes):
+        return label_of(said.decode(errors="replace"))
+    return label_of(int(said) if isinstance(said, bool) else said)
