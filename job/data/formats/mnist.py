@@ -4,30 +4,53 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 
 from job.data.members import Member, Opener, RefusedError, read_exactly, unpacked
 from job.data.source import Files, Source
+from job.data.splits import first_split
 
 IDX_NAME = re.compile(r"[^/]*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")
 
 
 def idx_source(files: Files, column: str | None) -> Source | None:
-    """Returns the set of images that was chosen among the files, or the first one for training."""
-    sets = sorted(name for name in files.names if IDX_NAME.fullmatch(name) and "images" in name)
+    """Returns the file of images that was chosen, or the first one for training and its test set."""
+    sets = {_stem(name): name for name in files.names if IDX_NAME.fullmatch(name) and "images" in name}
     if not sets or (files.chosen and not IDX_NAME.fullmatch(files.chosen)):
         return None
-    name = files.chosen or next((name for name in sets if "train" in name), sets[0])
-    wanted = name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
-    labels = [partial(files.open, file) for file in files.names if file.removesuffix(".gz") == wanted]
-    others = [other for other in sets if other.removesuffix(".gz") != name.removesuffix(".gz")]
-    note = f"packing {name}, leaving out {', '.join(others)}" if others and not files.chosen else ""
-    listed = partial(_members, partial(files.open, name), *labels[:1])
-    return Source(f"{files.where}/{name}", listed, channels=1, note=note)
+    first = _stem(files.chosen or next((name for name in sorted(sets) if "train" in name), min(sets)))
+    # EMNIST's folder has six datasets.
+    pair = dict.fromkeys((first, first.replace("train", "t10k"), first.replace("train", "test")))
+    own = [first] if files.chosen else [stem for stem in pair if stem in sets]
+    opened = {_stem(name): partial(files.open, name) for name in files.names}
+    found = [
+        (_split_of(stem), opened[stem], opened.get(stem.replace("images", "labels").replace("idx3", "idx1")))
+        for stem in own
+    ]
+    split, note = first_split(split for split, _, _ in found)
+    others = sorted(sets.keys() - set(own))
+    note = "; ".join(filter(None, (note, f"leaving out {', '.join(others)}" if others and not files.chosen else "")))
+    return Source(files.place, partial(_members, found), channels=1, note=note, split=split)
 
 
-def _members(open_images: Opener, open_labels: Opener | None = None) -> Iterator[Member]:
+def _stem(name: str) -> str:
+    return name.removesuffix(".gz")
+
+
+def _split_of(stem: str) -> str:
+    return "train" if "train" in stem else "test" if re.search("t10k|test", stem) else ""
+
+
+def _members(sets: Iterable[tuple[str, Opener, Opener | None]]) -> Iterator[Member]:
+    """Yields the images of each set, in a folder for its split."""
+    for split, open_images, open_labels in sets:
+        for member in _images(open_images, open_labels):
+            yield replace(member, name=f"{split}/{member.name}" if split else member.name)
+
+
+def _images(open_images: Opener, open_labels: Opener | None) -> Iterator[Member]:
     """Yields the images as PGM files, with their digits as labels if there are labels."""
     with open_images() as raw:
         file, limit_bytes = unpacked(raw)

@@ -202,18 +202,25 @@ def test_mnist_files_become_grey_images(tmp_path, digits, gz):
     mnist(tmp_path / "mnist", "t10k", images[:3], labels[:3], gz)
     source = open_source(str(tmp_path / "mnist"))
     assert source.channels == 1
-    assert "train-images-idx3-ubyte" in source.note and "leaving out t10k-images" in source.note
+    assert source.note == "packing the images for training; --split test packs the others"
     entries = list(entries_of(source))
-    assert [name for name, _ in entries] == [f"{n:02d}.pgm" for n in range(len(labels))]
+    assert [name for name, _ in entries] == [f"train/{n:02d}.pgm" for n in range(len(labels))]
+    assert list(names_of(replace(source, split="test"))) == [f"test/{n}.pgm" for n in range(3)]
     assert [one.label for one in source.labelled()] == [str(label) for label in labels]
     recipe = Recipe(28, "center", "lanczos", 1, 14)
     np.testing.assert_array_equal([prepare(content, recipe)[..., 0] for _, content in entries], images)
     chosen = next((tmp_path / "mnist").glob("t10k-images*"))
     source = open_source(str(chosen))
     assert (source.note, source.name, len(list(entries_of(source)))) == ("", chosen.name, 3)
+    mnist(tmp_path / "mnist", "emnist-letters-train", images, labels, gz)
+    emnist = "emnist-letters-train-images-idx3-ubyte"
+    assert open_source(str(tmp_path / "mnist")).note == "leaving out t10k-images-idx3-ubyte, train-images-idx3-ubyte"
+    assert len(list(entries_of(open_source(f"{tmp_path}/mnist/{emnist}{'.gz' if gz else ''}")))) == 12
+    for path in (tmp_path / "mnist").glob("emnist*"):
+        path.unlink()
     for path in (tmp_path / "mnist").glob("*labels*"):
         path.unlink()
-    assert next(names_of(open_source(str(tmp_path / "mnist")))) == "00.pgm"
+    assert next(names_of(open_source(str(tmp_path / "mnist")))) == "train/00.pgm"
     file = tmp_path / f"train-images-idx3-ubyte{'.gz' if gz else ''}"
     for content, its_labels, part in [
         (idx(images)[:-1], labels, "has 783 bytes where 784 were promised"),
