@@ -22,6 +22,8 @@ from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, open_store
 
 CARD, PICTURE = "README.md", "grid.png"
+MOST_NAMES = 20
+"""Classes that the card names."""
 _PIPELINE = """```python
 from diffusers import {kind}
 
@@ -45,7 +47,7 @@ for t in scheduler.timesteps:
     x = scheduler.step(output, t, x{call}).prev_sample
 ```
 
-The classes, from 0: {classes}."""
+`id2label.json` has the names of the classes: {classes}."""
 _REMARK = {
     "DDIMScheduler": "This call gives the images of the run's sampler `ddim`. The default call of diffusers clips the "
     "estimated image, but keeps the noise of the estimate before clipping.",
@@ -71,7 +73,7 @@ def export_run(bucket_uri: str, name: str, to: str, checkpoint: str = "latest", 
     """
     stop = Stop().install()
     of_run = open_run(bucket_uri, name, stop)
-    described = pipeline.described(of_run.config)
+    described = pipeline.described(of_run.config, of_run.classes)
     if not described.objects:
         raise BadRequestError(f"run {name!r} cannot be exported to diffusers: {described.lacking}")
     if not re.fullmatch("[0-9]{1,9}", checkpoint) and checkpoint != "latest":
@@ -161,7 +163,7 @@ def _card(of_run: RunHandle, ref: CheckpointRef, weights: str, objects: dict[str
     if "model_index.json" in objects:
         how = _PIPELINE.format(kind=kind.replace("Scheduler", "Pipeline"), steps=steps, call=call, remark=_REMARK[kind])
     elif config.model.num_classes and kind:
-        names = ", ".join(of_run.classes)
+        names = ", ".join(of_run.classes[:MOST_NAMES]) + (", …" if len(of_run.classes) > MOST_NAMES else "")
         how = _LOOP.format(kind=kind, steps=steps, call=call, channels=channels, size=size, classes=names)
     else:
         how = f'`UNet2DModel.from_pretrained(..., subfolder="unet")` loads the network; {lacking}.'

@@ -21,6 +21,7 @@ from ddpm import interop
 from ddpm.interop import NoCounterpartError
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.progress import note, printable
+from job.runs.pipeline import ID2LABEL
 from job.store import Retry, is_remote, open_store, open_to_read, split_uri, without_queries
 from job.store.files import os_errors, scratch_folder
 
@@ -56,11 +57,13 @@ class Foreign:
         what: kind and origin, for people.
         settings: the known settings of its network and process, by dotted key; and `out_channels` of a U-Net.
         tensors: its tensors by the names of our network's parameters.
+        classes: the names of its classes; empty if it states none.
     """
 
     what: str
     settings: dict[str, Any]
     tensors: Named
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,19 @@ def _of_diffusers(source: _Source) -> Foreign:
         settings |= {f"diffusion.{key}": value for key, value in interop.process_options(scheduler).items()}
         settings |= {f"sample.{key}": value for key, value in interop.drawing_options(scheduler).items()}
     tensors = interop.with_names_of_today(_weights(source, folder))
-    return Foreign("a UNet2DModel of diffusers", settings | _unet_settings(options), tensors)
+    classes = _class_names(source) if ID2LABEL in source.names else ()
+    return Foreign("a UNet2DModel of diffusers", settings | _unet_settings(options), tensors, classes)
+
+
+def _class_names(source: _Source) -> tuple[str, ...]:
+    names = _json(source, ID2LABEL)
+    try:
+        return tuple(printable(names.pop(str(number))) for number in range(len(names)))
+    except (KeyError, TypeError):
+        raise BadDataError(
+            f'{source.where}/{ID2LABEL} does not name each class by its number, as in {{"0": "forest", "1": "sea"}}: '
+            "correct it, or delete it"
+        ) from None
 
 
 @contextmanager

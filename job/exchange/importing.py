@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm.epochs import images_at_epoch
 from job.config import LARGEST, RunConfig, draft, layered, parse_sets, validated
-from job.data.shards import find_dataset, load_index, validated_dataset_name
+from job.data.shards import DatasetIndex, find_dataset, load_index, validated_dataset_name
 from job.exchange.foreign import Foreign, opened_foreign
 from job.exits import BadConfigError, BadDataError, BadRequestError, State
-from job.plan import check_drawing, follow_dataset
+from job.plan import RunHandle, check_drawing, follow_dataset
 from job.processes.compute import describe_device
 from job.processes.lease import Lease
 from job.progress import note, printable
 from job.runs import records
-from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef
+from job.runs.layout import CheckpointRef
 from job.runs.retention import Retention
 from job.runs.writer import CheckpointWriter, LeasedRun
 from job.sealed import utc_now
@@ -86,16 +86,18 @@ def import_run(request: ImportRequest) -> None:
     with opened_foreign(request.source, request.size, bucket.retry.elsewhere()) as foreign:
         # The query of a URL may be a signature, which must not enter records.
         request = replace(request, source=without_queries(request.source))
-        config, dataset_images = _config(bucket, request, foreign.settings, sets)
+        config, index = _config(bucket, request, foreign, sets)
+        of_run = RunHandle(bucket, run, index, config, config.sample)
         _check_run(run, request.run, config)
         state = _state(config, foreign, request.source)
-    state.resume_at(images_at_epoch(request.epoch, dataset_images, config.train.batch_size), config.train.batch_size)
+    batch_size = config.train.batch_size
+    state.resume_at(images_at_epoch(request.epoch, of_run.dataset_images, batch_size), batch_size)
     records.check_writable(run)
     lease = Lease.take(run, records.highest_fence(run), 0.0, stop, note)
     try:
         # Another process may have begun the run meanwhile.
         _check_run(run, request.run, config)
-        where = _commit(run, config, state, dataset_images, lease, stop=stop, source=request.source)
+        where = _commit(of_run, state, lease, stop=stop, source=request.source)
     finally:
         lease.close(stop.seconds_left())
     weights = sum(parameter.numel() for parameter in state.model.parameters())
@@ -103,9 +105,10 @@ def import_run(request: ImportRequest) -> None:
 
 
 def _config(
-    bucket: Store, request: ImportRequest, found: dict[str, Any], sets: dict[str, Any]
-) -> tuple[RunConfig, int]:
-    """Returns the configuration and the number of images of the dataset; without a dataset, more than a run can see."""
+    bucket: Store, request: ImportRequest, foreign: Foreign, sets: dict[str, Any]
+) -> tuple[RunConfig, DatasetIndex | None]:
+    """Returns the configuration, and the dataset if the request names one."""
+    found = foreign.settings
     if request.size not in (None, found["data.size"]):
         raise BadConfigError(f"--size {request.size}: the checkpoint states {found['data.size']} pixels")
     told = found | sets
@@ -129,16 +132,16 @@ def _config(
         # The last embedding means "no class".
         told["model.num_classes"] = found["model.num_classes"] - 1
     where = f"{request.source} as a run"
-    told["imported"] = True
+    told |= {"imported": True, "data.classes": foreign.classes}
     if not request.preset:
         # The default number of steps may exceed the timesteps of this process.
         told = {"sample.steps": min(RunConfig().sample.steps, told.get("diffusion.timesteps", LARGEST))} | told
     config = draft(request.preset, told) if request.preset else validated(layered(RunConfig().flat(), told), where)
     check_drawing(config)
     if not request.dataset:
-        return config, MAX_IMAGES_SEEN + 1
+        return config, None
     index = load_index(bucket, find_dataset(bucket, request.dataset, config.data.size))
-    return follow_dataset(config, index), index.images
+    return follow_dataset(config, index), index
 
 
 def _check_run(run: Store, name: str, config: RunConfig) -> None:
@@ -193,10 +196,9 @@ def _state(config: RunConfig, foreign: Foreign, source: str) -> TrainState:
     return training.create_state(network, device, method.settings_of(config))
 
 
-def _commit(
-    run: Store, config: RunConfig, state: TrainState, dataset_images: int, lease: Lease, *, stop: Stop, source: str
-) -> str:
+def _commit(of_run: RunHandle, state: TrainState, lease: Lease, *, stop: Stop, source: str) -> str:
     """Records the run, if it is new, the attempt and its checkpoint; returns the URI of the checkpoint."""
+    run, config, dataset_images = of_run.run, of_run.config, of_run.dataset_images
     if records.load_config(run) is None:
         records.create_config(run, config)
     device = describe_device(state.first_nonfinite.device)
@@ -205,7 +207,7 @@ def _commit(
     )
     # The next import into this run must not retire this checkpoint.
     retention = Retention(config.updated({"checkpoint.keep_last": LARGEST}), dataset_images)
-    leased = LeasedRun(run, retention, attempt, lease)
+    leased = LeasedRun(run, retention, attempt, lease, of_run.classes)
     writer = CheckpointWriter(leased, state.tensors(), before=None, stop=stop, note=note)
     try:
         writer.save(state.images_seen, state.log.reduced().tolist())

@@ -52,6 +52,8 @@ def test_an_export_is_the_same_model(bucket, tmp_path):
     succeeded(ddpm_here("export", "--run", "walk", "--bucket", bucket, "--to", tmp_path / "folder"))
     there, here = ddpm.load(tmp_path / "folder", device="cpu"), job.load(f"{bucket}/runs/walk", device="cpu")
     assert (pixels(there.sample(3, steps=4)) == pixels(here.sample(3, steps=4))).all()
+    hills = [model.sample(1, classes="hills", steps=4) for model in (there, here)]
+    assert (pixels(hills[0]) == pixels(hills[1])).all()
 
 
 def test_what_is_not_there_is_said(bucket):

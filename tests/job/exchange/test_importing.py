@@ -273,6 +273,44 @@ def test_our_own_exports_come_back(tiles, tmp_path, changes, sets):
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
+def test_classes_keep_their_names(bucket, tmp_path):
+    """Without the dataset, of an export and of a checkpoint where it lies; and what such a run exports has them."""
+    (tmp_path / "elsewhere").mkdir()
+    succeeded(ddpm_here("export", "--run", "walk", "--to", tmp_path / "out", "--bucket", bucket))
+    newest = json.loads((bucket / "runs/walk/LATEST").read_text())["checkpoint"]
+    draw = ("sample", "--classes", "skyline,hills", "--count", 2, "--save", "png", "--steps", 4)
+    succeeded(ddpm_here(*draw, "--run", "walk", "--bucket", bucket))
+    images = [path.read_bytes() for path in sorted((bucket / "runs/walk/samples").glob("*/piece-*/*.png"))]
+    assert len({*images}) == 2
+    for source, run in ((tmp_path / "out", "of-export"), (bucket / "runs/walk" / newest, "of-checkpoint")):
+        succeeded(imported(tmp_path / "elsewhere", source, run))
+        succeeded(ddpm_here(*draw, "--run", run, "--bucket", tmp_path / "elsewhere"))
+        drawn = (tmp_path / "elsewhere/runs" / run / "samples").glob("*/piece-*/*.png")
+        assert [path.read_bytes() for path in sorted(drawn)] == images
+    again = ("export", "--run", "of-export", "--to", tmp_path / "again", "--bucket", tmp_path / "elsewhere")
+    succeeded(ddpm_here(*again))
+    assert (tmp_path / "again/id2label.json").read_bytes() == (tmp_path / "out/id2label.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "code"),
+    [
+        ('{"1": "sea", "2": "sky"}', 'does not name each class by its number, as in {"0": "forest"', Exit.BAD_DATA),
+        ('{"0": {"en": "sea"}, "1": "sky"}', "does not name each class by its number", Exit.BAD_DATA),
+        ('{"0": "sea", "1": "sky", "2": "sand"}', "has 3 names, but the network 2 classes", Exit.BAD_CONFIG),
+        ('{"0": "sea", "1": ""}', "data.classes.1: string should have at least 1 character", Exit.BAD_CONFIG),
+        ('["sea", "sky"]', "id2label.json is not a JSON object", Exit.BAD_DATA),
+    ],
+)
+def test_names_that_fit_no_classes_are_refused(pipeline, tmp_path, text, said, code):
+    folder = shutil.copytree(pipeline, tmp_path / "folder")
+    spoiled(folder, {"num_class_embeds": 2}, tensors={"class_embedding.weight": torch.zeros(2, 32)})
+    succeeded(imported(tmp_path / "whole", folder, "r"))
+    (folder / "id2label.json").write_text(text)
+    assert said in refused(imported(tmp_path / "bucket", folder, "r"), code)
+    assert not (tmp_path / "bucket").exists()
+
+
 def test_killed_imports_cannot_train(tiles, pipeline, tmp_path):
     bucket = shutil.copytree(tiles, tmp_path / "bucket")
     words = ("r", "--dataset", "tiles")
