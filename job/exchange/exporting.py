@@ -53,7 +53,6 @@ _REMARK = {
     "estimated image, but keeps the noise of the estimate before clipping.",
     "DDPMScheduler": "The network also gives the variance of a step, which `DDPMPipeline` uses.",
 }
-_SCHEDULER = "scheduler/scheduler_config.json"
 
 
 def export_run(bucket_uri: str, name: str, to: str, checkpoint: str = "latest", weights: str = "") -> None:
@@ -156,7 +155,7 @@ def _index(files: dict[str, Path]) -> bytes:
 def _card(of_run: RunHandle, ref: CheckpointRef, weights: str, objects: dict[str, bytes], lacking: str) -> str:
     """Returns the model card of the folder, which the hub shows."""
     config, index = of_run.config, of_run.index
-    said = json.loads(objects.get(_SCHEDULER, b"{}"))
+    said = json.loads(objects.get(pipeline.SCHEDULER_CONFIG, b"{}"))
     kind, steps = said.get("_class_name", ""), config.sample.steps
     call = ", use_clipped_model_output=True" if kind == "DDIMScheduler" else ""
     channels, size, _ = config.image_shape

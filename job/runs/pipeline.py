@@ -6,12 +6,13 @@
     RUN/checkpoints/…/scheduler/scheduler_config.json  the diffusion process, and the sampler of the run
     RUN/checkpoints/…/model_index.json                 the class of its pipeline
     RUN/checkpoints/…/id2label.json                    the names of the classes, by number
+    RUN/checkpoints/…/run_config.yaml                  the configuration of the run, as last changed
 
 A checkpoint has the first two if diffusers has such a network, and the third if it has such a process. It has the
 fourth if one of its pipelines can sample from both without a class.
 
-The hub keeps the classes of image data sets in files of the last form (huggingface/label-files), and DiTPipeline takes
-such a mapping. It is no key of another file: for a key that it does not know, diffusers warns at each load.
+The names of classes have the form of the hub's label files (huggingface/label-files), which DiTPipeline takes. They and
+the configuration are files of their own, because diffusers warns at each load of keys that it does not know.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ FORMAT_VERSION = "0.36.0"
 WEIGHTS = "unet/diffusion_pytorch_model"
 INDEX = f"{WEIGHTS}.safetensors.index.json"
 ID2LABEL = "id2label.json"
+RUN_CONFIG = "run_config.yaml"
+UNET_CONFIG, SCHEDULER_CONFIG = "unet/config.json", "scheduler/scheduler_config.json"
 
 
 class Described(NamedTuple):
@@ -52,7 +55,7 @@ def described(config: RunConfig, classes: tuple[str, ...]) -> Described:
     values: dict[str, dict[str, Any]] = {}
     lacking = ""
     try:
-        values["unet/config.json"] = interop.unet2d_config(
+        values[UNET_CONFIG] = interop.unet2d_config(
             model,
             image_size=size,
             in_channels=channels * (1 + diffusion.self_conditioning),
@@ -60,7 +63,7 @@ def described(config: RunConfig, classes: tuple[str, ...]) -> Described:
             num_classes=(model.num_classes or 0) + (model.label_dropout > 0),
         )
         scheduler = interop.scheduler_config(diffusion, sample)
-        values["scheduler/scheduler_config.json"] = scheduler
+        values[SCHEDULER_CONFIG] = scheduler
         kind = scheduler["_class_name"].removesuffix("Scheduler")
         if config.data.latents:
             lacking = f"{kind}Pipeline samples pixels, and the network latents"
@@ -80,6 +83,9 @@ def described(config: RunConfig, classes: tuple[str, ...]) -> Described:
     objects = {key: _json(dict(sorted((version | value).items()))) for key, value in values.items()}
     if objects and classes:
         objects[ID2LABEL] = _json({str(number): name for number, name in enumerate(classes)})
+    if objects:
+        without_names = config.data.model_copy(update={"classes": ()})
+        objects[RUN_CONFIG] = config.model_copy(update={"data": without_names}).to_yaml().encode()
     return Described(objects, lacking)
 
 

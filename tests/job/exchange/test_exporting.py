@@ -33,7 +33,8 @@ def test_exports_are_pipelines_with_cards(bucket, tmp_path):
     assert f"{tmp_path}/out  (epoch-0001, weights ema, " in said
     names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     unet = {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
-    assert names == {"README.md", "grid.png", "model_index.json", "scheduler/scheduler_config.json", *unet}
+    beside = {"README.md", "grid.png", "run_config.yaml", "scheduler/scheduler_config.json"}
+    assert names == {"model_index.json", *unet, *beside}
     card = (tmp_path / "out/README.md").read_text()
     assert "Licence of the images: not stated." in card
     assert "299 images of tiles" in card

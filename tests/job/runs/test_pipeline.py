@@ -114,8 +114,11 @@ def test_large_weights_have_several_files(bucket, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "there"),
     [
-        ({}, {"id2label.json", "unet/config.json", "scheduler/scheduler_config.json"}),
-        ({"diffusion__schedule": "flow", "diffusion__prediction": "flow"}, {"id2label.json", "unet/config.json"}),
+        ({}, {"unet/config.json", "scheduler/scheduler_config.json", "id2label.json", "run_config.yaml"}),
+        (
+            {"diffusion__schedule": "flow", "diffusion__prediction": "flow"},
+            {"unet/config.json", "id2label.json", "run_config.yaml"},
+        ),
         ({"model__heads": 2}, set()),
     ],
 )
