@@ -58,21 +58,31 @@ def ddpm_import(
 
 def ddpm_export(
     run: RunOption,
-    to: Annotated[str, typer.Option(metavar="DIR|URI", help="New or empty folder; a path or a URI.")],
+    to: Annotated[str, typer.Option(metavar="DIR|URI", help="New or empty folder; a path or a URI.")] = "",
+    push: Annotated[
+        str, typer.Option(metavar="ORG/NAME", help="In place of --to: a model repository of the hub, new or pushed to.")
+    ] = "",
     checkpoint: Annotated[str, typer.Option(metavar="EPOCH", help="Epoch, such as 80, or latest.")] = "latest",
     weights: Annotated[
         str, typer.Option(metavar="NAME", help="ema, ema-STD or model. Default: the run's sample.weights.")
     ] = "",
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
-    """Write a checkpoint as a folder for diffusers, with a model card.
+    """Write a checkpoint as a folder for diffusers, or push it to the hub.
 
     Every checkpoint of a unet is such a folder already, with the settings of its run and the names of its classes. An
     export adds a README.md with sample code, leaves out the state of the training, and can hold other weights. The
     command refuses a network that diffusers lacks.
 
-    Example: ddpm export --run celeba --checkpoint 490 --to celeba-490
-    """
-    from job.exchange.exporting import export_run
+    --push makes one commit with all files, and a new repository is private. The token is that of `hf auth login`, or of
+    the variable HF_TOKEN.
 
-    export_run(bucket, run, to, checkpoint, weights)
+    Examples:
+
+        ddpm export --run celeba --checkpoint 490 --to celeba-490
+
+        ddpm export --run celeba --checkpoint 490 --push my-name/celeba
+    """
+    from job.exchange.exporting import ExportRequest, export_run
+
+    export_run(ExportRequest(bucket, run, to=to, push=push, checkpoint=checkpoint, weights=weights))

@@ -52,7 +52,7 @@ _NOT_IMPORTED: dict[str, Any] = {
     "sample.autoguidance_run": "",
     "log.tracker": "none",
 }
-"""Settings of a run that are about its own bucket, or about the account of whoever trained it."""
+"""Settings that name something in the bucket or in the account of the source, with their values in an import."""
 
 
 @dataclass(frozen=True)
