@@ -29,7 +29,7 @@ from ddpm.threads import Threads, threads_of
 MOST_TIMESTEPS = 100_000
 """Limit of the timesteps of a process that is loaded."""
 _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-_SCHEDULER = "scheduler_config.json"
+_SCHEDULER, _NAMES = "scheduler_config.json", "id2label.json"
 
 
 class NotFiniteError(ValueError):
@@ -253,7 +253,8 @@ def _bar(total: int) -> Iterator[Callable[[int], None]]:
 def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
     """Loads the model of a diffusers folder on disk: a pipeline of `UNet2DModel` and a scheduler, or the network alone.
 
-    It runs no code from the folder, since it reads weights from safetensors alone. The default sampler is `ddim`.
+    It runs no code from the folder, since it reads weights from safetensors alone. The default sampler is `ddim`. The
+    file `id2label.json`, if there is one, names the classes.
 
     Args:
         folder: with `unet/config.json`, or `config.json`.
@@ -277,7 +278,8 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
         options = interop.unet_options(_json(inner / _CONFIG))
         scheduler = _json(found) if found else {}
         said = interop.process_options(scheduler)
-        shape, classes = _network_shape(options, said["variance"]), options["num_classes"]
+        shape, labels = _network_shape(options, said["variance"]), options["num_classes"]
+        classes = _class_names(root / _NAMES, labels) if labels else ()
         network = networks.build("unet", **options)
         tensors: dict[str, Tensor] = {}
         for path in _weights(inner):
@@ -299,7 +301,8 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
         prediction=Prediction(diffusion.prediction),
         image_shape=shape,
         sampling=Sampling(steps=min(Drawing.steps, diffusion.timesteps), **interop.drawing_options(scheduler)),
-        classes=tuple(map(str, range(classes))),
+        classes=classes,
+        null_class=len(classes) < labels,
         diffusion=diffusion,
         threads=threads_of(device),
         source=str(root),
@@ -319,6 +322,21 @@ def _network_shape(options: interop.Options, variance: str) -> tuple[int, int, i
             f"the network maps {found}: a scheduler with variance_type=learned_range is missing, or it is another model"
         )
     return channels, options["image_size"], options["image_size"]
+
+
+def _class_names(path: Path, labels: int) -> tuple[str, ...]:
+    """Returns the names of a network's classes; numbers without the file. A last label without a name means no class.
+
+    Raises:
+        ValueError: the file does not name the classes of this network.
+    """
+    if not path.is_file():
+        return tuple(map(str, range(labels)))
+    said = _json(path)
+    names = tuple(str(said.get(str(number), "")) for number in range(len(said)))
+    if not names or not all(names) or len(names) not in (labels, labels - 1):
+        raise ValueError(f"{path.name} does not name the {labels} classes of the network, from 0")
+    return names
 
 
 def _weights(folder: Path) -> list[Path]:

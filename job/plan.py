@@ -38,7 +38,8 @@ class RunHandle:
     def classes(self) -> tuple[str, ...]:
         """The classes of the network; by number if they have no names."""
         count = self.config.model.num_classes or 0
-        return self.index.classes if self.index and count else tuple(map(str, range(count)))
+        names = self.index.classes if self.index else self.config.data.classes
+        return names if names and count else tuple(map(str, range(count)))
 
     @property
     def drawing(self) -> Drawing:
@@ -240,7 +241,7 @@ def follow_dataset(config: RunConfig, index: DatasetIndex) -> RunConfig:
     for key, (chosen, there) in follows.items():
         if chosen is not None and chosen != there:
             raise BadConfigError(f"{key} is {chosen}, but the dataset {index.name}-{index.size} has {there}")
-    changes = {key: there for key, (_, there) in follows.items()} | {"data.dataset": index.name}
+    changes = {key: there for key, (_, there) in follows.items()} | {"data.dataset": index.name, "data.classes": ()}
     if config.model.num_classes == 0:
         # The user asked for a network without classes.
         del changes["model.num_classes"]

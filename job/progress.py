@@ -60,6 +60,11 @@ def set_loudness(*, verbose: bool, quiet: bool) -> None:
     _is_verbose, _is_quiet = verbose, quiet
 
 
+def shows_bars() -> bool:
+    """Returns whether stderr is a terminal that takes bars, and nobody asked for quiet."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not _is_quiet
+
+
 def detail(tell: Callable[[], str]) -> None:
     """Prints a line for `--verbose`; calls `tell` only then."""
     if _is_verbose:
@@ -176,7 +181,7 @@ def _new_bars() -> rich_progress.Progress:
         speed_estimate_period=RATE_SECONDS,
         # Output for a file or a pipe must not go to the terminal.
         redirect_stdout=sys.stdout.isatty(),
-        disable=not sys.stderr.isatty() or os.environ.get("TERM") == "dumb",
+        disable=not shows_bars(),
     )
 
 

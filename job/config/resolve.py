@@ -38,6 +38,7 @@ CHOSEN_ELSEWHERE = {
     "data.dataset": "--dataset NAME",
     "data.dataset_id": "--dataset NAME",
     "data.latents": "--dataset NAME",
+    "data.classes": "ddpm import",
     "data.order": PROGRAM,
     **dict.fromkeys(("sample.autoguidance", "sample.autoguidance_run"), "ddpm sample --autoguidance [RUN@]EPOCH"),
 }

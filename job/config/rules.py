@@ -31,6 +31,13 @@ def network_takes_its_inputs(config: RunConfig) -> None:
         )
 
 
+def each_class_has_a_name(config: RunConfig) -> None:
+    """The names of the classes are those of the network's, if there are names."""
+    names, classes = len(config.data.classes), config.model.num_classes
+    if names and classes is not None and names != classes:
+        raise ValueError(f"data.classes (of id2label.json) has {names:,} names, but the network {classes:,} classes")
+
+
 def best_checkpoint_has_a_score(config: RunConfig) -> None:
     """One score decides which checkpoint is the best."""
     if config.checkpoint.keep_best and not config.evaluate.every_epochs:
@@ -100,6 +107,7 @@ def grid_starts_at_noise(config: RunConfig) -> None:
 RULES = (
     network_takes_image_size,
     network_takes_its_inputs,
+    each_class_has_a_name,
     best_checkpoint_has_a_score,
     samples_use_what_is_learnt,
     steps_suffice,

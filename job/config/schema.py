@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 Share = Annotated[float, Field(gt=0, le=1)]
+ClassName = Annotated[str, Field(min_length=1, max_length=255)]
 # A power-function average with a standard deviation of 1/√12 = 0.289 would weight all steps alike.
 Std = Annotated[float, Field(ge=0.001, le=0.28)]
 _COMPARISONS = [name for name, metric in METRICS.items() if metric.of == "features"]
@@ -34,6 +35,7 @@ class DataConfig(Settings):
     size: int | None = Field(None, ge=1, le=LARGEST_SIZE, description="pixels per side; null: as in the dataset")
     channels: int | None = Field(None, ge=1, le=256, description="channels of the images; null: as in the dataset")
     latents: bool = Field(False, description="the images are latents of an autoencoder")
+    classes: tuple[ClassName, ...] = Field((), description="names of the classes of an imported run without a dataset")
     flip: bool = Field(True, description="mirror half of the images, chosen at random")
     crop_scale: tuple[Share, Share] = Field(
         (1.0, 1.0), description="random crops: smallest and largest share of the image's area; 1,1: no crops"

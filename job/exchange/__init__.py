@@ -1,1 +1,1 @@
-"""Imports of checkpoints of other programs, exports for diffusers, and latents of autoencoders."""
+"""Imports of checkpoints, exports for diffusers and the hub, and latents of autoencoders."""

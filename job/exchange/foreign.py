@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm import interop
 from ddpm.interop import NoCounterpartError
+from job.config.yaml_files import LARGEST_FILE_BYTES
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.progress import note, printable
+from job.runs.pipeline import ID2LABEL, RUN_CONFIG, SCHEDULER_CONFIG
 from job.store import Retry, is_remote, open_store, open_to_read, split_uri, without_queries
 from job.store.files import os_errors, scratch_folder
 
@@ -56,11 +58,15 @@ class Foreign:
         what: kind and origin, for people.
         settings: the known settings of its network and process, by dotted key; and `out_channels` of a U-Net.
         tensors: its tensors by the names of our network's parameters.
+        classes: the names of its classes; empty if it states none.
+        run_config: the configuration of the run of ours that it is of, as it is; None without one.
     """
 
     what: str
     settings: dict[str, Any]
     tensors: Named
+    classes: tuple[str, ...] = ()
+    run_config: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -75,13 +81,14 @@ class _Source:
 
 
 @contextmanager
-def opened_foreign(source: str, size: int | None, retry: Retry) -> Iterator[Foreign]:
+def opened_foreign(source: str, size: int | None, retry: Retry, *, with_config: bool) -> Iterator[Foreign]:
     """Opens the checkpoint at `source`; its tensors may need their files until the context ends.
 
     Args:
         source: a path, or a URI of an object or a folder in a bucket.
         size: height and width of its images in pixels, if the checkpoint does not state it.
         retry: the retries for its bucket.
+        with_config: whether to read the configuration of a run of ours.
 
     Raises:
         MissingInputError: nothing lies at `source`.
@@ -89,7 +96,7 @@ def opened_foreign(source: str, size: int | None, retry: Retry) -> Iterator[Fore
     """
     with _opened_source(source, retry) as found:
         try:
-            foreign = _of_diffusers(found) if found.names else _of_file(found.where, found.fetch(""), size)
+            foreign = _of_diffusers(found, with_config) if found.names else _of_file(found.where, found.fetch(""), size)
         except JobError:
             raise
         # Files of strangers cause anything from KeyError to OverflowError in readers; each means the same here.
@@ -138,7 +145,7 @@ def _opened_source(source: str, retry: Retry) -> Iterator[_Source]:
         yield _Source(store.uri, names, fetch_inside)
 
 
-def _of_diffusers(source: _Source) -> Foreign:
+def _of_diffusers(source: _Source, with_config: bool) -> Foreign:
     folder = next((folder for folder in FOLDERS if f"{folder}config.json" in source.names), None)
     if folder is None:
         raise BadDataError(
@@ -146,15 +153,40 @@ def _of_diffusers(source: _Source) -> Foreign:
             "another program name the .pt file itself"
         )
     config = _json(source, f"{folder}config.json")
-    options = interop.unet_options(config)
-    schedulers = ("scheduler/scheduler_config.json", "scheduler_config.json")
+    schedulers = (SCHEDULER_CONFIG, SCHEDULER_CONFIG.rpartition("/")[2])
     scheduler = next((_json(source, name) for name in schedulers if name in source.names), None)
-    settings: dict[str, Any] = {}
+    has_config = RUN_CONFIG in source.names
+    return Foreign(
+        "a UNet2DModel of diffusers",
+        settings_of_diffusers(config, scheduler),
+        interop.with_names_of_today(_weights(source, folder)),
+        classes=_class_names(source) if ID2LABEL in source.names else (),
+        run_config=_bytes(source, RUN_CONFIG, LARGEST_FILE_BYTES) if has_config and with_config else None,
+    )
+
+
+def settings_of_diffusers(unet: dict[str, Any], scheduler: dict[str, Any] | None) -> dict[str, Any]:
+    """Returns the settings that the configurations of a `UNet2DModel` and a scheduler of diffusers state.
+
+    Raises:
+        NoCounterpartError: they state something else that has no counterpart here.
+    """
+    settings = _unet_settings(interop.unet_options(unet))
     if scheduler is not None:
         settings |= {f"diffusion.{key}": value for key, value in interop.process_options(scheduler).items()}
         settings |= {f"sample.{key}": value for key, value in interop.drawing_options(scheduler).items()}
-    tensors = interop.with_names_of_today(_weights(source, folder))
-    return Foreign("a UNet2DModel of diffusers", settings | _unet_settings(options), tensors)
+    return settings
+
+
+def _class_names(source: _Source) -> tuple[str, ...]:
+    names = _json(source, ID2LABEL)
+    try:
+        return tuple(printable(names.pop(str(number))) for number in range(len(names)))
+    except (KeyError, TypeError):
+        raise BadDataError(
+            f'{source.where}/{ID2LABEL} does not name each class by its number, as in {{"0": "forest", "1": "sea"}}: '
+            "correct it, or delete it"
+        ) from None
 
 
 @contextmanager
@@ -200,16 +232,22 @@ def _weights(source: _Source, folder: str) -> Named:
 
 
 def _json(source: _Source, name: str) -> dict[str, Any]:
-    path = source.fetch(name)
-    with os_errors(path), path.open("rb") as file:
-        text = file.read(MOST_JSON_BYTES + 1)
     try:
-        document = json.loads(text) if len(text) <= MOST_JSON_BYTES else None
+        document = json.loads(_bytes(source, name, MOST_JSON_BYTES))
     except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
         raise BadDataError(f"{source.where}/{name} is not a JSON object such as diffusers writes")
     return document
+
+
+def _bytes(source: _Source, name: str, most: int) -> bytes:
+    path = source.fetch(name)
+    with os_errors(path), path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise BadDataError(f"{source.where}/{name} is larger than {most >> 10:,} KiB, as no such file is")
+    return content
 
 
 def _of_file(where: str, path: Path, size: int | None) -> Foreign:

@@ -1,25 +1,40 @@
-"""`ddpm import`: makes a run from a network of another program.
+"""`ddpm import`: makes a run from a network of another program, or from a checkpoint or an export of this one.
 
 The run gets a configuration, an attempt that names the source, and one checkpoint per import: the imported weights and
 averages, with zero as the optimiser's moments. Everything else is as in a run that was trained here.
+
+A checkpoint of ours states its whole configuration, and one of another program only its network and its process.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ddpm.epochs import images_at_epoch
-from job.config import LARGEST, RunConfig, draft, layered, parse_sets, validated
-from job.data.shards import find_dataset, load_index, validated_dataset_name
-from job.exchange.foreign import Foreign, opened_foreign
+from ddpm.interop import NoCounterpartError
+from job.config import (
+    FREE,
+    FREE_SECTIONS,
+    LARGEST,
+    RunConfig,
+    draft,
+    layered,
+    parse_sets,
+    preset_names,
+    validated,
+)
+from job.data.shards import DatasetIndex, find_dataset, load_index, validated_dataset_name
+from job.exchange.foreign import Foreign, opened_foreign, settings_of_diffusers
 from job.exits import BadConfigError, BadDataError, BadRequestError, State
-from job.plan import check_drawing, follow_dataset
+from job.plan import RunHandle, check_drawing, follow_dataset
 from job.processes.compute import describe_device
 from job.processes.lease import Lease
 from job.progress import note, printable
-from job.runs import records
-from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef
+from job.runs import pipeline, records
+from job.runs.layout import CheckpointRef
+from job.runs.pipeline import RUN_CONFIG, SCHEDULER_CONFIG, UNET_CONFIG
 from job.runs.retention import Retention
 from job.runs.writer import CheckpointWriter, LeasedRun
 from job.sealed import utc_now
@@ -28,6 +43,16 @@ from job.store import Store, open_bucket, without_queries
 
 if TYPE_CHECKING:
     from ddpm.training import TrainState
+
+_NOT_IMPORTED: dict[str, Any] = {
+    "data.dataset": "",
+    "data.dataset_id": "",
+    "data.latents": False,
+    "sample.autoguidance": 0,
+    "sample.autoguidance_run": "",
+    "log.tracker": "none",
+}
+"""Settings that name something in the bucket or in the account of the source, with their values in an import."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +66,8 @@ class ImportRequest:
         dataset: the dataset of further training; without one the run is only for sampling.
         size: height and width of the images in pixels, if the checkpoint does not state it.
         epoch: the epoch of the dataset at whose end the checkpoint was saved.
-        preset: the preset of the settings that the checkpoint lacks; empty: the defaults.
+        preset: the preset of the settings that are not the network's or the process's; empty: those that the
+            checkpoint states, else the defaults.
         sets: assignments to dotted keys.
     """
 
@@ -83,38 +109,96 @@ def import_run(request: ImportRequest) -> None:
     sets, stop = request.check(), Stop().install()
     bucket = open_bucket(request.bucket, stop)
     run = records.run_store(bucket, request.run)
-    with opened_foreign(request.source, request.size, bucket.retry.elsewhere()) as foreign:
+    retry, with_config = bucket.retry.elsewhere(), not request.preset
+    with opened_foreign(request.source, request.size, retry, with_config=with_config) as foreign:
         # The query of a URL may be a signature, which must not enter records.
         request = replace(request, source=without_queries(request.source))
-        config, dataset_images = _config(bucket, request, foreign.settings, sets)
-        _check_run(run, request.run, config)
+        config, index = _config(bucket, request, foreign, sets)
+        of_run = RunHandle(bucket, run, index, config, config.sample)
+        _check_run(run, request.run, config, sets)
         state = _state(config, foreign, request.source)
-    state.resume_at(images_at_epoch(request.epoch, dataset_images, config.train.batch_size), config.train.batch_size)
+    batch_size = config.train.batch_size
+    state.resume_at(images_at_epoch(request.epoch, of_run.dataset_images, batch_size), batch_size)
     records.check_writable(run)
     lease = Lease.take(run, records.highest_fence(run), 0.0, stop, note)
     try:
         # Another process may have begun the run meanwhile.
-        _check_run(run, request.run, config)
-        where = _commit(run, config, state, dataset_images, lease, stop=stop, source=request.source)
+        _check_run(run, request.run, config, sets)
+        where = _commit(of_run, state, lease, stop=stop, source=request.source)
     finally:
         lease.close(stop.seconds_left())
     weights = sum(parameter.numel() for parameter in state.model.parameters())
-    print(f"{where}  ({foreign.what}, {weights:,} weights)\nTo sample from it: ddpm sample --run {request.run}")
+    settings = "" if foreign.run_config is None else ", with the settings of its run"
+    print(f"{where}  ({foreign.what}, {weights:,} weights{settings})")
+    print(f"To sample from it: ddpm sample --run {request.run}")
 
 
 def _config(
-    bucket: Store, request: ImportRequest, found: dict[str, Any], sets: dict[str, Any]
-) -> tuple[RunConfig, int]:
-    """Returns the configuration and the number of images of the dataset; without a dataset, more than a run can see."""
-    if request.size not in (None, found["data.size"]):
-        raise BadConfigError(f"--size {request.size}: the checkpoint states {found['data.size']} pixels")
+    bucket: Store, request: ImportRequest, foreign: Foreign, sets: dict[str, Any]
+) -> tuple[RunConfig, DatasetIndex | None]:
+    """Returns the configuration, and the dataset if the request names one."""
+    if request.size not in (None, size := foreign.settings["data.size"]):
+        raise BadConfigError(f"--size {request.size}: the checkpoint states {size} pixels")
+    always = {"imported": True, "data.classes": foreign.classes}
+    where = f"{request.source} as a run"
+    if foreign.run_config is not None:
+        ours = _of_our_run(f"{request.source}/{RUN_CONFIG}", foreign.run_config, foreign.settings)
+        config = validated(layered(ours, sets) | always, where)
+    else:
+        told = _of_other_program(request.source, foreign.settings, sets) | always
+        # The default number of steps may exceed the timesteps of this process.
+        steps = min(RunConfig().sample.steps, told.get("diffusion.timesteps", LARGEST))
+        usual = RunConfig().flat() | {"sample.steps": steps}
+        config = draft(request.preset, told) if request.preset else validated(layered(usual, told), where)
+    check_drawing(config)
+    if not request.dataset:
+        return config, None
+    index = load_index(bucket, find_dataset(bucket, request.dataset, config.data.size))
+    return follow_dataset(config, index), index
+
+
+def _of_our_run(where: str, text: bytes, found: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of the run that the checkpoint is of, but for those about another bucket or account.
+
+    Args:
+        where: the URI of its configuration, for messages.
+        text: its configuration.
+        found: the settings that the files for diffusers beside it state.
+
+    Raises:
+        BadDataError: the configuration is damaged, or of another network or process than the checkpoint.
+    """
+    what_to_do = "Restore it, or give --preset NAME, whose settings replace it"
+    config = records.parsed_config(text, where, what_to_do)
+    objects = pipeline.described(config, ()).objects if config.data.size and config.data.channels else {}
+    unet, scheduler = (json.loads(objects.get(key, b"null")) for key in (UNET_CONFIG, SCHEDULER_CONFIG))
+    try:
+        stated = settings_of_diffusers(unet or {}, scheduler)
+    except NoCounterpartError as error:
+        raise BadDataError(f"{where} is of another checkpoint ({error}). {what_to_do}") from None
+    for key in sorted(stated.keys() & found.keys()):
+        # Another scheduler of diffusers may sample from the same process.
+        if stated[key] != found[key] and not key.startswith("sample."):
+            differs = f"{key}: {stated[key]!r:.60}, not {found[key]!r:.60}"
+            raise BadDataError(f"{where} is of another checkpoint ({differs}). {what_to_do}")
+    preset = config.preset if config.preset in preset_names() else ""
+    return config.flat() | _NOT_IMPORTED | {"preset": preset}
+
+
+def _of_other_program(source: str, found: dict[str, Any], sets: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings that are known of a network of another program, with those of `--set`.
+
+    Raises:
+        BadDataError: its numbers of channels have no counterpart.
+        BadConfigError: its process is unknown.
+    """
     told = found | sets
     channels, out_channels = told["data.channels"], told.pop("out_channels")
     if sets.get("diffusion.self_conditioning"):
         channels //= 2
     if out_channels not in (channels, 2 * channels):
         raise BadDataError(
-            f"{request.source} cannot be imported: it has {channels} channels in and {out_channels} out, and a network "
+            f"{source} cannot be imported: it has {channels} channels in and {out_channels} out, and a network "
             "here has equal numbers, or twice as many out; diffusion.self_conditioning=true halves those in"
         )
     told |= {"data.channels": channels}
@@ -122,35 +206,27 @@ def _config(
         told |= {"diffusion.variance": "learned_range"}
     if "diffusion.schedule" not in told:
         raise BadConfigError(
-            f"{request.source} has no scheduler_config.json: state the process of its training, such as "
+            f"{source} has no scheduler_config.json: state the process of its training, such as "
             "--set diffusion.schedule=linear --set diffusion.prediction=epsilon"
         )
     if sets.get("model.label_dropout") and found["model.kind"] == "unet":
         # The last embedding means "no class".
         told["model.num_classes"] = found["model.num_classes"] - 1
-    where = f"{request.source} as a run"
-    told["imported"] = True
-    if not request.preset:
-        # The default number of steps may exceed the timesteps of this process.
-        told = {"sample.steps": min(RunConfig().sample.steps, told.get("diffusion.timesteps", LARGEST))} | told
-    config = draft(request.preset, told) if request.preset else validated(layered(RunConfig().flat(), told), where)
-    check_drawing(config)
-    if not request.dataset:
-        return config, MAX_IMAGES_SEEN + 1
-    index = load_index(bucket, find_dataset(bucket, request.dataset, config.data.size))
-    return follow_dataset(config, index), index.images
+    return told
 
 
-def _check_run(run: Store, name: str, config: RunConfig) -> None:
+def _check_run(run: Store, name: str, config: RunConfig, sets: dict[str, Any]) -> None:
     """Checks that the checkpoint can become one of this run.
 
     Raises:
-        BadRequestError: the run has another configuration, or checkpoints of training here.
+        BadRequestError: the run learns otherwise or has other values of `--set`, or has checkpoints of training here.
     """
     stored = records.load_config(run)
     if stored is None:
         return
-    others = [key for key, value in stored.flat().items() if config.flat().get(key) != value]
+    # A run of ours may have been changed in these keys between two of its checkpoints.
+    free = {key for key in stored.flat() if key in FREE or key.split(".")[0] in FREE_SECTIONS} - sets.keys()
+    others = [key for key, value in stored.flat().items() if key not in free and config.flat().get(key) != value]
     trained = [fence for fence in records.attempt_fences(run) if not records.load_attempt(run, fence).imported]
     if others or trained:
         why = f"has another {others[0]}" if others else f"has trained since (attempt {trained[0]})"
@@ -193,10 +269,9 @@ def _state(config: RunConfig, foreign: Foreign, source: str) -> TrainState:
     return training.create_state(network, device, method.settings_of(config))
 
 
-def _commit(
-    run: Store, config: RunConfig, state: TrainState, dataset_images: int, lease: Lease, *, stop: Stop, source: str
-) -> str:
+def _commit(of_run: RunHandle, state: TrainState, lease: Lease, *, stop: Stop, source: str) -> str:
     """Records the run, if it is new, the attempt and its checkpoint; returns the URI of the checkpoint."""
+    run, config, dataset_images = of_run.run, of_run.config, of_run.dataset_images
     if records.load_config(run) is None:
         records.create_config(run, config)
     device = describe_device(state.first_nonfinite.device)
@@ -205,7 +280,7 @@ def _commit(
     )
     # The next import into this run must not retire this checkpoint.
     retention = Retention(config.updated({"checkpoint.keep_last": LARGEST}), dataset_images)
-    leased = LeasedRun(run, retention, attempt, lease)
+    leased = LeasedRun(run, retention, attempt, lease, of_run.classes)
     writer = CheckpointWriter(leased, state.tensors(), before=None, stop=stop, note=note)
     try:
         writer.save(state.images_seen, state.log.reduced().tolist())

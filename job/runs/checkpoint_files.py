@@ -50,7 +50,7 @@ class CheckpointFiles:
         size_bytes: of a host copy.
     """
 
-    def __init__(self, live: Tensors, retention: Retention) -> None:
+    def __init__(self, live: Tensors, retention: Retention, classes: tuple[str, ...]) -> None:
         self._live, self._retention = live, retention
         self._host: Tensors = {}
         self._cuda = any(tensor.is_cuda for named in live.values() for tensor in named.values())
@@ -62,7 +62,7 @@ class CheckpointFiles:
             self._host[group] = {name: view.view(tensor.shape) for (name, tensor), view in views}
         self.size_bytes = sum(tensor.nbytes for named in self._host.values() for tensor in named.values())
         self._parts = plan_parts(self._host)
-        self._pipeline = pipeline.files_for_diffusers(retention.config, self._parts)
+        self._pipeline = pipeline.files_for_diffusers(retention.config, classes, self._parts)
         self.drawn = self._pipeline.drawn
 
     def copy(self) -> None:

@@ -5,9 +5,14 @@
     RUN/checkpoints/…/unet/config.json                 the arguments of its UNet2DModel
     RUN/checkpoints/…/scheduler/scheduler_config.json  the diffusion process, and the sampler of the run
     RUN/checkpoints/…/model_index.json                 the class of its pipeline
+    RUN/checkpoints/…/id2label.json                    the names of the classes, by number
+    RUN/checkpoints/…/run_config.yaml                  the configuration of the run, as last changed
 
-A checkpoint has the first two if diffusers has such a network, and the third if it has such a process. It has the last
-if one of its pipelines can sample from both without a class.
+A checkpoint has the first two if diffusers has such a network, and the third if it has such a process. It has the
+fourth if one of its pipelines can sample from both without a class.
+
+The names of classes have the form of the hub's label files (huggingface/label-files), which DiTPipeline takes. They and
+the configuration are files of their own, because diffusers warns at each load of keys that it does not know.
 """
 
 from __future__ import annotations
@@ -27,19 +32,22 @@ FORMAT_VERSION = "0.36.0"
 
 WEIGHTS = "unet/diffusion_pytorch_model"
 INDEX = f"{WEIGHTS}.safetensors.index.json"
+ID2LABEL = "id2label.json"
+RUN_CONFIG = "run_config.yaml"
+UNET_CONFIG, SCHEDULER_CONFIG = "unet/config.json", "scheduler/scheduler_config.json"
 
 
 class Described(NamedTuple):
     """The description of a run for diffusers."""
 
     objects: dict[str, bytes]
-    """The JSON objects beside the weights, by key below the checkpoint; empty if diffusers lacks the network."""
+    """The objects beside the weights, by key below the checkpoint; empty if diffusers lacks the network."""
     lacking: str
     """The reason why they do not make a whole pipeline; empty if they do."""
 
 
-def described(config: RunConfig) -> Described:
-    """Returns the objects that diffusers reads beside the weights of a run's checkpoints."""
+def described(config: RunConfig, classes: tuple[str, ...]) -> Described:
+    """Returns the objects beside the weights of a run's checkpoints; `classes` are the names of its classes."""
     model, diffusion, sample = config.model, config.diffusion, config.sample
     if not isinstance(model, catalogue.UNet):
         return Described({}, f"model.kind={model.kind} is not a network that diffusers samples from")
@@ -47,7 +55,7 @@ def described(config: RunConfig) -> Described:
     values: dict[str, dict[str, Any]] = {}
     lacking = ""
     try:
-        values["unet/config.json"] = interop.unet2d_config(
+        values[UNET_CONFIG] = interop.unet2d_config(
             model,
             image_size=size,
             in_channels=channels * (1 + diffusion.self_conditioning),
@@ -55,7 +63,7 @@ def described(config: RunConfig) -> Described:
             num_classes=(model.num_classes or 0) + (model.label_dropout > 0),
         )
         scheduler = interop.scheduler_config(diffusion, sample)
-        values["scheduler/scheduler_config.json"] = scheduler
+        values[SCHEDULER_CONFIG] = scheduler
         kind = scheduler["_class_name"].removesuffix("Scheduler")
         if config.data.latents:
             lacking = f"{kind}Pipeline samples pixels, and the network latents"
@@ -71,11 +79,18 @@ def described(config: RunConfig) -> Described:
             }
     except interop.NoCounterpartError as error:
         lacking = str(error)
-    objects = {
-        key: (json.dumps({"_diffusers_version": FORMAT_VERSION} | value, indent=2, sort_keys=True) + "\n").encode()
-        for key, value in values.items()
-    }
+    version = {"_diffusers_version": FORMAT_VERSION}
+    objects = {key: _json(dict(sorted((version | value).items()))) for key, value in values.items()}
+    if objects and classes:
+        objects[ID2LABEL] = _json({str(number): name for number, name in enumerate(classes)})
+    if objects:
+        without_names = config.data.model_copy(update={"classes": ()})
+        objects[RUN_CONFIG] = config.model_copy(update={"data": without_names}).to_yaml().encode()
     return Described(objects, lacking)
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def weights_names(parts: int) -> list[str]:
@@ -87,7 +102,7 @@ def weights_names(parts: int) -> list[str]:
 
 def weights_index(size_bytes: int, names: dict[str, str]) -> bytes:
     """Returns the JSON object that maps each tensor's name to its file, for weights in several files."""
-    return (json.dumps({"metadata": {"total_size": size_bytes}, "weight_map": names}, indent=2) + "\n").encode()
+    return _json({"metadata": {"total_size": size_bytes}, "weight_map": names})
 
 
 class FilesForDiffusers(NamedTuple):
@@ -98,17 +113,20 @@ class FilesForDiffusers(NamedTuple):
     names: dict[str, str]
     """Their files below the checkpoint, by part."""
     descriptions: dict[str, bytes]
-    """The JSON objects beside them, by key below the checkpoint."""
+    """The objects beside them, by key below the checkpoint."""
 
 
-def files_for_diffusers(config: RunConfig, parts: Mapping[str, Mapping[str, Tensor]]) -> FilesForDiffusers:
+def files_for_diffusers(
+    config: RunConfig, classes: tuple[str, ...], parts: Mapping[str, Mapping[str, Tensor]]
+) -> FilesForDiffusers:
     """Names the parts with the weights to sample with, and describes them.
 
     Args:
         config: of the run.
+        classes: names of its classes.
         parts: all tensors of a checkpoint by part, each named after its group: `ema-00.safetensors`.
     """
-    descriptions = described(config).objects
+    descriptions = described(config, classes).objects
     drawn = config.sample.weights if descriptions else ""
     weights = {part: tensors for part, tensors in parts.items() if drawn and part.rpartition("-")[0] == drawn}
     names = dict(zip(weights, weights_names(len(weights)), strict=True))

@@ -66,6 +66,15 @@ def load_config(run: Store) -> RunConfig | None:
     what_to_do = "Restore it, or start another run; --set changes the settings that may change"
     if attempt and attempt.config_sha256 != hashlib.sha256(data).hexdigest():
         raise BadDataError(f"{uri} differs from the one of attempt {attempt.fence}, or is another run's. {what_to_do}")
+    return parsed_config(data, uri, what_to_do)
+
+
+def parsed_config(data: bytes, uri: str, what_to_do: str) -> RunConfig:
+    """Returns the configuration in the bytes of `RunConfig.to_yaml`; an error names `uri`, and ends with `what_to_do`.
+
+    Raises:
+        BadDataError: it is corrupt, or not readable by this version.
+    """
     try:
         return validated(flatten(all_printable(parse_yaml(data))), uri)
     except (yaml.YAMLError, AttributeError, UnicodeError, JobError) as error:

@@ -38,6 +38,8 @@ class LeasedRun:
     retention: Retention
     attempt: Attempt
     lease: Lease
+    classes: tuple[str, ...]
+    """The names of its classes."""
     damaged: Collection[CheckpointRef] = ()
     """Checkpoints that do not verify: they do not count for retention, and are kept for inspection."""
 
@@ -74,7 +76,7 @@ class CheckpointWriter:
         # Unlike `stop` this ends no upload that is under way when a stop is requested.
         self._closing = Stop(stop.grace_seconds)
         self._run = leased.store.within(leased.store.retry.limit_seconds, self._closing)
-        self._files = CheckpointFiles(live, leased.retention)
+        self._files = CheckpointFiles(live, leased.retention, leased.classes)
         every_minutes = leased.retention.config.checkpoint.every_minutes
         self._cadence = Cadence(self._run, self._files.size_bytes, every_minutes, stop.grace_seconds, note)
         self._retirement = Retirement(self._run, leased.lease, leased.damaged, note)

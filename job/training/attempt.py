@@ -215,7 +215,7 @@ def _recording(
         yield None
         return
     rows = metric_rows.read_rows(plan.run, restored.metrics, note) if restored else []
-    leased = LeasedRun(plan.run, retention_of(plan, rows), attempt, lease, damaged)
+    leased = LeasedRun(plan.run, retention_of(plan, rows), attempt, lease, classes=plan.classes, damaged=damaged)
     writer = CheckpointWriter(leased, state.tensors(), before=restored, stop=stop, note=note)
     recorder = Recorder(plan, state, attempt, lease, writer=writer, rows=rows, tracking=tracking, pictures=pictures)
     try:

@@ -59,6 +59,17 @@ def test_pictures_follow_seeds_and_classes(pipeline):
     assert not torch.equal(chosen, model.sample(1, seed=8, classes="2", steps=5, as_tensor=True))
 
 
+def test_a_last_class_without_a_name_guides(pipeline, tmp_path):
+    folder = shutil.copytree(pipeline, tmp_path / "folder")
+    (folder / "id2label.json").write_text('{"0": "sky", "1": "sea", "2": "sand"}')
+    named, numbered = ddpm.load(folder, device="cpu"), ddpm.load(pipeline, device="cpu")
+    seen = named.sample(1, classes="sea", steps=5, as_tensor=True)
+    assert torch.equal(seen, numbered.sample(1, classes=1, steps=5, as_tensor=True))
+    # Without any weight on the class, what is drawn is the last class.
+    unguided = named.sample(1, classes="sea", guidance=0, steps=5, as_tensor=True)
+    torch.testing.assert_close(unguided, numbered.sample(1, classes=3, steps=5, as_tensor=True), atol=1e-5, rtol=0)
+
+
 def test_ancestral_sampling_visits_all_points(pipeline):
     model = ddpm.load(pipeline, device="cpu")
     all_points = model.sample(1, sampler="ddpm", steps=50, as_tensor=True)
@@ -90,7 +101,7 @@ def test_what_cannot_be_drawn_is_said(pipeline, options, said):
 
 
 def broken(folder: Path, name: str, text: str | None) -> None:
-    (folder / name).unlink()
+    (folder / name).unlink(missing_ok=True)
     if text is not None:
         (folder / name).write_text(text)
 
@@ -107,6 +118,8 @@ def broken(folder: Path, name: str, text: str | None) -> None:
         ("scheduler/scheduler_config.json", '{"num_train_timesteps": "x"}', "cannot be loaded"),
         ("scheduler/scheduler_config.json", '{"num_train_timesteps": 1e12}', "cannot be loaded"),
         ("scheduler/scheduler_config.json", '{"_class_name": "FlowMatchEulerDiscreteScheduler"}', "no counterpart"),
+        ("id2label.json", '{"0": "sky", "1": "sea"}', "does not name the 4 classes"),
+        ("id2label.json", '{"1": "a", "2": "b", "3": "c", "4": "d"}', "does not name the 4 classes"),
     ],
 )
 def test_damaged_folders_are_refused(pipeline, tmp_path, name, text, said):

@@ -55,6 +55,8 @@ def test_an_export_is_the_same_model(bucket, tmp_path):
     what = "Model(UNet, 64,643 parameters, images 3×16×16, prediction v, schedule cosine, 5 classes, from "
     assert repr(here) == f"{what}{bucket}/runs/walk, epoch 3, weights ema)"
     assert repr(there) == f"{what}{tmp_path / 'folder'})"
+    hills = [model.sample(1, classes="hills", steps=4) for model in (there, here)]
+    assert (pixels(hills[0]) == pixels(hills[1])).all()
 
 
 def test_what_is_not_there_is_said(bucket):

@@ -1,5 +1,6 @@
 """Checkpoints for other people, with diffusers as the judge of what they get."""
 
+import json
 import shutil
 
 import pytest
@@ -32,7 +33,8 @@ def test_exports_are_pipelines_with_cards(bucket, tmp_path):
     assert f"{tmp_path}/out  (epoch-0001, weights ema, " in said
     names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     unet = {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
-    assert names == {"README.md", "grid.png", "model_index.json", "scheduler/scheduler_config.json", *unet}
+    beside = {"README.md", "grid.png", "run_config.yaml", "scheduler/scheduler_config.json"}
+    assert names == {"model_index.json", *unet, *beside}
     card = (tmp_path / "out/README.md").read_text()
     assert "Licence of the images: not stated." in card
     assert "299 images of tiles" in card
@@ -89,8 +91,24 @@ def test_card_of_classes_has_a_loop(bucket, tmp_path):
     seen: dict = {}
     exec(card.split("```")[1].removeprefix("python\n").replace("this folder", str(tmp_path / "out")), seen)
     assert seen["x"].shape == (4, 3, 16, 16)
-    assert "The classes, from 0: " in card
+    assert "the names of the classes: coast, desert, hills, mountain, skyline." in card
     assert not (tmp_path / "out/model_index.json").exists()
+
+
+def test_classes_are_named_as_on_the_hub(bucket, tmp_path, capfd):
+    """As in the hub's label files, and so that diffusers warns of nothing: that of an export, and of a checkpoint."""
+    from diffusers import DDIMScheduler, UNet2DModel
+
+    succeeded(export(bucket, "classes", tmp_path / "out"))
+    (checkpoint,) = (path for path in (bucket / "runs/classes/checkpoints").iterdir() if path.is_dir())
+    names = dict(enumerate(("coast", "desert", "hills", "mountain", "skyline")))
+    for folder in (tmp_path / "out", checkpoint):
+        assert {int(k): v for k, v in json.loads((folder / "id2label.json").read_text()).items()} == names
+        capfd.readouterr()
+        unet = UNet2DModel.from_pretrained(folder, subfolder="unet")
+        DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+        assert capfd.readouterr() == ("", "")
+        assert unet.config.num_class_embeds == len(names)
 
 
 def test_impossible_exports_leave_nothing(bucket, tmp_path):

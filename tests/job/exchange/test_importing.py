@@ -237,40 +237,195 @@ def test_averages_come_before_weights(tmp_path, make):
     assert all(torch.equal(tensor, average[name]) for name, tensor in ours.state_dict().items())
 
 
+CONDITIONED = {
+    "diffusion__self_conditioning": "true",
+    "model__label_dropout": "0.1",
+    "model__num_classes": "5",
+}
+FLOW = {"diffusion__schedule": "flow", "diffusion__prediction": "flow"}
+
+
+def exported(bucket: Path, **changes: str) -> Path:
+    """An export of a new run `r`, unconditional by default."""
+    train = ("train", "--dataset", "tiles", "--run", "r", "--epochs", 1, "--bucket", bucket)
+    succeeded(ddpm_here(*train, *settings(**{"model__num_classes": "0", **changes})))
+    succeeded(ddpm_here("export", "--run", "r", "--to", bucket / "out", "--bucket", bucket))
+    return bucket / "out"
+
+
 @pytest.mark.parametrize(
     ("changes", "sets"),
     [
         ({"diffusion__schedule": "sigmoid", "diffusion__variance": "learned_range"}, ()),
         pytest.param(
-            {"diffusion__self_conditioning": "true", "model__label_dropout": "0.1", "model__num_classes": "5"},
+            CONDITIONED,
             ("diffusion.self_conditioning=true", "model.label_dropout=0.1"),
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            {"diffusion__schedule": "flow", "diffusion__prediction": "flow"},
+            FLOW,
             ("diffusion.schedule=flow", "diffusion.prediction=flow", "diffusion.timesteps=50"),
             marks=pytest.mark.slow,
         ),
     ],
 )
 def test_our_own_exports_come_back(tiles, tmp_path, changes, sets):
+    """Also without their configuration, if options state what diffusers' files cannot."""
     bucket = shutil.copytree(tiles, tmp_path / "bucket")
-    changes = {"model__num_classes": "0", **changes}
-    train = ("train", "--dataset", "tiles", "--run", "r", "--epochs", 1, "--bucket", bucket)
-    succeeded(ddpm_here(*train, *settings(**changes)))
-    succeeded(ddpm_here("export", "--run", "r", "--to", tmp_path / "out", "--bucket", bucket))
+    (exported(bucket, **changes) / "run_config.yaml").unlink()
     words = [word for one in sets for word in ("--set", one)]
-    if "flow" in changes.get("diffusion__schedule", ""):
-        done = imported(bucket, tmp_path / "out", "back")
+    if changes is FLOW:
+        done = imported(bucket, bucket / "out", "back")
         assert "--set diffusion.schedule=linear" in refused(done, Exit.BAD_CONFIG)
-    succeeded(imported(bucket, tmp_path / "out", "back", *words))
+    succeeded(imported(bucket, bucket / "out", "back", *words))
     before, after = (network_of(bucket, run) for run in ("r", "back"))
     assert before[0].diffusion.model_dump(exclude={"weighting", "gamma"}) == after[0].diffusion.model_dump(
         exclude={"weighting", "gamma"}
     )
-    ours, theirs = before[1].state_dict(), after[1].state_dict()
+    assert_equal_weights(before[1], after[1])
+
+
+def assert_equal_weights(ours, theirs):
+    ours, theirs = ours.state_dict(), theirs.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+FORK = {
+    "diffusion__variance": "learned_range",
+    "diffusion__weighting": "soft_min_snr",
+    "train__learning_rate": "0.003",
+    "train__learning_rate_decay": "cosine",
+    "train__warmup_images": "72",
+    "train__decay_images": "7200",
+    "train__weight_decay": "0.02",
+    "train__seed": "7",
+    "ema__decay": "0.9",
+    "ema__stds": "0.1,0.2",
+    "data__flip": "false",
+    "data__crop_scale": "0.8,1.0",
+    "sample__sampler": "heun",
+    "checkpoint__keep_epochs": "1,7",
+}
+"""Settings of all sections that are neither their defaults nor the preset's."""
+
+
+@pytest.mark.parametrize(
+    "changes", [FORK, pytest.param(CONDITIONED, marks=pytest.mark.slow), pytest.param(FLOW, marks=pytest.mark.slow)]
+)
+def test_our_own_checkpoints_keep_their_settings(tiles, tmp_path, changes):
+    """All of them, of an export and of a checkpoint where it lies; training goes on with them."""
+    bucket = shutil.copytree(tiles, tmp_path / "bucket")
+    out = exported(bucket, **changes)
+    newest = bucket / "runs/r" / json.loads((bucket / "runs/r/LATEST").read_text())["checkpoint"]
+    said = succeeded(imported(bucket, out, "of-export", "--dataset", "tiles", "--epoch", 1))
+    assert "weights, with the settings of its run)" in said
+    succeeded(imported(bucket, newest, "of-checkpoint", "--set", "train.batch_size=8"))
+    config, network = network_of(bucket, "r")
+    without_dataset = {"data.dataset", "data.dataset_id", "data.classes"}
+    for run, of_import in (("of-export", {"imported"}), ("of-checkpoint", {"imported", "train.batch_size"})):
+        other, theirs = network_of(bucket, run)
+        differing = {key for key, value in config.flat().items() if value != other.flat()[key]}
+        assert differing - (without_dataset if run == "of-checkpoint" else set()) == of_import
+        assert_equal_weights(network, theirs)
+    done = ddpm_here("train", "--dataset", "tiles", "--run", "of-export", "--epochs", 2, "--bucket", bucket)
+    succeeded(done)
+    assert "resuming at epoch 1" in done.stderr
+    assert load_attempt(open_store(str(bucket)).sub("runs/of-export"), 2).changes == {"train.epochs": 2}
+
+
+@pytest.mark.slow
+def test_several_checkpoints_of_a_changed_run_come_back(bucket, tmp_path):
+    """What a run may change meanwhile does not keep its checkpoints apart; an option does."""
+    elsewhere = tmp_path / "elsewhere"
+    for epochs in (4, 5):
+        done = ddpm_here("train", "--dataset", "tiles", "--run", "walk", "--epochs", epochs, "--bucket", bucket)
+        succeeded(done)
+        newest = json.loads((bucket / "runs/walk/LATEST").read_text())["checkpoint"]
+        shutil.copytree(bucket / "runs/walk" / newest, tmp_path / str(epochs))
+        succeeded(imported(elsewhere, tmp_path / str(epochs), "r"))
+    assert existing_config(open_store(str(elsewhere)), "r").train.epochs == 4
+    assert len(list_checkpoints(open_store(str(elsewhere)).sub("runs/r"))) == 2
+    done = imported(elsewhere, tmp_path / "5", "r", "--set", "sample.steps=5")
+    assert "exists and has another sample.steps" in refused(done, Exit.BAD_REQUEST)
+
+
+def test_configurations_of_strangers_are_checked(bucket, tmp_path):
+    """What is damaged or of another checkpoint is refused, unless a preset replaces it; names are not taken."""
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    succeeded(ddpm_here("export", "--run", "walk", "--to", out, "--bucket", bucket))
+    text = (out / "run_config.yaml").read_text()
+    for changed, said in (
+        ("", "is not a configuration"),
+        ("train: [1", "is not a configuration"),
+        ("a: &a [1]\nb: *a", "aliases are not supported"),
+        ("train: !!python/object/apply:os.mkdir [x]", "could not determine a constructor"),
+        (text.replace("learning_rate: 0.01", "learning_rate: fast"), "train.learning_rate: input should be a valid"),
+        (text + "later: 1\n", "later: extra inputs are not permitted"),
+        (text.replace("channels: 8", "channels: 16"), "of another checkpoint (model.channels: 16, not 8)"),
+        (text.replace("schedule: cosine", "schedule: linear"), "of another checkpoint (diffusion.schedule: 'linear'"),
+        (text.replace("  size: 16", "  size: null"), "of another checkpoint"),
+        (text + " " * 300_000, "is larger than 256 KiB"),
+    ):
+        assert changed != text, said
+        (out / "run_config.yaml").write_text(changed)
+        assert said in refused(imported(elsewhere, out, "r"), Exit.BAD_DATA)
+        assert not elsewhere.exists()
+    succeeded(imported(elsewhere, out, "r", "--preset", "landscape", "--set", "sample.steps=5"))
+    assert existing_config(open_store(str(elsewhere)), "r").preset == "landscape"
+    theirs = {
+        "preset: landscape-sample": "preset: ../../x",
+        "dataset: tiles": "dataset: ../../x",
+        "tracker: none": "tracker: wandb",
+        "autoguidance_run: ''": "autoguidance_run: ../../x",
+        "imported: false": "imported: true",
+    }
+    for ours, other in theirs.items():
+        assert ours in text, ours
+        text = text.replace(ours, other)
+    (out / "run_config.yaml").write_text(text)
+    succeeded(imported(elsewhere, out, "s"))
+    stored = (elsewhere / "runs/s/config.yaml").read_text()
+    assert "learning_rate: 0.01" in stored
+    assert not [word for word in ("../", "wandb") if word in stored]
+
+
+def test_classes_keep_their_names(bucket, tmp_path):
+    """Without the dataset, of an export and of a checkpoint where it lies; and what such a run exports has them."""
+    (tmp_path / "elsewhere").mkdir()
+    succeeded(ddpm_here("export", "--run", "walk", "--to", tmp_path / "out", "--bucket", bucket))
+    newest = json.loads((bucket / "runs/walk/LATEST").read_text())["checkpoint"]
+    draw = ("sample", "--classes", "skyline,hills", "--count", 2, "--save", "png", "--steps", 4)
+    succeeded(ddpm_here(*draw, "--run", "walk", "--bucket", bucket))
+    images = [path.read_bytes() for path in sorted((bucket / "runs/walk/samples").glob("*/piece-*/*.png"))]
+    assert len({*images}) == 2
+    for source, run in ((tmp_path / "out", "of-export"), (bucket / "runs/walk" / newest, "of-checkpoint")):
+        succeeded(imported(tmp_path / "elsewhere", source, run))
+        succeeded(ddpm_here(*draw, "--run", run, "--bucket", tmp_path / "elsewhere"))
+        drawn = (tmp_path / "elsewhere/runs" / run / "samples").glob("*/piece-*/*.png")
+        assert [path.read_bytes() for path in sorted(drawn)] == images
+    again = ("export", "--run", "of-export", "--to", tmp_path / "again", "--bucket", tmp_path / "elsewhere")
+    succeeded(ddpm_here(*again))
+    assert (tmp_path / "again/id2label.json").read_bytes() == (tmp_path / "out/id2label.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "code"),
+    [
+        ('{"1": "sea", "2": "sky"}', 'does not name each class by its number, as in {"0": "forest"', Exit.BAD_DATA),
+        ('{"0": {"en": "sea"}, "1": "sky"}', "does not name each class by its number", Exit.BAD_DATA),
+        ('{"0": "sea", "1": "sky", "2": "sand"}', "has 3 names, but the network 2 classes", Exit.BAD_CONFIG),
+        ('{"0": "sea", "1": ""}', "data.classes.1: string should have at least 1 character", Exit.BAD_CONFIG),
+        ('["sea", "sky"]', "id2label.json is not a JSON object", Exit.BAD_DATA),
+    ],
+)
+def test_names_that_fit_no_classes_are_refused(pipeline, tmp_path, text, said, code):
+    folder = shutil.copytree(pipeline, tmp_path / "folder")
+    spoiled(folder, {"num_class_embeds": 2}, tensors={"class_embedding.weight": torch.zeros(2, 32)})
+    succeeded(imported(tmp_path / "whole", folder, "r"))
+    (folder / "id2label.json").write_text(text)
+    assert said in refused(imported(tmp_path / "bucket", folder, "r"), code)
+    assert not (tmp_path / "bucket").exists()
 
 
 def test_killed_imports_cannot_train(tiles, pipeline, tmp_path):

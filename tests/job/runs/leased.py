@@ -57,7 +57,7 @@ def leased(run: Store, fence: int = 1, **changes: object) -> LeasedRun:
         previous=None,
     )
     retention = Retention(small_config(**changes), DATASET_IMAGES)
-    return LeasedRun(run, retention, attempt, SureLease(fence))  # type: ignore[arg-type]
+    return LeasedRun(run, retention, attempt, SureLease(fence), ())  # type: ignore[arg-type]
 
 
 def writer_of(leased_run: LeasedRun, tensors: Tensors, stop: Stop = NEVER, notes: list[str] | None = None):

@@ -114,15 +114,18 @@ def test_large_weights_have_several_files(bucket, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "there"),
     [
-        ({}, {"unet/config.json", "scheduler/scheduler_config.json"}),
-        ({"diffusion__schedule": "flow", "diffusion__prediction": "flow"}, {"unet/config.json"}),
+        ({}, {"unet/config.json", "scheduler/scheduler_config.json", "id2label.json", "run_config.yaml"}),
+        (
+            {"diffusion__schedule": "flow", "diffusion__prediction": "flow"},
+            {"unet/config.json", "id2label.json", "run_config.yaml"},
+        ),
         ({"model__heads": 2}, set()),
     ],
 )
 def test_only_what_diffusers_has_is_described(changes, there):
     network = {"model__kind": "unet", "model__channel_mults": (1, 2), "model__attention_sizes": (16, 8)}
     config = small_config(data__size=16, data__channels=3, model__num_classes=5, **network | changes)
-    files = pipeline.files_for_diffusers(config, {"model-00.safetensors": {}, "ema-00.safetensors": {}})
+    files = pipeline.files_for_diffusers(config, tuple("abcde"), {"model-00.safetensors": {}, "ema-00.safetensors": {}})
     assert files.descriptions.keys() == there
     assert [*files.names] == ["ema-00.safetensors"] * bool(there)
 

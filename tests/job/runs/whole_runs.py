@@ -11,7 +11,7 @@ from job.runs.layout import CheckpointRef
 from job.store import Store
 from tests.job.command_line import ddpm_here, settings
 
-DESCRIPTIONS = ("model_index.json", "config.json")
+DESCRIPTIONS = ("model_index.json", "config.json", "id2label.json", "run_config.yaml")
 """Ends of the keys of what describes the weights to diffusers: the same in all checkpoints, and not needed here."""
 
 
