@@ -223,6 +223,10 @@ class Ranges(AbstractBufferedFile):
         self._fetch_range = fetch
         super().__init__(None, "", block_size=READ_AHEAD_BYTES, size=size_bytes)
 
+    def read_ahead(self, size_bytes: int) -> None:
+        """Makes each later request fetch so many bytes more than are read."""
+        self.cache.blocksize = size_bytes
+
 
 def damaged(uri: str) -> BucketAwayError:
     """Returns the error that the received bytes are not those that were sent."""

@@ -8,11 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from job.data.formats.arrow import arrow_source
 from job.data.formats.cifar import cifar_source
 from job.data.formats.mnist import idx_source
+from job.data.formats.parquet import parquet_source
 from job.data.source import Files, Source
 
-_READERS: tuple[Callable[[Files, str | None], Source | None], ...] = (idx_source, cifar_source)
+_READERS: tuple[Callable[[Files, str | None], Source | None], ...] = (
+    idx_source,
+    cifar_source,
+    parquet_source,
+    arrow_source,
+)
 
 
 def recognised(files: Files, column: str | None) -> Source | None:
