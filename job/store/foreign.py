@@ -25,7 +25,7 @@ from job.store import URIS, WEB, check_source, is_safe, is_web
 from job.store.base import Entry, ObjectMissingError, Store
 from job.store.calls import POLL_SECONDS, T, answer, in_thread
 from job.store.files import COPY_BYTES
-from job.store.remote import CONNECTIONS, READ_AHEAD_BYTES, Ranges, one_line
+from job.store.remote import CONNECTIONS, PART_BYTES, READ_AHEAD_BYTES, Ranges, one_line
 from job.store.retry import Retry
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class ForeignStore(Store):
             at = start
             try:
                 while stop is None or is_web or at < stop:
-                    size = min(stop - at, READ_AHEAD_BYTES) if stop and not is_web else COPY_BYTES
+                    size = min(stop - at, PART_BYTES) if stop and not is_web else COPY_BYTES
                     block = self._ask(where, partial(_next_block, file, size))
                     if not block:
                         return
