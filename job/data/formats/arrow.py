@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from job.data.formats.columns import Columns
-from job.data.formats.tables import BoundedFile, Group, Table, table_source
+from job.data.formats.tables import BoundedFile, Group, Table, table_source, tables_among
 from job.data.members import RefusedError
 from job.data.source import Files, Source
 
@@ -24,7 +24,7 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 def arrow_source(files: Files, column: str | None) -> Source | None:
     """Returns the images of Arrow files."""
-    names = files.matching(_NAME)
+    names = tables_among(files, _NAME)
     return table_source(files, names, "Arrow", partial(_opened, files), column) if names else None
 
 

@@ -95,8 +95,8 @@ def columns_of(schema: Any, where: str, column: str | None) -> Columns:
         column: the label that a person chose; empty for the usual one, None for none.
 
     Raises:
-        BadRequestError: there are several images or labels to choose from, or the chosen label is no such column.
-        RefusedError: there is no column of images.
+        BadRequestError: there are several images or labels to choose from, or the chosen label is missing.
+        RefusedError: the table lacks images.
     """
     if len(set(schema.names)) < len(schema.names):
         raise RefusedError("has several columns of one name: rename them")
@@ -139,7 +139,7 @@ def _image_columns(schema: Any, features: Mapping[str, Any]) -> dict[str, bool]:
         in_struct = pa.types.is_struct(field.type)
         at = field.type.get_field_index("bytes") if in_struct else 0
         kind = field.type if not in_struct else field.type.field(at).type if at >= 0 else pa.null()
-        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
             found[field.name] = in_struct
     structs = {name: True for name, in_struct in found.items() if in_struct}
     return structs or found
@@ -158,7 +158,7 @@ def _without_images(schema: Any) -> str:
             return f"{it} holds lists of images: write each image into a row of its own"
         if depth and pa.types.is_uint8(kind):
             return f"{it} holds pixels as lists of numbers: {_AS_IMAGES}"
-        if _is_text(kind) and not depth and ("url" in field.name.lower() or field.name.lower() in _IMAGES):
+        if is_text(kind) and not depth and ("url" in field.name.lower() or field.name.lower() in _IMAGES):
             return f"{it} holds URLs or paths: img2dataset downloads the images into tars, which can be packed"
     return f"is a table without a column of images, and has {_some(schema.names)}: {_AS_IMAGES}"
 
@@ -185,13 +185,14 @@ def _can_be_label(kind: Any) -> bool:
 
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    return is_text(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
 
-def _is_text(kind: Any) -> bool:
+def is_text(kind: Any) -> bool:
+    """Returns whether a `pyarrow.DataType` is that of texts."""
     import pyarrow as pa
 
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _classes(feature: Mapping[str, Any]) -> tuple[str, ...]:

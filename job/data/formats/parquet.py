@@ -7,21 +7,18 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from job.data.formats.columns import Columns
-from job.data.formats.tables import BoundedFile, Group, Table, table_source
+from job.data.formats.columns import Columns, is_text
+from job.data.formats.tables import BoundedFile, Group, Table, table_source, tables_among
 from job.data.members import RefusedError
 from job.data.source import Files, Source
 
 _NAME = re.compile(r".*\.(parquet|parq|pq)", re.IGNORECASE)
-_BUFFER_BYTES = 8 << 20
-"""Bytes that are read at a time of a large chunk."""
 _LABELS_READ = 1 << 16
 
 
 def parquet_source(files: Files, column: str | None) -> Source | None:
     """Returns the images of Parquet files."""
-    # img2dataset writes a table beside each tar, without images.
-    names = [name for name in files.matching(_NAME) if f"{name.rpartition('.')[0]}.tar" not in files.names]
+    names = tables_among(files, _NAME)
     return table_source(files, names, "Parquet", partial(_opened, files), column) if names else None
 
 
@@ -40,7 +37,7 @@ class _ParquetTable:
         try:
             # A buffer instead of whole chunks: these may have any size.
             self._parquet: Any = parquet.ParquetFile(
-                file, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
+                file, buffer_size=file.buffer_bytes, pre_buffer=False, page_checksum_verification=True
             )
             self.schema, about = self._parquet.schema_arrow, self._parquet.metadata
             rows = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
@@ -71,16 +68,13 @@ class _ParquetTable:
             yield from columns.images_in(values)
 
     def _labels(self, columns: Columns, group: int) -> Iterator[str]:
-        import pyarrow as pa
-
-        kind = self.schema.field(columns.label).type
         # A dictionary of one long text could stand for any number of rows, too.
-        is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        for values in self._batches(group, columns.label, 1 if is_text else _LABELS_READ):
+        rows = 1 if is_text(self.schema.field(columns.label).type) else _LABELS_READ
+        for values in self._batches(group, columns.label, rows):
             yield from columns.label_texts(values)
 
     def _batches(self, group: int, path: str, rows: int) -> Iterator[Any]:
-        """Yields the values of a column, so many rows at a time."""
+        """Yields the values of a column, a number of rows at a time."""
         read = self._parquet.iter_batches(batch_size=rows, row_groups=[group], columns=[path], use_threads=False)
         for batch in read:
             batch.validate(full=True)

@@ -28,6 +28,8 @@ from job.exits import BadRequestError, how_to_install
 _READERS = 16
 """Number of files elsewhere whose labels are read at a time."""
 _MOST_READ_BYTES = 1 << 30
+_BUFFER_BYTES = 8 << 20
+"""Bytes that are read at a time of a large group."""
 _SHARD = re.compile(r"(?P<stem>.*-)\d{5}-of-(?P<count>\d{5})(?P<suffix>\.(?:parquet|arrow))")
 _REASON_CHARACTERS = 160
 
@@ -66,9 +68,11 @@ class BoundedFile:
 
     def __init__(self, file: BinaryIO) -> None:
         """Takes over an open file."""
-        # A label is a few bytes between megabytes of images.
+        self.buffer_bytes = _BUFFER_BYTES
+        # A label is a few bytes between megabytes of images, and what is fetched at once comes by several connections.
         if read_ahead := getattr(file, "read_ahead", None):
             read_ahead(0)
+            self.buffer_bytes *= 4
         self.size_bytes = file.seek(0, io.SEEK_END)
         file.seek(0)
         self._file, self.seek, self.tell, self.close = file, file.seek, file.tell, file.close
@@ -116,6 +120,15 @@ def table_source(
     tables = _Tables(files, names, open_table, columns)
     note = "; ".join(_remarks(names)) if not files.chosen else ""
     return Source(where, tables.members, listed_in=tables.members, classes=columns.classes, note=note)
+
+
+def tables_among(files: Files, pattern: re.Pattern[str]) -> list[str]:
+    """Returns the names that a pattern matches, but for hidden ones and the tables that describe a tar beside them."""
+    names = [name for name in files.matching(pattern) if not members.is_hidden(name)]
+    if files.chosen:
+        return names
+    # img2dataset writes them, without images.
+    return [name for name in names if f"{name.rpartition('.')[0]}.tar" not in files.names]
 
 
 def has_shards(names: Iterable[str]) -> bool:
@@ -259,5 +272,5 @@ def _remarks(names: Sequence[str]) -> Iterator[str]:
     folders = {name.rpartition("/")[0] for name in names}
     kinds = {"/".join(part for part in folder.split("/") if not split_in([part])) for folder in folders}
     if len(kinds) > 1:
-        shown = ", ".join(sorted(kinds)[:3])
-        yield f"tables of {len(kinds):,} folders ({shown}, …) are packed together: name one of them to pack it alone"
+        shown = ", ".join(sorted(kinds)[:3]) + ", …" * (len(kinds) > 3)
+        yield f"tables of {len(kinds):,} folders ({shown}) are packed together: name one of them to pack it alone"

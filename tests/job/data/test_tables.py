@@ -193,6 +193,8 @@ def test_hub_dataset_is_read_in_parts(server, tmp_path, monkeypatch):
     handler.asked.clear()
     assert len(labels_of(where)) == 160
     assert fetched_groups(handler.asked, train) == []
+    # Another split is not opened.
+    handler.content["/data/test-00000-of-00001.parquet"] = b"damaged"
 
     with pytest.raises(StoppedError):
         packed(tmp_path / "stopped", where, stop_at=40, **at)
@@ -227,22 +229,44 @@ def test_files_elsewhere_are_streamed(server, tmp_path):
     assert contents_of(tmp_path / "kaggle.zip") == expected
 
 
+def test_tables_in_a_bucket(gcs_bucket, monkeypatch):
+    """A group of which several requests at a time fetch parts."""
+    monkeypatch.setattr("job.store.remote.PART_BYTES", 1 << 14)
+    content, store = table(20, size=64), open_store(gcs_bucket)
+    store.put("theirs/data/train-00000-of-00001.parquet", parquet_bytes(content))
+    store.put("other/train/data-00000-of-00001.arrow", arrow_bytes(content))
+    for folder in ("theirs", "other", "theirs/data/*.parquet"):
+        assert contents_of(f"{gcs_bucket}/{folder}") == [row["bytes"] for row in content["image"].to_pylist()]
+
+
 @pytest.mark.parametrize("options", [{}, {"compression": "zstd", "use_dictionary": True}])
-def test_memory_does_not_grow_with_a_group(tmp_path, options):
-    """Of a group of many pages, and of one large image that stands for all rows, by way of a dictionary."""
+def test_memory_does_not_grow_with_a_group(tmp_path, monkeypatch, options):
+    """Of a group of many pages, and of one image and one long label that stand for all rows, by way of dictionaries."""
     noise = np.random.default_rng(0)
     images = [noise.bytes(1 << 20)] * 128 if options else [noise.bytes(1 << 20) for _ in range(64)]
-    content = pa.table({"image": pa.array(images)})
+    content = pa.table(
+        {"image": pa.array(images), "label": pa.array(["cat" * (100_000 if options else 1)] * len(images))}
+    )
     parquet.write_table(content, tmp_path / "a.parquet", row_group_size=1000, write_batch_size=1, **options)
     del content
+    read, sizes = tables.BoundedFile.read, [0]
+
+    def counted(file: tables.BoundedFile, size: int = -1) -> bytes:
+        sizes.append(size)
+        return read(file, size)
+
+    monkeypatch.setattr(tables.BoundedFile, "read", counted)
     pool, before = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
     pa.set_memory_pool(pool)
     try:
         source = open_source(str(tmp_path / "a.parquet"))
+        labels = [found.label for found in source.labelled()]
         assert all(content == images[number] for number, (_, content) in enumerate(source.loaded(source.images())))
     finally:
         pa.set_memory_pool(before)
+    assert len(labels) == len(images)
     assert 0 < pool.max_memory() < 24 << 20
+    assert max(sizes) <= 8 << 20
 
 
 def test_columns_are_found_by_types_and_features(tmp_path):
@@ -319,7 +343,7 @@ def test_tables_beside_other_files(tmp_path, caplog):
     images = folder_of(tmp_path / "images", [("a.png", png(9)), ("metadata.parquet", about)])
     assert contents_of(images) == [png(9)]
     folder_of(tmp_path / "configs", [("small/train-0.parquet", shard), ("large/train-0.parquet", shard)])
-    assert "tables of 2 folders (large, small, …) are packed together" in open_source(str(tmp_path / "configs")).note
+    assert "tables of 2 folders (large, small) are packed together" in open_source(str(tmp_path / "configs")).note
     # Test images often have no labels.
     unlabelled = parquet_bytes(table(2).select(["image"]))
     mixed = folder_of(tmp_path / "mixed", [("test-0.parquet", unlabelled), ("train-0.parquet", shard)])
@@ -347,6 +371,7 @@ def test_unusable_tables_are_one_line(tmp_path):
         (table(1).replace_schema_metadata({"huggingface": twice}), BadDataError, "has two classes of one name"),
         (pa.table({"image": pa.array([{"bytes": None, "path": "/a.png"}], IMAGE)}), BadDataError, "at most a path"),
         (pa.table({"image": pa.array([], IMAGE)}), BadDataError, "holds no images"),
+        (pa.table({"image": pa.nulls(100_000, IMAGE)}), BadDataError, "promises 100,000 rows, and has 100,000 rows in"),
     ]:
         parquet.write_table(content, path)
         with pytest.raises(error) as caught:
