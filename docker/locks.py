@@ -19,6 +19,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 PINNED = "requirements-torch-cpu.txt"
+EXTRAS = ("gs", "s3", "az", "evaluate", "latents", "web", "parquet")
 ONLY_FOR_TORCH = re.compile(r"(torch|torchvision|triton|nvidia-.*|cuda-.*)==")
 HEADER = "# Written by `make locks`; do not edit.\n"
 
@@ -33,7 +34,7 @@ def main() -> None:
         before = "".join((FOLDER / name).read_text() for name in _written() if (FOLDER / name).exists())
         everything = Path(folder, "requirements.txt")
         everything.write_text(before)
-        extras = [word for extra in ("gs", "s3", "az", "evaluate", "latents", "web") for word in ("--extra", extra)]
+        extras = [word for extra in EXTRAS for word in ("--extra", extra)]
         _resolve(FOLDER.parent / "pyproject.toml", everything, [*extras, "--constraint", str(versions), *arguments])
         building = Path(folder, "build.in")
         building.write_text("uv\nsetuptools\n")

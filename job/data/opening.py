@@ -20,6 +20,7 @@ from job.data.formats import recognised
 from job.data.formats.beside import labelled_beside
 from job.data.formats.cifar import archive_source
 from job.data.formats.mnist import IDX_NAME
+from job.data.formats.tables import has_shards
 from job.data.formats.unread import next_step_by
 from job.data.members import Member, Opener, RefusedError
 from job.data.source import Files, Source
@@ -145,32 +146,38 @@ def _folder(root: Path, bucket: str, column: str | None) -> Source:
     """Returns a local folder of images, or of files in another format."""
     names, has_images = _names_below(root, bucket)
     files = _local_files(root, names)
-    if not has_images and (found := _read_as(files, column)):
+    if found := _read_as(files, column, has_images):
         return found
     return labelled_beside(_folder_source(root, bucket), files, column)
 
 
 def _names_below(root: Path, bucket: str) -> tuple[list[str], bool]:
-    """Returns names of files in and below a folder, and whether images are among them: then not all of the names."""
-    found, has_images, folders = list[str](), False, [root]
+    """Returns names of the files in and below a folder that are no images, and whether images are among them."""
+    found, has_images, folders = list[str](), False, [str(root)]
     for folder in folders:
-        for child in sorted(folder.iterdir()) if not has_images else ():
-            if members.is_hidden(child.name) or child == Path(bucket):
+        with os.scandir(folder) as scan:
+            children = sorted(scan, key=lambda child: child.name)
+        for child in children:
+            if members.is_hidden(child.name) or child.path == str(Path(bucket)):
                 continue
-            if child.is_dir() and not child.is_symlink():
-                folders.append(child)
+            if child.is_dir(follow_symlinks=False):
+                folders.append(child.path)
             elif members.is_image(child.name):
                 has_images = True
             elif child.is_file():
-                found.append(str(child.relative_to(root)))
+                found.append(os.path.relpath(child.path, root))
     return found, has_images
 
 
-def _read_as(files: Files, column: str | None) -> Source | None:
-    """Returns the images in files that are none themselves."""
+def _read_as(files: Files, column: str | None, has_images: bool = False) -> Source | None:
+    """Returns the images in files that are none themselves; None if these are not the dataset."""
+    if has_images and not has_shards(files.names):
+        return None
     if found := recognised(files, column):
-        return found
-    archives = [name for name in files.names if name.lower().endswith(ARCHIVES)]
+        # A dataset of the hub may show some of its images on its page.
+        beside = "leaving out the images beside its tables" if has_images else ""
+        return replace(found, note="; ".join(filter(None, (found.note, beside))))
+    archives = [name for name in files.names if name.lower().endswith(ARCHIVES)] if not has_images else []
     opened = [(name, partial(files.open, name)) for name in archives]
     return _archives(files.where, opened, column) if archives else None
 
@@ -206,7 +213,7 @@ def _inside(archive: Source, inside: str, where: str) -> Source:
 
     if split_in(folder.split("/")):
         archive = replace(whole, note="")
-    return replace(archive, where=where, listed=listed)
+    return replace(archive, where=where, listed=listed, listed_in=None)
 
 
 def _matching(pattern: str) -> Callable[[str], object]:
@@ -231,7 +238,7 @@ def _elsewhere(uri: str, retry: Retry | None, column: str | None) -> Source:
     if not entries:
         raise MissingInputError(_NOTHING_AT.format(store.uri))
     files = Files(store.uri, tuple(entry.key for entry in entries if not members.is_image(entry.key)), store.open)
-    if len(files.names) == len(entries) and (found := _read_as(files, column)):
+    if found := _read_as(files, column, has_images=len(files.names) < len(entries)):
         return found
 
     def listed() -> Iterator[Member]:

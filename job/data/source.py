@@ -90,6 +90,7 @@ class Source:
     Attributes:
         where: the path or URI that messages name.
         listed: yields its files in order, each readable until the next one is requested; raises `RefusedError`.
+        listed_in: yields the files of one split alone, if the format finds them without the others.
         channels: channels of the packed images by default.
         classes: the names of the classes, if the format has a list of them.
         note: how the source is interpreted, for people.
@@ -102,6 +103,7 @@ class Source:
 
     where: str
     listed: Callable[[], Iterator[Member]]
+    listed_in: Callable[[str], Iterator[Member]] | None = None
     channels: int = 3
     classes: tuple[str, ...] = ()
     note: str = ""
@@ -120,7 +122,7 @@ class Source:
         """Yields all files with normalised names, each readable until the next one is requested."""
         wanted = SPLITS.get(self.split)
         with members.refusing(self.where):
-            for member in self.listed():
+            for member in self.listed_in(wanted) if self.listed_in and wanted else self.listed():
                 parts = members.path_parts(member.name)
                 if parts[0] == "" or ".." in parts or re.fullmatch("[A-Za-z]:", parts[0]):
                     raise RefusedError(f"has an entry that leads out of it, {member.name!r}: do not trust this archive")

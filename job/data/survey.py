@@ -97,7 +97,7 @@ def survey(
         )
     labels = (by_label if found.are_labels else by_folder).renumbered(found.numbers)
     count, lacking = len(labels), labels.count(-1) if found.names else 0
-    if found.are_labels and count > _FEW_IMAGES and len(found.numbers) >= count - lacking:
+    if found.are_labels and not names and count > _FEW_IMAGES and len(found.numbers) >= count - lacking:
         raise BadRequestError(f"{where} has another label for each image, so these are no classes: use --no-classes")
     divided = {part for folder in by_folder.numbers for part in folder if split_of(part)}.difference(found.names)
     splits = tuple(sorted(set(map(split_of, divided))))

@@ -25,7 +25,7 @@ from job.store import URIS, WEB, check_source, is_safe, is_web
 from job.store.base import Entry, ObjectMissingError, Store
 from job.store.calls import POLL_SECONDS, T, answer, in_thread
 from job.store.files import COPY_BYTES
-from job.store.remote import CONNECTIONS, READ_AHEAD_BYTES, Ranges, one_line
+from job.store.remote import CONNECTIONS, PART_BYTES, READ_AHEAD_BYTES, Ranges, one_line
 from job.store.retry import Retry, UnknownHostError, is_unknown_host
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ _SIGN_IN = {
 }
 _VERSIONS = ("ETag", "etag", "Last-Modified", "generation", "blob_id", "sha", "mtime", "last_modified", "modified")
 """Names under which file systems give a file's version; `If-Range` takes the first two."""
+_HUB_DATASET = re.compile(r"datasets/[^/]+/[^/]")
 _MOST_FOLDERS_DEEP = 64
 _FINAL = (TypeError, NotImplementedError, IsADirectoryError)
 """Errors that another attempt would raise again."""
@@ -63,6 +64,8 @@ class _Connection:
         self._fs: Any = None
         # The root of an SSH server is `/`.
         self._root: str = kind._strip_protocol(url) or ("/" if scheme in ("sftp", "ssh") else "")
+        self.is_fixed = False
+        """Whether no file can change, because all of them are those of one commit."""
         # fsspec lets threads share these alone: of two threads that use SSH, one would wait without end.
         self.turns = threading.Semaphore(CONNECTIONS if kind.async_impl or scheme == "hf" else 1)
 
@@ -85,7 +88,19 @@ class _Connection:
                 raise BadRequestError(
                     f"{self.scheme}:// cannot be opened ({reason}): check the URL, and fsspec's configuration"
                 ) from None
+        if self.scheme == "hf" and not self.is_fixed and _HUB_DATASET.match(self._root):
+            self._fix_commit(self._fs)
         return self._fs
+
+    def _fix_commit(self, fs: Any) -> None:
+        """Makes all reads of a dataset of the hub see one commit, so that no part of a file has to be compared."""
+        from huggingface_hub import HfApi
+
+        found = fs.resolve_path(self._root)
+        api = HfApi(endpoint=fs.endpoint, token=fs.token)
+        commit = api.repo_info(found.repo_id, repo_type=found.repo_type, revision=found.revision).sha
+        fixed = type(found)(found.repo_type, found.repo_id, commit, found.path_in_repo)
+        self._root, self.is_fixed = fixed.unresolve(), True
 
     def drop(self) -> None:
         """Makes the next call open a new file system."""
@@ -132,12 +147,14 @@ class ForeignStore(Store):
             The first byte's position, and the content from there on, at least up to `stop`. A read makes one attempt,
             and raises as any operation does.
         """
-        where, path = self.uri_of(key), self._path(key)
-        is_web = "https" in self._connection.kind.protocol
+        where, is_web = self.uri_of(key), "https" in self._connection.kind.protocol
 
         def opened(fs: Any) -> Any:
+            path = self._path(key)
             if not is_web:
-                return fs.open(path, "rb", block_size=READ_AHEAD_BYTES, cache_type="readahead")
+                # The end is known: bytes behind it would be for nothing.
+                kind = "none" if stop else "readahead"
+                return fs.open(path, "rb", block_size=READ_AHEAD_BYTES, cache_type=kind)
             headers = {**fs.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
             if start or stop:
                 headers["Range"] = f"bytes={start}-{stop - 1 if stop else ''}"
@@ -154,8 +171,14 @@ class ForeignStore(Store):
             self._ask(where, lambda _: file.seek(start))
 
         def content() -> Iterator[bytes]:
+            at = start
             try:
-                while block := self._ask(where, lambda _: file.read(COPY_BYTES)):
+                while stop is None or is_web or at < stop:
+                    size = min(stop - at, PART_BYTES) if stop and not is_web else COPY_BYTES
+                    block = self._ask(where, partial(_next_block, file, size))
+                    if not block:
+                        return
+                    at += len(block)
                     self.retry.is_under_way(where)
                     yield block
             finally:
@@ -211,7 +234,7 @@ class ForeignStore(Store):
         return repr(about.version)
 
     def _check_same(self, key: str, about: About) -> None:
-        if self._about(key, anew=True) != about:
+        if not self._connection.is_fixed and self._about(key, anew=True) != about:
             raise BadDataError(f"{self.uri_of(key)} has changed during the read: begin again")
 
     def _open(self, key: str) -> BinaryIO:
@@ -253,9 +276,9 @@ class ForeignStore(Store):
 
     def _listed(self, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """Lists the keys and properties of a folder's files and folders; nothing for a missing folder."""
-        path, start = self._path(folder), self._connection.path(self._prefix).rstrip("/")
 
         def ask(fs: Any) -> list[dict[str, Any]]:
+            path = self._path(folder)
             fs.invalidate_cache()
             # The hub limits the requests per hour, but lists all files below a folder in one.
             is_hub = self._connection.scheme == "hf"
@@ -264,6 +287,7 @@ class ForeignStore(Store):
         found = []
         with suppress(ObjectMissingError):
             found = self._ask(self._uri(folder), ask)
+        start = self._connection.path(self._prefix).rstrip("/")
         for each in found:
             # The links of a page may lead outside the folder, and some servers begin them with a dot.
             name = each["name"].replace("/./", "/")
@@ -289,6 +313,10 @@ class ForeignStore(Store):
 
     def _delete(self, key: str) -> NoReturn:
         raise BadRequestError(f"{self.uri_of(key)} can only be read: delete it with another program")
+
+
+def _next_block(file: Any, size_bytes: int, _: Any) -> bytes:
+    return bytes(file.read(size_bytes))
 
 
 def _options(scheme: str, silence_seconds: float) -> dict[str, Any]:

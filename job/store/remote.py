@@ -9,7 +9,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial, wraps
 from itertools import islice
@@ -30,6 +30,8 @@ PIECE_BYTES = 4 << 20
 """Size of one ranged read: on most networks its transfer takes longer than its request."""
 _PIECES_AHEAD = 6
 READ_AHEAD_BYTES = PIECE_BYTES
+PART_BYTES = 2 * READ_AHEAD_BYTES
+"""Largest part of a file that one request fetches, of those that are read in parts."""
 _REASON_CHARACTERS = 200
 
 
@@ -220,8 +222,20 @@ class Ranges(AbstractBufferedFile):
     """A seekable file over a function that fetches the bytes from `start` to `stop`, and some more ahead."""
 
     def __init__(self, fetch: Callable[[int, int], bytes], size_bytes: int) -> None:
-        self._fetch_range = fetch
+        """Takes the function, which threads call: one connection does not fill a network."""
+        self._fetch = fetch
         super().__init__(None, "", block_size=READ_AHEAD_BYTES, size=size_bytes)
+
+    def read_ahead(self, size_bytes: int) -> None:
+        """Sets how many bytes each later request fetches behind those that are read."""
+        self.cache.blocksize = size_bytes
+
+    def _fetch_range(self, start: int, stop: int) -> bytes:
+        starts = range(start, stop, PART_BYTES)
+        if len(starts) < 2:
+            return self._fetch(start, stop)
+        with ThreadPoolExecutor(_PIECES_AHEAD) as pool:
+            return b"".join(pool.map(lambda start: self._fetch(start, min(start + PART_BYTES, stop)), starts))
 
 
 def damaged(uri: str) -> BucketAwayError:
