@@ -64,7 +64,8 @@ def test_unknown_part_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "loading"])
     with pytest.raises(SystemExit, match="2"):
         main()
-    assert "unknown part 'loading': use training_step, loader, checkpoint, sampling, store" in capsys.readouterr().err
+    parts = "training_step, busy, loader, checkpoint, sampling, store"
+    assert f"unknown part 'loading': use {parts}" in capsys.readouterr().err
 
 
 def test_missed_targets_are_marked(tmp_path, capsys):

@@ -312,7 +312,7 @@ class _Copying(_Packing):
     def _survey(self) -> dict[str, Any]:
         request, retry = self._request, self._bucket.retry.elsewhere()
         file, column = split_labels(request.labels)
-        wanted = None if request.classes is False else "" if file else column
+        wanted = None if request.classes is False or file else column
         source = open_source(request.source, self._bucket.uri, retry, wanted)
         if split := request.split:
             source = replace(source, split=split, where=f"{source.where}, split {split}")

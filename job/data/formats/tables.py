@@ -22,7 +22,7 @@ from job.data.ahead import in_order
 from job.data.formats.columns import Columns, columns_of
 from job.data.members import Member, RefusedError, path_parts, refused
 from job.data.source import Files, Source
-from job.data.splits import split_in
+from job.data.splits import first_split, split_in
 from job.exits import BadRequestError, how_to_install
 
 _READERS = 16
@@ -107,7 +107,7 @@ def table_source(
         BadDataError: a table is damaged, or has no images.
         BadRequestError: there are several columns to choose from, or `pyarrow` is missing.
     """
-    where = f"{files.where}/{files.chosen}" if files.chosen else files.where
+    where = files.place
     try:
         import pyarrow  # noqa: F401
     except ModuleNotFoundError:
@@ -118,8 +118,9 @@ def table_source(
     with members.refusing(where), reading("" if files.chosen else first), closing(open_table(first)) as table:
         columns = columns_of(table.schema, where, column)
     tables = _Tables(files, names, open_table, columns)
-    note = "; ".join(_remarks(names)) if not files.chosen else ""
-    return Source(where, tables.members, listed_in=tables.members, classes=columns.classes, note=note)
+    split, said = first_split(names)
+    note = "; ".join(filter(None, (said, *_remarks(names)))) if not files.chosen else ""
+    return Source(where, tables.members, classes=columns.classes, note=note, listed_in=tables.members, split=split)
 
 
 def tables_among(files: Files, pattern: re.Pattern[str]) -> list[str]:

@@ -8,6 +8,7 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -88,7 +89,7 @@ def test_tables_are_packed_as_datasets_reads_them(tmp_path, write):
     else:
         judge = datasets.load_from_disk(str(folder))
     names = judge["train"].features["label"].names
-    for split, parts in [("", ("test", "train")), ("train", ("train",)), ("test", ("test",))]:
+    for split, parts in [("", ("train",)), ("train", ("train",)), ("test", ("test",))]:
         index = packed(tmp_path / f"bucket{split}", folder, size=64, split=split, shard_images=25)
         expected = [
             (np.asarray(row["image"].convert("RGB")), names[row["label"]])
@@ -121,7 +122,7 @@ def fetched_groups(asked: list[tuple[str, str]], content: bytes) -> list[int]:
     )
 
 
-def test_hub_dataset_is_read_in_parts(server, tmp_path, monkeypatch):
+def test_hub_dataset_is_read_in_parts(server, tmp_path, monkeypatch, caplog):
     """Labels alone are read of all rows, and images of no more groups than a stopped or shared packing needs."""
     handler, url = server
     monkeypatch.setitem(conf, "hf", {"endpoint": url})
@@ -136,11 +137,12 @@ def test_hub_dataset_is_read_in_parts(server, tmp_path, monkeypatch):
     said = succeeded(
         ddpm_here("data", "pack", "hf://datasets/org/name", "all", "--size", 64, "--bucket", tmp_path / "all")
     )
-    assert "images   160 colour" in said and "classes  cat, dog" in said
+    assert "images   80 colour" in said and "classes  cat, dog" in said
+    assert "--split test packs the others" in caplog.text
     where, at = "hf://datasets/org/name", {"size": 64, "split": "train"}
 
     handler.asked.clear()
-    assert len(labels_of(where)) == 160
+    assert len(labels_of(where)) == 80
     assert fetched_groups(handler.asked, train) == []
     # Another split is not opened.
     handler.content["/data/test-00000-of-00001.parquet"] = b"damaged"
@@ -296,4 +298,6 @@ def test_tables_beside_other_files(tmp_path, caplog):
     # Test images often have no labels.
     unlabelled = parquet_bytes(table(2).select(["image"]))
     mixed = folder_of(tmp_path / "mixed", [("test-0.parquet", unlabelled), ("train-0.parquet", shard)])
-    assert labels_of(mixed) == ["", "", "cat", "dog", "cat", "dog"]
+    assert labels_of(mixed) == ["cat", "dog", "cat", "dog"]
+    both = replace(open_source(str(mixed)), split="")
+    assert [one.label for one in both.labelled()] == ["", "", "cat", "dog", "cat", "dog"]

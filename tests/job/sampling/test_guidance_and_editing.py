@@ -268,7 +268,7 @@ def test_impossible_drawings_are_refused(bucket, tmp_path):
         ("are for `ddpm sample`", "sample.sampler=own"),
         ("are for `ddpm sample`", "sample.grid=found"),
     ):
-        sets = [word for change in changes for word in ("--set", change)]
+        sets = [*settings(), *(word for change in changes for word in ("--set", change))]
         line = refused(ddpm_here("train", "--dataset", "tiles", "--run", "new", "--bucket", bucket, *sets), 78)
         assert said in line, (changes, line)
     assert not (bucket / "runs/new").exists()
