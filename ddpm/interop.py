@@ -182,12 +182,15 @@ def _level(kind: str, resampling: str) -> _Level:
 
 
 def scheduler_config(diffusion: Diffusion, drawing: Drawing) -> Options:
-    """Returns the `scheduler_config.json` of diffusers for a process: DDPM for a learnt variance, else DDIM.
+    """Returns the `scheduler_config.json` of diffusers for a process: DDPM's, DDIM's or that of a rectified flow.
 
     Raises:
         NoCounterpartError: diffusers has no such process or prediction.
     """
     schedule, timesteps, prediction = diffusion.schedule, diffusion.timesteps, diffusion.prediction
+    if (schedule, prediction) == ("flow", "flow"):
+        # Its input of the network is σ times this number, and ours is 1000 σ.
+        return {"_class_name": _FLOW, "num_train_timesteps": 1000, "shift": drawing.shift}
     if schedule == "sigmoid":
         betas = sigmoid_schedule(timesteps).betas.tolist()
         named: Options = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "trained_betas": betas}
@@ -222,6 +225,11 @@ def process_options(config: Mapping[str, Any]) -> Options:
         NoCounterpartError: the process or the prediction has no counterpart.
     """
     kind = str(config.get("_class_name", "DDPMScheduler"))
+    if kind == _FLOW:
+        for key, value in _USUAL_FLOW.items():
+            if config.get(key, value) != value:
+                raise NoCounterpartError(f"{key}={config[key]!r} has no counterpart: {value!r} alone has")
+        return {"schedule": "flow", "timesteps": 1000, "prediction": "flow"} | _NO_BETAS
     if not _OF_BETAS.fullmatch(kind):
         raise NoCounterpartError(f"{kind} has no counterpart: schedulers of betas have, such as DDPMScheduler")
     for key, value in _USUAL.items():
@@ -261,6 +269,8 @@ def process_options(config: Mapping[str, Any]) -> Options:
 
 def drawing_options(config: Mapping[str, Any]) -> Options:
     """Returns the settings of sampling in a `scheduler_config.json` of diffusers: `clip`, and a DDPM's `variance`."""
+    if config.get("_class_name") == _FLOW:
+        return {"clip": False, "shift": float(config.get("shift", 1.0))}
     found: Options = {"clip": bool(config.get("clip_sample", True))}
     if (variance := config.get("variance_type", "fixed_small")) in ("fixed_small", "fixed_large"):
         found["variance"] = variance
@@ -277,6 +287,13 @@ _OF_BETAS = re.compile(
     "Discrete|DPMSolver(Multistep|MultistepInverse|Singlestep|SDE)|DEISMultistep|UniPCMultistep|SASolver)Scheduler"
 )
 """Schedulers of diffusers whose process is a table of betas; the others have keys of the same names."""
+_FLOW = "FlowMatchEulerDiscreteScheduler"
+_USUAL_FLOW: Options = {
+    **dict.fromkeys(("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False),
+    **{"invert_sigmas": False, "stochastic_sampling": False, "shift_terminal": None, "num_train_timesteps": 1000},
+}
+"""Values of a rectified flow's scheduler that alone have a counterpart."""
+_NO_BETAS: Options = {"zero_terminal_snr": False, "variance": "fixed"}
 _USUAL: Options = {"thresholding": False, "clip_sample_range": 1.0}
 PREFIXES = ("ema_model.", "module.", "_orig_mod.", "model.", "unet.")
 """Prefixes of parameter names that wrappers add: DDP, torch.compile, averages, and modules that hold a network."""

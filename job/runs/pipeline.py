@@ -64,17 +64,19 @@ def described(config: RunConfig, classes: tuple[str, ...]) -> Described:
         )
         scheduler = interop.scheduler_config(diffusion, sample)
         values[SCHEDULER_CONFIG] = scheduler
-        kind = scheduler["_class_name"].removesuffix("Scheduler")
+        kind = scheduler["_class_name"]
+        # The loop of DDPM's takes the steps of any scheduler.
+        pipeline = "DDIMPipeline" if kind == "DDIMScheduler" else "DDPMPipeline"
         if config.data.latents:
-            lacking = f"{kind}Pipeline samples pixels, and the network latents"
+            lacking = f"{pipeline} samples pixels, and the network latents"
         elif model.num_classes:
-            lacking = f"{kind}Pipeline does not take a class"
+            lacking = f"{pipeline} does not take a class"
         elif diffusion.self_conditioning:
-            lacking = f"{kind}Pipeline does not feed the network its own estimate (diffusion.self_conditioning)"
+            lacking = f"{pipeline} does not feed the network its own estimate (diffusion.self_conditioning)"
         else:
             values["model_index.json"] = {
-                "_class_name": f"{kind}Pipeline",
-                "scheduler": ["diffusers", f"{kind}Scheduler"],
+                "_class_name": pipeline,
+                "scheduler": ["diffusers", kind],
                 "unet": ["diffusers", "UNet2DModel"],
             }
     except interop.NoCounterpartError as error:

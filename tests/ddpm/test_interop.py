@@ -188,10 +188,27 @@ def test_processes_are_those_of_diffusers(schedule):
     assert interop.process_options(theirs.config) == said | {"variance": "fixed"}
 
 
+def test_rectified_flow_is_that_of_diffusers():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from ddpm.process import make_process
+
+    flow = Diffusion("flow", prediction="flow")
+    theirs = FlowMatchEulerDiscreteScheduler.from_config(interop.scheduler_config(flow, Drawing(shift=3.0)))
+    assert theirs.config.shift == 3 and interop.drawing_options(theirs.config) == {"clip": False, "shift": 3.0}
+    plain = FlowMatchEulerDiscreteScheduler.from_config(interop.scheduler_config(flow, Drawing()))
+    points = make_process(flow).numbered(torch.arange(999, -1, -1))
+    torch.testing.assert_close(plain.sigmas[:1000].double(), points.sigma, rtol=0, atol=1e-6)
+    torch.testing.assert_close(plain.timesteps.double(), points.t, rtol=0, atol=1e-3)
+    said = {"schedule": "flow", "timesteps": 1000, "prediction": "flow"}
+    assert interop.process_options(plain.config) == said | {"zero_terminal_snr": False, "variance": "fixed"}
+
+
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, "use_dynamic_shifting"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 500}, "num_train_timesteps=500"),
         ({"_class_name": "CMStochasticIterativeScheduler"}, "CMStochasticIterativeScheduler"),
         ({"variance_type": "learned"}, "learned_range has"),
         ({"thresholding": True}, "thresholding=True"),
@@ -207,6 +224,6 @@ def test_processes_without_counterpart_are_named(config, named):
 
 
 def test_unknown_processes_are_named():
-    for schedule, prediction, named in (("flow", "flow", "schedule=flow"), ("linear", "edm", "prediction=edm")):
+    for schedule, prediction, named in (("flow", "v", "schedule=flow"), ("linear", "edm", "prediction=edm")):
         with pytest.raises(interop.NoCounterpartError, match=named):
             interop.scheduler_config(Diffusion(schedule, 100, prediction=prediction), Drawing())

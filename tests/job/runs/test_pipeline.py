@@ -1,6 +1,7 @@
 """A checkpoint where it lies, with diffusers as the judge: what it loads, and whether it draws the same pictures."""
 
 import shutil
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from ddpm.generation import beginning, generate, make_denoiser, noise_of
 from ddpm.objective import UNCONDITIONAL, Condition
+from ddpm.process import RectifiedFlow
 from job.config import method
 from job.runs import checkpoint_files, pipeline
 from job.runs.checkpoints import list_checkpoints, load_manifest, opened
@@ -72,6 +74,25 @@ def test_diffusers_draws_the_same_pictures(bucket, monkeypatch, schedule, predic
         difference = (theirs.images - ours).abs().max()
         # Its default keeps the noise of estimates that it then clips; none of these x_0 had to be clipped.
         assert difference < 2e-6 if same_call or prediction == "x0" else difference > 1e-4
+
+
+def test_diffusers_draws_the_pictures_of_a_rectified_flow(bucket, monkeypatch):
+    from diffusers import DDPMPipeline
+    from diffusers.pipelines.ddpm import pipeline_ddpm
+
+    how = {"diffusion__schedule": "flow", "diffusion__prediction": "flow", "diffusion__weighting": "plain"}
+    store, ref = trained(bucket, "flow", model__num_classes="0", sample__clip="false", **how)
+    config, network = network_of(store, "flow", ref)
+    pipeline = DDPMPipeline.from_pretrained(f"{store.uri}/runs/flow/{ref.key}", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(pipeline_ddpm, "randn_tensor", lambda *_, **__: noise_of(SEEDS, SHAPE)(0))
+    theirs = pipeline(len(SEEDS), num_inference_steps=4, output_type="pt").images
+    # Their four points: from pure noise to the last number, evenly.
+    sampling = replace(method.sampling_of(config.sample), sampler="euler", numbers=(999, 666, 333, 0))
+    process = RectifiedFlow(1000)
+    denoise = make_denoiser(network, process, method.prediction_of(config), clip=False)
+    ours = generate(denoise, process, sampling, noise_of(SEEDS, SHAPE)) / 2 + 0.5
+    assert (theirs - ours.clamp(0, 1)).abs().max() < 2e-6
 
 
 @pytest.mark.slow
