@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import resource
 import shlex
 import shutil
+import subprocess
 import time
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -24,7 +26,7 @@ from job.report.picture_cache import PictureCache, evenly
 from job.runs.outlook import AttemptSpan
 from job.runs.verification import verify_run
 from job.store import open_store
-from tests.job.command_line import ddpm_here, refused, settings, succeeded
+from tests.job.command_line import DDPM, ddpm_here, refused, settings, succeeded
 from tests.job.report.forged import FORGED, forged
 from tests.job.report.hostile import CLASSES, data_of, fill_hostile, lengthen, multiply
 
@@ -263,3 +265,31 @@ def test_failed_pages_cost_no_training(tiles, tmp_path, monkeypatch):
 def test_evenly_has_both_ends():
     assert evenly(3, 5) == [0, 1, 2]
     assert evenly(500, 60)[0] == 0 and evenly(500, 60)[-1] == 499 and len({*evenly(500, 60)}) == 60
+
+
+def test_page_is_there_from_the_beginning_to_a_stop(tiles, tmp_path):
+    """It opens in the browser that a person names, and a stopped run has a page of its last moment."""
+    bucket = shutil.copytree(tiles, tmp_path / "bucket")
+    page, opened = bucket / "runs/r/report.html", tmp_path / "opened"
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\nhead -c 400 "${{1#file://}}" > {opened}.part && mv {opened}.part {opened}\n')
+    browser.chmod(0o755)
+    words = ["train", "--dataset", "tiles", "--run", "r", "--bucket", bucket, "--epochs", 9999, "--open", *settings()]
+    environment = os.environ | {"BROWSER": f"{browser} %s"}
+    child = subprocess.Popen([DDPM, *map(str, words)], env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        lines = iter(child.stderr)
+        assert next(lines) == f"the page of this run: {page}\n"
+        while "beginning" not in next(lines):
+            pass
+        assert '<span class="state running">running</span>' in page.read_text()
+        assert "<!doctype html>" in opened.read_text().lower()
+        # A row of the log, which the last page shows.
+        while not list((bucket / "runs/r/metrics").glob("*")) and child.poll() is None:
+            time.sleep(0.1)
+    finally:
+        child.terminate()
+        child.communicate(timeout=60)
+    assert child.returncode == 75
+    text = page.read_text()
+    assert '<span class="state stopped">stopped</span>' in text and data_of(text)["charts"]
