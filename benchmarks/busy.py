@@ -41,7 +41,7 @@ def measure(quick: bool) -> list[Figure]:
 
         def in_way(threads: Threads | None, own: int, work: Callable[[], object]) -> Callable[[], None]:
             def run() -> None:
-                session.threads = painter.threads = threads
+                loop.threads = painter.threads = threads
                 torch.set_num_threads(own)
                 work()
 

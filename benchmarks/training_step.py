@@ -40,7 +40,7 @@ from job.processes.ranks import meet
 from job.requests import TrainRequest
 from job.runs.records import dataset_key_of
 from job.stop import NEVER
-from job.training.session import TrainingSession, initial_state
+from job.training.session import TrainingSession, initial_state, threads_for
 
 AT_LEAST = 1.8
 NO_SAVES = ("checkpoint.every_epochs=9999", "checkpoint.every_minutes=9999", "checkpoint.keep_every_epochs=0")
@@ -121,6 +121,7 @@ class OurLoop:
         ranks = meet(NEVER)
         state = initial_state(plan, ranks.device)
         self.session = TrainingSession(plan, ranks, state, cache, recorder=recorder)
+        self.threads = threads_for(plan.config, ranks)
         self.wait_seconds: list[float] = []
         self._batches = self._timed_batches()
 
@@ -135,8 +136,8 @@ class OurLoop:
         """Runs one whole step."""
         session, batch = self.session, islice(self._batches, 1)
         how = {"settings": session.settings, "accelerator": session.accelerator, "hooks": session.hooks}
-        with session.threads.alone() if session.threads else nullcontext():
-            train(session.state, session.network, batch, session.objective, **how, threads=session.threads)
+        with self.threads.alone() if self.threads else nullcontext():
+            train(session.state, session.network, batch, session.objective, **how, threads=self.threads)
 
     def step_flop(self) -> int:
         """Returns the floating-point operations of the network's forward and backward pass over one batch."""

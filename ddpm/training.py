@@ -185,17 +185,17 @@ class _Learnt:
         augmentations = settings.augmentation.draw(options.seed, on_host, images.shape[-1])
         batch_number = state.images_seen // options.batch_size
         return cls(
-            network,
-            objective,
-            settings,
-            getattr(state.model, "uncertainty", None),
-            numbers,
-            images,
-            points,
-            augmentations.to(device, non_blocking=True),
-            _shown_labels(batch.labels, numbers, settings),
+            network=network,
+            objective=objective,
+            settings=settings,
+            uncertainty=getattr(state.model, "uncertainty", None),
+            numbers=numbers,
+            images=images,
+            points=points,
+            augmentations=augmentations.to(device, non_blocking=True),
+            labels=_shown_labels(batch.labels, numbers, settings),
             # One decision for all images saves the first pass in half of the batches.
-            objective.diffusion.self_conditioning and randomness.conditions_on_itself(options.seed, batch_number),
+            twice=objective.diffusion.self_conditioning and randomness.conditions_on_itself(options.seed, batch_number),
         )
 
     def losses(self, part: slice) -> tuple[Tensor, Tensor]:
@@ -269,8 +269,7 @@ def train(
     the gradient: the split over processes, micro-batches and threads changes only the rounding. The exception is
     dropout, whose masks are drawn per micro-batch, seeded by its first image number.
     """
-    options = settings.train
-    dropout = getattr(settings.network, "dropout", 0.0)
+    options, dropout = settings.train, getattr(settings.network, "dropout", 0.0)
     # DDP averages gradients over processes; with this factor each image weighs 1/batch, also in unequal parts.
     weight = accelerator.num_processes / options.batch_size
     # Micro-batches of the process with the fewest images: one that asked more often would wait for ever.

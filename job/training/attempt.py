@@ -153,7 +153,7 @@ def _begin(plan: Plan, ranks: Ranks, lease: Lease | None, pictures: PictureCache
     for difference in records.what_is_otherwise(before, attempt) if before else []:
         note(difference)
     status = status_of(plan, attempt, State.RUNNING, plan.images_seen, {})
-    put_run_page(plan, lease, None, status, pictures)
+    put_run_page(plan, lease, None, status, pictures=pictures)
     if plan.request.open_page:
         open_page(plan.run)
     return attempt

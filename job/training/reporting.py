@@ -100,7 +100,9 @@ class Recorder:
     def write_page(self, state: State = State.RUNNING) -> None:
         """Queues the run's page as it is now."""
         status, rows = self._status_of(state), list(self.rows)
-        self.writer.do_later(lambda run: put_run_page(self.plan, self._lease, rows, status, self._page_pictures))
+        self.writer.do_later(
+            lambda run: put_run_page(self.plan, self._lease, rows, status, pictures=self._page_pictures)
+        )
 
     def finish(self) -> None:
         """Queues the figure of the losses and the finished page, and waits until everything is in the bucket."""
@@ -124,8 +126,8 @@ class Recorder:
             self._status.close(state, min(records.STATUS_CLOSE_SECONDS, stop.seconds_left() / 2))
             patience_seconds = min(records.STATUS_CLOSE_SECONDS, stop.seconds_left() / 2)
             if state is not State.FINISHED and patience_seconds >= 1:
-                status = self._status_of(state)
-                put_run_page(self.plan, self._lease, self.rows, status, self._page_pictures, patience_seconds)
+                status, how = self._status_of(state), {"patience_seconds": patience_seconds}
+                put_run_page(self.plan, self._lease, self.rows, status, pictures=self._page_pictures, **how)
 
     def _confirmed_status(self, state: State) -> records.Status:
         # A process that slept and was replaced must not overwrite the status of the attempt that replaced it.
@@ -163,6 +165,7 @@ def put_run_page(
     lease: Lease,
     rows: Sequence[Row] | None,
     status: records.Status,
+    *,
     pictures: PictureCache,
     patience_seconds: float = PAGE_PATIENCE_SECONDS,
 ) -> None:

@@ -63,7 +63,7 @@ def wrapped(model: nn.Module, config: RunConfig, ranks: Ranks, accelerator: Acce
     return network
 
 
-def _threads(config: RunConfig, ranks: Ranks) -> Threads | None:
+def threads_for(config: RunConfig, ranks: Ranks) -> Threads | None:
     """Returns the threads that share a micro-batch, if they can."""
     # Gradients of several processes meet in DDP's hooks, and threads share PyTorch's generator of dropout masks.
     is_alone = ranks.world_size == 1 and not getattr(config.model, "dropout", 0.0)
@@ -106,7 +106,6 @@ class TrainingSession:
         self.decoder = load_decoder(plan.bucket, plan.index, self.device)
         self.accelerator = build_accelerator(self.config.train.precision, self.config.train.deterministic)
         self.network = wrapped(state.model, self.config, ranks, self.accelerator)
-        self.threads = _threads(self.config, ranks)
         self.agreement = Agreement(ranks.world_size, flags=4)
         self.agreement_in_step = Agreement(ranks.world_size, flags=1)
         self.retention = Retention(self.config, plan.index.images)
@@ -147,9 +146,9 @@ class TrainingSession:
         Raises:
             StoppedError: a process was asked to stop; the state is committed.
         """
-        state = self.state
+        state, threads = self.state, threads_for(self.config, self.ranks)
         with self.bar:
-            with closing(self.batches), self.threads.alone() if self.threads else nullcontext():
+            with closing(self.batches), threads.alone() if threads else nullcontext():
                 for interlude in self.interludes:
                     if interlude.is_due(state.images_seen) and self.on_main(interlude.is_missing):
                         self._run(interlude)
@@ -164,7 +163,7 @@ class TrainingSession:
                         settings=self.settings,
                         accelerator=self.accelerator,
                         hooks=self.hooks,
-                        threads=self.threads,
+                        threads=threads,
                     )
                 self.agreement.finish()
                 self.agreement_in_step.finish()
