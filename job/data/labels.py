@@ -105,6 +105,9 @@ def chosen_label(where: str, labels: Sequence[str], column: str, usual: Sequence
 def split_labels(text: str) -> tuple[str, str]:
     """Splits `FILE[:COLUMN]`, in which FILE may be a URI, into both; `:COLUMN` is a column of the source itself."""
     file, colon, column = text.rpartition(":")
+    # A feature of TensorFlow's may be named image/class/text.
+    if text.startswith(":"):
+        return "", text[1:]
     return (file, column) if colon and not set("/\\") & set(column) else (text, "")
 
 
