@@ -47,6 +47,11 @@ def label_of(value: object) -> str:
     return "" if re.fullmatch(r"-\d+", text) or len(text) > _LONGEST else text
 
 
+def sidecars(column: str | None) -> tuple[str, ...]:
+    """Returns the suffixes of the files that may hold a label; a person who names a key means that of a `.json`."""
+    return () if column is None else SIDECARS[1:] if column else SIDECARS
+
+
 def sidecar_label(suffix: str, content: bytes, key: str = "") -> str:
     """Returns the label in a `.cls` or `.json` file of a WebDataset sample.
 

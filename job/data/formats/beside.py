@@ -32,7 +32,8 @@ def labelled_beside(source: Source, files: Files, column: str | None) -> Source:
             f"{files.where} is COCO: an image shows several objects, and has no class. Pack one folder of images, such "
             "as train2017, or add --split train --no-classes"
         )
-    if DATASET_JSON not in files.names:
+    # A person who names a column means another one than the only one here.
+    if column or DATASET_JSON not in files.names:
         return source
     with members.refusing(f"{files.where}: {DATASET_JSON}"):
         content = files.read(DATASET_JSON)

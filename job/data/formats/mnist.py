@@ -25,8 +25,10 @@ def idx_source(files: Files, column: str | None) -> Source | None:
     pair = dict.fromkeys((first, first.replace("train", "t10k"), first.replace("train", "test")))
     own = [first] if files.chosen else [stem for stem in pair if stem in sets]
     opened = {_stem(name): partial(files.open, name) for name in files.names}
+    # The files of labels name none of theirs.
+    labels = {} if column else opened
     found = [
-        (_split_of(stem), opened[stem], opened.get(stem.replace("images", "labels").replace("idx3", "idx1")))
+        (_split_of(stem), opened[stem], labels.get(stem.replace("images", "labels").replace("idx3", "idx1")))
         for stem in own
     ]
     split, note = first_split(split for split, _, _ in found)

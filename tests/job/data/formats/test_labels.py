@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from job.progress import printable
 from tests.fuzzing import examples, search
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.packing import entries_of, packed
-from tests.job.some_images import folder_of, jpeg, png, tar_of, zip_of
+from tests.job.some_images import folder_of, jpeg, mnist, png, tar_of, zip_of
 
 ANIMALS = ("cat", "dog", "dog", "owl", "cat", "owl", "owl")
 
@@ -106,6 +107,26 @@ def test_index_and_pack_read_the_same_labels(tmp_path):
         packed(tmp_path / "d", "", tars=(str(folder),), labels="a.csv:kind")
 
 
+def test_label_that_no_image_has_is_refused(tmp_path):
+    """Otherwise a mistyped key gives a dataset without classes, or with those of another label."""
+    images = [(f"{n}.png", png(n)) for n in range(4)]
+    edm = json.dumps({"labels": [[name, n] for n, (name, _) in enumerate(images)]}).encode()
+    places = [
+        write_tars(tmp_path / "json", "json"),
+        write_tars(tmp_path / "cls", "cls"),
+        zip_of(tmp_path / "edm.zip", [*images, ("dataset.json", edm)]),
+        folder_of(tmp_path / "flat", images),
+        tmp_path / "mnist",
+    ]
+    mnist(places[-1], "train", np.zeros((4, 28, 28)), np.arange(4), gz=False)
+    for place in places:
+        with pytest.raises(BadRequestError, match="none of its images has a label 'lable'"):
+            packed(tmp_path / "b", place, labels=":lable")
+    for place in places[:2]:
+        with pytest.raises(BadDataError, match=r"none of its images can be used: .* has no label beside it"):
+            packed(tmp_path / "b", "", tars=(str(place),), shard_images=None, labels=":lable")
+
+
 CELEBA_ATTRIBUTES = b"3\nSmiling Young\n000001.jpg  1 -1\n000002.jpg -1  1\n000003.jpg  1  1\n"
 TABLES = [
     ("identity_CelebA.txt", b"000001.jpg 2880\n000002.jpg 2937\n000003.jpg 2880\n", "", ["2880", "2937", "2880"]),
@@ -150,9 +171,8 @@ def test_table_is_joined_by_file_name(tmp_path):
         assert line in refused(ddpm_here("data", "pack", source, "other", *at[1:], *words), code)
     (tmp_path / "else.csv").write_text("id,breed\nx,pug\ny,boxer\n")
     words = ("--labels", tmp_path / "else.csv")
-    assert "none of its images has a label in" in refused(
-        ddpm_here("data", "pack", source, "other", *at[1:], *words), 64
-    )
+    said = refused(ddpm_here("data", "pack", source, "other", *at[1:], *words), 64)
+    assert "none of its images has a label in" in said and "compare 'img/000000.jpg' with 'x'" in said
 
 
 def test_same_names_in_two_folders_are_told_apart():
