@@ -77,8 +77,6 @@ class Columns:
         return list(map(self._text, values.to_pylist()))
 
     def _text(self, value: object) -> str:
-        if isinstance(value, bool):
-            return str(value).lower()
         if not self.classes or not isinstance(value, int):
             return label_of(value)
         if value >= len(self.classes):

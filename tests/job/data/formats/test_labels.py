@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import webdataset
 from hypothesis import strategies as st
 
 from job.data.labels import read_labels, table_in
+from job.data.members import RefusedError
 from job.data.opening import open_source
 from job.data.source import Found
 from job.data.survey import survey
@@ -142,6 +144,15 @@ TABLES = [
         ["3", "", "0"],
     ),
     ("a.json", b'{"000001.jpg": "cat", "000003.jpg": "dog"}', "", ["cat", "", "dog"]),
+    (
+        "b.csv",
+        b'id, kind , x\r\n./img/000001.jpg, "a, b", 1\r\n 000002, c, 1\r\n000003,d,1,\r\n',
+        "kind",
+        ["a, b", "c", "d"],
+    ),
+    # pandas makes floats of a column that lacks a number.
+    ("c.csv", b"id,n\n000001,10.0\n000002,\n000003,2.0\n", "", ["10", "", "2"]),
+    ("b.jsonl", b'{"id": "000001", "is": true}\n{"id": "000002", "is": false}\n', "", ["true", "false", ""]),
 ]
 
 
@@ -178,6 +189,30 @@ def test_table_is_joined_by_file_name(tmp_path):
 def test_same_names_in_two_folders_are_told_apart():
     table = table_in("a.csv", b"file,label\na/1.jpg,x\nb/1.jpg,y\nb/2.jpg,z\n")
     assert [table.of(name) for name in ("a/1.jpg", "set/b/1.jpg", "1.jpg", "2.jpg")] == ["x", "y", "", "z"]
+
+
+def test_row_is_one_image_of_one_class(tmp_path):
+    """Kaggle's CIFAR-10 has a table for train, and the same names in test: their images would get those labels."""
+    files = [(f"{split}/{n}.png", png(n)) for split in ("test", "train") for n in range(4)]
+    images = zip_of(tmp_path / "a.zip", files)
+    for name in ("{}", "train/{}.png"):
+        table = tmp_path / "labels.csv"
+        table.write_text("id,label\n" + "".join(f"{name.format(n)},{n % 2}\n" for n in range(4)))
+        with pytest.raises(BadRequestError, match=r"would label both 'test/0.png' and 'train/0.png': leave one"):
+            packed(tmp_path / "b", images, labels=str(table))
+        assert packed(tmp_path / "b", images, labels=str(table), split="train").images == 4
+        shutil.rmtree(tmp_path / "b")
+    for name, content, said in [
+        ("a.csv", b"id,label\n1,cat\n1,cat\n1,dog\n", "labels '1' as 'cat' and as 'dog'"),
+        ("a.txt", b"1.jpg cat\n2.jpg golden retriever\n", "has 3 values in the row of '2.jpg', and 2 columns"),
+        ("a.csv", b"id,label\n1,dog, big\n2,cat\n", "has 3 values in the row of '1', and 2 columns"),
+        ("a.csv", "id,label\n1,thé\n2,thè\n".encode("latin-1"), "in UTF-8: save it in that encoding"),
+        ("a.csv", "id,label\n1,a\n2,b\n".encode("utf-16"), "in UTF-8: save it in that encoding"),
+    ]:
+        with pytest.raises(RefusedError, match=said):
+            table_in(name, content)
+    with pytest.raises(BadRequestError, match="has no columns: leave :label out"):
+        table_in("a.json", b'{"1": 2}', "label")
 
 
 WORDS = st.sampled_from(
