@@ -50,6 +50,14 @@ def test_edm_labels_are_joined_by_name(tmp_path, make):
     index = packed(tmp_path / "b", path)
     assert index.classes == tuple(map(str, sorted({label for _, label in table})))
     assert index.classes_from == "labels"
+    # Its user has zipped the folder, and not what is in it; or has two of them.
+    inner = [(f"edm/{name}", image) for name, image in (*files, ("dataset.json", content))]
+    assert [label for _, label in labels_of(make(tmp_path / "inner.zip", inner))] == [
+        str(dict(table)[name]) for name in sorted(names)
+    ]
+    two = make(tmp_path / "two.zip", [*inner, ("other/dataset.json", content), ("other/1.png", png(1))])
+    with pytest.raises(BadRequestError, match=r"several tables of labels, edm/dataset.json, other/dataset.json"):
+        open_source(str(two))
     # Without labels the folders are no classes, which hold the images by number.
     for nothing in (b'{"labels": null}', b"[1, 2]", b"{}"):
         bare = make(tmp_path / f"bare-{len(nothing)}", [*files, ("dataset.json", nothing)])
@@ -257,6 +265,14 @@ def test_folder_of_archives_is_one_source(tmp_path):
     assert (both.classes, both.splits) == (("cat", "dog"), ("test", "train"))
     one = packed(tmp_path / "d", zips, split="test")
     assert (one.images, one.splits) == (2, ())
+
+
+@pytest.mark.parametrize("make", [zip_of, folder_of])
+def test_images_beside_archives_are_packed_with_a_line(tmp_path, make, caplog):
+    """A preview beside shards must not become the dataset in silence; nor must photos beside a backup of them."""
+    place = make(tmp_path / "a.zip", [("preview.jpg", jpeg(1)), ("a/1.tar", b""), ("a/2.tar", b""), ("b.txt", b"")])
+    assert packed(tmp_path / "b", place, classes=False).images == 1
+    assert "packing its images, and not those in a/1.tar and 1 more: name these to pack them" in caplog.text
 
 
 def test_what_cannot_be_read_says_what_to_do(tmp_path):
