@@ -317,6 +317,9 @@ class _Copying(_Packing):
         source = open_source(request.source, self._bucket.uri, retry, wanted)
         if split := request.split:
             source = replace(source, split=split, where=f"{source.where}, split {split}")
+            if next(source.members(), None) is None:
+                said = "no file or folder of it is named so. Without --split the command says which splits there are"
+                raise BadDataError(f"{source.where} holds no images: {said}")
         table = read_labels(file, column, retry) if file else None
         self.where, self.source, self._source = source.where, source.name, source
 
