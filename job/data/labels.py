@@ -19,7 +19,7 @@ from typing import Any
 from job.data import members
 from job.data.members import RefusedError
 from job.exits import BadRequestError, MissingInputError
-from job.progress import printable
+from job.progress import printable, some_of
 from job.store import Retry, is_remote, open_store, open_to_read, split_uri
 
 LABEL_KEYS = ("label", "cls", "class")
@@ -28,13 +28,15 @@ LABEL_KEYS = ("label", "cls", "class")
 SIDECARS = (".cls", ".json")
 """The files beside an image in a WebDataset tar that may hold its label."""
 
+MOST_CLASSES = 100_000
+"""Largest number of different labels that are classes."""
+
 _LONGEST = 100
 _NAME_COLUMNS = (
     *("file_name", "filename", "file", "image_name", "image_id", "image", "img"),
     *("id", "path", "filepath", "key", "name"),
 )
 """Usual columns of file names, of Hugging Face and of Kaggle's competitions."""
-_COLUMNS_NAMED = 12
 
 
 def label_of(value: object) -> str:
@@ -120,7 +122,7 @@ def chosen_label(where: str, labels: Sequence[str], column: str, usual: Sequence
     if not column and len(found) == 1:
         return found[0]
     said = f"has no label {column!r}, but" if column else "has several labels:"
-    shown = _some(labels) or "no others"
+    shown = some_of(labels) or "no others"
     raise BadRequestError(f"{where} {said} {shown}: choose one with --labels :NAME, or use --no-classes")
 
 
@@ -238,13 +240,8 @@ def _chosen(where: str, header: list[str], names: int, column: str) -> int:
     if not column and len(others) == 1:
         return others[0]
     said = f"has no column {column!r}, but" if column else "has several columns:"
-    shown = _some([header[number] for number in others])
+    shown = some_of([header[number] for number in others])
     raise BadRequestError(f"{where} {said} {shown}: choose one with --labels {where}:COLUMN")
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _COLUMNS_NAMED} more" if len(names) > _COLUMNS_NAMED else ""
-    return ", ".join(map(printable, names[:_COLUMNS_NAMED])) + more
 
 
 def _by_name(where: str, pairs: Iterable[tuple[str, Any]]) -> LabelTable:
