@@ -172,7 +172,8 @@ def table_in(where: str, content: bytes, column: str = "") -> LabelTable:
         return _by_name(where, _json_pairs(text))
     header, rows = _json_lines(text) if suffix == ".jsonl" else _rows(text)
     lowered = [name.lower() for name in header]
-    names = next((lowered.index(name) for name in _NAME_COLUMNS if name in lowered), 0)
+    like_names = (number for number, cell in enumerate(rows[0]) if members.is_image(str(cell)))
+    names = next((lowered.index(name) for name in _NAME_COLUMNS if name in lowered), next(like_names, 0))
     chosen = _chosen(where, header, names, column)
     pairs = [(str(row[names]), row[chosen]) for row in rows if len(row) > max(names, chosen)]
     if {str(value) for _, value in pairs} == {"-1", "1"}:

@@ -158,6 +158,7 @@ TABLES = [
         "kind",
         ["a, b", "c", "d"],
     ),
+    ("d.csv", b"kind,filepaths\na,x/000001.jpg\nb,x/000002.jpg\na,x/000003.jpg\n", "", ["a", "b", "a"]),
     # pandas makes floats of a column that lacks a number.
     ("c.csv", b"id,n\n000001,10.0\n000002,\n000003,2.0\n", "", ["10", "", "2"]),
     ("b.jsonl", b'{"id": "000001", "is": true}\n{"id": "000002", "is": false}\n', "", ["true", "false", ""]),
