@@ -202,7 +202,7 @@ def test_mnist_files_become_grey_images(tmp_path, digits, gz):
     mnist(tmp_path / "mnist", "t10k", images[:3], labels[:3], gz)
     source = open_source(str(tmp_path / "mnist"))
     assert source.channels == 1
-    assert source.note == "packing the images for training; --split test packs the others"
+    assert source.note == "train is packed unless --split names another split, test"
     entries = list(entries_of(source))
     assert [name for name, _ in entries] == [f"train/{n:02d}.pgm" for n in range(len(labels))]
     assert list(names_of(replace(source, split="test"))) == [f"test/{n}.pgm" for n in range(3)]
