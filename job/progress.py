@@ -7,7 +7,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ RATE_SECONDS = 30.0
 """The window of the rate and the remaining time, so that a slow start does not distort them for long."""
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_NAMED = 10
 _lock = threading.RLock()
 _is_verbose = _is_quiet = False
 _bars: rich_progress.Progress | None = None
@@ -40,6 +41,13 @@ def printable(text: str) -> str:
         UnicodeError: it is not text.
     """
     return _UNPRINTABLE.sub(lambda match: quote(match[0], errors="surrogateescape"), text)
+
+
+def some_of(names: Iterable[str]) -> str:
+    """Returns the first names as one printable line, and the number of the others."""
+    found = list(names)
+    more = f" and {len(found) - _NAMED:,} more" if len(found) > _NAMED else ""
+    return ", ".join(map(printable, found[:_NAMED])) + more
 
 
 def all_printable(document: Any) -> Any:

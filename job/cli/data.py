@@ -26,7 +26,9 @@ Filter = Annotated[
 ]
 Channels = Annotated[
     int | None,
-    typer.Option("--channels", metavar="N", help="3 for colour, 1 for grey. Default: 1 for MNIST files, else 3."),
+    typer.Option(
+        "--channels", metavar="N", help="3 for colour, 1 for grey. Default: those of MNIST, arrays, TFRecords, else 3."
+    ),
 ]
 Classes = Annotated[
     bool | None,
@@ -61,7 +63,7 @@ Split = Annotated[
     typer.Option(
         "--split",
         metavar="NAME",
-        help="Pack one split of SOURCE: train, test or val. Default: all; of CIFAR, arrays, TFRecords and LSUN train.",
+        help="Pack one split of SOURCE: train, test or val. Default: all of folders and archives; of others train.",
     ),
 ]
 HoldOut = Annotated[

@@ -18,7 +18,7 @@ from itertools import groupby, islice
 from braceexpand import braceexpand
 
 from job.data.archives import tar_members
-from job.data.labels import SIDECARS, sidecar_label
+from job.data.labels import sidecar_label, sidecars
 from job.data.members import SUFFIXES, Member, is_hidden, refusing
 from job.data.shards import Digests, is_tar_uri
 from job.data.source import SAMPLE_KEY, Source
@@ -40,7 +40,7 @@ class Sample:
     Attributes:
         name: name of its file.
         content: its encoded bytes.
-        label: its class; -1 without one, `BAD_CLASS` for a `.cls` without a valid number.
+        label: its class; -1 without one, `BAD_CLASS` if its label is no valid number.
         offset: position of the content in a tar that stays in place.
     """
 
@@ -86,7 +86,7 @@ class ForeignTar:
                         if image is None or (is_plain and not plain_names):
                             image = Sample(f"{tar}/{member.name}", member.read(), offset=member.offset)
                         plain_names += is_plain
-                    elif f".{suffix}" in SIDECARS and label == -1:
+                    elif f".{suffix}" in sidecars(label_key) and label == -1:
                         said = sidecar_label(suffix, member.read(), label_key)
                         if said or suffix == "cls":
                             label = int(said) if _CLASS.fullmatch(said) else BAD_CLASS

@@ -12,14 +12,14 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
 from job.data import members
 from job.data.members import RefusedError
 from job.exits import BadRequestError, MissingInputError
-from job.progress import printable
+from job.progress import printable, some_of
 from job.store import Retry, is_remote, open_store, open_to_read, split_uri
 
 LABEL_KEYS = ("label", "cls", "class")
@@ -28,23 +28,33 @@ LABEL_KEYS = ("label", "cls", "class")
 SIDECARS = (".cls", ".json")
 """The files beside an image in a WebDataset tar that may hold its label."""
 
+MOST_CLASSES = 100_000
+"""Largest number of different labels that are classes."""
+
 _LONGEST = 100
 _NAME_COLUMNS = (
     *("file_name", "filename", "file", "image_name", "image_id", "image", "img"),
     *("id", "path", "filepath", "key", "name"),
 )
 """Usual columns of file names, of Hugging Face and of Kaggle's competitions."""
-_COLUMNS_NAMED = 12
 
 
 def label_of(value: object) -> str:
     """Returns the class that a value of a format stands for."""
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if value is None or isinstance(value, bool) or not isinstance(value, int | str):
+    if not isinstance(value, int | str):
         return ""
-    text = printable(str(value).strip())
+    # pandas writes 3.0 into a column that lacks some numbers.
+    text = re.sub(r"\A(-?\d+)\.0\Z", r"\1", printable(str(value).strip()))
     return "" if re.fullmatch(r"-\d+", text) or len(text) > _LONGEST else text
+
+
+def sidecars(column: str | None) -> tuple[str, ...]:
+    """Returns the suffixes of the files that may hold a label; a person who names a key means that of a `.json`."""
+    return () if column is None else SIDECARS[1:] if column else SIDECARS
 
 
 def sidecar_label(suffix: str, content: bytes, key: str = "") -> str:
@@ -72,18 +82,32 @@ class LabelTable:
 
     Attributes:
         where: the file, for messages.
-        labels: the label of each name.
+        labels: the label of each row by its name.
+        short: the name of the row by the last part of that, where no other row has the same.
     """
 
     where: str
     labels: dict[str, str]
+    short: dict[str, str]
+    _images: dict[str, str] = field(default_factory=dict, repr=False)
 
     def of(self, name: str) -> str:
-        """Returns the label of an image; empty if the table has none."""
+        """Returns the label of an image; empty if the table has none.
+
+        Raises:
+            BadRequestError: another image has the same row.
+        """
         parts = members.path_parts(name)
         tails = ["/".join(parts[start:]) for start in range(len(parts))]
-        stem = tails[-1].rpartition(".")[0]
-        return next((self.labels[tail] for tail in (*tails, stem) if tail in self.labels), "")
+        keys = (*tails, tails[-1].rpartition(".")[0])
+        row = next((found for key in keys if (found := key if key in self.labels else self.short.get(key))), "")
+        # Kaggle's train/1.png and test/1.png are two images, of which 1.png in the table is the first.
+        if row and (other := self._images.setdefault(row, name)) != name:
+            raise BadRequestError(
+                f"{self.where}: its row {row!r} would label both {other!r} and {name!r}: leave one of them out, "
+                "by packing one folder, or one split by --split"
+            )
+        return self.labels[row] if row else ""
 
 
 def chosen_label(where: str, labels: Sequence[str], column: str, usual: Sequence[str] = LABEL_KEYS) -> str:
@@ -98,13 +122,16 @@ def chosen_label(where: str, labels: Sequence[str], column: str, usual: Sequence
     if not column and len(found) == 1:
         return found[0]
     said = f"has no label {column!r}, but" if column else "has several labels:"
-    shown = _some(labels) or "no others"
+    shown = some_of(labels) or "no others"
     raise BadRequestError(f"{where} {said} {shown}: choose one with --labels :NAME, or use --no-classes")
 
 
 def split_labels(text: str) -> tuple[str, str]:
     """Splits `FILE[:COLUMN]`, in which FILE may be a URI, into both; `:COLUMN` is a column of the source itself."""
     file, colon, column = text.rpartition(":")
+    # A feature of TensorFlow's may be named image/class/text.
+    if text.startswith(":"):
+        return "", text[1:]
     return (file, column) if colon and not set("/\\") & set(column) else (text, "")
 
 
@@ -135,18 +162,24 @@ def read_labels(file: str, column: str, retry: Retry | None = None) -> LabelTabl
 
 def table_in(where: str, content: bytes, column: str = "") -> LabelTable:
     """Returns the table in a file's content; see `read_labels`. Raises `RefusedError` if it is none."""
-    text, suffix = content.decode("utf-8-sig", "replace"), PurePosixPath(where).suffix.lower()
+    try:
+        text, suffix = content.decode("utf-8-sig"), PurePosixPath(where).suffix.lower()
+    except UnicodeDecodeError:
+        raise RefusedError("is no table of file names and labels in UTF-8: save it in that encoding") from None
     if suffix == ".json":
-        return LabelTable(where, _by_name(_json_pairs(text)))
+        if column:
+            raise BadRequestError(f"{where} has no columns: leave :{column} out")
+        return _by_name(where, _json_pairs(text))
     header, rows = _json_lines(text) if suffix == ".jsonl" else _rows(text)
     lowered = [name.lower() for name in header]
-    names = next((lowered.index(name) for name in _NAME_COLUMNS if name in lowered), 0)
+    like_names = (number for number, cell in enumerate(rows[0]) if members.is_image(str(cell)))
+    names = next((lowered.index(name) for name in _NAME_COLUMNS if name in lowered), next(like_names, 0))
     chosen = _chosen(where, header, names, column)
     pairs = [(str(row[names]), row[chosen]) for row in rows if len(row) > max(names, chosen)]
     if {str(value) for _, value in pairs} == {"-1", "1"}:
         # CelebA says so of attributes.
         pairs = [(name, header[chosen] if str(value) == "1" else f"not {header[chosen]}") for name, value in pairs]
-    return LabelTable(where, _by_name(pairs))
+    return _by_name(where, pairs)
 
 
 def _json_pairs(text: str) -> Iterable[tuple[str, Any]]:
@@ -178,7 +211,8 @@ def _rows(text: str) -> tuple[list[str], list[list[str]]]:
     # Lines may end as on Windows, or on an old Macintosh.
     lines = io.StringIO(text, newline=None)
     try:
-        rows = [row for row in (csv.reader(lines, delimiter=delimiter) if delimiter else map(str.split, lines)) if row]
+        read = csv.reader(lines, delimiter=delimiter, skipinitialspace=True) if delimiter else map(str.split, lines)
+        rows = [[cell.strip() for cell in row] for row in read if row]
     except csv.Error as error:
         raise RefusedError(f"is no table of file names and labels ({error})") from None
     if rows and len(rows[0]) == 1 and rows[0][0].isdecimal():
@@ -187,9 +221,16 @@ def _rows(text: str) -> tuple[list[str], list[list[str]]]:
     if len(rows) < 2 or len(rows[1]) < 2:
         raise RefusedError("is no table of file names and labels")
     if members.is_image(rows[0][0]):
-        return ["file", *(f"column {number}" for number in range(2, len(rows[0]) + 1))], rows
-    # CelebA names the attributes, and not the column of the files.
-    return (["file"] if len(rows[1]) == len(rows[0]) + 1 else []) + rows[0], rows[1:]
+        header = ["file", *(f"column {number}" for number in range(2, len(rows[0]) + 1))]
+    else:
+        header, *rows = rows
+        # CelebA names the attributes, and not the column of the files.
+        if not delimiter and len(rows[0]) == len(header) + 1:
+            header = ["file", *header]
+    if longer := next((row for row in rows if any(row[len(header) :])), None):
+        said = f"has {len(longer)} values in the row of {longer[0]!r:.80}, and {len(header)} columns"
+        raise RefusedError(f"{said}: write it as a .csv, with quotes around a value that has commas")
+    return header, rows
 
 
 def _chosen(where: str, header: list[str], names: int, column: str) -> int:
@@ -200,20 +241,17 @@ def _chosen(where: str, header: list[str], names: int, column: str) -> int:
     if not column and len(others) == 1:
         return others[0]
     said = f"has no column {column!r}, but" if column else "has several columns:"
-    shown = _some([header[number] for number in others])
+    shown = some_of([header[number] for number in others])
     raise BadRequestError(f"{where} {said} {shown}: choose one with --labels {where}:COLUMN")
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _COLUMNS_NAMED} more" if len(names) > _COLUMNS_NAMED else ""
-    return ", ".join(map(printable, names[:_COLUMNS_NAMED])) + more
-
-
-def _by_name(pairs: Iterable[tuple[str, Any]]) -> dict[str, str]:
-    """Returns the labels by name, also by the last part of a path where that is one image's alone."""
-    labels = {"/".join(members.path_parts(name)): label_of(label) for name, label in pairs}
-    if any("/" in name for name in labels):
-        tails = Counter(name.rpartition("/")[2] for name in labels)
-        short = {tail: label for name, label in labels.items() if tails[tail := name.rpartition("/")[2]] == 1}
-        labels = short | labels
-    return labels
+def _by_name(where: str, pairs: Iterable[tuple[str, Any]]) -> LabelTable:
+    """Returns the table of these names and labels; raises `RefusedError` for a name with two labels."""
+    labels = dict[str, str]()
+    for path, value in pairs:
+        name, label = "/".join(part for part in members.path_parts(path) if part not in ("", ".")), label_of(value)
+        if (other := labels.setdefault(name, label)) != label:
+            raise RefusedError(f"labels {name!r:.80} as {other!r} and as {label!r}: leave one class for each image")
+    tails = Counter(name.rpartition("/")[2] for name in labels)
+    short = {tail: name for name in labels if "/" in name and tails[tail := name.rpartition("/")[2]] == 1}
+    return LabelTable(where, labels, short)

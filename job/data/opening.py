@@ -22,6 +22,7 @@ from job.data.formats.cifar import archive_source
 from job.data.formats.mnist import IDX_NAME
 from job.data.formats.tables import has_shards
 from job.data.formats.unread import next_step_by
+from job.data.labels import sidecars
 from job.data.members import Member, Opener, RefusedError
 from job.data.source import Files, Source
 from job.data.splits import split_in
@@ -191,7 +192,7 @@ def _archives(where: str, archives: Sequence[tuple[str, Opener]], column: str | 
                 yield replace(member, name=f"{name}/{member.name}")
 
     are_tars = not any(name.lower().endswith(".zip") for name, _ in archives)
-    return Source(where, listed, sidecars=are_tars and column is not None, label_key=column or "")
+    return Source(where, listed, sidecars=sidecars(column) if are_tars else (), label_key=column or "")
 
 
 def _inside(archive: Source, inside: str, where: str) -> Source:
@@ -281,4 +282,4 @@ def _archive(where: str, opener: Opener, column: str | None) -> Source:
     listed = partial(tar_members, opener)
     if first is not None and (found := archive_source(first.name, where, listed, column)):
         return found
-    return Source(where, listed, sidecars=column is not None, label_key=column or "")
+    return Source(where, listed, sidecars=sidecars(column), label_key=column or "")

@@ -278,7 +278,8 @@ class _Packing(abc.ABC):
             checked.sha256 = hashlib.sha256(sample.content).digest()
         try:
             if self.has_classes and sample.label < 0:
-                what = "a .cls that is no number from 0 to 99999" if sample.label == BAD_CLASS else "no .cls beside it"
+                there = "a label that is no number from 0 to 99999"
+                what = there if sample.label == BAD_CLASS else "no label beside it"
                 raise RejectedImageError(f"has {what}; --no-classes leaves classes out")
             pixels = prepare(sample.content, self.recipe)
             checked.png = encode_png(pixels) if copies else b""
@@ -316,6 +317,9 @@ class _Copying(_Packing):
         source = open_source(request.source, self._bucket.uri, retry, wanted)
         if split := request.split:
             source = replace(source, split=split, where=f"{source.where}, split {split}")
+            if next(source.members(), None) is None:
+                said = "no file or folder of it is named so. Without --split the command says which splits there are"
+                raise BadDataError(f"{source.where} holds no images: {said}")
         table = read_labels(file, column, retry) if file else None
         self.where, self.source, self._source = source.where, source.name, source
 
@@ -325,8 +329,10 @@ class _Copying(_Packing):
                 yield image._replace(label=table.of(image.name)) if table else image
 
         self._found = survey(found(), self.where, request.classes, source.classes, source.skipped)
-        if table and self._found.classes_from != "labels":
-            raise BadRequestError(f"{self.where}: none of its images has a label in {table.where}: compare the names")
+        if request.labels and self._found.classes_from != "labels":
+            first, row = next(source.images()).name, next(iter(table.labels), "") if table else ""
+            which = f"in {table.where}: compare {first!r} with {row!r}" if table else f"{column!r}: see to its spelling"
+            raise BadRequestError(f"{self.where}: none of its images has a label {which}")
         share, images = request.hold_out_share, self._found.images
         if share:
             # Classes are those of all images, even where one part lacks some.
@@ -427,9 +433,10 @@ class _InPlace(_Packing):
             raise BadRequestError(f"--labels {file}: tars in place have their labels beside the images: use :KEY")
         samples = (sample for tar in self._tars for sample in tar.samples(label_key=self._label_key))
         first_has_one = (sample.label != -1 for sample in samples)
-        self.has_classes = next(first_has_one, False) if self._request.classes is None else self._request.classes
-        key = self._label_key if self.has_classes else ""
-        return {"has_classes": self.has_classes, "label_key": key, "tars": [[tar.uri, tar.bytes] for tar in self._tars]}
+        asked = True if self._label_key else self._request.classes
+        self.has_classes = next(first_has_one, False) if asked is None else asked
+        tars = [[tar.uri, tar.bytes] for tar in self._tars]
+        return {"has_classes": self.has_classes, "label_key": self._label_key, "tars": tars}
 
     def made(self, number: int, advance: Advance) -> Made:
         """Hashes a tar and lists its images; see `_Packing`."""
@@ -455,7 +462,7 @@ class _InPlace(_Packing):
         # One mistyped number would give the network a hundred thousand classes.
         if highest_label >= images:
             raise BadDataError(
-                f"{self.where}: a .cls says class {highest_label:,}, of {images:,} images: classes are numbered "
+                f"{self.where}: a label says class {highest_label:,}, of {images:,} images: classes are numbered "
                 "from 0 without large gaps; mend it, or index with --no-classes"
             )
         self.classes = tuple(map(str, range(highest_label + 1)))

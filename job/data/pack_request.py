@@ -24,14 +24,14 @@ class PackRequest:
         size: height and width of the images in pixels.
         crop: see `Recipe`.
         resize_filter: see `Recipe`.
-        channels: 3 or 1; None takes what the source has: 1 for MNIST's files, else 3.
-        classes: True if there must be classes, False for none; None: if each image lies in one of several folders, or,
-            of tars, if the first image has a label.
+        channels: 3 or 1; None takes what MNIST's files, arrays and TFRecords have, else 3.
+        classes: True if there must be classes, False for none; None: if there are labels, or folders that look like
+            classes; of `tars`, if the first image has a label.
         labels: `FILE[:COLUMN]`, a table of labels by file name; or `:COLUMN`, which of the source's labels is taken.
         licence: a note to keep with the dataset.
         max_bad: how many images may be rejected.
         min_side: reject images with a shorter side under this many pixels; None is half of `size`.
-        split: pack only what lies in this folder of those that divide the source, such as `train`.
+        split: pack only this split of the source, one of `SPLITS`; empty for all, or for that of the format.
         hold_out: the share of the images that become a dataset of their own, which no run learns from, such as `5%`.
         is_held_out: whether this is the part that is held out.
         tars: instead of `source`: tars that stay where they are, as URIs, patterns or folders, see `find_tars`.

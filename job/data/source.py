@@ -19,7 +19,7 @@ from typing import BinaryIO, NamedTuple
 
 from job.data import members
 from job.data.ahead import in_order
-from job.data.labels import SIDECARS, sidecar_label
+from job.data.labels import sidecar_label
 from job.data.members import Member, RefusedError
 from job.data.splits import SPLITS, split_in
 from job.progress import printable
@@ -95,7 +95,7 @@ class Source:
         classes: the names of the classes, if the format has a list of them.
         note: how the source is interpreted, for people.
         readers: number of files to read at a time.
-        sidecars: `.cls` and `.json` files have the labels of the images beside them, as in WebDataset's tars.
+        sidecars: suffixes of the files that have the labels of the images beside them, as in WebDataset's tars.
         label_key: key of the label in those `.json` files; empty for a usual one.
         split: the split whose images are taken; "" takes all.
         skipped: number of files that `images` has left out: hidden images, and other files by suffix.
@@ -108,7 +108,7 @@ class Source:
     classes: tuple[str, ...] = ()
     note: str = ""
     readers: int = 0
-    sidecars: bool = False
+    sidecars: tuple[str, ...] = ()
     label_key: str = ""
     split: str = ""
     skipped: Counter[str] = field(default_factory=Counter)
@@ -145,7 +145,7 @@ class Source:
             for member in files:
                 if self._is_image(member):
                     found.append(Found(member.name, member.size_bytes))
-                elif member.name.endswith(SIDECARS) and not label:
+                elif member.name.endswith(self.sidecars) and not label:
                     label = sidecar_label(member.name.rpartition(".")[2], self._load(member)[1], self.label_key)
             yield from (one._replace(label=label) for one in found)
 
@@ -163,7 +163,7 @@ class Source:
         suffix = Path(member.name).suffix.lower()
         if suffix in members.SUFFIXES:
             self.skipped[HIDDEN] += not _FORK.search(member.name)
-        elif not members.is_hidden(member.name) and not (self.sidecars and member.name.endswith(SIDECARS)):
+        elif not members.is_hidden(member.name) and not member.name.endswith(self.sidecars):
             is_named = suffix in self.skipped or (1 < len(suffix) < 12 and len(self.skipped) < _SUFFIXES_NAMED)
             self.skipped[suffix if is_named else "other"] += 1
         return False

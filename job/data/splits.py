@@ -58,4 +58,4 @@ def first_split(names: Iterable[str]) -> tuple[str, str]:
     others = sorted(found - {"train", ""})
     if "train" not in found or not others:
         return "", ""
-    return "train", f"packing the images for training; --split {' or '.join(others)} packs the others"
+    return "train", f"train is packed unless --split names another split, {' or '.join(others)}"

@@ -9,21 +9,21 @@ from __future__ import annotations
 import hashlib
 import re
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from job.data.formats.unread import next_step
+from job.data.labels import MOST_CLASSES
 from job.data.members import SUFFIXES, path_parts
 from job.data.source import Found
 from job.data.splits import is_data_file, split_of, stem_of
 from job.exits import BadDataError, BadRequestError
+from job.progress import some_of
 
 T = TypeVar("T")
 
-_MOST_CLASSES = 100_000
 _FEW_IMAGES = 100
-_NAMED = 10
 _NUMBER = re.compile(r"[\d_. -]+")
 
 
@@ -81,8 +81,8 @@ def survey(
         digest.update(b"%d:%b%d:%b;" % (len(name.encode()), name.encode(), size_bytes, label.encode()))
         by_label.add(label)
         by_folder.add(path_parts(name)[:-1])
-        if len(by_label.numbers) > _MOST_CLASSES:
-            raise BadRequestError(f"{where} has more than {_MOST_CLASSES:,} different labels: use --no-classes")
+        if len(by_label.numbers) > MOST_CLASSES:
+            raise BadRequestError(f"{where} has more than {MOST_CLASSES:,} different labels: use --no-classes")
     if not by_label.values:
         raise no_images(where, skipped or {})
     found = _Found((), {})
@@ -160,14 +160,14 @@ class _Found:
     def notes(self, asked: bool | None) -> Iterator[str]:
         """Yields what a person has to know, who asked for classes, for none, or for neither."""
         if self.names and self.are_labels:
-            yield f"its labels name {len(self.names):,} classes that the network will learn: {_some(self.names)}"
+            yield f"its labels name {len(self.names):,} classes that the network will learn: {some_of(self.names)}"
         elif self.names:
             yield (
-                f"{len(self.names):,} folders became classes that the network will learn: {_some(self.names)}; "
+                f"{len(self.names):,} folders became classes that the network will learn: {some_of(self.names)}; "
                 "use --no-classes if they are not classes"
             )
         elif asked is None and self.passed:
-            yield f"the folders {_some(self.passed)} are not taken for classes; use --classes if they are classes"
+            yield f"the folders {some_of(self.passed)} are not taken for classes; use --classes if they are classes"
         elif asked is None and self.beside:
             yield "some images lie beside the folders of others, so the folders are not taken for classes"
 
@@ -213,11 +213,6 @@ def _together(divided: Collection[str]) -> Iterator[str]:
     if divided:
         first = split_of(max(divided))
         yield (
-            f"{_some(sorted(divided))} are packed together, as one dataset; "
+            f"{some_of(sorted(divided))} are packed together, as one dataset; "
             f"`ddpm data pack --split {first}` would pack {max(divided)} alone"
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")

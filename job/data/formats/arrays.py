@@ -292,4 +292,4 @@ def _label(value: np.ndarray) -> str:
     said = value.item()
     if isinstance(said, bytes):
         return label_of(said.decode(errors="replace"))
-    return label_of(int(said) if isinstance(said, bool) else said)
+    return label_of(said)

@@ -7,21 +7,18 @@ schema, as JSON under the key `huggingface`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from job.data.labels import LABEL_KEYS, label_of
+from job.data.labels import LABEL_KEYS, MOST_CLASSES, label_of
 from job.data.members import RefusedError
 from job.exits import BadRequestError
-from job.progress import printable
-
-MOST_CLASSES = 100_000
+from job.progress import printable, some_of
 
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
 """Usual columns of images: of `datasets`, and of img2dataset, whose Parquet files name the column by the codec."""
 _LABELS = (*LABEL_KEYS, "labels", "fine_label", "class_label", "target", "category")
-_COLUMNS_NAMED = 12
 _AS_IMAGES = "write the images by `datasets`, in a column of the feature Image"
 
 
@@ -77,8 +74,6 @@ class Columns:
         return list(map(self._text, values.to_pylist()))
 
     def _text(self, value: object) -> str:
-        if isinstance(value, bool):
-            return str(value).lower()
         if not self.classes or not isinstance(value, int):
             return label_of(value)
         if value >= len(self.classes):
@@ -107,7 +102,7 @@ def columns_of(schema: Any, where: str, column: str | None) -> Columns:
     usual = [name for name in sorted(images, key=str.lower) if name.lower() in _IMAGES] or [*images]
     if len(usual) > 1:
         raise BadRequestError(
-            f"{where} has several columns of images: {_some(images)}: write it with one of them, named image"
+            f"{where} has several columns of images: {some_of(images)}: write it with one of them, named image"
         )
     image = usual[0]
     found = Columns(image, images[image])
@@ -160,7 +155,7 @@ def _without_images(schema: Any) -> str:
             return f"{it} holds pixels as lists of numbers: {_AS_IMAGES}"
         if is_text(kind) and not depth and ("url" in field.name.lower() or field.name.lower() in _IMAGES):
             return f"{it} holds URLs or paths: img2dataset downloads the images into tars, which can be packed"
-    return f"is a table without a column of images, and has {_some(schema.names)}: {_AS_IMAGES}"
+    return f"is a table without a column of images, and has {some_of(schema.names)}: {_AS_IMAGES}"
 
 
 def _label_column(schema: Any, features: Mapping[str, Any], where: str, column: str) -> str:
@@ -169,13 +164,13 @@ def _label_column(schema: Any, features: Mapping[str, Any], where: str, column: 
     if column in possible:
         return column
     if column:
-        choose = f"choose one of {_some(possible)} by --labels :COLUMN" if possible else "use --no-classes"
+        choose = f"choose one of {some_of(possible)} by --labels :COLUMN" if possible else "use --no-classes"
         raise BadRequestError(f"{where} has no column {column!r} of labels: {choose}")
     classes = [name for name in possible if features.get(name, {}).get("_type") == "ClassLabel"]
     found = classes or [name for name in possible if name.lower() in _LABELS]
     if len(found) > 1:
         raise BadRequestError(
-            f"{where} has several labels, {_some(found)}: choose one, such as --labels :{found[0]}, or use --no-classes"
+            f"{where} has several labels, {some_of(found)}: choose one, such as --labels :{found[0]}, or --no-classes"
         )
     return found[0] if found else ""
 
@@ -206,9 +201,3 @@ def _classes(feature: Mapping[str, Any]) -> tuple[str, ...]:
     if len(set(classes)) < len(classes):
         raise RefusedError("has two classes of one name: rename one, or use --no-classes")
     return classes
-
-
-def _some(names: Iterable[str]) -> str:
-    found: Sequence[str] = [printable(name) for name in names]
-    more = len(found) - _COLUMNS_NAMED
-    return ", ".join(found[:_COLUMNS_NAMED]) + (f" and {more:,} more" if more > 0 else "")

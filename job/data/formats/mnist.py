@@ -12,21 +12,25 @@ from job.data.members import Member, Opener, RefusedError, read_exactly, unpacke
 from job.data.source import Files, Source
 from job.data.splits import first_split
 
-IDX_NAME = re.compile(r"[^/]*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")
+IDX_NAME = re.compile(r"(?:.*/)?[^/]*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")
 
 
 def idx_source(files: Files, column: str | None) -> Source | None:
-    """Returns the file of images that was chosen, or the first one for training and its test set."""
+    """Returns the file of images that was chosen, or the first one for training and its test set, in any folder."""
     sets = {_stem(name): name for name in files.names if IDX_NAME.fullmatch(name) and "images" in name}
     if not sets or (files.chosen and not IDX_NAME.fullmatch(files.chosen)):
         return None
-    first = _stem(files.chosen or next((name for name in sorted(sets) if "train" in name), min(sets)))
+    train = [stem for stem in sets if _split_of(stem) == "train"]
+    # Kaggle's zip has each file twice, the second one in a folder.
+    first = _stem(files.chosen) or min(train or sets, key=lambda stem: (stem.count("/"), stem))
     # EMNIST's folder has six datasets.
-    pair = dict.fromkeys((first, first.replace("train", "t10k"), first.replace("train", "test")))
+    pair = dict.fromkeys((first, *(re.sub("train(?=[^/]*$)", split, first) for split in ("t10k", "test"))))
     own = [first] if files.chosen else [stem for stem in pair if stem in sets]
     opened = {_stem(name): partial(files.open, name) for name in files.names}
+    # The files of labels name none of theirs.
+    labels = {} if column else opened
     found = [
-        (_split_of(stem), opened[stem], opened.get(stem.replace("images", "labels").replace("idx3", "idx1")))
+        (_split_of(stem), opened[stem], labels.get(stem.replace("images", "labels").replace("idx3", "idx1")))
         for stem in own
     ]
     split, note = first_split(split for split, _, _ in found)
@@ -40,7 +44,8 @@ def _stem(name: str) -> str:
 
 
 def _split_of(stem: str) -> str:
-    return "train" if "train" in stem else "test" if re.search("t10k|test", stem) else ""
+    name = stem.rpartition("/")[2]
+    return "train" if "train" in name else "test" if re.search("t10k|test", name) else ""
 
 
 def _members(sets: Iterable[tuple[str, Opener, Opener | None]]) -> Iterator[Member]:

@@ -28,7 +28,7 @@ from job.data.members import Member, RefusedError, read_exactly, refused, unpack
 from job.data.source import Files, Source
 from job.data.splits import first_split
 from job.exits import BadDataError, BadRequestError
-from job.progress import printable
+from job.progress import some_of
 
 _FILE = re.compile(r".*(?:\.tfrecords?(?:-\d+-of-\d+)?|-\d{5}-of-\d{5})(?:\.gz)?", re.IGNORECASE)
 _RESOLUTION = re.compile(r"(.*-r)(\d\d)\.tfrecords")
@@ -44,7 +44,6 @@ _MOST_FIELDS = 10_000
 _MOST_VALUES = 100
 _VARINT_BYTES = 10
 _NAME_BYTES = _LABEL_BYTES = 400
-_MOST_NAMED = 12
 _CONVERT = "write its images into a folder, and pack that"
 _DAMAGED = f"holds a record that is damaged, or not a tf.train.Example: {_CONVERT}"
 
@@ -100,7 +99,7 @@ def tfrecord_source(files: Files, column: str | None) -> Source | None:
     if layout is None:
         raise BadDataError(f"{files.where}/{names[0]} holds no records: get it again")
     if layout.others and column == "":
-        notes.append(f"taking {layout.label} as the label; --labels :NAME takes another of {_some(layout.others)}")
+        notes.append(f"taking {layout.label} as the label; --labels :NAME takes another of {some_of(layout.others)}")
     if column is not None and any(name.endswith("-rxx.labels") for name in files.names):
         notes.append("its labels in the .labels are not read; --labels FILE names a table of labels")
     split, note = first_split(names)
@@ -119,7 +118,7 @@ def _highest(names: Sequence[str]) -> tuple[list[str], str]:
         levels.setdefault(match[1] if match else name, []).append(name)
     highest = [max(each) for each in levels.values()]
     others = "which have the same images at lower resolutions"
-    return highest, f"packing {_some(highest)} and not the others, {others}" if len(highest) < len(names) else ""
+    return highest, f"packing {some_of(highest)} and not the others, {others}" if len(highest) < len(names) else ""
 
 
 def _class_names(files: Files, label: str) -> tuple[str, ...]:
@@ -191,11 +190,11 @@ def _image_layout(where: str, stream: BinaryIO, features: Mapping[str, _Feature]
     if image:
         return _Layout(image, (), suffix_of(starts[image]))
     if encoded:
-        raise BadRequestError(f"{where} has several images in a record: {_some(encoded)}: {_CONVERT}")
+        raise BadRequestError(f"{where} has several images in a record: {some_of(encoded)}: {_CONVERT}")
     image = next((name for name in _IMAGES if name in starts), "")
     shape = next((names for names in _SHAPES if image and features.keys() >= {*names}), ())
     if not shape:
-        said = f"but {_some([*features])}" if features else "and is not a tf.train.Example"
+        said = f"but {some_of([*features])}" if features else "and is not a tf.train.Example"
         raise RefusedError(f"has no image such as a JPEG in image/encoded in its first record, {said}: {_CONVERT}")
     raw = _Layout(image, shape, "")
     return replace(raw, suffix=netpbm_suffix(_pixels(stream, features, raw).shape[2]))
@@ -209,7 +208,7 @@ def _members(files: Files, names: Sequence[str], layout: _Layout, classes: Seque
                 path = f"{name}/{number:08d}{layout.suffix}"
                 features = _features(stream, record)
                 if layout.image not in features:
-                    raise refused(path, f"has no {layout.image}, but {_some([*features])}: {_CONVERT}")
+                    raise refused(path, f"has no {layout.image}, but {some_of([*features])}: {_CONVERT}")
                 label = _label(stream, features.get(layout.label), path)
                 if classes and label:
                     if not label.isdecimal() or int(label) >= len(classes):
@@ -333,8 +332,3 @@ def _varint(content: bytes, at: int) -> tuple[int, int]:
         if byte < 128:
             return value % 2**64, at + shift + 1
     raise RefusedError(_DAMAGED)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(map(printable, names[:_MOST_NAMED])) + more

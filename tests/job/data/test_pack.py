@@ -146,7 +146,9 @@ def test_pack_reports_skipped_and_merged(tmp_path, caplog):
     out = succeeded(ddpm_here(*words, "one", "--split", "train")).splitlines()
     assert out[1].startswith("images   3 colour") and len(caplog.messages) == 1
     assert "from a.zip, split train, crop" in str(out) and out[-1] == "skipped  1 .cr2"
-    assert "split val holds no images" in refused(ddpm_here(*words, "none", "--split", "val"), 65)
+    assert "split val holds no images: no file or folder of it is named so" in refused(
+        ddpm_here(*words, "none", "--split", "val"), 65
+    )
     assert "--split 'cats'" in refused(ddpm_here(*words, "none", "--split", "cats"), 64)
 
 

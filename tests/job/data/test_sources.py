@@ -202,7 +202,7 @@ def test_mnist_files_become_grey_images(tmp_path, digits, gz):
     mnist(tmp_path / "mnist", "t10k", images[:3], labels[:3], gz)
     source = open_source(str(tmp_path / "mnist"))
     assert source.channels == 1
-    assert source.note == "packing the images for training; --split test packs the others"
+    assert source.note == "train is packed unless --split names another split, test"
     entries = list(entries_of(source))
     assert [name for name, _ in entries] == [f"train/{n:02d}.pgm" for n in range(len(labels))]
     assert list(names_of(replace(source, split="test"))) == [f"test/{n}.pgm" for n in range(3)]
@@ -212,6 +212,15 @@ def test_mnist_files_become_grey_images(tmp_path, digits, gz):
     chosen = next((tmp_path / "mnist").glob("t10k-images*"))
     source = open_source(str(chosen))
     assert (source.note, source.name, len(list(entries_of(source)))) == ("", chosen.name, 3)
+    # torchvision downloads into MNIST/raw; Kaggle's zip has copies in folders.
+    (tmp_path / "data/training/raw").mkdir(parents=True)
+    for split in ("train", "t10k"):
+        mnist(tmp_path / "data/training/raw", split, images, labels, gz)
+    for split, count in (("", 24), ("train", 12), ("test", 12)):
+        nested = replace(open_source(str(tmp_path / "data")), split=split)
+        assert [one.label for one in nested.labelled()] == [str(label) for label in labels] * (count // 12)
+    mnist(tmp_path / "data/training", "train", images[:5], labels[:5], gz)
+    assert len(list(entries_of(open_source(str(tmp_path / "data"))))) == 5
     mnist(tmp_path / "mnist", "emnist-letters-train", images, labels, gz)
     emnist = "emnist-letters-train-images-idx3-ubyte"
     assert open_source(str(tmp_path / "mnist")).note == "leaving out t10k-images-idx3-ubyte, train-images-idx3-ubyte"

@@ -78,7 +78,7 @@ def test_sets_of_splits_are_read_as_by_numpy(tmp_path: Path, compressed: bool) -
         for split in splits:
             assert_read(path, loaded[form.format(x, split)], loaded[form.format(y, split)], split)
         assert opened(path).split == "train"
-        assert f"--split {' or '.join(sorted(splits[1:]))} packs the others" in opened(path).note
+        assert f"another split, {' or '.join(sorted(splits[1:]))}" in opened(path).note
     folder = folder_of(tmp_path / "keras", [(f"{name}.npy", npy(array)) for name, array in keras.items()])
     for place in (folder, zip_of(tmp_path / "k.zip", [(f"k/{name}.npy", npy(array)) for name, array in keras.items()])):
         for split in ("train", "test"):
@@ -101,7 +101,7 @@ def test_samples_and_batches_are_read_as_by_numpy(tmp_path: Path) -> None:
     # The authors' reader: channel by channel (image_ddpm.py of the dataset's repository).
     images = np.concatenate([batch["data"].reshape(-1, 3, 8, 8).transpose(0, 2, 3, 1) for batch in loaded])
     assert_read(folder, images, np.concatenate([batch["labels"] for batch in loaded]))
-    assert "--split val packs the others" in opened(folder).note
+    assert "unless --split names another split, val" in opened(folder).note
     (folder / "train_data_batch_1").write_bytes(b"\x80\4")
     assert "holds pickles, which are programs: get the .npz files" in line_of(folder)
 
@@ -122,7 +122,7 @@ def test_plain_arrays_of_any_layout_are_read(tmp_path: Path) -> None:
         assert_read(folder, shown, None)
     for dtype in ("<f4", ">i2", "S4", ">U3", bool):
         values = np.array([1, 0, 1, 0, 1, 1]).astype(dtype)
-        shown = [str(int(value)) for value in values]
+        shown = [str(value).lower() if dtype is bool else str(int(value)) for value in values]
         folder = folder_of(tmp_path / "typed", [("x.npy", npy(images)), ("y.npy", npy(values))])
         assert labels_of(opened(folder)) == shown, dtype
     parts = [(f"{kind}_{n}.npy", npy(array)) for n in (0, 1) for kind, array in [("x", colours(3)), ("y", numbers(3))]]

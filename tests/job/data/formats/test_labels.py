@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset
 from hypothesis import strategies as st
 
 from job.data.labels import read_labels, table_in
+from job.data.members import RefusedError
 from job.data.opening import open_source
 from job.data.source import Found
 from job.data.survey import survey
@@ -19,7 +22,7 @@ from job.progress import printable
 from tests.fuzzing import examples, search
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.packing import entries_of, packed
-from tests.job.some_images import folder_of, jpeg, png, tar_of, zip_of
+from tests.job.some_images import folder_of, jpeg, mnist, png, tar_of, zip_of
 
 ANIMALS = ("cat", "dog", "dog", "owl", "cat", "owl", "owl")
 
@@ -47,6 +50,14 @@ def test_edm_labels_are_joined_by_name(tmp_path, make):
     index = packed(tmp_path / "b", path)
     assert index.classes == tuple(map(str, sorted({label for _, label in table})))
     assert index.classes_from == "labels"
+    # Its user has zipped the folder, and not what is in it; or has two of them.
+    inner = [(f"edm/{name}", image) for name, image in (*files, ("dataset.json", content))]
+    assert [label for _, label in labels_of(make(tmp_path / "inner.zip", inner))] == [
+        str(dict(table)[name]) for name in sorted(names)
+    ]
+    two = make(tmp_path / "two.zip", [*inner, ("other/dataset.json", content), ("other/1.png", png(1))])
+    with pytest.raises(BadRequestError, match=r"several tables of labels, edm/dataset.json, other/dataset.json"):
+        open_source(str(two))
     # Without labels the folders are no classes, which hold the images by number.
     for nothing in (b'{"labels": null}', b"[1, 2]", b"{}"):
         bare = make(tmp_path / f"bare-{len(nothing)}", [*files, ("dataset.json", nothing)])
@@ -106,6 +117,26 @@ def test_index_and_pack_read_the_same_labels(tmp_path):
         packed(tmp_path / "d", "", tars=(str(folder),), labels="a.csv:kind")
 
 
+def test_label_that_no_image_has_is_refused(tmp_path):
+    """Otherwise a mistyped key gives a dataset without classes, or with those of another label."""
+    images = [(f"{n}.png", png(n)) for n in range(4)]
+    edm = json.dumps({"labels": [[name, n] for n, (name, _) in enumerate(images)]}).encode()
+    places = [
+        write_tars(tmp_path / "json", "json"),
+        write_tars(tmp_path / "cls", "cls"),
+        zip_of(tmp_path / "edm.zip", [*images, ("dataset.json", edm)]),
+        folder_of(tmp_path / "flat", images),
+        tmp_path / "mnist",
+    ]
+    mnist(places[-1], "train", np.zeros((4, 28, 28)), np.arange(4), gz=False)
+    for place in places:
+        with pytest.raises(BadRequestError, match="none of its images has a label 'lable'"):
+            packed(tmp_path / "b", place, labels=":lable")
+    for place in places[:2]:
+        with pytest.raises(BadDataError, match=r"none of its images can be used: .* has no label beside it"):
+            packed(tmp_path / "b", "", tars=(str(place),), shard_images=None, labels=":lable")
+
+
 CELEBA_ATTRIBUTES = b"3\nSmiling Young\n000001.jpg  1 -1\n000002.jpg -1  1\n000003.jpg  1  1\n"
 TABLES = [
     ("identity_CelebA.txt", b"000001.jpg 2880\n000002.jpg 2937\n000003.jpg 2880\n", "", ["2880", "2937", "2880"]),
@@ -121,6 +152,16 @@ TABLES = [
         ["3", "", "0"],
     ),
     ("a.json", b'{"000001.jpg": "cat", "000003.jpg": "dog"}', "", ["cat", "", "dog"]),
+    (
+        "b.csv",
+        b'id, kind , x\r\n./img/000001.jpg, "a, b", 1\r\n 000002, c, 1\r\n000003,d,1,\r\n',
+        "kind",
+        ["a, b", "c", "d"],
+    ),
+    ("d.csv", b"kind,filepaths\na,x/000001.jpg\nb,x/000002.jpg\na,x/000003.jpg\n", "", ["a", "b", "a"]),
+    # pandas makes floats of a column that lacks a number.
+    ("c.csv", b"id,n\n000001,10.0\n000002,\n000003,2.0\n", "", ["10", "", "2"]),
+    ("b.jsonl", b'{"id": "000001", "is": true}\n{"id": "000002", "is": false}\n', "", ["true", "false", ""]),
 ]
 
 
@@ -150,14 +191,37 @@ def test_table_is_joined_by_file_name(tmp_path):
         assert line in refused(ddpm_here("data", "pack", source, "other", *at[1:], *words), code)
     (tmp_path / "else.csv").write_text("id,breed\nx,pug\ny,boxer\n")
     words = ("--labels", tmp_path / "else.csv")
-    assert "none of its images has a label in" in refused(
-        ddpm_here("data", "pack", source, "other", *at[1:], *words), 64
-    )
+    said = refused(ddpm_here("data", "pack", source, "other", *at[1:], *words), 64)
+    assert "none of its images has a label in" in said and "compare 'img/000000.jpg' with 'x'" in said
 
 
 def test_same_names_in_two_folders_are_told_apart():
     table = table_in("a.csv", b"file,label\na/1.jpg,x\nb/1.jpg,y\nb/2.jpg,z\n")
     assert [table.of(name) for name in ("a/1.jpg", "set/b/1.jpg", "1.jpg", "2.jpg")] == ["x", "y", "", "z"]
+
+
+def test_row_is_one_image_of_one_class(tmp_path):
+    """Kaggle's CIFAR-10 has a table for train, and the same names in test: their images would get those labels."""
+    files = [(f"{split}/{n}.png", png(n)) for split in ("test", "train") for n in range(4)]
+    images = zip_of(tmp_path / "a.zip", files)
+    for name in ("{}", "train/{}.png"):
+        table = tmp_path / "labels.csv"
+        table.write_text("id,label\n" + "".join(f"{name.format(n)},{n % 2}\n" for n in range(4)))
+        with pytest.raises(BadRequestError, match=r"would label both 'test/0.png' and 'train/0.png': leave one"):
+            packed(tmp_path / "b", images, labels=str(table))
+        assert packed(tmp_path / "b", images, labels=str(table), split="train").images == 4
+        shutil.rmtree(tmp_path / "b")
+    for name, content, said in [
+        ("a.csv", b"id,label\n1,cat\n1,cat\n1,dog\n", "labels '1' as 'cat' and as 'dog'"),
+        ("a.txt", b"1.jpg cat\n2.jpg golden retriever\n", "has 3 values in the row of '2.jpg', and 2 columns"),
+        ("a.csv", b"id,label\n1,dog, big\n2,cat\n", "has 3 values in the row of '1', and 2 columns"),
+        ("a.csv", "id,label\n1,thé\n2,thè\n".encode("latin-1"), "in UTF-8: save it in that encoding"),
+        ("a.csv", "id,label\n1,a\n2,b\n".encode("utf-16"), "in UTF-8: save it in that encoding"),
+    ]:
+        with pytest.raises(RefusedError, match=said):
+            table_in(name, content)
+    with pytest.raises(BadRequestError, match="has no columns: leave :label out"):
+        table_in("a.json", b'{"1": 2}', "label")
 
 
 WORDS = st.sampled_from(
@@ -202,6 +266,14 @@ def test_folder_of_archives_is_one_source(tmp_path):
     assert (both.classes, both.splits) == (("cat", "dog"), ("test", "train"))
     one = packed(tmp_path / "d", zips, split="test")
     assert (one.images, one.splits) == (2, ())
+
+
+@pytest.mark.parametrize("make", [zip_of, folder_of])
+def test_images_beside_archives_are_packed_with_a_line(tmp_path, make, caplog):
+    """A preview beside shards must not become the dataset in silence; nor must photos beside a backup of them."""
+    place = make(tmp_path / "a.zip", [("preview.jpg", jpeg(1)), ("a/1.tar", b""), ("a/2.tar", b""), ("b.txt", b"")])
+    assert packed(tmp_path / "b", place, classes=False).images == 1
+    assert "packing its images, and not those in a/1.tar and 1 more: name these to pack them" in caplog.text
 
 
 def test_what_cannot_be_read_says_what_to_do(tmp_path):

@@ -20,7 +20,7 @@ from job.store import open_store
 from tests.job.command_line import ddpm_here, succeeded
 from tests.job.damages import flip_a_bit
 from tests.job.data.formats.reading import labels_of, line_of, opened, pixels_of
-from tests.job.packing import entries_of
+from tests.job.packing import entries_of, packed
 from tests.job.some_images import jpeg, png, zip_of
 
 Features = dict[str, tuple[object, str]]
@@ -84,10 +84,12 @@ def test_imagenet_is_read_as_by_protocol_buffers(tmp_path: Path) -> None:
     assert labels_of(source) == [str(one["image/class/label"][0]) for one in judged]
     assert next(entries_of(source))[0] == "train-00000-of-00003/00000000.jpg"
     assert "taking image/class/label as the label; --labels :NAME takes another of image/class/" in source.note
-    assert "--split val packs the others" in source.note
+    assert "unless --split names another split, val" in source.note
     assert labels_of(opened(tmp_path / "in", "val")) == ["10"]
     texts = opened(tmp_path / "in", column="image/class/text")
     assert labels_of(texts) == [one["image/class/text"][0].decode() for one in judged]
+    kinds = packed(tmp_path / "b", tmp_path / "in", labels=":image/class/text").classes
+    assert kinds == tuple(one["image/class/text"][0].decode() for one in judged)
     assert labels_of(opened(tmp_path / "in/validation-00000-of-00001")) == ["10"]
     said = line_of(tmp_path / "in", Exit.BAD_REQUEST, column="colour")
     assert "has no label 'colour', but image/class/" in said and "choose one with --labels :NAME" in said
