@@ -188,6 +188,8 @@ def ensure_command(request: PackRequest, bucket_uri: str, on: str = "") -> None:
     size_pixels = request.size or _usual_size_pixels(name)
     filled = replace(request, source=request.source or name, size=size_pixels).check()
     if is_packed(bucket_uri, name, request.size):
+        if request.labels or request.split or request.classes is not None:
+            note(f"dataset {name!r} is there already, as it was packed: labels, classes and split stay as they are")
         return
     if not request.source and name != EMBEDDED:
         raise MissingInputError(how_to_pack(bucket_uri, name, size_pixels, on))

@@ -17,7 +17,7 @@ from job.data.formats.unread import next_step
 from job.data.labels import MOST_CLASSES
 from job.data.members import SUFFIXES, path_parts
 from job.data.source import Found
-from job.data.splits import is_data_file, split_of, stem_of
+from job.data.splits import is_data_file, split_in, split_of, stem_of
 from job.exits import BadDataError, BadRequestError
 from job.progress import some_of
 
@@ -101,7 +101,7 @@ def survey(
         raise BadRequestError(f"{where} has another label for each image, so these are no classes: use --no-classes")
     divided = {part for folder in by_folder.numbers for part in folder if split_of(part)}.difference(found.names)
     splits = tuple(sorted(set(map(split_of, divided))))
-    notes = [*found.notes(asked=classes), *_together(divided if len(splits) > 1 else ())]
+    notes = [*found.notes(asked=classes), *_together(divided if len(splits) > 1 else (), by_folder.numbers, found)]
     if lacking:
         notes.append(f"{lacking:,} of {count:,} images have no label, and are left out; --no-classes keeps them")
     return Survey(
@@ -208,11 +208,13 @@ def _are_no_splits(names: set[str]) -> bool:
     return 2 * sum(map(bool, map(split_of, names))) < len(names)
 
 
-def _together(divided: Collection[str]) -> Iterator[str]:
-    """Yields that folders of several splits become one dataset."""
+def _together(divided: Collection[str], folders: Iterable[tuple[str, ...]], found: _Found) -> Iterator[str]:
+    """Yields that folders of several splits become one dataset, and whether one of them alone would have classes."""
     if divided:
         first = split_of(max(divided))
+        alone = _class_folders({folder for folder in folders if split_in(folder) == first}, _are_classes)
+        classes = f", with its {len(alone.names):,} folders as classes" if alone.names and not found.names else ""
         yield (
             f"{some_of(sorted(divided))} are packed together, as one dataset; "
-            f"`ddpm data pack --split {first}` would pack {max(divided)} alone"
+            f"`ddpm data pack --split {first}` would pack {max(divided)} alone{classes}"
         )
