@@ -25,7 +25,7 @@ from job.sampling.painter import Painter
 from job.stop import NEVER
 
 AT_LEAST = 2 / 3
-"""Of the speed of one thread or of PyTorch's threads, whichever is faster."""
+"""The least share of the speed of one thread, or of PyTorch's threads if these are faster."""
 NEIGHBOURS = 2
 PRESET_SETS = ("model.num_classes=0",)
 

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Threads:
-    """So many threads, each of which computes alone."""
+    """Threads that compute alone."""
 
     def __init__(self, count: int) -> None:
         self.count = count

@@ -40,7 +40,7 @@ class Sample:
     Attributes:
         name: name of its file.
         content: its encoded bytes.
-        label: its class; -1 without one, `BAD_CLASS` if its label is no valid number.
+        label: its class; -1 without one, `BAD_CLASS` if its label is not a valid number.
         offset: position of the content in a tar that stays in place.
     """
 

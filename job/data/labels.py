@@ -1,7 +1,7 @@
 """The labels of images: in a file beside each image, in a table of the source, or in a table that a person names.
 
-A label is the name of a class, as text; an image without a class has an empty one. What a format writes for "no class",
-such as -1 or null, is that as well.
+A label is the name of a class, as text; an image without a class has an empty one. A format's sign for "no class",
+such as -1 or null, is an empty label as well.
 """
 
 from __future__ import annotations
@@ -161,11 +161,13 @@ def read_labels(file: str, column: str, retry: Retry | None = None) -> LabelTabl
 
 
 def table_in(where: str, content: bytes, column: str = "") -> LabelTable:
-    """Returns the table in a file's content; see `read_labels`. Raises `RefusedError` if it is none."""
+    """Returns the table in a file's content; see `read_labels`. Raises `RefusedError` for anything else."""
     try:
         text, suffix = content.decode("utf-8-sig"), PurePosixPath(where).suffix.lower()
     except UnicodeDecodeError:
-        raise RefusedError("is no table of file names and labels in UTF-8: save it in that encoding") from None
+        raise RefusedError(
+            "does not hold a table of file names and labels in UTF-8: save it in that encoding"
+        ) from None
     if suffix == ".json":
         if column:
             raise BadRequestError(f"{where} has no columns: leave :{column} out")
@@ -214,12 +216,12 @@ def _rows(text: str) -> tuple[list[str], list[list[str]]]:
         read = csv.reader(lines, delimiter=delimiter, skipinitialspace=True) if delimiter else map(str.split, lines)
         rows = [[cell.strip() for cell in row] for row in read if row]
     except csv.Error as error:
-        raise RefusedError(f"is no table of file names and labels ({error})") from None
+        raise RefusedError(f"does not hold a table of file names and labels ({error})") from None
     if rows and len(rows[0]) == 1 and rows[0][0].isdecimal():
         # CelebA's files begin with the number of images.
         del rows[0]
     if len(rows) < 2 or len(rows[1]) < 2:
-        raise RefusedError("is no table of file names and labels")
+        raise RefusedError("does not hold a table of file names and labels")
     if members.is_image(rows[0][0]):
         header = ["file", *(f"column {number}" for number in range(2, len(rows[0]) + 1))]
     else:

@@ -1,4 +1,4 @@
-"""What lies at a path or a URI: a folder of images, an archive, a folder of archives, or files in another format."""
+"""Opens the source at a path or a URI: a folder of images, archives, or files in another format."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def _folder(root: Path, bucket: str, column: str | None) -> Source:
 
 
 def _names_below(root: Path, bucket: str) -> tuple[list[str], bool]:
-    """Returns names of the files in and below a folder that are no images, and whether images are among them."""
+    """Returns names of the files in and below a folder, without images, and whether there are images."""
     found, has_images, folders = list[str](), False, [str(root)]
     for folder in folders:
         with os.scandir(folder) as scan:
@@ -171,7 +171,7 @@ def _names_below(root: Path, bucket: str) -> tuple[list[str], bool]:
 
 
 def _read_as(files: Files, column: str | None, has_images: bool = False) -> Source | None:
-    """Returns the images in files that are none themselves; None if these are not the dataset."""
+    """Returns the images in files of other formats; None if these are not the dataset."""
     if has_images and not has_shards(files.names):
         return None
     if found := recognised(files, column):

@@ -278,7 +278,7 @@ class _Packing(abc.ABC):
             checked.sha256 = hashlib.sha256(sample.content).digest()
         try:
             if self.has_classes and sample.label < 0:
-                there = "a label that is no number from 0 to 99999"
+                there = "a label outside of the numbers from 0 to 99999"
                 what = there if sample.label == BAD_CLASS else "no label beside it"
                 raise RejectedImageError(f"has {what}; --no-classes leaves classes out")
             pixels = prepare(sample.content, self.recipe)

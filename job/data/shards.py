@@ -223,7 +223,7 @@ class DatasetIndex(Sealed):
         if with_classes and self.classes_from == "folders":
             named = ", ".join(self.classes[:10]) + (f" and {len(self.classes) - 10:,} more" * (len(self.classes) > 10))
             said.append(
-                f"learning {len(self.classes):,} folders of {self.name} as classes: {named}; if they are no classes, "
+                f"learning {len(self.classes):,} folders of {self.name} as classes: {named}; if they are not classes, "
                 "start another run with --set model.num_classes=0"
             )
         if self.splits:

@@ -74,7 +74,7 @@ class Files:
 
 
 class Found(NamedTuple):
-    """What is known of an image before it is read: its name, its size and its class, empty without one."""
+    """An image before it is read: its name, its size and its class, empty without one."""
 
     name: str
     size_bytes: int = 0

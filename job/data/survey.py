@@ -1,7 +1,7 @@
 """The number of images in a source, and their classes: by the labels of its format, else by the names of folders.
 
-Classes are never made up. Folders whose names are numbers or splits are no classes unless a person says so, and the
-person reads which folders became classes before anything is trained.
+Classes are never made up. A person decides whether folders named by numbers or splits are classes, and reads which folders
+became classes before anything is trained.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def survey(
         where: the source, for messages.
         classes: True requires classes, False ignores them; None takes labels, or else folders that look like classes.
         names: the names of the classes in the order of the format, if it has one.
-        skipped: number of files by suffix that are no images; read when all images are.
+        skipped: number of other files by suffix; read when all images are.
 
     Raises:
         BadDataError: the source has no images.
@@ -98,7 +98,7 @@ def survey(
     labels = (by_label if found.are_labels else by_folder).renumbered(found.numbers)
     count, lacking = len(labels), labels.count(-1) if found.names else 0
     if found.are_labels and not names and count > _FEW_IMAGES and len(found.numbers) >= count - lacking:
-        raise BadRequestError(f"{where} has another label for each image, so these are no classes: use --no-classes")
+        raise BadRequestError(f"{where} has another label for each image, so that none is a class: use --no-classes")
     divided = {part for folder in by_folder.numbers for part in folder if split_of(part)}.difference(found.names)
     splits = tuple(sorted(set(map(split_of, divided))))
     notes = [*found.notes(asked=classes), *_together(divided if len(splits) > 1 else (), by_folder.numbers, found)]
@@ -147,7 +147,7 @@ class _Found:
         names: of the classes.
         numbers: the number of the class of each label or folder.
         are_labels: whether the format has labels.
-        passed: the folders that are no classes.
+        passed: the folders that are not taken for classes.
         beside: whether some images lie beside the folders of others.
     """
 

@@ -286,7 +286,7 @@ def _values(labels: _Array) -> np.ndarray:
 def _label(value: np.ndarray) -> str:
     """Returns the label in an array of one."""
     if value.dtype.kind == "U":
-        # Python itself fails on a number in an array of text that is no character.
+        # Python itself fails on an array of text with a number beyond all characters.
         order = "utf-32-be" if value.dtype.byteorder == ">" else "utf-32-le"
         return label_of(value.tobytes().decode(order, "replace").rstrip("\0"))
     said = value.item()

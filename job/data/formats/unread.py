@@ -18,7 +18,12 @@ _UNREAD = {
     (".npy.gz", ".gz"): "gzipped files are not read: gunzip them",
     (".cr2", ".nef", ".arw", ".dng"): "raw photographs are not read: develop them into JPEG or PNG",
     (".dcm", ".nii"): f"medical volumes are not read: {_CONVERT}",
-    (".csv", ".json", ".jsonl", ".txt"): "tables and texts are no images: name the folder or archive of the images",
+    (
+        ".csv",
+        ".json",
+        ".jsonl",
+        ".txt",
+    ): "tables and texts hold names, not images: name the folder or archive of the images",
 }
 _MAGIC = {
     b"\x89HDF": ".h5",

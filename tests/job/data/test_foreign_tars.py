@@ -152,7 +152,7 @@ def test_cls_files_are_classes(tmp_path, bucket):
     unknown = write_tars(tmp_path / "unknown", samples_of(12, cls=lambda n: b"%d" % (n % 3 - 1)))
     there = indexed(open_store(str(tmp_path / "unknown-bucket")), unknown)
     assert (there.images, there.rejected_images, there.classes) == (8, 4, ("0", "1"))
-    with pytest.raises(BadDataError, match=r"has a label that is no number .*; --no-classes leaves classes out"):
+    with pytest.raises(BadDataError, match=r"has a label outside of the numbers .*; --no-classes leaves classes out"):
         indexed(open_store(str(tmp_path / "0")), unknown, max_bad=3)
     without = indexed(open_store(str(tmp_path / "without")), unknown, classes=False)
     assert (without.images, without.classes) == (12, ())
