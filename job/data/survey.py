@@ -1,7 +1,7 @@
 """The number of images in a source, and their classes: by the labels of its format, else by the names of folders.
 
-Classes are never made up. A person decides whether folders named by numbers or splits are classes, and reads which folders
-became classes before anything is trained.
+Classes are never made up. A person decides whether folders named by numbers or splits are classes, and reads which
+folders became classes before anything is trained.
 """
 
 from __future__ import annotations
