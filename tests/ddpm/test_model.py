@@ -117,7 +117,7 @@ def broken(folder: Path, name: str, text: str | None) -> None:
         ("unet/diffusion_pytorch_model.safetensors", "no tensors", "cannot be loaded"),
         ("scheduler/scheduler_config.json", '{"num_train_timesteps": "x"}', "cannot be loaded"),
         ("scheduler/scheduler_config.json", '{"num_train_timesteps": 1e12}', "cannot be loaded"),
-        ("scheduler/scheduler_config.json", '{"_class_name": "FlowMatchEulerDiscreteScheduler"}', "no counterpart"),
+        ("scheduler/scheduler_config.json", '{"_class_name": "EDMEulerScheduler"}', "no counterpart"),
         ("id2label.json", '{"0": "sky", "1": "sea"}', "does not name the 4 classes"),
         ("id2label.json", '{"1": "a", "2": "b", "3": "c", "4": "d"}', "does not name the 4 classes"),
     ],

@@ -110,7 +110,7 @@ SETTINGS = {
     "model.kind=dome data.augment=0.1": ["model.kind=dome", "data.augment"],
     "model.kind=edm2": ["ln(sigma)/4", "diffusion.schedule=edm"],
     "model.heads=3": ["64 channels", "model.heads=3"],
-    "data.size=16 model.head_channels=12": ["64 channels", "head_channels=12"],
+    "data.size=16 model.head_channels=12": ["32 channels", "head_channels=12"],
     "sample.grid=leading sample.steps=400": ["t=798 of 1000", "500 or 333"],
     "preset=celeba": ["preset", "--preset NAME"],
     "data.order=feistel-1": ["data.order is set by the program"],

@@ -137,7 +137,7 @@ def test_large_weights_have_several_files(bucket, monkeypatch):
     [
         ({}, {"unet/config.json", "scheduler/scheduler_config.json", "id2label.json", "run_config.yaml"}),
         (
-            {"diffusion__schedule": "flow", "diffusion__prediction": "flow"},
+            {"diffusion__schedule": "edm", "diffusion__prediction": "edm"},
             {"unet/config.json", "id2label.json", "run_config.yaml"},
         ),
         ({"model__heads": 2}, set()),
