@@ -35,6 +35,8 @@ NETWORK = {
     "diffusion.weighting": "min_snr",
     "diffusion.stratified": "false",
     "diffusion.draws": "uniform",
+    "diffusion.draws_mean": "-1.2",
+    "diffusion.draws_std": "1.2",
     "diffusion.timesteps": "50",
     "train.learning_rate": "1e-3",
     "train.precision": "fp32",
