@@ -45,6 +45,8 @@ for t in scheduler.timesteps:
 _REMARK = {
     "DDIMScheduler": "This call gives the images of the run's sampler `ddim`. The default call of diffusers clips the "
     "estimated image, but keeps the noise of the estimate before clipping.",
+    "FlowMatchEulerDiscreteScheduler": "The loop of `DDPMPipeline` takes any scheduler: this one goes Euler's steps "
+    "along a rectified flow, without clipping.",
     "DDPMScheduler": "The network also gives the variance of a step, which `DDPMPipeline` uses.",
 }
 
@@ -101,8 +103,8 @@ class Card:
             "steps": config.sample.steps,
             "call": ", use_clipped_model_output=True" if kind == "DDIMScheduler" else "",
         }
-        if "model_index.json" in objects:
-            return _PIPELINE.format(kind=kind.replace("Scheduler", "Pipeline"), remark=_REMARK[kind], **given)
+        if index := objects.get("model_index.json"):
+            return _PIPELINE.format(kind=json.loads(index)["_class_name"], remark=_REMARK[kind], **given)
         if not classes or not kind:
             return f'`UNet2DModel.from_pretrained("{self.place}", subfolder="unet")` loads the network; {self.lacking}.'
         names = ", ".join(classes[:MOST_NAMES]) + (", …" if len(classes) > MOST_NAMES else "")

@@ -56,6 +56,18 @@ def test_exports_are_pipelines_with_cards(bucket, tmp_path):
     assert len(seen["images"]) == 4
 
 
+def test_card_of_a_rectified_flow_has_its_pipeline(bucket, tmp_path):
+    flow = {"diffusion__schedule": "flow", "diffusion__prediction": "flow", "diffusion__weighting": "plain"}
+    words = ("--dataset", "tiles", "--run", "flow", "--epochs", 1, "--bucket", bucket)
+    succeeded(ddpm_here("train", *words, *settings(model__num_classes="0", **flow)))
+    succeeded(export(bucket, "flow", tmp_path / "out"))
+    (code,) = (part.removeprefix("python\n") for part in (tmp_path / "out/README.md").read_text().split("```")[1::2])
+    seen: dict = {}
+    exec(code.replace("this folder", str(tmp_path / "out")), seen)
+    assert type(seen["pipeline"].scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    assert len(seen["images"]) == 4
+
+
 def test_killed_exports_resume(bucket, tmp_path):
     succeeded(export(bucket, "images", tmp_path / "out"))
     (tmp_path / "out/model_index.json").unlink()
