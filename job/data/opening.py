@@ -191,8 +191,8 @@ def _archives(where: str, archives: Sequence[tuple[str, Opener]], column: str | 
             for member in _archive(name, opener, column).members():
                 yield replace(member, name=f"{name}/{member.name}")
 
-    are_tars = not any(name.lower().endswith(".zip") for name, _ in archives)
-    return Source(where, listed, sidecars=sidecars(column) if are_tars else (), label_key=column or "")
+    has_tars = not all(name.lower().endswith(".zip") for name, _ in archives)
+    return Source(where, listed, sidecars=sidecars(column) if has_tars else (), label_key=column or "")
 
 
 def _inside(archive: Source, inside: str, where: str) -> Source:

@@ -258,6 +258,9 @@ def test_folder_of_archives_is_one_source(tmp_path):
     assert names == [f"{kind}.tar/{kind}_{number}.jpg" for kind in ("n01", "n02") for number in range(3)]
     assert packed(tmp_path / "a", tars).classes == ()
     assert packed(tmp_path / "b", tars, classes=True).classes == ("n01", "n02")
+    zip_of(tars / "more.zip", [("9.jpg", jpeg(90))])
+    tar_of(tars / "n03.tar", [("7.jpg", jpeg(70)), ("7.cls", b"3")])
+    assert dict(labels_of(tars))["n03.tar/7.jpg"] == "3", "a zip beside them takes no labels from tars"
     zips = tmp_path / "zips"
     zips.mkdir()
     for split in ("train", "test"):
