@@ -24,12 +24,11 @@ T = TypeVar("T")
 
 
 class Threads:
-    """Threads that compute alone."""
+    """Threads that share images, and compute alone."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        # In the thread that calls it, this is the number of PyTorch's threads of that thread.
-        self._pool = ThreadPoolExecutor(count, "compute", initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = ThreadPoolExecutor(count, "compute")
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -46,7 +45,13 @@ class Threads:
         start, count = images.start, images.stop - images.start
         parts = min(self.count, count)
         ends = [start + count * part // parts for part in range(parts + 1)]
-        return list(self._pool.map(work, [slice(*part) for part in pairwise(ends)]))
+
+        def alone(part: slice) -> T:
+            # The setting is that of this thread; with fewer images than threads each image gets several.
+            torch.set_num_threads(self.count // parts)
+            return work(part)
+
+        return list(self._pool.map(alone, [slice(*part) for part in pairwise(ends)]))
 
     def sharing(self, network: Network, autocast: Callable[[], AbstractContextManager[None]]) -> Network:
         """Returns the network, evaluated by all threads under its autocast, without gradients."""

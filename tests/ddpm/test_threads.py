@@ -105,6 +105,8 @@ def test_threads_compute_alone_and_in_order() -> None:
         (slice(3, 5), 1),
         (slice(5, 8), 1),
     ]
+    # The only image gets both threads.
+    assert threads.map(lambda part: torch.get_num_threads(), slice(3, 4)) == [2]
     with threads.alone():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == usual
