@@ -84,11 +84,13 @@ class LabelTable:
         where: the file, for messages.
         labels: the label of each row by its name.
         short: the name of the row by the last part of that, where no other row has the same.
+        column: the name of the column of labels, if it has one.
     """
 
     where: str
     labels: dict[str, str]
     short: dict[str, str]
+    column: str = ""
     _images: dict[str, str] = field(default_factory=dict, repr=False)
 
     def of(self, name: str) -> str:
@@ -169,10 +171,17 @@ def table_in(where: str, content: bytes, column: str = "") -> LabelTable:
             "does not hold a table of file names and labels in UTF-8: save it in that encoding"
         ) from None
     if suffix == ".json":
-        if column:
-            raise BadRequestError(f"{where} has no columns: leave :{column} out")
-        return _by_name(where, _json_pairs(text))
-    header, rows = _json_lines(text) if suffix == ".jsonl" else _rows(text)
+        found = json.loads(text)
+        if not isinstance(found, list) or not found or not isinstance(found[0], dict):
+            if column:
+                raise BadRequestError(f"{where} has no columns: leave :{column} out")
+            return _by_name(where, _json_pairs(found))
+        # pandas writes the rows so, as a list of objects.
+        header, rows = _json_rows(found)
+    elif suffix == ".jsonl":
+        header, rows = _json_rows([json.loads(line) for line in text.splitlines() if line.strip()])
+    else:
+        header, rows = _rows(text)
     lowered = [name.lower() for name in header]
     like_names = (number for number, cell in enumerate(rows[0]) if members.is_image(str(cell)))
     names = next((lowered.index(name) for name in _NAME_COLUMNS if name in lowered), next(like_names, 0))
@@ -181,12 +190,11 @@ def table_in(where: str, content: bytes, column: str = "") -> LabelTable:
     if {str(value) for _, value in pairs} == {"-1", "1"}:
         # CelebA says so of attributes.
         pairs = [(name, header[chosen] if str(value) == "1" else f"not {header[chosen]}") for name, value in pairs]
-    return _by_name(where, pairs)
+    return _by_name(where, pairs, header[chosen])
 
 
-def _json_pairs(text: str) -> Iterable[tuple[str, Any]]:
+def _json_pairs(found: Any) -> Iterable[tuple[str, Any]]:
     """Returns the pairs of StyleGAN's and EDM's `dataset.json`, or of an object of names."""
-    found = json.loads(text)
     found = found.get("labels", found) if isinstance(found, dict) else found
     pairs = list(found.items()) if isinstance(found, dict) else found
     if not isinstance(pairs, list) or not all(
@@ -198,8 +206,7 @@ def _json_pairs(text: str) -> Iterable[tuple[str, Any]]:
     return pairs
 
 
-def _json_lines(text: str) -> tuple[list[str], list[list[Any]]]:
-    lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+def _json_rows(lines: list[Any]) -> tuple[list[str], list[list[Any]]]:
     if not lines or not all(isinstance(line, dict) for line in lines):
         raise RefusedError('has no lines such as {"file_name": "0001.png", "label": "cat"}')
     header = list(dict.fromkeys(key for line in lines for key in line))
@@ -237,8 +244,9 @@ def _rows(text: str) -> tuple[list[str], list[list[str]]]:
 
 def _chosen(where: str, header: list[str], names: int, column: str) -> int:
     """Returns the number of the column of labels."""
-    others = [number for number in range(len(header)) if number != names]
-    if column in header:
+    # pandas writes its index into a first column without a name.
+    others = [number for number, name in enumerate(header) if number != names and name]
+    if column and column in header:
         return header.index(column)
     if not column and len(others) == 1:
         return others[0]
@@ -247,7 +255,7 @@ def _chosen(where: str, header: list[str], names: int, column: str) -> int:
     raise BadRequestError(f"{where} {said} {shown}: choose one with --labels {where}:COLUMN")
 
 
-def _by_name(where: str, pairs: Iterable[tuple[str, Any]]) -> LabelTable:
+def _by_name(where: str, pairs: Iterable[tuple[str, Any]], column: str = "") -> LabelTable:
     """Returns the table of these names and labels; raises `RefusedError` for a name with two labels."""
     labels = dict[str, str]()
     for path, value in pairs:
@@ -256,4 +264,4 @@ def _by_name(where: str, pairs: Iterable[tuple[str, Any]]) -> LabelTable:
             raise RefusedError(f"labels {name!r:.80} as {other!r} and as {label!r}: leave one class for each image")
     tails = Counter(name.rpartition("/")[2] for name in labels)
     short = {tail: name for name in labels if "/" in name and tails[tail := name.rpartition("/")[2]] == 1}
-    return LabelTable(where, labels, short)
+    return LabelTable(where, labels, short, column)

@@ -32,17 +32,17 @@ from job.data import shards
 from job.data.ahead import in_order
 from job.data.foreign_tars import BAD_CLASS, Sample, find_tars
 from job.data.images import RejectedImageError, codec_versions, encode_png, prepare
-from job.data.labels import read_labels, split_labels
-from job.data.members import Member
+from job.data.labels import LabelTable, read_labels, split_labels, table_in
+from job.data.members import Member, refusing
 from job.data.opening import open_source
 from job.data.pack_request import PackRequest
-from job.data.source import Found
+from job.data.source import Found, Source
 from job.data.survey import no_images, survey
 from job.exits import BadDataError, BadRequestError
 from job.pieces import RECORDS as PIECES
 from job.pieces import WHOLE, Advance, Made, OtherWorkError, PieceRecord, Pieces, Slice
 from job.stop import NEVER, Stop
-from job.store import ObjectExistsError, ObjectMissingError, Store
+from job.store import ObjectExistsError, ObjectMissingError, Retry, Store
 from job.store.files import os_errors, scratch_folder
 
 Reject = dict[str, str]
@@ -320,7 +320,7 @@ class _Copying(_Packing):
             if next(source.members(), None) is None:
                 said = "no file or folder of it is named so. Without --split the command says which splits there are"
                 raise BadDataError(f"{source.where} holds no images: {said}")
-        table = read_labels(file, column, retry) if file else None
+        table = _table(source, file, column, retry) if file else None
         self.where, self.source, self._source = source.where, source.name, source
 
         def found() -> Iterator[Found]:
@@ -328,7 +328,14 @@ class _Copying(_Packing):
                 self._check_stop()
                 yield image._replace(label=table.of(image.name)) if table else image
 
-        self._found = survey(found(), self.where, request.classes, source.classes, source.skipped)
+        self._found = survey(
+            found(),
+            self.where,
+            request.classes,
+            names=source.classes,
+            skipped=source.skipped,
+            unchosen=source.unchosen,
+        )
         if request.labels and self._found.classes_from != "labels":
             first, row = next(source.images()).name, next(iter(table.labels), "") if table else ""
             which = f"in {table.where}: compare {first!r} with {row!r}" if table else f"{column!r}: see to its spelling"
@@ -340,7 +347,10 @@ class _Copying(_Packing):
         if not images:
             part = "no image" if request.is_held_out else "all images"
             raise BadRequestError(f"--hold-out {share:.1%} of {self._found.images:,} images holds {part} out")
-        for remark in filter(None, (source.note, *self._found.notes)):
+        others = "" if request.split else " or ".join(f"--split {other}" for other in source.other_splits)
+        chosen = f"packing its split {source.split}; {others} would pack another" if others else ""
+        taken = f"taking the column {table.column!r} of {table.where}" if table and table.column and not column else ""
+        for remark in filter(None, (source.note, chosen, taken, *self._found.notes)):
             logging.getLogger(__name__).warning(remark)
         self.skipped = dict(sorted(source.skipped.items()))
         self.recipe, self.classes = request.recipe(source.channels), self._found.classes
@@ -411,6 +421,15 @@ class _Copying(_Packing):
 
         for name, content in self._source.loaded(images()):
             yield Sample(name, content, labels.popleft())
+
+
+def _table(source: Source, file: str, column: str, retry: Retry) -> LabelTable:
+    """Returns the table of labels in a file, or else in one of that name beside the images of the source."""
+    beside = source.beside
+    if beside and file in beside.names and not Path(file).exists():
+        with refusing(f"{beside.where}: {file}"):
+            return table_in(file, beside.read(file), column)
+    return read_labels(file, column, retry)
 
 
 def _is_drawn(name: str, share: float) -> bool:

@@ -98,6 +98,9 @@ class Source:
         sidecars: suffixes of the files that have the labels of the images beside them, as in WebDataset's tars.
         label_key: key of the label in those `.json` files; empty for a usual one.
         split: the split whose images are taken; "" takes all.
+        other_splits: those that are left out unless a person chooses one.
+        beside: the files among which a table of labels may be, if they can be read by name.
+        unchosen: the words of `--labels` for labels that none of the images has got.
         skipped: number of files that `images` has left out: hidden images, and other files by suffix.
     """
 
@@ -111,6 +114,9 @@ class Source:
     sidecars: tuple[str, ...] = ()
     label_key: str = ""
     split: str = ""
+    other_splits: tuple[str, ...] = ()
+    beside: Files | None = None
+    unchosen: tuple[str, ...] = ()
     skipped: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -162,7 +168,8 @@ class Source:
             return True
         suffix = Path(member.name).suffix.lower()
         if suffix in members.SUFFIXES:
-            self.skipped[HIDDEN] += not _FORK.search(member.name)
+            if not _FORK.search(member.name):
+                self.skipped[HIDDEN] += 1
         elif not members.is_hidden(member.name) and not member.name.endswith(self.sidecars):
             is_named = suffix in self.skipped or (1 < len(suffix) < 12 and len(self.skipped) < _SUFFIXES_NAMED)
             self.skipped[suffix if is_named else "other"] += 1

@@ -49,13 +49,11 @@ def split_in(parts: Iterable[str]) -> str:
     return next(filter(None, map(split_of, parts)), "")
 
 
-def first_split(names: Iterable[str]) -> tuple[str, str]:
-    """Returns the split of a format that is packed unless a person chooses another, and a note that says so.
+def first_split(names: Iterable[str]) -> tuple[str, tuple[str, ...]]:
+    """Returns the split of a format that is packed unless a person chooses another, and the others.
 
     `names` are those of its files. Of several splits it is train; otherwise both results are empty.
     """
     found = {split_in(name.split("/")) for name in names}
-    others = sorted(found - {"train", ""})
-    if "train" not in found or not others:
-        return "", ""
-    return "train", f"train is packed unless --split names another split, {' or '.join(others)}"
+    others = tuple(sorted(found - {"train", ""}))
+    return ("train", others) if "train" in found and others else ("", ())

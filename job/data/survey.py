@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -62,6 +62,7 @@ def survey(
     classes: bool | None = None,
     names: tuple[str, ...] = (),
     skipped: Mapping[str, int] | None = None,
+    unchosen: Sequence[str] = (),
 ) -> Survey:
     """Counts the images and finds their classes.
 
@@ -71,6 +72,7 @@ def survey(
         classes: True requires classes, False ignores them; None takes labels, or else folders that look like classes.
         names: the names of the classes in the order of the format, if it has one.
         skipped: number of other files by suffix; read when all images are.
+        unchosen: the words of `--labels` for labels that the images could have.
 
     Raises:
         BadDataError: the source has no images.
@@ -96,12 +98,13 @@ def survey(
             "--labels FILE names a table of labels"
         )
     labels = (by_label if found.are_labels else by_folder).renumbered(found.numbers)
+    folders = by_folder.of(number for number, label in enumerate(labels) if label >= 0 or not found.names)
     count, lacking = len(labels), labels.count(-1) if found.names else 0
     if found.are_labels and not names and count > _FEW_IMAGES and len(found.numbers) >= count - lacking:
         raise BadRequestError(f"{where} has another label for each image, so that none is a class: use --no-classes")
-    divided = {part for folder in by_folder.numbers for part in folder if split_of(part)}.difference(found.names)
+    divided = {part for folder in folders for part in folder if split_of(part)}.difference(found.names)
     splits = tuple(sorted(set(map(split_of, divided))))
-    notes = [*found.notes(asked=classes), *_together(divided if len(splits) > 1 else (), by_folder.numbers, found)]
+    notes = [*found.notes(classes, unchosen), *_together(divided if len(splits) > 1 else (), folders, found)]
     if lacking:
         notes.append(f"{lacking:,} of {count:,} images have no label, and are left out; --no-classes keeps them")
     return Survey(
@@ -133,6 +136,11 @@ class _Repeated(Generic[T]):
         """Appends the value of the next image."""
         self.values.append(self.numbers.setdefault(value, len(self.numbers)))
 
+    def of(self, images: Iterable[int]) -> set[T]:
+        """Returns the different values of these images."""
+        values = [*self.numbers]
+        return {values[number] for number in {self.values[image] for image in images}}
+
     def renumbered(self, numbers: Mapping[T, int]) -> array[int]:
         """Returns for each image the number of its value; -1 for a value without one."""
         new = [numbers.get(value, -1) for value in self.numbers]
@@ -157,7 +165,7 @@ class _Found:
     passed: tuple[str, ...] = ()
     beside: bool = False
 
-    def notes(self, asked: bool | None) -> Iterator[str]:
+    def notes(self, asked: bool | None, unchosen: Sequence[str]) -> Iterator[str]:
         """Yields what a person has to know, who asked for classes, for none, or for neither."""
         if self.names and self.are_labels:
             yield f"its labels name {len(self.names):,} classes that the network will learn: {some_of(self.names)}"
@@ -166,10 +174,15 @@ class _Found:
                 f"{len(self.names):,} folders became classes that the network will learn: {some_of(self.names)}; "
                 "use --no-classes if they are not classes"
             )
-        elif asked is None and self.passed:
-            yield f"the folders {some_of(self.passed)} are not taken for classes; use --classes if they are classes"
-        elif asked is None and self.beside:
-            yield "some images lie beside the folders of others, so the folders are not taken for classes"
+        elif asked is None:
+            if self.passed:
+                why = f"the folders {some_of(self.passed)} are not taken for classes; use --classes if they are classes"
+            elif self.beside:
+                why = "some images lie beside the folders of others, so the folders are not taken for classes"
+            else:
+                why = "it is packed without classes: its images have neither labels nor folders of classes"
+            there = [f"--labels {words}" for words in unchosen]
+            yield f"{why}; {some_of(there)} would take labels" if there else why
 
 
 def _labels(by_label: _Repeated[str], names: tuple[str, ...]) -> _Found | None:

@@ -105,14 +105,15 @@ def _train(plan: Plan, ranks: Ranks, lease: Lease | None, tracking: Tracking | N
     """Opens the dataset, restores the state and trains; the main process has the lease and the tracker. Collective."""
     pictures = PictureCache(note)
     attempt = ranks.on_main(lambda: _begin(plan, ranks, lease, pictures))
-    with Progress("reading images", total=plan.index.images) as bar:
-        images = plan.opened_images(stop, lambda done, total: bar.update(done))
-        held_out = plan.opened_images(stop, index=plan.held_out) if plan.held_out else None
-    # Building the network waits for all processes without a heartbeat, which would look like a hang.
-    ranks.sum(0)
-    state = initial_state(plan, ranks.device)
     damaged = set[CheckpointRef]()
-    manifest = _restore(state, plan, ranks, attempt, damaged)
+    with _last_page(plan, attempt, lease, pictures):
+        with Progress("reading images", total=plan.index.images) as bar:
+            images = plan.opened_images(stop, lambda done, total: bar.update(done))
+            held_out = plan.opened_images(stop, index=plan.held_out) if plan.held_out else None
+        # Building the network waits for all processes without a heartbeat, which would look like a hang.
+        ranks.sum(0)
+        state = initial_state(plan, ranks.device)
+        manifest = _restore(state, plan, ranks, attempt, damaged)
     with _recording(
         plan,
         state,
@@ -157,6 +158,24 @@ def _begin(plan: Plan, ranks: Ranks, lease: Lease | None, pictures: PictureCache
     if plan.request.open_page:
         open_page(plan.run)
     return attempt
+
+
+@contextmanager
+def _last_page(plan: Plan, attempt: records.Attempt, lease: Lease | None, pictures: PictureCache) -> Iterator[None]:
+    """Writes on the main process how the attempt ended, if it ends before it trains: the page would say running."""
+    try:
+        yield
+    except LostRunError:
+        raise
+    except Exception as error:
+        if lease is not None:
+            status = status_of(plan, attempt, _state_after(error), plan.images_seen, {})
+            put_run_page(plan, lease, None, status, pictures=pictures, patience_seconds=records.STATUS_CLOSE_SECONDS)
+        raise
+
+
+def _state_after(error: BaseException) -> State:
+    return State.STOPPED if isinstance(error, StoppedError) else State.FAILED
 
 
 def _restore(
@@ -228,7 +247,7 @@ def _recording(
     except BaseException as error:
         # A queued checkpoint is good, whatever went wrong since: it is committed before the error is reported.
         try:
-            recorder.close(State.STOPPED if isinstance(error, StoppedError) else State.FAILED, stop)
+            recorder.close(_state_after(error), stop)
         except JobError as second:
             if second is not error:
                 note(f"while ending: {second}")

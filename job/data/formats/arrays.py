@@ -11,7 +11,7 @@ import math
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -122,8 +122,12 @@ class _Array:
 
     def __str__(self) -> str:
         """Returns what a message says of it."""
-        kind = "Python objects, which are pickles, and these are programs" if self.dtype.hasobject else self.dtype.name
-        return f"{self.path} is {kind} {[*self.shape]}{' in Fortran order' if self.is_fortran else ''}"
+        kind = f"{self.dtype.name} {[*self.shape]}{' in Fortran order' if self.is_fortran else ''}"
+        return f"{self.path} is {kind}{': pickles, which are programs' if self.dtype.hasobject else ''}"
+
+    def is_a_label_each_of(self, counts: Container[int]) -> bool:
+        """Returns whether it could be labels of so many images."""
+        return self.dtype.kind in "biufSU" and self.shape[1:] in ((), (1,)) and self.shape[0] in counts
 
     def check(self) -> None:
         """Raises `RefusedError` if its header promises more or fewer bytes than there are."""
@@ -161,10 +165,17 @@ def array_source(files: Files, column: str | None) -> Source | None:
         said = "; ".join(map(str, sorted(others, key=lambda array: array.are_labels)[:3])) or "its .npz are empty"
         raise BadDataError(f"{files.place} holds no array of images: {said}: {_NEXT_STEP}")
     left_out = [array.path for array in others if array.stored]
-    split, note = first_split(images.path for images, _ in sets)
-    note = "; ".join(filter(None, (note, f"leaving out {', '.join(left_out[:3])}" if left_out else "")))
-    channels = max(_channels(images) for images, _ in sets)
-    return Source(files.place, partial(_members, sets), channels=channels, note=note, split=split)
+    split, other_splits = first_split(images.path for images, _ in sets)
+    counts = {images.shape[0] for images, labels in sets if labels is None}
+    return Source(
+        files.place,
+        partial(_members, sets),
+        channels=max(_channels(images) for images, _ in sets),
+        note=f"leaving out {', '.join(left_out[:3])}" if left_out else "",
+        split=split,
+        other_splits=other_splits,
+        unchosen=tuple(f":{array.key}" for array in others if array.is_a_label_each_of(counts)),
+    )
 
 
 def _groups(files: Files, names: Sequence[str], column: str | None) -> Iterator[list[_Array]]:
@@ -242,10 +253,10 @@ def _labels_of(
     if not found and not column:
         return None
     labels = found[chosen_label(where, [*found], column, usual=())]
-    if labels.shape not in ((count,), (count, 1)) or labels.dtype.kind not in "biufSU":
+    if not labels.is_a_label_each_of({count}):
+        how = "as numbers or as str" if labels.dtype.hasobject else "so (a one-hot vector by argmax)"
         raise BadRequestError(
-            f"{where}: {labels}, and not one label for each of {count:,} images: save it so (a one-hot vector by "
-            "argmax), or use --no-classes"
+            f"{where}: {labels}, and not one label for each of {count:,} images: save it {how}, or use --no-classes"
         )
     labels.check()
     return labels

@@ -18,6 +18,7 @@ from job.progress import printable
 DATASET_JSON = "dataset.json"
 """The table of labels that StyleGAN's and EDM's `dataset_tool.py` writes (Karras et al. 2022)."""
 
+_TABLES = (".csv", ".tsv", ".jsonl")
 _COCO = re.compile(r"(?:.*/)?annotations/(?:instances|captions|person_keypoints|panoptic|stuff)_.*\.json")
 
 
@@ -32,6 +33,7 @@ def labelled_beside(source: Source, files: Files, column: str | None) -> Source:
         more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
         said = f"packing its images, and not those in {printable(others[0])}{more}: name these to pack them"
         source = replace(source, note="; ".join(filter(None, (source.note, said))))
+    source = replace(source, beside=files)
     if column is None:
         return source
     if any(map(_COCO.fullmatch, files.names)):
@@ -42,7 +44,7 @@ def labelled_beside(source: Source, files: Files, column: str | None) -> Source:
     tables = [name for name in files.names if name.rpartition("/")[2] == DATASET_JSON]
     # A person who names a column means another one than the only one here.
     if column or not tables:
-        return source
+        return replace(source, unchosen=tuple(f"{name}:COLUMN" for name in files.names if name.endswith(_TABLES)))
     with members.refusing(f"{files.where}: {tables[0]}"):
         content = files.read(tables[0])
         found = json.loads(content)
@@ -54,6 +56,7 @@ def labelled_beside(source: Source, files: Files, column: str | None) -> Source:
         table = table_in(tables[0], content)
 
     def listed() -> Iterator[Member]:
-        return (replace(member, label=table.of(member.name)) for member in source.listed())
+        others = (member for member in source.listed() if member.name != tables[0])
+        return (replace(member, label=table.of(member.name)) for member in others)
 
     return replace(source, listed=listed)

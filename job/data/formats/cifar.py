@@ -84,10 +84,10 @@ def _source(
     label = chosen_label(where, tuple(kind.labels), column or "", usual=("fine",))
     with members.refusing(where):
         names = _class_names(kind, label, listed)
-    split, note = first_split(splits)
-    note = "; ".join(filter(None, (note, kind.note if column == "" else "")))
+    split, others = first_split(splits)
+    note, classes = kind.note if column == "" else "", names if column is not None else ()
     images = partial(_members, kind, [*kind.labels].index(label), names, listed)
-    return Source(where, images, classes=names if column is not None else (), note=note, split=split)
+    return Source(where, images, classes=classes, note=note, split=split, other_splits=others)
 
 
 def _class_names(kind: _Kind, label: str, listed: Callable[[], Iterator[Member]]) -> tuple[str, ...]:

@@ -31,12 +31,14 @@ class Columns:
         in_struct: whether it is a struct whose field `bytes` holds the encoded images.
         label: the column of labels; empty for none.
         classes: the names of the classes in the order of their numbers, if the schema has them.
+        unchosen: without a label, the words of `--labels` for each column that could be one.
     """
 
     image: str
     in_struct: bool
     label: str = ""
     classes: tuple[str, ...] = ()
+    unchosen: tuple[str, ...] = ()
 
     def of_file(self, schema: Any) -> Columns:
         """Returns the same columns of another file's `pyarrow.Schema`, which may lack the labels.
@@ -108,8 +110,10 @@ def columns_of(schema: Any, where: str, column: str | None) -> Columns:
     found = Columns(image, images[image])
     if column is None:
         return found
-    label = _label_column(schema, features, where, column)
-    return replace(found, label=label, classes=_classes(features.get(label, {})))
+    possible = [field.name for field in schema if _can_be_label(field.type)]
+    label = _label_column(possible, features, where, column)
+    unchosen = () if label else tuple(f":{name}" for name in possible)
+    return replace(found, label=label, classes=_classes(features.get(label, {})), unchosen=unchosen)
 
 
 def _features(schema: Any) -> Mapping[str, Any]:
@@ -158,9 +162,8 @@ def _without_images(schema: Any) -> str:
     return f"is a table without a column of images, and has {some_of(schema.names)}: {_AS_IMAGES}"
 
 
-def _label_column(schema: Any, features: Mapping[str, Any], where: str, column: str) -> str:
+def _label_column(possible: list[str], features: Mapping[str, Any], where: str, column: str) -> str:
     """Returns the column of labels; empty for none."""
-    possible = [field.name for field in schema if _can_be_label(field.type)]
     if column in possible:
         return column
     if column:

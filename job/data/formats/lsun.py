@@ -67,8 +67,8 @@ def lsun_source(files: Files, column: str | None) -> Source | None:
     for name in names:
         with members.refusing(f"{files.where}/{name}"), closing(files.open(name)) as file:
             suffixes[name] = _suffix(_Tree(file))
-    split, note = first_split(folders.values())
-    return Source(files.place, partial(_members, files, folders, suffixes), note=note, split=split)
+    split, others = first_split(folders.values())
+    return Source(files.place, partial(_members, files, folders, suffixes), split=split, other_splits=others)
 
 
 def _suffix(tree: _Tree) -> str:

@@ -33,10 +33,11 @@ def idx_source(files: Files, column: str | None) -> Source | None:
         (_split_of(stem), opened[stem], labels.get(stem.replace("images", "labels").replace("idx3", "idx1")))
         for stem in own
     ]
-    split, note = first_split(split for split, _, _ in found)
+    split, other_splits = first_split(split for split, _, _ in found)
     others = sorted(sets.keys() - set(own))
-    note = "; ".join(filter(None, (note, f"leaving out {', '.join(others)}" if others and not files.chosen else "")))
-    return Source(files.place, partial(_members, found), channels=1, note=note, split=split)
+    note = f"leaving out {', '.join(others)}" if others and not files.chosen else ""
+    listed = partial(_members, found)
+    return Source(files.place, listed, channels=1, note=note, split=split, other_splits=other_splits)
 
 
 def _stem(name: str) -> str:

@@ -118,9 +118,17 @@ def table_source(
     with members.refusing(where), reading("" if files.chosen else first), closing(open_table(first)) as table:
         columns = columns_of(table.schema, where, column)
     tables = _Tables(files, names, open_table, columns)
-    split, said = first_split(names)
-    note = "; ".join(filter(None, (said, *_remarks(names)))) if not files.chosen else ""
-    return Source(where, tables.members, classes=columns.classes, note=note, listed_in=tables.members, split=split)
+    split, others = first_split(names)
+    return Source(
+        where,
+        tables.members,
+        listed_in=tables.members,
+        classes=columns.classes,
+        note="; ".join(_remarks(names)) if not files.chosen else "",
+        split=split,
+        other_splits=others,
+        unchosen=columns.unchosen,
+    )
 
 
 def tables_among(files: Files, pattern: re.Pattern[str]) -> list[str]:
@@ -273,5 +281,5 @@ def _remarks(names: Sequence[str]) -> Iterator[str]:
     folders = {name.rpartition("/")[0] for name in names}
     kinds = {"/".join(part for part in folder.split("/") if not split_in([part])) for folder in folders}
     if len(kinds) > 1:
-        shown = ", ".join(sorted(kinds)[:3]) + ", …" * (len(kinds) > 3)
+        shown = ", ".join(kind or "." for kind in sorted(kinds)[:3]) + ", …" * (len(kinds) > 3)
         yield f"tables of {len(kinds):,} folders ({shown}) are packed together: name one of them to pack it alone"

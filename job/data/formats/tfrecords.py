@@ -73,7 +73,7 @@ class _Layout:
         shape: the names of those with the shape of raw images; empty for encoded images.
         suffix: of the images.
         label: the name of the label's; empty for none.
-        others: the names of other labels.
+        others: the names of others that could be one.
     """
 
     image: str
@@ -88,8 +88,8 @@ def tfrecord_source(files: Files, column: str | None) -> Source | None:
     found = files.matching(_FILE)
     if not found:
         return None
-    names, note = _highest(found)
-    notes, layout = [note], None
+    names, said = _highest(found)
+    notes, layout = [said] if said else [], None
     for name in names:
         with members.refusing(f"{files.where}/{name}"), closing(files.open(name)) as raw:
             # A shard may be empty.
@@ -98,16 +98,24 @@ def tfrecord_source(files: Files, column: str | None) -> Source | None:
                 break
     if layout is None:
         raise BadDataError(f"{files.where}/{names[0]} holds no records: get it again")
-    if layout.others and column == "":
+    if layout.label and layout.others and column == "":
         notes.append(f"taking {layout.label} as the label; --labels :NAME takes another of {some_of(layout.others)}")
     if column is not None and any(name.endswith("-rxx.labels") for name in files.names):
         notes.append("its labels in the .labels are not read; --labels FILE names a table of labels")
-    split, note = first_split(names)
+    split, others = first_split(names)
     classes = _class_names(files, layout.label)
     listed = partial(_members, files, names, layout, classes)
     channels = 1 if layout.suffix == netpbm_suffix(1) else 3
-    note = "; ".join(filter(None, (*notes, note)))
-    return Source(files.place, listed, channels=channels, classes=classes, note=note, split=split)
+    return Source(
+        files.place,
+        listed,
+        channels=channels,
+        classes=classes,
+        note="; ".join(notes),
+        split=split,
+        other_splits=others,
+        unchosen=() if layout.label else tuple(f":{name}" for name in layout.others),
+    )
 
 
 def _highest(names: Sequence[str]) -> tuple[list[str], str]:
@@ -173,7 +181,7 @@ def _layout(where: str, stream: BinaryIO, record: _Span, column: str | None) -> 
     rest = [name for name in features if name not in (layout.image, *layout.shape) and features[name].kind in known]
     labels = [name for name in rest if _IS_LABEL.fullmatch(name)]
     if not labels and not column:
-        return layout
+        return replace(layout, others=tuple(rest))
     label = column if column in rest else chosen_label(where, labels or rest, column, _LABELS)
     return replace(layout, label=label, others=tuple(name for name in labels if name != label))
 

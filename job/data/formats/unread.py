@@ -16,6 +16,7 @@ _UNREAD = {
     (".7z", ".rar"): "it is packed by 7-Zip or RAR: unpack it, and pack the folder",
     (".mp4", ".avi", ".mov", ".mkv", ".webm"): "videos are not read: write their frames into a folder, with ffmpeg",
     (".npy.gz", ".gz"): "gzipped files are not read: gunzip them",
+    (".xz", ".bz2", ".zst"): "xz, bzip2 and zstd are not read: unpack it, and pack the folder or the .tar",
     (".cr2", ".nef", ".arw", ".dng"): "raw photographs are not read: develop them into JPEG or PNG",
     (".dcm", ".nii"): f"medical volumes are not read: {_CONVERT}",
     (
@@ -33,6 +34,9 @@ _MAGIC = {
     b"\x80\x04": ".pkl",
     b"\x80\x05": ".pkl",
     b"MATL": ".mat",
+    b"\xfd7zX": ".xz",
+    b"\x28\xb5\x2f\xfd": ".xz",
+    b"BZh": ".xz",
 }
 
 

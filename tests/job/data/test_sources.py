@@ -202,7 +202,7 @@ def test_mnist_files_become_grey_images(tmp_path, digits, gz):
     mnist(tmp_path / "mnist", "t10k", images[:3], labels[:3], gz)
     source = open_source(str(tmp_path / "mnist"))
     assert source.channels == 1
-    assert source.note == "train is packed unless --split names another split, test"
+    assert (source.note, source.other_splits) == ("", ("test",))
     entries = list(entries_of(source))
     assert [name for name, _ in entries] == [f"train/{n:02d}.pgm" for n in range(len(labels))]
     assert list(names_of(replace(source, split="test"))) == [f"test/{n}.pgm" for n in range(3)]
@@ -267,7 +267,7 @@ def test_classes_are_the_first_differing_folders():
         (["00000/img0.png", "00001/img1.png"], (), no_classes),
         (["2023/cats/1.jpg", "2024/dogs/2.jpg"], ("cats", "dogs"), ""),
         (["cats.zip/1.jpg", "dogs.zip/2.jpg"], (), f"the folders cats.zip, dogs.zip {no_classes}"),
-        (["cats/1.jpg", "cats/2.jpg"], (), ""),
+        (["cats/1.jpg", "cats/2.jpg"], (), "it is packed without classes"),
         (["cats/1.jpg", "dogs/1.jpg", "preview.jpg"], (), lie_beside),
         (["cats/1.jpg", "cats/young/2.jpg"], (), lie_beside),
     ]:

@@ -138,7 +138,7 @@ def test_hub_dataset_is_read_in_parts(server, tmp_path, monkeypatch, caplog):
         ddpm_here("data", "pack", "hf://datasets/org/name", "all", "--size", 64, "--bucket", tmp_path / "all")
     )
     assert "images   80 colour" in said and "classes  cat, dog" in said
-    assert "unless --split names another split, test" in caplog.text
+    assert "packing its split train; --split test would pack another" in caplog.text
     where, at = "hf://datasets/org/name", {"size": 64, "split": "train"}
 
     handler.asked.clear()

@@ -87,7 +87,7 @@ def test_both_are_read_as_by_torchvision(tmp_path: Path, kind: str) -> None:
     archive = tar_of(tmp_path / "a.tar.gz", [(f"{name}/{file}", content) for file, content in files])
     for place in (folder, archive):
         source = opened(place)
-        assert "unless --split names another split, test" in source.note
+        assert source.other_splits == ("test",)
         assert source.classes == tuple(TEN if kind == "CIFAR10" else FINE)
         for split in ("train", "test"):
             images, labels = judged(kind, tmp_path, split == "train")

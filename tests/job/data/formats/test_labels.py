@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import webdataset
 from hypothesis import strategies as st
@@ -161,6 +162,10 @@ TABLES = [
     ("d.csv", b"kind,filepaths\na,x/000001.jpg\nb,x/000002.jpg\na,x/000003.jpg\n", "", ["a", "b", "a"]),
     # pandas makes floats of a column that lacks a number.
     ("c.csv", b"id,n\n000001,10.0\n000002,\n000003,2.0\n", "", ["10", "", "2"]),
+    # pandas writes its index first, without a name; after a concatenation each number is there twice.
+    ("e.csv", b",id,n\n0,000001,a\n1,000002,b\n0,000003,a\n", "", ["a", "b", "a"]),
+    ("f.csv", b",n\n000001,a\n000002,b\n000003,a\n", "", ["a", "b", "a"]),
+    ("g.json", b'[{"id": "000001", "n": "a"}, {"id": "000003", "n": "b"}]', "n", ["a", "", "b"]),
     ("b.jsonl", b'{"id": "000001", "is": true}\n{"id": "000002", "is": false}\n', "", ["true", "false", ""]),
 ]
 
@@ -193,6 +198,31 @@ def test_table_is_joined_by_file_name(tmp_path):
     words = ("--labels", tmp_path / "else.csv")
     said = refused(ddpm_here("data", "pack", source, "other", *at[1:], *words), 64)
     assert "none of its images has a label in" in said and "compare 'img/000000.jpg' with 'x'" in said
+
+
+def test_labels_that_nobody_chose_are_named(tmp_path, caplog):
+    """A source of labels under odd names would be packed without classes in silence; the named words work."""
+    files = [("test/9.png", png(9)), *((f"train/{n}.png", png(n)) for n in range(4))]
+    breeds = ["pug", "boxer", "pug", "boxer"]
+    csv = "id,breed\n" + "".join(f"{n},{breed}\n" for n, breed in enumerate(breeds))
+    kaggle = [("train.csv", csv.encode()), *files]
+    np.savez(tmp_path / "a.npz", pictures=np.zeros((4, 8, 8, 3), np.uint8), breed=breeds)
+    rows = {"image": [content for _, content in files[1:]], "breed": breeds}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet")
+    for place, words in [
+        (zip_of(tmp_path / "kaggle.zip", kaggle), "train.csv:COLUMN"),
+        (folder_of(tmp_path / "kaggle", kaggle), "train.csv:COLUMN"),
+        (tmp_path / "a.npz", ":breed"),
+        (tmp_path / "a.parquet", ":breed"),
+    ]:
+        caplog.clear()
+        assert packed(tmp_path / f"{place.name}-without", place, shard_images=None).classes == ()
+        assert f"--labels {words} would take labels" in caplog.text
+        index = packed(tmp_path / f"{place.name}-with", place, labels=words.replace("COLUMN", "breed"))
+        assert (index.images, index.classes, index.splits) == (4, ("boxer", "pug"), ())
+    caplog.clear()
+    packed(tmp_path / "plain", folder_of(tmp_path / "photos", files[1:]))
+    assert "packed without classes: its images have neither labels nor folders of classes" in caplog.text
 
 
 def test_same_names_in_two_folders_are_told_apart():

@@ -73,7 +73,7 @@ def test_categories_and_splits_are_told_by_their_folders(tmp_path: Path) -> None
         lsun(tmp_path / "lsun" / name, images, value=png)
     source = opened(tmp_path / "lsun")
     assert (source.split, len(list(source.images()))) == ("train", 5)
-    assert "unless --split names another split, val" in source.note
+    assert source.other_splits == ("val",)
     assert all(found.label == "" for found in source.labelled())
     folders = [name.split("/")[0] for name in names_of(opened(tmp_path / "lsun", "val"))]
     assert folders == ["church_outdoor_val_lmdb"] * 3

@@ -84,7 +84,7 @@ def test_imagenet_is_read_as_by_protocol_buffers(tmp_path: Path) -> None:
     assert labels_of(source) == [str(one["image/class/label"][0]) for one in judged]
     assert next(entries_of(source))[0] == "train-00000-of-00003/00000000.jpg"
     assert "taking image/class/label as the label; --labels :NAME takes another of image/class/" in source.note
-    assert "unless --split names another split, val" in source.note
+    assert (source.split, source.other_splits) == ("train", ("val",))
     assert labels_of(opened(tmp_path / "in", "val")) == ["10"]
     texts = opened(tmp_path / "in", column="image/class/text")
     assert labels_of(texts) == [one["image/class/text"][0].decode() for one in judged]
