@@ -263,7 +263,7 @@ def train(
         settings: see `Settings`.
         accelerator: an `accelerate.Accelerator`, for its processes, `no_sync` and `backward`.
         hooks: see `Hooks`.
-        threads: share each micro-batch; neither for several processes nor for dropout.
+        threads: share each micro-batch; not for several processes, dropout or EDM2.
 
     Each image's noise, point, augmentation and label dropout depend on its number alone, and its loss weighs 1/batch in
     the gradient: the split over processes, micro-batches and threads changes only the rounding. The exception is

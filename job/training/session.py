@@ -65,8 +65,9 @@ def wrapped(model: nn.Module, config: RunConfig, ranks: Ranks, accelerator: Acce
 
 def threads_for(config: RunConfig, ranks: Ranks) -> Threads | None:
     """Returns the threads that share a micro-batch, if they can."""
-    # Gradients of several processes meet in DDP's hooks, and threads share PyTorch's generator of dropout masks.
-    is_alone = ranks.world_size == 1 and not getattr(config.model, "dropout", 0.0)
+    # Gradients of several processes meet in DDP's hooks, threads share PyTorch's generator of dropout masks, and EDM2
+    # changes its weights in the forward pass: in the midst of another thread's.
+    is_alone = ranks.world_size == 1 and not getattr(config.model, "dropout", 0.0) and config.model.kind != "edm2"
     return threads_of(ranks.device) if is_alone else None
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load, load_file
 
 from ddpm import training
+from ddpm.threads import threads_of
 from job.exits import NotANumberError, StoppedError
 from job.requests import TrainRequest
 from job.runs.checkpoints import list_checkpoints, opened
@@ -184,6 +185,25 @@ def test_every_network_resumes_bit_equal(train, packed, kind):
     assert all(torch.equal(whole[name], left[name]) for name in whole)
     assert rows_whole == rows_left
     assert rows_whole[-1]["loss"] < rows_whole[0]["loss"]
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    threads_of.cache_clear()
+    yield
+    torch.set_num_threads(1)
+    threads_of.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_every_network_learns_by_several_threads(train, packed, two_threads, kind):
+    """Without dropout, with which threads do not share a batch."""
+    without = {"model__dropout": 0.0, "model__kind": kind, "train__batch_size": 100, "sample__images": 1}
+    train(f"{kind}-threads", epochs=1, **NETWORKS[kind] | without)
+    _, _, rows = final_state(run_of(packed, f"{kind}-threads"))
+    assert rows[-1]["loss"] < rows[0]["loss"]
 
 
 @pytest.mark.slow
