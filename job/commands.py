@@ -63,10 +63,14 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
             return
         try:
             plan = plan_run(request, stop)
-        except NoDatasetError as error:
-            from job.report.datasets import how_to_pack
+        except MissingInputError as error:
+            from job.report.datasets import how_to_pack, is_packed
 
-            size_pixels = error.size or _usual_size_pixels(request.preset_name)
+            # A local bucket without its folder has no dataset either, and the packing makes it.
+            if not isinstance(error, NoDatasetError) and is_packed(request.bucket, request.dataset, None):
+                raise
+            size = error.size if isinstance(error, NoDatasetError) else request.changes.get("data.size")
+            size_pixels = size or _usual_size_pixels(request.preset_name)
             raise MissingInputError(how_to_pack(request.bucket, request.dataset, size_pixels)) from None
         processes = processes or default_processes()
         check_world_size(processes * here.nodes, plan.config.train.batch_size)
@@ -74,6 +78,10 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
         check_tracker(plan.config.log.tracker, is_asked_for="log.tracker" in request.changes)
         if plan.is_finished():
             _say_finished(plan, "is finished already")
+            if request.open_page:
+                from job.report.command import open_page
+
+                open_page(plan.run)
         else:
             check_writable(plan.run)
             note(f"the page of this run: {plan.run.uri_of(ObjectKind.PAGE.value)}")

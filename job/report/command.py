@@ -43,8 +43,13 @@ def write_report(bucket_uri: str, name: str, open_it: bool, output: Path | None)
 
 
 def open_page(folder: Store, page: bytes = b"", output: Path | None = None) -> None:
-    """Opens a page in the browser of this machine: `output`, else the one in a folder, which is read without `page`."""
-    webbrowser.open(_local(folder, page or folder.read(PAGE_KEY).data, output).absolute().as_uri())
+    """Opens a page in the browser of this machine: `output`, else the one in a folder, which is read without `page`.
+
+    Without a page or a browser this is a note.
+    """
+    page = page or (folder.read(PAGE_KEY).data if folder.exists(PAGE_KEY) else b"")
+    if not page or not webbrowser.open(_local(folder, page, output).absolute().as_uri()):
+        note(f"no browser has opened {output or folder.uri_of(PAGE_KEY)}")
 
 
 def _local(folder: Store, page: bytes, output: Path | None) -> Path:

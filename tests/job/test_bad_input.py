@@ -215,7 +215,6 @@ def test_a_missing_source_says_the_commands(tmp_path, monkeypatch):
     ]
     assert not list(tmp_path.iterdir())
     # Training says the same, of the size that its network takes, and of images that need no search.
-    (tmp_path / "b").mkdir()
     for words, typed in {
         ("celeba",): "data pack path/to/it celeba --size 64 --bucket b",
         ("mine", "--preset", "dit"): "data pack path/to/it mine --size 64 --bucket b",

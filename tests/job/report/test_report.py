@@ -255,11 +255,15 @@ def test_failed_pages_cost_no_training(tiles, tmp_path, monkeypatch):
         raise ZeroDivisionError("a mistake")
 
     monkeypatch.setattr("job.training.reporting.put_page", broken)
-    words = ("--dataset", "tiles", "--run", "r", "--bucket", bucket, "--epochs", 1)
+    words = ("--dataset", "tiles", "--run", "r", "--bucket", bucket, "--epochs", 1, "--open")
     done = ddpm_here("train", *words, *settings())
     succeeded(done)
     assert "the run's page stays as it was: ZeroDivisionError: a mistake" in done.stderr
     assert json.loads((bucket / "runs/r/status.json").read_text())["state"] == "finished"
+    # Nor because there is none to open, which the same command wants of a finished run as well.
+    for told in (done, ddpm_here("train", *words)):
+        succeeded(told)
+        assert f"no browser has opened {bucket}/runs/r/report.html" in told.stderr
 
 
 def test_evenly_has_both_ends():
