@@ -65,12 +65,16 @@ def _instead(error: Any, context: Any, words: list[str]) -> str:
     if hasattr(error, "possibilities"):
         typed = _typed_instead(error.option_name, context.command.params, words)
         return typed and f"{context.command_path} has no option {error.option_name}: {typed}"
-    takes_arguments = any(each.param_type_name == "argument" for each in context.command.params)
-    if hasattr(error, "param_type") and not takes_arguments:
+    params = context.command.params
+    takes_arguments = any(each.param_type_name == "argument" for each in params)
+    if not takes_arguments and (hasattr(error, "param_type") or "extra argument" in error.message):
+        wanted = getattr(error, "param", None) or next(
+            (each for each in params if each.name in ("run", "dataset")), None
+        )
         name = context.info_name.split()[-1]
         after = words[words.index(name) + 1 :][:1] if name in words else []
-        if after and not after[0].startswith("-"):
-            return f"{context.command_path} takes only options: type {error.param.opts[0]} {shlex.quote(after[0])}"
+        if wanted and after and not after[0].startswith("-"):
+            return f"{context.command_path} takes only options: type {wanted.opts[0]} {shlex.quote(after[0])}"
     return ""
 
 

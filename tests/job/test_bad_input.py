@@ -35,6 +35,7 @@ MEANINGLESS: Rows = [
         ["ddpm train has no option --lr: type --set train.lear"],
     ),
     ("sample celeba --steps 10", 2, ["sample takes only options: type --run celeba"]),
+    ("figure schedule celeba", 2, ["schedule takes only options: type --run celeba"]),
     ("sample --run a --batch_size 8", 2, ["no option --batch_size: type --batch-size 8"]),
     ("runs show --run a", 2, ["no option --run: type a without it"]),
     ("import a.pt", 2, ["Error: Missing option '--run'"]),
