@@ -146,6 +146,12 @@ def _begin(plan: Plan, ranks: Ranks, lease: Lease | None, pictures: PictureCache
         records.create_config(plan.run, plan.config)
         for remark in plan.index.remarks(with_classes=bool(plan.config.model.num_classes)):
             note(remark)
+        # A preset of another name knows nothing of these images.
+        if plan.config.data.flip and plan.config.preset != plan.index.name:
+            note(
+                "half of the images are mirrored, at random; for digits or letters, start another run with "
+                "--set data.flip=false"
+            )
     before = records.last_attempt(plan.run)
     device = compute.describe_device(ranks.device)
     attempt = records.record_attempt(

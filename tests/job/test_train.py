@@ -18,7 +18,7 @@ from safetensors.torch import load, load_file
 
 from ddpm import training
 from ddpm.threads import threads_of
-from job.exits import NotANumberError, StoppedError
+from job.exits import Exit, NotANumberError, StoppedError
 from job.requests import TrainRequest
 from job.runs.checkpoints import list_checkpoints, opened
 from job.runs.layout import located
@@ -251,6 +251,17 @@ def test_a_short_attempt_shows_a_loss(train, packed):
     with pytest.raises(StoppedError):
         train("soon", epochs=1, stop_after=3, log__every_images=299)
     assert 0 < read_status(run_of(packed, "soon")).loss < 3
+
+
+def test_a_run_that_ends_before_it_trains_says_so_on_its_page(packed, tmp_path):
+    """The page is there from the beginning, and would say for ever that the run goes on."""
+    bucket = tmp_path / "bucket"
+    shutil.copytree(packed / "datasets", bucket / "datasets")
+    (shard,) = bucket.glob("datasets/*/shard-00000.tar")
+    shard.write_bytes(bytes(shard.stat().st_size))
+    done = ddpm_here("train", "--dataset", "tiles", "--bucket", bucket, DDPM_CACHE=str(tmp_path / "cache"))
+    refused(done, Exit.BAD_DATA)
+    assert '<span class="state failed">' in (bucket / "runs/tiles/report.html").read_text()
 
 
 @pytest.mark.slow
