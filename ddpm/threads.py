@@ -22,6 +22,9 @@ from ddpm.objective import Condition, Network
 
 T = TypeVar("T")
 
+_MOST_PARTS = 8
+"""Each part has gradients of its own, as large as the network: a machine of many cores takes several for a part."""
+
 
 class Threads:
     """Threads that share images, and compute alone."""
@@ -43,11 +46,11 @@ class Threads:
     def map(self, work: Callable[[slice], T], images: slice) -> list[T]:
         """Returns what `work` makes of each thread's part of the images, in their order; raises its first error."""
         start, count = images.start, images.stop - images.start
-        parts = min(self.count, count)
+        parts = min(self.count // -(-self.count // _MOST_PARTS), count)
         ends = [start + count * part // parts for part in range(parts + 1)]
 
         def alone(part: slice) -> T:
-            # The setting is that of this thread; with fewer images than threads each image gets several.
+            # The setting is that of this thread; with fewer parts than threads each part gets several.
             torch.set_num_threads(self.count // parts)
             return work(part)
 

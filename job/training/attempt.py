@@ -106,7 +106,7 @@ def _train(plan: Plan, ranks: Ranks, lease: Lease | None, tracking: Tracking | N
     pictures = PictureCache(note)
     attempt = ranks.on_main(lambda: _begin(plan, ranks, lease, pictures))
     damaged = set[CheckpointRef]()
-    with _last_page(plan, attempt, lease, pictures):
+    with _last_page(plan, attempt, lease, pictures, stop):
         with Progress("reading images", total=plan.index.images) as bar:
             images = plan.opened_images(stop, lambda done, total: bar.update(done))
             held_out = plan.opened_images(stop, index=plan.held_out) if plan.held_out else None
@@ -167,7 +167,9 @@ def _begin(plan: Plan, ranks: Ranks, lease: Lease | None, pictures: PictureCache
 
 
 @contextmanager
-def _last_page(plan: Plan, attempt: records.Attempt, lease: Lease | None, pictures: PictureCache) -> Iterator[None]:
+def _last_page(
+    plan: Plan, attempt: records.Attempt, lease: Lease | None, pictures: PictureCache, stop: Stop
+) -> Iterator[None]:
     """Writes on the main process how the attempt ended, if it ends before it trains: the page would say running."""
     try:
         yield
@@ -176,7 +178,8 @@ def _last_page(plan: Plan, attempt: records.Attempt, lease: Lease | None, pictur
     except Exception as error:
         if lease is not None:
             status = status_of(plan, attempt, _state_after(error), plan.images_seen, {})
-            put_run_page(plan, lease, None, status, pictures=pictures, patience_seconds=records.STATUS_CLOSE_SECONDS)
+            patience_seconds = min(records.STATUS_CLOSE_SECONDS, stop.seconds_left() / 2)
+            put_run_page(plan, lease, None, status, pictures=pictures, patience_seconds=patience_seconds)
         raise
 
 

@@ -25,8 +25,10 @@ from job.sealed import utc_now
 from job.stop import Stop
 from job.training.tracking import Tracking
 
+PAGE_SECONDS = 300.0
+"""How old the page may be: grids come ever more rarely, and a page of yesterday looks like a run that hangs."""
 PAGE_PATIENCE_SECONDS = 60.0
-"""With a bucket that is away; the next grid writes the page again."""
+"""With a bucket that is away; the page is written again later."""
 
 
 class Recorder:
@@ -64,6 +66,7 @@ class Recorder:
         self.plan, self.attempt, self.writer, self.rows = plan, attempt, writer, rows
         self._state, self._lease, self._tracking = state, lease, tracking
         self._page_pictures, self._shown = pictures, Row()
+        self._page_due = time.monotonic() + PAGE_SECONDS
         self._status = records.StatusReporter(plan.run, self._confirmed_status, note)
 
     def has_saved(self, name: str) -> bool:
@@ -99,10 +102,16 @@ class Recorder:
 
     def write_page(self, state: State = State.RUNNING) -> None:
         """Queues the run's page as it is now."""
+        self._page_due = time.monotonic() + PAGE_SECONDS
         status, rows = self._status_of(state), list(self.rows)
         self.writer.do_later(
             lambda run: put_run_page(self.plan, self._lease, rows, status, pictures=self._page_pictures)
         )
+
+    def renew_page(self) -> None:
+        """Queues the page if it is old."""
+        if time.monotonic() > self._page_due:
+            self.write_page()
 
     def finish(self) -> None:
         """Queues the figure of the losses and the finished page, and waits until everything is in the bucket."""

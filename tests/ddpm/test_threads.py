@@ -107,6 +107,9 @@ def test_threads_compute_alone_and_in_order() -> None:
     ]
     # The only image gets both threads.
     assert threads.map(lambda part: torch.get_num_threads(), slice(3, 4)) == [2]
+    # Sets of gradients for many cores would not fit into the memory; no part waits for another's threads.
+    for count, parts, each in [(8, 8, 1), (12, 6, 2), (64, 8, 8)]:
+        assert Threads(count).map(lambda part: torch.get_num_threads(), slice(0, 99)) == [each] * parts
     with threads.alone():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == usual

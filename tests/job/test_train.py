@@ -25,6 +25,7 @@ from job.runs.layout import located
 from job.runs.metric_rows import read_rows
 from job.runs.records import read_status
 from job.store import open_store
+from job.training import reporting
 from job.training.attempt import run_training
 from tests.job.command_line import NETWORK, ddpm_here, refused, succeeded
 from tests.job.stops import StopWhen
@@ -251,6 +252,22 @@ def test_a_short_attempt_shows_a_loss(train, packed):
     with pytest.raises(StoppedError):
         train("soon", epochs=1, stop_after=3, log__every_images=299)
     assert 0 < read_status(run_of(packed, "soon")).loss < 3
+
+
+def test_an_old_page_is_renewed(train, monkeypatch):
+    """Between grids, of which the next one may be days away."""
+    put, shown = reporting.put_page, list[int]()
+
+    def watched(facts, pictures):
+        shown.append(facts.status.images_seen)
+        put(facts, pictures)
+
+    monkeypatch.setattr(reporting, "put_page", watched)
+    for page_seconds, expected in [(300, [0, 300]), (0, [0, 100, 200, 300, 300])]:
+        shown.clear()
+        monkeypatch.setattr(reporting, "PAGE_SECONDS", page_seconds)
+        train(f"page-{page_seconds}", epochs=1, train__batch_size=100)
+        assert shown == expected
 
 
 def test_a_run_that_ends_before_it_trains_says_so_on_its_page(packed, tmp_path):

@@ -318,7 +318,7 @@
     }
     setInterval(() => {
       const age = secondsSince(written);
-      at("silent").classList.toggle("hidden", age < 3600);
+      at("silent").classList.toggle("hidden", age < 1800);
       // The longer the run is silent, the rarer; a killed one stays silent for ever.
       const due = (Date.now() - loaded) / 1000 > Math.max(15, age / 10) && age < 86400;
       const busy = document.hidden || enlarged.open || Date.now() - touched < 5000 || !getSelection().isCollapsed;
