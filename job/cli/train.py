@@ -38,7 +38,10 @@ def ddpm_train(
         float, typer.Option(metavar="SECONDS", min=0, help="Wait this long if another process holds the run.")
     ] = 0.0,
     open_page: Annotated[
-        bool, typer.Option("--open", help="Open the run's page in a browser; it reloads itself while the run goes on.")
+        bool,
+        typer.Option(
+            "--open", help="Open the run's page in a browser: it reloads itself, unless its bucket is remote."
+        ),
     ] = False,
     hang_after: HangAfter = DEFAULT_HANG_AFTER,
     stop_after: StopAfter = "",
