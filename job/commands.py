@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from importlib import resources
 from typing import TYPE_CHECKING
 
 from job.config import EMBEDDED, pack_config
@@ -136,8 +135,6 @@ def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") ->
     with _command_on(bucket_uri, stop_after, share) as stop:
         stop.install()
         request = request.check()
-        if request.source == EMBEDDED:
-            request = replace(request, source=str(resources.files("job") / "datasets" / f"{EMBEDDED}.zip"))
         bucket = open_bucket(bucket_uri, stop)
         if not request.slice:
             # A dataset of this name must be an error before hours of packing its held-out part.

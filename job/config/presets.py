@@ -22,7 +22,7 @@ class PackConfig(Section):
     size: int = Field(ge=1, le=LARGEST_SIZE)
     crop: str = "center"
     resize_filter: str = "lanczos"
-    licence: str = ""
+    licence: str = Field(default="", description="of the images to get, not of others that are packed by this preset")
     fetch: str = Field(default="", description="where to get the images")
 
 

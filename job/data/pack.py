@@ -314,7 +314,7 @@ class _Copying(_Packing):
         request, retry = self._request, self._bucket.retry.elsewhere()
         file, column = split_labels(request.labels)
         wanted = None if request.classes is False or file else column
-        source = open_source(request.source, self._bucket.uri, retry, wanted)
+        source = open_source(request.place, self._bucket.uri, retry, wanted)
         if split := request.split:
             source = replace(source, split=split, where=f"{source.where}, split {split}")
             if next(source.members(), None) is None:

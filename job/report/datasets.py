@@ -50,11 +50,12 @@ def how_to_pack(bucket_uri: str, name: str, size: int, on: str = "") -> str:
         return f"dataset {name!r} is not in {bucket_uri} yet: type\n  ddpm data ensure {name} --bucket {quoted}{more}"
     there = f" ON={shlex.quote(on)}" if on not in ("", "local") else ""
     what = (preset.fetch if preset else "") or "a folder or archive of images"
+    licence = f" --licence {shlex.quote(preset.licence)}" if preset else ""
     return (
         f"dataset {name!r} is not in {bucket_uri} yet. Get {what}, then type\n"
         f"  make submit-train DATASET={name} SOURCE=path/to/it SIZE={size} BUCKET={quoted}{there}\n"
         f"or, to pack alone,\n"
-        f"  ddpm data pack path/to/it {name} --size {size} --bucket {quoted}"
+        f"  ddpm data pack path/to/it {name} --size {size} --bucket {quoted}{licence}"
     )
 
 

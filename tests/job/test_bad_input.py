@@ -48,6 +48,8 @@ MEANINGLESS: Rows = [
     ("sample --run a --seeds 0-99999", 64, ["--seeds", "at most 10,000"]),
     ("sample --run a --checkpoints newest", 64, ["--checkpoints 'newest'", "30,80, or latest, or all"]),
     ("data pack x a", 64, ["--size is needed", "try --size 64"]),
+    ("data ensure landscape-sample --source x", 64, ["'landscape-sample' has its own images", "(make: DATASET=NAME)"]),
+    ("submit pack x landscape-sample", 64, ["has its own images: give yours another name"]),
     ("data pack x a --size 8 --crop middle", 64, ["--crop 'middle'", "center"]),
     ("data pack x a --size 8 --filter cubic", 64, ["'cubic'", "lanczos, bicubic"]),
     ("data pack x a --size 8 --channels 2", 64, ["2 channels", "3 for colour or 1 for grey"]),
@@ -203,6 +205,8 @@ def test_the_launcher_refuses_before_it_starts(bucket):
 
 def test_a_missing_source_says_the_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    licence = "'non-commercial research only (Liu et al. 2015)'"
+    alone = f"ddpm data pack path/to/it celeba --size 64 --bucket b --licence {licence}"
     done = ddpm_here("data", "ensure", "celeba", "--bucket", "b")
     line = refused(done, Exit.MISSING_INPUT)
     assert line == (
@@ -211,13 +215,13 @@ def test_a_missing_source_says_the_commands(tmp_path, monkeypatch):
     assert done.stderr.splitlines()[1:] == [
         "  make submit-train DATASET=celeba SOURCE=path/to/it SIZE=64 BUCKET=b",
         "or, to pack alone,",
-        "  ddpm data pack path/to/it celeba --size 64 --bucket b",
+        f"  {alone}",
     ]
     assert not list(tmp_path.iterdir())
     # Training says the same, of the size that its network takes, and of images that need no search.
     (tmp_path / "b").mkdir()
     for words, typed in {
-        ("celeba",): "data pack path/to/it celeba --size 64 --bucket b",
+        ("celeba",): alone.removeprefix("ddpm "),
         ("mine", "--preset", "dit"): "data pack path/to/it mine --size 64 --bucket b",
         ("mine", "--set", "data.size=48"): "data pack path/to/it mine --size 48 --bucket b",
         ("landscape-sample",): "data ensure landscape-sample --bucket b",

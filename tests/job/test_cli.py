@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -164,6 +165,15 @@ def test_ensure_packs_only_a_missing_dataset(tmp_path):
     assert succeeded(ddpm_here(*words)) == ""
     assert "6 colour, 16×16 pixels" in succeeded(ddpm_here(*words, "--size", 16))
     assert succeeded(ddpm_here(*words)) == ""
+
+
+def test_a_licence_goes_with_its_images(tmp_path):
+    """The preset's licence is that of the embedded images, whatever their name, and of no others."""
+    photos, bucket = folder_of(tmp_path / "photos", [(f"{n}.jpg", jpeg(n)) for n in range(6)]), tmp_path / "bucket"
+    for words in (("data", "ensure", "flow", "--source", photos), ("data", "pack", "landscape-sample", "tiles")):
+        succeeded(ddpm_here(*words, "--size", 8, "--bucket", bucket))
+    told = json.loads(succeeded(ddpm_here("data", "list", "--json", "--bucket", bucket)))
+    assert [(each["name"], each["licence"].partition(" ")[0]) for each in told] == [("flow", ""), ("tiles", "CC0-1.0")]
 
 
 def test_listings_leave_out_foreign_objects(bucket):
