@@ -179,14 +179,17 @@ def ensure_command(request: PackRequest, bucket_uri: str, on: str = "") -> None:
     Raises:
         MissingInputError: the dataset is missing, and the request has no source; the message has the commands to type.
     """
-    from job.report.datasets import how_to_pack, is_packed
+    from job.report.datasets import how_packed, how_to_pack
 
     name = request.name
     size_pixels = request.size or _usual_size_pixels(name)
     filled = replace(request, source=request.source or name, size=size_pixels).check()
-    if is_packed(bucket_uri, name, request.size):
-        if request.labels or request.split or request.classes is not None:
-            note(f"dataset {name!r} is there already, as it was packed: labels, classes and split stay as they are")
+    if there := how_packed(bucket_uri, name, request.size):
+        has_options = request.labels or request.split or request.classes is not None
+        unused = ["SOURCE is not read"] * bool(request.source)
+        unused += ["labels, classes and split stay as they are"] * bool(has_options)
+        if unused:
+            note(f"{there}: {', '.join(unused)}")
         return
     if not request.source and name != EMBEDDED:
         raise MissingInputError(how_to_pack(bucket_uri, name, size_pixels, on))

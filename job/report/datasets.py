@@ -23,23 +23,24 @@ SHEET_IMAGES = 60
 SHEET_PER_CLASS = 10
 
 
-def is_packed(bucket_uri: str, name: str, size: int | None) -> bool:
-    """Returns whether the bucket has a dataset for training.
+def how_packed(bucket_uri: str, name: str, size: int | None) -> str:
+    """Returns which dataset for training the bucket has, for people; empty for none.
 
     Raises:
         MissingInputError: the bucket does not exist.
+        BadDataError: the index of the dataset is damaged.
     """
     bucket = open_store(bucket_uri)
     try:
-        find_dataset(bucket, name, size)
+        index = load_index(bucket, find_dataset(bucket, name, size))
     except BadRequestError:
-        # The dataset has several sizes; training has an option to choose one.
-        return True
+        # Training has an option to choose one.
+        return f"{name} is there already, at several sizes"
     except MissingInputError:
         # Raises if the bucket itself is missing. A local folder may be missing: the first write creates it.
         bucket.exists(DATASETS)
-        return False
-    return True
+        return ""
+    return f"{name}-{index.size} is there already, made from {index.source}"
 
 
 def how_to_pack(bucket_uri: str, name: str, size: int, on: str = "") -> str:
