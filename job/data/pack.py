@@ -331,7 +331,9 @@ class _Copying(_Packing):
         self._found = survey(found(), self.where, request.classes, source.classes, source.skipped)
         if request.labels and self._found.classes_from != "labels":
             first, row = next(source.images()).name, next(iter(table.labels), "") if table else ""
-            which = f"in {table.where}: compare {first!r} with {row!r}" if table else f"{column!r}: see to its spelling"
+            which = (
+                f"in {table.where}: compare {first!r} with {row!r}" if table else f"{column!r}: a table is FILE:COLUMN"
+            )
             raise BadRequestError(f"{self.where}: none of its images has a label {which}")
         share, images = request.hold_out_share, self._found.images
         if share:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from job.config import EMBEDDED, pack_config
+from job.config import EMBEDDED, pack_config, preset_names
 from job.data.shards import CONTACT_SHEET, DATASETS, INDEX, DatasetIndex, dataset_key, find_dataset, load_index
-from job.exits import BadDataError, BadRequestError, MissingInputError
+from job.exits import BadDataError, BadRequestError, MissingInputError, did_you_mean
 from job.progress import Progress, note
 from job.requests import check_output
 from job.store import Retry, Store, open_store
@@ -51,13 +52,23 @@ def how_to_pack(bucket_uri: str, name: str, size: int, on: str = "") -> str:
         return f"dataset {name!r} is not in {bucket_uri} yet: type\n  ddpm data ensure {name} --bucket {quoted}{more}"
     there = f" ON={shlex.quote(on)}" if on not in ("", "local") else ""
     what = (preset.fetch if preset else "") or "a folder or archive of images"
+    other = "." if preset else _other_name(bucket_uri, name) or "."
     licence = f" --licence {shlex.quote(preset.licence)}" if preset else ""
     return (
-        f"dataset {name!r} is not in {bucket_uri} yet. Get {what}, then type\n"
+        f"dataset {name!r} is not in {bucket_uri} yet{other} Get {what}, then type\n"
         f"  make submit-train DATASET={name} SOURCE=path/to/it SIZE={size} BUCKET={quoted}{there}\n"
         f"or, to pack alone,\n"
         f"  ddpm data pack path/to/it {name} --size {size} --bucket {quoted}{licence}"
     )
+
+
+def _other_name(bucket_uri: str, name: str) -> str:
+    """Returns the end of a message about a dataset that is missing: the name that may be meant, if any."""
+    known = {*preset_names()}
+    # A local folder that does not exist cannot be listed.
+    with suppress(MissingInputError):
+        known |= {folder.rpartition("-")[0] for folder in open_store(bucket_uri).folders(DATASETS)}
+    return did_you_mean(name, known - {name, ""})
 
 
 def list_datasets(bucket_uri: str, *, as_json: bool = False) -> None:

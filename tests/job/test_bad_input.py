@@ -178,6 +178,16 @@ UNFIT: Rows = [
     ("train --dataset tiles --run walk --set data.size=32", 66, ["'tiles' at 32 pixels", "there is tiles-16"]),
     ("train --dataset tiles --run walk --set train.seed=1", 78, ["train.seed: the run has 0, asked for 1", "--run"]),
     ("train --dataset tiles --run new --set data.channels=1", 78, ["data.channels is 1", "tiles-16 has 3"]),
+    ("train --dataset tile", 66, ["'tile' is not in {bucket} yet; did you mean 'tiles'? Get a folder"]),
+    ("train --dataset fashion-mnits", 66, ["did you mean 'fashion-mnist'? Get"]),
+    ("data show tiles-16", 66, ["tiles-16 is dataset 'tiles' at 16 pixels: type tiles, and --size 16 (of ddpm train"]),
+    (
+        "data pack {bucket}/runs new --size 99 --labels label",
+        66,
+        ["nothing at label: a column of the source itself is :l"],
+    ),
+    ("data pack {bucket}/runs new --size 99 --labels no/l.csv", 66, ["--labels: there is nothing at no/l.csv"]),
+    ("data pack {bucket}/runs new --size 8 --labels :label", 64, ["has a label 'label': a table is FILE:COLUMN"]),
     ("train --dataset tiles --run new --set model.num_classes=4", 78, ["num_classes is 4", "tiles-16 has 5"]),
     ("train --dataset other --run walk", 64, ["run 'walk'", "has another dataset, 'tiles'"]),
     ("sample --run other", 66, ["no run 'other'", "ddpm runs list"]),
@@ -204,6 +214,19 @@ def test_unfit_requests_change_nothing(bucket):
         line = refused(ddpm_here(*words.format(bucket=bucket).split(), DDPM_BUCKET=str(bucket)), code)
         assert all(part.format(bucket=bucket) in line for part in parts), (words, line)
         assert files_in(bucket) == before, words
+
+
+def test_another_size_is_another_run(bucket):
+    """Beside a dataset of the run's size that has other images now."""
+    place = ("--bucket", bucket)
+    succeeded(ddpm_here("data", "pack", "landscape-sample", "tiles", "--size", 8, *place))
+    train = ("train", "--dataset", "tiles", "--run", "walk", *place)
+    assert refused(ddpm_here(*train, "--set", "data.size=8"), Exit.BAD_CONFIG) == (
+        "ddpm: run 'walk' learns tiles at 16 pixels, and 8 pixels are another run: type --run walk-8 (make: RUN=walk-8)"
+    )
+    succeeded(ddpm_here("data", "delete", "tiles", "--size", 16, "--yes", *place))
+    succeeded(ddpm_here("data", "pack", "landscape-sample", "tiles", "--size", 16, "--filter", "box", *place))
+    assert "but the dataset tiles-16 has" in refused(ddpm_here(*train), Exit.BAD_CONFIG)
 
 
 def test_the_launcher_refuses_before_it_starts(bucket):
