@@ -173,6 +173,18 @@ def test_ensure_packs_only_a_missing_dataset(tmp_path):
     assert succeeded(ddpm_here(*words[:-2])) == done.stdout == ""
 
 
+def test_a_tilde_is_the_home_folder(tmp_path):
+    """In words that no shell expands: zsh and dash leave `make SOURCE=~/photos` as it is."""
+    folder_of(tmp_path / "photos", [(f"{n}.jpg", jpeg(n)) for n in range(4)])
+    (tmp_path / "labels.csv").write_text("file,label\n0.jpg,a\n1.jpg,b\n2.jpg,a\n3.jpg,b\n")
+    (tmp_path / "mine.yaml").write_text("far: {backend: mars}")
+    words = ("data", "pack", "~/photos", "mine", "--size", 8, "--labels", "~/labels.csv", "--bucket", "~/bucket")
+    out = succeeded(ddpm_here(*words, HOME=str(tmp_path)))
+    assert f"({tmp_path}/bucket/datasets/mine-8)" in out and "classes  a, b" in out
+    for words in (("jobs", "list", "--targets"), ("train", "--dataset", "mine", "--config")):
+        assert "far" in refused(ddpm_here(*words, "~/mine.yaml", HOME=str(tmp_path)), Exit.BAD_CONFIG)
+
+
 def test_a_licence_goes_with_its_images(tmp_path):
     """The preset's licence is that of the embedded images, whatever their name, and of no others."""
     photos, bucket = folder_of(tmp_path / "photos", [(f"{n}.jpg", jpeg(n)) for n in range(6)]), tmp_path / "bucket"
