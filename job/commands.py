@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from importlib import resources
 from typing import TYPE_CHECKING
 
 from job.config import EMBEDDED, pack_config
@@ -64,10 +63,10 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
         try:
             plan = plan_run(request, stop)
         except MissingInputError as error:
-            from job.report.datasets import how_to_pack, is_packed
+            from job.report.datasets import how_packed, how_to_pack
 
             # A local bucket without its folder has no dataset either, and the packing makes it.
-            if not isinstance(error, NoDatasetError) and is_packed(request.bucket, request.dataset, None):
+            if not isinstance(error, NoDatasetError) and how_packed(request.bucket, request.dataset, None):
                 raise
             size = error.size if isinstance(error, NoDatasetError) else request.changes.get("data.size")
             size_pixels = size or _usual_size_pixels(request.preset_name)
@@ -144,8 +143,6 @@ def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") ->
     with _command_on(bucket_uri, stop_after, share) as stop:
         stop.install()
         request = request.check()
-        if request.source == EMBEDDED:
-            request = replace(request, source=str(resources.files("job") / "datasets" / f"{EMBEDDED}.zip"))
         bucket = open_bucket(bucket_uri, stop)
         if not request.slice:
             # A dataset of this name must be an error before hours of packing its held-out part.
@@ -190,14 +187,17 @@ def ensure_command(request: PackRequest, bucket_uri: str, on: str = "") -> None:
     Raises:
         MissingInputError: the dataset is missing, and the request has no source; the message has the commands to type.
     """
-    from job.report.datasets import how_to_pack, is_packed
+    from job.report.datasets import how_packed, how_to_pack
 
     name = request.name
     size_pixels = request.size or _usual_size_pixels(name)
     filled = replace(request, source=request.source or name, size=size_pixels).check()
-    if is_packed(bucket_uri, name, request.size):
-        if request.labels or request.split or request.classes is not None:
-            note(f"dataset {name!r} is there already, as it was packed: labels, classes and split stay as they are")
+    if there := how_packed(bucket_uri, name, request.size):
+        has_options = request.labels or request.split or request.classes is not None
+        unused = ["SOURCE is not read"] * bool(request.source)
+        unused += ["labels, classes and split stay as they are"] * bool(has_options)
+        if unused:
+            note(f"{there}: {', '.join(unused)}")
         return
     if not request.source and name != EMBEDDED:
         raise MissingInputError(how_to_pack(bucket_uri, name, size_pixels, on))

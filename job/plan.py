@@ -186,6 +186,12 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, precision: str = "auto")
     else:
         config = records.as_last_changed(run, stored).updated(request.changes)
     index = load_index(bucket, find_dataset(bucket, request.dataset, config.data.size))
+    if stored is not None and index.size != stored.data.size:
+        name = f"{request.run}-{index.size}"
+        raise BadConfigError(
+            f"run {request.run!r} learns {request.dataset} at {stored.data.size} pixels, and {index.size} pixels are "
+            f"another run: type --run {name} (make: RUN={name})"
+        )
     if index.encoding and (chosen := [key for key in ("data.flip", "sample.clip") if request.changes.get(key)]):
         raise BadConfigError(f"{chosen[0]} needs pixels, and {index.name} holds latents: leave it out")
     config = follow_dataset(config, index)

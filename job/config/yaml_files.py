@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,13 @@ def parse_mapping(text: str, where: str, of: str = "sections such as `train:`") 
 
 
 def read_settings(path: Path) -> str:
-    """Returns the text of a file that a person writes, such as `targets.yaml`.
+    """Returns the text of a file that a person writes, such as `targets.yaml`; the path may begin with `~`.
 
     Raises:
         OSError: the file cannot be read.
         BadConfigError: it is a pipe, or too large; /dev/zero never ends.
     """
+    path = Path(os.path.expanduser(path))  # noqa: PTH111 -- a user may have no home
     if path.is_fifo():
         raise BadConfigError(f"{path} is a pipe, and several processes have to read it: name a file")
     with path.open("rb") as file:

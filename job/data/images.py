@@ -107,7 +107,7 @@ def prepare(encoded: bytes, recipe: Recipe) -> np.ndarray:
         image.load()
         image = ImageOps.exif_transpose(image)
         if min(image.size) < recipe.min_side:
-            raise RejectedImageError(f"has {width}×{height} pixels, under {recipe.min_side} on its shorter side")
+            raise RejectedImageError(f"has {width}×{height} pixels, under --min-side={recipe.min_side}")
         image = _in_channels(image.crop(recipe.box(*image.size)), recipe.channels)
     except RejectedImageError:
         raise

@@ -153,7 +153,8 @@ def read_labels(file: str, column: str, retry: Retry | None = None) -> LabelTabl
     folder, name = split_uri(file) if "/" in file else (".", file)
     store = open_to_read(folder, retry) if is_remote(file) else open_store(folder)
     if not store.exists(name):
-        raise MissingInputError(f"--labels: there is nothing at {file}")
+        own = "" if PurePosixPath(file).suffix else f": a column of the source itself is :{file}"
+        raise MissingInputError(f"--labels: there is nothing at {file}{own}")
     with members.refusing(file):
         with store.open(name) as opened:
             members.check_size(opened.seek(0, io.SEEK_END))

@@ -314,7 +314,7 @@ class _Copying(_Packing):
         request, retry = self._request, self._bucket.retry.elsewhere()
         file, column = split_labels(request.labels)
         wanted = None if request.classes is False or file else column
-        source = open_source(request.source, self._bucket.uri, retry, wanted)
+        source = open_source(request.place, self._bucket.uri, retry, wanted)
         if split := request.split:
             source = replace(source, split=split, where=f"{source.where}, split {split}")
             if next(source.members(), None) is None:
@@ -338,7 +338,9 @@ class _Copying(_Packing):
         )
         if request.labels and self._found.classes_from != "labels":
             first, row = next(source.images()).name, next(iter(table.labels), "") if table else ""
-            which = f"in {table.where}: compare {first!r} with {row!r}" if table else f"{column!r}: see to its spelling"
+            which = (
+                f"in {table.where}: compare {first!r} with {row!r}" if table else f"{column!r}: a table is FILE:COLUMN"
+            )
             raise BadRequestError(f"{self.where}: none of its images has a label {which}")
         share, images = request.hold_out_share, self._found.images
         if share:

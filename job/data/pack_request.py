@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from importlib import resources
 
-from job.config import PackConfig, pack_config
+from job.config import EMBEDDED, PackConfig, pack_config
 from job.data import shards
 from job.data.images import Recipe
 from job.data.splits import SPLITS
@@ -19,7 +20,7 @@ class PackRequest:
     """The source and the options of a dataset; empty options follow the preset of its name, if there is one.
 
     Attributes:
-        source: a local path or a URI, see `open_source`.
+        source: a local path or a URI, see `open_source`; or `EMBEDDED`.
         name: of the dataset.
         size: height and width of the images in pixels.
         crop: see `Recipe`.
@@ -59,9 +60,12 @@ class PackRequest:
         """Returns the request with size, crop, filter and licence filled in.
 
         Raises:
-            BadRequestError: a value that means nothing, or no size and no preset to take it from.
+            BadRequestError: a value that means nothing, no size and no preset to take it from, or the name of the
+                embedded dataset for other images.
         """
         shards.validated_dataset_name(self.name)
+        if self.name == EMBEDDED != self.source:
+            raise BadRequestError(f"{EMBEDDED!r} has its own images: give yours another name (make: DATASET=NAME)")
         if self.split not in ("", *SPLITS):
             raise BadRequestError(f"--split {self.split!r}: it is one of {', '.join(sorted(SPLITS))}")
         if self.labels and self.classes is False:
@@ -75,6 +79,12 @@ class PackRequest:
         checked = replace(self, **{option: getattr(self, option) or getattr(preset, option) for option in follow})
         checked.recipe(channels=3)
         return checked
+
+    @property
+    def place(self) -> str:
+        """The path or URI of the source."""
+        is_embedded = self.source == EMBEDDED
+        return str(resources.files("job") / "datasets" / f"{EMBEDDED}.zip") if is_embedded else self.source
 
     @property
     def hold_out_share(self) -> float:

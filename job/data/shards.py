@@ -314,9 +314,10 @@ def find_dataset(bucket: Store, name: str, size: int | None = None, *, unfinishe
         BadRequestError: it exists at several sizes, and `size` is missing.
     """
     validated_dataset_name(name)
+    folders = bucket.folders(DATASETS)
     sizes = sorted(
         int(match[1])
-        for folder in bucket.folders(DATASETS)
+        for folder in folders
         if (match := re.fullmatch(re.escape(name) + r"-(\d+)", folder))
         and (unfinished or bucket.exists(f"{DATASETS}/{folder}/{INDEX}"))
     )
@@ -328,6 +329,10 @@ def find_dataset(bucket: Store, name: str, size: int | None = None, *, unfinishe
             f"dataset {name!r} lies in {bucket.uri} at sizes {', '.join(map(str, sizes))}: choose one with --size N "
             "(of ddpm train: --set data.size=N)"
         )
+    if not sizes and name in folders and (match := re.fullmatch(r"(.+)-(\d+)", name)):
+        # `ddpm data pack` prints the name of the folder, and people type that.
+        typed = f"type {match[1]}, and --size {match[2]} (of ddpm train: --set data.size={match[2]})"
+        raise MissingInputError(f"{name} is dataset {match[1]!r} at {match[2]} pixels: {typed}")
     wanted = f"{name!r} at {size} pixels" if size else f"{name!r}"
     if not sizes:
         raise NoDatasetError(f"no dataset {wanted} in {bucket.uri}", size)

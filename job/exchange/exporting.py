@@ -143,8 +143,9 @@ def _written(target: Store, request: ExportRequest, export: Export, stop: Stop) 
             for key, data in export.small.items():
                 target.create(key, data)
                 written.append(key)
-    except ObjectExistsError as error:
-        raise BadRequestError(f"{error}: name another folder, or an empty one") from None
+    except ObjectExistsError:
+        said = "another export is there already; name another folder, or an empty one"
+        raise BadRequestError(f"--to {request.to}: {said}") from None
     except BaseException:
         for key in written:
             target.delete(key)

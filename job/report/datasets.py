@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from job.config import EMBEDDED, pack_config
+from job.config import EMBEDDED, pack_config, preset_names
 from job.data.shards import CONTACT_SHEET, DATASETS, INDEX, DatasetIndex, dataset_key, find_dataset, load_index
-from job.exits import BadDataError, BadRequestError, MissingInputError
+from job.exits import BadDataError, BadRequestError, MissingInputError, did_you_mean
 from job.progress import Progress, note
 from job.requests import check_output
 from job.store import Retry, Store, open_store
@@ -23,23 +24,24 @@ SHEET_IMAGES = 60
 SHEET_PER_CLASS = 10
 
 
-def is_packed(bucket_uri: str, name: str, size: int | None) -> bool:
-    """Returns whether the bucket has a dataset for training.
+def how_packed(bucket_uri: str, name: str, size: int | None) -> str:
+    """Returns which dataset for training the bucket has, for people; empty for none.
 
     Raises:
         MissingInputError: the bucket does not exist.
+        BadDataError: the index of the dataset is damaged.
     """
     bucket = open_store(bucket_uri)
     try:
-        find_dataset(bucket, name, size)
+        index = load_index(bucket, find_dataset(bucket, name, size))
     except BadRequestError:
-        # The dataset has several sizes; training has an option to choose one.
-        return True
+        # Training has an option to choose one.
+        return f"{name} is there already, at several sizes"
     except MissingInputError:
         # Raises if the bucket itself is missing. A local folder may be missing: the first write creates it.
         bucket.exists(DATASETS)
-        return False
-    return True
+        return ""
+    return f"{name}-{index.size} is there already, made from {index.source}"
 
 
 def how_to_pack(bucket_uri: str, name: str, size: int, on: str = "") -> str:
@@ -50,12 +52,22 @@ def how_to_pack(bucket_uri: str, name: str, size: int, on: str = "") -> str:
         return f"dataset {name!r} is not in {bucket_uri} yet: type\n  ddpm data ensure {name} --bucket {quoted}{more}"
     there = f" ON={shlex.quote(on)}" if on not in ("", "local") else ""
     what = (preset.fetch if preset else "") or "a folder or archive of images"
+    other = "." if preset else _other_name(bucket_uri, name) or "."
     return (
-        f"dataset {name!r} is not in {bucket_uri} yet. Get {what}, then type\n"
+        f"dataset {name!r} is not in {bucket_uri} yet{other} Get {what}, then type\n"
         f"  make submit-train DATASET={name} SOURCE=path/to/it SIZE={size} BUCKET={quoted}{there}\n"
         f"or, to pack alone,\n"
         f"  ddpm data pack path/to/it {name} --size {size} --bucket {quoted}"
     )
+
+
+def _other_name(bucket_uri: str, name: str) -> str:
+    """Returns the end of a message about a dataset that is missing: the name that may be meant, if any."""
+    known = {*preset_names()}
+    # A local folder that does not exist cannot be listed.
+    with suppress(MissingInputError):
+        known |= {folder.rpartition("-")[0] for folder in open_store(bucket_uri).folders(DATASETS)}
+    return did_you_mean(name, known - {name, ""})
 
 
 def list_datasets(bucket_uri: str, *, as_json: bool = False) -> None:

@@ -23,7 +23,21 @@ MEANINGLESS: Rows = [
     ("train --dataset a --resume", 2, ["no option --resume: leave it out, the same command resumes a run"]),
     ("train --dataset a --lr 1e-3", 2, ["no option --lr: type --set train.learning_rate=1e-3"]),
     ("train --dataset a --batch-size=8", 2, ["no option --batch-size: type --set train.batch_size=8"]),
-    ("train --dataset a --channels --lr", 2, ["--channels: type --set data.channels=VALUE or --set model.channels=V"]),
+    ("train --dataset a --channels --lr", 2, ["type --set data.channels=VALUE or --set model.channels=V"]),
+    (
+        "train --dataset a --labels t.csv:c",
+        2,
+        ["--labels: it is an option of `ddpm data pack` (make: PACK='--labe"],
+    ),
+    ("train --dataset a --classes s1", 2, ["--classes: it is an option of `ddpm data pack` (make: PACK=--classes)"]),
+    ("submit train --dataset a --no-classes", 2, ["`ddpm data pack` (make: PACK=--no-classes)"]),
+    ("train --dataset a --size 8", 2, ["`ddpm data pack` (make: PACK='--size 8'); type --set data.size=8"]),
+    ("data ensure a --max_bad 9", 2, ["it is an option of `ddpm data pack` (make pack: PACK='--max-bad 9')"]),
+    ("sample --run a --labels cats", 2, ["no option --labels: type --classes cats"]),
+    ("pack x a", 2, ["ddpm has no command pack: type ddpm data pack or ddpm submit pack"]),
+    ("list", 2, ["type ddpm data list or ddpm runs list or ddpm jobs list"]),
+    ("data train", 2, ["ddpm data has no command train: type ddpm train or ddpm submit train"]),
+    ("trian", 2, ["No such command 'trian'. Did you mean 'train'?"]),
     ("train --dataset a --output_dir out", 2, ["no option --output_dir: type --bucket out"]),
     ("train --dataset a --set train.seed 3", 2, ["--set train.seed 3: type --set train.seed=3"]),
     ("train --dataset a --seed 3", 2, ["no option --seed: type --set train.seed=3"]),
@@ -49,6 +63,8 @@ MEANINGLESS: Rows = [
     ("sample --run a --seeds 0-99999", 64, ["--seeds", "at most 10,000"]),
     ("sample --run a --checkpoints newest", 64, ["--checkpoints 'newest'", "30,80, or latest, or all"]),
     ("data pack x a", 64, ["--size is needed", "try --size 64"]),
+    ("data ensure landscape-sample --source x", 64, ["'landscape-sample' has its own images", "(make: DATASET=NAME)"]),
+    ("submit pack x landscape-sample", 64, ["has its own images: give yours another name"]),
     ("data pack x a --size 8 --crop middle", 64, ["--crop 'middle'", "center"]),
     ("data pack x a --size 8 --filter cubic", 64, ["'cubic'", "lanczos, bicubic"]),
     ("data pack x a --size 8 --channels 2", 64, ["2 channels", "3 for colour or 1 for grey"]),
@@ -163,6 +179,16 @@ UNFIT: Rows = [
     ("train --dataset tiles --run walk --set data.size=32", 66, ["'tiles' at 32 pixels", "there is tiles-16"]),
     ("train --dataset tiles --run walk --set train.seed=1", 78, ["train.seed: the run has 0, asked for 1", "--run"]),
     ("train --dataset tiles --run new --set data.channels=1", 78, ["data.channels is 1", "tiles-16 has 3"]),
+    ("train --dataset tile", 66, ["'tile' is not in {bucket} yet; did you mean 'tiles'? Get a folder"]),
+    ("train --dataset fashion-mnits", 66, ["did you mean 'fashion-mnist'? Get"]),
+    ("data show tiles-16", 66, ["tiles-16 is dataset 'tiles' at 16 pixels: type tiles, and --size 16 (of ddpm train"]),
+    (
+        "data pack {bucket}/runs new --size 99 --labels label",
+        66,
+        ["nothing at label: a column of the source itself is :l"],
+    ),
+    ("data pack {bucket}/runs new --size 99 --labels no/l.csv", 66, ["--labels: there is nothing at no/l.csv"]),
+    ("data pack {bucket}/runs new --size 8 --labels :label", 64, ["has a label 'label': a table is FILE:COLUMN"]),
     ("train --dataset tiles --run new --set model.num_classes=4", 78, ["num_classes is 4", "tiles-16 has 5"]),
     ("train --dataset other --run walk", 64, ["run 'walk'", "has another dataset, 'tiles'"]),
     ("sample --run other", 66, ["no run 'other'", "ddpm runs list"]),
@@ -189,6 +215,19 @@ def test_unfit_requests_change_nothing(bucket):
         line = refused(ddpm_here(*words.format(bucket=bucket).split(), DDPM_BUCKET=str(bucket)), code)
         assert all(part.format(bucket=bucket) in line for part in parts), (words, line)
         assert files_in(bucket) == before, words
+
+
+def test_another_size_is_another_run(bucket):
+    """Beside a dataset of the run's size that has other images now."""
+    place = ("--bucket", bucket)
+    succeeded(ddpm_here("data", "pack", "landscape-sample", "tiles", "--size", 8, *place))
+    train = ("train", "--dataset", "tiles", "--run", "walk", *place)
+    assert refused(ddpm_here(*train, "--set", "data.size=8"), Exit.BAD_CONFIG) == (
+        "ddpm: run 'walk' learns tiles at 16 pixels, and 8 pixels are another run: type --run walk-8 (make: RUN=walk-8)"
+    )
+    succeeded(ddpm_here("data", "delete", "tiles", "--size", 16, "--yes", *place))
+    succeeded(ddpm_here("data", "pack", "landscape-sample", "tiles", "--size", 16, "--filter", "box", *place))
+    assert "but the dataset tiles-16 has" in refused(ddpm_here(*train), Exit.BAD_CONFIG)
 
 
 def test_the_launcher_refuses_before_it_starts(bucket):

@@ -161,9 +161,27 @@ def test_ensure_packs_only_a_missing_dataset(tmp_path):
     words = ("data", "ensure", "mine", "--bucket", tmp_path / "bucket", "--source", photos)
     # Without a preset or a size it is made for the network of the preset it will be trained with.
     assert "6 colour, 32×32 pixels" in succeeded(ddpm_here(*words))
-    assert succeeded(ddpm_here(*words)) == ""
+    done = ddpm_here(*words)
+    said = "is there already, made from photos: SOURCE is not read"
+    assert (succeeded(done), done.stderr) == ("", f"mine-32 {said}\n")
     assert "6 colour, 16×16 pixels" in succeeded(ddpm_here(*words, "--size", 16))
-    assert succeeded(ddpm_here(*words)) == ""
+    done = ddpm_here(*words, "--size", 16, "--no-classes")
+    assert done.stderr == f"mine-16 {said}, labels, classes and split stay as they are\n"
+    done = ddpm_here(*words)
+    assert done.stderr == "mine is there already, at several sizes: SOURCE is not read\n"
+    assert succeeded(ddpm_here(*words[:-2])) == done.stdout == ""
+
+
+def test_a_tilde_is_the_home_folder(tmp_path):
+    """In words that no shell expands: zsh and dash leave `make SOURCE=~/photos` as it is."""
+    folder_of(tmp_path / "photos", [(f"{n}.jpg", jpeg(n)) for n in range(4)])
+    (tmp_path / "labels.csv").write_text("file,label\n0.jpg,a\n1.jpg,b\n2.jpg,a\n3.jpg,b\n")
+    (tmp_path / "mine.yaml").write_text("far: {backend: mars}")
+    words = ("data", "pack", "~/photos", "mine", "--size", 8, "--labels", "~/labels.csv", "--bucket", "~/bucket")
+    out = succeeded(ddpm_here(*words, HOME=str(tmp_path)))
+    assert f"({tmp_path}/bucket/datasets/mine-8)" in out and "classes  a, b" in out
+    for words in (("jobs", "list", "--targets"), ("train", "--dataset", "mine", "--config")):
+        assert "far" in refused(ddpm_here(*words, "~/mine.yaml", HOME=str(tmp_path)), Exit.BAD_CONFIG)
 
 
 def test_listings_leave_out_foreign_objects(bucket):

@@ -122,7 +122,7 @@ def test_rejected_images_are_named_and_bounded(tmp_path):
     assert (index.images, index.rejected_images) == (2, 4)
     lines = [json.loads(line) for line in objects(tmp_path)["rejects.jsonl"].splitlines()]
     assert [line["name"] for line in lines] == ["2.png", "3.png", "4.png", "6.jpg"]
-    assert lines[2]["reason"] == "has 7×50 pixels, under 8 on its shorter side"
+    assert lines[2]["reason"] == "has 7×50 pixels, under --min-side=8"
     bad = zip_of(tmp_path / "bad.zip", [(f"{n:04d}.png", b"no image") for n in range(2000)])
     with pytest.raises(BadDataError, match=r"more than --max-bad=5 images .*: '0000.png' is .*; and 3 more"):
         packed(tmp_path / "bad", bad, max_bad=5)

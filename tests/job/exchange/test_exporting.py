@@ -74,9 +74,11 @@ def test_killed_exports_resume(bucket, tmp_path):
     (tmp_path / "out/README.md").unlink()
     succeeded(export(bucket, "images", tmp_path / "out"))
     assert (tmp_path / "out/model_index.json").exists()
-    # Other weights under the same name are somebody else's.
+    # Other weights under the same name are somebody else's; only these have a grid.
+    (tmp_path / "out/grid.png").unlink()
     weights = (tmp_path / "out/unet/diffusion_pytorch_model.safetensors").read_bytes()
-    refused(export(bucket, "images", tmp_path / "out", "--weights", "model"), Exit.BAD_REQUEST)
+    line = refused(export(bucket, "images", tmp_path / "out", "--weights", "model"), Exit.BAD_REQUEST)
+    assert line == f"ddpm: --to {tmp_path}/out: another export is there already; name another folder, or an empty one"
     assert (tmp_path / "out/unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
 
 
