@@ -97,7 +97,7 @@ def test_failed_jobs_say_why(bucket, folder, monkeypatch):
     status = ended("train-b")
     assert (status.state, status.exit_code) == (State.GONE, None)
     assert "see `ddpm jobs logs train-b`" in status.message
-    assert "nowhere is not a folder" in "\n".join(backend().logs("train-b", True))
+    assert "is not in nowhere yet" in "\n".join(backend().logs("train-b", True))
 
 
 def test_jobs_start_once():
