@@ -37,10 +37,12 @@ from job.data.members import Member, refusing
 from job.data.opening import open_source
 from job.data.pack_request import PackRequest
 from job.data.source import Found, Source
+from job.data.splits import split_in
 from job.data.survey import no_images, survey
 from job.exits import BadDataError, BadRequestError
 from job.pieces import RECORDS as PIECES
 from job.pieces import WHOLE, Advance, Made, OtherWorkError, PieceRecord, Pieces, Slice
+from job.progress import some_of
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError, Retry, Store
 from job.store.files import os_errors, scratch_folder
@@ -449,6 +451,11 @@ class _InPlace(_Packing):
         self.sizes = [tar.bytes / 1e6 for tar in self._tars]
         first, others = self._tars[0].uri, len(self._tars) - 1
         self.where = self.source = f"{first} and {others} more" if others else first
+        splits = {split_in(tar.key.split("/")) for tar in self._tars} - {""}
+        if len(splits) > 1:
+            self.splits = tuple(sorted(splits))
+            said = f"tars of {some_of(self.splits)} are indexed together, as one dataset; name those of one to index it"
+            logging.getLogger(__name__).warning("%s: %s", self.where, said)
         file, self._label_key = split_labels(self._request.labels)
         if file:
             raise BadRequestError(f"--labels {file}: tars in place have their labels beside the images: use :KEY")

@@ -112,6 +112,11 @@ def test_index_and_pack_read_the_same_labels(tmp_path):
     copied = packed(tmp_path / "a", folder, labels=":kind")
     in_place = packed(tmp_path / "b", "", tars=(str(folder),), shard_images=None, labels=":kind")
     assert copied.classes == in_place.classes == ("0", "1", "2")
+    shutil.copytree(folder, tmp_path / "splits/train")
+    (tmp_path / "splits/val-0.tar").write_bytes((folder / "00000.tar").read_bytes())
+    for tars, splits in [("splits", ("train", "val")), ("splits/train", ())]:
+        index = packed(tmp_path / tars / "b", "", tars=(str(tmp_path / tars),), shard_images=None, labels=":kind")
+        assert index.splits == splits
     with pytest.raises(BadDataError, match="more than --max-bad=3 images"):
         packed(tmp_path / "c", "", tars=(str(folder),), shard_images=None, max_bad=3)
     with pytest.raises(BadRequestError, match="labels beside the images: use :KEY"):
