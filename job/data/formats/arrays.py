@@ -125,8 +125,8 @@ class _Array:
         kind = f"{self.dtype.name} {[*self.shape]}{' in Fortran order' if self.is_fortran else ''}"
         return f"{self.path} is {kind}{': pickles, which are programs' if self.dtype.hasobject else ''}"
 
-    def is_a_label_each_of(self, counts: Container[int]) -> bool:
-        """Returns whether it could be labels of so many images."""
+    def may_label(self, counts: Container[int]) -> bool:
+        """Returns whether its values could be the labels of so many images."""
         return self.dtype.kind in "biufSU" and self.shape[1:] in ((), (1,)) and self.shape[0] in counts
 
     def check(self) -> None:
@@ -174,7 +174,7 @@ def array_source(files: Files, column: str | None) -> Source | None:
         note=f"leaving out {', '.join(left_out[:3])}" if left_out else "",
         split=split,
         other_splits=other_splits,
-        unchosen=tuple(f":{array.key}" for array in others if array.is_a_label_each_of(counts)),
+        unchosen=tuple(f":{array.key}" for array in others if array.may_label(counts)),
     )
 
 
@@ -253,7 +253,7 @@ def _labels_of(
     if not found and not column:
         return None
     labels = found[chosen_label(where, [*found], column, usual=())]
-    if not labels.is_a_label_each_of({count}):
+    if not labels.may_label({count}):
         how = "as numbers or as str" if labels.dtype.hasobject else "so (a one-hot vector by argmax)"
         raise BadRequestError(
             f"{where}: {labels}, and not one label for each of {count:,} images: save it {how}, or use --no-classes"
