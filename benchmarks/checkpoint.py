@@ -79,7 +79,7 @@ def saves(run: Store, config: RunConfig, state: State, turns: int) -> tuple[Turn
     lease = Lease.take(run, 0, 0.0, NEVER, print)
     create_config(run, config)
     attempt = record_attempt(run, lease.fence, lease.holder, changes={}, world_size=1, device="cpu")
-    leased = LeasedRun(run, Retention(config, 10**6), attempt, lease)
+    leased = LeasedRun(run, Retention(config, 10**6), attempt, lease, ())
     writer = CheckpointWriter(leased, state, before=None, stop=NEVER, note=print)
     live = list(chain.from_iterable(named.values() for named in state.values()))
     buffers = [torch.empty_like(tensor).fill_(0) for tensor in live]

@@ -43,7 +43,10 @@ from job.stop import NEVER
 from job.training.session import TrainingSession, initial_state, threads_for
 
 AT_LEAST = 1.8
-NO_SAVES = ("checkpoint.every_epochs=9999", "checkpoint.every_minutes=9999", "checkpoint.keep_every_epochs=0")
+NO_SAVES = (
+    *("checkpoint.every_epochs=9999", "checkpoint.every_minutes=9999", "checkpoint.keep_every_epochs=0"),
+    "sample.every_epochs=0",
+)
 IMAGES = 1024
 
 

@@ -104,7 +104,7 @@ def run_training(request: TrainRequest, stop: Stop = NEVER) -> Plan:
 def _train(plan: Plan, ranks: Ranks, lease: Lease | None, tracking: Tracking | None, stop: Stop) -> None:
     """Opens the dataset, restores the state and trains; the main process has the lease and the tracker. Collective."""
     pictures = PictureCache(note)
-    attempt = ranks.on_main(lambda: _begin(plan, ranks, lease, pictures))
+    attempt = ranks.on_main(lambda: _begin(plan, ranks, lease, pictures, stop))
     damaged = set[CheckpointRef]()
     with _last_page(plan, attempt, lease, pictures, stop):
         with Progress("reading images", total=plan.index.images) as bar:
@@ -139,7 +139,7 @@ def _train(plan: Plan, ranks: Ranks, lease: Lease | None, tracking: Tracking | N
         session.finish()
 
 
-def _begin(plan: Plan, ranks: Ranks, lease: Lease | None, pictures: PictureCache) -> records.Attempt:
+def _begin(plan: Plan, ranks: Ranks, lease: Lease | None, pictures: PictureCache, stop: Stop) -> records.Attempt:
     """Writes the configuration of a new run, this attempt's record and the first page; reports what has changed."""
     assert lease is not None
     if plan.is_new:
@@ -160,7 +160,7 @@ def _begin(plan: Plan, ranks: Ranks, lease: Lease | None, pictures: PictureCache
     for difference in records.what_is_otherwise(before, attempt) if before else []:
         note(difference)
     status = status_of(plan, attempt, State.RUNNING, plan.images_seen, {})
-    put_run_page(plan, lease, None, status, pictures=pictures)
+    put_run_page(plan, lease, None, status, pictures=pictures, stop=stop)
     if plan.request.open_page:
         open_page(plan.run)
     return attempt

@@ -22,7 +22,7 @@ from job.runs.metric_rows import Row, read_rows
 from job.runs.retention import Retention, best_images_seen
 from job.runs.writer import CheckpointWriter
 from job.sealed import utc_now
-from job.stop import Stop
+from job.stop import NEVER, Stop
 from job.training.tracking import Tracking
 
 PAGE_SECONDS = 300.0
@@ -135,8 +135,14 @@ class Recorder:
             self._status.close(state, min(records.STATUS_CLOSE_SECONDS, stop.seconds_left() / 2))
             patience_seconds = min(records.STATUS_CLOSE_SECONDS, stop.seconds_left() / 2)
             if state is not State.FINISHED and patience_seconds >= 1:
-                status, how = self._status_of(state), {"patience_seconds": patience_seconds}
-                put_run_page(self.plan, self._lease, self.rows, status, pictures=self._page_pictures, **how)
+                put_run_page(
+                    self.plan,
+                    self._lease,
+                    self.rows,
+                    self._status_of(state),
+                    pictures=self._page_pictures,
+                    patience_seconds=patience_seconds,
+                )
 
     def _confirmed_status(self, state: State) -> records.Status:
         # A process that slept and was replaced must not overwrite the status of the attempt that replaced it.
@@ -177,9 +183,10 @@ def put_run_page(
     *,
     pictures: PictureCache,
     patience_seconds: float = PAGE_PATIENCE_SECONDS,
+    stop: Stop = NEVER,
 ) -> None:
     """Writes the run's page, without `rows` with those of its newest checkpoint; an error is only a note."""
-    bucket, run = (store.within(patience_seconds) for store in (plan.bucket, plan.run))
+    bucket, run = (store.within(patience_seconds, stop) for store in (plan.bucket, plan.run))
     handle = RunHandle(bucket, run, plan.index, plan.config, plan.first_drawing)
     try:
         lease.confirm()
