@@ -51,7 +51,7 @@ def measure(quick: bool) -> list[Figure]:
             painter.draw_together(range(images), sampling, images, "sampling")
 
         figures = []
-        ways = {"ours": (Threads(count), count), "one thread": (None, 1), "PyTorch's threads": (None, count)}
+        ways = {"ours": (Threads(count), count), "one thread": (None, 1), "PyTorch threads": (None, count)}
         with busy_neighbours():
             for what, work in (("training", loop.step), ("sampling", draw)):
                 times = _in_turn(what, {way: in_way(*how, work) for way, how in ways.items()}, 2 if quick else 5)
@@ -87,12 +87,12 @@ def _in_turn(title: str, ways: dict[str, Callable[[], None]], turns: int) -> dic
 
 def _figure(what: str, times: dict[str, list[float]], count: int) -> Figure:
     medians = {way: median(each) for way, each in times.items()}
-    best = min(medians["one thread"], medians["PyTorch's threads"])
+    best = min(medians["one thread"], medians["PyTorch threads"])
     return Figure(
         f"busy_{what}_ratio",
         f"{what} beside {NEIGHBOURS} busy processes: best of PyTorch's 1 and {count} threads / ours, ×",
         [best / ours for ours in times["ours"]],
         at_least=AT_LEAST,
         beside=", ".join(f"{way} {value:.3g} s" for way, value in medians.items()),
-        raw={f"{way.replace(chr(39), '').replace(' ', '_')}_seconds": each for way, each in times.items()},
+        raw={f"{way.replace(' ', '_')}_seconds": each for way, each in times.items()},
     )

@@ -119,10 +119,7 @@ class OurLoop:
         cache = open_cache(plan.bucket, key, plan.index, cache_dir=cache_dir, budget_bytes=1 << 40)
         # The run saves nothing, so the rows of the log have no destination.
         recorder: Any = SimpleNamespace(
-            writer=SimpleNamespace(overdue=False, troubled=False),
-            record=lambda row: None,
-            show=lambda bar: None,
-            renew_page=lambda: None,
+            writer=SimpleNamespace(overdue=False, troubled=False), record=lambda row: None, show=lambda bar: None
         )
         ranks = meet(NEVER)
         state = initial_state(plan, ranks.device)

@@ -75,7 +75,7 @@ class Recorder:
         return any(name in row and row["images_seen"] == self._state.images_seen for row in rows)
 
     def record(self, values: Row) -> None:
-        """Adds a row of this moment, which goes into the next checkpoint and to the tracker."""
+        """Adds a row of this moment, which goes into the next checkpoint, to the tracker and to a page that is old."""
         images_seen = self._state.images_seen
         epoch, now = round(images_seen / self.plan.index.images, 4), round(time.time(), 3)
         row = {"images_seen": images_seen, "epoch": epoch, **values, "time": now}
@@ -84,6 +84,8 @@ class Recorder:
         self._tracking.log(row)
         if "images_per_second" in row:
             self._shown = row
+        if time.monotonic() > self._page_due:
+            self.write_page()
 
     def save(self, loss_sums: Tensor) -> None:
         """Queues a checkpoint of this moment."""
@@ -107,11 +109,6 @@ class Recorder:
         self.writer.do_later(
             lambda run: put_run_page(self.plan, self._lease, rows, status, pictures=self._page_pictures)
         )
-
-    def renew_page(self) -> None:
-        """Queues the page if it is old."""
-        if time.monotonic() > self._page_due:
-            self.write_page()
 
     def finish(self) -> None:
         """Queues the figure of the losses and the finished page, and waits until everything is in the bucket."""

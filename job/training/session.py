@@ -222,8 +222,6 @@ class TrainingSession:
         stopping = stopping or self._run_due(due, precedes_save=False)
         if recorder is not None:
             recorder.show(self.bar)
-            if not stopping:
-                recorder.renew_page()
         return stopping
 
     def _leaves_step(self) -> bool:

@@ -266,7 +266,7 @@ def test_an_old_page_is_renewed(train, monkeypatch):
     for page_seconds, expected in [(300, [0, 300]), (0, [0, 100, 200, 300, 300])]:
         shown.clear()
         monkeypatch.setattr(reporting, "PAGE_SECONDS", page_seconds)
-        train(f"page-{page_seconds}", epochs=1, train__batch_size=100)
+        train(f"page-{page_seconds}", epochs=1, train__batch_size=100, log__every_images=100)
         assert shown == expected
 
 
