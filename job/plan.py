@@ -152,6 +152,28 @@ class Plan(RunHandle):
         return sound_manifest(self.run, max(list_checkpoints(self.run))) is not None
 
 
+def _asked_for(request: TrainRequest, run: Store, stored: RunConfig | None) -> RunConfig:
+    """Returns the configuration that a request asks for, before the dataset is known; `stored` is that of its run.
+
+    Raises:
+        BadRequestError: the run has another dataset, or none.
+    """
+    if stored is None:
+        return draft(request.preset_name, request.changes)
+    if not stored.data.dataset:
+        raise BadRequestError(
+            f"run {request.run!r} ({run.uri}) was imported without a dataset, and is only for sampling: import it "
+            f"again, under another name, with --dataset {request.dataset}"
+        )
+    if stored.data.dataset != request.dataset:
+        raise BadRequestError(
+            f"run {request.run!r} ({run.uri}) has another dataset, {stored.data.dataset!r}: choose another --run"
+        )
+    if request.preset and request.preset != stored.preset:
+        return draft(request.preset, request.changes)
+    return records.as_last_changed(run, stored).updated(request.changes)
+
+
 def plan_run(request: TrainRequest, stop: Stop = NEVER, precision: str = "auto") -> Plan:
     """Finds the dataset and the run, and resolves the configuration. Writes nothing.
 
@@ -170,21 +192,7 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, precision: str = "auto")
     bucket = open_bucket(request.bucket, stop)
     run = records.run_store(bucket, request.run)
     stored = records.load_config(run)
-    if stored is None:
-        config = draft(request.preset_name, request.changes)
-    elif not stored.data.dataset:
-        raise BadRequestError(
-            f"run {request.run!r} in {bucket.uri} was imported without a dataset, and is only for sampling: import "
-            f"it again, under another name, with --dataset {request.dataset}"
-        )
-    elif stored.data.dataset != request.dataset:
-        raise BadRequestError(
-            f"run {request.run!r} in {bucket.uri} has another dataset, {stored.data.dataset!r}: choose another --run"
-        )
-    elif request.preset and request.preset != stored.preset:
-        config = draft(request.preset, request.changes)
-    else:
-        config = records.as_last_changed(run, stored).updated(request.changes)
+    config = _asked_for(request, run, stored)
     index = load_index(bucket, find_dataset(bucket, request.dataset, config.data.size))
     if stored is not None and index.size != stored.data.size:
         name = f"{request.run}-{index.size}"
