@@ -29,6 +29,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from job.config import LARGEST_SIZE
 from job.exits import BadDataError, BadRequestError, MissingInputError
+from job.progress import some_of
 from job.sealed import SHA256_PATTERN, RecordPart, Sealed
 from job.store import ObjectMissingError, Store
 
@@ -221,10 +222,9 @@ class DatasetIndex(Sealed):
         """Returns what a person has to know before a run learns from it, of its classes if the run learns them."""
         said = []
         if with_classes and self.classes_from == "folders":
-            named = ", ".join(self.classes[:10]) + (f" and {len(self.classes) - 10:,} more" * (len(self.classes) > 10))
             said.append(
-                f"learning {len(self.classes):,} folders of {self.name} as classes: {named}; if they are not classes, "
-                "start another run with --set model.num_classes=0"
+                f"learning {len(self.classes):,} folders of {self.name} as classes: {some_of(self.classes)}; if they "
+                "are not classes, start another run with --set model.num_classes=0"
             )
         if self.splits:
             said.append(f"learning {' and '.join(self.splits)} of {self.name} together, which were packed together")

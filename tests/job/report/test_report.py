@@ -89,7 +89,10 @@ def test_command_of_pages_makes_the_same(bucket):
 def test_own_samples_are_on_the_page(bucket):
     succeeded(ddpm_here("sample", "--run", "walk", "--bucket", bucket, "--checkpoints", "1,3", "--seeds", "0-3"))
     succeeded(ddpm_here("sample", "--run", "walk", "--bucket", bucket, "--count", 4))
-    shown = lambda: re.findall(r'<figure><img src="data:[^"]*" alt="(samples/[^"]*)">', page_of(bucket, "walk"))  # noqa: E731
+
+    def shown():
+        return re.findall(r'<figure><img src="data:[^"]*" alt="(samples/[^"]*)">', page_of(bucket, "walk"))
+
     assert shown() == [
         "samples/comparison-1-3-ddim-4-seeds-0-3.png",
         "samples/epoch-0003-ddim-4-0-4/grid.png",
