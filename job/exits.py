@@ -211,7 +211,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     # The names of samplers are `DPM++ 2M` and `Euler a` elsewhere.
     plain = str.maketrans({"+": "p", "-": "_", " ": "_"})
     names, typed = {name.lower().translate(plain): name for name in known}, word.lower().translate(plain)
-    longer = [name for name in names if len(typed) > 2 and name.startswith(typed)]
+    longer = sorted((name for name in names if len(typed) > 2 and name.startswith(typed)), key=len)
     close = longer or difflib.get_close_matches(typed, names, n=1)
     return f"; did you mean {names[close[0]]!r}?" if close else ""
 

@@ -180,6 +180,7 @@ UNFIT: Rows = [
     ("train --dataset tiles --run walk --set train.seed=1", 78, ["train.seed: the run has 0, asked for 1", "--run"]),
     ("train --dataset tiles --run new --set data.channels=1", 78, ["data.channels is 1", "tiles-16 has 3"]),
     ("train --dataset tile", 66, ["'tile' is not in {bucket} yet; did you mean 'tiles'? Get a folder"]),
+    ("train --dataset celeb", 66, ["did you mean 'celeba'? Get"]),
     ("train --dataset fashion-mnits", 66, ["did you mean 'fashion-mnist'? Get"]),
     ("data show tiles-16", 66, ["tiles-16 is dataset 'tiles' at 16 pixels: type tiles, and --size 16 (of ddpm train"]),
     (
