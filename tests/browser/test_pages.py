@@ -18,6 +18,7 @@ from job.sealed import utc_now
 from job.store import open_store
 from tests.job.command_line import ddpm_here, succeeded
 from tests.job.conftest import cache_folder, made_once, tiles, walked  # noqa: F401 -- fixtures
+from tests.job.launching import eventually
 from tests.job.report.hostile import CLASSES, fill_hostile, lengthen, multiply
 
 if TYPE_CHECKING:
@@ -277,7 +278,8 @@ def test_pages_of_running_runs_reload_themselves(opened, bucket):
     assert not page.locator("#chart-loss").get_by_label("Logarithmic scale").is_checked()
     assert page.locator("#other-caption").text_content() == "epoch 1"
     assert page.locator("#all-keys").get_attribute("open") is not None
-    assert page.locator("#curves").bounding_box()["y"] == pytest.approx(top, abs=2)
+    # The browser may scroll back after the event.
+    eventually(lambda: page.locator("#curves").bounding_box()["y"] == pytest.approx(top, abs=2), 5)
     # A run that was killed writes no more.
     write("running", minutes_ago=25 * 60)
     with page.expect_event("load"):
