@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -243,6 +244,13 @@ def test_one_grid_has_no_slider(opened, bucket):
     assert page.locator("input[type=range]").count() == 0
 
 
+def at_rest(place) -> float | None:
+    """Where a part of a page is, unless it moves: a browser scrolls smoothly to a picture, and back after a reload."""
+    before = place.bounding_box()["y"]
+    time.sleep(0.3)
+    return before if place.bounding_box()["y"] == before else None
+
+
 def test_pages_of_running_runs_reload_themselves(opened, bucket):
     run = shutil.copytree(bucket / "many/runs/walk", bucket / "runs/going")
     samples, path = run / "samples", run / "report.html"
@@ -271,15 +279,14 @@ def test_pages_of_running_runs_reload_themselves(opened, bucket):
     assert page.locator("#moment").text_content() == "epoch 3"
     page.keyboard.press("Escape")
     page.evaluate("scrollTo({top: 700, behavior: 'instant'})")
-    top = page.locator("#curves").bounding_box()["y"]
+    top = eventually(lambda: at_rest(page.locator("#curves")), 10)
     with page.expect_event("load"):
         page.clock.run_for(20_000)
     assert page.locator("#moment").text_content() == "epoch 4"
     assert not page.locator("#chart-loss").get_by_label("Logarithmic scale").is_checked()
     assert page.locator("#other-caption").text_content() == "epoch 1"
     assert page.locator("#all-keys").get_attribute("open") is not None
-    # The browser may scroll back after the event.
-    eventually(lambda: page.locator("#curves").bounding_box()["y"] == pytest.approx(top, abs=2), 5)
+    assert eventually(lambda: at_rest(page.locator("#curves")), 10) == pytest.approx(top, abs=2)
     # A run that was killed writes no more.
     write("running", minutes_ago=25 * 60)
     with page.expect_event("load"):
