@@ -154,7 +154,7 @@ lint: $(TESTED) ## Style, docstrings, types and the Dockerfile
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/hadolint docker/Dockerfile
-	.venv/bin/shellcheck --external-sources setup.sh infra/google-cloud.sh job/jobs/backends/vm_start.sh
+	.venv/bin/shellcheck --external-sources setup.sh infra/google-cloud.sh job/jobs/backends/vm_start.sh job/jobs/backends/slurm_job.sh
 
 bench: $(TESTED) ## Measure speed against peers on this machine
 	.venv/bin/python -m benchmarks $(ARGS)

@@ -82,7 +82,7 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
         name=name,
         verb=command.verb,
         argv=argv,
-        image=target.image,
+        image=target.software,
         bucket=bucket,
         run=run,
         gpus=gpus,
@@ -115,10 +115,12 @@ def _check_resources(command: ParsedCommand, target: Target, resources: Resource
             f"--max-hours {resources.max_hours:g}, or --stop-after: a job lasts for 0.017 to 720 hours"
         )
     if resources.nodes > 1 and not target.has_groups:
-        raise BadRequestError(f"--nodes {resources.nodes}: on {on} no machines train together: use a kubernetes target")
+        raise BadRequestError(
+            f"--nodes {resources.nodes}: on {on} no machines train together: use a kubernetes or slurm target"
+        )
     if command.verb in _WITHOUT_GPUS and (resources.gpus or resources.gpu_type):
         raise BadRequestError("packing uses no GPUs: leave --gpus and --gpu-type out")
-    if target.is_remote and not target.image:
+    if target.is_remote and not target.software:
         raise BadConfigError(f"{on} has no `image:`, which its machines would run")
     if target.is_remote and option and not target.selects_machines:
         raise BadRequestError(f"{option} decides nothing on {on}, which has its own `node_selector:`: leave it out")
@@ -131,7 +133,7 @@ def _uri_for_jobs(what: str, uri: str, target: Target) -> str:
     check_uri(uri)
     if is_remote(uri):
         return uri
-    if target.is_remote:
+    if not target.has_files:
         raise BadRequestError(f"{what} {uri!r} is a path of this machine, which jobs on {target.name!r} cannot see")
     return uri if "://" in uri else str(Path(uri).expanduser().absolute())
 

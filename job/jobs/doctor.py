@@ -26,7 +26,7 @@ def checks_of(target: Target, bucket: str) -> Iterator[Check]:
         yield from bucket_checks(bucket)
     try:
         with backend_for(target) as backend:
-            yield from backend.checks()
+            yield from backend.checks(bucket)
     except JobError as error:
         yield Check.of_error(target.backend, error)
 

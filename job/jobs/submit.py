@@ -64,13 +64,14 @@ def submit(
         if dry_run:
             print(formatted(manifests, output), end="")
             return
+        folder = spec.bucket_folder
+        if folder and target.has_files and spec.verb not in ("pack", "index") and not folder.is_dir():
+            raise MissingInputError(f"bucket {spec.bucket} is not there: check the path, or pack a dataset first")
         if target.is_remote:
             lines = [*plan_lines(spec, target, is_watched=watch), *outlook_lines(spec, target)]
             print("\n".join(lines), flush=True)
             if not yes:
                 _ask(spec)
-        elif (folder := spec.bucket_folder) and spec.verb not in ("pack", "index") and not folder.is_dir():
-            raise MissingInputError(f"bucket {spec.bucket} is not there: check the path, or pack a dataset first")
         if watch:
             Watch(backend, spec, Stop().install().sleep).run()
         elif target.is_remote or detach:
@@ -90,9 +91,7 @@ def plan_lines(spec: JobSpec, target: Target, *, is_watched: bool = False) -> li
     gpus = f"{spec.gpus} × {spec.gpu_type or 'GPU'} each" if spec.gpus else "no GPU"
     if not spec.gpus and (found := gpus_of(terms.machine)):
         gpus = f"no GPU used: {found[0]} × {found[1]} idle, but paid for"
-    kind = "spot, which may be taken away: nothing is lost" if spec.spot else "on demand"
-    if not target.selects_machines:
-        kind = "spot or on demand, as the target's nodes are"
+    kind = terms.kind or ("spot, which may be taken away: nothing is lost" if spec.spot else "on demand")
     again = "; what --watch submits again has what is left of them" if is_watched else ""
     return [
         f"job       {spec.name}, on {target.name} ({', '.join((target.backend, *terms.place))})",
@@ -148,11 +147,15 @@ def _ask(spec: JobSpec) -> None:
 def formatted(manifests: Sequence[JsonObject], output: str = "") -> str:
     """Returns manifests as a stream of YAML documents, or of JSON objects; `kubectl apply -f -` takes both.
 
+    A script is printed as it is, for `sbatch`.
+
     Raises:
         BadRequestError: `output` is neither `yaml`, `json` nor empty.
     """
     if output not in ("", "yaml", "json"):
         raise BadRequestError(f"-o {output}: use yaml or json")
+    if not output and "script" in manifests[0]:
+        return "".join(manifest["script"] for manifest in manifests)
     if output == "json":
         return "".join(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n" for manifest in manifests)
     options: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": 120}

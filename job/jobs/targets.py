@@ -90,7 +90,7 @@ def _target(name: str, block: Any, where: str) -> Target:
         target = model.model_validate_json(json.dumps({**block, "backend": backend, "name": name}, default=str))
     except ValidationError as error:
         raise BadConfigError(f"{where}: {'; '.join(map(_problem, error.errors()))}") from None
-    if target.is_remote and target.bucket and not is_remote(target.bucket):
+    if not target.has_files and target.bucket and not is_remote(target.bucket):
         raise BadConfigError(f"{where}: bucket: {target.bucket!r} is a folder of this machine: use {URIS}")
     return target
 

@@ -212,6 +212,8 @@ class Watch:
                 self._sleep(WATCH_POLL_SECONDS)
 
     def _hours_left(self, used_seconds: float | None = None) -> float:
+        if self.home.target.limits_attempts:
+            return self.spec.max_hours
         used_seconds = self._seen_seconds + self._unseen_seconds if used_seconds is None else used_seconds
         # Rounded up, so that the first submission is the one that a dry run shows.
         return max(self.spec.max_hours - int(used_seconds) / 3600, 0.0)

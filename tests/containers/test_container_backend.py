@@ -131,7 +131,7 @@ def test_errors_inside_have_their_code(place):
 def test_missing_images_are_built(place):
     own = "localhost/ddpm-test-built:latest"
     Path("targets.yaml").write_text(f"container: {{image: '{own}'}}\n")
-    check = next(check for check in backend().checks() if not check.passed)
+    check = next(check for check in backend().checks("") if not check.passed)
     assert (check.name, check.remedy) == ("image", "submitting a job builds or pulls it")
     wheels = {"TORCH_WHEELS": torch_wheels()} if torch_wheels() else {}
     done = ddpm("submit", *training("built", place, epochs=1), *HERE, BASE_IMAGE=BASE_IMAGE, **wheels)

@@ -11,7 +11,7 @@ from job.exits import MissingInputError, how_to_install
 from job.jobs.backends.base import Backend
 from job.jobs.backends.target import Target
 
-BACKENDS = ("local", "container", "kubernetes", "vm", "batch")
+BACKENDS = ("local", "container", "kubernetes", "vm", "batch", "slurm")
 """Each has a module of its name; the backend `vm` is the class `VmBackend` in it, whose attribute `target` is typed."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, ClassVar, NoReturn
@@ -67,6 +67,19 @@ class JobStatus:
         if code == Exit.FINISHED:
             return cls(name, State.FINISHED, exit_code=code)
         return cls(name, State.FAILED, f"ended with code {code}: {meaning(code)}", code)
+
+    @classmethod
+    def of_slices(cls, slices: Sequence[JobStatus]) -> JobStatus:
+        """Returns the status of a job from those of its slices, of which the worst decides."""
+        if len(slices) == 1:
+            return slices[0]
+        worst = max(slices, key=lambda one: (one.state.order, one.restart))
+        message = f"{sum(one.state is State.FINISHED for one in slices)} of {len(slices)} slices finished"
+        if worst.message:
+            message += f"; slice {slices.index(worst)}: {worst.message}"
+        created = min((one.created for one in slices if one.created), default="")
+        places = ",".join(sorted({one.place for one in slices if one.place}))
+        return replace(worst, message=message, created=created, place=places)
 
     @property
     def occupies_machine(self) -> bool:
@@ -291,6 +304,10 @@ class Backend(abc.ABC):
             MissingInputError: the engine does not know the job.
         """
 
-    def checks(self) -> Iterable[Check]:
-        """Yields the checks of `ddpm doctor` about the engine. A problem is a failed check, not an error."""
+    def checks(self, bucket: str) -> Iterable[Check]:
+        """Yields the checks of `ddpm doctor` about the engine. A problem is a failed check, not an error.
+
+        Args:
+            bucket: to look at from a machine of the engine, where that takes seconds; empty for none.
+        """
         return ()

@@ -191,7 +191,7 @@ class ContainerBackend(Backend):
             self._ask("stop", "--time", str(STOP_SECONDS), name, seconds=STOP_SECONDS + ANSWER_SECONDS)
         return self.effect_of_cancelling(state)
 
-    def checks(self) -> Iterator[Check]:
+    def checks(self, bucket: str) -> Iterator[Check]:
         """See `Backend.checks`: the engine, the image, and what the container itself finds on this machine."""
         for name, look in (("engine", self._look_for_engine), ("image", self._look_for_image)):
             yield (check := Check.of(name, look))

@@ -329,7 +329,7 @@ class GoogleBackend(Backend):
             time.sleep(CHANGE_POLL_SECONDS)
         raise BucketAwayError(f"{what}: not ready after {CHANGE_SECONDS:.0f} s: look later")
 
-    def checks(self) -> Iterator[Check]:
+    def checks(self, bucket: str) -> Iterator[Check]:
         """See `Backend.checks`: the API, the machine type, quotas of its GPUs, the account, the image."""
         target = self.target
         self.is_hurried = True

@@ -146,7 +146,7 @@ class KubernetesBackend(Backend):
             return status.message
         return self.effect_of_cancelling(status.state)
 
-    def checks(self) -> Iterator[Check]:
+    def checks(self, bucket: str) -> Iterator[Check]:
         """See `Backend.checks`: rights, account, queue and image, or the cluster alone if it does not answer."""
         self._api.is_hurried = True
         yield (cluster := Check.of("cluster", self._look_at_rights))

@@ -75,7 +75,8 @@ class KubernetesTarget(Target):
         end = "its queue stops it for good" if self.queue else "Kubernetes ends it"
         more = "; preemptions start it without bound" * is_group
         limit = f"{start}, waiting for nodes and pauses included, then {end}{more}"
-        return Terms("node", place, limit, None if is_group else 1)
+        kind = "" if self.selects_machines else "spot or on demand, as the target's nodes are"
+        return Terms("node", place, limit, None if is_group else 1, kind=kind)
 
     def list_price(self, spec: JobSpec) -> Hourly | None:
         """See `Target.list_price`: a job pays for its GPUs' share of a node; the type of other nodes is unknown."""

@@ -154,7 +154,7 @@ class LocalBackend(Backend):
             process.terminate()
         return self.effect_of_cancelling(State.RUNNING)
 
-    def checks(self) -> Iterable[Check]:
+    def checks(self, bucket: str) -> Iterable[Check]:
         """See `Backend.checks`: the machine itself."""
         from job.jobs.backends.local_checks import machine_checks
 

@@ -53,6 +53,7 @@ class Terms(NamedTuple):
         limit: what `max_hours` count for, and who ends the job then.
         attempts: how often these hours may pass; None without bound.
         margin: what a job costs beside them.
+        kind: whether its machines may be taken away, if `spot` does not tell.
     """
 
     machine: str
@@ -60,6 +61,7 @@ class Terms(NamedTuple):
     limit: str
     attempts: int | None = 1
     margin: str = "; machines that start or go cost some minutes more"
+    kind: str = ""
 
 
 class Target(BaseModel):
@@ -68,11 +70,13 @@ class Target(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     is_remote: ClassVar[bool] = True
-    """Whether its machines lack the files of this one."""
+    """Whether its jobs run on other machines."""
     is_in_place: ClassVar[bool] = False
     """Whether its jobs have the files, libraries and variables of this program."""
     has_groups: ClassVar[bool] = False
     """Whether several of its machines can train together."""
+    limits_attempts: ClassVar[bool] = False
+    """Whether `max_hours` end one attempt, after which the engine itself begins the next."""
     is_expected: ClassVar[bool] = True
     """Whether a list of all jobs reports that its engine does not answer."""
 
@@ -92,6 +96,16 @@ class Target(BaseModel):
     """In dollars, of one machine with all its GPUs, as the user pays it."""
     env: dict[_Variable, str] = Field(default_factory=dict)
     """Variables of the job, without secrets, because lists and logs show them."""
+
+    @property
+    def software(self) -> str:
+        """Returns where its machines find the program: the image, or what stands for one."""
+        return self.image
+
+    @property
+    def has_files(self) -> bool:
+        """Returns whether its machines have the files of this one, at the same paths."""
+        return not self.is_remote
 
     @property
     def usual_bucket(self) -> str:

@@ -271,15 +271,7 @@ def vm_status(name: str, machines: Sequence[JsonObject], parts: Mapping[int, Job
     for machine in machines:
         number = int(machine["labels"][SLICE_LABEL])
         found[number] = _of_machine(machine, found[number])
-    if len(found) == 1:
-        return found[0]
-    worst = max(found, key=lambda part: (part.state.order, part.restart))
-    message = f"{sum(part.state is State.FINISHED for part in found)} of {len(found)} slices finished"
-    if worst.message:
-        message += f"; slice {found.index(worst)}: {worst.message}"
-    created = min((part.created for part in found if part.created), default="")
-    places = ",".join(sorted({part.place for part in found if part.place}))
-    return replace(worst, message=message, created=created, place=places)
+    return JobStatus.of_slices(found)
 
 
 def _of_machine(machine: JsonObject, logged: JobStatus) -> JobStatus:

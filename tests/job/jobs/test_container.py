@@ -210,7 +210,7 @@ def test_engines_refuse_or_know_no_container(engine):
         with pytest.raises(MissingInputError, match="no job 'train-x'"):
             backend.cancel("train-x")
     # For the doctor, too.
-    found = {check.name: check for check in engine("5.4.2\n").checks()}
+    found = {check.name: check for check in engine("5.4.2\n").checks("")}
     assert found["engine"].passed
-    (check,) = engine(daemon, 1).checks()
+    (check,) = engine(daemon, 1).checks("")
     assert (check.name, check.passed, check.exit_code) == ("engine", False, Exit.BAD_REQUEST)

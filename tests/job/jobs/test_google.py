@@ -26,7 +26,7 @@ def test_absent_and_silent_apis(monkeypatch):
         # The doctor waits for nothing, and for as long as it takes here.
         monkeypatch.setattr(google, "API_RETRY_PAUSES_SECONDS", (1000.0,))
         monkeypatch.setattr(google, "HURRIED_TIMEOUT_SECONDS", 0.3)
-        (check,) = backend_of("batch").checks()
+        (check,) = backend_of("batch").checks("")
     assert not check.passed and check.exit_code == Exit.BUCKET_AWAY
     monkeypatch.setattr(google, "API_RETRY_PAUSES_SECONDS", (0.01,))
     with pytest.raises(BucketAwayError, match="Connection refused"):
@@ -86,24 +86,24 @@ def test_jobs_are_made_once(cloud, engine):
 
 @both
 def test_doctor_looks_at_all_parts(cloud, engine):
-    found = {check.name: check for check in backend_of(engine).checks()}
+    found = {check.name: check for check in backend_of(engine).checks("")}
     assert all(check.passed for check in found.values())
     assert found["GPU quota"].message.startswith("PREEMPTIBLE_NVIDIA_L4_GPUS: us-central1 3 of 4 free, us-east1 3 of 4")
     assert found["GPU quota, everywhere"].message == "GPUS_ALL_REGIONS: 3 of 4 free; a job takes 1"
     assert "not checked here" in found["image"].message
     cloud.accounts, cloud.compute.free_gpus["GPUS_ALL_REGIONS"] = set(), 0.0
-    failed = {check.name: check for check in backend_of(engine).checks() if not check.passed}
+    failed = {check.name: check for check in backend_of(engine).checks("") if not check.passed}
     assert failed["GPU quota, everywhere"].exit_code is Exit.BAD_REQUEST
     assert "iam-admin/quotas?project=my-project" in failed["GPU quota, everywhere"].remedy
     assert failed["service account"].exit_code is Exit.MISSING_INPUT and len(failed) == 2
     cloud.denied["serviceAccounts"] = Refusal(403, "Permission 'iam.serviceAccounts.get' denied")
-    found = {check.name: check for check in backend_of(engine, machine_type="a2-highgpu-1g", gpu_type="").checks()}
+    found = {check.name: check for check in backend_of(engine, machine_type="a2-highgpu-1g", gpu_type="").checks("")}
     assert found["service account"].message.startswith("not looked at: ") and found["service account"].passed
     assert found["GPU quota"].message.startswith("PREEMPTIBLE_NVIDIA_A100_GPUS: ")
-    (machine,) = backend_of(engine, gpus=2).checks()
+    (machine,) = backend_of(engine, gpus=2).checks("")
     assert not machine.passed and "another machine_type" in machine.remedy
     cloud.denied["(aggregated|jobs)"] = Refusal(403, "Permission 'x.y.list' denied")
-    (api,) = backend_of(engine).checks()
+    (api,) = backend_of(engine).checks("")
     assert (api.passed, api.exit_code) == (False, Exit.NO_PERMISSION)
 
 

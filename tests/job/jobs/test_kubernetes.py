@@ -218,7 +218,7 @@ def test_lost_answers_make_no_second_job(server, backend):
 
 
 def doctor(target=TARGET):
-    return {check.name: check for check in KubernetesBackend(target).checks()}
+    return {check.name: check for check in KubernetesBackend(target).checks("")}
 
 
 def test_doctor_finds_what_a_job_misses(server):

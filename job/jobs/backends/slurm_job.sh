@@ -1,0 +1,67 @@
+# Runs a job's program on all its nodes, notes in Slurm how it ended, and has Slurm start it again if that may help.
+#
+# A constant: `slurm_script.py` puts options for sbatch before it, and these variables:
+#   words    the command that starts the program once on each node
+#   bucket   of the job
+#   retries  how many failures may be tried again
+#   stopped  the exit code of a program that saved because it had to stop
+#   fatal    the exit codes after which nothing is tried again
+# shellcheck shell=bash disable=SC2154
+set -u
+
+say() { printf 'ddpm-slurm: %s\n' "$1"; }
+
+# Slurm keeps this comment through all attempts, and shows it for some minutes after the job's end.
+remember() {
+  scontrol update JobId="$SLURM_JOB_ID" Comment="ddpm began=$began failures=$failures code=$1 bucket=$bucket"
+}
+
+ask_slurm() { squeue --noheader --states=all --jobs="$SLURM_JOB_ID" --format="$1"; }
+
+if [[ $(ask_slurm %k) =~ ^ddpm\ began=([0-9]+)\ failures=([0-9]+) ]]; then
+  began=${BASH_REMATCH[1]} failures=${BASH_REMATCH[2]}
+else
+  began=$(date +%s) failures=0
+fi
+remember ''
+say "job $SLURM_JOB_ID begins on $SLURM_JOB_NODELIST at $(date --utc +%FT%TZ)"
+
+# At the end of its time Slurm tells this script alone; when the job is preempted or cancelled, it tells the program.
+told=
+trap 'told=yes; scancel --quiet --signal=TERM "$SLURM_JOB_ID" 2>/dev/null' TERM
+"${words[@]}" &
+# A signal ends the wait, and not the program.
+while
+  wait $!
+  code=$?
+  [[ $told ]]
+do
+  told=
+done
+
+why="ended with code $code"
+# Slurm itself ends or requeues a job that was cancelled or preempted.
+if [[ $(ask_slurm %T) != RUNNING ]]; then
+  say "$why"
+  exit "$code"
+fi
+again=yes
+if ((code == 0)); then
+  again=
+elif [[ " $fatal " == *" $code "* ]]; then
+  again='' why+=', which would come again'
+elif ((code != stopped)); then
+  ((++failures <= retries)) || again=
+  why+=" (failure $failures; $retries are tried again)"
+fi
+say "$why"
+# Without its count a failure would come again for ever.
+remember "$code" || ((code == stopped)) || again=
+if [[ $again ]]; then
+  if scontrol requeue "$SLURM_JOB_ID"; then
+    say "waiting in the queue for the next attempt"
+  else
+    say "this cluster requeues no jobs: the same command, or --watch, goes on"
+  fi
+fi
+exit "$code"
