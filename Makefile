@@ -41,7 +41,7 @@ PACKED    = $(call quoted,$(or $(SOURCE),$(DATASET))) $(call quoted,$(DATASET)) 
 # Tests and campaigns start Python by the hundred: it is not to compile the same files each time.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help setup submit-train submit-sample submit-pack train sample evaluate pack image push-image image-size locks test test-browser test-containers test-infra infra infra-destroy lint bench quality crash-test clean
+.PHONY: help setup submit-train submit-sample submit-pack train sample evaluate pack image push-image image-size locks test test-browser test-containers test-slurm test-infra infra infra-destroy lint bench quality crash-test clean
 
 help: ## List the verbs and their variables
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -130,6 +130,10 @@ test-browser: $(TESTED) ## Look at the pages in Chromium: SCREENSHOTS=folder kee
 test-containers: $(TESTED) ## Build the image and run jobs in it: needs root, podman, runc and mmdebstrap
 	@tests/install.sh podman runc mmdebstrap
 	.venv/bin/pytest -n 2 --dist loadfile -m containers tests/containers --timeout=1200 $(ARGS)
+
+test-slurm: $(TESTED) ## Run jobs on a real Slurm of two nodes on this machine: needs root
+	@tests/install.sh slurmctld slurmd sbatch munged sshd
+	.venv/bin/pytest -m slurm tests/slurm --timeout=400 $(ARGS)
 
 test-infra: $(INFRA) ## Check infra/ against the provider's schema and checkov, and setup.sh in real shells
 	@tests/install.sh zsh

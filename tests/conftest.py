@@ -20,7 +20,7 @@ from tests.servers import SECRET, azurite, azurite_account, fake_gcs_server, mot
 # Nothing of whoever runs the tests reaches them or their children: no variable, target, credential, cluster or cache.
 # Of a make that runs them, its level among others would reach the makes that tests start.
 _THEIRS = re.compile(
-    r"(DDPM(?!_TEST)|AWS|AZURE|FSSPEC|GOOGLE|CLOUDSDK|GCE|STORAGE|XDG|PMI|OMPI|MV2|MASTER|BATCH|ACCELERATE|M(AKE)?FLAGS|MAKE\w+)_?.*"
+    r"(DDPM(?!_TEST)|SLURM|SBATCH|SQUEUE|AWS|AZURE|FSSPEC|GOOGLE|CLOUDSDK|GCE|STORAGE|XDG|PMI|OMPI|MV2|MASTER|BATCH|ACCELERATE|M(AKE)?FLAGS|MAKE\w+)_?.*"
     r"|(LOCAL_)?(RANK|WORLD_SIZE)|NNODES|NODE_RANK|KUBECONFIG|ARGS|TORCH|COLUMNS|FORCE_COLOR|TTY_\w+|\w+_proxy",
     re.IGNORECASE,
 )

@@ -11,5 +11,7 @@ fi
 apt-get update --quiet --quiet
 # What Podman recommends (its network and its own runtime) is needed; what mmdebstrap recommends is not.
 case $missing in *podman*) DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --quiet podman buildah;; esac
+# Packages whose names are not those of their tools.
+missing=$(echo "$missing" | sed -e 's/ sbatch/ slurm-client/' -e 's/ munged/ munge/' -e 's/ sshd/ openssh-server/')
 # shellcheck disable=SC2086  # one word per tool
 DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --quiet --no-install-recommends $missing

@@ -72,7 +72,7 @@ def seaweedfs(folder: Path) -> AbstractContextManager[str]:
 
     def command(port: int) -> list[str]:
         others = ("master.port", "volume.port", "filer.port", "master.port.grpc", "volume.port.grpc", "filer.port.grpc")
-        ports = {"s3.port": port} | {other: _free_port() for other in (*others, "s3.port.grpc")}
+        ports = {"s3.port": port} | {other: free_port() for other in (*others, "s3.port.grpc")}
         weed = Path(sys.executable).parent / "weed"
         return [str(weed), "server", *(f"-{name}={value}" for name, value in (settings | ports).items())]
 
@@ -110,7 +110,7 @@ def _running(command: Callable[[int], list[str]], folder: Path) -> Iterator[str]
     """The URL of a server that `command` starts on a port, and that ends with the context."""
     log = folder / "server.log"
     for _ in range(5):
-        port = _free_port()
+        port = free_port()
         with log.open("wb") as out:
             server = subprocess.Popen(command(port), stdout=out, stderr=subprocess.STDOUT, preexec_fn=_die_with_parent)
         try:
@@ -124,7 +124,7 @@ def _running(command: Callable[[int], list[str]], folder: Path) -> Iterator[str]
     raise RuntimeError(f"the server did not start: {log.read_text()}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

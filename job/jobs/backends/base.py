@@ -113,6 +113,8 @@ class JobStatus:
         if self.exit_code is None and self.state is State.WAITING and starts and is_whole:
             end = "without a message" if code is None else f"with exit code {code}: {outcome.message or meaning(code)}"
             return replace(status, message=f"{self.message}; the attempt before ended {end}".removeprefix("; "))
+        if code is not None and code == self.exit_code:
+            return replace(status, message=outcome.message or self.message)
         if code is None or self.exit_code is not None or self.state not in (State.FAILED, State.GONE):
             return status
         is_finished = code == Exit.FINISHED

@@ -22,7 +22,7 @@ from job.data.cache import default_cache_dir
 from job.data.shards import SHARD_PIXEL_BYTES
 from job.exits import Exit, JobError
 from job.jobs.backends.base import Check
-from job.processes.group import local_gpus
+from job.processes.group import check_gpus, local_gpus
 from job.store.files import os_errors, scratch_folder
 
 SHARED_MEMORY_BYTES = 1 << 30
@@ -44,6 +44,7 @@ def machine_checks() -> Iterator[Check]:
 
 
 def _gpu_names() -> str:
+    check_gpus()
     if shutil.which("nvidia-smi") is None:
         return "nvidia-smi is not installed: jobs here compute on the CPU"
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]

@@ -18,40 +18,38 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any, NamedTuple
 
 from job.exits import BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, NoPermissionError, State
 from job.jobs.backends.base import Backend, Cause, Check, JobStatus, JsonObject
 from job.jobs.backends.slurm_script import SlurmTarget, script_of
 from job.jobs.spec import LABEL_PREFIX, JobSpec
+from job.processes.group import GPUS
 from job.sealed import MOMENT_FORMAT
 
 ANSWER_SECONDS = 60.0
 NODE_SECONDS = 20
 """How long `ddpm doctor` waits for a free node."""
 FOLLOW_POLL_SECONDS = 5.0
-_QUEUE = (
-    *("env", "SLURM_TIME_FORMAT=%s", "squeue", "--me", "--array", "--states=all", "--noheader"),
-    "--format=%i|%T|%r|%N|%V|%j|%k",
-)
+_QUEUE = ("squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T|%r|%N|%V|%j|%k")
 _ACCOUNTS = (
-    *("env", "SLURM_TIME_FORMAT=%s", "sacct", "--array", "--allocations", "--noheader", "--parsable2"),
-    *("--starttime=now-30days", "--format=JobID,State,Reason,NodeList,Submit,JobName,Comment"),
+    *("sacct", "--array", "--allocations", "--noheader", "--parsable2", "--starttime=now-30days"),
+    "--format=JobID,State,Reason,NodeList,Submit,JobName,Comment",
 )
 """Both give the same columns."""
 _NOTES = re.compile(rf"{LABEL_PREFIX}(?: began=(\d+) failures=(\d+) code=(\d*))?(?: bucket=(.*))?")
-_STATES = {"PENDING": State.WAITING, "CONFIGURING": State.WAITING, "COMPLETED": State.FINISHED} | dict.fromkeys(
-    ("CANCELLED", "REVOKED"), State.CANCELLED
-)
+_STATES = {
+    "PENDING": State.WAITING,
+    "CONFIGURING": State.WAITING,
+    "COMPLETED": State.FINISHED,
+    "CANCELLED": State.CANCELLED,
+}
 _FAILED = {
     "FAILED": (None, ""),
     "TIMEOUT": (None, "killed at its time limit: it did not save within the target's grace_seconds"),
     "OUT_OF_MEMORY": (None, "killed because memory ran out; `memory:` of the target is the limit"),
-    "DEADLINE": (Cause.OUT_OF_TIME, "Slurm's deadline for it has passed"),
     "NODE_FAIL": (Cause.TAKEN_AWAY, "its node failed"),
     "BOOT_FAIL": (Cause.TAKEN_AWAY, "its node failed to start"),
-    "LAUNCH_FAILED": (Cause.TAKEN_AWAY, "its node failed to start it"),
     "PREEMPTED": (Cause.TAKEN_AWAY, "it was preempted"),
 }
 """In every other state than these a job runs, or is about to end."""
@@ -131,27 +129,22 @@ class SlurmBackend(Backend):
         first_lines = ["-exec", "grep", "-H", "-m", "1", "^ddpm-slurm: job", "{}", "+"]
         line = rf"^.*/{name}-(\d+)(?:_(\d+))?\.log:ddpm-slurm: job .* at (\S+)$"
         found = re.findall(line, self._run([*files, *first_lines]).stdout, re.MULTILINE)
-        why = "Slurm has forgotten it"
-        return [
-            _Task(int(number), int(index or -1), JobStatus(name, State.GONE, why, created=began))
-            for number, index, began in found
-        ]
+        gone = JobStatus(name, State.GONE, "Slurm has forgotten it")
+        return [_Task(int(number), int(index or -1), replace(gone, created=began)) for number, index, began in found]
 
     def _output_of(self, words: Sequence[str], is_over: Callable[[], bool]) -> Iterator[str]:
         """Yields the lines that a command prints, until it ends, or prints no more after `is_over`."""
-        was_over, part = False, ""
-        with subprocess.Popen(
-            self._there(words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        ) as process:
+        was_over, part, none = False, b"", subprocess.DEVNULL
+        with subprocess.Popen(self._there(words), stdin=none, stdout=subprocess.PIPE, stderr=none) as process:
             assert process.stdout is not None
             try:
                 while True:
                     ready = select.select([process.stdout], [], [], FOLLOW_POLL_SECONDS)[0]
                     data = os.read(process.stdout.fileno(), 1 << 16) if ready else b""
-                    *lines, part = (part + data.decode(errors="replace")).split("\n")
-                    yield from lines
-                    if not data and (ready or was_over):
-                        yield from filter(None, [part])
+                    is_end = not data and (ready or was_over)
+                    *lines, part = (part + data + b"\n" * (is_end and bool(part))).split(b"\n")
+                    yield from (line.decode(errors="replace") for line in lines)
+                    if is_end:
                         return
                     # Looked at before the next read, so that it has all output until the end.
                     was_over = not data and is_over()
@@ -167,54 +160,44 @@ class SlurmBackend(Backend):
         return self.effect_of_cancelling(state)
 
     def checks(self, bucket: str) -> Iterator[Check]:
-        """See `Backend.checks`: Slurm's own judgement of a job, and what a short job finds on a node."""
-        target = self.target
-        words = ("doctor", "--on", "local", "--json", *(("--bucket", bucket) if bucket else ("--no-bucket",)))
-        usual = {"gpus": target.gpus, "gpu_type": target.gpu_type, "spot": False, "env": target.env, "retries": 0}
-        job = JobSpec("ddpm-doctor", "train", words, target.software, bucket or "gs://none", **usual)  # type: ignore[arg-type]
-        yield (slurm := Check.of("slurm", lambda: self._ask("sbatch", "--version").strip()))
-        if not slurm.passed:
-            return
-        yield (possible := Check.of("job", partial(self._judged, job.lasting(target.max_hours))))
-        if possible.passed:
-            yield from self._found_on_node(job.lasting(1 / 30))
-
-    def _judged(self, job: JobSpec) -> str:
-        """Returns when Slurm would start a job, which may otherwise wait for ever for GPUs or time that no node has."""
-        answer = self._run(["sbatch", "--test-only"], self.render(job)[0]["script"])
-        if answer.returncode:
-            raise self._refusal(answer)
-        return _last_line(answer).removeprefix("sbatch: ")
-
-    def _found_on_node(self, job: JobSpec) -> Iterator[Check]:
-        """Yields the checks that the program makes on a node, or that no node was free."""
+        """See `Backend.checks`: a job that looks around on a node."""
         try:
-            self.submit(job)
-            until = time.monotonic() + NODE_SECONDS
-            while (status := self.status(job.name)).state is State.WAITING and time.monotonic() < until:
-                time.sleep(1)
-            if status.state is State.WAITING:
-                self.cancel(job.name)
-                yield Check("node", True, f"not looked at: none was free within {NODE_SECONDS} s ({status.message})")
-                return
-            output = list(self.logs(job.name, follow=True))
+            yield from self._found_by_job(bucket)
         except JobError as error:
-            yield Check.of_error("node", error)
-            return
-        for line in output:
-            if line.startswith("[{"):
-                for inside in json.loads(line):
-                    yield Check(**inside | {"name": f"{inside['name']} (node)", "exit_code": Exit(inside["exit_code"])})
+            yield Check.of_error("job", error)
+
+    def _found_by_job(self, bucket: str) -> Iterator[Check]:
+        """Yields the checks of a job that asks for what jobs of this target ask for, or why it does not begin."""
+        target, name = self.target, "doctor"
+        words = (name, "--on", "local", "--json", *(("--bucket", bucket) if bucket else ("--no-bucket",)))
+        env = {**target.env, GPUS: str(target.gpus)} if target.gpus else target.env
+        job = JobSpec(name, "train", words, target.software, bucket or "gs://none", spot=False, retries=0, env=env)
+        job = replace(job, gpus=target.gpus, gpu_type=target.gpu_type, max_hours=target.max_hours)
+        self.submit(job)
+        until = time.monotonic() + NODE_SECONDS
+        while not (status := self.status(name)).state.is_over:
+            # Slurm keeps a job whose GPUs, time or account its partition never allows.
+            is_possible = status.message in ("", "Resources", "Priority")
+            if status.state is State.WAITING and (time.monotonic() > until or not is_possible):
+                self.cancel(name)
+                remedy = "see JOB REASON CODES in `man squeue`, and change the target's keys"
+                yield Check("job", is_possible, f"no node within {NODE_SECONDS} s ({status.message})", remedy)
                 return
-        yield Check("node", False, f"the program does not start there: {output[-1]}", "see docs/slurm.md")
+            time.sleep(1)
+        output = list(self.logs(name, follow=False))
+        found = next((json.loads(line) for line in output if line.startswith("[{")), None)
+        why = output[0] if found else "; ".join(line for line in output if "error" in line)
+        yield Check("job", bool(found), why, f"`ddpm jobs logs {name}` shows the rest")
+        for inside in found or ():
+            yield Check(**inside | {"name": f"{inside['name']} (node)", "exit_code": Exit(inside["exit_code"])})
 
     def _there(self, words: Sequence[str]) -> list[str]:
-        """Returns the command that runs `words` where Slurm's commands are."""
+        """Returns the command that runs `words` where Slurm's commands are, and ends with 127 if one is missing."""
         if not self.target.host:
-            return [*words]
+            return ["env", "SLURM_TIME_FORMAT=%s", *words]
         # Slurm's commands may lie where only the profile of a login shell looks.
-        login = shlex.join(["bash", "-lc", shlex.join(words)])
-        return ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "--", self.target.host, login]
+        login = shlex.join(["SLURM_TIME_FORMAT=%s", "bash", "-lc", shlex.join(words)])
+        return ["env", "ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "--", self.target.host, login]
 
     def _ask(self, *words: str, script: str = "") -> str:
         """Returns the output of a command, which must succeed."""
@@ -225,23 +208,18 @@ class SlurmBackend(Backend):
 
     def _run(self, words: Sequence[str], script: str = "") -> subprocess.CompletedProcess[str]:
         how: dict[str, Any] = {"text": True, "errors": "replace", "timeout": ANSWER_SECONDS, "capture_output": True}
-        command = self._there(words)
         try:
-            return subprocess.run(command, input=script, check=False, **how)
-        except FileNotFoundError:
-            raise self._missing(command[0]) from None
+            return subprocess.run(self._there(words), input=script, check=False, **how)
         except subprocess.TimeoutExpired:
-            raise BucketAwayError(f"{command[0]} did not answer within {ANSWER_SECONDS:g} s") from None
-
-    def _missing(self, program: str) -> MissingInputError:
-        where = f"on {self.target.host}" if self.target.host else "here: set the login node as the target's `host:`"
-        return MissingInputError(f"{program} is not installed {where}")
+            raise BucketAwayError(
+                f"{self.target.host or words[0]} did not answer within {ANSWER_SECONDS:g} s"
+            ) from None
 
     def _refusal(self, answer: subprocess.CompletedProcess[str]) -> JobError:
         host, why = self.target.host, _last_line(answer)
         if answer.returncode == 127:
-            named = re.search(r"([\w./-]+)['’]?: (command not found|No such file)", why)
-            return self._missing(named[1] if named else why)
+            where = f"on {host}" if host else "here: set the login node as the target's `host:`"
+            return MissingInputError(f"Slurm is not installed {where} ({why})")
         if host and answer.returncode == 255:
             if re.search("denied|verification", why):
                 return NoPermissionError(f"{why}: let `ssh {host}` log in without a question, as docs/slurm.md shows")
@@ -291,7 +269,11 @@ def _status(name: str, state: str, reason: str, code: int | None) -> JobStatus:
             return JobStatus.of_code(name, code)
         return JobStatus(name, State.FAILED, why or reason, code, cause=cause)
     found = _STATES.get(state, State.RUNNING)
-    message = reason if found is State.WAITING else state.lower() * (found is State.RUNNING and state != "RUNNING")
+    message = (
+        reason.replace("None", "")
+        if found is State.WAITING
+        else state.lower() * (found is State.RUNNING and state != "RUNNING")
+    )
     return JobStatus(name, found, message, 0 if found is State.FINISHED else None, has_machine=state == "CONFIGURING")
 
 

@@ -40,8 +40,10 @@ do
 done
 
 why="ended with code $code"
-# Slurm itself ends or requeues a job that was cancelled or preempted.
-if [[ $(ask_slurm %T) != RUNNING ]]; then
+# Slurm itself ends a job that was cancelled, and requeues one that was preempted, whatever its code. It would do so
+# once more after the end of a job that was requeued here.
+if [[ $(ask_slurm %T) != RUNNING || $(scontrol --oneliner show job "$SLURM_JOB_ID") =~ \ PreemptTime=[0-9] ]]; then
+  remember "$code"
   say "$why"
   exit "$code"
 fi

@@ -25,7 +25,7 @@ queued: {backend: kubernetes, image: i, bucket: gs://bucket, queue: gpus}
 batch: {backend: batch, project: my-project, regions: [us-east1], image: registry/ddpm:1, bucket: gs://bucket}
 """
 FOR_TRAIN = ["--dataset", "celeba"]
-REWRITE = "DDPM_REWRITE_GOLDEN"
+REWRITE = "DDPM_TEST_REWRITE_GOLDEN"
 
 
 def built(verb: str, words: list[str], on: str = "gke", **resources) -> JobSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ VALID = {
     "gke": {"backend": "kubernetes", "image": "registry/ddpm:1", "bucket": "gs://bucket", "gpu_type": "nvidia-l4"},
     "vm": {"backend": "vm", "zones": ["us-east1-b"], **GOOGLE},
     "batch": {"backend": "batch", "regions": ["us-east1"], **GOOGLE},
+    "slurm": {"backend": "slurm", "folder": "/a b", "venv": "/v", "bucket": "gs://bucket", "scratch": "/$SLURM_JOB_ID"},
 }
 REFUSALS = (Exit.USAGE, Exit.BAD_REQUEST, Exit.MISSING_INPUT, Exit.BAD_CONFIG)
 NASTY = ["--privileged", "-v/:/host", "a,destination=/etc", "./a,b", "a b", "../..", "$(id)", "é", "x" * 500, ""]
@@ -45,6 +47,7 @@ RESOURCES = "gpus nodes gpu-type max-hours slices config output"
 OF_TWO_WORDS = "--name --label --pull --shm-size --mount --env --memory --network --userns --security-opt"
 OF_ONE = "--stop-timeout --read-only --tmpfs --user --cap-drop --security-opt --hostname --label --env-file --ipc"
 OF_ONE += " --ulimit --mount --volume --device"
+BASH = ("/bin/bash", "--restricted", "--noprofile", "--norc", "-c")
 MOUNTS = ("type source destination", "type source destination readonly", "type source target")
 
 
@@ -76,6 +79,9 @@ def submitted(name: str, text: bytes, words: list[str]) -> None:
         assert not set(told) & set(map(chr, range(32))) - {"\n"}, told
         return
     assert done.returncode == 0, done.stderr
+    if name == "slurm":
+        check_words_of(done.stdout, words[0])
+        return
     for made in yaml.safe_load_all(done.stdout):
         rest = made["command"][2 if name == "container" else 0 :] if name in ("container", "local") else []
         for item in made.get("metadata", {}).get("items", ()) if name == "vm" else ():
@@ -87,11 +93,28 @@ def submitted(name: str, text: bytes, words: list[str]) -> None:
             value = value if is_one else rest.pop(0)
             assert option != "--mount" or " ".join(part.split("=")[0] for part in value.split(",")) in MOUNTS, value
         if rest:
-            again = parsed(words[0], rest[3 if words[0] == "pack" else 2 :])
-            assert again.command == tuple(rest[1 : len(again.command) + 1])
-            again.request().check()
-            with deadline(again.values["stop_after"] or ""):
-                pass
+            check_command(rest[1:], words[0])
+
+
+def check_command(rest: list[str], verb: str) -> None:
+    """The job's program takes its words."""
+    again = parsed(verb, rest[2 if verb == "pack" else 1 :])
+    assert again.command == tuple(rest[: len(again.command)])
+    again.request().check()
+    with deadline(again.values["stop_after"] or ""):
+        pass
+
+
+def check_words_of(script: str, verb: str) -> None:
+    """A shell finds in a script for Slurm the words of our command, and nothing to run or to expand but a number."""
+    header, body, _ = script.partition("\n# Runs a job")
+    assert body
+    shown = [*BASH, header + '\nprintf "%s\\0" "${words[@]}"']
+    done = subprocess.run(shown, env={"SLURM_ARRAY_TASK_ID": "0"}, capture_output=True, check=True)
+    assert not done.stderr
+    found = done.stdout.decode(errors="surrogateescape").split("\0")[:-1]
+    program = next(number for number, word in enumerate(found) if word.endswith(("/bin/ddpm", "ddpm:1", "ddpm")))
+    check_command(found[program + 1 :], verb)
 
 
 @examples(few=10, many=400)

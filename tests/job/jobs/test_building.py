@@ -218,7 +218,7 @@ REFUSED = [
     ("train --dataset a", "plain", {"gpu_type": "l4"}, BadRequestError, "--gpu-type l4 decides nothing on"),
     ("train --dataset a", "own", {"spot": False}, BadRequestError, "--on-demand decides nothing on target 'own'"),
     ("pack gs://abc/b.zip b --size 8", "gke", {"gpus": 1}, BadRequestError, "packing uses no GPUs"),
-    ("train --dataset a", "vm", {"nodes": 2}, BadRequestError, "use a kubernetes target"),
+    ("train --dataset a", "vm", {"nodes": 2}, BadRequestError, "use a kubernetes or slurm target"),
     ("train --dataset a", "gke", {"slices": 2}, BadRequestError, "--slices 2 is not for training: use --nodes"),
     ("sample --run r", "gke", {"slices": 2}, BadRequestError, "--slice works only with --count"),
     ("sample --run r", "gke", {"nodes": 2}, BadRequestError, "--nodes 2 is for training: use --slices"),

@@ -1,6 +1,6 @@
 """What is sent to Compute Engine and to Batch: kept in files, judged by their protos, refused where it could not run.
 
-`DDPM_REWRITE_GOLDEN=1 pytest tests/job/jobs/test_google_manifests.py` writes the files anew.
+`DDPM_TEST_REWRITE_GOLDEN=1 pytest tests/job/jobs/test_google_manifests.py` writes the files anew.
 """
 
 from __future__ import annotations

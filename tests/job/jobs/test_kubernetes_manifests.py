@@ -1,6 +1,6 @@
 """What is sent to Kubernetes: kept in files, judged by Kubernetes' own schemas, and retried as the table says.
 
-`DDPM_REWRITE_GOLDEN=1 pytest tests/job/jobs/test_kubernetes_manifests.py` writes the files anew.
+`DDPM_TEST_REWRITE_GOLDEN=1 pytest tests/job/jobs/test_kubernetes_manifests.py` writes the files anew.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ REFUSED = [
     (GKE, ["not valid YAML"]),
     ("[gke]", ["must be a mapping of names to targets"]),
     ("gke: kubernetes", ["target 'gke' must be a mapping of keys"]),
-    ("gke: {image: i}", ["`backend:` must be one of local, container, kubernetes, vm, batch (got '')"]),
+    ("gke: {image: i}", ["`backend:` must be one of local, container, kubernetes, vm, batch, slurm (got '')"]),
     (GKE + ", namspace: a}", ["target 'gke'", "unknown key 'namspace'; did you mean 'namespace'?"]),
     (GKE + ", name: a}", ["unknown key 'name'"]),
     (GKE + ", '': a}", ["target 'gke': unknown key ''"]),

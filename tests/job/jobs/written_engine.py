@@ -12,6 +12,7 @@ from job.exits import JobError, State
 from job.jobs import watch
 from job.jobs.backends import base
 from job.jobs.backends.base import Backend, Cause, JobStatus, NoCapacityError
+from job.jobs.backends.target import Target
 from job.jobs.spec import JobSpec
 from job.jobs.watch import Watch
 
@@ -41,6 +42,7 @@ class Engine:
     cancelling: list[JobError] = field(default_factory=list)
     refusal: JobError | None = None
     keeps_ended: bool = False
+    target: Target = field(default_factory=lambda: Target(backend="written"))
     seconds: float = NOON.timestamp()
     told: list[str] = field(default_factory=list)
     submitted: list[tuple[str, float]] = field(default_factory=list)
@@ -76,6 +78,7 @@ class Place:
     def __init__(self, engine: Engine, places: tuple[str, ...]) -> None:
         self.engine, self.name, self.rest = engine, places[0], places[1:]
         self.keeps_ended = engine.keeps_ended
+        self.target = engine.target
 
     def elsewhere(self) -> Place | None:
         return Place(self.engine, self.rest) if self.rest else None
