@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ddpm.generation import noise_of as noise_of
     from ddpm.grids import make_grid as make_grid
     from ddpm.guidance import Guidance as Guidance
+    from ddpm.image_size import ImageSize as ImageSize
     from ddpm.model import Model as Model
     from ddpm.model import load as load
     from ddpm.networks.dit import DiT as DiT
@@ -48,6 +49,7 @@ _MODULES = {
     "ddpm.generation": ("Sampling", "generate", "make_denoiser", "noise_of"),
     "ddpm.grids": ("make_grid",),
     "ddpm.guidance": ("Guidance",),
+    "ddpm.image_size": ("ImageSize",),
     "ddpm.model": ("Model", "load"),
     "ddpm.networks.dit": ("DiT",),
     "ddpm.networks.dome": ("DomeUNet",),

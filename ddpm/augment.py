@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm import randomness
+from ddpm.image_size import ImageSize
 from ddpm.randomness import Purpose
 
 LABELS = 9
@@ -38,8 +39,8 @@ class Augmentation:
         """Number of labels that the network gets."""
         return LABELS if self.probability else 0
 
-    def draw(self, seed: int, image_numbers: Tensor, size: int) -> Tensor:
-        """Draws the augmentation of the images with these numbers, int64 [B], and this size in pixels.
+    def draw(self, seed: int, image_numbers: Tensor, size: ImageSize) -> Tensor:
+        """Draws the augmentation of the images with these numbers, int64 [B], and this size.
 
         Returns:
             float32 [B, columns] on the host, for `apply`: one table, so that one copy to the device suffices.
@@ -50,7 +51,7 @@ class Augmentation:
             parts.append(random_boxes(u.view(-1, CROP_TRIES, 4), self.crop_scale, size))
         if self.probability:
             u = randomness.augmentation_uniforms(Purpose.AUGMENT, seed, image_numbers, 14)
-            parts += random_transforms(u, self.probability)
+            parts += random_transforms(u, self.probability, size)
         return torch.cat(parts, dim=1).float()
 
     def apply(self, images: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -70,40 +71,47 @@ class Augmentation:
         return transform(x, drawn[:, -LABELS - 6 : -LABELS].view(-1, 2, 3), labels), labels
 
 
-def random_boxes(u: Tensor, scale: tuple[float, float], size: int) -> Tensor:
+def random_boxes(u: Tensor, scale: tuple[float, float], size: ImageSize) -> Tensor:
     """Returns boxes of random area, aspect and place, as in torchvision's `RandomResizedCrop` (Szegedy et al. 2015).
+
+    The aspect is relative to that of the images, whose shape the boxes get.
 
     Args:
         u: uniform in (0, 1), float64 [B, tries, 4]; the first box that fits is used, else the whole image.
         scale: of the area, as a share of the image's: from, to.
-        size: height and width of the images, in pixels.
+        size: of the images.
 
     Returns:
         float64 [B, 4]: left, top, width and height in whole pixels.
     """
-    area = size * size * (scale[0] + (scale[1] - scale[0]) * u[..., 0])
+    area = size.height * size.width * (scale[0] + (scale[1] - scale[0]) * u[..., 0])
     low, high = map(math.log, CROP_RATIO)
-    ratio = (low + (high - low) * u[..., 1]).exp()
+    ratio = (low + (high - low) * u[..., 1]).exp() * (size.width / size.height)
     width, height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (torch.maximum(width, height) <= size) & (torch.minimum(width, height) > 0)
-    left, top = (u[..., 2] * (size - width + 1)).floor(), (u[..., 3] * (size - height + 1)).floor()
+    fits = (width <= size.width) & (height <= size.height) & (torch.minimum(width, height) > 0)
+    left, top = (u[..., 2] * (size.width - width + 1)).floor(), (u[..., 3] * (size.height - height + 1)).floor()
     boxes = torch.stack([left, top, width, height], dim=-1)
     first = boxes[torch.arange(len(u)), fits.int().argmax(dim=1)]
-    return torch.where(fits.any(dim=1)[:, None], first, torch.tensor([0.0, 0.0, size, size], dtype=u.dtype))
+    whole = torch.tensor([0, 0, size.width, size.height], dtype=u.dtype)
+    return torch.where(fits.any(dim=1)[:, None], first, whole)
 
 
 def crop(x: Tensor, boxes: Tensor) -> Tensor:
     """Enlarges each image's box [B, 4] to the whole image, bilinearly, from pixels inside the box alone."""
-    size = x.shape[-1]
-    centres = (torch.arange(size, device=x.device) + 0.5) / size
-    first, length = boxes[:, :2, None], boxes[:, 2:, None]
-    source = torch.minimum((first + length * centres - 0.5).clamp(min=first), first + length - 1)
-    across, down = ((2 * source + 1) / size - 1).unbind(1)
-    grid = torch.stack([across[:, None, :].expand(-1, size, -1), down[:, :, None].expand(-1, -1, size)], dim=-1)
+    height, width = x.shape[-2:]
+
+    def source(axis: int, size: int) -> Tensor:
+        centres = (torch.arange(size, device=x.device) + 0.5) / size
+        first, length = boxes[:, axis, None], boxes[:, 2 + axis, None]
+        places = torch.minimum((first + length * centres - 0.5).clamp(min=first), first + length - 1)
+        return (2 * places + 1) / size - 1
+
+    across, down = source(0, width)[:, None, :], source(1, height)[:, :, None]
+    grid = torch.stack([across.expand(-1, height, -1), down.expand(-1, -1, width)], dim=-1)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def random_transforms(u: Tensor, probability: float) -> tuple[Tensor, Tensor]:
+def random_transforms(u: Tensor, probability: float, size: ImageSize) -> tuple[Tensor, Tensor]:
     """Draws EDM's geometric transforms (Karras et al. 2022, appendix F.2) in the order of its `training/augment.py`.
 
     Mirrored or not (always drawn), upside down or not, scaled, rotated, stretched along an axis, shifted.
@@ -111,6 +119,7 @@ def random_transforms(u: Tensor, probability: float) -> tuple[Tensor, Tensor]:
     Args:
         u: uniform in (0, 1), float64 [B, 14].
         probability: of each but the first.
+        size: of the images, whose pixels are rotated as squares.
 
     Returns:
         float64 [B, 6]: rows of the matrix [2, 3] that maps a place in the result to its origin in the mirrored image,
@@ -129,6 +138,9 @@ def random_transforms(u: Tensor, probability: float) -> tuple[Tensor, Tensor]:
     # Undone in the opposite order: shift, stretch, rotation, scale. A positive rotation is counterclockwise to the eye.
     turned = _rotation(rotation - axis) * along[:, None, :]
     matrix = (turned[..., None] * _rotation(axis)[:, None]).sum(dim=2) * 2 ** (-SCALE_STD * scale)[:, None, None]
+    # From pixels to the borders' units, which are not equal across and down.
+    aspect = size.height / size.width
+    matrix = matrix * torch.tensor([[1, aspect], [1 / aspect, 1]], dtype=u.dtype)
     shift = 2 * SHIFT_STD * torch.stack([right, down], dim=1)
     offset = -(matrix * shift[:, None, :]).sum(dim=2, keepdim=True)
     turn = rotation.cos() - 1, rotation.sin()
@@ -150,12 +162,15 @@ def transform(x: Tensor, matrices: Tensor, labels: Tensor) -> Tensor:
     """
     x = torch.where(labels[:, 0, None, None, None] > 0, x.flip(-1), x)
     x = torch.where(labels[:, 1, None, None, None] > 0, x.flip(-2), x)
-    size = x.shape[-1]
-    places = (2 * torch.arange(size, device=x.device) + 1) / size - 1
-    # With align_corners, ±1 are the centres of the border pixels, at which EDM's padding reflects.
-    matrices = matrices * (size / max(size - 1, 1))
-    # One operation at a time: the rounding of a product of matrices may depend on the size of the batch.
-    m = matrices[..., None, None]
-    grid = m[:, :, 0] * places + m[:, :, 1] * places[:, None] + m[:, :, 2]
-    moved = F.grid_sample(x, grid.permute(0, 2, 3, 1), mode="bicubic", padding_mode="reflection", align_corners=True)
+    height, width = x.shape[-2:]
+    down, across = ((2 * torch.arange(size, device=x.device) + 1) / size - 1 for size in (height, width))
+
+    def source(axis: int, size: int) -> Tensor:
+        # With align_corners, ±1 are the centres of the border pixels, at which EDM's padding reflects.
+        m = (matrices[:, axis] * (size / max(size - 1, 1)))[..., None, None]
+        # One operation at a time: the rounding of a product of matrices may depend on the size of the batch.
+        return m[:, 0] * across + m[:, 1] * down[:, None] + m[:, 2]
+
+    grid = torch.stack([source(0, width), source(1, height)], dim=-1)
+    moved = F.grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=True)
     return torch.where(labels[:, 2:].any(dim=1)[:, None, None, None], moved, x)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Interval, Len
 
+from ddpm.image_size import ImageSize
+
 if TYPE_CHECKING:
     from typing import Annotated as OneOf
 else:
@@ -254,7 +256,7 @@ Mult = Annotated[int, Interval(ge=1, le=64)]
 Dropout = Annotated[Below1, "dropout probability in each block"]
 Channels = Annotated[int, Interval(ge=1, le=4096), "channels of the first level, before its multiplier"]
 Mults = Annotated[tuple[Mult, ...], Len(1, 12), "channel multiplier of each level; each halves the size before"]
-AttentionSizes = Annotated[tuple[Count, ...], "sizes of the levels that have attention, in pixels"]
+AttentionSizes = Annotated[tuple[Count, ...], "sizes of the levels that have attention: their shorter side, in pixels"]
 LayersPerLevel = Annotated[int, Interval(ge=1, le=64), "residual blocks per level of the encoder"]
 Heads = Annotated[Count, "attention heads"]
 
@@ -273,7 +275,7 @@ class Network:
     label_dropout: Annotated[Below1, "share of images trained without class, for guidance"] = 0.0
     gradient_checkpointing: Annotated[bool, "recompute activations: less memory, slower, same result"] = False
 
-    def check_size(self, size: int | None) -> None:
+    def check_size(self, size: ImageSize | None) -> None:
         """Raises ValueError for images of a size that the network cannot take; None stands for any size."""
 
 
@@ -294,7 +296,7 @@ class UNet(Network):
     conventions: Annotated[Literal["ho", "diffusers"], "timestep embedding, norms and padding"] = "ho"
     dropout: Dropout = 0.0
 
-    def check_size(self, size: int | None) -> None:
+    def check_size(self, size: ImageSize | None) -> None:
         """Raises ValueError for images of a size that the network cannot take; None stands for any size."""
         _check_halvings(self, size)
         if self.channels % self.norm_groups:
@@ -323,7 +325,7 @@ class EDM2(Network):
     dropout: Dropout = 0.0
     uncertainty: Annotated[bool, "learn the expected error at each noise level; it weights the loss"] = False
 
-    def check_size(self, size: int | None) -> None:
+    def check_size(self, size: ImageSize | None) -> None:
         """Raises ValueError for images of a size that the network cannot take; None stands for any size."""
         _check_halvings(self, size)
         _check_heads(self, size, "head_channels")
@@ -343,7 +345,7 @@ class DiT(Network):
     rms_norm: Annotated[bool, "RMSNorm instead of layer normalisation (Zhang & Sennrich 2019)"] = False
     rope: Annotated[bool, "rotary embedding of rows and columns in the attention"] = False
 
-    def check_size(self, size: int | None) -> None:
+    def check_size(self, size: ImageSize | None) -> None:
         """Raises ValueError for images of a size that the network cannot take; None stands for any size."""
         _check_multiple(size, self.patch_size, f"is not a multiple of model.patch_size={self.patch_size}: change one")
         if self.width % self.heads:
@@ -362,20 +364,28 @@ class DomeUNet(Network):
 
     kind: Literal["dome"] = "dome"
 
-    def check_size(self, size: int | None) -> None:
+    def check_size(self, size: ImageSize | None) -> None:
         """Raises ValueError for images of a size that the network cannot take; None stands for any size."""
         _check_multiple(size, 8, "cannot be halved 3 times, as model.kind=dome does: use a multiple of 8")
+        if size is not None and not size.is_square:
+            raise ValueError(f"model.kind=dome takes squares alone, not data.size={size}: choose another kind")
 
 
 NETWORKS: dict[str, type[Network]] = {network.kind: network for network in (UNet, EDM2, DiT, DomeUNet)}
 
 
-def _check_multiple(size: int | None, of: int, otherwise: str) -> None:
-    if size is not None and (size < 1 or size % of):
+def levels_with_attention(network: UNet | EDM2, size: ImageSize | None) -> list[bool]:
+    """Returns of each level whether the shorter side of its images is one of the network's `attention_sizes`."""
+    shorter = min(size.shape) if size else 0
+    return [shorter // 2**level in network.attention_sizes for level in range(len(network.channel_mults))]
+
+
+def _check_multiple(size: ImageSize | None, of: int, otherwise: str) -> None:
+    if size is not None and any(side < 1 or side % of for side in size.shape):
         raise ValueError(f"the image size data.size={size} {otherwise}")
 
 
-def _check_halvings(network: UNet | EDM2, size: int | None) -> None:
+def _check_halvings(network: UNet | EDM2, size: ImageSize | None) -> None:
     levels = len(network.channel_mults)
     if not levels:
         raise ValueError("model.channel_mults needs at least one level")
@@ -387,15 +397,12 @@ def _check_halvings(network: UNet | EDM2, size: int | None) -> None:
     )
 
 
-def _check_heads(network: UNet | EDM2, size: int | None, key: str) -> None:
+def _check_heads(network: UNet | EDM2, size: ImageSize | None, key: str) -> None:
     """Raises ValueError if the attention's channels cannot be split as `key` says; the last level has attention."""
-    divisor, last = getattr(network, key), len(network.channel_mults) - 1
-    for level, mult in enumerate(network.channel_mults):
-        width, has_attention = (
-            network.channels * mult,
-            level == last or (size or 0) / 2**level in network.attention_sizes,
-        )
-        if has_attention and width % divisor:
+    divisor, has_attention = getattr(network, key), [*levels_with_attention(network, size)[:-1], True]
+    for mult, has in zip(network.channel_mults, has_attention, strict=True):
+        width = network.channels * mult
+        if has and width % divisor:
             raise ValueError(f"attention with {width} channels cannot be split into heads by model.{key}={divisor}")
 
 

@@ -211,7 +211,7 @@ def comparison(grids: Sequence[tuple[str, Images]], column_labels: Sequence[str]
     if not grids:
         raise ValueError("there is nothing to compare")
     names, margin = [name for name, _ in grids], 8
-    images = np.stack([_reduced(images, round(images.shape[2] / 128)) for _, images in grids])
+    images = np.stack([_reduced(images, round(max(images.shape[1:3]) / 128)) for _, images in grids])
     count, scale = images.shape[1], _scale(images[0])
     step = images.shape[3] * scale + 2
     across = max(1, (_PAGE_PIXELS - 2 * margin - 2 - _beside(names, text_size(step - 2))) // step)
@@ -443,7 +443,7 @@ def _beside(row_labels: Sequence[str], size: int) -> int:
 
 
 def _scale(images: Images, tile_pixels: int = 96) -> int:
-    return max(1, round(tile_pixels / _checked_images(images).shape[2]))
+    return max(1, round(tile_pixels / max(_checked_images(images).shape[1:3])))
 
 
 def _framed(picture: Image.Image, margin: int = 20) -> Image.Image:
@@ -454,7 +454,7 @@ def _framed(picture: Image.Image, margin: int = 20) -> Image.Image:
 
 def _palette(images: Images) -> Image.Image:
     # At most 32 pixels of a side of each image: k-means over more costs seconds and finds the same colours.
-    stride = ceil(images.shape[2] / 32)
+    stride = ceil(max(images.shape[1:3]) / 32)
     small = image_grid(images[:, ::stride, ::stride], columns=len(images))
     small = small.quantize(253, Image.Quantize.MEDIANCUT, kmeans=small.width * small.height // 100)
     palette = Image.new("P", (1, 1))

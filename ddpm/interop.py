@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm.catalogue import Diffusion, Drawing, UNet
+from ddpm.catalogue import Diffusion, Drawing, UNet, levels_with_attention
+from ddpm.image_size import ImageSize
 from ddpm.process import sigmoid_schedule
 
 Options = dict[str, Any]
@@ -64,7 +65,9 @@ _SCHEDULES: dict[str, tuple[str, float, float]] = {
 """diffusers' names, and the β at both ends, which the cosine does not use."""
 
 
-def unet2d_config(model: UNet, *, image_size: int, in_channels: int, out_channels: int, num_classes: int) -> Options:
+def unet2d_config(
+    model: UNet, *, image_size: ImageSize, in_channels: int, out_channels: int, num_classes: int
+) -> Options:
     """Returns the `config.json` of the diffusers `UNet2DModel` that equals `UNet` with these arguments.
 
     Raises:
@@ -72,7 +75,7 @@ def unet2d_config(model: UNet, *, image_size: int, in_channels: int, out_channel
     """
     widths = [model.channels * mult for mult in model.channel_mults]
     heads, head_channels = model.heads, model.head_channels
-    has_attention = [image_size // 2**level in model.attention_sizes for level in range(len(widths))]
+    has_attention = levels_with_attention(model, image_size)
     if head_channels is None and heads > 1:
         attended = {width for width, has in zip(widths, has_attention, strict=True) if has} | {widths[-1]}
         if len(attended) > 1:
@@ -88,7 +91,7 @@ def unet2d_config(model: UNet, *, image_size: int, in_channels: int, out_channel
         "_class_name": "UNet2DModel",
         **_DEFAULTS,
         **_CONVENTIONS[model.conventions],
-        "sample_size": image_size,
+        "sample_size": image_size.height if image_size.is_square else [*image_size.shape],
         "in_channels": in_channels,
         "out_channels": out_channels,
         "block_out_channels": widths,
@@ -130,7 +133,9 @@ def unet_options(config: Mapping[str, Any]) -> Options:
         choices = ", ".join(f"{key}={said[key]!r}" for key in _CONVENTIONS["ho"])
         raise NoCounterpartError(f"{choices} have no counterpart: those of Ho et al. or diffusers' defaults have")
     try:
-        size, widths = int(said["sample_size"]), [int(width) for width in said["block_out_channels"]]
+        sides, widths = said["sample_size"], [int(width) for width in said["block_out_channels"]]
+        # Two numbers are height and width.
+        size = ImageSize(*map(int, sides)) if isinstance(sides, list | tuple) else ImageSize.of(sides)
         down = [_level(kind, said["downsample_type"]) for kind in said["down_block_types"]]
         up = [_level(kind, said["upsample_type"]) for kind in said["up_block_types"]][::-1]
         inside = {"in_channels": int(said["in_channels"]), "out_channels": int(said["out_channels"])}
@@ -153,7 +158,7 @@ def unet_options(config: Mapping[str, Any]) -> Options:
         **inside,
         "channels": widths[0],
         "channel_mults": tuple(multiples),
-        "attention_sizes": tuple(size // 2**level for level, has in enumerate(attended) if has),
+        "attention_sizes": tuple(min(size.shape) // 2**level for level, has in enumerate(attended) if has),
         "layers_per_level": said["layers_per_block"],
         "norm_groups": said["norm_num_groups"],
         "heads": 1,
@@ -355,7 +360,7 @@ def from_ho(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def ho_options(tensors: Mapping[str, Tensor], image_size: int | None = None) -> Options:
+def ho_options(tensors: Mapping[str, Tensor], image_size: ImageSize | None = None) -> Options:
     """Returns the arguments of `UNet` for tensors of `from_ho`; their shapes determine all but the size of the images.
 
     Args:
@@ -374,13 +379,13 @@ def ho_options(tensors: Mapping[str, Tensor], image_size: int | None = None) -> 
     attended = [level for level in range(levels) if f"down_blocks.{level}.attentions.0.to_q.weight" in tensors]
     if image_size is None and not attended:
         raise NoCounterpartError("the tensors do not determine the size of the images: give it")
-    size = image_size or 16 * 2 ** attended[0]
+    size = image_size or ImageSize.of(16 * 2 ** attended[0])
     return {
         "image_size": size,
         "in_channels": tensors["conv_in.weight"].shape[1],
         "out_channels": len(tensors["conv_out.weight"]),
         "channels": channels,
         "channel_mults": tuple(width // channels for width in widths),
-        "attention_sizes": tuple(size // 2**level for level in attended),
+        "attention_sizes": tuple(min(size.shape) // 2**level for level in attended),
         "layers_per_level": len({name.split(".")[3] for name in tensors if name.startswith("down_blocks.0.resnets.")}),
     }

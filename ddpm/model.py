@@ -321,7 +321,7 @@ def _network_shape(options: interop.Options, variance: str) -> tuple[int, int, i
         raise ValueError(
             f"the network maps {found}: a scheduler with variance_type=learned_range is missing, or it is another model"
         )
-    return channels, options["image_size"], options["image_size"]
+    return channels, *options["image_size"].shape
 
 
 def _class_names(path: Path, labels: int) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from ddpm import randomness
 from ddpm.augment import Augmentation
 from ddpm.catalogue import Network, Train
 from ddpm.ema import EMA, Profile
+from ddpm.image_size import ImageSize
 from ddpm.latents import Latents
 from ddpm.objective import QUARTILES, Condition, Drawn, Objective
 from ddpm.optimizer import Adam, learning_rate_at
@@ -182,7 +183,7 @@ class _Learnt:
         numbers = on_host.to(device, non_blocking=True)
         points = objective.draw(options.seed, on_host, options.batch_size).to(device, non_blocking=True)
         images = batch.images.to(device, non_blocking=True)
-        augmentations = settings.augmentation.draw(options.seed, on_host, images.shape[-1])
+        augmentations = settings.augmentation.draw(options.seed, on_host, ImageSize(*images.shape[-2:]))
         batch_number = state.images_seen // options.batch_size
         return cls(
             network=network,

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ddpm.image_size import ImageSize
 from job.config import EMBEDDED, pack_config
 from job.data.shards import NoDatasetError
 from job.evaluation.evaluation_plan import check_library, check_scores_in_training, plan_evaluation
@@ -68,9 +69,9 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
             # A local bucket without its folder has no dataset either, and the packing makes it.
             if not isinstance(error, NoDatasetError) and how_packed(request.bucket, request.dataset, None):
                 raise
-            size = error.size if isinstance(error, NoDatasetError) else request.changes.get("data.size")
-            size_pixels = size or _usual_size_pixels(request.preset_name)
-            raise MissingInputError(how_to_pack(request.bucket, request.dataset, size_pixels)) from None
+            stated = error.size if isinstance(error, NoDatasetError) else request.changes.get("data.size")
+            size = ImageSize.of(stated) if stated else _usual_size(request.preset_name)
+            raise MissingInputError(how_to_pack(request.bucket, request.dataset, size)) from None
         processes = processes or default_processes()
         check_world_size(processes * here.nodes, plan.config.train.batch_size)
         check_scores_in_training(plan)
@@ -190,9 +191,10 @@ def ensure_command(request: PackRequest, bucket_uri: str, on: str = "") -> None:
     from job.report.datasets import how_packed, how_to_pack
 
     name = request.name
-    size_pixels = request.size or _usual_size_pixels(name)
-    filled = replace(request, source=request.source or name, size=size_pixels).check()
-    if there := how_packed(bucket_uri, name, request.size):
+    asked = ImageSize.of(request.size) if request.size else None
+    size = asked or _usual_size(name)
+    filled = replace(request, source=request.source or name, size=size).check()
+    if there := how_packed(bucket_uri, name, asked):
         has_options = request.labels or request.split or request.classes is not None
         unused = ["SOURCE is not read"] * bool(request.source)
         unused += ["labels, classes and split stay as they are"] * bool(has_options)
@@ -200,11 +202,11 @@ def ensure_command(request: PackRequest, bucket_uri: str, on: str = "") -> None:
             note(f"{there}: {', '.join(unused)}")
         return
     if not request.source and name != EMBEDDED:
-        raise MissingInputError(how_to_pack(bucket_uri, name, size_pixels, on))
+        raise MissingInputError(how_to_pack(bucket_uri, name, size, on))
     pack_command(filled, bucket_uri)
 
 
-def _usual_size_pixels(preset: str) -> int:
+def _usual_size(preset: str) -> ImageSize:
     # A dataset without a preset gets the network of the embedded preset, so it needs the size of that.
     pack = pack_config(preset) or pack_config(EMBEDDED)
     assert pack is not None

@@ -55,7 +55,7 @@ class RunHandle:
     def picture_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the pictures: after decoding, for a run on latents."""
         if self.index and (encoding := self.index.encoding):
-            return encoding.channels, encoding.size, encoding.size
+            return encoding.channels, *encoding.size.shape
         return self.config.image_shape
 
     def pictures(self) -> DatasetIndex | None:

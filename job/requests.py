@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ddpm.catalogue import METRICS
+from ddpm.image_size import ImageSize
 from job.config import EMBEDDED, SampleConfig, draft, nearest_name, parse_sets, preset_names, read_config_file
 from job.data.shards import validated_dataset_name
 from job.exits import BadConfigError, BadRequestError, did_you_mean
@@ -257,8 +258,8 @@ class EncodeRequest:
     bucket: str
     autoencoder: str
     """A folder of diffusers, a path or a URI."""
-    size: int | None = None
-    """Height and width of the images, in pixels; None: the only size of the dataset."""
+    size: ImageSize | None = None
+    """The size of the images; None: the only one of the dataset."""
     to: str = ""
     """Name of the dataset of latents; empty: the dataset's name with `-latents`."""
     slice: str = ""

@@ -6,13 +6,14 @@ from typing import Any
 from torch import nn
 
 from ddpm.catalogue import NETWORKS
+from ddpm.image_size import ImageSize
 from ddpm.networks.layers import Block
 
 
 def build(
     kind: str,
     *,
-    image_size: int,
+    image_size: ImageSize | int,
     in_channels: int,
     out_channels: int,
     num_classes: int,
@@ -26,7 +27,7 @@ def build(
 
     Args:
         kind: one of the catalogue's `NETWORKS`.
-        image_size: height and width in pixels.
+        image_size: of the images, or the pixels of a side of squares.
         in_channels: channels of the images.
         out_channels: the same, or twice that for a network that predicts variances as well.
         num_classes: 0: a network without classes.

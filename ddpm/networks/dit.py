@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm import catalogue
+from ddpm.image_size import ImageSize
 from ddpm.networks.layers import Block, attend, initialised, sinusoids, with_estimate, with_labels
 from ddpm.objective import UNCONDITIONAL, Condition
 
@@ -24,7 +25,7 @@ class DiT(nn.Module):
     def __init__(
         self,
         *,
-        image_size: int,  # height and width in pixels
+        image_size: ImageSize | int,  # an int: of squares, in pixels
         in_channels: int,  # of the images; twice that with self-conditioning
         out_channels: int,
         num_classes: int = 0,  # 0: no class conditioning
@@ -33,7 +34,8 @@ class DiT(nn.Module):
     ) -> None:
         super().__init__()
         chosen = catalogue.DiT(**options)
-        chosen.check_size(image_size)
+        size = ImageSize.of(image_size)
+        chosen.check_size(size)
         width, patch_size = chosen.width, chosen.patch_size
         self.in_channels, self.patch_size, self.rms_norm = in_channels, patch_size, chosen.rms_norm
         self.head_width = width // chosen.heads if chosen.rope else 0
@@ -54,7 +56,7 @@ class DiT(nn.Module):
             if embedding is not None:
                 nn.init.normal_(embedding.weight, std=0.02)
         # Constants, which checkpoints leave out.
-        self.grid = (image_size // patch_size,) * 2
+        self.grid = size.height // patch_size, size.width // patch_size
         positions, rotations = self._places(*self.grid, self.output.weight.device)
         self.register_buffer("positions", positions, persistent=False)
         self.register_buffer("rotations", rotations, persistent=False)

@@ -1,4 +1,4 @@
-"""The U-Net of dome272's and ErenGurs' ddpm, for any image size that is a multiple of 8.
+"""The U-Net of dome272's and ErenGurs' ddpm, for squares of a multiple of 8 pixels.
 
 Parameters have the names of their checkpoints. In shapes, E is 256.
 """
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm import catalogue
+from ddpm.image_size import ImageSize
 from ddpm.networks.layers import Block, sinusoids, with_labels
 from ddpm.objective import UNCONDITIONAL, Condition
 
@@ -18,9 +19,11 @@ HEADS = 4
 class DomeUNet(nn.Module):
     """Attention at every size but the full one on the way down, and at every size but the smallest on the way up."""
 
-    def __init__(self, *, image_size: int, in_channels: int, out_channels: int, num_classes: int = 0) -> None:
+    def __init__(
+        self, *, image_size: ImageSize | int, in_channels: int, out_channels: int, num_classes: int = 0
+    ) -> None:
         super().__init__()
-        catalogue.DomeUNet().check_size(image_size)
+        catalogue.DomeUNet().check_size(ImageSize.of(image_size))
         self.inc = DoubleConv(in_channels, 64)
         self.down1, self.sa1 = Down(64, 128), SelfAttention(128)
         self.down2, self.sa2 = Down(128, 256), SelfAttention(256)

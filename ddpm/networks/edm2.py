@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm import catalogue
+from ddpm.image_size import ImageSize
 from ddpm.networks.layers import Block, attend, resized, with_estimate, with_labels
 from ddpm.objective import UNCONDITIONAL, Condition
 
@@ -31,7 +32,7 @@ class EDM2(nn.Module):
     def __init__(
         self,
         *,
-        image_size: int,  # height and width in pixels
+        image_size: ImageSize | int,  # an int: of squares, in pixels
         in_channels: int,  # of the images; twice that with self-conditioning
         out_channels: int,
         num_classes: int = 0,  # 0: no class conditioning
@@ -40,10 +41,11 @@ class EDM2(nn.Module):
     ) -> None:
         super().__init__()
         chosen = catalogue.EDM2(**options)
-        chosen.check_size(image_size)
+        size = ImageSize.of(image_size)
+        chosen.check_size(size)
         widths = [chosen.channels * multiplier for multiplier in chosen.channel_mults]
         last_level, embedding_width = len(widths) - 1, max(widths)
-        has_attention = [image_size // 2**level in chosen.attention_sizes for level in range(len(widths))]
+        has_attention = catalogue.levels_with_attention(chosen, size)
         block = partial(
             ResidualBlock,
             embedding_width=embedding_width,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm import catalogue
+from ddpm.image_size import ImageSize
 from ddpm.networks.layers import (
     Block,
     Resize,
@@ -38,7 +39,7 @@ class UNet(nn.Module):
     def __init__(
         self,
         *,
-        image_size: int,  # height and width in pixels
+        image_size: ImageSize | int,  # an int: of squares, in pixels
         in_channels: int = 3,  # of the images; twice that with self-conditioning
         out_channels: int | None = None,  # as in_channels
         num_classes: int = 0,  # 0: no class conditioning
@@ -47,7 +48,8 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         chosen = catalogue.UNet(**options)
-        chosen.check_size(image_size)
+        size = ImageSize.of(image_size)
+        chosen.check_size(size)
         widths = [chosen.channels * multiplier for multiplier in chosen.channel_mults]
         embedding_width = 4 * widths[0]
         self.conv_in = initialised(nn.Conv2d(in_channels, widths[0], 3, padding=1))
@@ -74,7 +76,7 @@ class UNet(nn.Module):
 
         self._add_levels(
             widths,
-            [image_size // 2**level in chosen.attention_sizes for level in range(len(widths))],
+            catalogue.levels_with_attention(chosen, size),
             chosen.layers_per_level,
             resnet=resnet,
             attention=attention,

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ddpm.image_size import ImageSize
 from job.cli import completion
 
 BucketUri = Annotated[
@@ -41,9 +42,20 @@ Sets = Annotated[
     ),
 ]
 SettingsFile = Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file with settings; --set overrides it.")]
+
+
+def _size(text: str) -> ImageSize:
+    from job.config import image_size
+
+    try:
+        return image_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text:.40}: {error}") from None
+
+
 Size = Annotated[
-    int | None,
-    typer.Option(metavar="PIXELS", min=1, max=4096, help="Height and width of the images in pixels, such as 64."),
+    ImageSize | None,
+    typer.Option(metavar="PIXELS", parser=_size, help="Width and height of the images, such as 64 or 96x64."),
 ]
 Checkpoints = Annotated[
     str, typer.Option(metavar="LIST", help="Checkpoints by epoch, such as 30,80,490; or latest, or all.")

@@ -5,9 +5,10 @@ stored with the run, and every later attempt starts from it. `schema` and `netwo
 """
 
 from ddpm.catalogue import LARGEST as LARGEST
-from job.config.fields import LARGEST_SIZE as LARGEST_SIZE
 from job.config.fields import Section as Section
+from job.config.fields import Size as Size
 from job.config.fields import average_name as average_name
+from job.config.fields import image_size as image_size
 from job.config.networks import NETWORKS as NETWORKS
 from job.config.presets import EMBEDDED as EMBEDDED
 from job.config.presets import PackConfig as PackConfig

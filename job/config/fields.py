@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any, Self, get_origin
+from typing import Annotated, Any, Self, get_origin
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, WithJsonSchema, model_validator
+
+from ddpm.image_size import ImageSize
 
 LARGEST_SIZE = 4096
 """Limit of the height and width of images, in pixels."""
+
+
+def image_size(stated: object) -> ImageSize:
+    """Returns the size that a value or a text states.
+
+    Raises:
+        ValueError: it states none, or one beyond `LARGEST_SIZE`.
+    """
+    size = ImageSize.of(stated)
+    if not all(1 <= side <= LARGEST_SIZE for side in size.shape):
+        raise ValueError(f"sides have 1 to {LARGEST_SIZE:,} pixels")
+    return size
+
+
+Size = Annotated[
+    ImageSize,
+    PlainValidator(image_size),
+    PlainSerializer(lambda size: size.stated),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1, "maximum": LARGEST_SIZE}, {"type": "string"}]}),
+]
+"""A size in a configuration or a record, which has `ImageSize.stated`."""
 
 
 class Section(BaseModel):

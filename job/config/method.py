@@ -25,14 +25,13 @@ from job.config import Drawing, RunConfig
 def build_network(config: RunConfig, device: torch.device) -> nn.Module:
     """Builds the network of a resolved configuration with the run's seed, in the memory layout for the device."""
     torch.manual_seed(config.train.seed)
-    data, model, diffusion = config.data, config.model, config.diffusion
-    assert data.size is not None and data.channels is not None
+    model, diffusion, (channels, *_) = config.model, config.diffusion, config.image_shape
     options = asdict(model) | {"num_classes": model.num_classes or 0}
     del options["label_dropout"]
     network = networks.build(
-        image_size=data.size,
-        in_channels=data.channels,
-        out_channels=data.channels * (1 + diffusion.learns_variance),
+        image_size=config.image_size,
+        in_channels=channels,
+        out_channels=channels * (1 + diffusion.learns_variance),
         null_class=model.label_dropout > 0,
         self_conditioning=diffusion.self_conditioning,
         augmentation_labels=settings_of(config).augmentation.labels,

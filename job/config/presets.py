@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
-from job.config.fields import LARGEST_SIZE, Section
+from job.config.fields import Section, Size
 from job.config.schema import flatten
 from job.config.yaml_files import parse_mapping
 from job.exits import BadRequestError, did_you_mean
@@ -19,7 +19,7 @@ EMBEDDED = "landscape-sample"
 class PackConfig(Section):
     """The section `pack` of a preset: how to pack the dataset that has the preset's name."""
 
-    size: int = Field(ge=1, le=LARGEST_SIZE)
+    size: Size
     crop: str = "center"
     resize_filter: str = "lanczos"
     licence: str = ""

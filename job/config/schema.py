@@ -11,7 +11,8 @@ from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field
 
 from ddpm import catalogue
 from ddpm.catalogue import EXTRACTORS, LARGEST, METRICS, OneOf, takers
-from job.config.fields import LARGEST_SIZE, Settings, average_name, split
+from ddpm.image_size import ImageSize
+from job.config.fields import Settings, Size, average_name, split
 from job.config.networks import NETWORKS, Network
 from job.config.rules import RULES
 from job.exits import BadConfigError, did_you_mean
@@ -32,7 +33,9 @@ class DataConfig(Settings):
 
     dataset: str = Field("", description="name of the dataset")
     dataset_id: str = Field("", description="hash of the dataset's images")
-    size: int | None = Field(None, ge=1, le=LARGEST_SIZE, description="pixels per side; null: as in the dataset")
+    size: Size | None = Field(
+        None, description="pixels of a side, or width x height such as 96x64; null: as in the dataset"
+    )
     channels: int | None = Field(None, ge=1, le=256, description="channels of the images; null: as in the dataset")
     latents: bool = Field(False, description="the images are latents of an autoencoder")
     classes: tuple[ClassName, ...] = Field((), description="names of the classes of an imported run without a dataset")
@@ -200,10 +203,16 @@ class RunConfig(Settings):
     log: LogConfig = LogConfig()
 
     @property
+    def image_size(self) -> ImageSize:
+        """The size of the network's images, once the dataset is known."""
+        assert self.data.size is not None
+        return self.data.size
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the network's images, once the dataset is known."""
-        assert self.data.size is not None and self.data.channels is not None
-        return self.data.channels, self.data.size, self.data.size
+        assert self.data.channels is not None
+        return self.data.channels, *self.image_size.shape
 
     def check(self) -> None:
         """Raises ValueError for the first broken rule."""

@@ -14,6 +14,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
+from ddpm.image_size import ImageSize
 from job.exits import BadDataError, BadRequestError
 
 FILTERS = ("lanczos", "bicubic", "bilinear", "box")
@@ -46,15 +48,15 @@ class Recipe:
     """How each image is cropped and resized.
 
     Attributes:
-        size: height and width of the result in pixels.
-        crop: `center` (the largest centred square), `center:SIDE`, `squash` (everything), or `LEFT,TOP,WIDTH,HEIGHT`,
-            in pixels of the upright image.
+        size: of the result.
+        crop: `center` (the largest centred box of the result's shape), `center:SIDE` (the largest one in the centred
+            square of this side), `squash` (everything), or `LEFT,TOP,WIDTH,HEIGHT`, in pixels of the upright image.
         resize_filter: one of `FILTERS`.
         channels: 3 for RGB, 1 for grey (ITU-R 601-2 luma).
         min_side: images with a shorter side under this many pixels are rejected.
     """
 
-    size: int
+    size: ImageSize
     crop: str
     resize_filter: str
     channels: int
@@ -62,8 +64,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raises `BadRequestError` for an invalid value."""
-        if not _CROP.fullmatch(self.crop):
+        if not (crop := _CROP.fullmatch(self.crop)):
             raise BadRequestError(f"--crop {self.crop!r}: use center, center:SIDE, squash or LEFT,TOP,WIDTH,HEIGHT")
+        if crop["box"] and not self.size.is_square:
+            left, top, *sides = map(int, self.crop.split(","))
+            # The box of a preset is a square, which would be squashed in silence.
+            if 2 * abs(sides[0] * self.size.height - sides[1] * self.size.width) > max(self.size.shape):
+                box = ",".join(map(str, (left, top, *self._largest_in(*sides))))
+                raise BadRequestError(f"--crop {self.crop} is not of the shape of {self.size}: use center, or {box}")
         if self.resize_filter not in FILTERS:
             raise BadRequestError(f"unknown resize filter {self.resize_filter!r}: use {', '.join(FILTERS)}")
         if self.channels not in (1, 3):
@@ -82,18 +90,24 @@ class Recipe:
         if crop["box"]:
             left, top, box_width, box_height = map(int, self.crop.split(","))
         else:
-            box_width = box_height = int(crop["side"] or min(width, height))
+            within = (int(crop["side"]),) * 2 if crop["side"] else (width, height)
+            box_width, box_height = self._largest_in(*within)
             left, top = (width - box_width) // 2, (height - box_height) // 2
         if left < 0 or top < 0 or left + box_width > width or top + box_height > height:
             raise RejectedImageError(f"crop {self.crop} is outside of its {width}×{height} pixels")
         return left, top, left + box_width, top + box_height
+
+    def _largest_in(self, width: int, height: int) -> tuple[int, int]:
+        """Returns width and height of the largest box of the result's shape in one of these sides."""
+        scale = min(Fraction(width, self.size.width), Fraction(height, self.size.height))
+        return max(1, round(scale * self.size.width)), max(1, round(scale * self.size.height))
 
 
 def prepare(encoded: bytes, recipe: Recipe) -> np.ndarray:
     """Decodes an image file, turns it upright, crops and resizes it.
 
     Returns:
-        uint8 [size, size, channels].
+        uint8 [H, W, channels].
 
     Raises:
         RejectedImageError: the image is unreadable, truncated, too small or too large, or the crop is outside.
@@ -116,8 +130,9 @@ def prepare(encoded: bytes, recipe: Recipe) -> np.ndarray:
     # For damaged files decoders raise anything from SyntaxError to ZeroDivisionError, with the same meaning.
     except Exception as error:
         raise RejectedImageError(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
-    image = image.resize((recipe.size, recipe.size), Image.Resampling[recipe.resize_filter.upper()], reducing_gap=None)
-    return np.asarray(image).reshape(recipe.size, recipe.size, recipe.channels)
+    size, resampling = recipe.size, Image.Resampling[recipe.resize_filter.upper()]
+    image = image.resize((size.width, size.height), resampling, reducing_gap=None)
+    return np.asarray(image).reshape(*size.shape, recipe.channels)
 
 
 @functools.cache
@@ -159,16 +174,16 @@ def codec_versions() -> str:
     return " ".join([*versions, f"heif {metadata.version('pi-heif')}"])
 
 
-def decode(encoded: bytes, channels: int, size: int) -> np.ndarray:
+def decode(encoded: bytes, channels: int, size: ImageSize) -> np.ndarray:
     """Decodes a packed image without holding the GIL.
 
     Args:
         encoded: a PNG.
         channels: 3 or 1.
-        size: the height and width that it must have.
+        size: the size that it must have.
 
     Returns:
-        uint8 [size, size, channels].
+        uint8 [H, W, channels].
 
     Raises:
         BadDataError: the bytes are not a PNG, or have another size.
@@ -179,8 +194,8 @@ def decode(encoded: bytes, channels: int, size: int) -> np.ndarray:
         raise BadDataError(_NO_PACKED_IMAGE)
     # A decoder would allocate memory for any size in the header.
     width, height = int.from_bytes(encoded[16:20]), int.from_bytes(encoded[20:24])
-    if (width, height) != (size, size):
-        raise BadDataError(f"it is {width}×{height} pixels in a dataset of {size}×{size}")
+    if (height, width) != size.shape:
+        raise BadDataError(f"it is {width}×{height} pixels in a dataset of {size.words}")
     try:
         # torchvision's `ImageReadMode`s equal the numbers of channels.
         image: torch.Tensor = _decoder()(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), channels)
@@ -194,20 +209,20 @@ def encode_latents(moments: np.ndarray) -> bytes:
     return _npy_header(moments.shape) + moments.astype("<f2").tobytes()
 
 
-def decode_latents(encoded: bytes, channels: int, size: int) -> np.ndarray:
+def decode_latents(encoded: bytes, channels: int, size: ImageSize) -> np.ndarray:
     """Decodes packed latents of C = `channels`.
 
     Returns:
-        uint8 [size, size, 4 C]: the bytes of float16 [size, size, 2 C], mean and log-variance.
+        uint8 [h, w, 4 C]: the bytes of float16 [h, w, 2 C], mean and log-variance.
 
     Raises:
         BadDataError: the bytes are not an `.npy` of this shape, or not finite.
     """
-    shape = (2 * channels, size, size)
+    shape = (2 * channels, *size.shape)
     header, size_bytes = _npy_header(shape), 2 * math.prod(shape)
     # `np.load` would allocate memory for any size in the header, or run a pickle.
     if len(encoded) != len(header) + size_bytes or not encoded.startswith(header):
-        raise BadDataError(f"it holds no latents of {channels} channels and {size}×{size}")
+        raise BadDataError(f"it holds no latents of {channels} channels and {size.words}")
     moments = np.frombuffer(encoded, "<f2", offset=len(header)).reshape(shape)
     if not np.isfinite(moments).all():
         raise BadDataError("its latents are not finite")

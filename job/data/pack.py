@@ -15,6 +15,7 @@ import abc
 import hashlib
 import json
 import logging
+import math
 import os
 import uuid
 from collections import deque
@@ -202,7 +203,8 @@ class _Packing(abc.ABC):
         self.skipped: dict[str, int] = {}
         self.sizes: list[float] = []
         self.recipe = request.recipe(channels=3)
-        parameters = {**self._survey(), **asdict(self.recipe), "codecs": codec_versions()}
+        recipe = {**self._survey(), **asdict(self.recipe), "codecs": codec_versions()}
+        parameters = recipe | {"size": self.recipe.size.stated}
         self.fingerprint = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()
 
     @abc.abstractmethod
@@ -361,7 +363,7 @@ class _Copying(_Packing):
         self.classes_from, self.splits = self._found.classes_from, self._found.splits
         self.unlabelled_images = self._found.unlabelled_images
         self._images, self._members, self._next = images, self._chosen(), 0
-        shape_bytes = self.recipe.size**2 * self.recipe.channels
+        shape_bytes = math.prod(self.recipe.size.shape) * self.recipe.channels
         self._shard_images = self._shard_images or max(1, shards.SHARD_PIXEL_BYTES // shape_bytes)
         self.sizes = [len(self._numbers(number)) for number in range(-(-images // self._shard_images))]
         return {

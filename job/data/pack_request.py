@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from importlib import resources
 
+from ddpm.image_size import ImageSize
 from job.config import EMBEDDED, PackConfig, pack_config
 from job.data import shards
 from job.data.images import Recipe
@@ -22,7 +23,7 @@ class PackRequest:
     Attributes:
         source: a local path or a URI, see `open_source`; or `EMBEDDED`.
         name: of the dataset.
-        size: height and width of the images in pixels.
+        size: of the images, or the pixels of a side of squares.
         crop: see `Recipe`.
         resize_filter: see `Recipe`.
         channels: 3 or 1; None takes what MNIST's files, arrays and TFRecords have, else 3.
@@ -31,7 +32,8 @@ class PackRequest:
         labels: `FILE[:COLUMN]`, a table of labels by file name; or `:COLUMN`, which of the source's labels is taken.
         licence: a note to keep with the dataset.
         max_bad: how many images may be rejected.
-        min_side: reject images with a shorter side under this many pixels; None is half of `size`.
+        min_side: reject images with a shorter side under this many pixels; None is half of the longer side of `size`:
+            nothing is enlarged more than twice.
         split: pack only this split of the source, one of `SPLITS`; empty for all, or for that of the format.
         hold_out: the share of the images that become a dataset of their own, which no run learns from, such as `5%`.
         is_held_out: whether this is the part that is held out.
@@ -41,7 +43,7 @@ class PackRequest:
 
     source: str
     name: str
-    size: int | None = None
+    size: ImageSize | int | None = None
     crop: str = ""
     resize_filter: str = ""
     channels: int | None = None
@@ -76,7 +78,8 @@ class PackRequest:
         if preset is None:
             raise BadRequestError(f"--size is needed: {self.name!r} has no preset to take it from (try --size 64)")
         follow = ("size", "crop", "resize_filter", "licence")
-        checked = replace(self, **{option: getattr(self, option) or getattr(preset, option) for option in follow})
+        values = {option: getattr(self, option) or getattr(preset, option) for option in follow}
+        checked = replace(self, **values | {"size": ImageSize.of(values["size"])})
         checked.recipe(channels=3)
         return checked
 
@@ -101,7 +104,7 @@ class PackRequest:
     @property
     def key(self) -> str:
         """The dataset's folder; of a request that is checked."""
-        assert self.size is not None
+        assert isinstance(self.size, ImageSize)
         return shards.dataset_key(self.name, self.size)
 
     @property
@@ -115,6 +118,6 @@ class PackRequest:
 
     def recipe(self, channels: int) -> Recipe:
         """Returns how a checked request converts each image of a source with so many channels."""
-        assert self.size is not None
-        min_side = self.size // 2 if self.min_side is None else self.min_side
+        assert isinstance(self.size, ImageSize)
+        min_side = max(self.size.shape) // 2 if self.min_side is None else self.min_side
         return Recipe(self.size, self.crop, self.resize_filter, self.channels or channels, min_side)

@@ -27,7 +27,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from job.config import LARGEST_SIZE
+from ddpm.image_size import TEXT, ImageSize
+from job.config import Size
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import some_of
 from job.sealed import SHA256_PATTERN, RecordPart, Sealed
@@ -160,8 +161,8 @@ class Encoding(RecordPart):
     source: str
     """Name of the dataset of images; the latents have the same order and shards."""
     source_id: str = Field(pattern=SHA256_PATTERN)
-    size: int = Field(gt=0, le=LARGEST_SIZE)
-    """Height and width of the images, in pixels."""
+    size: Size
+    """The size of the images, in pixels."""
     channels: int = Field(ge=1, le=3)
     """Channels of the images."""
     mean: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
@@ -176,7 +177,7 @@ class DatasetIndex(Sealed):
 
     format: int = Field(default=2, ge=2, le=2)
     name: str
-    size: int = Field(gt=0, le=LARGEST_SIZE, description="height and width in pixels, or of latents")
+    size: Size = Field(description="in pixels, or of latents")
     channels: int = Field(ge=1, le=256, description="that a network sees")
     dtype: Literal["uint8", "float16"] = Field(default="uint8", description="pixels; latents: mean, log-variance")
     encoding: Encoding | None = None
@@ -211,7 +212,7 @@ class DatasetIndex(Sealed):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Returns the shape of a decoded image in bytes; latents have two moments per channel, of two bytes each."""
-        return self.size, self.size, self.channels * (4 if self.encoding else 1)
+        return *self.size.shape, self.channels * (4 if self.encoding else 1)
 
     @property
     def decoded_bytes(self) -> int:
@@ -256,8 +257,8 @@ def shard_name(number: int, sha256: str = "") -> str:
     return f"shard-{number:05d}{f'-{sha256[:8]}' if sha256 else ''}.tar"
 
 
-def dataset_key(name: str, size: int) -> str:
-    """Returns the folder of a dataset below the bucket, such as `datasets/celeba-64`."""
+def dataset_key(name: str, size: ImageSize) -> str:
+    """Returns the folder of a dataset below the bucket, such as `datasets/celeba-64` or `datasets/celeba-96x64`."""
     return f"{DATASETS}/{validated_dataset_name(name)}-{size}"
 
 
@@ -299,14 +300,14 @@ def deleting(bucket: Store, key: str) -> str:
 
 
 class NoDatasetError(MissingInputError):
-    """A bucket has no dataset of a name; `size` in pixels is the wanted one, None for any."""
+    """A bucket has no dataset of a name; `size` is the wanted one, None for any."""
 
-    def __init__(self, message: str, size: int | None) -> None:
+    def __init__(self, message: str, size: ImageSize | None) -> None:
         super().__init__(message)
         self.size = size
 
 
-def find_dataset(bucket: Store, name: str, size: int | None = None, *, unfinished: bool = False) -> str:
+def find_dataset(bucket: Store, name: str, size: ImageSize | None = None, *, unfinished: bool = False) -> str:
     """Returns the key of the dataset `name`, at `size` or at its only size; `unfinished` includes one without an index.
 
     Raises:
@@ -316,9 +317,9 @@ def find_dataset(bucket: Store, name: str, size: int | None = None, *, unfinishe
     validated_dataset_name(name)
     folders = bucket.folders(DATASETS)
     sizes = sorted(
-        int(match[1])
+        ImageSize.of(match[1])
         for folder in folders
-        if (match := re.fullmatch(re.escape(name) + r"-(\d+)", folder))
+        if (match := re.fullmatch(f"{re.escape(name)}-({TEXT})", folder, re.ASCII))
         and (unfinished or bucket.exists(f"{DATASETS}/{folder}/{INDEX}"))
     )
     found = [there for there in sizes if size in (there, None)]
@@ -329,7 +330,7 @@ def find_dataset(bucket: Store, name: str, size: int | None = None, *, unfinishe
             f"dataset {name!r} lies in {bucket.uri} at sizes {', '.join(map(str, sizes))}: choose one with --size N "
             "(of ddpm train: --set data.size=N)"
         )
-    if not sizes and name in folders and (match := re.fullmatch(r"(.+)-(\d+)", name)):
+    if not sizes and name in folders and (match := re.fullmatch(f"(.+)-({TEXT})", name, re.ASCII)):
         # `ddpm data pack` prints the name of the folder, and people type that.
         typed = f"type {match[1]}, and --size {match[2]} (of ddpm train: --set data.size={match[2]})"
         raise MissingInputError(f"{name} is dataset {match[1]!r} at {match[2]} pixels: {typed}")

@@ -34,7 +34,7 @@ unet = UNet2DModel.from_pretrained("{place}", subfolder="unet")
 scheduler = {kind}.from_pretrained("{place}", subfolder="scheduler")
 scheduler.set_timesteps({steps})
 labels = torch.arange(4) % {classes}
-x = torch.randn(4, {channels}, {size}, {size})
+x = torch.randn(4, {shape})
 for t in scheduler.timesteps:
     with torch.no_grad():
         output = unet(x, t, class_labels=labels).sample
@@ -76,7 +76,7 @@ class Card:
         kind = "class-conditional" if config.model.num_classes else "unconditional-image-generation"
         # The hub takes no free text as the name of a licence.
         licence_id = re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-")[:64]
-        size = config.image_shape[1]
+        size = config.image_size.words
         of_images = f"{index.images:,} images of {index.name}" if index else "unknown images"
         preset = f" with the preset `{config.preset}`" if config.preset else ""
         return "\n".join(
@@ -84,7 +84,7 @@ class Card:
                 *("---", "library_name: diffusers", f"tags: [{kind}, ddpm]"),
                 *(["license: other", f"license_name: {json.dumps(licence_id)}"] if licence_id else []),
                 *("---", "", f"# {self.of_run.run.uri.rpartition('/')[2]}", ""),
-                f"A U-Net of {size}×{size} pixels, trained on {of_images}{preset}: {self.ref.images_seen:,} images "
+                f"A U-Net of {size} pixels, trained on {of_images}{preset}: {self.ref.images_seen:,} images "
                 f"seen, weights `{self.weights}`, code {code_version()}. `{pipeline.RUN_CONFIG}` has all settings.",
                 *("", f"Licence of the images: {licence or 'not stated'}.", ""),
                 *(line for scores in self._scores() for line in (_words_of(scores), "")),
@@ -97,7 +97,6 @@ class Card:
         """Returns the sample code."""
         config, classes = self.of_run.config, self.of_run.classes
         kind = json.loads(objects.get(pipeline.SCHEDULER_CONFIG, b"{}")).get("_class_name", "")
-        channels, size, _ = config.image_shape
         given = {
             "place": self.place,
             "steps": config.sample.steps,
@@ -107,8 +106,9 @@ class Card:
             return _PIPELINE.format(kind=json.loads(index)["_class_name"], remark=_REMARK[kind], **given)
         if not classes or not kind:
             return f'`UNet2DModel.from_pretrained("{self.place}", subfolder="unet")` loads the network; {self.lacking}.'
+        shape = ", ".join(map(str, config.image_shape))
         names = ", ".join(classes[:MOST_NAMES]) + (", …" if len(classes) > MOST_NAMES else "")
-        return _LOOP.format(kind=kind, channels=channels, size=size, classes=len(classes), names=names, **given)
+        return _LOOP.format(kind=kind, shape=shape, classes=len(classes), names=names, **given)
 
     def _scores(self) -> list[Scores]:
         """Returns the stored scores of the exported weights; a damaged record must not stop an export."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ddpm.image_size import ImageSize
 from job.data import shards
 from job.data.cache import ImageCache, default_cache_dir
 from job.data.images import codec_versions, encode_latents
@@ -56,8 +58,8 @@ class _Encoder:
 
     network: nn.Module
     channels: int
-    size: int
-    """Height and width of the latents."""
+    size: ImageSize
+    """The size of the latents."""
     config: bytes
     weights: bytes
     stop: Stop
@@ -173,8 +175,8 @@ def _is_there(part: _Part, what: str) -> BadRequestError:
     return BadRequestError(f"{part.dataset.uri} {what}: choose another name with --to, or delete it first: {delete}")
 
 
-def _fit(config: dict[str, object], source: shards.DatasetIndex, where: str) -> tuple[int, int]:
-    """Returns the size of the latents (height and width), and their channels.
+def _fit(config: dict[str, object], source: shards.DatasetIndex, where: str) -> tuple[ImageSize, int]:
+    """Returns the size of the latents, and their channels.
 
     Raises:
         BadConfigError: the autoencoder does not fit the images.
@@ -186,9 +188,9 @@ def _fit(config: dict[str, object], source: shards.DatasetIndex, where: str) -> 
         raise BadConfigError(
             f"{where} encodes {channels} channels, and the images of {source.name} have {source.channels}"
         )
-    if source.size % factor or config.get("out_channels", 3) != channels:
+    if any(side % factor for side in source.size.shape) or config.get("out_channels", 3) != channels:
         raise BadConfigError(f"{where} halves images {len(widths) - 1} times, and {source.size} pixels cannot be")
-    return source.size // factor, int(str(config.get("latent_channels", 4)))
+    return ImageSize(*(side // factor for side in source.size.shape)), int(str(config.get("latent_channels", 4)))
 
 
 def _encoded(part: _Part, encoder: _Encoder, number: int, advance: Advance) -> Made:
@@ -260,7 +262,7 @@ def _publish(parts: list[_Part], made: list[Pieces], encoder: _Encoder, held_out
 
 def _normal(facts: list[dict[str, Any]], part: _Part, encoder: _Encoder) -> tuple[list[float], list[float]]:
     """Returns mean and deviation of each channel, over all images, places and draws of latents."""
-    count = part.source.images * encoder.size**2
+    count = part.source.images * math.prod(encoder.size.shape)
     mean = np.sum([each["sums"] for each in facts], axis=0) / count
     variance = np.sum([each["squares"] for each in facts], axis=0) / count - mean**2
     if not (np.isfinite(variance) & (variance > 0)).all():

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm import interop
+from ddpm.image_size import ImageSize
 from ddpm.interop import NoCounterpartError
 from job.config.yaml_files import LARGEST_FILE_BYTES
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
@@ -81,12 +82,12 @@ class _Source:
 
 
 @contextmanager
-def opened_foreign(source: str, size: int | None, retry: Retry, *, with_config: bool) -> Iterator[Foreign]:
+def opened_foreign(source: str, size: ImageSize | None, retry: Retry, *, with_config: bool) -> Iterator[Foreign]:
     """Opens the checkpoint at `source`; its tensors may need their files until the context ends.
 
     Args:
         source: a path, or a URI of an object or a folder in a bucket.
-        size: height and width of its images in pixels, if the checkpoint does not state it.
+        size: of its images, if the checkpoint does not state it.
         retry: the retries for its bucket.
         with_config: whether to read the configuration of a run of ours.
 
@@ -211,7 +212,7 @@ def opened_autoencoder(source: str, retry: Retry) -> Iterator[tuple[dict[str, An
 def _unet_settings(options: interop.Options) -> dict[str, Any]:
     """Returns the settings of a configuration for these arguments of `UNet`."""
     rest = {"num_classes": 0, **options}
-    settings = {"data.size": rest.pop("image_size"), "data.channels": rest.pop("in_channels")}
+    settings = {"data.size": rest.pop("image_size").stated, "data.channels": rest.pop("in_channels")}
     settings["out_channels"] = rest.pop("out_channels")
     return settings | {"model.kind": "unet"} | {f"model.{key}": value for key, value in rest.items()}
 
@@ -250,7 +251,7 @@ def _bytes(source: _Source, name: str, most: int) -> bytes:
     return content
 
 
-def _of_file(where: str, path: Path, size: int | None) -> Foreign:
+def _of_file(where: str, path: Path, size: ImageSize | None) -> Foreign:
     candidates = [(key, interop.without_prefixes(found)) for key, found in _averages_first(_tensors(where, path))]
     for key, tensors in candidates:
         if found := _known(tensors, size):
@@ -269,7 +270,7 @@ def _of_file(where: str, path: Path, size: int | None) -> Foreign:
     raise NoCounterpartError(f"its tensors ({named:.200}, …) belong to an unknown network")
 
 
-def _known(tensors: Named, size: int | None) -> Foreign | None:
+def _known(tensors: Named, size: ImageSize | None) -> Foreign | None:
     """Returns the network with tensors of these names; None if it is unknown."""
     process = {"diffusion.schedule": "linear", "diffusion.timesteps": 1000, "diffusion.prediction": "epsilon"}
     if "temb.dense.0.weight" in tensors:
@@ -279,7 +280,7 @@ def _known(tensors: Named, size: int | None) -> Foreign | None:
         return None
     settings = process | _DOME_SETTINGS | {"model.kind": "dome", "model.num_classes": 0}
     settings |= {
-        "data.size": size or DOME_SIZE,
+        "data.size": size.stated if size else DOME_SIZE,
         "data.channels": (channels := tensors["inc.double_conv.0.weight"].shape[1]),
     }
     settings["out_channels"] = channels

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ddpm.epochs import images_at_epoch
+from ddpm.image_size import ImageSize
 from ddpm.interop import NoCounterpartError
 from job.config import (
     FREE,
@@ -64,7 +65,7 @@ class ImportRequest:
         bucket: the bucket of the new run.
         run: the name of the run.
         dataset: the dataset of further training; without one the run is only for sampling.
-        size: height and width of the images in pixels, if the checkpoint does not state it.
+        size: of the images, if the checkpoint does not state it.
         epoch: the epoch of the dataset at whose end the checkpoint was saved.
         preset: the preset of the settings that are not the network's or the process's; empty: those that the
             checkpoint states, else the defaults.
@@ -75,7 +76,7 @@ class ImportRequest:
     bucket: str
     run: str
     dataset: str = ""
-    size: int | None = None
+    size: ImageSize | None = None
     epoch: int = 0
     preset: str = ""
     sets: tuple[str, ...] = ()
@@ -137,7 +138,8 @@ def _config(
     bucket: Store, request: ImportRequest, foreign: Foreign, sets: dict[str, Any]
 ) -> tuple[RunConfig, DatasetIndex | None]:
     """Returns the configuration, and the dataset if the request names one."""
-    if request.size not in (None, size := foreign.settings["data.size"]):
+    size = foreign.settings["data.size"]
+    if request.size and request.size.stated != size:
         raise BadConfigError(f"--size {request.size}: the checkpoint states {size} pixels")
     always = {"imported": True, "data.classes": foreign.classes}
     where = f"{request.source} as a run"

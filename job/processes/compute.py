@@ -47,9 +47,7 @@ def settle_buckets(network: nn.Module, config: RunConfig, images: int, device: t
     resumed run would be rounded otherwise than an uninterrupted one. The pass has as many images as a step: for another
     number the network would be compiled once more.
     """
-    size, channels = config.data.size, config.data.channels
-    assert size is not None and channels is not None
-    x = torch.zeros(images, channels, size, size, device=device)
+    x = torch.zeros(images, *config.image_shape, device=device)
     labels = torch.zeros(images, dtype=torch.int64, device=device) if config.model.num_classes else None
     estimate = x if config.diffusion.self_conditioning else None
     network(x, torch.zeros(images, device=device), Condition(labels, estimate)).sum().backward()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ddpm.image_size import ImageSize
 from job.config import EMBEDDED, pack_config, preset_names
 from job.data.shards import CONTACT_SHEET, DATASETS, INDEX, DatasetIndex, dataset_key, find_dataset, load_index
 from job.exits import BadDataError, BadRequestError, MissingInputError, did_you_mean
@@ -24,7 +25,7 @@ SHEET_IMAGES = 60
 SHEET_PER_CLASS = 10
 
 
-def how_packed(bucket_uri: str, name: str, size: int | None) -> str:
+def how_packed(bucket_uri: str, name: str, size: ImageSize | None) -> str:
     """Returns which dataset for training the bucket has, for people; empty for none.
 
     Raises:
@@ -44,7 +45,7 @@ def how_packed(bucket_uri: str, name: str, size: int | None) -> str:
     return f"{name}-{index.size} is there already, made from {index.source}"
 
 
-def how_to_pack(bucket_uri: str, name: str, size: int, on: str = "") -> str:
+def how_to_pack(bucket_uri: str, name: str, size: ImageSize, on: str = "") -> str:
     """Returns the commands that pack a dataset, as a message; `on` is the target whose job needs it."""
     preset, quoted = pack_config(name), shlex.quote(bucket_uri)
     if name == EMBEDDED:
@@ -113,7 +114,9 @@ def _told(bucket: Store, key: str) -> dict[str, Any]:
     return more | index.model_dump(mode="json", exclude={"sha256", "shards", "format"}) | {"shards": len(index.shards)}
 
 
-def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | None, *, as_json: bool = False) -> None:
+def show_dataset(
+    bucket_uri: str, name: str, size: ImageSize | None, output: Path | None, *, as_json: bool = False
+) -> None:
     """Prints the facts of a dataset and makes a contact sheet of it, in the bucket unless `output` names a file.
 
     Raises:
@@ -160,7 +163,7 @@ def sheet_png(images: ImageCache) -> bytes:
     return figures.png(figures.contact_sheet(images.read(chosen), by_class, index.classes))
 
 
-def verify_named(bucket_uri: str, name: str, size: int | None, *, as_json: bool = False) -> None:
+def verify_named(bucket_uri: str, name: str, size: ImageSize | None, *, as_json: bool = False) -> None:
     """Checks all hashes and images of a dataset.
 
     Raises:
@@ -183,7 +186,7 @@ def verify_named(bucket_uri: str, name: str, size: int | None, *, as_json: bool 
     print(f"{bucket.uri}/{key}: every shard, offset table and image is as it was packed")
 
 
-def delete_dataset(bucket_uri: str, name: str, size: int | None, certain: bool) -> None:
+def delete_dataset(bucket_uri: str, name: str, size: ImageSize | None, certain: bool) -> None:
     """Deletes a dataset, also an unfinished one. The index goes first, so that the rest never passes for a dataset.
 
     Raises:
@@ -208,11 +211,9 @@ def delete_dataset(bucket_uri: str, name: str, size: int | None, certain: bool) 
 def describe_dataset(index: DatasetIndex, bucket: Store) -> str:
     """Returns the facts of a dataset in a few lines."""
     shards = "1 shard" if len(index.shards) == 1 else f"{len(index.shards):,} shards"
-    what = f"{'grey' if index.channels == 1 else 'colour'}, {index.size}×{index.size} pixels"
+    what = f"{'grey' if index.channels == 1 else 'colour'}, {index.size.words} pixels"
     if encoding := index.encoding:
-        what = (
-            f"as latents of {index.channels}×{index.size}×{index.size}, encoded from {encoding.source}-{encoding.size}"
-        )
+        what = f"as latents of {index.size.words}×{index.channels}, encoded from {encoding.source}-{encoding.size}"
     lines = [
         f"dataset  {index.name}-{index.size}  ({bucket.uri}/{dataset_key(index.name, index.size)})",
         f"images   {index.images:,} {what}, in {shards}",

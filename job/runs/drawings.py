@@ -21,7 +21,7 @@ from typing import Literal
 from pydantic import Field
 
 from ddpm.epochs import epochs_completed_by
-from job.config import Drawing, Section
+from job.config import Drawing, Section, Size
 from job.pieces import PieceRecord
 from job.runs.layout import CheckpointRef, Located, ObjectKind
 from job.runs.records import RunRecord, attempt_id
@@ -169,7 +169,7 @@ class NumberedDrawing(Drawing):
     """`module:function` and the SHA-256 of the module's file, for a sampler of the user."""
     found: tuple[int, ...] = ()
     """The timesteps of the grid `found`."""
-    size: int = Field(gt=0)
+    size: Size
     channels: int = Field(ge=1, le=3)
     classes: tuple[str, ...]
     first_seed: int = Field(ge=0)

@@ -125,8 +125,9 @@ def show_run(bucket_uri: str, name: str, *, as_json: bool = False) -> None:
     labels = [label_of(seen, dataset_images, batch_size) for seen in by_progress(list_checkpoints(run))]
     moments, attempts = [moment_of(label) for label in labels], list(_attempts(run))
     if as_json:
-        more = {"dataset": config.data.dataset, "size": config.data.size, "checkpoints": moments, "attempts": attempts}
-        print_json(summary | more | {"outputs": [uri for _, uri in outputs_of(run)]})
+        data = config.data.model_dump(include={"dataset", "size"})
+        more = {"checkpoints": moments, "attempts": attempts, "outputs": [uri for _, uri in outputs_of(run)]}
+        print_json(summary | data | more)
         return
     lines = [("run", f"{name}  ({run.uri})")]
     lines += [("dataset", f"{config.data.dataset}-{config.data.size}" if config.data.dataset else "none")]

@@ -51,13 +51,13 @@ def described(config: RunConfig, classes: tuple[str, ...]) -> Described:
     model, diffusion, sample = config.model, config.diffusion, config.sample
     if not isinstance(model, catalogue.UNet):
         return Described({}, f"model.kind={model.kind} is not a network that diffusers samples from")
-    channels, size, _ = config.image_shape
+    channels, *_ = config.image_shape
     values: dict[str, dict[str, Any]] = {}
     lacking = ""
     try:
         values[UNET_CONFIG] = interop.unet2d_config(
             model,
-            image_size=size,
+            image_size=config.image_size,
             in_channels=channels * (1 + diffusion.self_conditioning),
             out_channels=channels * (1 + diffusion.learns_variance),
             num_classes=(model.num_classes or 0) + (model.label_dropout > 0),

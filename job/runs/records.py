@@ -121,8 +121,7 @@ def hash_of_config(run: Store) -> str:
 
 def dataset_key_of(config: RunConfig) -> str:
     """Returns the folder of a run's dataset below the bucket."""
-    assert config.data.size is not None
-    return dataset_key(config.data.dataset, config.data.size)
+    return dataset_key(config.data.dataset, config.image_size)
 
 
 def dataset_images_of(bucket: Store, config: RunConfig) -> int:

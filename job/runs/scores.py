@@ -13,6 +13,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from ddpm.catalogue import METRICS, Metric
+from job.config import Size
 from job.runs.drawings import NumberedDrawing
 from job.runs.layout import CheckpointRef, Located
 from job.runs.records import RunRecord
@@ -33,7 +34,7 @@ class Reference(RecordPart):
 
     dataset: str
     dataset_id: str = Field(pattern=SHA256_PATTERN)
-    size: int
+    size: Size
     crop: str
     resize_filter: str
     images: int = Field(ge=1)

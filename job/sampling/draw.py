@@ -199,7 +199,7 @@ def grid_png(
         pairs = figures.pairs_grid(images, training.read(indices), columns, below, column_labels=above, title=title)
         return figures.png(pairs)
     columns, above, below = _arranged(seeds, classes, 10 if len(classes) > 1 else 8)
-    scale = max(1, 96 // images.shape[1])
+    scale = max(1, 96 // max(images.shape[1:3]))
     grid = figures.image_grid(images, columns, scale=scale, labels=below, column_labels=above, title=title)
     return figures.png(grid)
 

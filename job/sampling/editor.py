@@ -82,7 +82,7 @@ class Editor:
 
         Between the given image and the results of `inpaint` is what the network sees of the image.
         """
-        scale = max(1, 96 // images.shape[1])
+        scale = max(1, 96 // max(images.shape[1:3]))
         if self._editing.mode == "interpolate":
             names = [f"{a} to {b}" for a, b in zip(seeds[::2], seeds[1::2], strict=True)]
             return figures.png(figures.image_grid(images, COLUMNS, scale=scale, row_labels=names, title=title))

@@ -11,6 +11,7 @@ import torch
 
 from ddpm import figures, randomness
 from ddpm.catalogue import SCHEDULES, Diffusion
+from ddpm.image_size import ImageSize
 from ddpm.process import Process, VarianceExploding, VariancePreserving, make_process
 from job.config import RunConfig
 from job.data.cache import uncached_images
@@ -84,7 +85,7 @@ def schedule_picture(request: NoiseRequest, output: Path) -> None:
 
 
 def noising_picture(
-    request: NoiseRequest, dataset: str, size: int | None, *, timesteps: str, image: int | None, output: Path
+    request: NoiseRequest, dataset: str, size: ImageSize | None, *, timesteps: str, image: int | None, output: Path
 ) -> None:
     """Writes a figure of images beside q(x_t|x_0), and two more files with the images and the noised images alone.
 
@@ -110,7 +111,7 @@ def noising_picture(
         pictures = {path: getattr(figure, part) for part, path in {"combined": output, **beside}.items()}
     else:
         tiles, labels = np.concatenate([images, figures.to_uint8(noised)]), ["the image", *labels]
-        scale, title = max(1, 96 // images.shape[2]), f"{name} · image {image:,} · {_words(diffusion)}"
+        scale, title = max(1, 96 // max(images.shape[1:3])), f"{name} · image {image:,} · {_words(diffusion)}"
         pictures = {output: figures.image_grid(tiles, _COLUMNS, 4, scale, labels=labels, title=title)}
     for path, picture in pictures.items():
         write_picture(path, figures.png(picture))
@@ -132,7 +133,7 @@ def _timesteps(text: str, num_timesteps: int, *, is_growing: bool) -> list[int]:
 
 
 def _images(
-    bucket: Store, dataset: str, size: int | None, *, image: int | None, count: int
+    bucket: Store, dataset: str, size: ImageSize | None, *, image: int | None, count: int
 ) -> tuple[figures.Images, str]:
     """Returns one image of a dataset, uint8 [1, H, W, C], or `count` evenly spaced ones; and the dataset's name."""
     key = find_dataset(bucket, dataset, size)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ddpm.catalogue import takers
+from ddpm.image_size import ImageSize
 from job.config import RunConfig, SampleConfig
 from job.data.images import Recipe, RejectedImageError, prepare
 from job.exits import BadDataError, BadRequestError, MissingInputError, did_you_mean
@@ -227,7 +228,8 @@ def _given(request: SampleRequest, of_run: RunHandle) -> Given | None:
     if request.mode == "interpolate":
         return Given(Editing(mode="interpolate"))
     numbers, image, name, index = tuple[int, ...](), None, request.image, of_run.index
-    channels, size, _ = of_run.picture_shape
+    channels, height, width = of_run.picture_shape
+    size = ImageSize(height, width)
     if index and index.encoding:
         raise BadRequestError(f"--mode {request.mode} needs pixels, and {index.name} holds latents: leave it out")
     if "--image" not in request.files:
@@ -243,11 +245,11 @@ def _given(request: SampleRequest, of_run: RunHandle) -> Given | None:
         strength = request.strength or STRENGTHS[request.mode]
         return Given(Editing(mode=request.mode, image=name, strength=strength), numbers, image)
     mask = request.mask or "half"
-    unknown = np.zeros((size, size), bool)
+    unknown = np.zeros(size.shape, bool)
     if mask == "half":
-        unknown[:, size // 2 :] = True
+        unknown[:, width // 2 :] = True
     elif mask == "centre":
-        unknown[size // 4 : -(size // 4), size // 4 : -(size // 4)] = True
+        unknown[height // 4 : -(height // 4), width // 4 : -(width // 4)] = True
     else:
         levels, mask = _read_image("--mask", mask, Recipe(size, "squash", "box", 1, min_side=1))
         unknown = levels[:, :, 0] > 127
@@ -310,7 +312,7 @@ def plan_sets(plan: SamplePlan) -> list[SampleSet]:
             editing=plan.given.editing if plan.given else None,
             custom_sampler=f"{plan.custom_sampler.name} {plan.custom_sampler.sha256}" if plan.custom_sampler else "",
             found=plan.found,
-            size=plan.picture_shape[1],
+            size=ImageSize(*plan.picture_shape[1:]),
             channels=plan.picture_shape[0],
             classes=plan.drawn_classes,
             first_seed=first_seed,

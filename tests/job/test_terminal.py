@@ -105,7 +105,7 @@ def test_every_key_has_its_values():
     assert listed["train.batch_size"].takes == "whole number from 1 up to 1,000,000"
     assert listed["train.learning_rate"].takes == "number above 0"
     assert listed["data.crop_scale"].takes == "2 numbers above 0 up to 1"
-    assert listed["data.size"].takes == "whole number from 1 up to 4,096 or null"
+    assert listed["data.size"].takes == "whole number from 1 up to 4,096 or text or null"
     assert listed["model.kind"].takes == "|".join(NETWORKS)
     assert listed["train.precision"].takes == "auto|fp32|bf16"
     assert asked("config", "--list", "--json")[5]["key"] == known_keys()[5]

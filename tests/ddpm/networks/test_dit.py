@@ -1,9 +1,11 @@
 """DiT against diffusers with the same weights."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from ddpm.image_size import ImageSize
 from ddpm.networks.dit import DiT, _rotations
 from ddpm.objective import Condition
 from tests.ddpm.networks.weights import randomise
@@ -125,12 +127,35 @@ def test_initial_weights_are_the_papers() -> None:
         assert layer.weight.std().item() == pytest.approx(linear.weight.std().item(), rel=0.05)
 
 
+def test_images_need_not_be_square() -> None:
+    """A fresh network maps each patch alone: by hand, with the positions of the paper's `models.py`."""
+    patch_size, rows, columns, width = 4, 2, 3, 16
+    network = DiT(image_size=ImageSize(8, 12), in_channels=2, out_channels=2, patch_size=4, width=16, depth=1, heads=2)
+    for layer in (network.patches, network.output):
+        randomise(layer)
+    x = torch.randn(1, 2, 8, 12)
+    with torch.no_grad():
+        found = network(x, torch.zeros(1))[0].numpy()
+    frequencies = 10_000 ** (-np.arange(width // 4) / (width // 4))
+    enter, leave = network.patches.weight.detach().flatten(1).numpy(), network.output.weight.detach().numpy()
+    for row in range(rows):
+        for column in range(columns):
+            down, across = (slice(patch_size * at, patch_size * (at + 1)) for at in (row, column))
+            angles = [column * frequencies, row * frequencies]
+            position = np.concatenate([part for angle in angles for part in (np.sin(angle), np.cos(angle))])
+            token = enter @ x[0, :, down, across].flatten().numpy() + network.patches.bias.detach().numpy() + position
+            token = (token - token.mean()) / np.sqrt(token.var() + 1e-6)
+            pixels = (leave @ token + network.output.bias.detach().numpy()).reshape(patch_size, patch_size, 2)
+            assert found[:, down, across] == pytest.approx(pixels.transpose(2, 0, 1), abs=1e-5)
+
+
 def test_positions_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = DiT(image_size=16, in_channels=1, out_channels=1, patch_size=4, width=16, depth=1, heads=2, rope=True)
-    plain = DiT(image_size=16, in_channels=1, out_channels=1, patch_size=4, width=16, depth=1, heads=2)
+    sizes = {"image_size": ImageSize(16, 24), "patch_size": 4, "width": 16, "depth": 1, "heads": 2}
+    network = DiT(in_channels=1, out_channels=1, rope=True, **sizes)
+    plain = DiT(in_channels=1, out_channels=1, **sizes)
     assert {*network.state_dict()} == {*plain.state_dict()} == {name for name, _ in network.named_parameters()}
     randomise(network)
-    x, t = torch.randn(1, 1, 16, 16), torch.tensor([5.0])
+    x, t = torch.randn(1, 1, 16, 24), torch.tensor([5.0])
     output = network(x, t)
     for name in ("_positions", "_rotations"):
         monkeypatch.setattr(f"ddpm.networks.dit.{name}", lambda *_: pytest.fail("computed again"))

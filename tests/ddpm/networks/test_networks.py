@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm import networks
+from ddpm.image_size import ImageSize
 from ddpm.objective import Condition
 from tests.ddpm.networks.weights import inputs, randomise
 
@@ -80,6 +81,10 @@ def test_published_sizes(about: tuple[str, int, int, int]) -> None:
         ("dit", {"heads": 8}, r"rope: model.width=16 / model.heads=8 must be a multiple of 4"),
         ("dome", {"image_size": 0}, r"data.size=0 cannot be halved 3 times"),
         ("dome", {"image_size": 28}, r"data.size=28 cannot be halved 3 times"),
+        ("unet", {"image_size": ImageSize(16, 27)}, r"data.size=27x16 cannot be halved"),
+        ("edm2", {"image_size": ImageSize(27, 16)}, r"data.size=16x27 cannot be halved"),
+        ("dit", {"image_size": ImageSize(15, 16)}, r"data.size=16x15 is not a multiple"),
+        ("dome", {"image_size": ImageSize(16, 24)}, r"takes squares alone, not data.size=24x16"),
         ("dome", {"self_conditioning": True}, "t and the class alone"),
         ("dome", {"augmentation_labels": 2}, "t and the class alone"),
         ("vit", {}, "unknown network 'vit': choose one of unet, edm2, dit, dome"),

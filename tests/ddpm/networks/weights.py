@@ -13,7 +13,7 @@ def randomise(network: nn.Module, seed: int = 0) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
 
 
-def inputs(channels: int = 3) -> tuple[Tensor, Tensor]:
-    """Four images at 16 pixels, and their timesteps."""
+def inputs(channels: int = 3, shape: tuple[int, int] = (16, 16)) -> tuple[Tensor, Tensor]:
+    """Four images of this height and width, and their timesteps."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(4, channels, 16, 16, generator=generator), torch.tensor([0.0, 0.2, 17.0, 999.0])
+    return torch.randn(4, channels, *shape, generator=generator), torch.tensor([0.0, 0.2, 17.0, 999.0])

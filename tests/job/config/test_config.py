@@ -107,5 +107,5 @@ def test_training_requests_need_no_bucket():
 
 def test_packing_follows_the_preset():
     request = PackRequest("x.zip", "celeba").check()
-    assert (request.size, request.crop, request.resize_filter) == (64, "25,57,128,128", "bilinear")
+    assert (str(request.size), request.crop, request.resize_filter) == ("64", "25,57,128,128", "bilinear")
     assert PackRequest("x.zip", "celeba", size=32, crop="squash").check().crop == "squash"

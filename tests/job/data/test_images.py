@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm.image_size import ImageSize
 from job.data.images import Recipe, RejectedImageError, decode, encode_png, prepare
 from job.exits import BadRequestError
 from tests.job.some_images import encoded, jpeg, picture
@@ -12,13 +13,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Imag
 
 
 def recipe(size=8, crop="center", resize_filter="lanczos", channels=3, min_side=1):
-    return Recipe(size, crop, resize_filter, channels, min_side)
+    return Recipe(ImageSize.of(size), crop, resize_filter, channels, min_side)
 
 
 def pixels(file: bytes, channels=3, **options) -> np.ndarray:
     """Prepared, and unharmed by the way through a shard."""
     got = prepare(file, recipe(channels=channels, **options))
-    np.testing.assert_array_equal(decode(encode_png(got), channels, len(got)), got)
+    np.testing.assert_array_equal(decode(encode_png(got), channels, ImageSize(*got.shape[:2])), got)
     return got
 
 
@@ -44,6 +45,27 @@ def test_crop_precedes_pillow_s_resize():
     np.testing.assert_array_equal(pixels(encoded(small), size=16), np.asarray(small))
     # An odd rest goes to the right and the bottom.
     assert (recipe().box(11, 8), recipe().box(8, 13)) == ((1, 0, 9, 8), (0, 2, 8, 10))
+
+
+def test_a_crop_has_the_shape_of_the_size():
+    for (width, height), size, crop, box in [
+        # 3:2 of CelebA's 178 columns, and of its 218 rows on their side.
+        ((178, 218), "96x64", "center", (0, 49, 178, 168)),
+        ((218, 178), "64x96", "center", (49, 0, 168, 178)),
+        ((300, 100), "96x64", "center", (75, 0, 225, 100)),
+        ((96, 64), "96x64", "center", (0, 0, 96, 64)),
+        ((178, 218), "96x64", "center:120", (29, 69, 149, 149)),
+        ((178, 218), "64x96", "center:120", (49, 49, 129, 169)),
+        ((178, 218), "96x64", "squash", (0, 0, 178, 218)),
+        ((178, 218), "96x64", "25,57,128,85", (25, 57, 153, 142)),
+    ]:
+        image = picture(1, width, height)
+        shape = tuple(map(int, size.split("x")))
+        expected = image.crop(box).resize(shape, Image.Resampling.LANCZOS)
+        got = pixels(encoded(image), size=size, crop=crop)
+        np.testing.assert_array_equal(got, np.asarray(expected), err_msg=f"{size} {crop}")
+    # However flat the size is, there is a row.
+    assert pixels(encoded(picture(1, 64, 64)), size="4096x1").shape == (1, 4096, 3)
 
 
 def test_exif_orientation_precedes_the_crop():
@@ -158,6 +180,8 @@ def test_invalid_recipes_are_refused():
         ({"crop": "1,2,3"}, "--crop '1,2,3'"),
         ({"resize_filter": "nearest"}, "'nearest': use lanczos, bicubic, bilinear, box"),
         ({"channels": 4}, "4 channels"),
+        ({"size": "96x64", "crop": "25,57,128,128"}, "25,57,128,128 is not of the shape of 96x64: use .*25,57,128,85"),
+        ({"size": "64x96", "crop": "0,0,128,86"}, "not of the shape of 64x96: use center, or 0,0,57,86"),
     ]:
         with pytest.raises(BadRequestError, match=message):
             recipe(**change)
@@ -174,7 +198,7 @@ def heic(image: Image.Image, **options) -> bytes:
 
 def test_heic_is_read_upright():
     image = picture(3).convert("RGB").resize((48, 32))
-    whole = Recipe(32, "squash", "box", 3, min_side=1)
+    whole = recipe(size=32, crop="squash", resize_filter="box")
     close = np.abs(prepare(heic(image), whole).astype(int) - prepare(encoded(image, "PNG"), whole))
     # Of its colours it has a quarter; one that is not upright differs by more than 30.
     assert close.mean() < 8

@@ -40,7 +40,7 @@ def test_webdataset_reads_the_same_dataset(tmp_path, source):
         np.testing.assert_array_equal(sample["png"], np.asarray(image))
         assert index.classes[sample["cls"]] == name.split("/")[0]
     assert (index.images, index.classes, index.crop, index.resize_filter) == (60, ("cats", "dogs"), "1,2,30,40", "box")
-    assert (index.source, index.licence, index.size, index.channels) == ("pets.zip", "CC0-1.0", 16, 3)
+    assert (index.source, index.licence, index.image_shape) == ("pets.zip", "CC0-1.0", (16, 16, 3))
     assert verify_dataset(open_store(str(tmp_path)), KEY) == []
     labels = []
     for shard in index.shards:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ddpm.image_size import ImageSize
 from job.data import members
 from job.data.ahead import in_order
 from job.data.images import Recipe, prepare
@@ -207,7 +208,7 @@ def test_mnist_files_become_grey_images(tmp_path, digits, gz):
     assert [name for name, _ in entries] == [f"train/{n:02d}.pgm" for n in range(len(labels))]
     assert list(names_of(replace(source, split="test"))) == [f"test/{n}.pgm" for n in range(3)]
     assert [one.label for one in source.labelled()] == [str(label) for label in labels]
-    recipe = Recipe(28, "center", "lanczos", 1, 14)
+    recipe = Recipe(ImageSize(28, 28), "center", "lanczos", 1, 14)
     np.testing.assert_array_equal([prepare(content, recipe)[..., 0] for _, content in entries], images)
     chosen = next((tmp_path / "mnist").glob("t10k-images*"))
     source = open_source(str(chosen))

@@ -83,7 +83,7 @@ def test_latents_are_the_autoencoders(bucket, autoencoder):
     store = open_store(str(bucket))
     index, source = load_index(store, KEY), load_index(store, "datasets/tiles-16")
     assert len(index.shards) == len(source.shards) > 2
-    assert (index.size, index.channels, index.dtype, index.classes) == (8, 4, "float16", source.classes)
+    assert (str(index.size), index.channels, index.dtype, index.classes) == ("8", 4, "float16", source.classes)
     pixels = uncached_images(store, "datasets/tiles-16", source).read(np.arange(source.images))
     with torch.no_grad():
         theirs = judge(autoencoder).encode(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
@@ -101,13 +101,13 @@ def test_latents_are_the_autoencoders(bucket, autoencoder):
     assert (drawn.std(dim=(0, 2, 3)) - 1).abs().max() < 0.05
     assert "as it was packed" in succeeded(ddpm_here("data", "verify", "tiles-latents", "--bucket", bucket))
     shown = succeeded(ddpm_here("data", "show", "tiles-latents", "--bucket", bucket))
-    assert f"{index.images} as latents of 4×8×8, encoded from tiles-16" in shown
+    assert f"{index.images} as latents of 8×8×4, encoded from tiles-16" in shown
 
 
 def test_a_run_decodes_what_it_draws(bucket, autoencoder):
     store = open_store(str(bucket))
     config, index = existing_config(store, "r"), load_index(store, KEY)
-    assert (config.data.flip, config.sample.clip, config.data.channels, config.data.size) == (False, False, 4, 8)
+    assert (config.data.flip, config.sample.clip, config.image_shape) == (False, False, (4, 8, 8))
     assert verify_run(store, "r").problems == []
     rows = [json.loads(line) for path in (bucket / "runs/r/metrics").glob("*.jsonl") for line in path.open()]
     held_out = [row for row in rows if "val_loss" in row]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from ddpm.image_size import ImageSize
 from job.config import draft, preset_names, usual_of
 from job.config.presets import UsualConfig
 from job.data.shards import load_index
@@ -49,7 +50,7 @@ def test_there_is_none_for_other_runs(index):
     assert verdict_of(run_of(index, **{"train.seed": 5, "train.epochs": 7, "sample.steps": 9}), rows, index)
     assert verdict_of(run_of(index, **{"train.learning_rate": 0.5}), rows, index) is None
     assert verdict_of(run_of(index), rows, None) is None
-    other = index.model_copy(update={"size": 32})
+    other = index.model_copy(update={"size": ImageSize(32, 32)})
     assert verdict_of(run_of(index), rows, other) is None
 
 
