@@ -284,6 +284,8 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
         tensors: dict[str, Tensor] = {}
         for path in _weights(inner):
             tensors |= load_file(path)
+        # Of a network that trained with augmentation, which no sample has.
+        tensors.pop("augmentation_embedding.weight", None)
         network.load_state_dict({name: each.float() for name, each in interop.with_names_of_today(tensors).items()})
         if not 1 <= int(said["timesteps"]) <= MOST_TIMESTEPS:
             raise ValueError(f"num_train_timesteps={said['timesteps']}: from 1 to {MOST_TIMESTEPS:,}")

@@ -14,7 +14,7 @@ from PIL import Image
 import ddpm
 import job
 from job.exits import BadRequestError, MissingInputError
-from tests.job.command_line import ddpm_here, succeeded
+from tests.job.command_line import ddpm_here, settings, succeeded
 
 NOBODY = 65534
 
@@ -46,6 +46,16 @@ def test_epochs_and_weights_are_chosen(bucket):
     assert (last != first).any()
     assert (last != raw).any()
     assert job.load(uri, weights="ema-0.1", device="cpu").classes == ("coast", "desert", "hills", "mountain", "skyline")
+
+
+def test_an_export_of_an_augmented_run_loads(tiles, tmp_path):
+    bucket = shutil.copytree(tiles, tmp_path / "bucket")
+    augmented = settings(data__augment="0.1", sample__every_epochs="0")
+    train = ("train", "--dataset", "tiles", "--run", "augmented", "--epochs", 1, *augmented, "--bucket", bucket)
+    succeeded(ddpm_here(*train))
+    succeeded(ddpm_here("export", "--run", "augmented", "--bucket", bucket, "--to", tmp_path / "folder"))
+    there, here = ddpm.load(tmp_path / "folder", device="cpu"), job.load(f"{bucket}/runs/augmented", device="cpu")
+    assert (pixels(there.sample(1, steps=2)) == pixels(here.sample(1, steps=2))).all()
 
 
 def test_an_export_is_the_same_model(bucket, tmp_path):
