@@ -222,6 +222,9 @@ class Train:
     precision: Annotated[Literal["auto", "fp32", "bf16"], "auto: bf16 if the hardware has it"] = "auto"
     deterministic: Annotated[bool, "bit-identical results on GPUs of one kind; slower"] = False
     compile: Annotated[bool, "use torch.compile on CUDA"] = True
+    freeze: Annotated[
+        tuple[str, ...], "parts of the network that keep their weights, by the start of their names, such as down,mid"
+    ] = ()
 
     def check(self) -> None:
         """Raises ValueError for settings that exclude each other."""
@@ -257,6 +260,7 @@ Mults = Annotated[tuple[Mult, ...], Len(1, 12), "channel multiplier of each leve
 AttentionSizes = Annotated[tuple[Count, ...], "sizes of the levels that have attention, in pixels"]
 LayersPerLevel = Annotated[int, Interval(ge=1, le=64), "residual blocks per level of the encoder"]
 Heads = Annotated[Count, "attention heads"]
+_INPUTS = "conv_in time_embedding class_embedding augmentation_embedding"
 
 
 @dataclass(frozen=True)
@@ -267,6 +271,8 @@ class Network:
     """The only schedule whose t it takes; empty: all."""
     takes_estimates: ClassVar[bool] = True
     """Whether it has inputs for its own estimate of x_0 and for labels of augmentation."""
+    parts: ClassVar[str] = ""
+    """The names of its parts, in order, with those of inputs that a network may lack; parameters begin with them."""
 
     kind: str = ""
     num_classes: Annotated[CountOrNone | None, "null: as in the dataset; 0: unconditional"] = None
@@ -280,6 +286,8 @@ class Network:
 @dataclass(frozen=True)
 class UNet(Network):
     """The U-Net of Ho et al. (2020), appendix B; with its switches that of Dhariwal & Nichol (2021), section 3."""
+
+    parts: ClassVar[str] = f"{_INPUTS} down_blocks mid_block up_blocks conv_norm_out conv_out"
 
     kind: Literal["unet"] = "unet"
     channels: Annotated[Channels, Interval(ge=4)] = 128
@@ -313,6 +321,7 @@ class EDM2(Network):
     """The magnitude-preserving U-Net of Karras et al. (2024), configuration G; by default EDM2-S."""
 
     schedule: ClassVar[str] = "edm"
+    parts: ClassVar[str] = f"{_INPUTS} encoder middle decoder conv_out gain_out uncertainty"
 
     kind: Literal["edm2"] = "edm2"
     channels: Channels = 192
@@ -332,6 +341,8 @@ class EDM2(Network):
 @dataclass(frozen=True)
 class DiT(Network):
     """The transformer of Peebles & Xie (2023); by default DiT-S/2."""
+
+    parts: ClassVar[str] = "patches linear_1 linear_2 class_embedding augmentation_embedding blocks modulation output"
 
     kind: Literal["dit"] = "dit"
     patch_size: Annotated[Count, "height and width of a patch, in pixels"] = 2
@@ -359,6 +370,7 @@ class DomeUNet(Network):
     """The U-Net of dome272's and ErenGurs' ddpm."""
 
     takes_estimates: ClassVar[bool] = False
+    parts: ClassVar[str] = "inc down1 sa1 down2 sa2 down3 sa3 bot1 bot2 bot3 up1 sa4 up2 sa5 up3 sa6 outc label_emb"
 
     kind: Literal["dome"] = "dome"
 

@@ -31,6 +31,19 @@ def network_takes_its_inputs(config: RunConfig) -> None:
         )
 
 
+def something_is_learnt(config: RunConfig) -> None:
+    """The frozen parts are some of the network's, and leave one to learn."""
+    frozen, model, parts = config.train.freeze, config.model, config.model.parts.split()
+    for name in frozen:
+        if not any(part.startswith(name) for part in parts):
+            there = ", ".join(parts)
+            raise ValueError(f"train.freeze: model.kind={model.kind} has no part {name!r:.100}; it has {there}")
+    # Alone, these cannot learn an image.
+    minor = ["augmentation_embedding", "uncertainty", *["class_embedding", "label_emb"] * (model.num_classes == 0)]
+    if all(part.startswith((*frozen, *minor)) for part in parts):
+        raise ValueError(f"train.freeze={','.join(frozen)} freezes the whole network: leave out a part")
+
+
 def each_class_has_a_name(config: RunConfig) -> None:
     """The names of the classes are those of the network's, if there are names."""
     names, classes = len(config.data.classes), config.model.num_classes
@@ -107,6 +120,7 @@ def grid_starts_at_noise(config: RunConfig) -> None:
 RULES = (
     network_takes_image_size,
     network_takes_its_inputs,
+    something_is_learnt,
     each_class_has_a_name,
     best_checkpoint_has_a_score,
     samples_use_what_is_learnt,
