@@ -15,6 +15,7 @@ from job.requests import TrainRequest
 from job.runs import records
 from job.runs.checkpoints import list_checkpoints, sound_manifest
 from job.runs.layout import MAX_IMAGES_SEEN
+from job.runs.parent import Parent, find_parent
 from job.stop import NEVER, Stop
 from job.store import Store, open_bucket
 
@@ -152,12 +153,14 @@ class Plan(RunHandle):
         return sound_manifest(self.run, max(list_checkpoints(self.run))) is not None
 
 
-def _asked_for(request: TrainRequest, run: Store, stored: RunConfig | None) -> RunConfig:
+def _asked_for(request: TrainRequest, run: Store, stored: RunConfig | None, parent: Parent | None) -> RunConfig:
     """Returns the configuration that a request asks for, before the dataset is known; `stored` is that of its run.
 
     Raises:
         BadRequestError: the run has another dataset, or none.
     """
+    if parent is not None:
+        return parent.draft(request.own_preset, request.changes)
     if stored is None:
         return draft(request.preset_name, request.changes)
     if not stored.data.dataset:
@@ -192,7 +195,9 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, precision: str = "auto")
     bucket = open_bucket(request.bucket, stop)
     run = records.run_store(bucket, request.run)
     stored = records.load_config(run)
-    config = _asked_for(request, run, stored)
+    is_begun = stored is None and "parent.run" in request.changes
+    parent = find_parent(bucket, request.changes) if is_begun else None
+    config = _asked_for(request, run, stored, parent)
     index = load_index(bucket, find_dataset(bucket, request.dataset, config.data.size))
     if stored is not None and index.size != stored.data.size:
         name = f"{request.run}-{index.size}"
@@ -202,7 +207,11 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, precision: str = "auto")
         )
     if index.encoding and (chosen := [key for key in ("data.flip", "sample.clip") if request.changes.get(key)]):
         raise BadConfigError(f"{chosen[0]} needs pixels, and {index.name} holds latents: leave it out")
+    if parent is not None:
+        config = parent.follow(config, index, request.changes)
     config = follow_dataset(config, index)
+    if parent is not None:
+        parent.check(config)
     if config.train.precision == "auto":
         known = stored.train.precision if stored is not None else "auto"
         config = config.updated({"train.precision": precision if known == "auto" else known})

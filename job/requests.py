@@ -15,6 +15,7 @@ from job.data.shards import validated_dataset_name
 from job.exits import BadConfigError, BadRequestError, did_you_mean
 from job.pieces import Slice
 from job.runs import records
+from job.store import check_uri
 
 GIF_SEEDS = 12
 """The largest number of images in a GIF."""
@@ -55,6 +56,10 @@ class TrainRequest:
     """A service that also gets the metrics."""
     open_page: bool = False
     """Whether the browser of this machine opens the run's page."""
+    from_: str = ""
+    """`RUN[@EPOCH]`: the checkpoint of another run with whose weights a new run begins; see `job.runs.parent`."""
+    weights: str = ""
+    """Which of its weights; empty: `ema`."""
     changes: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> TrainRequest:
@@ -70,14 +75,39 @@ class TrainRequest:
             changes["train.epochs"] = self.epochs
         if self.tracker:
             changes["log.tracker"] = self.tracker
-        checked = replace(self, run=run, changes=changes)
-        draft(checked.preset_name, changes)
-        return checked
+        if not (parent := self._parent()):
+            # A setting may be one of the parent's network, which only its bucket knows.
+            draft(self.preset_name, changes)
+        return replace(self, run=run, changes=changes | parent)
+
+    @property
+    def own_preset(self) -> str:
+        """The preset of the option, else the one named like the dataset; else empty."""
+        return self.preset or (self.dataset if self.dataset in preset_names() else "")
 
     @property
     def preset_name(self) -> str:
-        """The preset of the option, else the one named like the dataset, else the small one."""
-        return self.preset or (self.dataset if self.dataset in preset_names() else EMBEDDED)
+        """The same, or the small preset."""
+        return self.own_preset or EMBEDDED
+
+    def _parent(self) -> dict[str, Any]:
+        """Returns the keys of `--from` and `--weights`; none without these options."""
+        if not self.from_ and self.weights:
+            raise BadRequestError(f"--weights {self.weights}: goes with --from RUN, whose weights a run begins with")
+        if not self.from_:
+            return {}
+        # No message repeats a URI with a user or a signature in it.
+        if not (match := re.fullmatch("([^@?]+?)/*(?:@(latest|[0-9]{1,9}))?", self.from_)):
+            raise BadRequestError("--from: use RUN[@EPOCH], such as celeba@490 or gs://theirs/runs/celeba@490")
+        run, epoch, name = match[1], match[2], match[1]
+        if "/" in run:
+            bucket, name = records.split_run(run)
+            check_uri(bucket)
+            run = run if "://" in run else str(Path(run).expanduser().absolute())
+        weights = self.weights or "ema"
+        SampleRequest(name, "", chosen={"weights": weights}).check()
+        keys = {"parent.run": run, "parent.weights": SampleConfig.model_validate({"weights": weights}).weights}
+        return keys | ({} if epoch in (None, "latest") else {"parent.epoch": int(epoch)})
 
 
 @dataclass(frozen=True)

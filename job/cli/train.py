@@ -27,6 +27,19 @@ def ddpm_train(
     epochs: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Train up to this epoch, counted from the start of the run.")
     ] = None,
+    from_: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="RUN[@EPOCH]",
+            help="Begin a new run with the weights of another, such as celeba@490 or gs://theirs/runs/celeba. "
+            "Default of EPOCH: the newest checkpoint.",
+            autocompletion=completion.runs,
+        ),
+    ] = "",
+    weights: Annotated[
+        str, typer.Option(metavar="NAME", help="Which weights of --from: ema, ema-STD or model. Default: ema.")
+    ] = "",
     preset: Preset = "",
     sets: Sets = None,
     config: SettingsFile = None,
@@ -57,6 +70,8 @@ def ddpm_train(
         ddpm train --dataset celeba --bucket gs://my-bucket
 
         ddpm train --dataset mine --epochs 200 --set train.batch_size=64
+
+        ddpm train --dataset mine --epochs 20 --from celeba@490 --set train.learning_rate=2e-5
     """
     from job.commands import train_command
     from job.requests import TrainRequest
@@ -72,5 +87,7 @@ def ddpm_train(
         wait_seconds=wait,
         tracker=tracker,
         open_page=open_page,
+        from_=from_,
+        weights=weights,
     )
     train_command(request, processes, hang_after, stop_after)

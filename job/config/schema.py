@@ -184,6 +184,32 @@ class LogConfig(Settings):
     tracker: Literal["none", "wandb", "mlflow"] = Field("none", description="service that also gets the metrics")
 
 
+class ParentConfig(Settings):
+    """The checkpoint of another run with whose weights the run began; all null without `ddpm train --from`."""
+
+    run: str | None = Field(None, description="run of the weights to begin with: a name in this bucket, or a URI")
+    epoch: int | None = Field(None, ge=0, le=LARGEST, description="epoch that its checkpoint ends, if it ends one")
+    checkpoint: str | None = Field(None, pattern="^[0-9]{6}-[0-9]{12}$", description="name of the checkpoint")
+    weights: str | None = Field(
+        None, pattern=r"^(ema|model|ema-0\.[0-9]{1,6})$", description="its weights, such as ema"
+    )
+    sha256: str | None = Field(None, description="SHA-256 of the record that names the files of these weights")
+    before: str | None = Field(None, description="the origin of that run in turn")
+
+    @property
+    def words(self) -> str:
+        """The checkpoint, for people: `celeba@490 (ema)`; empty without one."""
+        if self.run is None or self.checkpoint is None:
+            return ""
+        at = f" at {int(self.checkpoint[7:]):,} images" if self.epoch is None else f"@{self.epoch}"
+        return f"{self.run}{at} ({self.weights})"
+
+    @property
+    def lineage(self) -> str:
+        """The same, and the origin of that run."""
+        return f"{self.words}, before that {self.before}" if self.before else self.words
+
+
 class RunConfig(Settings):
     """The whole configuration of a run."""
 
@@ -198,6 +224,7 @@ class RunConfig(Settings):
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     log: LogConfig = LogConfig()
+    parent: ParentConfig = ParentConfig()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -212,7 +239,10 @@ class RunConfig(Settings):
 
     def to_yaml(self) -> str:
         """Returns the text of `config.yaml`."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        # Settings that a run does without are left out: programs from before these settings read it, too.
+        without: dict[str, Any] = {} if self.parent.run else {"parent": True}
+        without |= {} if self.train.freeze else {"train": {"freeze"}}
+        return yaml.safe_dump(self.model_dump(mode="json", exclude=without), sort_keys=False)
 
     def flat(self) -> dict[str, Any]:
         """Returns all values by their dotted keys, such as `train.batch_size`."""

@@ -126,10 +126,13 @@ def show_run(bucket_uri: str, name: str, *, as_json: bool = False) -> None:
     moments, attempts = [moment_of(label) for label in labels], list(_attempts(run))
     if as_json:
         more = {"dataset": config.data.dataset, "size": config.data.size, "checkpoints": moments, "attempts": attempts}
-        print_json(summary | more | {"outputs": [uri for _, uri in outputs_of(run)]})
+        outputs = [uri for _, uri in outputs_of(run)]
+        print_json({**summary, **more, "from": config.parent.model_dump(), "outputs": outputs})
         return
     lines = [("run", f"{name}  ({run.uri})")]
     lines += [("dataset", f"{config.data.dataset}-{config.data.size}" if config.data.dataset else "none")]
+    if config.parent.run:
+        lines += [("from", f"{config.parent.lineage}, sha256 {config.parent.sha256:.16}…")]
     if summary["updated"] is not None:
         state, _, _, loss, speed, _ = progress_cells(summary)
         again = " (the same command goes on)" if state == State.CUT_OFF else ""

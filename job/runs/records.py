@@ -47,6 +47,20 @@ def run_store(bucket: Store, name: str) -> Store:
     return bucket.sub(f"{RUNS}/{validated_run_name(name)}")
 
 
+def split_run(uri: str) -> tuple[str, str]:
+    """Splits the folder of a run, such as `gs://my-bucket/runs/celeba` or `bucket/runs/celeba`, into bucket and name.
+
+    Raises:
+        BadRequestError: it is not the folder of a run.
+    """
+    uri = uri.rstrip("/")
+    match = re.fullmatch(rf"(?:(.*)/)?{RUNS}/([^/]+)", uri)
+    if match is None:
+        raise BadRequestError(f"{uri!r} is not the folder of a run: use one such as gs://my-bucket/runs/celeba")
+    # A bucket may lie at the root of a disk.
+    return match[1] or ("/" if uri.startswith("/") else "."), match[2]
+
+
 def load_config(run: Store) -> RunConfig | None:
     """Returns the run's stored configuration; None if the bucket lacks the run.
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ddpm import training
+from job.config import method
 from job.evaluation.evaluation_plan import check_scores_in_training
 from job.exits import JobError, LostRunError, NotANumberError, State, StoppedError
 from job.plan import Plan, plan_run
@@ -28,6 +29,7 @@ from job.requests import TrainRequest, check_world_size
 from job.runs import metric_rows, records
 from job.runs.checkpoints import Manifest, newest_good
 from job.runs.layout import CheckpointRef
+from job.runs.parent import opened_parent
 from job.runs.writer import CheckpointWriter, LeasedRun
 from job.stop import NEVER, Stop
 from job.store import open_bucket
@@ -194,27 +196,29 @@ def _restore(
     attempt: records.Attempt,
     damaged: set[CheckpointRef],
 ) -> Manifest | None:
-    """Loads the newest checkpoint that verifies, if there is one. Collective.
+    """Loads the newest checkpoint that verifies; if there is none, the weights that the run begins with. Collective.
 
     The main process reads it once and broadcasts it; checkpoints that do not verify go into `damaged`.
     """
-    tensors = state.tensors()
+    tensors, begins_from = state.tensors(), plan.config.parent.run
 
     def load() -> Manifest | None:
         with newest_good(plan.run, note, damaged) as restored:
             if restored is None:
+                if begins_from:
+                    _load_parent(state, plan)
                 return None
             restored.copy_into(tensors)
             return restored.manifest
 
     manifest = ranks.on_main(load)
-    if manifest is None:
-        note(f"beginning, image 0, attempt {attempt.fence}")
-        return None
-    if dist.is_initialized():
+    if dist.is_initialized() and (manifest or begins_from):
         for named in tensors.values():
             for tensor in named.values():
                 dist.broadcast(tensor, src=0)
+    if manifest is None:
+        note(f"beginning, image 0, attempt {attempt.fence}")
+        return None
     images_seen = manifest.images_seen
     state.resume_at(images_seen, plan.config.train.batch_size)
     if ranks.is_main:
@@ -223,6 +227,18 @@ def _restore(
     epoch = images_seen / plan.index.images
     note(f"resuming at epoch {epoch:.1f}, image {images_seen:,}, attempt {attempt.fence}")
     return manifest
+
+
+def _load_parent(state: training.TrainState, plan: Plan) -> None:
+    """Loads the weights that the run begins with, also as its averages. Main process only."""
+    parent, weights = plan.config.parent, state.tensors()["model"]
+    assert parent.weights is not None
+    with opened_parent(plan.bucket, parent) as restored:
+        others = restored.copy_into({parent.weights: weights}, method.parameters_of_classes(plan.config))
+    for average in state.averages.values():
+        average.update(state.model, decay=0.0)
+    but = f", but for {', '.join(sorted(others))}: the number of classes is another" if others else ""
+    note(f"the first weights are those of {parent.lineage}{but}")
 
 
 @contextmanager
