@@ -196,7 +196,7 @@ def _restore(
     attempt: records.Attempt,
     damaged: set[CheckpointRef],
 ) -> Manifest | None:
-    """Loads the newest checkpoint that verifies; if there is none, the weights that the run begins with. Collective.
+    """Loads the newest checkpoint that verifies, or in a new run the weights that it begins with, if any. Collective.
 
     The main process reads it once and broadcasts it; checkpoints that do not verify go into `damaged`.
     """

@@ -8,6 +8,10 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from importlib import resources
 from itertools import count
 from pathlib import Path
 
@@ -19,10 +23,11 @@ from safetensors.numpy import load_file
 
 from job.exits import Exit, StoppedError
 from job.requests import TrainRequest
-from job.runs.checkpoints import Manifest
+from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest
+from job.runs.metric_rows import read_rows
 from job.store import open_store
 from job.training.attempt import run_training
-from tests.job.command_line import ddpm_here, refused, succeeded
+from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.some_images import folder_of, png
 from tests.job.stops import StopWhen
 from tests.job.test_train import final_state
@@ -250,3 +255,40 @@ def test_a_resumed_child_is_bit_equal(bucket):
     for group in ("model", "ema", "ema-0.1"):
         assert unequal(given, weights(bucket, "whole", 312, group)) == given.keys() - frozen
     assert not any(name.endswith(tuple(frozen)) for name in weights(bucket, "whole", 312, "optimizer"))
+
+
+@pytest.mark.slow
+def test_fine_tuning_on_one_class_needs_a_tenth_of_the_images(tmp_path):
+    """Of a tenth of the images it learns more than another run of all of them, on images that no run has seen."""
+    bucket, images = tmp_path / "bucket", tmp_path / "images"
+    with zipfile.ZipFile(resources.files("job") / "datasets" / "landscape-sample.zip") as archive:
+        archive.extractall(images)
+    shutil.copytree(images / "coast", tmp_path / "one" / "coast")
+    for source, name in ((images, "all"), (tmp_path / "one", "coast")):
+        words = (source, name, "--size", 16, "--hold-out", "20%", "--bucket", bucket)
+        succeeded(ddpm_here("data", "pack", *words))
+    unseen = set(pixels(bucket / "datasets/coast-held-out-16"))
+    assert len(unseen) > 10 and not unseen & set(pixels(bucket / "datasets/all-16"))
+
+    def validated(run: str, dataset: str, epochs: int, *words: object, **changes: str) -> dict[int, float]:
+        usual = {"model__channels": "16", "model__layers_per_level": "1", "ema__decay": "0.95"}
+        usual |= {"train__batch_size": "16", "train__learning_rate": "4e-3", "train__warmup_images": "320"}
+        about = ("--dataset", dataset, "--run", run, "--epochs", epochs, "--bucket", bucket)
+        succeeded(ddpm_here("train", *about, *words, *settings(**usual | changes)))
+        store = open_store(str(bucket)).sub(f"runs/{run}")
+        rows = read_rows(store, load_manifest(store, max(list_checkpoints(store))).metrics)
+        return {row["images_seen"]: row["val_loss"] for row in rows if "val_loss" in row}
+
+    validated("all", "all", 20, log__validate_epochs="0")
+    tuned = validated("tuned", "coast", 4, "--from", "all", train__warmup_images="0", train__learning_rate="1e-3")
+    anew = validated("anew", "coast", 40)
+    assert max(anew) > 9 * max(tuned)
+    assert min(tuned) == 0 and tuned[max(tuned)] < tuned[0]
+    assert tuned[max(tuned)] < 0.95 * min(anew.values())
+
+
+def pixels(dataset: Path) -> Iterator[bytes]:
+    """The images of a packed dataset, as they lie in its shards."""
+    for path in dataset.glob("*.tar"):
+        with tarfile.open(path) as shard:
+            yield from (shard.extractfile(member).read() for member in shard if not member.name.endswith(".cls"))
