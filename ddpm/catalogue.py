@@ -222,9 +222,7 @@ class Train:
     precision: Annotated[Literal["auto", "fp32", "bf16"], "auto: bf16 if the hardware has it"] = "auto"
     deterministic: Annotated[bool, "bit-identical results on GPUs of one kind; slower"] = False
     compile: Annotated[bool, "use torch.compile on CUDA"] = True
-    freeze: Annotated[
-        tuple[str, ...], "parts of the network that keep their weights, by the start of their names, such as down,mid"
-    ] = ()
+    freeze: Annotated[tuple[str, ...], "network parts that do not learn, by the start of their names: down,mid"] = ()
 
     def check(self) -> None:
         """Raises ValueError for settings that exclude each other."""
@@ -261,6 +259,8 @@ AttentionSizes = Annotated[tuple[Count, ...], "sizes of the levels that have att
 LayersPerLevel = Annotated[int, Interval(ge=1, le=64), "residual blocks per level of the encoder"]
 Heads = Annotated[Count, "attention heads"]
 _INPUTS = "conv_in time_embedding class_embedding augmentation_embedding"
+OF_CLASSES = ("class_embedding", "label_emb")
+"""The parts of networks whose shape depends on the number of classes."""
 
 
 @dataclass(frozen=True)

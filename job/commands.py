@@ -69,7 +69,7 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
             if not isinstance(error, NoDatasetError) and how_packed(request.bucket, request.dataset, None):
                 raise
             size = error.size if isinstance(error, NoDatasetError) else request.changes.get("data.size")
-            size_pixels = size or _usual_size_pixels(request.preset_name)
+            size_pixels = size or _usual_size_pixels(request.preset_name())
             raise MissingInputError(how_to_pack(request.bucket, request.dataset, size_pixels)) from None
         processes = processes or default_processes()
         check_world_size(processes * here.nodes, plan.config.train.batch_size)

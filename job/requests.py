@@ -15,7 +15,6 @@ from job.data.shards import validated_dataset_name
 from job.exits import BadConfigError, BadRequestError, did_you_mean
 from job.pieces import Slice
 from job.runs import records
-from job.store import check_uri
 
 GIF_SEEDS = 12
 """The largest number of images in a GIF."""
@@ -57,7 +56,7 @@ class TrainRequest:
     open_page: bool = False
     """Whether the browser of this machine opens the run's page."""
     from_: str = ""
-    """`RUN[@EPOCH]`: the checkpoint of another run with whose weights a new run begins; see `job.runs.parent`."""
+    """`RUN[@EPOCH]`: the checkpoint of another run, its parent, with whose weights a new run begins."""
     weights: str = ""
     """Which of its weights; empty: `ema`."""
     changes: dict[str, Any] = field(default_factory=dict)
@@ -75,39 +74,30 @@ class TrainRequest:
             changes["train.epochs"] = self.epochs
         if self.tracker:
             changes["log.tracker"] = self.tracker
-        if not (parent := self._parent()):
-            # A setting may be one of the parent's network, which only its bucket knows.
-            draft(self.preset_name, changes)
-        return replace(self, run=run, changes=changes | parent)
+        changes |= (parent := self._parent())
+        if not parent:
+            # Otherwise a setting may be one of the parent's network, which is not known yet.
+            draft(self.preset_name(), changes)
+        return replace(self, run=run, changes=changes)
 
-    @property
-    def own_preset(self) -> str:
-        """The preset of the option, else the one named like the dataset; else empty."""
-        return self.preset or (self.dataset if self.dataset in preset_names() else "")
-
-    @property
-    def preset_name(self) -> str:
-        """The same, or the small preset."""
-        return self.own_preset or EMBEDDED
+    def preset_name(self, default: str = EMBEDDED) -> str:
+        """Returns the preset of the option, else the one named like the dataset, else the default."""
+        return self.preset or (self.dataset if self.dataset in preset_names() else default)
 
     def _parent(self) -> dict[str, Any]:
-        """Returns the keys of `--from` and `--weights`; none without these options."""
-        if not self.from_ and self.weights:
-            raise BadRequestError(f"--weights {self.weights}: goes with --from RUN, whose weights a run begins with")
-        if not self.from_:
+        """Returns the keys of the section `parent` that `--from` and `--weights` give."""
+        if not self.from_ + self.weights:
             return {}
         # No message repeats a URI with a user or a signature in it.
-        if not (match := re.fullmatch("([^@?]+?)/*(?:@(latest|[0-9]{1,9}))?", self.from_)):
+        if not (match := re.fullmatch("([^@?]+?)/*(?:@(?:latest|([0-9]{1,9})))?", self.from_)):
             raise BadRequestError("--from: use RUN[@EPOCH], such as celeba@490 or gs://theirs/runs/celeba@490")
-        run, epoch, name = match[1], match[2], match[1]
+        run, name, chosen = match[1], match[1], {"weights": self.weights or "ema"}
         if "/" in run:
-            bucket, name = records.split_run(run)
-            check_uri(bucket)
+            _, name = records.split_run(run)
             run = run if "://" in run else str(Path(run).expanduser().absolute())
-        weights = self.weights or "ema"
-        SampleRequest(name, "", chosen={"weights": weights}).check()
-        keys = {"parent.run": run, "parent.weights": SampleConfig.model_validate({"weights": weights}).weights}
-        return keys | ({} if epoch in (None, "latest") else {"parent.epoch": int(epoch)})
+        SampleRequest(name, "", chosen=chosen).check()
+        epoch = {"parent.epoch": int(match[2])} if match[2] else {}
+        return {"parent.run": run, "parent.weights": SampleConfig.model_validate(chosen).weights, **epoch}
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,6 @@ _SAME = {
     "num_samples": "count",
     "num_train_epochs": "epochs",
     "output_dir": "bucket",
-    "pretrained": "from_",
     "pretrained_model_name_or_path": "from_",
     "resolution": "data.size",
     "seed": "seeds",

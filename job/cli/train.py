@@ -18,6 +18,8 @@ from job.cli.options import (
     StopAfter,
 )
 
+_FROM = "Begin a new run with the weights of another: a name, or a URI such as gs://theirs/runs/celeba@490."
+
 
 def ddpm_train(
     dataset: Dataset,
@@ -28,18 +30,9 @@ def ddpm_train(
         int | None, typer.Option(metavar="N", min=1, help="Train up to this epoch, counted from the start of the run.")
     ] = None,
     from_: Annotated[
-        str,
-        typer.Option(
-            "--from",
-            metavar="RUN[@EPOCH]",
-            help="Begin a new run with the weights of another, such as celeba@490 or gs://theirs/runs/celeba. "
-            "Default of EPOCH: the newest checkpoint.",
-            autocompletion=completion.runs,
-        ),
+        str, typer.Option("--from", metavar="RUN[@EPOCH]", help=_FROM, autocompletion=completion.runs)
     ] = "",
-    weights: Annotated[
-        str, typer.Option(metavar="NAME", help="Which weights of --from: ema, ema-STD or model. Default: ema.")
-    ] = "",
+    weights: Annotated[str, typer.Option(metavar="NAME", help="For --from: ema, ema-STD, model. Default: ema.")] = "",
     preset: Preset = "",
     sets: Sets = None,
     config: SettingsFile = None,

@@ -27,7 +27,6 @@ from job.config.resolve import parse_sets as parse_sets
 from job.config.resolve import read_config_file as read_config_file
 from job.config.schema import DataConfig as DataConfig
 from job.config.schema import Drawing as Drawing
-from job.config.schema import ParentConfig as ParentConfig
 from job.config.schema import RunConfig as RunConfig
 from job.config.schema import SampleConfig as SampleConfig
 from job.config.schema import flatten as flatten

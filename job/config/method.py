@@ -44,19 +44,6 @@ def build_network(config: RunConfig, device: torch.device) -> nn.Module:
     return network
 
 
-def shapes_of(config: RunConfig) -> dict[str, torch.Size]:
-    """Returns the shapes of the parameters of a configuration's network, without memory for them."""
-    with torch.device("meta"):
-        return {name: p.shape for name, p in build_network(config, torch.device("meta")).named_parameters()}
-
-
-def parameters_of_classes(config: RunConfig) -> set[str]:
-    """Returns the names of the parameters that depend on the number of classes, also if the network has none."""
-    ours = shapes_of(config)
-    others = shapes_of(config.updated({"model.num_classes": (config.model.num_classes or 0) + 1}))
-    return {name for name, shape in others.items() if ours.get(name) != shape}
-
-
 def model_of(
     config: RunConfig,
     device: torch.device,

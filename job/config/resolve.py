@@ -11,7 +11,7 @@ import yaml
 
 from job.config.networks import NETWORKS
 from job.config.presets import preset_keys
-from job.config.schema import ParentConfig, RunConfig, flatten, layered, validated
+from job.config.schema import RunConfig, flatten, layered, validated
 from job.config.yaml_files import parse_mapping, parse_yaml, read_settings
 from job.exits import BadConfigError, MissingInputError
 
@@ -41,7 +41,7 @@ CHOSEN_ELSEWHERE = {
     "data.classes": "ddpm import",
     "data.order": PROGRAM,
     **dict.fromkeys(("sample.autoguidance", "sample.autoguidance_run"), "ddpm sample --autoguidance [RUN@]EPOCH"),
-    **dict.fromkeys((f"parent.{key}" for key in ParentConfig.model_fields), "--from RUN[@EPOCH] and --weights"),
+    **{key: "--from RUN[@EPOCH] and --weights" for key in RunConfig().flat() if key.startswith("parent.")},
 }
 """Keys that neither `--set` nor a file may set, and the option that sets them instead."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ddpm.catalogue import GRIDS, METRICS, SCHEDULES
+from ddpm.catalogue import GRIDS, METRICS, OF_CLASSES, SCHEDULES
 
 if TYPE_CHECKING:
     from job.config.schema import RunConfig
@@ -33,13 +33,11 @@ def network_takes_its_inputs(config: RunConfig) -> None:
 
 def something_is_learnt(config: RunConfig) -> None:
     """The frozen parts are some of the network's, and leave one to learn."""
-    frozen, model, parts = config.train.freeze, config.model, config.model.parts.split()
-    for name in frozen:
-        if not any(part.startswith(name) for part in parts):
-            there = ", ".join(parts)
-            raise ValueError(f"train.freeze: model.kind={model.kind} has no part {name!r:.100}; it has {there}")
+    frozen, kind, parts = config.train.freeze, config.model.kind, config.model.parts.split()
+    if unknown := [name for name in frozen if not any(part.startswith(name) for part in parts)]:
+        raise ValueError(f"train.freeze: model.kind={kind} has no part {unknown[0]!r:.100}, but {', '.join(parts)}")
     # Alone, these cannot learn an image.
-    minor = ["augmentation_embedding", "uncertainty", *["class_embedding", "label_emb"] * (model.num_classes == 0)]
+    minor = ("augmentation_embedding", "uncertainty", *(OF_CLASSES * (config.model.num_classes == 0)))
     if all(part.startswith((*frozen, *minor)) for part in parts):
         raise ValueError(f"train.freeze={','.join(frozen)} freezes the whole network: leave out a part")
 

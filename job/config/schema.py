@@ -187,27 +187,22 @@ class LogConfig(Settings):
 class ParentConfig(Settings):
     """The checkpoint of another run with whose weights the run began; all null without `ddpm train --from`."""
 
-    run: str | None = Field(None, description="run of the weights to begin with: a name in this bucket, or a URI")
+    run: str | None = Field(None, description="run that gave the first weights: a name in this bucket, or a URI")
     epoch: int | None = Field(None, ge=0, le=LARGEST, description="epoch that its checkpoint ends, if it ends one")
+    weights: str | None = Field(None, description="which of its weights: ema, ema-STD or model")
     checkpoint: str | None = Field(None, pattern="^[0-9]{6}-[0-9]{12}$", description="name of the checkpoint")
-    weights: str | None = Field(
-        None, pattern=r"^(ema|model|ema-0\.[0-9]{1,6})$", description="its weights, such as ema"
-    )
-    sha256: str | None = Field(None, description="SHA-256 of the record that names the files of these weights")
-    before: str | None = Field(None, description="the origin of that run in turn")
+    sha256: str | None = Field(None, description="SHA-256 of the record that names the files of the weights")
+    before: str | None = Field(None, description="the parents of that run in turn, for people")
 
     @property
-    def words(self) -> str:
-        """The checkpoint, for people: `celeba@490 (ema)`; empty without one."""
-        if self.run is None or self.checkpoint is None:
-            return ""
-        at = f" at {int(self.checkpoint[7:]):,} images" if self.epoch is None else f"@{self.epoch}"
-        return f"{self.run}{at} ({self.weights})"
+    def name(self) -> str:
+        """The checkpoint as `--from` takes it, such as `celeba@490`."""
+        return str(self.run) if self.epoch is None else f"{self.run}@{self.epoch}"
 
     @property
     def lineage(self) -> str:
-        """The same, and the origin of that run."""
-        return f"{self.words}, before that {self.before}" if self.before else self.words
+        """The origins of the weights, for people: `celeba@490 (ema), before that lsun@30 (ema)`."""
+        return f"{self.name} ({self.weights})" + (f", before that {self.before}" if self.before else "")
 
 
 class RunConfig(Settings):

@@ -18,7 +18,6 @@ from job.config import (
     FREE,
     FREE_SECTIONS,
     LARGEST,
-    ParentConfig,
     RunConfig,
     draft,
     layered,
@@ -52,7 +51,7 @@ _NOT_IMPORTED: dict[str, Any] = {
     "sample.autoguidance": 0,
     "sample.autoguidance_run": "",
     "log.tracker": "none",
-    **dict.fromkeys((f"parent.{key}" for key in ParentConfig.model_fields), None),
+    **{key: None for key in RunConfig().flat() if key.startswith("parent.")},
 }
 """Settings that name something in the bucket or in the account of the source, with their values in an import."""
 
@@ -249,7 +248,8 @@ def _state(config: RunConfig, foreign: Foreign, source: str) -> TrainState:
     plain = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
     # Shapes are checked first: a forged configuration must not fill the memory.
-    expected = method.shapes_of(config)
+    with torch.device("meta"):
+        expected = {name: p.shape for name, p in method.build_network(config, torch.device("meta")).named_parameters()}
     says = f"{source} looks like {foreign.what}, and"
     for name in sorted(expected.keys() ^ foreign.tensors.keys()):
         what = "lacks the tensor" if name in expected else "has a tensor that such a network does not have,"

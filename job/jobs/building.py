@@ -147,8 +147,7 @@ def _adapted(
             command, run = _training(command, request, target, resources), request.changes.get("parent.run", "")
             if "/" not in run:
                 return command, []
-            uri = _uri_for_jobs("--from", run, target)
-            epoch = request.changes.get("parent.epoch", "latest")
+            uri, epoch = _uri_for_jobs("--from", run, target), request.changes.get("parent.epoch", "latest")
             return command.with_values(from_=f"{uri}@{epoch}"), [split_run(uri)[0]]
         case SampleRequest():
             _check_files(request, target)
@@ -205,7 +204,7 @@ def _training(command: ParsedCommand, request: TrainRequest, target: Target, res
     if "train.batch_size" in request.changes:
         gpus = target.gpus if resources.gpus is None and target.is_remote else resources.gpus
         key = "train.batch_size"
-        batch_size = draft(request.preset_name, {key: request.changes[key]}).train.batch_size
+        batch_size = draft(request.preset_name(), {key: request.changes[key]}).train.batch_size
         check_world_size((command.values["processes"] or gpus or 1) * resources.nodes, batch_size)
     if not target.is_in_place:
         if request.open_page:

@@ -109,8 +109,7 @@ class Facts:
         sets = [word for key, value in chosen.items() for word in ("--set", f"{key}={shown(value)}")]
         preset = ["--preset", self.config.preset] if self.config.preset else []
         if (parent := self.config.parent).run:
-            at = "" if parent.epoch is None else f"@{parent.epoch}"
-            preset += ["--from", f"{parent.run}{at}", "--weights", str(parent.weights)]
+            preset += ["--from", parent.name, "--weights", str(parent.weights)]
         # Names are limited to 63 characters.
         return shlex.join(["ddpm", "train", *self._about(f"{self.name[:57]}-again"), *preset, *sets])
 

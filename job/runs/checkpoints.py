@@ -14,7 +14,7 @@ loss of a manifest.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -287,10 +287,11 @@ class Restored:
     files: dict[str, list[Path]]
     """By group."""
 
-    def copy_into(self, tensors: dict[str, dict[str, Any]], may_differ: Collection[str] = ()) -> set[str]:
+    def copy_into(self, tensors: dict[str, dict[str, Any]], may_differ: tuple[str, ...] = ()) -> set[str]:
         """Copies the files' values into live tensors, by group and name, and keeps the live memory layout.
 
-        Returns the names of the tensors that `may_differ` and do: one side lacks them, or has another shape.
+        Tensors whose names begin with one of `may_differ` may be on one side alone, or have another shape there. They
+        keep their values, and their names are returned.
 
         Raises:
             BadDataError: names or shapes do not match, or a file is not in the format of safetensors.
@@ -307,7 +308,7 @@ class Restored:
                         for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
                             target, value = wanted.get(name), file.get_tensor(name)
                             if target is None or target.shape != value.shape:
-                                if name not in may_differ:
+                                if not name.startswith(may_differ):
                                     raise BadDataError(f"{where}: tensor {name!r} does not fit this configuration")
                                 differing.add(name)
                                 continue
@@ -315,7 +316,7 @@ class Restored:
                             missing.discard(name)
                 except SafetensorError as error:
                     raise BadDataError(f"{where} holds no tensors ({error})") from None
-            if lost := missing - set(may_differ):
+            if lost := [name for name in missing if not name.startswith(may_differ)]:
                 raise BadDataError(f"{self.manifest.ref.key}: tensor {min(lost)!r} is in no {group} file")
             differing |= missing
         return differing

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from ddpm import training
-from job.config import method
+from ddpm.catalogue import OF_CLASSES
 from job.evaluation.evaluation_plan import check_scores_in_training
-from job.exits import JobError, LostRunError, NotANumberError, State, StoppedError
+from job.exits import BadDataError, JobError, LostRunError, MissingInputError, NotANumberError, State, StoppedError
 from job.plan import Plan, plan_run
 from job.processes import compute
 from job.processes.launched import is_launched
@@ -27,9 +27,9 @@ from job.report.command import open_page
 from job.report.picture_cache import PictureCache
 from job.requests import TrainRequest, check_world_size
 from job.runs import metric_rows, records
-from job.runs.checkpoints import Manifest, newest_good
+from job.runs.checkpoints import Manifest, check_average, newest_good, opened
 from job.runs.layout import CheckpointRef
-from job.runs.parent import opened_parent
+from job.runs.readers import reading
 from job.runs.writer import CheckpointWriter, LeasedRun
 from job.stop import NEVER, Stop
 from job.store import open_bucket
@@ -230,11 +230,23 @@ def _restore(
 
 
 def _load_parent(state: training.TrainState, plan: Plan) -> None:
-    """Loads the weights that the run begins with, also as its averages. Main process only."""
-    parent, weights = plan.config.parent, state.tensors()["model"]
-    assert parent.weights is not None
-    with opened_parent(plan.bucket, parent) as restored:
-        others = restored.copy_into({parent.weights: weights}, method.parameters_of_classes(plan.config))
+    """Loads the weights that the run begins with, also as its averages. Main process only.
+
+    Raises:
+        MissingInputError, BadDataError: they are gone, or others than at the time of the pinning.
+    """
+    parent = plan.config.parent
+    assert parent.run and parent.checkpoint and parent.weights
+    at, name = records.place_of_run(plan.bucket, parent.run)
+    run, ref = records.run_store(at, name), CheckpointRef.parse(parent.checkpoint)
+    what_to_do = "restore it, or delete the run that begins with it, and begin another"
+    try:
+        if check_average(run, ref, parent.weights, name).sha256 != parent.sha256:
+            raise BadDataError(f"{run.uri}/{ref.key} has changed since it was pinned: {what_to_do}")
+        with reading(run, ref), opened(run, ref, (parent.weights,)) as restored:
+            others = restored.copy_into({parent.weights: state.tensors()["model"]}, OF_CLASSES)
+    except MissingInputError as error:
+        raise MissingInputError(f"{run.uri}/{ref.key} is gone ({error}): {what_to_do}") from None
     for average in state.averages.values():
         average.update(state.model, decay=0.0)
     but = f", but for {', '.join(sorted(others))}: the number of classes is another" if others else ""

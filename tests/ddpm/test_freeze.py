@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from ddpm import networks, training
 from ddpm.augment import Augmentation
-from ddpm.catalogue import NETWORKS, Diffusion, Train
+from ddpm.catalogue import NETWORKS, OF_CLASSES, Diffusion, Train
 from ddpm.ema import Exponential, PowerFunction
 from ddpm.objective import Objective
 from ddpm.prediction import Prediction
@@ -28,10 +28,10 @@ SIZES = {
 }
 
 
-def network_of(kind: str) -> torch.nn.Module:
+def network_of(kind: str, num_classes: int = 3) -> torch.nn.Module:
     """A network with all its inputs, whose weights have no unit magnitude."""
     labels = {"augmentation_labels": 9} if NETWORKS[kind].takes_estimates else {}
-    shape = {"image_size": 16, "in_channels": 3, "out_channels": 3, "num_classes": 3}
+    shape = {"image_size": 16, "in_channels": 3, "out_channels": 3, "num_classes": num_classes}
     network = networks.build(kind, **shape, **labels, **SIZES[kind])
     randomise(network)
     return network
@@ -42,6 +42,10 @@ def test_the_catalogue_names_the_parts(kind: str) -> None:
     learnt = [name for name, parameter in network_of(kind).named_parameters() if parameter.requires_grad]
     assert {name.partition(".")[0] for name in learnt} == {*NETWORKS[kind].parts.split()}
     assert "parts" not in {field.name for field in fields(NETWORKS[kind])}
+    three, four = ({name: p.shape for name, p in network_of(kind, n).named_parameters()} for n in (3, 4))
+    assert (
+        {name for name in three if three[name] != four[name]} == {n for n in three if n.startswith(OF_CLASSES)} != set()
+    )
 
 
 @pytest.mark.parametrize(
