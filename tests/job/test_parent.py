@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
-from safetensors.numpy import load_file
+from safetensors.numpy import load, load_file
 
 from job.exits import Exit, StoppedError
 from job.requests import TrainRequest
@@ -28,6 +28,7 @@ from job.runs.metric_rows import read_rows
 from job.store import open_store
 from job.training.attempt import run_training
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
+from tests.job.runs.whole_runs import copy_objects
 from tests.job.some_images import folder_of, png
 from tests.job.stops import StopWhen
 from tests.job.test_train import final_state
@@ -103,6 +104,21 @@ def test_the_parent_gives_the_first_weights_and_is_not_needed_again(bucket):
     assert lineage in (bucket / "runs/grandchild/report.html").read_text()
     succeeded(ddpm_here("export", "--run", "grandchild", "--to", bucket / "out", "--bucket", bucket))
     assert f"It began with the weights of {lineage}." in (bucket / "out/README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_parent_may_lie_in_a_bucket_of_another_cloud(bucket, gcs_bucket):
+    copy_objects(open_store(str(bucket)), open_store(gcs_bucket), "datasets/tiles-16", "runs/walk")
+    shutil.rmtree(bucket / "runs/walk")
+    uri = f"{gcs_bucket}/runs/walk"
+    assert "there are: 1, 3" in refused(child(bucket, of=f"{uri}@2"), Exit.MISSING_INPUT)
+    succeeded(child(bucket, "--epochs", 1, of=f"{uri}/@3"))
+    parent = config_of(bucket)["parent"]
+    assert (parent["run"], parent["epoch"], parent["weights"]) == (uri, 3, "ema")
+    key = f"runs/walk/checkpoints/{parent['checkpoint']}/{FILES['ema']}.safetensors"
+    assert unequal(load(open_store(gcs_bucket).read(key).data), weights(bucket, "child", 0, "model")) == set()
+    # A mark of its reader does not stay.
+    assert list(open_store(gcs_bucket).list("runs/walk/reading")) == []
 
 
 @pytest.mark.slow
