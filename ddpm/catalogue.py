@@ -224,6 +224,7 @@ class Train:
     precision: Annotated[Literal["auto", "fp32", "bf16"], "auto: bf16 if the hardware has it"] = "auto"
     deterministic: Annotated[bool, "bit-identical results on GPUs of one kind; slower"] = False
     compile: Annotated[bool, "use torch.compile on CUDA"] = True
+    freeze: Annotated[tuple[str, ...], "network parts that do not learn, by the start of their names: down,mid"] = ()
 
     def check(self) -> None:
         """Raises ValueError for settings that exclude each other."""
@@ -259,6 +260,9 @@ Mults = Annotated[tuple[Mult, ...], Len(1, 12), "channel multiplier of each leve
 AttentionSizes = Annotated[tuple[Count, ...], "sizes of the levels that have attention: their shorter side, in pixels"]
 LayersPerLevel = Annotated[int, Interval(ge=1, le=64), "residual blocks per level of the encoder"]
 Heads = Annotated[Count, "attention heads"]
+_INPUTS = "conv_in time_embedding class_embedding augmentation_embedding"
+OF_CLASSES = ("class_embedding", "label_emb")
+"""The parts of networks whose shape depends on the number of classes."""
 
 
 @dataclass(frozen=True)
@@ -269,6 +273,8 @@ class Network:
     """The only schedule whose t it takes; empty: all."""
     takes_estimates: ClassVar[bool] = True
     """Whether it has inputs for its own estimate of x_0 and for labels of augmentation."""
+    parts: ClassVar[str] = ""
+    """The names of its parts, in order, with those of inputs that a network may lack; parameters begin with them."""
 
     kind: str = ""
     num_classes: Annotated[CountOrNone | None, "null: as in the dataset; 0: unconditional"] = None
@@ -282,6 +288,8 @@ class Network:
 @dataclass(frozen=True)
 class UNet(Network):
     """The U-Net of Ho et al. (2020), appendix B; with its switches that of Dhariwal & Nichol (2021), section 3."""
+
+    parts: ClassVar[str] = f"{_INPUTS} down_blocks mid_block up_blocks conv_norm_out conv_out"
 
     kind: Literal["unet"] = "unet"
     channels: Annotated[Channels, Interval(ge=4)] = 128
@@ -315,6 +323,7 @@ class EDM2(Network):
     """The magnitude-preserving U-Net of Karras et al. (2024), configuration G; by default EDM2-S."""
 
     schedule: ClassVar[str] = "edm"
+    parts: ClassVar[str] = f"{_INPUTS} encoder middle decoder conv_out gain_out uncertainty"
 
     kind: Literal["edm2"] = "edm2"
     channels: Channels = 192
@@ -334,6 +343,8 @@ class EDM2(Network):
 @dataclass(frozen=True)
 class DiT(Network):
     """The transformer of Peebles & Xie (2023); by default DiT-S/2."""
+
+    parts: ClassVar[str] = "patches linear_1 linear_2 class_embedding augmentation_embedding blocks modulation output"
 
     kind: Literal["dit"] = "dit"
     patch_size: Annotated[Count, "height and width of a patch, in pixels"] = 2
@@ -361,6 +372,7 @@ class DomeUNet(Network):
     """The U-Net of dome272's and ErenGurs' ddpm."""
 
     takes_estimates: ClassVar[bool] = False
+    parts: ClassVar[str] = "inc down1 sa1 down2 sa2 down3 sa3 bot1 bot2 bot3 up1 sa4 up2 sa5 up3 sa6 outc label_emb"
 
     kind: Literal["dome"] = "dome"
 

@@ -144,8 +144,11 @@ class Hooks:
 
 
 def create_state(model: nn.Module, device: torch.device, settings: Settings) -> TrainState:
-    """Returns an initial state on `device`, the model's device."""
-    optimizer = Adam(model.named_parameters(), settings.train)
+    """Returns an initial state on `device`, the model's device. The frozen parts of the model get no gradient."""
+    learnt = dict(model.named_parameters())
+    for name in [name for name in learnt if name.startswith(settings.train.freeze)]:
+        learnt.pop(name).requires_grad_(False)
+    optimizer = Adam(learnt.items(), settings.train)
     averages = {name: EMA(model) for name in settings.averages}
     return TrainState(model, averages, optimizer, LossLog(device), first_nonfinite=torch.tensor(-1, device=device))
 
@@ -229,8 +232,7 @@ class _Learnt:
     def gradients(self, weight: float, part: slice) -> tuple[Tensor, Sequence[Tensor | None]]:
         """Returns the losses of some images, and the gradients of their weighted sum."""
         losses, balanced = self.losses(part)
-        parameters = list(self.network.parameters())
-        return losses, torch.autograd.grad(balanced.sum() * weight, parameters, allow_unused=True)
+        return losses, torch.autograd.grad(balanced.sum() * weight, learnt_parameters(self.network), allow_unused=True)
 
 
 def _shown_labels(labels: Tensor | None, numbers: Tensor, settings: Settings) -> Tensor | None:
@@ -286,7 +288,7 @@ def train(
             if threads is not None:
                 # In the order of the images: sums must not depend on which thread is ready first.
                 for losses, gradients in threads.map(partial(learnt.gradients, weight), part):
-                    _add(gradients, network.parameters())
+                    _add(gradients, learnt_parameters(network))
                     losses_of_parts.append(losses)
                 continue
             if dropout:
@@ -306,6 +308,11 @@ def train(
             state.averages[name].update(state.model, decay)
         if hooks.after_step(state):
             return
+
+
+def learnt_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """Returns the parameters that are not frozen."""
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
 def _add(gradients: Iterable[Tensor | None], parameters: Iterable[nn.Parameter]) -> None:

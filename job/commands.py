@@ -70,7 +70,7 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
             if not isinstance(error, NoDatasetError) and how_packed(request.bucket, request.dataset, None):
                 raise
             stated = error.size if isinstance(error, NoDatasetError) else request.changes.get("data.size")
-            size = ImageSize.of(stated) if stated else _usual_size(request.preset_name)
+            size = ImageSize.of(stated) if stated else _usual_size(request.preset_name())
             raise MissingInputError(how_to_pack(request.bucket, request.dataset, size)) from None
         processes = processes or default_processes()
         check_world_size(processes * here.nodes, plan.config.train.batch_size)

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ddpm.epochs import images_at_epoch
-from job.config import Drawing, RunConfig, changed_for_attempt, draft
+from ddpm.epochs import epochs_completed_by, images_at_epoch
+from job.config import EMBEDDED, Drawing, RunConfig, changed_for_attempt, draft, layered, preset_names
 from job.data.shards import DatasetIndex, dataset_key, find_dataset, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, MissingInputError, State
 from job.progress import note
 from job.requests import TrainRequest
 from job.runs import records
-from job.runs.checkpoints import list_checkpoints, sound_manifest
+from job.runs.checkpoints import check_average, choose, list_checkpoints, sound_manifest
 from job.runs.layout import MAX_IMAGES_SEEN
 from job.stop import NEVER, Stop
 from job.store import Store, open_bucket
@@ -152,14 +152,73 @@ class Plan(RunHandle):
         return sound_manifest(self.run, max(list_checkpoints(self.run))) is not None
 
 
-def _asked_for(request: TrainRequest, run: Store, stored: RunConfig | None) -> RunConfig:
+_NETWORK = ("model.", "data.channels", "data.latents", "data.augment")
+_PROCESS = ("schedule", "timesteps", "prediction", "sigma_data", "variance", "self_conditioning")
+_MEANING = (*_NETWORK, *(f"diffusion.{key}" for key in _PROCESS))
+"""The beginnings of keys that decide the meaning of weights."""
+_NO_MEANING = ("model.num_classes", "model.label_dropout", "model.dropout", "model.gradient_checkpointing")
+"""Those among them about no weight, or about the layers of classes alone, which a run can begin anew."""
+_SAMPLER = ("sampler", "steps", "grid", "shift", "eta", "order", "churn", "variance", "clip")
+_OF_PARENT = ("model.", "diffusion.", "data.augment", *(f"sample.{key}" for key in _SAMPLER))
+"""The beginnings of keys that a run takes from its parent."""
+_OWN = ("model.num_classes", "train.precision", "train.freeze")
+"""Keys that it never takes."""
+
+
+def _begun(bucket: Store, request: TrainRequest) -> RunConfig:
+    """Returns the configuration of a new run that begins with the weights of a parent, which it pins.
+
+    Optimiser and averages are the parent's only if the dataset has no preset: a learning rate goes with a network. The
+    levels of the network that have attention keep it, whatever the size of the images.
+
+    Raises:
+        MissingInputError: no such run, checkpoint or weights.
+        BadConfigError: the weights do not fit the network; the message lists all differences.
+    """
+    changes = request.changes
+    at, name = records.place_of_run(bucket, changes["parent.run"])
+    parent, run = records.existing_config(at, name), records.run_store(at, name)
+    images, batch_size, size = records.dataset_images_of(at, parent), parent.train.batch_size, parent.data.size
+    (ref,) = choose(run, str(changes.get("parent.epoch", "latest")), images, batch_size)
+    pinned: dict[str, Any] = {
+        "parent.checkpoint": str(ref),
+        "parent.before": parent.parent.lineage if parent.parent.run else None,
+    }
+    pinned["parent.sha256"] = check_average(run, ref, changes["parent.weights"], name).sha256
+    if "parent.epoch" not in changes and (ended := epochs_completed_by(ref.images_seen, images, batch_size)):
+        pinned["parent.epoch"] = ended[-1]
+    index, theirs = load_index(bucket, find_dataset(bucket, request.dataset, changes.get("data.size"))), parent.flat()
+    if size and (sides := theirs.get("model.attention_sizes")):
+        theirs["model.attention_sizes"] = [side * index.size // size for side in sides if side * index.size % size == 0]
+    if not index.classes or changes.get("model.num_classes") == 0:
+        theirs["model.label_dropout"] = 0.0
+    keys = _OF_PARENT if request.preset_name("") else (*_OF_PARENT, "train.", "ema.")
+    taken = {key: value for key, value in theirs.items() if key.startswith(keys) and key not in _OWN}
+    preset = request.preset_name(parent.preset if parent.preset in preset_names() else EMBEDDED)
+    config = follow_dataset(draft(preset, layered(taken, changes)), index)
+    before, now = _meaning(theirs), _meaning(config.flat())
+    if differing := {key: f"{key}: {before.get(key)} → {now[key]}" for key in now if before.get(key) != now[key]}:
+        raise BadConfigError(
+            f"the weights of {changes['parent.run']} fit another network "
+            f"({differing.get('model.kind') or '; '.join(differing.values())}): leave out these settings, or --from"
+        )
+    return config.updated(pinned)
+
+
+def _meaning(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns what decides the meaning of weights, by key; of augmentation that is whether the network knows of it."""
+    meant = {key: value for key, value in values.items() if key.startswith(_MEANING) and key not in _NO_MEANING}
+    return meant | {"data.augment": values["data.augment"] > 0}
+
+
+def _asked_for(bucket: Store, request: TrainRequest, run: Store, stored: RunConfig | None) -> RunConfig:
     """Returns the configuration that a request asks for, before the dataset is known; `stored` is that of its run.
 
     Raises:
         BadRequestError: the run has another dataset, or none.
     """
     if stored is None:
-        return draft(request.preset_name, request.changes)
+        return _begun(bucket, request) if request.from_ else draft(request.preset_name(), request.changes)
     if not stored.data.dataset:
         raise BadRequestError(
             f"run {request.run!r} ({run.uri}) was imported without a dataset, and is only for sampling: import it "
@@ -192,7 +251,7 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, precision: str = "auto")
     bucket = open_bucket(request.bucket, stop)
     run = records.run_store(bucket, request.run)
     stored = records.load_config(run)
-    config = _asked_for(request, run, stored)
+    config = _asked_for(bucket, request, run, stored)
     index = load_index(bucket, find_dataset(bucket, request.dataset, config.data.size))
     if stored is not None and index.size != stored.data.size:
         name = f"{request.run}-{index.size}"

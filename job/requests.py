@@ -56,6 +56,10 @@ class TrainRequest:
     """A service that also gets the metrics."""
     open_page: bool = False
     """Whether the browser of this machine opens the run's page."""
+    from_: str = ""
+    """`RUN[@EPOCH]`: the checkpoint of another run, its parent, with whose weights a new run begins."""
+    weights: str = ""
+    """Which of its weights; empty: `ema`."""
     changes: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> TrainRequest:
@@ -71,14 +75,30 @@ class TrainRequest:
             changes["train.epochs"] = self.epochs
         if self.tracker:
             changes["log.tracker"] = self.tracker
-        checked = replace(self, run=run, changes=changes)
-        draft(checked.preset_name, changes)
-        return checked
+        changes |= (parent := self._parent())
+        if not parent:
+            # Otherwise a setting may be one of the parent's network, which is not known yet.
+            draft(self.preset_name(), changes)
+        return replace(self, run=run, changes=changes)
 
-    @property
-    def preset_name(self) -> str:
-        """The preset of the option, else the one named like the dataset, else the small one."""
-        return self.preset or (self.dataset if self.dataset in preset_names() else EMBEDDED)
+    def preset_name(self, default: str = EMBEDDED) -> str:
+        """Returns the preset of the option, else the one named like the dataset, else the default."""
+        return self.preset or (self.dataset if self.dataset in preset_names() else default)
+
+    def _parent(self) -> dict[str, Any]:
+        """Returns the keys of the section `parent` that `--from` and `--weights` give."""
+        if not self.from_ + self.weights:
+            return {}
+        # No message repeats a URI with a user or a signature in it.
+        if not (match := re.fullmatch("([^@?]+?)/*(?:@(?:latest|([0-9]{1,9})))?", self.from_)):
+            raise BadRequestError("--from: use RUN[@EPOCH], such as celeba@490 or gs://theirs/runs/celeba@490")
+        run, name, chosen = match[1], match[1], {"weights": self.weights or "ema"}
+        if "/" in run:
+            _, name = records.split_run(run)
+            run = run if "://" in run else str(Path(run).expanduser().absolute())
+        SampleRequest(name, "", chosen=chosen).check()
+        epoch = {"parent.epoch": int(match[2])} if match[2] else {}
+        return {"parent.run": run, "parent.weights": SampleConfig.model_validate(chosen).weights, **epoch}
 
 
 @dataclass(frozen=True)

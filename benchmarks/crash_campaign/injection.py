@@ -229,11 +229,12 @@ class Watched:
     def _watch_restoring(self, module: ModuleType) -> None:
         copy = module.Restored.copy_into
 
-        def copy_into(restored: Any, tensors: dict[str, Any]) -> None:
-            copy(restored, tensors)
+        def copy_into(restored: Any, tensors: dict[str, Any], *args: Any) -> Any:
+            kept = copy(restored, tensors, *args)
             if "optimizer" in tensors:
                 ref = restored.manifest.ref
                 self._trace("restored", ref=[ref.fence, ref.images_seen])
+            return kept
 
         module.Restored.copy_into = copy_into
 

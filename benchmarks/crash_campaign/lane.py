@@ -50,6 +50,7 @@ class Lane:
         self._points, self._moments, self._attempts = tuple(points), tuple(moments), attempts
         self._bucket = open_store(self._work.bucket)
         self._undisturbed: Undisturbed | None = None
+        self._parent = ""
         self.name, self.tally, self._tell, self._fail = attempts.name, attempts.tally, attempts.tell, attempts.fail
 
     def run(self) -> Tally:
@@ -61,6 +62,7 @@ class Lane:
             run = self._train()
             self._sample(run)
             self._share(run)
+            self._train_children(run)
         except (BrokenError, HungError) as error:
             self._fail(str(error))
         except LeavingError:
@@ -96,9 +98,25 @@ class Lane:
             name = f"run-{self.tally.runs}"
             run = Run(name, self._bucket.sub(f"{RUNS}/{name}"))
             self._one_run(run, events)
-            self._compare(run)
+            self._compare(run, self.undisturbed)
             if not events:
                 return run
+
+    def _train_children(self, parent: Run) -> None:
+        """Trains a run from a finished one for each point; it must not need its parent once it has a checkpoint."""
+        self._parent = parent.name
+        for number, point in enumerate(self._of("from"), 1):
+            self.tally.runs += 1
+            run = Run(f"child-{number}", self._bucket.sub(f"{RUNS}/child-{number}"))
+            happened, finished = self._meet(run, point)
+            if not happened:
+                self._fail(f"point {point.name} was not reached")
+            if point.name == "parent-saved":
+                self._attempts.start(self._work.delete(parent.name)).finish()
+            if not finished:
+                self._one_run(run, deque())
+            assert self.undisturbed.child is not None
+            self._compare(run, self.undisturbed.child)
 
     def _one_run(self, run: Run, events: deque[Point | Moment]) -> None:
         """Starts the command until the run is finished; each process meets the next event, if it gets that far."""
@@ -150,7 +168,7 @@ class Lane:
     def _begin(self, run: Run, point: Point | None = None) -> Invocation:
         if run.invocations:
             self.tally.resumes += 1
-        invocation = self._attempts.start(self._work.train(run.name), point)
+        invocation = self._attempts.start(self._work.train(run.name, self._parent), point)
         run.invocations.append(invocation)
         return invocation
 
@@ -198,8 +216,8 @@ class Lane:
             )
         return False
 
-    def _compare(self, run: Run) -> None:
-        ending, history, undisturbed = read_ending(run.store), run.history, self.undisturbed
+    def _compare(self, run: Run, undisturbed: Undisturbed) -> None:
+        ending, history = read_ending(run.store), run.history
         self.tally.hashes.append(ending.weights_sha256)
         self.tally.lost_images += lost_images(history, ending)
         self.tally.repeated_images += history.repeated_images

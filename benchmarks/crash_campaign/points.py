@@ -23,7 +23,7 @@ class Point:
         name: its name for `--points` and the report.
         what: its description for people.
         phase: the command it lies in: `pack`, `train`, `end` (of training), `sample` or `batch`; `shared-pack` and
-            `shared-batch` where machines share that.
+            `shared-batch` where machines share that; `from`: `train` of a run that begins with another's weights.
         op: a method of `job.store.Store`, `sampling-step` for a step of a sampler; or `rot`, done between processes.
         key: regular expression for the object's URI.
         when: `before` or `after` the operation.
@@ -199,7 +199,20 @@ def _shared() -> list[Point]:
     ]  # fmt: skip
 
 
-POINTS = (*_pack(), *_begin(), *_commit(), *_later(), *_of_two(), *_end(), *_sample(), *_batch(), *_shared())
+def _from() -> list[Point]:
+    return [
+        Point("parent-pinned", "the parent is pinned, and not read", "from", "create", "/config.yaml$"),
+        Point("parent-read", "the parent's weights are read, nothing of them is saved", "from", "download", TENSORS),
+        Point("parent-saved-before", "all of image 0 is uploaded but the manifest", "from", "create", MANIFEST,
+              when="before"),
+        Point("parent-saved", "image 0 is committed, and the parent is deleted", "from", "create", MANIFEST),
+    ]  # fmt: skip
+
+
+POINTS = (
+    *(*_pack(), *_begin(), *_commit(), *_later(), *_of_two()),
+    *(*_end(), *_sample(), *_batch(), *_shared(), *_from()),
+)
 
 SABOTAGES = {
     "manifest-first": ("manifest",),

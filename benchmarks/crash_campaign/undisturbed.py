@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.crash_campaign.attempts import Attempts
@@ -26,6 +26,8 @@ class Undisturbed:
     """Pictures of `ddpm sample`: SHA-256 by name."""
     saved: dict[str, str]
     """Pieces of `ddpm sample --count`: SHA-256 by name."""
+    child: Undisturbed | None = None
+    """A run that began with the weights of this one."""
 
 
 def make_undisturbed(work: Work, folder: Path, attempts: Attempts, phases: Collection[str]) -> Undisturbed:
@@ -57,7 +59,13 @@ def make_undisturbed(work: Work, folder: Path, attempts: Attempts, phases: Colle
     if {"batch", "shared-batch"} & {*phases}:
         attempts.start(work.batch(run.name), place=place).finish()
         saved = saved_images(run.store)
-    return Undisturbed(ending, history, objects_of(bucket.sub(DATASET_KEY)), sampled, saved)
+    made = Undisturbed(ending, history, objects_of(bucket.sub(DATASET_KEY)), sampled, saved)
+    if "from" not in phases:
+        return made
+    child = Run("child", bucket.sub(f"{RUNS}/child"))
+    child.invocations.append(attempts.start(work.train(child.name, run.name), place=place))
+    child.invocations[0].finish()
+    return replace(made, child=replace(made, ending=read_ending(child.store), history=child.history))
 
 
 def objects_of(dataset: Store) -> dict[str, bytes]:

@@ -59,12 +59,16 @@ class Work:
         words = ["data", "pack", str(self.source), DATASET, "--size", str(SIZE), "--bucket"]
         return [*words, f"{self.bucket}/shared"]
 
-    def train(self, run: str) -> list[str]:
-        """Trains or resumes a run; waits for another attempt that holds it."""
+    def train(self, run: str, parent: str = "") -> list[str]:
+        """Trains or resumes a run, with the first weights of a parent; waits for another attempt that holds it."""
         chosen = SETTINGS | {"model.dropout": self.dropout, "train.seed": self.seed}
         words = ["train", "--dataset", DATASET, "--run", run, "--bucket", self.bucket, "--epochs", str(self.epochs)]
-        words += ["--processes", str(self.processes), "--wait", "120"]
+        words += ["--processes", str(self.processes), "--wait", "120", *(["--from", parent] if parent else [])]
         return words + [word for key, value in chosen.items() for word in ("--set", f"{key}={value}")]
+
+    def delete(self, run: str) -> list[str]:
+        """Deletes a run."""
+        return ["runs", "delete", run, "--yes", "--bucket", self.bucket]
 
     def sample(self, run: str) -> list[str]:
         """Makes another picture of a finished run."""

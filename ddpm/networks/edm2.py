@@ -117,9 +117,10 @@ class EDM2(nn.Module):
         """Applies algorithm 1 once before the layers instead of in each layer.
 
         Weights of unit magnitude do not change by a bit, so that a second micro-batch or a resumed attempt rounds
-        nothing again.
+        nothing again. Frozen weights stay as they are: each layer normalises its own anyway.
         """
-        for weight in [module.weight for module in self.modules() if isinstance(module, MPConv)]:
+        layers = [module for module in self.modules() if isinstance(module, MPConv)]
+        for weight in [layer.weight for layer in layers if layer.weight.requires_grad]:
             now = magnitude(weight)
             weight.copy_(torch.where((now - 1).abs() < EPSILON, weight, weight / now.clamp(min=EPSILON)))
 

@@ -18,6 +18,8 @@ from job.cli.options import (
     StopAfter,
 )
 
+_FROM = "Begin a new run with the weights of another: a name, or a URI such as gs://theirs/runs/celeba@490."
+
 
 def ddpm_train(
     dataset: Dataset,
@@ -27,6 +29,10 @@ def ddpm_train(
     epochs: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Train up to this epoch, counted from the start of the run.")
     ] = None,
+    from_: Annotated[
+        str, typer.Option("--from", metavar="RUN[@EPOCH]", help=_FROM, autocompletion=completion.runs)
+    ] = "",
+    weights: Annotated[str, typer.Option(metavar="NAME", help="For --from: ema, ema-STD, model. Default: ema.")] = "",
     preset: Preset = "",
     sets: Sets = None,
     config: SettingsFile = None,
@@ -57,6 +63,8 @@ def ddpm_train(
         ddpm train --dataset celeba --bucket gs://my-bucket
 
         ddpm train --dataset mine --epochs 200 --set train.batch_size=64
+
+        ddpm train --dataset mine --epochs 20 --from celeba@490 --set train.learning_rate=2e-5
     """
     from job.commands import train_command
     from job.requests import TrainRequest
@@ -72,5 +80,7 @@ def ddpm_train(
         wait_seconds=wait,
         tracker=tracker,
         open_page=open_page,
+        from_=from_,
+        weights=weights,
     )
     train_command(request, processes, hang_after, stop_after)

@@ -41,6 +41,7 @@ CHOSEN_ELSEWHERE = {
     "data.classes": "ddpm import",
     "data.order": PROGRAM,
     **dict.fromkeys(("sample.autoguidance", "sample.autoguidance_run"), "ddpm sample --autoguidance [RUN@]EPOCH"),
+    **{key: "--from RUN[@EPOCH] and --weights" for key in RunConfig().flat() if key.startswith("parent.")},
 }
 """Keys that neither `--set` nor a file may set, and the option that sets them instead."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ddpm.catalogue import GRIDS, METRICS, SCHEDULES
+from ddpm.catalogue import GRIDS, METRICS, OF_CLASSES, SCHEDULES
 
 if TYPE_CHECKING:
     from job.config.schema import RunConfig
@@ -29,6 +29,17 @@ def network_takes_its_inputs(config: RunConfig) -> None:
             f"model.kind={model.kind} takes only the timestep and the class, as its checkpoints do: leave out "
             "diffusion.self_conditioning and data.augment, or choose another network"
         )
+
+
+def something_is_learnt(config: RunConfig) -> None:
+    """The frozen parts are some of the network's, and leave one to learn."""
+    frozen, kind, parts = config.train.freeze, config.model.kind, config.model.parts.split()
+    if unknown := [name for name in frozen if not any(part.startswith(name) for part in parts)]:
+        raise ValueError(f"train.freeze: model.kind={kind} has no part {unknown[0]!r:.100}, but {', '.join(parts)}")
+    # Alone, these cannot learn an image.
+    minor = ("augmentation_embedding", "uncertainty", *(OF_CLASSES * (config.model.num_classes == 0)))
+    if all(part.startswith((*frozen, *minor)) for part in parts):
+        raise ValueError(f"train.freeze={','.join(frozen)} freezes the whole network: leave out a part")
 
 
 def each_class_has_a_name(config: RunConfig) -> None:
@@ -107,6 +118,7 @@ def grid_starts_at_noise(config: RunConfig) -> None:
 RULES = (
     network_takes_image_size,
     network_takes_its_inputs,
+    something_is_learnt,
     each_class_has_a_name,
     best_checkpoint_has_a_score,
     samples_use_what_is_learnt,

@@ -187,6 +187,27 @@ class LogConfig(Settings):
     tracker: Literal["none", "wandb", "mlflow"] = Field("none", description="service that also gets the metrics")
 
 
+class ParentConfig(Settings):
+    """The checkpoint of another run with whose weights the run began; all null without `ddpm train --from`."""
+
+    run: str | None = Field(None, description="run that gave the first weights: a name in this bucket, or a URI")
+    epoch: int | None = Field(None, ge=0, le=LARGEST, description="epoch that its checkpoint ends, if it ends one")
+    weights: str | None = Field(None, description="which of its weights: ema, ema-STD or model")
+    checkpoint: str | None = Field(None, pattern="^[0-9]{6}-[0-9]{12}$", description="name of the checkpoint")
+    sha256: str | None = Field(None, description="SHA-256 of the record that names the files of the weights")
+    before: str | None = Field(None, description="the parents of that run in turn, for people")
+
+    @property
+    def name(self) -> str:
+        """The checkpoint as `--from` takes it, such as `celeba@490`."""
+        return str(self.run) if self.epoch is None else f"{self.run}@{self.epoch}"
+
+    @property
+    def lineage(self) -> str:
+        """The origins of the weights, for people: `celeba@490 (ema), before that lsun@30 (ema)`."""
+        return f"{self.name} ({self.weights})" + (f", before that {self.before}" if self.before else "")
+
+
 class RunConfig(Settings):
     """The whole configuration of a run."""
 
@@ -201,6 +222,7 @@ class RunConfig(Settings):
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     log: LogConfig = LogConfig()
+    parent: ParentConfig = ParentConfig()
 
     @property
     def image_size(self) -> ImageSize:
@@ -221,7 +243,10 @@ class RunConfig(Settings):
 
     def to_yaml(self) -> str:
         """Returns the text of `config.yaml`."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        # Settings that a run does without are left out: programs from before these settings read it, too.
+        without: dict[str, Any] = {} if self.parent.run else {"parent": True}
+        without |= {} if self.train.freeze else {"train": {"freeze"}}
+        return yaml.safe_dump(self.model_dump(mode="json", exclude=without), sort_keys=False)
 
     def flat(self) -> dict[str, Any]:
         """Returns all values by their dotted keys, such as `train.batch_size`."""

@@ -86,6 +86,7 @@ class Card:
                 *("---", "", f"# {self.of_run.run.uri.rpartition('/')[2]}", ""),
                 f"A U-Net of {size} pixels, trained on {of_images}{preset}: {self.ref.images_seen:,} images "
                 f"seen, weights `{self.weights}`, code {code_version()}. `{pipeline.RUN_CONFIG}` has all settings.",
+                *([f"It began with the weights of {config.parent.lineage}."] if config.parent.run else []),
                 *("", f"Licence of the images: {licence or 'not stated'}.", ""),
                 *(line for scores in self._scores() for line in (_words_of(scores), "")),
                 *(self._code(objects), ""),

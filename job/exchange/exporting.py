@@ -14,10 +14,9 @@ from job.exits import BadRequestError, MissingInputError
 from job.plan import RunHandle, open_run
 from job.progress import Progress, note
 from job.runs import pipeline
-from job.runs.checkpoints import choose, opened
+from job.runs.checkpoints import check_average, choose, opened
 from job.runs.drawings import grid_key, label_of
 from job.runs.readers import reading_chosen
-from job.sampling.sampling_plan import check_average
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, open_store
 

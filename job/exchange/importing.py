@@ -52,6 +52,7 @@ _NOT_IMPORTED: dict[str, Any] = {
     "sample.autoguidance": 0,
     "sample.autoguidance_run": "",
     "log.tracker": "none",
+    **{key: None for key in RunConfig().flat() if key.startswith("parent.")},
 }
 """Settings that name something in the bucket or in the account of the source, with their values in an import."""
 

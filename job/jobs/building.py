@@ -21,7 +21,7 @@ from job.outcome import JOB
 from job.processes.group import GPUS
 from job.processes.lease import EXPIRE_SECONDS
 from job.requests import EncodeRequest, EvaluateRequest, SampleRequest, TrainRequest, check_world_size
-from job.runs.records import DOLLARS
+from job.runs.records import DOLLARS, split_run
 from job.stop import duration_seconds
 from job.store import check_source, check_uri, is_foreign, is_remote, split_chain, without_queries
 
@@ -146,7 +146,11 @@ def _adapted(
         raise BadRequestError("--slices gives each machine a --slice of its own: leave one of them out")
     match request:
         case TrainRequest():
-            return _training(command, request, target, resources), []
+            command, run = _training(command, request, target, resources), request.changes.get("parent.run", "")
+            if "/" not in run:
+                return command, []
+            uri, epoch = _uri_for_jobs("--from", run, target), request.changes.get("parent.epoch", "latest")
+            return command.with_values(from_=f"{uri}@{epoch}"), [split_run(uri)[0]]
         case SampleRequest():
             _check_files(request, target)
             if resources.slices:
@@ -201,7 +205,8 @@ def _training(command: ParsedCommand, request: TrainRequest, target: Target, res
     # Otherwise an existing run keeps its batch size.
     if "train.batch_size" in request.changes:
         gpus = target.gpus if resources.gpus is None and target.is_remote else resources.gpus
-        batch_size = draft(request.preset_name, request.changes).train.batch_size
+        key = "train.batch_size"
+        batch_size = draft(request.preset_name(), {key: request.changes[key]}).train.batch_size
         check_world_size((command.values["processes"] or gpus or 1) * resources.nodes, batch_size)
     if not target.is_in_place:
         if request.open_page:

@@ -108,6 +108,8 @@ class Facts:
         chosen = exact | {key: ours for key, (_, ours) in self.differing.items()}
         sets = [word for key, value in chosen.items() for word in ("--set", f"{key}={shown(value)}")]
         preset = ["--preset", self.config.preset] if self.config.preset else []
+        if (parent := self.config.parent).run:
+            preset += ["--from", parent.name, "--weights", str(parent.weights)]
         # Names are limited to 63 characters.
         return shlex.join(["ddpm", "train", *self._about(f"{self.name[:57]}-again"), *preset, *sets])
 

@@ -79,4 +79,4 @@ def _learns_as_preset(config: RunConfig, index: DatasetIndex) -> bool:
     """Returns whether all settings that decide what is learnt are those of the preset."""
     free = {*FREE, "train.precision", "train.seed"}
     decides = [key for key in differing(config, index) if key not in free and key.split(".")[0] not in FREE_SECTIONS]
-    return not decides and config.model.num_classes == len(index.classes)
+    return not (decides or config.parent.run) and config.model.num_classes == len(index.classes)

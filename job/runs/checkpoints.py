@@ -255,6 +255,25 @@ def load_average(run: Store, manifest: Manifest, group: str) -> Average:
     return average
 
 
+def check_average(run: Store, ref: CheckpointRef, group: str, name: str) -> Manifest | Average:
+    """Returns the record that names the files of these weights: a checkpoint's manifest, or an average's made later.
+
+    Raises:
+        MissingInputError: neither has them; the message says how to make them.
+    """
+    manifest = load_manifest(run, ref)
+    if group in manifest.groups:
+        return manifest
+    try:
+        return load_average(run, manifest, group)
+    except ObjectMissingError:
+        averages = ", ".join(there for there in manifest.groups if there not in ("model", "optimizer"))
+        raise MissingInputError(
+            f"{run.uri}/{ref.key} has no weights {group} (it has {averages}): "
+            f"`ddpm ema --run {name} --std {group.removeprefix('ema-')}` makes them, if there are snapshots"
+        ) from None
+
+
 def sha256_of(file: BinaryIO) -> str:
     """Returns the SHA-256 of the rest of a file."""
     return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
@@ -268,15 +287,18 @@ class Restored:
     files: dict[str, list[Path]]
     """By group."""
 
-    def copy_into(self, tensors: dict[str, dict[str, Any]]) -> None:
+    def copy_into(self, tensors: dict[str, dict[str, Any]], may_differ: tuple[str, ...] = ()) -> set[str]:
         """Copies the files' values into live tensors, by group and name, and keeps the live memory layout.
+
+        Tensors whose names begin with one of `may_differ` may be on one side alone, or have another shape there. They
+        keep their values, and their names are returned.
 
         Raises:
             BadDataError: names or shapes do not match, or a file is not in the format of safetensors.
         """
         from safetensors import SafetensorError, safe_open
 
-        keys = {file.name: file.key for file in self.manifest.files}
+        keys, differing = {file.name: file.key for file in self.manifest.files}, set[str]()
         for group, wanted in tensors.items():
             missing = set(wanted)
             for path in self.files.get(group, []):
@@ -286,13 +308,18 @@ class Restored:
                         for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
                             target, value = wanted.get(name), file.get_tensor(name)
                             if target is None or target.shape != value.shape:
-                                raise BadDataError(f"{where}: tensor {name!r} does not fit this configuration")
+                                if not name.startswith(may_differ):
+                                    raise BadDataError(f"{where}: tensor {name!r} does not fit this configuration")
+                                differing.add(name)
+                                continue
                             target.copy_(value)
                             missing.discard(name)
                 except SafetensorError as error:
                     raise BadDataError(f"{where} holds no tensors ({error})") from None
-            if missing:
-                raise BadDataError(f"{self.manifest.ref.key}: tensor {min(missing)!r} is in no {group} file")
+            if lost := [name for name in missing if not name.startswith(may_differ)]:
+                raise BadDataError(f"{self.manifest.ref.key}: tensor {min(lost)!r} is in no {group} file")
+            differing |= missing
+        return differing
 
 
 def choose(run: Store, wanted: str, dataset_images: int, batch_size_images: int) -> list[CheckpointRef]:

@@ -125,12 +125,14 @@ def show_run(bucket_uri: str, name: str, *, as_json: bool = False) -> None:
     labels = [label_of(seen, dataset_images, batch_size) for seen in by_progress(list_checkpoints(run))]
     moments, attempts = [moment_of(label) for label in labels], list(_attempts(run))
     if as_json:
-        data = config.data.model_dump(include={"dataset", "size"})
+        data = config.data.model_dump(include={"dataset", "size"}) | {"from": config.parent.model_dump()}
         more = {"checkpoints": moments, "attempts": attempts, "outputs": [uri for _, uri in outputs_of(run)]}
         print_json(summary | data | more)
         return
     lines = [("run", f"{name}  ({run.uri})")]
     lines += [("dataset", f"{config.data.dataset}-{config.data.size}" if config.data.dataset else "none")]
+    if config.parent.run:
+        lines += [("from", f"{config.parent.lineage}, sha256 {config.parent.sha256:.16}…")]
     if summary["updated"] is not None:
         state, _, _, loss, speed, _ = progress_cells(summary)
         again = " (the same command goes on)" if state == State.CUT_OFF else ""

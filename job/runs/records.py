@@ -22,7 +22,7 @@ from job.exits import BadConfigError, BadDataError, BadRequestError, JobError, L
 from job.progress import all_printable
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, RUNS, Located, ObjectKind, located, places_in
 from job.sealed import SHA256_PATTERN, Moment, RecordPart, Sealed, code_version, utc_now
-from job.store import ObjectExistsError, ObjectMissingError, Store
+from job.store import ObjectExistsError, ObjectMissingError, Store, open_store
 from job.store.retry import PATIENCE_SECONDS
 
 CONFIG_KEY, STATUS_KEY = ObjectKind.CONFIG.value, ObjectKind.STATUS.value
@@ -45,6 +45,28 @@ def validated_run_name(name: str) -> str:
 def run_store(bucket: Store, name: str) -> Store:
     """Returns the run's folder."""
     return bucket.sub(f"{RUNS}/{validated_run_name(name)}")
+
+
+def split_run(uri: str) -> tuple[str, str]:
+    """Splits the folder of a run, such as `gs://my-bucket/runs/celeba` or `bucket/runs/celeba`, into bucket and name.
+
+    Raises:
+        BadRequestError: it is not the folder of a run.
+    """
+    uri = uri.rstrip("/")
+    match = re.fullmatch(rf"(?:(.*)/)?{RUNS}/([^/]+)", uri)
+    if match is None:
+        raise BadRequestError(f"{uri!r} is not the folder of a run: use one such as gs://my-bucket/runs/celeba")
+    # A bucket may lie at the root of a disk.
+    return match[1] or ("/" if uri.startswith("/") else "."), match[2]
+
+
+def place_of_run(bucket: Store, run: str) -> tuple[Store, str]:
+    """Returns the bucket and the name of a run: `run` is its name in `bucket`, or the URI of its folder."""
+    if "/" not in run:
+        return bucket, run
+    uri, name = split_run(run)
+    return open_store(uri, bucket.retry), name
 
 
 def load_config(run: Store) -> RunConfig | None:

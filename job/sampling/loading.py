@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 
 from ddpm.model import Model
@@ -13,8 +11,8 @@ from job.exits import BadRequestError
 from job.requests import SampleRequest
 from job.runs.checkpoints import opened
 from job.runs.drawings import moment_of
-from job.runs.layout import RUNS
 from job.runs.readers import reading_chosen
+from job.runs.records import split_run
 from job.sampling.sampling_plan import plan_sampling
 
 
@@ -36,17 +34,12 @@ def load(
         MissingInputError: no such run, checkpoint or average; the message lists those that exist.
         BadDataError: the checkpoint is damaged.
     """
-    uri = str(run).rstrip("/")
     if epoch is not None and (isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0):
         raise BadRequestError(f"epoch={epoch!r}: use the number of an epoch, such as 80, or None for the newest")
-    match = re.fullmatch(rf"(?:(.*)/)?{RUNS}/([^/]+)", uri)
-    if match is None:
-        raise BadRequestError(f"{uri!r} is not the folder of a run: use one such as gs://my-bucket/runs/celeba")
+    bucket, name = split_run(str(run))
     chosen = {"weights": weights} if weights else {}
     checkpoints = "latest" if epoch is None else str(epoch)
-    # A bucket may lie at the root of a disk.
-    bucket = match[1] or ("/" if uri.startswith("/") else ".")
-    plan = plan_sampling(SampleRequest(match[2], bucket, checkpoints, chosen=chosen).check())
+    plan = plan_sampling(SampleRequest(name, bucket, checkpoints, chosen=chosen).check())
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config = plan.config.updated({"sample.weights": plan.sample.weights})
     decode = load_decoder(plan.bucket, plan.index, on)

@@ -19,7 +19,7 @@ from job.plan import RunHandle, open_run
 from job.progress import note
 from job.requests import SampleRequest, parse_numbers
 from job.runs import records
-from job.runs.checkpoints import choose, load_average, load_manifest, lost_manifest
+from job.runs.checkpoints import check_average, choose, load_manifest, lost_manifest
 from job.runs.drawings import Editing, FoundGrid, NumberedDrawing, file_words, label_of
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.sampling.custom_sampler import CustomSampler
@@ -272,24 +272,6 @@ def _read_image(option: str, path: str, recipe: Recipe) -> tuple[np.ndarray, str
         raise MissingInputError(f"{option} {path}: {why}; the file must be on the machine of the command") from None
     except RejectedImageError as error:
         raise BadDataError(f"{option} {path} {error}") from None
-
-
-def check_average(run: Store, ref: CheckpointRef, group: str, name: str) -> None:
-    """Checks that a checkpoint has this average, or `ddpm ema` has made it.
-
-    Raises:
-        MissingInputError: it is missing; the message says how to make it.
-    """
-    manifest = load_manifest(run, ref)
-    if group not in manifest.groups:
-        try:
-            load_average(run, manifest, group)
-        except ObjectMissingError:
-            averages = ", ".join(there for there in manifest.groups if there not in ("model", "optimizer"))
-            raise MissingInputError(
-                f"{run.uri}/{ref.key} has no weights {group} (it has {averages}): "
-                f"`ddpm ema --run {name} --std {group.removeprefix('ema-')}` makes them, if there are snapshots"
-            ) from None
 
 
 def plan_sets(plan: SamplePlan) -> list[SampleSet]:

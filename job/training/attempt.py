@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from ddpm import training
+from ddpm.catalogue import OF_CLASSES
 from job.evaluation.evaluation_plan import check_scores_in_training
-from job.exits import JobError, LostRunError, NotANumberError, State, StoppedError
+from job.exits import BadDataError, JobError, LostRunError, MissingInputError, NotANumberError, State, StoppedError
 from job.plan import Plan, plan_run
 from job.processes import compute
 from job.processes.launched import is_launched
@@ -26,8 +27,9 @@ from job.report.command import open_page
 from job.report.picture_cache import PictureCache
 from job.requests import TrainRequest, check_world_size
 from job.runs import metric_rows, records
-from job.runs.checkpoints import Manifest, newest_good
+from job.runs.checkpoints import Manifest, check_average, newest_good, opened
 from job.runs.layout import CheckpointRef
+from job.runs.readers import reading
 from job.runs.writer import CheckpointWriter, LeasedRun
 from job.stop import NEVER, Stop
 from job.store import open_bucket
@@ -194,27 +196,29 @@ def _restore(
     attempt: records.Attempt,
     damaged: set[CheckpointRef],
 ) -> Manifest | None:
-    """Loads the newest checkpoint that verifies, if there is one. Collective.
+    """Loads the newest checkpoint that verifies, or in a new run the weights that it begins with, if any. Collective.
 
     The main process reads it once and broadcasts it; checkpoints that do not verify go into `damaged`.
     """
-    tensors = state.tensors()
+    tensors, begins_from = state.tensors(), plan.config.parent.run
 
     def load() -> Manifest | None:
         with newest_good(plan.run, note, damaged) as restored:
             if restored is None:
+                if begins_from:
+                    _load_parent(state, plan)
                 return None
             restored.copy_into(tensors)
             return restored.manifest
 
     manifest = ranks.on_main(load)
-    if manifest is None:
-        note(f"beginning, image 0, attempt {attempt.fence}")
-        return None
-    if dist.is_initialized():
+    if dist.is_initialized() and (manifest or begins_from):
         for named in tensors.values():
             for tensor in named.values():
                 dist.broadcast(tensor, src=0)
+    if manifest is None:
+        note(f"beginning, image 0, attempt {attempt.fence}")
+        return None
     images_seen = manifest.images_seen
     state.resume_at(images_seen, plan.config.train.batch_size)
     if ranks.is_main:
@@ -223,6 +227,30 @@ def _restore(
     epoch = images_seen / plan.index.images
     note(f"resuming at epoch {epoch:.1f}, image {images_seen:,}, attempt {attempt.fence}")
     return manifest
+
+
+def _load_parent(state: training.TrainState, plan: Plan) -> None:
+    """Loads the weights that the run begins with, also as its averages. Main process only.
+
+    Raises:
+        MissingInputError, BadDataError: they are gone, or others than at the time of the pinning.
+    """
+    parent = plan.config.parent
+    assert parent.run and parent.checkpoint and parent.weights
+    at, name = records.place_of_run(plan.bucket, parent.run)
+    run, ref = records.run_store(at, name), CheckpointRef.parse(parent.checkpoint)
+    what_to_do = "restore it, or delete the run that begins with it, and begin another"
+    try:
+        if check_average(run, ref, parent.weights, name).sha256 != parent.sha256:
+            raise BadDataError(f"{run.uri}/{ref.key} has changed since it was pinned: {what_to_do}")
+        with reading(run, ref), opened(run, ref, (parent.weights,)) as restored:
+            others = restored.copy_into({parent.weights: state.tensors()["model"]}, OF_CLASSES)
+    except MissingInputError as error:
+        raise MissingInputError(f"{run.uri}/{ref.key} is gone ({error}): {what_to_do}") from None
+    for average in state.averages.values():
+        average.update(state.model, decay=0.0)
+    but = f", but for {', '.join(sorted(others))}: the number of classes is another" if others else ""
+    note(f"the first weights are those of {parent.lineage}{but}")
 
 
 @contextmanager

@@ -102,8 +102,9 @@ class Validation(Interlude):
     def is_due(self, images_seen: int) -> bool:
         """See `Interlude`."""
         every_epochs = self.config.log.validate_epochs
+        begins_trained = self.config.parent.run is not None and not images_seen
         return self.session.held_out is not None and (
-            self.is_last(images_seen) or self.ends_epoch(images_seen, every_epochs)
+            begins_trained or self.is_last(images_seen) or self.ends_epoch(images_seen, every_epochs)
         )
 
     def is_missing(self, recorder: Recorder) -> bool:

@@ -153,6 +153,9 @@ class TrainingSession:
                 for interlude in self.interludes:
                     if interlude.is_due(state.images_seen) and self.on_main(interlude.is_missing):
                         self._run(interlude)
+                if self.config.parent.run and not state.images_seen:
+                    # From here on the parent is not needed.
+                    self._save()
                 self.pace.restart()
                 # After each step all processes agree whether any of them lacks the batch of the step after next.
                 if self._can_all_begin(2):

@@ -101,8 +101,8 @@ def test_training_requests_need_no_bucket():
     request = TrainRequest("my_photos.v2", "gs://nowhere", epochs=3).check()
     assert request.run == "my-photos-v2"
     assert request.changes == {"train.epochs": 3}
-    assert request.preset_name == "landscape-sample"
-    assert TrainRequest("celeba", "x").check().preset_name == "celeba"
+    assert request.preset_name() == "landscape-sample"
+    assert TrainRequest("celeba", "x").check().preset_name() == "celeba"
 
 
 def test_packing_follows_the_preset():

@@ -97,6 +97,22 @@ def test_training_becomes_a_job():
     assert [built("train", FOR_TRAIN, max_hours=hours).max_seconds for hours in (0.017, 1 / 60)] == [61, 60]
 
 
+def test_parents_are_seen_by_the_job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = {
+        "celeba@490": ("celeba@490", ()),
+        "gs://theirs/runs/celeba@490": ("gs://theirs/runs/celeba@490", ("",)),
+        "mine/runs/celeba": (f"{tmp_path}/mine/runs/celeba@latest", (f"{tmp_path}/mine",)),
+    }
+    for given, (word, reads) in rows.items():
+        words = ["--dataset", "a", "--from", given, "--weights", "model", "--set", "train.batch_size=8"]
+        spec = built("train", [*words, "--bucket", "gs://bucket"], "container")
+        assert spec.argv[3:7] == ("--from", word, "--weights", "model")
+        assert spec.reads == reads
+        again = parsed("train", spec.argv[1:]).request().check().changes
+        assert again == parsed("train", words).request().check().changes
+
+
 def test_replacements_wait_for_the_lease():
     for name, grace in (("gke", 105), ("vm", 30)):
         spec = built("train", [*FOR_TRAIN, "--wait", "5"], name)
@@ -208,6 +224,7 @@ def test_stop_after_becomes_the_limit():
 REFUSED = [
     ("train --dataset a --bucket file:///b", "gke", {}, BadRequestError, "is a path of this machine"),
     ("train --dataset a", "s3", {}, BadRequestError, "jobs on 's3' cannot see"),
+    ("train --dataset a --from ../b/runs/c@3", "gke", {}, BadRequestError, "/b/runs/c' is a path of this machine"),
     ("train --dataset a --bucket gs://u:secret@b", "gke", {}, BadRequestError, "without a user, password"),
     ("train --dataset a", "bare", {}, BadConfigError, "target 'bare' has no `image:`"),
     ("train --dataset a --set x=1", "gke", {}, BadConfigError, "unknown key 'x'"),

@@ -48,6 +48,20 @@ def losses(self, network, x_start, noise, drawn, condition, conditions_on_itself
 
 randomness.training_noise, Objective.losses = training_noise, losses
 """
+HOLDS = """
+import hashlib
+restore = _restore
+
+def _restore(state, *rest):
+    manifest = restore(state, *rest)
+    with open(f"{os.environ['HOLDS']}-{os.getpid()}", "w") as file:
+        for group, named in state.tensors().items():
+            tensors = b"".join(tensor.numpy().tobytes() for tensor in named.values())
+            print(group, hashlib.sha256(tensors).hexdigest(), file=file)
+    return manifest
+
+import os
+"""
 
 
 @pytest.fixture
@@ -129,3 +143,28 @@ def test_changing_processes_learn_the_same(place, started, tmp_path, precision, 
         assert stage == 0 or until - first == STEPS * BATCH_IMAGES
         found, whole = batch_losses(rows, first, until), batch_losses(expected, first, until)
         assert max(abs(a - b) / b for a, b in zip(found, whole, strict=True)) <= bound
+
+
+@pytest.mark.slow
+def test_all_processes_begin_with_the_weights_of_the_parent(place, tmp_path):
+    """Averages too, with which each of them draws and validates; and several learn what one does."""
+    more, folder = ("--set", "ema.stds=0.1", "--epochs", 1), hooked(tmp_path / "hooks", job__training__attempt=HOLDS)
+    assert place.started("parent", *more).wait(250) == 0
+    begins = (*more, "--from", "parent", "--processes")
+    children = {
+        name: place.started(name, *begins, processes, PYTHONPATH=folder, HOLDS=str(tmp_path / name))
+        for name, processes in (("alone", 1), ("together", 2))
+    }
+    assert [child.wait(250) for child in children.values()] == [0, 0]
+    held = {name: [path.read_text() for path in tmp_path.glob(f"{name}-*")] for name in children}
+    assert [len(each) for each in held.values()] == [1, 2]
+    (groups,) = {text for texts in held.values() for text in texts}
+    by_group = dict(line.split() for line in groups.splitlines())
+    assert by_group["model"] == by_group["ema"] == by_group["ema-0.1"] != by_group["optimizer"]
+
+    def losses(name):
+        run = place.run(name)
+        return [row["loss"] for row in read_rows(run, load_manifest(run, max(list_checkpoints(run))).metrics)]
+
+    assert losses("together") == pytest.approx(losses("alone"), rel=1e-5)
+    assert losses("alone")[0] < losses("parent")[0]
