@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ddpm.catalogue import EDM2, UNet, levels_with_attention
 from ddpm.epochs import epochs_completed_by, images_at_epoch
+from ddpm.image_size import ImageSize
 from job.config import EMBEDDED, Drawing, RunConfig, changed_for_attempt, draft, layered, preset_names
 from job.data.shards import DatasetIndex, dataset_key, find_dataset, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, MissingInputError, State
@@ -187,9 +189,14 @@ def _begun(bucket: Store, request: TrainRequest) -> RunConfig:
     pinned["parent.sha256"] = check_average(run, ref, changes["parent.weights"], name).sha256
     if "parent.epoch" not in changes and (ended := epochs_completed_by(ref.images_seen, images, batch_size)):
         pinned["parent.epoch"] = ended[-1]
-    index, theirs = load_index(bucket, find_dataset(bucket, request.dataset, changes.get("data.size"))), parent.flat()
-    if size and (sides := theirs.get("model.attention_sizes")):
-        theirs["model.attention_sizes"] = [side * index.size // size for side in sides if side * index.size % size == 0]
+    try:
+        chosen = ImageSize.of(changes["data.size"]) if changes.get("data.size") else None
+    except ValueError as error:
+        raise BadConfigError(f"configuration: data.size: {error}") from None
+    index, theirs = load_index(bucket, find_dataset(bucket, request.dataset, chosen)), parent.flat()
+    if isinstance(parent.model, UNet | EDM2):
+        levels, shorter = levels_with_attention(parent.model, size), min(index.size.shape)
+        theirs["model.attention_sizes"] = [shorter // 2**level for level, has_one in enumerate(levels) if has_one]
     if not index.classes or changes.get("model.num_classes") == 0:
         theirs["model.label_dropout"] = 0.0
     keys = _OF_PARENT if request.preset_name("") else (*_OF_PARENT, "train.", "ema.")

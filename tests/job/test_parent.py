@@ -66,9 +66,15 @@ def config_of(bucket: Path, run: str = "child") -> dict:
 
 @pytest.fixture
 def few(bucket, tmp_path) -> Path:
-    """The bucket with datasets of 30 images: `few` of two classes at 16 and 32 pixels, `plain` of none."""
+    """The bucket with datasets of 30 images: `few` of two classes at three sizes, `plain` of none."""
     images = folder_of(tmp_path / "images", [(f"{kind}/{n}.png", png(n, 32, 32)) for kind in "ab" for n in range(15)])
-    for name, *words in (("few", "--size", 16), ("few", "--size", 32), ("plain", "--size", 16, "--no-classes")):
+    packed = [
+        ("few", "--size", 16),
+        ("few", "--size", 32),
+        ("few", "--size", "48x32"),
+        ("plain", "--size", 16, "--no-classes"),
+    ]
+    for name, *words in packed:
         succeeded(ddpm_here("data", "pack", images, name, *words, "--bucket", bucket))
     return bucket
 
@@ -146,6 +152,9 @@ def test_other_classes_begin_anew_and_the_rest_does_not(few):
 def test_attention_stays_at_its_levels_for_another_size(few):
     succeeded(child(few, "--epochs", 1, "--set", "data.size=32", run="large", dataset="few"))
     assert config_of(few, "large")["model"]["attention_sizes"] == [16]
+    succeeded(child(few, "--epochs", 1, "--set", "data.size=48x32", run="wide", dataset="few"))
+    assert config_of(few, "wide")["model"]["attention_sizes"] == [16]
+    assert "data.size" in refused(child(few, "--set", "data.size=48x", dataset="few"), 78)
     assert unequal(weights(few, "walk", 312, "ema"), weights(few, "large", 0, "ema")) == {OF_CLASSES}
     line = refused(child(few, "--set", "data.size=32", "--set", "model.attention_sizes=8", dataset="few"), 78)
     assert "(model.attention_sizes: [16] → [8])" in line
