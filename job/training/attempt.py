@@ -236,7 +236,8 @@ def _load_parent(state: training.TrainState, plan: Plan) -> None:
         MissingInputError, BadDataError: they are gone, or others than at the time of the pinning.
     """
     parent = plan.config.parent
-    assert parent.run and parent.checkpoint and parent.weights
+    if not (parent.run and parent.checkpoint and parent.weights):
+        raise BadDataError(f"{plan.run.uri_of(records.CONFIG_KEY)} names no checkpoint of the parent {parent.run}")
     at, name = records.place_of_run(plan.bucket, parent.run)
     run, ref = records.run_store(at, name), CheckpointRef.parse(parent.checkpoint)
     what_to_do = "restore it, or delete the run that begins with it, and begin another"
