@@ -158,7 +158,8 @@ def _adapted(
         case EvaluateRequest():
             _check_files(request.sampling, target)
             if file := request.extractor_file:
-                command = command.with_values(extractor_file=_uri_for_jobs("--extractor-file", file, target))
+                file = _uri_for_jobs("--extractor-file", file, target)
+                return command.with_values(extractor_file=file), [file]
         case PackRequest() if request.tars:
             tars = [_source(tar, target) for tar in request.tars]
             return command.with_values(tars=tars), tars

@@ -92,7 +92,7 @@ def plan_lines(spec: JobSpec, target: Target, *, is_watched: bool = False) -> li
     if not spec.gpus and (found := gpus_of(terms.machine)):
         gpus = f"no GPU used: {found[0]} × {found[1]} idle, but paid for"
     kind = terms.kind or ("spot, which may be taken away: nothing is lost" if spec.spot else "on demand")
-    again = "; what --watch submits again has what is left of them" if is_watched else ""
+    again = "; what --watch submits again has what is left of them" if is_watched and not target.limits_attempts else ""
     return [
         f"job       {spec.name}, on {target.name} ({', '.join((target.backend, *terms.place))})",
         f"command   ddpm {shlex.join(spec.argv)}",

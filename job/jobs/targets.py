@@ -98,7 +98,8 @@ def _target(name: str, block: Any, where: str) -> Target:
 def _problem(problem: Any) -> str:
     """Returns pydantic's message about one value, with its key."""
     got = "" if problem["type"] in ("missing", "value_error") else f" (got {problem['input']!r:.200})"
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}{got}"
+    key = "".join(f"{part}." for part in problem["loc"]).removesuffix(".")
+    return f"{key}: ".removeprefix(": ") + problem["msg"].removeprefix("Value error, ") + got
 
 
 def _check_printable(value: Any, where: str) -> None:

@@ -45,7 +45,7 @@ NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={n0} CPUs=2 RealMemory=4
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} CPUs=2 RealMemory=4000 State=UNKNOWN
 PartitionName=low Nodes=ALL Default=YES State=UP PriorityTier=1 GraceTime={grace}
 PartitionName=high Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF
-PartitionName=first Nodes=n0 State=UP PriorityTier=1 GraceTime={grace}
+PartitionName=first Nodes=n0 State=UP PriorityTier=1
 PartitionName=short Nodes=ALL MaxTime=10 State=UP PriorityTier=1
 """
 

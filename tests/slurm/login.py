@@ -19,7 +19,7 @@ StrictModes no
 PermitRootLogin yes
 PasswordAuthentication no
 KbdInteractiveAuthentication no
-SetEnv {variables}
+SetEnv {variables} HOME={folder}
 """
 CLIENT = """
 Host login
@@ -52,6 +52,7 @@ def login_node(folder: Path, variables: Mapping[str, str]) -> Iterator[Path]:
     said = " ".join(f"{name}={value}" for name, value in variables.items())
     (folder / "sshd_config").write_text(SERVER.format(port=port, folder=folder, variables=said))
     (folder / "ssh_config").write_text(CLIENT.format(port=port, folder=folder))
+    (folder / ".bash_profile").write_text("echo welcome\n")
     (ssh := folder / "bin/ssh").parent.mkdir()
     # The real one, with these settings for a person's own.
     ssh.write_text(f'#!/bin/sh\nexec /usr/bin/ssh -F "{folder}/ssh_config" "$@"\n')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,39 @@ def test_groups_have_the_weights_of_one_machine(cluster, bucket):
     assert_equal(run_of(bucket, "nodes"), run_of(bucket, "here"))
 
 
+def test_jobs_without_grace_leave_when_they_have_saved(cluster, folder, tmp_path, monkeypatch):
+    """Slurm tells their script as well, which must not wait for what it may no longer do."""
+    saves = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); time.sleep(60)"
+    program(tmp_path, f"#!{sys.executable}\n{saves}\n", monkeypatch, partition="first")
+    submitted("train", "--dataset", "tiles", "--run", "brief", on="low")
+    cluster.wait_for("train-brief", "RUNNING")
+    time.sleep(2)
+    began = time.monotonic()
+    cluster.run("sbatch", "-p", "high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+    cluster.wait_for_requeue("train-brief")
+    until(lambda: "code=75" in cluster.run("squeue", "-h", "--name=train-brief", "-o", "%k"))
+    until(lambda: "high" not in cluster.run("squeue", "-h", "-o", "%P"))
+    # Killed, it would have held its node for 30 s.
+    assert time.monotonic() - began < 20
+    cluster.run("scancel", "--name=train-brief")
+
+
+def test_failing_slices_are_tried_again_alone(cluster, folder, tmp_path, monkeypatch):
+    """The last one, too, whose number is that of the whole array."""
+    fails = "import sys; sys.exit(3 * (sys.argv[sys.argv.index('--slice') + 1] == '3/4'))"
+    program(tmp_path, f"#!{sys.executable}\n{fails}\n", monkeypatch)
+    submitted("sample", "--run", "walk", "--count", 9, "--slices", 4, on="low")
+
+    def slices() -> list[str]:
+        rows = cluster.run("squeue", "-h", "--array", "--states=all", "-o", "%j|%K %T %k").splitlines()
+        found = re.findall(r"sample-walk-\w+\|(\d \w+) ddpm began=\d+ (failures=\d code=\d*)", "\n".join(rows))
+        return sorted(" ".join(each) for each in found)
+
+    done = [f"{index} COMPLETED failures=0 code=0" for index in range(3)]
+    until(lambda: slices() == [*done, "3 PENDING failures=1 code=3"], said=lambda: str(slices()))
+    cluster.run("scancel", "--me")
+
+
 def test_slices_share_the_work(cluster, bucket, undisturbed):
     words = ("sample", "--run", undisturbed, "--count", 1100, "--save", "shards", "--bucket", bucket)
     submitted(*words, "--slices", 4, on="low")
@@ -169,10 +203,12 @@ def test_slices_share_the_work(cluster, bucket, undisturbed):
 def test_no_shell_reads_values(cluster, folder, tmp_path, monkeypatch):
     odd = "'$(touch pwned)' \"`touch pwned`\" \\ %j ;é"
     says = "import json, os, sys; json.dump([sys.argv, dict(os.environ)], open(os.environ['SAID'], 'w'))"
-    said = tmp_path / odd
+    said = tmp_path / f"{odd}.json"
     variables = {"NOTE": odd, "SAID": str(said)}
     program(tmp_path / odd[:9], f"#!{sys.executable}\n{says}\n", monkeypatch, env=variables)
-    monkeypatch.setenv("MINE", "of whoever submits")
+    # What a person has set for other jobs does not win over the target's keys.
+    for name, value in {"MINE": "of whoever submits", "SBATCH_PARTITION": "short", "SLURM_MEM_PER_CPU": "1"}.items():
+        monkeypatch.setenv(name, value)
     (tmp_path / "images").mkdir()
     words = ("pack", str(tmp_path / "images"), "odd", "--size", "8", "--licence", odd, "--bucket", str(tmp_path / odd))
     submitted(*words, "--slices", 2, on="low")
@@ -182,5 +218,6 @@ def test_no_shell_reads_values(cluster, folder, tmp_path, monkeypatch):
     assert argv[argv.index("--licence") + 1] == odd
     assert argv[argv.index("--slice") + 1] in ("0/2", "1/2")
     assert {name: environ[name] for name in variables} == variables
-    assert "MINE" not in environ
+    assert not {"MINE", "SLURM_MEM_PER_CPU"} & {*environ}
+    assert environ["SLURM_JOB_PARTITION"] == "low"
     assert not [*folder.rglob("pwned"), *tmp_path.rglob("pwned")]

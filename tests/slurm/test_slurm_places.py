@@ -37,7 +37,10 @@ def test_login_nodes_are_enough(bucket):
     assert "is a path of this machine, which jobs on 'login' cannot see" in away
     succeeded(ddpm_here("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", "gs://far"))
     succeeded(ddpm("submit", *training("far", "gs://far", 1), "--on", "login", "--yes"))
-    assert "Run 'far' is finished" in succeeded(ddpm("jobs", "logs", "train-far", "--on", "login", "-f"))
+    output = succeeded(ddpm("jobs", "logs", "train-far", "--on", "login", "-f"))
+    assert "Run 'far' is finished" in output
+    # What the profile prints is no output of the job.
+    assert output.startswith("ddpm-slurm: job ")
     (listed,) = json.loads(succeeded(ddpm_here("jobs", "list", "--on", "login", "--json")))[:1]
     assert (listed["name"], listed["state"], listed["bucket"]) == ("train-far", "finished", "gs://far")
     checks = succeeded(ddpm("doctor", "--on", "login"))
@@ -60,7 +63,7 @@ def test_forgotten_jobs_have_output(cluster, bucket):
     ("on", "code", "finding"),
     [
         ("low", 0, "ok    all-reduce (node)         2 processes"),
-        ("too-long", 66, "FAIL  job                       no node within 20 s (PartitionTimeLimit)"),
+        ("too-long", 66, "FAIL  job                       no node yet (PartitionTimeLimit)"),
         ("too-many", 64, "Requested node configuration is not available"),
         ("no-driver", 66, "FAIL  GPUs (node)               this job was given 1 GPU, and PyTorch sees 0"),
         ("elsewhere", 66, "nothing/bin/ddpm: No such file or directory"),

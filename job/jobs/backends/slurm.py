@@ -37,10 +37,17 @@ _ACCOUNTS = (
     "--format=JobID,State,Reason,NodeList,Submit,JobName,Comment",
 )
 """Both give the same columns."""
+_ROW = re.compile(r"(\d+)(?:_(\d+))?" + r"\|([^|]*)" * 5 + r"\|(.*)")
+_PLAINLY = (
+    "for name in ${!SLURM_*} ${!SBATCH_*} ${!SQUEUE_*} ${!SACCT_*}; do [[ $name == SLURM_CONF ]] || unset $name; done; "
+    'SLURM_TIME_FORMAT=%s exec "$@"'
+)
+"""Runs a command without the variables that would win over the target's keys, or are those of a job around it."""
+_IMPOSSIBLE = re.compile("Partition(Node|Time)Limit|Per(Job|Node)|QOSMin|Invalid|BadConstraints")
+"""The reasons for which a job waits for ever; all others, such as a node in maintenance, pass."""
 _NOTES = re.compile(rf"{LABEL_PREFIX}(?: began=(\d+) failures=(\d+) code=(\d*))?(?: bucket=(.*))?")
 _STATES = {
     "PENDING": State.WAITING,
-    "CONFIGURING": State.WAITING,
     "COMPLETED": State.FINISHED,
     "CANCELLED": State.CANCELLED,
 }
@@ -83,20 +90,19 @@ class SlurmBackend(Backend):
         (made,) = self.render(spec)
         if not (before := self.status(spec.name)).state.is_over:
             raise self.runs_already(spec.name, f"on {before.place}" if before.place else "or waits")
-        self._ask("mkdir", "-p", "--", self.target.folder)
-        self._ask("sbatch", "--parsable", script=made["script"])
+        # No container can mount a bucket that is not there yet.
+        self._ask("mkdir", "-p", "--", self.target.folder, *map(str, filter(None, [spec.bucket_folder])))
+        self._ask("sbatch", script=made["script"])
 
     def find(self, name: str) -> list[_Task]:
-        """Returns the newest job of that name, by slices; one that is long over only where Slurm accounts for jobs."""
+        """Returns the newest job of that name, by slices; one that Slurm has forgotten has its output."""
         tasks = _tasks(self._ask(*_QUEUE, f"--name={name}"))
-        if not tasks:
-            answer = self._run([*_ACCOUNTS, f"--name={name}"])
-            tasks = [] if answer.returncode else _tasks(answer.stdout, is_noted=False)
-        return _newest(tasks)
+        tasks = tasks or _tasks(self._run([*_ACCOUNTS, f"--name={name}"]).stdout, is_noted=False)
+        return _newest(tasks or self._outputs(name))
 
     def status(self, name: str) -> JobStatus:
-        """See `Backend.status`; a job that Slurm has forgotten still has its output."""
-        tasks = self.find(name) or _newest(self._outputs(name))
+        """See `Backend.status`."""
+        tasks = self.find(name)
         return _whole(tasks) if tasks else JobStatus(name, State.GONE, "Slurm does not know it")
 
     def jobs(self) -> list[JobStatus]:
@@ -112,9 +118,7 @@ class SlurmBackend(Backend):
 
     def logs(self, name: str, follow: bool) -> Iterator[str]:
         """See `Backend.logs`: the output lies in the target's folder until a person deletes it."""
-        if not (tasks := self.find(name) or _newest(self._outputs(name))):
-            raise self.unknown(name)
-        paths = [f"{self.target.folder}/{task.output}" for task in tasks]
+        paths = [f"{self.target.folder}/{task.output}" for task in self.known(name)]
         words = ["tail", "--lines=+1", "--verbose" if len(paths) > 1 else "--quiet", *["-F"] * follow, "--", *paths]
         lines, is_empty = self._output_of(words, lambda: self.status(name).state.is_over), True
         for line in _with_indices(lines) if len(paths) > 1 else lines:
@@ -160,28 +164,23 @@ class SlurmBackend(Backend):
         return self.effect_of_cancelling(state)
 
     def checks(self, bucket: str) -> Iterator[Check]:
-        """See `Backend.checks`: a job that looks around on a node."""
-        try:
-            yield from self._found_by_job(bucket)
-        except JobError as error:
-            yield Check.of_error("job", error)
-
-    def _found_by_job(self, bucket: str) -> Iterator[Check]:
-        """Yields the checks of a job that asks for what jobs of this target ask for, or why it does not begin."""
+        """See `Backend.checks`: a job looks around that asks for what jobs of this target ask for."""
         target, name = self.target, "doctor"
         words = (name, "--on", "local", "--json", *(("--bucket", bucket) if bucket else ("--no-bucket",)))
         env = {**target.env, GPUS: str(target.gpus)} if target.gpus else target.env
-        job = JobSpec(name, "train", words, target.software, bucket or "gs://none", spot=False, retries=0, env=env)
+        job = JobSpec(
+            name, "train", words, target.software, bucket or target.usual_bucket, spot=False, retries=0, env=env
+        )
         job = replace(job, gpus=target.gpus, gpu_type=target.gpu_type, max_hours=target.max_hours)
         self.submit(job)
         until = time.monotonic() + NODE_SECONDS
         while not (status := self.status(name)).state.is_over:
             # Slurm keeps a job whose GPUs, time or account its partition never allows.
-            is_possible = status.message in ("", "Resources", "Priority")
+            is_possible = not _IMPOSSIBLE.search(status.message)
             if status.state is State.WAITING and (time.monotonic() > until or not is_possible):
                 self.cancel(name)
                 remedy = "see JOB REASON CODES in `man squeue`, and change the target's keys"
-                yield Check("job", is_possible, f"no node within {NODE_SECONDS} s ({status.message})", remedy)
+                yield Check("job", is_possible, f"no node yet ({status.message})", remedy)
                 return
             time.sleep(1)
         output = list(self.logs(name, follow=False))
@@ -194,9 +193,10 @@ class SlurmBackend(Backend):
     def _there(self, words: Sequence[str]) -> list[str]:
         """Returns the command that runs `words` where Slurm's commands are, and ends with 127 if one is missing."""
         if not self.target.host:
-            return ["env", "SLURM_TIME_FORMAT=%s", *words]
-        # Slurm's commands may lie where only the profile of a login shell looks.
-        login = shlex.join(["SLURM_TIME_FORMAT=%s", "bash", "-lc", shlex.join(words)])
+            return ["env", "bash", "-c", _PLAINLY, "bash", *words]
+        # Slurm's commands may lie where only the profile of a login shell looks, which may print a greeting.
+        command = f"exec bash -lc {shlex.quote(f'{_PLAINLY} >&3')} bash {shlex.join(words)} 3>&1 >&2"
+        login = shlex.join(["bash", "-c", command])
         return ["env", "ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "--", self.target.host, login]
 
     def _ask(self, *words: str, script: str = "") -> str:
@@ -233,13 +233,13 @@ class SlurmBackend(Backend):
 def _tasks(table: str, *, is_noted: bool = True) -> list[_Task]:
     """Returns the jobs and slices in Slurm's answer; with `is_noted` those alone that this program submitted."""
     found = []
-    for line in table.splitlines():
-        number, state, reason, nodes, submitted, name, comment = line.split("|", 6)
+    # A person's other jobs may have comments of several lines.
+    for row in filter(None, map(_ROW.fullmatch, table.splitlines())):
+        number, index, state, reason, nodes, submitted, name, comment = row.groups()
         notes = _NOTES.fullmatch(comment)
         if is_noted and not notes:
             continue
         began, failures, code, bucket = notes.groups() if notes else (None,) * 4
-        number, _, index = number.partition("_")
         status = replace(
             _status(name, state.split()[0], reason, int(code) if code else None),
             failures=int(failures or 0),
@@ -265,6 +265,8 @@ def _status(name: str, state: str, reason: str, code: int | None) -> JobStatus:
     """Returns the state of a job from Slurm's word for it, and from the exit code of the last attempt that ended."""
     if state in _FAILED:
         cause, why = _FAILED[state]
+        if reason.startswith("RaisedSignal:53"):
+            why = "its node could not write its output: put the target's `folder` on a disk that all nodes share"
         if code and not why:
             return JobStatus.of_code(name, code)
         return JobStatus(name, State.FAILED, why or reason, code, cause=cause)
@@ -274,7 +276,7 @@ def _status(name: str, state: str, reason: str, code: int | None) -> JobStatus:
         if found is State.WAITING
         else state.lower() * (found is State.RUNNING and state != "RUNNING")
     )
-    return JobStatus(name, found, message, 0 if found is State.FINISHED else None, has_machine=state == "CONFIGURING")
+    return JobStatus(name, found, message, 0 if found is State.FINISHED else None)
 
 
 def _with_indices(lines: Iterable[str]) -> Iterator[str]:

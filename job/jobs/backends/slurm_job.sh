@@ -2,6 +2,7 @@
 #
 # A constant: `slurm_script.py` puts options for sbatch before it, and these variables:
 #   words    the command that starts the program once on each node
+#   job      its number, and its slice's: the number alone, which the last slice has, means all slices
 #   bucket   of the job
 #   retries  how many failures may be tried again
 #   stopped  the exit code of a program that saved because it had to stop
@@ -13,10 +14,16 @@ say() { printf 'ddpm-slurm: %s\n' "$1"; }
 
 # Slurm keeps this comment through all attempts, and shows it for some minutes after the job's end.
 remember() {
-  scontrol update JobId="$SLURM_JOB_ID" Comment="ddpm began=$began failures=$failures code=$1 bucket=$bucket"
+  scontrol update JobId="$job" Comment="ddpm began=$began failures=$failures code=$1 bucket=$bucket"
 }
 
-ask_slurm() { squeue --noheader --states=all --jobs="$SLURM_JOB_ID" --format="$1"; }
+# While Slurm restarts it answers nothing, and a job that ends meanwhile would never be requeued.
+ask_slurm() {
+  for _ in {1..60}; do
+    squeue --noheader --states=all --jobs="$job" --format="$1" && return
+    sleep 5
+  done
+}
 
 if [[ $(ask_slurm %k) =~ ^ddpm\ began=([0-9]+)\ failures=([0-9]+) ]]; then
   began=${BASH_REMATCH[1]} failures=${BASH_REMATCH[2]}
@@ -27,8 +34,9 @@ remember ''
 say "job $SLURM_JOB_ID begins on $SLURM_JOB_NODELIST at $(date --utc +%FT%TZ)"
 
 # At the end of its time Slurm tells this script alone; when the job is preempted or cancelled, it tells the program.
+# Then scancel would wait until Slurm kills the job.
 told=
-trap 'told=yes; scancel --quiet --signal=TERM "$SLURM_JOB_ID" 2>/dev/null' TERM
+trap 'told=yes; (scancel --quiet --signal=TERM "$job" 2>/dev/null &)' TERM
 "${words[@]}" &
 # A signal ends the wait, and not the program.
 while
@@ -42,7 +50,7 @@ done
 why="ended with code $code"
 # Slurm itself ends a job that was cancelled, and requeues one that was preempted, whatever its code. It would do so
 # once more after the end of a job that was requeued here.
-if [[ $(ask_slurm %T) != RUNNING || $(scontrol --oneliner show job "$SLURM_JOB_ID") =~ \ PreemptTime=[0-9] ]]; then
+if [[ $(ask_slurm %T) != RUNNING || $(scontrol --oneliner show job "$job") =~ \ PreemptTime=[0-9] ]]; then
   remember "$code"
   say "$why"
   exit "$code"
@@ -60,7 +68,7 @@ say "$why"
 # Without its count a failure would come again for ever.
 remember "$code" || ((code == stopped)) || again=
 if [[ $again ]]; then
-  if scontrol requeue "$SLURM_JOB_ID"; then
+  if scontrol requeue "$job"; then
     say "waiting in the queue for the next attempt"
   else
     say "this cluster requeues no jobs: the same command, or --watch, goes on"

@@ -21,7 +21,6 @@ from job.stop import GRACE_VARIABLE
 CPUS_PER_GPU = 4
 """A job without GPUs gets as many as one with a single GPU."""
 INDEX = "$SLURM_ARRAY_TASK_ID"
-_Path = Annotated[str, Field(pattern=r"^(/.*)?$")]
 _Option = Annotated[str, Field(pattern=r"^([A-Za-z0-9(\[][A-Za-z0-9._:,=|&*()\[\]!/+-]{0,400})?$")]
 
 
@@ -33,9 +32,9 @@ class SlurmTarget(Target):
     backend: Literal["slurm"]
     host: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._@:%-]{0,255})?$")] = ""
     """As ssh knows it, such as `me@login.example.org`; empty if Slurm's commands are on this machine."""
-    folder: Annotated[_Path, Field(min_length=2)]
+    folder: Annotated[str, Field(pattern=r"^/[^\\]+$")]
     """For the output of jobs: the login node and all nodes share it."""
-    venv: _Path = ""
+    venv: Annotated[str, Field(pattern=r"^(/.*)?$")] = ""
     """The virtual environment on a disk that all nodes share, if the program is not in an image."""
     image: Annotated[str, Field(pattern=r"^([A-Za-z0-9/][A-Za-z0-9._:/@#+~-]{0,400})?$")] = ""
     """As `container` takes it, such as `/shared/ddpm.sif` or `docker://REGISTRY/NAME:TAG`."""
@@ -54,7 +53,7 @@ class SlurmTarget(Target):
     """The local disk of a node, for the cache of images, such as `/scratch` or `/lscratch/$SLURM_JOB_ID`."""
     grace_seconds: int = Field(30, ge=5, le=3600)
     """From the notice to the end: a preempted job has its partition's `GraceTime`, then the cluster's `KillWait`."""
-    spot: bool = False
+    spot: Literal[False] = False
 
     @model_validator(mode="after")
     def _has_program(self) -> SlurmTarget:
@@ -92,6 +91,8 @@ def script_of(spec: JobSpec, target: SlurmTarget) -> str:
     """
     if spec.spot:
         raise BadRequestError("--spot: on Slurm the partition decides which jobs are preempted: leave it out")
+    if spec.max_seconds <= target.grace_seconds:
+        raise BadRequestError(f"--max-hours {spec.max_hours:g}: an attempt must last longer than its grace_seconds")
     output = f"{target.folder}/".replace("%", "%%") + f"{spec.name}-{'%A_%a' if spec.slices else '%j'}.log"
     minutes, seconds = divmod(spec.max_seconds, 60)
     options = {
@@ -113,6 +114,7 @@ def script_of(spec: JobSpec, target: SlurmTarget) -> str:
         *(f"#SBATCH --{key}={value}".removesuffix("=") for key, value in options.items()),
         *(f"{key}={shlex.quote(str(value))}" for key, value in own.items()),
         f"fatal='{' '.join(map(str, fatal))}'",
+        f'job="{f"${{SLURM_ARRAY_JOB_ID}}_{INDEX}" if spec.slices else "$SLURM_JOB_ID"}"',
         *_exports(spec, target),
         f"words=({' '.join(_words(spec, target))})",
         Path(__file__).with_name("slurm_job.sh").read_text(encoding="utf-8"),
@@ -125,17 +127,13 @@ def _resources(spec: JobSpec, target: SlurmTarget) -> dict[str, str]:
     values = {
         "nodes": str(spec.nodes),
         "ntasks-per-node": "1",
-        "cpus-per-task": str(_cpus(spec, target)),
+        "cpus-per-task": str(target.cpus or CPUS_PER_GPU * max(spec.gpus, 1)),
         "gres": ",".join(filter(None, (gpus, target.gres))),
         "mem": target.memory,
         "array": f"0-{spec.slices - 1}" if spec.slices else "",
         **{key: getattr(target, key) for key in ("partition", "account", "qos", "constraint")},
     }
     return {key: value for key, value in values.items() if value}
-
-
-def _cpus(spec: JobSpec, target: SlurmTarget) -> int:
-    return target.cpus or CPUS_PER_GPU * max(spec.gpus, 1)
 
 
 def _exports(spec: JobSpec, target: SlurmTarget) -> list[str]:
@@ -155,7 +153,7 @@ def _words(spec: JobSpec, target: SlurmTarget) -> list[str]:
     """Returns the words of `srun` and of the program, quoted for a shell that may expand Slurm's variables alone."""
     mounts, is_pyxis = _mounts(spec, target), bool(target.image) and target.container == "pyxis"
     # srun takes no CPUs from the job, and PMI would describe another group than this program's.
-    words = ["srun", "--export=ALL", "--mpi=none", f"--cpus-per-task={_cpus(spec, target)}"]
+    words = ["srun", "--export=ALL", "--mpi=none", f"--cpus-per-task={_resources(spec, target)['cpus-per-task']}"]
     words += ["--kill-on-bad-exit=0", "--wait=0"]
     if is_pyxis:
         words += [f"--container-image={shlex.quote(target.image)}", "--container-readonly", "--container-mount-home"]
