@@ -90,8 +90,10 @@ class ContainerBackend(Backend):
         folder, files = spec.bucket_folder, kind.credential_files() if kind else {}
         inside = {variable: f"{CREDENTIALS_FOLDER}/{variable.lower()}" for variable in files}
         mounts = _mount(folder, str(folder)) if folder else []
-        for path in filter(None, spec.reads):
-            mounts += _mount(path, path, "readonly")
+        for path in spec.reads:
+            # Engines refuse a second mount of one folder.
+            if path not in ("", str(folder)):
+                mounts += _mount(path, path, "readonly")
         for variable, file in files.items():
             mounts += _mount(file, inside[variable], "readonly")
         uid, gid = self.user if mounts else (IMAGE_USER, IMAGE_USER)

@@ -91,6 +91,10 @@ def test_local_files_are_mounted(tmp_path, targets_folder, monkeypatch):
         path = targets_folder / source
         assert (f"type=bind,source={path},destination={path},readonly" in mounts) == bool(source), words
         assert len(mounts) == (3 if source else 2)
+    # A parent in the bucket itself needs no second mount, which engines refuse.
+    for folder, count in ((tmp_path, 2), (tmp_path / "other", 3)):
+        words = ["--dataset", "celeba", "--run", "two", "--from", f"{folder}/runs/one", "--bucket", str(tmp_path)]
+        assert len(values(command_of(built("train", words, "container")), "--mount")) == count
     # What would be further options of the mount.
     for folder in ("a,destination=/etc", 'a"b', "a\nb"):
         with pytest.raises(BadRequestError, match="no container can mount it"):
