@@ -251,7 +251,7 @@ def _given(request: SampleRequest, of_run: RunHandle) -> Given | None:
     elif mask == "centre":
         unknown[height // 4 : -(height // 4), width // 4 : -(width // 4)] = True
     else:
-        levels, mask = _read_image("--mask", mask, Recipe(size, "squash", "box", 1, min_side=1))
+        levels, mask = _read_image("--mask", mask, Recipe(size, "center", "box", 1, min_side=1))
         unknown = levels[:, :, 0] > 127
     if unknown.all() or not unknown.any():
         raise BadRequestError(f"--mask {request.mask}: inpaint replaces the white part, here all of it or nothing")

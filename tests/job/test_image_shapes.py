@@ -101,6 +101,22 @@ def test_a_mask_follows_both_sides(bucket: Path) -> None:
             assert np.abs(picture - given)[6:10, 13:17].max() > 20
 
 
+def test_a_mask_lies_on_the_photograph_that_it_was_drawn_on(bucket: Path, tmp_path: Path) -> None:
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8))
+    photo.save(tmp_path / "photo.png")
+    mask = Image.new("L", photo.size)
+    mask.paste(255, (0, 0, 48, 12))
+    mask.save(tmp_path / "mask.png")
+    files = ("--image", tmp_path / "photo.png", "--mask", tmp_path / "mask.png", "--resamplings", 1)
+    words = ("sample", "--run", "wide", "--bucket", bucket, "--mode", "inpaint", *files)
+    succeeded(ddpm_here(*words, "--count", 1, "--save", "png"))
+    (folder,) = (bucket / "runs/wide/samples").glob("*-0-1-png")
+    # Its middle 3:2 begins at row 8, and is halved.
+    given = np.asarray(photo.crop((0, 8, 48, 40)).resize((24, 16), Image.Resampling.LANCZOS)).astype(int)
+    differs = np.abs(pictures_in(folder)[0] - given).max(axis=(1, 2)) > 1
+    assert differs.tolist() == [True] * 2 + [False] * 14
+
+
 def test_diffusers_draws_the_shape(bucket: Path, tmp_path: Path) -> None:
     from diffusers import DDIMPipeline
 
