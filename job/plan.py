@@ -201,6 +201,9 @@ def _begun(bucket: Store, request: TrainRequest) -> RunConfig:
         theirs["model.label_dropout"] = 0.0
     keys = _OF_PARENT if request.preset_name("") else (*_OF_PARENT, "train.", "ema.")
     taken = {key: value for key, value in theirs.items() if key.startswith(keys) and key not in _OWN}
+    if not changes.get("model.label_dropout", theirs["model.label_dropout"]):
+        # The preset's guidance is for networks that have learnt images without their class.
+        taken["sample.guidance"] = 1.0
     preset = request.preset_name(parent.preset if parent.preset in preset_names() else EMBEDDED)
     config = follow_dataset(draft(preset, layered(taken, changes)), index)
     before, now = _meaning(theirs), _meaning(config.flat())

@@ -165,6 +165,12 @@ def test_a_preset_gives_what_is_not_of_the_network(bucket):
     ours, theirs = config_of(bucket), config_of(bucket, "walk")
     assert (ours["model"], ours["diffusion"]) == (theirs["model"], theirs["diffusion"])
     assert (ours["preset"], ours["train"]["learning_rate"], ours["data"]["flip"]) == ("fashion-mnist", 5e-4, False)
+    # Guidance only if the network can give it.
+    succeeded(child(bucket, "--epochs", 1, "--preset", "dit", run="unguided"))
+    assert config_of(bucket, "unguided")["sample"]["guidance"] == 1
+    dropout = ("--set", "model.label_dropout=0.1")
+    succeeded(child(bucket, "--epochs", 1, "--preset", "dit", *dropout, run="guided"))
+    assert config_of(bucket, "guided")["sample"]["guidance"] == 1.5
 
 
 UNFIT = [
