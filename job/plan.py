@@ -206,8 +206,9 @@ def _begun(bucket: Store, request: TrainRequest) -> RunConfig:
         taken["sample.guidance"] = 1.0
     preset = request.preset_name(parent.preset if parent.preset in preset_names() else EMBEDDED)
     config = follow_dataset(draft(preset, layered(taken, changes)), index)
-    before, now = _meaning(theirs), _meaning(config.flat())
-    if differing := {key: f"{key}: {before.get(key)} → {now[key]}" for key in now if before.get(key) != now[key]}:
+    ours = config.flat()
+    before, now = _meaning(theirs), _meaning(ours)
+    if differing := {key: f"{key}: {theirs.get(key)} → {ours[key]}" for key in now if before.get(key) != now[key]}:
         raise BadConfigError(
             f"the weights of {changes['parent.run']} fit another network "
             f"({differing.get('model.kind') or '; '.join(differing.values())}): leave out these settings, or --from"
@@ -218,6 +219,9 @@ def _begun(bucket: Store, request: TrainRequest) -> RunConfig:
 def _meaning(values: dict[str, Any]) -> dict[str, Any]:
     """Returns what decides the meaning of weights, by key; of augmentation that is whether the network knows of it."""
     meant = {key: value for key, value in values.items() if key.startswith(_MEANING) and key not in _NO_MEANING}
+    if sizes := meant.get("model.attention_sizes"):
+        # Their order means nothing.
+        meant["model.attention_sizes"] = sorted(sizes)
     return meant | {"data.augment": values["data.augment"] > 0}
 
 

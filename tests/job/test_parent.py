@@ -158,6 +158,10 @@ def test_attention_stays_at_its_levels_for_another_size(few):
     assert unequal(weights(few, "walk", 312, "ema"), weights(few, "large", 0, "ema")) == {OF_CLASSES}
     line = refused(child(few, "--set", "data.size=32", "--set", "model.attention_sizes=8", dataset="few"), 78)
     assert "(model.attention_sizes: [16] → [8])" in line
+    # The same settings fit, in whatever order they name the levels.
+    same = settings(model__attention_sizes="8,16")
+    for begun in ("", "first"):
+        succeeded(child(few, "--epochs", 1, *same, of=begun, run=f"{begun}first", dataset="plain"))
 
 
 def test_a_preset_gives_what_is_not_of_the_network(bucket):
@@ -195,7 +199,7 @@ UNFIT = [
         78,
         ["fit another network (model.kind: unet → dit): leave out these settings, or --from"],
     ),
-    ("--from walk --set data.augment=0.1", 78, ["(data.augment: False → True)"]),
+    ("--from walk --set data.augment=0.1", 78, ["(data.augment: 0.0 → 0.1)"]),
     ("--from walk --set diffusion.variance=learned_range", 78, ["(diffusion.variance: fixed → learned_range)"]),
     ("--from walk --set train.freeze=down,encoder", 78, ["has no part 'encoder', but conv_in, time_embedding, c"]),
     ("--set train.freeze=conv,time,class,down,mid,up", 78, ["freezes the whole network"]),
