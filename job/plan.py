@@ -10,7 +10,7 @@ from ddpm.catalogue import EDM2, UNet, levels_with_attention
 from ddpm.epochs import epochs_completed_by, images_at_epoch
 from ddpm.image_size import ImageSize
 from job.config import EMBEDDED, Drawing, RunConfig, changed_for_attempt, draft, layered, preset_names
-from job.data.shards import DatasetIndex, dataset_key, find_dataset, load_index
+from job.data.shards import DatasetIndex, NoDatasetError, dataset_key, find_dataset, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, MissingInputError, State
 from job.progress import note
 from job.requests import TrainRequest
@@ -193,7 +193,11 @@ def _begun(bucket: Store, request: TrainRequest) -> RunConfig:
         chosen = ImageSize.of(changes["data.size"]) if changes.get("data.size") else None
     except ValueError as error:
         raise BadConfigError(f"configuration: data.size: {error}") from None
-    index, theirs = load_index(bucket, find_dataset(bucket, request.dataset, chosen)), parent.flat()
+    try:
+        index, theirs = load_index(bucket, find_dataset(bucket, request.dataset, chosen)), parent.flat()
+    except NoDatasetError as error:
+        # It is to be packed for the network of the parent.
+        raise NoDatasetError(str(error), None if parent.data.latents else chosen or size) from None
     if isinstance(parent.model, UNet | EDM2):
         levels, shorter = levels_with_attention(parent.model, size), min(index.size.shape)
         theirs["model.attention_sizes"] = [shorter // 2**level for level, has_one in enumerate(levels) if has_one]

@@ -76,6 +76,10 @@ class TrainRequest:
         if self.tracker:
             changes["log.tracker"] = self.tracker
         changes |= (parent := self._parent())
+        if parent.get("parent.run") == run:
+            raise BadRequestError(
+                f"--from {self.from_}: run {run!r} would be its own parent: name the new one with --run"
+            )
         if not parent:
             # Otherwise a setting may be one of the parent's network, which is not known yet.
             draft(self.preset_name(), changes)
@@ -89,6 +93,8 @@ class TrainRequest:
         """Returns the keys of the section `parent` that `--from` and `--weights` give."""
         if not self.from_ + self.weights:
             return {}
+        if not self.from_:
+            raise BadRequestError("--weights chooses among the weights of a parent: add --from RUN[@EPOCH]")
         # No message repeats a URI with a user or a signature in it.
         if not (match := re.fullmatch("([^@?]+?)/*(?:@(?:latest|([0-9]{1,9})))?", self.from_)):
             raise BadRequestError("--from: use RUN[@EPOCH], such as celeba@490 or gs://theirs/runs/celeba@490")

@@ -240,7 +240,8 @@ def _load_parent(state: training.TrainState, plan: Plan) -> None:
         raise BadDataError(f"{plan.run.uri_of(records.CONFIG_KEY)} names no checkpoint of the parent {parent.run}")
     at, name = records.place_of_run(plan.bucket, parent.run)
     run, ref = records.run_store(at, name), CheckpointRef.parse(parent.checkpoint)
-    what_to_do = "restore it, or delete the run that begins with it, and begin another"
+    delete = f"ddpm runs delete {plan.request.run} --yes"
+    what_to_do = f"restore it, or delete the run that begins with it ({delete}), and begin another"
     try:
         if check_average(run, ref, parent.weights, name).sha256 != parent.sha256:
             raise BadDataError(f"{run.uri}/{ref.key} has changed since it was pinned: {what_to_do}")

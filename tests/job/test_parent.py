@@ -187,7 +187,8 @@ UNFIT = [
     ("--from walk@first", 64, ["use RUN[@EPOCH], such as celeba@490"]),
     ("--from gs://me:secret@b/runs/walk@1", 64, ["use RUN[@EPOCH]"]),
     ("--from gs://b/runs/walk?sig=secret", 64, ["use RUN[@EPOCH]"]),
-    ("--weights model", 64, ["--from: use RUN[@EPOCH]"]),
+    ("--weights model", 64, ["--weights chooses among the weights of a parent"]),
+    ("--run walk --from walk@1", 64, ["run 'walk' would be its own parent: name the new one with --run"]),
     ("--init-from walk", 2, ["type --from walk"]),
     (
         "--from walk --set model.channels=16 --set model.norm_groups=2 --set diffusion.prediction=x0",
@@ -215,9 +216,11 @@ def test_what_does_not_fit_is_one_line_and_begins_nothing(bucket):
     for words, part in (
         ({"of": "walk@3"}, "parent.epoch: the run has 1, asked for 3"),
         ({"of": "other@1"}, "parent.run: the run has walk, asked for other"),
-        ({"run": "walk"}, "parent.run: the run has None, asked for walk"),
     ):
         assert part in refused(child(bucket, "--epochs", 2, **words), Exit.BAD_CONFIG)
+    succeeded(child(bucket, "--epochs", 1, of="", run="anew"))
+    line = refused(child(bucket, "--epochs", 2, run="anew"), Exit.BAD_CONFIG)
+    assert "parent.run: the run has None, asked for walk" in line
     line = refused(child(bucket, "--epochs", 2, "--weights", "model"), Exit.BAD_CONFIG)
     assert "parent.weights: the run has ema, asked for model" in line
 
