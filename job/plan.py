@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -198,6 +199,7 @@ def _begun(bucket: Store, request: TrainRequest) -> RunConfig:
     except NoDatasetError as error:
         # It is to be packed for the network of the parent.
         raise NoDatasetError(str(error), None if parent.data.latents else chosen or size) from None
+    _check_latents(at, parent, index)
     if isinstance(parent.model, UNet | EDM2):
         levels, shorter = levels_with_attention(parent.model, size), min(index.size.shape)
         theirs["model.attention_sizes"] = [shorter // 2**level for level, has_one in enumerate(levels) if has_one]
@@ -220,6 +222,22 @@ def _begun(bucket: Store, request: TrainRequest) -> RunConfig:
     return config.updated(pinned)
 
 
+def _check_latents(at: Store, parent: RunConfig, index: DatasetIndex) -> None:
+    """Checks that latents are of the autoencoder whose latents the parent learnt, if its dataset is still there.
+
+    Raises:
+        BadConfigError: they are of another one.
+    """
+    if index.encoding and parent.data.latents:
+        with suppress(MissingInputError):
+            learnt = load_index(at, records.dataset_key_of(parent)).encoding
+            if learnt and learnt.hashes != index.encoding.hashes:
+                raise BadConfigError(
+                    f"{index.name} holds latents of another autoencoder than {parent.data.dataset}, which the parent "
+                    "learnt: encode the images with that one (ddpm data encode)"
+                )
+
+
 def _meaning(values: dict[str, Any]) -> dict[str, Any]:
     """Returns what decides the meaning of weights, by key; of augmentation that is whether the network knows of it."""
     meant = {key: value for key, value in values.items() if key.startswith(_MEANING) and key not in _NO_MEANING}
@@ -236,7 +254,7 @@ def _asked_for(bucket: Store, request: TrainRequest, run: Store, stored: RunConf
         BadRequestError: the run has another dataset, or none.
     """
     if stored is None:
-        return _begun(bucket, request) if request.from_ else draft(request.preset_name(), request.changes)
+        return _begun(bucket, request) if request.from_ is not None else draft(request.preset_name(), request.changes)
     if not stored.data.dataset:
         raise BadRequestError(
             f"run {request.run!r} ({run.uri}) was imported without a dataset, and is only for sampling: import it "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from job.data.shards import validated_dataset_name
 from job.exits import BadConfigError, BadRequestError, did_you_mean
 from job.pieces import Slice
 from job.runs import records
+from job.store import is_remote
 
 GIF_SEEDS = 12
 """The largest number of images in a GIF."""
@@ -56,7 +58,7 @@ class TrainRequest:
     """A service that also gets the metrics."""
     open_page: bool = False
     """Whether the browser of this machine opens the run's page."""
-    from_: str = ""
+    from_: str | None = None
     """`RUN[@EPOCH]`: the checkpoint of another run, its parent, with whose weights a new run begins."""
     weights: str = ""
     """Which of its weights; empty: `ema`."""
@@ -91,17 +93,18 @@ class TrainRequest:
 
     def _parent(self) -> dict[str, Any]:
         """Returns the keys of the section `parent` that `--from` and `--weights` give."""
-        if not self.from_ + self.weights:
+        if self.from_ is None:
+            if self.weights:
+                raise BadRequestError("--weights chooses among the weights of a parent: add --from RUN[@EPOCH]")
             return {}
-        if not self.from_:
-            raise BadRequestError("--weights chooses among the weights of a parent: add --from RUN[@EPOCH]")
         # No message repeats a URI with a user or a signature in it.
         if not (match := re.fullmatch("([^@?]+?)/*(?:@(?:latest|([0-9]{1,9})))?", self.from_)):
             raise BadRequestError("--from: use RUN[@EPOCH], such as celeba@490 or gs://theirs/runs/celeba@490")
         run, name, chosen = match[1], match[1], {"weights": self.weights or "ema"}
         if "/" in run:
             _, name = records.split_run(run)
-            run = run if "://" in run else str(Path(run).expanduser().absolute())
+            # One folder has one name, from wherever the same command is typed.
+            run = run if is_remote(run) else os.path.normpath(Path(run.removeprefix("file://")).expanduser().absolute())
         SampleRequest(name, "", chosen=chosen).check()
         epoch = {"parent.epoch": int(match[2])} if match[2] else {}
         return {"parent.run": run, "parent.weights": SampleConfig.model_validate(chosen).weights, **epoch}

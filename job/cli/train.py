@@ -30,8 +30,8 @@ def ddpm_train(
         int | None, typer.Option(metavar="N", min=1, help="Train up to this epoch, counted from the start of the run.")
     ] = None,
     from_: Annotated[
-        str, typer.Option("--from", metavar="RUN[@EPOCH]", help=_FROM, autocompletion=completion.runs)
-    ] = "",
+        str | None, typer.Option("--from", metavar="RUN[@EPOCH]", help=_FROM, autocompletion=completion.runs)
+    ] = None,
     weights: Annotated[str, typer.Option(metavar="NAME", help="For --from: ema, ema-STD, model. Default: ema.")] = "",
     preset: Preset = "",
     sets: Sets = None,

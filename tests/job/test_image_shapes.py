@@ -194,3 +194,7 @@ def test_latents_have_the_shape(bucket: Path, tmp_path: Path) -> None:
     (folder,) = (copy / "runs/l/samples").glob("*-0-2-png")
     assert pictures_in(folder).shape == (2, 16, 24, 3)
     assert "wide-latents, 12×8 pixels of latents" in (copy / "runs/l/report.html").read_text()
+    other = make_autoencoder(tmp_path / "other", block_out_channels=(16, 16))
+    succeeded(ddpm_here(*encode, other, "--to", "others"))
+    child = ddpm_here("train", "--dataset", "others", "--run", "child", "--from", "l", "--bucket", copy, *sets)
+    assert "others holds latents of another autoencoder than wide-latents" in refused(child, 78)

@@ -149,6 +149,7 @@ def test_other_classes_begin_anew_and_the_rest_does_not(few):
     assert unequal(weights(few, "two", 0, "ema"), weights(few, "seeded", 0, "ema")) == {OF_CLASSES}
 
 
+@pytest.mark.slow
 def test_attention_stays_at_its_levels_for_another_size(few):
     succeeded(child(few, "--epochs", 1, "--set", "data.size=32", run="large", dataset="few"))
     assert config_of(few, "large")["model"]["attention_sizes"] == [16]
@@ -185,6 +186,7 @@ UNFIT = [
     ("--from walk --weights ema-0.05", 66, ["no weights ema-0.05 (it has ema, ema-0.1)", "ddpm ema --run walk"]),
     ("--from walk --weights mean", 64, ["--weights 'mean'"]),
     ("--from walk@first", 64, ["use RUN[@EPOCH], such as celeba@490"]),
+    ("--from=", 64, ["use RUN[@EPOCH], such as celeba@490"]),
     ("--from gs://me:secret@b/runs/walk@1", 64, ["use RUN[@EPOCH]"]),
     ("--from gs://b/runs/walk?sig=secret", 64, ["use RUN[@EPOCH]"]),
     ("--weights model", 64, ["--weights chooses among the weights of a parent"]),
@@ -207,6 +209,7 @@ UNFIT = [
 ]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_one_line_and_begins_nothing(bucket):
     for words, code, parts in UNFIT:
         line = refused(child(bucket, *words.format(bucket=bucket).split(), of=""), code)
