@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm.catalogue import EDM2, UNet, levels_with_attention
 from ddpm.epochs import epochs_completed_by, images_at_epoch
-from ddpm.image_size import ImageSize
 from job.config import EMBEDDED, Drawing, RunConfig, changed_for_attempt, draft, layered, preset_names
+from job.config.fields import image_size
 from job.data.shards import DatasetIndex, NoDatasetError, dataset_key, find_dataset, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, MissingInputError, State
 from job.progress import note
@@ -191,7 +191,7 @@ def _begun(bucket: Store, request: TrainRequest) -> RunConfig:
     if "parent.epoch" not in changes and (ended := epochs_completed_by(ref.images_seen, images, batch_size)):
         pinned["parent.epoch"] = ended[-1]
     try:
-        chosen = ImageSize.of(changes["data.size"]) if changes.get("data.size") else None
+        chosen = image_size(changes["data.size"]) if changes.get("data.size") else None
     except ValueError as error:
         raise BadConfigError(f"configuration: data.size: {error}") from None
     try:

@@ -104,18 +104,19 @@ def run_training(request: TrainRequest, stop: Stop = NEVER) -> Plan:
 
 
 def _train(plan: Plan, ranks: Ranks, lease: Lease | None, tracking: Tracking | None, stop: Stop) -> None:
-    """Opens the dataset, restores the state and trains; the main process has the lease and the tracker. Collective."""
+    """Restores the state, opens the dataset and trains; the main process has the lease and the tracker. Collective."""
     pictures = PictureCache(note)
     attempt = ranks.on_main(lambda: _begin(plan, ranks, lease, pictures, stop))
     damaged = set[CheckpointRef]()
     with _last_page(plan, attempt, lease, pictures, stop):
+        # First, because a parent that trains on may delete its checkpoint while the images are read.
+        state = initial_state(plan, ranks.device)
+        manifest = _restore(state, plan, ranks, attempt, damaged)
         with Progress("reading images", total=plan.index.images) as bar:
             images = plan.opened_images(stop, lambda done, total: bar.update(done))
             held_out = plan.opened_images(stop, index=plan.held_out) if plan.held_out else None
         # Building the network waits for all processes without a heartbeat, which would look like a hang.
         ranks.sum(0)
-        state = initial_state(plan, ranks.device)
-        manifest = _restore(state, plan, ranks, attempt, damaged)
     with _recording(
         plan,
         state,
