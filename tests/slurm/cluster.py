@@ -85,8 +85,7 @@ class Cluster:
             yield self
         finally:
             self.run("scancel", "--me")
-            with suppress(AssertionError):
-                until(lambda: not self.run("squeue", "-h", "-o", "%i"), 40)
+            until(lambda: not self.run("squeue", "-h", "-o", "%i"), said=lambda: self.run("squeue"))
             for pid in (self.folder / f"{name}.pid" for name in (*NODES, "controller")):
                 with suppress(OSError):
                     os.kill(int(pid.read_text()), signal.SIGTERM)
@@ -117,12 +116,20 @@ class Cluster:
 
     def wait_for_requeue(self, job: str, times: int = 1, seconds: float = 60) -> None:
         """Waits until a job is in the queue again."""
-        rows = lambda: self.run("squeue", "-h", f"--name={job}", "-O", "State:|,RestartCnt:|").split()  # noqa: E731
+
+        def rows() -> list[str]:
+            return self.run("squeue", "-h", f"--name={job}", "-O", "State:|,RestartCnt:|").split()
+
         until(lambda: rows() == [f"PENDING|{times}|"], seconds, lambda: f"{job} is {rows()}")
+
+    def number(self, job: str) -> str:
+        """The number of a job that is not over."""
+        (number,) = self.run("squeue", "-h", f"--name={job}", "-o", "%A").split()
+        return number
 
     def begin_now(self, job: str) -> None:
         """Spares a requeued job the two minutes for which Slurm holds it back."""
-        (number,) = self.run("squeue", "-h", f"--name={job}", "-o", "%A").split()
+        number = self.number(job)
         # Two minutes later nothing of the old attempt would be left, whose end would count for the new one.
         old = f"slurmstepd: [{number}."
         until(

@@ -56,7 +56,7 @@ def test_preempted_runs_have_undisturbed_weights(cluster, bucket, undisturbed):
     cluster.begin_now("train-taken")
     # Slurm no longer counts it as preempted: what happens now is again for its script to judge.
     cluster.wait_for("train-taken", "RUNNING")
-    assert "PreemptTime=None" in cluster.run("scontrol", "show", "job", "1")
+    assert "PreemptTime=None" in cluster.run("scontrol", "show", "job", cluster.number("train-taken"))
     # As long as it lasts, and no longer.
     output = succeeded(ddpm("jobs", "logs", "train-taken", "--on", "low", "-f"))
     said = re.search(r"after ([\d,]+) images; everything is saved, and the same command goes on", output)

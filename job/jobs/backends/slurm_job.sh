@@ -33,8 +33,8 @@ fi
 remember ''
 say "job $SLURM_JOB_ID begins on $SLURM_JOB_NODELIST at $(date --utc +%FT%TZ)"
 
-# At the end of its time Slurm tells this script alone; when the job is preempted or cancelled, it tells the program.
-# Then scancel would wait until Slurm kills the job.
+# At the end of its time Slurm tells this script alone; when the job is preempted or cancelled, it tells the program, too.
+# In the background, because scancel would wait for a job that is being ended until Slurm kills it.
 told=
 trap 'told=yes; (scancel --quiet --signal=TERM "$job" 2>/dev/null &)' TERM
 "${words[@]}" &
