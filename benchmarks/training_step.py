@@ -40,7 +40,7 @@ from job.processes.ranks import meet
 from job.requests import TrainRequest
 from job.runs.records import dataset_key_of
 from job.stop import NEVER
-from job.training.session import TrainingSession, initial_state, threads_for
+from job.training.session import TrainingSession, initial_state
 
 AT_LEAST = 1.8
 NO_SAVES = (
@@ -113,7 +113,8 @@ class OurLoop:
         bucket = str(folder / "bucket")
         pack_noise(bucket, folder / "images", SIZE)
         sets = (*(TINY if quick else sets), *NO_SAVES, f"train.precision={precision}")
-        plan = plan_run(TrainRequest(DATASET, bucket, preset=preset, epochs=1000, sets=sets).check())
+        request = TrainRequest(DATASET, bucket, preset=preset, epochs=1000, sets=sets)
+        plan = plan_run(request.check(), suited=compute.suited)
         forget_accelerator()
         key, cache_dir = dataset_key_of(plan.config), folder / "cache"
         cache = open_cache(plan.bucket, key, plan.index, cache_dir=cache_dir, budget_bytes=1 << 40)
@@ -124,7 +125,7 @@ class OurLoop:
         ranks = meet(NEVER)
         state = initial_state(plan, ranks.device)
         self.session = TrainingSession(plan, ranks, state, cache, recorder=recorder)
-        self.threads = threads_for(plan.config, ranks)
+        self.threads = self.session.threads
         self.wait_seconds: list[float] = []
         self._batches = self._timed_batches()
 
@@ -139,8 +140,9 @@ class OurLoop:
         """Runs one whole step."""
         session, batch = self.session, islice(self._batches, 1)
         how = {"settings": session.settings, "accelerator": session.accelerator, "hooks": session.hooks}
+        shared = {"slots": session.slots, "threads": self.threads}
         with self.threads.alone() if self.threads else nullcontext():
-            train(session.state, session.network, batch, session.objective, **how, threads=self.threads)
+            train(session.state, session.network, batch, session.objective, **how, **shared)
 
     def step_flop(self) -> int:
         """Returns the floating-point operations of the network's forward and backward pass over one batch."""

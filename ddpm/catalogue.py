@@ -222,7 +222,15 @@ class Train:
         int, Interval(ge=0, lt=2**63), "seed of all random numbers: weights, data order, noise, dropout"
     ] = 0
     precision: Annotated[Literal["auto", "fp32", "bf16"], "auto: bf16 if the hardware has it"] = "auto"
-    deterministic: Annotated[bool, "bit-identical results on GPUs of one kind; slower"] = False
+    exact: Annotated[
+        bool | None,
+        "equal bits on 1 to train.slots processes; on GPUs of one kind, where it is slower; null: only on a CPU",
+    ] = None
+    slots: Annotated[
+        Count | None,
+        "parts of a batch, whose gradients are added in one order; null: by processor, at most 8",
+    ] = None
+    slot_threads: Annotated[Count | None, "threads that compute a slot on a CPU; null: by processor"] = None
     compile: Annotated[bool, "use torch.compile on CUDA"] = True
     freeze: Annotated[tuple[str, ...], "network parts that do not learn, by the start of their names: down,mid"] = ()
 
@@ -232,6 +240,8 @@ class Train:
         if decay != "constant" and self.decay_images <= after:
             than = f"train.warmup_images={after}" if after else "0"
             raise ValueError(f"train.learning_rate_decay={decay} needs a train.decay_images above {than}")
+        if self.slots is not None and self.slots > self.batch_size:
+            raise ValueError(f"train.slots={self.slots}: a batch of {self.batch_size} images has at most as many")
 
 
 @dataclass(frozen=True)

@@ -114,9 +114,10 @@ def make_denoiser(
         assert condition.labels is not None and null_class is not None
         without = condition._replace(labels=torch.full_like(condition.labels, null_class))
         pairs = zip(condition, without, strict=True)
-        twice = Condition(*(None if a is None or b is None else torch.cat([a, b]) for a, b in pairs))
-        better, other = answer_of(network, torch.cat([x_t, x_t]), point, twice).chunk(2)
-        return better, other
+        # In pairs, so that a group of the batch holds the same images in a batch of any size.
+        twice = (None if a is None or b is None else torch.stack([a, b], dim=1).flatten(0, 1) for a, b in pairs)
+        answers = answer_of(network, x_t.repeat_interleave(2, dim=0), point, Condition(*twice))
+        return answers[::2], answers[1::2]
 
     answer_at = one if guidance.scale == 1 else guided(one, both, guidance)
 

@@ -136,9 +136,9 @@ def conditions_on_itself(seed: int, batch_number: int) -> bool:
     return int(word) >= 1 << 31
 
 
-def dropout_seed(seed: int, first_image_number: int) -> int:
-    """Returns the seed, 63 bits, of the dropout masks of the micro-batch that starts with this image number."""
-    upper, lower, _, _ = philox((0, int(Purpose.DROPOUT), *_halves(first_image_number)), _halves(seed))
+def dropout_seed(seed: int, first_image_number: int, layer: int = 0) -> int:
+    """Returns the seed, 63 bits, of a layer's dropout masks for the images computed at once from this number on."""
+    upper, lower, _, _ = philox((layer, int(Purpose.DROPOUT), *_halves(first_image_number)), _halves(seed))
     return int(upper << 32 | lower) >> 1
 
 

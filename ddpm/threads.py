@@ -1,18 +1,17 @@
-"""CPU threads that share a batch by images.
+"""CPU threads that share images by parts.
 
 PyTorch's own threads share each operation, and meet at its end: hundreds of times in a step. Beside busy processes each
 meeting waits until the operating system runs all of them again, and a step with two threads takes several times as long
-as with one. These threads meet once in a step. How the images are shared depends on the number of threads alone, so
-that equal machines give equal bits, busy or not.
+as with one. These threads meet once in a step. What a part holds, and how many of PyTorch's threads compute it, depend
+on the settings alone, so that any number of threads and processes gives equal bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -22,42 +21,39 @@ from ddpm.objective import Condition, Network
 
 T = TypeVar("T")
 
-_MOST_PARTS = 8
-"""Each part has gradients of its own, as large as the network: a machine of many cores takes several for a part."""
+GROUP_IMAGES = 4
+"""Images of a part where nothing is learnt: fewer cost speed, more leave threads without a part."""
 
 
 class Threads:
-    """Threads that share images, and compute alone."""
+    """Threads that compute one part at a time each, with `each` of PyTorch's threads."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, each: int = 1) -> None:
+        self.count, self.each = count, each
         self._pool = ThreadPoolExecutor(count, "compute")
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Leaves one thread to the operations outside of `map` as well, such as the optimiser's."""
+        """Gives the operations outside of `map`, such as the optimiser's, as many threads as a part has."""
         usual = torch.get_num_threads()
-        torch.set_num_threads(1)
+        torch.set_num_threads(self.each)
         try:
             yield
         finally:
             torch.set_num_threads(usual)
 
-    def map(self, work: Callable[[slice], T], images: slice) -> list[T]:
-        """Returns what `work` makes of each thread's part of the images, in their order; raises its first error."""
-        start, count = images.start, images.stop - images.start
-        parts = min(self.count // -(-self.count // _MOST_PARTS), count)
-        ends = [start + count * part // parts for part in range(parts + 1)]
+    def map(self, work: Callable[[slice], T], parts: Iterable[slice]) -> Iterator[T]:
+        """Yields what `work` makes of each part, in their order; raises its first error."""
 
         def alone(part: slice) -> T:
-            # The setting is that of this thread; with fewer parts than threads each part gets several.
-            torch.set_num_threads(self.count // parts)
+            # The setting is that of this thread.
+            torch.set_num_threads(self.each)
             return work(part)
 
-        return list(self._pool.map(alone, [slice(*part) for part in pairwise(ends)]))
+        return self._pool.map(alone, parts)
 
     def sharing(self, network: Network, autocast: Callable[[], AbstractContextManager[None]]) -> Network:
-        """Returns the network, evaluated by all threads under its autocast, without gradients."""
+        """Returns the network, evaluated under its autocast in groups of images, without gradients."""
 
         def answer(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
             # Both are settings of the thread.
@@ -68,13 +64,13 @@ class Threads:
                 with torch.inference_mode(is_inference), torch.no_grad(), autocast():
                     return network(x[images], t[images], own)
 
-            return torch.cat(self.map(answer_of, slice(0, len(x))))
+            groups = (slice(start, start + GROUP_IMAGES) for start in range(0, len(x), GROUP_IMAGES))
+            return torch.cat(list(self.map(answer_of, groups)))
 
         return answer
 
 
 @cache
-def threads_of(device: torch.device) -> Threads | None:
-    """Returns threads as many as PyTorch has on a CPU; None if that is one, and on a GPU."""
-    count = torch.get_num_threads()
-    return Threads(count) if device.type == "cpu" and count > 1 else None
+def threads_of(device: torch.device, each: int = 1) -> Threads | None:
+    """Returns threads that use all of PyTorch's on a CPU, `each` of them for a part; None on a GPU."""
+    return Threads(max(1, torch.get_num_threads() // each), each) if device.type == "cpu" else None

@@ -5,10 +5,9 @@ The loop gets hooks and an iterable of batches, and needs no bucket.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,8 +21,10 @@ from ddpm.catalogue import Network, Train
 from ddpm.ema import EMA, Profile
 from ddpm.image_size import ImageSize
 from ddpm.latents import Latents
+from ddpm.networks.layers import dropout_of
 from ddpm.objective import QUARTILES, Condition, Drawn, Objective
 from ddpm.optimizer import Adam, learning_rate_at
+from ddpm.slots import Gradients, Slots, added
 from ddpm.threads import Threads
 
 LOSS_QUANTUM = 2.0**-32
@@ -153,10 +154,10 @@ def create_state(model: nn.Module, device: torch.device, settings: Settings) -> 
     return TrainState(model, averages, optimizer, LossLog(device), first_nonfinite=torch.tensor(-1, device=device))
 
 
-def micro_batches(count: int, size: int | None) -> list[slice]:
-    """Returns `count` images as slices of at most `size`."""
-    size = size or count
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+def micro_batches(images: slice, size: int | None) -> list[slice]:
+    """Returns these images as slices of at most `size`."""
+    size = size or images.stop - images.start
+    return [slice(start, min(start + size, images.stop)) for start in range(images.start, images.stop, size)]
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,9 @@ class _Learnt:
     settings: Settings
     uncertainty: Callable[[Tensor], Tensor] | None
     """EDM2 balances the noise levels by it."""
+    image_numbers: np.ndarray
     numbers: Tensor
+    """The same on the device."""
     images: Tensor
     points: Tensor
     augmentations: Tensor
@@ -178,25 +181,34 @@ class _Learnt:
 
     @classmethod
     def of(
-        cls, batch: Batch, state: TrainState, network: nn.Module, objective: Objective, settings: Settings
+        cls,
+        batch: Batch,
+        state: TrainState,
+        network: nn.Module,
+        objective: Objective,
+        settings: Settings,
+        parts: Sequence[slice],
     ) -> _Learnt:
-        """Draws what is random of a batch, by the numbers of its images."""
+        """Draws what is random of a batch, by the numbers of its images.
+
+        It draws part by part, because a logarithm may be rounded otherwise at another place in a vector.
+        """
         device, options = state.first_nonfinite.device, settings.train
-        on_host = torch.from_numpy(batch.image_numbers)
+        on_host, size = torch.from_numpy(batch.image_numbers), ImageSize(*batch.images.shape[-2:])
+        points = [objective.draw(options.seed, on_host[part], options.batch_size) for part in parts]
+        augmentations = [settings.augmentation.draw(options.seed, on_host[part], size) for part in parts]
         numbers = on_host.to(device, non_blocking=True)
-        points = objective.draw(options.seed, on_host, options.batch_size).to(device, non_blocking=True)
-        images = batch.images.to(device, non_blocking=True)
-        augmentations = settings.augmentation.draw(options.seed, on_host, ImageSize(*images.shape[-2:]))
         batch_number = state.images_seen // options.batch_size
         return cls(
             network=network,
             objective=objective,
             settings=settings,
             uncertainty=getattr(state.model, "uncertainty", None),
+            image_numbers=batch.image_numbers,
             numbers=numbers,
-            images=images,
-            points=points,
-            augmentations=augmentations.to(device, non_blocking=True),
+            images=batch.images.to(device, non_blocking=True),
+            points=torch.cat(points, dim=1).to(device, non_blocking=True),
+            augmentations=torch.cat(augmentations).to(device, non_blocking=True),
             labels=_shown_labels(batch.labels, numbers, settings),
             # One decision for all images saves the first pass in half of the batches.
             twice=objective.diffusion.self_conditioning and randomness.conditions_on_itself(options.seed, batch_number),
@@ -229,10 +241,22 @@ class _Learnt:
         u = self.uncertainty(self.points[0, part])
         return losses.detach(), losses / u.exp() + u
 
-    def gradients(self, weight: float, part: slice) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """Returns the losses of some images, and the gradients of their weighted sum."""
-        losses, balanced = self.losses(part)
-        return losses, torch.autograd.grad(balanced.sum() * weight, learnt_parameters(self.network), allow_unused=True)
+    def gradients(self, part: slice) -> tuple[Tensor, Gradients]:
+        """Returns the losses of some images, and the gradients of their sum over the batch size."""
+        options, parameters = self.settings.train, learnt_parameters(self.network)
+        losses_of_parts, total = list[Tensor](), list[Tensor | None]()
+        for some in micro_batches(part, options.micro_batch_size):
+            with self.dropout(some):
+                losses, balanced = self.losses(some)
+                balanced = balanced.sum() / options.batch_size
+                gradients = torch.autograd.grad(balanced, parameters, allow_unused=True)
+            total = added(total, gradients) if total else list(gradients)
+            losses_of_parts.append(losses)
+        return torch.cat(losses_of_parts), total
+
+    def dropout(self, part: slice) -> AbstractContextManager[None]:
+        """Returns a context in which dropout masks depend on the first of some images."""
+        return dropout_of(self.settings.train.seed, int(self.image_numbers[part.start]))
 
 
 def _shown_labels(labels: Tensor | None, numbers: Tensor, settings: Settings) -> Tensor | None:
@@ -254,74 +278,107 @@ def train(
     settings: Settings,
     accelerator: Any,
     hooks: Hooks,
+    slots: Slots | None = None,
     threads: Threads | None = None,
 ) -> None:
     """Trains until `batches` ends or a hook stops it; the state is then that of the last whole step.
 
     Args:
         state: updated in place; its `model` holds the parameters.
-        network: `state.model`, wrapped for DDP and autocast by `accelerator`.
+        network: `state.model`, wrapped by `accelerator` for autocast, and for DDP if there are no slots.
         batches: the batches from image number `state.images_seen` on.
         objective: the loss, in fp32 around the network's autocast.
         settings: see `Settings`.
         accelerator: an `accelerate.Accelerator`, for its processes, `no_sync` and `backward`.
         hooks: see `Hooks`.
-        threads: share each micro-batch; not for several processes, dropout or EDM2.
+        slots: add the gradients slot by slot, for equal bits on any number of processes; `batches` has their images.
+        threads: compute slots on a CPU, several at a time.
 
     Each image's noise, point, augmentation and label dropout depend on its number alone, and its loss weighs 1/batch in
-    the gradient: the split over processes, micro-batches and threads changes only the rounding. The exception is
-    dropout, whose masks are drawn per micro-batch, seeded by its first image number.
+    the gradient: without slots, the split over processes and micro-batches changes only the rounding, and the masks of
+    dropout, which are drawn for the images that are computed at once.
     """
-    options, dropout = settings.train, getattr(settings.network, "dropout", 0.0)
-    # DDP averages gradients over processes; with this factor each image weighs 1/batch, also in unequal parts.
-    weight = accelerator.num_processes / options.batch_size
-    # Micro-batches of the process with the fewest images: one that asked more often would wait for ever.
-    questions = len(micro_batches(options.batch_size // accelerator.num_processes, options.micro_batch_size))
+    learn = _by_slots(slots, threads, hooks) if slots else _by_backward(accelerator, hooks)
+    before_step = getattr(state.model, "before_step", lambda: None)
     network.train()
     for batch in batches:
-        learnt = _Learnt.of(batch, state, network, objective, settings)
-        count, losses_of_parts = len(learnt.numbers), list[Tensor]()
-        for question, part in enumerate(micro_batches(count, options.micro_batch_size)):
-            if 0 < question < questions and hooks.leaves_step():
-                state.model.zero_grad()
-                return
-            if threads is not None:
-                # In the order of the images: sums must not depend on which thread is ready first.
-                for losses, gradients in threads.map(partial(learnt.gradients, weight), part):
-                    _add(gradients, learnt_parameters(network))
-                    losses_of_parts.append(losses)
-                continue
-            if dropout:
-                torch.manual_seed(randomness.dropout_seed(options.seed, int(batch.image_numbers[part.start])))
-            with nullcontext() if part.stop == count else accelerator.no_sync(network):
-                losses, balanced = learnt.losses(part)
-                accelerator.backward(balanced.sum() * weight)
-            losses_of_parts.append(losses)
-        state.log.add(torch.cat(losses_of_parts), Drawn(*learnt.points).quartile)
-        norm = nn.utils.clip_grad_norm_(state.model.parameters(), options.clip_norm, foreach=True)
+        before_step()
+        parts = slots.parts() if slots else [slice(0, len(batch.image_numbers))]
+        learnt = _Learnt.of(batch, state, network, objective, settings, parts)
+        if not (losses := learn(learnt, parts)):
+            state.model.zero_grad()
+            return
+        state.log.add(torch.cat(losses), Drawn(*learnt.points).quartile)
+        norm = nn.utils.clip_grad_norm_(state.model.parameters(), settings.train.clip_norm, foreach=True)
         bad = (state.first_nonfinite < 0) & ~torch.isfinite(norm)
         state.first_nonfinite = torch.where(bad, state.images_seen, state.first_nonfinite)
-        state.optimizer.step(learning_rate_at(options, state.images_seen))
-        state.images_seen += options.batch_size
+        state.optimizer.step(learning_rate_at(settings.train, state.images_seen))
+        state.images_seen += settings.train.batch_size
         for name, profile in settings.averages.items():
-            decay = profile.decay_at(state.images_seen, options.batch_size)
+            decay = profile.decay_at(state.images_seen, settings.train.batch_size)
             state.averages[name].update(state.model, decay)
         if hooks.after_step(state):
             return
 
 
+_Learn = Callable[[_Learnt, Sequence[slice]], list[Tensor]]
+"""Sets the gradients of a batch, given in parts, and returns its losses in order; none if the step was abandoned."""
+
+
+def _by_slots(slots: Slots, threads: Threads | None, hooks: Hooks) -> _Learn:
+    """Returns a function that adds the gradients of the batch's slots in their fixed order."""
+    # Slots of the process with the fewest: one that asked more often would wait for ever.
+    questions = slots.count // slots.world_size
+
+    def learn(learnt: _Learnt, parts: Sequence[slice]) -> list[Tensor]:
+        losses = list[Tensor]()
+        computed = (threads.map if threads else map)(learnt.gradients, parts)
+
+        def gradients() -> Iterator[Gradients]:
+            for question, (loss, gradient) in enumerate(computed):
+                if 0 < question < questions and hooks.leaves_step():
+                    return
+                losses.append(loss)
+                yield gradient
+
+        if (total := slots.sum(gradients())) is None:
+            return []
+        for parameter, gradient in zip(learnt_parameters(learnt.network), total, strict=True):
+            parameter.grad = gradient
+        return losses
+
+    return learn
+
+
+def _by_backward(accelerator: Any, hooks: Hooks) -> _Learn:
+    """Returns a function that computes a batch in micro-batches, whose gradients DDP adds if there are processes."""
+
+    def learn(learnt: _Learnt, parts: Sequence[slice]) -> list[Tensor]:
+        options, losses_of_parts = learnt.settings.train, list[Tensor]()
+        # DDP averages gradients over processes; with this factor each image weighs 1/batch, also in unequal parts.
+        weight = accelerator.num_processes / options.batch_size
+        # As in `_by_slots`.
+        fewest = slice(0, options.batch_size // accelerator.num_processes)
+        questions = len(micro_batches(fewest, options.micro_batch_size))
+        (whole,) = parts
+        for question, part in enumerate(micro_batches(whole, options.micro_batch_size)):
+            if 0 < question < questions and hooks.leaves_step():
+                return []
+            with (
+                learnt.dropout(part),
+                nullcontext() if part.stop == whole.stop else accelerator.no_sync(learnt.network),
+            ):
+                losses, balanced = learnt.losses(part)
+                accelerator.backward(balanced.sum() * weight)
+            losses_of_parts.append(losses)
+        return losses_of_parts
+
+    return learn
+
+
 def learnt_parameters(network: nn.Module) -> list[nn.Parameter]:
     """Returns the parameters that are not frozen."""
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
-
-
-def _add(gradients: Iterable[Tensor | None], parameters: Iterable[nn.Parameter]) -> None:
-    """Adds gradients to those of the parameters."""
-    for gradient, parameter in zip(gradients, parameters, strict=True):
-        if gradient is not None and parameter.grad is not None:
-            parameter.grad += gradient
-        elif gradient is not None:
-            parameter.grad = gradient
 
 
 def check_finite(state: TrainState) -> None:

@@ -73,7 +73,7 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
             size = ImageSize.of(stated) if stated else _usual_size(request.preset_name())
             raise MissingInputError(how_to_pack(request.bucket, request.dataset, size)) from None
         processes = processes or default_processes()
-        check_world_size(processes * here.nodes, plan.config.train.batch_size)
+        check_world_size(processes * here.nodes, plan.config.train)
         check_scores_in_training(plan)
         check_tracker(plan.config.log.tracker, is_asked_for="log.tracker" in request.changes)
         if plan.is_finished():

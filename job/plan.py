@@ -164,6 +164,9 @@ _NO_MEANING = ("model.num_classes", "model.label_dropout", "model.dropout", "mod
 _SAMPLER = ("sampler", "steps", "grid", "shift", "eta", "order", "churn", "variance", "clip")
 _OF_PARENT = ("model.", "diffusion.", "data.augment", *(f"sample.{key}" for key in _SAMPLER))
 """The beginnings of keys that a run takes from its parent."""
+Suited = Callable[[int], dict[str, Any]]
+"""Returns, for a batch size, the settings that suit the machine where the run leaves them open, by key."""
+_OPEN = (None, "auto")
 _OWN = ("model.num_classes", "train.precision", "train.freeze")
 """Keys that it never takes."""
 
@@ -269,7 +272,7 @@ def _asked_for(bucket: Store, request: TrainRequest, run: Store, stored: RunConf
     return records.as_last_changed(run, stored).updated(request.changes)
 
 
-def plan_run(request: TrainRequest, stop: Stop = NEVER, precision: str = "auto") -> Plan:
+def plan_run(request: TrainRequest, stop: Stop = NEVER, suited: Suited = lambda batch_size: {}) -> Plan:
     """Finds the dataset and the run, and resolves the configuration. Writes nothing.
 
     Presets of a newer program cannot change a run, whose stored configuration is the base. The changes of the last
@@ -278,7 +281,7 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, precision: str = "auto")
     Args:
         request: the options of `ddpm train`.
         stop: ends a wait for the bucket, now and later by the plan's stores.
-        precision: the number format of a new run whose configuration says `auto`.
+        suited: see `Suited`; a new run keeps them.
 
     Raises:
         MissingInputError: no such dataset.
@@ -298,9 +301,11 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, precision: str = "auto")
     if index.encoding and (chosen := [key for key in ("data.flip", "sample.clip") if request.changes.get(key)]):
         raise BadConfigError(f"{chosen[0]} needs pixels, and {index.name} holds latents: leave it out")
     config = follow_dataset(config, index)
-    if config.train.precision == "auto":
-        known = stored.train.precision if stored is not None else "auto"
-        config = config.updated({"train.precision": precision if known == "auto" else known})
+    suits, before, now = suited(config.train.batch_size), stored.flat() if stored else {}, config.flat()
+    left_open = {key: value for key, value in suits.items() if now[key] in _OPEN}
+    config = config.updated(
+        {key: value if before.get(key) in _OPEN else before[key] for key, value in left_open.items()}
+    )
     check_drawing(config)
     if stored is not None and stored.imported and not list_checkpoints(run):
         raise BadDataError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ddpm.catalogue import METRICS
+from ddpm.catalogue import METRICS, Train
 from ddpm.image_size import ImageSize
 from job.config import EMBEDDED, SampleConfig, draft, nearest_name, parse_sets, preset_names, read_config_file
 from job.data.shards import validated_dataset_name
@@ -312,15 +312,18 @@ def chosen_of(options: dict[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-def check_world_size(processes: int, batch_size: int) -> None:
+def check_world_size(processes: int, train: Train) -> None:
     """Checks that this number of processes can share a batch.
 
     Raises:
-        BadConfigError: the batch has fewer images than processes.
+        BadConfigError: the batch has fewer images than processes, or fewer slots if they must be exact.
     """
-    if processes > batch_size:
-        shared = f"{processes} processes cannot share train.batch_size={batch_size} images"
+    if processes > train.batch_size:
+        shared = f"{processes} processes cannot share train.batch_size={train.batch_size} images"
         raise BadConfigError(f"{shared}: use fewer with --processes N")
+    if train.exact and processes > (train.slots or processes):
+        shared = f"train.exact=true: {processes} processes cannot share train.slots={train.slots}"
+        raise BadConfigError(f"{shared}: use fewer with --processes N, or --set train.exact=null")
 
 
 def check_output(path: Path) -> None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from ddpm.catalogue import NETWORKS
 from ddpm.image_size import ImageSize
-from ddpm.networks.layers import Block
+from ddpm.networks.layers import Block, Dropout
 
 
 def build(
@@ -55,7 +55,9 @@ def build(
         num_classes=num_classes + null_class,
         **options,
     )
-    for module in network.modules():
+    for number, module in enumerate(network.modules()):
         if isinstance(module, Block):
             module.recompute = gradient_checkpointing
+        elif isinstance(module, Dropout):
+            module.number = number
     return network

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ddpm import catalogue
 from ddpm.image_size import ImageSize
-from ddpm.networks.layers import Block, attend, initialised, sinusoids, with_estimate, with_labels
+from ddpm.networks.layers import Block, Dropout, attend, initialised, sinusoids, with_estimate, with_labels
 from ddpm.objective import UNCONDITIONAL, Condition
 
 FREQUENCIES = 256
@@ -107,7 +107,7 @@ class TransformerBlock(Block):
         )
         # The initial block is the identity.
         self.modulation = initialised(nn.Linear(width, 6 * width), zero=True)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, embedding: Tensor, rotations: Tensor | None = None) -> Tensor:
         """Maps [B, N, E], the activated embedding [B, E] and optional `_rotations` to [B, N, E]."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ddpm import catalogue
 from ddpm.image_size import ImageSize
-from ddpm.networks.layers import Block, attend, resized, with_estimate, with_labels
+from ddpm.networks.layers import Block, Dropout, attend, resized, with_estimate, with_labels
 from ddpm.objective import UNCONDITIONAL, Condition
 
 EPSILON = 1e-4
@@ -92,8 +92,6 @@ class EDM2(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
         """Maps c_in x_t [B, C, H, W] and c_noise [B] to [B, out_channels, H, W]; see `UNet.forward`."""
-        if self.training:
-            self._force_unit_magnitude()
         of_time = self.time_embedding(fourier(t, self.frequencies, self.phases).to(self.gain_out.dtype))
         embedding = mp_silu(with_labels(of_time, condition, self.class_embedding, self.augmentation_embedding, mp_sum))
 
@@ -113,8 +111,8 @@ class EDM2(nn.Module):
         return output + 0 * self.uncertainty(t)[:, None, None, None].to(output.dtype)
 
     @torch.no_grad()
-    def _force_unit_magnitude(self) -> None:
-        """Applies algorithm 1 once before the layers instead of in each layer.
+    def before_step(self) -> None:
+        """Forces the weights to unit magnitude: algorithm 1, once in a step instead of in each layer.
 
         Weights of unit magnitude do not change by a bit, so that a second micro-batch or a resumed attempt rounds
         nothing again. Frozen weights stay as they are: each layer normalises its own anyway.
@@ -162,7 +160,7 @@ class ResidualBlock(Block):
         self.conv_1 = MPConv(width_in if self.is_decoder else width_out, width_out, 3)
         self.dense = MPConv(embedding_width, width_out, 0)
         self.gain = nn.Parameter(torch.zeros([]))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv_2 = MPConv(width_out, width_out, 3)
         self.conv_shortcut = MPConv(width_in, width_out, 1) if width_in != width_out else nn.Identity()
         self.to_qkv = MPConv(width_out, 3 * width_out, 1) if heads else None

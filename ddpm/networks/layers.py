@@ -1,7 +1,9 @@
 """Layers that networks share: checkpointed blocks, attention, resizing, sinusoids, and the inputs beside t."""
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -9,10 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ddpm import randomness
 from ddpm.objective import Condition
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 Resize = Literal["down", "up"]
+
+
+class _Images(threading.local):
+    """The images that this thread computes at once: the seed of their run, and the number of the first one."""
+
+    key: tuple[int, int] | None = None
+
+
+_images = _Images()
 
 
 class Block(nn.Module):
@@ -28,6 +40,40 @@ class Block(nn.Module):
         if self.recompute and self.training and torch.is_grad_enabled():
             return checkpoint(super().__call__, *args, use_reentrant=False)
         return super().__call__(*args)
+
+
+class Dropout(nn.Module):
+    """Dropout whose masks a CPU draws from (seed, first image number, layer), in any thread and order.
+
+    PyTorch's own takes them from one generator that all threads share. A GPU uses it, seeded by the same images: there
+    a generator per layer would cut the compiled graph.
+    """
+
+    number = 0
+    """Counts the layers of a network."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps x to x/(1 - p), or 0 with probability p; in evaluation to itself."""
+        if x.device.type != "cpu" or not (self.training and self.probability) or _images.key is None:
+            return F.dropout(x, self.probability, self.training)
+        generator, kept = torch.Generator(), 1 - self.probability
+        generator.manual_seed(randomness.dropout_seed(*_images.key, layer=self.number))
+        return x * torch.empty_like(x).bernoulli_(kept, generator=generator).div_(kept)
+
+
+@contextmanager
+def dropout_of(seed: int, first_image_number: int) -> Iterator[None]:
+    """Draws the dropout masks of this thread by the seed of the run and the first number of the images."""
+    torch.cuda.manual_seed(randomness.dropout_seed(seed, first_image_number))
+    _images.key = seed, first_image_number
+    try:
+        yield
+    finally:
+        _images.key = None
 
 
 def initialised(layer: Layer, zero: bool = False, gain: float = 1.0) -> Layer:

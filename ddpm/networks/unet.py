@@ -16,6 +16,7 @@ from ddpm import catalogue
 from ddpm.image_size import ImageSize
 from ddpm.networks.layers import (
     Block,
+    Dropout,
     Resize,
     attend,
     initialised,
@@ -233,7 +234,7 @@ class ResnetBlock(Block):
         self.conv1 = initialised(nn.Conv2d(width_in, width_out, 3, padding=1))
         self.time_emb_proj = initialised(nn.Linear(embedding_width, width_out * (1 + scale_shift)))
         self.norm2 = nn.GroupNorm(norm_groups, width_out)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv2 = initialised(nn.Conv2d(width_out, width_out, 3, padding=1), zero=True)
         self.conv_shortcut = initialised(nn.Conv2d(width_in, width_out, 1)) if width_in != width_out else None
 

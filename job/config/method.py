@@ -72,7 +72,7 @@ def model_of(
         diffusion=config.diffusion,
         autocast=bf16 if precision == "bf16" else nullcontext,
         decode=decode,
-        threads=threads_of(device),
+        threads=threads_of(device, config.train.slot_threads or 1),
     )
 
 

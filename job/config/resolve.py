@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 FREE = {
     "train.epochs",
     "train.micro_batch_size",
+    "train.exact",
+    "train.slots",
+    "train.slot_threads",
     "train.compile",
     "data.cache_gigabytes",
     "ema.snapshot_epochs",

@@ -44,13 +44,12 @@ def stream_batches(
     batch_size_images: int,
     first_image: int,
     last_image: int | None,
-    rank: int = 0,
-    world_size: int = 1,
+    places: range | None = None,
     pin_memory: bool = False,
     with_labels: bool = True,
     stop: Stop = NEVER,
 ) -> BatchStream:
-    """Yields a rank's images first + rank, first + rank + world_size, … of each global batch, read ahead in one thread.
+    """Yields this process's images of each global batch, read ahead in one thread.
 
     Global batches are full, also across epochs: the k-th covers `batch_size_images` images of the run from
     `first_image + k * batch_size_images` on. They end where `last_image` is reached; without it, never.
@@ -63,16 +62,15 @@ def stream_batches(
         batch_size_images: size of the global batch, over all processes.
         first_image: number of the first image, on any batch boundary of the run.
         last_image: how many images of the run are needed at least, or None for no end.
-        rank: this process.
-        world_size: number of processes; ranks beyond a remainder get one image less.
+        places: this process's places in each global batch; None: all.
         pin_memory: whether batches are page-locked, so that a GPU copies them in the background.
         with_labels: whether batches have the dataset's classes, as the network has.
         stop: polled during the wait for a batch, as a heartbeat, also while the bucket of a shard is away.
     """
 
     def batches() -> Iterator[LoadedBatch]:
-        slots = _slots(order, batch_size_images, first_image, last_image, rank=rank, world_size=world_size)
-        for first, indices, numbers in slots:
+        own = places or range(batch_size_images)
+        for first, indices, numbers in _parts(order, batch_size_images, first_image, last_image, own):
             cache.prefetch(order, first)
             images = torch.empty((len(indices), *cache.index.image_shape), dtype=torch.uint8, pin_memory=pin_memory)
             cache.read(indices, out=images.numpy())
@@ -126,15 +124,14 @@ class BatchStream(Iterator[LoadedBatch]):
             self._coming.append(self._reader.submit(next, self._batches, None))
 
 
-def _slots(
-    order: Order, batch_size: int, first: int, last: int | None, *, rank: int, world_size: int
+def _parts(
+    order: Order, batch_size: int, first: int, last: int | None, places: range
 ) -> Iterator[tuple[int, Int64s, Int64s]]:
-    """Yields each batch's first image, and this rank's indices and image numbers, computed for thousands at once."""
-    slots = np.arange(rank, batch_size, world_size)
+    """Yields each batch's first image, and the indices and numbers at these places, computed for thousands at once."""
     chunk_batches = max(1, _CHUNK_IMAGES // batch_size)
     while last is None or first < last:
         batches = chunk_batches if last is None else min(chunk_batches, -(-(last - first) // batch_size))
         firsts = first + batch_size * np.arange(batches)
-        numbers = firsts[:, None] + slots
+        numbers = firsts[:, None] + np.array(places)
         yield from zip(firsts.tolist(), order.indices(numbers.ravel()).reshape(numbers.shape), numbers, strict=True)
         first += batches * batch_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -53,13 +54,13 @@ def validation_row(
     steps, stands_for = (part[strata] for part in spread_over_steps(objective.process.num_timesteps, len(numbers)))
     log, bits, classes = LossLog(painter.device), LossLog(painter.device), painter.config.model.num_classes
     is_bounded = not ((offset := painter.config.diffusion.offset_noise) or latents)
-    ranks = painter.ranks
+    mine, first = (painter.batches(len(numbers), batch_size, rank) for rank in (painter.ranks.rank, 0))
     # Every process checks as often as the first one, which has the most images: the others would wait for it for ever.
-    for start in range(0, len(numbers[:: ranks.world_size]), batch_size):
+    for _, of_batch in zip_longest(first, mine):
         painter.check_agreed("while validating")
-        places = np.arange(len(numbers))[ranks.rank :: ranks.world_size][start : start + batch_size]
-        if not len(places):
+        if not of_batch:
             continue
+        places = np.array(of_batch)
         stored = torch.from_numpy(images.read(numbers[places])).to(painter.device)
         if latents:
             moments = stored.view(torch.float16).permute(0, 3, 1, 2)

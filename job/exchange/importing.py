@@ -277,7 +277,7 @@ def _commit(of_run: RunHandle, state: TrainState, lease: Lease, *, stop: Stop, s
     run, config, dataset_images = of_run.run, of_run.config, of_run.dataset_images
     if records.load_config(run) is None:
         records.create_config(run, config)
-    device = describe_device(state.first_nonfinite.device)
+    device = describe_device(state.first_nonfinite.device, config.train)
     attempt = records.record_attempt(
         run, lease.fence, lease.holder, changes={}, world_size=1, device=device, imported=source
     )

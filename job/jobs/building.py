@@ -207,8 +207,8 @@ def _training(command: ParsedCommand, request: TrainRequest, target: Target, res
     if "train.batch_size" in request.changes:
         gpus = target.gpus if resources.gpus is None and target.is_remote else resources.gpus
         key = "train.batch_size"
-        batch_size = draft(request.preset_name(), {key: request.changes[key]}).train.batch_size
-        check_world_size((command.values["processes"] or gpus or 1) * resources.nodes, batch_size)
+        train = draft(request.preset_name(), {key: request.changes[key]}).train
+        check_world_size((command.values["processes"] or gpus or 1) * resources.nodes, train)
     if not target.is_in_place:
         if request.open_page:
             how = f"`ddpm report {request.run} --open` opens the page when it is in the bucket"

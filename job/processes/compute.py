@@ -3,32 +3,72 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
 from torch import nn
 
+from ddpm.catalogue import Train
 from ddpm.objective import Condition
+from ddpm.slots import Slots
 from job.config import RunConfig
+from job.processes.group import usable_cores
+from job.processes.ranks import Ranks
+
+_BF16 = ("avx512_bf16", "amx_bf16")
+"""The instructions with which a CPU computes in bf16."""
+_MOST_SLOTS = 8
+"""Of a batch, if the run does not say: each costs the overhead of a pass, and a CPU keeps gradients for each thread."""
+_SLOT_IMAGES = 8
+"""The images of a slot from which on its overhead is small, though all threads of a CPU have slots."""
 
 
 def best_precision() -> Literal["fp32", "bf16"]:
     """Returns bf16 where the hardware computes in it; elsewhere autocast would only be slower."""
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+    return "bf16" if _bf16_instructions() else "fp32"
 
 
-def describe_device(device: torch.device) -> str:
+def suited(batch_size_images: int) -> dict[str, Any]:
+    """Returns the settings that suit this machine, for a run that leaves them open, by key.
+
+    Slots are at least as many as the CPU has threads, or eight, and then as many as the batch has parts of eight
+    images: they cost nothing that sharing a batch among threads does not cost anyway.
+    """
+    cores = 1 if torch.cuda.is_available() else usable_cores()
+    slots = min(_MOST_SLOTS, batch_size_images, max(cores, batch_size_images // _SLOT_IMAGES))
+    return {"train.precision": best_precision(), "train.slots": slots, "train.slot_threads": max(1, cores // slots)}
+
+
+def slots_of(train: Train, ranks: Ranks) -> Slots | None:
+    """Returns the slots that the processes share; None if they add gradients in an order of their own."""
+    is_wanted = ranks.device.type == "cpu" if train.exact is None else train.exact
+    if not is_wanted or not train.slots or train.slots < ranks.world_size:
+        return None
+    return Slots(train.slots, train.batch_size, ranks.rank, ranks.world_size)
+
+
+def describe_device(device: torch.device, train: Train, is_exact: bool = False) -> str:
     """Returns `NVIDIA H100 80GB HBM3, torch 2.9.1`: all that rounding depends on, except the number of processes."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        # Each thread adds up a part, so that their number decides about rounding.
-        name = f"{torch.get_num_threads()}-thread CPU with {torch.backends.cpu.get_cpu_capability()}"
+        bf16 = "".join(f" and {each}" for each in _bf16_instructions()) if train.precision == "bf16" else ""
+        name = f"CPU with {torch.backends.cpu.get_cpu_capability()}{bf16}"
+        if not is_exact:
+            # Each thread adds up a part, so that their number decides about rounding.
+            name = f"{torch.get_num_threads()}-thread {name}"
+    if is_exact:
+        threads = f" of {train.slot_threads} threads" if device.type == "cpu" else ""
+        name += f", {train.slots} slots{threads}"
     return f"{name}, torch {torch.__version__}"
+
+
+def _bf16_instructions() -> list[str]:
+    capabilities = torch.cpu.get_capabilities()
+    return [name for name in _BF16 if capabilities.get(name)]
 
 
 def peak_memory_bytes(device: torch.device) -> int:

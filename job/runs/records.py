@@ -205,6 +205,8 @@ class Attempt(RunRecord):
     world_size: int
     device: str
     """The device and the version of PyTorch: rounding depends on both."""
+    is_exact: bool = False
+    """Whether rounding depends on the device alone, not on the number of processes."""
     changes: dict[str, Any]
     """Settings that differ from the run's stored configuration, by key."""
     config_sha256: str = Field(pattern=SHA256_PATTERN)
@@ -262,7 +264,15 @@ def highest_fence(run: Store) -> int:
 
 
 def record_attempt(
-    run: Store, fence: int, holder: str, *, changes: dict[str, Any], world_size: int, device: str, imported: str = ""
+    run: Store,
+    fence: int,
+    holder: str,
+    *,
+    changes: dict[str, Any],
+    world_size: int,
+    device: str,
+    is_exact: bool = False,
+    imported: str = "",
 ) -> Attempt:
     """Creates the record of an attempt, which has the run's lease with this fence as `holder`."""
     previous, status = max(attempt_fences(run), default=None), read_status(run)
@@ -277,6 +287,7 @@ def record_attempt(
         code_version=code_version(),
         world_size=world_size,
         device=device,
+        is_exact=is_exact,
         changes=changes,
         config_sha256=hash_of_config(run),
         imported=imported,
@@ -303,7 +314,9 @@ def what_is_otherwise(before: Attempt, now: Attempt) -> list[str]:
             f"attempt {before.fence} ran code {before.code_version}, and this one runs {now.code_version}: images and "
             "noise stay the same, unless the code for them changed; the weights may differ from an undisturbed run"
         )
-    ran_on, runs_on = (f"{attempt.world_size} × {attempt.device}" for attempt in (before, now))
+    ran_on, runs_on = (
+        attempt.device if attempt.is_exact else f"{attempt.world_size} × {attempt.device}" for attempt in (before, now)
+    )
     if ran_on != runs_on:
         found.append(
             f"attempt {before.fence} ran on {ran_on}, and this one runs on {runs_on}: images and noise stay the same, "

@@ -16,6 +16,7 @@ from ddpm import figures
 from ddpm.generation import Callback, Sampling, Walk, from_noise
 from ddpm.model import Model, NotFiniteError
 from ddpm.process import Point, VarianceExploding
+from ddpm.threads import GROUP_IMAGES
 from job.config import RunConfig, method
 from job.data.autoencoder import Decoder
 from job.exits import BadDataError, NotANumberError, StoppedError
@@ -120,38 +121,46 @@ class Painter(Model):
         Raises:
             StoppedError: one of the processes got a stop request; it raises on all of them at the same step.
         """
-        rank, world_size = self.ranks.rank, self.ranks.world_size
-        mine, route = range(len(seeds))[rank::world_size], route or Route(self.evaluations_of(sampling))
+        route = route or Route(self.evaluations_of(sampling))
         made: list[np.ndarray] = []
         # Every process counts the batches of the first one, which has the most: all must agree equally often.
-        starts, done = range(0, len(seeds[::world_size]), batch_size_images), 0
+        of_ranks = [self.batches(len(seeds), batch_size_images, rank) for rank in range(self.ranks.world_size)]
+        mine, batches, done = of_ranks[self.ranks.rank], len(of_ranks[0]), 0
 
         def after_evaluation(*_: Any) -> None:
             nonlocal done
             self.check_agreed()
             done += 1
-            bar.update(len(seeds) * done / (len(starts) * route.evaluations))
+            bar.update(len(seeds) * done / (batches * route.evaluations))
 
         with Progress(title, total=len(seeds)) as bar:
-            for start in starts:
-                if places := mine[start : start + batch_size_images]:
-                    some = [seeds[place] for place in places]
-                    made.append(kept(self.draw_alone(some, sampling, after_evaluation, route.walk_of(places))))
-                else:
-                    for _ in range(route.evaluations):
-                        after_evaluation()
+            for places in mine:
+                some = [seeds[place] for place in places]
+                made.append(kept(self.draw_alone(some, sampling, after_evaluation, route.walk_of(places))))
+            for _ in range(route.evaluations * (batches - len(mine))):
+                after_evaluation()
             self.agreement.finish()
         # Only the first process always has images; those without any do not know their shape.
         part = np.concatenate(made) if made else np.empty(0)
-        if world_size == 1:
+        if self.ranks.world_size == 1:
             return part
-        parts: list[Any] | None = [None] * world_size if rank == 0 else None
+        parts: list[Any] | None = [None] * self.ranks.world_size if self.ranks.is_main else None
         dist.gather_object(part, parts)
-        gathered = np.empty((len(seeds) if rank == 0 else 0, *part.shape[1:]), part.dtype)
-        for other, of_rank in enumerate(parts or []):
-            if len(of_rank):
-                gathered[other::world_size] = of_rank
+        gathered = np.empty((len(seeds) if self.ranks.is_main else 0, *part.shape[1:]), part.dtype)
+        for of_rank, drawn in zip(of_ranks, parts or [], strict=False):
+            if of_rank:
+                gathered[[place for places in of_rank for place in places]] = drawn
         return gathered
+
+    def batches(self, images: int, batch_size_images: int, rank: int) -> list[list[int]]:
+        """Returns the places among `images` of each batch of a process.
+
+        Processes take groups of images in turn, which are computed alike on any number of processes.
+        """
+        group = min(GROUP_IMAGES, batch_size_images) if self.threads else 1
+        batch_size_images = batch_size_images // group * group
+        mine = [place for place in range(images) if place // group % self.ranks.world_size == rank]
+        return [mine[start : start + batch_size_images] for start in range(0, len(mine), batch_size_images)]
 
     def draw_batches(
         self,

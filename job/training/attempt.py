@@ -65,8 +65,8 @@ def run_training(request: TrainRequest, stop: Stop = NEVER) -> Plan:
         """Plans on the main process for all: at another moment another process might see another bucket."""
 
         def plan() -> dict[str, Any]:
-            made = plan_run(request, stop, precision=compute.best_precision())
-            check_world_size(ranks.world_size, made.config.train.batch_size)
+            made = plan_run(request, stop, compute.suited)
+            check_world_size(ranks.world_size, made.config.train)
             # A store holds connections, which no other process can use.
             return {name: value for name, value in vars(made).items() if name not in ("bucket", "run")}
 
@@ -156,10 +156,19 @@ def _begin(plan: Plan, ranks: Ranks, lease: Lease | None, pictures: PictureCache
                 "--set data.flip=false"
             )
     before = records.last_attempt(plan.run)
-    device = compute.describe_device(ranks.device)
+    train, is_exact = plan.config.train, compute.slots_of(plan.config.train, ranks) is not None
+    device = compute.describe_device(ranks.device, train, is_exact)
     attempt = records.record_attempt(
-        plan.run, lease.fence, lease.holder, changes=plan.changes, world_size=ranks.world_size, device=device
+        plan.run,
+        lease.fence,
+        lease.holder,
+        changes=plan.changes,
+        world_size=ranks.world_size,
+        device=device,
+        is_exact=is_exact,
     )
+    if plan.is_new and is_exact:
+        note(f"1 to {train.slots} processes give equal bits on this kind of machine: {device}")
     for difference in records.what_is_otherwise(before, attempt) if before else []:
         note(difference)
     status = status_of(plan, attempt, State.RUNNING, plan.images_seen, {})
@@ -213,7 +222,7 @@ def _restore(
             return restored.manifest
 
     manifest = ranks.on_main(load)
-    if dist.is_initialized() and (manifest or begins_from):
+    if dist.is_initialized():
         for named in tensors.values():
             for tensor in named.values():
                 dist.broadcast(tensor, src=0)

@@ -18,7 +18,8 @@ from torch import nn
 from ddpm import training
 from ddpm.epochs import crosses
 from ddpm.optimizer import learning_rate_at
-from ddpm.threads import Threads, threads_of
+from ddpm.slots import Slots
+from ddpm.threads import threads_of
 from job.config import RunConfig, method
 from job.data.autoencoder import latents_of, load_decoder
 from job.data.cache import ImageCache
@@ -50,25 +51,20 @@ def initial_state(plan: Plan, device: torch.device) -> training.TrainState:
     return training.create_state(method.build_network(plan.config, device), device, method.settings_of(plan.config))
 
 
-def wrapped(model: nn.Module, config: RunConfig, ranks: Ranks, accelerator: Accelerator) -> nn.Module:
-    """Returns the model compiled if so configured, and wrapped for autocast and for several processes. Collective."""
+def wrapped(
+    model: nn.Module, config: RunConfig, ranks: Ranks, accelerator: Accelerator, slots: Slots | None
+) -> nn.Module:
+    """Returns the model compiled if so configured, and wrapped for autocast and, without slots, for DDP. Collective."""
     device, batch_size = ranks.device, config.train.batch_size
     if config.train.compile and device.type == "cuda":
         model.compile()
     # It is on its device: asking whether its parameters are sharded would import a second's worth of modules.
-    network: nn.Module = accelerator.prepare_model(model, device_placement=False)
-    if ranks.world_size > 1:
-        slots = len(range(ranks.rank, batch_size, ranks.world_size))
-        compute.settle_buckets(network, config, min(slots, config.train.micro_batch_size or slots), device)
+    # In evaluation mode it is not wrapped for DDP.
+    network: nn.Module = accelerator.prepare_model(model, device_placement=False, evaluation_mode=slots is not None)
+    if ranks.world_size > 1 and slots is None:
+        images = len(range(ranks.rank, batch_size, ranks.world_size))
+        compute.settle_buckets(network, config, min(images, config.train.micro_batch_size or images), device)
     return network
-
-
-def threads_for(config: RunConfig, ranks: Ranks) -> Threads | None:
-    """Returns the threads that share a micro-batch, if they can."""
-    # Gradients of several processes meet in DDP's hooks, threads share PyTorch's generator of dropout masks, and EDM2
-    # changes its weights in the forward pass: in the midst of another thread's.
-    is_alone = ranks.world_size == 1 and not getattr(config.model, "dropout", 0.0) and config.model.kind != "edm2"
-    return threads_of(ranks.device) if is_alone else None
 
 
 class TrainingSession:
@@ -105,8 +101,10 @@ class TrainingSession:
         self.settings = replace(method.settings_of(self.config), latents=latents_of(plan.index))
         self.hooks = training.Hooks(self.after_step, self._leaves_step)
         self.decoder = load_decoder(plan.bucket, plan.index, self.device)
-        self.accelerator = build_accelerator(self.config.train.precision, self.config.train.deterministic)
-        self.network = wrapped(state.model, self.config, ranks, self.accelerator)
+        self.slots = compute.slots_of(self.config.train, ranks)
+        self.threads = threads_of(self.device, self.config.train.slot_threads or 1) if self.slots else None
+        self.accelerator = build_accelerator(self.config.train.precision, deterministic=self.slots is not None)
+        self.network = wrapped(state.model, self.config, ranks, self.accelerator, self.slots)
         self.agreement = Agreement(ranks.world_size, flags=4)
         self.agreement_in_step = Agreement(ranks.world_size, flags=1)
         self.retention = Retention(self.config, plan.index.images)
@@ -124,8 +122,7 @@ class TrainingSession:
             batch_size_images=self.batch_size,
             first_image=state.images_seen,
             last_image=plan.target_images,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            places=self.slots.places if self.slots else range(ranks.rank, self.batch_size, ranks.world_size),
             pin_memory=self.device.type == "cuda",
             with_labels=bool(self.config.model.num_classes),
             stop=stop,
@@ -147,9 +144,9 @@ class TrainingSession:
         Raises:
             StoppedError: a process was asked to stop; the state is committed.
         """
-        state, threads = self.state, threads_for(self.config, self.ranks)
+        state = self.state
         with self.bar:
-            with closing(self.batches), threads.alone() if threads else nullcontext():
+            with closing(self.batches), self.threads.alone() if self.threads else nullcontext():
                 for interlude in self.interludes:
                     if interlude.is_due(state.images_seen) and self.on_main(interlude.is_missing):
                         self._run(interlude)
@@ -167,7 +164,8 @@ class TrainingSession:
                         settings=self.settings,
                         accelerator=self.accelerator,
                         hooks=self.hooks,
-                        threads=threads,
+                        slots=self.slots,
+                        threads=self.threads,
                     )
                 self.agreement.finish()
                 self.agreement_in_step.finish()

@@ -17,7 +17,7 @@ from ddpm.ema import Exponential, PowerFunction
 from ddpm.objective import Objective
 from ddpm.prediction import Prediction
 from ddpm.process import make_process
-from ddpm.threads import Threads
+from ddpm.slots import Slots
 from tests.ddpm.networks.weights import randomise
 
 SIZES = {
@@ -49,15 +49,15 @@ def test_the_catalogue_names_the_parts(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "freeze", "threads"),
+    ("kind", "freeze", "slots"),
     [
         ("unet", ("down", "time_embedding", "conv_out"), None),
-        ("unet", ("conv", "mid"), Threads(2)),
+        ("unet", ("conv", "mid"), Slots(3, 4)),
         ("edm2", ("encoder", "conv", "class", "unc"), None),
         ("dit", ("blocks",), None),
     ],
 )
-def test_frozen_parts_keep_every_bit(kind: str, freeze: tuple[str, ...], threads: Threads | None) -> None:
+def test_frozen_parts_keep_every_bit(kind: str, freeze: tuple[str, ...], slots: Slots | None) -> None:
     train = Train(batch_size=4, learning_rate=0.1, weight_decay=0.1, freeze=freeze)
     schedule, prediction = ("edm", "edm") if kind == "edm2" else ("cosine", "v")
     diffusion = Diffusion(schedule=schedule, prediction=prediction)
@@ -70,7 +70,7 @@ def test_frozen_parts_keep_every_bit(kind: str, freeze: tuple[str, ...], threads
     batches = [SimpleNamespace(image_numbers=each, images=images, labels=torch.arange(4) % 3) for each in numbers]
     objective = Objective(make_process(diffusion), Prediction(prediction), diffusion)
     hooks = training.Hooks(lambda state: False)
-    training.train(state, state.model, batches, objective, settings, Accelerator(cpu=True), hooks, threads)
+    training.train(state, state.model, batches, objective, settings, Accelerator(cpu=True), hooks, slots)
 
     frozen = {name for name in before if name.startswith(freeze)}
     never_learnt = {name for name in before if name.endswith(("frequencies", "phases"))}

@@ -19,6 +19,7 @@ from ddpm.ema import Exponential
 from ddpm.objective import Condition, Objective
 from ddpm.prediction import Prediction
 from ddpm.process import make_process
+from ddpm.slots import Slots
 from ddpm.threads import Threads
 
 SIZE = 8
@@ -49,7 +50,7 @@ class Late(nn.Module):
 
 
 def learnt(threads: Threads | None, seconds: float = 0.0, micro_batch_size: int | None = None) -> dict[str, Tensor]:
-    """The weights after four steps of seven images."""
+    """The weights after four steps of seven images, in three slots."""
     train = Train(batch_size=7, learning_rate=1e-2, micro_batch_size=micro_batch_size)
     diffusion = Diffusion(prediction="v", schedule="cosine")
     settings = training.Settings(
@@ -68,23 +69,19 @@ def learnt(threads: Threads | None, seconds: float = 0.0, micro_batch_size: int 
     objective = Objective(make_process(diffusion), Prediction("v"), diffusion, True)
     hooks = training.Hooks(lambda state: False)
     network = Late(state.model, seconds) if seconds else state.model
-    training.train(state, network, batches, objective, settings, Accelerator(cpu=True), hooks, threads)
+    training.train(state, network, batches, objective, settings, Accelerator(cpu=True), hooks, Slots(3, 7), threads)
     assert state.log.sums[1, 0] == 28
     return {name: value.detach().clone() for name, value in state.model.named_parameters()}
 
 
-@pytest.mark.parametrize("micro_batch_size", [None, 4])
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
 def test_late_threads_change_no_bit(micro_batch_size: int | None) -> None:
-    alone, threads = learnt(None, micro_batch_size=micro_batch_size), Threads(3)
-    first = learnt(threads, micro_batch_size=micro_batch_size)
-    for _ in range(2):
-        again = learnt(threads, 0.02, micro_batch_size)
-        assert all(torch.equal(value, again[name]) for name, value in first.items())
+    alone = learnt(None, micro_batch_size=micro_batch_size)
+    for count in (1, 3):
+        late = learnt(Threads(count), 0.02 * (count > 1), micro_batch_size)
+        assert all(torch.equal(value, late[name]) for name, value in alone.items())
     begun = dict(small_network().named_parameters())
-    for name, value in alone.items():
-        # Adam divides by the size of a gradient: where that is rounding alone, so is the step.
-        torch.testing.assert_close(first[name], value, rtol=1e-3, atol=2e-3)
-        assert not torch.equal(value, begun[name])
+    assert not any(torch.equal(value, begun[name]) for name, value in alone.items())
 
 
 def test_shared_network_gives_the_same_answers() -> None:
@@ -100,18 +97,13 @@ def test_shared_network_gives_the_same_answers() -> None:
 
 
 def test_threads_compute_alone_and_in_order() -> None:
-    threads, usual = Threads(2), torch.get_num_threads()
-    assert threads.map(lambda part: (part, torch.get_num_threads()), slice(3, 8)) == [
-        (slice(3, 5), 1),
-        (slice(5, 8), 1),
-    ]
-    # The only image gets both threads.
-    assert threads.map(lambda part: torch.get_num_threads(), slice(3, 4)) == [2]
-    # Sets of gradients for many cores would not fit into the memory; no part waits for another's threads.
-    for count, parts, each in [(8, 8, 1), (12, 6, 2), (64, 8, 8)]:
-        assert Threads(count).map(lambda part: torch.get_num_threads(), slice(0, 99)) == [each] * parts
-    with threads.alone():
-        assert torch.get_num_threads() == 1
-    assert torch.get_num_threads() == usual
+    usual, parts = torch.get_num_threads(), [slice(3, 5), slice(5, 8), slice(8, 9)]
+    for each in (1, 2):
+        threads = Threads(2, each)
+        found = list(threads.map(lambda part: (part, torch.get_num_threads()), parts))
+        assert found == [(part, each) for part in parts]
+        with threads.alone():
+            assert torch.get_num_threads() == each
+        assert torch.get_num_threads() == usual
     with pytest.raises(ZeroDivisionError):
-        threads.map(lambda part: 1 // part.start, slice(0, 8))
+        list(threads.map(lambda part: 1 // (part.start - 5), parts))

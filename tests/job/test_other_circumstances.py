@@ -43,7 +43,7 @@ def test_other_code_is_told(words, tmp_path):
 
 def test_another_gpu_is_told(words, monkeypatch):
     name = "NVIDIA A100-SXM4-80GB, torch 2.9.0"
-    monkeypatch.setattr(compute, "describe_device", lambda device: name)
+    monkeypatch.setattr(compute, "describe_device", lambda *_: name)
     done = ddpm_here(*words, "--epochs", 4)
     succeeded(done)
     assert f"and this one runs on 1 × {name}: images and noise stay the same, rounding differs" in done.stderr

@@ -45,7 +45,7 @@ def open_gains(network: EDM2) -> EDM2:
 
 
 def test_training_brings_the_weights_back_once() -> None:
-    """A second pass, of another micro-batch or of a step that is repeated, changes no bit; sampling changes none."""
+    """A second time, in a step that is repeated, changes no bit; sampling changes none."""
     network, (x, t, condition) = open_gains(small(**ALL)), inputs()
     weights = {name: module.weight for name, module in network.named_modules() if isinstance(module, edm2.MPConv)}
     assert len(weights) == 48
@@ -57,13 +57,14 @@ def test_training_brings_the_weights_back_once() -> None:
     expected = network(x, t, condition)
     assert all(torch.equal(parameter, before[name]) for name, parameter in network.named_parameters())
 
-    network.train()
+    network.train().before_step()
     output = network(x, t, condition)
     for name, weight in weights.items():
         assert (magnitude(weight) - 1).abs().max() < 1e-5, name
     # What is stored plays no part in what is computed but for its direction.
     torch.testing.assert_close(output, expected, rtol=0, atol=5e-3)
     after = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    network.before_step()
     again = network(x, t, condition)
     assert torch.equal(again, output)
     assert all(torch.equal(parameter, after[name]) for name, parameter in network.named_parameters())

@@ -45,8 +45,7 @@ def stream(cache: ImageCache, first: int, last: int | None, rank: int = 0, world
         batch_size_images=BATCH,
         first_image=first,
         last_image=last,
-        rank=rank,
-        world_size=world_size,
+        places=range(rank, BATCH, world_size),
         **options,
     )
 

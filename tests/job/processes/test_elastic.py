@@ -7,7 +7,9 @@ import json
 from collections import Counter
 from itertools import pairwise
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.metric_rows import read_rows
@@ -43,7 +45,7 @@ def losses(self, network, x_start, noise, drawn, condition, conditions_on_itself
     for number, *content, loss in zip(numbers_drawn, *contents, found.tolist(), strict=True):
         print(json.dumps([number, content, loss]), file=record)
     if numbers_drawn[0] >= int(os.environ["STOP_AT_IMAGE"]):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), int(os.environ.get("KILL", signal.SIGTERM)))
     return found
 
 randomness.training_noise, Objective.losses = training_noise, losses
@@ -69,11 +71,11 @@ def started(place, tmp_path):
     """Starts a command whose processes write down what they do, and stop themselves at an image."""
     folder = hooked(tmp_path / "hooks", ddpm__training=RECORD)
 
-    def started(run, stage, precision, processes, stop_at_image, *options):
+    def started(run, stage, precision, processes, stop_at_image, *options, **variables):
         record, image = str(tmp_path / f"{run}-{stage}"), str(stop_at_image)
         network = settings(train__batch_size=str(BATCH_IMAGES), train__precision=precision, **ALL_THAT_IS_DRAWN)
         words = ("--epochs", 99, "--processes", processes, *network, *options)
-        return place.started(run, *words, PYTHONPATH=folder, RECORD=record, STOP_AT_IMAGE=image)
+        return place.started(run, *words, PYTHONPATH=folder, RECORD=record, STOP_AT_IMAGE=image, **variables)
 
     return started
 
@@ -99,10 +101,18 @@ def batch_losses(rows, first, last):
 
 
 @pytest.mark.slow
-def test_three_stopped_processes_learn_the_same(place, started):
-    ended = started("whole", 0, "fp32", 3, 10**9, "--epochs", 2)
-    stopped(started("parted", 0, "fp32", 3, 200, "--epochs", 2))
-    assert started("parted", 1, "fp32", 3, 10**9, "--epochs", 2).wait(250) == ended.wait(250) == 0
+def test_killed_and_moved_processes_leave_the_same_bits(place, started):
+    """Five slots on 1 process; or on 2 that are asked to stop, 1 that is killed, 3 that die together, and 4."""
+    words = ("--epochs", 2, "--set", "train.slots=5", "--set", "model.dropout=0.1", "--set", "sample.images=10")
+    words += ("--set", "checkpoint.every_minutes=0.001")
+    ended = started("stayed", 0, "fp32", 1, 10**9, *words)
+    stopped(started("parted", 0, "fp32", 2, 130, *words))
+    assert started("parted", 1, "fp32", 1, 250, *words, KILL="9").wait(250) == 137
+    assert started("parted", 2, "fp32", 3, 400, *words, KILL="9").wait(250) not in (0, 75)
+    moved = started("parted", 3, "fp32", 4, 10**9, *words)
+    said, _ = moved.communicate(timeout=250)
+    assert moved.returncode == ended.wait(250) == 0
+    assert "rounding differs" not in said
 
     def result(name):
         run = place.run(name)
@@ -110,11 +120,14 @@ def test_three_stopped_processes_learn_the_same(place, started):
         manifest = load_manifest(run, ref)
         losses = [row["loss"] for row in read_rows(run, manifest.metrics)]
         assert manifest.groups == ("model", "ema", "ema-0.1", "optimizer")
-        return ref.fence, losses, [file.sha256 for file in manifest.files]
+        (grid,) = place.bucket.glob(f"runs/{name}/samples/epoch-0002*.png")
+        return ref.fence, losses, [file.sha256 for file in manifest.files], np.array(Image.open(grid))
 
-    whole, parted = result("whole"), result("parted")
-    assert (whole[0], parted[0]) == (1, 2)
+    (*whole, drawn), (*parted, drawn_again) = result("stayed"), result("parted")
+    assert (whole[0], parted[0]) == (1, 4)
     assert whole[1:] == parted[1:]
+    # The title above the pictures has the name of the run.
+    assert not (drawn != drawn_again)[len(drawn) // 4 :].any()
 
 
 @pytest.mark.slow

@@ -1,0 +1,134 @@
+"""The slots of a batch: parts whose gradients are computed alike and added in one order, on any number of processes.
+
+A sum of floating-point numbers depends on its order, and a gradient on the number of images and threads that a kernel
+is given. So a global batch is cut into a fixed number of slots. A slot is computed at the same shape, with the same
+number of threads, wherever it is computed. Slots are the leaves of one binary tree, which says how they are added.
+
+A process holds consecutive slots, adds whole subtrees of them, and sends only their sums: to each process one piece of
+every sum. That process adds the rest of the tree for its piece, and all processes gather the pieces. EasyScale (Li et
+al. 2023, "EasyScale: Elastic Training with Consistent Accuracy") keeps its virtual workers apart for the same reason,
+but adds them one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Node = tuple[int, int]
+"""The slots from the first number up to the second, without it, as a node of the tree."""
+Gradients = list[Tensor | None]
+"""The gradients of the learnt parameters, in their order; None where a parameter has no part in the loss."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The slots of one global batch, and which of them this process holds."""
+
+    count: int
+    """Of all processes together."""
+    batch_size_images: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        """Checks that no process is without a slot."""
+        if not self.world_size <= self.count <= self.batch_size_images:
+            raise ValueError(f"{self.count} slots: use {self.world_size} to {self.batch_size_images}")
+
+    @property
+    def own(self) -> range:
+        """Returns the numbers of this process's slots; processes hold equally many, or one more."""
+        first, last = (self.count * rank // self.world_size for rank in (self.rank, self.rank + 1))
+        return range(first, last)
+
+    @property
+    def places(self) -> range:
+        """Returns this process's places in the global batch."""
+        return range(self._start(self.own.start), self._start(self.own.stop))
+
+    def parts(self) -> list[slice]:
+        """Returns each of this process's slots as a part of its images."""
+        first = self.places.start
+        return [slice(self._start(slot) - first, self._start(slot + 1) - first) for slot in self.own]
+
+    def sum(self, gradients: Iterator[Gradients]) -> Gradients | None:
+        """Returns the sum over all processes of the gradients of their slots, in order. Collective.
+
+        It returns None at once if the gradients end early, as they must on all processes.
+        """
+        try:
+            sums = [_added_up(node, gradients) for node in subtrees((0, self.count), self.own)]
+        except StopIteration:
+            return None
+        return sums[0] if self.world_size == 1 else self._exchanged(sums)
+
+    def _start(self, slot: int) -> int:
+        return self.batch_size_images * slot // self.count
+
+    def _exchanged(self, sums: list[Gradients]) -> Gradients:
+        """Returns the sum of all subtrees from those of this process."""
+        nodes = [subtrees((0, self.count), replace(self, rank=rank).own) for rank in range(self.world_size)]
+        given = [gradient for gradient in sums[0] if gradient is not None]
+        length = sum(gradient.numel() for gradient in given)
+        piece = -(-length // self.world_size)
+        flat = given[0].new_zeros(len(sums), self.world_size * piece)
+        for row, gradients in zip(flat, sums, strict=True):
+            torch.cat([gradient.flatten() for gradient in gradients if gradient is not None], out=row[:length])
+        # To each process its piece of all sums, and from each one its sums of this process's piece.
+        outgoing = flat.view(len(sums), self.world_size, piece).transpose(0, 1).contiguous()
+        incoming = flat.new_empty(sum(map(len, nodes)), piece)
+        dist.all_to_all_single(incoming, outgoing.flatten(0, 1), list(map(len, nodes)), [len(sums)] * self.world_size)
+        known = dict(zip([node for of_rank in nodes for node in of_rank], incoming, strict=True))
+        dist.all_gather_into_tensor(flat[0], _top((0, self.count), known))
+        pieces = iter(flat[0, :length].split([gradient.numel() for gradient in given]))
+        return [None if gradient is None else next(pieces).view(gradient.shape) for gradient in sums[0]]
+
+
+def halves(node: Node) -> tuple[Node, Node]:
+    """Returns the children of a node: the first has the largest power of two of slots that leaves the other some."""
+    first, last = node
+    middle = first + (1 << (last - first - 1).bit_length() - 1)
+    return (first, middle), (middle, last)
+
+
+def subtrees(node: Node, own: range) -> list[Node]:
+    """Returns the largest nodes under `node` that hold only slots of `own`, in order."""
+    first, last = node
+    if last <= own.start or own.stop <= first:
+        return []
+    if own.start <= first and last <= own.stop:
+        return [node]
+    return [found for half in halves(node) for found in subtrees(half, own)]
+
+
+def added(left: Gradients, right: Sequence[Tensor | None]) -> Gradients:
+    """Adds gradients to those of `left`, in place."""
+    return [a if b is None else b if a is None else a.add_(b) for a, b in zip(left, right, strict=True)]
+
+
+def _added_up(node: Node, gradients: Iterator[Gradients]) -> Gradients:
+    """Adds the slots of a node; of each level at most one sum exists at a time."""
+    if node[1] - node[0] == 1:
+        return next(gradients)
+    left, right = halves(node)
+    return added(_added_up(left, gradients), _added_up(right, gradients))
+
+
+def _top(node: Node, known: dict[Node, Tensor]) -> Tensor:
+    """Adds the sums that are known to that of `node`."""
+    if node in known:
+        return known[node]
+    left, right = (_top(half, known) for half in halves(node))
+    return left + right
+
+
+def wire_bytes(count: int, world_size: int, gradient_bytes: int) -> list[int]:
+    """Returns the bytes that each process sends in a step; a ring's all-reduce sends 2 (W - 1)/W of the gradient."""
+    others = (world_size - 1) / world_size * gradient_bytes
+    held = [Slots(count, count, rank, world_size).own for rank in range(world_size)]
+    return [round((len(subtrees((0, count), own)) + 1) * others) for own in held]
