@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.measuring import Figure, seconds
-from benchmarks.training_step import OurLoop
+from benchmarks.training_step import OurLoop, pack_for_loops
 from ddpm.generation import Sampling
 from ddpm.threads import Threads
 from job.config import EMBEDDED
@@ -34,6 +34,7 @@ def measure(quick: bool) -> list[Figure]:
     """Times a training step and ten sampling steps in three ways in turn, beside two processes that only count."""
     count, precision = max(2, torch.get_num_threads()), compute.best_precision()
     with TemporaryDirectory(prefix="ddpm-bench-") as name:
+        pack_for_loops(Path(name), quick)
         loop = OurLoop(Path(name), quick, precision, preset=EMBEDDED, sets=PRESET_SETS)
         session = loop.session
         painter = Painter(session.config, session.ranks, precision, NEVER, Agreement(1, flags=1))

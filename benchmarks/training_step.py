@@ -54,6 +54,7 @@ def measure(quick: bool) -> list[Figure]:
     """Times both loops step by step in turn, and the parts of a step."""
     precision = compute.best_precision()
     with TemporaryDirectory(prefix="ddpm-bench-") as name:
+        pack_for_loops(Path(name), quick)
         ours = OurLoop(Path(name), quick, precision)
         peer = DiffusersLoop(ours.session.config, ours.session.state.model)
         turns = take_turns("training steps", ours.step, peer.step, 2 if quick else 9, 1 if quick else 2)
@@ -103,16 +104,26 @@ def measure(quick: bool) -> list[Figure]:
     ]
 
 
+def pack_for_loops(folder: Path, quick: bool) -> None:
+    """Writes the dataset of `OurLoop` into a bucket in this folder."""
+    write_noise(folder / "images", 32 if quick else IMAGES, SIZE)
+    pack_noise(str(folder / "bucket"), folder / "images", SIZE)
+
+
 class OurLoop:
-    """Runs `ddpm.training.train` on a packed dataset, with the hooks of a real run; one step per call."""
+    """Runs `ddpm.training.train` on the data of `pack_for_loops`, with the hooks of a real run; one step per call."""
 
     def __init__(
-        self, folder: Path, quick: bool, precision: str, preset: str = PRESET, sets: tuple[str, ...] = HALF_WIDTH
+        self,
+        folder: Path,
+        quick: bool,
+        precision: str,
+        preset: str = PRESET,
+        sets: tuple[str, ...] = HALF_WIDTH,
+        exact: str = "null",
     ) -> None:
-        write_noise(folder / "images", 32 if quick else IMAGES, SIZE)
         bucket = str(folder / "bucket")
-        pack_noise(bucket, folder / "images", SIZE)
-        sets = (*(TINY if quick else sets), *NO_SAVES, f"train.precision={precision}")
+        sets = (*(TINY if quick else sets), *NO_SAVES, f"train.precision={precision}", f"train.exact={exact}")
         request = TrainRequest(DATASET, bucket, preset=preset, epochs=1000, sets=sets)
         plan = plan_run(request.check(), suited=compute.suited)
         forget_accelerator()

@@ -84,7 +84,7 @@ class Slots:
         incoming = flat.new_empty(sum(map(len, nodes)), piece)
         dist.all_to_all_single(incoming, outgoing.flatten(0, 1), list(map(len, nodes)), [len(sums)] * self.world_size)
         known = dict(zip([node for of_rank in nodes for node in of_rank], incoming, strict=True))
-        dist.all_gather_into_tensor(flat[0], _top((0, self.count), known))
+        dist.all_gather(list(flat[0].chunk(self.world_size)), _top((0, self.count), known))
         pieces = iter(flat[0, :length].split([gradient.numel() for gradient in given]))
         return [None if gradient is None else next(pieces).view(gradient.shape) for gradient in sums[0]]
 

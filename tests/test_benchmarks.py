@@ -20,6 +20,7 @@ NEAR = ("upload", "download", "ranges", "puts", "gets", "list")
 FAR = ("upload", "upload_of_link", "download", "download_of_link")
 CLAIMED = set(
     """training_step_ratio training_share_of_matmul_peak training_waits_for_data_ratio loader_images_per_second
+    exact_cost_1 exact_cost_2 exact_kernels_by_threads exact_kernels_by_images exact_wire_ratio
     busy_training_ratio busy_sampling_ratio
     loader_ratio loader_first_batch_seconds loader_memory_ratio checkpoint_blocked_ratio checkpoint_committed_seconds
     checkpoint_upload_ratio resume_overhead_seconds sample_ratio""".split()  # noqa: SIM905

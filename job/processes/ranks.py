@@ -101,11 +101,12 @@ def build_accelerator(precision: str, deterministic: bool = False) -> Accelerato
 
     Args:
         precision: `fp32` or `bf16`.
-        deterministic: use bit-equal kernels.
+        deterministic: use kernels of a GPU that give equal bits each time.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    if deterministic:
+    # A CPU has no others, and the setting would import the compiler.
+    if deterministic and torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False

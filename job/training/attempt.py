@@ -128,6 +128,9 @@ def _train(plan: Plan, ranks: Ranks, lease: Lease | None, tracking: Tracking | N
         damaged=damaged,
         stop=stop,
     ) as recorder:
+        if recorder is not None and not plan.is_new and not _page_says_running(attempt):
+            # It takes longer than the first steps, which need not wait for it.
+            recorder.write_page()
         session = TrainingSession(
             plan,
             ranks,
@@ -171,11 +174,17 @@ def _begin(plan: Plan, ranks: Ranks, lease: Lease | None, pictures: PictureCache
         note(f"1 to {train.slots} processes give equal bits on this kind of machine: {device}")
     for difference in records.what_is_otherwise(before, attempt) if before else []:
         note(difference)
-    status = status_of(plan, attempt, State.RUNNING, plan.images_seen, {})
-    put_run_page(plan, lease, None, status, pictures=pictures, stop=stop)
+    if plan.is_new or plan.request.open_page:
+        status = status_of(plan, attempt, State.RUNNING, plan.images_seen, {})
+        put_run_page(plan, lease, None, status, pictures=pictures, stop=stop)
     if plan.request.open_page:
         open_page(plan.run)
     return attempt
+
+
+def _page_says_running(attempt: records.Attempt) -> bool:
+    """Returns whether the page is from an attempt that was cut off, so that it says what is true again."""
+    return attempt.previous_seen is not None and attempt.previous_seen.state == State.RUNNING
 
 
 @contextmanager
