@@ -241,7 +241,7 @@ class Train:
             than = f"train.warmup_images={after}" if after else "0"
             raise ValueError(f"train.learning_rate_decay={decay} needs a train.decay_images above {than}")
         if self.slots is not None and self.slots > self.batch_size:
-            raise ValueError(f"train.slots={self.slots}: a batch of {self.batch_size} images has at most as many")
+            raise ValueError(f"train.slots={self.slots}: a batch of {self.batch_size:,} images has at most as many")
 
 
 @dataclass(frozen=True)

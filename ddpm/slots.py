@@ -5,9 +5,8 @@ is given. So a global batch is cut into a fixed number of slots. A slot is compu
 number of threads, wherever it is computed. Slots are the leaves of one binary tree, which says how they are added.
 
 A process holds consecutive slots, adds whole subtrees of them, and sends only their sums: to each process one piece of
-every sum. That process adds the rest of the tree for its piece, and all processes gather the pieces. EasyScale (Li et
-al. 2023, "EasyScale: Elastic Training with Consistent Accuracy") keeps its virtual workers apart for the same reason,
-but adds them one after another.
+every sum. That process adds the rest of the tree for its piece, and all processes gather the pieces. EasyScale keeps the
+gradients of its virtual workers apart for the same reason (Li et al. 2023).
 """
 
 from __future__ import annotations
@@ -76,15 +75,19 @@ class Slots:
         given = [gradient for gradient in sums[0] if gradient is not None]
         length = sum(gradient.numel() for gradient in given)
         piece = -(-length // self.world_size)
-        flat = given[0].new_zeros(len(sums), self.world_size * piece)
+        flat = given[0].new_empty(len(sums), self.world_size * piece)
         for row, gradients in zip(flat, sums, strict=True):
             torch.cat([gradient.flatten() for gradient in gradients if gradient is not None], out=row[:length])
-        # To each process its piece of all sums, and from each one its sums of this process's piece.
-        outgoing = flat.view(len(sums), self.world_size, piece).transpose(0, 1).contiguous()
-        incoming = flat.new_empty(sum(map(len, nodes)), piece)
-        dist.all_to_all_single(incoming, outgoing.flatten(0, 1), list(map(len, nodes)), [len(sums)] * self.world_size)
-        known = dict(zip([node for of_rank in nodes for node in of_rank], incoming, strict=True))
-        dist.all_gather(list(flat[0].chunk(self.world_size)), _top((0, self.count), known))
+        if sum(map(len, nodes)) == 2:
+            # The sum of two numbers has no order, and one operation is faster than two.
+            dist.all_reduce(flat)
+        else:
+            # To each process its piece of all sums, and from each one its sums of this process's piece.
+            outgoing = flat.view(len(sums), self.world_size, piece).transpose(0, 1).flatten(0, 1)
+            incoming = flat.new_empty(sum(map(len, nodes)), piece)
+            dist.all_to_all_single(incoming, outgoing, list(map(len, nodes)), [len(sums)] * self.world_size)
+            known = dict(zip([node for of_rank in nodes for node in of_rank], incoming, strict=True))
+            dist.all_gather(list(flat[0].chunk(self.world_size)), _top((0, self.count), known))
         pieces = iter(flat[0, :length].split([gradient.numel() for gradient in given]))
         return [None if gradient is None else next(pieces).view(gradient.shape) for gradient in sums[0]]
 
