@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import NamedTuple
 
-DECILE = 1.2816
-"""The 90th percentile of the standard normal distribution."""
 _FINE = 1e6
 """With a sufficient notice training resumes where it was, as if there were so many saves between two interruptions."""
 
@@ -73,8 +72,8 @@ def expected(productive_seconds: float, interval_seconds: float, course: Interru
 
     The state is the same whenever a checkpoint has reached the bucket, since interruptions have no memory. So the run
     is a sum of independent times, as in Daly (2006), eq. 20, with the time to reach the bucket as part of the restart.
-    The percentiles are those of a gamma distribution with the sum's mean and variance, above the shortest duration.
-    Infinite if the run would never end.
+    The percentiles are those of a mixture: the shortest duration, with the probability of no interruption, and above
+    it a gamma distribution with the sum's mean and variance. Infinite if the run would never end.
     """
     period = interval_seconds + course.stall_seconds
     total = productive_seconds * period / interval_seconds
@@ -89,22 +88,30 @@ def expected(productive_seconds: float, interval_seconds: float, course: Interru
         begun = _uninterrupted(restart + first, course.every_seconds, queue)
         between = _next_save(period, restart, course.every_seconds, queue)
         last = _next_save(rest, restart, course.every_seconds, queue)
-        mean = queue + begun.mean + whole * between.mean + last.mean
-        variance = queue**2 + begun.variance + whole * between.variance + last.variance
-        bands.append(_band(shortest, mean, variance))
+        mean = begun.mean + whole * between.mean + last.mean
+        variance = begun.variance + whole * between.variance + last.variance
+        none = math.exp(-shortest / course.every_seconds)
+        low, high = (
+            # The first queue has an exponential distribution.
+            shortest - queue * math.log(1 - share)
+            if share <= none or mean <= shortest
+            else shortest + queue + _above((share - none) / (1 - none), mean - shortest, variance, 1 - none)
+            for share in (0.1, 0.9)
+        )
+        bands.append(Band(low, queue + mean, high))
     return Expected(*bands)
 
 
-def _band(shortest: float, mean: float, variance: float) -> Band:
-    """Returns the band of `shortest` plus a gamma variable (E. B. Wilson and M. M. Hilferty, PNAS 17, 1931)."""
-    excess = mean - shortest
-    if not (math.isfinite(excess) and math.isfinite(variance)):
-        return Band(math.inf, math.inf, math.inf)
-    if excess <= 0 or variance <= 0:
-        return Band(mean, mean, mean)
-    ninth = variance / (9 * excess**2)
-    low, high = (max(0.0, 1 - ninth + z * math.sqrt(ninth)) ** 3 * excess for z in (-DECILE, DECILE))
-    return Band(shortest + low, mean, shortest + high)
+def _above(share: float, mean: float, variance: float, probability: float) -> float:
+    """Returns a quantile of what interruptions cost, given the moments of that cost, and that there are any.
+
+    By the cube of a normal variable: E. B. Wilson and M. M. Hilferty, PNAS 17 (1931).
+    """
+    if not (math.isfinite(mean) and math.isfinite(variance)):
+        return math.inf
+    given = mean / probability
+    ninth = max(0.0, (variance + mean**2) / probability / given**2 - 1) / 9
+    return given * max(0.0, 1 - ninth + NormalDist().inv_cdf(share) * math.sqrt(ninth)) ** 3
 
 
 def _cut(seconds: float, every: float) -> tuple[float, _Moments]:

@@ -18,7 +18,9 @@ def trace(work: float, interval: float, course: Interruptions, random: np.random
         wall += random.exponential(course.queue_seconds)
         lives = random.exponential(course.every_seconds)
         saves = np.arange(1, np.ceil((work - done) / interval))
-        needs = course.restart_seconds + (work - done) * period / interval + course.save_seconds * (not course.has_notice)
+        needs = (
+            course.restart_seconds + (work - done) * period / interval + course.save_seconds * (not course.has_notice)
+        )
         if lives >= needs:
             return wall + needs, machine + needs
         wall, machine = wall + lives, machine + lives
@@ -43,14 +45,16 @@ GRID = [
 def test_means_and_bands_are_those_of_traces(course):
     random = np.random.default_rng(0)
     interval = max(10 * course.save_seconds, best_interval_seconds(course.stall_seconds, course.every_seconds))
-    work = 20 * course.every_seconds + interval / 3
-    told = expected(work, interval, course)
-    traces = np.array([trace(work, interval, course, random) for _ in range(1000)])
-    for band, found in zip(told, traces.T, strict=True):
-        assert abs(found.mean() - band.mean) < 4 * found.std() / np.sqrt(found.size) + 0.002 * band.mean
-        # Of 1,000 runs 80 % lie inside, give or take 4 %; each end has its tenth.
-        assert np.mean(found < band.low) == pytest.approx(0.1, abs=0.04)
-        assert np.mean(found > band.high) == pytest.approx(0.1, abs=0.04)
+    for interruptions in (0.5, 20):
+        work = interruptions * course.every_seconds + interval / 3
+        told = expected(work, interval, course)
+        traces = np.array([trace(work, interval, course, random) for _ in range(1000)])
+        for band, found in zip(told, traces.T, strict=True):
+            assert abs(found.mean() - band.mean) < 4 * found.std() / np.sqrt(found.size) + 0.002 * band.mean
+            below, above = np.mean(found < band.low * (1 - 1e-9)), np.mean(found > band.high * (1 + 1e-9))
+            # Of 1,000 runs four in five lie inside, give or take some; more where most runs are not interrupted.
+            assert below <= 0.14 and above <= 0.18 and below + above <= 0.28
+            assert interruptions < 20 or min(below, above) >= 0.06
 
 
 def test_the_median_error_of_jobs_is_below_a_tenth():
