@@ -144,16 +144,16 @@ def prospects(
     has_notice = comes_with_notice and save_seconds is not None and is_saved_in(target.notice_seconds, save)
     killed_every = killed_every_seconds(list(spans))
     epoch = _epoch_seconds(status)
-    intervals = [
+    interval, best = (
         interval_seconds(minutes, target.notice_seconds, (save, stall or 0.0), killed_every)
         for minutes in (checkpoint.every_minutes, None)
-    ]
-    if epoch is not None or intervals[0] > EPOCH_SECONDS:
+    )
+    if epoch is not None or interval > EPOCH_SECONDS:
         at_epochs = checkpoint.every_epochs * known("an epoch of {}", epoch, EPOCH_SECONDS)
-        intervals = [min(interval, at_epochs) for interval in intervals]
+        interval, best = min(interval, at_epochs), min(best, at_epochs)
     # The measured speed includes the stalls.
     course = Interruptions(max(1.0, every), queue, start, save, 0.0, has_notice)
-    return Prospects(course, *intervals, measured, prior)
+    return Prospects(course, interval, best, measured, prior)
 
 
 def _epoch_seconds(status: Status | None) -> float | None:
