@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -15,26 +16,35 @@ from job.processes.lease import LEASE_KEY
 from job.runs import records
 from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound
 from job.runs.drawings import label_of, moment_of
-from job.runs.layout import PICTURES, RUNS, SAMPLES, ObjectKind, places_in
+from job.runs.layout import PICTURES, RUNS, SAMPLES, CheckpointRef, ObjectKind, places_in
 from job.runs.outlook import attempts_of, duration, outlook_of, spans_of, state_in
-from job.runs.records import read_status, run_store
+from job.runs.records import Status, read_status, run_store, validated_run_name
 from job.store import Store, open_store
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+RUNS_AT_ONCE = 32
+"""Each takes a few requests, which wait for the bucket."""
 PIPE_COLUMNS = 1000
 """The width of tables without a terminal, so that other programs get whole lines."""
 
 
 def run_names(bucket: Store) -> list[str]:
     """Returns the runs in the bucket, without other folders and the remains of deleted runs."""
+    return [name for name in _folders(bucket) if _is_there(run_store(bucket, name))]
+
+
+def _folders(bucket: Store) -> list[str]:
     names = []
     for name in bucket.folders(RUNS):
         with suppress(BadRequestError):
-            if any(entry.key != LEASE_KEY for entry in run_store(bucket, name).list()):
-                names.append(name)
+            names.append(validated_run_name(name))
     return names
+
+
+def _is_there(run: Store) -> bool:
+    return any(entry.key != LEASE_KEY for entry in run.list())
 
 
 def list_runs(bucket_uri: str, *, as_json: bool = False) -> None:
@@ -42,7 +52,9 @@ def list_runs(bucket_uri: str, *, as_json: bool = False) -> None:
     from rich.table import Table
 
     bucket = open_store(bucket_uri)
-    runs = [summary_of(bucket, name) for name in run_names(bucket)]
+    with ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
+        found = pool.map(lambda name: _summary_if_there(bucket, name, as_json), _folders(bucket))
+        runs = [run for run in found if run is not None]
     if as_json:
         print_json(runs)
         return
@@ -57,15 +69,32 @@ def list_runs(bucket_uri: str, *, as_json: bool = False) -> None:
 def summary_of(bucket: Store, name: str) -> dict[str, Any]:
     """Returns a run as a few values, None where unknown."""
     run = run_store(bucket, name)
-    newest, status = newest_sound(run, list_checkpoints(run)), read_status(run)
-    outlook = outlook_of(spans_of(attempts_of(run), status), status)
+    return _summary(run, name, list_checkpoints(run), read_status(run))
+
+
+def _summary_if_there(bucket: Store, name: str, is_whole: bool) -> dict[str, Any] | None:
+    """Returns the `summary_of` a run, or what a table shows of it, which takes two requests; None if there is none."""
+    run = run_store(bucket, name)
+    refs, status = list_checkpoints(run), read_status(run)
+    return _summary(run, name, refs, status, is_whole) if refs or status or _is_there(run) else None
+
+
+def _summary(
+    run: Store, name: str, refs: list[CheckpointRef], status: Status | None, is_whole: bool = True
+) -> dict[str, Any]:
+    newest = max(refs, default=None)
+    if is_whole:
+        sound = newest_sound(run, refs)
+        newest = sound.ref if sound else None
+    attempts = attempts_of(run) if is_whole else []
+    outlook = outlook_of(spans_of(attempts, status), status)
     of_status = ("epoch", "images_seen", "target_images", "loss", "images_per_second", "updated", "fence")
     return {
         "name": name,
         "uri": run.uri,
         "state": state_in(run, status),
         **{key: getattr(status, key, None) for key in of_status},
-        "newest": newest.ref.key if newest else None,
+        "newest": newest.key if newest else None,
         "newest_images_seen": newest.images_seen if newest else None,
         **asdict(outlook),
         "outlook": outlook.words,

@@ -79,7 +79,7 @@ class Recorder:
     def begins_training(self) -> None:
         """Takes the time from the attempt's record to its first step."""
         waited = datetime.now(UTC) - datetime.fromisoformat(self.attempt.started)
-        self._start_seconds = max(0.0, waited.total_seconds())
+        self._start_seconds = max(0.0, round(waited.total_seconds(), 3))
 
     def record(self, values: Row) -> None:
         """Adds a row of this moment, which goes into the next checkpoint, to the tracker and to a page that is old."""
