@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from job.exits import BadDataError, BadRequestError, State
 from job.processes.lease import LEASE_KEY
 from job.runs import records
-from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound
+from job.runs.checkpoints import by_progress, committed, list_checkpoints, newest_sound
 from job.runs.drawings import label_of, moment_of
-from job.runs.layout import PICTURES, RUNS, SAMPLES, CheckpointRef, ObjectKind, places_in
+from job.runs.layout import CHECKPOINTS, PICTURES, RUNS, SAMPLES, ObjectKind, places_in
 from job.runs.outlook import attempts_of, duration, outlook_of, spans_of, state_in
-from job.runs.records import Status, read_status, run_store, validated_run_name
+from job.runs.records import read_status, run_store, validated_run_name
 from job.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ PIPE_COLUMNS = 1000
 
 def run_names(bucket: Store) -> list[str]:
     """Returns the runs in the bucket, without other folders and the remains of deleted runs."""
-    return [name for name in _folders(bucket) if _is_there(run_store(bucket, name))]
+    return [
+        name for name in _folders(bucket) if any(entry.key != LEASE_KEY for entry in run_store(bucket, name).list())
+    ]
 
 
 def _folders(bucket: Store) -> list[str]:
@@ -41,10 +43,6 @@ def _folders(bucket: Store) -> list[str]:
         with suppress(BadRequestError):
             names.append(validated_run_name(name))
     return names
-
-
-def _is_there(run: Store) -> bool:
-    return any(entry.key != LEASE_KEY for entry in run.list())
 
 
 def list_runs(bucket_uri: str, *, as_json: bool = False) -> None:
@@ -68,25 +66,20 @@ def list_runs(bucket_uri: str, *, as_json: bool = False) -> None:
 
 def summary_of(bucket: Store, name: str) -> dict[str, Any]:
     """Returns a run as a few values, None where unknown."""
-    run = run_store(bucket, name)
-    return _summary(run, name, list_checkpoints(run), read_status(run))
+    return _summary(run_store(bucket, name), name)
 
 
-def _summary_if_there(bucket: Store, name: str, is_whole: bool) -> dict[str, Any] | None:
-    """Returns the `summary_of` a run, or what a table shows of it, which takes two requests; None if there is none."""
-    run = run_store(bucket, name)
-    refs, status = list_checkpoints(run), read_status(run)
-    return _summary(run, name, refs, status, is_whole) if refs or status or _is_there(run) else None
+def _summary_if_there(bucket: Store, name: str, with_attempts: bool) -> dict[str, Any] | None:
+    summary = _summary(run := run_store(bucket, name), name, with_attempts)
+    is_blank = summary["newest"] is None and summary["fence"] is None
+    return None if is_blank and all(entry.key == LEASE_KEY for entry in run.list()) else summary
 
 
-def _summary(
-    run: Store, name: str, refs: list[CheckpointRef], status: Status | None, is_whole: bool = True
-) -> dict[str, Any]:
-    newest = max(refs, default=None)
-    if is_whole:
-        sound = newest_sound(run, refs)
-        newest = sound.ref if sound else None
-    attempts = attempts_of(run) if is_whole else []
+def _summary(run: Store, name: str, with_attempts: bool = True) -> dict[str, Any]:
+    """Returns a `summary_of` a run; without its attempts, which tell hours and dollars, of three requests."""
+    sizes = {entry.key: entry.size_bytes for entry in run.list(CHECKPOINTS)}
+    status, attempts = read_status(run), attempts_of(run) if with_attempts else []
+    newest = newest_sound(run, committed(sizes), sizes, status.attempt if status else "")
     outlook = outlook_of(spans_of(attempts, status), status)
     of_status = ("epoch", "images_seen", "target_images", "loss", "images_per_second", "updated", "fence")
     return {
@@ -94,7 +87,7 @@ def _summary(
         "uri": run.uri,
         "state": state_in(run, status),
         **{key: getattr(status, key, None) for key in of_status},
-        "newest": newest.key if newest else None,
+        "newest": newest.ref.key if newest else None,
         "newest_images_seen": newest.images_seen if newest else None,
         **asdict(outlook),
         "outlook": outlook.words,
