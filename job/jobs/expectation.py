@@ -32,19 +32,19 @@ START_SECONDS, SAVE_SECONDS, EPOCH_SECONDS = 60.0, 10.0, 600.0
 ENOUGH = 3
 """The number of interruptions of a run from which their rate is known better than by a prior."""
 LEAST_SHARE = 0.1
-"""Of the time on machines that trains: a job with less is refused."""
+"""The share of the time on machines below which a job is refused."""
 
 
 @dataclass(frozen=True)
 class Prospects:
-    """What a job on a target has to expect.
+    """The interruptions that a job on a target has to expect, and what they rest on.
 
     Attributes:
         course: its interruptions.
         interval_seconds: between two saves.
         best_seconds: the interval without `checkpoint.every_minutes`.
-        measured: what its run has measured, for people.
-        prior: what is assumed, for people.
+        measured: the facts that its run has measured, for people.
+        prior: the assumptions, for people.
     """
 
     course: Interruptions
@@ -140,7 +140,7 @@ def prospects(
         start_seconds, save_seconds, stall = status.start_seconds, status.save_seconds, status.stall_seconds
     start = known("a start of {}", start_seconds, START_SECONDS)
     save = known("a save of {}", save_seconds, SAVE_SECONDS)
-    # A notice alone is no promise: a save must be known to fit into it.
+    # A notice saves the work only if a save is known to fit into it.
     has_notice = comes_with_notice and save_seconds is not None and is_saved_in(target.notice_seconds, save)
     killed_every = killed_every_seconds(list(spans))
     epoch = _epoch_seconds(status)

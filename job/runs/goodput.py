@@ -8,12 +8,12 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 _FINE = 1e6
-"""With a sufficient notice training resumes where it was, as if there were so many saves between two interruptions."""
+"""The number of saves between two interruptions that stands for a notice with time for a save."""
 
 
 @dataclass(frozen=True)
 class Interruptions:
-    """What interrupts a run, and what that costs.
+    """The interruptions of a run, and the cost of each.
 
     Attributes:
         every_seconds: the mean time on a machine between two interruptions, which come independently of each other.
@@ -68,7 +68,7 @@ def best_interval_seconds(stall_seconds: float, every_seconds: float) -> float:
 
 
 def expected(productive_seconds: float, interval_seconds: float, course: Interruptions) -> Expected:
-    """Returns the durations of a run that needs so much training, and saves with this interval between two saves.
+    """Returns the durations of a run that trains for `productive_seconds`, with this interval between two saves.
 
     The state is the same whenever a checkpoint has reached the bucket, since interruptions have no memory. So the run
     is a sum of independent times, as in Daly (2006), eq. 20, with the time to reach the bucket as part of the restart.
@@ -115,7 +115,7 @@ def _above(share: float, mean: float, variance: float, probability: float) -> fl
 
 
 def _cut(seconds: float, every: float) -> tuple[float, _Moments]:
-    """Returns the probability of an interruption within so many seconds, and the moments of its time."""
+    """Returns the probability of an interruption within `seconds`, and the moments of its time."""
     ends = -math.expm1(-seconds / every)
     # For a short time the exact formulas are differences of equal numbers.
     if seconds < 1e-4 * every:
@@ -125,7 +125,7 @@ def _cut(seconds: float, every: float) -> tuple[float, _Moments]:
 
 
 def _uninterrupted(seconds: float, every: float, queue: float) -> _Moments:
-    """Returns the moments of the time until an attempt first lasts so many seconds; `queue` passes between two."""
+    """Returns the moments of the time until an attempt first lasts `seconds`; `queue` passes between two."""
     if seconds > 300 * every:
         return _Moments(math.inf, math.inf)
     ends, cut = _cut(seconds, every)
