@@ -26,6 +26,7 @@ from job.config.resolve import draft as draft
 from job.config.resolve import known_keys as known_keys
 from job.config.resolve import parse_sets as parse_sets
 from job.config.resolve import read_config_file as read_config_file
+from job.config.schema import CheckpointConfig as CheckpointConfig
 from job.config.schema import DataConfig as DataConfig
 from job.config.schema import Drawing as Drawing
 from job.config.schema import RunConfig as RunConfig

@@ -87,7 +87,12 @@ class CheckpointConfig(Settings):
     """When checkpoints are saved, and which ones are kept."""
 
     every_epochs: int = Field(1, ge=1, le=LARGEST, description="save every N epochs")
-    every_minutes: float = Field(10.0, gt=0, le=LARGEST, description="also save N minutes after the last save")
+    every_minutes: float | None = Field(
+        None,
+        gt=0,
+        le=LARGEST,
+        description="also save N minutes after the last save; null: as often as loses least time, at most 10 minutes",
+    )
     keep_last: int = Field(3, ge=1, le=LARGEST, description="keep the newest N checkpoints")
     keep_every_epochs: int = Field(0, ge=0, le=LARGEST, description="also keep one checkpoint every N epochs; 0: none")
     keep_epochs: tuple[catalogue.Count, ...] = Field(
@@ -246,6 +251,7 @@ class RunConfig(Settings):
         # Settings that a run does without are left out: programs from before these settings read it, too.
         without: dict[str, Any] = {} if self.parent.run else {"parent": True}
         without |= {} if self.train.freeze else {"train": {"freeze"}}
+        without |= {} if self.checkpoint.every_minutes else {"checkpoint": {"every_minutes"}}
         return yaml.safe_dump(self.model_dump(mode="json", exclude=without), sort_keys=False)
 
     def flat(self) -> dict[str, Any]:

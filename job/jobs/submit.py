@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from job.config import CheckpointConfig, preset_keys, validated
 from job.exits import BadRequestError, JobError, MissingInputError
 from job.jobs.backends import backend_for
 from job.jobs.backends.base import JsonObject, NoCapacityError
@@ -18,12 +19,14 @@ from job.jobs.backends.machines import gpus_of
 from job.jobs.backends.target import Target
 from job.jobs.building import Resources, spec_of
 from job.jobs.command_line import ParsedCommand
+from job.jobs.expectation import prospects
 from job.jobs.spec import JobSpec
 from job.jobs.targets import chosen_target, load_targets
 from job.jobs.watch import Watch
 from job.progress import note
-from job.runs.outlook import attempts_of, outlook_of, spans_of
-from job.runs.records import read_status, run_store
+from job.requests import TrainRequest
+from job.runs.outlook import AttemptSpan, attempts_of, outlook_of, spans_of
+from job.runs.records import as_last_changed, load_config, read_status, run_store
 from job.stop import Stop
 from job.store import open_store
 
@@ -57,6 +60,7 @@ def submit(
         raise BadRequestError("--dry-run sends nothing that --watch could watch: leave one of them out")
     target = chosen_target(load_targets(targets), on)
     spec = spec_of(command, target, resources)
+    check_prospects(command, spec, target)
     if resources.slices and not spec.slices:
         note(f"target {target.name!r} is one machine, which makes all {resources.slices} slices")
     with backend_for(target) as backend:
@@ -68,7 +72,7 @@ def submit(
         if folder and target.has_files and spec.verb not in ("pack", "index") and not folder.is_dir():
             raise MissingInputError(f"bucket {spec.bucket} is not there: check the path, or pack a dataset first")
         if target.is_remote:
-            lines = [*plan_lines(spec, target, is_watched=watch), *outlook_lines(spec, target)]
+            lines = [*plan_lines(spec, target, is_watched=watch), *outlook_lines(command, spec, target)]
             print("\n".join(lines), flush=True)
             if not yes:
                 _ask(spec)
@@ -104,18 +108,45 @@ def plan_lines(spec: JobSpec, target: Target, *, is_watched: bool = False) -> li
     ]
 
 
-def outlook_lines(spec: JobSpec, target: Target) -> list[str]:
-    """Returns the time and the cost to the end of an existing run on these machines, at its last speed."""
-    if spec.verb != "train":
+def check_prospects(command: ParsedCommand, spec: JobSpec, target: Target) -> None:
+    """Raises BadRequestError if the settings of a new run let it hardly get on among interruptions."""
+    request = command.request().check()
+    if target.is_remote and isinstance(request, TrainRequest):
+        prospects(spec, target, _checkpoint(request, preset_keys(request.preset_name()))).check(spec.max_hours)
+
+
+def _checkpoint(request: TrainRequest, stored: dict[str, Any]) -> CheckpointConfig:
+    """Returns the settings of checkpoints with the changes of a command."""
+    keys = {key: value for key, value in (stored | request.changes).items() if key.startswith("checkpoint.")}
+    return validated(keys).checkpoint
+
+
+def outlook_lines(command: ParsedCommand, spec: JobSpec, target: Target) -> list[str]:
+    """Returns the expected time and cost of training to its end on these machines, of a run at its last speed.
+
+    Raises:
+        BadRequestError: see `check_prospects`; with the settings of the run that is there.
+    """
+    request = command.request().check()
+    if not isinstance(request, TrainRequest):
         return []
+    stored, spans, status = preset_keys(request.preset_name()), list[AttemptSpan](), None
     try:
         run = run_store(open_store(spec.bucket).within(OUTLOOK_SECONDS), spec.run)
+        if config := load_config(run):
+            stored = as_last_changed(run, config).flat()
         status = read_status(run)
-        outlook = outlook_of(spans_of(attempts_of(run), status), status, target.dollars_per_hour(spec))
+        spans = spans_of(attempts_of(run), status)
     except JobError:
         # Credentials for jobs need not read their bucket.
-        return []
-    return [f"{what:<10} {text}" for what, text in outlook.words.items()]
+        pass
+    dollars = target.dollars_per_hour(spec)
+    outlook = outlook_of(spans, status, dollars)
+    expects = prospects(spec, target, _checkpoint(request, stored), spans, status)
+    expects.check(spec.max_hours)
+    hours = outlook.hours_left
+    lines = zip(("expected", ""), expects.lines(hours and hours * 3600, dollars), strict=True)
+    return [f"{what:<10} {text}" for what, text in [*outlook.words.items(), *lines]]
 
 
 def cost_of(spec: JobSpec, target: Target) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -13,27 +14,34 @@ from typing import TYPE_CHECKING, Any
 from job.exits import BadDataError, BadRequestError, State
 from job.processes.lease import LEASE_KEY
 from job.runs import records
-from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound
+from job.runs.checkpoints import by_progress, committed, list_checkpoints, newest_sound
 from job.runs.drawings import label_of, moment_of
-from job.runs.layout import PICTURES, RUNS, SAMPLES, ObjectKind, places_in
+from job.runs.layout import CHECKPOINTS, PICTURES, RUNS, SAMPLES, ObjectKind, places_in
 from job.runs.outlook import attempts_of, duration, outlook_of, spans_of, state_in
-from job.runs.records import read_status, run_store
+from job.runs.records import read_status, run_store, validated_run_name
 from job.store import Store, open_store
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+RUNS_AT_ONCE = 32
+"""Each takes a few requests, which wait for the bucket."""
 PIPE_COLUMNS = 1000
 """The width of tables without a terminal, so that other programs get whole lines."""
 
 
 def run_names(bucket: Store) -> list[str]:
     """Returns the runs in the bucket, without other folders and the remains of deleted runs."""
+    return [
+        name for name in _folders(bucket) if any(entry.key != LEASE_KEY for entry in run_store(bucket, name).list())
+    ]
+
+
+def _folders(bucket: Store) -> list[str]:
     names = []
     for name in bucket.folders(RUNS):
         with suppress(BadRequestError):
-            if any(entry.key != LEASE_KEY for entry in run_store(bucket, name).list()):
-                names.append(name)
+            names.append(validated_run_name(name))
     return names
 
 
@@ -42,7 +50,9 @@ def list_runs(bucket_uri: str, *, as_json: bool = False) -> None:
     from rich.table import Table
 
     bucket = open_store(bucket_uri)
-    runs = [summary_of(bucket, name) for name in run_names(bucket)]
+    with ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
+        found = pool.map(lambda name: _summary_if_there(bucket, name, as_json), _folders(bucket))
+        runs = [run for run in found if run is not None]
     if as_json:
         print_json(runs)
         return
@@ -56,9 +66,21 @@ def list_runs(bucket_uri: str, *, as_json: bool = False) -> None:
 
 def summary_of(bucket: Store, name: str) -> dict[str, Any]:
     """Returns a run as a few values, None where unknown."""
-    run = run_store(bucket, name)
-    newest, status = newest_sound(run, list_checkpoints(run)), read_status(run)
-    outlook = outlook_of(spans_of(attempts_of(run), status), status)
+    return _summary(run_store(bucket, name), name)
+
+
+def _summary_if_there(bucket: Store, name: str, with_attempts: bool) -> dict[str, Any] | None:
+    summary = _summary(run := run_store(bucket, name), name, with_attempts)
+    is_blank = summary["newest"] is None and summary["fence"] is None
+    return None if is_blank and all(entry.key == LEASE_KEY for entry in run.list()) else summary
+
+
+def _summary(run: Store, name: str, with_attempts: bool = True) -> dict[str, Any]:
+    """Returns a `summary_of` a run; without its attempts, which tell hours and dollars, of three requests."""
+    sizes = {entry.key: entry.size_bytes for entry in run.list(CHECKPOINTS)}
+    status, attempts = read_status(run), attempts_of(run) if with_attempts else []
+    newest = newest_sound(run, committed(sizes), sizes, status.attempt if status else "")
+    outlook = outlook_of(spans_of(attempts, status), status)
     of_status = ("epoch", "images_seen", "target_images", "loss", "images_per_second", "updated", "fence")
     return {
         "name": name,

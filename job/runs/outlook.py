@@ -67,10 +67,10 @@ def duration(hours: float) -> str:
     return (f"{days} d " * bool(days)) + (f"{rest // 60} h " * (rest >= 60)) + f"{rest % 60} min"
 
 
-def attempts_of(run: Store) -> list[Attempt]:
-    """Returns all attempts with readable records, in order."""
+def attempts_of(run: Store, newest: int = 0) -> list[Attempt]:
+    """Returns all attempts with readable records, or so many of the newest, in order."""
     attempts = []
-    for fence in attempt_fences(run):
+    for fence in attempt_fences(run)[-newest:]:
         # The run may be deleted meanwhile.
         with suppress(BadDataError, ObjectMissingError):
             attempts.append(load_attempt(run, fence))
@@ -103,6 +103,18 @@ def state_of(status: Status) -> str:
 def state_in(run: Store, status: Status | None) -> str:
     """Returns the state of a run for people, also if its status is missing or cannot be read."""
     return state_of(status) if status else State.UNREADABLE if run.exists(STATUS_KEY) else State.NOT_STARTED
+
+
+def killed_every_seconds(spans: list[AttemptSpan], present_seconds: float = 0.0) -> float | None:
+    """Returns the mean time between two ends without a notice; None if there was none.
+
+    Args:
+        spans: of the attempts.
+        present_seconds: for which the present attempt, the last of them, has lasted.
+    """
+    kills = sum(span.state == State.CUT_OFF for span in spans)
+    seconds = sum(span.hours for span in spans) * 3600 + present_seconds
+    return max(seconds / kills, 1.0) if kills else None
 
 
 def outlook_of(spans: list[AttemptSpan], status: Status | None, dollars_per_hour: float | None = None) -> Outlook:

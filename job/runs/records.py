@@ -11,7 +11,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import Field
@@ -185,6 +185,10 @@ class RunRecord(Sealed):
         return record
 
 
+Seconds = Annotated[float | None, Field(ge=0, le=1e9)]
+"""A measured duration; None if it is not known yet."""
+
+
 class LastStatus(RecordPart):
     """The last status of an attempt."""
 
@@ -340,6 +344,12 @@ class Status(Sealed):
     loss: float | None
     images_per_second: float | None
     updated: Moment
+    start_seconds: Seconds = None
+    """From the attempt's record to its first step."""
+    save_seconds: Seconds = None
+    """Of the last commit of a checkpoint, while training went on."""
+    stall_seconds: Seconds = None
+    """For which that save delayed training."""
 
 
 def read_status(run: Store) -> Status | None:

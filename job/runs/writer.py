@@ -55,6 +55,7 @@ class CheckpointWriter:
         rows: of the metrics since the last checkpoint; training appends to them.
         saved_metrics: the objects that hold all earlier rows; some may still be uploading.
         retention: the rules that decide which checkpoints stay.
+        cadence: the interval between saves, and the measured duration of the last one.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class CheckpointWriter:
         self._run = leased.store.within(leased.store.retry.limit_seconds, self._closing)
         self._files = CheckpointFiles(live, leased.retention, leased.classes)
         every_minutes = leased.retention.config.checkpoint.every_minutes
-        self._cadence = Cadence(self._run, self._files.size_bytes, every_minutes, stop.grace_seconds, note)
+        self.cadence = Cadence(self._run, self._files.size_bytes, every_minutes, stop.grace_seconds, note)
         self._retirement = Retirement(self._run, leased.lease, leased.damaged, note)
         self._changed = threading.Condition()
         self._queued: tuple[Manifest, dict[str, bytes]] | None = None
@@ -91,7 +92,7 @@ class CheckpointWriter:
     @property
     def overdue(self) -> bool:
         """Returns whether the last checkpoint is older than the cadence allows."""
-        return self._cadence.is_over and not self._busy
+        return self.cadence.is_over and not self._busy
 
     @property
     def troubled(self) -> bool:
@@ -118,7 +119,7 @@ class CheckpointWriter:
         Raises:
             BucketAwayError: a stop was requested, and no time is left to wait.
         """
-        self._cadence.begin()
+        self.cadence.begin()
         attempt, objects = self._leased.attempt, dict[str, bytes]()
         if self.rows:
             config = None if self.saved_metrics else self.retention.config
@@ -144,6 +145,7 @@ class CheckpointWriter:
                 objects = self._queued[1] | objects
             self._files.copy()
             self._queued = manifest, objects
+        self.cadence.copied()
 
     def put(self, key: str, picture: bytes, *, images_seen: int) -> None:
         """Queues the upload of a picture that the weights of `images_seen` drew."""
@@ -240,6 +242,7 @@ class CheckpointWriter:
             assert self._queued is not None
             (manifest, objects), self._queued = self._queued, None
             self._committing = self._reading_host = True
+        began = time.monotonic()
         uploaded = self._files.upload(self._run, self._leased.lease, manifest.ref, self._release_host)
         files = tuple(file for file in uploaded if located(file.key).kind in OF_CHECKPOINT)
         self._snapshots += tuple(file for file in uploaded if file not in files)
@@ -253,6 +256,7 @@ class CheckpointWriter:
             commit_manifest(self._run, manifest)
 
         self._run.retry(commit)
+        self.cadence.committed(time.monotonic() - began)
         with self._change():
             self._committing = False
         return manifest.ref

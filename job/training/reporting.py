@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from torch import Tensor
@@ -67,12 +68,18 @@ class Recorder:
         self._state, self._lease, self._tracking = state, lease, tracking
         self._page_pictures, self._shown = pictures, Row()
         self._page_due = time.monotonic() + PAGE_SECONDS
+        self._start_seconds: float | None = None
         self._status = records.StatusReporter(plan.run, self._confirmed_status, note)
 
     def has_saved(self, name: str) -> bool:
         """Returns whether the newest checkpoint holds a row of this moment with this value."""
         rows = read_rows(self.plan.run, self.writer.saved_metrics[-2:], note)
         return any(name in row and row["images_seen"] == self._state.images_seen for row in rows)
+
+    def begins_training(self) -> None:
+        """Takes the time from the attempt's record to its first step."""
+        waited = datetime.now(UTC) - datetime.fromisoformat(self.attempt.started)
+        self._start_seconds = max(0.0, round(waited.total_seconds(), 3))
 
     def record(self, values: Row) -> None:
         """Adds a row of this moment, which goes into the next checkpoint, to the tracker and to a page that is old."""
@@ -147,7 +154,11 @@ class Recorder:
         return self._status_of(state)
 
     def _status_of(self, state: State) -> records.Status:
-        return status_of(self.plan, self.attempt, state, self._state.images_seen, self._shown)
+        status = status_of(self.plan, self.attempt, state, self._state.images_seen, self._shown)
+        cadence, saved = self.writer.cadence, {}
+        if cadence.save_seconds is not None:
+            saved = {"save_seconds": round(cadence.save_seconds, 3), "stall_seconds": round(cadence.stall_seconds, 3)}
+        return status.model_copy(update=saved | {"start_seconds": self._start_seconds})
 
 
 def status_of(

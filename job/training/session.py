@@ -153,6 +153,8 @@ class TrainingSession:
                 if self.config.parent.run and not state.images_seen:
                     # From here on the parent is not needed.
                     self._save()
+                if self.recorder is not None:
+                    self.recorder.begins_training()
                 self.pace.restart()
                 # After each step all processes agree whether any of them lacks the batch of the step after next.
                 if self._can_all_begin(2):

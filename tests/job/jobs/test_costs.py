@@ -146,7 +146,8 @@ def test_page_and_submit_agree(tmp_path, capsys, walked):
     """One number, wherever it is told: before it is sent, of the job, and on the run's page."""
     bucket = shutil.copytree(walked, tmp_path / "bucket")
     there = target("vm", ", price_per_hour: 3.6")
-    spec = spec_of(parsed("train", ["--dataset", "tiles", "--run", "walk"]), there, Resources())
+    command = parsed("train", ["--dataset", "tiles", "--run", "walk"])
+    spec = spec_of(command, there, Resources())
     assert spec.env["DDPM_DOLLARS_PER_HOUR"] == "3.6"
     words = ("--dataset", "tiles", "--run", "walk", "--bucket", bucket, "--epochs", 100)
     with pytest.MonkeyPatch.context() as patch:
@@ -156,9 +157,15 @@ def test_page_and_submit_agree(tmp_path, capsys, walked):
     (left,) = re.findall(r"(?m)^to the end  (.*)$", succeeded(ddpm_here("runs", "show", "walk", "--bucket", bucket)))
     assert re.fullmatch(r".* when it goes on, for about \$\d+\.\d\d more", left)
     at_it = replace(spec, bucket=str(bucket), max_hours=1.0)
-    assert f"to the end {left}" in outlook_lines(at_it, there)
+    *told, expects, why = outlook_lines(command, at_it, there)
+    assert f"to the end {left}" in told
+    # The run that was there before had no price, and so no job's attempt was interrupted.
+    band = r"expected +.+ to .+ and \$.+ to \$.+ to the end for 8 of 10 such jobs, saving every .+"
+    assert re.fullmatch(band, expects)
+    assert re.search("measured: a start of .+, a save of .+, an epoch of .+; assumed: an interruption every 3 h", why)
     succeeded(ddpm_here("report", "walk", "--bucket", bucket))
     assert f"<dd>{left}</dd>" in (bucket / "runs/walk/report.html").read_text()
-    # Of a run that is not there, and in a bucket that nobody can see, nothing is told.
-    assert outlook_lines(replace(at_it, run="other"), there) == []
-    assert outlook_lines(replace(at_it, bucket="gs://no-such-bucket-of-ours"), there) == []
+    # Of a run that is not there, and in a bucket that nobody can see, only priors are told.
+    for other in (replace(at_it, run="other"), replace(at_it, bucket="gs://no-such-bucket-of-ours")):
+        what, why = outlook_lines(command, other, there)
+        assert "the first minutes tell the speed" in what and "measured" not in why

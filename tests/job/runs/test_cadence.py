@@ -1,0 +1,62 @@
+"""How often a run saves: as configured, else as its own history and its last save make it worth while."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from job.runs.cadence import Cadence, interval_seconds
+from job.runs.layout import ObjectKind
+from job.runs.records import LastStatus
+from job.sealed import MOMENT_FORMAT
+from job.store import open_store
+from tests.job.leases import eventually
+from tests.job.runs.leased import leased
+
+
+@pytest.mark.parametrize(
+    ("configured", "grace", "save", "killed_every", "seconds"),
+    [
+        (None, 30.0, (1.0, 0.05), None, 600.0),
+        # Young's square root, of 2 × 0.5 s × an hour.
+        (None, 30.0, (1.0, 0.5), 3600.0, 60.0),
+        (None, 30.0, (1.0, 5.0), 10**7, 600.0),
+        # Saving takes a tenth of the time at most.
+        (None, 30.0, (3.0, 0.05), 60.0, 30.0),
+        (7.0, 30.0, (3.0, 0.05), 60.0, 420.0),
+        # A notice that is too short loses the work since the last save.
+        (None, 30.0, (40.0, 0.05), None, 400.0),
+        (7.0, 30.0, (40.0, 0.05), None, 400.0),
+        (2.0, 30.0, (40.0, 0.05), None, 120.0),
+    ],
+)
+def test_intervals(configured, grace, save, killed_every, seconds):
+    assert interval_seconds(configured, grace, save, killed_every) == pytest.approx(seconds, rel=0.02)
+
+
+def test_a_run_that_is_killed_saves_often(tmp_path):
+    def moment(seconds: float) -> str:
+        return (datetime.now(UTC) - timedelta(seconds=seconds)).strftime(MOMENT_FORMAT)
+
+    for name, state in (("killed", "running"), ("stopped", "stopped")):
+        run = open_store(str(tmp_path / name))
+        for fence in range(1, 4):
+            seen = LastStatus(state=state, images_seen=0, updated=moment(100 * (4 - fence) + 95))
+            record = leased(run, fence).attempt.model_copy(
+                update={
+                    "started": moment(100 * (4 - fence)),
+                    "previous": fence - 1 or None,
+                    "previous_seen": seen if fence > 1 else None,
+                }
+            )
+            run.create(ObjectKind.ATTEMPT.key(fence=fence), record.to_json())
+    # Killed after five seconds, twice: it saves before the next five are over.
+    cadences = {
+        name: Cadence(open_store(str(tmp_path / name)), 1000, None, 30.0, pytest.fail) for name in ("killed", "stopped")
+    }
+    began = time.monotonic()
+    eventually(lambda: cadences["killed"].is_over)
+    assert time.monotonic() - began < 2.5
+    assert not cadences["stopped"].is_over
