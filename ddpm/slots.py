@@ -5,8 +5,8 @@ is given. So a global batch is cut into a fixed number of slots. A slot is compu
 number of threads, wherever it is computed. Slots are the leaves of one binary tree, which says how they are added.
 
 A process holds consecutive slots, adds whole subtrees of them, and sends only their sums: to each process one piece of
-every sum. That process adds the rest of the tree for its piece, and all processes gather the pieces. EasyScale keeps the
-gradients of its virtual workers apart for the same reason (Li et al. 2023).
+every sum. That process adds the rest of the tree for its piece, and all processes gather the pieces. EasyScale keeps
+the gradients of its virtual workers apart for the same reason (Li et al. 2023).
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def stream_batches(
     """
 
     def batches() -> Iterator[LoadedBatch]:
-        own = places or range(batch_size_images)
+        own = range(batch_size_images) if places is None else places
         for first, indices, numbers in _parts(order, batch_size_images, first_image, last_image, own):
             cache.prefetch(order, first)
             images = torch.empty((len(indices), *cache.index.image_shape), dtype=torch.uint8, pin_memory=pin_memory)
@@ -132,6 +132,6 @@ def _parts(
     while last is None or first < last:
         batches = chunk_batches if last is None else min(chunk_batches, -(-(last - first) // batch_size))
         firsts = first + batch_size * np.arange(batches)
-        numbers = firsts[:, None] + np.array(places)
+        numbers = firsts[:, None] + np.arange(places.start, places.stop, places.step)
         yield from zip(firsts.tolist(), order.indices(numbers.ravel()).reshape(numbers.shape), numbers, strict=True)
         first += batches * batch_size

@@ -14,7 +14,7 @@ loss of a manifest.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -118,12 +118,8 @@ def commit_manifest(run: Store, manifest: Manifest) -> None:
 
 def list_checkpoints(run: Store) -> list[CheckpointRef]:
     """Returns all committed checkpoints, oldest first."""
-    return committed(places_in(run, CHECKPOINTS))
-
-
-def committed(keys: Iterable[str]) -> list[CheckpointRef]:
-    """Returns the checkpoints whose manifests are among these keys, oldest first."""
-    return sorted(place.checkpoint for place in map(located, keys) if place.kind is ObjectKind.MANIFEST)
+    places = places_in(run, CHECKPOINTS).values()
+    return sorted(place.checkpoint for place in places if place.kind is ObjectKind.MANIFEST)
 
 
 def by_progress(refs: list[CheckpointRef]) -> dict[int, CheckpointRef]:
@@ -132,20 +128,15 @@ def by_progress(refs: list[CheckpointRef]) -> dict[int, CheckpointRef]:
     return dict(sorted(newest.items()))
 
 
-def load_manifest(run: Store, ref: CheckpointRef, attempt: str = "") -> Manifest:
+def load_manifest(run: Store, ref: CheckpointRef) -> Manifest:
     """Reads a manifest and checks it against its own hash, its place, and the attempt that should have written it.
-
-    Args:
-        run: the run's folder.
-        ref: the checkpoint.
-        attempt: an id that need not be looked up, such as that in the run's status.
 
     Raises:
         BadDataError: it is corrupt, or was written for another place or by another run.
         ObjectMissingError: it is gone.
     """
     manifest = Manifest.load(run, ref.manifest_key)
-    if manifest.attempt != attempt and attempt_id(run, ref.fence) not in ("", manifest.attempt):
+    if attempt_id(run, ref.fence) not in ("", manifest.attempt):
         raise BadDataError(f"{run.uri_of(ref.manifest_key)} was not written by attempt {ref.fence} of this run")
     return manifest
 
@@ -164,32 +155,19 @@ def lost_manifest(run: Store, refs: list[CheckpointRef]) -> str:
     return f"{run.uri_of(ref.manifest_key)} is missing, though {run.uri_of(LATEST_KEY)} names it"
 
 
-def sound_manifest(
-    run: Store, ref: CheckpointRef, sizes: Mapping[str, int] | None = None, attempt: str = ""
-) -> Manifest | None:
-    """Returns a checkpoint's manifest, if it is sound and the files have the sizes in it; does not read the files.
-
-    Args:
-        run: the run's folder.
-        ref: the checkpoint.
-        sizes: of its objects, by key; None: lists them.
-        attempt: see `load_manifest`.
-    """
+def sound_manifest(run: Store, ref: CheckpointRef) -> Manifest | None:
+    """Returns a checkpoint's manifest, if it is sound and the files have the sizes in it; does not read the files."""
     with suppress(BadDataError, ObjectMissingError):
-        manifest = load_manifest(run, ref, attempt)
-        if sizes is None:
-            sizes = {entry.key: entry.size_bytes for entry in run.list(ref.key)}
+        manifest = load_manifest(run, ref)
+        sizes = {entry.key: entry.size_bytes for entry in run.list(ref.key)}
         if all(sizes.get(file.key) == file.size_bytes for file in manifest.files):
             return manifest
     return None
 
 
-def newest_sound(
-    run: Store, refs: list[CheckpointRef], sizes: Mapping[str, int] | None = None, attempt: str = ""
-) -> Manifest | None:
-    """Returns the manifest of the newest of these checkpoints whose manifest is sound; see `sound_manifest`."""
-    sound = (sound_manifest(run, ref, sizes, attempt) for ref in sorted(refs, reverse=True))
-    return next(filter(None, sound), None)
+def newest_sound(run: Store, refs: list[CheckpointRef]) -> Manifest | None:
+    """Returns the manifest of the newest of these checkpoints whose manifest is sound."""
+    return next((manifest for ref in sorted(refs, reverse=True) if (manifest := sound_manifest(run, ref))), None)
 
 
 @contextmanager

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 from job.exits import BadDataError, BadRequestError, State
 from job.processes.lease import LEASE_KEY
 from job.runs import records
-from job.runs.checkpoints import by_progress, committed, list_checkpoints, newest_sound
+from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound
 from job.runs.drawings import label_of, moment_of
-from job.runs.layout import CHECKPOINTS, PICTURES, RUNS, SAMPLES, ObjectKind, places_in
+from job.runs.layout import PICTURES, RUNS, SAMPLES, ObjectKind, places_in
 from job.runs.outlook import attempts_of, duration, outlook_of, spans_of, state_in
-from job.runs.records import read_status, run_store, validated_run_name
+from job.runs.records import Status, read_status, run_store, validated_run_name
 from job.store import Store, open_store
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 RUNS_AT_ONCE = 32
-"""Each takes a few requests, which wait for the bucket."""
+"""Each takes a request, which waits for the bucket."""
 PIPE_COLUMNS = 1000
 """The width of tables without a terminal, so that other programs get whole lines."""
 
@@ -51,42 +51,25 @@ def list_runs(bucket_uri: str, *, as_json: bool = False) -> None:
 
     bucket = open_store(bucket_uri)
     with ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
-        found = pool.map(lambda name: _summary_if_there(bucket, name, as_json), _folders(bucket))
-        runs = [run for run in found if run is not None]
-    if as_json:
-        print_json(runs)
-        return
-    titles = ("run", "state", "epoch", "images seen", "loss", "images/s", "to the end", "newest checkpoint")
-    table = Table(*titles, box=None)
-    for run in runs:
-        newest = f"{run['newest_images_seen']:,}" if run["newest_images_seen"] is not None else "-"
-        table.add_row(run["name"], *progress_cells(run), newest)
+        if as_json:
+            print_json(list(pool.map(lambda name: summary_of(bucket, name), run_names(bucket))))
+            return
+        runs = pool.map(lambda name: _progress_of(bucket, name), _folders(bucket))
+    table = Table("run", "state", "epoch", "images seen", "loss", "images/s", "to the end", "as of", box=None)
+    for run in filter(None, runs):
+        table.add_row(run["name"], *progress_cells(run), run["updated"] or "-")
     print_table(table, f"no runs in {bucket.uri} yet: start one with `ddpm train --dataset NAME`")
 
 
 def summary_of(bucket: Store, name: str) -> dict[str, Any]:
     """Returns a run as a few values, None where unknown."""
-    return _summary(run_store(bucket, name), name)
-
-
-def _summary_if_there(bucket: Store, name: str, with_attempts: bool) -> dict[str, Any] | None:
-    summary = _summary(run := run_store(bucket, name), name, with_attempts)
-    is_blank = summary["newest"] is None and summary["fence"] is None
-    return None if is_blank and all(entry.key == LEASE_KEY for entry in run.list()) else summary
-
-
-def _summary(run: Store, name: str, with_attempts: bool = True) -> dict[str, Any]:
-    """Returns a `summary_of` a run; without its attempts, which tell hours and dollars, of three requests."""
-    sizes = {entry.key: entry.size_bytes for entry in run.list(CHECKPOINTS)}
-    status, attempts = read_status(run), attempts_of(run) if with_attempts else []
-    newest = newest_sound(run, committed(sizes), sizes, status.attempt if status else "")
-    outlook = outlook_of(spans_of(attempts, status), status)
-    of_status = ("epoch", "images_seen", "target_images", "loss", "images_per_second", "updated", "fence")
+    run = run_store(bucket, name)
+    newest, status = newest_sound(run, list_checkpoints(run)), read_status(run)
+    outlook = outlook_of(spans_of(attempts_of(run), status), status)
     return {
         "name": name,
         "uri": run.uri,
-        "state": state_in(run, status),
-        **{key: getattr(status, key, None) for key in of_status},
+        **_progress(run, status),
         "newest": newest.ref.key if newest else None,
         "newest_images_seen": newest.images_seen if newest else None,
         **asdict(outlook),
@@ -94,8 +77,22 @@ def _summary(run: Store, name: str, with_attempts: bool = True) -> dict[str, Any
     }
 
 
+def _progress_of(bucket: Store, name: str) -> dict[str, Any] | None:
+    """Returns what one request tells of a run, its status; None for what remains of a deleted run."""
+    run = run_store(bucket, name)
+    status = read_status(run)
+    if status is None and all(entry.key == LEASE_KEY for entry in run.list()):
+        return None
+    return {"name": name, **_progress(run, status), "hours_left": outlook_of([], status).hours_left}
+
+
+def _progress(run: Store, status: Status | None) -> dict[str, Any]:
+    names = ("epoch", "images_seen", "target_images", "loss", "images_per_second", "updated", "fence")
+    return {"state": state_in(run, status), **{name: getattr(status, name, None) for name in names}}
+
+
 def progress_cells(run: dict[str, Any]) -> list[str]:
-    """Returns the state, epoch, images seen, loss, speed and time left of a `summary_of` a run."""
+    """Returns the state, epoch, images seen, loss, speed and time left of a run in a listing."""
     seen = f"{run['images_seen']:,}/{run['target_images']:,}" if run["images_seen"] is not None else "-"
     shown = ((run["epoch"], ".1f"), (run["loss"], ".4f"), (run["images_per_second"], ",.1f"))
     epoch, loss, speed = ("-" if value is None else format(value, how) for value, how in shown)

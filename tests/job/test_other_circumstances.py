@@ -46,4 +46,4 @@ def test_another_gpu_is_told(words, monkeypatch):
     monkeypatch.setattr(compute, "describe_device", lambda *_: name)
     done = ddpm_here(*words, "--epochs", 4)
     succeeded(done)
-    assert f"and this one runs on 1 × {name}: images and noise stay the same, rounding differs" in done.stderr
+    assert f"and this one runs on {name}: images and noise stay the same, rounding differs" in done.stderr

@@ -173,11 +173,11 @@ NETWORKS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_every_network_resumes_bit_equal(train, packed, kind):
-    """EDM2 changes its weights in the forward pass of a step, which is then left."""
-    network = NETWORKS[kind] | {"model__kind": kind, "train__batch_size": 100, "train__micro_batch_size": 34}
+    """EDM2 changes its weights at the beginning of a step, which is then left."""
+    network = NETWORKS[kind] | {"model__kind": kind, "train__batch_size": 100, "train__slots": 3}
     train(f"{kind}-whole", epochs=1, **network)
     with pytest.raises(StoppedError, match="after 100 images"):
-        # In the midst of the second step, between its second and its third micro-batch.
+        # In the midst of the second step, between its second and its third slot.
         train(f"{kind}-left", epochs=1, **network, stop_after=2 * 1 + 1, asked_by="_leaves_step")
     train(f"{kind}-left", model__gradient_checkpointing="on")
     _, whole, rows_whole = final_state(run_of(packed, f"{kind}-whole"))

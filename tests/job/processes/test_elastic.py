@@ -27,12 +27,12 @@ ALL_THAT_IS_DRAWN = {"data__augment": "0.3", "data__crop_scale": "0.6,1", "ema__
 ALL_THAT_IS_DRAWN |= {"model__label_dropout": "0.3", "diffusion__self_conditioning": "true"}
 ALL_THAT_IS_DRAWN |= {"diffusion__offset_noise": "0.1"}
 RECORD = """
-import hashlib, json, os, signal
-draw, image_losses, numbers_drawn = randomness.training_noise, Objective.losses, []
+import hashlib, json, os, signal, threading
+draw, image_losses, drawn_here = randomness.training_noise, Objective.losses, threading.local()
 record = open(f"{os.environ['RECORD']}-{os.getpid()}.jsonl", "w", buffering=1)
 
 def training_noise(seed, image_numbers, *how):
-    numbers_drawn[:] = image_numbers.tolist()
+    drawn_here.numbers = image_numbers.tolist()
     return draw(seed, image_numbers, *how)
 
 def sha256(tensor):
@@ -42,9 +42,9 @@ def losses(self, network, x_start, noise, drawn, condition, conditions_on_itself
     found = image_losses(self, network, x_start, noise, drawn, condition, conditions_on_itself)
     rows = [row.tolist() for row in (*drawn, condition.labels, condition.augmentation) if row is not None]
     contents = map(sha256, x_start), map(sha256, noise), zip(*rows), [conditions_on_itself] * len(found)
-    for number, *content, loss in zip(numbers_drawn, *contents, found.tolist(), strict=True):
+    for number, *content, loss in zip(drawn_here.numbers, *contents, found.tolist(), strict=True):
         print(json.dumps([number, content, loss]), file=record)
-    if numbers_drawn[0] >= int(os.environ["STOP_AT_IMAGE"]):
+    if drawn_here.numbers[0] >= int(os.environ["STOP_AT_IMAGE"]):
         os.kill(os.getpid(), int(os.environ.get("KILL", signal.SIGTERM)))
     return found
 

@@ -59,7 +59,8 @@ def put_runs(bucket: str, folder, count: int) -> None:
         list(pool.map(put, range(count)))
 
 
-@pytest.mark.parametrize(("count", "seconds"), [(5, 30.0), pytest.param(200, 2.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "seconds"), [(5, 30.0), (200, 1.0)])
 def test_many_runs_take_few_requests_at_once(gcs_server, gcs_bucket, tmp_path, count, seconds):
     put_runs(gcs_bucket, tmp_path, count)
     # The bucket may only be asked by another process: it would share the interpreter with the proxy.
@@ -76,9 +77,9 @@ def test_many_runs_take_few_requests_at_once(gcs_server, gcs_bucket, tmp_path, c
                 check=True,
             )
             rows = done.stdout.splitlines()[1:]
-            assert len(rows) == count and all(row.split()[-1] == "48" for row in rows)
-            # The names of the runs; then of each its checkpoints, its status and its newest manifest.
-            assert proxy.requests.total() == 1 + 3 * count
+            assert len(rows) == count and all("48/96" in row.split() for row in rows)
+            # The names of the runs; then the status of each.
+            assert proxy.requests.total() == 1 + count
             took.append(float(done.stderr.split()[0]))
-    # Of three, since others may use the processors: one after the other they would take twelve seconds.
+    # Of three, since others may use the processors: one after the other they would take four seconds.
     assert min(took) < seconds, took
