@@ -294,6 +294,7 @@ class AfterImport(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        """Returns a module's spec, whose loader calls the hook at its end."""
         if not name.startswith(("job.", "ddpm.")):
             return None
         for finder in sys.meta_path:

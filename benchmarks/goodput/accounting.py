@@ -1,14 +1,14 @@
-"""What a trace says: seconds of a step, of a save and of a restart, what was learnt, and what a model expects of them."""
+"""What a trace says: the seconds of a step, a save and a restart, and what was learnt; and a model of the goodput."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import sqrt
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 Event = dict[str, Any]
@@ -18,6 +18,8 @@ Learnt = list[tuple[int, str]]
 WARM_STEPS = 10
 """The first steps of a process, which are slower: they count as part of its restart."""
 SPREAD = 0.25
+LEAST_SECONDS = 1e-3
+"""Of a save, where its cost is below the noise: an interval of zero would follow."""
 
 
 def gaps(mean_seconds: float, kills: int) -> list[float]:
@@ -38,20 +40,28 @@ def image_seconds(steps: Sequence[Event]) -> float:
     return (warm[-1]["time"] - warm[0]["time"]) / sum(len(step["images"]) for step in warm[1:])
 
 
-def saves(events: Sequence[Event]) -> Iterator[tuple[float, float]]:
-    """Yields the begin and the end of each save that was committed."""
+def saves(events: Sequence[Event]) -> list[tuple[float, float]]:
+    """Returns the begin and the end of each committed save after the first steps."""
+    steps = of_kind(events, "step")
+    warm_at = steps[WARM_STEPS]["at"] if len(steps) > WARM_STEPS else float("inf")
     begun = {event["at"]: event["time"] for event in of_kind(events, "saving")}
-    yield from ((begun[event["at"]], event["time"]) for event in of_kind(events, "saved"))
+    return [(begun[event["at"]], event["time"]) for event in of_kind(events, "saved") if event["at"] > warm_at]
 
 
-def save_seconds(events: Sequence[Event]) -> float:
-    """Returns the time that a save takes from training: what the steps beside it take longer than the others."""
-    spans = list(saves(events))
-    beside, other = [], []
+def save_seconds(events: Sequence[Event], image_seconds: float) -> float:
+    """Returns the time that a save takes from training: what the steps beside it take longer than the others.
+
+    `image_seconds` of a run without saves stands for these others where saves leave too few.
+    """
+    spans = saves(events)
+    steps: dict[bool, list[tuple[float, int]]] = {True: [], False: []}
     for one, two in pairwise(of_kind(events, "step")[WARM_STEPS:]):
         is_beside = any(one["time"] < end and begin < two["time"] for begin, end in spans)
-        (beside if is_beside else other).append((two["time"] - one["time"]) / len(two["images"]) * len(one["images"]))
-    return max(1e-3, (sum(beside) - len(beside) * fmean(other)) / len(spans)) if spans and other else 1e-3
+        steps[is_beside].append((two["time"] - one["time"], len(two["images"])))
+    if len(steps[False]) > WARM_STEPS:
+        image_seconds = sum(seconds for seconds, _ in steps[False]) / sum(images for _, images in steps[False])
+    longer = sum(seconds - images * image_seconds for seconds, images in steps[True])
+    return max(LEAST_SECONDS, longer / len(spans)) if spans else LEAST_SECONDS
 
 
 def restart_seconds(events: Sequence[Event], started: float, image_seconds: float) -> float:

@@ -34,6 +34,7 @@ class Folders:
         self.uri = self.root if self.is_local else uri
 
     def name(self, step: int) -> str:
+        """Returns the folder of a step."""
         return f"{step:09d}"
 
     def whole(self) -> list[int]:
@@ -63,6 +64,7 @@ class AccelerateStates:
         loop.accelerator.register_for_checkpointing(loop.average)
 
     def save(self, step: int) -> None:
+        """Saves, and returns when that has ended."""
         name = self._folders.name(step)
         if self._folders.is_local:
             self._accelerator.save_state(f"{self._folders.root}/{name}")
@@ -74,6 +76,7 @@ class AccelerateStates:
         self._trace("saved", at=step)
 
     def restore(self, step: int) -> None:
+        """Loads the state of a step."""
         name = self._folders.name(step)
         if self._folders.is_local:
             self._accelerator.load_state(f"{self._folders.root}/{name}")
@@ -103,6 +106,7 @@ class DistributedCheckpoints:
         return {"model": model, "optimizer": optimizer, "average": self._loop.average.state_dict()}
 
     def save(self, step: int) -> None:
+        """Waits for the save before, and begins one."""
         from torch.distributed.checkpoint import FileSystemWriter, async_save
         from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
@@ -125,6 +129,7 @@ class DistributedCheckpoints:
             self._saving.staging_completion.result()
 
     def restore(self, step: int) -> None:
+        """Loads the state of a step."""
         from torch.distributed.checkpoint import FileSystemReader, load
         from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
         from torch.distributed.checkpoint.state_dict import set_state_dict
@@ -132,9 +137,7 @@ class DistributedCheckpoints:
         state, loop = self._state(), self._loop
         reader = FileSystemReader if self._folders.is_local else FsspecReader
         load(state, storage_reader=reader(f"{self._folders.uri}/{self._folders.name(step)}"), no_dist=True)
-        set_state_dict(
-            loop.model, loop.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        set_state_dict(loop.model, loop.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         loop.average.load_state_dict(state["average"])
 
 

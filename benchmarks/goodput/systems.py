@@ -19,16 +19,18 @@ import torch
 
 from benchmarks.goodput.accounting import Event
 from benchmarks.goodput.trace import VARIABLE, digests
-from job.config import EMBEDDED, draft, parse_sets
-from job.data.cache import open_cache
-from job.data.shards import load_index
-from job.processes.compute import best_precision
+from job.config import EMBEDDED
+from job.plan import plan_run
+from job.processes import compute
+from job.requests import TrainRequest
 from job.runs.checkpoints import newest_good
 from job.runs.layout import RUNS
+from job.stop import NEVER
 from job.store import open_store
 
 ROOT = Path(__file__).resolve().parents[2]
 NEVER_SAVES = ("checkpoint.every_epochs=99999", "checkpoint.every_minutes=99999", "checkpoint.keep_every_epochs=0")
+POLL_SECONDS = 0.2
 LABELS = {"ours": "ddpm train", "accelerate": "accelerate.save_state", "dcp": "torch.distributed.checkpoint, async"}
 
 
@@ -49,22 +51,21 @@ class Subject:
         os.environ["DDPM_CACHE"] = str(folder / "cache")
         ensure = [sys.executable, "-m", "job", "data", "ensure", EMBEDDED, "--bucket", bucket]
         subprocess.run(ensure, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
-        config = draft(EMBEDDED, parse_sets(sets))
-        key, store = f"datasets/{EMBEDDED}-{config.data.size}", open_store(bucket)
-        index = load_index(store, key)
-        cache = open_cache(store, key, index, cache_dir=folder / "cache", budget_bytes=1 << 40)
-        everything = np.arange(index.images)
+        plan = plan_run(TrainRequest(EMBEDDED, bucket, sets=sets).check(), suited=compute.suited)
+        config, everything = plan.config, np.arange(plan.index.images)
+        cache = plan.opened_images(NEVER)
         images = torch.from_numpy(cache.read(everything)).permute(0, 3, 1, 2).contiguous()
-        classes = config.model.num_classes if config.model.num_classes is not None else len(index.classes)
-        model = asdict(config.model) | {"num_classes": classes}
-        dropout = model.pop("label_dropout")
+        model = asdict(config.model)
+        model["null_class"] = model.pop("label_dropout") > 0
+        shape = dict.fromkeys(("in_channels", "out_channels"), plan.index.channels) | {
+            "image_size": plan.index.image_shape[0]
+        }
         options = {
-            "network": model | {"null_class": dropout > 0, "image_size": config.data.size}
-            | dict.fromkeys(("in_channels", "out_channels"), index.channels),
+            "network": model | shape,
             "batch_size": config.train.batch_size,
             "learning_rate": config.train.learning_rate,
             "decay": config.ema.decay,
-            "precision": "bf16" if best_precision() == "bf16" else "no",
+            "precision": "bf16" if config.train.precision == "bf16" else "no",
         }
         (folder / "options.json").write_text(json.dumps(options))
         np.savez(folder / "images.npz", images=images.numpy(), labels=cache.labels(everything))
@@ -148,7 +149,7 @@ class Attempt:
                     raise RuntimeError(f"{self.process.args}: {self.output_path.read_text(errors='replace')[-2000:]}")
                 if tell:
                     tell(passed)
-                time.sleep(min(0.05, max(0.0, seconds - passed)))
+                time.sleep(min(POLL_SECONDS, max(0.0, self.started + seconds - time.time())))
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
