@@ -1,10 +1,10 @@
-"""What a trace says: the seconds of a step, a save and a restart, and what was learnt; and a model of the goodput."""
+"""The account of traces: seconds of a step, a save and a restart, and the images learnt; and a model of the goodput."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import sqrt
@@ -19,7 +19,7 @@ WARM_STEPS = 10
 """The first steps of a process, which are slower: they count as part of its restart."""
 SPREAD = 0.25
 LEAST_SECONDS = 1e-3
-"""Of a save, where its cost is below the noise: an interval of zero would follow."""
+"""The cost of a save where the noise is larger: zero would lead to an interval of zero."""
 
 
 def gaps(mean_seconds: float, kills: int) -> list[float]:
@@ -92,8 +92,8 @@ def lineage(attempts: Sequence[Sequence[Event]], at: int) -> Learnt:
     return images
 
 
-def lost_and_repeated(images: Learnt, dataset: Counter[str]) -> tuple[int, int, int]:
-    """Returns the images that finished epochs never learnt, those that they learnt again, and the finished epochs."""
+def lost_and_repeated(images: Learnt, dataset: Counter[str]) -> tuple[int, int]:
+    """Returns the number of images that finished epochs never learnt, and of those that they learnt again."""
     size, lost, repeated = dataset.total(), 0, 0
     finished = (max((number for number, _ in images), default=-1) + 1) // size
     epochs = [Counter[str]() for _ in range(finished + 1)]
@@ -102,10 +102,10 @@ def lost_and_repeated(images: Learnt, dataset: Counter[str]) -> tuple[int, int, 
     for seen in epochs[:finished]:
         lost += (dataset - seen).total()
         repeated += (seen - dataset).total()
-    return lost, repeated, finished
+    return lost, repeated
 
 
-def timeline(attempts: Sequence[tuple[float, Sequence[Event]]]) -> dict[str, float]:
+def timeline(attempts: Iterable[tuple[float, Sequence[Event]]]) -> dict[str, float]:
     """Returns the median seconds from the start of a process to the first event of each kind."""
     found: dict[str, list[float]] = {}
     for started, events in attempts:
