@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
@@ -28,7 +27,7 @@ from benchmarks.crash_campaign.buckets import KINDS, bucket
 from benchmarks.goodput import accounting
 from benchmarks.goodput.accounting import WARM_STEPS, Costs, Event, gaps, of_kind, restart_seconds
 from benchmarks.goodput.picture import goodput_png
-from benchmarks.goodput.systems import LABELS, Attempt, Subject, running
+from benchmarks.goodput.systems import LABELS, Attempt, Subject, destroy_all
 from benchmarks.measuring import Figure, machine
 from job.sealed import utc_now
 
@@ -198,9 +197,7 @@ def main() -> int:
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    for group in list(running):
-        with suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
+    destroy_all()
     raise SystemExit(128 + number)
 
 

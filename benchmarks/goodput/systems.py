@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -34,8 +35,17 @@ ROOT = Path(__file__).resolve().parents[2]
 LABELS = {"ours": "ddpm train", "accelerate": "accelerate.save_state", "dcp": "torch.distributed.checkpoint, async"}
 NEVER_SAVES = ("checkpoint.every_epochs=99999", "checkpoint.every_minutes=99999", "checkpoint.keep_every_epochs=0")
 POLL_SECONDS = 0.2
-running: dict[int, subprocess.Popen[bytes]] = {}
-"""By process group; each has its own session, so signals to this process do not reach them."""
+_running = set[int]()
+"""Process groups; each has its own session, so signals to this process do not reach them."""
+_leaving = threading.Event()
+
+
+def destroy_all() -> None:
+    """Kills all systems; afterwards none can be started."""
+    _leaving.set()
+    for group in list(_running):
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
 
 
 class Attempt(NamedTuple):
@@ -125,9 +135,11 @@ class Subject:
             streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
             environment[VARIABLE] = str(trace)
             process = subprocess.Popen(command, cwd=self.folder, env=environment, start_new_session=True, **streams)
-            running[process.pid] = process
+            _running.add(process.pid)
             try:
-                while (left := started + seconds - time.time()) > 0 and process.poll() is None:
+                while (
+                    not _leaving.is_set() and (left := started + seconds - time.time()) > 0 and process.poll() is None
+                ):
                     if is_enough and is_enough(_events(trace)):
                         break
                     time.sleep(min(POLL_SECONDS, left))
@@ -137,8 +149,8 @@ class Subject:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                del running[process.pid]
-        if code:
+                _running.discard(process.pid)
+        if code or _leaving.is_set():
             raise RuntimeError(f"{' '.join(command)}: {output.read_text(errors='replace')[-2000:]}")
         return Attempt(started, _events(trace))
 
