@@ -285,7 +285,7 @@ class Watched:
         return digests
 
 
-class _AfterImport(importlib.abc.MetaPathFinder):
+class AfterImport(importlib.abc.MetaPathFinder):
     """Passes modules of the product to a hook after their import."""
 
     def __init__(self, hook: Callable[[ModuleType], None]) -> None:
@@ -294,6 +294,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        """Returns a module's spec, whose loader calls the hook at its end."""
         if not name.startswith(("job.", "ddpm.")):
             return None
         for finder in sys.meta_path:
@@ -319,4 +320,4 @@ def install() -> None:
     trace("process", pid=os.getpid(), role=role)
     is_target = role == "rank" or (chosen["fault"] or {}).get("phase") in ("pack", "shared-pack")
     fault = Fault(trace, chosen["fault"]) if chosen["fault"] and is_target else None
-    sys.meta_path.insert(0, _AfterImport(Watched(trace, fault, chosen["sabotage"]).after_import))
+    sys.meta_path.insert(0, AfterImport(Watched(trace, fault, chosen["sabotage"]).after_import))

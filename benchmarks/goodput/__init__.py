@@ -1,0 +1,1 @@
+"""Goodput: the share of the wall time that survives kills, ours beside the checkpoints of accelerate and torch."""
