@@ -142,7 +142,7 @@ def our_epoch(cache: ImageCache) -> Iterable[object]:
     """Yields shuffled uint8 batches, which one thread reads ahead."""
     return stream_batches(
         cache,
-        Order(tuple(shard.images for shard in cache.index.shards), seed=0),
+        Order(tuple(cache.index.shards.images.tolist()), seed=0),
         batch_size_images=BATCH_SIZE_IMAGES,
         first_image=0,
         last_image=cache.index.images,
