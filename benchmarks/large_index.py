@@ -193,7 +193,9 @@ def main() -> None:
     """The command line."""
     description = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.large_index", description=description)
-    parser.add_argument("--shards", type=int, default=SHARDS, help=f"of {SHARD_IMAGES:,} images each (default: {SHARDS:,})")
+    parser.add_argument(
+        "--shards", type=int, default=SHARDS, help=f"of {SHARD_IMAGES:,} images each (default: {SHARDS:,})"
+    )
     parser.add_argument("--json", action="store_true", help="print numbers for programs")
     parser.add_argument("--read", nargs=4, metavar=("BUCKET", "KEY", "CACHE", "BLOCK"), help=argparse.SUPPRESS)
     options = parser.parse_args()

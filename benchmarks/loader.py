@@ -18,7 +18,7 @@ from benchmarks.measuring import Figure, seconds
 from benchmarks.subject import DATASET, pack_noise, write_noise
 from job.data.cache import ImageCache, open_cache
 from job.data.order import Order
-from job.data.shards import INDEX, Shard, dataset_key, load_index, shard_name
+from job.data.shards import INDEX, Shard, Shards, dataset_key, load_index, shard_name
 from job.data.stream import stream_batches
 from job.progress import Progress
 from job.store import open_store
@@ -176,12 +176,12 @@ def multiply(bucket: str, key: str, large_name: str, copies: int) -> str:
     index = load_index(store, key)
     large_key = dataset_key(large_name, index.size)
     shards: list[Shard] = []
-    for shard in index.shards * copies:
+    for shard in list(index.shards) * copies:
         copy = shard.model_copy(update={"name": shard_name(len(shards))})
         store.upload(Path(bucket) / key / shard.name, f"{large_key}/{copy.name}")
         store.create(f"{large_key}/{copy.offsets_name}", store.read(f"{key}/{shard.offsets_name}").data)
         shards.append(copy)
-    large = index.model_copy(update={"name": large_name, "shards": tuple(shards)})
+    large = index.model_copy(update={"name": large_name, "shards": Shards.of(shards)})
     store.create(f"{large_key}/{INDEX}", large.to_json())
     return large_key
 

@@ -89,6 +89,11 @@ class Shard(RecordPart):
     """URI of a tar that is indexed in place; empty for one beside its table, under `name`."""
 
     @property
+    def number(self) -> int:
+        """Returns the number in the shard's name."""
+        return int(self.name.removesuffix(".tar").split("-")[1])
+
+    @property
     def offsets_name(self) -> str:
         """Returns the key of the shard's offset table."""
         return self.name.removesuffix(".tar") + ".offsets"
@@ -108,8 +113,7 @@ class Shards(RecordPart):
     def of(cls, shards: Sequence[Shard]) -> Self:
         """Returns the table of these shards."""
         rows = [
-            (int(shard.name[6:].partition("-")[0].removesuffix(".tar")), shard.images, shard.bytes)
-            + (bytes.fromhex(shard.sha256), bytes.fromhex(shard.offsets_sha256))
+            (shard.number, shard.images, shard.bytes, *map(bytes.fromhex, (shard.sha256, shard.offsets_sha256)))
             for shard in shards
         ]
         uris, by_hash = tuple(shard.uri for shard in shards), shards[0].name.count("-") == 2
@@ -312,7 +316,7 @@ class DatasetIndex(Sealed):
             raise ValueError("latents have a mean and a deviation for each channel")
         return self
 
-    @cached_property
+    @property
     def dataset_id(self) -> str:
         """Returns a SHA-256 over everything that a reader sees: equal ids mean equal images in equal order."""
         content = self.model_dump(include={"format", "size", "channels", "dtype", "classes", "shards"})
