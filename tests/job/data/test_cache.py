@@ -224,7 +224,7 @@ def test_few_images_need_no_shard(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("remote_bucket", ["gs"], indirect=True)
 def test_ranges_are_verified_by_a_hash(remote_bucket, proxy, tmp_path, monkeypatch):
-    """The proxy flips bits of an image so that its CRC-32C stays the same, which every multiple of the polynomial does."""
+    """The proxy adds a multiple of the polynomial to an image, so that its CRC-32C stays the same."""
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
     written = write_dataset(remote_bucket, tmp_path, size=64)
     tar, table = tmp_path / "shard-00002.tar", written.bucket.read(f"{KEY}/shard-00002.offsets").data

@@ -14,7 +14,7 @@ from job.data.autoencoder import latents_of
 from job.data.cache import uncached_images
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
-from job.data.shards import INDEX, OFFSETS_DTYPE, Shards, load_index
+from job.data.shards import INDEX, OFFSETS_DTYPE, Shards, load_index, shard_name
 from job.exits import Exit
 from job.runs.records import existing_config
 from job.runs.verification import verify_run
@@ -267,10 +267,13 @@ def test_infinite_packed_latents_are_named(bucket, tmp_path):
     offset, size_bytes = int(rows["offset"][1]), int(rows["bytes"][1])
     content[offset + size_bytes - 2 : offset + size_bytes] = np.float16("nan").tobytes()
     rows["sha256"][1] = np.void(hashlib.sha256(content[offset : offset + size_bytes]).digest()[:16])
-    (copied / KEY / shard.name).write_bytes(content)
-    table.write_bytes(rows.tobytes())
     hashes = {"sha256": content, "offsets_sha256": rows.tobytes()}
-    forged = shard.model_copy(update={key: hashlib.sha256(data).hexdigest() for key, data in hashes.items()})
+    hashes = {key: hashlib.sha256(data).hexdigest() for key, data in hashes.items()}
+    forged = shard.model_copy(update=hashes | {"name": shard_name(0, hashes["sha256"])})
+    (copied / KEY / forged.name).write_bytes(content)
+    (copied / KEY / forged.offsets_name).write_bytes(rows.tobytes())
+    for name in (shard.name, shard.offsets_name):
+        (copied / KEY / name).unlink()
     forged_index = index.model_copy(update={"shards": Shards.of([forged, *list(index.shards)[1:]])})
     (copied / KEY / INDEX).write_bytes(forged_index.to_json())
     verified = ddpm_here("data", "verify", "tiles-latents", "--bucket", copied)
