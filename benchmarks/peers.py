@@ -88,18 +88,13 @@ def _decoded(sample: dict[str, bytes]) -> torch.Tensor:
 
 
 def spdl_epoch(folder: Path) -> Iterator[object]:
-    """Reads the files before packing with SPDL: shuffled, decoded by FFmpeg in threads."""
-    import spdl.io
+    """Reads the files before packing with SPDL: shuffled, decoded with torchvision, as its own decoder wants FFmpeg."""
     from spdl.pipeline import PipelineBuilder
+    from torchvision.io import decode_image
 
-    paths = np.random.default_rng(0).permutation(sorted(map(str, folder.rglob("*.png"))))
-    batches = [paths[at : at + BATCH_SIZE_IMAGES].tolist() for at in range(0, len(paths), BATCH_SIZE_IMAGES)]
-
-    def load(batch: list[str]) -> torch.Tensor:
-        return spdl.io.to_torch(spdl.io.load_image_batch(batch, width=None, height=None, pix_fmt="rgb24"))
-
-    builder = PipelineBuilder().add_source(batches).pipe(load, concurrency=WORKERS).add_sink(4)
-    pipeline = builder.build(num_threads=WORKERS)
+    paths = np.random.default_rng(0).permutation(sorted(map(str, folder.rglob("*.png")))).tolist()
+    builder = PipelineBuilder().add_source(paths).pipe(decode_image, concurrency=WORKERS).aggregate(BATCH_SIZE_IMAGES)
+    pipeline = builder.pipe(torch.stack).add_sink(4).build(num_threads=WORKERS)
     with pipeline.auto_stop():
         yield from pipeline
 
