@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.store import new_bucket
+from ddpm.image_size import ImageSize
 from job.data.cache import open_cache
 from job.data.order import Order
 from job.data.shards import INDEX, DatasetIndex, Shards, ShardWriter, dataset_key, load_index, shard_name
@@ -63,14 +64,30 @@ def served(folder: Path) -> Iterator[tuple[str, Path]]:
         yield f"gs://{bucket}", objects / bucket
 
 
-def write_dataset(bucket: str, objects: Path, shards: int) -> str:
-    """Writes a dataset of `shards` shards into a bucket whose objects lie in the folder `objects`; returns its key."""
-    key, store = dataset_key(DATASET, SIZE), open_store(bucket)
+def write_dataset(
+    bucket: str,
+    objects: Path,
+    shards: int,
+    shard_images: int = SHARD_IMAGES,
+    shape: tuple[int, ...] = (SIZE, SIZE),
+    levels: int = 256,
+) -> str:
+    """Writes a dataset into a bucket whose objects lie in the folder `objects`; returns its key.
+
+    Args:
+        bucket: URI of the bucket.
+        objects: the folder in which the server keeps it.
+        shards: number of shards, all but a few links to others.
+        shard_images: images of each.
+        shape: of the images, which are noise.
+        levels: number of values of their pixels, which decides how far PNG compresses them.
+    """
+    key, store = dataset_key(DATASET, ImageSize(*shape[:2])), open_store(bucket)
     with TemporaryDirectory(prefix="ddpm-bench-") as name:
         writer = ShardWriter(Path(name) / shard_name(0))
-        pixels = np.random.default_rng(0).integers(0, 256, (256, SIZE, SIZE), dtype=np.uint8)
+        pixels = np.random.default_rng(0).integers(0, levels, (256, *shape), dtype=np.uint8)
         encoded = [_png(Image.fromarray(image)) for image in pixels]
-        for number in range(SHARD_IMAGES):
+        for number in range(shard_images):
             writer.add(f"{number:09d}", encoded[number % len(encoded)], -1)
         first, offsets = writer.finish()
         for number in range(0, shards, LINKS):
@@ -78,12 +95,12 @@ def write_dataset(bucket: str, objects: Path, shards: int) -> str:
             store.create(f"{key}/{table_name(number)}", offsets)
     for number in range(shards):
         if original := number % LINKS:
-            for name in (shard_name, table_name):
-                os.link(objects / key / name(number - original), objects / key / name(number))
+            for name_of in (shard_name, table_name):
+                os.link(objects / key / name_of(number - original), objects / key / name_of(number))
     index = DatasetIndex(
         name=DATASET,
-        size=SIZE,
-        channels=1,
+        size=ImageSize(*shape[:2]),
+        channels=3 if len(shape) > 2 else 1,
         crop="center",
         resize_filter="box",
         source="noise",
