@@ -9,8 +9,8 @@ The index stays small for any number of images, because the offset tables hold a
 indexed in place: then the index names their URIs, and their images are prepared at each read.
 
 Hashes lead from the index to every image: it holds its own, and those of all other objects; the tables hold one per
-image. So an image that is read by range is verified like a whole shard, and nobody reads more than the images asked
-for, as hashes of longer blocks would require. A checksum such as CRC-32C would not show a change on purpose.
+image. So an image that is read by range is verified like a whole shard, without reading the longer block that a hash
+of a block would require. A checksum such as CRC-32C would not show a change on purpose.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _TAR_URI = re.compile(r"(/|(?!file:|http:|ftp:)[a-z][a-z0-9+.-]*://)[^\x00-\x1f\
 
 
 def image_hash(encoded: bytes) -> bytes:
-    """Returns the first 16 bytes of the SHA-256 of an image's file; who would forge an image needs 2^128 attempts."""
+    """Returns the first 16 bytes of the SHA-256 of an image's file; a forged image would take 2^128 attempts."""
     return hashlib.sha256(encoded).digest()[:16]
 
 
