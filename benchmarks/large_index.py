@@ -1,11 +1,13 @@
-"""A dataset of ten million images: the time and memory to open it, shuffle it and yield a batch.
+"""A dataset of a hundred million images in a bucket: the time and memory to open it, shuffle it and yield a batch.
 
-    python -m benchmarks.large_index                        10,000,000 images in 1,000 shards
-    python -m benchmarks.large_index --images 1000000
+    python -m benchmarks.large_index                        100,100,000 images in 11,000 shards
+    python -m benchmarks.large_index --shards 110000        1,001,000,000 images
 
-The dataset is a real one in a local folder, and the benchmark reads, verifies and decodes it like any other. Only its
-images are few: every shard is the same file under another name, so that ten gigabytes take ten megabytes of disk. Each
-measurement is a fresh process with the cache for datasets that do not fit.
+The dataset lies on an object server of this machine, where each shard and each table is an object with a name of its
+own. The benchmark reads, verifies and decodes it like any other. Only its images are few: the server keeps its objects
+as files, of which all shards are hard links to one, so that a terabyte takes ten megabytes of disk. Each measurement is
+a fresh process with the cache for datasets that do not fit. Time and memory count from a program with its imports and
+its connection to the server, to the first batch.
 """
 
 from __future__ import annotations
@@ -13,10 +15,14 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import re
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,50 +32,88 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.store import new_bucket
+from ddpm.image_size import ImageSize
 from job.data.cache import open_cache
 from job.data.order import Order
-from job.data.shards import INDEX, DatasetIndex, ShardWriter, dataset_key, load_index, shard_name
+from job.data.shards import INDEX, DatasetIndex, Shards, ShardWriter, dataset_key, load_index, shard_name
 from job.data.stream import stream_batches
 from job.progress import Progress
 from job.store import open_store
+from tests.servers import fake_gcs_server
 
-IMAGES = 10_000_000
-SHARD_IMAGES = 10_000
+SHARDS = 11_000
+SHARD_IMAGES = 9_100
 SIZE = 8
 BATCH_SIZE_IMAGES = 128
 BLOCK_IMAGES = 100_000
 MORE_BATCHES = 50
 DATASET = "large"
+BUDGET_BYTES = 300_000_000
+LINKS = 10_000
+"""How many objects are links to one file: ext4 takes 65,000."""
+_LOOK_SECONDS = 0.002
 
 
-def write_dataset(bucket: Path, images: int) -> str:
-    """Writes a dataset of `images` images, a multiple of `SHARD_IMAGES`, below `bucket`; returns its key."""
-    key = dataset_key(DATASET, SIZE)
-    folder = bucket / key
-    folder.mkdir(parents=True)
-    writer = ShardWriter(folder / shard_name(0))
-    pixels = np.random.default_rng(0).integers(0, 256, (256, SIZE, SIZE), dtype=np.uint8)
-    encoded = [_png(Image.fromarray(image)) for image in pixels]
-    for number in range(SHARD_IMAGES):
-        writer.add(f"{number:09d}", encoded[number % len(encoded)], -1)
-    first, offsets = writer.finish()
-    (folder / first.offsets_name).write_bytes(offsets)
-    shards = [first.model_copy(update={"name": shard_name(number)}) for number in range(images // SHARD_IMAGES)]
-    for shard in shards[1:]:
-        for name, original in ((shard.name, first.name), (shard.offsets_name, first.offsets_name)):
-            (folder / name).hardlink_to(folder / original)
+@contextmanager
+def served(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Starts an object server on an empty folder; yields the URI of a bucket, and the folder of its objects."""
+    objects = folder / "objects"
+    with fake_gcs_server(folder, objects) as url:
+        bucket = new_bucket("gs", url)
+        yield f"gs://{bucket}", objects / bucket
+
+
+def write_dataset(
+    bucket: str,
+    objects: Path,
+    shards: int,
+    shard_images: int = SHARD_IMAGES,
+    shape: tuple[int, ...] = (SIZE, SIZE),
+    levels: int = 256,
+) -> str:
+    """Writes a dataset into a bucket whose objects lie in the folder `objects`; returns its key.
+
+    Args:
+        bucket: URI of the bucket.
+        objects: the folder in which the server keeps it.
+        shards: number of shards, all but a few links to others.
+        shard_images: images of each.
+        shape: of the images, which are noise.
+        levels: number of values of their pixels, which decides how far PNG compresses them.
+    """
+    key, store = dataset_key(DATASET, ImageSize(*shape[:2])), open_store(bucket)
+    with TemporaryDirectory(prefix="ddpm-bench-") as name:
+        writer = ShardWriter(Path(name) / shard_name(0))
+        pixels = np.random.default_rng(0).integers(0, levels, (256, *shape), dtype=np.uint8)
+        encoded = [_png(Image.fromarray(image)) for image in pixels]
+        for number in range(shard_images):
+            writer.add(f"{number:09d}", encoded[number % len(encoded)], -1)
+        first, offsets = writer.finish()
+        for number in range(0, shards, LINKS):
+            store.upload(writer.path, f"{key}/{shard_name(number)}")
+            store.create(f"{key}/{table_name(number)}", offsets)
+    for number in range(shards):
+        if original := number % LINKS:
+            for name_of in (shard_name, table_name):
+                os.link(objects / key / name_of(number - original), objects / key / name_of(number))
     index = DatasetIndex(
         name=DATASET,
-        size=SIZE,
-        channels=1,
+        size=ImageSize(*shape[:2]),
+        channels=3 if len(shape) > 2 else 1,
         crop="center",
         resize_filter="box",
         source="noise",
         source_sha256="0" * 64,
-        shards=tuple(shards),
+        shards=Shards.of([first.model_copy(update={"name": shard_name(number)}) for number in range(shards)]),
     )
-    (folder / INDEX).write_bytes(index.to_json())
+    store.create(f"{key}/{INDEX}", index.to_json())
     return key
+
+
+def table_name(number: int) -> str:
+    """Returns the key of the table of a shard, below its dataset."""
+    return shard_name(number).replace(".tar", ".offsets")
 
 
 def _png(image: Image.Image) -> bytes:
@@ -78,30 +122,32 @@ def _png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def read_dataset(bucket: Path, key: str, cache_dir: Path, block_images: int) -> dict[str, Any]:
+def read_dataset(bucket: str, key: str, cache_dir: Path, block_images: int) -> dict[str, Any]:
     """Opens the dataset in this process and takes batches; returns seconds since its imports, and bytes of memory."""
-    before = memory()
-    began = time.perf_counter()
-    store = open_store(str(bucket))
-    index = load_index(store, key)
-    indexed = time.perf_counter()
-    cache = open_cache(store, key, index, cache_dir=cache_dir, budget_bytes=index.decoded_bytes // 2)
-    opened = time.perf_counter()
-    batches = stream_batches(
-        cache,
-        Order(tuple(shard.images for shard in index.shards), seed=0, block_images=block_images),
-        batch_size_images=BATCH_SIZE_IMAGES,
-        first_image=0,
-        last_image=None,
-    )
-    sizes = [len(next(batches).images)]
-    first = time.perf_counter()
-    sizes += [len(next(batches).images) for _ in range(MORE_BATCHES)]
-    done = time.perf_counter()
-    batches.close()
-    cache.close()
+    store = open_store(bucket)
+    assert store.exists(f"{key}/{INDEX}")
+    with most_memory() as most_bytes:
+        before = memory()
+        began = time.perf_counter()
+        index = load_index(store, key)
+        indexed = time.perf_counter()
+        cache = open_cache(store, key, index, cache_dir=cache_dir, budget_bytes=BUDGET_BYTES)
+        opened = time.perf_counter()
+        batches = stream_batches(
+            cache,
+            Order(tuple(index.shards.images.tolist()), seed=0, block_images=block_images),
+            batch_size_images=BATCH_SIZE_IMAGES,
+            first_image=0,
+            last_image=None,
+        )
+        sizes = [len(next(batches).images)]
+        first = time.perf_counter()
+        first_peak_bytes = max(most_bytes)
+        sizes += [len(next(batches).images) for _ in range(MORE_BATCHES)]
+        done = time.perf_counter()
+        batches.close()
+        cache.close()
     assert sizes == [BATCH_SIZE_IMAGES] * (1 + MORE_BATCHES)
-    after = memory()
     return {
         "images": index.images,
         "shards": len(index.shards),
@@ -110,9 +156,10 @@ def read_dataset(bucket: Path, key: str, cache_dir: Path, block_images: int) -> 
         "first_batch_seconds": first - opened,
         "total_seconds": first - began,
         "next_batch_seconds": (done - first) / MORE_BATCHES,
-        "peak_rss_bytes": after["VmHWM"],
-        "anonymous_bytes": after["RssAnon"],
-        "anonymous_bytes_before": before["RssAnon"],
+        "program_bytes": before["RssAnon"],
+        "first_batch_bytes": first_peak_bytes - before["RssAnon"],
+        "peak_bytes": max(most_bytes) - before["RssAnon"],
+        "peak_rss_bytes": memory()["VmHWM"],
     }
 
 
@@ -122,39 +169,58 @@ def memory() -> dict[str, int]:
     return {name: 1024 * int(kb) for name, kb in re.findall(r"^(VmHWM|RssAnon):\s+(\d+) kB", status, re.MULTILINE)}
 
 
-def measure(images: int) -> dict[str, dict[str, Any]]:
-    """Writes the dataset and reads it: for the first time, again, and shuffled within blocks."""
-    with TemporaryDirectory(prefix="ddpm-bench-") as name, Progress("large index", total=4, unit="steps") as bar:
+@contextmanager
+def most_memory() -> Iterator[list[int]]:
+    """Yields a list that a thread fills with the memory of this process without mapped files, in bytes."""
+    seen, done = [memory()["RssAnon"]], threading.Event()
+
+    def look() -> None:
+        while not done.wait(_LOOK_SECONDS):
+            seen.append(memory()["RssAnon"])
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    yield seen
+    done.set()
+    thread.join()
+
+
+def measure(shards: int) -> dict[str, dict[str, Any]]:
+    """Writes the dataset and reads it, shuffled within blocks: for the first time, and again."""
+    with TemporaryDirectory(prefix="ddpm-bench-") as name, Progress("large index", total=3, unit="steps") as bar:
         folder = Path(name)
-        key = write_dataset(folder / "bucket", images)
-        bar.update(1)
-        found = {}
-        for number, (title, block_images) in enumerate(
-            [("first opening", 0), ("opened again", 0), (f"in blocks of {BLOCK_IMAGES:,}", BLOCK_IMAGES)]
-        ):
-            arguments = [str(folder / "bucket"), key, str(folder / "cache"), str(block_images)]
-            command = [sys.executable, "-m", "benchmarks.large_index", "--read", *arguments]
-            done = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=Path(__file__).parents[1])
-            found[title] = json.loads(done.stdout)
-            bar.update(number + 2)
-        return found
+        with served(folder) as (bucket, objects):
+            key = write_dataset(bucket, objects, shards)
+            bar.update(1)
+            found = {}
+            for number, title in enumerate(("first opening", "opened again")):
+                found[title] = read(bucket, key, folder / "cache", BLOCK_IMAGES)
+                bar.update(number + 2)
+            return found
+
+
+def read(bucket: str, key: str, cache: Path, block_images: int) -> dict[str, Any]:
+    """Reads the dataset in a process of its own; see `read_dataset`."""
+    command = [sys.executable, "-m", "benchmarks.large_index", "--read", bucket, key, str(cache), str(block_images)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=Path(__file__).parents[1])
+    return json.loads(done.stdout)
 
 
 def main() -> None:
     """The command line."""
     description = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.large_index", description=description)
-    parser.add_argument("--images", type=int, default=IMAGES, help=f"{IMAGES:,}, or a multiple of {SHARD_IMAGES:,}")
+    parser.add_argument(
+        "--shards", type=int, default=SHARDS, help=f"of {SHARD_IMAGES:,} images each (default: {SHARDS:,})"
+    )
     parser.add_argument("--json", action="store_true", help="print numbers for programs")
     parser.add_argument("--read", nargs=4, metavar=("BUCKET", "KEY", "CACHE", "BLOCK"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.read:
         bucket, key, cache, block = options.read
-        print(json.dumps(read_dataset(Path(bucket), key, Path(cache), int(block))))
+        print(json.dumps(read_dataset(bucket, key, Path(cache), int(block))))
         return
-    if options.images < SHARD_IMAGES or options.images % SHARD_IMAGES:
-        parser.error(f"--images {options.images}: use a multiple of {SHARD_IMAGES:,}")
-    found = measure(options.images)
+    found = measure(options.shards)
     if options.json:
         print(json.dumps(found, indent=1))
     else:
@@ -164,10 +230,10 @@ def main() -> None:
 def show(found: dict[str, dict[str, Any]]) -> None:
     """Prints the table."""
     seconds = ("index s", "tables s", "first batch s", "all of these s")
-    table = Table("", *seconds, "next batches ms", "anonymous MB", "of it before MB", "peak RSS MB")
+    table = Table("", *seconds, "next batches ms", "MB to the first batch", "MB at most", "of the program MB")
     for title, row in found.items():
         times = [row[f"{name}_seconds"] for name in ("index", "open", "first_batch", "total")]
-        sizes = [row[name] for name in ("anonymous_bytes", "anonymous_bytes_before", "peak_rss_bytes")]
+        sizes = [row[name] for name in ("first_batch_bytes", "peak_bytes", "program_bytes")]
         table.add_row(
             title,
             *(f"{value:.2f}" for value in times),
@@ -178,8 +244,8 @@ def show(found: dict[str, dict[str, Any]]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     console.print(
-        f"{row['images']:,} images in {row['shards']:,} shards, batches of {BATCH_SIZE_IMAGES}. Before was the "
-        "program itself. The mapped tables in the peak are taken back by the system when it needs memory.",
+        f"{row['images']:,} images in {row['shards']:,} shards, batches of {BATCH_SIZE_IMAGES}, in blocks of "
+        f"{BLOCK_IMAGES:,}. The memory is that above the program, at its peak, without mapped files.",
         highlight=False,
     )
 

@@ -1,4 +1,4 @@
-"""Reading images: speed and memory of a warm stream of a packed dataset, against webdataset and ImageFolder."""
+"""Reading images: speed and memory of a warm stream of a packed dataset, against other loaders."""
 
 from __future__ import annotations
 
@@ -14,19 +14,17 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+from benchmarks import peers
 from benchmarks.measuring import Figure, seconds
 from benchmarks.subject import DATASET, pack_noise, write_noise
 from job.data.cache import ImageCache, open_cache
 from job.data.order import Order
-from job.data.shards import INDEX, Shard, dataset_key, load_index, shard_name
+from job.data.shards import INDEX, Shard, Shards, dataset_key, load_index, shard_name
 from job.data.stream import stream_batches
 from job.progress import Progress
 from job.store import open_store
 
 SIZE = 64
-BATCH_SIZE_IMAGES = 128
-PEER_WORKERS = 2
-"""Both peers are faster with two worker processes than without, and not faster with more workers than cores."""
 MEMORY_COPIES = 10
 """The factor of a larger dataset, whose stream must not take more memory."""
 
@@ -51,9 +49,14 @@ def measure(quick: bool) -> list[Figure]:
         decoding_seconds = seconds(lambda: opened(bucket, key, cache).close())
         readers: dict[str, Callable[[], Iterable[object]]] = {
             "ours": lambda: our_epoch(opened(bucket, key, cache)),
-            "webdataset": lambda: webdataset_epoch([f"{bucket}/{key}/{shard.name}" for shard in index.shards]),
-            "ImageFolder": lambda: image_folder_epoch(folder / "images"),
+            "webdataset": lambda: peers.webdataset_epoch([f"{bucket}/{key}/{shard.name}" for shard in index.shards]),
+            "ImageFolder": lambda: peers.image_folder_epoch(folder / "images"),
+            "litData": lambda: peers.litdata_epoch(str(folder / "chunks"), folder / "litdata"),
+            "SPDL": lambda: peers.spdl_epoch(folder / "images"),
         }
+        readers = {reader: readers[reader] for reader in ("ours", *peers.installed(*readers))}
+        if "litData" in readers:
+            peers.litdata_optimize(folder / "images", folder / "chunks")
         epochs: dict[str, list[Epoch]] = {reader: [] for reader in readers}
         for turn in range(turns + 1):
             for number, (reader, batches) in enumerate(readers.items()):
@@ -83,20 +86,20 @@ def measure(quick: bool) -> list[Figure]:
 def speed_figures(epochs: dict[str, list[Epoch]], images: int, decoding_seconds: float) -> list[Figure]:
     """Returns our rate, its ratio to the best peer's, and the time to the first batch."""
     rates = {reader: [images / epoch.seconds for epoch in all_of_it] for reader, all_of_it in epochs.items()}
-    best_peer = max(("webdataset", "ImageFolder"), key=lambda reader: median(rates[reader]))
+    best_peer = max((reader for reader in rates if reader != "ours"), key=lambda reader: median(rates[reader]))
     return [
         Figure(
             "loader_images_per_second",
             f"loader, warm, {SIZE}×{SIZE}×3: images/s",
             rates["ours"],
             at_least=100_000,
-            beside=f"{images:,} images, batch {BATCH_SIZE_IMAGES}, from opening to the last batch; "
+            beside=f"{images:,} images, batch {peers.BATCH_SIZE_IMAGES}, from opening to the last batch; "
             f"decoded once before, in {decoding_seconds:.1f} s",
             raw={
                 "images": images,
                 "images_per_second": rates,
                 "decoding_seconds": decoding_seconds,
-                "peer_workers": PEER_WORKERS,
+                "peer_workers": peers.WORKERS,
             },
         ),
         Figure(
@@ -127,7 +130,7 @@ def timed_epoch(batches: Callable[[], Iterable[object]], images: int) -> Epoch:
     iterator = iter(batches())
     next(iterator)
     first = time.perf_counter() - start
-    for _ in islice(iterator, -(-images // BATCH_SIZE_IMAGES) - 1):
+    for _ in islice(iterator, -(-images // peers.BATCH_SIZE_IMAGES) - 1):
         pass
     return Epoch(first, time.perf_counter() - start)
 
@@ -142,32 +145,11 @@ def our_epoch(cache: ImageCache) -> Iterable[object]:
     """Yields shuffled uint8 batches, which one thread reads ahead."""
     return stream_batches(
         cache,
-        Order(tuple(shard.images for shard in cache.index.shards), seed=0),
-        batch_size_images=BATCH_SIZE_IMAGES,
+        Order(tuple(cache.index.shards.images.tolist()), seed=0),
+        batch_size_images=peers.BATCH_SIZE_IMAGES,
         first_image=0,
         last_image=cache.index.images,
     )
-
-
-def webdataset_epoch(urls: list[str]) -> Iterable[object]:
-    """Reads our shards with webdataset: shuffled within 1,000 images, decoded with PIL."""
-    import webdataset
-    from torch.utils.data import DataLoader
-    from torchvision.transforms import PILToTensor
-
-    samples = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0, empty_check=False).shuffle(1000).decode("pil")
-    dataset = samples.to_tuple("png").map_tuple(PILToTensor())
-    return DataLoader(dataset, BATCH_SIZE_IMAGES, num_workers=PEER_WORKERS)
-
-
-def image_folder_epoch(folder: Path) -> Iterable[object]:
-    """Reads the files before packing with torchvision: shuffled, decoded with PIL."""
-    from torch.utils.data import DataLoader
-    from torchvision.datasets import ImageFolder
-    from torchvision.transforms import PILToTensor
-
-    dataset = ImageFolder(str(folder), transform=PILToTensor())
-    return DataLoader(dataset, BATCH_SIZE_IMAGES, shuffle=True, num_workers=PEER_WORKERS)
 
 
 def multiply(bucket: str, key: str, large_name: str, copies: int) -> str:
@@ -176,12 +158,12 @@ def multiply(bucket: str, key: str, large_name: str, copies: int) -> str:
     index = load_index(store, key)
     large_key = dataset_key(large_name, index.size)
     shards: list[Shard] = []
-    for shard in index.shards * copies:
+    for shard in list(index.shards) * copies:
         copy = shard.model_copy(update={"name": shard_name(len(shards))})
         store.upload(Path(bucket) / key / shard.name, f"{large_key}/{copy.name}")
         store.create(f"{large_key}/{copy.offsets_name}", store.read(f"{key}/{shard.offsets_name}").data)
         shards.append(copy)
-    large = index.model_copy(update={"name": large_name, "shards": tuple(shards)})
+    large = index.model_copy(update={"name": large_name, "shards": Shards.of(shards)})
     store.create(f"{large_key}/{INDEX}", large.to_json())
     return large_key
 

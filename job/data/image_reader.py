@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import BinaryIO
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
@@ -17,7 +16,7 @@ from job.data.ahead import in_order
 from job.data.images import Recipe, RejectedImageError, codec_versions, decode, decode_latents, prepare
 from job.data.order import Int64s
 from job.data.shard_source import ShardSource
-from job.data.shards import Record
+from job.data.shards import Record, image_hash
 from job.exits import BadDataError
 
 Uint8s = npt.NDArray[np.uint8]
@@ -58,7 +57,7 @@ class ImageReader:
             StoppedError: this process has to stop.
         """
         shards = np.searchsorted(self.source.starts, indices, side="right") - 1
-        rows, records = (indices - self.source.starts[shards]).tolist(), self.source.records[indices].tolist()
+        rows, records = (indices - self.source.starts[shards]).tolist(), self.source.records(indices).tolist()
 
         def read_some(places: list[int]) -> None:
             shard = int(shards[places[0]])
@@ -76,11 +75,11 @@ class ImageReader:
 
     def read_image(self, shard: int, row: int, record: Record, file: BinaryIO) -> Uint8s:
         """Returns image `row` of a shard from its place `record` in `file`; raises as `read_into`."""
-        offset, size_bytes, _, checksum = record
+        offset, size_bytes, _, sha256 = record
         file.seek(offset)
         encoded, problem = file.read(size_bytes), "it differs from the index"
         try:
-            if google_crc32c.value(encoded) == checksum:
+            if image_hash(encoded) == sha256:
                 if self._recipe is not None:
                     return prepare(encoded, self._recipe)
                 decoder = decode_latents if self.source.index.encoding else decode

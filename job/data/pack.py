@@ -27,8 +27,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
-
 from job.data import shards
 from job.data.ahead import in_order
 from job.data.foreign_tars import BAD_CLASS, Sample, find_tars
@@ -266,7 +264,7 @@ class _Packing(abc.ABC):
             unlabelled_images=self.unlabelled_images,
             skipped=self.skipped,
             rejects_sha256=hashlib.sha256(rejects).hexdigest() if rejects else "",
-            shards=tuple(made),
+            shards=shards.Shards.of(made),
         )
         if rejects:
             dataset.create(shards.REJECTS, rejects)
@@ -476,8 +474,8 @@ class _InPlace(_Packing):
         for checked in self._checked(tar.samples(digests, self._label_key), rejects):
             if not checked.reason:
                 sample = checked.sample
-                label, checksum = sample.label if self.has_classes else -1, google_crc32c.value(sample.content)
-                records.append((sample.offset, len(sample.content), label, checksum))
+                label, sha256 = sample.label if self.has_classes else -1, shards.image_hash(sample.content)
+                records.append((sample.offset, len(sample.content), label, sha256))
             advance((digests.size_bytes - read_bytes) / 1e6)
             read_bytes = digests.size_bytes
         facts: dict[str, Any] = {"rejects": rejects, "source_sha256": "", "shard": None, "highest_label": -1}

@@ -7,8 +7,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -21,7 +19,7 @@ from job.data.shards import OFFSETS_DTYPE, DatasetIndex, first_damaged
 from job.exits import BadDataError, JobError
 from job.stop import NEVER, Stop
 from job.store import Store, open_to_read, split_uri
-from job.store.files import os_errors, temporary_beside
+from job.store.files import os_errors
 
 Fetched = TypeVar("Fetched")
 
@@ -48,42 +46,50 @@ class ShardSource:
             NoPermissionError: no credentials for a shard's bucket were found.
         """
         self.index, self.folder, self.stop = index, folder, stop
-        self.starts: Int64s = np.cumsum([0, *(shard.images for shard in index.shards)])
+        self.starts: Int64s = np.concatenate([[0], np.cumsum(index.shards.images)])
         self._bucket, self._key = bucket, key
-        folders = {split_uri(shard.uri)[0] for shard in index.shards if shard.uri}
+        folders = {split_uri(uri)[0] for uri in index.shards.uris}
         # Training waits for a name server that is away.
         retry = bucket.retry.elsewhere(waits_for_name=True)
         self._foreign = {folder: open_to_read(folder, retry) for folder in folders}
         self.is_local = all(store.uri.startswith("/") for store in self._foreign.values() or [bucket])
         self.remedy = f"restore it, or {'index' if index.is_foreign else 'pack'} the dataset again"
-        with os_errors(folder):
+        self._tables_path, self._are_loaded = folder / "offsets", np.zeros(len(index.shards), bool)
+        with os_errors(self._tables_path):
             folder.mkdir(parents=True, exist_ok=True)
+            # A hundred million images have gigabytes of tables, and a batch needs a few: the rest is a hole.
+            with self._tables_path.open("ab") as file:
+                file.truncate(index.images * OFFSETS_DTYPE.itemsize)
+            self._tables = np.asarray(np.memmap(self._tables_path, OFFSETS_DTYPE, "r"))
 
     def check(self) -> None:
         """Raises `StoppedError` if this process has to stop."""
         self.stop.check(f"while reading the images of {self._bucket.uri}/{self._key}; the images read so far are kept")
 
-    @cached_property
-    def records(self) -> np.ndarray:
-        """Returns the offset tables of all shards, memory-mapped, OFFSETS_DTYPE [N]; fetches them if necessary.
+    def records(self, indices: Int64s) -> np.ndarray:
+        """Returns the rows of images `indices` in the offset tables, OFFSETS_DTYPE [b].
+
+        The tables of their shards are verified first, and fetched if they are not in the cache.
 
         Raises:
             BadDataError: a table in the bucket is corrupt.
+            DiskFullError: a table does not fit the disk.
         """
-        path, hashes = self.folder / "offsets", [shard.offsets_sha256 for shard in self.index.shards]
-        with os_errors(path):
-            # A file that is too short cannot be mapped.
-            with suppress(FileNotFoundError, ValueError):
-                records = np.memmap(path, OFFSETS_DTYPE, "r", shape=(self.index.images,))
-                tables = (records[first:last] for first, last in pairwise(self.starts))
-                if [hashlib.sha256(table.tobytes()).hexdigest() for table in tables] == hashes:
-                    return np.asarray(records)
-            with temporary_beside(path) as (temporary, file):
-                for table in self._ahead(self.read_table, range(len(hashes))):
-                    file.write(table.tobytes())
-                file.flush()
-                temporary.replace(path)
-            return np.asarray(np.memmap(path, OFFSETS_DTYPE, "r"))
+        shards = np.searchsorted(self.starts, indices, side="right") - 1
+        if not (are_loaded := self._are_loaded[shards]).all():
+            for _ in self._ahead(self._load_table, np.unique(shards[~are_loaded]).tolist()):
+                pass
+        return self._tables[indices]
+
+    def _load_table(self, shard: int) -> None:
+        first, last = self.starts[shard : shard + 2].tolist()
+        if hashlib.sha256(self._tables[first:last].tobytes()).hexdigest() != self.index.shards[shard].offsets_sha256:
+            table = self.read_table(shard)
+            # Not through the map, where a full disk would cause SIGBUS.
+            with os_errors(self._tables_path), self._tables_path.open("r+b") as file:
+                file.seek(first * OFFSETS_DTYPE.itemsize)
+                file.write(table.tobytes())
+        self._are_loaded[shard] = True
 
     def read_table(self, shard: int) -> np.ndarray:
         """Reads the offset table of a shard from the bucket, OFFSETS_DTYPE [images].
@@ -133,7 +139,12 @@ class ShardSource:
         shutil.rmtree(incoming, ignore_errors=True)
         with os_errors(incoming):
             incoming.mkdir(exist_ok=True)
-        return self._ahead(lambda shard: (shard, self.verified(shard, incoming)), shards)
+
+        def both(shard: int) -> tuple[int, Path]:
+            self._load_table(shard)
+            return shard, self.verified(shard, incoming)
+
+        return self._ahead(both, shards)
 
     def verified(self, shard: int, incoming: Path) -> Path:
         """Returns a file whose SHA-256 is that of the shard in the index.

@@ -6,8 +6,11 @@
                               rejects.jsonl         the images that were left out, if any
 
 The index stays small for any number of images, because the offset tables hold all data per image. Tars can also be
-indexed in place: then the index names their URIs, and their images are prepared at each read. The index holds the
-hashes of all other objects and of itself, the tables a checksum per image, so that every damage can be located.
+indexed in place: then the index names their URIs, and their images are prepared at each read.
+
+Hashes lead from the index to every image: it holds its own, and those of all other objects; the tables hold one per
+image. So an image that is read by range is verified like a whole shard, without reading the longer block that a hash
+of a block would require. A checksum such as CRC-32C would not show a change on purpose.
 """
 
 from __future__ import annotations
@@ -18,14 +21,14 @@ import math
 import re
 import shlex
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, BinaryIO, Literal, Self
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ddpm.image_size import TEXT, ImageSize
 from job.config import Size
@@ -44,14 +47,23 @@ REFERENCES = "references"
 """Folder of the features that evaluations compute of the images."""
 SHARD_PIXEL_BYTES = 96 << 20
 """Pixels of the images of a shard, which make about 64 MB of PNG."""
-OFFSETS_DTYPE = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("label", "<i4"), ("crc32c", "<u4")])
-"""The place of an image's encoded bytes in its tar, its class (-1 without classes), and the CRC-32C of the bytes."""
-Record = tuple[int, int, int, int]
+OFFSETS_DTYPE = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("label", "<i4"), ("sha256", "V16")])
+"""The place of an image's encoded bytes in its tar, its class (-1 without classes), and `image_hash` of the bytes."""
+Record = tuple[int, int, int, bytes]
 """A row of an offset table."""
+SHARDS_DTYPE = np.dtype(
+    [("number", "<u4"), ("images", "<u4"), ("bytes", "<u8"), ("sha256", "V32"), ("offsets_sha256", "V32")]
+)
+"""A row of the index's table of shards: see `Shard`."""
 
 _DATASET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 _TAR_URI = re.compile(r"(/|(?!file:|http:|ftp:)[a-z][a-z0-9+.-]*://)[^\x00-\x1f\x7f]*[^\x00-\x1f\x7f/]")
+
+
+def image_hash(encoded: bytes) -> bytes:
+    """Returns the first 16 bytes of the SHA-256 of an image's file; a forged image would take 2^128 attempts."""
+    return hashlib.sha256(encoded).digest()[:16]
 
 
 def is_tar_uri(uri: str) -> bool:
@@ -65,12 +77,10 @@ def _of_a_tar(uri: str) -> str:
     return uri
 
 
-class Shard(BaseModel):
+class Shard(RecordPart):
     """One tar file of the dataset."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str = Field(pattern=r"^shard-\d{5}(-[0-9a-f]{8})?\.tar$")
+    name: str = Field(pattern=r"^shard-\d{5,9}(-[0-9a-f]{8})?\.tar$")
     bytes: int = Field(gt=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     images: int = Field(gt=0)
@@ -79,9 +89,76 @@ class Shard(BaseModel):
     """URI of a tar that is indexed in place; empty for one beside its table, under `name`."""
 
     @property
+    def number(self) -> int:
+        """Returns the number in the shard's name."""
+        return int(self.name.removesuffix(".tar").split("-")[1])
+
+    @property
     def offsets_name(self) -> str:
         """Returns the key of the shard's offset table."""
         return self.name.removesuffix(".tar") + ".offsets"
+
+
+class Shards(RecordPart):
+    """The shards of a dataset in one table: a hundred thousand records in JSON would take seconds to read."""
+
+    table: str
+    """Rows of SHARDS_DTYPE, in hexadecimal digits."""
+    named_by_hash: bool = False
+    """Whether the names of the tars end with the beginning of their hash."""
+    uris: tuple[Annotated[str, AfterValidator(_of_a_tar)], ...] = ()
+    """URIs of tars that are indexed in place, of all or none."""
+
+    @classmethod
+    def of(cls, shards: Sequence[Shard]) -> Self:
+        """Returns the table of these shards."""
+        rows = [
+            (shard.number, shard.images, shard.bytes, *map(bytes.fromhex, (shard.sha256, shard.offsets_sha256)))
+            for shard in shards
+        ]
+        uris, by_hash = tuple(shard.uri for shard in shards), shards[0].name.count("-") == 2
+        table = np.array(rows, SHARDS_DTYPE).tobytes().hex()
+        return cls(table=table, named_by_hash=by_hash, uris=uris if any(uris) else ())
+
+    @model_validator(mode="after")
+    def _is_a_table(self) -> Self:
+        if not len(self) or not self.images.all() or not 0 < self.bytes.min() <= self.bytes.max() < 1 << 44:
+            raise ValueError("the table of shards has impossible sizes")
+        if self.uris and (len(self.uris) != len(self) or not all(self.uris)):
+            raise ValueError("some shards lack a URI")
+        return self
+
+    @cached_property
+    def _rows(self) -> npt.NDArray[np.void]:
+        return np.frombuffer(bytes.fromhex(self.table), SHARDS_DTYPE)
+
+    @cached_property
+    def images(self) -> npt.NDArray[np.int64]:
+        """Returns the images of each shard, int64 [n]."""
+        return self._rows["images"].astype(np.int64)
+
+    @cached_property
+    def bytes(self) -> npt.NDArray[np.int64]:
+        """Returns the size of each tar, int64 [n]."""
+        return self._rows["bytes"].astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> Shard:
+        row = self._rows[number]
+        sha256 = row["sha256"].tobytes().hex()
+        return Shard(
+            name=shard_name(int(row["number"]), sha256 if self.named_by_hash else ""),
+            bytes=int(row["bytes"]),
+            sha256=sha256,
+            images=int(row["images"]),
+            offsets_sha256=row["offsets_sha256"].tobytes().hex(),
+            uri=self.uris[number] if self.uris else "",
+        )
+
+    def __iter__(self) -> Iterator[Shard]:  # type: ignore[override]
+        return map(self.__getitem__, range(len(self)))
 
 
 class Digests:
@@ -123,7 +200,7 @@ class ShardWriter:
     def add(self, key: str, encoded: bytes, label: int, kind: str = "png") -> None:
         """Appends `key.png`, or another kind, and `key.cls` for a label of 0 or more."""
         place = self.digests.size_bytes + tarfile.BLOCKSIZE
-        self._records.append((place, len(encoded), label, google_crc32c.value(encoded)))
+        self._records.append((place, len(encoded), label, image_hash(encoded)))
         files = {f"{key}.{kind}": encoded} | ({f"{key}.cls": str(label).encode()} if label >= 0 else {})
         for name, content in files.items():
             header = tarfile.TarInfo(name)
@@ -148,9 +225,9 @@ def first_damaged(file: BinaryIO, table: npt.NDArray[np.void]) -> str:
         file: the shard, with any damage.
         table: its intact offset table, OFFSETS_DTYPE [n].
     """
-    for row, (offset, size_bytes, _, checksum) in enumerate(table.tolist()):
+    for row, (offset, size_bytes, _, sha256) in enumerate(table.tolist()):
         file.seek(offset)
-        if google_crc32c.value(file.read(size_bytes)) != checksum:
+        if image_hash(file.read(size_bytes)) != sha256:
             return f"the first damaged image is {row}, at byte {offset}"
     return "all its images are intact, but not the bytes between them"
 
@@ -175,7 +252,7 @@ class Encoding(RecordPart):
 class DatasetIndex(Sealed):
     """The contents and the origin of a dataset, with crop and filter: they change an FID more than most methods do."""
 
-    format: int = Field(default=2, ge=2, le=2)
+    format: int = Field(default=3, ge=3, le=3)
     name: str
     size: Size = Field(description="in pixels, or of latents")
     channels: int = Field(ge=1, le=256, description="that a network sees")
@@ -197,17 +274,17 @@ class DatasetIndex(Sealed):
     skipped: dict[str, int] = Field(default={}, description="files that were left out, by suffix or as hidden images")
     codecs: str = Field(default="", description="versions of what decoded the images")
     fingerprint: str = Field(default="", description="SHA-256 of all that decides the shards, of packed datasets")
-    shards: tuple[Shard, ...] = Field(min_length=1)
+    shards: Shards
 
     @property
     def is_foreign(self) -> bool:
         """Returns whether the tars are indexed in place, so that `crop` and `resize_filter` apply at each read."""
-        return bool(self.shards[0].uri)
+        return bool(self.shards.uris)
 
     @property
     def images(self) -> int:
         """Returns the number of images."""
-        return sum(shard.images for shard in self.shards)
+        return int(self.shards.images.sum())
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -245,8 +322,7 @@ class DatasetIndex(Sealed):
         content = self.model_dump(include={"format", "size", "channels", "dtype", "classes", "shards"})
         if self.encoding:
             content |= {"encoding": self.encoding.model_dump(exclude={"source"})}
-        for shard in content["shards"]:
-            del shard["uri"]
+        del content["shards"]["uris"]
         if self.is_foreign:
             content |= {"crop": self.crop, "resize_filter": self.resize_filter}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -165,7 +165,7 @@ def _is_made(part: _Part, encoder: _Encoder) -> bool:
 
 def _pieces(part: _Part, encoder: _Encoder, slice_text: str) -> Pieces:
     """Returns the pieces: a shard of latents for each shard of images."""
-    sizes = [shard.images for shard in part.source.shards]
+    sizes = part.source.shards.images.tolist()
     share = Slice.parse(slice_text)
     return Pieces(part.dataset, encoder.fingerprint(part.source), sizes, share=share, result=shards.INDEX)
 
@@ -195,8 +195,8 @@ def _fit(config: dict[str, object], source: shards.DatasetIndex, where: str) -> 
 
 def _encoded(part: _Part, encoder: _Encoder, number: int, advance: Advance) -> Made:
     """Writes the latents of a shard's images to a shard; its facts hold the sums for the normalisation."""
-    first = sum(shard.images for shard in part.source.shards[:number])
-    numbers = range(first, first + part.source.shards[number].images)
+    first, last = (int(part.source.shards.images[:stop].sum()) for stop in (number, number + 1))
+    numbers = range(first, last)
     sums, squares = np.zeros(encoder.channels), np.zeros(encoder.channels)
     with scratch_folder("encode") as folder:
         writer = shards.ShardWriter(folder / shards.shard_name(number))
@@ -298,5 +298,5 @@ def _index(
         held_out=held_out,
         hold_out=source.hold_out,
         codecs=codec_versions(),
-        shards=tuple(shards.Shard.model_validate(each["shard"]) for each in facts),
+        shards=shards.Shards.of([shards.Shard.model_validate(each["shard"]) for each in facts]),
     )

@@ -97,7 +97,7 @@ def list_datasets(bucket_uri: str, *, as_json: bool = False) -> None:
             f"{len(index.classes):,}" if index.classes else "-",
             index.crop,
             f"{len(index.shards):,}",
-            f"{sum(shard.bytes for shard in index.shards):,}",
+            f"{int(index.shards.bytes.sum()):,}",
             index.licence or "-",
         )
     print_table(table, f"no datasets in {bucket.uri} yet: pack one with `ddpm data pack SOURCE NAME --size 64`")
@@ -109,7 +109,7 @@ def _told(bucket: Store, key: str) -> dict[str, Any]:
         index = load_index(bucket, key)
     except (MissingInputError, BadDataError):
         return {}
-    size_bytes = sum(shard.bytes for shard in index.shards)
+    size_bytes = int(index.shards.bytes.sum())
     more = {"uri": f"{bucket.uri}/{key}", "id": index.dataset_id, "images": index.images, "bytes": size_bytes}
     return more | index.model_dump(mode="json", exclude={"sha256", "shards", "format"}) | {"shards": len(index.shards)}
 

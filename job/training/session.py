@@ -115,7 +115,7 @@ class TrainingSession:
         self.batches = stream_batches(
             images,
             Order(
-                tuple(shard.images for shard in plan.index.shards),
+                tuple(plan.index.shards.images.tolist()),
                 self.config.train.seed,
                 self.config.data.shuffle_block_images,
             ),

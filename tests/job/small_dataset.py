@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from job.data.shards import INDEX, DatasetIndex, ShardWriter, shard_name
+from job.data.shards import INDEX, DatasetIndex, Shards, ShardWriter, shard_name
 from job.store import Store, open_store
 from job.store.local import LocalStore
 
@@ -89,7 +89,7 @@ def write_dataset(
         resize_filter="lanczos",
         source="rng",
         source_sha256="0" * 64,
-        shards=tuple(shards),
+        shards=Shards.of(shards),
     )
     bucket.create(f"{KEY}/{INDEX}", index.to_json())
     return SmallDataset(bucket, KEY, index, pixels, labels)

@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 
-from job.data.shards import INDEX, Shard, ShardWriter, load_index
+from job.data.shards import INDEX, Shard, Shards, ShardWriter, load_index
 from job.exits import Exit
 from job.runs.checkpoints import Manifest, list_checkpoints
 from job.runs.layout import ObjectKind
@@ -133,7 +133,7 @@ def plant_configuration(bucket: Path, content: bytes) -> None:
 
 def replace_shard(bucket: Path, shard: Shard) -> None:
     """Another one in the dataset's index, which vouches for itself again; the run goes on with what it finds."""
-    index = load_index(open_store(str(bucket)), DATASET).model_copy(update={"shards": (shard,)})
+    index = load_index(open_store(str(bucket)), DATASET).model_copy(update={"shards": Shards.of([shard])})
     (bucket / DATASET / INDEX).write_bytes(index.to_json())
     shutil.rmtree(bucket / RUN)
 
@@ -215,7 +215,7 @@ def test_an_index_names_no_other_place(trained, tmp_path):
     bucket = shutil.copytree(trained, tmp_path / "bucket")
     index = load_index(open_store(str(bucket)), DATASET)
     for uri in ("http://host/a.tar", "file:///a.tar", "../a.tar", "gs://b/a\n.tar", "gs://b/"):
-        elsewhere = tuple(shard.model_copy(update={"uri": uri}) for shard in index.shards)
+        elsewhere = index.shards.model_copy(update={"uris": (uri,) * len(index.shards)})
         (bucket / DATASET / INDEX).write_bytes(index.model_copy(update={"shards": elsewhere}).to_json())
         assert "index.json" in refused(ddpm_here("data", "verify", "small", "--bucket", bucket), Exit.BAD_DATA)
 

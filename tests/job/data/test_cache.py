@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 
@@ -217,6 +218,24 @@ def test_few_images_need_no_shard(tmp_path, monkeypatch):
     shard, table = (tmp_path / "bucket" / KEY / f"shard-00002.{suffix}" for suffix in ("tar", "offsets"))
     shard.chmod(0o644)
     flip_a_bit(shard, int(np.fromfile(table, OFFSETS_DTYPE)[2]["offset"]) + 20)
+    with pytest.raises(BadDataError, match=r"shard-00002\.tar, image 2 .* differs from the index"):
+        images.read(np.array([0, 10]))
+
+
+@pytest.mark.parametrize("remote_bucket", ["gs"], indirect=True)
+def test_ranges_are_verified_by_a_hash(remote_bucket, proxy, tmp_path, monkeypatch):
+    """The proxy adds a multiple of the polynomial to an image, so that its CRC-32C stays the same."""
+    monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
+    written = write_dataset(remote_bucket, tmp_path, size=64)
+    tar, table = tmp_path / "shard-00002.tar", written.bucket.read(f"{KEY}/shard-00002.offsets").data
+    offset, size_bytes, *_ = np.frombuffer(table, OFFSETS_DTYPE)[2].tolist()
+    image = tar.read_bytes()[offset : offset + size_bytes]
+    flips = int(f"{0x11EDC6F41:033b}"[::-1], 2) << 8 * (size_bytes // 2)
+    forged = (int.from_bytes(image, "little") ^ flips).to_bytes(size_bytes, "little")
+    assert forged != image and google_crc32c.value(forged) == google_crc32c.value(image)
+    proxy.received = lambda body: body.replace(image, forged)
+    images = uncached_images(written.bucket, KEY, written.index)
+    np.testing.assert_array_equal(images.read(np.array([0, 21])), written.pixels[[0, 21]])
     with pytest.raises(BadDataError, match=r"shard-00002\.tar, image 2 .* differs from the index"):
         images.read(np.array([0, 10]))
 

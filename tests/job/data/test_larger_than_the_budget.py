@@ -27,7 +27,7 @@ from tests.job.small_dataset import KEY, FarStore
 store, cache_dir, budget_bytes = FarStore(Path(sys.argv[1])), Path(sys.argv[2]), int(sys.argv[3])
 index = DatasetIndex.load(store, f"{KEY}/{INDEX}")
 cache = open_cache(store, KEY, index, cache_dir=cache_dir, budget_bytes=budget_bytes)
-order = Order(tuple(shard.images for shard in index.shards), seed=5, block_images=60)
+order = Order(tuple(index.shards.images.tolist()), seed=5, block_images=60)
 anonymous = 0
 for batch in stream_batches(cache, order, batch_size_images=20, first_image=0, last_image=2 * index.images):
     status = Path("/proc/self/status").read_text()

@@ -5,7 +5,6 @@ import json
 import shutil
 from importlib import resources
 
-import google_crc32c
 import numpy as np
 import pytest
 import torch
@@ -15,7 +14,7 @@ from job.data.autoencoder import latents_of
 from job.data.cache import uncached_images
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
-from job.data.shards import INDEX, OFFSETS_DTYPE, load_index
+from job.data.shards import INDEX, OFFSETS_DTYPE, Shards, load_index, shard_name
 from job.exits import Exit
 from job.runs.records import existing_config
 from job.runs.verification import verify_run
@@ -267,12 +266,15 @@ def test_infinite_packed_latents_are_named(bucket, tmp_path):
     rows = np.frombuffer(table.read_bytes(), OFFSETS_DTYPE).copy()
     offset, size_bytes = int(rows["offset"][1]), int(rows["bytes"][1])
     content[offset + size_bytes - 2 : offset + size_bytes] = np.float16("nan").tobytes()
-    rows["crc32c"][1] = google_crc32c.value(bytes(content[offset : offset + size_bytes]))
-    (copied / KEY / shard.name).write_bytes(content)
-    table.write_bytes(rows.tobytes())
+    rows["sha256"][1] = np.void(hashlib.sha256(content[offset : offset + size_bytes]).digest()[:16])
     hashes = {"sha256": content, "offsets_sha256": rows.tobytes()}
-    forged = shard.model_copy(update={key: hashlib.sha256(data).hexdigest() for key, data in hashes.items()})
-    forged_index = index.model_copy(update={"shards": (forged, *index.shards[1:])})
+    hashes = {key: hashlib.sha256(data).hexdigest() for key, data in hashes.items()}
+    forged = shard.model_copy(update=hashes | {"name": shard_name(0, hashes["sha256"])})
+    (copied / KEY / forged.name).write_bytes(content)
+    (copied / KEY / forged.offsets_name).write_bytes(rows.tobytes())
+    for name in (shard.name, shard.offsets_name):
+        (copied / KEY / name).unlink()
+    forged_index = index.model_copy(update={"shards": Shards.of([forged, *list(index.shards)[1:]])})
     (copied / KEY / INDEX).write_bytes(forged_index.to_json())
     verified = ddpm_here("data", "verify", "tiles-latents", "--bucket", copied)
     assert "image 1 (at byte" in refused(verified, Exit.BAD_DATA)

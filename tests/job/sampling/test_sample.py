@@ -14,7 +14,7 @@ from PIL import Image
 
 from ddpm import figures
 from job.config import SampleConfig
-from job.data.shards import load_index
+from job.data.shards import Shards, load_index
 from job.exits import NotANumberError, StoppedError
 from job.requests import SampleRequest
 from job.runs.verification import verify_run
@@ -160,7 +160,7 @@ def test_search_for_nearest_images_can_stop(bucket):
         """Has more images than are compared at a time."""
 
         index = load_index(open_store(str(bucket)), "datasets/tiles-16")
-        index = index.model_copy(update={"shards": (index.shards[0].model_copy(update={"images": 5000}),)})
+        index = index.model_copy(update={"shards": Shards.of([index.shards[0].model_copy(update={"images": 5000})])})
 
         def read(self, indices):
             return np.zeros((len(indices), 16, 16, 3), np.uint8)
