@@ -21,8 +21,11 @@ SAVES_PER_CADENCE = 10
 """Saving may take up to a tenth of the time: it takes processors and network from training."""
 SHORTEST_CADENCE_MINUTES = 1.0
 """Where a preemption loses the work since the last save, and no interval is configured or a longer one."""
-LONGEST_SECONDS = 600.0
-"""The most work that an end without a notice loses, if no interval is configured."""
+SHORTEST_SECONDS, LONGEST_SECONDS = 10.0, 600.0
+"""The limits of the interval if none is configured and the run was not killed: the most work that the first end without
+a notice loses."""
+FREE_SAVES_PER_CADENCE = 100
+"""Then saving may take a hundredth of the time."""
 LEAST_STALL_SECONDS = 0.01
 RECENT_ATTEMPTS = 10
 """The attempts that tell how often this run is killed; each takes a request."""
@@ -41,8 +44,11 @@ def interval_seconds(
     """
     save_seconds, stall_seconds = save
     least = SAVES_PER_CADENCE * save_seconds
-    seconds = LONGEST_SECONDS if every_minutes is None else every_minutes * 60
-    if every_minutes is None and killed_every is not None:
+    if every_minutes is not None:
+        seconds = every_minutes * 60
+    elif killed_every is None:
+        seconds = min(max(FREE_SAVES_PER_CADENCE * save_seconds, SHORTEST_SECONDS), LONGEST_SECONDS)
+    else:
         best = best_interval_seconds(max(stall_seconds, LEAST_STALL_SECONDS), killed_every)
         seconds = min(max(best, least), LONGEST_SECONDS)
     if not is_saved_in(grace_seconds, save_seconds):

@@ -19,7 +19,10 @@ from tests.job.runs.leased import leased
 @pytest.mark.parametrize(
     ("configured", "grace", "save", "killed_every", "seconds"),
     [
-        (None, 30.0, (1.0, 0.05), None, 600.0),
+        # In a run that was not killed it takes a hundredth.
+        (None, 30.0, (1.0, 0.05), None, 100.0),
+        (None, 30.0, (0.01, 0.0), None, 10.0),
+        (None, 30.0, (7.0, 0.05), None, 600.0),
         # Young's square root, of 2 × 0.5 s × an hour.
         (None, 30.0, (1.0, 0.5), 3600.0, 60.0),
         (None, 30.0, (1.0, 5.0), 10**7, 600.0),

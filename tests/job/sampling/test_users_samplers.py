@@ -107,7 +107,8 @@ def test_ctrl_c_ends_an_import(own, tmp_path):
 @pytest.mark.slow
 def test_varying_evaluations_stop_all_processes(own):
     text = f"import os\n{HEAD}    for _ in range(1 + 8 * int(os.environ['RANK']) * bool(x.any())):\n"
-    done = ddpm(*own("uneven", f"{text}        y = denoise(x, points[0])\n    return y\n"), "--processes", 2, "--seeds", "0-7")
+    words = own("uneven", f"{text}        y = denoise(x, points[0])\n    return y\n")
+    done = ddpm(*words, "--processes", 2, "--seeds", "0-7")
     assert "more or less often than the 1 times" in done.stderr
     assert done.returncode == Exit.BAD_REQUEST, done.stderr
 
