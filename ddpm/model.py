@@ -24,7 +24,7 @@ from ddpm.objective import Condition
 from ddpm.prediction import Prediction
 from ddpm.process import Process, make_process
 from ddpm.samplers import Denoiser, NoiseAt
-from ddpm.threads import Threads, threads_of
+from ddpm.threads import Threads, group_of, threads_of
 
 MOST_TIMESTEPS = 100_000
 """Limit of the timesteps of a process that is loaded."""
@@ -53,6 +53,7 @@ class Model:
         decode: decodes latents to pixels [B, c, h, w]; `pixels` clamps these to [-1, 1].
         worse: a network with less training, for guidance away from it.
         threads: share the images of a batch on a CPU.
+        group_images: images that a thread computes at once; None: by the size of the batch.
         source: the place that it was loaded from, for people.
     """
 
@@ -68,6 +69,7 @@ class Model:
     decode: Callable[[Tensor], Tensor] | None = None
     worse: nn.Module | None = None
     threads: Threads | None = None
+    group_images: int | None = None
     source: str = ""
 
     def __repr__(self) -> str:
@@ -204,7 +206,7 @@ class Model:
 
     def _answer(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         if self.threads:
-            return self.threads.sharing(network, self.autocast)(x, t, condition)
+            return self.threads.sharing(network, self.autocast, self.group_images or group_of(len(x)))(x, t, condition)
         with torch.no_grad(), self.autocast():
             answer: Tensor = network(x, t, condition)
             return answer

@@ -21,8 +21,13 @@ from ddpm.objective import Condition, Network
 
 T = TypeVar("T")
 
-GROUP_IMAGES = 4
-"""Images of a part where nothing is learnt: fewer cost speed, more leave threads without a part."""
+GROUP_IMAGES = 8
+"""The most images of a group: fewer cost speed, more leave threads without a group."""
+
+
+def group_of(images: int) -> int:
+    """Returns the number of images that are computed at once, of so many: those of an even number of groups."""
+    return max(1, -(-images // (2 * -(-images // (2 * GROUP_IMAGES)))))
 
 
 class Threads:
@@ -52,7 +57,9 @@ class Threads:
 
         return self._pool.map(alone, parts)
 
-    def sharing(self, network: Network, autocast: Callable[[], AbstractContextManager[None]]) -> Network:
+    def sharing(
+        self, network: Network, autocast: Callable[[], AbstractContextManager[None]], group_images: int
+    ) -> Network:
         """Returns the network, evaluated under its autocast in groups of images, without gradients."""
 
         def answer(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -64,7 +71,7 @@ class Threads:
                 with torch.inference_mode(is_inference), torch.no_grad(), autocast():
                     return network(x[images], t[images], own)
 
-            groups = (slice(start, start + GROUP_IMAGES) for start in range(0, len(x), GROUP_IMAGES))
+            groups = (slice(start, start + group_images) for start in range(0, len(x), group_images))
             return torch.cat(list(self.map(answer_of, groups)))
 
         return answer

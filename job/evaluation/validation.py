@@ -54,9 +54,9 @@ def validation_row(
     steps, stands_for = (part[strata] for part in spread_over_steps(objective.process.num_timesteps, len(numbers)))
     log, bits, classes = LossLog(painter.device), LossLog(painter.device), painter.config.model.num_classes
     is_bounded = not ((offset := painter.config.diffusion.offset_noise) or latents)
-    mine, first = (painter.batches(len(numbers), batch_size, rank) for rank in (painter.ranks.rank, 0))
+    of_ranks = painter.shared_out(len(numbers), batch_size)
     # Every process checks as often as the first one, which has the most images: the others would wait for it for ever.
-    for _, of_batch in zip_longest(first, mine):
+    for _, of_batch in zip_longest(of_ranks[0], of_ranks[painter.ranks.rank]):
         painter.check_agreed("while validating")
         if not of_batch:
             continue

@@ -16,7 +16,7 @@ from ddpm import figures
 from ddpm.generation import Callback, Sampling, Walk, from_noise
 from ddpm.model import Model, NotFiniteError
 from ddpm.process import Point, VarianceExploding
-from ddpm.threads import GROUP_IMAGES
+from ddpm.threads import group_of
 from job.config import RunConfig, method
 from job.data.autoencoder import Decoder
 from job.exits import BadDataError, NotANumberError, StoppedError
@@ -124,7 +124,7 @@ class Painter(Model):
         route = route or Route(self.evaluations_of(sampling))
         made: list[np.ndarray] = []
         # Every process counts the batches of the first one, which has the most: all must agree equally often.
-        of_ranks = [self.batches(len(seeds), batch_size_images, rank) for rank in range(self.ranks.world_size)]
+        of_ranks = self.shared_out(len(seeds), batch_size_images)
         mine, batches, done = of_ranks[self.ranks.rank], len(of_ranks[0]), 0
 
         def after_evaluation(*_: Any) -> None:
@@ -152,15 +152,17 @@ class Painter(Model):
                 gathered[[place for places in of_rank for place in places]] = drawn
         return gathered
 
-    def batches(self, images: int, batch_size_images: int, rank: int) -> list[list[int]]:
-        """Returns the places among `images` of each batch of a process.
+    def shared_out(self, images: int, batch_size_images: int) -> list[list[list[int]]]:
+        """Returns the places among `images` of each process's batches; the first process has the most.
 
-        Processes take groups of images in turn, which are computed alike on any number of processes.
+        Processes take groups in turn, and threads compute one at once: alike on any number of processes and threads.
         """
-        group = min(GROUP_IMAGES, batch_size_images) if self.threads else 1
-        batch_size_images = batch_size_images // group * group
-        mine = [place for place in range(images) if place // group % self.ranks.world_size == rank]
-        return [mine[start : start + batch_size_images] for start in range(0, len(mine), batch_size_images)]
+        self.group_images = min(group_of(images), batch_size_images) if self.threads else 1
+        size, world_size = batch_size_images // self.group_images * self.group_images, self.ranks.world_size
+        of_ranks: list[list[int]] = [[] for _ in range(world_size)]
+        for place in range(images):
+            of_ranks[place // self.group_images % world_size].append(place)
+        return [[mine[first : first + size] for first in range(0, len(mine), size)] for mine in of_ranks]
 
     def draw_batches(
         self,

@@ -20,7 +20,7 @@ from ddpm.objective import Condition, Objective
 from ddpm.prediction import Prediction
 from ddpm.process import make_process
 from ddpm.slots import Slots
-from ddpm.threads import Threads
+from ddpm.threads import Threads, group_of
 
 SIZE = 8
 
@@ -87,7 +87,7 @@ def test_late_threads_change_no_bit(micro_batch_size: int | None) -> None:
 def test_shared_network_gives_the_same_answers() -> None:
     network, threads = small_network().eval(), Threads(2)
     x, t, labels = torch.randn(5, 3, SIZE, SIZE), torch.arange(5.0), torch.arange(5) % 3
-    shared = threads.sharing(network, lambda: torch.autocast("cpu", enabled=False))
+    shared = threads.sharing(network, lambda: torch.autocast("cpu", enabled=False), 2)
     for rows in (slice(0, 5), slice(0, 1)):
         answer = shared(x[rows], t[rows], Condition(labels[rows]))
         assert not answer.requires_grad
@@ -107,3 +107,8 @@ def test_threads_compute_alone_and_in_order() -> None:
         assert torch.get_num_threads() == usual
     with pytest.raises(ZeroDivisionError):
         list(threads.map(lambda part: 1 // (part.start - 5), parts))
+
+
+def test_groups_are_small_and_an_even_number() -> None:
+    assert [group_of(images) for images in (1, 2, 8, 10, 16, 20, 32, 40, 64)] == [1, 1, 4, 5, 8, 5, 8, 7, 8]
+    assert max(map(group_of, range(1, 1000))) == 8

@@ -274,7 +274,7 @@ def test_a_run_that_ends_before_it_trains_says_so_on_its_page(packed, tmp_path):
     """The page is there from the beginning, and would say for ever that the run goes on."""
     bucket = tmp_path / "bucket"
     shutil.copytree(packed / "datasets", bucket / "datasets")
-    (shard,) = bucket.glob("datasets/*/shard-00000.tar")
+    (shard,) = bucket.glob("datasets/tiles-*/shard-00000.tar")
     shard.write_bytes(bytes(shard.stat().st_size))
     done = ddpm_here("train", "--dataset", "tiles", "--bucket", bucket, DDPM_CACHE=str(tmp_path / "cache"))
     refused(done, Exit.BAD_DATA)
