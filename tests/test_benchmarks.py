@@ -67,7 +67,7 @@ def test_unknown_part_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "loading"])
     with pytest.raises(SystemExit, match="2"):
         main()
-    parts = "training_step, busy, loader, cold, checkpoint, sampling, store"
+    parts = "training_step, exact, busy, loader, cold, checkpoint, sampling, store"
     assert f"unknown part 'loading': use {parts}" in capsys.readouterr().err
 
 

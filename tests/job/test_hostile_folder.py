@@ -144,7 +144,6 @@ def test_escape_sequences_are_never_obeyed(bucket: Path, tmp_path: Path) -> None
     commands = ("runs list", "runs show walk", "data list", f"data show tiles -o {tmp_path}/sheet.png")
     told = [succeeded(ddpm_here(*words.split(), "--bucket", bucket)) for words in commands]
     assert all("%1B]0;owned%07%1B[2J" in out and "\x1b" not in out for out in told)
-    assert told[0].rstrip().endswith(" 912")
     assert "newest      checkpoints/000001-000000000912, 912 images seen" in told[1]
     config = (run / "config.yaml").read_text().replace("preset:", '"\\e[2J": 1\npreset:')
     (run / "config.yaml").write_text(config)

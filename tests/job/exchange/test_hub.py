@@ -16,7 +16,7 @@ from job.exits import Exit
 from tests.job.command_line import DDPM, ddpm_here, refused, settings, started, succeeded
 from tests.job.exchange.hub_server import TOKEN, Hub, Repository, hub
 
-KEPT = Path(__file__).parents[2] / "kept/format-2.tar.gz"
+KEPT = Path(__file__).parents[2] / "kept/format-3.tar.gz"
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ def test_a_run_tells_how_often_it_is_interrupted(state, is_lost):
     what, why = found.lines(50 * 3600.0, 2.0)
     hours, dollars = re.fullmatch(
         r"2 d (\d+) h \d+ min to 2 d \d+ h \d+ min and \$(\d+\.\d+) to .+ to the end for 8 of 10 such jobs, "
-        + ("saving every 42 s" if is_lost else "saving every 10 min"),
+        + ("saving every 42 s" if is_lost else "saving every 3 min"),
         what,
     ).groups()
     # Ten waits of half an hour, for which nobody pays.
