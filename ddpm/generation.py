@@ -15,6 +15,7 @@ from ddpm import randomness, samplers
 from ddpm.catalogue import SAMPLERS, Drawing
 from ddpm.grids import make_grid, numbered_points, shifted
 from ddpm.guidance import UNGUIDED, Guidance, guided
+from ddpm.layout import laid_out
 from ddpm.objective import UNCONDITIONAL, Condition, Network
 from ddpm.prediction import Prediction
 from ddpm.process import Point, Process
@@ -171,8 +172,7 @@ def noise_of(seeds: Tensor, shape: tuple[int, int, int], offset_noise: float = 0
     """Returns the noise (C, H, W) of each seed, int64 [B], on their device, with the offset noise of the training."""
 
     def noise_at(draw: int) -> Tensor:
-        noise = randomness.sampling_noise(seeds, draw, shape, seeds.device, offset_noise)
-        return noise.contiguous(memory_format=torch.channels_last) if seeds.device.type == "cuda" else noise
+        return laid_out(randomness.sampling_noise(seeds, draw, shape, seeds.device, offset_noise))
 
     return noise_at
 

@@ -21,6 +21,7 @@ from ddpm.catalogue import Network, Train
 from ddpm.ema import EMA, Profile
 from ddpm.image_size import ImageSize
 from ddpm.latents import Latents
+from ddpm.layout import laid_out
 from ddpm.networks.layers import dropout_of
 from ddpm.objective import QUARTILES, Condition, Drawn, Objective
 from ddpm.optimizer import Adam, learning_rate_at
@@ -223,8 +224,7 @@ class _Learnt:
         else:
             # From uint8 to float32 in [-1, 1], and labels of the augmentation for the network.
             x_start, applied = self.settings.augmentation.apply(images, self.augmentations[part])
-        layout = torch.channels_last if x_start.device.type == "cuda" else torch.contiguous_format
-        x_start = x_start.contiguous(memory_format=layout)
+        x_start = laid_out(x_start)
         shape = tuple(x_start.shape[1:])
         noise = randomness.training_noise(seed, numbers, shape, x_start.device, diffusion.offset_noise)
         no_estimate = torch.zeros_like(x_start) if diffusion.self_conditioning else None
@@ -344,6 +344,9 @@ def _by_slots(slots: Slots, threads: Threads | None, hooks: Hooks) -> _Learn:
         if (total := slots.sum(gradients())) is None:
             return []
         for parameter, gradient in zip(learnt_parameters(learnt.network), total, strict=True):
+            if gradient is not None and gradient.stride() != parameter.stride():
+                # The optimiser's kernel walks through both in the order of memory, and does not compare.
+                gradient = torch.empty_like(parameter).copy_(gradient)
             parameter.grad = gradient
         return losses
 

@@ -14,6 +14,7 @@ from ddpm import networks, training
 from ddpm.augment import Augmentation
 from ddpm.ema import Exponential, PowerFunction, Profile
 from ddpm.generation import Sampling
+from ddpm.layout import memory_format_of
 from ddpm.model import Model
 from ddpm.objective import Objective
 from ddpm.prediction import Prediction
@@ -36,11 +37,8 @@ def build_network(config: RunConfig, device: torch.device) -> nn.Module:
         self_conditioning=diffusion.self_conditioning,
         augmentation_labels=settings_of(config).augmentation.labels,
         **options,
-    ).to(device)
-    if device.type == "cuda":
-        # channels_last is faster on GPUs and slower on CPUs, where oneDNN chooses its own layout.
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return network
+    )
+    return network.to(device=device, memory_format=memory_format_of(device))  # type: ignore[call-overload]
 
 
 def model_of(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ddpm.catalogue import Train
+from ddpm.layout import memory_format_of
 from ddpm.objective import Condition
 from ddpm.slots import Slots
 from job.config import RunConfig
@@ -56,7 +57,8 @@ def describe_device(device: torch.device, train: Train, is_exact: bool = False) 
         name = torch.cuda.get_device_name(device)
     else:
         bf16 = "".join(f" and {each}" for each in _bf16_instructions()) if train.precision == "bf16" else ""
-        name = f"CPU with {torch.backends.cpu.get_cpu_capability()}{bf16}"
+        layout = str(memory_format_of(device)).removeprefix("torch.")
+        name = f"CPU with {torch.backends.cpu.get_cpu_capability()}{bf16}, {layout}"
         if not is_exact:
             # Each thread adds up a part, so that their number decides about rounding.
             name = f"{torch.get_num_threads()}-thread {name}"

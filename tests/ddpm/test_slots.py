@@ -34,7 +34,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 CASES = [
     *({"kind": kind, "dropout": dropout} for kind, dropout in product(SMALL, (0.0, 0.1))),
-    {"kind": "unet", "dropout": 0.1, "micro_batch_size": 1},
+    {"kind": "unet", "dropout": 0.1, "micro_batch_size": 1, "memory_format": torch.channels_last},
     {"kind": "unet", "dropout": 0.1, "precision": torch.bfloat16, "recompute": True},
 ]
 
@@ -58,6 +58,7 @@ def learnt(
     dropout: float,
     precision: torch.dtype = torch.float32,
     recompute: bool = False,
+    memory_format: torch.memory_format = torch.contiguous_format,
     micro_batch_size: int | None = None,
 ) -> dict[str, Tensor]:
     """Weights, moments, averages and sums of the losses after some steps of all that is drawn."""
@@ -84,6 +85,7 @@ def learnt(
     for parameter in model.parameters():
         # Some layers begin at zero.
         parameter.data += 0.02 * torch.randn(parameter.shape)
+    model.to(memory_format=memory_format)
     state = training.create_state(model, torch.device("cpu"), settings)
     places, images = list(slots.places if slots else range(BATCH_IMAGES)), np.random.default_rng(0)
     batches = [
@@ -127,10 +129,12 @@ def test_any_number_of_processes_learns_the_same_bits(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*-*-*"))) == len(CASES) * sum(WORLDS)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("kind", SMALL)
-def test_slots_add_up_to_the_whole_gradient(kind: str) -> None:
+def test_slots_add_up_to_the_whole_gradient(kind: str, memory_format: torch.memory_format) -> None:
     """PyTorch's backward pass over all images at once is the judge."""
-    whole, of_slots = learnt(None, kind=kind, dropout=0.0), learnt(Slots(5, BATCH_IMAGES), kind=kind, dropout=0.0)
+    whole = learnt(None, kind=kind, dropout=0.0)
+    of_slots = learnt(Slots(5, BATCH_IMAGES), kind=kind, dropout=0.0, memory_format=memory_format)
     for name, value in whole.items():
         if not name.startswith("optimizer"):
             # Adam divides by the size of a gradient: where that is rounding alone, so is the step.
