@@ -3,20 +3,23 @@
 `job.load("gs://my-bucket/runs/celeba").sample(16, seed=0)` samples from a run.
 """
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from job.sampling.loading import load as load
 
-__version__ = version("ddpm-job")
+    __version__: str
 
 DEFAULT_BUCKET = "./bucket"
 """The bucket if neither an option, a variable nor a target names one."""
 
 
 def __getattr__(name: str) -> Any:
-    # Every command imports this module. Without the late import each would load PyTorch.
+    # Every command imports this module. Without late imports each would load PyTorch, and the parser of the version.
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("ddpm-job")
     if name == "load":
         from job.sampling.loading import load
 

@@ -11,7 +11,6 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from job import __version__
 from job.cli import config, data, doctor, ema, evaluate, exchange, figure, jobs, report, runs, sample, submit, train
 from job.cli.instead import Commands
 from job.exits import Exit, MissingInputError, ending_of
@@ -45,6 +44,8 @@ app.command("doctor")(doctor.doctor)
 
 def _print_version(show: bool) -> None:
     if show:
+        from job import __version__
+
         typer.echo(f"ddpm {__version__}")
         raise typer.Exit
 
