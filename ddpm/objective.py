@@ -101,9 +101,14 @@ class Objective:
         Returns:
             float32 [6 or 9, B] on the host, for `Drawn`: one table, so that one copy to the device suffices.
         """
-        u, diffusion = randomness.training_uniforms(seed, image_numbers), self.diffusion
-        if diffusion.stratified:
+        u = randomness.training_uniforms(seed, image_numbers)
+        if self.diffusion.stratified:
             u = (image_numbers % batch_size_images + u) / batch_size_images
+        return self.at(u)
+
+    def at(self, u: Tensor) -> Tensor:
+        """Returns the points at these shares of the draws, float64 [B] between 0 and 1, as `draw` does."""
+        diffusion = self.diffusion
         if diffusion.draws == "uniform":
             point = self.process.uniform(u)
         else:

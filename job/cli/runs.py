@@ -110,3 +110,35 @@ def runs_delete(run: RunName, yes: Certain = False, bucket: BucketUri = DEFAULT_
     from job.runs.removal import delete_run
 
     delete_run(bucket, run, certain=yes)
+
+
+def ddpm_replay(
+    run: RunName,
+    image: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Number of images seen, a multiple of the batch size.")
+    ],
+    to: Annotated[
+        str, typer.Option(metavar="DIR|URI", help="New or empty folder for the state. Default: print hashes only.")
+    ] = "",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Begin before the checkpoint at N, and compare with it; 65 if they differ.")
+    ] = False,
+    bucket: BucketUri = DEFAULT_BUCKET,
+) -> None:
+    """Recompute the state of a run after N images: weights, averages, optimiser.
+
+    The command restores the nearest checkpoint before, and trains again up to N, without a change to the run. It prints
+    the SHA-256 of each file that a checkpoint at N would have. On the code and the kind of device of the run these are
+    its exact bits; otherwise the command says that they may differ. `ddpm import` makes a run from the folder.
+
+    Examples:
+
+        ddpm replay celeba --image 1280000
+
+        ddpm replay celeba --image 1280000 --to celeba-at-1280000
+
+        ddpm replay celeba --image 2048000 --verify --bucket gs://my-bucket
+    """
+    from job.training.replay import replay_run
+
+    replay_run(bucket, run, image, to, verify)

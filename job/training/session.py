@@ -23,7 +23,7 @@ from ddpm.threads import threads_of
 from job.config import RunConfig, method
 from job.data.autoencoder import latents_of, load_decoder
 from job.data.cache import ImageCache
-from job.data.order import Order
+from job.data.order import order_of
 from job.data.stream import stream_batches
 from job.exits import StoppedError
 from job.plan import Plan
@@ -46,9 +46,9 @@ ANOTHER_PROCESS = "another process"
 _STARVED_POLL_SECONDS = 0.02
 
 
-def initial_state(plan: Plan, device: torch.device) -> training.TrainState:
+def initial_state(config: RunConfig, device: torch.device) -> training.TrainState:
     """Returns the state before the first image, on the device."""
-    return training.create_state(method.build_network(plan.config, device), device, method.settings_of(plan.config))
+    return training.create_state(method.build_network(config, device), device, method.settings_of(config))
 
 
 def wrapped(
@@ -114,11 +114,7 @@ class TrainingSession:
         self.bar = Progress("training", total=plan.target_images, start=state.images_seen)
         self.batches = stream_batches(
             images,
-            Order(
-                tuple(shard.images for shard in plan.index.shards),
-                self.config.train.seed,
-                self.config.data.shuffle_block_images,
-            ),
+            order_of(plan.index, self.config),
             batch_size_images=self.batch_size,
             first_image=state.images_seen,
             last_image=plan.target_images,
