@@ -38,11 +38,6 @@ class RunHandle:
     """The run's first sampling settings: the name of a picture lists the differences from them."""
 
     @property
-    def name(self) -> str:
-        """The name of the run."""
-        return self.run.uri.rpartition("/")[2]
-
-    @property
     def classes(self) -> tuple[str, ...]:
         """The classes of the network; by number if they have no names."""
         count = self.config.model.num_classes or 0

@@ -1,28 +1,23 @@
 """The keys of a dataset's images: the names of their files in the tars, up to the first dot.
 
 The offset tables tell where an image lies, and the tar header before it holds the name. A packed dataset has ascending
-keys, the numbers of the images in its source; tars that are indexed in place have any. Of a name that does not fit the
-plain header only the beginning is known.
+keys, the numbers of the images in its source; tars that are indexed in place have any. A name that does not fit the
+plain header is cut.
 """
 
 from __future__ import annotations
 
 import tarfile
 from bisect import bisect_left
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
 
-from job.data.ahead import in_order
 from job.data.order import Int64s
 from job.data.shard_source import ShardSource
 from job.data.source import SAMPLE_KEY
 from job.exits import BadDataError, MissingInputError, did_you_mean
 from job.progress import Progress, printable
-
-_THREADS = 8
-"""Number of shards whose headers are read at a time: the threads wait for the bucket, not for a processor."""
 
 
 def keys_of(source: ShardSource, indices: Int64s) -> list[str]:
@@ -38,27 +33,23 @@ def find_image(source: ShardSource, key: str) -> int:
     """Returns the index of the image with a key: of a packed dataset by bisection, else by reading all headers.
 
     Raises:
-        MissingInputError: there is none; the message has one that is like it.
+        MissingInputError: no image has it; the message has a key that is like it.
         BadDataError: a tar in the bucket is damaged.
     """
     if not source.index.is_foreign:
-        indices = range(source.index.images)
-        index = bisect_left(indices, key, key=lambda index: _keys(source, range(index, index + 1))[0])
-        around = np.clip([index - 1, index], 0, len(indices) - 1)
-        before, after = keys_of(source, around)
-        if key in (before, after):
-            return int(around[[before, after].index(key)])
-        first, last = keys_of(source, np.array([0, len(indices) - 1]))
-        hint = f"; the nearest are {before!r} and {after!r}, of {first!r} to {last!r}"
+        index = bisect_left(range(source.index.images - 1), key, key=lambda one: _keys(source, range(one, one + 1))[0])
+        (found,) = keys_of(source, np.array([index]))
+        if found == key:
+            return index
+        hint = f": the nearest one is {found!r}"
     else:
         known = list[str]()
-        shards = [range(*ends) for ends in pairwise(source.starts.tolist())]
-        with Progress("reading names", total=source.index.images) as bar, ThreadPoolExecutor(_THREADS) as pool:
-            for keys in in_order(pool, lambda shard: _keys(source, shard), shards, _THREADS, source.check):
-                if key in keys:
-                    return len(known) + keys.index(key)
-                known += keys
-                bar.update(len(known))
+        with Progress("reading names", total=source.index.images) as bar:
+            for first, last in pairwise(source.starts.tolist()):
+                known += _keys(source, range(first, last))
+                if key in known[first:]:
+                    return known.index(key, first)
+                bar.update(last)
         hint = did_you_mean(key, known)
     raise MissingInputError(f"no image of {source.index.name}-{source.index.size} has the key {key!r}{hint}")
 

@@ -69,12 +69,9 @@ class Order:
         Returns:
             int64 [epochs], ascending.
         """
-        places = np.empty(epochs, dtype=np.int64)
-        shard = int(np.searchsorted(np.cumsum(self.shard_images), index, side="right"))
-        for epoch in range(epochs):
-            shards, _, shifts = self._layout(epoch)
-            places[epoch] = index - shifts[np.flatnonzero(shards == shard)[0]]
-        numbers = np.arange(epochs)
+        numbers, shard = np.arange(epochs), np.searchsorted(np.cumsum(self.shard_images), index, side="right")
+        shifts = [shifts[shards == shard] for shards, _, shifts in map(self._layout, range(epochs))]
+        places = index - np.array(shifts, dtype=np.int64).reshape(epochs)
         starts = places // self._block_size * self._block_size
         sizes = np.minimum(self._block_size, self.images - starts)
         keys = _key(self.seed, numbers, places // self._block_size + 1)

@@ -12,7 +12,7 @@ from job.config import RunConfig, validated
 from job.exits import MissingInputError
 from job.runs import records
 from job.runs.checkpoints import Manifest, list_checkpoints, newest_sound
-from job.runs.layout import CheckpointRef, ObjectKind
+from job.runs.layout import CheckpointRef
 from job.store import Store
 
 
@@ -28,7 +28,7 @@ class Stretch:
 
     def has(self, ref: CheckpointRef) -> bool:
         """Returns whether a checkpoint of the run lies in it."""
-        return ref.fence == self.attempt.fence and self.first_image <= ref.images_seen <= self.last_image
+        return ref.fence == self.attempt.fence and ref.images_seen <= self.last_image
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ class Lineage:
         stretches, first_image = list[Stretch](), 0
         for ref in (*map(CheckpointRef.parse, newest.lineage), newest.ref):
             attempt = records.load_attempt(run, ref.fence)
-            where = run.uri_of(ObjectKind.ATTEMPT.key(fence=ref.fence))
-            config = validated(stored.flat() | attempt.changes, where)
+            config = validated(stored.flat() | attempt.changes, f"{run.uri}, attempt {ref.fence}")
             stretches.append(Stretch(attempt, config, first_image, ref.images_seen))
             first_image = ref.images_seen
         there = [ref for ref in refs if any(stretch.has(ref) for stretch in stretches)]

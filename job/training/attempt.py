@@ -259,7 +259,7 @@ def load_parent(state: training.TrainState, of_run: RunHandle) -> None:
         raise BadDataError(f"{of_run.run.uri_of(records.CONFIG_KEY)} names no checkpoint of the parent {parent.run}")
     at, name = records.place_of_run(of_run.bucket, parent.run)
     run, ref = records.run_store(at, name), CheckpointRef.parse(parent.checkpoint)
-    delete = f"ddpm runs delete {of_run.name} --yes"
+    delete = f"ddpm runs delete {of_run.run.uri.rpartition('/')[2]} --yes"
     what_to_do = f"restore it, or delete the run that begins with it ({delete}), and begin another"
     try:
         if check_average(run, ref, parent.weights, name).sha256 != parent.sha256:
