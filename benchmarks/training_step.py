@@ -134,7 +134,7 @@ class OurLoop:
             writer=SimpleNamespace(overdue=False, troubled=False), record=lambda row: None, show=lambda bar: None
         )
         ranks = meet(NEVER)
-        state = initial_state(plan, ranks.device)
+        state = initial_state(plan.config, ranks.device)
         self.session = TrainingSession(plan, ranks, state, cache, recorder=recorder)
         self.threads = self.session.threads
         self.wait_seconds: list[float] = []

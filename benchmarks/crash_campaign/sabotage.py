@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,8 +50,13 @@ def _position_off_by_one(session: Any, trace: Any) -> None:
 
 
 def _order_drawn_anew(session: Any, trace: Any) -> None:
-    order = session.Order
-    session.Order = lambda shard_images, seed, block_images: order(shard_images, seed + trace.fence - 1, block_images)
+    order_of = session.order_of
+
+    def drawn_anew(index: Any, config: Any) -> Any:
+        order = order_of(index, config)
+        return replace(order, seed=order.seed + trace.fence - 1)
+
+    session.order_of = drawn_anew
 
 
 def _shard_hash_unchecked(shard_source: Any, trace: Any) -> None:

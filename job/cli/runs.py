@@ -1,5 +1,6 @@
-"""`ddpm runs`: list, show, compare, verify, prune, delete."""
+"""`ddpm runs`: list, show, compare, blame, seen, verify, prune, delete; and `ddpm replay`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ from job.cli import completion
 from job.cli.options import AsJson, BucketUri, Certain
 
 app = typer.Typer(
-    help="Runs in the bucket: list, show, compare, verify, prune, delete.\n\nExample: ddpm runs show celeba",
+    help="Runs in the bucket: list, show, compare, blame, verify, and more.\n\nExample: ddpm runs show celeba",
     no_args_is_help=True,
 )
 
@@ -63,6 +64,45 @@ def runs_compare(
     compare_runs(bucket, first, second, since_epoch)
 
 
+@app.command("blame")
+def runs_blame(
+    run: RunName,
+    around: Annotated[int, typer.Option(metavar="N", min=0, help="Image of the spike, such as a row's images_seen.")],
+    window: Annotated[
+        int | None, typer.Option(metavar="IMAGES", min=1, help="Images to suspect. Default: 2 × log.every_images.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="PNG of these images.")] = None,
+    bucket: BucketUri = DEFAULT_BUCKET,
+) -> None:
+    """Find the images that carry a spike of the loss.
+
+    The command replays the batches around the spike with the weights from before it: once as they were, and nine times
+    with other noise. It prints the images whose loss stays high whatever the noise: the number of robust deviations
+    from the median, and the loss as it was beside the expected one.
+
+    Example: ddpm runs blame celeba --around 1280000 -o suspects.png
+    """
+    from job.training.blame import blame_run
+
+    blame_run(bucket, run, around, window, output)
+
+
+@app.command("seen")
+def runs_seen(
+    run: RunName,
+    image_key: Annotated[str, typer.Option(metavar="KEY", help="Key of the image in its tar, such as 000012345.")],
+    as_json: AsJson = False,
+    bucket: BucketUri = DEFAULT_BUCKET,
+) -> None:
+    """Show how often a run has learnt an image, when, and in which checkpoints it is.
+
+    Example: ddpm runs seen celeba --image-key 000012345
+    """
+    from job.runs.seen import show_seen
+
+    show_seen(bucket, run, image_key, as_json=as_json)
+
+
 @app.command("verify")
 def runs_verify(run: RunName, as_json: AsJson = False, bucket: BucketUri = DEFAULT_BUCKET) -> None:
     """Check every object of a run, and name each that is corrupt.
@@ -110,3 +150,35 @@ def runs_delete(run: RunName, yes: Certain = False, bucket: BucketUri = DEFAULT_
     from job.runs.removal import delete_run
 
     delete_run(bucket, run, certain=yes)
+
+
+def ddpm_replay(
+    run: RunName,
+    image: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Number of images seen, a multiple of the batch size.")
+    ],
+    to: Annotated[
+        str, typer.Option(metavar="DIR|URI", help="New or empty folder for the state. Default: print hashes only.")
+    ] = "",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Begin before the checkpoint at N, and compare with it; 65 if they differ.")
+    ] = False,
+    bucket: BucketUri = DEFAULT_BUCKET,
+) -> None:
+    """Recompute the state of a run after N images: weights, averages, optimiser.
+
+    The command restores the nearest checkpoint before, and trains again up to N, without a change to the run. It prints
+    the SHA-256 of each file that a checkpoint at N would have. On the code and the kind of device of the run these are
+    its exact bits; otherwise the command says that they may differ. `ddpm import` makes a run from the folder.
+
+    Examples:
+
+        ddpm replay celeba --image 1280000
+
+        ddpm replay celeba --image 1280000 --to celeba-at-1280000
+
+        ddpm replay celeba --image 2048000 --verify --bucket gs://my-bucket
+    """
+    from job.training.replay import replay_run
+
+    replay_run(bucket, run, image, to, verify=verify)

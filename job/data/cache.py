@@ -87,7 +87,7 @@ class ImageCache:
 
     def __init__(self, source: ShardSource, threads: int | None = None) -> None:
         """Starts `threads` that decode, see `ImageReader`; the offset tables are fetched when they are needed."""
-        self.index, self._source, self._reader = source.index, source, ImageReader(source, threads)
+        self.index, self.source, self._reader = source.index, source, ImageReader(source, threads)
 
     def read(self, indices: Int64s, out: Uint8s | None = None) -> Uint8s:
         """Returns images `indices`, uint8 [b, H, W, C], or latents as `decode_latents`; fastest into a reused `out`.
@@ -101,11 +101,11 @@ class ImageCache:
         return out
 
     def _read(self, indices: Int64s, out: Uint8s) -> None:
-        self._reader.read_into(out, indices, self._source.open_unverified)
+        self._reader.read_into(out, indices, self.source.open_unverified)
 
     def labels(self, indices: Int64s) -> Int64s:
         """Returns the classes of the images, int64 [b]; -1 without classes."""
-        return self._source.records(indices)["label"].astype(np.int64)
+        return self.source.records(indices)["label"].astype(np.int64)
 
     def prefetch(self, order: Order, image_number: int) -> None:
         """Announces that a run will read from `image_number` on; cheap enough for each batch."""
@@ -170,23 +170,23 @@ class DecodedCache(ImageCache):
             return bool(stored.all()) and _checksums(self._of_shard(self._images, shard)) == stored.tolist()
 
         with ThreadPoolExecutor(threads) as pool:
-            intact = in_order(pool, is_intact, shards, 2 * threads, self._source.check)
+            intact = in_order(pool, is_intact, shards, 2 * threads, self.source.check)
             return [shard for shard, is_there in zip(shards, intact, strict=True) if not is_there]
 
     def _of_shard(self, values: np.ndarray, shard: int) -> np.ndarray:
         """Returns the part of a shard in an array of all images or checksums."""
-        return values[self._source.starts[shard] : self._source.starts[shard + 1]]
+        return values[self.source.starts[shard] : self.source.starts[shard + 1]]
 
     def _fill(self, missing: list[int], progress: Callable[[int, int], None]) -> None:
         images = np.asarray(np.memmap(self._images_path, np.uint8, "r+", shape=self._images.shape))
         checksums = np.memmap(self._checksums_path, "<u8", "r+")
         done = self.index.images - int(self.index.shards.images[missing].sum())
         progress(done, self.index.images)
-        for shard, path in self._source.fetch(missing):
-            of_shard, indices = self._of_shard(images, shard), np.arange(*self._source.starts[shard : shard + 2])
+        for shard, path in self.source.fetch(missing):
+            of_shard, indices = self._of_shard(images, shard), np.arange(*self.source.starts[shard : shard + 2])
             self._reader.read_into(of_shard, indices, lambda _, path=path: _shard_file(path))  # type: ignore[misc]
             self._of_shard(checksums, shard)[:] = _checksums(of_shard)
-            if not self._source.is_local:
+            if not self.source.is_local:
                 path.unlink()
             done += len(of_shard)
             progress(done, self.index.images)
@@ -219,14 +219,14 @@ class ShardCache(ImageCache):
             self._reader.read_into(out, indices, self._open)
         except BadDataError:
             # The copy on this disk may be corrupt: fetch the shards again.
-            with self._source.lock():
-                for shard in np.searchsorted(self._source.starts, indices, side="right") - 1:
+            with self.source.lock():
+                for shard in np.searchsorted(self.source.starts, indices, side="right") - 1:
                     self._path(shard).unlink(missing_ok=True)
             self._reader.read_into(out, indices, self._open)
 
     def _open(self, shard: int) -> BinaryIO:
         """Opens a shard's file, and fetches it if necessary; the reader compares each image with its checksum."""
-        if self._source.is_local:
+        if self.source.is_local:
             return _shard_file(self._verified(shard))
         while True:
             with suppress(MissingInputError):
@@ -239,11 +239,11 @@ class ShardCache(ImageCache):
         return self._folder / self.index.shards[shard].name
 
     def _fetch(self, shards: list[int]) -> None:
-        with self._source.lock(), os_errors(self._folder):
+        with self.source.lock(), os_errors(self._folder):
             # Another process may have fetched them while this one waited.
             missing = [shard for shard in shards if not self._path(shard).exists()]
             self._make_room(missing)
-            for shard, path in self._source.fetch(missing):
+            for shard, path in self.source.fetch(missing):
                 path.replace(self._path(shard))
 
     def _make_room(self, missing: list[int]) -> None:
@@ -266,7 +266,7 @@ class ShardCache(ImageCache):
                 transfer of a shard.
         """
         block = order.block_of(image_number)
-        if block == self._prefetched_block or self._source.is_local:
+        if block == self._prefetched_block or self.source.is_local:
             return
         if self._prefetched_block is None:
             self._check_fits(order)

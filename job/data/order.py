@@ -16,6 +16,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from job.config import RunConfig
+from job.data.shards import DatasetIndex
+
 # Fewer rounds suffice for thousands of images, but blocks of three to six show a bias.
 _FEISTEL_ROUNDS = 20
 
@@ -60,6 +63,20 @@ class Order:
             indices[same_epoch] = places[same_epoch] + shifts[np.searchsorted(ends, places[same_epoch], side="right")]
         return indices
 
+    def numbers_of(self, index: int, epochs: int) -> Int64s:
+        """Returns the number at which a run sees image `index` in each of its first epochs: the inverse of `indices`.
+
+        Returns:
+            int64 [epochs], ascending.
+        """
+        numbers, shard = np.arange(epochs), np.searchsorted(np.cumsum(self.shard_images), index, side="right")
+        shifts = [shifts[shards == shard] for shards, _, shifts in map(self._layout, range(epochs))]
+        places = index - np.array(shifts, dtype=np.int64).reshape(epochs)
+        starts = places // self._block_size * self._block_size
+        sizes = np.minimum(self._block_size, self.images - starts)
+        keys = _key(self.seed, numbers, places // self._block_size + 1)
+        return numbers * self.images + starts + _shuffled(places - starts, sizes, keys, backwards=True)
+
     def block_of(self, image_number: int) -> tuple[int, int]:
         """Returns the epoch of an image of the run, and its block within the epoch."""
         epoch, position = divmod(image_number, self.images)
@@ -86,39 +103,45 @@ class Order:
         return shards, ends, np.cumsum(images)[shards] - ends
 
 
-def _shuffled(offsets: Int64s, sizes: Int64s, keys: UInt64s) -> Int64s:
-    """Evaluates a keyed permutation of `range(size)` at `offset`, elementwise.
+def order_of(index: DatasetIndex, config: RunConfig) -> Order:
+    """Returns the order in which a run of this configuration sees the images of its dataset."""
+    return Order(tuple(shard.images for shard in index.shards), config.train.seed, config.data.shuffle_block_images)
+
+
+def _shuffled(offsets: Int64s, sizes: Int64s, keys: UInt64s, *, backwards: bool = False) -> Int64s:
+    """Evaluates a keyed permutation of `range(size)`, or its inverse, at `offset`, elementwise.
 
     A Feistel network permutes a grid a little larger than the block, and cycle walking leads back into the block (Black
     and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). An even number of rows lets odd permutations occur too.
     """
     rows = 2 * np.ceil(np.sqrt(sizes) / 2).astype(np.int64)
     columns = -(-sizes // rows)
-    moved = _feistel(offsets, rows, columns, keys)
+    moved = _feistel(offsets, rows, columns, keys, backwards)
     (outside,) = np.nonzero(moved >= sizes)
     while outside.size:
-        moved[outside] = _feistel(moved[outside], rows[outside], columns[outside], keys[outside])
+        moved[outside] = _feistel(moved[outside], rows[outside], columns[outside], keys[outside], backwards)
         outside = outside[moved[outside] >= sizes[outside]]
     return moved
 
 
-def _feistel(places: Int64s, rows: Int64s, columns: Int64s, keys: UInt64s) -> Int64s:
+def _feistel(places: Int64s, rows: Int64s, columns: Int64s, keys: UInt64s, backwards: bool) -> Int64s:
     """Permutes the cells of a grid: a round rotates each column, or each row, by a hash of its number."""
     row, column = (half.astype(np.uint32) for half in np.divmod(places, columns))
     row_count, column_count = rows.astype(np.uint32), columns.astype(np.uint32)
     key, step = keys.astype(np.uint32), (keys >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
-    for _ in range(_FEISTEL_ROUNDS // 2):
-        row = _turned(row, column ^ key, row_count)
-        key = key + step
-        column = _turned(column, row ^ key, column_count)
-        key = key + step
+    for number in range(_FEISTEL_ROUNDS)[:: -1 if backwards else 1]:
+        of_round = key + step * np.uint32(number)
+        if number % 2:
+            column = _turned(column, row ^ of_round, column_count, backwards)
+        else:
+            row = _turned(row, column ^ of_round, row_count, backwards)
     return row.astype(np.int64) * columns + column
 
 
-def _turned(half: UInt32s, keyed: UInt32s, count: UInt32s) -> UInt32s:
-    """Returns (half + hash) mod count without a division; below 2^31 rows or columns the sum cannot overflow."""
-    turn = (_mixed32(keyed).astype(np.uint64) * count) >> np.uint64(32)
-    moved = half + turn.astype(np.uint32)
+def _turned(half: UInt32s, keyed: UInt32s, count: UInt32s, backwards: bool) -> UInt32s:
+    """Returns (half ± hash) mod count without a division; below 2^31 rows or columns the sum cannot overflow."""
+    turn = ((_mixed32(keyed).astype(np.uint64) * count) >> np.uint64(32)).astype(np.uint32)
+    moved = half + (count - turn if backwards else turn)
     return np.minimum(moved, moved - count)
 
 

@@ -52,8 +52,8 @@ def validation_row(
     spread = replace(objective, diffusion=replace(objective.diffusion, stratified=True))
     points = spread.draw(SEED, strata, len(numbers))
     steps, stands_for = (part[strata] for part in spread_over_steps(objective.process.num_timesteps, len(numbers)))
-    log, bits, classes = LossLog(painter.device), LossLog(painter.device), painter.config.model.num_classes
-    is_bounded = not ((offset := painter.config.diffusion.offset_noise) or latents)
+    log, bits = LossLog(painter.device), LossLog(painter.device)
+    is_bounded = not (painter.config.diffusion.offset_noise or latents)
     of_ranks = painter.shared_out(len(numbers), batch_size)
     # Every process checks as often as the first one, which has the most images: the others would wait for it for ever.
     for _, of_batch in zip_longest(of_ranks[0], of_ranks[painter.ranks.rank]):
@@ -61,18 +61,9 @@ def validation_row(
         if not of_batch:
             continue
         places = np.array(of_batch)
-        stored = torch.from_numpy(images.read(numbers[places])).to(painter.device)
-        if latents:
-            moments = stored.view(torch.float16).permute(0, 3, 1, 2)
-            x_start = latents.drawn(SEED, torch.from_numpy(places).to(painter.device), moments)
-        else:
-            x_start = stored.permute(0, 3, 1, 2) / 127.5 - 1
-        shape = tuple(x_start.shape[1:])
-        noise = randomness.training_noise(SEED, torch.from_numpy(places), shape, painter.device, offset)
-        labels = torch.from_numpy(images.labels(numbers[places])).to(painter.device) if classes else None
+        x_start, noise, condition = noised_as(places, images, numbers[places], painter, latents)
         drawn = Drawn(*points[:, places].to(painter.device))
         with torch.inference_mode():
-            condition = Condition(labels)
             losses = objective.losses(painter.predict, x_start, noise, drawn, condition)
             log.add(losses, drawn.quartile)
             if is_bounded:
@@ -81,3 +72,30 @@ def validation_row(
     painter.agreement.finish()
     row = {f"val_{name}": value for name, value in loss_row(log.reduced()).items()}
     return row | ({"val_bits_per_dim": loss_row(bits.reduced())["loss"]} if is_bounded else {})
+
+
+def noised_as(
+    numbers: np.ndarray, images: ImageCache, indices: np.ndarray, painter: Painter, latents: Latents | None
+) -> tuple[torch.Tensor, torch.Tensor, Condition]:
+    """Returns images without augmentation, and what a loss needs beside them, on the painter's device.
+
+    Args:
+        numbers: decide the noise, int64 [b], and the sample of latents.
+        images: the dataset.
+        indices: of the images, int64 [b].
+        painter: has the settings of the run.
+        latents: the distribution of latents, for a run on them.
+
+    Returns:
+        The images and the noise, float32 [b, C, H, W], and the classes, if the network learns them.
+    """
+    stored, on_host = torch.from_numpy(images.read(indices)).to(painter.device), torch.from_numpy(numbers)
+    if latents:
+        x_start = latents.drawn(SEED, on_host.to(painter.device), stored.view(torch.float16).permute(0, 3, 1, 2))
+    else:
+        x_start = stored.permute(0, 3, 1, 2) / 127.5 - 1
+    offset, shape = painter.config.diffusion.offset_noise, tuple(x_start.shape[1:])
+    noise = randomness.training_noise(SEED, on_host, shape, painter.device, offset)
+    has_classes = painter.config.model.num_classes
+    labels = torch.from_numpy(images.labels(indices)).to(painter.device) if has_classes else None
+    return x_start, noise, Condition(labels)

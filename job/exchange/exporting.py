@@ -92,7 +92,7 @@ def export_run(request: ExportRequest) -> None:
     target = open_store(request.to, of_run.bucket.retry) if request.to else None
     with _opened_export(of_run, request, described) as export:
         if target:
-            uri = _written(target, request, export, stop)
+            uri = write_folder(target, request.to, request.run, export, stop)
         else:
             assert hub is not None
             uri = hub.push({**export.files, **export.small}, f"{request.run}, {export.words}", stop)
@@ -127,13 +127,13 @@ def _opened_export(of_run: RunHandle, request: ExportRequest, described: pipelin
             yield Export(files, small | last, f"{label}, weights {weights}, {size_bytes:,} bytes")
 
 
-def _written(target: Store, request: ExportRequest, export: Export, stop: Stop) -> str:
-    """Writes an export to a folder; returns its URI."""
+def write_folder(target: Store, to: str, run: str, export: Export, stop: Stop) -> str:
+    """Writes an export of a run to the folder that `--to` names; returns its URI."""
     written: list[str] = []
     sizes = {key: path.stat().st_size for key, path in export.files.items()}
-    _check_free(target, request.to, {*export.files, *export.small})
+    check_free(target, to, {*export.files, *export.small})
     try:
-        with Progress(f"exporting {request.run}", unit="MB", total=sum(sizes.values()) // 10**6) as bar:
+        with Progress(f"exporting {run}", unit="MB", total=sum(sizes.values()) // 10**6) as bar:
             for key, path in export.files.items():
                 stop.check("while exporting", "its files are deleted, and the same command begins again")
                 target.upload(path, key)
@@ -144,7 +144,7 @@ def _written(target: Store, request: ExportRequest, export: Export, stop: Stop) 
                 written.append(key)
     except ObjectExistsError:
         said = "another export is there already; name another folder, or an empty one"
-        raise BadRequestError(f"--to {request.to}: {said}") from None
+        raise BadRequestError(f"--to {to}: {said}") from None
     except BaseException:
         for key in written:
             target.delete(key)
@@ -152,7 +152,7 @@ def _written(target: Store, request: ExportRequest, export: Export, stop: Stop) 
     return target.uri
 
 
-def _check_free(target: Store, to: str, own: set[str]) -> None:
+def check_free(target: Store, to: str, own: set[str]) -> None:
     """Raises `BadRequestError` if the folder holds other objects than those of a killed export."""
     # A local folder that does not exist cannot be listed.
     with suppress(MissingInputError):

@@ -47,6 +47,7 @@ class CheckpointFiles:
 
     Attributes:
         drawn: the group whose weights lie where diffusers reads them.
+        descriptions: the objects beside them, by key below the checkpoint.
         size_bytes: of a host copy.
     """
 
@@ -63,7 +64,7 @@ class CheckpointFiles:
         self.size_bytes = sum(tensor.nbytes for named in self._host.values() for tensor in named.values())
         self._parts = plan_parts(self._host)
         self._pipeline = pipeline.files_for_diffusers(retention.config, classes, self._parts)
-        self.drawn = self._pipeline.drawn
+        self.drawn, self.descriptions = self._pipeline.drawn, self._pipeline.descriptions
 
     def copy(self) -> None:
         """Copies the live values into the host buffers; when it returns, training may go on."""
@@ -101,7 +102,7 @@ class CheckpointFiles:
             when_written()
             for one in uploads:
                 one.result()
-        for name, data in self._pipeline.descriptions.items():
+        for name, data in self.descriptions.items():
             run.create(key := f"{ref.key}/{name}", data)
             records.append(NamedObject.of(key, data))
         return tuple(records)

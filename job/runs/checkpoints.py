@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 from pydantic import Field
 
@@ -48,6 +48,8 @@ class Manifest(RunRecord):
     world_size: int = Field(ge=1)
     loss_sums: list[list[float]]
     """The sums of losses for the next row of the metrics."""
+    lineage: tuple[Annotated[str, Field(pattern=r"^\d{6}-\d{12}$")], ...] = ()
+    """The checkpoints from which this attempt and those before it resumed, by name, oldest first."""
     files: tuple[NamedObject, ...]
     drawn: str = ""
     """The group of weights in `unet/`, such as `ema`; empty if diffusers lacks the network."""

@@ -310,12 +310,12 @@ def _dollars_per_hour() -> float | None:
     return None
 
 
-def what_is_otherwise(before: Attempt, now: Attempt) -> list[str]:
-    """Returns a sentence for each change of circumstances between two attempts that may change the results."""
+def what_is_otherwise(before: Attempt, now: Attempt, this: str = "this one") -> list[str]:
+    """Returns a sentence for each change of circumstances from an attempt to `this` that may change the results."""
     found = []
     if before.code_version != now.code_version:
         found.append(
-            f"attempt {before.fence} ran code {before.code_version}, and this one runs {now.code_version}: images and "
+            f"attempt {before.fence} ran code {before.code_version}, and {this} runs {now.code_version}: images and "
             "noise stay the same, unless the code for them changed; the weights may differ from an undisturbed run"
         )
     ran_on, runs_on = (
@@ -323,7 +323,7 @@ def what_is_otherwise(before: Attempt, now: Attempt) -> list[str]:
     )
     if ran_on != runs_on:
         found.append(
-            f"attempt {before.fence} ran on {ran_on}, and this one runs on {runs_on}: images and noise stay the same, "
+            f"attempt {before.fence} ran on {ran_on}, and {this} runs on {runs_on}: images and noise stay the same, "
             "rounding differs"
         )
     return found

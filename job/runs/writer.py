@@ -72,6 +72,7 @@ class CheckpointWriter:
         """
         self.rows, self.saved_metrics = list[metric_rows.Row](), list(before.metrics if before else ())
         self._snapshots = before.snapshots if before else ()
+        self._lineage = (*before.lineage, str(before.ref)) if before else ()
         self.retention = leased.retention
         self._leased, self._stop = leased, stop
         # Unlike `stop` this ends no upload that is under way when a stop is requested.
@@ -133,6 +134,7 @@ class CheckpointWriter:
             created=utc_now(),
             world_size=attempt.world_size,
             loss_sums=loss_sums,
+            lineage=self._lineage,
             files=(),
             drawn=self._files.drawn,
             metrics=tuple(self.saved_metrics),

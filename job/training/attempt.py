@@ -17,7 +17,7 @@ from ddpm import training
 from ddpm.catalogue import OF_CLASSES
 from job.evaluation.evaluation_plan import check_scores_in_training
 from job.exits import BadDataError, JobError, LostRunError, MissingInputError, NotANumberError, State, StoppedError
-from job.plan import Plan, plan_run
+from job.plan import Plan, RunHandle, plan_run
 from job.processes import compute
 from job.processes.launched import is_launched
 from job.processes.lease import Lease
@@ -110,7 +110,7 @@ def _train(plan: Plan, ranks: Ranks, lease: Lease | None, tracking: Tracking | N
     damaged = set[CheckpointRef]()
     with _last_page(plan, attempt, lease, pictures, stop):
         # First, because a parent that trains on may delete its checkpoint while the images are read.
-        state = initial_state(plan, ranks.device)
+        state = initial_state(plan.config, ranks.device)
         manifest = _restore(state, plan, ranks, attempt, damaged)
         with Progress("reading images", total=plan.index.images) as bar:
             images = plan.opened_images(stop, lambda done, total: bar.update(done))
@@ -225,7 +225,7 @@ def _restore(
         with newest_good(plan.run, note, damaged) as restored:
             if restored is None:
                 if begins_from:
-                    _load_parent(state, plan)
+                    load_parent(state, plan)
                 return None
             restored.copy_into(tensors)
             return restored.manifest
@@ -248,18 +248,18 @@ def _restore(
     return manifest
 
 
-def _load_parent(state: training.TrainState, plan: Plan) -> None:
+def load_parent(state: training.TrainState, of_run: RunHandle) -> None:
     """Loads the weights that the run begins with, also as its averages. Main process only.
 
     Raises:
         MissingInputError, BadDataError: they are gone, or others than at the time of the pinning.
     """
-    parent = plan.config.parent
+    parent = of_run.config.parent
     if not (parent.run and parent.checkpoint and parent.weights):
-        raise BadDataError(f"{plan.run.uri_of(records.CONFIG_KEY)} names no checkpoint of the parent {parent.run}")
-    at, name = records.place_of_run(plan.bucket, parent.run)
+        raise BadDataError(f"{of_run.run.uri_of(records.CONFIG_KEY)} names no checkpoint of the parent {parent.run}")
+    at, name = records.place_of_run(of_run.bucket, parent.run)
     run, ref = records.run_store(at, name), CheckpointRef.parse(parent.checkpoint)
-    delete = f"ddpm runs delete {plan.request.run} --yes"
+    delete = f"ddpm runs delete {of_run.run.uri.rpartition('/')[2]} --yes"
     what_to_do = f"restore it, or delete the run that begins with it ({delete}), and begin another"
     try:
         if check_average(run, ref, parent.weights, name).sha256 != parent.sha256:

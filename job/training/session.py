@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -23,7 +23,7 @@ from ddpm.threads import threads_of
 from job.config import RunConfig, method
 from job.data.autoencoder import latents_of, load_decoder
 from job.data.cache import ImageCache
-from job.data.order import Order
+from job.data.order import order_of
 from job.data.stream import stream_batches
 from job.exits import StoppedError
 from job.plan import Plan
@@ -46,9 +46,9 @@ ANOTHER_PROCESS = "another process"
 _STARVED_POLL_SECONDS = 0.02
 
 
-def initial_state(plan: Plan, device: torch.device) -> training.TrainState:
+def initial_state(config: RunConfig, device: torch.device) -> training.TrainState:
     """Returns the state before the first image, on the device."""
-    return training.create_state(method.build_network(plan.config, device), device, method.settings_of(plan.config))
+    return training.create_state(method.build_network(config, device), device, method.settings_of(config))
 
 
 def wrapped(
@@ -67,8 +67,74 @@ def wrapped(
     return network
 
 
-class TrainingSession:
-    """The state and the loop of one process; all processes make the same decisions at the same step."""
+class Loop:
+    """The parts of `ddpm.training.train` on one process of a run.
+
+    Attributes:
+        batches: to be closed.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        images: ImageCache,
+        ranks: Ranks,
+        state: training.TrainState,
+        *,
+        last_image: int,
+        stop: Stop,
+    ) -> None:
+        """Prepares the network and the batches from the state's image on. Collective.
+
+        Args:
+            config: that of the attempt.
+            images: the dataset.
+            ranks: all processes.
+            state: new, or restored from a checkpoint.
+            last_image: see `stream_batches`.
+            stop: asked all the while.
+        """
+        self.config, self.images, self.ranks, self.state, self.stop = config, images, ranks, state, stop
+        self.batch_size, self.device = config.train.batch_size, ranks.device
+        self.objective = method.objective_of(config)
+        self.settings = replace(method.settings_of(config), latents=latents_of(images.index))
+        self.slots = compute.slots_of(config.train, ranks)
+        self.threads = threads_of(self.device, config.train.slot_threads or 1) if self.slots else None
+        self.accelerator = build_accelerator(config.train.precision, deterministic=self.slots is not None)
+        self.network = wrapped(state.model, config, ranks, self.accelerator, self.slots)
+        self.batches = stream_batches(
+            images,
+            order_of(images.index, config),
+            batch_size_images=self.batch_size,
+            first_image=state.images_seen,
+            last_image=last_image,
+            places=self.slots.places if self.slots else range(ranks.rank, self.batch_size, ranks.world_size),
+            pin_memory=self.device.type == "cuda",
+            with_labels=bool(config.model.num_classes),
+            stop=stop,
+        )
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Returns the context in which the loop runs; see `Threads.alone`."""
+        return self.threads.alone() if self.threads else nullcontext()
+
+    def learn(self, hooks: training.Hooks) -> None:
+        """Trains to the end of the batches, or until a hook ends it."""
+        training.train(
+            self.state,
+            self.network,
+            self.batches,
+            self.objective,
+            settings=self.settings,
+            accelerator=self.accelerator,
+            hooks=hooks,
+            slots=self.slots,
+            threads=self.threads,
+        )
+
+
+class TrainingSession(Loop):
+    """The loop of an attempt on one process; all processes make the same decisions at the same step."""
 
     def __init__(
         self,
@@ -94,17 +160,10 @@ class TrainingSession:
             saved_images: images seen by the checkpoint that was restored, or -1.
             stop: asked all the while.
         """
-        self.plan, self.config, self.ranks, self.state, self.images = plan, plan.config, ranks, state, images
-        self.held_out, self.recorder, self.stop = held_out, recorder, stop
-        self.batch_size, self.device = self.config.train.batch_size, ranks.device
-        self.objective = method.objective_of(self.config)
-        self.settings = replace(method.settings_of(self.config), latents=latents_of(plan.index))
+        super().__init__(plan.config, images, ranks, state, last_image=plan.target_images, stop=stop)
+        self.plan, self.held_out, self.recorder = plan, held_out, recorder
         self.hooks = training.Hooks(self.after_step, self._leaves_step)
         self.decoder = load_decoder(plan.bucket, plan.index, self.device)
-        self.slots = compute.slots_of(self.config.train, ranks)
-        self.threads = threads_of(self.device, self.config.train.slot_threads or 1) if self.slots else None
-        self.accelerator = build_accelerator(self.config.train.precision, deterministic=self.slots is not None)
-        self.network = wrapped(state.model, self.config, ranks, self.accelerator, self.slots)
         self.agreement = Agreement(ranks.world_size, flags=4)
         self.agreement_in_step = Agreement(ranks.world_size, flags=1)
         self.retention = Retention(self.config, plan.index.images)
@@ -112,21 +171,6 @@ class TrainingSession:
         self.grid = Grid(self)
         self.interludes: list[Interlude] = [Validation(self), Scoring(self), self.grid]
         self.bar = Progress("training", total=plan.target_images, start=state.images_seen)
-        self.batches = stream_batches(
-            images,
-            Order(
-                tuple(plan.index.shards.images.tolist()),
-                self.config.train.seed,
-                self.config.data.shuffle_block_images,
-            ),
-            batch_size_images=self.batch_size,
-            first_image=state.images_seen,
-            last_image=plan.target_images,
-            places=self.slots.places if self.slots else range(ranks.rank, self.batch_size, ranks.world_size),
-            pin_memory=self.device.type == "cuda",
-            with_labels=bool(self.config.model.num_classes),
-            stop=stop,
-        )
         self.pace = Pace(self.batch_size, state.images_seen)
 
     def on_main(self, work: Callable[[Recorder], T]) -> T:
@@ -146,7 +190,7 @@ class TrainingSession:
         """
         state = self.state
         with self.bar:
-            with closing(self.batches), self.threads.alone() if self.threads else nullcontext():
+            with closing(self.batches), self.alone():
                 for interlude in self.interludes:
                     if interlude.is_due(state.images_seen) and self.on_main(interlude.is_missing):
                         self._run(interlude)
@@ -158,17 +202,7 @@ class TrainingSession:
                 self.pace.restart()
                 # After each step all processes agree whether any of them lacks the batch of the step after next.
                 if self._can_all_begin(2):
-                    training.train(
-                        state,
-                        self.network,
-                        self.batches,
-                        self.objective,
-                        settings=self.settings,
-                        accelerator=self.accelerator,
-                        hooks=self.hooks,
-                        slots=self.slots,
-                        threads=self.threads,
-                    )
+                    self.learn(self.hooks)
                 self.agreement.finish()
                 self.agreement_in_step.finish()
                 # Closing the stream may wait for a shard that does not come.

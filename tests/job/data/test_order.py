@@ -114,3 +114,14 @@ def test_upcoming_shards_come_soonest_first():
                 assert set(upcoming[: len(read)]) == read
             next_epoch = order.upcoming_shards((epoch + 1) * IMAGES)
             assert upcoming[len(read) :] == list(islice(next_epoch, len(upcoming) - len(read)))
+
+
+def test_numbers_of_an_image_are_the_inverse():
+    for block_images in (0, 1, 7, 64, IMAGES - 1):
+        order = Order(SHARDS, 5, block_images)
+        indices = order.indices(np.arange(3 * IMAGES)).tolist()
+        for image in range(IMAGES):
+            numbers = order.numbers_of(image, 3).tolist()
+            assert [indices[number] for number in numbers] == [image] * 3
+            assert [number // IMAGES for number in numbers] == [0, 1, 2]
+    assert Order((10**9, 10**9), 2**63 - 1).numbers_of(1453315465, 501)[500] == 10**12

@@ -1,0 +1,67 @@
+"""The lineage of a run: which attempt learnt which of the images that count, and with which settings.
+
+An attempt that was killed may have learnt images after its last checkpoint. The next attempt learns them again, so that
+they count as the next one's. A manifest names the checkpoints from which its attempts resumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from job.config import RunConfig, validated
+from job.exits import MissingInputError
+from job.runs import records
+from job.runs.checkpoints import Manifest, list_checkpoints, newest_sound
+from job.runs.layout import CheckpointRef
+from job.store import Store
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The images that one attempt learnt, from the number `first_image` up to `last_image`, without it."""
+
+    attempt: records.Attempt
+    config: RunConfig
+    """The run's configuration with the changes of this attempt."""
+    first_image: int
+    last_image: int
+
+    def has(self, ref: CheckpointRef) -> bool:
+        """Returns whether a checkpoint of the run lies in it."""
+        return ref.fence == self.attempt.fence and ref.images_seen <= self.last_image
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """The way to a run's newest checkpoint."""
+
+    newest: Manifest
+    stretches: tuple[Stretch, ...]
+    """In order, each from the end of the one before."""
+    checkpoints: tuple[CheckpointRef, ...]
+    """Those on the way that still exist, in order."""
+
+    @classmethod
+    def of(cls, run: Store, stored: RunConfig) -> Lineage:
+        """Reads the lineage of a run; `stored` is its configuration as it began.
+
+        Raises:
+            MissingInputError: the run has no checkpoint.
+            BadDataError: the record of an attempt is damaged or missing.
+        """
+        refs = list_checkpoints(run)
+        if (newest := newest_sound(run, refs)) is None:
+            raise MissingInputError(f"{run.uri} has no checkpoint that can be read: train it first")
+        stretches, first_image = list[Stretch](), 0
+        for ref in (*map(CheckpointRef.parse, newest.lineage), newest.ref):
+            attempt = records.load_attempt(run, ref.fence)
+            config = validated(stored.flat() | attempt.changes, f"{run.uri}, attempt {ref.fence}")
+            stretches.append(Stretch(attempt, config, first_image, ref.images_seen))
+            first_image = ref.images_seen
+        there = [ref for ref in refs if any(stretch.has(ref) for stretch in stretches)]
+        there.sort(key=lambda ref: (ref.images_seen, ref.fence))
+        return cls(newest, tuple(stretches), tuple(there))
+
+    def stretch_of(self, image_number: int) -> Stretch:
+        """Returns the stretch that learnt an image; that of later images is the last one."""
+        return next((one for one in self.stretches if image_number < one.last_image), self.stretches[-1])

@@ -1,0 +1,190 @@
+"""`ddpm replay`: the state of a run at any image, trained again from the nearest checkpoint before it.
+
+A replay has no lease, and writes nothing into the run but the mark of a reader. Each image is learnt with the settings
+of the attempt that learnt it. The files that come out are those that a checkpoint of that moment would have, so that
+equal states have files of equal SHA-256.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from functools import cached_property
+from pathlib import Path
+
+from ddpm import training
+from job.config import RunConfig
+from job.data.cache import ImageCache
+from job.exchange.exporting import Export, check_free, write_folder
+from job.exits import BadDataError, BadRequestError, MissingInputError
+from job.plan import follow_dataset, open_run
+from job.processes import compute
+from job.processes.ranks import meet
+from job.progress import Progress, note
+from job.runs import records
+from job.runs.checkpoint_files import CheckpointFiles, write_part
+from job.runs.checkpoints import load_manifest, opened
+from job.runs.layout import CheckpointRef
+from job.runs.lineage import Lineage
+from job.runs.readers import reading_chosen
+from job.runs.retention import Retention
+from job.sealed import code_version
+from job.stop import Stop
+from job.store import open_store
+from job.store.files import scratch_folder
+from job.training.attempt import load_parent
+from job.training.session import Loop, initial_state
+
+RECORD = "replay.json"
+"""The record of a replay, beside its files."""
+
+
+class Replay:
+    """A run on this process alone, at any image from one of its checkpoints on.
+
+    Attributes:
+        begun: the checkpoint that it began with; None for the first weights.
+        state: that of training, after `begin`.
+        differences: sentences about attempts that ran other code or on another device.
+    """
+
+    begun: CheckpointRef | None
+    state: training.TrainState
+
+    def __init__(self, bucket_uri: str, name: str, stop: Stop) -> None:
+        """Opens the run.
+
+        Raises:
+            MissingInputError: no such run, dataset or checkpoint.
+            BadRequestError: the run has no dataset.
+            BadConfigError: the dataset has other images now.
+        """
+        self.stop, self.of_run = stop, open_run(bucket_uri, name, stop)
+        if self.of_run.index is None:
+            raise BadRequestError(f"run {name!r} was imported without a dataset, and has learnt nothing here")
+        self.index, self.stored = self.of_run.index, records.existing_config(self.of_run.bucket, name)
+        follow_dataset(self.stored, self.index)
+        self.lineage = Lineage.of(self.of_run.run, self.stored)
+        self.ranks, self.batch_size, self.differences = meet(stop), self.stored.train.batch_size, list[str]()
+
+    @cached_property
+    def images(self) -> ImageCache:
+        """The run's dataset."""
+        with Progress("reading images", total=self.index.images) as bar:
+            return self.of_run.opened_images(self.stop, lambda done, total: bar.update(done))
+
+    def begin(self, image: int) -> None:
+        """Restores the newest checkpoint at or before an image, else the weights that the run began with.
+
+        Raises:
+            BadDataError: the checkpoint is damaged.
+            MissingInputError: the way there leads through an import.
+        """
+        run = self.of_run.run
+        self.state = initial_state(self.stored, self.ranks.device)
+
+        def nearest() -> list[CheckpointRef]:
+            return [ref for ref in Lineage.of(run, self.stored).checkpoints if ref.images_seen <= image][-1:]
+
+        with reading_chosen(run, nearest) as (refs, _):
+            for ref in refs:
+                with opened(run, ref) as restored:
+                    restored.copy_into(self.state.tensors())
+                self.state.resume_at(ref.images_seen, self.batch_size)
+        self.begun = refs[0] if refs else None
+        given = max((one.last_image for one in self.lineage.stretches if one.attempt.imported), default=-1)
+        if given > (self.begun.images_seen if self.begun else -1):
+            what = f"the checkpoint of {given:,} images was imported, and is later or gone"
+            raise MissingInputError(f"{run.uri} has no way to image {image:,}: {what}")
+        if self.begun is None and self.stored.parent.run:
+            load_parent(self.state, self.of_run)
+
+    def train_to(self, image: int) -> None:
+        """Trains up to an image, a multiple of the batch size; the last attempt learns images beyond the lineage.
+
+        Raises:
+            StoppedError: a stop was requested.
+        """
+        while (seen := self.state.images_seen) < image:
+            stretch = self.lineage.stretch_of(seen)
+            last = image if stretch is self.lineage.stretches[-1] else min(image, stretch.last_image)
+            self._compare(stretch.attempt, stretch.config)
+            loop = Loop(stretch.config, self.images, self.ranks, self.state, last_image=last, stop=self.stop)
+            bar = Progress("replaying", total=last, start=seen)
+
+            def after_step(state: training.TrainState, bar: Progress = bar) -> bool:
+                bar.update(state.images_seen)
+                return self.stop()
+
+            with bar, closing(loop.batches), loop.alone():
+                loop.learn(training.Hooks(after_step, self.stop))
+            self.stop.check(f"after {self.state.images_seen:,} images", "the same command begins again")
+
+    def _compare(self, attempt: records.Attempt, config: RunConfig) -> None:
+        is_exact = compute.slots_of(config.train, self.ranks) is not None
+        device = compute.describe_device(self.ranks.device, config.train, is_exact)
+        here = {"code_version": code_version(), "device": device, "is_exact": is_exact, "world_size": 1}
+        for difference in records.what_is_otherwise(attempt, attempt.model_copy(update=here), "this replay"):
+            if difference not in self.differences:
+                self.differences.append(difference)
+                note(f"THE BITS MAY DIFFER: {difference}")
+
+    def written(self, folder: Path) -> tuple[Export, dict[str, str]]:
+        """Writes the files of a checkpoint of this moment into a folder, and returns the SHA-256 of each by key."""
+        seen, tensors = self.state.images_seen, self.state.tensors()
+        stretch = self.lineage.stretch_of(max(0, seen - 1))
+        ref, retention = CheckpointRef(0, seen), Retention(stretch.config, self.index.images)
+        files, paths, hashes = CheckpointFiles(tensors, retention, self.of_run.classes), dict[str, Path](), {}
+        files.copy()
+        for whole_key, part in files.tensors_of(ref):
+            # Snapshots of the averages lie elsewhere.
+            if (key := whole_key.removeprefix(f"{ref.key}/")) != whole_key:
+                paths[key] = folder / f"{len(paths)}.safetensors"
+                hashes[key] = write_part(paths[key], key, part).sha256
+        how = {"code_version": code_version(), "differences": self.differences, "sha256": hashes}
+        where = {"run": self.of_run.run.uri, "images_seen": seen, "from": str(self.begun or "its first weights")}
+        small = files.descriptions | {RECORD: (json.dumps(where | how, indent=2) + "\n").encode()}
+        return Export(paths, small, f"{seen:,} images seen"), hashes
+
+
+def replay_run(bucket_uri: str, name: str, image: int, to: str, *, verify: bool) -> None:
+    """Prints the SHA-256 of each file of the state of a run at an image; writes the files into a folder, if given.
+
+    Args:
+        bucket_uri: the bucket of the run.
+        name: the run.
+        image: number of images seen, a multiple of the batch size.
+        to: a new or empty folder, as a path or a URI; empty for none.
+        verify: begin before a checkpoint of that moment, and compare with it.
+
+    Raises:
+        BadRequestError: the run has no such state, or the folder has files.
+        MissingInputError: no such run or dataset, or nothing to compare with.
+        BadDataError: a checkpoint is damaged, or differs from the replay.
+        StoppedError: a signal came; nothing was written.
+    """
+    stop = Stop().install()
+    replay = Replay(bucket_uri, name, stop)
+    run, newest, batch_size = replay.of_run.run, replay.lineage.newest.images_seen, replay.batch_size
+    if image % batch_size or image > newest:
+        below = image - image % batch_size
+        near = " or ".join(f"{one:,}" for one in sorted({min(below, newest), min(below + batch_size, newest)}))
+        raise BadRequestError(f"--image {image}: {name!r} has states every {batch_size:,} images to {newest:,}: {near}")
+    there = [ref for ref in replay.lineage.checkpoints if ref.images_seen == image]
+    if verify and not (there and image):
+        raise MissingInputError(f"--verify: {run.uri} has no checkpoint at image {image:,} to compare with")
+    if target := open_store(to, replay.of_run.bucket.retry) if to else None:
+        check_free(target, to, set())
+    replay.begin(image - batch_size if verify else image)
+    replay.train_to(image)
+    with scratch_folder("replay") as folder:
+        export, hashes = replay.written(folder)
+        print(f"{run.uri} at image {image:,}, from {replay.begun or 'its first weights'}")
+        print("\n".join(f"{sha256}  {key}" for key, sha256 in hashes.items()))
+        if target:
+            print(write_folder(target, to, name, export, stop))
+    if verify:
+        committed = {file.key.removeprefix(f"{there[-1].key}/"): file for file in load_manifest(run, there[-1]).files}
+        if differing := [key for key in hashes if key not in committed or committed[key].sha256 != hashes[key]]:
+            raise BadDataError(f"{run.uri}/{there[-1].key} differs from the replay in {', '.join(differing)}")
+        print(f"equal to {run.uri}/{there[-1].key}, file by file")
