@@ -105,7 +105,7 @@ class Order:
 
 def order_of(index: DatasetIndex, config: RunConfig) -> Order:
     """Returns the order in which a run of this configuration sees the images of its dataset."""
-    return Order(tuple(shard.images for shard in index.shards), config.train.seed, config.data.shuffle_block_images)
+    return Order(tuple(index.shards.images.tolist()), config.train.seed, config.data.shuffle_block_images)
 
 
 def _shuffled(offsets: Int64s, sizes: Int64s, keys: UInt64s, *, backwards: bool = False) -> Int64s:
