@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.exploration.training import RUN, ending
 from benchmarks.exploration.world import Process, Request, Violation, World
-from job.exits import BucketAwayError, JobError, LostRunError, StoppedError
+from job.exits import BucketAwayError, LostRunError, StoppedError
 from job.processes.lease import EXPIRE_SECONDS, LEASE_KEY
 from job.runs import layout
 from job.runs.checkpoints import Manifest
@@ -30,6 +30,8 @@ class Checks:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self.result: Any = None
+        """What the world ends with, after `at_end`."""
         world.observe, world.asked = self.observe, self.asked
 
     def asked(self, request: Request) -> None:
@@ -114,14 +116,14 @@ class RunChecks(LeaseChecks):
 
     def __init__(self, world: World, undisturbed: dict[str, Any] | None) -> None:
         super().__init__(world)
-        self._undisturbed, self.result = undisturbed, dict[str, Any]()
+        self._undisturbed = undisturbed
         self._named = dict[CheckpointRef, dict[str, str]]()
         self._late = set[CheckpointRef]()
         """Manifests that took effect after a newer one, such as a replaced writer's: some objects may be gone by then."""
 
     def asked(self, request: Request) -> None:
         """Checks that only the holder of the lease commits and deletes."""
-        if not request.key.startswith(f"{RUN}/") or "attempt" not in request.process.name:
+        if not request.key.startswith(f"{RUN}/") or not request.process.name.startswith(("attempt", "pruning", "last")):
             return
         kind = layout.located(request.key.removeprefix(f"{RUN}/")).kind
         if request.op == "delete" and kind not in (ObjectKind.PROBE, ObjectKind.READER):
@@ -172,5 +174,3 @@ class RunChecks(LeaseChecks):
             if self.result[name] != value:
                 raise Violation(f"the {name} at the end are {self.result[name]} instead of {value}")
 
-
-__all__ = ["Checks", "JobError", "RunChecks"]

@@ -10,12 +10,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from benchmarks.exploration import mutations, runtime
+from benchmarks.exploration import mutations, reading, runtime, shared
 from benchmarks.exploration.scenarios import Scenario, all_scenarios, play
-from benchmarks.exploration.world import Chooser, Disturbance, Planned, Request, Step, Violation, World
+from benchmarks.exploration.world import Disturbance, Planned, Request, Step, Violation, World
 
 READS = tuple(Disturbance(*one) for one in (("s",), ("s", 1), ("c",), ("z", 25), ("Z", 25), ("e",), ("k",), ("w", 6), ("o", 30)))
 WRITES = (*READS, *(Disturbance(*one) for one in (("C",), ("a", 25), ("l",), ("t", 4), ("t", 12), ("t", 30), ("w", 12))))
@@ -142,20 +142,17 @@ def replay(text: str, mutation: str = "") -> Played:
             return played(scenarios[name], planned)
 
 
-class workplace:  # noqa: N801 - a context, as `runtime.simulated` is
-    """Simulated threads and clocks, and a folder in memory for local files."""
-
-    def __enter__(self) -> None:
-        self._simulated = runtime.simulated()
-        self._before, in_memory = tempfile.tempdir, "/dev/shm"
-        self._folder = tempfile.TemporaryDirectory(dir=in_memory if os.access(in_memory, os.W_OK) else None)
-        tempfile.tempdir = self._folder.name
-        self._simulated.__enter__()
-
-    def __exit__(self, *_: object) -> None:
-        self._simulated.__exit__(None, None, None)
-        tempfile.tempdir = self._before
-        self._folder.cleanup()
+@contextmanager
+def workplace() -> Iterator[None]:
+    """Opens the simulation, with a folder in memory for local files."""
+    before, in_memory = tempfile.tempdir, "/dev/shm"
+    with tempfile.TemporaryDirectory(dir=in_memory if os.access(in_memory, os.W_OK) else None) as folder:
+        tempfile.tempdir = folder
+        try:
+            with runtime.simulated(), shared.small_work(), reading.opened_here():
+                yield
+        finally:
+            tempfile.tempdir = before
 
 
 @dataclass
@@ -225,6 +222,3 @@ def found_after(mutation: str, names: list[str], most: int, seed: int) -> tuple[
                     if outcome.violation:
                         return count, shortest(scenarios[name], outcome)
     return count, None
-
-
-__all__ = ["Chooser", "Report", "explore", "found_after", "replay", "suppress"]

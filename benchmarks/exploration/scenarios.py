@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from benchmarks.exploration import training
+from benchmarks.exploration import reading, shared, training
 from benchmarks.exploration.checks import Checks, RunChecks
 from benchmarks.exploration.world import Process, World
 
@@ -78,25 +78,69 @@ def _train(wait_seconds: float) -> Main:
     return lambda world, process: training.attempt(world, process, wait_seconds)
 
 
+def _sliced(work: Callable[[World, Process, str], Any], slice_text: str) -> Main:
+    return lambda world, process: work(world, process, slice_text)
+
+
+def _shared(name: str, what: str, work: Any, checks: Any, **more: Any) -> Scenario:
+    """Returns the scenario of two machines that share work."""
+    workers = {"machine A": ("one", 0.0, _sliced(work, "0/2")), "machine B": ("two", 1.0, _sliced(work, "1/2"))}
+    return Scenario(name, what, workers, _sliced(work, "0/1"), checks, **more)
+
+
+_ATTEMPT = ("one", 0.0, _train(600.0))
+_SCENARIOS = (
+    Scenario(
+        "train",
+        "two attempts at one run on two machines, of which one waits for the other",
+        {"attempt A": _ATTEMPT, "attempt B": ("two", 4.0, _train(600.0))},
+        _train(600.0),
+        RunChecks,
+    ),
+    Scenario(
+        "train-here",
+        "two attempts on one machine, in a folder: a dead holder is known to be dead",
+        {"attempt A": _ATTEMPT, "attempt B": ("one", 4.0, _train(0.0))},
+        _train(600.0),
+        RunChecks,
+        content_versions=True,
+    ),
+    Scenario(
+        "read",
+        "an attempt, and a reader of its newest checkpoint",
+        {"attempt A": _ATTEMPT, "reader": ("two", 4.0, reading.read)},
+        _train(600.0),
+        reading.ReadChecks,
+    ),
+    Scenario(
+        "average",
+        "an attempt, and two machines that make the same average of a checkpoint",
+        {"attempt A": _ATTEMPT, "averager B": ("two", 7.0, reading.average), "averager C": ("three", 7.0, reading.average)},
+        _train(600.0),
+        reading.ReadChecks,
+    ),
+    Scenario(
+        "prune",
+        "two attempts, and a prune of their run",
+        {"attempt A": _ATTEMPT, "pruning": ("two", 8.0, reading.prune)},
+        _train(600.0),
+        reading.ReadChecks,
+    ),
+    _shared("pack", "two machines that pack a dataset together", shared.pack, shared.PackChecks),
+    Scenario(
+        "pack-twice",
+        "two people who pack the same dataset, in a folder",
+        {"packer A": ("one", 0.0, _sliced(shared.pack, "")), "packer B": ("two", 1.0, _sliced(shared.pack, ""))},
+        _sliced(shared.pack, "0/1"),
+        shared.PackChecks,
+        content_versions=True,
+    ),
+    _shared("encode", "two machines that encode a dataset", shared.encode, shared.EncodeChecks, prepared=shared.with_source),
+    _shared("sample", "two machines that draw a set of images", shared.sample, shared.SampleChecks),
+    _shared("score", "two machines that score a checkpoint", shared.score, shared.ScoreChecks),
+)
+
+
 def all_scenarios() -> dict[str, Scenario]:
-    """Returns the scenarios by name."""
-    return {
-        scenario.name: scenario
-        for scenario in (
-            Scenario(
-                "train",
-                "two attempts at one run on two machines, of which one waits for the other",
-                {"attempt A": ("one", 0, _train(600.0)), "attempt B": ("two", 4, _train(600.0))},
-                _train(600.0),
-                RunChecks,
-            ),
-            Scenario(
-                "train-here",
-                "two attempts on one machine, in a folder: a dead holder is known to be dead",
-                {"attempt A": ("one", 0, _train(600.0)), "attempt B": ("one", 4, _train(0.0))},
-                _train(600.0),
-                RunChecks,
-                content_versions=True,
-            ),
-        )
-    }
+    """Returns the scenarios by name, none of them measured yet."""
+    return {scenario.name: replace(scenario) for scenario in _SCENARIOS}

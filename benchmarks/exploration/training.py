@@ -81,11 +81,11 @@ def _train(run: Any, lease: Lease, process: Process, note: Any) -> None:
             restored.copy_into(tensors)
             manifest = restored.manifest
             seen, sums = manifest.images_seen, list(manifest.loss_sums[0])
-    rows = metric_rows.read_rows(run, manifest.metrics, note) if manifest else []
+    if manifest:
+        metric_rows.read_rows(run, manifest.metrics, note)
     retention = Retention(config(), DATASET_IMAGES)
     leased = LeasedRun(run, retention, made, lease, classes=(), damaged=damaged)
     writer = CheckpointWriter(leased, tensors, before=manifest, stop=process.stop, note=note)
-    process.result = len(rows)
     try:
         while seen < STEPS * BATCH_IMAGES:
             runtime.world().sleep(STEP_SECONDS)

@@ -1,0 +1,79 @@
+"""Commands that work on a run without its lease, while it trains: they mark the checkpoint that they read."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+from benchmarks.exploration import runtime, training
+from benchmarks.exploration.checks import RunChecks
+from benchmarks.exploration.store import SimulatedStore
+from benchmarks.exploration.world import Process, World
+from job.exits import MissingInputError
+from job.runs import averages, removal
+from job.runs.checkpoints import choose, opened
+from job.runs.readers import reading_chosen
+
+STD = 0.1
+"""The width of the average that is made: between those in the checkpoint."""
+
+
+def read(world: World, process: Process) -> None:
+    """Reads the newest checkpoint twice, as `ddpm sample` does: a mark keeps it meanwhile."""
+    run = SimulatedStore(world, process).sub(training.RUN)
+    with reading_chosen(run, lambda: choose(run, "latest", training.DATASET_IMAGES, training.BATCH_IMAGES)) as found:
+        refs, renew = found
+        for _ in range(2):
+            with opened(run, refs[0], ("model",)) as restored:
+                assert restored.files
+            renew()
+            world.sleep(4.0)
+
+
+def average(world: World, process: Process) -> None:
+    """Makes an average of the newest checkpoint, as `ddpm ema` does."""
+    averages.make_averages("sim://bucket", "r", STD, "latest")
+
+
+def prune(world: World, process: Process) -> None:
+    """Prunes the run, as `ddpm runs prune` does."""
+    removal.prune_run("sim://bucket", "r", keep_last=None, dry_run=False)
+
+
+class ReadChecks(RunChecks):
+    """A reader that began finds everything until its end."""
+
+    def ended(self, process: Process) -> None:
+        """Checks how a process ended."""
+        is_early = isinstance(process.error, MissingInputError) and (
+            "has no checkpoint yet" in str(process.error) or "there is no run" in str(process.error)
+        )
+        if is_early:
+            process.error = None
+        super().ended(process)
+
+
+@contextmanager
+def opened_here() -> Iterator[None]:
+    """Has commands open the bucket of their world until the context ends."""
+
+    def store(*_: Any) -> SimulatedStore:
+        return SimulatedStore(runtime.world(), runtime.world().process)
+
+    def stop() -> Any:
+        return SimpleNamespace(install=lambda: runtime.world().process.stop)
+
+    with ExitStack() as stack:
+        for module in (averages, removal):
+            name = "open_bucket" if module is averages else "open_store"
+            stack.enter_context(patch.object(module, name, store))
+            stack.enter_context(patch.object(module, "Stop", stop))
+            stack.enter_context(patch.object(module, "note", lambda text: None))
+            stack.enter_context(patch.object(module, "print", lambda *_: None, create=True))
+        # To read the configuration takes longer than the rest, and it never changes.
+        stack.enter_context(patch("job.runs.records.parsed_config", lambda *_: training.config()))
+        stack.enter_context(patch("job.runs.records.as_last_changed", lambda run, config: config))
+        yield
