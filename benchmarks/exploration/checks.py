@@ -114,6 +114,9 @@ class LeaseChecks(Checks):
 class RunChecks(LeaseChecks):
     """A checkpoint that is committed is whole until its manifest is deleted, and the newest one stays."""
 
+    may_be_swept = False
+    """Whether a command takes the lease, commits nothing and deletes what a suspended attempt has not committed yet."""
+
     def __init__(self, world: World, undisturbed: dict[str, Any] | None) -> None:
         super().__init__(world)
         self._undisturbed = undisturbed
@@ -153,6 +156,7 @@ class RunChecks(LeaseChecks):
             return
         manifest = Manifest.from_json(request.data, request.key)
         is_late = bool(self._named) and max(self._named) > ref
+        is_late |= self.may_be_swept and self._record["fence"] > ref.fence
         self._named[ref] = manifest.objects
         if is_late:
             self._late.add(ref)
@@ -173,4 +177,3 @@ class RunChecks(LeaseChecks):
         for name, value in (self._undisturbed or {}).items():
             if self.result[name] != value:
                 raise Violation(f"the {name} at the end are {self.result[name]} instead of {value}")
-

@@ -17,9 +17,9 @@ from benchmarks.exploration import mutations, reading, runtime, shared
 from benchmarks.exploration.scenarios import Scenario, all_scenarios, play
 from benchmarks.exploration.world import Disturbance, Planned, Request, Step, Violation, World
 
-READS = tuple(Disturbance(*one) for one in (("s",), ("s", 1), ("c",), ("z", 25), ("Z", 25), ("e",), ("k",), ("w", 6), ("o", 30)))
-WRITES = (*READS, *(Disturbance(*one) for one in (("C",), ("a", 25), ("l",), ("t", 4), ("t", 12), ("t", 30), ("w", 12))))
-SWITCHES = (Disturbance("s"), Disturbance("s"), Disturbance("s", 1))
+READS = tuple(Planned.parse("0s,1s1,2c,3z25,4Z25,5e,6k,7w6,8o30").disturbances.values())
+WRITES = (*READS, *Planned.parse("0C,1a25,2l,3t4,4t12,5t30,6w12").disturbances.values())
+SWITCHES = tuple(Planned.parse("0s,1s,2s1").disturbances.values())
 
 
 def possible(request: Request) -> tuple[Disturbance, ...]:
@@ -88,14 +88,16 @@ def measure(scenario: Scenario) -> Played:
     with runtime.running(world):
         checks = play(scenario, world)
     scenario.undisturbed, scenario.requests = checks.result, len(requests)
-    scenario.first_level = [(number, one) for number, request in enumerate(requests) for one in possible(request)]
+    scenario.singles = [(number, one) for number, request in enumerate(requests) for one in possible(request)]
     return Played(scenario.name, {}, "", world.trace)
 
 
 def schedules(scenario: Scenario, seed: int) -> Iterator[Planned | Sparse]:
     """Yields schedules without end: none, each single disturbance, then several at random."""
     yield Planned({})
-    for number, one in scenario.first_level:
+    singles = list(scenario.singles)
+    random.Random(seed).shuffle(singles)
+    for number, one in singles:
         yield Planned({number: one})
     yield from deeper(scenario, seed)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -54,6 +54,12 @@ class ReadChecks(RunChecks):
         if is_early:
             process.error = None
         super().ended(process)
+
+
+class PruneChecks(ReadChecks):
+    """A late commit of a suspended attempt may have lost its files to a prune: the next attempt sets it aside."""
+
+    may_be_swept = True
 
 
 @contextmanager

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from benchmarks.exploration import reading, shared, training
 from benchmarks.exploration.checks import Checks, RunChecks
-from benchmarks.exploration.world import Process, World
+from benchmarks.exploration.world import Disturbance, Process, World
 
 Main = Callable[[World, Process], Any]
 RESTARTS = 2
@@ -39,7 +39,9 @@ class Scenario:
     prepared: Callable[[World], None] = lambda world: None
     undisturbed: Any = field(default=None, repr=False)
     requests: int = 0
-    """Of an undisturbed world, but for the last attempt."""
+    """Of an undisturbed world, with the last attempt."""
+    singles: Sequence[tuple[int, Disturbance]] = ()
+    """Every single disturbance of an undisturbed world, by number of the request."""
 
 
 def _again(world: World, checks: Checks, name: str, host: str, main: Main, left: int) -> None:
@@ -115,7 +117,11 @@ _SCENARIOS = (
     Scenario(
         "average",
         "an attempt, and two machines that make the same average of a checkpoint",
-        {"attempt A": _ATTEMPT, "averager B": ("two", 7.0, reading.average), "averager C": ("three", 7.0, reading.average)},
+        {
+            "attempt A": _ATTEMPT,
+            "averager B": ("two", 7.0, reading.average),
+            "averager C": ("three", 7.0, reading.average),
+        },
         _train(600.0),
         reading.ReadChecks,
     ),
@@ -124,7 +130,7 @@ _SCENARIOS = (
         "two attempts, and a prune of their run",
         {"attempt A": _ATTEMPT, "pruning": ("two", 8.0, reading.prune)},
         _train(600.0),
-        reading.ReadChecks,
+        reading.PruneChecks,
     ),
     _shared("pack", "two machines that pack a dataset together", shared.pack, shared.PackChecks),
     Scenario(
@@ -135,7 +141,9 @@ _SCENARIOS = (
         shared.PackChecks,
         content_versions=True,
     ),
-    _shared("encode", "two machines that encode a dataset", shared.encode, shared.EncodeChecks, prepared=shared.with_source),
+    _shared(
+        "encode", "two machines that encode a dataset", shared.encode, shared.EncodeChecks, prepared=shared.with_source
+    ),
     _shared("sample", "two machines that draw a set of images", shared.sample, shared.SampleChecks),
     _shared("score", "two machines that score a checkpoint", shared.score, shared.ScoreChecks),
 )

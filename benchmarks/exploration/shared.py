@@ -333,7 +333,11 @@ class ScoreChecks(PieceChecks):
 def small_work() -> Iterator[None]:
     """Replaces images by a few bytes until the context ends."""
     encoder = SimpleNamespace(
-        size=ImageSize.of(SIZE // 2), channels=3, config=b"config", weights=b"weights", hashes=(sha256(b"config"), sha256(b"weights"))
+        size=ImageSize.of(SIZE // 2),
+        channels=3,
+        config=b"config",
+        weights=b"weights",
+        hashes=(sha256(b"config"), sha256(b"weights")),
     )
     encoder.fingerprint = lambda source: hashlib.sha256(source.dataset_id.encode()).hexdigest()
 

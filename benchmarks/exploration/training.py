@@ -76,7 +76,7 @@ def _train(run: Any, lease: Lease, process: Process, note: Any) -> None:
     tensors = {"model": {"weight": FIRST.clone()}, "optimizer": {"moment": torch.zeros(2)}}
     tensors |= {name: {"weight": torch.zeros(2)} for name in config().ema.names}
     seen, sums, damaged, manifest = 0, [0.0], set[Any](), None
-    with newest_good(run, note, damaged) as restored:
+    with lease.unless_lost(), newest_good(run, note, damaged) as restored:
         if restored is not None:
             restored.copy_into(tensors)
             manifest = restored.manifest
@@ -124,4 +124,3 @@ def ending(objects: dict[str, tuple[bytes, str]], manifest: Manifest) -> dict[st
         "snapshots": snapshots,
         "rows": hashlib.sha256(rows).hexdigest(),
     }
-

@@ -166,6 +166,8 @@ class World:
         """All that ever were, in order."""
         self.current: Thread | None = None
         self.requests = 0
+        self.calm_from = 0
+        """The number of requests before the last attempt."""
         self.violation: Violation | None = None
         self._choose, self._hub = choose, getcurrent()
         self._turns, self._pids, self._numbers = itertools.count(), itertools.count(100), itertools.count(1)
@@ -268,6 +270,7 @@ class World:
     def calm(self) -> None:
         """Ends all disturbances."""
         self._choose = lambda number, request: None
+        self.calm_from = self.requests
 
     def end(self) -> None:
         """Ends all threads that are left, so that none leaks into another world."""
