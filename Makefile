@@ -41,7 +41,7 @@ PACKED    = $(call quoted,$(or $(SOURCE),$(DATASET))) $(call quoted,$(DATASET)) 
 # Tests and campaigns start Python by the hundred: it is not to compile the same files each time.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help setup submit-train submit-sample submit-pack train sample evaluate pack image push-image image-size locks test test-browser test-containers test-slurm test-infra infra infra-destroy lint bench quality crash-test clean
+.PHONY: help setup submit-train submit-sample submit-pack train sample evaluate pack image push-image image-size locks test test-browser test-containers test-slurm test-infra infra infra-destroy lint bench quality crash-test explore clean
 
 help: ## List the verbs and their variables
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -169,6 +169,9 @@ quality: $(QUALITY) ## Quality for the same processor seconds, against peers, on
 
 crash-test: $(TESTED) ## Kill a run at every point of its protocols, then at random: ARGS='--kills 100 --bucket gs'
 	.venv/bin/python -m benchmarks.crash_campaign $(call each_quoted,$(ARGS))
+
+explore: $(TESTED) ## Play the protocols over a simulated bucket in many orders: ARGS='--schedules 100000 --seed 1'
+	.venv/bin/python -m benchmarks.exploration $(call each_quoted,$(ARGS))
 
 clean: ## Remove .venv; buckets and caches stay
 	rm -rf .venv

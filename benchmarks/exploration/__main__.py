@@ -1,4 +1,4 @@
-"""`python -m benchmarks.exploration`: plays the protocols in every order that fits, and shows the shortest that fails."""
+"""`python -m benchmarks.exploration`: plays the protocols in many orders, and shows the shortest that fails."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from benchmarks.exploration.scenarios import all_scenarios
 from benchmarks.exploration.world import DISTURBANCES
 
 EPILOG = """\
-A schedule is SCENARIO:NUMBER LETTER SECONDS,… such as train:17c,40z25: request 17 never happens, since the process is
-killed before it, and at request 40 a process is suspended for 25 seconds. --list shows scenarios, letters and mutations.
+A schedule is a scenario and its disturbances, such as train:17c,40z25: request 17 never happens, since its process is
+killed before it, and at request 40 a process is suspended for 25 seconds. --list shows scenarios, letters, mutations.
 Exit code: 0 if all invariants hold, else 1, with the shortest schedule that fails.
 Example: python -m benchmarks.exploration --schedules 100000 --seed 1"""
 
@@ -56,7 +56,7 @@ def _all_found(options: argparse.Namespace) -> int:
 
 
 def described(outcome: Played, mutation: str) -> str:
-    """Returns a schedule for people: the requests around its disturbances, the verdict, and the command that replays it."""
+    """Returns a schedule for people: a line for each request, the verdict, and the command that replays it."""
     rows = [(str(step.number), f"{step.now:g} s", step.who, step.op, step.key, step.outcome) for step in outcome.trace]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

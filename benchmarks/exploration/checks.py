@@ -122,7 +122,7 @@ class RunChecks(LeaseChecks):
         self._undisturbed = undisturbed
         self._named = dict[CheckpointRef, dict[str, str]]()
         self._late = set[CheckpointRef]()
-        """Manifests that took effect after a newer one, such as a replaced writer's: some objects may be gone by then."""
+        """Manifests that took effect after a newer one, such as a replaced writer's: objects may be gone by then."""
 
     def asked(self, request: Request) -> None:
         """Checks that only the holder of the lease commits and deletes."""

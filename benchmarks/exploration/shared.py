@@ -10,8 +10,8 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from typing import Any
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -62,7 +62,7 @@ class PieceChecks(Checks):
         if request.op == "delete":
             if before is not None:
                 self._check_deletion(request, is_finished)
-        elif key == self._result or f"/{RECORDS}/" in key and key.endswith(".json"):
+        elif key == self._result or (f"/{RECORDS}/" in key and key.endswith(".json")):
             named = self.named_in(key, json.loads(request.data))
             # A machine that slept may commit a piece after the others have published and cleared up.
             for file, wanted in named.items() if key == self._result or not is_finished else ():

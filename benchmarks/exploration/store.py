@@ -1,7 +1,7 @@
 """A bucket in memory, whose every request is a point where the schedule may interfere.
 
-It keeps the contract of `job.store.base`: each request changes one object, at one moment, or nothing. Reads and listings
-show all that took effect before.
+It keeps the contract of `job.store.base`: each request changes one object, at one moment, or nothing. Reads and
+listings show all that took effect before.
 """
 
 from __future__ import annotations

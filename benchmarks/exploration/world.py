@@ -1,8 +1,8 @@
 """A deterministic world: processes whose threads are greenlets, a clock that only moves when all wait, and a bucket.
 
-Exactly one thread runs. It goes on until it waits; another one runs earlier only where the schedule says so. Requests to
-the bucket are numbered, and a schedule is a list of disturbances at some of these numbers. So a schedule with the same
-disturbances takes the same course, always.
+Exactly one thread runs. It goes on until it waits; another one runs earlier only where the schedule says so. Requests
+to the bucket are numbered, and a schedule is a list of disturbances at some of these numbers. So a schedule with the
+same disturbances takes the same course, always.
 """
 
 from __future__ import annotations
