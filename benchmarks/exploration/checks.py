@@ -94,17 +94,19 @@ class LeaseChecks(Checks):
         elif old and (new["renewal"] <= old["renewal"] or new["fence"] != old["fence"]):
             raise Violation(f"{process.name} wrote its lease backwards")
         self._record, self._written_at = new, self.world.now
-        self._sure[process] = self.world.now, process.frozen_seconds
+        self._sure[process], process.unknown_seconds = (self.world.now, process.frozen_seconds), 0.0
 
-    def check_holds(self, process: Process, what: str) -> None:
-        """Checks that a process has renewed its lease lately, by its own running time.
+    def check_holds(self, process: Process, what: str, *, commits: bool) -> None:
+        """Checks that a process has renewed its lease lately.
 
-        A process that is suspended between this and its request is excused: it could not know.
+        It could not know of a suspension before the answer to its renewal; nor, as it looks for readers between its
+        renewal and a deletion, of one before a deletion.
         """
         if process not in self._sure:
             raise Violation(f"{process.name} {what} without ever having had the lease")
         written_at, frozen_seconds = self._sure[process]
-        age = self.world.now - written_at - (process.frozen_seconds - frozen_seconds)
+        unknown = process.unknown_seconds if commits else process.frozen_seconds - frozen_seconds
+        age = self.world.now - written_at - unknown
         if age >= EXPIRE_SECONDS:
             raise Violation(f"{process.name} {what} {age:g} s after the last renewal of its lease")
         if self._record["released"] and self._owners[self._record["holder"]] is process:
@@ -121,18 +123,26 @@ class RunChecks(LeaseChecks):
         super().__init__(world)
         self._undisturbed = undisturbed
         self._named = dict[CheckpointRef, dict[str, str]]()
+        self._retired = dict[CheckpointRef, Process]()
+        """Who began to delete a checkpoint."""
         self._late = set[CheckpointRef]()
         """Manifests that took effect after a newer one, such as a replaced writer's: objects may be gone by then."""
 
     def asked(self, request: Request) -> None:
         """Checks that only the holder of the lease commits and deletes."""
-        if not request.key.startswith(f"{RUN}/") or not request.process.name.startswith(("attempt", "pruning", "last")):
+        if not request.key.startswith(f"{RUN}/") or not request.process.name.startswith(("attempt", "last")):
             return
-        kind = layout.located(request.key.removeprefix(f"{RUN}/")).kind
+        place = layout.located(request.key.removeprefix(f"{RUN}/"))
+        kind = place.kind
+        if request.op == "delete" and kind is ObjectKind.MANIFEST:
+            self._retired[place.checkpoint] = request.process
+        elif self._retired.get(place.checkpoint) is request.process:
+            # The rest of a checkpoint that it had the right to delete.
+            return
         if request.op == "delete" and kind not in (ObjectKind.PROBE, ObjectKind.READER):
-            self.check_holds(request.process, f"deletes {request.key}")
+            self.check_holds(request.process, f"deletes {request.key}", commits=False)
         elif request.writes and kind is ObjectKind.MANIFEST:
-            self.check_holds(request.process, f"commits {request.key}")
+            self.check_holds(request.process, f"commits {request.key}", commits=True)
 
     def observe(self, request: Request, before: bytes | None) -> None:
         """Checks a change of the run's folder."""

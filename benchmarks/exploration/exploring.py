@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -195,6 +196,8 @@ def _share(names: list[str], count: int, seed: int, index: int, processes: int, 
         for place, name in enumerate(names):
             scenario = scenarios[name]
             measure(scenario)
+            # What is there now stays: the collector need not look at it again.
+            gc.freeze()
             wanted = count // len(names) + (place < count % len(names))
             digests = report.distinct.setdefault(name, set())
             for number, chooser in enumerate(schedules(scenario, seed)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -12,7 +12,6 @@ from job import pieces
 from job.data import pack, shards
 from job.evaluation import evaluate
 from job.exchange import encoding
-from job.exits import BucketAwayError
 from job.pieces import Pieces
 from job.processes import lease
 from job.processes.lease import Lease
@@ -174,16 +173,9 @@ def _swaps_any_record(replace: Replace) -> None:
     replace(Lease, "_swap", swap)
 
 
-@_mutation("a renewal that fails counts as one that succeeded", "train", "train-here")
-def _failed_renewal_counts(replace: Replace) -> None:
-    swap = Lease._swap
-
-    def believed(held: Any, released: bool) -> None:
-        with suppress(BucketAwayError):
-            swap(held, released)
-        held._confirmed_at = lease._lease_clock()
-
-    replace(Lease, "_swap", believed)
+@_mutation("a confirmation only asks whether the loss of the lease is known already", "train", "train-here")
+def _confirmed_from_memory(replace: Replace) -> None:
+    replace(Lease, "confirm", Lease.check_lost)
 
 
 @_mutation("a lost answer of the lease's creation counts as a lost race", "train", "train-here")
@@ -275,15 +267,6 @@ def _prefix_shared(replace: Replace) -> None:
     replace(writer.CheckpointWriter, "save", save)
 
 
-@_mutation("an attempt goes on from the oldest checkpoint, and not from the newest", "train", "train-here")
-def _oldest_restored(replace: Replace) -> None:
-    def reverse(run: Store) -> list[Any]:
-        return real(run)[::-1]
-
-    real = checkpoints.list_checkpoints
-    replace(checkpoints, "list_checkpoints", reverse)
-
-
 @_mutation("metrics of an attempt that was replaced are kept besides those of the next", "train", "train-here")
 def _metrics_repeated(replace: Replace) -> None:
     init = writer.CheckpointWriter.__init__
@@ -337,7 +320,7 @@ def _own_bytes_named(replace: Replace) -> None:
     replace(pieces, "_stored", named)
 
 
-@_mutation("two records of a piece of the same second are equal: both machines count it", "sample")
+@_mutation("two records of a piece of the same second are equal: both machines count it", "sample-twice")
 def _attempts_alike(replace: Replace) -> None:
     record = pieces.PieceRecord
 
@@ -346,16 +329,6 @@ def _attempts_alike(replace: Replace) -> None:
 
     alike.load = record.load  # type: ignore[attr-defined]
     replace(pieces, "PieceRecord", alike)
-
-
-@_mutation("a piece that another machine has claimed counts as made", "pack", "sample")
-def _claimed_is_made(replace: Replace) -> None:
-    def committed(this: Any) -> set[int]:
-        claimed = {int(name) for name in this.store.folders(this._claims_folder)}
-        return real(this) | claimed
-
-    real = Pieces.committed
-    replace(Pieces, "committed", committed)
 
 
 @_mutation("the records are deleted before the index is there", "pack", "pack-twice")

@@ -145,6 +145,13 @@ _SCENARIOS = (
         "encode", "two machines that encode a dataset", shared.encode, shared.EncodeChecks, prepared=shared.with_source
     ),
     _shared("sample", "two machines that draw a set of images", shared.sample, shared.SampleChecks),
+    Scenario(
+        "sample-twice",
+        "two machines that draw the same set without sharing it, in step",
+        {"machine A": ("one", 0.0, _sliced(shared.sample, "")), "machine B": ("two", 0.0, _sliced(shared.sample, ""))},
+        _sliced(shared.sample, "0/1"),
+        shared.SampleChecks,
+    ),
     _shared("score", "two machines that score a checkpoint", shared.score, shared.ScoreChecks),
 )
 

@@ -108,6 +108,8 @@ class Process:
     frozen_until: float = 0.0
     frozen_seconds: float = 0.0
     """The time for which it was suspended in all."""
+    unknown_seconds: float = 0.0
+    """The part between the last renewal of its lease and the answer to that."""
     slept_seconds: float = 0.0
     """The part of that for which its machine slept."""
     away_until: float = 0.0
@@ -214,13 +216,15 @@ class World:
         """Has `event` called so many seconds from now."""
         heapq.heappush(self._later, (self.now + seconds, next(self._turns), event))
 
-    def wait(self, ready: Callable[[], bool] | None, deadline: float = float("inf")) -> None:
-        """Lets others run until `ready` returns true, or the time has come."""
+    def wait(self, ready: Callable[[], bool] | None, deadline: float = float("inf"), *, first: bool = False) -> None:
+        """Lets others run until `ready` returns true, or the time has come; then it is last in line, or first."""
         thread = self.current
         assert thread is not None
         if thread.process.is_dead:
             raise Killed
         thread.ready, thread.deadline, thread.turn = ready, deadline, next(self._turns)
+        if first:
+            thread.turn = -thread.turn
         self._hub.switch()
 
     def sleep(self, seconds: float) -> None:
@@ -367,6 +371,8 @@ class World:
                 self._die(process)
         if disturbance.kind == "a":
             self.trace[-1].outcome += f", suspended for {seconds:g} s after it"
+            if request.key.endswith("lease.json"):
+                process.unknown_seconds += seconds
             self._freeze(process, seconds)
         elif disturbance.kind == "l":
             self.trace[-1].outcome += ", answer lost"
@@ -381,7 +387,8 @@ class World:
             process.slept_seconds += seconds
             for thread in process.threads:
                 thread.deadline += seconds
-        self.wait(_always)
+        # It goes on before the other threads of its process, of which one could tell that it was replaced meanwhile.
+        self.wait(_always, first=True)
 
     def _die(self, process: Process) -> None:
         self._to_kill = process
