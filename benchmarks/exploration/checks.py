@@ -26,12 +26,12 @@ def sha256(data: bytes) -> str:
 
 
 class Checks:
-    """What holds in every world: objects are created once, and processes end in an orderly way."""
+    """The invariants of every world: objects are created once, and processes end in an orderly way."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.result: Any = None
-        """What the world ends with, after `at_end`."""
+        """The result of the work, after `at_end`."""
         world.observe, world.asked = self.observe, self.asked
 
     def asked(self, request: Request) -> None:
@@ -124,7 +124,7 @@ class RunChecks(LeaseChecks):
         self._undisturbed = undisturbed
         self._named = dict[CheckpointRef, dict[str, str]]()
         self._retired = dict[CheckpointRef, Process]()
-        """Who began to delete a checkpoint."""
+        """The process that began to delete a checkpoint, by its name."""
         self._late = set[CheckpointRef]()
         """Manifests that took effect after a newer one, such as a replaced writer's: objects may be gone by then."""
 

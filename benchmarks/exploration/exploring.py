@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
+
 from benchmarks.exploration import mutations, reading, runtime, shared
 from benchmarks.exploration.scenarios import Scenario, all_scenarios, play
 from benchmarks.exploration.world import Disturbance, Planned, Request, Step, Violation, World
@@ -46,7 +48,7 @@ class Sparse:
 
 @dataclass
 class Played:
-    """What became of a schedule."""
+    """A schedule and its outcome."""
 
     scenario: str
     disturbances: dict[int, Disturbance]
@@ -132,12 +134,12 @@ def replay(text: str, mutation: str = "") -> Played:
     """Plays a schedule such as `train:17c,40z25`.
 
     Raises:
-        ValueError: it is no schedule.
+        ValueError: the text is not a schedule.
     """
     name, _, words = text.partition(":")
     scenarios = all_scenarios()
     if name not in scenarios:
-        raise ValueError(f"{name!r} is no scenario: there are {', '.join(scenarios)}")
+        raise ValueError(f"{name!r} is not a scenario: there are {', '.join(scenarios)}")
     planned = Planned.parse(words)
     with workplace():
         measure(scenarios[name])
@@ -176,13 +178,13 @@ class Report:
 
 
 def explore(names: list[str], count: int, seed: int, processes: int, most_failures: int = 1) -> Report:
-    """Plays `count` schedules, equally many of each scenario, in so many processes."""
+    """Plays `count` schedules in so many processes, equally many of each scenario."""
     began, report = time.monotonic(), Report()
     shares = [(names, count, seed, index, processes, most_failures) for index in range(processes)]
     if processes == 1:
         report.add(_share(*shares[0]))
     else:
-        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        with multiprocessing.get_context("fork").Pool(processes) as pool:
             for part in pool.starmap(_share, shares, chunksize=1):
                 report.add(part)
     report.seconds = time.monotonic() - began
@@ -192,11 +194,13 @@ def explore(names: list[str], count: int, seed: int, processes: int, most_failur
 def _share(names: list[str], count: int, seed: int, index: int, processes: int, most_failures: int) -> Report:
     """Plays every `processes`-th schedule."""
     report, scenarios = Report(), all_scenarios()
+    # The tensors have two numbers each.
+    torch.set_num_threads(1)
     with workplace():
         for place, name in enumerate(names):
             scenario = scenarios[name]
             measure(scenario)
-            # What is there now stays: the collector need not look at it again.
+            # The collector need not look again at objects that stay.
             gc.freeze()
             wanted = count // len(names) + (place < count % len(names))
             digests = report.distinct.setdefault(name, set())

@@ -449,12 +449,12 @@ class Planned:
         """Parses the inverse of `str`.
 
         Raises:
-            ValueError: the text is no schedule.
+            ValueError: the text is not a schedule.
         """
         found = dict[int, Disturbance]()
         for word in filter(None, text.split(",")):
             match = DISTURBANCE.fullmatch(word)
             if match is None or match[2] not in DISTURBANCES:
-                raise ValueError(f"{word!r} is no disturbance, such as 17c or 40z25")
+                raise ValueError(f"{word!r} is not a disturbance, such as 17c or 40z25")
             found[int(match[1])] = Disturbance(match[2], int(match[3] or 0))
         return cls(found)
