@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 import torch
 
@@ -216,18 +217,29 @@ def _share(names: list[str], count: int, seed: int, index: int, processes: int, 
     return report
 
 
+def _in_turn(
+    streams: list[tuple[Scenario, Iterator[Planned | Sparse]]], most: int
+) -> Iterator[tuple[Scenario, Planned | Sparse]]:
+    rounds = zip(*(stream for _, stream in streams), strict=False)
+    scenarios = [scenario for scenario, _ in streams]
+    return islice(
+        ((one, chooser) for choosers in rounds for one, chooser in zip(scenarios, choosers, strict=True)), most
+    )
+
+
 def found_after(mutation: str, names: list[str], most: int, seed: int) -> tuple[int, Played | None]:
     """Returns the number of schedules until a planted mutation shows, and the shortest that shows it."""
     scenarios, count = all_scenarios(), 0
     with workplace():
-        for name in names:
+        streams = list[tuple[Scenario, Iterator[Planned | Sparse]]]()
+        for name, _, words in (text.partition(":") for text in names):
             measure(scenarios[name])
+            known = iter([Planned.parse(words)]) if words else None
+            streams.append((scenarios[name], known or schedules(scenarios[name], seed)))
         with mutations.planted(mutation):
-            streams = [iter(schedules(scenarios[name], seed)) for name in names]
-            while count < most:
-                for name, stream in zip(names, streams, strict=True):
-                    count += 1
-                    outcome = played(scenarios[name], next(stream))
-                    if outcome.violation:
-                        return count, shortest(scenarios[name], outcome)
+            for scenario, chooser in _in_turn(streams, most):
+                count += 1
+                outcome = played(scenario, chooser)
+                if outcome.violation:
+                    return count, shortest(scenario, outcome)
     return count, None

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
+from benchmarks.exploration import reading
+from benchmarks.exploration.runtime import world
 from job import pieces
 from job.data import pack, shards
 from job.evaluation import evaluate
+from job.evaluation.feature_folder import FeatureFolder
 from job.exchange import encoding
+from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.pieces import Pieces
 from job.processes import lease
 from job.processes.lease import Lease
 from job.runs import checkpoints, readers, retention, writer
 from job.runs.retention import Retention
-from job.store.base import Store
+from job.store.base import ObjectExistsError, Store
 
 Replace = Callable[[Any, str, Any], None]
 """Puts another object in the place of an attribute."""
@@ -25,7 +30,7 @@ Replace = Callable[[Any, str, Any], None]
 
 @dataclass(frozen=True)
 class Mutation:
-    """A way to break a protocol, and the scenarios in which that can show."""
+    """A way to break a protocol, and the scenarios in which that can show, or a schedule that shows it."""
 
     what: str
     scenarios: tuple[str, ...]
@@ -244,8 +249,6 @@ def _unmarked_choice(replace: Replace) -> None:
         with readers.reading(run, *(refs := choose())) as renew:
             yield refs, renew
 
-    from benchmarks.exploration import reading
-
     replace(reading, "reading_chosen", chosen)
 
 
@@ -359,8 +362,6 @@ def _index_differs(replace: Replace) -> None:
     to_json = shards.DatasetIndex.to_json
 
     def with_time(this: Any) -> bytes:
-        from benchmarks.exploration.runtime import world
-
         return to_json(this.model_copy(update={"licence": f"at {world().now:g}"}))
 
     replace(shards.DatasetIndex, "to_json", with_time)
@@ -430,3 +431,48 @@ def _set_incomplete(replace: Replace) -> None:
         return missing(this)[1:]
 
     replace(Pieces, "missing", fewer)
+
+
+# What explorations found in the protocols of the job, each with the schedule that showed it
+
+
+@_mutation("a packer's test object lies where another packer clears, and is not written again", "pack:1a25")
+def _probe_cleared(replace: Replace) -> None:
+    def check_writable(store: Store, key: str) -> None:
+        store.create(key, b"of the first writer")
+        try:
+            store.create(key, b"of a second one")
+        except ObjectExistsError:
+            return
+        finally:
+            store.delete(key)
+        raise BadRequestError(f"{store.uri} lets a second writer overwrite the first")
+
+    replace(Store, "check_writable", check_writable)
+
+
+@_mutation("features that a faster machine has scored and deleted count as damaged", "score:34w6")
+def _scored_is_damaged(replace: Replace) -> None:
+    load = FeatureFolder._load
+
+    def without_result(folder: FeatureFolder, of: Any, record: Any) -> Any:
+        return load(dataclasses.replace(folder, result=""), of, record)
+
+    replace(FeatureFolder, "_load", without_result)
+
+
+@_mutation("an attempt that lost its run while it restored says that the checkpoint is damaged", "train-here:42c,54o30")
+def _loss_is_damage(replace: Replace) -> None:
+    replace(Lease, "unless_lost", lambda held: nullcontext())
+
+
+@_mutation("a reader compares `LATEST` with a listing from before it", "read:3c,19s1,34s,35Z25")
+def _listed_once(replace: Replace) -> None:
+    def choose(run: Store, *_: object) -> list[Any]:
+        if refs := checkpoints.list_checkpoints(run):
+            return [max(refs)]
+        if lost := checkpoints.lost_manifest(run, []):
+            raise BadDataError(lost)
+        raise MissingInputError(f"{run.uri} has no checkpoint yet")
+
+    replace(reading, "choose", choose)

@@ -358,7 +358,7 @@ def simulated() -> Iterator[None]:
         # Pure functions, whose results repeat from world to world.
         patches.append(patch.object(sealed, "_bytes", lambda document: _indented(json.dumps(document))))
         patches.append(patch.object(Sealed, "from_json", classmethod(_parsed)))
-        # TensorBoard's writer starts processes and threads, and is no part of a protocol.
+        # TensorBoard's writer starts processes and threads; no protocol needs them.
         patches.append(patch.object(metric_rows, "_events", lambda write: b"events"))
         patches.append(patch.object(safetensors.torch, "save_file", _save_file))
         patches.append(patch.object(ProcessIdentity, "of_this_process", lambda: _identity_of(world().process)))

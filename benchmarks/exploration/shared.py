@@ -92,7 +92,7 @@ class PieceChecks(Checks):
 
     @property
     def above(self) -> str:
-        """What precedes the keys in a record."""
+        """The beginning of the keys in a record."""
         return f"{self._folder}/"
 
     def outcome(self) -> Any:
@@ -143,7 +143,7 @@ def pack(world: World, process: Process, slice_text: str) -> None:
 
 
 class PackChecks(PieceChecks):
-    """Also: a person who packs again is told that it is there."""
+    """Also: to pack again is refused."""
 
     def __init__(self, world: World, undisturbed: Any) -> None:
         super().__init__(world, undisturbed, PACKED, shards.INDEX)

@@ -36,7 +36,7 @@ class Violation(Exception):  # noqa: N818 - the field's name for what an explora
 
 @dataclass(frozen=True, slots=True)
 class Disturbance:
-    """What happens at a numbered request: a letter of `DISTURBANCES`, and its seconds or its variant."""
+    """The disturbance of a numbered request: a letter of `DISTURBANCES`, and its seconds or its variant."""
 
     kind: str
     amount: int = 0
@@ -116,9 +116,9 @@ class Process:
     threads: list[Thread] = field(default_factory=list)
     ended: Callable[[Process], None] = lambda _: None
     error: BaseException | None = None
-    """What its main thread raised."""
+    """The error of its main thread."""
     thread_error: BaseException | None = None
-    """What another thread raised, which would go unseen."""
+    """The error of another thread, which would go unseen."""
     result: Any = None
     was_killed: bool = False
 
