@@ -222,9 +222,7 @@ def _in_turn(
 ) -> Iterator[tuple[Scenario, Planned | Sparse]]:
     rounds = zip(*(stream for _, stream in streams), strict=False)
     scenarios = [scenario for scenario, _ in streams]
-    return islice(
-        ((one, chooser) for choosers in rounds for one, chooser in zip(scenarios, choosers, strict=True)), most
-    )
+    yield from islice(chain.from_iterable(zip(scenarios, choosers, strict=True) for choosers in rounds), most)
 
 
 def found_after(mutation: str, names: list[str], most: int, seed: int) -> tuple[int, Played | None]:

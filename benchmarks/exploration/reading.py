@@ -11,10 +11,11 @@ from unittest.mock import patch
 from benchmarks.exploration import runtime, training
 from benchmarks.exploration.checks import RunChecks
 from benchmarks.exploration.store import SimulatedStore
-from benchmarks.exploration.world import Process, World
+from benchmarks.exploration.world import Process, Request, World
 from job.exits import MissingInputError
-from job.runs import averages, removal
+from job.runs import averages, layout, removal
 from job.runs.checkpoints import choose, opened
+from job.runs.layout import ObjectKind
 from job.runs.readers import reading_chosen
 
 STD = 0.1
@@ -44,14 +45,40 @@ def prune(world: World, process: Process) -> None:
 
 
 class ReadChecks(RunChecks):
-    """A reader that began finds everything until its end."""
+    """A reader that began finds everything until its end, unless it began in the middle of a deletion."""
+
+    def __init__(self, world: World, undisturbed: Any) -> None:
+        super().__init__(world, undisturbed)
+        self._marked_at, self._looked_at = dict[str, int](), dict[Process, int]()
+        self._raced = set[str]()
+        """Checkpoints that were marked between the last look for marks and the deletion of the manifest."""
+
+    def asked(self, request: Request) -> None:
+        """Notes a look for marks."""
+        super().asked(request)
+        if request.op == "list" and request.key.endswith("/reading/"):
+            self._looked_at[request.process] = self.world.requests
+
+    def observe(self, request: Request, before: bytes | None) -> None:
+        """Notes marks, and manifests that are deleted in spite of one."""
+        super().observe(request, before)
+        place = layout.located(request.key.removeprefix(f"{training.RUN}/"))
+        if place.kind is ObjectKind.READER and request.op == "put":
+            self._marked_at[str(place.checkpoint)] = self.world.requests
+        elif place.kind is ObjectKind.MANIFEST and request.op == "delete":
+            looked_at = self._looked_at.get(request.process, self.world.requests)
+            if self._marked_at.get(str(place.checkpoint), 0) > looked_at:
+                self._raced.add(place.checkpoint.manifest_key)
 
     def ended(self, process: Process) -> None:
         """Checks how a process ended."""
         is_early = isinstance(process.error, MissingInputError) and (
             "has no checkpoint yet" in str(process.error) or "there is no run" in str(process.error)
         )
-        if is_early:
+        is_raced = isinstance(process.error, MissingInputError) and any(
+            key in str(process.error) for key in self._raced
+        )
+        if is_early or is_raced:
             process.error = None
         super().ended(process)
 

@@ -115,6 +115,13 @@ _SCENARIOS = (
         reading.ReadChecks,
     ),
     Scenario(
+        "read-meanwhile",
+        "an attempt, and a reader that begins while a checkpoint is retired",
+        {"attempt A": _ATTEMPT, "reader": ("two", 6.0, reading.read)},
+        _train(600.0),
+        reading.ReadChecks,
+    ),
+    Scenario(
         "average",
         "an attempt, and two machines that make the same average of a checkpoint",
         {
