@@ -8,8 +8,8 @@ from benchmarks.exploration.exploring import explore, found_after, replay
 from benchmarks.exploration.mutations import MUTATIONS
 from benchmarks.exploration.scenarios import all_scenarios
 
-MOST = 1_500
-"""Schedules until a mutation must have shown; twice what the slowest one takes."""
+MOST = 600
+"""Schedules until a mutation must have shown; three times what the slowest one takes."""
 
 
 def test_few_interleavings_hold():

@@ -149,36 +149,23 @@ def _always() -> bool:
     return True
 
 
-class World:
-    """Runs processes until all have ended, and records each request.
+class Threads:
+    """Runs the threads of simulated processes, one at a time, until all have ended.
 
     Attributes:
         now: seconds since the beginning.
-        objects: the bucket: content and version by key.
-        trace: the requests so far, in order.
-        observe: called after each change of the bucket with the request and the content before it.
+        processes: all that ever were, in order.
+        current: the thread that runs; None between two.
     """
 
-    def __init__(self, choose: Chooser, *, content_versions: bool = False) -> None:
-        self.now, self.objects, self.trace = 0.0, dict[str, tuple[bytes, str]](), list[Step]()
-        self.observe: Callable[[Request, bytes | None], None] = lambda request, before: None
-        self.asked: Callable[[Request], None] = lambda request: None
-        self.content_versions = content_versions
-        self.processes = list[Process]()
-        """All that ever were, in order."""
+    def __init__(self) -> None:
+        self.now, self.processes = 0.0, list[Process]()
         self.current: Thread | None = None
-        self.requests = 0
-        self.calm_from = 0
-        """The number of requests before the last attempt."""
         self.violation: Violation | None = None
-        self._choose, self._hub = choose, getcurrent()
-        self._turns, self._pids, self._numbers = itertools.count(), itertools.count(100), itertools.count(1)
+        self._hub = getcurrent()
+        self._turns, self._pids = itertools.count(), itertools.count(100)
         self._later: list[tuple[float, int, Callable[[], None]]] = []
         self._to_kill: Process | None = None
-
-    def next_number(self) -> int:
-        """Returns a number that was never returned before, for ids and versions."""
-        return next(self._numbers)
 
     def spawn(
         self, name: str, host: str, main: Callable[[Process], Any], ended: Callable[[Process], None] | None = None
@@ -231,24 +218,6 @@ class World:
         """Lets others run for so many seconds."""
         self.wait(None, self.now + seconds)
 
-    def request(self, request: Request, effect: Callable[[], Any]) -> Any:
-        """Does a request to the bucket: `effect`, disturbed as the schedule says."""
-        process = request.process
-        if process.is_dead:
-            raise Killed
-        number, self.requests = self.requests, self.requests + 1
-        if number >= MOST_REQUESTS:
-            self._fail(Violation(f"no end after {MOST_REQUESTS:,} requests"))
-        if process.away_until > self.now:
-            self.sleep(1.0)
-            self._record(number, request, "the bucket is away")
-            raise BucketAwayError(f"sim: {request.key} is away")
-        self._check(lambda: self.asked(request))
-        disturbance = self._choose(number, request)
-        if disturbance is None:
-            return self._done(number, request, effect)
-        return self._disturbed(number, request, effect, disturbance)
-
     def run(self) -> None:
         """Runs until no process is left.
 
@@ -270,11 +239,6 @@ class World:
             elif thread.is_done and thread is thread.process.threads[0]:
                 self._end(thread.process)
         raise self.violation
-
-    def calm(self) -> None:
-        """Ends all disturbances."""
-        self._choose = lambda number, request: None
-        self.calm_from = self.requests
 
     def end(self) -> None:
         """Ends all threads that are left, so that none leaks into another world."""
@@ -332,6 +296,64 @@ class World:
                 heapq.heappop(self._later)[2]()
                 if self.violation:
                     raise self.violation
+
+    def _check(self, check: Callable[[], None]) -> None:
+        try:
+            check()
+        except Violation as violation:
+            self._fail(violation)
+
+    def _fail(self, violation: Violation) -> None:
+        """Ends the schedule: the thread that runs never goes on."""
+        self.violation = self.violation or violation
+        if getcurrent() is not self._hub:
+            self._hub.switch()
+
+
+class World(Threads):
+    """Threads and a bucket, whose every request is numbered, disturbed as the schedule says, recorded and checked.
+
+    Attributes:
+        objects: the bucket: content and version by key.
+        trace: the requests so far, in order.
+        observe: called after each change of the bucket with the request and the content before it.
+        asked: called before each request.
+        content_versions: whether versions are hashes of the content.
+    """
+
+    def __init__(self, choose: Chooser, *, content_versions: bool = False) -> None:
+        super().__init__()
+        self.objects, self.trace, self.requests = dict[str, tuple[bytes, str]](), list[Step](), 0
+        self.observe: Callable[[Request, bytes | None], None] = lambda request, before: None
+        self.asked: Callable[[Request], None] = lambda request: None
+        self.content_versions = content_versions
+        self._choose, self._numbers = choose, itertools.count(1)
+
+    def next_number(self) -> int:
+        """Returns a number that was never returned before, for ids and versions."""
+        return next(self._numbers)
+
+    def request(self, request: Request, effect: Callable[[], Any]) -> Any:
+        """Does a request to the bucket: `effect`, disturbed as the schedule says."""
+        process = request.process
+        if process.is_dead:
+            raise Killed
+        number, self.requests = self.requests, self.requests + 1
+        if number >= MOST_REQUESTS:
+            self._fail(Violation(f"no end after {MOST_REQUESTS:,} requests"))
+        if process.away_until > self.now:
+            self.sleep(1.0)
+            self._record(number, request, "the bucket is away")
+            raise BucketAwayError(f"sim: {request.key} is away")
+        self._check(lambda: self.asked(request))
+        disturbance = self._choose(number, request)
+        if disturbance is None:
+            return self._done(number, request, effect)
+        return self._disturbed(number, request, effect, disturbance)
+
+    def calm(self) -> None:
+        """Ends all disturbances."""
+        self._choose = lambda number, request: None
 
     def _disturbed(self, number: int, request: Request, effect: Callable[[], Any], disturbance: Disturbance) -> Any:
         process, seconds = request.process, float(disturbance.amount)
@@ -413,18 +435,6 @@ class World:
         if request.writes and result is not None:
             self._check(lambda: self.observe(request, entry[0] if entry else None))
         return result
-
-    def _check(self, check: Callable[[], None]) -> None:
-        try:
-            check()
-        except Violation as violation:
-            self._fail(violation)
-
-    def _fail(self, violation: Violation) -> None:
-        """Ends the schedule: the thread that runs never goes on."""
-        self.violation = self.violation or violation
-        if getcurrent() is not self._hub:
-            self._hub.switch()
 
     def _record(self, number: int, request: Request, outcome: str) -> None:
         who = f"{request.process.name}/{request.thread}"
