@@ -116,9 +116,6 @@ class LeaseChecks(Checks):
 class RunChecks(LeaseChecks):
     """A checkpoint that is committed is whole until its manifest is deleted, and the newest one stays."""
 
-    may_be_swept = False
-    """Whether a command takes the lease, commits nothing and deletes what a suspended attempt has not committed yet."""
-
     def __init__(self, world: World, undisturbed: dict[str, Any] | None) -> None:
         super().__init__(world)
         self._undisturbed = undisturbed
@@ -166,7 +163,6 @@ class RunChecks(LeaseChecks):
             return
         manifest = Manifest.from_json(request.data, request.key)
         is_late = bool(self._named) and max(self._named) > ref
-        is_late |= self.may_be_swept and self._record["fence"] > ref.fence
         self._named[ref] = manifest.objects
         if is_late:
             self._late.add(ref)

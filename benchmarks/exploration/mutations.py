@@ -20,7 +20,7 @@ from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.pieces import Pieces
 from job.processes import lease
 from job.processes.lease import Lease
-from job.runs import checkpoints, readers, retention, writer
+from job.runs import checkpoints, readers, removal, retention, writer
 from job.runs.retention import Retention
 from job.store.base import ObjectExistsError, Store
 
@@ -476,3 +476,8 @@ def _listed_once(replace: Replace) -> None:
         raise MissingInputError(f"{run.uri} has no checkpoint yet")
 
     replace(reading, "choose", choose)
+
+
+@_mutation("a prune deletes what a suspended attempt has uploaded and not committed yet", "prune:1c,21z25")
+def _suspended_is_over(replace: Replace) -> None:
+    replace(removal, "_fence_at_work", lambda run: removal.records.highest_fence(run) + 1)

@@ -83,12 +83,6 @@ class ReadChecks(RunChecks):
         super().ended(process)
 
 
-class PruneChecks(ReadChecks):
-    """A late commit of a suspended attempt may have lost its files to a prune: the next attempt sets it aside."""
-
-    may_be_swept = True
-
-
 @contextmanager
 def opened_here() -> Iterator[None]:
     """Has commands open the bucket of their world until the context ends."""

@@ -137,7 +137,7 @@ _SCENARIOS = (
         "two attempts, and a prune of their run",
         {"attempt A": _ATTEMPT, "pruning": ("two", 8.0, reading.prune)},
         _train(600.0),
-        reading.PruneChecks,
+        reading.ReadChecks,
     ),
     _shared("pack", "two machines that pack a dataset together", shared.pack, shared.PackChecks),
     Scenario(
