@@ -42,7 +42,7 @@ PACKED    = $(call quoted,$(or $(SOURCE),$(DATASET))) $(call quoted,$(DATASET)) 
 # Tests and campaigns start Python by the hundred: it is not to compile the same files each time.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help setup submit-train submit-sample submit-pack train sample evaluate pack image push-image image-size locks test test-browser test-containers test-slurm test-infra infra infra-destroy lint bench quality crash-test goodput clean
+.PHONY: help setup submit-train submit-sample submit-pack train sample evaluate pack image push-image image-size locks test test-browser test-containers test-slurm test-infra infra infra-destroy lint bench quality crash-test explore goodput clean
 
 help: ## List the verbs and their variables
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -174,6 +174,9 @@ quality: $(QUALITY) ## Quality for the same processor seconds, against peers, on
 
 crash-test: $(TESTED) ## Kill a run at every point of its protocols, then at random: ARGS='--kills 100 --bucket gs'
 	.venv/bin/python -m benchmarks.crash_campaign $(call each_quoted,$(ARGS))
+
+explore: $(TESTED) ## Play the protocols over a simulated bucket in many orders: ARGS='--schedules 100000 --seed 1'
+	.venv/bin/python -m benchmarks.exploration $(call each_quoted,$(ARGS))
 
 goodput: $(TESTED) ## Productive time under kills, ours beside accelerate and torch: ARGS='--kills 15x6,60x4 --bucket gs'
 	.venv/bin/python -m benchmarks.goodput $(call each_quoted,$(ARGS))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from job.exits import BadDataError
 from job.pieces import TRANSFERS, WHOLE, Made, PieceRecord, Pieces, Slice
 from job.runs.layout import ObjectKind
-from job.store import Store
+from job.store import ObjectMissingError, Store
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,7 @@ class FeatureFolder:
 
         Raises:
             BadDataError: a piece was damaged; the same command makes it again.
-            ObjectMissingError: a record is gone.
+            ObjectMissingError: a record or a file is gone, since the result exists.
         """
         import torch
 
@@ -86,6 +86,9 @@ class FeatureFolder:
         except (BadDataError, SafetensorError, KeyError, ValueError):
             is_whole = False
         if not is_whole:
+            # An equal evaluation that was faster has deleted the features, and a record is read before its file.
+            if self.result and self.store.exists(self.result):
+                raise ObjectMissingError(f"{self.store.uri_of(file.key)} was deleted, since it is scored")
             pieces.forget(record)
             raise BadDataError(f"{self.store.uri_of(file.key)} was damaged: the same command makes it again")
         return named

@@ -12,8 +12,8 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from pydantic import Field
 
@@ -236,6 +236,19 @@ class Lease:
         """
         if self.lost:
             raise LostRunError(self.lost)
+
+    @contextmanager
+    def unless_lost(self) -> Iterator[None]:
+        """Has damage count only while this attempt has the lease: a successor deletes checkpoints that are being read.
+
+        Raises:
+            LostRunError: another attempt took the run.
+        """
+        try:
+            yield
+        except BadDataError:
+            self.confirm()
+            raise
 
     def close(self, timeout_seconds: float = float("inf")) -> None:
         """Releases the lease, if the bucket answers in that time or `CLOSE_SECONDS`; the fence stays in the record."""

@@ -60,8 +60,11 @@ def prune_run(bucket_uri: str, name: str, *, keep_last: int | None, dry_run: boo
         for removal in found:
             print(removal)
     else:
+        # Before the lease is taken: an attempt that was suspended may wake and commit what it has uploaded.
+        fence = _fence_at_work(run)
         with closing(Lease.take(run, records.highest_fence(run), 0.0, stop, note)) as lease:
-            found = _removals(bucket, run, config, lease.fence)
+            with lease.unless_lost():
+                found = _removals(bucket, run, config, fence)
             for removal in _while_leased("pruning", found, lease, stop):
                 if _remove(run, removal):
                     print(removal)
@@ -71,11 +74,16 @@ def prune_run(bucket_uri: str, name: str, *, keep_last: int | None, dry_run: boo
 
 
 def _fence_at_work(run: Store) -> int:
-    """Returns the fence from which on attempts may still run: the highest, unless its lease was released."""
+    """Returns the fence from which on attempts may still run: the highest, unless that attempt is certainly over.
+
+    A holder of a higher fence is a command: it may have taken the lease of a silent attempt, which may wake.
+    """
+    highest = records.highest_fence(run)
     with suppress(BadDataError, ObjectMissingError):
-        if load_lease(run).released:
-            return records.highest_fence(run) + 1
-    return records.highest_fence(run)
+        lease = load_lease(run)
+        if lease.fence <= highest and (lease.released or lease.process.certainly_dead()):
+            return highest + 1
+    return highest
 
 
 def _removals(bucket: Store, run: Store, config: RunConfig, fence: int) -> list[Removal]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from ddpm.epochs import epochs_completed_by
 from job.config import RunConfig
@@ -121,9 +122,18 @@ def sweep(run: Store, lease: Lease) -> None:
     """
     kinds = (ObjectKind.TENSORS, ObjectKind.METRICS, ObjectKind.EVENTS, ObjectKind.SNAPSHOT, ObjectKind.READER)
     for key in leftovers(run, places_in(run, *(kind.folder for kind in kinds)), lease.fence):
-        lease.confirm()
-        run.delete(key)
+        _while_held(run, lease, partial(run.delete, key))
     run.sub(CHECKPOINTS).sweep()
+
+
+def _while_held(run: Store, lease: Lease, delete: Callable[[], None]) -> None:
+    """Deletes something; checks the lease again after an outage, in which another attempt may have taken the run."""
+
+    def attempt() -> None:
+        lease.confirm()
+        delete()
+
+    run.retry(attempt)
 
 
 class Retirement:
@@ -142,10 +152,7 @@ class Retirement:
             # A checkpoint of a higher fence may be damaged: if it counted, a sound one would be deleted in its place.
             refs = [ref for ref in list_checkpoints(self._run) if ref <= newest and ref not in self._damaged]
             for ref in retention.retire(refs):
-                self._lease.confirm()
-                # Checked right before the deletion: a reader that comes later misses the manifest, and chooses again.
-                if ref not in being_read(self._run):
-                    delete_checkpoint(self._run, ref)
+                _while_held(self._run, self._lease, partial(self._retire, ref))
             if not self._is_swept:
                 sweep(self._run, self._lease)
                 self._is_swept = True
@@ -153,3 +160,8 @@ class Retirement:
             raise
         except JobError as error:
             self._note(f"old checkpoints of {self._run.uri} stay for now: {error}")
+
+    def _retire(self, ref: CheckpointRef) -> None:
+        # Checked right before the deletion: a reader that comes later misses the manifest, and chooses again.
+        if ref not in being_read(self._run):
+            delete_checkpoint(self._run, ref)

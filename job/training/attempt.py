@@ -7,7 +7,7 @@ restores the newest checkpoint that verifies, and trains. However it ends, queue
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -111,7 +111,8 @@ def _train(plan: Plan, ranks: Ranks, lease: Lease | None, tracking: Tracking | N
     with _last_page(plan, attempt, lease, pictures, stop):
         # First, because a parent that trains on may delete its checkpoint while the images are read.
         state = initial_state(plan.config, ranks.device)
-        manifest = _restore(state, plan, ranks, attempt, damaged)
+        with lease.unless_lost() if lease else nullcontext():
+            manifest = _restore(state, plan, ranks, attempt, damaged)
         with Progress("reading images", total=plan.index.images) as bar:
             images = plan.opened_images(stop, lambda done, total: bar.update(done))
             held_out = plan.opened_images(stop, index=plan.held_out) if plan.held_out else None

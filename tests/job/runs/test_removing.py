@@ -127,6 +127,7 @@ def test_leftovers_of_ended_attempts_go(bucket, run):
     def named(*words: object) -> set[str]:
         return {line.split()[0] for line in succeeded(prune(bucket, *words)).splitlines() if "left behind" in line}
 
+    of_the_last_attempt = run.read(LEASE_KEY).data
     succeeded(prune(bucket))
     there, killed = everything(run).keys(), said_to_read(run, CheckpointRef(2, 64), until=1.0)
     anyway = orphans_of(1) | {"probe/0123"}
@@ -136,6 +137,9 @@ def test_leftovers_of_ended_attempts_go(bucket, run):
         run.create(key, b"half")
     unlocked = Path(run.uri) / "checkpoints/000001-000000000099/.tmp-0123456789abcdef"
     unlocked.write_bytes(b"half a checkpoint")
+    # A prune may have taken the lease of an attempt that is only suspended, and gave it back.
+    assert named("--dry-run") == anyway | {killed} | pieces
+    run.put(LEASE_KEY, of_the_last_attempt)
     # Who knows whether its holder lives? And whoever reads may be making these very pieces.
     with damaged(run, LEASE_KEY, lambda data: data.replace(b"true", b"false")), reading(run, CheckpointRef(2, 80)):
         assert named("--dry-run") == anyway | {killed}

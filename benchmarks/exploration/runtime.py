@@ -1,0 +1,374 @@
+"""Simulated threads, clocks, ids and processes in the place of Python's, for the modules of the job alone.
+
+The code of the job stays as it is: while `simulated` is open, its modules find these objects under the names of `time`,
+`threading`, `uuid`, `random`, `ThreadPoolExecutor` and `wait`.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import random
+import sys
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache, lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import safetensors.torch
+import torch
+
+from benchmarks.exploration.world import Killed, Process, Thread, World
+from job import sealed
+from job.processes import lease, process_identity
+from job.processes.process_identity import ProcessIdentity
+from job.runs import layout, metric_rows
+from job.sealed import Sealed
+
+BEGAN = 1_800_000_000.0
+"""The time of day at which every world begins, in seconds since 1970."""
+TIMES = {
+    "job.processes.lease.WATCH_SECONDS": 2.5,
+    "job.stop._SLICE_SECONDS": 2.5,
+    "job.runs.writer.WAIT_SECONDS": 1.0,
+    "job.pieces._POLL_SECONDS": 1.0,
+    "job.pieces._POLL_CLAIMS_SECONDS": 5.0,
+}
+"""Intervals of polling that are longer here, since each look costs time and changes nothing."""
+
+_world: World | None = None
+
+
+def world() -> World:
+    """Returns the world that runs."""
+    assert _world is not None
+    return _world
+
+
+@contextmanager
+def running(new: World) -> Iterator[World]:
+    """Makes a world the one that simulated objects belong to."""
+    global _world
+    _world = new
+    try:
+        yield new
+    finally:
+        new.end()
+        _world = None
+
+
+class SimulatedThread:
+    """`threading.Thread`."""
+
+    def __init__(
+        self, target: Callable[..., object], name: str = "", daemon: bool = False, args: tuple[Any, ...] = ()
+    ) -> None:
+        self._work, self.name, self._thread = (lambda: target(*args)), name, None
+
+    def start(self) -> None:
+        """Starts it."""
+        self._thread: Thread | None = world().start(self._work, self.name)
+
+    def is_alive(self) -> bool:
+        """Returns whether it has not ended."""
+        return self._thread is not None and not self._thread.is_done
+
+    def join(self, timeout: float | None = None) -> None:
+        """Waits for its end."""
+        if self.is_alive():
+            world().wait(lambda: not self.is_alive(), _deadline(timeout))
+
+
+class SimulatedEvent:
+    """`threading.Event`."""
+
+    def __init__(self) -> None:
+        self._is_set = False
+
+    def is_set(self) -> bool:
+        """Returns whether it is set."""
+        return self._is_set
+
+    def set(self) -> None:
+        """Sets it."""
+        self._is_set = True
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until it is set."""
+        if not self._is_set:
+            world().wait(self.is_set, _deadline(timeout))
+        return self._is_set
+
+
+class SimulatedLock:
+    """`threading.Lock`, and `RLock`: threads only change at requests, so few ever wait for one."""
+
+    def __init__(self) -> None:
+        self._owner: Thread | None = None
+        self._count = 0
+
+    def __enter__(self) -> SimulatedLock:
+        me = world().current
+        if me is not None and me.process.is_dead:
+            raise Killed
+        while self._owner not in (None, me):
+            world().wait(lambda: self._owner is None)
+        self._owner, self._count = me, self._count + 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._count -= 1
+        if self._count <= 0:
+            self._owner, self._count = None, 0
+
+
+class SimulatedCondition(SimulatedLock):
+    """`threading.Condition`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._notified = 0
+
+    def notify_all(self) -> None:
+        """Wakes those that wait."""
+        self._notified += 1
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Releases the lock until it is notified."""
+        seen, count = self._notified, self._count
+        self._owner, self._count = None, 0
+        try:
+            world().wait(lambda: self._notified != seen, _deadline(timeout))
+        finally:
+            if not world().process.is_dead:
+                self.__enter__()
+                self._count = count
+
+
+class SimulatedFuture:
+    """`concurrent.futures.Future`."""
+
+    def __init__(self) -> None:
+        self._is_done, self._result = False, None
+        self._error: BaseException | None = None
+
+    def done(self) -> bool:
+        """Returns whether it has ended."""
+        return self._is_done
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Waits for the result, and returns it."""
+        if not self._is_done:
+            world().wait(self.done, _deadline(timeout))
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def do(self, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Does the work, and takes its result."""
+        try:
+            self._result = work(*args)
+        except Exception as error:
+            self._error = error
+        self._is_done = True
+
+
+class SimulatedExecutor:
+    """`ThreadPoolExecutor`."""
+
+    def __init__(self, max_workers: int = 1, thread_name_prefix: str = "pool") -> None:
+        self._most, self._name, self._workers = max_workers, thread_name_prefix, list[Thread]()
+        self._queue: deque[tuple[SimulatedFuture, Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._idle, self._is_closed = 0, False
+
+    def __enter__(self) -> SimulatedExecutor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def shutdown(self, wait: bool = True, cancel_futures: bool = False) -> None:
+        """Waits for all that was submitted."""
+        self._is_closed = True
+        if wait and not world().process.is_dead and not all(worker.is_done for worker in self._workers):
+            world().wait(lambda: all(worker.is_done for worker in self._workers))
+
+    def submit(self, work: Callable[..., Any], *args: Any) -> SimulatedFuture:
+        """Queues work."""
+        future = SimulatedFuture()
+        self._queue.append((future, work, args))
+        if not self._idle and len(self._workers) < self._most:
+            self._workers.append(world().start(self._work, f"{self._name}-{len(self._workers)}"))
+        return future
+
+    def map(self, work: Callable[..., Any], *many: Iterable[Any]) -> Iterator[Any]:
+        """Queues work for each element, and yields the results in order."""
+        futures = [self.submit(work, *args) for args in zip(*many, strict=False)]
+        return (future.result() for future in futures)
+
+    def _work(self) -> None:
+        while True:
+            if not self._queue:
+                if self._is_closed:
+                    return
+                self._idle += 1
+                world().wait(lambda: bool(self._queue) or self._is_closed)
+                self._idle -= 1
+                continue
+            future, work, args = self._queue.popleft()
+            future.do(work, args)
+
+
+def _wait(futures: Iterable[SimulatedFuture], timeout: float | None = None) -> SimpleNamespace:
+    futures = list(futures)
+    if not all(future.done() for future in futures):
+        world().wait(lambda: all(future.done() for future in futures), _deadline(timeout))
+    return SimpleNamespace(done={future for future in futures if future.done()})
+
+
+def _deadline(timeout: float | None) -> float:
+    return float("inf") if timeout is None else world().now + max(0.0, timeout)
+
+
+class _Uuid(SimpleNamespace):
+    @property
+    def hex(self) -> str:
+        """As of a `UUID`: unique in its world."""
+        return f"{world().next_number() * 2654435761 % 2**128:032x}"
+
+
+class _Datetime(datetime):
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+        """Returns the time of the world."""
+        return datetime.fromtimestamp(BEGAN + int(world().now), UTC)
+
+
+def _monotonic() -> float:
+    return world().now - world().process.slept_seconds + 1_000.0
+
+
+_MAIN = object()
+_TIME = SimpleNamespace(
+    monotonic=_monotonic,
+    time=lambda: BEGAN + world().now,
+    sleep=lambda seconds: world().sleep(seconds),
+    clock_gettime=lambda _: world().now + 1_000.0,
+    CLOCK_BOOTTIME=time.CLOCK_BOOTTIME,
+    perf_counter=_monotonic,
+)
+_THREADING = SimpleNamespace(
+    Thread=SimulatedThread,
+    Event=SimulatedEvent,
+    Lock=SimulatedLock,
+    RLock=SimulatedLock,
+    Condition=SimulatedCondition,
+    current_thread=lambda: None,
+    main_thread=lambda: _MAIN,
+)
+_REPLACED: list[tuple[object, object]] = [
+    (time, _TIME),
+    (threading, _THREADING),
+    (uuid, SimpleNamespace(uuid4=_Uuid)),
+    (random, SimpleNamespace(uniform=lambda low, high: high)),
+    (concurrent.futures.ThreadPoolExecutor, SimulatedExecutor),
+    (concurrent.futures.wait, _wait),
+    (datetime, _Datetime),
+]
+_ROOMS = ("job.processes.lease", "job.runs", "job.pieces", "job.data.pack", "job.exchange.encoding", "job.stop",
+          "job.store.retry", "job.store.base", "job.evaluation", "job.sampling.sets", "job.sealed")  # fmt: skip
+
+
+@lru_cache(20_000)
+def _indented(compact: str) -> bytes:
+    return _REAL_BYTES(json.loads(compact))
+
+
+@lru_cache(20_000)
+def _parsed(kind: type[Sealed], data: bytes, uri: str) -> Sealed:
+    return _REAL_FROM_JSON.__func__(kind, data, uri)
+
+
+_REAL_BYTES, _REAL_FROM_JSON = sealed._bytes, Sealed.from_json
+_REPLACED.append((layout.located, lru_cache(20_000)(layout.located)))
+
+
+class NoProgress:
+    """`job.progress.Progress` without a terminal."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __enter__(self) -> NoProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, *_: object, **__: object) -> None:
+        """Shows nothing."""
+
+
+@cache
+def _serialized(parts: tuple[tuple[str, torch.dtype, tuple[int, ...], bytes], ...]) -> bytes:
+    tensors = {name: torch.frombuffer(bytearray(data), dtype=dtype).view(shape) for name, dtype, shape, data in parts}
+    return safetensors.torch.save(tensors, {"format": "pt"})
+
+
+def _save_file(tensors: dict[str, torch.Tensor], path: Path, _: object) -> None:
+    """Does what `safetensors.torch.save_file` does, once for each content: schedules differ little in it."""
+    parts = ((name, one.dtype, tuple(one.shape), one.numpy().tobytes()) for name, one in tensors.items())
+    Path(path).write_bytes(_serialized(tuple(parts)))
+
+
+def _identity_of(process: Process) -> ProcessIdentity:
+    return ProcessIdentity(
+        host=process.host, pid=process.pid, boot_id=f"boot-of-{process.host}", pid_namespace="pid:[1]", start_ticks=7
+    )
+
+
+def _kill(pid: int, number: int) -> None:
+    if all(process.pid != pid or process.is_dead for process in world().processes):
+        raise ProcessLookupError
+
+
+@contextmanager
+def simulated() -> Iterator[None]:
+    """Has the modules of the job use simulated threads, clocks and ids until the context ends."""
+    with patch.multiple(process_identity, os=SimpleNamespace(kill=_kill), _stat=lambda pid: [b"S", *[b"7"] * 20]):
+        patches = []
+        for name, module in sorted(sys.modules.items()):
+            if not name.startswith(_ROOMS):
+                continue
+            for attribute, value in list(vars(module).items()):
+                if attribute == "Progress":
+                    patches.append(patch.object(module, attribute, NoProgress))
+                for real, ours in _REPLACED:
+                    if value is real:
+                        patches.append(patch.object(module, attribute, ours))
+        patches += [patch(name, value) for name, value in TIMES.items()]
+        # Pure functions, whose results repeat from world to world.
+        patches.append(patch.object(sealed, "_bytes", lambda document: _indented(json.dumps(document))))
+        patches.append(patch.object(Sealed, "from_json", classmethod(_parsed)))
+        # TensorBoard's writer starts processes and threads; no protocol needs them.
+        patches.append(patch.object(metric_rows, "_events", lambda write: b"events"))
+        patches.append(patch.object(safetensors.torch, "save_file", _save_file))
+        patches.append(patch.object(ProcessIdentity, "of_this_process", lambda: _identity_of(world().process)))
+        for each in patches:
+            each.start()
+        try:
+            yield
+        finally:
+            for each in reversed(patches):
+                each.stop()
+
+
+assert lease.WATCH_SECONDS <= TIMES["job.processes.lease.WATCH_SECONDS"] < lease.EXPIRE_SECONDS / 4
