@@ -466,7 +466,7 @@ def _loss_is_damage(replace: Replace) -> None:
     replace(Lease, "unless_lost", lambda held: nullcontext())
 
 
-@_mutation("a reader compares `LATEST` with a listing from before it", "read:3c,19s1,34s,35Z25")
+@_mutation("a reader compares `LATEST` with a listing from before it", "read:3c,22s1,30s,31Z25")
 def _listed_once(replace: Replace) -> None:
     def choose(run: Store, *_: object) -> list[Any]:
         if refs := checkpoints.list_checkpoints(run):
@@ -478,6 +478,6 @@ def _listed_once(replace: Replace) -> None:
     replace(reading, "choose", choose)
 
 
-@_mutation("a prune deletes what a suspended attempt has uploaded and not committed yet", "prune:1c,21z25")
+@_mutation("a prune deletes what a suspended attempt has uploaded and not committed yet", "prune:41Z25")
 def _suspended_is_over(replace: Replace) -> None:
     replace(removal, "_fence_at_work", lambda run: removal.records.highest_fence(run) + 1)

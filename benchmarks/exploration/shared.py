@@ -85,9 +85,9 @@ class PieceChecks(Checks):
         entries = document.get("files", document.get("pieces", ()))
         above = self.above
         found = {f"{above}{file['key']}": file["sha256"] for file in entries}
-        for shard in document.get("shards", ()):
-            found[f"{self._folder}/{shard['name']}"] = shard["sha256"]
-            found[f"{self._folder}/{shard['name'].removesuffix('.tar')}.offsets"] = shard["offsets_sha256"]
+        for shard in shards.Shards(**document["shards"]) if "shards" in document else ():
+            found[f"{self._folder}/{shard.name}"] = shard.sha256
+            found[f"{self._folder}/{shard.offsets_name}"] = shard.offsets_sha256
         return found
 
     @property
@@ -161,7 +161,7 @@ class PackChecks(PieceChecks):
 def _shard_of(number: int, content: bytes) -> tuple[shards.Shard, bytes]:
     digests = shards.Digests()
     digests.update(content)
-    return digests.shard(shards.shard_name(number), [(0, len(content), -1, 0)])
+    return digests.shard(shards.shard_name(number), [(0, len(content), -1, bytes(16))])
 
 
 @cache
@@ -170,7 +170,7 @@ def _source() -> shards.DatasetIndex:
     found = tuple(_shard_of(number, b"images")[0] for number in range(PIECES))
     return shards.DatasetIndex(
         name="tiny", size=ImageSize.of(SIZE), channels=3, crop="center", resize_filter="lanczos",
-        source="images", source_sha256="0" * 64, shards=found,
+        source="images", source_sha256="0" * 64, shards=shards.Shards.of(found),
     )  # fmt: skip
 
 
@@ -218,7 +218,7 @@ class EncodeChecks(PieceChecks):
         index = json.loads(self.world.objects[self._result][0])
         totals = {sha256(content): total for host in ("one", "two", "elsewhere")
                   for content, total in (_latents(host, number) for number in range(PIECES))}  # fmt: skip
-        wanted = sum(totals[shard["sha256"]] for shard in index["shards"]) / (PIECES * (SIZE // 2) ** 2)
+        wanted = sum(totals[shard.sha256] for shard in shards.Shards(**index["shards"])) / (PIECES * (SIZE // 2) ** 2)
         if not np.allclose(index["encoding"]["mean"], wanted, rtol=1e-12):
             raise Violation("the statistics of the latents are not those of the shards in the index")
         return None
