@@ -98,7 +98,7 @@ class Subject:
             words = ["benchmarks.goodput.peers", system, f"{self.bucket}/{system}/{run}", str(self.folder)]
             return [*words, "--every", str(every_steps)]
         # The peers draw no pictures.
-        sets = ("sample.every_epochs=0", *self.sets, *(() if every_steps else NEVER_SAVES))
+        sets = ("sample.every_epochs=99999", *self.sets, *(() if every_steps else NEVER_SAVES))
         words = ["job", "train", "--dataset", EMBEDDED, "--bucket", self.bucket, "--run", run, "--epochs", "99999"]
         return words + [f"--set={one}" for one in sets]
 
