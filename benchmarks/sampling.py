@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from benchmarks.measuring import Figure, take_turns
+from benchmarks.measuring import Figure, Turns, take_turns
 from benchmarks.subject import HALF_WIDTH, TINY, diffusers_twin, forget_accelerator, run_config
 from ddpm.generation import Sampling
 from job.processes import compute
@@ -18,23 +18,9 @@ AT_LEAST = 1.7
 
 def measure(quick: bool) -> list[Figure]:
     """Samples batches in turn from networks that stay warm."""
-    from diffusers import DDIMPipeline, DDIMScheduler
-
     steps, batch_size = (2, 2) if quick else (10, 32)
     precision = compute.best_precision()
-    config = run_config(TINY if quick else HALF_WIDTH)
-    forget_accelerator()
-    ranks = meet(NEVER)
-    painter = Painter(config, ranks, precision, NEVER, Agreement(1, flags=1))
-    pipeline: Any = DDIMPipeline(diffusers_twin(painter.network, config).eval(), DDIMScheduler())
-    pipeline.set_progress_bar_config(disable=True)
-    sampling = Sampling("ddim", steps, "leading")
-    turns = take_turns(
-        "drawing images",
-        lambda: painter.draw_together(range(batch_size), sampling, batch_size, "our turn"),
-        lambda: pipeline(batch_size=batch_size, num_inference_steps=steps, output_type="np"),
-        turns=2 if quick else 4,
-    )
+    turns = in_turn(TINY if quick else HALF_WIDTH, steps, batch_size, precision, turns=2 if quick else 4)
     ours, peer = (batch_size / median(times) for times in (turns.ours, turns.peer))
     return [
         Figure(
@@ -54,3 +40,21 @@ def measure(quick: bool) -> list[Figure]:
             },
         )
     ]
+
+
+def in_turn(sets: tuple[str, ...], steps: int, batch_size: int, precision: str, turns: int) -> Turns:
+    """Times batches of a network with these settings."""
+    from diffusers import DDIMPipeline, DDIMScheduler
+
+    config = run_config(sets)
+    forget_accelerator()
+    painter = Painter(config, meet(NEVER), precision, NEVER, Agreement(1, flags=1))
+    pipeline: Any = DDIMPipeline(diffusers_twin(painter.network, config).eval(), DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    sampling = Sampling("ddim", steps, "leading")
+    return take_turns(
+        "drawing images",
+        lambda: painter.draw_together(range(batch_size), sampling, batch_size, "our turn"),
+        lambda: pipeline(batch_size=batch_size, num_inference_steps=steps, output_type="np"),
+        turns=turns,
+    )
