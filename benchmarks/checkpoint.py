@@ -76,18 +76,17 @@ def measure(quick: bool) -> list[Figure]:
 
 def saves(run: Store, config: RunConfig, state: State, turns: int) -> tuple[Turns, list[float]]:
     """Returns the seconds that `CheckpointWriter.save` blocks, in turn with a plain copy, and those to its commit."""
-    lease = Lease.take(run, 0, 0.0, NEVER, print)
-    create_config(run, config)
-    attempt = record_attempt(run, lease.fence, lease.holder, changes={}, world_size=1, device="cpu")
-    leased = LeasedRun(run, Retention(config, 10**6), attempt, lease, ())
-    writer = CheckpointWriter(leased, state, before=None, stop=NEVER, note=print)
     live = list(chain.from_iterable(named.values() for named in state.values()))
-    buffers = [torch.empty_like(tensor).fill_(0) for tensor in live]
+    cuda = live[0].is_cuda
+    buffers = [torch.empty_like(tensor, device="cpu", pin_memory=cuda).fill_(0) for tensor in live]
     images_seen, started, committed = count(), [0.0], []
 
     def save() -> None:
         started[0] = time.perf_counter()
         writer.save(next(images_seen), [])
+        if cuda:
+            # The next step would wait as long.
+            torch.cuda.current_stream().synchronize()
 
     def finish() -> None:
         writer.wait()
@@ -95,11 +94,28 @@ def saves(run: Store, config: RunConfig, state: State, turns: int) -> tuple[Turn
         for ref in list_checkpoints(run):
             delete_checkpoint(run, ref)
 
+    def copy() -> None:
+        torch._foreach_copy_(buffers, live, non_blocking=True)
+        if cuda:
+            torch.cuda.synchronize()
+
     title = f"saving to {run.uri.partition('://')[0] if '://' in run.uri else 'a folder'}"
-    measured = take_turns(title, save, lambda: torch._foreach_copy_(buffers, live), turns, after_turn=finish)
+    with writing(run, config, state) as writer:
+        measured = take_turns(title, save, copy, turns, after_turn=finish)
+    return measured, committed[1:]
+
+
+@contextmanager
+def writing(run: Store, config: RunConfig, state: State) -> Iterator[CheckpointWriter]:
+    """Opens the writer of a new run, which saves these tensors."""
+    lease = Lease.take(run, 0, 0.0, NEVER, print)
+    create_config(run, config)
+    attempt = record_attempt(run, lease.fence, lease.holder, changes={}, world_size=1, device="cpu")
+    leased = LeasedRun(run, Retention(config, 10**6), attempt, lease, ())
+    writer = CheckpointWriter(leased, state, before=None, stop=NEVER, note=print)
+    yield writer
     writer.close(wait=True)
     lease.close()
-    return measured, committed[1:]
 
 
 def uploads_in_turn(state: State, folder: Path, turns: int) -> Turns:
