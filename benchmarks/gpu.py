@@ -58,8 +58,9 @@ def training(folder: Path, tiny: bool) -> list[Figure]:
     from benchmarks.training_step import DiffusersLoop, OurLoop, matmul_flop_per_second
     from job.processes import compute
 
-    write_noise(folder / "images", 16 if tiny else 1024, SIZE)
-    pack_noise(str(folder / "bucket"), folder / "images", SIZE)
+    size = SIZE // 2 if tiny else SIZE
+    write_noise(folder / "images", 16 if tiny else 1024, size)
+    pack_noise(str(folder / "bucket"), folder / "images", size)
     precision, steps = compute.best_precision(), 1 if tiny else 10
     figures, rates, flop = list[Figure](), dict[str, list[float]](), 0
     for kind in ("eager", "compiled"):
@@ -83,7 +84,7 @@ def training(folder: Path, tiny: bool) -> list[Figure]:
             figures.append(Figure(f"training_{kind}_ratio", title, ratios, at_least))
     rate, peak = peak_flop_per_second(lambda: matmul_flop_per_second(bf16(), tiny))
     used = [images / batch_size * flop for images in rates[best]]
-    title = f"training: share of {rate / 1e12:.3g} TFLOP/s ({peak}) that the network's convolutions and products are"
+    title = f"training: share of {rate / 1e12:.3g} TFLOP/s ({peak}) that the network's forward and backward pass takes"
     raw = {"images_per_second": rates, "step_flop": flop, "batch_size_images": batch_size, "precision": precision}
     return [
         *figures,
@@ -102,7 +103,7 @@ def sampling(folder: Path, tiny: bool) -> list[Figure]:
     from job.config import draft, parse_sets
     from job.processes import compute
 
-    sets = {"data.size": SIZE, "data.channels": 3, **parse_sets(CELEBA_TINY if tiny else ())}
+    sets = {"data.size": SIZE // 2 if tiny else SIZE, "data.channels": 3, **parse_sets(CELEBA_TINY if tiny else ())}
     steps, batch_size = (2, 2) if tiny else (20, 64)
     painter = painter_of(draft("celeba", sets), compute.best_precision())
     way = Sampling("ddim", steps, "leading")
@@ -114,7 +115,9 @@ def sampling(folder: Path, tiny: bool) -> list[Figure]:
         if find_spec("diffusers"):
             twin = diffusers_twin(painter.network, painter.config).to(painter.device)
             if kind == "best":
-                compiled(twin.to(bf16(), memory_format=torch.channels_last))
+                # Its pipeline makes NumPy arrays, which have no bf16.
+                half = torch.float16 if torch.cuda.is_available() else torch.float32
+                compiled(twin.to(half, memory_format=torch.channels_last))
             peer = step_seconds(diffusers_sampler(twin, steps, batch_size), 1)
             ratios = [theirs / one for one, theirs in zip(ours, peer, strict=True)]
             title = f"sampling: ours / diffusers' DDIM pipeline, {kind}, ×"
@@ -140,7 +143,7 @@ def checkpoint(folder: Path, tiny: bool) -> list[Figure]:
     from job.runs.checkpoints import list_checkpoints, opened
     from job.store import open_store
 
-    sets = {"data.size": SIZE, "data.channels": 3, **parse_sets(CELEBA_TINY if tiny else ())}
+    sets = {"data.size": SIZE // 2 if tiny else SIZE, "data.channels": 3, **parse_sets(CELEBA_TINY if tiny else ())}
     config, device = draft("celeba", sets), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     state = create_state(method.build_network(config, device), device, method.settings_of(config)).tensors()
     turns, committed = saves(open_store(str(folder / "timed")), config, state, 2 if tiny else 5)
@@ -177,11 +180,12 @@ def equality(folder: Path, tiny: bool) -> list[Figure]:
     from job.runs.checkpoints import list_checkpoints, load_manifest
     from job.store import open_store
 
-    write_noise(folder / "images", 64, SIZE)
-    bucket, epochs = str(folder / "bucket"), 3
-    pack_noise(bucket, folder / "images", SIZE)
+    bucket, images, epochs = str(folder / "bucket"), 32 if tiny else 512, 3
+    write_noise(folder / "images", images, 32)
+    pack_noise(bucket, folder / "images", 32)
     processes = 2 if not torch.cuda.is_available() or torch.cuda.device_count() > 1 else 1
-    sets = (*TINY, "train.exact=true", "train.slots=2", "train.compile=false", "sample.every_epochs=0")
+    sets = (*TINY[:-1], "train.exact=true", "train.slots=2", "train.compile=false", "train.batch_size=16")
+    sets += ("sample.every_epochs=0", "sample.images=1", "sample.steps=2", "sample.grid=trailing")
 
     def command(run: str, processes: int) -> list[str]:
         words = ["--dataset", DATASET, "--bucket", bucket, "--run", run, "--preset", "celeba", "--epochs", str(epochs)]
@@ -202,7 +206,7 @@ def equality(folder: Path, tiny: bool) -> list[Figure]:
     left = max(list_checkpoints(killed)).images_seen
     subprocess.run(command("killed", processes), check=True)
     whole, resumed = last_hashes(open_store(bucket).sub("runs/whole")), last_hashes(killed)
-    title = f"equal bits: killed after {left} of {epochs * 64} images and resumed on {processes} / undisturbed on 1"
+    title = f"equal bits: killed after {left} of {epochs * images} images and resumed on {processes} / undisturbed on 1"
     return [Figure("equality", title, [float(whole == resumed)], 1, raw={"processes": processes, "hashes": whole})]
 
 
