@@ -1,8 +1,9 @@
 """`python -m benchmarks.check`: fails if a ratio to a peer is 30 % below the one recorded for this kind of processor.
 
-It measures the same four comparisons as `python -m benchmarks`, smaller and shorter: its ratios are its own. A ratio is
-that of the shortest turns, which other processes disturb least; one that is too low is measured once more. With
-`--record` it writes what it measures to `recorded.json`.
+It measures four comparisons of `python -m benchmarks`, smaller and shorter: its ratios are its own. All but that of a
+save are of processor seconds, with one thread of PyTorch and no workers of the peer: by the clock, a peer whose threads
+wait for each other looks slow beside other processes. A ratio is that of the shortest turns; one that is too low is
+measured once more. With `--record` it writes what it measures to `recorded.json`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +22,6 @@ import torch
 from benchmarks import checkpoint, loader, peers, sampling, training_step
 from benchmarks.measuring import Turns, machine, take_turns
 from benchmarks.subject import DATASET, HALF_WIDTH, pack_noise, run_config, write_noise
-from ddpm.threads import Threads
 from ddpm.training import create_state
 from job.config import method
 from job.data.shards import dataset_key
@@ -40,28 +41,31 @@ def training_ratio(folder: Path) -> Turns:
     training_step.pack_for_loops(folder, quick=False)
     ours = training_step.OurLoop(folder, False, precision)
     peer = training_step.DiffusersLoop(ours.session.config, ours.session.state.model)
-    turns = take_turns("training steps", ours.step, peer.step, turns=4)
+    turns = take_turns("training steps", ours.step, peer.step, turns=3, clock=time.process_time)
     ours.close()
     return turns
 
 
 def sampling_ratio(folder: Path) -> Turns:
     """Times our painter and diffusers' DDIM pipeline."""
-    return sampling.in_turn(HALF_WIDTH, steps=4, batch_size=8, precision=compute.best_precision(), turns=4)
+    return sampling.in_turn(HALF_WIDTH, 4, 8, compute.best_precision(), turns=4, clock=time.process_time)
 
 
 def loader_ratio(folder: Path) -> Turns:
     """Times an epoch of our warm stream and one of webdataset."""
+    from torch.utils.data import DataLoader
+
     bucket, cache = str(folder / "bucket"), folder / "cache"
     write_noise(folder / "images", IMAGES, loader.SIZE)
     index = pack_noise(bucket, folder / "images", loader.SIZE)
     key = dataset_key(DATASET, loader.SIZE)
-    urls = [f"{bucket}/{key}/{shard.name}" for shard in index.shards]
+    urls, batch = [f"{bucket}/{key}/{shard.name}" for shard in index.shards], peers.BATCH_SIZE_IMAGES
     return take_turns(
         "reading images",
         lambda: loader.timed_epoch(lambda: loader.our_epoch(loader.opened(bucket, key, cache)), IMAGES),
-        lambda: loader.timed_epoch(lambda: peers.webdataset_epoch(urls), IMAGES),
+        lambda: loader.timed_epoch(lambda: DataLoader(peers.webdataset_epoch(urls).dataset, batch), IMAGES),
         turns=5,
+        clock=time.process_time,
     )
 
 
@@ -69,8 +73,7 @@ def checkpoint_ratio(folder: Path) -> Turns:
     """Times the part of a save for which training waits, and a plain copy."""
     config, cpu = run_config(HALF_WIDTH), torch.device("cpu")
     state = create_state(method.build_network(config, cpu), cpu, method.settings_of(config)).tensors()
-    with Threads(1).alone():
-        turns, _ = checkpoint.saves(open_store(str(folder / "run")), config, state, turns=7)
+    turns, _ = checkpoint.saves(open_store(str(folder / "run")), config, state, turns=7)
     return turns
 
 
@@ -112,6 +115,7 @@ def main() -> None:
     options = parser.parse_args()
     recorded: dict[str, Any] = json.loads(RECORDED.read_text())
     kind = compute.best_precision()
+    torch.set_num_threads(1)
     if options.record or kind not in recorded:
         ratios = {name: measured(name) for name in RATIOS}
         print(f"processors with {kind}: {ratios}; nothing to compare with" * (not options.record))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -44,7 +45,14 @@ def measure(quick: bool) -> list[Figure]:
     ]
 
 
-def in_turn(sets: tuple[str, ...], steps: int, batch_size: int, precision: str, turns: int) -> Turns:
+def in_turn(
+    sets: tuple[str, ...],
+    steps: int,
+    batch_size: int,
+    precision: str,
+    turns: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Turns:
     """Times batches of a network with these settings."""
     config = run_config(sets)
     painter, sampling = painter_of(config, precision), Sampling("ddim", steps, "leading")
@@ -53,6 +61,7 @@ def in_turn(sets: tuple[str, ...], steps: int, batch_size: int, precision: str, 
         lambda: painter.draw_together(range(batch_size), sampling, batch_size, "our turn"),
         diffusers_sampler(diffusers_twin(painter.network, config), steps, batch_size),
         turns=turns,
+        clock=clock,
     )
 
 
