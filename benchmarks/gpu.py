@@ -9,11 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -26,13 +29,7 @@ if TYPE_CHECKING:
     from benchmarks.measuring import Figure
     from job.store import Store
 
-NEEDED = {
-    **{name: name for name in ("torch", "torchvision", "accelerate", "safetensors", "numpy", "psutil", "pydantic")},
-    **{"PIL": "pillow", "pi_heif": "pi-heif", "annotated_types": "annotated-types", "yaml": "pyyaml", "typer": "typer"},
-    **{"rich": "rich", "tensorboardX": "tensorboardX", "jinja2": "jinja2", "filelock": "filelock"},
-    **{"google_crc32c": "google-crc32c", "braceexpand": "braceexpand", "matplotlib": "matplotlib"},
-}
-"""The packages without which nothing runs, by module; pydantic itself needs pydantic-core and typing-inspection."""
+ROOT = Path(__file__).parents[1]
 LIMITS_SECONDS = {"training": 180, "sampling": 80, "loader": 80, "checkpoint": 70, "equality": 120}
 """By part: nine minutes in all."""
 PEAK_FLOP_PER_SECOND = {
@@ -215,6 +212,21 @@ PARTS: dict[str, Callable[[Path, bool], list[Figure]]] = {
 }
 
 
+def missing_packages() -> list[str]:
+    """Returns the names of the project's dependencies, and of theirs, that are not installed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    left, missing, known = list(project["dependencies"]), list[str](), set[str]()
+    while left:
+        name = re.split(r"[^\w.-]", left.pop())[0]
+        if name not in known:
+            known.add(name)
+            try:
+                left += [one for one in requires(name) or () if ";" not in one]
+            except PackageNotFoundError:
+                missing.append(name)
+    return sorted(missing)
+
+
 def bf16() -> torch.dtype:
     """Returns the type of the best products here; a CPU without instructions for bf16 would take minutes."""
     import torch
@@ -289,8 +301,8 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"unknown part {min(unknown)!r}: use {', '.join(PARTS)}")
-    if missing := [package for module, package in NEEDED.items() if not find_spec(module)]:
-        sys.exit(f"missing packages: {' '.join(missing)}; benchmarks/gpu.sh says how to bring them")
+    if missing := missing_packages():
+        sys.exit(f"missing packages: {' '.join(missing)}; the head of benchmarks/gpu.sh says how to bring them")
     if options.inside:
         found = PARTS[options.parts[0]](options.inside, options.tiny)
         figures = {figure.key: figure.to_dict() for figure in found}
