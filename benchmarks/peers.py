@@ -25,7 +25,7 @@ def installed(*peers: str) -> list[str]:
     return [peer for peer in peers if peer in modules and find_spec(modules[peer])]
 
 
-def webdataset_epoch(urls: list[str]) -> Iterable[object]:
+def webdataset_epoch(urls: list[str]) -> Any:
     """Reads our shards with webdataset, shuffled within 1,000 images and decoded with PIL; s3:// through boto3."""
     import webdataset
     from torch.utils.data import DataLoader

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import nn
 
@@ -52,10 +53,11 @@ def diffusers_twin(network: nn.Module, config: RunConfig) -> Any:
 
     model = config.model
     assert isinstance(model, catalogue.UNet)
-    sizes = [SIZE // 2**level for level in range(len(model.channel_mults))]
+    size = min(config.image_shape[1:])
+    sizes = [size // 2**level for level in range(len(model.channel_mults))]
     attention = ["Attn" if size in model.attention_sizes else "" for size in sizes]
     twin: Any = UNet2DModel(
-        sample_size=SIZE,
+        sample_size=size,
         block_out_channels=tuple(model.channels * mult for mult in model.channel_mults),
         down_block_types=tuple(f"{kind}DownBlock2D" for kind in attention),
         up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(attention)),
@@ -70,6 +72,12 @@ def diffusers_twin(network: nn.Module, config: RunConfig) -> Any:
     )
     twin.load_state_dict(network.state_dict())
     return twin
+
+
+def compiled(model: nn.Module) -> None:
+    """Compiles a network in place on a machine with a GPU; on a CPU that takes minutes."""
+    if torch.cuda.is_available():
+        model.compile()
 
 
 def forget_accelerator() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ddpm.generation import beginning, from_noise
+from ddpm.process import Point
 from ddpm.samplers import Denoiser, NoiseAt, Points, Sampler, ddim
 
 
@@ -82,8 +83,13 @@ def inverted(
     """
     *way, _ = points = last_points(points, strength)
     first = way[-1]
-    x = 2 * first.alpha * image - first.alpha * denoise(first.alpha * image, first)
-    return sample(denoise, ddim(denoise, x, way[::-1], noise_at), points, noise_at)
+
+    def estimate(x_t: Tensor, point: Point[float]) -> Tensor:
+        # For ancestral steps with a learnt variance the denoiser returns that as well.
+        return denoise(x_t, point)[:, : image.shape[1]]
+
+    x = 2 * first.alpha * image - first.alpha * estimate(first.alpha * image, first)
+    return sample(denoise, ddim(estimate, x, way[::-1], noise_at), points, noise_at)
 
 
 def last_points(points: Points, strength: float) -> Points:

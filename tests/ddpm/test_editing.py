@@ -116,6 +116,25 @@ def test_inversion_finds_the_noise() -> None:
             assert_close(found, image, rtol=0.03, atol=0.01)
 
 
+def test_inversion_leaves_a_learnt_variance_to_the_sampler() -> None:
+    """The second half of twice the channels belongs to ancestral steps alone."""
+    data, image, began = Gaussian(), 0.3 + 0.4 * normal(1), list[Tensor]()
+
+    def with_share(x: Tensor, point: Point[float]) -> Tensor:
+        return torch.cat([data.denoise(x, point), torch.full_like(x, 0.5)], dim=1)
+
+    for denoise, variance in ((data.denoise, "fixed_small"), (with_share, "learned_range")):
+
+        def remembering(denoise, x, points, noise_at, variance=variance) -> Tensor:
+            began.append(x)
+            return ancestral(denoise, x, points, noise_at, variance)
+
+        points = make_grid(linear_schedule(), 20, "trailing")
+        drawn = editing.inverted(remembering, denoise, points, normal, image=image, strength=0.5)
+        assert drawn.shape == image.shape
+    assert_close(*began)
+
+
 def test_between_two_noises_lies_noise() -> None:
     shape = (2000, 3, 4, 4)
     first, second, weight = normal(0, shape), normal(1, shape), torch.full((2000,), 0.3, dtype=torch.float64)
