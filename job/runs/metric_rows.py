@@ -8,7 +8,9 @@ their attempt, and the next attempt logs them again.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -82,14 +84,28 @@ def grid_events(png: bytes, images_seen: int) -> bytes:
 
 
 def _events(write: Callable[[SummaryWriter], None]) -> bytes:
-    # The file is written locally, because an event writer on a bucket overwrites its file at each flush.
-    from tensorboardX import SummaryWriter
+    # The file is written locally, because an event writer on a bucket overwrites its file at each flush. For buckets it
+    # would import two libraries, which takes as long as several steps of a small network.
+    with _without_modules("boto3", "google.cloud.storage"):
+        from tensorboardX import SummaryWriter
 
     with scratch_folder("events") as folder:
         with SummaryWriter(str(folder)) as writer:
             write(writer)
         (path,) = folder.iterdir()
         return path.read_bytes()
+
+
+@contextmanager
+def _without_modules(*names: str) -> Iterator[None]:
+    """Lets imports of these modules fail, unless they are there already."""
+    absent = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
 
 
 def read_rows(
