@@ -66,7 +66,7 @@ class Cadence:
 
     Attributes:
         save_seconds: of the last commit; None before the first.
-        stall_seconds: for which that save delayed training.
+        stall_seconds: by which that save delayed training: the copy, and the processor time of the writer's thread.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Cadence:
         self._run, self._size_bytes, self._note = run, size_bytes, note
         self._every_minutes, self._grace_seconds = every_minutes, grace_seconds
         self.save_seconds: float | None = None
-        self.stall_seconds = 0.0
+        self.stall_seconds = self._copy_seconds = 0.0
         self._started = time.monotonic()
         self._seconds = interval_seconds(every_minutes, grace_seconds, (0.0, 0.0), None)
         self._spans = spans_of((), None)
@@ -101,12 +101,12 @@ class Cadence:
         self._began = time.monotonic()
 
     def copied(self) -> None:
-        """Takes the time for which the save delayed training."""
-        self.stall_seconds = time.monotonic() - self._began
+        """Takes the time for which training waited for the copy."""
+        self._copy_seconds = time.monotonic() - self._began
 
-    def committed(self, save_seconds: float) -> None:
-        """Takes the duration of a commit, which decides about the next interval."""
-        self.save_seconds = save_seconds
+    def committed(self, save_seconds: float, processor_seconds: float) -> None:
+        """Takes the duration of a commit and its processor time, which decide about the next interval."""
+        self.save_seconds, self.stall_seconds = save_seconds, self._copy_seconds + processor_seconds
         self._adapt(save_seconds)
 
     @property

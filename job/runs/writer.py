@@ -244,7 +244,7 @@ class CheckpointWriter:
             assert self._queued is not None
             (manifest, objects), self._queued = self._queued, None
             self._committing = self._reading_host = True
-        began = time.monotonic()
+        began, processor_began = time.monotonic(), time.thread_time()
         uploaded = self._files.upload(self._run, self._leased.lease, manifest.ref, self._release_host)
         files = tuple(file for file in uploaded if located(file.key).kind in OF_CHECKPOINT)
         self._snapshots += tuple(file for file in uploaded if file not in files)
@@ -258,7 +258,7 @@ class CheckpointWriter:
             commit_manifest(self._run, manifest)
 
         self._run.retry(commit)
-        self.cadence.committed(time.monotonic() - began)
+        self.cadence.committed(time.monotonic() - began, time.thread_time() - processor_began)
         with self._change():
             self._committing = False
         return manifest.ref
