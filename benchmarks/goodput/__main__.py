@@ -16,9 +16,9 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -29,7 +29,9 @@ from benchmarks.goodput.accounting import WARM_STEPS, Costs, Event, gaps, of_kin
 from benchmarks.goodput.picture import goodput_png
 from benchmarks.goodput.systems import LABELS, Attempt, Subject, destroy_all
 from benchmarks.measuring import Figure, machine
+from job.runs.cadence import interval_seconds
 from job.sealed import utc_now
+from job.stop import SPOT_GRACE_SECONDS
 
 TOLERANCE = 0.1
 """The largest relative error of the model."""
@@ -69,9 +71,12 @@ class Measurement:
         return self.costs.goodput(times, self.interval(fmean(times)))
 
     def interval(self, mean_seconds: float) -> float:
-        """Returns the images between two saves: Young's for the peers, its own for ours."""
-        is_own = self.system == "ours"
-        return self.own_interval if is_own else self.costs.young_images(mean_seconds, self._step_images)
+        """Returns the images between two saves: Young's for the peers, for ours that of a run that is killed so often."""
+        if self.system != "ours":
+            return self.costs.young_images(mean_seconds, self._step_images)
+        save = self.costs.commit_seconds, self.costs.save_seconds
+        every_minutes = self._subject.every_minutes
+        return interval_seconds(every_minutes, SPOT_GRACE_SECONDS, save, mean_seconds) / self.costs.image_seconds
 
     def _measure_costs(self) -> None:
         """Trains without saves, with saves, and from these saves on."""
@@ -82,8 +87,6 @@ class Measurement:
         self.starts = [saving] if quick else [self._attempt("saving", 10**9, "restart", 0) for _ in range(2)]
         if not (spans := accounting.saves(saving.events)):
             raise RuntimeError(f"{self.system} saved nothing within {PATIENCE_SECONDS:g} s")
-        saved = [0, *(event["at"] for event in of_kind(saving.events, "saved"))]
-        self.own_interval = median(two - one for one, two in pairwise(saved))
         self.costs = Costs(
             image_seconds=seconds,
             restart_seconds=fmean(restart_seconds(start.events, start.started, seconds) for start in self.starts),
@@ -123,23 +126,26 @@ class Measurement:
             min(time_ - attempt.started, seconds)
             for time_, attempt, seconds in zip(ready, attempts, times, strict=True)
         )
-        per_image = self.costs.image_seconds / wall_seconds
+        # The speed of the machine in this window, which may not be that of the minutes before.
+        self.costs = replace(self.costs, image_seconds=accounting.calm_image_seconds(events, self.costs.image_seconds))
+        per_image, interval = self.costs.image_seconds / wall_seconds, self.interval(mean_seconds)
         raw = {
             "is_measured": True,
             "gaps_seconds": times,
+            "image_seconds": self.costs.image_seconds,
             "model": self.expected(times),
             "kept_images": len(kept),
             "lost_images": lost,
             "repeated_images": repeated,
-            "interval_images": self.interval(mean_seconds),
+            "interval_images": accounting.interval_images(events, interval),
             "starting": starting / wall_seconds,
             "trained_again": (trained - len(kept)) * per_image,
             "slower": 1 - starting / wall_seconds - trained * per_image,
         }
-        interval_seconds = self.interval(mean_seconds) * self.costs.image_seconds
+        every_seconds = raw["interval_images"] * self.costs.image_seconds
         beside = (
             f"model {raw['model']:.1%}; lost {lost:,}, repeated {repeated:,}; starting {raw['starting']:.1%}, "
-            f"again {raw['trained_again']:.1%}, slower {raw['slower']:.1%}; saves every {interval_seconds:.2g} s"
+            f"again {raw['trained_again']:.1%}, slower {raw['slower']:.1%}; saves every {every_seconds:.2g} s"
         )
         return self._figure(mean_seconds, len(kept) * per_image, beside, raw)
 

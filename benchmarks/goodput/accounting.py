@@ -48,20 +48,36 @@ def saves(events: Sequence[Event]) -> list[tuple[float, float]]:
     return [(begun[event["at"]], event["time"]) for event in of_kind(events, "saved") if event["at"] > warm_at]
 
 
-def save_seconds(events: Sequence[Event], image_seconds: float) -> float:
-    """Returns the time that a save takes from training: what the steps beside it take longer than the others.
-
-    `image_seconds` of a run without saves stands for these others where saves leave too few.
-    """
-    spans = saves(events)
-    steps: dict[bool, list[tuple[float, int]]] = {True: [], False: []}
+def _steps(events: Sequence[Event], *, beside_saves: bool) -> list[tuple[float, int]]:
+    """Returns the seconds and the images of the steps beside saves, or of the others, without the first ones."""
+    spans, found = saves(events), []
     for one, two in pairwise(of_kind(events, "step")[WARM_STEPS:]):
-        is_beside = any(one["time"] < end and begin < two["time"] for begin, end in spans)
-        steps[is_beside].append((two["time"] - one["time"], len(two["images"])))
-    if len(steps[False]) > WARM_STEPS:
-        image_seconds = sum(seconds for seconds, _ in steps[False]) / sum(images for _, images in steps[False])
-    longer = sum(seconds - images * image_seconds for seconds, images in steps[True])
-    return max(LEAST_SECONDS, longer / len(spans)) if spans else LEAST_SECONDS
+        if beside_saves == any(one["time"] < end and begin < two["time"] for begin, end in spans):
+            found.append((two["time"] - one["time"], len(two["images"])))
+    return found
+
+
+def calm_image_seconds(attempts: Sequence[Sequence[Event]], otherwise: float) -> float:
+    """Returns the seconds per image of the steps that are not beside saves: at the speed of this machine meanwhile.
+
+    Where saves leave too few such steps it is `otherwise`, that of a run without saves.
+    """
+    steps = [step for events in attempts for step in _steps(events, beside_saves=False)]
+    return sum(seconds for seconds, _ in steps) / sum(images for _, images in steps) if len(steps) > 50 else otherwise
+
+
+def save_seconds(events: Sequence[Event], image_seconds: float) -> float:
+    """Returns the time that a save takes from training: what the steps beside it take longer than the others."""
+    image_seconds = calm_image_seconds([events], image_seconds)
+    longer = sum(seconds - images * image_seconds for seconds, images in _steps(events, beside_saves=True))
+    return max(LEAST_SECONDS, longer / count) if (count := len(saves(events))) else LEAST_SECONDS
+
+
+def interval_images(attempts: Sequence[Sequence[Event]], otherwise: float) -> float:
+    """Returns the median number of images between two saves, and `otherwise` without two of them."""
+    saved = [[event["at"] for event in of_kind(events, "saved")] for events in attempts]
+    between = [two - one for each in saved for one, two in pairwise(each)]
+    return float(median(between)) if between else otherwise
 
 
 def restart_seconds(events: Sequence[Event], started: float, image_seconds: float) -> float:

@@ -65,6 +65,8 @@ class Subject:
     dataset: Counter[str]
     """The hash of each image."""
     batch_size: int
+    every_minutes: float | None
+    """Of the saves of ours."""
 
     @classmethod
     def prepared(cls, folder: Path, bucket: str, sets: tuple[str, ...]) -> Subject:
@@ -82,7 +84,8 @@ class Subject:
         options |= {"batch_size": train.batch_size, "learning_rate": train.learning_rate}
         (folder / "options.json").write_text(json.dumps(options))
         np.savez(folder / "images.npz", images=images.numpy(), labels=cache.labels(everything))
-        return cls(folder, bucket, sets, Counter(digests(images)), train.batch_size)
+        every_minutes = config.checkpoint.every_minutes
+        return cls(folder, bucket, sets, Counter(digests(images)), train.batch_size, every_minutes)
 
     def step_images(self, system: str) -> float:
         """Returns the mean size of a batch: those of the peers end with the epoch."""
