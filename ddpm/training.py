@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -243,16 +244,10 @@ class _Learnt:
 
     def gradients(self, part: slice) -> tuple[Tensor, Gradients]:
         """Returns the losses of some images, and the gradients of their sum over the batch size."""
-        options, parameters = self.settings.train, learnt_parameters(self.network)
-        losses_of_parts, total = list[Tensor](), list[Tensor | None]()
-        for some in micro_batches(part, options.micro_batch_size):
-            with self.dropout(some):
-                losses, balanced = self.losses(some)
-                balanced = balanced.sum() / options.batch_size
-                gradients = torch.autograd.grad(balanced, parameters, allow_unused=True)
-            total = added(total, gradients) if total else list(gradients)
-            losses_of_parts.append(losses)
-        return torch.cat(losses_of_parts), total
+        with self.dropout(part):
+            losses, balanced = self.losses(part)
+            weighted = balanced.sum() / self.settings.train.batch_size
+            return losses, list(torch.autograd.grad(weighted, learnt_parameters(self.network), allow_unused=True))
 
     def dropout(self, part: slice) -> AbstractContextManager[None]:
         """Returns a context in which dropout masks depend on the first of some images."""
@@ -298,7 +293,8 @@ def train(
     the gradient: without slots, the split over processes and micro-batches changes only the rounding, and the masks of
     dropout, which are drawn for the images that are computed at once.
     """
-    learn = _by_slots(slots, threads, hooks) if slots else _by_backward(accelerator, hooks)
+    size = settings.train.micro_batch_size
+    learn = _by_slots(slots, threads, hooks, size) if slots else _by_backward(accelerator, hooks)
     before_step = getattr(state.model, "before_step", lambda: None)
     network.train()
     for batch in batches:
@@ -325,25 +321,34 @@ _Learn = Callable[[_Learnt, Sequence[slice]], list[Tensor]]
 """Sets the gradients of a batch, given in parts, and returns its losses in order; none if the step was abandoned."""
 
 
-def _by_slots(slots: Slots, threads: Threads | None, hooks: Hooks) -> _Learn:
-    """Returns a function that adds the gradients of the batch's slots in their fixed order."""
-    # Slots of the process with the fewest: one that asked more often would wait for ever.
-    questions = slots.count // slots.world_size
+def _by_slots(slots: Slots, threads: Threads | None, hooks: Hooks, micro_batch_size: int | None) -> _Learn:
+    """Returns a function that adds the gradients of the batch's slots, computed in micro-batches, in a fixed order."""
+
+    def micro_batches_of(parts: Sequence[slice]) -> list[list[slice]]:
+        return [micro_batches(part, micro_batch_size) for part in parts]
+
+    # Micro-batches of the process with the fewest: one that asked more often would wait for ever.
+    of_ranks = [micro_batches_of(replace(slots, rank=rank).parts()) for rank in range(slots.world_size)]
+    questions = min(sum(map(len, of_rank)) for of_rank in of_ranks)
 
     def learn(learnt: _Learnt, parts: Sequence[slice]) -> list[Tensor]:
-        losses = list[Tensor]()
-        computed = (threads.map if threads else map)(learnt.gradients, parts)
+        losses, of_slots = list[Tensor](), micro_batches_of(parts)
+        computed = (threads.map if threads else map)(learnt.gradients, chain.from_iterable(of_slots))
 
         def gradients() -> Iterator[Gradients]:
-            for question, (loss, gradient) in enumerate(computed):
-                if 0 < question < questions and hooks.leaves_step():
-                    return
-                losses.append(loss)
-                yield gradient
+            for of_slot in of_slots:
+                total: Gradients = []
+                for _ in of_slot:
+                    if 0 < len(losses) < questions and hooks.leaves_step():
+                        return
+                    loss, gradient = next(computed)
+                    losses.append(loss)
+                    total = added(total, gradient) if total else gradient
+                yield total
 
-        if (total := slots.sum(gradients())) is None:
+        if (sums := slots.sum(gradients())) is None:
             return []
-        for parameter, gradient in zip(learnt_parameters(learnt.network), total, strict=True):
+        for parameter, gradient in zip(learnt_parameters(learnt.network), sums, strict=True):
             if gradient is not None and gradient.stride() != parameter.stride():
                 # The optimiser's kernel walks through both in the order of memory, and does not compare.
                 gradient = torch.empty_like(parameter).copy_(gradient)

@@ -6,8 +6,7 @@ The launcher checks that the work is possible. Its processes run the same comman
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -21,8 +20,8 @@ from job.outcome import outcome_written
 from job.pieces import IF_NONE_RUNS, WHOLE, Slice
 from job.plan import Plan, plan_run
 from job.processes.group import Group, check_gpus, default_processes
-from job.processes.launched import is_rank
-from job.processes.launcher import launch
+from job.processes.launched import await_go, is_rank
+from job.processes.launcher import launch, this_command
 from job.processes.preemption import watch_for_preemption
 from job.progress import note
 from job.requests import EncodeRequest, EvaluateRequest, SampleRequest, TrainRequest, check_world_size
@@ -38,7 +37,13 @@ if TYPE_CHECKING:
     from job.data.shards import DatasetIndex
 
 
-def train_command(request: TrainRequest, processes: int | None, hang_after_seconds: float, stop_after: str) -> None:
+def train_command(
+    request: TrainRequest,
+    processes: int | None,
+    hang_after_seconds: float,
+    stop_after: str,
+    go: Callable[[], int] | None = None,
+) -> None:
     """Starts or resumes training; prints the URIs of the results when the run is finished.
 
     Args:
@@ -46,6 +51,7 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
         processes: processes on this machine; None: one per GPU, else one. Under torchrun or accelerate these decide.
         hang_after_seconds: see `launch`.
         stop_after: a duration, see `deadline`.
+        go: lets ranks work that wait for it already.
 
     Raises:
         BadConfigError: there are more processes than images in a batch.
@@ -57,6 +63,7 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
         if is_rank():
             from job.training.attempt import run_training
 
+            await_go()
             plan = run_training(request, stop)
             if os.environ.get("RANK", "0") == "0":
                 _say_finished(plan, "is finished")
@@ -85,7 +92,7 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
         else:
             check_writable(plan.run)
             note(f"the page of this run: {plan.run.uri_of(ObjectKind.PAGE.value)}")
-            _launch(processes, hang_after_seconds)
+            _launch(processes, hang_after_seconds, go)
 
 
 def sample_command(request: SampleRequest, processes: int | None, hang_after_seconds: float, stop_after: str) -> None:
@@ -223,12 +230,11 @@ def _command_on(bucket_uri: str, stop_after: str, share: Slice = WHOLE) -> Itera
         yield stop
 
 
-def _launch(processes: int, hang_after_seconds: float) -> None:
+def _launch(processes: int, hang_after_seconds: float, go: Callable[[], int] | None = None) -> None:
     """Runs this command line again in each process; there `is_rank()` is true, and the work begins."""
     check_gpus()
     note("loading PyTorch" + (f" in {processes} processes" if processes > 1 else ""))
-    # -P: a job.py in the working folder must not be imported instead of this package.
-    if code := launch([sys.executable, "-P", "-m", "job", *sys.argv[1:]], processes, hang_after_seconds):
+    if code := go() if go else launch(this_command(), processes, hang_after_seconds):
         raise SystemExit(code)
 
 

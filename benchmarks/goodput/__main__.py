@@ -71,7 +71,7 @@ class Measurement:
         return self.costs.goodput(times, self.interval(fmean(times)))
 
     def interval(self, mean_seconds: float) -> float:
-        """Returns the images between two saves: Young's for the peers, for ours that of a run that is killed so often."""
+        """Returns the images between two saves: Young's, and for ours that of a run that is killed so often."""
         if self.system != "ours":
             return self.costs.young_images(mean_seconds, self._step_images)
         save = self.costs.commit_seconds, self.costs.save_seconds

@@ -66,21 +66,24 @@ def ddpm_train(
 
         ddpm train --dataset mine --epochs 20 --from celeba@490 --set train.learning_rate=2e-5
     """
-    from job.commands import train_command
-    from job.requests import TrainRequest
+    from job.processes.launcher import early_ranks
 
-    request = TrainRequest(
-        dataset=dataset,
-        bucket=bucket,
-        run=run,
-        preset=preset,
-        epochs=epochs,
-        sets=tuple(sets or ()),
-        config_file=config,
-        wait_seconds=wait,
-        tracker=tracker,
-        open_page=open_page,
-        from_=from_,
-        weights=weights,
-    )
-    train_command(request, processes, hang_after, stop_after)
+    with early_ranks(processes, hang_after) as go:
+        from job.commands import train_command
+        from job.requests import TrainRequest
+
+        request = TrainRequest(
+            dataset=dataset,
+            bucket=bucket,
+            run=run,
+            preset=preset,
+            epochs=epochs,
+            sets=tuple(sets or ()),
+            config_file=config,
+            wait_seconds=wait,
+            tracker=tracker,
+            open_page=open_page,
+            from_=from_,
+            weights=weights,
+        )
+        train_command(request, processes, hang_after, stop_after, go)

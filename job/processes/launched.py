@@ -18,6 +18,8 @@ from job.stop import connect_heartbeat, count_of
 
 LAUNCHED = "DDPM_LAUNCHED"
 """The variable that holds the launcher's process id, in the ranks it started."""
+GATE = "DDPM_GATE"
+"""The variable that holds the descriptor of a pipe, from which each rank gets a byte before it works."""
 LOST_PEER = 68
 """The exit code of a rank that ended only because another one went away. The launcher never ends with it."""
 
@@ -63,6 +65,12 @@ def attach() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     connect_heartbeat()
+
+
+def await_go() -> None:
+    """Waits until the launcher has checked the command; if it refuses the command, it kills this process."""
+    if gate := os.environ.pop(GATE, ""):
+        os.read(int(gate), 1)
 
 
 def lost_peer(error: BaseException) -> str:

@@ -16,14 +16,15 @@ import selectors
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from job.exits import CRASHED, TABLE, Exit, State
-from job.processes.group import PLACES, Group
-from job.processes.launched import LAUNCHED, LOST_PEER
+from job.processes.group import DRIVER, PLACES, Group
+from job.processes.launched import GATE, LAUNCHED, LOST_PEER, is_rank
 from job.stop import HEARTBEATS, STOP_SIGNALS, Heartbeats, handle_stop_signals, ignore_stop_signals
 
 HANG_SECONDS = 600.0
@@ -43,6 +44,25 @@ _BACKEND_NOISE = re.compile(rb"\[rank\d+\]:\[[A-Z]\d|frame #\d+: |terminate call
 """Lines that torch's C++ side prints at the end of a process group, a screenful per rank."""
 
 
+def this_command() -> list[str]:
+    """Returns the words that run the command line of this process again."""
+    # -P: a job.py in the working folder must not be imported instead of this package.
+    return [sys.executable, "-P", "-m", "job", *sys.argv[1:]]
+
+
+@contextmanager
+def early_ranks(processes: int | None, hang_after_seconds: float) -> Iterator[Callable[[], int] | None]:
+    """Yields the function of `launching` for the ranks of this command line; None in a rank.
+
+    Also None if the number of ranks is that of the GPUs: PyTorch would have to be loaded to count them.
+    """
+    if is_rank() or (processes is None and DRIVER.exists()):
+        yield None
+        return
+    with launching(this_command(), processes or 1, hang_after_seconds) as go:
+        yield go
+
+
 def launch(command: Sequence[str], processes: int, hang_after_seconds: float = HANG_SECONDS) -> int:
     """Runs `command` as `processes` ranks on this machine, in the main thread, and returns the exit code of them all.
 
@@ -59,10 +79,32 @@ def launch(command: Sequence[str], processes: int, hang_after_seconds: float = H
     Raises:
         BadRequestError: the environment's description of the nodes contradicts itself.
     """
-    code, why = _Launch(Group.of(processes), hang_after_seconds).run(command)
-    if why:
-        _say(f"ddpm: {why}")
-    return code
+    with launching(command, processes, hang_after_seconds) as go:
+        return go()
+
+
+@contextmanager
+def launching(
+    command: Sequence[str], processes: int, hang_after_seconds: float = HANG_SECONDS
+) -> Iterator[Callable[[], int]]:
+    """Starts ranks that import what they need and then wait; yields a function that lets them go on.
+
+    It returns as `launch` does. Without its call the ranks are killed when the context ends, before they did anything:
+    a rank waits in `job.processes.launched.await_go`. So the checks of a command take no time of their own.
+    """
+    launch = _Launch(Group.of(processes), hang_after_seconds)
+
+    def go() -> int:
+        code, why = launch.run()
+        if why:
+            _say(f"ddpm: {why}")
+        return code
+
+    try:
+        launch.start(command)
+        yield go
+    finally:
+        launch.end()
 
 
 class _Rank:
@@ -109,6 +151,7 @@ class _Launch:
         self._group, self._hang_after_seconds = group, hang_after_seconds
         self._heartbeats = Heartbeats(group.processes)
         self._selector = selectors.DefaultSelector()
+        self._gate_of_ranks, self._gate = os.pipe()
         self._ranks: list[_Rank] = []
         self._ended: list[_Rank] = []
         """The ranks in the order of their ends."""
@@ -118,8 +161,21 @@ class _Launch:
         self._hang = ""
         """The message about the rank that hung."""
 
-    def run(self, command: Sequence[str]) -> tuple[int, str]:
-        """Returns the exit code, and the reason unless the ranks themselves have printed it."""
+    def start(self, command: Sequence[str]) -> None:
+        """Starts the ranks, which wait at the gate."""
+        for number in range(self._group.processes):
+            self._start(command, number)
+
+    def end(self) -> None:
+        """Kills the ranks that are left."""
+        self._kill()
+        for rank in self._living():
+            rank.process.wait()
+        for descriptor in (self._gate_of_ranks, self._gate):
+            os.close(descriptor)
+
+    def run(self) -> tuple[int, str]:
+        """Opens the gate; returns the exit code, and the reason unless the ranks themselves have printed it."""
         waking, woken = socket.socketpair()
         with waking, woken, self._selector:
             waking.setblocking(False)
@@ -129,8 +185,7 @@ class _Launch:
             handle_stop_signals(lambda number, frame: None)
             self._selector.register(woken, selectors.EVENT_READ, lambda: self._forward(woken.recv(4096)))
             try:
-                for number in range(self._group.processes):
-                    self._start(command, number)
+                os.write(self._gate, bytes(self._group.processes))
                 while self._living():
                     self._listen(min(1.0, self._hang_after_seconds / 4 or 1.0))
                     self._reap()
@@ -150,12 +205,13 @@ class _Launch:
         heartbeat = f"{self._heartbeats.descriptor}:{local}"
         # The variables of another launcher would describe a group that does not exist.
         inherited = {name: value for name, value in os.environ.items() if not PLACES.fullmatch(name)}
+        of_launcher = {LAUNCHED: str(os.getpid()), HEARTBEATS: heartbeat, GATE: str(self._gate_of_ranks)}
         # A single rank has the streams to itself; the first of several draws its progress on a terminal itself.
         has_stderr = local == 0 and (self._group.world_size == 1 or os.isatty(_STDERR))
         process = subprocess.Popen(
             command,
-            env={**inherited, LAUNCHED: str(os.getpid()), HEARTBEATS: heartbeat, **in_group},
-            pass_fds=[self._heartbeats.descriptor],
+            env={**inherited, **in_group, **of_launcher},
+            pass_fds=[self._heartbeats.descriptor, self._gate_of_ranks],
             stdout=subprocess.PIPE if local else None,
             stderr=None if has_stderr else subprocess.STDOUT if local else subprocess.PIPE,
         )

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -111,7 +111,7 @@ def ddpm_here(*words: object, **variables: str | None) -> subprocess.CompletedPr
         patch.setattr("job.cli.app.app", COMMANDS)
         patch.delenv("DDPM_BUCKET", raising=False)
 
-        def launch_here(processes: int, hang_after_seconds: float) -> None:
+        def launch_here(processes: int, hang_after_seconds: float, go: None = None) -> None:
             patch.setenv(LAUNCHED, str(os.getppid()))
             try:
                 run()
@@ -120,6 +120,7 @@ def ddpm_here(*words: object, **variables: str | None) -> subprocess.CompletedPr
                     raise
 
         patch.setattr(job.commands, "_launch", launch_here)
+        patch.setattr("job.processes.launcher.early_ranks", lambda *_: nullcontext())
         for name, value in variables.items():
             patch.delenv(name, raising=False) if value is None else patch.setenv(name, value)
         try:
