@@ -5,6 +5,7 @@ The launcher checks that the work is possible. Its processes run the same comman
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -61,8 +62,12 @@ def train_command(
     with _command_on(request.bucket, stop_after, Slice(here.node, here.nodes)) as stop:
         request = request.check()
         if is_rank():
+            # Nothing that an import makes is garbage, and the collector would take a sixth of its time.
+            gc.disable()
             from job.training.attempt import run_training
 
+            gc.freeze()
+            gc.enable()
             await_go()
             plan = run_training(request, stop)
             if os.environ.get("RANK", "0") == "0":

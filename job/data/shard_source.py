@@ -160,15 +160,16 @@ class ShardSource:
             # A hostile index may name a pipe, and `path.open` would wait without end.
             self.open_unverified(shard).close()
             path = Path(store.uri_of(key))
+            with os_errors(path), path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         else:
             path = incoming / packed.name
-            store.download(key, path)
-        with os_errors(path), path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == packed.sha256:
-                return path
-            damage = ""
-            with suppress(JobError):
-                damage = f"; {first_damaged(file, self.read_table(shard))}"
+            sha256 = store.download(key, path)
+        if sha256 == packed.sha256:
+            return path
+        damage = ""
+        with os_errors(path), path.open("rb") as file, suppress(JobError):
+            damage = f"; {first_damaged(file, self.read_table(shard))}"
         raise BadDataError(f"{store.uri_of(key)} differs from the index{damage}: {self.remedy}")
 
     @contextmanager

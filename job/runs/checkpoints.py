@@ -174,11 +174,15 @@ def newest_sound(run: Store, refs: list[CheckpointRef]) -> Manifest | None:
 
 @contextmanager
 def newest_good(
-    run: Store, warn: Callable[[str], None], aside: set[CheckpointRef] | None = None
+    run: Store,
+    warn: Callable[[str], None],
+    aside: set[CheckpointRef] | None = None,
+    into: dict[str, dict[str, Any]] | None = None,
 ) -> Iterator[Restored | None]:
     """Yields the newest checkpoint whose every file verifies, from which an attempt goes on; None in a new run.
 
     Damaged ones are reported to `warn` and added to `aside`. Damaged metrics do not matter here: see `read_rows`.
+    After an error the tensors in `into` may have values of damaged checkpoints.
 
     Raises:
         BadDataError: there are checkpoints, but none of them verifies.
@@ -190,7 +194,7 @@ def newest_good(
     with ExitStack() as stack:
         for ref in reversed(refs):
             try:
-                found = stack.enter_context(opened(run, ref))
+                found = stack.enter_context(opened(run, ref, into=into))
             except (BadDataError, ObjectMissingError) as error:
                 problems.append(str(error))
                 warn(f"set aside checkpoint {run.uri}/{ref.key}: {error}")
@@ -208,10 +212,22 @@ def newest_good(
 
 
 @contextmanager
-def opened(run: Store, ref: CheckpointRef, groups: tuple[str, ...] = ()) -> Iterator[Restored]:
+def opened(
+    run: Store,
+    ref: CheckpointRef,
+    groups: tuple[str, ...] = (),
+    into: dict[str, dict[str, Any]] | None = None,
+) -> Iterator[Restored]:
     """Downloads and verifies a checkpoint, or some of its groups; the files are deleted when the context ends.
 
     A group that is not in the checkpoint itself is an average that was made for it later.
+
+    Args:
+        run: the run's folder.
+        ref: the checkpoint.
+        groups: those to download; none: all.
+        into: live tensors by group and name: each file's values go there as soon as it verifies, while others still
+            download, and the file is deleted.
 
     Raises:
         BadDataError: it is damaged, or another run's; the message names the object.
@@ -228,19 +244,24 @@ def opened(run: Store, ref: CheckpointRef, groups: tuple[str, ...] = ()) -> Iter
         def fetch(named: NamedObject) -> Path:
             path, uri = folder / named.name, run.uri_of(named.key)
             try:
-                run.download(named.key, path)
+                sha256 = run.download(named.key, path)
             except ObjectMissingError:
                 raise BadDataError(f"{uri} is missing, though its manifest is there") from None
-            with path.open("rb") as file:
-                if sha256_of(file) != named.sha256:
-                    raise BadDataError(f"{uri} is corrupt: its SHA-256 is not the one in the manifest")
+            if sha256 != named.sha256:
+                raise BadDataError(f"{uri} is corrupt: its SHA-256 is not the one in the manifest")
             return path
 
-        files: dict[str, list[Path]] = {}
+        files, filling = dict[str, list[Path]](), _Filling(manifest, into or {})
         with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
             paths = pool.map(fetch, (file for file, _ in wanted))
             for (_, group), path in zip(wanted, paths, strict=True):
-                files.setdefault(group, []).append(path)
+                if into is None:
+                    files.setdefault(group, []).append(path)
+                    continue
+                if group in into:
+                    filling.take(group, path)
+                path.unlink()
+        filling.end()
         yield Restored(manifest, files)
 
 
@@ -298,30 +319,50 @@ class Restored:
         Raises:
             BadDataError: names or shapes do not match, or a file is not in the format of safetensors.
         """
+        filling = _Filling(self.manifest, tensors, may_differ)
+        for group in tensors:
+            for path in self.files.get(group, []):
+                filling.take(group, path)
+        return filling.end()
+
+
+class _Filling:
+    """Live tensors, by group and name, that take the values of a checkpoint's files; see `Restored.copy_into`."""
+
+    def __init__(
+        self, manifest: Manifest, tensors: dict[str, dict[str, Any]], may_differ: tuple[str, ...] = ()
+    ) -> None:
+        self._tensors, self._may_differ = tensors, may_differ
+        self._checkpoint = manifest.ref.key
+        self._keys = {file.name: file.key for file in manifest.files}
+        self._missing = {group: set(named) for group, named in tensors.items()}
+        self._differing = set[str]()
+
+    def take(self, group: str, path: Path) -> None:
+        """Copies the values of a file."""
         from safetensors import SafetensorError, safe_open
 
-        keys, differing = {file.name: file.key for file in self.manifest.files}, set[str]()
-        for group, wanted in tensors.items():
-            missing = set(wanted)
-            for path in self.files.get(group, []):
-                where = keys.get(path.name, f"{self.manifest.ref.key}/{path.name}")
-                try:
-                    with safe_open(path, framework="pt") as file:
-                        for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                            target, value = wanted.get(name), file.get_tensor(name)
-                            if target is None or target.shape != value.shape:
-                                if not name.startswith(may_differ):
-                                    raise BadDataError(f"{where}: tensor {name!r} does not fit this configuration")
-                                differing.add(name)
-                                continue
-                            target.copy_(value)
-                            missing.discard(name)
-                except SafetensorError as error:
-                    raise BadDataError(f"{where} holds no tensors ({error})") from None
-            if lost := [name for name in missing if not name.startswith(may_differ)]:
-                raise BadDataError(f"{self.manifest.ref.key}: tensor {min(lost)!r} is in no {group} file")
-            differing |= missing
-        return differing
+        where, wanted = self._keys.get(path.name, f"{self._checkpoint}/{path.name}"), self._tensors[group]
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
+                    target, value = wanted.get(name), file.get_tensor(name)
+                    if target is not None and target.shape == value.shape:
+                        target.copy_(value)
+                        self._missing[group].discard(name)
+                    elif name.startswith(self._may_differ):
+                        self._differing.add(name)
+                    else:
+                        raise BadDataError(f"{where}: tensor {name!r} does not fit this configuration")
+        except SafetensorError as error:
+            raise BadDataError(f"{where} holds no tensors ({error})") from None
+
+    def end(self) -> set[str]:
+        """Returns the names of the tensors that were on one side alone, or have another shape there."""
+        for group, missing in self._missing.items():
+            if lost := [name for name in missing if not name.startswith(self._may_differ)]:
+                raise BadDataError(f"{self._checkpoint}: tensor {min(lost)!r} is in no {group} file")
+        return self._differing.union(*self._missing.values())
 
 
 def choose(run: Store, wanted: str, dataset_images: int, batch_size_images: int) -> list[CheckpointRef]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import hashlib
 import io
 import re
 import time
@@ -160,9 +161,12 @@ class Store(abc.ABC):
         with os_errors(path), path.open("rb") as file:
             self._created(key, file)
 
-    def download(self, key: str, path: Path) -> None:
-        """Copies an object to a local file, which is whole or absent; only a power failure may damage it."""
-        self._attempt(self._download, validated_key(key), path)
+    def download(self, key: str, path: Path) -> str:
+        """Copies an object to a local file, which is whole or absent, and returns the SHA-256 of what arrived.
+
+        Only a power failure may damage the file.
+        """
+        return self._attempt(self._download, validated_key(key), path)
 
     def open(self, key: str) -> BinaryIO:
         """Returns a seekable stream over one version of an object; each read is tried again at its position."""
@@ -257,11 +261,18 @@ class Store(abc.ABC):
         version = self._fetch(key, consume)
         return Blob(content.getvalue(), version)
 
-    def _download(self, key: str, path: Path) -> None:
+    def _download(self, key: str, path: Path) -> str:
+        sha256 = hashlib.sha256()
         with temporary_beside(path) as (temporary, file):
-            self._fetch(key, file.write)
+
+            def consume(data: bytes) -> None:
+                file.write(data)
+                sha256.update(data)
+
+            self._fetch(key, consume)
             file.flush()
             temporary.replace(path)
+        return sha256.hexdigest()
 
     @abc.abstractmethod
     def _fetch(self, key: str, consume: Callable[[bytes], object]) -> str:

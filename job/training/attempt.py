@@ -223,13 +223,10 @@ def _restore(
     tensors, begins_from = state.tensors(), plan.config.parent.run
 
     def load() -> Manifest | None:
-        with newest_good(plan.run, note, damaged) as restored:
-            if restored is None:
-                if begins_from:
-                    load_parent(state, plan)
-                return None
-            restored.copy_into(tensors)
-            return restored.manifest
+        with newest_good(plan.run, note, damaged, into=tensors) as restored:
+            if restored is None and begins_from:
+                load_parent(state, plan)
+            return restored.manifest if restored else None
 
     manifest = ranks.on_main(load)
     if dist.is_initialized():

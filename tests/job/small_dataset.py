@@ -39,11 +39,11 @@ class FarStore(LocalStore):
         self._before_download = before_download
         self._lock = threading.Lock()
 
-    def download(self, key: str, path: Path) -> None:
+    def download(self, key: str, path: Path) -> str:
         with self._lock:
             self.downloads.append(key.rpartition("/")[2])
             self._before_download(key)
-        super().download(key, path)
+        return super().download(key, path)
 
 
 def png(pixels: np.ndarray) -> bytes:
