@@ -198,13 +198,8 @@ CAREFUL = {
     "model.layers_per_level": 1,
     "model.norm_groups": 4,
     "train.batch_size": 16,
-    "train.learning_rate": 2e-3,
-    "diffusion.schedule": "flow",
-    "diffusion.prediction": "flow",
-    "diffusion.weighting": "plain",
-    "diffusion.draws": "log_normal",
-    "diffusion.draws_mean": 0.0,
-    "diffusion.draws_std": 1.0,
+    "train.optimizer": "muon",
+    "train.learning_rate": 6e-3,
 }
 """The changes of a careful user to our preset."""
 

@@ -1,24 +1,42 @@
-"""Measures the time from a new `ddpm train` to its first step, minus the time of imports and loading."""
+"""Measures the time from a new `ddpm train` to its first step, minus the time of imports and loading.
+
+`python -m benchmarks.resume` reads a large checkpoint over links of several speeds instead. A link is a folder whose
+downloads, all together, get so many bytes a second.
+"""
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
+import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from benchmarks.measuring import Figure, seconds
 from benchmarks.subject import DATASET, PRESET, SIZE, forget_accelerator, pack_noise, write_noise
 from job.progress import Progress
 from job.requests import TrainRequest
-from job.runs.checkpoints import list_checkpoints, load_manifest, newest_good
+from job.runs.checkpoint_files import plan_parts, write_part
+from job.runs.checkpoints import Manifest, commit_manifest, list_checkpoints, load_manifest, newest_good
+from job.runs.layout import CheckpointRef
 from job.runs.metric_rows import Row, read_rows
+from job.sealed import utc_now
 from job.store import Store, open_store
+from job.store.local import LocalStore
 from job.training.attempt import run_training
 
+GIGABYTES_A_SECOND = (0.1, 0.3, 1.0, 1.5)
+TENSOR_BYTES = 16 << 20
 RUN = "resumed"
 IMAGES = 2
 EVERY_STEP_LOGGED = (
@@ -87,6 +105,62 @@ def _go_on(bucket: str, epochs: int, sets: tuple[str, ...]) -> None:
 
 
 def _load(run: Store, state: dict[str, dict[str, Tensor]]) -> None:
-    with newest_good(run, print) as restored:
+    with newest_good(run, print, into=state) as restored:
         assert restored is not None
-        restored.copy_into(state)
+
+
+class Link(LocalStore):
+    """A folder behind a link, whose downloads share `bytes_a_second`."""
+
+    def __init__(self, root: Path, bytes_a_second: float) -> None:
+        super().__init__(root)
+        self._bytes_a_second, self._free_at, self._lock = bytes_a_second, 0.0, threading.Lock()
+
+    def _fetch(self, key: str, consume: Callable[[bytes], object]) -> str:
+        def carry(block: bytes) -> None:
+            with self._lock:
+                self._free_at = max(self._free_at, time.monotonic()) + len(block) / self._bytes_a_second
+                arrives_at = self._free_at
+            time.sleep(max(0.0, arrives_at - time.monotonic()))
+            consume(block)
+
+        return super()._fetch(key, carry)
+
+
+def save_large(run: Store, size_bytes: int, folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Commits a checkpoint of noise; returns live tensors of the same shapes, touched as those of a network are."""
+    noise = torch.randn(TENSOR_BYTES // 4)
+    tensors = {"model": {f"layer.{number}": noise for number in range(size_bytes // TENSOR_BYTES)}}
+    ref, files = CheckpointRef(1, 1000), []
+    for name, part in plan_parts(tensors).items():
+        files.append(write_part(folder / name, key := f"{ref.key}/{name}", part))
+        run.upload(folder / name, key)
+        (folder / name).unlink()
+    about = {"fence": 1, "attempt": "", "images_seen": 1000, "created": utc_now(), "world_size": 1, "loss_sums": []}
+    commit_manifest(run, Manifest.model_validate(about | {"files": tuple(files)}))
+    return {"model": {name: torch.zeros_like(tensor) for name, tensor in tensors["model"].items()}}
+
+
+def main(words: list[str] | None = None) -> None:
+    """Prints the time to read a checkpoint over each link, beside the time of its bytes on the link."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.resume", description=__doc__)
+    parser.add_argument("--gigabytes", type=float, default=5, help="size of the checkpoint")
+    asked = parser.parse_args(words)
+    table = Table(
+        "link, GB/s", "seconds", "of the bytes alone", "ratio", title=f"a checkpoint of {asked.gigabytes:g} GB"
+    )
+    with TemporaryDirectory(prefix="ddpm-bench-") as name:
+        bucket = Path(name, "bucket")
+        live = save_large(LocalStore(bucket), int(asked.gigabytes * 1e9), Path(name))
+        size_bytes = sum(tensor.nbytes for tensor in live["model"].values())
+        with Progress("reading", total=len(GIGABYTES_A_SECOND), unit="links") as bar:
+            for done, speed in enumerate(GIGABYTES_A_SECOND, 1):
+                link, alone = Link(bucket, speed * 1e9), size_bytes / speed / 1e9
+                took = seconds(partial(_load, link, live))
+                table.add_row(f"{speed:g}", f"{took:.1f}", f"{alone:.1f}", f"{took / alone:.2f}")
+                bar.update(done)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

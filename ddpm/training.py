@@ -25,7 +25,7 @@ from ddpm.latents import Latents
 from ddpm.layout import laid_out
 from ddpm.networks.layers import dropout_of
 from ddpm.objective import QUARTILES, Condition, Drawn, Objective
-from ddpm.optimizer import Adam, learning_rate_at
+from ddpm.optimizer import OPTIMIZERS, Adam, learning_rate_at
 from ddpm.slots import Gradients, Slots, added
 from ddpm.threads import Threads
 
@@ -151,7 +151,7 @@ def create_state(model: nn.Module, device: torch.device, settings: Settings) -> 
     learnt = dict(model.named_parameters())
     for name in [name for name in learnt if name.startswith(settings.train.freeze)]:
         learnt.pop(name).requires_grad_(False)
-    optimizer = Adam(learnt.items(), settings.train)
+    optimizer = OPTIMIZERS[settings.train.optimizer](learnt.items(), settings.train)
     averages = {name: EMA(model) for name in settings.averages}
     return TrainState(model, averages, optimizer, LossLog(device), first_nonfinite=torch.tensor(-1, device=device))
 
