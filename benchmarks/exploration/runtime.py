@@ -264,6 +264,7 @@ _TIME = SimpleNamespace(
     clock_gettime=lambda _: world().now + 1_000.0,
     CLOCK_BOOTTIME=time.CLOCK_BOOTTIME,
     perf_counter=_monotonic,
+    thread_time=lambda: 0.0,
 )
 _THREADING = SimpleNamespace(
     Thread=SimulatedThread,

@@ -55,10 +55,12 @@ class CheckpointFiles:
     """
 
     def __init__(self, live: Tensors, retention: Retention, classes: tuple[str, ...]) -> None:
-        self._live, self._retention = live, retention
+        # In the order of the files, whose tensors then lie side by side.
+        self._live = {group: dict(sorted(named.items())) for group, named in live.items()}
+        self._retention = retention
         self._host: Tensors = {}
         self._cuda = any(tensor.is_cuda for named in live.values() for tensor in named.values())
-        for group, named in live.items():
+        for group, named in self._live.items():
             sizes = [tensor.numel() for tensor in named.values()]
             flat = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=self._cuda)
             flat.fill_(0)  # touches every page: a first save into fresh pages takes ten times as long
@@ -112,7 +114,7 @@ class CheckpointFiles:
 
 
 def write_part(path: Path, key: str, tensors: dict[str, Tensor]) -> NamedObject:
-    """Writes contiguous tensors on the host to a local file in the format of safetensors, and hashes it on the way.
+    """Writes tensors of one type on the host to a file, byte for byte as safetensors does, and hashes it on the way.
 
     The library's own function takes several times as long for many small tensors, and keeps the interpreter from the
     threads that train meanwhile.
@@ -121,14 +123,15 @@ def write_part(path: Path, key: str, tensors: dict[str, Tensor]) -> NamedObject:
         The entry of a record that names the file as the object at `key`.
     """
     header, end = dict[str, Any](__metadata__={"format": "pt"}), 0
-    for name, tensor in tensors.items():
+    in_order = dict(sorted(tensors.items()))
+    for name, tensor in in_order.items():
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     sha256 = hashlib.sha256()
     with os_errors(path), path.open("wb") as file:
-        flat = (tensor.numpy() for tensor in _joined(tensors.values()))
+        flat = (tensor.numpy() for tensor in _joined(in_order.values()))
         contents: list[Any] = [len(text).to_bytes(8, "little"), text, *flat]
         for content in contents:
             file.write(content)
