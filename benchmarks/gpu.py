@@ -130,7 +130,7 @@ def loader(folder: Path, tiny: bool) -> list[Figure]:
 
 
 def checkpoint(folder: Path, tiny: bool) -> list[Figure]:
-    """Times the part of a save that delays training; changes all weights right after one, which must not show."""
+    """Times the part of a save that delays training; changes all weights behind its copy, which must not show."""
     import torch
 
     from benchmarks.checkpoint import saves, writing
@@ -148,6 +148,7 @@ def checkpoint(folder: Path, tiny: bool) -> list[Figure]:
     expected = {group: {name: each.clone() for name, each in named.items()} for group, named in state.items()}
     with writing(run, config, state) as writer:
         writer.save(0, [])
+        writer.before_change()
         for named in state.values():
             torch._foreach_add_(list(named.values()), 1.0)
         writer.wait()

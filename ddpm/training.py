@@ -144,6 +144,8 @@ class Hooks:
     leaves_step: Callable[[], bool] = lambda: False
     """Called between two micro-batches, equally often on every process: returns whether all processes abandon this
     step, without any effect of it."""
+    before_change: Callable[[], None] = lambda: None
+    """Called before weights, moments or averages change."""
 
 
 def create_state(model: nn.Module, device: torch.device, settings: Settings) -> TrainState:
@@ -295,10 +297,12 @@ def train(
     """
     size = settings.train.micro_batch_size
     learn = _by_slots(slots, threads, hooks, size) if slots else _by_backward(accelerator, hooks)
-    before_step = getattr(state.model, "before_step", lambda: None)
+    before_step = getattr(state.model, "before_step", None)
     network.train()
     for batch in batches:
-        before_step()
+        if before_step:
+            hooks.before_change()
+            before_step()
         parts = slots.parts() if slots else [slice(0, len(batch.image_numbers))]
         learnt = _Learnt.of(batch, state, network, objective, settings, parts)
         if not (losses := learn(learnt, parts)):
@@ -308,6 +312,7 @@ def train(
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), settings.train.clip_norm, foreach=True)
         bad = (state.first_nonfinite < 0) & ~torch.isfinite(norm)
         state.first_nonfinite = torch.where(bad, state.images_seen, state.first_nonfinite)
+        hooks.before_change()
         state.optimizer.step(learning_rate_at(settings.train, state.images_seen))
         state.images_seen += settings.train.batch_size
         for name, profile in settings.averages.items():

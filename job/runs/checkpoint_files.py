@@ -59,10 +59,11 @@ class CheckpointFiles:
         self._live = {group: dict(sorted(named.items())) for group, named in live.items()}
         self._retention = retention
         self._host: Tensors = {}
-        self._cuda = any(tensor.is_cuda for named in live.values() for tensor in named.values())
+        device = next(tensor.device for named in live.values() for tensor in named.values())
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         for group, named in self._live.items():
             sizes = [tensor.numel() for tensor in named.values()]
-            flat = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=self._cuda)
+            flat = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=device.type == "cuda")
             flat.fill_(0)  # touches every page: a first save into fresh pages takes ten times as long
             views = zip(named.items(), flat.split(sizes), strict=True)
             self._host[group] = {name: view.view(tensor.shape) for (name, tensor), view in views}
@@ -72,14 +73,22 @@ class CheckpointFiles:
         self.drawn, self.descriptions = self._pipeline.drawn, self._pipeline.descriptions
 
     def copy(self) -> None:
-        """Copies the live values into the host buffers; when it returns, training may go on."""
-        for group, named in self._live.items():
-            torch._foreach_copy_(list(self._host[group].values()), list(named.values()), non_blocking=True)
-        if self._cuda:
-            torch.cuda.synchronize()
+        """Copies the live values into the host buffers: on a GPU beside the next step, up to `before_change`."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            for group, named in self._live.items():
+                torch._foreach_copy_(list(self._host[group].values()), list(named.values()), non_blocking=True)
+
+    def before_change(self) -> None:
+        """Makes the GPU, and not this thread, wait for the copy: the next kernels change the live values."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
     def tensors_of(self, ref: CheckpointRef) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yields the tensors of a checkpoint by key: the host copy, and a snapshot of its averages if one is due."""
+        if self._stream is not None:
+            self._stream.synchronize()
         takes_snapshot = self._retention.takes_snapshot(ref.images_seen)
         averages = self._retention.config.ema.names if takes_snapshot else ()
         for name, tensors in self._parts.items():

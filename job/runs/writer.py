@@ -114,8 +114,9 @@ class CheckpointWriter:
     def save(self, images_seen: int, loss_sums: list[list[float]]) -> None:
         """Queues a checkpoint of this moment, with the metric rows since the one before.
 
-        Blocks for a copy of the live tensors and for a local write that is under way. While the bucket is away it also
-        blocks for a queued checkpoint that must not be replaced: one that is kept for good, or has a snapshot.
+        Blocks for a local write that is under way, and on a CPU for a copy of the live tensors; on a GPU they must not
+        change before `before_change`. While the bucket is away it also blocks for a queued checkpoint that must not be
+        replaced: one that is kept for good, or has a snapshot.
 
         Raises:
             BucketAwayError: a stop was requested, and no time is left to wait.
@@ -148,6 +149,10 @@ class CheckpointWriter:
             self._files.copy()
             self._queued = manifest, objects
         self.cadence.copied()
+
+    def before_change(self) -> None:
+        """Lets the GPU finish the copy of the last save before it changes the live tensors."""
+        self._files.before_change()
 
     def put(self, key: str, picture: bytes, *, images_seen: int) -> None:
         """Queues the upload of a picture that the weights of `images_seen` drew."""

@@ -162,7 +162,8 @@ class TrainingSession(Loop):
         """
         super().__init__(plan.config, images, ranks, state, last_image=plan.target_images, stop=stop)
         self.plan, self.held_out, self.recorder = plan, held_out, recorder
-        self.hooks = training.Hooks(self.after_step, self._leaves_step)
+        copied = recorder.writer.before_change if recorder else lambda: None
+        self.hooks = training.Hooks(self.after_step, self._leaves_step, copied)
         self.decoder = load_decoder(plan.bucket, plan.index, self.device)
         self.agreement = Agreement(ranks.world_size, flags=4)
         self.agreement_in_step = Agreement(ranks.world_size, flags=1)
