@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import multiprocessing
 import os
@@ -117,7 +118,7 @@ def test_large_files_are_transferred_and_read(store: Store, large_file: Path, tm
     assert list(store.list("checkpoints")) == [Entry("checkpoints/1/part", LARGE_BYTES)]
     content, target = large_file.read_bytes(), tmp_path / "made" / "on" / "the" / "way"
     for _ in range(2):
-        store.download("checkpoints/1/part", target)
+        assert store.download("checkpoints/1/part", target) == hashlib.sha256(content).hexdigest()
         assert target.read_bytes() == content
     assert [path.name for path in target.parent.iterdir()] == ["way"]
     with store.open("checkpoints/1/part") as file:
