@@ -227,16 +227,16 @@ class Watched:
         setattr(kind, name, watched_check)
 
     def _watch_restoring(self, module: ModuleType) -> None:
-        copy = module.Restored.copy_into
+        opened = module.opened
 
-        def copy_into(restored: Any, tensors: dict[str, Any], *args: Any) -> Any:
-            kept = copy(restored, tensors, *args)
-            if "optimizer" in tensors:
-                ref = restored.manifest.ref
-                self._trace("restored", ref=[ref.fence, ref.images_seen])
-            return kept
+        @contextmanager
+        def watched(run: Any, ref: Any, *args: Any, into: Any = None) -> Iterator[Any]:
+            with opened(run, ref, *args, into=into) as restored:
+                if into is not None:
+                    self._trace("restored", ref=[ref.fence, ref.images_seen])
+                yield restored
 
-        module.Restored.copy_into = copy_into
+        module.opened = watched
 
     def _watch_attempt(self, module: ModuleType) -> None:
         restore = module._restore

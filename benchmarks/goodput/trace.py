@@ -37,13 +37,12 @@ class Hooks:
                 self._trace("imported")
             case "job.processes.lease":
                 module.Lease.take = staticmethod(self._told("leased", module.Lease.take))
-            case "job.runs.checkpoints":
-                copy = module.Restored.copy_into
-                module.Restored.copy_into = self._told("restored", copy, lambda this, *_: this.manifest.images_seen)
             case "job.runs.writer":
                 module.commit_manifest = self._told("saved", module.commit_manifest, lambda _, made: made.images_seen)
                 module.CheckpointWriter.save = self._told_before("saving", module.CheckpointWriter.save)
             case "ddpm.training":
+                resume_at = module.TrainState.resume_at
+                module.TrainState.resume_at = self._told("restored", resume_at, lambda _, images_seen, *__: images_seen)
                 module.train = self._told_steps(module.train)
 
     def _told(
