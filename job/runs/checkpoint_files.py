@@ -153,14 +153,14 @@ def _joined(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
 
     So the host copy of a part takes one write instead of hundreds, of which each waits for the interpreter.
     """
-    whole: Tensor | None = None
-    for tensor in tensors:
-        if whole is not None:
-            is_next = tensor.storage_offset() == whole.storage_offset() + whole.numel()
-            if is_next and tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
-                whole = whole.as_strided((whole.numel() + tensor.numel(),), (1,))
+    first, values = None, 0
+    for tensor in map(Tensor.contiguous, tensors):
+        if first is not None:
+            is_next = tensor.storage_offset() == first.storage_offset() + values
+            if is_next and tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr():
+                values += tensor.numel()
                 continue
-            yield whole
-        whole = tensor.flatten()
-    if whole is not None:
-        yield whole
+            yield first.as_strided((values,), (1,))
+        first, values = tensor, tensor.numel()
+    if first is not None:
+        yield first.as_strided((values,), (1,))
