@@ -131,9 +131,8 @@ class OurLoop:
         key, cache_dir = dataset_key_of(plan.config), folder / "cache"
         cache = open_cache(plan.bucket, key, plan.index, cache_dir=cache_dir, budget_bytes=1 << 40)
         # The run saves nothing, so the rows of the log have no destination.
-        recorder: Any = SimpleNamespace(
-            writer=SimpleNamespace(overdue=False, troubled=False), record=lambda row: None, show=lambda bar: None
-        )
+        writer = SimpleNamespace(overdue=False, troubled=False, before_change=lambda: None)
+        recorder: Any = SimpleNamespace(writer=writer, record=lambda row: None, show=lambda bar: None)
         ranks = meet(NEVER)
         state = initial_state(plan.config, ranks.device)
         self.session = TrainingSession(plan, ranks, state, cache, recorder=recorder)
