@@ -25,7 +25,7 @@ from pydantic import Field
 
 from ddpm.epochs import epochs_completed_by
 from job.config import average_name
-from job.exits import BadDataError, MissingInputError
+from job.exits import BadConfigError, BadDataError, MissingInputError
 from job.runs.layout import CHECKPOINTS, CheckpointRef, Located, ObjectKind, located, places_in
 from job.runs.records import RunRecord, attempt_id
 from job.sealed import NamedObject, Sealed
@@ -182,10 +182,11 @@ def newest_good(
     """Yields the newest checkpoint whose every file verifies, from which an attempt goes on; None in a new run.
 
     Damaged ones are reported to `warn` and added to `aside`. Damaged metrics do not matter here: see `read_rows`.
-    After an error the tensors in `into` may have values of damaged checkpoints.
+    For `into` see `opened`; after an error these tensors may have values of damaged checkpoints.
 
     Raises:
         BadDataError: there are checkpoints, but none of them verifies.
+        BadConfigError: the newest that verifies does not fit `into`; an older one would lose work.
     """
     refs, problems = list_checkpoints(run), list[str]()
     if lost := lost_manifest(run, refs):
@@ -217,6 +218,7 @@ def opened(
     ref: CheckpointRef,
     groups: tuple[str, ...] = (),
     into: dict[str, dict[str, Any]] | None = None,
+    may_differ: tuple[str, ...] = (),
 ) -> Iterator[Restored]:
     """Downloads and verifies a checkpoint, or some of its groups; the files are deleted when the context ends.
 
@@ -225,15 +227,18 @@ def opened(
     Args:
         run: the run's folder.
         ref: the checkpoint.
-        groups: those to download; none: all.
-        into: live tensors by group and name: each file's values go there as soon as it verifies, while others still
-            download, and the file is deleted.
+        groups: those to download; none: those of `into`, or all.
+        into: live tensors by group and name, which keep their memory layout. Each file's values go there as soon as
+            it verifies, while others still download, and the file is deleted.
+        may_differ: the first letters of tensors that may be on one side alone, or have another shape there: they keep
+            their values.
 
     Raises:
         BadDataError: it is damaged, or another run's; the message names the object.
+        BadConfigError: names or shapes differ from those in `into`.
         ObjectMissingError: the bucket lacks this average.
     """
-    manifest = load_manifest(run, ref)
+    manifest, groups = load_manifest(run, ref), groups or tuple(into or ())
     # Descriptions for diffusers have no group: their damage must not stop a resume.
     wanted = [(file, group) for file in manifest.files if (group := manifest.group_of(file))]
     wanted = [(file, group) for file, group in wanted if not groups or group in groups]
@@ -251,18 +256,16 @@ def opened(
                 raise BadDataError(f"{uri} is corrupt: its SHA-256 is not the one in the manifest")
             return path
 
-        files, filling = dict[str, list[Path]](), _Filling(manifest, into or {})
+        files, filling = dict[str, list[Path]](), _Filling(manifest, into or {}, may_differ)
         with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
             paths = pool.map(fetch, (file for file, _ in wanted))
             for (_, group), path in zip(wanted, paths, strict=True):
                 if into is None:
                     files.setdefault(group, []).append(path)
-                    continue
-                if group in into:
+                else:
                     filling.take(group, path)
-                path.unlink()
-        filling.end()
-        yield Restored(manifest, files)
+                    path.unlink()
+        yield Restored(manifest, files, filling.end())
 
 
 def load_average(run: Store, manifest: Manifest, group: str) -> Average:
@@ -304,34 +307,23 @@ def sha256_of(file: BinaryIO) -> str:
 
 @dataclass(frozen=True)
 class Restored:
-    """A verified checkpoint on the local disk."""
+    """A verified checkpoint.
+
+    Attributes:
+        manifest: its manifest.
+        files: its files on the local disk by group, if their values went nowhere else.
+        differing: the names of tensors that were on one side alone, or have another shape there; see `opened`.
+    """
 
     manifest: Manifest
     files: dict[str, list[Path]]
-    """By group."""
-
-    def copy_into(self, tensors: dict[str, dict[str, Any]], may_differ: tuple[str, ...] = ()) -> set[str]:
-        """Copies the files' values into live tensors, by group and name, and keeps the live memory layout.
-
-        Tensors whose names begin with one of `may_differ` may be on one side alone, or have another shape there. They
-        keep their values, and their names are returned.
-
-        Raises:
-            BadDataError: names or shapes do not match, or a file is not in the format of safetensors.
-        """
-        filling = _Filling(self.manifest, tensors, may_differ)
-        for group in tensors:
-            for path in self.files.get(group, []):
-                filling.take(group, path)
-        return filling.end()
+    differing: set[str]
 
 
 class _Filling:
-    """Live tensors, by group and name, that take the values of a checkpoint's files; see `Restored.copy_into`."""
+    """Live tensors, by group and name, that take the values of a checkpoint's files; see `opened`."""
 
-    def __init__(
-        self, manifest: Manifest, tensors: dict[str, dict[str, Any]], may_differ: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, manifest: Manifest, tensors: dict[str, dict[str, Any]], may_differ: tuple[str, ...]) -> None:
         self._tensors, self._may_differ = tensors, may_differ
         self._checkpoint = manifest.ref.key
         self._keys = {file.name: file.key for file in manifest.files}
@@ -353,7 +345,7 @@ class _Filling:
                     elif name.startswith(self._may_differ):
                         self._differing.add(name)
                     else:
-                        raise BadDataError(f"{where}: tensor {name!r} does not fit this configuration")
+                        raise self._misfit(f"{where}: tensor {name!r} does not fit this configuration")
         except SafetensorError as error:
             raise BadDataError(f"{where} holds no tensors ({error})") from None
 
@@ -361,8 +353,11 @@ class _Filling:
         """Returns the names of the tensors that were on one side alone, or have another shape there."""
         for group, missing in self._missing.items():
             if lost := [name for name in missing if not name.startswith(self._may_differ)]:
-                raise BadDataError(f"{self._checkpoint}: tensor {min(lost)!r} is in no {group} file")
+                raise self._misfit(f"{self._checkpoint}: tensor {min(lost)!r} is in no {group} file")
         return self._differing.union(*self._missing.values())
+
+    def _misfit(self, what: str) -> BadConfigError:
+        return BadConfigError(f"{what}: use the version of the program that the run's last attempt names")
 
 
 def choose(run: Store, wanted: str, dataset_images: int, batch_size_images: int) -> list[CheckpointRef]:

@@ -46,7 +46,7 @@ def load(
     # On many processors bf16 is slower than fp32.
     model = method.model_of(config, on, plan.precision if on.type == "cuda" else "fp32", decode, plan.classes)
     tensors = {plan.sample.weights: {name: each.detach() for name, each in model.network.named_parameters()}}
-    with reading_chosen(plan.run, plan.choose) as ((ref,), _), opened(plan.run, ref, tuple(tensors)) as restored:
-        restored.copy_into(tensors)
+    with reading_chosen(plan.run, plan.choose) as ((ref,), _), opened(plan.run, ref, into=tensors):
+        pass
     model.source = f"{plan.run.uri}, {moment_of(plan.label(ref))}, weights {plan.sample.weights}"
     return model

@@ -85,8 +85,8 @@ class Painter(Model):
         def load() -> None:
             tensors = {group: {name: value.detach() for name, value in network.named_parameters()}}
             try:
-                with opened(run, ref, (group,)) as restored:
-                    restored.copy_into(tensors)
+                with opened(run, ref, into=tensors):
+                    pass
             except BadDataError as error:
                 name = run.uri.rsplit("/", 1)[-1]
                 raise BadDataError(

@@ -262,8 +262,9 @@ def load_parent(state: training.TrainState, of_run: RunHandle) -> None:
     try:
         if check_average(run, ref, parent.weights, name).sha256 != parent.sha256:
             raise BadDataError(f"{run.uri}/{ref.key} has changed since it was pinned: {what_to_do}")
-        with reading(run, ref), opened(run, ref, (parent.weights,)) as restored:
-            others = restored.copy_into({parent.weights: state.tensors()["model"]}, OF_CLASSES)
+        weights = {parent.weights: state.tensors()["model"]}
+        with reading(run, ref), opened(run, ref, into=weights, may_differ=OF_CLASSES) as restored:
+            others = restored.differing
     except MissingInputError as error:
         raise MissingInputError(f"{run.uri}/{ref.key} is gone ({error}): {what_to_do}") from None
     for average in state.averages.values():

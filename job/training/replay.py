@@ -88,8 +88,8 @@ class Replay:
 
         with reading_chosen(run, nearest) as (refs, _):
             for ref in refs:
-                with opened(run, ref) as restored:
-                    restored.copy_into(self.state.tensors())
+                with opened(run, ref, into=self.state.tensors()):
+                    pass
                 self.state.resume_at(ref.images_seen, self.batch_size)
         self.begun = refs[0] if refs else None
         given = max((one.last_image for one in self.lineage.stretches if one.attempt.imported), default=-1)

@@ -58,9 +58,8 @@ def network_of(bucket: Path, run: str):
     config = existing_config(store, run)
     network = method.build_network(config, torch.device("cpu")).eval()
     (ref,) = choose(store.sub(f"runs/{run}"), "latest", 1, 1)
-    with opened(store.sub(f"runs/{run}"), ref, ("ema",)) as restored:
-        restored.copy_into({"ema": {name: p.detach() for name, p in network.named_parameters()}})
-    return config, network
+    with opened(store.sub(f"runs/{run}"), ref, into={"ema": {n: p.detach() for n, p in network.named_parameters()}}):
+        return config, network
 
 
 def drawn(bucket: Path, run: str):

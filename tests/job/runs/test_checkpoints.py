@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from job.exits import BadDataError, MissingInputError
-from job.runs.checkpoints import LATEST_KEY, choose, list_checkpoints, load_manifest, newest_good, opened
+from job.exits import BadConfigError, BadDataError, MissingInputError
+from job.runs.checkpoints import LATEST_KEY, choose, list_checkpoints, load_manifest, newest_good
 from job.runs.layout import CheckpointRef
 from job.runs.retention import delete_checkpoint
 from tests.job.damages import DAMAGES
@@ -19,9 +19,9 @@ def test_a_checkpoint_comes_back_bit_equal(new_run):
     saved = write(run, (1, 80), (1, 160))
     target = {group: {n: torch.full_like(t, 9.0) for n, t in named.items()} for group, named in saved.items()}
     strides = target["model"]["conv.weight"].stride()
-    with newest_good(run, pytest.fail) as restored:
-        restored.copy_into(target)
+    with newest_good(run, pytest.fail, into=target) as restored:
         assert (restored.manifest.images_seen, restored.manifest.loss_sums) == (160, [[1.5, 0.1], [3.0, 4.0]])
+    with newest_good(run, pytest.fail) as restored:
         folder = restored.files["model"][0].parent
     assert not folder.exists()
     for group, named in saved.items():
@@ -42,13 +42,15 @@ def test_a_checkpoint_comes_back_bit_equal(new_run):
 
 def test_unfit_tensors_and_manifests_are_refused(new_run):
     write(new_run, (1, 80))
-    with opened(new_run, CheckpointRef(1, 80), ("model",)) as restored:
-        with pytest.raises(BadDataError, match=r"conv\.bias"):
-            restored.copy_into({"model": {"conv.weight": torch.zeros(8, 4, 3, 3), "conv.bias": torch.zeros(9)}})
-        with pytest.raises(BadDataError, match=r"extra"):
-            restored.copy_into({"model": {**live_tensors()["model"], "extra": torch.zeros(1)}})
-        with pytest.raises(BadDataError, match=r"is in no ema file"):
-            restored.copy_into({"ema": live_tensors()["ema"]})
+    misfits = {
+        r"conv\.bias": {"conv.weight": torch.zeros(8, 4, 3, 3), "conv.bias": torch.zeros(9)},
+        "'extra' is in no model file": {**live_tensors()["model"], "extra": torch.zeros(1)},
+        "'conv.weight' does not fit": {"conv.bias": live_tensors()["model"]["conv.bias"]},
+    }
+    for match, tensors in misfits.items():
+        # An older checkpoint would lose work.
+        with pytest.raises(BadConfigError, match=match), newest_good(new_run, pytest.fail, into={"model": tensors}):
+            pass
     new_run.create(CheckpointRef(2, 80).manifest_key, new_run.read(CheckpointRef(1, 80).manifest_key).data)
     with pytest.raises(BadDataError, match="is not in its place"):
         load_manifest(new_run, CheckpointRef(2, 80))

@@ -41,9 +41,9 @@ def network_of(store, run, ref):
     """The weights that draw, by our own reader."""
     config, device = existing_config(store, run), torch.device("cpu")
     network = method.build_network(config, device).eval()
-    with opened(store.sub(f"runs/{run}"), ref, (config.sample.weights,)) as restored:
-        restored.copy_into({config.sample.weights: {name: p.detach() for name, p in network.named_parameters()}})
-    return config, network
+    weights = {config.sample.weights: {name: p.detach() for name, p in network.named_parameters()}}
+    with opened(store.sub(f"runs/{run}"), ref, into=weights):
+        return config, network
 
 
 def drawn(config, network, condition=UNCONDITIONAL, **changes):

@@ -71,8 +71,8 @@ def test_checkpoints_hold_the_values_then(run, monkeypatch):
     names = [file.name for file in load_manifest(run, CheckpointRef(1, 16)).files]
     assert names == [*(f"model-{i:02d}.safetensors" for i in range(4)), "ema-00.safetensors"]
     target = {"model": {name: torch.zeros_like(tensor) for name, tensor in tensors["model"].items()}}
-    with opened(run, CheckpointRef(1, 16), ("model",)) as restored:
-        restored.copy_into(target)
+    with opened(run, CheckpointRef(1, 16), into=target):
+        pass
     assert [tensor.unique().tolist() for tensor in target["model"].values()] == [[i - 100.0] for i in range(10)]
 
 

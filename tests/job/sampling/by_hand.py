@@ -34,8 +34,9 @@ def estimate_of(bucket: Path, run: str, labels: Tensor, checkpoint: int = -1) ->
     """What the averaged weights of a run that predicts v estimate."""
     store = open_store(str(bucket))
     network, folder = method.build_network(existing_config(store, run), torch.device("cpu")).eval(), f"runs/{run}"
-    with opened(store.sub(folder), list_checkpoints(store.sub(folder))[checkpoint], ("ema",)) as restored:
-        restored.copy_into({"ema": {name: p.detach() for name, p in network.named_parameters()}})
+    weights = {"ema": {name: p.detach() for name, p in network.named_parameters()}}
+    with opened(store.sub(folder), list_checkpoints(store.sub(folder))[checkpoint], into=weights):
+        pass
 
     @torch.no_grad()
     def estimate(x: Tensor, t: float, alphas_cumprod: float) -> Tensor:
