@@ -45,7 +45,7 @@ def measure(quick: bool) -> list[Figure]:
     state = create_state(method.build_network(config, cpu), cpu, method.settings_of(config)).tensors()
     megabytes = sum(tensor.nbytes for named in state.values() for tensor in named.values()) / 1e6
     # As in a run, whose slots have a thread each: several threads wait for each other at each tensor.
-    with TemporaryDirectory(prefix="ddpm-bench-") as name, object_server(Path(name)), Threads(1).alone():
+    with TemporaryDirectory(prefix="ddpm-bench-") as name, object_server(Path(name)), Threads(1).outside():
         blocked, committed = saves(open_store(f"{name}/run"), config, state, 1 if quick else 7)
         _, far_committed = saves(open_store(f"gs://{BUCKET}/run"), config, state, 1 if quick else 2)
         uploads = uploads_in_turn(state, Path(name), 1 if quick else 4)

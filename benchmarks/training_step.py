@@ -152,7 +152,7 @@ class OurLoop:
         session, batch = self.session, islice(self._batches, 1)
         how = {"settings": session.settings, "accelerator": session.accelerator, "hooks": session.hooks}
         shared = {"slots": session.slots, "threads": self.threads}
-        with self.threads.alone() if self.threads else nullcontext():
+        with self.threads.outside() if self.threads else nullcontext():
             train(session.state, session.network, batch, session.objective, **how, **shared)
 
     def step_flop(self) -> int:

@@ -2,17 +2,21 @@
 
 import math
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from ddpm.catalogue import OF_CLASSES, Train
+from ddpm.threads import Threads
 
 MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 """Muon's momentum, and its iteration x ← a x + (b A + c A²) x with A = x xᵀ (Jordan et al. 2024)."""
+PIECE_VALUES = 1 << 22
+"""The most values that are made orthogonal at once: their copies take memory, and single matrices many kernels."""
 
 
 def learning_rate_at(train: Train, images_seen: int) -> float:
@@ -46,8 +50,8 @@ class Adam:
         self.steps = {name: torch.zeros((), device=p.device) for name, p in self._parameters.items()}
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        """Updates the parameters from their gradients, and frees the gradients."""
+    def step(self, learning_rate: float, threads: Threads | None = None) -> None:
+        """Updates the parameters from their gradients, and frees the gradients; `threads` share long work on a CPU."""
         names = [name for name, parameter in self._parameters.items() if parameter.grad is not None]
         adam(
             params=[self._parameters[name] for name in names],
@@ -80,26 +84,39 @@ class Muon(Adam):
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], train: Train) -> None:
         named = dict(named_parameters)
-        self._matrices = {n: p for n, p in named.items() if p.ndim > 1 and not n.startswith(OF_CLASSES)}
-        super().__init__(((n, p) for n, p in named.items() if n not in self._matrices), train)
-        self.exp_avg |= {n: torch.zeros_like(p, requires_grad=False) for n, p in self._matrices.items()}
+        matrices = {n: p for n, p in named.items() if p.ndim > 1 and not n.startswith(OF_CLASSES)}
+        super().__init__(((n, p) for n, p in named.items() if n not in matrices), train)
+        self.exp_avg |= {n: torch.zeros_like(p, requires_grad=False) for n, p in matrices.items()}
+        of_shapes: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = {}
+        for name, parameter in matrices.items():
+            shape = len(parameter), parameter.numel() // len(parameter)
+            of_shapes.setdefault(shape, []).append((parameter, self.exp_avg[name]))
+        self._pieces = [
+            list(members[start : start + count])
+            for shape, members in of_shapes.items()
+            for count in [max(1, PIECE_VALUES // math.prod(shape))]
+            for start in range(0, len(members), count)
+        ]
 
-    @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float, threads: Threads | None = None) -> None:
         """Updates the parameters from their gradients, and frees the gradients."""
         super().step(learning_rate)
-        of_shapes = dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]]()
-        for name, parameter in self._matrices.items():
-            if (grad := parameter.grad) is not None:
-                momentum = self.exp_avg[name].lerp_(grad, 1 - MOMENTUM)
-                ahead = grad.lerp(momentum, MOMENTUM).flatten(1)
-                of_shapes.setdefault((ahead.shape[0], ahead.shape[1]), []).append((parameter, ahead))
-                parameter.grad = None
-        for shape, members in of_shapes.items():
-            directions = orthogonalised(torch.stack([ahead for _, ahead in members]))
-            for (parameter, _), direction in zip(members, directions, strict=True):
-                parameter.mul_(1 - learning_rate * self._train.weight_decay)
-                parameter.add_(direction.view_as(parameter), alpha=-0.2 * math.sqrt(max(shape)) * learning_rate)
+        for _ in (threads.map if threads else map)(partial(self._turn, learning_rate), self._pieces):
+            pass
+
+    @torch.no_grad()
+    def _turn(self, learning_rate: float, piece: list[tuple[nn.Parameter, Tensor]]) -> None:
+        """Takes the step of matrices of one shape."""
+        given = [(p, p.grad, momentum) for p, momentum in piece if p.grad is not None]
+        if not given:
+            return
+        ahead = [grad.lerp(momentum.lerp_(grad, 1 - MOMENTUM), MOMENTUM).flatten(1) for _, grad, momentum in given]
+        directions = orthogonalised(torch.stack(ahead))
+        size = 0.2 * math.sqrt(max(directions.shape[1:])) * learning_rate
+        for (parameter, _, _), direction in zip(given, directions, strict=True):
+            parameter.mul_(1 - learning_rate * self._train.weight_decay)
+            parameter.sub_(direction.view_as(parameter), alpha=size)
+            parameter.grad = None
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from math import ceil
 from typing import TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from ddpm.objective import Condition, Network
 
 T = TypeVar("T")
+Part = TypeVar("Part")
 
 GROUP_IMAGES = 8
 """The most images of a group: fewer cost speed, more leave threads without a group."""
@@ -27,18 +29,18 @@ GROUP_IMAGES = 8
 
 def group_of(images: int) -> int:
     """Returns the number of images that are computed at once, of so many: those of an even number of groups."""
-    return max(1, -(-images // (2 * -(-images // (2 * GROUP_IMAGES)))))
+    return ceil(images / (2 * ceil(images / (2 * GROUP_IMAGES))))
 
 
 class Threads:
     """Threads that compute one part at a time each, with `each` of PyTorch's threads."""
 
     def __init__(self, count: int, each: int = 1) -> None:
-        self.count, self.each = count, each
+        self.each = each
         self._pool = ThreadPoolExecutor(count, "compute")
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def outside(self) -> Iterator[None]:
         """Gives the operations outside of `map`, such as the optimiser's, as many threads as a part has."""
         usual = torch.get_num_threads()
         torch.set_num_threads(self.each)
@@ -47,15 +49,15 @@ class Threads:
         finally:
             torch.set_num_threads(usual)
 
-    def map(self, work: Callable[[slice], T], parts: Iterable[slice]) -> Iterator[T]:
+    def map(self, work: Callable[[Part], T], parts: Iterable[Part]) -> Iterator[T]:
         """Yields what `work` makes of each part, in their order; raises its first error."""
 
-        def alone(part: slice) -> T:
+        def compute(part: Part) -> T:
             # The setting is that of this thread.
             torch.set_num_threads(self.each)
             return work(part)
 
-        return self._pool.map(alone, parts)
+        return self._pool.map(compute, parts)
 
     def sharing(
         self, network: Network, autocast: Callable[[], AbstractContextManager[None]], group_images: int

@@ -297,12 +297,12 @@ def train(
     """
     size = settings.train.micro_batch_size
     learn = _by_slots(slots, threads, hooks, size) if slots else _by_backward(accelerator, hooks)
-    before_step = getattr(state.model, "before_step", None)
+    # EDM2's weights: not before a step, which may be left without any effect.
+    normalise = getattr(state.model, "normalise", lambda: None)
     network.train()
+    hooks.before_change()
+    normalise()
     for batch in batches:
-        if before_step:
-            hooks.before_change()
-            before_step()
         parts = slots.parts() if slots else [slice(0, len(batch.image_numbers))]
         learnt = _Learnt.of(batch, state, network, objective, settings, parts)
         if not (losses := learn(learnt, parts)):
@@ -313,11 +313,12 @@ def train(
         bad = (state.first_nonfinite < 0) & ~torch.isfinite(norm)
         state.first_nonfinite = torch.where(bad, state.images_seen, state.first_nonfinite)
         hooks.before_change()
-        state.optimizer.step(learning_rate_at(settings.train, state.images_seen))
+        state.optimizer.step(learning_rate_at(settings.train, state.images_seen), threads)
         state.images_seen += settings.train.batch_size
         for name, profile in settings.averages.items():
             decay = profile.decay_at(state.images_seen, settings.train.batch_size)
             state.averages[name].update(state.model, decay)
+        normalise()
         if hooks.after_step(state):
             return
 

@@ -111,8 +111,8 @@ class EDM2(nn.Module):
         return output + 0 * self.uncertainty(t)[:, None, None, None].to(output.dtype)
 
     @torch.no_grad()
-    def before_step(self) -> None:
-        """Forces the weights to unit magnitude: algorithm 1, once in a step instead of in each layer.
+    def normalise(self) -> None:
+        """Forces the weights to unit magnitude: algorithm 1, once after a step instead of in each layer.
 
         Weights of unit magnitude do not change by a bit, so that a second micro-batch or a resumed attempt rounds
         nothing again. Frozen weights stay as they are: each layer normalises its own anyway.

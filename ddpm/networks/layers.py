@@ -68,7 +68,9 @@ class Dropout(nn.Module):
 @contextmanager
 def dropout_of(seed: int, first_image_number: int) -> Iterator[None]:
     """Draws the dropout masks of this thread by the seed of the run and the first number of the images."""
-    torch.cuda.manual_seed(randomness.dropout_seed(seed, first_image_number))
+    # Before that PyTorch would keep each call, with its stack, for ever.
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(randomness.dropout_seed(seed, first_image_number))
     _images.key = seed, first_image_number
     try:
         yield

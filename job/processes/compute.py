@@ -54,7 +54,7 @@ def slots_of(train: Train, ranks: Ranks) -> Slots | None:
 def describe_device(device: torch.device, train: Train, is_exact: bool = False) -> str:
     """Returns `NVIDIA H100 80GB HBM3, torch 2.9.1`: all that rounding depends on, except the number of processes."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+        name = torch.cuda.get_device_name(device) + ", compiled" * train.compile
     else:
         bf16 = "".join(f" and {each}" for each in _bf16_instructions()) if train.precision == "bf16" else ""
         layout = str(memory_format_of(device)).removeprefix("torch.")
@@ -65,6 +65,8 @@ def describe_device(device: torch.device, train: Train, is_exact: bool = False) 
     if is_exact:
         threads = f" of {train.slot_threads} threads" if device.type == "cpu" else ""
         name += f", {train.slots} slots{threads}"
+    if train.micro_batch_size:
+        name += f", {train.micro_batch_size} images at once"
     return f"{name}, torch {torch.__version__}"
 
 

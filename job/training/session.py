@@ -115,8 +115,8 @@ class Loop:
         )
 
     def alone(self) -> AbstractContextManager[None]:
-        """Returns the context in which the loop runs; see `Threads.alone`."""
-        return self.threads.alone() if self.threads else nullcontext()
+        """Returns the context in which the loop runs; see `Threads.outside`."""
+        return self.threads.outside() if self.threads else nullcontext()
 
     def learn(self, hooks: training.Hooks) -> None:
         """Trains to the end of the batches, or until a hook ends it."""

@@ -36,6 +36,7 @@ CASES = [
     *({"kind": kind, "dropout": dropout} for kind, dropout in product(SMALL, (0.0, 0.1))),
     {"kind": "unet", "dropout": 0.1, "micro_batch_size": 1, "memory_format": torch.channels_last},
     {"kind": "unet", "dropout": 0.1, "precision": torch.bfloat16, "recompute": True},
+    {"kind": "unet", "dropout": 0.0, "optimizer": "muon"},
 ]
 
 
@@ -60,9 +61,10 @@ def learnt(
     recompute: bool = False,
     memory_format: torch.memory_format = torch.contiguous_format,
     micro_batch_size: int | None = None,
+    optimizer: str = "adam",
 ) -> dict[str, Tensor]:
     """Weights, moments, averages and sums of the losses after some steps of all that is drawn."""
-    train = Train(batch_size=BATCH_IMAGES, learning_rate=0.01, micro_batch_size=micro_batch_size)
+    train = Train(BATCH_IMAGES, learning_rate=0.01, micro_batch_size=micro_batch_size, optimizer=optimizer)
     schedule, prediction = ("edm", "edm") if kind == "edm2" else ("cosine", "v")
     diffusion = Diffusion(schedule=schedule, prediction=prediction, self_conditioning=kind != "dit")
     averages = {"ema": Exponential(0.9, "none"), "ema-0.1": PowerFunction(0.1)}
@@ -99,7 +101,7 @@ def learnt(
     objective = Objective(make_process(diffusion), Prediction(prediction, diffusion.sigma_data), diffusion)
     hooks, threads = training.Hooks(lambda state: False), Threads(2 if slots and slots.world_size == 1 else 1)
     accelerator = SimpleNamespace(num_processes=1, backward=Tensor.backward)
-    with threads.alone():
+    with threads.outside():
         how = {"settings": settings, "accelerator": accelerator, "hooks": hooks, "slots": slots, "threads": threads}
         training.train(state, Autocast(model, precision), batches, objective, **how)
     found = {f"{group}.{name}": value for group, of in state.tensors().items() for name, value in of.items()}

@@ -102,7 +102,7 @@ def test_threads_compute_alone_and_in_order() -> None:
         threads = Threads(2, each)
         found = list(threads.map(lambda part: (part, torch.get_num_threads()), parts))
         assert found == [(part, each) for part in parts]
-        with threads.alone():
+        with threads.outside():
             assert torch.get_num_threads() == each
         assert torch.get_num_threads() == usual
     with pytest.raises(ZeroDivisionError):

@@ -17,9 +17,12 @@ from ddpm.networks.edm2 import EDM2, magnitude
 from ddpm.objective import Condition, Objective
 from ddpm.prediction import Prediction
 from ddpm.process import VarianceExploding
-from ddpm.training import Hooks, Settings, create_state, loss_row, train
+from ddpm.slots import Slots
+from ddpm.training import Hooks, Settings, TrainState, create_state, loss_row, train
 
 ALL = {"num_classes": 5, "augmentation_labels": 2}
+OBJECTIVE = Objective(VarianceExploding(), Prediction("edm", 0.5), Diffusion(draws="log_normal"))
+AS_THEY_ARE = Augmentation(flip=False, crop_scale=(1.0, 1.0), probability=0.0)
 
 
 def small(**changes: object) -> EDM2:
@@ -57,14 +60,14 @@ def test_training_brings_the_weights_back_once() -> None:
     expected = network(x, t, condition)
     assert all(torch.equal(parameter, before[name]) for name, parameter in network.named_parameters())
 
-    network.train().before_step()
+    network.train().normalise()
     output = network(x, t, condition)
     for name, weight in weights.items():
         assert (magnitude(weight) - 1).abs().max() < 1e-5, name
     # What is stored plays no part in what is computed but for its direction.
     torch.testing.assert_close(output, expected, rtol=0, atol=5e-3)
     after = {name: parameter.clone() for name, parameter in network.named_parameters()}
-    network.before_step()
+    network.normalise()
     again = network(x, t, condition)
     assert torch.equal(again, output)
     assert all(torch.equal(parameter, after[name]) for name, parameter in network.named_parameters())
@@ -149,12 +152,30 @@ def test_forward_is_what_the_paper_says() -> None:
         torch.testing.assert_close(network(x, t, condition).double(), expected, rtol=0, atol=2e-5)
 
 
+def test_a_step_that_is_left_changes_nothing() -> None:
+    """A checkpoint of that moment is that of the step before."""
+    settings = Settings(Train(batch_size=2, micro_batch_size=1), catalogue.EDM2(), {}, AS_THEY_ARE)
+    batch = SimpleNamespace(
+        image_numbers=np.arange(2), images=torch.zeros(2, 3, 16, 16, dtype=torch.uint8), labels=None
+    )
+    network, states = small(), []
+    state = create_state(network, torch.device("cpu"), settings)
+
+    def note(state: TrainState) -> bool:
+        states.append({name: tensor.clone() for name, tensor in state.tensors()["model"].items()})
+        return False
+
+    hooks = Hooks(note, leaves_step=lambda: len(states) == 2)
+    train(state, network, [batch] * 3, OBJECTIVE, settings, SimpleNamespace(num_processes=1), hooks, Slots(1, 2))
+    assert len(states) == 2
+    for name, tensor in state.tensors()["model"].items():
+        assert torch.equal(tensor, states[-1][name]), name
+
+
 def test_learnt_uncertainty_divides_the_error() -> None:
     """Equation 21 by hand for one image; at its minimum u is the logarithm of the error, which stays as it is."""
-    objective = Objective(VarianceExploding(), Prediction("edm", 0.5), Diffusion(draws="log_normal"))
-    augmentation = Augmentation(flip=False, crop_scale=(1.0, 1.0), probability=0.0)
     train_settings = Train(batch_size=1, learning_rate=0.01, seed=3)
-    settings = Settings(train_settings, catalogue.EDM2(), {}, augmentation)
+    settings = Settings(train_settings, catalogue.EDM2(), {}, AS_THEY_ARE)
     images = torch.randint(0, 256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     again = SimpleNamespace(image_numbers=np.arange(1), images=images, labels=None)
 
@@ -170,12 +191,12 @@ def test_learnt_uncertainty_divides_the_error() -> None:
 
         accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1, backward=backward)
         state = create_state(network, accelerator.device, settings)
-        train(state, network, [again] * steps, objective, settings, accelerator, Hooks(lambda state: False))
+        train(state, network, [again] * steps, OBJECTIVE, settings, accelerator, Hooks(lambda state: False))
         return loss_row(state.log.reduced())["loss"], losses
 
     network = small(uncertainty=True)
     part = network.uncertainty
-    t = float(objective.draw(3, torch.arange(1), 1)[0])
+    t = float(OBJECTIVE.draw(3, torch.arange(1), 1)[0])
     weight, f, phi = (each.detach().double().numpy() for each in (part.linear.weight[0], part.frequencies, part.phases))
     features = math.sqrt(2) * np.cos(2 * math.pi * (t * f + phi))
     u = weight @ features / np.linalg.norm(weight)
