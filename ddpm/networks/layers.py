@@ -50,7 +50,7 @@ class Dropout(nn.Module):
     """
 
     number = 0
-    """Counts the layers of a network."""
+    """The place of the layer among the modules of its network."""
 
     def __init__(self, probability: float) -> None:
         super().__init__()

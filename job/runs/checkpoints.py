@@ -54,7 +54,7 @@ class Manifest(RunRecord):
     drawn: str = ""
     """The group of weights in `unet/`, such as `ema`; empty if diffusers lacks the network."""
     metrics: tuple[NamedObject, ...] = ()
-    """All segments of the run's metrics up to here; see `metrics.py`."""
+    """All segments of the run's metrics up to here; see `metric_rows.py`."""
     snapshots: tuple[NamedObject, ...] = ()
     """All snapshots of the run up to here: power-function averages in half precision, for `ddpm ema`."""
 

@@ -147,7 +147,7 @@ def test_changing_processes_learn_the_same(place, started, tmp_path, precision, 
     assert len(expected) >= stopped_at[-1]
     for stage, (first, last) in enumerate(pairwise(stopped_at)):
         rows = recorded(tmp_path, name, stage)
-        # Of a step that was left in its midst nothing was learnt.
+        # A step that was left in its midst taught nothing.
         left = [rows.pop(number) for number in sorted(rows) if number >= last]
         assert len(left) <= BATCH_IMAGES
         assert sorted(rows) == list(range(first, last)), f"stage {stage}"
