@@ -66,7 +66,7 @@ def describe_device(device: torch.device, train: Train, is_exact: bool = False) 
         threads = f" of {train.slot_threads} threads" if device.type == "cpu" else ""
         name += f", {train.slots} slots{threads}"
     if train.micro_batch_size:
-        name += f", {train.micro_batch_size} images at once"
+        name += f", {train.micro_batch_size:,} images at once"
     return f"{name}, torch {torch.__version__}"
 
 
