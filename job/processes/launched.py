@@ -63,6 +63,7 @@ def attach() -> None:
         raise BadRequestError(f"the launcher of this process is gone: unset {LAUNCHED} to run without one")
     # Until `Stop` handles it, Ctrl-C must end this process without a traceback, as SIGTERM does.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     connect_heartbeat()
 

@@ -163,8 +163,13 @@ class _Launch:
 
     def start(self, command: Sequence[str]) -> None:
         """Starts the ranks, which wait at the gate."""
-        for number in range(self._group.processes):
-            self._start(command, number)
+        # Ranks inherit that it is blocked, until `attach`: Ctrl-C would end a starting interpreter with a traceback.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for number in range(self._group.processes):
+                self._start(command, number)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def end(self) -> None:
         """Kills the ranks that are left."""

@@ -150,6 +150,13 @@ def test_ranks_die_with_their_launcher(tmp_path):
     assert "the launcher of this process is gone" in done.stderr
 
 
+def test_ctrl_c_ends_a_starting_rank_in_silence():
+    rank = "import os; os.kill(os.getpid(), 2); print('not yet'); from job.processes.launched import attach; attach()"
+    program = f"from job.processes.launcher import launch; launch([{sys.executable!r}, '-c', {rank!r}], 1)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stderr == "ddpm: the process failed: killed by SIGINT\n"
+
+
 def test_as_process_1_of_a_container(tmp_path):
     """A signal that process 1 does not ask for never arrives, and all orphans of the container are its children."""
     before = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc")
