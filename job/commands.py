@@ -58,21 +58,12 @@ def train_command(
         BadConfigError: there are more processes than images in a batch.
         SystemExit: the ranks ended with another code than 0.
     """
-    here = Group(1) if is_rank() else Group.of(1)
+    if is_rank():
+        _train(request, stop_after)
+        return
+    here = Group.of(1)
     with _command_on(request.bucket, stop_after, Slice(here.node, here.nodes)) as stop:
         request = request.check()
-        if is_rank():
-            # Nothing that an import makes is garbage, and the collector would take a sixth of its time.
-            gc.disable()
-            from job.training.attempt import run_training
-
-            gc.freeze()
-            gc.enable()
-            await_go()
-            plan = run_training(request, stop)
-            if os.environ.get("RANK", "0") == "0":
-                _say_finished(plan, "is finished")
-            return
         try:
             plan = plan_run(request, stop)
         except MissingInputError as error:
@@ -98,6 +89,22 @@ def train_command(
             check_writable(plan.run)
             note(f"the page of this run: {plan.run.uri_of(ObjectKind.PAGE.value)}")
             _launch(processes, hang_after_seconds, go)
+
+
+def _train(request: TrainRequest, stop_after: str) -> None:
+    """Does the work of `train_command` in one of its processes."""
+    # Nothing that an import makes is garbage, and the collector would take a sixth of its time.
+    gc.disable()
+    from job.training.attempt import run_training
+
+    gc.freeze()
+    gc.enable()
+    # Before this line the process must print and write nothing: the launcher may still refuse the command.
+    await_go()
+    with _command_on(request.bucket, stop_after) as stop:
+        plan = run_training(request.check(), stop)
+        if os.environ.get("RANK", "0") == "0":
+            _say_finished(plan, "is finished")
 
 
 def sample_command(request: SampleRequest, processes: int | None, hang_after_seconds: float, stop_after: str) -> None:

@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from job.exits import BadDataError, Exit, JobError, State, ending_of, restart_after
+from job.processes.group import JOB
 from job.sealed import Moment, Sealed, utc_now
 from job.store import ObjectMissingError, Retry, open_store
 
-JOB = "DDPM_JOB"
-"""The variable that holds the job's name."""
 JOBS = "jobs"
 """The folder of the bucket."""
 WRITE_SECONDS = 5.0

@@ -67,8 +67,10 @@ def ddpm_train(
         ddpm train --dataset mine --epochs 20 --from celeba@490 --set train.learning_rate=2e-5
     """
     from job.processes.launcher import early_ranks
+    from job.stop import deadline
 
-    with early_ranks(processes, hang_after) as go:
+    # The ranks inherit the deadline.
+    with deadline(stop_after), early_ranks(processes, hang_after) as go:
         from job.commands import train_command
         from job.requests import TrainRequest
 

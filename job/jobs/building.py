@@ -17,8 +17,7 @@ from job.exits import BadConfigError, BadRequestError
 from job.jobs.backends.target import Target
 from job.jobs.command_line import AnyRequest, ParsedCommand
 from job.jobs.spec import JobSpec, job_name, stop_after
-from job.outcome import JOB
-from job.processes.group import GPUS
+from job.processes.group import GPUS, JOB
 from job.processes.lease import EXPIRE_SECONDS
 from job.requests import EncodeRequest, EvaluateRequest, SampleRequest, TrainRequest, check_world_size
 from job.runs.records import DOLLARS, split_run

@@ -26,6 +26,8 @@ MEETING_SECONDS = 600.0
 """The limit of waiting for another process, at the beginning and in each step: a process that is gone must end the
 others in minutes, not in the hours that are the default of backends. The limit of a wait for the bucket is added."""
 
+JOB = "DDPM_JOB"
+"""The variable that holds the job's name; its engine sets it."""
 GPUS = "DDPM_GPUS"
 """The variable that holds the number of GPUs that the job has on each machine; its engine sets it."""
 DRIVER = Path("/proc/driver/nvidia")

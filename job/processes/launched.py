@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 
-from job.exits import BadRequestError
+from job.exits import CRASHED, BadRequestError
 from job.stop import connect_heartbeat, count_of
 
 LAUNCHED = "DDPM_LAUNCHED"
@@ -28,6 +28,9 @@ _PEER_IS_AWAY = re.compile(
     r"(?i)(closed|reset) by peer|broken pipe|timed out|connection (refused|was likely closed)|ncclRemoteError"
     r"|remote process exited|communicator was aborted"
 )
+
+_gate: int | None = None
+"""That descriptor, in a process that the launcher started."""
 
 
 def is_launched() -> bool:
@@ -63,14 +66,23 @@ def attach() -> None:
         raise BadRequestError(f"the launcher of this process is gone: unset {LAUNCHED} to run without one")
     # Until `Stop` handles it, Ctrl-C must end this process without a traceback, as SIGTERM does.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     connect_heartbeat()
+    global _gate
+    # Removed, because the number means nothing in processes that this one starts.
+    if gate := os.environ.pop(GATE, ""):
+        _gate = int(gate)
 
 
 def await_go() -> None:
-    """Waits until the launcher has checked the command; if it refuses the command, it kills this process."""
-    if gate := os.environ.pop(GATE, ""):
-        os.read(int(gate), 1)
+    """Waits until the launcher has checked the command; if it refuses the command, it kills this process.
+
+    Raises:
+        SystemExit: the launcher was killed. Its end of the pipe may close before the parent-death signal comes.
+    """
+    if _gate is not None and not os.read(_gate, 1):
+        raise SystemExit(CRASHED)
 
 
 def lost_peer(error: BaseException) -> str:

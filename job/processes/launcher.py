@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from job.exits import CRASHED, TABLE, Exit, State
-from job.processes.group import DRIVER, PLACES, Group
+from job.processes.group import DRIVER, JOB, PLACES, Group
 from job.processes.launched import GATE, LAUNCHED, LOST_PEER, is_rank
 from job.stop import HEARTBEATS, STOP_SIGNALS, Heartbeats, handle_stop_signals, ignore_stop_signals
 
@@ -163,8 +163,13 @@ class _Launch:
 
     def start(self, command: Sequence[str]) -> None:
         """Starts the ranks, which wait at the gate."""
-        for number in range(self._group.processes):
-            self._start(command, number)
+        # Ranks inherit that it is blocked, until `attach`: Ctrl-C would end a starting interpreter with a traceback.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for number in range(self._group.processes):
+                self._start(command, number)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def end(self) -> None:
         """Kills the ranks that are left."""
@@ -203,8 +208,8 @@ class _Launch:
         """Starts a rank; from the main thread, for the parent-death signal comes when the thread that forked ends."""
         in_group = self._group.environment(local)
         heartbeat = f"{self._heartbeats.descriptor}:{local}"
-        # The variables of another launcher would describe a group that does not exist.
-        inherited = {name: value for name, value in os.environ.items() if not PLACES.fullmatch(name)}
+        # The variables of another launcher would describe a group that does not exist. A rank is not a job of its own.
+        inherited = {name: value for name, value in os.environ.items() if name != JOB and not PLACES.fullmatch(name)}
         of_launcher = {LAUNCHED: str(os.getpid()), HEARTBEATS: heartbeat, GATE: str(self._gate_of_ranks)}
         # A single rank has the streams to itself; the first of several draws its progress on a terminal itself.
         has_stderr = local == 0 and (self._group.world_size == 1 or os.isatty(_STDERR))

@@ -116,7 +116,7 @@ def test_commands_say_how_they_ended(tmp_path):
         ("no-crop", 64, ("data", "pack", str(tmp_path / "no"), "other", "--size", "8", "--crop", "middle")),
         ("no-dataset", 66, ("train", "--dataset", "no")),
         ("no-key", 78, ("train", "--dataset", "tiles", "--set", "x=1")),
-        ("no-duration", 64, ("train", "--dataset", "tiles", "--stop-after", "soon")),
+        ("no-duration", 64, ("sample", "--run", "no", "--stop-after", "soon")),
         ("no-sampler", 64, ("sample", "--run", "no", "--sampler", "plms")),
         ("no-run", 66, ("sample", "--run", "no", "--count", "9", "--slice", "1/3")),
         ("no-run-scored", 66, ("evaluate", "--run", "no", "--slice", "1/3")),

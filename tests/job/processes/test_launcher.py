@@ -148,6 +148,21 @@ def test_ranks_die_with_their_launcher(tmp_path):
     done = subprocess.run(words, env=orphaned, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert "the launcher of this process is gone" in done.stderr
+    # One that waits for the launcher's checks may see the end of its pipe before it is killed.
+    ours, theirs = os.pipe()
+    os.close(theirs)
+    program = "from job.processes.launched import attach, await_go; attach(); await_go(); print('began')"
+    words, orphaned = [sys.executable, "-c", program], environment(DDPM_LAUNCHED=str(os.getpid()), DDPM_GATE=str(ours))
+    done = subprocess.run(words, env=orphaned, pass_fds=[ours], capture_output=True, text=True, check=False)
+    os.close(ours)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+
+
+def test_ctrl_c_ends_a_starting_rank_in_silence():
+    rank = "import os; os.kill(os.getpid(), 2); print('not yet'); from job.processes.launched import attach; attach()"
+    program = f"from job.processes.launcher import launch; launch([{sys.executable!r}, '-c', {rank!r}], 1)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stderr == "ddpm: the process failed: killed by SIGINT\n"
 
 
 def test_as_process_1_of_a_container(tmp_path):
