@@ -34,8 +34,9 @@ class RunHandle:
     index: DatasetIndex | None
     """None for a run that was imported without a dataset."""
     config: RunConfig
-    first_drawing: Drawing
-    """The run's first sampling settings: the name of a picture lists the differences from them."""
+    """With the changes of the last attempt."""
+    stored: RunConfig
+    """As the run began."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -50,6 +51,11 @@ class RunHandle:
         return self.config.sample
 
     @property
+    def first_drawing(self) -> Drawing:
+        """The run's first sampling settings: the name of a picture lists the differences from them."""
+        return self.stored.sample
+
+    @property
     def drawn_classes(self) -> tuple[str, ...]:
         """The classes that the seeds take in turn."""
         return tuple(self.classes[label] for label in self.drawing.labels) or self.classes
@@ -60,6 +66,18 @@ class RunHandle:
         if self.index and (encoding := self.index.encoding):
             return encoding.channels, *encoding.size.shape
         return self.config.image_shape
+
+    def learnt(self) -> DatasetIndex:
+        """Returns the dataset of the images that the run has learnt.
+
+        Raises:
+            BadRequestError: the run was imported without one.
+            BadConfigError: the dataset has other images now.
+        """
+        if self.index is None:
+            raise BadRequestError(f"{self.run.uri} was imported without a dataset, and has learnt nothing here")
+        follow_dataset(self.stored, self.index)
+        return self.index
 
     def pictures(self) -> DatasetIndex | None:
         """Returns the dataset of the pictures: for latents, the dataset that was encoded.
@@ -107,10 +125,10 @@ def open_run(bucket_uri: str, name: str, stop: Stop = NEVER, *, with_dataset: bo
         BadDataError: the run's configuration or the dataset's index is damaged.
     """
     bucket = open_bucket(bucket_uri, stop)
-    run, config = records.run_store(bucket, name), records.existing_config(bucket, name)
-    first_drawing = config.sample
+    run, stored = records.run_store(bucket, name), records.existing_config(bucket, name)
+    config = stored
     try:
-        config = records.as_last_changed(run, config)
+        config = records.as_last_changed(run, stored)
     except BadDataError as error:
         note(f"{error}; taking the run as it began")
     index = None
@@ -120,7 +138,7 @@ def open_run(bucket_uri: str, name: str, stop: Stop = NEVER, *, with_dataset: bo
         if with_dataset:
             raise
         note(f"going on without the dataset: {error}")
-    return RunHandle(bucket, run, index, config, first_drawing)
+    return RunHandle(bucket, run, index, config, stored)
 
 
 @dataclass(frozen=True)
@@ -320,7 +338,7 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, suited: Suited = lambda 
         run,
         index,
         config,
-        (stored or config).sample,
+        stored or config,
         request=request,
         changes=changes,
         is_new=stored is None,

@@ -26,8 +26,8 @@ from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import printable
 from job.store import Retry, Store, open_to_read, split_uri, without_queries
 
-MOST_TARS = 100_000
-"""The number of tars that five digits in a shard's name can count."""
+MOST_TARS = 1_000_000
+"""The number of tars that a pattern of six digits can count; the index names each, and is held in memory."""
 
 BAD_CLASS = -2
 _CLASS = re.compile(r"\d{1,5}")
@@ -128,7 +128,7 @@ def find_tars(words: Iterable[str], retry: Retry | None = None) -> list[ForeignT
                 raise BadRequestError(f"{tar.uri!r} cannot be in an index: http:// and control characters may not")
             tars[tar.uri] = tar
             if len(tars) > MOST_TARS:
-                raise BadRequestError(f"more than {MOST_TARS:,} tars: a shard's name has five digits")
+                raise BadRequestError(f"more than {MOST_TARS:,} tars: index them as several datasets")
     return list(tars.values())
 
 

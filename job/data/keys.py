@@ -60,8 +60,8 @@ def _keys(source: ShardSource, indices: range) -> list[str]:
     shard = int(np.searchsorted(source.starts, indices.start, side="right")) - 1
     with source.open_unverified(shard) as file:
         for offset in source.records(np.array(indices))["offset"].tolist():
-            file.seek(offset - tarfile.BLOCKSIZE)
             try:
+                file.seek(offset - tarfile.BLOCKSIZE)
                 name = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape").name
             except (tarfile.HeaderError, ValueError):
                 where = f"{source.uri(shard)} has no file at byte {offset}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -83,7 +84,10 @@ class ShardSource:
 
     def _load_table(self, shard: int) -> None:
         first, last = self.starts[shard : shard + 2].tolist()
-        if hashlib.sha256(self._tables[first:last].tobytes()).hexdigest() != self.index.shards[shard].offsets_sha256:
+        table = self._tables[first:last]
+        if hashlib.sha256(table.data).hexdigest() == self.index.shards[shard].offsets_sha256:
+            self._check_table(shard, table)
+        else:
             table = self.read_table(shard)
             # Not through the map, where a full disk would cause SIGBUS.
             with os_errors(self._tables_path), self._tables_path.open("r+b") as file:
@@ -103,12 +107,17 @@ class ShardSource:
         is_whole = len(data) == packed.images * OFFSETS_DTYPE.itemsize
         if not is_whole or hashlib.sha256(data).hexdigest() != packed.offsets_sha256:
             raise BadDataError(f"{uri} differs from the index: {self.remedy}")
-        table, classes = np.frombuffer(data, OFFSETS_DTYPE), len(self.index.classes)
-        # A hostile index may contain the hash of any table.
-        are_classes = not classes or 0 <= table["label"].min() <= table["label"].max() < classes
-        if not are_classes or table["offset"].max() >= packed.bytes:
-            raise BadDataError(f"{uri} points beyond its shard or its classes: {self.remedy}")
+        self._check_table(shard, table := np.frombuffer(data, OFFSETS_DTYPE))
         return table
+
+    def _check_table(self, shard: int, table: np.ndarray) -> None:
+        """Raises `BadDataError` for an impossible table: a hostile index may contain the hash of any."""
+        packed, classes = self.index.shards[shard], len(self.index.classes)
+        are_classes = not classes or 0 <= table["label"].min() <= table["label"].max() < classes
+        # A header comes before the first image.
+        if not are_classes or not tarfile.BLOCKSIZE <= table["offset"].min() <= table["offset"].max() < packed.bytes:
+            uri = self._bucket.uri_of(f"{self._key}/{packed.offsets_name}")
+            raise BadDataError(f"{uri} points beyond its shard or its classes: {self.remedy}")
 
     def place(self, shard: int) -> tuple[Store, str]:
         """Returns the store that holds a shard's tar, and its key there."""

@@ -35,7 +35,7 @@ from job.config import Size
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import some_of
 from job.sealed import SHA256_PATTERN, RecordPart, Sealed
-from job.store import ObjectMissingError, Store
+from job.store import READ_BYTES, ObjectMissingError, Store
 
 DATASETS = "datasets"
 INDEX = "index.json"
@@ -122,8 +122,13 @@ class Shards(RecordPart):
 
     @model_validator(mode="after")
     def _is_a_table(self) -> Self:
-        if not len(self) or not self.images.all() or not 0 < self.bytes.min() <= self.bytes.max() < 1 << 44:
+        # An image takes a header and a block of its tar. Readers make room for a table before they read it.
+        most = np.minimum(self.bytes // (2 * tarfile.BLOCKSIZE), READ_BYTES // OFFSETS_DTYPE.itemsize)
+        if not len(self) or not self.images.all() or (self.images > most).any() or self.bytes.max() >= 1 << 44:
             raise ValueError("the table of shards has impossible sizes")
+        numbers = self._rows["number"]
+        if numbers.max() >= 10**9 or len(np.unique(numbers)) < len(self):
+            raise ValueError("the table of shards has impossible numbers")
         if self.uris and (len(self.uris) != len(self) or not all(self.uris)):
             raise ValueError("some shards lack a URI")
         return self

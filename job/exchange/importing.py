@@ -116,7 +116,7 @@ def import_run(request: ImportRequest) -> None:
         # The query of a URL may be a signature, which must not enter records.
         request = replace(request, source=without_queries(request.source))
         config, index = _config(bucket, request, foreign, sets)
-        of_run = RunHandle(bucket, run, index, config, config.sample)
+        of_run = RunHandle(bucket, run, index, config, config)
         _check_run(run, request.run, config, sets)
         state = _state(config, foreign, request.source)
     batch_size = config.train.batch_size

@@ -38,8 +38,6 @@ class Lineage:
     newest: Manifest
     stretches: tuple[Stretch, ...]
     """In order, each from the end of the one before."""
-    checkpoints: tuple[CheckpointRef, ...]
-    """Those on the way that still exist, in order."""
 
     @classmethod
     def of(cls, run: Store, stored: RunConfig) -> Lineage:
@@ -49,8 +47,7 @@ class Lineage:
             MissingInputError: the run has no checkpoint.
             BadDataError: the record of an attempt is damaged or missing.
         """
-        refs = list_checkpoints(run)
-        if (newest := newest_sound(run, refs)) is None:
+        if (newest := newest_sound(run, list_checkpoints(run))) is None:
             raise MissingInputError(f"{run.uri} has no checkpoint that can be read: train it first")
         stretches, first_image = list[Stretch](), 0
         for ref in (*map(CheckpointRef.parse, newest.lineage), newest.ref):
@@ -58,9 +55,17 @@ class Lineage:
             config = validated(stored.flat() | attempt.changes, f"{run.uri}, attempt {ref.fence}")
             stretches.append(Stretch(attempt, config, first_image, ref.images_seen))
             first_image = ref.images_seen
-        there = [ref for ref in refs if any(stretch.has(ref) for stretch in stretches)]
-        there.sort(key=lambda ref: (ref.images_seen, ref.fence))
-        return cls(newest, tuple(stretches), tuple(there))
+        return cls(newest, tuple(stretches))
+
+    @property
+    def imported_images(self) -> int:
+        """Returns the images seen of the last import, before which this bucket's images were not learnt; else -1."""
+        return max((one.last_image for one in self.stretches if one.attempt.imported), default=-1)
+
+    def checkpoints(self, run: Store) -> list[CheckpointRef]:
+        """Returns the checkpoints on the way that the run has now, in order."""
+        there = [ref for ref in list_checkpoints(run) if any(stretch.has(ref) for stretch in self.stretches)]
+        return sorted(there, key=lambda ref: (ref.images_seen, ref.fence))
 
     def stretch_of(self, image_number: int) -> Stretch:
         """Returns the stretch that learnt an image; that of later images is the last one."""

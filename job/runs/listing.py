@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from job.exits import BadDataError, BadRequestError, State
@@ -32,9 +33,13 @@ PIPE_COLUMNS = 1000
 
 def run_names(bucket: Store) -> list[str]:
     """Returns the runs in the bucket, without other folders and the remains of deleted runs."""
-    return [
-        name for name in _folders(bucket) if any(entry.key != LEASE_KEY for entry in run_store(bucket, name).list())
-    ]
+    names = _folders(bucket)
+    with ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
+        return list(compress(names, pool.map(lambda name: _is_run(run_store(bucket, name)), names)))
+
+
+def _is_run(run: Store) -> bool:
+    return any(entry.key != LEASE_KEY for entry in run.list())
 
 
 def _folders(bucket: Store) -> list[str]:
@@ -81,7 +86,7 @@ def _progress_of(bucket: Store, name: str) -> dict[str, Any] | None:
     """Returns what one request tells of a run, its status; None for what remains of a deleted run."""
     run = run_store(bucket, name)
     status = read_status(run)
-    if status is None and all(entry.key == LEASE_KEY for entry in run.list()):
+    if status is None and not _is_run(run):
         return None
     return {"name": name, **_progress(run, status), "hours_left": outlook_of([], status).hours_left}
 

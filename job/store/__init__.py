@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 from job.exits import BadConfigError, BadRequestError, how_to_install
 from job.progress import note
 from job.stop import Stop
-from job.store.base import ConflictError, Entry, ObjectExistsError, ObjectMissingError, Store
+from job.store.base import READ_BYTES, ConflictError, Entry, ObjectExistsError, ObjectMissingError, Store
 from job.store.retry import Retry, away_limit_seconds
 
 # Without these the client reads the bucket's metadata for traces, which a trainer may not read;
@@ -23,7 +23,7 @@ os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
 # and gcsfs imports its file system of zonal buckets, which reads them by gRPC.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
-__all__ = ["ConflictError", "Entry", "ObjectExistsError", "ObjectMissingError", "Retry", "Store"]
+__all__ = ["READ_BYTES", "ConflictError", "Entry", "ObjectExistsError", "ObjectMissingError", "Retry", "Store"]
 """Names of the modules below that other rooms import from here."""
 
 _SECRET_OPTION = re.compile("key|secret|token|pass|sas|credential|connection_string")

@@ -23,8 +23,10 @@ from ddpm.objective import Drawn
 from ddpm.training import LossLog
 from job.config import method
 from job.data.autoencoder import latents_of
+from job.data.cache import uncached_images
 from job.data.keys import keys_of
 from job.data.order import order_of
+from job.data.shards import dataset_key
 from job.evaluation.validation import noised_as
 from job.exits import BadRequestError
 from job.processes.ranks import Agreement
@@ -47,7 +49,7 @@ class Suspect(NamedTuple):
     """An image of the window."""
 
     deviations: float
-    """Of its log-loss from the median, over all noise levels, in robust standard deviations."""
+    """Distance of its log-loss from the median, over all noise levels, in robust standard deviations."""
     image_number: int
     dataset_index: int
     loss: float
@@ -120,7 +122,10 @@ def blame_run(bucket_uri: str, name: str, around: int, window: int | None, outpu
         raise BadRequestError(f"--around {around}: run {name!r} ends at image {end:,}")
     if output is not None:
         check_output(output)
-    half = (window or 2 * min(config.log.every_images, index.images)) // 2
+        # A run on latents learns bytes that nobody can look at.
+        pictures = replay.of_run.pictures() or index
+        cache = uncached_images(replay.of_run.bucket, dataset_key(pictures.name, pictures.size), pictures)
+    half = -(-(window or 2 * min(config.log.every_images, index.images)) // 2)
     first, last = max(0, around - half), min(end, around + half)
     first, last = first - first % batch_size, last + -last % batch_size
     found = suspects_of(replay, first, last)
@@ -135,6 +140,6 @@ def blame_run(bucket_uri: str, name: str, around: int, window: int | None, outpu
     if output is not None:
         captions = [f"{key}: {one.deviations:.1f}" for key, one in zip(keys, shown, strict=True)]
         title = f"{name} · around image {around:,} · deviations of the log-loss"
-        images, scale = replay.images.read(indices), max(1, 96 // index.size.width)
+        images, scale = cache.read(indices), max(1, 96 // pictures.size.width)
         write_picture(output, figures.png(figures.image_grid(images, 5, 4, scale, captions, title=title)))
         print(output)

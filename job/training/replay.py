@@ -17,7 +17,7 @@ from job.config import RunConfig
 from job.data.cache import ImageCache
 from job.exchange.exporting import Export, check_free, write_folder
 from job.exits import BadDataError, BadRequestError, MissingInputError
-from job.plan import follow_dataset, open_run
+from job.plan import open_run
 from job.processes import compute
 from job.processes.ranks import meet
 from job.progress import Progress, note
@@ -60,10 +60,7 @@ class Replay:
             BadConfigError: the dataset has other images now.
         """
         self.stop, self.of_run = stop, open_run(bucket_uri, name, stop)
-        if self.of_run.index is None:
-            raise BadRequestError(f"run {name!r} was imported without a dataset, and has learnt nothing here")
-        self.index, self.stored = self.of_run.index, records.existing_config(self.of_run.bucket, name)
-        follow_dataset(self.stored, self.index)
+        self.index, self.stored = self.of_run.learnt(), self.of_run.stored
         self.lineage = Lineage.of(self.of_run.run, self.stored)
         self.ranks, self.batch_size, self.differences = meet(stop), self.stored.train.batch_size, list[str]()
 
@@ -84,7 +81,7 @@ class Replay:
         self.state = initial_state(self.stored, self.ranks.device)
 
         def nearest() -> list[CheckpointRef]:
-            return [ref for ref in Lineage.of(run, self.stored).checkpoints if ref.images_seen <= image][-1:]
+            return [ref for ref in self.lineage.checkpoints(run) if ref.images_seen <= image][-1:]
 
         with reading_chosen(run, nearest) as (refs, _):
             for ref in refs:
@@ -92,7 +89,7 @@ class Replay:
                     pass
                 self.state.resume_at(ref.images_seen, self.batch_size)
         self.begun = refs[0] if refs else None
-        given = max((one.last_image for one in self.lineage.stretches if one.attempt.imported), default=-1)
+        given = self.lineage.imported_images
         if given > (self.begun.images_seen if self.begun else -1):
             what = f"the checkpoint of {given:,} images was imported, and is later or gone"
             raise MissingInputError(f"{run.uri} has no way to image {image:,}: {what}")
@@ -170,7 +167,7 @@ def replay_run(bucket_uri: str, name: str, image: int, to: str, *, verify: bool)
         below = image - image % batch_size
         near = " or ".join(f"{one:,}" for one in sorted({min(below, newest), min(below + batch_size, newest)}))
         raise BadRequestError(f"--image {image}: {name!r} has states every {batch_size:,} images to {newest:,}: {near}")
-    there = [ref for ref in replay.lineage.checkpoints if ref.images_seen == image]
+    there = [ref for ref in replay.lineage.checkpoints(run) if ref.images_seen == image]
     if verify and not (there and image):
         raise MissingInputError(f"--verify: {run.uri} has no checkpoint at image {image:,} to compare with")
     if target := open_store(to, replay.of_run.bucket.retry) if to else None:

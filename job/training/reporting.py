@@ -195,7 +195,7 @@ def put_run_page(
 ) -> None:
     """Writes the run's page, without `rows` with those of its newest checkpoint; an error is only a note."""
     bucket, run = (store.within(patience_seconds, stop) for store in (plan.bucket, plan.run))
-    handle = RunHandle(bucket, run, plan.index, plan.config, plan.first_drawing)
+    handle = RunHandle(bucket, run, plan.index, plan.config, plan.stored)
     try:
         lease.confirm()
         put_page(facts_of(handle, plan.request.run, rows, status), pictures)

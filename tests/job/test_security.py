@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 
-from job.data.shards import INDEX, Shard, Shards, ShardWriter, load_index
+from job.data.shards import INDEX, SHARDS_DTYPE, Shard, Shards, ShardWriter, load_index
 from job.exits import Exit
 from job.runs.checkpoints import Manifest, list_checkpoints
 from job.runs.layout import ObjectKind
@@ -139,7 +139,7 @@ def replace_shard(bucket: Path, shard: Shard) -> None:
 
 
 def plant_offsets(bucket: Path, content: bytes) -> None:
-    """Of the right length, too: what it says is nonsense."""
+    """A table of the right length whose rows are nonsense."""
     (shard,) = load_index(open_store(str(bucket)), DATASET).shards
     path = bucket / DATASET / shard.offsets_name
     table = content[: path.stat().st_size].ljust(path.stat().st_size, b"\xff")
@@ -209,6 +209,40 @@ def test_payloads_in_a_source_and_journal(tmp_path, marker):
         for source in (place / "mnist", place / "mnist" / "a.npy"):
             done = ddpm_here("data", "pack", source, "small", "--size", 16, "--bucket", bucket)
             assert str(source) in refused(done, Exit.BAD_DATA)
+
+
+@pytest.mark.parametrize(
+    ("first", "uris", "said"),
+    [
+        ({"images": 0}, (), "impossible sizes"),
+        ({"images": 8_000_000}, (), "impossible sizes"),
+        ({"images": (1 << 25) + 1, "bytes": 1 << 40}, (), "impossible sizes"),
+        ({"bytes": 0}, (), "impossible sizes"),
+        ({"bytes": 1 << 44}, (), "impossible sizes"),
+        ({"bytes": (1 << 64) - 1}, (), "impossible sizes"),
+        ({"number": 10**9}, (), "impossible numbers"),
+        ({"number": 1}, (), "impossible numbers"),
+        ({}, ("/a.tar",), "some shards lack a URI"),
+        ({}, ("/a.tar", ""), "some shards lack a URI"),
+    ],
+)
+def test_a_hostile_table_of_shards_is_refused(trained, tmp_path, first, uris, said):
+    index = load_index(open_store(str(trained)), DATASET)
+    rows = np.frombuffer(bytes.fromhex(index.shards.table), SHARDS_DTYPE).repeat(2)
+    rows["number"] = 0, 1
+    for name, value in first.items():
+        rows[name][0] = value
+    hostile = index.shards.model_copy(update={"table": rows.tobytes().hex(), "uris": uris})
+    folder_of(tmp_path / DATASET, [(INDEX, index.model_copy(update={"shards": hostile}).to_json())])
+    line = refused(ddpm_here("data", "show", "small", "--bucket", tmp_path), Exit.BAD_DATA)
+    assert said in line and f"{DATASET}/index.json" in line
+
+
+def test_a_table_of_zeros_is_refused(trained, tmp_path):
+    """In the cache, too, a table that was never read is all zeros."""
+    bucket = shutil.copytree(trained, tmp_path / "bucket")
+    plant_offsets(bucket, bytes(1 << 16))
+    assert "shard-00000.offsets points beyond" in refused(train(bucket, tmp_path / "cache"), Exit.BAD_DATA)
 
 
 def test_an_index_names_no_other_place(trained, tmp_path):

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from job.data.cache import uncached_images
 from job.data.keys import find_image, keys_of
 from job.data.order import Order
-from job.data.shards import DatasetIndex, ShardWriter, load_index
+from job.data.shards import DatasetIndex, Shards, ShardWriter, load_index
 from job.exits import Exit, MissingInputError, StoppedError
 from job.requests import TrainRequest
 from job.stop import Stop
@@ -36,7 +36,8 @@ from tests.job.some_images import encoded, folder_of, png, tar_of
 
 BATCH_IMAGES = 24
 SETTINGS = NETWORK | {"model.dropout": "0.1", "ema.stds": "0.1", "data.augment": "0.5", "model.layers_per_level": "1"}
-SETTINGS |= {"train.warmup_images": "480"}
+# On a busy machine the usual cadence would save within an epoch, and other attempts would count.
+SETTINGS |= {"train.warmup_images": "480", "checkpoint.every_minutes": "60"}
 SETTINGS |= {"checkpoint.keep_last": "2", "checkpoint.keep_epochs": "1,2", "train.slots": "4", "train.exact": "true"}
 ATTEMPTS = [
     (9, StoppedError, {}),
@@ -131,7 +132,7 @@ def test_a_replay_is_compared_and_refused(moved, tmp_path):
 
     succeeded(ddpm_here("import", tmp_path / "state", "--run", "fork", "--bucket", bucket))
     (fork,) = (bucket / "runs/fork/checkpoints").iterdir()
-    # Of an export the weights to sample with are the run's.
+    # An export's weights to sample with are the run's.
     assert sha256_of({"ema": load_file(fork / "model-00.safetensors")})["ema"] == states[336]["ema"]
     assert refused(ddpm_here(*words, 320), Exit.BAD_REQUEST).endswith("every 24 images to 912: 312 or 336")
     assert refused(ddpm_here(*words, 936), Exit.BAD_REQUEST).endswith("to 912: 912")
@@ -199,7 +200,7 @@ def test_an_image_is_seen_where_it_was_learnt(moved):
 
 
 def test_keys_are_those_in_the_tars(tmp_path):
-    """Of a packed dataset without some images of its source, and of tars that others wrote."""
+    """A packed dataset lacks some images of its source, and others wrote the tars that are indexed."""
     files = [(f"{n}.png", b"broken" if n in (0, 3, 8) else png(n)) for n in range(10)]
     folder_of(tmp_path / "source", files)
     names = [f"{kind}/{name}" for kind in ("b", "a") for name in ("cat", "Dog", "owl.min")]
@@ -228,23 +229,25 @@ def names_in(tar: Path) -> list[str]:
 SMOOTH, SIDE, PLANTED, IMAGES = 3.0, 8, 10, 100_000
 
 
-def pictures(random: np.random.Generator, count: int) -> np.ndarray:
+def pictures(generator: np.random.Generator, count: int) -> np.ndarray:
     """Gradients in colour with a little grain, uint8 [count, 8, 8, 3]."""
-    slopes = random.normal(0, 60, (count, 2, 1, 1, 3)).astype(np.float32)
+    slopes = generator.normal(0, 60, (count, 2, 1, 1, 3)).astype(np.float32)
     ramp = np.linspace(-0.5, 0.5, SIDE, dtype=np.float32)[:, None, None]
-    colours = random.uniform(60, 190, (count, 1, 1, 3)) + slopes[:, 0] * ramp + slopes[:, 1] * ramp[:, 0][None, :, None]
-    return (colours + random.normal(0, SMOOTH, (count, SIDE, SIDE, 3))).clip(0, 255).astype(np.uint8)
+    colours = (
+        generator.uniform(60, 190, (count, 1, 1, 3)) + slopes[:, 0] * ramp + slopes[:, 1] * ramp[:, 0][None, :, None]
+    )
+    return (colours + generator.normal(0, SMOOTH, (count, SIDE, SIDE, 3))).clip(0, 255).astype(np.uint8)
 
 
-def broken(kind: int, random: np.random.Generator, picture: np.ndarray) -> np.ndarray:
-    """What a failed decoder, a faulty sensor or a wrong file leaves of a picture."""
+def broken(kind: int, generator: np.random.Generator, picture: np.ndarray) -> np.ndarray:
+    """A picture as a failed decoder, a faulty sensor or a wrong file leaves it."""
     rows, columns = np.indices((SIDE, SIDE, 1))[:2]
     return [
-        random.integers(0, 256, picture.shape),
+        generator.integers(0, 256, picture.shape),
         255 * ((rows + columns) % 2),
         np.where(rows < SIDE // 2, picture, 0),
         np.where(columns % 2, picture, 255),
-        255 * random.integers(0, 2, (SIDE, SIDE, 1)),
+        255 * generator.integers(0, 2, (SIDE, SIDE, 1)),
     ][kind] * np.ones_like(picture)
 
 
@@ -252,13 +255,13 @@ def broken(kind: int, random: np.random.Generator, picture: np.ndarray) -> np.nd
 @pytest.mark.timeout(900)
 def test_planted_images_are_blamed(tmp_path):
     """Ten broken images among 100,000, each from the place where it was learnt."""
-    random, folder = np.random.default_rng(0), tmp_path / "bucket/datasets/tiny-8"
-    images = np.concatenate([pictures(random, 10_000) for _ in range(IMAGES // 10_000)])
+    generator, folder = np.random.default_rng(0), tmp_path / "bucket/datasets/tiny-8"
+    images = np.concatenate([pictures(generator, 10_000) for _ in range(IMAGES // 10_000)])
     order = Order((IMAGES,), 0).indices(np.arange(IMAGES))
     # From a tenth on: before, the network knows no image.
-    numbers = np.sort(random.choice(np.arange(IMAGES // 10, IMAGES), PLANTED, replace=False))
+    numbers = np.sort(generator.choice(np.arange(IMAGES // 10, IMAGES), PLANTED, replace=False))
     for kind, number in enumerate(numbers):
-        images[order[number]] = broken(kind % 5, random, images[order[number]])
+        images[order[number]] = broken(kind % 5, generator, images[order[number]])
     folder.mkdir(parents=True)
     writer = ShardWriter(folder / "shard-00000.tar")
     for number, image in enumerate(images):
@@ -266,7 +269,7 @@ def test_planted_images_are_blamed(tmp_path):
     shard, offsets = writer.finish()
     (folder / shard.offsets_name).write_bytes(offsets)
     facts = {"crop": "center", "resize_filter": "box", "source": "tests", "source_sha256": "0" * 64}
-    index = DatasetIndex(name="tiny", size=SIDE, channels=3, shards=(shard,), **facts)
+    index = DatasetIndex(name="tiny", size=SIDE, channels=3, shards=Shards.of([shard]), **facts)
     (folder / "index.json").write_bytes(index.to_json())
 
     small = {"model.channel_mults": "1", "model.attention_sizes": "4", "model.layers_per_level": "1"}
@@ -280,7 +283,6 @@ def test_planted_images_are_blamed(tmp_path):
     for number in numbers:
         sheet = tmp_path / f"{number}.png"
         told = succeeded(ddpm_here("runs", "blame", "tiny", "--around", number, "-o", sheet, *at)).splitlines()
-        print(*told, sep="\n")
         assert int(re.search(r", (\d+) times:", told[0])[1]) <= 12
         first = [line.split() for line in told[2:12]]
         here = [key for key, *_ in first if key in planted]

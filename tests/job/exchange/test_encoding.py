@@ -1,13 +1,16 @@
 """Datasets of latents from encoding to scores, with a small autoencoder of diffusers and webdataset as judges."""
 
 import hashlib
+import io
 import json
 import shutil
+import tarfile
 from importlib import resources
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ddpm.generation import noise_of
 from job.data.autoencoder import latents_of
@@ -121,12 +124,25 @@ def test_a_run_decodes_what_it_draws(bucket, autoencoder):
         theirs = judge(autoencoder).decode(z).sample.permute(0, 2, 3, 1)
     words = ("--count", 3, "--save", "png", "--batch-size", 3, "--steps", 50, "--precision", "fp32")
     succeeded(ddpm_here("sample", "--run", "r", "--bucket", bucket, *words))
-    from PIL import Image
-
     paths = sorted(bucket.glob("runs/r/samples/*-png/piece-00000/*.png"))
     ours = np.stack([np.asarray(Image.open(path)) for path in paths])
     assert ours.std() > 5, "grey would equal grey"
     assert np.abs(ours - ((theirs + 1) * 127.5).clip(0, 255).numpy()).max() < 0.51
+
+
+def test_blamed_latents_are_shown_as_pictures(bucket, tmp_path):
+    """The window is as small as it can be, and between two batches."""
+    words = ("--around", 48, "--window", 1, "--bucket", bucket, "-o", tmp_path / "sheet.png")
+    printed = succeeded(ddpm_here("runs", "blame", "r", *words)).splitlines()
+    assert printed[0].startswith("images 24 to 72, 10 times")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).tobytes()
+    pictures = {}
+    for path in (bucket / "datasets/tiles-16").glob("*.tar"):
+        with tarfile.open(path) as tar:
+            pictures |= {name: tar.extractfile(name).read() for name in tar.getnames()}
+    for line in printed[2:12]:
+        picture = np.asarray(Image.open(io.BytesIO(pictures[f"{line.split()[0]}.png"])))
+        assert all(row.repeat(6, axis=0).tobytes() in sheet for row in picture), line
 
 
 @pytest.mark.slow

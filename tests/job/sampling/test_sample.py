@@ -160,7 +160,8 @@ def test_search_for_nearest_images_can_stop(bucket):
         """Has more images than are compared at a time."""
 
         index = load_index(open_store(str(bucket)), "datasets/tiles-16")
-        index = index.model_copy(update={"shards": Shards.of([index.shards[0].model_copy(update={"images": 5000})])})
+        large = index.shards[0].model_copy(update={"images": 5000, "bytes": 1 << 30})
+        index = index.model_copy(update={"shards": Shards.of([large])})
 
         def read(self, indices):
             return np.zeros((len(indices), 16, 16, 3), np.uint8)
