@@ -222,8 +222,8 @@ def test_a_lost_run_gets_no_writes(run, queue):
 @pytest.mark.slow
 def test_a_short_grace_shortens_the_cadence(tiles, tmp_path):
     bucket = shutil.copytree(tiles, tmp_path / "bucket")
-    # A minute is the shortest cadence that follows; a test has less time.
-    hooks = hooked(tmp_path / "hooks", job__runs__cadence="SHORTEST_CADENCE_MINUTES = 0.002")
+    # A minute is the interval that follows; a test has less time.
+    hooks = hooked(tmp_path / "hooks", job__runs__cadence="LONGEST_WITHOUT_NOTICE_SECONDS = 0.12")
     keep = {"checkpoint.every_minutes": 7, "checkpoint.every_epochs": 999}
     keep |= {"checkpoint.keep_last": 99, "checkpoint.keep_every_epochs": 0}
     rarely = [word for key, value in keep.items() for word in ("--set", f"{key}={value}")]
