@@ -65,7 +65,7 @@ class Cadence:
     """The interval between two saves, which follows the durations of the last one.
 
     Attributes:
-        save_seconds: of the last commit; None before the first.
+        save_seconds: of the last commit without an outage; None before the first.
         stall_seconds: by which that save delayed training: the copy, and the processor time of the writer's thread.
     """
 
