@@ -78,11 +78,9 @@ class Prospects:
 
     def check(self, max_hours: float) -> None:
         """Raises BadRequestError if interruptions leave almost none of the job's work."""
-        # At its limit of hours a job saves. What has interrupted the run so far may be mended, such as lack of memory.
-        interval, course = (
-            min(self.interval_seconds, max_hours * 3600),
-            replace(self.course, every_seconds=self.usual_seconds),
-        )
+        # At its limit of hours a job saves. The cause of earlier interruptions may be mended, such as lack of memory.
+        interval = min(self.interval_seconds, max_hours * 3600)
+        course = replace(self.course, every_seconds=self.usual_seconds)
         if _share(interval, course) >= LEAST_SHARE:
             return
         works = best_interval_seconds(course.save_seconds, course.every_seconds)
