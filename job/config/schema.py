@@ -91,9 +91,15 @@ class CheckpointConfig(Settings):
         None,
         gt=0,
         le=LARGEST,
-        description="also save N minutes after the last save; null: as often as loses least time, at most 10 minutes",
+        description="also save N minutes after the last save; null: as often as loses least time, within 10 minutes if "
+        "a save takes less than one",
     )
-    keep_last: int = Field(3, ge=1, le=LARGEST, description="keep the newest N checkpoints")
+    keep_last: int = Field(
+        3,
+        ge=1,
+        le=LARGEST,
+        description="keep the newest N checkpoints: in a small run, which may save every 10 s, the last N × 10 s",
+    )
     keep_every_epochs: int = Field(0, ge=0, le=LARGEST, description="also keep one checkpoint every N epochs; 0: none")
     keep_epochs: tuple[catalogue.Count, ...] = Field(
         (), description="also keep the checkpoints of these epochs, such as 30,80,490"
@@ -251,7 +257,6 @@ class RunConfig(Settings):
         # Settings that a run does without are left out: programs from before these settings read it, too.
         without: dict[str, Any] = {} if self.parent.run else {"parent": True}
         without |= {} if self.train.freeze else {"train": {"freeze"}}
-        without |= {} if self.checkpoint.every_minutes else {"checkpoint": {"every_minutes"}}
         return yaml.safe_dump(self.model_dump(mode="json", exclude=without), sort_keys=False)
 
     def flat(self) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from statistics import median
+from typing import NamedTuple
 
 from job.config import CheckpointConfig
 from job.exits import BadRequestError, State
@@ -25,12 +26,12 @@ github.com/skypilot-org/spot-traces, of Z. Wu et al., Can't Be Late, NSDI 2024."
 SPOT_QUEUE_SECONDS = 1200.0
 """Until there is a spot machine again: the mean in the same traces, in two of the zones."""
 GPU_HOURS = 50_000.0
-"""Of one GPU between two failures: 419 interruptions of 16,384 GPUs in 54 days.
+"""Between two failures of one GPU: 419 interruptions of 16,384 GPUs in 54 days.
 A. Dubey et al., The Llama 3 Herd of Models, arXiv 2407.21783, section 3.3.4."""
 START_SECONDS, SAVE_SECONDS, EPOCH_SECONDS = 60.0, 10.0, 600.0
-"""The durations of a run that has not measured them."""
+"""The durations of a run that has not measured them: guesses, without a source."""
 ENOUGH = 3
-"""The number of interruptions of a run from which their rate is known better than by a prior."""
+"""The number of interruptions of a run from which their rate and the queue are known better than by a prior."""
 LEAST_SHARE = 0.1
 """The share of the time on machines below which a job is refused."""
 
@@ -41,6 +42,7 @@ class Prospects:
 
     Attributes:
         course: its interruptions.
+        usual_seconds: between two interruptions, by the target or by a prior.
         interval_seconds: between two saves.
         best_seconds: the interval without `checkpoint.every_minutes`.
         measured: the facts that its run has measured, for people.
@@ -48,6 +50,7 @@ class Prospects:
     """
 
     course: Interruptions
+    usual_seconds: float
     interval_seconds: float
     best_seconds: float
     measured: list[str]
@@ -58,7 +61,7 @@ class Prospects:
         better = f" (better: every {_words(self.best_seconds)})" * (self.best_seconds != self.interval_seconds)
         saving = f"saving every {_words(self.interval_seconds)}{better}"
         if productive_seconds is None:
-            share = self._share(self.interval_seconds)
+            share = _share(self.interval_seconds, self.course)
             text = (
                 f"{share:.0%} of the time on machines trains, {saving}; the first minutes tell the speed and so the end"
             )
@@ -75,26 +78,29 @@ class Prospects:
 
     def check(self, max_hours: float) -> None:
         """Raises BadRequestError if interruptions leave almost none of the job's work."""
-        # At its limit of hours a job saves.
-        interval, every = min(self.interval_seconds, max_hours * 3600), self.course.every_seconds
-        if self._share(interval) >= LEAST_SHARE:
+        # At its limit of hours a job saves. The cause of earlier interruptions may be mended, such as lack of memory.
+        interval = min(self.interval_seconds, max_hours * 3600)
+        course = replace(self.course, every_seconds=self.usual_seconds)
+        if _share(interval, course) >= LEAST_SHARE:
             return
-        works = best_interval_seconds(self.course.save_seconds, every)
-        if self._share(works) < LEAST_SHARE:
-            why = f"begins to train {_words(self.course.restart_seconds)} after its start"
+        works = best_interval_seconds(course.save_seconds, course.every_seconds)
+        if _share(works, course) < LEAST_SHARE:
+            took = map(_words, (course.restart_seconds, course.save_seconds))
+            why = "begins to train {} after its start and needs {} for a save".format(*took)
             do = "use other machines"
         else:
             why = f"would save every {_words(interval)} (checkpoint.every_minutes, checkpoint.every_epochs)"
             do = f"add --set checkpoint.every_minutes={works / 60:.2g}"
         raise BadRequestError(
-            f"the job {why}, but is interrupted every {_words(every)}, so it would lose almost all of its work: {do}, "
-            "or tell how rare interruptions are (`preempted_every_hours` of the target)"
+            f"the job {why}, but is interrupted every {_words(course.every_seconds)}, so it would lose almost all of "
+            f"its work: {do}, or tell how rare interruptions are (`preempted_every_hours` of the target)"
         )
 
-    def _share(self, interval: float) -> float:
-        """Returns the share of the time on machines that a long run trains with this interval."""
-        long = 100 * max(interval, self.course.every_seconds)
-        return long / expected(long, interval, self.course).machine.mean
+
+def _share(interval: float, course: Interruptions) -> float:
+    """Returns the share of the time on machines that a long run trains with this interval."""
+    long = 100 * max(interval, course.every_seconds)
+    return long / expected(long, interval, course).machine.mean
 
 
 def prospects(
@@ -118,30 +124,21 @@ def prospects(
     def known(what: str, seconds: float | None, otherwise: float) -> float:
         """Returns a duration that was measured, or a prior, and notes which."""
         value = otherwise if seconds is None else seconds
-        (prior if seconds is None else measured).append(what.format(_words(value)))
+        (prior if seconds is None else measured).append(f"{what} {_words(value)}")
         return value
 
-    # Attempts on the user's own machine tell nothing about those of a job.
-    jobs = [span for span in spans if span.attempt.dollars_per_hour is not None]
-    ends = [span.state for span in jobs[:-1] if span.state in (State.CUT_OFF, State.STOPPED)]
-    is_spot, told, often = spec.spot and target.selects_machines, target.preempted_every_hours, None
-    comes_with_notice = is_spot or told is not None
-    if told is None and len(ends) >= ENOUGH:
-        often = sum(span.hours for span in jobs) * 3600 / len(ends)
-        comes_with_notice = 2 * ends.count(State.STOPPED) > len(ends)
-    hours = told or (SPOT_HOURS if is_spot else GPU_HOURS / max(1, spec.gpus))
-    by = " by the target" if told else ""
-    every = known(f"an interruption every {{}}{by}", often, hours * 3600 / spec.machines)
-    gaps = [(after.began - before.last_seen).total_seconds() for before, after in pairwise(jobs)]
-    waits = max(0.0, median(gaps)) if gaps else None
-    queue = known("{} until a machine is there", waits, SPOT_QUEUE_SECONDS if is_spot else 0.0)
+    is_spot, told, past = spec.spot and target.selects_machines, target.preempted_every_hours, _past(spans)
+    usual = (told or (SPOT_HOURS if is_spot else GPU_HOURS / max(1, spec.gpus))) * 3600 / spec.machines
+    often, comes_with_notice = None, is_spot or told is not None
+    if past and told is None:
+        often, comes_with_notice = past.every_seconds, past.comes_with_notice
+    every = known(f"an interruption{' (told by the target)' * bool(told)} every", often, usual)
+    queue = known("a queue of", past and past.queue_seconds, SPOT_QUEUE_SECONDS if is_spot else 0.0)
     start_seconds, save_seconds, stall = (None, None, None)
     if status is not None:
         start_seconds, save_seconds, stall = status.start_seconds, status.save_seconds, status.stall_seconds
-    start = known("a start of {}", start_seconds, START_SECONDS)
-    save = known("a save of {}", save_seconds, SAVE_SECONDS)
-    # A notice saves the work only if a save is known to fit into it.
-    has_notice = comes_with_notice and save_seconds is not None and is_saved_in(target.notice_seconds, save)
+    start = known("a start of", start_seconds, START_SECONDS)
+    save = known("a save of", save_seconds, SAVE_SECONDS)
     killed_every = killed_every_seconds(list(spans))
     epoch = _epoch_seconds(status)
     interval, best = (
@@ -149,11 +146,47 @@ def prospects(
         for minutes in (checkpoint.every_minutes, None)
     )
     if epoch is not None or interval > EPOCH_SECONDS:
-        at_epochs = checkpoint.every_epochs * known("an epoch of {}", epoch, EPOCH_SECONDS)
+        at_epochs = checkpoint.every_epochs * known("an epoch of", epoch, EPOCH_SECONDS)
         interval, best = min(interval, at_epochs), min(best, at_epochs)
+    has_notice = comes_with_notice and is_saved_in(target.notice_seconds, save)
+    if has_notice and save_seconds is None:
+        # The first save shows whether it fits into a notice, so a job must not make it only at its end.
+        has_notice = interval < spec.max_hours * 3600
+        prior += ["a notice that leaves time for a save"] * has_notice
     # The measured speed includes the stalls.
-    course = Interruptions(max(1.0, every), queue, start, save, 0.0, has_notice)
-    return Prospects(course, interval, best, measured, prior)
+    course = Interruptions(max(1.0, every), queue, restart_seconds=start, save_seconds=save, has_notice=has_notice)
+    return Prospects(course, max(1.0, usual), interval, best, measured=measured, prior=prior)
+
+
+class _Past(NamedTuple):
+    """The interruptions of a run's jobs so far."""
+
+    every_seconds: float
+    queue_seconds: float
+    comes_with_notice: bool
+    """Whether most of them did."""
+
+
+def _past(spans: Sequence[AttemptSpan]) -> _Past | None:
+    """Returns the interruptions that attempts tell of; None if these are too few."""
+    # Attempts on the user's own machine tell nothing about those of a job.
+    jobs = [span for span in spans if span.attempt.dollars_per_hour is not None]
+    # An attempt that did not get further ended for a reason of its own, such as lack of memory.
+    most_before = accumulate((span.images_seen or 0 for span in spans), max, initial=0)
+    further = [span for span, most in zip(spans, most_before, strict=False) if (span.images_seen or 0) > most]
+    trained = [span for span in jobs if span in further]
+    ends = [
+        (span.state, (after.began - span.last_seen).total_seconds())
+        for span, after in pairwise(jobs)
+        if span in trained and span.state in (State.CUT_OFF, State.STOPPED)
+    ]
+    if len(ends) < ENOUGH:
+        return None
+    return _Past(
+        every_seconds=sum(span.hours for span in trained) * 3600 / len(ends),
+        queue_seconds=max(0.0, median(seconds for _, seconds in ends)),
+        comes_with_notice=2 * sum(state == State.STOPPED for state, _ in ends) > len(ends),
+    )
 
 
 def _epoch_seconds(status: Status | None) -> float | None:

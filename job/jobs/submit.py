@@ -6,13 +6,14 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from job.config import CheckpointConfig, preset_keys, validated
-from job.exits import BadRequestError, JobError, MissingInputError
+from job.config import draft
+from job.exits import BadConfigError, BadRequestError, JobError, MissingInputError
 from job.jobs.backends import backend_for
 from job.jobs.backends.base import JsonObject, NoCapacityError
 from job.jobs.backends.machines import gpus_of
@@ -60,11 +61,11 @@ def submit(
         raise BadRequestError("--dry-run sends nothing that --watch could watch: leave one of them out")
     target = chosen_target(load_targets(targets), on)
     spec = spec_of(command, target, resources)
-    check_prospects(command, spec, target)
     if resources.slices and not spec.slices:
         note(f"target {target.name!r} is one machine, which makes all {resources.slices} slices")
     with backend_for(target) as backend:
         manifests = backend.render(spec)
+        outlook = outlook_lines(command, spec, target, reads_run=not dry_run) if target.is_remote else []
         if dry_run:
             print(formatted(manifests, output), end="")
             return
@@ -72,8 +73,7 @@ def submit(
         if folder and target.has_files and spec.verb not in ("pack", "index") and not folder.is_dir():
             raise MissingInputError(f"bucket {spec.bucket} is not there: check the path, or pack a dataset first")
         if target.is_remote:
-            lines = [*plan_lines(spec, target, is_watched=watch), *outlook_lines(command, spec, target)]
-            print("\n".join(lines), flush=True)
+            print("\n".join([*plan_lines(spec, target, is_watched=watch), *outlook]), flush=True)
             if not yes:
                 _ask(spec)
         if watch:
@@ -108,41 +108,41 @@ def plan_lines(spec: JobSpec, target: Target, *, is_watched: bool = False) -> li
     ]
 
 
-def check_prospects(command: ParsedCommand, spec: JobSpec, target: Target) -> None:
-    """Raises BadRequestError if the settings of a new run let it hardly get on among interruptions."""
-    request = command.request().check()
-    if target.is_remote and isinstance(request, TrainRequest):
-        prospects(spec, target, _checkpoint(request, preset_keys(request.preset_name()))).check(spec.max_hours)
-
-
-def _checkpoint(request: TrainRequest, stored: dict[str, Any]) -> CheckpointConfig:
-    """Returns the settings of checkpoints with the changes of a command."""
-    keys = {key: value for key, value in (stored | request.changes).items() if key.startswith("checkpoint.")}
-    return validated(keys).checkpoint
-
-
-def outlook_lines(command: ParsedCommand, spec: JobSpec, target: Target) -> list[str]:
+def outlook_lines(command: ParsedCommand, spec: JobSpec, target: Target, *, reads_run: bool = True) -> list[str]:
     """Returns the expected time and cost of training to its end on these machines, of a run at its last speed.
 
+    Args:
+        command: that the job is.
+        spec: the job.
+        target: where it will run.
+        reads_run: whether the settings and measurements of a run that is there count; else those of a new one.
+
     Raises:
-        BadRequestError: see `check_prospects`; with the settings of the run that is there.
+        BadRequestError: the settings let the run hardly get on among interruptions.
+        BadConfigError: the run that is there does not permit the changes.
     """
     request = command.request().check()
     if not isinstance(request, TrainRequest):
         return []
-    stored, spans, status = preset_keys(request.preset_name()), list[AttemptSpan](), None
+    stored, spans, status = None, list[AttemptSpan](), None
+    # Credentials for jobs need not read their bucket.
+    with suppress(JobError):
+        if reads_run:
+            run = run_store(open_store(spec.bucket).within(OUTLOOK_SECONDS), spec.run)
+            if config := load_config(run):
+                stored = as_last_changed(run, config)
+            status = read_status(run)
+            spans = spans_of(attempts_of(run), status)
     try:
-        run = run_store(open_store(spec.bucket).within(OUTLOOK_SECONDS), spec.run)
-        if config := load_config(run):
-            stored = as_last_changed(run, config).flat()
-        status = read_status(run)
-        spans = spans_of(attempts_of(run), status)
-    except JobError:
-        # Credentials for jobs need not read their bucket.
-        pass
+        config = stored.updated(request.changes) if stored else draft(request.preset_name(), request.changes)
+    except BadConfigError:
+        if stored or request.from_ is None:
+            raise
+        # A setting may be one of the parent's network, which is not known here.
+        return []
     dollars = target.dollars_per_hour(spec)
     outlook = outlook_of(spans, status, dollars)
-    expects = prospects(spec, target, _checkpoint(request, stored), spans, status)
+    expects = prospects(spec, target, config.checkpoint, spans, status)
     expects.check(spec.max_hours)
     hours = outlook.hours_left
     lines = zip(("expected", ""), expects.lines(hours and hours * 3600, dollars), strict=True)

@@ -19,11 +19,11 @@ from job.store import Store
 PROBE_BYTES = 16 << 20
 SAVES_PER_CADENCE = 10
 """Saving may take up to a tenth of the time: it takes processors and network from training."""
-SHORTEST_CADENCE_MINUTES = 1.0
-"""Where a preemption loses the work since the last save, and no interval is configured or a longer one."""
+LONGEST_WITHOUT_NOTICE_SECONDS = 60.0
+"""Where no save fits into a notice, so that a preemption loses the work since the last one."""
 SHORTEST_SECONDS, LONGEST_SECONDS = 10.0, 600.0
-"""The limits of the interval if none is configured and the run was not killed: the most work that the first end without
-a notice loses."""
+"""The limits of the interval if none is configured; the shortest only while the run was not killed. The longest is the
+most work that an end without a notice loses, if saving may be so frequent."""
 FREE_SAVES_PER_CADENCE = 100
 """Then saving may take a hundredth of the time."""
 LEAST_STALL_SECONDS = 0.01
@@ -46,13 +46,13 @@ def interval_seconds(
     least = SAVES_PER_CADENCE * save_seconds
     if every_minutes is not None:
         seconds = every_minutes * 60
-    elif killed_every is None:
-        seconds = min(max(FREE_SAVES_PER_CADENCE * save_seconds, SHORTEST_SECONDS), LONGEST_SECONDS)
     else:
-        best = best_interval_seconds(max(stall_seconds, LEAST_STALL_SECONDS), killed_every)
-        seconds = min(max(best, least), LONGEST_SECONDS)
+        best = max(FREE_SAVES_PER_CADENCE * save_seconds, SHORTEST_SECONDS)
+        if killed_every is not None:
+            best = best_interval_seconds(max(stall_seconds, LEAST_STALL_SECONDS), killed_every)
+        seconds = max(min(best, LONGEST_SECONDS), least)
     if not is_saved_in(grace_seconds, save_seconds):
-        seconds = min(seconds, max(SHORTEST_CADENCE_MINUTES * 60, least))
+        seconds = min(seconds, max(LONGEST_WITHOUT_NOTICE_SECONDS, least))
     return seconds
 
 
@@ -65,7 +65,7 @@ class Cadence:
     """The interval between two saves, which follows the durations of the last one.
 
     Attributes:
-        save_seconds: of the last commit; None before the first.
+        save_seconds: of the last commit without an outage; None before the first.
         stall_seconds: by which that save delayed training: the copy, and the processor time of the writer's thread.
     """
 

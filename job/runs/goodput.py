@@ -129,9 +129,11 @@ def _uninterrupted(seconds: float, every: float, queue: float) -> _Moments:
     if seconds > 300 * every:
         return _Moments(math.inf, math.inf)
     ends, cut = _cut(seconds, every)
-    tries = ends / (1 - ends)
+    # `1 - ends` is 0 from 37 times `every` on.
+    survives = math.exp(-seconds / every)
+    tries = ends / survives
     each = cut.mean + queue
-    return _Moments(seconds + tries * each, tries * (cut.variance + queue**2) + tries / (1 - ends) * each**2)
+    return _Moments(seconds + tries * each, tries * (cut.variance + queue**2) + tries / survives * each**2)
 
 
 def _next_save(period: float, restart: float, every: float, queue: float) -> _Moments:

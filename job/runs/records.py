@@ -347,9 +347,9 @@ class Status(Sealed):
     start_seconds: Seconds = None
     """From the attempt's record to its first step."""
     save_seconds: Seconds = None
-    """Of the last commit of a checkpoint, while training went on."""
+    """How long the last commit of a checkpoint took, while training went on."""
     stall_seconds: Seconds = None
-    """For which that save delayed training."""
+    """How long that save delayed training."""
 
 
 def read_status(run: Store) -> Status | None:

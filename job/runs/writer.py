@@ -249,7 +249,7 @@ class CheckpointWriter:
             assert self._queued is not None
             (manifest, objects), self._queued = self._queued, None
             self._committing = self._reading_host = True
-        began, processor_began = time.monotonic(), time.thread_time()
+        began, processor_began, outages = time.monotonic(), time.thread_time(), self._run.retry.outages
         uploaded = self._files.upload(self._run, self._leased.lease, manifest.ref, self._release_host)
         files = tuple(file for file in uploaded if located(file.key).kind in OF_CHECKPOINT)
         self._snapshots += tuple(file for file in uploaded if file not in files)
@@ -263,7 +263,9 @@ class CheckpointWriter:
             commit_manifest(self._run, manifest)
 
         self._run.retry(commit)
-        self.cadence.committed(time.monotonic() - began, time.thread_time() - processor_began)
+        # The wait for a bucket that is away would pass for the duration of a save.
+        if self._run.retry.outages == outages:
+            self.cadence.committed(time.monotonic() - began, time.thread_time() - processor_began)
         with self._change():
             self._committing = False
         return manifest.ref

@@ -75,6 +75,11 @@ class Retry:
         return other
 
     @property
+    def outages(self) -> int:
+        """How many outages of the bucket have ended."""
+        return self._outage.ended_count
+
+    @property
     def silence_seconds(self) -> float:
         """How long an attempt waits while the server is silent."""
         return min(SILENCE_SECONDS, self.limit_seconds / 2) or SILENCE_SECONDS
@@ -149,6 +154,7 @@ class _Outage:
         self._since: float | None = None
         self.answered_at = 0.0
         """Reading of the monotonic clock at the latest answer; 0 before the first one."""
+        self.ended_count = 0
 
     def began(self, error: BucketAwayError, asked_at: float, limit_seconds: float) -> None:
         """Records the failure of an attempt that began at this reading of the monotonic clock."""
@@ -164,5 +170,6 @@ class _Outage:
         """Records the success of an attempt."""
         with self._lock:
             since, self._since, self.answered_at = self._since, None, time.monotonic()
+            self.ended_count += since is not None
         if since is not None:
             self.note(f"the bucket is back after {time.monotonic() - since:.0f} s")

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from job.config import CheckpointConfig
-from job.exits import Exit
+from job.exits import BadRequestError, Exit
 from job.jobs.expectation import prospects
 from job.jobs.targets import load_targets
 from job.runs.outlook import spans_of
@@ -26,14 +26,15 @@ def expects(on: str = "gke", spans=(), told=None, changes=None, **resources):
 
 def test_priors_are_those_of_the_machines():
     spot, on_demand = expects("gke"), expects("gke", spot=False, gpus=8)
-    assert (spot.course.every_seconds, spot.course.has_notice) == (3 * 3600, False)
-    assert on_demand.course.every_seconds == 50_000 / 8 * 3600
+    assert (spot.course.every_seconds, spot.course.has_notice) == (3 * 3600, True)
+    assert (on_demand.course.every_seconds, on_demand.course.has_notice) == (50_000 / 8 * 3600, False)
+    assert not expects("gke", changes={"grace_seconds": 12}).course.has_notice
     assert expects("gke", nodes=4).course.every_seconds == 3 * 3600 / 4
     # Nobody knows of nodes that a target selects by labels of its own, but their user.
     assert expects("own").course.every_seconds == 50_000 * 3600
     told = expects("own", changes={"preempted_every_hours": 0.5})
     assert (told.course.every_seconds, told.measured) == (1800, [])
-    assert "an interruption every 30 min by the target" in told.prior
+    assert "an interruption (told by the target) every 30 min" in told.prior
     assert all(each.interval_seconds == 600 for each in (spot, on_demand, told))
 
 
@@ -52,7 +53,7 @@ def test_a_run_tells_how_often_it_is_interrupted(state, is_lost):
     assert found.prior == []
     assert found.measured == [
         "an interruption every 5 h 20 min",
-        "30 min until a machine is there",
+        "a queue of 30 min",
         "a start of 40 s",
         "a save of 2 s",
         "an epoch of 33 min",
@@ -68,6 +69,34 @@ def test_a_run_tells_how_often_it_is_interrupted(state, is_lost):
     assert (int(hours) > 3, 100 < float(dollars) < 103, why.startswith("measured: ")) == (True, True, True)
 
 
+def test_attempts_that_did_not_train_are_no_rate():
+    # Out of memory after 20 s, three times, and a night before somebody mended it.
+    seen = LastStatus(state="running", images_seen=0, updated=at(0))
+    attempts = [
+        attempt(1, 0),
+        *(attempt(n, n / 100, seen=seen.model_copy(update={"updated": at((n - 1) / 100 + 0.005)})) for n in (2, 3)),
+    ]
+    attempts.append(attempt(4, 14, seen=seen.model_copy(update={"updated": at(0.035)})))
+    found = expects(spans=spans_of(attempts, None))
+    assert found.measured == []
+    assert found.course == expects().course
+    found.check(48)
+
+
+def test_what_a_run_measured_refuses_no_job():
+    # Killed each minute, though it trained.
+    attempts = [attempt(1, 0)]
+    attempts += [
+        attempt(n, n / 60, seen=LastStatus(state="running", images_seen=n, updated=at((n - 0.1) / 60)))
+        for n in range(2, 6)
+    ]
+    found = expects(spans=spans_of(attempts, None))
+    assert found.course.every_seconds < 100
+    found.check(48)
+    with pytest.raises(BadRequestError, match="begins to train 1 min after its start and needs 10 s for a save"):
+        expects(changes={"preempted_every_hours": 0.005}).check(48)
+
+
 def test_hopeless_jobs_are_not_sent():
     never = ["--set", "checkpoint.every_minutes=100000", "--set", "checkpoint.every_epochs=9999", "--dry-run"]
     words = ["submit", "train", *FOR_TRAIN, "--on", "gke", "--max-hours", "48"]
@@ -75,6 +104,10 @@ def test_hopeless_jobs_are_not_sent():
     assert "the job would save every 2 d (checkpoint.every_minutes, checkpoint.every_epochs), but" in line
     (works,) = re.findall("--set (checkpoint.every_minutes=[0-9.]+)", line)
     succeeded(ddpm_here(*words, *never[:-1], "--set", works, "--dry-run"))
+    # Halfway there is a save, which notices then take too; and two settings may need each other.
+    succeeded(ddpm_here(*words, "--set", "checkpoint.every_minutes=720", *never[2:]))
+    scores = ["--set", "evaluate.every_epochs=10", "--set", "checkpoint.keep_best=true", "--dry-run"]
+    succeeded(ddpm_here(*words, *scores))
     # On machines that stay, for an hour, and where the ends of epochs save, it gets on.
     succeeded(ddpm_here(*words, "--on-demand", *never))
     succeeded(ddpm_here(*words[:-1], "1", *never))

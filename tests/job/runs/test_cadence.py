@@ -28,6 +28,9 @@ from tests.job.runs.leased import leased
         (None, 30.0, (1.0, 5.0), 10**7, 600.0),
         # Saving takes a tenth of the time at most.
         (None, 30.0, (3.0, 0.05), 60.0, 30.0),
+        (None, 900.0, (100.0, 0.05), None, 1000.0),
+        (None, 900.0, (100.0, 0.05), 3600.0, 1000.0),
+        (None, 30.0, (100.0, 0.05), None, 1000.0),
         (7.0, 30.0, (3.0, 0.05), 60.0, 420.0),
         # A notice that is too short loses the work since the last save.
         (None, 30.0, (40.0, 0.05), None, 400.0),

@@ -94,4 +94,5 @@ def test_no_other_interval_takes_less_time():
 def test_hopeless_runs_never_end():
     course = Interruptions(3 * 3600.0, restart_seconds=120.0)
     assert expected(48 * 3600.0, 48 * 3600.0, course).wall.mean > 1e5 * 48 * 3600
+    assert expected(40.0, 40.0, Interruptions(1.0)).machine.mean == pytest.approx(np.expm1(40.0))
     assert expected(1e6, 600.0, Interruptions(1.0)).wall.mean == float("inf")

@@ -189,16 +189,23 @@ def test_an_outage_confirms_the_lease_again(gcs_server, gcs_bucket, monkeypatch)
     with FaultyProxy(gcs_server) as proxy:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
         run = open_store(gcs_bucket, Retry(60)).sub("runs/r")
-        proxy.inject(Fault.UNAVAILABLE, "MANIFEST", times=100)
         holder = leased(run)
         writer = writer_of(holder, live_tensors(), notes=[])
+        proxy.inject(Fault.UNAVAILABLE, "MANIFEST", times=2)
+        save(writer, 8)
+        # A wait for the bucket would pass for the duration of a save.
+        assert writer.cadence.save_seconds is None
+        save(writer, 16)
+        assert writer.cadence.save_seconds is not None
+        proxy.inject(Fault.UNAVAILABLE, "MANIFEST", times=100)
+        before = holder.lease.confirmations
         writer.save(24, [])
-        eventually(lambda: holder.lease.confirmations >= 2)
+        eventually(lambda: holder.lease.confirmations >= before + 2)
         # Another attempt came while the bucket was away.
         holder.lease.lost = True
         with pytest.raises(LostRunError):
             writer.wait()
-        assert list_checkpoints(run) == []
+        assert committed_images(run) == [8, 16]
 
 
 @pytest.mark.parametrize("queue", [lambda w: w.put("samples/a.png", b"1", images_seen=8), lambda w: w.save(8, [])])
@@ -222,8 +229,8 @@ def test_a_lost_run_gets_no_writes(run, queue):
 @pytest.mark.slow
 def test_a_short_grace_shortens_the_cadence(tiles, tmp_path):
     bucket = shutil.copytree(tiles, tmp_path / "bucket")
-    # A minute is the shortest cadence that follows; a test has less time.
-    hooks = hooked(tmp_path / "hooks", job__runs__cadence="SHORTEST_CADENCE_MINUTES = 0.002")
+    # A minute is the interval that follows; a test has less time.
+    hooks = hooked(tmp_path / "hooks", job__runs__cadence="LONGEST_WITHOUT_NOTICE_SECONDS = 0.12")
     keep = {"checkpoint.every_minutes": 7, "checkpoint.every_epochs": 999}
     keep |= {"checkpoint.keep_last": 99, "checkpoint.keep_every_epochs": 0}
     rarely = [word for key, value in keep.items() for word in ("--set", f"{key}={value}")]
