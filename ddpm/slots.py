@@ -128,10 +128,3 @@ def _top(node: Node, known: dict[Node, Tensor]) -> Tensor:
         return known[node]
     left, right = (_top(half, known) for half in halves(node))
     return left + right
-
-
-def wire_bytes(count: int, world_size: int, gradient_bytes: int) -> list[int]:
-    """Returns the bytes that each process sends in a step; a ring's all-reduce sends 2 (W - 1)/W of the gradient."""
-    others = (world_size - 1) / world_size * gradient_bytes
-    held = [Slots(count, count, rank, world_size).own for rank in range(world_size)]
-    return [round((len(subtrees((0, count), own)) + 1) * others) for own in held]
