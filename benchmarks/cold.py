@@ -62,7 +62,7 @@ def epoch_of(reader: str, bucket: str, cache: Path) -> dict[str, float]:
     done = subprocess.run(words, capture_output=True, check=True, cwd=Path(__file__).parents[1], timeout=EPOCH_SECONDS)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     after = os.times()
-    # Of the whole process with its imports, for machines that are not idle.
+    # The whole process with its imports counts, for machines that are not idle.
     spent = after.children_user + after.children_system - before.children_user - before.children_system
     return found | {"processor_seconds": spent}
 

@@ -29,7 +29,7 @@ class Slots:
     """The slots of one global batch, and which of them this process holds."""
 
     count: int
-    """Of all processes together."""
+    """The slots of all processes together."""
     batch_size_images: int
     rank: int = 0
     world_size: int = 1
