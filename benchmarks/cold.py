@@ -33,7 +33,7 @@ _LOOK_SECONDS = 0.005
 
 def measure(quick: bool) -> list[Figure]:
     """Reads the same PNG files from the same server, one epoch per reader in turn."""
-    images, turns = (512, 1) if quick else (10_000, 3)
+    images, turns = (512, 1) if quick else (10_000, 2)
     readers = ["ours", *peers.installed("webdataset", "litData")]
     epochs: dict[str, list[dict[str, float]]] = {reader: [] for reader in readers}
     with TemporaryDirectory(prefix="ddpm-bench-") as name, Progress("from a cold bucket", unit="epochs") as bar:

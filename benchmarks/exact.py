@@ -51,7 +51,7 @@ def _both_kinds(rank: int, group: Group, folder: Path, quick: bool, precision: s
     os.environ.update(group.environment(rank))
     torch.set_num_threads(max(1, usable_cores() // group.processes))
     exact, other = (OurLoop(folder, quick, precision, exact=exact) for exact in ("true", "false"))
-    turns = take_turns("exact steps", exact.step, other.step, 2 if quick else 7, 1 if quick else 2)
+    turns = take_turns("exact steps", exact.step, other.step, 2 if quick else 5, 1 if quick else 2)
     slots = exact.session.slots
     assert slots is not None and other.session.slots is None
     if rank == 0:

@@ -58,7 +58,7 @@ def measure(quick: bool) -> list[Figure]:
         pack_for_loops(Path(name), quick)
         ours = OurLoop(Path(name), quick, precision)
         peer = DiffusersLoop(ours.session.config, ours.session.state.model)
-        turns = take_turns("training steps", ours.step, peer.step, 2 if quick else 9, 1 if quick else 2)
+        turns = take_turns("training steps", ours.step, peer.step, 2 if quick else 5, 1 if quick else 2)
         ours.close()
     waits = [wait / step for wait, step in zip(ours.wait_seconds[-len(turns.ours) :], turns.ours, strict=True)]
     flop = ours.step_flop()
