@@ -31,14 +31,14 @@ PRESET_SETS = ("model.num_classes=0",)
 
 
 def measure(quick: bool) -> list[Figure]:
-    """Times a training step and ten sampling steps in three ways in turn, beside two processes that only count."""
+    """Times a training step and five sampling steps in three ways in turn, beside two processes that only count."""
     count, precision = max(2, torch.get_num_threads()), compute.best_precision()
     with TemporaryDirectory(prefix="ddpm-bench-") as name:
         pack_for_loops(Path(name), quick)
         loop = OurLoop(Path(name), quick, precision, preset=EMBEDDED, sets=PRESET_SETS)
         session = loop.session
         painter = Painter(session.config, session.ranks, precision, NEVER, Agreement(1, flags=1))
-        sampling, images = Sampling("unipc", 2 if quick else 10), 2 if quick else 10
+        sampling, images = Sampling("unipc", 2 if quick else 5), 2 if quick else 10
 
         def in_way(threads: Threads | None, own: int, work: Callable[[], object]) -> Callable[[], None]:
             def run() -> None:
@@ -55,7 +55,7 @@ def measure(quick: bool) -> list[Figure]:
         ways = {"ours": (Threads(count), count), "one thread": (None, 1), "PyTorch threads": (None, count)}
         with busy_neighbours():
             for what, work in (("training", loop.step), ("sampling", draw)):
-                times = _in_turn(what, {way: in_way(*how, work) for way, how in ways.items()}, 2 if quick else 5)
+                times = _in_turn(what, {way: in_way(*how, work) for way, how in ways.items()}, 2 if quick else 3)
                 figures.append(_figure(what, times, count))
         loop.close()
     torch.set_num_threads(count)

@@ -3,7 +3,8 @@
 It measures four comparisons of `python -m benchmarks`, smaller and shorter: its ratios are its own. All but that of a
 save are of processor seconds, with one thread of PyTorch and no workers of the peer: by the clock, a peer whose threads
 wait for each other looks slow beside other processes. A ratio is that of the shortest turns; one that is too low is
-measured once more. With `--record` it writes what it measures to `recorded.json`.
+measured once more. With `--record` it writes what it measures to `recorded.json`; without a record of its kind of
+processor it measures nothing.
 """
 
 from __future__ import annotations
@@ -116,13 +117,13 @@ def main() -> None:
     recorded: dict[str, Any] = json.loads(RECORDED.read_text())
     kind = compute.best_precision()
     torch.set_num_threads(1)
-    if options.record or kind not in recorded:
-        ratios = {name: measured(name) for name in RATIOS}
-        print(f"processors with {kind}: {ratios}; nothing to compare with" * (not options.record))
-        if options.record:
-            there = machine()
-            about = {"date": utc_now(), "cpu": there["cpu"], "cores": there["cores"], "torch": there["torch"]}
-            RECORDED.write_text(json.dumps(recorded | {kind: about | {"ratios": ratios}}, indent=1) + "\n")
+    if options.record:
+        there, ratios = machine(), {name: measured(name) for name in RATIOS}
+        about = {"date": utc_now(), "cpu": there["cpu"], "cores": there["cores"], "torch": there["torch"]}
+        RECORDED.write_text(json.dumps(recorded | {kind: about | {"ratios": ratios}}, indent=1) + "\n")
+        return
+    if kind not in recorded:
+        print(f"{RECORDED.name} has no ratios of {kind}, so nothing is compared: record them here with --record")
         return
     before = recorded[kind]
     print(f"recorded on {before['date']}: {before['cpu']}, {before['cores']} cores, torch {before['torch']}")

@@ -46,11 +46,11 @@ def measure(quick: bool) -> list[Figure]:
     megabytes = sum(tensor.nbytes for named in state.values() for tensor in named.values()) / 1e6
     # As in a run, whose slots have a thread each: several threads wait for each other at each tensor.
     with TemporaryDirectory(prefix="ddpm-bench-") as name, object_server(Path(name)), Threads(1).outside():
-        blocked, committed = saves(open_store(f"{name}/run"), config, state, 1 if quick else 7)
+        blocked, committed = saves(open_store(f"{name}/run"), config, state, 1 if quick else 5)
         _, far_committed = saves(open_store(f"gs://{BUCKET}/run"), config, state, 1 if quick else 2)
-        uploads = uploads_in_turn(state, Path(name), 1 if quick else 4)
-        peer = torch_checkpointing_saves(state, Path(name) / "peer", 1 if quick else 4)
-        resumed = resumptions(f"gs://{BUCKET}", Path(name), sets, state, 1 if quick else 3)
+        uploads = uploads_in_turn(state, Path(name), 1 if quick else 3)
+        peer = torch_checkpointing_saves(state, Path(name) / "peer", 1 if quick else 3)
+        resumed = resumptions(f"gs://{BUCKET}", Path(name), sets, state, 1 if quick else 2)
     return [
         Figure(
             "checkpoint_blocked_ratio",

@@ -33,7 +33,7 @@ _LOOK_SECONDS = 0.005
 
 def measure(quick: bool) -> list[Figure]:
     """Reads the same PNG files from the same server, one epoch per reader in turn."""
-    images, turns = (512, 1) if quick else (10_000, 3)
+    images, turns = (512, 1) if quick else (10_000, 2)
     readers = ["ours", *peers.installed("webdataset", "litData")]
     epochs: dict[str, list[dict[str, float]]] = {reader: [] for reader in readers}
     with TemporaryDirectory(prefix="ddpm-bench-") as name, Progress("from a cold bucket", unit="epochs") as bar:
@@ -62,7 +62,7 @@ def epoch_of(reader: str, bucket: str, cache: Path) -> dict[str, float]:
     done = subprocess.run(words, capture_output=True, check=True, cwd=Path(__file__).parents[1], timeout=EPOCH_SECONDS)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     after = os.times()
-    # Of the whole process with its imports, for machines that are not idle.
+    # The whole process with its imports counts, for machines that are not idle.
     spent = after.children_user + after.children_system - before.children_user - before.children_system
     return found | {"processor_seconds": spent}
 

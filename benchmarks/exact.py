@@ -15,13 +15,11 @@ from torch import Tensor, multiprocessing
 
 from benchmarks.measuring import Figure, Turns, take_turns
 from benchmarks.training_step import OurLoop, pack_for_loops
-from ddpm.slots import wire_bytes
 from job.processes import compute
 from job.processes.group import Group, usable_cores
 
 AT_MOST = 1.1
 PROCESSES = (1, 2)
-GPUS = (8, 64)
 
 
 def measure(quick: bool) -> list[Figure]:
@@ -46,14 +44,14 @@ def measure(quick: bool) -> list[Figure]:
                     raw=turns.raw() | {"slots": found["slots"]},
                 )
             )
-    return [*figures, *_kernels(), _wire()]
+    return [*figures, *_kernels()]
 
 
 def _both_kinds(rank: int, group: Group, folder: Path, quick: bool, precision: str) -> None:
     os.environ.update(group.environment(rank))
     torch.set_num_threads(max(1, usable_cores() // group.processes))
     exact, other = (OurLoop(folder, quick, precision, exact=exact) for exact in ("true", "false"))
-    turns = take_turns("exact steps", exact.step, other.step, 2 if quick else 7, 1 if quick else 2)
+    turns = take_turns("exact steps", exact.step, other.step, 2 if quick else 5, 1 if quick else 2)
     slots = exact.session.slots
     assert slots is not None and other.session.slots is None
     if rank == 0:
@@ -70,13 +68,10 @@ def _kernels() -> list[Figure]:
     x, tokens = torch.randn(8, 64, 16, 16), torch.randn(8, 64, 256)
     weight, dense = torch.randn(64, 64, 3, 3), torch.randn(256, 256)
 
-    def attention(images: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(images, images, images)
-
     kernels: dict[str, tuple[Tensor, Tensor | None, Callable[[Tensor, Tensor], Tensor]]] = {
         "convolution": (x, weight, lambda images, w: F.conv2d(images, w, padding=1)),
         "linear": (tokens, dense, F.linear),
-        "attention": (tokens, dense, lambda images, w: attention(images)),
+        "attention": (tokens, dense, lambda images, w: F.scaled_dot_product_attention(images, images, images)),
         "group norm": (x, weight, lambda images, w: F.group_norm(images, 8)),
         "mean": (x, weight, lambda images, w: images.square().mean(dim=(1, 2, 3))),
         "norm of all": (x, weight, lambda images, w: images.norm()),
@@ -114,21 +109,3 @@ def _kernels() -> list[Figure]:
         )
         for kind, found in (("threads", by_threads), ("images", by_images))
     ]
-
-
-def _wire() -> Figure:
-    """The bytes that a process sends in a step, over those of a ring's all-reduce: a model, not a measurement."""
-    ratios = {}
-    for gpus in GPUS:
-        for slots in (8, 64):
-            if slots >= gpus:
-                ring = 2 * (gpus - 1) / gpus * 1e9
-                ratios[f"{gpus} GPUs, {slots} slots"] = max(wire_bytes(slots, gpus, 10**9)) / ring
-    three = max(wire_bytes(8, 3, 10**9)) / (2 * 2 / 3 * 1e9)
-    return Figure(
-        "exact_wire_ratio",
-        "exact step on GPUs: most bytes that a process sends / those of a ring's all-reduce (model), ×",
-        list(ratios.values()),
-        beside=f"fp32; bf16 gradients would be half; 3 processes with 8 slots: {three:.2f}",
-        raw=ratios | {"3 processes, 8 slots": three},
-    )

@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 LIMITS_SECONDS = {"training": 180, "sampling": 80, "loader": 80, "checkpoint": 70, "equality": 120}
 """By part: nine minutes in all."""
 PEAK_FLOP_PER_SECOND = {
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -42,7 +43,7 @@ PEAK_FLOP_PER_SECOND = {
     "L40S": 362e12,
     "L4": 121e12,
 }
-"""Dense bf16 products by part of the card's name, the first that fits (NVIDIA's data sheets; half of "sparse")."""
+"""Dense bf16 products by words of the card's name, the first that fit (NVIDIA's data sheets; half of "sparse")."""
 SIZE, SAMPLES = 64, 3
 CELEBA_TINY = ("model.channels=32", "model.channel_mults=1,2", "train.batch_size=4", "train.warmup_images=0")
 AT_LEAST_DEFAULT, AT_LEAST_BEST, AT_LEAST_UTILISATION = 2.0, 1.2, 0.4
@@ -201,7 +202,9 @@ def equality(folder: Path, tiny: bool) -> list[Figure]:
         time.sleep(0.02)
     attempt.kill()
     attempt.wait()
-    left = max(list_checkpoints(killed)).images_seen
+    left = max((ref.images_seen for ref in list_checkpoints(killed)), default=0)
+    if not 0 < left < epochs * images:
+        sys.exit(f"not interrupted: the attempt had saved {left} of {epochs * images} images when it ended")
     subprocess.run(command("killed", processes), check=True)
     whole, resumed = last_hashes(open_store(bucket).sub("runs/whole")), last_hashes(killed)
     title = f"equal bits: killed after {left} of {epochs * images} images and resumed on {processes} / undisturbed on 1"
@@ -264,7 +267,7 @@ def peak_flop_per_second(measured: Callable[[], float]) -> tuple[float, str]:
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     for part, rate in PEAK_FLOP_PER_SECOND.items():
-        if part in name:
+        if re.search(rf"\b{part}\b", name):
             return rate, f"data sheet of {part}"
     return measured(), "measured product"
 

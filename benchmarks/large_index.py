@@ -16,7 +16,6 @@ import argparse
 import io
 import json
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -32,6 +31,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.loader import anonymous_bytes
 from benchmarks.store import new_bucket
 from ddpm.image_size import ImageSize
 from job.data.cache import open_cache
@@ -122,12 +122,12 @@ def _png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def read_dataset(bucket: str, key: str, cache_dir: Path, block_images: int) -> dict[str, Any]:
+def read_dataset(bucket: str, key: str, cache_dir: Path) -> dict[str, Any]:
     """Opens the dataset in this process and takes batches; returns seconds since its imports, and bytes of memory."""
     store = open_store(bucket)
     assert store.exists(f"{key}/{INDEX}")
     with most_memory() as most_bytes:
-        before = memory()
+        before_bytes = anonymous_bytes()
         began = time.perf_counter()
         index = load_index(store, key)
         indexed = time.perf_counter()
@@ -135,7 +135,7 @@ def read_dataset(bucket: str, key: str, cache_dir: Path, block_images: int) -> d
         opened = time.perf_counter()
         batches = stream_batches(
             cache,
-            Order(tuple(index.shards.images.tolist()), seed=0, block_images=block_images),
+            Order(tuple(index.shards.images.tolist()), seed=0, block_images=BLOCK_IMAGES),
             batch_size_images=BATCH_SIZE_IMAGES,
             first_image=0,
             last_image=None,
@@ -156,27 +156,20 @@ def read_dataset(bucket: str, key: str, cache_dir: Path, block_images: int) -> d
         "first_batch_seconds": first - opened,
         "total_seconds": first - began,
         "next_batch_seconds": (done - first) / MORE_BATCHES,
-        "program_bytes": before["RssAnon"],
-        "first_batch_bytes": first_peak_bytes - before["RssAnon"],
-        "peak_bytes": max(most_bytes) - before["RssAnon"],
-        "peak_rss_bytes": memory()["VmHWM"],
+        "program_bytes": before_bytes,
+        "first_batch_bytes": first_peak_bytes - before_bytes,
+        "peak_bytes": max(most_bytes) - before_bytes,
     }
-
-
-def memory() -> dict[str, int]:
-    """Returns peak and present memory of this process in bytes (Linux, proc(5)); only `VmHWM` counts mapped files."""
-    status = Path("/proc/self/status").read_text()
-    return {name: 1024 * int(kb) for name, kb in re.findall(r"^(VmHWM|RssAnon):\s+(\d+) kB", status, re.MULTILINE)}
 
 
 @contextmanager
 def most_memory() -> Iterator[list[int]]:
     """Yields a list that a thread fills with the memory of this process without mapped files, in bytes."""
-    seen, done = [memory()["RssAnon"]], threading.Event()
+    seen, done = [anonymous_bytes()], threading.Event()
 
     def look() -> None:
         while not done.wait(_LOOK_SECONDS):
-            seen.append(memory()["RssAnon"])
+            seen.append(anonymous_bytes())
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -194,14 +187,14 @@ def measure(shards: int) -> dict[str, dict[str, Any]]:
             bar.update(1)
             found = {}
             for number, title in enumerate(("first opening", "opened again")):
-                found[title] = read(bucket, key, folder / "cache", BLOCK_IMAGES)
+                found[title] = read(bucket, key, folder / "cache")
                 bar.update(number + 2)
             return found
 
 
-def read(bucket: str, key: str, cache: Path, block_images: int) -> dict[str, Any]:
+def read(bucket: str, key: str, cache: Path) -> dict[str, Any]:
     """Reads the dataset in a process of its own; see `read_dataset`."""
-    command = [sys.executable, "-m", "benchmarks.large_index", "--read", bucket, key, str(cache), str(block_images)]
+    command = [sys.executable, "-m", "benchmarks.large_index", "--read", bucket, key, str(cache)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=Path(__file__).parents[1])
     return json.loads(done.stdout)
 
@@ -213,18 +206,13 @@ def main() -> None:
     parser.add_argument(
         "--shards", type=int, default=SHARDS, help=f"of {SHARD_IMAGES:,} images each (default: {SHARDS:,})"
     )
-    parser.add_argument("--json", action="store_true", help="print numbers for programs")
-    parser.add_argument("--read", nargs=4, metavar=("BUCKET", "KEY", "CACHE", "BLOCK"), help=argparse.SUPPRESS)
+    parser.add_argument("--read", nargs=3, metavar=("BUCKET", "KEY", "CACHE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.read:
-        bucket, key, cache, block = options.read
-        print(json.dumps(read_dataset(bucket, key, Path(cache), int(block))))
+        bucket, key, cache = options.read
+        print(json.dumps(read_dataset(bucket, key, Path(cache))))
         return
-    found = measure(options.shards)
-    if options.json:
-        print(json.dumps(found, indent=1))
-    else:
-        show(found)
+    show(measure(options.shards))
 
 
 def show(found: dict[str, dict[str, Any]]) -> None:

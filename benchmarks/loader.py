@@ -39,7 +39,7 @@ class Epoch:
 
 def measure(quick: bool) -> list[Figure]:
     """Reads the same images from the same disk, one epoch per reader in turn; the first turn warms up."""
-    images, turns = (256, 1) if quick else (10_000, 5)
+    images, turns = (256, 1) if quick else (10_000, 3)
     with TemporaryDirectory(prefix="ddpm-bench-") as name, Progress("reading images", unit="epochs") as bar:
         folder = Path(name)
         bucket, cache = str(folder / "bucket"), folder / "cache"

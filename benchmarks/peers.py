@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from job.processes.group import usable_cores
+
 BATCH_SIZE_IMAGES = 128
-WORKERS = 2
-"""All peers are faster with two worker processes or threads than without, and not faster with more than cores."""
+WORKERS = usable_cores()
+"""Processes or threads of each peer: one for each core, as ours has decoders; two cores were no faster with more."""
 CHUNK_BYTES = "16MB"
 """Size of litData's chunks, and of our shards beside them."""
 

@@ -9,6 +9,7 @@ The images are noise that PNG compresses to 7.7 kB, so that a shard has 67 MB. T
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import subprocess
@@ -37,7 +38,7 @@ BATCH_SIZE_IMAGES = 512
 FEW, MORE = 2, 12
 """Epochs, and checkpoints, of the two runs whose difference is the price of a checkpoint."""
 DOLLARS = {"write": 0.005e-3, "list": 0.005e-3, "read": 0.0004e-3, "delete": 0.0}
-"""Of a request, on Google (single region, standard) and S3 (us-east-1, standard): the list prices are equal."""
+"""The price of a request: the same on Google (single region, standard) and S3 (us-east-1, standard)."""
 TINY = ("model.channels=16", "model.channel_mults=1,1", "model.layers_per_level=1", "train.batch_size=8")
 
 
@@ -80,9 +81,9 @@ def main() -> None:
     with TemporaryDirectory(prefix="ddpm-bench-") as name:
         folder = Path(name)
         with served(folder) as (bucket, objects), FaultyProxy(os.environ["STORAGE_EMULATOR_HOST"]) as proxy:
-            key = write_dataset(
-                bucket, objects, options.shards, SHARD_PIXEL_BYTES // (SIZE * SIZE * 3), (SIZE, SIZE, 3), LEVELS
-            )
+            shape = (SIZE, SIZE, 3)
+            images = SHARD_PIXEL_BYTES // math.prod(shape)
+            key = write_dataset(bucket, objects, options.shards, shard_images=images, shape=shape, levels=LEVELS)
             os.environ["STORAGE_EMULATOR_HOST"] = proxy.url
             requests = Requests(proxy)
             read_epochs(requests, bucket, key, folder / "cache")
@@ -95,18 +96,18 @@ def read_epochs(requests: Requests, bucket: str, key: str, cache_dir: Path) -> N
     index = load_index(store, key)
     print(f"{index.images:,} images of {SIZE}×{SIZE} in {len(index.shards)} shards of {index.shards.bytes[0]:,} bytes")
     with Progress("reading images", total=index.images) as bar:
-
-        def fill() -> None:
-            nonlocal cache
-            progress = lambda done, total: bar.update(done)  # noqa: E731
-            cache = open_cache(store, key, index, cache_dir=cache_dir, budget_bytes=1 << 40, progress=progress)
-
-        cache = None
-        seen = requests.during(fill)
+        before = requests.seen.copy()
+        cache = open_cache(
+            store,
+            key,
+            index,
+            cache_dir=cache_dir,
+            budget_bytes=1 << 40,
+            progress=lambda done, total: bar.update(done),
+        )
     read = requests.received_bytes / int(index.shards.bytes.sum())
-    count = sum(seen.values())
+    count = (requests.seen - before).total()
     print(f"opening: {count} requests, {count / len(index.shards):.1f} a shard, {read:.4f} × the bytes of the shards")
-    assert cache is not None
     batches = stream_batches(
         cache,
         Order(tuple(index.shards.images.tolist()), seed=0),
@@ -116,7 +117,7 @@ def read_epochs(requests: Requests, bucket: str, key: str, cache_dir: Path) -> N
     )
     for epoch in range(EPOCHS):
         seen = requests.during(lambda: [next(batches) for _ in range(index.images // BATCH_SIZE_IMAGES)])
-        print(f"epoch {epoch + 1}: {sum(seen.values())} requests")
+        print(f"epoch {epoch + 1}: {seen.total()} requests")
     batches.close()
     cache.close()
 

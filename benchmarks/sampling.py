@@ -23,7 +23,7 @@ def measure(quick: bool) -> list[Figure]:
     """Samples batches in turn from networks that stay warm."""
     steps, batch_size = (2, 2) if quick else (10, 32)
     precision = compute.best_precision()
-    turns = in_turn(TINY if quick else HALF_WIDTH, steps, batch_size, precision, turns=2 if quick else 4)
+    turns = in_turn(TINY if quick else HALF_WIDTH, steps, batch_size, precision, turns=2 if quick else 3)
     ours, peer = (batch_size / median(times) for times in (turns.ours, turns.peer))
     return [
         Figure(

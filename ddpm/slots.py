@@ -29,7 +29,7 @@ class Slots:
     """The slots of one global batch, and which of them this process holds."""
 
     count: int
-    """Of all processes together."""
+    """The slots of all processes together."""
     batch_size_images: int
     rank: int = 0
     world_size: int = 1
@@ -128,10 +128,3 @@ def _top(node: Node, known: dict[Node, Tensor]) -> Tensor:
         return known[node]
     left, right = (_top(half, known) for half in halves(node))
     return left + right
-
-
-def wire_bytes(count: int, world_size: int, gradient_bytes: int) -> list[int]:
-    """Returns the bytes that each process sends in a step; a ring's all-reduce sends 2 (W - 1)/W of the gradient."""
-    others = (world_size - 1) / world_size * gradient_bytes
-    held = [Slots(count, count, rank, world_size).own for rank in range(world_size)]
-    return [round((len(subtrees((0, count), own)) + 1) * others) for own in held]

@@ -17,12 +17,13 @@ from benchmarks.measuring import Figure, Turns, take_turns
 
 ROOT = Path(__file__).parent.parent
 SHARES = {"training_waits_for_data_ratio", "training_share_of_matmul_peak"}
+MAYBE_ZERO = {"exact_kernels_by_threads", "exact_kernels_by_images", "resume_overhead_seconds"}
 OPTIONAL = {"cold_litdata_ratio", "checkpoint_peer_ratio"}
 NEAR = ("upload", "download", "ranges", "puts", "gets", "list")
 FAR = ("upload", "upload_of_link", "download", "download_of_link")
 CLAIMED = set(
     """training_step_ratio training_share_of_matmul_peak training_waits_for_data_ratio loader_images_per_second
-    exact_cost_1 exact_cost_2 exact_kernels_by_threads exact_kernels_by_images exact_wire_ratio
+    exact_cost_1 exact_cost_2 exact_kernels_by_threads exact_kernels_by_images
     busy_training_ratio busy_sampling_ratio
     cold_webdataset_ratio cold_first_batch_seconds
     loader_ratio loader_first_batch_seconds loader_memory_ratio checkpoint_blocked_ratio checkpoint_committed_seconds
@@ -42,8 +43,8 @@ def test_quick_benchmarks_give_plausible_numbers(tmp_path):
     assert figures.keys() - OPTIONAL == CLAIMED
     for key, figure in figures.items():
         assert report[key] == figure["value"] == pytest.approx(median(figure["samples"]))
-        # What is left of a difference of times may be below zero, by what one start differs from another.
-        assert key == "resume_overhead_seconds" or min(figure["samples"]) > 0, key
+        # The counts of kernels are zero without bf16, and a difference of times may be negative, as starts differ.
+        assert key in MAYBE_ZERO or min(figure["samples"]) > 0, key
         assert max(figure["samples"]) < (1 if key in SHARES else 1e7), key
         assert figure["met"] is None, "tiny networks have no targets"
         assert figure["what"].split()[0] in done.stdout
@@ -107,7 +108,7 @@ def test_a_low_ratio_is_measured_again_before_it_counts(tmp_path, monkeypatch, c
     monkeypatch.setattr(sys, "argv", ["check"])
     check.RECORDED.write_text('{"another kind": {}}')
     check.main()
-    assert "nothing to compare with" in capsys.readouterr().out
+    assert "nothing is compared: record them here with --record" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["check", "--record"])
     check.main()
     recorded = json.loads(check.RECORDED.read_text())

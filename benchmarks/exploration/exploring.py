@@ -178,10 +178,10 @@ class Report:
         self.failed += other.failed
 
 
-def explore(names: list[str], count: int, seed: int, processes: int, most_failures: int = 1) -> Report:
+def explore(names: list[str], count: int, seed: int, processes: int) -> Report:
     """Plays `count` schedules in so many processes, equally many of each scenario."""
     began, report = time.monotonic(), Report()
-    shares = [(names, count, seed, index, processes, most_failures) for index in range(processes)]
+    shares = [(names, count, seed, index, processes) for index in range(processes)]
     if processes == 1:
         report.add(_share(*shares[0]))
     else:
@@ -192,7 +192,7 @@ def explore(names: list[str], count: int, seed: int, processes: int, most_failur
     return report
 
 
-def _share(names: list[str], count: int, seed: int, index: int, processes: int, most_failures: int) -> Report:
+def _share(names: list[str], count: int, seed: int, index: int, processes: int) -> Report:
     """Plays every `processes`-th schedule."""
     report, scenarios = Report(), all_scenarios()
     # The tensors have two numbers each.
@@ -206,7 +206,7 @@ def _share(names: list[str], count: int, seed: int, index: int, processes: int, 
             wanted = count // len(names) + (place < count % len(names))
             digests = report.distinct.setdefault(name, set())
             for number, chooser in enumerate(schedules(scenario, seed)):
-                if number >= wanted or len(report.failed) >= most_failures:
+                if number >= wanted or report.failed:
                     break
                 if number % processes == index:
                     outcome = played(scenario, chooser)

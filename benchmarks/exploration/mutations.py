@@ -433,7 +433,7 @@ def _set_incomplete(replace: Replace) -> None:
     replace(Pieces, "missing", fewer)
 
 
-# What explorations found in the protocols of the job, each with the schedule that showed it
+# Faults that explorations found in the protocols of the job, each with the schedule that showed it
 
 
 @_mutation("a packer's test object lies where another packer clears, and is not written again", "pack:1a25")

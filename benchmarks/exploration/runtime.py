@@ -17,14 +17,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import cache, lru_cache
-from pathlib import Path
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
-
-import safetensors.torch
-import torch
 
 from benchmarks.exploration.world import Killed, Process, Thread, World
 from job import sealed
@@ -318,18 +314,6 @@ class NoProgress:
         """Shows nothing."""
 
 
-@cache
-def _serialized(parts: tuple[tuple[str, torch.dtype, tuple[int, ...], bytes], ...]) -> bytes:
-    tensors = {name: torch.frombuffer(bytearray(data), dtype=dtype).view(shape) for name, dtype, shape, data in parts}
-    return safetensors.torch.save(tensors, {"format": "pt"})
-
-
-def _save_file(tensors: dict[str, torch.Tensor], path: Path, _: object) -> None:
-    """Does what `safetensors.torch.save_file` does, once for each content: schedules differ little in it."""
-    parts = ((name, one.dtype, tuple(one.shape), one.numpy().tobytes()) for name, one in tensors.items())
-    Path(path).write_bytes(_serialized(tuple(parts)))
-
-
 def _identity_of(process: Process) -> ProcessIdentity:
     return ProcessIdentity(
         host=process.host, pid=process.pid, boot_id=f"boot-of-{process.host}", pid_namespace="pid:[1]", start_ticks=7
@@ -361,7 +345,6 @@ def simulated() -> Iterator[None]:
         patches.append(patch.object(Sealed, "from_json", classmethod(_parsed)))
         # TensorBoard's writer starts processes and threads; no protocol needs them.
         patches.append(patch.object(metric_rows, "_events", lambda write: b"events"))
-        patches.append(patch.object(safetensors.torch, "save_file", _save_file))
         patches.append(patch.object(ProcessIdentity, "of_this_process", lambda: _identity_of(world().process)))
         for each in patches:
             each.start()

@@ -76,9 +76,8 @@ def _train(run: Any, lease: Lease, process: Process, note: Any) -> None:
     tensors = {"model": {"weight": FIRST.clone()}, "optimizer": {"moment": torch.zeros(2)}}
     tensors |= {name: {"weight": torch.zeros(2)} for name in config().ema.names}
     seen, sums, damaged, manifest = 0, [0.0], set[Any](), None
-    with lease.unless_lost(), newest_good(run, note, damaged) as restored:
+    with lease.unless_lost(), newest_good(run, note, damaged, into=tensors) as restored:
         if restored is not None:
-            restored.copy_into(tensors)
             manifest = restored.manifest
             seen, sums = manifest.images_seen, list(manifest.loss_sums[0])
     if manifest:

@@ -464,7 +464,7 @@ class Planned:
         found = dict[int, Disturbance]()
         for word in filter(None, text.split(",")):
             match = DISTURBANCE.fullmatch(word)
-            if match is None or match[2] not in DISTURBANCES:
+            if match is None:
                 raise ValueError(f"{word!r} is not a disturbance, such as 17c or 40z25")
             found[int(match[1])] = Disturbance(match[2], int(match[3] or 0))
         return cls(found)

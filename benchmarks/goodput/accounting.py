@@ -11,6 +11,8 @@ from math import sqrt
 from statistics import median
 from typing import Any
 
+from benchmarks.crash_campaign.history import History
+
 Event = dict[str, Any]
 Learnt = list[tuple[int, str]]
 """The number of each image in the run, and the hash of its pixels, in order."""
@@ -89,23 +91,16 @@ def restart_seconds(events: Sequence[Event], started: float, image_seconds: floa
 
 def lineage(attempts: Sequence[Sequence[Event]], at: int) -> Learnt:
     """Returns all images of the state saved at `at`: of the attempt that saved it, of its restored state, and so on."""
-    saved_by: dict[int, int] = {}
-    begins_with: dict[int, tuple[int, int]] = {}
+    history, saved_by = History(), dict[int, int]()
     for attempt, events in enumerate(attempts):
         for event in events:
             if event["event"] == "restored":
-                begins_with[attempt] = (saved_by[event["at"]], event["at"])
+                history.restored[attempt] = (saved_by[event["at"]], event["at"])
             elif event["event"] == "saving":
                 saved_by[event["at"]] = attempt
-    images: Learnt = []
-    point = (saved_by[at], at) if at else None
-    while point is not None:
-        attempt, until = point
-        point = begins_with.get(attempt)
-        since = point[1] if point else 0
-        steps = [step for step in of_kind(attempts[attempt], "step") if since < step["at"] <= until]
-        images = [(number, digest) for step in steps for number, digest in step["images"]] + images
-    return images
+            elif event["event"] == "step":
+                history.steps.setdefault(attempt, []).append((event["at"], dict(event["images"])))
+    return sorted(history.effective((saved_by[at], at))) if at else []
 
 
 def lost_and_repeated(images: Learnt, dataset: Counter[str]) -> tuple[int, int]:

@@ -66,7 +66,7 @@ class Subject:
     """The hash of each image."""
     batch_size: int
     every_minutes: float | None
-    """Of the saves of ours."""
+    """The minutes between saves of ours; None: as the job decides."""
 
     @classmethod
     def prepared(cls, folder: Path, bucket: str, sets: tuple[str, ...]) -> Subject:

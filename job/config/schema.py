@@ -254,10 +254,7 @@ class RunConfig(Settings):
 
     def to_yaml(self) -> str:
         """Returns the text of `config.yaml`."""
-        # Settings that a run does without are left out: programs from before these settings read it, too.
-        without: dict[str, Any] = {} if self.parent.run else {"parent": True}
-        without |= {} if self.train.freeze else {"train": {"freeze"}}
-        return yaml.safe_dump(self.model_dump(mode="json", exclude=without), sort_keys=False)
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def flat(self) -> dict[str, Any]:
         """Returns all values by their dotted keys, such as `train.batch_size`."""

@@ -20,7 +20,7 @@ from job.processes.ranks import Ranks
 _BF16 = ("avx512_bf16", "amx_bf16")
 """The instructions with which a CPU computes in bf16."""
 _MOST_SLOTS = 8
-"""Of a batch, if the run does not say: each costs the overhead of a pass, and a CPU keeps gradients for each thread."""
+"""The most slots of a batch by default: each costs a pass, and a CPU keeps gradients for each thread."""
 _SLOT_IMAGES = 8
 """The images of a slot from which on its overhead is small, though all threads of a CPU have slots."""
 

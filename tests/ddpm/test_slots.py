@@ -22,7 +22,7 @@ from ddpm.networks.layers import Dropout, dropout_of
 from ddpm.objective import Objective
 from ddpm.prediction import Prediction
 from ddpm.process import make_process
-from ddpm.slots import Slots, subtrees, wire_bytes
+from ddpm.slots import Slots, subtrees
 from ddpm.threads import Threads
 
 BATCH_IMAGES, SIZE, STEPS, CLASSES = 16, 8, 2, 3
@@ -183,8 +183,4 @@ def test_processes_share_slots_and_images() -> None:
 
 
 def test_few_sums_cross_the_wire() -> None:
-    """A ring's all-reduce sends 2 (W - 1)/W of the gradient; whole subtrees need no more."""
-    assert [wire_bytes(8, count, 800) for count in (1, 2, 4, 8)] == [[0], [800] * 2, [1200] * 4, [1400] * 8]
-    assert wire_bytes(64, 64, 6400) == [12600] * 64
     assert subtrees((0, 8), range(3, 8)) == [(3, 4), (4, 8)]
-    assert max(wire_bytes(8, 3, 900)) == 1800
