@@ -98,7 +98,7 @@ def runs_seen(
 
     Example: ddpm runs seen celeba --image-key 000012345
     """
-    from job.runs.seen import show_seen
+    from job.training.seen import show_seen
 
     show_seen(bucket, run, image_key, as_json=as_json)
 

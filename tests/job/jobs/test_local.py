@@ -162,7 +162,7 @@ def test_jobs_in_the_foreground_are_known_and_stopped(bucket, folder):
 def test_background_jobs_are_watched(bucket):
     words = [DDPM, "submit", "train", *about(bucket, "seen"), "--epochs", "1000", "--watch"]
     child = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)
-    eventually(lambda: list(bucket.glob("runs/seen/checkpoints/*/MANIFEST.json")), 100)
+    eventually(lambda: list(bucket.glob("training/seen/checkpoints/*/MANIFEST.json")), 100)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 75
