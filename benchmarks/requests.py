@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import unquote
@@ -134,7 +135,7 @@ def write_checkpoints(requests: Requests, bucket: str, folder: Path) -> None:
     ddpm("data", "pack", folder / "images", "tiny", "--size", 32)
     sets = [word for text in (*TINY, "checkpoint.every_epochs=1", "sample.every_epochs=0") for word in ("--set", text)]
     few, more = (
-        requests.during(lambda: ddpm("train", "--dataset", "tiny", "--run", f"r{epochs}", "--epochs", epochs, *sets))  # noqa: B023
+        requests.during(partial(ddpm, "train", "--dataset", "tiny", "--run", f"r{epochs}", "--epochs", epochs, *sets))
         for epochs in (FEW, MORE)
     )
     each = Counter[str]()

@@ -100,7 +100,8 @@ def measure(quick: bool) -> list[Figure]:
             "training step: share spent waiting for data",
             waits,
             at_most=0.01,
-            beside=f"{median(ours.wait_seconds) * 1e6:.0f} µs of a step",
+            beside=f"{median(ours.wait_seconds) * 1e6:.0f} µs of a step; "
+            f"an infinitely fast loader would give {1 / (1 - median(waits)):.4f} × the speed",
         ),
     ]
 

@@ -77,9 +77,9 @@ class Adam:
 class Muon(Adam):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices, Adam for all other parameters.
 
-    A convolution's weight is a matrix [out, in · height · width]; tables of classes are none. A matrix takes a step
-    along the nearest semi-orthogonal one to its Nesterov momentum, of the root mean square of Adam's step: 0.2 √n times
-    it, with n rows or columns, whichever are more (Liu et al. 2025, arXiv 2502.16982, equation 4).
+    A convolution's weight is a matrix [out, in · height · width]; tables of classes take Adam's steps. A matrix takes a
+    step along the nearest semi-orthogonal one to its Nesterov momentum, of the root mean square of Adam's step: 0.2 √n
+    times it, with n rows or columns, whichever are more (Liu et al. 2025, arXiv 2502.16982, equation 4).
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], train: Train) -> None:

@@ -2,8 +2,8 @@
 
 PyTorch's own threads share each operation, and meet at its end: hundreds of times in a step. Beside busy processes each
 meeting waits until the operating system runs all of them again, and a step with two threads takes several times as long
-as with one. These threads meet once in a step. What a part holds, and how many of PyTorch's threads compute it, depend
-on the settings alone, so that any number of threads and processes gives equal bits.
+as with one. These threads meet once in a step. The settings alone decide what a part holds, and how many of PyTorch's
+threads compute it, so that any number of threads and processes gives equal bits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GROUP_IMAGES = 8
 
 
 def group_of(images: int) -> int:
-    """Returns the number of images that are computed at once, of so many: those of an even number of groups."""
+    """Returns the size of a group: `images` make an even number of groups of nearly equal size."""
     return ceil(images / (2 * ceil(images / (2 * GROUP_IMAGES))))
 
 

@@ -230,8 +230,8 @@ def opened(
         groups: those to download; none: those of `into`, or all.
         into: live tensors by group and name, which keep their memory layout. Each file's values go there as soon as
             it verifies, while others still download, and the file is deleted.
-        may_differ: the first letters of tensors that may be on one side alone, or have another shape there: they keep
-            their values.
+        may_differ: the beginnings of the names of tensors that may be on one side alone, or have another shape there:
+            these keep their values.
 
     Raises:
         BadDataError: it is damaged, or another run's; the message names the object.
