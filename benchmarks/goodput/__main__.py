@@ -225,7 +225,8 @@ def _options() -> argparse.Namespace:
     if unknown := set(options.only) - LABELS.keys():
         parser.error(f"unknown system {min(unknown)!r}: use {', '.join(LABELS)}")
     if options.quick:
-        options.kills, options.set = "8x2", [*TINY, *options.set]
+        # So long that beside other work, too, each start comes to its first step.
+        options.kills, options.set = "15x2", [*TINY, *options.set]
         # Threads of several systems would wait for each other.
         os.environ["OMP_NUM_THREADS"] = "1"
     options.kills = [(float(seconds), int(n)) for seconds, n in (one.split("x") for one in options.kills.split(","))]
