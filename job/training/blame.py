@@ -58,7 +58,7 @@ class Suspect(NamedTuple):
     """The median of the window at the same noise level."""
 
 
-class _Each(LossLog):
+class _ImageLosses(LossLog):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.losses = list[Tensor]()
@@ -91,7 +91,7 @@ def suspects_of(replay: Replay, first_image: int, last_image: int) -> list[Suspe
             x, noise, condition = noised_as(noise_numbers, replay.images, indices[part], painter, latents)
             points = objective.at(torch.full((len(x),), levels[level], dtype=torch.float64)).to(x.device)
             losses[level, part] = objective.losses(painter.predict, x, noise, Drawn(*points), condition).cpu()
-    replay.state.log = log = _Each(replay.ranks.device)
+    replay.state.log = log = _ImageLosses(replay.ranks.device)
     replay.train_to(last_image)
     shares = objective.shares(config.train.seed, torch.from_numpy(numbers), replay.batch_size)
     expected = np.interp(shares.numpy(), levels, np.median(losses, axis=1))
