@@ -18,7 +18,7 @@ from benchmarks.measuring import Figure, Turns, take_turns
 ROOT = Path(__file__).parent.parent
 SHARES = {"training_waits_for_data_ratio", "training_share_of_matmul_peak"}
 MAYBE_ZERO = {"exact_kernels_by_threads", "exact_kernels_by_images", "resume_overhead_seconds"}
-OPTIONAL = {"cold_litdata_ratio", "checkpoint_peer_ratio"}
+OPTIONAL = {"cold_litdata_ratio", "checkpoint_peer_ratio", "sample_best_ratio"}
 NEAR = ("upload", "download", "ranges", "puts", "gets", "list")
 FAR = ("upload", "upload_of_link", "download", "download_of_link")
 CLAIMED = set(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tarfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -158,6 +159,11 @@ class PackChecks(PieceChecks):
 # Encoding
 
 
+def _tar(image: bytes) -> bytes:
+    """Returns an image with the least size of a tar that holds one: a header and a block."""
+    return image.ljust(2 * tarfile.BLOCKSIZE)
+
+
 def _shard_of(number: int, content: bytes) -> tuple[shards.Shard, bytes]:
     digests = shards.Digests()
     digests.update(content)
@@ -167,7 +173,7 @@ def _shard_of(number: int, content: bytes) -> tuple[shards.Shard, bytes]:
 @cache
 def _source() -> shards.DatasetIndex:
     """The index of the images that are encoded."""
-    found = tuple(_shard_of(number, b"images")[0] for number in range(PIECES))
+    found = tuple(_shard_of(number, _tar(b"images"))[0] for number in range(PIECES))
     return shards.DatasetIndex(
         name="tiny", size=ImageSize.of(SIZE), channels=3, crop="center", resize_filter="lanczos",
         source="images", source_sha256="0" * 64, shards=shards.Shards.of(found),
@@ -181,7 +187,7 @@ def with_source(world: World) -> None:
 
 def _latents(host: str, number: int) -> tuple[bytes, float]:
     """Returns latents as a host rounds them, and their sum."""
-    return f"latents {number} of {host}".encode(), 1.0 + number + len(host) / 1024
+    return _tar(f"latents {number} of {host}".encode()), 1.0 + number + len(host) / 1024
 
 
 def _encoded(part: Any, encoder: Any, number: int, advance: Advance) -> Made:

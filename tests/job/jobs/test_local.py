@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,14 @@ from job.jobs.targets import load_targets
 from tests.job.command_line import DDPM, about, ddpm, ddpm_here, environment, refused, settings, started, succeeded
 from tests.job.launching import eventually
 
-pytestmark = pytest.mark.usefixtures("folder")
+
+@pytest.fixture(autouse=True)
+def no_job_is_left(folder: Path) -> Iterator[None]:
+    """A job in the background would outlive a test that fails, and slow every later one."""
+    yield
+    for job in backend().jobs():
+        if not job.state.is_over:
+            backend().cancel(job.name)
 
 
 def backend() -> LocalBackend:
@@ -162,7 +170,7 @@ def test_jobs_in_the_foreground_are_known_and_stopped(bucket, folder):
 def test_background_jobs_are_watched(bucket):
     words = [DDPM, "submit", "train", *about(bucket, "seen"), "--epochs", "1000", "--watch"]
     child = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)
-    eventually(lambda: list(bucket.glob("training/seen/checkpoints/*/MANIFEST.json")), 100)
+    eventually(lambda: list(bucket.glob("runs/seen/checkpoints/*/MANIFEST.json")), 100)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 75

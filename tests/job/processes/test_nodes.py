@@ -86,12 +86,12 @@ def test_a_preempted_node_stops_all(place, together):
     assert found == [75, 75], said
     stopped_at = max(list_checkpoints(run)).images_seen
     epochs = stopped_at // 299 + 1
-    alone = place.started("alone", "--epochs", epochs, "--set", "checkpoint.every_epochs=1", "--processes", 2)
+    alone = place.started("one-node", "--epochs", epochs, "--set", "checkpoint.every_epochs=1", "--processes", 2)
     found, said = codes([*together("walk", epochs), alone])
     assert found == [0, 0, 0], said
     newest = max(list_checkpoints(run))
     assert newest.images_seen > stopped_at
-    learnt = [load_manifest(run, max(list_checkpoints(run))) for run in (run, place.run("alone"))]
+    learnt = [load_manifest(run, max(list_checkpoints(run))) for run in (run, place.run("one-node"))]
     assert [(there.world_size, {file.name: file.sha256 for file in there.files}) for there in learnt] == [
         (2, {file.name: file.sha256 for file in learnt[0].files})
     ] * 2
