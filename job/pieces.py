@@ -332,8 +332,7 @@ def _stored(store: Store, equal_bytes: bool, key: str, content: bytes | Path) ->
     named = NamedObject.of(key, content)
     try:
         if isinstance(content, Path):
-            store.upload(content, key)
-            content.unlink()
+            store.move(content, key)
         else:
             store.create(key, content)
     except ObjectExistsError:

@@ -26,7 +26,7 @@ from benchmarks.crash_campaign import sabotage
 
 VARIABLE = "DDPM_CRASH_CAMPAIGN"
 """JSON: `trace` (a path), `fault` (the fields of a `Point`, or null), `sabotage` (a name, or empty)."""
-OPERATIONS = ("read", "create", "replace", "put", "upload", "download", "open", "delete", "exists")
+OPERATIONS = ("read", "create", "replace", "put", "move", "download", "open", "delete", "exists")
 SHARD_IMAGES = 26
 RENEW_SECONDS, EXPIRE_SECONDS = 1.0, 12.0
 """Shorter than the product's, so that a small run renews its lease and a zombie is replaced within seconds."""
@@ -195,7 +195,7 @@ class Watched:
             # An operation inside another one, such as the read of a replace, does not count.
             if getattr(self._local, "inside", False):
                 return method(store, *args, **kwargs)
-            uri = f"{store.uri}/{args[1] if op == 'upload' else args[0]}"
+            uri = f"{store.uri}/{args[1] if op == 'move' else args[0]}"
             data = args[1] if op in ("create", "replace", "put") else b""
 
             def work() -> Any:

@@ -59,8 +59,8 @@ class Point:
 
 def _pack() -> list[Point]:
     return [
-        Point("pack-staged", "the first shard is written, nothing uploaded", "pack", "upload", SHARD, when="before"),
-        Point("pack-upload-2", "the second shard is uploaded, it has no record", "pack", "upload", SHARD, nth=2),
+        Point("pack-staged", "the first shard is written, nothing uploaded", "pack", "move", SHARD, when="before"),
+        Point("pack-upload-2", "the second shard is uploaded, it has no record", "pack", "move", SHARD, nth=2),
         Point("pack-record-3", "three shards have records", "pack", "create", RECORD, nth=3),
         Point("pack-index-before", "all shards are there, no index", "pack", "create", INDEX, when="before"),
         Point("pack-index", "the index is there, the records not deleted", "pack", "create", INDEX),
@@ -98,9 +98,9 @@ def _begin() -> list[Point]:
 def _commit() -> list[Point]:
     staged, retired = "all local files are written, none of the checkpoint is uploaded", f"^delete .*{MANIFEST}"
     return [
-        Point("staged", staged, "train", "upload", TENSORS, when="before", nth=4, hold=True),
-        *(Point(f"upload-{k}", f"{k} of 4 files are uploaded", "train", "upload", TENSORS, nth=k) for k in range(1, 5)),
-        Point("snapshot", "a snapshot of the averages is uploaded, nothing names it", "train", "upload", SNAPSHOT),
+        Point("staged", staged, "train", "move", TENSORS, when="before", nth=4, hold=True),
+        *(Point(f"upload-{k}", f"{k} of 4 files are uploaded", "train", "move", TENSORS, nth=k) for k in range(1, 5)),
+        Point("snapshot", "a snapshot of the averages is uploaded, nothing names it", "train", "move", SNAPSHOT),
         Point("metrics", "the metrics of the checkpoint are uploaded", "train", "create", "/metrics/"),
         Point("manifest-before", "everything but the manifest is there", "train", "create", MANIFEST, when="before"),
         Point("manifest", "the manifest is there, LATEST is not", "train", "create", MANIFEST),
@@ -148,9 +148,9 @@ def _of_two() -> list[Point]:
               target="rank", rank=1, processes=2),
         Point("rank-0-manifest", "the rank that writes, one of two, after the manifest", "train", "create", MANIFEST,
               target="rank", processes=2),
-        Point("launcher-upload-2", "the launcher alone, with two files uploaded", "train", "upload", TENSORS, nth=2,
+        Point("launcher-upload-2", "the launcher alone, with two files uploaded", "train", "move", TENSORS, nth=2,
               target="launcher", processes=2),
-        Point("term-upload-1", "SIGTERM to all while a checkpoint is uploaded", "train", "upload", TENSORS,
+        Point("term-upload-1", "SIGTERM to all while a checkpoint is uploaded", "train", "move", TENSORS,
               action="term", processes=2),
     ]  # fmt: skip
 
@@ -185,7 +185,7 @@ def _batch() -> list[Point]:
 def _shared() -> list[Point]:
     return [
         Point("shared-pack-claim", "a piece is claimed, nothing made", "shared-pack", "create", CLAIM, machines=2),
-        Point("shared-pack-upload", "a shard is uploaded, it has no record", "shared-pack", "upload", SHARD,
+        Point("shared-pack-upload", "a shard is uploaded, it has no record", "shared-pack", "move", SHARD,
               machines=3),
         Point("shared-pack-record", "a piece has its record, its claim is not released", "shared-pack", "create",
               RECORD, machines=2),

@@ -89,10 +89,10 @@ class _Nowhere:
     def retry(self, work: Any) -> Any:
         """Does nothing."""
 
-    def upload(self, path: Any, key: str) -> None:
+    def move(self, path: Any, key: str) -> None:
         """Keeps nothing."""
 
-    create = upload
+    create = move
 
 
 @_mutation("the lease is confirmed neither before a commit nor before a deletion", "train", "train-here")

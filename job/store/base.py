@@ -161,6 +161,11 @@ class Store(abc.ABC):
         with os_errors(path), path.open("rb") as file:
             self._created(key, file)
 
+    def move(self, path: Path, key: str) -> None:
+        """Uploads a finished local file and deletes it; one on the disk of a local bucket becomes the object itself."""
+        self.upload(path, key)
+        path.unlink()
+
     def download(self, key: str, path: Path) -> str:
         """Copies an object to a local file, which is whole or absent, and returns the SHA-256 of what arrived.
 

@@ -75,7 +75,7 @@ def temporary_beside(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
         temporary = folder / f"{_TEMPORARY}{secrets.token_hex(8)}"
         # A process that deletes the last file of a folder removes the folder too, at any time.
         with suppress(FileNotFoundError):
-            _make_folder(folder)
+            make_folder(folder)
             temporary.touch(exist_ok=False)
         if (descriptor := _locked_descriptor(temporary)) is not None:
             break
@@ -110,9 +110,9 @@ def folder_lock(folder: Path) -> Iterator[None]:
         raise BucketAwayError(f"{path} was locked for {LOCK_SECONDS:g} s: end what `fuser {path}` names") from None
 
 
-def sync_folder(folder: Path) -> None:
-    """Writes a folder's names to the disk, so that a crash cannot undo a link or a rename."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Writes a file to the disk, or the names of a folder, so that a crash cannot undo a link or a rename."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -189,10 +189,10 @@ def _opened(path: Path) -> int:
     return os.open(path, mode | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Makes a folder and its parents, such that their names survive a power failure."""
     if not folder.exists():
-        _make_folder(folder.parent)
+        make_folder(folder.parent)
         with suppress(FileExistsError):
             folder.mkdir()
-        sync_folder(folder.parent)
+        sync(folder.parent)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from job.exits import BadDataError, BadRequestError, BucketAwayError, MissingInputError
-from job.store.base import Entry, ObjectMissingError, Store, is_key
-from job.store.files import COPY_BYTES, folder_lock, os_errors, sweep_temporaries, sync_folder, temporary_beside
+from job.store.base import Entry, ObjectMissingError, Store, is_key, validated_new_key
+from job.store.files import COPY_BYTES, folder_lock, make_folder, os_errors, sweep_temporaries, sync, temporary_beside
 from job.store.retry import Retry
 
 
@@ -45,6 +45,24 @@ class LocalStore(Store):
                     if folder != str(self._root):
                         Path(folder).rmdir()
 
+    def move(self, path: Path, key: str) -> None:
+        """Makes the file the object itself, without a copy, if it lies on the same disk; else uploads it."""
+        if self._attempt(self._linked, validated_new_key(key), path):
+            path.unlink()
+        else:
+            super().move(path, key)
+
+    def _linked(self, key: str, path: Path) -> bool:
+        target = self._path(key)
+        sync(path)
+        # Another disk, one without links, an object that is there, or a folder that another process just removed.
+        with suppress(OSError):
+            make_folder(target.parent)
+            target.hardlink_to(path)
+            sync(target.parent)
+            return True
+        return False
+
     def _fetch(self, key: str, consume: Callable[[bytes], object]) -> str:
         # An object's file is never modified, so the bytes and the version belong together.
         with self._open(key) as file:
@@ -74,12 +92,12 @@ class LocalStore(Store):
             with suppress(FileExistsError, ObjectMissingError):
                 if over == "":
                     path.hardlink_to(temporary)
-                    sync_folder(path.parent)
+                    sync(path.parent)
                     return version
                 with folder_lock(path.parent):
                     if over is None or self._read(key).version == over:
                         temporary.replace(path)
-                        sync_folder(path.parent)
+                        sync(path.parent)
                         return version
             if path.exists() and not path.is_file():
                 raise BadDataError(f"{path} is a folder or a pipe, where an object belongs: move it away")

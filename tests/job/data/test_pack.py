@@ -254,7 +254,7 @@ def test_packing_resumes_before_any_write(tmp_path):
             return lambda *arguments: interrupted() if next(writes) == number else original(*arguments)
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            for method in ("create", "upload", "put", "delete"):
+            for method in ("create", "move", "put", "delete"):
                 patch.setattr(LocalStore, method, dying(getattr(LocalStore, method)))
             packed(bucket, source, **few)
         assert (bucket / KEY / "index.json").exists() == (number > 12)

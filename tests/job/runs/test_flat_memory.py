@@ -1,4 +1,4 @@
-"""A run that lasts needs no more memory, files or threads than one that just began: 3,200 steps, 160 checkpoints."""
+"""A run that lasts needs no more memory, files or threads than one that just began: 4,000 steps, 200 checkpoints."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, environment, settings, succeeded
 from tests.job.some_images import encoded, folder_of, picture
 
-IMAGES, BATCH, EPOCHS = 80, 4, 160
+IMAGES, BATCH, EPOCHS = 80, 4, 200
 STEPS = EPOCHS * IMAGES // BATCH
-WARM, LAST = range(57, 65), range(152, 160)
+WARM, LAST = range(97, 105), range(192, 200)
 """Epochs that are compared: before the first, the allocator grows to what a step, a checkpoint and a picture need."""
 GROWTH_BYTES = 6 << 20
 """Less than 70 kB for each checkpoint between them; a heap that grows and is trimmed takes half of it."""

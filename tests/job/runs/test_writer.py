@@ -31,7 +31,7 @@ from tests.job.runs.leased import committed_images, leased, live_tensors, save, 
 
 
 class Watched(LocalStore):
-    """A folder that keeps what happens to it in order; `hooks` are called before uploads and deletes."""
+    """A folder that keeps what happens to it in order; `hooks` are called before files are moved in and deleted."""
 
     def __init__(self, root: Path) -> None:
         root.mkdir()
@@ -44,9 +44,9 @@ class Watched(LocalStore):
         self.events.append(f"create {key}")
         return super().create(key, data)
 
-    def upload(self, path: Path, key: str) -> None:
-        self.hooks.get("upload", str)(key)
-        super().upload(path, key)
+    def move(self, path: Path, key: str) -> None:
+        self.hooks.get("move", str)(key)
+        super().move(path, key)
 
     def delete(self, key: str) -> None:
         self.hooks.get("delete", str)(key)
@@ -77,7 +77,7 @@ def test_checkpoints_hold_the_values_then(run, monkeypatch):
 
 
 def test_a_failed_save_is_raised_later(run):
-    run.hooks["upload"] = Mock(side_effect=BadDataError("the disk ate it"))
+    run.hooks["move"] = Mock(side_effect=BadDataError("the disk ate it"))
     writer = writer_of(leased(run), live_tensors(), notes=[])
     writer.save(80, [])
     eventually(lambda: writer.troubled)
@@ -152,7 +152,7 @@ def scalars(data: bytes) -> Iterator[tuple[int, str, float]]:
 @pytest.mark.parametrize("changes", [{"checkpoint__keep_epochs": (1,)}, {"ema__stds": 0.1, "ema__snapshot_epochs": 1}])
 def test_the_newest_replaces_queued_checkpoints(run, changes):
     go_on = threading.Event()
-    run.hooks["upload"] = lambda key: go_on.wait(30)
+    run.hooks["move"] = lambda key: go_on.wait(30)
     writer = writer_of(leased(run, **changes), live_tensors())
     writer.save(24, [])
     eventually(lambda: writer._committing and not writer._reading_host)

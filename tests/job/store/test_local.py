@@ -232,6 +232,19 @@ def test_temporaries_of_dead_writers_are_swept(store: Store, bucket: Path) -> No
     assert store.read("a/b/key").data == b"whole"
 
 
+def test_files_become_objects_without_a_copy(store: Store, bucket: Path, small_disk: Path, tmp_path: Path) -> None:
+    here, elsewhere = tmp_path / "here", small_disk / "elsewhere"
+    for file in (here, elsewhere):
+        file.write_bytes(b"whole")
+    inode = here.stat().st_ino
+    store.move(here, "a/new/folder/here")
+    store.move(elsewhere, "a/new/folder/elsewhere")
+    assert (bucket / "a/new/folder/here").stat().st_ino == inode
+    assert (bucket / "a/new/folder/elsewhere").read_bytes() == b"whole"
+    assert names_in(bucket / "a/new/folder") == ["elsewhere", "here"]
+    assert not here.exists() and not elsewhere.exists()
+
+
 def test_full_disk(small_disk: Path, gcs_bucket: str, tmp_path: Path) -> None:
     large = tmp_path / "large"
     large.write_bytes(os.urandom(3 << 20))

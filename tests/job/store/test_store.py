@@ -111,6 +111,12 @@ def test_writes_are_read_and_conflicts_noticed(store: Store, tmp_path: Path) -> 
             store.upload(path, f"{size_bytes}")
         assert store.read(f"{size_bytes}").data == b"a" * size_bytes
     assert keys(store) == ["0", "1", "70000"]
+    with pytest.raises(ObjectExistsError, match="other content"):
+        store.move(path, "1")
+    assert path.exists()
+    store.move(path, "moved")
+    assert store.read("moved").data == b"b" * 70_000
+    assert not path.exists()
 
 
 def test_large_files_are_transferred_and_read(store: Store, large_file: Path, tmp_path: Path) -> None:
