@@ -7,12 +7,16 @@ their attempt, and the next attempt logs them again.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,9 +28,6 @@ from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef, ObjectKind, located
 from job.sealed import NamedObject
 from job.store import Store
 from job.store.files import scratch_folder
-
-if TYPE_CHECKING:
-    from tensorboardX import SummaryWriter
 
 Row = dict[str, Any]
 
@@ -59,41 +60,50 @@ def metric_objects(rows: list[Row], ref: CheckpointRef, config: RunConfig | None
         config: of the run, with its first rows only; TensorBoard shows its values as hyper-parameters.
     """
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-    def write(writer: SummaryWriter) -> None:
-        if config is not None:
-            from tensorboardX.summary import hparams
-
-            values = {key: value for key, value in config.flat().items() if value is not None}
-            plain = {key: str(value) if isinstance(value, list) else value for key, value in values.items()}
-            for summary in hparams(plain, {"loss": 0.0}):
-                writer.file_writer.add_summary(summary)
-        for row in rows:
-            for name, value in row.items():
-                if name not in ("images_seen", "time") and value is not None:
-                    writer.add_scalar(name, value, row["images_seen"], walltime=row["time"])
-
-    return {ObjectKind.METRICS.key(checkpoint=ref): lines, ObjectKind.EVENTS.key(checkpoint=ref): _events(write)}
+    summary = _tensorboardx().summary
+    found = [summary.hparams(_plain(config), {"loss": 0.0})] if config is not None else []
+    events = [_event(one, 0, time.time()) for one in itertools.chain(*found)]
+    for row in rows:
+        named = [(name, value) for name, value in row.items() if name not in ("images_seen", "time")]
+        values = [summary.scalar(name, value).value[0] for name, value in named if value is not None]
+        events.append(_event(summary.Summary(value=values), row["images_seen"], row["time"]))
+    return {ObjectKind.METRICS.key(checkpoint=ref): lines, ObjectKind.EVENTS.key(checkpoint=ref): _file_of(events)}
 
 
 def grid_events(png: bytes, images_seen: int) -> bytes:
     """Returns a sample grid as TensorBoard events."""
     with Image.open(BytesIO(png)) as picture:
         pixels = np.asarray(picture.convert("RGB"))
-    return _events(lambda writer: writer.add_image("samples", pixels, images_seen, dataformats="HWC"))
+    grid = _tensorboardx().summary.image("samples", pixels, dataformats="HWC")
+    return _file_of([_event(grid, images_seen, time.time())])
 
 
-def _events(write: Callable[[SummaryWriter], None]) -> bytes:
-    # The file is written locally, because an event writer on a bucket overwrites its file at each flush. For buckets it
-    # would import two libraries, which takes as long as several steps of a small network.
-    with _without_modules("boto3", "google.cloud.storage"):
-        from tensorboardX import SummaryWriter
+def _plain(config: RunConfig) -> Row:
+    return {key: str(value) if isinstance(value, list) else value for key, value in config.flat().items()}
 
+
+def _event(summary: Any, images_seen: int, wall_time: float) -> Any:
+    return _tensorboardx().proto.event_pb2.Event(summary=summary, step=images_seen, wall_time=wall_time)
+
+
+def _file_of(events: Iterable[Any]) -> bytes:
+    # Not a SummaryWriter: it starts a thread for each file, and training would wait for it.
     with scratch_folder("events") as folder:
-        with SummaryWriter(str(folder)) as writer:
-            write(writer)
+        writer = _tensorboardx().event_file_writer.EventsWriter(str(folder / "events"))
+        for event in events:
+            writer.write_event(event)
+        writer.close()
         (path,) = folder.iterdir()
         return path.read_bytes()
+
+
+@cache
+def _tensorboardx() -> ModuleType:
+    # For buckets it would import two libraries, which takes as long as several steps of a small network.
+    with _without_modules("boto3", "google.cloud.storage"):
+        import tensorboardX.event_file_writer
+        import tensorboardX.summary
+    return tensorboardX
 
 
 @contextmanager
