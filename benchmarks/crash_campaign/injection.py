@@ -230,9 +230,12 @@ class Watched:
         opened = module.opened
 
         @contextmanager
-        def watched(run: Any, ref: Any, *args: Any, into: Any = None) -> Iterator[Any]:
-            with opened(run, ref, *args, into=into) as restored:
-                if into is not None:
+        def watched(
+            run: Any, ref: Any, *args: Any, into: Any = None, may_differ: tuple[str, ...] = ()
+        ) -> Iterator[Any]:
+            with opened(run, ref, *args, into=into, may_differ=may_differ) as restored:
+                # The weights of a parent, which may differ, are no state to go on from.
+                if into is not None and not may_differ:
                     self._trace("restored", ref=[ref.fence, ref.images_seen])
                 yield restored
 

@@ -344,7 +344,7 @@ def simulated() -> Iterator[None]:
         patches.append(patch.object(sealed, "_bytes", lambda document: _indented(json.dumps(document))))
         patches.append(patch.object(Sealed, "from_json", classmethod(_parsed)))
         # TensorBoard's writer starts processes and threads; no protocol needs them.
-        patches.append(patch.object(metric_rows, "_events", lambda write: b"events"))
+        patches.append(patch.object(metric_rows, "_file_of", lambda events: b"events"))
         patches.append(patch.object(ProcessIdentity, "of_this_process", lambda: _identity_of(world().process)))
         for each in patches:
             each.start()
