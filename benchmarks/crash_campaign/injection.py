@@ -234,7 +234,7 @@ class Watched:
             run: Any, ref: Any, *args: Any, into: Any = None, may_differ: tuple[str, ...] = ()
         ) -> Iterator[Any]:
             with opened(run, ref, *args, into=into, may_differ=may_differ) as restored:
-                # The weights of a parent, which may differ, are no state to go on from.
+                # An attempt does not go on from the weights of a parent, which may differ.
                 if into is not None and not may_differ:
                     self._trace("restored", ref=[ref.fence, ref.images_seen])
                 yield restored

@@ -343,7 +343,7 @@ def simulated() -> Iterator[None]:
         # Pure functions, whose results repeat from world to world.
         patches.append(patch.object(sealed, "_bytes", lambda document: _indented(json.dumps(document))))
         patches.append(patch.object(Sealed, "from_json", classmethod(_parsed)))
-        # TensorBoard's writer starts processes and threads; no protocol needs them.
+        # TensorBoard's events go through a local file, which takes time; no protocol needs them.
         patches.append(patch.object(metric_rows, "_file_of", lambda events: b"events"))
         patches.append(patch.object(ProcessIdentity, "of_this_process", lambda: _identity_of(world().process)))
         for each in patches:

@@ -7,7 +7,6 @@ their attempt, and the next attempt logs them again.
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 import time
@@ -61,8 +60,8 @@ def metric_objects(rows: list[Row], ref: CheckpointRef, config: RunConfig | None
     """
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     summary = _tensorboardx().summary
-    found = [summary.hparams(_plain(config), {"loss": 0.0})] if config is not None else []
-    events = [_event(one, 0, time.time()) for one in itertools.chain(*found)]
+    about = summary.hparams(_plain(config), {"loss": 0.0}) if config is not None else ()
+    events = [_event(one, 0, time.time()) for one in about]
     for row in rows:
         named = [(name, value) for name, value in row.items() if name not in ("images_seen", "time")]
         values = [summary.scalar(name, value).value[0] for name, value in named if value is not None]
