@@ -14,7 +14,7 @@ import signal
 import sys
 
 from job.exits import CRASHED, BadRequestError
-from job.stop import connect_heartbeat, count_of
+from job.stop import STOP_SIGNALS, connect_heartbeat, count_of
 
 LAUNCHED = "DDPM_LAUNCHED"
 """The variable that holds the launcher's process id, in the ranks it started."""
@@ -66,7 +66,7 @@ def attach() -> None:
         raise BadRequestError(f"the launcher of this process is gone: unset {LAUNCHED} to run without one")
     # Until `Stop` handles it, Ctrl-C must end this process without a traceback, as SIGTERM does.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     connect_heartbeat()
     global _gate

@@ -163,13 +163,14 @@ class _Launch:
 
     def start(self, command: Sequence[str]) -> None:
         """Starts the ranks, which wait at the gate."""
-        # Ranks inherit that it is blocked, until `attach`: Ctrl-C would end a starting interpreter with a traceback.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # A signal between a rank's start and its entry in the list would leave it behind. Ranks inherit the mask, until
+        # `attach`: Ctrl-C would end a starting interpreter with a traceback.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             for number in range(self._group.processes):
                 self._start(command, number)
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def end(self) -> None:
         """Kills the ranks that are left."""
