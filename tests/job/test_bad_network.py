@@ -102,7 +102,9 @@ def test_failing_requests_change_no_result(
     proxy.rate = 0.0
     run = patient(remote_bucket).sub("runs/walk")
     assert learnt(run) == learnt(quiet)
-    assert [ref.images_seen for ref in list_checkpoints(run)] == [ref.images_seen for ref in list_checkpoints(quiet)]
+    saved, quietly = ({ref.images_seen for ref in list_checkpoints(where)} for where in (run, quiet))
+    # One that is due while the writer still retries gives way to the next, unless it is kept for good.
+    assert {600, 1200} <= saved <= quietly
     assert len(pictures) == 3
     assert {entry.key for entry in quiet.list("samples")} <= {entry.key for entry in run.list("samples")}
     assert set(proxy.injected) == set(Fault)
