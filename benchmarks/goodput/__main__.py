@@ -39,7 +39,7 @@ GOALS = {60.0: 92, 3600.0: 99.5}
 """Of ours, in %, by the mean seconds between kills."""
 RARE_SECONDS = (600.0, 3600.0)
 CURVE_SECONDS = tuple(10 * 2 ** (i / 4) for i in range(43))
-TINY = ("model.channels=8", "model.norm_groups=4", "checkpoint.every_minutes=0.02")
+TINY = ("model.channels=8", "model.norm_groups=4", "checkpoint.every_minutes=0.05")
 PATIENCE_SECONDS = 200.0
 PEER_SAVES, PEER_SAVES_SECONDS = 10, 1.0
 """The saves of a peer while their cost is measured, and the time between them."""
@@ -59,8 +59,9 @@ class Measurement:
         self._measure_costs()
         for mean_seconds, kills in self._options.kills:
             # However busy the machine is, a quick trial has something to account for.
-            least = 2 * self.costs.restart_seconds if self._options.quick else 0.0
-            self.figures.append(self._window(max(mean_seconds, least), kills))
+            while self._options.quick and not self.costs.kept_images(mean_seconds / 2, self.interval(mean_seconds)):
+                mean_seconds *= 1.5
+            self.figures.append(self._window(mean_seconds, kills))
         for seconds in RARE_SECONDS:
             expected = self.expected(gaps(seconds, 101))
             self.figures.append(self._figure(seconds, expected, "by the model", {"is_measured": False}))
@@ -225,7 +226,6 @@ def _options() -> argparse.Namespace:
     if unknown := set(options.only) - LABELS.keys():
         parser.error(f"unknown system {min(unknown)!r}: use {', '.join(LABELS)}")
     if options.quick:
-        # So long that beside other work, too, each start comes to its first step.
         options.kills, options.set = "15x2", [*TINY, *options.set]
         # Threads of several systems would wait for each other.
         os.environ["OMP_NUM_THREADS"] = "1"
