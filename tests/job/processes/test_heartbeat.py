@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import re
 import signal
-import threading
+import subprocess
+import sys
+import textwrap
 import time
 
 import pytest
 
 from job import stop as stop_module
-from job.stop import HEARTBEATS, Heartbeats, Stop, beat, connect_heartbeat
+from job.stop import HEARTBEATS, Heartbeats, beat, connect_heartbeat
+from tests.job.command_line import environment
 from tests.job.launching import children, ended, is_gone, ready_pids, start
 
 
@@ -39,16 +42,25 @@ def test_silence_counts_per_rank(connected, monkeypatch):
     assert connected.silent_seconds() == [0, 0]
 
 
-def test_only_the_main_thread_beats(connected):
+def test_only_the_main_thread_beats():
+    # Not in this process, in which threads of other tests may still beat.
+    program = """
+    import os, threading, time
+    from job.stop import HEARTBEATS, Heartbeats, Stop, connect_heartbeat
+    heartbeats = Heartbeats(2)
+    os.environ[HEARTBEATS] = f"{os.dup(heartbeats.descriptor)}:1"
+    connect_heartbeat()
     stop = Stop()
     time.sleep(0.1)
     thread = threading.Thread(target=stop)
     thread.start()
     thread.join()
-    silent = connected.silent_seconds()[1]
-    assert silent >= 0.1
+    silent = heartbeats.silent_seconds()[1]
+    assert silent >= 0.1, silent
     stop()
-    assert connected.silent_seconds()[1] < silent
+    assert heartbeats.silent_seconds()[1] < silent
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=environment(), check=True)
 
 
 def test_a_hung_job_shows_its_stacks(tmp_path):
