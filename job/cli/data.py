@@ -34,7 +34,7 @@ Classes = Annotated[
     bool | None,
     typer.Option(
         "--classes/--no-classes",
-        help="Default: the labels of the source, else folders, unless their names are numbers or splits.",
+        help="Default: the labels of the source, else folders, unless they are splits or numbers such as 007.",
     ),
 ]
 Labels = Annotated[
@@ -63,7 +63,15 @@ Split = Annotated[
     typer.Option(
         "--split",
         metavar="NAME",
-        help="Pack one split of SOURCE: train, test or val. Default: all of folders and archives; of others train.",
+        help="Pack one split of SOURCE, train, test or val, or all of them. Default: train, if there are several.",
+    ),
+]
+Unlabelled = Annotated[
+    str,
+    typer.Option(
+        "--unlabelled",
+        metavar="drop|refuse",
+        help="What to do if some images have a label and others have none: leave these out, or exit with 65.",
     ),
 ]
 HoldOut = Annotated[
@@ -86,6 +94,7 @@ def data_pack(
     max_bad: MaxBad = 100,
     min_side: MinSide = None,
     split: Split = "",
+    unlabelled: Unlabelled = "refuse",
     hold_out: HoldOut = "",
     slice_: SliceOption = "",
     stop_after: StopAfter = "",
@@ -127,6 +136,7 @@ def data_pack(
         max_bad=max_bad,
         min_side=min_side,
         split=split,
+        unlabelled=unlabelled,
         hold_out=hold_out,
         slice=slice_,
     )
@@ -143,6 +153,7 @@ def data_index(
     channels: Channels = None,
     classes: Classes = None,
     labels: LabelKey = "",
+    unlabelled: Unlabelled = "refuse",
     licence: Licence = "",
     max_bad: MaxBad = 100,
     min_side: MinSide = None,
@@ -173,6 +184,7 @@ def data_index(
         channels=channels,
         classes=classes,
         labels=labels,
+        unlabelled=unlabelled,
         licence=licence,
         max_bad=max_bad,
         min_side=min_side,
@@ -220,6 +232,7 @@ def data_ensure(
     classes: Classes = None,
     labels: Labels = "",
     split: Split = "",
+    unlabelled: Unlabelled = "refuse",
     on: Annotated[str, typer.Option("--on", metavar="TARGET", help="Use this target's bucket, if it has one.")] = "",
     targets: Targets = None,
     bucket: Annotated[
@@ -236,7 +249,7 @@ def data_ensure(
     from job.data.pack_request import PackRequest
     from job.jobs.targets import bucket_on
 
-    request = PackRequest(source, name, size, classes=classes, labels=labels, split=split)
+    request = PackRequest(source, name, size, classes=classes, labels=labels, split=split, unlabelled=unlabelled)
     ensure_command(request, bucket or bucket_on(on or "local", targets), on)
 
 

@@ -18,10 +18,10 @@ from itertools import groupby, islice
 from braceexpand import braceexpand
 
 from job.data.archives import tar_members
-from job.data.labels import sidecar_label, sidecars
-from job.data.members import SUFFIXES, Member, is_hidden, refusing
+from job.data.labels import SAMPLE_KEY, sidecar_label, sidecars
+from job.data.members import SUFFIXES, Member, RefusedError, is_hidden, refusing
 from job.data.shards import Digests, is_tar_uri
-from job.data.source import SAMPLE_KEY, Source
+from job.data.source import Source
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import printable
 from job.store import Retry, Store, open_to_read, split_uri, without_queries
@@ -29,7 +29,6 @@ from job.store import Retry, Store, open_to_read, split_uri, without_queries
 MOST_TARS = 1_000_000
 """The number of tars that a pattern of six digits can count; the index names each, and is held in memory."""
 
-BAD_CLASS = -2
 _CLASS = re.compile(r"\d{1,5}")
 
 
@@ -40,7 +39,7 @@ class Sample:
     Attributes:
         name: name of its file.
         content: its encoded bytes.
-        label: its class; -1 without one, `BAD_CLASS` if its label is not a valid number.
+        label: its class; -1 without one.
         offset: position of the content in a tar that stays in place.
     """
 
@@ -63,19 +62,19 @@ class ForeignTar:
         """Returns the absolute URI, which is the same for all spellings."""
         return self.store.uri_of(self.key)
 
-    def samples(self, digests: Digests | None = None, label_key: str = "") -> Iterator[Sample]:
+    def samples(self, digests: Digests, label_key: str | None = "") -> Iterator[Sample]:
         """Yields all samples that have an image, in order, and updates `digests` with every byte of the tar.
 
-        `label_key` is that of the labels in `.json` files; see `sidecar_label`.
+        `label_key` is that of the labels in `.json` files, None for no labels; see `sidecar_label`.
 
         Raises:
             BadDataError: the tar is unsafe, truncated, damaged or compressed, or a sample has several possible images;
                 the message names the entry.
         """
-        tar = split_uri(self.key)[1]
+        tar, suffixes = split_uri(self.key)[1], sidecars(label_key)
         for _, files in groupby(self._files(digests), key=lambda file: file[0]):
             image: Sample | None = None
-            label, plain_names, is_numbered, names = -1, 0, False, list[str]()
+            labels, plain_names, is_numbered, names = dict[str, str](), 0, False, list[str]()
             for _, suffix, member in files:
                 is_plain = f".{suffix}" in SUFFIXES
                 with refusing(f"{self.uri}: entry {member.name!r}"):
@@ -86,20 +85,22 @@ class ForeignTar:
                         if image is None or (is_plain and not plain_names):
                             image = Sample(f"{tar}/{member.name}", member.read(), offset=member.offset)
                         plain_names += is_plain
-                    elif f".{suffix}" in sidecars(label_key) and label == -1:
-                        said = sidecar_label(suffix, member.read(), label_key)
-                        if said or suffix == "cls":
-                            label = int(said) if _CLASS.fullmatch(said) else BAD_CLASS
+                    elif f".{suffix}" in suffixes:
+                        labels[suffix] = said = sidecar_label(suffix, member.read(), label_key or "")
+                        if said and not _CLASS.fullmatch(said):
+                            said = f"has the label {said!r}, and no number up to 99999"
+                            raise RefusedError(f"{said}: `ddpm data pack` takes names, --no-classes no labels")
             # `photo.1.jpg` belongs to another image than `photo.jpg`.
             if len(names) > 1 and (is_numbered or plain_names != 1):
                 raise BadDataError(
                     f"{self.uri}: {names[0]!r} and {names[1]!r} would be one sample, for its key ends at the first dot "
                     "of a name, and one image would be lost: rename them, or pack the tar with `ddpm data pack`"
                 )
+            label = next(filter(None, map(labels.get, ("cls", "json"))), "-1")
             if image is not None:
-                yield replace(image, label=label)
+                yield replace(image, label=int(label))
 
-    def _files(self, digests: Digests | None) -> Iterator[tuple[str, str, Member]]:
+    def _files(self, digests: Digests) -> Iterator[tuple[str, str, Member]]:
         """Yields the key and suffix of each file of a sample, and the file."""
         for member in Source(self.uri, partial(tar_members, partial(self.store.open, self.key), digests)).members():
             if not is_hidden(member.name) and (match := SAMPLE_KEY.fullmatch(member.name)):

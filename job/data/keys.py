@@ -13,9 +13,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from job.data.labels import SAMPLE_KEY
 from job.data.order import Int64s
 from job.data.shard_source import ShardSource
-from job.data.source import SAMPLE_KEY
 from job.exits import BadDataError, MissingInputError, did_you_mean
 from job.progress import Progress, printable
 

@@ -1,7 +1,8 @@
-"""The labels of images: in a file beside each image, in a table of the source, or in a table that a person names.
+"""The labels of images, by one rule for every format and every table.
 
-A label is the name of a class, as text; an image without a class has an empty one. A format's sign for "no class",
-such as -1 or null, is an empty label as well.
+A label is the name of a class, as text; an image without a class has an empty one. `label_of` says what a value of a
+format stands for, `with_sidecars` which file beside an image labels it, and `LabelTable` which row of a table does. A
+value, a file or a row that could mean two things is refused: a label is never guessed.
 """
 
 from __future__ import annotations
@@ -9,107 +10,334 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import PurePosixPath
 from typing import Any
 
 from job.data import members
-from job.data.members import RefusedError
+from job.data.members import Member, RefusedError, refused
 from job.exits import BadRequestError, MissingInputError
 from job.progress import printable, some_of
 from job.store import Retry, is_remote, open_store, open_to_read, split_uri
 
 LABEL_KEYS = ("label", "cls", "class")
-"""The names under which formats keep a label; the first one that is there counts."""
-
-SIDECARS = (".cls", ".json")
-"""The files beside an image in a WebDataset tar that may hold its label."""
+"""The names under which formats keep a label."""
 
 MOST_CLASSES = 100_000
 """Largest number of different labels that are classes."""
 
+SAMPLE_KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
+"""The key of a WebDataset sample, the path up to the first dot of the file's name, and the rest of the name."""
+
+_SIDECARS = (".cls", ".json")
 _LONGEST = 100
-_NAME_COLUMNS = (
-    *("file_name", "filename", "file", "image_name", "image_id", "image", "img"),
-    *("id", "path", "filepath", "key", "name"),
-)
-"""Usual columns of file names, of Hugging Face and of Kaggle's competitions."""
+_PAIR = ("file", "label")
+_DECIMALS = re.compile(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def label_of(value: object) -> str:
-    """Returns the class that a value of a format stands for."""
+    """Returns the class that a value of a format stands for; empty for none: null, NaN, blank or a negative number.
+
+    Raises:
+        RefusedError: it stands for no class: a number that is not whole, several values, or a long text.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, int | str):
-        return ""
+    if not isinstance(value, int | float | str):
+        raise RefusedError("has several values of its label, and not one class: use --no-classes")
+    text = str(value).strip()
     # pandas writes 3.0 into a column that lacks some numbers.
-    text = re.sub(r"\A(-?\d+)\.0\Z", r"\1", printable(str(value).strip()))
-    return "" if re.fullmatch(r"-\d+", text) or len(text) > _LONGEST else text
+    if isinstance(value, float) or _DECIMALS.fullmatch(text):
+        if not float(text).is_integer():
+            raise RefusedError(f"has the label {text:.40}, which is not a whole number: use --no-classes")
+        text = str(int(float(text)))
+    if len(text) > _LONGEST:
+        raise RefusedError(f"has a label of {len(text):,} characters, which names no class: use --no-classes")
+    return "" if re.fullmatch(r"-\d+", text) else printable(text)
+
+
+def class_names(names: Sequence[object]) -> tuple[str, ...]:
+    """Returns the names of a format's classes in the order of their numbers; a blank name becomes its number.
+
+    Raises:
+        RefusedError: two classes have one name, or there are more than `MOST_CLASSES`.
+    """
+    if len(names) > MOST_CLASSES:
+        raise RefusedError(f"has {len(names):,} classes, more than {MOST_CLASSES:,}: use --no-classes")
+    classes = tuple(printable(str(name).strip())[:_LONGEST] or str(number) for number, name in enumerate(names))
+    if len(set(classes)) < len(classes):
+        raise RefusedError("has two classes of one name: rename one, or use --no-classes")
+    return classes
+
+
+def label_among(classes: Sequence[str], value: object) -> str:
+    """Returns the class that a value stands for, where a format lists its classes: by number, or by name as text.
+
+    Raises:
+        RefusedError: no class has this number or name.
+    """
+    label = label_of(value)
+    if not classes or not label or (isinstance(value, str) and label in classes):
+        return label
+    if isinstance(value, str) or not label.isdecimal() or int(label) >= len(classes):
+        raise RefusedError(f"has the label {label}, and {len(classes):,} classes: get it again")
+    return classes[int(label)]
+
+
+def text_of(content: bytes) -> str:
+    """Returns a text in UTF-8, without a byte order mark; raises `RefusedError` for another encoding."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise RefusedError("is no text in UTF-8: save it in that encoding") from None
+
+
+def json_of(text: str) -> Any:
+    """Returns the content of a JSON document.
+
+    Raises:
+        RefusedError: an object has a key twice, or is nested too deeply.
+        ValueError: it is no JSON.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_without_repetition)
+    except RecursionError:
+        raise RefusedError("has too many brackets in brackets: get it again") from None
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        seen = set[str]()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise RefusedError(f"has the key {twice!r:.80} twice: leave one of them")
+    return found
 
 
 def sidecars(column: str | None) -> tuple[str, ...]:
     """Returns the suffixes of the files that may hold a label; a person who names a key means that of a `.json`."""
-    return () if column is None else SIDECARS[1:] if column else SIDECARS
+    return () if column is None else _SIDECARS[1:] if column else _SIDECARS
 
 
 def sidecar_label(suffix: str, content: bytes, key: str = "") -> str:
-    """Returns the label in a `.cls` or `.json` file of a WebDataset sample.
+    """Returns the label in a `.cls` or `.json` file of a WebDataset sample; empty without one.
 
     Args:
         suffix: cls or json.
         content: the file.
-        key: of the label in a `.json`; empty for the first of `LABEL_KEYS`.
+        key: of the label in a `.json`; empty for the one of `LABEL_KEYS` that it has.
+
+    Raises:
+        RefusedError: it has several labels, or one that stands for no class.
+        ValueError: it is no JSON.
     """
-    if suffix == "cls":
-        return label_of(content.decode(errors="replace"))
-    try:
-        found = json.loads(content)
-    # Too many brackets are a RecursionError.
-    except (ValueError, RecursionError):
-        return ""
-    keys = (key,) if key else LABEL_KEYS
-    return label_of(next((found[name] for name in keys if name in found), None)) if isinstance(found, dict) else ""
+    found = text_of(content) if suffix == "cls" else json_of(text_of(content))
+    if suffix == "cls" or not isinstance(found, dict):
+        return label_of(found) if suffix == "cls" else ""
+    keys = [key] if key else [name for name in LABEL_KEYS if name in found]
+    if len(keys) > 1:
+        raise RefusedError(f"has several labels, {some_of(keys)}: choose one, such as --labels :{keys[0]}")
+    return label_of(found.get(keys[0])) if keys else ""
+
+
+def with_sidecars(
+    where: str, listed: Callable[[], Iterator[Member]], suffixes: tuple[str, ...], key: str
+) -> Iterator[Member]:
+    """Yields the files of a source with the labels that lie beside them: `a/1.cls` labels `a/1.png` and no other image.
+
+    A `.cls` counts before a `.json`. As in WebDataset, the files of an image are adjacent.
+
+    Args:
+        where: the source, for messages.
+        listed: yields its files in order.
+        suffixes: of the files that may hold labels; see `sidecars`. They are not yielded.
+        key: see `sidecar_label`.
+
+    Raises:
+        RefusedError: a `.cls` lies beside no image.
+        BadDataError: a file of a label is damaged, or has several labels or none that stands for a class.
+    """
+    for _, files in groupby(listed(), _sample_key):
+        others, labels = list[Member](), dict[str, tuple[str, str]]()
+        for member in files:
+            stem, _, suffix = member.name.rpartition(".")
+            if f".{suffix}" not in suffixes or members.is_hidden(member.name):
+                others.append(member)
+            elif labels.get(stem, ("", ""))[0] != "cls":
+                with members.refusing(f"{where}: entry {member.name!r}"):
+                    labels[stem] = suffix, sidecar_label(suffix, member.read(), key)
+        for member in others:
+            label = labels.pop(member.name.rpartition(".")[0], ("", ""))[1] if members.is_image(member.name) else ""
+            yield replace(member, label=label)
+        if lost := next((stem for stem, (suffix, _) in labels.items() if suffix == "cls"), None):
+            raise refused(f"{lost}.cls", f"labels no image beside it, which would be {lost}.png or the like")
+
+
+def _sample_key(member: Member) -> str:
+    match = SAMPLE_KEY.fullmatch(member.name)
+    return match[1] if match else member.name
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table as it was read, before a column of names is chosen.
+
+    Attributes:
+        where: the file, for messages.
+        cells: its rows.
+        header: the names of its columns; None if its first row may have them.
+    """
+
+    where: str
+    cells: Sequence[Sequence[object]]
+    header: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
 class LabelTable:
-    """Labels by file name: `img/000001.jpg` finds its own row, or that of `000001.jpg` or `000001`.
+    """The labels of images by name.
+
+    A row belongs to the image whose path in the source it has, with or without the suffix. If all rows have bare names,
+    without folders, the name of the image's file counts instead, which must then be that of one image.
 
     Attributes:
         where: the file, for messages.
         labels: the label of each row by its name.
-        short: the name of the row by the last part of that, where no other row has the same.
-        column: the name of the column of labels, if it has one.
+        column: the name of the column of labels.
     """
 
     where: str
     labels: dict[str, str]
-    short: dict[str, str]
-    column: str = ""
+    column: str
+    _is_bare: bool
     _images: dict[str, str] = field(default_factory=dict, repr=False)
 
     def of(self, name: str) -> str:
         """Returns the label of an image; empty if the table has none.
 
         Raises:
-            BadRequestError: another image has the same row.
+            BadRequestError: another image has the same row, or this one has two.
         """
-        parts = members.path_parts(name)
-        tails = ["/".join(parts[start:]) for start in range(len(parts))]
-        keys = (*tails, tails[-1].rpartition(".")[0])
-        row = next((found for key in keys if (found := key if key in self.labels else self.short.get(key))), "")
-        # Kaggle's train/1.png and test/1.png are two images, of which 1.png in the table is the first.
-        if row and (other := self._images.setdefault(row, name)) != name:
-            raise BadRequestError(
-                f"{self.where}: its row {row!r} would label both {other!r} and {name!r}: leave one of them out, "
-                "by packing one folder, or one split by --split"
-            )
-        return self.labels[row] if row else ""
+        rows = [row for row in _names_of(name)[self._is_bare :: 2] if row in self.labels]
+        for row in rows:
+            # Kaggle's train/1.png and test/1.png are two images, of which 1.png in the table is the first.
+            if (other := self._images.setdefault(row, name)) != name:
+                raise BadRequestError(
+                    f"{self.where}: its row {row!r} would label both {other!r} and {name!r}: leave one of them out, "
+                    "by packing one folder, or one split by --split"
+                )
+        if len({self.labels[row] for row in rows}) > 1:
+            raise BadRequestError(f"{self.where}: its rows {some_of(rows)} both label {name!r}: leave one of them out")
+        return self.labels[rows[0]] if rows else ""
+
+
+def labels_of_pairs(where: str, pairs: Sequence[tuple[str, object]]) -> LabelTable:
+    """Returns the labels of a format's pairs of a path and a label. Raises `RefusedError` for a path with two."""
+    return _joined(Rows(where, pairs, _PAIR), _Column(pairs, None, 0), "")
+
+
+def join_labels(table: Rows, images: Iterable[str], column: str = "") -> LabelTable:
+    """Returns the labels of a table, whose column of names is the one that names images.
+
+    Args:
+        table: its rows.
+        images: the paths of all images of the source.
+        column: the name of the column of labels; may be empty if there is one beside that of the names.
+
+    Raises:
+        BadRequestError: no column names images, or several do; or there is no such column of labels, or several and
+            `column` is empty.
+        RefusedError: a name has two labels, or a label stands for no class.
+    """
+    body, first = (table.cells, None) if table.header else (table.cells[1:], table.cells[0])
+    columns = [_Column(body, first, number) for number in range(max(map(len, table.cells)))]
+    example = ""
+    for image in images:
+        example, names = example or image, _names_of(image)
+        for each in columns:
+            each.see(names)
+    named, problem = dict[int, LabelTable](), None
+    for each in columns:
+        if each.names_images or each.is_headless:
+            try:
+                named[each.number] = _joined(table, each, column)
+            except RefusedError as error:
+                # Labels such as 7 are names of images, too; but then several images have one name.
+                problem = error
+    if len(named) == 1:
+        return next(iter(named.values()))
+    if problem and not named:
+        raise problem
+    cells = [str(table.cells[-1][number]) for number in named or range(len(table.cells[-1]))]
+    how = "two columns that name images" if named else "no column that names images"
+    raise BadRequestError(
+        f"{table.where} has {how}, such as {example!r}: its last row has {some_of(cells)}; one column has the path of "
+        "each image in the source, or the name of its file, with or without the suffix"
+    )
+
+
+class _Column:
+    """The cells of a column as names of images."""
+
+    def __init__(self, body: Sequence[Sequence[object]], first: Sequence[object] | None, number: int) -> None:
+        """Takes the rows that are no header, and the first row if it may be one."""
+        self.number, self.names_images, self.is_headless = number, False, False
+        cells = {row[number] for row in body if len(row) > number and isinstance(row[number], Hashable)}
+        self._names = set(map(_row_name, cells)) - {""}
+        self._first = _row_name(first[number]) if first and len(first) > number else ""
+        self.is_bare = not any("/" in name for name in self._names or {self._first})
+
+    def see(self, names: Sequence[str]) -> None:
+        """Compares the names of an image."""
+        own = names[self.is_bare :: 2]
+        self.names_images = self.names_images or not self._names.isdisjoint(own)
+        self.is_headless = self.is_headless or self._first in own
+
+
+def _names_of(name: str) -> tuple[str, str, str, str]:
+    """Returns the path of an image and the name of its file, and both without the suffix."""
+    stem = name.rpartition(".")[0]
+    return name, name.rpartition("/")[2], stem, stem.rpartition("/")[2]
+
+
+def _row_name(cell: object) -> str:
+    """Returns a cell as sources write the paths of images."""
+    parts = members.path_parts("" if cell is None else str(cell))
+    return printable("/".join(part for part in parts if part not in ("", ".")))
+
+
+def _joined(table: Rows, names: _Column, column: str) -> LabelTable:
+    """Returns the labels of a table whose column of names is known."""
+    header, cells = table.header, table.cells
+    if header is None and names.is_headless:
+        header = [f"column {number}" for number in range(1, 1 + max(map(len, cells)))]
+    elif header is None:
+        header, cells = list(map(str, cells[0])), cells[1:]
+    # pandas writes its index into a first column without a name.
+    others = [number for number, name in enumerate(header) if number != names.number and name]
+    if column and column in (header[number] for number in others):
+        chosen = header.index(column)
+    elif not column and len(others) == 1:
+        chosen = others[0]
+    else:
+        said = f"has no column {column!r}, but" if column else "has several columns:"
+        shown = some_of(header[number] for number in others)
+        raise BadRequestError(f"{table.where} {said} {shown}: choose one with --labels {table.where}:COLUMN")
+    pairs = [(row[names.number], row[chosen]) for row in cells if len(row) > max(names.number, chosen)]
+    if {str(value) for _, value in pairs} == {"-1", "1"}:
+        # CelebA says so of attributes.
+        pairs = [(name, header[chosen] if str(value) == "1" else f"not {header[chosen]}") for name, value in pairs]
+    labels = dict[str, str]()
+    for cell, value in pairs:
+        name, label = _row_name(cell), label_of(value)
+        if (other := labels.setdefault(name, label)) != label:
+            raise RefusedError(f"labels {name!r:.80} as {other!r} and as {label!r}: leave one class for each image")
+    return LabelTable(table.where, labels, header[chosen], names.is_bare)
 
 
 def chosen_label(where: str, labels: Sequence[str], column: str, usual: Sequence[str] = LABEL_KEYS) -> str:
@@ -137,17 +365,15 @@ def split_labels(text: str) -> tuple[str, str]:
     return (file, column) if colon and not set("/\\") & set(column) else (text, "")
 
 
-def read_labels(file: str, column: str, retry: Retry | None = None) -> LabelTable:
+def read_labels(file: str, retry: Retry | None = None) -> Rows:
     """Reads a table of labels: .csv, .tsv, .jsonl, .json, or a text with blanks such as CelebA's.
 
     Args:
         file: path or URI.
-        column: the one to take; may be empty if there is no other beside that of the file names.
         retry: how operations on a bucket are repeated.
 
     Raises:
         MissingInputError: the file does not exist.
-        BadRequestError: it has no such column, or several and none is named.
         BadDataError: it is damaged or no table.
     """
     folder, name = split_uri(file) if "/" in file else (".", file)
@@ -160,62 +386,42 @@ def read_labels(file: str, column: str, retry: Retry | None = None) -> LabelTabl
             members.check_size(opened.seek(0, io.SEEK_END))
             opened.seek(0)
             content = opened.read()
-        return table_in(file, content, column)
+        return table_in(file, content)
 
 
-def table_in(where: str, content: bytes, column: str = "") -> LabelTable:
+def table_in(where: str, content: bytes) -> Rows:
     """Returns the table in a file's content; see `read_labels`. Raises `RefusedError` for anything else."""
-    try:
-        text, suffix = content.decode("utf-8-sig"), PurePosixPath(where).suffix.lower()
-    except UnicodeDecodeError:
-        raise RefusedError(
-            "does not hold a table of file names and labels in UTF-8: save it in that encoding"
-        ) from None
+    text, suffix = text_of(content), PurePosixPath(where).suffix.lower()
     if suffix == ".json":
-        found = json.loads(text)
-        if not isinstance(found, list) or not found or not isinstance(found[0], dict):
-            if column:
-                raise BadRequestError(f"{where} has no columns: leave :{column} out")
-            return _by_name(where, _json_pairs(found))
+        found = json_of(text)
         # pandas writes the rows so, as a list of objects.
-        header, rows = _json_rows(found)
+        if not isinstance(found, list) or not found or not isinstance(found[0], dict):
+            return Rows(where, pairs_in(found), _PAIR)
     elif suffix == ".jsonl":
-        header, rows = _json_rows([json.loads(line) for line in text.splitlines() if line.strip()])
+        found = [json_of(line) for line in text.split("\n") if line.strip()]
     else:
-        header, rows = _rows(text)
-    lowered = [name.lower() for name in header]
-    like_names = (number for number, cell in enumerate(rows[0]) if members.is_image(str(cell)))
-    names = next((lowered.index(name) for name in _NAME_COLUMNS if name in lowered), next(like_names, 0))
-    chosen = _chosen(where, header, names, column)
-    pairs = [(str(row[names]), row[chosen]) for row in rows if len(row) > max(names, chosen)]
-    if {str(value) for _, value in pairs} == {"-1", "1"}:
-        # CelebA says so of attributes.
-        pairs = [(name, header[chosen] if str(value) == "1" else f"not {header[chosen]}") for name, value in pairs]
-    return _by_name(where, pairs, header[chosen])
+        return _rows(where, text)
+    if not found or not all(isinstance(line, dict) for line in found):
+        raise RefusedError('has no lines such as {"file_name": "0001.png", "label": "cat"}')
+    header = list(dict.fromkeys(key for line in found for key in line))
+    return Rows(where, [[line.get(key) for key in header] for line in found], header)
 
 
-def _json_pairs(found: Any) -> Iterable[tuple[str, Any]]:
-    """Returns the pairs of StyleGAN's and EDM's `dataset.json`, or of an object of names."""
+def pairs_in(found: Any) -> list[tuple[str, object]]:
+    """Returns the pairs of StyleGAN's and EDM's `dataset.json`, or of an object; raises `RefusedError` for others."""
     found = found.get("labels", found) if isinstance(found, dict) else found
     pairs = list(found.items()) if isinstance(found, dict) else found
-    if not isinstance(pairs, list) or not all(
-        isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs
+    if (
+        not isinstance(pairs, list)
+        or not pairs
+        or not all(isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs)
     ):
         raise RefusedError('has no labels such as {"labels": [["00000/img00000000.png", 6]]}')
-    if any(isinstance(label, list | dict) for _, label in pairs):
-        raise RefusedError("has a vector or several values for each image, and not one class: use --no-classes")
     return pairs
 
 
-def _json_rows(lines: list[Any]) -> tuple[list[str], list[list[Any]]]:
-    if not lines or not all(isinstance(line, dict) for line in lines):
-        raise RefusedError('has no lines such as {"file_name": "0001.png", "label": "cat"}')
-    header = list(dict.fromkeys(key for line in lines for key in line))
-    return header, [[line.get(key) for key in header] for line in lines]
-
-
-def _rows(text: str) -> tuple[list[str], list[list[str]]]:
-    """Returns the columns and rows of a table, which tabs, semicolons, commas or blanks separate."""
+def _rows(where: str, text: str) -> Rows:
+    """Returns a table whose columns tabs, semicolons, commas or blanks separate."""
     first = text.partition("\n")[0]
     delimiter = next((mark for mark in "\t;," if mark in first), "")
     # Lines may end as on Windows, or on an old Macintosh.
@@ -230,39 +436,11 @@ def _rows(text: str) -> tuple[list[str], list[list[str]]]:
         del rows[0]
     if len(rows) < 2 or len(rows[1]) < 2:
         raise RefusedError("does not hold a table of file names and labels")
-    if members.is_image(rows[0][0]):
-        header = ["file", *(f"column {number}" for number in range(2, len(rows[0]) + 1))]
-    else:
-        header, *rows = rows
-        # CelebA names the attributes, and not the column of the files.
-        if not delimiter and len(rows[0]) == len(header) + 1:
-            header = ["file", *header]
-    if longer := next((row for row in rows if any(row[len(header) :])), None):
-        said = f"has {len(longer)} values in the row of {longer[0]!r:.80}, and {len(header)} columns"
+    # CelebA names the attributes, and not the column of the files.
+    is_attributes = not delimiter and len(rows[1]) == len(rows[0]) + 1 and not members.is_image(rows[0][0])
+    header = ["file", *rows.pop(0)] if is_attributes else None
+    width = len(header or rows[0])
+    if longer := next((row for row in rows if any(row[width:])), None):
+        said = f"has {len(longer)} values in the row of {longer[0]!r:.80}, and {width} columns"
         raise RefusedError(f"{said}: write it as a .csv, with quotes around a value that has commas")
-    return header, rows
-
-
-def _chosen(where: str, header: list[str], names: int, column: str) -> int:
-    """Returns the number of the column of labels."""
-    # pandas writes its index into a first column without a name.
-    others = [number for number, name in enumerate(header) if number != names and name]
-    if column and column in header:
-        return header.index(column)
-    if not column and len(others) == 1:
-        return others[0]
-    said = f"has no column {column!r}, but" if column else "has several columns:"
-    shown = some_of([header[number] for number in others])
-    raise BadRequestError(f"{where} {said} {shown}: choose one with --labels {where}:COLUMN")
-
-
-def _by_name(where: str, pairs: Iterable[tuple[str, Any]], column: str = "") -> LabelTable:
-    """Returns the table of these names and labels; raises `RefusedError` for a name with two labels."""
-    labels = dict[str, str]()
-    for path, value in pairs:
-        name, label = "/".join(part for part in members.path_parts(path) if part not in ("", ".")), label_of(value)
-        if (other := labels.setdefault(name, label)) != label:
-            raise RefusedError(f"labels {name!r:.80} as {other!r} and as {label!r}: leave one class for each image")
-    tails = Counter(name.rpartition("/")[2] for name in labels)
-    short = {tail: name for name in labels if "/" in name and tails[tail := name.rpartition("/")[2]] == 1}
-    return LabelTable(where, labels, short, column)
+    return Rows(where, rows, header)

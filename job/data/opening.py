@@ -22,7 +22,7 @@ from job.data.formats.cifar import archive_source
 from job.data.formats.mnist import IDX_NAME
 from job.data.formats.tables import has_shards
 from job.data.formats.unread import next_step_by
-from job.data.labels import sidecars
+from job.data.labels import sidecars, with_sidecars
 from job.data.members import Member, Opener, RefusedError
 from job.data.source import Files, Source
 from job.data.splits import split_in
@@ -81,7 +81,7 @@ def _folder_source(root: Path, bucket: str) -> Source:
                     raise members.refused(name, problem)
                 yield Member(name, partial(_read_file, path), size_bytes=_size_of(child))
             elif child.is_file():
-                yield Member(name, bytes)
+                yield Member(name, partial(_read_file, path))
 
     is_below = packed_to and packed_to.is_dir() and packed_to.is_relative_to(root)
     note = f"leaving out {packed_to}, which is the bucket" if is_below else ""
@@ -180,19 +180,20 @@ def _read_as(files: Files, column: str | None, has_images: bool = False) -> Sour
         return replace(found, note="; ".join(filter(None, (found.note, beside))))
     archives = [name for name in files.names if name.lower().endswith(ARCHIVES)] if not has_images else []
     opened = [(name, partial(files.open, name)) for name in archives]
+    if len(opened) == 1:
+        return _archive(f"{files.where}/{opened[0][0]}", opened[0][1], column)
     return _archives(files.where, opened, column) if archives else None
 
 
 def _archives(where: str, archives: Sequence[tuple[str, Opener]], column: str | None) -> Source:
     """Returns the images of several archives as one source; the name of its archive is a part of an image's name."""
 
-    def listed() -> Iterator[Member]:
+    def listed(labelled: bool = False) -> Iterator[Member]:
         for name, opener in archives:
-            for member in _archive(name, opener, column).members():
+            for member in replace(_archive(name, opener, column), split=None).members(labelled):
                 yield replace(member, name=f"{name}/{member.name}")
 
-    has_tars = not all(name.lower().endswith(".zip") for name, _ in archives)
-    return Source(where, listed, sidecars=sidecars(column) if has_tars else (), label_key=column or "")
+    return Source(where, listed, with_labels=partial(listed, True))
 
 
 def _inside(archive: Source, inside: str, where: str) -> Source:
@@ -201,11 +202,11 @@ def _inside(archive: Source, inside: str, where: str) -> Source:
     folder = path.partition("*")[0].rpartition("/")[0] if "*" in path else path
     start = f"{folder}/" if folder else ""
     wanted = _matching(path.removeprefix(start)) if "*" in path else bool
-    whole = replace(archive, split="")
+    whole = replace(archive, split=None)
 
-    def listed() -> Iterator[Member]:
+    def listed(labelled: bool = False) -> Iterator[Member]:
         is_empty = True
-        for member in whole.members():
+        for member in whole.members(labelled):
             if member.name.startswith(start) and wanted(name := member.name.removeprefix(start)):
                 is_empty = False
                 yield replace(member, name=name)
@@ -214,7 +215,8 @@ def _inside(archive: Source, inside: str, where: str) -> Source:
 
     if split_in(folder.split("/")):
         archive = replace(whole, note="")
-    return replace(archive, where=where, listed=listed, listed_in=None)
+    labelled = partial(listed, True)
+    return replace(archive, where=where, listed=listed, listed_in=None, with_labels=labelled, table=None)
 
 
 def _matching(pattern: str) -> Callable[[str], object]:
@@ -282,4 +284,5 @@ def _archive(where: str, opener: Opener, column: str | None) -> Source:
     listed = partial(tar_members, opener)
     if first is not None and (found := archive_source(first.name, where, listed, column)):
         return found
-    return Source(where, listed, sidecars=sidecars(column), label_key=column or "")
+    labelled = partial(with_sidecars, where, listed, sidecars(column), column or "")
+    return Source(where, listed, with_labels=labelled if column is not None else None)

@@ -18,26 +18,26 @@ import logging
 import math
 import os
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from job.data import shards
 from job.data.ahead import in_order
-from job.data.foreign_tars import BAD_CLASS, Sample, find_tars
+from job.data.foreign_tars import Sample, find_tars
 from job.data.images import RejectedImageError, codec_versions, encode_png, prepare
-from job.data.labels import LabelTable, read_labels, split_labels, table_in
-from job.data.members import Member, refusing
+from job.data.labels import Rows, join_labels, read_labels, split_labels, table_in
+from job.data.members import Member, path_parts, refusing
 from job.data.opening import open_source
 from job.data.pack_request import PackRequest
-from job.data.source import Found, Source
-from job.data.splits import split_in
-from job.data.survey import no_images, survey
+from job.data.source import Source
+from job.data.splits import ALL, split_in
+from job.data.survey import lacking_labels, no_images, splits_of, survey
 from job.exits import BadDataError, BadRequestError
 from job.pieces import RECORDS as PIECES
 from job.pieces import WHOLE, Advance, Made, OtherWorkError, PieceRecord, Pieces, Slice
@@ -46,6 +46,7 @@ from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError, Retry, Store
 from job.store.files import os_errors, scratch_folder
 
+T = TypeVar("T")
 Reject = dict[str, str]
 """A line of `rejects.jsonl`: the `name` of an image that was left out, and the `reason`."""
 
@@ -184,7 +185,6 @@ class _Packing(abc.ABC):
     """
 
     unit = "images"
-    has_classes = False
 
     def __init__(
         self, bucket: Store, request: PackRequest, folder: Path, *, stop: Stop, shard_images: int | None
@@ -242,7 +242,9 @@ class _Packing(abc.ABC):
                 dataset.delete(entry.key)
             unusable = BadDataError(f"{self.where}: none of its images can be used: {self._first_rejects()}")
             raise unusable if self._rejects else no_images(self.where)
-        self._check_whole(facts, sum(shard.images for shard in made))
+        for unused in self._unlabelled(facts):
+            made.remove(unused)
+            dataset.delete(unused.offsets_name)
         rejects = "".join(f"{json.dumps(reject)}\n" for reject in self._rejects).encode()
         index = shards.DatasetIndex(
             name=self._request.name,
@@ -270,19 +272,15 @@ class _Packing(abc.ABC):
             dataset.create(shards.REJECTS, rejects)
         dataset.create(shards.INDEX, index.to_json())
 
-    def _check_whole(self, facts: list[dict[str, Any]], images: int) -> None:
-        """Checks what only all pieces together tell; nothing of a source that is copied."""
-        return
+    def _unlabelled(self, facts: list[dict[str, Any]]) -> list[shards.Shard]:
+        """Returns the shards whose images are left out, since those of others have labels; none of a copied source."""
+        return []
 
     def _check(self, sample: Sample) -> _Checked:
         checked, copies = _Checked(sample), not self._request.tars
         if copies:
             checked.sha256 = hashlib.sha256(sample.content).digest()
         try:
-            if self.has_classes and sample.label < 0:
-                there = "a label outside of the numbers from 0 to 99999"
-                what = there if sample.label == BAD_CLASS else "no label beside it"
-                raise RejectedImageError(f"has {what}; --no-classes leaves classes out")
             pixels = prepare(sample.content, self.recipe)
             checked.png = encode_png(pixels) if copies else b""
         except RejectedImageError as error:
@@ -317,32 +315,28 @@ class _Copying(_Packing):
         file, column = split_labels(request.labels)
         wanted = None if request.classes is False or file else column
         source = open_source(request.place, self._bucket.uri, retry, wanted)
-        if split := request.split:
-            source = replace(source, split=split, where=f"{source.where}, split {split}")
+        if request.split:
+            where = source.where if request.split == ALL else f"{source.where}, split {request.split}"
+            source = replace(source, split="" if request.split == ALL else request.split, where=where, other_splits=())
             if next(source.members(), None) is None:
                 said = "no file or folder of it is named so. Without --split the command says which splits there are"
                 raise BadDataError(f"{source.where} holds no images: {said}")
-        table = _table(source, file, column, retry) if file else None
+        rows = _table(source, file, retry) if file else None
+        if rows or source.split is None:
+            source = self._divided(source, rows, column)
         self.where, self.source, self._source = source.where, source.name, source
-
-        def found() -> Iterator[Found]:
-            for image in source.labelled():
-                self._check_stop()
-                yield image._replace(label=table.of(image.name)) if table else image
-
         self._found = survey(
-            found(),
+            self._unless_stopped(source.labelled()),
             self.where,
             request.classes,
             names=source.classes,
             skipped=source.skipped,
             unchosen=source.unchosen,
+            drops=request.unlabelled == "drop",
         )
         if request.labels and self._found.classes_from != "labels":
-            first, row = next(source.images()).name, next(iter(table.labels), "") if table else ""
-            which = (
-                f"in {table.where}: compare {first!r} with {row!r}" if table else f"{column!r}: a table is FILE:COLUMN"
-            )
+            others = some_of(source.unchosen) or "a table is FILE:COLUMN"
+            which = f"in {rows.where}" if rows else f"{column!r}: {others}"
             raise BadRequestError(f"{self.where}: none of its images has a label {which}")
         share, images = request.hold_out_share, self._found.images
         if share:
@@ -351,9 +345,10 @@ class _Copying(_Packing):
         if not images:
             part = "no image" if request.is_held_out else "all images"
             raise BadRequestError(f"--hold-out {share:.1%} of {self._found.images:,} images holds {part} out")
-        others = "" if request.split else " or ".join(f"--split {other}" for other in source.other_splits)
-        chosen = f"packing its split {source.split}; {others} would pack another" if others else ""
-        taken = f"taking the column {table.column!r} of {table.where}" if table and table.column and not column else ""
+        others = " or ".join(f"--split {other}" for other in source.other_splits)
+        chosen = f"packing its split {source.split}; {others} would pack another, --split {ALL} all" if others else ""
+        table = source.table if rows and not column else None
+        taken = f"taking the column {table.column!r} of {table.where}" if table else ""
         for remark in filter(None, (source.note, chosen, taken, *self._found.notes)):
             logging.getLogger(__name__).warning(remark)
         self.skipped = dict(sorted(source.skipped.items()))
@@ -371,6 +366,32 @@ class _Copying(_Packing):
             "part": (share, request.is_held_out),
             "images": self._found.sha256,
         }
+
+    def _divided(self, source: Source, rows: Rows | None, column: str) -> Source:
+        """Returns the source with the labels of a table; of folders for train and for test, train alone."""
+        folders = Counter[tuple[str, ...]]()
+
+        def names() -> Iterator[str]:
+            for image in self._unless_stopped(source.images()):
+                folders[path_parts(image.name)[:-1]] += 1
+                yield image.name
+
+        with refusing(rows.where if rows else source.where):
+            table = join_labels(rows, names(), column) if rows else source.table
+        if not rows:
+            deque(names(), maxlen=0)
+        splits = splits_of(set(folders))
+        if source.split is None and "train" in splits and len(splits) > 1:
+            others = sum(images for folder, images in folders.items() if not split_in(folder))
+            note = f"leaving out {others:,} images in none of its splits" if others else ""
+            source = replace(source, split="train", other_splits=tuple(sorted(splits - {"train"})))
+            source = replace(source, note="; ".join(filter(None, (source.note, note))))
+        return replace(source, table=table)
+
+    def _unless_stopped(self, images: Iterable[T]) -> Iterator[T]:
+        for image in images:
+            self._check_stop()
+            yield image
 
     def _chosen(self) -> Iterator[tuple[Member, int]]:
         """Yields the images of this part of the source with their classes, -1 without."""
@@ -427,13 +448,13 @@ class _Copying(_Packing):
             yield Sample(name, content, labels.popleft())
 
 
-def _table(source: Source, file: str, column: str, retry: Retry) -> LabelTable:
+def _table(source: Source, file: str, retry: Retry) -> Rows:
     """Returns the table of labels in a file, or else in one of that name beside the images of the source."""
     beside = source.beside
     if beside and file in beside.names and not Path(file).exists():
         with refusing(f"{beside.where}: {file}"):
-            return table_in(file, beside.read(file), column)
-    return read_labels(file, column, retry)
+            return table_in(file, beside.read(file))
+    return read_labels(file, retry)
 
 
 def _is_drawn(name: str, share: float) -> bool:
@@ -456,42 +477,55 @@ class _InPlace(_Packing):
             self.splits = tuple(sorted(splits))
             said = f"tars of {some_of(self.splits)} are indexed together, as one dataset; name those of one to index it"
             logging.getLogger(__name__).warning("%s: %s", self.where, said)
-        file, self._label_key = split_labels(self._request.labels)
+        file, key = split_labels(self._request.labels)
+        self._label_key = None if self._request.classes is False else key
         if file:
             raise BadRequestError(f"--labels {file}: tars in place have their labels beside the images: use :KEY")
-        samples = (sample for tar in self._tars for sample in tar.samples(label_key=self._label_key))
-        first_has_one = (sample.label != -1 for sample in samples)
-        asked = True if self._label_key else self._request.classes
-        self.has_classes = next(first_has_one, False) if asked is None else asked
         tars = [[tar.uri, tar.bytes] for tar in self._tars]
-        return {"has_classes": self.has_classes, "label_key": self._label_key, "tars": tars}
+        return {"label_key": self._label_key, "tars": tars}
 
     def made(self, number: int, advance: Advance) -> Made:
         """Hashes a tar and lists its images; see `_Packing`."""
         tar, digests, rejects = self._tars[number], shards.Digests(), list[Reject]()
-        records: list[shards.Record] = []
-        read_bytes = 0
+        records, unlabelled, read_bytes = list[shards.Record](), list[str](), 0
         for checked in self._checked(tar.samples(digests, self._label_key), rejects):
+            sample = checked.sample
             if not checked.reason:
-                sample = checked.sample
-                label, sha256 = sample.label if self.has_classes else -1, shards.image_hash(sample.content)
-                records.append((sample.offset, len(sample.content), label, sha256))
+                if sample.label < 0:
+                    unlabelled.append(sample.name)
+                records.append((sample.offset, len(sample.content), sample.label, shards.image_hash(sample.content)))
             advance((digests.size_bytes - read_bytes) / 1e6)
             read_bytes = digests.size_bytes
+        if 0 < len(unlabelled) < len(records):
+            if self._request.unlabelled != "drop":
+                raise lacking_labels(tar.uri, len(unlabelled), len(records), unlabelled)
+            records = [record for record in records if record[2] >= 0]
         facts: dict[str, Any] = {"rejects": rejects, "source_sha256": "", "shard": None, "highest_label": -1}
+        facts["unlabelled"] = [len(unlabelled), *unlabelled[:2]]
         if not records:
             return Made({}, facts)
         shard, offsets = digests.shard(shards.shard_name(number), records, tar.uri)
         facts |= {"shard": shard.model_dump(), "source_sha256": shard.sha256}
         return Made({shard.offsets_name: offsets}, facts | {"highest_label": max(label for _, _, label, _ in records)})
 
-    def _check_whole(self, facts: list[dict[str, Any]], images: int) -> None:
+    def _unlabelled(self, facts: list[dict[str, Any]]) -> list[shards.Shard]:
+        """Finds the classes, and checks what only all tars together tell; see `_Packing`."""
         highest_label = max(each["highest_label"] for each in facts)
+        if highest_label < 0 and (self._request.classes or self._label_key):
+            raise BadRequestError(f"{self.where}: none of its images has a label {self._label_key or 'beside it'}")
+        images = sum(each["shard"]["images"] for each in facts if each["shard"])
         # One mistyped number would give the network a hundred thousand classes.
         if highest_label >= images:
             raise BadDataError(
                 f"{self.where}: a label says class {highest_label:,}, of {images:,} images: classes are numbered "
                 "from 0 without large gaps; mend it, or index with --no-classes"
             )
-        self.classes = tuple(map(str, range(highest_label + 1)))
-        self.classes_from = "labels" if self.classes else ""
+        if highest_label < 0:
+            return []
+        self.classes, self.classes_from = tuple(map(str, range(highest_label + 1))), "labels"
+        self.unlabelled_images = sum(each["unlabelled"][0] for each in facts)
+        unused = [each for each in facts if each["shard"] and each["highest_label"] < 0]
+        if unused and self._request.unlabelled != "drop":
+            _, *examples = unused[0]["unlabelled"]
+            raise lacking_labels(self.where, self.unlabelled_images, images, examples)
+        return [shards.Shard.model_validate(each["shard"]) for each in unused]

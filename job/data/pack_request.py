@@ -10,10 +10,12 @@ from ddpm.image_size import ImageSize
 from job.config import EMBEDDED, PackConfig, pack_config
 from job.data import shards
 from job.data.images import Recipe
-from job.data.splits import SPLITS
+from job.data.splits import ALL, SPLITS
 from job.exits import BadRequestError
 
 MOST_HELD_OUT = 0.5
+UNLABELLED = ("refuse", "drop")
+"""The words of `--unlabelled`."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class PackRequest:
         max_bad: how many images may be rejected.
         min_side: reject images with a shorter side under this many pixels; None is half of the longer side of `size`:
             nothing is enlarged more than twice.
-        split: pack only this split of the source, one of `SPLITS`; empty for all, or for that of the format.
+        split: pack only this split of the source, one of `SPLITS`, or `ALL`; empty for train if there are several.
+        unlabelled: what happens to images without a label among images with one, of `UNLABELLED`.
         hold_out: the share of the images that become a dataset of their own, which no run learns from, such as `5%`.
         is_held_out: whether this is the part that is held out.
         tars: instead of `source`: tars that stay where they are, as URIs, patterns or folders, see `find_tars`.
@@ -53,6 +56,7 @@ class PackRequest:
     max_bad: int = 100
     min_side: int | None = None
     split: str = ""
+    unlabelled: str = "refuse"
     hold_out: str = ""
     is_held_out: bool = False
     tars: tuple[str, ...] = ()
@@ -68,8 +72,10 @@ class PackRequest:
         shards.validated_dataset_name(self.name)
         if self.name == EMBEDDED != self.source:
             raise BadRequestError(f"{EMBEDDED!r} has its own images: give yours another name (make: DATASET=NAME)")
-        if self.split not in ("", *SPLITS):
-            raise BadRequestError(f"--split {self.split!r}: it is one of {', '.join(sorted(SPLITS))}")
+        if self.split not in ("", ALL, *SPLITS):
+            raise BadRequestError(f"--split {self.split!r}: it is one of {', '.join(sorted((ALL, *SPLITS)))}")
+        if self.unlabelled not in UNLABELLED:
+            raise BadRequestError(f"--unlabelled {self.unlabelled!r}: it is one of {', '.join(UNLABELLED)}")
         if self.labels and self.classes is False:
             raise BadRequestError("--labels and --no-classes contradict each other: leave one out")
         if self.hold_out_share > MOST_HELD_OUT:

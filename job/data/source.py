@@ -13,21 +13,18 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from job.data import members
 from job.data.ahead import in_order
-from job.data.labels import sidecar_label
+from job.data.labels import LabelTable
 from job.data.members import Member, RefusedError
 from job.data.splits import SPLITS, split_in
 from job.progress import printable
 
 HIDDEN = "hidden images"
 """The key of hidden images among the files that are skipped."""
-SAMPLE_KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
-"""The key of a WebDataset sample, the path up to the first dot of the file's name, and the rest of the name."""
 
 _FORK = re.compile(r"(^|/)(__MACOSX/|\._)")
 """A resource fork, which macOS adds beside each file under the same suffix."""
@@ -91,13 +88,13 @@ class Source:
         where: the path or URI that messages name.
         listed: yields its files in order, each readable until the next one is requested; raises `RefusedError`.
         listed_in: yields the files of one split alone, if the format finds them without the others.
+        with_labels: yields the same files in the same order with their labels, unread, where `listed` has none.
+        table: the labels by name, where a table has them.
         channels: channels of the packed images by default.
         classes: the names of the classes, if the format has a list of them.
         note: how the source is interpreted, for people.
         readers: number of files to read at a time.
-        sidecars: suffixes of the files that have the labels of the images beside them, as in WebDataset's tars.
-        label_key: key of the label in those `.json` files; empty for a usual one.
-        split: the split whose images are taken; "" takes all.
+        split: the split whose images are taken; "" takes all, and None what the names of folders say.
         other_splits: those that are left out unless a person chooses one.
         beside: the files among which a table of labels may be, if they can be read by name.
         unchosen: the words of `--labels` for labels that none of the images has got.
@@ -107,13 +104,13 @@ class Source:
     where: str
     listed: Callable[[], Iterator[Member]]
     listed_in: Callable[[str], Iterator[Member]] | None = None
+    with_labels: Callable[[], Iterator[Member]] | None = None
+    table: LabelTable | None = None
     channels: int = 3
     classes: tuple[str, ...] = ()
     note: str = ""
     readers: int = 0
-    sidecars: tuple[str, ...] = ()
-    label_key: str = ""
-    split: str = ""
+    split: str | None = None
     other_splits: tuple[str, ...] = ()
     beside: Files | None = None
     unchosen: tuple[str, ...] = ()
@@ -124,36 +121,31 @@ class Source:
         """Returns the name of the source in the dataset's index."""
         return printable(self.where.rstrip("/").rpartition("/")[2])
 
-    def members(self) -> Iterator[Member]:
-        """Yields all files with normalised names, each readable until the next one is requested."""
-        wanted = SPLITS.get(self.split)
+    def members(self, labelled: bool = False) -> Iterator[Member]:
+        """Yields all files with normalised names, each readable until the next one is requested.
+
+        `labelled` ones have their labels, and may not be read.
+        """
+        wanted, listed = SPLITS.get(self.split or ""), (labelled and self.with_labels) or self.listed
         with members.refusing(self.where):
-            for member in self.listed_in(wanted) if self.listed_in and wanted else self.listed():
+            for member in self.listed_in(wanted) if self.listed_in and wanted else listed():
                 parts = members.path_parts(member.name)
                 if parts[0] == "" or ".." in parts or re.fullmatch("[A-Za-z]:", parts[0]):
                     raise RefusedError(f"has an entry that leads out of it, {member.name!r}: do not trust this archive")
                 if wanted in (None, split_in(parts)):
-                    yield replace(member, name=printable("/".join(part for part in parts if part not in ("", "."))))
+                    name, label = printable("/".join(part for part in parts if part not in ("", "."))), member.label
+                    if labelled and self.table and members.is_image(name):
+                        label = self.table.of(name)
+                    yield replace(member, name=name, label=label)
 
-    def images(self) -> Iterator[Member]:
-        """Yields the images, in order, and counts the files that it leaves out; reads no content."""
+    def images(self, labelled: bool = False) -> Iterator[Member]:
+        """Yields the images, in order, and counts the files that it leaves out; reads no content. See `members`."""
         self.skipped.clear()
-        return filter(self._is_image, self.members())
+        return filter(self._is_image, self.members(labelled))
 
     def labelled(self) -> Iterator[Found]:
         """Yields what is known of each image, in the order of `images`; reads the labels, and no images."""
-        self.skipped.clear()
-        if not self.sidecars:
-            yield from (Found(member.name, member.size_bytes, member.label) for member in self.images())
-            return
-        for _, files in groupby(self.members(), _sample_key):
-            found, label = list[Found](), ""
-            for member in files:
-                if self._is_image(member):
-                    found.append(Found(member.name, member.size_bytes))
-                elif member.name.endswith(self.sidecars) and not label:
-                    label = sidecar_label(member.name.rpartition(".")[2], self._load(member)[1], self.label_key)
-            yield from (one._replace(label=label) for one in found)
+        return (Found(member.name, member.size_bytes, member.label) for member in self.images(labelled=True))
 
     def loaded(self, images: Iterable[Member]) -> Iterator[tuple[str, bytes]]:
         """Yields the relative paths and contents of these images, in order."""
@@ -170,7 +162,7 @@ class Source:
         if suffix in members.SUFFIXES:
             if not _FORK.search(member.name):
                 self.skipped[HIDDEN] += 1
-        elif not members.is_hidden(member.name) and not member.name.endswith(self.sidecars):
+        elif not members.is_hidden(member.name):
             is_named = suffix in self.skipped or (1 < len(suffix) < 12 and len(self.skipped) < _SUFFIXES_NAMED)
             self.skipped[suffix if is_named else "other"] += 1
         return False
@@ -178,8 +170,3 @@ class Source:
     def _load(self, member: Member) -> tuple[str, bytes]:
         with members.refusing(f"{self.where}: entry {member.name!r}"):
             return member.name, member.read()
-
-
-def _sample_key(member: Member) -> str:
-    match = SAMPLE_KEY.fullmatch(member.name)
-    return match[1] if match else member.name

@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 _FEW_IMAGES = 100
 _NUMBER = re.compile(r"[\d_. -]+")
+_WHOLE = re.compile(r"0|[1-9]\d*")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def survey(
     names: tuple[str, ...] = (),
     skipped: Mapping[str, int] | None = None,
     unchosen: Sequence[str] = (),
+    drops: bool = False,
 ) -> Survey:
     """Counts the images and finds their classes.
 
@@ -73,15 +75,19 @@ def survey(
         names: the names of the classes in the order of the format, if it has one.
         skipped: number of other files by suffix; read when all images are.
         unchosen: the words of `--labels` for labels that the images could have.
+        drops: whether images without a label are left out, if others have one.
 
     Raises:
-        BadDataError: the source has no images.
+        BadDataError: the source has no images, or some have a label and others have none.
         BadRequestError: classes are required and missing, or each image has a label of its own.
     """
     digest, by_label, by_folder = hashlib.sha256(), _Repeated[str](), _Repeated[tuple[str, ...]]()
+    examples = list[str]()
     for name, size_bytes, label in images:
         digest.update(b"%d:%b%d:%b;" % (len(name.encode()), name.encode(), size_bytes, label.encode()))
         by_label.add(label)
+        if not label and len(examples) < 2:
+            examples.append(name)
         by_folder.add(path_parts(name)[:-1])
         if len(by_label.numbers) > MOST_CLASSES:
             raise BadRequestError(f"{where} has more than {MOST_CLASSES:,} different labels: use --no-classes")
@@ -100,13 +106,15 @@ def survey(
     labels = (by_label if found.are_labels else by_folder).renumbered(found.numbers)
     folders = by_folder.of(number for number, label in enumerate(labels) if label >= 0 or not found.names)
     count, lacking = len(labels), labels.count(-1) if found.names else 0
+    if lacking and not drops:
+        raise lacking_labels(where, lacking, count, examples)
     if found.are_labels and not names and count > _FEW_IMAGES and len(found.numbers) >= count - lacking:
         raise BadRequestError(f"{where} has another label for each image, so that none is a class: use --no-classes")
     divided = {part for folder in folders for part in folder if split_of(part)}.difference(found.names)
     splits = tuple(sorted(set(map(split_of, divided))))
     notes = [*found.notes(classes, unchosen), *_together(divided if len(splits) > 1 else (), folders, found)]
     if lacking:
-        notes.append(f"{lacking:,} of {count:,} images have no label, and are left out; --no-classes keeps them")
+        notes.append(f"{lacking:,} of {count:,} images have no label, and are left out")
     return Survey(
         images=count - lacking,
         classes=found.names,
@@ -117,6 +125,20 @@ def survey(
         sha256=digest.hexdigest(),
         _labels=labels,
     )
+
+
+def lacking_labels(where: str, lacking: int, images: int, examples: Sequence[str]) -> BadDataError:
+    """Returns the error that some images have no label, though others have one; of all `images`, so many lack it."""
+    return BadDataError(
+        f"{where}: {lacking:,} of {images:,} images have no label, such as {some_of(examples[:2])}: label them, leave "
+        "them out with --unlabelled drop, or pack all without classes, with --no-classes"
+    )
+
+
+def splits_of(folders: set[tuple[str, ...]]) -> set[str]:
+    """Returns the splits that folders of images say; a folder among many that are classes says none."""
+    classes = _class_folders(folders, _are_classes).names if folders else ()
+    return {split_of(part) for folder in folders for part in folder if part not in classes} - {""}
 
 
 def no_images(where: str, skipped: Iterable[str] = ()) -> BadDataError:
@@ -187,7 +209,7 @@ class _Found:
 
 def _labels(by_label: _Repeated[str], names: tuple[str, ...]) -> _Found | None:
     """Returns the classes of a format's labels, of which those in `names` come first; None without any label."""
-    known = sorted(filter(None, by_label.numbers), key=lambda name: (int(name) if name.isdecimal() else -1, name))
+    known = sorted(filter(None, by_label.numbers), key=_in_order)
     if not known:
         return None
     classes = tuple(dict.fromkeys([*names, *known]))
@@ -204,16 +226,22 @@ def _class_folders(folders: set[tuple[str, ...]], accepts: Callable[[set[str]], 
             return _Found((), {}, passed=passed, beside=len(set(filter(any, inner.values()))) > 1)
         first = {folder[depth] for folder in inner.values()}
         if accepts(first):
-            names = tuple(sorted(set(map(stem_of, first))))
+            names = tuple(sorted(set(map(stem_of, first)), key=_in_order))
             return _Found(names, {folder: names.index(stem_of(there[depth])) for folder, there in inner.items()})
         if not all(map(split_of, first)):
             passed = passed or tuple(sorted(first))
         inner = {folder: (*there[:depth], "", *there[depth + 1 :]) for folder, there in inner.items()}
 
 
+def _in_order(name: str) -> tuple[int, str]:
+    """Returns the key by which classes are sorted: names, then numbers."""
+    return int(name) if name.isdecimal() else -1, name
+
+
 def _are_classes(names: set[str]) -> bool:
-    """Returns whether names look like classes: neither numbers, nor files of many images, nor splits."""
-    return _are_no_splits(names) and not all(is_data_file(name) or _NUMBER.fullmatch(name) for name in names)
+    """Returns whether names look like classes: neither splits, files of many images, dates nor numbers such as 007."""
+    are_numbers = all(is_data_file(name) or _NUMBER.fullmatch(name) for name in names)
+    return _are_no_splits(names) and (not are_numbers or all(map(_WHOLE.fullmatch, names)))
 
 
 def _are_no_splits(names: set[str]) -> bool:

@@ -23,7 +23,7 @@ import numpy as np
 from job.data import members
 from job.data.archives import ARCHIVES, EXPANDS, open_zipped
 from job.data.formats.image_bytes import netpbm, netpbm_suffix
-from job.data.labels import chosen_label, label_of
+from job.data.labels import chosen_label, label_of, text_of
 from job.data.members import Member, RefusedError, read_exactly, refused
 from job.data.source import Files, Source
 from job.data.splits import SPLITS, first_split, split_in
@@ -301,6 +301,4 @@ def _label(value: np.ndarray) -> str:
         order = "utf-32-be" if value.dtype.byteorder == ">" else "utf-32-le"
         return label_of(value.tobytes().decode(order, "replace").rstrip("\0"))
     said = value.item()
-    if isinstance(said, bytes):
-        return label_of(said.decode(errors="replace"))
-    return label_of(said)
+    return label_of(text_of(said) if isinstance(said, bytes) else said)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 from job.data import members
-from job.data.labels import table_in
+from job.data.labels import json_of, labels_of_pairs, pairs_in, sidecars, text_of, with_sidecars
 from job.data.members import Member
 from job.data.source import Files, Source
 from job.data.splits import is_data_file
@@ -23,7 +23,9 @@ _COCO = re.compile(r"(?:.*/)?annotations/(?:instances|captions|person_keypoints|
 
 
 def labelled_beside(source: Source, files: Files, column: str | None) -> Source:
-    """Returns the images of a source with the labels of a `dataset.json`, if there is one.
+    """Returns the images of a source with the labels of a `dataset.json`, else those in a `.cls` beside each image.
+
+    A `.json` beside each image is read if a person names a key of it: of images elsewhere it costs a request each.
 
     Raises:
         BadRequestError: the images are COCO's, which have no classes, or several files name labels, and `column` is
@@ -44,19 +46,26 @@ def labelled_beside(source: Source, files: Files, column: str | None) -> Source:
     tables = [name for name in files.names if name.rpartition("/")[2] == DATASET_JSON]
     # A person who names a column means another one than the only one here.
     if column or not tables:
-        return replace(source, unchosen=tuple(f"{name}:COLUMN" for name in files.names if name.endswith(_TABLES)))
+        return _labelled_by_sidecars(source, files, column)
     with members.refusing(f"{files.where}: {tables[0]}"):
-        content = files.read(tables[0])
-        found = json.loads(content)
+        found = json_of(text_of(files.read(tables[0])))
         if not isinstance(found, dict) or not found.get("labels"):
-            return source
+            return _labelled_by_sidecars(source, files, column)
         if len(tables) > 1:
             said = f"{files.where} has several tables of labels, {tables[0]}, {tables[1]} …"
             raise BadRequestError(f"{said}: pack one of their folders, or use --no-classes")
-        table = table_in(tables[0], content)
+        folder = tables[0].removesuffix(DATASET_JSON)
+        table = labels_of_pairs(tables[0], [(folder + name, label) for name, label in pairs_in(found)])
 
     def listed() -> Iterator[Member]:
-        others = (member for member in source.listed() if member.name != tables[0])
-        return (replace(member, label=table.of(member.name)) for member in others)
+        return (member for member in source.listed() if member.name != tables[0])
 
-    return replace(source, listed=listed)
+    return replace(source, listed=listed, table=table)
+
+
+def _labelled_by_sidecars(source: Source, files: Files, column: str) -> Source:
+    source = replace(source, unchosen=tuple(f"{name}:COLUMN" for name in files.names if name.endswith(_TABLES)))
+    suffixes = sidecars(column)[:1]
+    if not any(name.endswith(suffixes) for name in files.names):
+        return source
+    return replace(source, with_labels=partial(with_sidecars, source.where, source.listed, suffixes, column))

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from job.data.labels import LABEL_KEYS, MOST_CLASSES, label_of
+from job.data.labels import LABEL_KEYS, class_names, label_among
 from job.data.members import RefusedError
 from job.exits import BadRequestError
 from job.progress import printable, some_of
@@ -63,24 +64,18 @@ class Columns:
         return values.flatten()[values.type.get_field_index("bytes")]
 
     def label_texts(self, values: Any) -> list[str]:
-        """Returns the class of each value of a `pyarrow.Array`, empty for none: null, -1, or no whole number or text.
+        """Returns the class of each value of a `pyarrow.Array`, empty for none; see `label_among`.
 
         Raises:
-            RefusedError: a number of no class.
+            RefusedError: a value stands for no class.
         """
         import pyarrow as pa
 
+        texts = partial(map, partial(label_among, self.classes))
         if pa.types.is_dictionary(values.type):
-            texts = list(map(self._text, values.dictionary.to_pylist()))
-            return ["" if index is None else texts[index] for index in values.indices.to_pylist()]
-        return list(map(self._text, values.to_pylist()))
-
-    def _text(self, value: object) -> str:
-        if not self.classes or not isinstance(value, int):
-            return label_of(value)
-        if value >= len(self.classes):
-            raise RefusedError(f"has the label {value:,}, and {len(self.classes):,} classes: get it again")
-        return self.classes[value] if value >= 0 else ""
+            found = list(texts(values.dictionary.to_pylist()))
+            return ["" if index is None else found[index] for index in values.indices.to_pylist()]
+        return list(texts(values.to_pylist()))
 
 
 def columns_of(schema: Any, where: str, column: str | None) -> Columns:
@@ -194,13 +189,6 @@ def is_text(kind: Any) -> bool:
 
 
 def _classes(feature: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns the names of a `ClassLabel`; a name that would mean "no class" becomes its number."""
+    """Returns the names of a `ClassLabel`."""
     names = feature.get("names")
-    if feature.get("_type") != "ClassLabel" or not isinstance(names, list):
-        return ()
-    if len(names) > MOST_CLASSES:
-        raise RefusedError(f"has {len(names):,} classes, more than {MOST_CLASSES:,}: use --no-classes")
-    classes = tuple(label_of(name) or str(number) for number, name in enumerate(names))
-    if len(set(classes)) < len(classes):
-        raise RefusedError("has two classes of one name: rename one, or use --no-classes")
-    return classes
+    return class_names(names) if feature.get("_type") == "ClassLabel" and isinstance(names, list) else ()

@@ -17,7 +17,7 @@ IDX_NAME = re.compile(r"(?:.*/)?[^/]*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)
 
 def idx_source(files: Files, column: str | None) -> Source | None:
     """Returns the file of images that was chosen, or the first one for training and its test set, in any folder."""
-    sets = {_stem(name): name for name in files.names if IDX_NAME.fullmatch(name) and "images" in name}
+    sets = {_stem(name): name for name in files.names if (match := IDX_NAME.fullmatch(name)) and "images" in match[1]}
     if not sets or (files.chosen and not IDX_NAME.fullmatch(files.chosen)):
         return None
     train = [stem for stem in sets if _split_of(stem) == "train"]
@@ -29,10 +29,7 @@ def idx_source(files: Files, column: str | None) -> Source | None:
     opened = {_stem(name): partial(files.open, name) for name in files.names}
     # The files of labels name none of theirs.
     labels = {} if column else opened
-    found = [
-        (_split_of(stem), opened[stem], labels.get(stem.replace("images", "labels").replace("idx3", "idx1")))
-        for stem in own
-    ]
+    found = [(_split_of(stem), opened[stem], labels.get(_labels_of(stem))) for stem in own]
     split, other_splits = first_split(split for split, _, _ in found)
     others = sorted(sets.keys() - set(own))
     note = f"leaving out {', '.join(others)}" if others and not files.chosen else ""
@@ -42,6 +39,11 @@ def idx_source(files: Files, column: str | None) -> Source | None:
 
 def _stem(name: str) -> str:
     return name.removesuffix(".gz")
+
+
+def _labels_of(stem: str) -> str:
+    folder, slash, name = stem.rpartition("/")
+    return f"{folder}{slash}{name.replace('images', 'labels').replace('idx3', 'idx1')}"
 
 
 def _split_of(stem: str) -> str:
@@ -87,4 +89,8 @@ def _idx_labels(opener: Opener, count: int) -> bytes:
         file, _ = unpacked(raw)
         if struct.unpack(">2I", read_exactly(file, 8)) != (0x801, count):
             raise RefusedError("does not go with its labels, which are for another number of images")
-        return read_exactly(file, count)
+        labels = read_exactly(file, count)
+        # gzip compares its checksum at the end of the stream.
+        if file.read(1):
+            raise RefusedError(f"has more than {count:,} labels: get it again")
+        return labels

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -23,7 +23,7 @@ import numpy as np
 from job.data import members
 from job.data.archives import EXPANDS
 from job.data.formats.image_bytes import START_BYTES, netpbm, netpbm_suffix, suffix_of
-from job.data.labels import LABEL_KEYS, chosen_label, label_of
+from job.data.labels import LABEL_KEYS, chosen_label, class_names, label_among, text_of
 from job.data.members import Member, RefusedError, read_exactly, refused, unpacked
 from job.data.source import Files, Source
 from job.data.splits import first_split
@@ -43,11 +43,11 @@ _MASK = 0xA282EAD8
 _MOST_FIELDS = 10_000
 _MOST_VALUES = 100
 _VARINT_BYTES = 10
-_NAME_BYTES = _LABEL_BYTES = 400
+_NAME_BYTES, _LABEL_BYTES = 400, 1 << 16
 _CONVERT = "write its images into a folder, and pack that"
 _DAMAGED = f"holds a record that is damaged, or not a tf.train.Example: {_CONVERT}"
 
-_BYTES, _INTEGERS = 1, 3
+_BYTES, _FLOATS, _INTEGERS = 1, 2, 3
 
 
 class _Span(NamedTuple):
@@ -72,14 +72,14 @@ class _Layout:
         image: the name of the image's.
         shape: the names of those with the shape of raw images; empty for encoded images.
         suffix: of the images.
-        label: the name of the label's; empty for none.
+        label: the name of the label's; empty for none, None if a person wants none.
         others: the names of others that could be one.
     """
 
     image: str
     shape: tuple[str, ...]
     suffix: str
-    label: str = ""
+    label: str | None = ""
     others: tuple[str, ...] = ()
 
 
@@ -114,7 +114,7 @@ def tfrecord_source(files: Files, column: str | None) -> Source | None:
         note="; ".join(notes),
         split=split,
         other_splits=others,
-        unchosen=() if layout.label else tuple(f":{name}" for name in layout.others),
+        unchosen=tuple(f":{name}" for name in layout.others),
     )
 
 
@@ -129,14 +129,13 @@ def _highest(names: Sequence[str]) -> tuple[list[str], str]:
     return highest, f"packing {some_of(highest)} and not the others, {others}" if len(highest) < len(names) else ""
 
 
-def _class_names(files: Files, label: str) -> tuple[str, ...]:
+def _class_names(files: Files, label: str | None) -> tuple[str, ...]:
     """Returns the names that TensorFlow Datasets writes beside its files."""
     file = next((name for name in files.names if label and name.rpartition("/")[2] == f"{label}.labels.txt"), "")
     if not file:
         return ()
     with members.refusing(f"{files.where}/{file}"):
-        lines = files.read(file).decode(errors="replace").splitlines()
-        return tuple(label_of(line) or str(number) for number, line in enumerate(lines))
+        return class_names(text_of(files.read(file)).removesuffix("\n").split("\n"))
 
 
 def _records(raw: BinaryIO) -> Iterator[tuple[BinaryIO, _Span]]:
@@ -176,14 +175,15 @@ def _layout(where: str, stream: BinaryIO, record: _Span, column: str | None) -> 
     features = _features(stream, record)
     layout = _image_layout(where, stream, features)
     if column is None:
-        return layout
-    known = (_BYTES, _INTEGERS)
-    rest = [name for name in features if name not in (layout.image, *layout.shape) and features[name].kind in known]
+        return replace(layout, label=None)
+    rest = [name for name in features if name not in (layout.image, *layout.shape)]
     labels = [name for name in rest if _IS_LABEL.fullmatch(name)]
     if not labels and not column:
         return replace(layout, others=tuple(rest))
-    label = column if column in rest else chosen_label(where, labels or rest, column, _LABELS)
-    return replace(layout, label=label, others=tuple(name for name in labels if name != label))
+    # The first record may lack what a person chose.
+    label = column or chosen_label(where, labels, "", _LABELS)
+    others = labels if label in labels else rest
+    return replace(layout, label=label, others=tuple(name for name in others if name != label))
 
 
 def _image_layout(where: str, stream: BinaryIO, features: Mapping[str, _Feature]) -> _Layout:
@@ -217,11 +217,13 @@ def _members(files: Files, names: Sequence[str], layout: _Layout, classes: Seque
                 features = _features(stream, record)
                 if layout.image not in features:
                     raise refused(path, f"has no {layout.image}, but {some_of([*features])}: {_CONVERT}")
-                label = _label(stream, features.get(layout.label), path)
-                if classes and label:
-                    if not label.isdecimal() or int(label) >= len(classes):
-                        raise refused(path, f"has the label {label}, of {len(classes)} in {layout.label}.labels.txt")
-                    label = classes[int(label)]
+                later = layout.label == "" and next(filter(_IS_LABEL.fullmatch, features), None)
+                if later:
+                    raise refused(path, f"has {later}, which the first record lacks: use --labels :{later}")
+                try:
+                    label = label_among(classes, _value(stream, features.get(layout.label or "")))
+                except RefusedError as error:
+                    raise refused(path, str(error)) from None
                 read = partial(_file, layout, stream, record)
                 yield Member(path, read, size_bytes=record.stop - record.start, label=label)
 
@@ -246,7 +248,8 @@ def _image(stream: BinaryIO, feature: _Feature) -> bytes:
 def _pixels(stream: BinaryIO, features: Mapping[str, _Feature], layout: _Layout) -> np.ndarray:
     """Returns a raw image as uint8 [height, width, channels]; StyleGAN has the channels first."""
     content = _image(stream, features[layout.image])
-    shape = [length for name in layout.shape if name in features for length in _integers(stream, features[name])]
+    lengths = (features[name] for name in layout.shape if name in features and features[name].kind == _INTEGERS)
+    shape = [length for feature in lengths for length in _numbers(stream, feature)]
     if len(shape) == 2:
         shape.append(1)
     is_planar = layout.shape == ("shape",) and shape[0] in (1, 3)
@@ -257,20 +260,18 @@ def _pixels(stream: BinaryIO, features: Mapping[str, _Feature], layout: _Layout)
     return pixels.transpose(1, 2, 0) if is_planar else pixels
 
 
-def _label(stream: BinaryIO, feature: _Feature | None, path: str) -> str:
-    """Returns the label of a record; empty without one."""
+def _value(stream: BinaryIO, feature: _Feature | None) -> object:
+    """Returns the value of a label, of several all; None without one."""
     if feature is None:
-        return ""
-    values: list[int] | list[_Span] = (
-        _integers(stream, feature) if feature.kind == _INTEGERS else _spans(stream, feature)
-    )
-    if len(values) > 1:
-        raise refused(path, "has several values of its label, and not one class: use --no-classes")
-    if not values or not isinstance(values[0], _Span):
-        return label_of(*values or [None])
+        return None
+    values: Sequence[Any] = (_spans if feature.kind == _BYTES else _numbers)(stream, feature)
+    if len(values) > 1 or feature.kind != _BYTES:
+        return values if len(values) > 1 else next(iter(values), None)
+    if not values:
+        return None
     start, stop = values[0]
     stream.seek(start)
-    return label_of(stream.read(min(stop - start, _LABEL_BYTES)).decode(errors="replace"))
+    return text_of(read_exactly(stream, min(stop - start, _LABEL_BYTES)))
 
 
 def _features(stream: BinaryIO, record: _Span) -> dict[str, _Feature]:
@@ -298,13 +299,15 @@ def _spans(stream: BinaryIO, feature: _Feature) -> list[_Span]:
     return list(_messages(stream, feature.values, 1))
 
 
-def _integers(stream: BinaryIO, feature: _Feature) -> list[int]:
-    """Returns the first values of a list of integers, packed or not."""
-    found = list[int]()
+def _numbers(stream: BinaryIO, feature: _Feature) -> list[Any]:
+    """Returns the first values of a list of integers or floats, packed or not."""
+    found = list[Any]()
     for _, wire, (start, stop) in _fields(stream, feature.values):
         stream.seek(start)
         content, at = stream.read(min(stop - start, _VARINT_BYTES * _MOST_VALUES)), 0
-        while wire in (0, 2) and at < len(content) and len(found) < _MOST_VALUES:
+        if feature.kind == _FLOATS and wire in (2, 5):
+            found += struct.unpack(f"<{len(content) // 4}f", content[: len(content) // 4 * 4])
+        while feature.kind == _INTEGERS and wire in (0, 2) and at < len(content) and len(found) < _MOST_VALUES:
             value, at = _varint(content, at)
             found.append(value - 2**64 if value >= 2**63 else value)
     return found

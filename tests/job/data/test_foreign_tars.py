@@ -150,10 +150,17 @@ def test_cls_files_are_classes(tmp_path, bucket):
         indexed(open_store(str(tmp_path / "mistyped-bucket")), mistyped)
     # What webdataset's users write for "not known" is no reason to forget the classes of all.
     unknown = write_tars(tmp_path / "unknown", samples_of(12, cls=lambda n: b"%d" % (n % 3 - 1)))
-    there = indexed(open_store(str(tmp_path / "unknown-bucket")), unknown)
-    assert (there.images, there.rejected_images, there.classes) == (8, 4, ("0", "1"))
-    with pytest.raises(BadDataError, match=r"has a label outside of the numbers .*; --no-classes leaves classes out"):
-        indexed(open_store(str(tmp_path / "0")), unknown, max_bad=3)
+    with pytest.raises(BadDataError, match=r"4 of 10 images have no label, such as 00000.tar/000000000.jpg, .*drop"):
+        indexed(open_store(str(tmp_path / "unknown-bucket")), unknown)
+    there = indexed(open_store(str(tmp_path / "drop")), unknown, unlabelled="drop")
+    assert (there.images, there.unlabelled_images, there.rejected_images, there.classes) == (8, 4, 0, ("0", "1"))
+    # A whole tar without labels beside one with them; the same folder after the refusal.
+    beside = write_tars(tmp_path / "beside", samples_of(12, cls=lambda n: b"%d" % (-1 if n < 10 else n % 2)))
+    with pytest.raises(BadDataError, match=r"10 of 12 images have no label, such as 00000.tar/000000000.jpg"):
+        indexed(open_store(str(tmp_path / "mixed")), beside)
+    there = indexed(open_store(str(tmp_path / "mixed")), beside, unlabelled="drop")
+    assert (there.images, there.unlabelled_images, there.classes, len(there.shards)) == (2, 10, ("0", "1"), 1)
+    assert verify_dataset(open_store(str(tmp_path / "mixed")), KEY) == []
     without = indexed(open_store(str(tmp_path / "without")), unknown, classes=False)
     assert (without.images, without.classes) == (12, ())
     # The dataset that packing writes is read as well, its classes with it.

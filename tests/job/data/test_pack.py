@@ -137,7 +137,7 @@ def test_pack_reports_skipped_and_merged(tmp_path, caplog):
     files = [(f"{split}/{kind}/1.png", encoded(picture(1))) for split in ("train", "test") for kind in ("cats", "dogs")]
     files += [("train/cats/2.avif", encoded(picture(2), "AVIF")), ("train/cats/3.cr2", b"x"), ("test/notes.txt", b"x")]
     words = ("data", "pack", zip_of(tmp_path / "a.zip", files), "--size", 8, "--bucket", tmp_path / "bucket")
-    out = succeeded(ddpm_here(*words, "both")).splitlines()
+    out = succeeded(ddpm_here(*words, "both", "--split", "all")).splitlines()
     assert out[1].startswith("images   5 colour") and "rejects" not in str(out)
     assert out[-1] == "skipped  1 .cr2, 1 .txt"
     assert "2 folders became classes that the network will learn: cats, dogs" in caplog.messages[0]
@@ -146,6 +146,10 @@ def test_pack_reports_skipped_and_merged(tmp_path, caplog):
     out = succeeded(ddpm_here(*words, "one", "--split", "train")).splitlines()
     assert out[1].startswith("images   3 colour") and len(caplog.messages) == 1
     assert "from a.zip, split train, crop" in str(out) and out[-1] == "skipped  1 .cr2"
+    # As formats with splits, whose test images no run learns by default.
+    out = succeeded(ddpm_here(*words, "default")).splitlines()
+    assert out[1].startswith("images   3 colour") and out[-1] == "skipped  1 .cr2"
+    assert "packing its split train; --split test would pack another, --split all all" in caplog.text
     assert "split val holds no images: no file or folder of it is named so" in refused(
         ddpm_here(*words, "none", "--split", "val"), 65
     )

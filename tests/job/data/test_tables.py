@@ -23,7 +23,7 @@ from job.data.formats import tables
 from job.data.opening import open_source
 from job.data.shards import DatasetIndex
 from job.data.survey import survey
-from job.exits import BadRequestError, Exit, StoppedError
+from job.exits import BadDataError, BadRequestError, Exit, StoppedError
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.packing import packed
@@ -90,7 +90,7 @@ def test_tables_are_packed_as_datasets_reads_them(tmp_path, write):
         judge = datasets.load_from_disk(str(folder))
     names = judge["train"].features["label"].names
     for split, parts in [("", ("train",)), ("train", ("train",)), ("test", ("test",))]:
-        index = packed(tmp_path / f"bucket{split}", folder, size=64, split=split, shard_images=25)
+        index = packed(tmp_path / f"bucket{split}", folder, size=64, split=split, shard_images=25, unlabelled="drop")
         expected = [
             (np.asarray(row["image"].convert("RGB")), names[row["label"]])
             for part in parts
@@ -211,6 +211,10 @@ def test_memory_does_not_grow_with_a_group(tmp_path, monkeypatch, options):
     pa.set_memory_pool(pool)
     try:
         source = open_source(str(tmp_path / "a.parquet"))
+        if options:
+            with pytest.raises(BadDataError, match="has a label of 300,000 characters, which names no class"):
+                list(source.labelled())
+            source = open_source(str(tmp_path / "a.parquet"), column=None)
         labels = [found.label for found in source.labelled()]
         assert all(content == images[number] for number, (_, content) in enumerate(source.loaded(source.images())))
     finally:

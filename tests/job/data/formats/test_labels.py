@@ -13,8 +13,8 @@ import pytest
 import webdataset
 from hypothesis import strategies as st
 
-from job.data.labels import read_labels, table_in
-from job.data.members import RefusedError
+from job.data.labels import join_labels, read_labels, table_in
+from job.data.members import RefusedError, refusing
 from job.data.opening import open_source
 from job.data.source import Found
 from job.data.survey import survey
@@ -64,7 +64,7 @@ def test_edm_labels_are_joined_by_name(tmp_path, make):
         bare = make(tmp_path / f"bare-{len(nothing)}", [*files, ("dataset.json", nothing)])
         assert packed(tmp_path / f"b{len(nothing)}", bare).classes == ()
     vectors = json.dumps({"labels": [[name, [0.5, 1.0]] for name in names]}).encode()
-    with pytest.raises(BadDataError, match=r"dataset.json has a vector or several values for each image"):
+    with pytest.raises(BadDataError, match=r"dataset.json has several values of its label, and not one class"):
         open_source(str(make(tmp_path / "vectors", [*files, ("dataset.json", vectors)])))
     assert packed(tmp_path / "without", tmp_path / "vectors", classes=False).classes == ()
     for harmed in (content[:-9], b'{"labels": [["a", 1, 2]]}', b'{"labels": [7]}', b'{"labels": 7}'):
@@ -94,11 +94,13 @@ def test_webdataset_labels_are_those_of_its_library(tmp_path, kind):
     index = packed(tmp_path / "b", folder)
     assert (index.classes, index.images) == (tuple(sorted(set(said))), 7)
     assert index.skipped == {".txt": 7} and index.splits == ()
-    # An image without a label among others that have one is left out, and counted.
+    # An image without a label among others that have one is left out only if a person says so, and counted.
     with webdataset.ShardWriter(str(folder / "train-9%04d.tar"), verbose=0) as writer:
         writer.write({"__key__": "x", "jpg": jpeg(50), "txt": "a"})
         writer.write({"__key__": "y", "jpg": jpeg(51), "cls": -1})
-    index = packed(tmp_path / "c", folder)
+    with pytest.raises(BadDataError, match=r"2 of 9 images have no label, such as train-90000.tar/x.jpg, train-90000"):
+        packed(tmp_path / "c", folder)
+    index = packed(tmp_path / "c", folder, unlabelled="drop")
     assert (index.images, index.unlabelled_images, index.rejected_images) == (7, 2, 0)
     assert packed(tmp_path / "d", folder, classes=False).images == 9
 
@@ -117,8 +119,10 @@ def test_index_and_pack_read_the_same_labels(tmp_path):
     for tars, splits in [("splits", ("train", "val")), ("splits/train", ())]:
         index = packed(tmp_path / tars / "b", "", tars=(str(tmp_path / tars),), shard_images=None, labels=":kind")
         assert index.splits == splits
-    with pytest.raises(BadDataError, match="more than --max-bad=3 images"):
-        packed(tmp_path / "c", "", tars=(str(folder),), shard_images=None, max_bad=3)
+    with pytest.raises(
+        BadDataError, match="has the label 'x', and no number up to 99999: `ddpm data pack` takes names"
+    ):
+        packed(tmp_path / "c", "", tars=(str(folder),), shard_images=None)
     with pytest.raises(BadRequestError, match="labels beside the images: use :KEY"):
         packed(tmp_path / "d", "", tars=(str(folder),), labels="a.csv:kind")
 
@@ -139,8 +143,8 @@ def test_label_that_no_image_has_is_refused(tmp_path):
         with pytest.raises(BadRequestError, match="none of its images has a label 'lable'"):
             packed(tmp_path / "b", place, labels=":lable")
     for place in places[:2]:
-        with pytest.raises(BadDataError, match=r"none of its images can be used: .* has no label beside it"):
-            packed(tmp_path / "b", "", tars=(str(place),), shard_images=None, labels=":lable")
+        with pytest.raises(BadRequestError, match=r"none of its images has a label lable"):
+            packed(tmp_path / place.name, "", tars=(str(place),), shard_images=None, labels=":lable")
 
 
 CELEBA_ATTRIBUTES = b"3\nSmiling Young\n000001.jpg  1 -1\n000002.jpg -1  1\n000003.jpg  1  1\n"
@@ -160,11 +164,13 @@ TABLES = [
     ("a.json", b'{"000001.jpg": "cat", "000003.jpg": "dog"}', "", ["cat", "", "dog"]),
     (
         "b.csv",
-        b'id, kind , x\r\n./img/000001.jpg, "a, b", 1\r\n 000002, c, 1\r\n000003,d,1,\r\n',
+        b'id, kind , x\r\n./img/000001.jpg, "a, b", 1\r\n img/000002, c, 1\r\nimg/000003,d,1,\r\n',
         "kind",
         ["a, b", "c", "d"],
     ),
-    ("d.csv", b"kind,filepaths\na,x/000001.jpg\nb,x/000002.jpg\na,x/000003.jpg\n", "", ["a", "b", "a"]),
+    ("d.csv", b"kind,filepaths\na,img/000001.jpg\nb,img/000002.jpg\na,img/000003.jpg\n", "", ["a", "b", "a"]),
+    # Labels such as 1 are names of images, too.
+    ("h.csv", b"7,000003.jpg\n1,000001.jpg\n1,000002.jpg\n", "", ["1", "1", "7"]),
     # pandas makes floats of a column that lacks a number.
     ("c.csv", b"id,n\n000001,10.0\n000002,\n000003,2.0\n", "", ["10", "", "2"]),
     # pandas writes its index first, without a name; after a concatenation each number is there twice.
@@ -177,9 +183,9 @@ TABLES = [
 
 @pytest.mark.parametrize(("name", "content", "column", "expected"), TABLES)
 def test_tables_name_the_classes(name, content, column, expected):
-    table = table_in(name, content, column)
-    assert [table.of(f"img/{n:06d}.jpg") for n in (1, 2, 3)] == expected
-    assert table.of("img/000004.jpg") == ""
+    names = [f"img/{n:06d}.jpg" for n in (1, 2, 3, 4)]
+    table = join_labels(table_in(name, content), names, column)
+    assert [table.of(image) for image in names] == [*expected, ""]
 
 
 def test_table_is_joined_by_file_name(tmp_path):
@@ -187,22 +193,23 @@ def test_table_is_joined_by_file_name(tmp_path):
     table = tmp_path / "train.csv"
     table.write_text("id,breed\n" + "".join(f"{n:06d},{ANIMALS[n]}\n" for n in range(5)))
     at = ("small", "--size", 16, "--bucket", tmp_path / "b")
-    said = succeeded(ddpm_here("data", "pack", source, *at, "--labels", table))
+    words = ("data", "pack", source, *at, "--labels", table)
+    assert "1 of 6 images have no label, such as img/000005.jpg: label them, leave" in refused(ddpm_here(*words), 65)
+    said = succeeded(ddpm_here(*words, "--unlabelled", "drop"))
     assert "classes  cat, dog, owl" in said and "images   5 colour" in said and "1 without a label" in said
-    assert packed(tmp_path / "c", source, labels=str(table)).unlabelled_images == 1
     (tmp_path / "attr.txt").write_bytes(CELEBA_ATTRIBUTES)
     for words, code, line in [
         (("--labels", tmp_path / "attr.txt"), 64, "has several columns: Smiling, Young: choose one with --labels"),
         (("--labels", f"{tmp_path}/attr.txt:Old"), 64, "has no column 'Old', but Smiling, Young"),
         (("--labels", tmp_path / "none.csv"), 66, "nothing at"),
         (("--labels", table, "--no-classes"), 64, "contradict each other"),
-        (("--labels", source), 65, "does not hold a table of file names and labels"),
+        (("--labels", source), 65, "is no text in UTF-8: save it in that encoding"),
     ]:
         assert line in refused(ddpm_here("data", "pack", source, "other", *at[1:], *words), code)
     (tmp_path / "else.csv").write_text("id,breed\nx,pug\ny,boxer\n")
     words = ("--labels", tmp_path / "else.csv")
     said = refused(ddpm_here("data", "pack", source, "other", *at[1:], *words), 64)
-    assert "none of its images has a label in" in said and "compare 'img/000000.jpg' with 'x'" in said
+    assert "has no column that names images, such as 'img/000000.jpg': its last row has y, boxer; one column" in said
 
 
 def test_labels_that_nobody_chose_are_named(tmp_path, caplog):
@@ -230,21 +237,17 @@ def test_labels_that_nobody_chose_are_named(tmp_path, caplog):
     assert "packed without classes: its images have neither labels nor folders of classes" in caplog.text
 
 
-def test_same_names_in_two_folders_are_told_apart():
-    table = table_in("a.csv", b"file,label\na/1.jpg,x\nb/1.jpg,y\nb/2.jpg,z\n")
-    assert [table.of(name) for name in ("a/1.jpg", "set/b/1.jpg", "1.jpg", "2.jpg")] == ["x", "y", "", "z"]
-
-
 def test_row_is_one_image_of_one_class(tmp_path):
     """Kaggle's CIFAR-10 has a table for train, and the same names in test: their images would get those labels."""
     files = [(f"{split}/{n}.png", png(n)) for split in ("test", "train") for n in range(4)]
     images = zip_of(tmp_path / "a.zip", files)
-    for name in ("{}", "train/{}.png"):
+    both = "would label both 'test/0.png' and 'train/0.png': leave one"
+    for name, said in [("{}", both), ("train/{}.png", "4 of 8 images have no label")]:
         table = tmp_path / "labels.csv"
         table.write_text("id,label\n" + "".join(f"{name.format(n)},{n % 2}\n" for n in range(4)))
-        with pytest.raises(BadRequestError, match=r"would label both 'test/0.png' and 'train/0.png': leave one"):
-            packed(tmp_path / "b", images, labels=str(table))
-        assert packed(tmp_path / "b", images, labels=str(table), split="train").images == 4
+        with pytest.raises(JobError, match=said):
+            packed(tmp_path / "b", images, labels=str(table), split="all")
+        assert packed(tmp_path / "b", images, labels=str(table)).images == 4
         shutil.rmtree(tmp_path / "b")
     for name, content, said in [
         ("a.csv", b"id,label\n1,cat\n1,cat\n1,dog\n", "labels '1' as 'cat' and as 'dog'"),
@@ -254,9 +257,9 @@ def test_row_is_one_image_of_one_class(tmp_path):
         ("a.csv", "id,label\n1,a\n2,b\n".encode("utf-16"), "in UTF-8: save it in that encoding"),
     ]:
         with pytest.raises(RefusedError, match=said):
-            table_in(name, content)
-    with pytest.raises(BadRequestError, match="has no columns: leave :label out"):
-        table_in("a.json", b'{"1": 2}', "label")
+            join_labels(table_in(name, content), ["1.jpg", "2.jpg"])
+    with pytest.raises(BadRequestError, match="has no column 'breed', but label"):
+        join_labels(table_in("a.json", b'{"1": 2}'), ["1.png"], "breed")
 
 
 WORDS = st.sampled_from(
@@ -276,7 +279,8 @@ def test_odd_tables_give_labels_or_a_line(tmp_path, count):
         path = tmp_path / f"table{suffix}"
         path.write_bytes(content)
         try:
-            table = read_labels(str(path), "")
+            with refusing(str(path)):
+                table = join_labels(read_labels(str(path)), ["1.png", "label.png"])
         except JobError as error:
             assert error.exit_code in (Exit.BAD_DATA, Exit.BAD_REQUEST) and len(str(error).splitlines()) == 1
         else:
@@ -300,7 +304,7 @@ def test_folder_of_archives_is_one_source(tmp_path):
     zips.mkdir()
     for split in ("train", "test"):
         zip_of(zips / f"{split}.zip", [(f"{kind}/{split}.png", png(1)) for kind in ("cat", "dog")])
-    both = packed(tmp_path / "c", zips)
+    both = packed(tmp_path / "c", zips, split="all")
     assert (both.classes, both.splits) == (("cat", "dog"), ("test", "train"))
     one = packed(tmp_path / "d", zips, split="test")
     assert (one.images, one.splits) == (2, ())

@@ -15,7 +15,7 @@ from tfrecord import TFRecordWriter, example_pb2
 
 from job.data import members
 from job.data.shards import load_index
-from job.exits import Exit
+from job.exits import BadRequestError, Exit
 from job.store import open_store
 from tests.job.command_line import ddpm_here, succeeded
 from tests.job.damages import flip_a_bit
@@ -91,8 +91,8 @@ def test_imagenet_is_read_as_by_protocol_buffers(tmp_path: Path) -> None:
     kinds = packed(tmp_path / "b", tmp_path / "in", labels=":image/class/text").classes
     assert kinds == tuple(one["image/class/text"][0].decode() for one in judged)
     assert labels_of(opened(tmp_path / "in/validation-00000-of-00001")) == ["10"]
-    said = line_of(tmp_path / "in", Exit.BAD_REQUEST, column="colour")
-    assert "has no label 'colour', but image/class/" in said and "choose one with --labels :NAME" in said
+    with pytest.raises(BadRequestError, match=r"none of its images has a label 'colour': :image/class/"):
+        packed(tmp_path / "c", tmp_path / "in", labels=":colour", shard_images=None)
 
 
 def test_tensorflow_datasets_are_read_with_their_names(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_tensorflow_datasets_are_read_with_their_names(tmp_path: Path) -> None:
     assert "images   4 colour, 16×16" in said and "classes  zebra, ant" in said
     assert load_index(open_store(str(tmp_path / "b")), "datasets/a-16").source == "cifar"
     (tmp_path / "cifar/label.labels.txt").write_bytes(b"zebra\n")
-    assert "has the label 1, of 1 in label.labels.txt" in line_of(tmp_path / "cifar")
+    assert "has the label 1, and 1 classes: get it again" in line_of(tmp_path / "cifar")
 
 
 def test_gzipped_zipped_and_remote_files_are_the_same(server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
