@@ -35,10 +35,11 @@ from job.data.labels import LabelTable, read_labels, split_labels, table_in
 from job.data.members import Member, refusing
 from job.data.opening import open_source
 from job.data.pack_request import PackRequest
+from job.data.preview import preview_png
 from job.data.source import Found, Source
 from job.data.splits import split_in
 from job.data.survey import no_images, survey
-from job.exits import BadDataError, BadRequestError
+from job.exits import BadDataError, BadRequestError, StoppedError
 from job.pieces import RECORDS as PIECES
 from job.pieces import WHOLE, Advance, Made, OtherWorkError, PieceRecord, Pieces, Slice
 from job.progress import some_of
@@ -268,6 +269,15 @@ class _Packing(abc.ABC):
         )
         if rejects:
             dataset.create(shards.REJECTS, rejects)
+        try:
+            preview = preview_png(self._bucket, self._request.key, index, self._folder, self._stop)
+            dataset.put(shards.PREVIEW, preview)
+        except StoppedError:
+            raise
+        except Exception as error:
+            # No picture is worth the shards.
+            said = f"is missing: {error or type(error).__name__}; `ddpm data show {index.name}` makes it"
+            logging.getLogger(__name__).warning(f"{dataset.uri_of(shards.PREVIEW)} {said}")
         dataset.create(shards.INDEX, index.to_json())
 
     def _check_whole(self, facts: list[dict[str, Any]], images: int) -> None:
