@@ -17,6 +17,7 @@ from job.data.image_reader import ImageReader
 from job.data.order import Int64s
 from job.data.shard_source import ShardSource
 from job.data.shards import DatasetIndex
+from job.progress import printable
 from job.stop import NEVER, Stop
 from job.store import Store
 
@@ -44,8 +45,8 @@ def preview_png(bucket: Store, key: str, index: DatasetIndex, folder: Path, stop
         StoppedError: this process has to stop.
     """
     source, rng = ShardSource(bucket, key, index, folder, stop), np.random.default_rng(_SEED)
-    # The font has no glyph for a line break, and to measure a text of a megabyte would take minutes.
-    names = [" ".join(name.split())[:_LONGEST_NAME] for name in index.classes[:CLASSES]]
+    # A hostile index has line breaks, which cannot be drawn, and names whose width takes minutes to measure.
+    names = [printable(name[:_LONGEST_NAME]) for name in index.classes[:CLASSES]]
     groups = _by_class(source, rng, len(names))
     if not any(map(len, groups)):
         names, groups = [], [np.sort(rng.choice(index.images, min(IMAGES, index.images), replace=False))]

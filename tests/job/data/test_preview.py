@@ -12,6 +12,7 @@ from PIL import Image
 
 import job.data.pack
 from ddpm import figures
+from job.data.preview import preview_png
 from job.data.shard_source import ShardSource
 from job.data.shards import load_index
 from job.data.verify import verify_dataset
@@ -121,6 +122,8 @@ def test_odd_names_and_empty_classes_have_rows(tmp_path):
         beside = sheet[-20 - 3 * 68 : -20, : 20 + 240]
         assert [(row < 128).any() for row in np.split(beside, 3)] == [True] * 3, part
         assert (beside[:, :20] == 255).all(), "a long name is cut"
+    index = load_index(open_store(str(tmp_path)), KEY).model_copy(update={"classes": ("a\nb", "x" * 10**7, "\x1b[2J")})
+    assert preview_png(open_store(str(tmp_path)), KEY, index, tmp_path / "tables").startswith(b"\x89PNG")
 
 
 def test_a_failed_preview_costs_no_dataset(tmp_path, monkeypatch, caplog):
