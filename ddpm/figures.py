@@ -100,7 +100,8 @@ def image_grid(
         if labels:
             put_text(canvas, (x + width / 2, y + height + line / 2), labels[index], size=size, anchor="mm", limit=width)
         if row_labels and index % columns == 0:
-            put_text(canvas, (left - size / 2, y + height / 2), row_labels[index // columns], size=size, anchor="rm")
+            beside, limit = (left - size / 2, y + height / 2), left - size / 2
+            put_text(canvas, beside, row_labels[index // columns], size=size, anchor="rm", limit=limit)
         if column_labels and index < columns:
             put_text(canvas, (x + width / 2, line / 2), column_labels[index], size=size, anchor="mm", limit=width)
     return titled(canvas, title)
@@ -256,23 +257,36 @@ def noising_figure(images: Images, noised: torch.Tensor, labels: Sequence[str]) 
 
 
 def contact_sheet(
-    images: Images, labels: Sequence[int] | None = None, class_names: Sequence[str] | None = None, columns: int = 10
+    images: Images,
+    labels: Sequence[int] | None = None,
+    class_names: Sequence[str] = (),
+    columns: int = 10,
+    title: str = "",
 ) -> Image.Image:
-    """Returns images of a dataset; with `labels` those of a class stand beside its name or number."""
+    """Returns images of a dataset, large ones reduced to about 128 pixels, below a title.
+
+    Args:
+        images: uint8 [B, H, W, C].
+        labels: the class of each image: those of a class, which may be none, stand beside its name.
+        class_names: of all these classes.
+        columns: images in a row.
+        title: above all; see `titled`.
+    """
+    images = _reduced(images, round(max(images.shape[1:3]) / 128))
     scale = _scale(images, tile_pixels=72)
     if labels is None:
-        return _framed(image_grid(images, columns, 4, scale))
+        return titled(_framed(image_grid(images, columns, 4, scale)), title)
     if len(labels) != len(images):
         raise ValueError(f"{len(labels):,} labels for {len(images):,} images")
-    classes, counts = np.unique(np.asarray(labels), return_counts=True)
+    counts = np.bincount(labels, minlength=len(class_names))
     columns = min(columns, int(counts.max()))
     groups, captions = [], []
-    for label, count in zip(classes, counts, strict=True):
-        rows = ceil(count / columns)
+    for label, count in enumerate(counts):
+        rows = max(1, ceil(count / columns))
         blanks = np.full((rows * columns - count, *images.shape[1:]), 255, dtype=np.uint8)
         groups += [images[np.asarray(labels) == label], blanks]
-        captions += [class_names[label] if class_names else str(label), *[""] * (rows - 1)]
-    return _framed(image_grid(np.concatenate(groups), columns, 4, scale, row_labels=captions))
+        captions += [class_names[label], *[""] * (rows - 1)]
+    return titled(_framed(image_grid(np.concatenate(groups), columns, 4, scale, row_labels=captions)), title)
 
 
 def shown_evaluations(evaluations: int, frames: int = 20) -> list[int]:
@@ -439,7 +453,7 @@ def _reduced(images: Images, factor: int) -> Images:
 
 
 def _beside(row_labels: Sequence[str], size: int) -> int:
-    return max(round(font(size).getlength(text)) for text in row_labels) + size
+    return min(max(round(font(size).getlength(text)) for text in row_labels), _PAGE_PIXELS // 5) + size
 
 
 def _scale(images: Images, tile_pixels: int = 96) -> int:

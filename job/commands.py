@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ddpm.image_size import ImageSize
 from job.config import EMBEDDED, pack_config
-from job.data.shards import NoDatasetError
+from job.data.shards import PREVIEW, NoDatasetError, dataset_key
 from job.evaluation.evaluation_plan import check_library, check_scores_in_training, plan_evaluation
 from job.exits import BadDataError, MissingInputError
 from job.outcome import outcome_written
@@ -199,6 +199,8 @@ def _say_made(index: DatasetIndex | None, bucket: Store, name: str, slice_text: 
         print(f"{name}: slice {slice_text} is done; other machines are making the rest; {IF_NONE_RUNS}")
     else:
         print(describe_dataset(index, bucket))
+        if bucket.exists(preview := f"{dataset_key(index.name, index.size)}/{PREVIEW}"):
+            print(f"look at  {bucket.uri_of(preview)}")
 
 
 def ensure_command(request: PackRequest, bucket_uri: str, on: str = "") -> None:

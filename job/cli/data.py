@@ -270,18 +270,19 @@ def data_show(
     size: Size = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="PNG", help="File of the contact sheet. Default: in the bucket."),
+        typer.Option("--output", "-o", metavar="PNG", help="File of the preview. Default: in the bucket."),
     ] = None,
+    open_it: Annotated[bool, typer.Option("--open", help="Open the preview in the browser.")] = False,
     as_json: AsJson = False,
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
-    """Show the facts of a dataset, and make a contact sheet of its images.
+    """Show the facts of a dataset, and a preview of its images, by class.
 
-    Example: ddpm data show landscape-sample -o sheet.png
+    Example: ddpm data show landscape-sample --open
     """
     from job.report.datasets import show_dataset
 
-    show_dataset(bucket, name, size, output, as_json=as_json)
+    show_dataset(bucket, name, size, output, open_it=open_it, as_json=as_json)
 
 
 @app.command("verify")

@@ -99,6 +99,10 @@ class ForeignTar:
             label = next(filter(None, map(labels.get, ("cls", "json"))), "-1")
             if image is not None:
                 yield replace(image, label=int(label))
+            elif labels.get("cls"):
+                raise BadDataError(
+                    f"{self.uri}: entry {member.name!r} labels no image beside it: put it beside its image"
+                )
 
     def _files(self, digests: Digests) -> Iterator[tuple[str, str, Member]]:
         """Yields the key and suffix of each file of a sample, and the file."""

@@ -27,14 +27,14 @@ _READ_AT_A_TIME = 32
 class ImageReader:
     """Decodes the images of a `ShardSource`; thread-safe."""
 
-    def __init__(self, source: ShardSource, threads: int | None = None) -> None:
-        """Starts `threads` decoders, by default one per processor.
+    def __init__(self, source: ShardSource, threads: int | None = None, *, with_pillow: bool = False) -> None:
+        """Starts `threads` decoders, by default one per processor; `with_pillow` needs no torch for packed images.
 
         Raises:
             BadRequestError: the crop or the filter of the index is not valid.
         """
         self.source, self.threads, index = source, threads or os.cpu_count() or 1, source.index
-        self._recipe = None
+        self._recipe = Recipe(index.size, "center", "box", index.channels, min_side=1) if with_pillow else None
         if index.is_foreign:
             self._recipe = Recipe(index.size, index.crop, index.resize_filter, index.channels, min_side=1)
             if index.codecs != (here := codec_versions()):

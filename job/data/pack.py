@@ -35,10 +35,11 @@ from job.data.labels import Rows, join_labels, read_labels, split_labels, table_
 from job.data.members import Member, path_parts, refusing
 from job.data.opening import open_source
 from job.data.pack_request import PackRequest
+from job.data.preview import preview_png
 from job.data.source import Source
 from job.data.splits import ALL, split_in
 from job.data.survey import lacking_labels, no_images, splits_of, survey
-from job.exits import BadDataError, BadRequestError
+from job.exits import BadDataError, BadRequestError, StoppedError
 from job.pieces import RECORDS as PIECES
 from job.pieces import WHOLE, Advance, Made, OtherWorkError, PieceRecord, Pieces, Slice
 from job.progress import some_of
@@ -270,6 +271,15 @@ class _Packing(abc.ABC):
         )
         if rejects:
             dataset.create(shards.REJECTS, rejects)
+        try:
+            preview = preview_png(self._bucket, self._request.key, index, self._folder, self._stop)
+            dataset.put(shards.PREVIEW, preview)
+        except StoppedError:
+            raise
+        except Exception as error:
+            # No picture is worth the shards.
+            said = f"is missing: {error or type(error).__name__}; `ddpm data show {index.name}` makes it"
+            logging.getLogger(__name__).warning(f"{dataset.uri_of(shards.PREVIEW)} {said}")
         dataset.create(shards.INDEX, index.to_json())
 
     def _unlabelled(self, facts: list[dict[str, Any]]) -> list[shards.Shard]:
@@ -334,9 +344,10 @@ class _Copying(_Packing):
             unchosen=source.unchosen,
             drops=request.unlabelled == "drop",
         )
-        if request.labels and self._found.classes_from != "labels":
+        table = source.table
+        if (request.labels or table) and request.classes is not False and self._found.classes_from != "labels":
             others = some_of(source.unchosen) or "a table is FILE:COLUMN"
-            which = f"in {rows.where}" if rows else f"{column!r}: {others}"
+            which = f"in {table.where}" if table else f"{column!r}: {others}"
             raise BadRequestError(f"{self.where}: none of its images has a label {which}")
         share, images = request.hold_out_share, self._found.images
         if share:
@@ -347,8 +358,7 @@ class _Copying(_Packing):
             raise BadRequestError(f"--hold-out {share:.1%} of {self._found.images:,} images holds {part} out")
         others = " or ".join(f"--split {other}" for other in source.other_splits)
         chosen = f"packing its split {source.split}; {others} would pack another, --split {ALL} all" if others else ""
-        table = source.table if rows and not column else None
-        taken = f"taking the column {table.column!r} of {table.where}" if table else ""
+        taken = f"taking the column {table.column!r} of {table.where}" if table and rows and not column else ""
         for remark in filter(None, (source.note, chosen, taken, *self._found.notes)):
             logging.getLogger(__name__).warning(remark)
         self.skipped = dict(sorted(source.skipped.items()))

@@ -4,6 +4,7 @@
                               shard-00000.tar       key.png (of latents key.npy) and, with classes, key.cls
                               shard-00000.offsets   a record of OFFSETS_DTYPE per image
                               rejects.jsonl         the images that were left out, if any
+                              preview.png           some images, by class: for people
 
 The index stays small for any number of images, because the offset tables hold all data per image. Tars can also be
 indexed in place: then the index names their URIs, and their images are prepared at each read.
@@ -40,7 +41,7 @@ from job.store import READ_BYTES, ObjectMissingError, Store
 DATASETS = "datasets"
 INDEX = "index.json"
 REJECTS = "rejects.jsonl"
-CONTACT_SHEET = "contact-sheet.png"
+PREVIEW = "preview.png"
 AUTOENCODER = "autoencoder/config.json", "autoencoder/diffusion_pytorch_model.safetensors"
 """The objects of the autoencoder of latents."""
 REFERENCES = "references"

@@ -88,7 +88,7 @@ def _image_problems(reader: ImageReader, uri: str, shard: int, path: Path, image
 
 def _others(dataset: Store, index: DatasetIndex, hashes: Iterable[str]) -> list[str]:
     """Returns a problem for each object that does not belong to the dataset."""
-    named = {shards.INDEX, shards.CONTACT_SHEET, *hashes}
+    named = {shards.INDEX, shards.PREVIEW, *hashes}
     named |= {name for shard in index.shards for name in (shard.name, shard.offsets_name)}
     return [
         f"{dataset.uri_of(entry.key)} does not belong to the dataset: move it elsewhere, or delete it"

@@ -42,24 +42,24 @@ def write_report(bucket_uri: str, name: str, open_it: bool, output: Path | None)
         open_page(folder, page, output)
 
 
-def open_page(folder: Store, page: bytes = b"", output: Path | None = None) -> None:
+def open_page(folder: Store, page: bytes = b"", output: Path | None = None, key: str = PAGE_KEY) -> None:
     """Opens a page in the browser of this machine: `output`, else the one in a folder, which is read without `page`.
 
     Without a page or a browser this is a note.
     """
-    page = page or (folder.read(PAGE_KEY).data if folder.exists(PAGE_KEY) else b"")
-    if not page or not webbrowser.open(_local(folder, page, output).absolute().as_uri()):
-        note(f"no browser has opened {output or folder.uri_of(PAGE_KEY)}")
+    page = page or (folder.read(key).data if folder.exists(key) else b"")
+    if not page or not webbrowser.open(_local(folder, page, output, key).absolute().as_uri()):
+        note(f"no browser has opened {output or folder.uri_of(key)}")
 
 
-def _local(folder: Store, page: bytes, output: Path | None) -> Path:
+def _local(folder: Store, page: bytes, output: Path | None, key: str) -> Path:
     """Returns a lasting local file with the page, for the browser."""
     if output is not None:
         return output
     if not is_remote(folder.uri):
-        return Path(folder.uri, PAGE_KEY)
+        return Path(folder.uri, key)
     import tempfile
 
-    path = Path(tempfile.mkdtemp(prefix="ddpm-"), PAGE_KEY)
+    path = Path(tempfile.mkdtemp(prefix="ddpm-"), key)
     path.write_bytes(page)
     return path

@@ -1,28 +1,22 @@
-"""The datasets of a bucket for people: list, description, contact sheet, check, deletion."""
+"""The datasets of a bucket for people: list, description, preview, check, deletion."""
 
 from __future__ import annotations
 
 import shlex
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ddpm.image_size import ImageSize
 from job.config import EMBEDDED, pack_config, preset_names
-from job.data.shards import CONTACT_SHEET, DATASETS, INDEX, DatasetIndex, dataset_key, find_dataset, load_index
+from job.data.shards import DATASETS, INDEX, PREVIEW, DatasetIndex, dataset_key, find_dataset, load_index
 from job.exits import BadDataError, BadRequestError, MissingInputError, did_you_mean
 from job.progress import Progress, note
 from job.requests import check_output
 from job.store import Retry, Store, open_store
 from job.store.retry import away_limit_seconds
-
-if TYPE_CHECKING:
-    from job.data.cache import ImageCache
-
-SHEET_IMAGES = 60
-SHEET_PER_CLASS = 10
 
 
 def how_packed(bucket_uri: str, name: str, size: ImageSize | None) -> str:
@@ -115,9 +109,15 @@ def _told(bucket: Store, key: str) -> dict[str, Any]:
 
 
 def show_dataset(
-    bucket_uri: str, name: str, size: ImageSize | None, output: Path | None, *, as_json: bool = False
+    bucket_uri: str,
+    name: str,
+    size: ImageSize | None,
+    output: Path | None,
+    *,
+    open_it: bool = False,
+    as_json: bool = False,
 ) -> None:
-    """Prints the facts of a dataset and makes a contact sheet of it, in the bucket unless `output` names a file.
+    """Prints the facts of a dataset and makes its preview anew, in the bucket unless `output` names a file.
 
     Raises:
         BadRequestError: `output` cannot be written.
@@ -134,33 +134,26 @@ def show_dataset(
         print_json(_told(bucket, key))
         return
 
-    from job.data.cache import uncached_images
+    from job.data.cache import default_cache_dir, uncached_images
+    from job.data.preview import preview_png
+    from job.report.command import open_page
     from job.sampling.noise_pictures import write_picture
 
-    images = uncached_images(bucket, key, index)
-    labels = images.labels(np.arange(index.images))
     print(describe_dataset(index, bucket))
+    labels = uncached_images(bucket, key, index).labels(np.arange(index.images)) if index.classes else np.empty(0)
     for number, class_name in enumerate(index.classes):
         print(f"  {class_name:<20} {int((labels == number).sum()):>9,} images")
     if encoding := index.encoding:
         print(f"to look at: `ddpm data show {encoding.source} --size {encoding.size}`")
         return
-    sheet = sheet_png(images)
+    preview = preview_png(bucket, key, index, default_cache_dir() / index.dataset_id)
     if output is None:
-        bucket.put(f"{key}/{CONTACT_SHEET}", sheet)
+        bucket.put(f"{key}/{PREVIEW}", preview)
     else:
-        write_picture(output, sheet)
-    print(f"contact sheet  {output or bucket.uri_of(f'{key}/{CONTACT_SHEET}')}")
-
-
-def sheet_png(images: ImageCache) -> bytes:
-    """Returns a contact sheet as PNG: images spread over a dataset, by class if it has classes."""
-    from ddpm import figures
-
-    index, labels = images.index, images.labels(np.arange(images.index.images))
-    chosen = _spread(labels, len(index.classes))
-    by_class = labels[chosen].tolist() if index.classes else None
-    return figures.png(figures.contact_sheet(images.read(chosen), by_class, index.classes))
+        write_picture(output, preview)
+    print(f"look at  {output or bucket.uri_of(f'{key}/{PREVIEW}')}")
+    if open_it:
+        open_page(bucket.sub(key), preview, output, PREVIEW)
 
 
 def verify_named(bucket_uri: str, name: str, size: ImageSize | None, *, as_json: bool = False) -> None:
@@ -237,11 +230,3 @@ def describe_dataset(index: DatasetIndex, bucket: Store) -> str:
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in index.skipped.items())
         lines.append(f"skipped  {kinds}")
     return "\n".join(lines)
-
-
-def _spread(labels: np.ndarray, classes: int) -> np.ndarray:
-    """Returns indices spread evenly over the dataset, or over each class."""
-    groups = [np.flatnonzero(labels == number) for number in range(classes)] or [np.arange(len(labels))]
-    count = SHEET_PER_CLASS if classes else SHEET_IMAGES
-    spread = [group[np.linspace(0, len(group) - 1, min(count, len(group))).astype(int)] for group in groups]
-    return np.concatenate(spread)

@@ -19,9 +19,9 @@ import numpy as np
 
 from ddpm.figures import smoothed
 from job.config import description_of
-from job.data.cache import uncached_images
-from job.data.shards import CONTACT_SHEET, dataset_key
-from job.report.datasets import sheet_png
+from job.data.cache import default_cache_dir
+from job.data.preview import preview_png
+from job.data.shards import PREVIEW, dataset_key
 from job.report.facts import Facts
 from job.report.picture_cache import (
     ALL_OWN_BYTES,
@@ -137,7 +137,7 @@ def _short(value: Any) -> str:
 
 
 def _sheet(facts: Facts, pictures: PictureCache) -> str:
-    """Returns the contact sheet of the dataset; empty without a dataset, or if it cannot be read."""
+    """Returns the preview of the dataset; empty without a dataset, or if it cannot be read."""
     index, bucket = facts.handle.index, facts.handle.bucket
     if index is None:
         return ""
@@ -147,8 +147,8 @@ def _sheet(facts: Facts, pictures: PictureCache) -> str:
         assert shown is not None
         key = dataset_key(shown.name, shown.size)
         with suppress(ObjectMissingError):
-            return bucket.read(f"{key}/{CONTACT_SHEET}").data
-        return sheet_png(uncached_images(bucket, key, shown))
+            return bucket.read(f"{key}/{PREVIEW}").data
+        return preview_png(bucket, key, shown, default_cache_dir() / shown.dataset_id)
 
     where = bucket.uri_of(dataset_key(index.name, index.size))
     return pictures.made((where, SHEET_BYTES, WIDEST_PIXELS), sheet)

@@ -211,6 +211,10 @@ def test_contact_sheet_groups_classes():
     names = (sheet[:, : -20 - 2 * 76 - 4] < 128).all(axis=-1)
     rows = [names[20 + 76 * row : 20 + 76 * (row + 1)].any() for row in range(3)]
     assert rows == [True, True, False], "a name stands at the first row of its class"
+    with_a_third = figures.contact_sheet(images, [1, 0, 1, 1, 0], ["coast", "hills", "none of it"], columns=2)
+    assert with_a_third.height == len(sheet) + 76, "a class without images has a row"
+    large = random_images(4, 384, 256, 3)
+    assert figures.contact_sheet(large, title="four").size == (40 + 4 * (86 + 4) + 4, 40 + 128 + 2 * 4 + 28)
     assert figures.contact_sheet(random_images(37, 32, 32, 3)).size == (40 + 10 * 68 + 4, 40 + 4 * 68 + 4)
     with pytest.raises(ValueError, match="2 labels for 5 images"):
         figures.contact_sheet(images, [0, 1])

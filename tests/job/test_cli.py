@@ -67,8 +67,8 @@ def test_datasets_are_listed_and_shown(bucket):
     counts = {name: int(count) for name, count in re.findall(r"^  (\w+) +(\d+) images$", out, re.MULTILINE)}
     assert sorted(counts) == ["coast", "desert", "hills", "mountain", "skyline"]
     assert sum(counts.values()) == 299
-    assert f"contact sheet  {bucket}/datasets/tiles-16/contact-sheet.png" in out
-    sheet = Image.open(bucket / "datasets/tiles-16/contact-sheet.png")
+    assert f"look at  {bucket}/datasets/tiles-16/preview.png" in out
+    sheet = Image.open(bucket / "datasets/tiles-16/preview.png")
     assert min(sheet.size) > 300
     assert len(sheet.getcolors(1 << 24)) > 1000
 

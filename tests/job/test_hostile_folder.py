@@ -38,7 +38,7 @@ OBJECTS = [
 PICTURES = [
     *(f"{RUN}/samples/{name}-ddim-4.png" for name in ("epoch-0001", "epoch-0003", "images-000000007")),
     *(f"{RUN}/{name}" for name in ("samples/denoising-epoch-0003-ddim-4.gif", "figures/loss.png")),
-    "datasets/tiles-16/contact-sheet.png",
+    "datasets/tiles-16/preview.png",
 ]
 STRANGERS = [
     f"{RUN}/checkpoints/999999-000000000000/MANIFEST.json",

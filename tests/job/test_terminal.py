@@ -33,8 +33,9 @@ def test_programs_get_everything_as_json(bucket):
     assert asked("runs", "verify", "walk", *at)["problems"] == []
     (dataset,) = asked("data", "list", *at)
     assert (dataset["name"], dataset["images"], len(dataset["classes"])) == ("tiles", 299, 5)
+    (bucket / "datasets/tiles-16/preview.png").unlink()
     assert asked("data", "show", "tiles", *at) == dataset
-    assert not (bucket / "datasets/tiles-16/contact-sheet.png").exists()
+    assert not (bucket / "datasets/tiles-16/preview.png").exists()
     assert asked("data", "verify", "tiles", *at)["problems"] == []
 
 

@@ -97,7 +97,7 @@ def test_differently_named_tars_are_one_dataset(tmp_path, bucket, tars):
     before = files_in(tars)
     index = indexed(bucket, tars)
     names = set(files_in(tmp_path / "bucket" / KEY))
-    assert names == {"index.json", *(f"shard-0000{n}.offsets" for n in range(4))}
+    assert names == {"index.json", "preview.png", *(f"shard-0000{n}.offsets" for n in range(4))}
     assert [shard.uri for shard in index.shards] == [f"{tars}/0000{n}.tar" for n in range(4)]
     with pytest.raises(BadRequestError, match="is there already: 34 images"):
         indexed(bucket, tars)
@@ -135,7 +135,7 @@ def test_commands_show_an_indexed_dataset(tmp_path, tars, gcs_bucket, monkeypatc
     assert "34 colour, 40×40 pixels, in 4 shards" in out
     assert f"from {theirs}/00000.tar and 3 more, crop center, lanczos filter, at each reading" in out
     assert " 34 " in succeeded(ddpm_here("data", "list", *at))
-    assert "contact sheet" in succeeded(ddpm_here("data", "show", "laion", *at))
+    assert "preview.png" in succeeded(ddpm_here("data", "show", "laion", *at))
     assert "as it was" in succeeded(ddpm_here("data", "verify", "laion", *at))
 
 

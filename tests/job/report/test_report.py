@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import json
 import os
 import re
@@ -15,6 +17,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
 import pytest
+from PIL import Image
 
 from job.config import draft, parse_sets
 from job.exits import Exit
@@ -300,3 +303,21 @@ def test_page_is_there_from_the_beginning_to_a_stop(tiles, tmp_path):
     assert child.returncode == 75
     text = page.read_text()
     assert '<span class="state stopped">stopped</span>' in text and data_of(text)["charts"]
+
+
+def test_page_shows_the_preview_of_the_dataset(bucket):
+    def colours() -> int:
+        succeeded(ddpm_here("report", "walk", "--bucket", bucket))
+        page = (bucket / "runs/walk/report.html").read_text()
+        (picture,) = re.findall(
+            '<img src="data:image/webp;base64,([^"]*)" alt="Images of the dataset, by class">', page
+        )
+        return len(Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB").getcolors(1 << 24))
+
+    preview = bucket / "datasets/tiles-16/preview.png"
+    assert colours() > 1000
+    Image.new("RGB", (40, 40), "red").save(preview)
+    assert colours() < 10
+    # A dataset may be older than previews.
+    preview.unlink()
+    assert colours() > 1000 and not preview.exists()

@@ -1,0 +1,163 @@
+"""The picture that shows people the labels of their dataset."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import job.data.pack
+from ddpm import figures
+from job.data.preview import preview_png
+from job.data.shard_source import ShardSource
+from job.data.shards import load_index
+from job.data.verify import verify_dataset
+from job.store import open_store
+from tests.job.command_line import DDPM, ddpm, ddpm_here, succeeded
+from tests.job.packing import KEY, objects, packed
+from tests.job.some_images import encoded, folder_of, tar_of
+
+ODD = "Ähren und\nKorn, " + 30 * "sehr " + "reif"
+
+
+def shade(number: int, size: tuple[int, int] = (16, 16)) -> Image.Image:
+    """A colour that no other number has."""
+    return Image.new("RGB", size, (number % 16 * 16, 255 - number // 16 * 16, number * 97 % 256))
+
+
+def classes_in(folder: Path, kind: str, names: list[str], images: int = 9, side: int = 16) -> tuple[object, dict]:
+    """A source whose images show the number of their class; and options of `packed`."""
+    files = [
+        (name, n, number, encoded(shade(number, (side, side))))
+        for number, name in enumerate(names)
+        for n in range(images)
+    ]
+    if kind == "pack":
+        return folder_of(folder / "source", [(f"{name}/{n:02d}.png", png) for name, n, _, png in files]), {}
+    # In no order, as by img2dataset.
+    mixed = np.random.default_rng(0).permutation(len(files)).tolist()
+    for first in range(0, len(files), 7):
+        pairs = [
+            (f"{at:03d}.{end}", content)
+            for at in mixed[first : first + 7]
+            for end, content in (("png", files[at][3]), ("cls", b"%d" % files[at][2]))
+        ]
+        (folder / "tars").mkdir(parents=True, exist_ok=True)
+        tar_of(folder / f"tars/{first:05d}.tar", pairs)
+    return "", {"tars": (str(folder / "tars"),), "shard_images": None}
+
+
+def tiles_in(sheet: np.ndarray, tile: int, rows: int) -> np.ndarray:
+    """The colours in the middle of 8 tiles in each row, uint8 [rows, 8, 3]; 4 pixels lie between them, 20 around."""
+    step, first = tile + 4, 20 + 4 + tile // 2
+    down, across = (sheet.shape[axis] - 20 - count * step - 4 + first - 20 for axis, count in ((0, rows), (1, 8)))
+    return sheet[down:-20:step, across:-20:step]
+
+
+@pytest.mark.parametrize("kind", ["pack", "index"])
+@pytest.mark.parametrize(("classes", "channels", "side"), [(3, 3, 16), (14, 3, 16), (3, 1, 300)])
+def test_each_class_has_a_row_of_its_images(tmp_path, kind, classes, channels, side):
+    names = [f"class {number:02d}" for number in range(classes)]
+    source, options = classes_in(tmp_path, kind, names, side=side)
+    options |= {"channels": channels, "size": side}
+    for bucket in ("one", "other"):
+        packed(tmp_path / bucket, source, **options)
+    key = KEY.replace("16", str(side))
+    preview = (tmp_path / "one" / key / "preview.png").read_bytes()
+    assert preview == (tmp_path / "other" / key / "preview.png").read_bytes()
+    assert verify_dataset(open_store(str(tmp_path / "one")), key) == []
+
+    shown = range(min(classes, 12))
+    colours = np.stack([np.asarray(shade(number, (1, 1)).convert("L" if channels == 1 else "RGB")) for number in shown])
+    sheet = np.asarray(Image.open(io.BytesIO(preview)))
+    tile = 64 if side == 16 else 150
+    assert (tiles_in(sheet, tile, len(shown)) == colours.reshape(-1, 1, channels)).all()
+    images = np.tile(colours.reshape(-1, 1, 1, 1, channels), (1, 8, side, side, 1)).reshape(-1, side, side, channels)
+    captions = (names if kind == "pack" else [str(number) for number in range(classes)])[:12]
+    title = f"small-{side}" + " · 2 of 14 classes not shown" * (classes == 14)
+    expected = figures.contact_sheet(images, np.repeat(shown, 8).tolist(), captions, 8, title)
+    assert np.array_equal(sheet, np.asarray(expected))
+
+
+def test_images_without_classes_are_a_grid(tmp_path):
+    source = folder_of(tmp_path / "source", [(f"{n:03d}.png", encoded(shade(n))) for n in range(50)])
+    for bucket in ("one", "other"):
+        packed(tmp_path / bucket, source)
+    one, other = (objects(tmp_path / bucket)["preview.png"] for bucket in ("one", "other"))
+    assert one == other
+    found = tiles_in(np.asarray(Image.open(io.BytesIO(one))), 64, 4).reshape(-1, 3).tolist()
+    all_of_them = [list(shade(n).getpixel((0, 0))) for n in range(50)]
+    numbers = [all_of_them.index(colour) for colour in found]
+    assert len(set(numbers)) == 32 and numbers == sorted(numbers)
+
+
+def test_few_tables_and_images_are_read(tmp_path, monkeypatch):
+    """Of data sorted by class, with a shard for each: no random choice would find all of the first twelve."""
+    source, _ = classes_in(tmp_path, "pack", [f"{number:03d} of many" for number in range(200)], images=8)
+    read = {"read_table": [], "open_unverified": []}
+
+    def counting(name, original):
+        return lambda self, shard: read[name].append(shard) or original(self, shard)
+
+    for name in read:
+        monkeypatch.setattr(ShardSource, name, counting(name, getattr(ShardSource, name)))
+    index = packed(tmp_path / "bucket", source, shard_images=8)
+    assert len(index.shards) == len(index.classes) == 200
+    assert 64 <= len(read["read_table"]) == len(set(read["read_table"])) < 100
+    assert sorted(read["open_unverified"]) == list(range(12))
+
+
+def test_odd_names_and_empty_classes_have_rows(tmp_path):
+    files = [("cat/1", 1), ("cat/2", 2), ("dog/1", 3), ("dog/2", 4), (f"{ODD}/1", 5)]
+    source = folder_of(tmp_path / "source", [(f"{name}.png", encoded(shade(n))) for name, n in files])
+    words = ("--size", 16, "--bucket", tmp_path, "--hold-out", "40%")
+    succeeded(ddpm_here("data", "pack", source, "small", *words))
+    for part in ("small", "small-held-out"):
+        sheet = np.asarray(Image.open(tmp_path / f"datasets/{part}-16/preview.png"))
+        assert sheet.shape[0] - 3 * 68 < 80, part
+        beside = sheet[-20 - 3 * 68 : -20, : 20 + 240]
+        assert [(row < 128).any() for row in np.split(beside, 3)] == [True] * 3, part
+        assert (beside[:, :20] == 255).all(), "a long name is cut"
+    index = load_index(open_store(str(tmp_path)), KEY).model_copy(update={"classes": ("a\nb", "x" * 10**7, "\x1b[2J")})
+    assert preview_png(open_store(str(tmp_path)), KEY, index, tmp_path / "tables").startswith(b"\x89PNG")
+
+
+def test_a_failed_preview_costs_no_dataset(tmp_path, monkeypatch, caplog):
+    source, _ = classes_in(tmp_path, "pack", ["cat", "dog"])
+    words = ("small", "--size", 16, "--bucket", tmp_path / "bucket")
+
+    def broken(*_):
+        raise ZeroDivisionError("a mistake")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job.data.pack, "preview_png", broken)
+        out = succeeded(ddpm_here("data", "pack", source, *words))
+    preview = tmp_path / "bucket" / KEY / "preview.png"
+    assert "look at" not in out and not preview.exists()
+    assert f"{preview} is missing: a mistake; `ddpm data show small` makes it" in caplog.text
+    assert succeeded(ddpm_here("data", "show", *words)).endswith(f"\nlook at  {preview}\n")
+    made = preview.read_bytes()
+    packed(tmp_path / "other", source)
+    assert made == objects(tmp_path / "other")["preview.png"]
+
+
+@pytest.mark.parametrize("place", ["tmp_path", "gcs_bucket"])
+def test_packing_names_the_preview_and_show_opens_it(tmp_path, place, request):
+    bucket = request.getfixturevalue(place)
+    source, _ = classes_in(tmp_path, "pack", ["cat", "dog"])
+    words = ("small", "--size", 16, "--bucket", bucket)
+    done = ddpm("data", "pack", source, *words, program=(sys.executable, "-X", "importtime", DDPM))
+    assert succeeded(done).splitlines()[-1] == f"look at  {bucket}/{KEY}/preview.png"
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "PIL" in imported and "torch" not in imported
+
+    browser, opened = tmp_path / "browser", tmp_path / "opened.png"
+    browser.write_text(f'#!/bin/sh\ncat "${{1#file://}}" > {opened}\n')
+    browser.chmod(0o755)
+    succeeded(ddpm("data", "show", *words, "--open", BROWSER=f"{browser} %s"))
+    assert opened.read_bytes() == open_store(str(bucket)).read(f"{KEY}/preview.png").data
+    assert load_index(open_store(str(bucket)), KEY).classes == ("cat", "dog")
