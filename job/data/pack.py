@@ -346,8 +346,8 @@ class _Copying(_Packing):
         )
         table = source.table
         if (request.labels or table) and request.classes is not False and self._found.classes_from != "labels":
-            others = some_of(source.unchosen) or "a table is FILE:COLUMN"
-            which = f"in {table.where}" if table else f"{column!r}: {others}"
+            others = f"; there are {some_of(source.unchosen)}" if source.unchosen else ""
+            which = f"in {table.where}" if table else f"{column!r}: a table is FILE:COLUMN{others}"
             raise BadRequestError(f"{self.where}: none of its images has a label {which}")
         share, images = request.hold_out_share, self._found.images
         if share:

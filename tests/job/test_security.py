@@ -196,7 +196,9 @@ def test_payloads_in_a_source_and_journal(tmp_path, marker):
             folder_of(bucket / DATASET, [(f"pieces/{name}.json", payload(marker))])
         folder_of(bucket / DATASET, [("shard-00000.tar", payload(marker)), ("shard-00000.offsets", b"")])
         images = folder_of(place / "images", good + bad)
-        words = ("data", "pack", images, "small", "--size", 8, "--bucket", bucket)
+        words = ("data", "pack", images, "small", "--size", 8, "--bucket", bucket, "--no-classes")
+        # A label that no other image has, or no text.
+        refused(ddpm_here(*words[:-1]), Exit.BAD_DATA)
         # What the message says is to be done helps.
         assert f"`ddpm data delete small --size 8 --bucket {bucket}`" in refused(ddpm_here(*words), Exit.BAD_REQUEST)
         succeeded(ddpm_here("data", "delete", "small", "--size", 8, "--bucket", bucket, "--yes"))

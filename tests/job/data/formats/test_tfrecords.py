@@ -91,7 +91,7 @@ def test_imagenet_is_read_as_by_protocol_buffers(tmp_path: Path) -> None:
     kinds = packed(tmp_path / "b", tmp_path / "in", labels=":image/class/text").classes
     assert kinds == tuple(one["image/class/text"][0].decode() for one in judged)
     assert labels_of(opened(tmp_path / "in/validation-00000-of-00001")) == ["10"]
-    with pytest.raises(BadRequestError, match=r"none of its images has a label 'colour': :image/class/"):
+    with pytest.raises(BadRequestError, match=r"none of its images has a label 'colour'.*; there are :image/"):
         packed(tmp_path / "c", tmp_path / "in", labels=":colour", shard_images=None)
 
 
