@@ -238,7 +238,7 @@ class LabelTable:
 
 def labels_of_pairs(where: str, pairs: Sequence[tuple[str, object]]) -> LabelTable:
     """Returns the labels of a format's pairs of a path and a label. Raises `RefusedError` for a path with two."""
-    return _joined(Rows(where, pairs, _PAIR), _Column(pairs, None, 0), "")
+    return _joined(Rows(where, pairs, _PAIR), 0, False, "")
 
 
 def join_labels(table: Rows, images: Iterable[str], column: str = "") -> LabelTable:
@@ -254,49 +254,55 @@ def join_labels(table: Rows, images: Iterable[str], column: str = "") -> LabelTa
             `column` is empty.
         RefusedError: a name has two labels, or a label stands for no class.
     """
-    body, first = (table.cells, None) if table.header else (table.cells[1:], table.cells[0])
-    columns = [_Column(body, first, number) for number in range(max(map(len, table.cells)))]
-    example = ""
+    body, first = (table.cells, ()) if table.header else (table.cells[1:], table.cells[0])
+    columns, holders, example = list[_Column](), dict[str, list[_Column]](), ""
+    for number in range(max(map(len, table.cells))):
+        cells = {row[number] for row in body if len(row) > number and isinstance(row[number], Hashable)}
+        names, above = {*map(_row_name, cells)}, _row_name(first[number]) if len(first) > number else ""
+        columns.append(_Column(number, above, not any("/" in name for name in names or {above})))
+        for name in {*names, above} - {""}:
+            holders.setdefault(name, []).append(columns[-1])
     for image in images:
-        example, names = example or image, _names_of(image)
-        for each in columns:
-            each.see(names)
+        example = example or image
+        for position, name in enumerate(_names_of(image)):
+            for each in holders.get(name, ()):
+                if each.is_bare == position % 2:
+                    each.names_images, each.is_headless = True, each.is_headless or name == each.first
     named, problem = dict[int, LabelTable](), None
-    for each in columns:
-        if each.names_images or each.is_headless:
-            try:
-                named[each.number] = _joined(table, each, column)
-            except RefusedError as error:
-                # Labels such as 7 are names of images, too; but then several images have one name.
-                problem = error
+    for each in filter(lambda each: each.names_images, columns):
+        try:
+            named[each.number] = _joined(table, each.number, each.is_headless, column)
+        except RefusedError as error:
+            # Labels such as 7 are names of images, too; but then several images have one name.
+            problem = error
     if len(named) == 1:
         return next(iter(named.values()))
     if problem and not named:
         raise problem
-    cells = [str(table.cells[-1][number]) for number in named or range(len(table.cells[-1]))]
     how = "two columns that name images" if named else "no column that names images"
     raise BadRequestError(
-        f"{table.where} has {how}, such as {example!r}: its last row has {some_of(cells)}; one column has the path of "
+        f"{table.where} has {how}, such as {example!r}: its last row has {some_of(map(str, table.cells[-1]))}; one column has the path of "
         "each image in the source, or the name of its file, with or without the suffix"
     )
 
 
+@dataclass
 class _Column:
-    """The cells of a column as names of images."""
+    """The cells of a column as names of images.
 
-    def __init__(self, body: Sequence[Sequence[object]], first: Sequence[object] | None, number: int) -> None:
-        """Takes the rows that are no header, and the first row if it may be one."""
-        self.number, self.names_images, self.is_headless = number, False, False
-        cells = {row[number] for row in body if len(row) > number and isinstance(row[number], Hashable)}
-        self._names = set(map(_row_name, cells)) - {""}
-        self._first = _row_name(first[number]) if first and len(first) > number else ""
-        self.is_bare = not any("/" in name for name in self._names or {self._first})
+    Attributes:
+        number: of the column.
+        first: its cell in the first row, which may be a header.
+        is_bare: whether no other cell has a folder.
+        names_images: whether a cell names an image.
+        is_headless: whether the first one does.
+    """
 
-    def see(self, names: Sequence[str]) -> None:
-        """Compares the names of an image."""
-        own = names[self.is_bare :: 2]
-        self.names_images = self.names_images or not self._names.isdisjoint(own)
-        self.is_headless = self.is_headless or self._first in own
+    number: int
+    first: str
+    is_bare: bool
+    names_images: bool = False
+    is_headless: bool = False
 
 
 def _names_of(name: str) -> tuple[str, str, str, str]:
@@ -311,15 +317,15 @@ def _row_name(cell: object) -> str:
     return printable("/".join(part for part in parts if part not in ("", ".")))
 
 
-def _joined(table: Rows, names: _Column, column: str) -> LabelTable:
+def _joined(table: Rows, names: int, is_headless: bool, column: str) -> LabelTable:
     """Returns the labels of a table whose column of names is known."""
     header, cells = table.header, table.cells
-    if header is None and names.is_headless:
+    if header is None and is_headless:
         header = [f"column {number}" for number in range(1, 1 + max(map(len, cells)))]
     elif header is None:
         header, cells = list(map(str, cells[0])), cells[1:]
     # pandas writes its index into a first column without a name.
-    others = [number for number, name in enumerate(header) if number != names.number and name]
+    others = [number for number, name in enumerate(header) if number != names and name]
     if column and column in (header[number] for number in others):
         chosen = header.index(column)
     elif not column and len(others) == 1:
@@ -328,7 +334,7 @@ def _joined(table: Rows, names: _Column, column: str) -> LabelTable:
         said = f"has no column {column!r}, but" if column else "has several columns:"
         shown = some_of(header[number] for number in others)
         raise BadRequestError(f"{table.where} {said} {shown}: choose one with --labels {table.where}:COLUMN")
-    pairs = [(row[names.number], row[chosen]) for row in cells if len(row) > max(names.number, chosen)]
+    pairs = [(row[names], row[chosen]) for row in cells if len(row) > max(names, chosen)]
     if {str(value) for _, value in pairs} == {"-1", "1"}:
         # CelebA says so of attributes.
         pairs = [(name, header[chosen] if str(value) == "1" else f"not {header[chosen]}") for name, value in pairs]
@@ -337,7 +343,7 @@ def _joined(table: Rows, names: _Column, column: str) -> LabelTable:
         name, label = _row_name(cell), label_of(value)
         if (other := labels.setdefault(name, label)) != label:
             raise RefusedError(f"labels {name!r:.80} as {other!r} and as {label!r}: leave one class for each image")
-    return LabelTable(table.where, labels, header[chosen], names.is_bare)
+    return LabelTable(table.where, labels, header[chosen], not any("/" in name for name in labels))
 
 
 def chosen_label(where: str, labels: Sequence[str], column: str, usual: Sequence[str] = LABEL_KEYS) -> str:
