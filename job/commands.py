@@ -217,8 +217,7 @@ def ensure_command(request: PackRequest, bucket_uri: str, on: str = "") -> None:
         has_options = request.labels or request.split or request.classes is not None
         unused = ["SOURCE is not read"] * bool(request.source)
         unused += ["labels, classes and split stay as they are"] * bool(has_options)
-        if unused:
-            note(f"{there}: {', '.join(unused)}")
+        note("; ".join([there, *unused]))
         return
     if not request.source and name != EMBEDDED:
         raise MissingInputError(how_to_pack(bucket_uri, name, size, on))

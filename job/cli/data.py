@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from job import DEFAULT_BUCKET
 from job.cli import completion
 from job.cli.options import AsJson, BucketUri, Certain, Size, SliceOption, StopAfter, Targets
 
@@ -89,7 +88,7 @@ def data_pack(
     hold_out: HoldOut = "",
     slice_: SliceOption = "",
     stop_after: StopAfter = "",
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
 ) -> None:
     """Pack images into a dataset in the bucket.
 
@@ -148,7 +147,7 @@ def data_index(
     min_side: MinSide = None,
     slice_: SliceOption = "",
     stop_after: StopAfter = "",
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
 ) -> None:
     """Index WebDataset tars as a dataset, without copying them.
 
@@ -194,7 +193,7 @@ def data_encode(
     ] = "",
     slice_: SliceOption = "",
     stop_after: StopAfter = "",
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
 ) -> None:
     """Encode a dataset into latents of an autoencoder.
 
@@ -220,11 +219,9 @@ def data_ensure(
     classes: Classes = None,
     labels: Labels = "",
     split: Split = "",
-    on: Annotated[str, typer.Option("--on", metavar="TARGET", help="Use this target's bucket, if it has one.")] = "",
+    on: Annotated[str, typer.Option("--on", metavar="TARGET", help="Target whose bucket to use.")] = "",
     targets: Targets = None,
-    bucket: Annotated[
-        str, typer.Option("--bucket", metavar="URI", help="Default: the target's, else DDPM_BUCKET, else ./bucket.")
-    ] = "",
+    bucket: BucketUri = "",
 ) -> None:
     """Pack a dataset if the bucket lacks it.
 
@@ -234,14 +231,13 @@ def data_ensure(
     """
     from job.commands import ensure_command
     from job.data.pack_request import PackRequest
-    from job.jobs.targets import bucket_on
 
     request = PackRequest(source, name, size, classes=classes, labels=labels, split=split)
-    ensure_command(request, bucket or bucket_on(on or "local", targets), on)
+    ensure_command(request, bucket, on)
 
 
 @app.command("list")
-def data_list(as_json: AsJson = False, bucket: BucketUri = DEFAULT_BUCKET) -> None:
+def data_list(as_json: AsJson = False, bucket: BucketUri = "") -> None:
     """List the datasets in the bucket.
 
     Example: ddpm data list --bucket gs://my-bucket
@@ -260,7 +256,7 @@ def data_show(
         typer.Option("--output", "-o", metavar="PNG", help="File of the contact sheet. Default: in the bucket."),
     ] = None,
     as_json: AsJson = False,
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
 ) -> None:
     """Show the facts of a dataset, and make a contact sheet of its images.
 
@@ -272,9 +268,7 @@ def data_show(
 
 
 @app.command("verify")
-def data_verify(
-    name: DatasetName, size: Size = None, as_json: AsJson = False, bucket: BucketUri = DEFAULT_BUCKET
-) -> None:
+def data_verify(name: DatasetName, size: Size = None, as_json: AsJson = False, bucket: BucketUri = "") -> None:
     """Check every hash and image of a dataset, and name each damaged object.
 
     Example: ddpm data verify celeba --bucket gs://my-bucket
@@ -285,7 +279,7 @@ def data_verify(
 
 
 @app.command("delete")
-def data_delete(name: DatasetName, size: Size = None, yes: Certain = False, bucket: BucketUri = DEFAULT_BUCKET) -> None:
+def data_delete(name: DatasetName, size: Size = None, yes: Certain = False, bucket: BucketUri = "") -> None:
     """Delete a dataset, or the remains of an unfinished one.
 
     Example: ddpm data delete mine --size 64 --yes

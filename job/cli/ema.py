@@ -4,7 +4,6 @@ from typing import Annotated
 
 import typer
 
-from job import DEFAULT_BUCKET
 from job.cli.options import BucketUri, Checkpoints, RunOption
 
 
@@ -15,7 +14,7 @@ def ddpm_ema(
         typer.Option(metavar="STD", min=0.001, max=0.28, help="Width: share of the training so far, such as 0.13."),
     ],
     checkpoints: Checkpoints = "latest",
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
 ) -> None:
     """Make an average of a run's weights after training (EMA of another width).
 

@@ -36,7 +36,7 @@ def status(
     job: JobName,
     on: OnOneTarget = "",
     targets: Targets = None,
-    bucket: Annotated[str, typer.Option(metavar="URI", help="Bucket of its run. Default: the target's bucket.")] = "",
+    bucket: Annotated[str, typer.Option(metavar="URI", help="Bucket of its run. Default: the job's own.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Show state, progress and attempts of a job, also when its machine is gone.

@@ -8,13 +8,21 @@ import typer
 from ddpm.image_size import ImageSize
 from job.cli import completion
 
+
+def usual_bucket(context: typer.Context, given: str = "") -> str:
+    """Returns the bucket of a command: the given one, else the usual one of its target, else that of `local`."""
+    from job.jobs.targets import bucket_on
+
+    return given or bucket_on(context.params.get("on") or "local", context.params.get("targets"))
+
+
 BucketUri = Annotated[
     str,
     typer.Option(
         metavar="URI",
-        envvar="DDPM_BUCKET",
-        help="Bucket of datasets and runs: a folder, or a URI such as gs://NAME[/PREFIX].",
-        show_envvar=True,
+        callback=usual_bucket,
+        help="Bucket of datasets and runs: a folder, or a URI such as gs://NAME[/PREFIX]. "
+        "Default: DDPM_BUCKET, else the target's, else ./bucket.",
     ),
 ]
 RunOption = Annotated[

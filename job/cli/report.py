@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from job import DEFAULT_BUCKET
 from job.cli import completion
 from job.cli.options import BucketUri
 
@@ -21,7 +20,7 @@ def ddpm_report(
             "--output", "-o", metavar="FILE", help="File to write, such as page.html. Default: in the bucket."
         ),
     ] = None,
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
 ) -> None:
     """Write the page of a run, or of all runs: one HTML file that needs no network.
 

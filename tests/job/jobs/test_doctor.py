@@ -28,8 +28,9 @@ def test_doctor_looks_at_the_bucket(folder, monkeypatch):
     monkeypatch.setattr(doctor, "checks_of", lambda target, uri: looked.append(uri) or ())
     (folder / "targets.yaml").write_text("gke: {backend: kubernetes, image: i, bucket: gs://mine}")
     for words in ("", "--on gke", "--on gke --bucket gs://third", "--no-bucket"):
-        succeeded(ddpm_here("doctor", *words.split(), DDPM_BUCKET="gs://other"))
-    assert looked == ["gs://other", "gs://mine", "gs://third", ""]
+        succeeded(ddpm_here("doctor", *words.split()))
+    succeeded(ddpm_here("doctor", "--on", "gke", DDPM_BUCKET="gs://other"))
+    assert looked == ["./bucket", "gs://mine", "gs://third", "", "gs://other"]
 
 
 def test_jobs_find_missing_rights_first(seaweedfs_bucket, monkeypatch):
