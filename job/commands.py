@@ -263,4 +263,4 @@ def _say_finished(plan: Plan, what: str) -> None:
     # The work is done: a closed pipe must not make a failure of it.
     with suppress(OSError):
         print(f"Run {plan.request.run!r} {what}: {epochs:,} epoch{'s' * (epochs > 1)}, {images_seen:,} images seen.")
-        print(in_lines([*there, ("go on", f"the same command with --epochs {epochs * 2} (make: EPOCHS={epochs * 2})")]))
+        print(in_lines([*there, ("train more", f"add --epochs {epochs * 2} (make: EPOCHS={epochs * 2})")]))

@@ -9,7 +9,7 @@ from job.cli import completion
 from job.cli.options import AsJson, BucketUri, Certain, Size, SliceOption, StopAfter, Targets
 
 app = typer.Typer(
-    help="Datasets: pack images into shards, index tars in place, list, show, verify, delete.\n\n"
+    help="Datasets: pack images, index tars, list, show, verify, delete.\n\n"
     "Example: ddpm data pack ~/photos mine --size 64",
     no_args_is_help=True,
 )
@@ -258,7 +258,7 @@ def data_show(
     as_json: AsJson = False,
     bucket: BucketUri = "",
 ) -> None:
-    """Show the facts of a dataset, and make a contact sheet of its images.
+    """Show the facts of a dataset, and make a contact sheet.
 
     Example: ddpm data show landscape-sample -o sheet.png
     """
@@ -269,7 +269,9 @@ def data_show(
 
 @app.command("verify")
 def data_verify(name: DatasetName, size: Size = None, as_json: AsJson = False, bucket: BucketUri = "") -> None:
-    """Check every hash and image of a dataset, and name each damaged object.
+    """Check every hash and image of a dataset.
+
+    It names each damaged object.
 
     Example: ddpm data verify celeba --bucket gs://my-bucket
     """

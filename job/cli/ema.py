@@ -16,10 +16,11 @@ def ddpm_ema(
     checkpoints: Checkpoints = "latest",
     bucket: BucketUri = "",
 ) -> None:
-    """Make an average of a run's weights after training (EMA of another width).
+    """Make an average of a run's weights after training.
 
-    The command combines snapshots of other averages. A run keeps them if it has ema.stds and ema.snapshot_epochs. The
-    average lies beside its checkpoint and is deleted with it. `ddpm sample --weights ema-STD` uses it.
+    The command makes an EMA of another width from snapshots of other averages. A run keeps them if it has ema.stds and
+    ema.snapshot_epochs. The average lies beside its checkpoint and is deleted with it. `ddpm sample --weights ema-STD`
+    uses it.
 
     Example: ddpm ema --run celeba --std 0.13 --checkpoints 490
     """

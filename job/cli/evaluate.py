@@ -52,7 +52,7 @@ def ddpm_evaluate(
     bucket: BucketUri = "",
     **drawing: Any,
 ) -> None:
-    """Score samples of a run against real images: FID, KID, recall and others.
+    """Score samples of a run against real images, such as by FID.
 
     The scores are FID, KID, precision, recall, density, coverage, MIND, inception score and bits per dimension. The
     command samples like `ddpm sample`, on all GPUs, but saves no image. The same command resumes an interrupted one.

@@ -67,7 +67,7 @@ def ddpm_export(
     ] = "",
     bucket: BucketUri = "",
 ) -> None:
-    """Write a checkpoint as a folder for diffusers, or push it to the hub.
+    """Write a checkpoint for diffusers, or push it to the hub.
 
     Every checkpoint of a unet is such a folder already, with the settings of its run and the names of its classes. An
     export adds a README.md with sample code, leaves out the state of the training, and can hold other weights. The

@@ -70,7 +70,7 @@ def figure_noising(
     output: Picture = Path("noising.png"),
     bucket: BucketUri = "",
 ) -> None:
-    """Show images beside their noised versions q(x_t|x_0), or one image at growing t.
+    """Show images beside their noised versions q(x_t|x_0).
 
     With --run, schedule and dataset are those of the run. Without --image the command shows twelve images, each at
     another t; two more files beside the figure hold the images alone and the noised images alone.

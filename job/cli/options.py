@@ -83,7 +83,7 @@ Processes = Annotated[
 ]
 HangAfter = Annotated[
     float,
-    typer.Option(metavar="SECONDS", min=0, help="Exit with 71 after this time without progress; 0 waits for ever."),
+    typer.Option(metavar="SECONDS", min=0, help="Exit with 71 after this time without progress; 0: never."),
 ]
 StopAfter = Annotated[
     str,

@@ -22,10 +22,11 @@ def ddpm_report(
     ] = None,
     bucket: BucketUri = "",
 ) -> None:
-    """Write the page of a run, or of all runs: one HTML file that needs no network.
+    """Write the page of a run, or of all runs.
 
-    A run writes its page, report.html in its folder, with each sample grid and at its end. This command updates it.
-    Without RUN it writes report.html of the bucket: all runs with their newest grids, any of them compared.
+    It is one HTML file that needs no network. A run writes its page, report.html in its folder, with each sample grid
+    and at its end. This command updates it. Without RUN it writes report.html of the bucket: all runs with their newest
+    grids, any of them compared.
 
     Example: ddpm report celeba --open
     """

@@ -9,7 +9,7 @@ from job.cli import completion
 from job.cli.options import AsJson, BucketUri, Certain
 
 app = typer.Typer(
-    help="Runs in the bucket: list, show, compare, blame, verify, and more.\n\nExample: ddpm runs show celeba",
+    help="Runs: list, show, compare, blame, seen, verify, prune, delete.\n\nExample: ddpm runs show celeba",
     no_args_is_help=True,
 )
 
@@ -31,7 +31,9 @@ def runs_list(as_json: AsJson = False, bucket: BucketUri = "") -> None:
 
 @app.command("show")
 def runs_show(run: RunName, as_json: AsJson = False, bucket: BucketUri = "") -> None:
-    """Show a run: state, progress, checkpoints, attempts, URIs of its pictures.
+    """Show state, progress, checkpoints and attempts of a run.
+
+    It also prints the URIs of its page and pictures.
 
     Example: ddpm runs show celeba --bucket gs://my-bucket
     """
@@ -93,7 +95,9 @@ def runs_seen(
     as_json: AsJson = False,
     bucket: BucketUri = "",
 ) -> None:
-    """Show how often a run has learnt an image, when, and in which checkpoints it is.
+    """Show how often and when a run has learnt an image.
+
+    It also prints which checkpoints have learnt it.
 
     Example: ddpm runs seen celeba --image-key 000012345
     """
@@ -125,10 +129,10 @@ def runs_prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be deleted, and why.")] = False,
     bucket: BucketUri = "",
 ) -> None:
-    """Delete old checkpoints by the run's rules, and the remains of killed attempts.
+    """Delete old checkpoints and the remains of killed attempts.
 
-    The command keeps the newest intact checkpoint and each one that another process reads. It refuses to work while the
-    run trains.
+    The rules of the run decide. The command keeps the newest intact checkpoint and each one that another process reads.
+    It refuses to work while the run trains.
 
     Example: ddpm runs prune celeba --keep-last 1 --dry-run
     """
@@ -164,11 +168,12 @@ def ddpm_replay(
     ] = False,
     bucket: BucketUri = "",
 ) -> None:
-    """Recompute the state of a run after N images: weights, averages, optimiser.
+    """Recompute the state of a run after N images.
 
-    The command restores the nearest checkpoint before, and trains again up to N, without a change to the run. It prints
-    the SHA-256 of each file that a checkpoint at N would have. On the code and the kind of device of the run these are
-    its exact bits; otherwise the command says that they may differ. `ddpm import` makes a run from the folder.
+    The command restores weights, averages and optimiser from the nearest checkpoint before, and trains again up to N,
+    without a change to the run. It prints the SHA-256 of each file that a checkpoint at N would have. On the code and
+    the kind of device of the run these are its exact bits; otherwise the command says that they may differ. `ddpm
+    import` makes a run from the folder.
 
     Examples:
 

@@ -40,9 +40,7 @@ def test_help_is_whole_and_light():
         assert out.startswith("Usage: "), name
         assert max(map(len, out.splitlines())) <= 80, name
         assert f" ddpm {name}".rstrip() in out.partition("Example")[2], name
-        if "\nCommands:" in out:
-            _, *wider = succeeded(ddpm_here(*name.split(), "--help", COLUMNS="100")).splitlines()
-            assert not [line for line in wider if line.endswith("...")], name
+        assert not [line for line in out.splitlines()[1:] if line.endswith("...")], name
     for name in ("", "submit train", "jobs logs"):
         words = [sys.executable, "-X", "importtime", DDPM, *name.split(), "--help"]
         done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=True, timeout=60)
@@ -82,7 +80,7 @@ def test_a_finished_run_lists_its_results(bucket):
             "Run 'walk' is finished already: 3 epochs, 912 images seen.",
             f"page        {bucket}/runs/walk/report.html",
             f"samples     {bucket}/runs/walk/samples/epoch-0003-ddim-4.png",
-            "go on       the same command with --epochs 6 (make: EPOCHS=6)",
+            "train more  add --epochs 6 (make: EPOCHS=6)",
         ]
     run = bucket / "runs/walk"
     pictures = [run / name for name in ("samples/epoch-0003-ddim-4.png", "figures/loss.png")]

@@ -85,7 +85,7 @@ def test_submit_train_packs_and_trains(make):
     assert "EPOCHS=2" in out
     assert [ref.images_seen for ref in list_checkpoints(open_store(str(bucket)).sub("runs/landscape-sample"))] == [312]
     out = succeeded(make("sample", "ARGS=--seeds 0-1 --no-nearest"))
-    assert f"{bucket}/runs/landscape-sample/samples/epoch-0001-ddim-4-seeds-0-1-alone.png" in out
+    assert f"{bucket}/runs/landscape-sample/samples/epoch-0001-ddim-4-seeds-0-1-no-nearest.png" in out
 
 
 def test_mistakes_are_found_before_packing(make, tmp_path):

@@ -19,6 +19,7 @@ def test_each_kind_of_bucket_passes(bucket_uri, monkeypatch):
     checks = list(doctor.bucket_checks(bucket_uri))
     assert [check.name for check in checks if not check.passed] == []
     assert [check.name for check in checks] == ["credentials", "bucket write", "bucket list"]
+    assert checks[2].message == "runs found: 0"
     if "://" in bucket_uri:
         assert not list(open_store(bucket_uri).list("doctor"))
 
