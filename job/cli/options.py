@@ -11,9 +11,12 @@ from job.cli import completion
 
 def usual_bucket(context: typer.Context, given: str = "") -> str:
     """Returns the bucket of a command: the given one, else the usual one of its target, else that of `local`."""
+    if given:
+        # As in all jobs and ranks: spares the imports.
+        return given
     from job.jobs.targets import bucket_on
 
-    return given or bucket_on(context.params.get("on") or "local", context.params.get("targets"))
+    return bucket_on(context.params.get("on") or "local", context.params.get("targets"))
 
 
 BucketUri = Annotated[
