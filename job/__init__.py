@@ -10,9 +10,6 @@ if TYPE_CHECKING:
 
     __version__: str
 
-DEFAULT_BUCKET = "./bucket"
-"""The bucket if neither an option, a variable nor a target names one."""
-
 
 def __getattr__(name: str) -> Any:
     # Every command imports this module. Without late imports each would load PyTorch, and the parser of the version.

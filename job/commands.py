@@ -219,8 +219,7 @@ def ensure_command(request: PackRequest, bucket_uri: str, on: str = "") -> None:
         has_options = request.labels or request.split or request.classes is not None
         unused = ["SOURCE is not read"] * bool(request.source)
         unused += ["labels, classes and split stay as they are"] * bool(has_options)
-        if unused:
-            note(f"{there}: {', '.join(unused)}")
+        note("; ".join([there, *unused]))
         return
     if not request.source and name != EMBEDDED:
         raise MissingInputError(how_to_pack(bucket_uri, name, size, on))
@@ -266,4 +265,4 @@ def _say_finished(plan: Plan, what: str) -> None:
     # The work is done: a closed pipe must not make a failure of it.
     with suppress(OSError):
         print(f"Run {plan.request.run!r} {what}: {epochs:,} epoch{'s' * (epochs > 1)}, {images_seen:,} images seen.")
-        print(in_lines([*there, ("go on", f"the same command with --epochs {epochs * 2} (make: EPOCHS={epochs * 2})")]))
+        print(in_lines([*there, ("train more", f"add --epochs {epochs * 2} (make: EPOCHS={epochs * 2})")]))

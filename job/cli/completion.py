@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 import typer
-
-from job import DEFAULT_BUCKET
 
 SECONDS = 3.0
 """The longest time that a bucket has to answer after a press of Tab."""
@@ -20,12 +17,13 @@ def _offered(names: Iterable[str], incomplete: str) -> list[str]:
 
 def _in_bucket(folder: str) -> Callable[[typer.Context, str], list[str]]:
     def complete(context: typer.Context, incomplete: str) -> list[str]:
+        from job.jobs.targets import bucket_on
         from job.store import open_store
 
-        uri = context.params.get("bucket") or os.environ.get("DDPM_BUCKET") or DEFAULT_BUCKET
         # An error message in the middle of a command line would disturb more than it helps.
         with suppress(Exception):
-            return _offered(open_store(str(uri)).within(SECONDS).folders(folder), incomplete)
+            uri = context.params.get("bucket") or bucket_on(context.params.get("on") or "local")
+            return _offered(open_store(uri).within(SECONDS).folders(folder), incomplete)
         return []
 
     return complete

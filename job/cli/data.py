@@ -5,12 +5,11 @@ from typing import Annotated
 
 import typer
 
-from job import DEFAULT_BUCKET
 from job.cli import completion
 from job.cli.options import AsJson, BucketUri, Certain, Size, SliceOption, StopAfter, Targets
 
 app = typer.Typer(
-    help="Datasets: pack images into shards, index tars in place, list, show, verify, delete.\n\n"
+    help="Datasets: pack images, index tars, list, show, verify, delete.\n\n"
     "Example: ddpm data pack ~/photos mine --size 64",
     no_args_is_help=True,
 )
@@ -98,7 +97,7 @@ def data_pack(
     hold_out: HoldOut = "",
     slice_: SliceOption = "",
     stop_after: StopAfter = "",
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
 ) -> None:
     """Pack images into a dataset in the bucket.
 
@@ -159,7 +158,7 @@ def data_index(
     min_side: MinSide = None,
     slice_: SliceOption = "",
     stop_after: StopAfter = "",
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
 ) -> None:
     """Index WebDataset tars as a dataset, without copying them.
 
@@ -206,7 +205,7 @@ def data_encode(
     ] = "",
     slice_: SliceOption = "",
     stop_after: StopAfter = "",
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
 ) -> None:
     """Encode a dataset into latents of an autoencoder.
 
@@ -233,11 +232,9 @@ def data_ensure(
     labels: Labels = "",
     split: Split = "",
     unlabelled: Unlabelled = "refuse",
-    on: Annotated[str, typer.Option("--on", metavar="TARGET", help="Use this target's bucket, if it has one.")] = "",
+    on: Annotated[str, typer.Option("--on", metavar="TARGET", help="Target whose bucket to use.")] = "",
     targets: Targets = None,
-    bucket: Annotated[
-        str, typer.Option("--bucket", metavar="URI", help="Default: the target's, else DDPM_BUCKET, else ./bucket.")
-    ] = "",
+    bucket: BucketUri = "",
 ) -> None:
     """Pack a dataset if the bucket lacks it.
 
@@ -247,14 +244,13 @@ def data_ensure(
     """
     from job.commands import ensure_command
     from job.data.pack_request import PackRequest
-    from job.jobs.targets import bucket_on
 
     request = PackRequest(source, name, size, classes=classes, labels=labels, split=split, unlabelled=unlabelled)
-    ensure_command(request, bucket or bucket_on(on or "local", targets), on)
+    ensure_command(request, bucket, on)
 
 
 @app.command("list")
-def data_list(as_json: AsJson = False, bucket: BucketUri = DEFAULT_BUCKET) -> None:
+def data_list(as_json: AsJson = False, bucket: BucketUri = "") -> None:
     """List the datasets in the bucket.
 
     Example: ddpm data list --bucket gs://my-bucket
@@ -274,9 +270,9 @@ def data_show(
     ] = None,
     open_it: Annotated[bool, typer.Option("--open", help="Open the preview in the browser.")] = False,
     as_json: AsJson = False,
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
 ) -> None:
-    """Show the facts of a dataset, and a preview of its images, by class.
+    """Show the facts of a dataset, and a preview.
 
     Example: ddpm data show landscape-sample --open
     """
@@ -286,10 +282,10 @@ def data_show(
 
 
 @app.command("verify")
-def data_verify(
-    name: DatasetName, size: Size = None, as_json: AsJson = False, bucket: BucketUri = DEFAULT_BUCKET
-) -> None:
-    """Check every hash and image of a dataset, and name each damaged object.
+def data_verify(name: DatasetName, size: Size = None, as_json: AsJson = False, bucket: BucketUri = "") -> None:
+    """Check every hash and image of a dataset.
+
+    It names each damaged object.
 
     Example: ddpm data verify celeba --bucket gs://my-bucket
     """
@@ -299,7 +295,7 @@ def data_verify(
 
 
 @app.command("delete")
-def data_delete(name: DatasetName, size: Size = None, yes: Certain = False, bucket: BucketUri = DEFAULT_BUCKET) -> None:
+def data_delete(name: DatasetName, size: Size = None, yes: Certain = False, bucket: BucketUri = "") -> None:
     """Delete a dataset, or the remains of an unfinished one.
 
     Example: ddpm data delete mine --size 64 --yes

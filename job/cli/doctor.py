@@ -4,15 +4,12 @@ from typing import Annotated
 
 import typer
 
-from job.cli.options import OnTarget, Targets
+from job.cli.options import BucketUri, OnTarget, Targets
 
 
 def doctor(
     on: OnTarget = "local",
-    bucket: Annotated[
-        str,
-        typer.Option(metavar="URI", help="Bucket to check. Default: the target's, else DDPM_BUCKET, else ./bucket."),
-    ] = "",
+    bucket: BucketUri = "",
     no_bucket: Annotated[bool, typer.Option("--no-bucket", help="Skip the checks of the bucket.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all lines as JSON, at the end.")] = False,
     targets: Targets = None,
@@ -28,6 +25,5 @@ def doctor(
     from job.jobs.targets import chosen_target, load_targets
 
     target = chosen_target(load_targets(targets), on)
-    uri = "" if no_bucket else bucket or target.usual_bucket
-    if code := report(checks_of(target, uri), as_json):
+    if code := report(checks_of(target, "" if no_bucket else bucket), as_json):
         raise SystemExit(int(code))

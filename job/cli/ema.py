@@ -4,7 +4,6 @@ from typing import Annotated
 
 import typer
 
-from job import DEFAULT_BUCKET
 from job.cli.options import BucketUri, Checkpoints, RunOption
 
 
@@ -15,12 +14,13 @@ def ddpm_ema(
         typer.Option(metavar="STD", min=0.001, max=0.28, help="Width: share of the training so far, such as 0.13."),
     ],
     checkpoints: Checkpoints = "latest",
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
 ) -> None:
-    """Make an average of a run's weights after training (EMA of another width).
+    """Make an average of a run's weights after training.
 
-    The command combines snapshots of other averages. A run keeps them if it has ema.stds and ema.snapshot_epochs. The
-    average lies beside its checkpoint and is deleted with it. `ddpm sample --weights ema-STD` uses it.
+    The command makes an EMA of another width from snapshots of other averages. A run keeps them if it has ema.stds and
+    ema.snapshot_epochs. The average lies beside its checkpoint and is deleted with it. `ddpm sample --weights ema-STD`
+    uses it.
 
     Example: ddpm ema --run celeba --std 0.13 --checkpoints 490
     """

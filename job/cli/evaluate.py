@@ -5,7 +5,6 @@ from typing import Annotated, Any
 import typer
 
 from ddpm.catalogue import EXTRACTORS, METRICS
-from job import DEFAULT_BUCKET
 from job.cli.completion import names
 from job.cli.drawing import with_drawing_options
 from job.cli.options import (
@@ -50,10 +49,10 @@ def ddpm_evaluate(
     processes: Processes = None,
     hang_after: HangAfter = DEFAULT_HANG_AFTER,
     stop_after: StopAfter = "",
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
     **drawing: Any,
 ) -> None:
-    """Score samples of a run against real images: FID, KID, recall and others.
+    """Score samples of a run against real images, such as by FID.
 
     The scores are FID, KID, precision, recall, density, coverage, MIND, inception score and bits per dimension. The
     command samples like `ddpm sample`, on all GPUs, but saves no image. The same command resumes an interrupted one.

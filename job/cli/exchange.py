@@ -4,7 +4,6 @@ from typing import Annotated
 
 import typer
 
-from job import DEFAULT_BUCKET
 from job.cli.options import BucketUri, RunOption, Size
 
 
@@ -29,7 +28,7 @@ def ddpm_import(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Such as train.batch_size=64; may be repeated."),
     ] = None,
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
 ) -> None:
     """Make a run from a checkpoint of another program or of this one.
 
@@ -66,9 +65,9 @@ def ddpm_export(
     weights: Annotated[
         str, typer.Option(metavar="NAME", help="ema, ema-STD or model. Default: the run's sample.weights.")
     ] = "",
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
 ) -> None:
-    """Write a checkpoint as a folder for diffusers, or push it to the hub.
+    """Write a checkpoint for diffusers, or push it to the hub.
 
     Every checkpoint of a unet is such a folder already, with the settings of its run and the names of its classes. An
     export adds a README.md with sample code, leaves out the state of the training, and can hold other weights. The

@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from ddpm.catalogue import SCHEDULES
-from job import DEFAULT_BUCKET
 from job.cli import completion
 from job.cli.options import DEFAULT_HANG_AFTER, BucketUri, Dataset, RunOption, Size
 
@@ -38,7 +37,7 @@ def figure_schedule(
         typer.Option(metavar="N", min=2, max=10_000, help="Diffusion steps T. Default: those of --run, else 1000."),
     ] = None,
     output: Picture = Path("schedule.png"),
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
 ) -> None:
     """Plot β and ᾱ over the timesteps.
 
@@ -69,9 +68,9 @@ def figure_noising(
     schedule: Schedule = "",
     size: Size = None,
     output: Picture = Path("noising.png"),
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
 ) -> None:
-    """Show images beside their noised versions q(x_t|x_0), or one image at growing t.
+    """Show images beside their noised versions q(x_t|x_0).
 
     With --run, schedule and dataset are those of the run. Without --image the command shows twelve images, each at
     another t; two more files beside the figure hold the images alone and the noised images alone.
@@ -92,7 +91,7 @@ def figure_noising(
 def figure_denoising(
     run: RunOption,
     seeds: Annotated[str, typer.Option(metavar="LIST", help="One image per seed, such as 0-11; at most 12.")] = "",
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
 ) -> None:
     """Make a GIF of a run's network turning noise into images.
 

@@ -36,12 +36,13 @@ def status(
     job: JobName,
     on: OnOneTarget = "",
     targets: Targets = None,
-    bucket: Annotated[str, typer.Option(metavar="URI", help="Bucket of its run. Default: the target's bucket.")] = "",
+    bucket: Annotated[str, typer.Option(metavar="URI", help="Bucket of its run. Default: the job's own.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Show state, progress and attempts of a job, also when its machine is gone.
+    """Show state, progress and attempts of a job.
 
-    The engine reports the state of the job. The bucket holds the progress of its run and the attempts.
+    The engine reports the state of the job. The bucket holds the progress of its run and the attempts, also when the
+    machine is gone.
 
     Example: ddpm jobs status train-celeba --on gke
     """

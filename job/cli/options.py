@@ -8,13 +8,24 @@ import typer
 from ddpm.image_size import ImageSize
 from job.cli import completion
 
+
+def usual_bucket(context: typer.Context, given: str = "") -> str:
+    """Returns the bucket of a command: the given one, else the usual one of its target, else that of `local`."""
+    if given:
+        # As in all jobs and ranks: spares the imports.
+        return given
+    from job.jobs.targets import bucket_on
+
+    return bucket_on(context.params.get("on") or "local", context.params.get("targets"))
+
+
 BucketUri = Annotated[
     str,
     typer.Option(
         metavar="URI",
-        envvar="DDPM_BUCKET",
-        help="Bucket of datasets and runs: a folder, or a URI such as gs://NAME[/PREFIX].",
-        show_envvar=True,
+        callback=usual_bucket,
+        help="Bucket of datasets and runs: a folder, or a URI such as gs://NAME[/PREFIX]. "
+        "Default: DDPM_BUCKET, else the target's, else ./bucket.",
     ),
 ]
 RunOption = Annotated[
@@ -75,7 +86,7 @@ Processes = Annotated[
 ]
 HangAfter = Annotated[
     float,
-    typer.Option(metavar="SECONDS", min=0, help="Exit with 71 after this time without progress; 0 waits for ever."),
+    typer.Option(metavar="SECONDS", min=0, help="Exit with 71 after this time without progress; 0: never."),
 ]
 StopAfter = Annotated[
     str,

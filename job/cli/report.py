@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from job import DEFAULT_BUCKET
 from job.cli import completion
 from job.cli.options import BucketUri
 
@@ -21,12 +20,13 @@ def ddpm_report(
             "--output", "-o", metavar="FILE", help="File to write, such as page.html. Default: in the bucket."
         ),
     ] = None,
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
 ) -> None:
-    """Write the page of a run, or of all runs: one HTML file that needs no network.
+    """Write the page of a run, or of all runs.
 
-    A run writes its page, report.html in its folder, with each sample grid and at its end. This command updates it.
-    Without RUN it writes report.html of the bucket: all runs with their newest grids, any of them compared.
+    It is one HTML file that needs no network. A run writes its page, report.html in its folder, with each sample grid
+    and at its end. This command updates it. Without RUN it writes report.html of the bucket: all runs with their newest
+    grids, any of them compared.
 
     Example: ddpm report celeba --open
     """

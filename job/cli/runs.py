@@ -5,12 +5,11 @@ from typing import Annotated
 
 import typer
 
-from job import DEFAULT_BUCKET
 from job.cli import completion
 from job.cli.options import AsJson, BucketUri, Certain
 
 app = typer.Typer(
-    help="Runs in the bucket: list, show, compare, blame, verify, and more.\n\nExample: ddpm runs show celeba",
+    help="Runs: list, show, compare, blame, seen, verify, prune, delete.\n\nExample: ddpm runs show celeba",
     no_args_is_help=True,
 )
 
@@ -20,7 +19,7 @@ RunName = Annotated[
 
 
 @app.command("list")
-def runs_list(as_json: AsJson = False, bucket: BucketUri = DEFAULT_BUCKET) -> None:
+def runs_list(as_json: AsJson = False, bucket: BucketUri = "") -> None:
     """List the runs in the bucket.
 
     Example: ddpm runs list --bucket gs://my-bucket
@@ -31,8 +30,10 @@ def runs_list(as_json: AsJson = False, bucket: BucketUri = DEFAULT_BUCKET) -> No
 
 
 @app.command("show")
-def runs_show(run: RunName, as_json: AsJson = False, bucket: BucketUri = DEFAULT_BUCKET) -> None:
-    """Show a run: state, progress, checkpoints, attempts, URIs of its pictures.
+def runs_show(run: RunName, as_json: AsJson = False, bucket: BucketUri = "") -> None:
+    """Show state, progress, checkpoints and attempts of a run.
+
+    It also prints the URIs of its page and pictures.
 
     Example: ddpm runs show celeba --bucket gs://my-bucket
     """
@@ -50,7 +51,7 @@ def runs_compare(
     since_epoch: Annotated[
         float, typer.Option(metavar="EPOCH", min=0, help="Leave out all epochs before this one.")
     ] = 0.0,
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
 ) -> None:
     """Compare the losses of two runs of one seed, image by image.
 
@@ -72,7 +73,7 @@ def runs_blame(
         int | None, typer.Option(metavar="IMAGES", min=1, help="Images to suspect. Default: 2 × log.every_images.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="PNG of these images.")] = None,
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
 ) -> None:
     """Find the images that carry a spike of the loss.
 
@@ -92,9 +93,11 @@ def runs_seen(
     run: RunName,
     image_key: Annotated[str, typer.Option(metavar="KEY", help="Key of the image in its tar, such as 000012345.")],
     as_json: AsJson = False,
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
 ) -> None:
-    """Show how often a run has learnt an image, when, and in which checkpoints it is.
+    """Show how often and when a run has learnt an image.
+
+    It also prints which checkpoints have learnt it.
 
     Example: ddpm runs seen celeba --image-key 000012345
     """
@@ -104,7 +107,7 @@ def runs_seen(
 
 
 @app.command("verify")
-def runs_verify(run: RunName, as_json: AsJson = False, bucket: BucketUri = DEFAULT_BUCKET) -> None:
+def runs_verify(run: RunName, as_json: AsJson = False, bucket: BucketUri = "") -> None:
     """Check every object of a run, and name each that is corrupt.
 
     An object can be corrupt, truncated, missing, swapped or of another run. The command reads the whole run once, also
@@ -124,12 +127,12 @@ def runs_prune(
         int | None, typer.Option(metavar="N", min=1, help="Newest checkpoints to keep. Default: checkpoint.keep_last.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be deleted, and why.")] = False,
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
 ) -> None:
-    """Delete old checkpoints by the run's rules, and the remains of killed attempts.
+    """Delete old checkpoints and the remains of killed attempts.
 
-    The command keeps the newest intact checkpoint and each one that another process reads. It refuses to work while the
-    run trains.
+    The rules of the run decide. The command keeps the newest intact checkpoint and each one that another process reads.
+    It refuses to work while the run trains.
 
     Example: ddpm runs prune celeba --keep-last 1 --dry-run
     """
@@ -139,7 +142,7 @@ def runs_prune(
 
 
 @app.command("delete")
-def runs_delete(run: RunName, yes: Certain = False, bucket: BucketUri = DEFAULT_BUCKET) -> None:
+def runs_delete(run: RunName, yes: Certain = False, bucket: BucketUri = "") -> None:
     """Delete a run: its checkpoints, pictures and metrics.
 
     The command refuses to work while another process trains the run or samples from it. The same command finishes an
@@ -163,13 +166,14 @@ def ddpm_replay(
     verify: Annotated[
         bool, typer.Option("--verify", help="Begin before the checkpoint at N, and compare with it; 65 if they differ.")
     ] = False,
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
 ) -> None:
-    """Recompute the state of a run after N images: weights, averages, optimiser.
+    """Recompute the state of a run after N images.
 
-    The command restores the nearest checkpoint before, and trains again up to N, without a change to the run. It prints
-    the SHA-256 of each file that a checkpoint at N would have. On the code and the kind of device of the run these are
-    its exact bits; otherwise the command says that they may differ. `ddpm import` makes a run from the folder.
+    The command restores weights, averages and optimiser from the nearest checkpoint before, and trains again up to N,
+    without a change to the run. It prints the SHA-256 of each file that a checkpoint at N would have. On the code and
+    the kind of device of the run these are its exact bits; otherwise the command says that they may differ. `ddpm
+    import` makes a run from the folder.
 
     Examples:
 

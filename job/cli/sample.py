@@ -4,7 +4,6 @@ from typing import Annotated, Any
 
 import typer
 
-from job import DEFAULT_BUCKET
 from job.cli.drawing import with_drawing_options
 from job.cli.options import (
     DEFAULT_HANG_AFTER,
@@ -64,7 +63,7 @@ def ddpm_sample(
     processes: Processes = None,
     hang_after: HangAfter = DEFAULT_HANG_AFTER,
     stop_after: StopAfter = "",
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
     **drawing: Any,
 ) -> None:
     """Sample images from a run's checkpoints.

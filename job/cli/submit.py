@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from job.jobs.spec import Verb
 
 app = typer.Typer(
-    help="Start a command as a job on a target, such as a cluster or a cloud VM.\n\n"
+    help="Start a command as a job, such as on a cluster or a cloud VM.\n\n"
     "Example: ddpm submit train --dataset celeba --on local",
     no_args_is_help=True,
 )

@@ -4,7 +4,6 @@ from typing import Annotated
 
 import typer
 
-from job import DEFAULT_BUCKET
 from job.cli import completion
 from job.cli.options import (
     DEFAULT_HANG_AFTER,
@@ -51,7 +50,7 @@ def ddpm_train(
     ] = False,
     hang_after: HangAfter = DEFAULT_HANG_AFTER,
     stop_after: StopAfter = "",
-    bucket: BucketUri = DEFAULT_BUCKET,
+    bucket: BucketUri = "",
 ) -> None:
     """Train a run, or resume it: the same command does both.
 

@@ -142,9 +142,11 @@ def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[
         if key in learnt or (key not in free and key.split(".")[0] not in FREE_SECTIONS)
     ]
     if fixed:
+        # Another network cannot take its weights.
+        weights = "" if any(each.startswith("model.") for each in fixed) else f" (with these weights: --from {run})"
         raise BadConfigError(
             f"run {run!r} was started with another configuration ({'; '.join(fixed)}). "
-            "Leave these out to continue it, start another run with --run NAME, or delete this one "
+            f"Leave these out to continue it, start another run with --run NAME{weights}, or delete this one "
             f"(ddpm runs delete {run} --yes)"
         )
     return changes

@@ -141,7 +141,8 @@ class Drawing(Settings, catalogue.Drawing):
 
     def name(self, first: Drawing) -> str:
         """Returns a part of a picture's file name: sampler, steps, and what differs from the run's `first` settings."""
-        words = [f"{key}-{value}" for key, value in self._differing(first).items()]
+        # As the options are called.
+        words = [f"{key.replace('labels', 'classes')}-{value}" for key, value in self._differing(first).items()]
         return "-".join([self.sampler, str(self.steps), *words])
 
     def words(self, first: Drawing) -> str:

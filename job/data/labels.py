@@ -279,9 +279,9 @@ def join_labels(table: Rows, images: Iterable[str], column: str = "") -> LabelTa
         return next(iter(named.values()))
     if problem and not named:
         raise problem
-    how = "two columns that name images" if named else "no column that names images"
+    how, last = "two columns that name images" if named else "no column that names images", map(str, table.cells[-1])
     raise BadRequestError(
-        f"{table.where} has {how}, such as {example!r}: its last row has {some_of(map(str, table.cells[-1]))}; one column has the path of "
+        f"{table.where} has {how}, such as {example!r}: its last row has {some_of(last)}; one column has the path of "
         "each image in the source, or the name of its file, with or without the suffix"
     )
 

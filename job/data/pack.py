@@ -222,9 +222,11 @@ class _Packing(abc.ABC):
         """
         self._rejects += rejects
         if len(self._rejects) > self._request.max_bad:
+            are_small = any("--min-side" in reject["reason"] for reject in self._rejects)
+            remedy = "pass a smaller --size or --min-side" if are_small else "see to them"
             raise BadDataError(
                 f"{self.where}: more than --max-bad={self._request.max_bad} images cannot be used: "
-                f"{self._first_rejects()}: see to them, or allow more"
+                f"{self._first_rejects()}: {remedy}, or allow more with --max-bad"
             )
 
     def publish(self, dataset: Store, records: Sequence[PieceRecord]) -> None:

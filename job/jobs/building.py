@@ -62,7 +62,7 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
         command, resources = command.with_values(stop_after=None), replace(resources, max_hours=hours)
     _check_resources(command, target, resources)
     uri = str(command.values["bucket"]) if "bucket" in command.given else target.usual_bucket
-    bucket = _uri_for_jobs("bucket", uri, target)
+    bucket = _uri_for_jobs("--bucket or DDPM_BUCKET:", uri, target)
     command = command.with_values(bucket=bucket)
     request = command.request().check()
     command, reads = _adapted(command, request, target, resources)

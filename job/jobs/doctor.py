@@ -40,7 +40,7 @@ def bucket_checks(uri: str) -> Iterator[Check]:
         return
     yield Check("credentials", True, "found" if is_remote(uri) else "a folder of this machine needs none")
     yield Check.of("bucket write", lambda: _write_once_and_delete(store))
-    yield Check.of("bucket list", lambda: f"{len(store.folders(RUNS)):,} runs are there")
+    yield Check.of("bucket list", lambda: f"runs found: {len(store.folders(RUNS)):,}")
 
 
 def report(checks: Iterable[Check], as_json: bool) -> Exit:

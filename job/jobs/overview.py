@@ -99,13 +99,13 @@ def list_jobs(search: Search, *, as_json: bool = False) -> None:
     if as_json:
         print_json(rows)
         return
-    titles = ("job", "target", "state", "attempts", "exit code", "created", "place")
-    of_run = ("epoch", "loss", "images/s", "to the end", "cost so far", "message")
-    table = Table(*titles, *of_run, box=None)
+    of_run = ("epoch", "loss", "images/s", "to the end", "cost so far")
+    of_engine = ("attempts", "exit code", "created", "place", "message")
+    table = Table("job", "target", "state", *of_run, *of_engine, box=None)
     for job in rows:
         code = "-" if job["exit_code"] is None else str(job["exit_code"])
-        engine = (str(job["attempts"] or "-"), code, job["created"] or "-", job["place"] or "-")
-        table.add_row(*(job["name"], job["target"], job["state"], *engine, *_run_cells(job["run"]), job["message"]))
+        engine = (str(job["attempts"] or "-"), code, job["created"] or "-", job["place"] or "-", job["message"])
+        table.add_row(job["name"], job["target"], _state_of(job), *_run_cells(job["run"]), *engine)
     where = f"on {search.on}" if search.on else "on any target"
     print_table(table, f"no jobs {where}: start one with `ddpm submit train --dataset NAME --on TARGET`")
 
@@ -116,6 +116,13 @@ def _row(status: JobStatus, backend: Backend | None, bucket_uri: str) -> dict[st
     with suppress(JobError):
         summary = summary_of(open_store(bucket_uri), run) if run else None
     return asdict(status) | {"target": backend.target.name if backend else None, "bucket": bucket_uri, "run": summary}
+
+
+def _state_of(job: dict[str, Any]) -> str:
+    """Returns the state of a job, with that of its run if another command has trained the run since."""
+    run_state = job["run"]["state"] if job["run"] and job["name"].startswith("train-") else job["state"]
+    is_over = job["state"] == State.FINISHED != run_state
+    return f"{job['state']}, run {run_state}" if is_over else job["state"]
 
 
 def _run_cells(run: dict[str, Any] | None) -> list[str]:

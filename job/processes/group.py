@@ -150,7 +150,8 @@ def check_gpus() -> None:
     if not DRIVER.exists():
         raise MissingInputError(f"{counts}: this machine lacks the NVIDIA driver")
     if not cuda:
-        raise MissingInputError(f"{counts}: the image has a PyTorch for CPUs; `make image TORCH=cuda` builds the other")
+        how = "`make image TORCH=cuda`, or `make clean setup TORCH=cuda` without an image, installs the other"
+        raise MissingInputError(f"{counts}: this is a PyTorch for CPUs; {how}")
     if seen < given:
         why = f"a GPU failed, or the driver is too old for CUDA {cuda}: run `nvidia-smi` there"
         raise JobError(f"{counts}: {why}", Exit.HUNG)

@@ -28,15 +28,16 @@ def how_packed(bucket_uri: str, name: str, size: ImageSize | None) -> str:
     """
     bucket = open_store(bucket_uri)
     try:
-        index = load_index(bucket, find_dataset(bucket, name, size))
+        key = find_dataset(bucket, name, size)
+        index = load_index(bucket, key)
     except BadRequestError:
         # Training has an option to choose one.
-        return f"{name} is there already, at several sizes"
+        return f"{bucket.uri}/{DATASETS}/{name} is there already, at several sizes"
     except MissingInputError:
         # Raises if the bucket itself is missing. A local folder may be missing: the first write creates it.
         bucket.exists(DATASETS)
         return ""
-    return f"{name}-{index.size} is there already, made from {index.source}"
+    return f"{bucket.uri}/{key} is there already: {index.images:,} images of {index.source}"
 
 
 def how_to_pack(bucket_uri: str, name: str, size: ImageSize, on: str = "") -> str:

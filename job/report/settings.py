@@ -107,7 +107,7 @@ def list_keys(begin: str = "", *, as_json: bool) -> None:
     for key in chosen.values():
         said = "; ".join(filter(None, (key.description, f"set by {key.of}" if key.of else "")))
         table.add_row(key.key, shown(key.default), f"{said} ({key.takes})")
-    print_table(table, "no keys")
+    print_table(table, "no keys", wraps=True)
 
 
 def _beginning(known: dict[str, Value], begin: str) -> dict[str, Value]:
@@ -162,7 +162,7 @@ def show_config(request: TrainRequest, begin: str = "", *, as_json: bool) -> Non
     table = _table("value", "from")
     for key, values in told.items():
         table.add_row(key, shown(values["value"]), values["from"])
-    print_table(table, "no keys")
+    print_table(table, "no keys", wraps=True)
 
 
 def shown(value: Any) -> str:

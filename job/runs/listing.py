@@ -121,23 +121,29 @@ def _finite(document: Any) -> Any:
     return document
 
 
-def print_table(table: Table, without_rows: str) -> None:
-    """Prints a table as wide as the terminal, or as it needs to be; a text in the place of an empty table."""
+def print_table(table: Table, without_rows: str, *, wraps: bool = False) -> None:
+    """Prints a table, or a text in the place of an empty one; in a terminal its cells wrap, or its lines are cut."""
     from rich.console import Console
+    from rich.text import Text
 
     if not table.row_count:
         print(without_rows)
         return
     # A licence may contain text that Rich would read as [/MARKUP].
-    console = Console(markup=False, emoji=False)
-    if console.is_terminal:
+    console = Console(markup=False, emoji=False, color_system=None)
+    if console.is_terminal and wraps:
         console.print(table)
         return
+    columns = console.width if console.is_terminal else PIPE_COLUMNS
     console.width = PIPE_COLUMNS
     with console.capture() as text:
         console.print(table)
-    # A pager would break the spaces at the ends of the lines into empty ones.
-    print("\n".join(map(str.rstrip, text.get().splitlines())))
+    for line in text.get().splitlines():
+        # A pager would break the spaces at the ends of the lines into empty ones.
+        shown = Text(line.rstrip())
+        # Rich itself would cut every column, and so the names.
+        shown.truncate(columns, overflow="ellipsis")
+        print(shown)
 
 
 def show_run(bucket_uri: str, name: str, *, as_json: bool = False) -> None:

@@ -88,7 +88,7 @@ def _draw_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
     gif_seeds = seeds[:GIF_SEEDS] if request.seeds else range(GIF_SEEDS)
     gif_words = request.seeds if len(seeds) <= GIF_SEEDS else ",".join(map(str, gif_seeds))
     how, usual = plan.how(request.seeds), plan.config.sample
-    layout = "" if editor or sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-alone"
+    layout = "" if editor or sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-no-nearest"
     training = None
     if sample.nearest and request.with_grid and is_main and editor is None and plan.index:
         training = plan.opened_images(painter.stop, index=plan.pictures())

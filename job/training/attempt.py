@@ -269,7 +269,7 @@ def load_parent(state: training.TrainState, of_run: RunHandle) -> None:
         raise MissingInputError(f"{run.uri}/{ref.key} is gone ({error}): {what_to_do}") from None
     for average in state.averages.values():
         average.update(state.model, decay=0.0)
-    but = f", but for {', '.join(sorted(others))}: the number of classes is another" if others else ""
+    but = f", but for {', '.join(sorted(others))}: the number of classes differs" if others else ""
     note(f"the first weights are those of {parent.lineage}{but}")
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
@@ -80,6 +80,24 @@ def ddpm(
         check=False,
         timeout=200,
     )
+
+
+def on_screen(*words: object, columns: int) -> str:
+    """What `ddpm WORDS` shows in a terminal of that width; it must end well."""
+    ours, theirs = os.openpty()
+    variables = environment(TERM="xterm", COLUMNS=str(columns))
+    with (
+        os.fdopen(ours, "rb") as shown,
+        subprocess.Popen([DDPM, *map(str, words)], env=variables, stdout=theirs) as child,
+    ):
+        os.close(theirs)
+        text = b""
+        # Linux reports the end of a terminal as an error.
+        with suppress(OSError):
+            while part := os.read(shown.fileno(), 4096):
+                text += part
+    assert child.returncode == 0
+    return text.decode()
 
 
 def started(

@@ -191,6 +191,13 @@ UNFIT: Rows = [
     ("train --dataset tiles --run walk --set data.size=32", 66, ["'tiles' at 32 pixels", "there is tiles-16"]),
     ("train --dataset tiles --run walk --set data.size=24x16", 66, ["'tiles' at 24x16 pixels", "there is tiles-16"]),
     ("train --dataset tiles --run walk --set train.seed=1", 78, ["train.seed: the run has 0, asked for 1", "--run"]),
+    ("train --dataset tiles --run walk --set train.learning_rate=1", 78, ["NAME (with these weights: --from walk)"]),
+    ("train --dataset tiles --run walk --set model.dropout=0.5", 78, ["another run with --run NAME, or"]),
+    (
+        "data pack landscape-sample new --size 8 --min-side 999",
+        65,
+        ["under --min-side=999", ": pass a smaller --size or --min-side, or allow more with --max-bad"],
+    ),
     ("train --dataset tiles --run new --set data.channels=1", 78, ["data.channels is 1", "tiles-16 has 3"]),
     ("train --dataset tile", 66, ["'tile' is not in {bucket} yet; did you mean 'tiles'? Get a folder"]),
     ("train --dataset celeb", 66, ["did you mean 'celeba'? Get"]),

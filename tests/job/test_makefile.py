@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -68,6 +70,52 @@ def test_setup_installs_the_named_extras(make):
     ]
 
 
+FAKE_PIP = """#!/bin/sh
+echo "$@" >> "$PIP_LOG"
+case "$1" in config) cat "$PIP_LOG.config";; index) exit "$(cat "$PIP_LOG.index")";; esac
+"""
+FOR_CPUS = "--extra-index-url https://download.pytorch.org/whl/cpu"
+
+
+@pytest.mark.parametrize(
+    ("words", "machine", "programs", "config", "index", "for_cpus"),
+    [
+        ("", "Linux x86_64", [], "global.cert='/x'", 0, True),
+        ("", "Linux x86_64", [], "", 1, False),
+        ("", "Linux x86_64", ["nvidia-smi"], "", 0, False),
+        ("", "Linux aarch64", [], "", 0, False),
+        ("", "Darwin x86_64", [], "", 0, False),
+        ("", "Linux x86_64", [], ":env:.index-url='https://mine'", 0, False),
+        ("", "Linux x86_64", [], "global.extra-index-url='https://mine'", 0, False),
+        ("", "Linux x86_64", [], "global.find-links='/wheels'", 0, False),
+        ("", "Linux x86_64", [], "global.constraint='/c.txt'", 0, False),
+        ("TORCH=cpu", "Linux x86_64", ["nvidia-smi"], "global.find-links='/wheels'", 1, True),
+        ("TORCH=cuda", "Linux x86_64", [], "", 0, False),
+    ],
+)
+def test_machines_without_gpu_get_pytorch_for_cpus(tmp_path, words, machine, programs, config, index, for_cpus):
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(CHECKOUT / name, tmp_path)
+    pip, path = tmp_path / ".venv/bin/pip", tmp_path / "path"
+    fakes = {pip: FAKE_PIP, path / "uname": f"#!/bin/sh\necho {machine}\n"}
+    for file, text in (fakes | dict.fromkeys((path / name for name in programs), "#!/bin/sh\n")).items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        file.chmod(0o755)
+    log = tmp_path / "pip.log"
+    Path(f"{log}.config").write_text(config)
+    Path(f"{log}.index").write_text(str(index))
+    variables = environment(PIP_LOG=str(log), PATH=f"{path}:{os.environ['PATH']}")
+    command = ["make", "--silent", "setup", *words.split()]
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=True, timeout=60)
+    *asked, install = log.read_text().splitlines()
+    assert (FOR_CPUS in install, install.startswith("install ")) == (for_cpus, True)
+    assert install.endswith(" --editable .[gs,s3,az]")
+    assert not words or not asked
+    size = " for CPUs and its libraries, about 1.2 GB" if for_cpus else " and its libraries, 1.2 GB or with CUDA 6 GB"
+    assert done.stdout == f"installing PyTorch{size}, into .venv: takes a minute or two\n"
+
+
 @pytest.mark.slow
 def test_submit_train_packs_and_trains(make):
     out = succeeded(make("submit-train", "SIZE=16", "EPOCHS=1", f"ARGS={SMALL}"))
@@ -85,7 +133,7 @@ def test_submit_train_packs_and_trains(make):
     assert "EPOCHS=2" in out
     assert [ref.images_seen for ref in list_checkpoints(open_store(str(bucket)).sub("runs/landscape-sample"))] == [312]
     out = succeeded(make("sample", "ARGS=--seeds 0-1 --no-nearest"))
-    assert f"{bucket}/runs/landscape-sample/samples/epoch-0001-ddim-4-seeds-0-1-alone.png" in out
+    assert f"{bucket}/runs/landscape-sample/samples/epoch-0001-ddim-4-seeds-0-1-no-nearest.png" in out
 
 
 def test_mistakes_are_found_before_packing(make, tmp_path):

@@ -139,7 +139,7 @@ def test_other_classes_begin_anew_and_the_rest_does_not(few):
     for run, (dataset, words) in rows.items():
         done = child(few, "--epochs", 1, *words, run=run, dataset=dataset)
         succeeded(done)
-        assert f"those of walk@1 (ema), but for {OF_CLASSES}: the number of classes is another" in done.stderr
+        assert f"those of walk@1 (ema), but for {OF_CLASSES}: the number of classes differs" in done.stderr
         assert unequal(given, weights(few, run, 0, "ema")) == {OF_CLASSES}
     assert weights(few, "two", 0, "ema")[OF_CLASSES].shape == (2, 32)
     assert OF_CLASSES not in weights(few, "none", 0, "ema")

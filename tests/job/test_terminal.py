@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-from contextlib import suppress
 
 import pytest
 from typer.testing import CliRunner
@@ -15,7 +12,7 @@ from job.cli.app import app
 from job.config import NETWORKS, draft, known_keys, parse_sets
 from job.exits import Exit
 from job.report.settings import keys
-from tests.job.command_line import DDPM, ddpm_here, environment, refused, succeeded
+from tests.job.command_line import ddpm_here, on_screen, refused, succeeded
 
 
 def asked(*words):
@@ -125,17 +122,17 @@ def test_keys_are_whole_however_narrow_the_terminal_is():
     assert header.split() == ["key", "default", "meaning"]
     assert [line.split()[0] for line in lines] == known_keys()
     assert all(line == line.rstrip() for line in (header, *lines))
-    control, terminal = os.openpty()
-    words, here = [DDPM, "config", "--list"], environment(TERM="xterm", COLUMNS="60")
-    with os.fdopen(control, "rb") as shown, subprocess.Popen(words, env=here, stdout=terminal) as child:
-        os.close(terminal)
-        text = b""
-        # Linux reports the end of a terminal as an error.
-        with suppress(OSError):
-            while part := os.read(shown.fileno(), 4096):
-                text += part
-    assert child.returncode == 0
-    assert [line[1:].partition(" ")[0] for line in text.decode().splitlines()[1:] if line[1] != " "] == known_keys()
+    _, *lines = on_screen("config", "--list", columns=60).splitlines()
+    assert [line[1:].partition(" ")[0] for line in lines if line[1] != " "] == known_keys()
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_names_are_whole_however_narrow_the_terminal_is(bucket, columns):
+    name = "walk-with-a-name-of-31-letters"
+    (bucket / "runs/walk").rename(bucket / "runs" / name)
+    header, row = on_screen("runs", "list", "--bucket", bucket, columns=columns).splitlines()
+    assert max(len(header), len(row)) == columns and row.endswith("…")
+    assert row.split()[0] == name and "finished".startswith(row.split()[1].rstrip("…"))
 
 
 def test_values_have_an_origin(tmp_path):

@@ -8,7 +8,6 @@ from typing import Annotated, ClassVar, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from job import DEFAULT_BUCKET
 from job.exits import BadRequestError
 from job.jobs.prices import Hourly
 from job.jobs.spec import JobSpec
@@ -86,7 +85,7 @@ class Target(BaseModel):
     image: Image = ""
     """By tag, `REGISTRY/NAME:TAG`, or by digest, `REGISTRY/NAME@sha256:…`."""
     bucket: Annotated[str, AfterValidator(_uri)] = ""
-    """Where datasets and runs lie, unless `--bucket` says otherwise."""
+    """Where datasets and runs lie, unless `--bucket` or `DDPM_BUCKET` says otherwise."""
     gpus: int = Field(1, ge=0, le=64)
     """Per node, unless `--gpus` says otherwise."""
     gpu_type: LabelValue = ""
@@ -111,8 +110,8 @@ class Target(BaseModel):
 
     @property
     def usual_bucket(self) -> str:
-        """Returns the default bucket: the target's own, else `DDPM_BUCKET`, else ./bucket."""
-        return self.bucket or os.environ.get("DDPM_BUCKET", "") or DEFAULT_BUCKET
+        """Returns the bucket of a command without `--bucket`: `DDPM_BUCKET`, else the target's, else ./bucket."""
+        return os.environ.get("DDPM_BUCKET", "") or self.bucket or "./bucket"
 
     @property
     def notice_seconds(self) -> float:

@@ -185,12 +185,12 @@ def test_values_survive_as_words(tmp_path):
         assert read_config_file(tmp_path / "c.yaml") == {"train.batch_size": value}
 
 
-def test_bucket_of_option_target_or_variable(targets_folder, monkeypatch):
-    monkeypatch.setenv("DDPM_BUCKET", "gs://of-the-environment")
+def test_bucket_of_a_job(targets_folder, monkeypatch):
     assert built("train", FOR_TRAIN).bucket == "gs://bucket"
-    assert built("train", FOR_TRAIN, "s3").bucket == "gs://of-the-environment"
-    assert built("train", [*FOR_TRAIN, "--bucket", "s3://mine/folder"]).bucket == "s3://mine/folder"
     assert built("train", FOR_TRAIN, "local").bucket == "gs://of-local"
+    monkeypatch.setenv("DDPM_BUCKET", "gs://of-the-environment")
+    assert built("train", FOR_TRAIN).bucket == built("train", FOR_TRAIN, "s3").bucket == "gs://of-the-environment"
+    assert built("train", [*FOR_TRAIN, "--bucket", "s3://mine/folder"]).bucket == "s3://mine/folder"
     # Folders of this machine become absolute.
     spec = built("pack", ["photos", "mine", "--size", "8", "--bucket", "b"], "container")
     assert spec.bucket == str(targets_folder / "b")
@@ -223,7 +223,7 @@ def test_stop_after_becomes_the_limit():
 
 REFUSED = [
     ("train --dataset a --bucket file:///b", "gke", {}, BadRequestError, "is a path of this machine"),
-    ("train --dataset a", "s3", {}, BadRequestError, "jobs on 's3' cannot see"),
+    ("train --dataset a", "s3", {}, BadRequestError, "--bucket or DDPM_BUCKET: './bucket' is a path of this machine"),
     ("train --dataset a --from ../b/runs/c@3", "gke", {}, BadRequestError, "/b/runs/c' is a path of this machine"),
     ("train --dataset a --bucket gs://u:secret@b", "gke", {}, BadRequestError, "without a user, password"),
     ("train --dataset a", "bare", {}, BadConfigError, "target 'bare' has no `image:`"),

@@ -19,6 +19,7 @@ def test_each_kind_of_bucket_passes(bucket_uri, monkeypatch):
     checks = list(doctor.bucket_checks(bucket_uri))
     assert [check.name for check in checks if not check.passed] == []
     assert [check.name for check in checks] == ["credentials", "bucket write", "bucket list"]
+    assert checks[2].message == "runs found: 0"
     if "://" in bucket_uri:
         assert not list(open_store(bucket_uri).list("doctor"))
 
@@ -28,8 +29,9 @@ def test_doctor_looks_at_the_bucket(folder, monkeypatch):
     monkeypatch.setattr(doctor, "checks_of", lambda target, uri: looked.append(uri) or ())
     (folder / "targets.yaml").write_text("gke: {backend: kubernetes, image: i, bucket: gs://mine}")
     for words in ("", "--on gke", "--on gke --bucket gs://third", "--no-bucket"):
-        succeeded(ddpm_here("doctor", *words.split(), DDPM_BUCKET="gs://other"))
-    assert looked == ["gs://other", "gs://mine", "gs://third", ""]
+        succeeded(ddpm_here("doctor", *words.split()))
+    succeeded(ddpm_here("doctor", "--on", "gke", DDPM_BUCKET="gs://other"))
+    assert looked == ["./bucket", "gs://mine", "gs://third", "", "gs://other"]
 
 
 def test_jobs_find_missing_rights_first(seaweedfs_bucket, monkeypatch):

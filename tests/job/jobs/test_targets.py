@@ -9,6 +9,7 @@ import pytest
 from job.exits import BadConfigError, BadRequestError, MissingInputError
 from job.jobs.backends.kubernetes_target import size_bytes
 from job.jobs.targets import load_targets, parse_targets
+from tests.job.command_line import ddpm_here, refused
 
 GKE = "gke: {backend: kubernetes, image: i, bucket: gs://bucket"
 VM = "backend: vm, project: my-project, zones: [us-east1-b]"
@@ -125,3 +126,28 @@ def test_secret_variables_are_refused():
             parse_targets(GKE + f", env: {{{name}: x}}}}", "f")
     target = parse_targets(GKE + f", env: {{{', '.join(f'{name}: /a' for name in HARMLESS)}}}}}", "f")["gke"]
     assert list(target.env) == HARMLESS
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "train --dataset mine",
+        "data ensure mine",
+        "data ensure mine --on container",
+        "data show mine",
+        "runs show walk",
+        "sample --run walk",
+        "submit train --dataset mine",
+        "submit sample --run walk --on container",
+    ],
+)
+def test_bucket_of_option_variable_or_target(folder, typed):
+    def looked_in(*words, **variable):
+        line = refused(ddpm_here(*typed.split(), *words, **variable), 66)
+        return [name for name in ("/bucket", "of-target", "of-variable", "of-option") if name in line]
+
+    assert looked_in() == ["/bucket"]
+    (folder / "targets.yaml").write_text("local: {bucket: of-target}\ncontainer: {bucket: of-target, image: i}")
+    assert looked_in() == ["of-target"]
+    assert looked_in(DDPM_BUCKET="of-variable") == ["of-variable"]
+    assert looked_in("--bucket", "of-option", DDPM_BUCKET="of-variable") == ["of-option"]

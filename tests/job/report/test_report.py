@@ -57,6 +57,7 @@ def test_runs_write_their_page(odd):
     assert data_of(page)["grids"][-1]["moment"] == "epoch 2"
     assert [grid["moment"] for grid in data_of(page)["grids"]] == ["epoch 1", "epoch 2"]
     assert '<span class="state finished">finished</span>' in page
+    assert '>Compare with</label>\n<select id="beside"><option value="">no other</option>' in page
     assert f"page        {odd}/runs/odd/report.html" in succeeded(ddpm_here("runs", "show", "odd", "--bucket", odd))
     assert verify_run(open_store(str(odd)), "odd").problems == []
 

@@ -88,7 +88,7 @@ def test_names_state_guidance_and_classes(sampled):
         "epoch-0002-ddpm-4-variance-learned_range-seeds-0-3.png": (
             *("--sampler", "ddpm", "--steps", 4, "--variance", "learned_range"),
         ),
-        "epoch-0002-ddim-4-labels-2_0-seeds-0-3.png": ("--classes", "hills, 0"),
+        "epoch-0002-ddim-4-classes-2_0-seeds-0-3.png": ("--classes", "hills, 0"),
     }
     assert {name: list(sampled(*words, "--seeds", "0-3")) for name, words in names.items()} == {
         name: [name] for name in names
@@ -98,7 +98,7 @@ def test_names_state_guidance_and_classes(sampled):
 def test_saved_images_have_the_chosen_classes(bucket, draw):
     words = ("--classes", "skyline,coast", "--count", 18, "--guidance", 2, "--autoguidance", 1)
     succeeded(ddpm_here("sample", "--run", "all", "--bucket", bucket, "--precision", "fp32", *words))
-    folder = bucket / "runs/all/samples/epoch-0002-ddim-4-guidance-2-autoguidance-1-labels-4_0-0-18"
+    folder = bucket / "runs/all/samples/epoch-0002-ddim-4-guidance-2-autoguidance-1-classes-4_0-0-18"
     shards = sorted(map(str, folder.glob("*.tar")))
     samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode("rgb8"))
     assert [sample["cls"] for sample in samples] == [4, 0] * 9
@@ -130,7 +130,7 @@ def test_inpainting_keeps_the_known_part(bucket, sampled, tmp_path):
     inpaint = ("--mode", "inpaint", *how)
     ((name, picture),) = sampled(*inpaint, "--image", "3,17", "--seeds", "0-5").items()
     # Each has its own class.
-    assert name == "epoch-0002-ddim-12-labels-0_0-inpaint-image-3_17-mask-half-resamplings-2-seeds-0-5.png"
+    assert name == "epoch-0002-ddim-12-classes-0_0-inpaint-image-3_17-mask-half-resamplings-2-seeds-0-5.png"
     tiles = tiles_of(picture, 5).reshape(2, 5, 16, 16, 3)
     for own, image in zip(tiles, given, strict=True):
         assert np.array_equal(own[0], image)
@@ -151,7 +151,7 @@ def test_inpainting_keeps_the_known_part(bucket, sampled, tmp_path):
     Image.fromarray(hidden).save(tmp_path / "mask.png")
     files = ("--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png", "--classes", "coast")
     ((name, of_files),) = sampled(*inpaint, *files, "--seeds", "0,2,4").items()
-    assert name.startswith("epoch-0002-ddim-12-labels-0-inpaint-image-") and len(name) < 130
+    assert name.startswith("epoch-0002-ddim-12-classes-0-inpaint-image-") and len(name) < 130
     assert np.abs(tiles_of(of_files, 5)[2:] - tiles[0, 2:]).max() <= 1
 
     # Saved in pieces, image by image the same; of another image in a folder of its own.
@@ -196,7 +196,7 @@ def test_img2img_keeps_more_at_low_strength(bucket, sampled):
 def test_invert_draws_an_image_again(bucket, sampled):
     words = ("--mode", "invert", "--image", "40,41", "--steps", 40)
     ((name, picture),) = sampled(*words).items()
-    assert name == "epoch-0002-ddim-40-labels-0_0-invert-image-40_41-strength-1.0.png"
+    assert name == "epoch-0002-ddim-40-classes-0_0-invert-image-40_41-strength-1.0.png"
     tiles = tiles_of(picture, 2)
     given = images_of(bucket, 40, 41)
     assert np.array_equal(tiles[::2], given)
