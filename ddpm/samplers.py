@@ -94,7 +94,7 @@ def ddim(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, eta: f
     Args:
         denoise: the denoiser.
         x: float32 [B, C, H, W], at the first point.
-        points: the points to visit; with growing noise and η = 0 the result is the noise of an image.
+        points: the points to visit.
         noise_at: the noise of each step that does not end at the clean image; not called for η = 0.
         eta: η in [0, 1], the share of random noise.
 
