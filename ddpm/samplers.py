@@ -16,9 +16,7 @@ from torch import Tensor
 
 from ddpm.catalogue import Drawing
 from ddpm.process import Point, Process, points_of
-
-SHARES = {"fixed_small": 0.0, "fixed_large": 1.0}
-"""Place of the variance between β̃_t (0) and β_t (1), on a logarithmic scale (Nichol & Dhariwal 2021, equation 15)."""
+from ddpm.variance import SHARES
 
 Points = Sequence[Point[float]]
 """The points that a sampler visits, from that of x to where it ends."""
