@@ -136,7 +136,7 @@ class Diffusion:
     zero_terminal_snr: Annotated[bool, "rescale the betas so that the last timestep is pure noise"] = False
     sigma_min: Annotated[Positive, "smallest sigma of schedule=edm"] = 0.002
     sigma_max: Annotated[Positive, "largest sigma of schedule=edm"] = 80.0
-    sigma_data: Annotated[Positive, "standard deviation of the images; for EDM's formulas"] = 0.5
+    sigma_data: Annotated[Positive, "deviation of the images, for EDM's formulas; of latents it is 1"] = 0.5
     prediction: Annotated[OneOf[str, PREDICTIONS], "output of the network: noise, image, or a mixture"] = "epsilon"
     weighting: Annotated[OneOf[str, WEIGHTINGS], "weight of each noise level; plain: error of the output"] = "plain"
     gamma: Annotated[Positive, "limit of the SNR, for weighting=min_snr or soft_min_snr"] = 5.0
