@@ -136,7 +136,7 @@ class Diffusion:
     zero_terminal_snr: Annotated[bool, "rescale the betas so that the last timestep is pure noise"] = False
     sigma_min: Annotated[Positive, "smallest sigma of schedule=edm"] = 0.002
     sigma_max: Annotated[Positive, "largest sigma of schedule=edm"] = 80.0
-    sigma_data: Annotated[Positive, "standard deviation of the images; for EDM's formulas"] = 0.5
+    sigma_data: Annotated[Positive, "deviation of the images, for EDM's formulas; of latents it is 1"] = 0.5
     prediction: Annotated[OneOf[str, PREDICTIONS], "output of the network: noise, image, or a mixture"] = "epsilon"
     weighting: Annotated[OneOf[str, WEIGHTINGS], "weight of each noise level; plain: error of the output"] = "plain"
     gamma: Annotated[Positive, "limit of the SNR, for weighting=min_snr or soft_min_snr"] = 5.0
@@ -158,6 +158,11 @@ class Diffusion:
         has_betas = SCHEDULES[self.schedule].has_betas
         if self.zero_terminal_snr and not has_betas:
             raise ValueError(f"diffusion.zero_terminal_snr rescales betas, and schedule={self.schedule} has none")
+        if self.zero_terminal_snr and self.draws == "log_normal":
+            raise ValueError(
+                "diffusion.draws=log_normal draws noise levels between the last two timesteps of zero_terminal_snr, "
+                "which have no t: use draws=uniform, or leave out zero_terminal_snr"
+            )
         if self.prediction == "epsilon" and (self.zero_terminal_snr or self.schedule == "flow"):
             raise ValueError(
                 "diffusion.prediction=epsilon cannot recover an image from pure noise, where "

@@ -7,9 +7,10 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from ddpm.catalogue import Diffusion
 from ddpm.generation import beginning, from_noise
-from ddpm.process import Point
-from ddpm.samplers import Denoiser, NoiseAt, Points, Sampler, ddim
+from ddpm.process import CLEAN, Point
+from ddpm.samplers import Denoiser, NoiseAt, Points, Sampler, Visit, euler_step
 
 
 def inpaint(
@@ -77,19 +78,33 @@ def inverted(
     image: Tensor,
     strength: float,
 ) -> Tensor:
-    """Finds the noise of an image by DDIM, and draws the image again from there (Song et al. 2021, section 5.4).
-
-    It does not evaluate the network at the clean image, where it uses the estimate at the first noisy point instead.
-    """
-    *way, _ = points = last_points(points, strength)
-    first = way[-1]
+    """Finds the noise of an image, and draws the image again from there (Song et al. 2021, section 5.4)."""
+    points = last_points(points, strength)
 
     def estimate(x_t: Tensor, point: Point[float]) -> Tensor:
         # For ancestral steps with a learnt variance the denoiser returns that as well.
         return denoise(x_t, point)[:, : image.shape[1]]
 
-    x = 2 * first.alpha * image - first.alpha * estimate(first.alpha * image, first)
-    return sample(denoise, ddim(estimate, x, way[::-1], noise_at), points, noise_at)
+    return sample(denoise, noise_in(image, estimate, points), points, noise_at)
+
+
+def noise_in(image: Tensor, denoise: Denoiser, points: Points, sigma_data: float = Diffusion.sigma_data) -> Tensor:
+    """Returns the x at the first of the points from which DDIM leads to an image [B, C, H, W], to second order.
+
+    DDIM's step from the point with more noise has to end at the x that is known. Its estimate at a guess, by the
+    estimate of the step before, gives one step of Newton's method, with the derivative that DDIM's step has for normal
+    images of deviation `sigma_data`. It evaluates the denoiser once per point, as does DDIM's step with growing noise,
+    which takes the estimate at the wrong end, and is of first order.
+    """
+    x, x_start, epsilon, before = image, image, torch.zeros_like(image), CLEAN
+    for point in points[-2::-1]:
+        guess = point.alpha * x_start + point.sigma * epsilon
+        x_start = denoise(guess, point)
+        end = euler_step([Visit(point, guess, x_start)], before)
+        covariance, variance = (point.alpha * a * sigma_data**2 + point.sigma * s for _, a, s in (before, point))
+        x = guess + (x - end) * variance / covariance
+        epsilon, before = Visit(point, x, x_start).epsilon, point
+    return x
 
 
 def last_points(points: Points, strength: float) -> Points:

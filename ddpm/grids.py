@@ -1,14 +1,15 @@
 """Grids: the points of a process that a sampler visits, from noise to the clean image."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ddpm.catalogue import GRIDS
-from ddpm.process import CLEAN, Point, Process, RectifiedFlow, points_of
+from ddpm.process import CLEAN, Point, Process, RectifiedFlow, VariancePreserving, points_of
 from ddpm.samplers import Denoiser, Visit, euler_step, unipc
 
 RHO = 7.0
@@ -21,7 +22,7 @@ def make_grid(process: Process, steps: int, grid: str) -> list[Point[float]]:
     Args:
         process: the process.
         steps: number of points, 1..T.
-        grid: its name in the catalogue, which describes it. Of equal numbers all but one are moved up.
+        grid: its name in the catalogue, which describes it. Tables round to whole timesteps, and move equal ones up.
 
     Returns:
         `steps` different points, from the most noise to the least, and the clean image.
@@ -37,12 +38,14 @@ def make_grid(process: Process, steps: int, grid: str) -> list[Point[float]]:
         raise ValueError(f"unknown grid {grid!r}: choose one of {', '.join(computed)}")
     if GRIDS[grid].by_ratio:
         return [*_by_ratio(process, steps, grid), CLEAN]
-    return numbered_points(process, _numbers(T, steps, grid))
+    # Only a table has no points between its numbers.
+    whole = round if isinstance(process, VariancePreserving) else float
+    return numbered_points(process, _numbers(T, steps, grid, whole))
 
 
-def numbered_points(process: Process, numbers: Sequence[int]) -> list[Point[float]]:
-    """Returns the points of these numbers, and the clean image."""
-    return [*points_of(process.numbered(torch.tensor(numbers))), CLEAN]
+def numbered_points(process: Process, numbers: Sequence[float]) -> list[Point[float]]:
+    """Returns the points of these numbers, which are whole ones for a table of ᾱ, and the clean image."""
+    return [*points_of(process.numbered(torch.from_numpy(np.array(numbers)))), CLEAN]
 
 
 def shifted(process: Process, points: Sequence[Point[float]], shift: float) -> list[Point[float]]:
@@ -106,14 +109,14 @@ def find_grid(denoise: Denoiser, x: Tensor, process: Process, steps: int, candid
     return [numbers[i] for i in (0, *found[:0:-1])]
 
 
-def _numbers(T: int, steps: int, grid: str) -> list[int]:
+def _numbers(T: int, steps: int, grid: str, whole: Callable[[float], Any] = round) -> list[Any]:
     last = max(steps - 1, 1)
     if grid == "leading":
         numbers = [i * (T // steps) for i in range(steps)]
     elif grid == "trailing":
-        numbers = [round(T * (i + 1) / steps) - 1 for i in range(steps)]
+        numbers = [whole(T * (i + 1) / steps) - 1 for i in range(steps)]
     elif grid == "linspace":
-        numbers = [round(i * (T - 1) / last) for i in range(steps)] if steps > 1 else [T - 1]
+        numbers = [whole(i * (T - 1) / last) for i in range(steps)] if steps > 1 else [T - 1]
     else:
         gap = math.sqrt(0.8 * T) / last
         numbers = [int((i * gap) ** 2) for i in range(steps)]

@@ -13,7 +13,7 @@ from ddpm import randomness
 from ddpm.catalogue import WEIGHTINGS, Diffusion, Drawing
 from ddpm.prediction import Prediction
 from ddpm.process import Point, Process, VariancePreserving, points_of
-from ddpm.variance import Posterior, bits, log_likelihood_of_levels, normal_kl, posteriors
+from ddpm.variance import SHARES, Posterior, bits, log_likelihood_of_levels, normal_kl, posteriors
 
 QUARTILES = 4
 BOUND_WEIGHT = 1e-3
@@ -71,6 +71,8 @@ class Objective:
     """How noise levels are drawn and weighted, and whether the variance is learnt by the variational bound."""
     clip: bool = Drawing.clip
     """Whether self-conditioning shows the network its estimate clipped to [-1, 1], as sampling will."""
+    variance: str = Drawing.variance
+    """Variance of a step in the bound, unless the network learns it."""
 
     def __post_init__(self) -> None:
         diffusion = self.diffusion
@@ -175,7 +177,7 @@ class Objective:
         """Estimates the variational bound on -log₂ p(x_0) per dimension, from one step of each image.
 
         The bound is that of ancestral sampling over all points of any process (Ho et al. 2020, equation 5), with the
-        learnt variance or else β; the last step has β̃ of the step before, as in Ho et al.'s `calc_bpd_loop`.
+        learnt variance or else `variance`. The last step has β̃ of the step before, as in Ho et al.'s `calc_bpd_loop`.
 
         Args:
             network: see `Network`.
@@ -196,8 +198,8 @@ class Objective:
         x_t = alpha * x_start + sigma * noise
         output, share = network(scale * x_t, t, condition).float().tensor_split([x_start.shape[1]], dim=1)
         estimate = self.prediction.x_start(output, x_t, Point(t, alpha, sigma)).clamp(-1, 1)
-        is_last = (numbers == 0).to(x_start.device)
-        share = (share + 1) / 2 if self.diffusion.learns_variance else (~is_last).float().view(-1, 1, 1, 1)
+        is_last = (numbers == 0).view(-1, 1, 1, 1).to(x_start.device)
+        share = (share + 1) / 2 if self.diffusion.learns_variance else SHARES[self.variance] * ~is_last
         (last,) = points_of(self.process.numbered(torch.tensor([self.process.num_timesteps - 1])))
         # The noise at the start of sampling has the standard deviation max(1, σ).
         log_variance, beginning = 2 * math.log(last.sigma), 2 * math.log(max(1.0, last.sigma))

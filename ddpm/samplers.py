@@ -16,9 +16,7 @@ from torch import Tensor
 
 from ddpm.catalogue import Drawing
 from ddpm.process import Point, Process, points_of
-
-SHARES = {"fixed_small": 0.0, "fixed_large": 1.0}
-"""Place of the variance between β̃_t (0) and β_t (1), on a logarithmic scale (Nichol & Dhariwal 2021, equation 15)."""
+from ddpm.variance import SHARES
 
 Points = Sequence[Point[float]]
 """The points that a sampler visits, from that of x to where it ends."""
@@ -94,7 +92,7 @@ def ddim(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, eta: f
     Args:
         denoise: the denoiser.
         x: float32 [B, C, H, W], at the first point.
-        points: the points to visit; with growing noise and η = 0 the result is the noise of an image.
+        points: the points to visit.
         noise_at: the noise of each step that does not end at the clean image; not called for η = 0.
         eta: η in [0, 1], the share of random noise.
 

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from ddpm.process import Number
 
+SHARES = {"fixed_small": 0.0, "fixed_large": 1.0}
+"""Place of the variance between β̃_t (0) and β_t (1), on a logarithmic scale (Nichol & Dhariwal 2021, equation 15)."""
+
 
 class Posterior(NamedTuple, Generic[Number]):
     """q(x_s | x_t, x_0) of a step from x_t to x_s, the next point with less noise (Ho et al. 2020, equation 7)."""

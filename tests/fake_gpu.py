@@ -60,7 +60,7 @@ OPTIONS: tuple[tuple[str, ...], ...] = (
         *("sample.guidance=2", "sample.guidance_rescale=0.5"),
         *("data.augment=0.1", "data.crop_scale=[0.5, 1]", "train.micro_batch_size=1"),
     ),
-    ("diffusion.zero_terminal_snr=true",),
+    ("diffusion.zero_terminal_snr=true", "diffusion.draws=uniform"),
     ("model.num_classes=3", "model.gradient_checkpointing=true"),
 )
 """Further settings of an objective: a schedule with a prediction takes those that fit it, and weightings in turn."""

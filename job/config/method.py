@@ -86,7 +86,8 @@ def prediction_of(config: RunConfig) -> Prediction:
 
 def objective_of(config: RunConfig) -> Objective:
     """Returns the training loss."""
-    return Objective(process_of(config), prediction_of(config), config.diffusion, config.sample.clip)
+    sample = config.sample
+    return Objective(process_of(config), prediction_of(config), config.diffusion, sample.clip, sample.variance)
 
 
 def settings_of(config: RunConfig) -> training.Settings:

@@ -145,7 +145,7 @@ def _bits_per_dim(evaluation: Evaluation, painter: Painter) -> tuple[float | Non
     row = validation_row(
         painter,
         images,
-        method.objective_of(config),
+        method.objective_of(config.model_copy(update={"sample": plan.sampling.sample})),
         count=config.log.validate_images,
         batch_size=plan.sampling.sample.batch_size,
     )

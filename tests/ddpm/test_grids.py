@@ -27,16 +27,25 @@ def timesteps(steps: int, grid: str, num_timesteps: int = T) -> list[int]:
 def test_shift_is_diffusers() -> None:
     import diffusers
 
-    for shift, steps in product((0.5, 1.0, 3.0), (1, 7, 28)):
+    for shift, steps in product((0.5, 1.0, 3.0, 5.5), (1, 7, 28)):
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
-        even = [point.sigma for point in make_grid(RectifiedFlow(), steps, "trailing")[:-1]]
-        scheduler.set_timesteps(sigmas=even)
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
         points = Sampling("ddim", steps, "trailing", shift=shift).points(RectifiedFlow())
         assert [point.sigma for point in points] == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
         assert [point.t for point in points[:-1]] == pytest.approx(scheduler.timesteps.tolist(), abs=1e-3)
         assert [point.alpha + point.sigma for point in points] == pytest.approx([1] * (steps + 1))
     with pytest.raises(ValueError, match="rectified flow"):
         Sampling("ddim", 5, "trailing", shift=3.0).points(LINEAR)
+
+
+@pytest.mark.parametrize(("grid", "last"), [("trailing", 1 / 7), ("linspace", 1 / T)])
+def test_processes_without_a_table_are_not_rounded(grid: str, last: float) -> None:
+    """A flow's σ is spaced evenly, and EDM's ln σ."""
+    flow, edm = (make_grid(process, 7, grid)[:-1] for process in (RectifiedFlow(), VarianceExploding()))
+    expected = np.linspace(1, last, 7)
+    assert [point.sigma for point in flow] == pytest.approx(expected.tolist(), rel=1e-12)
+    of_edm = 0.002 * 40_000 ** ((expected * T - 1) / (T - 1))
+    assert [point.sigma for point in edm] == pytest.approx(of_edm.tolist(), rel=1e-9)
 
 
 def test_grids_of_timesteps_descend() -> None:

@@ -174,14 +174,16 @@ def test_few_images_estimate_all_steps() -> None:
         assert all(found[count] == pytest.approx(found[T], rel=0.1) for count in found), found
 
 
-def test_bits_per_dim_equal_hos_loop() -> None:
-    """`_prior_bpd` and `_vb_terms_bpd` with `fixedlarge`, clipped, in NumPy as Ho et al.'s code has them."""
+@pytest.mark.parametrize("chosen", ["fixed_large", "fixed_small"])
+def test_bits_per_dim_equal_hos_loop(chosen: str) -> None:
+    """`_prior_bpd` and `_vb_terms_bpd`, clipped, in NumPy as Ho et al.'s and OpenAI's code have them."""
     T, x_0 = 12, levels(normal(0)).double().numpy()
     betas = np.linspace(1e-4, 0.02, T)
     alphas_cumprod = (1 - betas).cumprod()
     before = np.append(1, alphas_cumprod[:-1])
     posterior = betas * (1 - before) / (1 - alphas_cumprod)
-    log_true, log_model = np.log([posterior[1], *posterior[1:]]), np.log([posterior[1], *betas[1:]])
+    log_true = np.log([posterior[1], *posterior[1:]])
+    log_model = {"fixed_small": log_true, "fixed_large": np.log([posterior[1], *betas[1:]])}[chosen]
     mean, variance = alphas_cumprod[-1] ** 0.5 * x_0, 1 - alphas_cumprod[-1]
     expected = 0.5 * (-1 - np.log(variance) + variance + mean**2).mean(axis=(1, 2, 3))
 
@@ -189,7 +191,7 @@ def test_bits_per_dim_equal_hos_loop() -> None:
         return 0.5 * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
     found = 0.0
-    objective = Objective(linear_schedule(T), Prediction("epsilon"))
+    objective = Objective(linear_schedule(T), Prediction("epsilon"), variance=chosen)
     for t in range(T):
         noise = normal(1 + t)
         x_t = alphas_cumprod[t] ** 0.5 * x_0 + (1 - alphas_cumprod[t]) ** 0.5 * noise.numpy()

@@ -13,12 +13,15 @@ import torch
 from PIL import Image
 
 from ddpm.generation import noise_of
+from job.config import method
 from job.data.autoencoder import latents_of
 from job.data.cache import uncached_images
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
 from job.data.shards import INDEX, OFFSETS_DTYPE, Shards, load_index, shard_name
 from job.exits import Exit
+from job.plan import plan_run
+from job.requests import TrainRequest
 from job.runs.records import existing_config
 from job.runs.verification import verify_run
 from job.store import open_store
@@ -128,6 +131,23 @@ def test_a_run_decodes_what_it_draws(bucket, autoencoder):
     ours = np.stack([np.asarray(Image.open(path)) for path in paths])
     assert ours.std() > 5, "grey would equal grey"
     assert np.abs(ours - ((theirs + 1) * 127.5).clip(0, 255).numpy()).max() < 0.51
+
+
+def test_edms_network_sees_latents_of_unit_variance(bucket):
+    """By c_in of Karras et al. 2022, table 1; a user's own sigma_data stays."""
+    store, edm = open_store(str(bucket)), {"diffusion.schedule": "edm", "diffusion.prediction": "edm"}
+    index = load_index(store, KEY)
+    moments = uncached_images(store, KEY, index).read(np.arange(index.images)).view(np.float16).transpose(0, 3, 1, 2)
+    x_0 = latents_of(index).drawn(0, torch.arange(index.images), torch.from_numpy(moments.copy()))
+    for chosen, expected in (({}, 1.0), ({"diffusion.sigma_data": 0.5}, 0.5)):
+        request = TrainRequest("tiles-latents", str(bucket), run="edm", changes=edm | chosen)
+        config = plan_run(request).config
+        assert config.diffusion.sigma_data == method.prediction_of(config).sigma_data == expected
+        if not chosen:
+            for sigma in (0.002, 0.05, 0.5, 5.0, 80.0):
+                x_t = x_0 + sigma * torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1))
+                variance = (method.process_of(config).input_scale(sigma) * x_t).var()
+                assert variance == pytest.approx(1, abs=0.05), sigma
 
 
 def test_blamed_latents_are_shown_as_pictures(bucket, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,13 @@ import torch
 import webdataset
 from PIL import Image
 
+from benchmarks.solvers import rms
+from ddpm.editing import inverted
 from ddpm.generation import noise_of
+from ddpm.grids import make_grid
+from ddpm.process import points_of
+from ddpm.samplers import Visit, ddim
+from job import load
 from job.data.cache import uncached_images
 from job.data.shards import load_index
 from job.runs.verification import verify_run
@@ -202,6 +209,25 @@ def test_invert_draws_an_image_again(bucket, sampled):
     assert np.array_equal(tiles[::2], given)
     again, other = np.abs(tiles[1::2] - given).mean(), np.abs(tiles[1::2] - given[::-1]).mean()
     assert again < 12 < 2 * again < other
+
+
+def test_a_trained_network_inverts_closer_than_with_diffusers(learned):
+    import diffusers
+
+    model, image = load(str(learned / "runs/walk")), torch.from_numpy(images_of(learned, 3, 17, 40, 41))
+    image, table = image.permute(0, 3, 1, 2) / 127.5 - 1, model.process.betas.numpy()
+    denoise = model.denoiser(torch.arange(4), replace(model.sampling, clip=False))
+    config = {"num_train_timesteps": 50, "trained_betas": table, "clip_sample": False, "timestep_spacing": "trailing"}
+    for steps, most in ((10, 0.25), (50, 0.1)):
+        points, x = make_grid(model.process, steps, "trailing"), image
+        for kind in (diffusers.DDIMInverseScheduler, diffusers.DDIMScheduler):
+            judge = kind(**config)
+            judge.set_timesteps(steps)
+            for t in judge.timesteps:
+                (point,) = points_of(model.process.numbered(t.view(1)))
+                x = judge.step(Visit(point, x, denoise(x, point)).epsilon, t, x).prev_sample
+        ours = inverted(ddim, denoise, points, model.noise_of(torch.arange(4)), image=image, strength=1.0)
+        assert rms(ours - image) < most * rms(x - image), steps
 
 
 def test_interpolation_ends_with_both_seeds(sampled, draw):
