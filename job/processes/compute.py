@@ -12,7 +12,7 @@ from torch import nn
 from ddpm.catalogue import Train
 from ddpm.layout import memory_format_of
 from ddpm.objective import Condition
-from ddpm.slots import Slots
+from ddpm.slots import Slots, kernels_of
 from job.config import RunConfig
 from job.processes.group import usable_cores
 from job.processes.ranks import Ranks
@@ -58,7 +58,8 @@ def describe_device(device: torch.device, train: Train, is_exact: bool = False) 
     else:
         bf16 = "".join(f" and {each}" for each in _bf16_instructions()) if train.precision == "bf16" else ""
         layout = str(memory_format_of(device)).removeprefix("torch.")
-        name = f"CPU with {torch.backends.cpu.get_cpu_capability()}{bf16}, {layout}"
+        kernels = kernels_of(train.precision == "bf16")
+        name = f"CPU with {torch.backends.cpu.get_cpu_capability()}{bf16}, {layout}, kernels {kernels}"
         if not is_exact:
             # Each thread adds up a part, so that their number decides about rounding.
             name = f"{torch.get_num_threads()}-thread {name}"

@@ -173,6 +173,9 @@ def _begin(plan: Plan, ranks: Ranks, lease: Lease | None, pictures: PictureCache
     )
     if plan.is_new and is_exact:
         note(f"1 to {train.slots} processes give equal bits on this kind of machine: {device}")
+    elif plan.is_new and train.exact is None and ranks.device.type == "cpu":
+        more = f"{ranks.world_size} processes are more than train.slots={train.slots}"
+        note(f"{more}: DDP adds their gradients, and another number of processes rounds otherwise")
     for difference in records.what_is_otherwise(before, attempt) if before else []:
         note(difference)
     if plan.is_new or plan.request.open_page:
