@@ -46,6 +46,7 @@ class Interlude(ABC):
     def __init__(self, session: TrainingSession) -> None:
         """Prepares for training to begin. Collective."""
         self.session, self.plan, self.config = session, session.plan, session.plan.config
+        self.ends_epoch = session.retention.ends_epoch
 
     @abstractmethod
     def is_due(self, images_seen: int) -> bool:
@@ -62,11 +63,6 @@ class Interlude(ABC):
         Raises:
             StoppedError: on all processes at once, when any of them was asked to stop.
         """
-
-    def ends_epoch(self, images_seen: int, every_epochs: int) -> bool:
-        """Returns whether this moment is the end of each `every_epochs`-th epoch."""
-        epochs = epochs_completed_by(images_seen, self.plan.index.images, self.config.train.batch_size)
-        return any(epoch % every_epochs == 0 for epoch in epochs)
 
     def is_last(self, images_seen: int) -> bool:
         """Returns whether the run ends at this moment."""
