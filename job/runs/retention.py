@@ -34,17 +34,18 @@ class Retention:
     best_images_seen: int = -1
     """By the checkpoint with the best score, if the run keeps that one; else -1."""
 
-    def ends_epoch(self, images_seen: int, every_epochs: int) -> bool:
-        """Returns whether this moment ends each `every_epochs`-th epoch, at the first batch at or after its last image.
+    def ended(self, images_seen: int) -> range:
+        """Returns the epochs that end at this moment, with the first batch at or after their last image."""
+        return epochs_completed_by(images_seen, self.dataset_images, self.config.train.batch_size)
 
-        0 stands for no epoch.
-        """
-        return bool(every_epochs) and any(epoch % every_epochs == 0 for epoch in self._ended(images_seen))
+    def ends_epoch(self, images_seen: int, every_epochs: int) -> bool:
+        """Returns whether each `every_epochs`-th epoch ends at this moment; 0 stands for none."""
+        return bool(every_epochs) and any(epoch % every_epochs == 0 for epoch in self.ended(images_seen))
 
     def keeps(self, images_seen: int) -> bool:
         """Returns whether a checkpoint is kept for good: the best so far, or the end of a chosen epoch."""
         chosen = self.config.checkpoint
-        is_chosen = not {*chosen.keep_epochs}.isdisjoint(self._ended(images_seen))
+        is_chosen = not {*chosen.keep_epochs}.isdisjoint(self.ended(images_seen))
         return (
             is_chosen or self.ends_epoch(images_seen, chosen.keep_every_epochs) or images_seen == self.best_images_seen
         )
@@ -67,9 +68,6 @@ class Retention:
         ends = [ref for ref in there if not is_known or self.ends_epoch(ref.images_seen, rules.every_epochs)]
         stay = {*there[-min(LAST_SAVES, rules.keep_last) :], *ends[-rules.keep_last :]}
         return [ref for ref in there if ref not in stay and not self.keeps(ref.images_seen)]
-
-    def _ended(self, images_seen: int) -> range:
-        return epochs_completed_by(images_seen, self.dataset_images, self.config.train.batch_size)
 
 
 def best_images_seen(config: RunConfig, rows: Iterable[Row]) -> int:

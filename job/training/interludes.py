@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from ddpm import figures
-from ddpm.epochs import epochs_completed_by
 from job.config import method
 from job.data.cache import ImageCache
 from job.evaluation.validation import validation_row
@@ -97,11 +96,9 @@ class Validation(Interlude):
 
     def is_due(self, images_seen: int) -> bool:
         """See `Interlude`."""
-        every_epochs = self.config.log.validate_epochs
         begins_trained = self.config.parent.run is not None and not images_seen
-        return self.session.held_out is not None and (
-            begins_trained or self.is_last(images_seen) or self.ends_epoch(images_seen, every_epochs)
-        )
+        is_end = self.is_last(images_seen) or self.ends_epoch(images_seen, self.config.log.validate_epochs)
+        return self.session.held_out is not None and (begins_trained or is_end)
 
     def is_missing(self, recorder: Recorder) -> bool:
         """See `Interlude`."""
@@ -179,8 +176,7 @@ class Grid(Interlude):
             return False
         if every_epochs:
             return self.ends_epoch(images_seen, every_epochs)
-        epochs = epochs_completed_by(images_seen, self.plan.index.images, self.config.train.batch_size)
-        return any(epoch.bit_count() == 1 for epoch in epochs)
+        return any(epoch.bit_count() == 1 for epoch in self.session.retention.ended(images_seen))
 
     def is_missing(self, recorder: Recorder) -> bool:
         """See `Interlude`."""
