@@ -11,17 +11,52 @@ the gradients of its virtual workers apart for the same reason (Li et al. 2023).
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+
+from ddpm.threads import Threads
 
 Node = tuple[int, int]
 """The slots from the first number up to the second, without it, as a node of the tree."""
 Gradients = list[Tensor | None]
 """The gradients of the learnt parameters, in their order; None where a parameter has no part in the loss."""
+
+_SHAPES = (2, 3, 16, 16), (128, 3, 3, 3), (128, 128, 3, 3), (384, 128)
+"""Two images, the weights of two convolutions, and a matrix; large enough for kernels that add up in parts."""
+
+
+def kernels_of(is_bf16: bool) -> str:
+    """Returns a fingerprint of a CPU's kernels: eight digits of the SHA-256 of what one thread computes with them.
+
+    Libraries choose kernels by the processor and by variables such as MKL_CBWR, and say nothing. Fixed values pass
+    forward and backward through convolutions, normalisations, products of matrices and of a vector, and attention: in
+    fp32, and with `is_bf16` under autocast too.
+    """
+    sha256 = hashlib.sha256()
+    with Threads(1).outside():
+        for precision in (torch.float32, torch.bfloat16)[: 1 + is_bf16]:
+            given = [_fixed(*shape).requires_grad_() for shape in _SHAPES]
+            with torch.autocast("cpu", precision, enabled=precision is torch.bfloat16):
+                x = F.conv2d(F.conv2d(given[0], given[1], padding=1), given[2], stride=2, padding=1)
+                x = F.silu(F.group_norm(x, 4)).flatten(2).mT
+                q, k, v = F.linear(x, given[3]).chunk(3, dim=-1)
+                x = F.layer_norm(F.scaled_dot_product_attention(q, k, v), (128,))[0]
+                x = torch.cat([x, F.linear(x[:1], given[3]).view(3, 128)])
+            for result in (x, *torch.autograd.grad(x.sin().sum(), given)):
+                sha256.update(result.detach().float().numpy().tobytes())
+    return sha256.hexdigest()[:8]
+
+
+def _fixed(*shape: int) -> Tensor:
+    """Returns float32 values between -1/2 and 1/2, evenly spread; IEEE 754 defines each rounding on the way to them."""
+    return (torch.arange(math.prod(shape), dtype=torch.float64) * 0.6180339887498949 % 1 - 0.5).float().view(shape)
 
 
 @dataclass(frozen=True)

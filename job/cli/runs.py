@@ -123,9 +123,7 @@ def runs_verify(run: RunName, as_json: AsJson = False, bucket: BucketUri = "") -
 @app.command("prune")
 def runs_prune(
     run: RunName,
-    keep_last: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Newest checkpoints to keep. Default: checkpoint.keep_last.")
-    ] = None,
+    keep_last: Annotated[int | None, typer.Option(metavar="N", min=1, help="Use N as checkpoint.keep_last.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be deleted, and why.")] = False,
     bucket: BucketUri = "",
 ) -> None:

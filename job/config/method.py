@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -24,8 +25,15 @@ from job.config import Drawing, RunConfig
 
 
 def build_network(config: RunConfig, device: torch.device) -> nn.Module:
-    """Builds the network of a resolved configuration with the run's seed, in the memory layout for the device."""
-    torch.manual_seed(config.train.seed)
+    """Builds the network of a resolved configuration with initial weights, in the memory layout for the device.
+
+    They depend on the run's seed; after a parent on those weights and the dataset too. By an equal seed alone, classes
+    that begin anew would begin as the first classes of the parent began.
+    """
+    seed, parent = config.train.seed, config.parent.sha256
+    if parent:
+        seed = int(hashlib.sha256(f"{seed} {parent} {config.data.dataset_id}".encode()).hexdigest()[:16], 16)
+    torch.manual_seed(seed)
     model, diffusion, (channels, *_) = config.model, config.diffusion, config.image_shape
     options = asdict(model) | {"num_classes": model.num_classes or 0}
     del options["label_dropout"]

@@ -98,7 +98,7 @@ class CheckpointConfig(Settings):
         3,
         ge=1,
         le=LARGEST,
-        description="keep the newest N checkpoints: in a small run, which may save every 10 s, the last N × 10 s",
+        description="keep the newest N checkpoints of every_epochs, and the two newest saves; 1: one",
     )
     keep_every_epochs: int = Field(0, ge=0, le=LARGEST, description="also keep one checkpoint every N epochs; 0: none")
     keep_epochs: tuple[catalogue.Count, ...] = Field(

@@ -34,7 +34,7 @@ from job.processes.compute import describe_device
 from job.processes.lease import Lease
 from job.progress import note, printable
 from job.runs import pipeline, records
-from job.runs.layout import CheckpointRef
+from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef
 from job.runs.pipeline import RUN_CONFIG, SCHEDULER_CONFIG, UNET_CONFIG
 from job.runs.retention import Retention
 from job.runs.writer import CheckpointWriter, LeasedRun
@@ -274,15 +274,15 @@ def _state(config: RunConfig, foreign: Foreign, source: str) -> TrainState:
 
 def _commit(of_run: RunHandle, state: TrainState, lease: Lease, *, stop: Stop, source: str) -> str:
     """Records the run, if it is new, the attempt and its checkpoint; returns the URI of the checkpoint."""
-    run, config, dataset_images = of_run.run, of_run.config, of_run.dataset_images
+    run, config = of_run.run, of_run.config
     if records.load_config(run) is None:
         records.create_config(run, config)
     device = describe_device(state.first_nonfinite.device, config.train)
     attempt = records.record_attempt(
         run, lease.fence, lease.holder, changes={}, world_size=1, device=device, imported=source
     )
-    # The next import into this run must not retire this checkpoint.
-    retention = Retention(config.updated({"checkpoint.keep_last": LARGEST}), dataset_images)
+    # Of no epoch, and the last of very many: the next import into this run must not retire this checkpoint.
+    retention = Retention(config.updated({"checkpoint.keep_last": LARGEST}), MAX_IMAGES_SEEN + 1)
     leased = LeasedRun(run, retention, attempt, lease, of_run.classes)
     writer = CheckpointWriter(leased, state.tensors(), before=None, stop=stop, note=note)
     try:
@@ -296,7 +296,7 @@ def _commit(of_run: RunHandle, state: TrainState, lease: Lease, *, stop: Stop, s
         attempt=attempt.id,
         images_seen=state.images_seen,
         target_images=state.images_seen,
-        epoch=round(state.images_seen / dataset_images, 3),
+        epoch=round(state.images_seen / of_run.dataset_images, 3),
         loss=None,
         images_per_second=None,
         updated=utc_now(),

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from ddpm.catalogue import Train
-from ddpm.layout import memory_format_of
 from ddpm.objective import Condition
-from ddpm.slots import Slots
+from ddpm.slots import Slots, kernels_of
 from job.config import RunConfig
 from job.processes.group import usable_cores
 from job.processes.ranks import Ranks
@@ -29,7 +28,8 @@ def best_precision() -> Literal["fp32", "bf16"]:
     """Returns bf16 where the hardware computes in it; elsewhere autocast would only be slower."""
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if _bf16_instructions() else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if any(capabilities.get(name) for name in _BF16) else "fp32"
 
 
 def suited(batch_size_images: int) -> dict[str, Any]:
@@ -56,9 +56,8 @@ def describe_device(device: torch.device, train: Train, is_exact: bool = False) 
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device) + ", compiled" * train.compile
     else:
-        bf16 = "".join(f" and {each}" for each in _bf16_instructions()) if train.precision == "bf16" else ""
-        layout = str(memory_format_of(device)).removeprefix("torch.")
-        name = f"CPU with {torch.backends.cpu.get_cpu_capability()}{bf16}, {layout}"
+        kernels = kernels_of(train.precision == "bf16")
+        name = f"CPU with {torch.backends.cpu.get_cpu_capability()}, kernels {kernels}"
         if not is_exact:
             # Each thread adds up a part, so that their number decides about rounding.
             name = f"{torch.get_num_threads()}-thread {name}"
@@ -68,11 +67,6 @@ def describe_device(device: torch.device, train: Train, is_exact: bool = False) 
     if train.micro_batch_size:
         name += f", {train.micro_batch_size:,} images at once"
     return f"{name}, torch {torch.__version__}"
-
-
-def _bf16_instructions() -> list[str]:
-    capabilities = torch.cpu.get_capabilities()
-    return [name for name in _BF16 if capabilities.get(name)]
 
 
 def peak_memory_bytes(device: torch.device) -> int:

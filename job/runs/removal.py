@@ -93,8 +93,8 @@ def _removals(bucket: Store, run: Store, config: RunConfig, fence: int) -> list[
         MissingInputError: the run's rules count epochs of a dataset that is missing.
         BadDataError: none of its checkpoints verifies.
     """
-    sizes, keep, dataset_images = {entry.key: entry.size_bytes for entry in run.list()}, config.checkpoint, 1
-    why = f"not among the last {keep.keep_last}"
+    sizes, keep = {entry.key: entry.size_bytes for entry in run.list()}, config.checkpoint
+    why, dataset_images = f"not among the last {keep.keep_last}", records.dataset_images_of(bucket, config)
     if keep.keep_every_epochs or keep.keep_epochs:
         dataset_images = load_index(bucket, records.dataset_key_of(config)).images
         why += ", nor of an epoch to keep"

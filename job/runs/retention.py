@@ -14,46 +14,60 @@ from job.config import RunConfig
 from job.exits import BadDataError, JobError, LostRunError
 from job.processes.lease import Lease
 from job.runs.checkpoints import list_checkpoints, load_manifest
-from job.runs.layout import CHECKPOINTS, CheckpointRef, Located, ObjectKind, places_in
+from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, CheckpointRef, Located, ObjectKind, places_in
 from job.runs.metric_rows import Row
 from job.runs.readers import being_read
 from job.runs.scores import score_name
 from job.store import ObjectMissingError, Store
 
+LAST_SAVES = 2
+"""The newest saves that stay, whether or not they end an epoch; the second one serves if the newest is damaged."""
+
 
 @dataclass(frozen=True)
 class Retention:
-    """The rules that decide which checkpoints stay: the last few, those of certain epochs, and the best."""
+    """The rules that decide which checkpoints stay: the last saves and ends of epochs, chosen epochs, and the best."""
 
     config: RunConfig
     dataset_images: int
-    """Of an epoch; decides which epochs a checkpoint ends."""
+    """Of an epoch; decides which epochs a checkpoint ends. More than `MAX_IMAGES_SEEN`: not known."""
     best_images_seen: int = -1
     """By the checkpoint with the best score, if the run keeps that one; else -1."""
 
-    def keeps(self, images_seen: int) -> bool:
-        """Returns whether a checkpoint is kept for good: the best so far, or the end of a chosen epoch.
+    def ended(self, images_seen: int) -> range:
+        """Returns the epochs that end at this moment, with the first batch at or after their last image."""
+        return epochs_completed_by(images_seen, self.dataset_images, self.config.train.batch_size)
 
-        An epoch ends with the first batch at or after its last image.
-        """
-        every, chosen = self.config.checkpoint.keep_every_epochs, self.config.checkpoint.keep_epochs
-        epochs = epochs_completed_by(images_seen, self.dataset_images, self.config.train.batch_size)
-        is_chosen = any(epoch in chosen or (every and epoch % every == 0) for epoch in epochs)
-        return is_chosen or images_seen == self.best_images_seen
+    def ends_epoch(self, images_seen: int, every_epochs: int) -> bool:
+        """Returns whether each `every_epochs`-th epoch ends at this moment; 0 stands for none."""
+        return bool(every_epochs) and any(epoch % every_epochs == 0 for epoch in self.ended(images_seen))
+
+    def keeps(self, images_seen: int) -> bool:
+        """Returns whether a checkpoint is kept for good: the best so far, or the end of a chosen epoch."""
+        chosen = self.config.checkpoint
+        is_chosen = not {*chosen.keep_epochs}.isdisjoint(self.ended(images_seen))
+        return (
+            is_chosen or self.ends_epoch(images_seen, chosen.keep_every_epochs) or images_seen == self.best_images_seen
+        )
 
     def takes_snapshot(self, images_seen: int) -> bool:
         """Returns whether a checkpoint of this moment has a snapshot of the averages, and so is always made."""
-        every, batch_size = self.config.ema.snapshot_epochs, self.config.train.batch_size
-        epochs = epochs_completed_by(images_seen, self.dataset_images, batch_size)
-        return any(every and epoch % every == 0 for epoch in epochs)
+        return self.ends_epoch(images_seen, self.config.ema.snapshot_epochs)
 
     def needs(self, images_seen: int) -> bool:
         """Returns whether a checkpoint of this moment must be made, however long the bucket takes."""
         return self.keeps(images_seen) or self.takes_snapshot(images_seen)
 
     def retire(self, refs: Iterable[CheckpointRef]) -> list[CheckpointRef]:
-        """Returns the checkpoints to delete, oldest first; never the newest."""
-        return [ref for ref in sorted(refs)[: -self.config.checkpoint.keep_last] if not self.keeps(ref.images_seen)]
+        """Returns the checkpoints to delete, oldest first; never the newest.
+
+        Saves may come every 10 s, and must not replace the last ends of epochs, which people sample. If the epochs are
+        not known, each save counts as the end of one.
+        """
+        rules, there, is_known = self.config.checkpoint, sorted(refs), self.dataset_images <= MAX_IMAGES_SEEN
+        ends = [ref for ref in there if not is_known or self.ends_epoch(ref.images_seen, rules.every_epochs)]
+        stay = {*there[-min(LAST_SAVES, rules.keep_last) :], *ends[-rules.keep_last :]}
+        return [ref for ref in there if ref not in stay and not self.keeps(ref.images_seen)]
 
 
 def best_images_seen(config: RunConfig, rows: Iterable[Row]) -> int:

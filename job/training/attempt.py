@@ -129,7 +129,9 @@ def _train(plan: Plan, ranks: Ranks, lease: Lease | None, tracking: Tracking | N
         damaged=damaged,
         stop=stop,
     ) as recorder:
-        if recorder is not None and not plan.is_new and not _page_says_running(attempt):
+        # The page of an attempt that was cut off says what is true again.
+        was_cut_off = attempt.previous_seen is not None and attempt.previous_seen.state == State.RUNNING
+        if recorder is not None and not plan.is_new and not was_cut_off:
             # It takes longer than the first steps, which need not wait for it.
             recorder.write_page()
         session = TrainingSession(
@@ -173,6 +175,8 @@ def _begin(plan: Plan, ranks: Ranks, lease: Lease | None, pictures: PictureCache
     )
     if plan.is_new and is_exact:
         note(f"1 to {train.slots} processes give equal bits on this kind of machine: {device}")
+    elif plan.is_new and train.exact is None and ranks.device.type == "cpu":
+        note(f"more than train.slots={train.slots} processes: DDP adds the gradients, another number rounds otherwise")
     for difference in records.what_is_otherwise(before, attempt) if before else []:
         note(difference)
     if plan.is_new or plan.request.open_page:
@@ -181,11 +185,6 @@ def _begin(plan: Plan, ranks: Ranks, lease: Lease | None, pictures: PictureCache
     if plan.request.open_page:
         open_page(plan.run)
     return attempt
-
-
-def _page_says_running(attempt: records.Attempt) -> bool:
-    """Returns whether the page is from an attempt that was cut off, so that it says what is true again."""
-    return attempt.previous_seen is not None and attempt.previous_seen.state == State.RUNNING
 
 
 @contextmanager

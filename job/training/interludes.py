@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from ddpm import figures
-from ddpm.epochs import epochs_completed_by
 from job.config import method
 from job.data.cache import ImageCache
 from job.evaluation.validation import validation_row
@@ -46,6 +45,7 @@ class Interlude(ABC):
     def __init__(self, session: TrainingSession) -> None:
         """Prepares for training to begin. Collective."""
         self.session, self.plan, self.config = session, session.plan, session.plan.config
+        self.ends_epoch = session.retention.ends_epoch
 
     @abstractmethod
     def is_due(self, images_seen: int) -> bool:
@@ -62,11 +62,6 @@ class Interlude(ABC):
         Raises:
             StoppedError: on all processes at once, when any of them was asked to stop.
         """
-
-    def ends_epoch(self, images_seen: int, every_epochs: int) -> bool:
-        """Returns whether this moment is the end of each `every_epochs`-th epoch."""
-        epochs = epochs_completed_by(images_seen, self.plan.index.images, self.config.train.batch_size)
-        return any(epoch % every_epochs == 0 for epoch in epochs)
 
     def is_last(self, images_seen: int) -> bool:
         """Returns whether the run ends at this moment."""
@@ -101,11 +96,9 @@ class Validation(Interlude):
 
     def is_due(self, images_seen: int) -> bool:
         """See `Interlude`."""
-        every_epochs = self.config.log.validate_epochs
         begins_trained = self.config.parent.run is not None and not images_seen
-        return self.session.held_out is not None and (
-            begins_trained or self.is_last(images_seen) or self.ends_epoch(images_seen, every_epochs)
-        )
+        is_end = self.is_last(images_seen) or self.ends_epoch(images_seen, self.config.log.validate_epochs)
+        return self.session.held_out is not None and (begins_trained or is_end)
 
     def is_missing(self, recorder: Recorder) -> bool:
         """See `Interlude`."""
@@ -183,8 +176,7 @@ class Grid(Interlude):
             return False
         if every_epochs:
             return self.ends_epoch(images_seen, every_epochs)
-        epochs = epochs_completed_by(images_seen, self.plan.index.images, self.config.train.batch_size)
-        return any(epoch.bit_count() == 1 for epoch in epochs)
+        return any(epoch.bit_count() == 1 for epoch in self.session.retention.ended(images_seen))
 
     def is_missing(self, recorder: Recorder) -> bool:
         """See `Interlude`."""

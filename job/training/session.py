@@ -248,7 +248,7 @@ class TrainingSession(Loop):
         if (
             stopping
             or save_now
-            or self.grid.ends_epoch(images_seen, self.config.checkpoint.every_epochs)
+            or self.retention.ends_epoch(images_seen, self.config.checkpoint.every_epochs)
             or any(interlude.needs_save for interlude in due)
             or self.retention.needs(images_seen)
         ):

@@ -59,9 +59,8 @@ def test_stopped_runs_have_undisturbed_weights(place):
     words = [DDPM, "submit", *training("stopped", place), *HERE]
     seen = 0
     for number in (signal.SIGTERM, signal.SIGINT):
-        before = len(list_checkpoints(run)) if seen else 0
         child = subprocess.Popen(words, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        eventually(lambda: child.poll() is not None or _checkpoints(run) > before, 120)  # noqa: B023
+        eventually(lambda: child.poll() is not None or _images_seen(run) > seen, 120)  # noqa: B023
         child.send_signal(number)
         code, _, err = ended(child, 60)
         assert code == 75, err
@@ -74,8 +73,9 @@ def test_stopped_runs_have_undisturbed_weights(place):
     assert_equal(run, other)
 
 
-def _checkpoints(run):
-    return len(list_checkpoints(run)) if run.exists("config.yaml") else 0
+def _images_seen(run):
+    refs = list_checkpoints(run) if run.exists("config.yaml") else []
+    return max(refs).images_seen if refs else 0
 
 
 def test_background_containers_are_listed_and_cancelled(place):
@@ -84,7 +84,7 @@ def test_background_containers_are_listed_and_cancelled(place):
     assert "ddpm jobs logs train-behind --on container -f" in out
     said = refused(ddpm("submit", *training("behind", place, 10_000), *HERE, "--detach"), 64)
     assert "train-behind runs in a container already" in said
-    eventually(lambda: _checkpoints(run), 120)
+    eventually(lambda: _images_seen(run), 120)
     status = backend().status("train-behind")
     assert (status.state, status.attempts) == (State.RUNNING, 1)
     assert "train-behind" in succeeded(ddpm("jobs", "list", *HERE))

@@ -22,7 +22,7 @@ from ddpm.networks.layers import Dropout, dropout_of
 from ddpm.objective import Objective
 from ddpm.prediction import Prediction
 from ddpm.process import make_process
-from ddpm.slots import Slots, subtrees
+from ddpm.slots import Slots, kernels_of, subtrees
 from ddpm.threads import Threads
 
 BATCH_IMAGES, SIZE, STEPS, CLASSES = 16, 8, 2, 3
@@ -184,3 +184,13 @@ def test_processes_share_slots_and_images() -> None:
 
 def test_few_sums_cross_the_wire() -> None:
     assert subtrees((0, 8), range(3, 8)) == [(3, 4), (4, 8)]
+
+
+def test_the_fingerprint_of_kernels_depends_on_no_threads_and_on_the_precision():
+    usual, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append((kernels_of(False), kernels_of(True)))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(usual)
+    assert found == [found[0]] * 3 and found[0][0] != found[0][1]

@@ -12,15 +12,19 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from importlib import resources
-from itertools import count
+from itertools import combinations, count
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from accelerate.state import AcceleratorState
 from safetensors.numpy import load, load_file
 
+from ddpm import catalogue
+from job.config import draft
+from job.config.method import build_network
 from job.exits import Exit, StoppedError
 from job.requests import TrainRequest
 from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest
@@ -147,6 +151,42 @@ def test_other_classes_begin_anew_and_the_rest_does_not(few):
     other = ("--set", "data.size=16", "--set", "train.seed=1")
     succeeded(child(few, "--epochs", 1, *other, run="seeded", dataset="few"))
     assert unequal(weights(few, "two", 0, "ema"), weights(few, "seeded", 0, "ema")) == {OF_CLASSES}
+    # And by the parent, which began by an equal seed: no class begins as one of the parent's.
+    for run in ("two", "null"):
+        assert most_alike(given[OF_CLASSES], weights(few, run, 0, "ema")[OF_CLASSES]) < 0.9
+
+
+@pytest.mark.parametrize(
+    ("preset", "small"),
+    [("landscape-sample", {}), ("dit", {"model.depth": 1}), ("dome", {})],
+)
+def test_classes_begin_independently_of_the_parent_and_its_other_children(preset, small):
+    """The draw is a function of the configuration alone."""
+
+    def rows(classes: int, **changes: object) -> np.ndarray:
+        config = draft(preset, small | {"data.size": 32, "data.channels": 3, "model.num_classes": classes})
+        config = config.updated({name.replace("__", "."): value for name, value in changes.items()})
+        named = build_network(config, torch.device("cpu")).named_parameters()
+        (embedding,) = (value for name, value in named if name.startswith(catalogue.OF_CLASSES))
+        return embedding.detach().numpy()
+
+    of_child = {"parent__sha256": "a" * 64, "data__dataset_id": "mine"}
+    drawn = [
+        rows(5),
+        rows(5, train__seed=1),
+        rows(3, **of_child),
+        rows(8, **of_child | {"parent__sha256": "b" * 64}),
+        rows(6, **of_child | {"data__dataset_id": "other"}),
+        rows(6, **of_child | {"train__seed": 1}),
+    ]
+    assert max(most_alike(one, other) for one, other in combinations(drawn, 2)) < 0.9
+    assert np.array_equal(drawn[2], rows(3, **of_child))
+
+
+def most_alike(some: np.ndarray, others: np.ndarray) -> float:
+    """The largest cosine of a row of each."""
+    unit, unit_too = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (some, others))
+    return float((unit @ unit_too.T).max())
 
 
 @pytest.mark.slow

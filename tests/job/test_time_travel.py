@@ -26,6 +26,7 @@ from job.data.order import Order
 from job.data.shards import DatasetIndex, Shards, ShardWriter, load_index
 from job.exits import Exit, MissingInputError, StoppedError
 from job.requests import TrainRequest
+from job.runs import retention
 from job.stop import Stop
 from job.store import open_store
 from job.training.attempt import run_training
@@ -253,8 +254,10 @@ def broken(kind: int, generator: np.random.Generator, picture: np.ndarray) -> np
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_planted_images_are_blamed(tmp_path):
+def test_planted_images_are_blamed(tmp_path, monkeypatch):
     """Ten broken images among 100,000, each from the place where it was learnt."""
+    # So that each replay is short.
+    monkeypatch.setattr(retention, "LAST_SAVES", 99)
     generator, folder = np.random.default_rng(0), tmp_path / "bucket/datasets/tiny-8"
     images = np.concatenate([pictures(generator, 10_000) for _ in range(IMAGES // 10_000)])
     order = Order((IMAGES,), 0).indices(np.arange(IMAGES))

@@ -228,6 +228,19 @@ def test_more_epochs_go_on_exactly(train, packed):
 
 
 @pytest.mark.slow
+def test_a_run_that_saves_often_keeps_its_last_epochs(train, packed):
+    train("often", epochs=5, checkpoint__every_epochs=1, checkpoint__every_minutes=1e-9, checkpoint__keep_last=3)
+    there = [ref.images_seen for ref in list_checkpoints(run_of(packed, "often"))]
+    assert there[-1] == 1512 and {912, 1200} < {*there} and len(there) in (3, 4), there
+    words = ("sample", "--run", "often", "--seeds", "0-1", "--no-nearest", "--bucket", packed)
+    assert len(succeeded(ddpm_here(*words, "--checkpoints", "3,4,5")).splitlines()) == 4
+    assert "(there are: 3, 4, 5)" in refused(ddpm_here(*words, "--checkpoints", "2"), Exit.MISSING_INPUT)
+    for verb in ("verify", "prune"):
+        succeeded(ddpm_here("runs", verb, "often", "--bucket", packed))
+    assert [ref.images_seen for ref in list_checkpoints(run_of(packed, "often"))] == there
+
+
+@pytest.mark.slow
 def test_a_missing_grid_is_drawn_later(train, packed):
     run, every_epoch = run_of(packed, "pictured"), {"sample__every_epochs": 1, "checkpoint__every_epochs": 1}
     with pytest.raises(StoppedError):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from job.config import RunConfig, validated
 from job.exits import LostRunError
 from job.runs.checkpoints import list_checkpoints
+from job.runs.layout import MAX_IMAGES_SEEN
 from job.runs.records import Attempt
 from job.runs.retention import Retention
 from job.runs.writer import CheckpointWriter, LeasedRun
@@ -81,8 +84,10 @@ def committed_images(run: Store) -> list[int]:
 def write(run: Store, *places: tuple[int, int], tensors: Tensors | None = None, **changes: object) -> Tensors:
     """Commits checkpoints at (fence, images seen), and returns what is in them."""
     tensors = tensors or live_tensors()
+    # They end epochs of no dataset, so that none is deleted.
+    retention = Retention(small_config(**changes), MAX_IMAGES_SEEN + 1)
     for fence, images_seen in places:
-        writer = writer_of(leased(run, fence, **changes), tensors)
+        writer = writer_of(replace(leased(run, fence), retention=retention), tensors)
         writer.save(images_seen, [[1.5, 0.1], [3.0, 4.0]])
         writer.close(wait=True)
     return tensors

@@ -17,9 +17,10 @@ from tensorboardX.proto.event_pb2 import Event
 from job.exits import BadDataError, BucketAwayError, LostRunError
 from job.runs import checkpoint_files
 from job.runs.checkpoints import list_checkpoints, load_manifest, opened
-from job.runs.layout import CheckpointRef, ObjectKind, located
+from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef, ObjectKind, located
 from job.runs.metric_rows import read_rows
 from job.runs.readers import reading
+from job.runs.retention import Retention
 from job.stop import GRACE_VARIABLE
 from job.store import Retry, open_store, retry
 from job.store.local import LocalStore
@@ -27,7 +28,7 @@ from tests.faulty_proxy import Fault, FaultyProxy
 from tests.job.command_line import ddpm, settings
 from tests.job.hooked import hooked
 from tests.job.leases import eventually
-from tests.job.runs.leased import committed_images, leased, live_tensors, save, writer_of
+from tests.job.runs.leased import DATASET_IMAGES, committed_images, leased, live_tensors, save, small_config, writer_of
 
 
 class Watched(LocalStore):
@@ -124,20 +125,54 @@ def test_old_checkpoints_and_leftovers_go(run):
 
 
 def test_a_checkpoint_in_use_stays(run):
+    # Each ends an epoch.
     notes = []
     writer = writer_of(leased(run, checkpoint__keep_last=1), live_tensors(), notes=notes)
-    save(writer, 24)
-    with reading(run, CheckpointRef(1, 24)):
-        save(writer, 48, 72)
-        eventually(lambda: committed_images(run) == [24, 72] and not list(run.list(CheckpointRef(1, 48).key)))
+    save(writer, 48)
+    with reading(run, CheckpointRef(1, 48)):
+        save(writer, 96, 144)
+        eventually(lambda: committed_images(run) == [48, 144] and not list(run.list(CheckpointRef(1, 96).key)))
     run.hooks["delete"] = Mock(side_effect=BucketAwayError("the bucket is away"))
-    save(writer, 96)
+    save(writer, 192)
     eventually(lambda: [note for note in notes if "stay for now: the bucket is away" in note])
     del run.hooks["delete"]
-    assert committed_images(run) == [24, 72, 96]
-    save(writer, 120)
+    assert committed_images(run) == [48, 144, 192]
+    save(writer, 240)
     writer.close(wait=True)
-    assert committed_images(run) == [120]
+    assert committed_images(run) == [240]
+
+
+EPOCHS = [48, 96, 144, 192]
+BY_RULES = [
+    ({"keep_last": 3}, [24, 48, 72, 96, 120, 144, 168], [48, 96, 144, 168]),
+    ({"keep_last": 3}, [24, 48, 54, 60, 66, 72, 78, 84, 90], [48, 84, 90]),
+    ({"keep_last": 3}, [6, 12, 18, 24], [18, 24]),
+    ({"keep_last": 3}, [30, *EPOCHS], [96, 144, 192]),
+    ({"keep_last": 2, "keep_epochs": (1,)}, [*EPOCHS, 198, 204, 210], [48, 144, 192, 204, 210]),
+    ({"keep_last": 2, "every_epochs": 2}, [*EPOCHS, 240], [96, 192, 240]),
+    ({"keep_last": 1}, [48, 54, 60], [48, 60]),
+    ({"keep_last": 1}, [48, 54, 60, 96], [96]),
+]
+"""Settings, checkpoints by images seen, and those that stay."""
+
+
+@pytest.mark.parametrize(("rules", "there", "stay"), BY_RULES)
+def test_saves_in_between_displace_no_end_of_an_epoch(rules, there, stay):
+    changes = {f"checkpoint__{key}": value for key, value in rules.items()}
+    retention = Retention(small_config(train__batch_size=6, **changes), DATASET_IMAGES)
+    refs = [CheckpointRef(1, images_seen) for images_seen in there]
+    assert [ref.images_seen for ref in refs if ref not in retention.retire(refs)] == stay
+    # One after another, too.
+    kept = []
+    for ref in refs:
+        kept = [one for one in (*kept, ref) if one not in retention.retire([*kept, ref])]
+    assert [ref.images_seen for ref in kept] == stay
+
+
+def test_without_known_epochs_each_save_counts():
+    refs = [CheckpointRef(1, images_seen) for images_seen in (6, 48, 54, 96)]
+    retention = Retention(small_config(checkpoint__keep_last=3), MAX_IMAGES_SEEN + 1)
+    assert retention.retire(refs) == refs[:1]
 
 
 def scalars(data: bytes) -> Iterator[tuple[int, str, float]]:
@@ -164,7 +199,10 @@ def test_the_newest_replaces_queued_checkpoints(run, changes):
     writer.rows.append(rows[3])
     writer.save(72, [])
     writer.close(wait=True)
-    assert committed_images(run) == [24, 48, 72]
+    created = [key for event, _, key in (event.partition(" ") for event in run.events) if event == "create"]
+    assert [key for key in created if key.endswith("MANIFEST.json")] == [
+        CheckpointRef(1, images_seen).manifest_key for images_seen in (24, 48, 72)
+    ]
     # What they say of metrics is there, for people's tools as well.
     metrics = load_manifest(run, max(list_checkpoints(run))).metrics
     assert read_rows(run, metrics) == rows
@@ -230,7 +268,8 @@ def test_a_lost_run_gets_no_writes(run, queue):
 def test_a_short_grace_shortens_the_cadence(tiles, tmp_path):
     bucket = shutil.copytree(tiles, tmp_path / "bucket")
     # A minute is the interval that follows; a test has less time.
-    hooks = hooked(tmp_path / "hooks", job__runs__cadence="LONGEST_WITHOUT_NOTICE_SECONDS = 0.12")
+    patched = {"job__runs__cadence": "LONGEST_WITHOUT_NOTICE_SECONDS = 0.12", "job__runs__retention": "LAST_SAVES = 99"}
+    hooks = hooked(tmp_path / "hooks", **patched)
     keep = {"checkpoint.every_minutes": 7, "checkpoint.every_epochs": 999}
     keep |= {"checkpoint.keep_last": 99, "checkpoint.keep_every_epochs": 0}
     rarely = [word for key, value in keep.items() for word in ("--set", f"{key}={value}")]
