@@ -157,9 +157,7 @@ def read_labels(file: str, column: str, retry: Retry | None = None) -> LabelTabl
         raise MissingInputError(f"--labels: there is nothing at {file}{own}")
     with members.refusing(file):
         with store.open(name) as opened:
-            members.check_size(opened.seek(0, io.SEEK_END))
-            opened.seek(0)
-            content = opened.read()
+            content = members.read_table(opened)
         return table_in(file, content, column)
 
 
@@ -172,7 +170,7 @@ def table_in(where: str, content: bytes, column: str = "") -> LabelTable:
             "does not hold a table of file names and labels in UTF-8: save it in that encoding"
         ) from None
     if suffix == ".json":
-        found = json.loads(text)
+        found = members.parsed_json(text)
         if not isinstance(found, list) or not found or not isinstance(found[0], dict):
             if column:
                 raise BadRequestError(f"{where} has no columns: leave :{column} out")

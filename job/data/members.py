@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import io
+import json
 import lzma
 import struct
 import tarfile
@@ -12,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 from job.exits import BadDataError, MissingInputError, NoPermissionError
 
@@ -22,6 +24,8 @@ SUFFIXES = {
 }
 ENTRY_BYTES = 256 * 1024 * 1024
 """Largest image file that is read."""
+TABLE_BYTES = 128 * 1024 * 1024
+"""Largest table of labels that is read: twice ImageNet's, in which the names of 1.3 million images are long."""
 EXPANSION = 200
 """How many times larger than the archive its content may be. Images hardly compress; deflate alone reaches 1,032."""
 Opener = Callable[[], BinaryIO]
@@ -106,10 +110,29 @@ def read_exactly(file: IO[bytes], size: int) -> bytes:
     return content
 
 
-def check_size(size: int) -> None:
-    """Raises `RefusedError` for more bytes than an image file may have."""
-    if size > ENTRY_BYTES:
-        raise RefusedError(f"has {size:,} bytes, more than the {ENTRY_BYTES:,} that an image may have")
+def check_size(size: int, most_bytes: int = 0, what: str = "an image") -> None:
+    """Raises `RefusedError` for more bytes than a file of this kind may have; by default an image file."""
+    if size > (most_bytes := most_bytes or ENTRY_BYTES):
+        raise RefusedError(f"has {size:,} bytes, more than the {most_bytes:,} that {what} may have")
+
+
+def read_table(file: BinaryIO) -> bytes:
+    """Returns the content of a file that may be a table of labels; raises `RefusedError` if it is too large."""
+    check_size(file.seek(0, io.SEEK_END), TABLE_BYTES, "a table of labels")
+    file.seek(0)
+    return file.read()
+
+
+def parsed_json(content: str | bytes) -> Any:
+    """Returns a JSON document, as `json.loads` does, without the collector, which would visit each row many times.
+
+    Rows hold no cycles, and the decoder hears no signal before its end.
+    """
+    gc.disable()
+    try:
+        return json.loads(content)
+    finally:
+        gc.enable()
 
 
 def unpacked(file: BinaryIO) -> tuple[BinaryIO, int]:

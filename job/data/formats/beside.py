@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -47,7 +46,7 @@ def labelled_beside(source: Source, files: Files, column: str | None) -> Source:
         return replace(source, unchosen=tuple(f"{name}:COLUMN" for name in files.names if name.endswith(_TABLES)))
     with members.refusing(f"{files.where}: {tables[0]}"):
         content = files.read(tables[0])
-        found = json.loads(content)
+        found = members.parsed_json(content)
         if not isinstance(found, dict) or not found.get("labels"):
             return source
         if len(tables) > 1:
