@@ -98,7 +98,7 @@ def pack(
                 return None
             # Without a record: others are still making pieces, or have created the index and cleared up.
             with suppress(ObjectMissingError):
-                packing.publish(dataset, pieces.records(stop=stop))
+                packing.publish(dataset, pieces.whole_records(stop))
             if made := _made(bucket, key, packing.fingerprint):
                 pieces.clear()
             elif share == WHOLE:
