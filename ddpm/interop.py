@@ -172,8 +172,9 @@ def unet_options(config: Mapping[str, Any]) -> Options:
         # A network of a billion layers would be built without end.
         TypeAdapter(UNet).validate_python(settings)
     except ValidationError as error:
-        ((key, *_), value, why) = (error.errors()[0][part] for part in ("loc", "input", "msg"))
-        raise NoCounterpartError(f"{key}={value!r:.60} has no counterpart: {why[0].lower()}{why[1:]}") from None
+        first = error.errors()[0]
+        why = first["msg"][0].lower() + first["msg"][1:]
+        raise NoCounterpartError(f"{first['loc'][0]}={first['input']!r:.60} has no counterpart: {why}") from None
     return {"image_size": size, **inside, **settings}
 
 

@@ -19,8 +19,8 @@ from typing import Any
 from job.data import members
 from job.data.members import RefusedError
 from job.exits import BadRequestError, MissingInputError
-from job.progress import printable, some_of
-from job.store import Retry, is_remote, open_store, open_to_read, split_uri
+from job.progress import printable_label, some_of
+from job.store import Retry, is_remote, open_store, open_to_read, split_uri, without_queries
 
 LABEL_KEYS = ("label", "cls", "class")
 """The names under which formats keep a label; the first one that is there counts."""
@@ -48,7 +48,7 @@ def label_of(value: object) -> str:
     if not isinstance(value, int | str):
         return ""
     # pandas writes 3.0 into a column that lacks some numbers.
-    text = re.sub(r"\A(-?\d+)\.0\Z", r"\1", printable(str(value).strip()))
+    text = re.sub(r"\A(-?\d+)\.0\Z", r"\1", printable_label(str(value).strip()))
     return "" if re.fullmatch(r"-\d+", text) or len(text) > _LONGEST else text
 
 
@@ -152,6 +152,7 @@ def read_labels(file: str, column: str, retry: Retry | None = None) -> LabelTabl
     """
     folder, name = split_uri(file) if "/" in file else (".", file)
     store = open_to_read(folder, retry) if is_remote(file) else open_store(folder)
+    file = without_queries(file)
     if not store.exists(name):
         own = "" if PurePosixPath(file).suffix else f": a column of the source itself is :{file}"
         raise MissingInputError(f"--labels: there is nothing at {file}{own}")
