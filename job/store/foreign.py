@@ -265,10 +265,8 @@ class ForeignStore(Store):
 
     def _list(self, prefix: str) -> Sequence[Entry]:
         if self._query:
-            raise ObjectMissingError(
-                f"there is no file at {self.uri}: check the address, and whether its signature has expired; a folder "
-                "with a query cannot be listed"
-            )
+            remedy = "check address and signature; a folder with a query cannot be listed"
+            raise ObjectMissingError(f"there is no file at {self.uri}: {remedy}")
         entries, folders = list[Entry](), [prefix]
         while folders:
             for key, found in self._listed(folder := folders.pop()):
