@@ -266,7 +266,7 @@ class ForeignStore(Store):
     def _list(self, prefix: str) -> Sequence[Entry]:
         if self._query:
             remedy = "check address and signature; a folder with a query cannot be listed"
-            raise ObjectMissingError(f"there is no file at {self.uri}: {remedy}")
+            raise ObjectMissingError(f"there is nothing at {self.uri}: {remedy}")
         entries, folders = list[Entry](), [prefix]
         while folders:
             for key, found in self._listed(folder := folders.pop()):

@@ -121,7 +121,7 @@ def test_signed_sources_leave_no_signature(server, tmp_path, secret):
     for place, labels in (("none.zip", "kinds.csv"), ("all.zip", "none.csv")):
         words = ("data", "pack", f"{url}/{place}{secret}", "b", "--labels", f"{url}/{labels}{secret}", *at)
         done.append(ddpm_here(*words, DDPM_CACHE=str(tmp_path / "cache")))
-        assert "there is no" in refused(done[-1], Exit.MISSING_INPUT)
+        assert "there is nothing at" in refused(done[-1], Exit.MISSING_INPUT)
     assert [secret for each in done for secret in told(each.stdout + each.stderr)] == []
     files = [path for folder in (bucket, tmp_path / "cache") for path in folder.rglob("*") if path.is_file()]
     assert [path for path in files if told(path.read_bytes())] == []
