@@ -113,6 +113,11 @@ class Stop:
             self._ends_at_once = what
         try:
             yield
+        except Exception as error:
+            # A library may have replaced the error by its own.
+            if not isinstance(error, StoppedError):
+                self.check(what, "the same command begins again")
+            raise
         finally:
             self._ends_at_once = ""
 

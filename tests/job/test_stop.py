@@ -86,6 +86,14 @@ def test_work_without_loops_ends_at_once(installed):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
         pytest.fail("went on")
+    stop = installed()
+    # A library has its own error for any failure.
+    with pytest.raises(StoppedError, match=said), stop.at_once("while reading"):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        except StoppedError:
+            raise OSError from None
     # Other work is never interrupted.
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.reason == "SIGTERM"
