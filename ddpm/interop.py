@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from ddpm.catalogue import Diffusion, Drawing, UNet, levels_with_attention
@@ -153,9 +154,7 @@ def unet_options(config: Mapping[str, Any]) -> Options:
     if len(resamples) > 1 or attended != [level.has_attention for level in up] or len(down) != len(widths):
         kinds = f"down_block_types={said['down_block_types']} with up_block_types={said['up_block_types']}"
         raise NoCounterpartError(f"{kinds} have no counterpart: levels that mirror each other alone have")
-    return {
-        "image_size": size,
-        **inside,
+    settings = {
         "channels": widths[0],
         "channel_mults": tuple(multiples),
         "attention_sizes": tuple(min(size.shape) // 2**level for level, has in enumerate(attended) if has),
@@ -169,6 +168,14 @@ def unet_options(config: Mapping[str, Any]) -> Options:
         "num_classes": said["num_class_embeds"] or 0,
         "conventions": conventions[0],
     }
+    try:
+        # A network of a billion layers would be built without end.
+        TypeAdapter(UNet).validate_python(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = first["msg"][0].lower() + first["msg"][1:]
+        raise NoCounterpartError(f"{first['loc'][0]}={first['input']!r:.60} has no counterpart: {why}") from None
+    return {"image_size": size, **inside, **settings}
 
 
 class _Level(NamedTuple):

@@ -281,14 +281,19 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
         scheduler = _json(found) if found else {}
         said = interop.process_options(scheduler)
         shape, labels = _network_shape(options, said["variance"]), options["num_classes"]
-        classes = _class_names(root / _NAMES, labels) if labels else ()
-        network = networks.build("unet", **options)
+        # On "meta" no memory is allocated before the weights are known to fit.
+        with torch.device("meta"):
+            network = networks.build("unet", **options)
         tensors: dict[str, Tensor] = {}
         for path in _weights(inner):
             tensors |= load_file(path)
         # Of a network that trained with augmentation, which no sample has.
         tensors.pop("augmentation_embedding.weight", None)
-        network.load_state_dict({name: each.float() for name, each in interop.with_names_of_today(tensors).items()})
+        tensors = interop.with_names_of_today(tensors)
+        # Copies, as a file that is written over later would change these weights.
+        weights = {name: each.to(torch.float32, copy=True) for name, each in tensors.items()}
+        network.load_state_dict(weights, assign=True)
+        classes = _class_names(root / _NAMES, labels) if labels else ()
         if not 1 <= int(said["timesteps"]) <= MOST_TIMESTEPS:
             raise ValueError(f"num_train_timesteps={said['timesteps']}: from 1 to {MOST_TIMESTEPS:,}")
         diffusion = Diffusion(**said, self_conditioning=options["in_channels"] == 2 * shape[0])

@@ -40,6 +40,8 @@ T = TypeVar("T")
 RECORDS, CLAIMS = "pieces", "claims"
 TRANSFERS = 16
 """Objects that are read or written at a time."""
+_HASHED_BYTES = 1 << 25
+"""Larger files of pieces are not read again before the commit; the offset table of a million images is read."""
 BATCH_TASK_INDEX = "BATCH_TASK_INDEX"
 """The variable in which Google Batch gives each task its number."""
 IF_NONE_RUNS = "if none of them runs any more, the same command makes the rest"
@@ -166,6 +168,31 @@ class Pieces:
             for record in pool.map(self._record, range(len(self.sizes)) if numbers is None else numbers):
                 stop.check("while reading the records of pieces")
                 records.append(record)
+        return records
+
+    def whole_records(self, stop: Stop) -> list[PieceRecord]:
+        """Reads all records for the commit of the work, and compares the files: the sizes of all, and hashes of tables.
+
+        Raises:
+            BadDataError: a file is missing or damaged; its piece is deleted, and the same command makes it again.
+        """
+        records = self.records(stop=stop)
+        sizes = {entry.key: entry.size_bytes for entry in self.store.list()}
+
+        def check(record: PieceRecord) -> None:
+            for file in record.files:
+                try:
+                    if sizes.get(file.key) != file.size_bytes:
+                        raise BadDataError(f"{self.store.uri_of(file.key)} is not as it was made, or is gone")
+                    # A reader verifies each large file before use; here that would take as long as making it.
+                    if file.size_bytes <= _HASHED_BYTES:
+                        file.read(self.store)
+                except BadDataError as error:
+                    self.forget(record)
+                    raise BadDataError(f"{error}: the same command makes it again") from None
+
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            list(pool.map(check, records))
         return records
 
     def make_missing(

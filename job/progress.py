@@ -24,6 +24,8 @@ RATE_SECONDS = 30.0
 """The window of the rate and the remaining time, so that a slow start does not distort them for long."""
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_LIKE_UNPRINTABLE = re.compile("%(?=25|7F|[0189A-F][0-9A-F])")
+"""A percent sign that reads as one of `printable`, or of `printable_label`; not that of %20, as in URLs."""
 _NAMED = 10
 _lock = threading.RLock()
 _is_verbose = _is_quiet = False
@@ -41,6 +43,14 @@ def printable(text: str) -> str:
         UnicodeError: it is not text.
     """
     return _UNPRINTABLE.sub(lambda match: quote(match[0], errors="surrogateescape"), text)
+
+
+def printable_label(text: str) -> str:
+    """Returns `printable` text, another one for each text: `a%01` becomes `a%2501`, and a byte 1 after an a `a%01`.
+
+    For texts as a source has them, once: a second time would change them again.
+    """
+    return printable(_LIKE_UNPRINTABLE.sub("%25", text))
 
 
 def some_of(names: Iterable[str]) -> str:

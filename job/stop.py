@@ -60,6 +60,7 @@ class Stop:
         self.grace_seconds = grace_seconds
         self._asked_at = self._deadline = float("inf")
         self._is_installed = False
+        self._ends_at_once = ""
 
     def install(self, *, signals: bool = True) -> Stop:
         """Connects the signals of this process (main thread only) and its deadline, and returns itself.
@@ -70,7 +71,7 @@ class Stop:
         if os.environ.get(STOP_AT):
             self._deadline = seconds_of(STOP_AT, 0.0, "of this machine's clock at which to stop")
         if signals:
-            handle_stop_signals(lambda number, frame: self.request(signal.Signals(number).name))
+            handle_stop_signals(self._on_signal)
             # At exit the interpreter restores the default actions: a second signal would change the exit code.
             atexit.register(ignore_stop_signals)
         return self
@@ -101,6 +102,30 @@ class Stop:
         """
         if self():
             raise StoppedError(f"stopped by {self.reason} {what}; {then}")
+
+    @contextmanager
+    def at_once(self, what: str) -> Iterator[None]:
+        """Ends work that has nothing to save at a signal, in any of its lines, with the error of `check`.
+
+        For work of the main thread that waits for libraries, or computes in loops that do not ask.
+        """
+        if threading.current_thread() is threading.main_thread():
+            self._ends_at_once = what
+        try:
+            yield
+        except Exception as error:
+            # A library may have replaced the error by its own.
+            if not isinstance(error, StoppedError):
+                self.check(what, "the same command begins again")
+            raise
+        finally:
+            self._ends_at_once = ""
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.request(signal.Signals(number).name)
+        what, self._ends_at_once = self._ends_at_once, ""
+        if what:
+            self.check(what, "the same command begins again")
 
     def sleep(self, seconds: float) -> bool:
         """Sleeps until the time is over or a stop is requested; returns whether it is requested.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 
 from job.exits import BadConfigError
 
+_DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]{0,18})")
 LARGEST_FILE_BYTES = 1 << 18
 """Limit of a file with settings or targets."""
 
@@ -25,9 +27,10 @@ class _PlainLoader(yaml.CSafeLoader):
         if node in self.constructed_objects or node in self.recursive_objects:
             raise yaml.YAMLError(f"aliases are not supported (line {node.start_mark.line + 1})")
         value = super().construct_object(node, deep)
-        if isinstance(value, int) and value.bit_length() > 64:
-            # Thousands of hexadecimal digits would give an integer that Python refuses to print in a message.
-            raise yaml.YAMLError("a number has more than 64 bits")
+        if type(value) is int and not _DECIMAL.fullmatch(node.value):
+            # YAML 1.1 would read 0x10 as 16, 010 as 8 and 1:30 as 90.
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"write {node.value:.40} as a decimal number of up to 19 digits (line {line})")
         return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

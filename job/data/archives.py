@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 """Suffixes of the archives of which a folder may consist."""
 EXPANDS = f"unpacks to more than {members.EXPANSION} times its size: do not trust this archive"
 
+_SMALL_BYTES = 1 << 24
+"""A file of an archive may have as many bytes, however small the archive is."""
 _SKIPPED_BYTES = 1 << 20
 
 
@@ -39,7 +42,7 @@ def _read_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 def open_zipped(opener: Opener, name: str) -> BinaryIO:
     """Opens one file of a zip as a stream."""
     file = opener()
-    _, limit_bytes = members.unpacked(file)
+    limit_bytes = max(_SMALL_BYTES, members.EXPANSION * file.seek(0, io.SEEK_END))
     archive = zipfile.ZipFile(file)
     if archive.getinfo(name).file_size > limit_bytes:
         raise RefusedError(EXPANDS)

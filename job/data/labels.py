@@ -8,6 +8,7 @@ value, a file or a row that could mean two things is refused: a label is never g
 from __future__ import annotations
 
 import csv
+import gc
 import io
 import json
 import math
@@ -21,8 +22,8 @@ from typing import Any
 from job.data import members
 from job.data.members import Member, RefusedError, refused
 from job.exits import BadRequestError, MissingInputError
-from job.progress import printable, some_of
-from job.store import Retry, is_remote, open_store, open_to_read, split_uri
+from job.progress import printable, printable_label, some_of
+from job.store import Retry, is_remote, open_store, open_to_read, split_uri, without_queries
 
 LABEL_KEYS = ("label", "cls", "class")
 """The names under which formats keep a label."""
@@ -59,7 +60,7 @@ def label_of(value: object) -> str:
         text = str(int(float(text)))
     if len(text) > _LONGEST:
         raise RefusedError(f"has a label of {len(text):,} characters, which names no class: use --no-classes")
-    return "" if re.fullmatch(r"-\d+", text) else printable(text)
+    return "" if re.fullmatch(r"-\d+", text) else printable_label(text)
 
 
 def class_names(names: Sequence[object]) -> tuple[str, ...]:
@@ -70,7 +71,7 @@ def class_names(names: Sequence[object]) -> tuple[str, ...]:
     """
     if len(names) > MOST_CLASSES:
         raise RefusedError(f"has {len(names):,} classes, more than {MOST_CLASSES:,}: use --no-classes")
-    classes = tuple(printable(str(name).strip())[:_LONGEST] or str(number) for number, name in enumerate(names))
+    classes = tuple(printable_label(str(name).strip())[:_LONGEST] or str(number) for number, name in enumerate(names))
     if len(set(classes)) < len(classes):
         raise RefusedError("has two classes of one name: rename one, or use --no-classes")
     return classes
@@ -101,14 +102,19 @@ def text_of(content: bytes) -> str:
 def json_of(text: str) -> Any:
     """Returns the content of a JSON document.
 
+    The collector of garbage rests meanwhile: it would visit each row of a table many times, and rows hold no cycles.
+
     Raises:
         RefusedError: an object has a key twice, or is nested too deeply.
         ValueError: it is no JSON.
     """
+    gc.disable()
     try:
         return json.loads(text, object_pairs_hook=_without_repetition)
     except RecursionError:
         raise RefusedError("has too many brackets in brackets: get it again") from None
+    finally:
+        gc.enable()
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -384,14 +390,13 @@ def read_labels(file: str, retry: Retry | None = None) -> Rows:
     """
     folder, name = split_uri(file) if "/" in file else (".", file)
     store = open_to_read(folder, retry) if is_remote(file) else open_store(folder)
+    file = without_queries(file)
     if not store.exists(name):
         own = "" if PurePosixPath(file).suffix else f": a column of the source itself is :{file}"
         raise MissingInputError(f"--labels: there is nothing at {file}{own}")
     with members.refusing(file):
         with store.open(name) as opened:
-            members.check_size(opened.seek(0, io.SEEK_END))
-            opened.seek(0)
-            content = opened.read()
+            content = members.read_table(opened)
         return table_in(file, content)
 
 

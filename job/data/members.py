@@ -22,6 +22,8 @@ SUFFIXES = {
 }
 ENTRY_BYTES = 256 * 1024 * 1024
 """Largest image file that is read."""
+TABLE_BYTES = 128 * 1024 * 1024
+"""Largest table of labels that is read: twice ImageNet's, in which the names of 1.3 million images are long."""
 EXPANSION = 200
 """How many times larger than the archive its content may be. Images hardly compress; deflate alone reaches 1,032."""
 Opener = Callable[[], BinaryIO]
@@ -106,10 +108,17 @@ def read_exactly(file: IO[bytes], size: int) -> bytes:
     return content
 
 
-def check_size(size: int) -> None:
-    """Raises `RefusedError` for more bytes than an image file may have."""
-    if size > ENTRY_BYTES:
-        raise RefusedError(f"has {size:,} bytes, more than the {ENTRY_BYTES:,} that an image may have")
+def check_size(size: int, most_bytes: int = 0, what: str = "an image") -> None:
+    """Raises `RefusedError` for more bytes than a file of this kind may have; by default an image file."""
+    if size > (most_bytes := most_bytes or ENTRY_BYTES):
+        raise RefusedError(f"has {size:,} bytes, more than the {most_bytes:,} that {what} may have")
+
+
+def read_table(file: BinaryIO) -> bytes:
+    """Returns the content of a file that may be a table of labels; raises `RefusedError` if it is too large."""
+    check_size(file.seek(0, io.SEEK_END), TABLE_BYTES, "a table of labels")
+    file.seek(0)
+    return file.read()
 
 
 def unpacked(file: BinaryIO) -> tuple[BinaryIO, int]:

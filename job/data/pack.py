@@ -100,7 +100,7 @@ def pack(
                 return None
             # Without a record: others are still making pieces, or have created the index and cleared up.
             with suppress(ObjectMissingError):
-                packing.publish(dataset, pieces.records(stop=stop))
+                packing.publish(dataset, pieces.whole_records(stop))
             if made := _made(bucket, key, packing.fingerprint):
                 pieces.clear()
             elif share == WHOLE:
@@ -202,7 +202,9 @@ class _Packing(abc.ABC):
         self.skipped: dict[str, int] = {}
         self.sizes: list[float] = []
         self.recipe = request.recipe(channels=3)
-        recipe = {**self._survey(), **asdict(self.recipe), "codecs": codec_versions()}
+        with stop.at_once(f"while looking at what becomes {request.name}"):
+            found = self._survey()
+        recipe = {**found, **asdict(self.recipe), "codecs": codec_versions()}
         parameters = recipe | {"size": self.recipe.size.stated}
         self.fingerprint = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()
 

@@ -6,7 +6,6 @@ terabytes show that an archive is not what its user expects.
 
 from __future__ import annotations
 
-import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -63,11 +62,9 @@ class Files:
         return (Member(name, partial(self.read, name)) for name in self.names)
 
     def read(self, name: str) -> bytes:
-        """Returns the content of one; raises `RefusedError` if it is larger than an image may be."""
+        """Returns the content of one; raises `RefusedError` if it is larger than a table of labels may be."""
         with self.open(name) as file:
-            members.check_size(file.seek(0, io.SEEK_END))
-            file.seek(0)
-            return file.read()
+            return members.read_table(file)
 
 
 class Found(NamedTuple):

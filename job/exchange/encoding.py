@@ -242,7 +242,7 @@ def _moments(encoder: _Encoder, part: _Part, numbers: np.ndarray) -> np.ndarray:
 def _publish(parts: list[_Part], made: list[Pieces], encoder: _Encoder, held_out: str) -> None:
     """Creates the indices, that of the held-out part first; the training images decide the normalisation of both."""
     try:
-        facts = [[record.facts for record in pieces.records(stop=encoder.stop)] for pieces in made]
+        facts = [[record.facts for record in pieces.whole_records(encoder.stop)] for pieces in made]
     except ObjectMissingError:
         if parts and all(part.dataset.exists(shards.INDEX) for part in parts):
             # An equal attempt that was faster has deleted the records.

@@ -16,9 +16,10 @@ from job.progress import Progress, note
 from job.runs import pipeline
 from job.runs.checkpoints import check_average, choose, opened
 from job.runs.drawings import grid_key, label_of
+from job.runs.layout import RUNS
 from job.runs.readers import reading_chosen
 from job.stop import Stop
-from job.store import ObjectExistsError, ObjectMissingError, Store, open_store
+from job.store import ObjectExistsError, ObjectMissingError, Store, fsspec_configured, open_store
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,16 @@ def export_run(request: ExportRequest) -> None:
     request.check()
     hub = None
     if request.push:
-        from job.exchange.hub import Hub
+        with fsspec_configured():
+            from job.exchange.hub import Hub
 
-        hub = Hub(request.push)
+            hub = Hub(request.push)
     stop = Stop().install()
     of_run = open_run(request.bucket, request.run, stop)
     described = pipeline.described(of_run.config, of_run.classes)
     if not described.objects:
         raise BadRequestError(f"run {request.run!r} cannot be exported to diffusers: {described.lacking}")
-    target = open_store(request.to, of_run.bucket.retry) if request.to else None
+    target = open_target(request.to, of_run) if request.to else None
     with _opened_export(of_run, request, described) as export:
         if target:
             uri = write_folder(target, request.to, request.run, export, stop)
@@ -125,6 +127,18 @@ def _opened_export(of_run: RunHandle, request: ExportRequest, described: pipelin
             small[CARD] = Card(of_run, ref, weights, place, described.lacking).text(small | last).encode()
             size_bytes = sum(path.stat().st_size for path in paths)
             yield Export(files, small | last, f"{label}, weights {weights}, {size_bytes:,} bytes")
+
+
+def open_target(to: str, of_run: RunHandle) -> Store:
+    """Opens the folder that `--to` names.
+
+    Raises:
+        BadRequestError: it lies among the runs of the bucket, and would be listed as one, or be a flaw of one.
+    """
+    target, runs = open_store(to, of_run.bucket.retry), f"{of_run.bucket.uri}/{RUNS}"
+    if f"{target.uri}/".startswith(f"{runs}/"):
+        raise BadRequestError(f"--to {to} would be taken for a run or a part of one: name a folder outside of {runs}")
+    return target
 
 
 def write_folder(target: Store, to: str, run: str, export: Export, stop: Stop) -> str:

@@ -127,23 +127,20 @@ def _opened_source(source: str, retry: Retry) -> Iterator[_Source]:
         return
     folder, last = split_uri(source.rstrip("/"))
     with scratch_folder("import") as scratch:
-        if not folder.endswith("://") and (parent := open_to_read(folder, retry)).exists(last):
+        if not folder.endswith("://") and (store := open_to_read(folder, retry)).exists(last):
+            where, names = store.uri_of(last), frozenset[str]()
+        else:
+            store = open_to_read(source, retry)
+            where, names = store.uri, frozenset(entry.key for entry in store.list())
+            if not names:
+                raise nothing
 
-            def fetch(name: str) -> Path:
-                parent.download(last, scratch / last)
-                return scratch / last
+        def fetch(name: str) -> Path:
+            path = scratch / (name or last)
+            store.download(name or last, path)
+            return path
 
-            yield _Source(parent.uri_of(last), frozenset(), fetch)
-            return
-        store = open_to_read(source, retry)
-        if not (names := frozenset(entry.key for entry in store.list())):
-            raise nothing
-
-        def fetch_inside(name: str) -> Path:
-            store.download(name, scratch / name)
-            return scratch / name
-
-        yield _Source(store.uri, names, fetch_inside)
+        yield _Source(where, names, fetch)
 
 
 def _of_diffusers(source: _Source, with_config: bool) -> Foreign:

@@ -22,7 +22,7 @@ from job.exits import BadConfigError, BadDataError, BadRequestError, JobError, L
 from job.progress import all_printable
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, RUNS, Located, ObjectKind, located, places_in
 from job.sealed import SHA256_PATTERN, Moment, RecordPart, Sealed, code_version, utc_now
-from job.store import ObjectExistsError, ObjectMissingError, Store, open_store
+from job.store import ObjectExistsError, ObjectMissingError, Store, open_store, redacted
 from job.store.retry import PATIENCE_SECONDS
 
 CONFIG_KEY, STATUS_KEY = ObjectKind.CONFIG.value, ObjectKind.STATUS.value
@@ -38,7 +38,9 @@ def validated_run_name(name: str) -> str:
         BadRequestError: it cannot.
     """
     if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
-        raise BadRequestError(f"{name!r} cannot be a run's name: use up to 63 lower-case letters, digits, inner '-'")
+        raise BadRequestError(
+            f"{redacted(name)!r} cannot be a run's name: use up to 63 lower-case letters, digits, inner '-'"
+        )
     return name
 
 
@@ -54,9 +56,11 @@ def split_run(uri: str) -> tuple[str, str]:
         BadRequestError: it is not the folder of a run.
     """
     uri = uri.rstrip("/")
-    match = re.fullmatch(rf"(?:(.*)/)?{RUNS}/([^/]+)", uri)
+    match = re.fullmatch(rf"(?:(.*)/)?{RUNS}/([^/?#]+)", uri)
     if match is None:
-        raise BadRequestError(f"{uri!r} is not the folder of a run: use one such as gs://my-bucket/runs/celeba")
+        raise BadRequestError(
+            f"{redacted(uri)!r} is not the folder of a run: use one such as gs://my-bucket/runs/celeba"
+        )
     # A bucket may lie at the root of a disk.
     return match[1] or ("/" if uri.startswith("/") else "."), match[2]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import os
 import re
 import warnings
@@ -142,7 +143,7 @@ def fsspec_configured() -> Iterator[None]:
             # fsspec would print two lines, and ignore the variable.
             warnings.filterwarnings("error", module=r"fsspec\.config")
             yield
-    except (ValueError, TypeError, AttributeError, UserWarning) as error:
+    except (ValueError, TypeError, AttributeError, UserWarning, configparser.Error) as error:
         # The error's text may repeat a secret.
         where = "fsspec's configuration (~/.config/fsspec/*.json, FSSPEC_… variables)"
         raise BadConfigError(f"{where} is not valid ({type(error).__name__}): correct it") from None
@@ -189,16 +190,20 @@ def is_safe(url: str) -> bool:
 
 
 def without_queries(uri: str) -> str:
-    """Returns a URI for messages and records, without its query, which may be a signature."""
+    """Returns a URI for messages and records, without query and fragment, which may be a signature."""
     inside, archive = split_chain(uri)
-    if inside:
-        return f"{inside}::{without_queries(archive)}"
-    return uri.partition("?")[0] if is_web(uri) else uri
+    return f"{inside}::{without_queries(archive)}" if inside else split_query(uri)[0]
 
 
-def is_web(uri: str) -> bool:
-    """Returns whether `?` begins a query in a URI; in those of other schemes it is part of a name."""
-    return uri.partition("://")[0].lower() in WEB
+def split_query(uri: str) -> tuple[str, str]:
+    """Splits a URI in front of its query or fragment; those of other schemes have `?` and `#` in their names."""
+    at = re.search("[?#]|$", uri) if uri.partition("://")[0].lower() in WEB else None
+    return (uri[: at.start()], uri[at.start() :]) if at else (uri, "")
+
+
+def redacted(uri: str) -> str:
+    """Returns a refused URI for messages, without user, password, query and fragment, which are secret."""
+    return re.sub(r"://.*@", "://…@", re.sub(r"([?#]).*", r"\1…", uri))
 
 
 def split_chain(uri: str) -> tuple[str, str]:
@@ -212,9 +217,9 @@ def split_chain(uri: str) -> tuple[str, str]:
 
 def split_uri(uri: str) -> tuple[str, str]:
     """Splits the URI of an object into its folder, which keeps the query of a URL, and its name."""
-    path, mark, query = uri.partition("?") if is_web(uri) else (uri, "", "")
+    path, query = split_query(uri)
     folder, _, name = path.rpartition("/")
-    return f"{folder or '/'}{'/' * folder.endswith(':/')}{mark}{query}", name
+    return f"{folder or '/'}{'/' * folder.endswith(':/')}{query}", name
 
 
 def set_storage_options(settings: Iterable[str]) -> None:
@@ -269,8 +274,7 @@ def _local_root(uri: str) -> Path:
 def _bucket_of(uri: str) -> tuple[str, str, str]:
     """Splits a bucket's URI into scheme, bucket and prefix."""
     scheme, _, rest = uri.partition("://")
-    # A user and password, and a query, which may be a signature, are secret.
-    shown = re.sub(r"://.*@", "://…@", re.sub(r"\?.*", "?…", uri))
+    shown = redacted(uri)
     if (scheme := scheme.lower()) not in _BY_SCHEME:
         first = "download it first (curl -LO), or " if scheme in WEB else ""
         use = f"{first}use {URIS}BUCKET, or a path"

@@ -21,7 +21,7 @@ from fsspec import available_protocols, get_filesystem_class
 from fsspec.config import conf
 
 from job.exits import BadDataError, BadRequestError, BucketAwayError, JobError, NoPermissionError, how_to_install
-from job.store import URIS, WEB, check_source, is_safe, is_web
+from job.store import URIS, WEB, check_source, is_safe, redacted, split_query
 from job.store.base import Entry, ObjectMissingError, Store
 from job.store.calls import POLL_SECONDS, T, answer, in_thread
 from job.store.files import COPY_BYTES
@@ -45,8 +45,10 @@ _VERSIONS = ("ETag", "etag", "Last-Modified", "generation", "blob_id", "sha", "m
 """Names under which file systems give a file's version; `If-Range` takes the first two."""
 _HUB_DATASET = re.compile(r"datasets/[^/]+/[^/]")
 _MOST_FOLDERS_DEEP = 64
-_FINAL = (TypeError, NotImplementedError, IsADirectoryError)
-"""Errors that another attempt would raise again."""
+_FINAL = (TypeError, AttributeError, NotImplementedError, IsADirectoryError)
+_FINAL_NAMES = {"ValueError", "HFValidationError", "HfUriError", "UnsupportedProtocol", "TooManyRedirects"}
+_FINAL_NAMES |= {"InvalidURL", "InvalidUrlRedirectClientError", "NonHttpUrlRedirectClientError"}
+"""Errors that another attempt would raise again: their types, and names of types of libraries."""
 
 
 class About(NamedTuple):
@@ -80,7 +82,10 @@ class _Connection:
         if self._fs is None:
             try:
                 self._fs = self.kind(**{**self.kind._get_kwargs_from_urls(self._url), **self._options})
-            except ImportError as error:
+            except (ImportError, OSError) as error:
+                # pyarrow finds Java's library for HDFS no earlier.
+                if isinstance(error, OSError) and "load lib" not in str(error):
+                    raise
                 raise _not_installed(self.scheme, error) from None
             except (TypeError, ValueError, AttributeError) as error:
                 # Other texts may repeat a secret.
@@ -119,8 +124,9 @@ class ForeignStore(Store):
         check_source(uri)
         scheme, _, rest = uri.partition("://")
         scheme = scheme.lower()
-        path, mark, query = f"{scheme}://{rest}".partition("?") if is_web(uri) else (f"{scheme}://{rest}", "", "")
-        self._query = mark + query
+        path, query = split_query(f"{scheme}://{rest}")
+        # A server never gets the fragment.
+        self._query = query.partition("#")[0]
         super().__init__(path if path.endswith("://") else path.rstrip("/"), retry)
         try:
             kind = get_filesystem_class(scheme)
@@ -259,7 +265,8 @@ class ForeignStore(Store):
 
     def _list(self, prefix: str) -> Sequence[Entry]:
         if self._query:
-            raise BadRequestError(f"{self._uri(prefix)}: a folder with a query cannot be listed: name an archive")
+            remedy = "check address and signature; a folder with a query cannot be listed"
+            raise ObjectMissingError(f"there is nothing at {self.uri}: {remedy}")
         entries, folders = list[Entry](), [prefix]
         while folders:
             for key, found in self._listed(folder := folders.pop()):
@@ -329,7 +336,9 @@ def _options(scheme: str, silence_seconds: float) -> dict[str, Any]:
         redirects = aiohttp.TraceConfig()
         redirects.on_request_redirect.append(_check_redirect)
         session = {"timeout": limits, "trace_configs": [redirects], "trust_env": True}
-        own["client_kwargs"] = {**conf.get(scheme, {}).get("client_kwargs", {}), **session}
+        configured = conf.get(scheme, {})
+        own["client_kwargs"] = {**configured.get("client_kwargs", {}), **session}
+        own["headers"] = {**configured.get("headers", {})}
     return own
 
 
@@ -341,15 +350,16 @@ def _meaning(error: Exception, uri: str) -> JobError:
         return error
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     # The query of a URL may be a signature, also that of a redirect.
-    reason = one_line(re.sub(r"\?[^\s'\")]+", "", str(error))) or type(error).__name__
+    reason = one_line(re.sub(r"[?#][^\s'\")]+", "", str(error))) or type(error).__name__
     is_refused = isinstance(error, PermissionError) or "Authentication" in type(error).__name__
     if status in (401, 403) or is_refused or reason.startswith("No authentication"):
         how = _SIGN_IN.get(uri.partition("://")[0], "its user and key go into fsspec's configuration")
         return NoPermissionError(f"{uri} may not be read ({reason}): {how}")
     if status in (404, 410) or isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return ObjectMissingError(f"there is nothing at {uri}: check the address")
-    if isinstance(error, _FINAL) or type(error).__name__ == "HFValidationError":
-        return BadRequestError(f"{uri} cannot be read ({reason}): check the URL")
+    if isinstance(error, _FINAL) or type(error).__name__ in _FINAL_NAMES:
+        said = f"{type(error).__name__}: {reason}"
+        return BadRequestError(f"{uri} cannot be read ({said}): check the URL, and fsspec's configuration")
     if status == 416:
         return BadDataError(f"{uri} ends before the size that the server gives: download it")
     if has_unknown_host:
@@ -364,8 +374,8 @@ async def _check_redirect(_: object, __: object, sent: aiohttp.TraceRequestRedir
     headers = sent.response.headers
     target = urljoin(str(sent.url), headers.get("Location") or headers.get("URI") or "")
     if not target.lower().startswith(WEB) or not is_safe(target):
-        shown = target.partition("?")[0]
-        raise BadRequestError(f"{sent.url.with_query(None)} leads to {shown:.100}, which is not https://: download it")
+        shown = f"{sent.url.with_query(None)} leads to {redacted(target):.100}"
+        raise BadRequestError(f"{shown}, which is not https://: download it")
 
 
 def _not_installed(scheme: str, error: Exception) -> BadRequestError:
@@ -374,5 +384,5 @@ def _not_installed(scheme: str, error: Exception) -> BadRequestError:
         near = difflib.get_close_matches(scheme, available_protocols(), 1)
         meant = f"did you mean {near[0]}://?" if near else "`fsspec.available_protocols()` lists all"
         return BadRequestError(f"{scheme}://: no file system of that name is known: {meant}")
-    how = how_to_install(_EXTRAS[scheme]) if scheme in _EXTRAS else "install it with pip"
+    how = how_to_install(_EXTRAS[scheme]) if scheme in _EXTRAS else "install that"
     return BadRequestError(f"{scheme}:// needs more than is installed ({one_line(str(error))}): {how}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from ddpm import training
 from job.config import RunConfig
 from job.data.cache import ImageCache
-from job.exchange.exporting import Export, check_free, write_folder
+from job.exchange.exporting import Export, check_free, open_target, write_folder
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.plan import open_run
 from job.processes import compute
@@ -30,7 +30,6 @@ from job.runs.readers import reading_chosen
 from job.runs.retention import Retention
 from job.sealed import code_version
 from job.stop import Stop
-from job.store import open_store
 from job.store.files import scratch_folder
 from job.training.attempt import load_parent
 from job.training.session import Loop, initial_state
@@ -155,7 +154,7 @@ def replay_run(bucket_uri: str, name: str, image: int, to: str, *, verify: bool)
         verify: begin before a checkpoint of that moment, and compare with it.
 
     Raises:
-        BadRequestError: the run has no such state, or the folder has files.
+        BadRequestError: the run has no such state, or the folder has files, or lies among the runs of the bucket.
         MissingInputError: no such run or dataset, or nothing to compare with.
         BadDataError: a checkpoint is damaged, or differs from the replay.
         StoppedError: a signal came; nothing was written.
@@ -170,7 +169,7 @@ def replay_run(bucket_uri: str, name: str, image: int, to: str, *, verify: bool)
     there = [ref for ref in replay.lineage.checkpoints(run) if ref.images_seen == image]
     if verify and not (there and image):
         raise MissingInputError(f"--verify: {run.uri} has no checkpoint at image {image:,} to compare with")
-    if target := open_store(to, replay.of_run.bucket.retry) if to else None:
+    if target := open_target(to, replay.of_run) if to else None:
         check_free(target, to, set())
     replay.begin(image - batch_size if verify else image)
     replay.train_to(image)

@@ -102,6 +102,8 @@ def test_defaults_of_diffusers_are_understood():
         ({"down_block_types": ["DownBlock2D", "SkipDownBlock2D", "DownBlock2D"]}, "SkipDownBlock2D"),
         ({"down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D", "DownBlock2D"]}, "down_block_types"),
         ({"up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"]}, "up_block_types"),
+        ({"layers_per_block": 10**9}, "layers_per_level=1000000000 has no counterpart: input should be less than"),
+        ({"num_class_embeds": 10**10}, "num_classes=10000000000 has no counterpart"),
         ({"attn_norm_num_groups": 8}, "attn_norm_num_groups=8"),
         ({"attn_norm_num_groups": None, "resnet_time_scale_shift": "scale_shift"}, "attn_norm_num_groups=None"),
     ],

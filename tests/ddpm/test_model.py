@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -127,6 +128,25 @@ def test_damaged_folders_are_refused(pipeline, tmp_path, name, text, said):
     broken(folder, name, text)
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         ddpm.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"layers_per_block": 10**9}, "layers_per_level=1000000000 has no counterpart: input should be less"),
+        ({"num_class_embeds": 10**10}, "num_classes=10000000000 has no counterpart"),
+        # A network within the limits, of 12 GB.
+        ({"num_class_embeds": 10**8}, "size mismatch for class_embedding.weight"),
+    ],
+)
+def test_forged_sizes_build_nothing(pipeline, tmp_path, changes, said):
+    folder = shutil.copytree(pipeline, tmp_path / "folder")
+    config = json.loads((folder / "unet/config.json").read_text()) | changes
+    (folder / "unet/config.json").write_text(json.dumps(config))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=said):
+        ddpm.load(folder, device="cpu")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20
 
 
 def test_networks_of_other_channels_are_refused(pipeline, tmp_path):

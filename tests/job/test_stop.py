@@ -79,6 +79,26 @@ def test_the_first_signal_is_the_reason(installed):
             stop.check("while packing")
 
 
+def test_work_without_loops_ends_at_once(installed):
+    stop = installed()
+    said = "stopped by SIGTERM while reading; the same command begins again"
+    with pytest.raises(StoppedError, match=said), stop.at_once("while reading"):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+        pytest.fail("went on")
+    stop = installed()
+    # A library has its own error for any failure.
+    with pytest.raises(StoppedError, match=said), stop.at_once("while reading"):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        except StoppedError:
+            raise OSError from None
+    # Other work is never interrupted.
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.reason == "SIGTERM"
+
+
 def test_sleeping_ends_when_somebody_asks(installed):
     stop = installed()
     began = time.monotonic()

@@ -129,6 +129,10 @@ def test_a_replay_is_compared_and_refused(moved, tmp_path):
         patch.setattr("ddpm.training.learning_rate_at", lambda train, images_seen: train.learning_rate)
         line = refused(ddpm_here(*words, 312, "--verify"), Exit.BAD_DATA)
     assert "differs from the replay in" in line and "model-00.safetensors" in line
+    # There `ddpm runs verify` would find files that are no part of the run, and `ddpm runs list` another run.
+    for place in (run, run / "replayed", run / "checkpoints/replayed", bucket / "runs/other", bucket / "runs"):
+        said = f"--to {place} would be taken for a run or a part of one: name a folder outside of {bucket}/runs"
+        assert said in refused(ddpm_here(*words, 312, "--to", place), Exit.BAD_REQUEST)
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
     succeeded(ddpm_here("import", tmp_path / "state", "--run", "fork", "--bucket", bucket))

@@ -203,7 +203,7 @@ def test_web_folder_is_its_page(server) -> None:
     assert read(f"{url}/ds/") == IMAGES
     assert read(f"{url}/ds/*/1.png") == {name: IMAGES[name] for name in ("cat/1.png", "horse/1.png")}
     for source in (f"{url}/ds/?signature={WORD}", f"{url}/ds/*/1.png?signature={WORD}"):
-        with pytest.raises(BadRequestError, match="a folder with a query cannot be listed") as error:
+        with pytest.raises(MissingInputError, match="a folder with a query cannot be listed") as error:
             read(source)
         assert WORD not in str(error.value)
     handler.content |= {"/loop" + "/loop" * deep: page("loop/") for deep in range(100)}

@@ -217,6 +217,26 @@ def test_stopped_indexing_resumes_at_the_tar(tmp_path, tars):
         assert files_in(Path(bucket.uri)) == files_in(straight)
 
 
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, emptied, flip_a_bit])
+def test_tables_damaged_before_the_commit_are_made_again(tmp_path, tars, damage):
+    straight, bucket = open_store(str(tmp_path / "straight")), open_store(str(tmp_path / "bucket"))
+    indexed(straight, tars)
+    with pytest.raises(StoppedError):
+        indexed(bucket, tars, stop_at=30)
+    damage(tmp_path / "bucket" / KEY / "shard-00001.offsets")
+    with pytest.raises(BadDataError, match=r"shard-00001\.offsets is .*: the same command makes it again"):
+        indexed(bucket, tars)
+    assert not bucket.exists(f"{KEY}/index.json")
+    decoded = count()
+    indexed(bucket, tars, decoded=decoded)
+    assert next(decoded) == 10
+    assert files_in(Path(bucket.uri)) == files_in(Path(straight.uri))
+
+
 def test_tar_changed_later_is_named(tmp_path, tars):
     def became_a_pipe(tar: Path) -> None:
         # An index is written by anybody: one that names a pipe must not hang a reader.

@@ -114,14 +114,17 @@ ANSWERS: dict[str, Callable[[Answers, int], object]] = {
     "redirect to http": lambda handler, start: handler.redirect("http://example.invalid/all.zip"),
     "redirect to a file": lambda handler, start: handler.redirect("file:///etc/hostname"),
     "redirect to itself": lambda handler, start: handler.redirect("/all.zip"),
+    "redirect to no URL": lambda handler, start: handler.redirect("http://[bad"),
+    "redirect to no port": lambda handler, start: handler.redirect("https://host:99999999/all.zip"),
 }
 AWAY, BAD_DATA, FINISHED = Exit.BUCKET_AWAY, Exit.BAD_DATA, Exit.FINISHED
 REFUSED = {
     **dict.fromkeys(("401", "403"), Exit.NO_PERMISSION),
     **dict.fromkeys(("404", "410"), Exit.MISSING_INPUT),
-    **dict.fromkeys(("redirect to http", "redirect to a file"), Exit.BAD_REQUEST),
+    **dict.fromkeys(("redirect to http", "redirect to a file", "redirect to itself"), Exit.BAD_REQUEST),
+    **dict.fromkeys(("redirect to no URL", "redirect to no port"), Exit.BAD_REQUEST),
 }
-OUTAGE = dict.fromkeys(("429", "500", "503", "junk", "nothing", "redirect to itself"), AWAY)
+OUTAGE = dict.fromkeys(("429", "500", "503", "junk", "nothing"), AWAY)
 CONTENT = {
     **dict.fromkeys(("whole, too short", "whole, too long", "another file", "416"), BAD_DATA),
     **dict.fromkeys(("whole, empty", "cut at two thirds, without ranges", "1,000 bytes, then silence"), AWAY),

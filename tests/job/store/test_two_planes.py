@@ -29,7 +29,7 @@ from job.store import Retry, Store, open_store, retry, set_storage_options
 from tests.conftest import new_bucket
 from tests.faulty_proxy import Fault, FaultyProxy, Request
 from tests.job.answering import JsonHandler, serving
-from tests.job.command_line import ddpm_here, environment, refused
+from tests.job.command_line import ddpm, ddpm_here, environment, refused
 from tests.job.conftest import SERVERS, point_at
 from tests.job.store.test_remote import LARGE_BYTES, every_call
 from tests.servers import azurite_account
@@ -400,6 +400,14 @@ def test_invalid_fsspec_configuration_is_one_line(tmp_path: Path, monkeypatch) -
         child = [sys.executable, "-c", script, uri]
         done = subprocess.run(child, env=environment(**variables), capture_output=True, text=True, check=False)
         assert re.search(f"BadConfigError: {words}", done.stderr)
+    # A push needs fsspec as well, through the hub's client.
+    for name, content in (("conf.json", '["a"]'), ("conf.ini", "[gs\n")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text(content)
+        for command in (("data", "list", "--bucket", "gs://bucket"), ("export", "--run", "r", "--push", "a/b")):
+            line = refused(ddpm(*command, FSSPEC_CONFIG_DIR=str(folder)), Exit.BAD_CONFIG)
+            assert re.search(words, line)
 
 
 @pytest.mark.parametrize("silent_url", ["reads nothing"], indirect=True)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet
 import pytest
 import webdataset
 from hypothesis import strategies as st
 
+from job.data import members
 from job.data.labels import join_labels, read_labels, table_in
 from job.data.members import RefusedError, refusing
 from job.data.opening import open_source
@@ -21,7 +26,8 @@ from job.data.survey import survey
 from job.exits import BadDataError, BadRequestError, Exit, JobError, MissingInputError
 from job.progress import printable
 from tests.fuzzing import examples, search
-from tests.job.command_line import ddpm_here, refused, succeeded
+from tests.job.command_line import ddpm_here, refused, started, succeeded
+from tests.job.launching import eventually
 from tests.job.packing import entries_of, packed
 from tests.job.some_images import folder_of, jpeg, mnist, png, tar_of, zip_of
 
@@ -70,6 +76,47 @@ def test_edm_labels_are_joined_by_name(tmp_path, make):
     for harmed in (content[:-9], b'{"labels": [["a", 1, 2]]}', b'{"labels": [7]}', b'{"labels": 7}'):
         with pytest.raises(BadDataError, match=r"dataset.json (has no labels such as|is truncated or damaged)"):
             open_source(str(make(tmp_path / f"harmed-{len(harmed)}", [*files, ("dataset.json", harmed)])))
+
+
+def test_large_tables_are_refused(tmp_path, monkeypatch):
+    """Of kilobytes that unpack to a large table, and of more bytes than a table has."""
+    rows = b'["a", 0],' * 3_000_000
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.png", png(0))
+        archive.writestr("dataset.json", b'{"labels": [%b]}' % rows[:-1])
+    said = "dataset.json unpacks to more than 200 times its size: do not trust this archive"
+    at = ("x", "--size", 8, "--bucket", tmp_path / "bucket")
+    assert said in refused(ddpm_here("data", "pack", tmp_path / "bomb.zip", *at), Exit.BAD_DATA)
+    monkeypatch.setattr(members, "TABLE_BYTES", 1000)
+    folder = folder_of(tmp_path / "folder", [("0.png", png(0)), ("dataset.json", rows[:1001]), ("l.csv", rows[:1001])])
+    for words in ((), ("--labels", folder / "l.csv")):
+        line = refused(ddpm_here("data", "pack", folder, *at, *words), Exit.BAD_DATA)
+        assert "has 1,001 bytes, more than the 1,000 that a table of labels may have" in line
+
+
+@pytest.mark.slow
+def test_a_large_table_does_not_delay_stop(tmp_path):
+    """The seconds of the processor count, of which reading this table takes about thirty."""
+    rows = b'["a", 0],' * 6_000_000
+    folder = folder_of(tmp_path / "a", [("0.png", png(0)), ("dataset.json", b'{"labels": [%b]}' % rows[:-1])])
+    process = started("data", "pack", folder, "x", "--size", 8, "--bucket", tmp_path / "bucket")
+    while (busy_seconds := sum(psutil.Process(process.pid).cpu_times()[:2])) < 3:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    # Linux keeps the times of a process that has ended until it is waited for.
+    eventually(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE, seconds=60)
+    assert sum(psutil.Process(process.pid).cpu_times()[:2]) - busy_seconds < 8
+    said, _ = process.communicate()
+    assert process.returncode == Exit.STOPPED and "stopped by SIGTERM while looking at what becomes x" in said
+
+
+def test_similar_labels_are_two_classes(tmp_path):
+    """A label with a control character, and one that looks like what is shown of it."""
+    labels = ["a\x01", "a%01", "a%2501", "50%", "New%20York"]
+    table = {"labels": [[f"{n}.png", labels[n % 5]] for n in range(10)]}
+    files = [(f"{n}.png", png(n)) for n in range(10)]
+    path = folder_of(tmp_path / "a", [*files, ("dataset.json", json.dumps(table).encode())])
+    assert packed(tmp_path / "b", path).classes == ("50%", "New%20York", "a%01", "a%2501", "a%252501")
 
 
 def write_tars(folder: Path, kind: str) -> Path:
