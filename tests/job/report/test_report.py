@@ -93,6 +93,12 @@ def test_another_network_differs_from_the_preset(walked):
     assert facts_of(replace(found, config=config), "walk").differing == {"model.kind": ("unet", "dit")}
 
 
+def test_pages_say_what_titles_of_grids_say(walked):
+    """On a phone the titles within pictures are too small to read."""
+    said = "Drawn by ddim, 4 steps, with the same seeds in all grids, from the first on, of the classes coast, desert"
+    assert said in page_of(walked, "walk")
+
+
 def test_own_samples_are_on_the_page(bucket):
     succeeded(ddpm_here("sample", "--run", "walk", "--bucket", bucket, "--checkpoints", "1,3", "--seeds", "0-3"))
     succeeded(ddpm_here("sample", "--run", "walk", "--bucket", bucket, "--count", 4))
