@@ -57,7 +57,7 @@ help: ## List the verbs and their variables
 	@echo "           ON=local|container|name-of-a-target TARGETS=targets.yaml"
 	@echo "           IMAGE=registry/name:tag TORCH=cuda|cpu ENGINE=podman|docker BASE_IMAGE=name:tag TORCH_WHEELS=folder"
 
-setup: $(INSTALLED) ## Install into .venv; EXTRAS=kubernetes,google for jobs there; TORCH=cuda for GPUs elsewhere
+setup: $(INSTALLED) $(if $(findstring evaluate,$(EXTRAS)),$(EVALUATES)) ## Install into .venv; EXTRAS=kubernetes,google for jobs there; TORCH=cuda for GPUs elsewhere
 	$(if $(EXTRAS),.venv/bin/pip install --quiet --disable-pip-version-check --editable $(call quoted,$(EDITABLE)))
 
 define venv

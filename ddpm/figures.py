@@ -319,7 +319,7 @@ def denoising_gif(
     if not frames or (labels is not None and len(labels) != len(frames)):
         raise ValueError(f"{len(frames)} frames to animate, with {labels} under them")
     scale = scale or _scale(frames[0])
-    pictures, palette = [], _palette(frames[0])
+    pictures = []
     for index, images in enumerate(frames):
         grid = image_grid(images, columns, scale=scale, title=title)
         # The bar also keeps equal frames apart, which the GIF writer would merge into one.
@@ -330,9 +330,7 @@ def denoising_gif(
         end = 2 + (grid.width - 5) * (index + 1) // len(frames)
         ImageDraw.Draw(canvas).rectangle((2, grid.height, end, grid.height + 2), fill=_FAINT)
         # One palette for each frame, since noise and samples share few colours; dithering would look like noise.
-        if images is not frames[max(index - 1, 0)]:
-            palette = _palette(images)
-        pictures.append(canvas.quantize(palette=palette, dither=Image.Dither.NONE))
+        pictures.append(canvas.quantize(palette=_palette(images), dither=Image.Dither.NONE))
     file = BytesIO()
     pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
     return file.getvalue()

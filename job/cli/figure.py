@@ -95,7 +95,7 @@ def figure_denoising(
 ) -> None:
     """Make a GIF of a run's network turning noise into images.
 
-    The GIF shows the newest checkpoint in 20 frames at 5 per second. It lies in the run's folder in the bucket.
+    The GIF shows the newest checkpoint, in up to 20 frames at 5 per second. It lies in the run's folder in the bucket.
 
     Example: ddpm figure denoising --run landscape-sample
     """

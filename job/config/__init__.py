@@ -15,7 +15,6 @@ from job.config.presets import PackConfig as PackConfig
 from job.config.presets import pack_config as pack_config
 from job.config.presets import preset_keys as preset_keys
 from job.config.presets import preset_names as preset_names
-from job.config.presets import usual_of as usual_of
 from job.config.resolve import CHOSEN_ELSEWHERE as CHOSEN_ELSEWHERE
 from job.config.resolve import FOLLOWS as FOLLOWS
 from job.config.resolve import FREE as FREE

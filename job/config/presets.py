@@ -26,15 +26,6 @@ class PackConfig(Section):
     fetch: str = Field(default="", description="where to get the images")
 
 
-class UsualConfig(Section):
-    """The section `usual` of a preset: the range of its runs' losses at some epochs, whatever their seed."""
-
-    dataset_id: str
-    epochs: tuple[float, ...] = Field(min_length=1)
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-
-
 def preset_names() -> list[str]:
     """Returns the names of all presets."""
     return sorted(p.name.removesuffix(".yaml") for p in (resources.files("job") / "presets").iterdir())
@@ -46,18 +37,12 @@ def preset_keys(name: str) -> dict[str, Any]:
     Raises:
         BadRequestError: there is no preset of this name.
     """
-    return flatten({key: value for key, value in _preset(name).items() if key not in ("pack", "usual")})
+    return flatten({key: value for key, value in _preset(name).items() if key != "pack"})
 
 
 def pack_config(name: str) -> PackConfig | None:
     """Returns how the preset `name` packs its dataset; None without a preset of this name."""
     return PackConfig.model_validate(_preset(name)["pack"]) if name in preset_names() else None
-
-
-def usual_of(name: str) -> UsualConfig | None:
-    """Returns the usual losses of a preset; None if they are not measured, or without a preset of this name."""
-    usual = _preset(name).get("usual") if name in preset_names() else None
-    return UsualConfig.model_validate(usual) if usual else None
 
 
 def _preset(name: str) -> dict[str, Any]:

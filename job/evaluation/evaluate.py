@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -12,21 +13,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ddpm import metrics
+from ddpm import figures, metrics
 from ddpm.catalogue import METRICS
-from ddpm.generation import Sampling
+from ddpm.generation import Sampling, beginning
 from job.config import method
 from job.data.order import Order
 from job.data.shards import dataset_key, load_index
-from job.evaluation.evaluation_plan import EvaluatePlan, Evaluation, reference_folder
+from job.evaluation.evaluation_plan import COUNTS, CPU_SECONDS, EvaluatePlan, Evaluation, reference_folder
 from job.evaluation.feature_folder import Named
 from job.evaluation.validation import validation_row
 from job.exits import BadDataError
 from job.pieces import IF_NONE_RUNS, WHOLE, Advance, Made, Slice
 from job.plan import RunHandle
 from job.processes.ranks import Ranks, meet
-from job.progress import Progress
+from job.progress import Progress, note
 from job.runs.layout import ObjectKind
+from job.runs.outlook import duration
 from job.runs.scores import Reference, Scores, score_name
 from job.sampling.draw import prepared
 from job.sampling.painter import Painter
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 REAL_BATCH_IMAGES = 50
 """Real images per batch on each process."""
+MEASURED_IMAGES = 8
 
 
 def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
@@ -51,12 +54,20 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
     ranks = meet(stop)
     # `prepared` marks the checkpoints until all scores are printed: without it training could retire them.
     with prepared(plan.sampling, ranks, stop) as (sampling_plan, painter, sampling):
-        plan = replace(plan, sampling=sampling_plan)
+        # Slices share one number of samples; the same command goes on with the number that it began with.
+        is_free = plan.request.count is None and not plan.request.slice and painter.device.type == "cpu"
+        plans = [replace(plan, sampling=sampling_plan, count=n) for n in (COUNTS if is_free else (plan.count,))]
+        begun = ranks.on_main(
+            lambda: [n for n, each in enumerate(plans) if any(one.is_begun() for one in each.evaluations)][:1]
+        )
+        plans = [plans[n] for n in begun] or plans
+        plan = plans[0]
         unscored = ranks.on_main(lambda: [one.name for one in plan.evaluations if one.scores() is None])
-        todo = [one for one in plan.evaluations if one.name in unscored]
-        if todo:
-            extract, share = plan.located.load(painter.device), todo[0].sample_set.share
-            check = painter.check_stopped
+        if unscored:
+            extract, check = plan.located.load(painter.device), painter.check_stopped
+            plan = plans[ranks.on_main(lambda: _first_fitting(plans, painter, sampling, extract))]
+            todo = [one for one in plan.evaluations if not begun or one.name in unscored]
+            share = todo[0].sample_set.share
             real = real_features(plan.sampling, plan.reference, extract, ranks, stop=stop, check=check, share=share)
             for evaluation in todo:
                 _draw_features(evaluation, painter, sampling, extract)
@@ -72,6 +83,34 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
                 painter.load(plan.sampling.run, evaluation.ref, plan.sampling.sample.weights)
                 _score(evaluation, painter, real or {})
         ranks.on_main(lambda: print("\n\n".join(tables(plan))))
+
+
+def _first_fitting(
+    plans: Sequence[EvaluatePlan], painter: Painter, sampling: Sampling, extract: ExtractorFunction
+) -> int:
+    """Returns the number of the first plan that fits into `CPU_SECONDS`, or of the last, and prints its duration."""
+    drawing, looking = seconds_per_image(painter, sampling, extract)
+    pieces = reference_folder(plans[0].sampling, plans[0].reference).pieces
+    real_images = sum(pieces.sizes[piece] for piece in pieces.missing())
+    seconds = [len(plan.evaluations) * plan.count * (drawing + looking) for plan in plans]
+    chosen = next((n for n, each in enumerate(seconds) if each <= CPU_SECONDS), len(plans) - 1)
+    real = f", and {duration(real_images * looking / 3600)} for {real_images:,} real ones" if real_images else ""
+    why = f"; --count sets another number than a CPU makes in {CPU_SECONDS // 60} min" if len(plans) > 1 else ""
+    note(f"expected: {duration(seconds[chosen] / 3600)} for {plans[chosen].count:,} images{real}{why}")
+    return chosen
+
+
+def seconds_per_image(painter: Painter, sampling: Sampling, extract: ExtractorFunction) -> tuple[float, float]:
+    """Measures how long all processes take to draw an image, and to compute its features."""
+    seeds, points = torch.arange(MEASURED_IMAGES, device=painter.device), sampling.points(painter.process)
+    denoise, x = painter.denoiser(seeds, sampling), beginning(points, painter.noise_of(seeds))
+    for _ in ("to warm up", "to measure"):
+        began = time.monotonic()
+        images = figures.to_uint8(painter.pixels(denoise(x, points[len(points) // 2])))
+        drawn = time.monotonic()
+        features_of(extract, images, painter.device)
+    of_one = painter.ranks.world_size * len(seeds)
+    return painter.evaluations_of(sampling) * (drawn - began) / of_one, (time.monotonic() - drawn) / of_one
 
 
 def real_features(

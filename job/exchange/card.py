@@ -26,22 +26,14 @@ images = pipeline(4, num_inference_steps={steps}{call}).images
 ```
 
 {remark}"""
-_LOOP = """```python
-import torch
-from diffusers import {kind}, UNet2DModel
+_CLASSES = """```python
+from diffusers import DiffusionPipeline
 
-unet = UNet2DModel.from_pretrained("{place}", subfolder="unet")
-scheduler = {kind}.from_pretrained("{place}", subfolder="scheduler")
-scheduler.set_timesteps({steps})
-labels = torch.arange(4) % {classes}
-x = torch.randn(4, {shape})
-for t in scheduler.timesteps:
-    with torch.no_grad():
-        output = unet(x, t, class_labels=labels).sample
-    x = scheduler.step(output, t, x{call}).prev_sample
+pipeline = DiffusionPipeline.from_pretrained("{place}", trust_remote_code=True)
+images = pipeline(class_labels={labels}, num_inference_steps={steps}).images
 ```
 
-`id2label.json` has the names of the classes: {names}."""
+`trust_remote_code` lets diffusers execute `{code}`. `id2label.json` has the names of the classes: {names}."""
 _REMARK = {
     "DDIMScheduler": "This call gives the images of the run's sampler `ddim`. The default call of diffusers clips the "
     "estimated image, but keeps the noise of the estimate before clipping.",
@@ -98,18 +90,16 @@ class Card:
         """Returns the sample code."""
         config, classes = self.of_run.config, self.of_run.classes
         kind = json.loads(objects.get(pipeline.SCHEDULER_CONFIG, b"{}")).get("_class_name", "")
-        given = {
-            "place": self.place,
-            "steps": config.sample.steps,
-            "call": ", use_clipped_model_output=True" if kind == "DDIMScheduler" else "",
-        }
-        if index := objects.get("model_index.json"):
-            return _PIPELINE.format(kind=json.loads(index)["_class_name"], remark=_REMARK[kind], **given)
-        if not classes or not kind:
+        given = {"place": self.place, "steps": config.sample.steps}
+        if "model_index.json" not in objects:
             return f'`UNet2DModel.from_pretrained("{self.place}", subfolder="unet")` loads the network; {self.lacking}.'
-        shape = ", ".join(map(str, config.image_shape))
-        names = ", ".join(classes[:MOST_NAMES]) + (", …" if len(classes) > MOST_NAMES else "")
-        return _LOOP.format(kind=kind, shape=shape, classes=len(classes), names=names, **given)
+        if pipeline.PIPELINE_CODE in objects:
+            names = ", ".join(classes[:MOST_NAMES]) + (", …" if len(classes) > MOST_NAMES else "")
+            labels = [number % len(classes) for number in range(4)]
+            return _CLASSES.format(labels=labels, code=pipeline.PIPELINE_CODE, names=names, **given)
+        call = ", use_clipped_model_output=True" if kind == "DDIMScheduler" else ""
+        pipeline_class = json.loads(objects["model_index.json"])["_class_name"]
+        return _PIPELINE.format(kind=pipeline_class, call=call, remark=_REMARK[kind], **given)
 
     def _scores(self) -> list[Scores]:
         """Returns the stored scores of the exported weights; a damaged record must not stop an export."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib import resources
 from pathlib import Path
 
 from job.exchange.card import CARD, PICTURE, Card
@@ -88,7 +89,7 @@ def export_run(request: ExportRequest) -> None:
             hub = Hub(request.push)
     stop = Stop().install()
     of_run = open_run(request.bucket, request.run, stop)
-    described = pipeline.described(of_run.config, of_run.classes)
+    described = pipeline.described(of_run.config, of_run.classes, has_code=True)
     if not described.objects:
         raise BadRequestError(f"run {request.run!r} cannot be exported to diffusers: {described.lacking}")
     target = open_target(request.to, of_run) if request.to else None
@@ -124,6 +125,8 @@ def _opened_export(of_run: RunHandle, request: ExportRequest, described: pipelin
             with suppress(ObjectMissingError):
                 small[PICTURE] = run.read(grid_key(label, config.sample.name(of_run.first_drawing))).data
             place = request.push or "this folder"
+            if of_run.classes and last:
+                small[pipeline.PIPELINE_CODE] = (resources.files("job.exchange") / "class_pipeline.py").read_bytes()
             small[CARD] = Card(of_run, ref, weights, place, described.lacking).text(small | last).encode()
             size_bytes = sum(path.stat().st_size for path in paths)
             yield Export(files, small | last, f"{label}, weights {weights}, {size_bytes:,} bytes")

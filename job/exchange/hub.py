@@ -12,7 +12,7 @@ from job.exchange.card import CARD, PICTURE
 from job.exits import BadRequestError, BucketAwayError, JobError, NoPermissionError, how_to_install
 from job.progress import note, printable, shows_bars
 from job.runs.layout import CheckpointRef, ObjectKind, located
-from job.runs.pipeline import RUN_CONFIG
+from job.runs.pipeline import PIPELINE_CODE, RUN_CONFIG
 from job.stop import Stop
 from job.store.remote import cause, one_line
 
@@ -112,7 +112,7 @@ class Hub:
 
 def _is_of_an_export(key: str) -> bool:
     in_a_run = f"{CheckpointRef(0, 0).key}/{key}"
-    return key in (CARD, PICTURE) or located(in_a_run).kind is ObjectKind.PIPELINE
+    return key in (CARD, PICTURE, PIPELINE_CODE) or located(in_a_run).kind is ObjectKind.PIPELINE
 
 
 def _meaning(error: Exception, name: str) -> JobError | None:

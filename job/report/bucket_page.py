@@ -26,7 +26,7 @@ from job.store import Store
 MOST_POINTS = 250
 """The largest number of points of a run's loss."""
 COMPARED_AT_FIRST = 4
-"""The number of runs, of the newest status, that the page compares until people choose others."""
+"""The number of runs, of the newest status and one dataset, that the page compares until people choose others."""
 ALL_BYTES, MOST_BYTES = 1_500_000, 60_000
 """The size limits of all pictures together, and of one."""
 PIXELS_PER_BYTE = 4
@@ -79,7 +79,10 @@ def bucket_page(bucket: Store, say: Callable[[str], None] = note) -> bytes:
         readable, key=lambda name: status.updated if (status := readable[name].status) else "", reverse=True
     )
     more: dict[str, Any] = {"grids": grids, "missing": picture_cache.missing, "runs_folder": RUNS}
-    more |= {"compared": newest[:COMPARED_AT_FIRST], "comparable": len(readable) > 1}
+    # Losses on different images say nothing of each other.
+    dataset_of = {name: facts.config.data.dataset_id for name, facts in readable.items()}
+    compared = [name for name in newest if dataset_of[name] == dataset_of[newest[0]]][:COMPARED_AT_FIRST]
+    more |= {"compared": compared, "comparable": len(readable) > 1}
     return rendered("bucket.html", {"runs": data}, bucket=bucket, entries=entries, **more)
 
 

@@ -6,17 +6,15 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import inf
 from statistics import median
 from typing import Any
 
-from job.config import RunConfig
-from job.exits import BadDataError, State
+from job.config import CHOSEN_ELSEWHERE, FOLLOWS, RunConfig, draft
+from job.exits import BadDataError, JobError, State
 from job.plan import RunHandle
 from job.progress import note
 from job.report.settings import shown
-from job.report.usual import Verdict, differing, verdict_of
 from job.runs import metric_rows, records
 from job.runs.checkpoints import Manifest, by_progress, list_checkpoints, newest_sound
 from job.runs.drawings import denoising_key, grid_key, label_of, moment_of
@@ -70,11 +68,6 @@ class Facts:
     median_images_per_second: float | None
     """The median of all rows; None without rows."""
 
-    @cached_property
-    def verdict(self) -> Verdict | None:
-        """Returns the verdict on the loss among runs of the preset; None if nothing is comparable."""
-        return verdict_of(self.config, self.rows, self.handle.index)
-
     @property
     def config(self) -> RunConfig:
         """Returns the configuration as it was last changed."""
@@ -119,7 +112,21 @@ class Facts:
     @property
     def differing(self) -> dict[str, tuple[Any, Any]]:
         """Returns the values that differ from the preset, by key: the preset's, and the run's."""
-        return differing(self.config, self.handle.index)
+        config, index = self.config, self.handle.index
+        kind = config.model.kind
+        try:
+            theirs = draft(config.preset, {}).flat()
+            theirs = draft(config.preset, {"model.kind": kind}).flat() | {"model.kind": theirs["model.kind"]}
+        except JobError:
+            return {}
+        ours = config.flat()
+        keys = [key for key in ours if key not in (*CHOSEN_ELSEWHERE, *FOLLOWS)]
+        if theirs["train.precision"] == "auto":
+            # The machine chose the precision.
+            keys.remove("train.precision")
+        if config.model.num_classes == 0 and index and index.classes:
+            keys.append("model.num_classes")
+        return {key: (theirs.get(key), ours[key]) for key in keys if theirs.get(key) != ours[key]}
 
 
 def facts_of(

@@ -156,7 +156,7 @@ def _sheet(facts: Facts, pictures: PictureCache) -> str:
 
 def charts_of(facts: Facts) -> list[dict[str, Any]]:
     """Returns the charts over epochs; without the dataset, over images seen."""
-    config, unit = facts.config, facts.epoch_images or 1
+    unit = facts.epoch_images or 1
     charts = []
 
     def chart(name: str, title: str, of: Sequence[tuple[str, str, str, str]], **more: Any) -> None:
@@ -178,11 +178,7 @@ def charts_of(facts: Facts) -> list[dict[str, Any]]:
     losses = [("loss", "loss", "loss", "error of the network's predictions, smoothed")]
     losses += [("val_loss", "held out", "held-out", "the same for images that training does not see")]
     losses += [(f"loss_q{i}", label, f"q{i}", about) for i, (label, about) in enumerate(_QUARTERS.items())]
-    band = {}
-    if (verdict := facts.verdict) is not None:
-        about = f"other seeds of preset {config.preset}"
-        band = {"band": {"x": verdict.epochs, "low": verdict.low, "high": verdict.high, "about": about}}
-    chart("loss", "Loss", losses, log=True, smooth=True, more="By quarter of the noise", **band)
+    chart("loss", "Loss", losses, log=True, smooth=True, more="By quarter of the noise")
     for name in dict.fromkeys(key for row in facts.rows for key in row):
         if name in _NO_SCORES or "loss" in name or "_std" in name or name.startswith("real "):
             continue

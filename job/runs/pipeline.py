@@ -9,7 +9,7 @@
     RUN/checkpoints/…/run_config.yaml                  the configuration of the run, as last changed
 
 A checkpoint has the first two if diffusers has such a network, and the third if it has such a process. It has the
-fourth if one of its pipelines can sample from both without a class.
+fourth if one of its pipelines can sample from both. None takes a class: exports bring code of their own for that.
 
 The names of classes have the form of the hub's label files (huggingface/label-files), which DiTPipeline takes. They and
 the configuration are files of their own, because diffusers warns at each load of keys that it does not know.
@@ -34,6 +34,7 @@ WEIGHTS = "unet/diffusion_pytorch_model"
 INDEX = f"{WEIGHTS}.safetensors.index.json"
 ID2LABEL = "id2label.json"
 RUN_CONFIG = "run_config.yaml"
+PIPELINE_CODE = "pipeline.py"
 UNET_CONFIG, SCHEDULER_CONFIG = "unet/config.json", "scheduler/scheduler_config.json"
 
 
@@ -46,8 +47,14 @@ class Described(NamedTuple):
     """The reason why they do not make a whole pipeline; empty if they do."""
 
 
-def described(config: RunConfig, classes: tuple[str, ...]) -> Described:
-    """Returns the objects beside the weights of a run's checkpoints; `classes` are the names of its classes."""
+def described(config: RunConfig, classes: tuple[str, ...], has_code: bool = False) -> Described:
+    """Returns the objects beside the weights of a run.
+
+    Args:
+        config: of the run.
+        classes: names of its classes.
+        has_code: whether `job.exchange.class_pipeline`, which takes classes, lies beside them.
+    """
     model, diffusion, sample = config.model, config.diffusion, config.sample
     if not isinstance(model, catalogue.UNet):
         return Described({}, f"model.kind={model.kind} is not a network that diffusers samples from")
@@ -69,13 +76,13 @@ def described(config: RunConfig, classes: tuple[str, ...]) -> Described:
         pipeline = "DDIMPipeline" if kind == "DDIMScheduler" else "DDPMPipeline"
         if config.data.latents:
             lacking = f"{pipeline} samples pixels, and the network latents"
-        elif model.num_classes:
-            lacking = f"{pipeline} does not take a class"
         elif diffusion.self_conditioning:
             lacking = f"{pipeline} does not feed the network its own estimate (diffusion.self_conditioning)"
+        elif model.num_classes and not has_code:
+            lacking = f"{pipeline} does not take a class"
         else:
             values["model_index.json"] = {
-                "_class_name": pipeline,
+                "_class_name": ["pipeline", "ClassConditionalPipeline"] if model.num_classes else pipeline,
                 "scheduler": ["diffusers", kind],
                 "unet": ["diffusers", "UNet2DModel"],
             }

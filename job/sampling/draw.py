@@ -3,7 +3,7 @@
 RUN/samples/epoch-0080-ddim-100.png              one image per seed, from the averaged weights
             epoch-0080-ddim-50-eta-1-seeds-0-63.png  the name lists the differences from the run's settings
             comparison-30-80-490-ddim-100.png    the same seeds under several checkpoints
-            denoising-epoch-0080-ddim-100.gif    20 frames from noise to image
+            denoising-epoch-0080-ddim-100.gif    from noise to image, 20 frames at most
             epoch-0080-ddim-100-inpaint-image-3-mask-half-resamplings-10.png  see `editing`
             epoch-0080-ddim-100-0-50000/         see `sets`
 """

@@ -189,23 +189,22 @@ class Painter(Model):
             yield self.draw_alone(some, sampling, after_evaluation, route.walk_of(places))
 
     def denoising_gif(self, seeds: Sequence[int], sampling: Sampling, title: str) -> bytes:
-        """Returns a GIF of the denoising of a few seeds: `GIF_FRAMES` frames, repeated if there are fewer steps."""
+        """Returns a GIF of the denoising of a few seeds: a frame for each of at most `GIF_FRAMES` moments."""
         # The time of EDM's network, ln(σ)/4, means less to people than σ.
         by_sigma = isinstance(self.process, VarianceExploding)
         evaluations = itertools.count()
-        shown = figures.shown_evaluations(self.evaluations_of(sampling), GIF_FRAMES)
+        shown = figures.shown_evaluations(self.evaluations_of(sampling), GIF_FRAMES - 1)
         frames: list[tuple[np.ndarray, str]] = []
 
         def keep(point: Point[float], x_t: torch.Tensor, x_start: torch.Tensor) -> None:
             self.check_stopped()
-            if next(evaluations) in shown[:-1]:
+            if next(evaluations) in shown:
                 # Scaled to the variance of the images: otherwise most pixels of noise would be black or white.
                 at = f"sigma = {point.sigma:.3g}" if by_sigma else f"t = {point.t:.0f}"
                 frames.append((figures.to_uint8(self.pixels(x_t / max(1.0, point.sigma))), at))
 
         frames.append((self.draw_alone(seeds, sampling, keep), "the image"))
-        shown_frames, labels = zip(*(frames[i * len(frames) // GIF_FRAMES] for i in range(GIF_FRAMES)), strict=True)
-        return figures.denoising_gif(shown_frames, labels=labels, title=title)
+        return figures.denoising_gif([images for images, _ in frames], labels=[at for _, at in frames], title=title)
 
     def draw_alone(
         self,

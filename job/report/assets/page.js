@@ -80,8 +80,8 @@
   }
 
   const redraws = [];
-  // Draws curves, with a tooltip and a legend. `shown` returns their { unit, logarithmic, lines, band }: a line has a
-  // label, a color, x and values, and perhaps text `about` it; a faint one is not in the tooltip.
+  // Draws curves, with a tooltip and a legend. `shown` returns their { unit, logarithmic, lines }: a line has a label,
+  // a color, x and values, and perhaps text `about` it; a faint one is not in the tooltip.
   const chart = (plot, shown) => {
     const figure = plot.parentElement;
     const tooltip = element("div", { className: "tooltip hidden" });
@@ -90,35 +90,23 @@
     figure.append(tooltip, legend);
     let drawn, spec, columns;
 
-    const after = (xs, x) => {
+    const nearest = ({ x: xs, values }, x) => {
       let [low, high] = [0, xs.length];
       while (low < high) {
         const middle = (low + high) >> 1;
         if (xs[middle] < x) low = middle + 1;
         else high = middle;
       }
-      return low;
-    };
-    const nearest = ({ x: xs, values }, x) => {
-      const index = after(xs, x);
-      if (!xs.length || x < xs[0] || index === xs.length) return null;
-      return values[index > 0 && x - xs[index - 1] < xs[index] - x ? index - 1 : index];
-    };
-    const interpolated = ({ x: xs }, ends, x) => {
-      const index = after(xs, x);
-      if (index === xs.length || x < xs[0]) return null;
-      if (index === 0) return ends[0];
-      return ends[index - 1] + ((x - xs[index - 1]) / (xs[index] - xs[index - 1])) * (ends[index] - ends[index - 1]);
+      if (!xs.length || x < xs[0] || low === xs.length) return null;
+      return values[low > 0 && x - xs[low - 1] < xs[low] - x ? low - 1 : low];
     };
     const told = (x) => {
-      const { unit, lines, band } = spec;
+      const { unit, lines } = spec;
       const said = [element("b", {}, `${unit} ${short(x)}`)];
       for (const line of lines) {
         const value = line.faint ? null : nearest(line, x);
         if (value != null) said.push(element("div", {}, dot(line.color), `${line.label} ${short(value)}`));
       }
-      const [low, high] = band ? [interpolated(band, band.low, x), interpolated(band, band.high, x)] : [];
-      if (low != null) said.push(element("div", {}, `usual ${short(low)} to ${short(high)}`));
       return said;
     };
     const point = (u) => {
@@ -137,30 +125,23 @@
       drawn = undefined;
       tooltip.classList.add("hidden");
       spec = shown();
-      const { unit, lines, band } = spec;
-      const named = [...lines, ...(band ? [{ label: "usual", color: "band", about: band.about }] : [])];
-      const entries = named.map(({ label, color, faint, about }) =>
+      const { unit, lines } = spec;
+      const entries = lines.map(({ label, color, faint, about }) =>
         element("li", {}, dot(color, faint), element("b", {}, label), ...(about ? [`: ${about}`] : [])));
       legend.replaceChildren(...(spec.legend ? entries : []));
       if (!lines.length) return;
       columns = uPlot.join(lines.map(({ x, values }) => [x, values]));
-      const bands = [];
-      if (band) {
-        columns.push(...[band.low, band.high].map((ends) => columns[0].map((x) => interpolated(band, ends, x))));
-        bands.push({ series: [columns.length - 1, columns.length - 2], fill: style("band") });
-      }
       const positive = columns.slice(1).every((values) => values.every((value) => value == null || value > 0));
       const axis = { stroke: style("faint"), grid: { stroke: style("line"), width: 1 }, ticks: { stroke: style("line"), width: 1 } };
       const series = lines.map((line) => ({
         label: line.label, stroke: style(line.color), alpha: line.faint ? 0.35 : 1, dash: line.dash,
         width: line.width ?? 1.2, spanGaps: true, points: { show: line.values.length < 30, size: 5 },
       }));
-      const ends = band ? ["low", "high"].map((end) => ({ label: end, stroke: style("faint"), width: 1, dash: [4, 4], spanGaps: true, points: { show: false } })) : [];
       drawn = new uPlot({
         width: Math.max(280, plot.clientWidth), height: 300,
         scales: { x: { time: false }, y: { distr: spec.logarithmic && positive ? 3 : 1 } },
         axes: [{ ...axis, label: unit, labelSize: 22 }, { ...axis, size: 62, values: (_, ticks) => ticks.map((tick) => (tick == null ? null : short(tick))) }],
-        series: [{ label: unit }, ...series, ...ends], bands,
+        series: [{ label: unit }, ...series],
         cursor: { y: false, points: { size: 6 } },
         legend: { show: false },
         hooks: { setCursor: [point] },
@@ -199,7 +180,7 @@
       element("h3", {}, made.title), element("figcaption", {}, made.summary), controls, plot));
     const lines = made.series.map((series) => line(made.x, series.values, { ...series, width: series.color === "loss" && !series.faint ? 2.2 : 1.2 }));
     const draw = chart(plot, () => ({
-      unit: data.unit, logarithmic: log?.checked, band: made.band, legend: lines.some(({ about }) => about),
+      unit: data.unit, logarithmic: log?.checked, legend: lines.some(({ about }) => about),
       lines: lines.filter((each) => !each.more || more?.checked),
     }));
   }

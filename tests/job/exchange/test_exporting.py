@@ -2,14 +2,21 @@
 
 import json
 import shutil
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from huggingface_hub import CommitOperationAdd, ModelCard
 
+import ddpm
+from ddpm.generation import generate, make_denoiser
+from ddpm.objective import Condition
 from job.exits import Exit
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
+
+FLOW = {"diffusion__schedule": "flow", "diffusion__prediction": "flow", "diffusion__weighting": "plain"}
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +64,8 @@ def test_exports_are_pipelines_with_cards(bucket, tmp_path):
 
 
 def test_card_of_a_rectified_flow_has_its_pipeline(bucket, tmp_path):
-    flow = {"diffusion__schedule": "flow", "diffusion__prediction": "flow", "diffusion__weighting": "plain"}
     words = ("--dataset", "tiles", "--run", "flow", "--epochs", 1, "--bucket", bucket)
-    succeeded(ddpm_here("train", *words, *settings(model__num_classes="0", **flow)))
+    succeeded(ddpm_here("train", *words, *settings(model__num_classes="0", **FLOW)))
     succeeded(export(bucket, "flow", tmp_path / "out"))
     (code,) = (part.removeprefix("python\n") for part in (tmp_path / "out/README.md").read_text().split("```")[1::2])
     seen: dict = {}
@@ -97,16 +103,45 @@ def test_exports_have_the_chosen_average(bucket, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_card_of_classes_has_a_loop(bucket, tmp_path):
-    done = export(bucket, "classes", tmp_path / "out")
+@pytest.mark.parametrize(
+    ("run", "changes", "steps", "how"),
+    [
+        ("classes", {}, 5, {"steps": 5}),
+        # The four points of diffusers' flow.
+        ("flowing", {**FLOW, "sample__clip": "false"}, 4, {"sampler": "euler", "numbers": (999, 666, 333, 0)}),
+        # Its steps draw noise of their own.
+        ("varied", {"diffusion__variance": "learned_range"}, 5, None),
+    ],
+)
+def test_exports_with_classes_bring_their_pipeline(bucket, tmp_path, monkeypatch, run, changes, steps, how):
+    """It is loaded as the card says, or by its folder, and draws what our own sampler draws."""
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import dynamic_modules_utils
+
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    out, labels = str(tmp_path / "out"), [4, 0, 2]
+    train = ("train", "--dataset", "tiles", "--run", run, "--epochs", 1, "--bucket", bucket)
+    succeeded(ddpm_here(*train, *settings(**changes)))
+    done = export(bucket, run, out)
     succeeded(done)
-    assert "DDIMPipeline does not take a class" in done.stderr
+    assert "without model_index.json" not in done.stderr
     card = (tmp_path / "out/README.md").read_text()
-    seen: dict = {}
-    exec(card.split("```")[1].removeprefix("python\n").replace("this folder", str(tmp_path / "out")), seen)
-    assert seen["x"].shape == (4, 3, 16, 16)
     assert "the names of the classes: coast, desert, hills, mountain, skyline." in card
-    assert not (tmp_path / "out/model_index.json").exists()
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(out)
+    seen: dict = {}
+    exec(card.split("```")[1].removeprefix("python\n").replace("this folder", out), seen)
+    assert [image.size for image in seen["images"]] == [(16, 16)] * 4
+    pipeline = DiffusionPipeline.from_pretrained(out, custom_pipeline=out, trust_remote_code=True)
+    noise = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(7))
+    theirs = pipeline(labels, steps, torch.Generator().manual_seed(7), output_type="pt").images
+    assert theirs.shape == noise.shape
+    if how is not None:
+        model, condition = ddpm.load(out), Condition(torch.tensor(labels))
+        denoise = make_denoiser(model.network, model.process, model.prediction, condition, clip=run == "classes")
+        ours = generate(denoise, model.process, replace(model.sampling, **how), lambda step: noise) / 2 + 0.5
+        assert (theirs - ours.clamp(0, 1)).abs().max() < 2e-6
 
 
 def test_classes_are_named_as_on_the_hub(bucket, tmp_path, capfd):

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
@@ -88,6 +89,18 @@ def test_command_of_pages_makes_the_same(bucket):
     sets = [word for option, word in pairwise(words) if option == "--set"]
     again = follow_dataset(draft(words[words.index("--preset") + 1], parse_sets(sets)), found.index)
     assert again == found.config
+
+
+def test_another_network_differs_from_the_preset(walked):
+    found = open_run(str(walked), "walk")
+    config = follow_dataset(draft("landscape-sample", {"model.kind": "dit"}), found.index)
+    assert facts_of(replace(found, config=config), "walk").differing == {"model.kind": ("unet", "dit")}
+
+
+def test_pages_say_what_titles_of_grids_say(walked):
+    """On a phone the titles within pictures are too small to read."""
+    said = "Drawn by ddim, 4 steps, with the same seeds in all grids, from the first on, of the classes coast, desert"
+    assert said in page_of(walked, "walk")
 
 
 def test_own_samples_are_on_the_page(bucket):

@@ -96,7 +96,7 @@ def test_diffusers_draws_the_pictures_of_a_rectified_flow(bucket, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_documented_loop_draws_the_same(bucket):
+def test_a_loop_of_diffusers_draws_the_same_classes(bucket):
     from diffusers import DDIMScheduler, UNet2DModel
 
     store, ref = trained(bucket, "classes")
