@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from job.exits import BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, NoPermissionError, State
-from job.jobs.backends.base import Backend, Cause, Check, JobStatus, JsonObject
+from job.jobs.backends.base import BEFORE, Backend, Cause, Check, JobStatus, JsonObject, joined
 from job.jobs.backends.slurm_script import SlurmTarget, script_of
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.processes.group import GPUS
@@ -271,11 +271,10 @@ def _status(name: str, state: str, reason: str, code: int | None) -> JobStatus:
             return JobStatus.of_code(name, code)
         return JobStatus(name, State.FAILED, why or reason, code, cause=cause)
     found = _STATES.get(state, State.RUNNING)
-    message = (
-        reason.replace("None", "")
-        if found is State.WAITING
-        else state.lower() * (found is State.RUNNING and state != "RUNNING")
-    )
+    if found is State.WAITING:
+        end = BEFORE + JobStatus.of_code(name, code).message if code else ""
+        return JobStatus(name, found, joined(reason.replace("None", ""), end), code)
+    message = state.lower() * (found is State.RUNNING and state != "RUNNING")
     return JobStatus(name, found, message, 0 if found is State.FINISHED else None)
 
 
