@@ -234,10 +234,10 @@ def data_ensure(
     """
     from job.commands import ensure_command
     from job.data.pack_request import PackRequest
-    from job.jobs.targets import bucket_on
+    from job.jobs.targets import target_on
 
     request = PackRequest(source, name, size, classes=classes, labels=labels, split=split)
-    ensure_command(request, bucket or bucket_on(on or "local", targets), on)
+    ensure_command(request, bucket or target_on(on or "local", targets).usual_bucket, on)
 
 
 @app.command("list")

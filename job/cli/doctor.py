@@ -25,9 +25,9 @@ def doctor(
     Example: ddpm doctor --on gke --bucket gs://my-bucket
     """
     from job.jobs.doctor import checks_of, report
-    from job.jobs.targets import chosen_target, load_targets
+    from job.jobs.targets import target_on
 
-    target = chosen_target(load_targets(targets), on)
+    target = target_on(on, targets)
     uri = "" if no_bucket else bucket or target.usual_bucket
     if code := report(checks_of(target, uri), as_json):
         raise SystemExit(int(code))
