@@ -33,7 +33,7 @@ def load_targets(path: Path | None = None, on: str = "") -> dict[str, Target]:
 
     Raises:
         MissingInputError: the named file does not exist.
-        BadConfigError: it is no mapping, or `on` is not valid; the message names the target and the key.
+        BadConfigError: it is not a mapping, or `on` is not valid; the message names the target and the key.
     """
     targets = {name: _target(name, {}, name) for name in BUILT_IN}
     variable = os.environ.get(TARGETS_VARIABLE)
@@ -50,7 +50,7 @@ def parse_targets(text: str, where: str, on: str = "") -> dict[str, Target]:
     """Returns the valid targets in the text of a file, which messages call `where`; a line reports each other one.
 
     Raises:
-        BadConfigError: the text is no mapping, or the target `on` is not valid; the message names the key.
+        BadConfigError: the text is not a mapping, or the target `on` is not valid; the message names the key.
     """
     targets = {}
     for name, block in parse_mapping(text, where, "names to targets, such as `gke: {backend: kubernetes}`").items():

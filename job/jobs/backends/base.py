@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import abc
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import reduce
+from subprocess import CompletedProcess
 from typing import Any, ClassVar, NoReturn
 
 from job.exits import BadRequestError, Exit, JobError, MissingInputError, Restart, State, meaning, restart_after
@@ -76,16 +78,16 @@ class JobStatus:
         """Returns the status of a job from those of its slices, of which the worst decides."""
         if len(slices) == 1:
             return slices[0]
-        rank = {number: (one.state.order, one.restart) for number, one in enumerate(slices)}
-        worst, *others = sorted(rank, key=rank.__getitem__, reverse=True)
-        failed = [number for number in (worst, *others) if slices[number].state is State.FAILED]
+        # The worst one is the last.
+        order = sorted(range(len(slices)), key=lambda one: (slices[one].state.order, slices[one].restart, -one))
+        failed = [number for number in order if slices[number].state is State.FAILED]
         # Slices that wait or run do not hide one that failed for good.
-        shown = (f"slice {one}: {slices[one].message}" for one in (worst, *failed[:1]) if slices[one].message)
+        shown = (f"slice {one}: {slices[one].message}" for one in (order[-1], *failed[-1:]) if slices[one].message)
         finished = f"{sum(one.state is State.FINISHED for one in slices)} of {len(slices)} slices finished"
         message = joined(finished, failed_slices(*sorted(failed)), *shown)
         created = min((one.created for one in slices if one.created), default="")
         places = ",".join(sorted({one.place for one in slices if one.place}))
-        return replace(slices[worst], message=message, created=created, place=places)
+        return replace(slices[order[-1]], message=message, created=created, place=places)
 
     @property
     def occupies_machine(self) -> bool:
@@ -147,6 +149,12 @@ def joined(*parts: str) -> str:
 def failed_slices(*numbers: object) -> str:
     """Returns the part of a message that names the slices which failed for good; empty if none did."""
     return f"failed slices: {','.join(map(str, numbers))}" * bool(numbers)
+
+
+def last_line(answer: CompletedProcess[str]) -> str:
+    """Returns the last line of an engine's client that failed, without its name."""
+    lines = [line.strip() for line in answer.stderr.splitlines() if line.strip()]
+    return re.sub(r"^\w+: (error: |fatal: )*", "", lines[-1]) if lines else f"it ended with {answer.returncode}"
 
 
 def ended_here(code: int) -> State:

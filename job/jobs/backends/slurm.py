@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from job.exits import BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, NoPermissionError, State
-from job.jobs.backends.base import BEFORE, Backend, Cause, Check, JobStatus, JsonObject, joined
+from job.jobs.backends.base import BEFORE, Backend, Cause, Check, JobStatus, JsonObject, joined, last_line
 from job.jobs.backends.slurm_script import SlurmTarget, script_of
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.processes.group import GPUS
@@ -216,7 +216,7 @@ class SlurmBackend(Backend):
             ) from None
 
     def _refusal(self, answer: subprocess.CompletedProcess[str]) -> JobError:
-        host, why = self.target.host, _last_line(answer)
+        host, why = self.target.host, last_line(answer)
         if answer.returncode == 127:
             where = f"on {host}" if host else "here: set the login node as the target's `host:`"
             return MissingInputError(f"Slurm is not installed {where} ({why})")
@@ -290,8 +290,3 @@ def _with_indices(lines: Iterable[str]) -> Iterator[str]:
         if line:
             yield f"[{index}] {line}"
         is_empty = not line
-
-
-def _last_line(answer: subprocess.CompletedProcess[str]) -> str:
-    lines = [line.strip() for line in answer.stderr.splitlines() if line.strip()]
-    return re.sub(r"^\w+: (error: |fatal: )*", "", lines[-1]) if lines else f"it ended with {answer.returncode}"
