@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from pydantic import Field
+
 from job.exits import BadDataError, Exit, JobError, State, ending_of, restart_after
 from job.processes.group import JOB
 from job.sealed import Moment, Sealed, utc_now
@@ -41,6 +43,8 @@ class Outcome(Sealed):
     machines: int = 1
     starts: tuple[Moment, ...] = ()
     """The begin of each attempt, the newest last, those of earlier jobs of this name included."""
+    failed: tuple[int, ...] = Field((), exclude=True)
+    """Of all machines together: the numbers of those that failed. No record has it."""
 
 
 @contextmanager
@@ -108,7 +112,8 @@ def read_outcome(name: str, bucket_uri: str) -> Outcome | None:
     # Nodes begin an attempt together, slices each its own.
     by_machine = [one.starts for one in found]
     starts = max(by_machine, key=len) if name.startswith("train-") else sum(by_machine, ())
-    worst = worst.model_copy(update={"starts": starts})
+    failed = tuple(sorted(one.machine for one in found if one.state is State.FAILED))
+    worst = worst.model_copy(update={"starts": starts, "failed": failed})
     if worst.state is State.FINISHED and len(found) < worst.machines:
         # The others have not begun yet.
         return worst.model_copy(update={"state": State.RUNNING, "exit_code": None})

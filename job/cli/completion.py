@@ -17,12 +17,12 @@ def _offered(names: Iterable[str], incomplete: str) -> list[str]:
 
 def _in_bucket(folder: str) -> Callable[[typer.Context, str], list[str]]:
     def complete(context: typer.Context, incomplete: str) -> list[str]:
-        from job.jobs.targets import bucket_on
+        from job.jobs.targets import target_on
         from job.store import open_store
 
         # An error message in the middle of a command line would disturb more than it helps.
         with suppress(Exception):
-            uri = context.params.get("bucket") or bucket_on(context.params.get("on") or "local")
+            uri = context.params.get("bucket") or target_on(context.params.get("on") or "local").usual_bucket
             return _offered(open_store(uri).within(SECONDS).folders(folder), incomplete)
         return []
 
@@ -58,7 +58,9 @@ def presets(incomplete: str) -> list[str]:
 def targets(context: typer.Context, incomplete: str) -> list[str]:
     """Returns the names of the targets."""
     from job.jobs.targets import load_targets
+    from job.progress import set_loudness
 
+    set_loudness(verbose=False, quiet=True)
     with suppress(Exception):
         return _offered(load_targets(context.params.get("targets")), incomplete)
     return []

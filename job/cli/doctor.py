@@ -22,8 +22,8 @@ def doctor(
     Example: ddpm doctor --on gke --bucket gs://my-bucket
     """
     from job.jobs.doctor import checks_of, report
-    from job.jobs.targets import chosen_target, load_targets
+    from job.jobs.targets import target_on
 
-    target = chosen_target(load_targets(targets), on)
+    target = target_on(on, targets)
     if code := report(checks_of(target, "" if no_bucket else bucket), as_json):
         raise SystemExit(int(code))

@@ -14,9 +14,9 @@ def usual_bucket(context: typer.Context, given: str = "") -> str:
     if given:
         # As in all jobs and ranks: spares the imports.
         return given
-    from job.jobs.targets import bucket_on
+    from job.jobs.targets import target_on
 
-    return bucket_on(context.params.get("on") or "local", context.params.get("targets"))
+    return target_on(context.params.get("on") or "local", context.params.get("targets")).usual_bucket
 
 
 BucketUri = Annotated[

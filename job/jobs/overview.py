@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from job.jobs.backends import backend_for
 from job.jobs.backends.base import Backend, JobStatus
 from job.jobs.backends.target import Target
 from job.jobs.spec import is_about, validated_job_name
-from job.jobs.targets import chosen_target, load_targets
+from job.jobs.targets import load_targets, target_on
 from job.outcome import Outcome, read_outcome
 from job.progress import Progress, note, printable
 from job.runs.layout import RUNS
@@ -31,11 +31,10 @@ class Search:
     on: str = ""
     targets_file: Path | None = None
 
-    @property
+    @cached_property
     def targets(self) -> list[Target]:
         """Returns these targets."""
-        targets = load_targets(self.targets_file)
-        return [chosen_target(targets, self.on)] if self.on else list(targets.values())
+        return [target_on(self.on, self.targets_file)] if self.on else list(load_targets(self.targets_file).values())
 
     def ask(self, question: Callable[[Backend], list[JobStatus]]) -> Iterator[tuple[Backend, JobStatus]]:
         """Yields each job in the engines' answers once; reports and skips a silent engine if there are several."""

@@ -15,8 +15,8 @@ from job.store import is_remote, open_store
 
 Verb = Literal["train", "sample", "evaluate", "pack", "index", "encode"]
 
-NAME_CHARACTERS = 52
-"""The longest name: Kubernetes appends `-INDEX-XXXXX` for pods, whose names are labels of at most 63 characters."""
+NAME_CHARACTERS = 46
+"""The longest name: JobSet appends `-node-0-999-XXXXX` for pods, whose names are labels of at most 63 characters."""
 LABEL_PREFIX = "ddpm"
 RETRIES = 4
 """The number of failures that count, such as crashes, after which the engine or `--watch` tries again."""

@@ -22,7 +22,7 @@ from job.jobs.building import Resources, spec_of
 from job.jobs.command_line import ParsedCommand
 from job.jobs.expectation import prospects
 from job.jobs.spec import JobSpec
-from job.jobs.targets import chosen_target, load_targets
+from job.jobs.targets import target_on
 from job.jobs.watch import Watch
 from job.progress import note
 from job.requests import TrainRequest
@@ -59,7 +59,7 @@ def submit(
         raise BadRequestError(f"-o {output} is the format of --dry-run: add that, or leave it out")
     if dry_run and watch:
         raise BadRequestError("--dry-run sends nothing that --watch could watch: leave one of them out")
-    target = chosen_target(load_targets(targets), on)
+    target = target_on(on, targets)
     spec = spec_of(command, target, resources)
     if resources.slices and not spec.slices:
         note(f"target {target.name!r} is one machine, which makes all {resources.slices} slices")

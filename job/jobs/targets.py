@@ -13,6 +13,7 @@ from job.config import parse_mapping, read_settings
 from job.exits import BadConfigError, BadRequestError, did_you_mean
 from job.jobs.backends import BACKENDS, target_class
 from job.jobs.backends.target import Target
+from job.progress import note
 from job.store import URIS, is_remote
 from job.store.files import os_errors
 
@@ -23,15 +24,16 @@ BUILT_IN = ("local", "container")
 """The targets that exist without a file, which may only change their keys."""
 
 
-def load_targets(path: Path | None = None) -> dict[str, Target]:
-    """Returns all targets by name: `local` and `container`, and those of the file.
+def load_targets(path: Path | None = None, on: str = "") -> dict[str, Target]:
+    """Returns the valid targets by name: `local` and `container`, and those of the file.
 
     Args:
         path: the file; None is `$DDPM_TARGETS`, else `./targets.yaml` if that exists.
+        on: the target that is needed; empty if one may do without any of them.
 
     Raises:
         MissingInputError: the named file does not exist.
-        BadConfigError: it is not valid; the message names the target and the key.
+        BadConfigError: it is not a mapping, or `on` is not valid; the message names the target and the key.
     """
     targets = {name: _target(name, {}, name) for name in BUILT_IN}
     variable = os.environ.get(TARGETS_VARIABLE)
@@ -41,33 +43,36 @@ def load_targets(path: Path | None = None) -> dict[str, Target]:
         if not option and not file.exists():
             return targets
         text = read_settings(file)
-    return targets | parse_targets(text, str(file))
+    return targets | parse_targets(text, str(file), on)
 
 
-def parse_targets(text: str, where: str) -> dict[str, Target]:
-    """Returns the targets in the text of a file, which messages call `where`.
+def parse_targets(text: str, where: str, on: str = "") -> dict[str, Target]:
+    """Returns the valid targets in the text of a file, which messages call `where`; a line reports each other one.
 
     Raises:
-        BadConfigError: the message names the target and the key.
+        BadConfigError: the text is not a mapping, or the target `on` is not valid; the message names the key.
     """
-    document = parse_mapping(text, where, "names to targets, such as `gke: {backend: kubernetes}`")
-    return {str(name): _target(str(name), block, f"{where}: target {str(name)!r}") for name, block in document.items()}
+    targets = {}
+    for name, block in parse_mapping(text, where, "names to targets, such as `gke: {backend: kubernetes}`").items():
+        try:
+            targets[str(name)] = _target(str(name), block, f"{where}: target {str(name)!r}")
+        except BadConfigError as error:
+            if on == str(name):
+                raise
+            note(f"left out: {error}")
+    return targets
 
 
-def chosen_target(targets: dict[str, Target], name: str) -> Target:
-    """Returns the target of that name.
+def target_on(name: str, path: Path | None = None) -> Target:
+    """Returns the target of that name; see `load_targets` for `path` and further errors.
 
     Raises:
         BadRequestError: the name is unknown; the message has the known ones.
     """
+    targets = load_targets(path, name)
     if name not in targets:
         raise BadRequestError(f"unknown target {name!r}{did_you_mean(name, targets)} (known: {', '.join(targets)})")
     return targets[name]
-
-
-def bucket_on(name: str, path: Path | None = None) -> str:
-    """Returns the default bucket of a target; see `load_targets` for `path`."""
-    return chosen_target(load_targets(path), name).usual_bucket
 
 
 def _target(name: str, block: Any, where: str) -> Target:

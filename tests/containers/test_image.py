@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from hashlib import sha256
 from pathlib import Path
@@ -62,6 +63,23 @@ def test_image_has_the_program_alone():
     assert done.stdout.split() == []
     # The build's context: what is not named there stays outside.
     assert (CHECKOUT / ".dockerignore").read_text().splitlines()[1] == "*"
+
+
+def test_image_is_as_large_as_its_page_says():
+    """By layer, so that what grew has a name; the base is that of the tests."""
+    page = (CHECKOUT / "docs/container.md").read_text()
+    (told_gigabytes,) = re.findall(r"The CPU image is ([0-9.]+) GB", page)
+    told = {layer: float(megabytes) for layer, megabytes in re.findall(r"^\| (.+) \| (\d+) \|$", page, re.MULTILINE)}
+    history = json.loads(podman("history", "--format", "json", IMAGE).stdout)
+    sizes = [layer["size"] / 1e6 for layer in reversed(history) if layer["size"]]
+    # The program comes as a wheel, which the next layer removes.
+    found = dict(zip(told, [*sizes[:4], sum(sizes[4:])], strict=True))
+    grown = {
+        layer: f"{found[layer]:.0f} MB" for layer in told if abs(found[layer] - told[layer]) > 3 + 0.03 * told[layer]
+    }
+    assert not grown, f"docs/container.md tells another size of these layers: {grown}"
+    (image,) = json.loads(podman("image", "inspect", IMAGE).stdout)
+    assert abs(image["Size"] / 1e9 - float(told_gigabytes)) < 0.02, f"the image has {image['Size'] / 1e9:.2f} GB"
 
 
 def test_image_has_this_checkouts_program():

@@ -180,7 +180,7 @@ def test_a_tilde_is_the_home_folder(tmp_path):
     words = ("data", "pack", "~/photos", "mine", "--size", 8, "--labels", "~/labels.csv", "--bucket", "~/bucket")
     out = succeeded(ddpm_here(*words, HOME=str(tmp_path)))
     assert f"({tmp_path}/bucket/datasets/mine-8)" in out and "classes  a, b" in out
-    for words in (("jobs", "list", "--targets"), ("train", "--dataset", "mine", "--config")):
+    for words in (("jobs", "list", "--on", "far", "--targets"), ("train", "--dataset", "mine", "--config")):
         assert "far" in refused(ddpm_here(*words, "~/mine.yaml", HOME=str(tmp_path)), Exit.BAD_CONFIG)
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from job.exits import State
@@ -187,6 +188,32 @@ def test_failing_slices_are_tried_again_alone(cluster, folder, tmp_path, monkeyp
     done = [f"{index} COMPLETED failures=0 code=0" for index in range(3)]
     until(lambda: slices() == [*done, "3 PENDING failures=1 code=3"], said=lambda: str(slices()))
     cluster.run("scancel", "--me")
+
+
+def test_slices_that_failed_for_good_are_named(cluster, folder, tmp_path, monkeypatch):
+    """Also while another one waits for its next attempt."""
+    codes = "{'1/4': 74, '2/4': 65, '3/4': 3}.get(sys.argv[sys.argv.index('--slice') + 1], 0)"
+    program(tmp_path, f"#!{sys.executable}\nimport sys; sys.exit({codes})\n", monkeypatch)
+    submitted("sample", "--run", "lost", "--count", 9, "--slices", 4, on="low")
+    (job,) = {row.split()[0] for row in cluster.run("squeue", "-h", "-o", "%j").splitlines()}
+    until(lambda: "1 of 4 slices finished; failed slices: 1,2" in status(job, "low")["message"])
+    until(lambda: status(job, "low")["state"] == "waiting")
+    waiting = status(job, "low")["message"]
+    assert "slice 3: BeginTime; the attempt before ended with code 3: crashed" in waiting
+    cluster.run("scancel", "--me")
+
+
+def test_killed_programs_leave_their_code(cluster, bucket):
+    submitted(*training("killed", bucket, ENDLESS), on="low")
+    wait_for_checkpoint(bucket, "killed")
+    for each in psutil.process_iter(["cmdline"]):
+        if {"train", "--run", "killed"} <= {*(each.info["cmdline"] or ())}:
+            each.kill()
+    cluster.wait_for_requeue("train-killed")
+    waiting = status("train-killed", "low")
+    assert waiting["message"] == "BeginTime; the attempt before ended with code 137: killed by signal 9"
+    assert (waiting["exit_code"], waiting["attempts"], waiting["failures"]) == (137, 1, 1)
+    cluster.run("scancel", "--name=train-killed")
 
 
 def test_slices_share_the_work(cluster, bucket, undisturbed):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import abc
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import reduce
+from subprocess import CompletedProcess
 from typing import Any, ClassVar, NoReturn
 
 from job.exits import BadRequestError, Exit, JobError, MissingInputError, Restart, State, meaning, restart_after
@@ -18,6 +21,8 @@ JsonObject = dict[str, Any]
 """A request to an engine, or its answer, as JSON types."""
 FOLLOW_SECONDS = 0.2
 """Between two looks at the output of a job of this machine."""
+BEFORE = "the attempt before "
+"""Begins the words about the last attempt of a job that waits for the next one; its bucket may know better ones."""
 
 
 class Cause(StrEnum):
@@ -73,13 +78,16 @@ class JobStatus:
         """Returns the status of a job from those of its slices, of which the worst decides."""
         if len(slices) == 1:
             return slices[0]
-        worst = max(slices, key=lambda one: (one.state.order, one.restart))
-        message = f"{sum(one.state is State.FINISHED for one in slices)} of {len(slices)} slices finished"
-        if worst.message:
-            message += f"; slice {slices.index(worst)}: {worst.message}"
+        # The worst one is the last.
+        order = sorted(range(len(slices)), key=lambda one: (slices[one].state.order, slices[one].restart, -one))
+        failed = [number for number in order if slices[number].state is State.FAILED]
+        # Slices that wait or run do not hide one that failed for good.
+        shown = (f"slice {one}: {slices[one].message}" for one in (order[-1], *failed[-1:]) if slices[one].message)
+        finished = f"{sum(one.state is State.FINISHED for one in slices)} of {len(slices)} slices finished"
+        message = joined(finished, failed_slices(*sorted(failed)), *shown)
         created = min((one.created for one in slices if one.created), default="")
         places = ",".join(sorted({one.place for one in slices if one.place}))
-        return replace(worst, message=message, created=created, place=places)
+        return replace(slices[order[-1]], message=message, created=created, place=places)
 
     @property
     def occupies_machine(self) -> bool:
@@ -110,24 +118,43 @@ class JobStatus:
         status, code = replace(self, attempts=max(self.attempts, starts)), outcome.exit_code
         # Some slices may have ended while others have not begun; the nodes of a training end together.
         is_whole = outcome.machines == 1 or self.name.startswith("train-")
-        if self.exit_code is None and self.state is State.WAITING and starts and is_whole:
+        # A program that was killed leaves its code with the engine alone; one that is stuck has not ended.
+        is_between = self.state is State.WAITING and self.cause is not Cause.STUCK and self.exit_code in (None, code)
+        if is_between and starts and is_whole:
             end = "without a message" if code is None else f"with exit code {code}: {outcome.message or meaning(code)}"
-            return replace(status, message=f"{self.message}; the attempt before ended {end}".removeprefix("; "))
+            why = self.message.partition(BEFORE)[0].removesuffix("; ")
+            return replace(status, message=joined(why, f"{BEFORE}ended {end}"))
         if code is not None and code == self.exit_code:
-            return replace(status, message=outcome.message or self.message)
+            return replace(status, message=joined(self.message * (not is_whole), outcome.message) or self.message)
         if code is None or self.exit_code is not None or self.state not in (State.FAILED, State.GONE):
             return status
-        is_finished = code == Exit.FINISHED
+        is_finished, told = code == Exit.FINISHED, failed_slices(*outcome.failed) * (not is_whole)
         return replace(
             status,
             state=State.FINISHED if is_finished else self.state,
             exit_code=code,
             failures=self.failures * (restart_after(code) is Restart.BOUNDED),
             # The engine would report a finished process as killed.
-            message=outcome.message or self.message * (not is_finished),
+            message=joined(told, outcome.message) or self.message * (not is_finished),
             # A code that would come again counts more than the loss of the machine.
             cause=None if self.cause is Cause.TAKEN_AWAY else self.cause,
         )
+
+
+def joined(*parts: str) -> str:
+    """Returns a message of those parts that are not empty, nor in what is before them."""
+    return reduce(lambda text, part: text if part in text else f"{text}; {part}".removeprefix("; "), parts, "")
+
+
+def failed_slices(*numbers: object) -> str:
+    """Returns the part of a message that names the slices which failed for good; empty if none did."""
+    return f"failed slices: {','.join(map(str, numbers))}" * bool(numbers)
+
+
+def last_line(answer: CompletedProcess[str]) -> str:
+    """Returns the last line of an engine's client that failed, without its name."""
+    lines = [line.strip() for line in answer.stderr.splitlines() if line.strip()]
+    return re.sub(r"^\w+: (error: |fatal: )*", "", lines[-1]) if lines else f"it ended with {answer.returncode}"
 
 
 def ended_here(code: int) -> State:

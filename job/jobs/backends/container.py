@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from job.exits import BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, NoPermissionError, State
-from job.jobs.backends.base import FOLLOW_SECONDS, Backend, Check, JobStatus, JsonObject, ended_here
+from job.jobs.backends.base import FOLLOW_SECONDS, Backend, Check, JobStatus, JsonObject, ended_here, last_line
 from job.jobs.backends.confinement import IMAGE_USER, SCRATCH, docker_options, scratch_variables
 from job.jobs.backends.target import Image, Target, Word
 from job.jobs.spec import LABEL_PREFIX, JobSpec
@@ -206,7 +206,7 @@ class ContainerBackend(Backend):
         try:
             found = json.loads(answer.stdout)
         except ValueError:
-            yield Check("container", False, f"it does not start: {_last_line(answer)}", "repair the engine")
+            yield Check("container", False, f"it does not start: {last_line(answer)}", "repair the engine")
             return
         for inside in found:
             yield Check(**inside | {"name": f"{inside['name']} (in it)", "exit_code": Exit(inside["exit_code"])})
@@ -270,7 +270,7 @@ class ContainerBackend(Backend):
         return self._run([self.engine, *words], timeout=ANSWER_SECONDS, capture_output=True)
 
     def _refusal(self, answer: subprocess.CompletedProcess[str]) -> BadRequestError:
-        return BadRequestError(f"{self.engine}: {_last_line(answer)}")
+        return BadRequestError(f"{self.engine}: {last_line(answer)}")
 
     def _run(self, words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         try:
@@ -299,8 +299,3 @@ def _container_status(found: dict[str, Any]) -> JobStatus:
         error = "killed by the kernel: memory ran out; `memory:` of the target is the limit"
     message = error or JobStatus.of_code(name, code).message
     return replace(status, state=ended_here(code), message=message, exit_code=code)
-
-
-def _last_line(answer: subprocess.CompletedProcess[str]) -> str:
-    lines = [line.strip() for line in answer.stderr.splitlines() if line.strip()]
-    return lines[-1].removeprefix("Error: ") if lines else f"it ended with {answer.returncode}"

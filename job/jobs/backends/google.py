@@ -133,9 +133,13 @@ _STATUSES: dict[int, _Refusal] = {
     429: _AWAY,
 }
 _OTHER_STATUS: _Refusal = (BadRequestError, "Google refused it", "change what it names")
-_OUT_OF_STOCK = r"(?i)RESOURCE_POOL_EXHAUSTED|does not have enough resources|STOCKOUT|resource_availability"
-_BEYOND_QUOTA = r"(?i)QUOTA_?EXCEEDED|Quota '[A-Z0-9_-]+' exceeded"
-"""The words of Compute Engine, whatever its status; Batch passes the same words on."""
+_STOCK = (NoCapacityError, "such machines are out of stock", "try another zone or region, later, or --on-demand")
+_QUOTA = (BadRequestError, "the project's quota does not allow it", f"request more at {QUOTA_PAGE}; spot has its own")
+_SHORTAGES: dict[str, _Refusal] = {
+    "(?i)RESOURCE_POOL_EXHAUSTED|does not have enough resources|STOCKOUT|resource_availability": _STOCK,
+    "(?i)QUOTA_?EXCEEDED|Quota '[A-Z0-9_-]+' exceeded": _QUOTA,
+}
+"""By the words of Compute Engine, whatever its status; Batch passes the same words on."""
 
 
 @cache
@@ -164,15 +168,7 @@ def refusal(status: int | None, reason: str, what: str, project: str) -> JobErro
 
 def shortage(text: str) -> _Refusal | None:
     """Returns the meaning of a text about a machine that is not available; None for any other text."""
-    if re.search(_OUT_OF_STOCK, text):
-        return NoCapacityError, "such machines are out of stock", "try another zone or region, later, or --on-demand"
-    if re.search(_BEYOND_QUOTA, text):
-        return (
-            BadRequestError,
-            "the project's quota does not allow it",
-            f"request more at {QUOTA_PAGE}; spot has its own",
-        )
-    return None
+    return next((meaning for words, meaning in _SHORTAGES.items() if re.search(words, text)), None)
 
 
 def _refusal_text(answer: Any) -> str:

@@ -27,11 +27,8 @@ JOB_SET_LABEL = "jobset.sigs.k8s.io/jobset-name"
 """On the Jobs that a JobSet makes."""
 _RELEASE = "https://github.com/kubernetes-sigs/{}/releases/latest/download/manifests.yaml"
 _INSTALL = f"kubectl apply --server-side -f {_RELEASE}"
-_CHECKED_RIGHTS = (
-    *((verb, "batch", "jobs") for verb in ("create", "get", "list", "delete")),
-    ("list", "", "pods"),
-    ("get", "", "pods", "log"),
-)
+_VERBS = ("create", "get", "list", "delete")
+_CHECKED_RIGHTS = (*((verb, "batch", "jobs") for verb in _VERBS), ("list", "", "pods"), ("get", "", "pods", "log"))
 _Found = list[tuple[kubernetes_api.Kind, JsonObject]]
 
 
@@ -119,7 +116,7 @@ class KubernetesBackend(Backend):
                 return
             if is_last:
                 raise MissingInputError(f"{name} has no output, or it is gone with its node: see its run's folder")
-            if status.cause is Cause.NO_IMAGE:
+            if status.cause in (Cause.NO_IMAGE, Cause.STUCK):
                 raise MissingInputError(f"{name} prints nothing: {status.message}")
             time.sleep(PODS_POLL_SECONDS)
 
@@ -153,6 +150,7 @@ class KubernetesBackend(Backend):
         if cluster.passed:
             yield Check.unless_hidden("service account", self._look_for_account)
             yield Check.unless_hidden("queue", self._look_for_queue)
+            yield Check("JobSets", True, self._look_for_job_sets())
             yield Check.of_image(self.target.image)
 
     def _look(self, name: str) -> tuple[JobStatus, list[JsonObject]]:
@@ -180,7 +178,8 @@ class KubernetesBackend(Backend):
         until = time.monotonic() + self.target.grace_seconds + GONE_MARGIN_SECONDS
         while self._api.get(kind, name) is not None:
             if time.monotonic() > until:
-                raise BadRequestError(f"the pods of the old job {name!r} {self._where} do not end: delete them")
+                why = self.status(name).message
+                raise BadRequestError(f"the old job {name!r} {self._where} does not end: {why}")
             time.sleep(GONE_POLL_SECONDS)
 
     def _look_for_queue(self) -> str:
@@ -199,6 +198,14 @@ class KubernetesBackend(Backend):
                 what = f"{verb} {'/'.join(resource)} {self._where}"
                 raise NoPermissionError(f"{self._api.host}: you may not {what}: ask for the role `edit` there")
         return f"{self._api.host} lets you create, follow and delete jobs {self._where}"
+
+    def _look_for_job_sets(self) -> str:
+        """Returns whether `--nodes` works, which no other job needs."""
+        group, _, plural = kind = kubernetes_api.KINDS["JobSet"]
+        if not self._api.knows(kind):
+            return f"not installed, which --nodes needs: {_INSTALL.format('jobset')}"
+        missing = [verb for verb in _VERBS if not self._api.may(verb, group, plural)]
+        return f"you may not {', '.join(missing)} them, which --nodes needs" if missing else "--nodes works"
 
     def _look_for_account(self) -> str:
         name = self.target.service_account

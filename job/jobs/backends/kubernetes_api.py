@@ -76,10 +76,10 @@ class ClusterApi:
         return None
 
     def knows(self, kind: Kind) -> bool:
-        """Returns whether the cluster has objects of this kind."""
+        """Returns whether the cluster has objects of this kind, by its discovery, which all credentials may read."""
         with suppress(NoSuchObjectError):
-            self._objects("list", kind, limit=1)
-            return True
+            # A list of what is not installed is forbidden, not missing.
+            return bool(self._ask("CustomObjectsApi", "get_api_resources", *kind[:2]))
         return False
 
     def all_with(self, kind: Kind, selector: str) -> list[JsonObject]:
@@ -174,11 +174,12 @@ class ClusterApi:
                 return ObjectConflictError(f"{where}: {reason}")
         # Status 0 is how some versions of the client report that TLS failed.
         if not error.status or error.status in _BUSY_STATUSES:
-            return self._away(f"answers {error.status or 'nothing'}: {reason}")
+            down = "the pods of this webhook's controller do not answer: ask the cluster's administrator"
+            return self._away(f"answers {error.status or 'nothing'}: {reason}", *[down] * ("calling webhook" in reason))
         return BadRequestError(f"{where} refuses it ({error.status}): {reason}")
 
-    def _away(self, how: str) -> BucketAwayError:
-        return BucketAwayError(f"the API of the cluster, {self.host}, {how}: check its address, and the network")
+    def _away(self, how: str, remedy: str = "check its address, and the network") -> BucketAwayError:
+        return BucketAwayError(f"the API of the cluster, {self.host}, {how}: {remedy}")
 
 
 def _missing(kind: Kind) -> tuple[type[JobError], ...]:

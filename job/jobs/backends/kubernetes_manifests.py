@@ -35,7 +35,6 @@ CPUS_PER_GPU, GIBIBYTES_PER_GPU, SHARED_GIBIBYTES_PER_GPU = 4, 16, 2
 MOUNTS = {"dshm": "/dev/shm", "scratch": SCRATCH, "tmp": "/tmp"}  # noqa: S108 -- the container's own
 TMP_SIZE, OUTPUT_SIZE = "8Gi", "2Gi"
 """For /tmp, and for the program's output, which counts as the container's disk, too."""
-LONGEST_POD_NAME = 63
 
 
 def manifest(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
@@ -45,10 +44,6 @@ def manifest(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
         BadRequestError: Kubernetes cannot run the job; the message names the option or the target's key.
     """
     is_set = spec.nodes > 1
-    pod_name = f"{spec.name}{f'-{NODE_JOB}-0' * is_set}-{spec.machines - 1}-abcde"
-    if len(pod_name) > LONGEST_POD_NAME:
-        length = f"{len(pod_name)} characters, and {LONGEST_POD_NAME} is the most"
-        raise BadRequestError(f"the pods of {spec.name!r} would have names of {length}: choose a shorter --run")
     labels, waits = spec.all_labels, {}
     if target.queue:
         # A Job's own deadline begins again when a queue stops and starts it; the queue's limit does not.

@@ -1,13 +1,15 @@
-"""The status of a job from the objects of Kubernetes about it and its pods, in words a person can act on. Pure."""
+"""The status of a job from the objects of Kubernetes about it and its pods, in words a person can act on."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from job.exits import Exit, Restart, State, meaning, restart_after
-from job.jobs.backends.base import Cause, JobStatus, JsonObject
+from job.jobs.backends.base import BEFORE, Cause, JobStatus, JsonObject, failed_slices, joined
 from job.jobs.backends.kubernetes_manifests import CONTAINER, INDEX_ANNOTATION, QUEUE_LABEL
 from job.jobs.spec import RETRIES
 
@@ -16,6 +18,8 @@ NO_IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "Err
 _OUT_OF_TIME, _QUEUE_HOURS_OVER = "DeadlineExceeded", "maximum execution time"
 """The words of a Job, and of Kueue, about hours that are over."""
 _HOURS_OVER = "its --max-hours are over, including the wait for a node; the same command goes on"
+_STUCK_AFTER = timedelta(seconds=30)
+"""The time after its grace period in which a node that lives removes a pod that was deleted."""
 _LONGEST_REASON = 200
 """In characters, of a queue's message: it lists every flavor, and the cause is at its end."""
 
@@ -36,7 +40,7 @@ def observed_status(
     """
     state, message, cause = _state_and_cause(job, pods, events, others)
     if state not in (State.FINISHED, State.CANCELLED) and (numbers := job.get("status", {}).get("failedIndexes")):
-        message = "; ".join(filter(None, (f"failed slices: {numbers}", message)))
+        message = joined(failed_slices(numbers), message)
     placed = [pod for pod in pods if _node_of(pod) and not has_ended(pod)]
     running = [pod for pod in placed if is_running(pod)]
     ended = _decisive_end(pods) if state is State.FAILED else next(reversed(_failures(pods)), None)
@@ -91,8 +95,10 @@ def _state_and_cause(
     job: JsonObject, pods: Sequence[JsonObject], events: Sequence[JsonObject], others: Sequence[JsonObject]
 ) -> tuple[State, str, Cause | None]:
     """Returns state, message and cause."""
+    living = [pod for pod in pods if not has_ended(pod)]
+    stuck = next(filter(None, map(_dead_node, living)), "")
     if is_being_deleted(job):
-        return State.CANCELLED, "is being deleted: its pods may save first", None
+        return State.CANCELLED, stuck or "is being deleted: its pods may save first", Cause.STUCK if stuck else None
     if _condition(job, "Complete", "Completed"):
         return State.FINISHED, "", None
     if failed := _condition(job, "Failed"):
@@ -102,7 +108,8 @@ def _state_and_cause(
         return State.FAILED, _why_failed(failed, pods), None
     if is_suspended(job):
         return _why_suspended(job, events, next(iter(others), {}))
-    living = [pod for pod in pods if not has_ended(pod)]
+    if stuck:
+        return State.WAITING, stuck, Cause.STUCK
     if any(map(is_running, living)):
         return State.RUNNING, _how_running(living, pods), None
     if living:
@@ -111,8 +118,9 @@ def _state_and_cause(
         return State.WAITING, why, Cause.NO_IMAGE if without_image else None
     if pods:
         ended = _end_of(pods[-1])
-        how = _end_in_words(ended) if ended else pods[-1].get("status", {}).get("reason") or "its node is gone"
-        return State.WAITING, f"the next attempt follows; the last one: {how}", None
+        lost = pods[-1].get("status", {}).get("reason") or "its node is gone"
+        how = f"{BEFORE}ended with {_end_in_words(ended)}" if ended else f"the last one: {lost}"
+        return State.WAITING, f"the next attempt follows; {how}", None
     warnings = [f"{event.get('reason')}: {event.get('message')}" for event in events if event.get("type") == "Warning"]
     return State.WAITING, warnings[-1] if warnings else "waits for a pod", None
 
@@ -132,13 +140,36 @@ def _why_suspended(
         return State.CANCELLED, f"{why}; the same command submits it again", None
     pending = _condition(workload, "QuotaReserved", status="False")
     reason = ": ".join(filter(None, (pending.get("reason"), _tail_of(pending.get("message")))))
-    if pending.get("reason") == "ExceedsMaxQuota":
+    if _exceeds_quota(pending.get("message", "")):
         reason += "; it can never run so: ask for less, or for more quota"
     reason = reason or _condition(job, "Suspended").get("message", "")
     why = f"waits in the queue {queue!r}" if queue else "is suspended"
     if eviction.get("reason") == "Preempted":
         why = f"was preempted ({evicted}), and {why} again"
     return State.WAITING, f"{why}: {reason}" if reason else why, None
+
+
+def _exceeds_quota(reasons: str) -> bool:
+    """Returns whether a job fits into no flavor of its queue, even into an empty one.
+
+    See pkg/scheduler/flavorassigner of Kueue, which names the first resource of each flavor that does not fit.
+    """
+    flavors = re.findall(r"insufficient (unused )?quota for \S+ in flavor ([^\s,]+)", reasons)
+    never = {flavor for is_short, flavor in flavors if not is_short}
+    return "> maximum capacity" in reasons and {flavor for _, flavor in flavors} == never and "topology" not in reasons
+
+
+def _dead_node(pod: JsonObject) -> str:
+    """Returns what to do about a pod that was deleted and does not go; empty if it may still end, or was not.
+
+    A Job replaces pods that failed (`podReplacementPolicy`), as PodGC reports those of a node that is gone. A pod whose
+    deletion is forced does not fail.
+    """
+    gone_at, node = pod["metadata"].get("deletionTimestamp"), _node_of(pod)
+    if not gone_at or datetime.fromisoformat(gone_at) + _STUCK_AFTER > datetime.now(UTC):
+        return ""
+    late = f"pod {pod['metadata']['name']} should have ended by {gone_at}, and no other follows before"
+    return f"node {node} does not answer: {late}; if the machine is dead, `kubectl delete node {node}`"
 
 
 def _condition(thing: JsonObject, *types: str, status: str = "True") -> JsonObject:

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from job.exits import BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, NoPermissionError, State
-from job.jobs.backends.base import Backend, Cause, Check, JobStatus, JsonObject
+from job.jobs.backends.base import BEFORE, Backend, Cause, Check, JobStatus, JsonObject, joined, last_line
 from job.jobs.backends.slurm_script import SlurmTarget, script_of
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.processes.group import GPUS
@@ -216,7 +216,7 @@ class SlurmBackend(Backend):
             ) from None
 
     def _refusal(self, answer: subprocess.CompletedProcess[str]) -> JobError:
-        host, why = self.target.host, _last_line(answer)
+        host, why = self.target.host, last_line(answer)
         if answer.returncode == 127:
             where = f"on {host}" if host else "here: set the login node as the target's `host:`"
             return MissingInputError(f"Slurm is not installed {where} ({why})")
@@ -271,11 +271,10 @@ def _status(name: str, state: str, reason: str, code: int | None) -> JobStatus:
             return JobStatus.of_code(name, code)
         return JobStatus(name, State.FAILED, why or reason, code, cause=cause)
     found = _STATES.get(state, State.RUNNING)
-    message = (
-        reason.replace("None", "")
-        if found is State.WAITING
-        else state.lower() * (found is State.RUNNING and state != "RUNNING")
-    )
+    if found is State.WAITING:
+        end = BEFORE + JobStatus.of_code(name, code).message if code else ""
+        return JobStatus(name, found, joined(reason.replace("None", ""), end), code)
+    message = state.lower() * (found is State.RUNNING and state != "RUNNING")
     return JobStatus(name, found, message, 0 if found is State.FINISHED else None)
 
 
@@ -291,8 +290,3 @@ def _with_indices(lines: Iterable[str]) -> Iterator[str]:
         if line:
             yield f"[{index}] {line}"
         is_empty = not line
-
-
-def _last_line(answer: subprocess.CompletedProcess[str]) -> str:
-    lines = [line.strip() for line in answer.stderr.splitlines() if line.strip()]
-    return re.sub(r"^\w+: (error: |fatal: )*", "", lines[-1]) if lines else f"it ended with {answer.returncode}"

@@ -63,6 +63,8 @@ class Cluster:
         """A method, and what answers its next request instead; each is used once."""
         self.goes_after_seconds = 0.05
         """How long the pods of an object that is deleted take to end."""
+        self._silent: set[str] = set()
+        """Nodes whose kubelet is dead: their pods never end."""
         self._objects: dict[tuple[str, str, str], Object] = {}
         """By namespace, resource and name."""
         self._lines: dict[str, list[str]] = {}
@@ -180,6 +182,21 @@ class Cluster:
         with self._lock:
             del self._objects[namespace, plural, name]
 
+    def kill_kubelet(self, node: str) -> None:
+        """A kubelet dies. Its pods are deleted after the 300 s that they tolerate by default, and stay as they were."""
+        self._silent.add(node)
+        for key, thing in self._objects.items():
+            if key[1] == "pods" and thing["spec"]["nodeName"] == node:
+                thing["metadata"]["deletionTimestamp"] = self._now()
+
+    def delete_node(self, node: str) -> None:
+        """A person deletes a node: PodGC makes its pods fail, and removes them; what they held back goes as well."""
+        self._silent.remove(node)
+        for key in [key for key, thing in self._objects.items() if thing["spec"].get("nodeName") == node]:
+            del self._objects[key]
+        for thing in [thing for thing in self._objects.values() if "deletionTimestamp" in thing["metadata"]]:
+            self._let_go(thing["metadata"]["uid"])
+
     def print(self, pod: str, *lines: str) -> None:
         """The program in a pod prints."""
         self._lines[pod] += [f"{self._now()} {line}" for line in lines]
@@ -188,9 +205,9 @@ class Cluster:
         """A node throws the first lines of a long output away."""
         del self._lines[pod][:count]
 
-    def answer_next(self, code: int, times: int = 1, method: str = "GET") -> None:
+    def answer_next(self, code: int, times: int = 1, method: str = "GET", message: str = "the test says {}") -> None:
         """Has the next `times` requests of that method answered with an error."""
-        self.faults += [(method, lambda handler: handler.say(code, {"message": f"the test says {code}"}))] * times
+        self.faults += [(method, lambda handler: handler.say(code, {"message": message.format(code)}))] * times
 
     # What both need.
 
@@ -208,10 +225,12 @@ class Cluster:
 
     def _let_go(self, uid: str) -> None:
         with self._lock:
-            for key, thing in list(self._objects.items()):
-                owners = (owner["uid"] for owner in thing["metadata"].get("ownerReferences", []))
-                if uid in (thing["metadata"]["uid"], *owners):
-                    del self._objects[key]
+            owned = [key for key, thing in self._objects.items() if uid in _owners(thing)]
+            held = [key for key in owned if self._objects[key]["spec"].get("nodeName") in self._silent]
+            for key in set(owned) - set(held):
+                del self._objects[key]
+            for key in [key for key, thing in self._objects.items() if thing["metadata"]["uid"] == uid and not held]:
+                del self._objects[key]
 
 
 class _Handler(JsonHandler):
@@ -239,8 +258,6 @@ class _Handler(JsonHandler):
         match = _PATH.fullmatch(url.path)
         if match is None:
             self.say(200, self._discovered(url.path))
-        elif match["plural"] not in self.cluster.served.get(match["api"], ()):
-            raise Refusal(404, "the server could not find the requested resource")
         else:
             query = {name: values[-1] for name, values in parse_qs(url.query).items()}
             self._dispatch(query, **match.groupdict())
@@ -256,6 +273,8 @@ class _Handler(JsonHandler):
             groups = [{"name": one["groupVersion"].split("/")[0], "versions": [one]} for one in versions]
             return {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}
         api, common = path.removeprefix("/apis/").removeprefix("/api/"), {"namespaced": True, "verbs": ["create"]}
+        if api not in self.cluster.served:
+            raise Refusal(404, "the server could not find the requested resource")
         found = [{"name": name, "kind": KINDS.get(name, name), **common} for name in self.cluster.served[api]]
         return {"kind": "APIResourceList", "groupVersion": api, "resources": found}
 
@@ -265,6 +284,9 @@ class _Handler(JsonHandler):
         resource = f"{plural}{log or ''}"
         if (verb, resource) in cluster.forbidden:
             raise Refusal(403, f'User "somebody" cannot {verb} resource "{resource}"')
+        # A right is judged before its resource is looked for.
+        if plural not in cluster.served.get(api, ()):
+            raise Refusal(404, "the server could not find the requested resource")
         if log:
             assert (query["container"], query["timestamps"].lower()) == ("ddpm", "true"), query
             self.say(200, cluster.log(namespace, name, float(query.get("sinceSeconds", 1e9))))
@@ -280,6 +302,10 @@ class _Handler(JsonHandler):
             selectors = {key: value for key, value in query.items() if key.endswith("Selector")}
             answer = {"items": cluster.list(plural, namespace, **selectors)}
         self.say(200, answer)
+
+
+def _owners(thing: Object) -> list[str]:
+    return [owner["uid"] for owner in thing["metadata"].get("ownerReferences", [])]
 
 
 def _value(thing: Object, name: str) -> Any:

@@ -11,7 +11,7 @@ from job.jobs.backends.base import JsonObject
 from job.jobs.building import Resources, spec_of
 from job.jobs.spec import JobSpec
 from job.jobs.submit import formatted
-from job.jobs.targets import chosen_target, load_targets
+from job.jobs.targets import target_on
 
 TARGETS = """
 local: {bucket: gs://of-local}
@@ -29,7 +29,7 @@ REWRITE = "DDPM_TEST_REWRITE_GOLDEN"
 
 
 def built(verb: str, words: list[str], on: str = "gke", **resources) -> JobSpec:
-    return spec_of(parsed(verb, words), chosen_target(load_targets(), on), Resources(**resources))
+    return spec_of(parsed(verb, words), target_on(on), Resources(**resources))
 
 
 def assert_kept(engine: str, case: str, made: list[JsonObject], cases: Iterable[str]) -> None:

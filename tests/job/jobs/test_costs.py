@@ -18,7 +18,7 @@ from job.jobs.building import Resources, spec_of
 from job.jobs.prices import Prices, load_prices
 from job.jobs.spec import JobSpec
 from job.jobs.submit import cost_of, outlook_lines, plan_lines
-from job.jobs.targets import chosen_target, load_targets, parse_targets
+from job.jobs.targets import load_targets, parse_targets, target_on
 from tests.job.command_line import ddpm_here, succeeded
 from tests.job.jobs.submitting import FOR_TRAIN, built
 
@@ -74,7 +74,7 @@ def test_plans_state_the_limit():
         ("vm", {}, together + "then the engine ends it"),
         ("batch", {}, "10 hours for each attempt of a task, of which there may be 11, then Batch ends it"),
     ):
-        spec, there = built("train", FOR_TRAIN, on, max_hours=10, **changes), chosen_target(load_targets(), on)
+        spec, there = built("train", FOR_TRAIN, on, max_hours=10, **changes), target_on(on)
         for is_watched in (False, True):
             lines = dict(line.split(maxsplit=1) for line in plan_lines(spec, there, is_watched=is_watched))
             assert lines["limit"] == f"{limit}{again * is_watched}; saved work stays (--max-hours)"

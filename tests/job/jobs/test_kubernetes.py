@@ -15,8 +15,19 @@ from typing import get_args
 import pytest
 import yaml
 
-from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, NoPermissionError, State, StoppedError
-from job.jobs.backends import kubernetes_api
+from job.exits import (
+    BadDataError,
+    BadRequestError,
+    BucketAwayError,
+    DiskFullError,
+    Exit,
+    JobError,
+    MissingInputError,
+    NoPermissionError,
+    State,
+    StoppedError,
+)
+from job.jobs.backends import kubernetes, kubernetes_api
 from job.jobs.backends.base import Cause, JobStatus
 from job.jobs.backends.kubernetes import KubernetesBackend
 from job.jobs.spec import Verb
@@ -98,6 +109,21 @@ def test_ended_slice_is_no_attempt(tmp_path, monkeypatch):
         assert JobStatus(name, State.WAITING).with_outcome(str(tmp_path)).message == "", verb
 
 
+def test_bucket_names_failed_slices(tmp_path, monkeypatch):
+    name = "sample-celeba-1a2b3c4d"
+    for number, error in enumerate((None, DiskFullError("no space left on /a"), BadDataError("b is corrupt"), None)):
+        monkeypatch.setenv("DDPM_JOB", name)
+        with suppress(JobError), outcome_written(str(tmp_path), number, 4):
+            if error:
+                raise error
+    # Its engine knows as much, or has forgotten it.
+    summary = "2 of 4 slices finished; failed slices: 1,2; slice 1: ended with code 74"
+    known = JobStatus(name, State.FAILED, summary, 74).with_outcome(str(tmp_path))
+    assert known.message == f"{summary}; no space left on /a"
+    gone = JobStatus(name, State.GONE).with_outcome(str(tmp_path))
+    assert (gone.exit_code, gone.message) == (74, "failed slices: 1,2; no space left on /a")
+
+
 def test_queue_must_exist_before_the_job(server):
     backend = KubernetesBackend(QUEUED)
     # Who may not see queues may still submit.
@@ -117,8 +143,10 @@ def test_queue_must_exist_before_the_job(server):
         server.remove("localqueues", "gpus", "training")
 
 
-def test_missing_jobsets_are_named(server, backend):
+@pytest.mark.parametrize("forbidden", [(), ("get", "list", "create", "delete")], ids=["admin", "edit"])
+def test_missing_jobsets_are_named(server, backend, forbidden):
     del server.served["jobset.x-k8s.io/v1alpha2"]
+    server.forbidden = {(verb, "jobsets") for verb in forbidden}
     with pytest.raises(
         MissingInputError, match=r"--nodes 2 needs JobSets in the cluster: kubectl apply --server-side -f .*jobset"
     ):
@@ -163,6 +191,27 @@ def test_cancelling_ends_the_pods(server, backend):
             backend.cancel(NAME)
 
 
+@pytest.mark.parametrize("job", [spec(), spec(nodes=2)], ids=["job", "group"])
+def test_dead_nodes_are_named(server, backend, job, monkeypatch):
+    """A kubelet dies, and its node stays: the pod never goes, and no other comes."""
+    monkeypatch.setattr(kubernetes, "GONE_MARGIN_SECONDS", -TARGET.grace_seconds)
+    plural, told = "jobs" if job.nodes == 1 else "jobsets", "node node-0 does not answer: pod train-celeba-0-"
+    backend.submit(job)
+    pods = [server.start_pod(NAME, node, plural) for node in range(job.nodes)]
+    server.kill_kubelet("node-0")
+    for status in (backend.status(NAME), *backend.jobs()):
+        assert (status.state, status.place) == (State.WAITING, f"node-{job.nodes - 1}") and told in status.message
+    with pytest.raises(MissingInputError, match=told):
+        list(backend.logs(NAME, follow=True))
+    backend.cancel(NAME)
+    with pytest.raises(BadRequestError, match=f"old job 'train-celeba' in namespace 'default' does not end: {told}"):
+        backend.submit(job)
+    server.delete_node("node-0")
+    assert pods[0] not in server.names("pods")
+    monkeypatch.undo()
+    backend.submit(job)
+
+
 def test_refused_jobs_leave_nothing(server, backend, monkeypatch):
     elsewhere = KubernetesBackend(TARGET.model_copy(update={"namespace": "nowhere"}))
     with pytest.raises(MissingInputError, match=r'namespaces "nowhere" not found: `kubectl create` it, or set'):
@@ -188,7 +237,7 @@ def test_only_needed_rights_are_used(server):
     assert [status.state for status in backend.jobs()] == [backend.status(NAME).state] == [State.WAITING]
     backend.cancel(NAME)
     eventually(lambda: backend.status(NAME).state is State.GONE)
-    with pytest.raises(NoPermissionError, match=r"cannot list resource .jobsets.*jobs need get, list, create"):
+    with pytest.raises(NoPermissionError, match=r"cannot create resource .jobsets.*jobs need get, list, create"):
         backend.submit(spec(nodes=2))
 
 
@@ -204,6 +253,14 @@ def test_busy_api_is_asked_again(server, backend, tmp_path):
     elsewhere(server, tmp_path, 9)
     with pytest.raises(BucketAwayError, match=r"127.0.0.1:9, does not answer"):
         KubernetesBackend(TARGET).submit(spec())
+
+
+@pytest.mark.parametrize("code", [500, 503])
+def test_webhooks_that_are_down_are_named(server, backend, code):
+    said = f'failed calling webhook "mjob.kb.io": failed to call webhook: Post "https://kueue-webhook-service": {code}'
+    server.answer_next(code, times=4, method="POST", message=f"Internal error occurred: {said}")
+    with pytest.raises(BucketAwayError, match=rf"answers {code}: Internal .*: {code}: the pods of this webhook's"):
+        backend.submit(spec())
 
 
 def test_lost_answers_make_no_second_job(server, backend):
@@ -224,8 +281,14 @@ def doctor(target=TARGET):
 def test_doctor_finds_what_a_job_misses(server):
     server.add("serviceaccounts", {"metadata": {"name": "ddpm"}})
     found = doctor()
-    assert list(found) == ["cluster", "service account", "queue", "image"]
+    assert list(found) == ["cluster", "service account", "queue", "JobSets", "image"]
     assert [name for name, check in found.items() if not check.passed] == []
+    assert found["JobSets"].message == "--nodes works"
+    server.forbidden = {("create", "jobsets"), ("delete", "jobsets")}
+    assert doctor()["JobSets"].message == "you may not create, delete them, which --nodes needs"
+    kept = server.served.pop("jobset.x-k8s.io/v1alpha2")
+    assert doctor()["JobSets"].message.startswith("not installed, which --nodes needs: kubectl apply --server-side -f ")
+    server.served["jobset.x-k8s.io/v1alpha2"] = kept
     server.forbidden = {("get", "serviceaccounts")}
     found = doctor()
     assert found["service account"].passed and "not looked at" in found["service account"].message
@@ -285,12 +348,13 @@ def test_workloads_show_what_queues_do(server):
         backend.submit(job)
         uid = server.get(plural, job.name, "training")["metadata"]["uid"]
         label = {"labels": {"kueue.x-k8s.io/job-uid": uid}}
-        pending = {"type": "QuotaReserved", "status": "False", "reason": "ExceedsMaxQuota", "message": "8 > 4"}
+        said_of_quota = "insufficient quota for nvidia.com/gpu in flavor gpu-spot, request > maximum capacity (8 > 4)"
+        pending = {"type": "QuotaReserved", "status": "False", "reason": "Pending", "message": said_of_quota}
         workload = {"metadata": {"name": job.name, **label}, "spec": {"active": True}}
         server.add("workloads", {**workload, "status": {"conditions": [pending]}}, "training")
         found = {status.name: status for status in backend.jobs()}[job.name]
         assert found == backend.status(job.name)
-        assert found.state is State.WAITING and "ExceedsMaxQuota: 8 > 4; it can never run so" in found.message
+        assert found.state is State.WAITING and f"Pending: {said_of_quota}; it can never run so" in found.message
         with pytest.raises(BadRequestError, match="runs in namespace 'training' already"):
             backend.submit(job)
         # One that the queue ended for its hours makes room.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from job.exits import State
 from job.jobs.backends.base import Cause
 from job.jobs.backends.kubernetes_manifests import INDEX_ANNOTATION, manifest
 from job.jobs.backends.kubernetes_status import observed_status
+from job.sealed import utc_now
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, sampling, spec
 
 
@@ -49,7 +52,12 @@ def test_why_a_job_waits():
         ([NO_ACCOUNT], [], "CreateContainerConfigError: no account", True),
         ([EVICTED], [], "the next attempt follows; the last one: Evicted", False),
         ([GONE], [], "the next attempt follows; the last one: its node is gone", False),
-        ([ended(1, "oh\n")], [], "the next attempt follows; the last one: exit code 1 (crashed): oh", False),
+        (
+            [ended(1, "oh\n")],
+            [],
+            "the next attempt follows; the attempt before ended with exit code 1 (crashed): oh",
+            False,
+        ),
     ]:
         status = observed_status(job(), pods, events)
         assert (status.state, status.message, status.cause) == (State.WAITING, message, None)
@@ -82,6 +90,24 @@ def test_why_a_job_failed():
         assert status.message.startswith(message)
 
 
+@pytest.mark.parametrize("kind", [spec(), spec(nodes=2)], ids=["job", "group"])
+def test_pods_that_outlive_their_node_are_named(kind):
+    def leaving(at):
+        return {**pod(node="c0", running={}), "metadata": {"name": "train-celeba-0-abcde", "deletionTimestamp": at}}
+
+    made = manifest(kind, TARGET)
+    told = "node c0 does not answer: pod train-celeba-0-abcde should have ended by 2026-01-01T00:00:00Z"
+    status = observed_status(job(made=made), [leaving("2026-01-01T00:00:00Z"), RUNNING])
+    assert (status.state, status.cause, status.has_machine) == (State.WAITING, Cause.STUCK, True)
+    assert status.message.startswith(told) and status.message.endswith("`kubectl delete node c0`")
+    removed = {**job(made=made), "metadata": {**made["metadata"], "deletionTimestamp": "2026-01-01T00:00:00Z"}}
+    status = observed_status(removed, [leaving("2026-01-01T00:00:00Z")])
+    assert (status.state, status.cause) == (State.CANCELLED, Cause.STUCK) and status.message.startswith(told)
+    # One that still saves, and one that has ended.
+    for last in (leaving(utc_now()), {**ended(75), **{"metadata": leaving("2026-01-01T00:00:00Z")["metadata"]}}):
+        assert observed_status(job(made=made), [last, RUNNING]).state is State.RUNNING
+
+
 def test_missing_images_are_named():
     for reason in ("ErrImagePull", "ImagePullBackOff", "InvalidImageName"):
         without = pod(waiting={"reason": reason, "message": "manifest unknown"})
@@ -110,10 +136,9 @@ def test_queues_hold_and_stop_jobs():
 def test_queues_say_why_jobs_wait():
     held = job(("Suspended", "", "Job suspended"), made=manifest(spec(), QUEUED))
     waiting, stopped = "waits in the queue 'gpus': ", "its queue 'gpus' lets it run no more: "
-    gave_up, never = "The workload is deactivated due to exceeding the maximum ", "; it can never run so: ask for less"
+    gave_up = "The workload is deactivated due to exceeding the maximum "
     for active, kind, reason, said, state, message in [
         (True, "QuotaReserved", "Pending", "no\nquota", State.WAITING, f"{waiting}Pending: no quota"),
-        (True, "QuotaReserved", "ExceedsMaxQuota", "8 > 4", State.WAITING, f"{waiting}ExceedsMaxQuota: 8 > 4{never}"),
         # One that was let go again, one that has to make room, and one of which nothing is known.
         (True, "Evicted", "PodsReadyTimeout", "too slow", State.WAITING, f"{waiting}Job suspended"),
         (True, "Evicted", "Preempted", "for another", State.WAITING, "was preempted (for another), and waits in the"),
@@ -127,6 +152,39 @@ def test_queues_say_why_jobs_wait():
         status = observed_status(held, [], [], [workload])
         assert status.state is state and status.message.startswith(message), status
         assert status.cause is (Cause.OUT_OF_TIME if state is State.FAILED else None)
+
+
+OVER = "insufficient quota for nvidia.com/gpu in flavor {}, request > maximum capacity (8 > 4)"
+OVER_LATER = (
+    "insufficient quota for nvidia.com/gpu in flavor {}, "
+    "previously considered podsets requests (0) + current podset request (8) > maximum capacity (4)"
+)
+SHORT = "insufficient unused quota for cpu in flavor {}, 4 more needed"
+
+
+@pytest.mark.parametrize(
+    ("reasons", "never"),
+    [
+        ([OVER.format("spot")], True),
+        ([OVER_LATER.format("spot")], True),
+        (["flavor spot doesn't match node affinity", OVER.format("on-demand")], True),
+        ([OVER.format(flavor) for flavor in ("a" * 60, "b" * 60, "c" * 60)], True),
+        # It needs more processors as well, which others use now.
+        ([OVER.format("spot"), SHORT.format("spot")], True),
+        ([OVER.format("spot"), SHORT.format("on-demand")], False),
+        ([SHORT.format("spot")], False),
+        ([OVER.format("spot"), 'topology "racks" doesn\'t allow to fit any of 1 pod(s)'], False),
+    ],
+)
+@pytest.mark.parametrize("reason", ["Pending", "ExceedsMaxQuota"])
+def test_jobs_that_never_fit_are_told(reason, reasons, never):
+    """Kueue's reason is that of its worst flavor, or `Pending` in all cases: only the text tells."""
+    text = f"couldn't assign flavors to pod set main: {', '.join(reasons)}"
+    pending = {"type": "QuotaReserved", "status": "False", "reason": reason, "message": text}
+    workload = {"spec": {"active": True}, "status": {"conditions": [pending]}}
+    status = observed_status(job(("Suspended",), made=manifest(spec(), QUEUED)), [], [], [workload])
+    assert status.state is State.WAITING
+    assert ("; it can never run so: ask for less" in status.message) is never, status.message
 
 
 def test_long_reasons_keep_their_end():

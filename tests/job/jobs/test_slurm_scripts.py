@@ -11,7 +11,7 @@ import pytest
 
 from job.exits import BadRequestError, Restart, State
 from job.jobs.backends.base import Cause
-from job.jobs.backends.slurm import SlurmBackend, _tasks
+from job.jobs.backends.slurm import SlurmBackend, _tasks, _whole
 from job.jobs.backends.slurm_script import SlurmTarget
 from job.jobs.spec import JobSpec
 from tests.job.jobs.submitting import assert_kept
@@ -89,5 +89,38 @@ def test_states_have_their_restart(word, code, state, cause, restart):
     ((number, index, status),) = _tasks(f"{row}\n{others}\n")
     assert (number, index, status.state, status.cause) == (7, 2, state, cause)
     assert (status.failures, status.bucket, status.created) == (2, "s3://a|b", "2026-11-30T08:15:30Z")
-    assert status.exit_code == (int(code) if code and state in (State.FAILED, State.FINISHED) else None)
+    assert status.exit_code == (int(code) if code else None)
     assert restart in (None, status.restart)
+
+
+FULL_DISK, CORRUPT = "ended with code 74: the local disk is full", "ended with code 65: bad data: unreadable"
+
+
+@pytest.mark.parametrize(
+    ("slices", "state", "message"),
+    [
+        (
+            ("FAILED 74", "COMPLETED 0", "PENDING 137", "FAILED 65"),
+            State.WAITING,
+            "1 of 4 slices finished; failed slices: 0,3; slice 2: Priority; the attempt before ended with code 137: "
+            f"killed by signal 9; slice 0: {FULL_DISK}",
+        ),
+        (
+            ("COMPLETED 0", "FAILED 74", "RUNNING ", "COMPLETED 0"),
+            State.RUNNING,
+            f"2 of 4 slices finished; failed slices: 1; slice 1: {FULL_DISK}",
+        ),
+        (
+            ("FAILED 65", "COMPLETED 0", "FAILED 74"),
+            State.FAILED,
+            f"1 of 3 slices finished; failed slices: 0,2; slice 0: {CORRUPT}",
+        ),
+    ],
+)
+def test_failed_slices_are_named(slices, state, message):
+    rows = ""
+    for number, (word, code) in enumerate(each.split(" ") for each in slices):
+        rows += f"7_{number}|{word}|{'Priority' if word == 'PENDING' else 'None'}|n3|1796026535|sample-a-1a2b3c4d|"
+        rows += f"ddpm began=1796026530 failures=0 code={code} bucket=s3://b\n"
+    status = _whole(_tasks(rows))
+    assert status.state is state and status.message.startswith(message), status.message

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from job.exits import BadConfigError, BadRequestError, MissingInputError
+from job.exits import BadConfigError, BadRequestError, MissingInputError, State
+from job.jobs.backends.base import JobStatus
+from job.jobs.backends.kubernetes import KubernetesBackend
 from job.jobs.backends.kubernetes_target import size_bytes
+from job.jobs.backends.local import LocalBackend
 from job.jobs.targets import load_targets, parse_targets
 from tests.job.command_line import ddpm_here, refused
 
@@ -97,14 +100,36 @@ REFUSED = [
 def test_refusals_name_target_and_key():
     for text, parts in REFUSED:
         with pytest.raises(BadConfigError) as refused:
-            parse_targets(text, "targets.yaml")
+            parse_targets(text, "targets.yaml", text.partition(":")[0])
         assert str(refused.value).startswith("targets.yaml"), text
         assert all(part in str(refused.value) for part in parts), refused.value
         assert refused.value.exit_code == 78
     for secret in ("gs://somebody:hunter2@bucket", "s3://KEY:hunter2@bucket/folder"):
         with pytest.raises(BadConfigError) as refused:
-            parse_targets(f"gke: {{backend: kubernetes, bucket: '{secret}'}}", "targets.yaml")
+            parse_targets(f"gke: {{backend: kubernetes, bucket: '{secret}'}}", "targets.yaml", "gke")
         assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "begin"),
+    [
+        (("submit", "train", "--dataset", "a", "--on", "gke", "--dry-run"), 0, "left out"),
+        (("doctor", "--on", "local", "--no-bucket"), 0, "left out"),
+        (("jobs", "list"), 0, "left out"),
+        (("jobs", "status", "train-none"), 66, "left out"),
+        (("submit", "train", "--dataset", "a", "--on", "old", "--dry-run"), 78, "ddpm"),
+        (("jobs", "list", "--on", "old"), 78, "ddpm"),
+    ],
+)
+def test_a_target_that_is_not_valid_blocks_no_other(words, code, begin, monkeypatch):
+    monkeypatch.setattr(KubernetesBackend, "jobs", lambda self: [])
+    monkeypatch.setattr(KubernetesBackend, "status", lambda self, name: JobStatus(name, State.GONE))
+    monkeypatch.setattr(LocalBackend, "checks", lambda self, bucket: ())
+    Path("targets.yaml").write_text(f"{GKE}, gpu_type: nvidia-l4}}\nold: {{backend: kubernetes, zone: a}}\n")
+    done = ddpm_here(*words)
+    assert done.returncode == code, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if "targets.yaml" in line)
+    assert line.startswith(f"{begin}: targets.yaml: target 'old': unknown key 'zone'")
 
 
 def test_sizes_are_those_of_kubernetes():
@@ -123,7 +148,7 @@ HARMLESS += ["FSSPEC_GS_REQUESTER_PAYS", "FSSPEC_S3_ENDPOINT_URL"]
 def test_secret_variables_are_refused():
     for name in SECRETS:
         with pytest.raises(BadConfigError, match=f"{name} looks like a secret"):
-            parse_targets(GKE + f", env: {{{name}: x}}}}", "f")
+            parse_targets(GKE + f", env: {{{name}: x}}}}", "f", "gke")
     target = parse_targets(GKE + f", env: {{{', '.join(f'{name}: /a' for name in HARMLESS)}}}}}", "f")["gke"]
     assert list(target.env) == HARMLESS
 
