@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from benchmarks.exploration.training import RUN, ending
+from benchmarks.exploration.training import DATASET_IMAGES, RUN, ending
 from benchmarks.exploration.world import Process, Request, Violation, World
 from job.exits import BucketAwayError, LostRunError, StoppedError
 from job.processes.lease import EXPIRE_SECONDS, LEASE_KEY
@@ -149,9 +149,13 @@ class RunChecks(LeaseChecks):
         if request.op == "delete":
             if place.kind is ObjectKind.MANIFEST and before is not None:
                 newest = max(self._named, default=place.checkpoint)
+                ends = [ref for ref in self._named if not ref.images_seen % DATASET_IMAGES and ref not in self._late]
                 del self._named[place.checkpoint]
                 if place.checkpoint == newest:
                     raise Violation(f"{request.process.name} deleted the newest checkpoint, {place.checkpoint}")
+                # Without the dataset, which is not in this bucket, a prune knows no epochs.
+                if not request.process.name.startswith("pruning") and place.checkpoint == max(ends, default=None):
+                    raise Violation(f"{request.process.name} deleted the last end of an epoch, {place.checkpoint}")
             for ref, objects in self._named.items():
                 if key in objects and ref not in self._late and before is not None:
                     raise Violation(f"{request.process.name} deleted {key}, which the manifest of {ref} names")

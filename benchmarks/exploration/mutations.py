@@ -229,6 +229,14 @@ def _newest_retired(replace: Replace) -> None:
     replace(Retention, "retire", retire)
 
 
+@_mutation("a save in between displaces the last end of an epoch", "train")
+def _epoch_displaced(replace: Replace) -> None:
+    def retire(this: Retention, refs: Any) -> list[Any]:
+        return sorted(refs)[: -this.config.checkpoint.keep_last]
+
+    replace(Retention, "retire", retire)
+
+
 @_mutation("the sweep deletes metrics of earlier attempts, which manifests name", "train", "train-here")
 def _sweeps_metrics_in_use(replace: Replace) -> None:
     def none_named(run: Any, ref: Any) -> Any:
