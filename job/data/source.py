@@ -91,7 +91,6 @@ class Source:
         where: the path or URI that messages name.
         listed: yields its files in order, each readable until the next one is requested; raises `RefusedError`.
         listed_in: yields the files of one split alone, if the format finds them without the others.
-        channels: channels of the packed images by default.
         classes: the names of the classes, if the format has a list of them.
         note: how the source is interpreted, for people.
         readers: number of files to read at a time.
@@ -107,7 +106,6 @@ class Source:
     where: str
     listed: Callable[[], Iterator[Member]]
     listed_in: Callable[[str], Iterator[Member]] | None = None
-    channels: int = 3
     classes: tuple[str, ...] = ()
     note: str = ""
     readers: int = 0

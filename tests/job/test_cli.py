@@ -162,13 +162,15 @@ def test_ensure_packs_only_a_missing_dataset(tmp_path):
     # Without a preset or a size it is made for the network of the preset it will be trained with.
     assert "6 colour, 32×32 pixels" in succeeded(ddpm_here(*words))
     done = ddpm_here(*words)
-    said = "is there already, made from photos: SOURCE is not read"
+    said = "is there already, made from photos: SOURCE has not changed"
     assert (succeeded(done), done.stderr) == ("", f"mine-32 {said}\n")
     assert "6 colour, 16×16 pixels" in succeeded(ddpm_here(*words, "--size", 16))
     done = ddpm_here(*words, "--size", 16, "--no-classes")
-    assert done.stderr == f"mine-16 {said}, labels, classes and split stay as they are\n"
+    assert done.stderr == f"mine-16 {said}\n"
+    done = ddpm_here(*words[:-2], "--size", 16, "--no-classes")
+    assert done.stderr == "mine-16 is there already, made from photos: labels, classes and split stay as they are\n"
     done = ddpm_here(*words)
-    assert done.stderr == "mine is there already, at several sizes: SOURCE is not read\n"
+    assert done.stderr == "mine is there already, at several sizes: SOURCE is not compared\n"
     assert succeeded(ddpm_here(*words[:-2])) == done.stdout == ""
 
 
