@@ -16,7 +16,7 @@ from ddpm.image_size import ImageSize
 from job.config import EMBEDDED, pack_config
 from job.data.shards import PREVIEW, NoDatasetError, dataset_key
 from job.evaluation.evaluation_plan import check_library, check_scores_in_training, plan_evaluation
-from job.exits import BadDataError, MissingInputError
+from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.outcome import outcome_written
 from job.pieces import IF_NONE_RUNS, WHOLE, Slice
 from job.plan import Plan, plan_run
@@ -30,7 +30,7 @@ from job.runs.layout import ObjectKind
 from job.runs.records import check_writable
 from job.sampling.sampling_plan import plan_sampling, plan_sets
 from job.stop import Stop, deadline
-from job.store import ObjectMissingError, Store, open_bucket
+from job.store import ObjectMissingError, Store, is_foreign, open_bucket, split_chain
 from job.training.tracking import check_tracker
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def train_command(
             from job.report.datasets import how_packed, how_to_pack
 
             # A local bucket without its folder has no dataset either, and the packing makes it.
-            if not isinstance(error, NoDatasetError) and how_packed(request.bucket, request.dataset, None):
+            if not isinstance(error, NoDatasetError) and how_packed(request.bucket, request.dataset, None)[0]:
                 raise
             stated = error.size if isinstance(error, NoDatasetError) else request.changes.get("data.size")
             size = ImageSize.of(stated) if stated else _usual_size(request.preset_name())
@@ -158,19 +158,21 @@ def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") ->
     """Packs a source, or indexes tars in place, and prints the facts of the dataset."""
     from job.data.fetched import forget
     from job.data.pack import check_free, is_whole, pack
+    from job.runs.removal import check_unused
 
     share = Slice.parse(request.slice)
     with _command_on(bucket_uri, stop_after, share) as stop:
         stop.install()
         request = request.check()
         bucket = open_bucket(bucket_uri, stop)
-        if not request.slice:
-            # A dataset of this name must be an error before hours of packing its held-out part.
-            check_free(bucket, request)
+        # A dataset of this name must be an error before hours of packing its held-out part.
+        check_free(bucket, request)
         for part in request.parts():
-            if part.is_held_out and is_whole(bucket, part):
+            if part.is_held_out and not request.replaces and is_whole(bucket, part):
                 # An interrupted command has finished this part.
                 continue
+            if request.replaces:
+                check_unused(bucket, request.key)
             try:
                 index = pack(bucket, part, stop=stop)
             except BadDataError:
@@ -207,6 +209,7 @@ def ensure_command(request: PackRequest, bucket_uri: str, on: str = "") -> None:
     """Packs a dataset if the bucket lacks it; `on` is the target whose job needs it.
 
     Raises:
+        BadRequestError: the source would make another dataset than the one that is there.
         MissingInputError: the dataset is missing, and the request has no source; the message has the commands to type.
     """
     from job.report.datasets import how_packed, how_to_pack
@@ -215,15 +218,38 @@ def ensure_command(request: PackRequest, bucket_uri: str, on: str = "") -> None:
     asked = ImageSize.of(request.size) if request.size else None
     size = asked or _usual_size(name)
     filled = replace(request, source=request.source or name, size=size).check()
-    if there := how_packed(bucket_uri, name, asked):
-        has_options = request.labels or request.split or request.classes is not None
-        unused = ["SOURCE is not read"] * bool(request.source)
-        unused += ["labels, classes and split stay as they are"] * bool(has_options)
-        note("; ".join([there, *unused]))
+    there, index = how_packed(bucket_uri, name, asked)
+    if index:
+        filled = replace(filled, size=index.size)
+    if there and not request.replaces:
+        if request.source:
+            note(f"{there}: {_compared(filled, bucket_uri, there, index)}")
+        elif request.labels or request.split or request.classes is not None:
+            note(f"{there}: labels, classes and split stay as they are")
         return
     if not request.source and name != EMBEDDED:
         raise MissingInputError(how_to_pack(bucket_uri, name, size, on))
     pack_command(filled, bucket_uri)
+
+
+def _compared(request: PackRequest, bucket_uri: str, there: str, index: DatasetIndex | None) -> str:
+    """Returns how the source of a request compares with a dataset that is there, for people."""
+    from job.data.pack import is_source_of
+
+    if index is None or not index.listing_sha256:
+        return "SOURCE is not compared"
+    if is_foreign(split_chain(request.source)[1]):
+        return "SOURCE is not compared, since it would be fetched"
+    stop = Stop().install()
+    try:
+        if is_source_of(open_bucket(bucket_uri, stop), request, index, stop):
+            return "SOURCE has not changed"
+    except MissingInputError:
+        return "SOURCE is gone, and is not compared"
+    raise BadRequestError(
+        f"{there}, and {request.source} has other images, labels, classes or pixels: choose another name "
+        "(make: DATASET=NAME), or add --replace (make: PACK=--replace) to delete the dataset and pack this"
+    )
 
 
 def _usual_size(preset: str) -> ImageSize:

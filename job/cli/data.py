@@ -26,8 +26,19 @@ Filter = Annotated[
 Channels = Annotated[
     int | None,
     typer.Option(
-        "--channels", metavar="N", help="3 for colour, 1 for grey. Default: those of MNIST, arrays, TFRecords, else 3."
+        "--channels", metavar="N", help="3 for colour, 1 for grey. Default: 1 if the first 64 images are grey, else 3."
     ),
+]
+PixelRange = Annotated[
+    str,
+    typer.Option(
+        "--range",
+        metavar="LOW,HIGH",
+        help="The values of black and white in images of more than 8 bits, such as 0,4095. Default: those of the file.",
+    ),
+]
+Replace = Annotated[
+    bool, typer.Option("--replace", help="Delete a dataset of this name before, unless a run trains on it.")
 ]
 Classes = Annotated[
     bool | None,
@@ -81,12 +92,14 @@ Tars = Annotated[list[str], typer.Argument(metavar="URI", help="Tars, folders of
 
 @app.command("pack")
 def data_pack(
+    context: typer.Context,
     source: SourceArgument,
     name: DatasetName,
     size: Size = None,
     crop: Crop = "",
     resize_filter: Filter = "",
     channels: Channels = None,
+    pixel_range: PixelRange = "",
     classes: Classes = None,
     labels: Labels = "",
     licence: Licence = "",
@@ -95,6 +108,7 @@ def data_pack(
     split: Split = "",
     unlabelled: Unlabelled = "refuse",
     hold_out: HoldOut = "",
+    replaces: Replace = False,
     slice_: SliceOption = "",
     stop_after: StopAfter = "",
     bucket: BucketUri = "",
@@ -119,37 +133,19 @@ def data_pack(
 
         ddpm data pack train.zip dogs --size 64 --labels labels.csv:breed
     """
-    from job.commands import pack_command
-    from job.data.pack_request import PackRequest
-
-    request = PackRequest(
-        source,
-        name,
-        size=size,
-        crop=crop,
-        resize_filter=resize_filter,
-        channels=channels,
-        classes=classes,
-        labels=labels,
-        licence=licence,
-        max_bad=max_bad,
-        min_side=min_side,
-        split=split,
-        unlabelled=unlabelled,
-        hold_out=hold_out,
-        slice=slice_,
-    )
-    pack_command(request, bucket, stop_after)
+    _pack(context, bucket, stop_after)
 
 
 @app.command("index")
 def data_index(
+    context: typer.Context,
     tars: Tars,
     name: DatasetName,
     size: Size = None,
     crop: Crop = "",
     resize_filter: Filter = "",
     channels: Channels = None,
+    pixel_range: PixelRange = "",
     classes: Classes = None,
     labels: LabelKey = "",
     unlabelled: Unlabelled = "refuse",
@@ -171,26 +167,15 @@ def data_index(
 
         ddpm data index ~/laion laion --size 64 --crop center
     """
+    _pack(context, bucket, stop_after)
+
+
+def _pack(context: typer.Context, bucket: str, stop_after: str) -> None:
     from job.commands import pack_command
     from job.data.pack_request import PackRequest
+    from job.jobs.command_line import request_of
 
-    request = PackRequest(
-        "",
-        name,
-        size=size,
-        crop=crop,
-        resize_filter=resize_filter,
-        channels=channels,
-        classes=classes,
-        labels=labels,
-        unlabelled=unlabelled,
-        licence=licence,
-        max_bad=max_bad,
-        min_side=min_side,
-        tars=tuple(tars),
-        slice=slice_,
-    )
-    pack_command(request, bucket, stop_after)
+    pack_command(request_of(PackRequest, context.params), bucket, stop_after)
 
 
 @app.command("encode")
@@ -223,30 +208,36 @@ def data_encode(
 
 @app.command("ensure")
 def data_ensure(
+    context: typer.Context,
     name: DatasetName,
     source: Annotated[
-        str, typer.Option("--source", metavar="SOURCE", help="Images to pack if the dataset is missing.")
+        str, typer.Option("--source", metavar="SOURCE", help="Images to pack if the dataset is missing, or to compare.")
     ] = "",
     size: Size = None,
+    channels: Channels = None,
+    pixel_range: PixelRange = "",
     classes: Classes = None,
     labels: Labels = "",
     split: Split = "",
     unlabelled: Unlabelled = "refuse",
+    replaces: Replace = False,
     on: Annotated[str, typer.Option("--on", metavar="TARGET", help="Target whose bucket to use.")] = "",
     targets: Targets = None,
     bucket: BucketUri = "",
 ) -> None:
     """Pack a dataset if the bucket lacks it.
 
-    This machine does the work, wherever the bucket is. The dataset landscape-sample needs no --source.
+    This machine does the work, wherever the bucket is. The dataset landscape-sample needs no --source. If the dataset
+    is there and SOURCE has other images, labels or classes, the command ends with 64. It cannot compare a SOURCE that
+    is gone or on a web server, and says so.
 
     Example: ddpm data ensure celeba --source img_align_celeba.zip
     """
     from job.commands import ensure_command
     from job.data.pack_request import PackRequest
+    from job.jobs.command_line import request_of
 
-    request = PackRequest(source, name, size, classes=classes, labels=labels, split=split, unlabelled=unlabelled)
-    ensure_command(request, bucket, on)
+    ensure_command(request_of(PackRequest, context.params), bucket, on)
 
 
 @app.command("list")

@@ -23,6 +23,7 @@ from job.cli.options import (
 
 @with_drawing_options
 def ddpm_evaluate(
+    context: typer.Context,
     run: RunOption,
     checkpoints: Checkpoints = "latest",
     count: Annotated[
@@ -77,20 +78,7 @@ def ddpm_evaluate(
         ddpm evaluate --run mine --count 1000 --extractor mobilenet --repeats 3
     """
     from job.commands import evaluate_command
-    from job.requests import EvaluateRequest, chosen_of
+    from job.jobs.command_line import request_of
+    from job.requests import EvaluateRequest
 
-    request = EvaluateRequest(
-        run=run,
-        bucket=bucket,
-        checkpoints=checkpoints,
-        count=count,
-        metrics=metrics,
-        extractor=extractor,
-        extractor_file=extractor_file,
-        references=references,
-        repeats=repeats,
-        classes=classes,
-        chosen=chosen_of(locals() | drawing),
-        slice=slice_,
-    )
-    evaluate_command(request, processes, hang_after, stop_after)
+    evaluate_command(request_of(EvaluateRequest, context.params), processes, hang_after, stop_after)

@@ -21,6 +21,7 @@ from job.cli.options import (
 
 @with_drawing_options
 def ddpm_sample(
+    context: typer.Context,
     run: RunOption,
     checkpoints: Checkpoints = "latest",
     seeds: Annotated[str, typer.Option(metavar="LIST", help="One image per seed, such as 0-63 or 1,5,9-12.")] = "",
@@ -87,24 +88,7 @@ def ddpm_sample(
         ddpm sample --run celeba --mode inpaint --image 0-3 --mask half
     """
     from job.commands import sample_command
-    from job.requests import SampleRequest, chosen_of
+    from job.jobs.command_line import request_of
+    from job.requests import SampleRequest
 
-    request = SampleRequest(
-        run=run,
-        bucket=bucket,
-        checkpoints=checkpoints,
-        seeds=seeds,
-        chosen=chosen_of(locals() | drawing),
-        gif=gif,
-        count=count,
-        save=save,
-        slice=slice_,
-        first_seed=first_seed,
-        classes=classes,
-        mode=mode,
-        image=image,
-        mask=mask,
-        resamplings=resamplings,
-        strength=strength,
-    )
-    sample_command(request, processes, hang_after, stop_after)
+    sample_command(request_of(SampleRequest, context.params), processes, hang_after, stop_after)

@@ -6,6 +6,7 @@ import io
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from typing import IO, BinaryIO, cast
 
@@ -22,11 +23,22 @@ _SMALL_BYTES = 1 << 24
 _SKIPPED_BYTES = 1 << 20
 
 
+def opened_zip(file: BinaryIO) -> zipfile.ZipFile:
+    """Opens a zip; raises `RefusedError` for anything before its first entry, such as another zip."""
+    archive = zipfile.ZipFile(file)
+    if first := min((info.header_offset for info in archive.infolist()), default=archive.start_dir):
+        raise RefusedError(
+            f"has {first:,} bytes before its first entry, and images in them would be lost: was it joined by `cat`, or "
+            "is it a self-extracting program? Unpack it, and pack the folder"
+        )
+    return archive
+
+
 def zip_members(opener: Opener) -> Iterator[Member]:
     """Yields the files of a zip, in the order of its directory."""
     with opener() as file:
         _, limit_bytes = members.unpacked(file)
-        with zipfile.ZipFile(file) as archive:
+        with opened_zip(file) as archive:
             if sum(info.file_size for info in archive.infolist() if members.is_image(info.filename)) > limit_bytes:
                 raise RefusedError(EXPANDS)
             for info in archive.infolist():
@@ -43,7 +55,7 @@ def open_zipped(opener: Opener, name: str) -> BinaryIO:
     """Opens one file of a zip as a stream."""
     file = opener()
     limit_bytes = max(_SMALL_BYTES, members.EXPANSION * file.seek(0, io.SEEK_END))
-    archive = zipfile.ZipFile(file)
+    archive = opened_zip(file)
     if archive.getinfo(name).file_size > limit_bytes:
         raise RefusedError(EXPANDS)
     return cast(BinaryIO, archive.open(name))
@@ -59,6 +71,8 @@ def tar_members(opener: Opener, digests: Digests | None = None) -> Iterator[Memb
         try:
             archive = tarfile.TarFile(fileobj=cast(BinaryIO, stream))
         except tarfile.TarError:
+            with suppress(zipfile.BadZipFile, ValueError, OSError):
+                opened_zip(file)
             raise RefusedError("is damaged, or not a .zip, .tar, .tar.gz or MNIST idx file") from None
         while (member := archive.next()) is not None:
             # tarfile would keep every header, and memory would grow with the archive.

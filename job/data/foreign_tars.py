@@ -62,7 +62,7 @@ class ForeignTar:
         """Returns the absolute URI, which is the same for all spellings."""
         return self.store.uri_of(self.key)
 
-    def samples(self, digests: Digests, label_key: str | None = "") -> Iterator[Sample]:
+    def samples(self, digests: Digests | None = None, label_key: str | None = "") -> Iterator[Sample]:
         """Yields all samples that have an image, in order, and updates `digests` with every byte of the tar.
 
         `label_key` is that of the labels in `.json` files, None for no labels; see `sidecar_label`.
@@ -104,7 +104,7 @@ class ForeignTar:
                     f"{self.uri}: entry {member.name!r} labels no image beside it: put it beside its image"
                 )
 
-    def _files(self, digests: Digests) -> Iterator[tuple[str, str, Member]]:
+    def _files(self, digests: Digests | None) -> Iterator[tuple[str, str, Member]]:
         """Yields the key and suffix of each file of a sample, and the file."""
         for member in Source(self.uri, partial(tar_members, partial(self.store.open, self.key), digests)).members():
             if not is_hidden(member.name) and (match := SAMPLE_KEY.fullmatch(member.name)):

@@ -36,7 +36,8 @@ class ImageReader:
         self.source, self.threads, index = source, threads or os.cpu_count() or 1, source.index
         self._recipe = Recipe(index.size, "center", "box", index.channels, min_side=1) if with_pillow else None
         if index.is_foreign:
-            self._recipe = Recipe(index.size, index.crop, index.resize_filter, index.channels, min_side=1)
+            how = index.size, index.crop, index.resize_filter, index.channels
+            self._recipe = Recipe(*how, min_side=1, pixel_range=index.pixel_range)
             if index.codecs != (here := codec_versions()):
                 said = f"was indexed with {index.codecs}, and is read with {here}: the lowest bits may differ"
                 logging.getLogger(__name__).warning(f"dataset {index.name} {said}")

@@ -10,9 +10,12 @@ import importlib.util
 import io
 import math
 import re
+import sys
 import warnings
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib import metadata
@@ -20,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError, features
 
 from ddpm.image_size import ImageSize
 from job.exits import BadDataError, BadRequestError
@@ -34,6 +37,11 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _NO_PACKED_IMAGE = "an image is damaged, or not a PNG"
 _CROP = re.compile(r"center|center:(?P<side>[1-9]\d{0,5})|squash|(?P<box>\d{1,6},\d{1,6},[1-9]\d{0,5},[1-9]\d{0,5})")
+_RANGE = re.compile(r"(-?\d{1,10}),(-?\d{1,10})")
+_SIGNIFICANT_BITS = re.compile(rb"\0\0\0[\1-\4]sBIT([\1-\x10]{1,4})")
+_DEEP = re.compile(r"(?:RGB|RGBA|RGBX|CMYK);16[LBN]")
+"""Pillow's layouts of 16 bits of which it also reads the lower bytes, as those of the other byte order."""
+_BITS_PER_SAMPLE, _MIN_SAMPLE_VALUE, _MAX_SAMPLE_VALUE = 258, 280, 281
 
 # Pillow's warnings of large images, which are rejected here, and of broken EXIF would break a progress bar.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -41,6 +49,10 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 class RejectedImageError(Exception):
     """The reason why an image is left out of the dataset."""
+
+
+class UndecidedImageError(RejectedImageError):
+    """The reason why a person has to choose an option before such images are packed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +66,7 @@ class Recipe:
         resize_filter: one of `FILTERS`.
         channels: 3 for RGB, 1 for grey (ITU-R 601-2 luma).
         min_side: images with a shorter side under this many pixels are rejected.
+        pixel_range: `LOW,HIGH`, which integers of more than 8 bits become 0 and 255; empty for what each file says.
     """
 
     size: ImageSize
@@ -61,6 +74,7 @@ class Recipe:
     resize_filter: str
     channels: int
     min_side: int
+    pixel_range: str = ""
 
     def __post_init__(self) -> None:
         """Raises `BadRequestError` for an invalid value."""
@@ -76,6 +90,14 @@ class Recipe:
             raise BadRequestError(f"unknown resize filter {self.resize_filter!r}: use {', '.join(FILTERS)}")
         if self.channels not in (1, 3):
             raise BadRequestError(f"{self.channels} channels: use 3 for colour or 1 for grey")
+        if self.pixel_range and not self.levels:
+            raise BadRequestError(f"--range {self.pixel_range!r}: use LOW,HIGH, whole numbers such as 0,4095")
+
+    @property
+    def levels(self) -> tuple[int, int] | None:
+        """Returns LOW and HIGH of `pixel_range`; None without a valid one."""
+        match = _RANGE.fullmatch(self.pixel_range)
+        return (int(match[1]), int(match[2])) if match and int(match[1]) < int(match[2]) else None
 
     def box(self, width: int, height: int) -> tuple[int, int, int, int]:
         """Returns the crop (left, top, right, bottom) of an image of this size.
@@ -103,26 +125,29 @@ class Recipe:
         return max(1, round(scale * self.size.width)), max(1, round(scale * self.size.height))
 
 
-def prepare(encoded: bytes, recipe: Recipe) -> np.ndarray:
+def prepare(encoded: bytes, recipe: Recipe, converted: Counter[str] | None = None) -> np.ndarray:
     """Decodes an image file, turns it upright, crops and resizes it.
+
+    Args:
+        encoded: the file.
+        recipe: the size, and how the image gets it.
+        converted: counts how the pixels changed: `grey` into colour, `colour` into grey, `CMYK`, `transparent`.
 
     Returns:
         uint8 [H, W, channels].
 
     Raises:
         RejectedImageError: the image is unreadable, truncated, too small or too large, or the crop is outside.
+        UndecidedImageError: it has more than 8 bits per channel, and their range is unknown.
     """
     try:
-        formats = (*_FORMATS, *_heif()) if encoded[4:8] == b"ftyp" else _FORMATS
-        image: Image.Image = Image.open(io.BytesIO(encoded), formats=formats)
-        width, height = image.size
-        if width * height > PIXEL_LIMIT:
-            raise RejectedImageError(f"has {width}×{height} pixels, more than the limit of {PIXEL_LIMIT:,}")
-        image.load()
-        image = ImageOps.exif_transpose(image)
+        file = _opened(encoded)
+        width, height = file.size
+        image = ImageOps.exif_transpose(_in_eight_bits(file, encoded, recipe.levels))
         if min(image.size) < recipe.min_side:
             raise RejectedImageError(f"has {width}×{height} pixels, under --min-side={recipe.min_side}")
-        image = _in_channels(image.crop(recipe.box(*image.size)), recipe.channels)
+        box = recipe.box(*image.size)
+        image = _in_channels(image.crop(box), recipe.channels, Counter() if converted is None else converted)
     except RejectedImageError:
         raise
     except UnidentifiedImageError:
@@ -135,6 +160,28 @@ def prepare(encoded: bytes, recipe: Recipe) -> np.ndarray:
     return np.asarray(image).reshape(*size.shape, recipe.channels)
 
 
+def are_grey(files: Iterable[bytes]) -> bool:
+    """Returns whether some of these image files can be read, and none of them has colours."""
+    found = False
+    for encoded in files:
+        # As in `prepare`.
+        with suppress(Exception):
+            if not _is_grey(_opened(encoded)):
+                return False
+            found = True
+    return found
+
+
+def _opened(encoded: bytes) -> ImageFile.ImageFile:
+    """Returns an image whose pixels are not decoded yet."""
+    formats = (*_FORMATS, *_heif()) if encoded[4:8] == b"ftyp" else _FORMATS
+    image = Image.open(io.BytesIO(encoded), formats=formats)
+    width, height = image.size
+    if width * height > PIXEL_LIMIT:
+        raise RejectedImageError(f"has {width}×{height} pixels, more than the limit of {PIXEL_LIMIT:,}")
+    return image
+
+
 @functools.cache
 def _heif() -> tuple[str, ...]:
     """Registers the reader of HEIF, the format of many telephones, and returns its name."""
@@ -144,16 +191,104 @@ def _heif() -> tuple[str, ...]:
     return ("HEIF",)
 
 
-def _in_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Returns the image with 8 bits per channel, transparency replaced by white."""
+def _in_eight_bits(image: ImageFile.ImageFile, encoded: bytes, levels: tuple[int, int] | None) -> Image.Image:
+    """Decodes an image, and maps integers of more than 8 bits from their range, by default the file's, to 0 … 255."""
+    layout, maxval = _layout(image)
+    image.load()
     if image.mode.startswith("I"):
-        # Pillow would clip 16 bits at 255 instead of scaling them.
-        levels = np.asarray(image).clip(0, 65535).astype(np.uint32)
-        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
-    elif image.mode == "F":
+        values = np.asarray(image)
+    elif (";16" in layout and image.format in ("PNG", "TIFF")) or maxval == 65535:
+        # Pillow reads the upper bytes alone.
+        values = np.asarray(image).astype(np.uint16) << 8 | np.asarray(_of_lower_bytes(encoded, layout))
+    else:
+        return image
+    colours = values[..., :3] if image.mode == "RGBA" else values
+    if maxval and maxval != 65535:
+        # Pillow scales it to 65535.
+        levels = 0, 65535
+    if not (levels := levels or _own_range(image, encoded, colours)):
+        low, high = int(colours.min()), int(colours.max())
+        example = f"--range {min(0, low)},{max(255, (1 << high.bit_length()) - 1)}"
+        raise UndecidedImageError(
+            f"has more than 8 bits, with values from {low:,} to {high:,}, and does not say which are black and white: "
+            f"pack with --range LOW,HIGH, such as {example}, or save it with 8 bits"
+        )
+    low, high = levels
+    scaled = np.empty(values.shape, np.uint8)
+    # Floats of a whole image would take gigabytes.
+    for row, of_row in zip(scaled, values, strict=True):
+        row[...] = np.rint((of_row.astype(np.float64) - low) * (255 / (high - low))).clip(0, 255)
+    if image.mode == "RGBA":
+        scaled[..., 3] = values[..., 3] >> 8
+    mode = "L" if image.mode.startswith("I") else image.mode
+    converted = Image.frombytes(mode, image.size, scaled.tobytes())
+    converted.info = {key: value for key, value in image.info.items() if key != "transparency"}
+    return converted
+
+
+def _layout(image: ImageFile.ImageFile) -> tuple[str, int]:
+    """Returns Pillow's name of how the samples lie in a file, such as `RGB;16B`, and the Maxval of a PGM or PPM."""
+    arguments = image.tile[0].args if image.tile else ""
+    layout, *more = (arguments,) if isinstance(arguments, str) else arguments or ("",)
+    return str(layout), more[-1] if more and image.format == "PPM" else 0
+
+
+def _of_lower_bytes(encoded: bytes, layout: str) -> Image.Image:
+    """Decodes the lower bytes of 16 bits."""
+    if not _DEEP.fullmatch(layout):
+        raise RejectedImageError(f"has 16 bits in a layout that is not read ({layout}): save it with 8 bits")
+    native = "L" if sys.byteorder == "little" else "B"
+    other = layout[:-1] + ("B" if layout[-1].replace("N", native) == "L" else "L")
+    image = _opened(encoded)
+    image.tile = [
+        tile._replace(args=other if isinstance(tile.args, str) else (other, *(tile.args or ())[1:]))
+        for tile in image.tile
+    ]
+    image.load()
+    return image
+
+
+def _own_range(image: ImageFile.ImageFile, encoded: bytes, values: np.ndarray) -> tuple[int, int] | None:
+    """Returns the values of black and white that the file states; None without any.
+
+    A PNG whose chunk sBIT says b bits has them scaled to 16 (Portable Network Graphics, 3rd edition, 12.4), so that
+    values below 2^b are multiples of 2^(16 - b). Some programs write b bits as they are.
+    """
+    if image.format == "PNG" and (found := _SIGNIFICANT_BITS.search(encoded, 0, encoded.find(b"IDAT"))):
+        limit = 1 << max(found[1])
+        if values.max() >= limit or not values.any() or limit == 1 << 16:
+            return 0, 65535
+        return (0, limit - 1) if (values % ((1 << 16) // limit)).any() else None
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        if tags.get(_MAX_SAMPLE_VALUE):
+            low, high = int(np.min(tags.get(_MIN_SAMPLE_VALUE, 0))), int(np.max(tags[_MAX_SAMPLE_VALUE]))
+            return (low, high) if low < high else None
+        if (bits := max(tags[_BITS_PER_SAMPLE])) < 16:
+            return 0, (1 << bits) - 1
+    return None
+
+
+def _is_grey(image: Image.Image) -> bool:
+    """Returns whether an image has no colours by its mode or its palette."""
+    if image.mode == "P":
+        palette = np.reshape(image.getpalette("RGB") or [], (-1, 3))
+        return bool((palette == palette[:, :1]).all())
+    return image.mode in ("1", "L", "LA", "I") or image.mode.startswith("I;")
+
+
+def _in_channels(image: Image.Image, channels: int, converted: Counter[str]) -> Image.Image:
+    """Returns the image with 8 bits per channel, transparency replaced by white."""
+    if image.mode == "F":
         raise RejectedImageError("has floating-point pixels, whose range is unknown")
-    elif image.has_transparency_data:
+    is_grey = _is_grey(image)
+    if image.mode == "CMYK":
+        converted["CMYK"] += 1
+    if is_grey == (channels == 3):
+        converted["grey" if is_grey else "colour"] += 1
+    if image.has_transparency_data:
         image = image.convert("RGBA")
+        converted["transparent"] += image.getchannel("A").getextrema() != (255, 255)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("L" if channels == 1 else "RGB")
 

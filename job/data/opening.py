@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from job.data import members
-from job.data.archives import ARCHIVES, open_zipped, tar_members, zip_members
+from job.data.archives import ARCHIVES, open_zipped, opened_zip, tar_members, zip_members
 from job.data.fetched import fetched
 from job.data.foreign_tars import find_tars
 from job.data.formats import recognised
@@ -270,7 +269,7 @@ def _archive(where: str, opener: Opener, column: str | None) -> Source:
     """Returns a zip or a tar, which may hold files of another format."""
     with members.refusing(where), opener() as file:
         if (start := file.read(4)) in (b"PK\x03\x04", b"PK\x05\x06"):
-            with zipfile.ZipFile(file) as archive:
+            with opened_zip(file) as archive:
                 names = archive.namelist()
             # The size of a gzipped file in a zip is unknown before it is unpacked.
             others = [name for name in names if not members.is_image(name) and not name.endswith((".gz", "/"))]

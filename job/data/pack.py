@@ -22,7 +22,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,11 +30,11 @@ from typing import Any, TypeVar
 from job.data import shards
 from job.data.ahead import in_order
 from job.data.foreign_tars import Sample, find_tars
-from job.data.images import RejectedImageError, codec_versions, encode_png, prepare
+from job.data.images import RejectedImageError, UndecidedImageError, codec_versions, encode_png, prepare
 from job.data.labels import Rows, join_labels, read_labels, split_labels, table_in
 from job.data.members import Member, path_parts, refusing
 from job.data.opening import open_source
-from job.data.pack_request import PackRequest
+from job.data.pack_request import FIRST_IMAGES, PackRequest
 from job.data.preview import preview_png
 from job.data.source import Source
 from job.data.splits import ALL, split_in
@@ -73,20 +73,23 @@ def pack(
         BadRequestError: a parameter that means nothing, or something else lies there already.
         MissingInputError: there is no source.
         BadDataError: it is unsafe, damaged or empty, or more than `max_bad` of its images cannot be used, or classes
-            have numbers that are larger than there are images.
+            have numbers that are larger than there are images, or an image needs `channels` or `pixel_range`.
         StoppedError: `stop` said so.
         DiskFullError: there is no space for shards on their way to the bucket.
         NoPermissionError: the credentials do not allow to write, or to read.
     """
     request = request.check()
-    if not request.slice:
-        check_free(bucket, request)
+    check_free(bucket, request)
     key = request.key
     dataset, share = bucket.sub(key), Slice.parse(request.slice)
     way = f"choose another name, or {shards.deleting(bucket, key)} and type this command again"
     with scratch_folder("pack") as folder:
         kind = _InPlace if request.tars else _Copying
         packing = kind(bucket, request, folder, stop=stop, shard_images=shard_images)
+        for remark in packing.remarks:
+            logging.getLogger(__name__).warning(remark)
+        if request.replaces and bucket.exists(f"{key}/{shards.INDEX}"):
+            shards.delete(dataset)
         pieces = Pieces(dataset, packing.fingerprint, packing.sizes, share=share, result=shards.INDEX, equal_bytes=True)
         try:
             if made := _made(bucket, key, packing.fingerprint):
@@ -132,16 +135,26 @@ def _made(bucket: Store, key: str, fingerprint: str) -> shards.DatasetIndex | No
 
 
 def check_free(bucket: Store, request: PackRequest) -> None:
-    """Checks that there is no such dataset yet.
+    """Checks that the bucket lacks the dataset, unless this process is to replace it or is one of several.
 
     Raises:
         BadRequestError: there is.
     """
-    if there := _index_of(bucket, request.key):
+    if not (request.slice or request.replaces) and (there := _index_of(bucket, request.key)):
         raise BadRequestError(
             f"{bucket.uri}/{request.key} is there already: {there.images:,} images of {there.source}, crop "
             f"{there.crop}. Choose another name, or delete it first: {shards.deleting(bucket, request.key)}"
         )
+
+
+def is_source_of(bucket: Store, request: PackRequest, index: shards.DatasetIndex, stop: Stop = NEVER) -> bool:
+    """Returns whether a request would make such a dataset, by names, sizes and labels; reads no images."""
+    channels, pixel_range = request.channels or index.channels, request.pixel_range or index.pixel_range
+    with scratch_folder("pack") as folder:
+        request = replace(request, channels=channels).check()
+        packing = _Copying(bucket, request, folder, stop=stop, shard_images=None)
+    here = packing.listing_sha256, packing.classes, channels, pixel_range
+    return here == (index.listing_sha256, index.classes, index.channels, index.pixel_range)
 
 
 def is_whole(bucket: Store, held_out: PackRequest) -> bool:
@@ -170,6 +183,7 @@ class _Checked:
     """A sample that was decoded: why it is left out, or what is copied of it; and the hash of what is copied from."""
 
     sample: Sample
+    converted: Counter[str] = field(default_factory=Counter)
     reason: str = ""
     png: bytes = b""
     sha256: bytes = b""
@@ -183,6 +197,8 @@ class _Packing(abc.ABC):
         source: its name in the index.
         sizes: images, or megabytes of tars, of each piece; in `unit`.
         fingerprint: SHA-256 of all that decides the shards.
+        listing_sha256: over the names, sizes and labels of the source; empty of tars in place.
+        remarks: what a person has to know before the dataset is made.
     """
 
     unit = "images"
@@ -194,14 +210,15 @@ class _Packing(abc.ABC):
         self._bucket, self._request, self._folder, self._stop = bucket, request, folder, stop
         self._shard_images = shard_images
         self._rejects: list[Reject] = []
-        self.where = self.source = ""
+        self.where = self.source = self.listing_sha256 = ""
+        self.remarks: list[str] = []
         self.classes: tuple[str, ...] = ()
         self.classes_from: str = ""
         self.splits: tuple[str, ...] = ()
         self.unlabelled_images = 0
         self.skipped: dict[str, int] = {}
         self.sizes: list[float] = []
-        self.recipe = request.recipe(channels=3)
+        self.recipe = request.recipe()
         with stop.at_once(f"while looking at what becomes {request.name}"):
             found = self._survey()
         recipe = {**found, **asdict(self.recipe), "codecs": codec_versions()}
@@ -260,9 +277,11 @@ class _Packing(abc.ABC):
             splits=self.splits,
             crop=self.recipe.crop,
             resize_filter=self.recipe.resize_filter,
+            pixel_range=self.recipe.pixel_range,
             licence=self._request.licence,
             source=self.source,
             source_sha256=hashlib.sha256("".join(each["source_sha256"] for each in facts).encode()).hexdigest(),
+            listing_sha256=self.listing_sha256,
             held_out=self._request.held_out,
             hold_out=self._request.hold_out_share,
             codecs=codec_versions(),
@@ -270,6 +289,7 @@ class _Packing(abc.ABC):
             rejected_images=len(self._rejects),
             unlabelled_images=self.unlabelled_images,
             skipped=self.skipped,
+            converted=dict(sorted(sum((Counter(each["converted"]) for each in facts), Counter[str]()).items())),
             rejects_sha256=hashlib.sha256(rejects).hexdigest() if rejects else "",
             shards=shards.Shards.of(made),
         )
@@ -295,8 +315,14 @@ class _Packing(abc.ABC):
         if copies:
             checked.sha256 = hashlib.sha256(sample.content).digest()
         try:
-            pixels = prepare(sample.content, self.recipe)
+            pixels = prepare(sample.content, self.recipe, checked.converted)
+            if checked.converted["colour"] and not self._request.channels:
+                raise UndecidedImageError(
+                    f"is in colour, and the first {FIRST_IMAGES} are grey: add --channels 3, or 1"
+                )
             checked.png = encode_png(pixels) if copies else b""
+        except UndecidedImageError as error:
+            raise BadDataError(f"{self.where}: {sample.name!r} {error}") from None
         except RejectedImageError as error:
             checked.reason = str(error)
         return checked
@@ -304,15 +330,18 @@ class _Packing(abc.ABC):
     def _check_stop(self) -> None:
         self._stop.check(f"while packing {self._request.name}", "the same command goes on behind the last whole shard")
 
-    def _checked(self, samples: Iterable[Sample], rejects: list[Reject]) -> Iterator[_Checked]:
-        """Decodes samples in threads, in order; adds those that are left out to `rejects`."""
+    def _checked(self, samples: Iterable[Sample], facts: dict[str, Any]) -> Iterator[_Checked]:
+        """Decodes samples in threads, in order; adds to `facts` those that are left out, and what was converted."""
+        facts |= {"rejects": [], "converted": Counter[str]()}
         threads = os.cpu_count() or 1
         with ThreadPoolExecutor(threads) as workers:
             for checked in in_order(workers, self._check, samples, _IMAGES_PER_THREAD * threads, self._check_stop):
                 if checked.reason:
                     reject = {"name": checked.sample.name, "reason": checked.reason}
-                    rejects.append(reject)
+                    facts["rejects"].append(reject)
                     self.reject(reject)
+                else:
+                    facts["converted"].update(checked.converted)
                 yield checked
 
     def _first_rejects(self) -> str:
@@ -353,20 +382,18 @@ class _Copying(_Packing):
             others = f"; there are {some_of(source.unchosen)}" if source.unchosen else ""
             which = f"in {table.where}" if table else f"{column!r}: a table is FILE:COLUMN{others}"
             raise BadRequestError(f"{self.where}: none of its images has a label {which}")
-        share, images = request.hold_out_share, self._found.images
-        if share:
-            # Classes are those of all images, even where one part lacks some.
-            images = sum(1 for _ in self._chosen())
-        if not images:
+        # Classes are those of all images, even where one part lacks some.
+        share = request.hold_out_share
+        if not (images := sum(1 for _ in self._chosen()) if share else self._found.images):
             part = "no image" if request.is_held_out else "all images"
             raise BadRequestError(f"--hold-out {share:.1%} of {self._found.images:,} images holds {part} out")
         others = " or ".join(f"--split {other}" for other in source.other_splits)
         chosen = f"packing its split {source.split}; {others} would pack another, --split {ALL} all" if others else ""
         taken = f"taking the column {table.column!r} of {table.where}" if table and rows and not column else ""
-        for remark in filter(None, (source.note, chosen, taken, *self._found.notes)):
-            logging.getLogger(__name__).warning(remark)
+        self.remarks = [*filter(None, (source.note, chosen, taken, *self._found.notes))]
         self.skipped = dict(sorted(source.skipped.items()))
-        self.recipe, self.classes = request.recipe(source.channels), self._found.classes
+        self.recipe = request.recipe(content for _, content in source.loaded(islice(source.images(), FIRST_IMAGES)))
+        self.classes, self.listing_sha256 = self._found.classes, self._found.sha256
         self.classes_from, self.splits = self._found.classes_from, self._found.splits
         self.unlabelled_images = self._found.unlabelled_images
         self._images, self._members, self._next = images, self._chosen(), 0
@@ -409,10 +436,9 @@ class _Copying(_Packing):
 
     def _chosen(self) -> Iterator[tuple[Member, int]]:
         """Yields the images of this part of the source with their classes, -1 without."""
-        share, is_held_out = self._request.hold_out_share, self._request.is_held_out
         for number, member in enumerate(self._source.images()):
             label = self._found.label(number)
-            if label is not None and (not share or _is_drawn(member.name, share) == is_held_out):
+            if label is not None and self._request.takes(member.name):
                 yield member, label
 
     def _numbers(self, number: int) -> range:
@@ -423,10 +449,11 @@ class _Copying(_Packing):
 
     def made(self, number: int, advance: Advance) -> Made:
         """Writes a shard; see `_Packing`."""
-        numbers, rejects, sha256 = self._numbers(number), list[Reject](), hashlib.sha256()
+        numbers, sha256 = self._numbers(number), hashlib.sha256()
+        facts: dict[str, Any] = {"shard": None}
         read = 0
         writer: shards.ShardWriter | None = None
-        for image, checked in zip(numbers, self._checked(self._samples(numbers), rejects), strict=False):
+        for image, checked in zip(numbers, self._checked(self._samples(numbers), facts), strict=False):
             name = checked.sample.name.encode()
             # The length keeps names and contents apart, whatever they are.
             sha256.update(b"%d:%b%b" % (len(name), name, checked.sha256))
@@ -438,7 +465,7 @@ class _Copying(_Packing):
             advance(1)
         if read < len(numbers):
             raise BadDataError(f"{self.where} has changed while it was packed: type this command again")
-        facts: dict[str, Any] = {"rejects": rejects, "source_sha256": sha256.hexdigest(), "shard": None}
+        facts["source_sha256"] = sha256.hexdigest()
         if writer is None:
             return Made({}, facts)
         with os_errors(self._folder):
@@ -471,11 +498,6 @@ def _table(source: Source, file: str, retry: Retry) -> Rows:
     return read_labels(file, retry)
 
 
-def _is_drawn(name: str, share: float) -> bool:
-    """Decides by the name alone, so that an image stays held out when others are added or removed."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64 < share
-
-
 class _InPlace(_Packing):
     """Tars are described where they lie; a piece is a tar."""
 
@@ -490,19 +512,22 @@ class _InPlace(_Packing):
         if len(splits) > 1:
             self.splits = tuple(sorted(splits))
             said = f"tars of {some_of(self.splits)} are indexed together, as one dataset; name those of one to index it"
-            logging.getLogger(__name__).warning("%s: %s", self.where, said)
+            self.remarks = [f"{self.where}: {said}"]
         file, key = split_labels(self._request.labels)
         self._label_key = None if self._request.classes is False else key
         if file:
             raise BadRequestError(f"--labels {file}: tars in place have their labels beside the images: use :KEY")
+        samples = (sample for tar in self._tars for sample in tar.samples(label_key=None))
+        self.recipe = self._request.recipe(sample.content for sample in islice(samples, FIRST_IMAGES))
         tars = [[tar.uri, tar.bytes] for tar in self._tars]
         return {"label_key": self._label_key, "tars": tars}
 
     def made(self, number: int, advance: Advance) -> Made:
         """Hashes a tar and lists its images; see `_Packing`."""
-        tar, digests, rejects = self._tars[number], shards.Digests(), list[Reject]()
+        tar, digests = self._tars[number], shards.Digests()
+        facts: dict[str, Any] = {"source_sha256": "", "shard": None, "highest_label": -1}
         records, unlabelled, read_bytes = list[shards.Record](), list[str](), 0
-        for checked in self._checked(tar.samples(digests, self._label_key), rejects):
+        for checked in self._checked(tar.samples(digests, self._label_key), facts):
             sample = checked.sample
             if not checked.reason:
                 if sample.label < 0:
@@ -514,7 +539,6 @@ class _InPlace(_Packing):
             if self._request.unlabelled != "drop":
                 raise lacking_labels(tar.uri, len(unlabelled), len(records), unlabelled)
             records = [record for record in records if record[2] >= 0]
-        facts: dict[str, Any] = {"rejects": rejects, "source_sha256": "", "shard": None, "highest_label": -1}
         facts["unlabelled"] = [len(unlabelled), *unlabelled[:2]]
         if not records:
             return Made({}, facts)

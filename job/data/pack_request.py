@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib import resources
 
 from ddpm.image_size import ImageSize
 from job.config import EMBEDDED, PackConfig, pack_config
 from job.data import shards
-from job.data.images import Recipe
+from job.data.images import Recipe, are_grey
 from job.data.splits import ALL, SPLITS
 from job.exits import BadRequestError
 
 MOST_HELD_OUT = 0.5
 UNLABELLED = ("refuse", "drop")
 """The words of `--unlabelled`."""
+FIRST_IMAGES = 64
+"""How many images of a source tell whether it is grey."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class PackRequest:
         size: of the images, or the pixels of a side of squares.
         crop: see `Recipe`.
         resize_filter: see `Recipe`.
-        channels: 3 or 1; None takes what MNIST's files, arrays and TFRecords have, else 3.
+        channels: 3 or 1; None: 1 if the first images are all grey, and then all others must be.
+        pixel_range: see `Recipe`.
         classes: True if there must be classes, False for none; None: if there are labels, or folders that look like
             classes; of `tars`, if the first image has a label.
         labels: `FILE[:COLUMN]`, a table of labels by file name; or `:COLUMN`, which of the source's labels is taken.
@@ -40,6 +45,7 @@ class PackRequest:
         unlabelled: what happens to images without a label among images with one, of `UNLABELLED`.
         hold_out: the share of the images that become a dataset of their own, which no run learns from, such as `5%`.
         is_held_out: whether this is the part that is held out.
+        replaces: whether it replaces a dataset of this name.
         tars: instead of `source`: tars that stay where they are, as URIs, patterns or folders, see `find_tars`.
         slice: `I/N`, the share of one of several machines; see `job.pieces`.
     """
@@ -50,6 +56,7 @@ class PackRequest:
     crop: str = ""
     resize_filter: str = ""
     channels: int | None = None
+    pixel_range: str = ""
     classes: bool | None = None
     labels: str = ""
     licence: str = ""
@@ -59,6 +66,7 @@ class PackRequest:
     unlabelled: str = "refuse"
     hold_out: str = ""
     is_held_out: bool = False
+    replaces: bool = False
     tars: tuple[str, ...] = ()
     slice: str = ""
 
@@ -76,6 +84,8 @@ class PackRequest:
             raise BadRequestError(f"--split {self.split!r}: it is one of {', '.join(sorted((ALL, *SPLITS)))}")
         if self.unlabelled not in UNLABELLED:
             raise BadRequestError(f"--unlabelled {self.unlabelled!r}: it is one of {', '.join(UNLABELLED)}")
+        if self.replaces and self.slice:
+            raise BadRequestError("--replace and --slice: delete the dataset first, by `ddpm data delete`")
         if self.labels and self.classes is False:
             raise BadRequestError("--labels and --no-classes contradict each other: leave one out")
         if self.hold_out_share > MOST_HELD_OUT:
@@ -86,7 +96,7 @@ class PackRequest:
         follow = ("size", "crop", "resize_filter", "licence")
         values = {option: getattr(self, option) or getattr(preset, option) for option in follow}
         checked = replace(self, **values | {"size": ImageSize.of(values["size"])})
-        checked.recipe(channels=3)
+        checked.recipe()
         return checked
 
     @property
@@ -107,6 +117,13 @@ class PackRequest:
             raise BadRequestError(f"--hold-out {self.hold_out!r}: use a share such as 5% or 0.5%")
         return float(match[1]) / 100 if match else 0.0
 
+    def takes(self, name: str) -> bool:
+        """Returns whether an image is in this part: by its name, so that it stays there when others come or go."""
+        if not self.hold_out:
+            return True
+        drawn = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+        return (drawn < self.hold_out_share) == self.is_held_out
+
     @property
     def key(self) -> str:
         """The dataset's folder; of a request that is checked."""
@@ -122,8 +139,12 @@ class PackRequest:
         """Returns the parts of a checked request in the order of packing: the held-out part comes first."""
         return [*([replace(self, name=self.held_out, is_held_out=True).check()] if self.held_out else []), self]
 
-    def recipe(self, channels: int) -> Recipe:
-        """Returns how a checked request converts each image of a source with so many channels."""
+    def recipe(self, first_images: Iterable[bytes] = ()) -> Recipe:
+        """Returns how a checked request converts each image of a source that begins with these.
+
+        They are read if no channels are chosen.
+        """
         assert isinstance(self.size, ImageSize)
         min_side = max(self.size.shape) // 2 if self.min_side is None else self.min_side
-        return Recipe(self.size, self.crop, self.resize_filter, self.channels or channels, min_side)
+        channels = self.channels or (1 if are_grey(first_images) else 3)
+        return Recipe(self.size, self.crop, self.resize_filter, channels, min_side, self.pixel_range)

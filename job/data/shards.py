@@ -269,13 +269,18 @@ class DatasetIndex(Sealed):
     splits: tuple[str, ...] = Field(default=(), description="of the source, if several became this dataset")
     crop: str
     resize_filter: str
+    pixel_range: str = Field(default="", description="LOW,HIGH: what integers of more than 8 bits became 0 and 255")
     licence: str = ""
     source: str = Field(description="base name of what was packed")
     source_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="over the names and contents of all entries read")
+    listing_sha256: str = Field(default="", description="over names, sizes and labels of the source, of copied images")
     held_out: str = Field(default="", description="name of the dataset of the images that were held out")
     hold_out: float = Field(default=0.0, ge=0, le=1, description="the share of the source that was held out")
     rejected_images: int = Field(default=0, ge=0)
     unlabelled_images: int = Field(default=0, ge=0, description="left out, because all others have a label")
+    converted: dict[str, int] = Field(
+        default={}, description="images by what they had: grey, colour, CMYK, transparent"
+    )
     rejects_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$", description="of rejects.jsonl, if any")
     skipped: dict[str, int] = Field(default={}, description="files that were left out, by suffix or as hidden images")
     codecs: str = Field(default="", description="versions of what decoded the images")
@@ -331,6 +336,8 @@ class DatasetIndex(Sealed):
         del content["shards"]["uris"]
         if self.is_foreign:
             content |= {"crop": self.crop, "resize_filter": self.resize_filter}
+        if self.pixel_range:
+            content |= {"pixel_range": self.pixel_range}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -373,6 +380,15 @@ def load_index(bucket: Store, key: str) -> DatasetIndex:
     except BadDataError as error:
         raise BadDataError(f"{error}: restore it, or {deleting(bucket, key)} and pack it again") from None
     return index
+
+
+def delete(dataset: Store) -> tuple[int, int]:
+    """Deletes a dataset, and returns its objects and bytes. The rest after the index never passes for a dataset."""
+    entries = list(dataset.list())
+    dataset.delete(INDEX)
+    for entry in entries:
+        dataset.delete(entry.key)
+    return len(entries), sum(entry.size_bytes for entry in entries)
 
 
 def deleting(bucket: Store, key: str) -> str:

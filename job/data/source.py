@@ -87,7 +87,6 @@ class Source:
         listed_in: yields the files of one split alone, if the format finds them without the others.
         with_labels: yields the same files in the same order with their labels, unread, where `listed` has none.
         table: the labels by name, where a table has them.
-        channels: channels of the packed images by default.
         classes: the names of the classes, if the format has a list of them.
         note: how the source is interpreted, for people.
         readers: number of files to read at a time.
@@ -103,7 +102,6 @@ class Source:
     listed_in: Callable[[str], Iterator[Member]] | None = None
     with_labels: Callable[[], Iterator[Member]] | None = None
     table: LabelTable | None = None
-    channels: int = 3
     classes: tuple[str, ...] = ()
     note: str = ""
     readers: int = 0

@@ -163,6 +163,8 @@ def _adapted(
             tars = [_source(tar, target) for tar in request.tars]
             return command.with_values(tars=tars), tars
         case PackRequest():
+            if resources.slices:
+                replace(request, slice=f"0/{resources.slices}").check()
             reads = [_source(request.source, target)]
             command = command.with_values(source=reads[0])
             file, column = split_labels(request.labels)

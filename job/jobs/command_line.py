@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from job.data.pack_request import PackRequest
 from job.jobs.spec import Verb
 from job.requests import EncodeRequest, EvaluateRequest, SampleRequest, TrainRequest, chosen_of
 
+R = TypeVar("R")
 AnyRequest = TrainRequest | SampleRequest | EvaluateRequest | PackRequest | EncodeRequest
 _REQUESTS: dict[Verb, type[AnyRequest]] = {
     "train": TrainRequest,
@@ -48,15 +49,7 @@ class ParsedCommand:
 
     def request(self) -> AnyRequest:
         """Returns the request, not checked yet."""
-        kind = _REQUESTS[self.verb]
-        values = {_REQUEST_FIELDS.get(name, name): value for name, value in self.values.items()}
-        if kind is TrainRequest:
-            values["sets"] = tuple(values["sets"] or ())
-        elif kind in (SampleRequest, EvaluateRequest):
-            values["chosen"] = chosen_of(values)
-        elif self.verb == "index":
-            values |= {"source": "", "tars": tuple(values["tars"])}
-        return kind(**{each.name: values[each.name] for each in fields(kind) if each.name in values})
+        return request_of(_REQUESTS[self.verb], self.values)
 
     def argv(self) -> tuple[str, ...]:
         """Returns the words after `ddpm`: arguments, then options, each in the order of the parameters.
@@ -80,6 +73,18 @@ class ParsedCommand:
         if any(word.startswith("-") for word in arguments):
             return (*self.command, *words, "--", *arguments)
         return (*self.command, *arguments, *words)
+
+
+def request_of(kind: type[R], parameters: Mapping[str, Any]) -> R:
+    """Returns a request whose fields are the parameters of a command."""
+    values = {_REQUEST_FIELDS.get(name, name): value for name, value in parameters.items()}
+    if kind is TrainRequest:
+        values["sets"] = tuple(values["sets"] or ())
+    elif kind in (SampleRequest, EvaluateRequest):
+        values["chosen"] = chosen_of(values)
+    elif "tars" in values:
+        values |= {"source": "", "tars": tuple(values["tars"])}
+    return kind(**{each.name: values[each.name] for each in fields(kind) if each.name in values})  # type: ignore[arg-type]
 
 
 def _text(value: Any) -> str:

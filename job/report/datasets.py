@@ -11,7 +11,7 @@ import numpy as np
 
 from ddpm.image_size import ImageSize
 from job.config import EMBEDDED, pack_config, preset_names
-from job.data.shards import DATASETS, INDEX, PREVIEW, DatasetIndex, dataset_key, find_dataset, load_index
+from job.data.shards import DATASETS, PREVIEW, DatasetIndex, dataset_key, delete, find_dataset, load_index
 from job.exits import BadDataError, BadRequestError, MissingInputError, did_you_mean
 from job.progress import Progress, note
 from job.requests import check_output
@@ -19,8 +19,8 @@ from job.store import Retry, Store, open_store
 from job.store.retry import away_limit_seconds
 
 
-def how_packed(bucket_uri: str, name: str, size: ImageSize | None) -> str:
-    """Returns which dataset for training the bucket has, for people; empty for none.
+def how_packed(bucket_uri: str, name: str, size: ImageSize | None) -> tuple[str, DatasetIndex | None]:
+    """Returns which dataset for training the bucket has, for people, empty for none; and its index, if it is one.
 
     Raises:
         MissingInputError: the bucket does not exist.
@@ -32,12 +32,12 @@ def how_packed(bucket_uri: str, name: str, size: ImageSize | None) -> str:
         index = load_index(bucket, key)
     except BadRequestError:
         # Training has an option to choose one.
-        return f"{bucket.uri}/{DATASETS}/{name} is there already, at several sizes"
+        return f"{bucket.uri}/{DATASETS}/{name} is there already, at several sizes", None
     except MissingInputError:
         # Raises if the bucket itself is missing. A local folder may be missing: the first write creates it.
         bucket.exists(DATASETS)
-        return ""
-    return f"{bucket.uri}/{key} is there already: {index.images:,} images of {index.source}"
+        return "", None
+    return f"{bucket.uri}/{key} is there already: {index.images:,} images of {index.source}", index
 
 
 def how_to_pack(bucket_uri: str, name: str, size: ImageSize, on: str = "") -> str:
@@ -181,24 +181,26 @@ def verify_named(bucket_uri: str, name: str, size: ImageSize | None, *, as_json:
 
 
 def delete_dataset(bucket_uri: str, name: str, size: ImageSize | None, certain: bool) -> None:
-    """Deletes a dataset, also an unfinished one. The index goes first, so that the rest never passes for a dataset.
+    """Deletes a dataset, also an unfinished one.
 
     Raises:
         BadRequestError: not `certain`; the message says how much would be deleted. Or `size` chooses none of several.
+        LostRunError: a process trains on it.
         MissingInputError: the bucket has no such dataset.
     """
+    from job.runs.removal import check_unused
+
     bucket = open_store(bucket_uri)
-    dataset = bucket.sub(find_dataset(bucket, name, size, unfinished=True))
-    entries = list(dataset.list())
-    count, size_bytes = len(entries), sum(entry.size_bytes for entry in entries)
+    key = find_dataset(bucket, name, size, unfinished=True)
+    dataset = bucket.sub(key)
     if not certain:
+        sizes = [entry.size_bytes for entry in dataset.list()]
         raise BadRequestError(
-            f"{dataset.uri} has {count:,} objects of {size_bytes:,} bytes, and runs may need them to go on: "
+            f"{dataset.uri} has {len(sizes):,} objects of {sum(sizes):,} bytes, and runs may need them to go on: "
             "add --yes to delete them for good"
         )
-    dataset.delete(INDEX)
-    for entry in entries:
-        dataset.delete(entry.key)
+    check_unused(bucket, key)
+    count, size_bytes = delete(dataset)
     print(f"deleted {dataset.uri}: {count:,} objects, {size_bytes:,} bytes")
 
 
@@ -208,11 +210,14 @@ def describe_dataset(index: DatasetIndex, bucket: Store) -> str:
     what = f"{'grey' if index.channels == 1 else 'colour'}, {index.size.words} pixels"
     if encoding := index.encoding:
         what = f"as latents of {index.size.words}×{index.channels}, encoded from {encoding.source}-{encoding.size}"
+    converted = ", ".join(f"{count:,} {kind}" for kind, count in index.converted.items())
     lines = [
-        f"dataset  {index.name}-{index.size}  ({bucket.uri}/{dataset_key(index.name, index.size)})",
+        f"dataset  {index.name}-{index.size}  ({bucket.uri}/{dataset_key(index.name, index.size)})"
+        + (f": converted images: {converted}" if converted else ""),
         f"images   {index.images:,} {what}, in {shards}",
         f"id       {index.dataset_id}",
         f"made     from {index.source}, crop {index.crop}, {index.resize_filter} filter"
+        + (f", range {index.pixel_range}" if index.pixel_range else "")
         + (", at each reading" if index.is_foreign else ""),
     ]
     if index.classes:

@@ -8,16 +8,17 @@ from typing import NamedTuple, TypeVar
 
 from job.config import RunConfig
 from job.data.shards import load_index
-from job.exits import BadDataError, BadRequestError, LostRunError
+from job.exits import BadDataError, BadRequestError, JobError, LostRunError
 from job.processes.lease import LEASE_KEY, MAX_FENCE, Lease, load_lease
 from job.progress import Progress, note
 from job.runs import records
 from job.runs.checkpoints import list_checkpoints, newest_good
 from job.runs.layout import CheckpointRef, ObjectKind, located
+from job.runs.listing import run_names
 from job.runs.metric_rows import read_rows
 from job.runs.readers import READING_SECONDS, being_read
 from job.runs.retention import Retention, best_images_seen, delete_checkpoint, leftovers
-from job.stop import Stop
+from job.stop import NEVER, Stop
 from job.store import ObjectMissingError, Store, open_store
 
 T = TypeVar("T")
@@ -165,6 +166,23 @@ def delete_run(bucket_uri: str, name: str, *, certain: bool) -> None:
         for key in _while_leased("deleting", keys, lease, stop):
             run.delete(key)
     print(f"deleted {run.uri}: {len(keys):,} objects, {size_bytes:,} bytes")
+
+
+def check_unused(bucket: Store, dataset: str) -> None:
+    """Checks that no process trains on the dataset at this key.
+
+    Raises:
+        LostRunError: one does.
+    """
+    for name in run_names(bucket):
+        run = records.run_store(bucket, name)
+        uses = False
+        # A run whose records are damaged cannot be trained.
+        with suppress(JobError):
+            key = records.dataset_key_of(records.existing_config(bucket, name))
+            uses = key == dataset and not load_lease(run).released
+        if uses:
+            Lease.take(run, records.highest_fence(run), 0.0, NEVER, note).close()
 
 
 def _deletion_order(key: str) -> int:

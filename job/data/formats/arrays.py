@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from job.data import members
-from job.data.archives import ARCHIVES, EXPANDS, open_zipped
+from job.data.archives import ARCHIVES, EXPANDS, open_zipped, opened_zip
 from job.data.formats.image_bytes import netpbm, netpbm_suffix
 from job.data.labels import chosen_label, label_of, text_of
 from job.data.members import Member, RefusedError, read_exactly, refused
@@ -170,7 +170,6 @@ def array_source(files: Files, column: str | None) -> Source | None:
     return Source(
         files.place,
         partial(_members, sets),
-        channels=max(_channels(images) for images, _ in sets),
         note=f"leaving out {', '.join(left_out[:3])}" if left_out else "",
         split=split,
         other_splits=other_splits,
@@ -202,7 +201,7 @@ def _zipped(files: Files, name: str) -> list[_Array]:
         if isinstance(file, zipfile.ZipExtFile):
             raise RefusedError("is a zip in a zip: unzip the outer one, and pack the folder")
         _, limit_bytes = members.unpacked(file)
-        with zipfile.ZipFile(file) as archive:
+        with opened_zip(file) as archive:
             found = [inner for inner in dict.fromkeys(archive.namelist()) if inner.endswith(".npy")]
             if len(found) > _MOST_ARRAYS:
                 raise RefusedError(
@@ -262,18 +261,12 @@ def _labels_of(
     return labels
 
 
-def _channels(images: _Array) -> int:
-    assert images.stored is not None
-    shape, axes = images.stored
-    return shape[axes[2]]
-
-
 def _members(sets: Iterable[tuple[_Array, _Array | None]]) -> Iterator[Member]:
     """Yields the images as PPM or PGM files."""
     for images, labels in sets:
         assert images.stored is not None
         shape, axes = images.stored
-        size_bytes, digits, suffix = math.prod(shape), len(str(images.shape[0] - 1)), netpbm_suffix(_channels(images))
+        size_bytes, digits, suffix = math.prod(shape), len(str(images.shape[0] - 1)), netpbm_suffix(shape[axes[2]])
         values = _values(labels) if labels else None
         with closing(images.open()) as stream:
             for number in range(images.shape[0]):

@@ -34,7 +34,7 @@ def idx_source(files: Files, column: str | None) -> Source | None:
     others = sorted(sets.keys() - set(own))
     note = f"leaving out {', '.join(others)}" if others and not files.chosen else ""
     listed = partial(_members, found)
-    return Source(files.place, listed, channels=1, note=note, split=split, other_splits=other_splits)
+    return Source(files.place, listed, note=note, split=split, other_splits=other_splits)
 
 
 def _stem(name: str) -> str:

@@ -105,11 +105,9 @@ def tfrecord_source(files: Files, column: str | None) -> Source | None:
     split, others = first_split(names)
     classes = _class_names(files, layout.label)
     listed = partial(_members, files, names, layout, classes)
-    channels = 1 if layout.suffix == netpbm_suffix(1) else 3
     return Source(
         files.place,
         listed,
-        channels=channels,
         classes=classes,
         note="; ".join(notes),
         split=split,

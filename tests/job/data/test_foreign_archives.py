@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from job.exits import Exit, JobError
 from job.progress import printable
 from job.store import open_store
 from tests.fuzzing import examples, search
+from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.some_images import encoded, picture
 
 PNG = encoded(picture(0, 8, 8))
@@ -92,6 +94,79 @@ TARS = st.builds(tar_bytes, st.lists(MEMBER, max_size=5), st.sampled_from([1024,
 METHODS = st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 ZIPS = st.builds(zip_bytes, st.lists(MEMBER, max_size=4), METHODS)
 ARCHIVES = st.one_of(TARS, TARS, TARS.map(gzip.compress), ZIPS, st.binary(max_size=2000))
+
+
+class OneWay(io.RawIOBase):
+    """A pipe: zipfile writes the sizes of its entries behind them."""
+
+    def __init__(self) -> None:
+        self.content = bytearray()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        self.content += data
+        return len(data)
+
+
+def zip_with(*names: str, piped: bool = False, zip64: bool = False, comment: bytes = b"") -> bytes:
+    file = OneWay() if piped else io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            with archive.open(zipfile.ZipInfo(name), "w", force_zip64=zip64) as entry:
+                entry.write(PNG)
+        archive.comment = comment
+    return bytes(file.content) if isinstance(file, OneWay) else file.getvalue()
+
+
+def npz_with(count: int) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, images=np.zeros((count, 8, 8, 3), np.uint8))
+    return file.getvalue()
+
+
+def adjusted(stub: bytes, content: bytes) -> bytes:
+    """A self-extracting zip whose offsets count from the beginning of the stub."""
+    file = io.BytesIO(stub + content)
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("c.png", PNG)
+    return file.getvalue()
+
+
+A, B = zip_with("a.png"), zip_with("b.png", "b2.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "before_bytes"),
+    [
+        ("joined.zip", A + B, len(A)),
+        ("an-empty-one-behind.zip", A + zip_with(), len(A)),
+        ("stub.zip", b"#!/bin/sh\nexec unzip $0\n" + A, 24),
+        ("adjusted.zip", adjusted(b"MZ" + bytes(998), A), 1000),
+        ("in-a-folder/joined.zip", A + B, len(A)),
+        ("joined.npz", npz_with(3) + npz_with(2), len(npz_with(3))),
+        ("whole.zip", B, 0),
+        ("piped.zip", zip_with("b.png", "b2.png", piped=True), 0),
+        ("zip64.zip", zip_with("b.png", "b2.png", zip64=True), 0),
+        ("comment.zip", zip_with("b.png", "b2.png", comment=b"PK\x03\x04"), 0),
+        ("added-to.zip", adjusted(b"", A), 0),
+        ("whole.npz", npz_with(2), 0),
+    ],
+    ids=lambda case: case if isinstance(case, str) else None,
+)
+def test_zip_with_something_before_it_is_refused(tmp_path, name, content, before_bytes) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    source = path if path.parent == tmp_path else path.parent
+    words = ("data", "pack", source, "x", "--size", 8, "--bucket", tmp_path / "bucket")
+    if before_bytes:
+        line = refused(ddpm_here(*words), Exit.BAD_DATA)
+        assert f"has {before_bytes:,} bytes before its first entry" in line
+        assert "joined by `cat`" in line and "self-extracting" in line
+    else:
+        assert "images   2 colour" in succeeded(ddpm_here(*words))
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")

@@ -5,15 +5,15 @@ import pytest
 from PIL import Image
 
 from ddpm.image_size import ImageSize
-from job.data.images import Recipe, RejectedImageError, decode, encode_png, prepare
+from job.data.images import Recipe, RejectedImageError, UndecidedImageError, decode, encode_png, prepare
 from job.exits import BadRequestError
-from tests.job.some_images import encoded, jpeg, picture
+from tests.job.some_images import deep_png, deep_tiff, encoded, jpeg, picture
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 
 
-def recipe(size=8, crop="center", resize_filter="lanczos", channels=3, min_side=1):
-    return Recipe(ImageSize.of(size), crop, resize_filter, channels, min_side)
+def recipe(size=8, crop="center", resize_filter="lanczos", channels=3, min_side=1, pixel_range=""):
+    return Recipe(ImageSize.of(size), crop, resize_filter, channels, min_side, pixel_range)
 
 
 def pixels(file: bytes, channels=3, **options) -> np.ndarray:
@@ -124,8 +124,64 @@ def test_sixteen_bits_are_scaled():
     levels = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     for kind in ("PNG", "TIFF", "PPM"):
         for channels in (1, 3):
-            got = pixels(encoded(Image.fromarray(levels), kind), channels=channels)
+            got = pixels(encoded(Image.fromarray(levels), kind), channels=channels, pixel_range="0,65535")
             np.testing.assert_array_equal(got[..., -1], np.round(levels / 257), err_msg=kind)
+
+
+RAMP = np.linspace(0, 4095, 64).round().astype(int).reshape(8, 8)
+COLOURS = np.stack([RAMP, RAMP[::-1], RAMP.T], axis=-1)
+MASKED = np.dstack([COLOURS, np.where(RAMP < 99, 0, 65535)])
+TWELVE = COLOURS * 255 / 4095
+
+
+DEEP = {
+    "a PNG": (deep_png(RAMP), "0,4095", TWELVE[..., :1]),
+    "a PNG of other levels": (deep_png(RAMP), "1000,1510", ((RAMP - 1000) / 2).clip(0, 255)[..., None]),
+    "its black is below 0": (deep_png(RAMP), "-4095,4095", 127.5 + TWELVE[..., :1] / 2),
+    "a PNG in colour": (deep_png(COLOURS), "0,4095", TWELVE),
+    "a PNG with transparency": (deep_png(MASKED), "0,4095", np.where(RAMP[..., None] < 99, 255, TWELVE)),
+    "sBIT, scaled": (deep_png(RAMP << 4 | RAMP >> 8, 12), "", TWELVE[..., :1]),
+    "sBIT, not scaled": (deep_png(RAMP, 12), "", TWELVE[..., :1]),
+    "sBIT of colours": (deep_png(COLOURS, 12), "", TWELVE),
+    "the option precedes sBIT": (deep_png(RAMP, 16), "0,4095", TWELVE[..., :1]),
+    "a TIFF": (deep_tiff(RAMP), "0,4095", TWELVE[..., :1]),
+    "a TIFF in colour": (deep_tiff(COLOURS), "0,4095", TWELVE),
+    "another order of bytes": (deep_tiff(COLOURS, order=">"), "0,4095", TWELVE),
+    "MaxSampleValue": (deep_tiff(RAMP, t280=0, t281=4095), "", TWELVE[..., :1]),
+    "MinSampleValue": (deep_tiff(RAMP, t280=1000, t281=1510), "", ((RAMP - 1000) / 2).clip(0, 255)[..., None]),
+    "12 bits": (deep_tiff(RAMP, bits=12), "", TWELVE[..., :1]),
+    "a TIFF of 32 bits": (encoded(Image.fromarray(np.full((8, 8), 200, np.int32)), "TIFF"), "0,255", 200),
+    "Maxval": (b"P5 8 8 4095\n" + RAMP.astype(">u2").tobytes(), "", TWELVE[..., :1]),
+    "Maxval of colours": (b"P6 8 8 4095\n" + COLOURS.astype(">u2").tobytes(), "", TWELVE),
+    "white alone": (deep_png(np.full((8, 8), 9)), "0,5", 255),
+}
+"""By what they show: a file, `--range`, and the pixels."""
+
+
+@pytest.mark.parametrize("case", DEEP)
+def test_deep_integers_are_mapped_from_their_range(case):
+    file, pixel_range, expected = DEEP[case]
+    got = pixels(file, pixel_range=pixel_range)
+    np.testing.assert_array_equal(got, np.broadcast_to(np.rint(expected), (8, 8, 3)))
+
+
+@pytest.mark.parametrize(
+    ("file", "seen"),
+    [
+        (deep_png(RAMP), r"from 0 to 4,095.*--range 0,4095"),
+        (deep_png(COLOURS), r"from 0 to 4,095.*--range 0,4095"),
+        # Dark and scaled, or not scaled at all.
+        (deep_png(RAMP & ~15, 12), r"from 0 to 4,080.*--range 0,4095"),
+        (deep_tiff(RAMP), r"from 0 to 4,095.*--range 0,4095"),
+        (deep_tiff(COLOURS, order=">"), r"from 0 to 4,095.*--range 0,4095"),
+        (encoded(Image.fromarray(RAMP.astype(np.uint16)), "TIFF", compression="tiff_lzw"), r"from 0 to 4,095"),
+        (encoded(Image.fromarray(np.full((8, 8), 200, np.int32)), "TIFF"), r"from 200 to 200.*--range 0,255"),
+        (encoded(Image.fromarray(RAMP.astype(np.uint16)), "PPM"), r"from 0 to 4,095.*--range 0,4095"),
+    ],
+)
+def test_deep_integers_of_no_range_are_undecided(file, seen):
+    with pytest.raises(UndecidedImageError, match=f"has more than 8 bits, with values {seen}"):
+        prepare(file, recipe())
 
 
 def test_bad_images_are_rejected():

@@ -152,14 +152,14 @@ def test_hub_dataset_is_read_in_parts(server, tmp_path, monkeypatch, caplog):
     handler.asked.clear()
     index = packed(tmp_path / "stopped", where, **at)
     assert index.images == 80
-    # Two shards of two groups each were whole.
-    assert fetched_groups(handler.asked, train) == [*range(4, 10)]
+    # Two shards of two groups each were whole; the first image says that the dataset is in colour.
+    assert fetched_groups(handler.asked, train) == [0, *range(4, 10)]
 
     handler.asked.clear()
     with pytest.raises(StoppedError):
         packed(tmp_path / "shared", where, slice="1/2", stop_at=17, **at)
     # Its shards are the second, which is whole, and the fourth.
-    assert {2, 3} <= set(fetched_groups(handler.asked, train)) <= {2, 3, 6, 7}
+    assert {2, 3} <= set(fetched_groups(handler.asked, train)) <= {0, 2, 3, 6, 7}
 
 
 def test_files_elsewhere_are_streamed(server, tmp_path):

@@ -239,6 +239,7 @@ REFUSED = [
     ("train --dataset a", "gke", {"slices": 2}, BadRequestError, "--slices 2 is not for training: use --nodes"),
     ("sample --run r", "gke", {"slices": 2}, BadRequestError, "--slice works only with --count"),
     ("sample --run r", "gke", {"nodes": 2}, BadRequestError, "--nodes 2 is for training: use --slices"),
+    ("pack gs://b/a.zip a --size 8 --replace", "gke", {"slices": 2}, BadRequestError, "--replace and --slice"),
     ("sample --run r --count 9 --slice 0/2", "gke", {"slices": 2}, BadRequestError, "leave one of them out"),
     *[
         (f"train --dataset a --stop-after {given}", "gke", {}, BadRequestError, f"--stop-after{said}")

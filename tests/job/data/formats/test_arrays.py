@@ -14,6 +14,7 @@ from fsspec.config import conf
 
 import job
 from job.data import members
+from job.data.images import are_grey
 from job.exits import Exit
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.data.formats.reading import labels_of, line_of, opened, pixels_of
@@ -61,7 +62,7 @@ def assert_read(place: Path | str, images: np.ndarray, labels: np.ndarray | None
     source = opened(place, split)
     np.testing.assert_array_equal(pixels_of(source), images)
     assert labels_of(source) == ([""] * len(images) if labels is None else [str(one) for one in labels.reshape(-1)])
-    assert source.channels == (3 if images.ndim == 4 else 1)
+    assert are_grey(content for _, content in entries_of(source)) == (images.ndim == 3)
 
 
 @pytest.mark.parametrize("compressed", [False, True])
