@@ -197,6 +197,7 @@ class Drawing:
     guidance_rescale: Annotated[Share, "share of guidance's added contrast that is removed"] = 0.0
     autoguidance: Annotated[CountOrNone, "guide away from this epoch's network; 0: from no class"] = 0
     autoguidance_run: Annotated[str, "run of that network; empty: the run itself"] = ""
+    autoguidance_weights: Annotated[str, "weights of the network of --autoguidance; default: as --weights"] = ""
     labels: Annotated[tuple[CountOrNone, ...], "class numbers that the seeds take in turn; empty: all"] = ()
     weights: Annotated[str, "weights to use: ema, ema-STD (other averages) or model (raw)"] = "ema"
     precision: Annotated[Literal["auto", "fp32", "bf16"], "number format of the network; auto: as in training"] = "auto"

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -52,6 +51,7 @@ class Model:
         autocast: context for the network alone, such as bf16 autocast.
         decode: decodes latents to pixels [B, c, h, w]; `pixels` clamps these to [-1, 1].
         worse: a network with less training, for guidance away from it.
+        worse_has_classes: whether it takes the classes too; without them it stands for images of any class.
         threads: share the images of a batch on a CPU.
         group_images: images that a thread computes at once; None: by the size of the batch.
         source: the place that it was loaded from, for people.
@@ -68,6 +68,7 @@ class Model:
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext
     decode: Callable[[Tensor], Tensor] | None = None
     worse: nn.Module | None = None
+    worse_has_classes: bool = True
     threads: Threads | None = None
     group_images: int | None = None
     source: str = ""
@@ -196,13 +197,17 @@ class Model:
             callback=callback,
             guidance=sampling.guide,
             null_class=len(self.classes),
-            worse=self.worse and partial(self._answer, self.worse),
+            worse=self.worse and self._predict_worse,
             with_share=(sampling.sampler, sampling.variance) == ("ddpm", "learned_range"),
         )
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Returns the network's output [B, …] under its autocast, without gradients."""
         return self._answer(self.network, x, t, condition)
+
+    def _predict_worse(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        assert self.worse is not None
+        return self._answer(self.worse, x, t, condition if self.worse_has_classes else condition._replace(labels=None))
 
     def _answer(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         if self.threads:

@@ -80,6 +80,7 @@ class Painter(Model):
         if self.worse is None:
             self.worse = method.build_network(config, self.device).eval().requires_grad_(False)
             self._load(self.worse, run, ref, group)
+            self.worse_has_classes = bool(config.model.num_classes)
 
     def _load(self, network: nn.Module, run: Store, ref: CheckpointRef, group: str) -> None:
         def load() -> None:
