@@ -159,10 +159,7 @@ class Diffusion:
         if self.zero_terminal_snr and not has_betas:
             raise ValueError(f"diffusion.zero_terminal_snr rescales betas, and schedule={self.schedule} has none")
         if self.zero_terminal_snr and self.draws == "log_normal":
-            raise ValueError(
-                "diffusion.draws=log_normal draws noise levels between the last two timesteps of zero_terminal_snr, "
-                "which have no t: use draws=uniform, or leave out zero_terminal_snr"
-            )
+            raise ValueError("diffusion.draws=log_normal exceeds the timesteps of zero_terminal_snr: use draws=uniform")
         if self.prediction == "epsilon" and (self.zero_terminal_snr or self.schedule == "flow"):
             raise ValueError(
                 "diffusion.prediction=epsilon cannot recover an image from pure noise, where "
