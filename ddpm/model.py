@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,7 @@ class Model:
             callback=callback,
             guidance=sampling.guide,
             null_class=len(self.classes),
-            worse=self.worse and self._predict_worse,
+            worse=self.worse and partial(self._answer, self.worse),
             with_share=(sampling.sampler, sampling.variance) == ("ddpm", "learned_range"),
         )
 
@@ -205,11 +206,9 @@ class Model:
         """Returns the network's output [B, …] under its autocast, without gradients."""
         return self._answer(self.network, x, t, condition)
 
-    def _predict_worse(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        assert self.worse is not None
-        return self._answer(self.worse, x, t, condition if self.worse_has_classes else condition._replace(labels=None))
-
     def _answer(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        if network is self.worse and not self.worse_has_classes:
+            condition = condition._replace(labels=None)
         if self.threads:
             return self.threads.sharing(network, self.autocast, self.group_images or group_of(len(x)))(x, t, condition)
         with torch.no_grad(), self.autocast():

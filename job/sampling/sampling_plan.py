@@ -158,8 +158,6 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         raise BadRequestError(f"--{idle[0].replace('_', '-')} needs --guidance W other than 1")
     if "autoguidance_weights" in chosen and not sample.autoguidance:
         raise BadRequestError("--autoguidance-weights needs --autoguidance [RUN@]EPOCH")
-    if sample.sampler == "own" and not request.custom_sampler:
-        raise BadRequestError("--sampler: the run's configuration names no known sampler; choose one, such as ddim")
     custom_sampler = CustomSampler.load(request.custom_sampler) if request.custom_sampler else None
     worse = _worse(sample, of_run, request, stop) if sample.autoguidance else None
     found = found_points(run, sample.steps, config.diffusion.timesteps) if sample.grid == "found" else ()
