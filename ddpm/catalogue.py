@@ -159,10 +159,7 @@ class Diffusion:
         if self.zero_terminal_snr and not has_betas:
             raise ValueError(f"diffusion.zero_terminal_snr rescales betas, and schedule={self.schedule} has none")
         if self.zero_terminal_snr and self.draws == "log_normal":
-            raise ValueError(
-                "diffusion.draws=log_normal draws noise levels between the last two timesteps of zero_terminal_snr, "
-                "which have no t: use draws=uniform, or leave out zero_terminal_snr"
-            )
+            raise ValueError("diffusion.draws=log_normal exceeds the timesteps of zero_terminal_snr: use draws=uniform")
         if self.prediction == "epsilon" and (self.zero_terminal_snr or self.schedule == "flow"):
             raise ValueError(
                 "diffusion.prediction=epsilon cannot recover an image from pure noise, where "
@@ -197,6 +194,7 @@ class Drawing:
     guidance_rescale: Annotated[Share, "share of guidance's added contrast that is removed"] = 0.0
     autoguidance: Annotated[CountOrNone, "guide away from this epoch's network; 0: from no class"] = 0
     autoguidance_run: Annotated[str, "run of that network; empty: the run itself"] = ""
+    autoguidance_weights: Annotated[str, "weights of the network of --autoguidance; default: as --weights"] = ""
     labels: Annotated[tuple[CountOrNone, ...], "class numbers that the seeds take in turn; empty: all"] = ()
     weights: Annotated[str, "weights to use: ema, ema-STD (other averages) or model (raw)"] = "ema"
     precision: Annotated[Literal["auto", "fp32", "bf16"], "number format of the network; auto: as in training"] = "auto"

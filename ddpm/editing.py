@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddpm.catalogue import Diffusion
 from ddpm.generation import beginning, from_noise
-from ddpm.process import CLEAN, Point
+from ddpm.process import CLEAN
 from ddpm.samplers import Denoiser, NoiseAt, Points, Sampler, Visit, euler_step
 
 
@@ -80,12 +80,7 @@ def inverted(
 ) -> Tensor:
     """Finds the noise of an image, and draws the image again from there (Song et al. 2021, section 5.4)."""
     points = last_points(points, strength)
-
-    def estimate(x_t: Tensor, point: Point[float]) -> Tensor:
-        # For ancestral steps with a learnt variance the denoiser returns that as well.
-        return denoise(x_t, point)[:, : image.shape[1]]
-
-    return sample(denoise, noise_in(image, estimate, points), points, noise_at)
+    return sample(denoise, noise_in(image, denoise, points), points, noise_at)
 
 
 def noise_in(image: Tensor, denoise: Denoiser, points: Points, sigma_data: float = Diffusion.sigma_data) -> Tensor:
@@ -99,7 +94,8 @@ def noise_in(image: Tensor, denoise: Denoiser, points: Points, sigma_data: float
     x, x_start, epsilon, before = image, image, torch.zeros_like(image), CLEAN
     for point in points[-2::-1]:
         guess = point.alpha * x_start + point.sigma * epsilon
-        x_start = denoise(guess, point)
+        # For ancestral steps with a learnt variance the denoiser returns that as well.
+        x_start = denoise(guess, point)[:, : image.shape[1]]
         end = euler_step([Visit(point, guess, x_start)], before)
         covariance, variance = (point.alpha * a * sigma_data**2 + point.sigma * s for _, a, s in (before, point))
         x = guess + (x - end) * variance / covariance

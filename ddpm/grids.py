@@ -39,8 +39,8 @@ def make_grid(process: Process, steps: int, grid: str) -> list[Point[float]]:
     if GRIDS[grid].by_ratio:
         return [*_by_ratio(process, steps, grid), CLEAN]
     # Only a table has no points between its numbers.
-    whole = round if isinstance(process, VariancePreserving) else float
-    return numbered_points(process, _numbers(T, steps, grid, whole))
+    is_table = isinstance(process, VariancePreserving)
+    return numbered_points(process, _numbers(T, steps, grid, round if is_table else float))
 
 
 def numbered_points(process: Process, numbers: Sequence[float]) -> list[Point[float]]:

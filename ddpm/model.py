@@ -52,6 +52,7 @@ class Model:
         autocast: context for the network alone, such as bf16 autocast.
         decode: decodes latents to pixels [B, c, h, w]; `pixels` clamps these to [-1, 1].
         worse: a network with less training, for guidance away from it.
+        worse_has_classes: whether it takes the classes too; without them it stands for images of any class.
         threads: share the images of a batch on a CPU.
         group_images: images that a thread computes at once; None: by the size of the batch.
         source: the place that it was loaded from, for people.
@@ -68,6 +69,7 @@ class Model:
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext
     decode: Callable[[Tensor], Tensor] | None = None
     worse: nn.Module | None = None
+    worse_has_classes: bool = True
     threads: Threads | None = None
     group_images: int | None = None
     source: str = ""
@@ -205,6 +207,8 @@ class Model:
         return self._answer(self.network, x, t, condition)
 
     def _answer(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        if network is self.worse and not self.worse_has_classes:
+            condition = condition._replace(labels=None)
         if self.threads:
             return self.threads.sharing(network, self.autocast, self.group_images or group_of(len(x)))(x, t, condition)
         with torch.no_grad(), self.autocast():

@@ -69,10 +69,8 @@ class Objective:
     prediction: Prediction
     diffusion: Diffusion = field(default_factory=Diffusion)
     """How noise levels are drawn and weighted, and whether the variance is learnt by the variational bound."""
-    clip: bool = Drawing.clip
-    """Whether self-conditioning shows the network its estimate clipped to [-1, 1], as sampling will."""
-    variance: str = Drawing.variance
-    """Variance of a step in the bound, unless the network learns it."""
+    drawing: Drawing = field(default_factory=Drawing)
+    """Whether self-conditioning shows the network its estimate clipped to [-1, 1], and the variance of the bound."""
 
     def __post_init__(self) -> None:
         diffusion = self.diffusion
@@ -153,7 +151,7 @@ class Objective:
             with torch.no_grad():
                 output = network(scale * x_t, drawn.t, condition).float()[:, :channels]
                 estimate = self.prediction.x_start(output, x_t, point)
-            condition = condition._replace(x_start=estimate.clamp(-1, 1) if self.clip else estimate)
+            condition = condition._replace(x_start=estimate.clamp(-1, 1) if self.drawing.clip else estimate)
         output, share = network(scale * x_t, drawn.t, condition).float().tensor_split([channels], dim=1)
         target = self.prediction.target(x_start, noise, point)
         losses = drawn.weight * (output - target).square().mean(dim=(1, 2, 3))
@@ -177,7 +175,8 @@ class Objective:
         """Estimates the variational bound on -log₂ p(x_0) per dimension, from one step of each image.
 
         The bound is that of ancestral sampling over all points of any process (Ho et al. 2020, equation 5), with the
-        learnt variance or else `variance`. The last step has β̃ of the step before, as in Ho et al.'s `calc_bpd_loop`.
+        learnt variance or else that of `drawing`. The last step has β̃ of the step before, as in Ho et al.'s
+        `calc_bpd_loop`.
 
         Args:
             network: see `Network`.
@@ -199,7 +198,7 @@ class Objective:
         output, share = network(scale * x_t, t, condition).float().tensor_split([x_start.shape[1]], dim=1)
         estimate = self.prediction.x_start(output, x_t, Point(t, alpha, sigma)).clamp(-1, 1)
         is_last = (numbers == 0).view(-1, 1, 1, 1).to(x_start.device)
-        share = (share + 1) / 2 if self.diffusion.learns_variance else SHARES[self.variance] * ~is_last
+        share = (share + 1) / 2 if self.diffusion.learns_variance else SHARES[self.drawing.variance] * ~is_last
         (last,) = points_of(self.process.numbered(torch.tensor([self.process.num_timesteps - 1])))
         # The noise at the start of sampling has the standard deviation max(1, σ).
         log_variance, beginning = 2 * math.log(last.sigma), 2 * math.log(max(1.0, last.sigma))
@@ -212,16 +211,14 @@ class Objective:
         if weighting == "plain":
             return torch.ones_like(point.sigma)
         snr = (point.alpha / point.sigma).square()
-        factor = self.prediction.error_factor(point)
-        if weighting == "snr":
-            return snr / factor
-        if weighting == "min_snr":
-            return snr.clamp(max=gamma) / factor
-        if weighting == "soft_min_snr":
-            return snr * gamma / (snr + gamma) / factor
-        if weighting == "flow":
-            return (1 + snr.sqrt()).square().clamp(max=MOST_FLOW_WEIGHT) / factor
-        return (snr + self.prediction.sigma_data**-2) / factor
+        on_x_start = {
+            "snr": snr,
+            "min_snr": snr.clamp(max=gamma),
+            "soft_min_snr": snr * gamma / (snr + gamma),
+            "flow": (1 + snr.sqrt()).square().clamp(max=MOST_FLOW_WEIGHT),
+            "edm": snr + self.prediction.sigma_data**-2,
+        }
+        return on_x_start[weighting] / self.prediction.error_factor(point)
 
 
 def _bound(posterior: Posterior[Tensor], is_last: Tensor, x_start: Tensor, estimate: Tensor, share: Tensor) -> Tensor:

@@ -10,6 +10,9 @@ from torch import Tensor
 from ddpm.catalogue import PREDICTIONS, Diffusion
 from ddpm.process import Number, Point
 
+CONSTANT = {"epsilon": (0.0, 1.0), "x0": (1.0, 0.0), "flow": (-1.0, 1.0)}
+"""(q, p) of the predictions that have the same at all points."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -25,14 +28,10 @@ class Prediction:
 
     def coefficients(self, point: Point[Number]) -> tuple[Number | float, Number | float]:
         """Returns (q, p) at a point; for F those of Karras et al. 2022, table 1, for any α."""
-        if self.kind == "epsilon":
-            return 0.0, 1.0
-        if self.kind == "x0":
-            return 1.0, 0.0
+        if self.kind in CONSTANT:
+            return CONSTANT[self.kind]
         if self.kind == "v":
             return -point.sigma, point.alpha
-        if self.kind == "flow":
-            return -1.0, 1.0
         signal = point.alpha * self.sigma_data
         inverse_root = (point.sigma**2 + signal**2) ** -0.5
         return point.sigma * inverse_root / self.sigma_data, -signal * inverse_root

@@ -381,7 +381,6 @@ def follow_dataset(config: RunConfig, index: DatasetIndex) -> RunConfig:
         # Presets have settings for pixels, which would be errors for latents.
         changes |= {"data.latents": True, "sample.clip": False}
         changes |= {"data.flip": False, "data.crop_scale": (1.0, 1.0), "data.augment": 0.0}
-        if "sigma_data" not in config.diffusion.model_fields_set:
-            # `Latents` have this deviation.
-            changes["diffusion.sigma_data"] = 1.0
+        # `Latents` have the deviation 1.
+        changes["diffusion.sigma_data"] = config.diffusion.model_dump(exclude_unset=True).get("sigma_data", 1.0)
     return config.updated(changes)

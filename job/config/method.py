@@ -94,8 +94,7 @@ def prediction_of(config: RunConfig) -> Prediction:
 
 def objective_of(config: RunConfig) -> Objective:
     """Returns the training loss."""
-    sample = config.sample
-    return Objective(process_of(config), prediction_of(config), config.diffusion, sample.clip, sample.variance)
+    return Objective(process_of(config), prediction_of(config), config.diffusion, config.sample)
 
 
 def settings_of(config: RunConfig) -> training.Settings:

@@ -43,7 +43,7 @@ CHOSEN_ELSEWHERE = {
     "data.latents": "--dataset NAME",
     "data.classes": "ddpm import",
     "data.order": PROGRAM,
-    **dict.fromkeys(("sample.autoguidance", "sample.autoguidance_run"), "ddpm sample --autoguidance [RUN@]EPOCH"),
+    **{key: "ddpm sample --autoguidance [RUN@]EPOCH" for key in RunConfig().flat() if "autoguidance" in key},
     **{key: "--from RUN[@EPOCH] and --weights" for key in RunConfig().flat() if key.startswith("parent.")},
 }
 """Keys that neither `--set` nor a file may set, and the option that sets them instead."""

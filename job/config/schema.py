@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, ValidatorFunctionWrapHandler, field_validator
 
 from ddpm import catalogue
 from ddpm.catalogue import EXTRACTORS, LARGEST, METRICS, OneOf, takers
@@ -121,11 +121,11 @@ class Drawing(Settings, catalogue.Drawing):
             raise ValueError("give the smaller number first, such as 0.3,5")
         return interval
 
-    @field_validator("weights", mode="before")
+    @field_validator("weights", "autoguidance_weights", mode="before")
     @classmethod
-    def _has_one_name(cls, value: Any) -> Any:
+    def _has_one_name(cls, value: Any, info: ValidationInfo) -> Any:
         """Returns the one name that weights have: `ema-0.10` becomes `ema-0.1`."""
-        if value in ("ema", "model"):
+        if value in ("ema", "model") or (not value and info.field_name != "weights"):
             return value
         if not isinstance(value, str) or not re.fullmatch(r"ema-0\.[0-9]{1,6}", value):
             raise ValueError("input should be 'ema', 'model', or 'ema-' and a std, such as 'ema-0.05'")

@@ -68,7 +68,7 @@ def prepared(plan: SamplePlan, ranks: Ranks, stop: Stop) -> Iterator[tuple[Sampl
             plan.config, ranks, plan.precision, stop, agreement=agreement, decoder=decoder, renewals=renewals
         )
         if worse is not None:
-            painter.load_worse(worse.run, worse.config, worse.ref, plan.sample.weights)
+            painter.load_worse(worse.run, worse.config, worse.ref, worse.weights)
         sampling = sampling_of(plan.sample)
         if plan.custom_sampler:
             sampling = replace(sampling, function=plan.custom_sampler)

@@ -77,9 +77,9 @@ class Painter(Model):
 
     def load_worse(self, run: Store, config: RunConfig, ref: CheckpointRef, group: str) -> None:
         """Reads the weights of the weaker network for autoguidance, with the configuration of its run. Collective."""
-        if self.worse is None:
-            self.worse = method.build_network(config, self.device).eval().requires_grad_(False)
-            self._load(self.worse, run, ref, group)
+        self.worse = method.build_network(config, self.device).eval().requires_grad_(False)
+        self.worse_has_classes = bool(config.model.num_classes)
+        self._load(self.worse, run, ref, group)
 
     def _load(self, network: nn.Module, run: Store, ref: CheckpointRef, group: str) -> None:
         def load() -> None:

@@ -54,7 +54,7 @@ class Given:
 
 
 _OF_PROCESS = "schedule timesteps zero_terminal_snr sigma_min sigma_max sigma_data prediction self_conditioning"
-SHARED = ["data.dataset_id", "data.size", "model.num_classes", *(f"diffusion.{key}" for key in _OF_PROCESS.split())]
+SHARED = ["data.dataset_id", "data.size", *(f"diffusion.{key}" for key in _OF_PROCESS.split())]
 """Keys that must be equal for autoguidance: only then do both networks estimate the same images."""
 
 
@@ -65,6 +65,7 @@ class Worse:
     run: Store
     config: RunConfig
     ref: CheckpointRef
+    weights: str
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,8 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
             raise BadRequestError(f"--{option} is an option of {', '.join(of)}: leave it out, or choose --sampler")
     if sample.guidance == 1 and (idle := sorted({"guidance_interval", "guidance_rescale"} & chosen.keys())):
         raise BadRequestError(f"--{idle[0].replace('_', '-')} needs --guidance W other than 1")
-    if sample.sampler == "own" and not request.custom_sampler:
-        raise BadRequestError("--sampler: the run's configuration names no known sampler; choose one, such as ddim")
+    if "autoguidance_weights" in chosen and not sample.autoguidance:
+        raise BadRequestError("--autoguidance-weights needs --autoguidance [RUN@]EPOCH")
     custom_sampler = CustomSampler.load(request.custom_sampler) if request.custom_sampler else None
     worse = _worse(sample, of_run, request, stop) if sample.autoguidance else None
     found = found_points(run, sample.steps, config.diffusion.timesteps) if sample.grid == "found" else ()
@@ -180,12 +181,14 @@ def _worse(sample: SampleConfig, of_run: RunHandle, request: SampleRequest, stop
     name = sample.autoguidance_run
     other = open_run(request.bucket, name, stop) if name else of_run
     ours, theirs = of_run.config.flat(), other.config.flat()
-    if different := [f"{key}: {ours[key]} and {theirs[key]}" for key in SHARED if ours[key] != theirs[key]]:
+    # A network without classes stands for images of any class, as that of the null class does.
+    shared = [*SHARED, *(["model.num_classes"] if theirs["model.num_classes"] else [])]
+    if different := [f"{key}: {ours[key]} and {theirs[key]}" for key in shared if ours[key] != theirs[key]]:
         raise BadRequestError(f"--autoguidance {name}: it must match {request.run}, but differs in {different[0]}")
     (ref,) = choose(other.run, str(sample.autoguidance), other.dataset_images, other.config.train.batch_size)
-    if sample.weights not in ("ema", "model"):
-        check_average(other.run, ref, sample.weights, name or request.run)
-    return Worse(other.run, other.config, ref)
+    if (weights := sample.autoguidance_weights or sample.weights) not in ("ema", "model"):
+        check_average(other.run, ref, weights, name or request.run)
+    return Worse(other.run, other.config, ref, weights)
 
 
 def found_points(run: Store, steps: int, num_timesteps: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm.catalogue import Diffusion
+from ddpm.catalogue import Diffusion, Drawing
 from ddpm.objective import Condition, Drawn, Objective
 from ddpm.prediction import Prediction
 from ddpm.process import Point, Process, RectifiedFlow, VarianceExploding, linear_schedule, make_process
@@ -33,7 +33,9 @@ def objective(schedule: str, prediction: str, weighting: str = "plain") -> Objec
     """A weighting "with variance" learns that as well; "unclipped" is about its own estimate."""
     variance = "learned_range" if "variance" in weighting else "fixed"
     diffusion = Diffusion(schedule, prediction=prediction, weighting=weighting.split()[0], variance=variance)
-    return Objective(make_process(diffusion), Prediction(prediction), diffusion, clip="unclipped" not in weighting)
+    return Objective(
+        make_process(diffusion), Prediction(prediction), diffusion, drawing=Drawing(clip="unclipped" not in weighting)
+    )
 
 
 def given(weighting: str) -> tuple[Condition, bool]:
@@ -105,7 +107,7 @@ def test_loss_is_the_weighted_error(schedule: str, prediction: str, weighting: s
         assert told[0] is condition
         if twice:
             estimate = learnt.prediction.x_start(output, point.alpha * X_START + point.sigma * NOISE, point)
-            torch.testing.assert_close(told[1].x_start, estimate.clamp(-1, 1) if learnt.clip else estimate)
+            torch.testing.assert_close(told[1].x_start, estimate.clamp(-1, 1) if learnt.drawing.clip else estimate)
 
 
 def test_weights_mean_errors_of_x_start() -> None:

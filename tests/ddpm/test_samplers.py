@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from math import log, log2, sqrt
 
 import pytest
@@ -165,6 +166,18 @@ def test_multistep_samplers_equal_diffusers() -> None:
             assert len(ours) == len(theirs) == n + 1
             for step, pair in enumerate(zip(ours[: n + 1 - different], theirs, strict=False)):
                 assert_close(*pair, rtol=0, atol=2e-5, msg=f"{kind.__name__} {config}, step {step}, flow {flow}")
+
+
+def test_steps_of_a_flow_are_jits_down_to_its_limit() -> None:
+    """Li & He 2025: v is (x - z)/(1 - t), with 1 - t of 0.05 at least. Below it theirs leave noise, and ours do not."""
+    x_start, x = normal(1), normal(0)
+    for point, after in pairwise(make_grid(RectifiedFlow(), 50, "trailing")):
+        t, t_next = 1 - point.sigma, 1 - after.sigma
+        theirs = x + (t_next - t) * (x_start - x) / max(1 - t, 0.05)
+        x = ddim(lambda x, point: x_start, x, [point, after], no_noise)
+        assert ((x - theirs).abs().max() < 1e-12) == (point.sigma >= 0.05), point
+    assert_close(x, x_start)
+    assert rms(theirs - x_start) > 0.01
 
 
 def test_churn_is_edms() -> None:

@@ -66,7 +66,7 @@ def learnt(threads: Threads | None, seconds: float = 0.0, micro_batch_size: int 
         )
         for step in range(4)
     ]
-    objective = Objective(make_process(diffusion), Prediction("v"), diffusion, True)
+    objective = Objective(make_process(diffusion), Prediction("v"), diffusion)
     hooks = training.Hooks(lambda state: False)
     network = Late(state.model, seconds) if seconds else state.model
     training.train(state, network, batches, objective, settings, Accelerator(cpu=True), hooks, Slots(3, 7), threads)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from ddpm.catalogue import Diffusion
+from ddpm.catalogue import Diffusion, Drawing
 from ddpm.objective import Condition, Drawn, Objective
 from ddpm.prediction import Prediction
 from ddpm.process import RectifiedFlow, VarianceExploding, cosine_schedule, linear_schedule
@@ -191,7 +191,7 @@ def test_bits_per_dim_equal_hos_loop(chosen: str) -> None:
         return 0.5 * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
     found = 0.0
-    objective = Objective(linear_schedule(T), Prediction("epsilon"), variance=chosen)
+    objective = Objective(linear_schedule(T), Prediction("epsilon"), drawing=Drawing(variance=chosen))
     for t in range(T):
         noise = normal(1 + t)
         x_t = alphas_cumprod[t] ** 0.5 * x_0 + (1 - alphas_cumprod[t]) ** 0.5 * noise.numpy()

@@ -110,7 +110,7 @@ SETTINGS = {
     "data.cache_gigabytes=1e300": ["cache_gigabytes", "equal to 1000000000", "'1e300'"],
     "diffusion.schedule=flow diffusion.prediction=epsilon": ["from pure noise"],
     "diffusion.schedule=edm diffusion.zero_terminal_snr=on": ["rescales betas"],
-    "diffusion.schedule=cosine diffusion.zero_terminal_snr=on": ["draws=log_normal draws", "use draws=uniform"],
+    "diffusion.schedule=cosine diffusion.zero_terminal_snr=on": ["draws=log_normal exceeds", "use draws=uniform"],
     "diffusion.sigma_min=90": ["sigma_min=90", "below sigma_max=80"],
     "train.learning_rate_decay=cosine train.decay_images=0": ["decay_images above train.warmup_images"],
     "train.learning_rate_decay=inverse_root train.decay_images=0": ["needs a train.decay_images above 0"],

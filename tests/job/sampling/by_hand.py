@@ -30,12 +30,12 @@ def ddim_50(estimate: Estimate, x: Tensor) -> Tensor:
     return x
 
 
-def estimate_of(bucket: Path, run: str, labels: Tensor, checkpoint: int = -1) -> Estimate:
+def estimate_of(bucket: Path, run: str, labels: Tensor | None, checkpoint: int = -1, weights: str = "ema") -> Estimate:
     """What the averaged weights of a run that predicts v estimate."""
     store = open_store(str(bucket))
     network, folder = method.build_network(existing_config(store, run), torch.device("cpu")).eval(), f"runs/{run}"
-    weights = {"ema": {name: p.detach() for name, p in network.named_parameters()}}
-    with opened(store.sub(folder), list_checkpoints(store.sub(folder))[checkpoint], into=weights):
+    into = {weights: {name: p.detach() for name, p in network.named_parameters()}}
+    with opened(store.sub(folder), list_checkpoints(store.sub(folder))[checkpoint], into=into):
         pass
 
     @torch.no_grad()

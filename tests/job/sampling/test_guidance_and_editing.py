@@ -115,16 +115,27 @@ def test_saved_images_have_the_chosen_classes(bucket, draw):
 
 
 @pytest.mark.slow
-def test_autoguidance_takes_another_runs_network(bucket):
-    """As EDM2's best results are: away from a smaller network that has learnt less."""
+@pytest.mark.parametrize(
+    ("learnt", "weights", "name"),
+    [
+        ({}, "", ""),
+        ({}, "model", "-autoguidance_weights-model"),
+        ({"model__num_classes": "0", "ema__stds": "0.10"}, "ema-0.10", "-autoguidance_weights-ema-0.1"),
+    ],
+)
+def test_autoguidance_takes_another_runs_network(bucket, learnt, weights, name):
+    """As EDM2's best results are: away from a smaller network that has learnt less, averaged otherwise or classless."""
     smaller = ("--dataset", "tiles", "--run", "small", "--bucket", bucket, "--epochs", 1)
-    succeeded(ddpm_here("train", *smaller, *settings(model__channels="4")))
+    succeeded(ddpm_here("train", *smaller, *settings(model__channels="4", **learnt)))
     words = ("--precision", "fp32", "--steps", 50, "--guidance", 2, "--autoguidance", "small@1", "--count", 4)
+    words += ("--autoguidance-weights", weights) if weights else ()
     succeeded(ddpm_here("sample", "--run", "walk", "--bucket", bucket, *words, "--save", "png"))
-    (folder,) = (bucket / "runs/walk/samples").glob("*-guidance-2-autoguidance-1-autoguidance_run-small-0-4-png")
+    (folder,) = (bucket / "runs/walk/samples").glob(f"*-guidance-2-autoguidance-1-autoguidance_run-small{name}-0-4-png")
     saved = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("piece-*/*.png"))])
     seeds = torch.arange(4)
-    better, worse = (estimate_of(bucket, run, seeds) for run in ("walk", "small"))
+    better = estimate_of(bucket, "walk", seeds)
+    of_worse = {"labels": None if learnt else seeds, "weights": weights.removesuffix("0") or "ema"}
+    worse = estimate_of(bucket, "small", **of_worse)
     x = ddim_50(lambda *at: (worse(*at) + 2 * (better(*at) - worse(*at))).clamp(-1, 1), noise_of(seeds, (3, 16, 16))(0))
     expected = ((x.permute(0, 2, 3, 1) + 1) * 127.5).clip(0, 255).numpy()
     assert np.abs(saved - expected).max() < 0.51
@@ -257,6 +268,8 @@ def test_impossible_drawings_are_refused(bucket, tmp_path):
         ("all", 64, "--guidance-rescale needs --guidance", ("--guidance-rescale", 0.7)),
         ("walk", 78, "sample.shift=3 needs diffusion.schedule=flow", ("--shift", 3)),
         ("all", 78, "guidance other than 1", ("--autoguidance", 1)),
+        ("all", 64, "--autoguidance-weights needs --autoguidance", ("--autoguidance-weights", "model")),
+        ("all", 64, "--autoguidance-weights 'best': input should be 'ema'", ("--autoguidance-weights", "best")),
         ("all", 64, "smaller number first", ("--guidance-interval", "5,0.5")),
         ("all", 64, "--guidance-interval '5': give two numbers", ("--guidance-interval", "5")),
         ("all", 64, "--guidance-rescale", ("--guidance-rescale", 2)),
