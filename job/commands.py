@@ -222,10 +222,10 @@ def ensure_command(request: PackRequest, bucket_uri: str, on: str = "") -> None:
     if index:
         filled = replace(filled, size=index.size)
     if there and not request.replaces:
-        if request.source:
-            note(f"{there}: {_compared(filled, bucket_uri, there, index)}")
-        elif request.labels or request.split or request.classes is not None:
-            note(f"{there}: labels, classes and split stay as they are")
+        has_options = request.labels or request.split or request.classes is not None
+        kept = "labels, classes and split stay as they are" if has_options else ""
+        said = _compared(filled, bucket_uri, there, index) if request.source else kept
+        note("; ".join(filter(None, (there, said))))
         return
     if not request.source and name != EMBEDDED:
         raise MissingInputError(how_to_pack(bucket_uri, name, size, on))

@@ -129,7 +129,7 @@ class _FewImages(packing._Packing):
             writer.add(f"{image:09d}", b"image %d" % image, -1)
             advance(1)
         shard, offsets = writer.finish()
-        facts = {"rejects": [], "source_sha256": hashlib.sha256(b"%d" % number).hexdigest()}
+        facts = {"rejects": [], "converted": {}, "source_sha256": hashlib.sha256(b"%d" % number).hexdigest()}
         return Made({shard.name: writer.path, shard.offsets_name: offsets}, facts | {"shard": shard.model_dump()})
 
 

@@ -58,9 +58,7 @@ def presets(incomplete: str) -> list[str]:
 def targets(context: typer.Context, incomplete: str) -> list[str]:
     """Returns the names of the targets."""
     from job.jobs.targets import load_targets
-    from job.progress import set_loudness
 
-    set_loudness(verbose=False, quiet=True)
     with suppress(Exception):
         return _offered(load_targets(context.params.get("targets")), incomplete)
     return []

@@ -23,7 +23,8 @@ def doctor(
     """
     from job.jobs.doctor import checks_of, report
     from job.jobs.targets import target_on
+    from job.progress import note
 
-    target = target_on(on, targets)
+    target = target_on(on, targets, note)
     if code := report(checks_of(target, "" if no_bucket else bucket), as_json):
         raise SystemExit(int(code))

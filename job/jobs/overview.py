@@ -34,7 +34,9 @@ class Search:
     @cached_property
     def targets(self) -> list[Target]:
         """Returns these targets."""
-        return [target_on(self.on, self.targets_file)] if self.on else list(load_targets(self.targets_file).values())
+        if self.on:
+            return [target_on(self.on, self.targets_file, note)]
+        return list(load_targets(self.targets_file, say=note).values())
 
     def ask(self, question: Callable[[Backend], list[JobStatus]]) -> Iterator[tuple[Backend, JobStatus]]:
         """Yields each job in the engines' answers once; reports and skips a silent engine if there are several."""

@@ -59,7 +59,7 @@ def submit(
         raise BadRequestError(f"-o {output} is the format of --dry-run: add that, or leave it out")
     if dry_run and watch:
         raise BadRequestError("--dry-run sends nothing that --watch could watch: leave one of them out")
-    target = target_on(on, targets)
+    target = target_on(on, targets, note)
     spec = spec_of(command, target, resources)
     if resources.slices and not spec.slices:
         note(f"target {target.name!r} is one machine, which makes all {resources.slices} slices")

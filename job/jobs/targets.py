@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from job.config import parse_mapping, read_settings
 from job.exits import BadConfigError, BadRequestError, did_you_mean
 from job.jobs.backends import BACKENDS, target_class
 from job.jobs.backends.target import Target
-from job.progress import note
 from job.store import URIS, is_remote
 from job.store.files import os_errors
 
@@ -24,12 +24,13 @@ BUILT_IN = ("local", "container")
 """The targets that exist without a file, which may only change their keys."""
 
 
-def load_targets(path: Path | None = None, on: str = "") -> dict[str, Target]:
+def load_targets(path: Path | None = None, on: str = "", say: Callable[[str], None] = str) -> dict[str, Target]:
     """Returns the valid targets by name: `local` and `container`, and those of the file.
 
     Args:
         path: the file; None is `$DDPM_TARGETS`, else `./targets.yaml` if that exists.
         on: the target that is needed; empty if one may do without any of them.
+        say: gets a line about each other target that is not valid; `note` prints it.
 
     Raises:
         MissingInputError: the named file does not exist.
@@ -43,11 +44,11 @@ def load_targets(path: Path | None = None, on: str = "") -> dict[str, Target]:
         if not option and not file.exists():
             return targets
         text = read_settings(file)
-    return targets | parse_targets(text, str(file), on)
+    return targets | parse_targets(text, str(file), on, say)
 
 
-def parse_targets(text: str, where: str, on: str = "") -> dict[str, Target]:
-    """Returns the valid targets in the text of a file, which messages call `where`; a line reports each other one.
+def parse_targets(text: str, where: str, on: str = "", say: Callable[[str], None] = str) -> dict[str, Target]:
+    """Returns the valid targets in the text of a file, which messages call `where`; `say` gets a line about each other one.
 
     Raises:
         BadConfigError: the text is not a mapping, or the target `on` is not valid; the message names the key.
@@ -59,17 +60,17 @@ def parse_targets(text: str, where: str, on: str = "") -> dict[str, Target]:
         except BadConfigError as error:
             if on == str(name):
                 raise
-            note(f"left out: {error}")
+            say(f"left out: {error}")
     return targets
 
 
-def target_on(name: str, path: Path | None = None) -> Target:
-    """Returns the target of that name; see `load_targets` for `path` and further errors.
+def target_on(name: str, path: Path | None = None, say: Callable[[str], None] = str) -> Target:
+    """Returns the target of that name; see `load_targets` for `path`, `say` and further errors.
 
     Raises:
         BadRequestError: the name is unknown; the message has the known ones.
     """
-    targets = load_targets(path, name)
+    targets = load_targets(path, name, say)
     if name not in targets:
         raise BadRequestError(f"unknown target {name!r}{did_you_mean(name, targets)} (known: {', '.join(targets)})")
     return targets[name]

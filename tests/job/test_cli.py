@@ -161,7 +161,7 @@ def test_ensure_packs_only_a_missing_dataset(tmp_path):
     assert "6 colour, 32×32 pixels" in succeeded(ddpm_here(*words))
     done = ddpm_here(*words)
     there, said = f"{tmp_path}/bucket/datasets/mine", "is there already: 6 images of photos"
-    same = f"{said}: SOURCE has not changed"
+    same = f"{said}; SOURCE has not changed"
     assert (succeeded(done), done.stderr) == ("", f"{there}-32 {same}\n")
     done = ddpm_here(*words[:-2])
     assert (succeeded(done), done.stderr) == ("", f"{there}-32 {said}\n")
@@ -169,9 +169,9 @@ def test_ensure_packs_only_a_missing_dataset(tmp_path):
     done = ddpm_here(*words, "--size", 16, "--no-classes")
     assert done.stderr == f"{there}-16 {same}\n"
     done = ddpm_here(*words[:-2], "--size", 16, "--no-classes")
-    assert done.stderr == f"{there}-16 {said}: labels, classes and split stay as they are\n"
+    assert done.stderr == f"{there}-16 {said}; labels, classes and split stay as they are\n"
     done = ddpm_here(*words)
-    assert done.stderr == f"{there} is there already, at several sizes: SOURCE is not compared\n"
+    assert done.stderr == f"{there} is there already, at several sizes; SOURCE is not compared\n"
     assert succeeded(ddpm_here(*words[:-2])) == done.stdout == ""
 
 

@@ -36,7 +36,7 @@ def test_ensure_compares_the_source(tmp_path):
     }
     for name, files in others.items():
         line = refused(ensured(zip_of(tmp_path / f"{name}.zip", files)), Exit.BAD_REQUEST)
-        assert "mine-8 is there already, made from photos" in line and f"{name}.zip has other images" in line
+        assert "mine-8 is there already: 12 images of photos" in line and f"{name}.zip has other images" in line
         assert "make: DATASET=NAME" in line and "--replace" in line
     (tmp_path / "labels.csv").write_text("".join(f"{name},{n % 3}\n" for n, (name, _) in enumerate(pets)))
     assert "other images, labels" in refused(ensured(photos, "--labels", tmp_path / "labels.csv"), Exit.BAD_REQUEST)

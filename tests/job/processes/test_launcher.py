@@ -197,7 +197,10 @@ def test_missing_gpus_are_refused(monkeypatch, tmp_path):
     (tmp_path / "there").mkdir()
     monkeypatch.setattr(group, "DRIVER", tmp_path / "there")
     group._cuda.cache_clear()
-    with pytest.raises(MissingInputError, match="was given 1 GPU, and PyTorch sees 0: the image has a PyTorch for CPU"):
+    with pytest.raises(
+        MissingInputError,
+        match="was given 1 GPU, and PyTorch sees 0: this is a PyTorch for CPUs; `make image TORCH=cuda`",
+    ):
         group.check_gpus()
     group._cuda.cache_clear()
 
