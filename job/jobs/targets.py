@@ -24,7 +24,7 @@ BUILT_IN = ("local", "container")
 """The targets that exist without a file, which may only change their keys."""
 
 
-def load_targets(path: Path | None = None, on: str = "", say: Callable[[str], None] = str) -> dict[str, Target]:
+def load_targets(path: Path | None = None, on: str = "", say: Callable[[str], object] = str) -> dict[str, Target]:
     """Returns the valid targets by name: `local` and `container`, and those of the file.
 
     Args:
@@ -47,8 +47,8 @@ def load_targets(path: Path | None = None, on: str = "", say: Callable[[str], No
     return targets | parse_targets(text, str(file), on, say)
 
 
-def parse_targets(text: str, where: str, on: str = "", say: Callable[[str], None] = str) -> dict[str, Target]:
-    """Returns the valid targets in the text of a file, which messages call `where`; `say` gets a line about each other one.
+def parse_targets(text: str, where: str, on: str = "", say: Callable[[str], object] = str) -> dict[str, Target]:
+    """Returns the valid targets in the text of a file, which messages call `where`; for `say` see `load_targets`.
 
     Raises:
         BadConfigError: the text is not a mapping, or the target `on` is not valid; the message names the key.
@@ -64,7 +64,7 @@ def parse_targets(text: str, where: str, on: str = "", say: Callable[[str], None
     return targets
 
 
-def target_on(name: str, path: Path | None = None, say: Callable[[str], None] = str) -> Target:
+def target_on(name: str, path: Path | None = None, say: Callable[[str], object] = str) -> Target:
     """Returns the target of that name; see `load_targets` for `path`, `say` and further errors.
 
     Raises:
