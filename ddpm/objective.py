@@ -101,16 +101,9 @@ class Objective:
         Returns:
             float32 [6 or 9, B] on the host, for `Drawn`: one table, so that one copy to the device suffices.
         """
-        return self.at(self.shares(seed, image_numbers, batch_size_images))
-
-    def shares(self, seed: int, image_numbers: Tensor, batch_size_images: int) -> Tensor:
-        """Returns the share of all draws that have less noise than that of each image, float64 [B]; see `draw`."""
-        u = randomness.training_uniforms(seed, image_numbers)
-        return (image_numbers % batch_size_images + u) / batch_size_images if self.diffusion.stratified else u
-
-    def at(self, u: Tensor) -> Tensor:
-        """Returns the points with these `shares`, float64 [B] between 0 and 1, as `draw` does."""
-        diffusion = self.diffusion
+        diffusion, u = self.diffusion, randomness.training_uniforms(seed, image_numbers)
+        if diffusion.stratified:
+            u = (image_numbers % batch_size_images + u) / batch_size_images
         if diffusion.draws == "uniform":
             point = self.process.uniform(u)
         else:

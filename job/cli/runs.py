@@ -1,6 +1,5 @@
-"""`ddpm runs`: list, show, compare, blame, seen, verify, prune, delete; and `ddpm replay`."""
+"""`ddpm runs`: list, show, compare, verify, prune, delete; and `ddpm replay`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,7 +8,7 @@ from job.cli import completion
 from job.cli.options import AsJson, BucketUri, Certain
 
 app = typer.Typer(
-    help="Runs: list, show, compare, blame, seen, verify, prune, delete.\n\nExample: ddpm runs show celeba",
+    help="Runs: list, show, compare, verify, prune, delete.\n\nExample: ddpm runs show celeba",
     no_args_is_help=True,
 )
 
@@ -63,47 +62,6 @@ def runs_compare(
     from job.runs.comparison import compare_runs
 
     compare_runs(bucket, first, second, since_epoch)
-
-
-@app.command("blame")
-def runs_blame(
-    run: RunName,
-    around: Annotated[int, typer.Option(metavar="N", min=0, help="Image of the spike, such as a row's images_seen.")],
-    window: Annotated[
-        int | None, typer.Option(metavar="IMAGES", min=1, help="Images to suspect. Default: 2 × log.every_images.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="PNG of these images.")] = None,
-    bucket: BucketUri = "",
-) -> None:
-    """Find the images that carry a spike of the loss.
-
-    The command replays the batches around the spike with the weights from before it: once as they were, and nine times
-    with other noise. It prints the images whose loss stays high whatever the noise: the number of robust deviations
-    from the median, and the loss as it was beside the expected one.
-
-    Example: ddpm runs blame celeba --around 1280000 -o suspects.png
-    """
-    from job.training.blame import blame_run
-
-    blame_run(bucket, run, around, window, output)
-
-
-@app.command("seen")
-def runs_seen(
-    run: RunName,
-    image_key: Annotated[str, typer.Option(metavar="KEY", help="Key of the image in its tar, such as 000012345.")],
-    as_json: AsJson = False,
-    bucket: BucketUri = "",
-) -> None:
-    """Show how often and when a run has learnt an image.
-
-    It also prints which checkpoints have learnt it.
-
-    Example: ddpm runs seen celeba --image-key 000012345
-    """
-    from job.training.seen import show_seen
-
-    show_seen(bucket, run, image_key, as_json=as_json)
 
 
 @app.command("verify")

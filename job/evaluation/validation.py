@@ -61,7 +61,7 @@ def validation_row(
         if not of_batch:
             continue
         places = np.array(of_batch)
-        x_start, noise, condition = noised_as(places, images, numbers[places], painter, latents)
+        x_start, noise, condition = _noised(places, images, numbers[places], painter, latents)
         drawn = Drawn(*points[:, places].to(painter.device))
         with torch.inference_mode():
             losses = objective.losses(painter.predict, x_start, noise, drawn, condition)
@@ -74,7 +74,7 @@ def validation_row(
     return row | ({"val_bits_per_dim": loss_row(bits.reduced())["loss"]} if is_bounded else {})
 
 
-def noised_as(
+def _noised(
     numbers: np.ndarray, images: ImageCache, indices: np.ndarray, painter: Painter, latents: Latents | None
 ) -> tuple[torch.Tensor, torch.Tensor, Condition]:
     """Returns images without augmentation, and what a loss needs beside them, on the painter's device.

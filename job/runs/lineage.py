@@ -18,12 +18,11 @@ from job.store import Store
 
 @dataclass(frozen=True)
 class Stretch:
-    """The images that one attempt learnt, from the number `first_image` up to `last_image`, without it."""
+    """The images that one attempt learnt, from the end of the stretch before up to number `last_image`, without it."""
 
     attempt: records.Attempt
     config: RunConfig
     """The run's configuration with the changes of this attempt."""
-    first_image: int
     last_image: int
 
     def has(self, ref: CheckpointRef) -> bool:
@@ -37,7 +36,7 @@ class Lineage:
 
     newest: Manifest
     stretches: tuple[Stretch, ...]
-    """In order, each from the end of the one before."""
+    """In order."""
 
     @classmethod
     def of(cls, run: Store, stored: RunConfig) -> Lineage:
@@ -49,12 +48,11 @@ class Lineage:
         """
         if (newest := newest_sound(run, list_checkpoints(run))) is None:
             raise MissingInputError(f"{run.uri} has no checkpoint that can be read: train it first")
-        stretches, first_image = list[Stretch](), 0
+        stretches = list[Stretch]()
         for ref in (*map(CheckpointRef.parse, newest.lineage), newest.ref):
             attempt = records.load_attempt(run, ref.fence)
             config = validated(stored.flat() | attempt.changes, f"{run.uri}, attempt {ref.fence}")
-            stretches.append(Stretch(attempt, config, first_image, ref.images_seen))
-            first_image = ref.images_seen
+            stretches.append(Stretch(attempt, config, ref.images_seen))
         return cls(newest, tuple(stretches))
 
     @property
