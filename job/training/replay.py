@@ -96,14 +96,14 @@ class Replay:
             load_parent(self.state, self.of_run)
 
     def train_to(self, image: int) -> None:
-        """Trains up to an image, a multiple of the batch size; the last attempt learns images beyond the lineage.
+        """Trains up to an image of the lineage, a multiple of the batch size.
 
         Raises:
             StoppedError: a stop was requested.
         """
         while (seen := self.state.images_seen) < image:
             stretch = self.lineage.stretch_of(seen)
-            last = image if stretch is self.lineage.stretches[-1] else min(image, stretch.last_image)
+            last = min(image, stretch.last_image)
             self._compare(stretch.attempt, stretch.config)
             loop = Loop(stretch.config, self.images, self.ranks, self.state, last_image=last, stop=self.stop)
             bar = Progress("replaying", total=last, start=seen)
