@@ -95,7 +95,6 @@ def run_page(facts: Facts, pictures: PictureCache) -> bytes:
         duration=duration,
         python=f'import job\n\nmodel = job.load("{run.uri}")\nimages = model.sample(16, seed=0)',
     )
-    pictures.close()
     last = facts.attempts[-1].attempt if facts.attempts else None
     return sealed_page(html, f"{last.fence}/{last.id}" if last else "0/")
 
