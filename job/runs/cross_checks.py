@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
 
 from job.config import RunConfig
 from job.exits import BadDataError, State
@@ -16,8 +15,6 @@ from job.runs.inventory import Inventory
 from job.runs.layout import MAX_IMAGES_SEEN, OF_CHECKPOINT, SAMPLES, ObjectKind, located
 from job.runs.records import CONFIG_KEY, STATUS_KEY, Attempt, Status
 from job.runs.retention import Retention
-from job.sealed import author_of
-from job.store import ObjectMissingError
 
 
 def check_config(inventory: Inventory) -> tuple[RunConfig, RunConfig] | None:
@@ -57,19 +54,6 @@ def check_attempts(inventory: Inventory) -> None:
                     inventory.foreign(key, f"attempt {record.fence} of this one did not write it")
             case LeaseRecord() if record.holder != ids.get(record.fence, record.holder):
                 inventory.foreign(key, f"attempt {record.fence} of this one did not hold it")
-
-
-def check_page(inventory: Inventory) -> None:
-    """Checks the page, which holds its own hash and the attempt that wrote it."""
-    ids = {str(attempt.fence): attempt.id for attempt in inventory.all(Attempt).values()}
-    for key in inventory.keys(ObjectKind.PAGE):
-        with suppress(ObjectMissingError):
-            author = author_of(inventory.run.read(key).data)
-            fence, _, attempt = (author or "").partition("/")
-            if author is None:
-                inventory.bad(key, "is corrupt: it does not match its own SHA-256; `ddpm report` writes it again")
-            elif attempt != ids.get(fence, attempt):
-                inventory.bad(key, f"is another run's: attempt {fence} of this one did not write it")
 
 
 def check_batches(inventory: Inventory) -> None:
