@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 
 from job.exits import Exit
-from job.report.page import PAGE_KEY
 from job.runs.checkpoints import LATEST_KEY, list_checkpoints
-from job.runs.drawings import BatchIndex, put_picture
+from job.runs.drawings import put_picture
 from job.runs.layout import ObjectKind, located
 from job.runs.verification import verify_run
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, refused, succeeded
-from tests.job.damages import DAMAGES, damaged, pairs, swapped
-from tests.job.runs.whole_runs import DESCRIPTIONS, copy_objects, train
+from tests.job.damages import DAMAGES, damaged
+from tests.job.runs.whole_runs import copy_objects, train
 
 pytestmark = pytest.mark.slow
 
@@ -66,39 +65,6 @@ def test_each_damage_is_named(store, run, keys):
                 if (found := blamed(store)) != expected:
                     wrong[name, key] = found
     assert wrong == {}
-
-
-def test_swapped_objects_are_named(store, run, keys):
-    found = {}
-    for one, other in pairs([key for key in keys if not key.endswith(DESCRIPTIONS)]):
-        with swapped(run, one, other):
-            found[one, other] = blamed(store)
-    assert len(found) > 20
-    # One that is about fewer pieces, such as another set's.
-    (key,) = [key for key in keys if located(key).kind is ObjectKind.INDEX]
-    index = BatchIndex.load(run, key)
-    with damaged(run, key, lambda data: index.model_copy(update={"pieces": index.pieces[:-1]}).to_json()):
-        assert blamed(store) == [key]
-    # One name is enough to find the other; most say so themselves.
-    assert {pair: names for pair, names in found.items() if names != list(pair)} == {}
-
-
-def test_objects_of_another_run_are_named(store, run, keys):
-    other, wrong = store.sub("runs/other"), {}
-    same = {entry.key for entry in other.list()} & {*keys}
-    for key in {key for key in same - {LATEST_KEY, PAGE_KEY} if not key.endswith(DESCRIPTIONS)}:
-        theirs = other.read(key).data
-        with damaged(run, key, lambda data, theirs=theirs: theirs):
-            if (found := blamed(store)) != [key]:
-                wrong[key] = found
-    assert {"config.yaml", "attempts/000001.json", "figures/loss.png", "lease.json", "status.json"} < same
-    assert wrong == {}
-    # Its picture together with the record of where that comes from.
-    (theirs,) = [entry.key for entry in other.list("provenance/figures")]
-    run.create(theirs, other.read(theirs).data)
-    with damaged(run, "figures/loss.png", lambda _: other.read("figures/loss.png").data):
-        assert blamed(store) == [theirs]
-    run.delete(theirs)
 
 
 def test_strangers_are_named_and_leftovers_counted(store, run):
