@@ -96,7 +96,7 @@ def _check_config(inventory: Inventory) -> tuple[RunConfig, RunConfig] | None:
 
 
 def _check_named(inventory: Inventory) -> None:
-    """Reports attempts that records name, and parts of a batch that others prove, if they are missing."""
+    """Reports missing attempts that records name, and missing records of batches."""
     for key, record in inventory.records.items():
         match record:
             case Attempt(previous=int(previous)):
