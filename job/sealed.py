@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -139,20 +138,6 @@ class Sealed(RecordPart):
             ObjectMissingError: the object is missing.
         """
         return cls.from_json(store.read(key).data, store.uri_of(key))
-
-
-def sealed_page(html: bytes, author: str) -> bytes:
-    """Returns an HTML page with its author and the SHA-256 of everything before that at its end."""
-    signed = html + f"<!-- {author} ".encode()
-    return signed + f"{hashlib.sha256(signed).hexdigest()} -->\n".encode()
-
-
-def author_of(page: bytes) -> str | None:
-    """Returns the author of such a page; None if it is corrupt, truncated, or something else."""
-    match = re.search(rb"<!-- (\S*) ([0-9a-f]{64}) -->\n\Z", page)
-    if match is None or hashlib.sha256(page[: match.start(2)]).hexdigest() != match[2].decode():
-        return None
-    return match[1].decode(errors="replace")
 
 
 def _digest_of(document: dict[str, Any]) -> str:

@@ -68,7 +68,7 @@ def runs_compare(
 def runs_verify(run: RunName, as_json: AsJson = False, bucket: BucketUri = "") -> None:
     """Check every object of a run, and name each that is corrupt.
 
-    An object can be corrupt, truncated, missing, swapped or of another run. The command reads the whole run once, also
+    An object can be corrupt, truncated, missing or unknown. The command reads the whole run but its page once, also
     while it trains. It exits with 65 if it finds a problem.
 
     Example: ddpm runs verify celeba --bucket gs://my-bucket

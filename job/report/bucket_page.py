@@ -55,7 +55,7 @@ def bucket_page(bucket: Store, say: Callable[[str], None] = note) -> bytes:
     picture_cache, entries = PictureCache(say), list[Entry]()
     most_bytes = min(MOST_BYTES, ALL_BYTES // max(1, len(names)))
     size = most_bytes, round(sqrt(PIXELS_PER_BYTE * most_bytes))
-    # The process of the cache shrinks the picture of one run while the records of the next are read.
+    # A thread shrinks the picture of one run while the records of the next are read.
     with Progress("reading runs", total=len(names), unit="runs") as bar, ThreadPoolExecutor(1) as pool:
         for number, name in enumerate(names, 1):
             entries.append(_entry(bucket, name, say))
@@ -63,7 +63,6 @@ def bucket_page(bucket: Store, say: Callable[[str], None] = note) -> bytes:
                 pool.submit(picture_cache.get, bucket, entries[-1].grid, *size)
             bar.update(number)
     grids = {entry.name: picture_cache.get(bucket, entry.grid, *size) for entry in entries if entry.grid}
-    picture_cache.close()
     readable = {entry.name: entry.facts for entry in entries if entry.facts}
     configs = _differing({name: facts.config.flat() for name, facts in readable.items()})
     data = {

@@ -39,7 +39,7 @@ from job.report.picture_cache import (
 from job.runs.layout import ObjectKind
 from job.runs.metric_rows import Row
 from job.runs.outlook import duration
-from job.sealed import code_version, sealed_page, utc_now
+from job.sealed import code_version, utc_now
 from job.store import ObjectMissingError
 
 PAGE_KEY = ObjectKind.PAGE.value
@@ -61,7 +61,7 @@ def put_page(facts: Facts, pictures: PictureCache) -> None:
 
 
 def run_page(facts: Facts, pictures: PictureCache) -> bytes:
-    """Returns the page, sealed with its own hash."""
+    """Returns the page."""
     run, config = facts.handle.run, facts.config
     chosen = [facts.grids[i] for i in evenly(len(facts.grids), GRIDS)]
     grids = [
@@ -73,7 +73,7 @@ def run_page(facts: Facts, pictures: PictureCache) -> bytes:
     own_bytes = min(OWN_BYTES, ALL_OWN_BYTES // max(1, len(shown)))
     own = {key: src for key in shown if (src := pictures.get(run, key, own_bytes))}
     settings = {key: (value, description_of(key, config.model.kind)) for key, value in config.flat().items()}
-    html = rendered(
+    return rendered(
         "run.html",
         {
             "charts": charts_of(facts),
@@ -95,9 +95,6 @@ def run_page(facts: Facts, pictures: PictureCache) -> bytes:
         duration=duration,
         python=f'import job\n\nmodel = job.load("{run.uri}")\nimages = model.sample(16, seed=0)',
     )
-    pictures.close()
-    last = facts.attempts[-1].attempt if facts.attempts else None
-    return sealed_page(html, f"{last.fence}/{last.id}" if last else "0/")
 
 
 def rendered(template: str, data: dict[str, Any], **values: Any) -> bytes:

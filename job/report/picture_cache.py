@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+from base64 import b64encode
 from collections.abc import Callable
-from contextlib import suppress
-from subprocess import DEVNULL, PIPE, Popen
+from io import BytesIO
+from math import prod, sqrt
+
+from PIL import Image, ImageSequence
 
 from job.exits import BadDataError, JobError
-from job.report.shrink import MEMORY_BYTES, SECONDS
 from job.store import Store
 
 GRIDS = 60
@@ -22,13 +23,14 @@ ALL_OWN_BYTES, OWN_BYTES = 600_000, 150_000
 WIDEST_PIXELS = 1200
 MOST_FILE_BYTES = 1 << 27
 """The limit of reading: a longer object counts as truncated."""
+MOST_FRAMES, MOST_PIXELS = 1000, 70_000_000
+"""Limits of decoding; the pixels are those of all frames together. A grid of 64 images of 1024² is within them, and a
+GIF of 12 images of 512². At four bytes a pixel, or eight with transparency, no picture takes a gigabyte.
+"""
 
 
 class PictureCache:
     """A cache of pictures as data URIs, each read and shrunk once: pictures keep their names while a run trains.
-
-    Another process decodes them, so that a damaged or hostile file cannot exhaust the memory or time of training, or
-    crash it.
 
     Attributes:
         missing: the reasons why pictures are missing, by URI.
@@ -38,14 +40,6 @@ class PictureCache:
         """Makes an empty cache; `say` receives messages about pictures that cannot be read."""
         self._say, self._made = say, dict[tuple[str, int, int], str]()
         self.missing = dict[str, str]()
-        self._process: Popen[bytes] | None = None
-
-    def close(self) -> None:
-        """Ends the decoding process; the next picture starts another."""
-        if self._process is not None:
-            self._process.kill()
-            with suppress(BrokenPipeError), self._process:
-                self._process = None
 
     def get(self, store: Store, key: str, most_bytes: int, widest_pixels: int = WIDEST_PIXELS) -> str:
         """Returns the picture in an object; empty if it is missing or cannot be read."""
@@ -61,7 +55,7 @@ class PictureCache:
         if name not in self._made:
             self.missing.pop(name[0], None)
             try:
-                self._made[name] = self._shrunk(data(), *name[1:])
+                self._made[name] = _shrunk(data(), *name[1:])
             except Exception as error:
                 # A picture that cannot be shown must not fail the page.
                 self.missing[name[0]] = str(error) or type(error).__name__
@@ -71,26 +65,48 @@ class PictureCache:
                     self._made[name] = ""
         return self._made.get(name, "")
 
-    def _shrunk(self, data: bytes, most_bytes: int, widest_pixels: int) -> str:
-        """Shrinks a picture in the decoding process; see `shrink.shrunk`.
 
-        Raises:
-            BadDataError: the picture cannot be shown.
-        """
-        if (child := self._process) is None:
-            command = [sys.executable, "-X", "utf8", "-P", "-c", "from job.report.shrink import main; main()"]
-            # A new session, so that Ctrl-C ends only this program.
-            child = self._process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, start_new_session=True)
-        assert child.stdin is not None and child.stdout is not None
-        with suppress(BrokenPipeError):
-            child.stdin.writelines((b"%d %d %d\n" % (len(data), most_bytes, widest_pixels), data))
-            child.stdin.flush()
-        if not (answer := child.stdout.readline().decode().strip()):
-            self.close()
-            raise BadDataError(f"it takes more than {SECONDS} s or {MEMORY_BYTES:,} bytes of memory, or ends a decoder")
-        if not answer.startswith("data:"):
-            raise BadDataError(answer)
-        return answer
+def _shrunk(data: bytes, most_bytes: int, widest_pixels: int) -> str:
+    """Returns a PNG, or the animation of a GIF, as the data URI of a WebP of at most about `most_bytes`.
+
+    Raises:
+        BadDataError: it is damaged, not a picture, or larger than the limits.
+    """
+    try:
+        frames, milliseconds = _frames(data, widest_pixels)
+        more = {"save_all": True, "duration": milliseconds, "loop": 0} if len(frames) > 1 else {}
+        width = frames[0].width
+        while True:
+            file = BytesIO()
+            frames[0].save(file, "WEBP", quality=75, method=2, append_images=frames[1:], **more)
+            over = file.tell() / most_bytes
+            if over <= 1 or width == 1:
+                return f"data:image/webp;base64,{b64encode(file.getvalue()).decode()}"
+            # Bytes grow with pixels. A lower quality instead would be visible.
+            width = int(0.95 * width / sqrt(over)) or 1
+            frames = [_resized(frame, width) for frame in frames]
+    # For broken files decoders raise anything from SyntaxError to ZeroDivisionError.
+    except Exception as error:
+        # Pillow's message ends with the address of a Python object.
+        raise BadDataError(" ".join(str(error).partition(" <_io")[0].split()) or type(error).__name__) from None
+
+
+def _frames(data: bytes, widest_pixels: int) -> tuple[list[Image.Image], int]:
+    """Returns the frames, at most so wide, and the milliseconds of each; decodes only what the headers allow."""
+    # Runs have no other formats, and some decoders allocate memory before they know the size.
+    with Image.open(BytesIO(data), formats=("PNG", "GIF")) as picture:
+        count, frames, width = getattr(picture, "n_frames", 1), list[Image.Image](), min(widest_pixels, picture.width)
+        for frame in ImageSequence.Iterator(picture):
+            # Frames of a GIF may be larger than the first.
+            if count > MOST_FRAMES or count * prod(frame.size) > MOST_PIXELS:
+                size = " × ".join(f"{number:,}" for number in (count, *frame.size))
+                raise BadDataError(f"it has {size} pixels; {MOST_PIXELS:,} in {MOST_FRAMES:,} frames are the most")
+            frames.append(_resized(frame if frame.mode == "RGB" else frame.convert("RGB"), width))
+        return frames, picture.info.get("duration", 200)
+
+
+def _resized(frame: Image.Image, width: int) -> Image.Image:
+    return frame.resize((width, max(1, round(frame.height * width / frame.width))), Image.Resampling.HAMMING)
 
 
 def evenly(count: int, most: int) -> list[int]:

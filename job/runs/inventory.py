@@ -49,7 +49,7 @@ class Inventory:
         run: the run's folder.
         sizes: of the objects in bytes, by key.
         places: the kinds of the objects and the other fields of their keys, by key.
-        records: the sound ones that belong to this run and lie in their place, by key.
+        records: the sound ones, by key.
         problems: the first one of each object, by key.
     """
 
@@ -93,8 +93,3 @@ class Inventory:
         """Adds the problem that an object is missing, if it is."""
         if key not in self.sizes:
             self.bad(key, f"is missing, though {why}")
-
-    def foreign(self, key: str, why: str) -> None:
-        """Adds the problem that a record is another run's, and removes it from `records`."""
-        self.bad(key, f"is another run's: {why}")
-        del self.records[key]

@@ -2,7 +2,8 @@
 
 Records carry their own hash. Manifests hold the hashes of tensors and metrics, records of pieces those of images, and
 the provenance of a picture that of the picture. Verification also reports objects that no record names: harmless
-leftovers of killed attempts, and objects that are not part of the run.
+leftovers of killed attempts, and objects that are not part of the run. The page has no hash: `ddpm report` makes it
+again from the rest.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from job.config import RunConfig
+from job.exits import BadDataError, State
 from job.pieces import PieceRecord
-from job.processes.lease import MAX_FENCE
+from job.processes.lease import LEASE_KEY, MAX_FENCE
 from job.progress import Progress
-from job.runs.checkpoints import Average, Manifest, sha256_of
-from job.runs.cross_checks import check_attempts, check_batches, check_config, check_lost, check_page
+from job.runs import drawings, records
+from job.runs.checkpoints import LATEST_KEY, Average, Manifest, lost_manifest, sha256_of
+from job.runs.drawings import BatchIndex, Provenance
 from job.runs.inventory import Inventory
-from job.runs.layout import OF_CHECKPOINT, PICTURES, ObjectKind
-from job.runs.retention import leftovers
+from job.runs.layout import MAX_IMAGES_SEEN, OF_CHECKPOINT, PICTURES, SAMPLES, ObjectKind, located
+from job.runs.records import CONFIG_KEY, STATUS_KEY, Attempt, Status
+from job.runs.retention import Retention, leftovers
 from job.store import ObjectMissingError, Store
 
 HASHERS = 4
@@ -48,18 +53,14 @@ class _Named(NamedTuple):
 def verify_run(bucket: Store, name: str) -> Findings:
     """Checks every object of a run, also while it trains.
 
-    The order matters: a check judges only records that the checks before it left as sound.
-
     Raises:
         MissingInputError: the bucket lacks the run.
     """
     inventory = Inventory(bucket, name)
-    configs = check_config(inventory)
-    check_attempts(inventory)
-    check_page(inventory)
-    check_batches(inventory)
+    configs = _check_config(inventory)
+    _check_named(inventory)
     left = leftovers(inventory.run, inventory.places, MAX_FENCE + 1)
-    check_lost(inventory, configs, left)
+    _check_lost(inventory, configs, left)
     named = _named(inventory)
     _check_strangers(inventory, inventory.sizes.keys() - named.keys() - left.keys())
     bar = Progress(f"verifying {name}", total=len(named), unit="objects")
@@ -72,6 +73,79 @@ def verify_run(bucket: Store, name: str) -> Findings:
         sum(inventory.sizes.values()),
         {key: inventory.sizes[key] for key in sorted(left)},
     )
+
+
+def _check_config(inventory: Inventory) -> tuple[RunConfig, RunConfig] | None:
+    """Checks the configuration; returns it as the run began and as it was last changed, if both are sound."""
+    try:
+        config = records.load_config(inventory.run)
+    except BadDataError as error:
+        inventory.problems[CONFIG_KEY] = str(error)
+        return None
+    if config is None:
+        # A new attempt takes the lease and measures the bucket before it stores the configuration.
+        if len(inventory.keys(ObjectKind.LEASE, ObjectKind.PROBE)) < len(inventory.sizes):
+            inventory.missing(CONFIG_KEY, "there are other objects of the run")
+        return None
+    try:
+        return config, records.as_last_changed(inventory.run, config)
+    except BadDataError as error:
+        # Without the last changes the rules of retention are unknown, so that lost checkpoints cannot be found.
+        inventory.problems.setdefault(max(inventory.keys(ObjectKind.ATTEMPT)), str(error))
+        return None
+
+
+def _check_named(inventory: Inventory) -> None:
+    """Reports missing attempts that records name, and missing records of batches."""
+    for key, record in inventory.records.items():
+        match record:
+            case Attempt(previous=int(previous)):
+                inventory.missing(ObjectKind.ATTEMPT.key(fence=previous), f"attempt {record.fence} came after it")
+            case Manifest() | Average() | Status() | Provenance():
+                inventory.missing(ObjectKind.ATTEMPT.key(fence=record.fence), f"{key} is of this attempt")
+            case BatchIndex():
+                batch = inventory.places[key].batch
+                recorded = [ObjectKind.RECORD.key(batch=batch, piece=number) for number in range(len(record.pieces))]
+                for other in (ObjectKind.GRID.key(batch=batch), *recorded):
+                    inventory.missing(other, f"{key} says that everything is there")
+    drawn = (place for place in inventory.places.values() if place.kind and place.kind.folder == SAMPLES)
+    for batch in {place.batch for place in drawn if place.batch}:
+        inventory.missing(ObjectKind.DRAWING.key(batch=batch), "there are images of it")
+
+
+def _check_lost(inventory: Inventory, configs: tuple[RunConfig, RunConfig] | None, left: Iterable[str]) -> None:
+    """Reports objects that are lost: those that a run in this state must have.
+
+    Files without a manifest are among the `left` objects of killed attempts. If their attempt has a later checkpoint,
+    or another manifest names their metrics, the checkpoint was committed; if the run's rules keep it, its manifest is
+    lost. A finished run has its last pictures; other pictures may be deleted.
+    """
+    refs = [inventory.places[key].checkpoint for key in inventory.keys(ObjectKind.MANIFEST)]
+    if inventory.keys(ObjectKind.ATTEMPT):
+        inventory.missing(LEASE_KEY, "there were attempts")
+    if refs:
+        inventory.missing(STATUS_KEY, "there are checkpoints")
+    # An attempt that was killed after its first manifest has not written `LATEST` yet.
+    if len(refs) > 1:
+        inventory.missing(LATEST_KEY, "there are checkpoints")
+    if lost := lost_manifest(inventory.run, refs):
+        inventory.problems[LATEST_KEY] = lost
+    if configs is None:
+        return
+    stored, config = configs
+    dataset_images = records.dataset_images_of(inventory.bucket, config)
+    retention = Retention(config, dataset_images)
+    committed = {located(key).checkpoint for manifest in inventory.all(Manifest).values() for key in manifest.objects}
+    for ref in {inventory.places[key].checkpoint for key in left if inventory.places[key].kind in OF_CHECKPOINT}:
+        came_later = [other for other in refs if other.fence == ref.fence and other > ref]
+        if (came_later or ref in committed) and ref not in retention.retire([*refs, ref]):
+            inventory.missing(ref.manifest_key, "its files are there, and the run's rules keep it")
+    status = inventory.records.get(STATUS_KEY)
+    if isinstance(status, Status) and status.state == State.FINISHED and dataset_images <= MAX_IMAGES_SEEN:
+        label = drawings.label_of(status.images_seen, dataset_images, config.train.batch_size)
+        how = config.sample.name(stored.sample)
+        for key in (drawings.grid_key(label, how), drawings.denoising_key(label, how), drawings.LOSS_FIGURE):
+            inventory.missing(key, "the run is finished")
 
 
 def _named(inventory: Inventory) -> dict[str, _Named]:

@@ -31,7 +31,7 @@ from job.runs.outlook import AttemptSpan
 from job.runs.verification import verify_run
 from job.store import open_store
 from tests.job.command_line import DDPM, ddpm_here, refused, settings, succeeded
-from tests.job.report.forged import FORGED, forged
+from tests.job.report.forged import FORGED, forged, gif, png
 from tests.job.report.hostile import CLASSES, data_of, fill_hostile, lengthen, multiply
 
 SHOWN = {"sixteen bits"}
@@ -260,12 +260,20 @@ def test_forged_pictures_cost_no_training(tiles, tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10
 
 
-def test_pictures_need_the_decoding_process(bucket, monkeypatch):
-    """As where a decoder ends it."""
-    monkeypatch.setattr("job.report.picture_cache.sys.executable", "/bin/false")
-    succeeded(ddpm_here("report", "walk", "--bucket", bucket))
-    page = (bucket / "runs/walk/report.html").read_text()
-    assert data_of(page)["grids"] == [] and "it takes more than 20 s" in page
+@pytest.mark.parametrize(
+    ("make", "shown"),
+    [
+        (lambda: png(8000, 8700, bytes(8700 * (1 + 4 * 8000)), b"\x08\x06\0\0\0"), True),
+        (lambda: gif(270, 270, 950), True),
+        (lambda: gif(16, 16, 3, 13_000, 13_000), False),
+    ],
+)
+def test_the_largest_pictures_cost_no_gigabyte(make, shown):
+    data, pictures = make(), PictureCache(print)
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    assert bool(pictures.made(("a.png", 28_000, 1200), lambda: data)) == shown
+    assert time.process_time() - began < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20
 
 
 def test_failed_pages_cost_no_training(tiles, tmp_path, monkeypatch):
