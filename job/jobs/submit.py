@@ -20,7 +20,7 @@ from job.jobs.backends.machines import gpus_of
 from job.jobs.backends.target import Target
 from job.jobs.building import Resources, spec_of
 from job.jobs.command_line import ParsedCommand
-from job.jobs.expectation import prospects
+from job.jobs.expectation import expectation_of
 from job.jobs.spec import JobSpec
 from job.jobs.targets import target_on
 from job.jobs.watch import Watch
@@ -142,11 +142,11 @@ def outlook_lines(command: ParsedCommand, spec: JobSpec, target: Target, *, read
         return []
     dollars = target.dollars_per_hour(spec)
     outlook = outlook_of(spans, status, dollars)
-    expects = prospects(spec, target, config.checkpoint, spans, status)
-    expects.check(spec.max_hours)
+    expects = expectation_of(spec, target, config.checkpoint, spans, status)
+    expects.check()
     hours = outlook.hours_left
-    lines = zip(("expected", ""), expects.lines(hours and hours * 3600, dollars), strict=True)
-    return [f"{what:<10} {text}" for what, text in [*outlook.words.items(), *lines]]
+    texts = outlook.words | {"expected": expects.text(hours and hours * 3600, dollars)}
+    return [f"{what:<10} {text}" for what, text in texts.items()]
 
 
 def cost_of(spec: JobSpec, target: Target) -> str:

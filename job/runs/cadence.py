@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -9,7 +10,6 @@ import uuid
 from collections.abc import Callable
 
 from job.exits import JobError
-from job.runs.goodput import best_interval_seconds
 from job.runs.layout import ObjectKind
 from job.runs.outlook import attempts_of, killed_every_seconds, spans_of
 from job.runs.records import read_status
@@ -54,6 +54,19 @@ def interval_seconds(
     if not is_saved_in(grace_seconds, save_seconds):
         seconds = min(seconds, max(LONGEST_WITHOUT_NOTICE_SECONDS, least))
     return seconds
+
+
+def best_interval_seconds(stall_seconds: float, every_seconds: float) -> float:
+    """Returns the interval between saves that loses the least time, of which a save takes `stall_seconds`.
+
+    J. T. Daly, A higher order estimate of the optimum checkpoint interval for restart dumps, FGCS 22 (2006), eq. 37;
+    its first term is that of J. W. Young, CACM 17 (1974).
+    """
+    ratio = stall_seconds / (2 * every_seconds)
+    if ratio >= 1:
+        return every_seconds
+    young = math.sqrt(2 * stall_seconds * every_seconds)
+    return young * (1 + math.sqrt(ratio) / 3 + ratio / 9) - stall_seconds
 
 
 def is_saved_in(grace_seconds: float, save_seconds: float) -> bool:

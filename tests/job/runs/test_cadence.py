@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from datetime import UTC, datetime, timedelta
 
+import numpy as np
 import pytest
 
-from job.runs.cadence import Cadence, interval_seconds
+from job.runs.cadence import Cadence, best_interval_seconds, interval_seconds
 from job.runs.layout import ObjectKind
 from job.runs.records import LastStatus
 from job.sealed import MOMENT_FORMAT
@@ -40,6 +42,20 @@ from tests.job.runs.leased import leased
 )
 def test_intervals(configured, grace, save, killed_every, seconds):
     assert interval_seconds(configured, grace, save, killed_every) == pytest.approx(seconds, rel=0.02)
+
+
+def test_no_other_interval_takes_less_time():
+    for every, stall in itertools.product((60.0, 3600.0, 24 * 3600.0), (0.05, 1.0, 20.0)):
+        best = best_interval_seconds(stall, every)
+        intervals = np.array([best, *np.geomspace(best / 20, best * 20, 400)])
+        # Daly (2006), eq. 20, of which e^{R/M} does not depend on the interval: M (e^{(τ + δ)/M} - 1) / τ.
+        took = every * np.expm1((intervals + stall) / every) / intervals
+        assert took[0] <= 1.001 * took.min()
+        # Young's square root (1974), where a save takes little of the time.
+        assert best == pytest.approx(np.sqrt(2 * stall * every), rel=2 * np.sqrt(stall / every))
+    # Daly, eq. 37, for half a save in an interruption: √(2δM) (1 + √(δ/2M)/3 + δ/2M/9) - δ, and M from 2M on.
+    assert best_interval_seconds(2.0, 4.0) == pytest.approx(4 * (1 + 0.5 / 3 + 0.25 / 9) - 2)
+    assert best_interval_seconds(8.0, 4.0) == 4.0
 
 
 def test_a_run_that_is_killed_saves_often(tmp_path):
