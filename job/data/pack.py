@@ -264,9 +264,8 @@ class _Packing(abc.ABC):
                 dataset.delete(entry.key)
             unusable = BadDataError(f"{self.where}: none of its images can be used: {self._first_rejects()}")
             raise unusable if self._rejects else no_images(self.where)
-        for unused in self._unlabelled(facts):
-            made.remove(unused)
-            dataset.delete(unused.offsets_name)
+        unused = self._unlabelled(facts)
+        made = [shard for shard in made if shard.offsets_name not in unused]
         rejects = "".join(f"{json.dumps(reject)}\n" for reject in self._rejects).encode()
         index = shards.DatasetIndex(
             name=self._request.name,
@@ -305,10 +304,12 @@ class _Packing(abc.ABC):
             said = f"is missing: {error or type(error).__name__}; `ddpm data show {index.name}` makes it"
             logging.getLogger(__name__).warning(f"{dataset.uri_of(shards.PREVIEW)} {said}")
         dataset.create(shards.INDEX, index.to_json())
+        for name in unused:
+            dataset.delete(name)
 
-    def _unlabelled(self, facts: list[dict[str, Any]]) -> list[shards.Shard]:
-        """Returns the shards whose images are left out, since those of others have labels; none of a copied source."""
-        return []
+    def _unlabelled(self, facts: list[dict[str, Any]]) -> set[str]:
+        """Returns the offset tables of tars that are left out, since others have labels; none of a copied source."""
+        return set()
 
     def _check(self, sample: Sample) -> _Checked:
         checked, copies = _Checked(sample), not self._request.tars
@@ -424,9 +425,9 @@ class _Copying(_Packing):
         splits = splits_of(set(folders))
         if source.split is None and "train" in splits and len(splits) > 1:
             others = sum(images for folder, images in folders.items() if not split_in(folder))
-            note = f"leaving out {others:,} images in none of its splits" if others else ""
-            source = replace(source, split="train", other_splits=tuple(sorted(splits - {"train"})))
-            source = replace(source, note="; ".join(filter(None, (source.note, note))))
+            left_out = f"leaving out {others:,} images in none of its splits" if others else ""
+            note = "; ".join(filter(None, (source.note, left_out)))
+            source = replace(source, split="train", other_splits=tuple(sorted(splits - {"train"})), note=note)
         return replace(source, table=table)
 
     def _unless_stopped(self, images: Iterable[T]) -> Iterator[T]:
@@ -546,7 +547,7 @@ class _InPlace(_Packing):
         facts |= {"shard": shard.model_dump(), "source_sha256": shard.sha256}
         return Made({shard.offsets_name: offsets}, facts | {"highest_label": max(label for _, _, label, _ in records)})
 
-    def _unlabelled(self, facts: list[dict[str, Any]]) -> list[shards.Shard]:
+    def _unlabelled(self, facts: list[dict[str, Any]]) -> set[str]:
         """Finds the classes, and checks what only all tars together tell; see `_Packing`."""
         highest_label = max(each["highest_label"] for each in facts)
         if highest_label < 0 and (self._request.classes or self._label_key):
@@ -559,11 +560,11 @@ class _InPlace(_Packing):
                 "from 0 without large gaps; mend it, or index with --no-classes"
             )
         if highest_label < 0:
-            return []
+            return set()
         self.classes, self.classes_from = tuple(map(str, range(highest_label + 1))), "labels"
         self.unlabelled_images = sum(each["unlabelled"][0] for each in facts)
         unused = [each for each in facts if each["shard"] and each["highest_label"] < 0]
         if unused and self._request.unlabelled != "drop":
             _, *examples = unused[0]["unlabelled"]
             raise lacking_labels(self.where, self.unlabelled_images, images, examples)
-        return [shards.Shard.model_validate(each["shard"]) for each in unused]
+        return {shards.Shard.model_validate(each["shard"]).offsets_name for each in unused}
