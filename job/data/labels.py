@@ -142,9 +142,10 @@ def sidecar_label(suffix: str, content: bytes, key: str = "") -> str:
         RefusedError: it has several labels, or one that stands for no class.
         ValueError: it is no JSON.
     """
-    found = text_of(content) if suffix == "cls" else json_of(text_of(content))
-    if suffix == "cls" or not isinstance(found, dict):
-        return label_of(found) if suffix == "cls" else ""
+    if suffix == "cls":
+        return label_of(text_of(content))
+    if not isinstance(found := json_of(text_of(content)), dict):
+        return ""
     keys = [key] if key else [name for name in LABEL_KEYS if name in found]
     if len(keys) > 1:
         raise RefusedError(f"has several labels, {some_of(keys)}: choose one, such as --labels :{keys[0]}")
