@@ -342,8 +342,8 @@ def _joined(table: Rows, names: int, is_headless: bool, column: str) -> LabelTab
         shown = some_of(header[number] for number in others)
         raise BadRequestError(f"{table.where} {said} {shown}: choose one with --labels {table.where}:COLUMN")
     pairs = [(row[names], row[chosen]) for row in cells if len(row) > max(names, chosen)]
-    if {str(value) for _, value in pairs} == {"-1", "1"}:
-        # CelebA says so of attributes.
+    if header is not _PAIR and {str(value) for _, value in pairs} == {"-1", "1"}:
+        # CelebA says so of attributes; without their names -1 means no class.
         pairs = [(name, header[chosen] if str(value) == "1" else f"not {header[chosen]}") for name, value in pairs]
     labels = dict[str, str]()
     for cell, value in pairs:

@@ -381,7 +381,11 @@ class _Copying(_Packing):
         table = source.table
         if (request.labels or table) and request.classes is not False and self._found.classes_from != "labels":
             others = f"; there are {some_of(source.unchosen)}" if source.unchosen else ""
-            which = f"in {table.where}" if table else f"{column!r}: a table is FILE:COLUMN{others}"
+            which = (
+                f"in {table.where}: correct its paths, or use --no-classes"
+                if table
+                else f"{column!r}: a table is FILE:COLUMN{others}"
+            )
             raise BadRequestError(f"{self.where}: none of its images has a label {which}")
         # Classes are those of all images, even where one part lacks some.
         share = request.hold_out_share
@@ -389,7 +393,11 @@ class _Copying(_Packing):
             part = "no image" if request.is_held_out else "all images"
             raise BadRequestError(f"--hold-out {share:.1%} of {self._found.images:,} images holds {part} out")
         others = " or ".join(f"--split {other}" for other in source.other_splits)
-        chosen = f"packing its split {source.split}; {others} would pack another, --split {ALL} all" if others else ""
+        chosen = (
+            f"packing its split {source.split}; {others} would pack another, --split {ALL} all of them"
+            if others
+            else ""
+        )
         taken = f"taking the column {table.column!r} of {table.where}" if table and rows and not column else ""
         self.remarks = [*filter(None, (source.note, chosen, taken, *self._found.notes))]
         self.skipped = dict(sorted(source.skipped.items()))
@@ -425,7 +433,7 @@ class _Copying(_Packing):
         splits = splits_of(set(folders))
         if source.split is None and "train" in splits and len(splits) > 1:
             others = sum(images for folder, images in folders.items() if not split_in(folder))
-            left_out = f"leaving out {others:,} images in none of its splits" if others else ""
+            left_out = f"leaving out all images in none of its splits ({others:,})" if others else ""
             note = "; ".join(filter(None, (source.note, left_out)))
             source = replace(source, split="train", other_splits=tuple(sorted(splits - {"train"})), note=note)
         return replace(source, table=table)
