@@ -88,6 +88,12 @@ def pack(
         packing = kind(bucket, request, folder, stop=stop, shard_images=shard_images)
         for remark in packing.remarks:
             logging.getLogger(__name__).warning(remark)
+        part_key = request.parts()[0].key
+        if request.held_out and (there := _index_of(bucket, part_key)) and not packing.is_of(there):
+            raise BadRequestError(
+                f"{bucket.uri}/{part_key} was held out of other images than {packing.where} has now, or with other "
+                f"parameters: choose another name, or delete it first: {shards.deleting(bucket, part_key)}"
+            )
         if request.replaces and bucket.exists(f"{key}/{shards.INDEX}"):
             shards.delete(dataset)
         pieces = Pieces(dataset, packing.fingerprint, packing.sizes, share=share, result=shards.INDEX, equal_bytes=True)
@@ -149,12 +155,10 @@ def check_free(bucket: Store, request: PackRequest) -> None:
 
 def is_source_of(bucket: Store, request: PackRequest, index: shards.DatasetIndex, stop: Stop = NEVER) -> bool:
     """Returns whether a request would make such a dataset, by names, sizes and labels; reads no images."""
-    channels, pixel_range = request.channels or index.channels, request.pixel_range or index.pixel_range
+    options = "crop", "resize_filter", "channels", "pixel_range"
+    request = replace(request, **{option: getattr(request, option) or getattr(index, option) for option in options})
     with scratch_folder("pack") as folder:
-        request = replace(request, channels=channels).check()
-        packing = _Copying(bucket, request, folder, stop=stop, shard_images=None)
-    here = packing.listing_sha256, packing.classes, channels, pixel_range
-    return here == (index.listing_sha256, index.classes, index.channels, index.pixel_range)
+        return _Copying(bucket, request.check(), folder, stop=stop, shard_images=None).is_of(index)
 
 
 def is_whole(bucket: Store, held_out: PackRequest) -> bool:
@@ -232,6 +236,12 @@ class _Packing(abc.ABC):
     @abc.abstractmethod
     def made(self, number: int, advance: Advance) -> Made:
         """Makes a piece."""
+
+    def is_of(self, index: shards.DatasetIndex) -> bool:
+        """Returns whether a dataset has the images, labels and pixels of this source, or of a part of it."""
+        options = ("crop", "resize_filter", "channels", "pixel_range")
+        are_equal = all(getattr(self.recipe, option) == getattr(index, option) for option in options)
+        return are_equal and (self.listing_sha256, self.classes) == (index.listing_sha256, index.classes)
 
     def reject(self, *rejects: Reject) -> None:
         """Counts images that are left out.
