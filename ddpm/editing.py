@@ -83,13 +83,13 @@ def inverted(
     return sample(denoise, noise_in(image, denoise, points), points, noise_at)
 
 
-def noise_in(image: Tensor, denoise: Denoiser, points: Points, sigma_data: float = Diffusion.sigma_data) -> Tensor:
+def noise_in(image: Tensor, denoise: Denoiser, points: Points) -> Tensor:
     """Returns the x at the first of the points from which DDIM leads to an image [B, C, H, W], to second order.
 
     DDIM's step from the point with more noise has to end at the x that is known. Its estimate at a guess, by the
     estimate of the step before, gives one step of Newton's method, with the derivative that DDIM's step has for normal
-    images of deviation `sigma_data`. It evaluates the denoiser once per point, as does DDIM's step with growing noise,
-    which takes the estimate at the wrong end, and is of first order.
+    images of deviation 0.5. It evaluates the denoiser once per point, as does DDIM's step with growing noise, which
+    takes the estimate at the wrong end, and is of first order.
     """
     x, x_start, epsilon, before = image, image, torch.zeros_like(image), CLEAN
     for point in points[-2::-1]:
@@ -97,7 +97,8 @@ def noise_in(image: Tensor, denoise: Denoiser, points: Points, sigma_data: float
         # For ancestral steps with a learnt variance the denoiser returns that as well.
         x_start = denoise(guess, point)[:, : image.shape[1]]
         end = euler_step([Visit(point, guess, x_start)], before)
-        covariance, variance = (point.alpha * a * sigma_data**2 + point.sigma * s for _, a, s in (before, point))
+        signal = point.alpha * Diffusion.sigma_data**2
+        covariance, variance = (signal * a + point.sigma * s for _, a, s in (before, point))
         x = guess + (x - end) * variance / covariance
         epsilon, before = Visit(point, x, x_start).epsilon, point
     return x

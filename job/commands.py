@@ -244,8 +244,8 @@ def _compared(request: PackRequest, bucket_uri: str, there: str, index: DatasetI
     try:
         if is_source_of(open_bucket(bucket_uri, stop), request, index, stop):
             return "SOURCE has not changed"
-    except MissingInputError:
-        return "SOURCE is gone, and is not compared"
+    except MissingInputError as error:
+        return f"SOURCE is not compared: {error}"
     raise BadRequestError(
         f"{there}, and {request.source} has other images, labels, classes or pixels: choose another name "
         "(make: DATASET=NAME), or add --replace (make: PACK=--replace) to delete the dataset and pack this"

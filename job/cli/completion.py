@@ -17,13 +17,13 @@ def _offered(names: Iterable[str], incomplete: str) -> list[str]:
 
 def _in_bucket(folder: str) -> Callable[[typer.Context, str], list[str]]:
     def complete(context: typer.Context, incomplete: str) -> list[str]:
-        from job.jobs.targets import target_on
+        from job.cli.options import usual_bucket
         from job.store import open_store
 
         # An error message in the middle of a command line would disturb more than it helps.
         with suppress(Exception):
-            uri = context.params.get("bucket") or target_on(context.params.get("on") or "local").usual_bucket
-            return _offered(open_store(uri).within(SECONDS).folders(folder), incomplete)
+            bucket = open_store(usual_bucket(context, context.params.get("bucket") or ""))
+            return _offered(bucket.within(SECONDS).folders(folder), incomplete)
         return []
 
     return complete

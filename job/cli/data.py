@@ -81,7 +81,7 @@ Unlabelled = Annotated[
     typer.Option(
         "--unlabelled",
         metavar="drop|refuse",
-        help="What to do if some images have a label and others have none: leave these out, or exit with 65.",
+        help="If some images have a label and others have none, leave these out, or exit with 65.",
     ),
 ]
 HoldOut = Annotated[

@@ -69,9 +69,9 @@ def ddpm_export(
 ) -> None:
     """Write a checkpoint for diffusers, or push it to the hub.
 
-    Every checkpoint of a unet is such a folder already, with the settings of its run and the names of its classes. An
-    export adds a README.md with sample code, leaves out the state of the training, and can hold other weights. The
-    command refuses a network that diffusers lacks.
+    Every checkpoint of a unet is a folder for diffusers already, with the settings of its run and the names of its
+    classes. An export adds a README.md with sample code, leaves out the state of the training, and can hold other
+    weights. The command refuses a network that diffusers lacks.
 
     --push makes one commit with all files, and a new repository is private. The token is that of `hf auth login`, or of
     the variable HF_TOKEN.

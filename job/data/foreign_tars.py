@@ -72,7 +72,7 @@ class ForeignTar:
                 the message names the entry.
         """
         tar, suffixes = split_uri(self.key)[1], sidecars(label_key)
-        for _, files in groupby(self._files(digests), key=lambda file: file[0]):
+        for key, files in groupby(self._files(digests), key=lambda file: file[0]):
             image: Sample | None = None
             labels, plain_names, is_numbered, names = dict[str, str](), 0, False, list[str]()
             for _, suffix, member in files:
@@ -100,9 +100,7 @@ class ForeignTar:
             if image is not None:
                 yield replace(image, label=int(label))
             elif labels.get("cls"):
-                raise BadDataError(
-                    f"{self.uri}: entry {member.name!r} labels no image beside it: put it beside its image"
-                )
+                raise BadDataError(f"{self.uri}: entry {f'{key}.cls'!r} labels no image beside it: put it there")
 
     def _files(self, digests: Digests | None) -> Iterator[tuple[str, str, Member]]:
         """Yields the key and suffix of each file of a sample, and the file."""

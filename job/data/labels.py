@@ -142,9 +142,10 @@ def sidecar_label(suffix: str, content: bytes, key: str = "") -> str:
         RefusedError: it has several labels, or one that stands for no class.
         ValueError: it is no JSON.
     """
-    found = text_of(content) if suffix == "cls" else json_of(text_of(content))
-    if suffix == "cls" or not isinstance(found, dict):
-        return label_of(found) if suffix == "cls" else ""
+    if suffix == "cls":
+        return label_of(text_of(content))
+    if not isinstance(found := json_of(text_of(content)), dict):
+        return ""
     keys = [key] if key else [name for name in LABEL_KEYS if name in found]
     if len(keys) > 1:
         raise RefusedError(f"has several labels, {some_of(keys)}: choose one, such as --labels :{keys[0]}")
@@ -341,8 +342,8 @@ def _joined(table: Rows, names: int, is_headless: bool, column: str) -> LabelTab
         shown = some_of(header[number] for number in others)
         raise BadRequestError(f"{table.where} {said} {shown}: choose one with --labels {table.where}:COLUMN")
     pairs = [(row[names], row[chosen]) for row in cells if len(row) > max(names, chosen)]
-    if {str(value) for _, value in pairs} == {"-1", "1"}:
-        # CelebA says so of attributes.
+    if header is not _PAIR and {str(value) for _, value in pairs} == {"-1", "1"}:
+        # CelebA says so of attributes; without their names -1 means no class.
         pairs = [(name, header[chosen] if str(value) == "1" else f"not {header[chosen]}") for name, value in pairs]
     labels = dict[str, str]()
     for cell, value in pairs:

@@ -213,7 +213,7 @@ def _inside(archive: Source, inside: str, where: str) -> Source:
             raise RefusedError(f"is empty: {'no file matches' if '*' in path else 'no file is in'} {path!r}")
 
     if split_in(folder.split("/")):
-        archive = replace(whole, note="")
+        archive = replace(whole, note="", other_splits=())
     labelled = partial(listed, True)
     return replace(archive, where=where, listed=listed, listed_in=None, with_labels=labelled, table=None)
 

@@ -88,6 +88,12 @@ def pack(
         packing = kind(bucket, request, folder, stop=stop, shard_images=shard_images)
         for remark in packing.remarks:
             logging.getLogger(__name__).warning(remark)
+        part_key = request.parts()[0].key
+        if request.held_out and (there := _index_of(bucket, part_key)) and not packing.is_of(there):
+            raise BadRequestError(
+                f"{bucket.uri}/{part_key} was held out of other images than {packing.where} has now, or with other "
+                f"parameters: choose another name, or delete it first: {shards.deleting(bucket, part_key)}"
+            )
         if request.replaces and bucket.exists(f"{key}/{shards.INDEX}"):
             shards.delete(dataset)
         pieces = Pieces(dataset, packing.fingerprint, packing.sizes, share=share, result=shards.INDEX, equal_bytes=True)
@@ -149,12 +155,10 @@ def check_free(bucket: Store, request: PackRequest) -> None:
 
 def is_source_of(bucket: Store, request: PackRequest, index: shards.DatasetIndex, stop: Stop = NEVER) -> bool:
     """Returns whether a request would make such a dataset, by names, sizes and labels; reads no images."""
-    channels, pixel_range = request.channels or index.channels, request.pixel_range or index.pixel_range
+    options = "crop", "resize_filter", "channels", "pixel_range"
+    request = replace(request, **{option: getattr(request, option) or getattr(index, option) for option in options})
     with scratch_folder("pack") as folder:
-        request = replace(request, channels=channels).check()
-        packing = _Copying(bucket, request, folder, stop=stop, shard_images=None)
-    here = packing.listing_sha256, packing.classes, channels, pixel_range
-    return here == (index.listing_sha256, index.classes, index.channels, index.pixel_range)
+        return _Copying(bucket, request.check(), folder, stop=stop, shard_images=None).is_of(index)
 
 
 def is_whole(bucket: Store, held_out: PackRequest) -> bool:
@@ -233,6 +237,12 @@ class _Packing(abc.ABC):
     def made(self, number: int, advance: Advance) -> Made:
         """Makes a piece."""
 
+    def is_of(self, index: shards.DatasetIndex) -> bool:
+        """Returns whether a dataset has the images, labels and pixels of this source, or of a part of it."""
+        options = ("crop", "resize_filter", "channels", "pixel_range")
+        are_equal = all(getattr(self.recipe, option) == getattr(index, option) for option in options)
+        return are_equal and (self.listing_sha256, self.classes) == (index.listing_sha256, index.classes)
+
     def reject(self, *rejects: Reject) -> None:
         """Counts images that are left out.
 
@@ -264,9 +274,8 @@ class _Packing(abc.ABC):
                 dataset.delete(entry.key)
             unusable = BadDataError(f"{self.where}: none of its images can be used: {self._first_rejects()}")
             raise unusable if self._rejects else no_images(self.where)
-        for unused in self._unlabelled(facts):
-            made.remove(unused)
-            dataset.delete(unused.offsets_name)
+        unused = self._unlabelled(facts)
+        made = [shard for shard in made if shard.offsets_name not in unused]
         rejects = "".join(f"{json.dumps(reject)}\n" for reject in self._rejects).encode()
         index = shards.DatasetIndex(
             name=self._request.name,
@@ -305,10 +314,12 @@ class _Packing(abc.ABC):
             said = f"is missing: {error or type(error).__name__}; `ddpm data show {index.name}` makes it"
             logging.getLogger(__name__).warning(f"{dataset.uri_of(shards.PREVIEW)} {said}")
         dataset.create(shards.INDEX, index.to_json())
+        for name in unused:
+            dataset.delete(name)
 
-    def _unlabelled(self, facts: list[dict[str, Any]]) -> list[shards.Shard]:
-        """Returns the shards whose images are left out, since those of others have labels; none of a copied source."""
-        return []
+    def _unlabelled(self, facts: list[dict[str, Any]]) -> set[str]:
+        """Returns the offset tables of tars that are left out, since others have labels; none of a copied source."""
+        return set()
 
     def _check(self, sample: Sample) -> _Checked:
         checked, copies = _Checked(sample), not self._request.tars
@@ -380,7 +391,11 @@ class _Copying(_Packing):
         table = source.table
         if (request.labels or table) and request.classes is not False and self._found.classes_from != "labels":
             others = f"; there are {some_of(source.unchosen)}" if source.unchosen else ""
-            which = f"in {table.where}" if table else f"{column!r}: a table is FILE:COLUMN{others}"
+            which = (
+                f"in {table.where}: correct its paths, or use --no-classes"
+                if table
+                else f"{column!r}: a table is FILE:COLUMN{others}"
+            )
             raise BadRequestError(f"{self.where}: none of its images has a label {which}")
         # Classes are those of all images, even where one part lacks some.
         share = request.hold_out_share
@@ -388,7 +403,11 @@ class _Copying(_Packing):
             part = "no image" if request.is_held_out else "all images"
             raise BadRequestError(f"--hold-out {share:.1%} of {self._found.images:,} images holds {part} out")
         others = " or ".join(f"--split {other}" for other in source.other_splits)
-        chosen = f"packing its split {source.split}; {others} would pack another, --split {ALL} all" if others else ""
+        chosen = (
+            f"packing its split {source.split}; {others} would pack another, --split {ALL} all of them"
+            if others
+            else ""
+        )
         taken = f"taking the column {table.column!r} of {table.where}" if table and rows and not column else ""
         self.remarks = [*filter(None, (source.note, chosen, taken, *self._found.notes))]
         self.skipped = dict(sorted(source.skipped.items()))
@@ -424,9 +443,9 @@ class _Copying(_Packing):
         splits = splits_of(set(folders))
         if source.split is None and "train" in splits and len(splits) > 1:
             others = sum(images for folder, images in folders.items() if not split_in(folder))
-            note = f"leaving out {others:,} images in none of its splits" if others else ""
-            source = replace(source, split="train", other_splits=tuple(sorted(splits - {"train"})))
-            source = replace(source, note="; ".join(filter(None, (source.note, note))))
+            left_out = f"leaving out all images in none of its splits ({others:,})" if others else ""
+            note = "; ".join(filter(None, (source.note, left_out)))
+            source = replace(source, split="train", other_splits=tuple(sorted(splits - {"train"})), note=note)
         return replace(source, table=table)
 
     def _unless_stopped(self, images: Iterable[T]) -> Iterator[T]:
@@ -546,7 +565,7 @@ class _InPlace(_Packing):
         facts |= {"shard": shard.model_dump(), "source_sha256": shard.sha256}
         return Made({shard.offsets_name: offsets}, facts | {"highest_label": max(label for _, _, label, _ in records)})
 
-    def _unlabelled(self, facts: list[dict[str, Any]]) -> list[shards.Shard]:
+    def _unlabelled(self, facts: list[dict[str, Any]]) -> set[str]:
         """Finds the classes, and checks what only all tars together tell; see `_Packing`."""
         highest_label = max(each["highest_label"] for each in facts)
         if highest_label < 0 and (self._request.classes or self._label_key):
@@ -559,11 +578,11 @@ class _InPlace(_Packing):
                 "from 0 without large gaps; mend it, or index with --no-classes"
             )
         if highest_label < 0:
-            return []
+            return set()
         self.classes, self.classes_from = tuple(map(str, range(highest_label + 1))), "labels"
         self.unlabelled_images = sum(each["unlabelled"][0] for each in facts)
         unused = [each for each in facts if each["shard"] and each["highest_label"] < 0]
         if unused and self._request.unlabelled != "drop":
             _, *examples = unused[0]["unlabelled"]
             raise lacking_labels(self.where, self.unlabelled_images, images, examples)
-        return [shards.Shard.model_validate(each["shard"]) for each in unused]
+        return {shards.Shard.model_validate(each["shard"]).offsets_name for each in unused}

@@ -92,8 +92,8 @@ def _fitting(plans: Sequence[EvaluatePlan], painter: Painter, sampling: Sampling
     seconds = [len(plan.evaluations) * plan.count * (drawing + looking) for plan in plans]
     chosen = next((n for n, each in enumerate(seconds) if each <= CPU_SECONDS), len(plans) - 1)
     real = f", and {duration(real_images * looking / 3600)} for {real_images:,} real ones" if real_images else ""
-    why = f"; --count sets another number than a CPU makes in {CPU_SECONDS // 60} min" if len(plans) > 1 else ""
-    note(f"expected: {duration(seconds[chosen] / 3600)} for {plans[chosen].count:,} images{real}{why}")
+    more = "; --count sets another number" if len(plans) > 1 else ""
+    note(f"expected: {duration(seconds[chosen] / 3600)} for {plans[chosen].count:,} images{real}{more}")
     return chosen
 
 
@@ -102,12 +102,16 @@ def seconds_per_image(painter: Painter, sampling: Sampling, extract: ExtractorFu
     seeds, points = torch.arange(8, device=painter.device), sampling.points(painter.process)
     denoise, x = painter.denoiser(seeds, sampling), beginning(points, painter.noise_of(seeds))
     for _ in ("to warm up", "to measure"):
-        began = time.monotonic()
-        images = figures.to_uint8(painter.pixels(denoise(x, points[len(points) // 2])))
-        drawn = time.monotonic()
+        # Latents are decoded once, and on a GPU only a copy waits for the result.
+        times = [time.monotonic()]
+        x_start = denoise(x, points[len(points) // 2]).cpu().to(painter.device)
+        times.append(time.monotonic())
+        images = figures.to_uint8(painter.pixels(x_start))
+        times.append(time.monotonic())
         features_of(extract, images, painter.device)
-    of_one = painter.ranks.world_size * len(seeds)
-    return painter.evaluations_of(sampling) * (drawn - began) / of_one, (time.monotonic() - drawn) / of_one
+        times.append(time.monotonic())
+    evaluating, decoding, looking = np.diff(times) / painter.ranks.world_size / len(seeds)
+    return painter.evaluations_of(sampling) * evaluating + decoding, looking
 
 
 def real_features(

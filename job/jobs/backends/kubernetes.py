@@ -150,7 +150,7 @@ class KubernetesBackend(Backend):
         if cluster.passed:
             yield Check.unless_hidden("service account", self._look_for_account)
             yield Check.unless_hidden("queue", self._look_for_queue)
-            yield Check("JobSets", True, self._look_for_job_sets())
+            yield Check.unless_hidden("JobSets", self._look_for_job_sets)
             yield Check.of_image(self.target.image)
 
     def _look(self, name: str) -> tuple[JobStatus, list[JsonObject]]:

@@ -108,10 +108,12 @@ def _state_and_cause(
         return State.FAILED, _why_failed(failed, pods), None
     if is_suspended(job):
         return _why_suspended(job, events, next(iter(others), {}))
-    if stuck:
+    # Slices do not wait for each other.
+    others = [pod for pod in living if not _dead_node(pod)] if job["spec"].get("completions", 1) > 1 else []
+    if stuck and not any(map(is_running, others)):
         return State.WAITING, stuck, Cause.STUCK
     if any(map(is_running, living)):
-        return State.RUNNING, _how_running(living, pods), None
+        return State.RUNNING, joined(stuck, _how_running(living, pods)), None
     if living:
         without_image = [pod for pod in living if _waiting_reason(pod) in NO_IMAGE_REASONS]
         why = _why_waiting((without_image or living[-1:])[0])

@@ -45,7 +45,9 @@ def test_ensure_compares_the_source(tmp_path):
         assert "classes or pixels" in refused(ensured(photos, *option), Exit.BAD_REQUEST)
     assert "SOURCE has not changed" in ensured(photos, "--channels", 3).stderr
     photos.rename(tmp_path / "moved")
-    assert "SOURCE is gone, and is not compared" in ensured(photos).stderr
+    assert f"SOURCE is not compared: there is nothing at {photos}" in ensured(photos).stderr
+    words = ("--labels", tmp_path / "none.csv")
+    assert "SOURCE is not compared: --labels: there is nothing at" in ensured(copied, *words).stderr
     assert succeeded(ensured(photos)) == "" and index.read_bytes() == before
     assert "is not compared, since it would be fetched" in ensured("https://host.invalid/a.zip").stderr
 

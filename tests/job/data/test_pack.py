@@ -110,6 +110,10 @@ def test_held_out_images_are_a_dataset(tmp_path, source):
     assert "at most 50%" in refused(ddpm_here(*words, "51%"), 64)
     (tmp_path / KEY / "index.json").unlink()
     assert "holds 20.000% out, and not 10.000%" in refused(ddpm_here(*words, "10%"), 64)
+    # Nor are images of an earlier source, or of another crop, what the new one is validated on.
+    others = ("data", "pack", fewer, *words[3:], "20%")
+    for line in (refused(ddpm_here(*others), 64), refused(ddpm_here(*words, "20%", "--crop", "squash"), 64)):
+        assert "small-held-out-16 was held out of other images" in line and "data delete small-held-out" in line
     none = ddpm_here("data", "pack", fewer, "none", "--size", 16, "--bucket", tmp_path, "--hold-out", "0.001%")
     assert "holds no image out" in refused(none, 64)
 

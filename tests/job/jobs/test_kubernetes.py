@@ -289,6 +289,8 @@ def test_doctor_finds_what_a_job_misses(server):
     kept = server.served.pop("jobset.x-k8s.io/v1alpha2")
     assert doctor()["JobSets"].message.startswith("not installed, which --nodes needs: kubectl apply --server-side -f ")
     server.served["jobset.x-k8s.io/v1alpha2"] = kept
+    server.answer_next(503, times=2)
+    assert [name for name, check in doctor().items() if not check.passed] == ["service account", "JobSets"]
     server.forbidden = {("get", "serviceaccounts")}
     found = doctor()
     assert found["service account"].passed and "not looked at" in found["service account"].message

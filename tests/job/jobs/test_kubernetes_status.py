@@ -106,6 +106,10 @@ def test_pods_that_outlive_their_node_are_named(kind):
     # One that still saves, and one that has ended.
     for last in (leaving(utc_now()), {**ended(75), **{"metadata": leaving("2026-01-01T00:00:00Z")["metadata"]}}):
         assert observed_status(job(made=made), [last, RUNNING]).state is State.RUNNING
+    # Slices do not wait for each other.
+    slices = manifest(sampling(slices=2), TARGET)
+    status = observed_status(job(made=slices), [leaving("2026-01-01T00:00:00Z"), RUNNING])
+    assert (status.state, status.cause) == (State.RUNNING, None) and status.message.startswith(told)
 
 
 def test_missing_images_are_named():

@@ -81,10 +81,12 @@ def test_sets_of_splits_are_read_as_by_numpy(tmp_path: Path, compressed: bool) -
         assert opened(path).split == "train"
         assert opened(path).other_splits == tuple(sorted(splits[1:]))
     folder = folder_of(tmp_path / "keras", [(f"{name}.npy", npy(array)) for name, array in keras.items()])
-    for place in (folder, zip_of(tmp_path / "k.zip", [(f"k/{name}.npy", npy(array)) for name, array in keras.items()])):
+    inner = zip_of(tmp_path / "k.zip", [(f"k/{name}.npy", npy(array)) for name, array in keras.items()])
+    for place in (folder, inner):
         for split in ("train", "test"):
             assert_read(place, keras[f"x_{split}"], keras[f"y_{split}"], split)
-    # One that is chosen has its own labels.
+    # One that is chosen has its own labels, and leaves out no split.
+    assert opened(f"zip://k/x_test.npy::{inner}").other_splits == ()
     assert_read(folder / "x_test.npy", keras["x_test"], keras["y_test"])
 
 

@@ -65,6 +65,10 @@ def test_edm_labels_are_joined_by_name(tmp_path, make):
     two = make(tmp_path / "two.zip", [*inner, ("other/dataset.json", content), ("other/1.png", png(1))])
     with pytest.raises(BadRequestError, match=r"several tables of labels, edm/dataset.json, other/dataset.json"):
         open_source(str(two))
+    # -1 stands for no class, also where all others have one.
+    some = json.dumps({"labels": [[name, 1 if n else -1] for n, name in enumerate(names)]}).encode()
+    known = make(tmp_path / "known", [*files, ("dataset.json", some)])
+    assert packed(tmp_path / "known-b", known, unlabelled="drop").classes == ("1",)
     # Without labels the folders are no classes, which hold the images by number.
     for nothing in (b'{"labels": null}', b"[1, 2]", b"{}"):
         bare = make(tmp_path / f"bare-{len(nothing)}", [*files, ("dataset.json", nothing)])
