@@ -24,8 +24,12 @@ _SKIPPED_BYTES = 1 << 20
 
 
 def opened_zip(file: BinaryIO) -> zipfile.ZipFile:
-    """Opens a zip; raises `RefusedError` for anything before its first entry, such as another zip."""
-    archive = zipfile.ZipFile(file)
+    """Opens a zip; raises `RefusedError` for anything before its first entry, such as another zip, or odd names."""
+    try:
+        # zipfile takes names without a flag for those of DOS; Linux and macOS write them in UTF-8.
+        archive = zipfile.ZipFile(file, metadata_encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RefusedError("has names that are not in UTF-8: unpack it, and pack the folder") from None
     if first := min((info.header_offset for info in archive.infolist()), default=archive.start_dir):
         raise RefusedError(
             f"has {first:,} bytes before its first entry, and images in them would be lost: was it joined by `cat`, or "

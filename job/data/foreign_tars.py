@@ -29,7 +29,7 @@ from job.store import Retry, Store, open_to_read, split_uri, without_queries
 MOST_TARS = 1_000_000
 """The number of tars that a pattern of six digits can count; the index names each, and is held in memory."""
 
-_CLASS = re.compile(r"\d{1,5}")
+_CLASS = re.compile(r"0|[1-9]\d{0,4}")
 
 
 @dataclass(frozen=True, slots=True)

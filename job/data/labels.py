@@ -11,10 +11,10 @@ import csv
 import gc
 import io
 import json
-import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from itertools import groupby
 from pathlib import PurePosixPath
 from typing import Any
@@ -37,6 +37,7 @@ SAMPLE_KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
 _SIDECARS = (".cls", ".json")
 _LONGEST = 100
 _PAIR = ("file", "label")
+_A_TABLE = "a table of file names and labels: write a line such as 0001.png,cat for each image into a .csv"
 _DECIMALS = re.compile(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -46,7 +47,8 @@ def label_of(value: object) -> str:
     Raises:
         RefusedError: it stands for no class: a number that is not whole, several values, or a long text.
     """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    # pandas writes a missing value as text, too.
+    if value is None or (isinstance(value, float | str) and str(value).strip().lower() == "nan"):
         return ""
     if isinstance(value, bool):
         return str(value).lower()
@@ -57,9 +59,11 @@ def label_of(value: object) -> str:
     if isinstance(value, float) or _DECIMALS.fullmatch(text):
         if not float(text).is_integer():
             raise RefusedError(f"has the label {text:.40}, which is not a whole number: use --no-classes")
-        text = str(int(float(text)))
+        text = str(int(Decimal(text)))
     if len(text) > _LONGEST:
         raise RefusedError(f"has a label of {len(text):,} characters, which names no class: use --no-classes")
+    if "\n" in text:
+        raise RefusedError(f"has a label of several lines, {text[:40]!r}: close its quotes, or use --no-classes")
     return "" if re.fullmatch(r"-\d+", text) else printable_label(text)
 
 
@@ -153,26 +157,27 @@ def sidecar_label(suffix: str, content: bytes, key: str = "") -> str:
 
 
 def with_sidecars(
-    where: str, listed: Callable[[], Iterator[Member]], suffixes: tuple[str, ...], key: str
+    where: str, listed: Callable[[], Iterator[Member]], suffixes: tuple[str, ...], key: str, *, adjacent: bool
 ) -> Iterator[Member]:
     """Yields the files of a source with the labels that lie beside them: `a/1.cls` labels `a/1.png` and no other image.
 
-    A `.cls` counts before a `.json`. As in WebDataset, the files of an image are adjacent.
+    A `.cls` counts before a `.json`.
 
     Args:
         where: the source, for messages.
         listed: yields its files in order.
         suffixes: of the files that may hold labels; see `sidecars`. They are not yielded.
         key: see `sidecar_label`.
+        adjacent: whether the files of an image must be adjacent, as in WebDataset's tars, which are streams.
 
     Raises:
         RefusedError: a `.cls` lies beside no image.
         BadDataError: a file of a label is damaged, or has several labels or none that stands for a class.
     """
-    for _, files in groupby(listed(), _sample_key):
+    for _, files in groupby(listed(), _sample_key if adjacent else lambda _: None):
         others, labels = list[Member](), dict[str, tuple[str, str]]()
         for member in files:
-            stem, _, suffix = member.name.rpartition(".")
+            stem, suffix = member.name.rpartition(".")[0], member.name.rpartition(".")[2].lower()
             if f".{suffix}" not in suffixes or members.is_hidden(member.name):
                 others.append(member)
             elif labels.get(stem, ("", ""))[0] != "cls":
@@ -182,7 +187,8 @@ def with_sidecars(
             label = labels.pop(member.name.rpartition(".")[0], ("", ""))[1] if members.is_image(member.name) else ""
             yield replace(member, label=label)
         if lost := next((stem for stem, (suffix, _) in labels.items() if suffix == "cls"), None):
-            raise refused(f"{lost}.cls", f"labels no image beside it, which would be {lost}.png or the like")
+            how = "; the files of an image must be adjacent: make the tar by tar --sort=name" if adjacent else ""
+            raise refused(f"{lost}.cls", f"labels no image, such as {lost}.png{how}")
 
 
 def _sample_key(member: Member) -> str:
@@ -216,11 +222,13 @@ class LabelTable:
         where: the file, for messages.
         labels: the label of each row by its name.
         column: the name of the column of labels.
+        names: the name of that of the names.
     """
 
     where: str
     labels: dict[str, str]
     column: str
+    names: str
     _is_bare: bool
     _images: dict[str, str] = field(default_factory=dict, repr=False)
 
@@ -232,12 +240,8 @@ class LabelTable:
         """
         rows = [row for row in _names_of(name)[self._is_bare :: 2] if row in self.labels]
         for row in rows:
-            # Kaggle's train/1.png and test/1.png are two images, of which 1.png in the table is the first.
             if (other := self._images.setdefault(row, name)) != name:
-                raise BadRequestError(
-                    f"{self.where}: its row {row!r} would label both {other!r} and {name!r}: leave one of them out, "
-                    "by packing one folder, or one split by --split"
-                )
+                raise _labels_both(self.where, row, other, name)
         if len({self.labels[row] for row in rows}) > 1:
             raise BadRequestError(f"{self.where}: its rows {some_of(rows)} both label {name!r}: leave one of them out")
         return self.labels[rows[0]] if rows else ""
@@ -266,7 +270,8 @@ def join_labels(table: Rows, images: Iterable[str], column: str = "") -> LabelTa
     for number in range(max(map(len, table.cells))):
         cells = {row[number] for row in body if len(row) > number and isinstance(row[number], Hashable)}
         names, above = {*map(_row_name, cells)}, _row_name(first[number]) if len(first) > number else ""
-        columns.append(_Column(number, above, not any("/" in name for name in names or {above})))
+        is_bare, has_files = not any("/" in name for name in names or {above}), any(map(members.is_image, names))
+        columns.append(_Column(number, above, is_bare, has_files))
         for name in {*names, above} - {""}:
             holders.setdefault(name, []).append(columns[-1])
     for image in images:
@@ -274,16 +279,32 @@ def join_labels(table: Rows, images: Iterable[str], column: str = "") -> LabelTa
         for position, name in enumerate(_names_of(image)):
             for each in holders.get(name, ()):
                 if each.is_bare == position % 2:
-                    each.names_images, each.is_headless = True, each.is_headless or name == each.first
+                    each.is_headless = each.is_headless or name == each.first
+                    if (other := each.images.setdefault(name, image)) != image:
+                        # Kaggle's train/1.png and test/1.png are two images, of which 1.png in the table is the first.
+                        each.twice = _labels_both(table.where, name, other, image)
     named, problem = dict[int, LabelTable](), None
-    for each in filter(lambda each: each.names_images, columns):
+    for each in filter(lambda each: each.images, columns):
         try:
             named[each.number] = _joined(table, each.number, each.is_headless, column)
-        except RefusedError as error:
+        except (RefusedError, BadRequestError) as error:
             # Labels such as 7 are names of images, too; but then several images have one name.
             problem = error
-    if len(named) == 1:
-        return next(iter(named.values()))
+    if len(named) > 1:
+        # pandas writes its index into a column without a name.
+        named = {number: found for number, found in named.items() if found.names} or named
+    if len(named) == 1 or (
+        named and all(len({_stem(row[one]) for one in named if len(row) > one}) == 1 for row in body)
+    ):
+        number, found = next(iter(named.items()))
+        titles = {each.number: str((table.header or table.cells[0])[each.number]) for each in columns if each.has_files}
+        others = [title for one, title in titles.items() if one not in named and title != found.column]
+        if others and number not in titles:
+            said = f"names images in its column {others[0]!r}, and not those of the source, such as {example!r}"
+            raise BadRequestError(f"{table.where} {said}: mend that column, or leave it out")
+        if twice := columns[number].twice:
+            raise twice
+        return found
     if problem and not named:
         raise problem
     how, last = "two columns that name images" if named else "no column that names images", map(str, table.cells[-1])
@@ -301,15 +322,30 @@ class _Column:
         number: of the column.
         first: its cell in the first row, which may be a header.
         is_bare: whether no other cell has a folder.
-        names_images: whether a cell names an image.
-        is_headless: whether the first one does.
+        has_files: whether another cell has the suffix of an image.
+        images: an image of the source by each cell that names one.
+        is_headless: whether the first cell does.
+        twice: the error that a cell names two images.
     """
 
     number: int
     first: str
     is_bare: bool
-    names_images: bool = False
+    has_files: bool
+    images: dict[str, str] = field(default_factory=dict)
     is_headless: bool = False
+    twice: BadRequestError | None = None
+
+
+def _labels_both(where: str, row: str, one: str, other: str) -> BadRequestError:
+    said = f"{where}: its row {row!r} would label both {one!r} and {other!r}"
+    return BadRequestError(f"{said}: pack one of their folders, or write their paths into the table")
+
+
+def _stem(cell: object) -> str:
+    """Returns the name of a file without folders and suffix."""
+    name = _row_name(cell).rpartition("/")[2]
+    return name.rpartition(".")[0] if members.is_image(name) else name
 
 
 def _names_of(name: str) -> tuple[str, str, str, str]:
@@ -333,8 +369,8 @@ def _joined(table: Rows, names: int, is_headless: bool, column: str) -> LabelTab
         header, cells = list(map(str, cells[0])), cells[1:]
     # pandas writes its index into a first column without a name.
     others = [number for number, name in enumerate(header) if number != names and name]
-    if column and column in (header[number] for number in others):
-        chosen = header.index(column)
+    if column and sum(header[number] == column for number in others) == 1:
+        chosen = next(number for number in others if header[number] == column)
     elif not column and len(others) == 1:
         chosen = others[0]
     else:
@@ -350,7 +386,7 @@ def _joined(table: Rows, names: int, is_headless: bool, column: str) -> LabelTab
         name, label = _row_name(cell), label_of(value)
         if (other := labels.setdefault(name, label)) != label:
             raise RefusedError(f"labels {name!r:.80} as {other!r} and as {label!r}: leave one class for each image")
-    return LabelTable(table.where, labels, header[chosen], not any("/" in name for name in labels))
+    return LabelTable(table.where, labels, header[chosen], header[names], not any("/" in name for name in labels))
 
 
 def chosen_label(where: str, labels: Sequence[str], column: str, usual: Sequence[str] = LABEL_KEYS) -> str:
@@ -434,25 +470,30 @@ def pairs_in(found: Any) -> list[tuple[str, object]]:
 
 def _rows(where: str, text: str) -> Rows:
     """Returns a table whose columns tabs, semicolons, commas or blanks separate."""
-    first = text.partition("\n")[0]
+    first = text.lstrip().partition("\n")[0]
     delimiter = next((mark for mark in "\t;," if mark in first), "")
     # Lines may end as on Windows, or on an old Macintosh.
     lines = io.StringIO(text, newline=None)
     try:
-        read = csv.reader(lines, delimiter=delimiter, skipinitialspace=True) if delimiter else map(str.split, lines)
+        read = (
+            csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+            if delimiter
+            else map(str.split, lines)
+        )
         rows = [[cell.strip() for cell in row] for row in read if row]
     except csv.Error as error:
-        raise RefusedError(f"does not hold a table of file names and labels ({error})") from None
+        raise RefusedError(f"does not hold {_A_TABLE} ({error})") from None
     if rows and len(rows[0]) == 1 and rows[0][0].isdecimal():
         # CelebA's files begin with the number of images.
         del rows[0]
     if len(rows) < 2 or len(rows[1]) < 2:
-        raise RefusedError("does not hold a table of file names and labels")
+        raise RefusedError(f"does not hold {_A_TABLE}")
     # CelebA names the attributes, and not the column of the files.
     is_attributes = not delimiter and len(rows[1]) == len(rows[0]) + 1 and not members.is_image(rows[0][0])
     header = ["file", *rows.pop(0)] if is_attributes else None
     width = len(header or rows[0])
-    if longer := next((row for row in rows if any(row[width:])), None):
-        said = f"has {len(longer)} values in the row of {longer[0]!r:.80}, and {width} columns"
+    # Blanks may be part of a label.
+    if other := next((row for row in rows if any(row[width:]) or (len(row) < width and not delimiter)), None):
+        said = f"has {len(other)} values in the row of {other[0]!r:.80}, and {width} columns"
         raise RefusedError(f"{said}: write it as a .csv, with quotes around a value that has commas")
     return Rows(where, rows, header)

@@ -91,7 +91,7 @@ def is_image(name: str) -> bool:
 
 def is_hidden(name: str) -> bool:
     """Returns whether the name is that of a hidden file or of a resource fork of macOS."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in path_parts(name))
+    return any((part.startswith(".") and part != ".") or part == "__MACOSX" for part in path_parts(name))
 
 
 def refused(name: str, problem: str) -> RefusedError:

@@ -176,12 +176,13 @@ def _read_as(files: Files, column: str | None, has_images: bool = False) -> Sour
     if found := recognised(files, column):
         # A dataset of the hub may show some of its images on its page.
         beside = "leaving out the images beside its tables" if has_images else ""
-        return replace(found, note="; ".join(filter(None, (found.note, beside))))
+        return replace(found, note="; ".join(filter(None, (found.note, beside))), beside=files)
     archives = [name for name in files.names if name.lower().endswith(ARCHIVES)] if not has_images else []
     opened = [(name, partial(files.open, name)) for name in archives]
     if len(opened) == 1:
-        return _archive(f"{files.where}/{opened[0][0]}", opened[0][1], column)
-    return _archives(files.where, opened, column) if archives else None
+        one = _archive(f"{files.where}/{opened[0][0]}", opened[0][1], column)
+        return replace(one, beside=files) if len(files.names) > 1 else one
+    return replace(_archives(files.where, opened, column), beside=files) if archives else None
 
 
 def _archives(where: str, archives: Sequence[tuple[str, Opener]], column: str | None) -> Source:
@@ -283,5 +284,5 @@ def _archive(where: str, opener: Opener, column: str | None) -> Source:
     listed = partial(tar_members, opener)
     if first is not None and (found := archive_source(first.name, where, listed, column)):
         return found
-    labelled = partial(with_sidecars, where, listed, sidecars(column), column or "")
+    labelled = partial(with_sidecars, where, listed, sidecars(column), column or "", adjacent=True)
     return Source(where, listed, with_labels=labelled if column is not None else None)

@@ -408,7 +408,9 @@ class _Copying(_Packing):
             if others
             else ""
         )
-        taken = f"taking the column {table.column!r} of {table.where}" if table and rows and not column else ""
+        taken = (
+            f"{table.where}: {table.names!r} names the images, {table.column!r} labels them" if table and rows else ""
+        )
         self.remarks = [*filter(None, (source.note, chosen, taken, *self._found.notes))]
         self.skipped = dict(sorted(source.skipped.items()))
         self.recipe = request.recipe(content for _, content in source.loaded(islice(source.images(), FIRST_IMAGES)))
@@ -432,7 +434,8 @@ class _Copying(_Packing):
         folders = Counter[tuple[str, ...]]()
 
         def names() -> Iterator[str]:
-            for image in self._unless_stopped(source.images()):
+            # A bare name must be that of one image of all splits.
+            for image in self._unless_stopped(replace(source, split=None).images() if rows else source.images()):
                 folders[path_parts(image.name)[:-1]] += 1
                 yield image.name
 
@@ -511,7 +514,10 @@ class _Copying(_Packing):
 def _table(source: Source, file: str, retry: Retry) -> Rows:
     """Returns the table of labels in a file, or else in one of that name beside the images of the source."""
     beside = source.beside
-    if beside and file in beside.names and not Path(file).exists():
+    if beside and file in beside.names:
+        if Path(file).exists() and not Path(file).samefile(Path(beside.where, file)):
+            there = f"one in {beside.where} and one in this folder, which ./{file} would name"
+            raise BadRequestError(f"--labels {file}: there is {there}: choose, or rename one")
         with refusing(f"{beside.where}: {file}"):
             return table_in(file, beside.read(file))
     return read_labels(file, retry)

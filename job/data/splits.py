@@ -17,13 +17,14 @@ SPLITS = {
 _WORD = "|".join(SPLITS)
 # trainA and trainB are CycleGAN's; train2017 is COCO's, seg_train Kaggle's.
 _FOLDER = re.compile(
-    rf"(?:(?:seg|img|images?|data|dataset)[-_. ]?)?({_WORD})[-_. ]?(?:set|data|split|images?|imgs?|[ab]|\d+)?",
+    rf"(?:(?:seg|img|images?|data|dataset)[-_. ]?)?({_WORD})(?:[-_. ]?val)?"
+    r"[-_. ]?(?:set|data|split|images?|imgs?|jpe?g|png|tiff?|mini|full|[ab]|\d+)?",
     re.IGNORECASE,
 )
 # imagenet-train-00000.tar, train-00000-of-00001.parquet
 _FILE = re.compile(rf"(?:^|[-_. ])({_WORD})(?=[-_. ]|\d|$)", re.IGNORECASE)
 _DATA_FILE = re.compile(
-    r"\.(zip|tar|tgz|tar\.gz|parquet|arrow|np[yz]|tfrecords?|bin|lmdb)(\.gz)?$"
+    r"\.(zip|tar|tgz|tar\.gz|parquet|arrow|np[yz]|tfrec(?:ords?)?|bin|lmdb)(\.gz)?$"
     r"|\.tfrecords?-|-\d{5}-of-\d{5}(\.gz)?$|_lmdb$",
     re.IGNORECASE,
 )

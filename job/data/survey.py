@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -110,6 +111,12 @@ def survey(
         raise lacking_labels(where, lacking, count, examples)
     if found.are_labels and not names and count > _FEW_IMAGES and len(found.numbers) >= count - lacking:
         raise BadRequestError(f"{where} has another label for each image, so that none is a class: use --no-classes")
+    looks = dict[str, str]()
+    for name in found.names:
+        # Unicode has two forms of ä, and several blanks, which some programs write for others.
+        look = " ".join(unicodedata.normalize("NFC", name).replace("\u200b", "").split())
+        if (other := looks.setdefault(look, name)) != name:
+            raise BadRequestError(f"{where} has two classes that look the same, {other!a} and {name!a}: rename one")
     divided = {part for folder in folders for part in folder if split_of(part)}.difference(found.names)
     splits = tuple(sorted(set(map(split_of, divided))))
     notes = [*found.notes(classes, unchosen), *_together(divided if len(splits) > 1 else (), folders, found)]

@@ -66,6 +66,8 @@ def labelled_beside(source: Source, files: Files, column: str | None) -> Source:
 def _labelled_by_sidecars(source: Source, files: Files, column: str) -> Source:
     source = replace(source, unchosen=tuple(f"{name}:COLUMN" for name in files.names if name.endswith(_TABLES)))
     suffixes = sidecars(column)[:1]
-    if not any(name.endswith(suffixes) for name in files.names):
+    if not any(name.lower().endswith(suffixes) for name in files.names):
         return source
-    return replace(source, with_labels=partial(with_sidecars, source.where, source.listed, suffixes, column))
+    return replace(
+        source, with_labels=partial(with_sidecars, source.where, source.listed, suffixes, column, adjacent=False)
+    )

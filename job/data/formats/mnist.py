@@ -8,16 +8,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from job.data.members import Member, Opener, RefusedError, read_exactly, unpacked
+from job.data.members import Member, Opener, RefusedError, is_hidden, read_exactly, unpacked
 from job.data.source import Files, Source
 from job.data.splits import first_split
+from job.exits import BadRequestError
 
 IDX_NAME = re.compile(r"(?:.*/)?[^/]*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")
 
 
 def idx_source(files: Files, column: str | None) -> Source | None:
     """Returns the file of images that was chosen, or the first one for training and its test set, in any folder."""
-    sets = {_stem(name): name for name in files.names if (match := IDX_NAME.fullmatch(name)) and "images" in match[1]}
+    sets = {_stem(name): name for name in files.names if _is_of_images(name)}
     if not sets or (files.chosen and not IDX_NAME.fullmatch(files.chosen)):
         return None
     train = [stem for stem in sets if _split_of(stem) == "train"]
@@ -29,12 +30,20 @@ def idx_source(files: Files, column: str | None) -> Source | None:
     opened = {_stem(name): partial(files.open, name) for name in files.names}
     # The files of labels name none of theirs.
     labels = {} if column else opened
+    if column == "" and (lacking := next((stem for stem in own if _labels_of(stem) not in labels), None)):
+        said = f"{lacking} lies without its labels, {_labels_of(lacking)}"
+        raise BadRequestError(f"{files.place}: {said}: get that file, or use --no-classes")
     found = [(_split_of(stem), opened[stem], labels.get(_labels_of(stem))) for stem in own]
     split, other_splits = first_split(split for split, _, _ in found)
     others = sorted(sets.keys() - set(own))
     note = f"leaving out {', '.join(others)}" if others and not files.chosen else ""
     listed = partial(_members, found)
     return Source(files.place, listed, note=note, split=split, other_splits=other_splits)
+
+
+def _is_of_images(name: str) -> bool:
+    match = IDX_NAME.fullmatch(name)
+    return match is not None and "images" in match[1] and not is_hidden(name)
 
 
 def _stem(name: str) -> str:

@@ -30,7 +30,7 @@ from job.data.splits import first_split
 from job.exits import BadDataError, BadRequestError
 from job.progress import some_of
 
-_FILE = re.compile(r".*(?:\.tfrecords?(?:-\d+-of-\d+)?|-\d{5}-of-\d{5})(?:\.gz)?", re.IGNORECASE)
+_FILE = re.compile(r".*(?:\.tfrec(?:ords?)?(?:-\d+-of-\d+)?|-\d{5}-of-\d{5})(?:\.gz)?", re.IGNORECASE)
 _RESOLUTION = re.compile(r"(.*-r)(\d\d)\.tfrecords")
 """StyleGAN's files of the same images at 4, 8, … pixels: r10 has 1,024."""
 

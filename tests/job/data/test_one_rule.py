@@ -91,8 +91,9 @@ SPLITS = tuple(
 NUMBERED = tuple((f"img/{name}", kind) for name, kind in PLAIN)
 COUNTED = tuple((f"img/{number}.png", kind) for number, (_, kind) in enumerate(PLAIN))
 SCRAMBLED = [(6 - number, path, KINDS[kind]) for number, (path, kind) in enumerate(COUNTED)]
-OK, REFUSED = 0, 64
-BAD = 65
+INDEXED_ROWS = [(6 - number, f"{number}.jpg", KINDS[kind]) for number, (_, kind) in enumerate(COUNTED)]
+AGREEING = [(number, path, KINDS[kind]) for number, (path, kind) in enumerate(COUNTED)]
+REFUSED, BAD = 64, 65
 
 TABLES = [
     ("plain", PLAIN, "t.csv", table(rows()), {}, 7),
@@ -150,7 +151,7 @@ TABLES = [
         "t.csv",
         table([(name[6:], KINDS[kind]) for name, kind in SPLITS if name[:2] == "tr"]),
         {},
-        6,
+        REFUSED,
     ),
     (
         "bare names of all",
@@ -226,6 +227,37 @@ TABLES = [
         {},
         BAD,
     ),
+    ("an index that names other images", COUNTED, "t.csv", table(INDEXED_ROWS, ("", "file", "label")), {}, REFUSED),
+    ("an index beside the names", COUNTED, "t.csv", table(SCRAMBLED, ("", "path", "label")), {}, 7),
+    ("two columns that agree", COUNTED, "t.csv", table(AGREEING, ("id", "path", "label")), {"labels": ":label"}, 7),
+    (
+        "a column twice",
+        PLAIN,
+        "t.csv",
+        table([(a, b, b) for a, b in rows()], ("id", "x", "x")),
+        {"labels": ":x"},
+        REFUSED,
+    ),
+    (
+        "blanks in labels",
+        PLAIN,
+        "t.txt",
+        table([(a, "great dane") for a, _ in rows()][:-1], (), " ") + b"006.png cat\n",
+        {},
+        BAD,
+    ),
+    ("an open quote", PLAIN, "t.csv", table(rows()[:4]) + b'004.png,"dog\n' + table(rows()[5:], ()), {}, BAD),
+    ("a label of lines", PLAIN, "t.csv", table(rows()[:4]) + b'004.png,"dog\n005.png,owl"\n006.png,cat\n', {}, BAD),
+    ("nan", PLAIN, "t.csv", table([*rows()[:-1], ("006.png", "nan")]), {}, BAD),
+    (
+        "labels that look the same",
+        PLAIN,
+        "t.csv",
+        table([(a, "a\u0308" if a < "003" else "ä") for a, _ in rows()]),
+        {},
+        REFUSED,
+    ),
+    ("an empty line first", PLAIN, "t.csv", b"\n" + table(rows()), {}, 7),
 ]
 
 
@@ -349,6 +381,8 @@ SIDECARS = [
     ("a mask beside", [("000.seg.png", png(1)), *samples(PLAIN)], {}, BAD),
     ("a mask beside, dropped", [("000.seg.png", png(1)), *samples(PLAIN)], {"unlabelled": "drop"}, 7),
     ("labels first", sorted(samples(PLAIN), key=lambda file: file[0].replace("cls", "a")), {}, 7),
+    ("capitals", [(name.replace("cls", "CLS"), content) for name, content in samples(PLAIN)], {}, 7),
+    ("names from a dot", [(f"./{name}", content) for name, content in samples(PLAIN)], {}, 7),
     ("missing", samples(PLAIN)[:-1], {}, BAD),
     ("missing, without classes", samples(PLAIN)[:-1], {"classes": False}, 7),
     ("a BOM and a newline", samples(PLAIN, label=lambda kind: f"\ufeff{kind}\n"), {}, 7),

@@ -230,7 +230,9 @@ def test_mnist_files_become_grey_images(tmp_path, digits, gz):
         path.unlink()
     for path in (tmp_path / "mnist").glob("*labels*"):
         path.unlink()
-    assert next(names_of(open_source(str(tmp_path / "mnist")))) == "train/00.pgm"
+    assert next(names_of(open_source(str(tmp_path / "mnist"), column=None))) == "train/00.pgm"
+    with pytest.raises(BadRequestError, match="lies without its labels, train-labels-idx1-ubyte: get that file"):
+        open_source(str(tmp_path / "mnist"))
     file = tmp_path / f"train-images-idx3-ubyte{'.gz' if gz else ''}"
     for content, its_labels, part in [
         (idx(images)[:-1], labels, "has 783 bytes where 784 were promised"),
@@ -264,6 +266,7 @@ def test_classes_are_the_first_differing_folders():
         (["train/1.jpg", "faces/2.jpg"], (), f"the folders faces, train {no_classes}"),
         (["train/1.jpg", "plane/2.jpg", "bus/2.jpg"], ("bus", "plane", "train"), ""),
         (["2/1.jpg", "10/2.jpg", "0/3.jpg"], ("0", "2", "10"), ""),
+        (["train_mini/a/1.jpg", "train_val2018/b/2.jpg", "train-jpg/a/3.jpg"], ("a", "b"), ""),
         (["01000/1.jpg", "2000/2.jpg"], (), f"the folders 01000, 2000 {no_classes}"),
         (["2023-05/1.jpg", "2023-06/2.jpg", "2023-06/3.jpg"], (), f"the folders 2023-05, 2023-06 {no_classes}"),
         (["00000/img0.png", "00001/img1.png"], (), no_classes),

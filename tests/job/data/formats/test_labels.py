@@ -292,14 +292,17 @@ def test_row_is_one_image_of_one_class(tmp_path):
     """Kaggle's CIFAR-10 has a table for train, and the same names in test: their images would get those labels."""
     files = [(f"{split}/{n}.png", png(n)) for split in ("test", "train") for n in range(4)]
     images = zip_of(tmp_path / "a.zip", files)
-    both = "would label both 'test/0.png' and 'train/0.png': leave one"
-    for name, said in [("{}", both), ("train/{}.png", "4 of 8 images have no label")]:
+    both = "would label both 'test/3.png' and 'train/3.png': pack one of their folders"
+    for name, split, said in [
+        ("{}", "", both),
+        ("{}", "train", both),
+        ("train/{}.png", "all", "4 of 8 images have no label"),
+    ]:
         table = tmp_path / "labels.csv"
         table.write_text("id,label\n" + "".join(f"{name.format(n)},{n % 2}\n" for n in range(4)))
         with pytest.raises(JobError, match=said):
-            packed(tmp_path / "b", images, labels=str(table), split="all")
-        assert packed(tmp_path / "b", images, labels=str(table)).images == 4
-        shutil.rmtree(tmp_path / "b")
+            packed(tmp_path / "b", images, labels=str(table), split=split)
+    assert packed(tmp_path / "b", images, labels=str(table)).images == 4
     for name, content, said in [
         ("a.csv", b"id,label\n1,cat\n1,cat\n1,dog\n", "labels '1' as 'cat' and as 'dog'"),
         ("a.txt", b"1.jpg cat\n2.jpg golden retriever\n", "has 3 values in the row of '2.jpg', and 2 columns"),
