@@ -88,11 +88,13 @@ def pack(
         packing = kind(bucket, request, folder, stop=stop, shard_images=shard_images)
         for remark in packing.remarks:
             logging.getLogger(__name__).warning(remark)
-        part_key = request.parts()[0].key
-        if request.held_out and (there := _index_of(bucket, part_key)) and not packing.is_of(there):
+        part_key, share_held_out = request.parts()[0].key, request.hold_out_share
+        there = _index_of(bucket, part_key) if request.held_out else None
+        if there and not (there.hold_out == share_held_out and packing.is_of(there)):
             raise BadRequestError(
-                f"{bucket.uri}/{part_key} was held out of other images than {packing.where} has now, or with other "
-                f"parameters: choose another name, or delete it first: {shards.deleting(bucket, part_key)}"
+                f"{bucket.uri}/{part_key} holds {there.hold_out:.3%} out, and not {share_held_out:.3%} of what "
+                f"{packing.where} has now with these parameters: images of one would be learnt by the other. Choose "
+                f"another name, or delete it first: {shards.deleting(bucket, part_key)}"
             )
         if request.replaces and bucket.exists(f"{key}/{shards.INDEX}"):
             shards.delete(dataset)
@@ -162,19 +164,8 @@ def is_source_of(bucket: Store, request: PackRequest, index: shards.DatasetIndex
 
 
 def is_whole(bucket: Store, held_out: PackRequest) -> bool:
-    """Returns whether the held-out part is there, from an attempt that was interrupted before the rest was.
-
-    Raises:
-        BadRequestError: another share was held out.
-    """
-    there = _index_of(bucket, held_out.key)
-    if there and there.hold_out != held_out.hold_out_share:
-        raise BadRequestError(
-            f"{bucket.uri}/{held_out.key} holds {there.hold_out:.3%} out, and not {held_out.hold_out_share:.3%}: "
-            f"images of one would be learnt by the other. Choose another name, or delete it first: "
-            f"{shards.deleting(bucket, held_out.key)}"
-        )
-    return there is not None
+    """Returns whether the held-out part is there, from an attempt that was interrupted before the rest was."""
+    return bucket.exists(f"{held_out.key}/{shards.INDEX}")
 
 
 def _rejects_in(records: Iterable[PieceRecord]) -> list[Reject]:
@@ -239,8 +230,8 @@ class _Packing(abc.ABC):
 
     def is_of(self, index: shards.DatasetIndex) -> bool:
         """Returns whether a dataset has the images, labels and pixels of this source, or of a part of it."""
-        options = ("crop", "resize_filter", "channels", "pixel_range")
-        are_equal = all(getattr(self.recipe, option) == getattr(index, option) for option in options)
+        how = ("crop", "resize_filter", "channels", "pixel_range")
+        are_equal = all(getattr(self.recipe, option) == getattr(index, option) for option in how)
         return are_equal and (self.listing_sha256, self.classes) == (index.listing_sha256, index.classes)
 
     def reject(self, *rejects: Reject) -> None:

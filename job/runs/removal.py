@@ -175,8 +175,7 @@ def check_unused(bucket: Store, dataset: str) -> None:
         LostRunError: one does.
     """
     for name in run_names(bucket):
-        run = records.run_store(bucket, name)
-        uses = False
+        run, uses = records.run_store(bucket, name), False
         # A run whose records are damaged cannot be trained.
         with suppress(JobError):
             key = records.dataset_key_of(records.existing_config(bucket, name))

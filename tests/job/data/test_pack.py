@@ -113,7 +113,8 @@ def test_held_out_images_are_a_dataset(tmp_path, source):
     # Nor are images of an earlier source, or of another crop, what the new one is validated on.
     others = ("data", "pack", fewer, *words[3:], "20%")
     for line in (refused(ddpm_here(*others), 64), refused(ddpm_here(*words, "20%", "--crop", "squash"), 64)):
-        assert "small-held-out-16 was held out of other images" in line and "data delete small-held-out" in line
+        assert "small-held-out-16 holds 20.000% out, and not" in line and "has now with these parameters" in line
+        assert "data delete small-held-out" in line
     none = ddpm_here("data", "pack", fewer, "none", "--size", 16, "--bucket", tmp_path, "--hold-out", "0.001%")
     assert "holds no image out" in refused(none, 64)
 
