@@ -25,29 +25,26 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from job.data import shards
 from job.data.ahead import in_order
 from job.data.foreign_tars import Sample, find_tars
 from job.data.images import RejectedImageError, UndecidedImageError, codec_versions, encode_png, prepare
-from job.data.labels import Rows, join_labels, read_labels, split_labels, table_in
-from job.data.members import Member, path_parts, refusing
-from job.data.opening import open_source
+from job.data.labels import split_labels
+from job.data.members import Member
 from job.data.pack_request import FIRST_IMAGES, PackRequest
 from job.data.preview import preview_png
-from job.data.source import Source
-from job.data.splits import ALL, split_in
-from job.data.survey import lacking_labels, no_images, splits_of, survey
+from job.data.splits import split_in
+from job.data.survey import chosen_source, lacking_labels, no_images, survey, until_stopped
 from job.exits import BadDataError, BadRequestError, StoppedError
 from job.pieces import RECORDS as PIECES
 from job.pieces import WHOLE, Advance, Made, OtherWorkError, PieceRecord, Pieces, Slice
 from job.progress import some_of
 from job.stop import NEVER, Stop
-from job.store import ObjectExistsError, ObjectMissingError, Retry, Store
+from job.store import ObjectExistsError, ObjectMissingError, Store
 from job.store.files import os_errors, scratch_folder
 
-T = TypeVar("T")
 Reject = dict[str, str]
 """A line of `rejects.jsonl`: the `name` of an image that was left out, and the `reason`."""
 
@@ -356,22 +353,11 @@ class _Copying(_Packing):
     """Images are decoded, prepared and written into shards as PNG; a piece is so many images of the source."""
 
     def _survey(self) -> dict[str, Any]:
-        request, retry = self._request, self._bucket.retry.elsewhere()
-        file, column = split_labels(request.labels)
-        wanted = None if request.classes is False or file else column
-        source = open_source(request.place, self._bucket.uri, retry, wanted)
-        if request.split:
-            where = source.where if request.split == ALL else f"{source.where}, split {request.split}"
-            source = replace(source, split="" if request.split == ALL else request.split, where=where, other_splits=())
-            if next(source.members(), None) is None:
-                said = "no file or folder of it is named so. Without --split the command says which splits there are"
-                raise BadDataError(f"{source.where} holds no images: {said}")
-        rows = _table(source, file, retry) if file else None
-        if rows or source.split is None:
-            source = self._divided(source, rows, column)
+        request = self._request
+        source = chosen_source(request, self._bucket, self._check_stop)
         self.where, self.source, self._source = source.where, source.name, source
         self._found = survey(
-            self._unless_stopped(source.labelled()),
+            until_stopped(source.labelled(), self._check_stop),
             self.where,
             request.classes,
             names=source.classes,
@@ -382,27 +368,15 @@ class _Copying(_Packing):
         table = source.table
         if (request.labels or table) and request.classes is not False and self._found.classes_from != "labels":
             others = f"; there are {some_of(source.unchosen)}" if source.unchosen else ""
-            which = (
-                f"in {table.where}: correct its paths, or use --no-classes"
-                if table
-                else f"{column!r}: a table is FILE:COLUMN{others}"
-            )
+            which = f"{request.labels[1:]!r}: a table is FILE:COLUMN{others}"
+            which = f"in {table.where}: correct its paths, or use --no-classes" if table else which
             raise BadRequestError(f"{self.where}: none of its images has a label {which}")
         # Classes are those of all images, even where one part lacks some.
         share = request.hold_out_share
         if not (images := sum(1 for _ in self._chosen()) if share else self._found.images):
             part = "no image" if request.is_held_out else "all images"
             raise BadRequestError(f"--hold-out {share:.1%} of {self._found.images:,} images holds {part} out")
-        others = " or ".join(f"--split {other}" for other in source.other_splits)
-        chosen = (
-            f"packing its split {source.split}; {others} would pack another, --split {ALL} all of them"
-            if others
-            else ""
-        )
-        taken = (
-            f"{table.where}: {table.names!r} names the images, {table.column!r} labels them" if table and rows else ""
-        )
-        self.remarks = [*filter(None, (source.note, chosen, taken, *self._found.notes))]
+        self.remarks = [*filter(None, (source.note, *self._found.notes))]
         self.skipped = dict(sorted(source.skipped.items()))
         self.recipe = request.recipe(content for _, content in source.loaded(islice(source.images(), FIRST_IMAGES)))
         self.classes, self.listing_sha256 = self._found.classes, self._found.sha256
@@ -419,33 +393,6 @@ class _Copying(_Packing):
             "part": (share, request.is_held_out),
             "images": self._found.sha256,
         }
-
-    def _divided(self, source: Source, rows: Rows | None, column: str) -> Source:
-        """Returns the source with the labels of a table; of folders for train and for test, train alone."""
-        folders = Counter[tuple[str, ...]]()
-
-        def names() -> Iterator[str]:
-            # A bare name must be that of one image of all splits.
-            for image in self._unless_stopped(replace(source, split=None).images() if rows else source.images()):
-                folders[path_parts(image.name)[:-1]] += 1
-                yield image.name
-
-        with refusing(rows.where if rows else source.where):
-            table = join_labels(rows, names(), column) if rows else source.table
-        if not rows:
-            deque(names(), maxlen=0)
-        splits = splits_of(set(folders))
-        if source.split is None and "train" in splits and len(splits) > 1:
-            others = sum(images for folder, images in folders.items() if not split_in(folder))
-            left_out = f"leaving out all images in none of its splits ({others:,})" if others else ""
-            note = "; ".join(filter(None, (source.note, left_out)))
-            source = replace(source, split="train", other_splits=tuple(sorted(splits - {"train"})), note=note)
-        return replace(source, table=table)
-
-    def _unless_stopped(self, images: Iterable[T]) -> Iterator[T]:
-        for image in images:
-            self._check_stop()
-            yield image
 
     def _chosen(self) -> Iterator[tuple[Member, int]]:
         """Yields the images of this part of the source with their classes, -1 without."""
@@ -500,18 +447,6 @@ class _Copying(_Packing):
 
         for name, content in self._source.loaded(images()):
             yield Sample(name, content, labels.popleft())
-
-
-def _table(source: Source, file: str, retry: Retry) -> Rows:
-    """Returns the table of labels in a file, or else in one of that name beside the images of the source."""
-    beside = source.beside
-    if beside and file in beside.names:
-        if Path(file).exists() and not Path(file).samefile(Path(beside.where, file)):
-            there = f"one in {beside.where} and one in this folder, which ./{file} would name"
-            raise BadRequestError(f"--labels {file}: there is {there}: choose, or rename one")
-        with refusing(f"{beside.where}: {file}"):
-            return table_in(file, beside.read(file))
-    return read_labels(file, retry)
 
 
 class _InPlace(_Packing):

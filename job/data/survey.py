@@ -1,4 +1,4 @@
-"""The number of images in a source, and their classes: by the labels of its format, else by the names of folders.
+"""What is packed of a source: its split and labels, the number of its images, and their classes.
 
 Classes are never made up. A person decides whether folders named by numbers or splits are classes, and reads which
 folders became classes before anything is trained.
@@ -10,17 +10,22 @@ import hashlib
 import re
 import unicodedata
 from array import array
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from job.data.formats.unread import next_step
-from job.data.labels import MOST_CLASSES
-from job.data.members import SUFFIXES, path_parts
-from job.data.source import Found
-from job.data.splits import is_data_file, split_in, split_of, stem_of
+from job.data.labels import MOST_CLASSES, Rows, join_labels, read_labels, split_labels, table_in
+from job.data.members import SUFFIXES, path_parts, refusing
+from job.data.opening import open_source
+from job.data.pack_request import PackRequest
+from job.data.source import Found, Source
+from job.data.splits import ALL, is_data_file, split_in, split_of, stem_of
 from job.exits import BadDataError, BadRequestError
 from job.progress import some_of
+from job.store import Retry, Store
 
 T = TypeVar("T")
 
@@ -56,6 +61,72 @@ class Survey:
         """Returns the class of image `number` of the source, -1 without classes; None for one that is left out."""
         label = self._labels[number]
         return None if self.classes and label < 0 else label
+
+
+def chosen_source(request: PackRequest, bucket: Store, check_stop: Callable[[], None]) -> Source:
+    """Opens the source of a request, with the split and the labels that are taken; its note says which.
+
+    Args:
+        request: a checked one, of a source that is copied.
+        bucket: where the dataset goes.
+        check_stop: called at each image; raises `StoppedError`.
+
+    Raises:
+        MissingInputError: the source or the table of labels does not exist.
+        BadRequestError: the table does not belong to the source.
+        BadDataError: the source or the table is damaged, or has no such split.
+    """
+    retry, (file, column) = bucket.retry.elsewhere(), split_labels(request.labels)
+    source = open_source(request.place, bucket.uri, retry, None if request.classes is False or file else column)
+    notes = [source.note]
+    if request.split:
+        where = source.where if request.split == ALL else f"{source.where}, split {request.split}"
+        source = replace(source, split="" if request.split == ALL else request.split, where=where, other_splits=())
+        if next(source.members(), None) is None:
+            said = "no file or folder of it is named so. Without --split the command says which splits there are"
+            raise BadDataError(f"{source.where} holds no images: {said}")
+    rows, folders = _rows(source, file, retry) if file else None, Counter[tuple[str, ...]]()
+
+    def names() -> Iterator[str]:
+        # A bare name in a table must be that of one image of all splits.
+        for image in until_stopped((replace(source, split=None) if rows else source).images(), check_stop):
+            folders[path_parts(image.name)[:-1]] += 1
+            yield image.name
+
+    if rows:
+        with refusing(rows.where):
+            table = join_labels(rows, names(), column)
+        source = replace(source, table=table)
+        notes.append(f"{table.where}: {table.names!r} names the images, {table.column!r} labels them")
+    elif source.split is None:
+        deque(names(), maxlen=0)
+    splits = _splits_of(set(folders))
+    if source.split is None and "train" in splits and len(splits) > 1:
+        source = replace(source, split="train", other_splits=tuple(sorted(splits - {"train"})))
+        if outside := sum(images for folder, images in folders.items() if not split_in(folder)):
+            notes.append(f"leaving out all images in none of its splits ({outside:,})")
+    if others := " or ".join(f"--split {other}" for other in source.other_splits):
+        notes.append(f"packing its split {source.split}; {others} would pack another, --split {ALL} all of them")
+    return replace(source, note="; ".join(filter(None, notes)))
+
+
+def _rows(source: Source, file: str, retry: Retry) -> Rows:
+    """Returns the table of labels in a file, or else in one of that name beside the images of the source."""
+    beside = source.beside
+    if not beside or file not in beside.names:
+        return read_labels(file, retry)
+    if Path(file).exists() and not Path(file).samefile(Path(beside.where, file)):
+        there = f"one in {beside.where} and one in this folder, which ./{file} would name"
+        raise BadRequestError(f"--labels {file}: there is {there}: choose, or rename one")
+    with refusing(f"{beside.where}: {file}"):
+        return table_in(file, beside.read(file))
+
+
+def until_stopped(images: Iterable[T], check_stop: Callable[[], None]) -> Iterator[T]:
+    """Yields the images, and calls `check_stop` at each."""
+    for image in images:
+        check_stop()
+        yield image
 
 
 def survey(
@@ -142,7 +213,7 @@ def lacking_labels(where: str, lacking: int, images: int, examples: Sequence[str
     )
 
 
-def splits_of(folders: set[tuple[str, ...]]) -> set[str]:
+def _splits_of(folders: set[tuple[str, ...]]) -> set[str]:
     """Returns the splits that folders of images say; a folder among many that are classes says none."""
     classes = _class_folders(folders, _are_classes).names if folders else ()
     return {split_of(part) for folder in folders for part in folder if part not in classes} - {""}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from job.data.labels import LABEL_KEYS, class_names, label_among
+from job.data.labels import LABEL_KEYS, chosen_label, class_names, label_among
 from job.data.members import RefusedError
 from job.exits import BadRequestError
 from job.progress import printable, some_of
@@ -159,18 +159,9 @@ def _without_images(schema: Any) -> str:
 
 def _label_column(possible: list[str], features: Mapping[str, Any], where: str, column: str) -> str:
     """Returns the column of labels; empty for none."""
-    if column in possible:
-        return column
-    if column:
-        choose = f"choose one of {some_of(possible)} by --labels :COLUMN" if possible else "use --no-classes"
-        raise BadRequestError(f"{where} has no column {column!r} of labels: {choose}")
     classes = [name for name in possible if features.get(name, {}).get("_type") == "ClassLabel"]
     found = classes or [name for name in possible if name.lower() in _LABELS]
-    if len(found) > 1:
-        raise BadRequestError(
-            f"{where} has several labels, {some_of(found)}: choose one, such as --labels :{found[0]}, or --no-classes"
-        )
-    return found[0] if found else ""
+    return chosen_label(where, possible if column else found, column, usual=()) if found or column else ""
 
 
 def _can_be_label(kind: Any) -> bool:

@@ -243,9 +243,7 @@ def test_columns_are_found_by_types_and_features(tmp_path):
         assert labels_of(path, None) == ["", "", ""]
     assert labels_of(written(plain.append_column("genre", kinds))) == ["", "", ""]
     assert labels_of(path, "genre") == ["cat", "dog", ""]
-    with pytest.raises(
-        BadRequestError, match=r"has no column 'kind' of labels: choose one of genre by --labels :COLUMN"
-    ):
+    with pytest.raises(BadRequestError, match=r"has no label 'kind', but genre: choose one with --labels :NAME"):
         open_source(str(path), column="kind")
     # img2dataset names the column by the codec, and a sound is a struct of bytes as well.
     images = pa.array([jpeg(number) for number in range(3)])
@@ -274,7 +272,7 @@ def test_choice_of_labels_is_asked_for(tmp_path):
     datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "a.parquet")
     words = ("data", "pack", tmp_path / "a.parquet", "x", "--size", 8, "--bucket", tmp_path / "b")
     line = refused(ddpm_here(*words), Exit.BAD_REQUEST)
-    assert "a.parquet has several labels, fine_label, coarse_label: choose one, such as --labels :fine_label" in line
+    assert "a.parquet has several labels: fine_label, coarse_label: choose one with --labels :NAME, or use" in line
     assert "classes  a, b" in succeeded(ddpm_here(*words, "--labels", ":fine_label"))
     assert "classes" not in succeeded(ddpm_here(*words[:3], "y", *words[4:], "--no-classes"))
 
