@@ -207,7 +207,8 @@ def test_payloads_in_a_source_and_journal(tmp_path, marker):
         assert "rejects  2," in out
         assert "(400000000 pixels)" in (bucket / DATASET / "rejects.jsonl").read_text()
         succeeded(ddpm_here("data", "verify", "small", "--bucket", bucket))
-        folder_of(place / "mnist", [("train-images-idx3-ubyte", payload(marker)), ("a.npy", payload(marker))])
+        names = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "a.npy")
+        folder_of(place / "mnist", [(name, payload(marker)) for name in names])
         for source in (place / "mnist", place / "mnist" / "a.npy"):
             done = ddpm_here("data", "pack", source, "small", "--size", 16, "--bucket", bucket)
             assert str(source) in refused(done, Exit.BAD_DATA)
