@@ -100,7 +100,7 @@ def text_of(content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise RefusedError("is no text in UTF-8: save it in that encoding") from None
+        raise RefusedError("is not a text in UTF-8: save it in that encoding") from None
 
 
 def json_of(text: str) -> Any:
@@ -110,7 +110,7 @@ def json_of(text: str) -> Any:
 
     Raises:
         RefusedError: an object has a key twice, or is nested too deeply.
-        ValueError: it is no JSON.
+        ValueError: it is not JSON.
     """
     gc.disable()
     try:
@@ -144,7 +144,7 @@ def sidecar_label(suffix: str, content: bytes, key: str = "") -> str:
 
     Raises:
         RefusedError: it has several labels, or one that stands for no class.
-        ValueError: it is no JSON.
+        ValueError: it is not JSON.
     """
     if suffix == "cls":
         return label_of(text_of(content))
@@ -261,8 +261,7 @@ def join_labels(table: Rows, images: Iterable[str], column: str = "") -> LabelTa
         column: the name of the column of labels; may be empty if there is one beside that of the names.
 
     Raises:
-        BadRequestError: no column names images, or several do; or there is no such column of labels, or several and
-            `column` is empty.
+        BadRequestError: no column names images, or several do; or the column of labels is missing, or not chosen.
         RefusedError: a name has two labels, or a label stands for no class.
     """
     body, first = (table.cells, ()) if table.header else (table.cells[1:], table.cells[0])

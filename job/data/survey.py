@@ -1,4 +1,4 @@
-"""What is packed of a source: its split and labels, the number of its images, and their classes.
+"""A survey of a source before it is packed: its split and labels, the number of its images, and their classes.
 
 Classes are never made up. A person decides whether folders named by numbers or splits are classes, and reads which
 folders became classes before anything is trained.
@@ -206,7 +206,7 @@ def survey(
 
 
 def lacking_labels(where: str, lacking: int, images: int, examples: Sequence[str]) -> BadDataError:
-    """Returns the error that some images have no label, though others have one; of all `images`, so many lack it."""
+    """Returns the error that `lacking` of all `images` have no label, though others have one."""
     return BadDataError(
         f"{where}: {lacking:,} of {images:,} images have no label, such as {some_of(examples[:2])}: label them, leave "
         "them out with --unlabelled drop, or pack all without classes, with --no-classes"

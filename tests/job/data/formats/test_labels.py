@@ -254,7 +254,7 @@ def test_table_is_joined_by_file_name(tmp_path):
         (("--labels", f"{tmp_path}/attr.txt:Old"), 64, "has no column 'Old', but Smiling, Young"),
         (("--labels", tmp_path / "none.csv"), 66, "nothing at"),
         (("--labels", table, "--no-classes"), 64, "contradict each other"),
-        (("--labels", source), 65, "is no text in UTF-8: save it in that encoding"),
+        (("--labels", source), 65, "is not a text in UTF-8: save it in that encoding"),
     ]:
         assert line in refused(ddpm_here("data", "pack", source, "other", *at[1:], *words), code)
     (tmp_path / "else.csv").write_text("id,breed\nx,pug\ny,boxer\n")
