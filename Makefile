@@ -61,8 +61,8 @@ setup: $(INSTALLED) $(if $(findstring evaluate,$(EXTRAS)),$(EVALUATES)) ## Insta
 	$(if $(EXTRAS),.venv/bin/pip install --quiet --disable-pip-version-check --editable $(call quoted,$(EDITABLE)))
 
 define venv
-$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
-test -x .venv/bin/pip || $(PYTHON) -m venv .venv
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
+@test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 endef
 
 # Without TORCH= the index for CPUs is asked where no driver tells of a GPU, and pip is not set up to look elsewhere.
