@@ -159,11 +159,12 @@ def test_groups_have_the_weights_of_one_machine(cluster, bucket):
 
 def test_jobs_without_grace_leave_when_they_have_saved(cluster, folder, tmp_path, monkeypatch):
     """Slurm tells their script as well, which must not wait for what it may no longer do."""
-    saves = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); time.sleep(60)"
+    ready = tmp_path / "ready"
+    saves = "import pathlib, signal, sys, time; signal.signal(15, lambda *_: sys.exit(75))"
+    saves += f"; pathlib.Path({str(ready)!r}).touch(); time.sleep(60)"
     program(tmp_path, f"#!{sys.executable}\n{saves}\n", monkeypatch, partition="first")
     submitted("train", "--dataset", "tiles", "--run", "brief", on="low")
-    cluster.wait_for("train-brief", "RUNNING")
-    time.sleep(2)
+    until(ready.exists)
     began = time.monotonic()
     cluster.run("sbatch", "-p", "high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
     cluster.wait_for_requeue("train-brief")
