@@ -231,7 +231,7 @@ UNFIT = [
     ("--from gs://b/runs/walk?sig=secret", 64, ["use RUN[@EPOCH]"]),
     ("--weights model", 64, ["--weights chooses among the weights of a parent"]),
     ("--run walk --from walk@1", 64, ["run 'walk' would be its own parent: name the new one with --run"]),
-    ("--init-from walk", 2, ["type --from walk"]),
+    ("--init-from walk", 2, ["(Possible options: --from)"]),
     (
         "--from walk --set model.channels=16 --set model.norm_groups=2 --set diffusion.prediction=x0",
         78,

@@ -62,7 +62,8 @@ def test_packing(tmp_path):
     succeeded(ddpm(*words, tmp_path / "alone"))
     assert finished_by(*words, tmp_path / "shared", kills=6) == [0] * MACHINES
     alone, shared = (whole(tmp_path / bucket / "datasets/mine-1200") for bucket in ("alone", "shared"))
-    assert len(alone) == 1 + 2 * 5
+    # The index, the preview, and five shards.
+    assert len(alone) == 2 + 2 * 5
     assert shared == alone
 
 

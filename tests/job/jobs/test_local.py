@@ -163,7 +163,7 @@ def test_jobs_in_the_foreground_are_known_and_stopped(bucket, folder):
         child.kill()
     assert child.returncode == 75
     _, row = succeeded(ddpm_here("jobs", "list")).splitlines()
-    assert row.split()[:5] == ["train-front", "local", "cancelled", "1", "75"]
+    assert row.split()[:3] == ["train-front", "local", "cancelled"] and re.search(r" 1 +75 ", row)
 
 
 @pytest.mark.slow
