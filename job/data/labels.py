@@ -12,7 +12,9 @@ import gc
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from itertools import groupby
@@ -123,8 +125,7 @@ def json_of(text: str) -> Any:
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found := dict(pairs)) < len(pairs):
-        seen = set[str]()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise RefusedError(f"has the key {twice!r:.80} twice: leave one of them")
     return found
 
@@ -270,7 +271,7 @@ def join_labels(table: Rows, images: Iterable[str], column: str = "") -> LabelTa
         cells = {row[number] for row in body if len(row) > number and isinstance(row[number], Hashable)}
         names, above = {*map(_row_name, cells)}, _row_name(first[number]) if len(first) > number else ""
         is_bare, has_files = not any("/" in name for name in names or {above}), any(map(members.is_image, names))
-        columns.append(_Column(number, above, is_bare, has_files))
+        columns.append(_Column(number, above, len(names), is_bare, has_files))
         for name in {*names, above} - {""}:
             holders.setdefault(name, []).append(columns[-1])
     for image in images:
@@ -282,19 +283,16 @@ def join_labels(table: Rows, images: Iterable[str], column: str = "") -> LabelTa
                     if (other := each.images.setdefault(name, image)) != image:
                         # Kaggle's train/1.png and test/1.png are two images, of which 1.png in the table is the first.
                         each.twice = _labels_both(table.where, name, other, image)
-    named, problem = dict[int, LabelTable](), None
-    for each in filter(lambda each: each.images, columns):
-        try:
+    matching = [each for each in columns if each.images]
+    # pandas writes its index into a column without a name.
+    matching = [each for each in matching if each.first or table.header] or matching
+    matching.sort(key=lambda each: (len(each.images), each.distinct), reverse=True)
+    named = {each.number: _joined(table, each.number, each.is_headless, column) for each in matching[:1]}
+    for each in matching[1:]:
+        # Labels such as 7 are names of images, too, but of few; then several rows have one name.
+        with suppress(RefusedError, BadRequestError):
             named[each.number] = _joined(table, each.number, each.is_headless, column)
-        except (RefusedError, BadRequestError) as error:
-            # Labels such as 7 are names of images, too; but then several images have one name.
-            problem = error
-    if len(named) > 1:
-        # pandas writes its index into a column without a name.
-        named = {number: found for number, found in named.items() if found.names} or named
-    if len(named) == 1 or (
-        named and all(len({_stem(row[one]) for one in named if len(row) > one}) == 1 for row in body)
-    ):
+    if named and all(len({_stem(row[one]) for one in named if len(row) > one}) <= 1 for row in body):
         number, found = next(iter(named.items()))
         titles = {each.number: str((table.header or table.cells[0])[each.number]) for each in columns if each.has_files}
         others = [title for one, title in titles.items() if one not in named and title != found.column]
@@ -304,8 +302,6 @@ def join_labels(table: Rows, images: Iterable[str], column: str = "") -> LabelTa
         if twice := columns[number].twice:
             raise twice
         return found
-    if problem and not named:
-        raise problem
     how, last = "two columns that name images" if named else "no column that names images", map(str, table.cells[-1])
     raise BadRequestError(
         f"{table.where} has {how}, such as {example!r}: its last row has {some_of(last)}; one column has the path of "
@@ -320,6 +316,7 @@ class _Column:
     Attributes:
         number: of the column.
         first: its cell in the first row, which may be a header.
+        distinct: number of its other cells, each counted once.
         is_bare: whether no other cell has a folder.
         has_files: whether another cell has the suffix of an image.
         images: an image of the source by each cell that names one.
@@ -329,6 +326,7 @@ class _Column:
 
     number: int
     first: str
+    distinct: int
     is_bare: bool
     has_files: bool
     images: dict[str, str] = field(default_factory=dict)

@@ -262,7 +262,7 @@ class _Packing(abc.ABC):
                 dataset.delete(entry.key)
             unusable = BadDataError(f"{self.where}: none of its images can be used: {self._first_rejects()}")
             raise unusable if self._rejects else no_images(self.where)
-        unused = self._unlabelled(facts)
+        unused = self._decide_classes(facts)
         made = [shard for shard in made if shard.offsets_name not in unused]
         rejects = "".join(f"{json.dumps(reject)}\n" for reject in self._rejects).encode()
         index = shards.DatasetIndex(
@@ -305,7 +305,7 @@ class _Packing(abc.ABC):
         for name in unused:
             dataset.delete(name)
 
-    def _unlabelled(self, facts: list[dict[str, Any]]) -> set[str]:
+    def _decide_classes(self, facts: list[dict[str, Any]]) -> set[str]:
         """Returns the offset tables of tars that are left out, since others have labels; none of a copied source."""
         return set()
 
@@ -497,7 +497,7 @@ class _InPlace(_Packing):
         facts |= {"shard": shard.model_dump(), "source_sha256": shard.sha256}
         return Made({shard.offsets_name: offsets}, facts | {"highest_label": max(label for _, _, label, _ in records)})
 
-    def _unlabelled(self, facts: list[dict[str, Any]]) -> set[str]:
+    def _decide_classes(self, facts: list[dict[str, Any]]) -> set[str]:
         """Finds the classes, and checks what only all tars together tell; see `_Packing`."""
         highest_label = max(each["highest_label"] for each in facts)
         if highest_label < 0 and (self._request.classes or self._label_key):
