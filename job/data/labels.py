@@ -472,11 +472,7 @@ def _rows(where: str, text: str) -> Rows:
     # Lines may end as on Windows, or on an old Macintosh.
     lines = io.StringIO(text, newline=None)
     try:
-        read = (
-            csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
-            if delimiter
-            else map(str.split, lines)
-        )
+        read = csv.reader(lines, delimiter=delimiter, skipinitialspace=True) if delimiter else map(str.split, lines)
         rows = [[cell.strip() for cell in row] for row in read if row]
     except csv.Error as error:
         raise RefusedError(f"does not hold {_A_TABLE} ({error})") from None

@@ -20,7 +20,7 @@ from job.progress import printable
 from job.store import open_store
 from tests.fuzzing import examples, search
 from tests.job.command_line import ddpm_here, refused, succeeded
-from tests.job.some_images import encoded, picture
+from tests.job.some_images import encoded, picture, zip_of
 
 PNG = encoded(picture(0, 8, 8))
 NAMES = (
@@ -170,6 +170,20 @@ def test_zip_with_something_before_it_is_refused(tmp_path, name, content, before
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_names_in_zips_are_in_utf_8(tmp_path):
+    """Without the flag that says so, as Linux and macOS write them; names in a code page of DOS could be any."""
+    files = [(f"{kind}pfel/{number}.png", encoded(picture(number))) for kind in ("AA", "BB") for number in range(2)]
+    for raw, kinds in ((b"\xc3\x84", ("BBpfel", "Äpfel")), (b"\x8eA", None)):
+        path = zip_of(tmp_path / "a.zip", files)
+        path.write_bytes(path.read_bytes().replace(b"AApfel", raw + b"pfel"))
+        if kinds:
+            index = pack(open_store(str(tmp_path / "b")), PackRequest(str(path), "x", 8))
+            assert index is not None and index.classes == kinds
+        else:
+            said = refused(ddpm_here("data", "pack", path, "y", "--size", 8, "--bucket", tmp_path / "b"), Exit.BAD_DATA)
+            assert "has names that are not in UTF-8: unpack it, and pack the folder" in said
+
+
 @examples(few=20, many=600)
 def test_hostile_archive_makes_dataset_or_line(tmp_path: Path, count: int) -> None:
     path, bucket = tmp_path / "a.tar", tmp_path / "bucket"

@@ -40,6 +40,7 @@ def rows(truth: Sequence[tuple[str, int]] = PLAIN, name: Callable[[str], str] = 
 
 
 SCRAMBLED = [(6 - number, path, KINDS[kind]) for number, (path, kind) in enumerate(COUNTED)]
+BESIDE_ROOT = tuple((f"{'a/' * (number % 2)}{number // 2}.png", number % 3) for number in range(6))
 INDEXED_ROWS = [(6 - number, f"{number}.jpg", KINDS[kind]) for number, (_, kind) in enumerate(COUNTED)]
 AGREEING = [(number, path, KINDS[kind]) for number, (path, kind) in enumerate(COUNTED)]
 
@@ -175,7 +176,14 @@ TABLES = [
         {},
         BAD,
     ),
-    ("an index that names other images", COUNTED, "t.csv", table(INDEXED_ROWS, ("", "file", "label")), {}, REFUSED),
+    (
+        "an index that names other images",
+        COUNTED,
+        "t.csv",
+        table(INDEXED_ROWS, ("", "file", "label")),
+        {"labels": ":label"},
+        REFUSED,
+    ),
     ("an index beside the names", COUNTED, "t.csv", table(SCRAMBLED, ("", "path", "label")), {}, 7),
     ("two columns that agree", COUNTED, "t.csv", table(AGREEING, ("id", "path", "label")), {"labels": ":label"}, 7),
     (
@@ -206,6 +214,8 @@ TABLES = [
         REFUSED,
     ),
     ("an empty line first", PLAIN, "t.csv", b"\n" + table(rows()), {}, 7),
+    ("a line break in labels", PLAIN, "t.csv", table([*rows()[:-1], ("006.png", "cat\nx")]), {}, BAD),
+    ("folders beside the root", BESIDE_ROOT, "t.csv", table(rows(BESIDE_ROOT)), {}, 6),
     ("a name of two labels", COUNTED, "t.csv", table([("0", 3), ("0", 5), ("1", 2), ("2", 4)]), {}, BAD),
 ]
 
