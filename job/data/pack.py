@@ -362,12 +362,12 @@ class _Copying(_Packing):
             request.classes,
             names=source.classes,
             skipped=source.skipped,
-            unchosen=source.unchosen,
+            unchosen=source.choices,
             drops=request.unlabelled == "drop",
         )
         table = source.table
         if (request.labels or table) and request.classes is not False and self._found.classes_from != "labels":
-            others = f"; there are {some_of(source.unchosen)}" if source.unchosen else ""
+            others = f"; there are {some_of(source.choices)}" if source.choices else ""
             which = f"{request.labels[1:]!r}: a table is FILE:COLUMN{others}"
             which = f"in {table.where}: correct its paths, or use --no-classes" if table else which
             raise BadRequestError(f"{self.where}: none of its images has a label {which}")

@@ -28,6 +28,7 @@ HIDDEN = "hidden images"
 _FORK = re.compile(r"(^|/)(__MACOSX/|\._)")
 """A resource fork, which macOS adds beside each file under the same suffix."""
 _SUFFIXES_NAMED = 20
+_TABLES = (".csv", ".tsv", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Source:
         split: the split whose images are taken; "" takes all, and None what the names of folders say.
         other_splits: those that are left out unless a person chooses one.
         beside: the files among which a table of labels may be, if they can be read by name.
-        unchosen: the words of `--labels` for labels that none of the images has got.
+        unchosen: the words of `--labels` for labels of the format that none of the images has got.
         skipped: number of files that `images` has left out: hidden images, and other files by suffix.
     """
 
@@ -110,6 +111,12 @@ class Source:
     beside: Files | None = None
     unchosen: tuple[str, ...] = ()
     skipped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Returns the words of `--labels` for labels that none of the images has got, in tables, too."""
+        names = self.beside.names if self.beside else ()
+        return self.unchosen or tuple(f"{name}:COLUMN" for name in names if name.endswith(_TABLES))
 
     @property
     def name(self) -> str:

@@ -106,7 +106,7 @@ def chosen_source(request: PackRequest, bucket: Store, check_stop: Callable[[], 
         if outside := sum(images for folder, images in folders.items() if not split_in(folder)):
             notes.append(f"leaving out all images in none of its splits ({outside:,})")
     if others := " or ".join(f"--split {other}" for other in source.other_splits):
-        notes.append(f"packing its split {source.split}; {others} would pack another, --split {ALL} all of them")
+        notes.append(f"packing its split {source.split}; {others} would pack another; all: --split {ALL}")
     return replace(source, note="; ".join(filter(None, notes)))
 
 

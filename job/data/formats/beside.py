@@ -18,7 +18,6 @@ from job.progress import printable
 DATASET_JSON = "dataset.json"
 """The table of labels that StyleGAN's and EDM's `dataset_tool.py` writes (Karras et al. 2022)."""
 
-_TABLES = (".csv", ".tsv", ".jsonl")
 _COCO = re.compile(r"(?:.*/)?annotations/(?:instances|captions|person_keypoints|panoptic|stuff)_.*\.json")
 
 
@@ -64,7 +63,6 @@ def labelled_beside(source: Source, files: Files, column: str | None) -> Source:
 
 
 def _labelled_by_sidecars(source: Source, files: Files, column: str) -> Source:
-    source = replace(source, unchosen=tuple(f"{name}:COLUMN" for name in files.names if name.endswith(_TABLES)))
     suffixes = sidecars(column)[:1]
     if not any(name.lower().endswith(suffixes) for name in files.names):
         return source

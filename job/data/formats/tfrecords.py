@@ -133,7 +133,8 @@ def _class_names(files: Files, label: str | None) -> tuple[str, ...]:
     if not file:
         return ()
     with members.refusing(f"{files.where}/{file}"):
-        return class_names(text_of(files.read(file)).removesuffix("\n").split("\n"))
+        # Its reader skips blank lines, too.
+        return class_names([line for line in text_of(files.read(file)).split("\n") if line.strip()])
 
 
 def _records(raw: BinaryIO) -> Iterator[tuple[BinaryIO, _Span]]:

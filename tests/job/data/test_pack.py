@@ -154,7 +154,7 @@ def test_pack_reports_skipped_and_merged(tmp_path, caplog):
     # As formats with splits, whose test images no run learns by default.
     out = succeeded(ddpm_here(*words, "default")).splitlines()
     assert out[1].startswith("images   3 colour") and out[-2] == "skipped  1 .cr2"
-    assert "packing its split train; --split test would pack another, --split all all" in caplog.text
+    assert "packing its split train; --split test would pack another; all: --split all" in caplog.text
     assert "split val holds no images: no file or folder of it is named so" in refused(
         ddpm_here(*words, "none", "--split", "val"), 65
     )

@@ -272,9 +272,13 @@ def test_labels_that_nobody_chose_are_named(tmp_path, caplog):
     np.savez(tmp_path / "a.npz", pictures=np.zeros((4, 8, 8, 3), np.uint8), breed=breeds)
     rows = {"image": [content for _, content in files[1:]], "breed": breeds}
     pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet")
+    archives = folder_of(tmp_path / "archives", kaggle[:1])
+    for split, part in (("test", files[:1]), ("train", files[1:])):
+        zip_of(archives / f"{split}.zip", [(name.partition("/")[2], content) for name, content in part])
     for place, words in [
         (zip_of(tmp_path / "kaggle.zip", kaggle), "train.csv:COLUMN"),
         (folder_of(tmp_path / "kaggle", kaggle), "train.csv:COLUMN"),
+        (archives, "train.csv:COLUMN"),
         (tmp_path / "a.npz", ":breed"),
         (tmp_path / "a.parquet", ":breed"),
     ]:

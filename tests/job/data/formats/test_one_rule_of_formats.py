@@ -204,6 +204,7 @@ FORMATS = [
         lambda at: records(at / "r", "x\x85y\ncat\ndog\nowl".encode(), each(label=lambda k: k + 1)),
         7,
     ),
+    ("TFRecord, a blank line among names", lambda at: records(at / "r", b"cat\n\ndog\nowl\n", each()), 7),
     ("TFRecord, a name twice", lambda at: records(at / "r", b"cat\ncat\nowl\n", each()), BAD),
     ("TFRecord, names not in UTF-8", lambda at: records(at / "r", b"cat\ndog\n\xff\n", each()), BAD),
     ("TFRecord, texts", lambda at: records(at / "r", None, each("byte", lambda k: KINDS[k].encode())), 7),
