@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from ddpm import training
 from ddpm.catalogue import OF_CLASSES
+from job.data.cache import ImageCache
+from job.data.order import order_of
 from job.evaluation.evaluation_plan import check_scores_in_training
 from job.exits import BadDataError, JobError, LostRunError, MissingInputError, NotANumberError, State, StoppedError
 from job.plan import Plan, RunHandle, plan_run
@@ -37,6 +40,7 @@ from job.training.reporting import Recorder, put_run_page, retention_of, status_
 from job.training.session import TrainingSession, initial_state
 from job.training.tracking import CLOSE_SECONDS, Tracking
 
+_DEVIATION_IMAGES = 256
 _EXIT_SECONDS = 0.5
 """The part of a preemption's notice that the process itself needs to end."""
 
@@ -116,6 +120,8 @@ def _train(plan: Plan, ranks: Ranks, lease: Lease | None, tracking: Tracking | N
         with Progress("reading images", total=plan.index.images) as bar:
             images = plan.opened_images(stop, lambda done, total: bar.update(done))
             held_out = plan.opened_images(stop, index=plan.held_out) if plan.held_out else None
+        if manifest is None and ranks.is_main:
+            _compare_sigma_data(plan, images)
         # Building the network waits for all processes without a heartbeat, which would look like a hang.
         ranks.sum(0)
     with _recording(
@@ -146,6 +152,16 @@ def _train(plan: Plan, ranks: Ranks, lease: Lease | None, tracking: Tracking | N
         )
         session.train()
         session.finish()
+
+
+def _compare_sigma_data(plan: Plan, images: ImageCache) -> None:
+    """Says it if the first pixels deviate otherwise than EDM's scales suppose (Karras et al. 2022, table 1)."""
+    numbers, sigma_data = np.arange(min(_DEVIATION_IMAGES, plan.index.images)), plan.config.diffusion.sigma_data
+    if plan.config.diffusion.schedule == "edm" and not plan.index.encoding:
+        found = images.read(order_of(plan.index, plan.config).indices(numbers)).std() / 127.5
+        if not 0.8 < found / sigma_data < 1.25:
+            said = f"the first images have the deviation {found:.2f}, and diffusion.sigma_data is {sigma_data}"
+            note(f"{said}: start another run with --set diffusion.sigma_data={found:.2f}")
 
 
 def _begin(plan: Plan, ranks: Ranks, lease: Lease | None, pictures: PictureCache, stop: Stop) -> records.Attempt:

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+import tarfile
 import time
 from itertools import count
 from pathlib import Path
@@ -315,6 +316,22 @@ def test_a_non_finite_gradient_ends_training(train, packed):
         assert caught.value.exit_code == 70
         assert [ref.images_seen for ref in list_checkpoints(run)] == [24]
         assert read_status(run).state == "failed"
+
+
+def test_a_foreign_deviation_of_the_pixels_is_reported(train, packed, capsys):
+    shards = sorted(packed.glob("datasets/tiles-16/shard-*.tar"))
+    pixels = [np.asarray(Image.open(io.BytesIO(png))) for shard in shards for png in images_in(shard)]
+    deviation = np.std(np.stack(pixels) / 127.5)
+    for name, sigma_data in (("deviation-near", deviation * 1.1), ("deviation-far", 2.0)):
+        capsys.readouterr()
+        train(name, epochs=1, diffusion__schedule="edm", diffusion__prediction="edm", diffusion__sigma_data=sigma_data)
+        said = re.findall(r"have the deviation ([\d.]+), and diffusion.sigma_data is 2.0:", capsys.readouterr().err)
+        assert [float(found) for found in said] == ([pytest.approx(deviation, abs=0.03)] if sigma_data == 2 else [])
+
+
+def images_in(shard):
+    with tarfile.open(shard) as archive:
+        return [archive.extractfile(m).read() for m in archive if m.name.endswith(".png")]
 
 
 @pytest.mark.slow
