@@ -23,7 +23,6 @@ import torch
 from benchmarks import checkpoint, loader, peers, sampling, training_step
 from benchmarks.measuring import Turns, machine, take_turns
 from benchmarks.subject import DATASET, HALF_WIDTH, pack_noise, run_config, write_noise
-from ddpm.training import create_state
 from job.config import method
 from job.data.shards import dataset_key
 from job.processes import compute
@@ -73,7 +72,7 @@ def loader_ratio(folder: Path) -> Turns:
 def checkpoint_ratio(folder: Path) -> Turns:
     """Times the part of a save for which training waits, and a plain copy."""
     config, cpu = run_config(HALF_WIDTH), torch.device("cpu")
-    state = create_state(method.build_network(config, cpu), cpu, method.settings_of(config)).tensors()
+    state = method.initial_state(method.build_network(config, cpu), config).tensors()
     turns, _ = checkpoint.saves(open_store(str(folder / "run")), config, state, turns=7)
     return turns
 

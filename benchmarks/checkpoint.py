@@ -21,7 +21,6 @@ from benchmarks.measuring import Figure, Turns, take_turns
 from benchmarks.resume import resumptions
 from benchmarks.subject import TINY, run_config
 from ddpm.threads import Threads
-from ddpm.training import create_state
 from job.config import RunConfig, method
 from job.processes.lease import Lease
 from job.progress import Progress
@@ -42,7 +41,7 @@ def measure(quick: bool) -> list[Figure]:
     """Saves Ho et al.'s CIFAR-10 network, 572 MB with averages and moments, to a folder and to an object server."""
     sets, cpu = TINY if quick else (), torch.device("cpu")
     config = run_config(sets)
-    state = create_state(method.build_network(config, cpu), cpu, method.settings_of(config)).tensors()
+    state = method.initial_state(method.build_network(config, cpu), config).tensors()
     megabytes = sum(tensor.nbytes for named in state.values() for tensor in named.values()) / 1e6
     # As in a run, whose slots have a thread each: several threads wait for each other at each tensor.
     with TemporaryDirectory(prefix="ddpm-bench-") as name, object_server(Path(name)), Threads(1).outside():

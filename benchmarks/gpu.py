@@ -136,14 +136,13 @@ def checkpoint(folder: Path, tiny: bool) -> list[Figure]:
 
     from benchmarks.checkpoint import saves, writing
     from benchmarks.measuring import Figure
-    from ddpm.training import create_state
     from job.config import draft, method, parse_sets
     from job.runs.checkpoints import list_checkpoints, opened
     from job.store import open_store
 
     sets = {"data.size": SIZE // 2 if tiny else SIZE, "data.channels": 3, **parse_sets(CELEBA_TINY if tiny else ())}
     config, device = draft("celeba", sets), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    state = create_state(method.build_network(config, device), device, method.settings_of(config)).tensors()
+    state = method.initial_state(method.build_network(config, device), config).tensors()
     turns, committed = saves(open_store(str(folder / "timed")), config, state, 2 if tiny else 5)
     run = open_store(str(folder / "changed"))
     expected = {group: {name: each.clone() for name, each in named.items()} for group, named in state.items()}

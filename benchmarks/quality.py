@@ -219,7 +219,7 @@ def _ours(learnt: np.ndarray, asked: argparse.Namespace, changes: dict[str, Any]
     config = draft(EMBEDDED, of_data | changes | parse_sets(tuple(asked.set)))
     settings, objective, cpu = method.settings_of(config), method.objective_of(config), torch.device("cpu")
     network = method.build_network(config, cpu)
-    state = training.create_state(network, cpu, settings)
+    state = method.initial_state(network, config)
     order, ends = Order((len(learnt),), asked.seed), time.process_time() + asked.seconds
 
     def batches() -> Iterator[SimpleNamespace]:

@@ -32,7 +32,7 @@ from benchmarks.subject import (
     write_noise,
 )
 from ddpm.training import train
-from job.config import RunConfig
+from job.config import RunConfig, method
 from job.data.cache import open_cache
 from job.data.stream import LoadedBatch
 from job.plan import plan_run
@@ -41,7 +41,7 @@ from job.processes.ranks import meet
 from job.requests import TrainRequest
 from job.runs.records import dataset_key_of
 from job.stop import NEVER
-from job.training.session import TrainingSession, initial_state
+from job.training.session import TrainingSession
 
 AT_LEAST = 1.8
 NO_SAVES = (
@@ -135,7 +135,7 @@ class OurLoop:
         writer = SimpleNamespace(overdue=False, troubled=False, before_change=lambda: None)
         recorder: Any = SimpleNamespace(writer=writer, record=lambda row: None, show=lambda bar: None)
         ranks = meet(NEVER)
-        state = initial_state(plan.config, ranks.device)
+        state = method.initial_state(method.build_network(plan.config, ranks.device), plan.config)
         self.session = TrainingSession(plan, ranks, state, cache, recorder=recorder)
         self.threads = self.session.threads
         self.wait_seconds: list[float] = []

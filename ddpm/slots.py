@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm.threads import Threads
 
@@ -27,6 +29,9 @@ Node = tuple[int, int]
 """The slots from the first number up to the second, without it, as a node of the tree."""
 Gradients = list[Tensor | None]
 """The gradients of the learnt parameters, in their order; None where a parameter has no part in the loss."""
+
+Images = TypeVar("Images")
+"""The images of a micro-batch."""
 
 _SHAPES = (2, 3, 16, 16), (128, 3, 3, 3), (128, 128, 3, 3), (384, 128)
 """Two images, the weights of two convolutions, and a matrix; large enough for kernels that add up in parts."""
@@ -90,22 +95,59 @@ class Slots:
         first = self.places.start
         return [slice(self._start(slot) - first, self._start(slot + 1) - first) for slot in self.own]
 
-    def sum(self, gradients: Iterator[Gradients]) -> Gradients | None:
-        """Returns the sum over all processes of the gradients of their slots, in order. Collective.
+    def accumulate(
+        self,
+        micro_batches: list[list[Images]],
+        gradients_of: Callable[[Images], tuple[Tensor, Gradients]],
+        parameters: Sequence[nn.Parameter],
+        threads: Threads | None,
+        should_abandon: Callable[[int], bool],
+    ) -> list[Tensor] | None:
+        """Sets the gradients of a global batch: the sum over the slots of all processes, in order. Collective.
 
-        It returns None at once if the gradients end early, as they must on all processes.
+        Args:
+            micro_batches: of each of this process's slots.
+            gradients_of: returns the losses of a micro-batch, and the gradients of `parameters`.
+            parameters: get the sums.
+            threads: compute several micro-batches at a time.
+            should_abandon: called before each micro-batch with the number of those before it; alike on all processes.
+
+        Returns:
+            The losses of this process's images in order; None if `should_abandon` ended the step.
         """
+        losses = list[Tensor]()
+        computed = (threads.map if threads else map)(gradients_of, chain.from_iterable(micro_batches))
+
+        def of_slots() -> Iterator[Gradients]:
+            for of_slot in micro_batches:
+                total: Gradients = []
+                for _ in of_slot:
+                    if should_abandon(len(losses)):
+                        return
+                    loss, gradient = next(computed)
+                    losses.append(loss)
+                    total = added(total, gradient) if total else gradient
+                yield total
+
+        gradients = of_slots()
         try:
             sums = [_added_up(node, gradients) for node in subtrees((0, self.count), self.own)]
         except StopIteration:
             return None
-        return sums[0] if self.world_size == 1 else self._exchanged(sums)
+        for parameter, gradient in zip(parameters, self._exchanged(sums), strict=True):
+            if gradient is not None and gradient.stride() != parameter.stride():
+                # The optimiser's kernel walks through both in the order of memory, and does not compare.
+                gradient = torch.empty_like(parameter).copy_(gradient)
+            parameter.grad = gradient
+        return losses
 
     def _start(self, slot: int) -> int:
         return self.batch_size_images * slot // self.count
 
     def _exchanged(self, sums: list[Gradients]) -> Gradients:
         """Returns the sum of all subtrees from those of this process."""
+        if self.world_size == 1:
+            return sums[0]
         nodes = [subtrees((0, self.count), replace(self, rank=rank).own) for rank in range(self.world_size)]
         given = [gradient for gradient in sums[0] if gradient is not None]
         length = sum(gradient.numel() for gradient in given)
@@ -125,6 +167,12 @@ class Slots:
             dist.all_gather(list(flat[0].chunk(self.world_size)), _top((0, self.count), known))
         pieces = iter(flat[0, :length].split([gradient.numel() for gradient in given]))
         return [None if gradient is None else next(pieces).view(gradient.shape) for gradient in sums[0]]
+
+
+def cut(part: slice, size: int | None) -> list[slice]:
+    """Returns the images of a part as micro-batches of at most `size`."""
+    size = size or part.stop - part.start
+    return [slice(start, min(start + size, part.stop)) for start in range(part.start, part.stop, size)]
 
 
 def halves(node: Node) -> tuple[Node, Node]:

@@ -32,6 +32,7 @@ from ddpm.catalogue import PREDICTIONS, SAMPLERS, SCHEDULES, WEIGHTINGS
 from ddpm.generation import Sampling, Walk, from_noise, generate
 from ddpm.model import Model
 from ddpm.slots import Slots
+from ddpm.state import learnt_parameters
 from job.config import RunConfig, layered, method, parse_sets, validated
 from job.exits import BadConfigError
 from job.processes.group import usable_cores
@@ -130,10 +131,10 @@ def learn(config: RunConfig, exact: bool) -> None:
     batches = [SimpleNamespace(image_numbers=np.arange(IMAGES), images=images, labels=labels)] * STEPS
     with fake_gpu():
         network = method.build_network(config, DEVICE)
-        state = training.create_state(network, DEVICE, settings)
+        state = method.initial_state(network, config)
 
         def backward(loss: Tensor) -> None:
-            for parameter in training.learnt_parameters(network):
+            for parameter in learnt_parameters(network):
                 parameter.grad = _zero_gradients(loss, [parameter])[0]
 
         accelerator = SimpleNamespace(num_processes=1, no_sync=lambda network: nullcontext(), backward=backward)

@@ -40,9 +40,10 @@ class Hooks:
             case "job.runs.writer":
                 module.commit_manifest = self._told("saved", module.commit_manifest, lambda _, made: made.images_seen)
                 module.CheckpointWriter.save = self._told_before("saving", module.CheckpointWriter.save)
-            case "ddpm.training":
+            case "ddpm.state":
                 resume_at = module.TrainState.resume_at
                 module.TrainState.resume_at = self._told("restored", resume_at, lambda _, images_seen, *__: images_seen)
+            case "ddpm.training":
                 module.train = self._told_steps(module.train)
 
     def _told(

@@ -20,6 +20,7 @@ from ddpm.model import Model
 from ddpm.objective import Objective
 from ddpm.prediction import Prediction
 from ddpm.process import Process, make_process
+from ddpm.state import TrainState, create_state
 from ddpm.threads import threads_of
 from job.config import Drawing, RunConfig
 
@@ -97,13 +98,18 @@ def objective_of(config: RunConfig) -> Objective:
     return Objective(process_of(config), prediction_of(config), config.diffusion, config.sample)
 
 
-def settings_of(config: RunConfig) -> training.Settings:
+def settings_of(config: RunConfig) -> training.LoopSettings:
     """Returns the settings of the training loop."""
     ema, data = config.ema, config.data
     averages: dict[str, Profile] = {"ema": Exponential(**asdict(ema))}
     averages |= dict(zip(ema.names, map(PowerFunction, ema.stds), strict=True))
     augmentation = Augmentation(data.flip, data.crop_scale, data.augment)
-    return training.Settings(config.train, config.model, averages, augmentation)
+    return training.LoopSettings(config.train, config.model, averages, augmentation)
+
+
+def initial_state(network: nn.Module, config: RunConfig) -> TrainState:
+    """Returns the state of training before the first image."""
+    return create_state(network, config.train, settings_of(config).averages)
 
 
 def sampling_of(drawing: Drawing) -> Sampling:

@@ -11,7 +11,7 @@ import torch
 from ddpm import randomness
 from ddpm.latents import Latents
 from ddpm.objective import Condition, Drawn, Objective
-from ddpm.training import LossLog, loss_row
+from ddpm.state import LossLog, loss_row
 from ddpm.variance import spread_over_steps
 from job.data.cache import ImageCache
 from job.runs.metric_rows import Row

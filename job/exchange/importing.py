@@ -43,7 +43,7 @@ from job.stop import Stop
 from job.store import Store, open_bucket, without_queries
 
 if TYPE_CHECKING:
-    from ddpm.training import TrainState
+    from ddpm.state import TrainState
 
 _NOT_IMPORTED: dict[str, Any] = {
     "data.dataset": "",
@@ -244,7 +244,6 @@ def _state(config: RunConfig, foreign: Foreign, source: str) -> TrainState:
     """
     import torch
 
-    from ddpm import training
     from job.config import method
 
     plain = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -269,7 +268,7 @@ def _state(config: RunConfig, foreign: Foreign, source: str) -> TrainState:
             parameter.copy_(foreign.tensors[name])
             if not parameter.isfinite().all():
                 raise BadDataError(f"{source}: the tensor {name} holds values that are not finite")
-    return training.create_state(network, device, method.settings_of(config))
+    return method.initial_state(network, config)
 
 
 def _commit(of_run: RunHandle, state: TrainState, lease: Lease, *, stop: Stop, source: str) -> str:

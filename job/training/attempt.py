@@ -14,8 +14,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ddpm import training
 from ddpm.catalogue import OF_CLASSES
+from ddpm.state import NonFiniteError, TrainState
+from job.config import method
 from job.data.cache import ImageCache
 from job.data.order import order_of
 from job.evaluation.evaluation_plan import check_scores_in_training
@@ -37,7 +38,7 @@ from job.runs.writer import CheckpointWriter, LeasedRun
 from job.stop import NEVER, Stop
 from job.store import open_bucket
 from job.training.reporting import Recorder, put_run_page, retention_of, status_of
-from job.training.session import TrainingSession, initial_state
+from job.training.session import TrainingSession
 from job.training.tracking import CLOSE_SECONDS, Tracking
 
 _DEVIATION_IMAGES = 256
@@ -93,7 +94,7 @@ def run_training(request: TrainRequest, stop: Stop = NEVER) -> Plan:
         # An attempt that never gets the run must not appear in the tracker.
         tracking = ranks.only_on_main(lambda: Tracking(plan.config, request.run, run.uri))
         _train(plan, ranks, lease, tracking, stop)
-    except training.NonFiniteError as error:
+    except NonFiniteError as error:
         raise NotANumberError(
             f"{error}; what {run.uri} holds is from before. It would happen again at the same image: "
             "start another run with a lower train.learning_rate, or with train.precision=fp32"
@@ -114,7 +115,7 @@ def _train(plan: Plan, ranks: Ranks, lease: Lease | None, tracking: Tracking | N
     damaged = set[CheckpointRef]()
     with _last_page(plan, attempt, lease, pictures, stop):
         # First, because a parent that trains on may delete its checkpoint while the images are read.
-        state = initial_state(plan.config, ranks.device)
+        state = method.initial_state(method.build_network(plan.config, ranks.device), plan.config)
         with lease.unless_lost() if lease else nullcontext():
             manifest = _restore(state, plan, ranks, attempt, damaged)
         with Progress("reading images", total=plan.index.images) as bar:
@@ -225,7 +226,7 @@ def _state_after(error: BaseException) -> State:
 
 
 def _restore(
-    state: training.TrainState,
+    state: TrainState,
     plan: Plan,
     ranks: Ranks,
     attempt: records.Attempt,
@@ -261,7 +262,7 @@ def _restore(
     return manifest
 
 
-def load_parent(state: training.TrainState, of_run: RunHandle) -> None:
+def load_parent(state: TrainState, of_run: RunHandle) -> None:
     """Loads the weights that the run begins with, also as its averages. Main process only.
 
     Raises:
@@ -291,7 +292,7 @@ def load_parent(state: training.TrainState, of_run: RunHandle) -> None:
 @contextmanager
 def _recording(
     plan: Plan,
-    state: training.TrainState,
+    state: TrainState,
     attempt: records.Attempt,
     *,
     lease: Lease | None,

@@ -13,7 +13,8 @@ from functools import cached_property
 from pathlib import Path
 
 from ddpm import training
-from job.config import RunConfig
+from ddpm.state import TrainState
+from job.config import RunConfig, method
 from job.data.cache import ImageCache
 from job.exchange.exporting import Export, check_free, open_target, write_folder
 from job.exits import BadDataError, BadRequestError, MissingInputError
@@ -32,7 +33,7 @@ from job.sealed import code_version
 from job.stop import Stop
 from job.store.files import scratch_folder
 from job.training.attempt import load_parent
-from job.training.session import Loop, initial_state
+from job.training.session import Loop
 
 RECORD = "replay.json"
 """The record of a replay, beside its files."""
@@ -48,7 +49,7 @@ class Replay:
     """
 
     begun: CheckpointRef | None
-    state: training.TrainState
+    state: TrainState
 
     def __init__(self, bucket_uri: str, name: str, stop: Stop) -> None:
         """Opens the run.
@@ -77,7 +78,7 @@ class Replay:
             MissingInputError: the way there leads through an import.
         """
         run = self.of_run.run
-        self.state = initial_state(self.stored, self.ranks.device)
+        self.state = method.initial_state(method.build_network(self.stored, self.ranks.device), self.stored)
 
         def nearest() -> list[CheckpointRef]:
             return [ref for ref in self.lineage.checkpoints(run) if ref.images_seen <= image][-1:]
@@ -108,7 +109,7 @@ class Replay:
             loop = Loop(stretch.config, self.images, self.ranks, self.state, last_image=last, stop=self.stop)
             bar = Progress("replaying", total=last, start=seen)
 
-            def after_step(state: training.TrainState, bar: Progress = bar) -> bool:
+            def after_step(state: TrainState, bar: Progress = bar) -> bool:
                 bar.update(state.images_seen)
                 return self.stop()
 

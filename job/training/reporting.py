@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ddpm import figures, training
+from ddpm import figures
+from ddpm.state import TrainState, loss_row
 from job.exits import State
 from job.plan import Plan, RunHandle
 from job.processes.lease import Lease
@@ -43,7 +44,7 @@ class Recorder:
     def __init__(
         self,
         plan: Plan,
-        state: training.TrainState,
+        state: TrainState,
         attempt: records.Attempt,
         lease: Lease,
         *,
@@ -97,7 +98,7 @@ class Recorder:
     def save(self, loss_sums: Tensor) -> None:
         """Queues a checkpoint of this moment."""
         # A run that stops before its first row still has a loss in its status.
-        self._shown = self._shown or training.loss_row(loss_sums)
+        self._shown = self._shown or loss_row(loss_sums)
         self.writer.save(self._state.images_seen, loss_sums.tolist())
 
     def show(self, bar: Progress) -> None:

@@ -12,13 +12,13 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-import torch
 from torch import nn
 
 from ddpm import training
 from ddpm.epochs import crosses
 from ddpm.optimizer import learning_rate_at
 from ddpm.slots import Slots
+from ddpm.state import TrainState, check_finite, loss_row
 from ddpm.threads import threads_of
 from job.config import RunConfig, method
 from job.data.autoencoder import latents_of, load_decoder
@@ -44,11 +44,6 @@ T = TypeVar("T")
 ANOTHER_PROCESS = "another process"
 """The reason of a process that stops because another one was asked to."""
 _STARVED_POLL_SECONDS = 0.02
-
-
-def initial_state(config: RunConfig, device: torch.device) -> training.TrainState:
-    """Returns the state before the first image, on the device."""
-    return training.create_state(method.build_network(config, device), device, method.settings_of(config))
 
 
 def wrapped(
@@ -79,7 +74,7 @@ class Loop:
         config: RunConfig,
         images: ImageCache,
         ranks: Ranks,
-        state: training.TrainState,
+        state: TrainState,
         *,
         last_image: int,
         stop: Stop,
@@ -140,7 +135,7 @@ class TrainingSession(Loop):
         self,
         plan: Plan,
         ranks: Ranks,
-        state: training.TrainState,
+        state: TrainState,
         images: ImageCache,
         *,
         held_out: ImageCache | None = None,
@@ -163,7 +158,7 @@ class TrainingSession(Loop):
         super().__init__(plan.config, images, ranks, state, last_image=plan.target_images, stop=stop)
         self.plan, self.held_out, self.recorder = plan, held_out, recorder
         copied = recorder.writer.before_change if recorder else lambda: None
-        self.hooks = training.Hooks(self.after_step, self._leaves_step, copied)
+        self.hooks = training.Hooks(self.after_step, self._should_abandon, copied)
         self.decoder = load_decoder(plan.bucket, plan.index, self.device)
         self.agreement = Agreement(ranks.world_size, flags=4)
         self.agreement_in_step = Agreement(ranks.world_size, flags=1)
@@ -221,7 +216,7 @@ class TrainingSession(Loop):
         self.grid.finish()
         self.on_main(Recorder.finish)
 
-    def after_step(self, state: training.TrainState) -> bool:
+    def after_step(self, state: TrainState) -> bool:
         """Logs, saves and draws what is due; returns whether all processes stop.
 
         The flags of `agreement` are those that any process raised one step earlier. Every process reads the same flags
@@ -262,7 +257,7 @@ class TrainingSession(Loop):
             recorder.show(self.bar)
         return stopping
 
-    def _leaves_step(self) -> bool:
+    def _should_abandon(self) -> bool:
         """Returns whether all processes leave the step that they are in, because one was asked to stop."""
         (stopping,) = self.agreement_in_step.exchange(self.stop())
         if stopping:
@@ -305,8 +300,8 @@ class TrainingSession(Loop):
 
     def _log(self) -> None:
         """Adds the mean losses since the last row to the log. Collective."""
-        training.check_finite(self.state)
-        images_seen, losses = self.state.images_seen, training.loss_row(self.state.log.reduced())
+        check_finite(self.state)
+        images_seen, losses = self.state.images_seen, loss_row(self.state.log.reduced())
         self.state.log.sums.zero_()
         average = self.settings.averages["ema"]
         rate = self.pace.images_per_second(images_seen)
@@ -325,7 +320,7 @@ class TrainingSession(Loop):
         """Queues a checkpoint of this moment, unless there is one. Collective."""
         if self.state.images_seen == self.saved_images:
             return
-        training.check_finite(self.state)
+        check_finite(self.state)
         loss_sums = self.state.log.reduced()
         self.saved_images = self.state.images_seen
         self.on_main(lambda recorder: recorder.save(loss_sums))

@@ -18,6 +18,7 @@ from ddpm.objective import Objective
 from ddpm.prediction import Prediction
 from ddpm.process import make_process
 from ddpm.slots import Slots
+from ddpm.state import create_state
 from tests.ddpm.networks.weights import randomise
 
 SIZES = {
@@ -62,8 +63,10 @@ def test_frozen_parts_keep_every_bit(kind: str, freeze: tuple[str, ...], slots: 
     schedule, prediction = ("edm", "edm") if kind == "edm2" else ("cosine", "v")
     diffusion = Diffusion(schedule=schedule, prediction=prediction)
     averages = {"ema": Exponential(0.9, "none"), "ema-0.1": PowerFunction(0.1)}
-    settings = training.Settings(train, NETWORKS[kind](num_classes=3), averages, Augmentation(True, (1.0, 1.0), 0.5))
-    state = training.create_state(network_of(kind), torch.device("cpu"), settings)
+    settings = training.LoopSettings(
+        train, NETWORKS[kind](num_classes=3), averages, Augmentation(True, (1.0, 1.0), 0.5)
+    )
+    state = create_state(network_of(kind), settings.train, settings.averages)
     before = {name: parameter.detach().clone() for name, parameter in state.model.named_parameters()}
     images = torch.randint(0, 256, (4, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     numbers = [np.arange(4 * step, 4 * step + 4) for step in range(3)]

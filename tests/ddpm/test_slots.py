@@ -23,6 +23,7 @@ from ddpm.objective import Objective
 from ddpm.prediction import Prediction
 from ddpm.process import make_process
 from ddpm.slots import Slots, kernels_of, subtrees
+from ddpm.state import create_state
 from ddpm.threads import Threads
 
 BATCH_IMAGES, SIZE, STEPS, CLASSES = 16, 8, 2, 3
@@ -69,7 +70,9 @@ def learnt(
     diffusion = Diffusion(schedule=schedule, prediction=prediction, self_conditioning=kind != "dit")
     averages = {"ema": Exponential(0.9, "none"), "ema-0.1": PowerFunction(0.1)}
     augmentation = Augmentation(True, (0.7, 1.0), 0.3 * (kind != "dit"))
-    settings = training.Settings(train, NETWORKS[kind](num_classes=CLASSES, label_dropout=0.1), averages, augmentation)
+    settings = training.LoopSettings(
+        train, NETWORKS[kind](num_classes=CLASSES, label_dropout=0.1), averages, augmentation
+    )
     torch.manual_seed(0)
     model = networks.build(
         kind,
@@ -88,7 +91,7 @@ def learnt(
         # Some layers begin at zero.
         parameter.data += 0.02 * torch.randn(parameter.shape)
     model.to(memory_format=memory_format)
-    state = training.create_state(model, torch.device("cpu"), settings)
+    state = create_state(model, settings.train, settings.averages)
     places, images = list(slots.places if slots else range(BATCH_IMAGES)), np.random.default_rng(0)
     batches = [
         SimpleNamespace(

@@ -20,6 +20,7 @@ from ddpm.objective import Condition, Objective
 from ddpm.prediction import Prediction
 from ddpm.process import make_process
 from ddpm.slots import Slots
+from ddpm.state import create_state
 from ddpm.threads import Threads, group_of
 
 SIZE = 8
@@ -53,10 +54,10 @@ def learnt(threads: Threads | None, seconds: float = 0.0, micro_batch_size: int 
     """The weights after four steps of seven images, in three slots."""
     train = Train(batch_size=7, learning_rate=1e-2, micro_batch_size=micro_batch_size)
     diffusion = Diffusion(prediction="v", schedule="cosine")
-    settings = training.Settings(
+    settings = training.LoopSettings(
         train, UNet(num_classes=3), {"ema": Exponential()}, Augmentation(True, (1.0, 1.0), 0.0)
     )
-    state = training.create_state(small_network(), torch.device("cpu"), settings)
+    state = create_state(small_network(), settings.train, settings.averages)
     images = np.random.default_rng(0)
     batches = [
         SimpleNamespace(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ddpm.training import TrainState
+from ddpm.state import TrainState
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
 from job.exits import Exit

@@ -179,7 +179,7 @@ def test_every_network_resumes_bit_equal(train, packed, kind):
     train(f"{kind}-whole", epochs=1, **network)
     with pytest.raises(StoppedError, match="after 100 images"):
         # In the midst of the second step, between its second and its third slot.
-        train(f"{kind}-left", epochs=1, **network, stop_after=2 * 1 + 1, asked_by="_leaves_step")
+        train(f"{kind}-left", epochs=1, **network, stop_after=2 * 1 + 1, asked_by="_should_abandon")
     train(f"{kind}-left", model__gradient_checkpointing="on")
     _, whole, rows_whole = final_state(run_of(packed, f"{kind}-whole"))
     ref, left, rows_left = final_state(run_of(packed, f"{kind}-left"))

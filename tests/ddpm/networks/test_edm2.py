@@ -18,7 +18,8 @@ from ddpm.objective import Condition, Objective
 from ddpm.prediction import Prediction
 from ddpm.process import VarianceExploding
 from ddpm.slots import Slots
-from ddpm.training import Hooks, Settings, TrainState, create_state, loss_row, train
+from ddpm.state import TrainState, create_state, loss_row
+from ddpm.training import Hooks, LoopSettings, train
 
 ALL = {"num_classes": 5, "augmentation_labels": 2}
 OBJECTIVE = Objective(VarianceExploding(), Prediction("edm", 0.5), Diffusion(draws="log_normal"))
@@ -154,18 +155,18 @@ def test_forward_is_what_the_paper_says() -> None:
 
 def test_a_step_that_is_left_changes_nothing() -> None:
     """A checkpoint of that moment is that of the step before."""
-    settings = Settings(Train(batch_size=2, micro_batch_size=1), catalogue.EDM2(), {}, AS_THEY_ARE)
+    settings = LoopSettings(Train(batch_size=2, micro_batch_size=1), catalogue.EDM2(), {}, AS_THEY_ARE)
     batch = SimpleNamespace(
         image_numbers=np.arange(2), images=torch.zeros(2, 3, 16, 16, dtype=torch.uint8), labels=None
     )
     network, states = small(), []
-    state = create_state(network, torch.device("cpu"), settings)
+    state = create_state(network, settings.train, settings.averages)
 
     def note(state: TrainState) -> bool:
         states.append({name: tensor.clone() for name, tensor in state.tensors()["model"].items()})
         return False
 
-    hooks = Hooks(note, leaves_step=lambda: len(states) == 2)
+    hooks = Hooks(note, should_abandon=lambda: len(states) == 2)
     train(state, network, [batch] * 3, OBJECTIVE, settings, SimpleNamespace(num_processes=1), hooks, Slots(1, 2))
     assert len(states) == 2
     for name, tensor in state.tensors()["model"].items():
@@ -175,7 +176,7 @@ def test_a_step_that_is_left_changes_nothing() -> None:
 def test_learnt_uncertainty_divides_the_error() -> None:
     """Equation 21 by hand for one image; at its minimum u is the logarithm of the error, which stays as it is."""
     train_settings = Train(batch_size=1, learning_rate=0.01, seed=3)
-    settings = Settings(train_settings, catalogue.EDM2(), {}, AS_THEY_ARE)
+    settings = LoopSettings(train_settings, catalogue.EDM2(), {}, AS_THEY_ARE)
     images = torch.randint(0, 256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     again = SimpleNamespace(image_numbers=np.arange(1), images=images, labels=None)
 
@@ -190,7 +191,7 @@ def test_learnt_uncertainty_divides_the_error() -> None:
             loss.backward()
 
         accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1, backward=backward)
-        state = create_state(network, accelerator.device, settings)
+        state = create_state(network, settings.train, settings.averages)
         train(state, network, [again] * steps, OBJECTIVE, settings, accelerator, Hooks(lambda state: False))
         return loss_row(state.log.reduced())["loss"], losses
 

@@ -1,0 +1,120 @@
+"""The state of training: weights, averages, moments and sums of losses, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ddpm.catalogue import Train
+from ddpm.ema import EMA
+from ddpm.objective import QUARTILES
+from ddpm.optimizer import OPTIMIZERS, Adam
+
+LOSS_QUANTUM = 2.0**-32
+"""Unit of logged losses: float64 sums of its multiples are exact (below 2²¹), in any order and any parts."""
+
+
+class LossLog:
+    """Loss sums since the last row of the log, overall and by timestep quartile, kept on the device.
+
+    `sums` is float64 [2, 1 + QUARTILES]: loss sums in the first row, image counts in the second.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(2, 1 + QUARTILES, dtype=torch.float64, device=device)
+
+    def add(self, losses: Tensor, quartiles: Tensor) -> None:
+        """Adds `losses` [b] of these `quartiles` [b], without waiting for the device."""
+        member = (quartiles == torch.arange(QUARTILES, device=quartiles.device)[:, None]).double()
+        member = torch.cat([torch.ones_like(member[:1]), member])
+        rounded = (losses.double() / LOSS_QUANTUM).round() * LOSS_QUANTUM
+        self.sums += torch.stack([member @ rounded, member.sum(dim=1)])
+
+    def reduced(self) -> Tensor:
+        """Returns the sums over all processes. Collective if there are several."""
+        sums = self.sums.clone()
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        return sums
+
+
+def loss_row(sums: Tensor) -> dict[str, float]:
+    """Returns mean losses of `LossLog` sums: `loss`, `loss_q0` … `loss_q3`, without quartiles that have no image."""
+    names = ["loss", *(f"loss_q{i}" for i in range(QUARTILES))]
+    totals, counts = sums.tolist()
+    return {name: total / count for name, total, count in zip(names, totals, counts, strict=True) if count}
+
+
+@dataclass
+class TrainState:
+    """Everything that changes in training, on the device."""
+
+    model: nn.Module
+    averages: dict[str, EMA]
+    """The averages by name."""
+    optimizer: Adam
+    log: LossLog
+    images_seen: int = 0
+    first_nonfinite: Tensor = field(default_factory=lambda: torch.tensor(-1))
+    """`images_seen` before the first step whose gradient was not finite, or -1; see `check_finite`."""
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Returns the live tensors of a checkpoint, by group."""
+        named = dict(self.model.named_parameters())
+        moments = {
+            f"{moment}.{name}": tensor
+            for moment in ("exp_avg", "exp_avg_sq")
+            for name, tensor in getattr(self.optimizer, moment).items()
+        }
+        return {
+            "model": {name: parameter.detach() for name, parameter in named.items()},
+            **{name: dict(average.shadow) for name, average in self.averages.items()},
+            "optimizer": moments,
+        }
+
+    def resume_at(self, images_seen: int, batch_size_images: int) -> None:
+        """Sets the progress after the tensors are restored; Adam's step count follows from it."""
+        self.images_seen = images_seen
+        for step in self.optimizer.steps.values():
+            step.fill_(images_seen // batch_size_images)
+
+
+class NonFiniteError(ArithmeticError):
+    """A gradient was not finite in the step after `images_seen` images."""
+
+    def __init__(self, images_seen: int) -> None:
+        super().__init__(f"the gradient was not a finite number after {images_seen:,} images")
+        self.images_seen = images_seen
+
+
+def create_state(model: nn.Module, train: Train, averages: Iterable[str]) -> TrainState:
+    """Returns an initial state on the model's device, with averages of these names.
+
+    The frozen parts of the model get no gradient.
+    """
+    device, learnt = next(model.parameters()).device, dict(model.named_parameters())
+    for name in [name for name in learnt if name.startswith(train.freeze)]:
+        learnt.pop(name).requires_grad_(False)
+    optimizer = OPTIMIZERS[train.optimizer](learnt.items(), train)
+    shadows = {name: EMA(model) for name in averages}
+    return TrainState(model, shadows, optimizer, LossLog(device), first_nonfinite=torch.tensor(-1, device=device))
+
+
+def learnt_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """Returns the parameters that are not frozen."""
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+def check_finite(state: TrainState) -> None:
+    """Reads the flag on the device: for moments when the host waits for the device anyway, and before every commit.
+
+    Raises:
+        NonFiniteError: the gradient of a step was not finite.
+    """
+    first = int(state.first_nonfinite.item())
+    if first >= 0:
+        raise NonFiniteError(first)
