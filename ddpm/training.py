@@ -190,7 +190,7 @@ def train(
     fewest = fewest_micro_batches(slots, options, accelerator.num_processes)
 
     def compute(images: MicroBatch, differentiate: Callable[[Tensor], T]) -> tuple[Tensor, T]:
-        """Returns the losses, and what `differentiate` makes of their sum while dropout has the masks of these images."""
+        """Returns the losses, and what `differentiate` makes of their sum, with these images' masks of dropout."""
         with dropout_of(options.seed, int(images.image_numbers[0])):
             losses = balanced = images.losses(network, objective, settings)
             if uncertainty is not None:
