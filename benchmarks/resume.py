@@ -33,7 +33,7 @@ from job.runs.metric_rows import Row, read_rows
 from job.sealed import utc_now
 from job.store import Store, open_store
 from job.store.local import LocalStore
-from job.training.attempt import run_training
+from job.training.session import run_training
 
 GIGABYTES_A_SECOND = (0.1, 0.3, 1.0, 1.5)
 TENSOR_BYTES = 16 << 20
@@ -47,7 +47,7 @@ EVERY_STEP_LOGGED = (
     "checkpoint.keep_last=1",
 )
 """One step per epoch, over two images, so that the step itself takes almost no time."""
-IMPORTS = "import job.training.attempt, job.store.gcs, safetensors.torch, accelerate, torch._dynamo"
+IMPORTS = "import job.training.session, job.store.gcs, safetensors.torch, accelerate, torch._dynamo"
 """The imports of any training process on a bucket before its first step; torch's optimisers import its compiler."""
 
 

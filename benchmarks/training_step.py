@@ -136,7 +136,9 @@ class OurLoop:
         recorder: Any = SimpleNamespace(writer=writer, record=lambda row: None, show=lambda bar: None)
         ranks = meet(NEVER)
         state = method.initial_state(method.build_network(plan.config, ranks.device), plan.config)
-        self.session = TrainingSession(plan, ranks, state, cache, recorder=recorder)
+        about: dict[str, Any] = {"plan": plan, "ranks": ranks, "state": state, "images": cache, "recorder": recorder}
+        attempt: Any = SimpleNamespace(**about, held_out=None, restored=None, stop=NEVER)
+        self.session = TrainingSession(attempt)
         self.threads = self.session.threads
         self.wait_seconds: list[float] = []
         self._batches = self._timed_batches()

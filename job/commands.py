@@ -95,7 +95,7 @@ def _train(request: TrainRequest, stop_after: str) -> None:
     """Does the work of `train_command` in one of its processes."""
     # Nothing that an import makes is garbage, and the collector would take a sixth of its time.
     gc.disable()
-    from job.training.attempt import run_training
+    from job.training.session import run_training
 
     gc.freeze()
     gc.enable()

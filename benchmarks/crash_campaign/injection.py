@@ -242,14 +242,14 @@ class Watched:
         module.opened = watched
 
     def _watch_attempt(self, module: ModuleType) -> None:
-        restore = module._restore
+        restore = module.TrainingAttempt._restore
 
-        def watched_restore(state: Any, plan: Any, ranks: Any, attempt: Any, *args: Any) -> Any:
-            self._trace.fence = attempt.fence
+        def watched_restore(attempt: Any) -> None:
+            self._trace.fence = attempt.record.fence
             self._trace("began")
-            return restore(state, plan, ranks, attempt, *args)
+            restore(attempt)
 
-        module._restore = watched_restore
+        module.TrainingAttempt._restore = watched_restore
 
     def _watch_session(self, module: ModuleType) -> None:
         session = module.TrainingSession

@@ -1,4 +1,4 @@
-"""Attempts at one run, as `job.training.attempt` makes them: lease, restore, save, retire, release."""
+"""Attempts at one run, as `TrainingAttempt` makes them: lease, restore, save, retire, release."""
 
 from __future__ import annotations
 

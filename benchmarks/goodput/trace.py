@@ -33,7 +33,7 @@ class Hooks:
     def after_import(self, module: ModuleType) -> None:
         """Changes a module."""
         match module.__name__:
-            case "job.training.attempt":
+            case "job.training.session":
                 self._trace("imported")
             case "job.processes.lease":
                 module.Lease.take = staticmethod(self._told("leased", module.Lease.take))

@@ -139,6 +139,6 @@ def ddpm_replay(
 
         ddpm replay celeba --image 2048000 --verify --bucket gs://my-bucket
     """
-    from job.training.replay import replay_run
+    from job.replay import replay_run
 
     replay_run(bucket, run, image, to, verify=verify)

@@ -1,14 +1,14 @@
-"""`ddpm train` on one process: begins a run or resumes it. There is no resume flag; the same command does both.
+"""An attempt at a run, as one of its processes sees it: from the lease to the last status.
 
 An attempt meets the other processes, takes the lease of the run, plans again now that no other attempt changes the run,
-restores the newest checkpoint that verifies, and trains. However it ends, queued checkpoints are committed first.
+and restores the newest checkpoint that verifies. However it ends, queued checkpoints are committed first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from job.plan import Plan, RunHandle, plan_run
 from job.processes import compute
 from job.processes.launched import is_launched
 from job.processes.lease import Lease
-from job.processes.ranks import Ranks, meet
+from job.processes.ranks import meet
 from job.progress import Progress, note
 from job.report.command import open_page
 from job.report.picture_cache import PictureCache
@@ -37,229 +37,271 @@ from job.runs.readers import reading
 from job.runs.writer import CheckpointWriter, LeasedRun
 from job.stop import NEVER, Stop
 from job.store import open_bucket
-from job.training.reporting import Recorder, put_run_page, retention_of, status_of
-from job.training.session import TrainingSession
+from job.training.reporting import PAGE_PATIENCE_SECONDS, Recorder, put_run_page, retention_of, status_of
 from job.training.tracking import CLOSE_SECONDS, Tracking
+
+T = TypeVar("T")
 
 _DEVIATION_IMAGES = 256
 _EXIT_SECONDS = 0.5
 """The part of a preemption's notice that the process itself needs to end."""
 
 
-def run_training(request: TrainRequest, stop: Stop = NEVER) -> Plan:
-    """Trains until the run is finished; on return everything is committed and the pictures are in the bucket.
+class TrainingAttempt:
+    """One attempt at a run: `held` takes the run, `restore` prepares it, `recording` writes down what comes of it.
 
-    Args:
-        request: which run, checked.
-        stop: asked all the while.
-
-    Returns:
-        The plan that was carried out.
-
-    Raises:
-        StoppedError: the state is committed; the same command resumes.
-        NotANumberError: a gradient was not finite; the last checkpoint is from before that.
-        LostRunError: another attempt holds the run, or took it.
-        BucketAwayError: the bucket stayed away beyond the limit.
+    Attributes:
+        plan: made before the lease if nobody checked the command, and again with it.
+        record: the attempt's own, in the bucket.
+        state: new, or restored from a checkpoint.
+        restored: the manifest of that checkpoint.
+        damaged: the checkpoints that do not verify.
+        images: the dataset.
+        held_out: images for the validation loss.
+        recorder: on the main process while `recording`, which alone writes.
     """
-    ranks = meet(stop)
-    bucket = open_bucket(request.bucket, stop)
-    run = records.run_store(bucket, request.run)
 
-    def planned() -> Plan:
+    plan: Plan
+    record: records.Attempt
+    state: TrainState
+    images: ImageCache
+    held_out: ImageCache | None = None
+    restored: Manifest | None = None
+    recorder: Recorder | None = None
+    _lease: Lease | None = None
+    _tracking: Tracking | None = None
+
+    def __init__(self, request: TrainRequest, stop: Stop) -> None:
+        """Meets the other processes. Collective."""
+        self.request, self.stop, self.ranks = request, stop, meet(stop)
+        self._bucket = open_bucket(request.bucket, stop)
+        self._run = records.run_store(self._bucket, request.run)
+        self.damaged, self._pictures = set[CheckpointRef](), PictureCache(note)
+
+    def is_finished(self) -> bool:
+        """Returns whether the run is finished, where no launcher has checked the command, as under torchrun."""
+        if is_launched():
+            return False
+        self._plan()
+        self.ranks.on_main(lambda: check_scores_in_training(self.plan))
+        return self.ranks.on_main(self.plan.is_finished)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Holds the run's lease, and the tracker. Collective.
+
+        Raises:
+            LostRunError: another attempt holds the run.
+            NotANumberError: a gradient was not finite; the last checkpoint is from before that.
+        """
+        run, request, stop = self._run, self.request, self.stop
+        try:
+            self._lease = self.ranks.only_on_main(
+                lambda: Lease.take(run, records.highest_fence(run), request.wait_seconds, stop, note)
+            )
+            # Now no other attempt changes the run.
+            self._plan()
+            # An attempt that never gets the run must not appear in the tracker.
+            self._tracking = self.ranks.only_on_main(lambda: Tracking(self.plan.config, request.run, run.uri))
+            yield
+        except NonFiniteError as error:
+            raise NotANumberError(
+                f"{error}; what {run.uri} holds is from before. It would happen again at the same image: "
+                "start another run with a lower train.learning_rate, or with train.precision=fp32"
+            ) from None
+        finally:
+            if self._lease is not None:
+                self._lease.close(stop.seconds_left() - _EXIT_SECONDS)
+            if self._tracking is not None:
+                self._tracking.close(min(CLOSE_SECONDS, stop.seconds_left() - _EXIT_SECONDS))
+
+    def restore(self) -> None:
+        """Begins the attempt in the bucket, restores its state and opens the images. Collective."""
+        plan, ranks, config = self.plan, self.ranks, self.plan.config
+        self.record = ranks.on_main(self._begin)
+        with self._last_page():
+            # First, because a parent that trains on may delete its checkpoint while the images are read.
+            self.state = method.initial_state(method.build_network(config, ranks.device), config)
+            with self._lease.unless_lost() if self._lease else nullcontext():
+                self._restore()
+            with Progress("reading images", total=plan.index.images) as bar:
+                self.images = plan.opened_images(self.stop, lambda done, total: bar.update(done))
+                self.held_out = plan.opened_images(self.stop, index=plan.held_out) if plan.held_out else None
+            if self.restored is None and ranks.is_main:
+                self._compare_sigma_data()
+            # Building the network waits for all processes without a heartbeat, which would look like a hang.
+            ranks.sum(0)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Has a recorder on the main process, and ends all writing, however training ends."""
+        if self._lease is None or self._tracking is None:
+            yield
+            return
+        plan, restored, state = self.plan, self.restored, self.state
+        rows = metric_rows.read_rows(plan.run, restored.metrics, note) if restored else []
+        retention = retention_of(plan, rows)
+        leased = LeasedRun(plan.run, retention, self.record, self._lease, classes=plan.classes, damaged=self.damaged)
+        writer = CheckpointWriter(leased, state.tensors(), before=restored, stop=self.stop, note=note)
+        self.recorder = recorder = Recorder(
+            plan,
+            state,
+            self.record,
+            self._lease,
+            writer=writer,
+            rows=rows,
+            tracking=self._tracking,
+            pictures=self._pictures,
+        )
+        try:
+            # The page of an attempt that was cut off says what is true again.
+            seen = self.record.previous_seen
+            if not plan.is_new and not (seen is not None and seen.state == State.RUNNING):
+                # It takes longer than the first steps, which need not wait for it.
+                recorder.write_page()
+            yield
+        except LostRunError:
+            # The run and its status are the other attempt's now: nothing more of this one may arrive.
+            with suppress(JobError):
+                writer.close(wait=False)
+            raise
+        except BaseException as error:
+            # A queued checkpoint is good, whatever went wrong since: it is committed before the error is reported.
+            try:
+                recorder.close(_state_after(error), self.stop)
+            except JobError as second:
+                if second is not error:
+                    note(f"while ending: {second}")
+            raise
+        else:
+            recorder.close(State.FINISHED, self.stop)
+
+    def on_main(self, work: Callable[[Recorder], T]) -> T:
+        """Runs `work` with the recorder on the main process; see `Ranks.on_main`. Collective."""
+
+        def with_recorder() -> T:
+            assert self.recorder is not None
+            return work(self.recorder)
+
+        return self.ranks.on_main(with_recorder)
+
+    def _plan(self) -> None:
         """Plans on the main process for all: at another moment another process might see another bucket."""
 
         def plan() -> dict[str, Any]:
-            made = plan_run(request, stop, compute.suited)
-            check_world_size(ranks.world_size, made.config.train)
+            made = plan_run(self.request, self.stop, compute.suited)
+            check_world_size(self.ranks.world_size, made.config.train)
             # A store holds connections, which no other process can use.
             return {name: value for name, value in vars(made).items() if name not in ("bucket", "run")}
 
-        return Plan(bucket=bucket, run=run, **ranks.on_main(plan))
+        self.plan = Plan(bucket=self._bucket, run=self._run, **self.ranks.on_main(plan))
 
-    if not is_launched():
-        # Under torchrun no launcher of ours has checked the request.
-        plan = planned()
-        ranks.on_main(lambda: check_scores_in_training(plan))
-        if ranks.on_main(plan.is_finished):
-            return plan
-    lease: Lease | None = None
-    tracking: Tracking | None = None
-    try:
-        lease = ranks.only_on_main(
-            lambda: Lease.take(run, records.highest_fence(run), request.wait_seconds, stop, note)
+    def _begin(self) -> records.Attempt:
+        """Writes the configuration of a new run, this attempt's record and the first page; reports what has changed."""
+        plan, lease, ranks, train = self.plan, self._lease, self.ranks, self.plan.config.train
+        assert lease is not None
+        if plan.is_new:
+            records.create_config(plan.run, plan.config)
+            for remark in plan.index.remarks(with_classes=bool(plan.config.model.num_classes)):
+                note(remark)
+            # A preset of another name knows nothing of these images.
+            if plan.config.data.flip and plan.config.preset != plan.index.name:
+                note(
+                    "half of the images are mirrored, at random; for digits or letters, start another run with "
+                    "--set data.flip=false"
+                )
+        before, is_exact = records.last_attempt(plan.run), compute.slots_of(train, ranks) is not None
+        device = compute.describe_device(ranks.device, train, is_exact)
+        self.record = records.record_attempt(
+            plan.run,
+            lease.fence,
+            lease.holder,
+            changes=plan.changes,
+            world_size=ranks.world_size,
+            device=device,
+            is_exact=is_exact,
         )
-        # Now no other attempt changes the run.
-        plan = planned()
-        # An attempt that never gets the run must not appear in the tracker.
-        tracking = ranks.only_on_main(lambda: Tracking(plan.config, request.run, run.uri))
-        _train(plan, ranks, lease, tracking, stop)
-    except NonFiniteError as error:
-        raise NotANumberError(
-            f"{error}; what {run.uri} holds is from before. It would happen again at the same image: "
-            "start another run with a lower train.learning_rate, or with train.precision=fp32"
-        ) from None
-    finally:
-        if lease is not None:
-            lease.close(stop.seconds_left() - _EXIT_SECONDS)
-        if tracking is not None:
-            tracking.close(min(CLOSE_SECONDS, stop.seconds_left() - _EXIT_SECONDS))
-    ranks.state.destroy_process_group()
-    return plan
+        if plan.is_new and is_exact:
+            note(f"1 to {train.slots} processes give equal bits on this kind of machine: {device}")
+        elif plan.is_new and train.exact is None and ranks.device.type == "cpu":
+            slots = f"train.slots={train.slots}"
+            note(f"more than {slots} processes: DDP adds the gradients, another number rounds otherwise")
+        for difference in records.what_is_otherwise(before, self.record) if before else []:
+            note(difference)
+        if plan.is_new or plan.request.open_page:
+            self._put_page(State.RUNNING, stop=self.stop)
+        if plan.request.open_page:
+            open_page(plan.run)
+        return self.record
 
+    @contextmanager
+    def _last_page(self) -> Iterator[None]:
+        """Writes on the main process how the attempt ended, if it ends before it trains: the page would say running."""
+        try:
+            yield
+        except LostRunError:
+            raise
+        except Exception as error:
+            if self._lease is not None:
+                patience_seconds = min(records.STATUS_CLOSE_SECONDS, self.stop.seconds_left() / 2)
+                self._put_page(_state_after(error), patience_seconds)
+            raise
 
-def _train(plan: Plan, ranks: Ranks, lease: Lease | None, tracking: Tracking | None, stop: Stop) -> None:
-    """Restores the state, opens the dataset and trains; the main process has the lease and the tracker. Collective."""
-    pictures = PictureCache(note)
-    attempt = ranks.on_main(lambda: _begin(plan, ranks, lease, pictures, stop))
-    damaged = set[CheckpointRef]()
-    with _last_page(plan, attempt, lease, pictures, stop):
-        # First, because a parent that trains on may delete its checkpoint while the images are read.
-        state = method.initial_state(method.build_network(plan.config, ranks.device), plan.config)
-        with lease.unless_lost() if lease else nullcontext():
-            manifest = _restore(state, plan, ranks, attempt, damaged)
-        with Progress("reading images", total=plan.index.images) as bar:
-            images = plan.opened_images(stop, lambda done, total: bar.update(done))
-            held_out = plan.opened_images(stop, index=plan.held_out) if plan.held_out else None
-        if manifest is None and ranks.is_main:
-            _compare_sigma_data(plan, images)
-        # Building the network waits for all processes without a heartbeat, which would look like a hang.
-        ranks.sum(0)
-    with _recording(
-        plan,
-        state,
-        attempt,
-        lease=lease,
-        tracking=tracking,
-        pictures=pictures,
-        restored=manifest,
-        damaged=damaged,
-        stop=stop,
-    ) as recorder:
-        # The page of an attempt that was cut off says what is true again.
-        was_cut_off = attempt.previous_seen is not None and attempt.previous_seen.state == State.RUNNING
-        if recorder is not None and not plan.is_new and not was_cut_off:
-            # It takes longer than the first steps, which need not wait for it.
-            recorder.write_page()
-        session = TrainingSession(
-            plan,
-            ranks,
-            state,
-            images,
-            held_out=held_out,
-            recorder=recorder,
-            saved_images=manifest.images_seen if manifest else -1,
+    def _put_page(self, state: State, patience_seconds: float = PAGE_PATIENCE_SECONDS, stop: Stop = NEVER) -> None:
+        assert self._lease is not None
+        status = status_of(self.plan, self.record, state, self.plan.images_seen, {})
+        put_run_page(
+            self.plan,
+            self._lease,
+            None,
+            status,
+            pictures=self._pictures,
+            patience_seconds=patience_seconds,
             stop=stop,
         )
-        session.train()
-        session.finish()
 
+    def _restore(self) -> None:
+        """Loads the newest checkpoint that verifies, or in a new run the weights that it begins with, if any.
 
-def _compare_sigma_data(plan: Plan, images: ImageCache) -> None:
-    """Says it if the first pixels deviate otherwise than EDM's scales suppose (Karras et al. 2022, table 1)."""
-    numbers, sigma_data = np.arange(min(_DEVIATION_IMAGES, plan.index.images)), plan.config.diffusion.sigma_data
-    if plan.config.diffusion.schedule == "edm" and not plan.index.encoding:
-        found = images.read(order_of(plan.index, plan.config).indices(numbers)).std() / 127.5
-        if not 0.8 < found / sigma_data < 1.25:
-            said = f"the first images have the deviation {found:.2f}, and diffusion.sigma_data is {sigma_data}"
-            note(f"{said}: start another run with --set diffusion.sigma_data={found:.2f}")
+        The main process reads it once and broadcasts it. Collective.
+        """
+        plan, state, tensors = self.plan, self.state, self.state.tensors()
 
+        def load() -> Manifest | None:
+            with newest_good(plan.run, note, self.damaged, into=tensors) as restored:
+                if restored is None and plan.config.parent.run:
+                    load_parent(state, plan)
+                return restored.manifest if restored else None
 
-def _begin(plan: Plan, ranks: Ranks, lease: Lease | None, pictures: PictureCache, stop: Stop) -> records.Attempt:
-    """Writes the configuration of a new run, this attempt's record and the first page; reports what has changed."""
-    assert lease is not None
-    if plan.is_new:
-        records.create_config(plan.run, plan.config)
-        for remark in plan.index.remarks(with_classes=bool(plan.config.model.num_classes)):
-            note(remark)
-        # A preset of another name knows nothing of these images.
-        if plan.config.data.flip and plan.config.preset != plan.index.name:
-            note(
-                "half of the images are mirrored, at random; for digits or letters, start another run with "
-                "--set data.flip=false"
-            )
-    before = records.last_attempt(plan.run)
-    train, is_exact = plan.config.train, compute.slots_of(plan.config.train, ranks) is not None
-    device = compute.describe_device(ranks.device, train, is_exact)
-    attempt = records.record_attempt(
-        plan.run,
-        lease.fence,
-        lease.holder,
-        changes=plan.changes,
-        world_size=ranks.world_size,
-        device=device,
-        is_exact=is_exact,
-    )
-    if plan.is_new and is_exact:
-        note(f"1 to {train.slots} processes give equal bits on this kind of machine: {device}")
-    elif plan.is_new and train.exact is None and ranks.device.type == "cpu":
-        note(f"more than train.slots={train.slots} processes: DDP adds the gradients, another number rounds otherwise")
-    for difference in records.what_is_otherwise(before, attempt) if before else []:
-        note(difference)
-    if plan.is_new or plan.request.open_page:
-        status = status_of(plan, attempt, State.RUNNING, plan.images_seen, {})
-        put_run_page(plan, lease, None, status, pictures=pictures, stop=stop)
-    if plan.request.open_page:
-        open_page(plan.run)
-    return attempt
+        self.restored = manifest = self.ranks.on_main(load)
+        if dist.is_initialized():
+            for named in tensors.values():
+                for tensor in named.values():
+                    dist.broadcast(tensor, src=0)
+        if manifest is None:
+            note(f"beginning, image 0, attempt {self.record.fence}")
+            return
+        images_seen = manifest.images_seen
+        state.resume_at(images_seen, plan.config.train.batch_size)
+        if self.ranks.is_main:
+            # The other processes begin at zero, since the sums are added up over processes.
+            state.log.sums.copy_(torch.tensor(manifest.loss_sums, dtype=torch.float64))
+        epoch = images_seen / plan.index.images
+        note(f"resuming at epoch {epoch:.1f}, image {images_seen:,}, attempt {self.record.fence}")
 
-
-@contextmanager
-def _last_page(
-    plan: Plan, attempt: records.Attempt, lease: Lease | None, pictures: PictureCache, stop: Stop
-) -> Iterator[None]:
-    """Writes on the main process how the attempt ended, if it ends before it trains: the page would say running."""
-    try:
-        yield
-    except LostRunError:
-        raise
-    except Exception as error:
-        if lease is not None:
-            status = status_of(plan, attempt, _state_after(error), plan.images_seen, {})
-            patience_seconds = min(records.STATUS_CLOSE_SECONDS, stop.seconds_left() / 2)
-            put_run_page(plan, lease, None, status, pictures=pictures, patience_seconds=patience_seconds)
-        raise
+    def _compare_sigma_data(self) -> None:
+        """Says it if the first pixels deviate otherwise than EDM's scales suppose (Karras et al. 2022, table 1)."""
+        index, config = self.plan.index, self.plan.config
+        numbers, sigma_data = np.arange(min(_DEVIATION_IMAGES, index.images)), config.diffusion.sigma_data
+        if config.diffusion.schedule == "edm" and not index.encoding:
+            found = self.images.read(order_of(index, config).indices(numbers)).std() / 127.5
+            if not 0.8 < found / sigma_data < 1.25:
+                said = f"the first images have the deviation {found:.2f}, and diffusion.sigma_data is {sigma_data}"
+                note(f"{said}: start another run with --set diffusion.sigma_data={found:.2f}")
 
 
 def _state_after(error: BaseException) -> State:
     return State.STOPPED if isinstance(error, StoppedError) else State.FAILED
-
-
-def _restore(
-    state: TrainState,
-    plan: Plan,
-    ranks: Ranks,
-    attempt: records.Attempt,
-    damaged: set[CheckpointRef],
-) -> Manifest | None:
-    """Loads the newest checkpoint that verifies, or in a new run the weights that it begins with, if any. Collective.
-
-    The main process reads it once and broadcasts it; checkpoints that do not verify go into `damaged`.
-    """
-    tensors, begins_from = state.tensors(), plan.config.parent.run
-
-    def load() -> Manifest | None:
-        with newest_good(plan.run, note, damaged, into=tensors) as restored:
-            if restored is None and begins_from:
-                load_parent(state, plan)
-            return restored.manifest if restored else None
-
-    manifest = ranks.on_main(load)
-    if dist.is_initialized():
-        for named in tensors.values():
-            for tensor in named.values():
-                dist.broadcast(tensor, src=0)
-    if manifest is None:
-        note(f"beginning, image 0, attempt {attempt.fence}")
-        return None
-    images_seen = manifest.images_seen
-    state.resume_at(images_seen, plan.config.train.batch_size)
-    if ranks.is_main:
-        # The other processes begin at zero, since the sums are added up over processes.
-        state.log.sums.copy_(torch.tensor(manifest.loss_sums, dtype=torch.float64))
-    epoch = images_seen / plan.index.images
-    note(f"resuming at epoch {epoch:.1f}, image {images_seen:,}, attempt {attempt.fence}")
-    return manifest
 
 
 def load_parent(state: TrainState, of_run: RunHandle) -> None:
@@ -287,43 +329,3 @@ def load_parent(state: TrainState, of_run: RunHandle) -> None:
         average.update(state.model, decay=0.0)
     but = f", but for {', '.join(sorted(others))}: the number of classes differs" if others else ""
     note(f"the first weights are those of {parent.lineage}{but}")
-
-
-@contextmanager
-def _recording(
-    plan: Plan,
-    state: TrainState,
-    attempt: records.Attempt,
-    *,
-    lease: Lease | None,
-    tracking: Tracking | None,
-    pictures: PictureCache,
-    restored: Manifest | None,
-    damaged: set[CheckpointRef],
-    stop: Stop,
-) -> Iterator[Recorder | None]:
-    """Yields the recorder on the main process, None on the others; ends all writing, however training ends."""
-    if lease is None or tracking is None:
-        yield None
-        return
-    rows = metric_rows.read_rows(plan.run, restored.metrics, note) if restored else []
-    leased = LeasedRun(plan.run, retention_of(plan, rows), attempt, lease, classes=plan.classes, damaged=damaged)
-    writer = CheckpointWriter(leased, state.tensors(), before=restored, stop=stop, note=note)
-    recorder = Recorder(plan, state, attempt, lease, writer=writer, rows=rows, tracking=tracking, pictures=pictures)
-    try:
-        yield recorder
-    except LostRunError:
-        # The run and its status are the other attempt's now: nothing more of this one may arrive.
-        with suppress(JobError):
-            writer.close(wait=False)
-        raise
-    except BaseException as error:
-        # A queued checkpoint is good, whatever went wrong since: it is committed before the error is reported.
-        try:
-            recorder.close(_state_after(error), stop)
-        except JobError as second:
-            if second is not error:
-                note(f"while ending: {second}")
-        raise
-    else:
-        recorder.close(State.FINISHED, stop)

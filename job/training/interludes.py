@@ -1,243 +1,172 @@
-"""Work between two steps, at the ends of some epochs: the validation loss, the scores, the sample grid.
-
-To add another, write a subclass of `Interlude` and name it in `TrainingSession.__init__`.
-"""
+"""Work between two steps, at the ends of some epochs: the validation loss, the scores, the sample grid."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
 
 from ddpm import figures
+from ddpm.latents import Latents
+from ddpm.objective import Objective
 from job.config import method
+from job.data.autoencoder import load_decoder
 from job.data.cache import ImageCache
 from job.evaluation.validation import validation_row
+from job.processes.ranks import Agreement
 from job.requests import GIF_SEEDS
 from job.runs import metric_rows
 from job.runs.drawings import SCORES_FIGURE, denoising_key, grid_key, label_of, moment_of, title_of
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.metric_rows import Row
 from job.runs.scores import score_name
 from job.sampling.draw import grid_png, with_class
 from job.sampling.painter import Painter
+from job.training.attempt import TrainingAttempt
 from job.training.reporting import Recorder, retention_of
 
 _EARLY_IMAGES = 20
 
-if TYPE_CHECKING:
-    from job.evaluation.in_training import Evaluator
-    from job.training.session import TrainingSession
 
-
-class Interlude(ABC):
+class Interludes:
     """Work that all processes do together between two steps, with the weights of that moment.
 
     An attempt that was killed may have saved a checkpoint without what belongs to the same moment. The next attempt
-    asks `is_due` and `is_missing` when it begins, and runs it then.
+    asks with `lacks_value` and `lacks_grid` when it begins.
     """
 
-    precedes_save: ClassVar[bool] = True
-    """Whether its row goes into the checkpoint of the same moment; otherwise it runs when that checkpoint is queued."""
-    needs_save: ClassVar[bool] = False
-    """Whether a checkpoint follows in any case."""
+    def __init__(self, attempt: TrainingAttempt, agreement: Agreement) -> None:
+        """Computes the features of the real images if the run is scored, which may take minutes. Collective.
 
-    def __init__(self, session: TrainingSession) -> None:
-        """Prepares for training to begin. Collective."""
-        self.session, self.plan, self.config = session, session.plan, session.plan.config
-        self.ends_epoch = session.retention.ends_epoch
-
-    @abstractmethod
-    def is_due(self, images_seen: int) -> bool:
-        """Returns whether it belongs to this moment, alike on all processes."""
-
-    @abstractmethod
-    def is_missing(self, recorder: Recorder) -> bool:
-        """Returns whether the bucket lacks what this moment should have left. Main process only."""
-
-    @abstractmethod
-    def run(self) -> Row | None:
-        """Does the work; returns a row for the log on the main process, if there is one. Collective.
-
-        Raises:
-            StoppedError: on all processes at once, when any of them was asked to stop.
-        """
-
-    def is_last(self, images_seen: int) -> bool:
-        """Returns whether the run ends at this moment."""
-        return images_seen == self.plan.target_images
-
-    def painter(self, weights: str, precision: str) -> Painter:
-        """Returns a model that draws with the weights of this moment: `model`, or the name of an average."""
-        session = self.session
-        painter = Painter(
-            self.config,
-            session.ranks,
-            precision=precision,
-            stop=session.stop,
-            agreement=session.agreement_in_step,
-            decoder=session.decoder,
-        )
-        if weights == "model":
-            painter.network.load_state_dict(session.state.model.state_dict())
-        else:
-            session.state.averages[weights].copy_to(painter.network)
-        return painter
-
-    def sampling_painter(self) -> Painter:
-        """Returns a model that draws as the run's section `sample` says."""
-        sample = self.config.sample
-        precision = self.config.train.precision if sample.precision == "auto" else sample.precision
-        return self.painter(sample.weights, precision)
-
-
-class Validation(Interlude):
-    """The loss of the averaged weights on images that the run does not learn from."""
-
-    def is_due(self, images_seen: int) -> bool:
-        """See `Interlude`."""
-        begins_trained = self.config.parent.run is not None and not images_seen
-        is_end = self.is_last(images_seen) or self.ends_epoch(images_seen, self.config.log.validate_epochs)
-        return self.session.held_out is not None and (begins_trained or is_end)
-
-    def is_missing(self, recorder: Recorder) -> bool:
-        """See `Interlude`."""
-        return not recorder.has_saved("val_loss")
-
-    def run(self) -> Row:
-        """See `Interlude`."""
-        assert self.session.held_out is not None
-        return validation_row(
-            self.painter("ema", self.config.train.precision),
-            self.session.held_out,
-            self.session.objective,
-            count=self.config.log.validate_images,
-            batch_size=self.config.sample.batch_size,
-            latents=self.session.settings.latents,
-        )
-
-
-class Scoring(Interlude):
-    """The scores of what the run draws, and which checkpoint has the best one."""
-
-    # The best checkpoint is kept: it must exist.
-    needs_save = True
-
-    def __init__(self, session: TrainingSession) -> None:
-        """Computes the features of the real images, which may take minutes.
+        Args:
+            attempt: restored.
+            agreement: has one flag for stop requests, exchanged at each step of a sampler.
 
         Raises:
             StoppedError: this process was asked to stop; the same command goes on.
         """
-        super().__init__(session)
-        chosen = self.config.evaluate
-        self._score = score_name(chosen.metrics[0], chosen.extractor)
-        self._evaluator: Evaluator | None = None
+        self._attempt, self._agreement = attempt, agreement
+        self._plan, self._config, self._state = attempt.plan, attempt.plan.config, attempt.state
+        self._decoder = load_decoder(attempt.plan.bucket, attempt.plan.index, attempt.ranks.device)
+        chosen = self._config.evaluate
+        self.score_name = score_name(chosen.metrics[0], chosen.extractor)
         if chosen.every_epochs:
             from job.evaluation.in_training import Evaluator
 
-            self._evaluator = Evaluator(self.plan, session.ranks, session.stop)
+            self._evaluator = Evaluator(self._plan, attempt.ranks, attempt.stop)
 
-    def is_due(self, images_seen: int) -> bool:
-        """See `Interlude`."""
-        every_epochs = self.config.evaluate.every_epochs
-        return self._evaluator is not None and (self.is_last(images_seen) or self.ends_epoch(images_seen, every_epochs))
+    def lacks_value(self, name: str) -> bool:
+        """Returns whether the newest checkpoint has no row of this moment with this value. Collective."""
+        return self._attempt.on_main(lambda recorder: not recorder.has_saved(name))
 
-    def is_missing(self, recorder: Recorder) -> bool:
-        """See `Interlude`."""
-        return not recorder.has_saved(self._score)
+    def lacks_grid(self) -> bool:
+        """Returns whether the bucket has no sample grid of this moment. Collective."""
+        return self._attempt.on_main(lambda recorder: not self._plan.run.exists(self._grid_key()))
 
-    def run(self) -> Row:
-        """See `Interlude`."""
-        assert self._evaluator is not None
-        row = self._evaluator.scores(self.sampling_painter())
+    def validate(self, objective: Objective, latents: Latents | None) -> None:
+        """Adds the loss of the averaged weights on images that the run does not learn from to the log. Collective.
+
+        Raises:
+            StoppedError: on all processes at once, when any of them was asked to stop.
+        """
+        held_out, log = self._attempt.held_out, self._config.log
+        assert held_out is not None
+        painter, batch_size = self._painter("ema", self._config.train.precision), self._config.sample.batch_size
+        count = log.validate_images
+        row = validation_row(painter, held_out, objective, count=count, batch_size=batch_size, latents=latents)
+        if self._attempt.recorder is not None:
+            self._attempt.recorder.record(row)
+
+    def score(self) -> None:
+        """Adds the scores of what the run draws to the log, and decides which checkpoint is the best. Collective.
+
+        Raises:
+            StoppedError: as for `validate`.
+        """
+        row = self._evaluator.scores(self._sampling_painter())
 
         def publish(recorder: Recorder) -> None:
-            images_seen = self.session.state.images_seen
-            rows = [*recorder.rows, {"images_seen": images_seen, **row}]
-            recorder.writer.retention = retention_of(self.plan, rows)
-            scored = [row for row in rows if self._score in row]
-            figure = figures.scores_figure(scored, self.plan.index.images, self.plan.request.run)
-            recorder.writer.put(SCORES_FIGURE, figure, images_seen=images_seen)
+            recorder.record(row)
+            recorder.writer.retention = retention_of(self._plan, recorder.rows)
+            scored = [row for row in recorder.rows if self.score_name in row]
+            figure = figures.scores_figure(scored, self._plan.index.images, self._plan.request.run)
+            recorder.writer.put(SCORES_FIGURE, figure, images_seen=self._state.images_seen)
 
-        self.session.on_main(publish)
-        return row
+        self._attempt.on_main(publish)
 
+    def draw_grid(self) -> None:
+        """Draws the sample grid, and writes the run's page with it. Collective.
 
-class Grid(Interlude):
-    """The sample grid, and the run's page with it."""
-
-    precedes_save = False
-
-    def is_due(self, images_seen: int) -> bool:
-        """See `Interlude`; `finish` draws the last one."""
-        every_epochs = self.config.sample.every_epochs
-        if self.is_last(images_seen) or every_epochs == 0:
-            return False
-        if every_epochs:
-            return self.ends_epoch(images_seen, every_epochs)
-        return any(epoch.bit_count() == 1 for epoch in self.session.retention.ended(images_seen))
-
-    def is_missing(self, recorder: Recorder) -> bool:
-        """See `Interlude`."""
-        return not self.plan.run.exists(self._key())
-
-    def run(self) -> None:
-        """See `Interlude`."""
-        count, on_cpu = self.config.sample.images, self.session.device.type == "cpu"
+        Raises:
+            StoppedError: as for `validate`.
+        """
+        count, on_cpu = self._config.sample.images, self._attempt.ranks.device.type == "cpu"
         # On a CPU a whole grid may take longer than the epoch before it.
         self._draw(range(min(count, _EARLY_IMAGES) if on_cpu else count))
-        self.session.on_main(Recorder.write_page)
+        self._attempt.on_main(Recorder.write_page)
 
     def finish(self) -> None:
         """Draws the last grid and the GIF from noise to image. Collective."""
-        painter = self._draw(range(self.config.sample.images))
+        painter = self._draw(range(self._config.sample.images))
 
         def publish(recorder: Recorder) -> None:
-            title = with_class(self._title(range(GIF_SEEDS)), self.plan.drawn_classes)
-            gif = painter.denoising_gif(range(GIF_SEEDS), method.sampling_of(self.config.sample), title)
+            title = with_class(self._title(range(GIF_SEEDS)), self._plan.drawn_classes)
+            gif = painter.denoising_gif(range(GIF_SEEDS), method.sampling_of(self._config.sample), title)
             key = denoising_key(self._label(), self._drawing_name())
-            recorder.writer.put(key, gif, images_seen=self.session.state.images_seen)
+            recorder.writer.put(key, gif, images_seen=self._state.images_seen)
 
-        self.session.on_main(publish)
+        self._attempt.on_main(publish)
+
+    def _painter(self, weights: str, precision: str) -> Painter:
+        """Returns a model that draws with the weights of this moment: `model`, or the name of an average."""
+        attempt, config, decoder = self._attempt, self._config, self._decoder
+        painter = Painter(config, attempt.ranks, precision, attempt.stop, self._agreement, decoder)
+        if weights == "model":
+            painter.network.load_state_dict(self._state.model.state_dict())
+        else:
+            self._state.averages[weights].copy_to(painter.network)
+        return painter
+
+    def _sampling_painter(self) -> Painter:
+        """Returns a model that draws as the run's section `sample` says."""
+        sample = self._config.sample
+        precision = self._config.train.precision if sample.precision == "auto" else sample.precision
+        return self._painter(sample.weights, precision)
 
     def _draw(self, seeds: range) -> Painter:
-        sample, painter = self.config.sample, self.sampling_painter()
+        sample, painter = self._config.sample, self._sampling_painter()
         drawn = painter.draw_together(seeds, method.sampling_of(sample), sample.batch_size, "sampling")
 
         def publish(recorder: Recorder) -> None:
-            images_seen = self.session.state.images_seen
+            images_seen = self._state.images_seen
             grid = grid_png(
                 drawn,
                 seeds,
-                self.plan.drawn_classes,
+                self._plan.drawn_classes,
                 training=self._training_images() if sample.nearest else None,
-                stop=self.session.stop,
+                stop=self._attempt.stop,
                 title=self._title(seeds),
             )
-            recorder.writer.put(self._key(), grid, images_seen=images_seen)
+            recorder.writer.put(self._grid_key(), grid, images_seen=images_seen)
             ref = CheckpointRef(recorder.attempt.fence, images_seen)
             events = metric_rows.grid_events(grid, images_seen)
             recorder.writer.put(ObjectKind.GRID_EVENTS.key(checkpoint=ref), events, images_seen=images_seen)
 
-        self.session.on_main(publish)
+        self._attempt.on_main(publish)
         return painter
 
     def _training_images(self) -> ImageCache:
-        pictures = self.plan.pictures()
-        if pictures is self.plan.index:
-            return self.session.images
-        return self.plan.opened_images(self.session.stop, index=pictures)
+        pictures = self._plan.pictures()
+        if pictures is self._plan.index:
+            return self._attempt.images
+        return self._plan.opened_images(self._attempt.stop, index=pictures)
 
     def _label(self) -> str:
-        return label_of(self.session.state.images_seen, self.plan.index.images, self.config.train.batch_size)
+        return label_of(self._state.images_seen, self._plan.index.images, self._config.train.batch_size)
 
     def _drawing_name(self) -> str:
-        return self.config.sample.name(self.plan.first_drawing)
+        return self._config.sample.name(self._plan.first_drawing)
 
-    def _key(self) -> str:
+    def _grid_key(self) -> str:
         return grid_key(self._label(), self._drawing_name())
 
     def _title(self, seeds: Sequence[int]) -> str:
-        words = self.config.sample.words(self.plan.first_drawing)
-        return title_of(self.plan.run, moment_of(self._label()), words, seeds)
+        words = self._config.sample.words(self._plan.first_drawing)
+        return title_of(self._plan.run, moment_of(self._label()), words, seeds)

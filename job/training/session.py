@@ -1,7 +1,7 @@
-"""Training on one process: its state on the device, the loop, and everything that is due after a step.
+"""`ddpm train` on one process: begins a run or resumes it. There is no resume flag; the same command does both.
 
-`ddpm.training` decides what is learnt. This module connects it to a bucket: which images come in, and when a checkpoint
-goes out. All processes call a collective method at the same step.
+`ddpm.training` decides what is learnt. This module connects it to a bucket: which images come in, and what falls due
+after a step. All processes call a collective method at the same step.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -21,7 +22,7 @@ from ddpm.slots import Slots
 from ddpm.state import TrainState, check_finite, loss_row
 from ddpm.threads import threads_of
 from job.config import RunConfig, method
-from job.data.autoencoder import latents_of, load_decoder
+from job.data.autoencoder import latents_of
 from job.data.cache import ImageCache
 from job.data.order import order_of
 from job.data.stream import stream_batches
@@ -30,20 +31,49 @@ from job.plan import Plan
 from job.processes import compute
 from job.processes.ranks import Agreement, Ranks, build_accelerator
 from job.progress import Progress
+from job.requests import TrainRequest
 from job.runs.retention import Retention
 from job.stop import NEVER, Stop
-from job.training.interludes import Grid, Interlude, Scoring, Validation
+from job.training.attempt import TrainingAttempt
+from job.training.interludes import Interludes
 from job.training.pace import Pace
 from job.training.reporting import Recorder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-T = TypeVar("T")
-
 ANOTHER_PROCESS = "another process"
 """The reason of a process that stops because another one was asked to."""
 _STARVED_POLL_SECONDS = 0.02
+
+
+def run_training(request: TrainRequest, stop: Stop = NEVER) -> Plan:
+    """Trains until the run is finished; on return everything is committed and the pictures are in the bucket.
+
+    Args:
+        request: which run, checked.
+        stop: asked all the while.
+
+    Returns:
+        The plan that was carried out.
+
+    Raises:
+        StoppedError: the state is committed; the same command resumes.
+        NotANumberError: a gradient was not finite; the last checkpoint is from before that.
+        LostRunError: another attempt holds the run, or took it.
+        BucketAwayError: the bucket stayed away beyond the limit.
+    """
+    attempt = TrainingAttempt(request, stop)
+    if attempt.is_finished():
+        return attempt.plan
+    with attempt.held():
+        attempt.restore()
+        with attempt.recording():
+            session = TrainingSession(attempt)
+            session.train()
+            session.finish()
+    attempt.ranks.state.destroy_process_group()
+    return attempt.plan
 
 
 def wrapped(
@@ -128,55 +158,54 @@ class Loop:
         )
 
 
+@dataclass(frozen=True)
+class Due:
+    """What falls due after a step, in this order."""
+
+    log: bool
+    validation: bool
+    scores: bool
+    save: bool
+    grid: bool
+
+
+def due_at(images_seen: int, plan: Plan) -> Due:
+    """Returns what falls due at a moment of a run: the same on all processes, since it depends on nothing else."""
+    config, is_last = plan.config, images_seen == plan.target_images
+    every_images, sample = min(config.log.every_images, plan.index.images), config.sample
+    retention = Retention(config, plan.index.images)
+    ends, ended = partial(retention.ends_epoch, images_seen), retention.ended(images_seen)
+    begins_trained = config.parent.run is not None and not images_seen
+    is_scored = bool(config.evaluate.every_epochs) and (is_last or ends(config.evaluate.every_epochs))
+    draws = any(epoch.bit_count() == 1 for epoch in ended) if sample.every_epochs is None else ends(sample.every_epochs)
+    return Due(
+        log=crosses(images_seen, config.train.batch_size, every_images),
+        validation=plan.held_out is not None and (begins_trained or is_last or ends(config.log.validate_epochs)),
+        scores=is_scored,
+        # The best checkpoint is kept: it must exist. From the first one on the parent is not needed.
+        save=begins_trained or ends(config.checkpoint.every_epochs) or is_scored or retention.needs(images_seen),
+        # `Interludes.finish` draws the last one.
+        grid=draws and not is_last,
+    )
+
+
 class TrainingSession(Loop):
     """The loop of an attempt on one process; all processes make the same decisions at the same step."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        ranks: Ranks,
-        state: TrainState,
-        images: ImageCache,
-        *,
-        held_out: ImageCache | None = None,
-        recorder: Recorder | None = None,
-        saved_images: int = -1,
-        stop: Stop = NEVER,
-    ) -> None:
-        """Prepares the network, the interludes and the stream of batches. Collective.
-
-        Args:
-            plan: the run.
-            ranks: all processes.
-            state: new, or restored from a checkpoint.
-            images: the dataset.
-            held_out: images for the validation loss.
-            recorder: on the main process, which alone writes.
-            saved_images: images seen by the checkpoint that was restored, or -1.
-            stop: asked all the while.
-        """
-        super().__init__(plan.config, images, ranks, state, last_image=plan.target_images, stop=stop)
-        self.plan, self.held_out, self.recorder = plan, held_out, recorder
+    def __init__(self, attempt: TrainingAttempt) -> None:
+        """Prepares the network, the interludes and the stream of batches of a restored attempt. Collective."""
+        plan, ranks, recorder = attempt.plan, attempt.ranks, attempt.recorder
+        last_image = plan.target_images
+        super().__init__(plan.config, attempt.images, ranks, attempt.state, last_image=last_image, stop=attempt.stop)
+        self.attempt, self.plan, self.recorder = attempt, plan, recorder
         copied = recorder.writer.before_change if recorder else lambda: None
         self.hooks = training.Hooks(self.after_step, self._should_abandon, copied)
-        self.decoder = load_decoder(plan.bucket, plan.index, self.device)
         self.agreement = Agreement(ranks.world_size, flags=4)
         self.agreement_in_step = Agreement(ranks.world_size, flags=1)
-        self.retention = Retention(self.config, plan.index.images)
-        self.saved_images = saved_images
-        self.grid = Grid(self)
-        self.interludes: list[Interlude] = [Validation(self), Scoring(self), self.grid]
-        self.bar = Progress("training", total=plan.target_images, start=state.images_seen)
-        self.pace = Pace(self.batch_size, state.images_seen)
-
-    def on_main(self, work: Callable[[Recorder], T]) -> T:
-        """Runs `work` with the recorder on the main process; see `Ranks.on_main`. Collective."""
-
-        def with_recorder() -> T:
-            assert self.recorder is not None
-            return work(self.recorder)
-
-        return self.ranks.on_main(with_recorder)
+        self.saved_images = attempt.restored.images_seen if attempt.restored else -1
+        self.interludes = Interludes(attempt, self.agreement_in_step)
+        self.bar = Progress("training", total=plan.target_images, start=self.state.images_seen)
+        self.pace = Pace(self.batch_size, self.state.images_seen)
 
     def train(self) -> None:
         """Runs the loop to the end of the run, or until all processes agree to stop, and commits everything.
@@ -187,12 +216,7 @@ class TrainingSession(Loop):
         state = self.state
         with self.bar:
             with closing(self.batches), self.alone():
-                for interlude in self.interludes:
-                    if interlude.is_due(state.images_seen) and self.on_main(interlude.is_missing):
-                        self._run(interlude)
-                if self.config.parent.run and not state.images_seen:
-                    # From here on the parent is not needed.
-                    self._save()
+                self._catch_up()
                 if self.recorder is not None:
                     self.recorder.begins_training()
                 self.pace.restart()
@@ -203,7 +227,7 @@ class TrainingSession(Loop):
                 self.agreement_in_step.finish()
                 # Closing the stream may wait for a shard that does not come.
                 self._save()
-            self.on_main(lambda recorder: recorder.writer.wait())
+            self.attempt.on_main(lambda recorder: recorder.writer.wait())
         if state.images_seen < self.plan.target_images:
             self.stop.request(ANOTHER_PROCESS)
             raise StoppedError(
@@ -213,8 +237,8 @@ class TrainingSession(Loop):
 
     def finish(self) -> None:
         """Makes the last pictures and the finished page, and waits until the bucket has them. Collective."""
-        self.grid.finish()
-        self.on_main(Recorder.finish)
+        self.interludes.finish()
+        self.attempt.on_main(Recorder.finish)
 
     def after_step(self, state: TrainState) -> bool:
         """Logs, saves and draws what is due; returns whether all processes stop.
@@ -222,8 +246,8 @@ class TrainingSession(Loop):
         The flags of `agreement` are those that any process raised one step earlier. Every process reads the same flags
         at the same step, so all take the same branches below, and no step waits for an answer.
         """
-        images_seen, recorder = state.images_seen, self.recorder
-        stopping, save_now, failed, starved = self.agreement.exchange(
+        recorder, due = self.recorder, due_at(state.images_seen, self.plan)
+        stopping, is_overdue, failed, starved = self.agreement.exchange(
             self.stop(),
             recorder is not None and recorder.writer.overdue,
             recorder is not None and recorder.writer.troubled,
@@ -231,31 +255,56 @@ class TrainingSession(Loop):
         )
         self.pace.check_step()
         if failed:
-            self.on_main(lambda recorder: recorder.writer.raise_trouble())
-
-        if crosses(images_seen, self.batch_size, min(self.config.log.every_images, self.plan.index.images)):
+            self.attempt.on_main(lambda recorder: recorder.writer.raise_trouble())
+        if due.log:
             self._log()
-        due = [interlude for interlude in self.interludes if interlude.is_due(images_seen)]
-        stopping = stopping or self._run_due(due, precedes_save=True)
-
+        if due.validation and not stopping:
+            stopping = self._is_stopped_in(self._validate)
+        if due.scores and not stopping:
+            stopping = self._is_stopped_in(self.interludes.score)
         if stopping:
             self.stop.request(ANOTHER_PROCESS)
-        if (
-            stopping
-            or save_now
-            or self.retention.ends_epoch(images_seen, self.config.checkpoint.every_epochs)
-            or any(interlude.needs_save for interlude in due)
-            or self.retention.needs(images_seen)
-        ):
+        if due.save or is_overdue or stopping:
             self._save()
-
         # The checkpoint is queued first: images may never come, and drawing takes long.
         with self.pace.waiting_for_images():
             stopping = stopping or (starved and not self._can_all_begin(1))
-        stopping = stopping or self._run_due(due, precedes_save=False)
+        if due.grid and not stopping:
+            stopping = self._is_stopped_in(self.interludes.draw_grid)
         if recorder is not None:
             recorder.show(self.bar)
         return stopping
+
+    def _catch_up(self) -> None:
+        """Does what was due at the moment where this attempt begins, and is not in the bucket. Collective."""
+        due, interludes = due_at(self.state.images_seen, self.plan), self.interludes
+        validates = due.validation and interludes.lacks_value("val_loss")
+        scores = due.scores and interludes.lacks_value(interludes.score_name)
+        if validates:
+            self._validate()
+        if scores:
+            interludes.score()
+        if validates or scores:
+            # The rows belong to a checkpoint of this moment: one that was committed without them is not enough.
+            self.saved_images = -1
+        if due.save:
+            self._save()
+        if due.grid and interludes.lacks_grid():
+            interludes.draw_grid()
+
+    def _validate(self) -> None:
+        self.interludes.validate(self.objective, self.settings.latents)
+
+    def _is_stopped_in(self, work: Callable[[], None]) -> bool:
+        """Does work between two steps; returns whether a process was asked to stop meanwhile. Collective."""
+        try:
+            with self.pace.paused():
+                work()
+        except StoppedError:
+            # All processes raise it at the same point, between two steps: the state is saved as after any other step.
+            self.stop.request(ANOTHER_PROCESS)
+            return True
+        return False
 
     def _should_abandon(self) -> bool:
         """Returns whether all processes leave the step that they are in, because one was asked to stop."""
@@ -276,27 +325,6 @@ class TrainingSession(Loop):
             if not lacking or stopping:
                 return not lacking
             time.sleep(_STARVED_POLL_SECONDS)
-
-    def _run_due(self, due: list[Interlude], *, precedes_save: bool) -> bool:
-        """Runs the interludes of one kind; returns whether a process was asked to stop meanwhile. Collective."""
-        try:
-            for interlude in due:
-                if interlude.precedes_save is precedes_save:
-                    with self.pace.paused():
-                        self._run(interlude)
-        except StoppedError:
-            # All processes raise it at the same point, between two steps: the state is saved as after any other step.
-            self.stop.request(ANOTHER_PROCESS)
-            return True
-        return False
-
-    def _run(self, interlude: Interlude) -> None:
-        row = interlude.run()
-        if row and self.recorder is not None:
-            self.recorder.record(row)
-        if interlude.precedes_save:
-            # The row belongs to a checkpoint of this moment: one that was committed without it is not enough.
-            self.saved_images = -1
 
     def _log(self) -> None:
         """Adds the mean losses since the last row to the log. Collective."""
@@ -323,4 +351,4 @@ class TrainingSession(Loop):
         check_finite(self.state)
         loss_sums = self.state.log.reduced()
         self.saved_images = self.state.images_seen
-        self.on_main(lambda recorder: recorder.save(loss_sums))
+        self.attempt.on_main(lambda recorder: recorder.save(loss_sums))

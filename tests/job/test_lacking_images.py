@@ -15,7 +15,7 @@ from job.processes.lease import load_lease
 from job.requests import TrainRequest
 from job.runs.checkpoints import list_checkpoints
 from job.store import Store
-from job.training.attempt import run_training
+from job.training.session import run_training
 from tests.job.command_line import NETWORK
 from tests.job.leases import eventually
 from tests.job.stops import StopWhen

@@ -30,7 +30,7 @@ from job.requests import TrainRequest
 from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest
 from job.runs.metric_rows import read_rows
 from job.store import open_store
-from job.training.attempt import run_training
+from job.training.session import run_training
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.runs.whole_runs import copy_objects
 from tests.job.some_images import folder_of, png

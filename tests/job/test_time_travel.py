@@ -19,8 +19,7 @@ from safetensors.torch import load_file
 from job.exits import Exit, StoppedError
 from job.requests import TrainRequest
 from job.stop import Stop
-from job.training.attempt import run_training
-from job.training.session import TrainingSession
+from job.training.session import TrainingSession, run_training
 from tests.job.command_line import NETWORK, ddpm_here, refused, started, succeeded
 from tests.job.hooked import hooked
 
@@ -107,7 +106,7 @@ def test_a_replay_is_compared_and_refused(moved, tmp_path):
     words = ("replay", "moved", "--bucket", bucket, "--image")
     assert succeeded(ddpm_here(*words, 312, "--verify")).endswith("-000000000312, file by file\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("job.training.replay.code_version", lambda: "0+other")
+        patch.setattr("job.replay.code_version", lambda: "0+other")
         done = ddpm_here(*words, 336, "--to", tmp_path / "state")
     succeeded(done)
     (line,) = [line for line in done.stderr.splitlines() if "DIFFER" in line]

@@ -27,7 +27,7 @@ from job.runs.metric_rows import read_rows
 from job.runs.records import read_status
 from job.store import open_store
 from job.training import reporting
-from job.training.attempt import run_training
+from job.training.session import run_training
 from tests.job.command_line import NETWORK, ddpm_here, refused, succeeded
 from tests.job.stops import StopWhen
 

@@ -52,17 +52,17 @@ randomness.training_noise, Objective.losses = training_noise, losses
 """
 HOLDS = """
 import hashlib
-restore = _restore
+restore = TrainingAttempt._restore
 
-def _restore(state, *rest):
-    manifest = restore(state, *rest)
+def held(attempt):
+    restore(attempt)
     with open(f"{os.environ['HOLDS']}-{os.getpid()}", "w") as file:
-        for group, named in state.tensors().items():
+        for group, named in attempt.state.tensors().items():
             tensors = b"".join(tensor.numpy().tobytes() for tensor in named.values())
             print(group, hashlib.sha256(tensors).hexdigest(), file=file)
-    return manifest
 
 import os
+TrainingAttempt._restore = held
 """
 
 
