@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from benchmarks.exploration.training import DATASET_IMAGES, RUN, ending
+from benchmarks.exploration.training import BATCH_IMAGES, DATASET_IMAGES, RUN, ending, rows_of
 from benchmarks.exploration.world import Process, Request, Violation, World
 from job.exits import BucketAwayError, LostRunError, StoppedError
 from job.processes.lease import EXPIRE_SECONDS, LEASE_KEY
@@ -176,6 +176,9 @@ class RunChecks(LeaseChecks):
             if content is None or sha256(content[0]) != wanted:
                 state = "is missing" if content is None else "differs"
                 raise Violation(f"{request.process.name} committed {ref}, but {key} {state}")
+        seen = [json.loads(line)["images_seen"] for line in rows_of(self.world.objects, manifest).splitlines()]
+        if seen != [*range(BATCH_IMAGES, ref.images_seen + 1, BATCH_IMAGES)]:
+            raise Violation(f"{request.process.name} committed {ref} with the rows of {seen}")
 
     def at_end(self) -> None:
         """Checks that the run ends with what an undisturbed one ends with."""

@@ -20,8 +20,9 @@ from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.pieces import Pieces
 from job.processes import lease
 from job.processes.lease import Lease
-from job.runs import checkpoints, readers, removal, retention, writer
-from job.runs.retention import Retention
+from job.runs import checkpoints, metric_rows, readers, removal, retention, writer
+from job.runs.retention import Retention, Retirement
+from job.sealed import NamedObject
 from job.store.base import ObjectExistsError, Store
 
 Replace = Callable[[Any, str, Any], None]
@@ -103,26 +104,40 @@ def _commit_unconfirmed(replace: Replace) -> None:
 
 @_mutation("the metrics of a checkpoint are uploaded after its manifest, which names them", "train")
 def _late_metrics(replace: Replace) -> None:
-    metric_objects = writer.metric_rows.metric_objects
     waiting = dict[str, bytes]()
-
-    def held_back(rows: Any, ref: Any, config: Any = None) -> dict[str, bytes]:
-        waiting.update(metric_objects(rows, ref, config))
-        return dict(waiting)
 
     def commit(run: Any, manifest: Any) -> None:
         checkpoints.commit_manifest(run, manifest)
         for key, data in waiting.items():
-            run.create(key, data)
+            real(run, key, data)
         waiting.clear()
 
     def create(this: Any, key: str, data: bytes) -> str:
-        return "" if key in waiting else real(this, key, data)
+        if not key.startswith(("metrics/", "tensorboard/")):
+            return real(this, key, data)
+        waiting[key] = data
+        return ""
 
     real = Store.create
-    replace(writer.metric_rows, "metric_objects", held_back)
     replace(writer, "commit_manifest", commit)
     replace(Store, "create", create)
+
+
+@_mutation("a segment of the metrics lacks the rows of those that it takes in", "train")
+def _merged_rows_lost(replace: Replace) -> None:
+    replace(metric_rows.History, "_read", lambda history, segment: [b"", b""])
+
+
+@_mutation("a segment of the metrics that another one has taken in stays in the manifest", "train")
+def _merged_rows_twice(replace: Replace) -> None:
+    add = metric_rows.History.add
+
+    def added(history: Any, rows: Any, ref: Any, *, is_hurried: bool) -> None:
+        before = history.segments
+        add(history, rows, ref, is_hurried=is_hurried)
+        history.segments = (*before, *history.segments[-1:])
+
+    replace(metric_rows.History, "add", added)
 
 
 # Lease
@@ -237,10 +252,20 @@ def _epoch_displaced(replace: Replace) -> None:
     replace(Retention, "retire", retire)
 
 
+@_mutation("a segment of the metrics goes when a later one has taken it in, though a manifest names it", "train")
+def _merged_deleted_early(replace: Replace) -> None:
+    named_by = Retirement._named_by
+
+    def only_newest(this: Retirement, there: Any) -> Any:
+        return named_by(this, {max(there)})
+
+    replace(Retirement, "_named_by", only_newest)
+
+
 @_mutation("the sweep deletes metrics of earlier attempts, which manifests name", "train", "train-here")
 def _sweeps_metrics_in_use(replace: Replace) -> None:
     def none_named(run: Any, ref: Any) -> Any:
-        return checkpoints.load_manifest(run, ref).model_copy(update={"metrics": (), "snapshots": ()})
+        return checkpoints.load_manifest(run, ref).model_copy(update={"segments": (), "snapshots": ()})
 
     replace(retention, "load_manifest", none_named)
 
@@ -284,11 +309,14 @@ def _metrics_repeated(replace: Replace) -> None:
 
     def keeping(this: Any, leased: Any, live: Any, *, before: Any, stop: Any, note: Any) -> None:
         init(this, leased, live, before=before, stop=stop, note=note)
-        named = {one.key for one in this.saved_metrics}
+        named = {one.rows.key for one in this._history.segments}
         for entry in leased.store.list("metrics"):
             if entry.key not in named:
-                data = leased.store.read(entry.key).data
-                this.saved_metrics.append(writer.NamedObject.of(entry.key, data))
+                rows = NamedObject.of(entry.key, leased.store.read(entry.key).data)
+                events = NamedObject.of(
+                    entry.key.replace("metrics/", "tensorboard/events.out.tfevents.")[:-6], b"events"
+                )
+                this._history.segments += (checkpoints.Segment(saves=1, rows=rows, events=events),)
 
     replace(writer.CheckpointWriter, "__init__", keeping)
 
@@ -469,7 +497,7 @@ def _scored_is_damaged(replace: Replace) -> None:
     replace(FeatureFolder, "_load", without_result)
 
 
-@_mutation("an attempt that lost its run while it restored says that the checkpoint is damaged", "train-here:42c,54o30")
+@_mutation("an attempt that lost its run while it restored says that the checkpoint is damaged", "train-here:36c,48o30")
 def _loss_is_damage(replace: Replace) -> None:
     replace(Lease, "unless_lost", lambda held: nullcontext())
 
@@ -486,6 +514,6 @@ def _listed_once(replace: Replace) -> None:
     replace(reading, "choose", choose)
 
 
-@_mutation("a prune deletes what a suspended attempt has uploaded and not committed yet", "prune:41Z25")
+@_mutation("a prune deletes what a suspended attempt has uploaded and not committed yet", "prune:38Z25")
 def _suspended_is_over(replace: Replace) -> None:
     replace(removal, "_fence_at_work", lambda run: removal.records.highest_fence(run) + 1)

@@ -111,15 +111,19 @@ def _train(run: Any, lease: Lease, process: Process, note: Any) -> None:
         writer.close(wait=True)
 
 
+def rows_of(objects: dict[str, tuple[bytes, str]], manifest: Manifest) -> bytes:
+    """Returns the lines of the metrics that a manifest names."""
+    return b"".join(objects[f"{RUN}/{segment.rows.key}"][0] for segment in manifest.segments)
+
+
 def ending(objects: dict[str, tuple[bytes, str]], manifest: Manifest) -> dict[str, Any]:
     """Returns what a finished run holds, which no disturbance may change."""
     hashes = {file.name: file.sha256 for file in manifest.files}
     snapshots = {file.key[len("snapshots/000001-") :]: file.sha256 for file in manifest.snapshots}
-    rows = b"".join(objects[f"{RUN}/{one.key}"][0] for one in manifest.metrics if one.key.endswith(".jsonl"))
     return {
         "images seen": manifest.images_seen,
         "loss sums": manifest.loss_sums,
         "tensors": hashes,
         "snapshots": snapshots,
-        "rows": hashlib.sha256(rows).hexdigest(),
+        "rows": hashlib.sha256(rows_of(objects, manifest)).hexdigest(),
     }

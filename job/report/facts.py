@@ -149,9 +149,10 @@ def facts_of(
     run, config = handle.run, handle.config
     status = status or records.read_status(run)
     refs = list_checkpoints(run)
-    manifest = newest_sound(run, refs)
     if rows is None:
-        rows = metric_rows.read_rows(run, manifest.metrics, say, brief) if manifest else []
+        manifest, rows = metric_rows.newest_rows(run, say, brief)
+    else:
+        manifest = newest_sound(run, refs)
     places = places_in(run, ObjectKind.PICTURE.folder, ObjectKind.SCORES.folder)
     attempts = spans_of(attempts_of(run), status)
     pictures = [key for key in places if places[key].kind in (ObjectKind.PICTURE, ObjectKind.GRID)]

@@ -28,7 +28,7 @@ from job.config import average_name
 from job.exits import BadConfigError, BadDataError, MissingInputError
 from job.runs.layout import CHECKPOINTS, CheckpointRef, Located, ObjectKind, located, places_in
 from job.runs.records import RunRecord, attempt_id
-from job.sealed import NamedObject, Sealed
+from job.sealed import NamedObject, RecordPart, Sealed
 from job.store import ObjectMissingError, Store
 from job.store.files import scratch_folder
 
@@ -36,10 +36,19 @@ LATEST_KEY = ObjectKind.LATEST.value
 PARALLEL_DOWNLOADS = 4
 
 
+class Segment(RecordPart):
+    """The rows of the metrics of consecutive saves; see `metric_rows.py`."""
+
+    saves: int = Field(ge=1)
+    rows: NamedObject
+    events: NamedObject
+    """The same for TensorBoard."""
+
+
 class Manifest(RunRecord):
     """The content of `MANIFEST.json`, whose existence is the commit of a checkpoint."""
 
-    format: int = Field(default=2, ge=2, le=2)
+    format: int = Field(default=3, ge=3, le=3)
     fence: int = Field(ge=1)
     attempt: str
     """The id of the attempt that wrote it; no other run has it."""
@@ -53,8 +62,8 @@ class Manifest(RunRecord):
     files: tuple[NamedObject, ...]
     drawn: str = ""
     """The group of weights in `unet/`, such as `ema`; empty if diffusers lacks the network."""
-    metrics: tuple[NamedObject, ...] = ()
-    """All segments of the run's metrics up to here; see `metric_rows.py`."""
+    segments: tuple[Segment, ...] = ()
+    """The run's metrics up to here, in order."""
     snapshots: tuple[NamedObject, ...] = ()
     """All snapshots of the run up to here: power-function averages in half precision, for `ddpm ema`."""
 
@@ -66,6 +75,11 @@ class Manifest(RunRecord):
     def is_at(self, place: Located) -> bool:
         """Returns whether it lies in the folder of its checkpoint."""
         return self.ref == place.checkpoint
+
+    @property
+    def metrics(self) -> tuple[NamedObject, ...]:
+        """Returns the objects of the run's metrics up to here, in order."""
+        return tuple(named for segment in self.segments for named in (segment.rows, segment.events))
 
     @property
     def objects(self) -> dict[str, str]:

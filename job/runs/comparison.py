@@ -14,7 +14,6 @@ from job.config import RunConfig
 from job.exits import BadRequestError, MissingInputError
 from job.progress import note
 from job.runs import metric_rows, records
-from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.listing import print_table
 from job.store import Store, open_store
 
@@ -86,7 +85,7 @@ def _differing(first: RunConfig, second: RunConfig) -> dict[str, tuple[object, o
 def _rows(bucket: Store, name: str) -> dict[int, metric_rows.Row]:
     """Returns the merged rows of a run up to its newest checkpoint, by images seen."""
     run = records.run_store(bucket, name)
-    if not (refs := list_checkpoints(run)):
+    manifest, rows = metric_rows.newest_rows(run)
+    if manifest is None:
         raise MissingInputError(f"run {name!r} has no checkpoint yet, and no losses")
-    rows = metric_rows.merged(metric_rows.read_rows(run, load_manifest(run, max(refs)).metrics))
-    return {row["images_seen"]: row for row in rows}
+    return {row["images_seen"]: row for row in metric_rows.merged(rows)}

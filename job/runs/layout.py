@@ -64,7 +64,7 @@ class ObjectKind(Enum):
     AVERAGE = "checkpoints/{checkpoint}/averages/{group}.json"  # created once, last: the commit of a reconstruction
     AVERAGE_TENSORS = "checkpoints/{checkpoint}/averages/{unique}/{group}-{number:02d}.safetensors"
     SNAPSHOT = "snapshots/{checkpoint}/{group}-{number:02d}.safetensors"  # averages at a checkpoint, in half precision
-    METRICS = "metrics/{checkpoint}.jsonl"  # rows up to this checkpoint and since the one before
+    METRICS = "metrics/{checkpoint}.jsonl"  # a segment of the rows, which ends with this checkpoint
     EVENTS = "tensorboard/events.out.tfevents.{checkpoint}"  # the same rows for TensorBoard
     GRID_EVENTS = "tensorboard/samples/events.out.tfevents.{checkpoint}"  # a sample grid for TensorBoard
     PICTURE = "samples/{name}.{picture}"

@@ -1,16 +1,23 @@
 """Metrics: JSON lines and TensorBoard events, in segments that are committed with checkpoints.
 
 A bucket cannot append, and a killed attempt must leave neither gaps nor duplicates. The rows since the last checkpoint
-are therefore uploaded with the next one, as objects that its manifest names. Rows after the last commit are lost with
+are therefore uploaded with the next one, as a segment that its manifest names. Rows after the last commit are lost with
 their attempt, and the next attempt logs them again.
+
+A small run saves every ten seconds, 60,000 times in a week. A new segment therefore takes in the last ones before it
+that have fewer than `GROWTH` times its saves, so that a manifest names few segments, and each row is written again a
+few times (a log-structured merge tree: O'Neil et al. 1996). `Retirement` deletes a segment with the last checkpoint
+that names it.
 """
 
 from __future__ import annotations
 
 import json
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
@@ -23,10 +30,10 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from job.config import LARGEST, RunConfig
 from job.exits import BadDataError
+from job.runs.checkpoints import Manifest, Segment, list_checkpoints, newest_sound
 from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef, ObjectKind, located
 from job.sealed import NamedObject
 from job.store import Store
-from job.store.files import scratch_folder
 
 Row = dict[str, Any]
 
@@ -47,26 +54,101 @@ class _BriefLine(BaseModel):
     images_per_second: int | float | None = None
 
 
+GROWTH = 4
+"""100,000 saves have at most 8 segments, and write each row 17 times."""
+PARALLEL_READS = 8
+_KEPT_BYTES = 1 << 20
+"""The largest object of a segment that stays in memory, for the segment that takes it in."""
 _LINES, _BRIEF_LINES = TypeAdapter(list[_Line]), TypeAdapter(list[_BriefLine])
 
 
-def metric_objects(rows: list[Row], ref: CheckpointRef, config: RunConfig | None = None) -> dict[str, bytes]:
-    """Returns the rows as two objects by key: JSON lines, and TensorBoard events.
+class History:
+    """The segments of a run's metrics, to which an attempt adds.
 
-    Args:
-        rows: since the checkpoint before.
-        ref: the checkpoint that commits them.
-        config: of the run, with its first rows only; TensorBoard shows its values as hyper-parameters.
+    Attributes:
+        segments: those that the next manifest names.
     """
-    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+    def __init__(self, run: Store, segments: Sequence[Segment], config: RunConfig, warn: Callable[[str], None]) -> None:
+        """Goes on from the segments of a restored checkpoint; `warn` hears of damaged ones, which stay as they are."""
+        self.segments = tuple(segments)
+        self._run, self._config, self._warn = run, config, warn
+        self._contents, self._damaged = dict[str, bytes](), set[str]()
+
+    def add(self, rows: Sequence[Row], ref: CheckpointRef, *, is_hurried: bool) -> None:
+        """Uploads the rows since the last checkpoint, together with the segments that the new one takes in.
+
+        Args:
+            rows: since the checkpoint before; none add no segment.
+            ref: the checkpoint that commits them, under which no object lies yet.
+            is_hurried: take in no segment, because there may be no time for that.
+        """
+        if not rows:
+            return
+        contents = [_lines(rows), _events(rows, None if self.segments else self._config)]
+        saves, before = 1, [*self.segments]
+        while before and not is_hurried and before[-1].saves < GROWTH * saves and (older := self._read(before[-1])):
+            contents = [earlier + later for earlier, later in zip(older, contents, strict=True)]
+            saves += before.pop().saves
+        keys = [kind.key(checkpoint=ref) for kind in (ObjectKind.METRICS, ObjectKind.EVENTS)]
+        for key, data in zip(keys, contents, strict=True):
+            self._run.create(key, data)
+        lines, events = map(NamedObject.of, keys, contents)
+        self.segments = (*before, Segment(saves=saves, rows=lines, events=events))
+        named = {one.key for segment in self.segments for one in (segment.rows, segment.events)}
+        known = self._contents | dict(zip(keys, contents, strict=True))
+        self._contents = {key: data for key, data in known.items() if key in named and len(data) <= _KEPT_BYTES}
+
+    def _read(self, segment: Segment) -> list[bytes]:
+        """Returns the contents of a segment; none if it is damaged, so that its loss stays visible."""
+        if segment.rows.key in self._damaged:
+            return []
+        if segment.rows.key in self._contents and segment.events.key in self._contents:
+            return [self._contents[one.key] for one in (segment.rows, segment.events)]
+        try:
+            lines, events = (one.read(self._run) for one in (segment.rows, segment.events))
+            _parsed(lines)
+            return [lines, events]
+        except (BadDataError, ValidationError) as error:
+            self._damaged.add(segment.rows.key)
+            self._warn(f"{self._run.uri_of(segment.rows.key)} stays by itself: {_why(error)}")
+            return []
+
+
+def _parsed(lines: bytes, brief: bool = False) -> list[Row]:
+    read = (_BRIEF_LINES if brief else _LINES).validate_json(b"[%b]" % b",".join(lines.splitlines()))
+    return [line.__dict__ | (line.__pydantic_extra__ or {}) for line in read]
+
+
+def _why(error: BadDataError | ValidationError) -> str:
+    return str(error) if isinstance(error, BadDataError) else "it holds no rows of this version"
+
+
+def _lines(rows: Sequence[Row]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def _events(rows: Sequence[Row], config: RunConfig | None) -> bytes:
+    """Returns rows as a file of TensorBoard's, which may follow another one in a longer file.
+
+    It begins with a start of a session, at which a TensorBoard that has read the same rows elsewhere forgets these. It
+    shows the values of `config`, which comes with a run's first rows, as hyper-parameters.
+    """
     summary = _tensorboardx().summary
     about = summary.hparams(_plain(config), {"loss": 0.0}) if config is not None else ()
-    events = [_event(one, 0, time.time()) for one in about]
+    events = [_start(rows[0]["images_seen"] if config is None else 0)]
+    events += [_event(one, 0, time.time()) for one in about]
     for row in rows:
         named = [(name, value) for name, value in row.items() if name not in ("images_seen", "time")]
         values = [summary.scalar(name, value).value[0] for name, value in named if value is not None]
         events.append(_event(summary.Summary(value=values), row["images_seen"], row["time"]))
-    return {ObjectKind.METRICS.key(checkpoint=ref): lines, ObjectKind.EVENTS.key(checkpoint=ref): _file_of(events)}
+    return _file_of(events)
+
+
+def _start(images_seen: int) -> Any:
+    event_pb2 = _tensorboardx().proto.event_pb2
+    session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    return event_pb2.Event(session_log=session, step=images_seen, wall_time=time.time())
 
 
 def grid_events(png: bytes, images_seen: int) -> bytes:
@@ -86,21 +168,22 @@ def _event(summary: Any, images_seen: int, wall_time: float) -> Any:
 
 
 def _file_of(events: Iterable[Any]) -> bytes:
-    # Not a SummaryWriter: it starts a thread for each file, and training would wait for it.
-    with scratch_folder("events") as folder:
-        writer = _tensorboardx().event_file_writer.EventsWriter(str(folder / "events"))
-        for event in events:
-            writer.write_event(event)
-        writer.close()
-        (path,) = folder.iterdir()
-        return path.read_bytes()
+    """Returns events in TFRecord's frames: length, its checksum, content, its checksum."""
+    tensorboardx, contents = _tensorboardx(), list[bytes]()
+    version = tensorboardx.proto.event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2")
+    for event in (version, *events):
+        content = event.SerializeToString()
+        length = struct.pack("<Q", len(content))
+        checksums = (struct.pack("<I", tensorboardx.record_writer.masked_crc32c(data)) for data in (length, content))
+        contents += [length, next(checksums), content, next(checksums)]
+    return b"".join(contents)
 
 
 @cache
 def _tensorboardx() -> ModuleType:
     # For buckets it would import two libraries, which takes as long as several steps of a small network.
     with _without_modules("boto3", "google.cloud.storage"):
-        import tensorboardX.event_file_writer
+        import tensorboardX.record_writer
         import tensorboardX.summary
     return tensorboardX
 
@@ -128,19 +211,43 @@ def read_rows(
         BadDataError: an object is missing or corrupt; the message names it.
         ValidationError: an object with the right hash holds something else than rows.
     """
-    rows: list[Row] = []
-    for segment in named:
-        if located(segment.key).kind is ObjectKind.METRICS:
-            try:
-                lines = b"[%b]" % b",".join(segment.read(run).splitlines())
-                read = (_BRIEF_LINES if brief else _LINES).validate_json(lines)
-                rows += [line.__dict__ | (line.__pydantic_extra__ or {}) for line in read]
-            except (BadDataError, ValidationError) as error:
-                if warn is None:
-                    raise
-                why = error if isinstance(error, BadDataError) else "it holds no rows of this version"
-                warn(f"going on without the rows of {run.uri_of(segment.key)}: {why}")
-    return rows
+
+    def read(one: NamedObject) -> list[Row]:
+        try:
+            return _parsed(one.read(run), brief)
+        except (BadDataError, ValidationError) as error:
+            if warn is None:
+                raise
+            warn(f"going on without the rows of {run.uri_of(one.key)}: {_why(error)}")
+            return []
+
+    with ThreadPoolExecutor(PARALLEL_READS) as pool:
+        of_rows = [one for one in named if located(one.key).kind is ObjectKind.METRICS]
+        return [row for rows in pool.map(read, of_rows) for row in rows]
+
+
+def newest_rows(
+    run: Store, warn: Callable[[str], None] | None = None, brief: bool = False
+) -> tuple[Manifest | None, list[Row]]:
+    """Returns the manifest of the newest sound checkpoint, and its rows as `read_rows`; none without a checkpoint.
+
+    Training may retire that checkpoint meanwhile, and delete segments that later ones have taken in: then it chooses
+    again.
+    """
+    while manifest := newest_sound(run, list_checkpoints(run)):
+        problems = list[str]()
+        try:
+            rows = read_rows(run, manifest.metrics, None if warn is None else problems.append, brief)
+        except BadDataError:
+            if run.exists(manifest.ref.manifest_key):
+                raise
+            continue
+        if not problems or run.exists(manifest.ref.manifest_key):
+            for problem in problems:
+                assert warn is not None
+                warn(problem)
+            return manifest, rows
+    return None, []
 
 
 def merged(rows: Sequence[Row]) -> list[Row]:

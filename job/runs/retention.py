@@ -6,6 +6,7 @@ Training deletes both after each commit. A checkpoint that a process reads stays
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,8 +14,8 @@ from ddpm.epochs import epochs_completed_by
 from job.config import RunConfig
 from job.exits import BadDataError, JobError, LostRunError
 from job.processes.lease import Lease
-from job.runs.checkpoints import list_checkpoints, load_manifest
-from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, CheckpointRef, Located, ObjectKind, places_in
+from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest
+from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, CheckpointRef, Located, ObjectKind, located, places_in
 from job.runs.metric_rows import Row
 from job.runs.readers import being_read
 from job.runs.scores import score_name
@@ -88,20 +89,24 @@ def delete_checkpoint(run: Store, ref: CheckpointRef) -> None:
             run.delete(entry.key)
 
 
-def leftovers(run: Store, places: Mapping[str, Located], fence: int) -> dict[str, str]:
+def leftovers(
+    run: Store, places: Mapping[str, Located], fence: int, named: Collection[str] | None = None
+) -> dict[str, str]:
     """Returns the keys of objects that killed processes left, and what left each of them; they are harmless.
 
     Args:
         run: the run's folder.
         places: the objects to check, with all manifests and records of pieces among them.
         fence: attempts from this one on may still run.
+        named: the keys that manifests name; None: it reads them.
     """
     committed = {place.checkpoint for place in places.values() if place.kind is ObjectKind.MANIFEST}
     recorded = {(place.batch, place.piece) for place in places.values() if place.kind is ObjectKind.RECORD}
     made = {(place.checkpoint, place.group) for place in places.values() if place.kind is ObjectKind.AVERAGE}
     read, left = being_read(run), dict[str, str]()
     try:
-        named: Collection[str] = {key for ref in list_checkpoints(run) for key in load_manifest(run, ref).objects}
+        if named is None:
+            named = {key for ref in list_checkpoints(run) for key in load_manifest(run, ref).objects}
     except (BadDataError, ObjectMissingError):
         # A damaged manifest may name any of them, so none of them counts as left.
         named = places
@@ -129,13 +134,13 @@ def leftovers(run: Store, places: Mapping[str, Located], fence: int) -> dict[str
     return left
 
 
-def sweep(run: Store, lease: Lease) -> None:
+def sweep(run: Store, lease: Lease, named: Collection[str] | None = None) -> None:
     """Deletes the leftovers of attempts before the holder of `lease`, none of which can commit any more.
 
-    They are files without a manifest, and metrics that a later attempt has logged again.
+    They are files without a manifest, and metrics that no manifest names; for `named` see `leftovers`.
     """
     kinds = (ObjectKind.TENSORS, ObjectKind.METRICS, ObjectKind.EVENTS, ObjectKind.SNAPSHOT, ObjectKind.READER)
-    for key in leftovers(run, places_in(run, *(kind.folder for kind in kinds)), lease.fence):
+    for key in leftovers(run, places_in(run, *(kind.folder for kind in kinds)), lease.fence, named):
         _while_held(run, lease, partial(run.delete, key))
     run.sub(CHECKPOINTS).sweep()
 
@@ -151,7 +156,7 @@ def _while_held(run: Store, lease: Lease, delete: Callable[[], None]) -> None:
 
 
 class Retirement:
-    """Deletes old checkpoints and leftovers after each commit of an attempt."""
+    """Deletes what no checkpoint needs after each commit of an attempt: old checkpoints, their metrics, leftovers."""
 
     def __init__(
         self, run: Store, lease: Lease, damaged: Collection[CheckpointRef], note: Callable[[str], None]
@@ -159,17 +164,23 @@ class Retirement:
         """Checkpoints that are `damaged` do not count for retention, and stay."""
         self._run, self._lease, self._damaged, self._note = run, lease, damaged, note
         self._is_swept = False
+        # By checkpoint the metrics and snapshots that its manifest names; None if it cannot be read.
+        self._named = dict[CheckpointRef, set[str] | None]()
+        self._retired, self._unnamed = set[CheckpointRef](), set[str]()
 
-    def after(self, newest: CheckpointRef, retention: Retention) -> None:
+    def after(self, newest: Manifest, retention: Retention) -> None:
         """Deletes what the rules do not keep. After an error, which loses no work, the next commit tries again."""
+        self._named[newest.ref] = _named_outside(newest)
         try:
+            there = set(list_checkpoints(self._run))
             # A checkpoint of a higher fence may be damaged: if it counted, a sound one would be deleted in its place.
-            refs = [ref for ref in list_checkpoints(self._run) if ref <= newest and ref not in self._damaged]
-            for ref in retention.retire(refs):
+            for ref in retention.retire(ref for ref in there if ref <= newest.ref and ref not in self._damaged):
                 _while_held(self._run, self._lease, partial(self._retire, ref))
+            named = self._named_by(there - self._retired)
             if not self._is_swept:
-                sweep(self._run, self._lease)
+                sweep(self._run, self._lease, named)
                 self._is_swept = True
+            self._delete_unnamed()
         except LostRunError:
             raise
         except JobError as error:
@@ -179,3 +190,29 @@ class Retirement:
         # Checked right before the deletion: a reader that comes later misses the manifest, and chooses again.
         if ref not in being_read(self._run):
             delete_checkpoint(self._run, ref)
+            self._retired.add(ref)
+
+    def _named_by(self, there: set[CheckpointRef]) -> set[str] | None:
+        """Returns the metrics and snapshots that these checkpoints name; None if one of them cannot be read."""
+        for ref in there - self._named.keys():
+            self._named[ref] = None
+            with suppress(BadDataError, ObjectMissingError):
+                self._named[ref] = _named_outside(load_manifest(self._run, ref))
+        for ref in self._named.keys() - there:
+            self._unnamed |= self._named.pop(ref) or set()
+        readable = [keys for keys in self._named.values() if keys is not None]
+        named = set[str]().union(*readable)
+        self._unnamed -= named
+        return named if len(readable) == len(self._named) else None
+
+    def _delete_unnamed(self) -> None:
+        # A manifest that cannot be read may name whatever was uploaded before it.
+        unreadable = max((ref for ref, keys in self._named.items() if keys is None), default=CheckpointRef(0, 0))
+        for key in sorted(key for key in self._unnamed if located(key).checkpoint > unreadable):
+            _while_held(self._run, self._lease, partial(self._run.delete, key))
+            self._unnamed.discard(key)
+
+
+def _named_outside(manifest: Manifest) -> set[str]:
+    """Returns the objects outside of a checkpoint's folder that its manifest names."""
+    return {one.key for one in (*manifest.metrics, *manifest.snapshots)}

@@ -20,9 +20,10 @@ from job.runs.checkpoint_files import CheckpointFiles, Tensors
 from job.runs.checkpoints import Manifest, commit_manifest
 from job.runs.drawings import put_picture
 from job.runs.layout import OF_CHECKPOINT, CheckpointRef, located
+from job.runs.metric_rows import History
 from job.runs.records import Attempt
 from job.runs.retention import Retention, Retirement
-from job.sealed import NamedObject, utc_now
+from job.sealed import utc_now
 from job.stop import GRACE_VARIABLE, Stop
 from job.store import Store
 
@@ -53,7 +54,6 @@ class CheckpointWriter:
 
     Attributes:
         rows: of the metrics since the last checkpoint; training appends to them.
-        saved_metrics: the objects that hold all earlier rows; some may still be uploading.
         retention: the rules that decide which checkpoints stay.
         cadence: the interval between saves, and the measured duration of the last one.
     """
@@ -70,7 +70,7 @@ class CheckpointWriter:
             stop: asked while the main thread waits.
             note: receives messages for people.
         """
-        self.rows, self.saved_metrics = list[metric_rows.Row](), list(before.metrics if before else ())
+        self.rows = list[metric_rows.Row]()
         self._snapshots = before.snapshots if before else ()
         self._lineage = (*before.lineage, str(before.ref)) if before else ()
         self.retention = leased.retention
@@ -78,12 +78,13 @@ class CheckpointWriter:
         # Unlike `stop` this ends no upload that is under way when a stop is requested.
         self._closing = Stop(stop.grace_seconds)
         self._run = leased.store.within(leased.store.retry.limit_seconds, self._closing)
+        self._history = History(self._run, before.segments if before else (), leased.retention.config, note)
         self._files = CheckpointFiles(live, leased.retention, leased.classes)
         every_minutes = leased.retention.config.checkpoint.every_minutes
         self.cadence = Cadence(self._run, self._files.size_bytes, every_minutes, stop.grace_seconds, note)
         self._retirement = Retirement(self._run, leased.lease, leased.damaged, note)
         self._changed = threading.Condition()
-        self._queued: tuple[Manifest, dict[str, bytes]] | None = None
+        self._queued: tuple[Manifest, list[metric_rows.Row]] | None = None
         self._later: list[Callable[[Store], None]] = []
         self._reading_host = self._committing = False
         self._error: BaseException | None = None
@@ -122,12 +123,7 @@ class CheckpointWriter:
             BucketAwayError: a stop was requested, and no time is left to wait.
         """
         self.cadence.begin()
-        attempt, objects = self._leased.attempt, dict[str, bytes]()
-        if self.rows:
-            config = None if self.saved_metrics else self.retention.config
-            objects = metric_rows.metric_objects(self.rows, CheckpointRef(attempt.fence, images_seen), config)
-            self.saved_metrics += [NamedObject.of(key, data) for key, data in objects.items()]
-            self.rows = []
+        attempt = self._leased.attempt
         manifest = Manifest(
             fence=attempt.fence,
             attempt=attempt.id,
@@ -138,16 +134,15 @@ class CheckpointWriter:
             lineage=self._lineage,
             files=(),
             drawn=self._files.drawn,
-            metrics=tuple(self.saved_metrics),
         )
         with self._change():
             while self._reading_host or (self._queued and self.retention.needs(self._queued[0].images_seen)):
                 self._wait_a_little()
             self.raise_trouble()
-            if self._queued:
-                objects = self._queued[1] | objects
             self._files.copy()
-            self._queued = manifest, objects
+            # A checkpoint that this one replaces leaves it its rows.
+            rows = (self._queued[1] if self._queued else []) + self.rows
+            self._queued, self.rows = (manifest, rows), []
         self.cadence.copied()
 
     def before_change(self) -> None:
@@ -243,19 +238,19 @@ class CheckpointWriter:
                 self._changed.wait()
             return not self._closing.reason
 
-    def _commit(self) -> CheckpointRef:
-        """Commits the queued checkpoint: its files, its small objects, a last check of the lease, the manifest."""
+    def _commit(self) -> Manifest:
+        """Commits the queued checkpoint: its files, its rows, a last check of the lease, the manifest."""
         with self._change():
             assert self._queued is not None
-            (manifest, objects), self._queued = self._queued, None
+            (manifest, rows), self._queued = self._queued, None
             self._committing = self._reading_host = True
         began, processor_began, outages = time.monotonic(), time.thread_time(), self._run.retry.outages
         uploaded = self._files.upload(self._run, self._leased.lease, manifest.ref, self._release_host)
         files = tuple(file for file in uploaded if located(file.key).kind in OF_CHECKPOINT)
         self._snapshots += tuple(file for file in uploaded if file not in files)
-        manifest = manifest.model_copy(update={"files": files, "snapshots": self._snapshots})
-        for key, data in objects.items():
-            self._run.create(key, data)
+        self._history.add(rows, manifest.ref, is_hurried=bool(self._stop.reason))
+        named = {"files": files, "snapshots": self._snapshots, "segments": self._history.segments}
+        manifest = manifest.model_copy(update=named)
 
         def commit() -> None:
             # After an outage the lease is checked again: another attempt may have taken the run meanwhile.
@@ -268,7 +263,7 @@ class CheckpointWriter:
             self.cadence.committed(time.monotonic() - began, time.thread_time() - processor_began)
         with self._change():
             self._committing = False
-        return manifest.ref
+        return manifest
 
     def _release_host(self) -> None:
         with self._change():

@@ -20,7 +20,7 @@ from job.report.page import put_page
 from job.report.picture_cache import PictureCache
 from job.runs import records
 from job.runs.drawings import LOSS_FIGURE, label_of, moment_of
-from job.runs.metric_rows import Row, read_rows
+from job.runs.metric_rows import Row
 from job.runs.retention import Retention, best_images_seen
 from job.runs.writer import CheckpointWriter
 from job.sealed import utc_now
@@ -73,9 +73,8 @@ class Recorder:
         self._status = records.StatusReporter(plan.run, self._confirmed_status, note)
 
     def has_saved(self, name: str) -> bool:
-        """Returns whether the newest checkpoint holds a row of this moment with this value."""
-        rows = read_rows(self.plan.run, self.writer.saved_metrics[-2:], note)
-        return any(name in row and row["images_seen"] == self._state.images_seen for row in rows)
+        """Returns whether the newest checkpoint holds a row of this moment with this value, before training begins."""
+        return any(name in row and row["images_seen"] == self._state.images_seen for row in self.rows)
 
     def begins_training(self) -> None:
         """Takes the time from the attempt's record to its first step."""

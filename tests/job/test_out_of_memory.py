@@ -32,7 +32,7 @@ def run_training(*arguments):
 def test_on_the_machine(tmp_path):
     place = ("--bucket", tmp_path / "bucket")
     variables = {
-        "PYTHONPATH": hooked(tmp_path / "hooks", job__training__attempt=LITTLE_MEMORY),
+        "PYTHONPATH": hooked(tmp_path / "hooks", job__training__session=LITTLE_MEMORY),
         "DDPM_CACHE": str(tmp_path / "cache"),
     }
     succeeded(ddpm("data", "ensure", "landscape-sample", *place))

@@ -18,9 +18,8 @@ from job.data.pack_request import PackRequest
 from job.plan import open_run
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.metric_rows import metric_objects
+from job.runs.metric_rows import History
 from job.runs.records import run_store
-from job.sealed import NamedObject
 from job.store import open_store
 from tests.job.command_line import ddpm_here, settings, succeeded
 
@@ -66,11 +65,10 @@ def lengthen(bucket: Path, run: str, epochs: int, grids: int, rows: int) -> None
         | {name: 0.1 * noise.random() for name in ("loss", "loss_q0", "loss_q1", "loss_q2", "loss_q3", "val_loss")}
         for i in range(rows)
     ]
-    objects = metric_objects(logged, CheckpointRef(ref.fence, 1))
-    for key, data in objects.items():
-        store.put(key, data)
-    named = tuple(NamedObject.of(key, data) for key, data in objects.items())
-    store.put(ObjectKind.MANIFEST.key(checkpoint=ref), manifest.model_copy(update={"metrics": named}).to_json())
+    history = History(store, (), found.config, [].append)
+    history.add(logged, CheckpointRef(ref.fence, 1), is_hurried=False)
+    named = manifest.model_copy(update={"segments": history.segments})
+    store.put(ObjectKind.MANIFEST.key(checkpoint=ref), named.to_json())
 
 
 def multiply(bucket: Path, run: str, count: int) -> None:

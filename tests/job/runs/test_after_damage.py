@@ -9,7 +9,9 @@ import pytest
 from job.exits import BadDataError, Exit
 from job.requests import SampleRequest
 from job.runs.checkpoints import LATEST_KEY, list_checkpoints, load_manifest, newest_good
-from job.runs.metric_rows import read_rows
+from job.runs.layout import CheckpointRef
+from job.runs.metric_rows import History, read_rows
+from job.runs.records import load_config
 from job.sampling.sampling_plan import plan_sampling
 from job.sealed import NamedObject
 from job.store import open_store
@@ -101,20 +103,28 @@ def test_a_foreign_checkpoint_is_trained_again(copy, store, contents, tmp_path):
 def test_lost_metrics_change_no_weights(copy, store, tmp_path):
     undisturbed, newest = store.sub("runs/undisturbed"), max(list_checkpoints(copy))
     manifest = load_manifest(copy, newest)
-    rotten, gone, foreign = lost = [named for named in manifest.metrics if named.key.startswith("metrics/")][:3]
+    rows, history = read_rows(copy, manifest.metrics), History(copy, (), load_config(copy), pytest.fail)
+    for number, part in enumerate((rows[:1], rows[1:2], rows[2:3], rows[3:]), 1):
+        # As after stops, which leave no time to join them.
+        history.add(part, CheckpointRef(1, number), is_hurried=True)
+    rotten, gone, foreign = lost = [segment.rows for segment in history.segments[:3]]
     lost_rows = read_rows(copy, lost)
     copy.put(rotten.key, DAMAGES["bit in the middle"](copy.read(rotten.key).data))
     copy.delete(gone.key)
     # What a checkpoint vouches for may be another program's.
     copy.put(foreign.key, b'{"loss": "low"}\n')
     vouched = {foreign.key: NamedObject.of(foreign.key, b'{"loss": "low"}\n')}
-    metrics = tuple(vouched.get(named.key, named) for named in manifest.metrics)
-    copy.put(newest.manifest_key, manifest.model_copy(update={"metrics": metrics}).to_json())
+    segments = tuple(
+        segment.model_copy(update={"rows": vouched.get(segment.rows.key, segment.rows)}) for segment in history.segments
+    )
+    copy.put(newest.manifest_key, manifest.model_copy(update={"segments": segments}).to_json())
     done = train(tmp_path, "r", 5)
     succeeded(done)
     assert [f"{copy.uri}/{named.key}" in done.stderr for named in lost] == [True] * 3
     last = [max(list_checkpoints(of)) for of in (copy, undisturbed)]
     assert last[0].images_seen == last[1].images_seen > newest.images_seen
+    # What is lost stays named, for `ddpm runs verify`.
+    assert {named.key for named in lost} <= load_manifest(copy, last[0]).objects.keys()
     assert content_hash(copy, last[0]) == content_hash(undisturbed, last[1])
     rows, expected = (
         read_rows(of, load_manifest(of, ref).metrics, [].append)
