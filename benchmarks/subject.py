@@ -52,7 +52,7 @@ def diffusers_twin(network: nn.Module, config: RunConfig) -> Any:
     from diffusers import UNet2DModel
 
     model = config.model
-    assert isinstance(model, catalogue.UNet)
+    assert isinstance(model, catalogue.UNetConfig)
     size = min(config.image_shape[1:])
     sizes = [size // 2**level for level in range(len(model.channel_mults))]
     attention = ["Attn" if size in model.attention_sizes else "" for size in sizes]

@@ -28,13 +28,11 @@ LARGEST = 10**9
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampling algorithm, a function in `ddpm.samplers`."""
+    """A sampling algorithm, in `FUNCTIONS` of `ddpm.samplers`."""
 
     sentence: str
     options: tuple[str, ...] = ()
     """The fields of `Drawing` that it takes and most samplers do not."""
-    function: str = ""
-    """Name of the function, if it differs from the sampler's name."""
     also: tuple[str, ...] = ()
     """Further arguments of the function: `process`, or fields of `Drawing`."""
     order: int = 1
@@ -42,9 +40,9 @@ class Sampler:
 
 
 SAMPLERS = {
-    "ddpm": Sampler("ancestral sampling (Ho et al. 2020)", ("variance",), "ancestral"),
+    "ddpm": Sampler("ancestral sampling (Ho et al. 2020)", ("variance",)),
     "ddim": Sampler("DDIM (Song et al. 2021), with η = 1 as `ddpm` with `fixed_small`", ("eta",)),
-    "euler": Sampler("`ddim` with η = 0, named as in k-diffusion", (), "ddim"),
+    "euler": Sampler("`ddim` with η = 0, named as in k-diffusion"),
     "euler_ancestral": Sampler("`ddim` with η = 1, named as in k-diffusion"),
     "heun": Sampler("Heun's method, with churn (Karras et al. 2022)", ("churn",), also=("process", "steps")),
     "dpmpp_2m": Sampler("DPM-Solver++(2M), multistep (Lu et al. 2022)", order=2),
@@ -251,7 +249,7 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Average:
+class ExponentialAverage:
     """The exponential average of the weights."""
 
     decay: Annotated[Below1, "decay per step: 0.5^(batch_size/H) for a half-life of H images"] = 0.9999
@@ -282,8 +280,8 @@ OF_CLASSES = ("class_embedding", "label_emb")
 
 
 @dataclass(frozen=True)
-class Network:
-    """The settings that all networks share; the network itself has the same name, in the module of its kind."""
+class NetworkConfig:
+    """The settings that all networks share."""
 
     schedule: ClassVar[str] = ""
     """The only schedule whose t it takes; empty: all."""
@@ -302,7 +300,7 @@ class Network:
 
 
 @dataclass(frozen=True)
-class UNet(Network):
+class UNetConfig(NetworkConfig):
     """The U-Net of Ho et al. (2020), appendix B; with its switches that of Dhariwal & Nichol (2021), section 3."""
 
     parts: ClassVar[str] = f"{_INPUTS} down_blocks mid_block up_blocks conv_norm_out conv_out"
@@ -335,7 +333,7 @@ class UNet(Network):
 
 
 @dataclass(frozen=True)
-class EDM2(Network):
+class EDM2Config(NetworkConfig):
     """The magnitude-preserving U-Net of Karras et al. (2024), configuration G; by default EDM2-S."""
 
     schedule: ClassVar[str] = "edm"
@@ -357,7 +355,7 @@ class EDM2(Network):
 
 
 @dataclass(frozen=True)
-class DiT(Network):
+class DiTConfig(NetworkConfig):
     """The transformer of Peebles & Xie (2023); by default DiT-S/2."""
 
     parts: ClassVar[str] = "patches linear_1 linear_2 class_embedding augmentation_embedding blocks modulation output"
@@ -384,7 +382,7 @@ class DiT(Network):
 
 
 @dataclass(frozen=True)
-class DomeUNet(Network):
+class DomeUNetConfig(NetworkConfig):
     """The U-Net of dome272's and ErenGurs' ddpm."""
 
     takes_estimates: ClassVar[bool] = False
@@ -399,10 +397,12 @@ class DomeUNet(Network):
             raise ValueError(f"model.kind=dome takes squares alone, not data.size={size}: choose another kind")
 
 
-NETWORKS: dict[str, type[Network]] = {network.kind: network for network in (UNet, EDM2, DiT, DomeUNet)}
+NETWORKS: dict[str, type[NetworkConfig]] = {
+    network.kind: network for network in (UNetConfig, EDM2Config, DiTConfig, DomeUNetConfig)
+}
 
 
-def levels_with_attention(network: UNet | EDM2, size: ImageSize | None) -> list[bool]:
+def levels_with_attention(network: UNetConfig | EDM2Config, size: ImageSize | None) -> list[bool]:
     """Returns of each level whether the shorter side of its images is one of the network's `attention_sizes`."""
     shorter = min(size.shape) if size else 0
     return [shorter // 2**level in network.attention_sizes for level in range(len(network.channel_mults))]
@@ -413,7 +413,7 @@ def _check_multiple(size: ImageSize | None, of: int, otherwise: str) -> None:
         raise ValueError(f"the image size data.size={size} {otherwise}")
 
 
-def _check_halvings(network: UNet | EDM2, size: ImageSize | None) -> None:
+def _check_halvings(network: UNetConfig | EDM2Config, size: ImageSize | None) -> None:
     levels = len(network.channel_mults)
     if not levels:
         raise ValueError("model.channel_mults needs at least one level")
@@ -425,7 +425,7 @@ def _check_halvings(network: UNet | EDM2, size: ImageSize | None) -> None:
     )
 
 
-def _check_heads(network: UNet | EDM2, size: ImageSize | None, key: str) -> None:
+def _check_heads(network: UNetConfig | EDM2Config, size: ImageSize | None, key: str) -> None:
     """Raises ValueError if the attention's channels cannot be split as `key` says; the last level has attention."""
     divisor, has_attention = getattr(network, key), [*levels_with_attention(network, size)[:-1], True]
     for mult, has in zip(network.channel_mults, has_attention, strict=True):

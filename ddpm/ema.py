@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddpm.catalogue import Average
+from ddpm.catalogue import ExponentialAverage
 
 
 @dataclass(frozen=True)
-class Exponential(Average):
+class Exponential(ExponentialAverage):
     """An exponential average, whose factor is smaller while it warms up, so that it forgets the random initial weights.
 
     After n batches the factor is at most (1 + n)/(10 + n) with `ratio`, as in latent-diffusion; 1 - (1 +

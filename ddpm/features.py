@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm.catalogue import EXTRACTORS
-
 ExtractorOutput = tuple[Tensor, Tensor | None]
 """Features [b, D] and, where the network has classes, logits [b, classes]; float32."""
 ExtractorFunction = Callable[[Tensor], ExtractorOutput]
@@ -88,5 +86,9 @@ def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
     return mean, torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
 
 
-LOADERS: dict[str, Callable[[Path, torch.device], ExtractorFunction]] = {name: globals()[name] for name in EXTRACTORS}
+LOADERS: dict[str, Callable[[Path, torch.device], ExtractorFunction]] = {
+    "inception": inception,
+    "mobilenet": mobilenet,
+    "dinov2": dinov2,
+}
 """The networks by name, as functions of a file of weights and a device that return the function of images."""

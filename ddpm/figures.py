@@ -342,7 +342,7 @@ def schedule_figure(curves: Mapping[str, ArrayLike], title: str, log: bool = Fal
     The first, such as β_t, is red, on the left axis, which may be logarithmic. The second, such as ᾱ_t = ∏ (1 - β_s)
     for s ≤ t (Ho et al. 2020, section 2), is blue, on the right one.
     """
-    figure, axes = _figure(width_inches=6.4)
+    figure, (axes,) = _figures(6.4, 1)
     sides, colors = (axes, axes.twinx()), ("#c0392b", "#1f5fa8")
     lines = []
     for side, color, (label, values) in zip(sides, colors, curves.items(), strict=True):
@@ -371,7 +371,7 @@ def loss_figure(rows: Sequence[Mapping[str, float]], epoch_images: int | None = 
     """
     from matplotlib.ticker import EngFormatter, LogLocator
 
-    figure, axes = _figure(width_inches=9.6)
+    figure, (axes,) = _figures(9.6, 1)
     latest: dict[float, dict[str, float]] = {}
     for row in sorted(rows, key=lambda row: row["images_seen"]):
         latest.setdefault(row["images_seen"], {}).update(row)
@@ -472,11 +472,6 @@ def _palette(images: Images) -> Image.Image:
     palette = Image.new("P", (1, 1))
     palette.putpalette([*(small.getpalette() or [])[: 3 * 253], *_FAINT, *INK, *_BETWEEN])
     return palette
-
-
-def _figure(width_inches: float) -> tuple[Figure, Axes]:
-    figure, (axes,) = _figures(width_inches, 1)
-    return figure, axes
 
 
 def _figures(width_inches: float, panels: int) -> tuple[Figure, list[Axes]]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from ddpm.catalogue import Diffusion, Drawing, UNet, levels_with_attention
+from ddpm.catalogue import Diffusion, Drawing, UNetConfig, levels_with_attention
 from ddpm.image_size import ImageSize
 from ddpm.process import sigmoid_schedule
 
@@ -67,7 +67,7 @@ _SCHEDULES: dict[str, tuple[str, float, float]] = {
 
 
 def unet2d_config(
-    model: UNet, *, image_size: ImageSize, in_channels: int, out_channels: int, num_classes: int
+    model: UNetConfig, *, image_size: ImageSize, in_channels: int, out_channels: int, num_classes: int
 ) -> Options:
     """Returns the `config.json` of the diffusers `UNet2DModel` that equals `UNet` with these arguments.
 
@@ -170,7 +170,7 @@ def unet_options(config: Mapping[str, Any]) -> Options:
     }
     try:
         # A network of a billion layers would be built without end.
-        TypeAdapter(UNet).validate_python(settings)
+        TypeAdapter(UNetConfig).validate_python(settings)
     except ValidationError as error:
         first = error.errors()[0]
         why = first["msg"][0].lower() + first["msg"][1:]

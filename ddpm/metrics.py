@@ -6,13 +6,11 @@ for any batches and processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from ddpm.catalogue import METRICS
 
 KID_SUBSETS, KID_SUBSET_IMAGES = 100, 1000
 """Bińkowski et al. 2018, with the numbers of most implementations."""
@@ -48,11 +46,11 @@ def fid(drawn: Tensor, real: Tensor) -> float:
     return float(difference @ difference + of_drawn.trace() + of_real.trace() - 2 * shared)
 
 
-def kid(drawn: Tensor, real: Tensor) -> tuple[float, float]:
+def kid(drawn: Tensor, real: Tensor) -> dict[str, float]:
     """Returns the unbiased squared MMD with the kernel (x·y/D + 1)³ (Bińkowski et al. 2018, section 4) over subsets.
 
-    Returns:
-        The mean and the deviation over 100 subsets of 1,000 images of each side, or of the size of the smaller side.
+    `kid` and `kid_std` are its mean and its deviation over 100 subsets of 1,000 images of each side, or of the size of
+    the smaller side; a single subset has no deviation.
     """
     from torch_fidelity.metric_kid import kid_features_to_metric
 
@@ -60,7 +58,8 @@ def kid(drawn: Tensor, real: Tensor) -> tuple[float, float]:
     subsets = 1 if size == len(drawn) == len(real) else KID_SUBSETS
     options = {"kid_subsets": subsets, "kid_subset_size": size, "verbose": False, "rng_seed": 0}
     found = kid_features_to_metric(drawn.double(), real.double(), **options)
-    return found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
+    deviation = {"kid_std": found["kernel_inception_distance_std"]} if subsets > 1 else {}
+    return {"kid": found["kernel_inception_distance_mean"], **deviation}
 
 
 def prdc(drawn: Tensor, real: Tensor) -> dict[str, float]:
@@ -118,20 +117,12 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
     return found["inception_score_mean"], found["inception_score_std"]
 
 
-COMPARISONS = {name: globals()[name] for name, metric in METRICS.items() if metric.of == "features"}
+COMPARISONS: dict[str, Callable[[Tensor, Tensor], Any]] = {"fid": fid, "kid": kid, "prdc": prdc, "mind": mind}
 """The functions that compare two sets of features, by the names of their metrics."""
 
 
 def compared(chosen: tuple[str, ...], drawn: Tensor, real: Tensor) -> Iterator[tuple[str, float]]:
     """Yields the scores of these comparisons by name, with deviations as `kid_std`."""
     for metric in chosen:
-        found: Any = COMPARISONS[metric](drawn, real)
-        if isinstance(found, dict):
-            yield from found.items()
-        elif isinstance(found, tuple):
-            yield metric, found[0]
-            # A single subset has no deviation.
-            if found[1]:
-                yield f"{metric}_std", found[1]
-        else:
-            yield metric, found
+        found = COMPARISONS[metric](drawn, real)
+        yield from found.items() if isinstance(found, dict) else [(metric, found)]

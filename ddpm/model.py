@@ -21,8 +21,7 @@ from ddpm import figures, interop, networks
 from ddpm.catalogue import Diffusion, Drawing
 from ddpm.generation import Callback, Sampling, Walk, evaluations_of, from_noise, generate, make_denoiser, noise_of
 from ddpm.objective import Condition
-from ddpm.prediction import Prediction
-from ddpm.process import Process, make_process
+from ddpm.process import Prediction, Process, make_process
 from ddpm.samplers import Denoiser, NoiseAt
 from ddpm.threads import Threads, group_of, threads_of
 

@@ -1,4 +1,4 @@
-"""Processes: the way from an image to noise, as points (t, α, σ) with x_t = α x_0 + σ ε.
+"""Processes: the way from an image to noise, as points (t, α, σ) with x_t = α x_0 + σ ε; and predictions there.
 
 Objectives and samplers need nothing of a process but its points, so they work for DDPM, EDM and rectified flow alike.
 The host computes points in float64 and rounds once: no step waits for the device, and 1 - ᾱ, as small as 4e-5, keeps
@@ -13,10 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm.catalogue import SCHEDULES, Diffusion
+from ddpm.catalogue import PREDICTIONS, SCHEDULES, Diffusion
 
 Number = TypeVar("Number", float, Tensor)
 TIMESTEPS = Diffusion.timesteps
+MAX_BETA = 0.999
+"""Cap on β of the curves of ᾱ."""
+CONSTANT = {"epsilon": (0.0, 1.0), "x0": (1.0, 0.0), "flow": (-1.0, 1.0)}
+"""(q, p) of the predictions that have the same at all points."""
 
 
 class Point(NamedTuple, Generic[Number]):
@@ -172,60 +176,46 @@ def linear_schedule(
     return VariancePreserving.from_betas(betas)
 
 
-def scaled_linear_schedule(
-    num_timesteps: int = TIMESTEPS, beta_start: float = 0.00085, beta_end: float = 0.012
-) -> VariancePreserving:
-    """Returns evenly spaced √β, which latent-diffusion's code calls linear (Rombach et al. 2022).
+def scaled_linear_schedule(num_timesteps: int = TIMESTEPS) -> VariancePreserving:
+    """Returns evenly spaced √β from 0.00085 to 0.012, which latent-diffusion's code calls linear (Rombach et al. 2022).
 
     Raises:
-        ValueError: for fewer than one timestep or a β outside (0, 1).
+        ValueError: for fewer than one timestep.
     """
-    ends = math.sqrt(beta_start), math.sqrt(beta_end)
+    ends = math.sqrt(0.00085), math.sqrt(0.012)
     return VariancePreserving.from_betas(torch.linspace(*ends, max(num_timesteps, 0), dtype=torch.float64).square())
 
 
-def cosine_schedule(num_timesteps: int = TIMESTEPS, s: float = 0.008, max_beta: float = 0.999) -> VariancePreserving:
+def cosine_schedule(num_timesteps: int = TIMESTEPS) -> VariancePreserving:
     """Returns ᾱ(u) ∝ cos²(π/2 · (u+s)/(1+s)), u = t/T (Nichol & Dhariwal 2021, equation 17).
 
-    β_t is 1 - ᾱ((t+1)/T)/ᾱ(t/T).
-
-    Args:
-        num_timesteps: T.
-        s: offset that keeps the first β from vanishing.
-        max_beta: cap on β, reached at the last timestep only.
+    β_t is 1 - ᾱ((t+1)/T)/ᾱ(t/T). The offset s = 0.008 keeps the first β from vanishing, and β has a cap, which it
+    reaches at the last timestep only.
 
     Raises:
         ValueError: for fewer than one timestep.
     """
     u = torch.arange(num_timesteps + 1, dtype=torch.float64) / max(num_timesteps, 1)
-    return _from_curve(((u + s) / (1 + s) * math.pi / 2).cos().square(), max_beta)
+    return _from_curve(((u + 0.008) / 1.008 * math.pi / 2).cos().square())
 
 
-def sigmoid_schedule(
-    num_timesteps: int = TIMESTEPS,
-    start: float = -3.0,
-    end: float = 3.0,
-    tau: float = 1.0,
-    max_beta: float = 0.999,
-) -> VariancePreserving:
-    """Returns ᾱ(u) along part of a sigmoid, scaled to 1 … 0 (Jabri et al. 2023), with β as in `cosine_schedule`.
-
-    Args:
-        num_timesteps: T.
-        start: place of u = 0 on the sigmoid.
-        end: place of u = 1.
-        tau: temperature; lucidrains' default is 1.
-        max_beta: cap on β, reached at the last timestep only.
+def sigmoid_schedule(num_timesteps: int = TIMESTEPS) -> VariancePreserving:
+    """Returns ᾱ(u) along a sigmoid from -3 to 3, scaled to 1 … 0 (Jabri et al. 2023), with β as in `cosine_schedule`.
 
     Raises:
         ValueError: for fewer than one timestep.
     """
     u = torch.arange(num_timesteps + 1, dtype=torch.float64) / max(num_timesteps, 1)
-    stretch = ((u * (end - start) + start) / tau).sigmoid()
-    return _from_curve((stretch[-1] - stretch) / (stretch[-1] - stretch[0]), max_beta)
+    stretch = (u * 6 - 3).sigmoid()
+    return _from_curve((stretch[-1] - stretch) / (stretch[-1] - stretch[0]))
 
 
-TABLES = {name: globals()[f"{name}_schedule"] for name, schedule in SCHEDULES.items() if schedule.has_betas}
+TABLES = {
+    "linear": linear_schedule,
+    "scaled_linear": scaled_linear_schedule,
+    "cosine": cosine_schedule,
+    "sigmoid": sigmoid_schedule,
+}
 """The processes that are a table of β, by name."""
 
 
@@ -248,11 +238,53 @@ def make_process(diffusion: Diffusion) -> Process:
     return RectifiedFlow(timesteps)
 
 
-def _from_curve(alphas_cumprod: Tensor, max_beta: float) -> VariancePreserving:
+def _from_curve(alphas_cumprod: Tensor) -> VariancePreserving:
     """Returns the table of ᾱ at the T + 1 ends of the timesteps, float64, with a cap on β."""
-    return VariancePreserving.from_betas((1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=max_beta))
+    return VariancePreserving.from_betas((1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=MAX_BETA))
 
 
 def points_of(points: Point[Tensor]) -> list[Point[float]]:
     """Returns a batch of points as a list, for a sampler."""
     return [Point(*numbers) for numbers in zip(*(part.tolist() for part in points), strict=True)]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The meaning of a network's output: q x_0 + p ε, for a prediction of ε, x_0, v, the flow or EDM's F.
+
+    With x_t = α x_0 + σ ε this is one linear system, so one line recovers x_0 and one factor relates the errors. Points
+    have floats, or tensors that broadcast against the images.
+    """
+
+    kind: str
+    sigma_data: float = Diffusion.sigma_data
+    """Standard deviation of the images, for `edm`."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in PREDICTIONS:
+            raise ValueError(f"unknown prediction {self.kind!r}: choose one of {', '.join(PREDICTIONS)}")
+
+    def coefficients(self, point: Point[Number]) -> tuple[Number | float, Number | float]:
+        """Returns (q, p) at a point; for F those of Karras et al. 2022, table 1, for any α."""
+        if self.kind in CONSTANT:
+            return CONSTANT[self.kind]
+        if self.kind == "v":
+            return -point.sigma, point.alpha
+        signal = point.alpha * self.sigma_data
+        inverse_root = (point.sigma**2 + signal**2) ** -0.5
+        return point.sigma * inverse_root / self.sigma_data, -signal * inverse_root
+
+    def target(self, x_start: Tensor, noise: Tensor, point: Point[Number]) -> Tensor:
+        """Returns the target of the output, in the images' shape [B, C, H, W]."""
+        q, p = self.coefficients(point)
+        return q * x_start + p * noise
+
+    def x_start(self, output: Tensor, x_t: Tensor, point: Point[Number]) -> Tensor:
+        """Returns the x_0 that an output for x_t implies, float32 [B, C, H, W]; ε implies no x_0 where α is 0."""
+        q, p = self.coefficients(point)
+        return (p * x_t - point.sigma * output) / (p * point.alpha - point.sigma * q)
+
+    def error_factor(self, point: Point[Number]) -> Number | float:
+        """Returns |output - target|² over |x̂_0 - x_0|²: SNR for ε, SNR + 1 for v, EDM's λ for F."""
+        q, p = self.coefficients(point)
+        return (q - p * point.alpha / point.sigma) ** 2

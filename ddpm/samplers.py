@@ -6,6 +6,7 @@ the draw, from 1; draw 0 is the noise at the start.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count, pairwise
 from math import exp, expm1, inf, log, sqrt
 from typing import NamedTuple
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ddpm.catalogue import Drawing
+from ddpm.objective import SHARES
 from ddpm.process import Point, Process, points_of
-from ddpm.variance import SHARES
 
 Points = Sequence[Point[float]]
 """The points that a sampler visits, from that of x to where it ends."""
@@ -112,11 +113,6 @@ def ddim(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, eta: f
         if sigma_up:
             x = x + sigma_up * noise_at(next(draws))
     return x
-
-
-def euler_ancestral(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt) -> Tensor:
-    """Euler's ancestral method (Karras et al. 2022; k-diffusion), which is `ddim` with η = 1."""
-    return ddim(denoise, x, points, noise_at, eta=1.0)
 
 
 def heun(
@@ -299,3 +295,19 @@ def _log_snr(point: Point[float]) -> float:
     if not point.alpha:
         return -inf
     return log(point.alpha / point.sigma) if point.sigma else inf
+
+
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "ddpm": ancestral,
+    "ddim": ddim,
+    "euler": ddim,
+    "euler_ancestral": partial(ddim, eta=1.0),
+    "heun": heun,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_3m": dpmpp_3m,
+    "dpmpp_sde_2m": dpmpp_sde_2m,
+    "unipc": unipc,
+    "ipndm": ipndm,
+    "deis": deis,
+}
+"""The samplers of the catalogue, as functions whose further arguments are their options."""

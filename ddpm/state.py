@@ -84,11 +84,7 @@ class TrainState:
 
 
 class NonFiniteError(ArithmeticError):
-    """A gradient was not finite in the step after `images_seen` images."""
-
-    def __init__(self, images_seen: int) -> None:
-        super().__init__(f"the gradient was not a finite number after {images_seen:,} images")
-        self.images_seen = images_seen
+    """The gradient of a step was not finite."""
 
 
 def create_state(model: nn.Module, train: Train, averages: Iterable[str]) -> TrainState:
@@ -117,4 +113,4 @@ def check_finite(state: TrainState) -> None:
     """
     first = int(state.first_nonfinite.item())
     if first >= 0:
-        raise NonFiniteError(first)
+        raise NonFiniteError(f"the gradient was not a finite number after {first:,} images")

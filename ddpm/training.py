@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, autograd, nn
 
 from ddpm import randomness
-from ddpm.augment import Augmentation
-from ddpm.catalogue import Network, Train
+from ddpm.augment import Augmentation, Latents
+from ddpm.catalogue import NetworkConfig, Train
 from ddpm.ema import Profile
 from ddpm.image_size import ImageSize
-from ddpm.latents import Latents
-from ddpm.layout import laid_out
+from ddpm.networks import laid_out
 from ddpm.networks.layers import dropout_of
 from ddpm.objective import Condition, Drawn, Objective
 from ddpm.optimizer import learning_rate_at
@@ -52,7 +51,7 @@ class LoopSettings:
     """The settings of the loop beside those of its objective."""
 
     train: Train
-    network: Network
+    network: NetworkConfig
     averages: Mapping[str, Profile]
     """The averages by name, such as `ema`; each needs the memory of the weights in fp32."""
     augmentation: Augmentation
@@ -140,7 +139,6 @@ def draw(
         if network.label_dropout:
             dropped = randomness.drops_label(options.seed, numbers, network.label_dropout)
             labels = torch.where(dropped, network.num_classes or 0, labels)
-    batch_number = images_seen // options.batch_size
     return MicroBatch(
         image_numbers=batch.image_numbers,
         numbers=numbers,
@@ -150,7 +148,7 @@ def draw(
         labels=labels,
         # One decision for all images saves the first pass in half of the batches.
         conditions_on_itself=objective.diffusion.self_conditioning
-        and randomness.conditions_on_itself(options.seed, batch_number),
+        and randomness.conditions_on_itself(options.seed, images_seen // options.batch_size),
     )
 
 

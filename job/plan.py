@@ -7,10 +7,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ddpm.catalogue import EDM2, UNet, levels_with_attention
-from ddpm.epochs import epochs_completed_by, images_at_epoch
+from ddpm.catalogue import EDM2Config, UNetConfig, levels_with_attention
 from job.config import EMBEDDED, Drawing, RunConfig, changed_for_attempt, draft, layered, preset_names
 from job.config.fields import image_size
+from job.data.order import epochs_completed_by, images_at_epoch
 from job.data.shards import DatasetIndex, NoDatasetError, dataset_key, find_dataset, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, MissingInputError, State
 from job.progress import note
@@ -221,7 +221,7 @@ def _begun(bucket: Store, request: TrainRequest) -> RunConfig:
         # It is to be packed for the network of the parent.
         raise NoDatasetError(str(error), None if parent.data.latents else chosen or size) from None
     _check_latents(at, parent, index)
-    if isinstance(parent.model, UNet | EDM2):
+    if isinstance(parent.model, UNetConfig | EDM2Config):
         levels, shorter = levels_with_attention(parent.model, size), min(index.size.shape)
         theirs["model.attention_sizes"] = [shorter // 2**level for level, has_one in enumerate(levels) if has_one]
     if not index.classes or changes.get("model.num_classes") == 0:

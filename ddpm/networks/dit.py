@@ -33,7 +33,7 @@ class DiT(nn.Module):
         **options: Any,  # see the catalogue
     ) -> None:
         super().__init__()
-        chosen = catalogue.DiT(**options)
+        chosen = catalogue.DiTConfig(**options)
         size = ImageSize.of(image_size)
         chosen.check_size(size)
         width, patch_size = chosen.width, chosen.patch_size

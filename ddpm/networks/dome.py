@@ -23,7 +23,7 @@ class DomeUNet(nn.Module):
         self, *, image_size: ImageSize | int, in_channels: int, out_channels: int, num_classes: int = 0
     ) -> None:
         super().__init__()
-        catalogue.DomeUNet().check_size(ImageSize.of(image_size))
+        catalogue.DomeUNetConfig().check_size(ImageSize.of(image_size))
         self.inc = DoubleConv(in_channels, 64)
         self.down1, self.sa1 = Down(64, 128), SelfAttention(128)
         self.down2, self.sa2 = Down(128, 256), SelfAttention(256)

@@ -40,7 +40,7 @@ class EDM2(nn.Module):
         **options: Any,  # see the catalogue
     ) -> None:
         super().__init__()
-        chosen = catalogue.EDM2(**options)
+        chosen = catalogue.EDM2Config(**options)
         size = ImageSize.of(image_size)
         chosen.check_size(size)
         widths = [chosen.channels * multiplier for multiplier in chosen.channel_mults]

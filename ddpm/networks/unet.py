@@ -48,7 +48,7 @@ class UNet(nn.Module):
         **options: Any,  # see the catalogue
     ) -> None:
         super().__init__()
-        chosen = catalogue.UNet(**options)
+        chosen = catalogue.UNetConfig(**options)
         size = ImageSize.of(image_size)
         chosen.check_size(size)
         widths = [chosen.channels * multiplier for multiplier in chosen.channel_mults]

@@ -15,11 +15,10 @@ from ddpm import networks, training
 from ddpm.augment import Augmentation
 from ddpm.ema import Exponential, PowerFunction, Profile
 from ddpm.generation import Sampling
-from ddpm.layout import memory_format_of
 from ddpm.model import Model
+from ddpm.networks import memory_format_of
 from ddpm.objective import Objective
-from ddpm.prediction import Prediction
-from ddpm.process import Process, make_process
+from ddpm.process import Prediction, Process, make_process
 from ddpm.state import TrainState, create_state
 from ddpm.threads import threads_of
 from job.config import Drawing, RunConfig

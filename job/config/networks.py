@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import operator
-from functools import reduce
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
 from ddpm import catalogue
 from job.config.fields import Settings
 
-NETWORKS: dict[str, Any] = {
-    kind: type(options.__name__, (Settings, options), {"__doc__": options.__doc__, "__module__": __name__})
-    for kind, options in catalogue.NETWORKS.items()
-}
-# A pickled configuration names the class of its section.
-globals().update({section.__name__: section for section in NETWORKS.values()})
-if TYPE_CHECKING:
-    Network = catalogue.Network
-else:
-    Network = Annotated[reduce(operator.or_, NETWORKS.values()), Field(discriminator="kind")]
+
+class UNetSection(Settings, catalogue.UNetConfig):
+    """The section `model` of a U-Net."""
+
+
+class EDM2Section(Settings, catalogue.EDM2Config):
+    """The section `model` of EDM2."""
+
+
+class DiTSection(Settings, catalogue.DiTConfig):
+    """The section `model` of a transformer."""
+
+
+class DomeUNetSection(Settings, catalogue.DomeUNetConfig):
+    """The section `model` of dome's U-Net."""
+
+
+NETWORKS = {"unet": UNetSection, "edm2": EDM2Section, "dit": DiTSection, "dome": DomeUNetSection}
+Network = Annotated[UNetSection | EDM2Section | DiTSection | DomeUNetSection, Field(discriminator="kind")]

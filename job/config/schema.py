@@ -13,7 +13,7 @@ from ddpm import catalogue
 from ddpm.catalogue import EXTRACTORS, LARGEST, METRICS, OneOf, takers
 from ddpm.image_size import ImageSize
 from job.config.fields import Settings, Size, average_name, split
-from job.config.networks import NETWORKS, Network
+from job.config.networks import NETWORKS, Network, UNetSection
 from job.config.rules import RULES
 from job.exits import BadConfigError, did_you_mean
 
@@ -64,7 +64,7 @@ class TrainConfig(Settings, catalogue.Train):
     """Optimisation. All lengths are in images, so that they mean the same on any number of GPUs."""
 
 
-class EmaConfig(Settings, catalogue.Average):
+class EmaConfig(Settings, catalogue.ExponentialAverage):
     """Averages of the weights: `ema`, and `ema-STD` for each of `stds`; each takes 4 bytes a weight on every GPU."""
 
     stds: tuple[Std, ...] = Field((), description="relative widths of further averages, as in EDM2; such as 0.05,0.10")
@@ -226,7 +226,7 @@ class RunConfig(Settings):
     preset: str = Field(default="", description="preset that the run began with")
     imported: bool = Field(default=False, description="the run began with an imported checkpoint")
     data: DataConfig = DataConfig()
-    model: Network = NETWORKS["unet"]()
+    model: Network = UNetSection()
     diffusion: DiffusionConfig = DiffusionConfig()
     train: TrainConfig = TrainConfig()
     ema: EmaConfig = EmaConfig()

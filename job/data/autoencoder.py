@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm.latents import Latents
+from ddpm.augment import Latents
 from job.data.cache import default_cache_dir
 from job.data.shards import AUTOENCODER, DatasetIndex, dataset_key
 from job.exits import BadDataError, BadRequestError, how_to_install

@@ -4,6 +4,9 @@ Image n is at position n mod N of epoch n div N. In each epoch the shards are pe
 cut into blocks, and each block is shuffled. A reader that cannot hold the dataset needs the shards of one block at a
 time. The number of machines, their caches and the batch size do not change the order.
 
+Batches straddle epochs, without dropping or repeating an image. So an epoch may end inside a batch, and work "after an
+epoch" is done at the first batch boundary at or after its last image.
+
 A run's `data.order` names this algorithm: another one would show a resumed run some images twice and others never.
 """
 
@@ -165,3 +168,19 @@ def _key(*words: Int64s | int) -> UInt64s:
     for word in words:
         key = _mixed64((key ^ np.asarray(word).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
     return key
+
+
+def images_at_epoch(epoch: int, dataset_images: int, batch_size_images: int) -> int:
+    """Returns `images_seen` at the first batch boundary at or after `epoch` passes over the dataset."""
+    return -(-epoch * dataset_images // batch_size_images) * batch_size_images
+
+
+def epochs_completed_by(images_seen: int, dataset_images: int, batch_size_images: int) -> range:
+    """Returns the epochs that the batch ending at `images_seen` completed; a batch may be larger than the dataset."""
+    before = max(0, images_seen - batch_size_images)
+    return range(before // dataset_images + 1, images_seen // dataset_images + 1)
+
+
+def crosses(images_seen: int, batch_size_images: int, every_images: int) -> bool:
+    """Returns whether the batch ending at `images_seen` reached or passed a multiple of `every_images`."""
+    return images_seen // every_images > (images_seen - batch_size_images) // every_images

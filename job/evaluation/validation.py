@@ -9,10 +9,9 @@ import numpy as np
 import torch
 
 from ddpm import randomness
-from ddpm.latents import Latents
-from ddpm.objective import Condition, Drawn, Objective
+from ddpm.augment import Latents
+from ddpm.objective import Condition, Drawn, Objective, spread_over_steps
 from ddpm.state import LossLog, loss_row
-from ddpm.variance import spread_over_steps
 from job.data.cache import ImageCache
 from job.runs.metric_rows import Row
 from job.sampling.painter import Painter

@@ -12,7 +12,6 @@ import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ddpm.epochs import images_at_epoch
 from ddpm.image_size import ImageSize
 from ddpm.interop import NoCounterpartError
 from job.config import (
@@ -26,6 +25,7 @@ from job.config import (
     preset_names,
     validated,
 )
+from job.data.order import images_at_epoch
 from job.data.shards import DatasetIndex, find_dataset, load_index, validated_dataset_name
 from job.exchange.foreign import Foreign, opened_foreign, settings_of_diffusers
 from job.exits import BadConfigError, BadDataError, BadRequestError, State

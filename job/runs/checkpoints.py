@@ -23,8 +23,8 @@ from typing import Annotated, Any, BinaryIO
 
 from pydantic import Field
 
-from ddpm.epochs import epochs_completed_by
 from job.config import average_name
+from job.data.order import epochs_completed_by
 from job.exits import BadConfigError, BadDataError, MissingInputError
 from job.runs.layout import CHECKPOINTS, CheckpointRef, Located, ObjectKind, located, places_in
 from job.runs.records import RunRecord, attempt_id

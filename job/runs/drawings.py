@@ -20,8 +20,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from ddpm.epochs import epochs_completed_by
 from job.config import Drawing, Section, Size
+from job.data.order import epochs_completed_by
 from job.pieces import PieceRecord
 from job.runs.layout import CheckpointRef, Located, ObjectKind
 from job.runs.records import RunRecord, attempt_id

@@ -56,7 +56,7 @@ def described(config: RunConfig, classes: tuple[str, ...], has_code: bool = Fals
         has_code: whether `job.exchange.class_pipeline`, which takes classes, lies beside them.
     """
     model, diffusion, sample = config.model, config.diffusion, config.sample
-    if not isinstance(model, catalogue.UNet):
+    if not isinstance(model, catalogue.UNetConfig):
         return Described({}, f"model.kind={model.kind} is not a network that diffusers samples from")
     channels, *_ = config.image_shape
     values: dict[str, dict[str, Any]] = {}

@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from ddpm.epochs import epochs_completed_by
 from job.config import RunConfig
+from job.data.order import epochs_completed_by
 from job.exits import BadDataError, JobError, LostRunError
 from job.processes.lease import Lease
 from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ddpm import figures
-from ddpm.latents import Latents
+from ddpm.augment import Latents
 from ddpm.objective import Objective
 from job.config import method
 from job.data.autoencoder import load_decoder

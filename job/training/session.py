@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ddpm import training
-from ddpm.epochs import crosses
 from ddpm.optimizer import learning_rate_at
 from ddpm.slots import Slots
 from ddpm.state import TrainState, check_finite, loss_row
@@ -24,7 +23,7 @@ from ddpm.threads import threads_of
 from job.config import RunConfig, method
 from job.data.autoencoder import latents_of
 from job.data.cache import ImageCache
-from job.data.order import order_of
+from job.data.order import crosses, order_of
 from job.data.stream import stream_batches
 from job.exits import StoppedError
 from job.plan import Plan

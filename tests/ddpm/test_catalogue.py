@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ddpm import catalogue, metrics, samplers
+from ddpm import catalogue, metrics
 from ddpm.catalogue import (
     EXTRACTORS,
     GRIDS,
@@ -19,13 +19,13 @@ from ddpm.catalogue import (
     WEIGHTINGS,
     Diffusion,
     Drawing,
-    Network,
+    NetworkConfig,
 )
 from ddpm.features import LOADERS
 from ddpm.grids import make_grid
 from ddpm.objective import Objective
-from ddpm.prediction import Prediction
-from ddpm.process import TABLES, make_process
+from ddpm.process import TABLES, Prediction, make_process
+from ddpm.samplers import FUNCTIONS
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -42,9 +42,9 @@ def test_sampler_functions_take_their_options():
     for name, sampler in SAMPLERS.items():
         if name == "own":
             continue
-        _, _, _, _, *own = signature(getattr(samplers, sampler.function or name)).parameters.values()
-        # Euler's method is DDIM with its default.
-        also = {*sampler.also, *(["eta"] if name == "euler" else [])}
+        _, _, _, _, *own = signature(FUNCTIONS[name]).parameters.values()
+        # Euler's methods are DDIM with its default, and with η = 1.
+        also = {*sampler.also, *(["eta"] if name.startswith("euler") else [])}
         assert {parameter.name for parameter in own} == {*sampler.options} | also, name
         for parameter in own:
             if parameter.name in sampler.options:
@@ -86,6 +86,6 @@ def test_the_documentation_lists_the_same():
     assert column("networks.md", "`model.kind`") == list(NETWORKS)
     page = (DOCS / "networks.md").read_text()
     for network in NETWORKS.values():
-        own = {field.name for field in fields(network)} - {field.name for field in fields(Network)}
+        own = {field.name for field in fields(network)} - {field.name for field in fields(NetworkConfig)}
         row = page.partition(f"| `{network.kind}` |")[2].partition("\n")[0]
         assert own <= {*re.findall(r"`(\w+)`", row)}, network.kind

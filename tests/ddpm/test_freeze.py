@@ -15,8 +15,7 @@ from ddpm.augment import Augmentation
 from ddpm.catalogue import NETWORKS, OF_CLASSES, Diffusion, Train
 from ddpm.ema import Exponential, PowerFunction
 from ddpm.objective import Objective
-from ddpm.prediction import Prediction
-from ddpm.process import make_process
+from ddpm.process import Prediction, make_process
 from ddpm.slots import Slots
 from ddpm.state import create_state
 from tests.ddpm.networks.weights import randomise

@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from ddpm.generation import make_denoiser
-from ddpm.guidance import Guidance, guided
+from ddpm.generation import Guidance, guided, make_denoiser
 from ddpm.objective import Condition
-from ddpm.prediction import Prediction
-from ddpm.process import Point, Process, RectifiedFlow, linear_schedule, points_of
+from ddpm.process import Point, Prediction, Process, RectifiedFlow, linear_schedule, points_of
 
 SHAPE = (5, 3, 4, 4)
 LABELS = torch.tensor([0, 1, 2, 1, 0])

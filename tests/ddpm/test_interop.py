@@ -26,7 +26,7 @@ HO = {"norm_eps": 1e-6, "downsample_padding": 0, "flip_sin_to_cos": False, "freq
 def unet2d_config(**options):
     """The configuration of a `UNet` with these arguments."""
     about_images = {key: options.pop(key) for key in IMAGES}
-    return interop.unet2d_config(catalogue.UNet(**options), **about_images)
+    return interop.unet2d_config(catalogue.UNetConfig(**options), **about_images)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import torch
 
-from ddpm.latents import Latents
+from ddpm.augment import Latents
 
 LATENTS = Latents((3.0, -1.0), (2.0, 0.5))
 

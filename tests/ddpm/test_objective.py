@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from ddpm.catalogue import Diffusion, Drawing
 from ddpm.objective import Condition, Drawn, Objective
-from ddpm.prediction import Prediction
-from ddpm.process import Point, Process, RectifiedFlow, VarianceExploding, linear_schedule, make_process
+from ddpm.process import Point, Prediction, Process, RectifiedFlow, VarianceExploding, linear_schedule, make_process
 
 LINEAR = linear_schedule()
 X_START, NOISE, OUTPUT = torch.randn(3, 6, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from ddpm.catalogue import PREDICTIONS
-from ddpm.prediction import Prediction
-from ddpm.process import Point, RectifiedFlow, VarianceExploding, cosine_schedule, linear_schedule
+from ddpm.process import Point, Prediction, RectifiedFlow, VarianceExploding, cosine_schedule, linear_schedule
 
 KINDS = tuple(PREDICTIONS)
 PROCESSES = (linear_schedule(), cosine_schedule(), VarianceExploding(), RectifiedFlow())

@@ -17,7 +17,6 @@ from ddpm.process import (
     linear_schedule,
     make_process,
     points_of,
-    scaled_linear_schedule,
 )
 
 T = 1000
@@ -109,7 +108,7 @@ def test_impossible_processes_are_refused() -> None:
     for make, message in (
         (lambda: linear_schedule(0), "at least one timestep"),
         (lambda: cosine_schedule(0), "at least one timestep"),
-        (lambda: scaled_linear_schedule(10, beta_end=1.5), "between 0 and 1"),
+        (lambda: linear_schedule(10, beta_end=1.5), "between 0 and 1"),
         (lambda: VariancePreserving.from_betas(torch.tensor([0.1, torch.nan])), "between 0 and 1"),
         (lambda: VariancePreserving.from_betas(torch.tensor([1.0, 0.1])), "between 0 and 1"),
         (lambda: make_process(Diffusion("laplace")), r"'laplace'.*linear.*flow"),

@@ -11,14 +11,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from benchmarks.solvers import ORDERS, Mixture, errors_by_steps, orders, refined, rms
-from ddpm.generation import Sampling, from_noise, make_denoiser
+from ddpm.generation import Guidance, Sampling, from_noise, make_denoiser
 from ddpm.grids import make_grid
-from ddpm.guidance import Guidance
 from ddpm.objective import Condition
-from ddpm.prediction import Prediction
 from ddpm.process import (
     CLEAN,
     Point,
+    Prediction,
     Process,
     RectifiedFlow,
     VarianceExploding,

@@ -20,8 +20,7 @@ from ddpm.catalogue import NETWORKS, Diffusion, Train
 from ddpm.ema import Exponential, PowerFunction
 from ddpm.networks.layers import Dropout, dropout_of
 from ddpm.objective import Objective
-from ddpm.prediction import Prediction
-from ddpm.process import make_process
+from ddpm.process import Prediction, make_process
 from ddpm.slots import Slots, kernels_of, subtrees
 from ddpm.state import create_state
 from ddpm.threads import Threads

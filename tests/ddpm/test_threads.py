@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from ddpm import networks, training
 from ddpm.augment import Augmentation
-from ddpm.catalogue import Diffusion, Train, UNet
+from ddpm.catalogue import Diffusion, Train, UNetConfig
 from ddpm.ema import Exponential
 from ddpm.objective import Condition, Objective
-from ddpm.prediction import Prediction
-from ddpm.process import make_process
+from ddpm.process import Prediction, make_process
 from ddpm.slots import Slots
 from ddpm.state import create_state
 from ddpm.threads import Threads, group_of
@@ -55,7 +54,7 @@ def learnt(threads: Threads | None, seconds: float = 0.0, micro_batch_size: int 
     train = Train(batch_size=7, learning_rate=1e-2, micro_batch_size=micro_batch_size)
     diffusion = Diffusion(prediction="v", schedule="cosine")
     settings = training.LoopSettings(
-        train, UNet(num_classes=3), {"ema": Exponential()}, Augmentation(True, (1.0, 1.0), 0.0)
+        train, UNetConfig(num_classes=3), {"ema": Exponential()}, Augmentation(True, (1.0, 1.0), 0.0)
     )
     state = create_state(small_network(), settings.train, settings.averages)
     images = np.random.default_rng(0)

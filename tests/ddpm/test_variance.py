@@ -10,10 +10,8 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from ddpm.catalogue import Diffusion, Drawing
-from ddpm.objective import Condition, Drawn, Objective
-from ddpm.prediction import Prediction
-from ddpm.process import RectifiedFlow, VarianceExploding, cosine_schedule, linear_schedule
-from ddpm.variance import log_likelihood_of_levels, posteriors, spread_over_steps
+from ddpm.objective import Condition, Drawn, Objective, log_likelihood_of_levels, posteriors, spread_over_steps
+from ddpm.process import Prediction, RectifiedFlow, VarianceExploding, cosine_schedule, linear_schedule
 
 SHAPE = (4, 3, 8, 8)
 

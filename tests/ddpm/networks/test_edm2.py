@@ -15,8 +15,7 @@ from ddpm.catalogue import Diffusion, Train
 from ddpm.networks import edm2
 from ddpm.networks.edm2 import EDM2, magnitude
 from ddpm.objective import Condition, Objective
-from ddpm.prediction import Prediction
-from ddpm.process import VarianceExploding
+from ddpm.process import Prediction, VarianceExploding
 from ddpm.slots import Slots
 from ddpm.state import TrainState, create_state, loss_row
 from ddpm.training import Hooks, LoopSettings, train
@@ -155,7 +154,7 @@ def test_forward_is_what_the_paper_says() -> None:
 
 def test_a_step_that_is_left_changes_nothing() -> None:
     """A checkpoint of that moment is that of the step before."""
-    settings = LoopSettings(Train(batch_size=2, micro_batch_size=1), catalogue.EDM2(), {}, AS_THEY_ARE)
+    settings = LoopSettings(Train(batch_size=2, micro_batch_size=1), catalogue.EDM2Config(), {}, AS_THEY_ARE)
     batch = SimpleNamespace(
         image_numbers=np.arange(2), images=torch.zeros(2, 3, 16, 16, dtype=torch.uint8), labels=None
     )
@@ -176,7 +175,7 @@ def test_a_step_that_is_left_changes_nothing() -> None:
 def test_learnt_uncertainty_divides_the_error() -> None:
     """Equation 21 by hand for one image; at its minimum u is the logarithm of the error, which stays as it is."""
     train_settings = Train(batch_size=1, learning_rate=0.01, seed=3)
-    settings = LoopSettings(train_settings, catalogue.EDM2(), {}, AS_THEY_ARE)
+    settings = LoopSettings(train_settings, catalogue.EDM2Config(), {}, AS_THEY_ARE)
     images = torch.randint(0, 256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     again = SimpleNamespace(image_numbers=np.arange(1), images=images, labels=None)
 

@@ -60,7 +60,7 @@ def test_scores_grow_with_the_damage(tmp_path, name):
             scores = [dict(metrics.compared((metric,), each, real))[metric] for each in drawn]
             assert scores == sorted(scores)
             assert scores[-1] > least * scores[0]
-        kids = [metrics.kid(each, real)[0] for each in drawn]
+        kids = [metrics.kid(each, real)["kid"] for each in drawn]
         assert kids == sorted(kids)
         assert abs(kids[0]) < 10e-3
         assert kids[-1] > 40e-3
