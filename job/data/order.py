@@ -183,4 +183,4 @@ def epochs_completed_by(images_seen: int, dataset_images: int, batch_size_images
 
 def crosses(images_seen: int, batch_size_images: int, every_images: int) -> bool:
     """Returns whether the batch ending at `images_seen` reached or passed a multiple of `every_images`."""
-    return images_seen // every_images > (images_seen - batch_size_images) // every_images
+    return images_seen // every_images > max(0, images_seen - batch_size_images) // every_images
