@@ -11,8 +11,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, cast
 from urllib.parse import urljoin
@@ -25,7 +24,7 @@ from job.store import URIS, WEB, check_source, is_safe, redacted, split_query
 from job.store.base import Entry, ObjectMissingError, Store
 from job.store.calls import POLL_SECONDS, T, answer, in_thread
 from job.store.files import COPY_BYTES
-from job.store.remote import CONNECTIONS, PART_BYTES, READ_AHEAD_BYTES, Ranges, one_line
+from job.store.remote import CONNECTIONS, READ_AHEAD_BYTES, Ranges, one_line
 from job.store.retry import Retry, UnknownHostError, is_unknown_host
 
 if TYPE_CHECKING:
@@ -37,18 +36,15 @@ logging.getLogger("paramiko").setLevel(logging.CRITICAL)
 _SILENCES_PER_READ = 8
 """Times of silence per read: some file systems report no progress of a block that they read ahead."""
 _EXTRAS = dict.fromkeys((*WEB, "hf"), "web")
-_SIGN_IN = {
-    "hf": "sign in with `hf auth login`",
-    **dict.fromkeys(WEB, "download it where you are signed in"),
-}
+_SIGN_IN = {"hf": "sign in with `hf auth login`"} | dict.fromkeys(WEB, "download it where you are signed in")
 _VERSIONS = ("ETag", "etag", "Last-Modified", "generation", "blob_id", "sha", "mtime", "last_modified", "modified")
-"""Names under which file systems give a file's version; `If-Range` takes the first two."""
+"""Names under which file systems give a file's version."""
 _HUB_DATASET = re.compile(r"datasets/[^/]+/[^/]")
 _MOST_FOLDERS_DEEP = 64
-_FINAL = (TypeError, AttributeError, NotImplementedError, IsADirectoryError)
-_FINAL_NAMES = {"ValueError", "HFValidationError", "HfUriError", "UnsupportedProtocol", "TooManyRedirects"}
-_FINAL_NAMES |= {"InvalidURL", "InvalidUrlRedirectClientError", "NonHttpUrlRedirectClientError"}
-"""Errors that another attempt would raise again: their types, and names of types of libraries."""
+_FINAL = {"TypeError", "AttributeError", "NotImplementedError", "IsADirectoryError", "ValueError", "TooManyRedirects"}
+_FINAL |= {"HFValidationError", "HfUriError", "UnsupportedProtocol"}
+_FINAL |= {"InvalidURL", "InvalidUrlRedirectClientError", "NonHttpUrlRedirectClientError"}
+"""Types of errors that another attempt would raise again."""
 
 
 class About(NamedTuple):
@@ -61,55 +57,44 @@ class About(NamedTuple):
 class _Connection:
     """The file system of a store and its copies; the first call after a failure makes a new one."""
 
-    def __init__(self, scheme: str, kind: Any, url: str, options: dict[str, Any]) -> None:
-        self.scheme, self.kind, self._url, self._options = scheme, kind, url, options
-        self._fs: Any = None
+    def __init__(self, url: str, silence_seconds: float) -> None:
+        self.scheme = url.partition("://")[0]
+        try:
+            kind = get_filesystem_class(self.scheme)
+        except (ImportError, ValueError, AttributeError) as error:
+            raise _not_installed(self.scheme, error) from None
+        self.kind, self.is_web = kind, "https" in kind.protocol
+        self.fs: Any = None
         # The root of an SSH server is `/`.
-        self._root: str = kind._strip_protocol(url) or ("/" if scheme in ("sftp", "ssh") else "")
-        self.is_fixed = False
-        """Whether no file can change, because all of them are those of one commit."""
+        self.root: str = kind._strip_protocol(url) or ("/" if self.scheme in ("sftp", "ssh") else "")
         # fsspec lets threads share these alone: of two threads that use SSH, one would wait without end.
-        self.turns = threading.Semaphore(CONNECTIONS if kind.async_impl or scheme == "hf" else 1)
+        self.turns = threading.Semaphore(CONNECTIONS if kind.async_impl or self.scheme == "hf" else 1)
+        self.is_fixed = self.scheme == "hf" and _HUB_DATASET.match(self.root) is not None
+        """Whether no file can change, because all of them are those of one commit."""
+        self._url, self._options = url, _options(self.scheme, silence_seconds)
 
-    def path(self, below: str) -> str:
-        """Returns the file system's name of a path below the URL."""
-        # In a whole URL some file systems would read part of a name as a query.
-        start = self._root if self._root[-1:] in ("", "/") else f"{self._root}/"
-        return f"{start}{below}".rstrip("/") or self._root
-
-    def fs(self) -> Any:
+    def opened(self) -> Any:
         """Returns the file system; to make it, some kinds connect to the server."""
-        if self._fs is None:
+        if self.fs is None:
             try:
-                self._fs = self.kind(**{**self.kind._get_kwargs_from_urls(self._url), **self._options})
+                fs = self.kind(**self.kind._get_kwargs_from_urls(self._url) | self._options)
             except (ImportError, OSError) as error:
                 # pyarrow finds Java's library for HDFS no earlier.
                 if isinstance(error, OSError) and "load lib" not in str(error):
                     raise
                 raise _not_installed(self.scheme, error) from None
-            except (TypeError, ValueError, AttributeError) as error:
-                # Other texts may repeat a secret.
-                reason = one_line(str(error)) if isinstance(error, TypeError) else type(error).__name__
-                raise BadRequestError(
-                    f"{self.scheme}:// cannot be opened ({reason}): check the URL, and fsspec's configuration"
-                ) from None
-        if self.scheme == "hf" and not self.is_fixed and _HUB_DATASET.match(self._root):
-            self._fix_commit(self._fs)
-        return self._fs
+            except (ValueError, AttributeError) as error:
+                # Its text may repeat a secret.
+                said = f"cannot be opened ({type(error).__name__}): check the URL, and fsspec's configuration"
+                raise BadRequestError(f"{self.scheme}:// {said}") from None
+            if self.is_fixed:
+                from huggingface_hub import HfApi
 
-    def _fix_commit(self, fs: Any) -> None:
-        """Makes all reads of a dataset of the hub see one commit, so that no part of a file has to be compared."""
-        from huggingface_hub import HfApi
-
-        found = fs.resolve_path(self._root)
-        api = HfApi(endpoint=fs.endpoint, token=fs.token)
-        commit = api.repo_info(found.repo_id, repo_type=found.repo_type, revision=found.revision).sha
-        fixed = type(found)(found.repo_type, found.repo_id, commit, found.path_in_repo)
-        self._root, self.is_fixed = fixed.unresolve(), True
-
-    def drop(self) -> None:
-        """Makes the next call open a new file system."""
-        self._fs = None
+                found, api = fs.resolve_path(self.root), HfApi(endpoint=fs.endpoint, token=fs.token)
+                commit = api.repo_info(found.repo_id, repo_type=found.repo_type, revision=found.revision).sha
+                self.root = type(found)(found.repo_type, found.repo_id, commit, found.path_in_repo).unresolve()
+            self.fs = fs
+        return self.fs
 
 
 class ForeignStore(Store):
@@ -123,16 +108,13 @@ class ForeignStore(Store):
         """
         check_source(uri)
         scheme, _, rest = uri.partition("://")
-        scheme = scheme.lower()
-        path, query = split_query(f"{scheme}://{rest}")
+        path, query = split_query(f"{scheme.lower()}://{rest}")
+        super().__init__(path if path.endswith("://") else path.rstrip("/"), retry)
+        self._connection = _Connection(path, retry.silence_seconds)
         # A server never gets the fragment.
         self._query = query.partition("#")[0]
-        super().__init__(path if path.endswith("://") else path.rstrip("/"), retry)
-        try:
-            kind = get_filesystem_class(scheme)
-        except (ImportError, ValueError, AttributeError) as error:
-            raise _not_installed(scheme, error) from None
-        self._connection = _Connection(scheme, kind, path, _options(scheme, retry.silence_seconds))
+        self.report: Callable[[int], object] = lambda received_bytes: None
+        """Called with the progress of each file that is read whole."""
         if "?" in path and "?" not in self._path(""):
             raise BadRequestError(f"{path}: a folder with a ? in its name cannot be read: rename it")
 
@@ -144,56 +126,11 @@ class ForeignStore(Store):
         """
         return self._attempt(self._about, key, True)
 
-    def blocks(
-        self, key: str, start: int = 0, stop: int | None = None, version: tuple[str, ...] = ()
-    ) -> tuple[int, Iterator[bytes]]:
-        """Starts to read a file at the byte `start`, or at 0 if that is impossible or its version has changed.
-
-        Returns:
-            The first byte's position, and the content from there on, at least up to `stop`. A read makes one attempt,
-            and raises as any operation does.
-        """
-        where, is_web = self.uri_of(key), "https" in self._connection.kind.protocol
-
-        def opened(fs: Any) -> Any:
-            path = self._path(key)
-            if not is_web:
-                # The end is known: bytes behind it would be for nothing.
-                kind = "none" if stop else "readahead"
-                return fs.open(path, "rb", block_size=READ_AHEAD_BYTES, cache_type=kind)
-            headers = {**fs.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
-            if start or stop:
-                headers["Range"] = f"bytes={start}-{stop - 1 if stop else ''}"
-            if start and version:
-                headers["If-Range"] = version[0]
-            # Block size 0 opens a stream; a size saves the request for it.
-            return fs.open(path, "rb", block_size=0, size=1, headers=headers)
-
-        file = self._ask(where, opened)
-        if is_web:
-            goes_on = file.r.status == 206 and file.r.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-            start = start if goes_on else 0
-        elif start:
-            self._ask(where, lambda _: file.seek(start))
-
-        def content() -> Iterator[bytes]:
-            at = start
-            try:
-                while stop is None or is_web or at < stop:
-                    size = min(stop - at, PART_BYTES) if stop and not is_web else COPY_BYTES
-                    block = self._ask(where, partial(_next_block, file, size))
-                    if not block:
-                        return
-                    at += len(block)
-                    self.retry.is_under_way(where)
-                    yield block
-            finally:
-                self._ask(where, lambda _: file.close())
-
-        return start, content()
-
     def _path(self, key: str) -> str:
-        return self._connection.path(self._prefix + key) + self._query
+        """Returns the file system's name of a file; in a whole URL some would read part of the name as a query."""
+        root = self._connection.root
+        start = root if root[-1:] in ("", "/") else f"{root}/"
+        return (f"{start}{self._prefix}{key}".rstrip("/") or root) + self._query
 
     def _ask(self, where: str, work: Callable[[Any], T]) -> T:
         """Returns `work` of the file system, and translates its errors."""
@@ -201,13 +138,13 @@ class ForeignStore(Store):
             self.retry.is_under_way(where)
         due = time.monotonic() + (_SILENCES_PER_READ - 1) * self.retry.silence_seconds
         try:
-            return answer(in_thread(lambda: work(self._connection.fs())), self.retry, where, lambda: due)
+            return answer(in_thread(lambda: work(self._connection.opened())), self.retry, where, lambda: due)
         except JobError:
             raise
         except Exception as error:
             meaning = _meaning(error, where)
             if isinstance(meaning, BucketAwayError):
-                self._connection.drop()
+                self._connection.fs = None
             raise meaning from error
         finally:
             self._connection.turns.release()
@@ -228,16 +165,29 @@ class ForeignStore(Store):
         return About(found.get("size"), tuple(str(found[name]) for name in _VERSIONS if found.get(name)))
 
     def _fetch(self, key: str, consume: Callable[[bytes], object]) -> str:
-        about, received_bytes = self._about(key), 0
-        for block in self.blocks(key)[1]:
+        where, is_web = self.uri_of(key), self._connection.is_web
+        (size_bytes, version), received_bytes = self._about(key), 0
+        # On the web, block size 0 opens a stream; a size saves the request for it.
+        how = {"block_size": 0, "size": 1} if is_web else {"block_size": READ_AHEAD_BYTES, "cache_type": "readahead"}
+        file = self._ask(where, lambda fs: fs.open(self._path(key), "rb", **how))
+        # A whole answer is final; an empty one may be an outage.
+        is_final = is_web and "Content-Length" in file.r.headers
+        while block := self._ask(where, lambda _: bytes(file.read(COPY_BYTES))):
             consume(block)
             received_bytes += len(block)
-        if about.size_bytes not in (None, received_bytes):
-            raise BucketAwayError(f"{self.uri_of(key)} sends {received_bytes:,} of {about.size_bytes:,} bytes")
+            self.retry.is_under_way(where)
+            self.report(received_bytes)
+            if size_bytes is not None and received_bytes > size_bytes:
+                is_final = True
+                break
+        self._ask(where, lambda _: file.close())
+        if size_bytes not in (None, received_bytes):
+            said = f"{where} sends {received_bytes:,} of {size_bytes:,} bytes"
+            raise BadDataError(f"{said}: download it") if is_final and received_bytes else BucketAwayError(said)
         # A smaller file arrives in one request, and the hub limits the requests per hour.
         if received_bytes > READ_AHEAD_BYTES:
-            self._check_same(key, about)
-        return repr(about.version)
+            self._check_same(key, About(size_bytes, version))
+        return repr(version)
 
     def _check_same(self, key: str, about: About) -> None:
         if not self._connection.is_fixed and self._about(key, anew=True) != about:
@@ -250,38 +200,39 @@ class ForeignStore(Store):
         return cast(BinaryIO, Ranges(partial(self._attempt, self._part, key, about), about.size_bytes))
 
     def _part(self, key: str, about: About, start: int, stop: int) -> bytes:
-        begins_at, blocks = self.blocks(key, start, stop, about.version)
-        if begins_at != start:
-            raise BadDataError(f"{self.uri_of(key)} cannot be read in parts, or has changed: download it")
-        part = bytearray()
-        for block in blocks:
-            part += block
-            if len(part) >= stop - start:
-                break
-        if len(part) < stop - start:
-            raise BucketAwayError(f"{self.uri_of(key)} sends {len(part):,} of {stop - start:,} bytes")
+        def part_of(fs: Any) -> bytes:
+            # The end is known: bytes behind it would be for nothing.
+            how = {"block_size": READ_AHEAD_BYTES, "cache_type": "none", "size": about.size_bytes}
+            with fs.open(self._path(key), "rb", **how) as file:
+                file.seek(start)
+                return bytes(file.read(stop - start))
+
+        part = self._ask(self.uri_of(key), part_of)
         self._check_same(key, about)
-        return bytes(part[: stop - start])
+        if len(part) != stop - start:
+            raise BucketAwayError(f"{self.uri_of(key)} sends {len(part):,} of {stop - start:,} bytes")
+        return part
 
     def _list(self, prefix: str) -> Sequence[Entry]:
         if self._query:
             remedy = "check address and signature; a folder with a query cannot be listed"
             raise ObjectMissingError(f"there is nothing at {self.uri}: {remedy}")
         entries, folders = list[Entry](), [prefix]
-        while folders:
-            for key, found in self._listed(folder := folders.pop()):
-                match found.get("type"):
-                    case "directory":
-                        folders.append(f"{key}/")
-                    case "file":
-                        entries.append(Entry(key, int(found.get("size") or 0)))
-                    case _:
-                        entries.append(Entry(key, self._linked_bytes(key)))
+        # `fs.find` would leave out a sub-folder that cannot be read.
+        for folder in folders:
             if folder.count("/") > _MOST_FOLDERS_DEEP:
                 raise BadDataError(f"{self._uri(prefix)} has more than {_MOST_FOLDERS_DEEP} levels: name a sub-folder")
+            for key, found in self._listed(folder):
+                if found["type"] == "directory":
+                    folders.append(f"{key}/")
+                    continue
+                linked = found if found["type"] == "file" else self._info(key)
+                if linked["type"] == "directory":
+                    raise BadDataError(f"{self.uri_of(key)} is a link to a folder: put a copy in its place")
+                entries.append(Entry(key, int(linked.get("size") or 0)))
         return entries
 
-    def _listed(self, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _listed(self, folder: str) -> list[tuple[str, dict[str, Any]]]:
         """Lists the keys and properties of a folder's files and folders; nothing for a missing folder."""
 
         def ask(fs: Any) -> list[dict[str, Any]]:
@@ -291,39 +242,20 @@ class ForeignStore(Store):
             is_hub = self._connection.scheme == "hf"
             return [*fs.find(path, detail=True).values()] if is_hub else fs.ls(path, detail=True)
 
-        found = []
-        with suppress(ObjectMissingError):
+        try:
             found = self._ask(self._uri(folder), ask)
-        start = self._connection.path(self._prefix).rstrip("/")
-        for each in found:
-            # The links of a page may lead outside the folder, and some servers begin them with a dot.
-            name = each["name"].replace("/./", "/")
-            key = name[len(start) :].strip("/")
-            if name.startswith(f"{start}/" if start else "") and key and key.startswith(folder):
-                yield key, each
+        except ObjectMissingError:
+            return []
+        start = f"{self._path('').rstrip('/')}/" if self._path("") else ""
+        # The links of a page may lead outside the folder, and some servers begin them with a dot.
+        names = [(each["name"].replace("/./", "/"), each) for each in found]
+        keys = [(name[len(start) :].strip("/"), each) for name, each in names if name.startswith(start)]
+        return [(key, each) for key, each in keys if key and key.startswith(folder)]
 
-    def _linked_bytes(self, key: str) -> int:
-        found = {}
-        # A reader of the file gets the error.
-        with suppress(ObjectMissingError):
-            found = self._info(key)
-        if found.get("type") == "directory":
-            raise BadDataError(f"{self.uri_of(key)} is a link to a folder: put a copy in its place")
-        return int(found.get("size") or 0)
+    def _refused(self, *_: object) -> NoReturn:
+        raise BadRequestError(f"{self.uri} can only be read: write to a folder, {URIS}")
 
-    def _folders(self, prefix: str) -> Sequence[str]:
-        names = (entry.key.removeprefix(prefix) for entry in self._list(prefix))
-        return sorted({name.partition("/")[0] for name in names if "/" in name})
-
-    def _write(self, key: str, content: BinaryIO, over: str | None) -> NoReturn:
-        raise BadRequestError(f"{self.uri_of(key)} can only be read: write to a folder, {URIS}")
-
-    def _delete(self, key: str) -> NoReturn:
-        raise BadRequestError(f"{self.uri_of(key)} can only be read: delete it with another program")
-
-
-def _next_block(file: Any, size_bytes: int, _: Any) -> bytes:
-    return bytes(file.read(size_bytes))
+    _folders = _write = _delete = _refused
 
 
 def _options(scheme: str, silence_seconds: float) -> dict[str, Any]:
@@ -338,7 +270,7 @@ def _options(scheme: str, silence_seconds: float) -> dict[str, Any]:
         session = {"timeout": limits, "trace_configs": [redirects], "trust_env": True}
         configured = conf.get(scheme, {})
         own["client_kwargs"] = {**configured.get("client_kwargs", {}), **session}
-        own["headers"] = {**configured.get("headers", {})}
+        own["headers"] = {**configured.get("headers", {}), "Accept-Encoding": "identity"}
     return own
 
 
@@ -357,7 +289,7 @@ def _meaning(error: Exception, uri: str) -> JobError:
         return NoPermissionError(f"{uri} may not be read ({reason}): {how}")
     if status in (404, 410) or isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return ObjectMissingError(f"there is nothing at {uri}: check the address")
-    if isinstance(error, _FINAL) or type(error).__name__ in _FINAL_NAMES:
+    if type(error).__name__ in _FINAL:
         said = f"{type(error).__name__}: {reason}"
         return BadRequestError(f"{uri} cannot be read ({said}): check the URL, and fsspec's configuration")
     if status == 416:
