@@ -357,7 +357,7 @@ class _Copying(_Packing):
         source = chosen_source(request, self._bucket, self._check_stop)
         self.where, self.source, self._source = source.where, source.name, source
         self._found = survey(
-            until_stopped(source.labelled(), self._check_stop),
+            until_stopped(source.images(labelled=True), self._check_stop),
             self.where,
             request.classes,
             names=source.classes,

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from job.data import members
 from job.data.ahead import in_order
@@ -66,14 +66,6 @@ class Files:
         """Returns the content of one; raises `RefusedError` if it is larger than a table of labels may be."""
         with self.open(name) as file:
             return members.read_table(file)
-
-
-class Found(NamedTuple):
-    """An image before it is read: its name, its size and its class, empty without one."""
-
-    name: str
-    size_bytes: int = 0
-    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -144,10 +136,6 @@ class Source:
         """Yields the images, in order, and counts the files that it leaves out; reads no content. See `members`."""
         self.skipped.clear()
         return filter(self._is_image, self.members(labelled))
-
-    def labelled(self) -> Iterator[Found]:
-        """Yields what is known of each image, in the order of `images`; reads the labels, and no images."""
-        return (Found(member.name, member.size_bytes, member.label) for member in self.images(labelled=True))
 
     def loaded(self, images: Iterable[Member]) -> Iterator[tuple[str, bytes]]:
         """Yields the relative paths and contents of these images, in order."""

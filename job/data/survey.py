@@ -18,10 +18,10 @@ from typing import Any, Generic, TypeVar
 
 from job.data.formats.unread import next_step
 from job.data.labels import MOST_CLASSES, Rows, join_labels, read_labels, split_labels, table_in
-from job.data.members import SUFFIXES, path_parts, refusing
+from job.data.members import SUFFIXES, Member, path_parts, refusing
 from job.data.opening import open_source
 from job.data.pack_request import PackRequest
-from job.data.source import Found, Source
+from job.data.source import Source
 from job.data.splits import ALL, is_data_file, split_in, split_of, stem_of
 from job.exits import BadDataError, BadRequestError
 from job.progress import some_of
@@ -130,7 +130,7 @@ def until_stopped(images: Iterable[T], check_stop: Callable[[], None]) -> Iterat
 
 
 def survey(
-    images: Iterable[Found],
+    images: Iterable[Member],
     where: str,
     classes: bool | None = None,
     names: tuple[str, ...] = (),
@@ -141,7 +141,7 @@ def survey(
     """Counts the images and finds their classes.
 
     Args:
-        images: all images of the source.
+        images: all images of the source, labelled.
         where: the source, for messages.
         classes: True requires classes, False ignores them; None takes labels, or else folders that look like classes.
         names: the names of the classes in the order of the format, if it has one.
@@ -155,8 +155,9 @@ def survey(
     """
     digest, by_label, by_folder = hashlib.sha256(), _Repeated[str](), _Repeated[tuple[str, ...]]()
     examples = list[str]()
-    for name, size_bytes, label in images:
-        digest.update(b"%d:%b%d:%b;" % (len(name.encode()), name.encode(), size_bytes, label.encode()))
+    for image in images:
+        name, label = image.name, image.label
+        digest.update(b"%d:%b%d:%b;" % (len(name.encode()), name.encode(), image.size_bytes, label.encode()))
         by_label.add(label)
         if not label and len(examples) < 2:
             examples.append(name)

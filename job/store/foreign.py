@@ -6,7 +6,6 @@ most of these file systems end a call neither at a stop nor after a time.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 import threading
@@ -16,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, cast
 from urllib.parse import urljoin
 
-from fsspec import available_protocols, get_filesystem_class
+from fsspec import get_filesystem_class
 from fsspec.config import conf
 
 from job.exits import BadDataError, BadRequestError, BucketAwayError, JobError, NoPermissionError, how_to_install
@@ -78,11 +77,6 @@ class _Connection:
         if self.fs is None:
             try:
                 fs = self.kind(**self.kind._get_kwargs_from_urls(self._url) | self._options)
-            except (ImportError, OSError) as error:
-                # pyarrow finds Java's library for HDFS no earlier.
-                if isinstance(error, OSError) and "load lib" not in str(error):
-                    raise
-                raise _not_installed(self.scheme, error) from None
             except (ValueError, AttributeError) as error:
                 # Its text may repeat a secret.
                 said = f"cannot be opened ({type(error).__name__}): check the URL, and fsspec's configuration"
@@ -255,7 +249,7 @@ class ForeignStore(Store):
     def _refused(self, *_: object) -> NoReturn:
         raise BadRequestError(f"{self.uri} can only be read: write to a folder, {URIS}")
 
-    _folders = _write = _delete = _refused
+    _folders = _write = _delete = cast(Any, _refused)
 
 
 def _options(scheme: str, silence_seconds: float) -> dict[str, Any]:
@@ -280,6 +274,9 @@ def _meaning(error: Exception, uri: str) -> JobError:
     error = error.__cause__ if isinstance(error.__cause__, Exception) else error
     if isinstance(error, JobError):
         return error
+    # pyarrow finds Java's library for HDFS no earlier.
+    if isinstance(error, ImportError) or "load lib" in str(error):
+        return _not_installed(uri.partition("://")[0], error)
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     # The query of a URL may be a signature, also that of a redirect.
     reason = one_line(re.sub(r"[?#][^\s'\")]+", "", str(error))) or type(error).__name__
@@ -312,9 +309,5 @@ async def _check_redirect(_: object, __: object, sent: aiohttp.TraceRequestRedir
 
 def _not_installed(scheme: str, error: Exception) -> BadRequestError:
     """Returns the error of an unknown scheme, or of a missing package."""
-    if scheme not in available_protocols():
-        near = difflib.get_close_matches(scheme, available_protocols(), 1)
-        meant = f"did you mean {near[0]}://?" if near else "`fsspec.available_protocols()` lists all"
-        return BadRequestError(f"{scheme}://: no file system of that name is known: {meant}")
-    how = how_to_install(_EXTRAS[scheme]) if scheme in _EXTRAS else "install that"
+    how = how_to_install(_EXTRAS[scheme]) if scheme in _EXTRAS else "check the scheme, and install its package"
     return BadRequestError(f"{scheme}:// needs more than is installed ({one_line(str(error))}): {how}")
