@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from job.data import members
-from job.data.archives import ARCHIVES, open_zipped, opened_zip, tar_members, zip_members
+from job.data.archives import ARCHIVES, find_tars, open_zipped, opened_zip, tar_members, zip_members
 from job.data.cache import default_cache_dir
-from job.data.foreign_tars import find_tars
 from job.data.formats import recognised
 from job.data.formats.beside import labelled_beside
 from job.data.formats.cifar import archive_source
@@ -24,8 +23,7 @@ from job.data.formats.mnist import IDX_NAME
 from job.data.formats.tables import has_shards
 from job.data.formats.unread import next_step_by
 from job.data.labels import sidecars, with_sidecars
-from job.data.members import Member, Opener, RefusedError
-from job.data.source import Files, Source
+from job.data.members import Files, Member, Opener, RefusedError, Source
 from job.data.splits import split_in
 from job.exits import BadDataError, BadRequestError, DiskFullError, MissingInputError
 from job.progress import Progress

@@ -29,7 +29,7 @@ from typing import Any
 
 from job.data import shards
 from job.data.ahead import in_order
-from job.data.foreign_tars import Sample, find_tars
+from job.data.archives import Sample, find_tars
 from job.data.images import RejectedImageError, UndecidedImageError, codec_versions, encode_png, prepare
 from job.data.labels import split_labels
 from job.data.members import Member

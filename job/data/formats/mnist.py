@@ -8,8 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from job.data.members import Member, Opener, RefusedError, is_hidden, read_exactly, unpacked
-from job.data.source import Files, Source
+from job.data.members import Files, Member, Opener, RefusedError, Source, is_hidden, read_exactly, unpacked
 from job.data.splits import first_split
 from job.exits import BadRequestError
 
