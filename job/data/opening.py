@@ -23,8 +23,7 @@ from job.data.formats.mnist import IDX_NAME
 from job.data.formats.tables import has_shards
 from job.data.formats.unread import next_step_by
 from job.data.labels import sidecars, with_sidecars
-from job.data.members import Files, Member, Opener, RefusedError, Source
-from job.data.splits import split_in
+from job.data.members import Files, Member, Opener, RefusedError, Source, split_in
 from job.exits import BadDataError, BadRequestError, DiskFullError, MissingInputError
 from job.progress import Progress
 from job.store import (
@@ -43,7 +42,7 @@ from job.store import (
 from job.store.files import os_errors
 
 if TYPE_CHECKING:
-    from job.store.foreign import ForeignStore
+    from job.store.sources import SourceStore
 
 SPARE_BYTES = 1 << 30
 """Space that a fetched file leaves free on the disk."""
@@ -155,7 +154,7 @@ def _elsewhere(uri: str, retry: Retry | None, column: str | None) -> Source:
         uri = pattern[1]
     elif name and not folder.endswith("://") and (parent := open_to_read(folder, retry)).exists(name):
         if is_foreign(uri):
-            path = _fetched(cast("ForeignStore", parent), name, uri)
+            path = _fetched(cast("SourceStore", parent), name, uri)
             return _file(Files(parent.uri, (name,), lambda _: path.open("rb"), name), column)
         # Labels of MNIST and of arrays and names of CIFAR's classes lie in files beside the chosen one.
         has_parts = IDX_NAME.fullmatch(name) or name.endswith((".bin", ".npy"))
@@ -195,7 +194,7 @@ def _place(source: str) -> Path:
     return default_cache_dir() / "sources" / hashlib.sha256(source.encode()).hexdigest()[:32]
 
 
-def _fetched(store: ForeignStore, key: str, source: str) -> Path:
+def _fetched(store: SourceStore, key: str, source: str) -> Path:
     """Fetches the file `key` of a store, at the URL `source`, into the cache, where it stays until it is packed.
 
     Returns its local path. A fetch that breaks off begins again.

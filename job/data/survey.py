@@ -18,10 +18,20 @@ from typing import Any, Generic, TypeVar
 
 from job.data.formats.unread import next_step
 from job.data.labels import MOST_CLASSES, Rows, join_labels, read_labels, split_labels, table_in
-from job.data.members import SUFFIXES, Member, Source, path_parts, refusing
+from job.data.members import (
+    ALL,
+    SUFFIXES,
+    Member,
+    Source,
+    is_data_file,
+    path_parts,
+    refusing,
+    split_in,
+    split_of,
+    stem_of,
+)
 from job.data.opening import open_source
 from job.data.pack_request import PackRequest
-from job.data.splits import ALL, is_data_file, split_in, split_of, stem_of
 from job.exits import BadDataError, BadRequestError
 from job.progress import some_of
 from job.store import Retry, Store

@@ -18,7 +18,7 @@ from job.data.opening import open_source
 from job.exits import BadDataError, BadRequestError, Exit, StoppedError
 from job.stop import Stop
 from job.store import Retry
-from job.store.foreign import About, ForeignStore
+from job.store.sources import About, SourceStore
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.packing import entries_of, images_of, names_of
 from tests.job.some_images import idx, png, tar_of, zip_of
@@ -69,13 +69,13 @@ def test_fetch_is_of_one_file(server, monkeypatch):
     handler, url = server
     one, two = archive(40), archive(41)
     handler.content = {"/all.zip": one}
-    check = ForeignStore._check_same
+    check = SourceStore._check_same
 
     def replaced(*about):
         handler.content, handler.etag = {"/all.zip": two[: len(one)]}, "two"
         return check(*about)
 
-    monkeypatch.setattr(ForeignStore, "_check_same", replaced)
+    monkeypatch.setattr(SourceStore, "_check_same", replaced)
     with pytest.raises(BadDataError, match="has changed during the read: begin again"):
         open_source(f"{url}/all.zip")
     monkeypatch.undo()
@@ -86,7 +86,7 @@ def test_fetch_is_of_one_file(server, monkeypatch):
 def test_lying_server_gets_no_disk(server, tmp_path, monkeypatch):
     handler, url = server
     handler.content = {"/all.zip": b"x" * 50_000_000}
-    monkeypatch.setattr(ForeignStore, "_about", lambda *_: About(1000, ('"one"',)))
+    monkeypatch.setattr(SourceStore, "_about", lambda *_: About(1000, ('"one"',)))
     written: list[int] = []
     monkeypatch.setattr("job.data.opening.Progress.update", lambda _, mib: written.append(mib))
     with pytest.raises(BadDataError, match=r"sends [\d,]+ of 1,000 bytes: download it"):
@@ -224,7 +224,7 @@ def test_missing_web_library_is_named(monkeypatch):
     def missing(*_, **__):
         raise ImportError("no aiohttp")
 
-    monkeypatch.setattr("job.store.foreign.get_filesystem_class", missing)
+    monkeypatch.setattr("job.store.sources.get_filesystem_class", missing)
     with pytest.raises(BadRequestError, match=r"https:// needs more than is installed \(no aiohttp\): .*\[web\]"):
         open_source("https://example.com/a.zip")
 

@@ -91,7 +91,7 @@ class _Connection:
         return self.fs
 
 
-class ForeignStore(Store):
+class SourceStore(Store):
     """Files below the folder that a URL names. No message contains the URL's query, which may be a signature."""
 
     def __init__(self, uri: str, retry: Retry) -> None:
