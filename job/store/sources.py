@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, cast
 from urllib.parse import urljoin
 
@@ -53,44 +54,6 @@ class About(NamedTuple):
     version: tuple[str, ...]
 
 
-class _Connection:
-    """The file system of a store and its copies; the first call after a failure makes a new one."""
-
-    def __init__(self, url: str, silence_seconds: float) -> None:
-        self.scheme = url.partition("://")[0]
-        try:
-            kind = get_filesystem_class(self.scheme)
-        except (ImportError, ValueError, AttributeError) as error:
-            raise _not_installed(self.scheme, error) from None
-        self.kind, self.is_web = kind, "https" in kind.protocol
-        self.fs: Any = None
-        # The root of an SSH server is `/`.
-        self.root: str = kind._strip_protocol(url) or ("/" if self.scheme in ("sftp", "ssh") else "")
-        # fsspec lets threads share these alone: of two threads that use SSH, one would wait without end.
-        self.turns = threading.Semaphore(CONNECTIONS if kind.async_impl or self.scheme == "hf" else 1)
-        self.is_fixed = self.scheme == "hf" and _HUB_DATASET.match(self.root) is not None
-        """Whether no file can change, because all of them are those of one commit."""
-        self._url, self._options = url, _options(self.scheme, silence_seconds)
-
-    def opened(self) -> Any:
-        """Returns the file system; to make it, some kinds connect to the server."""
-        if self.fs is None:
-            try:
-                fs = self.kind(**self.kind._get_kwargs_from_urls(self._url) | self._options)
-            except (ValueError, AttributeError) as error:
-                # Its text may repeat a secret.
-                said = f"cannot be opened ({type(error).__name__}): check the URL, and fsspec's configuration"
-                raise BadRequestError(f"{self.scheme}:// {said}") from None
-            if self.is_fixed:
-                from huggingface_hub import HfApi
-
-                found, api = fs.resolve_path(self.root), HfApi(endpoint=fs.endpoint, token=fs.token)
-                commit = api.repo_info(found.repo_id, repo_type=found.repo_type, revision=found.revision).sha
-                self.root = type(found)(found.repo_type, found.repo_id, commit, found.path_in_repo).unresolve()
-            self.fs = fs
-        return self.fs
-
-
 class SourceStore(Store):
     """Files below the folder that a URL names. No message contains the URL's query, which may be a signature."""
 
@@ -102,15 +65,28 @@ class SourceStore(Store):
         """
         check_source(uri)
         scheme, _, rest = uri.partition("://")
-        path, query = split_query(f"{scheme.lower()}://{rest}")
-        super().__init__(path if path.endswith("://") else path.rstrip("/"), retry)
-        self._connection = _Connection(path, retry.silence_seconds)
+        scheme = scheme.lower()
+        self._url, query = split_query(f"{scheme}://{rest}")
+        super().__init__(self._url if self._url.endswith("://") else self._url.rstrip("/"), retry)
+        try:
+            self._kind = kind = get_filesystem_class(scheme)
+        except (ImportError, ValueError, AttributeError) as error:
+            raise _not_installed(scheme, error) from None
+        self._options = _options(scheme, retry.silence_seconds)
         # A server never gets the fragment.
-        self._query = query.partition("#")[0]
+        self._query, self._is_web, self._is_hub = query.partition("#")[0], "https" in kind.protocol, scheme == "hf"
         self.report: Callable[[int], object] = lambda received_bytes: None
         """Called with the progress of each file that is read whole."""
-        if "?" in path and "?" not in self._path(""):
-            raise BadRequestError(f"{path}: a folder with a ? in its name cannot be read: rename it")
+        # The root of an SSH server is `/`.
+        root: str = kind._strip_protocol(self._url) or ("/" if scheme in ("sftp", "ssh") else "")
+        self._is_fixed = self._is_hub and _HUB_DATASET.match(root) is not None
+        """Whether no file can change, because all of them are those of one commit."""
+        # The stores of sub-folders share them, and the first call after a failure makes a new file system.
+        self._shared = SimpleNamespace(fs=None, root=root)
+        # fsspec lets threads share these alone: of two threads that use SSH, one would wait without end.
+        self._turns = threading.Semaphore(CONNECTIONS if kind.async_impl or self._is_hub else 1)
+        if "?" in self._url and "?" not in self._path(""):
+            raise BadRequestError(f"{self._url}: a folder with a ? in its name cannot be read: rename it")
 
     def about(self, key: str) -> About:
         """Returns a file's current size and version.
@@ -120,28 +96,46 @@ class SourceStore(Store):
         """
         return self._attempt(self._about, key, True)
 
+    def _opened(self) -> Any:
+        """Returns the file system; to make it, some kinds connect to the server."""
+        if self._shared.fs is None:
+            try:
+                fs = self._kind(**self._kind._get_kwargs_from_urls(self._url) | self._options)
+            except (ValueError, AttributeError) as error:
+                # Its text may repeat a secret.
+                said = f"cannot be opened ({type(error).__name__}): check the URL, and fsspec's configuration"
+                raise BadRequestError(f"{self.uri} {said}") from None
+            if self._is_fixed:
+                from huggingface_hub import HfApi
+
+                found, api = fs.resolve_path(self._shared.root), HfApi(endpoint=fs.endpoint, token=fs.token)
+                commit = api.repo_info(found.repo_id, repo_type=found.repo_type, revision=found.revision).sha
+                self._shared.root = type(found)(found.repo_type, found.repo_id, commit, found.path_in_repo).unresolve()
+            self._shared.fs = fs
+        return self._shared.fs
+
     def _path(self, key: str) -> str:
         """Returns the file system's name of a file; in a whole URL some would read part of the name as a query."""
-        root = self._connection.root
+        root = self._shared.root
         start = root if root[-1:] in ("", "/") else f"{root}/"
         return (f"{start}{self._prefix}{key}".rstrip("/") or root) + self._query
 
     def _ask(self, where: str, work: Callable[[Any], T]) -> T:
         """Returns `work` of the file system, and translates its errors."""
-        while not self._connection.turns.acquire(timeout=POLL_SECONDS):
+        while not self._turns.acquire(timeout=POLL_SECONDS):
             self.retry.is_under_way(where)
         due = time.monotonic() + (_SILENCES_PER_READ - 1) * self.retry.silence_seconds
         try:
-            return answer(in_thread(lambda: work(self._connection.opened())), self.retry, where, lambda: due)
+            return answer(in_thread(lambda: work(self._opened())), self.retry, where, lambda: due)
         except JobError:
             raise
         except Exception as error:
             meaning = _meaning(error, where)
             if isinstance(meaning, BucketAwayError):
-                self._connection.fs = None
+                self._shared.fs = None
             raise meaning from error
         finally:
-            self._connection.turns.release()
+            self._turns.release()
 
     def _info(self, key: str, anew: bool = False) -> dict[str, Any]:
         def info(fs: Any) -> dict[str, Any]:
@@ -159,7 +153,7 @@ class SourceStore(Store):
         return About(found.get("size"), tuple(str(found[name]) for name in _VERSIONS if found.get(name)))
 
     def _fetch(self, key: str, consume: Callable[[bytes], object]) -> str:
-        where, is_web = self.uri_of(key), self._connection.is_web
+        where, is_web = self.uri_of(key), self._is_web
         (size_bytes, version), received_bytes = self._about(key), 0
         # On the web, block size 0 opens a stream; a size saves the request for it.
         how = {"block_size": 0, "size": 1} if is_web else {"block_size": READ_AHEAD_BYTES, "cache_type": "readahead"}
@@ -184,7 +178,7 @@ class SourceStore(Store):
         return repr(version)
 
     def _check_same(self, key: str, about: About) -> None:
-        if not self._connection.is_fixed and self._about(key, anew=True) != about:
+        if not self._is_fixed and self._about(key, anew=True) != about:
             raise BadDataError(f"{self.uri_of(key)} has changed during the read: begin again")
 
     def _open(self, key: str) -> BinaryIO:
@@ -233,8 +227,7 @@ class SourceStore(Store):
             path = self._path(folder)
             fs.invalidate_cache()
             # The hub limits the requests per hour, but lists all files below a folder in one.
-            is_hub = self._connection.scheme == "hf"
-            return [*fs.find(path, detail=True).values()] if is_hub else fs.ls(path, detail=True)
+            return [*fs.find(path, detail=True).values()] if self._is_hub else fs.ls(path, detail=True)
 
         try:
             found = self._ask(self._uri(folder), ask)
