@@ -65,13 +65,16 @@ def _shard_hash_unchecked(shard_source: Any, trace: Any) -> None:
         store.download(key, path)
         return path
 
-    # The checksum of each image would also detect the damage.
+    shard_source.ShardSource.verified = verified
+
+
+def _image_checksum_unchecked(image_reader: Any, trace: Any) -> None:
     def read_image(this: Any, shard: int, row: int, record: Any, file: Any) -> Any:
         file.seek(record[0])
         index = this.source.index
-        return shard_source.decode(file.read(record[1]), index.channels, index.size)
+        return image_reader.decode(file.read(record[1]), index.channels, index.size)
 
-    shard_source.ShardSource.verified, shard_source.ImageReader.read_image = verified, read_image
+    image_reader.ImageReader.read_image = read_image
 
 
 _BROKEN: dict[tuple[str, str], Callable[[Any, Any], None]] = {
@@ -80,4 +83,6 @@ _BROKEN: dict[tuple[str, str], Callable[[Any, Any], None]] = {
     ("position-off-by-one", "job.training.session"): _position_off_by_one,
     ("order-drawn-anew", "job.training.session"): _order_drawn_anew,
     ("shard-hash-unchecked", "job.data.shard_source"): _shard_hash_unchecked,
+    # The checksum of each image would also detect the damage.
+    ("shard-hash-unchecked", "job.data.image_reader"): _image_checksum_unchecked,
 }

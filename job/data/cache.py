@@ -21,8 +21,9 @@ import google_crc32c
 import numpy as np
 
 from job.data.ahead import in_order
+from job.data.image_reader import ImageReader, Uint8s
 from job.data.order import Int64s, Order
-from job.data.shard_source import DOWNLOADS, ImageReader, ShardSource, Uint8s
+from job.data.shard_source import DOWNLOADS, ShardSource
 from job.data.shards import DatasetIndex
 from job.exits import BadConfigError, BadDataError, BadRequestError, DiskFullError, MissingInputError
 from job.stop import NEVER, Stop

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from ddpm import figures
+from job.data.image_reader import ImageReader
 from job.data.order import Int64s
-from job.data.shard_source import ImageReader, ShardSource
+from job.data.shard_source import ShardSource
 from job.data.shards import DatasetIndex
 from job.progress import printable
 from job.stop import NEVER, Stop

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from job.data import shards
 from job.data.ahead import in_order
-from job.data.shard_source import ImageReader, ShardSource
+from job.data.image_reader import ImageReader
+from job.data.shard_source import ShardSource
 from job.data.shards import DatasetIndex, Record, load_index
 from job.exits import BadDataError
 from job.pieces import CLAIMS, RECORDS
