@@ -16,20 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from job.data import members
 from job.data.formats.unread import next_step
 from job.data.labels import MOST_CLASSES, Rows, join_labels, read_labels, split_labels, table_in
-from job.data.members import (
-    ALL,
-    SUFFIXES,
-    Member,
-    Source,
-    is_data_file,
-    path_parts,
-    refusing,
-    split_in,
-    split_of,
-    stem_of,
-)
+from job.data.members import ALL, Member, Source, is_data_file, path_parts, split_in, split_of, stem_of
 from job.data.opening import open_source
 from job.data.pack_request import PackRequest
 from job.exits import BadDataError, BadRequestError
@@ -103,7 +93,7 @@ def chosen_source(request: PackRequest, bucket: Store, check_stop: Callable[[], 
             yield image.name
 
     if rows:
-        with refusing(rows.where):
+        with members.refusing(rows.where):
             table = join_labels(rows, names(), column)
         source = replace(source, table=table)
         notes.append(f"{table.where}: {table.names!r} names the images, {table.column!r} labels them")
@@ -127,7 +117,7 @@ def _rows(source: Source, file: str, retry: Retry) -> Rows:
     if Path(file).exists() and not Path(file).samefile(Path(beside.where, file)):
         there = f"one in {beside.where} and one in this folder, which ./{file} would name"
         raise BadRequestError(f"--labels {file}: there is {there}: choose, or rename one")
-    with refusing(f"{beside.where}: {file}"):
+    with members.refusing(f"{beside.where}: {file}"):
         return table_in(file, beside.read(file))
 
 
@@ -231,7 +221,7 @@ def _splits_of(folders: set[tuple[str, ...]]) -> set[str]:
 
 def no_images(where: str, skipped: Iterable[str] = ()) -> BadDataError:
     """Returns the error that a source is empty; files with these suffixes were skipped."""
-    suffixes = f"none of its names ends in {', '.join(sorted(SUFFIXES))}"
+    suffixes = f"none of its names ends in {', '.join(sorted(members.SUFFIXES))}"
     return BadDataError(f"{where} holds no images: {next(filter(None, map(next_step, skipped)), suffixes)}")
 
 
