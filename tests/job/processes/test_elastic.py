@@ -28,12 +28,12 @@ ALL_THAT_IS_DRAWN |= {"model__label_dropout": "0.3", "diffusion__self_conditioni
 ALL_THAT_IS_DRAWN |= {"diffusion__offset_noise": "0.1"}
 RECORD = """
 import hashlib, json, os, signal, threading
-draw, image_losses, drawn_here = randomness.training_noise, Objective.losses, threading.local()
+training_noise_of, image_losses, drawn_here = randomness.training_noise, Objective.losses, threading.local()
 record = open(f"{os.environ['RECORD']}-{os.getpid()}.jsonl", "w", buffering=1)
 
 def training_noise(seed, image_numbers, *how):
     drawn_here.numbers = image_numbers.tolist()
-    return draw(seed, image_numbers, *how)
+    return training_noise_of(seed, image_numbers, *how)
 
 def sha256(tensor):
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
