@@ -85,13 +85,13 @@ def test_training_by_a_preemption_notice(place):
 SLOW_STEP = """
 import os, time
 from pathlib import Path
-draw = randomness.training_noise
+training_noise_of = randomness.training_noise
 
 def training_noise(seed, image_numbers, *where):
     if image_numbers[0] >= 96:
         Path(os.environ["IN_STEP"]).touch()
         time.sleep(1.5)
-    return draw(seed, image_numbers, *where)
+    return training_noise_of(seed, image_numbers, *where)
 
 randomness.training_noise = training_noise
 """
