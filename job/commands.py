@@ -62,7 +62,7 @@ def train_command(
         _train(request, stop_after)
         return
     here = Group.of(1)
-    with _command_on(request.bucket, stop_after, Slice(here.node, here.nodes)) as stop:
+    with _command_on(request.bucket, stop_after, Slice(here.node, here.nodes), is_group=True) as stop:
         request = request.check()
         try:
             plan = plan_run(request, stop)
@@ -260,9 +260,9 @@ def _usual_size(preset: str) -> ImageSize:
 
 
 @contextmanager
-def _command_on(bucket_uri: str, stop_after: str, share: Slice = WHOLE) -> Iterator[Stop]:
+def _command_on(bucket_uri: str, stop_after: str, share: Slice = WHOLE, *, is_group: bool = False) -> Iterator[Stop]:
     """Runs a command with the common parts: its outcome in the bucket, its deadline, and its reaction to signals."""
-    with outcome_written(bucket_uri, share.index, share.count), deadline(stop_after):
+    with outcome_written(bucket_uri, share.index, share.count, is_group=is_group), deadline(stop_after):
         # Signals end this process until its work begins.
         stop = Stop().install(signals=False)
         watch_for_preemption(stop)

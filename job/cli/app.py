@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from job.cli import config, data, doctor, ema, evaluate, exchange, figure, jobs, report, runs, sample, submit, train
 from job.exits import Exit, MissingInputError, ending_of
-from job.processes.launched import LOST_PEER, is_launched, lost_peer
+from job.processes.launched import is_launched, lost_peer
 from job.progress import set_loudness
 
 _RESUMES = "--run NAME: the same command resumes that run"
@@ -157,7 +157,7 @@ def run() -> None:
         app()
     except Exception as error:
         if said := lost_peer(error):
-            _fail(f"another process of this run went away ({said})", LOST_PEER)
+            _fail(f"another process of this run went away ({said})", Exit.LOST_PEER)
         code, said = ending_of(error)
         if not said:
             raise

@@ -14,7 +14,7 @@ from job.config import EMBEDDED, draft, parse_sets, read_config_file
 from job.data.labels import split_labels
 from job.data.pack_request import PackRequest
 from job.exits import BadConfigError, BadRequestError
-from job.jobs.backends.target import Target
+from job.jobs.backends.base import Target
 from job.jobs.command_line import AnyRequest, ParsedCommand
 from job.jobs.spec import JobSpec, job_name, stop_after
 from job.processes.group import GPUS, JOB

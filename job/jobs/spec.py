@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -102,6 +103,11 @@ class JobSpec:
         # After `--` it would be an argument.
         end = self.argv.index("--") if "--" in self.argv else len(self.argv)
         return (*self.argv[:end], "--slice", f"{index}/{self.slices}", *self.argv[end:])
+
+    def shell_words(self, variable: str) -> list[str]:
+        """Returns the words of one slice, quoted for a shell that may expand the `variable` with its number alone."""
+        share = f"{variable}/{self.slices}"
+        return [f'"{word}"' if word == share else shlex.quote(word) for word in self.argv_of_slice(variable)]
 
     @property
     def all_labels(self) -> dict[str, str]:

@@ -79,7 +79,7 @@ class Watch:
             note(f"{self.spec.name} is {status.state} already: watching it")
             # A job that still waits for its first machine has not run; only the bucket knows of an evicted attempt.
             outcome = read_outcome(self.spec.name, self.spec.bucket)
-            if status.occupies_machine or status.attempts > 1 or (outcome and outcome.updated >= status.created):
+            if status.occupies_machine or (outcome and outcome.updated >= status.created):
                 with suppress(ValueError):
                     self._unseen_seconds = self.now() - datetime.fromisoformat(status.created).timestamp()
         while (status := self._follow()).state is not State.FINISHED:
@@ -197,7 +197,7 @@ class Watch:
         return status
 
     def _ask(self) -> JobStatus:
-        return self._retry(lambda: self._here.status(self.spec.name), "the job goes on meanwhile")
+        return self._retry(lambda: self._here.alive(self.spec.name), "the job goes on meanwhile")
 
     def _retry(self, request: Callable[[], Any], meanwhile: str) -> Any:
         """Returns an engine's answer, however long the engine is away."""

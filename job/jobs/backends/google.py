@@ -25,12 +25,11 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
-from job.jobs import prices
-from job.jobs.backends.base import Backend, Check, JsonObject, NoCapacityError
-from job.jobs.backends.confinement import IMAGE_USER, docker_options, scratch_variables
+from job.jobs.backends import machines
+from job.jobs.backends.base import Backend, JsonObject, LabelValue, NoCapacityError, Target, Terms, Word
+from job.jobs.backends.container import IMAGE_USER, docker_options, scratch_variables
 from job.jobs.backends.machines import Machine, machine_for
-from job.jobs.backends.target import LabelValue, Target, Terms, Word
-from job.jobs.prices import Hourly
+from job.jobs.doctor import Check
 from job.jobs.spec import JobSpec
 
 API_RETRY_PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)
@@ -90,14 +89,14 @@ class GoogleTarget(Target):
         """See `Target.terms`."""
         return Terms(self.machine_type, (f"project {self.project}", ", then ".join(self.places)), *self.limit)
 
-    def list_price(self, spec: JobSpec) -> Hourly | None:
+    def list_price(self, spec: JobSpec) -> machines.Hourly | None:
         """See `Target.list_price`: the price in the dearest region, with disk and address."""
-        table, gigabytes = prices.load_prices(), self.boot_disk_gigabytes
+        table, gigabytes = machines.load_prices(), self.boot_disk_gigabytes
         machine = table.machines.get(self.machine_type, {})
         disk = table.disks.get(Machine(self.machine_type).disk_type, {})
         address = 0.0 if self.network else table.address
         dollars = {
-            region: machine[region] + gigabytes * disk.get(region, 0.0) / prices.HOURS_OF_MONTH + address
+            region: machine[region] + gigabytes * disk.get(region, 0.0) / machines.HOURS_OF_MONTH + address
             for region in self.all_regions
             if region in machine
         }
@@ -299,7 +298,7 @@ class GoogleBackend(Backend):
         seen: set[str] = set()
         newest, over_at = since, math.inf
         while True:
-            if follow and over_at == math.inf and self.status(name).state.is_over:
+            if follow and over_at == math.inf and self.alive(name).state.is_over:
                 over_at = time.monotonic()
             # Determined before the request, so that it has all entries until the end.
             is_last = not follow or time.monotonic() - over_at >= LOG_SETTLE_SECONDS

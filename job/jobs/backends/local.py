@@ -23,8 +23,8 @@ from typing import Literal, NoReturn
 import psutil
 
 from job.exits import BadRequestError, MissingInputError, State
-from job.jobs.backends.base import FOLLOW_SECONDS, Backend, Check, JobStatus, JsonObject, ended_here
-from job.jobs.backends.target import Target
+from job.jobs.backends.base import FOLLOW_SECONDS, Backend, JobStatus, JsonObject, Target
+from job.jobs.doctor import Check, machine_checks
 from job.jobs.spec import JobSpec
 from job.sealed import utc_now
 from job.store.files import folder_lock, os_errors
@@ -61,16 +61,13 @@ class LocalRecord:
             return process if is_same and process.status() != psutil.STATUS_ZOMBIE else None
         return None
 
-    def status(self) -> JobStatus:
-        """Returns the status of the job."""
-        status = JobStatus(self.name, State.RUNNING, attempts=1, created=self.created, bucket=self.bucket)
+    def alive(self) -> JobStatus:
+        """Returns whether the job lives."""
+        alive = JobStatus(self.name, State.RUNNING, created=self.created, bucket=self.bucket)
         if self.process() is not None:
-            return status
-        status = replace(status, state=State.GONE).with_outcome(self.bucket)
-        if status.exit_code is not None:
-            return replace(status, state=ended_here(status.exit_code))
+            return alive
         see = f": see `ddpm jobs logs {self.name}`" * _log_path(self.name).exists()
-        return replace(status, message=f"its process ended, or was killed{see}")
+        return replace(alive, state=State.FAILED, message=f"its process ended, or was killed{see}")
 
 
 class LocalBackend(Backend):
@@ -115,14 +112,14 @@ class LocalBackend(Backend):
             return LocalRecord(**json.loads((_folder() / f"{name}.json").read_bytes()))
         return None
 
-    def status(self, name: str) -> JobStatus:
-        """See `Backend.status`."""
+    def alive(self, name: str) -> JobStatus:
+        """See `Backend.alive`."""
         record = self.find(name)
-        return record.status() if record else JobStatus(name, State.GONE, "it was not started here")
+        return record.alive() if record else JobStatus(name, State.GONE, "it was not started here")
 
     def jobs(self) -> list[JobStatus]:
         """Returns the newest job of each name that was started here."""
-        return [record.status() for path in _folder().glob("*.json") if (record := self.find(path.stem))]
+        return [record.alive() for path in _folder().glob("*.json") if (record := self.find(path.stem))]
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """See `Backend.identity`: all targets are this machine."""
@@ -156,8 +153,6 @@ class LocalBackend(Backend):
 
     def checks(self, bucket: str) -> Iterable[Check]:
         """See `Backend.checks`: the machine itself."""
-        from job.jobs.backends.local_checks import machine_checks
-
         return machine_checks()
 
 
