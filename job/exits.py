@@ -125,14 +125,8 @@ def restart_after(code: int | None) -> Restart:
 
 
 def failures(restart: Restart) -> list[int]:
-    """Returns the exit codes with this rule, in order and without 0: what an engine's own policy lists."""
+    """Returns the exit codes with this rule, in order and without 0, for an engine's own policy."""
     return [int(code) for code in Exit if code.restart is restart and code is not Exit.FINISHED]
-
-
-def shell_variables() -> str:
-    """Returns lines of a shell script that set `EXIT_STOPPED=75` and so on, and `EXITS_NEVER='2 64 …'` for each rule."""
-    lists = [f"EXITS_{rule.name}='{' '.join(map(str, failures(rule)))}'" for rule in Restart]
-    return "\n".join([*(f"EXIT_{code.name}={code:d}" for code in Exit), *lists]) + "\n"
 
 
 def meaning(code: int) -> str:

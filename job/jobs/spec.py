@@ -106,8 +106,9 @@ class JobSpec:
 
     def shell_words(self, variable: str) -> list[str]:
         """Returns the words of one slice, quoted for a shell that may expand the `variable` with its number alone."""
-        share = f"{variable}/{self.slices}"
-        return [f'"{word}"' if word == share else shlex.quote(word) for word in self.argv_of_slice(variable)]
+        # No word has a zero byte.
+        share, filled = f"\0/{self.slices}", f'"{variable}/{self.slices}"'
+        return [filled if word == share else shlex.quote(word) for word in self.argv_of_slice("\0")]
 
     @property
     def all_labels(self) -> dict[str, str]:

@@ -44,8 +44,8 @@ GPU_HOURS = 50_000.0
 A. Dubey et al., The Llama 3 Herd of Models, arXiv 2407.21783, section 3.3.4."""
 START_SECONDS, SAVE_SECONDS, EPOCH_SECONDS = 60.0, 10.0, 600.0
 """The durations of a run that has not measured them: guesses, without a source."""
-LEAST_SHARE = 0.1
-"""The share of the time on machines below which a job is refused."""
+LEAST_CHANCE = 0.1
+"""The chance of an attempt to save below which a job is refused."""
 
 
 def submit(
@@ -189,13 +189,12 @@ def check_interruptions(
     # The first save shows whether it fits into a notice, so a job must not make it only at its end.
     is_known = save is not None or period < spec.max_hours * 3600
     has_notice = (is_spot or told is not None) and is_saved_in(target.notice_seconds, save_seconds) and is_known
-    lost_seconds = start_seconds + save_seconds * (not has_notice)
-    if productive_share(every, lost_seconds, 0 if has_notice else period) >= LEAST_SHARE:
+    lost, works = start_seconds + save_seconds, best_interval_seconds(save_seconds, every)
+    if _reaches_save(every, lost + period * (not has_notice)) >= LEAST_CHANCE:
         return
-    works = best_interval_seconds(save_seconds, every)
     why = f"would save every {_words(period)} (checkpoint.every_minutes, checkpoint.every_epochs)"
     do = f"add --set checkpoint.every_minutes={works / 60:.2g}"
-    if productive_share(every, lost_seconds, 0 if has_notice else works) < LEAST_SHARE:
+    if _reaches_save(every, lost + works) < LEAST_CHANCE:
         took = f"{_words(start_seconds)} after its start and needs {_words(save_seconds)} for a save"
         why, do = f"begins to train {took}", "use other machines"
     raise BadRequestError(
@@ -204,20 +203,9 @@ def check_interruptions(
     )
 
 
-def productive_share(every_seconds: float, lost_seconds: float, period_seconds: float) -> float:
-    """Returns the share of the time on machines that trains: τ / (M e^{R/M} (e^{τ/M} - 1)).
-
-    J. T. Daly, A higher order estimate of the optimum checkpoint interval for restart dumps, FGCS 22 (2006), eq. 20,
-    with the time to reach the bucket as part of the restart R. A dump takes nothing: training goes on.
-
-    Args:
-        every_seconds: M, the mean time on machines between two interruptions, which come at random.
-        lost_seconds: R, the time of an attempt that is lost in any case.
-        period_seconds: τ, between two saves; 0 if a notice comes early enough for one.
-    """
-    restart, period = lost_seconds / every_seconds, period_seconds / every_seconds
-    # In a form without an overflow.
-    return math.exp(-restart) * (period * math.exp(-period) / -math.expm1(-period) if period else 1.0)
+def _reaches_save(every_seconds: float, needed_seconds: float) -> float:
+    """Returns the chance of an attempt to last so long, among interruptions at random: e^(-t/M)."""
+    return math.exp(-needed_seconds / every_seconds)
 
 
 def _words(seconds: float) -> str:
@@ -235,10 +223,7 @@ def cost_of(spec: JobSpec, target: Target) -> str:
         return f"{words}, for as long as it runs, without a limit{about}"
     words += f" × {terms.attempts} attempts" * (terms.attempts > 1)
     dollars = spec.machines * hourly.dollars * terms.attempts * spec.max_hours
-    figure = f"${dollars:,.2f} ({words} × {spec.max_hours:g} hours{about}{terms.margin})"
-    if hourly.unknown:
-        return f"from {figure}; the prices in {', '.join(hourly.unknown)} are unknown"
-    return f"at most {figure}"
+    return f"at most ${dollars:,.2f} ({words} × {spec.max_hours:g} hours{about}{terms.margin})"
 
 
 def _ask(spec: JobSpec) -> None:

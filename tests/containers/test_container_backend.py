@@ -65,7 +65,7 @@ def test_stopped_runs_have_undisturbed_weights(place):
         code, _, err = ended(child, 60)
         assert code == 75, err
         assert "everything is saved, and the same command goes on from there" in err
-        assert backend().status("train-stopped").state is State.CANCELLED
+        assert backend().status("train-stopped").state is State.STOPPED
         earlier, seen = seen, load_manifest(run, max(list_checkpoints(run))).images_seen
         assert seen > earlier and seen % IMAGES, "stopped between two ends of epochs"
     succeeded(ddpm("submit", *training("stopped", place), *HERE))
@@ -97,7 +97,7 @@ def test_background_containers_are_listed_and_cancelled(place):
     assert (code, err) == (0, "")
     assert "everything is saved" in out
     status = backend().status("train-behind")
-    assert (status.state, status.exit_code) == (State.CANCELLED, 75)
+    assert (status.state, status.exit_code) == (State.STOPPED, 75)
     assert backend().status("train-behind").bucket == str(place)
     backend().cancel("train-behind")
     assert backend().status("train-behind").state is State.GONE

@@ -5,11 +5,12 @@ from __future__ import annotations
 import abc
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import select
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import reduce
-from subprocess import CompletedProcess
 from typing import Annotated, Any, ClassVar, NamedTuple, NoReturn
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -30,6 +31,7 @@ from job.jobs.doctor import Check
 from job.jobs.spec import JobSpec
 from job.outcome import Outcome, read_outcome
 from job.progress import note, printable
+from job.sealed import utc_now
 from job.stop import SPOT_GRACE_SECONDS
 from job.store import KINDS, check_uri
 
@@ -164,7 +166,7 @@ class Target(BaseModel):
     def dollars_per_hour(self, spec: JobSpec) -> float | None:
         """Returns the highest price of all machines of a job together; None if it is unknown."""
         hourly = self.hourly(spec)
-        return spec.machines * hourly.dollars if hourly and not hourly.unknown else None
+        return spec.machines * hourly.dollars if hourly else None
 
 
 class Cause(StrEnum):
@@ -252,22 +254,24 @@ class JobStatus:
         """
         outcome = read_outcome(self.name, bucket_uri)
         # One from before the job was made belongs to an earlier job as well.
-        if outcome is not None and (outcome == earlier or outcome.updated < self.created):
-            outcome = None
-        starts = [start for start in outcome.starts if start >= self.created] if outcome else []
-        status = replace(self, attempts=len(starts))
+        if outcome is None or outcome == earlier or outcome.updated < self.created:
+            outcome = Outcome(state=State.RUNNING, exit_code=None, updated=utc_now())
+        status = replace(self, attempts=sum(start >= self.created for start in outcome.starts))
+        is_end = outcome.exit_code is not None and self.exit_code in (None, outcome.exit_code)
+        code, said = (outcome.exit_code, outcome.message) if is_end else (self.exit_code, "")
+        is_new, failed = is_end and self.exit_code is None, failed_slices(outcome.failed) * outcome.is_sliced
         if not self.state.is_over:
-            return replace(status, message=joined(self.message, self._before(outcome if starts else None)))
-        if outcome is None or outcome.exit_code is None or self.exit_code not in (None, outcome.exit_code):
+            # Slices that have ended say nothing about those that wait, and one that is stuck has not ended.
+            is_other = is_new and (outcome.is_sliced or not status.attempts or self.state is State.RUNNING)
+            if not code or is_other or self.cause is Cause.STUCK:
+                return status
+            before = f"the attempt before ended with exit code {code}: {said or meaning(code)}"
+            return replace(status, message=joined(self.message, before))
+        if not is_end or (is_new and self.state not in (State.FAILED, State.GONE)):
             return status
-        code, is_known = outcome.exit_code, self.exit_code is not None
-        if not is_known and self.state not in (State.FAILED, State.GONE):
-            return status
-        # What the engine says of slices goes before the reason of the worst one.
-        slices = self.message * is_known if outcome.is_sliced else ""
-        failed = failed_slices(outcome.failed) * (outcome.is_sliced and not is_known)
-        message = joined(slices, failed, outcome.message) or self.message * (code != Exit.FINISHED)
-        if is_known:
+        engine = failed if is_new else self.message * outcome.is_sliced
+        message = joined(engine, said) or self.message * (code != Exit.FINISHED)
+        if not is_new:
             return replace(status, message=message)
         return replace(
             status,
@@ -278,21 +282,6 @@ class JobStatus:
             # A code that would come again counts more than the loss of the machine.
             cause=None if self.cause is Cause.TAKEN_AWAY else self.cause,
         )
-
-    def _before(self, outcome: Outcome | None) -> str:
-        """Returns how the last attempt ended of a job that lives; empty if that is unknown or goes on."""
-        code, said = self.exit_code, outcome.message if outcome else ""
-        # Slices that have ended say nothing about those that wait. One that is stuck has not ended.
-        if outcome and code is None and self.state is State.WAITING and self.cause is not Cause.STUCK:
-            if outcome.is_sliced:
-                return ""
-            code = outcome.exit_code
-            if code is None:
-                return "the attempt before ended without a message"
-        if not code:
-            return ""
-        is_same = outcome is not None and outcome.exit_code == code
-        return f"the attempt before ended with exit code {code}: {said if is_same and said else meaning(code)}"
 
 
 def joined(*parts: str) -> str:
@@ -305,10 +294,30 @@ def failed_slices(numbers: Iterable[object]) -> str:
     return f"failed slices: {named}" if (named := ",".join(map(str, numbers))) else ""
 
 
-def last_line(answer: CompletedProcess[str]) -> str:
+def last_line(answer: subprocess.CompletedProcess[str]) -> str:
     """Returns the last line of an engine's client that failed, without its name."""
     lines = [line.strip() for line in answer.stderr.splitlines() if line.strip()]
     return re.sub(r"^\w+: (error: |fatal: )*", "", lines[-1]) if lines else f"it ended with {answer.returncode}"
+
+
+def output_of(command: Sequence[str], poll_seconds: float, is_over: Callable[[], bool]) -> Iterator[str]:
+    """Yields the lines that a command prints, until it ends, or prints no more after `is_over`."""
+    was_over, part, none = False, b"", subprocess.DEVNULL
+    with subprocess.Popen(command, stdin=none, stdout=subprocess.PIPE, stderr=none) as process:
+        assert process.stdout is not None
+        try:
+            while True:
+                ready = select.select([process.stdout], [], [], poll_seconds)[0]
+                data = os.read(process.stdout.fileno(), 1 << 16) if ready else b""
+                is_end = not data and (ready or was_over)
+                *lines, part = (part + data + b"\n" * (is_end and bool(part))).split(b"\n")
+                yield from (line.decode(errors="replace") for line in lines)
+                if is_end:
+                    return
+                # Looked at before the next read, so that it has all output until the end.
+                was_over = not data and is_over()
+        finally:
+            process.kill()
 
 
 class NoCapacityError(JobError):

@@ -1,5 +1,6 @@
-"""Jobs on a Kubernetes cluster: `kubernetes_manifests` renders them, the official client sends them, and `alive_of`
-tells from the objects about a job whether it lives, in the cluster's own words.
+"""Jobs on a Kubernetes cluster: `kubernetes_manifests` renders them, and the official client sends them.
+
+`alive_of` tells from the objects about a job whether it lives, in the cluster's own words.
 """
 
 from __future__ import annotations
@@ -320,7 +321,7 @@ def _state_and_cause(
             return State.FAILED, f"{_OUT_OF_TIME}: {_HOURS_OVER}", Cause.OUT_OF_TIME
         return State.FAILED, ": ".join(filter(None, (failed.get("reason"), failed.get("message")))), None
     if is_suspended(job):
-        return _why_suspended(job, events, next(iter(others), {}))
+        return _why_suspended(job, next(iter(others), {}))
     # Slices do not wait for each other.
     others = [pod for pod in living if not _dead_node(pod)] if job["spec"].get("completions", 1) > 1 else []
     if stuck and not any(map(is_running, others)):
@@ -341,15 +342,13 @@ def _state_and_cause(
     return State.WAITING, warnings[-1] if warnings else "waits for a pod", None
 
 
-def _why_suspended(
-    job: JsonObject, events: Sequence[JsonObject], workload: JsonObject
-) -> tuple[State, str, Cause | None]:
+def _why_suspended(job: JsonObject, workload: JsonObject) -> tuple[State, str, Cause | None]:
     """Returns state, message and cause of a job that a queue or a person holds."""
     queue = job["metadata"].get("labels", {}).get(QUEUE_LABEL)
     is_deactivated = workload.get("spec", {}).get("active") is False
     eviction = _condition(workload, "Evicted")
     evicted = _tail_of(eviction.get("message"))
-    if _queue_ended_it(events) or (is_deactivated and _QUEUE_HOURS_OVER in evicted):
+    if is_deactivated and _QUEUE_HOURS_OVER in evicted:
         return State.FAILED, _HOURS_OVER, Cause.OUT_OF_TIME
     if is_deactivated:
         why = f"its queue {queue!r} lets it run no more: {evicted or 'a person deactivated it'}"
@@ -407,15 +406,6 @@ def _counted(job: JsonObject, pods: Sequence[JsonObject]) -> int:
     counted = [index for index, end in ends if end and _restart_of(end) is Restart.BOUNDED]
     restarts = int(job.get("status", {}).get("restartsCountTowardsMax") or 0)
     return max([restarts, *map(counted.count, counted)])
-
-
-def _queue_ended_it(events: Sequence[JsonObject]) -> bool:
-    """Returns whether Kueue stopped it for `max-exec-time-seconds`; the Job itself shows only that it is suspended.
-
-    See pkg/controller/jobframework/reconciler.go of Kueue, which copies the workload's reason into an event.
-    """
-    stops = [event.get("message", "") for event in events if event.get("reason") in ("Stopped", "Started")]
-    return bool(stops) and _QUEUE_HOURS_OVER in stops[-1]
 
 
 def _ended_at(end: JsonObject) -> str:

@@ -1,4 +1,4 @@
-"""The keys of a Kubernetes target, and by pure functions a Job for one machine or for slices, a JobSet for several nodes.
+"""The keys of a Kubernetes target; by pure functions a Job for one machine or for slices, a JobSet for several nodes.
 
 The fields are those of batch/v1 (kubernetes.io/docs/reference/kubernetes-api/workload-resources/job-v1) and of
 jobset.x-k8s.io/v1alpha2 (jobset.sigs.k8s.io); what is retried follows the table of `job.exits`.

@@ -13,7 +13,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,7 @@ from typing import Literal, NoReturn
 import psutil
 
 from job.exits import BadRequestError, MissingInputError, State
-from job.jobs.backends.base import FOLLOW_SECONDS, Backend, JobStatus, JsonObject, Target
+from job.jobs.backends.base import FOLLOW_SECONDS, Backend, JobStatus, JsonObject, Target, output_of
 from job.jobs.doctor import Check, machine_checks
 from job.jobs.spec import JobSpec
 from job.sealed import utc_now
@@ -127,19 +126,11 @@ class LocalBackend(Backend):
 
     def logs(self, name: str, follow: bool) -> Iterator[str]:
         """See `Backend.logs`."""
-        record, part = self.known(name), ""
-        if not _log_path(name).exists():
+        record, path = self.known(name), _log_path(name)
+        if not path.exists():
             raise MissingInputError(f"{name} prints to the terminal that it was started from, and has no log")
-        with os_errors(_log_path(name)), _log_path(name).open(encoding="utf-8", errors="replace", newline="\n") as file:
-            while True:
-                # Determined before the read, so that it has all output until the end.
-                is_over = not follow or record.process() is None
-                *lines, part = (part + file.read()).split("\n")
-                yield from lines
-                if is_over:
-                    yield from filter(None, [part])
-                    return
-                time.sleep(FOLLOW_SECONDS)
+        tail = ["tail", "--lines=+1", *["--follow"] * follow, "--", str(path)]
+        yield from output_of(tail, FOLLOW_SECONDS, lambda: record.process() is None)
 
     def cancel(self, name: str) -> str:
         """Makes the job save and end, as Ctrl-C would."""

@@ -131,8 +131,6 @@ class Hourly:
     dollars: float
     about: str
     """The source of the figure, and what it includes."""
-    unknown: tuple[str, ...] = ()
-    """Regions where the job may run and the price is not known: it may cost more there."""
 
 
 @dataclass(frozen=True)
@@ -148,9 +146,9 @@ class Prices:
     address: float
     """For an hour."""
 
-    def hourly(self, dollars: float, what: str, unknown: tuple[str, ...] = ()) -> Hourly:
+    def hourly(self, dollars: float, what: str) -> Hourly:
         """Returns a price of this table, with its source; `what` goes on after "on demand"."""
-        return Hourly(dollars, f"on demand {what}; {self.source}, {self.date}", unknown)
+        return Hourly(dollars, f"on demand {what}; {self.source}, {self.date}")
 
 
 @cache

@@ -11,13 +11,11 @@ says.
 from __future__ import annotations
 
 import json
-import os
 import re
-import select
 import shlex
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,11 +31,12 @@ from job.exits import (
     JobError,
     MissingInputError,
     NoPermissionError,
+    Restart,
     State,
-    shell_variables,
+    failures,
     state_after,
 )
-from job.jobs.backends.base import Backend, Cause, JobStatus, JsonObject, Target, Terms, Word, last_line
+from job.jobs.backends.base import Backend, Cause, JobStatus, JsonObject, Target, Terms, Word, last_line, output_of
 from job.jobs.doctor import Check
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.processes.group import GPUS
@@ -201,7 +200,10 @@ class SlurmBackend(Backend):
         """See `Backend.logs`: the output lies in the target's folder until a person deletes it."""
         paths = [f"{self.target.folder}/{task.output}" for task in self.known(name)]
         words = ["tail", "--lines=+1", "--verbose" if len(paths) > 1 else "--quiet", *["-F"] * follow, "--", *paths]
-        lines, is_empty = self._output_of(words, lambda: self.alive(name).state.is_over), True
+        lines, is_empty = (
+            output_of(self._there(words), FOLLOW_POLL_SECONDS, lambda: self.alive(name).state.is_over),
+            True,
+        )
         for line in _with_indices(lines) if len(paths) > 1 else lines:
             is_empty = False
             yield line
@@ -216,25 +218,6 @@ class SlurmBackend(Backend):
         found = re.findall(line, self._run([*files, *first_lines]).stdout, re.MULTILINE)
         gone = JobStatus(name, State.GONE, "Slurm has forgotten it")
         return [_Task(int(number), int(index or -1), replace(gone, created=began)) for number, index, began in found]
-
-    def _output_of(self, words: Sequence[str], is_over: Callable[[], bool]) -> Iterator[str]:
-        """Yields the lines that a command prints, until it ends, or prints no more after `is_over`."""
-        was_over, part, none = False, b"", subprocess.DEVNULL
-        with subprocess.Popen(self._there(words), stdin=none, stdout=subprocess.PIPE, stderr=none) as process:
-            assert process.stdout is not None
-            try:
-                while True:
-                    ready = select.select([process.stdout], [], [], FOLLOW_POLL_SECONDS)[0]
-                    data = os.read(process.stdout.fileno(), 1 << 16) if ready else b""
-                    is_end = not data and (ready or was_over)
-                    *lines, part = (part + data + b"\n" * (is_end and bool(part))).split(b"\n")
-                    yield from (line.decode(errors="replace") for line in lines)
-                    if is_end:
-                        return
-                    # Looked at before the next read, so that it has all output until the end.
-                    was_over = not data and is_over()
-            finally:
-                process.kill()
 
     def cancel(self, name: str) -> str:
         """See `Backend.cancel`: Slurm tells the program to stop, and kills it after the cluster's `KillWait`."""
@@ -396,12 +379,12 @@ def script_of(spec: JobSpec, target: SlurmTarget) -> str:
         "signal": f"B:TERM@{target.grace_seconds}",
         **_resources(spec, target),
     }
-    own = {"bucket": spec.bucket, "retries": spec.retries}
+    again, never = (" ".join(map(str, failures(rule))) for rule in (Restart.ALWAYS, Restart.NEVER))
+    own = {"bucket": spec.bucket, "retries": spec.retries, "uncounted": again, "never": never}
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH --{key}={value}".removesuffix("=") for key, value in options.items()),
         *(f"{key}={shlex.quote(str(value))}" for key, value in own.items()),
-        shell_variables().rstrip(),
         f'job="{f"${{SLURM_ARRAY_JOB_ID}}_{INDEX}" if spec.slices else "$SLURM_JOB_ID"}"',
         *_exports(spec, target),
         f"words=({' '.join(_words(spec, target))})",

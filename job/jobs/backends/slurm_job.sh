@@ -1,10 +1,11 @@
 # Runs a job's program on all its nodes, notes in Slurm how it ended, and has Slurm start it again if that may help.
 #
-# A constant: `slurm.py` puts options for sbatch before it, the table of exit codes (`EXIT_STOPPED`, `EXITS_NEVER` …) and:
+# A constant: `slurm.py` puts options for sbatch before it, and these variables:
 #   words    the command that starts the program once on each node
 #   job      its number, and its slice's: the number alone, which the last slice has, means all slices
 #   bucket   of the job
 #   retries  how many failures may be tried again
+#   never, uncounted    the exit codes, by the table, after which nothing is tried again, and that are no failures
 # shellcheck shell=bash disable=SC2154
 set -u
 
@@ -54,17 +55,17 @@ if [[ $(ask_slurm %T) != RUNNING || $(scontrol --oneliner show job "$job") =~ \ 
   exit "$code"
 fi
 again=yes
-if ((code == EXIT_FINISHED)); then
+if ((code == 0)); then
   again=
-elif [[ " $EXITS_NEVER " == *" $code "* ]]; then
+elif [[ " $never " == *" $code "* ]]; then
   again='' why+=', which would come again'
-elif [[ " $EXITS_ALWAYS " != *" $code "* ]]; then
+elif [[ " $uncounted " != *" $code "* ]]; then
   ((++failures <= retries)) || again=
   why+=" (failure $failures; $retries are tried again)"
 fi
 say "$why"
 # Without its count a failure would come again for ever.
-remember "$code" || [[ " $EXITS_ALWAYS " == *" $code "* ]] || again=
+remember "$code" || [[ " $uncounted " == *" $code "* ]] || again=
 if [[ $again ]]; then
   if scontrol requeue "$job"; then
     say "waiting in the queue for the next attempt"

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from job.exits import JobError, Restart, State, restart_after, shell_variables, state_after
+from job.exits import Exit, JobError, Restart, State, restart_after, state_after
 from job.jobs.backends import google
 from job.jobs.backends.base import Cause, JobStatus, JsonObject, joined
 from job.jobs.backends.container import SCRATCH
@@ -227,8 +227,10 @@ class VmBackend(google.GoogleBackend):
 
 
 def start_script() -> str:
-    """Returns the script that a VM runs: `vm_start.sh` behind the table of exit codes."""
-    return f"#!/bin/bash\n{shell_variables()}{Path(__file__).with_name('vm_start.sh').read_text(encoding='utf-8')}"
+    """Returns the script that a VM runs: `vm_start.sh` behind the exit codes that it names."""
+    codes = (Exit.STOPPED, Exit.BUCKET_AWAY, Exit.MISSING_INPUT)
+    lines = "".join(f"{code.name.lower()}={code:d}\n" for code in codes)
+    return f"#!/bin/bash\n{lines}{Path(__file__).with_name('vm_start.sh').read_text(encoding='utf-8')}"
 
 
 def _slices(machine: JsonObject) -> int:

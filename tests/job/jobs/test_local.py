@@ -75,7 +75,7 @@ def test_background_jobs_are_known_and_stopped(bucket, monkeypatch):
     )
     assert "saves first" in succeeded(ddpm_here("jobs", "cancel", "train-long"))
     status = ended("train-long")
-    assert (status.state, status.exit_code) == (State.CANCELLED, 75)
+    assert (status.state, status.exit_code) == (State.STOPPED, 75)
     followed, _ = follower.communicate(timeout=60)
     assert follower.returncode == 0
     assert "everything is saved, and the same command goes on from there" in followed
@@ -103,7 +103,7 @@ def test_failed_jobs_say_why(bucket, folder, monkeypatch):
     # One that cannot write to its bucket can say so in its log alone.
     backend().submit(spec("--dataset", "none", "--bucket", "nowhere", name="train-b", bucket="nowhere"))
     status = ended("train-b")
-    assert (status.state, status.exit_code) == (State.GONE, None)
+    assert (status.state, status.exit_code) == (State.FAILED, None)
     assert "see `ddpm jobs logs train-b`" in status.message
     assert "is not in nowhere yet" in "\n".join(backend().logs("train-b", True))
 
@@ -125,12 +125,12 @@ def test_jobs_start_once():
     record = json.loads(path.read_bytes())
     os.kill(record["pid"], signal.SIGKILL)
     status = ended("train-a")
-    assert (status.state, status.exit_code) == (State.GONE, None)
+    assert (status.state, status.exit_code) == (State.FAILED, None)
     assert "was killed" in status.message
     bystander = subprocess.Popen(["sleep", "60"])
     try:
         path.write_text(json.dumps({**record, "pid": bystander.pid, "process_began": record["process_began"] - 60}))
-        assert backend().status("train-a").state is State.GONE
+        assert backend().status("train-a").state is State.FAILED
         with pytest.raises(BadRequestError, match="is over already"):
             backend().cancel("train-a")
         assert bystander.poll() is None
@@ -163,7 +163,7 @@ def test_jobs_in_the_foreground_are_known_and_stopped(bucket, folder):
         child.kill()
     assert child.returncode == 75
     _, row = succeeded(ddpm_here("jobs", "list")).splitlines()
-    assert row.split()[:3] == ["train-front", "local", "cancelled"] and re.search(r" 1 +75 ", row)
+    assert row.split()[:3] == ["train-front", "local", "stopped"] and re.search(r" 1 +75 ", row)
 
 
 @pytest.mark.slow
