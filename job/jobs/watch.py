@@ -14,16 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from job.exits import (
-    BadRequestError,
-    BucketAwayError,
-    JobEndedError,
-    MissingInputError,
-    Restart,
-    State,
-    StoppedError,
-    meaning,
-)
+from job.exits import BadRequestError, BucketAwayError, JobEndedError, MissingInputError, Restart, State, StoppedError
 from job.jobs.backends.base import Backend, Cause, JobStatus, NoCapacityError
 from job.jobs.spec import RETRIES, JobSpec
 from job.outcome import Outcome, read_outcome
@@ -160,8 +151,7 @@ class Watch:
         if is_deleted and self._here.keeps_ended:
             raise self._ended_by_person(_GONE)
         how = f"ended with {code}" if code is not None else "is gone" if status.state is State.GONE else State.FAILED
-        said = status.message or (meaning(code) if code else "")
-        why = f": {said}" if said else ""
+        why = f": {status.why}" if status.why else ""
         if status.cause is Cause.NO_IMAGE:
             raise JobEndedError(f"{name} cannot begin, and is removed{why}", MissingInputError.exit_code)
         if status.cause is Cause.OUT_OF_TIME:

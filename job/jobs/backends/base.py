@@ -225,10 +225,8 @@ class JobStatus:
 
     @property
     def why(self) -> str:
-        """Returns the reason of an end: the message, else the meaning of the exit code."""
-        if self.message or not (self.state.is_over and self.exit_code):
-            return self.message
-        return f"ended with code {self.exit_code}: {meaning(self.exit_code)}"
+        """Returns the reason of an end: the message, else the meaning of a bad exit code."""
+        return self.message or (meaning(self.exit_code) if self.state.is_over and self.exit_code else "")
 
     @property
     def occupies_machine(self) -> bool:

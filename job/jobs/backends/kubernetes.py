@@ -48,8 +48,6 @@ _OUT_OF_TIME, _QUEUE_HOURS_OVER = "DeadlineExceeded", "maximum execution time"
 _HOURS_OVER = "its --max-hours are over, including the wait for a node; the same command goes on"
 _STUCK_AFTER = timedelta(seconds=30)
 """The time after its grace period in which a node that lives removes a pod that was deleted."""
-_LONGEST_REASON = 200
-"""In characters, of a queue's message: it lists every flavor, and the cause is at its end."""
 _Found = list[tuple[kubernetes_api.Kind, JsonObject]]
 
 
@@ -347,14 +345,14 @@ def _why_suspended(job: JsonObject, workload: JsonObject) -> tuple[State, str, C
     queue = job["metadata"].get("labels", {}).get(QUEUE_LABEL)
     is_deactivated = workload.get("spec", {}).get("active") is False
     eviction = _condition(workload, "Evicted")
-    evicted = _tail_of(eviction.get("message"))
+    evicted = str(eviction.get("message") or "")
     if is_deactivated and _QUEUE_HOURS_OVER in evicted:
         return State.FAILED, _HOURS_OVER, Cause.OUT_OF_TIME
     if is_deactivated:
         why = f"its queue {queue!r} lets it run no more: {evicted or 'a person deactivated it'}"
         return State.CANCELLED, f"{why}; the same command submits it again", None
     pending = _condition(workload, "QuotaReserved", status="False")
-    reason = ": ".join(filter(None, (pending.get("reason"), _tail_of(pending.get("message")))))
+    reason = ": ".join(filter(None, (pending.get("reason"), pending.get("message"))))
     reason = reason or _condition(job, "Suspended").get("message", "")
     why = f"waits in the queue {queue!r}" if queue else "is suspended"
     if eviction.get("reason") == "Preempted":
@@ -438,9 +436,3 @@ def _why_waiting(pod: JsonObject) -> str:
         return f"{reason}: {message}" if message else reason
     unscheduled = _condition(pod, "PodScheduled", status="False")
     return f"FailedScheduling: {unscheduled.get('message', '')}" if unscheduled else "waits for a node"
-
-
-def _tail_of(text: object) -> str:
-    """Returns a text in a line, without its beginning if it is long."""
-    line = " ".join(str(text or "").split())
-    return line if len(line) <= _LONGEST_REASON else f"… {line[-_LONGEST_REASON:].partition(' ')[2]}"

@@ -60,14 +60,6 @@ class LocalRecord:
             return process if is_same and process.status() != psutil.STATUS_ZOMBIE else None
         return None
 
-    def alive(self) -> JobStatus:
-        """Returns whether the job lives."""
-        alive = JobStatus(self.name, State.RUNNING, created=self.created, bucket=self.bucket)
-        if self.process() is not None:
-            return alive
-        see = f": see `ddpm jobs logs {self.name}`" * _log_path(self.name).exists()
-        return replace(alive, state=State.FAILED, message=f"its process ended, or was killed{see}")
-
 
 class LocalBackend(Backend):
     """Jobs that are processes of this machine, with records in the cache folder."""
@@ -113,12 +105,17 @@ class LocalBackend(Backend):
 
     def alive(self, name: str) -> JobStatus:
         """See `Backend.alive`."""
-        record = self.find(name)
-        return record.alive() if record else JobStatus(name, State.GONE, "it was not started here")
+        if not (record := self.find(name)):
+            return JobStatus(name, State.GONE, "it was not started here")
+        alive = JobStatus(name, State.RUNNING, created=record.created, bucket=record.bucket)
+        if record.process() is not None:
+            return alive
+        see = f": see `ddpm jobs logs {name}`" * _log_path(name).exists()
+        return replace(alive, state=State.FAILED, message=f"its process ended, or was killed{see}")
 
     def jobs(self) -> list[JobStatus]:
         """Returns the newest job of each name that was started here."""
-        return [record.alive() for path in _folder().glob("*.json") if (record := self.find(path.stem))]
+        return [self.alive(path.stem) for path in _folder().glob("*.json") if self.find(path.stem)]
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """See `Backend.identity`: all targets are this machine."""

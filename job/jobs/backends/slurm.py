@@ -48,11 +48,6 @@ NODE_SECONDS = 20
 """How long `ddpm doctor` waits for a free node."""
 FOLLOW_POLL_SECONDS = 5.0
 _QUEUE = ("squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T|%r|%N|%V|%j|%k")
-_ACCOUNTS = (
-    *("sacct", "--array", "--allocations", "--noheader", "--parsable2", "--starttime=now-30days"),
-    "--format=JobID,State,Reason,NodeList,Submit,JobName,Comment",
-)
-"""Both give the same columns."""
 _ROW = re.compile(r"(\d+)(?:_(\d+))?" + r"\|([^|]*)" * 5 + r"\|(.*)")
 _PLAINLY = (
     "for name in ${!SLURM_*} ${!SBATCH_*} ${!SQUEUE_*} ${!SACCT_*}; do [[ $name == SLURM_CONF ]] || unset $name; done; "
@@ -176,9 +171,7 @@ class SlurmBackend(Backend):
 
     def find(self, name: str) -> list[_Task]:
         """Returns the newest job of that name, by slices; one that Slurm has forgotten has its output."""
-        tasks = _tasks(self._ask(*_QUEUE, f"--name={name}"))
-        tasks = tasks or _tasks(self._run([*_ACCOUNTS, f"--name={name}"]).stdout, is_noted=False)
-        return _newest(tasks or self._outputs(name))
+        return _newest(_tasks(self._ask(*_QUEUE, f"--name={name}")) or self._outputs(name))
 
     def alive(self, name: str) -> JobStatus:
         """See `Backend.alive`."""
@@ -200,10 +193,8 @@ class SlurmBackend(Backend):
         """See `Backend.logs`: the output lies in the target's folder until a person deletes it."""
         paths = [f"{self.target.folder}/{task.output}" for task in self.known(name)]
         words = ["tail", "--lines=+1", "--verbose" if len(paths) > 1 else "--quiet", *["-F"] * follow, "--", *paths]
-        lines, is_empty = (
-            output_of(self._there(words), FOLLOW_POLL_SECONDS, lambda: self.alive(name).state.is_over),
-            True,
-        )
+        lines = output_of(self._there(words), FOLLOW_POLL_SECONDS, lambda: self.alive(name).state.is_over)
+        is_empty = True
         for line in _with_indices(lines) if len(paths) > 1 else lines:
             is_empty = False
             yield line
@@ -294,19 +285,18 @@ class SlurmBackend(Backend):
         return kind(f"target {self.target.name!r}: {why}")
 
 
-def _tasks(table: str, *, is_noted: bool = True) -> list[_Task]:
-    """Returns the jobs and slices in Slurm's answer; with `is_noted` those alone that this program submitted."""
+def _tasks(table: str) -> list[_Task]:
+    """Returns the jobs and slices in Slurm's answer that this program submitted."""
     found = []
     # A person's other jobs may have comments of several lines.
     for row in filter(None, map(_ROW.fullmatch, table.splitlines())):
         number, index, state, reason, nodes, submitted, name, comment = row.groups()
-        notes = _NOTES.fullmatch(comment)
-        if is_noted and not notes:
+        if not (notes := _NOTES.fullmatch(comment)):
             continue
-        began, failures, code, bucket = notes.groups() if notes else (None,) * 4
+        began, counted, code, bucket = notes.groups()
         status = replace(
             _alive(name, state.split()[0], reason, int(code) if code else None),
-            failures=int(failures or 0),
+            failures=int(counted or 0),
             created=datetime.fromtimestamp(int(began or submitted), UTC).strftime(MOMENT_FORMAT),
             place=nodes,
             bucket=bucket or "",

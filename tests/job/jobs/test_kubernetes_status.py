@@ -152,16 +152,6 @@ def test_jobs_that_never_fit_are_told():
     assert (status.state, status.message) == (State.WAITING, f"waits in the queue 'gpus': Pending: {text}")
 
 
-def test_long_reasons_keep_their_end():
-    one = "insufficient unused quota for nvidia.com/gpu in flavor gpu-{}, {} more needed"
-    listed = "couldn't assign flavors to pod set main: " + ", ".join(one.format(n, n) for n in range(1, 12))
-    pending = {"type": "QuotaReserved", "status": "False", "reason": "Pending", "message": listed}
-    workload = {"spec": {"active": True}, "status": {"conditions": [pending]}}
-    message = alive_of(job(("Suspended",), made=manifest(spec(), QUEUED)), [], [], [workload]).message
-    assert len(listed) > 800 and len(message) < 250
-    assert message.startswith("waits in the queue 'gpus': Pending: … ") and message.endswith("gpu-11, 11 more needed")
-
-
 def test_failures_are_counted():
     late = ("Failed", "DeadlineExceeded", "said")
     first, second = ({"metadata": {"annotations": {INDEX_ANNOTATION: index}}} for index in "01")

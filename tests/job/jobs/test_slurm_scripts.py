@@ -92,7 +92,7 @@ def test_states_have_their_restart(word, code, state, cause, restart):
     assert restart in (None, status.restart)
 
 
-CORRUPT = "ended with code 65: bad data: unreadable"
+CORRUPT = "bad data: unreadable"
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ CORRUPT = "ended with code 65: bad data: unreadable"
         (
             ("FAILED 74", "COMPLETED 0", "PENDING 137", "FAILED 65"),
             State.WAITING,
-            "1 of 4 slices finished; failed slices: 0,3; slice 2: Priority; the attempt before ended with exit code 137: "
-            "killed by signal 9",
+            "1 of 4 slices finished; failed slices: 0,3; slice 2: Priority; the attempt before ended with exit code "
+            "137: killed by signal 9",
         ),
         (
             ("COMPLETED 0", "FAILED 74", "RUNNING ", "COMPLETED 0"),
