@@ -39,7 +39,7 @@ SHARED_MEMORY_BYTES = 1 << 30
 """The need of NCCL and torch for /dev/shm with several GPUs; the default of container engines is 64 MB."""
 FREE_DISK_BYTES = 2 << 30
 PROGRAM_SECONDS = 60.0
-"""The limit of nvidia-smi, and of the sum over processes, which itself waits for less:"""
+"""The limit of the sum over processes, which itself waits for less:"""
 ALL_REDUCE_SECONDS = 20
 
 
@@ -137,24 +137,16 @@ def report(checks: Iterable[Check], as_json: bool) -> Exit:
 def machine_checks() -> Iterator[Check]:
     """Yields the checks of this machine."""
     gpus = local_gpus()
-    yield Check.of("GPUs", _gpu_names)
+    yield Check.of("GPUs", lambda: _found_gpus(gpus))
     yield Check.of("shared memory", lambda: _shared_memory(gpus))
     yield Check.of("disk", _cache_disk)
     yield Check.of("temporary files", _temporary_disk)
     yield Check.of("all-reduce", lambda: _sum_over_processes(gpus))
 
 
-def _gpu_names() -> str:
+def _found_gpus(gpus: int) -> str:
     check_gpus()
-    if shutil.which("nvidia-smi") is None:
-        return "nvidia-smi is not installed: jobs here compute on the CPU"
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    answer = _output_of(query, "restart the machine")
-    gpus = [line.strip() for line in answer.stdout.splitlines() if line.strip()]
-    if answer.returncode or not gpus:
-        output = " ".join((answer.stdout + answer.stderr).split())[:200]
-        raise JobError(f"nvidia-smi printed {output!r}: install or restart NVIDIA's driver", Exit.MISSING_INPUT)
-    return "; ".join(f"{count} × {kind}" for kind, count in Counter(gpus).items()) + " (name, driver, memory)"
+    return f"{gpus} by NVIDIA's driver" if gpus else "no NVIDIA GPU: jobs here compute on the CPU"
 
 
 def _shared_memory(gpus: int) -> str:
@@ -193,23 +185,19 @@ def _free_bytes(folder: Path, variable: str) -> int:
 def _sum_over_processes(gpus: int) -> str:
     world_size = 1 if gpus == 1 else 2
     remedy = "set NCCL_DEBUG=INFO and repeat" if gpus else "check the loopback interface and its firewall"
+    how: dict[str, Any] = {"capture_output": True, "text": True, "timeout": PROGRAM_SECONDS}
     with scratch_folder("doctor") as folder:
         program = [sys.executable, "-P", "-m", "job.jobs.doctor", f"{folder}/meeting", str(world_size)]
-        done = _output_of(program, remedy, OMP_NUM_THREADS="1")
+        try:
+            done = subprocess.run(program, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, **how)
+        except subprocess.TimeoutExpired:
+            raise JobError(f"the processes do not answer: {remedy}", Exit.HUNG) from None
     last = ([*done.stderr.splitlines(), *done.stdout.splitlines()] or ["without output"])[-1]
     if done.returncode:
         raise JobError(f"{last}: {remedy}", Exit.HUNG)
     if gpus and not last.startswith("nccl"):
         raise JobError(f"PyTorch sees none of {gpus} GPUs ({last}): install PyTorch for CUDA", Exit.MISSING_INPUT)
     return f"{world_size} process{'es' * (world_size > 1)} by {last}"
-
-
-def _output_of(command: list[str], remedy: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    how: dict[str, Any] = {"capture_output": True, "text": True, "timeout": PROGRAM_SECONDS}
-    try:
-        return subprocess.run(command, env={**os.environ, **variables}, check=False, **how)
-    except subprocess.TimeoutExpired:
-        raise JobError(f"{Path(command[0]).name} does not answer: {remedy}", Exit.HUNG) from None
 
 
 def _all_reduce(rank: int, meeting: str, world_size: int) -> None:
@@ -227,7 +215,9 @@ def _all_reduce(rank: int, meeting: str, world_size: int) -> None:
     if value.item() != world_size * (world_size + 1) / 2:
         raise RuntimeError(f"the sum over {world_size} processes is {value.item():g}")
     if rank == 0:
-        print(f"{backend}, PyTorch {torch.__version__}, {torch.cuda.device_count()} GPUs")
+        names = Counter(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
+        found = ", ".join(f"{count} × {name}" for name, count in names.items()) or "0 GPUs"
+        print(f"{backend}, PyTorch {torch.__version__}, {found}")
 
 
 if __name__ == "__main__":

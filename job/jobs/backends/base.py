@@ -255,28 +255,35 @@ class JobStatus:
         if outcome is None or outcome == earlier or outcome.updated < self.created:
             outcome = Outcome(state=State.RUNNING, exit_code=None, updated=utc_now())
         status = replace(self, attempts=sum(start >= self.created for start in outcome.starts))
-        is_end = outcome.exit_code is not None and self.exit_code in (None, outcome.exit_code)
-        code, said = (outcome.exit_code, outcome.message) if is_end else (self.exit_code, "")
-        is_new, failed = is_end and self.exit_code is None, failed_slices(outcome.failed) * outcome.is_sliced
-        if not self.state.is_over:
-            # Slices that have ended say nothing about those that wait, and one that is stuck has not ended.
-            is_other = is_new and (outcome.is_sliced or not status.attempts or self.state is State.RUNNING)
-            if not code or is_other or self.cause is Cause.STUCK:
-                return status
-            before = f"the attempt before ended with exit code {code}: {said or meaning(code)}"
-            return replace(status, message=joined(self.message, before))
-        if not is_end or (is_new and self.state not in (State.FAILED, State.GONE)):
-            return status
-        engine = failed if is_new else self.message * outcome.is_sliced
-        message = joined(engine, said) or self.message * (code != Exit.FINISHED)
-        if not is_new:
-            return replace(status, message=message)
+        return status._after(outcome) if self.state.is_over else status._between(outcome)
+
+    def _between(self, outcome: Outcome) -> JobStatus:
+        """Returns the status of a job that lives, with the end of its last attempt."""
+        code = self.exit_code
+        # Slices that have ended say nothing about those that wait.
+        if code is None and self.state is State.WAITING and self.attempts and not outcome.is_sliced:
+            code = outcome.exit_code
+        # One that is stuck has not ended.
+        if not code or self.cause is Cause.STUCK:
+            return self
+        said = outcome.message * (outcome.exit_code == code) or meaning(code)
+        return replace(self, message=joined(self.message, f"the attempt before ended with exit code {code}: {said}"))
+
+    def _after(self, outcome: Outcome) -> JobStatus:
+        """Returns the status of a job that is over, with its end."""
+        code, is_known = outcome.exit_code, self.exit_code is not None
+        if code is None or (self.exit_code != code if is_known else self.state not in (State.FAILED, State.GONE)):
+            return self
+        if is_known:
+            # The engine counts the slices.
+            return replace(self, message=joined(self.message * outcome.is_sliced, outcome.message) or self.message)
+        failed = failed_slices(outcome.failed) * outcome.is_sliced
         return replace(
-            status,
+            self,
             state=self.state if self.state is State.GONE and code else state_after(code),
             exit_code=code,
             failures=self.failures * (restart_after(code) is Restart.BOUNDED),
-            message=message,
+            message=joined(failed, outcome.message) or self.message * (code != Exit.FINISHED),
             # A code that would come again counts more than the loss of the machine.
             cause=None if self.cause is Cause.TAKEN_AWAY else self.cause,
         )

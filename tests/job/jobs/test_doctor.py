@@ -73,10 +73,6 @@ def test_small_disks_and_memory_fail(small_disk, tmp_path, monkeypatch):
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(doctor, "SHARED_MEMORY_BYTES", 1 << 60)
     monkeypatch.setattr(doctor, "_sum_over_processes", lambda gpus: f"{gpus} of them")
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho L4\necho L4\n")
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
     # Shared memory matters with several GPUs.
     for gpus, shared_memory in ((1, (True, Exit.MISSING_INPUT)), (2, (False, Exit.DISK_FULL))):
         monkeypatch.setattr(doctor, "local_gpus", lambda: gpus)  # noqa: B023
@@ -85,7 +81,7 @@ def test_small_disks_and_memory_fail(small_disk, tmp_path, monkeypatch):
     assert (found["disk"].passed, found["disk"].exit_code) == (False, Exit.BAD_REQUEST)
     assert (found["temporary files"].passed, found["temporary files"].exit_code) == (False, Exit.DISK_FULL)
     assert f"{small_disk}, which TMPDIR moves: No space left" in found["temporary files"].message
-    assert found["GPUs"].message == "2 × L4 (name, driver, memory)"
+    assert found["GPUs"].message == "2 by NVIDIA's driver"
 
 
 def test_first_failure_gives_the_code(capsys):
