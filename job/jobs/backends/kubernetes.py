@@ -418,11 +418,8 @@ def _last_words(end: JsonObject | None, is_last: bool) -> list[str]:
     """Returns the last line of the program, which the status of its pod has; of an earlier attempt a lack of memory."""
     if end and end.get("reason") == "OOMKilled":
         return ["OOMKilled: `memory:` of the target is too little"]
-    return (
-        [line.strip() for line in str(end.get("message") or "").splitlines() if line.strip()][-1:]
-        if end and is_last
-        else []
-    )
+    said = str(end.get("message") or "") if end and is_last else ""
+    return [line.strip() for line in said.splitlines() if line.strip()][-1:]
 
 
 def _why_waiting(pod: JsonObject) -> str:
