@@ -13,23 +13,22 @@ import sys
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from job.config import DataConfig
 from job.data.cache import default_cache_dir
 from job.data.shards import SHARD_PIXEL_BYTES
 from job.exits import Exit, JobError
+from job.jobs.backends.base import Check, Target
+from job.jobs.targets import backend_for
 from job.processes.group import check_gpus, local_gpus
 from job.runs.layout import RUNS
 from job.store import Retry, is_remote, open_store
 from job.store.files import os_errors, scratch_folder
-
-if TYPE_CHECKING:
-    from job.jobs.backends.base import Target
 
 DOCTOR_FOLDER = "doctor"
 """The folder of the bucket in which an object is written, and deleted again."""
@@ -43,60 +42,10 @@ PROGRAM_SECONDS = 60.0
 ALL_REDUCE_SECONDS = 20
 
 
-@dataclass(frozen=True)
-class Check:
-    """The result of looking at one thing that a job needs.
-
-    Attributes:
-        name: of the thing, such as `bucket write`.
-        passed: whether a job can rely on it.
-        message: the finding, in a line.
-        remedy: what to do if it did not pass.
-        exit_code: the code of a job that lacks it.
-    """
-
-    name: str
-    passed: bool
-    message: str
-    remedy: str = ""
-    exit_code: Exit = Exit.MISSING_INPUT
-
-    @classmethod
-    def of_error(cls, name: str, error: JobError) -> Check:
-        """Returns a check that failed with `error`, whose message has the remedy after its last colon."""
-        message, separator, remedy = str(error).rpartition(": ")
-        return cls(name, False, message if separator else remedy, remedy if separator else "", error.exit_code)
-
-    @classmethod
-    def of(cls, name: str, look: Callable[[], str]) -> Check:
-        """Returns a check that passes with the message that `look` returns, or fails with the `JobError` it raises."""
-        try:
-            return cls(name, True, look())
-        except JobError as error:
-            return cls.of_error(name, error)
-
-    @classmethod
-    def unless_hidden(cls, name: str, look: Callable[[], str]) -> Check:
-        """As `of`, but passes if these credentials may not look: submitting a job does not need that right."""
-        check = cls.of(name, look)
-        is_hidden = not check.passed and check.exit_code is Exit.NO_PERMISSION
-        return cls(name, True, f"not looked at: {check.message}: {check.remedy}") if is_hidden else check
-
-    @classmethod
-    def of_image(cls, image: str) -> Check:
-        """Returns the check of a remote target's image, which only the machines there can find in its registry."""
-        if not image:
-            return cls("image", False, "the target names none", "set its `image:`")
-        return cls("image", True, f"{image}: not checked here; a job reports an image that is missing")
-
-
 def checks_of(target: Target, bucket: str) -> Iterator[Check]:
     """Yields the checks of all that a job on `target` needs; without those of a bucket if that is empty."""
     if bucket:
         yield from bucket_checks(bucket)
-    # The engines import this module for their own checks.
-    from job.jobs.targets import backend_for
-
     try:
         with backend_for(target) as backend:
             yield from backend.checks(bucket)

@@ -27,7 +27,6 @@ from job.exits import (
     state_after,
 )
 from job.jobs.backends.machines import Hourly
-from job.jobs.doctor import Check
 from job.jobs.spec import JobSpec
 from job.outcome import Outcome, read_outcome
 from job.progress import note, printable
@@ -323,6 +322,53 @@ def output_of(command: Sequence[str], poll_seconds: float, is_over: Callable[[],
                 was_over = not data and is_over()
         finally:
             process.kill()
+
+
+@dataclass(frozen=True)
+class Check:
+    """The result of looking at one thing that a job needs.
+
+    Attributes:
+        name: of the thing, such as `bucket write`.
+        passed: whether a job can rely on it.
+        message: the finding, in a line.
+        remedy: what to do if it did not pass.
+        exit_code: the code of a job that lacks it.
+    """
+
+    name: str
+    passed: bool
+    message: str
+    remedy: str = ""
+    exit_code: Exit = Exit.MISSING_INPUT
+
+    @classmethod
+    def of_error(cls, name: str, error: JobError) -> Check:
+        """Returns a check that failed with `error`, whose message has the remedy after its last colon."""
+        message, separator, remedy = str(error).rpartition(": ")
+        return cls(name, False, message if separator else remedy, remedy if separator else "", error.exit_code)
+
+    @classmethod
+    def of(cls, name: str, look: Callable[[], str]) -> Check:
+        """Returns a check that passes with the message that `look` returns, or fails with the `JobError` it raises."""
+        try:
+            return cls(name, True, look())
+        except JobError as error:
+            return cls.of_error(name, error)
+
+    @classmethod
+    def unless_hidden(cls, name: str, look: Callable[[], str]) -> Check:
+        """As `of`, but passes if these credentials may not look: submitting a job does not need that right."""
+        check = cls.of(name, look)
+        is_hidden = not check.passed and check.exit_code is Exit.NO_PERMISSION
+        return cls(name, True, f"not looked at: {check.message}: {check.remedy}") if is_hidden else check
+
+    @classmethod
+    def of_image(cls, image: str) -> Check:
+        """Returns the check of a remote target's image, which only the machines there can find in its registry."""
+        if not image:
+            return cls("image", False, "the target names none", "set its `image:`")
+        return cls("image", True, f"{image}: not checked here; a job reports an image that is missing")
 
 
 class NoCapacityError(JobError):

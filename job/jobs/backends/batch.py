@@ -89,13 +89,13 @@ class BatchBackend(google.GoogleBackend):
         """See `Backend.alive`."""
         if not (found := self.find(name)):
             return JobStatus(name, State.GONE, "Batch does not know it")
-        return alive_of(found[0], self._tasks(found[0]))
+        return batch_alive(found[0], self._tasks(found[0]))
 
     def jobs(self) -> list[JobStatus]:
         """See `Backend.jobs`."""
         pages = (page for region in self._places for page in self.pages(f"GET {self._path(region)}"))
         found = [job for page in pages for job in page.get("jobs", ())]
-        return [alive_of(job, ()) for job in found if job.get("labels", {}).get("app") == LABEL_PREFIX]
+        return [batch_alive(job, ()) for job in found if job.get("labels", {}).get("app") == LABEL_PREFIX]
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """See `Backend.identity`: each region has names of its own."""
@@ -217,7 +217,7 @@ def _task(spec: JobSpec, machine: Machine) -> JsonObject:
     }
 
 
-def alive_of(found: JsonObject, tasks: Sequence[JsonObject]) -> JobStatus:
+def batch_alive(found: JsonObject, tasks: Sequence[JsonObject]) -> JobStatus:
     """Returns whether a job lives by Batch's record of it, and by those of its tasks, if they were requested."""
     name, state = found["name"].rpartition("/")[2], _state_of(found)
     status = JobStatus(name, state, _message(found, state), 0 if state is State.FINISHED else None)

@@ -28,8 +28,7 @@ from job.exits import (
     State,
     state_after,
 )
-from job.jobs.backends.base import FOLLOW_SECONDS, Backend, Image, JobStatus, JsonObject, Target, Word, last_line
-from job.jobs.doctor import Check
+from job.jobs.backends.base import FOLLOW_SECONDS, Backend, Check, Image, JobStatus, JsonObject, Target, Word, last_line
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.processes.group import local_gpus
 from job.progress import note

@@ -26,10 +26,9 @@ from pydantic import Field
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
 from job.jobs.backends import machines
-from job.jobs.backends.base import Backend, JsonObject, LabelValue, NoCapacityError, Target, Terms, Word
+from job.jobs.backends.base import Backend, Check, JsonObject, LabelValue, NoCapacityError, Target, Terms, Word
 from job.jobs.backends.container import IMAGE_USER, docker_options, scratch_variables
 from job.jobs.backends.machines import Machine, machine_for
-from job.jobs.doctor import Check
 from job.jobs.spec import JobSpec
 
 API_RETRY_PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)

@@ -1,6 +1,6 @@
 """Jobs on a Kubernetes cluster: `kubernetes_manifests` renders them, and the official client sends them.
 
-`alive_of` tells from the objects about a job whether it lives, in the cluster's own words.
+`observed` tells from the objects about a job whether it lives, in the cluster's own words.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from job.exits import (
     restart_after,
 )
 from job.jobs.backends import kubernetes_api
-from job.jobs.backends.base import Backend, Cause, JobStatus, JsonObject, Target, failed_slices, joined
+from job.jobs.backends.base import Backend, Cause, Check, JobStatus, JsonObject, Target, failed_slices, joined
 from job.jobs.backends.kubernetes_manifests import CONTAINER, INDEX_ANNOTATION, QUEUE_LABEL, KubernetesTarget, manifest
-from job.jobs.doctor import Check
 from job.jobs.spec import LABEL_PREFIX, RETRIES, JobSpec
 
 GONE_MARGIN_SECONDS = 45.0
@@ -191,7 +190,7 @@ class KubernetesBackend(Backend):
             events = [event for event in self._api.events(name) if event["involvedObject"].get("uid") == uid]
             of_job = f"{kubernetes_api.JOB_UID_LABEL}={uid}"
             others = next(filter(None, (self._api.all_with(kind, of_job) for kind in kubernetes_api.WORKLOADS)), [])
-        return alive_of(job, pods, events, others)
+        return observed(job, pods, events, others)
 
     def _wait_until_gone(self, kind: kubernetes_api.Kind, name: str) -> None:
         until = time.monotonic() + self.target.grace_seconds + GONE_MARGIN_SECONDS
@@ -236,7 +235,7 @@ class KubernetesBackend(Backend):
         return f"{name} is there"
 
 
-def alive_of(
+def observed(
     job: JsonObject, pods: Sequence[JsonObject], events: Sequence[JsonObject] = (), others: Sequence[JsonObject] = ()
 ) -> JobStatus:
     """Returns whether a Job or a JobSet lives.

@@ -22,8 +22,7 @@ from typing import Literal, NoReturn
 import psutil
 
 from job.exits import BadRequestError, MissingInputError, State
-from job.jobs.backends.base import FOLLOW_SECONDS, Backend, JobStatus, JsonObject, Target, output_of
-from job.jobs.doctor import Check, machine_checks
+from job.jobs.backends.base import FOLLOW_SECONDS, Backend, Check, JobStatus, JsonObject, Target, output_of
 from job.jobs.spec import JobSpec
 from job.sealed import utc_now
 from job.store.files import folder_lock, os_errors
@@ -141,6 +140,8 @@ class LocalBackend(Backend):
 
     def checks(self, bucket: str) -> Iterable[Check]:
         """See `Backend.checks`: the machine itself."""
+        from job.jobs.doctor import machine_checks
+
         return machine_checks()
 
 

@@ -36,8 +36,18 @@ from job.exits import (
     failures,
     state_after,
 )
-from job.jobs.backends.base import Backend, Cause, JobStatus, JsonObject, Target, Terms, Word, last_line, output_of
-from job.jobs.doctor import Check
+from job.jobs.backends.base import (
+    Backend,
+    Cause,
+    Check,
+    JobStatus,
+    JsonObject,
+    Target,
+    Terms,
+    Word,
+    last_line,
+    output_of,
+)
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.processes.group import GPUS
 from job.sealed import MOMENT_FORMAT

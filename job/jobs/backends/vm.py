@@ -86,14 +86,14 @@ class VmBackend(google.GoogleBackend):
 
     def alive(self, name: str) -> JobStatus:
         """See `Backend.alive`."""
-        return alive_of(name, self.find(name), self._last_events(name))
+        return vm_alive(name, self.find(name), self._last_events(name))
 
     def jobs(self) -> list[JobStatus]:
         """Returns the jobs that have a machine."""
         machines: dict[str, list[JsonObject]] = {}
         for machine in self.find():
             machines.setdefault(machine["labels"][JOB_LABEL], []).append(machine)
-        return [alive_of(name, own, {}) for name, own in machines.items()]
+        return [vm_alive(name, own, {}) for name, own in machines.items()]
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """See `Backend.identity`: every target sees all zones of its project."""
@@ -102,7 +102,7 @@ class VmBackend(google.GoogleBackend):
     def log_of(self, name: str) -> tuple[str, datetime, bool]:
         """See `GoogleBackend.log_of`: docker's output, and the events of the machines themselves."""
         machines, parts = self.find(name), self._last_events(name)
-        found = alive_of(name, machines, parts)
+        found = vm_alive(name, machines, parts)
         if not found.created:
             raise self.unknown(name)
         docker = self._filter("gcplogs-docker-driver", "jsonPayload.container.metadata", name)
@@ -120,7 +120,7 @@ class VmBackend(google.GoogleBackend):
         # Otherwise a watch would count the machines as lost, and submit the job again.
         self._log_event(name, _slices(machines[0]), "cancelled")
         self._delete(machines)
-        return self.effect_of_cancelling(alive_of(name, machines, {}).state)
+        return self.effect_of_cancelling(vm_alive(name, machines, {}).state)
 
     def find(self, name: str = "") -> list[JsonObject]:
         """Returns the machines of one job, or of all, in any zone of the project."""
@@ -271,7 +271,7 @@ def last_events(name: str, entries: Iterable[JsonObject]) -> dict[int, JobStatus
     return parts
 
 
-def alive_of(name: str, machines: Sequence[JsonObject], parts: Mapping[int, JobStatus]) -> JobStatus:
+def vm_alive(name: str, machines: Sequence[JsonObject], parts: Mapping[int, JobStatus]) -> JobStatus:
     """Returns the status of a job, all its slices together, by its machines, and by `last_events` of those gone."""
     gone = JobStatus(name, State.GONE, "its machine is gone, and logged no end")
     found = [parts.get(number, gone) for number in range(max([1, len(parts), *map(_slices, machines)]))]

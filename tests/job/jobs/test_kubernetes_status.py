@@ -6,7 +6,7 @@ import pytest
 
 from job.exits import State
 from job.jobs.backends.base import Cause
-from job.jobs.backends.kubernetes import alive_of
+from job.jobs.backends.kubernetes import observed
 from job.jobs.backends.kubernetes_manifests import INDEX_ANNOTATION, manifest
 from job.sealed import utc_now
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, sampling, spec
@@ -55,7 +55,7 @@ def test_why_a_job_waits():
         ([ended(1, "oh\n")], [], "the next attempt follows", False),
         ([ended(137, reason="OOMKilled")], [], "OOMKilled: `memory:` of the target is too little; the next", False),
     ]:
-        status = alive_of(job(), pods, events)
+        status = observed(job(), pods, events)
         assert (status.state, status.cause) == (State.WAITING, None) and status.message.startswith(message)
         assert status.has_machine is has_machine, message
 
@@ -75,7 +75,7 @@ def test_why_a_job_failed():
         # Of a group the others are stopped after one ended for good, and end later.
         ("PodFailurePolicy", [ended(65, "corrupt"), ended(75, at="2")], 65, "corrupt; PodFailurePolicy"),
     ]:
-        status = alive_of(job(("Failed", reason, "said")), ends)
+        status = observed(job(("Failed", reason, "said")), ends)
         assert (status.state, status.exit_code) == (State.FAILED, code)
         assert status.cause is (Cause.OUT_OF_TIME if reason == "DeadlineExceeded" else None)
         assert status.message.startswith(message)
@@ -88,38 +88,38 @@ def test_pods_that_outlive_their_node_are_named(kind):
 
     made = manifest(kind, TARGET)
     told = "node c0 does not answer: pod train-celeba-0-abcde should have ended by 2026-01-01T00:00:00Z"
-    status = alive_of(job(made=made), [leaving("2026-01-01T00:00:00Z"), RUNNING])
+    status = observed(job(made=made), [leaving("2026-01-01T00:00:00Z"), RUNNING])
     assert (status.state, status.cause, status.has_machine) == (State.WAITING, Cause.STUCK, True)
     assert status.message.startswith(told) and status.message.endswith("`kubectl delete node c0`")
     removed = {**job(made=made), "metadata": {**made["metadata"], "deletionTimestamp": "2026-01-01T00:00:00Z"}}
-    status = alive_of(removed, [leaving("2026-01-01T00:00:00Z")])
+    status = observed(removed, [leaving("2026-01-01T00:00:00Z")])
     assert (status.state, status.cause) == (State.CANCELLED, Cause.STUCK) and status.message.startswith(told)
     # One that still saves, and one that has ended.
     for last in (leaving(utc_now()), {**ended(75), **{"metadata": leaving("2026-01-01T00:00:00Z")["metadata"]}}):
-        assert alive_of(job(made=made), [last, RUNNING]).state is State.RUNNING
+        assert observed(job(made=made), [last, RUNNING]).state is State.RUNNING
     # Slices do not wait for each other.
     slices = manifest(sampling(slices=2), TARGET)
-    status = alive_of(job(made=slices), [leaving("2026-01-01T00:00:00Z"), RUNNING])
+    status = observed(job(made=slices), [leaving("2026-01-01T00:00:00Z"), RUNNING])
     assert (status.state, status.cause) == (State.RUNNING, None) and status.message.startswith(told)
 
 
 def test_missing_images_are_named():
     for reason in ("ErrImagePull", "ImagePullBackOff", "InvalidImageName"):
         without = pod(waiting={"reason": reason, "message": "manifest unknown"})
-        status = alive_of(job(), [without, NO_NODE])
+        status = observed(job(), [without, NO_NODE])
         assert (status.state, status.cause, status.has_machine) == (State.WAITING, Cause.NO_IMAGE, True)
         assert status.message.startswith(f"{reason}: manifest unknown; is the image r/ddpm:1 there")
-    status = alive_of(job(), [RUNNING, without])
+    status = observed(job(), [RUNNING, without])
     assert (status.state, status.cause) == (State.RUNNING, None)
     assert status.message.startswith("1 of 2 pods run; InvalidImageName: manifest unknown; is the image r/ddpm:1 there")
 
 
 def test_queues_hold_jobs():
     queued = manifest(spec(), QUEUED)
-    assert alive_of(job(made=queued), []).message == "waits in the queue 'gpus'"
+    assert observed(job(made=queued), []).message == "waits in the queue 'gpus'"
     suspended = ("Suspended", "", "Job suspended")
-    assert alive_of(job(suspended, made=queued), []).message == "waits in the queue 'gpus': Job suspended"
-    assert alive_of(job(suspended), []).message == "is suspended: Job suspended"
+    assert observed(job(suspended, made=queued), []).message == "waits in the queue 'gpus': Job suspended"
+    assert observed(job(suspended), []).message == "is suspended: Job suspended"
 
 
 def test_queues_say_why_jobs_wait():
@@ -138,7 +138,7 @@ def test_queues_say_why_jobs_wait():
     ]:
         condition = {"type": kind, "status": str(kind == "Evicted"), "reason": reason, "message": said}
         workload = {"spec": {"active": active}, "status": {"conditions": [condition]}}
-        status = alive_of(held, [], [], [workload])
+        status = observed(held, [], [], [workload])
         assert status.state is state and status.message.startswith(message), status
         assert status.cause is (Cause.OUT_OF_TIME if state is State.FAILED else None)
 
@@ -148,7 +148,7 @@ def test_jobs_that_never_fit_are_told():
     text = "insufficient quota for nvidia.com/gpu in flavor spot, request > maximum capacity (8 > 4)"
     pending = {"type": "QuotaReserved", "status": "False", "reason": "Pending", "message": text}
     workload = {"spec": {"active": True}, "status": {"conditions": [pending]}}
-    status = alive_of(job(("Suspended",), made=manifest(spec(), QUEUED)), [], [], [workload])
+    status = observed(job(("Suspended",), made=manifest(spec(), QUEUED)), [], [], [workload])
     assert (status.state, status.message) == (State.WAITING, f"waits in the queue 'gpus': Pending: {text}")
 
 
@@ -162,16 +162,16 @@ def test_failures_are_counted():
         (spec(nodes=2), {"restarts": 7, "restartsCountTowardsMax": 3}, [RUNNING], 3),
     ):
         for conditions in ((), (late,)):
-            assert alive_of(job(*conditions, made=manifest(made, TARGET), **status), pods).failures == failures
+            assert observed(job(*conditions, made=manifest(made, TARGET), **status), pods).failures == failures
     # All that there may be, though its pods are gone.
     for reason, pods in (("BackoffLimitExceeded", []), ("ReachedMaxRestarts", [ended(71)])):
-        assert alive_of(job(("Failed", reason, "said")), pods).failures == 5
+        assert observed(job(("Failed", reason, "said")), pods).failures == 5
     # A group whose pods stopped by themselves too often has not failed.
-    assert alive_of(job(("Failed", "ReachedMaxRestarts", "said")), [ended(75)]).failures == 0
+    assert observed(job(("Failed", "ReachedMaxRestarts", "said")), [ended(75)]).failures == 0
 
 
 def test_last_lines_cannot_command_a_terminal():
-    status = alive_of(job(("Failed", "PodFailurePolicy", "said")), [ended(1, "a\x1b[2Jb\x9b31mc\bd")])
+    status = observed(job(("Failed", "PodFailurePolicy", "said")), [ended(1, "a\x1b[2Jb\x9b31mc\bd")])
     assert status.message.isprintable() and status.message.startswith("a%1B[2Jb%C2%9B31mc%08d; PodFailurePolicy")
 
 
@@ -181,5 +181,5 @@ def test_failed_slices_are_named():
         ([], [*lost, RUNNING], State.RUNNING, "failed slices: 0,3"),
         ([over], lost, State.FAILED, "failed slices: 0,3; no space left; FailedIndexes: said"),
     ):
-        status = alive_of(job(*conditions, failedIndexes="0,3"), pods)
+        status = observed(job(*conditions, failedIndexes="0,3"), pods)
         assert (status.state, status.message, status.exit_code) == (state, message, 74)

@@ -11,6 +11,7 @@ import pytest
 from job.exits import BadRequestError, BucketAwayError, Exit, JobError, NoPermissionError, State, StoppedError
 from job.jobs import watch
 from job.jobs.backends.base import Cause, JobStatus, NoCapacityError
+from job.jobs.backends.local import LocalTarget
 from job.jobs.watch import LONGEST_PAUSE_SECONDS, WATCH_POLL_SECONDS, JobEndedError
 from job.outcome import Outcome
 from job.store import open_store
@@ -133,6 +134,10 @@ def test_cancelled_jobs_are_left_alone():
         Engine([GONE, RUNNING, JobStatus("train-a", CANCELLED, "its queue")]),
         r"was cancelled \(its queue\): its saved state stays",
     )
+    # On this machine nothing else stops a job.
+    stopped = JobStatus("train-a", State.STOPPED, exit_code=75)
+    stops(Engine([GONE, RUNNING, stopped], target=LocalTarget()), "was cancelled: its saved state stays")
+    assert len(Engine([GONE, RUNNING, stopped, RUNNING, FINISHED]).watch().submitted) == 2
     for answers, submissions in (([GONE, RUNNING, GONE], 1), ([RUNNING, GONE], 0), ([GONE, 137, GONE], 1)):
         engine = stops(Engine(answers, keeps_ended=True), "train-a is gone, deleted by a person or over for longer")
         assert len(engine.submitted) == submissions
