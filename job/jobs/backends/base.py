@@ -470,11 +470,6 @@ class Backend(abc.ABC):
     def alive(self, name: str) -> JobStatus:
         """Returns whether a job lives, as far as the engine knows; `State.GONE` if it does not know the job."""
 
-    def status(self, name: str, bucket_uri: str = "", earlier: Outcome | None = None) -> JobStatus:
-        """Returns the status of a job by its engine and its bucket; see `JobStatus.with_outcome`."""
-        status = self.alive(name)
-        return status.with_outcome(bucket_uri or status.bucket or self.target.usual_bucket, earlier)
-
     @abc.abstractmethod
     def jobs(self) -> list[JobStatus]:
         """Returns all jobs that this program submitted to this target, in any order, as `alive` does."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from job.cli.submit import parsed
-from job.jobs.backends.base import JsonObject
+from job.jobs.backends.base import Backend, JobStatus, JsonObject
 from job.jobs.building import Resources, spec_of
 from job.jobs.spec import JobSpec
 from job.jobs.submit import formatted
@@ -30,6 +30,12 @@ REWRITE = "DDPM_TEST_REWRITE_GOLDEN"
 
 def built(verb: str, words: list[str], on: str = "gke", **resources) -> JobSpec:
     return spec_of(parsed(verb, words), target_on(on), Resources(**resources))
+
+
+def told(backend: Backend, name: str) -> JobStatus:
+    """Returns the status that `ddpm jobs status` shows, by the engine and by the bucket."""
+    alive = backend.alive(name)
+    return alive.with_outcome(alive.bucket or backend.target.usual_bucket)
 
 
 def assert_kept(engine: str, case: str, made: list[JsonObject], cases: Iterable[str]) -> None:
