@@ -12,7 +12,7 @@ from typing import Self
 
 
 class Restart(IntEnum):
-    """Whether an engine or `--watch` starts an ended program again. Among several parts of a job the largest value decides."""
+    """Whether an ended program is started again. Among several parts of a job the largest value decides."""
 
     ALWAYS = 0
     """Starts it again, as after a preemption; not counted where the engine allows that."""
