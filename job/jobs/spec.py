@@ -1,4 +1,4 @@
-"""A job as data: a command of this program, and its needs for a machine. Backends render and send it."""
+"""A job as data: a command of this program, and the machines that it asks for or needs. Backends render and send it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from job.data.requests import EncodeRequest, PackRequest
 from job.exits import BadRequestError
-from job.store import is_remote, open_store
+from job.options import OnTarget, Option, Targets
+from job.requests import EvaluateRequest, SampleRequest, TrainRequest
 
+JobRequest = TrainRequest | SampleRequest | EvaluateRequest | PackRequest | EncodeRequest
+"""A command that can be a job."""
 Verb = Literal["train", "sample", "evaluate", "pack", "index", "encode"]
 
 NAME_CHARACTERS = 46
@@ -22,6 +26,36 @@ RETRIES = 4
 """The number of failures that count, such as crashes, after which the engine or `--watch` tries again."""
 _HASH_CHARACTERS = 8
 _JOB_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+@dataclass(frozen=True)
+class SubmitRequest:
+    """The options of `ddpm submit`: where a command becomes a job, and on which machines."""
+
+    on: OnTarget = "local"
+    gpus: Annotated[int | None, Option("--gpus N", "GPUs per machine. Default: the target's.", min=0, max=64)] = None
+    nodes: Annotated[int, Option("--nodes N", "Number of machines that train together.", min=1, max=1000)] = 1
+    gpu_type: Annotated[str, Option("--gpu-type TYPE", "Type of GPU, such as nvidia-l4. Default: the target's.")] = ""
+    spot: Annotated[
+        bool | None,
+        Option("--spot/--on-demand", "Use cheap machines that may be preempted, or not. Default: the target's."),
+    ] = None
+    max_hours: Annotated[float | None, Option("--max-hours H", "End the job after H hours. Default: the target's.")] = (
+        None
+    )
+    slices: Annotated[
+        int, Option("--slices N", "Machines that share the work, such as 8; not for training.", min=0, max=1000)
+    ] = 0
+    targets: Targets = None
+    dry_run: Annotated[bool, Option("--dry-run", "Print what would be sent, and send nothing.")] = False
+    output: Annotated[str, Option("--output -o FORMAT", "Format of --dry-run: yaml or json.")] = ""
+    watch: Annotated[
+        bool, Option("--watch", "Wait, and submit again after preemptions, failures or lack of machines.")
+    ] = False
+    yes: Annotated[bool, Option("--yes", "Do not ask for confirmation.")] = False
+    detach: Annotated[bool, Option("--detach", "Return at once; a local or container job runs in the background.")] = (
+        False
+    )
 
 
 @dataclass(frozen=True)
@@ -88,6 +122,8 @@ class JobSpec:
     @property
     def bucket_folder(self) -> Path | None:
         """Returns the bucket, if it is a folder of this machine."""
+        from job.store import is_remote, open_store
+
         return None if is_remote(self.bucket) else Path(open_store(self.bucket).uri)
 
     @property

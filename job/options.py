@@ -1,0 +1,184 @@
+"""Options of commands. A request declares each once, as a field: help, parser and words of a job follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
+from inspect import Parameter
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from ddpm.catalogue import Drawing, takers
+from ddpm.image_size import ImageSize
+
+R = TypeVar("R")
+HANG_AFTER_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option or an argument of a command, as metadata of the type of a field or a parameter.
+
+    Attributes:
+        words: as the help shows them, such as `--slice I/N`, `--output -o PNG` or `--clip/--no-clip`; an argument has
+            no dash, such as `SOURCE`.
+        help: its meaning.
+        min: the smallest number.
+        max: the largest number.
+        choices: names that a shell completes.
+    """
+
+    words: str
+    help: str
+    min: float | None = None
+    max: float | None = None
+    choices: Sequence[str] = ()
+
+    @property
+    def flags(self) -> list[str]:
+        """The words with a dash; none for an argument."""
+        return [word for word in self.words.split() if word.startswith("-")]
+
+    @property
+    def metavar(self) -> str | None:
+        """The word that stands for the value; None for an option without one."""
+        last = self.words.split()[-1]
+        return None if last.startswith("-") else last
+
+
+def options_of(kind: type) -> dict[str, tuple[Parameter, ...]]:
+    """Returns the options of a request by field, in the order of its help, as parameters of a function.
+
+    A field of several options, such as `DRAWING`, is a dictionary of those that were given. A class whose command does
+    not take all that it inherits lists its options in `option_names`.
+    """
+    hints, by_name = get_type_hints(kind, include_extras=True), {each.name: each for each in fields(kind)}
+    found: dict[str, tuple[Parameter, ...]] = {}
+    for name in getattr(kind, "option_names", "").split() or by_name:
+        match getattr(hints[name], "__metadata__", ()):
+            case (Option(),):
+                default = Parameter.empty if by_name[name].default is MISSING else by_name[name].default
+                found[name] = (Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=hints[name]),)
+            case (tuple() as several,):
+                found[name] = several
+    return found
+
+
+def request_of(kind: type[R], values: Mapping[str, Any]) -> R:
+    """Returns the request that parsed options make."""
+    given: dict[str, Any] = {}
+    for name, options in options_of(kind).items():
+        if name in values:
+            given[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
+        else:
+            given[name] = {each.name: values[each.name] for each in options if values[each.name] is not None}
+    return kind(**given)
+
+
+def argv(request: Any) -> tuple[str, ...]:
+    """Returns the words after `ddpm` that make this request: arguments, then options that differ from their defaults.
+
+    Equal requests give equal words, however they were typed. The class attribute `command` has the words between, such
+    as `("data", "pack")`.
+    """
+    arguments: list[str] = []
+    words: list[str] = []
+    for name, options in options_of(type(request)).items():
+        held = getattr(request, name)
+        values = held if isinstance(held, dict) else {name: held}
+        for each in options:
+            value, option = values.get(each.name, each.default), get_args(each.annotation)[1]
+            many = value if isinstance(value, tuple) else (value,)
+            if value == each.default:
+                continue
+            if not option.flags:
+                arguments += map(str, many)
+            elif isinstance(value, bool):
+                on, _, off = option.flags[0].partition("/")
+                words.append(on if value else off)
+            else:
+                words += [word for one in many for word in (option.flags[0], _text(one))]
+    if any(word.startswith("-") for word in arguments):
+        return (*request.command, *words, "--", *arguments)
+    return (*request.command, *arguments, *words)
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) and value == float(f"{value:g}") else str(value)
+
+
+def _setting(field: Field[Any]) -> Parameter:
+    """Returns the option of a setting that the catalogue lists."""
+    takes, *metadata = get_args(field.type)
+    sentence = next(part for part in metadata if isinstance(part, str))
+    choices = get_args(takes) if get_origin(takes) is Literal else ()
+    only = f" Only for {', '.join(takers(field.name))}." if takers(field.name) else ""
+    one_of = f" One of {', '.join(choices)}." if choices else ""
+    name, typed = field.name.replace("_", "-"), takes if takes in (bool, int, float) else str
+    value = {bool: f"/--no-{name}", int: " N", float: " X"}.get(takes, " NAME" if choices or takes is str else " A,B")
+    option = Option(f"--{name}{value}", f"{sentence[0].upper()}{sentence[1:]}.{only}{one_of}", choices=choices)
+    return Parameter(field.name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[typed | None, option])
+
+
+_HAVE_OTHER_OPTIONS = ("autoguidance", "autoguidance_run", "labels")
+DRAWING = tuple(_setting(each) for each in fields(Drawing) if each.name not in _HAVE_OTHER_OPTIONS)
+"""An option for each setting of how images are sampled, but `--classes` for `labels` and `--autoguidance RUN@EPOCH`."""
+
+AsJson = Annotated[bool, Option("--json", "Print JSON.")]
+BatchSize = Annotated[int | None, Option("--batch-size N", "Images at once on each process.", min=1)]
+BucketUri = Annotated[
+    str,
+    Option(
+        "--bucket URI",
+        "Bucket of datasets and runs: a folder, or a URI such as gs://NAME[/PREFIX]. "
+        "Default: DDPM_BUCKET, else the target's, else ./bucket.",
+    ),
+]
+Certain = Annotated[bool, Option("--yes", "Delete. Without --yes: only print what would be deleted.")]
+Checkpoints = Annotated[
+    str, Option("--checkpoints LIST", "Checkpoints by epoch, such as 30,80,490; or latest, or all.")
+]
+Dataset = Annotated[str, Option("--dataset NAME", "Name of a packed dataset, such as celeba.")]
+DatasetName = Annotated[str, Option("NAME", "Name of the dataset, such as celeba.")]
+HangAfter = Annotated[
+    float, Option("--hang-after SECONDS", "Exit with 71 after this time without progress; 0: never.", min=0)
+]
+OnTarget = Annotated[str, Option("--on TARGET", "Where to run: local, container, or a name in the targets file.")]
+Preset = Annotated[
+    str,
+    Option(
+        "--preset NAME", "Settings to start from. Default: the preset named like the dataset, else landscape-sample."
+    ),
+]
+Processes = Annotated[
+    int | None, Option("--processes N", "Number of processes. Default: one per GPU, else one.", min=1, max=64)
+]
+RunOption = Annotated[str, Option("--run NAME", "Name of the run, such as celeba.")]
+SampledClasses = Annotated[
+    str,
+    Option(
+        "--classes --class LIST",
+        "Names or numbers, such as forest,coast. The seeds take them in turn. Default: all classes.",
+    ),
+]
+Sets = Annotated[
+    tuple[str, ...],
+    Option(
+        "--set KEY=VALUE",
+        "Change one setting, such as train.batch_size=64; may be repeated. `ddpm config --list` has all keys.",
+    ),
+]
+SettingsFile = Annotated[Path | None, Option("--config FILE", "YAML file with settings; --set overrides it.")]
+Size = Annotated[ImageSize | None, Option("--size PIXELS", "Width and height of the images, such as 64 or 96x64.")]
+SliceOption = Annotated[
+    str, Option("--slice I/N", "Share the work among N machines; this is machine I, counted from 0.")
+]
+StopAfter = Annotated[
+    str,
+    Option(
+        "--stop-after DURATION", "Save and exit with 75 after this time, such as 1h30m. For a job it sets --max-hours."
+    ),
+]
+Targets = Annotated[
+    Path | None, Option("--targets FILE", "Targets file. Default: that of DDPM_TARGETS, else ./targets.yaml.")
+]
