@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields
-from inspect import Parameter
+from dataclasses import MISSING, Field, dataclass, field, fields
+from inspect import Parameter, get_annotations
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ddpm.catalogue import Drawing, takers
 from ddpm.image_size import ImageSize
 
 R = TypeVar("R")
-HANG_AFTER_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -46,22 +45,33 @@ class Option:
         return None if last.startswith("-") else last
 
 
+def option(words: str, help: str, default: Any = "", **limits: Any) -> Any:
+    """Returns a field of a request that is an option of its own; one that requests share is a type such as `Size`."""
+    return field(default=default, metadata={"option": Option(words, help, **limits)})
+
+
 def options_of(kind: type) -> dict[str, tuple[Parameter, ...]]:
     """Returns the options of a request by field, in the order of its help, as parameters of a function.
 
-    A field of several options, such as `DRAWING`, is a dictionary of those that were given. A class whose command does
-    not take all that it inherits lists its options in `option_names`.
+    These are its own, then those that it inherits; a class whose command does not take all of them lists them in
+    `option_names`. A field of several options, such as `DRAWING`, is a dictionary of those that were given.
     """
     hints, by_name = get_type_hints(kind, include_extras=True), {each.name: each for each in fields(kind)}
+    own_first = [name for base in kind.__mro__ for name in get_annotations(base) if name in by_name]
     found: dict[str, tuple[Parameter, ...]] = {}
-    for name in getattr(kind, "option_names", "").split() or by_name:
-        match getattr(hints[name], "__metadata__", ()):
-            case (Option(),):
+    for name in getattr(kind, "option_names", "").split() or own_first:
+        takes, *shared = get_args(hints[name]) if get_origin(hints[name]) is Annotated else [hints[name]]
+        match [*by_name[name].metadata.values(), *shared]:
+            case [Option() as one]:
                 default = Parameter.empty if by_name[name].default is MISSING else by_name[name].default
-                found[name] = (Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=hints[name]),)
-            case (tuple() as several,):
+                found[name] = (_parameter(name, default, takes, one),)
+            case [tuple() as several]:
                 found[name] = several
     return found
+
+
+def _parameter(name: str, default: Any, takes: Any, option: Option) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[takes, option])
 
 
 def request_of(kind: type[R], values: Mapping[str, Any]) -> R:
@@ -75,49 +85,21 @@ def request_of(kind: type[R], values: Mapping[str, Any]) -> R:
     return kind(**given)
 
 
-def argv(request: Any) -> tuple[str, ...]:
-    """Returns the words after `ddpm` that make this request: arguments, then options that differ from their defaults.
-
-    Equal requests give equal words, however they were typed. The class attribute `command` has the words between, such
-    as `("data", "pack")`.
-    """
-    arguments: list[str] = []
-    words: list[str] = []
-    for name, options in options_of(type(request)).items():
-        held = getattr(request, name)
-        values = held if isinstance(held, dict) else {name: held}
-        for each in options:
-            value, option = values.get(each.name, each.default), get_args(each.annotation)[1]
-            many = value if isinstance(value, tuple) else (value,)
-            if value == each.default:
-                continue
-            if not option.flags:
-                arguments += map(str, many)
-            elif isinstance(value, bool):
-                on, _, off = option.flags[0].partition("/")
-                words.append(on if value else off)
-            else:
-                words += [word for one in many for word in (option.flags[0], _text(one))]
-    if any(word.startswith("-") for word in arguments):
-        return (*request.command, *words, "--", *arguments)
-    return (*request.command, *arguments, *words)
-
-
 def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) and value == float(f"{value:g}") else str(value)
 
 
-def _setting(field: Field[Any]) -> Parameter:
+def _setting(setting: Field[Any]) -> Parameter:
     """Returns the option of a setting that the catalogue lists."""
-    takes, *metadata = get_args(field.type)
+    takes, *metadata = get_args(setting.type)
     sentence = next(part for part in metadata if isinstance(part, str))
     choices = get_args(takes) if get_origin(takes) is Literal else ()
-    only = f" Only for {', '.join(takers(field.name))}." if takers(field.name) else ""
+    only = f" Only for {', '.join(takers(setting.name))}." if takers(setting.name) else ""
     one_of = f" One of {', '.join(choices)}." if choices else ""
-    name, typed = field.name.replace("_", "-"), takes if takes in (bool, int, float) else str
+    name, typed = setting.name.replace("_", "-"), takes if takes in (bool, int, float) else str
     value = {bool: f"/--no-{name}", int: " N", float: " X"}.get(takes, " NAME" if choices or takes is str else " A,B")
-    option = Option(f"--{name}{value}", f"{sentence[0].upper()}{sentence[1:]}.{only}{one_of}", choices=choices)
-    return Parameter(field.name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[typed | None, option])
+    named = Option(f"--{name}{value}", f"{sentence[0].upper()}{sentence[1:]}.{only}{one_of}", choices=choices)
+    return _parameter(setting.name, None, typed | None, named)
 
 
 _HAVE_OTHER_OPTIONS = ("autoguidance", "autoguidance_run", "labels")
@@ -140,18 +122,12 @@ Checkpoints = Annotated[
 ]
 Dataset = Annotated[str, Option("--dataset NAME", "Name of a packed dataset, such as celeba.")]
 DatasetName = Annotated[str, Option("NAME", "Name of the dataset, such as celeba.")]
-HangAfter = Annotated[
-    float, Option("--hang-after SECONDS", "Exit with 71 after this time without progress; 0: never.", min=0)
-]
 OnTarget = Annotated[str, Option("--on TARGET", "Where to run: local, container, or a name in the targets file.")]
 Preset = Annotated[
     str,
     Option(
         "--preset NAME", "Settings to start from. Default: the preset named like the dataset, else landscape-sample."
     ),
-]
-Processes = Annotated[
-    int | None, Option("--processes N", "Number of processes. Default: one per GPU, else one.", min=1, max=64)
 ]
 RunOption = Annotated[str, Option("--run NAME", "Name of the run, such as celeba.")]
 SampledClasses = Annotated[
@@ -173,12 +149,56 @@ Size = Annotated[ImageSize | None, Option("--size PIXELS", "Width and height of 
 SliceOption = Annotated[
     str, Option("--slice I/N", "Share the work among N machines; this is machine I, counted from 0.")
 ]
-StopAfter = Annotated[
-    str,
-    Option(
-        "--stop-after DURATION", "Save and exit with 75 after this time, such as 1h30m. For a job it sets --max-hours."
-    ),
-]
 Targets = Annotated[
     Path | None, Option("--targets FILE", "Targets file. Default: that of DDPM_TARGETS, else ./targets.yaml.")
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """The options of each command that can be a job."""
+
+    command: ClassVar[tuple[str, ...]]
+    """The words after `ddpm`, such as `("data", "pack")`; the last one is the verb."""
+    stop_after: str = option(
+        "--stop-after DURATION", "Save and exit with 75 after this time, such as 1h30m. For a job it sets --max-hours."
+    )
+    bucket: BucketUri = ""
+
+    def argv(self) -> tuple[str, ...]:
+        """Returns the words after `ddpm`: command, arguments, then options that differ from their defaults.
+
+        Equal requests give equal words, however they were typed.
+        """
+        arguments: list[str] = []
+        words: list[str] = []
+        for name, options in options_of(type(self)).items():
+            held = getattr(self, name)
+            values = held if isinstance(held, dict) else {name: held}
+            for each in options:
+                value, named = values.get(each.name, each.default), get_args(each.annotation)[1]
+                many = value if isinstance(value, tuple) else (value,)
+                if value == each.default:
+                    continue
+                if not named.flags:
+                    arguments += map(str, many)
+                elif isinstance(value, bool):
+                    on, _, off = named.flags[0].partition("/")
+                    words.append(on if value else off)
+                else:
+                    words += [word for one in many for word in (named.flags[0], _text(one))]
+        if any(word.startswith("-") for word in arguments):
+            return (*self.command, *words, "--", *arguments)
+        return (*self.command, *arguments, *words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchedOptions(JobOptions):
+    """The options of each command that launches processes."""
+
+    processes: int | None = option(
+        "--processes N", "Number of processes. Default: one per GPU, else one.", None, min=1, max=64
+    )
+    hang_after_seconds: float = option(
+        "--hang-after SECONDS", "Exit with 71 after this time without progress; 0: never.", 600.0, min=0
+    )

@@ -9,27 +9,23 @@ import os
 import re
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from ddpm.catalogue import EXTRACTORS, METRICS, Train
 from job.exits import BadConfigError, BadRequestError, did_you_mean
 from job.options import (
     DRAWING,
-    HANG_AFTER_SECONDS,
     BatchSize,
-    BucketUri,
     Checkpoints,
     Dataset,
-    HangAfter,
-    Option,
+    LaunchedOptions,
     Preset,
-    Processes,
     RunOption,
     SampledClasses,
     Sets,
     SettingsFile,
     SliceOption,
-    StopAfter,
+    option,
 )
 
 GIF_SEEDS = 12
@@ -41,7 +37,7 @@ MODES = {
     "interpolate": set[str](),
 }
 """The modes of `ddpm sample` besides new images, and the options of each."""
-_OF_MODES = sorted({option for options in MODES.values() for option in options})
+_OF_MODES = sorted({name for names in MODES.values() for name in names})
 MASKS = ("", "half", "centre")
 """Masks by name; any other `--mask` is a file."""
 NUMBERS = "0123456789-, "
@@ -56,7 +52,7 @@ _CHECKPOINTS = re.compile(r"latest|all|\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*")
 
 
 @dataclass(frozen=True)
-class TrainRequest:
+class TrainRequest(LaunchedOptions):
     """Train a run, or resume it: the same command does both.
 
     The command continues from the newest intact checkpoint, on every GPU of the machine. Ctrl-C saves, and exits
@@ -71,37 +67,25 @@ class TrainRequest:
         ddpm train --dataset mine --epochs 20 --from celeba@490 --set train.learning_rate=2e-5
     """
 
-    command: ClassVar = ("train",)
+    command = ("train",)
     dataset: Dataset
     _: KW_ONLY
-    run: Annotated[str, Option("--run NAME", "Default: the dataset's name.")] = ""
-    epochs: Annotated[
-        int | None, Option("--epochs N", "Train up to this epoch, counted from the start of the run.", min=1)
-    ] = None
-    from_: Annotated[
-        str | None,
-        Option(
-            "--from RUN[@EPOCH]",
-            "Begin a new run with the weights of another: a name, or a URI such as gs://theirs/runs/celeba@490.",
-        ),
-    ] = None
-    weights: Annotated[str, Option("--weights NAME", "For --from: ema, ema-STD, model. Default: ema.")] = ""
+    run: str = option("--run NAME", "Default: the dataset's name.")
+    epochs: int | None = option("--epochs N", "Train up to this epoch, counted from the start of the run.", None, min=1)
+    from_: str | None = option(
+        "--from RUN[@EPOCH]",
+        "Begin a new run with the weights of another: a name, or a URI such as gs://theirs/runs/celeba@490.",
+        None,
+    )
+    weights: str = option("--weights NAME", "For --from: ema, ema-STD, model. Default: ema.")
     preset: Preset = ""
     sets: Sets = ()
     config_file: SettingsFile = None
-    tracker: Annotated[
-        str, Option("--tracker NAME", "Also send the metrics to wandb or mlflow; none: stop sending.")
-    ] = ""
-    processes: Processes = None
-    wait_seconds: Annotated[
-        float, Option("--wait SECONDS", "Wait this long if another process holds the run.", min=0)
-    ] = 0.0
-    open_page: Annotated[
-        bool, Option("--open", "Open the run's page in a browser: it reloads itself, unless its bucket is remote.")
-    ] = False
-    hang_after_seconds: HangAfter = HANG_AFTER_SECONDS
-    stop_after: StopAfter = ""
-    bucket: BucketUri = ""
+    tracker: str = option("--tracker NAME", "Also send the metrics to wandb or mlflow; none: stop sending.")
+    wait_seconds: float = option("--wait SECONDS", "Wait this long if another process holds the run.", 0.0, min=0)
+    open_page: bool = option(
+        "--open", "Open the run's page in a browser: it reloads itself, unless its bucket is remote.", False
+    )
     changes: dict[str, Any] = field(default_factory=dict)
     """The settings of a checked request that differ from its preset, by key."""
 
@@ -163,7 +147,7 @@ class TrainRequest:
 
 
 @dataclass(frozen=True)
-class SampleRequest:
+class SampleRequest(LaunchedOptions):
     """Sample images from a run's checkpoints.
 
     An image depends only on the checkpoint, the options and its seed. The section `sample` of the run's configuration
@@ -185,43 +169,39 @@ class SampleRequest:
         ddpm sample --run celeba --mode inpaint --image 0-3 --mask half
     """
 
-    command: ClassVar = ("sample",)
+    command = ("sample",)
     run: RunOption
     _: KW_ONLY
     checkpoints: Checkpoints = "latest"
-    seeds: Annotated[str, Option("--seeds LIST", "One image per seed, such as 0-63 or 1,5,9-12.")] = ""
+    seeds: str = option("--seeds LIST", "One image per seed, such as 0-63 or 1,5,9-12.")
     chosen: Annotated[dict[str, Any], DRAWING] = field(default_factory=dict)
     """Values that replace those of the run's section `sample`, by key."""
     classes: SampledClasses = ""
-    autoguidance: Annotated[
-        str | None, Option("--autoguidance [RUN@]EPOCH", "Guide away from this weaker checkpoint, such as 30.")
-    ] = None
-    mode: Annotated[
-        str, Option("--mode NAME", "inpaint, img2img, invert or interpolate. Default: new images.", choices=(*MODES,))
-    ] = ""
-    image: Annotated[str, Option("--image LIST|FILE", "Image numbers in the dataset, such as 0-3, or a file.")] = ""
-    mask: Annotated[str, Option("--mask NAME|FILE", "Part to replace: half, centre, or the white of a file.")] = ""
-    resamplings: Annotated[
-        int | None, Option("--resamplings N", "Passes of inpaint over each stretch of ten steps. Default: 10.")
-    ] = None
-    strength: Annotated[
-        float | None, Option("--strength 0..1", "Share of the steps to take. Default: img2img 0.6, invert 1.")
-    ] = None
-    gif: Annotated[bool, Option("--gif", "Also make a GIF of the denoising of the first 12 seeds.")] = False
-    nearest: Annotated[
-        bool | None, Option("--nearest/--no-nearest", "Show the nearest training image beside each sample, or not.")
-    ] = None
+    autoguidance: str | None = option(
+        "--autoguidance [RUN@]EPOCH", "Guide away from this weaker checkpoint, such as 30.", None
+    )
+    mode: str = option(
+        "--mode NAME", "inpaint, img2img, invert or interpolate. Default: new images.", choices=(*MODES,)
+    )
+    image: str = option("--image LIST|FILE", "Image numbers in the dataset, such as 0-3, or a file.")
+    mask: str = option("--mask NAME|FILE", "Part to replace: half, centre, or the white of a file.")
+    resamplings: int | None = option(
+        "--resamplings N", "Passes of inpaint over each stretch of ten steps. Default: 10.", None
+    )
+    strength: float | None = option(
+        "--strength 0..1", "Share of the steps to take. Default: img2img 0.6, invert 1.", None
+    )
+    gif: bool = option("--gif", "Also make a GIF of the denoising of the first 12 seeds.", False)
+    nearest: bool | None = option(
+        "--nearest/--no-nearest", "Show the nearest training image beside each sample, or not.", None
+    )
     batch_size: BatchSize = None
-    count: Annotated[int | None, Option("--count IMAGES", "Save this many images, one per seed.", min=1)] = None
-    save: Annotated[str, Option("--save KIND", "Format for --count: shards (tar files; the default) or png.")] = ""
+    count: int | None = option("--count IMAGES", "Save this many images, one per seed.", None, min=1)
+    save: str = option("--save KIND", "Format for --count: shards (tar files; the default) or png.")
     slice: SliceOption = ""
-    first_seed: Annotated[
-        int | None, Option("--first-seed K", "Seed of the first image for --count. Default: 0.", min=0, max=10**17)
-    ] = None
-    processes: Processes = None
-    hang_after_seconds: HangAfter = HANG_AFTER_SECONDS
-    stop_after: StopAfter = ""
-    bucket: BucketUri = ""
+    first_seed: int | None = option(
+        "--first-seed K", "Seed of the first image for --count. Default: 0.", None, min=0, max=10**17
+    )
     with_grid: bool = True
 
     @property
@@ -295,10 +275,10 @@ class SampleRequest:
     def _check_mode(self) -> None:
         if self.mode not in ("", *MODES):
             raise BadRequestError(f"--mode {self.mode!r}: use {', '.join(MODES)}{did_you_mean(self.mode, MODES)}")
-        unfit = (option for option in _OF_MODES if getattr(self, option) and option not in MODES.get(self.mode, ()))
-        for option in unfit:
-            modes = " and ".join(mode for mode, options in MODES.items() if option in options)
-            raise BadRequestError(f"--{option} is an option of --mode {modes}: leave it out, or choose one")
+        unfit = [name for name in _OF_MODES if getattr(self, name) and name not in MODES.get(self.mode, ())]
+        if unfit:
+            modes = " and ".join(mode for mode, names in MODES.items() if unfit[0] in names)
+            raise BadRequestError(f"--{unfit[0]} is an option of --mode {modes}: leave it out, or choose one")
         if "image" in MODES.get(self.mode, ()) and not self.image:
             raise BadRequestError(f"--mode {self.mode} needs --image: numbers in the dataset such as 0-3, or a file")
         if self.strength is not None and not 0 < self.strength <= 1:
@@ -315,7 +295,7 @@ class SampleRequest:
 
 
 @dataclass(frozen=True)
-class EvaluateRequest:
+class EvaluateRequest(LaunchedOptions):
     """Score samples of a run against real images, such as by FID.
 
     The scores are FID, KID, precision, recall, density, coverage, MIND, inception score and bits per dimension. The
@@ -341,38 +321,28 @@ class EvaluateRequest:
         ddpm evaluate --run mine --count 1000 --extractor mobilenet --repeats 3
     """
 
-    command: ClassVar = ("evaluate",)
+    command = ("evaluate",)
     run: RunOption
     _: KW_ONLY
     checkpoints: Checkpoints = "latest"
-    count: Annotated[
-        int | None, Option("--count IMAGES", "Samples to score, per checkpoint.", min=1, max=1_000_000)
-    ] = None
+    count: int | None = option("--count IMAGES", "Samples to score, per checkpoint.", None, min=1, max=1_000_000)
     """None: one of `job.evaluation.evaluation_plan.COUNTS`."""
-    metrics: Annotated[
-        str, Option("--metrics LIST", f"Some of {','.join(METRICS)}. Default: all that can be computed.")
-    ] = ""
-    extractor: Annotated[
-        str, Option("--extractor NAME", f"One of {', '.join(EXTRACTORS)}.", choices=tuple(EXTRACTORS))
-    ] = "inception"
-    extractor_file: Annotated[
-        str, Option("--extractor-file PATH|URI", "Weights of that network, if no package and no bucket has them.")
-    ] = ""
-    references: Annotated[
-        int, Option("--references IMAGES", "Largest number of real images to compare with.", min=1, max=1_000_000)
-    ] = 50_000
-    repeats: Annotated[
-        int, Option("--repeats N", "Sample sets with other seeds, to measure the spread.", min=1, max=100)
-    ] = 1
+    metrics: str = option("--metrics LIST", f"Some of {','.join(METRICS)}. Default: all that can be computed.")
+    extractor: str = option(
+        "--extractor NAME", f"One of {', '.join(EXTRACTORS)}.", "inception", choices=tuple(EXTRACTORS)
+    )
+    extractor_file: str = option(
+        "--extractor-file PATH|URI", "Weights of that network, if no package and no bucket has them."
+    )
+    references: int = option(
+        "--references IMAGES", "Largest number of real images to compare with.", 50_000, min=1, max=1_000_000
+    )
+    repeats: int = option("--repeats N", "Sample sets with other seeds, to measure the spread.", 1, min=1, max=100)
     chosen: Annotated[dict[str, Any], DRAWING] = field(default_factory=dict)
     """Values that replace those of the run's section `sample`, by key."""
     classes: SampledClasses = ""
     batch_size: BatchSize = None
     slice: SliceOption = ""
-    processes: Processes = None
-    hang_after_seconds: HangAfter = HANG_AFTER_SECONDS
-    stop_after: StopAfter = ""
-    bucket: BucketUri = ""
 
     def check(self) -> EvaluateRequest:
         """Returns the request if its options are valid.

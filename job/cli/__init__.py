@@ -1,6 +1,6 @@
 """The command line. Here a request, or the parameters of a function, become a command with shell completion."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from inspect import Parameter, Signature, getdoc, signature
 from itertools import chain
@@ -59,7 +59,7 @@ def _for_typer(parameter: Parameter, *, hidden: bool) -> Parameter:
         "hidden": hidden,
         "parser": _size if ImageSize in get_args(takes) else None,
         "callback": usual_bucket if parameter.name == "bucket" else None,
-        "autocompletion": _one_of(option.choices) if option.choices else _COMPLETED.get(parameter.name),
+        "autocompletion": (lambda: [*option.choices]) if option.choices else _COMPLETED.get(parameter.name),
     }
     made = typer.Option(*option.flags, **settings) if option.flags else typer.Argument(**settings)
     return parameter.replace(annotation=Annotated[takes, made], kind=Parameter.KEYWORD_ONLY)
@@ -84,54 +84,42 @@ def _size(text: str) -> ImageSize:
         raise typer.BadParameter(f"{text:.40}: {error}") from None
 
 
-def _offered(names: Iterable[str], incomplete: str) -> list[str]:
-    return sorted({name for name in names if name.startswith(incomplete)})
-
-
-def _one_of(choices: Iterable[str]) -> Callable[[str], list[str]]:
-    def complete(incomplete: str) -> list[str]:
-        return _offered(choices, incomplete)
-
-    return complete
-
-
-def _in_bucket(folder: str) -> Callable[[typer.Context, str], list[str]]:
-    def complete(context: typer.Context, incomplete: str) -> list[str]:
+def _in_bucket(folder: str) -> Callable[[typer.Context], list[str]]:
+    def names(context: typer.Context) -> list[str]:
         from job.store import open_store
 
         # An error message in the middle of a command line would disturb more than it helps.
         with suppress(Exception):
             bucket = open_store(usual_bucket(context, context.params.get("bucket") or ""))
-            return _offered(bucket.within(COMPLETION_SECONDS).folders(folder), incomplete)
+            return sorted(bucket.within(COMPLETION_SECONDS).folders(folder))
         return []
 
-    return complete
+    return names
 
 
-def _datasets(context: typer.Context, incomplete: str) -> list[str]:
+def _datasets(context: typer.Context) -> list[str]:
     # Their folders end with their size.
-    folders = _in_bucket("datasets")(context, "")
-    return _offered((folder.rpartition("-")[0] for folder in folders), incomplete)
+    return sorted({folder.rpartition("-")[0] for folder in _in_bucket("datasets")(context)})
 
 
-def _presets(incomplete: str) -> list[str]:
+def _presets() -> list[str]:
     from job.config import preset_names
 
-    return _offered(preset_names(), incomplete)
+    return preset_names()
 
 
-def _targets(context: typer.Context, incomplete: str) -> list[str]:
+def _targets(context: typer.Context) -> list[str]:
     from job.jobs.targets import load_targets
 
     with suppress(Exception):
-        return _offered(load_targets(context.params.get("targets")), incomplete)
+        return sorted(load_targets(context.params.get("targets")))
     return []
 
 
-def _keys(incomplete: str) -> list[str]:
+def _keys() -> list[str]:
     from job.config import CHOSEN_ELSEWHERE, known_keys
 
-    return _offered((f"{key}=" for key in {*known_keys()} - CHOSEN_ELSEWHERE.keys()), incomplete)
+    return sorted(f"{key}=" for key in {*known_keys()} - CHOSEN_ELSEWHERE.keys())
 
 
 _RUNS = _in_bucket("runs")

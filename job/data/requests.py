@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from ddpm.image_size import ImageSize
 from job.data.splits import ALL, SPLITS
 from job.exits import BadRequestError
-from job.options import BucketUri, DatasetName, Option, Size, SliceOption, StopAfter, Targets
+from job.options import DatasetName, JobOptions, Option, Size, SliceOption, Targets, option
 
 if TYPE_CHECKING:
     from job.data.images import Recipe
@@ -25,7 +25,7 @@ FIRST_IMAGES = 64
 
 
 @dataclass(frozen=True)
-class PackRequest:
+class PackRequest(JobOptions):
     """Pack images into a dataset in the bucket.
 
     SOURCE is a folder, a .zip, a .tar[.gz] or a folder of those; or files of WebDataset, EDM and StyleGAN, Parquet
@@ -47,72 +47,52 @@ class PackRequest:
         ddpm data pack train.zip dogs --size 64 --labels labels.csv:breed
     """
 
-    command: ClassVar = ("data", "pack")
+    command = ("data", "pack")
     source: Annotated[str, Option("SOURCE", "Folder, archive or file of images; a path, a URL or a pattern.")]
     """See `open_source`; or the name of the embedded dataset."""
     name: DatasetName
     size: Size = None
     """Here also the pixels of a side of squares; a checked request has an `ImageSize`."""
     _: KW_ONLY
-    crop: Annotated[str, Option("--crop CROP", "center[:PIXELS], squash or LEFT,TOP,WIDTH,HEIGHT in pixels.")] = ""
-    resize_filter: Annotated[
-        str, Option("--filter NAME", "Filter for resizing: lanczos, bicubic, bilinear or box.")
-    ] = ""
-    channels: Annotated[
-        int | None,
-        Option("--channels N", "3 for colour, 1 for grey. Default: 1 if the first 64 images are grey, else 3."),
-    ] = None
+    crop: str = option("--crop CROP", "center[:PIXELS], squash or LEFT,TOP,WIDTH,HEIGHT in pixels.")
+    resize_filter: str = option("--filter NAME", "Filter for resizing: lanczos, bicubic, bilinear or box.")
+    channels: int | None = option(
+        "--channels N", "3 for colour, 1 for grey. Default: 1 if the first 64 images are grey, else 3.", None
+    )
     """None: 1 if the first images are all grey, and then all others must be."""
-    pixel_range: Annotated[
-        str,
-        Option(
-            "--range LOW,HIGH",
-            "The values of black and white in images of more than 8 bits, such as 0,4095. Default: those of the file.",
-        ),
-    ] = ""
-    classes: Annotated[
-        bool | None,
-        Option(
-            "--classes/--no-classes",
-            "Default: the labels of the source, else folders, unless they are splits or numbers such as 007.",
-        ),
-    ] = None
+    pixel_range: str = option(
+        "--range LOW,HIGH",
+        "The values of black and white in images of more than 8 bits, such as 0,4095. Default: those of the file.",
+    )
+    classes: bool | None = option(
+        "--classes/--no-classes",
+        "Default: the labels of the source, else folders, unless they are splits or numbers such as 007.",
+        None,
+    )
     """None for `tars`: if the first image has a label."""
-    labels: Annotated[
-        str,
-        Option(
-            "--labels FILE[:COLUMN]",
-            "Table of labels by file name (.csv, .jsonl, .json, .txt); :COLUMN alone: a label of SOURCE.",
-        ),
-    ] = ""
-    licence: Annotated[str, Option("--licence TEXT", "Licence of the images, kept as a note.")] = ""
-    max_bad: Annotated[int, Option("--max-bad N", "Give up after N unreadable images.", min=0)] = 100
-    min_side: Annotated[
-        int | None, Option("--min-side PIXELS", "Reject images with a shorter side. Default: size/2.", min=1)
-    ] = None
+    labels: str = option(
+        "--labels FILE[:COLUMN]",
+        "Table of labels by file name (.csv, .jsonl, .json, .txt); :COLUMN alone: a label of SOURCE.",
+    )
+    licence: str = option("--licence TEXT", "Licence of the images, kept as a note.")
+    max_bad: int = option("--max-bad N", "Give up after N unreadable images.", 100, min=0)
+    min_side: int | None = option(
+        "--min-side PIXELS", "Reject images with a shorter side. Default: size/2.", None, min=1
+    )
     """None: half of the longer side of `size`, so that nothing is enlarged more than twice."""
-    split: Annotated[
-        str,
-        Option(
-            "--split NAME",
-            "Pack one split of SOURCE, train, test or val, or all of them. Default: train, if there are several.",
-        ),
-    ] = ""
-    unlabelled: Annotated[
-        str,
-        Option(
-            "--unlabelled drop|refuse",
-            "If some images have a label and others have none, leave these out, or exit with 65.",
-            choices=UNLABELLED,
-        ),
-    ] = "refuse"
-    hold_out: Annotated[str, Option("--hold-out SHARE", "Share of the images to hold out, such as 5%.")] = ""
-    replaces: Annotated[
-        bool, Option("--replace", "Delete a dataset of this name before, unless a run trains on it.")
-    ] = False
+    split: str = option(
+        "--split NAME",
+        "Pack one split of SOURCE, train, test or val, or all of them. Default: train, if there are several.",
+    )
+    unlabelled: str = option(
+        "--unlabelled drop|refuse",
+        "If some images have a label and others have none, leave these out, or exit with 65.",
+        "refuse",
+        choices=UNLABELLED,
+    )
+    hold_out: str = option("--hold-out SHARE", "Share of the images to hold out, such as 5%.")
+    replaces: bool = option("--replace", "Delete a dataset of this name before, unless a run trains on it.", False)
     slice: SliceOption = ""
-    stop_after: StopAfter = ""
-    bucket: BucketUri = ""
     tars: tuple[str, ...] = ()
     """In place of a source: tars that stay where they are, as URIs, patterns or folders, see `find_tars`."""
     is_held_out: bool = False
@@ -206,7 +186,7 @@ class PackRequest:
         return Recipe(self.size, self.crop, self.resize_filter, channels, min_side, self.pixel_range)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IndexRequest(PackRequest):
     """Index WebDataset tars as a dataset, without copying them.
 
@@ -220,21 +200,17 @@ class IndexRequest(PackRequest):
         ddpm data index ~/laion laion --size 64 --crop center
     """
 
-    command: ClassVar = ("data", "index")
+    command = ("data", "index")
     option_names: ClassVar = (
         "tars name size crop resize_filter channels pixel_range classes labels unlabelled licence max_bad min_side "
         "slice stop_after bucket"
     )
-    source: str = field(default="", kw_only=True)
-    tars: Annotated[tuple[str, ...], Option("URI", "Tars, folders of tars or patterns; paths or URLs.")] = field(
-        kw_only=True
-    )
-    labels: Annotated[
-        str, Option("--labels :KEY", "Key of the label in .json files. Default: label, cls or class.")
-    ] = ""
+    source: str = ""
+    tars: Annotated[tuple[str, ...], Option("URI", "Tars, folders of tars or patterns; paths or URLs.")] = field()
+    labels: str = option("--labels :KEY", "Key of the label in .json files. Default: label, cls or class.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EnsureRequest(PackRequest):
     """Pack a dataset if the bucket lacks it.
 
@@ -248,15 +224,13 @@ class EnsureRequest(PackRequest):
     option_names: ClassVar = (
         "name source size channels pixel_range classes labels split unlabelled replaces on targets bucket"
     )
-    source: Annotated[str, Option("--source SOURCE", "Images to pack if the dataset is missing, or to compare.")] = (
-        field(default="", kw_only=True)
-    )
-    on: Annotated[str, Option("--on TARGET", "Target whose bucket to use.")] = ""
+    source: str = option("--source SOURCE", "Images to pack if the dataset is missing, or to compare.")
+    on: str = option("--on TARGET", "Target whose bucket to use.")
     targets: Targets = None
 
 
 @dataclass(frozen=True)
-class EncodeRequest:
+class EncodeRequest(JobOptions):
     """Encode a dataset into latents of an autoencoder.
 
     The new dataset keeps the mean and log-variance of each image, and the autoencoder. Runs on it decode their samples.
@@ -266,7 +240,7 @@ class EncodeRequest:
     Example: ddpm data encode celebahq-256 --autoencoder sd-vae-ft-mse --to celebahq-latents
     """
 
-    command: ClassVar = ("data", "encode")
+    command = ("data", "encode")
     name: DatasetName
     _: KW_ONLY
     autoencoder: Annotated[
@@ -274,10 +248,8 @@ class EncodeRequest:
     ]
     size: Size = None
     """None: the only one of the dataset."""
-    to: Annotated[str, Option("--to NAME", "Name of the new dataset. Default: NAME-latents.")] = ""
+    to: str = option("--to NAME", "Name of the new dataset. Default: NAME-latents.")
     slice: SliceOption = ""
-    stop_after: StopAfter = ""
-    bucket: BucketUri = ""
 
     def check(self) -> EncodeRequest:
         """Returns the request with the name of its dataset of latents filled in.

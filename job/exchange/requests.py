@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any
 
 from job.exits import BadRequestError
-from job.options import BucketUri, Option, RunOption, Size
+from job.options import BucketUri, Option, RunOption, Size, option
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,12 @@ class ImportRequest:
     source: Annotated[str, Option("PATH|URI", "Folder of diffusers, or a .pt, .ckpt or .safetensors file.")]
     _: KW_ONLY
     run: RunOption
-    dataset: Annotated[str, Option("--dataset NAME", "Packed dataset for further training. Default: no training.")] = ""
+    dataset: str = option("--dataset NAME", "Packed dataset for further training. Default: no training.")
     size: Size = None
     """Of the images, if the checkpoint does not state it."""
-    epoch: Annotated[
-        int, Option("--epoch N", "Epoch of the dataset after which the file was saved.", min=0, max=1_000_000)
-    ] = 0
-    preset: Annotated[
-        str, Option("--preset NAME", "Settings that the file lacks, or that replace its own, such as erengurs.")
-    ] = ""
-    sets: Annotated[tuple[str, ...], Option("--set KEY=VALUE", "Such as train.batch_size=64; may be repeated.")] = ()
+    epoch: int = option("--epoch N", "Epoch of the dataset after which the file was saved.", 0, min=0, max=1_000_000)
+    preset: str = option("--preset NAME", "Settings that the file lacks, or that replace its own, such as erengurs.")
+    sets: tuple[str, ...] = option("--set KEY=VALUE", "Such as train.batch_size=64; may be repeated.", ())
     bucket: BucketUri = ""
 
     def check(self) -> dict[str, Any]:
@@ -85,12 +81,10 @@ class ExportRequest:
     """
 
     run: RunOption
-    to: Annotated[str, Option("--to DIR|URI", "New or empty folder; a path or a URI.")] = ""
-    push: Annotated[
-        str, Option("--push ORG/NAME", "In place of --to: a model repository of the hub, new or pushed to.")
-    ] = ""
-    checkpoint: Annotated[str, Option("--checkpoint EPOCH", "Epoch, such as 80, or latest.")] = "latest"
-    weights: Annotated[str, Option("--weights NAME", "ema, ema-STD or model. Default: the run's sample.weights.")] = ""
+    to: str = option("--to DIR|URI", "New or empty folder; a path or a URI.")
+    push: str = option("--push ORG/NAME", "In place of --to: a model repository of the hub, new or pushed to.")
+    checkpoint: str = option("--checkpoint EPOCH", "Epoch, such as 80, or latest.", "latest")
+    weights: str = option("--weights NAME", "ema, ema-STD or model. Default: the run's sample.weights.")
     bucket: BucketUri = ""
 
     def check(self) -> None:

@@ -16,7 +16,6 @@ from job.data.requests import EncodeRequest, IndexRequest, PackRequest
 from job.exits import BadConfigError, BadRequestError
 from job.jobs.backends.target import Target
 from job.jobs.spec import JobRequest, JobSpec, SubmitRequest, Verb, job_name, stop_after
-from job.options import argv
 from job.processes.group import GPUS, JOB
 from job.processes.lease import EXPIRE_SECONDS
 from job.requests import EvaluateRequest, SampleRequest, TrainRequest, check_world_size
@@ -50,7 +49,7 @@ def spec_of(request: JobRequest, target: Target, how: SubmitRequest) -> JobSpec:
     run, subject = ("", checked.name) if isinstance(checked, PackRequest | EncodeRequest) else (checked.run,) * 2
     if not target.is_remote:
         request = _on_this_machine(request, target, how)
-    words = argv(request)
+    words = request.argv()
     # A single machine makes all slices.
     slices = how.slices if target.is_remote or verb == "train" else 0
     of_name = (*words, "--slices", str(slices)) if slices else words

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from job.data.requests import EncodeRequest, PackRequest
 from job.exits import BadRequestError
-from job.options import OnTarget, Option, Targets
+from job.options import OnTarget, Targets, option
 from job.requests import EvaluateRequest, SampleRequest, TrainRequest
 
 JobRequest = TrainRequest | SampleRequest | EvaluateRequest | PackRequest | EncodeRequest
@@ -33,29 +33,20 @@ class SubmitRequest:
     """The options of `ddpm submit`: where a command becomes a job, and on which machines."""
 
     on: OnTarget = "local"
-    gpus: Annotated[int | None, Option("--gpus N", "GPUs per machine. Default: the target's.", min=0, max=64)] = None
-    nodes: Annotated[int, Option("--nodes N", "Number of machines that train together.", min=1, max=1000)] = 1
-    gpu_type: Annotated[str, Option("--gpu-type TYPE", "Type of GPU, such as nvidia-l4. Default: the target's.")] = ""
-    spot: Annotated[
-        bool | None,
-        Option("--spot/--on-demand", "Use cheap machines that may be preempted, or not. Default: the target's."),
-    ] = None
-    max_hours: Annotated[float | None, Option("--max-hours H", "End the job after H hours. Default: the target's.")] = (
-        None
+    gpus: int | None = option("--gpus N", "GPUs per machine. Default: the target's.", None, min=0, max=64)
+    nodes: int = option("--nodes N", "Number of machines that train together.", 1, min=1, max=1000)
+    gpu_type: str = option("--gpu-type TYPE", "Type of GPU, such as nvidia-l4. Default: the target's.")
+    spot: bool | None = option(
+        "--spot/--on-demand", "Use cheap machines that may be preempted, or not. Default: the target's.", None
     )
-    slices: Annotated[
-        int, Option("--slices N", "Machines that share the work, such as 8; not for training.", min=0, max=1000)
-    ] = 0
+    max_hours: float | None = option("--max-hours H", "End the job after H hours. Default: the target's.", None)
+    slices: int = option("--slices N", "Machines that share the work, such as 8; not for training.", 0, min=0, max=1000)
     targets: Targets = None
-    dry_run: Annotated[bool, Option("--dry-run", "Print what would be sent, and send nothing.")] = False
-    output: Annotated[str, Option("--output -o FORMAT", "Format of --dry-run: yaml or json.")] = ""
-    watch: Annotated[
-        bool, Option("--watch", "Wait, and submit again after preemptions, failures or lack of machines.")
-    ] = False
-    yes: Annotated[bool, Option("--yes", "Do not ask for confirmation.")] = False
-    detach: Annotated[bool, Option("--detach", "Return at once; a local or container job runs in the background.")] = (
-        False
-    )
+    dry_run: bool = option("--dry-run", "Print what would be sent, and send nothing.", False)
+    output: str = option("--output -o FORMAT", "Format of --dry-run: yaml or json.")
+    watch: bool = option("--watch", "Wait, and submit again after preemptions, failures or lack of machines.", False)
+    yes: bool = option("--yes", "Do not ask for confirmation.", False)
+    detach: bool = option("--detach", "Return at once; a local or container job runs in the background.", False)
 
 
 @dataclass(frozen=True)
