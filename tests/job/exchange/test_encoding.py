@@ -15,7 +15,7 @@ from job.config import method
 from job.data.autoencoder import latents_of
 from job.data.cache import uncached_images
 from job.data.pack import pack
-from job.data.pack_request import PackRequest
+from job.data.requests import PackRequest
 from job.data.shards import INDEX, OFFSETS_DTYPE, Shards, load_index, shard_name
 from job.exits import Exit
 from job.plan import plan_run
@@ -138,7 +138,7 @@ def test_edms_network_sees_latents_of_unit_variance(bucket):
     moments = uncached_images(store, KEY, index).read(np.arange(index.images)).view(np.float16).transpose(0, 3, 1, 2)
     x_0 = latents_of(index).drawn(0, torch.arange(index.images), torch.from_numpy(moments.copy()))
     for chosen, expected in (({}, 1.0), ({"diffusion.sigma_data": 0.5}, 0.5)):
-        request = TrainRequest("tiles-latents", str(bucket), run="edm", changes=edm | chosen)
+        request = TrainRequest("tiles-latents", bucket=str(bucket), run="edm", changes=edm | chosen)
         config = plan_run(request).config
         assert config.diffusion.sigma_data == method.prediction_of(config).sigma_data == expected
         if not chosen:
