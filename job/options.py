@@ -107,7 +107,6 @@ DRAWING = tuple(_setting(each) for each in fields(Drawing) if each.name not in _
 """An option for each setting of how images are sampled, but `--classes` for `labels` and `--autoguidance RUN@EPOCH`."""
 
 AsJson = Annotated[bool, Option("--json", "Print JSON.")]
-BatchSize = Annotated[int | None, Option("--batch-size N", "Images at once on each process.", min=1)]
 BucketUri = Annotated[
     str,
     Option(
@@ -130,13 +129,6 @@ Preset = Annotated[
     ),
 ]
 RunOption = Annotated[str, Option("--run NAME", "Name of the run, such as celeba.")]
-SampledClasses = Annotated[
-    str,
-    Option(
-        "--classes --class LIST",
-        "Names or numbers, such as forest,coast. The seeds take them in turn. Default: all classes.",
-    ),
-]
 Sets = Annotated[
     tuple[str, ...],
     Option(

@@ -9,19 +9,17 @@ import os
 import re
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from ddpm.catalogue import EXTRACTORS, METRICS, Train
 from job.exits import BadConfigError, BadRequestError, did_you_mean
 from job.options import (
     DRAWING,
-    BatchSize,
     Checkpoints,
     Dataset,
     LaunchedOptions,
     Preset,
     RunOption,
-    SampledClasses,
     Sets,
     SettingsFile,
     SliceOption,
@@ -176,7 +174,10 @@ class SampleRequest(LaunchedOptions):
     seeds: str = option("--seeds LIST", "One image per seed, such as 0-63 or 1,5,9-12.")
     chosen: Annotated[dict[str, Any], DRAWING] = field(default_factory=dict)
     """Values that replace those of the run's section `sample`, by key."""
-    classes: SampledClasses = ""
+    classes: str = option(
+        "--classes --class LIST",
+        "Names or numbers, such as forest,coast. The seeds take them in turn. Default: all classes.",
+    )
     autoguidance: str | None = option(
         "--autoguidance [RUN@]EPOCH", "Guide away from this weaker checkpoint, such as 30.", None
     )
@@ -195,7 +196,7 @@ class SampleRequest(LaunchedOptions):
     nearest: bool | None = option(
         "--nearest/--no-nearest", "Show the nearest training image beside each sample, or not.", None
     )
-    batch_size: BatchSize = None
+    batch_size: int | None = option("--batch-size N", "Images at once on each process.", None, min=1)
     count: int | None = option("--count IMAGES", "Save this many images, one per seed.", None, min=1)
     save: str = option("--save KIND", "Format for --count: shards (tar files; the default) or png.")
     slice: SliceOption = ""
@@ -294,8 +295,8 @@ class SampleRequest(LaunchedOptions):
             raise BadRequestError(f"--mode interpolate goes from seed to seed: --seeds {self.seeds} has an odd number")
 
 
-@dataclass(frozen=True)
-class EvaluateRequest(LaunchedOptions):
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRequest(SampleRequest):
     """Score samples of a run against real images, such as by FID.
 
     The scores are FID, KID, precision, recall, density, coverage, MIND, inception score and bits per dimension. The
@@ -322,9 +323,10 @@ class EvaluateRequest(LaunchedOptions):
     """
 
     command = ("evaluate",)
-    run: RunOption
-    _: KW_ONLY
-    checkpoints: Checkpoints = "latest"
+    option_names: ClassVar = (
+        "run checkpoints count metrics extractor extractor_file references repeats chosen classes batch_size slice "
+        "processes hang_after_seconds stop_after bucket"
+    )
     count: int | None = option("--count IMAGES", "Samples to score, per checkpoint.", None, min=1, max=1_000_000)
     """None: one of `job.evaluation.evaluation_plan.COUNTS`."""
     metrics: str = option("--metrics LIST", f"Some of {','.join(METRICS)}. Default: all that can be computed.")
@@ -338,11 +340,6 @@ class EvaluateRequest(LaunchedOptions):
         "--references IMAGES", "Largest number of real images to compare with.", 50_000, min=1, max=1_000_000
     )
     repeats: int = option("--repeats N", "Sample sets with other seeds, to measure the spread.", 1, min=1, max=100)
-    chosen: Annotated[dict[str, Any], DRAWING] = field(default_factory=dict)
-    """Values that replace those of the run's section `sample`, by key."""
-    classes: SampledClasses = ""
-    batch_size: BatchSize = None
-    slice: SliceOption = ""
 
     def check(self) -> EvaluateRequest:
         """Returns the request if its options are valid.
@@ -351,7 +348,7 @@ class EvaluateRequest(LaunchedOptions):
             BadRequestError: as for a `SampleRequest`, or an unknown metric.
         """
         _ = self.chosen_metrics
-        self.sampling.check()
+        SampleRequest.check(self.sampling)
         return self
 
     @property
@@ -372,17 +369,8 @@ class EvaluateRequest(LaunchedOptions):
 
     @property
     def sampling(self) -> SampleRequest:
-        """The options of the samples to score."""
-        return SampleRequest(
-            self.run,
-            bucket=self.bucket,
-            checkpoints=self.checkpoints,
-            chosen=self.chosen,
-            batch_size=self.batch_size,
-            count=self.count or 1,
-            classes=self.classes,
-            slice=self.slice,
-        )
+        """The request of the samples to score."""
+        return replace(self, count=self.count or 1)
 
 
 def check_world_size(processes: int, train: Train) -> None:

@@ -138,13 +138,13 @@ def _adapted(
                 return request, []
             uri, epoch = _uri_for_jobs("--from", run, target), checked.changes.get("parent.epoch", "latest")
             return replace(request, from_=f"{uri}@{epoch}"), [split_run(uri)[0]]
-        case SampleRequest():
-            _check_files(request, target)
         case EvaluateRequest():
-            _check_files(request.sampling, target)
+            _check_files(request, target)
             if file := request.extractor_file:
                 file = _uri_for_jobs("--extractor-file", file, target)
                 return replace(request, extractor_file=file), [file]
+        case SampleRequest():
+            _check_files(request, target)
         case IndexRequest():
             tars = [_source(tar, target) for tar in request.tars]
             return replace(request, tars=tuple(tars)), tars
