@@ -1,12 +1,10 @@
 """Options of commands. A request declares each once, as a field: help, parser and words of a job follow from it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from inspect import Parameter, get_annotations
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from ddpm.catalogue import Drawing, takers
 from ddpm.image_size import ImageSize
@@ -54,16 +52,17 @@ def options_of(kind: type) -> dict[str, tuple[Parameter, ...]]:
     """Returns the options of a request by field, in the order of its help, as parameters of a function.
 
     These are its own, then those that it inherits; a class whose command does not take all of them lists them in
-    `option_names`. A field of several options, such as `DRAWING`, is a dictionary of those that were given.
+    `option_names`. A field of several options, such as `SAMPLE_SETTINGS`, is a dictionary of those that were given.
     """
-    hints, by_name = get_type_hints(kind, include_extras=True), {each.name: each for each in fields(kind)}
+    by_name = {each.name: each for each in fields(kind)}
     own_first = [name for base in kind.__mro__ for name in get_annotations(base) if name in by_name]
     found: dict[str, tuple[Parameter, ...]] = {}
     for name in getattr(kind, "option_names", "").split() or own_first:
-        takes, *shared = get_args(hints[name]) if get_origin(hints[name]) is Annotated else [hints[name]]
-        match [*by_name[name].metadata.values(), *shared]:
+        each: Any = by_name[name]
+        takes, *shared = get_args(each.type) if get_origin(each.type) is Annotated else [each.type]
+        match [*each.metadata.values(), *shared]:
             case [Option() as one]:
-                default = Parameter.empty if by_name[name].default is MISSING else by_name[name].default
+                default = Parameter.empty if each.default is MISSING else each.default
                 found[name] = (_parameter(name, default, takes, one),)
             case [tuple() as several]:
                 found[name] = several
@@ -103,7 +102,7 @@ def _setting(setting: Field[Any]) -> Parameter:
 
 
 _HAVE_OTHER_OPTIONS = ("autoguidance", "autoguidance_run", "labels")
-DRAWING = tuple(_setting(each) for each in fields(Drawing) if each.name not in _HAVE_OTHER_OPTIONS)
+SAMPLE_SETTINGS = tuple(_setting(each) for each in fields(Drawing) if each.name not in _HAVE_OTHER_OPTIONS)
 """An option for each setting of how images are sampled, but `--classes` for `labels` and `--autoguidance RUN@EPOCH`."""
 
 AsJson = Annotated[bool, Option("--json", "Print JSON.")]

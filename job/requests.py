@@ -3,18 +3,16 @@
 The docstring of a request is the help of its command. The help imports this module: what takes long is imported late.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from ddpm.catalogue import EXTRACTORS, METRICS, Train
 from job.exits import BadConfigError, BadRequestError, did_you_mean
 from job.options import (
-    DRAWING,
+    SAMPLE_SETTINGS,
     Checkpoints,
     Dataset,
     LaunchedOptions,
@@ -87,7 +85,7 @@ class TrainRequest(LaunchedOptions):
     changes: dict[str, Any] = field(default_factory=dict)
     """The settings of a checked request that differ from its preset, by key."""
 
-    def check(self) -> TrainRequest:
+    def check(self) -> Self:
         """Returns the request with its run named and its changes parsed.
 
         Raises:
@@ -172,7 +170,7 @@ class SampleRequest(LaunchedOptions):
     _: KW_ONLY
     checkpoints: Checkpoints = "latest"
     seeds: str = option("--seeds LIST", "One image per seed, such as 0-63 or 1,5,9-12.")
-    chosen: Annotated[dict[str, Any], DRAWING] = field(default_factory=dict)
+    chosen: Annotated[dict[str, Any], SAMPLE_SETTINGS] = field(default_factory=dict)
     """Values that replace those of the run's section `sample`, by key."""
     classes: str = option(
         "--classes --class LIST",
@@ -231,7 +229,7 @@ class SampleRequest(LaunchedOptions):
         others = {"nearest": self.nearest, "batch_size": self.batch_size}
         return keys | {key: value for key, value in others.items() if value is not None}
 
-    def check(self) -> SampleRequest:
+    def check(self) -> Self:
         """Returns the request if its options are valid.
 
         Raises:
@@ -341,7 +339,7 @@ class EvaluateRequest(SampleRequest):
     )
     repeats: int = option("--repeats N", "Sample sets with other seeds, to measure the spread.", 1, min=1, max=100)
 
-    def check(self) -> EvaluateRequest:
+    def check(self) -> Self:
         """Returns the request if its options are valid.
 
         Raises:
@@ -368,7 +366,7 @@ class EvaluateRequest(SampleRequest):
         return chosen
 
     @property
-    def sampling(self) -> SampleRequest:
+    def sampling(self) -> Self:
         """The request of the samples to score."""
         return replace(self, count=self.count or 1)
 

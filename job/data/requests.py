@@ -1,13 +1,11 @@
 """Requests about datasets, see `job.requests`: what to pack and how, checked as far as possible without the source."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field, replace
 from importlib import resources
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from ddpm.image_size import ImageSize
 from job.data.splits import ALL, SPLITS
@@ -98,7 +96,7 @@ class PackRequest(JobOptions):
     is_held_out: bool = False
     """Whether this is the part that is held out."""
 
-    def check(self) -> PackRequest:
+    def check(self) -> Self:
         """Returns the request with size, crop, filter and licence filled in.
 
         Raises:
@@ -169,11 +167,11 @@ class PackRequest(JobOptions):
         """Name of the dataset of what is held out; empty if nothing is."""
         return f"{self.name}-held-out" if self.hold_out_share and not self.is_held_out else ""
 
-    def parts(self) -> list[PackRequest]:
+    def parts(self) -> list[Self]:
         """Returns the parts of a checked request in the order of packing: the held-out part comes first."""
         return [*([replace(self, name=self.held_out, is_held_out=True).check()] if self.held_out else []), self]
 
-    def recipe(self, first_images: Iterable[bytes] = ()) -> Recipe:
+    def recipe(self, first_images: Iterable[bytes] = ()) -> "Recipe":
         """Returns how a checked request converts each image of a source that begins with these.
 
         They are read if no channels are chosen.
@@ -251,7 +249,7 @@ class EncodeRequest(JobOptions):
     to: str = option("--to NAME", "Name of the new dataset. Default: NAME-latents.")
     slice: SliceOption = ""
 
-    def check(self) -> EncodeRequest:
+    def check(self) -> Self:
         """Returns the request with the name of its dataset of latents filled in.
 
         Raises:

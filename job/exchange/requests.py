@@ -1,7 +1,5 @@
 """The requests of `ddpm import` and `ddpm export`, see `job.requests`."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any

@@ -1,14 +1,12 @@
 """A job as data: a command of this program, and the machines that it asks for or needs. Backends render and send it."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from job.data.requests import EncodeRequest, PackRequest
 from job.exits import BadRequestError
@@ -102,7 +100,7 @@ class JobSpec:
         """Returns `max_hours` in whole seconds."""
         return round(self.max_hours * 3600)
 
-    def lasting(self, max_hours: float) -> JobSpec:
+    def lasting(self, max_hours: float) -> Self:
         """Returns the same job, of the same name, with another limit, also of a job that keeps its limit itself."""
         if max_hours == self.max_hours:
             return self
