@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
+from pathlib import Path
+from typing import get_args, get_origin
 
 import pytest
 import yaml
 
+from ddpm.image_size import ImageSize
 from job.config import parse_yaml, read_config_file
 from job.exits import BadConfigError, BadRequestError
 from job.jobs.building import wait_seconds
 from job.jobs.spec import NAME_CHARACTERS, JobSpec, is_about, job_name
 from job.jobs.targets import load_targets
+from job.options import options_of
 from job.processes.lease import EXPIRE_SECONDS
-from tests.job.jobs.submitting import FOR_TRAIN, built, parsed
+from tests.job.jobs.submitting import FOR_TRAIN, KINDS, built, parsed
 
 pytestmark = pytest.mark.usefixtures("targets_folder")
 
@@ -42,6 +46,23 @@ def test_commands_survive_writing_and_reading():
         assert argv[: len(prefix)] == prefix
         again = parsed(verb, argv[len(prefix) :])
         assert (again, again.argv()) == (first, argv), words
+
+
+OTHER_VALUES = {bool: False, int: 7, float: 0.25, str: "--x y", Path: Path("/some where"), ImageSize: ImageSize(8, 16)}
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_every_option_survives(kind):
+    needed = {name: "a" for name, (first, *_) in options_of(kind).items() if first.default is first.empty}
+    for field, options in options_of(kind).items():
+        for each in options:
+            takes = get_args(each.annotation)[0]
+            value = OTHER_VALUES.get(takes if takes in OTHER_VALUES else get_args(takes)[0])
+            value = True if each.default is False else ("a", "--x") if get_origin(takes) is tuple else value
+            request = kind(**{"bucket": "b", **needed, field: value if field == each.name else {each.name: value}})
+            again = parsed(kind.command[-1], request.argv()[len(kind.command) :])
+            assert getattr(again, field) == getattr(request, field), each.name
+            assert again.argv() == request.argv() != kind(**{"bucket": "b", **needed}).argv(), each.name
 
 
 def test_chosen_options_are_known():
