@@ -13,7 +13,7 @@ from torch import nn
 from ddpm import catalogue
 from job.config import RunConfig, draft, parse_sets
 from job.data.pack import pack
-from job.data.requests import PackRequest
+from job.data.pack_request import PackRequest
 from job.data.shards import DatasetIndex
 from job.store import open_store
 

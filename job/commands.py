@@ -34,7 +34,7 @@ from job.store import ObjectMissingError, Store, is_foreign, open_bucket, split_
 from job.training.tracking import check_tracker
 
 if TYPE_CHECKING:
-    from job.data.requests import EncodeRequest, EnsureRequest, PackRequest
+    from job.data.pack_request import EncodeRequest, EnsureRequest, PackRequest
     from job.data.shards import DatasetIndex
     from job.jobs.spec import JobRequest
 

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from job.cli import command, data, jobs, runs, sample
-from job.exchange.requests import ExportRequest, ImportRequest
+from job.exchange.exchange_requests import ExportRequest, ImportRequest
 from job.exits import Exit, MissingInputError, ending_of
 from job.processes.launched import LOST_PEER, is_launched, lost_peer
 from job.progress import set_loudness
@@ -69,20 +69,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.add_typer(data.app, name="data")
-command(app, "train", TrainRequest)(runs.train)
-command(app, "sample", SampleRequest)(sample.sample)
-command(app, "ema")(runs.ema)
-command(app, "evaluate", EvaluateRequest)(sample.evaluate)
-command(app, "import", ImportRequest)(runs.import_)
-command(app, "export", ExportRequest)(runs.export)
-command(app, "config")(runs.config)
+command(app, "train", TrainRequest)(runs.ddpm_train)
+command(app, "sample", SampleRequest)(sample.ddpm_sample)
+command(app, "ema")(runs.ddpm_ema)
+command(app, "evaluate", EvaluateRequest)(sample.ddpm_evaluate)
+command(app, "import", ImportRequest)(runs.ddpm_import)
+command(app, "export", ExportRequest)(runs.ddpm_export)
+command(app, "config")(runs.ddpm_config)
 app.add_typer(sample.app, name="figure")
 app.add_typer(runs.app, name="runs")
-command(app, "replay")(runs.replay)
-command(app, "report")(runs.report)
+command(app, "replay")(runs.ddpm_replay)
+command(app, "report")(runs.ddpm_report)
 app.add_typer(jobs.submit_app, name="submit")
 app.add_typer(jobs.app, name="jobs")
-command(app, "doctor")(jobs.doctor)
+command(app, "doctor")(jobs.ddpm_doctor)
 
 
 def _print_version(show: bool) -> None:

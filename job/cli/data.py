@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from job.cli import command
-from job.data.requests import EncodeRequest, EnsureRequest, IndexRequest, PackRequest
+from job.data.pack_request import EncodeRequest, EnsureRequest, IndexRequest, PackRequest
 from job.options import AsJson, BucketUri, Certain, DatasetName, Option, Size
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
 
 @command(app, "index", IndexRequest)
 @command(app, "pack", PackRequest)
-def pack(request: PackRequest) -> None:
+def data_pack(request: PackRequest) -> None:
     """Packs images, or indexes tars."""
     from job.commands import pack_command
 
@@ -26,7 +26,7 @@ def pack(request: PackRequest) -> None:
 
 
 @command(app, "encode", EncodeRequest)
-def encode(request: EncodeRequest) -> None:
+def data_encode(request: EncodeRequest) -> None:
     """Encodes a dataset into latents."""
     from job.commands import encode_command
 
@@ -34,7 +34,7 @@ def encode(request: EncodeRequest) -> None:
 
 
 @command(app, "ensure", EnsureRequest)
-def ensure(request: EnsureRequest) -> None:
+def data_ensure(request: EnsureRequest) -> None:
     """Packs a dataset that is missing."""
     from job.commands import ensure_command
 
@@ -42,7 +42,7 @@ def ensure(request: EnsureRequest) -> None:
 
 
 @command(app, "list")
-def list_(as_json: AsJson = False, bucket: BucketUri = "") -> None:
+def data_list(as_json: AsJson = False, bucket: BucketUri = "") -> None:
     """List the datasets in the bucket.
 
     Example: ddpm data list --bucket gs://my-bucket
@@ -53,7 +53,7 @@ def list_(as_json: AsJson = False, bucket: BucketUri = "") -> None:
 
 
 @command(app, "show")
-def show(
+def data_show(
     name: DatasetName,
     size: Size = None,
     output: Annotated[Path | None, Option("--output -o PNG", "File of the preview. Default: in the bucket.")] = None,
@@ -71,7 +71,7 @@ def show(
 
 
 @command(app, "verify")
-def verify(name: DatasetName, size: Size = None, as_json: AsJson = False, bucket: BucketUri = "") -> None:
+def data_verify(name: DatasetName, size: Size = None, as_json: AsJson = False, bucket: BucketUri = "") -> None:
     """Check every hash and image of a dataset.
 
     It names each damaged object.
@@ -84,7 +84,7 @@ def verify(name: DatasetName, size: Size = None, as_json: AsJson = False, bucket
 
 
 @command(app, "delete")
-def delete(name: DatasetName, size: Size = None, yes: Certain = False, bucket: BucketUri = "") -> None:
+def data_delete(name: DatasetName, size: Size = None, yes: Certain = False, bucket: BucketUri = "") -> None:
     """Delete a dataset, or the remains of an unfinished one.
 
     Example: ddpm data delete mine --size 64 --yes

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from job.cli import command
-from job.data.requests import EncodeRequest, IndexRequest, PackRequest
+from job.data.pack_request import EncodeRequest, IndexRequest, PackRequest
 from job.jobs.spec import JobRequest, SubmitRequest
 from job.options import AsJson, BucketUri, OnTarget, Option, Targets
 from job.requests import EvaluateRequest, SampleRequest, TrainRequest
@@ -33,7 +33,7 @@ EXAMPLES: dict[type[JobRequest], str] = {
 """The commands that can be jobs, each with an example."""
 
 
-def submit(request: JobRequest, how: SubmitRequest) -> None:
+def ddpm_submit(request: JobRequest, how: SubmitRequest) -> None:
     """Starts a command as a job."""
     from job.jobs.submit import submit_command
 
@@ -49,11 +49,11 @@ for kind, example in EXAMPLES.items():
         SubmitRequest,
         help=f"Start `ddpm {words}` as a job. It takes all options of `ddpm {words} --help`, and these.\n\n"
         f"Example: ddpm submit {kind.command[-1]} {example}",
-    )(submit)
+    )(ddpm_submit)
 
 
 @command(app, "list")
-def list_(on: OnOneTarget = "", as_json: AsJson = False, targets: Targets = None) -> None:
+def jobs_list(on: OnOneTarget = "", as_json: AsJson = False, targets: Targets = None) -> None:
     """List the jobs on one target, or on all targets.
 
     Example: ddpm jobs list --on gke
@@ -64,7 +64,7 @@ def list_(on: OnOneTarget = "", as_json: AsJson = False, targets: Targets = None
 
 
 @command(app, "status")
-def status(
+def jobs_status(
     job: JobName,
     on: OnOneTarget = "",
     targets: Targets = None,
@@ -84,7 +84,7 @@ def status(
 
 
 @command(app, "logs")
-def logs(
+def jobs_logs(
     job: JobName,
     follow: Annotated[bool, Option("--follow -f", "Follow the output until the job ends, or Ctrl-C.")] = False,
     on: OnOneTarget = "",
@@ -100,7 +100,7 @@ def logs(
 
 
 @command(app, "cancel")
-def cancel(job: JobName, on: OnOneTarget = "", targets: Targets = None) -> None:
+def jobs_cancel(job: JobName, on: OnOneTarget = "", targets: Targets = None) -> None:
     """Stop a job. It saves first; the same submit command resumes it.
 
     Example: ddpm jobs cancel train-celeba --on gke
@@ -110,7 +110,7 @@ def cancel(job: JobName, on: OnOneTarget = "", targets: Targets = None) -> None:
     cancel_job(job, Search(on, targets))
 
 
-def doctor(
+def ddpm_doctor(
     on: OnTarget = "local",
     bucket: BucketUri = "",
     no_bucket: Annotated[bool, Option("--no-bucket", "Skip the checks of the bucket.")] = False,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from job.cli import command
-from job.exchange.requests import ExportRequest, ImportRequest
+from job.exchange.exchange_requests import ExportRequest, ImportRequest
 from job.options import AsJson, BucketUri, Certain, Checkpoints, Option, Preset, RunOption, Sets, SettingsFile
 from job.requests import TrainRequest
 
@@ -17,7 +17,7 @@ app = typer.Typer(
 RunName = Annotated[str, Option("RUN", "Name of the run, such as celeba.")]
 
 
-def train(request: TrainRequest) -> None:
+def ddpm_train(request: TrainRequest) -> None:
     """Trains a run."""
     from job.processes.launcher import early_ranks
     from job.stop import deadline
@@ -30,7 +30,7 @@ def train(request: TrainRequest) -> None:
 
 
 @command(app, "list")
-def list_(as_json: AsJson = False, bucket: BucketUri = "") -> None:
+def runs_list(as_json: AsJson = False, bucket: BucketUri = "") -> None:
     """List the runs in the bucket.
 
     Example: ddpm runs list --bucket gs://my-bucket
@@ -41,7 +41,7 @@ def list_(as_json: AsJson = False, bucket: BucketUri = "") -> None:
 
 
 @command(app, "show")
-def show(run: RunName, as_json: AsJson = False, bucket: BucketUri = "") -> None:
+def runs_show(run: RunName, as_json: AsJson = False, bucket: BucketUri = "") -> None:
     """Show state, progress, checkpoints and attempts of a run.
 
     It also prints the URIs of its page and pictures.
@@ -54,7 +54,7 @@ def show(run: RunName, as_json: AsJson = False, bucket: BucketUri = "") -> None:
 
 
 @command(app, "compare")
-def compare(
+def runs_compare(
     run: RunName,
     other: Annotated[str, Option("OTHER", "Name of the run to compare with.")],
     since_epoch: Annotated[float, Option("--since-epoch EPOCH", "Leave out all epochs before this one.", min=0)] = 0.0,
@@ -73,7 +73,7 @@ def compare(
 
 
 @command(app, "verify")
-def verify(run: RunName, as_json: AsJson = False, bucket: BucketUri = "") -> None:
+def runs_verify(run: RunName, as_json: AsJson = False, bucket: BucketUri = "") -> None:
     """Check every object of a run, and name each that is corrupt.
 
     An object can be corrupt, truncated, missing or unknown. The command reads the whole run but its page once, also
@@ -87,7 +87,7 @@ def verify(run: RunName, as_json: AsJson = False, bucket: BucketUri = "") -> Non
 
 
 @command(app, "prune")
-def prune(
+def runs_prune(
     run: RunName,
     keep_last: Annotated[int | None, Option("--keep-last N", "Use N as checkpoint.keep_last.", min=1)] = None,
     dry_run: Annotated[bool, Option("--dry-run", "Only print what would be deleted, and why.")] = False,
@@ -106,7 +106,7 @@ def prune(
 
 
 @command(app, "delete")
-def delete(run: RunName, yes: Certain = False, bucket: BucketUri = "") -> None:
+def runs_delete(run: RunName, yes: Certain = False, bucket: BucketUri = "") -> None:
     """Delete a run: its checkpoints, pictures and metrics.
 
     The command refuses to work while another process trains the run or samples from it. The same command finishes an
@@ -119,7 +119,7 @@ def delete(run: RunName, yes: Certain = False, bucket: BucketUri = "") -> None:
     delete_run(bucket, run, certain=yes)
 
 
-def replay(
+def ddpm_replay(
     run: RunName,
     image: Annotated[int, Option("--image N", "Number of images seen, a multiple of the batch size.", min=0)],
     to: Annotated[str, Option("--to DIR|URI", "New or empty folder for the state. Default: print hashes only.")] = "",
@@ -148,7 +148,7 @@ def replay(
     replay_run(bucket, run, image, to, verify=verify)
 
 
-def ema(
+def ddpm_ema(
     run: RunOption,
     std: Annotated[
         float, Option("--std STD", "Width: share of the training so far, such as 0.13.", min=0.001, max=0.28)
@@ -169,7 +169,7 @@ def ema(
     make_averages(bucket, run, std, checkpoints)
 
 
-def report(
+def ddpm_report(
     run: Annotated[str, Option("[RUN]", "Name of the run. Default: all runs.")] = "",
     open_it: Annotated[bool, Option("--open", "Open the page in the browser.")] = False,
     output: Annotated[
@@ -190,7 +190,7 @@ def report(
     write_report(bucket, run, open_it, output)
 
 
-def config(
+def ddpm_config(
     begin: Annotated[str, Option("KEYS", "Only the keys that begin so, such as train or train.adam.")] = "",
     preset: Preset = "",
     sets: Sets = (),
@@ -220,14 +220,14 @@ def config(
         show_config(request, begin, as_json=as_json)
 
 
-def import_(request: ImportRequest) -> None:
+def ddpm_import(request: ImportRequest) -> None:
     """Makes a run from a checkpoint."""
     from job.exchange.importing import import_run
 
     import_run(request)
 
 
-def export(request: ExportRequest) -> None:
+def ddpm_export(request: ExportRequest) -> None:
     """Writes a checkpoint for other programs."""
     from job.exchange.exporting import export_run
 

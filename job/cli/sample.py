@@ -27,14 +27,14 @@ Schedule = Annotated[
 ]
 
 
-def sample(request: SampleRequest) -> None:
+def ddpm_sample(request: SampleRequest) -> None:
     """Samples from checkpoints."""
     from job.commands import sample_command
 
     sample_command(request)
 
 
-def evaluate(request: EvaluateRequest) -> None:
+def ddpm_evaluate(request: EvaluateRequest) -> None:
     """Scores samples."""
     from job.commands import evaluate_command
 
@@ -42,7 +42,7 @@ def evaluate(request: EvaluateRequest) -> None:
 
 
 @command(app, "schedule")
-def schedule(
+def figure_schedule(
     run: OfRun = "",
     schedule: Schedule = "",
     timesteps: Annotated[
@@ -67,7 +67,7 @@ def schedule(
 
 
 @command(app, "noising")
-def noising(
+def figure_noising(
     dataset: Dataset = "",
     run: OfRun = "",
     image: Annotated[
@@ -99,7 +99,7 @@ def noising(
 
 
 @command(app, "denoising")
-def denoising(
+def figure_denoising(
     run: RunOption,
     seeds: Annotated[str, Option("--seeds LIST", "One image per seed, such as 0-11; at most 12.")] = "",
     bucket: BucketUri = "",
@@ -110,4 +110,4 @@ def denoising(
 
     Example: ddpm figure denoising --run landscape-sample
     """
-    sample(SampleRequest(run, bucket=bucket, seeds=seeds, gif=True, with_grid=False))
+    ddpm_sample(SampleRequest(run, bucket=bucket, seeds=seeds, gif=True, with_grid=False))

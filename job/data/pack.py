@@ -33,8 +33,8 @@ from job.data.foreign_tars import Sample, find_tars
 from job.data.images import RejectedImageError, UndecidedImageError, codec_versions, encode_png, prepare
 from job.data.labels import split_labels
 from job.data.members import Member
+from job.data.pack_request import FIRST_IMAGES, PackRequest
 from job.data.preview import preview_png
-from job.data.requests import FIRST_IMAGES, PackRequest
 from job.data.splits import split_in
 from job.data.survey import chosen_source, lacking_labels, no_images, survey, until_stopped
 from job.exits import BadDataError, BadRequestError, StoppedError

@@ -20,7 +20,7 @@ from job.data.formats.unread import next_step
 from job.data.labels import MOST_CLASSES, Rows, join_labels, read_labels, split_labels, table_in
 from job.data.members import SUFFIXES, path_parts, refusing
 from job.data.opening import open_source
-from job.data.requests import PackRequest
+from job.data.pack_request import PackRequest
 from job.data.source import Found, Source
 from job.data.splits import ALL, is_data_file, split_in, split_of, stem_of
 from job.exits import BadDataError, BadRequestError

@@ -19,7 +19,7 @@ from ddpm.image_size import ImageSize
 from job.data import shards
 from job.data.cache import ImageCache, default_cache_dir
 from job.data.images import codec_versions, encode_latents
-from job.data.requests import EncodeRequest
+from job.data.pack_request import EncodeRequest
 from job.data.shard_source import ShardSource
 from job.data.shards import AUTOENCODER
 from job.exchange.foreign import opened_autoencoder

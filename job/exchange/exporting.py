@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from job.exchange.card import CARD, PICTURE, Card
-from job.exchange.requests import ExportRequest
+from job.exchange.exchange_requests import ExportRequest
 from job.exits import BadRequestError, MissingInputError
 from job.plan import RunHandle, open_run
 from job.progress import Progress, note

@@ -25,8 +25,8 @@ from job.config import (
     validated,
 )
 from job.data.shards import DatasetIndex, find_dataset, load_index
+from job.exchange.exchange_requests import ImportRequest
 from job.exchange.foreign import Foreign, opened_foreign, settings_of_diffusers
-from job.exchange.requests import ImportRequest
 from job.exits import BadConfigError, BadDataError, BadRequestError, State
 from job.plan import RunHandle, check_drawing, follow_dataset
 from job.processes.compute import describe_device

@@ -12,7 +12,7 @@ import yaml
 
 from job.config import EMBEDDED, draft, parse_sets, read_config_file
 from job.data.labels import split_labels
-from job.data.requests import EncodeRequest, IndexRequest, PackRequest
+from job.data.pack_request import EncodeRequest, IndexRequest, PackRequest
 from job.exits import BadConfigError, BadRequestError
 from job.jobs.backends.target import Target
 from job.jobs.spec import JobRequest, JobSpec, SubmitRequest, Verb, job_name, stop_after

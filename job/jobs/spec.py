@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Self
 
-from job.data.requests import EncodeRequest, PackRequest
+from job.data.pack_request import EncodeRequest, PackRequest
 from job.exits import BadRequestError
 from job.options import OnTarget, Targets, option
 from job.requests import EvaluateRequest, SampleRequest, TrainRequest

@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 
 from job.data.pack import pack
-from job.data.requests import PackRequest
+from job.data.pack_request import PackRequest
 from job.store import open_store, retry
 from tests.faulty_proxy import FaultyProxy
 from tests.job.command_line import ddpm_here, settings, succeeded

@@ -11,7 +11,7 @@ import pytest
 import job.data.pack
 from job.data.opening import open_source
 from job.data.pack import pack
-from job.data.requests import PackRequest
+from job.data.pack_request import PackRequest
 from job.data.shards import DatasetIndex
 from job.data.source import Source
 from job.stop import Stop

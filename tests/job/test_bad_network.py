@@ -16,7 +16,7 @@ import pytest
 
 from ddpm.training import TrainState
 from job.data.pack import pack
-from job.data.requests import PackRequest
+from job.data.pack_request import PackRequest
 from job.exits import Exit
 from job.processes import lease
 from job.runs.checkpoints import list_checkpoints, load_manifest

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from job.data.pack import pack
-from job.data.requests import PackRequest
+from job.data.pack_request import PackRequest
 from job.store import open_store
 from tests.job.command_line import ddpm, started, succeeded
 from tests.job.data.test_foreign_tars import write_tars

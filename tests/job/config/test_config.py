@@ -14,7 +14,7 @@ from job.config import (
 )
 from job.config.method import build_network
 from job.config.networks import NETWORKS
-from job.data.requests import PackRequest
+from job.data.pack_request import PackRequest
 from job.exits import BadConfigError
 from job.requests import TrainRequest, parse_numbers
 

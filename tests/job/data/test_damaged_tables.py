@@ -20,7 +20,7 @@ from pyarrow.parquet import encryption
 from job.data.formats import tables
 from job.data.opening import open_source
 from job.data.pack import pack
-from job.data.requests import PackRequest
+from job.data.pack_request import PackRequest
 from job.data.survey import survey
 from job.exits import BadDataError, BadRequestError, Exit, JobError, StoppedError
 from job.progress import printable

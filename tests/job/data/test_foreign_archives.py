@@ -14,7 +14,7 @@ import pytest
 from hypothesis import strategies as st
 
 from job.data.pack import pack
-from job.data.requests import PackRequest
+from job.data.pack_request import PackRequest
 from job.exits import Exit, JobError
 from job.progress import printable
 from job.store import open_store

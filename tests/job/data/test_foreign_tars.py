@@ -14,7 +14,7 @@ from PIL import Image
 from job.data.cache import open_cache
 from job.data.foreign_tars import find_tars
 from job.data.pack import pack
-from job.data.requests import PackRequest
+from job.data.pack_request import PackRequest
 from job.data.shards import DatasetIndex, load_index
 from job.data.verify import verify_dataset
 from job.exits import BadDataError, BadRequestError, Exit, JobError, StoppedError

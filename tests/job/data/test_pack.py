@@ -13,7 +13,7 @@ from PIL import Image
 
 import job.data.pack
 from job.data.pack import pack
-from job.data.requests import PackRequest
+from job.data.pack_request import PackRequest
 from job.data.shards import OFFSETS_DTYPE, DatasetIndex, load_index
 from job.data.verify import verify_dataset
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError, StoppedError

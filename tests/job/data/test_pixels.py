@@ -13,7 +13,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from job.data.pack import pack
-from job.data.requests import FIRST_IMAGES, PackRequest
+from job.data.pack_request import FIRST_IMAGES, PackRequest
 from job.data.shards import DatasetIndex, load_index
 from job.exits import BadDataError, Exit
 from job.store import open_store

@@ -11,7 +11,7 @@ import pytest
 
 from job.data.cache import DecodedCache, ImageCache, ShardCache
 from job.data.pack import pack
-from job.data.requests import PackRequest
+from job.data.pack_request import PackRequest
 from job.data.shard_source import ShardSource
 from job.data.shards import Shards, load_index
 from job.data.verify import verify_dataset

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from job.data.pack import pack
-from job.data.requests import PackRequest
+from job.data.pack_request import PackRequest
 from job.processes import lease
 from job.runs.checkpoints import list_checkpoints
 from job.runs.layout import CheckpointRef, ObjectKind

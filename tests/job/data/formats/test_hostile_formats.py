@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tfrecord import TFRecordWriter
 
 from job.data.pack import pack
-from job.data.requests import PackRequest
+from job.data.pack_request import PackRequest
 from job.exits import Exit, JobError
 from job.progress import printable
 from job.store import open_store
