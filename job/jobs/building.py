@@ -15,7 +15,7 @@ from job.data.labels import split_labels
 from job.data.pack_request import EncodeRequest, IndexRequest, PackRequest
 from job.exits import BadConfigError, BadRequestError
 from job.jobs.backends.target import Target
-from job.jobs.spec import JobRequest, JobSpec, SubmitRequest, Verb, job_name, stop_after
+from job.jobs.spec import JobRequest, JobSpec, SubmitRequest, job_name, stop_after
 from job.processes.group import GPUS, JOB
 from job.processes.lease import EXPIRE_SECONDS
 from job.requests import EvaluateRequest, SampleRequest, TrainRequest, check_world_size
@@ -40,7 +40,7 @@ def spec_of(request: JobRequest, target: Target, how: SubmitRequest) -> JobSpec:
         # It becomes the job's limit: an engine would start a job again that ends itself with 75.
         hours = min(duration_seconds(request.stop_after) / 3600, _hours(how, target))
         request, how = replace(request, stop_after=""), replace(how, max_hours=hours)
-    verb: Verb = request.command[-1]  # type: ignore[assignment]
+    verb = request.command[-1]
     _check_machines(verb, target, how)
     bucket = _uri_for_jobs("--bucket or DDPM_BUCKET:", request.bucket, target)
     request = replace(request, bucket=bucket)
@@ -93,7 +93,7 @@ def wait_seconds(target: Target) -> float:
     return math.ceil(EXPIRE_SECONDS + target.notice_seconds + WAIT_MARGIN_SECONDS)
 
 
-def _check_machines(verb: Verb, target: Target, how: SubmitRequest) -> None:
+def _check_machines(verb: str, target: Target, how: SubmitRequest) -> None:
     spot = "" if how.spot is None else "--spot" if how.spot else "--on-demand"
     option, on = f"--gpu-type {how.gpu_type}" if how.gpu_type else spot, f"target {target.name!r}"
     if how.max_hours is not None and not 1 / 60 <= how.max_hours <= 720:

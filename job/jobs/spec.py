@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 from job.data.pack_request import EncodeRequest, PackRequest
 from job.exits import BadRequestError
@@ -15,7 +15,6 @@ from job.requests import EvaluateRequest, SampleRequest, TrainRequest
 
 JobRequest = TrainRequest | SampleRequest | EvaluateRequest | PackRequest | EncodeRequest
 """A command that can be a job."""
-Verb = Literal["train", "sample", "evaluate", "pack", "index", "encode"]
 
 NAME_CHARACTERS = 46
 """The longest name: JobSet appends `-node-0-999-XXXXX` for pods, whose names are labels of at most 63 characters."""
@@ -72,7 +71,7 @@ class JobSpec:
     """
 
     name: str
-    verb: Verb
+    verb: str
     argv: tuple[str, ...]
     image: str
     bucket: str
@@ -148,7 +147,7 @@ def validated_job_name(name: str) -> str:
     return name
 
 
-def job_name(verb: Verb, subject: str, argv: Sequence[str] = ()) -> str:
+def job_name(verb: str, subject: str, argv: Sequence[str] = ()) -> str:
     """Returns the name of a job: `train-RUN`, or `sample-RUN-HASH`, `pack-DATASET-HASH`, …, of the words in `argv`.
 
     The same words give the same name, so that a running job is found and not started twice.
@@ -167,5 +166,5 @@ def is_about(name: str, run: str) -> bool:
     """Returns whether a job of this name works on `run`."""
     if name == job_name("train", run):
         return True
-    about: tuple[Verb, ...] = ("sample", "evaluate")
-    return name[:-_HASH_CHARACTERS] in {job_name(verb, run, ("words",))[:-_HASH_CHARACTERS] for verb in about}
+    words = (job_name(verb, run, ("words",)) for verb in ("sample", "evaluate"))
+    return name[:-_HASH_CHARACTERS] in {each[:-_HASH_CHARACTERS] for each in words}
