@@ -146,7 +146,7 @@ def evaluate_command(request: EvaluateRequest) -> None:
 
 def pack_command(request: PackRequest) -> None:
     """Packs a source, or indexes tars in place, and prints the facts of the dataset."""
-    from job.data.fetched import forget
+    from job.data.opening import forget
     from job.data.pack import check_free, is_whole, pack
     from job.runs.removal import check_unused
 

@@ -8,7 +8,6 @@ from importlib import resources
 from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from ddpm.image_size import ImageSize
-from job.data.splits import ALL, SPLITS
 from job.exits import BadRequestError
 from job.options import DatasetName, JobOptions, Option, Size, SliceOption, Targets, option
 
@@ -104,6 +103,7 @@ class PackRequest(JobOptions):
                 embedded dataset for other images.
         """
         from job.config import EMBEDDED, PackConfig, pack_config
+        from job.data.members import ALL, SPLITS
         from job.data.shards import validated_dataset_name
 
         validated_dataset_name(self.name)
