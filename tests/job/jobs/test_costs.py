@@ -10,20 +10,19 @@ from importlib import resources
 
 import pytest
 
-from job.cli.submit import parsed
 from job.config import CheckpointConfig
 from job.exits import BadRequestError, Exit
 from job.jobs.backends import machines
 from job.jobs.backends.base import Target
 from job.jobs.backends.machines import Prices, load_prices
-from job.jobs.building import Resources, spec_of
-from job.jobs.spec import JobSpec
+from job.jobs.building import spec_of
+from job.jobs.spec import JobSpec, SubmitRequest
 from job.jobs.submit import check_interruptions, cost_of, outlook_lines, plan_lines
 from job.jobs.targets import BACKENDS, backend_class, load_targets, parse_targets, target_on
 from job.runs.outlook import spans_of
 from job.runs.records import LastStatus
 from tests.job.command_line import ddpm_here, refused, succeeded
-from tests.job.jobs.submitting import FOR_TRAIN, built
+from tests.job.jobs.submitting import FOR_TRAIN, built, parsed
 from tests.job.report.test_outlook import at, attempt, status
 
 pytestmark = pytest.mark.usefixtures("targets_folder")
@@ -135,7 +134,7 @@ def test_shipped_prices_cover_the_example():
     }
     for name, there in example.items():
         for verb, words in verbs.items():
-            spec = spec_of(parsed(verb, [*words, "--bucket", "gs://mine"]), there, Resources())
+            spec = spec_of(parsed(verb, [*words, "--bucket", "gs://mine"]), there, SubmitRequest())
             assert backend_class(there.backend)(there).render(spec)
             is_priced = there.is_remote and there.backend != "slurm" and verb != "pack"
             assert not is_priced or cost_of(spec, there).startswith("at most $"), name
@@ -147,7 +146,7 @@ def test_page_and_submit_agree(tmp_path, capsys, walked):
     bucket = shutil.copytree(walked, tmp_path / "bucket")
     there = target("vm", ", price_per_hour: 3.6")
     command = parsed("train", ["--dataset", "tiles", "--run", "walk"])
-    spec = spec_of(command, there, Resources())
+    spec = spec_of(command, there, SubmitRequest())
     assert spec.env["DDPM_DOLLARS_PER_HOUR"] == "3.6"
     words = ("--dataset", "tiles", "--run", "walk", "--bucket", bucket, "--epochs", 100)
     with pytest.MonkeyPatch.context() as patch:
