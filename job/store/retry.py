@@ -115,10 +115,10 @@ class Retry:
                 # The silence before a failure counts, but not the successful part of the attempt.
                 away_since = min(away_since, max(asked_at, now - self.silence_seconds))
                 limit_seconds = self.limit_seconds
-                if isinstance(error, UnknownHostError) and not (self._outage.answered_at or self._waits_for_name):
-                    raise
-                # An unknown host is misspelt, unless the bucket has answered before.
-                if not self._outage.answered_at and is_unknown_host(error, socket.EAI_NONAME):
+                # An unknown host is misspelt, unless it has answered before.
+                if isinstance(error, UnknownHostError) and not self._outage.answered_at:
+                    if not self._waits_for_name:
+                        raise
                     limit_seconds = min(limit_seconds, PATIENCE_SECONDS)
                 left_seconds = away_since + limit_seconds - now
                 if left_seconds > 0 and not self.stop():
@@ -138,11 +138,11 @@ class Retry:
                 _is_within_work.reset(outside)
 
 
-def is_unknown_host(error: BaseException | None, *codes: int) -> bool:
-    """Returns whether an attempt failed by an error about the host's name, with one of these codes if any are named."""
+def is_unknown_host(error: BaseException | None) -> bool:
+    """Returns whether an attempt failed by an error about the host's name."""
     while error is not None and not isinstance(error, socket.gaierror):
         error = error.__cause__ or error.__context__
-    return error is not None and (not codes or error.errno in codes)
+    return error is not None
 
 
 class _Outage:
