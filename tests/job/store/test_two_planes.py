@@ -315,7 +315,7 @@ from job.store import open_store
 store = open_store(sys.argv[1])
 store.create("a", b"1")
 store.read("a"), list(store.list())
-clouds = {"fsspec", "gcsfs", "google.cloud", "botocore", "adlfs", "azure", "aiohttp", "requests"}
+clouds = {"fsspec", "gcsfs", "google.cloud", "botocore", "obstore", "aiohttp", "requests"}
 print(sorted(clouds & set(sys.modules)))
 """
     child = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True, text=True)
