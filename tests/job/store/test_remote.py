@@ -270,8 +270,9 @@ class RefusingAtOnce(BaseHTTPRequestHandler):
         self.end_headers()
 
     def do_GET(self) -> None:
-        self.send_response(200)
+        self.send_response(206)
         about = {"ETag": '"theirs"', "X-Goog-Generation": "1", "X-Goog-Hash": "", "Content-Length": "1"}
+        about["Content-Range"] = "bytes 0-0/1"
         for name, value in about.items():
             self.send_header(name, value)
         self.end_headers()
@@ -397,10 +398,8 @@ print(stream.read(5))
 def test_missing_cloud_library_names_its_install(tmp_path: Path, monkeypatch) -> None:
     """Where the program is installed without a checkout."""
     monkeypatch.setattr(exits, "__file__", str(tmp_path / "job" / "exits.py"))
-    for extra, module, library in (
-        ("gs", "gcs", "gcsfs.core"),
-        *((kind, "objects", "obstore") for kind in ("s3", "az")),
-    ):
+    libraries = {"gs": ("gcs", "gcsfs.core"), "s3": ("objects", "obstore"), "az": ("objects", "obstore")}
+    for extra, (module, library) in libraries.items():
         monkeypatch.delitem(sys.modules, f"job.store.{module}", raising=False)
         monkeypatch.setitem(sys.modules, library, None)
         with pytest.raises(BadRequestError) as error:
