@@ -54,7 +54,7 @@ def near(kind: str, url: str, folder: Path, sizes: dict[str, int], turns: int) -
     }
     figures = []
     with ExitStack() as workers:
-        everybody = {name: workers.enter_context(worker(name, kind, url, bucket)) for name in participants(kind)}
+        everybody = {name: workers.enter_context(worker(name, kind, url, bucket)) for name in participants()}
         with Progress(f"{kind}: at no distance", total=len(rows) * (turns + 1), unit="turns") as bar:
             for number, (row, words) in enumerate(rows.items()):
                 took: dict[str, list[float]] = {name: [] for name in everybody}
@@ -80,7 +80,7 @@ def at_distance(kind: str, url: str, far: str, folder: Path, sizes: dict[str, in
     bucket = new_bucket(kind, url)
     figures, link_seconds = [], sizes["megabytes"] * 1e6 / BYTES_PER_SECOND
     with ExitStack() as workers:
-        everybody = {name: workers.enter_context(worker(name, kind, far, bucket)) for name in participants(kind)}
+        everybody = {name: workers.enter_context(worker(name, kind, far, bucket)) for name in participants()}
         with Progress(f"{kind}: at a distance", total=2 * turns, unit="turns") as bar:
             for number, (row, path) in enumerate((("upload", "content"), ("download", "out"))):
                 took: dict[str, list[float]] = {name: [] for name in everybody}
@@ -117,9 +117,9 @@ def figure(key: str, what: str, took: dict[str, list[float]]) -> Figure:
     )
 
 
-def participants(kind: str) -> list[str]:
+def participants() -> list[str]:
     """Returns the names of the participants."""
-    return ["ours", *(["base"] if os.environ.get(BASE_VARIABLE) and kind != "az" else []), "raw"]
+    return ["ours", *(["base"] if BASE_VARIABLE in os.environ else []), "raw"]
 
 
 @contextmanager

@@ -45,6 +45,14 @@ _STATUS = re.compile(r"status code: (\d{3})|\(code: (\d{3})\)")
 _CODE, _MESSAGE = re.compile("<Code>([^<]*)"), re.compile("<Message>([^<]*)")
 _INNERMOST = re.compile(r'^ *(?:\w+: )?"?((?!\w+://)[A-Za-z][^"\n{]*)"?,$', re.MULTILINE)
 """A value in the structure of an error; the last one is the cause."""
+_WORDS = {
+    "container does not exist": "ContainerNotFound",
+    "Received redirect without|<Region>": "OtherRegion",
+    "error: ('az account |Error reading federated token|Error performing token request.* code: 40[013])": "NoToken",
+    "GET http://169.254.169.254/": "NoToken",
+}
+"""Codes for errors without one, by obstore's words: a deletion at Azure, a region, the sign-in at Azure."""
+_BAD_PATH = re.compile('object with invalid path.*Path "(.*?)"', re.DOTALL)
 _ACTION = re.compile(r"\bs3:[A-Z][A-Za-z]+")
 _CONFLICTS = {"PreconditionFailed", "BlobAlreadyExists", "ConditionNotMet", "NoSuchKey", "BlobNotFound"}
 """The answers to a conditional write that finds another object, or none to replace."""
@@ -60,10 +68,10 @@ class Refused(Exception):  # noqa: N818 -- it may be the expected answer
     def __init__(self, text: str) -> None:
         """Takes it from the text of obstore's error."""
         said, _, structure = text.partition("\n\nDebug source:")
-        status, code, message = _STATUS.search(said), _CODE.search(said), _MESSAGE.search(said)
-        self.status, self.code = int(status[1] or status[2]) if status else None, code[1] if code else ""
-        path = re.search('invalid path.*Path "(.*?)"', said, re.DOTALL)
-        self.bad_path, self.is_about_container = path[1] if path else "", "container does not exist" in said
+        status, code, message, path = (each.search(said) for each in (_STATUS, _CODE, _MESSAGE, _BAD_PATH))
+        found = code[1] if code else ""
+        self.code = next((name for words, name in _WORDS.items() if re.search(words, said)), found)
+        self.status, self.bad_path = int(status[1] or status[2]) if status else None, path[1] if path else ""
         cause = (["an unknown error", *_INNERMOST.findall(structure)])[-1]
         self.text = message[1] if message else "timed out" if cause == "TimedOut" else cause
 
@@ -143,18 +151,15 @@ class ObjectStore(RemoteStore):
         self._ask(obstore.delete, self._client, self._prefix + key)
 
     def _job_error(self, error: Exception, uri: str) -> JobError | None:
-        if isinstance(error, Refused):
-            return self._refusal(error, uri)
-        if isinstance(error, TimeoutError):
-            return self._status_error(uri, None, cause(error))
-        return super()._job_error(error, uri)
+        return self._refusal(error, uri) if isinstance(error, Refused) else super()._job_error(error, uri)
 
     def _refusal(self, error: Refused, uri: str) -> JobError:
         """Returns the meaning of the cloud's error code, or else of the HTTP status."""
         status, code = error.status, error.code or "without a reason"
-        # Azure's answer to a deletion has no code.
-        if code in _NO_BUCKET or (status == 404 and error.is_about_container):
+        if code in _NO_BUCKET:
             return self._no_bucket()
+        if code == "OtherRegion":
+            return BadRequestError(f"{uri}: the bucket is in another region: set AWS_REGION to that")
         if _LOCKED_OUT.search(code):
             clock = ", or this machine's clock is wrong" if code == "AuthenticationFailed" else ""
             return self._no_credentials(code + clock)
@@ -244,20 +249,17 @@ class S3Store(ObjectStore):
         """Translates the errors of botocore; their texts may repeat a password."""
         from botocore import exceptions as boto
 
-        locked_out = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound, boto.SSOError)
         try:
             yield
-        except boto.ClientError as error:
-            raise self._no_credentials(str(error.response["Error"].get("Code", ""))) from None
-        except (*locked_out, boto.TokenRetrievalError) as error:
-            raise self._no_credentials(type(error).__name__) from None
         except (boto.ConnectionError, boto.HTTPClientError, boto.CredentialRetrievalError) as error:
             raise self._status_error(self.uri, None, cause(error)) from error
-        except boto.BotoCoreError as error:
-            raise BadRequestError(f"{self.uri}: cannot be asked for ({cause(error)}): check the AWS settings") from None
         except ValueError:
-            meaning = "AWS_ENDPOINT_URL must be the URL of a server without a user and password"
-            raise BadRequestError(f"{self.uri}: {meaning}") from None
+            must = "the URL of a server without a user and password, and AWS_REGION a region: check the AWS settings"
+            raise BadRequestError(f"{self.uri}: AWS_ENDPOINT_URL must be {must}") from None
+        except boto.ClientError as error:
+            raise self._no_credentials(str(error.response["Error"].get("Code", ""))) from None
+        except boto.BotoCoreError as error:
+            raise self._no_credentials(type(error).__name__) from None
 
     def _folders(self, prefix: str) -> Sequence[str]:
         def has_objects(name: str) -> bool:
@@ -292,11 +294,15 @@ class AzureStore(ObjectStore):
         host = options.get("account_host")
         if "EndpointSuffix" in said:
             host = f"{said.get('AccountName')}.blob.{said['EndpointSuffix']}"
+        endpoint = said.get("BlobEndpoint") or (f"https://{host}" if host else "")
         settings = {
-            "account_name": said.get("AccountName") or options.get("account_name"),
+            # A connection string with a signature names only the endpoint.
+            "account_name": said.get("AccountName")
+            or options.get("account_name")
+            or re.sub(r"https?://|\..*", "", endpoint),
             "account_key": said.get("AccountKey") or options.get("account_key"),
             "sas_key": said.get("SharedAccessSignature") or options.get("sas_token"),
-            "endpoint": said.get("BlobEndpoint") or (f"https://{host}" if host else None),
+            "endpoint": endpoint,
             "skip_signature": options.get("anon"),
             "use_azure_cli": which("az") and Path("~/.azure/azureProfile.json").expanduser().exists(),
             **{name: options.get(name) for name in ("tenant_id", "client_id", "client_secret")},

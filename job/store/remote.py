@@ -160,6 +160,8 @@ class RemoteStore(Store):
         return found
 
     def _job_error(self, error: Exception, uri: str) -> JobError | None:
+        if isinstance(error, TimeoutError):
+            return self._status_error(uri, None, cause(error))
         # A proxy may answer 200 with its own page, or without content.
         if isinstance(error, (LookupError, TypeError, ValueError, AttributeError)):
             return self._status_error(uri, None, f"the answer is not a bucket's: {type(error).__name__}")

@@ -207,6 +207,8 @@ REFUSALS = {
         (401, "Unauthorized", ECHO, NoPermissionError, r"no permission \(Unauthorized\): grant the account in use"),
         (400, "ExpiredToken", ECHO, NoPermissionError, r"credentials \(ExpiredToken\): run `aws configure`"),
         (400, "AuthorizationHeaderMalformed", ECHO, NoPermissionError, r"\(AuthorizationHeaderMalformed\)"),
+        (400, "AuthorizationHeaderMalformed", f"{ECHO}</Message><Region>a-b-1</Region>", BadRequestError, "AWS_REGION"),
+        (301, "PermanentRedirect", ECHO, BadRequestError, "the bucket is in another region: set AWS_REGION"),
         (403, "RequestTimeTooSkewed", ECHO, NoPermissionError, "this machine's clock is wrong"),
         (400, "InvalidRequest", "No such bucket type", BadRequestError, "refused with 400: No such bucket type"),
         (409, "ConditionalRequestConflict", "A conflicting operation is in progress.", BucketAwayError, "is away"),
