@@ -29,7 +29,7 @@ LARGE_BYTES = 33 << 20
 """More than any client sends or gets in a single request unless it is told to."""
 
 
-@pytest.fixture(params=["local", "gs", "s3-seaweedfs", "az", pytest.param("s3-moto", marks=pytest.mark.slow)])
+@pytest.fixture(params=["local", "gs", "s3", "az", pytest.param("s3-moto", marks=pytest.mark.slow)])
 def bucket_uri(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """Here alone, one of another S3 server as well."""
     return new_bucket(request.param, request, monkeypatch, tmp_path)
@@ -145,7 +145,7 @@ def test_large_files_are_transferred_and_read(store: Store, large_file: Path, tm
 
 
 # moto compares and then writes, with a thread for each request and no lock: there both may win.
-@pytest.mark.parametrize("bucket_uri", ["local", "gs", "s3-seaweedfs", "az"], indirect=True)
+@pytest.mark.parametrize("bucket_uri", ["local", "gs", "s3", "az"], indirect=True)
 def test_one_of_two_large_uploads_wins(store: Store, tmp_path: Path) -> None:
     contents = [bytes([number]) * (5 << 20) for number in (1, 2)]
     for number, content in enumerate(contents):
@@ -316,7 +316,7 @@ def race_in_child(uri: str, child: int) -> list[bool]:
 
 @pytest.mark.parametrize(
     "bucket_uri",
-    ["local", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gs", "s3-seaweedfs", "az"))],
+    ["local", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gs", "s3", "az"))],
     indirect=True,
 )
 def test_sixteen_racers_have_one_winner(store: Store) -> None:
@@ -348,7 +348,7 @@ for number in range(10_000):
 
 @pytest.mark.parametrize(
     "bucket_uri",
-    ["local", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gs", "s3-seaweedfs", "az"))],
+    ["local", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gs", "s3", "az"))],
     indirect=True,
 )
 def test_killed_writers_leave_nothing_half_visible(store: Store, large_file: Path) -> None:

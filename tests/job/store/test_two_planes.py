@@ -454,6 +454,7 @@ class RefusingTokens(JsonHandler):
 )
 def test_refused_sign_in_to_azure_is_named(status, error, words, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "token").write_text("a token of the pod")
+    monkeypatch.delenv("AZURE_STORAGE_CONNECTION_STRING", raising=False)
     principal = dict.fromkeys(("AZURE_CLIENT_ID", "AZURE_TENANT_ID"), "somebody")
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
     with serving(type("Server", (RefusingTokens,), {"status": status})) as url:
