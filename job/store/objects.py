@@ -100,7 +100,9 @@ class ObjectStore(RemoteStore):
             found = obstore.get(self._client, self._prefix + key, options=which)
             # An object that another program wrote has no such checksum.
             crc32c = found.attributes.get(_CRC32C, "")
-            return Piece([found.bytes().to_bytes()], found.meta["size"], str(found.meta["e_tag"]), crc32c)
+            # To collect the whole would copy it once more.
+            blocks = [bytes(block) for block in found.stream(COPY_BYTES)]
+            return Piece(blocks, found.meta["size"], str(found.meta["e_tag"]), crc32c)
 
         return in_thread(_asked, get)
 

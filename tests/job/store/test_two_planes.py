@@ -244,7 +244,11 @@ def watch():
 store, (small, large, down) = open_store(sys.argv[1]), map(Path, sys.argv[2:])
 above = {}
 for path in (small, large):
-    moves = {"up": lambda: store.upload(path, path.name), "down": lambda: store.download(path.name, down)}
+    moves = {
+        "up": lambda: store.upload(path, path.name),
+        "in parts": lambda: store.upload(path, "own-" + path.name, fresh=True),
+        "down": lambda: store.download(path.name, down),
+    }
     for name, move in moves.items():
         before, is_over = held_bytes(), threading.Event()
         held = [before]
