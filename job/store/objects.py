@@ -40,6 +40,7 @@ _PART_BYTES, _PARTS_AT_ONCE = 5 << 20, 4
 _SILENCES_PER_UPLOAD = 12
 """Times of silence for as many bytes as are sent at once: the client reports no progress within a request."""
 _LISTINGS_AT_ONCE = 16
+_BLOCK_BYTES = 64 << 10
 
 _STATUS = re.compile(r"status code: (\d{3})|\(code: (\d{3})\)")
 _CODE, _MESSAGE = re.compile("<Code>([^<]*)"), re.compile("<Message>([^<]*)")
@@ -100,8 +101,8 @@ class ObjectStore(RemoteStore):
             found = obstore.get(self._client, self._prefix + key, options=which)
             # An object that another program wrote has no such checksum.
             crc32c = found.attributes.get(_CRC32C, "")
-            # To collect the whole would copy it once more.
-            blocks = [bytes(block) for block in found.stream(COPY_BYTES)]
+            # To collect the whole would copy it once more, and larger blocks would stay in the heaps of threads.
+            blocks = [bytes(block) for block in found.stream(_BLOCK_BYTES)]
             return Piece(blocks, found.meta["size"], str(found.meta["e_tag"]), crc32c)
 
         return in_thread(_asked, get)

@@ -31,7 +31,7 @@ from job.store.retry import Retry, UnknownHostError
 CONNECTIONS = 64
 PIECE_BYTES = 4 << 20
 """Size of one ranged read: on most networks its transfer takes longer than its request."""
-_PIECES_AHEAD = 6
+_PIECES_AHEAD = 4
 READ_AHEAD_BYTES = PIECE_BYTES
 PART_BYTES = 2 * READ_AHEAD_BYTES
 """Largest part of a file that one request fetches, of those that are read in parts."""
