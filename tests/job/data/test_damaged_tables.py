@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import zipfile
 from base64 import b64encode
 from itertools import combinations
 from pathlib import Path
@@ -17,7 +18,6 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from pyarrow.parquet import encryption
 
-from job.data.formats import tables
 from job.data.opening import open_source
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
@@ -26,7 +26,7 @@ from job.exits import BadDataError, BadRequestError, Exit, JobError, StoppedErro
 from job.progress import printable
 from job.store import open_store
 from tests.fuzzing import examples, search
-from tests.job.some_images import png
+from tests.job.some_images import png, zip_of
 from tests.job.some_tables import IMAGE, arrow_bytes, contents_of, image_chunks, parquet_bytes, table
 
 
@@ -152,15 +152,14 @@ def test_missing_library_is_named(tmp_path, monkeypatch):
 
 
 def test_unreachable_bytes_are_no_damage(tmp_path, monkeypatch):
-    """What a bucket says while pyarrow reads from it is not about the file."""
-    path = tmp_path / "a.parquet"
-    path.write_bytes(parquet_bytes(table(20)))
+    """What a bucket says while pyarrow reads from it is not about the file; a file in a zip stands for one there."""
+    path = zip_of(tmp_path / "a.zip", [("a.parquet", parquet_bytes(table(20)))])
     source = open_source(str(path))
 
     def away(*_: object) -> bytes:
         raise StoppedError("stopped")
 
-    monkeypatch.setattr(tables.BoundedFile, "read", away)
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", away)
     with pytest.raises(StoppedError):
         list(source.labelled())
 
