@@ -28,7 +28,7 @@ from job.data.members import Member, RefusedError, path_parts, refused
 from job.data.source import Files, Source
 from job.data.splits import first_split, split_in
 from job.exits import BadRequestError, how_to_install
-from job.progress import printable, some_of
+from job.progress import some_of
 
 _KINDS = {
     "Parquet": re.compile(r".*\.(parquet|parq|pq)", re.IGNORECASE),
@@ -39,7 +39,6 @@ _SHARD = re.compile(r"(?P<stem>.*-)\d{5}-of-(?P<count>\d{5})(?P<suffix>\.(?:parq
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
 """Usual columns of images: of `datasets`, and of img2dataset, whose Parquet files name the column by the codec."""
 _LABELS = (*LABEL_KEYS, "labels", "fine_label", "class_label", "target", "category")
-_AS_IMAGES = "write the images by `datasets`, in a column of the feature Image"
 
 _READERS = 16
 """Number of files elsewhere whose labels are read at a time."""
@@ -324,9 +323,8 @@ def _reading(name: str = "") -> Iterator[None]:
         if isinstance(error, OSError) and error.errno:
             raise
         reason = " ".join(str(error).split())[:_REASON_CHARACTERS] or type(error).__name__
-        is_encrypted = "crypt" in reason.lower()
-        damage = f"is truncated or damaged ({reason}): get it again"
-        said = "is encrypted: decrypt it, and pack the copy" if is_encrypted else damage
+        how = "decrypt it, and pack the copy" if "crypt" in reason.lower() else "get it again"
+        said = f"is truncated or damaged ({reason}): {how}"
         raise (refused(name, said) if name else RefusedError(said)) from None
 
 
@@ -415,7 +413,11 @@ def _columns_of(schema: Any, where: str, column: str | None) -> _Columns:
     features = _features(schema)
     images = _image_columns(schema, features)
     if not images:
-        raise RefusedError(_without_images(schema))
+        raise RefusedError(
+            f"is a table without a column of images, and has {some_of(schema.names)}. A row has one encoded image, "
+            "neither pixels as numbers nor a list: write it by `datasets`, as the feature Image. Of URLs or paths "
+            "img2dataset makes tars, which can be packed"
+        )
     usual = [name for name in sorted(images, key=str.lower) if name.lower() in _IMAGES] or [*images]
     if len(usual) > 1:
         raise BadRequestError(
@@ -457,24 +459,6 @@ def _image_columns(schema: Any, features: Mapping[str, Any]) -> dict[str, bool]:
             found[field.name] = in_struct
     structs = {name: True for name, in_struct in found.items() if in_struct}
     return structs or found
-
-
-def _without_images(schema: Any) -> str:
-    """Returns the reason why a table without images is refused, and the next step."""
-    import pyarrow as pa
-
-    for field in schema:
-        kind, depth = getattr(field.type, "storage_type", field.type), 0
-        while hasattr(kind, "value_type") and not pa.types.is_dictionary(kind):
-            kind, depth = kind.value_type, depth + 1
-        it = f"is a table without a column of images: {printable(field.name)!r}"
-        if depth and (pa.types.is_struct(kind) or pa.types.is_binary(kind)):
-            return f"{it} holds lists of images: write each image into a row of its own"
-        if depth and pa.types.is_uint8(kind):
-            return f"{it} holds pixels as lists of numbers: {_AS_IMAGES}"
-        if _is_text(kind) and not depth and ("url" in field.name.lower() or field.name.lower() in _IMAGES):
-            return f"{it} holds URLs or paths: img2dataset downloads the images into tars, which can be packed"
-    return f"is a table without a column of images, and has {some_of(schema.names)}: {_AS_IMAGES}"
 
 
 def _label_column(possible: list[str], features: Mapping[str, Any], where: str, column: str) -> str:
