@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -21,9 +22,8 @@ import google_crc32c
 import numpy as np
 
 from job.data.ahead import in_order
-from job.data.image_reader import ImageReader, Uint8s
 from job.data.order import Int64s, Order
-from job.data.shard_source import DOWNLOADS, ShardSource
+from job.data.shard_source import DOWNLOADS, ImageReader, ShardSource, Uint8s
 from job.data.shards import DatasetIndex
 from job.exits import BadConfigError, BadDataError, BadRequestError, DiskFullError, MissingInputError
 from job.stop import NEVER, Stop
@@ -101,7 +101,7 @@ class ImageCache:
         return out
 
     def _read(self, indices: Int64s, out: Uint8s) -> None:
-        self._reader.read_into(out, indices, self.source.open_unverified)
+        self._reader.read_into(out, indices, self.source.open_shard)
 
     def labels(self, indices: Int64s) -> Int64s:
         """Returns the classes of the images, int64 [b]; -1 without classes."""
@@ -182,18 +182,22 @@ class DecodedCache(ImageCache):
         checksums = np.memmap(self._checksums_path, "<u8", "r+")
         done = self.index.images - int(self.index.shards.images[missing].sum())
         progress(done, self.index.images)
-        for shard, path in self.source.fetch(missing):
+        # Under the lock, files in this folder can only be those of a dead process.
+        shutil.rmtree(incoming := self.source.folder / "incoming", ignore_errors=True)
+        fetched = self.source.fetch(missing, incoming) if not self.source.is_local else ((n, None) for n in missing)
+        for shard, path in fetched:
             of_shard, indices = self._of_shard(images, shard), np.arange(*self.source.starts[shard : shard + 2])
-            self._reader.read_into(of_shard, indices, lambda _, path=path: _shard_file(path))  # type: ignore[misc]
+            opener = partial(_shard_file, path) if path else self.source.open_shard
+            self._reader.read_into(of_shard, indices, opener)
             self._of_shard(checksums, shard)[:] = _checksums(of_shard)
-            if not self.source.is_local:
+            if path:
                 path.unlink()
             done += len(of_shard)
             progress(done, self.index.images)
 
 
 class ShardCache(ImageCache):
-    """Verified shards in the folder `shards`, the least recently used evicted first; images are decoded at each read.
+    """Shards in the folder `shards`, the least recently used evicted first; images are decoded at each read.
 
     The processes of a node share the files and the budget, and change the folder under one lock. A shard is open only
     during a read, so that an evicted shard frees its disk space; a reader that has just opened it can finish. Shards of
@@ -205,11 +209,8 @@ class ShardCache(ImageCache):
         super().__init__(source)
         self._budget_bytes = budget_bytes
         self._folder = source.folder / "shards"
-        with os_errors(self._folder):
-            self._folder.mkdir(exist_ok=True)
         # A stop does not interrupt a batch: training stops between steps, where all processes agree, and saves.
         source.stop = NEVER
-        self._verified = cache(lambda shard: source.verified(shard, self._folder))
         self._prefetched_block: tuple[int, int] | None = None
         self._due: tuple[int, ...] = ()
         self._prefetcher = ThreadPoolExecutor(1, "prefetch")
@@ -227,7 +228,7 @@ class ShardCache(ImageCache):
     def _open(self, shard: int) -> BinaryIO:
         """Opens a shard's file, and fetches it if necessary; the reader compares each image with its checksum."""
         if self.source.is_local:
-            return _shard_file(self._verified(shard))
+            return self.source.open_shard(shard)
         while True:
             with suppress(MissingInputError):
                 file = _shard_file(self._path(shard))
@@ -243,13 +244,13 @@ class ShardCache(ImageCache):
             # Another process may have fetched them while this one waited.
             missing = [shard for shard in shards if not self._path(shard).exists()]
             self._make_room(missing)
-            for shard, path in self.source.fetch(missing):
-                path.replace(self._path(shard))
+            for _ in self.source.fetch(missing, self._folder):
+                pass
 
     def _make_room(self, missing: list[int]) -> None:
         """Evicts shards until `missing` fit the budget: first those not due, the least recently used before others."""
         due = {self._path(shard) for shard in self._due}
-        files = sorted(self._folder.iterdir(), key=lambda path: (path in due, path.stat().st_mtime_ns))
+        files = sorted(self._folder.glob("*"), key=lambda path: (path in due, path.stat().st_mtime_ns))
         excess_bytes = sum(path.stat().st_size for path in files) - self._budget_bytes
         excess_bytes += int(self.index.shards.bytes[missing].sum())
         for path in files:
@@ -307,7 +308,7 @@ def uncached_images(bucket: Store, key: str, index: DatasetIndex) -> ImageCache:
     return ImageCache(ShardSource(bucket, key, index, default_cache_dir() / index.dataset_id), _UNCACHED_THREADS)
 
 
-def _shard_file(path: Path) -> BinaryIO:
+def _shard_file(path: Path, shard: int = 0) -> BinaryIO:
     with os_errors(path):
         return path.open("rb", buffering=0)
 

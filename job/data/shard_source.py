@@ -1,30 +1,40 @@
-"""The shards of a dataset: their locations, and verified copies on this node."""
+"""The shards of a dataset: their locations, copies on this node, and their images, each verified when it is read.
+
+No reader hashes a shard as well: that would be a second pass over the same bytes, to find damage between images, which
+nothing reads. `ddpm data verify` does.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import shutil
+import logging
+import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from job.data.ahead import STOP_POLL_SECONDS, in_order
+from job.data.images import Recipe, RejectedImageError, codec_versions, decode, decode_latents, prepare
 from job.data.order import Int64s
-from job.data.shards import OFFSETS_DTYPE, DatasetIndex, first_damaged
-from job.exits import BadDataError, JobError
+from job.data.shards import OFFSETS_DTYPE, DatasetIndex, Record, image_hash
+from job.exits import BadDataError
 from job.stop import NEVER, Stop
 from job.store import Store, open_to_read, split_uri
 from job.store.files import os_errors
 
 Fetched = TypeVar("Fetched")
 
+Uint8s = npt.NDArray[np.uint8]
+
 DOWNLOADS = 4
+_READ_AT_A_TIME = 32
 
 
 class ShardSource:
@@ -132,54 +142,23 @@ class ShardSource:
         store, key = self.place(shard)
         return store.uri_of(key)
 
-    def open_unverified(self, shard: int) -> BinaryIO:
-        """Opens a shard's tar in its store, without verification."""
+    def open_shard(self, shard: int) -> BinaryIO:
+        """Opens a shard's tar in its store."""
         store, key = self.place(shard)
         return store.open(key)
 
-    def fetch(self, shards: Iterable[int]) -> Iterator[tuple[int, Path]]:
-        """Yields each shard with a verified file of its content, and fetches a few ahead. The caller holds the lock.
-
-        Raises:
-            BadDataError: a shard is corrupt.
-        """
-        incoming = self.folder / "incoming"
-        # Under the lock, files in this folder can only be those of a dead process.
-        shutil.rmtree(incoming, ignore_errors=True)
-        with os_errors(incoming):
-            incoming.mkdir(exist_ok=True)
+    def fetch(self, shards: Iterable[int], folder: Path) -> Iterator[tuple[int, Path]]:
+        """Yields each shard with a copy of it in a folder, and fetches a few ahead. The caller holds the lock."""
+        with os_errors(folder):
+            folder.mkdir(exist_ok=True)
 
         def both(shard: int) -> tuple[int, Path]:
             self._load_table(shard)
-            return shard, self.verified(shard, incoming)
+            (store, key), path = self.place(shard), folder / self.index.shards[shard].name
+            store.download(key, path)
+            return shard, path
 
         return self._ahead(both, shards)
-
-    def verified(self, shard: int, incoming: Path) -> Path:
-        """Returns a file whose SHA-256 is that of the shard in the index.
-
-        A shard on this machine is returned itself; another one is downloaded to `incoming`.
-
-        Raises:
-            BadDataError: the shard is corrupt; the message names the first damaged image, if its table is intact.
-            ObjectMissingError: the shard is missing.
-        """
-        packed, (store, key) = self.index.shards[shard], self.place(shard)
-        if self.is_local:
-            # A hostile index may name a pipe, and `path.open` would wait without end.
-            self.open_unverified(shard).close()
-            path = Path(store.uri_of(key))
-            with os_errors(path), path.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        else:
-            path = incoming / packed.name
-            sha256 = store.download(key, path)
-        if sha256 == packed.sha256:
-            return path
-        damage = ""
-        with os_errors(path), path.open("rb") as file, suppress(JobError):
-            damage = f"; {first_damaged(file, self.read_table(shard))}"
-        raise BadDataError(f"{store.uri_of(key)} differs from the index{damage}: {self.remedy}")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -205,3 +184,75 @@ class ShardSource:
         finally:
             # A process that has to stop does not wait for a download, which cannot be cancelled.
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+class ImageReader:
+    """Decodes the images of a `ShardSource`; thread-safe."""
+
+    def __init__(self, source: ShardSource, threads: int | None = None, *, with_pillow: bool = False) -> None:
+        """Starts `threads` decoders, by default one per processor; `with_pillow` needs no torch for packed images.
+
+        Raises:
+            BadRequestError: the crop or the filter of the index is not valid.
+        """
+        self.source, self.threads, index = source, threads or os.cpu_count() or 1, source.index
+        self._recipe = Recipe(index.size, "center", "box", index.channels, min_side=1) if with_pillow else None
+        if index.is_foreign:
+            how = index.size, index.crop, index.resize_filter, index.channels
+            self._recipe = Recipe(*how, min_side=1, pixel_range=index.pixel_range)
+            if index.codecs != (here := codec_versions()):
+                said = f"was indexed with {index.codecs}, and is read with {here}: the lowest bits may differ"
+                logging.getLogger(__name__).warning(f"dataset {index.name} {said}")
+        self._decoders = ThreadPoolExecutor(self.threads, "decode")
+
+    def read_into(
+        self, out: Uint8s, indices: Int64s, open_shard: Callable[[int], AbstractContextManager[BinaryIO]]
+    ) -> None:
+        """Reads images `indices` and decodes them, a few at a time in each thread.
+
+        Args:
+            out: uint8 [b, H, W, C].
+            indices: int64 [b].
+            open_shard: opens the file of a shard; called in the threads.
+
+        Raises:
+            BadDataError: an image differs from the index, is damaged, or has another size.
+            StoppedError: this process has to stop.
+        """
+        shards = np.searchsorted(self.source.starts, indices, side="right") - 1
+        rows, records = (indices - self.source.starts[shards]).tolist(), self.source.records(indices).tolist()
+
+        def read_some(places: list[int]) -> None:
+            shard = int(shards[places[0]])
+            with open_shard(shard) as file:
+                for place in places:
+                    out[place] = self.read_image(shard, rows[place], records[place], file)
+
+        def parts() -> Iterator[list[int]]:
+            for shard in np.unique(shards):
+                places = np.flatnonzero(shards == shard).tolist()
+                yield from (places[at : at + _READ_AT_A_TIME] for at in range(0, len(places), _READ_AT_A_TIME))
+
+        for _ in in_order(self._decoders, read_some, parts(), 2 * self.threads, self.source.check):
+            pass
+
+    def read_image(self, shard: int, row: int, record: Record, file: BinaryIO) -> Uint8s:
+        """Returns image `row` of a shard from its place `record` in `file`; raises as `read_into`."""
+        offset, size_bytes, _, sha256 = record
+        file.seek(offset)
+        encoded, problem = file.read(size_bytes), "it differs from the index"
+        try:
+            if image_hash(encoded) == sha256:
+                if self._recipe is not None:
+                    return prepare(encoded, self._recipe)
+                decoder = decode_latents if self.source.index.encoding else decode
+                return decoder(encoded, self.source.index.channels, self.source.index.size)
+        except RejectedImageError as error:
+            problem = f"it {error}"
+        except BadDataError as error:
+            problem = str(error)
+        raise BadDataError(f"{self.source.uri(shard)}, image {row} (at byte {offset}): {problem}: {self.source.remedy}")
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._decoders.shutdown(cancel_futures=True)

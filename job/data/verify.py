@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from job.data import shards
 from job.data.ahead import in_order
-from job.data.image_reader import ImageReader
-from job.data.shard_source import ShardSource
+from job.data.shard_source import ImageReader, ShardSource
 from job.data.shards import DatasetIndex, Record, load_index
 from job.exits import BadDataError
 from job.pieces import CLAIMS, RECORDS
@@ -58,11 +58,15 @@ def verify_dataset(
             images: list[tuple[int, Record]] = []
             with _noting(problems, dataset.uri_of(shard.offsets_name)):
                 images += enumerate(source.read_table(number).tolist())
-            with _noting(problems, source.uri(number)):
-                check = partial(_image_problems, reader, source.uri(number), number, source.verified(number, folder))
+            with _noting(problems, uri := source.uri(number)):
+                is_whole, opener = _compared(source, number, folder / shard.name)
+                check, damaged = partial(_image_problems, reader, uri, number, opener), list[str]()
                 for (row, _), found in zip(images, in_order(workers, check, images, _IMAGES_AHEAD), strict=True):
-                    problems += found
+                    damaged += found
                     progress(int(source.starts[number]) + row + 1, index.images)
+                between = f"{uri} differs from the index{', but all its images are intact' if images else ''}"
+                # Of a truncated shard that is every image behind its end.
+                problems += damaged if is_whole else damaged[:1] or [f"{between}: {source.remedy}"]
             (folder / shard.name).unlink(missing_ok=True)
         reader.close()
     return problems
@@ -78,10 +82,24 @@ def _noting(problems: list[str], uri: str) -> Iterator[None]:
         problems.append(str(error))
 
 
-def _image_problems(reader: ImageReader, uri: str, shard: int, path: Path, image: tuple[int, Record]) -> list[str]:
-    """Returns the problem of an image in a verified shard, if any."""
+def _compared(source: ShardSource, shard: int, path: Path) -> tuple[bool, Callable[[], BinaryIO]]:
+    """Returns whether a shard has the hash of the index, and opens it; one elsewhere is copied to a path."""
+    store, key = source.place(shard)
+    opener: Callable[[], BinaryIO] = partial(store.open, key)
+    if source.is_local:
+        with opener() as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    else:
+        sha256, opener = store.download(key, path), partial(path.open, "rb")
+    return sha256 == source.index.shards[shard].sha256, opener
+
+
+def _image_problems(
+    reader: ImageReader, uri: str, shard: int, opener: Callable[[], BinaryIO], image: tuple[int, Record]
+) -> list[str]:
+    """Returns the problem of an image, if any."""
     problems: list[str] = []
-    with _noting(problems, uri), path.open("rb") as file:
+    with _noting(problems, uri), opener() as file:
         reader.read_image(shard, *image, file)
     return problems
 
