@@ -90,7 +90,7 @@ def _compared(source: ShardSource, shard: int, path: Path) -> tuple[bool, Callab
         with opener() as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     else:
-        sha256, opener = store.download(key, path), partial(path.open, "rb")
+        sha256, opener = store.download(key, path), lambda: path.open("rb")
     return sha256 == source.index.shards[shard].sha256, opener
 
 

@@ -203,7 +203,8 @@ def _values(feature: bytes) -> Sequence[Any]:
     kind = parsed.WhichOneof("kind") or "bytes_list"
     if len(values := getattr(parsed, kind)) > _LIST_BYTES:
         raise RefusedError(f"has {len(values):,} bytes of labels or sizes in a record: {_CONVERT}")
-    return _parsed(kind, values).value  # type: ignore[no-any-return]
+    found: Sequence[Any] = _parsed(kind, values).value
+    return found
 
 
 def _layout(where: str, features: _Features, column: str | None) -> _Layout:
