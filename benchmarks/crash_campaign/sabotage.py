@@ -58,13 +58,13 @@ def _order_drawn_anew(session: Any, trace: Any) -> None:
     session.order_of = drawn_anew
 
 
-def _image_hash_unchecked(shard_source: Any, trace: Any) -> None:
+def _image_hash_unchecked(cache: Any, trace: Any) -> None:
     def read_image(this: Any, shard: int, row: int, record: Any, file: Any) -> Any:
         file.seek(record[0])
         index = this.source.index
-        return shard_source.decode(file.read(record[1]), index.channels, index.size)
+        return cache.decode(file.read(record[1]), index.channels, index.size)
 
-    shard_source.ImageReader.read_image = read_image
+    cache.ImageCache.read_image = read_image
 
 
 _BROKEN: dict[tuple[str, str], Callable[[Any, Any], None]] = {
@@ -72,5 +72,5 @@ _BROKEN: dict[tuple[str, str], Callable[[Any, Any], None]] = {
     ("fence-ignored", "job.processes.lease"): _fence_ignored,
     ("position-off-by-one", "job.training.session"): _position_off_by_one,
     ("order-drawn-anew", "job.training.session"): _order_drawn_anew,
-    ("image-hash-unchecked", "job.data.shard_source"): _image_hash_unchecked,
+    ("image-hash-unchecked", "job.data.cache"): _image_hash_unchecked,
 }

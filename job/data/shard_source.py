@@ -1,29 +1,25 @@
-"""The shards of a dataset: their locations, copies on this node, and their images, each verified when it is read.
+"""The shards of a dataset: their locations, their tables, and copies on this node.
 
-No reader hashes a shard as well: that would be a second pass over the same bytes, to find damage between images, which
-nothing reads. `ddpm data verify` does.
+No reader hashes a shard: each image has a hash of its own (`cache.py`), and nothing reads what lies between images.
+`ddpm data verify` hashes both.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from job.data.ahead import STOP_POLL_SECONDS, in_order
-from job.data.images import Recipe, RejectedImageError, codec_versions, decode, decode_latents, prepare
 from job.data.order import Int64s
-from job.data.shards import OFFSETS_DTYPE, DatasetIndex, Record, image_hash
+from job.data.shards import OFFSETS_DTYPE, DatasetIndex
 from job.exits import BadDataError
 from job.stop import NEVER, Stop
 from job.store import Store, open_to_read, split_uri
@@ -31,10 +27,7 @@ from job.store.files import os_errors
 
 Fetched = TypeVar("Fetched")
 
-Uint8s = npt.NDArray[np.uint8]
-
 DOWNLOADS = 4
-_READ_AT_A_TIME = 32
 
 
 class ShardSource:
@@ -184,75 +177,3 @@ class ShardSource:
         finally:
             # A process that has to stop does not wait for a download, which cannot be cancelled.
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-class ImageReader:
-    """Decodes the images of a `ShardSource`; thread-safe."""
-
-    def __init__(self, source: ShardSource, threads: int | None = None, *, with_pillow: bool = False) -> None:
-        """Starts `threads` decoders, by default one per processor; `with_pillow` needs no torch for packed images.
-
-        Raises:
-            BadRequestError: the crop or the filter of the index is not valid.
-        """
-        self.source, self.threads, index = source, threads or os.cpu_count() or 1, source.index
-        self._recipe = Recipe(index.size, "center", "box", index.channels, min_side=1) if with_pillow else None
-        if index.is_foreign:
-            how = index.size, index.crop, index.resize_filter, index.channels
-            self._recipe = Recipe(*how, min_side=1, pixel_range=index.pixel_range)
-            if index.codecs != (here := codec_versions()):
-                said = f"was indexed with {index.codecs}, and is read with {here}: the lowest bits may differ"
-                logging.getLogger(__name__).warning(f"dataset {index.name} {said}")
-        self._decoders = ThreadPoolExecutor(self.threads, "decode")
-
-    def read_into(
-        self, out: Uint8s, indices: Int64s, open_shard: Callable[[int], AbstractContextManager[BinaryIO]]
-    ) -> None:
-        """Reads images `indices` and decodes them, a few at a time in each thread.
-
-        Args:
-            out: uint8 [b, H, W, C].
-            indices: int64 [b].
-            open_shard: opens the file of a shard; called in the threads.
-
-        Raises:
-            BadDataError: an image differs from the index, is damaged, or has another size.
-            StoppedError: this process has to stop.
-        """
-        shards = np.searchsorted(self.source.starts, indices, side="right") - 1
-        rows, records = (indices - self.source.starts[shards]).tolist(), self.source.records(indices).tolist()
-
-        def read_some(places: list[int]) -> None:
-            shard = int(shards[places[0]])
-            with open_shard(shard) as file:
-                for place in places:
-                    out[place] = self.read_image(shard, rows[place], records[place], file)
-
-        def parts() -> Iterator[list[int]]:
-            for shard in np.unique(shards):
-                places = np.flatnonzero(shards == shard).tolist()
-                yield from (places[at : at + _READ_AT_A_TIME] for at in range(0, len(places), _READ_AT_A_TIME))
-
-        for _ in in_order(self._decoders, read_some, parts(), 2 * self.threads, self.source.check):
-            pass
-
-    def read_image(self, shard: int, row: int, record: Record, file: BinaryIO) -> Uint8s:
-        """Returns image `row` of a shard from its place `record` in `file`; raises as `read_into`."""
-        offset, size_bytes, _, sha256 = record
-        file.seek(offset)
-        encoded, problem = file.read(size_bytes), "it differs from the index"
-        try:
-            if image_hash(encoded) == sha256:
-                if self._recipe is not None:
-                    return prepare(encoded, self._recipe)
-                decoder = decode_latents if self.source.index.encoding else decode
-                return decoder(encoded, self.source.index.channels, self.source.index.size)
-        except RejectedImageError as error:
-            problem = f"it {error}"
-        except BadDataError as error:
-            problem = str(error)
-        raise BadDataError(f"{self.source.uri(shard)}, image {row} (at byte {offset}): {problem}: {self.source.remedy}")
-
-    def close(self) -> None:
-        """Ends the threads."""
-        self._decoders.shutdown(cancel_futures=True)

@@ -13,7 +13,8 @@ from typing import BinaryIO
 
 from job.data import shards
 from job.data.ahead import in_order
-from job.data.shard_source import ImageReader, ShardSource
+from job.data.cache import ImageCache
+from job.data.shard_source import ShardSource
 from job.data.shards import DatasetIndex, Record, load_index
 from job.exits import BadDataError
 from job.pieces import CLAIMS, RECORDS
@@ -53,7 +54,7 @@ def verify_dataset(
                 problems.append(f"{dataset.uri_of(name)} differs from the index: restore it, or make the dataset again")
     with scratch_folder("verify") as folder, ThreadPoolExecutor(os.cpu_count()) as workers:
         source = ShardSource(bucket, key, index, folder)
-        reader = ImageReader(source)
+        reader = ImageCache(source)
         for number, shard in enumerate(index.shards):
             images: list[tuple[int, Record]] = []
             with _noting(problems, dataset.uri_of(shard.offsets_name)):
@@ -95,7 +96,7 @@ def _compared(source: ShardSource, shard: int, path: Path) -> tuple[bool, Callab
 
 
 def _image_problems(
-    reader: ImageReader, uri: str, shard: int, opener: Callable[[], BinaryIO], image: tuple[int, Record]
+    reader: ImageCache, uri: str, shard: int, opener: Callable[[], BinaryIO], image: tuple[int, Record]
 ) -> list[str]:
     """Returns the problem of an image, if any."""
     problems: list[str] = []
