@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from job.data.formats.arrays import array_source
-from job.data.formats.cifar import cifar_source
+from job.data.formats.binary import cifar_source, idx_source
 from job.data.formats.lsun import lsun_source
-from job.data.formats.mnist import idx_source
 from job.data.formats.tables import table_source
 from job.data.formats.tfrecords import tfrecord_source
 from job.data.source import Files, Source
