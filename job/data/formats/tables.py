@@ -347,14 +347,12 @@ class _Columns:
 
     Attributes:
         image: the column of images.
-        in_struct: whether it is a struct whose field `bytes` holds the encoded images.
         label: the column of labels; empty for none.
         classes: the names of the classes in the order of their numbers, if the schema has them.
         unchosen: without a label, the words of `--labels` for each column that could be one.
     """
 
     image: str
-    in_struct: bool
     label: str = ""
     classes: tuple[str, ...] = ()
     unchosen: tuple[str, ...] = ()
@@ -366,7 +364,7 @@ class _Columns:
             RefusedError: the file has other features.
         """
         features = _features(schema)
-        if _image_columns(schema, features).get(self.image) != self.in_struct:
+        if self.image not in _image_columns(schema, features):
             raise RefusedError(f"lacks the column {self.image!r} of images of other files: name the files of one set")
         if not self.label or self.label not in schema.names:
             return replace(self, label="", classes=())
@@ -376,10 +374,10 @@ class _Columns:
 
     def images_in(self, values: Any) -> Any:
         """Returns the encoded images, as a `pyarrow.Array` of bytes, of values of the column of images."""
-        if not self.in_struct:
-            return values
-        # Unlike `field`, it knows of rows whose whole struct is null.
-        return values.flatten()[values.type.get_field_index("bytes")]
+        import pyarrow as pa
+
+        # Unlike `field`, `flatten` knows of rows whose whole struct is null.
+        return values.flatten()[values.type.get_field_index("bytes")] if pa.types.is_struct(values.type) else values
 
     def label_texts(self, values: Any) -> list[str]:
         """Returns the class of each value of a `pyarrow.Array`, empty for none; see `label_among`.
@@ -418,19 +416,19 @@ def _columns_of(schema: Any, where: str, column: str | None) -> _Columns:
             "neither pixels as numbers nor a list: write it by `datasets`, as the feature Image. Of URLs or paths "
             "img2dataset makes tars, which can be packed"
         )
-    usual = [name for name in sorted(images, key=str.lower) if name.lower() in _IMAGES] or [*images]
+    usual = [name for name in sorted(images, key=str.lower) if name.lower() in _IMAGES] or images
     if len(usual) > 1:
         raise BadRequestError(
             f"{where} has several columns of images: {some_of(images)}: write it with one of them, named image"
         )
-    image = usual[0]
-    found = _Columns(image, images[image])
     if column is None:
-        return found
+        return _Columns(usual[0])
     possible = [field.name for field in schema if _can_be_label(field.type)]
-    label = _label_column(possible, features, where, column)
+    named = [name for name in possible if features.get(name, {}).get("_type") == "ClassLabel"]
+    named = named or [name for name in possible if name.lower() in _LABELS]
+    label = chosen_label(where, possible if column else named, column, usual=()) if named or column else ""
     unchosen = () if label else tuple(f":{name}" for name in possible)
-    return replace(found, label=label, classes=_classes(features.get(label, {})), unchosen=unchosen)
+    return _Columns(usual[0], label, _classes(features.get(label, {})), unchosen)
 
 
 def _features(schema: Any) -> Mapping[str, Any]:
@@ -443,29 +441,19 @@ def _features(schema: Any) -> Mapping[str, Any]:
         return {}
 
 
-def _image_columns(schema: Any, features: Mapping[str, Any]) -> dict[str, bool]:
-    """Returns the columns that may hold images, and whether each is a struct; structs come before plain bytes."""
+def _image_columns(schema: Any, features: Mapping[str, Any]) -> list[str]:
+    """Returns the columns that may hold images: structs with a field `bytes`, else plain bytes."""
     import pyarrow as pa
 
-    found = dict[str, bool]()
+    structs, plain = list[str](), list[str]()
     for field in schema:
+        is_struct = pa.types.is_struct(field.type)
+        kind = next((one.type for one in field.type if one.name == "bytes"), pa.null()) if is_struct else field.type
+        is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
         # A sound or a video is a struct of bytes, too.
-        if features.get(field.name, {}).get("_type", "Image") not in ("Image", "Value"):
-            continue
-        in_struct = pa.types.is_struct(field.type)
-        at = field.type.get_field_index("bytes") if in_struct else 0
-        kind = field.type if not in_struct else field.type.field(at).type if at >= 0 else pa.null()
-        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
-            found[field.name] = in_struct
-    structs = {name: True for name, in_struct in found.items() if in_struct}
-    return structs or found
-
-
-def _label_column(possible: list[str], features: Mapping[str, Any], where: str, column: str) -> str:
-    """Returns the column of labels; empty for none."""
-    classes = [name for name in possible if features.get(name, {}).get("_type") == "ClassLabel"]
-    found = classes or [name for name in possible if name.lower() in _LABELS]
-    return chosen_label(where, possible if column else found, column, usual=()) if found or column else ""
+        if is_bytes and features.get(field.name, {}).get("_type", "Image") in ("Image", "Value"):
+            (structs if is_struct else plain).append(field.name)
+    return structs or plain
 
 
 def _can_be_label(kind: Any) -> bool:
