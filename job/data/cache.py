@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -261,9 +260,7 @@ class DecodedCache(ImageCache):
         if self.source.is_local:
             yield from ((shard, self.source.open_shard) for shard in shards)
             return
-        # Under the lock, files in this folder can only be those of a dead process.
-        shutil.rmtree(folder := self.source.folder / "incoming", ignore_errors=True)
-        for shard, path in self.source.fetch(shards, folder):
+        for shard, path in self.source.fetch(shards):
             yield shard, lambda _, path=path: path.open("rb")  # type: ignore[misc]
             path.unlink()
 
@@ -281,6 +278,8 @@ class ShardCache(ImageCache):
         super().__init__(source)
         self._budget_bytes = budget_bytes
         self._folder = source.folder / "shards"
+        with os_errors(self._folder):
+            self._folder.mkdir(exist_ok=True)
         # A stop does not interrupt a batch: training stops between steps, where all processes agree, and saves.
         source.stop = NEVER
         self._prefetched_block: tuple[int, int] | None = None
@@ -302,8 +301,8 @@ class ShardCache(ImageCache):
         if self.source.is_local:
             return self.source.open_shard(shard)
         while True:
-            with suppress(FileNotFoundError):
-                file = self._path(shard).open("rb", buffering=0)
+            with suppress(MissingInputError), os_errors(path := self._path(shard)):
+                file = path.open("rb", buffering=0)
                 os.utime(file.fileno())
                 return file
             self._fetch([shard])
@@ -316,12 +315,13 @@ class ShardCache(ImageCache):
             # Another process may have fetched them while this one waited.
             missing = [shard for shard in shards if not self._path(shard).exists()]
             self._make_room(missing)
-            deque(self.source.fetch(missing, self._folder), maxlen=0)
+            for shard, path in self.source.fetch(missing):
+                path.replace(self._path(shard))
 
     def _make_room(self, missing: list[int]) -> None:
         """Evicts shards until `missing` fit the budget: first those not due, the least recently used before others."""
         due = {self._path(shard) for shard in self._due}
-        files = sorted(self._folder.glob("*"), key=lambda path: (path in due, path.stat().st_mtime_ns))
+        files = sorted(self._folder.iterdir(), key=lambda path: (path in due, path.stat().st_mtime_ns))
         excess_bytes = sum(path.stat().st_size for path in files) - self._budget_bytes
         excess_bytes += int(self.index.shards.bytes[missing].sum())
         for path in files:

@@ -7,6 +7,7 @@ No reader hashes a shard: each image has a hash of its own (`cache.py`), and not
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -140,8 +141,11 @@ class ShardSource:
         store, key = self.place(shard)
         return store.open(key)
 
-    def fetch(self, shards: Iterable[int], folder: Path) -> Iterator[tuple[int, Path]]:
-        """Yields each shard with a copy of it in a folder, and fetches a few ahead. The caller holds the lock."""
+    def fetch(self, shards: Iterable[int]) -> Iterator[tuple[int, Path]]:
+        """Yields each shard with a copy of it, and fetches a few ahead. The caller holds the lock."""
+        folder = self.folder / "incoming"
+        # Under the lock, files in this folder can only be those of a dead process.
+        shutil.rmtree(folder, ignore_errors=True)
         with os_errors(folder):
             folder.mkdir(exist_ok=True)
 

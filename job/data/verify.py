@@ -61,9 +61,9 @@ def verify_dataset(
                 images += enumerate(source.read_table(number).tolist())
             with _noting(problems, uri := source.uri(number)):
                 is_whole, opener = _compared(source, number, folder / shard.name)
-                check, damaged = partial(_image_problems, reader, uri, number, opener), list[str]()
+                check, damaged = partial(_problem, reader, number, opener), list[str]()
                 for (row, _), found in zip(images, in_order(workers, check, images, _IMAGES_AHEAD), strict=True):
-                    damaged += found
+                    damaged += filter(None, [found])
                     progress(int(source.starts[number]) + row + 1, index.images)
                 between = f"{uri} differs from the index{', but all its images are intact' if images else ''}"
                 # Of a truncated shard that is every image behind its end.
@@ -95,14 +95,14 @@ def _compared(source: ShardSource, shard: int, path: Path) -> tuple[bool, Callab
     return sha256 == source.index.shards[shard].sha256, opener
 
 
-def _image_problems(
-    reader: ImageCache, uri: str, shard: int, opener: Callable[[], BinaryIO], image: tuple[int, Record]
-) -> list[str]:
-    """Returns the problem of an image, if any."""
-    problems: list[str] = []
-    with _noting(problems, uri), opener() as file:
-        reader.read_image(shard, *image, file)
-    return problems
+def _problem(reader: ImageCache, shard: int, opener: Callable[[], BinaryIO], image: tuple[int, Record]) -> str:
+    """Returns what is wrong with an image; empty if it is intact."""
+    try:
+        with opener() as file:
+            reader.read_image(shard, *image, file)
+    except BadDataError as error:
+        return str(error)
+    return ""
 
 
 def _others(dataset: Store, index: DatasetIndex, hashes: Iterable[str]) -> list[str]:

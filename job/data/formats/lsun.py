@@ -55,7 +55,7 @@ def _verify(path: str) -> None:
     from lmdb.verify import VerifyError, verify
 
     try:
-        # A reader does not use the list of free pages, which old versions wrote with gaps.
+        # A reader uses no free pages: one that their list lacks is lost space, and no damage.
         problems = [problem for problem in verify(path) if "freeDB" not in problem]
     except VerifyError as error:
         problems = [str(error)]

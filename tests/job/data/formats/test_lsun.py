@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import re
 import struct
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import lmdb
 import numpy as np
+import pytest
 from PIL import Image
 
 from job.exits import Exit
@@ -62,6 +65,13 @@ def test_lsun_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert [found.size_bytes for found in source.labelled()] == [len(value) for _, value in sorted(expected.items())]
     chosen = opened(folder / "data.mdb")
     assert list(names_of(chosen)) == [f"{key}.webp" for key in sorted(expected)]
+    # Without the list of free pages: their space is lost, and nothing else.
+    whole = bytearray((folder / "data.mdb").read_bytes())
+    for meta in (0, PAGE_BYTES):
+        assert struct.unpack_from("<Q", whole, meta + 16 + 24 + 40)[0] != 2**64 - 1
+        struct.pack_into("<H4QQ", whole, meta + 16 + 24 + 6, 0, 0, 0, 0, 0, 2**64 - 1)
+    (folder / "data.mdb").write_bytes(whole)
+    assert list(names_of(opened(folder))) == list(names_of(chosen))
 
 
 def test_categories_and_splits_are_told_by_their_folders(tmp_path: Path) -> None:
@@ -114,6 +124,12 @@ def test_what_is_not_lsun_is_refused(tmp_path: Path) -> None:
     ]:
         (folder / "data.mdb").write_bytes(content)
         assert part in line_of(folder)
+
+
+def test_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = lsun(tmp_path / "in", 1)
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    assert re.search(r"in is LMDB, which needs lmdb: .* pip install .*\[lsun\]", line_of(folder, Exit.BAD_REQUEST))
 
 
 def test_truncated_and_forged_trees_are_refused(tmp_path: Path) -> None:
