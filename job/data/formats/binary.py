@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -73,11 +73,10 @@ def _idx_split(stem: str) -> str:
 def _idx_members(sets: Iterable[tuple[str, Opener, Opener | None]]) -> Iterator[Member]:
     """Yields the images of each set, in a folder for its split."""
     for split, open_images, open_labels in sets:
-        for member in _idx_images(open_images, open_labels):
-            yield replace(member, name=f"{split}/{member.name}" if split else member.name)
+        yield from _idx_images(f"{split}/" if split else "", open_images, open_labels)
 
 
-def _idx_images(open_images: Opener, open_labels: Opener | None) -> Iterator[Member]:
+def _idx_images(folder: str, open_images: Opener, open_labels: Opener | None) -> Iterator[Member]:
     """Yields the images as PGM files, with their digits as labels if there are labels."""
     with open_images() as raw:
         file, limit_bytes = unpacked(raw)
@@ -97,7 +96,7 @@ def _idx_images(open_images: Opener, open_labels: Opener | None) -> Iterator[Mem
 
         for number in range(count):
             label = str(labels[number]) if labels else ""
-            yield Member(f"{number:0{digits}d}.pgm", partial(read, number), label=label)
+            yield Member(f"{folder}{number:0{digits}d}.pgm", partial(read, number), label=label)
         file.seek(16 + count * pixels)
         if file.read(1):
             raise RefusedError(f"holds more than the {count:,} images of its header: get it again")
