@@ -18,9 +18,18 @@ import numpy as np
 from job.data import members
 from job.data.formats.image_bytes import netpbm
 from job.data.labels import chosen_label, label_of
-from job.data.members import Member, Opener, RefusedError, is_hidden, read_exactly, refused, unpacked
-from job.data.source import Files, Source
-from job.data.splits import first_split
+from job.data.members import (
+    Files,
+    Member,
+    Opener,
+    RefusedError,
+    Source,
+    first_split,
+    is_hidden,
+    read_exactly,
+    refused,
+    unpacked,
+)
 from job.exits import BadRequestError
 
 IDX_NAME = re.compile(r"(?:.*/)?[^/]*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")

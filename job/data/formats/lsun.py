@@ -15,9 +15,7 @@ from weakref import WeakValueDictionary
 
 from job.data import members
 from job.data.formats.image_bytes import START_BYTES, suffix_of
-from job.data.members import Member, RefusedError
-from job.data.source import Files, Source
-from job.data.splits import first_split
+from job.data.members import Files, Member, RefusedError, Source, first_split
 from job.exits import BadRequestError, how_to_install
 
 _FILE = re.compile(r"(?:.*/)?(?:data\.mdb|[^/]+\.lmdb)", re.IGNORECASE)

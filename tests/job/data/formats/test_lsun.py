@@ -62,7 +62,7 @@ def test_lsun_is_read_as_it_was_written(tmp_path: Path) -> None:
     expected |= {"0tiny": b"RIFF\0\0\0\0WEBP", "1large": webp(1) + bytes(1 << 20)}
     source = opened(folder)
     assert [(f"{key}.webp", value) for key, value in sorted(expected.items())] == list(entries_of(source))
-    assert [found.size_bytes for found in source.labelled()] == [len(value) for _, value in sorted(expected.items())]
+    assert [found.size_bytes for found in source.images(labelled=True)] == [len(value) for _, value in sorted(expected.items())]
     chosen = opened(folder / "data.mdb")
     assert list(names_of(chosen)) == [f"{key}.webp" for key in sorted(expected)]
     # Without the list of free pages: their space is lost, and nothing else.
@@ -80,7 +80,7 @@ def test_categories_and_splits_are_told_by_their_folders(tmp_path: Path) -> None
     source = opened(tmp_path / "lsun")
     assert (source.split, len(list(source.images()))) == ("train", 5)
     assert source.other_splits == ("val",)
-    assert all(found.label == "" for found in source.labelled())
+    assert all(found.label == "" for found in source.images(labelled=True))
     folders = [name.split("/")[0] for name in names_of(opened(tmp_path / "lsun", "val"))]
     assert folders == ["church_outdoor_val_lmdb"] * 3
     faces = lmdb.open(str(tmp_path / "faces.lmdb"), subdir=False, map_size=1 << 20)
