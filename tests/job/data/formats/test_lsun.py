@@ -62,7 +62,9 @@ def test_lsun_is_read_as_it_was_written(tmp_path: Path) -> None:
     expected |= {"0tiny": b"RIFF\0\0\0\0WEBP", "1large": webp(1) + bytes(1 << 20)}
     source = opened(folder)
     assert [(f"{key}.webp", value) for key, value in sorted(expected.items())] == list(entries_of(source))
-    assert [found.size_bytes for found in source.images(labelled=True)] == [len(value) for _, value in sorted(expected.items())]
+    assert [found.size_bytes for found in source.images(labelled=True)] == [
+        len(value) for _, value in sorted(expected.items())
+    ]
     chosen = opened(folder / "data.mdb")
     assert list(names_of(chosen)) == [f"{key}.webp" for key in sorted(expected)]
     # Without the list of free pages: their space is lost, and nothing else.
