@@ -377,30 +377,28 @@ def _index_differs(replace: Replace) -> None:
 
 @_mutation("encoded shards of all machines share a name", "encode")
 def _latents_share_a_name(replace: Replace) -> None:
-    encoded = encoding._encoded
+    encoded = encoding._Encoding.made
 
-    def same(part: Any, encoder: Any, number: int, advance: Any) -> Any:
-        made = encoded(part, encoder, number, advance)
+    def same(this: Any, number: int, advance: Any) -> Any:
+        made = encoded(this, number, advance)
         shard = dict(made.facts["shard"])
         names = {shard["name"]: f"shard-{number:05d}.tar"}
         shard["name"] = names[shard["name"]]
         files = {f"shard-{number:05d}.{key.rpartition('.')[2]}": content for key, content in made.files.items()}
         return pieces.Made(files, made.facts | {"shard": shard})
 
-    replace(encoding, "_encoded", same)
+    replace(encoding._Encoding, "made", same)
 
 
 @_mutation("after the index a machine deletes a file that the index names", "encode")
 def _named_file_deleted(replace: Replace) -> None:
-    publish = encoding._publish
+    publish = encoding._Encoding.publish
 
-    def all_deleted(parts: Any, made: Any, encoder: Any, held_out: str) -> None:
-        publish(parts, made, encoder, held_out)
-        for part in parts:
-            shard = next((entry.key for entry in part.dataset.list() if entry.key.endswith(".offsets")), "")
-            part.dataset.delete(shard)
+    def all_deleted(this: Any, dataset: Store, records: Any) -> None:
+        publish(this, dataset, records)
+        dataset.delete(next((entry.key for entry in dataset.list() if entry.key.endswith(".offsets")), ""))
 
-    replace(encoding, "_publish", all_deleted)
+    replace(encoding._Encoding, "publish", all_deleted)
 
 
 @_mutation("features are deleted before the scores are there", "score")
