@@ -14,7 +14,7 @@ from benchmarks.exploration.runtime import world
 from job import pieces
 from job.data import pack, shards
 from job.evaluation import evaluate
-from job.evaluation.feature_folder import FeatureFolder
+from job.evaluation.evaluation_plan import FeatureFolder
 from job.exchange import encoding
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.pieces import Pieces

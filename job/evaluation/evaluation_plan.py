@@ -1,20 +1,25 @@
-"""The plan of an evaluation, before it begins. Planning needs no tensors, so errors come at once."""
+"""The plan of an evaluation, before it begins, and the places of its features. It needs no tensors.
+
+BUCKET/runs/NAME/evaluations/…/piece-00012.safetensors       features of samples, until they are scored
+BUCKET/datasets/NAME-SIZE/references/…/piece-00012.safetensors   those of real images, which all runs share
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
 
 from ddpm.catalogue import EXTRACTORS
 from job.data.shards import REFERENCES, DatasetIndex, dataset_key
 from job.evaluation.extractors import Extractor, LocatedExtractor, locate_extractor
-from job.evaluation.feature_folder import FeatureFolder
 from job.exits import BadDataError, BadRequestError, how_to_install
-from job.pieces import WHOLE, Slice
+from job.pieces import TRANSFERS, WHOLE, Made, PieceRecord, Pieces, Slice
 from job.plan import Plan, RunHandle
 from job.requests import EvaluateRequest
 from job.runs.layout import CheckpointRef, ObjectKind
@@ -22,13 +27,95 @@ from job.runs.scores import Reference, Scores
 from job.sampling.sampling_plan import SamplePlan, plan_sampling, plan_sets
 from job.sampling.sets import SampleSet, piece_images
 from job.stop import NEVER, Stop
-from job.store import ObjectMissingError
+from job.store import ObjectMissingError, Store
 
-COUNTS = (5000, 2000, 1000, 500, 200, 100)
-"""The numbers of samples to choose from: the first one, or on a CPU the first that is made in `CPU_SECONDS`."""
-CPU_SECONDS = 600
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COUNT, CPU_COUNT = 5000, 500
+"""The numbers of samples by default, on a GPU and on a CPU."""
 FEWEST_IMAGES = 12
 """The smallest number per side: `ddpm.metrics` needs five neighbours of each image, also in half of the real ones."""
+
+
+Named = dict[str, "Tensor"]
+"""`features` [n, D], and `logits` [n, classes] of networks that have them; float32."""
+
+
+@dataclass(frozen=True)
+class FeatureFolder:
+    """A folder with features.
+
+    Attributes:
+        store: the folder.
+        fingerprint: the SHA-256 of everything that decides the features.
+        count: the number of images.
+        piece_images: the number of images in a piece.
+        share: the pieces that this machine makes first.
+        result: the key of the scores after which the features are deleted; empty if they stay.
+    """
+
+    store: Store
+    fingerprint: str
+    count: int
+    piece_images: int
+    share: Slice = WHOLE
+    result: str = ""
+
+    @property
+    def pieces(self) -> Pieces:
+        """The pieces of work."""
+        sizes = [len(self.numbers(piece)) for piece in range(-(-self.count // self.piece_images))]
+        return Pieces(self.store, self.fingerprint, sizes, share=self.share, result=self.result)
+
+    def numbers(self, piece: int) -> range:
+        """Returns the images of a piece, of `count`."""
+        return range(piece * self.piece_images, min((piece + 1) * self.piece_images, self.count))
+
+    def made(self, piece: int, named: Named) -> Made:
+        """Returns the file of a piece."""
+        from safetensors.torch import save
+
+        return Made({ObjectKind.FEATURES.value.rpartition("/")[2].format(piece=piece): save(named)})
+
+    def load(self) -> Named:
+        """Returns all features, in order; deletes damaged pieces.
+
+        Raises:
+            BadDataError: a piece was damaged; the same command makes it again.
+            ObjectMissingError: a record or a file is gone, since the result exists.
+        """
+        import torch
+
+        pieces = self.pieces
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            parts = list(pool.map(lambda record: self._load(pieces, record), pieces.records()))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def delete(self) -> None:
+        """Deletes all but the result."""
+        for entry in self.store.list():
+            if entry.key != self.result:
+                self.store.delete(entry.key)
+
+    def _load(self, pieces: Pieces, record: PieceRecord) -> Named:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        (file,) = record.files
+        try:
+            named = load(file.read(self.store))
+            is_whole = len(named["features"]) == len(self.numbers(record.number))
+            is_whole &= all(bool(tensor.isfinite().all()) for tensor in named.values())
+        except (BadDataError, SafetensorError, KeyError, ValueError):
+            is_whole = False
+        if not is_whole:
+            # An equal evaluation that was faster has deleted the features, and a record is read before its file.
+            if self.result and self.store.exists(self.result):
+                raise ObjectMissingError(f"{self.store.uri_of(file.key)} was deleted, since it is scored")
+            pieces.forget(record)
+            raise BadDataError(f"{self.store.uri_of(file.key)} was damaged: the same command makes it again")
+        return named
 
 
 @dataclass(frozen=True)
@@ -106,10 +193,6 @@ class Evaluation:
         """The checkpoint of the images."""
         return self.sample_set.ref
 
-    def is_begun(self) -> bool:
-        """Returns whether features or scores are stored."""
-        return any(True for _ in self.folder.store.list())
-
     def scores(self) -> Scores | None:
         """Returns the stored scores; None before the evaluation.
 
@@ -141,7 +224,7 @@ def plan_evaluation(request: EvaluateRequest, stop: Stop = NEVER) -> EvaluatePla
         )
     found = locate_extractor(request.extractor, sampling.bucket, request.extractor_file)
     references = min(index.images, request.references)
-    count = request.count or COUNTS[0]
+    count = request.count or COUNT
     if count < FEWEST_IMAGES or references < FEWEST_IMAGES:
         raise BadRequestError(
             f"{count:,} images against {references:,} real ones of {index.name}: scores need {FEWEST_IMAGES} "
