@@ -123,8 +123,6 @@ def sample_command(request: SampleRequest, processes: int | None, hang_after_sec
         # Training may retire a chosen checkpoint meanwhile: the processes then choose again.
         with suppress(ObjectMissingError):
             sets = plan_sets(plan)
-            for sample_set in sets:
-                sample_set.check()
             if sets and all(sample_set.index() for sample_set in sets):
                 for sample_set in sets:
                     print(sample_set.describe("complete already"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from benchmarks.exploration.runtime import world
 from job import pieces
 from job.data import pack, shards
 from job.evaluation import evaluate
-from job.evaluation.evaluation_plan import FeatureFolder
+from job.evaluation.evaluation_plan import FeaturePieces
 from job.exchange import encoding
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.pieces import Pieces
@@ -408,7 +407,7 @@ def _features_deleted_early(replace: Replace) -> None:
 
     def early(evaluation: Any, real: Any, bound: Any, stop: Any) -> None:
         def and_delete(*args: Any) -> Any:
-            evaluation.folder.delete()
+            evaluation.features.delete()
             return scored(*args)
 
         with patch.object(evaluate, "scored", and_delete):
@@ -459,12 +458,16 @@ def _probe_cleared(replace: Replace) -> None:
 
 @_mutation("features that a faster machine has scored and deleted count as damaged", "score:34w6")
 def _scored_is_damaged(replace: Replace) -> None:
-    load = FeatureFolder._load
+    replace(FeaturePieces, "_content", lambda this, record: _forgetting(this, record))
 
-    def without_result(folder: FeatureFolder, of: Any, record: Any) -> Any:
-        return load(dataclasses.replace(folder, result=""), of, record)
 
-    replace(FeatureFolder, "_load", without_result)
+def _forgetting(this: Any, record: Any) -> bytes:
+    try:
+        content: bytes = record.files[0].read(this.store)
+        return content
+    except BadDataError:
+        this.forget(record)
+        raise
 
 
 @_mutation("an attempt that lost its run while it restored says that the checkpoint is damaged", "train-here:42c,54o30")

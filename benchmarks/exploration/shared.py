@@ -314,17 +314,17 @@ def score(world: World, process: Process, slice_text: str) -> None:
     """Makes features and scores them, as `job.evaluation.evaluate` does."""
     plan: Any = SimpleNamespace(reference=_reference(), index=SimpleNamespace(held_out=""))
     evaluation = Evaluation(plan, _set(SimulatedStore(world, process), slice_text))
-    folder = evaluation.folder
+    features = evaluation.features
 
     def make(number: int, advance: Advance) -> Made:
         _make_slowly()
         process.stop.check("while drawing")
         advance(2)
-        return folder.made(number, {"features": torch.full((2, 2), float(number + 1))})
+        return features.made(number, {"features": torch.full((2, 2), float(number + 1))})
 
     if evaluation.scores() is None:
-        folder.pieces.make_missing(make, "drawn", stop=process.stop)
-        if not folder.pieces.missing():
+        features.make_missing(make, "drawn", stop=process.stop)
+        if not features.missing():
             evaluate._publish(evaluation, {}, (None, 0), process.stop)
 
 

@@ -26,9 +26,9 @@ from job.evaluation.evaluation_plan import (
     CPU_COUNT,
     EvaluatePlan,
     Evaluation,
-    FeatureFolder,
+    FeaturePieces,
     Named,
-    reference_folder,
+    reference_features,
     reference_of,
 )
 from job.evaluation.extractors import locate_extractor
@@ -84,11 +84,11 @@ def _is_scored(plan: EvaluatePlan, todo: list[Evaluation], painter: Painter, sam
 
         def sampled(piece: int, advance: Advance, one: Evaluation = one) -> Iterator[np.ndarray]:
             seeds = one.sample_set.drawing.seeds(piece)
-            return painter.draw_batches(seeds, sampling, of_run.sample.batch_size, advance)
+            return painter.sample_batches(seeds, sampling, of_run.sample.batch_size, advance)
 
-        _make_features(one.folder, sampled, extract, one.sample_set.name, ranks, stop)
-    folders = [reference_folder(of_run, plan.reference), *(one.folder for one in todo)]
-    if missing := ranks.on_main(lambda: sum(len(folder.pieces.missing()) for folder in folders)):
+        _make_features(one.features, sampled, extract, one.sample_set.name, ranks, stop)
+    both = [reference_features(of_run, plan.reference), *(one.features for one in todo)]
+    if missing := ranks.on_main(lambda: sum(len(features.missing()) for features in both)):
         others = f"{missing:,} pieces are to come from other machines; {IF_NONE_RUNS}"
         ranks.on_main(lambda: print(f"{plan.request.run}  (slice {plan.request.slice} is done: {others})"))
         return False
@@ -116,28 +116,28 @@ def real_features(
     Returns:
         All features on the main process, {} on the others; None while other machines are still making some.
     """
-    folder = reference_folder(of_run, reference, share)
-    if not ranks.on_main(folder.pieces.missing):
+    features = reference_features(of_run, reference, share)
+    if not ranks.on_main(features.missing):
         # Loading deletes a damaged piece, which is made again below.
         with suppress(BadDataError):
-            return ranks.only_on_main(folder.load) or {}
-    chosen = Order((reference.of_images,), seed=0).indices(np.arange(folder.count))
+            return ranks.only_on_main(features.load) or {}
+    chosen = Order((reference.of_images,), seed=0).indices(np.arange(reference.images))
     images = of_run.opened_images(stop, index=of_run.pictures())
 
     def read(piece: int, advance: Advance) -> Iterator[np.ndarray]:
-        numbers = folder.numbers(piece)
+        numbers = features.numbers[piece]
         for start in range(0, len(numbers), REAL_BATCH_IMAGES):
             check()
             some = chosen[numbers[start : start + REAL_BATCH_IMAGES]]
             yield images.read(some)
             advance(len(some))
 
-    _make_features(folder, read, extract, f"looking at {reference.dataset}", ranks, stop)
-    return None if ranks.on_main(folder.pieces.missing) else ranks.only_on_main(folder.load) or {}
+    _make_features(features, read, extract, f"looking at {reference.dataset}", ranks, stop)
+    return None if ranks.on_main(features.missing) else ranks.only_on_main(features.load) or {}
 
 
 def _make_features(
-    folder: FeatureFolder,
+    features: FeaturePieces,
     images_of: Callable[[int, Advance], Iterator[np.ndarray]],
     extract: ExtractorFunction,
     title: str,
@@ -148,9 +148,9 @@ def _make_features(
 
     def make(piece: int, advance: Advance) -> Made:
         parts = [features_of(extract, images, ranks.device) for images in images_of(piece, advance)]
-        return folder.made(piece, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        return features.made(piece, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
-    folder.pieces.make_missing(make, title, stop=stop, ranks=ranks)
+    features.make_missing(make, title, stop=stop, ranks=ranks)
 
 
 @torch.inference_mode()
@@ -183,7 +183,7 @@ def _publish(evaluation: Evaluation, real: Named, bound: tuple[float | None, int
     """Computes and stores the scores, and deletes the features of the samples."""
     plan, sample_set = evaluation.plan, evaluation.sample_set
     try:
-        samples = evaluation.folder.load()
+        samples = evaluation.features.load()
     except ObjectMissingError:
         # An equal evaluation that was faster has deleted the features.
         if evaluation.scores() is None:
@@ -211,7 +211,7 @@ def _publish(evaluation: Evaluation, real: Named, bound: tuple[float | None, int
     # Another machine that found no piece missing may write the same scores at another time.
     with suppress(ObjectExistsError):
         sample_set.run.create(ObjectKind.SCORES.key(batch=evaluation.name), record.to_json())
-    evaluation.folder.delete()
+    evaluation.features.delete()
 
 
 def scored(
@@ -315,6 +315,6 @@ class Evaluator:
             return own | {f"real {name_of(name)}": value for name, value in floor.items()}
 
         seeds, sampling = range(chosen.images), method.sampling_of(sample)
-        kept = painter.draw_together(seeds, sampling, sample.batch_size, "sampling for scores", kept=features)
+        kept = painter.sample_together(seeds, sampling, sample.batch_size, "sampling for scores", kept=features)
         samples: Named = {"features": torch.from_numpy(kept)}
         return painter.ranks.only_on_main(score) or {}

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from ddpm.catalogue import EXTRACTORS
@@ -37,46 +36,41 @@ COUNT, CPU_COUNT = 5000, 500
 FEWEST_IMAGES = 12
 """The smallest number per side: `ddpm.metrics` needs five neighbours of each image, also in half of the real ones."""
 
-
 Named = dict[str, "Tensor"]
 """`features` [n, D], and `logits` [n, classes] of networks that have them; float32."""
 
 
-@dataclass(frozen=True)
-class FeatureFolder:
-    """A folder with features.
+class FeaturePieces(Pieces):
+    """The features of a set of images in pieces, one safetensors object each."""
 
-    Attributes:
-        store: the folder.
-        fingerprint: the SHA-256 of everything that decides the features.
-        count: the number of images.
-        piece_images: the number of images in a piece.
-        share: the pieces that this machine makes first.
-        result: the key of the scores after which the features are deleted; empty if they stay.
-    """
+    def __init__(
+        self,
+        store: Store,
+        fingerprint: str,
+        count: int,
+        piece_images: int,
+        share: Slice = WHOLE,
+        result: str = "",
+    ) -> None:
+        """Prepares the work without any request; see `Pieces`.
 
-    store: Store
-    fingerprint: str
-    count: int
-    piece_images: int
-    share: Slice = WHOLE
-    result: str = ""
-
-    @property
-    def pieces(self) -> Pieces:
-        """The pieces of work."""
-        sizes = [len(self.numbers(piece)) for piece in range(-(-self.count // self.piece_images))]
-        return Pieces(self.store, self.fingerprint, sizes, share=self.share, result=self.result)
-
-    def numbers(self, piece: int) -> range:
-        """Returns the images of a piece, of `count`."""
-        return range(piece * self.piece_images, min((piece + 1) * self.piece_images, self.count))
+        Args:
+            store: the folder.
+            fingerprint: the SHA-256 of everything that decides the features.
+            count: the number of images.
+            piece_images: the number of images in a piece.
+            share: the pieces that this machine makes first.
+            result: the key of the scores after which the features are deleted; empty if they stay.
+        """
+        self.numbers = [range(first, min(first + piece_images, count)) for first in range(0, count, piece_images)]
+        """The images of each piece."""
+        super().__init__(store, fingerprint, [len(each) for each in self.numbers], share=share, result=result)
 
     def made(self, piece: int, named: Named) -> Made:
         """Returns the file of a piece."""
         from safetensors.torch import save
 
-        return Made({ObjectKind.FEATURES.value.rpartition("/")[2].format(piece=piece): save(named)})
+        return Made({f"piece-{piece:05d}.safetensors": save(named)})
 
     def load(self) -> Named:
         """Returns all features, in order; deletes damaged pieces.
@@ -86,10 +80,10 @@ class FeatureFolder:
             ObjectMissingError: a record or a file is gone, since the result exists.
         """
         import torch
+        from safetensors.torch import load
 
-        pieces = self.pieces
         with ThreadPoolExecutor(TRANSFERS) as pool:
-            parts = list(pool.map(lambda record: self._load(pieces, record), pieces.records()))
+            parts = list(map(load, pool.map(self._content, self.records())))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def delete(self) -> None:
@@ -98,24 +92,16 @@ class FeatureFolder:
             if entry.key != self.result:
                 self.store.delete(entry.key)
 
-    def _load(self, pieces: Pieces, record: PieceRecord) -> Named:
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
+    def _content(self, record: PieceRecord) -> bytes:
         (file,) = record.files
         try:
-            named = load(file.read(self.store))
-            is_whole = len(named["features"]) == len(self.numbers(record.number))
-            is_whole &= all(bool(tensor.isfinite().all()) for tensor in named.values())
-        except (BadDataError, SafetensorError, KeyError, ValueError):
-            is_whole = False
-        if not is_whole:
+            return file.read(self.store)
+        except BadDataError as error:
             # An equal evaluation that was faster has deleted the features, and a record is read before its file.
-            if self.result and self.store.exists(self.result):
-                raise ObjectMissingError(f"{self.store.uri_of(file.key)} was deleted, since it is scored")
-            pieces.forget(record)
-            raise BadDataError(f"{self.store.uri_of(file.key)} was damaged: the same command makes it again")
-        return named
+            if self.is_finished():
+                raise ObjectMissingError(f"{self.store.uri_of(file.key)} was deleted, since it is scored") from None
+            self.forget(record)
+            raise BadDataError(f"{error}: it was damaged, and the same command makes it again") from None
 
 
 @dataclass(frozen=True)
@@ -181,12 +167,15 @@ class Evaluation:
         return f"{self.sample_set.name}-{self.plan.reference.extractor}-{self.fingerprint[:8]}"
 
     @property
-    def folder(self) -> FeatureFolder:
+    def features(self) -> FeaturePieces:
         """The features of the images."""
-        drawing, key = self.sample_set.drawing, PurePosixPath(ObjectKind.SCORES.key(batch=self.name))
-        store = self.sample_set.run.sub(str(key.parent))
-        share = self.sample_set.share
-        return FeatureFolder(store, self.fingerprint, drawing.count, drawing.piece_images, share=share, result=key.name)
+        drawing, (folder, _, scores) = self.sample_set.drawing, self._key.rpartition("/")
+        store, share = self.sample_set.run.sub(folder), self.sample_set.share
+        return FeaturePieces(store, self.fingerprint, drawing.count, drawing.piece_images, share, result=scores)
+
+    @property
+    def _key(self) -> str:
+        return ObjectKind.SCORES.key(batch=self.name)
 
     @property
     def ref(self) -> CheckpointRef:
@@ -200,7 +189,7 @@ class Evaluation:
             BadDataError: the record is corrupt.
         """
         try:
-            return Scores.load(self.sample_set.run, ObjectKind.SCORES.key(batch=self.name))
+            return Scores.load(self.sample_set.run, self._key)
         except ObjectMissingError:
             return None
         except BadDataError as error:
@@ -275,12 +264,12 @@ def reference_of(index: DatasetIndex, extractor: Extractor, images: int) -> Refe
     )
 
 
-def reference_folder(of_run: RunHandle, reference: Reference, share: Slice = WHOLE) -> FeatureFolder:
+def reference_features(of_run: RunHandle, reference: Reference, share: Slice = WHOLE) -> FeaturePieces:
     """Returns the features of the real images, which all runs on this dataset share."""
     fingerprint = _hash_of(reference.model_dump())
     name = f"{REFERENCES}/{reference.extractor}-{reference.images}-{fingerprint[:12]}"
     store = of_run.bucket.sub(f"{dataset_key(reference.dataset, reference.size)}/{name}")
-    return FeatureFolder(store, fingerprint, reference.images, piece_images(reference.images), share)
+    return FeaturePieces(store, fingerprint, reference.images, piece_images(reference.images), share)
 
 
 def _hash_of(content: object) -> str:

@@ -110,7 +110,7 @@ class Painter(Model):
             for parameter in network.parameters():
                 dist.broadcast(parameter.detach(), src=0)
 
-    def draw_together(
+    def sample_together(
         self,
         seeds: Sequence[int],
         sampling: Sampling,
@@ -143,12 +143,12 @@ class Painter(Model):
             nonlocal done
             done += 1
             (self.check_agreed if done <= agreements else self.check_stopped)()
-            bar.update(len(seeds) * min(done / agreements, 1))
+            bar.update(len(seeds) * min(done, agreements) / agreements)
 
         with Progress(title, total=len(seeds)) as bar:
             for places in mine:
                 some = [seeds[place] for place in places]
-                made.append(kept(self.draw_alone(some, sampling, after_evaluation, route.walk_of(places))))
+                made.append(kept(self.sample_alone(some, sampling, after_evaluation, route.walk_of(places))))
             while done < agreements:
                 after_evaluation()
             self.agreement.finish()
@@ -159,9 +159,9 @@ class Painter(Model):
         parts: list[Any] | None = [None] * self.ranks.world_size if self.ranks.is_main else None
         dist.gather_object(part, parts)
         gathered = np.empty((len(seeds) if self.ranks.is_main else 0, *part.shape[1:]), part.dtype)
-        for of_rank, drawn in zip(of_ranks, parts or [], strict=False):
+        for of_rank, theirs in zip(of_ranks, parts or [], strict=False):
             if of_rank:
-                gathered[[place for places in of_rank for place in places]] = drawn
+                gathered[[place for places in of_rank for place in places]] = theirs
         return gathered
 
     def shared_out(self, images: int, batch_size_images: int) -> list[list[list[int]]]:
@@ -176,7 +176,7 @@ class Painter(Model):
             of_ranks[place // self.group_images % world_size].append(place)
         return [[mine[first : first + size] for first in range(0, len(mine), size)] for mine in of_ranks]
 
-    def draw_batches(
+    def sample_batches(
         self,
         seeds: Sequence[int],
         sampling: Sampling,
@@ -198,7 +198,7 @@ class Painter(Model):
                 advance(part)
 
             some = [seeds[place] for place in places]
-            yield self.draw_alone(some, sampling, after_evaluation, route.walk_of(places))
+            yield self.sample_alone(some, sampling, after_evaluation, route.walk_of(places))
 
     def denoising_gif(self, seeds: Sequence[int], sampling: Sampling, title: str) -> bytes:
         """Returns a GIF of the denoising of a few seeds: a frame for each of at most `GIF_FRAMES` moments."""
@@ -215,10 +215,10 @@ class Painter(Model):
                 at = f"sigma = {point.sigma:.3g}" if by_sigma else f"t = {point.t:.0f}"
                 frames.append((figures.to_uint8(self.pixels(x_t / max(1.0, point.sigma))), at))
 
-        frames.append((self.draw_alone(seeds, sampling, keep), "the image"))
+        frames.append((self.sample_alone(seeds, sampling, keep), "the image"))
         return figures.denoising_gif([images for images, _ in frames], labels=[at for _, at in frames], title=title)
 
-    def draw_alone(
+    def sample_alone(
         self,
         seeds: Sequence[int],
         sampling: Sampling,

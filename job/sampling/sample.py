@@ -50,19 +50,18 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
     with prepared(plan, meet(stop), stop) as (plan, painter, sampling):
         editor = Editor(plan, painter, sampling) if plan.given else None
         if plan.request.count is None:
-            _draw_pictures(plan, painter, sampling, editor)
+            _make_pictures(plan, painter, sampling, editor)
         for sample_set in plan_sets(plan):
-            _draw_set(plan, painter, sampling, sample_set, editor)
+            _make_set(plan, painter, sampling, sample_set, editor)
 
 
-def _draw_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, editor: Editor | None) -> None:
+def _make_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, editor: Editor | None) -> None:
     request, sample, is_main = plan.request, plan.sample, painter.ranks.is_main
     usual_seeds = editor.default_seeds() if editor else range(sample.images)
     seeds = parse_numbers(request.seeds, "--seeds") if request.seeds else usual_seeds
-    drawn_seeds = editor.drawn_seeds(seeds) if editor else seeds
+    all_seeds = editor.all_seeds(seeds) if editor else seeds
     route = editor.route(seeds) if editor else None
     gif_seeds = seeds[:GIF_SEEDS] if request.seeds else range(GIF_SEEDS)
-    gif_words = request.seeds if len(seeds) <= GIF_SEEDS else ",".join(map(str, gif_seeds))
     how, usual = plan.how(request.seeds), plan.config.sample
     layout = "" if editor or sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-no-nearest"
     training = None
@@ -81,9 +80,9 @@ def _draw_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
         painter.load(plan.run, ref, sample.weights)
         if request.with_grid:
             began = time.monotonic()
-            images = painter.draw_together(drawn_seeds, sampling, sample.batch_size, label, route)
+            images = painter.sample_together(all_seeds, sampling, sample.batch_size, label, route)
             if is_main:
-                rate = len(drawn_seeds) / (time.monotonic() - began)
+                rate = len(all_seeds) / (time.monotonic() - began)
                 grids.append((moment_of(label), images))
                 title = title_of(plan.run, moment_of(label), plan.words, seeds)
                 if editor:
@@ -94,16 +93,16 @@ def _draw_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
         if request.gif and is_main:
             title = with_class(title_of(plan.run, moment_of(label), plan.words, gif_seeds), plan.drawn_classes)
             gif = painter.denoising_gif(gif_seeds, sampling, title)
-            publish(ref, denoising_key(label, plan.how(request.seeds and gif_words)), gif)
+            publish(ref, denoising_key(label, how), gif)
     if len(grids) > 1:
         key = grid_key(f"comparison-{file_words(request.checkpoints, '-')}", how)
         title = with_class(title_of(plan.run, f"{len(grids)} checkpoints", plan.words, seeds), plan.drawn_classes)
         classes = plan.drawn_classes if len(plan.drawn_classes) > 1 else ("seed",)
-        picture = figures.comparison(grids, [f"{classes[seed % len(classes)]} {seed}" for seed in drawn_seeds], title)
+        picture = figures.comparison(grids, [f"{classes[seed % len(classes)]} {seed}" for seed in all_seeds], title)
         publish(max(plan.checkpoints), key, figures.png(picture))
 
 
-def _draw_set(
+def _make_set(
     plan: SamplePlan, painter: Painter, sampling: Sampling, sample_set: SampleSet, editor: Editor | None
 ) -> None:
     """Makes the missing pieces, first those of this slice, and the index if the set is then complete. Collective."""
@@ -114,7 +113,7 @@ def _draw_set(
         seeds = drawing.seeds(number)
         route = editor.route(seeds) if editor else None
         # Batches stay within a piece: rounding depends on the other images of a batch, and bytes must not change.
-        images = np.concatenate([*painter.draw_batches(seeds, sampling, plan.sample.batch_size, advance, route)])
+        images = np.concatenate([*painter.sample_batches(seeds, sampling, plan.sample.batch_size, advance, route)])
         if number == 0:
             shown = plan.sample.images
             title = title_of(plan.run, moment_of(plan.label(sample_set.ref)), plan.words, seeds[:shown])
@@ -125,7 +124,7 @@ def _draw_set(
     there_before = ranks.on_main(lambda: drawing.count - sum(pieces.sizes[number] for number in pieces.missing()))
     if there_before < drawing.count:
         painter.load(plan.run, sample_set.ref, plan.sample.weights)
-    made = pieces.make_missing(make, f"drawing {sample_set.name}", stop=painter.stop, ranks=ranks)
+    made = pieces.make_missing(make, f"sampling {sample_set.name}", stop=painter.stop, ranks=ranks)
     rate = f" at {made / (time.monotonic() - began):.2f} images/s" if made else ""
     note = f"{made:,} made{rate}, {there_before:,} there before"
 
@@ -237,7 +236,7 @@ class Editor:
         of_mode = {"interpolate": 2 * PAIRS, "invert": self._given.images}
         return range(of_mode.get(self._editing.mode, self._given.images * (COLUMNS - 1)))
 
-    def drawn_seeds(self, seeds: Sequence[int]) -> Sequence[int]:
+    def all_seeds(self, seeds: Sequence[int]) -> Sequence[int]:
         """Returns the seed of each image of a picture."""
         return [seed for seed in seeds[::2] for _ in range(COLUMNS)] if self._editing.mode == "interpolate" else seeds
 

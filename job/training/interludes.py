@@ -203,7 +203,7 @@ class Grid(Interlude):
 
     def _draw(self, seeds: range) -> Painter:
         sample, painter = self.config.sample, self.sampling_painter()
-        drawn = painter.draw_together(seeds, method.sampling_of(sample), sample.batch_size, "sampling")
+        drawn = painter.sample_together(seeds, method.sampling_of(sample), sample.batch_size, "sampling")
 
         def publish(recorder: Recorder) -> None:
             images_seen = self.session.state.images_seen

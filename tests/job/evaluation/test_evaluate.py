@@ -11,7 +11,6 @@ import torch
 
 from job.data.shards import load_index
 from job.evaluation import evaluate, evaluation_plan
-from job.evaluation.evaluation_plan import FeatureFolder
 from job.evaluation.extractors import EXTRACTORS, locate_extractor
 from job.exits import BadDataError, Exit, MissingInputError, StoppedError
 from job.runs.verification import verify_run
@@ -196,15 +195,6 @@ def test_dinov2_files_are_read(bucket, tmp_path):
         )
     with pytest.raises(MissingInputError, match=re.escape("extractors/dinov2.safetensors")):
         locate_extractor("dinov2", open_store(str(tmp_path)))
-
-
-def test_infinite_features_are_made_again(tmp_path):
-
-    folder = FeatureFolder(open_store(str(tmp_path)), "a" * 64, count=2, piece_images=2)
-    folder.pieces.commit(0, folder.made(0, {"features": torch.tensor([[0.0], [torch.inf]])}))
-    with pytest.raises(BadDataError, match="was damaged: the same command makes it again"):
-        folder.load()
-    assert folder.pieces.committed() == set()
 
 
 def test_real_features_belong_to_the_dataset(bucket):

@@ -82,7 +82,7 @@ def test_each_step_shows_on_the_bar(bucket, draw, monkeypatch, capsys):
     shown = re.findall(r"(?m)^(\w+)[^:]*: (\d+) % · (\d)", capsys.readouterr().err)
     whole = [("test", str(10 * step), str(round(0.7 * step))) for step in range(1, 10)] + [("test", "100", "7")]
     assert [line for line in shown if line[0] == "test"] == whole
-    assert [int(line[1]) for line in shown if line[0] == "drawing"] == [20, 40, 60, 80, 100]
+    assert [int(line[1]) for line in shown if line[0] == "sampling"] == [20, 40, 60, 80, 100]
 
 
 def test_infinite_pixels_are_refused(draw, monkeypatch):
