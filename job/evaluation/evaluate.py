@@ -80,7 +80,7 @@ def _is_scored(plan: EvaluatePlan, todo: list[Evaluation], painter: Painter, sam
     look = partial(real_features, of_run, plan.reference, extract, ranks, stop, painter.check_stopped, share)
     real = look()
     for one in todo:
-        painter.load(of_run.run, one.ref, of_run.sample.weights)
+        painter.load(of_run.run, one.sample_set.ref, of_run.sample.weights)
 
         def sampled(piece: int, advance: Advance, one: Evaluation = one) -> Iterator[np.ndarray]:
             seeds = one.sample_set.drawing.seeds(piece)
@@ -95,7 +95,7 @@ def _is_scored(plan: EvaluatePlan, todo: list[Evaluation], painter: Painter, sam
     # Other machines may have made the last of them meanwhile.
     real = look() if real is None else real
     for one in todo:
-        painter.load(of_run.run, one.ref, of_run.sample.weights)
+        painter.load(of_run.run, one.sample_set.ref, of_run.sample.weights)
         ranks.on_main(partial(_publish, one, real or {}, _bits_per_dim(plan, painter), stop))
     return True
 
@@ -237,7 +237,7 @@ def scored(
 
 def tables(plan: EvaluatePlan) -> Iterator[str]:
     """Yields a text for each checkpoint: the protocol, and the scores beside those of real images."""
-    for ref, group in groupby(plan.evaluations, key=lambda each: each.ref):
+    for ref, group in groupby(plan.evaluations, key=lambda each: each.sample_set.ref):
         found = [scores for evaluation in group if (scores := evaluation.scores())]
         first, sampling = found[0], plan.sampling
         drawing, extractor = first.drawing, plan.located.extractor

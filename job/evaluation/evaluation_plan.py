@@ -21,7 +21,7 @@ from job.exits import BadDataError, BadRequestError, how_to_install
 from job.pieces import TRANSFERS, WHOLE, Made, PieceRecord, Pieces, Slice
 from job.plan import Plan, RunHandle
 from job.requests import EvaluateRequest
-from job.runs.layout import CheckpointRef, ObjectKind
+from job.runs.layout import ObjectKind
 from job.runs.scores import Reference, Scores
 from job.sampling.sampling_plan import SamplePlan, plan_sampling, plan_sets
 from job.sampling.sets import SampleSet, piece_images
@@ -43,26 +43,18 @@ Named = dict[str, "Tensor"]
 class FeaturePieces(Pieces):
     """The features of a set of images in pieces, one safetensors object each."""
 
-    def __init__(
-        self,
-        store: Store,
-        fingerprint: str,
-        count: int,
-        piece_images: int,
-        share: Slice = WHOLE,
-        result: str = "",
-    ) -> None:
+    def __init__(self, store: Store, fingerprint: str, count: int, share: Slice = WHOLE, result: str = "") -> None:
         """Prepares the work without any request; see `Pieces`.
 
         Args:
             store: the folder.
             fingerprint: the SHA-256 of everything that decides the features.
             count: the number of images.
-            piece_images: the number of images in a piece.
             share: the pieces that this machine makes first.
             result: the key of the scores after which the features are deleted; empty if they stay.
         """
-        self.numbers = [range(first, min(first + piece_images, count)) for first in range(0, count, piece_images)]
+        size = piece_images(count)
+        self.numbers = [range(first, min(first + size, count)) for first in range(0, count, size)]
         """The images of each piece."""
         super().__init__(store, fingerprint, [len(each) for each in self.numbers], share=share, result=result)
 
@@ -145,7 +137,7 @@ class EvaluatePlan:
         for repeat in range(self.request.repeats):
             request = replace(self.sampling.request, count=self.count, first_seed=repeat * self.count)
             found += [Evaluation(self, one) for one in plan_sets(replace(self.sampling, request=request))]
-        return sorted(found, key=lambda each: each.ref)
+        return sorted(found, key=lambda each: each.sample_set.ref)
 
 
 @dataclass(frozen=True)
@@ -169,18 +161,12 @@ class Evaluation:
     @property
     def features(self) -> FeaturePieces:
         """The features of the images."""
-        drawing, (folder, _, scores) = self.sample_set.drawing, self._key.rpartition("/")
-        store, share = self.sample_set.run.sub(folder), self.sample_set.share
-        return FeaturePieces(store, self.fingerprint, drawing.count, drawing.piece_images, share, result=scores)
+        own, (folder, _, scores) = self.sample_set, self._key.rpartition("/")
+        return FeaturePieces(own.run.sub(folder), self.fingerprint, own.drawing.count, own.share, result=scores)
 
     @property
     def _key(self) -> str:
         return ObjectKind.SCORES.key(batch=self.name)
-
-    @property
-    def ref(self) -> CheckpointRef:
-        """The checkpoint of the images."""
-        return self.sample_set.ref
 
     def scores(self) -> Scores | None:
         """Returns the stored scores; None before the evaluation.
@@ -269,7 +255,7 @@ def reference_features(of_run: RunHandle, reference: Reference, share: Slice = W
     fingerprint = _hash_of(reference.model_dump())
     name = f"{REFERENCES}/{reference.extractor}-{reference.images}-{fingerprint[:12]}"
     store = of_run.bucket.sub(f"{dataset_key(reference.dataset, reference.size)}/{name}")
-    return FeaturePieces(store, fingerprint, reference.images, piece_images(reference.images), share)
+    return FeaturePieces(store, fingerprint, reference.images, share)
 
 
 def _hash_of(content: object) -> str:
