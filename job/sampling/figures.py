@@ -66,6 +66,10 @@ def noising_picture(
     check_output(output)
     bucket = open_store(bucket_uri)
     diffusion, config = _diffusion(bucket, run, schedule)
+    evenly = np.linspace(0, diffusion.timesteps - 1, 2 * _COLUMNS)[image is not None :].round().astype(int).tolist()
+    steps = parse_numbers(timesteps, "--timesteps") if timesteps else evenly
+    if max(steps) >= diffusion.timesteps:
+        raise BadRequestError(f"--timesteps: {max(steps)} is not in 0 to {diffusion.timesteps - 1}")
     if config and not dataset:
         dataset, size = config.data.dataset, config.data.size
     if not dataset:
@@ -75,10 +79,6 @@ def noising_picture(
         raise BadRequestError(f"--dataset {dataset} holds latents, of {index.encoding.source}: name that one")
     if image is not None and image >= index.images:
         raise BadRequestError(f"--image {image}: {index.name} has the images 0 to {index.images - 1:,}")
-    evenly = np.linspace(0, diffusion.timesteps - 1, 2 * _COLUMNS)[image is not None :].round().astype(int).tolist()
-    steps = parse_numbers(timesteps, "--timesteps") if timesteps else evenly
-    if max(steps) >= diffusion.timesteps:
-        raise BadRequestError(f"--timesteps: {max(steps)} is not in 0 to {diffusion.timesteps - 1}")
     numbers = np.linspace(0, index.images - 1, len(steps)).astype(np.int64) if image is None else np.array([image])
     images = uncached_images(bucket, key, index).read(numbers)
     process, x_start = make_process(diffusion), torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
