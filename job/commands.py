@@ -155,7 +155,7 @@ def evaluate_command(
 def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") -> None:
     """Packs a source, or indexes tars in place, and prints the facts of the dataset."""
     from job.data.fetched import forget
-    from job.data.pack import check_absent, is_whole, pack
+    from job.data.pack import check_free, is_whole, pack
     from job.runs.removal import check_unused
 
     share = Slice.parse(request.slice)
@@ -164,7 +164,7 @@ def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") ->
         request = request.check()
         bucket = open_bucket(bucket_uri, stop)
         # A dataset of this name must be an error before hours of packing its held-out part.
-        check_absent(bucket, request)
+        check_free(bucket, request)
         for part in request.parts():
             if part.is_held_out and not request.replaces and is_whole(bucket, part):
                 # An interrupted command has finished this part.

@@ -33,7 +33,7 @@ from job.data.labels import split_labels
 from job.data.members import Member
 from job.data.pack_request import FIRST_IMAGES, PackRequest
 from job.data.preview import preview_png
-from job.data.publishing import Packing, check_free, index_of, make_dataset
+from job.data.publishing import Packing, check_absent, index_of, make_dataset
 from job.data.splits import split_in
 from job.data.survey import chosen_source, lacking_labels, no_images, survey, until_stopped
 from job.exits import BadDataError, BadRequestError, StoppedError
@@ -75,7 +75,7 @@ def pack(
         NoPermissionError: the credentials do not allow to write, or to read.
     """
     request = request.check()
-    check_absent(bucket, request)
+    check_free(bucket, request)
     with scratch_folder("pack") as folder:
         kind = _InPlace if request.tars else _Copying
         packing = kind(bucket, request, folder, stop=stop, shard_images=shard_images)
@@ -94,14 +94,14 @@ def pack(
         return make_dataset(bucket, packing, request.slice, stop)
 
 
-def check_absent(bucket: Store, request: PackRequest) -> None:
+def check_free(bucket: Store, request: PackRequest) -> None:
     """Checks that the bucket lacks the dataset, unless this process is to replace it or is one of several.
 
     Raises:
         BadRequestError: there is.
     """
     if not (request.slice or request.replaces):
-        check_free(bucket, request.key)
+        check_absent(bucket, request.key)
 
 
 def is_source_of(bucket: Store, request: PackRequest, index: shards.DatasetIndex, stop: Stop = NEVER) -> bool:

@@ -97,7 +97,7 @@ def index_of(bucket: Store, key: str) -> shards.DatasetIndex | None:
     return shards.load_index(bucket, key) if bucket.exists(f"{key}/{shards.INDEX}") else None
 
 
-def check_free(bucket: Store, key: str) -> None:
+def check_absent(bucket: Store, key: str) -> None:
     """Checks that the bucket lacks a dataset.
 
     Raises:

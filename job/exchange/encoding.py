@@ -22,7 +22,7 @@ from ddpm.image_size import ImageSize
 from job.data import shards
 from job.data.cache import ImageCache, default_cache_dir
 from job.data.images import codec_versions, encode_latents
-from job.data.publishing import Packing, check_free, make_dataset
+from job.data.publishing import Packing, check_absent, make_dataset
 from job.data.shard_source import ShardSource
 from job.exchange.foreign import opened_autoencoder
 from job.exits import BadConfigError, BadDataError, BadRequestError
@@ -81,7 +81,7 @@ def encode_dataset(bucket: Store, request: EncodeRequest, stop: Stop) -> shards.
         raise BadRequestError(f"{request.name} holds latents already, of {source.encoding.source}")
     encoder = _load_encoder(request.autoencoder, bucket, source)
     if not request.slice:
-        check_free(bucket, shards.dataset_key(request.to, encoder.size))
+        check_absent(bucket, shards.dataset_key(request.to, encoder.size))
     parts, made = [(source, request.to)], None
     if source.held_out:
         held_out = shards.load_index(bucket, shards.dataset_key(source.held_out, source.size))
