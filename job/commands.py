@@ -116,7 +116,7 @@ def sample_command(request: SampleRequest, processes: int | None, hang_after_sec
     with _command_on(request.bucket, stop_after, Slice.parse(request.slice)) as stop:
         plan = plan_sampling(request.check(), stop)
         if is_rank():
-            from job.sampling.sample import run_sampling
+            from job.sampling.pictures import run_sampling
 
             run_sampling(plan, stop)
             return

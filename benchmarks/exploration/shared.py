@@ -258,7 +258,7 @@ def _set(store: Store, slice_text: str) -> SampleSet:
 
 
 def sample(world: World, process: Process, slice_text: str) -> float:
-    """Draws the pieces of a set, as `job.sampling.sample` does; returns how many images this process made."""
+    """Draws the pieces of a set, as `job.sampling.pictures` does; returns how many images this process made."""
     sample_set = _set(SimulatedStore(world, process), slice_text)
 
     def make(number: int, advance: Advance) -> Made:

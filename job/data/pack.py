@@ -33,7 +33,7 @@ from job.data.labels import split_labels
 from job.data.members import Member
 from job.data.pack_request import FIRST_IMAGES, PackRequest
 from job.data.preview import preview_png
-from job.data.publishing import Packing, check_absent, index_of, make_dataset
+from job.data.publishing import Packing, check_absent, existing_index, make_dataset
 from job.data.splits import split_in
 from job.data.survey import chosen_source, lacking_labels, no_images, survey, until_stopped
 from job.exits import BadDataError, BadRequestError, StoppedError
@@ -82,7 +82,7 @@ def pack(
         for remark in packing.remarks:
             logging.getLogger(__name__).warning(remark)
         part_key, share_held_out = request.parts()[0].key, request.hold_out_share
-        there = index_of(bucket, part_key) if request.held_out else None
+        there = existing_index(bucket, part_key) if request.held_out else None
         if there and not (there.hold_out == share_held_out and packing.is_of(there)):
             raise BadRequestError(
                 f"{bucket.uri}/{part_key} holds {there.hold_out:.3%} out, and not {share_held_out:.3%} of what "

@@ -74,7 +74,7 @@ def make_dataset(bucket: Store, packing: Packing, slice_text: str, stop: Stop) -
         with suppress(ObjectMissingError):
             packing.resume(pieces.records(sorted(pieces.committed()), stop))
         pieces.make_missing(packing.made, packing.title, unit=packing.unit, stop=stop)
-        if packing.held_out_key and not index_of(bucket, packing.held_out_key):
+        if packing.held_out_key and not existing_index(bucket, packing.held_out_key):
             return None
         # Without a record: others are still making pieces, or have created the index and cleared up.
         with suppress(ObjectMissingError):
@@ -92,7 +92,7 @@ def make_dataset(bucket: Store, packing: Packing, slice_text: str, stop: Stop) -
         raise BadRequestError(f"{error}: another process packs something else there: {way}") from None
 
 
-def index_of(bucket: Store, key: str) -> shards.DatasetIndex | None:
+def existing_index(bucket: Store, key: str) -> shards.DatasetIndex | None:
     """Returns the index of a dataset; None if it is missing."""
     return shards.load_index(bucket, key) if bucket.exists(f"{key}/{shards.INDEX}") else None
 
@@ -103,7 +103,7 @@ def check_absent(bucket: Store, key: str) -> None:
     Raises:
         BadRequestError: it is there.
     """
-    if there := index_of(bucket, key):
+    if there := existing_index(bucket, key):
         raise BadRequestError(
             f"{bucket.uri}/{key} is there already: {there.images:,} images of {there.source}, crop "
             f"{there.crop}. Choose another name, or delete it first: {shards.deleting(bucket, key)}"
@@ -116,7 +116,7 @@ def _made(bucket: Store, packing: Packing) -> shards.DatasetIndex | None:
     Raises:
         OtherWorkError: it was made of something else.
     """
-    index = index_of(bucket, packing.key)
+    index = existing_index(bucket, packing.key)
     if index and index.fingerprint != packing.fingerprint:
         raise OtherWorkError(packing.key)
     return index

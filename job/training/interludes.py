@@ -20,7 +20,7 @@ from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.metric_rows import Row
 from job.runs.scores import score_name
 from job.sampling.painter import Painter
-from job.sampling.sample import grid_png, with_class
+from job.sampling.pictures import grid_png, with_class
 from job.training.reporting import Recorder, retention_of
 
 _EARLY_IMAGES = 20

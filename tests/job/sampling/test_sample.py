@@ -20,7 +20,7 @@ from job.exits import NotANumberError, StoppedError
 from job.requests import SampleRequest
 from job.runs.verification import verify_run
 from job.sampling.painter import Painter
-from job.sampling.sample import grid_png, run_sampling
+from job.sampling.pictures import grid_png, run_sampling
 from job.sampling.sampling_plan import plan_sampling
 from job.store import open_store
 from tests.job.stops import stop_after
