@@ -88,12 +88,12 @@ class FeaturePieces(Pieces):
         (file,) = record.files
         try:
             return file.read(self.store)
-        except BadDataError as error:
+        except BadDataError:
             # An equal evaluation that was faster has deleted the features, and a record is read before its file.
             if self.is_finished():
                 raise ObjectMissingError(f"{self.store.uri_of(file.key)} was deleted, since it is scored") from None
             self.forget(record)
-            raise BadDataError(f"{error}: it was damaged, and the same command makes it again") from None
+            raise BadDataError(f"{self.store.uri_of(file.key)} was damaged: the same command makes it again") from None
 
 
 @dataclass(frozen=True)
