@@ -225,7 +225,7 @@ class EvaluateRequest:
     bucket: str
     checkpoints: str = "latest"
     count: int | None = None
-    """The number of samples of each checkpoint; None: `job.evaluation.evaluation_plan.COUNT`."""
+    """The number of samples of each checkpoint; None: `COUNT` or `CPU_COUNT` of `job.evaluation.evaluation_plan`."""
     metrics: str = ""
     """The scores to compute; empty: all that apply."""
     extractor: str = "inception"
