@@ -43,18 +43,20 @@ Named = dict[str, "Tensor"]
 class FeaturePieces(Pieces):
     """The features of a set of images in pieces, one safetensors object each."""
 
-    def __init__(self, store: Store, fingerprint: str, count: int, share: Slice = WHOLE, result: str = "") -> None:
+    def __init__(
+        self, store: Store, fingerprint: str, count: int, piece_images: int, share: Slice = WHOLE, result: str = ""
+    ) -> None:
         """Prepares the work without any request; see `Pieces`.
 
         Args:
             store: the folder.
             fingerprint: the SHA-256 of everything that decides the features.
             count: the number of images.
+            piece_images: the number of images in a piece.
             share: the pieces that this machine makes first.
             result: the key of the scores after which the features are deleted; empty if they stay.
         """
-        size = piece_images(count)
-        self.numbers = [range(first, min(first + size, count)) for first in range(0, count, size)]
+        self.numbers = [range(first, min(first + piece_images, count)) for first in range(0, count, piece_images)]
         """The images of each piece."""
         super().__init__(store, fingerprint, [len(each) for each in self.numbers], share=share, result=result)
 
@@ -162,7 +164,8 @@ class Evaluation:
     def features(self) -> FeaturePieces:
         """The features of the images."""
         own, (folder, _, scores) = self.sample_set, self._key.rpartition("/")
-        return FeaturePieces(own.run.sub(folder), self.fingerprint, own.drawing.count, own.share, result=scores)
+        count, size = own.drawing.count, own.drawing.piece_images
+        return FeaturePieces(own.run.sub(folder), self.fingerprint, count, size, own.share, result=scores)
 
     @property
     def _key(self) -> str:
@@ -255,7 +258,7 @@ def reference_features(of_run: RunHandle, reference: Reference, share: Slice = W
     fingerprint = _hash_of(reference.model_dump())
     name = f"{REFERENCES}/{reference.extractor}-{reference.images}-{fingerprint[:12]}"
     store = of_run.bucket.sub(f"{dataset_key(reference.dataset, reference.size)}/{name}")
-    return FeaturePieces(store, fingerprint, reference.images, share)
+    return FeaturePieces(store, fingerprint, reference.images, piece_images(reference.images), share)
 
 
 def _hash_of(content: object) -> str:
