@@ -22,12 +22,12 @@ from ddpm.image_size import ImageSize
 from job.data import shards
 from job.data.cache import ImageCache, default_cache_dir
 from job.data.images import codec_versions, encode_latents
+from job.data.pack_request import EncodeRequest
 from job.data.publishing import Packing, check_absent, make_dataset
 from job.data.shard_source import ShardSource
 from job.exchange.foreign import opened_autoencoder
 from job.exits import BadConfigError, BadDataError, BadRequestError
 from job.pieces import Advance, Made, PieceRecord
-from job.requests import EncodeRequest
 from job.stop import Stop
 from job.store import Store
 from job.store.files import scratch_folder
