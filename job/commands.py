@@ -108,15 +108,13 @@ def sample_command(request: SampleRequest) -> None:
     with _command_on(request, Slice.parse(request.slice)) as stop:
         plan = plan_sampling(request.check(), stop)
         if is_rank():
-            from job.sampling.draw import run_sampling
+            from job.sampling.pictures import run_sampling
 
             run_sampling(plan, stop)
             return
         # Training may retire a chosen checkpoint meanwhile: the processes then choose again.
         with suppress(ObjectMissingError):
             sets = plan_sets(plan)
-            for sample_set in sets:
-                sample_set.check()
             if sets and all(sample_set.index() for sample_set in sets):
                 for sample_set in sets:
                     print(sample_set.describe("complete already"))

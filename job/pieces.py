@@ -136,14 +136,14 @@ class Pieces:
         self.store, self.fingerprint, self.sizes = store, fingerprint, sizes
         above = f"{folder}/" if folder else ""
         self._records_folder, self._claims_folder = f"{above}{RECORDS}", f"{above}{CLAIMS}"
-        self._share, self._result, self._equal_bytes = share, result, equal_bytes
+        self._share, self._equal_bytes, self.result = share, equal_bytes, result
 
     def committed(self) -> set[int]:
         """Returns the numbers of the committed pieces, from a listing; all of them once the result exists."""
         there = {entry.key for entry in self.store.list(self._records_folder)}
         numbers = {number for number in range(len(self.sizes)) if self._record_key(number) in there}
         # Another machine may be deleting the records: it created the result before, so this looks for it after them.
-        is_finished = len(numbers) < len(self.sizes) and self._is_finished()
+        is_finished = len(numbers) < len(self.sizes) and self.is_finished()
         return {*range(len(self.sizes))} if is_finished else numbers
 
     def missing(self) -> list[int]:
@@ -340,10 +340,11 @@ class Pieces:
         return not self._is_made(number)
 
     def _is_made(self, number: int) -> bool:
-        return self.store.exists(self._record_key(number)) or self._is_finished()
+        return self.store.exists(self._record_key(number)) or self.is_finished()
 
-    def _is_finished(self) -> bool:
-        return bool(self._result) and self.store.exists(self._result)
+    def is_finished(self) -> bool:
+        """Returns whether the result exists, after which records are deleted."""
+        return bool(self.result) and self.store.exists(self.result)
 
 
 def _on_main(ranks: Ranks | None, work: Callable[[], T]) -> T:
