@@ -54,7 +54,7 @@ def train_command(request: TrainRequest, go: Callable[[], int] | None = None) ->
         _train(request)
         return
     here = Group.of(1)
-    with _command_on(request, Slice(here.node, here.nodes)) as stop:
+    with _command_on(request, Slice(here.node, here.nodes), is_group=True) as stop:
         request = request.check()
         try:
             plan = plan_run(request, stop)
@@ -247,9 +247,10 @@ def _usual_size(preset: str) -> ImageSize:
 
 
 @contextmanager
-def _command_on(request: JobRequest, share: Slice = WHOLE) -> Iterator[Stop]:
+def _command_on(request: JobRequest, share: Slice = WHOLE, *, is_group: bool = False) -> Iterator[Stop]:
     """Runs a command with the common parts: its outcome in the bucket, its deadline, and its reaction to signals."""
-    with outcome_written(request.bucket, share.index, share.count), deadline(request.stop_after):
+    outcome = outcome_written(request.bucket, share.index, share.count, is_group=is_group)
+    with outcome, deadline(request.stop_after):
         # Signals end this process until its work begins.
         stop = Stop().install(signals=False)
         watch_for_preemption(stop)

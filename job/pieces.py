@@ -10,7 +10,6 @@ time and nothing else.
 
 from __future__ import annotations
 
-import os
 import re
 import time
 import uuid
@@ -42,8 +41,6 @@ TRANSFERS = 16
 """Objects that are read or written at a time."""
 _HASHED_BYTES = 1 << 25
 """Larger files of pieces are not read again before the commit; the offset table of a million images is read."""
-BATCH_TASK_INDEX = "BATCH_TASK_INDEX"
-"""The variable in which Google Batch gives each task its number."""
 IF_NONE_RUNS = "if none of them runs any more, the same command makes the rest"
 _POLL_SECONDS, _POLL_CLAIMS_SECONDS = 0.05, 1.0
 
@@ -64,9 +61,7 @@ class Slice:
         """
         if not text:
             return WHOLE
-        # Google Batch gives all its tasks the same command line.
-        filled = text.replace(BATCH_TASK_INDEX, os.environ.get(BATCH_TASK_INDEX, BATCH_TASK_INDEX))
-        match = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", filled)
+        match = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", text)
         if not match or int(match[1]) >= int(match[2]):
             raise BadRequestError(
                 f"--slice {text!r}: slices are i/n with i from 0 to n-1, such as 0/4, 1/4, 2/4 and 3/4"
