@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from job.exchange.card import CARD, PICTURE, Card
+from job.exchange.exchange_requests import ExportRequest
 from job.exits import BadRequestError, MissingInputError
 from job.plan import RunHandle, open_run
 from job.progress import Progress, note
@@ -21,38 +21,6 @@ from job.runs.layout import RUNS
 from job.runs.readers import reading_chosen
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, fsspec_configured, open_store
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """The options of `ddpm export`.
-
-    Attributes:
-        bucket: the bucket of the run.
-        run: the name of the run.
-        to: a new or empty folder, as a path or a URI; empty with `push`.
-        push: a repository of the hub, `ORG/NAME`; empty with `to`.
-        checkpoint: an epoch, or `latest`.
-        weights: `ema`, `ema-STD` or `model`; empty: the run's `sample.weights`.
-    """
-
-    bucket: str
-    run: str
-    to: str = ""
-    push: str = ""
-    checkpoint: str = "latest"
-    weights: str = ""
-
-    def check(self) -> None:
-        """Checks what can be checked without the bucket.
-
-        Raises:
-            BadRequestError: both or none of `to` and `push`, or the checkpoint is neither an epoch nor `latest`.
-        """
-        if bool(self.to) == bool(self.push):
-            raise BadRequestError("give either --to FOLDER or --push ORG/NAME")
-        if not re.fullmatch("[0-9]{1,9}", self.checkpoint) and self.checkpoint != "latest":
-            raise BadRequestError(f"--checkpoint {self.checkpoint!r}: use an epoch such as 80, or latest")
 
 
 @dataclass(frozen=True)

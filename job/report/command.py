@@ -12,8 +12,8 @@ from job.report.bucket_page import bucket_page
 from job.report.facts import facts_of
 from job.report.page import PAGE_KEY, run_page
 from job.report.picture_cache import PictureCache
-from job.sampling.noise_pictures import write_picture
 from job.store import Store, is_remote, open_store
+from job.store.files import write_file
 
 
 def write_report(bucket_uri: str, name: str, open_it: bool, output: Path | None) -> None:
@@ -33,7 +33,7 @@ def write_report(bucket_uri: str, name: str, open_it: bool, output: Path | None)
     else:
         folder, page = bucket, bucket_page(bucket)
     if output is not None:
-        write_picture(output, page)
+        write_file(output, page)
     else:
         folder.put(PAGE_KEY, page)
     where = str(output) if output else folder.uri_of(PAGE_KEY)

@@ -108,7 +108,7 @@ def _make(run: Store, manifest: Manifest, sources: list[_Source], std: float, ch
         for number, part in enumerate(plan_parts({group: tensors}).values()):
             key = ObjectKind.AVERAGE_TENSORS.key(checkpoint=ref, unique=unique, group=group, number=number)
             files.append(write_part(folder / "part", key, part))
-            run.move(folder / "part", key)
+            run.move(folder / "part", key, fresh=True)
     average = Average(
         fence=ref.fence,
         attempt=manifest.attempt,

@@ -17,8 +17,8 @@ from job.runs import metric_rows
 from job.runs.drawings import SCORES_FIGURE, denoising_key, grid_key, label_of, moment_of, title_of
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.scores import score_name
-from job.sampling.draw import grid_png, with_class
 from job.sampling.painter import Painter
+from job.sampling.pictures import grid_png, with_class
 from job.training.attempt import TrainingAttempt
 from job.training.reporting import Recorder, retention_of
 
@@ -48,7 +48,7 @@ class Interludes:
         chosen = self._config.evaluate
         self.score_name = score_name(chosen.metrics[0], chosen.extractor)
         if chosen.every_epochs:
-            from job.evaluation.in_training import Evaluator
+            from job.evaluation.evaluate import Evaluator
 
             self._evaluator = Evaluator(self._plan, attempt.ranks, attempt.stop)
 
@@ -132,7 +132,7 @@ class Interludes:
 
     def _draw(self, seeds: range) -> Painter:
         sample, painter = self._config.sample, self._sampling_painter()
-        drawn = painter.draw_together(seeds, method.sampling_of(sample), sample.batch_size, "sampling")
+        drawn = painter.sample_together(seeds, method.sampling_of(sample), sample.batch_size, "sampling")
 
         def publish(recorder: Recorder) -> None:
             images_seen = self._state.images_seen

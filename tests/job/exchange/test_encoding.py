@@ -138,7 +138,7 @@ def test_edms_network_sees_latents_of_unit_variance(bucket):
     moments = uncached_images(store, KEY, index).read(np.arange(index.images)).view(np.float16).transpose(0, 3, 1, 2)
     x_0 = latents_of(index).drawn(0, torch.arange(index.images), torch.from_numpy(moments.copy()))
     for chosen, expected in (({}, 1.0), ({"diffusion.sigma_data": 0.5}, 0.5)):
-        request = TrainRequest("tiles-latents", str(bucket), run="edm", changes=edm | chosen)
+        request = TrainRequest("tiles-latents", bucket=str(bucket), run="edm", changes=edm | chosen)
         config = plan_run(request).config
         assert config.diffusion.sigma_data == method.prediction_of(config).sigma_data == expected
         if not chosen:
@@ -201,7 +201,7 @@ def test_encoding_resumes_behind_the_last_shard(images, autoencoder, tmp_path, m
     assert not (bucket / KEY / INDEX).exists()
     shards = {path: path.stat().st_mtime_ns for path in (bucket / KEY).glob("*.tar")}
     other = make_autoencoder(tmp_path / "other", layers_per_block=2)
-    assert "is being made by others" in refused(
+    assert "holds shards of other images than tiles-held-out-16 has now, or with other parameters" in refused(
         ddpm_here("data", "encode", "tiles", "--autoencoder", other, "--bucket", bucket), Exit.BAD_REQUEST
     )
     succeeded(ddpm_here(*encode))
