@@ -15,7 +15,7 @@ from ddpm import randomness, samplers
 from ddpm.catalogue import SAMPLERS, Drawing
 from ddpm.grids import make_grid, numbered_points, shifted
 from ddpm.guidance import UNGUIDED, Guidance, guided
-from ddpm.layout import laid_out
+from ddpm.memory_format import laid_out
 from ddpm.objective import UNCONDITIONAL, Condition, Network
 from ddpm.prediction import Prediction
 from ddpm.process import Point, Process

@@ -22,7 +22,7 @@ from ddpm.catalogue import Network, Train
 from ddpm.ema import EMA, Profile
 from ddpm.image_size import ImageSize
 from ddpm.latents import Latents
-from ddpm.layout import laid_out
+from ddpm.memory_format import laid_out
 from ddpm.networks.layers import dropout_of
 from ddpm.objective import QUARTILES, Condition, Drawn, Objective
 from ddpm.optimizer import OPTIMIZERS, Adam, learning_rate_at

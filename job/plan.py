@@ -204,10 +204,7 @@ def _begun(bucket: Store, request: TrainRequest) -> RunConfig:
     parent, run = records.existing_config(at, name), records.run_store(at, name)
     images, batch_size, size = records.dataset_images_of(at, parent), parent.train.batch_size, parent.data.size
     (ref,) = choose(run, str(changes.get("parent.epoch", "latest")), images, batch_size)
-    pinned: dict[str, Any] = {
-        "parent.checkpoint": str(ref),
-        "parent.before": parent.parent.lineage if parent.parent.run else None,
-    }
+    pinned: dict[str, Any] = {"parent.checkpoint": str(ref)}
     pinned["parent.sha256"] = check_average(run, ref, changes["parent.weights"], name).sha256
     if "parent.epoch" not in changes and (ended := epochs_completed_by(ref.images_seen, images, batch_size)):
         pinned["parent.epoch"] = ended[-1]

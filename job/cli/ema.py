@@ -24,6 +24,6 @@ def ddpm_ema(
 
     Example: ddpm ema --run celeba --std 0.13 --checkpoints 490
     """
-    from job.runs.averages import make_averages
+    from job.verbs.averages import make_averages
 
     make_averages(bucket, run, std, checkpoints)

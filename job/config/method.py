@@ -15,7 +15,7 @@ from ddpm import networks, training
 from ddpm.augment import Augmentation
 from ddpm.ema import Exponential, PowerFunction, Profile
 from ddpm.generation import Sampling
-from ddpm.layout import memory_format_of
+from ddpm.memory_format import memory_format_of
 from ddpm.model import Model
 from ddpm.objective import Objective
 from ddpm.prediction import Prediction

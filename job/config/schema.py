@@ -207,7 +207,6 @@ class ParentConfig(Settings):
     weights: str | None = Field(None, description="which of its weights: ema, ema-STD or model")
     checkpoint: str | None = Field(None, pattern="^[0-9]{6}-[0-9]{12}$", description="name of the checkpoint")
     sha256: str | None = Field(None, description="SHA-256 of the record that names the files of the weights")
-    before: str | None = Field(None, description="the parents of that run in turn, for people")
 
     @property
     def name(self) -> str:
@@ -215,9 +214,9 @@ class ParentConfig(Settings):
         return str(self.run) if self.epoch is None else f"{self.run}@{self.epoch}"
 
     @property
-    def lineage(self) -> str:
-        """The origins of the weights, for people: `celeba@490 (ema), before that lsun@30 (ema)`."""
-        return f"{self.name} ({self.weights})" + (f", before that {self.before}" if self.before else "")
+    def words(self) -> str:
+        """The origin of the weights, for people: `celeba@490 (ema)`."""
+        return f"{self.name} ({self.weights})"
 
 
 class RunConfig(Settings):

@@ -27,9 +27,9 @@ from job.pieces import IF_NONE_RUNS, WHOLE, Advance, Made, Slice
 from job.plan import RunHandle
 from job.processes.ranks import Ranks, meet
 from job.progress import Progress, note
+from job.runs.drawings import Reference, Scores, score_name
 from job.runs.layout import ObjectKind
 from job.runs.outlook import duration
-from job.runs.scores import Reference, Scores, score_name
 from job.sampling.draw import prepared
 from job.sampling.painter import Painter
 from job.sealed import code_version, utc_now

@@ -15,8 +15,8 @@ from job.evaluation.feature_folder import Named
 from job.plan import Plan
 from job.processes.ranks import Ranks
 from job.progress import note
+from job.runs.drawings import score_name
 from job.runs.metric_rows import Row
-from job.runs.scores import score_name
 from job.sampling.painter import Painter
 from job.stop import Stop
 

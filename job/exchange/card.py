@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from job.exits import BadDataError
 from job.plan import RunHandle
 from job.runs import pipeline
+from job.runs.drawings import Scores, score_name
 from job.runs.layout import CheckpointRef, ObjectKind, places_in
-from job.runs.scores import Scores, score_name
 from job.sealed import code_version
 from job.store import ObjectMissingError
 
@@ -78,7 +78,7 @@ class Card:
                 *("---", "", f"# {self.of_run.run.uri.rpartition('/')[2]}", ""),
                 f"A U-Net of {size} pixels, trained on {of_images}{preset}: {self.ref.images_seen:,} images "
                 f"seen, weights `{self.weights}`, code {code_version()}. `{pipeline.RUN_CONFIG}` has all settings.",
-                *([f"It began with the weights of {config.parent.lineage}."] if config.parent.run else []),
+                *([f"It began with the weights of {config.parent.words}."] if config.parent.run else []),
                 *("", f"Licence of the images: {licence or 'not stated'}.", ""),
                 *(line for scores in self._scores() for line in (_words_of(scores), "")),
                 *(self._code(objects), ""),

@@ -16,9 +16,9 @@ from job.plan import RunHandle, open_run
 from job.progress import Progress, note
 from job.runs import pipeline
 from job.runs.checkpoints import check_average, choose, opened
-from job.runs.drawings import grid_key, label_of
+from job.runs.drawings import grid_key, label_at
 from job.runs.layout import RUNS
-from job.runs.readers import reading_chosen
+from job.runs.retention import reading_chosen
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, fsspec_configured, open_store
 
@@ -114,7 +114,7 @@ def _opened_export(of_run: RunHandle, request: ExportRequest, described: pipelin
     find = partial(choose, run, request.checkpoint, of_run.dataset_images, batch_size)
     with reading_chosen(run, find) as ((ref,), _):
         check_average(run, ref, weights, request.run)
-        label = label_of(ref.images_seen, of_run.dataset_images, batch_size)
+        label = label_at(ref.images_seen, of_run.dataset_images, batch_size)
         with opened(run, ref, (weights,)) as restored:
             paths = restored.files[weights]
             files = dict(zip(pipeline.weights_names(len(paths)), paths, strict=True))

@@ -10,8 +10,14 @@ from job.config import CheckpointConfig
 from job.exits import BadRequestError
 from job.jobs.backends.target import Target
 from job.jobs.spec import JobSpec
-from job.runs.cadence import best_interval_seconds, interval_seconds, is_saved_in
-from job.runs.outlook import AttemptSpan, duration, killed_every_seconds
+from job.runs.outlook import (
+    AttemptSpan,
+    best_interval_seconds,
+    duration,
+    interval_seconds,
+    is_saved_in,
+    killed_every_seconds,
+)
 from job.runs.records import Status
 
 SPOT_HOURS = 3.0

@@ -17,11 +17,11 @@ from job.report.facts import Facts, facts_of
 from job.report.page import PAGE_KEY, columns, rendered
 from job.report.picture_cache import PictureCache
 from job.runs.layout import RUNS
-from job.runs.listing import run_names
 from job.runs.metric_rows import Row
 from job.runs.outlook import AttemptSpan
 from job.runs.records import run_store
 from job.store import Store
+from job.verbs.runs import run_names
 
 MOST_POINTS = 250
 """The largest number of points of a run's loss."""

@@ -17,12 +17,11 @@ from job.progress import note
 from job.report.settings import shown
 from job.runs import metric_rows, records
 from job.runs.checkpoints import Manifest, by_progress, list_checkpoints, newest_sound
-from job.runs.drawings import denoising_key, grid_key, label_of, moment_of
+from job.runs.drawings import Scores, denoising_key, grid_key, label_at, moment_of
 from job.runs.layout import ObjectKind, places_in
 from job.runs.metric_rows import Row
 from job.runs.outlook import AttemptSpan, Outlook, attempts_of, outlook_of, spans_of, state_in
 from job.runs.records import Status
-from job.runs.scores import Scores
 from job.store import ObjectMissingError
 
 _LABEL = "LABEL"
@@ -161,7 +160,7 @@ def facts_of(
     made_by_run = {*(grid.key for grid in grids), *gifs}
     rows = metric_rows.merged(rows)
     speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
-    labels = [label_of(seen, handle.dataset_images, config.train.batch_size) for seen in by_progress(refs)]
+    labels = [label_at(seen, handle.dataset_images, config.train.batch_size) for seen in by_progress(refs)]
     scores = []
     for key, place in places.items():
         if place.kind is ObjectKind.SCORES:

@@ -97,7 +97,7 @@ def list_keys(begin: str = "", *, as_json: bool) -> None:
     Raises:
         BadRequestError: no key does.
     """
-    from job.runs.listing import print_json, print_table
+    from job.verbs.runs import print_json, print_table
 
     chosen = _beginning({key.key: key for key in keys()}, begin)
     if as_json:
@@ -141,7 +141,7 @@ def show_config(request: TrainRequest, begin: str = "", *, as_json: bool) -> Non
         BadConfigError, BadRequestError, MissingInputError: as `ddpm train`, or no key begins so.
     """
     from job.config import parse_sets, read_config_file
-    from job.runs.listing import print_json, print_table
+    from job.verbs.runs import print_json, print_table
 
     file, sets = read_config_file(request.config_file), parse_sets(request.sets)
     preset = request.preset or EMBEDDED

@@ -24,10 +24,9 @@ from typing import Annotated, Any, BinaryIO
 from pydantic import Field
 
 from ddpm.epochs import epochs_completed_by
-from job.config import average_name
 from job.exits import BadConfigError, BadDataError, MissingInputError
-from job.runs.layout import CHECKPOINTS, CheckpointRef, Located, ObjectKind, located, places_in
-from job.runs.records import RunRecord, attempt_id
+from job.runs.layout import CHECKPOINTS, CheckpointRef, ObjectKind, located, places_in
+from job.runs.records import attempt_id
 from job.sealed import NamedObject, Sealed
 from job.store import ObjectMissingError, Store
 from job.store.files import scratch_folder
@@ -36,7 +35,7 @@ LATEST_KEY = ObjectKind.LATEST.value
 PARALLEL_DOWNLOADS = 4
 
 
-class Manifest(RunRecord):
+class Manifest(Sealed):
     """The content of `MANIFEST.json`, whose existence is the commit of a checkpoint."""
 
     format: int = Field(default=2, ge=2, le=2)
@@ -63,10 +62,6 @@ class Manifest(RunRecord):
         """Returns the name of its checkpoint."""
         return CheckpointRef(self.fence, self.images_seen)
 
-    def is_at(self, place: Located) -> bool:
-        """Returns whether it lies in the folder of its checkpoint."""
-        return self.ref == place.checkpoint
-
     @property
     def objects(self) -> dict[str, str]:
         """Returns the SHA-256 of each object that it names, by key."""
@@ -84,7 +79,7 @@ class Manifest(RunRecord):
         return self.drawn if is_drawn else place.group
 
 
-class Average(RunRecord):
+class AverageRecord(Sealed):
     """The record of an average that `ddpm ema` made for a checkpoint; its existence is the commit."""
 
     fence: int
@@ -99,11 +94,6 @@ class Average(RunRecord):
     created: str
     code_version: str
     files: tuple[NamedObject, ...]
-
-    def is_at(self, place: Located) -> bool:
-        """Returns whether it lies beside its checkpoint, under its name."""
-        ref = CheckpointRef(self.fence, self.images_seen)
-        return (ref, average_name(self.std)) == (place.checkpoint, place.group)
 
 
 class Latest(Sealed):
@@ -138,7 +128,7 @@ def load_manifest(run: Store, ref: CheckpointRef) -> Manifest:
         ObjectMissingError: it is gone.
     """
     manifest = Manifest.load(run, ref.manifest_key)
-    if attempt_id(run, ref.fence) not in ("", manifest.attempt):
+    if manifest.ref != ref or attempt_id(run, ref.fence) not in ("", manifest.attempt):
         raise BadDataError(f"{run.uri_of(ref.manifest_key)} was not written by attempt {ref.fence} of this run")
     return manifest
 
@@ -268,20 +258,20 @@ def opened(
         yield Restored(manifest, files, filling.end())
 
 
-def load_average(run: Store, manifest: Manifest, group: str) -> Average:
+def load_average(run: Store, manifest: Manifest, group: str) -> AverageRecord:
     """Returns the record of an average that was made for a checkpoint.
 
     Raises:
         BadDataError: it is corrupt, or another run's.
         ObjectMissingError: the bucket lacks it.
     """
-    average = Average.load(run, key := ObjectKind.AVERAGE.key(checkpoint=manifest.ref, group=group))
+    average = AverageRecord.load(run, key := ObjectKind.AVERAGE.key(checkpoint=manifest.ref, group=group))
     if average.attempt != manifest.attempt:
         raise BadDataError(f"{run.uri_of(key)} was made for another run's checkpoint")
     return average
 
 
-def check_average(run: Store, ref: CheckpointRef, group: str, name: str) -> Manifest | Average:
+def check_average(run: Store, ref: CheckpointRef, group: str, name: str) -> Manifest | AverageRecord:
     """Returns the record that names the files of these weights: a checkpoint's manifest, or an average's made later.
 
     Raises:

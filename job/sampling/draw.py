@@ -27,7 +27,7 @@ from job.processes.ranks import Agreement, Ranks, meet
 from job.requests import GIF_SEEDS, parse_numbers
 from job.runs.drawings import denoising_key, file_words, grid_key, moment_of, put_picture, title_of
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.readers import reading, reading_chosen
+from job.runs.retention import kept_while_read, reading_chosen
 from job.sampling.editor import Editor
 from job.sampling.found_grid import find_points
 from job.sampling.painter import Painter
@@ -59,9 +59,9 @@ def prepared(plan: SamplePlan, ranks: Ranks, stop: Stop) -> Iterator[tuple[Sampl
         checkpoints = ranks.on_main(lambda: stack.enter_context(reading_chosen(plan.run, plan.choose))[0])
         plan = replace(plan, checkpoints=tuple(checkpoints))
         # Each process has its own mark: one that commits its last piece may outlive the others.
-        renewals = [stack.enter_context(reading(plan.run, *checkpoints))]
+        renewals = [stack.enter_context(kept_while_read(plan.run, *checkpoints))]
         if (worse := plan.worse) is not None:
-            renewals.append(stack.enter_context(reading(worse.run, worse.ref)))
+            renewals.append(stack.enter_context(kept_while_read(worse.run, worse.ref)))
         decoder = load_decoder(plan.bucket, plan.index, ranks.device)
         agreement = Agreement(ranks.world_size, flags=1)
         painter = Painter(

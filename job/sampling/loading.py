@@ -11,8 +11,8 @@ from job.exits import BadRequestError
 from job.requests import SampleRequest
 from job.runs.checkpoints import opened
 from job.runs.drawings import moment_of
-from job.runs.readers import reading_chosen
 from job.runs.records import split_run
+from job.runs.retention import reading_chosen
 from job.sampling.sampling_plan import plan_sampling
 
 

@@ -62,7 +62,7 @@ class Painter(Model):
             stop: the stop request of this process.
             agreement: has one flag for stop requests, so that all processes stop at the same step.
             decoder: turns latents into pixels, for a run on latents.
-            renewals: called at each evaluation: see `job.runs.readers.reading`.
+            renewals: called at each evaluation: see `job.runs.retention.kept_while_read`.
         """
         super().__init__(**vars(method.model_of(config, ranks.device, precision, decoder)))
         self.config, self.ranks, self.stop, self.agreement, self.renewals = config, ranks, stop, agreement, renewals

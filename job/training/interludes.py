@@ -15,10 +15,9 @@ from job.data.cache import ImageCache
 from job.evaluation.validation import validation_row
 from job.requests import GIF_SEEDS
 from job.runs import metric_rows
-from job.runs.drawings import SCORES_FIGURE, denoising_key, grid_key, label_of, moment_of, title_of
+from job.runs.drawings import SCORES_FIGURE, denoising_key, grid_key, label_at, moment_of, score_name, title_of
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.metric_rows import Row
-from job.runs.scores import score_name
 from job.sampling.draw import grid_png, with_class
 from job.sampling.painter import Painter
 from job.training.reporting import Recorder, retention_of
@@ -216,9 +215,9 @@ class Grid(Interlude):
                 title=self._title(seeds),
             )
             recorder.writer.put(self._key(), grid, images_seen=images_seen)
-            ref = CheckpointRef(recorder.attempt.fence, images_seen)
+            key = ObjectKind.GRID_EVENTS.key(checkpoint=CheckpointRef(recorder.attempt.fence, images_seen))
             events = metric_rows.grid_events(grid, images_seen)
-            recorder.writer.put(ObjectKind.GRID_EVENTS.key(checkpoint=ref), events, images_seen=images_seen)
+            recorder.writer.do_later(lambda run: run.put(key, events))
 
         self.session.on_main(publish)
         return painter
@@ -230,7 +229,7 @@ class Grid(Interlude):
         return self.plan.opened_images(self.session.stop, index=pictures)
 
     def _label(self) -> str:
-        return label_of(self.session.state.images_seen, self.plan.index.images, self.config.train.batch_size)
+        return label_at(self.session.state.images_seen, self.plan.index.images, self.config.train.batch_size)
 
     def _drawing_name(self) -> str:
         return self.config.sample.name(self.plan.first_drawing)

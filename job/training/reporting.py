@@ -18,7 +18,7 @@ from job.report.facts import facts_of
 from job.report.page import put_page
 from job.report.picture_cache import PictureCache
 from job.runs import records
-from job.runs.drawings import LOSS_FIGURE, label_of, moment_of
+from job.runs.drawings import LOSS_FIGURE, label_at, moment_of
 from job.runs.metric_rows import Row, read_rows
 from job.runs.retention import Retention, best_images_seen
 from job.runs.writer import CheckpointWriter
@@ -120,7 +120,7 @@ class Recorder:
     def finish(self) -> None:
         """Queues the figure of the losses and the finished page, and waits until everything is in the bucket."""
         plan, images_seen = self.plan, self._state.images_seen
-        moment = moment_of(label_of(images_seen, plan.index.images, plan.config.train.batch_size))
+        moment = moment_of(label_at(images_seen, plan.index.images, plan.config.train.batch_size))
         title = f"{plan.request.run} · {moment} of {plan.config.train.epochs:,}"
         figure = figures.loss_figure(self.rows, plan.index.images, title)
         self.writer.put(LOSS_FIGURE, figure, images_seen=images_seen)

@@ -70,7 +70,7 @@ def list_datasets(bucket_uri: str, *, as_json: bool = False) -> None:
     """Prints a table of the datasets in the bucket."""
     from rich.table import Table
 
-    from job.runs.listing import print_json, print_table
+    from job.verbs.runs import print_json, print_table
 
     bucket = open_store(bucket_uri)
     if as_json:
@@ -130,7 +130,7 @@ def show_dataset(
     key = find_dataset(bucket, name, size)
     index = load_index(bucket, key)
     if as_json:
-        from job.runs.listing import print_json
+        from job.verbs.runs import print_json
 
         print_json(_told(bucket, key))
         return
@@ -170,7 +170,7 @@ def verify_named(bucket_uri: str, name: str, size: ImageSize | None, *, as_json:
     with Progress(f"verifying {name}", unit="images") as bar:
         problems = verify_dataset(bucket, key, lambda done, total: bar.update(done, total=total))
     if as_json:
-        from job.runs.listing import print_json
+        from job.verbs.runs import print_json
 
         print_json({"uri": f"{bucket.uri}/{key}", "problems": problems})
     if problems:
@@ -188,7 +188,7 @@ def delete_dataset(bucket_uri: str, name: str, size: ImageSize | None, certain: 
         LostRunError: a process trains on it.
         MissingInputError: the bucket has no such dataset.
     """
-    from job.runs.removal import check_unused
+    from job.verbs.removal import check_unused
 
     bucket = open_store(bucket_uri)
     key = find_dataset(bucket, name, size, unfinished=True)

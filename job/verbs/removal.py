@@ -14,12 +14,11 @@ from job.progress import Progress, note
 from job.runs import records
 from job.runs.checkpoints import list_checkpoints, newest_good
 from job.runs.layout import CheckpointRef, ObjectKind, located
-from job.runs.listing import run_names
 from job.runs.metric_rows import read_rows
-from job.runs.readers import READING_SECONDS, being_read
-from job.runs.retention import Retention, best_images_seen, delete_checkpoint, leftovers
+from job.runs.retention import READING_SECONDS, Retention, being_read, best_images_seen, delete_checkpoint, leftovers
 from job.stop import NEVER, Stop
 from job.store import ObjectMissingError, Store, open_store
+from job.verbs.runs import run_names
 
 T = TypeVar("T")
 
