@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ddpm.catalogue import EDM2, UNet, levels_with_attention
 from ddpm.epochs import epochs_completed_by, images_at_epoch
 from job.config import EMBEDDED, Drawing, RunConfig, changed_for_attempt, draft, layered, preset_names
-from job.config.fields import image_size
+from job.config.schema import image_size
 from job.data.shards import DatasetIndex, NoDatasetError, dataset_key, find_dataset, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, MissingInputError, State
 from job.progress import note

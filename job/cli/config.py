@@ -30,11 +30,9 @@ def ddpm_config(
 
         ddpm config --preset celeba --set train.batch_size=64
     """
-    from job.report.settings import list_keys, show_config
-    from job.requests import TrainRequest
+    from job.config.listing import list_keys, show_config
 
     if list_all:
         list_keys(begin, as_json=as_json)
     else:
-        request = TrainRequest("", "", preset=preset, sets=tuple(sets or ()), config_file=config)
-        show_config(request, begin, as_json=as_json)
+        show_config(preset, sets or (), config, begin, as_json=as_json)

@@ -1,23 +1,28 @@
-"""How a configuration comes about: which keys can be set, by whom, and which ones a later attempt may change."""
+"""How a configuration comes about: presets, YAML files, `--set`; which keys may be set, and by which later attempts."""
 
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from pydantic import Field
 
-from job.config.networks import NETWORKS
-from job.config.presets import preset_keys
-from job.config.schema import RunConfig, flatten, layered, validated
-from job.config.yaml_files import parse_mapping, parse_yaml, read_settings
-from job.exits import BadConfigError, MissingInputError
+from job.config.run_config import RunConfig, flatten, layered, validated
+from job.config.schema import NETWORKS, Section, Size
+from job.exits import BadConfigError, BadRequestError, MissingInputError, did_you_mean
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
+EMBEDDED = "landscape-sample"
+"""The dataset that comes with the program; its preset is the default for all other datasets."""
+LARGEST_FILE_BYTES = 1 << 18
+"""Limit of a file with settings or targets."""
 FREE = {
     "train.epochs",
     "train.micro_batch_size",
@@ -47,6 +52,94 @@ CHOSEN_ELSEWHERE = {
     **{key: "--from RUN[@EPOCH] and --weights" for key in RunConfig().flat() if key.startswith("parent.")},
 }
 """Keys that neither `--set` nor a file may set, and the option that sets them instead."""
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """Returns the plain data of a YAML text.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, is nested too deeply, or has an alias.
+    """
+    try:
+        # By aliases a small file would contain itself, or expand to gigabytes.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.CSafeLoader)):
+            raise yaml.YAMLError("aliases are not supported")
+        # The loader in Python takes 10 ms for a run's configuration, and a bucket has hundreds.
+        document = yaml.load(text, yaml.CSafeLoader)
+        # An integer of thousands of digits would be an error of each message about it.
+        repr(document)
+        return document
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # The value contradicts its tag or form: 2020-99-99, !!int x, a number of thousands of digits.
+        raise yaml.YAMLError(f"invalid value: {error}") from None
+
+
+def parse_mapping(text: str, where: str, of: str = "sections such as `train:`") -> dict[str, Any]:
+    """Returns a YAML text that is empty or a mapping `of` something; an error begins with `where` it comes from.
+
+    Raises:
+        BadConfigError: it is something else, or not valid YAML.
+    """
+    try:
+        document = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise BadConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict | None):
+        raise BadConfigError(f"{where} must be a mapping of {of}")
+    return document or {}
+
+
+def read_settings(path: Path) -> str:
+    """Returns the text of a file that a person writes, such as `targets.yaml`; the path may begin with `~`.
+
+    Raises:
+        OSError: the file cannot be read.
+        BadConfigError: it is too large; /dev/zero never ends.
+    """
+    path = Path(os.path.expanduser(path))  # noqa: PTH111 -- a user may have no home
+    with path.open("rb") as file:
+        text = file.read(LARGEST_FILE_BYTES + 1)
+    if len(text) > LARGEST_FILE_BYTES:
+        raise BadConfigError(f"{path} is larger than {LARGEST_FILE_BYTES >> 10} KiB: is it the right file?")
+    # The parser reports bytes that are not text.
+    return text.decode(errors="surrogateescape")
+
+
+class PackConfig(Section):
+    """The section `pack` of a preset: how to pack the dataset that has the preset's name."""
+
+    size: Size
+    crop: str = "center"
+    resize_filter: str = "lanczos"
+    licence: str = ""
+    fetch: str = Field(default="", description="where to get the images")
+
+
+def preset_names() -> list[str]:
+    """Returns the names of all presets."""
+    return sorted(p.name.removesuffix(".yaml") for p in (resources.files("job") / "presets").iterdir())
+
+
+def preset_keys(name: str) -> dict[str, Any]:
+    """Returns the settings of a preset by their dotted keys.
+
+    Raises:
+        BadRequestError: there is no preset of this name.
+    """
+    return flatten({key: value for key, value in _preset(name).items() if key != "pack"})
+
+
+def pack_config(name: str) -> PackConfig | None:
+    """Returns how the preset `name` packs its dataset; None without a preset of this name."""
+    return PackConfig.model_validate(_preset(name)["pack"]) if name in preset_names() else None
+
+
+def _preset(name: str) -> dict[str, Any]:
+    if name not in (names := preset_names()):
+        raise BadRequestError(f"there is no preset {name!r}{did_you_mean(name, names)} (there are: {', '.join(names)})")
+    return parse_mapping((resources.files("job") / "presets" / f"{name}.yaml").read_text(), f"preset {name}")
 
 
 def description_of(key: str, kind: str = "unet") -> str:

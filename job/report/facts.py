@@ -11,10 +11,10 @@ from statistics import median
 from typing import Any
 
 from job.config import CHOSEN_ELSEWHERE, FOLLOWS, RunConfig, draft
+from job.config.listing import shown
 from job.exits import BadDataError, JobError, State
 from job.plan import RunHandle
 from job.progress import note
-from job.report.settings import shown
 from job.runs import metric_rows, records
 from job.runs.checkpoints import Manifest, by_progress, list_checkpoints, newest_sound
 from job.runs.drawings import Scores, denoising_key, grid_key, label_at, moment_of
