@@ -30,6 +30,6 @@ def ddpm_report(
 
     Example: ddpm report celeba --open
     """
-    from job.report.command import write_report
+    from job.report.bucket_page import write_report
 
     write_report(bucket, run, open_it, output)

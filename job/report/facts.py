@@ -29,7 +29,7 @@ _LABEL = "LABEL"
 
 
 @dataclass(frozen=True)
-class Grid:
+class DatedGrid:
     """A sample grid; all grids of a run have the same seeds."""
 
     moment: str
@@ -49,7 +49,7 @@ class Facts:
     attempts: list[AttemptSpan]
     rows: list[Row]
     """The merged rows of the metrics, in order."""
-    grids: list[Grid]
+    grids: list[DatedGrid]
     """Oldest first."""
     newest_gif: str
     """The key of the newest denoising GIF; empty without one."""
@@ -155,7 +155,7 @@ def facts_of(
     attempts = spans_of(attempts_of(run), status)
     pictures = [key for key in places if places[key].kind in (ObjectKind.PICTURE, ObjectKind.GRID)]
     how = config.sample.name(handle.first_drawing)
-    grids = [Grid(moment_of(label), key) for label, key in _in_order(pictures, grid_key(_LABEL, how))]
+    grids = [DatedGrid(moment_of(label), key) for label, key in _in_order(pictures, grid_key(_LABEL, how))]
     gifs = [key for _, key in _in_order(pictures, denoising_key(_LABEL, how))]
     made_by_run = {*(grid.key for grid in grids), *gifs}
     rows = metric_rows.merged(rows)

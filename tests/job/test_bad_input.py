@@ -4,8 +4,6 @@ half-made is left that a later command would take for whole.
 
 from __future__ import annotations
 
-import os
-
 from job.exits import Exit
 from tests.job.command_line import ddpm, ddpm_here, refused, succeeded
 from tests.job.some_images import encoded, files_in, picture, zip_of

@@ -25,8 +25,7 @@ from job.exits import Exit
 from job.plan import follow_dataset, open_run
 from job.report.bucket_page import loss_curve
 from job.report.facts import facts_of
-from job.report.page import run_page
-from job.report.picture_cache import PictureCache, evenly
+from job.report.page import PictureCache, evenly, run_page
 from job.runs.outlook import AttemptSpan
 from job.runs.verification import verify_run
 from job.store import open_store
