@@ -11,7 +11,7 @@ from job.config import RunConfig
 from job.data import shards
 from job.exits import BadDataError, BadRequestError, JobError, LostRunError
 from job.processes.lease import LEASE_KEY, MAX_FENCE, Lease, load_lease
-from job.progress import Progress, note
+from job.progress import Progress, note, say
 from job.runs import records
 from job.runs.checkpoints import list_checkpoints, newest_good
 from job.runs.layout import CheckpointRef, ObjectKind, located
@@ -68,7 +68,7 @@ def prune_run(bucket_uri: str, name: str, *, keep_last: int | None, dry_run: boo
                 found = _removals(bucket, run, config, fence)
             for removal in _while_leased("pruning", found, lease, stop):
                 if _remove(run, removal):
-                    print(removal)
+                    say(str(removal))
             run.sweep()
     total_bytes, what = sum(removal.size_bytes for removal in found), "would go" if dry_run else "deleted"
     print(f"{run.uri}: {total_bytes:,} bytes {what}" if found else f"{run.uri}: there is nothing to prune")
