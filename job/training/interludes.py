@@ -14,9 +14,7 @@ from job.config import method
 from job.data.cache import ImageCache
 from job.evaluation.validation import validation_row
 from job.requests import GIF_SEEDS
-from job.runs import metric_rows
 from job.runs.drawings import SCORES_FIGURE, denoising_key, grid_key, label_at, moment_of, score_name, title_of
-from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.metric_rows import Row
 from job.sampling.draw import grid_png, with_class
 from job.sampling.painter import Painter
@@ -205,7 +203,6 @@ class Grid(Interlude):
         drawn = painter.draw_together(seeds, method.sampling_of(sample), sample.batch_size, "sampling")
 
         def publish(recorder: Recorder) -> None:
-            images_seen = self.session.state.images_seen
             grid = grid_png(
                 drawn,
                 seeds,
@@ -214,10 +211,7 @@ class Grid(Interlude):
                 stop=self.session.stop,
                 title=self._title(seeds),
             )
-            recorder.writer.put(self._key(), grid, images_seen=images_seen)
-            key = ObjectKind.GRID_EVENTS.key(checkpoint=CheckpointRef(recorder.attempt.fence, images_seen))
-            events = metric_rows.grid_events(grid, images_seen)
-            recorder.writer.do_later(lambda run: run.put(key, events))
+            recorder.put_grid(self._key(), grid)
 
         self.session.on_main(publish)
         return painter

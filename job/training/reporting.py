@@ -18,7 +18,8 @@ from job.report.facts import facts_of
 from job.report.page import PictureCache, put_page
 from job.runs import records
 from job.runs.drawings import LOSS_FIGURE, label_at, moment_of
-from job.runs.metric_rows import Row, read_rows
+from job.runs.layout import CheckpointRef, ObjectKind
+from job.runs.metric_rows import Row, grid_events, read_rows
 from job.runs.retention import Retention, best_images_seen
 from job.runs.writer import CheckpointWriter
 from job.sealed import utc_now
@@ -92,6 +93,15 @@ class Recorder:
             self._shown = row
         if time.monotonic() > self._page_due:
             self.write_page()
+
+    def put_grid(self, key: str, grid: bytes) -> None:
+        """Queues the upload of a sample grid of this moment, also for TensorBoard, and sends it to the tracker."""
+        images_seen = self._state.images_seen
+        ref = CheckpointRef(self.attempt.fence, images_seen)
+        self.writer.put(key, grid, images_seen=images_seen)
+        events = grid_events(grid, images_seen)
+        self.writer.do_later(lambda run: run.put(ObjectKind.GRID_EVENTS.key(checkpoint=ref), events))
+        self._tracking.log_grid(grid, images_seen)
 
     def save(self, loss_sums: Tensor) -> None:
         """Queues a checkpoint of this moment."""
