@@ -218,10 +218,13 @@ def load_attempt(run: Store, fence: int) -> Attempt:
     """Returns the record of an attempt.
 
     Raises:
-        BadDataError: it is corrupt.
+        BadDataError: it is corrupt, or another attempt's.
         ObjectMissingError: it is missing.
     """
-    return Attempt.load(run, ObjectKind.ATTEMPT.key(fence=fence))
+    attempt = Attempt.load(run, key := ObjectKind.ATTEMPT.key(fence=fence))
+    if attempt.fence != fence:
+        raise BadDataError(f"{run.uri_of(key)} is the record of attempt {attempt.fence}")
+    return attempt
 
 
 def attempt_id(run: Store, fence: int) -> str:
