@@ -21,7 +21,7 @@ from job.data.cache import ImageCache, default_cache_dir
 from job.data.images import codec_versions, encode_latents
 from job.data.shard_source import ShardSource
 from job.data.shards import AUTOENCODER
-from job.exchange.foreign import opened_autoencoder
+from job.exchange.other_programs import opened_autoencoder
 from job.exits import BadConfigError, BadDataError, BadRequestError
 from job.pieces import Advance, Made, OtherWorkError, Pieces, Slice
 from job.requests import EncodeRequest

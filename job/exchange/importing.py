@@ -27,7 +27,7 @@ from job.config import (
     validated,
 )
 from job.data.shards import DatasetIndex, find_dataset, load_index, validated_dataset_name
-from job.exchange.foreign import Foreign, opened_foreign, settings_of_diffusers
+from job.exchange.other_programs import Foreign, opened_foreign, settings_of_diffusers
 from job.exits import BadConfigError, BadDataError, BadRequestError, State
 from job.plan import RunHandle, check_drawing, follow_dataset
 from job.processes.compute import describe_device

@@ -16,7 +16,7 @@ from pathlib import Path
 from ddpm import training
 from job.config import RunConfig, validated
 from job.data.cache import ImageCache
-from job.exchange.exporting import Export, check_free, open_target, write_folder
+from job.exchange.exporting import Export, check_strangers, open_target, write_folder
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.plan import open_run
 from job.processes import compute
@@ -216,7 +216,7 @@ def replay_run(bucket_uri: str, name: str, image: int, to: str, *, verify: bool)
     if verify and not (there and image):
         raise MissingInputError(f"--verify: {run.uri} has no checkpoint at image {image:,} to compare with")
     if target := open_target(to, replay.of_run) if to else None:
-        check_free(target, to, set())
+        check_strangers(target, to, set())
     replay.begin(image - batch_size if verify else image)
     replay.train_to(image)
     with scratch_folder("replay") as folder:
