@@ -11,7 +11,6 @@ from statistics import median
 from typing import Any
 
 from job.config import CHOSEN_ELSEWHERE, FOLLOWS, RunConfig, draft
-from job.config.listing import shown
 from job.exits import BadDataError, JobError, State
 from job.plan import RunHandle
 from job.progress import note
@@ -55,8 +54,6 @@ class Facts:
     """The key of the newest denoising GIF; empty without one."""
     own_pictures: list[str]
     """The keys of the pictures that `ddpm sample` made."""
-    older_gifs: list[str]
-    """The keys of the other denoising GIFs; newest first."""
     scores: list[Scores]
     parameters: int
     """The approximate number of the network's parameters; 0 before the first checkpoint."""
@@ -89,24 +86,8 @@ class Facts:
         if not data.dataset:
             return ""
         more = ["--epochs", str(2 * self.config.train.epochs)] if self.state == State.FINISHED else []
-        return shlex.join(["ddpm", "train", *self._about(self.name), *more])
-
-    @property
-    def make_again(self) -> str:
-        """Returns the command that makes another run like it; empty for an imported run."""
-        if not self.config.data.dataset or self.config.imported:
-            return ""
-        exact = {"data.size": self.config.data.size, "train.precision": self.config.train.precision}
-        chosen = exact | {key: ours for key, (_, ours) in self.differing.items()}
-        sets = [word for key, value in chosen.items() for word in ("--set", f"{key}={shown(value)}")]
-        preset = ["--preset", self.config.preset] if self.config.preset else []
-        if (parent := self.config.parent).run:
-            preset += ["--from", parent.name, "--weights", str(parent.weights)]
-        # Names are limited to 63 characters.
-        return shlex.join(["ddpm", "train", *self._about(f"{self.name[:57]}-again"), *preset, *sets])
-
-    def _about(self, run: str) -> list[str]:
-        return ["--dataset", self.config.data.dataset, "--run", run, "--bucket", self.handle.bucket.uri]
+        about = ["--dataset", data.dataset, "--run", self.name, "--bucket", self.handle.bucket.uri]
+        return shlex.join(["ddpm", "train", *about, *more])
 
     @property
     def differing(self) -> dict[str, tuple[Any, Any]]:
@@ -178,7 +159,6 @@ def facts_of(
         grids=grids,
         newest_gif=gifs[-1] if gifs else "",
         own_pictures=sorted(set(pictures) - made_by_run, key=_newest_first),
-        older_gifs=gifs[-2::-1],
         scores=sorted(scores, key=lambda each: (each.ref.images_seen, each.batch)),
         parameters=_parameters(manifest),
         checkpoints=[moment_of(label) for label in labels],

@@ -90,7 +90,7 @@ def run_page(facts: Facts, pictures: PictureCache) -> bytes:
         grids=grids,
         left_out=len(facts.grids) - len(chosen),
         own=own,
-        others=[key for key in (*facts.own_pictures, *facts.older_gifs) if key not in own],
+        others=[key for key in facts.own_pictures if key not in own],
         denoising=pictures.get(run, facts.newest_gif, DENOISING_BYTES) if facts.newest_gif else "",
         sheet=_sheet(facts, pictures),
         missing=pictures.missing,

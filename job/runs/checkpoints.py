@@ -82,10 +82,6 @@ class Manifest(Sealed):
 class AverageRecord(Sealed):
     """The record of an average that `ddpm ema` made for a checkpoint; its existence is the commit."""
 
-    fence: int
-    attempt: str
-    """The id of the attempt that wrote the checkpoint."""
-    images_seen: int
     std: float
     made_of: int = Field(ge=1)
     """The number of stored averages that it combines."""
@@ -233,7 +229,7 @@ def opened(
     wanted = [(file, group) for file in manifest.files if (group := manifest.group_of(file))]
     wanted = [(file, group) for file, group in wanted if not groups or group in groups]
     for group in set(groups) - {*manifest.groups}:
-        wanted += [(file, group) for file in load_average(run, manifest, group).files]
+        wanted += [(file, group) for file in load_average(run, ref, group).files]
     with scratch_folder("restore") as folder:
 
         def fetch(named: NamedObject) -> Path:
@@ -258,17 +254,14 @@ def opened(
         yield Restored(manifest, files, filling.end())
 
 
-def load_average(run: Store, manifest: Manifest, group: str) -> AverageRecord:
+def load_average(run: Store, ref: CheckpointRef, group: str) -> AverageRecord:
     """Returns the record of an average that was made for a checkpoint.
 
     Raises:
-        BadDataError: it is corrupt, or another run's.
+        BadDataError: it is corrupt.
         ObjectMissingError: the bucket lacks it.
     """
-    average = AverageRecord.load(run, key := ObjectKind.AVERAGE.key(checkpoint=manifest.ref, group=group))
-    if average.attempt != manifest.attempt:
-        raise BadDataError(f"{run.uri_of(key)} was made for another run's checkpoint")
-    return average
+    return AverageRecord.load(run, ObjectKind.AVERAGE.key(checkpoint=ref, group=group))
 
 
 def check_average(run: Store, ref: CheckpointRef, group: str, name: str) -> Manifest | AverageRecord:
@@ -281,7 +274,7 @@ def check_average(run: Store, ref: CheckpointRef, group: str, name: str) -> Mani
     if group in manifest.groups:
         return manifest
     try:
-        return load_average(run, manifest, group)
+        return load_average(run, ref, group)
     except ObjectMissingError:
         averages = ", ".join(there for there in manifest.groups if there not in ("model", "optimizer"))
         raise MissingInputError(
@@ -358,11 +351,8 @@ def choose(run: Store, wanted: str, dataset_images: int, batch_size_images: int)
         BadDataError: the run has lost all its checkpoints.
     """
     refs = by_progress(list_checkpoints(run))
-    if lost := "" if refs else lost_manifest(run, []):
-        # Meanwhile training may have committed its first checkpoints, and retired the one in `LATEST`.
-        refs = by_progress(list_checkpoints(run))
     if not refs:
-        if lost:
+        if lost := lost_manifest(run, []):
             raise BadDataError(f"{run.uri} has no checkpoint any more: {lost}")
         raise MissingInputError(f"{run.uri} has no checkpoint yet: train it first")
     if wanted == "latest":

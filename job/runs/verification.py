@@ -7,13 +7,9 @@ that are not part of the run. The page has no hash: `ddpm report` makes it again
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-
-import google_crc32c
 
 from job.exits import BadDataError
 from job.pieces import PieceRecord
@@ -22,7 +18,7 @@ from job.progress import Progress
 from job.runs import records
 from job.runs.checkpoints import LATEST_KEY, AverageRecord, Latest, Manifest, lost_manifest, sha256_of
 from job.runs.drawings import BatchIndex, DrawingRecord, FoundGrid, Scores, has_origin
-from job.runs.layout import OF_CHECKPOINT, PICTURES, Located, ObjectKind, located
+from job.runs.layout import PICTURES, Located, ObjectKind, located
 from job.runs.records import CONFIG_KEY, Attempt, Status
 from job.runs.retention import Reader, leftovers
 from job.sealed import Sealed
@@ -105,9 +101,10 @@ def verify_run(bucket: Store, name: str) -> Findings:
         listing.problems[LATEST_KEY] = lost
     named = {key: (by, sha256) for by in listing.records for key, sha256 in _named_by(listing, by).items()}
     left = leftovers(run, listing.places, MAX_FENCE + 1)
-    _check_strangers(listing, sizes.keys() - named.keys() - left.keys())
-    own = (ObjectKind.GRID_EVENTS, *PICTURES)
-    hashed = {key: ("", "") for key, place in listing.places.items() if place.kind in own} | named
+    for key, place in listing.places.items():
+        if place.kind is None:
+            listing.bad(key, "is not part of the run: move it elsewhere, or delete it")
+    hashed = {key: ("", "") for key, place in listing.places.items() if place.kind in PICTURES} | named
     bar = Progress(f"verifying {name}", total=len(hashed), unit="objects")
     with bar, ThreadPoolExecutor(HASHERS) as pool:
         for done, _ in enumerate(pool.map(lambda key: _check_object(listing, key, *hashed[key]), hashed), 1):
@@ -120,19 +117,16 @@ def verify_run(bucket: Store, name: str) -> Findings:
 
 def _check_config(listing: _Listing) -> None:
     """Reports a configuration that is damaged or missing, and changes of the last attempt that are invalid."""
-    run = listing.run
+    run, config = listing.run, None
     try:
-        config = records.load_config(run)
-    except BadDataError as error:
-        listing.problems[CONFIG_KEY] = str(error)
-        return
-    if config is not None:
-        try:
+        if (config := records.load_config(run)) is not None:
             records.as_last_changed(run, config)
-        except BadDataError as error:
-            listing.problems.setdefault(ObjectKind.ATTEMPT.key(fence=records.attempt_fences(run)[-1]), str(error))
+    except BadDataError as error:
+        key = ObjectKind.ATTEMPT.key(fence=records.attempt_fences(run)[-1]) if config else CONFIG_KEY
+        listing.problems.setdefault(key, str(error))
+        return
     # A new attempt takes the lease and measures the bucket before it stores the configuration.
-    elif any(place.kind not in (ObjectKind.LEASE, ObjectKind.PROBE) for place in listing.places.values()):
+    if config is None and {place.kind for place in listing.places.values()} - {ObjectKind.LEASE, ObjectKind.PROBE}:
         listing.bad(CONFIG_KEY, "is missing, though there are other objects of the run")
 
 
@@ -152,23 +146,9 @@ def _named_by(listing: _Listing, by: str) -> dict[str, str]:
         case BatchIndex():
             pieces = (ObjectKind.RECORD.key(batch=batch, piece=number) for number in range(len(record.pieces)))
             named = dict.fromkeys((ObjectKind.GRID.key(batch=batch), *pieces), "")
-    if isinstance(record, Manifest | AverageRecord | Status):
+    if isinstance(record, Manifest | Status):
         named = named | {ObjectKind.ATTEMPT.key(fence=record.fence): ""}
     return named
-
-
-def _check_strangers(listing: _Listing, unnamed: Iterable[str]) -> None:
-    """Reports objects that are not part of a run, or that a sound manifest or record should name and does not."""
-    for key in unnamed:
-        place, by = listing.places[key], ""
-        if place.kind in OF_CHECKPOINT:
-            by = place.checkpoint.manifest_key
-        elif place.kind is ObjectKind.AVERAGE_TENSORS:
-            by = ObjectKind.AVERAGE.key(checkpoint=place.checkpoint, group=place.group)
-        elif place.kind in (ObjectKind.PIECE, ObjectKind.IMAGE):
-            by = ObjectKind.RECORD.key(batch=place.batch, piece=place.piece)
-        if place.kind is None or by in listing.records:
-            listing.bad(key, "is not part of the run: move it elsewhere, or delete it")
 
 
 def _check_object(listing: _Listing, key: str, by: str, sha256: str) -> None:
@@ -177,8 +157,6 @@ def _check_object(listing: _Listing, key: str, by: str, sha256: str) -> None:
     try:
         if kind in PICTURES:
             is_whole = has_origin(run.read(key).data)
-        elif kind is ObjectKind.GRID_EVENTS:
-            is_whole = _are_events(run.read(key).data)
         elif sha256:
             with run.open(key) as file:
                 is_whole = sha256_of(file) == sha256
@@ -193,21 +171,3 @@ def _check_object(listing: _Listing, key: str, by: str, sha256: str) -> None:
         listing.bad(key, f"is missing, though {by} names it")
     else:
         listing.bad(key, f"is corrupt, or another program wrote it: its SHA-256 is not the one in {by or 'itself'}")
-
-
-def _are_events(data: bytes) -> bool:
-    """Returns whether these are two whole records of TensorBoard: its version, and a picture.
-
-    A record has its length, the masked CRC-32C of that, its content, and the masked CRC-32C of that (TensorFlow,
-    TFRecord).
-    """
-    place = records_seen = 0
-    while place < len(data):
-        end = place + 12 + int.from_bytes(data[place : place + 8], "little")
-        for part, at in ((data[place : place + 8], place + 8), (data[place + 12 : end], end)):
-            checksum = google_crc32c.value(part)
-            masked = ((checksum >> 15 | checksum << 17) + 0xA282EAD8) % 2**32
-            if data[at : at + 4] != struct.pack("<I", masked):
-                return False
-        place, records_seen = end + 4, records_seen + 1
-    return records_seen == 2

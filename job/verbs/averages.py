@@ -71,7 +71,7 @@ def make_averages(bucket_uri: str, name: str, std: float, checkpoints: str) -> N
                 print(f"{run.uri}/{ref.key}  ({of} is in the checkpoint itself)")
                 continue
             try:
-                average = load_average(run, manifest, group)
+                average = load_average(run, ref, group)
             except ObjectMissingError:
                 average = _make(run, manifest, _sources(config, manifest), std, check)
             how = f"of {average.made_of:,} averages, {average.error:.2%} from its profile"
@@ -112,9 +112,6 @@ def _make(
             files.append(write_part(folder / "part", key, part))
             run.move(folder / "part", key)
     average = AverageRecord(
-        fence=ref.fence,
-        attempt=manifest.attempt,
-        images_seen=ref.images_seen,
         std=std,
         made_of=len(sources),
         error=error,
@@ -127,7 +124,7 @@ def _make(
     except ObjectExistsError:
         for file in files:
             run.delete(file.key)
-        return load_average(run, manifest, group)
+        return load_average(run, ref, group)
     return average
 
 
