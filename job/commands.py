@@ -279,7 +279,7 @@ def _launch(processes: int, hang_after_seconds: float, go: Callable[[], int] | N
 
 def _say_finished(plan: Plan, what: str) -> None:
     from job.runs.drawings import grid_key, label_at
-    from job.verbs.runs import in_lines
+    from job.verbs.run_listing import in_lines
 
     images_seen, batch_size = plan.images_seen, plan.config.train.batch_size
     # The run may have seen more epochs than this command asks for.

@@ -30,7 +30,7 @@ def ddpm_config(
 
         ddpm config --preset celeba --set train.batch_size=64
     """
-    from job.config.listing import list_keys, show_config
+    from job.config.resolve import list_keys, show_config
 
     if list_all:
         list_keys(begin, as_json=as_json)

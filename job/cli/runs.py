@@ -23,7 +23,7 @@ def runs_list(as_json: AsJson = False, bucket: BucketUri = "") -> None:
 
     Example: ddpm runs list --bucket gs://my-bucket
     """
-    from job.verbs.runs import list_runs
+    from job.verbs.run_listing import list_runs
 
     list_runs(bucket, as_json=as_json)
 
@@ -36,7 +36,7 @@ def runs_show(run: RunName, as_json: AsJson = False, bucket: BucketUri = "") -> 
 
     Example: ddpm runs show celeba --bucket gs://my-bucket
     """
-    from job.verbs.runs import show_run
+    from job.verbs.run_listing import show_run
 
     show_run(bucket, run, as_json=as_json)
 
@@ -59,7 +59,7 @@ def runs_compare(
 
     Example: ddpm runs compare celeba celeba-v --since-epoch 10
     """
-    from job.verbs.runs import compare_runs
+    from job.verbs.run_listing import compare_runs
 
     compare_runs(bucket, first, second, since_epoch)
 
@@ -73,7 +73,7 @@ def runs_verify(run: RunName, as_json: AsJson = False, bucket: BucketUri = "") -
 
     Example: ddpm runs verify celeba --bucket gs://my-bucket
     """
-    from job.verbs.runs import verify_named_run
+    from job.verbs.run_listing import verify_named_run
 
     verify_named_run(bucket, run, as_json=as_json)
 

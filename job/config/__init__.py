@@ -19,7 +19,6 @@ from job.config.resolve import pack_config as pack_config
 from job.config.resolve import parse_mapping as parse_mapping
 from job.config.resolve import parse_sets as parse_sets
 from job.config.resolve import parse_yaml as parse_yaml
-from job.config.resolve import preset_keys as preset_keys
 from job.config.resolve import preset_names as preset_names
 from job.config.resolve import read_config_file as read_config_file
 from job.config.resolve import read_settings as read_settings

@@ -22,7 +22,7 @@ from job.progress import Progress, note, printable
 from job.runs.layout import RUNS
 from job.stop import handle_stop_signals
 from job.store import open_store
-from job.verbs.runs import progress_cells, show_run, summary_of
+from job.verbs.run_listing import progress_cells, show_run, summary_of
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from job.runs.outlook import AttemptSpan
 from job.runs.records import run_store
 from job.sampling.noise_pictures import write_picture
 from job.store import Store, open_store
-from job.verbs.runs import run_names
+from job.verbs.run_listing import run_names
 
 MOST_POINTS = 250
 """The largest number of points of a run's loss."""

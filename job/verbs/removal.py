@@ -19,7 +19,7 @@ from job.runs.metric_rows import read_rows
 from job.runs.retention import READING_SECONDS, Retention, being_read, best_images_seen, delete_checkpoint, leftovers
 from job.stop import NEVER, Stop
 from job.store import ObjectMissingError, Store, open_store
-from job.verbs.runs import run_names
+from job.verbs.run_listing import run_names
 
 T = TypeVar("T")
 
