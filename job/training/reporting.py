@@ -112,10 +112,8 @@ class Recorder:
     def show(self, bar: Progress) -> None:
         """Updates the bar, with the loss of the last row: reading the current one would wait for the device."""
         images_seen, epochs = self._state.images_seen, self.plan.config.train.epochs
-        epoch, every_epochs = _epoch_at(self.plan, images_seen), self.plan.config.checkpoint.every_epochs
         shown = {"loss": f"{self._shown['loss']:.4f}"} if "loss" in self._shown else {}
-        shown["epoch"] = f"{epoch:.1f}/{epochs}"
-        shown["next_checkpoint"] = f"epoch {min((int(epoch) // every_epochs + 1) * every_epochs, epochs)}"
+        shown["epoch"] = f"{_epoch_at(self.plan, images_seen):.1f}/{epochs}"
         bar.update(images_seen, total=self.plan.target_images, **shown)
 
     def write_page(self, state: State = State.RUNNING) -> None:
