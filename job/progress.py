@@ -154,7 +154,7 @@ class Progress:
             if not shows_bars():
                 self._line_due = now + LINE_SECONDS
                 note(text)
-            elif _open_bars[-1] is self:
+            elif _open_bars[-1:] == [self]:
                 self._line_due = now + REDRAW_SECONDS
                 columns = os.get_terminal_size(sys.stderr.fileno()).columns
                 text = text if len(text) < columns else f"{text[: columns - 2]}…"
