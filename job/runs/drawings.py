@@ -42,7 +42,7 @@ SCORES_FIGURE = ObjectKind.FIGURE.key(name="scores", picture="png")
 _PNG_END_BYTES = 12
 """The size of its chunk IEND."""
 _ORIGIN = re.compile(
-    rb"(?:....tEXtComment\0|!\xfe.)(?P<origin>\{[^{}]*\}) [0-9a-f]{64}(?:....(?P<png>.{12})|\0(?P<gif>;))\Z", re.DOTALL
+    rb"(?:....tEXtComment\0|!\xfe.)(?P<origin>\{[^{}]*\}) [0-9a-f]{64}(?:....(?=.{12}\Z)|\0)", re.DOTALL
 )
 
 
@@ -61,25 +61,26 @@ def put_picture(run: Store, key: str, picture: bytes, ref: CheckpointRef) -> Non
 
 
 def with_origin(picture: bytes, origin: str) -> bytes:
-    """Returns a PNG or GIF with a last comment: its origin, and the SHA-256 of the origin and of all other bytes.
+    """Returns a PNG or GIF with a comment: its origin, and the SHA-256 of the origin and of all other bytes.
 
-    Viewers show it. It is a tEXt chunk (W3C, PNG, section 11.3.3) or a comment extension (CompuServe, GIF89a, section
-    24), of at most 255 bytes.
+    Viewers show it. It is a tEXt chunk (W3C, PNG, section 11.3.3), or a comment extension (CompuServe, GIF89a, section
+    24) after the global colours, of at most 255 bytes.
     """
     text = f"{origin} {hashlib.sha256(picture + origin.encode()).hexdigest()}".encode()
     if picture.startswith(b"GIF"):
-        comment, end = b"!\xfe" + bytes([len(text)]) + text + b"\0", 1
+        comment, (flags,) = b"!\xfe" + bytes([len(text)]) + text + b"\0", picture[10:11] or b"\0"
+        at = 13 + (3 << (flags & 7) + 1) * (flags >> 7)
     else:
-        chunk = b"tEXtComment\0" + text
-        comment, end = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)), _PNG_END_BYTES
-    return picture[:-end] + comment + picture[-end:]
+        chunk, at = b"tEXtComment\0" + text, len(picture) - _PNG_END_BYTES
+        comment = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return picture[:at] + comment + picture[at:]
 
 
 def has_origin(picture: bytes) -> bool:
     """Returns whether these are all bytes of what `with_origin` once returned."""
     if (match := _ORIGIN.search(picture)) is None:
         return False
-    before = picture[: match.start()] + (match["png"] or match["gif"])
+    before = picture[: match.start()] + picture[match.end() :]
     return with_origin(before, match["origin"].decode(errors="replace")) == picture
 
 
