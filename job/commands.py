@@ -156,7 +156,7 @@ def evaluate_command(
 
 def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") -> None:
     """Packs a source, or indexes tars in place, and prints the facts of the dataset."""
-    from job.data.fetched import forget
+    from job.data.opening import forget
     from job.data.pack import check_free, is_whole, pack
     from job.verbs.removal import check_unused
 

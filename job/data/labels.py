@@ -25,7 +25,7 @@ from job.data import members
 from job.data.members import Member, RefusedError, refused
 from job.exits import BadRequestError, MissingInputError
 from job.progress import printable, printable_label, some_of
-from job.store import Retry, is_remote, open_store, open_to_read, split_uri, without_queries
+from job.store import Retry, open_to_read, split_uri, without_queries
 
 LABEL_KEYS = ("label", "cls", "class")
 """The names under which formats keep a label."""
@@ -423,7 +423,7 @@ def read_labels(file: str, retry: Retry | None = None) -> Rows:
         BadDataError: it is damaged or no table.
     """
     folder, name = split_uri(file) if "/" in file else (".", file)
-    store = open_to_read(folder, retry) if is_remote(file) else open_store(folder)
+    store = open_to_read(folder, retry)
     file = without_queries(file)
     if not store.exists(name):
         own = "" if PurePosixPath(file).suffix else f": a column of the source itself is :{file}"

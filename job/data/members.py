@@ -1,20 +1,34 @@
-"""The files of a source, and the errors that refuse it: an archive from a stranger may be unsafe or damaged."""
+"""A source of images: an ordered stream of named files, from a folder, an archive or a file of many images.
+
+One unsafe or damaged file refuses the whole source: a path that leads outside, a link, or kilobytes that unpack to
+terabytes show that an archive is not what its user expects.
+"""
 
 from __future__ import annotations
 
 import gzip
 import io
 import lzma
+import re
 import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import IO, BinaryIO, cast
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, BinaryIO, cast
 
+from job.data.ahead import in_order
 from job.exits import BadDataError, MissingInputError, NoPermissionError
+from job.progress import printable
+
+if TYPE_CHECKING:
+    from job.data.labels import LabelTable
 
 SUFFIXES = {
     *(".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jpe", ".jpeg", ".jpg"),
@@ -28,8 +42,37 @@ EXPANSION = 200
 """How many times larger than the archive its content may be. Images hardly compress; deflate alone reaches 1,032."""
 Opener = Callable[[], BinaryIO]
 """Opens a file from its beginning, as a seekable stream; may be called several times."""
+ALL = "all"
+"""The word for all splits of a source together."""
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+}
+"""The split that each word names."""
+HIDDEN = "hidden images"
+"""The key of hidden images among the files that are skipped."""
 
 _DAMAGES = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
+_FORK = re.compile(r"(^|/)(__MACOSX/|\._)")
+"""A resource fork, which macOS adds beside each file under the same suffix."""
+_SUFFIXES_NAMED = 20
+_TABLES = (".csv", ".tsv", ".jsonl")
+_WORD = "|".join(SPLITS)
+# trainA and trainB are CycleGAN's; train2017 is COCO's, seg_train Kaggle's.
+_FOLDER = re.compile(
+    rf"(?:(?:seg|img|images?|data|dataset)[-_. ]?)?({_WORD})(?:[-_. ]?val)?"
+    r"[-_. ]?(?:set|data|split|images?|imgs?|jpe?g|png|tiff?|mini|full|[ab]|\d+)?",
+    re.IGNORECASE,
+)
+# imagenet-train-00000.tar, train-00000-of-00001.parquet
+_FILE = re.compile(rf"(?:^|[-_. ])({_WORD})(?=[-_. ]|\d|$)", re.IGNORECASE)
+_DATA_FILE = re.compile(
+    r"\.(zip|tar|tgz|tar\.gz|parquet|arrow|np[yz]|tfrec(?:ords?)?|bin|lmdb)(\.gz)?$"
+    r"|\.tfrecords?-|-\d{5}-of-\d{5}(\.gz)?$|_lmdb$",
+    re.IGNORECASE,
+)
+"""Files that hold many images: a part of an image's name, but never a class."""
 
 
 class RefusedError(Exception):
@@ -128,3 +171,165 @@ def unpacked(file: BinaryIO) -> tuple[BinaryIO, int]:
     is_gzipped = file.read(2) == b"\x1f\x8b"
     file.seek(0)
     return cast(BinaryIO, gzip.GzipFile(fileobj=file)) if is_gzipped else file, limit_bytes
+
+
+def is_data_file(part: str) -> bool:
+    """Returns whether a part of an image's name is the file that holds the image and others."""
+    return _DATA_FILE.search(part) is not None
+
+
+def stem_of(part: str) -> str:
+    """Returns a part of a name, without the suffix of a data file."""
+    return _DATA_FILE.split(part)[0]
+
+
+def split_of(part: str) -> str:
+    """Returns the split that a part of a name stands for: train, test or val; an empty string for none."""
+    match = _FILE.search(part) if is_data_file(part) else _FOLDER.fullmatch(part)
+    return SPLITS[match[1].lower()] if match else ""
+
+
+def split_in(parts: Iterable[str]) -> str:
+    """Returns the first split among the parts of a name; an empty string for none."""
+    return next(filter(None, map(split_of, parts)), "")
+
+
+def first_split(names: Iterable[str]) -> tuple[str, tuple[str, ...]]:
+    """Returns the split of a format that is packed unless a person chooses another, and the others.
+
+    `names` are those of its files. Of several splits it is train; otherwise both results are empty.
+    """
+    found = {split_in(name.split("/")) for name in names}
+    others = tuple(sorted(found - {"train", ""}))
+    return ("train", others) if "train" in found and others else ("", ())
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of a folder, a bucket or a zip, before anything is known of their content.
+
+    Attributes:
+        where: the place, for messages.
+        names: their relative names, in order.
+        open: opens one as a seekable stream.
+        chosen: the file that the user named, and not its folder; else empty.
+        folder: the local folder, for libraries that read nothing else.
+    """
+
+    where: str
+    names: tuple[str, ...]
+    open: Callable[[str], BinaryIO]
+    chosen: str = ""
+    folder: Path | None = None
+
+    @property
+    def place(self) -> str:
+        """Returns the chosen file, or the place of all."""
+        return f"{self.where}/{self.chosen}" if self.chosen else self.where
+
+    def matching(self, pattern: re.Pattern[str]) -> list[str]:
+        """Returns the names that a pattern matches from beginning to end: of a chosen file, its own alone."""
+        return [name for name in self.names if pattern.fullmatch(name) and self.chosen in ("", name)]
+
+    def members(self) -> Iterator[Member]:
+        """Yields all files in order."""
+        return (Member(name, partial(self.read, name)) for name in self.names)
+
+    def read(self, name: str) -> bytes:
+        """Returns the content of one; raises `RefusedError` if it is larger than a table of labels may be."""
+        with self.open(name) as file:
+            return read_table(file)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An ordered, repeatable stream of images: the same source gives the same names and bytes in the same order.
+
+    Its methods raise `BadDataError`, naming the entry, if the source is unsafe, truncated or damaged.
+
+    Attributes:
+        where: the path or URI that messages name.
+        listed: yields its files in order, each readable until the next one is requested; raises `RefusedError`.
+        listed_in: yields the files of one split alone, if the format finds them without the others.
+        with_labels: yields the same files in the same order with their labels, unread, where `listed` has none.
+        table: the labels by name, where a table has them.
+        classes: the names of the classes, if the format has a list of them.
+        note: how the source is interpreted, for people.
+        readers: number of files to read at a time.
+        split: the split whose images are taken; "" takes all, and None what the names of folders say.
+        other_splits: those that are left out unless a person chooses one.
+        beside: the files among which a table of labels may be, if they can be read by name.
+        unchosen: the words of `--labels` for labels of the format that none of the images has got.
+        skipped: number of files that `images` has left out: hidden images, and other files by suffix.
+    """
+
+    where: str
+    listed: Callable[[], Iterator[Member]]
+    listed_in: Callable[[str], Iterator[Member]] | None = None
+    with_labels: Callable[[], Iterator[Member]] | None = None
+    table: LabelTable | None = None
+    classes: tuple[str, ...] = ()
+    note: str = ""
+    readers: int = 0
+    split: str | None = None
+    other_splits: tuple[str, ...] = ()
+    beside: Files | None = None
+    unchosen: tuple[str, ...] = ()
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Returns the words of `--labels` for labels that none of the images has got, in tables, too."""
+        names = self.beside.names if self.beside else ()
+        return self.unchosen or tuple(f"{name}:COLUMN" for name in names if name.endswith(_TABLES))
+
+    @property
+    def name(self) -> str:
+        """Returns the name of the source in the dataset's index."""
+        return printable(self.where.rstrip("/").rpartition("/")[2])
+
+    def members(self, labelled: bool = False) -> Iterator[Member]:
+        """Yields all files with normalised names, each readable until the next one is requested.
+
+        `labelled` ones have their labels, and may not be read.
+        """
+        wanted, listed = SPLITS.get(self.split or ""), (labelled and self.with_labels) or self.listed
+        with refusing(self.where):
+            for member in self.listed_in(wanted) if self.listed_in and wanted else listed():
+                parts = path_parts(member.name)
+                if parts[0] == "" or ".." in parts or re.fullmatch("[A-Za-z]:", parts[0]):
+                    raise RefusedError(f"has an entry that leads out of it, {member.name!r}: do not trust this archive")
+                if wanted in (None, split_in(parts)):
+                    name, label = printable("/".join(part for part in parts if part not in ("", "."))), member.label
+                    if labelled and self.table and is_image(name):
+                        label = self.table.of(name)
+                    yield replace(member, name=name, label=label)
+
+    def images(self, labelled: bool = False) -> Iterator[Member]:
+        """Yields the images, in order, and counts the files that it leaves out; reads no content. See `members`."""
+        self.skipped.clear()
+        return filter(self._is_image, self.members(labelled))
+
+    def loaded(self, images: Iterable[Member]) -> Iterator[tuple[str, bytes]]:
+        """Yields the relative paths and contents of these images, in order."""
+        if not self.readers:
+            yield from map(self._load, images)
+            return
+        with ThreadPoolExecutor(self.readers) as pool:
+            yield from in_order(pool, self._load, images, window=2 * self.readers)
+
+    def _is_image(self, member: Member) -> bool:
+        if is_image(member.name):
+            return True
+        suffix = Path(member.name).suffix.lower()
+        if suffix in SUFFIXES:
+            if not _FORK.search(member.name):
+                self.skipped[HIDDEN] += 1
+        elif not is_hidden(member.name):
+            is_named = suffix in self.skipped or (1 < len(suffix) < 12 and len(self.skipped) < _SUFFIXES_NAMED)
+            self.skipped[suffix if is_named else "other"] += 1
+        return False
+
+    def _load(self, member: Member) -> tuple[str, bytes]:
+        with refusing(f"{self.where}: entry {member.name!r}"):
+            return member.name, member.read()

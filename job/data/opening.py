@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from job.data import members
-from job.data.archives import ARCHIVES, open_zipped, opened_zip, tar_members, zip_members
-from job.data.fetched import fetched
-from job.data.foreign_tars import find_tars
+from job.data.archives import ARCHIVES, find_tars, open_zipped, opened_zip, tar_members, zip_members
+from job.data.cache import default_cache_dir
 from job.data.formats import recognised
 from job.data.formats.beside import labelled_beside
 from job.data.formats.cifar import archive_source
@@ -22,10 +23,9 @@ from job.data.formats.mnist import IDX_NAME
 from job.data.formats.tables import has_shards
 from job.data.formats.unread import next_step_by
 from job.data.labels import sidecars, with_sidecars
-from job.data.members import Member, Opener, RefusedError
-from job.data.source import Files, Source
-from job.data.splits import split_in
-from job.exits import BadRequestError, MissingInputError
+from job.data.members import Files, Member, Opener, RefusedError, Source, split_in
+from job.exits import BadDataError, BadRequestError, DiskFullError, MissingInputError
+from job.progress import Progress
 from job.store import (
     Entry,
     Retry,
@@ -39,69 +39,18 @@ from job.store import (
     split_uri,
     without_queries,
 )
+from job.store.files import os_errors
 
 if TYPE_CHECKING:
-    from job.store.foreign import ForeignStore
+    from job.store.sources import SourceStore
+
+SPARE_BYTES = 1 << 30
+"""Space that a fetched file leaves free on the disk."""
 
 _BUCKET_READERS = 16
 _NOTHING_AT = "there is nothing at {}: give a folder or an archive of images"
 _BRACES = re.compile(r"\{.*\}")
 _PATTERN = re.compile(r"([^*]*/)([^/*]*\*.*)")
-
-
-def _folder_source(root: Path, bucket: str) -> Source:
-    """Returns a local folder in the order of relative paths, without hidden files and without a `bucket` below.
-
-    Raises:
-        BadRequestError: the folder is the bucket.
-    """
-    packed_to = Path(bucket).resolve() if bucket.startswith("/") else None
-    if packed_to == root:
-        raise BadRequestError(f"{root} is both SOURCE and bucket: choose another --bucket")
-
-    def below(folder: Path, prefix: str) -> Iterator[Member]:
-        with os.scandir(folder) as scan:
-            # The order of whole paths, as in a bucket: a-b/x comes before a/x.
-            children = sorted(scan, key=lambda child: child.name + "/" * child.is_dir(follow_symlinks=False))
-        for child in children:
-            name, path = prefix + child.name, Path(child.path)
-            if path == packed_to:
-                continue
-            if members.is_hidden(child.name):
-                # `images` counts hidden images; os.walk ignores folders that only the system may read.
-                walk = os.walk(path) if child.is_dir(follow_symlinks=False) else [("", [], [child.name])]
-                yield from (Member(f"{name}/{file}", bytes) for _, _, files in walk for file in files)
-            elif child.is_dir(follow_symlinks=False):
-                yield from below(path, f"{name}/")
-            elif members.is_image(child.name) or child.is_dir():
-                # A link to a folder could form a cycle.
-                if not child.is_file() or (child.is_symlink() and not path.resolve().is_relative_to(root)):
-                    problem = "is not a file, or links to a folder or outside: put a copy in its place"
-                    raise members.refused(name, problem)
-                yield Member(name, partial(_read_file, path), size_bytes=_size_of(child))
-            elif child.is_file():
-                yield Member(name, partial(_read_file, path))
-
-    is_below = packed_to and packed_to.is_dir() and packed_to.is_relative_to(root)
-    note = f"leaving out {packed_to}, which is the bucket" if is_below else ""
-    return Source(str(root), partial(below, root, ""), note=note)
-
-
-def _size_of(child: os.DirEntry[str]) -> int:
-    # Reading names a file that is gone.
-    with suppress(FileNotFoundError):
-        return child.stat().st_size
-    return 0
-
-
-def _read_file(path: Path) -> bytes:
-    members.check_size(path.stat().st_size)
-    return path.read_bytes()
-
-
-def _read_stored(store: Store, entry: Entry) -> bytes:
-    members.check_size(entry.size_bytes)
-    return store.read(entry.key, members.ENTRY_BYTES).data
 
 
 def open_source(source: str, bucket: str = "", retry: Retry | None = None, column: str | None = "") -> Source:
@@ -117,6 +66,7 @@ def open_source(source: str, bucket: str = "", retry: Retry | None = None, colum
         MissingInputError: the source does not exist.
         BadRequestError: a URI that is not supported, a folder that is `bucket`, or several labels.
         NoPermissionError: the source may not be read.
+        DiskFullError: a file has to be fetched, and does not fit the disk.
     """
     inside, archive = split_chain(source)
     if inside:
@@ -134,55 +84,171 @@ def open_source(source: str, bucket: str = "", retry: Retry | None = None, colum
             return _folder(path, bucket, column)
         if not path.is_file():
             raise MissingInputError(_NOTHING_AT.format(source))
-        files = _local_files(path.parent, sorted(child.name for child in path.parent.iterdir()), path.name)
-        return recognised(files, column) or _archive(str(path), lambda: path.open("rb"), column)
+        names = sorted(child.name for child in path.parent.iterdir())
+        return _file(_local_files(path.parent, names, path.name), column)
 
 
-def _local_files(folder: Path, names: Iterable[str], chosen: str = "") -> Files:
+def _local_files(folder: Path, names: Sequence[str], chosen: str = "") -> Files:
     return Files(str(folder), tuple(names), lambda name: (folder / name).open("rb"), chosen, folder)
 
 
 def _folder(root: Path, bucket: str, column: str | None) -> Source:
-    """Returns a local folder of images, or of files in another format."""
-    names, has_images = _names_below(root, bucket)
-    files = _local_files(root, names)
-    if found := _read_as(files, column, has_images):
-        return found
-    return labelled_beside(_folder_source(root, bucket), files, column)
+    """Returns a local folder in the order of relative paths, without a `bucket` below.
 
+    Raises:
+        BadRequestError: the folder is the bucket.
+    """
+    packed_to = Path(bucket).resolve() if bucket.startswith("/") else None
+    if packed_to == root:
+        raise BadRequestError(f"{root} is both SOURCE and bucket: choose another --bucket")
 
-def _names_below(root: Path, bucket: str) -> tuple[list[str], bool]:
-    """Returns names of the files in and below a folder, without images, and whether there are images."""
-    found, has_images, folders = list[str](), False, [str(root)]
-    for folder in folders:
-        with os.scandir(folder) as scan:
-            children = sorted(scan, key=lambda child: child.name)
+    def below(folder: Path, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        try:
+            with os.scandir(folder) as scan:
+                # The order of whole paths, as in a bucket: a-b/x comes before a/x.
+                children = sorted(scan, key=lambda child: child.name + "/" * child.is_dir(follow_symlinks=False))
+        except PermissionError:
+            # Some hidden folders are for the system alone.
+            if not members.is_hidden(prefix):
+                raise
+            return
         for child in children:
-            if members.is_hidden(child.name) or child.path == str(Path(bucket)):
-                continue
-            if child.is_dir(follow_symlinks=False):
-                folders.append(child.path)
-            elif members.is_image(child.name):
-                has_images = True
-            elif child.is_file():
-                found.append(os.path.relpath(child.path, root))
-    return found, has_images
+            if child.is_dir(follow_symlinks=False) and Path(child.path) != packed_to:
+                yield from below(Path(child.path), f"{prefix}{child.name}/")
+            elif not child.is_dir(follow_symlinks=False):
+                yield prefix + child.name, child
+
+    def member(name: str, child: os.DirEntry[str]) -> Member:
+        read, is_image = partial(_read_file, Path(child.path)), members.is_image(name)
+        if members.is_hidden(name) or not (is_image or child.is_dir()):
+            return Member(name, read)
+        # A link to a folder could form a cycle.
+        if not child.is_file() or (child.is_symlink() and not Path(child.path).resolve().is_relative_to(root)):
+            problem = "is not a file, or links to a folder or outside: put a copy in its place"
+            raise members.refused(name, problem)
+        with members.refusing(f"{root}: entry {name!r}"):
+            return Member(name, read, size_bytes=child.stat().st_size)
+
+    names, has_images = list[str](), False
+    for name, child in below(root, ""):
+        if members.is_image(name):
+            has_images = True
+        elif not members.is_hidden(name) and child.is_file():
+            names.append(name)
+    is_below = packed_to and packed_to.is_dir() and packed_to.is_relative_to(root)
+    note = f"leaving out {packed_to}, which is the bucket" if is_below else ""
+    images = Source(str(root), lambda: (member(name, child) for name, child in below(root, "")), note=note)
+    return _read_as(_local_files(root, names), images, has_images, column)
 
 
-def _read_as(files: Files, column: str | None, has_images: bool = False) -> Source | None:
-    """Returns the images in files of other formats; None if these are not the dataset."""
-    if has_images and not has_shards(files.names):
-        return None
-    if found := recognised(files, column):
-        # A dataset of the hub may show some of its images on its page.
-        beside = "leaving out the images beside its tables" if has_images else ""
-        return replace(found, note="; ".join(filter(None, (found.note, beside))), beside=files)
-    archives = [name for name in files.names if name.lower().endswith(ARCHIVES)] if not has_images else []
-    opened = [(name, partial(files.open, name)) for name in archives]
-    if len(opened) == 1:
-        one = _archive(f"{files.where}/{opened[0][0]}", opened[0][1], column)
-        return replace(one, beside=files) if len(files.names) > 1 else one
-    return replace(_archives(files.where, opened, column), beside=files) if archives else None
+def _read_file(path: Path) -> bytes:
+    members.check_size(path.stat().st_size)
+    return path.read_bytes()
+
+
+def _elsewhere(uri: str, retry: Retry | None, column: str | None) -> Source:
+    """Returns a file or a folder at a URI, or those files of a folder that match a pattern such as `*/*.jpg`."""
+    folder, name = split_uri(uri)
+    pattern = _PATTERN.fullmatch(uri) if without_queries(uri) == uri else None
+    if pattern:
+        uri = pattern[1]
+    elif name and not folder.endswith("://") and (parent := open_to_read(folder, retry)).exists(name):
+        if is_foreign(uri):
+            path = _fetched(cast("SourceStore", parent), name, uri)
+            return _file(Files(parent.uri, (name,), lambda _: path.open("rb"), name), column)
+        # Labels of MNIST and of arrays and names of CIFAR's classes lie in files beside the chosen one.
+        has_parts = IDX_NAME.fullmatch(name) or name.endswith((".bin", ".npy"))
+        names = tuple(entry.key for entry in parent.list()) if has_parts else (name,)
+        return _file(Files(parent.uri, names, parent.open, name), column)
+    store = open_to_read(uri, retry)
+    wanted = _matching(pattern[2]) if pattern else bool
+    entries = [entry for entry in store.list() if wanted(entry.key)]
+    if not entries:
+        raise MissingInputError(_NOTHING_AT.format(store.uri))
+    names = tuple(entry.key for entry in entries if not members.is_image(entry.key))
+
+    def listed() -> Iterator[Member]:
+        return (
+            Member(entry.key, partial(_read_stored, store, entry), size_bytes=entry.size_bytes) for entry in entries
+        )
+
+    # Each image costs a request: archives are read much faster.
+    images = Source(store.uri, listed, readers=_BUCKET_READERS)
+    return _read_as(Files(store.uri, names, store.open), images, len(names) < len(entries), column)
+
+
+def _read_stored(store: Store, entry: Entry) -> bytes:
+    members.check_size(entry.size_bytes)
+    return store.read(entry.key, members.ENTRY_BYTES).data
+
+
+def _matching(pattern: str) -> Callable[[str], object]:
+    """Returns whether a name matches a pattern, as a function."""
+    with fsspec_configured():
+        from fsspec.utils import glob_translate
+
+    return re.compile(glob_translate(pattern)).match
+
+
+def _place(source: str) -> Path:
+    return default_cache_dir() / "sources" / hashlib.sha256(source.encode()).hexdigest()[:32]
+
+
+def _fetched(store: SourceStore, key: str, source: str) -> Path:
+    """Fetches the file `key` of a store, at the URL `source`, into the cache, where it stays until it is packed.
+
+    Returns its local path. A fetch that breaks off begins again.
+    """
+    about, where = store.about(key), store.uri_of(key)
+    if not about.size_bytes:
+        raise BadDataError(f"the server does not give the size of {where}: download it, and pack the file")
+    whole = _place(source) / hashlib.sha256(repr(about).encode()).hexdigest()[:16]
+    if whole.exists():
+        return whole
+    with os_errors(whole.parent):
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        free_bytes = shutil.disk_usage(whole.parent).free
+    if about.size_bytes > free_bytes - SPARE_BYTES:
+        raise DiskFullError(
+            f"{where} has {about.size_bytes:,} bytes, and {whole.parent} has {free_bytes:,} free: set DDPM_CACHE to a "
+            "larger disk, or pack it from a bucket"
+        )
+    with Progress(f"fetching {key}", total=about.size_bytes >> 20, unit="MiB") as bar:
+        reporting = copy.copy(store)
+        reporting.report = lambda received_bytes: bar.update(received_bytes >> 20)
+        reporting.download(key, whole)
+    return whole
+
+
+def forget(source: str) -> None:
+    """Removes the fetched files of a source, after it is packed or refused."""
+    inside, archive = split_chain(source)
+    if inside:
+        forget(archive)
+    elif is_foreign(source):
+        shutil.rmtree(_place(source), ignore_errors=True)
+
+
+def _file(files: Files, column: str | None) -> Source:
+    """Returns the images of the chosen file."""
+    return recognised(files, column) or _archive(files.place, partial(files.open, files.chosen), column)
+
+
+def _read_as(files: Files, images: Source, has_images: bool, column: str | None) -> Source:
+    """Returns the images of a folder, or those in its files of other formats if these are the dataset."""
+    if not has_images or has_shards(files.names):
+        if found := recognised(files, column):
+            # A dataset of the hub may show some of its images on its page.
+            beside = "leaving out the images beside its tables" if has_images else ""
+            return replace(found, note="; ".join(filter(None, (found.note, beside))), beside=files)
+        archives = [name for name in files.names if name.lower().endswith(ARCHIVES)] if not has_images else []
+        opened = [(name, partial(files.open, name)) for name in archives]
+        if len(opened) == 1:
+            one = _archive(f"{files.where}/{opened[0][0]}", opened[0][1], column)
+            return replace(one, beside=files) if len(files.names) > 1 else one
+        if opened:
+            return replace(_archives(files.where, opened, column), beside=files)
+    return labelled_beside(images, files, column)
 
 
 def _archives(where: str, archives: Sequence[tuple[str, Opener]], column: str | None) -> Source:
@@ -217,53 +283,6 @@ def _inside(archive: Source, inside: str, where: str) -> Source:
         archive = replace(whole, note="", other_splits=())
     labelled = partial(listed, True)
     return replace(archive, where=where, listed=listed, listed_in=None, with_labels=labelled, table=None)
-
-
-def _matching(pattern: str) -> Callable[[str], object]:
-    """Returns whether a name matches a pattern, as a function."""
-    with fsspec_configured():
-        from fsspec.utils import glob_translate
-
-    return re.compile(glob_translate(pattern)).match
-
-
-def _elsewhere(uri: str, retry: Retry | None, column: str | None) -> Source:
-    """Returns a file or a folder at a URI, or those files of a folder that match a pattern such as `*/*.jpg`."""
-    folder, name = split_uri(uri)
-    pattern = _PATTERN.fullmatch(uri) if without_queries(uri) == uri else None
-    if pattern:
-        uri = pattern[1]
-    elif name and not folder.endswith("://") and (parent := open_to_read(folder, retry)).exists(name):
-        return _one_elsewhere(parent, name, uri, column)
-    store = open_to_read(uri, retry)
-    wanted = _matching(pattern[2]) if pattern else bool
-    entries = [entry for entry in store.list() if wanted(entry.key)]
-    if not entries:
-        raise MissingInputError(_NOTHING_AT.format(store.uri))
-    files = Files(store.uri, tuple(entry.key for entry in entries if not members.is_image(entry.key)), store.open)
-    if found := _read_as(files, column, has_images=len(files.names) < len(entries)):
-        return found
-
-    def listed() -> Iterator[Member]:
-        return (
-            Member(entry.key, partial(_read_stored, store, entry), size_bytes=entry.size_bytes) for entry in entries
-        )
-
-    # Each image costs a request: archives are read much faster.
-    return labelled_beside(Source(store.uri, listed, readers=_BUCKET_READERS), files, column)
-
-
-def _one_elsewhere(parent: Store, name: str, uri: str, column: str | None) -> Source:
-    """Returns the images of a file at a URI."""
-    if is_foreign(uri):
-        path = fetched(cast("ForeignStore", parent), name, uri)
-        alone = Files(parent.uri, (name,), lambda _: path.open("rb"), name)
-        return recognised(alone, column) or _archive(parent.uri_of(name), lambda: path.open("rb"), column)
-    # Labels of MNIST and of arrays and names of CIFAR's classes lie in files beside the chosen one.
-    has_parts = IDX_NAME.fullmatch(name) or name.endswith((".bin", ".npy"))
-    names = tuple(entry.key for entry in parent.list()) if has_parts else (name,)
-    files = Files(parent.uri, names, parent.open, name)
-    return recognised(files, column) or _archive(uri, partial(parent.open, name), column)
 
 
 def _archive(where: str, opener: Opener, column: str | None) -> Source:

@@ -29,13 +29,12 @@ from typing import Any
 
 from job.data import shards
 from job.data.ahead import in_order
-from job.data.foreign_tars import Sample, find_tars
+from job.data.archives import Sample, find_tars
 from job.data.images import RejectedImageError, UndecidedImageError, codec_versions, encode_png, prepare
 from job.data.labels import split_labels
-from job.data.members import Member
+from job.data.members import Member, split_in
 from job.data.pack_request import FIRST_IMAGES, PackRequest
 from job.data.preview import preview_png
-from job.data.splits import split_in
 from job.data.survey import chosen_source, lacking_labels, no_images, survey, until_stopped
 from job.exits import BadDataError, BadRequestError, StoppedError
 from job.pieces import RECORDS as PIECES
@@ -357,7 +356,7 @@ class _Copying(_Packing):
         source = chosen_source(request, self._bucket, self._check_stop)
         self.where, self.source, self._source = source.where, source.name, source
         self._found = survey(
-            until_stopped(source.labelled(), self._check_stop),
+            until_stopped(source.images(labelled=True), self._check_stop),
             self.where,
             request.classes,
             names=source.classes,

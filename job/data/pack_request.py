@@ -12,7 +12,7 @@ from ddpm.image_size import ImageSize
 from job.config import EMBEDDED, PackConfig, pack_config
 from job.data import shards
 from job.data.images import Recipe, are_grey
-from job.data.splits import ALL, SPLITS
+from job.data.members import ALL, SPLITS
 from job.exits import BadRequestError
 
 MOST_HELD_OUT = 0.5

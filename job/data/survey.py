@@ -16,13 +16,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from job.data import members
 from job.data.formats.unread import next_step
 from job.data.labels import MOST_CLASSES, Rows, join_labels, read_labels, split_labels, table_in
-from job.data.members import SUFFIXES, path_parts, refusing
+from job.data.members import ALL, Member, Source, is_data_file, path_parts, split_in, split_of, stem_of
 from job.data.opening import open_source
 from job.data.pack_request import PackRequest
-from job.data.source import Found, Source
-from job.data.splits import ALL, is_data_file, split_in, split_of, stem_of
 from job.exits import BadDataError, BadRequestError
 from job.progress import some_of
 from job.store import Retry, Store
@@ -94,7 +93,7 @@ def chosen_source(request: PackRequest, bucket: Store, check_stop: Callable[[], 
             yield image.name
 
     if rows:
-        with refusing(rows.where):
+        with members.refusing(rows.where):
             table = join_labels(rows, names(), column)
         source = replace(source, table=table)
         notes.append(f"{table.where}: {table.names!r} names the images, {table.column!r} labels them")
@@ -118,7 +117,7 @@ def _rows(source: Source, file: str, retry: Retry) -> Rows:
     if Path(file).exists() and not Path(file).samefile(Path(beside.where, file)):
         there = f"one in {beside.where} and one in this folder, which ./{file} would name"
         raise BadRequestError(f"--labels {file}: there is {there}: choose, or rename one")
-    with refusing(f"{beside.where}: {file}"):
+    with members.refusing(f"{beside.where}: {file}"):
         return table_in(file, beside.read(file))
 
 
@@ -130,7 +129,7 @@ def until_stopped(images: Iterable[T], check_stop: Callable[[], None]) -> Iterat
 
 
 def survey(
-    images: Iterable[Found],
+    images: Iterable[Member],
     where: str,
     classes: bool | None = None,
     names: tuple[str, ...] = (),
@@ -141,7 +140,7 @@ def survey(
     """Counts the images and finds their classes.
 
     Args:
-        images: all images of the source.
+        images: all images of the source, labelled.
         where: the source, for messages.
         classes: True requires classes, False ignores them; None takes labels, or else folders that look like classes.
         names: the names of the classes in the order of the format, if it has one.
@@ -155,8 +154,9 @@ def survey(
     """
     digest, by_label, by_folder = hashlib.sha256(), _Repeated[str](), _Repeated[tuple[str, ...]]()
     examples = list[str]()
-    for name, size_bytes, label in images:
-        digest.update(b"%d:%b%d:%b;" % (len(name.encode()), name.encode(), size_bytes, label.encode()))
+    for image in images:
+        name, label = image.name, image.label
+        digest.update(b"%d:%b%d:%b;" % (len(name.encode()), name.encode(), image.size_bytes, label.encode()))
         by_label.add(label)
         if not label and len(examples) < 2:
             examples.append(name)
@@ -221,7 +221,7 @@ def _splits_of(folders: set[tuple[str, ...]]) -> set[str]:
 
 def no_images(where: str, skipped: Iterable[str] = ()) -> BadDataError:
     """Returns the error that a source is empty; files with these suffixes were skipped."""
-    suffixes = f"none of its names ends in {', '.join(sorted(SUFFIXES))}"
+    suffixes = f"none of its names ends in {', '.join(sorted(members.SUFFIXES))}"
     return BadDataError(f"{where} holds no images: {next(filter(None, map(next_step, skipped)), suffixes)}")
 
 

@@ -122,13 +122,13 @@ def open_bucket(uri: str, stop: Stop) -> Store:
 
 
 def open_to_read(uri: str, retry: Retry | None = None) -> Store:
-    """Opens what `open_store` does, and everything that an installed fsspec file system reads, see `foreign`."""
+    """Opens what `open_store` does, and everything that an installed fsspec file system reads, see `sources`."""
     if not is_foreign(uri):
         return open_store(uri, retry)
     with fsspec_configured():
-        from job.store.foreign import ForeignStore
+        from job.store.sources import SourceStore
 
-        return ForeignStore(uri, retry or Retry())
+        return SourceStore(uri, retry or Retry())
 
 
 @contextmanager

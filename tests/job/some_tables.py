@@ -42,7 +42,7 @@ def arrow_bytes(content: pa.Table, new=pa.ipc.new_stream, rows: int = 8, **optio
 
 
 def labels_of(source: str | Path, column: str | None = "") -> list[str]:
-    return [found.label for found in open_source(str(source), column=column).labelled()]
+    return [found.label for found in open_source(str(source), column=column).images(labelled=True)]
 
 
 def contents_of(source: str | Path) -> list[bytes]:

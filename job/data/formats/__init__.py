@@ -15,7 +15,7 @@ from job.data.formats.lsun import lsun_source
 from job.data.formats.mnist import idx_source
 from job.data.formats.parquet import parquet_source
 from job.data.formats.tfrecords import tfrecord_source
-from job.data.source import Files, Source
+from job.data.members import Files, Source
 
 _READERS: tuple[Callable[[Files, str | None], Source | None], ...] = (
     idx_source,

@@ -24,9 +24,7 @@ from job.data import members
 from job.data.archives import ARCHIVES, EXPANDS, open_zipped, opened_zip
 from job.data.formats.image_bytes import netpbm, netpbm_suffix
 from job.data.labels import chosen_label, label_of, text_of
-from job.data.members import Member, RefusedError, read_exactly, refused
-from job.data.source import Files, Source
-from job.data.splits import SPLITS, first_split, split_in
+from job.data.members import SPLITS, Files, Member, RefusedError, Source, first_split, read_exactly, refused, split_in
 from job.exits import BadDataError, BadRequestError
 
 _FILE = re.compile(r".*\.np[yz]", re.IGNORECASE)

@@ -13,8 +13,7 @@ from typing import Any
 
 from job.data.formats.columns import Columns
 from job.data.formats.tables import BoundedFile, Group, Table, table_source, tables_among
-from job.data.members import RefusedError
-from job.data.source import Files, Source
+from job.data.members import Files, RefusedError, Source
 
 # `datasets` keeps results of `map` beside the data.
 _NAME = re.compile(r"(?:.*/)?(?!cache-|tmp)[^/]*\.(arrow|feather)", re.IGNORECASE)

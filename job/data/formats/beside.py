@@ -9,9 +9,7 @@ from functools import partial
 
 from job.data import members
 from job.data.labels import json_of, labels_of_pairs, pairs_in, sidecars, text_of, with_sidecars
-from job.data.members import Member
-from job.data.source import Files, Source
-from job.data.splits import is_data_file
+from job.data.members import Files, Member, Source, is_data_file
 from job.exits import BadRequestError
 from job.progress import printable
 

@@ -15,9 +15,7 @@ import numpy as np
 from job.data import members
 from job.data.formats.image_bytes import netpbm
 from job.data.labels import chosen_label, label_of
-from job.data.members import Member, RefusedError, refused
-from job.data.source import Files, Source
-from job.data.splits import first_split
+from job.data.members import Files, Member, RefusedError, Source, first_split, refused
 
 _PIXELS = 3 * 32 * 32
 

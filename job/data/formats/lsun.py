@@ -17,9 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 from job.data import members
 from job.data.formats.image_bytes import START_BYTES, suffix_of
-from job.data.members import Member, RefusedError, read_exactly
-from job.data.source import Files, Source
-from job.data.splits import first_split
+from job.data.members import Files, Member, RefusedError, Source, first_split, read_exactly
 from job.exits import BadRequestError
 
 _FILE = re.compile(r"(?:.*/)?(?:data\.mdb|[^/]+\.lmdb)", re.IGNORECASE)

@@ -8,9 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from job.data.members import Member, Opener, RefusedError, is_hidden, read_exactly, unpacked
-from job.data.source import Files, Source
-from job.data.splits import first_split
+from job.data.members import Files, Member, Opener, RefusedError, Source, first_split, is_hidden, read_exactly, unpacked
 from job.exits import BadRequestError
 
 IDX_NAME = re.compile(r"(?:.*/)?[^/]*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")

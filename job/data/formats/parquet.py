@@ -9,8 +9,7 @@ from typing import Any
 
 from job.data.formats.columns import Columns, is_text
 from job.data.formats.tables import BoundedFile, Group, Table, table_source, tables_among
-from job.data.members import RefusedError
-from job.data.source import Files, Source
+from job.data.members import Files, RefusedError, Source
 
 _NAME = re.compile(r".*\.(parquet|parq|pq)", re.IGNORECASE)
 _LABELS_READ = 1 << 16

@@ -20,9 +20,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 from job.data import members
 from job.data.ahead import in_order
 from job.data.formats.columns import Columns, columns_of
-from job.data.members import Member, RefusedError, path_parts, refused
-from job.data.source import Files, Source
-from job.data.splits import first_split, split_in
+from job.data.members import Files, Member, RefusedError, Source, first_split, path_parts, refused, split_in
 from job.exits import BadRequestError, how_to_install
 
 _READERS = 16

@@ -24,9 +24,7 @@ from job.data import members
 from job.data.archives import EXPANDS
 from job.data.formats.image_bytes import START_BYTES, netpbm, netpbm_suffix, suffix_of
 from job.data.labels import LABEL_KEYS, chosen_label, class_names, label_among, text_of
-from job.data.members import Member, RefusedError, read_exactly, refused, unpacked
-from job.data.source import Files, Source
-from job.data.splits import first_split
+from job.data.members import Files, Member, RefusedError, Source, first_split, read_exactly, refused, unpacked
 from job.exits import BadDataError, BadRequestError
 from job.progress import some_of
 

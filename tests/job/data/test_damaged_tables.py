@@ -55,7 +55,7 @@ def test_unusable_tables_are_one_line(tmp_path):
     ]:
         parquet.write_table(content, path)
         with pytest.raises(error) as caught:
-            survey(open_source(str(path)).labelled(), str(path))
+            survey(open_source(str(path)).images(labelled=True), str(path))
             contents_of(path)
         assert said in str(caught.value) and len(str(caught.value).splitlines()) == 1
     # An array of `datasets` is an extension of lists.
@@ -133,7 +133,7 @@ def test_replaced_table_is_noticed(tmp_path):
     path = tmp_path / "a.parquet"
     path.write_bytes(parquet_bytes(table(40)))
     source = open_source(str(path))
-    list(source.labelled())
+    list(source.images(labelled=True))
     path.write_bytes(parquet_bytes(table(30)))
     with pytest.raises(
         BadDataError, match=r"promises 8 rows in a group, and has 6: it is damaged|truncated or damaged"
@@ -162,7 +162,7 @@ def test_unreachable_bytes_are_no_damage(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tables.BoundedFile, "read", away)
     with pytest.raises(StoppedError):
-        list(source.labelled())
+        list(source.images(labelled=True))
 
 
 def test_large_images_are_refused(tmp_path, monkeypatch):

@@ -11,8 +11,8 @@ import pytest
 import webdataset
 from PIL import Image
 
+from job.data.archives import find_tars
 from job.data.cache import open_cache
-from job.data.foreign_tars import find_tars
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
 from job.data.shards import DatasetIndex, load_index

@@ -18,8 +18,8 @@ from ddpm.image_size import ImageSize
 from job.data import members
 from job.data.ahead import in_order
 from job.data.images import Recipe, are_grey, prepare
+from job.data.members import Member
 from job.data.opening import open_source
-from job.data.source import Found
 from job.data.survey import Survey, survey
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from tests.job.damages import flip_a_bit
@@ -43,7 +43,7 @@ def refusal(path: Path | str, error: type[JobError] = BadDataError) -> str:
 
 
 def surveyed(names, classes: bool | None = None) -> Survey:
-    return survey((Found(name) for name in names), "here", classes)
+    return survey((Member(name, bytes) for name in names), "here", classes)
 
 
 def test_archives_as_downloaded(tmp_path):
@@ -207,7 +207,7 @@ def test_mnist_files_become_grey_images(tmp_path, digits, gz):
     entries = list(entries_of(source))
     assert [name for name, _ in entries] == [f"train/{n:02d}.pgm" for n in range(len(labels))]
     assert list(names_of(replace(source, split="test"))) == [f"test/{n}.pgm" for n in range(3)]
-    assert [one.label for one in source.labelled()] == [str(label) for label in labels]
+    assert [one.label for one in source.images(labelled=True)] == [str(label) for label in labels]
     recipe = Recipe(ImageSize(28, 28), "center", "lanczos", 1, 14)
     np.testing.assert_array_equal([prepare(content, recipe)[..., 0] for _, content in entries], images)
     chosen = next((tmp_path / "mnist").glob("t10k-images*"))
@@ -219,7 +219,7 @@ def test_mnist_files_become_grey_images(tmp_path, digits, gz):
         mnist(tmp_path / "data/training/raw", split, images, labels, gz)
     for split, count in (("", 24), ("train", 12), ("test", 12)):
         nested = replace(open_source(str(tmp_path / "data")), split=split)
-        assert [one.label for one in nested.labelled()] == [str(label) for label in labels] * (count // 12)
+        assert [one.label for one in nested.images(labelled=True)] == [str(label) for label in labels] * (count // 12)
     mnist(tmp_path / "data/training", "train", images[:5], labels[:5], gz)
     assert len(list(entries_of(open_source(str(tmp_path / "data"))))) == 5
     mnist(tmp_path / "mnist", "emnist-letters-train", images, labels, gz)
@@ -322,7 +322,7 @@ def test_empty_and_missing_sources_are_errors(tmp_path):
         for files in ([], [("readme.txt", b"x")]):
             source = open_source(str(make(tmp_path / name, files)))
             with pytest.raises(BadDataError, match=r"holds no images: none of its names ends in .avif, .bmp, .gif"):
-                survey(source.labelled(), source.where)
+                survey(source.images(labelled=True), source.where)
     for missing in ("nowhere", "nowhere.zip", "file:///nowhere/a.zip", "~/nowhere/at/all"):
         assert "nothing at" in refusal(missing, MissingInputError)
     assert "ftp" in refusal("ftp://host/a.zip", BadRequestError)

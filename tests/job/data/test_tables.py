@@ -213,9 +213,9 @@ def test_memory_does_not_grow_with_a_group(tmp_path, monkeypatch, options):
         source = open_source(str(tmp_path / "a.parquet"))
         if options:
             with pytest.raises(BadDataError, match="has a label of 300,000 characters, which names no class"):
-                list(source.labelled())
+                list(source.images(labelled=True))
             source = open_source(str(tmp_path / "a.parquet"), column=None)
-        labels = [found.label for found in source.labelled()]
+        labels = [found.label for found in source.images(labelled=True)]
         assert all(content == images[number] for number, (_, content) in enumerate(source.loaded(source.images())))
     finally:
         pa.set_memory_pool(before)
@@ -262,7 +262,7 @@ def test_names_of_a_long_list_of_classes_are_no_labels_of_single_images(tmp_path
     rows = [{"image": {"bytes": png(1), "path": None}, "label": number} for number in range(150)]
     datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "a.parquet")
     source = open_source(str(tmp_path / "a.parquet"))
-    assert len(survey(source.labelled(), source.where, names=source.classes).classes) == 1000
+    assert len(survey(source.images(labelled=True), source.where, names=source.classes).classes) == 1000
 
 
 def test_choice_of_labels_is_asked_for(tmp_path):
@@ -302,4 +302,4 @@ def test_tables_beside_other_files(tmp_path, caplog):
     mixed = folder_of(tmp_path / "mixed", [("test-0.parquet", unlabelled), ("train-0.parquet", shard)])
     assert labels_of(mixed) == ["cat", "dog", "cat", "dog"]
     both = replace(open_source(str(mixed)), split="")
-    assert [one.label for one in both.labelled()] == ["", "", "cat", "dog", "cat", "dog"]
+    assert [one.label for one in both.images(labelled=True)] == ["", "", "cat", "dog", "cat", "dog"]

@@ -14,12 +14,11 @@ import pytest
 from fsspec.config import conf
 from PIL import Image
 
-from job.data import fetched
 from job.data.opening import open_source
 from job.exits import BadDataError, BadRequestError, Exit, StoppedError
 from job.stop import Stop
 from job.store import Retry
-from job.store.foreign import About, ForeignStore
+from job.store.sources import About, SourceStore
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.packing import entries_of, images_of, names_of
 from tests.job.some_images import idx, png, tar_of, zip_of
@@ -34,56 +33,65 @@ def archive(images: int) -> bytes:
     return file.getvalue()
 
 
-def test_killed_fetch_resumes(server, monkeypatch):
+def left_in(cache: Path) -> list[Path]:
+    return [path for path in cache.rglob("*") if path.is_file()]
+
+
+def test_broken_fetch_begins_again(server):
     handler, url = server
     handler.content = {"/all.zip": archive(40)}
     handler.cuts_once = True
-    store = ForeignStore(url, Retry())
-    ask, answers = store.blocks, iter([1])
+    lines: list[str] = []
+    assert len(list(names_of(open_source(f"{url}/all.zip", retry=Retry(note=lines.append))))) == 40
+    assert [asked for command, asked in handler.asked if command == "GET"] == ["", ""]
+    assert f"{url}/all.zip does not answer" in lines[0] and "trying again" in lines[0]
 
-    def killed(*about, **named):
-        if next(answers, None) is None:
-            raise KeyboardInterrupt
-        return ask(*about, **named)
 
-    monkeypatch.setattr(store, "blocks", killed)
-    with pytest.raises(KeyboardInterrupt):
-        fetched.fetched(store, "all.zip", f"{url}/all.zip")
-    handler.asked.clear()
+def test_killed_fetch_leaves_nothing(server, tmp_path, monkeypatch):
+    handler, url = server
+    handler.content = {"/all.zip": archive(40)}
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("job.data.opening.Progress.update", killed)
+        open_source(f"{url}/all.zip")
+    assert left_in(tmp_path / "cache") == []
     assert len(list(names_of(open_source(f"{url}/all.zip")))) == 40
-    # The rest of it is asked for, and nothing from the beginning.
-    assert [asked for command, asked in handler.asked if command == "GET" and not asked] == []
+    handler.asked.clear()
+    # What was fetched stays, until it is packed.
+    assert len(list(names_of(open_source(f"{url}/all.zip")))) == 40
+    assert {command for command, _ in handler.asked} == {"HEAD"}
 
 
 def test_fetch_is_of_one_file(server, monkeypatch):
-    """A file that is replaced while it is fetched is refused, though the server heeds no `If-Range`."""
     handler, url = server
     one, two = archive(40), archive(41)
     handler.content = {"/all.zip": one}
-    handler.cuts_once = True
-    store = ForeignStore(url, Retry())
-    ask = store.blocks
+    check = SourceStore._check_same
 
-    def replaced(*about, **named):
-        if about[1]:
-            handler.content, handler.etag = {"/all.zip": two[: len(one)]}, "two"
-        return ask(*about, **named)
+    def replaced(*about):
+        handler.content, handler.etag = {"/all.zip": two[: len(one)]}, "two"
+        return check(*about)
 
-    monkeypatch.setattr(store, "blocks", replaced)
+    monkeypatch.setattr(SourceStore, "_check_same", replaced)
     with pytest.raises(BadDataError, match="has changed during the read: begin again"):
-        fetched.fetched(store, "all.zip", f"{url}/all.zip")
+        open_source(f"{url}/all.zip")
+    monkeypatch.undo()
     handler.content = {"/all.zip": two}
     assert len(list(names_of(open_source(f"{url}/all.zip")))) == 41
 
 
 def test_lying_server_gets_no_disk(server, tmp_path, monkeypatch):
     handler, url = server
-    handler.content = {"/all.zip": b"x" * 5_000_000}
-    store = ForeignStore(url, Retry())
-    monkeypatch.setattr(store, "about", lambda key: About(1000, '"one"'))
-    with pytest.raises(BadDataError, match=r"gives a size of 1,000 bytes and sends .* or more"):
-        fetched.fetched(store, "all.zip", f"{url}/all.zip")
-    assert sum(path.stat().st_size for path in (tmp_path / "cache/sources").iterdir()) == 0
+    handler.content = {"/all.zip": b"x" * 50_000_000}
+    monkeypatch.setattr(SourceStore, "_about", lambda *_: About(1000, ('"one"',)))
+    written: list[int] = []
+    monkeypatch.setattr("job.data.opening.Progress.update", lambda _, mib: written.append(mib))
+    with pytest.raises(BadDataError, match=r"sends [\d,]+ of 1,000 bytes: download it"):
+        open_source(f"{url}/all.zip")
+    assert max(written) <= 2 and left_in(tmp_path / "cache") == []
 
 
 def test_stalled_server_does_not_delay_stop(server, monkeypatch):
@@ -94,7 +102,7 @@ def test_stalled_server_does_not_delay_stop(server, monkeypatch):
     threading.Timer(1.0, stop.request, ["a test"]).start()
     began = time.monotonic()
     with pytest.raises(StoppedError):
-        fetched.fetched(ForeignStore(url, Retry(60.0, stop)), "all.zip", f"{url}/all.zip")
+        open_source(f"{url}/all.zip", retry=Retry(60.0, stop))
     assert time.monotonic() - began < 2
 
 
@@ -129,8 +137,7 @@ def test_unreadable_web_sources_are_one_line(server, tmp_path, monkeypatch):
         ("https://[::1/a.zip", "may read any other location"),
         ("https://[1/a.zip", "is not a valid URL"),
         ("sftp://user:wo#rd@example.com/a.zip", "is not a valid URL, or holds a user and password"),
-        ("sfpt://example.com/a.zip", "did you mean sftp://?"),
-        ("nothinglikeit://example.com/a.zip", "no file system of that name is known"),
+        ("sfpt://example.com/a.zip", "sfpt:// needs more than is installed (Protocol not known: sfpt)"),
         ("smb://example.com/a.zip", "smb:// needs more than is installed (SMB requires"),
         ("adl://x/y", "adl:// needs more than is installed"),
         ("hdfs://host/x", "hdfs:// needs more than is installed"),
@@ -217,7 +224,7 @@ def test_missing_web_library_is_named(monkeypatch):
     def missing(*_, **__):
         raise ImportError("no aiohttp")
 
-    monkeypatch.setattr("job.store.foreign.get_filesystem_class", missing)
+    monkeypatch.setattr("job.store.sources.get_filesystem_class", missing)
     with pytest.raises(BadRequestError, match=r"https:// needs more than is installed \(no aiohttp\): .*\[web\]"):
         open_source("https://example.com/a.zip")
 

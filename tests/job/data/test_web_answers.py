@@ -25,11 +25,11 @@ MOST_REQUESTS = 100
 
 
 class Answers(BaseHTTPRequestHandler):
-    """Serves one file in ranges, and answers otherwise at one place."""
+    """Serves one file, and answers otherwise at one place."""
 
     whole: ClassVar[bytes]
     place: ClassVar[str]
-    """HEAD, GET, GET of the rest, or every request."""
+    """HEAD, GET, or every request."""
     bad: ClassVar[Callable[[Answers, int], object]]
     requests: ClassVar[list[str]]
 
@@ -37,31 +37,26 @@ class Answers(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self) -> None:
-        self.answer("HEAD", 0)
+        self.answer()
 
     def do_GET(self) -> None:
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
-        self.answer("GET of the rest" if start else "GET", start)
+        self.answer()
 
-    def answer(self, asked: str, start: int) -> None:
-        self.requests.append(asked)
+    def answer(self) -> None:
+        self.requests.append(self.command)
         self.close_connection = True
-        if self.place in (asked, self.command, "every request"):
-            type(self).bad(self, start)
+        if self.place in (self.command, "every request"):
+            type(self).bad(self)
         else:
-            # The rest is asked for only if the beginning broke off.
-            self.send(start, half=self.place == "GET of the rest" and not start)
+            self.send()
 
-    def send(self, start: int = 0, *, half: bool = False, sent: int | None = None) -> None:
-        """Sends headers for the bytes from `start` on, and half or `sent` of them."""
-        part = self.whole[start:]
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(part)))
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(self.whole) - 1}/{len(self.whole)}")
+    def send(self, sent_bytes: int | None = None) -> None:
+        """Sends headers for the whole file, and all or some of it."""
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.whole)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(part[: len(part) // 2 if half else sent])
+            self.wfile.write(self.whole[:sent_bytes])
 
     def whole_answer(self, body: bytes) -> None:
         """Sends an answer that is complete in itself, whatever was asked for."""
@@ -78,29 +73,36 @@ class Answers(BaseHTTPRequestHandler):
         self.end_headers()
 
 
-def silent(handler: Answers, start: int) -> None:
-    handler.send(0, sent=1000)
+def silent(handler: Answers) -> None:
+    handler.send(1000)
     time.sleep(SILENCE_SECONDS + 1)
 
 
-def slow(handler: Answers, start: int) -> None:
-    handler.send(start, sent=len(handler.whole) // 6 + 1)
-    time.sleep(PATIENCE_SECONDS / 2)
+def slow(handler: Answers) -> None:
+    handler.send(0)
+    step = len(handler.whole) // 6 + 1
+    for start in range(0, len(handler.whole), step):
+        handler.wfile.write(handler.whole[start : start + step])
+        time.sleep(PATIENCE_SECONDS / 2)
 
 
-def status(code: int) -> Callable[[Answers, int], object]:
-    return lambda handler, start: handler.send_error(code)
+def cut_once(handler: Answers) -> None:
+    handler.send(None if handler.requests.count("GET") > 1 else len(handler.whole) * 2 // 3)
 
 
-ANSWERS: dict[str, Callable[[Answers, int], object]] = {
-    "whole, too short": lambda handler, start: handler.whole_answer(handler.whole[:-1]),
-    "whole, too long": lambda handler, start: handler.whole_answer(handler.whole + b"x"),
-    "whole, empty": lambda handler, start: handler.whole_answer(b""),
-    "another file": lambda handler, start: handler.whole_answer(b"x" * len(handler.whole)),
-    "cut at two thirds, without ranges": lambda handler, start: handler.send(sent=len(handler.whole) * 2 // 3),
+def status(code: int) -> Callable[[Answers], object]:
+    return lambda handler: handler.send_error(code)
+
+
+ANSWERS: dict[str, Callable[[Answers], object]] = {
+    "whole, too short": lambda handler: handler.whole_answer(handler.whole[:-1]),
+    "whole, too long": lambda handler: handler.whole_answer(handler.whole + b"x"),
+    "whole, empty": lambda handler: handler.whole_answer(b""),
+    "another file": lambda handler: handler.whole_answer(b"x" * len(handler.whole)),
+    "cut at two thirds": lambda handler: handler.send(len(handler.whole) * 2 // 3),
+    "cut at two thirds, once": cut_once,
     "1,000 bytes, then silence": silent,
-    "a sixth, then a pause, with ranges": slow,
-    "a quarter, with ranges": lambda handler, start: handler.send(start, sent=len(handler.whole) // 4 + 1),
+    "whole, slower than the patience": slow,
     "401": status(401),
     "403": status(403),
     "404": status(404),
@@ -109,13 +111,13 @@ ANSWERS: dict[str, Callable[[Answers, int], object]] = {
     "429": status(429),
     "500": status(500),
     "503": status(503),
-    "junk": lambda handler, start: handler.wfile.write(b"\x00junk\r\n\r\n" * 50),
-    "nothing": lambda handler, start: None,
-    "redirect to http": lambda handler, start: handler.redirect("http://example.invalid/all.zip"),
-    "redirect to a file": lambda handler, start: handler.redirect("file:///etc/hostname"),
-    "redirect to itself": lambda handler, start: handler.redirect("/all.zip"),
-    "redirect to no URL": lambda handler, start: handler.redirect("http://[bad"),
-    "redirect to no port": lambda handler, start: handler.redirect("https://host:99999999/all.zip"),
+    "junk": lambda handler: handler.wfile.write(b"\x00junk\r\n\r\n" * 50),
+    "nothing": lambda handler: None,
+    "redirect to http": lambda handler: handler.redirect("http://example.invalid/all.zip"),
+    "redirect to a file": lambda handler: handler.redirect("file:///etc/hostname"),
+    "redirect to itself": lambda handler: handler.redirect("/all.zip"),
+    "redirect to no URL": lambda handler: handler.redirect("http://[bad"),
+    "redirect to no port": lambda handler: handler.redirect("https://host:99999999/all.zip"),
 }
 AWAY, BAD_DATA, FINISHED = Exit.BUCKET_AWAY, Exit.BAD_DATA, Exit.FINISHED
 REFUSED = {
@@ -127,25 +129,17 @@ REFUSED = {
 OUTAGE = dict.fromkeys(("429", "500", "503", "junk", "nothing"), AWAY)
 CONTENT = {
     **dict.fromkeys(("whole, too short", "whole, too long", "another file", "416"), BAD_DATA),
-    **dict.fromkeys(("whole, empty", "cut at two thirds, without ranges", "1,000 bytes, then silence"), AWAY),
-    **dict.fromkeys(("a sixth, then a pause, with ranges", "a quarter, with ranges"), FINISHED),
+    **dict.fromkeys(("whole, empty", "cut at two thirds", "1,000 bytes, then silence"), AWAY),
+    **dict.fromkeys(("cut at two thirds, once", "whole, slower than the patience"), FINISHED),
 }
 TABLE: dict[str, dict[str, Exit]] = {
     # Without an answer to HEAD the GET tells the size.
     "HEAD": dict.fromkeys(("whole, too short", "whole, too long", "whole, empty"), BAD_DATA)
     | dict.fromkeys(("404", "500", "junk", "nothing", "redirect to a file"), FINISHED),
-    "GET": {
-        "whole, too short": BAD_DATA,
-        "cut at two thirds, without ranges": AWAY,
-        "1,000 bytes, then silence": AWAY,
-        "a quarter, with ranges": FINISHED,
-        "404": Exit.MISSING_INPUT,
-        "redirect to http": Exit.BAD_REQUEST,
-    },
-    "GET of the rest": CONTENT | REFUSED | OUTAGE,
+    "GET": CONTENT | REFUSED | OUTAGE,
     "every request": REFUSED | OUTAGE | dict.fromkeys(("whole, empty", "another file"), BAD_DATA),
 }
-PLACES = [pytest.param(place, marks=[pytest.mark.slow] * (place == "GET of the rest")) for place in TABLE]
+PLACES = [pytest.param(place, marks=[pytest.mark.slow] * (place == "GET")) for place in TABLE]
 
 
 @pytest.fixture
@@ -177,11 +171,7 @@ def test_every_answer_has_its_exit_code(server, tmp_path, monkeypatch, place):
         assert len(handler.requests) <= MOST_REQUESTS, (answer, len(handler.requests))
         errors = [line for line in done.stderr.splitlines() if line.startswith("ddpm: ")]
         assert len(errors) == bool(done.returncode) and "Traceback" not in done.stderr, (answer, done.stderr)
-        left = [path.name for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"]
-        # The same command goes on with a part, unless its content is wrong.
-        assert all(name.endswith("-part") for name in left), answer
-        if done.returncode in (Exit.FINISHED, Exit.BAD_DATA):
-            assert not left, answer
+        assert not [path for path in cache.rglob("*") if path.is_file()], answer
         if done.returncode:
             assert not [path for path in bucket.rglob("*") if path.is_file()], answer
     assert found == {answer: int(code) for answer, code in TABLE[place].items()}

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from job.data.members import Source
 from job.data.opening import open_source
-from job.data.source import Source
 from job.exits import Exit, JobError
 from tests.job.packing import entries_of
 
@@ -29,14 +29,14 @@ def pixels_of(source: Source) -> list[np.ndarray]:
 
 def labels_of(source: Source) -> list[str]:
     """The labels of the images, in order."""
-    return [found.label for found in source.labelled()]
+    return [found.label for found in source.images(labelled=True)]
 
 
 def line_of(path: Path | str, exit_code: Exit = Exit.BAD_DATA, **options: object) -> str:
     """The one line that refuses a source, be it when it is opened or when it is read."""
     with pytest.raises(JobError) as caught:
         source = open_source(str(path), **options)
-        list(source.labelled())
+        list(source.images(labelled=True))
         list(entries_of(source))
     assert caught.value.exit_code == exit_code, caught.value
     (line,) = str(caught.value).splitlines()

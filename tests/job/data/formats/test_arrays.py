@@ -222,7 +222,7 @@ def test_large_arrays_are_not_loaded(tmp_path: Path) -> None:
         file.truncate(128 + 40_000 * 12_288)
     before = peak_bytes()
     source = opened(tmp_path / "x.npy")
-    assert sum(1 for _ in source.labelled()) == 40_000
+    assert sum(1 for _ in source.images(labelled=True)) == 40_000
     ((name, content),) = source.loaded(islice(source.images(), 30_000, 30_001))
     assert name == "x.npy/30000.ppm" and content.endswith(b"\7" * 12_288)
     assert peak_bytes() - before < 64 << 20
@@ -249,7 +249,7 @@ def test_photographs_in_an_array_become_the_dataset_of_their_files(tmp_path: Pat
     """The real images that come with the program, in folders of their class, and as Keras ships a set."""
     zipped = Path(job.__file__).with_name("datasets") / "landscape-sample.zip"
     files, source = packed(tmp_path / "a", zipped, size=64, shard_images=None), opened(zipped)
-    folders = np.array([found.name.partition("/")[0] for found in source.labelled()])
+    folders = np.array([found.name.partition("/")[0] for found in source.images(labelled=True)])
     images = np.stack(pixels_of(source))
     npz = saved(
         tmp_path / "landscape.npz", True, x_train=images, y_train=folders, x_test=images[:9], y_test=folders[:9]

@@ -19,9 +19,8 @@ from hypothesis import strategies as st
 
 from job.data import members
 from job.data.labels import join_labels, read_labels, table_in
-from job.data.members import RefusedError, refusing
+from job.data.members import Member, RefusedError, refusing
 from job.data.opening import open_source
-from job.data.source import Found
 from job.data.survey import survey
 from job.exits import BadDataError, BadRequestError, Exit, JobError, MissingInputError
 from job.progress import printable
@@ -37,7 +36,7 @@ ANIMALS = ("cat", "dog", "dog", "owl", "cat", "owl", "owl")
 def labels_of(place: str | Path, **options) -> list[tuple[str, str]]:
     """The labels of a source's images by name, and that the images come in the same order."""
     source = open_source(str(place), **options)
-    found = list(source.labelled())
+    found = list(source.images(labelled=True))
     assert [one.name for one in found] == [name for name, _ in entries_of(source)]
     return [(one.name, one.label) for one in found]
 
@@ -401,11 +400,12 @@ def test_what_cannot_be_read_says_what_to_do(tmp_path):
 
 
 def test_each_image_with_its_own_label_has_no_class():
-    images = [Found(f"{n}.png", 1, f"name {n}") for n in range(200)]
+    images = [Member(f"{n}.png", bytes, label=f"name {n}") for n in range(200)]
     with pytest.raises(BadRequestError, match="another label for each image"):
         survey(images, "here")
     assert survey(images, "here", classes=False).classes == ()
-    numbers = survey([Found("a", 1, "10"), Found("b", 1, "9"), Found("c", 1, "cat")], "here", names=("dog", "cat"))
+    images = [Member(f"{n}.png", bytes, label=label) for n, label in enumerate(("10", "9", "cat"))]
+    numbers = survey(images, "here", names=("dog", "cat"))
     assert numbers.classes == ("dog", "cat", "9", "10")
     assert [numbers.label(n) for n in range(3)] == [3, 2, 1]
     assert re.search("name 4 classes that the network will learn: dog, cat, 9, 10", numbers.notes[0])

@@ -74,7 +74,7 @@ def test_categories_and_splits_are_told_by_their_folders(tmp_path: Path) -> None
     source = opened(tmp_path / "lsun")
     assert (source.split, len(list(source.images()))) == ("train", 5)
     assert source.other_splits == ("val",)
-    assert all(found.label == "" for found in source.labelled())
+    assert all(found.label == "" for found in source.images(labelled=True))
     folders = [name.split("/")[0] for name in names_of(opened(tmp_path / "lsun", "val"))]
     assert folders == ["church_outdoor_val_lmdb"] * 3
     faces = lmdb.open(str(tmp_path / "faces.lmdb"), subdir=False, map_size=1 << 20)
