@@ -69,7 +69,7 @@ def resumptions(
     importing, loading, totals = [], [], []
     all_sets = (*sets, *EVERY_STEP_LOGGED)
     forget_accelerator()
-    run_training(TrainRequest(DATASET, bucket, RUN, PRESET, epochs=1, sets=all_sets).check())
+    run_training(TrainRequest(DATASET, bucket=bucket, run=RUN, preset=PRESET, epochs=1, sets=all_sets).check())
     with Progress("resuming", total=turns, unit="starts") as bar:
         for turn in range(1, turns + 1):
             started = time.time()

@@ -126,7 +126,7 @@ class OurLoop:
     ) -> None:
         bucket = str(folder / "bucket")
         sets = (*(TINY if quick else sets), *NO_SAVES, f"train.precision={precision}", f"train.exact={exact}")
-        request = TrainRequest(DATASET, bucket, preset=preset, epochs=1000, sets=sets)
+        request = TrainRequest(DATASET, bucket=bucket, preset=preset, epochs=1000, sets=sets)
         plan = plan_run(request.check(), suited=compute.suited)
         forget_accelerator()
         key, cache_dir = dataset_key_of(plan.config), folder / "cache"

@@ -25,7 +25,7 @@ from job.processes.launched import await_go, is_rank
 from job.processes.launcher import launch, this_command
 from job.processes.preemption import watch_for_preemption
 from job.progress import note
-from job.requests import EncodeRequest, EvaluateRequest, SampleRequest, TrainRequest, check_world_size
+from job.requests import EvaluateRequest, SampleRequest, TrainRequest, check_world_size
 from job.runs.layout import ObjectKind
 from job.runs.records import check_writable
 from job.sampling.sampling_plan import plan_sampling, plan_sets
@@ -34,24 +34,16 @@ from job.store import ObjectMissingError, Store, is_foreign, open_bucket, split_
 from job.training.tracking import check_tracker
 
 if TYPE_CHECKING:
-    from job.data.pack_request import PackRequest
+    from job.data.pack_request import EncodeRequest, EnsureRequest, PackRequest
     from job.data.shards import DatasetIndex
+    from job.jobs.spec import JobRequest
 
 
-def train_command(
-    request: TrainRequest,
-    processes: int | None,
-    hang_after_seconds: float,
-    stop_after: str,
-    go: Callable[[], int] | None = None,
-) -> None:
+def train_command(request: TrainRequest, go: Callable[[], int] | None = None) -> None:
     """Starts or resumes training; prints the URIs of the results when the run is finished.
 
     Args:
-        request: the run.
-        processes: processes on this machine; None: one per GPU, else one. Under torchrun or accelerate these decide.
-        hang_after_seconds: see `launch`.
-        stop_after: a duration, see `deadline`.
+        request: the run. Under torchrun or accelerate these decide the number of processes.
         go: lets ranks work that wait for it already.
 
     Raises:
@@ -59,10 +51,10 @@ def train_command(
         SystemExit: the ranks ended with another code than 0.
     """
     if is_rank():
-        _train(request, stop_after)
+        _train(request)
         return
     here = Group.of(1)
-    with _command_on(request.bucket, stop_after, Slice(here.node, here.nodes)) as stop:
+    with _command_on(request, Slice(here.node, here.nodes)) as stop:
         request = request.check()
         try:
             plan = plan_run(request, stop)
@@ -75,7 +67,7 @@ def train_command(
             stated = error.size if isinstance(error, NoDatasetError) else request.changes.get("data.size")
             size = ImageSize.of(stated) if stated else _usual_size(request.preset_name())
             raise MissingInputError(how_to_pack(request.bucket, request.dataset, size)) from None
-        processes = processes or default_processes()
+        processes = request.processes or default_processes()
         check_world_size(processes * here.nodes, plan.config.train)
         check_scores_in_training(plan)
         check_tracker(plan.config.log.tracker, is_asked_for="log.tracker" in request.changes)
@@ -88,10 +80,10 @@ def train_command(
         else:
             check_writable(plan.run)
             note(f"the page of this run: {plan.run.uri_of(ObjectKind.PAGE.value)}")
-            _launch(processes, hang_after_seconds, go)
+            _launch(processes, request.hang_after_seconds, go)
 
 
-def _train(request: TrainRequest, stop_after: str) -> None:
+def _train(request: TrainRequest) -> None:
     """Does the work of `train_command` in one of its processes."""
     # Nothing that an import makes is garbage, and the collector would take a sixth of its time.
     gc.disable()
@@ -101,19 +93,19 @@ def _train(request: TrainRequest, stop_after: str) -> None:
     gc.enable()
     # Before this line the process must print and write nothing: the launcher may still refuse the command.
     await_go()
-    with _command_on(request.bucket, stop_after) as stop:
+    with _command_on(request) as stop:
         plan = run_training(request.check(), stop)
         if os.environ.get("RANK", "0") == "0":
             _say_finished(plan, "is finished")
 
 
-def sample_command(request: SampleRequest, processes: int | None, hang_after_seconds: float, stop_after: str) -> None:
-    """Samples, and prints the URIs of the pictures; the arguments are those of `train_command`.
+def sample_command(request: SampleRequest) -> None:
+    """Samples, and prints the URIs of the pictures.
 
     Raises:
         SystemExit: the ranks ended with another code than 0.
     """
-    with _command_on(request.bucket, stop_after, Slice.parse(request.slice)) as stop:
+    with _command_on(request, Slice.parse(request.slice)) as stop:
         plan = plan_sampling(request.check(), stop)
         if is_rank():
             from job.sampling.draw import run_sampling
@@ -130,20 +122,18 @@ def sample_command(request: SampleRequest, processes: int | None, hang_after_sec
                     print(sample_set.describe("complete already"))
                 return
         check_writable(plan.run)
-        _launch(processes or default_processes(), hang_after_seconds)
+        _launch(request.processes or default_processes(), request.hang_after_seconds)
 
 
-def evaluate_command(
-    request: EvaluateRequest, processes: int | None, hang_after_seconds: float, stop_after: str
-) -> None:
-    """Samples and scores; the arguments are those of `train_command`.
+def evaluate_command(request: EvaluateRequest) -> None:
+    """Samples and scores.
 
     Raises:
         BadRequestError: a library for scores is not installed.
         SystemExit: the ranks ended with another code than 0.
     """
     check_library()
-    with _command_on(request.bucket, stop_after, Slice.parse(request.slice)) as stop:
+    with _command_on(request, Slice.parse(request.slice)) as stop:
         plan = plan_evaluation(request.check(), stop)
         if is_rank():
             from job.evaluation.evaluate import run_evaluation
@@ -151,20 +141,19 @@ def evaluate_command(
             run_evaluation(plan, stop)
         else:
             check_writable(plan.sampling.run)
-            _launch(processes or default_processes(), hang_after_seconds)
+            _launch(request.processes or default_processes(), request.hang_after_seconds)
 
 
-def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") -> None:
+def pack_command(request: PackRequest) -> None:
     """Packs a source, or indexes tars in place, and prints the facts of the dataset."""
     from job.data.opening import forget
     from job.data.pack import check_free, is_whole, pack
     from job.verbs.removal import check_unused
 
-    share = Slice.parse(request.slice)
-    with _command_on(bucket_uri, stop_after, share) as stop:
+    with _command_on(request, Slice.parse(request.slice)) as stop:
         stop.install()
         request = request.check()
-        bucket = open_bucket(bucket_uri, stop)
+        bucket = open_bucket(request.bucket, stop)
         # A dataset of this name must be an error before hours of packing its held-out part.
         check_free(bucket, request)
         for part in request.parts():
@@ -183,11 +172,11 @@ def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") ->
         forget(request.source)
 
 
-def encode_command(request: EncodeRequest, stop_after: str = "") -> None:
+def encode_command(request: EncodeRequest) -> None:
     """Encodes a dataset into latents, and prints the facts of the new one."""
     from job.exchange.encoding import encode_dataset
 
-    with _command_on(request.bucket, stop_after, Slice.parse(request.slice)) as stop:
+    with _command_on(request, Slice.parse(request.slice)) as stop:
         stop.install()
         request = request.check()
         bucket = open_bucket(request.bucket, stop)
@@ -205,8 +194,8 @@ def _say_made(index: DatasetIndex | None, bucket: Store, name: str, slice_text: 
             print(f"look at  {bucket.uri_of(preview)}")
 
 
-def ensure_command(request: PackRequest, bucket_uri: str, on: str = "") -> None:
-    """Packs a dataset if the bucket lacks it; `on` is the target whose job needs it.
+def ensure_command(request: EnsureRequest) -> None:
+    """Packs a dataset if the bucket lacks it.
 
     Raises:
         BadRequestError: the source would make another dataset than the one that is there.
@@ -218,21 +207,21 @@ def ensure_command(request: PackRequest, bucket_uri: str, on: str = "") -> None:
     asked = ImageSize.of(request.size) if request.size else None
     size = asked or _usual_size(name)
     filled = replace(request, source=request.source or name, size=size).check()
-    there, index = how_packed(bucket_uri, name, asked)
+    there, index = how_packed(request.bucket, name, asked)
     if index:
         filled = replace(filled, size=index.size)
     if there and not request.replaces:
         has_options = request.labels or request.split or request.classes is not None
         kept = "labels, classes and split stay as they are" if has_options else ""
-        said = _compared(filled, bucket_uri, there, index) if request.source else kept
+        said = _compared(filled, there, index) if request.source else kept
         note("; ".join(filter(None, (there, said))))
         return
     if not request.source and name != EMBEDDED:
-        raise MissingInputError(how_to_pack(bucket_uri, name, size, on))
-    pack_command(filled, bucket_uri)
+        raise MissingInputError(how_to_pack(request.bucket, name, size, request.on))
+    pack_command(filled)
 
 
-def _compared(request: PackRequest, bucket_uri: str, there: str, index: DatasetIndex | None) -> str:
+def _compared(request: PackRequest, there: str, index: DatasetIndex | None) -> str:
     """Returns how the source of a request compares with a dataset that is there, for people."""
     from job.data.pack import is_source_of
 
@@ -242,7 +231,7 @@ def _compared(request: PackRequest, bucket_uri: str, there: str, index: DatasetI
         return "SOURCE is not compared, since it would be fetched"
     stop = Stop().install()
     try:
-        if is_source_of(open_bucket(bucket_uri, stop), request, index, stop):
+        if is_source_of(open_bucket(request.bucket, stop), request, index, stop):
             return "SOURCE has not changed"
     except MissingInputError as error:
         return f"SOURCE is not compared: {error}"
@@ -260,9 +249,9 @@ def _usual_size(preset: str) -> ImageSize:
 
 
 @contextmanager
-def _command_on(bucket_uri: str, stop_after: str, share: Slice = WHOLE) -> Iterator[Stop]:
+def _command_on(request: JobRequest, share: Slice = WHOLE) -> Iterator[Stop]:
     """Runs a command with the common parts: its outcome in the bucket, its deadline, and its reaction to signals."""
-    with outcome_written(bucket_uri, share.index, share.count), deadline(stop_after):
+    with outcome_written(request.bucket, share.index, share.count), deadline(request.stop_after):
         # Signals end this process until its work begins.
         stop = Stop().install(signals=False)
         watch_for_preemption(stop)

@@ -1,23 +1,28 @@
-"""The options of the commands, with all checks that need no bucket: errors of usage come before missing inputs."""
+"""Requests: the options of commands, with all checks that need no bucket. Errors of usage come before missing inputs.
 
-from __future__ import annotations
+The docstring of a request is the help of its command. The help imports this module: what takes long is imported late.
+"""
 
 import os
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import ValidationError
-
-from ddpm.catalogue import METRICS, Train
-from ddpm.image_size import ImageSize
-from job.config import EMBEDDED, SampleConfig, draft, nearest_name, parse_sets, preset_names, read_config_file
-from job.data.shards import validated_dataset_name
+from ddpm.catalogue import EXTRACTORS, METRICS, Train
 from job.exits import BadConfigError, BadRequestError, did_you_mean
-from job.pieces import Slice
-from job.runs import records
-from job.store import is_remote
+from job.options import (
+    SAMPLE_SETTINGS,
+    Checkpoints,
+    Dataset,
+    LaunchedOptions,
+    Preset,
+    RunOption,
+    Sets,
+    SettingsFile,
+    SliceOption,
+    option,
+)
 
 GIF_SEEDS = 12
 """The largest number of images in a GIF."""
@@ -28,6 +33,7 @@ MODES = {
     "interpolate": set[str](),
 }
 """The modes of `ddpm sample` besides new images, and the options of each."""
+_OF_MODES = sorted({name for names in MODES.values() for name in names})
 MASKS = ("", "half", "centre")
 """Masks by name; any other `--mask` is a file."""
 NUMBERS = "0123456789-, "
@@ -42,36 +48,55 @@ _CHECKPOINTS = re.compile(r"latest|all|\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*")
 
 
 @dataclass(frozen=True)
-class TrainRequest:
-    """Options of `ddpm train`; `check` finds every error that needs no bucket."""
+class TrainRequest(LaunchedOptions):
+    """Train a run, or resume it: the same command does both.
 
-    dataset: str
-    bucket: str
-    run: str = ""
-    preset: str = ""
-    epochs: int | None = None
-    sets: tuple[str, ...] = ()
-    config_file: Path | None = None
-    wait_seconds: float = 0.0
-    """The time to wait for another attempt that holds the run."""
-    tracker: str = ""
-    """A service that also gets the metrics."""
-    open_page: bool = False
-    """Whether the browser of this machine opens the run's page."""
-    from_: str | None = None
-    """`RUN[@EPOCH]`: the checkpoint of another run, its parent, with whose weights a new run begins."""
-    weights: str = ""
-    """Which of its weights; empty: `ema`."""
+    The command continues from the newest intact checkpoint, on every GPU of the machine. Ctrl-C saves, and exits
+    with 75.
+
+    Examples:
+
+        ddpm train --dataset celeba --bucket gs://my-bucket
+
+        ddpm train --dataset mine --epochs 200 --set train.batch_size=64
+
+        ddpm train --dataset mine --epochs 20 --from celeba@490 --set train.learning_rate=2e-5
+    """
+
+    command = ("train",)
+    dataset: Dataset
+    _: KW_ONLY
+    run: str = option("--run NAME", "Default: the dataset's name.")
+    epochs: int | None = option("--epochs N", "Train up to this epoch, counted from the start of the run.", None, min=1)
+    from_: str | None = option(
+        "--from RUN[@EPOCH]",
+        "Begin a new run with the weights of another: a name, or a URI such as gs://theirs/runs/celeba@490.",
+        None,
+    )
+    weights: str = option("--weights NAME", "For --from: ema, ema-STD, model. Default: ema.")
+    preset: Preset = ""
+    sets: Sets = ()
+    config_file: SettingsFile = None
+    tracker: str = option("--tracker NAME", "Also send the metrics to wandb or mlflow; none: stop sending.")
+    wait_seconds: float = option("--wait SECONDS", "Wait this long if another process holds the run.", 0.0, min=0)
+    open_page: bool = option(
+        "--open", "Open the run's page in a browser: it reloads itself, unless its bucket is remote.", False
+    )
     changes: dict[str, Any] = field(default_factory=dict)
+    """The settings of a checked request that differ from its preset, by key."""
 
-    def check(self) -> TrainRequest:
+    def check(self) -> Self:
         """Returns the request with its run named and its changes parsed.
 
         Raises:
             BadRequestError, BadConfigError, MissingInputError: see the message.
         """
+        from job.config import draft, parse_sets, read_config_file
+        from job.data.shards import validated_dataset_name
+        from job.runs.records import validated_run_name
+
         validated_dataset_name(self.dataset)
-        run = records.validated_run_name(self.run or self.dataset.replace(".", "-").replace("_", "-"))
+        run = validated_run_name(self.run or self.dataset.replace(".", "-").replace("_", "-"))
         changes = read_config_file(self.config_file) | parse_sets(self.sets)
         if self.epochs is not None:
             changes["train.epochs"] = self.epochs
@@ -87,12 +112,19 @@ class TrainRequest:
             draft(self.preset_name(), changes)
         return replace(self, run=run, changes=changes)
 
-    def preset_name(self, default: str = EMBEDDED) -> str:
+    def preset_name(self, default: str | None = None) -> str:
         """Returns the preset of the option, else the one named like the dataset, else the default."""
+        from job.config import EMBEDDED, preset_names
+
+        default = EMBEDDED if default is None else default
         return self.preset or (self.dataset if self.dataset in preset_names() else default)
 
     def _parent(self) -> dict[str, Any]:
         """Returns the keys of the section `parent` that `--from` and `--weights` give."""
+        from job.config import SampleConfig
+        from job.runs.records import split_run
+        from job.store import is_remote
+
         if self.from_ is None:
             if self.weights:
                 raise BadRequestError("--weights chooses among the weights of a parent: add --from RUN[@EPOCH]")
@@ -102,40 +134,73 @@ class TrainRequest:
             raise BadRequestError("--from: use RUN[@EPOCH], such as celeba@490 or gs://theirs/runs/celeba@490")
         run, name, chosen = match[1], match[1], {"weights": self.weights or "ema"}
         if "/" in run:
-            _, name = records.split_run(run)
+            _, name = split_run(run)
             # One folder has one name, from wherever the same command is typed.
             run = run if is_remote(run) else os.path.normpath(Path(run.removeprefix("file://")).expanduser().absolute())
-        SampleRequest(name, "", chosen=chosen).check()
+        SampleRequest(name, chosen=chosen).check()
         epoch = {"parent.epoch": int(match[2])} if match[2] else {}
         return {"parent.run": run, "parent.weights": SampleConfig.model_validate(chosen).weights, **epoch}
 
 
 @dataclass(frozen=True)
-class SampleRequest:
-    """Options of `ddpm sample`; the others follow the run's configuration."""
+class SampleRequest(LaunchedOptions):
+    """Sample images from a run's checkpoints.
 
-    run: str
-    bucket: str
-    checkpoints: str = "latest"
-    seeds: str = ""
-    chosen: dict[str, Any] = field(default_factory=dict)
+    An image depends only on the checkpoint, the options and its seed. The section `sample` of the run's configuration
+    has the defaults; the name of a picture lists the differences from them. Each checkpoint gets a grid in the run's
+    folder in the bucket. Several checkpoints also get one picture with a row for each.
+
+    --count saves the images themselves, in pieces of up to 256. The same command resumes an interrupted one, also with
+    other --slice or --processes, and makes no committed piece twice. While the run still trains, give an epoch,
+    because `latest` changes with the next checkpoint.
+
+    Examples:
+
+        ddpm sample --run celeba --checkpoints 30,80,490 --seeds 0-63
+
+        ddpm sample --run celeba --sampler ddpm --steps 1000 --gif
+
+        ddpm sample --run celeba --checkpoints 490 --count 50000 --slice 0/4
+
+        ddpm sample --run celeba --mode inpaint --image 0-3 --mask half
+    """
+
+    command = ("sample",)
+    run: RunOption
+    _: KW_ONLY
+    checkpoints: Checkpoints = "latest"
+    seeds: str = option("--seeds LIST", "One image per seed, such as 0-63 or 1,5,9-12.")
+    chosen: Annotated[dict[str, Any], SAMPLE_SETTINGS] = field(default_factory=dict)
     """Values that replace those of the run's section `sample`, by key."""
-    gif: bool = False
-    count: int | None = None
-    """The number of images to save in pieces; None: pictures only."""
-    save: str = ""
-    slice: str = ""
-    first_seed: int | None = None
-    classes: str = ""
-    """Names or numbers of the classes that the seeds take in turn."""
-    mode: str = ""
-    """One of `MODES`; empty: new images."""
-    image: str = ""
-    """Numbers of images in the dataset, or a file."""
-    mask: str = ""
-    """The part to replace: half, centre, or the white part of a file."""
-    resamplings: int | None = None
-    strength: float | None = None
+    classes: str = option(
+        "--classes --class LIST",
+        "Names or numbers, such as forest,coast. The seeds take them in turn. Default: all classes.",
+    )
+    autoguidance: str | None = option(
+        "--autoguidance [RUN@]EPOCH", "Guide away from this weaker checkpoint, such as 30.", None
+    )
+    mode: str = option(
+        "--mode NAME", "inpaint, img2img, invert or interpolate. Default: new images.", choices=(*MODES,)
+    )
+    image: str = option("--image LIST|FILE", "Image numbers in the dataset, such as 0-3, or a file.")
+    mask: str = option("--mask NAME|FILE", "Part to replace: half, centre, or the white of a file.")
+    resamplings: int | None = option(
+        "--resamplings N", "Passes of inpaint over each stretch of ten steps. Default: 10.", None
+    )
+    strength: float | None = option(
+        "--strength 0..1", "Share of the steps to take. Default: img2img 0.6, invert 1.", None
+    )
+    gif: bool = option("--gif", "Also make a GIF of the denoising of the first 12 seeds.", False)
+    nearest: bool | None = option(
+        "--nearest/--no-nearest", "Show the nearest training image beside each sample, or not.", None
+    )
+    batch_size: int | None = option("--batch-size N", "Images at once on each process.", None, min=1)
+    count: int | None = option("--count IMAGES", "Save this many images, one per seed.", None, min=1)
+    save: str = option("--save KIND", "Format for --count: shards (tar files; the default) or png.")
+    slice: SliceOption = ""
+    first_seed: int | None = option(
+        "--first-seed K", "Seed of the first image for --count. Default: 0.", None, min=0, max=10**17
+    )
     with_grid: bool = True
 
     @property
@@ -156,16 +221,27 @@ class SampleRequest:
 
     @property
     def keys(self) -> dict[str, Any]:
-        """The chosen values in the form of a configuration."""
-        return self.chosen | ({"sampler": "own"} if self.custom_sampler else {})
+        """The values that replace those of the run's section `sample`, in the form of a configuration."""
+        keys = self.chosen | ({"sampler": "own"} if self.custom_sampler else {})
+        if self.autoguidance is not None:
+            run, at, epoch = self.autoguidance.partition("@")
+            keys |= {"autoguidance_run": run, "autoguidance": epoch} if at else {"autoguidance": run}
+        others = {"nearest": self.nearest, "batch_size": self.batch_size}
+        return keys | {key: value for key, value in others.items() if value is not None}
 
-    def check(self) -> SampleRequest:
+    def check(self) -> Self:
         """Returns the request if its options are valid.
 
         Raises:
             BadRequestError: an unknown sampler or precision, an invalid list, or options that exclude each other.
         """
-        records.validated_run_name(self.run)
+        from pydantic import ValidationError
+
+        from job.config import SampleConfig, nearest_name
+        from job.pieces import Slice
+        from job.runs.records import validated_run_name
+
+        validated_run_name(self.run)
         try:
             SampleConfig(**self.keys)
         except ValidationError as error:
@@ -187,7 +263,7 @@ class SampleRequest:
             unfit = {"--save": self.save, "--slice": self.slice, "--first-seed": self.first_seed is not None}
             why = "works only with --count: add the number of images"
         else:
-            unfit = {"--seeds": self.seeds, "--gif": self.gif, "--nearest": self.chosen.get("nearest")}
+            unfit = {"--seeds": self.seeds, "--gif": self.gif, "--nearest": self.nearest}
             why = "makes pictures: leave it out, or --count, which takes --first-seed"
         if chosen := [option for option, is_chosen in unfit.items() if is_chosen]:
             raise BadRequestError(f"{chosen[0]} {why}")
@@ -198,17 +274,17 @@ class SampleRequest:
     def _check_mode(self) -> None:
         if self.mode not in ("", *MODES):
             raise BadRequestError(f"--mode {self.mode!r}: use {', '.join(MODES)}{did_you_mean(self.mode, MODES)}")
-        given = {"image", "mask", "resamplings", "strength"} & {key for key in vars(self) if vars(self)[key]}
-        for option in sorted(given - MODES.get(self.mode, set())):
-            modes = " and ".join(mode for mode, options in MODES.items() if option in options)
-            raise BadRequestError(f"--{option} is an option of --mode {modes}: leave it out, or choose one")
+        unfit = [name for name in _OF_MODES if getattr(self, name) and name not in MODES.get(self.mode, ())]
+        if unfit:
+            modes = " and ".join(mode for mode, names in MODES.items() if unfit[0] in names)
+            raise BadRequestError(f"--{unfit[0]} is an option of --mode {modes}: leave it out, or choose one")
         if "image" in MODES.get(self.mode, ()) and not self.image:
             raise BadRequestError(f"--mode {self.mode} needs --image: numbers in the dataset such as 0-3, or a file")
         if self.strength is not None and not 0 < self.strength <= 1:
             raise BadRequestError(f"--strength {self.strength:g}: a share of the steps, above 0 and up to 1")
         if self.resamplings is not None and not 1 <= self.resamplings <= MAX_RESAMPLINGS:
             raise BadRequestError(f"--resamplings {self.resamplings}: use 1 to {MAX_RESAMPLINGS:,}")
-        new = {"--gif": self.gif, "--nearest": self.chosen.get("nearest")}
+        new = {"--gif": self.gif, "--nearest": self.nearest}
         if self.mode and (chosen := [option for option, is_chosen in new.items() if is_chosen]):
             raise BadRequestError(f"{chosen[0]} works only for new images: leave it out, or --mode")
         if self.mode == "interpolate" and self.count is not None:
@@ -217,36 +293,60 @@ class SampleRequest:
             raise BadRequestError(f"--mode interpolate goes from seed to seed: --seeds {self.seeds} has an odd number")
 
 
-@dataclass(frozen=True)
-class EvaluateRequest:
-    """Options of `ddpm evaluate`; the others follow the run's configuration."""
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRequest(SampleRequest):
+    """Score samples of a run against real images, such as by FID.
 
-    run: str
-    bucket: str
-    checkpoints: str = "latest"
-    count: int | None = None
-    """The number of samples of each checkpoint; None: one of `job.evaluation.evaluation_plan.COUNTS`."""
-    metrics: str = ""
-    """The scores to compute; empty: all that apply."""
-    extractor: str = "inception"
-    extractor_file: str = ""
-    references: int = 50_000
-    """The largest number of real images to compare with."""
-    repeats: int = 1
-    """The number of sample sets, each with other seeds."""
-    classes: str = ""
-    chosen: dict[str, Any] = field(default_factory=dict)
-    """Values that replace those of the run's section `sample`, by key."""
-    slice: str = ""
+    The scores are FID, KID, precision, recall, density, coverage, MIND, inception score and bits per dimension. The
+    command samples like `ddpm sample`, on all GPUs, but saves no image. The same command resumes an interrupted one.
+    With --slice several machines share the work.
 
-    def check(self) -> EvaluateRequest:
+    Beside each score the command prints the score of real images against other real images, and the protocol: crop,
+    filter, count and network change a score more than most methods do. The features of the real images are kept with
+    the dataset, for all runs on it.
+
+    The first line says how long all of it takes. Without --count a CPU scores as many samples, up to 5,000, as take ten
+    minutes.
+
+    `make setup EXTRAS=evaluate` installs what scores need. Jobs read the weights of the networks from the folder
+    extractors/ of the bucket.
+
+    Examples:
+
+        ddpm evaluate --run celeba --checkpoints 30,80,490
+
+        ddpm evaluate --run celeba --count 50000 --sampler ddpm --steps 1000
+
+        ddpm evaluate --run mine --count 1000 --extractor mobilenet --repeats 3
+    """
+
+    command = ("evaluate",)
+    option_names: ClassVar = (
+        "run checkpoints count metrics extractor extractor_file references repeats chosen classes batch_size slice "
+        "processes hang_after_seconds stop_after bucket"
+    )
+    count: int | None = option("--count IMAGES", "Samples to score, per checkpoint.", None, min=1, max=1_000_000)
+    """None: one of `job.evaluation.evaluation_plan.COUNTS`."""
+    metrics: str = option("--metrics LIST", f"Some of {','.join(METRICS)}. Default: all that can be computed.")
+    extractor: str = option(
+        "--extractor NAME", f"One of {', '.join(EXTRACTORS)}.", "inception", choices=tuple(EXTRACTORS)
+    )
+    extractor_file: str = option(
+        "--extractor-file PATH|URI", "Weights of that network, if no package and no bucket has them."
+    )
+    references: int = option(
+        "--references IMAGES", "Largest number of real images to compare with.", 50_000, min=1, max=1_000_000
+    )
+    repeats: int = option("--repeats N", "Sample sets with other seeds, to measure the spread.", 1, min=1, max=100)
+
+    def check(self) -> Self:
         """Returns the request if its options are valid.
 
         Raises:
             BadRequestError: as for a `SampleRequest`, or an unknown metric.
         """
         _ = self.chosen_metrics
-        self.sampling.check()
+        SampleRequest.check(self.sampling)
         return self
 
     @property
@@ -266,50 +366,9 @@ class EvaluateRequest:
         return chosen
 
     @property
-    def sampling(self) -> SampleRequest:
-        """The options of the samples to score."""
-        return SampleRequest(
-            self.run,
-            self.bucket,
-            self.checkpoints,
-            chosen=self.chosen,
-            count=self.count or 1,
-            classes=self.classes,
-            slice=self.slice,
-        )
-
-
-@dataclass(frozen=True)
-class EncodeRequest:
-    """Options of `ddpm data encode`; `name` is the dataset's."""
-
-    name: str
-    bucket: str
-    autoencoder: str
-    """A folder of diffusers, a path or a URI."""
-    size: ImageSize | None = None
-    """The size of the images; None: the only one of the dataset."""
-    to: str = ""
-    """Name of the dataset of latents; empty: the dataset's name with `-latents`."""
-    slice: str = ""
-
-    def check(self) -> EncodeRequest:
-        """Returns the request with the name of its dataset of latents filled in.
-
-        Raises:
-            BadRequestError: an invalid name or slice.
-        """
-        Slice.parse(self.slice)
-        validated_dataset_name(self.name)
-        return replace(self, to=validated_dataset_name(self.to or f"{self.name}-latents"))
-
-
-def chosen_of(options: dict[str, Any]) -> dict[str, Any]:
-    """Returns the given options of `ddpm sample` that are keys of the section `sample`."""
-    chosen = {key: options[key] for key in SampleConfig.model_fields if options.get(key) is not None}
-    if "@" in (guide := str(chosen.get("autoguidance", ""))):
-        chosen["autoguidance_run"], _, chosen["autoguidance"] = guide.partition("@")
-    return chosen
+    def sampling(self) -> Self:
+        """The request of the samples to score."""
+        return replace(self, count=self.count or 1)
 
 
 def check_world_size(processes: int, train: Train) -> None:

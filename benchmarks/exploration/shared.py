@@ -25,13 +25,12 @@ from benchmarks.exploration.world import Process, Request, Violation, World
 from ddpm.image_size import ImageSize
 from job.data import pack as packing
 from job.data import shards
-from job.data.pack_request import PackRequest
+from job.data.pack_request import EncodeRequest, PackRequest
 from job.evaluation import evaluate
 from job.evaluation.evaluation_plan import Evaluation
 from job.exchange import encoding
 from job.exits import BadRequestError
 from job.pieces import RECORDS, Advance, Made, Slice
-from job.requests import EncodeRequest
 from job.runs.drawings import NumberedDrawing, Reference
 from job.runs.layout import CheckpointRef
 from job.sampling.sets import SampleSet

@@ -12,10 +12,12 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from job.cli import config, data, doctor, ema, evaluate, exchange, figure, jobs, report, runs, sample, submit, train
+from job.cli import command, data, jobs, runs, sample
+from job.exchange.exchange_requests import ExportRequest, ImportRequest
 from job.exits import Exit, MissingInputError, ending_of
 from job.processes.launched import LOST_PEER, is_launched, lost_peer
 from job.progress import set_loudness
+from job.requests import EvaluateRequest, SampleRequest, TrainRequest
 
 _RESUMES = "--run NAME: the same command resumes that run"
 _SAME = {
@@ -67,20 +69,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.add_typer(data.app, name="data")
-app.command("train")(train.ddpm_train)
-app.command("sample")(sample.ddpm_sample)
-app.command("ema")(ema.ddpm_ema)
-app.command("evaluate")(evaluate.ddpm_evaluate)
-app.command("import")(exchange.ddpm_import)
-app.command("export")(exchange.ddpm_export)
-app.command("config")(config.ddpm_config)
-app.add_typer(figure.app, name="figure")
+command(app, "train", TrainRequest)(runs.ddpm_train)
+command(app, "sample", SampleRequest)(sample.ddpm_sample)
+command(app, "ema")(runs.ddpm_ema)
+command(app, "evaluate", EvaluateRequest)(sample.ddpm_evaluate)
+command(app, "import", ImportRequest)(runs.ddpm_import)
+command(app, "export", ExportRequest)(runs.ddpm_export)
+command(app, "config")(runs.ddpm_config)
+app.add_typer(sample.app, name="figure")
 app.add_typer(runs.app, name="runs")
-app.command("replay")(runs.ddpm_replay)
-app.command("report")(report.ddpm_report)
-app.add_typer(submit.app, name="submit")
+command(app, "replay")(runs.ddpm_replay)
+command(app, "report")(runs.ddpm_report)
+app.add_typer(jobs.submit_app, name="submit")
 app.add_typer(jobs.app, name="jobs")
-app.command("doctor")(doctor.doctor)
+command(app, "doctor")(jobs.ddpm_doctor)
 
 
 def _print_version(show: bool) -> None:

@@ -1,23 +1,35 @@
-"""`ddpm runs`: list, show, compare, verify, prune, delete; and `ddpm replay`."""
+"""Runs: `ddpm train`, `runs`, `replay`, `ema`, `report`, `config`, `import` and `export`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from job.cli import completion
-from job.cli.options import AsJson, BucketUri, Certain
+from job.cli import command
+from job.exchange.exchange_requests import ExportRequest, ImportRequest
+from job.options import AsJson, BucketUri, Certain, Checkpoints, Option, Preset, RunOption, Sets, SettingsFile
+from job.requests import TrainRequest
 
 app = typer.Typer(
-    help="Runs: list, show, compare, verify, prune, delete.\n\nExample: ddpm runs show celeba",
-    no_args_is_help=True,
+    help="Runs: list, show, compare, verify, prune, delete.\n\nExample: ddpm runs show celeba", no_args_is_help=True
 )
 
-RunName = Annotated[
-    str, typer.Argument(metavar="RUN", help="Name of the run, such as celeba.", autocompletion=completion.runs)
-]
+RunName = Annotated[str, Option("RUN", "Name of the run, such as celeba.")]
 
 
-@app.command("list")
+def ddpm_train(request: TrainRequest) -> None:
+    """Trains a run."""
+    from job.processes.launcher import early_ranks
+    from job.stop import deadline
+
+    # The ranks inherit the deadline.
+    with deadline(request.stop_after), early_ranks(request.processes, request.hang_after_seconds) as go:
+        from job.commands import train_command
+
+        train_command(request, go)
+
+
+@command(app, "list")
 def runs_list(as_json: AsJson = False, bucket: BucketUri = "") -> None:
     """List the runs in the bucket.
 
@@ -28,7 +40,7 @@ def runs_list(as_json: AsJson = False, bucket: BucketUri = "") -> None:
     list_runs(bucket, as_json=as_json)
 
 
-@app.command("show")
+@command(app, "show")
 def runs_show(run: RunName, as_json: AsJson = False, bucket: BucketUri = "") -> None:
     """Show state, progress, checkpoints and attempts of a run.
 
@@ -41,15 +53,11 @@ def runs_show(run: RunName, as_json: AsJson = False, bucket: BucketUri = "") -> 
     show_run(bucket, run, as_json=as_json)
 
 
-@app.command("compare")
+@command(app, "compare")
 def runs_compare(
-    first: RunName,
-    second: Annotated[
-        str, typer.Argument(metavar="OTHER", help="Name of the run to compare with.", autocompletion=completion.runs)
-    ],
-    since_epoch: Annotated[
-        float, typer.Option(metavar="EPOCH", min=0, help="Leave out all epochs before this one.")
-    ] = 0.0,
+    run: RunName,
+    other: Annotated[str, Option("OTHER", "Name of the run to compare with.")],
+    since_epoch: Annotated[float, Option("--since-epoch EPOCH", "Leave out all epochs before this one.", min=0)] = 0.0,
     bucket: BucketUri = "",
 ) -> None:
     """Compare the losses of two runs of one seed, image by image.
@@ -61,10 +69,10 @@ def runs_compare(
     """
     from job.verbs.run_listing import compare_runs
 
-    compare_runs(bucket, first, second, since_epoch)
+    compare_runs(bucket, run, other, since_epoch)
 
 
-@app.command("verify")
+@command(app, "verify")
 def runs_verify(run: RunName, as_json: AsJson = False, bucket: BucketUri = "") -> None:
     """Check every object of a run, and name each that is corrupt.
 
@@ -78,11 +86,11 @@ def runs_verify(run: RunName, as_json: AsJson = False, bucket: BucketUri = "") -
     verify_named_run(bucket, run, as_json=as_json)
 
 
-@app.command("prune")
+@command(app, "prune")
 def runs_prune(
     run: RunName,
-    keep_last: Annotated[int | None, typer.Option(metavar="N", min=1, help="Use N as checkpoint.keep_last.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be deleted, and why.")] = False,
+    keep_last: Annotated[int | None, Option("--keep-last N", "Use N as checkpoint.keep_last.", min=1)] = None,
+    dry_run: Annotated[bool, Option("--dry-run", "Only print what would be deleted, and why.")] = False,
     bucket: BucketUri = "",
 ) -> None:
     """Delete old checkpoints and the remains of killed attempts.
@@ -97,7 +105,7 @@ def runs_prune(
     prune_run(bucket, run, keep_last=keep_last, dry_run=dry_run)
 
 
-@app.command("delete")
+@command(app, "delete")
 def runs_delete(run: RunName, yes: Certain = False, bucket: BucketUri = "") -> None:
     """Delete a run: its checkpoints, pictures and metrics.
 
@@ -113,14 +121,10 @@ def runs_delete(run: RunName, yes: Certain = False, bucket: BucketUri = "") -> N
 
 def ddpm_replay(
     run: RunName,
-    image: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Number of images seen, a multiple of the batch size.")
-    ],
-    to: Annotated[
-        str, typer.Option(metavar="DIR|URI", help="New or empty folder for the state. Default: print hashes only.")
-    ] = "",
+    image: Annotated[int, Option("--image N", "Number of images seen, a multiple of the batch size.", min=0)],
+    to: Annotated[str, Option("--to DIR|URI", "New or empty folder for the state. Default: print hashes only.")] = "",
     verify: Annotated[
-        bool, typer.Option("--verify", help="Begin before the checkpoint at N, and compare with it; 65 if they differ.")
+        bool, Option("--verify", "Begin before the checkpoint at N, and compare with it; 65 if they differ.")
     ] = False,
     bucket: BucketUri = "",
 ) -> None:
@@ -142,3 +146,88 @@ def ddpm_replay(
     from job.training.replay import replay_run
 
     replay_run(bucket, run, image, to, verify=verify)
+
+
+def ddpm_ema(
+    run: RunOption,
+    std: Annotated[
+        float, Option("--std STD", "Width: share of the training so far, such as 0.13.", min=0.001, max=0.28)
+    ],
+    checkpoints: Checkpoints = "latest",
+    bucket: BucketUri = "",
+) -> None:
+    """Make an average of a run's weights after training.
+
+    The command makes an EMA of another width from snapshots of other averages. A run keeps them if it has ema.stds and
+    ema.snapshot_epochs. The average lies beside its checkpoint and is deleted with it. `ddpm sample --weights ema-STD`
+    uses it.
+
+    Example: ddpm ema --run celeba --std 0.13 --checkpoints 490
+    """
+    from job.verbs.averages import make_averages
+
+    make_averages(bucket, run, std, checkpoints)
+
+
+def ddpm_report(
+    run: Annotated[str, Option("[RUN]", "Name of the run. Default: all runs.")] = "",
+    open_it: Annotated[bool, Option("--open", "Open the page in the browser.")] = False,
+    output: Annotated[
+        Path | None, Option("--output -o FILE", "File to write, such as page.html. Default: in the bucket.")
+    ] = None,
+    bucket: BucketUri = "",
+) -> None:
+    """Write the page of a run, or of all runs.
+
+    It is one HTML file that needs no network. A run writes its page, report.html in its folder, with each sample grid
+    and at its end. This command updates it. Without RUN it writes report.html of the bucket: all runs with their newest
+    grids, any of them compared.
+
+    Example: ddpm report celeba --open
+    """
+    from job.report.bucket_page import write_report
+
+    write_report(bucket, run, open_it, output)
+
+
+def ddpm_config(
+    begin: Annotated[str, Option("KEYS", "Only the keys that begin so, such as train or train.adam.")] = "",
+    preset: Preset = "",
+    sets: Sets = (),
+    config_file: SettingsFile = None,
+    list_all: Annotated[bool, Option("--list", "List all keys with their values and meanings.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the configuration of a new run, or with --list all keys.
+
+    The column `from` has the source of each value. --set overrides --config FILE, which overrides the preset. The
+    dataset sets some more values, such as data.size.
+
+    Examples:
+
+        ddpm config --list
+
+        ddpm config --list train
+
+        ddpm config --preset celeba --set train.batch_size=64
+    """
+    from job.config.resolve import list_keys, show_config
+
+    if list_all:
+        list_keys(begin, as_json=as_json)
+    else:
+        show_config(preset, sets, config_file, begin, as_json=as_json)
+
+
+def ddpm_import(request: ImportRequest) -> None:
+    """Makes a run from a checkpoint."""
+    from job.exchange.importing import import_run
+
+    import_run(request)
+
+
+def ddpm_export(request: ExportRequest) -> None:
+    """Writes a checkpoint for other programs."""
+    from job.exchange.exporting import export_run
+
+    export_run(request)

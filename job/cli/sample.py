@@ -1,94 +1,113 @@
-"""`ddpm sample`."""
+"""Images: `ddpm sample`, `evaluate` and `figure`."""
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from job.cli.drawing import with_drawing_options
-from job.cli.options import (
-    DEFAULT_HANG_AFTER,
-    BatchSize,
-    BucketUri,
-    Checkpoints,
-    HangAfter,
-    Processes,
-    RunOption,
-    SampledClasses,
-    SliceOption,
-    StopAfter,
+from ddpm.catalogue import SCHEDULES
+from job.cli import command
+from job.options import BucketUri, Dataset, Option, RunOption, Size
+from job.requests import EvaluateRequest, SampleRequest
+
+app = typer.Typer(
+    help="Figures of the method: noise schedule, noised images, denoising.\n\nExample: ddpm figure schedule",
+    no_args_is_help=True,
 )
 
+OfRun = Annotated[str, Option("--run NAME", "Show the run's own schedule.")]
+Picture = Annotated[Path, Option("--output -o PNG", "File to write.")]
+Schedule = Annotated[
+    str,
+    Option(
+        "--schedule NAME",
+        f"Noise schedule: {', '.join(SCHEDULES)}. Default: that of --run, else linear.",
+        choices=tuple(SCHEDULES),
+    ),
+]
 
-@with_drawing_options
-def ddpm_sample(
-    context: typer.Context,
-    run: RunOption,
-    checkpoints: Checkpoints = "latest",
-    seeds: Annotated[str, typer.Option(metavar="LIST", help="One image per seed, such as 0-63 or 1,5,9-12.")] = "",
-    classes: SampledClasses = "",
-    autoguidance: Annotated[
-        str | None, typer.Option(metavar="[RUN@]EPOCH", help="Guide away from this weaker checkpoint, such as 30.")
+
+def ddpm_sample(request: SampleRequest) -> None:
+    """Samples from checkpoints."""
+    from job.commands import sample_command
+
+    sample_command(request)
+
+
+def ddpm_evaluate(request: EvaluateRequest) -> None:
+    """Scores samples."""
+    from job.commands import evaluate_command
+
+    evaluate_command(request)
+
+
+@command(app, "schedule")
+def figure_schedule(
+    run: OfRun = "",
+    schedule: Schedule = "",
+    timesteps: Annotated[
+        int | None, Option("--timesteps N", "Diffusion steps T. Default: those of --run, else 1000.", min=2, max=10_000)
     ] = None,
-    mode: Annotated[
-        str, typer.Option(metavar="NAME", help="inpaint, img2img, invert or interpolate. Default: new images.")
-    ] = "",
-    image: Annotated[
-        str, typer.Option(metavar="LIST|FILE", help="Image numbers in the dataset, such as 0-3, or a file.")
-    ] = "",
-    mask: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="Part to replace: half, centre, or the white of a file.")
-    ] = "",
-    resamplings: Annotated[
-        int | None, typer.Option(metavar="N", help="Passes of inpaint over each stretch of ten steps. Default: 10.")
-    ] = None,
-    strength: Annotated[
-        float | None, typer.Option(metavar="0..1", help="Share of the steps to take. Default: img2img 0.6, invert 1.")
-    ] = None,
-    gif: Annotated[bool, typer.Option("--gif", help="Also make a GIF of the denoising of the first 12 seeds.")] = False,
-    nearest: Annotated[
-        bool | None,
-        typer.Option("--nearest/--no-nearest", help="Show the nearest training image beside each sample, or not."),
-    ] = None,
-    batch_size: BatchSize = None,
-    count: Annotated[
-        int | None, typer.Option(metavar="IMAGES", min=1, help="Save this many images, one per seed.")
-    ] = None,
-    save: Annotated[
-        str, typer.Option(metavar="KIND", help="Format for --count: shards (tar files; the default) or png.")
-    ] = "",
-    slice_: SliceOption = "",
-    first_seed: Annotated[
-        int | None,
-        typer.Option(metavar="K", min=0, max=10**17, help="Seed of the first image for --count. Default: 0."),
-    ] = None,
-    processes: Processes = None,
-    hang_after: HangAfter = DEFAULT_HANG_AFTER,
-    stop_after: StopAfter = "",
+    output: Picture = Path("schedule.png"),
     bucket: BucketUri = "",
-    **drawing: Any,
 ) -> None:
-    """Sample images from a run's checkpoints.
+    """Plot β and ᾱ over the timesteps.
 
-    An image depends only on the checkpoint, the options and its seed. The section `sample` of the run's configuration
-    has the defaults; the name of a picture lists the differences from them. Each checkpoint gets a grid in the run's
-    folder in the bucket. Several checkpoints also get one picture with a row for each.
-
-    --count saves the images themselves, in pieces of up to 256. The same command resumes an interrupted one, also with
-    other --slice or --processes, and makes no committed piece twice. While the run still trains, give an epoch,
-    because `latest` changes with the next checkpoint.
+    The schedules edm and flow have no β: the plot shows their σ and α.
 
     Examples:
 
-        ddpm sample --run celeba --checkpoints 30,80,490 --seeds 0-63
+        ddpm figure schedule --schedule cosine -o cosine.png
 
-        ddpm sample --run celeba --sampler ddpm --steps 1000 --gif
-
-        ddpm sample --run celeba --checkpoints 490 --count 50000 --slice 0/4
-
-        ddpm sample --run celeba --mode inpaint --image 0-3 --mask half
+        ddpm figure schedule --run celeba
     """
-    from job.commands import sample_command
-    from job.jobs.command_line import request_of
-    from job.requests import SampleRequest
+    from job.sampling.noise_pictures import NoiseRequest, schedule_picture
 
-    sample_command(request_of(SampleRequest, context.params), processes, hang_after, stop_after)
+    schedule_picture(NoiseRequest(bucket, run, schedule, timesteps), output)
+
+
+@command(app, "noising")
+def figure_noising(
+    dataset: Dataset = "",
+    run: OfRun = "",
+    image: Annotated[
+        int | None, Option("--image NUMBER", "Show this one image of the dataset, such as 0, at growing t.", min=0)
+    ] = None,
+    timesteps: Annotated[
+        str, Option("--timesteps LIST", "Timesteps from 0 to T-1, such as 0,99,499: one for each tile.")
+    ] = "",
+    schedule: Schedule = "",
+    size: Size = None,
+    output: Picture = Path("noising.png"),
+    bucket: BucketUri = "",
+) -> None:
+    """Show images beside their noised versions q(x_t|x_0).
+
+    With --run, schedule and dataset are those of the run. Without --image the command shows twelve images, each at
+    another t; two more files beside the figure hold the images alone and the noised images alone.
+
+    Examples:
+
+        ddpm figure noising --dataset landscape-sample
+
+        ddpm figure noising --run celeba --image 3
+    """
+    from job.sampling.noise_pictures import NoiseRequest, noising_picture
+
+    request = NoiseRequest(bucket, run, schedule)
+    noising_picture(request, dataset, size, timesteps=timesteps, image=image, output=output)
+
+
+@command(app, "denoising")
+def figure_denoising(
+    run: RunOption,
+    seeds: Annotated[str, Option("--seeds LIST", "One image per seed, such as 0-11; at most 12.")] = "",
+    bucket: BucketUri = "",
+) -> None:
+    """Make a GIF of a run's network turning noise into images.
+
+    The GIF shows the newest checkpoint, in up to 20 frames at 5 per second. It lies in the run's folder in the bucket.
+
+    Example: ddpm figure denoising --run landscape-sample
+    """
+    ddpm_sample(SampleRequest(run, bucket=bucket, seeds=seeds, gif=True, with_grid=False))

@@ -19,12 +19,12 @@ from ddpm.image_size import ImageSize
 from job.data import shards
 from job.data.cache import ImageCache, default_cache_dir
 from job.data.images import codec_versions, encode_latents
+from job.data.pack_request import EncodeRequest
 from job.data.shard_source import ShardSource
 from job.data.shards import AUTOENCODER
 from job.exchange.other_programs import opened_autoencoder
 from job.exits import BadConfigError, BadDataError, BadRequestError
 from job.pieces import Advance, Made, OtherWorkError, Pieces, Slice
-from job.requests import EncodeRequest
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store
 from job.store.files import scratch_folder

@@ -16,6 +16,7 @@ from functools import partial
 from importlib import resources
 from pathlib import Path
 
+from job.exchange.exchange_requests import ExportRequest
 from job.exits import (
     BadDataError,
     BadRequestError,
@@ -65,38 +66,6 @@ _REMARK = {
     "along a rectified flow, without clipping.",
     "DDPMScheduler": "The network also gives the variance of a step, which `DDPMPipeline` uses.",
 }
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """The options of `ddpm export`.
-
-    Attributes:
-        bucket: the bucket of the run.
-        run: the name of the run.
-        to: a new or empty folder, as a path or a URI; empty with `push`.
-        push: a repository of the hub, `ORG/NAME`; empty with `to`.
-        checkpoint: an epoch, or `latest`.
-        weights: `ema`, `ema-STD` or `model`; empty: the run's `sample.weights`.
-    """
-
-    bucket: str
-    run: str
-    to: str = ""
-    push: str = ""
-    checkpoint: str = "latest"
-    weights: str = ""
-
-    def check(self) -> None:
-        """Checks what can be checked without the bucket.
-
-        Raises:
-            BadRequestError: both or none of `to` and `push`, or the checkpoint is neither an epoch nor `latest`.
-        """
-        if bool(self.to) == bool(self.push):
-            raise BadRequestError("give either --to FOLDER or --push ORG/NAME")
-        if not re.fullmatch("[0-9]{1,9}", self.checkpoint) and self.checkpoint != "latest":
-            raise BadRequestError(f"--checkpoint {self.checkpoint!r}: use an epoch such as 80, or latest")
 
 
 @dataclass(frozen=True)

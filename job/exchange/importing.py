@@ -9,11 +9,10 @@ A checkpoint of ours states its whole configuration, and one of another program 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ddpm.epochs import images_at_epoch
-from ddpm.image_size import ImageSize
 from ddpm.interop import NoCounterpartError
 from job.config import (
     FREE,
@@ -22,11 +21,11 @@ from job.config import (
     RunConfig,
     draft,
     layered,
-    parse_sets,
     preset_names,
     validated,
 )
-from job.data.shards import DatasetIndex, find_dataset, load_index, validated_dataset_name
+from job.data.shards import DatasetIndex, find_dataset, load_index
+from job.exchange.exchange_requests import ImportRequest
 from job.exchange.other_programs import OtherCheckpoint, opened_checkpoint, settings_of_diffusers
 from job.exits import BadConfigError, BadDataError, BadRequestError, State
 from job.plan import RunHandle, check_drawing, follow_dataset
@@ -55,46 +54,6 @@ _NOT_IMPORTED: dict[str, Any] = {
     **{key: None for key in RunConfig().flat() if key.startswith("parent.")},
 }
 """Settings that name something in the bucket or in the account of the source, with their values in an import."""
-
-
-@dataclass(frozen=True)
-class ImportRequest:
-    """The options of `ddpm import`.
-
-    Attributes:
-        source: a folder of diffusers, or a file with tensors; a path or a URI.
-        bucket: the bucket of the new run.
-        run: the name of the run.
-        dataset: the dataset of further training; without one the run is only for sampling.
-        size: of the images, if the checkpoint does not state it.
-        epoch: the epoch of the dataset at whose end the checkpoint was saved.
-        preset: the preset of the settings that are not the network's or the process's; empty: those that the
-            checkpoint states, else the defaults.
-        sets: assignments to dotted keys.
-    """
-
-    source: str
-    bucket: str
-    run: str
-    dataset: str = ""
-    size: ImageSize | None = None
-    epoch: int = 0
-    preset: str = ""
-    sets: tuple[str, ...] = ()
-
-    def check(self) -> dict[str, Any]:
-        """Returns the settings of `--set` by dotted keys, if the other options are valid.
-
-        Raises:
-            BadRequestError: an invalid name, or an epoch without a dataset.
-            BadConfigError: an invalid setting.
-        """
-        records.validated_run_name(self.run)
-        if self.dataset:
-            validated_dataset_name(self.dataset)
-        elif self.epoch:
-            raise BadRequestError("--epoch counts the epochs of a dataset: name it with --dataset")
-        return parse_sets(self.sets)
 
 
 def import_run(request: ImportRequest) -> None:

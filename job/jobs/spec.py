@@ -1,6 +1,4 @@
-"""A job as data: a command of this program, and its needs for a machine. Backends render and send it."""
-
-from __future__ import annotations
+"""A job as data: a command of this program, and the machines that it asks for or needs. Backends render and send it."""
 
 import hashlib
 import re
@@ -8,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Self
 
+from job.data.pack_request import EncodeRequest, PackRequest
 from job.exits import BadRequestError
-from job.store import is_remote, open_store
+from job.options import OnTarget, Targets, option
+from job.requests import EvaluateRequest, SampleRequest, TrainRequest
 
-Verb = Literal["train", "sample", "evaluate", "pack", "index", "encode"]
+JobRequest = TrainRequest | SampleRequest | EvaluateRequest | PackRequest | EncodeRequest
+"""A command that can be a job."""
 
 NAME_CHARACTERS = 46
 """The longest name: JobSet appends `-node-0-999-XXXXX` for pods, whose names are labels of at most 63 characters."""
@@ -22,6 +23,27 @@ RETRIES = 4
 """The number of failures that count, such as crashes, after which the engine or `--watch` tries again."""
 _HASH_CHARACTERS = 8
 _JOB_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+@dataclass(frozen=True)
+class SubmitRequest:
+    """The options of `ddpm submit`: where a command becomes a job, and on which machines."""
+
+    on: OnTarget = "local"
+    gpus: int | None = option("--gpus N", "GPUs per machine. Default: the target's.", None, min=0, max=64)
+    nodes: int = option("--nodes N", "Number of machines that train together.", 1, min=1, max=1000)
+    gpu_type: str = option("--gpu-type TYPE", "Type of GPU, such as nvidia-l4. Default: the target's.")
+    spot: bool | None = option(
+        "--spot/--on-demand", "Use cheap machines that may be preempted, or not. Default: the target's.", None
+    )
+    max_hours: float | None = option("--max-hours H", "End the job after H hours. Default: the target's.", None)
+    slices: int = option("--slices N", "Machines that share the work, such as 8; not for training.", 0, min=0, max=1000)
+    targets: Targets = None
+    dry_run: bool = option("--dry-run", "Print what would be sent, and send nothing.", False)
+    output: str = option("--output -o FORMAT", "Format of --dry-run: yaml or json.")
+    watch: bool = option("--watch", "Wait, and submit again after preemptions, failures or lack of machines.", False)
+    yes: bool = option("--yes", "Do not ask for confirmation.", False)
+    detach: bool = option("--detach", "Return at once; a local or container job runs in the background.", False)
 
 
 @dataclass(frozen=True)
@@ -49,7 +71,7 @@ class JobSpec:
     """
 
     name: str
-    verb: Verb
+    verb: str
     argv: tuple[str, ...]
     image: str
     bucket: str
@@ -77,7 +99,7 @@ class JobSpec:
         """Returns `max_hours` in whole seconds."""
         return round(self.max_hours * 3600)
 
-    def lasting(self, max_hours: float) -> JobSpec:
+    def lasting(self, max_hours: float) -> Self:
         """Returns the same job, of the same name, with another limit, also of a job that keeps its limit itself."""
         if max_hours == self.max_hours:
             return self
@@ -88,6 +110,8 @@ class JobSpec:
     @property
     def bucket_folder(self) -> Path | None:
         """Returns the bucket, if it is a folder of this machine."""
+        from job.store import is_remote, open_store
+
         return None if is_remote(self.bucket) else Path(open_store(self.bucket).uri)
 
     @property
@@ -123,7 +147,7 @@ def validated_job_name(name: str) -> str:
     return name
 
 
-def job_name(verb: Verb, subject: str, argv: Sequence[str] = ()) -> str:
+def job_name(verb: str, subject: str, argv: Sequence[str] = ()) -> str:
     """Returns the name of a job: `train-RUN`, or `sample-RUN-HASH`, `pack-DATASET-HASH`, …, of the words in `argv`.
 
     The same words give the same name, so that a running job is found and not started twice.
@@ -142,5 +166,5 @@ def is_about(name: str, run: str) -> bool:
     """Returns whether a job of this name works on `run`."""
     if name == job_name("train", run):
         return True
-    about: tuple[Verb, ...] = ("sample", "evaluate")
-    return name[:-_HASH_CHARACTERS] in {job_name(verb, run, ("words",))[:-_HASH_CHARACTERS] for verb in about}
+    words = (job_name(verb, run, ("words",)) for verb in ("sample", "evaluate"))
+    return name[:-_HASH_CHARACTERS] in {each[:-_HASH_CHARACTERS] for each in words}

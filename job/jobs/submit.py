@@ -7,7 +7,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -18,10 +17,9 @@ from job.jobs.backends import backend_for
 from job.jobs.backends.base import JsonObject, NoCapacityError
 from job.jobs.backends.machines import gpus_of
 from job.jobs.backends.target import Target
-from job.jobs.building import Resources, spec_of
-from job.jobs.command_line import ParsedCommand
+from job.jobs.building import spec_of
 from job.jobs.expectation import expectation_of
-from job.jobs.spec import JobSpec
+from job.jobs.spec import JobRequest, JobSpec, SubmitRequest
 from job.jobs.targets import target_on
 from job.jobs.watch import Watch
 from job.progress import note
@@ -35,19 +33,8 @@ OUTLOOK_SECONDS = 10.0
 """The limit of a look at the run that a job will go on with."""
 
 
-def submit(
-    command: ParsedCommand,
-    on: str,
-    targets: Path | None,
-    resources: Resources,
-    *,
-    dry_run: bool = False,
-    output: str = "",
-    watch: bool = False,
-    yes: bool = False,
-    detach: bool = False,
-) -> None:
-    """Submits `command` to the target `on`; on this machine, in the foreground, this process becomes it.
+def submit_command(request: JobRequest, how: SubmitRequest) -> None:
+    """Submits a command; on this machine, in the foreground, this process becomes it.
 
     Raises:
         BadRequestError: the request cannot be met, or no terminal can confirm it.
@@ -55,30 +42,30 @@ def submit(
         MissingInputError: a file or a library is missing.
         JobError: the engine's answer; see `Backend`.
     """
-    if output and not dry_run:
-        raise BadRequestError(f"-o {output} is the format of --dry-run: add that, or leave it out")
-    if dry_run and watch:
+    if how.output and not how.dry_run:
+        raise BadRequestError(f"-o {how.output} is the format of --dry-run: add that, or leave it out")
+    if how.dry_run and how.watch:
         raise BadRequestError("--dry-run sends nothing that --watch could watch: leave one of them out")
-    target = target_on(on, targets, note)
-    spec = spec_of(command, target, resources)
-    if resources.slices and not spec.slices:
-        note(f"target {target.name!r} is one machine, which makes all {resources.slices} slices")
+    target = target_on(how.on, how.targets, note)
+    spec = spec_of(request, target, how)
+    if how.slices and not spec.slices:
+        note(f"target {target.name!r} is one machine, which makes all {how.slices} slices")
     with backend_for(target) as backend:
         manifests = backend.render(spec)
-        outlook = outlook_lines(command, spec, target, reads_run=not dry_run) if target.is_remote else []
-        if dry_run:
-            print(formatted(manifests, output), end="")
+        outlook = outlook_lines(request, spec, target, reads_run=not how.dry_run) if target.is_remote else []
+        if how.dry_run:
+            print(formatted(manifests, how.output), end="")
             return
         folder = spec.bucket_folder
         if folder and target.has_files and spec.verb not in ("pack", "index") and not folder.is_dir():
             raise MissingInputError(f"bucket {spec.bucket} is not there: check the path, or pack a dataset first")
         if target.is_remote:
-            print("\n".join([*plan_lines(spec, target, is_watched=watch), *outlook]), flush=True)
-            if not yes:
+            print("\n".join([*plan_lines(spec, target, is_watched=how.watch), *outlook]), flush=True)
+            if not how.yes:
                 _ask(spec)
-        if watch:
+        if how.watch:
             Watch(backend, spec, Stop().install().sleep).run()
-        elif target.is_remote or detach:
+        elif target.is_remote or how.detach:
             try:
                 backend.submit_where_possible(spec)
             except NoCapacityError as error:
@@ -108,11 +95,11 @@ def plan_lines(spec: JobSpec, target: Target, *, is_watched: bool = False) -> li
     ]
 
 
-def outlook_lines(command: ParsedCommand, spec: JobSpec, target: Target, *, reads_run: bool = True) -> list[str]:
+def outlook_lines(request: JobRequest, spec: JobSpec, target: Target, *, reads_run: bool = True) -> list[str]:
     """Returns the expected time and cost of training to its end on these machines, of a run at its last speed.
 
     Args:
-        command: that the job is.
+        request: the command that the job is.
         spec: the job.
         target: where it will run.
         reads_run: whether the settings and measurements of a run that is there count; else those of a new one.
@@ -121,9 +108,9 @@ def outlook_lines(command: ParsedCommand, spec: JobSpec, target: Target, *, read
         BadRequestError: the settings let the run hardly get on among interruptions.
         BadConfigError: the run that is there does not permit the changes.
     """
-    request = command.request().check()
     if not isinstance(request, TrainRequest):
         return []
+    request = request.check()
     stored, spans, status = None, list[AttemptSpan](), None
     # Credentials for jobs need not read their bucket.
     with suppress(JobError):

@@ -39,7 +39,7 @@ def load(
     bucket, name = split_run(str(run))
     chosen = {"weights": weights} if weights else {}
     checkpoints = "latest" if epoch is None else str(epoch)
-    plan = plan_sampling(SampleRequest(name, bucket, checkpoints, chosen=chosen).check())
+    plan = plan_sampling(SampleRequest(name, bucket=bucket, checkpoints=checkpoints, chosen=chosen).check())
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config = plan.config.updated({"sample.weights": plan.sample.weights})
     decode = load_decoder(plan.bucket, plan.index, on)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
-from job.jobs.spec import Verb, job_name
+from job.jobs.spec import job_name
 from tests.infra.configuration import FILES, FOLDER, IS_BLOCK, read
 from tests.infra.provider_schema import schema
+from tests.job.jobs.submitting import KINDS
 
 pytestmark = pytest.mark.infra
 REFERENCE = re.compile(r"(?<![\w.])(var|local|(?:data\.)?google_\w+)\.(\w+)(?:\[[^]]*\])?(?:\.(\w+))?")
@@ -113,7 +114,7 @@ def test_jobs_may_do_little():
     assert 'permissions = ["compute.instances.delete"]' in text
     # A VM deletes itself by its name, which begins with what it does.
     named = re.findall(r'"(\w+)"', re.search(r"for verb in \[([^]]*)\]", text)[1])
-    assert sorted(named) == sorted(get_args(Verb))
+    assert sorted(named) == sorted(KINDS)
     assert all(job_name(verb, "celeba").startswith(f"{verb}-") for verb in named)
 
 

@@ -57,6 +57,24 @@ def test_version_and_completion():
     assert {"pack", "list"} <= set(succeeded(ddpm(**words)).split())
 
 
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("train --bucket {} --dataset t", ["tiles"]),
+        ("submit train --bucket {} --dataset t", ["tiles"]),
+        ("runs compare walk --bucket {} w", ["walk"]),
+        ("config --preset landscape-", ["landscape-sample"]),
+        ("import --set train.batch", ["train.batch_size="]),
+        ("sample --grid l", ["leading", "linspace", "log_snr"]),
+        ("submit train --on lo", ["local"]),
+    ],
+)
+def test_values_are_completed(bucket, words, offered):
+    words = f"ddpm {words.format(bucket)}"
+    count = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    assert succeeded(ddpm(_DDPM_COMPLETE="complete_bash", **count)).split() == offered
+
+
 def test_datasets_are_listed_and_shown(bucket):
     header, row = succeeded(ddpm_here("data", "list", "--bucket", bucket)).splitlines()
     assert header.split()[:4] == ["dataset", "size", "images", "classes"]

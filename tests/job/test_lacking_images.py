@@ -50,7 +50,7 @@ def plan(tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     lacking.clear()
     going_on.clear()
     sets = [f"{key}={value}" for key, value in NETWORK.items()] + ["checkpoint.every_epochs=1", "sample.every_epochs=0"]
-    yield plan_run(TrainRequest("tiles", str(bucket), run="walk", epochs=3, sets=tuple(sets)).check())
+    yield plan_run(TrainRequest("tiles", bucket=str(bucket), run="walk", epochs=3, sets=tuple(sets)).check())
     going_on.set()
 
 

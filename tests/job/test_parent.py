@@ -321,7 +321,7 @@ def test_a_resumed_child_is_bit_equal(bucket):
             return steps is not None and sys._getframe(2).f_code.co_name == "after_step" and next(asked) >= steps
 
         sets = ("train.freeze=down,mid", "train.weight_decay=0.1", "checkpoint.every_minutes=60", "sample.images=4")
-        request = TrainRequest("tiles", str(bucket), run=run, epochs=1, sets=sets, from_="walk@1")
+        request = TrainRequest("tiles", bucket=str(bucket), run=run, epochs=1, sets=sets, from_="walk@1")
         run_training(request.check(), StopWhen(is_enough))
 
     train("whole")

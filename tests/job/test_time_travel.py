@@ -67,7 +67,7 @@ def moved(tiles, tmp_path_factory) -> tuple[Path, dict[int, dict[str, str]]]:
             return after_step(session, state) or is_last
 
         sets = tuple(f"{key}={value}" for key, value in (SETTINGS | changes).items())
-        request = TrainRequest("tiles", str(bucket), run="moved", epochs=3, sets=sets)
+        request = TrainRequest("tiles", bucket=str(bucket), run="moved", epochs=3, sets=sets)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(TrainingSession, "after_step", watched)
             if ending:

@@ -64,7 +64,7 @@ def train(packed):
         if "model.kind" in keys:
             base = {key: value for key, value in base.items() if not key.startswith("model.")}
         sets = tuple(f"{key}={value}" for key, value in (base | keys).items())
-        request = TrainRequest(dataset, str(packed), run=run, epochs=epochs, sets=sets)
+        request = TrainRequest(dataset, bucket=str(packed), run=run, epochs=epochs, sets=sets)
         run_training(request.check(), StopWhen(is_enough))
 
     return train

@@ -98,11 +98,11 @@ def test_numbers_and_ranges():
 
 
 def test_training_requests_need_no_bucket():
-    request = TrainRequest("my_photos.v2", "gs://nowhere", epochs=3).check()
+    request = TrainRequest("my_photos.v2", bucket="gs://nowhere", epochs=3).check()
     assert request.run == "my-photos-v2"
     assert request.changes == {"train.epochs": 3}
     assert request.preset_name() == "landscape-sample"
-    assert TrainRequest("celeba", "x").check().preset_name() == "celeba"
+    assert TrainRequest("celeba", bucket="x").check().preset_name() == "celeba"
 
 
 def test_packing_follows_the_preset():

@@ -138,7 +138,7 @@ def test_edms_network_sees_latents_of_unit_variance(bucket):
     moments = uncached_images(store, KEY, index).read(np.arange(index.images)).view(np.float16).transpose(0, 3, 1, 2)
     x_0 = latents_of(index).drawn(0, torch.arange(index.images), torch.from_numpy(moments.copy()))
     for chosen, expected in (({}, 1.0), ({"diffusion.sigma_data": 0.5}, 0.5)):
-        request = TrainRequest("tiles-latents", str(bucket), run="edm", changes=edm | chosen)
+        request = TrainRequest("tiles-latents", bucket=str(bucket), run="edm", changes=edm | chosen)
         config = plan_run(request).config
         assert config.diffusion.sigma_data == method.prediction_of(config).sigma_data == expected
         if not chosen:

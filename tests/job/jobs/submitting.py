@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from job.cli.submit import parsed
+import typer
+
+from job.cli import command
+from job.cli.jobs import EXAMPLES
 from job.jobs.backends.base import JsonObject
-from job.jobs.building import Resources, spec_of
-from job.jobs.spec import JobSpec
+from job.jobs.building import spec_of
+from job.jobs.spec import JobRequest, JobSpec, SubmitRequest
 from job.jobs.submit import formatted
 from job.jobs.targets import target_on
 
@@ -28,8 +32,25 @@ FOR_TRAIN = ["--dataset", "celeba"]
 REWRITE = "DDPM_TEST_REWRITE_GOLDEN"
 
 
-def built(verb: str, words: list[str], on: str = "gke", **resources) -> JobSpec:
-    return spec_of(parsed(verb, words), target_on(on), Resources(**resources))
+KINDS = {kind.command[-1]: kind for kind in EXAMPLES}
+
+
+def _requests(words: Sequence[str], *kinds: type) -> list:
+    """What a command of these requests makes of words."""
+    app, made = typer.Typer(add_completion=False), []
+    command(app, "verb", *kinds)(lambda *requests: made.extend(requests))
+    typer.main.get_command(app).main([*words], standalone_mode=False)
+    return made
+
+
+def parsed(verb: str, words: Sequence[str]) -> JobRequest:
+    (request,) = _requests(words, KINDS[verb])
+    return request
+
+
+def built(verb: str, words: list[str], on: str = "gke", **machines) -> JobSpec:
+    request, how = _requests(["--on", on, *words], KINDS[verb], SubmitRequest)
+    return spec_of(request, target_on(on), replace(how, **machines))
 
 
 def assert_kept(engine: str, case: str, made: list[JsonObject], cases: Iterable[str]) -> None:

@@ -9,12 +9,12 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
-from job.cli.submit import parsed
 from job.exits import Exit
 from job.jobs.backends import target_class
 from job.stop import deadline
 from tests.fuzzing import examples, search
 from tests.job.command_line import ddpm_here
+from tests.job.jobs.submitting import parsed
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -101,8 +101,8 @@ def check_command(rest: list[str], verb: str) -> None:
     """The job's program takes its words."""
     again = parsed(verb, rest[2 if verb == "pack" else 1 :])
     assert again.command == tuple(rest[: len(again.command)])
-    again.request().check()
-    with deadline(again.values["stop_after"] or ""):
+    again.check()
+    with deadline(again.stop_after):
         pass
 
 

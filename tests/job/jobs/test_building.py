@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
+from pathlib import Path
+from typing import get_args, get_origin
 
 import pytest
 import yaml
 
-from job.cli.submit import parsed
+from ddpm.image_size import ImageSize
 from job.config import parse_yaml, read_config_file
 from job.exits import BadConfigError, BadRequestError
 from job.jobs.building import wait_seconds
 from job.jobs.spec import NAME_CHARACTERS, JobSpec, is_about, job_name
 from job.jobs.targets import load_targets
+from job.options import options_of
 from job.processes.lease import EXPIRE_SECONDS
-from tests.job.jobs.submitting import FOR_TRAIN, built
+from tests.job.jobs.submitting import FOR_TRAIN, KINDS, built, parsed
 
 pytestmark = pytest.mark.usefixtures("targets_folder")
 
@@ -34,18 +37,37 @@ def test_commands_survive_writing_and_reading():
         ("pack", ["a folder", "name", "--size", "8", "--no-classes", "--licence", "it's mine"]),
         ("pack", ["a", "b", "--classes", "--channels", "1", "--max-bad", "0", "--licence=--size=3"]),
         ("pack", ["--size", "8", "--", "-a", "b"]),
+        ("index", ["a/{00..99}.tar", "b", "name", "--size", "96x64", "--labels", ":breed", "--unlabelled", "drop"]),
+        ("encode", ["name", "--autoencoder", "gs://models/vae", "--to", "latents", "--slice", "1/2"]),
     ):
         first = parsed(verb, words)
-        prefix = ("data", "pack") if verb == "pack" else (verb,)
+        prefix = ("data", verb) if verb in ("pack", "index", "encode") else (verb,)
         argv = first.argv()
         assert argv[: len(prefix)] == prefix
         again = parsed(verb, argv[len(prefix) :])
-        assert (again, again.request(), again.argv()) == (first, first.request(), argv), words
+        assert (again, again.argv()) == (first, argv), words
+
+
+OTHER_VALUES = {bool: False, int: 7, float: 0.25, str: "--x y", Path: Path("/some where"), ImageSize: ImageSize(8, 16)}
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_every_option_survives(kind):
+    needed = {name: "a" for name, (first, *_) in options_of(kind).items() if first.default is first.empty}
+    for field, options in options_of(kind).items():
+        for each in options:
+            takes = get_args(each.annotation)[0]
+            value = OTHER_VALUES.get(takes if takes in OTHER_VALUES else get_args(takes)[0])
+            value = True if each.default is False else ("a", "--x") if get_origin(takes) is tuple else value
+            request = kind(**{"bucket": "b", **needed, field: value if field == each.name else {each.name: value}})
+            again = parsed(kind.command[-1], request.argv()[len(kind.command) :])
+            assert getattr(again, field) == getattr(request, field), each.name
+            assert again.argv() == request.argv() != kind(**{"bucket": "b", **needed}).argv(), each.name
 
 
 def test_chosen_options_are_known():
     words = ["--run", "r", "--steps", "4", "--no-nearest", "--eta", "0.5", "--grid", "karras"]
-    assert parsed("sample", words).request().chosen == {"steps": 4, "nearest": False, "eta": 0.5, "grid": "karras"}
+    assert parsed("sample", words).keys == {"steps": 4, "nearest": False, "eta": 0.5, "grid": "karras"}
 
 
 def test_scores_are_a_job():
@@ -54,18 +76,18 @@ def test_scores_are_a_job():
     assert (spec.verb, spec.run, spec.slices, spec.gpus) == ("evaluate", "celeba", 0, built("sample", words[:4]).gpus)
     assert spec.argv[:3] == ("evaluate", "--run", "celeba")
     assert is_about(spec.name, "celeba")
-    assert parsed("evaluate", words).request().count == 50_000
+    assert parsed("evaluate", words).count == 50_000
     with pytest.raises(BadRequestError, match="--extractor-file"):
         built("evaluate", [*words[:4], "--extractor-file", "/home/me/inception.pt"])
 
 
 def test_only_typed_options_are_written(monkeypatch):
     monkeypatch.setenv("DDPM_BUCKET", "gs://of-the-environment")
-    command = parsed("train", ["--dataset", "a"])
-    assert command.argv() == ("train", "--dataset", "a")
-    assert command.request().bucket == "gs://of-the-environment"
-    assert command.with_values(bucket="gs://b").argv() == ("train", "--dataset", "a", "--bucket", "gs://b")
-    assert command.with_values(config=None).argv() == command.argv()
+    request = parsed("train", ["--dataset", "a"])
+    assert request.bucket == "gs://of-the-environment"
+    assert request.argv() == ("train", "--dataset", "a", "--bucket", "gs://of-the-environment")
+    assert parsed("train", ["--dataset", "a", "--bucket", "gs://b"]).argv() == (*request.argv()[:-1], "gs://b")
+    assert parsed("train", ["--dataset", "a", "--hang-after", "600", "--wait=0"]) == request
     one = parsed("train", ["--dataset=a", "--epochs=3", "--run", "r"])
     assert one.argv() == parsed("train", ["--run=r", "--epochs", "3", "--dataset", "a"]).argv()
     argv = parsed("pack", ["--bucket", "/b", "/images", "name"]).argv()
@@ -109,8 +131,8 @@ def test_parents_are_seen_by_the_job(tmp_path, monkeypatch):
         spec = built("train", [*words, "--bucket", "gs://bucket"], "container")
         assert spec.argv[3:7] == ("--from", word, "--weights", "model")
         assert spec.reads == reads
-        again = parsed("train", spec.argv[1:]).request().check().changes
-        assert again == parsed("train", words).request().check().changes
+        again = parsed("train", spec.argv[1:]).check().changes
+        assert again == parsed("train", words).check().changes
 
 
 def test_replacements_wait_for_the_lease():
@@ -167,8 +189,8 @@ def test_configuration_files_become_words(targets_folder):
     words = ["--dataset", "celeba", "--config", "mine.yaml", "--set", "train.batch_size=32", "--epochs", "9"]
     spec = built("train", words)
     assert "--config" not in spec.argv
-    there = parsed("train", spec.argv[1:]).request().check()
-    here = parsed("train", words).request().check()
+    there = parsed("train", spec.argv[1:]).check()
+    here = parsed("train", words).check()
     assert there.changes == here.changes
     assert there.changes["train.batch_size"] == 32
     assert spec.argv.index("train.batch_size=32") > spec.argv.index("train.learning_rate=2.0e-05")

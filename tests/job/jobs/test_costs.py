@@ -10,17 +10,16 @@ from importlib import resources
 
 import pytest
 
-from job.cli.submit import parsed
 from job.jobs import prices
 from job.jobs.backends import BACKENDS, backend_class
 from job.jobs.backends.target import Target
-from job.jobs.building import Resources, spec_of
+from job.jobs.building import spec_of
 from job.jobs.prices import Prices, load_prices
-from job.jobs.spec import JobSpec
+from job.jobs.spec import JobSpec, SubmitRequest
 from job.jobs.submit import cost_of, outlook_lines, plan_lines
 from job.jobs.targets import load_targets, parse_targets, target_on
 from tests.job.command_line import ddpm_here, succeeded
-from tests.job.jobs.submitting import FOR_TRAIN, built
+from tests.job.jobs.submitting import FOR_TRAIN, built, parsed
 
 pytestmark = pytest.mark.usefixtures("targets_folder")
 SPEC = JobSpec("train-a", "train", ("train",), "i", "gs://bucket", gpu_type="nvidia-l4", max_hours=10.0, spot=False)
@@ -135,7 +134,7 @@ def test_shipped_prices_cover_the_example():
     }
     for name, there in example.items():
         for verb, words in verbs.items():
-            spec = spec_of(parsed(verb, [*words, "--bucket", "gs://mine"]), there, Resources())
+            spec = spec_of(parsed(verb, [*words, "--bucket", "gs://mine"]), there, SubmitRequest())
             assert backend_class(there.backend)(there).render(spec)
             is_priced = there.is_remote and there.backend != "slurm" and verb != "pack"
             assert not is_priced or cost_of(spec, there).startswith("at most $"), name
@@ -147,7 +146,7 @@ def test_page_and_submit_agree(tmp_path, capsys, walked):
     bucket = shutil.copytree(walked, tmp_path / "bucket")
     there = target("vm", ", price_per_hour: 3.6")
     command = parsed("train", ["--dataset", "tiles", "--run", "walk"])
-    spec = spec_of(command, there, Resources())
+    spec = spec_of(command, there, SubmitRequest())
     assert spec.env["DDPM_DOLLARS_PER_HOUR"] == "3.6"
     words = ("--dataset", "tiles", "--run", "walk", "--bucket", bucket, "--epochs", 100)
     with pytest.MonkeyPatch.context() as patch:

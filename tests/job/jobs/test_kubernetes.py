@@ -10,7 +10,6 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import yaml
@@ -30,10 +29,10 @@ from job.exits import (
 from job.jobs.backends import kubernetes, kubernetes_api
 from job.jobs.backends.base import Cause, JobStatus
 from job.jobs.backends.kubernetes import KubernetesBackend
-from job.jobs.spec import Verb
 from job.outcome import outcome_written
 from tests.job.command_line import ddpm_here, environment, refused, succeeded
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, sampling, spec
+from tests.job.jobs.submitting import KINDS
 from tests.job.launching import eventually
 
 NAME = "train-celeba"
@@ -101,7 +100,7 @@ def test_bucket_knows_attempts_without_pods(server, backend, job, tmp_path, monk
 
 
 def test_ended_slice_is_no_attempt(tmp_path, monkeypatch):
-    for verb in {*get_args(Verb)} - {"train"}:
+    for verb in {*KINDS} - {"train"}:
         name = f"{verb}-celeba-1a2b3c4d"
         monkeypatch.setenv("DDPM_JOB", name)
         with suppress(StoppedError), outcome_written(str(tmp_path), 0, 2):

@@ -51,7 +51,7 @@ def test_lost_manifests_begin_no_new_run(copy):
     with pytest.raises(BadDataError, match=missing), newest_good(copy, lambda _: None):
         pass
     with pytest.raises(BadDataError, match=missing):
-        plan_sampling(SampleRequest("r", copy.uri.removesuffix("/runs/r")).check())
+        plan_sampling(SampleRequest("r", bucket=copy.uri.removesuffix("/runs/r")).check())
 
 
 def test_a_damaged_attempt_retires_nothing(copy, tmp_path):

@@ -34,8 +34,10 @@ def train_on(bucket):
 def test_retired_checkpoints_are_chosen_again(bucket, train_on, capsys, monkeypatch):
     monkeypatch.setenv("DDPM_LAUNCHED", "1")
     requests = ({"chosen": {"nearest": False}}, {"count": 3}, {"checkpoints": "3"})
-    grid, images, gone = (plan_sampling(SampleRequest("walk", str(bucket), **options)) for options in requests)
-    scores = plan_evaluation(EvaluateRequest("walk", str(bucket), count=12, extractor="mobilenet", references=24))
+    grid, images, gone = (plan_sampling(SampleRequest("walk", bucket=str(bucket), **options)) for options in requests)
+    scores = plan_evaluation(
+        EvaluateRequest("walk", bucket=str(bucket), count=12, extractor="mobilenet", references=24)
+    )
     assert grid.checkpoints == images.checkpoints == (CHOSEN,)
     assert train_on() == [312, 1200]
     for plan in (grid, images):

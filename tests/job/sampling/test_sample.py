@@ -39,7 +39,7 @@ def sample(bucket: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., di
         AcceleratorState._reset_state(reset_partial_state=True)
         capsys.readouterr()
         chosen = {key: options.pop(key) for key in SampleConfig.model_fields.keys() & options.keys()}
-        run_sampling(plan_sampling(SampleRequest("walk", str(bucket), chosen=chosen, **options).check()))
+        run_sampling(plan_sampling(SampleRequest("walk", bucket=str(bucket), chosen=chosen, **options).check()))
         named = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
         keys = [uri.removeprefix(f"{run.uri}/samples/") for uri in named]
         return {key: Image.open(io.BytesIO(run.read(f"samples/{key}").data)) for key in keys}
@@ -78,7 +78,7 @@ def test_bf16_differs_a_little(draw):
 def test_each_step_shows_on_the_bar(bucket, draw, monkeypatch, capsys):
     monkeypatch.setattr("job.progress.LINE_SECONDS", 0.0)
     draw(range(7), 4, steps=5)
-    run_sampling(plan_sampling(SampleRequest("walk", str(bucket), chosen={"steps": 5}, count=7).check()))
+    run_sampling(plan_sampling(SampleRequest("walk", bucket=str(bucket), chosen={"steps": 5}, count=7).check()))
     shown = re.findall(r"(?m)^(\w+)[^:]*: (\d+) % · (\d)", capsys.readouterr().err)
     whole = [("test", str(10 * step), str(round(0.7 * step))) for step in range(1, 10)] + [("test", "100", "7")]
     assert [line for line in shown if line[0] == "test"] == whole

@@ -38,7 +38,7 @@ def words(bucket: object, count: int, *more: object) -> tuple[object, ...]:
 
 def set_of(bucket: object, count: int, **options) -> SampleSet:
     chosen = {key: options.pop(key) for key in SampleConfig.model_fields.keys() & options.keys()}
-    request = SampleRequest("walk", str(bucket), chosen=chosen, count=count, **options)
+    request = SampleRequest("walk", bucket=str(bucket), chosen=chosen, count=count, **options)
     (images,) = plan_sets(plan_sampling(request.check()))
     return images
 
