@@ -19,12 +19,11 @@ from tempfile import TemporaryDirectory
 from benchmarks import peers
 from benchmarks.loader import SIZE, opened, our_epoch
 from benchmarks.measuring import Figure
-from benchmarks.store import new_bucket
 from benchmarks.subject import DATASET, pack_noise, write_noise
 from job.data.shards import dataset_key, load_index
 from job.progress import Progress
 from job.store import open_store
-from tests.servers import seaweedfs
+from tests.servers import SERVERS, new_bucket
 
 EPOCH_SECONDS = 100
 """How long an epoch may take: the forked workers of a peer may hang."""
@@ -40,8 +39,9 @@ def measure(quick: bool) -> list[Figure]:
         folder = Path(name)
         write_noise(folder / "images", images, SIZE)
         (folder / "server").mkdir()
-        with seaweedfs(folder / "server") as url:
-            bucket = f"s3://{new_bucket('s3', url)}"
+        with SERVERS["s3"].start(folder / "server") as url:
+            os.environ.update(SERVERS["s3"].variables(url))
+            bucket = new_bucket("s3", url)
             pack_noise(bucket, folder / "images", SIZE)
             if "litData" in readers:
                 peers.litdata_optimize(folder / "images", folder / "chunks")

@@ -32,7 +32,6 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.loader import anonymous_bytes
-from benchmarks.store import new_bucket
 from ddpm.image_size import ImageSize
 from job.data.cache import open_cache
 from job.data.order import Order
@@ -40,7 +39,7 @@ from job.data.shards import INDEX, DatasetIndex, Shards, ShardWriter, dataset_ke
 from job.data.stream import stream_batches
 from job.progress import Progress
 from job.store import open_store
-from tests.servers import fake_gcs_server
+from tests.servers import SERVERS, fake_gcs_server, new_bucket
 
 SHARDS = 11_000
 SHARD_IMAGES = 9_100
@@ -60,8 +59,9 @@ def served(folder: Path) -> Iterator[tuple[str, Path]]:
     """Starts an object server on an empty folder; yields the URI of a bucket, and the folder of its objects."""
     objects = folder / "objects"
     with fake_gcs_server(folder, objects) as url:
+        os.environ.update(SERVERS["gs"].variables(url))
         bucket = new_bucket("gs", url)
-        yield f"gs://{bucket}", objects / bucket
+        yield bucket, objects / bucket.removeprefix("gs://")
 
 
 def write_dataset(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from tempfile import TemporaryDirectory
 from benchmarks.measuring import Figure
 from benchmarks.store_subject import BYTES_PER_SECOND
 from job.progress import Progress
-from tests.servers import SECRET, azurite, azurite_account, fake_gcs_server, new_container, seaweedfs
+from tests.servers import SERVERS, new_bucket
 
 BASE_VARIABLE = "DDPM_BENCH_BASE"
 # Without -P the folder of the script comes first, whose `requests.py` hides the library of that name.
@@ -43,7 +42,7 @@ def measure(quick: bool) -> list[Figure]:
 
 def near(kind: str, url: str, folder: Path, sizes: dict[str, int], turns: int) -> list[Figure]:
     """Measures each row without a distance, in turn: our store, the raw client and, if given, the earlier store."""
-    bucket = new_bucket(kind, url)
+    bucket = new_bucket(kind, url).partition("://")[2]
     rows = {
         "upload": ["upload", folder / "content", "large"],
         "download": ["download", folder / "out", "large"],
@@ -54,7 +53,7 @@ def near(kind: str, url: str, folder: Path, sizes: dict[str, int], turns: int) -
     }
     figures = []
     with ExitStack() as workers:
-        everybody = {name: workers.enter_context(worker(name, kind, url, bucket)) for name in participants(kind)}
+        everybody = {name: workers.enter_context(worker(name, kind, url, bucket)) for name in participants()}
         with Progress(f"{kind}: at no distance", total=len(rows) * (turns + 1), unit="turns") as bar:
             for number, (row, words) in enumerate(rows.items()):
                 took: dict[str, list[float]] = {name: [] for name in everybody}
@@ -77,10 +76,10 @@ def near(kind: str, url: str, folder: Path, sizes: dict[str, int], turns: int) -
 
 def at_distance(kind: str, url: str, far: str, folder: Path, sizes: dict[str, int], turns: int) -> list[Figure]:
     """Measures uploads and downloads with 20 ms per answer and 50 MB/s per connection."""
-    bucket = new_bucket(kind, url)
+    bucket = new_bucket(kind, url).partition("://")[2]
     figures, link_seconds = [], sizes["megabytes"] * 1e6 / BYTES_PER_SECOND
     with ExitStack() as workers:
-        everybody = {name: workers.enter_context(worker(name, kind, far, bucket)) for name in participants(kind)}
+        everybody = {name: workers.enter_context(worker(name, kind, far, bucket)) for name in participants()}
         with Progress(f"{kind}: at a distance", total=2 * turns, unit="turns") as bar:
             for number, (row, path) in enumerate((("upload", "content"), ("download", "out"))):
                 took: dict[str, list[float]] = {name: [] for name in everybody}
@@ -117,9 +116,9 @@ def figure(key: str, what: str, took: dict[str, list[float]]) -> Figure:
     )
 
 
-def participants(kind: str) -> list[str]:
+def participants() -> list[str]:
     """Returns the names of the participants."""
-    return ["ours", *(["base"] if os.environ.get(BASE_VARIABLE) and kind != "az" else []), "raw"]
+    return ["ours", *(["base"] if BASE_VARIABLE in os.environ else []), "raw"]
 
 
 @contextmanager
@@ -127,48 +126,17 @@ def servers(folder: Path) -> Iterator[dict[str, str]]:
     """Starts a server of each cloud."""
     with ExitStack() as stack:
         urls = {}
-        for kind, server in (("gs", fake_gcs_server), ("s3", seaweedfs), ("az", azurite)):
+        for kind in ("gs", "s3", "az"):
             (folder / kind).mkdir()
-            urls[kind] = stack.enter_context(server(folder / kind))
+            urls[kind] = stack.enter_context(SERVERS[kind].start(folder / kind))
         yield urls
-
-
-def variables(kind: str, url: str) -> dict[str, str]:
-    """Returns the variables that direct a client to a server."""
-    return {
-        "gs": {"STORAGE_EMULATOR_HOST": url},
-        "s3": {
-            "AWS_ENDPOINT_URL": url,
-            "AWS_ACCESS_KEY_ID": "owner",
-            "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_DEFAULT_REGION": "us-east-1",
-        },
-        "az": {"AZURE_STORAGE_CONNECTION_STRING": azurite_account(url)},
-    }[kind]
-
-
-def new_bucket(kind: str, url: str) -> str:
-    """Creates a bucket and returns its name."""
-    if kind == "az":
-        return new_container(url)
-    name = f"bench-{secrets.token_hex(4)}"
-    os.environ.update(variables(kind, url))
-    if kind == "gs":
-        from google.cloud import storage
-
-        storage.Client(project="bench").create_bucket(name)
-    else:
-        import boto3
-
-        boto3.client("s3", endpoint_url=url).create_bucket(Bucket=name)
-    return name
 
 
 @contextmanager
 def worker(name: str, kind: str, url: str, bucket: str) -> Iterator[Callable[..., float]]:
     """Starts a process that runs the requested operations, and yields a function that returns their seconds."""
     root = os.environ[BASE_VARIABLE] if name == "base" else str(Path(__file__).parents[1])
-    environment = {**os.environ, **variables(kind, url), "PYTHONPATH": root}
+    environment = {**os.environ, **SERVERS[kind].variables(url), "PYTHONPATH": root}
     words = [sys.executable, *_SUBJECT, "raw" if name == "raw" else "store", kind, bucket]
     with subprocess.Popen(
         words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root

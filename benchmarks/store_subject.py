@@ -35,9 +35,9 @@ class OfStore:
         self._store = open_store(f"{kind}://{bucket}")
 
     def upload(self, path: str, key: str) -> None:
-        """Uploads a whole file."""
+        """Uploads a whole file, as a checkpoint's are."""
         self._store.delete(key)
-        self._store.upload(Path(path), key)
+        self._store.upload(Path(path), key, fresh=True)
 
     def download(self, path: str, key: str) -> None:
         """Downloads a whole file."""

@@ -5,17 +5,18 @@ from __future__ import annotations
 import atexit
 import os
 import re
-import secrets
 import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.servers import SECRET, azurite, azurite_account, fake_gcs_server, moto, new_container, seaweedfs
+from tests import servers
 
 # Nothing of whoever runs the tests reaches them or their children: no variable, target, credential, cluster or cache.
 # Of a make that runs them, its level among others would reach the makes that tests start.
@@ -50,83 +51,78 @@ SMALL_DISK_BYTES = 2 << 20
 
 
 @pytest.fixture(scope="session")
-def gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a fake-gcs-server of this test process's own, which child processes find in `STORAGE_EMULATOR_HOST`."""
-    with fake_gcs_server(tmp_path_factory.mktemp("gcs")) as url, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STORAGE_EMULATOR_HOST", url)
-        yield url
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+    """Starts a server of `SERVERS`, once in this test process; gives its URL."""
+    with ExitStack() as stack:
+        yield cache(lambda kind: stack.enter_context(servers.SERVERS[kind].start(tmp_path_factory.mktemp(kind))))
 
 
 @pytest.fixture(scope="session")
-def moto_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a moto server of this test process's own."""
-    with moto(tmp_path_factory.mktemp("moto")) as url:
-        yield url
+def gcs_server(started: Callable[[str], str]) -> Iterator[str]:
+    """URL of a fake-gcs-server, which child processes find in `STORAGE_EMULATOR_HOST`."""
+    yield from _found_by_all("gs", started)
 
 
 @pytest.fixture(scope="session")
-def seaweedfs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a SeaweedFS of this test process's own."""
-    with seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as url:
-        yield url
+def moto_server(started: Callable[[str], str]) -> str:
+    """URL of a moto server."""
+    return started("s3-moto")
 
 
 @pytest.fixture(scope="session")
-def azurite_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of an Azurite of this test process's own, which child processes find in `AZURE_STORAGE_CONNECTION_STRING`."""
-    with azurite(tmp_path_factory.mktemp("azurite")) as url, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AZURE_STORAGE_CONNECTION_STRING", azurite_account(url))
-        yield url
+def seaweedfs_server(started: Callable[[str], str]) -> str:
+    """URL of a SeaweedFS."""
+    return started("s3")
+
+
+@pytest.fixture(scope="session")
+def azurite_server(started: Callable[[str], str]) -> Iterator[str]:
+    """URL of an Azurite, which child processes find in `AZURE_STORAGE_CONNECTION_STRING`."""
+    yield from _found_by_all("az", started)
 
 
 @pytest.fixture
 def aws_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the S3 servers' owner."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "owner")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name, value in servers.s3_account("").items():
+        if value:
+            monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
-def seaweedfs_bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def seaweedfs_bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """`s3://NAME` of a fresh, empty bucket."""
-    return _s3_bucket("seaweedfs", request, monkeypatch)
+    return new_bucket("s3", request, monkeypatch, tmp_path)
 
 
 @pytest.fixture
 def gcs_bucket(gcs_server: str) -> str:
     """`gs://NAME` of a fresh, empty bucket."""
-    from google.cloud import storage
-
-    name = f"test-{secrets.token_hex(6)}"
-    storage.Client(project="test").create_bucket(name)
-    return f"gs://{name}"
+    return servers.new_bucket("gs", gcs_server)
 
 
 @pytest.fixture
 def azure_container(azurite_server: str) -> str:
     """`az://NAME` of a fresh, empty container."""
-    return f"az://{new_container(azurite_server)}"
+    return servers.new_bucket("az", azurite_server)
 
 
-@pytest.fixture(params=["local", "gs", "s3-seaweedfs", "az"])
+@pytest.fixture(params=["local", "gs", "s3", "az"])
 def bucket_uri(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """A fresh, empty bucket of each kind: the test runs once per kind."""
     return new_bucket(request.param, request, monkeypatch, tmp_path)
 
 
 def new_bucket(which: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """A fresh, empty bucket: `local`, `gs`, `s3-seaweedfs`, `s3-moto` or `az`."""
-    kind, _, server = which.partition("-")
-    if kind == "gs":
-        return str(request.getfixturevalue("gcs_bucket"))
-    if kind == "az":
-        return str(request.getfixturevalue("azure_container"))
-    if kind == "s3":
-        return _s3_bucket(server, request, monkeypatch)
-    folder = tmp_path / "bucket"
-    folder.mkdir()
-    return str(folder)
+    """A fresh, empty bucket: `local`, or of a server of `SERVERS`, which clients find from now on."""
+    if which == "local":
+        folder = tmp_path / "bucket"
+        folder.mkdir()
+        return str(folder)
+    url = request.getfixturevalue("started")(which)
+    for name, value in servers.SERVERS[which].variables(url).items():
+        monkeypatch.setenv(name, value)
+    return servers.new_bucket(which, url)
 
 
 @pytest.fixture
@@ -151,12 +147,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     holder.wait()
 
 
-def _s3_bucket(server: str, request: pytest.FixtureRequest, patch: pytest.MonkeyPatch) -> str:
-    """A new one, on a server that clients find from now on."""
-    import boto3
-
-    request.getfixturevalue("aws_credentials")
-    name, url = f"test-{secrets.token_hex(6)}", str(request.getfixturevalue(f"{server}_server"))
-    patch.setenv("AWS_ENDPOINT_URL", url)
-    boto3.client("s3", endpoint_url=url).create_bucket(Bucket=name)
-    return f"s3://{name}"
+def _found_by_all(kind: str, started: Callable[[str], str]) -> Iterator[str]:
+    """Starts a server that every client finds from now on."""
+    url = started(kind)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in servers.SERVERS[kind].variables(url).items():
+            patch.setenv(name, value)
+        yield url

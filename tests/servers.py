@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -100,13 +101,62 @@ def azurite_account(url: str) -> str:
     return f"DefaultEndpointsProtocol=http;{account}"
 
 
-def new_container(url: str) -> str:
-    """The name of a fresh, empty container of an Azurite."""
+def s3_account(url: str) -> dict[str, str]:
+    """What directs clients to an S3 server as its owner, and away from anybody's own settings."""
+    files = dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), os.devnull)
+    keys = {"AWS_ACCESS_KEY_ID": "owner", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_EC2_METADATA_DISABLED": "true"}
+    return {"AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1", **keys, **files}
+
+
+def _make_gs(url: str, name: str) -> None:
+    from google.auth.credentials import AnonymousCredentials
+    from google.cloud import storage
+
+    how = {"credentials": AnonymousCredentials(), "client_options": {"api_endpoint": url}}
+    storage.Client(project="test", **how).create_bucket(name)
+
+
+def _make_s3(url: str, name: str) -> None:
+    import boto3
+
+    keys = {"aws_access_key_id": "owner", "aws_secret_access_key": SECRET, "region_name": "us-east-1"}
+    boto3.client("s3", endpoint_url=url, **keys).create_bucket(Bucket=name)
+
+
+def _make_az(url: str, name: str) -> None:
     from azure.storage.blob import BlobServiceClient
 
-    name = f"test-{secrets.token_hex(6)}"
     BlobServiceClient.from_connection_string(azurite_account(url)).create_container(name)
-    return name
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server of a kind of bucket.
+
+    Attributes:
+        start: URL of a new one, while the context lasts; the folder takes its data and log.
+        variables: what directs clients to one at a URL.
+        make: makes a bucket of a name there.
+    """
+
+    start: Callable[[Path], AbstractContextManager[str]]
+    variables: Callable[[str], dict[str, str]]
+    make: Callable[[str, str], None]
+
+
+SERVERS = {
+    "gs": Server(fake_gcs_server, lambda url: {"STORAGE_EMULATOR_HOST": url}, _make_gs),
+    "s3": Server(seaweedfs, s3_account, _make_s3),
+    "s3-moto": Server(moto, s3_account, _make_s3),
+    "az": Server(azurite, lambda url: {"AZURE_STORAGE_CONNECTION_STRING": azurite_account(url)}, _make_az),
+}
+
+
+def new_bucket(kind: str, url: str) -> str:
+    """The URI of a fresh, empty bucket of a server of `SERVERS`."""
+    name = f"test-{secrets.token_hex(6)}"
+    SERVERS[kind].make(url, name)
+    return f"{kind.partition('-')[0]}://{name}"
 
 
 @contextmanager

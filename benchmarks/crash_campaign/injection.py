@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from types import ModuleType
 from typing import Any
 
@@ -32,10 +33,9 @@ RENEW_SECONDS, EXPIRE_SECONDS = 1.0, 12.0
 """Shorter than the product's, so that a small run renews its lease and a zombie is replaced within seconds."""
 
 _STORES = {
-    "job.store.local": "LocalStore",
-    "job.store.gcs": "GcsStore",
-    "job.store.s3": "S3Store",
-    "job.store.azure": "AzureStore",
+    "job.store.local": ("LocalStore",),
+    "job.store.gcs": ("GcsStore",),
+    "job.store.objects": ("S3Store", "AzureStore"),
 }
 _SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
 
@@ -167,8 +167,7 @@ class Watched:
         """Changes a module."""
         match module.__name__:
             case name if name in _STORES:
-                store = getattr(module, _STORES[module.__name__])
-                for op in OPERATIONS:
+                for store, op in product((getattr(module, each) for each in _STORES[name]), OPERATIONS):
                     setattr(store, op, self._watched(op, getattr(store, op)))
             case "job.processes.lease":
                 vars(module).update(RENEW_SECONDS=RENEW_SECONDS, EXPIRE_SECONDS=EXPIRE_SECONDS)

@@ -90,7 +90,7 @@ class _Nowhere:
     def retry(self, work: Any) -> Any:
         """Does nothing."""
 
-    def move(self, path: Any, key: str) -> None:
+    def move(self, path: Any, key: str, *, fresh: bool = False) -> None:
         """Keeps nothing."""
 
     create = move

@@ -120,7 +120,7 @@ class CheckpointFiles:
             def upload(path: Path, key: str) -> None:
                 # A process that slept may have lost the run: without this it would upload a whole useless checkpoint.
                 run.retry(lease.confirm)
-                run.move(path, key)
+                run.move(path, key, fresh=True)
 
             records, uploads = [], []
             for number, (key, tensors) in enumerate(self.tensors_of(ref)):

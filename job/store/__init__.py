@@ -9,8 +9,8 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from urllib.parse import unquote, urlsplit
 
 from job.exits import BadConfigError, BadRequestError, how_to_install
@@ -46,14 +46,14 @@ class Kind:
 
     Attributes:
         schemes: of its URIs; the first one is in messages, and names the extra that installs the client library.
-        module: of this package; `gcs` has the class `GcsStore`.
+        store: the class that opens a bucket, as `MODULE:CLASS`.
         files: the default paths of credential files, by the variable that names another path.
         variables: settings without a secret, which a container gets as well.
         secret: a variable with a secret, which a container does not get.
     """
 
     schemes: tuple[str, ...]
-    module: str
+    store: str
     files: Mapping[str, str]
     variables: tuple[str, ...]
     secret: str = ""
@@ -76,9 +76,9 @@ _GOOGLE_FILES = {"GOOGLE_APPLICATION_CREDENTIALS": "~/.config/gcloud/application
 _AWS_FILES = {"AWS_CONFIG_FILE": "~/.aws/config", "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials"}
 _AWS = ("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 KINDS = (
-    Kind(("gs", "gcs"), "gcs", _GOOGLE_FILES, ("GOOGLE_CLOUD_PROJECT", "STORAGE_EMULATOR_HOST")),
-    Kind(("s3",), "s3", _AWS_FILES, _AWS, "AWS_SECRET_ACCESS_KEY"),
-    Kind(("az", "abfs"), "azure", {}, ("AZURE_STORAGE_ACCOUNT_NAME",)),
+    Kind(("gs", "gcs"), "job.store.gcs:GcsStore", _GOOGLE_FILES, ("GOOGLE_CLOUD_PROJECT", "STORAGE_EMULATOR_HOST")),
+    Kind(("s3",), "job.store.objects:S3Store", _AWS_FILES, _AWS, "AWS_SECRET_ACCESS_KEY"),
+    Kind(("az", "abfs"), "job.store.objects:AzureStore", {}, ("AZURE_STORAGE_ACCOUNT_NAME",)),
 )
 _BY_SCHEME = {scheme: kind for kind in KINDS for scheme in kind.schemes}
 URIS = " or ".join(", ".join(f"{kind.schemes[0]}://" for kind in KINDS).rsplit(", ", 1))
@@ -108,8 +108,7 @@ def open_store(uri: str, retry: Retry | None = None) -> Store:
     kind = _BY_SCHEME[scheme]
     try:
         with fsspec_configured():
-            found = getattr(import_module(f"job.store.{kind.module}"), f"{kind.module.title()}Store")
-            store: Store = found(bucket, retry)
+            store: Store = resolve_name(kind.store)(bucket, retry)
     except ModuleNotFoundError as error:
         how = how_to_install(kind.schemes[0])
         raise BadRequestError(f"{scheme}:// needs more than is installed ({error}): {how}") from None

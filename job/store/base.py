@@ -156,14 +156,18 @@ class Store(abc.ABC):
         """Writes an object atomically, over any earlier one. Only for hints, status and reports."""
         self._attempt(self._written, validated_new_key(key), io.BytesIO(data), None)
 
-    def upload(self, path: Path, key: str) -> None:
-        """Copies a finished local file to a new object, as `create` does; the bucket verifies its crc32c."""
-        with os_errors(path), path.open("rb") as file:
-            self._created(key, file)
+    def upload(self, path: Path, key: str, *, fresh: bool = False) -> None:
+        """Copies a finished local file to a new object, as `create` does.
 
-    def move(self, path: Path, key: str) -> None:
+        A key is `fresh` if no other writer uses it. Then no condition is needed, and some buckets take several parts of
+        the file at a time.
+        """
+        with os_errors(path), path.open("rb") as file:
+            self._created(key, file, None if fresh else "")
+
+    def move(self, path: Path, key: str, *, fresh: bool = False) -> None:
         """Uploads a finished local file and deletes it; one on the disk of a local bucket becomes the object itself."""
-        self.upload(path, key)
+        self.upload(path, key, fresh=fresh)
         path.unlink()
 
     def download(self, key: str, path: Path) -> str:
@@ -230,8 +234,8 @@ class Store(abc.ABC):
         """Returns the meaning of a client's error about `uri`; None for other errors, such as those of a local disk."""
         return None
 
-    def _created(self, key: str, content: BinaryIO) -> str:
-        version = self._attempt(self._written, validated_new_key(key), content, "")
+    def _created(self, key: str, content: BinaryIO, over: str | None = "") -> str:
+        version = self._attempt(self._written, validated_new_key(key), content, over)
         if version is None:
             raise ObjectExistsError(f"{self.uri_of(key)} exists already with other content: another writer was first")
         return version

@@ -1,16 +1,15 @@
-"""Waits for threads and event loops that end at a stop, and when the server falls silent.
+"""Waits for calls of libraries that end at a stop, and when the server falls silent.
 
-Neither ends `fsspec.asyn.sync` or a request in the calling thread before the server answers.
+In the calling thread neither would end a request before the server answers.
 """
 
 from __future__ import annotations
 
 import _thread
-import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from job.store.retry import Retry
 
@@ -19,19 +18,6 @@ T = TypeVar("T")
 POLL_SECONDS = 0.1
 LAST_SECONDS = 0.5
 """Time that a call has after a stop: enough to write a record or to give back a lease."""
-
-
-def on_loop(loop: asyncio.AbstractEventLoop, asked: Awaitable[T]) -> Future[T]:
-    """Starts a call to an fsspec file system on its event loop, which serves all threads. It can be cancelled."""
-
-    async def call() -> T:
-        # asyncio logs the error of a call for which no thread waits any more.
-        cast(asyncio.Task[T], asyncio.current_task()).add_done_callback(
-            lambda task: task.cancelled() or task.exception()
-        )
-        return await asked
-
-    return asyncio.run_coroutine_threadsafe(call(), loop)
 
 
 def in_thread(work: Callable[..., T], *args: Any, **named: Any) -> Future[T]:
@@ -56,7 +42,7 @@ def answer(future: Future[T], retry: Retry, where: str, active_at: Callable[[], 
     """Waits for a call and returns its result; cancels the call when the wait ends earlier.
 
     Args:
-        future: of `on_loop` or `in_thread`.
+        future: of `in_thread`, or of a coroutine.
         retry: its stop and its `silence_seconds` end the wait.
         where: the URI that the error of a stop names.
         active_at: returns the time of the server's last activity, by the monotonic clock. Without it the call must end

@@ -5,6 +5,7 @@ Small writes have separate connections, so that a lease is renewed in time durin
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import google.auth
@@ -30,9 +31,10 @@ from google.cloud import storage
 from requests.adapters import HTTPAdapter
 
 from job.exits import JobError
-from job.store.calls import T, in_thread, on_loop
+from job.store.base import Entry
+from job.store.calls import T, in_thread
 from job.store.files import COPY_BYTES
-from job.store.remote import CONNECTIONS, Page, Piece, RemoteStore, Watched, cause, content_type, damaged, one_line
+from job.store.remote import CONNECTIONS, Piece, RemoteStore, Watched, cause, content_type, damaged, one_line
 from job.store.retry import Retry
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
@@ -147,13 +149,22 @@ class GcsStore(RemoteStore):
     def _delete(self, key: str) -> None:
         self._answer(self._call(lambda *_: None, "DELETE", "b/{}/o/{}", self._bucket.name, self._prefix + key))
 
-    def _pages(self, start: str, delimiter: str, **asked: Any) -> Iterator[Page]:
+    def _list(self, prefix: str) -> Sequence[Entry]:
+        objects = (each for page in self._pages(self._prefix + prefix, "") for each in page.get("items", []))
+        return [Entry(each["name"].removeprefix(self._prefix), int(each["size"])) for each in objects]
+
+    def _folders(self, prefix: str) -> Sequence[str]:
+        start = self._prefix + prefix
+        folders = (folder for page in self._pages(start, "/") for folder in page.get("prefixes", []))
+        return [folder.removeprefix(start).removesuffix("/") for folder in folders]
+
+    def _pages(self, start: str, delimiter: str, **asked: Any) -> Iterator[dict[str, Any]]:
         asked |= {"prefix": start, "delimiter": delimiter, "fields": "items(name,size),prefixes,nextPageToken"}
         page: dict[str, Any] = {"nextPageToken": None}
         while "nextPageToken" in page:
             asked["pageToken"] = page["nextPageToken"]
             page = self._answer(self._call(_json, "GET", "b/{}/o", self._bucket.name, **asked))
-            yield [(item["name"], int(item["size"])) for item in page.get("items", [])], page.get("prefixes", [])
+            yield page
 
     def _call(self, made_of: Callable[[Any, Sequence[bytes]], T], *asked: Any, **named: Any) -> Future[T]:
         """Starts a request; its result is `made_of` the headers and the content of the answer."""
@@ -161,9 +172,13 @@ class GcsStore(RemoteStore):
         limits = aiohttp.ClientTimeout(total=None, sock_connect=silence_seconds, sock_read=silence_seconds)
 
         async def call() -> T:
+            # asyncio logs the error of a call for which no thread waits any more.
+            cast(asyncio.Task[T], asyncio.current_task()).add_done_callback(
+                lambda task: task.cancelled() or task.exception()
+            )
             return made_of(*await self._fs._call(*asked, timeout=limits, **named))
 
-        return on_loop(self._fs.loop, call())
+        return asyncio.run_coroutine_threadsafe(call(), self._fs.loop)
 
     def _bucket_exists(self) -> bool:
         """Returns whether the bucket exists, as far as is known: the answer 404 may mean a missing object or bucket."""

@@ -45,12 +45,12 @@ class LocalStore(Store):
                     if folder != str(self._root):
                         Path(folder).rmdir()
 
-    def move(self, path: Path, key: str) -> None:
+    def move(self, path: Path, key: str, *, fresh: bool = False) -> None:
         """Makes the file the object itself, without a copy, if it lies on the same disk; else uploads it."""
         if self._attempt(self._linked, validated_new_key(key), path):
             path.unlink()
         else:
-            super().move(path, key)
+            super().move(path, key, fresh=fresh)
 
     def _linked(self, key: str, path: Path) -> bool:
         target = self._path(key)

@@ -56,7 +56,7 @@ class Retry:
             note: gets a line at the beginning and at the end of an outage; from any thread.
         """
         self.limit_seconds, self.stop = limit_seconds, stop
-        self._outage, self._waits_for_name = _Outage(note), True
+        self._outage, self._name_seconds = _Outage(note), PATIENCE_SECONDS
 
     def within(self, seconds: float, stop: Stop = NEVER) -> Self:
         """Returns a `Retry` of the same bucket that gives up after `seconds`, or at `stop`."""
@@ -71,7 +71,7 @@ class Retry:
             waits_for_name: whether an `UnknownHostError` is repeated though the host has never answered.
         """
         other = Retry(self.limit_seconds, self.stop, self._outage.note)
-        other._waits_for_name = waits_for_name
+        other._name_seconds = float("inf") if waits_for_name else 0.0
         return other
 
     @property
@@ -115,11 +115,11 @@ class Retry:
                 # The silence before a failure counts, but not the successful part of the attempt.
                 away_since = min(away_since, max(asked_at, now - self.silence_seconds))
                 limit_seconds = self.limit_seconds
-                if isinstance(error, UnknownHostError) and not (self._outage.answered_at or self._waits_for_name):
-                    raise
-                # An unknown host is misspelt, unless the bucket has answered before.
-                if not self._outage.answered_at and is_unknown_host(error, socket.EAI_NONAME):
-                    limit_seconds = min(limit_seconds, PATIENCE_SECONDS)
+                # An unknown host is misspelt, unless it has answered before.
+                if isinstance(error, UnknownHostError) and not self._outage.answered_at:
+                    if not self._name_seconds:
+                        raise
+                    limit_seconds = min(limit_seconds, self._name_seconds)
                 left_seconds = away_since + limit_seconds - now
                 if left_seconds > 0 and not self.stop():
                     self._outage.began(error, asked_at, limit_seconds)
@@ -138,11 +138,11 @@ class Retry:
                 _is_within_work.reset(outside)
 
 
-def is_unknown_host(error: BaseException | None, *codes: int) -> bool:
-    """Returns whether an attempt failed by an error about the host's name, with one of these codes if any are named."""
+def is_unknown_host(error: BaseException | None) -> bool:
+    """Returns whether an attempt failed by an error about the host's name."""
     while error is not None and not isinstance(error, socket.gaierror):
         error = error.__cause__ or error.__context__
-    return error is not None and (not codes or error.errno in codes)
+    return error is not None
 
 
 class _Outage:

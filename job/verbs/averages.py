@@ -110,7 +110,7 @@ def _make(
         for number, part in enumerate(plan_parts({group: tensors}).values()):
             key = ObjectKind.AVERAGE_TENSORS.key(checkpoint=ref, unique=unique, group=group, number=number)
             files.append(write_part(folder / "part", key, part))
-            run.move(folder / "part", key)
+            run.move(folder / "part", key, fresh=True)
     average = AverageRecord(
         std=std,
         made_of=len(sources),

@@ -14,9 +14,9 @@ from filelock import FileLock
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
 from job.store import open_store, retry
+from tests import servers
 from tests.faulty_proxy import FaultyProxy
 from tests.job.command_line import ddpm_here, settings, succeeded
-from tests.servers import azurite_account
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -52,9 +52,9 @@ def proxy(remote_bucket: str, request: pytest.FixtureRequest, monkeypatch: pytes
 
 def point_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Has all clients of buckets look for their server at this address."""
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", azurite_account(url))
+    for server in servers.SERVERS.values():
+        for name, value in server.variables(url).items():
+            monkeypatch.setenv(name, value)
 
 
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]

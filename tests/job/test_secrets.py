@@ -40,7 +40,7 @@ def told(text: str | bytes) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bucket_uri", ["gs", "s3-seaweedfs"], indirect=True)
+@pytest.mark.parametrize("bucket_uri", ["gs", "s3"], indirect=True)
 def test_a_run_stores_no_secret(bucket_uri, secrets, tmp_path):
     bucket, cache = bucket_uri, tmp_path / "cache"
     images = folder_of(tmp_path / "images", [(f"{n}.png", encoded(picture(n, 12, 12))) for n in range(12)])

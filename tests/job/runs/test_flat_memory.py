@@ -61,7 +61,7 @@ def samples_of(process: subprocess.Popen[bytes], run: Store) -> Iterator[Sample]
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("bucket_uri", ["gs", "s3-seaweedfs"], indirect=True)
+@pytest.mark.parametrize("bucket_uri", ["gs", "s3"], indirect=True)
 def test_a_long_run_does_not_grow(bucket_uri, tmp_path):
     images = folder_of(tmp_path / "images", [(f"{n}.png", encoded(picture(n, 8, 8))) for n in range(IMAGES)])
     succeeded(ddpm_here("data", "pack", images, "small", "--size", 8, "--bucket", bucket_uri))

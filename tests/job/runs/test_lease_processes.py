@@ -126,7 +126,7 @@ def test_a_living_holder_is_named(new_run: Store, start: Start):
 
 
 # moto looks whether there is an object and writes it without a lock in between: there two may win.
-@pytest.mark.parametrize("bucket_uri", ["local", "gs", "s3-seaweedfs"], indirect=True)
+@pytest.mark.parametrize("bucket_uri", ["local", "gs", "s3"], indirect=True)
 def test_one_of_many_processes_wins(any_run: Store, start: Start):
     children = [start(any_run, floor=3, **QUICK) for _ in range(5)]
     # One after another that was killed, so that all find the same lease to replace.

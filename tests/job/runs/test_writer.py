@@ -43,9 +43,9 @@ class Watched(LocalStore):
         self.events.append(f"create {key}")
         return super().create(key, data)
 
-    def move(self, path: Path, key: str) -> None:
+    def move(self, path: Path, key: str, *, fresh: bool = False) -> None:
         self.hooks.get("move", str)(key)
-        super().move(path, key)
+        super().move(path, key, fresh=fresh)
 
     def delete(self, key: str) -> None:
         self.hooks.get("delete", str)(key)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from job.store import ObjectMissingError, Retry, Store, open_store
 from job.store.base import Entry
 from job.store.retry import UnknownHostError
 from tests.faulty_proxy import Fault, FaultyProxy
+from tests.job.conftest import point_at
 
 Notes = list[str]
 CONTENT = bytes(range(256)) * 40_000
@@ -28,7 +28,7 @@ def notes() -> Notes:
 
 
 Opened = Callable[..., Store]
-pytestmark = pytest.mark.parametrize("remote_bucket", ["gs"], indirect=True)
+of_one_kind = pytest.mark.parametrize("remote_bucket", ["gs"], indirect=True)
 
 
 @pytest.fixture
@@ -41,6 +41,7 @@ def opened(proxy: FaultyProxy, remote_bucket: str, notes: Notes) -> Opened:
     return opened
 
 
+@of_one_kind
 def test_every_operation_waits(opened: Opened, proxy: FaultyProxy, notes: Notes, tmp_path: Path) -> None:
     """That it does so is told once."""
     store = opened()
@@ -81,6 +82,7 @@ def test_every_operation_waits(opened: Opened, proxy: FaultyProxy, notes: Notes,
     assert notes[1].startswith("the bucket is back after ")
 
 
+@of_one_kind
 def test_limit_counts_from_first_failure(opened: Opened, proxy: FaultyProxy, notes: Notes) -> None:
     store = opened(limit_seconds=1)
     for _ in range(2):
@@ -104,9 +106,10 @@ def test_limit_counts_from_first_failure(opened: Opened, proxy: FaultyProxy, not
     assert endings == []
 
 
+@of_one_kind
 def test_known_host_is_waited_for(monkeypatch: pytest.MonkeyPatch, remote_bucket: str) -> None:
     def unknown() -> None:
-        raise BucketAwayError("away") from socket.gaierror(socket.EAI_NONAME, "unknown")
+        raise UnknownHostError("away")
 
     monkeypatch.setattr("job.store.retry.PATIENCE_SECONDS", 0.0)
     retry, began = Retry(1.0), time.monotonic()
@@ -115,18 +118,16 @@ def test_known_host_is_waited_for(monkeypatch: pytest.MonkeyPatch, remote_bucket
         retry(unknown)
     assert time.monotonic() - began > 1
 
-    def unknown_source() -> None:
-        raise UnknownHostError("away")
-
     # A source that has answered, and one of which images are read in training.
     answered, began = Retry(0.3).elsewhere(), time.monotonic()
     answered(bool)
     for source in (answered, Retry(0.3).elsewhere(waits_for_name=True)):
         with pytest.raises(BucketAwayError, match="tried for"):
-            source(unknown_source)
+            source(unknown)
     assert time.monotonic() - began > 0.6
 
 
+@of_one_kind
 def test_stop_ends_only_the_waiting(opened: Opened, proxy: FaultyProxy, tmp_path: Path) -> None:
     stop = Stop(30)
     store = opened(stop=stop)
@@ -148,6 +149,7 @@ def test_stop_ends_only_the_waiting(opened: Opened, proxy: FaultyProxy, tmp_path
             call()
 
 
+@of_one_kind
 def test_work_is_repeated_as_a_whole(opened: Opened, proxy: FaultyProxy, notes: Notes) -> None:
     store = opened()
     below = store.sub("run").within(30)
@@ -166,3 +168,10 @@ def test_work_is_repeated_as_a_whole(opened: Opened, proxy: FaultyProxy, notes: 
     assert ["trying again for up to 60 s" in note for note in notes] == [True, False], "once for all of them"
     with proxy.away(), pytest.raises(BucketAwayError, match=r"tried for \d s in all"):
         store.within(1).read("key")
+
+
+def test_misspelt_host_is_waited_for_briefly(monkeypatch: pytest.MonkeyPatch, remote_bucket: str) -> None:
+    monkeypatch.setattr("job.store.retry.PATIENCE_SECONDS", 0.3)
+    point_at("http://no-such-host.invalid", monkeypatch)
+    with pytest.raises(BucketAwayError, match=r"is away \(.*not known.*tried for 0 s"):
+        open_store(remote_bucket, Retry(60)).read("key")

@@ -244,7 +244,11 @@ def watch():
 store, (small, large, down) = open_store(sys.argv[1]), map(Path, sys.argv[2:])
 above = {}
 for path in (small, large):
-    moves = {"up": lambda: store.upload(path, path.name), "down": lambda: store.download(path.name, down)}
+    moves = {
+        "up": lambda: store.upload(path, path.name),
+        "in parts": lambda: store.upload(path, "own-" + path.name, fresh=True),
+        "down": lambda: store.download(path.name, down),
+    }
     for name, move in moves.items():
         before, is_over = held_bytes(), threading.Event()
         held = [before]
@@ -315,7 +319,7 @@ from job.store import open_store
 store = open_store(sys.argv[1])
 store.create("a", b"1")
 store.read("a"), list(store.list())
-clouds = {"fsspec", "gcsfs", "google.cloud", "botocore", "adlfs", "azure", "aiohttp", "requests"}
+clouds = {"fsspec", "gcsfs", "google.cloud", "botocore", "obstore", "aiohttp", "requests"}
 print(sorted(clouds & set(sys.modules)))
 """
     child = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True, text=True)
@@ -436,3 +440,56 @@ def test_wait_for_tokens_ends(which: str, silent_url: str, tmp_path: Path, monke
     with pytest.raises(BucketAwayError, match="timed out"):
         open_store(f"{which}://bucket", Retry(1)).read("key")
     assert time.monotonic() - began < 5
+
+
+class RefusingTokens(JsonHandler):
+    """A login server that knows nobody, or an Azure that has trouble with its own."""
+
+    status: ClassVar[int]
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.say(self.status, {"error": "invalid_client", "error_description": "Invalid secret: top-secret"})
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "words"),
+    [(401, NoPermissionError, "no usable Azure credentials .*az login"), (503, BucketAwayError, "is away")],
+)
+def test_refused_sign_in_to_azure_is_named(status, error, words, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "token").write_text("a token of the pod")
+    monkeypatch.delenv("AZURE_STORAGE_CONNECTION_STRING", raising=False)
+    principal = dict.fromkeys(("AZURE_CLIENT_ID", "AZURE_TENANT_ID"), "somebody")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    with serving(type("Server", (RefusingTokens,), {"status": status})) as url:
+        for secret in ({"AZURE_CLIENT_SECRET": "top-secret"}, {"AZURE_FEDERATED_TOKEN_FILE": str(tmp_path / "token")}):
+            with monkeypatch.context() as patch:
+                for name, value in {**principal, **secret, "AZURE_AUTHORITY_HOST": url}.items():
+                    patch.setenv(name, value)
+                with pytest.raises(error, match=words) as caught:
+                    open_store("az://bucket", Retry(0.1)).read("key")
+            assert "top-secret" not in str(caught.value)
+
+
+def test_azure_cli_signs_in(azure_container: str, azurite_server: str, tmp_path: Path, monkeypatch) -> None:
+    """Whoever has signed in with it; Azurite takes a token at https:// only, so the request is looked at."""
+    asked: list[Request] = []
+    monkeypatch.delenv("AZURE_STORAGE_CONNECTION_STRING")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "devstoreaccount1")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / ".azure").mkdir()
+    (tmp_path / ".azure" / "azureProfile.json").write_text("{}")
+    token = {"accessToken": "its-token", "expiresOn": "2100-01-01 00:00:00.000000", "tokenType": "Bearer"}
+    with FaultyProxy(azurite_server) as proxy:
+        monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", f"{proxy.url}/devstoreaccount1")
+        proxy.instead = lambda request: asked.append(request)
+        for answer, words in (
+            (f"echo '{json.dumps(token | {'subscription': 's', 'tenant': 't'})}'", "grant the account|credentials"),
+            ("echo 'ERROR: Please run az login' >&2; exit 1", "no usable Azure credentials"),
+        ):
+            (tmp_path / "az").write_text(f"#!/bin/sh\n{answer}\n")
+            (tmp_path / "az").chmod(0o755)
+            with pytest.raises(NoPermissionError, match=words):
+                open_store(azure_container, Retry(0)).read("key")
+    assert [dict(request.headers)["authorization"] for request in asked] == ["Bearer its-token"]
