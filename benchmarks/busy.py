@@ -49,7 +49,7 @@ def measure(quick: bool) -> list[Figure]:
             return run
 
         def draw() -> None:
-            painter.draw_together(range(images), sampling, images, "sampling")
+            painter.sample_together(range(images), sampling, images, "sampling")
 
         figures = []
         ways = {"ours": (Threads(count), count), "one thread": (None, 1), "PyTorch threads": (None, count)}

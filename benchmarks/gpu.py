@@ -105,7 +105,7 @@ def sampling(folder: Path, tiny: bool) -> list[Figure]:
     steps, batch_size = (2, 2) if tiny else (20, 64)
     painter = painter_of(draft("celeba", sets), compute.best_precision())
     way = Sampling("ddim", steps, "leading")
-    ours = step_seconds(lambda: painter.draw_together(range(batch_size), way, batch_size, "our turn"), 1)
+    ours = step_seconds(lambda: painter.sample_together(range(batch_size), way, batch_size, "our turn"), 1)
     figures = [
         Figure("sampling_images_per_second", f"sampling, {steps} steps: images/s", [batch_size / s for s in ours])
     ]

@@ -34,8 +34,7 @@ from ddpm.generation import Sampling, beginning, generate, make_denoiser, noise_
 from ddpm.grids import find_grid, numbered_points
 from job.config import EMBEDDED, RunConfig, draft, method, parse_sets
 from job.data.order import Order
-from job.sampling.found_grid import CANDIDATES
-from job.sampling.found_grid import IMAGES as IMAGES_OF_GRID
+from job.sampling.painter import GRID_CANDIDATES, GRID_IMAGES
 
 SIZE, STEPS = 28, 20
 REFERENCE = 2000
@@ -180,9 +179,9 @@ class Ours:
     def ways(self) -> Iterator[tuple[str, int, Sampling]]:
         """Yields samplers, evaluations, and their settings."""
         last = numbered_points(self.process, [self.process.num_timesteps - 1])
-        x = beginning(last, noise_of(torch.arange(IMAGES_OF_GRID), (1, SIZE, SIZE)))
+        x = beginning(last, noise_of(torch.arange(GRID_IMAGES), (1, SIZE, SIZE)))
         for evaluations in EVALUATIONS:
-            found = tuple(find_grid(self._denoise, x, self.process, evaluations, CANDIDATES))
+            found = tuple(find_grid(self._denoise, x, self.process, evaluations, GRID_CANDIDATES))
             for sampler in ("ddpm", "ddim", "dpmpp_2m", "unipc"):
                 yield sampler, evaluations, Sampling(sampler, evaluations, "trailing", order=2)
             yield "heun", evaluations, Sampling("heun", most_steps(self.process, "heun", evaluations), "trailing")

@@ -61,7 +61,7 @@ def in_turn(
     painter, sampling = painter_of(config, precision), Sampling("ddim", steps, "leading")
     return take_turns(
         "drawing images",
-        lambda: painter.draw_together(range(batch_size), sampling, batch_size, "our turn"),
+        lambda: painter.sample_together(range(batch_size), sampling, batch_size, "our turn"),
         diffusers_sampler(diffusers_twin(painter.network, config), steps, batch_size, dtype),
         turns=turns,
         clock=clock,

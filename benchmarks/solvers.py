@@ -40,8 +40,7 @@ from ddpm.process import (
 from job.processes.ranks import Agreement, meet
 from job.progress import Progress
 from job.requests import SampleRequest
-from job.sampling.found_grid import CANDIDATES, IMAGES
-from job.sampling.painter import Painter
+from job.sampling.painter import GRID_CANDIDATES, GRID_IMAGES, Painter
 from job.sampling.sampling_plan import plan_sampling
 from job.stop import NEVER
 
@@ -176,7 +175,7 @@ class OnNetwork:
 
     def ways(self) -> Iterator[tuple[str, Draw]]:
         """Returns all samplers with their grids, by name."""
-        seeds = torch.arange(IMAGES)
+        seeds = torch.arange(GRID_IMAGES)
         denoise, noise = self._denoiser(seeds), self._noise(seeds)
         estimates: dict[float, Tensor] = {}
 
@@ -188,7 +187,7 @@ class OnNetwork:
 
         @cache
         def found(steps: int) -> tuple[int, ...]:
-            return tuple(find_grid(once, noise, self.process, steps, CANDIDATES))
+            return tuple(find_grid(once, noise, self.process, steps, GRID_CANDIDATES))
 
         def ours(sampler: str, order: int, grid: Any, evaluations: int) -> Tensor:
             steps = most_steps(self.process, sampler, evaluations)

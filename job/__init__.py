@@ -6,7 +6,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from job.sampling.loading import load as load
+    from job.sampling.painter import load as load
 
     __version__: str
 
@@ -18,7 +18,7 @@ def __getattr__(name: str) -> Any:
 
         return version("ddpm-job")
     if name == "load":
-        from job.sampling.loading import load
+        from job.sampling.painter import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ import sys
 from types import FrameType
 from typing import NoReturn
 
-from job.exits import ending_of
+from job.exits import Exit, ending_of
 from job.stop import StopSignal, handle_stop_signals, ignore_stop_signals
 
 _LAST_SECONDS = 5
@@ -24,9 +24,9 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
     ignore_stop_signals()
     os.write(2, f"ddpm: stopped by {signal.Signals(number).name}; the same command begins again\n".encode())
     # An `except` around an import, or a callback of the interpreter, may swallow the exception: the alarm ends those.
-    signal.signal(signal.SIGALRM, lambda *_: os._exit(75))
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(Exit.STOPPED))
     signal.alarm(_LAST_SECONDS)
-    raise StopSignal(75)
+    raise StopSignal(Exit.STOPPED)
 
 
 def _open_closed_streams() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
     except BaseException as error:
         # A library that was being imported may have replaced the exception.
         if _is_ending:
-            os._exit(75)
+            os._exit(Exit.STOPPED)
         # Errors before `app` exists print like those in it.
         code, said = ending_of(error)
         if not said:

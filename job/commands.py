@@ -54,7 +54,7 @@ def train_command(request: TrainRequest, go: Callable[[], int] | None = None) ->
         _train(request)
         return
     here = Group.of(1)
-    with _command_on(request, Slice(here.node, here.nodes)) as stop:
+    with _command_on(request, Slice(here.node, here.nodes), is_group=True) as stop:
         request = request.check()
         try:
             plan = plan_run(request, stop)
@@ -108,15 +108,13 @@ def sample_command(request: SampleRequest) -> None:
     with _command_on(request, Slice.parse(request.slice)) as stop:
         plan = plan_sampling(request.check(), stop)
         if is_rank():
-            from job.sampling.draw import run_sampling
+            from job.sampling.pictures import run_sampling
 
             run_sampling(plan, stop)
             return
         # Training may retire a chosen checkpoint meanwhile: the processes then choose again.
         with suppress(ObjectMissingError):
             sets = plan_sets(plan)
-            for sample_set in sets:
-                sample_set.check()
             if sets and all(sample_set.index() for sample_set in sets):
                 for sample_set in sets:
                     print(sample_set.describe("complete already"))
@@ -249,9 +247,10 @@ def _usual_size(preset: str) -> ImageSize:
 
 
 @contextmanager
-def _command_on(request: JobRequest, share: Slice = WHOLE) -> Iterator[Stop]:
+def _command_on(request: JobRequest, share: Slice = WHOLE, *, is_group: bool = False) -> Iterator[Stop]:
     """Runs a command with the common parts: its outcome in the bucket, its deadline, and its reaction to signals."""
-    with outcome_written(request.bucket, share.index, share.count), deadline(request.stop_after):
+    outcome = outcome_written(request.bucket, share.index, share.count, is_group=is_group)
+    with outcome, deadline(request.stop_after):
         # Signals end this process until its work begins.
         stop = Stop().install(signals=False)
         watch_for_preemption(stop)

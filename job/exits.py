@@ -10,54 +10,15 @@ from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import Self
 
-CRASHED = 1
-"""The exit code of a program that ended by an unforeseen error, or by a lack of memory."""
-
 
 class Restart(IntEnum):
-    """Whether a program that ended is started again. Of several parts of a job the largest value decides."""
+    """Whether an ended program is started again. Among several parts of a job the largest value decides."""
 
     ALWAYS = 0
-    """Not counted where the engine allows that."""
+    """Starts it again, as after a preemption; not counted where the engine allows that."""
     BOUNDED = 1
-    """Counted against a limit."""
+    """Starts it again, and counts a failure against a limit."""
     NEVER = 2
-
-
-class Exit(IntEnum):
-    """The exit codes of this program; the values follow sysexits.h where it has one.
-
-    Attributes:
-        text: the meaning.
-        restart: whether the program is started again.
-    """
-
-    text: str
-    restart: Restart
-
-    def __new__(cls, code: int, text: str = "", restart: Restart = Restart.NEVER) -> Self:
-        """Makes a row of the table."""
-        row = int.__new__(cls, code)
-        row._value_, row.text, row.restart = code, text, restart
-        return row
-
-    FINISHED = 0, "finished"
-    USAGE = 2, "wrong usage of the command line"
-    BAD_REQUEST = 64, "an impossible request, such as an unknown name"
-    BAD_DATA = 65, "bad data: unreadable, truncated, corrupt or unsafe"
-    MISSING_INPUT = 66, "missing input: no such bucket, dataset, run or checkpoint"
-    BUCKET_AWAY = 69, "the bucket did not answer within the limit", Restart.BOUNDED
-    NOT_A_NUMBER = 70, "the loss or a gradient was not a number; a retry would repeat it"
-    HUNG = 71, "the job hung, or its machine lost a GPU", Restart.BOUNDED
-    DISK_FULL = 74, "the local disk is full"
-    STOPPED = 75, "stopped by preemption, a signal or a deadline, with the state saved", Restart.ALWAYS
-    LOST_RUN = 76, "another attempt holds the run"
-    NO_PERMISSION = 77, "permission denied"
-    BAD_CONFIG = 78, "an invalid configuration, or another one than the run's"
-
-
-TABLE: dict[int, Exit] = {int(code): code for code in Exit}
-"""The rows by number: a program that crashes, is killed or runs out of memory ends with a code of no row."""
 
 
 class State(StrEnum):
@@ -67,9 +28,9 @@ class State(StrEnum):
     |-------------|----------------------|-------------------|---------------------------------|-----------------------|
     | FINISHED    | finished             | exit code 0       | exit code 0                     | exit code 0           |
     | GONE        |                      |                   | unknown to the engine           |                       |
-    | CANCELLED   |                      |                   | by a person; here also code 75  |                       |
-    | STOPPED     | stopped              | exit code 75      |                                 | exit code 75          |
-    | FAILED      | failed               | another exit code | another exit code               | another exit code     |
+    | CANCELLED   |                      |                   | by a person                     |                       |
+    | STOPPED     | stopped              | exit code 75      | exit code 75                    | exit code 75          |
+    | FAILED      | failed               | another exit code | another exit code, or none      | another exit code     |
     | WAITING     |                      |                   | for a machine, queue or image   |                       |
     | RUNNING     | running              | no exit code yet  | running                         | no exit code yet      |
     | IMPORTED    | made by `ddpm import`|                   |                                 |                       |
@@ -77,7 +38,7 @@ class State(StrEnum):
     | NOT_STARTED | has no status        |                   |                                 |                       |
     | UNREADABLE  | has a corrupt status |                   |                                 |                       |
     | NEVER_BEGAN |                      |                   |                                 | killed by the signal  |
-    | LOST_PEER   |                      |                   |                                 | another rank ended it |
+    | LOST_PEER   |                      |                   |                                 | exit code 68          |
 
     Of several parts of a job the state that is listed last decides about the job.
     """
@@ -96,12 +57,6 @@ class State(StrEnum):
     NEVER_BEGAN = "never began"
     LOST_PEER = "lost its peer"
 
-    @classmethod
-    def of_code(cls, code: int | None) -> Self:
-        """Returns the state after an exit code; without one the program runs."""
-        states = {None: cls.RUNNING, Exit.FINISHED.value: cls.FINISHED, Exit.STOPPED.value: cls.STOPPED}
-        return states.get(code, cls.FAILED)
-
     @property
     def order(self) -> int:
         """The position in the table."""
@@ -113,9 +68,65 @@ class State(StrEnum):
         return self not in (State.WAITING, State.RUNNING)
 
 
-def restart_after(code: int) -> Restart:
-    """Returns whether a program that ended with `code` is started again; a code of no row is `BOUNDED`."""
+class Exit(IntEnum):
+    """The exit codes of this program; the values follow sysexits.h where it has one.
+
+    Attributes:
+        text: the meaning.
+        restart: whether the program is started again.
+        state: of a job that ended so.
+    """
+
+    text: str
+    restart: Restart
+    state: State
+
+    def __new__(cls, code: int, text: str = "", restart: Restart = Restart.NEVER, state: State = State.FAILED) -> Self:
+        """Makes a row of the table."""
+        row = int.__new__(cls, code)
+        row._value_, row.text, row.restart, row.state = code, text, restart, state
+        return row
+
+    FINISHED = 0, "finished", Restart.NEVER, State.FINISHED
+    USAGE = 2, "wrong usage of the command line"
+    BAD_REQUEST = 64, "an impossible request, such as an unknown name"
+    BAD_DATA = 65, "bad data: unreadable, truncated, corrupt or unsafe"
+    MISSING_INPUT = 66, "missing input: no such bucket, dataset, run or checkpoint"
+    LOST_PEER = (
+        68,
+        "another process of the job went away; one process ends so, and never the job",
+        Restart.BOUNDED,
+        State.LOST_PEER,
+    )
+    BUCKET_AWAY = 69, "the bucket did not answer within the limit", Restart.BOUNDED
+    NOT_A_NUMBER = 70, "the loss or a gradient was not a number; a retry would repeat it"
+    HUNG = 71, "the job hung, or its machine lost a GPU", Restart.BOUNDED
+    DISK_FULL = 74, "the local disk is full"
+    STOPPED = 75, "stopped by preemption, a signal or a deadline, with the state saved", Restart.ALWAYS, State.STOPPED
+    LOST_RUN = 76, "another attempt holds the run"
+    NO_PERMISSION = 77, "permission denied"
+    BAD_CONFIG = 78, "an invalid configuration, or another one than the run's"
+
+
+CRASHED = 1
+"""The exit code of a program that ended by an unforeseen error, or by a lack of memory."""
+TABLE: dict[int, Exit] = {int(code): code for code in Exit}
+"""The rows by number: a program that crashes, is killed or runs out of memory ends with a code of no row."""
+
+
+def state_after(code: int | None) -> State:
+    """Returns the state of a program by its exit code, a code of no row included; without one the program runs."""
+    return State.RUNNING if code is None else TABLE[code].state if code in TABLE else State.FAILED
+
+
+def restart_after(code: int | None) -> Restart:
+    """Returns whether a program that ended with `code` is started again; an unknown or lost code is `BOUNDED`."""
     return TABLE[code].restart if code in TABLE else Restart.BOUNDED
+
+
+def failures(restart: Restart) -> list[int]:
+    """Returns the exit codes with this rule, in order and without 0, for an engine's own policy."""
+    return [int(code) for code in Exit if code.restart is restart and code is not Exit.FINISHED]
 
 
 def meaning(code: int) -> str:

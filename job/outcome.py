@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 
 from pydantic import Field
 
-from job.exits import BadDataError, Exit, JobError, State, ending_of, restart_after
+from job.exits import BadDataError, Exit, JobError, State, ending_of, restart_after, state_after
 from job.processes.group import JOB
 from job.sealed import Moment, Sealed, utc_now
 from job.store import ObjectMissingError, Retry, open_store
@@ -41,20 +41,28 @@ class Outcome(Sealed):
     """The reason of the end, in a line."""
     machine: int = 0
     machines: int = 1
+    is_group: bool = False
+    """Whether the machines train together: they begin an attempt together, while slices each have their own."""
     starts: tuple[Moment, ...] = ()
     """The begin of each attempt, the newest last, those of earlier jobs of this name included."""
     failed: tuple[int, ...] = Field((), exclude=True)
     """Of all machines together: the numbers of those that failed. No record has it."""
 
+    @property
+    def is_sliced(self) -> bool:
+        """Returns whether several machines share the pieces of the job."""
+        return self.machines > 1 and not self.is_group
+
 
 @contextmanager
-def outcome_written(bucket_uri: str, machine: int = 0, machines: int = 1) -> Iterator[None]:
+def outcome_written(bucket_uri: str, machine: int = 0, machines: int = 1, *, is_group: bool = False) -> Iterator[None]:
     """Writes into the bucket that the job runs, and in the end how it ended; a bucket that is away stops nothing.
 
     Args:
         bucket_uri: the job's bucket.
         machine: the number of this one among those that do the same job: a node, or a slice.
         machines: their count.
+        is_group: whether they train together.
     """
     # Removed, because processes that this one starts are no jobs.
     name = os.environ.pop(JOB, "")
@@ -70,12 +78,13 @@ def outcome_written(bucket_uri: str, machine: int = 0, machines: int = 1) -> Ite
 
     def write(code: int | None, message: str = "") -> None:
         outcome = Outcome(
-            state=State.of_code(code),
+            state=state_after(code),
             exit_code=code,
             updated=utc_now(),
             message=" ".join(message.split())[:LONGEST_MESSAGE],
             machine=machine,
             machines=machines,
+            is_group=is_group,
             starts=tuple(starts),
         )
         # The engine has the exit code as well, and the program itself prints what is wrong with the bucket.
@@ -109,9 +118,8 @@ def read_outcome(name: str, bucket_uri: str) -> Outcome | None:
     newest = max(found, key=lambda one: one.updated)
     found = [one for one in found if one.machines == newest.machines]
     worst = max(found, key=lambda one: (one.state.order, restart_after(one.exit_code or 0)))
-    # Nodes begin an attempt together, slices each its own.
     by_machine = [one.starts for one in found]
-    starts = max(by_machine, key=len) if name.startswith("train-") else sum(by_machine, ())
+    starts = max(by_machine, key=len) if newest.is_group else sum(by_machine, ())
     failed = tuple(sorted(one.machine for one in found if one.state is State.FAILED))
     worst = worst.model_copy(update={"starts": starts, "failed": failed})
     if worst.state is State.FINISHED and len(found) < worst.machines:

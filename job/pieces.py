@@ -10,7 +10,6 @@ time and nothing else.
 
 from __future__ import annotations
 
-import os
 import re
 import time
 import uuid
@@ -42,8 +41,6 @@ TRANSFERS = 16
 """Objects that are read or written at a time."""
 _HASHED_BYTES = 1 << 25
 """Larger files of pieces are not read again before the commit; the offset table of a million images is read."""
-BATCH_TASK_INDEX = "BATCH_TASK_INDEX"
-"""The variable in which Google Batch gives each task its number."""
 IF_NONE_RUNS = "if none of them runs any more, the same command makes the rest"
 _POLL_SECONDS, _POLL_CLAIMS_SECONDS = 0.05, 1.0
 
@@ -64,9 +61,7 @@ class Slice:
         """
         if not text:
             return WHOLE
-        # Google Batch gives all its tasks the same command line.
-        filled = text.replace(BATCH_TASK_INDEX, os.environ.get(BATCH_TASK_INDEX, BATCH_TASK_INDEX))
-        match = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", filled)
+        match = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", text)
         if not match or int(match[1]) >= int(match[2]):
             raise BadRequestError(
                 f"--slice {text!r}: slices are i/n with i from 0 to n-1, such as 0/4, 1/4, 2/4 and 3/4"
@@ -141,14 +136,14 @@ class Pieces:
         self.store, self.fingerprint, self.sizes = store, fingerprint, sizes
         above = f"{folder}/" if folder else ""
         self._records_folder, self._claims_folder = f"{above}{RECORDS}", f"{above}{CLAIMS}"
-        self._share, self._result, self._equal_bytes = share, result, equal_bytes
+        self._share, self._equal_bytes, self.result = share, equal_bytes, result
 
     def committed(self) -> set[int]:
         """Returns the numbers of the committed pieces, from a listing; all of them once the result exists."""
         there = {entry.key for entry in self.store.list(self._records_folder)}
         numbers = {number for number in range(len(self.sizes)) if self._record_key(number) in there}
         # Another machine may be deleting the records: it created the result before, so this looks for it after them.
-        is_finished = len(numbers) < len(self.sizes) and self._is_finished()
+        is_finished = len(numbers) < len(self.sizes) and self.is_finished()
         return {*range(len(self.sizes))} if is_finished else numbers
 
     def missing(self) -> list[int]:
@@ -345,10 +340,11 @@ class Pieces:
         return not self._is_made(number)
 
     def _is_made(self, number: int) -> bool:
-        return self.store.exists(self._record_key(number)) or self._is_finished()
+        return self.store.exists(self._record_key(number)) or self.is_finished()
 
-    def _is_finished(self) -> bool:
-        return bool(self._result) and self.store.exists(self._result)
+    def is_finished(self) -> bool:
+        """Returns whether the result exists, after which records are deleted."""
+        return bool(self.result) and self.store.exists(self.result)
 
 
 def _on_main(ranks: Ranks | None, work: Callable[[], T]) -> T:

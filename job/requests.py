@@ -305,8 +305,7 @@ class EvaluateRequest(SampleRequest):
     filter, count and network change a score more than most methods do. The features of the real images are kept with
     the dataset, for all runs on it.
 
-    The first line says how long all of it takes. Without --count a CPU scores as many samples, up to 5,000, as take ten
-    minutes.
+    Without --count it scores 5,000 samples, or 500 on a CPU.
 
     `make setup EXTRAS=evaluate` installs what scores need. Jobs read the weights of the networks from the folder
     extractors/ of the bucket.
@@ -326,7 +325,7 @@ class EvaluateRequest(SampleRequest):
         "processes hang_after_seconds stop_after bucket"
     )
     count: int | None = option("--count IMAGES", "Samples to score, per checkpoint.", None, min=1, max=1_000_000)
-    """None: one of `job.evaluation.evaluation_plan.COUNTS`."""
+    """None: `COUNT` or `CPU_COUNT` of `job.evaluation.evaluation_plan`."""
     metrics: str = option("--metrics LIST", f"Some of {','.join(METRICS)}. Default: all that can be computed.")
     extractor: str = option(
         "--extractor NAME", f"One of {', '.join(EXTRACTORS)}.", "inception", choices=tuple(EXTRACTORS)

@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 
 CHECKOUT = Path(__file__).parents[1]
 DOCKER = CHECKOUT / "docker"
-IN_IMAGE = ("gs", "s3", "az", "evaluate", "latents", "web")
+IN_IMAGE = ("gs", "s3", "az", "evaluate", "latents", "web", "parquet", "lsun")
 """The extras that jobs have."""
 PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
 

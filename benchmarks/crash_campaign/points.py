@@ -212,7 +212,7 @@ SABOTAGES = {
     "fence-ignored": ("zombie",),
     "position-off-by-one": ("manifest",),
     "order-drawn-anew": ("manifest",),
-    "shard-hash-unchecked": ("shard-rot",),
+    "image-hash-unchecked": ("shard-rot",),
 }
 """The ways to break a protocol on purpose, and the points that show each."""
 

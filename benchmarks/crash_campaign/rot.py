@@ -35,7 +35,7 @@ def flip_cached_byte(cache: Path) -> Path:
 
 
 class ReplacedImage:
-    """Replaces an image of a shard in the bucket by another valid PNG, which only the shard's hash can detect."""
+    """Replaces an image of a shard in the bucket by another valid PNG, which only a hash can detect."""
 
     def __init__(self, bucket: Store) -> None:
         shard = load_index(bucket, DATASET_KEY).shards[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -59,22 +58,13 @@ def _order_drawn_anew(session: Any, trace: Any) -> None:
     session.order_of = drawn_anew
 
 
-def _shard_hash_unchecked(shard_source: Any, trace: Any) -> None:
-    def verified(this: Any, shard: int, incoming: Path) -> Path:
-        (store, key), path = this.place(shard), incoming / this.index.shards[shard].name
-        store.download(key, path)
-        return path
-
-    shard_source.ShardSource.verified = verified
-
-
-def _image_checksum_unchecked(image_reader: Any, trace: Any) -> None:
+def _image_hash_unchecked(cache: Any, trace: Any) -> None:
     def read_image(this: Any, shard: int, row: int, record: Any, file: Any) -> Any:
         file.seek(record[0])
         index = this.source.index
-        return image_reader.decode(file.read(record[1]), index.channels, index.size)
+        return cache.decode(file.read(record[1]), index.channels, index.size)
 
-    image_reader.ImageReader.read_image = read_image
+    cache.ImageCache.read_image = read_image
 
 
 _BROKEN: dict[tuple[str, str], Callable[[Any, Any], None]] = {
@@ -82,7 +72,5 @@ _BROKEN: dict[tuple[str, str], Callable[[Any, Any], None]] = {
     ("fence-ignored", "job.processes.lease"): _fence_ignored,
     ("position-off-by-one", "job.training.session"): _position_off_by_one,
     ("order-drawn-anew", "job.training.session"): _order_drawn_anew,
-    ("shard-hash-unchecked", "job.data.shard_source"): _shard_hash_unchecked,
-    # The checksum of each image would also detect the damage.
-    ("shard-hash-unchecked", "job.data.image_reader"): _image_checksum_unchecked,
+    ("image-hash-unchecked", "job.data.cache"): _image_hash_unchecked,
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from benchmarks.exploration.runtime import world
 from job import pieces
 from job.data import pack, shards
 from job.evaluation import evaluate
-from job.evaluation.feature_folder import FeatureFolder
+from job.evaluation.evaluation_plan import FeaturePieces
 from job.exchange import encoding
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.pieces import Pieces
@@ -378,30 +377,28 @@ def _index_differs(replace: Replace) -> None:
 
 @_mutation("encoded shards of all machines share a name", "encode")
 def _latents_share_a_name(replace: Replace) -> None:
-    encoded = encoding._encoded
+    encoded = encoding._Encoding.made
 
-    def same(part: Any, encoder: Any, number: int, advance: Any) -> Any:
-        made = encoded(part, encoder, number, advance)
+    def same(this: Any, number: int, advance: Any) -> Any:
+        made = encoded(this, number, advance)
         shard = dict(made.facts["shard"])
         names = {shard["name"]: f"shard-{number:05d}.tar"}
         shard["name"] = names[shard["name"]]
         files = {f"shard-{number:05d}.{key.rpartition('.')[2]}": content for key, content in made.files.items()}
         return pieces.Made(files, made.facts | {"shard": shard})
 
-    replace(encoding, "_encoded", same)
+    replace(encoding._Encoding, "made", same)
 
 
 @_mutation("after the index a machine deletes a file that the index names", "encode")
 def _named_file_deleted(replace: Replace) -> None:
-    publish = encoding._publish
+    publish = encoding._Encoding.publish
 
-    def all_deleted(parts: Any, made: Any, encoder: Any, held_out: str) -> None:
-        publish(parts, made, encoder, held_out)
-        for part in parts:
-            shard = next((entry.key for entry in part.dataset.list() if entry.key.endswith(".offsets")), "")
-            part.dataset.delete(shard)
+    def all_deleted(this: Any, dataset: Store, records: Any) -> None:
+        publish(this, dataset, records)
+        dataset.delete(next((entry.key for entry in dataset.list() if entry.key.endswith(".offsets")), ""))
 
-    replace(encoding, "_publish", all_deleted)
+    replace(encoding._Encoding, "publish", all_deleted)
 
 
 @_mutation("features are deleted before the scores are there", "score")
@@ -411,7 +408,7 @@ def _features_deleted_early(replace: Replace) -> None:
 
     def early(evaluation: Any, real: Any, bound: Any, stop: Any) -> None:
         def and_delete(*args: Any) -> Any:
-            evaluation.folder.delete()
+            evaluation.features.delete()
             return scored(*args)
 
         with patch.object(evaluate, "scored", and_delete):
@@ -462,12 +459,16 @@ def _probe_cleared(replace: Replace) -> None:
 
 @_mutation("features that a faster machine has scored and deleted count as damaged", "score:34w6")
 def _scored_is_damaged(replace: Replace) -> None:
-    load = FeatureFolder._load
+    replace(FeaturePieces, "_content", lambda this, record: _forgetting(this, record))
 
-    def without_result(folder: FeatureFolder, of: Any, record: Any) -> Any:
-        return load(dataclasses.replace(folder, result=""), of, record)
 
-    replace(FeatureFolder, "_load", without_result)
+def _forgetting(this: Any, record: Any) -> bytes:
+    try:
+        content: bytes = record.files[0].read(this.store)
+        return content
+    except BadDataError:
+        this.forget(record)
+        raise
 
 
 @_mutation("an attempt that lost its run while it restored says that the checkpoint is damaged", "train-here:42c,54o30")

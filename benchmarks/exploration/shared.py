@@ -188,21 +188,27 @@ def _latents(host: str, number: int) -> tuple[bytes, float]:
     return _tar(f"latents {number} of {host}".encode()), 1.0 + number + len(host) / 1024
 
 
-def _encoded(part: Any, encoder: Any, number: int, advance: Advance) -> Made:
-    _make_slowly()
-    process = runtime.world().process
-    process.stop.check("while encoding")
-    content, total = _latents(process.host, number)
-    shard, offsets = _shard_of(number, content)
-    shard = shard.model_copy(update={"name": shards.shard_name(number, shard.sha256)})
-    advance(1)
-    files = {shard.name: content, shard.offsets_name: offsets}
-    return Made(files, {"shard": shard.model_dump(), "sums": [total] * 3, "squares": [100.0 * total] * 3})
+class _FewLatents(encoding._Encoding):
+    """Latents of a few bytes."""
+
+    def made(self, number: int, advance: Advance) -> Made:
+        """Writes a shard, as `_Encoding` does."""
+        _make_slowly()
+        process = runtime.world().process
+        process.stop.check("while encoding")
+        content, total = _latents(process.host, number)
+        shard, offsets = _shard_of(number, content)
+        shard = shard.model_copy(update={"name": shards.shard_name(number, shard.sha256)})
+        advance(1)
+        files = {shard.name: content, shard.offsets_name: offsets}
+        return Made(files, {"shard": shard.model_dump(), "sums": [total] * 3, "squares": [100.0 * total] * 3})
+
+    def _moments(self, numbers: np.ndarray) -> np.ndarray:
+        return np.zeros(0)
 
 
-def _part(bucket: Store, source: Any, name: str, encoder: Any) -> Any:
-    images = SimpleNamespace(close=lambda: None)
-    return encoding._Part(source, images, name, bucket, shards.dataset_key(name, encoder.size))  # type: ignore[arg-type]
+def _opened(bucket: Store, key: str, index: shards.DatasetIndex, folder: Any, stop: Any) -> Any:
+    return SimpleNamespace(index=index, close=lambda: None)
 
 
 def encode(world: World, process: Process, slice_text: str) -> None:
@@ -250,7 +256,7 @@ def _set(store: Store, slice_text: str) -> SampleSet:
 
 
 def sample(world: World, process: Process, slice_text: str) -> float:
-    """Draws the pieces of a set, as `job.sampling.draw` does; returns how many images this process made."""
+    """Draws the pieces of a set, as `job.sampling.pictures` does; returns how many images this process made."""
     sample_set = _set(SimulatedStore(world, process), slice_text)
 
     def make(number: int, advance: Advance) -> Made:
@@ -306,17 +312,17 @@ def score(world: World, process: Process, slice_text: str) -> None:
     """Makes features and scores them, as `job.evaluation.evaluate` does."""
     plan: Any = SimpleNamespace(reference=_reference(), index=SimpleNamespace(held_out=""))
     evaluation = Evaluation(plan, _set(SimulatedStore(world, process), slice_text))
-    folder = evaluation.folder
+    features = evaluation.features
 
     def make(number: int, advance: Advance) -> Made:
         _make_slowly()
         process.stop.check("while drawing")
         advance(2)
-        return folder.made(number, {"features": torch.full((2, 2), float(number + 1))})
+        return features.made(number, {"features": torch.full((2, 2), float(number + 1))})
 
     if evaluation.scores() is None:
-        folder.pieces.make_missing(make, "drawn", stop=process.stop)
-        if not folder.pieces.missing():
+        features.make_missing(make, "drawn", stop=process.stop)
+        if not features.missing():
             evaluate._publish(evaluation, {}, (None, 0), process.stop)
 
 
@@ -343,18 +349,13 @@ def small_work() -> Iterator[None]:
         weights=b"weights",
         hashes=(sha256(b"config"), sha256(b"weights")),
     )
-    encoder.fingerprint = lambda source: hashlib.sha256(source.dataset_id.encode()).hexdigest()
-
-    def load_encoder(where: str, bucket: Any, source: Any, stop: Any) -> Any:
-        return SimpleNamespace(**vars(encoder), stop=stop)
-
     with ExitStack() as stack:
         for module, name, ours in (
             (packing, "_Copying", _FewImages),
-            (encoding, "_load_encoder", load_encoder),
-            (encoding, "_part", _part),
-            (encoding, "_moments", lambda *_: None),
-            (encoding, "_encoded", _encoded),
+            (encoding, "_load_encoder", lambda *_: encoder),
+            (encoding, "ShardSource", _opened),
+            (encoding, "ImageCache", lambda source: source),
+            (encoding, "_Encoding", _FewLatents),
             (evaluate, "scored", _scored),
         ):
             stack.enter_context(patch.object(module, name, ours))

@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from job.cli import command, data, jobs, runs, sample
 from job.exchange.exchange_requests import ExportRequest, ImportRequest
 from job.exits import Exit, MissingInputError, ending_of
-from job.processes.launched import LOST_PEER, is_launched, lost_peer
+from job.processes.launched import is_launched, lost_peer
 from job.progress import set_loudness
 from job.requests import EvaluateRequest, SampleRequest, TrainRequest
 
@@ -159,7 +159,7 @@ def run() -> None:
         app()
     except Exception as error:
         if said := lost_peer(error):
-            _fail(f"another process of this run went away ({said})", LOST_PEER)
+            _fail(f"another process of this run went away ({said})", Exit.LOST_PEER)
         code, said = ending_of(error)
         if not said:
             raise

@@ -61,9 +61,9 @@ def figure_schedule(
 
         ddpm figure schedule --run celeba
     """
-    from job.sampling.noise_pictures import NoiseRequest, schedule_picture
+    from job.sampling.noise_figures import schedule_picture
 
-    schedule_picture(NoiseRequest(bucket, run, schedule, timesteps), output)
+    schedule_picture(bucket, run, schedule, timesteps, output)
 
 
 @command(app, "noising")
@@ -92,10 +92,9 @@ def figure_noising(
 
         ddpm figure noising --run celeba --image 3
     """
-    from job.sampling.noise_pictures import NoiseRequest, noising_picture
+    from job.sampling.noise_figures import noising_picture
 
-    request = NoiseRequest(bucket, run, schedule)
-    noising_picture(request, dataset, size, timesteps=timesteps, image=image, output=output)
+    noising_picture(bucket, run, dataset, size, schedule=schedule, timesteps=timesteps, image=image, output=output)
 
 
 @command(app, "denoising")

@@ -9,27 +9,31 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import cache
+from contextlib import AbstractContextManager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
+import numpy.typing as npt
 
 from job.data.ahead import in_order
-from job.data.image_reader import ImageReader, Uint8s
+from job.data.images import Recipe, RejectedImageError, codec_versions, decode, decode_latents, prepare
 from job.data.order import Int64s, Order
 from job.data.shard_source import DOWNLOADS, ShardSource
-from job.data.shards import DatasetIndex
+from job.data.shards import DatasetIndex, Record, image_hash
 from job.exits import BadConfigError, BadDataError, BadRequestError, DiskFullError, MissingInputError
 from job.stop import NEVER, Stop
 from job.store import Store
 from job.store.files import os_errors
 
+Uint8s = npt.NDArray[np.uint8]
+
+_READ_AT_A_TIME = 32
 _IS_DECODED = 1 << 32
 _UNCACHED_THREADS = 8
 """Number of shards from which a few images are read at a time: the threads wait for the bucket, not for a processor."""
@@ -85,9 +89,24 @@ def open_cache(
 class ImageCache:
     """Images of a dataset by index, read from the bucket each time; the subclasses keep them on a disk."""
 
-    def __init__(self, source: ShardSource, threads: int | None = None) -> None:
-        """Starts `threads` that decode, see `ImageReader`; the offset tables are fetched when they are needed."""
-        self.index, self.source, self._reader = source.index, source, ImageReader(source, threads)
+    def __init__(self, source: ShardSource, threads: int | None = None, *, with_pillow: bool = False) -> None:
+        """Starts `threads` that decode, by default one per processor; `with_pillow` needs no torch for packed images.
+
+        The offset tables are fetched when they are needed.
+
+        Raises:
+            BadRequestError: the crop or the filter of the index is not valid.
+        """
+        self.source, self.threads = source, threads or os.cpu_count() or 1
+        self.index = index = source.index
+        self._recipe = Recipe(index.size, "center", "box", index.channels, min_side=1) if with_pillow else None
+        if index.is_foreign:
+            how = index.size, index.crop, index.resize_filter, index.channels
+            self._recipe = Recipe(*how, min_side=1, pixel_range=index.pixel_range)
+            if index.codecs != (here := codec_versions()):
+                said = f"was indexed with {index.codecs}, and is read with {here}: the lowest bits may differ"
+                logging.getLogger(__name__).warning(f"dataset {index.name} {said}")
+        self._decoders = ThreadPoolExecutor(self.threads, "decode")
 
     def read(self, indices: Int64s, out: Uint8s | None = None) -> Uint8s:
         """Returns images `indices`, uint8 [b, H, W, C], or latents as `decode_latents`; fastest into a reused `out`.
@@ -101,7 +120,54 @@ class ImageCache:
         return out
 
     def _read(self, indices: Int64s, out: Uint8s) -> None:
-        self._reader.read_into(out, indices, self.source.open_unverified)
+        self.read_into(out, indices, self.source.open_shard)
+
+    def read_into(
+        self, out: Uint8s, indices: Int64s, open_shard: Callable[[int], AbstractContextManager[BinaryIO]]
+    ) -> None:
+        """Reads images `indices` and decodes them, a few at a time in each thread.
+
+        Args:
+            out: uint8 [b, H, W, C].
+            indices: int64 [b].
+            open_shard: opens the file of a shard; called in the threads.
+
+        Raises:
+            BadDataError: an image differs from the index, is damaged, or has another size.
+            StoppedError: this process has to stop.
+        """
+        shards = np.searchsorted(self.source.starts, indices, side="right") - 1
+        rows, records = (indices - self.source.starts[shards]).tolist(), self.source.records(indices).tolist()
+
+        def read_some(places: list[int]) -> None:
+            shard = int(shards[places[0]])
+            with open_shard(shard) as file:
+                for place in places:
+                    out[place] = self.read_image(shard, rows[place], records[place], file)
+
+        def parts() -> Iterator[list[int]]:
+            for shard in np.unique(shards):
+                places = np.flatnonzero(shards == shard).tolist()
+                yield from (places[at : at + _READ_AT_A_TIME] for at in range(0, len(places), _READ_AT_A_TIME))
+
+        deque(in_order(self._decoders, read_some, parts(), 2 * self.threads, self.source.check), maxlen=0)
+
+    def read_image(self, shard: int, row: int, record: Record, file: BinaryIO) -> Uint8s:
+        """Returns image `row` of a shard from its place `record` in `file`; raises as `read_into`."""
+        offset, size_bytes, _, sha256 = record
+        file.seek(offset)
+        encoded, problem = file.read(size_bytes), "it differs from the index"
+        try:
+            if image_hash(encoded) == sha256:
+                if self._recipe is not None:
+                    return prepare(encoded, self._recipe)
+                decoder = decode_latents if self.source.index.encoding else decode
+                return decoder(encoded, self.source.index.channels, self.source.index.size)
+        except RejectedImageError as error:
+            problem = f"it {error}"
+        except BadDataError as error:
+            problem = str(error)
+        raise BadDataError(f"{self.source.uri(shard)}, image {row} (at byte {offset}): {problem}: {self.source.remedy}")
 
     def labels(self, indices: Int64s) -> Int64s:
         """Returns the classes of the images, int64 [b]; -1 without classes."""
@@ -113,7 +179,7 @@ class ImageCache:
 
     def close(self) -> None:
         """Ends the threads; the files stay."""
-        self._reader.close()
+        self._decoders.shutdown(cancel_futures=True)
 
 
 class DecodedCache(ImageCache):
@@ -154,7 +220,7 @@ class DecodedCache(ImageCache):
 
     def _missing(self) -> list[int]:
         """Maps the files, and returns the shards whose images are missing or damaged."""
-        shards, threads = range(len(self.index.shards)), self._reader.threads
+        shards, threads = range(len(self.index.shards)), self.threads
         shape = self.index.images, *self.index.image_shape
         try:
             with os_errors(self._images_path), self._images_path.open("rb") as file:
@@ -182,18 +248,25 @@ class DecodedCache(ImageCache):
         checksums = np.memmap(self._checksums_path, "<u8", "r+")
         done = self.index.images - int(self.index.shards.images[missing].sum())
         progress(done, self.index.images)
-        for shard, path in self.source.fetch(missing):
+        for shard, opener in self._copies(missing):
             of_shard, indices = self._of_shard(images, shard), np.arange(*self.source.starts[shard : shard + 2])
-            self._reader.read_into(of_shard, indices, lambda _, path=path: _shard_file(path))  # type: ignore[misc]
+            self.read_into(of_shard, indices, opener)
             self._of_shard(checksums, shard)[:] = _checksums(of_shard)
-            if not self.source.is_local:
-                path.unlink()
             done += len(of_shard)
             progress(done, self.index.images)
 
+    def _copies(self, shards: list[int]) -> Iterator[tuple[int, Callable[[int], BinaryIO]]]:
+        """Yields each shard with a function that opens it: on this machine where it lies, else a copy for a while."""
+        if self.source.is_local:
+            yield from ((shard, self.source.open_shard) for shard in shards)
+            return
+        for shard, path in self.source.fetch(shards):
+            yield shard, lambda _, path=path: path.open("rb")  # type: ignore[misc]
+            path.unlink()
+
 
 class ShardCache(ImageCache):
-    """Verified shards in the folder `shards`, the least recently used evicted first; images are decoded at each read.
+    """Shards in the folder `shards`, the least recently used evicted first; images are decoded at each read.
 
     The processes of a node share the files and the budget, and change the folder under one lock. A shard is open only
     during a read, so that an evicted shard frees its disk space; a reader that has just opened it can finish. Shards of
@@ -209,28 +282,27 @@ class ShardCache(ImageCache):
             self._folder.mkdir(exist_ok=True)
         # A stop does not interrupt a batch: training stops between steps, where all processes agree, and saves.
         source.stop = NEVER
-        self._verified = cache(lambda shard: source.verified(shard, self._folder))
         self._prefetched_block: tuple[int, int] | None = None
         self._due: tuple[int, ...] = ()
         self._prefetcher = ThreadPoolExecutor(1, "prefetch")
 
     def _read(self, indices: Int64s, out: Uint8s) -> None:
         try:
-            self._reader.read_into(out, indices, self._open)
+            self.read_into(out, indices, self._open)
         except BadDataError:
             # The copy on this disk may be corrupt: fetch the shards again.
             with self.source.lock():
                 for shard in np.searchsorted(self.source.starts, indices, side="right") - 1:
                     self._path(shard).unlink(missing_ok=True)
-            self._reader.read_into(out, indices, self._open)
+            self.read_into(out, indices, self._open)
 
     def _open(self, shard: int) -> BinaryIO:
         """Opens a shard's file, and fetches it if necessary; the reader compares each image with its checksum."""
         if self.source.is_local:
-            return _shard_file(self._verified(shard))
+            return self.source.open_shard(shard)
         while True:
-            with suppress(MissingInputError):
-                file = _shard_file(self._path(shard))
+            with suppress(MissingInputError), os_errors(path := self._path(shard)):
+                file = path.open("rb", buffering=0)
                 os.utime(file.fileno())
                 return file
             self._fetch([shard])
@@ -305,11 +377,6 @@ class ShardCache(ImageCache):
 def uncached_images(bucket: Store, key: str, index: DatasetIndex) -> ImageCache:
     """Opens the dataset at `key` without a cache, to read a few images: no shard is fetched for them."""
     return ImageCache(ShardSource(bucket, key, index, default_cache_dir() / index.dataset_id), _UNCACHED_THREADS)
-
-
-def _shard_file(path: Path) -> BinaryIO:
-    with os_errors(path):
-        return path.open("rb", buffering=0)
 
 
 def _allocate(path: Path, size_bytes: int) -> None:

@@ -18,8 +18,7 @@ from job.data.archives import ARCHIVES, find_tars, open_zipped, opened_zip, tar_
 from job.data.cache import default_cache_dir
 from job.data.formats import recognised
 from job.data.formats.beside import labelled_beside
-from job.data.formats.cifar import archive_source
-from job.data.formats.mnist import IDX_NAME
+from job.data.formats.binary import IDX_NAME, archive_source
 from job.data.formats.tables import has_shards
 from job.data.formats.unread import next_step_by
 from job.data.labels import sidecars, with_sidecars

@@ -17,11 +17,9 @@ import json
 import logging
 import math
 import os
-import uuid
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -35,13 +33,14 @@ from job.data.labels import split_labels
 from job.data.members import Member, split_in
 from job.data.pack_request import FIRST_IMAGES, PackRequest
 from job.data.preview import preview_png
+from job.data.publishing import Packing, check_absent, existing_index, make_dataset
 from job.data.survey import chosen_source, lacking_labels, no_images, survey, until_stopped
 from job.exits import BadDataError, BadRequestError, StoppedError
 from job.pieces import RECORDS as PIECES
-from job.pieces import WHOLE, Advance, Made, OtherWorkError, PieceRecord, Pieces, Slice
+from job.pieces import Advance, Made, PieceRecord
 from job.progress import some_of
 from job.stop import NEVER, Stop
-from job.store import ObjectExistsError, ObjectMissingError, Store
+from job.store import Store
 from job.store.files import os_errors, scratch_folder
 
 Reject = dict[str, str]
@@ -76,66 +75,22 @@ def pack(
     """
     request = request.check()
     check_free(bucket, request)
-    key = request.key
-    dataset, share = bucket.sub(key), Slice.parse(request.slice)
-    way = f"choose another name, or {shards.deleting(bucket, key)} and type this command again"
     with scratch_folder("pack") as folder:
         kind = _InPlace if request.tars else _Copying
         packing = kind(bucket, request, folder, stop=stop, shard_images=shard_images)
         for remark in packing.remarks:
             logging.getLogger(__name__).warning(remark)
         part_key, share_held_out = request.parts()[0].key, request.hold_out_share
-        there = _index_of(bucket, part_key) if request.held_out else None
+        there = existing_index(bucket, part_key) if request.held_out else None
         if there and not (there.hold_out == share_held_out and packing.is_of(there)):
             raise BadRequestError(
                 f"{bucket.uri}/{part_key} holds {there.hold_out:.3%} out, and not {share_held_out:.3%} of what "
                 f"{packing.where} has now with these parameters: images of one would be learnt by the other. Choose "
                 f"another name, or delete it first: {shards.deleting(bucket, part_key)}"
             )
-        if request.replaces and bucket.exists(f"{key}/{shards.INDEX}"):
-            shards.delete(dataset)
-        pieces = Pieces(dataset, packing.fingerprint, packing.sizes, share=share, result=shards.INDEX, equal_bytes=True)
-        try:
-            if made := _made(bucket, key, packing.fingerprint):
-                return made
-            dataset.check_writable(f"{PIECES}/{uuid.uuid4().hex}")
-            with suppress(ObjectMissingError):
-                packing.reject(*_rejects_in(pieces.records(sorted(pieces.committed()), stop)))
-            pieces.make_missing(packing.made, f"packing {request.name}", unit=packing.unit, stop=stop)
-            # A run that finds this dataset looks for its held-out part.
-            if request.held_out and not is_whole(bucket, request.parts()[0]):
-                return None
-            # Without a record: others are still making pieces, or have created the index and cleared up.
-            with suppress(ObjectMissingError):
-                packing.publish(dataset, pieces.whole_records(stop))
-            if made := _made(bucket, key, packing.fingerprint):
-                pieces.clear()
-            elif share == WHOLE:
-                raise BadRequestError(f"{dataset.uri} was deleted meanwhile: {way}")
-            return made
-        except OtherWorkError:
-            raise BadRequestError(
-                f"{dataset.uri} holds shards of other images than {packing.where} has now, or with other "
-                f"parameters: {way}"
-            ) from None
-        except ObjectExistsError as error:
-            raise BadRequestError(f"{error}: another process packs something else there: {way}") from None
-
-
-def _index_of(bucket: Store, key: str) -> shards.DatasetIndex | None:
-    return shards.load_index(bucket, key) if bucket.exists(f"{key}/{shards.INDEX}") else None
-
-
-def _made(bucket: Store, key: str, fingerprint: str) -> shards.DatasetIndex | None:
-    """Returns the index of a dataset that is finished.
-
-    Raises:
-        OtherWorkError: it was made of something else.
-    """
-    index = _index_of(bucket, key)
-    if index and index.fingerprint != fingerprint:
-        raise OtherWorkError(key)
-    return index
+        if request.replaces and bucket.exists(f"{request.key}/{shards.INDEX}"):
+            shards.delete(bucket.sub(request.key))
+        return make_dataset(bucket, packing, request.slice, stop)
 
 
 def check_free(bucket: Store, request: PackRequest) -> None:
@@ -144,11 +99,8 @@ def check_free(bucket: Store, request: PackRequest) -> None:
     Raises:
         BadRequestError: there is.
     """
-    if not (request.slice or request.replaces) and (there := _index_of(bucket, request.key)):
-        raise BadRequestError(
-            f"{bucket.uri}/{request.key} is there already: {there.images:,} images of {there.source}, crop "
-            f"{there.crop}. Choose another name, or delete it first: {shards.deleting(bucket, request.key)}"
-        )
+    if not (request.slice or request.replaces):
+        check_absent(bucket, request.key)
 
 
 def is_source_of(bucket: Store, request: PackRequest, index: shards.DatasetIndex, stop: Stop = NEVER) -> bool:
@@ -180,19 +132,14 @@ class _Checked:
     sha256: bytes = b""
 
 
-class _Packing(abc.ABC):
-    """A source and how its pieces become shards.
+class _Packing(Packing):
+    """Images, and how they become shards.
 
     Attributes:
-        where: the source, for messages.
-        source: its name in the index.
-        sizes: images, or megabytes of tars, of each piece; in `unit`.
-        fingerprint: SHA-256 of all that decides the shards.
+        source: the name of the source in the index.
         listing_sha256: over the names, sizes and labels of the source; empty of tars in place.
         remarks: what a person has to know before the dataset is made.
     """
-
-    unit = "images"
 
     def __init__(
         self, bucket: Store, request: PackRequest, folder: Path, *, stop: Stop, shard_images: int | None
@@ -201,14 +148,15 @@ class _Packing(abc.ABC):
         self._bucket, self._request, self._folder, self._stop = bucket, request, folder, stop
         self._shard_images = shard_images
         self._rejects: list[Reject] = []
-        self.where = self.source = self.listing_sha256 = ""
+        self.key, self.title = request.key, f"packing {request.name}"
+        self.held_out_key = request.parts()[0].key if request.held_out else ""
+        self.source = self.listing_sha256 = ""
         self.remarks: list[str] = []
         self.classes: tuple[str, ...] = ()
         self.classes_from: str = ""
         self.splits: tuple[str, ...] = ()
         self.unlabelled_images = 0
         self.skipped: dict[str, int] = {}
-        self.sizes: list[float] = []
         self.recipe = request.recipe()
         with stop.at_once(f"while looking at what becomes {request.name}"):
             found = self._survey()
@@ -219,10 +167,6 @@ class _Packing(abc.ABC):
     @abc.abstractmethod
     def _survey(self) -> dict[str, Any]:
         """Finds the pieces, and returns what else decides the shards."""
-
-    @abc.abstractmethod
-    def made(self, number: int, advance: Advance) -> Made:
-        """Makes a piece."""
 
     def is_of(self, index: shards.DatasetIndex) -> bool:
         """Returns whether a dataset has the images, labels and pixels of this source, or of a part of it."""
@@ -245,8 +189,12 @@ class _Packing(abc.ABC):
                 f"{self._first_rejects()}: {remedy}, or allow more with --max-bad"
             )
 
+    def resume(self, records: Sequence[PieceRecord]) -> None:
+        """Counts the images that earlier attempts left out; see `Packing`."""
+        self.reject(*_rejects_in(records))
+
     def publish(self, dataset: Store, records: Sequence[PieceRecord]) -> None:
-        """Creates the index, which makes the dataset exist.
+        """Creates the index; see `Packing`.
 
         Raises:
             BadDataError: there are no images, or none that can be used.

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ddpm import figures
-from job.data.image_reader import ImageReader
+from job.data.cache import ImageCache
 from job.data.order import Int64s
 from job.data.shard_source import ShardSource
 from job.data.shards import DatasetIndex
@@ -50,9 +50,8 @@ def preview_png(bucket: Store, key: str, index: DatasetIndex, folder: Path, stop
     groups = _by_class(source, rng, len(names))
     if not any(map(len, groups)):
         names, groups = [], [np.sort(rng.choice(index.images, min(IMAGES, index.images), replace=False))]
-    images = np.empty((sum(map(len, groups)), *index.image_shape), np.uint8)
-    with closing(ImageReader(source, _THREADS, with_pillow=True)) as reader:
-        reader.read_into(images, np.concatenate(groups), source.open_unverified)
+    with closing(ImageCache(source, _THREADS, with_pillow=True)) as reader:
+        images = reader.read(np.concatenate(groups))
     labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     hidden, title = len(index.classes) - len(names), f"{index.name}-{index.size}"
     title += f" · {hidden:,} of {len(index.classes):,} classes not shown" if hidden else ""

@@ -25,7 +25,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -222,20 +222,6 @@ class ShardWriter:
     def _write(self, data: bytes) -> None:
         self._file.write(data)
         self.digests.update(data)
-
-
-def first_damaged(file: BinaryIO, table: npt.NDArray[np.void]) -> str:
-    """Describes the first damaged image of a damaged shard, for messages.
-
-    Args:
-        file: the shard, with any damage.
-        table: its intact offset table, OFFSETS_DTYPE [n].
-    """
-    for row, (offset, size_bytes, _, sha256) in enumerate(table.tolist()):
-        file.seek(offset)
-        if image_hash(file.read(size_bytes)) != sha256:
-            return f"the first damaged image is {row}, at byte {offset}"
-    return "all its images are intact, but not the bytes between them"
 
 
 class Encoding(RecordPart):

@@ -11,7 +11,7 @@ import re
 import unicodedata
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -190,7 +190,10 @@ def survey(
             raise BadRequestError(f"{where} has two classes that look the same, {other!a} and {name!a}: rename one")
     divided = {part for folder in folders for part in folder if split_of(part)}.difference(found.names)
     splits = tuple(sorted(set(map(split_of, divided))))
-    notes = [*found.notes(classes, unchosen), *_together(divided if len(splits) > 1 else (), folders, found)]
+    notes = [*found.notes(classes, unchosen)]
+    if len(splits) > 1:
+        alone = f"`ddpm data pack --split {split_of(max(divided))}` would pack {max(divided)} alone"
+        notes.append(f"{some_of(sorted(divided))} are packed together, as one dataset; {alone}")
     if lacking:
         notes.append(f"{lacking:,} of {count:,} images have no label, and are left out")
     return Survey(
@@ -325,15 +328,3 @@ def _are_classes(names: set[str]) -> bool:
 def _are_no_splits(names: set[str]) -> bool:
     # Of many classes one may be that of trains.
     return 2 * sum(map(bool, map(split_of, names))) < len(names)
-
-
-def _together(divided: Collection[str], folders: Iterable[tuple[str, ...]], found: _Found) -> Iterator[str]:
-    """Yields that folders of several splits become one dataset, and whether one of them alone would have classes."""
-    if divided:
-        first = split_of(max(divided))
-        alone = _class_folders({folder for folder in folders if split_in(folder) == first}, _are_classes)
-        classes = f", with its {len(alone.names):,} folders as classes" if alone.names and not found.names else ""
-        yield (
-            f"{some_of(sorted(divided))} are packed together, as one dataset; "
-            f"`ddpm data pack --split {first}` would pack {max(divided)} alone{classes}"
-        )

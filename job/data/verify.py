@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from job.data import shards
 from job.data.ahead import in_order
-from job.data.image_reader import ImageReader
+from job.data.cache import ImageCache
 from job.data.shard_source import ShardSource
 from job.data.shards import DatasetIndex, Record, load_index
 from job.exits import BadDataError
@@ -53,16 +54,20 @@ def verify_dataset(
                 problems.append(f"{dataset.uri_of(name)} differs from the index: restore it, or make the dataset again")
     with scratch_folder("verify") as folder, ThreadPoolExecutor(os.cpu_count()) as workers:
         source = ShardSource(bucket, key, index, folder)
-        reader = ImageReader(source)
+        reader = ImageCache(source)
         for number, shard in enumerate(index.shards):
             images: list[tuple[int, Record]] = []
             with _noting(problems, dataset.uri_of(shard.offsets_name)):
                 images += enumerate(source.read_table(number).tolist())
-            with _noting(problems, source.uri(number)):
-                check = partial(_image_problems, reader, source.uri(number), number, source.verified(number, folder))
+            with _noting(problems, uri := source.uri(number)):
+                is_whole, opener = _compared(source, number, folder / shard.name)
+                check, damaged = partial(_problem, reader, number, opener), list[str]()
                 for (row, _), found in zip(images, in_order(workers, check, images, _IMAGES_AHEAD), strict=True):
-                    problems += found
+                    damaged += filter(None, [found])
                     progress(int(source.starts[number]) + row + 1, index.images)
+                between = f"{uri} differs from the index{', but all its images are intact' if images else ''}"
+                # Of a truncated shard that is every image behind its end.
+                problems += damaged if is_whole else damaged[:1] or [f"{between}: {source.remedy}"]
             (folder / shard.name).unlink(missing_ok=True)
         reader.close()
     return problems
@@ -78,12 +83,26 @@ def _noting(problems: list[str], uri: str) -> Iterator[None]:
         problems.append(str(error))
 
 
-def _image_problems(reader: ImageReader, uri: str, shard: int, path: Path, image: tuple[int, Record]) -> list[str]:
-    """Returns the problem of an image in a verified shard, if any."""
-    problems: list[str] = []
-    with _noting(problems, uri), path.open("rb") as file:
-        reader.read_image(shard, *image, file)
-    return problems
+def _compared(source: ShardSource, shard: int, path: Path) -> tuple[bool, Callable[[], BinaryIO]]:
+    """Returns whether a shard has the hash of the index, and opens it; one elsewhere is copied to a path."""
+    store, key = source.place(shard)
+    opener: Callable[[], BinaryIO] = partial(store.open, key)
+    if source.is_local:
+        with opener() as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    else:
+        sha256, opener = store.download(key, path), lambda: path.open("rb")
+    return sha256 == source.index.shards[shard].sha256, opener
+
+
+def _problem(reader: ImageCache, shard: int, opener: Callable[[], BinaryIO], image: tuple[int, Record]) -> str:
+    """Returns what is wrong with an image; empty if it is intact."""
+    try:
+        with opener() as file:
+            reader.read_image(shard, *image, file)
+    except BadDataError as error:
+        return str(error)
+    return ""
 
 
 def _others(dataset: Store, index: DatasetIndex, hashes: Iterable[str]) -> list[str]:

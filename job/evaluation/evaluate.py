@@ -1,11 +1,14 @@
-"""`ddpm evaluate`: samples, extracts features and scores on all processes. It stores features, never images."""
+"""Scores of a run's samples against real images: `ddpm evaluate`, and those of a run while it trains.
+
+Both sides are sets of images, of which the features are stored and never the images. Machines share the pieces.
+"""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
@@ -13,25 +16,32 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ddpm import figures, metrics
+from ddpm import metrics
 from ddpm.catalogue import METRICS
-from ddpm.generation import Sampling, beginning
+from ddpm.generation import Sampling
 from job.config import method
 from job.data.order import Order
 from job.data.shards import dataset_key, load_index
-from job.evaluation.evaluation_plan import COUNTS, CPU_SECONDS, EvaluatePlan, Evaluation, reference_folder
-from job.evaluation.feature_folder import Named
+from job.evaluation.evaluation_plan import (
+    CPU_COUNT,
+    EvaluatePlan,
+    Evaluation,
+    FeaturePieces,
+    Named,
+    reference_features,
+    reference_of,
+)
+from job.evaluation.extractors import locate_extractor
 from job.evaluation.validation import validation_row
 from job.exits import BadDataError
 from job.pieces import IF_NONE_RUNS, WHOLE, Advance, Made, Slice
-from job.plan import RunHandle
+from job.plan import Plan, RunHandle
 from job.processes.ranks import Ranks, meet
 from job.progress import Progress, note
 from job.runs.drawings import Reference, Scores, score_name
 from job.runs.layout import ObjectKind
-from job.runs.outlook import duration
-from job.sampling.draw import prepared
-from job.sampling.painter import Painter
+from job.runs.metric_rows import Row
+from job.sampling.painter import Painter, prepared
 from job.sealed import code_version, utc_now
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError
@@ -53,65 +63,41 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
     ranks = meet(stop)
     # `prepared` marks the checkpoints until all scores are printed: without it training could retire them.
     with prepared(plan.sampling, ranks, stop) as (sampling_plan, painter, sampling):
-        # Slices share one number of samples; the same command goes on with the number that it began with.
-        is_free = plan.request.count is None and not plan.request.slice and painter.device.type == "cpu"
-        plans = [replace(plan, sampling=sampling_plan, count=n) for n in (COUNTS if is_free else (plan.count,))]
-        begun = ranks.on_main(
-            lambda: [n for n, each in enumerate(plans) if any(one.is_begun() for one in each.evaluations)][:1]
-        )
-        plans = [plans[n] for n in begun] or plans
-        plan = plans[0]
+        plan = replace(plan, sampling=sampling_plan)
+        # Machines of any kind share one number of samples.
+        if plan.request.count is None and not plan.request.slice and painter.device.type == "cpu":
+            plan = replace(plan, count=CPU_COUNT)
         unscored = ranks.on_main(lambda: [one.name for one in plan.evaluations if one.scores() is None])
-        if unscored:
-            extract, check = plan.located.load(painter.device), painter.check_stopped
-            plan = plans[ranks.on_main(lambda: _fitting(plans, painter, sampling, extract))]
-            todo = [one for one in plan.evaluations if not begun or one.name in unscored]
-            share = todo[0].sample_set.share
-            real = real_features(plan.sampling, plan.reference, extract, ranks, stop=stop, check=check, share=share)
-            for evaluation in todo:
-                _draw_features(evaluation, painter, sampling, extract)
-            folders = [reference_folder(plan.sampling, plan.reference), *(evaluation.folder for evaluation in todo)]
-            if missing := ranks.on_main(lambda: sum(len(folder.pieces.missing()) for folder in folders)):
-                others = f"{missing:,} pieces are to come from other machines; {IF_NONE_RUNS}"
-                ranks.on_main(lambda: print(f"{plan.request.run}  (slice {plan.request.slice} is done: {others})"))
-                return
-            if real is None:
-                # Other machines have made the last of them meanwhile.
-                real = real_features(plan.sampling, plan.reference, extract, ranks, stop=stop, check=check, share=share)
-            for evaluation in todo:
-                painter.load(plan.sampling.run, evaluation.ref, plan.sampling.sample.weights)
-                _score(evaluation, painter, real or {})
-        ranks.on_main(lambda: print("\n\n".join(tables(plan))))
+        todo = [one for one in plan.evaluations if one.name in unscored]
+        if not todo or _is_scored(plan, todo, painter, sampling):
+            ranks.on_main(lambda: print("\n\n".join(tables(plan))))
 
 
-def _fitting(plans: Sequence[EvaluatePlan], painter: Painter, sampling: Sampling, extract: ExtractorFunction) -> int:
-    """Returns the number of the first plan that fits into `CPU_SECONDS`, or of the last, and prints its duration."""
-    drawing, looking = seconds_per_image(painter, sampling, extract)
-    pieces = reference_folder(plans[0].sampling, plans[0].reference).pieces
-    real_images = sum(pieces.sizes[piece] for piece in pieces.missing())
-    seconds = [len(plan.evaluations) * plan.count * (drawing + looking) for plan in plans]
-    chosen = next((n for n, each in enumerate(seconds) if each <= CPU_SECONDS), len(plans) - 1)
-    real = f", and {duration(real_images * looking / 3600)} for {real_images:,} real ones" if real_images else ""
-    more = "; --count sets another number" if len(plans) > 1 else ""
-    note(f"expected: {duration(seconds[chosen] / 3600)} for {plans[chosen].count:,} images{real}{more}")
-    return chosen
+def _is_scored(plan: EvaluatePlan, todo: list[Evaluation], painter: Painter, sampling: Sampling) -> bool:
+    """Scores sample sets; returns False while other machines are at work on some of their features. Collective."""
+    of_run, ranks, stop = plan.sampling, painter.ranks, painter.stop
+    extract, share = plan.located.load(painter.device), todo[0].sample_set.share
+    look = partial(real_features, of_run, plan.reference, extract, ranks, stop, painter.check_stopped, share)
+    real = look()
+    for one in todo:
+        painter.load(of_run.run, one.sample_set.ref, of_run.sample.weights)
 
+        def sampled(piece: int, advance: Advance, one: Evaluation = one) -> Iterator[np.ndarray]:
+            seeds = one.sample_set.drawing.seeds(piece)
+            return painter.sample_batches(seeds, sampling, of_run.sample.batch_size, advance)
 
-def seconds_per_image(painter: Painter, sampling: Sampling, extract: ExtractorFunction) -> tuple[float, float]:
-    """Measures how long all processes take to draw an image, and to compute its features."""
-    seeds, points = torch.arange(8, device=painter.device), sampling.points(painter.process)
-    denoise, x = painter.denoiser(seeds, sampling), beginning(points, painter.noise_of(seeds))
-    for _ in ("to warm up", "to measure"):
-        # Latents are decoded once, and on a GPU only a copy waits for the result.
-        times = [time.monotonic()]
-        x_start = denoise(x, points[len(points) // 2]).cpu().to(painter.device)
-        times.append(time.monotonic())
-        images = figures.to_uint8(painter.pixels(x_start))
-        times.append(time.monotonic())
-        features_of(extract, images, painter.device)
-        times.append(time.monotonic())
-    evaluating, decoding, looking = np.diff(times) / painter.ranks.world_size / len(seeds)
-    return painter.evaluations_of(sampling) * evaluating + decoding, looking
+        _make_features(one.features, sampled, extract, one.sample_set.name, ranks, stop)
+    both = [reference_features(of_run, plan.reference), *(one.features for one in todo)]
+    if missing := ranks.on_main(lambda: sum(len(features.missing()) for features in both)):
+        others = f"{missing:,} pieces are to come from other machines; {IF_NONE_RUNS}"
+        ranks.on_main(lambda: print(f"{plan.request.run}  (slice {plan.request.slice} is done: {others})"))
+        return False
+    # Other machines may have made the last of them meanwhile.
+    real = look() if real is None else real
+    for one in todo:
+        painter.load(of_run.run, one.sample_set.ref, of_run.sample.weights)
+        ranks.on_main(partial(_publish, one, real or {}, _bits_per_dim(plan, painter), stop))
+    return True
 
 
 def real_features(
@@ -119,7 +105,6 @@ def real_features(
     reference: Reference,
     extract: ExtractorFunction,
     ranks: Ranks,
-    *,
     stop: Stop,
     check: Callable[[], object],
     share: Slice = WHOLE,
@@ -131,51 +116,53 @@ def real_features(
     Returns:
         All features on the main process, {} on the others; None while other machines are still making some.
     """
-    folder = reference_folder(of_run, reference, share)
+    features = reference_features(of_run, reference, share)
+    if not ranks.on_main(features.missing):
+        # Loading deletes a damaged piece, which is made again below.
+        with suppress(BadDataError):
+            return ranks.only_on_main(features.load) or {}
+    chosen = Order((reference.of_images,), seed=0).indices(np.arange(reference.images))
+    images = of_run.opened_images(stop, index=of_run.pictures())
 
-    def make(piece: int, advance: Advance) -> Made:
-        parts, numbers = [], folder.numbers(piece)
+    def read(piece: int, advance: Advance) -> Iterator[np.ndarray]:
+        numbers = features.numbers[piece]
         for start in range(0, len(numbers), REAL_BATCH_IMAGES):
             check()
             some = chosen[numbers[start : start + REAL_BATCH_IMAGES]]
-            parts.append(features_of(extract, images.read(some), ranks.device))
+            yield images.read(some)
             advance(len(some))
-        return folder.made(piece, joined(parts))
 
-    if not ranks.on_main(folder.pieces.missing):
-        # Loading deletes a damaged piece, which is made again below.
-        with suppress(BadDataError):
-            return ranks.only_on_main(folder.load) or {}
-    chosen = Order((reference.of_images,), seed=0).indices(np.arange(folder.count))
-    images = of_run.opened_images(stop, index=of_run.pictures())
-    folder.pieces.make_missing(make, f"looking at {reference.dataset}", stop=stop, ranks=ranks)
-    if ranks.on_main(folder.pieces.missing):
-        return None
-    return ranks.only_on_main(folder.load) or {}
+    _make_features(features, read, extract, f"looking at {reference.dataset}", ranks, stop)
+    return None if ranks.on_main(features.missing) else ranks.only_on_main(features.load) or {}
 
 
-def _draw_features(evaluation: Evaluation, painter: Painter, sampling: Sampling, extract: ExtractorFunction) -> None:
-    """Samples the images of a checkpoint and stores their features. Collective."""
-    plan, sample_set, folder = evaluation.plan.sampling, evaluation.sample_set, evaluation.folder
+def _make_features(
+    features: FeaturePieces,
+    images_of: Callable[[int, Advance], Iterator[np.ndarray]],
+    extract: ExtractorFunction,
+    title: str,
+    ranks: Ranks,
+    stop: Stop,
+) -> None:
+    """Makes the missing features of a set of images; `images_of` yields those of a piece in batches. Collective."""
 
     def make(piece: int, advance: Advance) -> Made:
-        seeds = [sample_set.drawing.first_seed + number for number in folder.numbers(piece)]
-        batches = painter.draw_batches(seeds, sampling, plan.sample.batch_size, advance)
-        return folder.made(piece, joined([features_of(extract, drawn, painter.device) for drawn in batches]))
+        parts = [features_of(extract, images, ranks.device) for images in images_of(piece, advance)]
+        return features.made(piece, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
-    painter.load(plan.run, evaluation.ref, plan.sample.weights)
-    folder.pieces.make_missing(make, sample_set.name, stop=painter.stop, ranks=painter.ranks)
+    features.make_missing(make, title, stop=stop, ranks=ranks)
 
 
-def _score(evaluation: Evaluation, painter: Painter, real: Named) -> None:
-    """Scores the images of the checkpoint that the painter has loaded. Collective."""
-    bound = _bits_per_dim(evaluation, painter)
-    painter.ranks.on_main(lambda: _publish(evaluation, real, bound, painter.stop))
+@torch.inference_mode()
+def features_of(extract: ExtractorFunction, images: np.ndarray, device: torch.device) -> Named:
+    """Returns the features of images, uint8 [n, H, W, C]."""
+    features, logits = extract(torch.from_numpy(images).permute(0, 3, 1, 2).to(device))
+    found = {"features": features} if logits is None else {"features": features, "logits": logits}
+    return {name: tensor.float().cpu() for name, tensor in found.items()}
 
 
-def _bits_per_dim(evaluation: Evaluation, painter: Painter) -> tuple[float | None, int]:
+def _bits_per_dim(plan: EvaluatePlan, painter: Painter) -> tuple[float | None, int]:
     """Returns the bound on held-out images, else on training images, and the number of images. Collective."""
-    plan = evaluation.plan
     config, index = plan.sampling.config, plan.index
     if config.diffusion.offset_noise or index.encoding:
         return None, 0
@@ -196,16 +183,16 @@ def _publish(evaluation: Evaluation, real: Named, bound: tuple[float | None, int
     """Computes and stores the scores, and deletes the features of the samples."""
     plan, sample_set = evaluation.plan, evaluation.sample_set
     try:
-        drawn = evaluation.folder.load()
+        samples = evaluation.features.load()
     except ObjectMissingError:
         # An equal evaluation that was faster has deleted the features.
         if evaluation.scores() is None:
             raise
         return
-    values, floor, floor_images = scored(tuple(metrics.COMPARISONS), drawn, real, stop, f"scoring {sample_set.name}")
-    if "logits" in drawn:
+    values, floor, floor_images = scored(tuple(metrics.COMPARISONS), samples, real, stop, f"scoring {sample_set.name}")
+    if "logits" in samples:
         # The inception score grows with the number of images, so both sides get the same number.
-        for scores, logits in ((values, drawn["logits"]), (floor, real["logits"][: floor_images[0]])):
+        for scores, logits in ((values, samples["logits"]), (floor, real["logits"][: floor_images[0]])):
             scores["is"], scores["is_std"] = metrics.inception_score(logits)
     if bound[0] is not None:
         values["bpd"] = bound[0]
@@ -224,11 +211,11 @@ def _publish(evaluation: Evaluation, real: Named, bound: tuple[float | None, int
     # Another machine that found no piece missing may write the same scores at another time.
     with suppress(ObjectExistsError):
         sample_set.run.create(ObjectKind.SCORES.key(batch=evaluation.name), record.to_json())
-    evaluation.folder.delete()
+    evaluation.features.delete()
 
 
 def scored(
-    chosen: Sequence[str], drawn: Named, real: Named, stop: Stop, title: str
+    chosen: Sequence[str], samples: Named, real: Named, stop: Stop, title: str
 ) -> tuple[dict[str, float], dict[str, float], tuple[int, int]]:
     """Returns the scores of samples, those of real images against other real images, and the numbers of the latter.
 
@@ -236,35 +223,21 @@ def scored(
         StoppedError: a stop was requested.
     """
     reals = real["features"]
-    count = min(len(drawn["features"]), len(reals) // 2)
-    values: dict[str, float] = {}
-    floor: dict[str, float] = {}
+    count = min(len(samples["features"]), len(reals) // 2)
+    pairs = ((samples["features"], reals), (reals[:count], reals[count:]))
+    found: list[dict[str, float]] = [{}, {}]
     with Progress(title, total=2 * len(chosen), unit="metrics") as bar:
-        pairs = ((values, drawn["features"], reals), (floor, reals[:count], reals[count:]))
-        for number, (scores, ours, theirs) in enumerate(pairs):
+        for number, (scores, pair) in enumerate(zip(found, pairs, strict=True)):
             for done, metric in enumerate(chosen, 1):
                 stop.check("while scoring")
-                scores.update(metrics.compared((metric,), ours, theirs))
+                scores.update(metrics.compared((metric,), *pair))
                 bar.update(number * len(chosen) + done)
-    return values, floor, (count, len(reals) - count)
-
-
-@torch.inference_mode()
-def features_of(extract: ExtractorFunction, images: np.ndarray, device: torch.device) -> Named:
-    """Returns the features of images, uint8 [n, H, W, C]."""
-    features, logits = extract(torch.from_numpy(images).permute(0, 3, 1, 2).to(device))
-    found = {"features": features} if logits is None else {"features": features, "logits": logits}
-    return {name: tensor.float().cpu() for name, tensor in found.items()}
-
-
-def joined(parts: list[Named]) -> Named:
-    """Returns the features of several batches, in their order."""
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return found[0], found[1], (count, len(reals) - count)
 
 
 def tables(plan: EvaluatePlan) -> Iterator[str]:
     """Yields a text for each checkpoint: the protocol, and the scores beside those of real images."""
-    for ref, group in groupby(plan.evaluations, key=lambda each: each.ref):
+    for ref, group in groupby(plan.evaluations, key=lambda each: each.sample_set.ref):
         found = [scores for evaluation in group if (scores := evaluation.scores())]
         first, sampling = found[0], plan.sampling
         drawing, extractor = first.drawing, plan.located.extractor
@@ -274,13 +247,13 @@ def tables(plan: EvaluatePlan) -> Iterator[str]:
         lines = [
             f"{what}: {drawing.count:,} images, {sampling.how()}, weights {drawing.weights}, {seeds}",
             f"against {first.reference}, seen by {extractor.title}, {extractor.how}",
-            f"{'':<20}{'drawn':>22}  {against}",
+            f"{'':<20}{'samples':>22}  {against}",
         ]
         for name in _shown_scores(plan, first.values):
             of_sets = [one.values[name] for one in found]
             # The bound does not depend on the samples: it is the same for all sets.
-            is_drawn = name != "bpd" and len(of_sets) > 1
-            spread = stdev(of_sets) if is_drawn else first.values.get(f"{name}_std")
+            varies = name != "bpd" and len(of_sets) > 1
+            spread = stdev(of_sets) if varies else first.values.get(f"{name}_std")
             score = f"{fmean(of_sets):.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
             real = f"{first.floor[name]:.4g}" if name in first.floor else ""
             lines.append(f"{score_name(name, extractor.name):<20}{score:>22}  {real}")
@@ -300,3 +273,48 @@ def _shown_scores(plan: EvaluatePlan, values: dict[str, float]) -> list[str]:
     """Returns the names of the computed scores that the request asks for."""
     chosen = plan.request.chosen_metrics
     return [name for metric in chosen for name in METRICS[metric].scores or (metric,) if name in values]
+
+
+class Evaluator:
+    """Scores a run's samples while it trains against the features of real images, which are computed once."""
+
+    def __init__(self, plan: Plan, ranks: Ranks, stop: Stop) -> None:
+        """Computes the features of the real images, which may take minutes. Collective.
+
+        Raises:
+            StoppedError: a stop was requested; the same command resumes.
+        """
+        self._chosen, self._sample, pictures = plan.config.evaluate, plan.config.sample, plan.pictures()
+        assert pictures is not None
+        found = locate_extractor(self._chosen.extractor, plan.bucket)
+        self._extract = found.load(ranks.device)
+        reference = reference_of(pictures, found.extractor, self._chosen.references)
+        check = partial(stop.check, "while looking at real images")
+        self._real = real_features(plan, reference, self._extract, ranks, stop, check) or {}
+
+    def scores(self, painter: Painter) -> Row:
+        """Returns the scores of the painter's network by name on the main process, and {} on the others. Collective.
+
+        Raises:
+            StoppedError: one of the processes got a stop request; it raises on all of them at once.
+        """
+        chosen, sample, name_of = self._chosen, self._sample, partial(score_name, extractor=self._chosen.extractor)
+
+        def features(images: np.ndarray) -> np.ndarray:
+            return features_of(self._extract, images, painter.device)["features"].numpy()
+
+        def score() -> Row:
+            values, floor, counts = scored(chosen.metrics, samples, self._real, painter.stop, "scoring")
+            shown = [
+                f"{name_of(name)} {value:.4g} (real images {floor[name]:.4g})"
+                for name, value in values.items()
+                if not name.endswith("_std")
+            ]
+            note(f"{chosen.images:,} images: {', '.join(shown)}; real ones are {counts[0]:,} against {counts[1]:,}")
+            own = {name_of(name): value for name, value in values.items()}
+            return own | {f"real {name_of(name)}": value for name, value in floor.items()}
+
+        seeds, sampling = range(chosen.images), method.sampling_of(sample)
+        kept = painter.sample_together(seeds, sampling, sample.batch_size, "sampling for scores", kept=features)
+        samples: Named = {"features": torch.from_numpy(kept)}
+        return painter.ranks.only_on_main(score) or {}

@@ -1,34 +1,101 @@
-"""The plan of an evaluation, before it begins. Planning needs no tensors, so errors come at once."""
+"""The plan of an evaluation, before it begins, and the places of its features. It needs no tensors.
+
+BUCKET/runs/NAME/evaluations/…/piece-00012.safetensors       features of samples, until they are scored
+BUCKET/datasets/NAME-SIZE/references/…/piece-00012.safetensors   those of real images, which all runs share
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
-from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
 
 from ddpm.catalogue import EXTRACTORS
 from job.data.shards import REFERENCES, DatasetIndex, dataset_key
 from job.evaluation.extractors import Extractor, LocatedExtractor, locate_extractor
-from job.evaluation.feature_folder import FeatureFolder
 from job.exits import BadDataError, BadRequestError, how_to_install
-from job.pieces import WHOLE, Slice
+from job.pieces import TRANSFERS, WHOLE, Made, PieceRecord, Pieces, Slice
 from job.plan import Plan, RunHandle
 from job.requests import EvaluateRequest
 from job.runs.drawings import Reference, Scores
-from job.runs.layout import CheckpointRef, ObjectKind
+from job.runs.layout import ObjectKind
 from job.sampling.sampling_plan import SamplePlan, plan_sampling, plan_sets
 from job.sampling.sets import SampleSet, piece_images
 from job.stop import NEVER, Stop
-from job.store import ObjectMissingError
+from job.store import ObjectMissingError, Store
 
-COUNTS = (5000, 2000, 1000, 500, 200, 100)
-"""The numbers of samples to choose from: the first one, or on a CPU the first that is made in `CPU_SECONDS`."""
-CPU_SECONDS = 600
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COUNT, CPU_COUNT = 5000, 500
+"""The numbers of samples by default, on a GPU and on a CPU."""
 FEWEST_IMAGES = 12
 """The smallest number per side: `ddpm.metrics` needs five neighbours of each image, also in half of the real ones."""
+
+Named = dict[str, "Tensor"]
+"""`features` [n, D], and `logits` [n, classes] of networks that have them; float32."""
+
+
+class FeaturePieces(Pieces):
+    """The features of a set of images in pieces, one safetensors object each."""
+
+    def __init__(
+        self, store: Store, fingerprint: str, count: int, piece_images: int, share: Slice = WHOLE, result: str = ""
+    ) -> None:
+        """Prepares the work without any request; see `Pieces`.
+
+        Args:
+            store: the folder.
+            fingerprint: the SHA-256 of everything that decides the features.
+            count: the number of images.
+            piece_images: the number of images in a piece.
+            share: the pieces that this machine makes first.
+            result: the key of the scores after which the features are deleted; empty if they stay.
+        """
+        self.numbers = [range(first, min(first + piece_images, count)) for first in range(0, count, piece_images)]
+        """The images of each piece."""
+        super().__init__(store, fingerprint, [len(each) for each in self.numbers], share=share, result=result)
+
+    def made(self, piece: int, named: Named) -> Made:
+        """Returns the file of a piece."""
+        from safetensors.torch import save
+
+        return Made({f"piece-{piece:05d}.safetensors": save(named)})
+
+    def load(self) -> Named:
+        """Returns all features, in order; deletes damaged pieces.
+
+        Raises:
+            BadDataError: a piece was damaged; the same command makes it again.
+            ObjectMissingError: a record or a file is gone, since the result exists.
+        """
+        import torch
+        from safetensors.torch import load
+
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            parts = list(map(load, pool.map(self._content, self.records())))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def delete(self) -> None:
+        """Deletes all but the result."""
+        for entry in self.store.list():
+            if entry.key != self.result:
+                self.store.delete(entry.key)
+
+    def _content(self, record: PieceRecord) -> bytes:
+        (file,) = record.files
+        try:
+            return file.read(self.store)
+        except BadDataError:
+            # An equal evaluation that was faster has deleted the features, and a record is read before its file.
+            if self.is_finished():
+                raise ObjectMissingError(f"{self.store.uri_of(file.key)} was deleted, since it is scored") from None
+            self.forget(record)
+            raise BadDataError(f"{self.store.uri_of(file.key)} was damaged: the same command makes it again") from None
 
 
 @dataclass(frozen=True)
@@ -72,7 +139,7 @@ class EvaluatePlan:
         for repeat in range(self.request.repeats):
             request = replace(self.sampling.request, count=self.count, first_seed=repeat * self.count)
             found += [Evaluation(self, one) for one in plan_sets(replace(self.sampling, request=request))]
-        return sorted(found, key=lambda each: each.ref)
+        return sorted(found, key=lambda each: each.sample_set.ref)
 
 
 @dataclass(frozen=True)
@@ -94,21 +161,15 @@ class Evaluation:
         return f"{self.sample_set.name}-{self.plan.reference.extractor}-{self.fingerprint[:8]}"
 
     @property
-    def folder(self) -> FeatureFolder:
+    def features(self) -> FeaturePieces:
         """The features of the images."""
-        drawing, key = self.sample_set.drawing, PurePosixPath(ObjectKind.SCORES.key(batch=self.name))
-        store = self.sample_set.run.sub(str(key.parent))
-        share = self.sample_set.share
-        return FeatureFolder(store, self.fingerprint, drawing.count, drawing.piece_images, share=share, result=key.name)
+        own, (folder, _, scores) = self.sample_set, self._key.rpartition("/")
+        count, size = own.drawing.count, own.drawing.piece_images
+        return FeaturePieces(own.run.sub(folder), self.fingerprint, count, size, own.share, result=scores)
 
     @property
-    def ref(self) -> CheckpointRef:
-        """The checkpoint of the images."""
-        return self.sample_set.ref
-
-    def is_begun(self) -> bool:
-        """Returns whether features or scores are stored."""
-        return any(True for _ in self.folder.store.list())
+    def _key(self) -> str:
+        return ObjectKind.SCORES.key(batch=self.name)
 
     def scores(self) -> Scores | None:
         """Returns the stored scores; None before the evaluation.
@@ -117,7 +178,7 @@ class Evaluation:
             BadDataError: the record is corrupt.
         """
         try:
-            return Scores.load(self.sample_set.run, ObjectKind.SCORES.key(batch=self.name))
+            return Scores.load(self.sample_set.run, self._key)
         except ObjectMissingError:
             return None
         except BadDataError as error:
@@ -141,7 +202,7 @@ def plan_evaluation(request: EvaluateRequest, stop: Stop = NEVER) -> EvaluatePla
         )
     found = locate_extractor(request.extractor, sampling.bucket, request.extractor_file)
     references = min(index.images, request.references)
-    count = request.count or COUNTS[0]
+    count = request.count or COUNT
     if count < FEWEST_IMAGES or references < FEWEST_IMAGES:
         raise BadRequestError(
             f"{count:,} images against {references:,} real ones of {index.name}: scores need {FEWEST_IMAGES} "
@@ -192,12 +253,12 @@ def reference_of(index: DatasetIndex, extractor: Extractor, images: int) -> Refe
     )
 
 
-def reference_folder(of_run: RunHandle, reference: Reference, share: Slice = WHOLE) -> FeatureFolder:
+def reference_features(of_run: RunHandle, reference: Reference, share: Slice = WHOLE) -> FeaturePieces:
     """Returns the features of the real images, which all runs on this dataset share."""
     fingerprint = _hash_of(reference.model_dump())
     name = f"{REFERENCES}/{reference.extractor}-{reference.images}-{fingerprint[:12]}"
     store = of_run.bucket.sub(f"{dataset_key(reference.dataset, reference.size)}/{name}")
-    return FeatureFolder(store, fingerprint, reference.images, piece_images(reference.images), share)
+    return FeaturePieces(store, fingerprint, reference.images, piece_images(reference.images), share)
 
 
 def _hash_of(content: object) -> str:

@@ -14,7 +14,7 @@ from job.config import EMBEDDED, draft, parse_sets, read_config_file
 from job.data.labels import split_labels
 from job.data.pack_request import EncodeRequest, IndexRequest, PackRequest
 from job.exits import BadConfigError, BadRequestError
-from job.jobs.backends.target import Target
+from job.jobs.backends.base import Target
 from job.jobs.spec import JobRequest, JobSpec, SubmitRequest, job_name, stop_after
 from job.processes.group import GPUS, JOB
 from job.processes.lease import EXPIRE_SECONDS

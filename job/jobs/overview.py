@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from job.exits import BadRequestError, JobError, MissingInputError, State, meaning
-from job.jobs.backends import backend_for
-from job.jobs.backends.base import Backend, JobStatus
-from job.jobs.backends.target import Target
-from job.jobs.spec import is_about, validated_job_name
-from job.jobs.targets import load_targets, target_on
-from job.outcome import Outcome, read_outcome
+from job.jobs.backends.base import Backend, JobStatus, Target
+from job.jobs.spec import is_about, job_name, validated_job_name
+from job.jobs.targets import backend_for, load_targets, target_on
+from job.outcome import read_outcome
 from job.printing import print_json, print_table
 from job.progress import Progress, note, printable
 from job.runs.layout import RUNS
@@ -59,7 +57,7 @@ class Search:
     def find(self, name: str) -> list[tuple[Backend, JobStatus]]:
         """Returns the engines that know a job of that name, or that have a record of its lost machine."""
         validated_job_name(name)
-        found = self.ask(lambda backend: [backend.status(name)])
+        found = self.ask(lambda backend: [backend.alive(name)])
         return [(backend, status) for backend, status in found if status.state is not State.GONE or status.created]
 
     def the_one(self, name: str) -> Backend:
@@ -96,7 +94,7 @@ def list_jobs(search: Search, *, as_json: bool = False) -> None:
             uri = status.bucket or backend.target.usual_bucket
             # A bucket that is away is tried once, and not for each job.
             is_there = _folders_of_runs(uri) is not None
-            rows.append(_row(status.with_outcome(uri) if is_there else status, backend, uri))
+            rows.append(_row(status.with_outcome(uri) if is_there else status, backend.target.name, uri))
             bar.update(number)
     if as_json:
         print_json(rows)
@@ -112,19 +110,20 @@ def list_jobs(search: Search, *, as_json: bool = False) -> None:
     print_table(table, f"no jobs {where}: start one with `ddpm submit train --dataset NAME --on TARGET`")
 
 
-def _row(status: JobStatus, backend: Backend | None, bucket_uri: str) -> dict[str, Any]:
+def _row(status: JobStatus, target: str | None, bucket_uri: str) -> dict[str, Any]:
     """Returns the values of a job, with a summary of its run."""
     summary, run = None, _run_of(status.name, bucket_uri)
     with suppress(JobError):
         summary = summary_of(open_store(bucket_uri), run) if run else None
-    return asdict(status) | {"target": backend.target.name if backend else None, "bucket": bucket_uri, "run": summary}
+    return asdict(status) | {"message": status.why, "target": target, "bucket": bucket_uri, "run": summary}
 
 
 def _state_of(job: dict[str, Any]) -> str:
     """Returns the state of a job, with that of its run if another command has trained the run since."""
-    run_state = job["run"]["state"] if job["run"] and job["name"].startswith("train-") else job["state"]
-    is_over = job["state"] == State.FINISHED != run_state
-    return f"{job['state']}, run {run_state}" if is_over else job["state"]
+    run = job["run"]
+    is_training = run is not None and job["name"] == job_name("train", run["name"])
+    is_older = is_training and job["state"] == State.FINISHED != run["state"]
+    return f"{job['state']}, run {run['state']}" if is_older else job["state"]
 
 
 def _run_cells(run: dict[str, Any] | None) -> list[str]:
@@ -143,39 +142,33 @@ def show_job(name: str, search: Search, bucket: str, *, as_json: bool = False) -
         MissingInputError: neither an engine nor a bucket knows it.
     """
     _folders_of_runs.cache_clear()
-    found = [
-        (backend, status.with_outcome(uri), uri)
-        for backend, status in search.find(name)
-        for uri in [bucket or status.bucket or backend.target.usual_bucket]
-    ]
-    gone = [] if found else list(_left_behind(name, search, bucket))
-    if not found and not gone:
+    found: list[tuple[JobStatus, str | None, str]] = []
+    for backend, status in search.find(name):
+        uri = bucket or status.bucket or backend.target.usual_bucket
+        found.append((status.with_outcome(uri), backend.target.name, uri))
+    # Their machines are gone; a bucket knows the job, or its run.
+    uris = dict.fromkeys([bucket] if bucket else [target.usual_bucket for target in search.targets])
+    for uri in () if found else uris:
+        if read_outcome(name, uri) or _run_of(name, uri):
+            found.append((JobStatus(name, State.GONE).with_outcome(uri), None, uri))
+    if not found:
         raise search.unknown(name)
     if as_json:
-        left = [(None, JobStatus(name, State.GONE).with_outcome(uri), uri) for _, uri in gone]
-        print_json([_row(status, backend, uri) for backend, status, uri in [*found, *left]])
+        print_json([_row(*each) for each in found])
         return
-    for backend, status, uri in found:
-        place = f", in {status.place}" if status.place else ""
+    for status, on, uri in found:
+        where = f", on {on}" if on else ": unknown to every engine; the facts below are in its bucket"
         started = f", {status.attempts} start{'s' * (status.attempts > 1)}" if status.attempts else ""
         submitted = f", submitted {status.created}" if status.created else ""
-        print(f"job         {name}, on {backend.target.name}{place}\nstate       {status.state}{started}{submitted}")
-        _print_end(status.exit_code, status.message)
-        _print_run(name, uri)
-    for outcome, uri in gone:
-        print(f"job         {name}: unknown to every engine; the facts below are in its bucket")
-        if outcome:
-            print(f"state       {outcome.state}, as of {outcome.updated}")
-            _print_end(outcome.exit_code, outcome.message)
-        _print_run(name, uri)
-
-
-def _left_behind(name: str, search: Search, bucket: str) -> Iterator[tuple[Outcome | None, str]]:
-    """Yields the buckets that know a job whose machine is gone, with its outcome."""
-    for uri in dict.fromkeys([bucket] if bucket else [target.usual_bucket for target in search.targets]):
-        outcome = read_outcome(name, uri)
-        if outcome or _run_of(name, uri):
-            yield outcome, uri
+        print(f"job         {name}{where}{f', in {status.place}' * bool(status.place)}")
+        print(f"state       {status.state}{started}{submitted}")
+        if status.exit_code is not None:
+            print(f"exit code   {status.exit_code}: {meaning(status.exit_code)}")
+        if status.message:
+            print(f"message     {status.message}")
+        if run := _run_of(name, uri):
+            with suppress(MissingInputError):
+                show_run(uri, run)
 
 
 def print_logs(name: str, search: Search, *, follow: bool) -> None:
@@ -202,13 +195,6 @@ def cancel_job(name: str, search: Search) -> None:
     print(f"{name} on {backend.target.name} {backend.cancel(name)}")
 
 
-def _print_end(code: int | None, message: str) -> None:
-    if code is not None:
-        print(f"exit code   {code}: {meaning(code)}")
-    if message:
-        print(f"message     {message}")
-
-
 def _run_of(job_name: str, bucket_uri: str) -> str:
     """Returns the run of a job; empty if it does not exist yet, or may not be read."""
     for name in _folders_of_runs(bucket_uri) or ():
@@ -229,10 +215,3 @@ def _folders_of_runs(bucket_uri: str) -> tuple[str, ...] | None:
     except JobError as error:
         note(f"the run's folder cannot be read: {error}")
     return None
-
-
-def _print_run(job_name: str, bucket_uri: str) -> None:
-    """Prints the facts in the folder of a job's run, if there is one."""
-    if name := _run_of(job_name, bucket_uri):
-        with suppress(MissingInputError):
-            show_run(bucket_uri, name)

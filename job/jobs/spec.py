@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -126,6 +127,12 @@ class JobSpec:
         # After `--` it would be an argument.
         end = self.argv.index("--") if "--" in self.argv else len(self.argv)
         return (*self.argv[:end], "--slice", f"{index}/{self.slices}", *self.argv[end:])
+
+    def shell_words(self, variable: str) -> list[str]:
+        """Returns the words of one slice, quoted for a shell that may expand the `variable` with its number alone."""
+        # No word has a zero byte.
+        share, filled = f"\0/{self.slices}", f'"{variable}/{self.slices}"'
+        return [filled if word == share else shlex.quote(word) for word in self.argv_of_slice("\0")]
 
     @property
     def all_labels(self) -> dict[str, str]:

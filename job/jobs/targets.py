@@ -1,19 +1,20 @@
-"""The file of targets, `targets.yaml`: named places for jobs. `local` and `container` exist without it."""
+"""Named places for jobs, by the file `targets.yaml`, and their engines. `local` and `container` exist without it."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from job.config import parse_mapping, read_settings
-from job.exits import BadConfigError, BadRequestError, did_you_mean
-from job.jobs.backends import BACKENDS, target_class
-from job.jobs.backends.target import Target
+from job.exits import BadConfigError, BadRequestError, MissingInputError, did_you_mean, how_to_install
+from job.jobs.backends.base import Backend, Target
 from job.store import URIS, is_remote
 from job.store.files import os_errors
 
@@ -22,6 +23,44 @@ TARGETS_VARIABLE = "DDPM_TARGETS"
 """The variable that names the file, if it is not `targets.yaml` in the working folder."""
 BUILT_IN = ("local", "container")
 """The targets that exist without a file, which may only change their keys."""
+BACKENDS = {
+    "local": ("LocalTarget", "LocalBackend"),
+    "container": ("ContainerTarget", "ContainerBackend"),
+    "kubernetes": ("KubernetesTarget", "KubernetesBackend"),
+    "vm": ("VmTarget", "VmBackend"),
+    "batch": ("BatchTarget", "BatchBackend"),
+    "slurm": ("SlurmTarget", "SlurmBackend"),
+}
+"""The classes of each engine, in the module of its name in `backends`, without its client library."""
+
+
+def target_class(backend: str) -> type[Target]:
+    """Returns the class of an engine's targets."""
+    found: type[Target] = getattr(import_module(f"job.jobs.backends.{backend}"), BACKENDS[backend][0])
+    return found
+
+
+def backend_class(backend: str) -> type[Backend]:
+    """Returns the class of an engine."""
+    found: type[Backend] = getattr(import_module(f"job.jobs.backends.{backend}"), BACKENDS[backend][1])
+    return found
+
+
+@contextmanager
+def backend_for(target: Target) -> Iterator[Backend]:
+    """Yields the engine of a target.
+
+    Raises:
+        MissingInputError: its client library is missing, at once or when it is first used; the message has the remedy.
+    """
+    kind = backend_class(target.backend)
+    try:
+        yield kind(target)
+    except ImportError as error:
+        if not kind.extra or (error.name or "").partition(".")[0] in ("job", "ddpm"):
+            raise
+        how = how_to_install(kind.extra)
+        raise MissingInputError(f"target {target.name!r} needs more than is installed ({error}): {how}") from None
 
 
 def load_targets(path: Path | None = None, on: str = "", say: Callable[[str], object] = str) -> dict[str, Target]:

@@ -79,14 +79,15 @@ class Watch:
             note(f"{self.spec.name} is {status.state} already: watching it")
             # A job that still waits for its first machine has not run; only the bucket knows of an evicted attempt.
             outcome = read_outcome(self.spec.name, self.spec.bucket)
-            if status.occupies_machine or status.attempts > 1 or (outcome and outcome.updated >= status.created):
+            if status.occupies_machine or (outcome and outcome.updated >= status.created):
                 with suppress(ValueError):
                     self._unseen_seconds = self.now() - datetime.fromisoformat(status.created).timestamp()
         while (status := self._follow()).state is not State.FINISHED:
             self._judge(status)
             self._pause()
             # A person may have removed what failed.
-            if status.state is State.FAILED and self._here.keeps_ended and self._ask().state is State.GONE:
+            is_kept = status.state is not State.GONE and self._here.keeps_ended
+            if is_kept and self._ask().state is State.GONE:
                 raise self._ended_by_person(_GONE)
             self._submit()
         note(f"{self.spec.name} is finished")
@@ -141,15 +142,16 @@ class Watch:
             StoppedError: a person stopped it, or its hours are used up.
         """
         name, code, rule, hours = self.spec.name, status.exit_code, status.restart, f"{self.spec.max_hours:g} hours"
-        # Its own deadline cancels it as a person would.
-        if status.state is State.CANCELLED and self._hours_left() >= SHORTEST_HOURS:
+        # On this machine only a person or its own deadline stops a job.
+        is_stopped_here = status.state is State.STOPPED and not self.home.target.is_remote
+        if (status.state is State.CANCELLED or is_stopped_here) and self._hours_left() >= SHORTEST_HOURS:
             raise self._ended_by_person(f"was cancelled ({status.message})" if status.message else "was cancelled")
         # A deleted job is stopped, and ends with 75.
         is_deleted = status.state is State.GONE and status.cause is None and code in (None, StoppedError.exit_code)
         if is_deleted and self._here.keeps_ended:
             raise self._ended_by_person(_GONE)
         how = f"ended with {code}" if code is not None else "is gone" if status.state is State.GONE else State.FAILED
-        why = f": {status.message}" if status.message else ""
+        why = f": {status.why}" if status.why else ""
         if status.cause is Cause.NO_IMAGE:
             raise JobEndedError(f"{name} cannot begin, and is removed{why}", MissingInputError.exit_code)
         if status.cause is Cause.OUT_OF_TIME:
@@ -197,7 +199,7 @@ class Watch:
         return status
 
     def _ask(self) -> JobStatus:
-        return self._retry(lambda: self._here.status(self.spec.name), "the job goes on meanwhile")
+        return self._retry(lambda: self._here.alive(self.spec.name), "the job goes on meanwhile")
 
     def _retry(self, request: Callable[[], Any], meanwhile: str) -> Any:
         """Returns an engine's answer, however long the engine is away."""

@@ -20,8 +20,6 @@ LAUNCHED = "DDPM_LAUNCHED"
 """The variable that holds the launcher's process id, in the ranks it started."""
 GATE = "DDPM_GATE"
 """The variable that holds the descriptor of a pipe, from which each rank gets a byte before it works."""
-LOST_PEER = 68
-"""The exit code of a rank that ended only because another one went away. The launcher never ends with it."""
 
 _PR_SET_PDEATHSIG = 1
 _PEER_IS_AWAY = re.compile(

@@ -22,9 +22,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from job.exits import CRASHED, TABLE, Exit, State
+from job.exits import CRASHED, TABLE, Exit, State, state_after
 from job.processes.group import DRIVER, JOB, PLACES, Group
-from job.processes.launched import GATE, LAUNCHED, LOST_PEER, is_rank
+from job.processes.launched import GATE, LAUNCHED, is_rank
 from job.stop import HEARTBEATS, STOP_SIGNALS, Heartbeats, handle_stop_signals, ignore_stop_signals
 
 HANG_SECONDS = 600.0
@@ -273,7 +273,6 @@ class _Launch:
         if -rank.code in self._stop_signals:
             return State.NEVER_BEGAN
         is_consequence = {
-            LOST_PEER: True,
             # NCCL's watchdog aborts a process whose peers are gone.
             -signal.SIGABRT: any("ProcessGroupNCCL" in line for line in rank.tail()),
             -signal.SIGTERM: self._is_ending,
@@ -281,7 +280,7 @@ class _Launch:
             # The request for its stacks came when it was past showing them.
             -signal.SIGUSR1: True,
         }
-        return State.LOST_PEER if is_consequence.get(rank.code) else State.of_code(rank.code)
+        return State.LOST_PEER if is_consequence.get(rank.code) else state_after(rank.code)
 
     def _end_the_others(self) -> None:
         """Once a rank has ended without finishing, asks the others to save and end, and later kills the rest."""
@@ -348,7 +347,7 @@ class _Launch:
 
     def _failure(self, rank: _Rank) -> str:
         what = self._name(rank) + (" failed first" if self._group.world_size > 1 else " failed")
-        if rank.code in TABLE:
+        if rank.code in TABLE and rank.state is not State.LOST_PEER:
             # Rank 0 has printed what ends all ranks alike; a rank prints why it ends with a code of the table.
             if self._ranks[0].code == rank.code:
                 return ""

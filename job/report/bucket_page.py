@@ -24,8 +24,8 @@ from job.runs.layout import RUNS
 from job.runs.metric_rows import Row
 from job.runs.outlook import AttemptSpan
 from job.runs.records import run_store
-from job.sampling.noise_pictures import write_picture
 from job.store import Store, open_store
+from job.store.files import write_file
 from job.verbs.run_listing import run_names
 
 MOST_POINTS = 250
@@ -142,7 +142,7 @@ def write_report(bucket_uri: str, name: str, open_it: bool, output: Path | None)
     else:
         folder, page = bucket, bucket_page(bucket)
     if output is not None:
-        write_picture(output, page)
+        write_file(output, page)
     else:
         folder.put(PAGE_KEY, page)
     where = str(output) if output else folder.uri_of(PAGE_KEY)

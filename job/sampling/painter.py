@@ -1,10 +1,11 @@
-"""Sampling with a model, on all processes together or on one alone."""
+"""A run's model that samples: on the processes of a command, or for Python by `job.load`."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,21 +14,31 @@ import torch.distributed as dist
 from torch import nn
 
 from ddpm import figures
-from ddpm.generation import Callback, Sampling, Walk, from_noise
+from ddpm.generation import Callback, Sampling, Walk, beginning, from_noise
+from ddpm.grids import find_grid, numbered_points
 from ddpm.model import Model, NotFiniteError
 from ddpm.process import Point, VarianceExploding
 from ddpm.threads import group_of
 from job.config import RunConfig, method
-from job.data.autoencoder import Decoder
-from job.exits import BadDataError, NotANumberError, StoppedError
+from job.data.autoencoder import Decoder, load_decoder
+from job.exits import BadDataError, BadRequestError, NotANumberError, StoppedError
 from job.processes.ranks import Agreement, Ranks
 from job.progress import Progress
+from job.requests import SampleRequest
 from job.runs.checkpoints import opened
-from job.runs.layout import CheckpointRef
+from job.runs.drawings import FoundGrid, moment_of
+from job.runs.layout import CheckpointRef, ObjectKind
+from job.runs.records import split_run
+from job.runs.retention import kept_while_read, reading_chosen
+from job.sampling.sampling_plan import SamplePlan, found_points, plan_sampling
+from job.sealed import code_version, utc_now
 from job.stop import Stop
-from job.store import Store
+from job.store import ObjectExistsError, Store
 
 GIF_FRAMES = 20
+GRID_IMAGES = 16
+"""The number of trajectories to measure: those of all images have a similar shape (Chen et al. 2024, section 3)."""
+GRID_CANDIDATES = 100
 
 
 @dataclass(frozen=True)
@@ -99,7 +110,7 @@ class Painter(Model):
             for parameter in network.parameters():
                 dist.broadcast(parameter.detach(), src=0)
 
-    def draw_together(
+    def sample_together(
         self,
         seeds: Sequence[int],
         sampling: Sampling,
@@ -123,21 +134,22 @@ class Painter(Model):
         """
         route = route or Route(self.evaluations_of(sampling))
         made: list[np.ndarray] = []
-        # Every process counts the batches of the first one, which has the most: all must agree equally often.
+        # All must agree equally often: as the first process, which has the most batches, and whatever a user's sampler
+        # does.
         of_ranks = self.shared_out(len(seeds), batch_size_images)
-        mine, batches, done = of_ranks[self.ranks.rank], len(of_ranks[0]), 0
+        mine, agreements, done = of_ranks[self.ranks.rank], len(of_ranks[0]) * route.evaluations, 0
 
         def after_evaluation(*_: Any) -> None:
             nonlocal done
-            self.check_agreed()
             done += 1
-            bar.update(len(seeds) * done / (batches * route.evaluations))
+            (self.check_agreed if done <= agreements else self.check_stopped)()
+            bar.update(len(seeds) * min(done, agreements) / agreements)
 
         with Progress(title, total=len(seeds)) as bar:
             for places in mine:
                 some = [seeds[place] for place in places]
-                made.append(kept(self.draw_alone(some, sampling, after_evaluation, route.walk_of(places))))
-            for _ in range(route.evaluations * (batches - len(mine))):
+                made.append(kept(self.sample_alone(some, sampling, after_evaluation, route.walk_of(places))))
+            while done < agreements:
                 after_evaluation()
             self.agreement.finish()
         # Only the first process always has images; those without any do not know their shape.
@@ -147,9 +159,9 @@ class Painter(Model):
         parts: list[Any] | None = [None] * self.ranks.world_size if self.ranks.is_main else None
         dist.gather_object(part, parts)
         gathered = np.empty((len(seeds) if self.ranks.is_main else 0, *part.shape[1:]), part.dtype)
-        for of_rank, drawn in zip(of_ranks, parts or [], strict=False):
+        for of_rank, theirs in zip(of_ranks, parts or [], strict=False):
             if of_rank:
-                gathered[[place for places in of_rank for place in places]] = drawn
+                gathered[[place for places in of_rank for place in places]] = theirs
         return gathered
 
     def shared_out(self, images: int, batch_size_images: int) -> list[list[list[int]]]:
@@ -164,7 +176,7 @@ class Painter(Model):
             of_ranks[place // self.group_images % world_size].append(place)
         return [[mine[first : first + size] for first in range(0, len(mine), size)] for mine in of_ranks]
 
-    def draw_batches(
+    def sample_batches(
         self,
         seeds: Sequence[int],
         sampling: Sampling,
@@ -186,7 +198,7 @@ class Painter(Model):
                 advance(part)
 
             some = [seeds[place] for place in places]
-            yield self.draw_alone(some, sampling, after_evaluation, route.walk_of(places))
+            yield self.sample_alone(some, sampling, after_evaluation, route.walk_of(places))
 
     def denoising_gif(self, seeds: Sequence[int], sampling: Sampling, title: str) -> bytes:
         """Returns a GIF of the denoising of a few seeds: a frame for each of at most `GIF_FRAMES` moments."""
@@ -203,10 +215,10 @@ class Painter(Model):
                 at = f"sigma = {point.sigma:.3g}" if by_sigma else f"t = {point.t:.0f}"
                 frames.append((figures.to_uint8(self.pixels(x_t / max(1.0, point.sigma))), at))
 
-        frames.append((self.draw_alone(seeds, sampling, keep), "the image"))
+        frames.append((self.sample_alone(seeds, sampling, keep), "the image"))
         return figures.denoising_gif([images for images, _ in frames], labels=[at for _, at in frames], title=title)
 
-    def draw_alone(
+    def sample_alone(
         self,
         seeds: Sequence[int],
         sampling: Sampling,
@@ -247,3 +259,114 @@ class Painter(Model):
             raise StoppedError(f"stopped {doing}; the same command begins again")
         for renew in self.renewals:
             renew()
+
+
+@contextmanager
+def prepared(plan: SamplePlan, ranks: Ranks, stop: Stop) -> Iterator[tuple[SamplePlan, Painter, Sampling]]:
+    """Yields the plan, painter and sampling of all processes, and marks the checkpoints as being read. Collective."""
+    with ExitStack() as stack:
+        # One process chooses for all: training may commit a newer checkpoint between the choices of two.
+        checkpoints = ranks.on_main(lambda: stack.enter_context(reading_chosen(plan.run, plan.choose))[0])
+        plan = replace(plan, checkpoints=tuple(checkpoints))
+        # Each process has its own mark: one that commits its last piece may outlive the others.
+        renewals = [stack.enter_context(kept_while_read(plan.run, *checkpoints))]
+        if (worse := plan.worse) is not None:
+            renewals.append(stack.enter_context(kept_while_read(worse.run, worse.ref)))
+        decoder = load_decoder(plan.bucket, plan.index, ranks.device)
+        agreement = Agreement(ranks.world_size, flags=1)
+        painter = Painter(
+            plan.config, ranks, plan.precision, stop, agreement=agreement, decoder=decoder, renewals=renewals
+        )
+        if worse is not None:
+            painter.load_worse(worse.run, worse.config, worse.ref, worse.weights)
+        sampling = method.sampling_of(plan.sample)
+        if plan.custom_sampler:
+            sampling = replace(sampling, function=plan.custom_sampler)
+        if plan.sample.grid == "found":
+            # Another process may have stored the grid since this one planned: all take that of the main process.
+            plan = replace(plan, found=ranks.on_main(lambda: plan.found) or find_points(plan, painter))
+            sampling = replace(sampling, numbers=plan.found)
+        yield plan, painter, sampling
+
+
+def find_points(plan: SamplePlan, painter: Painter) -> tuple[int, ...]:
+    """Finds the points on the newest chosen checkpoint, for all sampling with this number of steps. Collective.
+
+    Raises:
+        BadRequestError: more steps than candidate points.
+        StoppedError: a stop was requested.
+    """
+    run, sample, steps = plan.run, plan.sample, plan.sample.steps
+    candidates, key = min(GRID_CANDIDATES, painter.process.num_timesteps), ObjectKind.FOUND_GRID.key(steps=sample.steps)
+    if steps > candidates:
+        raise BadRequestError(f"--grid found: chooses among {candidates} points, so it takes up to {candidates} steps")
+
+    ref = max(plan.checkpoints)
+    painter.load(run, ref, sample.weights)
+
+    def find() -> tuple[int, ...]:
+        asked = itertools.count(1)
+
+        def advance(*_: object) -> None:
+            painter.check_stopped()
+            bar.update(next(asked))
+
+        with Progress(f"finding {steps} points", total=candidates, unit="points") as bar:
+            seeds = torch.arange(GRID_IMAGES, device=painter.device)
+            usual = sample.model_copy(update={"guidance": 1.0, "variance": "fixed_small"})
+            denoise = painter.denoiser(seeds, method.sampling_of(usual), advance)
+            (first, *_) = numbered_points(painter.process, [painter.process.num_timesteps - 1])
+            with torch.inference_mode():
+                x = beginning([first], painter.noise_of(seeds))
+                numbers = find_grid(denoise, x, painter.process, steps, candidates)
+        grid = FoundGrid(
+            steps=steps,
+            numbers=tuple(numbers),
+            checkpoint=ref.key,
+            weights=sample.weights,
+            created=utc_now(),
+            code_version=code_version(),
+        )
+        try:
+            run.create(key, grid.to_json())
+        except ObjectExistsError:
+            return found_points(run, steps, painter.process.num_timesteps)
+        return grid.numbers
+
+    return painter.ranks.on_main(find)
+
+
+def load(
+    run: str, *, epoch: int | None = None, weights: str | None = None, device: str | torch.device | None = None
+) -> Model:
+    """Returns the model of a run, with every byte verified. It samples with the run's settings by default.
+
+    Image k is that of `ddpm sample` for seed k, with the same options.
+
+    Args:
+        run: the run's folder, such as `gs://my-bucket/runs/celeba` or `bucket/runs/celeba`.
+        epoch: the epoch of the checkpoint; None: the newest.
+        weights: `ema`, `ema-STD` or `model`; None: those of the run's `sample.weights`.
+        device: None: the first GPU, if there is one, else the CPU.
+
+    Raises:
+        BadRequestError: `run` is not the folder of a run, or a library is missing.
+        MissingInputError: no such run, checkpoint or average; the message lists those that exist.
+        BadDataError: the checkpoint is damaged.
+    """
+    if epoch is not None and (isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0):
+        raise BadRequestError(f"epoch={epoch!r}: use the number of an epoch, such as 80, or None for the newest")
+    bucket, name = split_run(str(run))
+    chosen = {"weights": weights} if weights else {}
+    checkpoints = "latest" if epoch is None else str(epoch)
+    plan = plan_sampling(SampleRequest(name, bucket=bucket, checkpoints=checkpoints, chosen=chosen).check())
+    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    config = plan.config.updated({"sample.weights": plan.sample.weights})
+    decode = load_decoder(plan.bucket, plan.index, on)
+    # On many processors bf16 is slower than fp32.
+    model = method.model_of(config, on, plan.precision if on.type == "cuda" else "fp32", decode, plan.classes)
+    tensors = {plan.sample.weights: {name: each.detach() for name, each in model.network.named_parameters()}}
+    with reading_chosen(plan.run, plan.choose) as ((ref,), _), opened(plan.run, ref, into=tensors):
+        pass
+    model.source = f"{plan.run.uri}, {moment_of(plan.label(ref))}, weights {plan.sample.weights}"
+    return model

@@ -1,11 +1,15 @@
-"""The plan of a sampling command, before it begins. Planning needs no tensors, so errors come at once."""
+"""The plan of a sampling command, before it begins, with its given images and its own sampler. It needs no tensors."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
+import sys
+import traceback
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,19 +17,27 @@ from ddpm.catalogue import takers
 from ddpm.image_size import ImageSize
 from job.config import RunConfig, SampleConfig
 from job.data.images import Recipe, RejectedImageError, prepare
-from job.exits import BadDataError, BadRequestError, MissingInputError, did_you_mean
+from job.exits import BadDataError, BadRequestError, JobError, MissingInputError, did_you_mean
 from job.pieces import Slice
 from job.plan import RunHandle, open_run
-from job.progress import note
+from job.processes.launched import lost_peer
+from job.progress import detail, note
 from job.requests import SampleRequest, parse_numbers
 from job.runs import records
 from job.runs.checkpoints import check_average, choose, load_manifest, lost_manifest
 from job.runs.drawings import Editing, FoundGrid, NumberedDrawing, file_words, label_at
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.sampling.custom_sampler import CustomSampler
 from job.sampling.sets import SampleSet, piece_images
-from job.stop import NEVER, Stop
+from job.stop import NEVER, Stop, StopSignal
 from job.store import ObjectMissingError, Store
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from ddpm.process import Point
+    from ddpm.samplers import Denoiser, NoiseAt, Sampler
 
 RESAMPLINGS = 10
 """The number of Lugmayr et al. 2022."""
@@ -53,6 +65,88 @@ class Given:
         return len(self.numbers) or 1
 
 
+@dataclass(frozen=True)
+class OwnSampler:
+    """A sampler of the user, which a command names as `module:function`; no file of a bucket can name one."""
+
+    name: str
+    function: Sampler
+    """See `ddpm.samplers.Sampler`."""
+    sha256: str
+    """The hash of its module's file."""
+    path: str
+    """The module's file."""
+
+    @classmethod
+    def load(cls, name: str) -> OwnSampler:
+        """Imports the function: an installed one, or one in the working folder.
+
+        Raises:
+            BadRequestError: no such function, or its module cannot be imported.
+        """
+        module_name, _, function_name = name.partition(":")
+        # At the end of the path, so that a file of the working folder cannot replace a library.
+        sys.path.append(str(Path.cwd()))
+        try:
+            module = importlib.import_module(module_name)
+            sha256 = hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
+            return cls(name, getattr(module, function_name), sha256, str(module.__file__))
+        except StopSignal:
+            raise
+        except BaseException as error:
+            raise _refusal(name, error) from None
+
+    @property
+    def words(self) -> str:
+        """Its part of a picture's name."""
+        return f"{self.name.replace(':', '.')}-{self.sha256[:8]}"
+
+    def __call__(self, denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt) -> Tensor:
+        """Calls the function.
+
+        Raises:
+            BadRequestError: it raises an error, or returns anything but finite numbers of the shape of x.
+            JobError: an error from `denoise`, such as `StoppedError`.
+        """
+        import torch
+
+        # Taken before the call, which may change it.
+        shape = x.shape
+        of_program: list[BaseException] = []
+
+        def evaluate(x_t: Tensor, point: Point[float]) -> Tensor:
+            try:
+                return denoise(x_t, point)
+            except BaseException as error:
+                if isinstance(error, JobError | StopSignal) or lost_peer(error):
+                    of_program.append(error)
+                raise
+
+        try:
+            made = self.function(evaluate, x, points, noise_at)
+            is_like_x = isinstance(made, torch.Tensor) and made.shape == shape and made.is_floating_point()
+            if not is_like_x or not made.isfinite().all():
+                what = f"{[*made.shape]}, {made.dtype}" if isinstance(made, torch.Tensor) else type(made).__name__
+                raise ValueError(f"it must return finite numbers {[*shape]}, as x, and returned {what}")
+            return made.detach().float()
+        except StopSignal:
+            raise
+        except BaseException as error:
+            # The function may have caught an error of the program, such as a stop, and raised another one.
+            raise (of_program[0] if of_program else _refusal(self.name, error, self.path)) from None
+
+
+def _refusal(name: str, error: BaseException, path: str = "") -> BadRequestError:
+    """Returns any error of the user's code, also `SystemExit`, as one line; `ddpm -v` prints the traceback."""
+    detail("".join(traceback.format_exception(error)).rstrip)
+    module = name.partition(":")[0].rpartition(".")[2]
+    frames = [at for at in traceback.extract_tb(error.__traceback__) if Path(at.filename).stem == module]
+    remedy = "name a function(denoise, x, points, noise_at) of a module that is installed or lies in the working folder"
+    place = f"see {frames[-1].filename}, line {frames[-1].lineno}" if frames else f"see {path}" if path else remedy
+    said = " ".join("".join(traceback.format_exception_only(error)).split())
+    return BadRequestError(f"--sampler {name}: {said:.500}; {place}")
+
+
 _OF_PROCESS = "schedule timesteps zero_terminal_snr sigma_min sigma_max sigma_data prediction self_conditioning"
 SHARED = ["data.dataset_id", "data.size", *(f"diffusion.{key}" for key in _OF_PROCESS.split())]
 """Keys that must be equal for autoguidance: only then do both networks estimate the same images."""
@@ -78,7 +172,7 @@ class SamplePlan(RunHandle):
     checkpoints: tuple[CheckpointRef, ...]
     worse: Worse | None
     given: Given | None
-    custom_sampler: CustomSampler | None
+    custom_sampler: OwnSampler | None
     found: tuple[int, ...]
     """The numbers of the points of the found grid, once it is computed."""
 
@@ -158,7 +252,7 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         raise BadRequestError(f"--{idle[0].replace('_', '-')} needs --guidance W other than 1")
     if "autoguidance_weights" in chosen and not sample.autoguidance:
         raise BadRequestError("--autoguidance-weights needs --autoguidance [RUN@]EPOCH")
-    custom_sampler = CustomSampler.load(request.custom_sampler) if request.custom_sampler else None
+    custom_sampler = OwnSampler.load(request.custom_sampler) if request.custom_sampler else None
     worse = _worse(sample, of_run, request, stop) if sample.autoguidance else None
     found = found_points(run, sample.steps, config.diffusion.timesteps) if sample.grid == "found" else ()
     plan = SamplePlan(
@@ -265,8 +359,6 @@ def _given(request: SampleRequest, of_run: RunHandle) -> Given | None:
 def _read_image(option: str, path: str, recipe: Recipe) -> tuple[np.ndarray, str]:
     """Returns an image file, resized, and the SHA-256 of the file."""
     try:
-        if Path(path).is_fifo():
-            raise FileNotFoundError
         with Path(path).open("rb") as file:
             encoded = file.read(MOST_FILE_BYTES)
         return prepare(encoded, recipe), hashlib.sha256(encoded).hexdigest()

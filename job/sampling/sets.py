@@ -62,14 +62,6 @@ class SampleSet:
         """Returns the key of an object of this set, below the run."""
         return kind.key(batch=self.name, piece=piece, seed=seed)
 
-    def check(self) -> None:
-        """Checks that the folder is empty, or holds this drawing.
-
-        Raises:
-            BadRequestError: it holds another drawing; the message lists the differences.
-        """
-        self._load(DrawingRecord, self.key(ObjectKind.DRAWING))
-
     def begin(self) -> None:
         """Claims the folder for this drawing.
 
@@ -79,7 +71,7 @@ class SampleSet:
         try:
             self.run.create(self.key(ObjectKind.DRAWING), DrawingRecord(drawing=self.drawing).to_json())
         except ObjectExistsError:
-            self.check()
+            self._load(DrawingRecord, self.key(ObjectKind.DRAWING))
 
     @property
     def pieces(self) -> Pieces:

@@ -196,3 +196,15 @@ def make_folder(folder: Path) -> None:
         with suppress(FileExistsError):
             folder.mkdir()
         sync(folder.parent)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a whole file or nothing.
+
+    Raises:
+        DiskFullError, NoPermissionError: the file cannot be written.
+    """
+    with os_errors(path), temporary_beside(path) as (temporary, file):
+        file.write(data)
+        file.flush()
+        temporary.replace(path)

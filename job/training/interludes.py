@@ -16,14 +16,14 @@ from job.evaluation.validation import validation_row
 from job.requests import GIF_SEEDS
 from job.runs.drawings import SCORES_FIGURE, denoising_key, grid_key, label_at, moment_of, score_name, title_of
 from job.runs.metric_rows import Row
-from job.sampling.draw import grid_png, with_class
 from job.sampling.painter import Painter
+from job.sampling.pictures import grid_png, with_class
 from job.training.reporting import Recorder, retention_of
 
 _EARLY_IMAGES = 20
 
 if TYPE_CHECKING:
-    from job.evaluation.in_training import Evaluator
+    from job.evaluation.evaluate import Evaluator
     from job.training.session import TrainingSession
 
 
@@ -131,7 +131,7 @@ class Scoring(Interlude):
         self._score = score_name(chosen.metrics[0], chosen.extractor)
         self._evaluator: Evaluator | None = None
         if chosen.every_epochs:
-            from job.evaluation.in_training import Evaluator
+            from job.evaluation.evaluate import Evaluator
 
             self._evaluator = Evaluator(self.plan, session.ranks, session.stop)
 
@@ -200,7 +200,7 @@ class Grid(Interlude):
 
     def _draw(self, seeds: range) -> Painter:
         sample, painter = self.config.sample, self.sampling_painter()
-        drawn = painter.draw_together(seeds, method.sampling_of(sample), sample.batch_size, "sampling")
+        drawn = painter.sample_together(seeds, method.sampling_of(sample), sample.batch_size, "sampling")
 
         def publish(recorder: Recorder) -> None:
             grid = grid_png(

@@ -134,7 +134,7 @@ def show_dataset(
 
     from job.data.cache import default_cache_dir, uncached_images
     from job.data.preview import preview_png
-    from job.sampling.noise_pictures import write_picture
+    from job.store.files import write_file
 
     print(describe_dataset(index, bucket))
     labels = uncached_images(bucket, key, index).labels(np.arange(index.images)) if index.classes else np.empty(0)
@@ -147,7 +147,7 @@ def show_dataset(
     if output is None:
         bucket.put(f"{key}/{PREVIEW}", preview)
     else:
-        write_picture(output, preview)
+        write_file(output, preview)
     print(f"look at  {output or bucket.uri_of(f'{key}/{PREVIEW}')}")
     if open_it:
         open_page(bucket.sub(key), PREVIEW, output)

@@ -18,6 +18,7 @@ from job.store import open_store
 from tests.containers.podman import BASE_IMAGE, IMAGE, inspected, podman, torch_wheels
 from tests.containers.runs import IMAGES, assert_equal, training
 from tests.job.command_line import DDPM, ddpm, environment, refused, succeeded
+from tests.job.jobs.submitting import told
 from tests.job.launching import ended, eventually
 
 HERE = ("--on", "container")
@@ -46,7 +47,7 @@ def test_containers_pack_and_train(place):
     outputs = [Path(line.split()[-1]) for line in out.splitlines() if line.startswith(("page ", "samples "))]
     assert len(outputs) == 2
     assert all(output.stat().st_uid == bucket.stat().st_uid for output in outputs)
-    assert backend().status("train-first").state is State.FINISHED
+    assert told(backend(), "train-first").state is State.FINISHED
     # It says so itself, in the bucket.
     outcome = read_outcome("train-first", str(bucket))
     assert outcome is not None
@@ -65,7 +66,7 @@ def test_stopped_runs_have_undisturbed_weights(place):
         code, _, err = ended(child, 60)
         assert code == 75, err
         assert "everything is saved, and the same command goes on from there" in err
-        assert backend().status("train-stopped").state is State.CANCELLED
+        assert told(backend(), "train-stopped").state is State.STOPPED
         earlier, seen = seen, load_manifest(run, max(list_checkpoints(run))).images_seen
         assert seen > earlier and seen % IMAGES, "stopped between two ends of epochs"
     succeeded(ddpm("submit", *training("stopped", place), *HERE))
@@ -85,7 +86,7 @@ def test_background_containers_are_listed_and_cancelled(place):
     said = refused(ddpm("submit", *training("behind", place, 10_000), *HERE, "--detach"), 64)
     assert "train-behind runs in a container already" in said
     eventually(lambda: _images_seen(run), 120)
-    status = backend().status("train-behind")
+    status = told(backend(), "train-behind")
     assert (status.state, status.attempts) == (State.RUNNING, 1)
     assert "train-behind" in succeeded(ddpm("jobs", "list", *HERE))
     words = [DDPM, "jobs", "logs", "train-behind", *HERE, "-f"]
@@ -96,11 +97,11 @@ def test_background_containers_are_listed_and_cancelled(place):
         code, out, err = ended(follower, 60)
     assert (code, err) == (0, "")
     assert "everything is saved" in out
-    status = backend().status("train-behind")
-    assert (status.state, status.exit_code) == (State.CANCELLED, 75)
-    assert backend().status("train-behind").bucket == str(place)
+    status = told(backend(), "train-behind")
+    assert (status.state, status.exit_code) == (State.STOPPED, 75)
+    assert told(backend(), "train-behind").bucket == str(place)
     backend().cancel("train-behind")
-    assert backend().status("train-behind").state is State.GONE
+    assert told(backend(), "train-behind").state is State.GONE
     assert "66" not in str(refused(ddpm("jobs", "logs", "train-behind", *HERE), 66))
 
 
@@ -125,7 +126,7 @@ def test_errors_inside_have_their_code(place):
     done = ddpm("submit", "train", "--dataset", "nowhere", "--bucket", place, *HERE)
     assert "nowhere" in refused(done, 66)
     assert inspected("train-nowhere")["ExitCode"] == 66
-    assert backend().status("train-nowhere").state is State.FAILED
+    assert told(backend(), "train-nowhere").state is State.FAILED
 
 
 def test_missing_images_are_built(place):

@@ -89,22 +89,20 @@ def test_the_worst_of_several_machines_decides(bucket, tmp_path, monkeypatch):
     assert (outcome.state, outcome.machines) == ("finished", 1)
 
 
-@pytest.mark.parametrize(
-    ("name", "count"), [("train-celeba", 2), ("sample-celeba-1a2b3c4d", 3), ("pack-mine-1a2b3c4d", 3)]
-)
-def test_starts_are_kept(bucket, monkeypatch, name, count):
+@pytest.mark.parametrize(("is_group", "count"), [(True, 2), (False, 3)])
+def test_starts_are_kept(bucket, monkeypatch, is_group, count):
     for machine in (0, 1, 1):
-        monkeypatch.setenv(JOB, name)
-        with outcome_written(bucket, machine, 2):
+        monkeypatch.setenv(JOB, NAME)
+        with outcome_written(bucket, machine, 2, is_group=is_group):
             pass
-    starts = read_outcome(name, bucket).starts
+    starts = read_outcome(NAME, bucket).starts
     assert len(starts) == count and all(start.startswith("20") and start.endswith("Z") for start in starts)
     # They do not grow without end.
     monkeypatch.setattr("job.outcome.MOST_STARTS", 2)
-    monkeypatch.setenv(JOB, name)
-    with outcome_written(bucket, 1, 2):
+    monkeypatch.setenv(JOB, NAME)
+    with outcome_written(bucket, 1, 2, is_group=is_group):
         pass
-    assert len(read_outcome(name, bucket).starts) == count
+    assert len(read_outcome(NAME, bucket).starts) == count
 
 
 def test_commands_say_how_they_ended(tmp_path):

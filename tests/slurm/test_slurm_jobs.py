@@ -200,7 +200,7 @@ def test_slices_that_failed_for_good_are_named(cluster, folder, tmp_path, monkey
     until(lambda: "1 of 4 slices finished; failed slices: 1,2" in status(job, "low")["message"])
     until(lambda: status(job, "low")["state"] == "waiting")
     waiting = status(job, "low")["message"]
-    assert "slice 3: BeginTime; the attempt before ended with code 3: crashed" in waiting
+    assert "slice 3: BeginTime; the attempt before ended with exit code 3: crashed" in waiting
     cluster.run("scancel", "--me")
 
 
@@ -212,7 +212,7 @@ def test_killed_programs_leave_their_code(cluster, bucket):
             each.kill()
     cluster.wait_for_requeue("train-killed")
     waiting = status("train-killed", "low")
-    assert waiting["message"] == "BeginTime; the attempt before ended with code 137: killed by signal 9"
+    assert waiting["message"] == "BeginTime; the attempt before ended with exit code 137: killed by signal 9"
     assert (waiting["exit_code"], waiting["attempts"], waiting["failures"]) == (137, 1, 1)
     cluster.run("scancel", "--name=train-killed")
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from job.data.formats.arrays import array_source
-from job.data.formats.arrow import arrow_source
-from job.data.formats.cifar import cifar_source
+from job.data.formats.binary import cifar_source, idx_source
 from job.data.formats.lsun import lsun_source
-from job.data.formats.mnist import idx_source
-from job.data.formats.parquet import parquet_source
+from job.data.formats.tables import table_source
 from job.data.formats.tfrecords import tfrecord_source
 from job.data.members import Files, Source
 
@@ -22,8 +20,7 @@ _READERS: tuple[Callable[[Files, str | None], Source | None], ...] = (
     cifar_source,
     lsun_source,
     tfrecord_source,
-    parquet_source,
-    arrow_source,
+    table_source,
     # Other formats may have statistics in an .npz beside them.
     array_source,
 )

@@ -145,11 +145,7 @@ def array_source(files: Files, column: str | None) -> Source | None:
     sets, others = list[tuple[_Array, _Array | None]](), list[_Array]()
     for arrays in _groups(files, names, column):
         # Arrays beside a chosen one are read for its labels alone.
-        are_images = [
-            array
-            for array in arrays
-            if array.stored and not {array.path, array.path.rpartition("/")[0]}.isdisjoint(names)
-        ]
+        are_images = [one for one in arrays if one.stored and {one.path, one.path.rpartition("/")[0]} & {*names}]
         named = [array for array in are_images if not _IMAGES.isdisjoint(array.words)] or are_images
         others += [array for array in arrays if array not in named]
         for images in named:
@@ -226,11 +222,11 @@ def _array(path: str, stream: Any, size_bytes: int, opener: Callable[[], BinaryI
     readers = {(1, 0): formats.read_array_header_1_0, (2, 0): formats.read_array_header_2_0}
     try:
         shape, is_fortran, dtype = readers[formats.read_magic(start)](start)
+        if len(shape) > _MOST_AXES or any(type(length) is not int or length < 0 for length in shape):
+            raise ValueError
     # NumPy evaluates the header as a Python literal, which raises anything from TokenError to MemoryError.
     except Exception:
         raise refused(path, "is damaged, or not an array: get it again") from None
-    if len(shape) > _MOST_AXES or any(type(length) is not int or length < 0 for length in shape):
-        raise refused(path, "is damaged, or not an array: get it again")
     return _Array(path, dtype, shape, is_fortran, start=start.tell(), size_bytes=size_bytes, open=opener)
 
 
@@ -262,7 +258,7 @@ def _labels_of(
 def _members(sets: Iterable[tuple[_Array, _Array | None]]) -> Iterator[Member]:
     """Yields the images as PPM or PGM files."""
     for images, labels in sets:
-        assert images.stored is not None
+        assert images.stored
         shape, axes = images.stored
         size_bytes, digits, suffix = math.prod(shape), len(str(images.shape[0] - 1)), netpbm_suffix(shape[axes[2]])
         values = _values(labels) if labels else None

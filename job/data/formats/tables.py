@@ -1,111 +1,61 @@
 """Tables of images in files of many rows: Parquet and Arrow, as Hugging Face's `datasets` writes them.
 
-A first pass over a file reads the number of its rows and their labels, which are kept as numbers. An image is read when
-it is asked for: row by row, from the group of rows that holds it.
+A first pass over a file reads the number of its rows and their labels. An image is read when it is asked for: row by
+row, from the group of rows that holds it. A local Arrow file is mapped into memory, so that labels are read without the
+images between them. Any other is read from its beginning to its end for the labels, and once more for the images.
+
+`datasets` writes an image as a struct of its bytes and its path, and a class as a number whose names stand in the
+schema, as JSON under the key `huggingface`.
 """
 
 from __future__ import annotations
 
-import io
+import json
 import re
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import islice
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple
 
 from job.data import members
 from job.data.ahead import in_order
-from job.data.formats.columns import Columns, columns_of
+from job.data.labels import LABEL_KEYS, chosen_label, class_names, label_among
 from job.data.members import Files, Member, RefusedError, Source, first_split, path_parts, refused, split_in
 from job.exits import BadRequestError, how_to_install
+from job.progress import some_of
+
+_KINDS = {
+    "Parquet": re.compile(r".*\.(parquet|parq|pq)", re.IGNORECASE),
+    # `datasets` keeps results of `map` beside the data.
+    "Arrow": re.compile(r"(?:.*/)?(?!cache-|tmp)[^/]*\.(arrow|feather)", re.IGNORECASE),
+}
+_SHARD = re.compile(r"(?P<stem>.*-)\d{5}-of-(?P<count>\d{5})(?P<suffix>\.(?:parquet|arrow))")
+_IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
+"""Usual columns of images: of `datasets`, and of img2dataset, whose Parquet files name the column by the codec."""
+_LABELS = (*LABEL_KEYS, "labels", "fine_label", "class_label", "target", "category")
 
 _READERS = 16
 """Number of files elsewhere whose labels are read at a time."""
 _MOST_READ_BYTES = 1 << 30
 _BUFFER_BYTES = 8 << 20
 """Bytes that are read at a time of a large group."""
-_SHARD = re.compile(r"(?P<stem>.*-)\d{5}-of-(?P<count>\d{5})(?P<suffix>\.(?:parquet|arrow))")
+_LABELS_READ = 1 << 16
 _REASON_CHARACTERS = 160
+_ARROW_FILE = b"ARROW1"
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
-class Group(NamedTuple):
-    """Rows that are read together.
-
-    Attributes:
-        rows: number of rows.
-        size_bytes: their size in memory; it changes with their content.
-        labels: the labels of the rows in order, empty for none; None without such a column.
-    """
-
-    rows: int
-    size_bytes: int
-    labels: list[str] | None
-
-
-class Table(Protocol):
-    """An open file of rows in groups."""
-
-    schema: Any
-
-    def groups(self, columns: Columns) -> Iterator[Group]:
-        """Yields the groups in order; reads the labels, and no images."""
-
-    def images(self, columns: Columns, group: int) -> Iterator[Any]:
-        """Yields the images of a group in order, as scalars of `pyarrow`, and reads them as it goes."""
-
-    def close(self) -> None:
-        """Closes the file."""
-
-
-class BoundedFile:
-    """A file of which `pyarrow` reads what it needs, and no more than there is, whatever a header says."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        """Takes over an open file."""
-        self.buffer_bytes = _BUFFER_BYTES
-        # A label is a few bytes between megabytes of images, and what is fetched at once comes by several connections.
-        if read_ahead := getattr(file, "read_ahead", None):
-            read_ahead(0)
-            self.buffer_bytes *= 4
-        self.size_bytes = file.seek(0, io.SEEK_END)
-        file.seek(0)
-        self._file, self.seek, self.tell, self.close = file, file.seek, file.tell, file.close
-
-    @property
-    def closed(self) -> bool:
-        """Whether it is closed."""
-        return self._file.closed
-
-    def read(self, size: int = -1) -> bytes:
-        """Returns the next bytes; raises `RefusedError` for more than memory should hold."""
-        rest = max(0, self.size_bytes - self.tell())
-        size = rest if size < 0 else min(size, rest)
-        if size > _MOST_READ_BYTES:
-            raise RefusedError(f"has {size:,} bytes in one block, more than {_MOST_READ_BYTES:,}: write smaller groups")
-        return self._file.read(size)
-
-
-def table_source(
-    files: Files, names: Sequence[str], kind: str, open_table: Callable[[str], Table], column: str | None
-) -> Source:
-    """Returns the images of tables.
-
-    Args:
-        files: the files of the place.
-        names: those that are tables, in order.
-        kind: the name of the format.
-        open_table: opens one of them.
-        column: see `recognised`.
-
-    Raises:
-        BadDataError: a table is damaged, or has no images.
-        BadRequestError: there are several columns to choose from, or `pyarrow` is missing.
-    """
-    where = files.place
+def table_source(files: Files, column: str | None) -> Source | None:
+    """Returns the images of Parquet files, else of Arrow files; raises as `recognised`."""
+    found = ((kind, _tables_among(files, pattern)) for kind, pattern in _KINDS.items())
+    kind, names = next((pair for pair in found if pair[1]), ("", []))
+    if not names:
+        return None
+    where, open_table = files.place, partial(_opened, files, is_arrow=kind == "Arrow")
     try:
         import pyarrow  # noqa: F401
     except ModuleNotFoundError:
@@ -113,14 +63,22 @@ def table_source(
         raise BadRequestError(f"{where} is {kind}, which needs pyarrow: {how}") from None
     # Other splits may lack the labels.
     first = next((name for name in names if split_in(path_parts(name)) == "train"), names[0])
-    with members.refusing(where), reading("" if files.chosen else first), closing(open_table(first)) as table:
-        columns = columns_of(table.schema, where, column)
-    tables = _Tables(files, names, open_table, columns)
+    with members.refusing(where), _reading("" if files.chosen else first), open_table(first) as table:
+        columns = _columns_of(table.schema, where, column)
+    rows_of = cache(partial(_rows, open_table, columns, is_alone=bool(files.chosen)))
+
+    def listed(split: str = "") -> Iterator[Member]:
+        chosen = [name for name in names if split in ("", split_in(path_parts(name)))]
+        with ThreadPoolExecutor(_READERS) as pool:
+            read = map(rows_of, chosen) if files.folder else in_order(pool, rows_of, chosen, 2 * _READERS)
+            for name, rows in zip(chosen, read, strict=True):
+                yield from _members(name, open_table, columns, rows)
+
     split, others = first_split(names)
     return Source(
         where,
-        tables.members,
-        listed_in=tables.members,
+        listed,
+        listed_in=listed,
         classes=columns.classes,
         note="; ".join(_remarks(names)) if not files.chosen else "",
         split=split,
@@ -129,13 +87,11 @@ def table_source(
     )
 
 
-def tables_among(files: Files, pattern: re.Pattern[str]) -> list[str]:
+def _tables_among(files: Files, pattern: re.Pattern[str]) -> list[str]:
     """Returns the names that a pattern matches, but for hidden ones and the tables that describe a tar beside them."""
     names = [name for name in files.matching(pattern) if not members.is_hidden(name)]
-    if files.chosen:
-        return names
-    # img2dataset writes them, without images.
-    return [name for name in names if f"{name.rpartition('.')[0]}.tar" not in files.names]
+    # img2dataset writes these tables, without images.
+    return [name for name in names if files.chosen or f"{name.rpartition('.')[0]}.tar" not in files.names]
 
 
 def has_shards(names: Iterable[str]) -> bool:
@@ -143,8 +99,213 @@ def has_shards(names: Iterable[str]) -> bool:
     return any(map(_SHARD.fullmatch, names))
 
 
+class _Rows(NamedTuple):
+    """The rows of a file: of each group their number and the mean size of one; the label of each row, if it has any."""
+
+    groups: list[tuple[int, int]]
+    labels: list[str]
+
+
+def _rows(open_table: _Opener, columns: _Columns, name: str, *, is_alone: bool) -> _Rows:
+    """Counts the rows of a file, and reads their labels."""
+    found, texts = _Rows([], []), dict[str, str]()
+    with _reading("" if is_alone else name), open_table(name) as table:
+        label = columns.of_file(table.schema).label
+        for group in table.groups():
+            found.groups.append((group.rows, group.size_bytes // max(1, group.rows)))
+            if label:
+                # A dictionary of one long text could stand for any number of rows.
+                at_once = 1 if _is_text(table.schema.field(label).type) else _LABELS_READ
+                read = [text for values in group.values(label, at_once) for text in columns.label_texts(values)]
+                found.labels.extend(texts.setdefault(text, text) for text in read)
+                if len(read) != group.rows:
+                    raise _promises(group.rows, len(read))
+    return found
+
+
+def _promises(promised: int, there: int) -> RefusedError:
+    return RefusedError(f"promises {promised:,} rows in a group, and has {there:,}: it is damaged, get it again")
+
+
+def _members(name: str, open_table: _Opener, columns: _Columns, rows: _Rows) -> Iterator[Member]:
+    number = 0
+    with ExitStack() as stack:
+        images = _Images(lambda: stack.enter_context(open_table(name)), columns)
+        for group, (count, size_bytes) in enumerate(rows.groups):
+            for row in range(count):
+                label = rows.labels[number] if rows.labels else ""
+                # The content decides how it is decoded: the suffix says no more than that it is an image.
+                yield Member(f"{name}/{number:07d}.png", partial(images.read, group, row, count), -1, size_bytes, label)
+                number += 1
+
+
+def _images_of(group: _RowGroup, columns: _Columns) -> Iterator[Any]:
+    # One row at a time: a dictionary of one image could stand for any number of rows.
+    for values in group.values(columns.image, 1):
+        yield from columns.images_in(values)
+
+
+class _Images:
+    """The images of one table, which is open from the first of them on."""
+
+    def __init__(self, open_table: Callable[[], _Table], columns: _Columns) -> None:
+        self._open, self._columns = open_table, columns
+        self._table: _Table | None = None
+        self._groups: Iterator[_RowGroup] = iter(())
+        self._images: Iterator[Any] = iter(())
+        self._group, self._next = -1, 0
+
+    def read(self, group: int, row: int, promised: int) -> bytes:
+        """Returns an image of a group of so many rows as a file; empty for a row without one."""
+        with _reading():
+            if group != self._group or row < self._next:
+                self._find(group)
+            for image in islice(self._images, row - self._next, None):
+                self._next = row + 1
+                content = image.as_buffer()
+                if content is None and row == 0:
+                    self._check_any(group)
+                members.check_size(content.size if content is not None else 0)
+                return content.to_pybytes() if content is not None else b""
+            raise _promises(promised, row)
+
+    def _find(self, group: int) -> None:
+        """Goes on to a group, or back to the first one if it has passed it."""
+        if self._table is None:
+            self._table = self._open()
+            self._columns.of_file(self._table.schema)
+        if group <= self._group or self._group < 0:
+            self._groups, self._group = self._table.groups(), -1
+        found = next(islice(self._groups, group - self._group - 1, None), _NO_ROWS)
+        self._images, self._group, self._next = _images_of(found, self._columns), group, 0
+
+    def _check_any(self, group: int) -> None:
+        """Raises `RefusedError` if no row of a group has an image."""
+        if all(image.as_buffer() is None for image in self._images):
+            raise RefusedError(
+                "has no bytes, but at most a path: write the table by datasets' to_parquet, which reads it"
+            )
+        self._find(group)
+
+
+class _RowGroup(NamedTuple):
+    """Rows that are read together: a row group of Parquet, or a record batch of Arrow.
+
+    Attributes:
+        rows: number of rows.
+        size_bytes: their size in memory; it changes with their content.
+        values: yields the values of a column as arrays of `pyarrow`, of at most so many rows in Parquet.
+    """
+
+    rows: int
+    size_bytes: int
+    values: Callable[[str, int], Iterator[Any]]
+
+
+_NO_ROWS = _RowGroup(0, 0, lambda column, rows: iter(()))
+
+
+class _Table(NamedTuple):
+    """An open file: its `pyarrow.Schema`, and its groups from the first one on."""
+
+    schema: Any
+    groups: Callable[[], Iterator[_RowGroup]]
+
+
+_Opener = Callable[[str], AbstractContextManager[_Table]]
+
+
 @contextmanager
-def reading(name: str = "") -> Iterator[None]:
+def _opened(files: Files, name: str, *, is_arrow: bool) -> Iterator[_Table]:
+    """Opens a file. Raises `RefusedError`, and errors of `pyarrow`."""
+    import pyarrow as pa
+
+    if files.folder is None:
+        file = pa.PythonFile(_BoundedFile(files.open(name)), "r")
+    else:
+        file = (pa.memory_map if is_arrow else pa.OSFile)(str(files.folder / name))
+    with file:
+        yield _arrow(file) if is_arrow else _parquet(file, _BUFFER_BYTES * (1 if files.folder else 4))
+
+
+class _BoundedFile:
+    """A file elsewhere, of which `pyarrow` reads no more at once than memory should hold."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        # A label is a few bytes between megabytes of images.
+        if read_ahead := getattr(file, "read_ahead", None):
+            read_ahead(0)
+        self._file, self.seek, self.tell, self.close = file, file.seek, file.tell, file.close
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    def read(self, size: int = -1) -> bytes:
+        if size > _MOST_READ_BYTES:
+            raise RefusedError(f"has {size:,} bytes in one block, more than {_MOST_READ_BYTES:,}: write smaller groups")
+        return self._file.read(size)
+
+
+def _parquet(file: Any, buffer_bytes: int) -> _Table:
+    """Reads the footer of a Parquet file."""
+    from pyarrow import parquet
+
+    # A buffer instead of whole chunks: these may have any size.
+    opened = parquet.ParquetFile(file, buffer_size=buffer_bytes, pre_buffer=False, page_checksum_verification=True)
+    about = opened.metadata
+    rows = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+    if min(rows, default=0) < 0 or sum(rows) != about.num_rows or about.num_rows > file.size():
+        there = f"{sum(rows):,} rows in its groups, in {file.size():,} bytes"
+        raise RefusedError(f"promises {about.num_rows:,} rows, and has {there}: it is damaged, get it again")
+
+    def values(group: int, column: str, rows: int) -> Iterator[Any]:
+        for batch in opened.iter_batches(rows, [group], [column], use_threads=False):
+            batch.validate(full=True)
+            yield batch.column(0)
+
+    def groups() -> Iterator[_RowGroup]:
+        for number in range(about.num_row_groups):
+            # Nothing is asked about its columns: of a damaged footer pyarrow would end this process.
+            group = about.row_group(number)
+            yield _RowGroup(group.num_rows, max(0, group.total_byte_size), partial(values, number))
+
+    return _Table(opened.schema_arrow, groups)
+
+
+def _arrow(file: Any) -> _Table:
+    """Reads the schema of an Arrow file: a stream, or a file with a footer."""
+    import pyarrow as pa
+
+    is_stream = file.read(len(_ARROW_FILE)) != _ARROW_FILE
+    # A stream may end behind any batch.
+    if is_stream and file.size() >= len(_END_OF_STREAM):
+        file.seek(file.size() - len(_END_OF_STREAM))
+        if file.read() != _END_OF_STREAM:
+            raise RefusedError("is truncated, or no Arrow file: its end is missing: get it again")
+
+    def reader() -> Any:
+        file.seek(0)
+        options = pa.ipc.IpcReadOptions(use_threads=False)
+        return (pa.ipc.open_stream if is_stream else pa.ipc.open_file)(file, options=options)
+
+    def values(batch: Any, column: str, _: int) -> Iterator[Any]:
+        found = batch.column(column)
+        found.validate(full=True)
+        yield found
+
+    def groups() -> Iterator[_RowGroup]:
+        opened = reader()
+        for batch in opened if is_stream else map(opened.get_batch, range(opened.num_record_batches)):
+            # Of lengths that contradict each other pyarrow would end this process.
+            batch.validate()
+            yield _RowGroup(batch.num_rows, batch.nbytes, partial(values, batch))
+
+    return _Table(reader().schema, groups)
+
+
+@contextmanager
+def _reading(name: str = "") -> Iterator[None]:
     """Turns the errors that `pyarrow` raises for a damaged file into one, which names the file if it has a name.
 
     Raises:
@@ -155,119 +316,14 @@ def reading(name: str = "") -> Iterator[None]:
     try:
         yield
     except RefusedError as error:
-        raise _refused(name, str(error)) from None
+        raise (refused(name, str(error)) if name else error) from None
     except (pa.ArrowException, ValueError, LookupError, TypeError, OSError, MemoryError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
         reason = " ".join(str(error).split())[:_REASON_CHARACTERS] or type(error).__name__
-        if "crypt" in reason.lower():
-            raise _refused(name, "is encrypted: decrypt it, and pack the copy") from None
-        raise _refused(name, f"is truncated or damaged ({reason}): get it again") from None
-
-
-def _refused(name: str, problem: str) -> RefusedError:
-    return refused(name, problem) if name else RefusedError(problem)
-
-
-class _Rows(NamedTuple):
-    """The rows of a file: of each group their number and the mean size of one; of each row its label's number."""
-
-    groups: list[tuple[int, int]]
-    texts: list[str]
-    labels: array[int] | None
-
-
-class _Tables:
-    """Tables with the same columns, and what is known of their rows."""
-
-    def __init__(
-        self, files: Files, names: Sequence[str], open_table: Callable[[str], Table], columns: Columns
-    ) -> None:
-        self._names, self._open, self._columns = names, open_table, columns
-        self._is_one, self._readers = bool(files.chosen), 0 if files.folder else _READERS
-        self._known = dict[str, _Rows]()
-
-    def members(self, split: str = "") -> Iterator[Member]:
-        """Yields the rows of all tables, or of those of one split."""
-        names = [name for name in self._names if split in ("", split_in(path_parts(name)))]
-        for name, rows in zip(names, self._scanned(names), strict=True):
-            yield from self._members(name, rows)
-
-    def _scanned(self, names: Sequence[str]) -> Iterator[_Rows]:
-        if not self._readers or self._known.keys() >= set(names):
-            yield from map(self._rows, names)
-            return
-        with ThreadPoolExecutor(self._readers) as pool:
-            yield from in_order(pool, self._rows, names, 2 * self._readers)
-
-    def _members(self, name: str, rows: _Rows) -> Iterator[Member]:
-        number = 0
-        with closing(_Images(partial(self._open, name), self._columns, rows)) as images:
-            for group, (count, size_bytes) in enumerate(rows.groups):
-                for row in range(count):
-                    label = rows.texts[rows.labels[number]] if rows.labels is not None else ""
-                    # The content decides how it is decoded: the suffix says no more than that it is an image.
-                    yield Member(f"{name}/{number:07d}.png", partial(images.read, group, row), -1, size_bytes, label)
-                    number += 1
-
-    def _rows(self, name: str) -> _Rows:
-        if found := self._known.get(name):
-            return found
-        groups, texts, labels = list[tuple[int, int]](), dict[str, int](), array("i")
-        with reading("" if self._is_one else name), closing(self._open(name)) as table:
-            columns = self._columns.of_file(table.schema)
-            for group in table.groups(columns):
-                groups.append((group.rows, group.size_bytes // max(1, group.rows)))
-                for text in group.labels or ():
-                    labels.append(texts.setdefault(text, len(texts)))
-                if group.labels is not None and len(group.labels) != group.rows:
-                    raise _promised(group.rows, len(group.labels))
-        found = _Rows(groups, list(texts), labels if columns.label else None)
-        self._known[name] = found
-        return found
-
-
-class _Images:
-    """The images of one table, which is open from the first of them on."""
-
-    def __init__(self, open_table: Callable[[], Table], columns: Columns, rows: _Rows) -> None:
-        self._open, self._columns, self._rows = open_table, columns, rows
-        self._table: Table | None = None
-        self._images: Iterator[Any] = iter(())
-        self._group, self._next = -1, 0
-
-    def read(self, group: int, row: int) -> bytes:
-        """Returns an image as a file; empty for a row without one."""
-        with reading():
-            if self._table is None:
-                self._table = self._open()
-                self._columns.of_file(self._table.schema)
-            if group != self._group or row < self._next:
-                self._images, self._group, self._next = self._table.images(self._columns, group), group, 0
-            for image in islice(self._images, row - self._next, None):
-                self._next = row + 1
-                content = image.as_buffer()
-                if content is None and row == 0:
-                    self._check_any(self._table, group)
-                members.check_size(content.size if content is not None else 0)
-                return content.to_pybytes() if content is not None else b""
-            raise _promised(self._rows.groups[group][0], row)
-
-    def _check_any(self, table: Table, group: int) -> None:
-        """Raises `RefusedError` if no row of a group has an image."""
-        if all(image.as_buffer() is None for image in table.images(self._columns, group)):
-            raise RefusedError(
-                "has no bytes, but at most a path: write the table by datasets' to_parquet, which reads it"
-            )
-
-    def close(self) -> None:
-        """Closes the table."""
-        if self._table is not None:
-            self._table.close()
-
-
-def _promised(promised: int, there: int) -> RefusedError:
-    return RefusedError(f"promises {promised:,} rows in a group, and has {there:,}: it is damaged, get it again")
+        how = "decrypt it, and pack the copy" if "crypt" in reason.lower() else "get it again"
+        said = f"is truncated or damaged ({reason}): {how}"
+        raise (refused(name, said) if name else RefusedError(said)) from None
 
 
 def _remarks(names: Sequence[str]) -> Iterator[str]:
@@ -281,3 +337,139 @@ def _remarks(names: Sequence[str]) -> Iterator[str]:
     if len(kinds) > 1:
         shown = ", ".join(kind or "." for kind in sorted(kinds)[:3]) + ", …" * (len(kinds) > 3)
         yield f"tables of {len(kinds):,} folders ({shown}) are packed together: name one of them to pack it alone"
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The chosen columns of a table.
+
+    Attributes:
+        image: the column of images.
+        label: the column of labels; empty for none.
+        classes: the names of the classes in the order of their numbers, if the schema has them.
+        unchosen: without a label, the words of `--labels` for each column that could be one.
+    """
+
+    image: str
+    label: str = ""
+    classes: tuple[str, ...] = ()
+    unchosen: tuple[str, ...] = ()
+
+    def of_file(self, schema: Any) -> _Columns:
+        """Returns the same columns of another file's `pyarrow.Schema`, which may lack the labels.
+
+        Raises:
+            RefusedError: the file has other features.
+        """
+        features = _features(schema)
+        if self.image not in _image_columns(schema, features):
+            raise RefusedError(f"lacks the column {self.image!r} of images of other files: name the files of one set")
+        if not self.label or self.label not in schema.names:
+            return replace(self, label="", classes=())
+        if _classes(features.get(self.label, {})) != self.classes:
+            raise RefusedError(f"has other classes in the column {self.label!r} than others: name the files of one set")
+        return self
+
+    def images_in(self, values: Any) -> Any:
+        """Returns the encoded images, as a `pyarrow.Array` of bytes, of values of the column of images."""
+        import pyarrow as pa
+
+        # Unlike `field`, `flatten` knows of rows whose whole struct is null.
+        return values.flatten()[values.type.get_field_index("bytes")] if pa.types.is_struct(values.type) else values
+
+    def label_texts(self, values: Any) -> list[str]:
+        """Returns the class of each value of a `pyarrow.Array`, empty for none; see `label_among`.
+
+        Raises:
+            RefusedError: a value stands for no class.
+        """
+        import pyarrow as pa
+
+        texts = partial(map, partial(label_among, self.classes))
+        if pa.types.is_dictionary(values.type):
+            found = list(texts(values.dictionary.to_pylist()))
+            return ["" if index is None else found[index] for index in values.indices.to_pylist()]
+        return list(texts(values.to_pylist()))
+
+
+def _columns_of(schema: Any, where: str, column: str | None) -> _Columns:
+    """Chooses the columns of a `pyarrow.Schema`.
+
+    Args:
+        schema: of the table.
+        where: the source, for messages.
+        column: the label that a person chose; empty for the usual one, None for none.
+
+    Raises:
+        BadRequestError: there are several images or labels to choose from, or the chosen label is missing.
+        RefusedError: the table lacks images.
+    """
+    if len(set(schema.names)) < len(schema.names):
+        raise RefusedError("has several columns of one name: rename them")
+    features = _features(schema)
+    images = _image_columns(schema, features)
+    if not images:
+        raise RefusedError(
+            f"is a table without a column of images, and has {some_of(schema.names)}. A row has one encoded image, "
+            "neither pixels as numbers nor a list: write it by `datasets`, as the feature Image. Of URLs or paths "
+            "img2dataset makes tars, which can be packed"
+        )
+    usual = [name for name in sorted(images, key=str.lower) if name.lower() in _IMAGES] or images
+    if len(usual) > 1:
+        raise BadRequestError(
+            f"{where} has several columns of images: {some_of(images)}: write it with one of them, named image"
+        )
+    if column is None:
+        return _Columns(usual[0])
+    possible = [field.name for field in schema if _can_be_label(field.type)]
+    named = [name for name in possible if features.get(name, {}).get("_type") == "ClassLabel"]
+    named = named or [name for name in possible if name.lower() in _LABELS]
+    label = chosen_label(where, possible if column else named, column, usual=()) if named or column else ""
+    unchosen = () if label else tuple(f":{name}" for name in possible)
+    return _Columns(usual[0], label, _classes(features.get(label, {})), unchosen)
+
+
+def _features(schema: Any) -> Mapping[str, Any]:
+    """Returns the features that `datasets` has written into the schema, by column; empty without them."""
+    try:
+        found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return {name: feature if isinstance(feature, dict) else {} for name, feature in found.items()}
+    # Too many brackets are a RecursionError.
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _image_columns(schema: Any, features: Mapping[str, Any]) -> list[str]:
+    """Returns the columns that may hold images: structs with a field `bytes`, else plain bytes."""
+    import pyarrow as pa
+
+    structs, plain = list[str](), list[str]()
+    for field in schema:
+        is_struct = pa.types.is_struct(field.type)
+        kind = next((one.type for one in field.type if one.name == "bytes"), pa.null()) if is_struct else field.type
+        is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+        # A sound or a video is a struct of bytes, too.
+        if is_bytes and features.get(field.name, {}).get("_type", "Image") in ("Image", "Value"):
+            (structs if is_struct else plain).append(field.name)
+    return structs or plain
+
+
+def _can_be_label(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+
+
+def _is_text(kind: Any) -> bool:
+    """Returns whether a `pyarrow.DataType` is that of texts."""
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _classes(feature: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the names of a `ClassLabel`."""
+    names = feature.get("names")
+    return class_names(names) if feature.get("_type") == "ClassLabel" and isinstance(names, list) else ()

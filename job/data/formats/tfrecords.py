@@ -7,15 +7,14 @@ a list of bytes, floats or integers. One of them is the image, encoded or as uin
 
 from __future__ import annotations
 
-import io
 import math
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, BinaryIO, NamedTuple
+from functools import cache, partial
+from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
@@ -38,28 +37,30 @@ _IS_LABEL = re.compile(r"(?:.*[/_])?(?:labels?|class|cls|target)(?:[/_].*)?", re
 _SHAPES = (("shape",), ("height", "width", "depth"), ("height", "width", "channels"))
 
 _MASK = 0xA282EAD8
-_MOST_FIELDS = 10_000
-_MOST_VALUES = 100
-_VARINT_BYTES = 10
-_NAME_BYTES, _LABEL_BYTES = 400, 1 << 16
 _CONVERT = "write its images into a folder, and pack that"
-_DAMAGED = f"holds a record that is damaged, or not a tf.train.Example: {_CONVERT}"
 
-_BYTES, _FLOATS, _INTEGERS = 1, 2, 3
+_SCHEMA = """
+name: "example.proto" syntax: "proto3"
+message_type { name: "Example" field { name: "features" number: 1 type: TYPE_MESSAGE type_name: "Features" } }
+message_type { name: "Features"
+  field { name: "feature" number: 1 label: LABEL_REPEATED type: TYPE_MESSAGE type_name: "FeatureEntry" }
+  nested_type { name: "FeatureEntry" options { map_entry: true }
+    field { name: "key" number: 1 type: TYPE_STRING } field { name: "value" number: 2 type: TYPE_BYTES } } }
+message_type { name: "Feature" oneof_decl { name: "kind" }
+  field { name: "bytes_list" number: 1 type: TYPE_BYTES oneof_index: 0 }
+  field { name: "float_list" number: 2 type: TYPE_BYTES oneof_index: 0 }
+  field { name: "int64_list" number: 3 type: TYPE_BYTES oneof_index: 0 } }
+message_type { name: "bytes_list" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
+message_type { name: "float_list" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_FLOAT } }
+message_type { name: "int64_list" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
+message_type { name: "single" field { name: "value" number: 1 type: TYPE_BYTES } }
+"""
+"""That of TensorFlow's example.proto and feature.proto, but for the messages in maps and features, which stay bytes: a
+forged list of numbers or of empty values would take fifteen times its size in memory."""
+_MOST_FEATURES, _LIST_BYTES = 10_000, 1 << 16
 
-
-class _Span(NamedTuple):
-    """Where a part of a record lies in a stream."""
-
-    start: int
-    stop: int
-
-
-class _Feature(NamedTuple):
-    """The kind of a feature, which is its field's number, and its list of values."""
-
-    kind: int
-    values: _Span
+_Features = Mapping[str, bytes]
+"""The features of an example by name, each as a message `Feature`."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def tfrecord_source(files: Files, column: str | None) -> Source | None:
         with members.refusing(f"{files.where}/{name}"), closing(files.open(name)) as raw:
             # A shard may be empty.
             if first := next(_records(raw), None):
-                layout = _layout(f"{files.where}/{name}", *first, column)
+                layout = _layout(f"{files.where}/{name}", _features(first), column)
                 break
     if layout is None:
         raise BadDataError(f"{files.where}/{names[0]} holds no records: get it again")
@@ -135,31 +136,22 @@ def _class_names(files: Files, label: str | None) -> tuple[str, ...]:
         return class_names([line for line in text_of(files.read(file)).split("\n") if line.strip()])
 
 
-def _records(raw: BinaryIO) -> Iterator[tuple[BinaryIO, _Span]]:
-    """Yields the stream and place of each record: of a local file its own stream, unread, else the checked record."""
+def _records(raw: BinaryIO) -> Iterator[bytes]:
+    """Yields the content of each record."""
     file, limit_bytes = unpacked(raw)
-    # To go back in another stream means to read it from the beginning, or a range of it twice.
-    is_local, position = isinstance(file, io.BufferedReader), 0
+    position = 0
     while header := file.read(12):
         length, checksum = struct.unpack("<QI", header)
         if _masked_crc32c(header[:8]) != checksum:
             raise RefusedError("is damaged, or not a TFRecord file (a checksum differs): get it again")
         members.check_size(length)
-        start, position = position + 12, position + 12 + length + 4
+        position += 12 + length + 4
         if position > limit_bytes:
             raise RefusedError(EXPANDS)
-        if is_local:
-            yield file, _Span(start, start + length)
-            file.seek(position)
-        else:
-            yield io.BytesIO(_content(file, length)), _Span(0, length)
-
-
-def _content(file: BinaryIO, length: int) -> bytes:
-    content = read_exactly(file, length)
-    if read_exactly(file, 4) != struct.pack("<I", _masked_crc32c(content)):
-        raise RefusedError("is damaged (a checksum differs): get it again")
-    return content
+        content = read_exactly(file, length)
+        if read_exactly(file, 4) != struct.pack("<I", _masked_crc32c(content)):
+            raise RefusedError("is damaged (a checksum differs): get it again")
+        yield content
 
 
 def _masked_crc32c(content: bytes) -> int:
@@ -167,10 +159,55 @@ def _masked_crc32c(content: bytes) -> int:
     return ((checksum >> 15 | checksum << 17) + _MASK) % 2**32
 
 
-def _layout(where: str, stream: BinaryIO, record: _Span, column: str | None) -> _Layout:
+@cache
+def _message(name: str) -> Any:
+    """Returns the class of a message."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(text_format.Parse(_SCHEMA, descriptor_pb2.FileDescriptorProto()))
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(name))
+
+
+def _parsed(name: str, content: bytes) -> Any:
+    from google.protobuf.message import DecodeError
+
+    try:
+        return _message(name).FromString(content)
+    except DecodeError:
+        raise RefusedError(f"holds a record that is damaged, or not a tf.train.Example: {_CONVERT}") from None
+
+
+def _features(record: bytes) -> _Features:
+    """Returns the features of an example that are not empty."""
+    found = _parsed("Example", record).features.feature
+    if len(found) > _MOST_FEATURES:
+        raise RefusedError(f"has {len(found):,} features in a record, more than {_MOST_FEATURES:,}: {_CONVERT}")
+    return {name: feature for name, feature in found.items() if feature}
+
+
+def _content(feature: bytes) -> bytes | None:
+    """Returns the value of a list of one value, in bytes; None of any other list."""
+    values = _parsed("Feature", feature).bytes_list
+    # Of several values it has the last one.
+    single = _parsed("single", values)
+    content: bytes = single.value
+    return content if values and single.ByteSize() == len(values) else None
+
+
+def _values(feature: bytes) -> Sequence[Any]:
+    """Returns all values of a short list: bytes, floats or integers."""
+    parsed = _parsed("Feature", feature)
+    kind = parsed.WhichOneof("kind") or "bytes_list"
+    if len(values := getattr(parsed, kind)) > _LIST_BYTES:
+        raise RefusedError(f"has {len(values):,} bytes of labels or sizes in a record: {_CONVERT}")
+    found: Sequence[Any] = _parsed(kind, values).value
+    return found
+
+
+def _layout(where: str, features: _Features, column: str | None) -> _Layout:
     """Returns the layout of all records, as the first one has it."""
-    features = _features(stream, record)
-    layout = _image_layout(where, stream, features)
+    layout = _image_layout(where, features)
     if column is None:
         return replace(layout, label=None)
     rest = [name for name in features if name not in (layout.image, *layout.shape)]
@@ -183,160 +220,71 @@ def _layout(where: str, stream: BinaryIO, record: _Span, column: str | None) -> 
     return replace(layout, label=label, others=tuple(name for name in others if name != label))
 
 
-def _image_layout(where: str, stream: BinaryIO, features: Mapping[str, _Feature]) -> _Layout:
+def _image_layout(where: str, features: _Features) -> _Layout:
     """Returns the layout without a label."""
-    starts = dict[str, bytes]()
-    for name, feature in features.items():
-        if feature.kind == _BYTES and len(found := _spans(stream, feature)) == 1:
-            stream.seek(found[0].start)
-            starts[name] = stream.read(min(START_BYTES, found[0].stop - found[0].start))
-    encoded = [name for name in starts if suffix_of(starts[name])]
-    image = next((name for name in _IMAGES if name in encoded), encoded[0] if len(encoded) == 1 else "")
+    single = {name: content for name, feature in features.items() if (content := _content(feature)) is not None}
+    suffixes = {name: suffix for name, content in single.items() if (suffix := suffix_of(content[:START_BYTES]))}
+    image = next((name for name in _IMAGES if name in suffixes), next(iter(suffixes)) if len(suffixes) == 1 else "")
     if image:
-        return _Layout(image, (), suffix_of(starts[image]))
-    if encoded:
-        raise BadRequestError(f"{where} has several images in a record: {some_of(encoded)}: {_CONVERT}")
-    image = next((name for name in _IMAGES if name in starts), "")
+        return _Layout(image, (), suffixes[image])
+    if suffixes:
+        raise BadRequestError(f"{where} has several images in a record: {some_of(suffixes)}: {_CONVERT}")
+    image = next((name for name in _IMAGES if name in single), "")
     shape = next((names for names in _SHAPES if image and features.keys() >= {*names}), ())
     if not shape:
         said = f"but {some_of([*features])}" if features else "and is not a tf.train.Example"
         raise RefusedError(f"has no image such as a JPEG in image/encoded in its first record, {said}: {_CONVERT}")
     raw = _Layout(image, shape, "")
-    return replace(raw, suffix=netpbm_suffix(_pixels(stream, features, raw).shape[2]))
+    return replace(raw, suffix=netpbm_suffix(_pixels(features, raw).shape[2]))
 
 
 def _members(files: Files, names: Sequence[str], layout: _Layout, classes: Sequence[str]) -> Iterator[Member]:
     """Yields the image of each record."""
     for name in names:
         with closing(files.open(name)) as raw:
-            for number, (stream, record) in enumerate(_records(raw)):
+            for number, record in enumerate(_records(raw)):
                 path = f"{name}/{number:08d}{layout.suffix}"
-                features = _features(stream, record)
-                if layout.image not in features:
-                    raise refused(path, f"has no {layout.image}, but {some_of([*features])}: {_CONVERT}")
-                later = layout.label == "" and next(filter(_IS_LABEL.fullmatch, features), None)
-                if later:
-                    raise refused(path, f"has {later}, which the first record lacks: use --labels :{later}")
                 try:
-                    label = label_among(classes, _value(stream, features.get(layout.label or "")))
+                    features = _features(record)
+                    label = _label(features, layout, classes)
                 except RefusedError as error:
                     raise refused(path, str(error)) from None
-                read = partial(_file, layout, stream, record)
-                yield Member(path, read, size_bytes=record.stop - record.start, label=label)
+                yield Member(path, partial(_file, features, layout), size_bytes=len(record), label=label)
 
 
-def _file(layout: _Layout, stream: BinaryIO, record: _Span) -> bytes:
+def _label(features: _Features, layout: _Layout, classes: Sequence[str]) -> str:
+    """Returns the class of a record; empty without one."""
+    if layout.image not in features:
+        raise RefusedError(f"has no {layout.image}, but {some_of([*features])}: {_CONVERT}")
+    later = layout.label == "" and next(filter(_IS_LABEL.fullmatch, features), None)
+    if later:
+        raise RefusedError(f"has {later}, which the first record lacks: use --labels :{later}")
+    values = _values(features.get(layout.label or "", b""))
+    value = values if len(values) > 1 else next(iter(values), None)
+    return label_among(classes, text_of(value) if isinstance(value, bytes) else value)
+
+
+def _file(features: _Features, layout: _Layout) -> bytes:
     """Returns the image of a record as a file."""
-    if not isinstance(stream, io.BytesIO):
-        stream.seek(record.start)
-        stream, record = io.BytesIO(_content(stream, record.stop - record.start)), _Span(0, record.stop - record.start)
-    features = _features(stream, record)
-    return netpbm(_pixels(stream, features, layout)) if layout.shape else _image(stream, features[layout.image])
+    return netpbm(_pixels(features, layout)) if layout.shape else _image(features, layout)
 
 
-def _image(stream: BinaryIO, feature: _Feature) -> bytes:
-    values = _spans(stream, feature)
-    if feature.kind != _BYTES or len(values) != 1:
+def _image(features: _Features, layout: _Layout) -> bytes:
+    if (content := _content(features[layout.image])) is None:
         raise RefusedError(f"does not have one image: {_CONVERT}")
-    stream.seek(values[0].start)
-    return read_exactly(stream, values[0].stop - values[0].start)
+    return content
 
 
-def _pixels(stream: BinaryIO, features: Mapping[str, _Feature], layout: _Layout) -> np.ndarray:
+def _pixels(features: _Features, layout: _Layout) -> np.ndarray:
     """Returns a raw image as uint8 [height, width, channels]; StyleGAN has the channels first."""
-    content = _image(stream, features[layout.image])
-    lengths = (features[name] for name in layout.shape if name in features and features[name].kind == _INTEGERS)
-    shape = [length for feature in lengths for length in _numbers(stream, feature)]
+    content = _image(features, layout)
+    lengths = (_values(features.get(name, b"")) for name in layout.shape)
+    shape = [length for listed in lengths for length in listed if isinstance(length, int)]
     if len(shape) == 2:
         shape.append(1)
-    is_planar = layout.shape == ("shape",) and shape[0] in (1, 3)
+    is_planar = layout.shape == ("shape",) and shape[:1] in ([1], [3])
     channels = shape[0 if is_planar else -1] if shape else 0
     if len(shape) != 3 or channels not in (1, 3) or min(shape) < 1 or math.prod(shape) != len(content):
         raise RefusedError(f"has {len(content):,} bytes of pixels, whose shape is {shape[:4]}: {_CONVERT}")
     pixels = np.frombuffer(content, np.uint8).reshape(shape)
     return pixels.transpose(1, 2, 0) if is_planar else pixels
-
-
-def _value(stream: BinaryIO, feature: _Feature | None) -> object:
-    """Returns the value of a label, of several all; None without one."""
-    if feature is None:
-        return None
-    values: Sequence[Any] = (_spans if feature.kind == _BYTES else _numbers)(stream, feature)
-    if len(values) > 1 or feature.kind != _BYTES:
-        return values if len(values) > 1 else next(iter(values), None)
-    if not values:
-        return None
-    start, stop = values[0]
-    stream.seek(start)
-    return text_of(read_exactly(stream, min(stop - start, _LABEL_BYTES)))
-
-
-def _features(stream: BinaryIO, record: _Span) -> dict[str, _Feature]:
-    """Returns the features of an example by name, without reading their values."""
-    found: dict[str, _Feature] = {}
-    for features in _messages(stream, record, 1):
-        for entry in _messages(stream, features, 1):
-            name, values = "", list[_Feature]()
-            for key in _messages(stream, entry, 1):
-                stream.seek(key.start)
-                name = read_exactly(stream, min(key.stop - key.start, _NAME_BYTES)).decode(errors="replace")
-            for feature in _messages(stream, entry, 2):
-                values = [_Feature(number, span) for number, wire, span in _fields(stream, feature) if wire == 2]
-            if values:
-                found[name] = values[-1]
-    return found
-
-
-def _messages(stream: BinaryIO, message: _Span, wanted: int) -> Iterator[_Span]:
-    return (span for number, wire, span in _fields(stream, message) if (number, wire) == (wanted, 2))
-
-
-def _spans(stream: BinaryIO, feature: _Feature) -> list[_Span]:
-    """Returns where the values of a list of bytes lie."""
-    return list(_messages(stream, feature.values, 1))
-
-
-def _numbers(stream: BinaryIO, feature: _Feature) -> list[Any]:
-    """Returns the first values of a list of integers or floats, packed or not."""
-    found = list[Any]()
-    for _, wire, (start, stop) in _fields(stream, feature.values):
-        stream.seek(start)
-        content, at = stream.read(min(stop - start, _VARINT_BYTES * _MOST_VALUES)), 0
-        if feature.kind == _FLOATS and wire in (2, 5):
-            found += struct.unpack(f"<{len(content) // 4}f", content[: len(content) // 4 * 4])
-        while feature.kind == _INTEGERS and wire in (0, 2) and at < len(content) and len(found) < _MOST_VALUES:
-            value, at = _varint(content, at)
-            found.append(value - 2**64 if value >= 2**63 else value)
-    return found
-
-
-def _fields(stream: BinaryIO, message: _Span) -> Iterator[tuple[int, int, _Span]]:
-    """Yields the number, the wire type and the place of each field of a message."""
-    position, count = message.start, 0
-    while position < message.stop:
-        stream.seek(position)
-        # The key of a field and the length of its content.
-        head = stream.read(2 * _VARINT_BYTES)
-        key, at = _varint(head, 0)
-        number, wire, size = key >> 3, key & 7, -1
-        if wire == 2:
-            size, at = _varint(head, at)
-        elif wire == 0:
-            size = _varint(head, at)[1] - at
-        elif wire in (1, 5):
-            size = 8 if wire == 1 else 4
-        start = position + at
-        position, count = start + size, count + 1
-        if size < 0 or position > message.stop or count > _MOST_FIELDS:
-            raise RefusedError(_DAMAGED)
-        yield number, wire, _Span(start, position)
-
-
-def _varint(content: bytes, at: int) -> tuple[int, int]:
-    """Returns a number of seven bits a byte, the lowest first, of which the last byte has no eighth; and its end."""
-    value = 0
-    for shift, byte in enumerate(content[at : at + _VARINT_BYTES]):
-        value |= (byte & 127) << 7 * shift
-        if byte < 128:
-            return value % 2**64, at + shift + 1
-    raise RefusedError(_DAMAGED)

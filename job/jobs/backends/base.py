@@ -1,28 +1,171 @@
-"""The operations of an engine that runs jobs, defined once for all engines."""
+"""What all engines share: the keys of a target, what an engine knows about a job, and the operations of an engine."""
 
 from __future__ import annotations
 
 import abc
+import os
 import re
+import select
+import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import reduce
-from subprocess import CompletedProcess
-from typing import Any, ClassVar, NoReturn
+from typing import Annotated, Any, ClassVar, NamedTuple, NoReturn
 
-from job.exits import BadRequestError, Exit, JobError, MissingInputError, Restart, State, meaning, restart_after
-from job.jobs.backends.target import Target
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from job.exits import (
+    BadRequestError,
+    Exit,
+    JobError,
+    MissingInputError,
+    Restart,
+    State,
+    meaning,
+    restart_after,
+    state_after,
+)
+from job.jobs.backends.machines import Hourly
 from job.jobs.spec import JobSpec
 from job.outcome import Outcome, read_outcome
 from job.progress import note, printable
+from job.sealed import utc_now
+from job.stop import SPOT_GRACE_SECONDS
+from job.store import KINDS, check_uri
 
 JsonObject = dict[str, Any]
 """A request to an engine, or its answer, as JSON types."""
 FOLLOW_SECONDS = 0.2
 """Between two looks at the output of a job of this machine."""
-BEFORE = "the attempt before "
-"""Begins the words about the last attempt of a job that waits for the next one; its bucket may know better ones."""
+
+_SECRET = re.compile(
+    r"PASSW|PASSPHRASE|SECRET|CREDENTIAL|TOKEN(?!IZ)|PWD|KEYS?(_|$)|SAS_|CONNECTION_STRING|FSSPEC_[A-Z0-9]+$|FSSPEC_\w*(KWARGS|HEADERS|PASS)"
+)
+_NO_SECRET = re.compile("|".join([r"\w+_(FILE|PATH|DIR)|(OLD)?PWD", *(name for kind in KINDS for name in kind.files)]))
+"""The names that look like those of secrets, and hold a path."""
+
+
+def _not_secret(variable: str) -> str:
+    if _SECRET.search(variable) and not _NO_SECRET.fullmatch(variable):
+        raise ValueError(f"{variable} looks like a secret, which lists would show: use the job's service account")
+    return variable
+
+
+def _uri(text: str) -> str:
+    try:
+        check_uri(text)
+    except BadRequestError as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
+Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$")]
+LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$")]
+Image = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._:/@-]{0,400})?$")]
+Word = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._:/@,=-]{0,400})?$")]
+"""Part of a command or of a path: neither an option nor the path of another place."""
+_Variable = Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$"), AfterValidator(_not_secret)]
+
+
+class Terms(NamedTuple):
+    """The facts about a job on a target that a person reads before it is sent.
+
+    Attributes:
+        machine: the type of its machines.
+        place: where they are.
+        limit: what `max_hours` count for, and who ends the job then.
+        attempts: how often these hours may pass; None without bound.
+        margin: what a job costs beside them.
+        kind: whether its machines may be taken away, if `spot` does not tell.
+    """
+
+    machine: str
+    place: tuple[str, ...]
+    limit: str
+    attempts: int | None = 1
+    margin: str = "; machines that start or go cost some minutes more"
+    kind: str = ""
+
+
+class Target(BaseModel):
+    """A place for jobs, as `targets.yaml` describes it. Each backend has a subclass with keys of its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    is_remote: ClassVar[bool] = True
+    """Whether its jobs run on other machines."""
+    is_in_place: ClassVar[bool] = False
+    """Whether its jobs have the files, libraries and variables of this program."""
+    has_groups: ClassVar[bool] = False
+    """Whether several of its machines can train together."""
+    limits_attempts: ClassVar[bool] = False
+    """Whether `max_hours` end one attempt, after which the engine itself begins the next."""
+    is_expected: ClassVar[bool] = True
+    """Whether a list of all jobs reports that its engine does not answer."""
+
+    name: str = Field("", pattern=r"^([a-z]([a-z0-9-]{0,61}[a-z0-9])?)?$")
+    """Its key in the file."""
+    backend: str
+    image: Image = ""
+    """By tag, `REGISTRY/NAME:TAG`, or by digest, `REGISTRY/NAME@sha256:…`."""
+    bucket: Annotated[str, AfterValidator(_uri)] = ""
+    """Where datasets and runs lie, unless `--bucket` or `DDPM_BUCKET` says otherwise."""
+    gpus: int = Field(1, ge=0, le=64)
+    """Per node, unless `--gpus` says otherwise."""
+    gpu_type: LabelValue = ""
+    spot: bool = True
+    max_hours: float = Field(24.0, ge=0.017, le=720)
+    price_per_hour: float | None = Field(None, ge=0)
+    """In dollars, of one machine with all its GPUs, as the user pays it."""
+    preempted_every_hours: float | None = Field(None, gt=0, le=1e6)
+    """The mean time between two interruptions of one of its machines, as the user knows it."""
+    env: dict[_Variable, str] = Field(default_factory=dict)
+    """Variables of the job, without secrets, because lists and logs show them."""
+
+    @property
+    def software(self) -> str:
+        """Returns where its machines find the program: the image, or what stands for one."""
+        return self.image
+
+    @property
+    def has_files(self) -> bool:
+        """Returns whether its machines have the files of this one, at the same paths."""
+        return not self.is_remote
+
+    @property
+    def usual_bucket(self) -> str:
+        """Returns the bucket of a command without `--bucket`: `DDPM_BUCKET`, else the target's, else ./bucket."""
+        return os.environ.get("DDPM_BUCKET", "") or self.bucket or "./bucket"
+
+    @property
+    def notice_seconds(self) -> float:
+        """Returns the time between the notice that a machine is taken away and its end."""
+        return SPOT_GRACE_SECONDS
+
+    @property
+    def selects_machines(self) -> bool:
+        """Returns whether the GPU type and `spot` decide about the machine."""
+        return True
+
+    def terms(self, spec: JobSpec) -> Terms:
+        """Returns the facts about a job on a remote target."""
+        raise NotImplementedError
+
+    def list_price(self, spec: JobSpec) -> Hourly | None:
+        """Returns the price of one machine by the table that comes with the program; None if it is unknown."""
+        return None
+
+    def hourly(self, spec: JobSpec) -> Hourly | None:
+        """Returns the price of one machine: the target's own wins."""
+        return (
+            self.list_price(spec) if self.price_per_hour is None else Hourly(self.price_per_hour, "as the target says")
+        )
+
+    def dollars_per_hour(self, spec: JobSpec) -> float | None:
+        """Returns the highest price of all machines of a job together; None if it is unknown."""
+        hourly = self.hourly(spec)
+        return spec.machines * hourly.dollars if hourly else None
 
 
 class Cause(StrEnum):
@@ -40,16 +183,16 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True)
 class JobStatus:
-    """An engine's answer about a job."""
+    """A job by its engine, which knows whether it lives; `with_outcome` adds how it ended, by its bucket."""
 
     name: str
     state: State
     message: str = ""
-    """The reason, in a line: the engine's, or the last line of the program."""
+    """The engine's own reason, or the program's last line, in a line."""
     exit_code: int | None = None
-    """The program's, if the engine reports it."""
+    """The program's, or that of its last attempt, if the engine reports it."""
     attempts: int = 0
-    """The number of the program's starts, if the engine reports it."""
+    """The number of the program's starts, by its bucket."""
     failures: int = 0
     """The number of attempts that ended in a failure that counts, if the engine makes several by itself."""
     created: str = ""
@@ -67,27 +210,22 @@ class JobStatus:
         object.__setattr__(self, "message", printable(" ".join(self.message.split())))
 
     @classmethod
-    def of_code(cls, name: str, code: int) -> JobStatus:
-        """Returns the status of a job, or a part of one, whose program ended with `code` on its machine."""
-        if code == Exit.FINISHED:
-            return cls(name, State.FINISHED, exit_code=code)
-        return cls(name, State.FAILED, f"ended with code {code}: {meaning(code)}", code)
-
-    @classmethod
     def of_slices(cls, slices: Sequence[JobStatus]) -> JobStatus:
         """Returns the status of a job from those of its slices, of which the worst decides."""
         if len(slices) == 1:
             return slices[0]
-        # The worst one is the last.
-        order = sorted(range(len(slices)), key=lambda one: (slices[one].state.order, slices[one].restart, -one))
-        failed = [number for number in order if slices[number].state is State.FAILED]
-        # Slices that wait or run do not hide one that failed for good.
-        shown = (f"slice {one}: {slices[one].message}" for one in (order[-1], *failed[-1:]) if slices[one].message)
+        worst = max(range(len(slices)), key=lambda one: (slices[one].state.order, slices[one].restart, -one))
         finished = f"{sum(one.state is State.FINISHED for one in slices)} of {len(slices)} slices finished"
-        message = joined(finished, failed_slices(*sorted(failed)), *shown)
+        failed = failed_slices(number for number, one in enumerate(slices) if one.state is State.FAILED)
+        message = joined(finished, failed, f"slice {worst}: {slices[worst].why}" * bool(slices[worst].why))
         created = min((one.created for one in slices if one.created), default="")
         places = ",".join(sorted({one.place for one in slices if one.place}))
-        return replace(slices[order[-1]], message=message, created=created, place=places)
+        return replace(slices[worst], message=message, created=created, place=places)
+
+    @property
+    def why(self) -> str:
+        """Returns the reason of an end: the message, else the meaning of a bad exit code."""
+        return self.message or (meaning(self.exit_code) if self.state.is_over and self.exit_code else "")
 
     @property
     def occupies_machine(self) -> bool:
@@ -99,43 +237,52 @@ class JobStatus:
         """Returns whether it is tried again, by its cause and else by its exit code."""
         if self.cause is not None:
             return Restart.ALWAYS if self.cause is Cause.TAKEN_AWAY else Restart.NEVER
-        return Restart.BOUNDED if self.exit_code is None else restart_after(self.exit_code)
+        return restart_after(self.exit_code)
 
     def with_outcome(self, bucket_uri: str, earlier: Outcome | None = None) -> JobStatus:
-        """Returns this status with the facts in the job's bucket: its starts, and how it or its last attempt ended.
+        """Returns this status with its starts, and with how it or its last attempt ended, by the job's bucket.
 
-        The engine's own facts win.
+        A program that was killed writes no end: then the exit code of the engine counts, which also wins over the
+        bucket's.
 
         Args:
             bucket_uri: the job's bucket.
             earlier: the outcome before the job was submitted, which belongs to an earlier job of this name.
         """
         outcome = read_outcome(self.name, bucket_uri)
-        # An outcome from before the job was made belongs to an earlier job as well.
+        # One from before the job was made belongs to an earlier job as well.
         if outcome is None or outcome == earlier or outcome.updated < self.created:
+            outcome = Outcome(state=State.RUNNING, exit_code=None, updated=utc_now())
+        status = replace(self, attempts=sum(start >= self.created for start in outcome.starts))
+        return status._after(outcome) if self.state.is_over else status._between(outcome)
+
+    def _between(self, outcome: Outcome) -> JobStatus:
+        """Returns the status of a job that lives, with the end of its last attempt."""
+        code = self.exit_code
+        # Slices that have ended say nothing about those that wait.
+        if code is None and self.state is State.WAITING and self.attempts and not outcome.is_sliced:
+            code = outcome.exit_code
+        # One that is stuck has not ended.
+        if not code or self.cause is Cause.STUCK:
             return self
-        starts = sum(start >= self.created for start in outcome.starts)
-        status, code = replace(self, attempts=max(self.attempts, starts)), outcome.exit_code
-        # Some slices may have ended while others have not begun; the nodes of a training end together.
-        is_whole = outcome.machines == 1 or self.name.startswith("train-")
-        # A program that was killed leaves its code with the engine alone; one that is stuck has not ended.
-        is_between = self.state is State.WAITING and self.cause is not Cause.STUCK and self.exit_code in (None, code)
-        if is_between and starts and is_whole:
-            end = "without a message" if code is None else f"with exit code {code}: {outcome.message or meaning(code)}"
-            why = self.message.partition(BEFORE)[0].removesuffix("; ")
-            return replace(status, message=joined(why, f"{BEFORE}ended {end}"))
-        if code is not None and code == self.exit_code:
-            return replace(status, message=joined(self.message * (not is_whole), outcome.message) or self.message)
-        if code is None or self.exit_code is not None or self.state not in (State.FAILED, State.GONE):
-            return status
-        is_finished, told = code == Exit.FINISHED, failed_slices(*outcome.failed) * (not is_whole)
+        said = outcome.message * (outcome.exit_code == code) or meaning(code)
+        return replace(self, message=joined(self.message, f"the attempt before ended with exit code {code}: {said}"))
+
+    def _after(self, outcome: Outcome) -> JobStatus:
+        """Returns the status of a job that is over, with its end."""
+        code, is_known = outcome.exit_code, self.exit_code is not None
+        if code is None or (self.exit_code != code if is_known else self.state not in (State.FAILED, State.GONE)):
+            return self
+        if is_known:
+            # The engine counts the slices.
+            return replace(self, message=joined(self.message * outcome.is_sliced, outcome.message) or self.message)
+        failed = failed_slices(outcome.failed) * outcome.is_sliced
         return replace(
-            status,
-            state=State.FINISHED if is_finished else self.state,
+            self,
+            state=self.state if self.state is State.GONE and code else state_after(code),
             exit_code=code,
             failures=self.failures * (restart_after(code) is Restart.BOUNDED),
-            # The engine would report a finished process as killed.
-            message=joined(told, outcome.message) or self.message * (not is_finished),
+            message=joined(failed, outcome.message) or self.message * (code != Exit.FINISHED),
             # A code that would come again counts more than the loss of the machine.
             cause=None if self.cause is Cause.TAKEN_AWAY else self.cause,
         )
@@ -146,21 +293,35 @@ def joined(*parts: str) -> str:
     return reduce(lambda text, part: text if part in text else f"{text}; {part}".removeprefix("; "), parts, "")
 
 
-def failed_slices(*numbers: object) -> str:
+def failed_slices(numbers: Iterable[object]) -> str:
     """Returns the part of a message that names the slices which failed for good; empty if none did."""
-    return f"failed slices: {','.join(map(str, numbers))}" * bool(numbers)
+    return f"failed slices: {named}" if (named := ",".join(map(str, numbers))) else ""
 
 
-def last_line(answer: CompletedProcess[str]) -> str:
+def last_line(answer: subprocess.CompletedProcess[str]) -> str:
     """Returns the last line of an engine's client that failed, without its name."""
     lines = [line.strip() for line in answer.stderr.splitlines() if line.strip()]
     return re.sub(r"^\w+: (error: |fatal: )*", "", lines[-1]) if lines else f"it ended with {answer.returncode}"
 
 
-def ended_here(code: int) -> State:
-    """Returns the state of a job of this machine after an exit code: only a person or its deadline stops one."""
-    state = State.of_code(code)
-    return State.CANCELLED if state is State.STOPPED else state
+def output_of(command: Sequence[str], poll_seconds: float, is_over: Callable[[], bool]) -> Iterator[str]:
+    """Yields the lines that a command prints, until it ends, or prints no more after `is_over`."""
+    was_over, part, none = False, b"", subprocess.DEVNULL
+    with subprocess.Popen(command, stdin=none, stdout=subprocess.PIPE, stderr=none) as process:
+        assert process.stdout is not None
+        try:
+            while True:
+                ready = select.select([process.stdout], [], [], poll_seconds)[0]
+                data = os.read(process.stdout.fileno(), 1 << 16) if ready else b""
+                is_end = not data and (ready or was_over)
+                *lines, part = (part + data + b"\n" * (is_end and bool(part))).split(b"\n")
+                yield from (line.decode(errors="replace") for line in lines)
+                if is_end:
+                    return
+                # Looked at before the next read, so that it has all output until the end.
+                was_over = not data and is_over()
+        finally:
+            process.kill()
 
 
 @dataclass(frozen=True)
@@ -306,12 +467,12 @@ class Backend(abc.ABC):
         return f"was {state} already: its engine's record of it is removed"
 
     @abc.abstractmethod
-    def status(self, name: str) -> JobStatus:
-        """Returns the status of a job; `State.GONE` if the engine does not know it."""
+    def alive(self, name: str) -> JobStatus:
+        """Returns whether a job lives, as far as the engine knows; `State.GONE` if it does not know the job."""
 
     @abc.abstractmethod
     def jobs(self) -> list[JobStatus]:
-        """Returns all jobs that this program submitted to this target, in any order."""
+        """Returns all jobs that this program submitted to this target, in any order, as `alive` does."""
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """Returns what tells a job of this engine from all others: several targets may show the same one."""

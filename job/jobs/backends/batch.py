@@ -15,16 +15,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from job.exits import BadRequestError, Restart, State, restart_after
+from job.exits import BadRequestError, Restart, State, failures, state_after
 from job.jobs.backends import google
 from job.jobs.backends.base import Cause, JobStatus, JsonObject
-from job.jobs.backends.confinement import SCRATCH
+from job.jobs.backends.container import SCRATCH
 from job.jobs.backends.google import GoogleNotFoundError
 from job.jobs.backends.machines import Machine
 from job.jobs.spec import LABEL_PREFIX, JobSpec
-from job.pieces import BATCH_TASK_INDEX
 from job.sealed import utc_text
 
+TASK_INDEX = "$BATCH_TASK_INDEX"
+"""The variable in which Batch gives each task its number."""
 MAX_RETRIES = 10
 """The most that Batch takes. It counts preemptions as well, and so `--watch` goes on after them."""
 _STATES = {
@@ -47,7 +48,7 @@ _RESERVED: dict[int, tuple[str, Cause | None]] = {
     50006: ("its machine was made again", Cause.TAKEN_AWAY),
 }
 """Batch's own exit codes (cloud.google.com/batch/docs/troubleshooting#reserved-exit-codes)."""
-FAILING_CODES = [*(code for code in range(1, 256) if restart_after(code) is Restart.NEVER), 50004, 50005]
+FAILING_CODES = [*failures(Restart.NEVER), 50004, 50005]
 """The exit codes, of the program and of Batch, after which a task is not tried again."""
 
 
@@ -84,17 +85,17 @@ class BatchBackend(google.GoogleBackend):
             self._delete(before[0])
         self.create(f"POST {self._path(self.place)}", manifest, jobId=spec.name)
 
-    def status(self, name: str) -> JobStatus:
-        """See `Backend.status`."""
+    def alive(self, name: str) -> JobStatus:
+        """See `Backend.alive`."""
         if not (found := self.find(name)):
             return JobStatus(name, State.GONE, "Batch does not know it")
-        return batch_status(found[0], self._tasks(found[0]))
+        return batch_alive(found[0], self._tasks(found[0]))
 
     def jobs(self) -> list[JobStatus]:
         """See `Backend.jobs`."""
         pages = (page for region in self._places for page in self.pages(f"GET {self._path(region)}"))
         found = [job for page in pages for job in page.get("jobs", ())]
-        return [batch_status(job, ()) for job in found if job.get("labels", {}).get("app") == LABEL_PREFIX]
+        return [batch_alive(job, ()) for job in found if job.get("labels", {}).get("app") == LABEL_PREFIX]
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """See `Backend.identity`: each region has names of its own."""
@@ -186,6 +187,13 @@ class BatchBackend(google.GoogleBackend):
         return allocation
 
 
+def _command(spec: JobSpec) -> JsonObject:
+    """Returns the words of the container: all tasks get the same ones, so a shell fills in the number of a slice."""
+    if not spec.slices:
+        return {"commands": [*spec.argv]}
+    return {"entrypoint": "/bin/sh", "commands": ["-c", " ".join(["exec", "ddpm", *spec.shell_words(TASK_INDEX)])]}
+
+
 def _task(spec: JobSpec, machine: Machine) -> JsonObject:
     resources = {}
     if machine.shape:
@@ -195,7 +203,7 @@ def _task(spec: JobSpec, machine: Machine) -> JsonObject:
     scratch = f"--mount=type=volume,target={SCRATCH}"
     container = {
         "imageUri": spec.image,
-        "commands": [*spec.argv_of_slice(BATCH_TASK_INDEX)],
+        **_command(spec),
         # Only constants, because Batch splits the text at spaces.
         "options": " ".join((*google.CONTAINER_OPTIONS, scratch, *["--gpus=all"] * bool(machine.gpus))),
     }
@@ -209,27 +217,24 @@ def _task(spec: JobSpec, machine: Machine) -> JsonObject:
     }
 
 
-def batch_status(found: JsonObject, tasks: Sequence[JsonObject]) -> JobStatus:
-    """Returns a job's status from Batch's record of it, and from those of its tasks, if they were requested."""
+def batch_alive(found: JsonObject, tasks: Sequence[JsonObject]) -> JobStatus:
+    """Returns whether a job lives by Batch's record of it, and by those of its tasks, if they were requested."""
     name, state = found["name"].rpartition("/")[2], _state_of(found)
     status = JobStatus(name, state, _message(found, state), 0 if state is State.FINISHED else None)
     codes = [(task["status"].get("state"), _codes_of(task)) for task in tasks]
     if state is State.FAILED:
         ends = [_ended_task(name, each[-1]) for ended, each in codes if ended == "FAILED" and each]
         status = max(ends, key=lambda end: end.restart, default=status)
-    starts = sum(event.get("taskState") == "RUNNING" for task in tasks for event in _events(task))
-    failures = max(
-        [0, *(sum(_ended_task(name, code).restart is Restart.BOUNDED for code in each) for _, each in codes)]
-    )
+    counted = (sum(_ended_task(name, code).restart is Restart.BOUNDED for code in each) for _, each in codes)
     created = utc_text(found["createTime"])
-    return replace(status, attempts=starts, failures=failures, created=created, place=_region(found))
+    return replace(status, failures=max(counted, default=0), created=created, place=_region(found))
 
 
 def _ended_task(name: str, code: int) -> JobStatus:
     if code not in _RESERVED:
-        return JobStatus.of_code(name, code)
+        return JobStatus(name, state_after(code), exit_code=code)
     reason, cause = _RESERVED[code]
-    return JobStatus(name, State.FAILED, f"ended with code {code}: {reason}", cause=cause)
+    return JobStatus(name, State.FAILED, reason, cause=cause)
 
 
 def _codes_of(task: JsonObject) -> list[int]:

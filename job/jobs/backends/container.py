@@ -14,19 +14,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from job.exits import BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, NoPermissionError, State
-from job.jobs.backends.base import FOLLOW_SECONDS, Backend, Check, JobStatus, JsonObject, ended_here, last_line
-from job.jobs.backends.confinement import IMAGE_USER, SCRATCH, docker_options, scratch_variables
-from job.jobs.backends.target import Image, Target, Word
+from job.exits import (
+    BadRequestError,
+    BucketAwayError,
+    Exit,
+    JobError,
+    MissingInputError,
+    NoPermissionError,
+    State,
+    state_after,
+)
+from job.jobs.backends.base import FOLLOW_SECONDS, Backend, Check, Image, JobStatus, JsonObject, Target, Word, last_line
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.processes.group import local_gpus
 from job.progress import note
 from job.sealed import utc_text
+from job.stop import GRACE_VARIABLE
 from job.store import kind_of
 
 OWN_IMAGE = "localhost/"
@@ -38,6 +45,29 @@ BUCKET_LABEL = "ddpm-bucket"
 CREDENTIALS_FOLDER = "/credentials"
 """The container's folder into which files with credentials are mounted."""
 _OVER = ("exited", "stopped", "dead", "removing")
+IMAGE_USER = 10001
+"""User and group of the image, for jobs that touch no file of the machine they run on."""
+SCRATCH = "/scratch"
+"""The local disk that the program may write; elsewhere /tmp may be memory."""
+
+
+def scratch_variables(grace_seconds: int) -> dict[str, str]:
+    """Returns the container's variables for the folders it may write, and for the time it has to save."""
+    folders = {"TMPDIR": SCRATCH, "XDG_CACHE_HOME": f"{SCRATCH}/cache", "DDPM_CACHE": f"{SCRATCH}/ddpm"}
+    return {**folders, GRACE_VARIABLE: str(grace_seconds)}
+
+
+def docker_options(user: int, group: int, stop_seconds: int) -> list[str]:
+    """Returns options of `docker run`: no rights, only scratch and /tmp to write, and the time until SIGKILL."""
+    return [
+        f"--stop-timeout={stop_seconds}",
+        "--read-only",
+        # torch.compile puts libraries there and runs them.
+        "--tmpfs=/tmp:rw,exec,nosuid,nodev,mode=1777",
+        f"--user={user}:{group}",
+        "--cap-drop=ALL",
+        "--security-opt=no-new-privileges",
+    ]
 
 
 class ContainerTarget(Target):
@@ -149,8 +179,8 @@ class ContainerBackend(Backend):
             return None
         raise self._refusal(answer)
 
-    def status(self, name: str) -> JobStatus:
-        """See `Backend.status`."""
+    def alive(self, name: str) -> JobStatus:
+        """See `Backend.alive`."""
         return self.find(name) or JobStatus(name, State.GONE, f"the engine has no container {name!r}")
 
     def jobs(self) -> list[JobStatus]:
@@ -284,18 +314,18 @@ class ContainerBackend(Backend):
 def _container_status(found: dict[str, Any]) -> JobStatus:
     """Returns the status from an inspection, of which podman and docker share the keys that are read here."""
     state, labels = found["State"], found["Config"]["Labels"] or {}
-    code, error = int(state["ExitCode"]), state.get("Error") or ""
-    started = str(state.get("StartedAt", "")).startswith("2")
-    # datetime reads no nanoseconds.
-    name, created = found["Name"].removeprefix("/"), utc_text(re.sub(r"\.\d+", "", found["Created"]))
-    bucket = labels.get(BUCKET_LABEL, "")
-    status = JobStatus(name, State.RUNNING, attempts=int(started), created=created, bucket=bucket)
+    error, has_started = state.get("Error") or "", str(state.get("StartedAt", "")).startswith("2")
     # A container that cannot be started keeps the status of one that was made.
-    if str(state["Status"]).lower() not in _OVER and (started or not error):
-        return status
-    if not started:
-        return replace(status, state=State.FAILED, message=error or "it did not start")
+    is_over = str(state["Status"]).lower() in _OVER or (bool(error) and not has_started)
+    code = int(state["ExitCode"]) if is_over and has_started else None
     if state.get("OOMKilled"):
         error = "killed by the kernel: memory ran out; `memory:` of the target is the limit"
-    message = error or JobStatus.of_code(name, code).message
-    return replace(status, state=ended_here(code), message=message, exit_code=code)
+    return JobStatus(
+        name=found["Name"].removeprefix("/"),
+        state=state_after(code) if code is not None or not is_over else State.FAILED,
+        message=error or "it did not start" * (is_over and not has_started),
+        exit_code=code,
+        # datetime reads no nanoseconds.
+        created=utc_text(re.sub(r"\.\d+", "", found["Created"])),
+        bucket=labels.get(BUCKET_LABEL, ""),
+    )

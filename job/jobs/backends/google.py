@@ -15,7 +15,7 @@ import textwrap
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import cache
@@ -25,12 +25,10 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
-from job.jobs import prices
-from job.jobs.backends.base import Backend, Check, JsonObject, NoCapacityError
-from job.jobs.backends.confinement import IMAGE_USER, docker_options, scratch_variables
+from job.jobs.backends import machines
+from job.jobs.backends.base import Backend, Check, JsonObject, LabelValue, NoCapacityError, Target, Terms, Word
+from job.jobs.backends.container import IMAGE_USER, docker_options, scratch_variables
 from job.jobs.backends.machines import Machine, machine_for
-from job.jobs.backends.target import LabelValue, Target, Terms, Word
-from job.jobs.prices import Hourly
 from job.jobs.spec import JobSpec
 
 API_RETRY_PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)
@@ -90,24 +88,21 @@ class GoogleTarget(Target):
         """See `Target.terms`."""
         return Terms(self.machine_type, (f"project {self.project}", ", then ".join(self.places)), *self.limit)
 
-    def list_price(self, spec: JobSpec) -> Hourly | None:
+    def list_price(self, spec: JobSpec) -> machines.Hourly | None:
         """See `Target.list_price`: the price in the dearest region, with disk and address."""
-        table, gigabytes = prices.load_prices(), self.boot_disk_gigabytes
+        table, gigabytes = machines.load_prices(), self.boot_disk_gigabytes
         machine = table.machines.get(self.machine_type, {})
         disk = table.disks.get(Machine(self.machine_type).disk_type, {})
-        address = 0.0 if self.network else table.address
-        dollars = {
-            region: machine[region] + gigabytes * disk.get(region, 0.0) / prices.HOURS_OF_MONTH + address
-            for region in self.all_regions
-            if region in machine
-        }
-        if not dollars:
+        if not {*self.all_regions} <= machine.keys():
             return None
-        dearest = max(dollars, key=dollars.__getitem__)
-        beside = f" and a disk of {gigabytes} GB" * (dearest in disk) + " and an address" * bool(address)
-        without = "traffic" if dearest in disk else "disk and traffic"
-        what = f"with {self.machine_type}{beside} in {dearest}, without {without}"
-        return table.hourly(dollars[dearest], what, tuple(one for one in self.all_regions if one not in dollars))
+        address = 0.0 if self.network else table.address
+        beside = {
+            region: gigabytes * disk.get(region, 0.0) / machines.HOURS_OF_MONTH + address for region in self.all_regions
+        }
+        dearest = max(beside, key=lambda region: machine[region] + beside[region])
+        more = f" and a disk of {gigabytes} GB" * (dearest in disk) + " and an address" * bool(address)
+        what = f"with {self.machine_type}{more} in {dearest}, without {'traffic' if disk else 'disk and traffic'}"
+        return table.hourly(machine[dearest] + beside[dearest], what)
 
     def network_in(self, region: str) -> dict[str, str]:
         """Returns `network` and `subnetwork` of a machine's interface, as paths, if the target names them."""
@@ -299,7 +294,7 @@ class GoogleBackend(Backend):
         seen: set[str] = set()
         newest, over_at = since, math.inf
         while True:
-            if follow and over_at == math.inf and self.status(name).state.is_over:
+            if follow and over_at == math.inf and self.alive(name).state.is_over:
                 over_at = time.monotonic()
             # Determined before the request, so that it has all entries until the end.
             is_last = not follow or time.monotonic() - over_at >= LOG_SETTLE_SECONDS
@@ -326,44 +321,19 @@ class GoogleBackend(Backend):
         raise BucketAwayError(f"{what}: not ready after {CHANGE_SECONDS:.0f} s: look later")
 
     def checks(self, bucket: str) -> Iterator[Check]:
-        """See `Backend.checks`: the API, the machine type, quotas of its GPUs, the account, the image."""
+        """See `Backend.checks`: the API, the machine type, the account, the image."""
         target = self.target
         self.is_hurried = True
         yield (engine := Check.of(self.engine, self._look_at_engine))
         if not engine.passed:
             return
-        if target.gpus:
-            regions = [f"/regions/{region}" for region in target.all_regions]
-            metric = quota_metric(self._machine().gpu_type, target.spot)
-            yield Check.of("GPU quota", lambda: self._quota(metric, regions))
-            # A project has a quota over all regions besides that of each: 0 in a new one.
-            yield Check.of("GPU quota, everywhere", lambda: self._quota("GPUS_ALL_REGIONS", [""]))
         if target.service_account:
             yield Check.unless_hidden("service account", self._look_for_account)
         yield Check.of_image(target.image)
 
     def _look_at_engine(self) -> str:
-        jobs, _ = self.jobs(), self._machine()
-        return f"project {self.target.project} answers; {len(jobs):,} jobs"
-
-    def _machine(self) -> Machine:
-        return machine_for(self.target.machine_type, self.target.gpu_type, self.target.gpus)
-
-    def _quota(self, metric: str, places: Sequence[str]) -> str:
-        """Returns what is left of a quota, which one of the places, regions or all of them, must have for a job."""
-        free = {}
-        for place in places:
-            quotas = self.ask(f"GET compute/projects/{self.target.project}{place}").get("quotas", ())
-            quota = next((quota for quota in quotas if quota.get("metric") == metric), None)
-            if quota is None:
-                # This API hides the quota of some GPUs.
-                return f"{metric}: not known before a job requests it"
-            left = quota["limit"] - quota.get("usage", 0)
-            free[f"{place.removeprefix('/regions/')} {left:g} of {quota['limit']:g} free".strip()] = left
-        message = f"{metric}: {', '.join(free)}; a job takes {self.target.gpus}"
-        if max(free.values()) < self.target.gpus:
-            raise BadRequestError(f"{message}: request more at {QUOTA_PAGE.format(project=self.target.project)}")
-        return message
+        machine_for(self.target.machine_type, self.target.gpu_type, self.target.gpus)
+        return f"project {self.target.project} answers; {len(self.jobs()):,} jobs"
 
     def _look_for_account(self) -> str:
         account = self.ask(f"GET iam/projects/-/serviceAccounts/{self.target.service_account}")
@@ -373,11 +343,3 @@ class GoogleBackend(Backend):
 def container_variables(spec: JobSpec) -> dict[str, str]:
     """Returns the variables of the container, in the order of their names."""
     return dict(sorted({**scratch_variables(CONTAINER_GRACE_SECONDS), **spec.env}.items()))
-
-
-def quota_metric(gpu_type: str, spot: bool) -> str:
-    """Returns the name of Compute Engine's quota for these GPUs: `PREEMPTIBLE_NVIDIA_L4_GPUS`."""
-    kind = gpu_type.removeprefix("nvidia-").removeprefix("tesla-").upper().replace("-", "_")
-    # The first H100s are counted without the size of their memory, and A100s of 40 GB as well.
-    kind = {"H100_80GB": "H100"}.get(kind, kind)
-    return f"{'PREEMPTIBLE_' if spot else ''}NVIDIA_{kind}_GPUS"

@@ -14,8 +14,7 @@ from typing import Any
 
 from job.exits import BadConfigError, BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
 from job.jobs.backends.base import JsonObject
-from job.jobs.backends.kubernetes_manifests import CONTAINER
-from job.jobs.backends.kubernetes_target import KubernetesTarget
+from job.jobs.backends.kubernetes_manifests import CONTAINER, KubernetesTarget
 
 API_RETRIES, API_RETRY_SECONDS = 5, 0.5
 """The number of retries, and the first pause between two; each is twice the one before."""

@@ -13,7 +13,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -23,8 +22,7 @@ from typing import Literal, NoReturn
 import psutil
 
 from job.exits import BadRequestError, MissingInputError, State
-from job.jobs.backends.base import FOLLOW_SECONDS, Backend, Check, JobStatus, JsonObject, ended_here
-from job.jobs.backends.target import Target
+from job.jobs.backends.base import FOLLOW_SECONDS, Backend, Check, JobStatus, JsonObject, Target, output_of
 from job.jobs.spec import JobSpec
 from job.sealed import utc_now
 from job.store.files import folder_lock, os_errors
@@ -60,17 +58,6 @@ class LocalRecord:
             is_same = abs(process.create_time() - self.process_began) < SAME_START_SECONDS
             return process if is_same and process.status() != psutil.STATUS_ZOMBIE else None
         return None
-
-    def status(self) -> JobStatus:
-        """Returns the status of the job."""
-        status = JobStatus(self.name, State.RUNNING, attempts=1, created=self.created, bucket=self.bucket)
-        if self.process() is not None:
-            return status
-        status = replace(status, state=State.GONE).with_outcome(self.bucket)
-        if status.exit_code is not None:
-            return replace(status, state=ended_here(status.exit_code))
-        see = f": see `ddpm jobs logs {self.name}`" * _log_path(self.name).exists()
-        return replace(status, message=f"its process ended, or was killed{see}")
 
 
 class LocalBackend(Backend):
@@ -115,14 +102,19 @@ class LocalBackend(Backend):
             return LocalRecord(**json.loads((_folder() / f"{name}.json").read_bytes()))
         return None
 
-    def status(self, name: str) -> JobStatus:
-        """See `Backend.status`."""
-        record = self.find(name)
-        return record.status() if record else JobStatus(name, State.GONE, "it was not started here")
+    def alive(self, name: str) -> JobStatus:
+        """See `Backend.alive`."""
+        if not (record := self.find(name)):
+            return JobStatus(name, State.GONE, "it was not started here")
+        alive = JobStatus(name, State.RUNNING, created=record.created, bucket=record.bucket)
+        if record.process() is not None:
+            return alive
+        see = f": see `ddpm jobs logs {name}`" * _log_path(name).exists()
+        return replace(alive, state=State.FAILED, message=f"its process ended, or was killed{see}")
 
     def jobs(self) -> list[JobStatus]:
         """Returns the newest job of each name that was started here."""
-        return [record.status() for path in _folder().glob("*.json") if (record := self.find(path.stem))]
+        return [self.alive(path.stem) for path in _folder().glob("*.json") if self.find(path.stem)]
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """See `Backend.identity`: all targets are this machine."""
@@ -130,19 +122,11 @@ class LocalBackend(Backend):
 
     def logs(self, name: str, follow: bool) -> Iterator[str]:
         """See `Backend.logs`."""
-        record, part = self.known(name), ""
-        if not _log_path(name).exists():
+        record, path = self.known(name), _log_path(name)
+        if not path.exists():
             raise MissingInputError(f"{name} prints to the terminal that it was started from, and has no log")
-        with os_errors(_log_path(name)), _log_path(name).open(encoding="utf-8", errors="replace", newline="\n") as file:
-            while True:
-                # Determined before the read, so that it has all output until the end.
-                is_over = not follow or record.process() is None
-                *lines, part = (part + file.read()).split("\n")
-                yield from lines
-                if is_over:
-                    yield from filter(None, [part])
-                    return
-                time.sleep(FOLLOW_SECONDS)
+        tail = ["tail", "--lines=+1", *["--follow"] * follow, "--", str(path)]
+        yield from output_of(tail, FOLLOW_SECONDS, lambda: record.process() is None)
 
     def cancel(self, name: str) -> str:
         """Makes the job save and end, as Ctrl-C would."""
@@ -156,7 +140,7 @@ class LocalBackend(Backend):
 
     def checks(self, bucket: str) -> Iterable[Check]:
         """See `Backend.checks`: the machine itself."""
-        from job.jobs.backends.local_checks import machine_checks
+        from job.jobs.doctor import machine_checks
 
         return machine_checks()
 

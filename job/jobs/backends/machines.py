@@ -1,4 +1,4 @@
-"""The GPUs, processors and memory of Compute Engine's machine types, by which a wrong pair is refused at once.
+"""The GPUs, processors, memory and prices of Compute Engine's machine types, by which a wrong pair is refused at once.
 
 The table holds the accelerator-optimised families (docs.cloud.google.com/compute/docs/accelerator-optimized-machines,
 as of 2026-04-13). N1 is the one family that takes GPUs as an extra; all others have none.
@@ -6,10 +6,14 @@ as of 2026-04-13). N1 is the one family that takes GPUs as an extra; all others 
 
 from __future__ import annotations
 
+import datetime
+import importlib.resources
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
+from job.config import parse_yaml
 from job.exits import BadRequestError
 
 
@@ -53,6 +57,8 @@ _EXTRA: dict[str, tuple[int, ...]] = {
 _GPU_TYPES = sorted({*(family.gpu_type for family in _FAMILIES.values() if family.gpu_type), *_EXTRA})
 GKE_GPU_TYPES = tuple(sorted([*_GPU_TYPES, "nvidia-gb200", "nvidia-gb300"]))
 """Values of the label `cloud.google.com/gke-accelerator`."""
+HOURS_OF_MONTH = 730
+"""By which Google converts its monthly prices."""
 _HYPERDISK_ONLY = re.compile(r"(g4|a3-ultragpu|a4x?|[cn]4[ad]?|h4d)-")
 
 
@@ -116,3 +122,37 @@ def machine_for(machine_type: str, gpu_type: str, gpus: int) -> Machine:
     has = f"has {count} {bundled}" if count else "has no GPUs of its own"
     wrong, types = f"{machine_type} {has}, not {gpus} {gpu_type or bundled}".strip(), "|".join(_GPU_TYPES)
     raise BadRequestError(f"{wrong}: use another machine_type, or --gpu-type {types}")
+
+
+@dataclass(frozen=True)
+class Hourly:
+    """The price of one machine of a job for an hour."""
+
+    dollars: float
+    about: str
+    """The source of the figure, and what it includes."""
+
+
+@dataclass(frozen=True)
+class Prices:
+    """The table, in dollars, with its source and its day."""
+
+    source: str
+    date: datetime.date
+    machines: dict[str, dict[str, float]]
+    """On demand, for an hour, by machine type and region."""
+    disks: dict[str, dict[str, float]]
+    """For a gigabyte and month, by type and region."""
+    address: float
+    """For an hour."""
+
+    def hourly(self, dollars: float, what: str) -> Hourly:
+        """Returns a price of this table, with its source; `what` goes on after "on demand"."""
+        return Hourly(dollars, f"on demand {what}; {self.source}, {self.date}")
+
+
+@cache
+def load_prices() -> Prices:
+    """Returns the table."""
+    text = (importlib.resources.files("job.jobs") / "prices.yaml").read_text(encoding="utf-8")
+    return Prices(**parse_yaml(text))

@@ -1,7 +1,9 @@
 """Slurm: a batch job for each job, or an array for slices, by Slurm's commands here or, through ssh, on a login node.
 
-The job's script (`slurm_script`) notes in the job's comment, which Slurm keeps, how each attempt ended, and requeues
-the job as the table of exit codes says.
+The job's script (slurm.schedmd.com/sbatch.html) has options for `sbatch` first, then what differs between jobs, then
+`slurm_job.sh`. `srun` in it starts the program once on each node, where that starts a process for each GPU. The script
+notes in the job's comment, which Slurm keeps, how each attempt ended, and requeues the job as the table of exit codes
+says.
 
     FOLDER/NAME-JOBID.log     the output of all attempts; NAME-JOBID_INDEX.log of a slice. All nodes share the folder
 """
@@ -9,34 +11,53 @@ the job as the table of exit codes says.
 from __future__ import annotations
 
 import json
-import os
 import re
-import select
 import shlex
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
-from job.exits import BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, NoPermissionError, State
-from job.jobs.backends.base import BEFORE, Backend, Cause, Check, JobStatus, JsonObject, joined, last_line
-from job.jobs.backends.slurm_script import SlurmTarget, script_of
+from pydantic import Field, model_validator
+
+from job.exits import (
+    CRASHED,
+    BadRequestError,
+    BucketAwayError,
+    Exit,
+    JobError,
+    MissingInputError,
+    NoPermissionError,
+    Restart,
+    State,
+    failures,
+    state_after,
+)
+from job.jobs.backends.base import (
+    Backend,
+    Cause,
+    Check,
+    JobStatus,
+    JsonObject,
+    Target,
+    Terms,
+    Word,
+    last_line,
+    output_of,
+)
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.processes.group import GPUS
 from job.sealed import MOMENT_FORMAT
+from job.stop import GRACE_VARIABLE
 
 ANSWER_SECONDS = 60.0
 NODE_SECONDS = 20
 """How long `ddpm doctor` waits for a free node."""
 FOLLOW_POLL_SECONDS = 5.0
 _QUEUE = ("squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T|%r|%N|%V|%j|%k")
-_ACCOUNTS = (
-    *("sacct", "--array", "--allocations", "--noheader", "--parsable2", "--starttime=now-30days"),
-    "--format=JobID,State,Reason,NodeList,Submit,JobName,Comment",
-)
-"""Both give the same columns."""
 _ROW = re.compile(r"(\d+)(?:_(\d+))?" + r"\|([^|]*)" * 5 + r"\|(.*)")
 _PLAINLY = (
     "for name in ${!SLURM_*} ${!SBATCH_*} ${!SQUEUE_*} ${!SACCT_*}; do [[ $name == SLURM_CONF ]] || unset $name; done; "
@@ -60,6 +81,70 @@ _FAILED = {
     "PREEMPTED": (Cause.TAKEN_AWAY, "it was preempted"),
 }
 """In every other state than these a job runs, or is about to end."""
+
+CPUS_PER_GPU = 4
+"""A job without GPUs gets as many as one with a single GPU."""
+INDEX = "$SLURM_ARRAY_TASK_ID"
+_Option = Annotated[str, Field(pattern=r"^([A-Za-z0-9(\[][A-Za-z0-9._:,=|&*()\[\]!/+-]{0,400})?$")]
+
+
+class SlurmTarget(Target):
+    """A Slurm cluster, whose commands are on this machine or on the login node `host`."""
+
+    has_groups = True
+    limits_attempts = True
+    backend: Literal["slurm"]
+    host: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._@:%-]{0,255})?$")] = ""
+    """As ssh knows it, such as `me@login.example.org`; empty if Slurm's commands are on this machine."""
+    folder: Annotated[str, Field(pattern=r"^/[^\\]+$")]
+    """For the output of jobs: the login node and all nodes share it."""
+    venv: Annotated[str, Field(pattern=r"^(/.*)?$")] = ""
+    """The virtual environment on a disk that all nodes share, if the program is not in an image."""
+    image: Annotated[str, Field(pattern=r"^([A-Za-z0-9/][A-Za-z0-9._:/@#+~-]{0,400})?$")] = ""
+    """As `container` takes it, such as `/shared/ddpm.sif` or `docker://REGISTRY/NAME:TAG`."""
+    container: Literal["apptainer", "pyxis"] = "apptainer"
+    partition: _Option = ""
+    account: _Option = ""
+    qos: _Option = ""
+    constraint: _Option = ""
+    gres: _Option = ""
+    """More of each node than its GPUs, such as `lscratch:200`."""
+    cpus: int = Field(0, ge=0, le=1024)
+    """Per node; 0: 4 for each GPU."""
+    memory: Word = ""
+    """Per node, such as `64G`; empty is the cluster's default."""
+    scratch: Annotated[str, Field(pattern=r"^([/$][A-Za-z0-9._/$@-]+)?$")] = ""
+    """The local disk of a node, for the cache of images, such as `/scratch` or `/lscratch/$SLURM_JOB_ID`."""
+    grace_seconds: int = Field(30, ge=5, le=3600)
+    """From the notice to the end: a preempted job has its partition's `GraceTime`, then the cluster's `KillWait`."""
+    spot: Literal[False] = False
+
+    @model_validator(mode="after")
+    def _has_program(self) -> SlurmTarget:
+        if bool(self.venv) == bool(self.image):
+            raise ValueError("set either `venv` or `image`, where the nodes find the program")
+        return self
+
+    @property
+    def software(self) -> str:
+        """See `Target.software`."""
+        return self.venv or self.image
+
+    @property
+    def has_files(self) -> bool:
+        """See `Target.has_files`: a login node shares its disks with the nodes."""
+        return not self.host
+
+    @property
+    def notice_seconds(self) -> float:
+        """See `Target.notice_seconds`."""
+        return self.grace_seconds
+
+    def terms(self, spec: JobSpec) -> Terms:
+        """See `Target.terms`."""
+        place = tuple(f"{key} {getattr(self, key)}" for key in ("host", "partition") if getattr(self, key))
+        limit = "for each attempt, then it saves and waits in the queue for the next"
+        return Terms("node", place, limit, None, "", "which other jobs may take if the partition allows that")
 
 
 class _Task(NamedTuple):
@@ -88,7 +173,7 @@ class SlurmBackend(Backend):
     def submit(self, spec: JobSpec) -> None:
         """See `Backend.submit`."""
         (made,) = self.render(spec)
-        if not (before := self.status(spec.name)).state.is_over:
+        if not (before := self.alive(spec.name)).state.is_over:
             raise self.runs_already(spec.name, f"on {before.place}" if before.place else "or waits")
         # No container can mount a bucket that is not there yet.
         self._ask("mkdir", "-p", "--", self.target.folder, *map(str, filter(None, [spec.bucket_folder])))
@@ -96,12 +181,10 @@ class SlurmBackend(Backend):
 
     def find(self, name: str) -> list[_Task]:
         """Returns the newest job of that name, by slices; one that Slurm has forgotten has its output."""
-        tasks = _tasks(self._ask(*_QUEUE, f"--name={name}"))
-        tasks = tasks or _tasks(self._run([*_ACCOUNTS, f"--name={name}"]).stdout, is_noted=False)
-        return _newest(tasks or self._outputs(name))
+        return _newest(_tasks(self._ask(*_QUEUE, f"--name={name}")) or self._outputs(name))
 
-    def status(self, name: str) -> JobStatus:
-        """See `Backend.status`."""
+    def alive(self, name: str) -> JobStatus:
+        """See `Backend.alive`."""
         tasks = self.find(name)
         return _whole(tasks) if tasks else JobStatus(name, State.GONE, "Slurm does not know it")
 
@@ -120,7 +203,8 @@ class SlurmBackend(Backend):
         """See `Backend.logs`: the output lies in the target's folder until a person deletes it."""
         paths = [f"{self.target.folder}/{task.output}" for task in self.known(name)]
         words = ["tail", "--lines=+1", "--verbose" if len(paths) > 1 else "--quiet", *["-F"] * follow, "--", *paths]
-        lines, is_empty = self._output_of(words, lambda: self.status(name).state.is_over), True
+        lines = output_of(self._there(words), FOLLOW_POLL_SECONDS, lambda: self.alive(name).state.is_over)
+        is_empty = True
         for line in _with_indices(lines) if len(paths) > 1 else lines:
             is_empty = False
             yield line
@@ -135,25 +219,6 @@ class SlurmBackend(Backend):
         found = re.findall(line, self._run([*files, *first_lines]).stdout, re.MULTILINE)
         gone = JobStatus(name, State.GONE, "Slurm has forgotten it")
         return [_Task(int(number), int(index or -1), replace(gone, created=began)) for number, index, began in found]
-
-    def _output_of(self, words: Sequence[str], is_over: Callable[[], bool]) -> Iterator[str]:
-        """Yields the lines that a command prints, until it ends, or prints no more after `is_over`."""
-        was_over, part, none = False, b"", subprocess.DEVNULL
-        with subprocess.Popen(self._there(words), stdin=none, stdout=subprocess.PIPE, stderr=none) as process:
-            assert process.stdout is not None
-            try:
-                while True:
-                    ready = select.select([process.stdout], [], [], FOLLOW_POLL_SECONDS)[0]
-                    data = os.read(process.stdout.fileno(), 1 << 16) if ready else b""
-                    is_end = not data and (ready or was_over)
-                    *lines, part = (part + data + b"\n" * (is_end and bool(part))).split(b"\n")
-                    yield from (line.decode(errors="replace") for line in lines)
-                    if is_end:
-                        return
-                    # Looked at before the next read, so that it has all output until the end.
-                    was_over = not data and is_over()
-            finally:
-                process.kill()
 
     def cancel(self, name: str) -> str:
         """See `Backend.cancel`: Slurm tells the program to stop, and kills it after the cluster's `KillWait`."""
@@ -174,7 +239,7 @@ class SlurmBackend(Backend):
         job = replace(job, gpus=target.gpus, gpu_type=target.gpu_type, max_hours=target.max_hours)
         self.submit(job)
         until = time.monotonic() + NODE_SECONDS
-        while not (status := self.status(name)).state.is_over:
+        while not (status := self.alive(name)).state.is_over:
             # Slurm keeps a job whose GPUs, time or account its partition never allows.
             is_possible = not _IMPOSSIBLE.search(status.message)
             if status.state is State.WAITING and (time.monotonic() > until or not is_possible):
@@ -230,19 +295,18 @@ class SlurmBackend(Backend):
         return kind(f"target {self.target.name!r}: {why}")
 
 
-def _tasks(table: str, *, is_noted: bool = True) -> list[_Task]:
-    """Returns the jobs and slices in Slurm's answer; with `is_noted` those alone that this program submitted."""
+def _tasks(table: str) -> list[_Task]:
+    """Returns the jobs and slices in Slurm's answer that this program submitted."""
     found = []
     # A person's other jobs may have comments of several lines.
     for row in filter(None, map(_ROW.fullmatch, table.splitlines())):
         number, index, state, reason, nodes, submitted, name, comment = row.groups()
-        notes = _NOTES.fullmatch(comment)
-        if is_noted and not notes:
+        if not (notes := _NOTES.fullmatch(comment)):
             continue
-        began, failures, code, bucket = notes.groups() if notes else (None,) * 4
+        began, counted, code, bucket = notes.groups()
         status = replace(
-            _status(name, state.split()[0], reason, int(code) if code else None),
-            failures=int(failures or 0),
+            _alive(name, state.split()[0], reason, int(code) if code else None),
+            failures=int(counted or 0),
             created=datetime.fromtimestamp(int(began or submitted), UTC).strftime(MOMENT_FORMAT),
             place=nodes,
             bucket=bucket or "",
@@ -261,21 +325,20 @@ def _whole(tasks: Sequence[_Task]) -> JobStatus:
     return JobStatus.of_slices([task.status for task in tasks])
 
 
-def _status(name: str, state: str, reason: str, code: int | None) -> JobStatus:
-    """Returns the state of a job from Slurm's word for it, and from the exit code of the last attempt that ended."""
-    if state in _FAILED:
-        cause, why = _FAILED[state]
-        if reason.startswith("RaisedSignal:53"):
-            why = "its node could not write its output: put the target's `folder` on a disk that all nodes share"
-        if code and not why:
-            return JobStatus.of_code(name, code)
-        return JobStatus(name, State.FAILED, why or reason, code, cause=cause)
-    found = _STATES.get(state, State.RUNNING)
-    if found is State.WAITING:
-        end = BEFORE + JobStatus.of_code(name, code).message if code else ""
-        return JobStatus(name, found, joined(reason.replace("None", ""), end), code)
-    message = state.lower() * (found is State.RUNNING and state != "RUNNING")
-    return JobStatus(name, found, message, 0 if found is State.FINISHED else None)
+def _alive(name: str, word: str, reason: str, code: int | None) -> JobStatus:
+    """Returns whether a job lives by Slurm's word for it, with the exit code of the last attempt that ended."""
+    if word not in _FAILED:
+        state = _STATES.get(word, State.RUNNING)
+        reason = reason.replace("None", "") if state is State.WAITING else ""
+        is_odd = state is State.RUNNING and word != "RUNNING"
+        codes = {State.FINISHED: int(Exit.FINISHED), State.WAITING: code}
+        return JobStatus(name, state, word.lower() if is_odd else reason, codes.get(state))
+    cause, why = _FAILED[word]
+    if reason.startswith("RaisedSignal:53"):
+        why = "its node could not write its output: put the target's `folder` on a disk that all nodes share"
+    return JobStatus(
+        name, state_after(CRASHED if code is None else code), why or reason * (not code), code, cause=cause
+    )
 
 
 def _with_indices(lines: Iterable[str]) -> Iterator[str]:
@@ -290,3 +353,103 @@ def _with_indices(lines: Iterable[str]) -> Iterator[str]:
         if line:
             yield f"[{index}] {line}"
         is_empty = not line
+
+
+def script_of(spec: JobSpec, target: SlurmTarget) -> str:
+    """Returns the script of a job; equal arguments give equal scripts.
+
+    Raises:
+        BadRequestError: Slurm cannot run the job; the message names the option or the path.
+    """
+    if spec.spot:
+        raise BadRequestError("--spot: on Slurm the partition decides which jobs are preempted: leave it out")
+    if spec.max_seconds <= target.grace_seconds:
+        raise BadRequestError(f"--max-hours {spec.max_hours:g}: an attempt must last longer than its grace_seconds")
+    output = f"{target.folder}/".replace("%", "%%") + f"{spec.name}-{'%A_%a' if spec.slices else '%j'}.log"
+    minutes, seconds = divmod(spec.max_seconds, 60)
+    options = {
+        "job-name": spec.name,
+        "comment": _quoted(f"{LABEL_PREFIX} bucket={spec.bucket}"),
+        "output": _quoted(output),
+        "open-mode": "append",
+        # The variables of a login shell, and not of the one that submits, which may hold secrets.
+        "export": "NONE",
+        "requeue": "",
+        "time": f"{minutes // 60}:{minutes % 60:02}:{seconds:02}",
+        "signal": f"B:TERM@{target.grace_seconds}",
+        **_resources(spec, target),
+    }
+    again, never = (" ".join(map(str, failures(rule))) for rule in (Restart.ALWAYS, Restart.NEVER))
+    own = {"bucket": spec.bucket, "retries": spec.retries, "uncounted": again, "never": never}
+    lines = [
+        "#!/bin/bash",
+        *(f"#SBATCH --{key}={value}".removesuffix("=") for key, value in options.items()),
+        *(f"{key}={shlex.quote(str(value))}" for key, value in own.items()),
+        f'job="{f"${{SLURM_ARRAY_JOB_ID}}_{INDEX}" if spec.slices else "$SLURM_JOB_ID"}"',
+        *_exports(spec, target),
+        f"words=({' '.join(_words(spec, target))})",
+        Path(__file__).with_name("slurm_job.sh").read_text(encoding="utf-8"),
+    ]
+    return "\n".join(lines)
+
+
+def _resources(spec: JobSpec, target: SlurmTarget) -> dict[str, str]:
+    gpus = ":".join(filter(None, ("gpu", spec.gpu_type, str(spec.gpus)))) if spec.gpus else ""
+    values = {
+        "nodes": str(spec.nodes),
+        "ntasks-per-node": "1",
+        "cpus-per-task": str(target.cpus or CPUS_PER_GPU * max(spec.gpus, 1)),
+        "gres": ",".join(filter(None, (gpus, target.gres))),
+        "mem": target.memory,
+        "array": f"0-{spec.slices - 1}" if spec.slices else "",
+        **{key: getattr(target, key) for key in ("partition", "account", "qos", "constraint")},
+    }
+    return {key: value for key, value in values.items() if value}
+
+
+def _exports(spec: JobSpec, target: SlurmTarget) -> list[str]:
+    values = {**spec.env, GRACE_VARIABLE: str(target.grace_seconds)}
+    if target.image:
+        # A program in an image must not import what lies in the user's home.
+        values["PYTHONNOUSERSITE"] = "1"
+    lines = [f"export {key}={shlex.quote(value)}" for key, value in sorted(values.items())]
+    if target.scratch:
+        lines.append(f'export DDPM_CACHE="{target.scratch}/ddpm-$UID"')
+    if spec.nodes > 1:
+        lines.append('export NNODES="$SLURM_JOB_NUM_NODES" MASTER_PORT="$((10000 + SLURM_JOB_ID % 20000))"')
+    return lines
+
+
+def _words(spec: JobSpec, target: SlurmTarget) -> list[str]:
+    """Returns the words of `srun` and of the program, quoted for a shell that may expand Slurm's variables alone."""
+    mounts, is_pyxis = _mounts(spec, target), bool(target.image) and target.container == "pyxis"
+    # srun takes no CPUs from the job, and PMI would describe another group than this program's.
+    words = ["srun", "--export=ALL", "--mpi=none", f"--cpus-per-task={_resources(spec, target)['cpus-per-task']}"]
+    words += ["--kill-on-bad-exit=0", "--wait=0"]
+    if is_pyxis:
+        words += [f"--container-image={shlex.quote(target.image)}", "--container-readonly", "--container-mount-home"]
+        words += ["--no-container-entrypoint", f"--container-mounts={','.join(f'{path}:{path}' for path in mounts)}"]
+    if spec.nodes > 1:
+        place = 'NODE_RANK="$SLURM_NODEID" MASTER_ADDR="$SLURM_LAUNCH_NODE_IPADDR" exec "$@"'
+        words += ["bash", "-c", shlex.quote(place), "bash"]
+    if target.venv:
+        words += [shlex.quote(f"{target.venv}/bin/ddpm")]
+    elif is_pyxis:
+        words += ["ddpm"]
+    else:
+        binds = (word for path in mounts for word in ("--bind", path))
+        words += ["apptainer", "run", *["--nv"] * bool(spec.gpus), *binds, shlex.quote(target.image)]
+    return words + spec.shell_words(INDEX)
+
+
+def _mounts(spec: JobSpec, target: SlurmTarget) -> list[str]:
+    """Returns the paths that a container needs besides the user's home, quoted for the shell."""
+    paths = dict.fromkeys(filter(None, (target.folder, str(spec.bucket_folder or ""), *spec.reads)))
+    if target.image and (odd := next((path for path in paths if re.search("[:,]", path)), None)):
+        raise BadRequestError(f"{odd!r} has a colon or a comma: no container can mount it; rename it")
+    return [*map(shlex.quote, paths), *[f'"{target.scratch}"'] * bool(target.scratch)]
+
+
+def _quoted(text: str) -> str:
+    """Returns a value for a line `#SBATCH`, which sbatch itself reads: no shell does."""
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'

@@ -1,12 +1,11 @@
 # Runs a job's program on all its nodes, notes in Slurm how it ended, and has Slurm start it again if that may help.
 #
-# A constant: `slurm_script.py` puts options for sbatch before it, and these variables:
+# A constant: `slurm.py` puts options for sbatch before it, and these variables:
 #   words    the command that starts the program once on each node
 #   job      its number, and its slice's: the number alone, which the last slice has, means all slices
 #   bucket   of the job
 #   retries  how many failures may be tried again
-#   stopped  the exit code of a program that saved because it had to stop
-#   fatal    the exit codes after which nothing is tried again
+#   never, uncounted    the exit codes, by the table, after which nothing is tried again, and that are no failures
 # shellcheck shell=bash disable=SC2154
 set -u
 
@@ -58,15 +57,15 @@ fi
 again=yes
 if ((code == 0)); then
   again=
-elif [[ " $fatal " == *" $code "* ]]; then
+elif [[ " $never " == *" $code "* ]]; then
   again='' why+=', which would come again'
-elif ((code != stopped)); then
+elif [[ " $uncounted " != *" $code "* ]]; then
   ((++failures <= retries)) || again=
   why+=" (failure $failures; $retries are tried again)"
 fi
 say "$why"
 # Without its count a failure would come again for ever.
-remember "$code" || ((code == stopped)) || again=
+remember "$code" || [[ " $uncounted " == *" $code "* ]] || again=
 if [[ $again ]]; then
   if scontrol requeue "$job"; then
     say "waiting in the queue for the next attempt"

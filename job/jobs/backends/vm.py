@@ -19,10 +19,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from job.exits import JobError, Restart, State, restart_after
+from job.exits import Exit, JobError, Restart, State, restart_after, state_after
 from job.jobs.backends import google
-from job.jobs.backends.base import Cause, JobStatus, JsonObject
-from job.jobs.backends.confinement import SCRATCH
+from job.jobs.backends.base import Cause, JobStatus, JsonObject, joined
+from job.jobs.backends.container import SCRATCH
 from job.jobs.backends.google import GoogleNotFoundError
 from job.jobs.backends.machines import Machine
 from job.jobs.spec import JobSpec
@@ -84,16 +84,16 @@ class VmBackend(google.GoogleBackend):
         # Events of an earlier job of this name no longer count.
         self._log_event(spec.name, spec.slices, "submitted")
 
-    def status(self, name: str) -> JobStatus:
-        """See `Backend.status`."""
-        return vm_status(name, self.find(name), self._last_events(name))
+    def alive(self, name: str) -> JobStatus:
+        """See `Backend.alive`."""
+        return vm_alive(name, self.find(name), self._last_events(name))
 
     def jobs(self) -> list[JobStatus]:
         """Returns the jobs that have a machine."""
         machines: dict[str, list[JsonObject]] = {}
         for machine in self.find():
             machines.setdefault(machine["labels"][JOB_LABEL], []).append(machine)
-        return [vm_status(name, own, {}) for name, own in machines.items()]
+        return [vm_alive(name, own, {}) for name, own in machines.items()]
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """See `Backend.identity`: every target sees all zones of its project."""
@@ -102,7 +102,7 @@ class VmBackend(google.GoogleBackend):
     def log_of(self, name: str) -> tuple[str, datetime, bool]:
         """See `GoogleBackend.log_of`: docker's output, and the events of the machines themselves."""
         machines, parts = self.find(name), self._last_events(name)
-        found = vm_status(name, machines, parts)
+        found = vm_alive(name, machines, parts)
         if not found.created:
             raise self.unknown(name)
         docker = self._filter("gcplogs-docker-driver", "jsonPayload.container.metadata", name)
@@ -120,7 +120,7 @@ class VmBackend(google.GoogleBackend):
         # Otherwise a watch would count the machines as lost, and submit the job again.
         self._log_event(name, _slices(machines[0]), "cancelled")
         self._delete(machines)
-        return self.effect_of_cancelling(vm_status(name, machines, {}).state)
+        return self.effect_of_cancelling(vm_alive(name, machines, {}).state)
 
     def find(self, name: str = "") -> list[JsonObject]:
         """Returns the machines of one job, or of all, in any zone of the project."""
@@ -179,7 +179,7 @@ class VmBackend(google.GoogleBackend):
         labels = {JOB_LABEL: spec.name, SLICE_LABEL: str(number), SLICES_LABEL: str(spec.slices)}
         variables = google.container_variables(spec)
         metadata = {
-            "startup-script": Path(__file__).with_name("vm_start.sh").read_text(encoding="utf-8"),
+            "startup-script": start_script(),
             "ddpm-words": _one_a_line(_docker_words(spec, machine.gpus, number)),
             "ddpm-environment": _one_a_line(f"{key}={value}" for key, value in variables.items()),
             "ddpm-image": spec.image,
@@ -226,6 +226,13 @@ class VmBackend(google.GoogleBackend):
         return instance
 
 
+def start_script() -> str:
+    """Returns the script that a VM runs: `vm_start.sh` behind the exit codes that it names."""
+    codes = (Exit.STOPPED, Exit.BUCKET_AWAY, Exit.MISSING_INPUT)
+    lines = "".join(f"{code.name.lower()}={code:d}\n" for code in codes)
+    return f"#!/bin/bash\n{lines}{Path(__file__).with_name('vm_start.sh').read_text(encoding='utf-8')}"
+
+
 def _slices(machine: JsonObject) -> int:
     """Returns the number of its job's slices; 0 for none."""
     return int(machine["labels"][SLICES_LABEL])
@@ -260,11 +267,11 @@ def last_events(name: str, entries: Iterable[JsonObject]) -> dict[int, JobStatus
                 if part.state is not State.CANCELLED:
                     parts[number] = replace(part, message="its machine was taken away", cause=Cause.TAKEN_AWAY)
             case "ended" | "taken":
-                parts[number] = replace(JobStatus.of_code(name, code), created=part.created)
+                parts[number] = replace(JobStatus(name, state_after(code), exit_code=code), created=part.created)
     return parts
 
 
-def vm_status(name: str, machines: Sequence[JsonObject], parts: Mapping[int, JobStatus]) -> JobStatus:
+def vm_alive(name: str, machines: Sequence[JsonObject], parts: Mapping[int, JobStatus]) -> JobStatus:
     """Returns the status of a job, all its slices together, by its machines, and by `last_events` of those gone."""
     gone = JobStatus(name, State.GONE, "its machine is gone, and logged no end")
     found = [parts.get(number, gone) for number in range(max([1, len(parts), *map(_slices, machines)]))]
@@ -280,8 +287,8 @@ def _of_machine(machine: JsonObject, logged: JobStatus) -> JobStatus:
     logged = replace(logged, created=utc_text(machine["creationTimestamp"]), place=_zone(machine))
     if status in _SWITCHED_OFF:
         off = f"its machine is switched off, and its disk costs money: `ddpm jobs cancel {logged.name}` deletes both"
-        return replace(logged, message=f"{logged.message}; {off}".removeprefix("; "))
-    if status in _LEAVING and logged.state in (State.FINISHED, State.FAILED):
+        return replace(logged, message=joined(logged.message, off))
+    if status in _LEAVING and logged.exit_code is not None:
         return logged
     state = State.WAITING if status in _COMING else State.RUNNING
     message = "the machine is being made" if status in _COMING else "its machine is being taken away"

@@ -1,13 +1,14 @@
-#!/bin/bash
 # Runs a job's container, once, on a VM of its own; says how it ended, and deletes the VM. Whoever watches the job
 # submits it again.
 #
-# A constant: what differs between jobs comes from metadata of the VM, which `vm.py` renders:
+# A constant, behind the exit codes that it names: what differs between jobs comes from metadata of the VM, which `vm.py`
+# renders:
 #   ddpm-words        of `docker run`, one a line
 #   ddpm-environment  variables of the container, one a line
 #   ddpm-image        to pull
 #   ddpm-gpus         how many GPUs the driver is for; 0 needs none
 #   ddpm-labels       of entries in Cloud Logging, as JSON
+# shellcheck shell=bash disable=SC2154
 # Far and wide there are only bash, coreutils, sed, curl and docker: this is Container-Optimized OS.
 set -u
 
@@ -102,16 +103,16 @@ known instance/attributes/ddpm-environment >"$RUNTIME_DIRECTORY/environment"
 mapfile -t words < <(known instance/attributes/ddpm-words)
 chown 10001:10001 "$STATE_DIRECTORY"
 
-trap 'event=taken; end 75 "the machine was taken away before the job began"' TERM
+trap 'event=taken; end "$stopped" "the machine was taken away before the job began"' TERM
 log=(--log-driver=gcplogs '--log-opt=labels=ddpm-job,ddpm-slice')
 if ! retry 3 say "started" '"event": "started"'; then
   echo "ddpm-vm: Cloud Logging takes nothing, as without roles/logging.logWriter: what the job prints stays on this machine"
   log=(--log-driver=local)
 fi
 if ((gpus)); then
-  install_driver || end 69 "the GPU driver could not be installed; the serial console says why"
+  install_driver || end "$bucket_away" "the GPU driver could not be installed; the serial console says why"
 fi
-pull || end 66 "the image $image could not be pulled: check its name, and that this machine's account has \
+pull || end "$missing_input" "the image $image could not be pulled: check its name, and that this machine's account has \
 roles/artifactregistry.reader"
 
 docker run --name ddpm-job "${log[@]}" "${words[@]}" &

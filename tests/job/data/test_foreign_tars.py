@@ -254,14 +254,17 @@ def test_tar_changed_later_is_named(tmp_path, tars):
         tar.unlink()
         os.mkfifo(tar)
 
-    codes = {flip_a_bit: Exit.BAD_DATA, Path.unlink: Exit.MISSING_INPUT, became_a_pipe: Exit.MISSING_INPUT}
+    def image_changed(tar: Path) -> None:
+        flip_a_bit(tar, tar.read_bytes().index(b"\xff\xd8\xff") + 200)
+
+    codes = {image_changed: Exit.BAD_DATA, Path.unlink: Exit.MISSING_INPUT, became_a_pipe: Exit.MISSING_INPUT}
     for change, code in codes.items():
-        folder = tmp_path / str(change)
+        folder = tmp_path / change.__name__
         theirs, bucket = shutil.copytree(tars, folder / "theirs"), open_store(str(folder / "bucket"))
         index = indexed(bucket, theirs)
         change(theirs / "00002.tar")
         (problem,) = verify_dataset(bucket, KEY)
-        assert problem.startswith(f"{theirs}/00002.tar ")
+        assert problem.startswith((f"{theirs}/00002.tar ", f"{theirs}/00002.tar, image 0 "))
         for budget_bytes in (1 << 30, index.decoded_bytes - 1):
             with pytest.raises(JobError) as raised:
                 pixels(bucket, KEY, folder / "cache", budget_bytes)

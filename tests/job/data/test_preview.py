@@ -98,7 +98,7 @@ def test_images_without_classes_are_a_grid(tmp_path):
 def test_few_tables_and_images_are_read(tmp_path, monkeypatch):
     """Of data sorted by class, with a shard for each: no random choice would find all of the first twelve."""
     source, _ = classes_in(tmp_path, "pack", [f"{number:03d} of many" for number in range(200)], images=8)
-    read = {"read_table": [], "open_unverified": []}
+    read = {"read_table": [], "open_shard": []}
 
     def counting(name, original):
         return lambda self, shard: read[name].append(shard) or original(self, shard)
@@ -108,7 +108,7 @@ def test_few_tables_and_images_are_read(tmp_path, monkeypatch):
     index = packed(tmp_path / "bucket", source, shard_images=8)
     assert len(index.shards) == len(index.classes) == 200
     assert 64 <= len(read["read_table"]) == len(set(read["read_table"])) < 100
-    assert sorted(read["open_unverified"]) == list(range(12))
+    assert sorted(read["open_shard"]) == list(range(12))
 
 
 def test_odd_names_and_empty_classes_have_rows(tmp_path):

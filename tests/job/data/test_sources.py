@@ -258,7 +258,7 @@ def test_classes_are_the_first_differing_folders():
         (["x/Train/a/cats/1.jpg", "x/Val/a/dogs/1.jpg"], ("cats", "dogs"), val),
         (["train/cats/1.jpg", "test/2.jpg"], (), together),
         (["train/cats/1.jpg", "train/dogs/3.jpg", "test/2.jpg"], (), lie_beside),
-        (["train/cats/1.jpg", "train/dogs/3.jpg", "test/2.jpg"], (), "alone, with its 2 folders as classes"),
+        (["train/cats/1.jpg", "train/dogs/3.jpg", "test/2.jpg"], (), "would pack train alone"),
         (["train/1.jpg", "test/2.jpg"], (), together),
         (["train2017/1.jpg", "val2017/2.jpg"], (), "train2017, val2017 are packed together"),
         (["seg_train/sea/1.jpg", "seg_train/ice/1.jpg", "seg_test/ice/1.jpg"], ("ice", "sea"), "--split train"),

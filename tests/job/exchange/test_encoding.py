@@ -201,7 +201,7 @@ def test_encoding_resumes_behind_the_last_shard(images, autoencoder, tmp_path, m
     assert not (bucket / KEY / INDEX).exists()
     shards = {path: path.stat().st_mtime_ns for path in (bucket / KEY).glob("*.tar")}
     other = make_autoencoder(tmp_path / "other", layers_per_block=2)
-    assert "is being made by others" in refused(
+    assert "holds shards of other images than tiles-held-out-16 has now, or with other parameters" in refused(
         ddpm_here("data", "encode", "tiles", "--autoencoder", other, "--bucket", bucket), Exit.BAD_REQUEST
     )
     succeeded(ddpm_here(*encode))

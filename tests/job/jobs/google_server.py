@@ -66,7 +66,6 @@ class Compute:
         """By zone and name."""
         self.failures: dict[str, tuple[str, str]] = {}
         """By the end of a machine's zone or name: code and message of the error with which making it ends."""
-        self.free_gpus = {"PREEMPTIBLE_NVIDIA_L4_GPUS": 3.0, "GPUS_ALL_REGIONS": 3.0}
         self._operations: dict[str, tuple[Json, Callable[[], object]]] = {}
 
     def set_status(self, name: str, status: str) -> None:
@@ -80,9 +79,6 @@ class Compute:
             del self.instances[key]
 
     def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> Json | None:
-        if match := re.fullmatch(rf"/compute/v1/projects/{PROJECT}(/regions/[^/]+)?", path):
-            quotas = [{"metric": name, "limit": free + 1, "usage": 1.0} for name, free in self.free_gpus.items()]
-            return answered({"quotas": quotas}, "compute_v1.Region" if match[1] else "compute_v1.Project")
         if path == f"/compute/v1/projects/{PROJECT}/aggregated/instances":
             return answered(self._aggregated(query["filter"]), "compute_v1.InstanceAggregatedList")
         match = re.fullmatch(rf"/compute/v1/projects/{PROJECT}/zones/([^/]+)/(instances|operations)/?(.*)", path)

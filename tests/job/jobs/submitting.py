@@ -11,7 +11,7 @@ import typer
 
 from job.cli import command
 from job.cli.jobs import EXAMPLES
-from job.jobs.backends.base import JsonObject
+from job.jobs.backends.base import Backend, JobStatus, JsonObject
 from job.jobs.building import spec_of
 from job.jobs.spec import JobRequest, JobSpec, SubmitRequest
 from job.jobs.submit import formatted
@@ -51,6 +51,12 @@ def parsed(verb: str, words: Sequence[str]) -> JobRequest:
 def built(verb: str, words: list[str], on: str = "gke", **machines) -> JobSpec:
     request, how = _requests(["--on", on, *words], KINDS[verb], SubmitRequest)
     return spec_of(request, target_on(on), replace(how, **machines))
+
+
+def told(backend: Backend, name: str) -> JobStatus:
+    """Returns the status that `ddpm jobs status` shows, by the engine and by the bucket."""
+    alive = backend.alive(name)
+    return alive.with_outcome(alive.bucket or backend.target.usual_bucket)
 
 
 def assert_kept(engine: str, case: str, made: list[JsonObject], cases: Iterable[str]) -> None:

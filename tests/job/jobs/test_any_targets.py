@@ -10,7 +10,7 @@ import yaml
 from hypothesis import strategies as st
 
 from job.exits import Exit
-from job.jobs.backends import target_class
+from job.jobs.targets import target_class
 from job.stop import deadline
 from tests.fuzzing import examples, search
 from tests.job.command_line import ddpm_here

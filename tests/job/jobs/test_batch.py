@@ -20,21 +20,21 @@ def backend(cloud):
 
 
 def test_a_job_through_its_states(cloud, backend):
-    assert backend.status("celeba").state is State.GONE
+    assert backend.alive("celeba").state is State.GONE
     backend.submit(spec())
     (arrived,) = cloud.batch.jobs.values()
     (made,) = backend.render(spec())
     assert {key: arrived[key] for key in made} == made
     for word, state in (("QUEUED", State.WAITING), ("SCHEDULED", State.WAITING), ("RUNNING", State.RUNNING)):
         cloud.batch.move("celeba", word)
-        assert backend.status("celeba").state is state
+        assert backend.alive("celeba").state is state
     cloud.batch.end_task("celeba", 75)
-    status = backend.status("celeba")
-    assert (status.state, status.attempts, status.exit_code, status.place) == (State.RUNNING, 1, None, REGIONS[0])
+    status = backend.alive("celeba")
+    assert (status.state, status.exit_code, status.place) == (State.RUNNING, None, REGIONS[0])
     cloud.batch.end_task("celeba", 0)
     cloud.batch.move("celeba", "SUCCEEDED")
-    status = backend.status("celeba")
-    assert (status.state, status.attempts, status.exit_code) == (State.FINISHED, 2, 0)
+    status = backend.alive("celeba")
+    assert (status.state, status.exit_code) == (State.FINISHED, 0)
     assert [(one.name, one.state) for one in backend.jobs()] == [("celeba", State.FINISHED)]
     # One that is over makes room.
     backend.submit(spec())
@@ -54,9 +54,9 @@ def test_a_failure_says_why(cloud, backend):
         backend.submit(spec())
         cloud.batch.end_task("celeba", code)
         cloud.batch.move("celeba", "FAILED")
-        status = backend.status("celeba")
+        status = backend.alive("celeba")
         assert (status.state, status.exit_code, status.cause) == (State.FAILED, shown, cause)
-        assert message in status.message
+        assert message in status.why
 
 
 def test_shortages_are_named(cloud, backend):
@@ -66,11 +66,11 @@ def test_shortages_are_named(cloud, backend):
         ("CODE_GCE_ZONE_RESOURCE_POOL_EXHAUSTED", "such machines are out of stock"),
     ):
         cloud.batch.move("celeba", "SCHEDULED", SHORTAGE.format(code))
-        status = backend.status("celeba")
+        status = backend.alive("celeba")
         assert (status.state, status.message) == (State.WAITING, f"{said}, and Batch keeps trying")
     backend.cancel("celeba")
     backend.elsewhere().submit(spec())
-    assert backend.status("celeba").place == REGIONS[1]
+    assert backend.alive("celeba").place == REGIONS[1]
     # The one that was cancelled in the first region is out of the way.
     assert len(cloud.batch.jobs) == 1
 
@@ -79,10 +79,10 @@ def test_cancelling_keeps_the_story(cloud, backend):
     backend.submit(spec())
     cloud.batch.move("celeba", "CANCELLATION_IN_PROGRESS")
     assert backend.cancel("celeba").startswith("is stopping: it saves first")
-    assert (backend.status("celeba").message, cloud.made(":cancel")) == ("it is being ended", [])
+    assert (backend.alive("celeba").message, cloud.made(":cancel")) == ("it is being ended", [])
     cloud.batch.move("celeba", "RUNNING")
     backend.cancel("celeba")
-    assert backend.status("celeba").state is State.CANCELLED
+    assert backend.alive("celeba").state is State.CANCELLED
     with pytest.raises(BadRequestError, match="cancelled already"):
         backend.cancel("celeba")
     with pytest.raises(MissingInputError, match="no job 'nobody'"):
@@ -99,7 +99,7 @@ def test_mended_slices_explain_no_failure(cloud, backend):
         for index, codes in enumerate(tasks):
             cloud.batch.end_task("sample-celeba", *codes, index=index)
         cloud.batch.move("sample-celeba", "FAILED")
-        status = backend.status("sample-celeba")
+        status = backend.alive("sample-celeba")
         assert (status.exit_code, status.cause) == (code, cause)
 
 

@@ -147,7 +147,7 @@ def test_secrets_are_not_passed_on(engine, tmp_path, monkeypatch):
 def test_without_an_engine(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MissingInputError, match="podman is not installed: `apt-get install podman`"):
-        ContainerBackend(TARGET).status("train-a")
+        ContainerBackend(TARGET).alive("train-a")
     # A dry run needs none.
     assert ContainerBackend(TARGET).render(spec())[0]["command"][0] == "podman"
 
@@ -187,7 +187,7 @@ def test_the_engines_words_are_translated(engine):
         ({"Status": "running", "ExitCode": 0}, State.RUNNING, None, ""),
         ({"Status": "stopping", "ExitCode": 0}, State.RUNNING, None, ""),
         ({"Status": "exited", "ExitCode": 0}, State.FINISHED, 0, ""),
-        ({"Status": "exited", "ExitCode": 75}, State.CANCELLED, 75, "with the state saved"),
+        ({"Status": "exited", "ExitCode": 75}, State.STOPPED, 75, "with the state saved"),
         ({"Status": "exited", "ExitCode": 78}, State.FAILED, 78, "an invalid configuration"),
         ({"Status": "exited", "ExitCode": 137, "OOMKilled": True}, State.FAILED, 137, "memory"),
         ({"Status": "exited", "ExitCode": 1}, State.FAILED, 1, "crashed"),
@@ -195,9 +195,9 @@ def test_the_engines_words_are_translated(engine):
         ({"Status": "created", "ExitCode": 127, **never, "Error": "no gpu"}, State.FAILED, None, "no gpu"),
         ({"Status": "exited", "ExitCode": 127, **never, "Error": "no gpu"}, State.FAILED, None, "no gpu"),
     ):
-        status = engine(inspected(**said)).status("train-celeba")
+        status = engine(inspected(**said)).alive("train-celeba")
         assert (status.name, status.state, status.exit_code) == ("train-celeba", state, code)
-        assert message in status.message
+        assert message in status.why
         assert status.created == "2026-11-25T10:00:00Z"
     # Who cancels is told what that did.
     for said, done in (("running", "is stopping: it saves"), ("exited", "was finished already")):
@@ -207,10 +207,10 @@ def test_the_engines_words_are_translated(engine):
 def test_engines_refuse_or_know_no_container(engine):
     daemon = "Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?"
     with pytest.raises(BadRequestError, match="podman: Cannot connect"):
-        engine(daemon, 125).status("train-celeba")
+        engine(daemon, 125).alive("train-celeba")
     for answer in ("Error: no such container train-x", "Error response: No such object: train-x"):
         backend = engine(answer, 1)
-        assert backend.status("train-x").state is State.GONE
+        assert backend.alive("train-x").state is State.GONE
         with pytest.raises(MissingInputError, match="no job 'train-x'"):
             backend.cancel("train-x")
     # For the doctor, too.

@@ -9,7 +9,6 @@ import pytest
 from job.data import pack
 from job.exits import Exit
 from job.jobs import doctor
-from job.jobs.backends import local_checks
 from job.jobs.backends.base import Check
 from job.store import open_store
 from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
@@ -72,21 +71,17 @@ def test_small_disks_and_memory_fail(small_disk, tmp_path, monkeypatch):
     # Where Python would silently take another.
     monkeypatch.setenv("TMPDIR", str(small_disk))
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(local_checks, "SHARED_MEMORY_BYTES", 1 << 60)
-    monkeypatch.setattr(local_checks, "_sum_over_processes", lambda gpus: f"{gpus} of them")
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho L4\necho L4\n")
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "SHARED_MEMORY_BYTES", 1 << 60)
+    monkeypatch.setattr(doctor, "_sum_over_processes", lambda gpus: f"{gpus} of them")
     # Shared memory matters with several GPUs.
     for gpus, shared_memory in ((1, (True, Exit.MISSING_INPUT)), (2, (False, Exit.DISK_FULL))):
-        monkeypatch.setattr(local_checks, "local_gpus", lambda: gpus)  # noqa: B023
-        found = {check.name: check for check in local_checks.machine_checks()}
+        monkeypatch.setattr(doctor, "local_gpus", lambda: gpus)  # noqa: B023
+        found = {check.name: check for check in doctor.machine_checks()}
         assert (found["shared memory"].passed, found["shared memory"].exit_code) == shared_memory
     assert (found["disk"].passed, found["disk"].exit_code) == (False, Exit.BAD_REQUEST)
     assert (found["temporary files"].passed, found["temporary files"].exit_code) == (False, Exit.DISK_FULL)
     assert f"{small_disk}, which TMPDIR moves: No space left" in found["temporary files"].message
-    assert found["GPUs"].message == "2 × L4 (name, driver, memory)"
+    assert found["GPUs"].message == "2 by NVIDIA's driver"
 
 
 def test_first_failure_gives_the_code(capsys):

@@ -9,7 +9,6 @@ import pytest
 
 from job.exits import BadRequestError, BucketAwayError, Exit, NoPermissionError, State
 from job.jobs.backends import google
-from job.jobs.backends.google import quota_metric
 from tests.job.jobs.google_jobs import backend_of, spec
 from tests.job.jobs.google_server import Refusal
 
@@ -22,7 +21,7 @@ def test_absent_and_silent_apis(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv(f"{google.ENDPOINT_VARIABLE}BATCH", f"http://127.0.0.1:{silent.getsockname()[1]}")
         with pytest.raises(BucketAwayError, match=r"away or too busy.*timed out"):
-            backend_of("batch").status("celeba")
+            backend_of("batch").alive("celeba")
         # The doctor waits for nothing, and for as long as it takes here.
         monkeypatch.setattr(google, "API_RETRY_PAUSES_SECONDS", (1000.0,))
         monkeypatch.setattr(google, "HURRIED_TIMEOUT_SECONDS", 0.3)
@@ -40,7 +39,7 @@ def test_nobody_is_logged_in(tmp_path, monkeypatch, recwarn):
     monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
     google._authorized_session.cache_clear()
     with pytest.raises(NoPermissionError, match="gcloud auth application-default login"):
-        backend_of("vm").status("celeba")
+        backend_of("vm").alive("celeba")
     assert not recwarn
 
 
@@ -64,11 +63,11 @@ def test_refusals_become_errors(cloud):
 def test_busy_apis_are_asked_again(cloud):
     for refusal in (Refusal(429, "Quota exceeded for 'Queries'"), Refusal(403, "Limit", "rateLimitExceeded")):
         cloud.refusals = [refusal] * 2
-        assert backend_of("vm").status("celeba").state is State.GONE
+        assert backend_of("vm").alive("celeba").state is State.GONE
     cloud.requests.clear()
     cloud.denied["GET"] = Refusal(503, "The service is currently unavailable.")
     with pytest.raises(BucketAwayError, match="currently unavailable"):
-        backend_of("vm").status("celeba")
+        backend_of("vm").alive("celeba")
     assert len(cloud.requests) == 4
 
 
@@ -88,32 +87,15 @@ def test_jobs_are_made_once(cloud, engine):
 def test_doctor_looks_at_all_parts(cloud, engine):
     found = {check.name: check for check in backend_of(engine).checks("")}
     assert all(check.passed for check in found.values())
-    assert found["GPU quota"].message.startswith("PREEMPTIBLE_NVIDIA_L4_GPUS: us-central1 3 of 4 free, us-east1 3 of 4")
-    assert found["GPU quota, everywhere"].message == "GPUS_ALL_REGIONS: 3 of 4 free; a job takes 1"
     assert "not checked here" in found["image"].message
-    cloud.accounts, cloud.compute.free_gpus["GPUS_ALL_REGIONS"] = set(), 0.0
+    cloud.accounts = set()
     failed = {check.name: check for check in backend_of(engine).checks("") if not check.passed}
-    assert failed["GPU quota, everywhere"].exit_code is Exit.BAD_REQUEST
-    assert "iam-admin/quotas?project=my-project" in failed["GPU quota, everywhere"].remedy
-    assert failed["service account"].exit_code is Exit.MISSING_INPUT and len(failed) == 2
+    assert failed["service account"].exit_code is Exit.MISSING_INPUT and len(failed) == 1
     cloud.denied["serviceAccounts"] = Refusal(403, "Permission 'iam.serviceAccounts.get' denied")
     found = {check.name: check for check in backend_of(engine, machine_type="a2-highgpu-1g", gpu_type="").checks("")}
     assert found["service account"].message.startswith("not looked at: ") and found["service account"].passed
-    assert found["GPU quota"].message.startswith("PREEMPTIBLE_NVIDIA_A100_GPUS: ")
     (machine,) = backend_of(engine, gpus=2).checks("")
     assert not machine.passed and "another machine_type" in machine.remedy
     cloud.denied["(aggregated|jobs)"] = Refusal(403, "Permission 'x.y.list' denied")
     (api,) = backend_of(engine).checks("")
     assert (api.passed, api.exit_code) == (False, Exit.NO_PERMISSION)
-
-
-def test_names_of_quotas():
-    from google.cloud import compute_v1
-
-    for gpu, spot, metric in [
-        ("nvidia-l4", True, "PREEMPTIBLE_NVIDIA_L4_GPUS"),
-        ("nvidia-tesla-t4", False, "NVIDIA_T4_GPUS"),
-        ("nvidia-a100-80gb", False, "NVIDIA_A100_80GB_GPUS"),
-        ("nvidia-h100-80gb", True, "PREEMPTIBLE_NVIDIA_H100_GPUS"),
-    ]:
-        assert quota_metric(gpu, spot) == metric and metric in dir(compute_v1.Quota.Metric)

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 
 import pytest
 
@@ -66,7 +68,7 @@ def test_cpu_jobs_get_no_devices():
     assert "--gpus" not in str(made) and "'installGpuDrivers': False" in str(made) and "accelerators" not in str(made)
 
 
-def test_user_values_are_literal():
+def test_user_values_are_literal(tmp_path):
     words = ("train", "--set", "a=$(touch x); `y` \"z\" 'w' # %n", "--dataset", " a  b ", "")
     job = spec(argv=words, env={"A": "$(x) 'y'", "TMPDIR": "/elsewhere"})
     known = metadata_of(backend_of("vm").render(job)[0])
@@ -77,6 +79,17 @@ def test_user_values_are_literal():
     runnable = backend_of("batch").render(job)[0]["taskGroups"][0]["taskSpec"]["runnables"][0]
     assert tuple(runnable["container"]["commands"]) == words
     assert runnable["environment"]["variables"].items() >= job.env.items()
+    # A shell fills in the number of a slice, and reads nothing else.
+    (tmp_path / "ddpm").write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
+    (tmp_path / "ddpm").chmod(0o755)
+    job = sampling(slices=2, argv=(*words, "--", "$BATCH_TASK_INDEX/2"))
+    container = backend_of("batch").render(job)[0]["taskGroups"][0]["taskSpec"]["runnables"][0]["container"]
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BATCH_TASK_INDEX": "1"}
+    ran = subprocess.run(
+        [container["entrypoint"], *container["commands"]], env=variables, capture_output=True, check=True
+    )
+    found = ran.stdout.decode().split("\0")
+    assert found[:-1] == [*words, "--slice", "1/2", "--", "$BATCH_TASK_INDEX/2"]
 
 
 def test_newest_machines_take_hyperdisks():

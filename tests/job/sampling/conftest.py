@@ -48,6 +48,6 @@ def draw(learned: Path) -> Draw:
         painter.load(plan.run, plan.checkpoints[0], "ema")
         if plan.worse:
             painter.load_worse(plan.worse.run, plan.worse.config, plan.worse.ref, "ema")
-        return painter.draw_together(seeds, sampling_of(plan.sample), batch_size, "test").astype(np.int16)
+        return painter.sample_together(seeds, sampling_of(plan.sample), batch_size, "test").astype(np.int16)
 
     return draw

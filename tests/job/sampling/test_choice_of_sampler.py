@@ -109,8 +109,8 @@ def test_a_sampler_of_the_users(bucket, tmp_path, monkeypatch):
     for name, what in (
         ("mysamplers:nothing", "no attribute 'nothing'"),
         ("nothing_here:midway", "No module named 'nothing_here'"),
-        ("mysamplers:number", "is not a callable object"),
-        ("mysamplers:nothing_of_it", "returned NoneType: it must return finite numbers"),
-        ("mysamplers:smaller", "returned a tensor [1, 3, 8, 8]"),
+        ("mysamplers:number", "'int' object is not callable"),
+        ("mysamplers:nothing_of_it", "it must return finite numbers [1, 3, 16, 16], as x, and returned NoneType"),
+        ("mysamplers:smaller", "as x, and returned [1, 3, 8, 8]"),
     ):
         assert what in refused(ddpm_here(*with_count, "--sampler", name), 64)

@@ -10,7 +10,7 @@ from job.requests import EvaluateRequest, SampleRequest
 from job.runs.checkpoints import choose, list_checkpoints
 from job.runs.layout import CheckpointRef
 from job.runs.retention import reading_chosen
-from job.sampling.draw import run_sampling
+from job.sampling.pictures import run_sampling
 from job.sampling.sampling_plan import plan_sampling
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, succeeded

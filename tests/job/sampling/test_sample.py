@@ -19,8 +19,8 @@ from job.data.shards import Shards, load_index
 from job.exits import NotANumberError, StoppedError
 from job.requests import SampleRequest
 from job.runs.verification import verify_run
-from job.sampling.draw import grid_png, run_sampling
 from job.sampling.painter import Painter
+from job.sampling.pictures import grid_png, run_sampling
 from job.sampling.sampling_plan import plan_sampling
 from job.store import open_store
 from tests.job.stops import stop_after
@@ -82,7 +82,7 @@ def test_each_step_shows_on_the_bar(bucket, draw, monkeypatch, capsys):
     shown = re.findall(r"(?m)^(\w+)[^:]*: (\d+) % · (\d)", capsys.readouterr().err)
     whole = [("test", str(10 * step), str(round(0.7 * step))) for step in range(1, 10)] + [("test", "100", "7")]
     assert [line for line in shown if line[0] == "test"] == whole
-    assert [int(line[1]) for line in shown if line[0] == "drawing"] == [20, 40, 60, 80, 100]
+    assert [int(line[1]) for line in shown if line[0] == "sampling"] == [20, 40, 60, 80, 100]
 
 
 def test_infinite_pixels_are_refused(draw, monkeypatch):

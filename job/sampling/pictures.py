@@ -12,28 +12,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from contextlib import suppress
+from functools import partial
 
 import numpy as np
+import torch
 
-from ddpm import figures
-from ddpm.generation import Sampling
-from job.config.method import sampling_of
-from job.data.autoencoder import load_decoder
-from job.data.cache import ImageCache
+from ddpm import editing, figures
+from ddpm.generation import Sampling, Walk
+from job.data.cache import ImageCache, uncached_images
 from job.pieces import IF_NONE_RUNS, Advance, Made
-from job.processes.ranks import Agreement, Ranks, meet
+from job.processes.ranks import meet
 from job.requests import GIF_SEEDS, parse_numbers
+from job.runs import records
 from job.runs.drawings import denoising_key, file_words, grid_key, moment_of, put_picture, title_of
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.retention import kept_while_read, reading_chosen
-from job.sampling.editor import Editor
-from job.sampling.found_grid import find_points
-from job.sampling.painter import Painter
+from job.sampling.painter import Painter, Route, prepared
 from job.sampling.sampling_plan import SamplePlan, plan_sets
 from job.sampling.sets import SampleSet, made_piece
 from job.stop import NEVER, Stop
+
+COLUMNS = 8
+"""Images of a row between two seeds, or a given one with its results."""
+PAIRS = 4
+"""The default number of rows between seeds."""
+_HIDDEN = 128
+"""The grey of the part that inpaint replaces."""
 
 
 def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
@@ -46,47 +50,18 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
     with prepared(plan, meet(stop), stop) as (plan, painter, sampling):
         editor = Editor(plan, painter, sampling) if plan.given else None
         if plan.request.count is None:
-            _draw_pictures(plan, painter, sampling, editor)
+            _make_pictures(plan, painter, sampling, editor)
         for sample_set in plan_sets(plan):
-            _draw_set(plan, painter, sampling, sample_set, editor)
+            _make_set(plan, painter, sampling, sample_set, editor)
 
 
-@contextmanager
-def prepared(plan: SamplePlan, ranks: Ranks, stop: Stop) -> Iterator[tuple[SamplePlan, Painter, Sampling]]:
-    """Yields the plan, painter and sampling of all processes, and marks the checkpoints as being read. Collective."""
-    with ExitStack() as stack:
-        # One process chooses for all: training may commit a newer checkpoint between the choices of two.
-        checkpoints = ranks.on_main(lambda: stack.enter_context(reading_chosen(plan.run, plan.choose))[0])
-        plan = replace(plan, checkpoints=tuple(checkpoints))
-        # Each process has its own mark: one that commits its last piece may outlive the others.
-        renewals = [stack.enter_context(kept_while_read(plan.run, *checkpoints))]
-        if (worse := plan.worse) is not None:
-            renewals.append(stack.enter_context(kept_while_read(worse.run, worse.ref)))
-        decoder = load_decoder(plan.bucket, plan.index, ranks.device)
-        agreement = Agreement(ranks.world_size, flags=1)
-        painter = Painter(
-            plan.config, ranks, plan.precision, stop, agreement=agreement, decoder=decoder, renewals=renewals
-        )
-        if worse is not None:
-            painter.load_worse(worse.run, worse.config, worse.ref, worse.weights)
-        sampling = sampling_of(plan.sample)
-        if plan.custom_sampler:
-            sampling = replace(sampling, function=plan.custom_sampler)
-        if plan.sample.grid == "found":
-            # Another process may have stored the grid since this one planned: all take that of the main process.
-            plan = replace(plan, found=ranks.on_main(lambda: plan.found) or find_points(plan, painter))
-            sampling = replace(sampling, numbers=plan.found)
-        yield plan, painter, sampling
-
-
-def _draw_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, editor: Editor | None) -> None:
+def _make_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, editor: Editor | None) -> None:
     request, sample, is_main = plan.request, plan.sample, painter.ranks.is_main
     usual_seeds = editor.default_seeds() if editor else range(sample.images)
     seeds = parse_numbers(request.seeds, "--seeds") if request.seeds else usual_seeds
-    drawn_seeds = editor.drawn_seeds(seeds) if editor else seeds
+    all_seeds = editor.all_seeds(seeds) if editor else seeds
     route = editor.route(seeds) if editor else None
     gif_seeds = seeds[:GIF_SEEDS] if request.seeds else range(GIF_SEEDS)
-    gif_words = request.seeds if len(seeds) <= GIF_SEEDS else ",".join(map(str, gif_seeds))
     how, usual = plan.how(request.seeds), plan.config.sample
     layout = "" if editor or sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-no-nearest"
     training = None
@@ -105,9 +80,9 @@ def _draw_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
         painter.load(plan.run, ref, sample.weights)
         if request.with_grid:
             began = time.monotonic()
-            images = painter.draw_together(drawn_seeds, sampling, sample.batch_size, label, route)
+            images = painter.sample_together(all_seeds, sampling, sample.batch_size, label, route)
             if is_main:
-                rate = len(drawn_seeds) / (time.monotonic() - began)
+                rate = len(all_seeds) / (time.monotonic() - began)
                 grids.append((moment_of(label), images))
                 title = title_of(plan.run, moment_of(label), plan.words, seeds)
                 if editor:
@@ -118,16 +93,16 @@ def _draw_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
         if request.gif and is_main:
             title = with_class(title_of(plan.run, moment_of(label), plan.words, gif_seeds), plan.drawn_classes)
             gif = painter.denoising_gif(gif_seeds, sampling, title)
-            publish(ref, denoising_key(label, plan.how(request.seeds and gif_words)), gif)
+            publish(ref, denoising_key(label, how), gif)
     if len(grids) > 1:
         key = grid_key(f"comparison-{file_words(request.checkpoints, '-')}", how)
         title = with_class(title_of(plan.run, f"{len(grids)} checkpoints", plan.words, seeds), plan.drawn_classes)
         classes = plan.drawn_classes if len(plan.drawn_classes) > 1 else ("seed",)
-        picture = figures.comparison(grids, [f"{classes[seed % len(classes)]} {seed}" for seed in drawn_seeds], title)
+        picture = figures.comparison(grids, [f"{classes[seed % len(classes)]} {seed}" for seed in all_seeds], title)
         publish(max(plan.checkpoints), key, figures.png(picture))
 
 
-def _draw_set(
+def _make_set(
     plan: SamplePlan, painter: Painter, sampling: Sampling, sample_set: SampleSet, editor: Editor | None
 ) -> None:
     """Makes the missing pieces, first those of this slice, and the index if the set is then complete. Collective."""
@@ -138,7 +113,7 @@ def _draw_set(
         seeds = drawing.seeds(number)
         route = editor.route(seeds) if editor else None
         # Batches stay within a piece: rounding depends on the other images of a batch, and bytes must not change.
-        images = np.concatenate([*painter.draw_batches(seeds, sampling, plan.sample.batch_size, advance, route)])
+        images = np.concatenate([*painter.sample_batches(seeds, sampling, plan.sample.batch_size, advance, route)])
         if number == 0:
             shown = plan.sample.images
             title = title_of(plan.run, moment_of(plan.label(sample_set.ref)), plan.words, seeds[:shown])
@@ -149,7 +124,7 @@ def _draw_set(
     there_before = ranks.on_main(lambda: drawing.count - sum(pieces.sizes[number] for number in pieces.missing()))
     if there_before < drawing.count:
         painter.load(plan.run, sample_set.ref, plan.sample.weights)
-    made = pieces.make_missing(make, f"drawing {sample_set.name}", stop=painter.stop, ranks=ranks)
+    made = pieces.make_missing(make, f"sampling {sample_set.name}", stop=painter.stop, ranks=ranks)
     rate = f" at {made / (time.monotonic() - began):.2f} images/s" if made else ""
     note = f"{made:,} made{rate}, {there_before:,} there before"
 
@@ -221,3 +196,79 @@ def _arranged(
         return min(widest, len(seeds)), None, names
     columns = min(widest // count * count, len(seeds))
     return columns, names[:columns], None
+
+
+class Editor:
+    """The given images of a plan, on the device, and the routes of sampling from them.
+
+    Seed k has image k mod n of the n given ones. Interpolation between seeds has no given images.
+    """
+
+    def __init__(self, plan: SamplePlan, painter: Painter, sampling: Sampling) -> None:
+        assert plan.given is not None
+        self._given, self._painter = plan.given, painter
+        self._editing, self.evaluations = plan.given.editing, painter.evaluations_of(sampling)
+        if self._editing.mode == "interpolate":
+            return
+        if plan.given.image is not None:
+            given = plan.given.image[None]
+        else:
+            assert plan.index is not None
+            cache = uncached_images(plan.bucket, records.dataset_key_of(plan.config), plan.index)
+            given = cache.read(np.array(plan.given.numbers))
+        self._shown = {"given": given}
+        self._images = torch.tensor(given).permute(0, 3, 1, 2).to(painter.device).float() / 127.5 - 1
+        if plan.given.unknown is None:
+            edit = editing.inverted if self._editing.mode == "invert" else editing.from_image
+            self._edit = partial(edit, strength=self._editing.strength)
+        else:
+            unknown = torch.from_numpy(plan.given.unknown).to(painter.device)
+            path = editing.resampled(sampling.steps, resamplings=self._editing.resamplings)
+            self._edit = partial(editing.inpaint, unknown=unknown, path=path)
+            self._shown["masked"] = np.where(plan.given.unknown[:, :, None], np.uint8(_HIDDEN), given)
+        image = torch.zeros(1, *painter.image_shape)
+        of_image = {"image": image} | ({"unknown": image == 0} if plan.given.unknown is not None else {})
+        self.evaluations = painter.evaluations_of(sampling, partial(self._edit, **of_image))
+
+    def default_seeds(self) -> range:
+        """Returns the seeds of a picture by default."""
+        # Inversion does not depend on the seed without a sampler's noise, so one seed per image is enough.
+        of_mode = {"interpolate": 2 * PAIRS, "invert": self._given.images}
+        return range(of_mode.get(self._editing.mode, self._given.images * (COLUMNS - 1)))
+
+    def all_seeds(self, seeds: Sequence[int]) -> Sequence[int]:
+        """Returns the seed of each image of a picture."""
+        return [seed for seed in seeds[::2] for _ in range(COLUMNS)] if self._editing.mode == "interpolate" else seeds
+
+    def route(self, seeds: Sequence[int]) -> Route:
+        """Returns the route to the images of these seeds, of a picture or a piece."""
+        return Route(self.evaluations, partial(self._walk, seeds))
+
+    def _walk(self, seeds: Sequence[int], places: Sequence[int]) -> Walk:
+        device = self._painter.device
+        if self._editing.mode == "interpolate":
+            others = torch.tensor([seeds[place // COLUMNS * 2 + 1] for place in places], device=device)
+            weight = torch.tensor([place % COLUMNS / (COLUMNS - 1) for place in places], device=device)
+            return partial(editing.interpolate, other=self._painter.noise_of(others), weight=weight)
+        return partial(self._edit, image=self._images[[seeds[place] % len(self._images) for place in places]])
+
+    def grid(self, images: np.ndarray, seeds: Sequence[int], title: str) -> bytes:
+        """Returns a picture with a row per pair of seeds, or with rows per given image, which comes first.
+
+        Between the given image and the results of `inpaint` is what the network sees of the image.
+        """
+        scale = max(1, 96 // max(images.shape[1:3]))
+        if self._editing.mode == "interpolate":
+            names = [f"{a} to {b}" for a, b in zip(seeds[::2], seeds[1::2], strict=True)]
+            return figures.png(figures.image_grid(images, COLUMNS, scale=scale, row_labels=names, title=title))
+        count = self._given.images
+        of_each = [images[[seed % count == number for seed in seeds]] for number in range(count)]
+        made = min(COLUMNS - 1, max(map(len, of_each)))
+        heads = [*self._shown, *["made"] * made]
+        tiles: list[np.ndarray] = []
+        for number, own in enumerate(of_each):
+            for start in range(0, len(own), made):
+                tiles += [*(shown[number] for shown in self._shown.values()), *own[start : start + made]]
+                tiles += [np.full_like(images[0], 255)] * (-len(tiles) % len(heads))
+        picture = figures.image_grid(np.stack(tiles), len(heads), 8, scale, column_labels=heads, title=title)
+        return figures.png(picture)

@@ -1,0 +1,234 @@
+"""Binary files of images of one size, whose labels are bytes: MNIST's idx, and CIFAR-10 and CIFAR-100.
+
+A file of idx has a big-endian header and a byte per pixel; the labels are in a second file (LeCun et al. 1998). CIFAR
+has the labels and 3,072 bytes of each 32×32 image, channel by channel; CIFAR-100 a coarse label and then a fine one
+(Krizhevsky 2009).
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from job.data import members
+from job.data.formats.image_bytes import netpbm
+from job.data.labels import chosen_label, label_of
+from job.data.members import (
+    Files,
+    Member,
+    Opener,
+    RefusedError,
+    Source,
+    first_split,
+    is_hidden,
+    read_exactly,
+    refused,
+    unpacked,
+)
+from job.exits import BadRequestError
+
+IDX_NAME = re.compile(r"(?:.*/)?[^/]*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")
+
+
+def idx_source(files: Files, column: str | None) -> Source | None:
+    """Returns the file of images that was chosen, or the first one for training and its test set, in any folder."""
+    sets = {_stem(name): name for name in files.names if _is_of_images(name)}
+    if not sets or (files.chosen and not IDX_NAME.fullmatch(files.chosen)):
+        return None
+    train = [stem for stem in sets if _idx_split(stem) == "train"]
+    # Kaggle's zip has each file twice, the second one in a folder.
+    first = _stem(files.chosen) or min(train or sets, key=lambda stem: (stem.count("/"), stem))
+    # EMNIST's folder has six datasets.
+    pair = dict.fromkeys((first, *(re.sub("train(?=[^/]*$)", split, first) for split in ("t10k", "test"))))
+    own = [first] if files.chosen else [stem for stem in pair if stem in sets]
+    opened = {_stem(name): partial(files.open, name) for name in files.names}
+    # The files of labels name none of theirs.
+    labels = {} if column else opened
+    if column == "" and (lacking := next((stem for stem in own if _labels_of(stem) not in labels), None)):
+        said = f"{lacking} lies without its labels, {_labels_of(lacking)}"
+        raise BadRequestError(f"{files.place}: {said}: get that file, or use --no-classes")
+    found = [(_idx_split(stem), opened[stem], labels.get(_labels_of(stem))) for stem in own]
+    split, other_splits = first_split(split for split, _, _ in found)
+    others = sorted(sets.keys() - set(own))
+    note = f"leaving out {', '.join(others)}" if others and not files.chosen else ""
+    listed = partial(_idx_members, found)
+    return Source(files.place, listed, note=note, split=split, other_splits=other_splits)
+
+
+def _is_of_images(name: str) -> bool:
+    match = IDX_NAME.fullmatch(name)
+    return match is not None and "images" in match[1] and not is_hidden(name)
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".gz")
+
+
+def _labels_of(stem: str) -> str:
+    folder, slash, name = stem.rpartition("/")
+    return f"{folder}{slash}{name.replace('images', 'labels').replace('idx3', 'idx1')}"
+
+
+def _idx_split(stem: str) -> str:
+    name = stem.rpartition("/")[2]
+    return "train" if "train" in name else "test" if re.search("t10k|test", name) else ""
+
+
+def _idx_members(sets: Iterable[tuple[str, Opener, Opener | None]]) -> Iterator[Member]:
+    """Yields the images of each set, in a folder for its split."""
+    for split, open_images, open_labels in sets:
+        yield from _idx_images(f"{split}/" if split else "", open_images, open_labels)
+
+
+def _idx_images(folder: str, open_images: Opener, open_labels: Opener | None) -> Iterator[Member]:
+    """Yields the images as PGM files, with their digits as labels if there are labels."""
+    with open_images() as raw:
+        file, limit_bytes = unpacked(raw)
+        magic, count, height, width = struct.unpack(">4I", read_exactly(file, 16))
+        pixels = height * width
+        if magic != 0x803 or not 16 < 16 + count * pixels <= limit_bytes:
+            shape = f"header {magic:#x}, {count:,} of {height} × {width}"
+            raise RefusedError(f"is not a complete MNIST image file ({shape})")
+        labels = _idx_labels(open_labels, count) if open_labels else b""
+        digits = len(str(count - 1))
+        header = b"P5 %d %d 255\n" % (width, height)
+
+        def read(number: int) -> bytes:
+            # Images that another machine packs are not read.
+            file.seek(16 + number * pixels)
+            return header + read_exactly(file, pixels)
+
+        for number in range(count):
+            label = str(labels[number]) if labels else ""
+            yield Member(f"{folder}{number:0{digits}d}.pgm", partial(read, number), label=label)
+        file.seek(16 + count * pixels)
+        if file.read(1):
+            raise RefusedError(f"holds more than the {count:,} images of its header: get it again")
+
+
+def _idx_labels(opener: Opener, count: int) -> bytes:
+    with opener() as raw:
+        file, _ = unpacked(raw)
+        if struct.unpack(">2I", read_exactly(file, 8)) != (0x801, count):
+            raise RefusedError("does not go with its labels, which are for another number of images")
+        labels = read_exactly(file, count)
+        # gzip compares its checksum at the end of the stream.
+        if file.read(1):
+            raise RefusedError(f"has more than {count:,} labels: get it again")
+        return labels
+
+
+_PIXELS = 3 * 32 * 32
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One of the two datasets.
+
+    Attributes:
+        archive: the one that has no pickles.
+        batch: the files of images.
+        pickle: the files that have the same images as pickles.
+        labels: the number of classes of each label of a record, in order, and the file that names them.
+        note: which of the labels is taken by default.
+    """
+
+    archive: str
+    batch: re.Pattern[str]
+    pickle: re.Pattern[str]
+    labels: dict[str, tuple[int, str]]
+    note: str = ""
+
+
+_TEN = _Kind(
+    "cifar-10-binary.tar.gz",
+    re.compile(r"(?:.*/)?(data_batch_\d|test_batch)\.bin"),
+    re.compile(r"(?:.*/)?(data_batch_\d|test_batch)"),
+    {"label": (10, "batches.meta.txt")},
+)
+_HUNDRED = _Kind(
+    "cifar-100-binary.tar.gz",
+    re.compile(r"(?:.*/)?(train|test)\.bin"),
+    re.compile(r"(?:.*/)?(train|test|meta)"),
+    {"coarse": (20, "coarse_label_names.txt"), "fine": (100, "fine_label_names.txt")},
+    "taking the fine labels of CIFAR-100; --labels :coarse takes the others",
+)
+_IS_TEN = re.compile(r"/cifar-10-batches-(bin|py)/")
+_IS_HUNDRED = re.compile(r"/cifar-100-(binary|python)/|/fine_label_names\.txt$")
+
+
+def cifar_source(files: Files, column: str | None) -> Source | None:
+    """Returns the images of an unpacked folder, or of the file of it that was chosen."""
+    kind = _HUNDRED if any(_IS_HUNDRED.search(f"{files.where}/{name}") for name in files.names) else _TEN
+    batches = files.matching(kind.batch)
+    if not batches and not files.matching(kind.pickle):
+        return None
+
+    def listed() -> Iterator[Member]:
+        return (each for each in files.members() if each.name in batches or not kind.batch.fullmatch(each.name))
+
+    splits = map(_cifar_split, filter(None, map(kind.batch.fullmatch, batches)))
+    return _cifar_source(kind, files.place, listed, column, splits)
+
+
+def archive_source(first: str, where: str, listed: Callable[[], Iterator[Member]], column: str | None) -> Source | None:
+    """Returns the images of a tar whose first file has this name; None if the tar is not CIFAR's."""
+    kind = _HUNDRED if _IS_HUNDRED.search(f"/{first}") else _TEN if _IS_TEN.search(f"/{first}") else None
+    return _cifar_source(kind, where, listed, column, ("train", "test")) if kind else None
+
+
+def _cifar_source(
+    kind: _Kind, where: str, listed: Callable[[], Iterator[Member]], column: str | None, splits: Iterable[str]
+) -> Source:
+    label = chosen_label(where, tuple(kind.labels), column or "", usual=("fine",))
+    with members.refusing(where):
+        names = _class_names(kind, label, listed)
+    split, others = first_split(splits)
+    note, classes = kind.note if column == "" else "", names if column is not None else ()
+    images = partial(_cifar_members, kind, [*kind.labels].index(label), names, listed)
+    return Source(where, images, classes=classes, note=note, split=split, other_splits=others)
+
+
+def _class_names(kind: _Kind, label: str, listed: Callable[[], Iterator[Member]]) -> tuple[str, ...]:
+    """Returns the names of the classes, or their numbers if no file has the names."""
+    count, file = kind.labels[label]
+    for member in listed():
+        if kind.pickle.fullmatch(member.name):
+            raise RefusedError(f"holds pickles, which are programs: get {kind.archive}, of the same images")
+        if member.name.rpartition("/")[2] == file:
+            names = tuple(map(label_of, member.read().decode("ascii", "replace").split()))
+            if len(set(filter(None, names))) != count:
+                raise refused(member.name, f"does not name {count} classes: get it again")
+            return names
+    return tuple(map(str, range(count)))
+
+
+def _cifar_members(
+    kind: _Kind, label: int, names: tuple[str, ...], listed: Callable[[], Iterator[Member]]
+) -> Iterator[Member]:
+    """Yields the images as PPM files, below train or test."""
+    for member in listed():
+        if not (match := kind.batch.fullmatch(member.name)):
+            continue
+        content, record_bytes = member.read(), len(kind.labels) + _PIXELS
+        if not content or len(content) % record_bytes:
+            raise refused(member.name, f"does not hold whole images of {record_bytes:,} bytes: get it again")
+        records = np.frombuffer(content, np.uint8).reshape(-1, record_bytes)
+        if (highest := records[:, label].max()) >= len(names):
+            raise refused(member.name, f"has an image of class {highest}, of {len(names)}: get it again")
+        for number, record in enumerate(records):
+            name = f"{_cifar_split(match)}/{match[1]}-{number:05d}.ppm"
+            yield Member(name, partial(_ppm, record[-_PIXELS:]), size_bytes=_PIXELS, label=names[record[label]])
+
+
+def _ppm(pixels: np.ndarray) -> bytes:
+    return netpbm(pixels.reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+def _cifar_split(batch: re.Match[str]) -> str:
+    return "test" if batch[1].startswith("test") else "train"
