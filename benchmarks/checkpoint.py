@@ -24,11 +24,10 @@ from ddpm.threads import Threads
 from job.config import RunConfig, method
 from job.processes.lease import Lease
 from job.progress import Progress
-from job.runs.checkpoint_files import PARALLEL_UPLOADS, plan_parts
 from job.runs.checkpoints import list_checkpoints
 from job.runs.records import create_config, record_attempt
 from job.runs.retention import Retention, delete_checkpoint
-from job.runs.writer import CheckpointWriter, LeasedRun
+from job.runs.writer import PARALLEL_UPLOADS, CheckpointWriter, LeasedRun, plan_parts
 from job.stop import NEVER
 from job.store import Store, open_store
 from tests.servers import fake_gcs_server

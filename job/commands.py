@@ -59,7 +59,7 @@ def train_command(request: TrainRequest, go: Callable[[], int] | None = None) ->
         try:
             plan = plan_run(request, stop)
         except MissingInputError as error:
-            from job.report.datasets import how_packed, how_to_pack
+            from job.verbs.datasets import how_packed, how_to_pack
 
             # A local bucket without its folder has no dataset either, and the packing makes it.
             if not isinstance(error, NoDatasetError) and how_packed(request.bucket, request.dataset, None)[0]:
@@ -74,9 +74,9 @@ def train_command(request: TrainRequest, go: Callable[[], int] | None = None) ->
         if plan.is_finished():
             _say_finished(plan, "is finished already")
             if request.open_page:
-                from job.report.command import open_page
+                from job.printing import open_page
 
-                open_page(plan.run)
+                open_page(plan.run, ObjectKind.PAGE.value)
         else:
             check_writable(plan.run)
             note(f"the page of this run: {plan.run.uri_of(ObjectKind.PAGE.value)}")
@@ -146,7 +146,7 @@ def pack_command(request: PackRequest) -> None:
     """Packs a source, or indexes tars in place, and prints the facts of the dataset."""
     from job.data.opening import forget
     from job.data.pack import check_free, is_whole, pack
-    from job.runs.removal import check_unused
+    from job.verbs.removal import check_unused
 
     with _command_on(request, Slice.parse(request.slice)) as stop:
         stop.install()
@@ -182,7 +182,7 @@ def encode_command(request: EncodeRequest) -> None:
 
 
 def _say_made(index: DatasetIndex | None, bucket: Store, name: str, slice_text: str) -> None:
-    from job.report.datasets import describe_dataset
+    from job.verbs.datasets import describe_dataset
 
     if index is None:
         print(f"{name}: slice {slice_text} is done; other machines are making the rest; {IF_NONE_RUNS}")
@@ -199,7 +199,7 @@ def ensure_command(request: EnsureRequest) -> None:
         BadRequestError: the source would make another dataset than the one that is there.
         MissingInputError: the dataset is missing, and the request has no source; the message has the commands to type.
     """
-    from job.report.datasets import how_packed, how_to_pack
+    from job.verbs.datasets import how_packed, how_to_pack
 
     name = request.name
     asked = ImageSize.of(request.size) if request.size else None
@@ -266,14 +266,14 @@ def _launch(processes: int, hang_after_seconds: float, go: Callable[[], int] | N
 
 
 def _say_finished(plan: Plan, what: str) -> None:
-    from job.runs.drawings import grid_key, label_of
-    from job.runs.listing import in_lines
+    from job.runs.drawings import grid_key, label_at
+    from job.verbs.run_listing import in_lines
 
     images_seen, batch_size = plan.images_seen, plan.config.train.batch_size
     # The run may have seen more epochs than this command asks for.
     is_beyond = images_seen > plan.target_images
     epochs = images_seen // plan.index.images if is_beyond else plan.config.train.epochs
-    grid = grid_key(label_of(images_seen, plan.index.images, batch_size), plan.config.sample.name(plan.first_drawing))
+    grid = grid_key(label_at(images_seen, plan.index.images, batch_size), plan.config.sample.name(plan.first_drawing))
     outputs = {"page": ObjectKind.PAGE.value, "samples": grid}
     there = [(title, plan.run.uri_of(key)) for title, key in outputs.items() if plan.run.exists(key)]
     # The work is done: a closed pipe must not make a failure of it.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm.catalogue import EDM2Config, UNetConfig, levels_with_attention
 from job.config import EMBEDDED, Drawing, RunConfig, changed_for_attempt, draft, layered, preset_names
-from job.config.fields import image_size
+from job.config.schema import image_size
 from job.data.order import epochs_completed_by, images_at_epoch
 from job.data.shards import DatasetIndex, NoDatasetError, dataset_key, find_dataset, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, MissingInputError, State
@@ -204,10 +204,7 @@ def _begun(bucket: Store, request: TrainRequest) -> RunConfig:
     parent, run = records.existing_config(at, name), records.run_store(at, name)
     images, batch_size, size = records.dataset_images_of(at, parent), parent.train.batch_size, parent.data.size
     (ref,) = choose(run, str(changes.get("parent.epoch", "latest")), images, batch_size)
-    pinned: dict[str, Any] = {
-        "parent.checkpoint": str(ref),
-        "parent.before": parent.parent.lineage if parent.parent.run else None,
-    }
+    pinned: dict[str, Any] = {"parent.checkpoint": str(ref)}
     pinned["parent.sha256"] = check_average(run, ref, changes["parent.weights"], name).sha256
     if "parent.epoch" not in changes and (ended := epochs_completed_by(ref.images_seen, images, batch_size)):
         pinned["parent.epoch"] = ended[-1]

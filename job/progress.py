@@ -7,19 +7,19 @@ import re
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
-
-if TYPE_CHECKING:
-    from rich import progress as rich_progress
 
 LINE_SECONDS = 30.0
 """The shortest time between two lines on a stderr without a terminal."""
 QUIET_SECONDS = 2.0
 """Shorter work prints no line."""
+REDRAW_SECONDS = 0.2
+"""The shortest time between two states of a bar on a terminal."""
 RATE_SECONDS = 30.0
 """The window of the rate and the remaining time, so that a slow start does not distort them for long."""
 
@@ -27,10 +27,12 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\
 _LIKE_UNPRINTABLE = re.compile("%(?=25|7F|[0189A-F][0-9A-F])")
 """A percent sign that reads as one of `printable`, or of `printable_label`; not that of %20, as in URLs."""
 _NAMED = 10
+_ERASE = "\r\x1b[2K"
+"""Erases the line of a terminal."""
 _lock = threading.RLock()
 _is_verbose = _is_quiet = False
-_bars: rich_progress.Progress | None = None
-"""All bars of this process: two displays on one terminal would overwrite each other."""
+_open_bars: list[Progress] = []
+"""Those on a terminal, the innermost last."""
 
 
 def printable(text: str) -> str:
@@ -90,15 +92,18 @@ def detail(tell: Callable[[], str]) -> None:
 
 
 def note(text: str) -> None:
-    """Prints a line on stderr, above any bars. Of several processes only the first one prints."""
+    """Prints a line on stderr, in the place of a bar; of several processes only the first one prints."""
     # A closed terminal or pipe must not end a run.
     with suppress(OSError):
-        if _is_quiet or not _is_first():
-            return
-        if (bars := _bars) is not None and not bars.disable:
-            bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        if not _is_quiet and _is_first():
+            print(f"{_ERASE * bool(_open_bars)}{text}", file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    """Prints a result on stdout while a bar may be open."""
+    if _open_bars:
+        print(_ERASE, end="", file=sys.stderr, flush=True)
+    print(text)
 
 
 class Progress:
@@ -107,11 +112,11 @@ class Progress:
         with Progress("packing", total=24_000, unit="images") as bar:
             bar.update(done, loss="0.0213", epoch="3/80")
 
-    Updates may come from any thread, at any rate. Bars may be nested: a terminal shows them one below the other.
+    Updates may come from any thread, at any rate. Of nested bars a terminal shows the innermost one.
     """
 
     def __init__(self, title: str, *, total: int | None = None, unit: str = "images", start: int = 0) -> None:
-        """Prepares a bar, which appears when its context is entered.
+        """Prepares a bar, which appears with its first update.
 
         Args:
             title: the name of the work, one or two words.
@@ -120,8 +125,10 @@ class Progress:
             start: the amount of earlier attempts: rates count from there.
         """
         self._title, self._total, self._unit, self._start = title, total, unit, start
+        self._done, self._fields = float(start), dict[str, str]()
         self._began = self._line_due = 0.0
-        self._task: rich_progress.Task | None = None
+        self._seen = deque[tuple[float, float]]()
+        self._is_shown = False
 
     def update(self, done: float, *, total: int | None = None, **fields: str) -> None:
         """Moves the bar forward; a late update from another thread does not move it back.
@@ -131,95 +138,71 @@ class Progress:
             total: the total, if it has become known.
             **fields: values to show beside it, such as `loss="0.0213"`; each stays until its next value.
         """
-        with _lock:
-            if _bars is None or self._task is None:
+        with _lock, suppress(OSError):
+            if not self._is_shown:
                 return
-            self._task.fields.update(fields)
-            _bars.update(self._task.id, completed=max(done, self._task.completed), total=total)
-            if _bars.disable and time.monotonic() >= self._line_due:
-                self._line_due = time.monotonic() + LINE_SECONDS
-                note(f"{self._title}: {_details(self._task, ' · ')}")
+            now = time.monotonic()
+            self._done, self._total = max(done, self._done), self._total if total is None else total
+            self._fields |= fields
+            if now - self._seen[-1][0] >= REDRAW_SECONDS:
+                self._seen.append((now, self._done))
+            while len(self._seen) > 1 and self._seen[0][0] < now - RATE_SECONDS:
+                self._seen.popleft()
+            if now < self._line_due:
+                return
+            text = f"{self._title}: {self._details(now)}"
+            if not shows_bars():
+                self._line_due = now + LINE_SECONDS
+                note(text)
+            elif _open_bars[-1:] == [self]:
+                self._line_due = now + REDRAW_SECONDS
+                columns = os.get_terminal_size(sys.stderr.fileno()).columns
+                text = text if len(text) < columns else f"{text[: columns - 2]}…"
+                print(f"{_ERASE}{text}", end="", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
-        global _bars
-        with _lock:
-            if _is_first() and not _is_quiet:
-                if _bars is None:
-                    _bars = _new_bars()
-                    _bars.start()
-                begun: dict[str, Any] = {"completed": self._start, "before": self._start, "unit": self._unit}
-                _bars.add_task(self._title, total=self._total, **begun)
-                self._task = _bars.tasks[-1]
+        self._is_shown = _is_first() and not _is_quiet
         self._began = time.monotonic()
+        self._seen.append((self._began, self._done))
         # The first line comes soon: an empty log looks like that of a job that hangs.
-        self._line_due = self._began + min(QUIET_SECONDS, LINE_SECONDS)
+        self._line_due = self._began + (0 if shows_bars() else min(QUIET_SECONDS, LINE_SECONDS))
+        if self._is_shown and shows_bars():
+            _open_bars.append(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        global _bars
-        if self._task is None:
-            return
         with _lock, suppress(OSError):
-            task, self._task = self._task, None
-            assert _bars is not None
-            _bars.remove_task(task.id)
-            if not _bars.tasks:
-                bars, _bars = _bars, None
-                bars.stop()
-        seconds = time.monotonic() - self._began
-        if seconds >= QUIET_SECONDS:
-            done, stopped = task.completed - self._start, "" if kind is None else "stopped after "
-            took = f"{self._title}: {stopped}{done:,.0f} {self._unit} in {_duration(seconds)}"
-            in_all = f"{_of_total(task)} in all" if done != (task.total or task.completed) else ""
-            note(" · ".join(filter(None, (took, _rate_text(done / seconds, self._unit), in_all))))
+            if self in _open_bars:
+                print(_ERASE, end="", file=sys.stderr, flush=True)
+                _open_bars.remove(self)
+            seconds = time.monotonic() - self._began
+            if self._is_shown and seconds >= QUIET_SECONDS:
+                done, stopped = self._done - self._start, "" if kind is None else "stopped after "
+                took = f"{self._title}: {stopped}{done:,.0f} {self._unit} in {_duration(seconds)}"
+                in_all = f"{self._of_total()} in all" if done != (self._total or self._done) else ""
+                note(" · ".join(filter(None, (took, _rate_text(done / seconds, self._unit), in_all))))
+            self._is_shown = False
+
+    def _details(self, now: float) -> str:
+        """Returns progress, rate, remaining time and the other fields as text."""
+        percent = f"{min(100, int(100 * self._done / self._total))} %" if self._total else ""
+        since, before = self._seen[0]
+        if since == now:
+            # One update takes longer than the window of the rate.
+            since, before = self._began, self._start
+        rate = (self._done - before) / (now - since or 1)
+        left = f"ETA {_duration((self._total - self._done) / rate)}" if rate > 0 and self._total is not None else ""
+        fields = (f"{name.replace('_', ' ')} {value}" for name, value in self._fields.items())
+        counts = f"{self._of_total()} {self._unit}"
+        return " · ".join(filter(None, (percent, counts, _rate_text(rate, self._unit), left, *fields)))
+
+    def _of_total(self) -> str:
+        of_total = f"/{self._total:,.0f}" if self._total and self._total != self._done else ""
+        return f"{self._done:,.0f}{of_total}"
 
 
 def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def _new_bars() -> rich_progress.Progress:
-    from rich.console import Console
-    from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
-    from rich.progress import Progress as RichProgress
-    from rich.table import Column
-    from rich.text import Text
-
-    class Details(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text(_details(task, "\n"))
-
-    return RichProgress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=12),
-        Details(Column(ratio=1, no_wrap=True, overflow="ellipsis")),
-        expand=True,
-        console=Console(stderr=True),
-        refresh_per_second=5,
-        speed_estimate_period=RATE_SECONDS,
-        # Output for a file or a pipe must not go to the terminal.
-        redirect_stdout=sys.stdout.isatty(),
-        disable=not shows_bars(),
-    )
-
-
-def _details(task: rich_progress.Task, beside: str) -> str:
-    """Returns progress, rate and remaining time as text; the other fields follow after `beside`."""
-    percent = f"{min(100, int(task.percentage))} %" if task.total else ""
-    # If one update takes longer than the window of the rate, the average of all time replaces it.
-    rate = task.speed or (task.completed - task.fields["before"]) / (task.elapsed or 1)
-    left = f"ETA {_duration(task.remaining / rate)}" if rate > 0 and task.remaining is not None else ""
-    counts = f"{_of_total(task)} {task.fields['unit']}"
-    how_far = filter(None, (percent, counts, _rate_text(rate, task.fields["unit"]), left))
-    # A copy, because another thread may add fields during the loop.
-    fields = dict(task.fields).items()
-    more = (f"{name.replace('_', ' ')} {value}" for name, value in fields if name not in ("unit", "before"))
-    return beside.join(filter(None, (" · ".join(how_far), " · ".join(more))))
-
-
-def _of_total(task: rich_progress.Task) -> str:
-    of_total = f"/{task.total:,.0f}" if task.total and task.total != task.completed else ""
-    return f"{task.completed:,.0f}{of_total}"
 
 
 def _rate_text(rate: float, unit: str) -> str:

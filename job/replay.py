@@ -9,28 +9,28 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from ddpm import training
 from ddpm.state import TrainState
-from job.config import RunConfig, method
+from job.config import RunConfig, method, validated
 from job.data.cache import ImageCache
-from job.exchange.exporting import Export, check_free, open_target, write_folder
+from job.exchange.exporting import Export, check_strangers, open_target, write_folder
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.plan import open_run
 from job.processes import compute
 from job.processes.ranks import meet
 from job.progress import Progress, note
 from job.runs import records
-from job.runs.checkpoint_files import CheckpointFiles, write_part
-from job.runs.checkpoints import load_manifest, opened
+from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest, newest_sound, opened
 from job.runs.layout import CheckpointRef
-from job.runs.lineage import Lineage
-from job.runs.readers import reading_chosen
-from job.runs.retention import Retention
+from job.runs.retention import Retention, reading_chosen
+from job.runs.writer import CheckpointFiles, write_part
 from job.sealed import code_version
 from job.stop import Stop
+from job.store import Store
 from job.store.files import scratch_folder
 from job.training.attempt import load_parent
 from job.training.session import Loop
@@ -39,10 +39,43 @@ RECORD = "replay.json"
 """The record of a replay, beside its files."""
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """The images that one attempt learnt, from the end of the stretch before up to number `last_image`, without it."""
+
+    attempt: records.Attempt
+    config: RunConfig
+    """The run's configuration with the changes of this attempt."""
+    last_image: int
+
+    def has(self, ref: CheckpointRef) -> bool:
+        """Returns whether a checkpoint of the run lies in it."""
+        return ref.fence == self.attempt.fence and ref.images_seen <= self.last_image
+
+
+def stretches_to(run: Store, stored: RunConfig, newest: Manifest) -> list[Stretch]:
+    """Returns the way to a run's newest checkpoint, in order; `stored` is its configuration as it began.
+
+    An attempt that was killed may have learnt images after its last checkpoint. The next attempt learns them again, so
+    that they count as the next one's.
+
+    Raises:
+        BadDataError: the record of an attempt is damaged or missing.
+    """
+    stretches = []
+    for ref in (*map(CheckpointRef.parse, newest.lineage), newest.ref):
+        attempt = records.load_attempt(run, ref.fence)
+        config = validated(stored.flat() | attempt.changes, f"{run.uri}, attempt {ref.fence}")
+        stretches.append(Stretch(attempt, config, ref.images_seen))
+    return stretches
+
+
 class Replay:
     """A run on this process alone, at any image from one of its checkpoints on.
 
     Attributes:
+        newest: the run's newest checkpoint.
+        stretches: the way there.
         begun: the checkpoint that it began with; None for the first weights.
         state: that of training, after `begin`.
         differences: sentences about attempts that ran other code or on another device.
@@ -61,7 +94,10 @@ class Replay:
         """
         self.stop, self.of_run = stop, open_run(bucket_uri, name, stop)
         self.index, self.stored = self.of_run.learnt(), self.of_run.stored
-        self.lineage = Lineage.of(self.of_run.run, self.stored)
+        run = self.of_run.run
+        if (newest := newest_sound(run, list_checkpoints(run))) is None:
+            raise MissingInputError(f"{run.uri} has no checkpoint that can be read: train it first")
+        self.newest, self.stretches = newest, stretches_to(run, self.stored, newest)
         self.ranks, self.batch_size, self.differences = meet(stop), self.stored.train.batch_size, list[str]()
 
     @cached_property
@@ -69,6 +105,15 @@ class Replay:
         """The run's dataset."""
         with Progress("reading images", total=self.index.images) as bar:
             return self.of_run.opened_images(self.stop, lambda done, total: bar.update(done))
+
+    def checkpoints(self) -> list[CheckpointRef]:
+        """Returns the checkpoints on the way to the newest one that the run has now, in order."""
+        there = [ref for ref in list_checkpoints(self.of_run.run) if any(one.has(ref) for one in self.stretches)]
+        return sorted(there, key=lambda ref: (ref.images_seen, ref.fence))
+
+    def stretch_of(self, image_number: int) -> Stretch:
+        """Returns the stretch that learnt an image; that of later images is the last one."""
+        return next((one for one in self.stretches if image_number < one.last_image), self.stretches[-1])
 
     def begin(self, image: int) -> None:
         """Restores the newest checkpoint at or before an image, else the weights that the run began with.
@@ -81,7 +126,7 @@ class Replay:
         self.state = method.initial_state(method.build_network(self.stored, self.ranks.device), self.stored)
 
         def nearest() -> list[CheckpointRef]:
-            return [ref for ref in self.lineage.checkpoints(run) if ref.images_seen <= image][-1:]
+            return [ref for ref in self.checkpoints() if ref.images_seen <= image][-1:]
 
         with reading_chosen(run, nearest) as (refs, _):
             for ref in refs:
@@ -89,7 +134,8 @@ class Replay:
                     pass
                 self.state.resume_at(ref.images_seen, self.batch_size)
         self.begun = refs[0] if refs else None
-        given = self.lineage.imported_images
+        # Before the last import the images were learnt elsewhere.
+        given = max((one.last_image for one in self.stretches if one.attempt.imported), default=-1)
         if given > (self.begun.images_seen if self.begun else -1):
             what = f"the checkpoint of {given:,} images was imported, and is later or gone"
             raise MissingInputError(f"{run.uri} has no way to image {image:,}: {what}")
@@ -97,13 +143,13 @@ class Replay:
             load_parent(self.state, self.of_run)
 
     def train_to(self, image: int) -> None:
-        """Trains up to an image of the lineage, a multiple of the batch size.
+        """Trains up to an image of the run, a multiple of the batch size.
 
         Raises:
             StoppedError: a stop was requested.
         """
         while (seen := self.state.images_seen) < image:
-            stretch = self.lineage.stretch_of(seen)
+            stretch = self.stretch_of(seen)
             last = min(image, stretch.last_image)
             self._compare(stretch.attempt, stretch.config)
             loop = Loop(stretch.config, self.images, self.ranks, self.state, last_image=last, stop=self.stop)
@@ -129,7 +175,7 @@ class Replay:
     def written(self, folder: Path) -> tuple[Export, dict[str, str]]:
         """Writes the files of a checkpoint of this moment into a folder, and returns the SHA-256 of each by key."""
         seen, tensors = self.state.images_seen, self.state.tensors()
-        stretch = self.lineage.stretch_of(max(0, seen - 1))
+        stretch = self.stretch_of(max(0, seen - 1))
         ref, retention = CheckpointRef(0, seen), Retention(stretch.config, self.index.images)
         files, paths, hashes = CheckpointFiles(tensors, retention, self.of_run.classes), dict[str, Path](), {}
         files.copy()
@@ -162,16 +208,16 @@ def replay_run(bucket_uri: str, name: str, image: int, to: str, *, verify: bool)
     """
     stop = Stop().install()
     replay = Replay(bucket_uri, name, stop)
-    run, newest, batch_size = replay.of_run.run, replay.lineage.newest.images_seen, replay.batch_size
+    run, newest, batch_size = replay.of_run.run, replay.newest.images_seen, replay.batch_size
     if image % batch_size or image > newest:
         below = image - image % batch_size
         near = " or ".join(f"{one:,}" for one in sorted({min(below, newest), min(below + batch_size, newest)}))
         raise BadRequestError(f"--image {image}: {name!r} has states every {batch_size:,} images to {newest:,}: {near}")
-    there = [ref for ref in replay.lineage.checkpoints(run) if ref.images_seen == image]
+    there = [ref for ref in replay.checkpoints() if ref.images_seen == image]
     if verify and not (there and image):
         raise MissingInputError(f"--verify: {run.uri} has no checkpoint at image {image:,} to compare with")
     if target := open_target(to, replay.of_run) if to else None:
-        check_free(target, to, set())
+        check_strangers(target, to, set())
     replay.begin(image - batch_size if verify else image)
     replay.train_to(image)
     with scratch_folder("replay") as folder:

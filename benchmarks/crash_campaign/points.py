@@ -11,7 +11,7 @@ SNAPSHOT = r"/snapshots/"
 MANIFEST = r"/checkpoints/[^/]+/MANIFEST\.json$"
 RECORD, CLAIM = r"/pieces/\d+\.json$", r"/claims/\d+/lease\.json$"
 PIECE = r"/piece-\d+\.tar$"
-PICTURES = r"(?<!/provenance)(?<!/tensorboard)/samples/"
+PICTURES = r"(?<!/tensorboard)/samples/"
 SHARD = r"/shard-\d+\.tar$"
 
 
@@ -130,14 +130,7 @@ def _later() -> list[Point]:
         Point("renewal", "the lease is renewed, the holder does not know", "train", "replace", LEASE, data=renewal),
         Point("checkpoint-rot", "a bit of the newest checkpoint flips in the bucket", "train", "rot"),
         Point("sampling", "in the middle of in-training sampling", "train", "sampling-step", nth=3),
-        Point(
-            "picture-before",
-            "the provenance of a picture is written, the picture is not",
-            "train",
-            "put",
-            f"{PICTURES}epoch-",
-            when="before",
-        ),
+        Point("picture-before", "a picture is made, not stored", "train", "put", f"{PICTURES}epoch-", when="before"),
         Point("cache-rot", "a byte of the cached images flips on the local disk", "train", "rot"),
         Point("shard-rot", "an image in the bucket's shard is replaced by another", "train", "rot", fresh=True),
         Point(

@@ -15,7 +15,7 @@ def apply(name: str, module: ModuleType, trace: Any) -> None:
 
 
 def _manifest_first(module: Any, trace: Any) -> None:
-    from job.runs.checkpoint_files import write_part
+    from job.runs.writer import write_part
     from job.store.files import scratch_folder
 
     upload, commit_manifest = module.CheckpointFiles.upload, module.commit_manifest

@@ -19,10 +19,11 @@ from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.pieces import Pieces
 from job.processes import lease
 from job.processes.lease import Lease
-from job.runs import checkpoints, metric_rows, readers, removal, retention, writer
+from job.runs import checkpoints, metric_rows, retention, writer
 from job.runs.retention import Retention, Retirement
 from job.sealed import NamedObject
 from job.store.base import ObjectExistsError, Store
+from job.verbs import removal
 
 Replace = Callable[[Any, str, Any], None]
 """Puts another object in the place of an attribute."""
@@ -278,7 +279,7 @@ def _readers_ignored(replace: Replace) -> None:
 def _unmarked_choice(replace: Replace) -> None:
     @contextmanager
     def chosen(run: Store, choose: Any) -> Iterator[Any]:
-        with readers.reading(run, *(refs := choose())) as renew:
+        with retention.kept_while_read(run, *(refs := choose())) as renew:
             yield refs, renew
 
     replace(reading, "reading_chosen", chosen)

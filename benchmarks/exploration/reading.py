@@ -13,10 +13,11 @@ from benchmarks.exploration.checks import RunChecks
 from benchmarks.exploration.store import SimulatedStore
 from benchmarks.exploration.world import Process, Request, World
 from job.exits import MissingInputError
-from job.runs import averages, layout, removal
+from job.runs import layout
 from job.runs.checkpoints import choose, opened
 from job.runs.layout import ObjectKind
-from job.runs.readers import reading_chosen
+from job.runs.retention import reading_chosen
+from job.verbs import averages, removal
 
 STD = 0.1
 """The width of the average that is made: between those in the checkpoint."""

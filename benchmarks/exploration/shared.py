@@ -31,9 +31,8 @@ from job.evaluation.evaluation_plan import Evaluation
 from job.exchange import encoding
 from job.exits import BadRequestError
 from job.pieces import RECORDS, Advance, Made, Slice
-from job.runs.drawings import NumberedDrawing
+from job.runs.drawings import NumberedDrawing, Reference
 from job.runs.layout import CheckpointRef
-from job.runs.scores import Reference
 from job.sampling.sets import SampleSet
 from job.store import Store
 

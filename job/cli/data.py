@@ -47,7 +47,7 @@ def data_list(as_json: AsJson = False, bucket: BucketUri = "") -> None:
 
     Example: ddpm data list --bucket gs://my-bucket
     """
-    from job.report.datasets import list_datasets
+    from job.verbs.datasets import list_datasets
 
     list_datasets(bucket, as_json=as_json)
 
@@ -65,7 +65,7 @@ def data_show(
 
     Example: ddpm data show landscape-sample --open
     """
-    from job.report.datasets import show_dataset
+    from job.verbs.datasets import show_dataset
 
     show_dataset(bucket, name, size, output, open_it=open_it, as_json=as_json)
 
@@ -78,7 +78,7 @@ def data_verify(name: DatasetName, size: Size = None, as_json: AsJson = False, b
 
     Example: ddpm data verify celeba --bucket gs://my-bucket
     """
-    from job.report.datasets import verify_named
+    from job.verbs.datasets import verify_named
 
     verify_named(bucket, name, size, as_json=as_json)
 
@@ -89,6 +89,6 @@ def data_delete(name: DatasetName, size: Size = None, yes: Certain = False, buck
 
     Example: ddpm data delete mine --size 64 --yes
     """
-    from job.report.datasets import delete_dataset
+    from job.verbs.removal import delete_dataset
 
     delete_dataset(bucket, name, size, yes)

@@ -35,7 +35,7 @@ def runs_list(as_json: AsJson = False, bucket: BucketUri = "") -> None:
 
     Example: ddpm runs list --bucket gs://my-bucket
     """
-    from job.runs.listing import list_runs
+    from job.verbs.run_listing import list_runs
 
     list_runs(bucket, as_json=as_json)
 
@@ -48,7 +48,7 @@ def runs_show(run: RunName, as_json: AsJson = False, bucket: BucketUri = "") -> 
 
     Example: ddpm runs show celeba --bucket gs://my-bucket
     """
-    from job.runs.listing import show_run
+    from job.verbs.run_listing import show_run
 
     show_run(bucket, run, as_json=as_json)
 
@@ -67,7 +67,7 @@ def runs_compare(
 
     Example: ddpm runs compare celeba celeba-v --since-epoch 10
     """
-    from job.runs.comparison import compare_runs
+    from job.verbs.run_listing import compare_runs
 
     compare_runs(bucket, run, other, since_epoch)
 
@@ -81,7 +81,7 @@ def runs_verify(run: RunName, as_json: AsJson = False, bucket: BucketUri = "") -
 
     Example: ddpm runs verify celeba --bucket gs://my-bucket
     """
-    from job.runs.listing import verify_named_run
+    from job.verbs.run_listing import verify_named_run
 
     verify_named_run(bucket, run, as_json=as_json)
 
@@ -100,7 +100,7 @@ def runs_prune(
 
     Example: ddpm runs prune celeba --keep-last 1 --dry-run
     """
-    from job.runs.removal import prune_run
+    from job.verbs.removal import prune_run
 
     prune_run(bucket, run, keep_last=keep_last, dry_run=dry_run)
 
@@ -114,7 +114,7 @@ def runs_delete(run: RunName, yes: Certain = False, bucket: BucketUri = "") -> N
 
     Example: ddpm runs delete celeba --yes
     """
-    from job.runs.removal import delete_run
+    from job.verbs.removal import delete_run
 
     delete_run(bucket, run, certain=yes)
 
@@ -164,7 +164,7 @@ def ddpm_ema(
 
     Example: ddpm ema --run celeba --std 0.13 --checkpoints 490
     """
-    from job.runs.averages import make_averages
+    from job.verbs.averages import make_averages
 
     make_averages(bucket, run, std, checkpoints)
 
@@ -185,7 +185,7 @@ def ddpm_report(
 
     Example: ddpm report celeba --open
     """
-    from job.report.command import write_report
+    from job.report.bucket_page import write_report
 
     write_report(bucket, run, open_it, output)
 
@@ -211,13 +211,12 @@ def ddpm_config(
 
         ddpm config --preset celeba --set train.batch_size=64
     """
-    from job.report.settings import list_keys, show_config
+    from job.config.resolve import list_keys, show_config
 
     if list_all:
         list_keys(begin, as_json=as_json)
     else:
-        request = TrainRequest("", preset=preset, sets=tuple(sets), config_file=config_file)
-        show_config(request, begin, as_json=as_json)
+        show_config(preset, sets, config_file, begin, as_json=as_json)
 
 
 def ddpm_import(request: ImportRequest) -> None:

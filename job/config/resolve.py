@@ -1,23 +1,35 @@
-"""How a configuration comes about: which keys can be set, by whom, and which ones a later attempt may change."""
+"""How a configuration comes about: presets, YAML files, `--set`; which keys may be set, and by which later attempts.
+
+`ddpm config` shows them.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
+from pydantic import Field
 
-from job.config.networks import NETWORKS
-from job.config.presets import preset_keys
-from job.config.schema import RunConfig, flatten, layered, validated
-from job.config.yaml_files import parse_mapping, parse_yaml, read_settings
-from job.exits import BadConfigError, MissingInputError
+from ddpm.catalogue import LARGEST, takers
+from job.config.run_config import RunConfig, flatten, layered, validated
+from job.config.schema import NETWORKS, Section, Size
+from job.exits import BadConfigError, BadRequestError, MissingInputError, did_you_mean
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
+Value = TypeVar("Value")
+_SIGNS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+"""The limits in a JSON schema."""
+EMBEDDED = "landscape-sample"
+"""The dataset that comes with the program; its preset is the default for all other datasets."""
+LARGEST_FILE_BYTES = 1 << 18
+"""Limit of a file with settings or targets."""
 FREE = {
     "train.epochs",
     "train.micro_batch_size",
@@ -47,6 +59,94 @@ CHOSEN_ELSEWHERE = {
     **{key: "--from RUN[@EPOCH] and --weights" for key in RunConfig().flat() if key.startswith("parent.")},
 }
 """Keys that neither `--set` nor a file may set, and the option that sets them instead."""
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """Returns the plain data of a YAML text.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, is nested too deeply, or has an alias.
+    """
+    try:
+        # By aliases a small file would contain itself, or expand to gigabytes.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.CSafeLoader)):
+            raise yaml.YAMLError("aliases are not supported")
+        # The loader in Python takes 10 ms for a run's configuration, and a bucket has hundreds.
+        document = yaml.load(text, yaml.CSafeLoader)
+        # An integer of thousands of digits would be an error of each message about it.
+        repr(document)
+        return document
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # The value contradicts its tag or form: 2020-99-99, !!int x, a number of thousands of digits.
+        raise yaml.YAMLError(f"invalid value: {error}") from None
+
+
+def parse_mapping(text: str, where: str, of: str = "sections such as `train:`") -> dict[str, Any]:
+    """Returns a YAML text that is empty or a mapping `of` something; an error begins with `where` it comes from.
+
+    Raises:
+        BadConfigError: it is something else, or not valid YAML.
+    """
+    try:
+        document = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise BadConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict | None):
+        raise BadConfigError(f"{where} must be a mapping of {of}")
+    return document or {}
+
+
+def read_settings(path: Path) -> str:
+    """Returns the text of a file that a person writes, such as `targets.yaml`; the path may begin with `~`.
+
+    Raises:
+        OSError: the file cannot be read.
+        BadConfigError: it is too large; /dev/zero never ends.
+    """
+    path = Path(os.path.expanduser(path))  # noqa: PTH111 -- a user may have no home
+    with path.open("rb") as file:
+        text = file.read(LARGEST_FILE_BYTES + 1)
+    if len(text) > LARGEST_FILE_BYTES:
+        raise BadConfigError(f"{path} is larger than {LARGEST_FILE_BYTES >> 10} KiB: is it the right file?")
+    # The parser reports bytes that are not text.
+    return text.decode(errors="surrogateescape")
+
+
+class PackConfig(Section):
+    """The section `pack` of a preset: how to pack the dataset that has the preset's name."""
+
+    size: Size
+    crop: str = "center"
+    resize_filter: str = "lanczos"
+    licence: str = ""
+    fetch: str = Field(default="", description="where to get the images")
+
+
+def preset_names() -> list[str]:
+    """Returns the names of all presets."""
+    return sorted(p.name.removesuffix(".yaml") for p in (resources.files("job") / "presets").iterdir())
+
+
+def preset_keys(name: str) -> dict[str, Any]:
+    """Returns the settings of a preset by their dotted keys.
+
+    Raises:
+        BadRequestError: there is no preset of this name.
+    """
+    return flatten({key: value for key, value in _preset(name).items() if key != "pack"})
+
+
+def pack_config(name: str) -> PackConfig | None:
+    """Returns how the preset `name` packs its dataset; None without a preset of this name."""
+    return PackConfig.model_validate(_preset(name)["pack"]) if name in preset_names() else None
+
+
+def _preset(name: str) -> dict[str, Any]:
+    if name not in (names := preset_names()):
+        raise BadRequestError(f"there is no preset {name!r}{did_you_mean(name, names)} (there are: {', '.join(names)})")
+    return parse_mapping((resources.files("job") / "presets" / f"{name}.yaml").read_text(), f"preset {name}")
 
 
 def description_of(key: str, kind: str = "unet") -> str:
@@ -150,3 +250,130 @@ def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[
             f"(ddpm runs delete {run} --yes)"
         )
     return changes
+
+
+def all_settings() -> Iterator[dict[str, Any]]:
+    """Yields all keys with their values, default, description, and the option that sets them instead of `--set`.
+
+    A key that several kinds of networks have comes once, with the limits of the first kind.
+    """
+    schema = RunConfig.model_json_schema()
+    sections = {name: _resolved(section, schema) for name, section in schema["properties"].items()}
+    models = {kind: model.model_json_schema()["properties"] for kind, model in NETWORKS.items()}
+    for key in known_keys():
+        section, _, leaf = key.rpartition(".")
+        kinds = [kind for kind, fields in models.items() if leaf in fields] if section == "model" else []
+        if kinds:
+            field = models[kinds[0]][leaf]
+        else:
+            field = sections[section]["properties"][leaf] if section else sections[leaf]
+        only = kinds if len(kinds) < len(models) else takers(leaf) if section == "sample" else []
+        description = description_of(key, *kinds[:1]) + (f"; only for {', '.join(only)}" if only else "")
+        takes, default = values_of(field, schema), _resolved(field, schema).get("default")
+        if key == "model.kind":
+            takes, description = "|".join(NETWORKS), "kind of network"
+        option = CHOSEN_ELSEWHERE.get(key, "")
+        yield {"key": key, "takes": takes, "default": default, "description": description, "option": option}
+
+
+def _resolved(field: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    reference = field.get("$ref", "")
+    return {**schema["$defs"][reference.rpartition("/")[2]], **field} if reference else field
+
+
+def values_of(field: dict[str, Any], schema: dict[str, Any]) -> str:
+    """Returns the values of a field of a JSON schema: `integer ≥ 1`, `ddim|ddpm`, `list of number > 0 ≤ 1`."""
+    field = _resolved(field, schema)
+    if "anyOf" in field:
+        return " or ".join(values_of(each, schema) for each in field["anyOf"])
+    if "enum" in field or "const" in field:
+        return "|".join(map(str, field.get("enum") or [field["const"]]))
+    if items := field.get("items") or field.get("prefixItems"):
+        return f"list of {values_of(items[0] if isinstance(items, list) else items, schema)}"
+    # The largest limits only protect the program; no person needs to know them.
+    known = {name: field[name] for name in _SIGNS if field.get(name, LARGEST) < LARGEST}
+    return " ".join([field["type"], *(f"{_SIGNS[name]} {limit:,}" for name, limit in known.items())])
+
+
+def list_keys(begin: str = "", *, as_json: bool) -> None:
+    """Prints the keys that begin with `begin`, each with its default, its meaning and its values.
+
+    Raises:
+        BadRequestError: no key does.
+    """
+    from job.printing import print_json
+
+    chosen = _beginning({setting["key"]: setting for setting in all_settings()}, begin)
+    if as_json:
+        print_json([*chosen.values()])
+        return
+    rows = []
+    for key, setting in chosen.items():
+        option = f"; set by {setting['option']}" if setting["option"] else ""
+        rows.append((key, shown(setting["default"]), f"{setting['description']}{option} ({setting['takes']})"))
+    _print_rows(("default", "meaning"), rows)
+
+
+def show_config(preset: str, sets: Iterable[str], config_file: Path | None, begin: str = "", *, as_json: bool) -> None:
+    """Prints the configuration of a new run, with the origin of each value; its dataset may fill in more.
+
+    Args:
+        preset: its name; empty for the default one.
+        sets: assignments to dotted keys.
+        config_file: with further settings.
+        begin: the keys to print begin with it.
+        as_json: whether to print JSON.
+
+    Raises:
+        BadConfigError, BadRequestError, MissingInputError: as `ddpm train`, or no key begins so.
+    """
+    from job.printing import print_json
+
+    preset, file, assigned = preset or EMBEDDED, read_config_file(config_file), parse_sets(sets)
+    config = draft(preset, file | assigned)
+    layers = {"--set": assigned, f"{config_file}": file, f"preset {preset}": preset_keys(preset)}
+
+    def origin(key: str) -> str:
+        follows = {*FOLLOWS, *(key for key in CHOSEN_ELSEWHERE if key.startswith("data."))}
+        usual = "the dataset" if key in follows else "default"
+        return next((name for name, layer in layers.items() if key in layer), usual)
+
+    settings = {*known_keys()} - {"preset"}
+    told = {key: {"value": value, "from": origin(key)} for key, value in config.flat().items() if key in settings}
+    told = _beginning(told, begin)
+    if as_json:
+        print_json(told)
+    else:
+        _print_rows(("value", "from"), [(key, shown(values["value"]), values["from"]) for key, values in told.items()])
+
+
+def _beginning(known: dict[str, Value], begin: str) -> dict[str, Value]:
+    """Returns the keys that begin with `begin`; raises BadRequestError if none does."""
+    if chosen := {key: value for key, value in known.items() if key.startswith(begin)}:
+        return chosen
+    sections = dict.fromkeys(key.partition(".")[0] for key in known)
+    raise BadRequestError(f"no key begins with {begin!r}{did_you_mean(begin, sections)} ({', '.join(sections)})")
+
+
+def _print_rows(titles: Iterable[str], rows: Iterable[tuple[str, ...]]) -> None:
+    from rich.table import Table
+
+    from job.printing import print_table
+
+    table = Table(box=None)
+    # A key that is cut cannot be typed.
+    table.add_column("key", no_wrap=True, overflow="fold")
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    print_table(table, "no keys", wraps=True)
+
+
+def shown(value: Any) -> str:
+    """Returns a value as `--set` takes it."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(shown, value)) or "[]"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value) or '""'

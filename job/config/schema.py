@@ -1,34 +1,99 @@
-"""The settings of a run: all sections but the network's, and `RunConfig`, the whole."""
+"""The sections of a run's configuration: their settings, limits and descriptions."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, get_origin
 
-import yaml
-from pydantic import Field, ValidationError, ValidationInfo, ValidatorFunctionWrapHandler, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from ddpm import catalogue
 from ddpm.catalogue import EXTRACTORS, LARGEST, METRICS, OneOf, takers
 from ddpm.image_size import ImageSize
-from job.config.fields import Settings, Size, average_name, split
-from job.config.networks import NETWORKS, Network, UNetSection
-from job.config.rules import RULES
-from job.exits import BadConfigError, did_you_mean
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
-
 
 Share = Annotated[float, Field(gt=0, le=1)]
 ClassName = Annotated[str, Field(min_length=1, max_length=255)]
 # A power-function average with a standard deviation of 1/√12 = 0.289 would weight all steps alike.
 Std = Annotated[float, Field(ge=0.001, le=0.28)]
 _COMPARISONS = [name for name, metric in METRICS.items() if metric.of == "features"]
+LARGEST_SIZE = 4096
+"""Limit of the height and width of images, in pixels."""
 
 
-class DataConfig(Settings):
+def image_size(stated: object) -> ImageSize:
+    """Returns the size that a value or a text states.
+
+    Raises:
+        ValueError: it states none, or one beyond `LARGEST_SIZE`.
+    """
+    size = ImageSize.of(stated)
+    if not all(1 <= side <= LARGEST_SIZE for side in size.shape):
+        raise ValueError(f"sides have 1 to {LARGEST_SIZE:,} pixels")
+    return size
+
+
+Size = Annotated[
+    ImageSize,
+    PlainValidator(image_size),
+    PlainSerializer(lambda size: size.stated),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1, "maximum": LARGEST_SIZE}, {"type": "string"}]}),
+]
+"""A size in a configuration or a record, which has `ImageSize.stated`."""
+
+
+class Section(BaseModel):
+    """A group of values; refuses unknown keys and infinite numbers, and cannot be changed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ConfigSection(Section):
+    """A section of a configuration; its lists may be text such as `1,2,2`, or a single number."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {key: split(value) if cls._takes_list(key) else value for key, value in values.items()}
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        # A section inherits `check` from the catalogue, or defines it.
+        if check := getattr(self, "check", None):
+            check()
+        return self
+
+    @classmethod
+    def _takes_list(cls, key: str) -> bool:
+        return key in cls.model_fields and get_origin(cls.model_fields[key].annotation) is tuple
+
+
+def split(value: Any) -> Any:
+    """Returns a list for text such as `1,2,2`, and for a single number."""
+    if isinstance(value, str):
+        return [part for part in value.replace(" ", "").split(",") if part]
+    return [value] if isinstance(value, int | float) else value
+
+
+def average_name(std: float) -> str:
+    """Returns the name of the power-function average with this standard deviation."""
+    return f"ema-{std:g}"
+
+
+class DataConfig(ConfigSection):
     """The images, their augmentation and their order."""
 
     dataset: str = Field("", description="name of the dataset")
@@ -56,15 +121,40 @@ class DataConfig(Settings):
             raise ValueError(f"data.crop_scale={self.crop_scale}: the smaller share comes first")
 
 
-class DiffusionConfig(Settings, catalogue.Diffusion):
+class UNetSection(ConfigSection, catalogue.UNetConfig):
+    """A U-Net of Ho et al. and its successors."""
+
+
+class EDM2Section(ConfigSection, catalogue.EDM2Config):
+    """The magnitude-preserving U-Net of EDM2."""
+
+
+class DiTSection(ConfigSection, catalogue.DiTConfig):
+    """A transformer on patches."""
+
+
+class DomeUNetSection(ConfigSection, catalogue.DomeUNetConfig):
+    """The U-Net of dome272 and ErenGurs."""
+
+
+Network = UNetSection | EDM2Section | DiTSection | DomeUNetSection
+NETWORKS: dict[str, type[Network]] = {
+    "unet": UNetSection,
+    "edm2": EDM2Section,
+    "dit": DiTSection,
+    "dome": DomeUNetSection,
+}
+
+
+class DiffusionConfig(ConfigSection, catalogue.Diffusion):
     """The process, the network's output, and the weight of each noise level."""
 
 
-class TrainConfig(Settings, catalogue.Train):
+class TrainConfig(ConfigSection, catalogue.Train):
     """Optimisation. All lengths are in images, so that they mean the same on any number of GPUs."""
 
 
-class EmaConfig(Settings, catalogue.ExponentialAverage):
+class EmaConfig(ConfigSection, catalogue.ExponentialAverage):
     """Averages of the weights: `ema`, and `ema-STD` for each of `stds`; each takes 4 bytes a weight on every GPU."""
 
     stds: tuple[Std, ...] = Field((), description="relative widths of further averages, as in EDM2; such as 0.05,0.10")
@@ -83,7 +173,7 @@ class EmaConfig(Settings, catalogue.ExponentialAverage):
             raise ValueError("ema.snapshot_epochs stores the averages of ema.stds: set these, for example to 0.05,0.10")
 
 
-class CheckpointConfig(Settings):
+class CheckpointConfig(ConfigSection):
     """When checkpoints are saved, and which ones are kept."""
 
     every_epochs: int = Field(1, ge=1, le=LARGEST, description="save every N epochs")
@@ -107,7 +197,7 @@ class CheckpointConfig(Settings):
     keep_best: bool = Field(False, description="also keep the checkpoint with the best score; see evaluate.metrics")
 
 
-class Drawing(Settings, catalogue.Drawing):
+class Drawing(ConfigSection, catalogue.Drawing):
     """The settings that decide which image a seed gives, for the same checkpoint."""
 
     @field_validator("guidance_interval", mode="wrap")
@@ -178,7 +268,7 @@ class SampleConfig(Drawing):
     nearest: bool = Field(False, description="show the nearest training image beside each sample")
 
 
-class EvaluateConfig(Settings):
+class EvaluateConfig(ConfigSection):
     """The scores that a run computes while it trains; see `ddpm evaluate`."""
 
     every_epochs: int = Field(0, ge=0, le=LARGEST, description="compute scores every N epochs; 0: never")
@@ -190,7 +280,7 @@ class EvaluateConfig(Settings):
     extractor: OneOf[str, EXTRACTORS] = Field("inception", description="network of the features")
 
 
-class LogConfig(Settings):
+class LogConfig(ConfigSection):
     """The metrics."""
 
     every_images: int = Field(12_800, ge=1, le=LARGEST, description="log every N images, and at least once an epoch")
@@ -199,7 +289,7 @@ class LogConfig(Settings):
     tracker: Literal["none", "wandb", "mlflow"] = Field("none", description="service that also gets the metrics")
 
 
-class ParentConfig(Settings):
+class ParentConfig(ConfigSection):
     """The checkpoint of another run with whose weights the run began; all null without `ddpm train --from`."""
 
     run: str | None = Field(None, description="run that gave the first weights: a name in this bucket, or a URI")
@@ -207,7 +297,6 @@ class ParentConfig(Settings):
     weights: str | None = Field(None, description="which of its weights: ema, ema-STD or model")
     checkpoint: str | None = Field(None, pattern="^[0-9]{6}-[0-9]{12}$", description="name of the checkpoint")
     sha256: str | None = Field(None, description="SHA-256 of the record that names the files of the weights")
-    before: str | None = Field(None, description="the parents of that run in turn, for people")
 
     @property
     def name(self) -> str:
@@ -215,116 +304,6 @@ class ParentConfig(Settings):
         return str(self.run) if self.epoch is None else f"{self.run}@{self.epoch}"
 
     @property
-    def lineage(self) -> str:
-        """The origins of the weights, for people: `celeba@490 (ema), before that lsun@30 (ema)`."""
-        return f"{self.name} ({self.weights})" + (f", before that {self.before}" if self.before else "")
-
-
-class RunConfig(Settings):
-    """The whole configuration of a run."""
-
-    preset: str = Field(default="", description="preset that the run began with")
-    imported: bool = Field(default=False, description="the run began with an imported checkpoint")
-    data: DataConfig = DataConfig()
-    model: Network = UNetSection()
-    diffusion: DiffusionConfig = DiffusionConfig()
-    train: TrainConfig = TrainConfig()
-    ema: EmaConfig = EmaConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    sample: SampleConfig = SampleConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    log: LogConfig = LogConfig()
-    parent: ParentConfig = ParentConfig()
-
-    @property
-    def image_size(self) -> ImageSize:
-        """The size of the network's images, once the dataset is known."""
-        assert self.data.size is not None
-        return self.data.size
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the network's images, once the dataset is known."""
-        assert self.data.channels is not None
-        return self.data.channels, *self.image_size.shape
-
-    def check(self) -> None:
-        """Raises ValueError for the first broken rule."""
-        for rule in RULES:
-            rule(self)
-
-    def to_yaml(self) -> str:
-        """Returns the text of `config.yaml`."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-    def flat(self) -> dict[str, Any]:
-        """Returns all values by their dotted keys, such as `train.batch_size`."""
-        return flatten(self.model_dump(mode="json"))
-
-    def updated(self, changes: dict[str, Any]) -> RunConfig:
-        """Returns a copy with other values of some dotted keys; raises as `validated`."""
-        return validated(layered(self.flat(), changes))
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns a nested mapping as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def layered(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Returns `base` overridden by `changes`, both by dotted keys; another kind of network drops the base's `model`."""
-    kind = base.get("model.kind", "unet")
-    if changes.get("model.kind", kind) != kind:
-        base = {key: value for key, value in base.items() if not key.startswith("model.")}
-    return base | changes
-
-
-def validated(flat: dict[str, Any], where: str = "configuration") -> RunConfig:
-    """Returns the `RunConfig` of dotted keys; an error begins with `where` these come from.
-
-    Raises:
-        BadConfigError: for each bad key its name, the fault and the value.
-    """
-    sections: dict[str, Any] = {"model": {"kind": "unet"}}
-    for key, value in flat.items():
-        section, dot, leaf = key.partition(".")
-        if dot:
-            sections.setdefault(section, {})[leaf] = value
-    nested = sections | {key: value for key, value in flat.items() if "." not in key}
-    try:
-        return RunConfig.model_validate(nested)
-    except ValidationError as error:
-        problems: dict[Any, str] = {}
-        for problem in error.errors():
-            # A list whose elements are all wrong is reported once, by its first element.
-            setting = tuple(part for part in problem["loc"] if isinstance(part, str))
-            problems.setdefault(setting, _message(problem, nested["model"]))
-        raise BadConfigError(f"{where}: {'; '.join(problems.values())}") from None
-
-
-def _message(problem: ErrorDetails, model: Any) -> str:
-    """Returns the message of one problem: key, fault and value; a rule between keys names them itself."""
-    loc, fault, value = problem["loc"], problem["msg"].removeprefix("Value error, "), problem["input"]
-    if problem["type"] == "value_error" and len(loc) < 2:
-        return fault
-    if problem["type"] == "union_tag_invalid":
-        loc, fault, value = ("model", "kind"), f"choose one of {', '.join(NETWORKS)}", model["kind"]
-    elif loc[0] == "model":
-        # pydantic puts the kind of the network between section and key.
-        loc = (*loc[:1], *loc[2:])
-        if problem["type"] == "extra_forbidden":
-            fault = f"not an option of model.kind={model['kind']}"
-    return f"{'.'.join(map(str, loc))}: {fault[:1].lower()}{fault[1:]}{nearest_name(problem)} (got {value!r:.200})"
-
-
-def nearest_name(problem: ErrorDetails) -> str:
-    """Returns the end of a message about a setting that takes one of some names: the nearest one, if any is near."""
-    if problem["type"] != "literal_error":
-        return ""
-    return did_you_mean(str(problem["input"]), re.findall("'([^']*)'", problem["ctx"]["expected"]))
+    def words(self) -> str:
+        """The origin of the weights, for people: `celeba@490 (ema)`."""
+        return f"{self.name} ({self.weights})"

@@ -38,9 +38,9 @@ from job.pieces import IF_NONE_RUNS, WHOLE, Advance, Made, Slice
 from job.plan import Plan, RunHandle
 from job.processes.ranks import Ranks, meet
 from job.progress import Progress, note
+from job.runs.drawings import Reference, Scores, score_name
 from job.runs.layout import ObjectKind
 from job.runs.metric_rows import Row
-from job.runs.scores import Reference, Scores, score_name
 from job.sampling.painter import Painter, prepared
 from job.sealed import code_version, utc_now
 from job.stop import NEVER, Stop

@@ -21,8 +21,8 @@ from job.exits import BadDataError, BadRequestError, how_to_install
 from job.pieces import TRANSFERS, WHOLE, Made, PieceRecord, Pieces, Slice
 from job.plan import Plan, RunHandle
 from job.requests import EvaluateRequest
+from job.runs.drawings import Reference, Scores
 from job.runs.layout import ObjectKind
-from job.runs.scores import Reference, Scores
 from job.sampling.sampling_plan import SamplePlan, plan_sampling, plan_sets
 from job.sampling.sets import SampleSet, piece_images
 from job.stop import NEVER, Stop

@@ -25,7 +25,7 @@ from job.data.images import codec_versions, encode_latents
 from job.data.pack_request import EncodeRequest
 from job.data.publishing import Packing, check_absent, make_dataset
 from job.data.shard_source import ShardSource
-from job.exchange.foreign import opened_autoencoder
+from job.exchange.other_programs import opened_autoencoder
 from job.exits import BadConfigError, BadDataError, BadRequestError
 from job.pieces import Advance, Made, PieceRecord
 from job.stop import Stop

@@ -1,26 +1,71 @@
-"""`ddpm export`: writes a checkpoint as a folder for diffusers, or pushes it to the hub."""
+"""`ddpm export`: a checkpoint as a folder for diffusers, or as one commit to the hub of Hugging Face.
+
+Either has a model card: the origin of the weights, the licence of the images, scores and sample code, for people.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
 
-from job.exchange.card import CARD, PICTURE, Card
 from job.exchange.exchange_requests import ExportRequest
-from job.exits import BadRequestError, MissingInputError
+from job.exits import (
+    BadDataError,
+    BadRequestError,
+    BucketAwayError,
+    JobError,
+    MissingInputError,
+    NoPermissionError,
+    how_to_install,
+)
 from job.plan import RunHandle, open_run
-from job.progress import Progress, note
+from job.progress import Progress, note, printable, shows_bars
 from job.runs import pipeline
 from job.runs.checkpoints import check_average, choose, opened
-from job.runs.drawings import grid_key, label_of
-from job.runs.layout import RUNS
-from job.runs.readers import reading_chosen
+from job.runs.drawings import Scores, grid_key, label_at, score_name
+from job.runs.layout import RUNS, CheckpointRef, ObjectKind, located, places_in
+from job.runs.retention import reading_chosen
+from job.sealed import code_version
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, fsspec_configured, open_store
+from job.store.remote import cause, one_line
+
+CARD, PICTURE = "README.md", "grid.png"
+MOST_NAMES = 20
+"""The most classes that a card names."""
+_LOOK_SECONDS = 0.2
+_SIGN_IN = "sign in with `hf auth login`, or set HF_TOKEN, with a token that may write"
+_PIPELINE = """```python
+from diffusers import {kind}
+
+pipeline = {kind}.from_pretrained("{place}")
+images = pipeline(4, num_inference_steps={steps}{call}).images
+```
+
+{remark}"""
+_CLASSES = """```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{place}", trust_remote_code=True)
+images = pipeline(class_labels={labels}, num_inference_steps={steps}).images
+```
+
+`trust_remote_code` lets diffusers execute `{code}`. `id2label.json` has the names of the classes: {names}."""
+_REMARK = {
+    "DDIMScheduler": "This call gives the images of the run's sampler `ddim`. The default call of diffusers clips the "
+    "estimated image, but keeps the noise of the estimate before clipping.",
+    "FlowMatchEulerDiscreteScheduler": "The loop of `DDPMPipeline` takes any scheduler: this one goes Euler's steps "
+    "along a rectified flow, without clipping.",
+    "DDPMScheduler": "The network also gives the variance of a step, which `DDPMPipeline` uses.",
+}
 
 
 @dataclass(frozen=True)
@@ -49,12 +94,7 @@ def export_run(request: ExportRequest) -> None:
         StoppedError: a signal came before the end.
     """
     request.check()
-    hub = None
-    if request.push:
-        with fsspec_configured():
-            from job.exchange.hub import Hub
-
-            hub = Hub(request.push)
+    hub = Hub(request.push) if request.push else None
     stop = Stop().install()
     of_run = open_run(request.bucket, request.run, stop)
     described = pipeline.described(of_run.config, of_run.classes, has_code=True)
@@ -82,7 +122,7 @@ def _opened_export(of_run: RunHandle, request: ExportRequest, described: pipelin
     find = partial(choose, run, request.checkpoint, of_run.dataset_images, batch_size)
     with reading_chosen(run, find) as ((ref,), _):
         check_average(run, ref, weights, request.run)
-        label = label_of(ref.images_seen, of_run.dataset_images, batch_size)
+        label = label_at(ref.images_seen, of_run.dataset_images, batch_size)
         with opened(run, ref, (weights,)) as restored:
             paths = restored.files[weights]
             files = dict(zip(pipeline.weights_names(len(paths)), paths, strict=True))
@@ -92,12 +132,80 @@ def _opened_export(of_run: RunHandle, request: ExportRequest, described: pipelin
                 small[pipeline.INDEX] = _index(files)
             with suppress(ObjectMissingError):
                 small[PICTURE] = run.read(grid_key(label, config.sample.name(of_run.first_drawing))).data
-            place = request.push or "this folder"
             if of_run.classes and last:
                 small[pipeline.PIPELINE_CODE] = (resources.files("job.exchange") / "class_pipeline.py").read_bytes()
-            small[CARD] = Card(of_run, ref, weights, place, described.lacking).text(small | last).encode()
+            code = _code(of_run, small | last, request.push or "this folder", described.lacking)
+            small[CARD] = _card(of_run, ref, weights, code, PICTURE in small).encode()
             size_bytes = sum(path.stat().st_size for path in paths)
             yield Export(files, small | last, f"{label}, weights {weights}, {size_bytes:,} bytes")
+
+
+def _index(files: dict[str, Path]) -> bytes:
+    """Returns the index that names the file of each tensor."""
+    from safetensors import safe_open
+
+    places: dict[str, str] = {}
+    for name, path in files.items():
+        with safe_open(path, framework="pt") as file:
+            places |= dict.fromkeys(file.keys(), name.rpartition("/")[2])
+    return pipeline.weights_index(sum(path.stat().st_size for path in files.values()), places)
+
+
+def _card(of_run: RunHandle, ref: CheckpointRef, weights: str, code: str, has_picture: bool) -> str:
+    """Returns the model card of the weights of a checkpoint, with the metadata that the hub reads."""
+    config, index = of_run.config, of_run.index
+    licence = index.licence if index else ""
+    kind = "class-conditional" if config.model.num_classes else "unconditional-image-generation"
+    # The hub takes no free text as the name of a licence.
+    licence_id = re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-")[:64]
+    of_images = f"{index.images:,} images of {index.name}" if index else "unknown images"
+    preset = f" with the preset `{config.preset}`" if config.preset else ""
+    return "\n".join(
+        [
+            *("---", "library_name: diffusers", f"tags: [{kind}, ddpm]"),
+            *(["license: other", f"license_name: {json.dumps(licence_id)}"] if licence_id else []),
+            *("---", "", f"# {of_run.run.uri.rpartition('/')[2]}", ""),
+            f"A U-Net of {config.image_size.words} pixels, trained on {of_images}{preset}: {ref.images_seen:,} images "
+            f"seen, weights `{weights}`, code {code_version()}. `{pipeline.RUN_CONFIG}` has all settings.",
+            *([f"It began with the weights of {config.parent.words}."] if config.parent.run else []),
+            *("", f"Licence of the images: {licence or 'not stated'}.", ""),
+            *(line for scores in _scores(of_run.run, ref, weights) for line in (scores, "")),
+            *(code, ""),
+            *([f"![Samples]({PICTURE})", ""] if has_picture else []),
+        ]
+    )
+
+
+def _code(of_run: RunHandle, objects: dict[str, bytes], place: str, lacking: str) -> str:
+    """Returns the sample code of an export that diffusers finds at `place`."""
+    if "model_index.json" not in objects:
+        return f'`UNet2DModel.from_pretrained("{place}", subfolder="unet")` loads the network; {lacking}.'
+    classes, steps = of_run.classes, of_run.config.sample.steps
+    if classes:
+        names = ", ".join(classes[:MOST_NAMES]) + (", …" if len(classes) > MOST_NAMES else "")
+        labels = [number % len(classes) for number in range(4)]
+        return _CLASSES.format(labels=labels, code=pipeline.PIPELINE_CODE, names=names, place=place, steps=steps)
+    scheduler = json.loads(objects[pipeline.SCHEDULER_CONFIG])["_class_name"]
+    call = ", use_clipped_model_output=True" if scheduler == "DDIMScheduler" else ""
+    kind = json.loads(objects["model_index.json"])["_class_name"]
+    return _PIPELINE.format(kind=kind, call=call, remark=_REMARK[scheduler], place=place, steps=steps)
+
+
+def _scores(run: Store, ref: CheckpointRef, weights: str) -> Iterator[str]:
+    """Yields a sentence for each stored set of scores of these weights; a damaged record must not stop an export."""
+    for key, place in places_in(run, ObjectKind.SCORES.folder).items():
+        if place.kind is ObjectKind.SCORES:
+            with suppress(BadDataError, ObjectMissingError):
+                scores, words = Scores.load(run, key), list[str]()
+                drawing = scores.drawing
+                if (scores.ref, drawing.weights) != (ref, weights):
+                    continue
+                for name, value in scores.values.items():
+                    if not name.endswith("_std"):
+                        real = f" (real images {scores.floor[name]:.4g})" if name in scores.floor else ""
+                        words.append(f"{score_name(name, scores.reference.extractor)} {value:.4g}{real}")
+                how = f"{drawing.count:,} images by {drawing.sampler} in {drawing.steps:,} steps"
+                yield f"Scores of {how}, against {scores.reference}: {', '.join(words)}."
 
 
 def open_target(to: str, of_run: RunHandle) -> Store:
@@ -116,7 +224,7 @@ def write_folder(target: Store, to: str, run: str, export: Export, stop: Stop) -
     """Writes an export of a run to the folder that `--to` names; returns its URI."""
     written: list[str] = []
     sizes = {key: path.stat().st_size for key, path in export.files.items()}
-    check_free(target, to, {*export.files, *export.small})
+    check_strangers(target, to, {*export.files, *export.small})
     try:
         with Progress(f"exporting {run}", unit="MB", total=sum(sizes.values()) // 10**6) as bar:
             for key, path in export.files.items():
@@ -137,7 +245,7 @@ def write_folder(target: Store, to: str, run: str, export: Export, stop: Stop) -
     return target.uri
 
 
-def check_free(target: Store, to: str, own: set[str]) -> None:
+def check_strangers(target: Store, to: str, own: set[str]) -> None:
     """Raises `BadRequestError` if the folder holds other objects than those of a killed export."""
     # A local folder that does not exist cannot be listed.
     with suppress(MissingInputError):
@@ -145,12 +253,110 @@ def check_free(target: Store, to: str, own: set[str]) -> None:
             raise BadRequestError(f"--to {to}: {strangers[0]} is there already; name another folder, or an empty one")
 
 
-def _index(files: dict[str, Path]) -> bytes:
-    """Returns the index that names the file of each tensor."""
-    from safetensors import safe_open
+class Hub:
+    """A model repository of the hub, and the token of this machine. A push is one commit, whole or not at all."""
 
-    places: dict[str, str] = {}
-    for name, path in files.items():
-        with safe_open(path, framework="pt") as file:
-            places |= dict.fromkeys(file.keys(), name.rpartition("/")[2])
-    return pipeline.weights_index(sum(path.stat().st_size for path in files.values()), places)
+    def __init__(self, name: str) -> None:
+        """Checks name and token without a request.
+
+        Args:
+            name: `ORG/NAME`, where the first part may be a user.
+
+        Raises:
+            BadRequestError: the name is another one, or the client is not installed.
+            NoPermissionError: this machine has no token, or one that no request can carry.
+        """
+        with fsspec_configured():
+            try:
+                from huggingface_hub import HfApi, get_token
+                from huggingface_hub.utils import HFValidationError, disable_progress_bars, validate_repo_id
+            except ImportError as error:
+                what = f"--push needs more than is installed ({error})"
+                raise BadRequestError(f"{what}: {how_to_install('web')}") from None
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise BadRequestError(f"--push: {printable(one_line(str(error)))}") from None
+        if "/" not in name:
+            raise BadRequestError(f"--push {name}: put the name of a user or an organisation first: ORG/{name}")
+        if not shows_bars():
+            disable_progress_bars()
+        self._name, self._api, token = name, HfApi(), get_token()
+        # The client's error about an odd token would print it.
+        if not token or not (token.isascii() and token.isprintable()):
+            raise NoPermissionError(f"this machine has no usable token of the hub: {_SIGN_IN}")
+
+    def push(self, objects: Mapping[str, Path | bytes], message: str, stop: Stop) -> str:
+        """Commits objects to the repository, and returns its URL; a missing repository is made, for its owner alone.
+
+        The objects replace those of an earlier push. Other files stay.
+
+        Args:
+            objects: files and contents, by key.
+            message: that of the commit.
+            stop: ends the wait for the hub.
+
+        Raises:
+            BadRequestError: the repository has other files and no export, or the hub refuses the objects.
+            NoPermissionError: the token is not valid, or may not write there.
+            BucketAwayError: the hub does not answer, or another commit came between.
+            StoppedError: a stop was requested.
+        """
+        result = Future[str]()
+
+        def work() -> None:
+            try:
+                result.set_result(self._push(objects, message))
+            except Exception as error:
+                result.set_exception(error if isinstance(error, JobError) else _meaning(error, self._name))
+
+        # The client waits for a silent hub for ever: its thread is left behind, and ends with the process.
+        threading.Thread(target=work, name="push", daemon=True).start()
+        while not wait([result], _LOOK_SECONDS).done:
+            stop.check("while pushing", "a push is a single commit, which the same command makes")
+        return result.result()
+
+    def _push(self, objects: Mapping[str, Path | bytes], message: str) -> str:
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        url = str(self._api.create_repo(self._name, private=True, exist_ok=True))
+        # A new repository has this file of git.
+        there = {*self._api.list_repo_files(self._name)} - {".gitattributes"}
+        if pipeline.RUN_CONFIG not in there and (strangers := sorted(there - objects.keys())):
+            raise BadRequestError(
+                f"--push {self._name}: {printable(strangers[0]):.100} is there already, and no earlier export: name "
+                "another repository, or a new one"
+            )
+        stale = [key for key in there - objects.keys() if _is_of_an_export(key)]
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            *(CommitOperationAdd(path_in_repo=key, path_or_fileobj=content) for key, content in objects.items()),
+            *(CommitOperationDelete(path_in_repo=key) for key in stale),
+        ]
+        if self._api.repo_info(self._name).private:
+            note(f"{self._name} is private: {url}/settings makes it public")
+        self._api.create_commit(self._name, operations, commit_message=message)
+        return url
+
+
+def _is_of_an_export(key: str) -> bool:
+    in_a_run = f"{CheckpointRef(0, 0).key}/{key}"
+    return key in (CARD, PICTURE, pipeline.PIPELINE_CODE) or located(in_a_run).kind is ObjectKind.PIPELINE
+
+
+def _meaning(error: Exception, name: str) -> JobError:
+    """Returns what an error of the client means to a person."""
+    answered: BaseException = error
+    while not hasattr(answered, "response") and answered.__cause__ is not None:
+        answered = answered.__cause__
+    status = getattr(getattr(answered, "response", None), "status_code", None)
+    # What the client itself refuses is a ValueError; an answer that is no JSON is one, too.
+    is_refused = isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)
+    said = str(error) if isinstance(error, ValueError) else getattr(answered, "server_message", None)
+    reason = printable(one_line(said or cause(error)))
+    if status in (401, 402, 403):
+        return NoPermissionError(f"the hub does not let this machine write to {name} ({reason}): {_SIGN_IN}")
+    if status in (409, 412):
+        return BucketAwayError(f"{name} changed during the push ({reason}): the same command begins again")
+    if status in (400, 404, 413, 422) or is_refused:
+        return BadRequestError(f"the hub refuses the push to {name}: {reason}")
+    return BucketAwayError(f"the hub does not answer ({reason}): check the network; the same command begins again")

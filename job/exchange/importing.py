@@ -26,7 +26,7 @@ from job.config import (
 from job.data.order import images_at_epoch
 from job.data.shards import DatasetIndex, find_dataset, load_index
 from job.exchange.exchange_requests import ImportRequest
-from job.exchange.foreign import Foreign, opened_foreign, settings_of_diffusers
+from job.exchange.other_programs import OtherCheckpoint, opened_checkpoint, settings_of_diffusers
 from job.exits import BadConfigError, BadDataError, BadRequestError, State
 from job.plan import RunHandle, check_drawing, follow_dataset
 from job.processes.compute import describe_device
@@ -71,13 +71,13 @@ def import_run(request: ImportRequest) -> None:
     bucket = open_bucket(request.bucket, stop)
     run = records.run_store(bucket, request.run)
     retry, with_config = bucket.retry.elsewhere(), not request.preset
-    with opened_foreign(request.source, request.size, retry, with_config=with_config) as foreign:
+    with opened_checkpoint(request.source, request.size, retry, with_config=with_config) as given:
         # The query of a URL may be a signature, which must not enter records.
         request = replace(request, source=without_queries(request.source))
-        config, index = _config(bucket, request, foreign, sets)
+        config, index = _config(bucket, request, given, sets)
         of_run = RunHandle(bucket, run, index, config, config)
         _check_run(run, request.run, config, sets)
-        state = _state(config, foreign, request.source)
+        state = _state(config, given, request.source)
     batch_size = config.train.batch_size
     state.resume_at(images_at_epoch(request.epoch, of_run.dataset_images, batch_size), batch_size)
     records.check_writable(run)
@@ -89,25 +89,25 @@ def import_run(request: ImportRequest) -> None:
     finally:
         lease.close(stop.seconds_left())
     weights = sum(parameter.numel() for parameter in state.model.parameters())
-    settings = "" if foreign.run_config is None else ", with the settings of its run"
-    print(f"{where}  ({foreign.what}, {weights:,} weights{settings})")
+    settings = "" if given.run_config is None else ", with the settings of its run"
+    print(f"{where}  ({given.what}, {weights:,} weights{settings})")
     print(f"To sample from it: ddpm sample --run {request.run}")
 
 
 def _config(
-    bucket: Store, request: ImportRequest, foreign: Foreign, sets: dict[str, Any]
+    bucket: Store, request: ImportRequest, given: OtherCheckpoint, sets: dict[str, Any]
 ) -> tuple[RunConfig, DatasetIndex | None]:
     """Returns the configuration, and the dataset if the request names one."""
-    size = foreign.settings["data.size"]
+    size = given.settings["data.size"]
     if request.size and request.size.stated != size:
         raise BadConfigError(f"--size {request.size}: the checkpoint states {size} pixels")
-    always = {"imported": True, "data.classes": foreign.classes}
+    always = {"imported": True, "data.classes": given.classes}
     where = f"{request.source} as a run"
-    if foreign.run_config is not None:
-        ours = _of_our_run(f"{request.source}/{RUN_CONFIG}", foreign.run_config, foreign.settings)
+    if given.run_config is not None:
+        ours = _of_our_run(f"{request.source}/{RUN_CONFIG}", given.run_config, given.settings)
         config = validated(layered(ours, sets) | always, where)
     else:
-        told = _of_other_program(request.source, foreign.settings, sets) | always
+        told = _of_other_program(request.source, given.settings, sets) | always
         # The default number of steps may exceed the timesteps of this process.
         steps = min(RunConfig().sample.steps, told.get("diffusion.timesteps", LARGEST))
         usual = RunConfig().flat() | {"sample.steps": steps}
@@ -195,7 +195,7 @@ def _check_run(run: Store, name: str, config: RunConfig, sets: dict[str, Any]) -
         raise BadRequestError(f"run {name!r} exists and {why}: import under another name")
 
 
-def _state(config: RunConfig, foreign: Foreign, source: str) -> TrainState:
+def _state(config: RunConfig, given: OtherCheckpoint, source: str) -> TrainState:
     """Returns a state with the imported weights and averages, and moments of zero.
 
     Raises:
@@ -210,12 +210,12 @@ def _state(config: RunConfig, foreign: Foreign, source: str) -> TrainState:
     # Shapes are checked first: a forged configuration must not fill the memory.
     with torch.device("meta"):
         expected = {name: p.shape for name, p in method.build_network(config, torch.device("meta")).named_parameters()}
-    says = f"{source} looks like {foreign.what}, and"
-    for name in sorted(expected.keys() ^ foreign.tensors.keys()):
+    says = f"{source} looks like {given.what}, and"
+    for name in sorted(expected.keys() ^ given.tensors.keys()):
         what = "lacks the tensor" if name in expected else "has a tensor that such a network does not have,"
         raise BadDataError(f"{says} {what} {printable(name):.200}")
     for name, shape in expected.items():
-        tensor = foreign.tensors[name]
+        tensor = given.tensors[name]
         if tensor.shape != shape:
             raise BadDataError(f"{says} its tensor {name} is {[*tensor.shape]} and not {[*shape]}")
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in plain:
@@ -224,7 +224,7 @@ def _state(config: RunConfig, foreign: Foreign, source: str) -> TrainState:
     network = method.build_network(config, device)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            parameter.copy_(foreign.tensors[name])
+            parameter.copy_(given.tensors[name])
             if not parameter.isfinite().all():
                 raise BadDataError(f"{source}: the tensor {name} holds values that are not finite")
     return method.initial_state(network, config)

@@ -15,11 +15,12 @@ from job.jobs.backends.base import Backend, JobStatus, Target
 from job.jobs.spec import is_about, job_name, validated_job_name
 from job.jobs.targets import backend_for, load_targets, target_on
 from job.outcome import read_outcome
+from job.printing import print_json, print_table
 from job.progress import Progress, note, printable
 from job.runs.layout import RUNS
-from job.runs.listing import print_json, print_table, progress_cells, show_run, summary_of
 from job.stop import handle_stop_signals
 from job.store import open_store
+from job.verbs.run_listing import progress_cells, show_run, summary_of
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,17 @@ from job.jobs.targets import backend_for, target_on
 from job.jobs.watch import Watch
 from job.progress import note
 from job.requests import TrainRequest
-from job.runs.cadence import best_interval_seconds, interval_seconds, is_saved_in
-from job.runs.outlook import AttemptSpan, attempts_of, duration, killed_every_seconds, outlook_of, spans_of
+from job.runs.outlook import (
+    AttemptSpan,
+    attempts_of,
+    best_interval_seconds,
+    duration,
+    interval_seconds,
+    is_saved_in,
+    killed_every_seconds,
+    outlook_of,
+    spans_of,
+)
 from job.runs.records import Status, as_last_changed, load_config, read_status, run_store
 from job.stop import Stop
 from job.store import open_store

@@ -1,4 +1,7 @@
-"""The page of all runs in a bucket: a sortable table with the newest sample grids, and chosen runs side by side."""
+"""The page of all runs in a bucket: a sortable table with the newest sample grids, and chosen runs side by side.
+
+`write_report` is `ddpm report`, which writes this page or that of a run.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import sqrt
+from pathlib import Path
 from typing import Any
 
-from job.exits import JobError
+from job.exits import BadRequestError, JobError
 from job.plan import open_run
+from job.printing import open_page
 from job.progress import Progress, note
 from job.report.facts import Facts, facts_of
-from job.report.page import PAGE_KEY, columns, rendered
-from job.report.picture_cache import PictureCache
+from job.report.page import PAGE_KEY, PictureCache, columns, rendered, run_page
 from job.runs.layout import RUNS
-from job.runs.listing import run_names
 from job.runs.metric_rows import Row
 from job.runs.outlook import AttemptSpan
 from job.runs.records import run_store
-from job.store import Store
+from job.store import Store, open_store
+from job.store.files import write_file
+from job.verbs.run_listing import run_names
 
 MOST_POINTS = 250
 """The largest number of points of a run's loss."""
@@ -34,7 +39,7 @@ PIXELS_PER_BYTE = 4
 
 
 @dataclass(frozen=True)
-class Entry:
+class RunEntry:
     """A run on the page."""
 
     name: str
@@ -52,7 +57,7 @@ class Entry:
 def bucket_page(bucket: Store, say: Callable[[str], None] = note) -> bytes:
     """Returns the page; a run that cannot be read has its name and the reason in it."""
     names = run_names(bucket)
-    picture_cache, entries = PictureCache(say), list[Entry]()
+    picture_cache, entries = PictureCache(say), list[RunEntry]()
     most_bytes = min(MOST_BYTES, ALL_BYTES // max(1, len(names)))
     size = most_bytes, round(sqrt(PIXELS_PER_BYTE * most_bytes))
     # A thread shrinks the picture of one run while the records of the next are read.
@@ -87,18 +92,18 @@ def _differing(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name: {key: config[key] for key in differ if key in config} for name, config in configs.items()}
 
 
-def _entry(bucket: Store, name: str, say: Callable[[str], None]) -> Entry:
+def _entry(bucket: Store, name: str, say: Callable[[str], None]) -> RunEntry:
     try:
         facts = facts_of(open_run(bucket.uri, name, with_dataset=False), name, say=say, brief=True)
         loss = loss_curve(facts.rows, facts.attempts)
     except Exception as error:
         # An error in one run must not hide the others.
-        return Entry(name, None, str(error) if isinstance(error, JobError) else f"cannot be read: {error!r}")
+        return RunEntry(name, None, str(error) if isinstance(error, JobError) else f"cannot be read: {error!r}")
     has_page = False
     with suppress(JobError):
         has_page = run_store(bucket, name).exists(PAGE_KEY)
     grid = f"{RUNS}/{name}/{facts.grids[-1].key}" if facts.grids else ""
-    return Entry(name, replace(facts, rows=[]), loss=loss, grid=grid, has_page=has_page)
+    return RunEntry(name, replace(facts, rows=[]), loss=loss, grid=grid, has_page=has_page)
 
 
 def loss_curve(rows: Sequence[Row], attempts: Iterable[AttemptSpan]) -> dict[str, list[float | None]]:
@@ -118,3 +123,29 @@ def loss_curve(rows: Sequence[Row], attempts: Iterable[AttemptSpan]) -> dict[str
             timed.append({**row, "hours": seconds / 3600})
     images, loss, hours = columns(timed, ["loss", "hours"], 1, MOST_POINTS) if timed else ([], [], [])
     return {"images": images, "hours": hours, "values": loss}
+
+
+def write_report(bucket_uri: str, name: str, open_it: bool, output: Path | None) -> None:
+    """Writes the page of a run, or of all runs without a `name`, into its folder or to `output`.
+
+    Raises:
+        MissingInputError: the run or the bucket is missing.
+        BadDataError: its configuration or its dataset's index is damaged.
+        BadRequestError: `output` is not a writable HTML file.
+    """
+    if output is not None and (output.suffix.lower() != ".html" or output.is_dir() or not output.parent.is_dir()):
+        raise BadRequestError(f"--output {output}: name a file that ends in .html, in a folder that exists")
+    bucket = open_store(bucket_uri)
+    if name:
+        handle = open_run(bucket_uri, name, with_dataset=False)
+        folder, page = handle.run, run_page(facts_of(handle, name), PictureCache(note))
+    else:
+        folder, page = bucket, bucket_page(bucket)
+    if output is not None:
+        write_file(output, page)
+    else:
+        folder.put(PAGE_KEY, page)
+    where = str(output) if output else folder.uri_of(PAGE_KEY)
+    print(f"{where}  ({len(page):,} bytes)")
+    if open_it:
+        open_page(folder, PAGE_KEY, output)

@@ -14,15 +14,13 @@ from job.config import CHOSEN_ELSEWHERE, FOLLOWS, RunConfig, draft
 from job.exits import BadDataError, JobError, State
 from job.plan import RunHandle
 from job.progress import note
-from job.report.settings import shown
 from job.runs import metric_rows, records
 from job.runs.checkpoints import Manifest, by_progress, list_checkpoints, newest_sound
-from job.runs.drawings import denoising_key, grid_key, label_of, moment_of
+from job.runs.drawings import Scores, denoising_key, grid_key, label_at, moment_of
 from job.runs.layout import ObjectKind, places_in
 from job.runs.metric_rows import Row
 from job.runs.outlook import AttemptSpan, Outlook, attempts_of, outlook_of, spans_of, state_in
 from job.runs.records import Status
-from job.runs.scores import Scores
 from job.store import ObjectMissingError
 
 _LABEL = "LABEL"
@@ -30,7 +28,7 @@ _LABEL = "LABEL"
 
 
 @dataclass(frozen=True)
-class SampleGrid:
+class DatedGrid:
     """A sample grid; all grids of a run have the same seeds."""
 
     moment: str
@@ -50,14 +48,12 @@ class Facts:
     attempts: list[AttemptSpan]
     rows: list[Row]
     """The merged rows of the metrics, in order."""
-    grids: list[SampleGrid]
+    grids: list[DatedGrid]
     """Oldest first."""
     newest_gif: str
     """The key of the newest denoising GIF; empty without one."""
     own_pictures: list[str]
     """The keys of the pictures that `ddpm sample` made."""
-    older_gifs: list[str]
-    """The keys of the other denoising GIFs; newest first."""
     scores: list[Scores]
     parameters: int
     """The approximate number of the network's parameters; 0 before the first checkpoint."""
@@ -90,24 +86,8 @@ class Facts:
         if not data.dataset:
             return ""
         more = ["--epochs", str(2 * self.config.train.epochs)] if self.state == State.FINISHED else []
-        return shlex.join(["ddpm", "train", *self._about(self.name), *more])
-
-    @property
-    def make_again(self) -> str:
-        """Returns the command that makes another run like it; empty for an imported run."""
-        if not self.config.data.dataset or self.config.imported:
-            return ""
-        exact = {"data.size": self.config.data.size, "train.precision": self.config.train.precision}
-        chosen = exact | {key: ours for key, (_, ours) in self.differing.items()}
-        sets = [word for key, value in chosen.items() for word in ("--set", f"{key}={shown(value)}")]
-        preset = ["--preset", self.config.preset] if self.config.preset else []
-        if (parent := self.config.parent).run:
-            preset += ["--from", parent.name, "--weights", str(parent.weights)]
-        # Names are limited to 63 characters.
-        return shlex.join(["ddpm", "train", *self._about(f"{self.name[:57]}-again"), *preset, *sets])
-
-    def _about(self, run: str) -> list[str]:
-        return ["--dataset", self.config.data.dataset, "--run", run, "--bucket", self.handle.bucket.uri]
+        about = ["--dataset", data.dataset, "--run", self.name, "--bucket", self.handle.bucket.uri]
+        return shlex.join(["ddpm", "train", *about, *more])
 
     @property
     def differing(self) -> dict[str, tuple[Any, Any]]:
@@ -157,12 +137,12 @@ def facts_of(
     attempts = spans_of(attempts_of(run), status)
     pictures = [key for key in places if places[key].kind in (ObjectKind.PICTURE, ObjectKind.GRID)]
     how = config.sample.name(handle.first_drawing)
-    grids = [SampleGrid(moment_of(label), key) for label, key in _in_order(pictures, grid_key(_LABEL, how))]
+    grids = [DatedGrid(moment_of(label), key) for label, key in _in_order(pictures, grid_key(_LABEL, how))]
     gifs = [key for _, key in _in_order(pictures, denoising_key(_LABEL, how))]
     made_by_run = {*(grid.key for grid in grids), *gifs}
     rows = metric_rows.merged(rows)
     speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
-    labels = [label_of(seen, handle.dataset_images, config.train.batch_size) for seen in by_progress(refs)]
+    labels = [label_at(seen, handle.dataset_images, config.train.batch_size) for seen in by_progress(refs)]
     scores = []
     for key, place in places.items():
         if place.kind is ObjectKind.SCORES:
@@ -180,7 +160,6 @@ def facts_of(
         grids=grids,
         newest_gif=gifs[-1] if gifs else "",
         own_pictures=sorted(set(pictures) - made_by_run, key=_newest_first),
-        older_gifs=gifs[-2::-1],
         scores=sorted(scores, key=lambda each: (each.ref.images_seen, each.batch)),
         parameters=_parameters(manifest),
         checkpoints=[moment_of(label) for label in labels],

@@ -23,11 +23,10 @@ from typing import Annotated, Any, BinaryIO
 
 from pydantic import Field
 
-from job.config import average_name
 from job.data.order import epochs_completed_by
 from job.exits import BadConfigError, BadDataError, MissingInputError
-from job.runs.layout import CHECKPOINTS, CheckpointRef, Located, ObjectKind, located, places_in
-from job.runs.records import RunRecord, attempt_id
+from job.runs.layout import CHECKPOINTS, CheckpointRef, ObjectKind, located, places_in
+from job.runs.records import attempt_id
 from job.sealed import NamedObject, RecordPart, Sealed
 from job.store import ObjectMissingError, Store
 from job.store.files import scratch_folder
@@ -45,7 +44,7 @@ class Segment(RecordPart):
     """The same for TensorBoard."""
 
 
-class Manifest(RunRecord):
+class Manifest(Sealed):
     """The content of `MANIFEST.json`, whose existence is the commit of a checkpoint."""
 
     format: int = Field(default=3, ge=3, le=3)
@@ -72,10 +71,6 @@ class Manifest(RunRecord):
         """Returns the name of its checkpoint."""
         return CheckpointRef(self.fence, self.images_seen)
 
-    def is_at(self, place: Located) -> bool:
-        """Returns whether it lies in the folder of its checkpoint."""
-        return self.ref == place.checkpoint
-
     @property
     def metrics(self) -> tuple[NamedObject, ...]:
         """Returns the objects of the run's metrics up to here, in order."""
@@ -98,13 +93,9 @@ class Manifest(RunRecord):
         return self.drawn if is_drawn else place.group
 
 
-class Average(RunRecord):
+class AverageRecord(Sealed):
     """The record of an average that `ddpm ema` made for a checkpoint; its existence is the commit."""
 
-    fence: int
-    attempt: str
-    """The id of the attempt that wrote the checkpoint."""
-    images_seen: int
     std: float
     made_of: int = Field(ge=1)
     """The number of stored averages that it combines."""
@@ -113,11 +104,6 @@ class Average(RunRecord):
     created: str
     code_version: str
     files: tuple[NamedObject, ...]
-
-    def is_at(self, place: Located) -> bool:
-        """Returns whether it lies beside its checkpoint, under its name."""
-        ref = CheckpointRef(self.fence, self.images_seen)
-        return (ref, average_name(self.std)) == (place.checkpoint, place.group)
 
 
 class Latest(Sealed):
@@ -152,7 +138,7 @@ def load_manifest(run: Store, ref: CheckpointRef) -> Manifest:
         ObjectMissingError: it is gone.
     """
     manifest = Manifest.load(run, ref.manifest_key)
-    if attempt_id(run, ref.fence) not in ("", manifest.attempt):
+    if manifest.ref != ref or attempt_id(run, ref.fence) not in ("", manifest.attempt):
         raise BadDataError(f"{run.uri_of(ref.manifest_key)} was not written by attempt {ref.fence} of this run")
     return manifest
 
@@ -257,7 +243,7 @@ def opened(
     wanted = [(file, group) for file in manifest.files if (group := manifest.group_of(file))]
     wanted = [(file, group) for file, group in wanted if not groups or group in groups]
     for group in set(groups) - {*manifest.groups}:
-        wanted += [(file, group) for file in load_average(run, manifest, group).files]
+        wanted += [(file, group) for file in load_average(run, ref, group).files]
     with scratch_folder("restore") as folder:
 
         def fetch(named: NamedObject) -> Path:
@@ -282,20 +268,17 @@ def opened(
         yield Restored(manifest, files, filling.end())
 
 
-def load_average(run: Store, manifest: Manifest, group: str) -> Average:
+def load_average(run: Store, ref: CheckpointRef, group: str) -> AverageRecord:
     """Returns the record of an average that was made for a checkpoint.
 
     Raises:
-        BadDataError: it is corrupt, or another run's.
+        BadDataError: it is corrupt.
         ObjectMissingError: the bucket lacks it.
     """
-    average = Average.load(run, key := ObjectKind.AVERAGE.key(checkpoint=manifest.ref, group=group))
-    if average.attempt != manifest.attempt:
-        raise BadDataError(f"{run.uri_of(key)} was made for another run's checkpoint")
-    return average
+    return AverageRecord.load(run, ObjectKind.AVERAGE.key(checkpoint=ref, group=group))
 
 
-def check_average(run: Store, ref: CheckpointRef, group: str, name: str) -> Manifest | Average:
+def check_average(run: Store, ref: CheckpointRef, group: str, name: str) -> Manifest | AverageRecord:
     """Returns the record that names the files of these weights: a checkpoint's manifest, or an average's made later.
 
     Raises:
@@ -305,7 +288,7 @@ def check_average(run: Store, ref: CheckpointRef, group: str, name: str) -> Mani
     if group in manifest.groups:
         return manifest
     try:
-        return load_average(run, manifest, group)
+        return load_average(run, ref, group)
     except ObjectMissingError:
         averages = ", ".join(there for there in manifest.groups if there not in ("model", "optimizer"))
         raise MissingInputError(
@@ -382,11 +365,8 @@ def choose(run: Store, wanted: str, dataset_images: int, batch_size_images: int)
         BadDataError: the run has lost all its checkpoints.
     """
     refs = by_progress(list_checkpoints(run))
-    if lost := "" if refs else lost_manifest(run, []):
-        # Meanwhile training may have committed its first checkpoints, and retired the one in `LATEST`.
-        refs = by_progress(list_checkpoints(run))
     if not refs:
-        if lost:
+        if lost := lost_manifest(run, []):
             raise BadDataError(f"{run.uri} has no checkpoint any more: {lost}")
         raise MissingInputError(f"{run.uri} has no checkpoint yet: train it first")
     if wanted == "latest":

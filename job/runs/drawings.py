@@ -1,79 +1,90 @@
-"""Drawn images in a run's folder: pictures with their names and provenance, and batches of images in pieces.
+"""Drawn images in a run's folder: pictures with names and origin, batches of images in pieces, and their scores.
 
 The name of a picture holds the settings that it was drawn with, so that other settings do not overwrite it. Its
-provenance is a sealed record whose key holds the picture's key and SHA-256, and which is written before the picture. If
-a process is killed between the two, or draws the picture a second time, the picture still has the record of its bytes.
+last comment has its origin and its SHA-256.
 
 A batch of many images has a folder. Its `drawing.json` is created first, each piece before its record, and `index.json`
 when all pieces are there. Sampling never overwrites or deletes objects in it, and `ddpm runs prune` deletes only pieces
 without a record. Pieces therefore match their records, even if several processes make the same piece, and a piece that
 a killed process left without a record is as good as any other.
+
+    RUN/evaluations/epoch-0490-ddim-100-0-5000-inception-1f3a9c02/piece-00012.safetensors   features, until the end
+                                                                  scores.json               created once, at the end
+    BUCKET/datasets/NAME-SIZE/references/inception-50000-7be2…/piece-00012.safetensors      features of real images
+
+A score without its protocol means nothing: it depends on the images, the resize filter, the network and the counts. One
+record therefore holds both, and beside them the score of real images against other real images.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+import struct
+import zlib
 from collections.abc import Sequence
 from math import ceil
 from typing import Literal
 
 from pydantic import Field
 
+from ddpm.catalogue import METRICS, Metric
 from job.config import Drawing, Section, Size
 from job.data.order import epochs_completed_by
 from job.pieces import PieceRecord
-from job.runs.layout import CheckpointRef, Located, ObjectKind
-from job.runs.records import RunRecord, attempt_id
-from job.sealed import SHA256_PATTERN, NamedObject, Sealed, code_version
+from job.runs.layout import CheckpointRef, ObjectKind
+from job.sealed import SHA256_PATTERN, NamedObject, RecordPart, Sealed, code_version
 from job.store import Store
 
 LOSS_FIGURE = ObjectKind.FIGURE.key(name="loss", picture="png")
 SCORES_FIGURE = ObjectKind.FIGURE.key(name="scores", picture="png")
-
-
-class Provenance(RunRecord):
-    """The provenance of one picture: the attempt and the weights that drew it."""
-
-    key: str
-    """Below its run."""
-    picture_sha256: str
-    fence: int
-    """The fence of the attempt whose weights drew it."""
-    attempt: str
-    """The id of that attempt, which no other run has; empty if its record was not readable."""
-    images_seen: int
-    """The progress of these weights."""
-    code_version: str
-
-    def is_at(self, place: Located) -> bool:
-        """Returns whether it lies under the key and hash of its picture."""
-        return (self.key, self.picture_sha256) == (place.of, place.sha256)
+_PNG_END_BYTES = 12
+"""The size of its chunk IEND."""
+_ORIGIN = re.compile(
+    rb"(?:....tEXtComment\0|!\xfe.)(?P<origin>\{[^{}]*\}) [0-9a-f]{64}(?:....(?=.{12}\Z)|\0)", re.DOTALL
+)
 
 
 def put_picture(run: Store, key: str, picture: bytes, ref: CheckpointRef) -> None:
-    """Puts a picture and its provenance, and replaces an earlier picture of the same key.
+    """Puts a picture with its origin, and replaces an earlier picture of the same key.
 
     Args:
         run: the run's folder.
         key: of the picture below the run.
-        picture: the content of the file.
+        picture: the content of a PNG or GIF.
         ref: the attempt whose weights drew it, and their progress.
     """
-    sha256 = hashlib.sha256(picture).hexdigest()
-    record = Provenance(
-        key=key,
-        picture_sha256=sha256,
-        fence=ref.fence,
-        attempt=attempt_id(run, ref.fence),
-        images_seen=ref.images_seen,
-        code_version=code_version(),
-    )
-    run.put(ObjectKind.PROVENANCE.key(of=key, sha256=sha256), record.to_json())
-    run.put(key, picture)
+    run_name = run.uri.rpartition("/")[2]
+    origin = {"run": run_name, "fence": ref.fence, "images_seen": ref.images_seen, "code_version": code_version()}
+    run.put(key, with_origin(picture, json.dumps(origin)))
 
 
-def label_of(images_seen: int, dataset_images: int, batch_size_images: int) -> str:
+def with_origin(picture: bytes, origin: str) -> bytes:
+    """Returns a PNG or GIF with a comment: its origin, and the SHA-256 of the origin and of all other bytes.
+
+    Viewers show it. It is a tEXt chunk (W3C, PNG, section 11.3.3), or a comment extension (CompuServe, GIF89a, section
+    24) after the global colours, of at most 255 bytes.
+    """
+    text = f"{origin} {hashlib.sha256(picture + origin.encode()).hexdigest()}".encode()
+    if picture.startswith(b"GIF"):
+        comment, (flags,) = b"!\xfe" + bytes([len(text)]) + text + b"\0", picture[10:11] or b"\0"
+        at = 13 + (3 << (flags & 7) + 1) * (flags >> 7)
+    else:
+        chunk, at = b"tEXtComment\0" + text, len(picture) - _PNG_END_BYTES
+        comment = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return picture[:at] + comment + picture[at:]
+
+
+def has_origin(picture: bytes) -> bool:
+    """Returns whether these are all bytes of what `with_origin` once returned."""
+    if (match := _ORIGIN.search(picture)) is None:
+        return False
+    before = picture[: match.start()] + picture[match.end() :]
+    return with_origin(before, match["origin"].decode(errors="replace")) == picture
+
+
+def label_at(images_seen: int, dataset_images: int, batch_size_images: int) -> str:
     """Returns a moment's label: `epoch-0080` (`epoch-0000` at the start), or `images-000012345` inside an epoch."""
     epochs = epochs_completed_by(images_seen, dataset_images, batch_size_images) if images_seen else (0,)
     return f"epoch-{epochs[-1]:04d}" if epochs else f"images-{images_seen:09d}"
@@ -193,7 +204,7 @@ class NumberedDrawing(Drawing):
         return range(first, min(first + self.piece_images, end))
 
 
-class FoundGrid(RunRecord):
+class FoundGrid(Sealed):
     """The timesteps found for a number of steps. The record is created once, so that all pictures use the same ones."""
 
     steps: int = Field(ge=1)
@@ -204,10 +215,6 @@ class FoundGrid(RunRecord):
     weights: str
     created: str
     code_version: str
-
-    def is_at(self, place: Located) -> bool:
-        """Returns whether it lies under its number of steps."""
-        return self.steps == len(self.numbers) == place.steps
 
 
 class DrawingRecord(Sealed):
@@ -230,3 +237,56 @@ class BatchIndex(Sealed):
 
     drawing: NumberedDrawing
     pieces: tuple[NamedObject, ...]
+
+
+def score_name(score: str, extractor: str) -> str:
+    """Returns the name of a score by its network: `fid` is Inception's alone, and MobileNetV2's is `fd-mobilenet`."""
+    name = score.removesuffix("_std")
+    metric = METRICS.get(name, Metric(""))
+    if extractor == "inception" or metric.of == "likelihood":
+        return score
+    return f"{metric.elsewhere or name}{score.removeprefix(name)}-{extractor}"
+
+
+class Reference(RecordPart):
+    """The real images, and the network that extracted their features."""
+
+    dataset: str
+    dataset_id: str = Field(pattern=SHA256_PATTERN)
+    size: Size
+    crop: str
+    resize_filter: str
+    images: int = Field(ge=1)
+    """The number of images, chosen from `of_images` by a fixed order."""
+    of_images: int = Field(ge=1)
+    extractor: str
+    extractor_sha256: str = Field(pattern=SHA256_PATTERN)
+
+    def __str__(self) -> str:
+        which = f"{self.images:,} images" if self.images == self.of_images else f"{self.images:,} of {self.of_images:,}"
+        return f"{which} of {self.dataset}-{self.size} (crop {self.crop}, {self.resize_filter})"
+
+
+class Scores(Sealed):
+    """The distances between the images of a drawing and real ones."""
+
+    drawing: NumberedDrawing
+    reference: Reference
+    values: dict[str, float]
+    """The scores by name."""
+    floor: dict[str, float]
+    """The same scores of real images against other real images."""
+    floor_images: tuple[int, int]
+    """The numbers of real images on the two sides."""
+    bits_per_dim_images: int
+    """The number of images behind the score `bpd`, if there is one."""
+    held_out: bool
+    """Whether these images were held out from training."""
+    batch: str
+    created: str
+    code_version: str
+
+    @property
+    def ref(self) -> CheckpointRef:
+        """Returns the checkpoint that drew the images."""
+        return CheckpointRef.parse(self.drawing.checkpoint.partition("/")[2])

@@ -76,7 +76,6 @@ class ObjectKind(Enum):
     CLAIM = "samples/{batch}/claims/{piece:05d}/lease.json"  # the process that makes the piece now
     GRID = "samples/{batch}/grid.png"  # the first images of a batch
     INDEX = "samples/{batch}/index.json"  # created once, when all pieces are there
-    PROVENANCE = "provenance/{of}/{sha256}.json"  # the origin of a picture with these bytes
     FEATURES = "evaluations/{batch}/piece-{piece:05d}.safetensors"  # of drawn images, deleted once they are scored
     FEATURE_RECORD = "evaluations/{batch}/pieces/{piece:05d}.json"  # created once, after the features: their commit
     FEATURE_CLAIM = "evaluations/{batch}/claims/{piece:05d}/lease.json"  # the process that makes them now
@@ -107,14 +106,12 @@ class Located:
     batch: str = ""
     piece: int = -1
     steps: int = 0
-    of: str = ""
-    sha256: str = ""
 
 
 OF_CHECKPOINT = (ObjectKind.TENSORS, ObjectKind.PIPELINE)
 """Kinds that a manifest commits."""
-PICTURES = (ObjectKind.PICTURE, ObjectKind.FIGURE, ObjectKind.GRID, ObjectKind.GRID_EVENTS)
-"""Kinds with a record of their origin."""
+PICTURES = (ObjectKind.PICTURE, ObjectKind.FIGURE, ObjectKind.GRID)
+"""Kinds with their origin and SHA-256 in themselves; see `drawings.with_origin`."""
 _FIELDS = {
     "checkpoint": r"\d{6}-\d{12}",
     "fence": r"\d{6}",
@@ -128,13 +125,11 @@ _FIELDS = {
     "piece": r"\d{5}",
     "steps": r"[1-9]\d{0,6}",
     "seed": r"\d{9,18}",
-    "of": r"(?:samples|figures)/.+\.(?:png|gif)|tensorboard/samples/[^/]+",
-    "sha256": "[0-9a-f]{64}",
     "unique": "[0-9a-f]{1,32}",
 }
 """The pattern of each field in a key."""
 _READ: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(("group", "batch", "of", "sha256"), str),
+    **dict.fromkeys(("group", "batch"), str),
     **dict.fromkeys(("fence", "piece", "steps"), int),
     "checkpoint": CheckpointRef.parse,
 }

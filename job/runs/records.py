@@ -11,7 +11,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field
@@ -20,7 +20,7 @@ from job.config import RunConfig, flatten, parse_yaml, validated
 from job.data.shards import dataset_key, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, JobError, LostRunError, MissingInputError, State
 from job.progress import all_printable
-from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, RUNS, Located, ObjectKind, located, places_in
+from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, RUNS, ObjectKind, places_in
 from job.sealed import SHA256_PATTERN, Moment, RecordPart, Sealed, code_version, utc_now
 from job.store import ObjectExistsError, ObjectMissingError, Store, open_store, redacted
 from job.store.retry import PATIENCE_SECONDS
@@ -169,26 +169,6 @@ def create_config(run: Store, config: RunConfig) -> None:
         raise LostRunError(f"{run.uri} was begun by another attempt meanwhile: the same command goes on") from None
 
 
-class RunRecord(Sealed):
-    """A record that knows its place in the run's folder."""
-
-    def is_at(self, place: Located) -> bool:
-        """Returns whether it was written for this place."""
-        raise NotImplementedError
-
-    @classmethod
-    def load(cls, store: Store, key: str) -> Self:
-        """Reads a record and checks its hash, as `Sealed.load`, and its place.
-
-        Raises:
-            BadDataError: it is corrupt, or lies in another place than the one it was written for.
-        """
-        record = super().load(store, key)
-        if not record.is_at(located(key)):
-            raise BadDataError(f"{store.uri_of(key)} is not in its place: it was written for another")
-        return record
-
-
 Seconds = Annotated[float | None, Field(ge=0, le=1e9)]
 """A measured duration; None if it is not known yet."""
 
@@ -201,7 +181,7 @@ class LastStatus(RecordPart):
     updated: Moment
 
 
-class Attempt(RunRecord):
+class Attempt(Sealed):
     """The record of one attempt at a run. Fences grow, so that checkpoints of a later attempt win."""
 
     fence: int
@@ -228,10 +208,6 @@ class Attempt(RunRecord):
     dollars_per_hour: float | None = None
     """The price of all its machines together, as given when it was submitted."""
 
-    def is_at(self, place: Located) -> bool:
-        """Returns whether it lies under its fence."""
-        return self.fence == place.fence
-
 
 def attempt_fences(run: Store) -> list[int]:
     """Returns the fences of the recorded attempts, in order; other holders of the lease leave gaps."""
@@ -245,7 +221,10 @@ def load_attempt(run: Store, fence: int) -> Attempt:
         BadDataError: it is corrupt, or another attempt's.
         ObjectMissingError: it is missing.
     """
-    return Attempt.load(run, ObjectKind.ATTEMPT.key(fence=fence))
+    attempt = Attempt.load(run, key := ObjectKind.ATTEMPT.key(fence=fence))
+    if attempt.fence != fence:
+        raise BadDataError(f"{run.uri_of(key)} is the record of attempt {attempt.fence}")
+    return attempt
 
 
 def attempt_id(run: Store, fence: int) -> str:

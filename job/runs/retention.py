@@ -1,28 +1,103 @@
 """Retention in a run's folder: which checkpoints stay, and the deletion of old ones and of leftovers.
 
-Training deletes both after each commit. A checkpoint that a process reads stays, whatever the rules say.
+Training deletes both after each commit. A checkpoint that a process reads stays, whatever the rules say: a mark below
+`RUN/reading/` keeps it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import suppress
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
 from job.config import RunConfig
 from job.data.order import epochs_completed_by
-from job.exits import BadDataError, JobError, LostRunError
+from job.exits import BadDataError, JobError, LostRunError, NoPermissionError
 from job.processes.lease import Lease
+from job.processes.process_identity import ProcessIdentity
 from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest
+from job.runs.drawings import score_name
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, CheckpointRef, Located, ObjectKind, located, places_in
 from job.runs.metric_rows import Row
-from job.runs.readers import being_read
-from job.runs.scores import score_name
+from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
 
 LAST_SAVES = 2
 """The newest saves that stay, whether or not they end an epoch; the second one serves if the newest is damaged."""
+READING_SECONDS = 900.0
+"""The lifetime of a mark: a reader that was killed on another machine keeps its checkpoint no longer.
+
+It covers clocks that differ by minutes, and a step of sampling, after which the mark is renewed.
+"""
+
+
+class Reader(Sealed):
+    """The mark of a process that reads a checkpoint."""
+
+    checkpoint: str
+    until: float
+    """Seconds since 1970; clocks may differ by minutes. An older mark is that of a killed process."""
+    process: ProcessIdentity | None = None
+
+
+@contextmanager
+def kept_while_read(run: Store, *refs: CheckpointRef) -> Iterator[Callable[[], None]]:
+    """Keeps checkpoints, and their run, from deletion until the context ends.
+
+    Yields a function that renews the marks, for readers that take longer than `READING_SECONDS`. A reader without
+    permission to write leaves no mark, and its checkpoint may be deleted meanwhile.
+    """
+    keys = {ref: ObjectKind.READER.key(checkpoint=ref, unique=uuid.uuid4().hex) for ref in refs}
+    may_write, marked_at = True, float("-inf")
+
+    def renew() -> None:
+        nonlocal marked_at, may_write
+        if not may_write or time.monotonic() - marked_at <= READING_SECONDS / 4:
+            return
+        try:
+            until, process = time.time() + READING_SECONDS, ProcessIdentity.of_this_process()
+            for ref, key in keys.items():
+                run.put(key, Reader(checkpoint=ref.key, until=until, process=process).to_json())
+            marked_at = time.monotonic()
+        except NoPermissionError:
+            may_write = False
+
+    renew()
+    try:
+        yield renew
+    finally:
+        for key in keys.values() if may_write else ():
+            run.delete(key)
+
+
+@contextmanager
+def reading_chosen(
+    run: Store, choose: Callable[[], Sequence[CheckpointRef]]
+) -> Iterator[tuple[Sequence[CheckpointRef], Callable[[], None]]]:
+    """Chooses checkpoints and marks them as being read; yields them, and the function that `kept_while_read` yields.
+
+    If training deletes one of them before its mark is written, it chooses again.
+    """
+    while True:
+        with kept_while_read(run, *(refs := choose())) as renew:
+            if all(run.exists(ref.manifest_key) for ref in refs):
+                yield refs, renew
+                return
+
+
+def being_read(run: Store) -> set[CheckpointRef]:
+    """Returns the checkpoints that are being read; corrupt or old marks and those of dead processes do not count."""
+    refs = set()
+    for key, place in places_in(run, ObjectKind.READER.folder).items():
+        with suppress(BadDataError, ObjectMissingError):
+            reader = Reader.load(run, key)
+            is_dead = reader.process is not None and reader.process.certainly_dead()
+            if reader.until > time.time() and not is_dead:
+                refs.add(place.checkpoint)
+    return refs
 
 
 @dataclass(frozen=True)

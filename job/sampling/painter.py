@@ -28,8 +28,8 @@ from job.requests import SampleRequest
 from job.runs.checkpoints import opened
 from job.runs.drawings import FoundGrid, moment_of
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.readers import reading, reading_chosen
 from job.runs.records import split_run
+from job.runs.retention import kept_while_read, reading_chosen
 from job.sampling.sampling_plan import SamplePlan, found_points, plan_sampling
 from job.sealed import code_version, utc_now
 from job.stop import Stop
@@ -73,7 +73,7 @@ class Painter(Model):
             stop: the stop request of this process.
             agreement: has one flag for stop requests, so that all processes stop at the same step.
             decoder: turns latents into pixels, for a run on latents.
-            renewals: called at each evaluation: see `job.runs.readers.reading`.
+            renewals: called at each evaluation: see `job.runs.retention.kept_while_read`.
         """
         super().__init__(**vars(method.model_of(config, ranks.device, precision, decoder)))
         self.config, self.ranks, self.stop, self.agreement, self.renewals = config, ranks, stop, agreement, renewals
@@ -269,9 +269,9 @@ def prepared(plan: SamplePlan, ranks: Ranks, stop: Stop) -> Iterator[tuple[Sampl
         checkpoints = ranks.on_main(lambda: stack.enter_context(reading_chosen(plan.run, plan.choose))[0])
         plan = replace(plan, checkpoints=tuple(checkpoints))
         # Each process has its own mark: one that commits its last piece may outlive the others.
-        renewals = [stack.enter_context(reading(plan.run, *checkpoints))]
+        renewals = [stack.enter_context(kept_while_read(plan.run, *checkpoints))]
         if (worse := plan.worse) is not None:
-            renewals.append(stack.enter_context(reading(worse.run, worse.ref)))
+            renewals.append(stack.enter_context(kept_while_read(worse.run, worse.ref)))
         decoder = load_decoder(plan.bucket, plan.index, ranks.device)
         agreement = Agreement(ranks.world_size, flags=1)
         painter = Painter(

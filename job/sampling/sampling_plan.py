@@ -25,7 +25,7 @@ from job.progress import detail, note
 from job.requests import SampleRequest, parse_numbers
 from job.runs import records
 from job.runs.checkpoints import check_average, choose, load_manifest, lost_manifest
-from job.runs.drawings import Editing, FoundGrid, NumberedDrawing, file_words, label_of
+from job.runs.drawings import Editing, FoundGrid, NumberedDrawing, file_words, label_at
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.sampling.sets import SampleSet, piece_images
 from job.stop import NEVER, Stop, StopSignal
@@ -201,7 +201,7 @@ class SamplePlan(RunHandle):
 
     def label(self, ref: CheckpointRef) -> str:
         """Returns the name of a checkpoint in the name of a picture."""
-        return label_of(ref.images_seen, self.dataset_images, self.config.train.batch_size)
+        return label_at(ref.images_seen, self.dataset_images, self.config.train.batch_size)
 
     @property
     def words(self) -> str:

@@ -22,18 +22,18 @@ from job.data.order import order_of
 from job.evaluation.evaluation_plan import check_scores_in_training
 from job.exits import BadDataError, JobError, LostRunError, MissingInputError, NotANumberError, State, StoppedError
 from job.plan import Plan, RunHandle, plan_run
+from job.printing import open_page
 from job.processes import compute
 from job.processes.launched import is_launched
 from job.processes.lease import Lease
 from job.processes.ranks import meet
 from job.progress import Progress, note
-from job.report.command import open_page
-from job.report.picture_cache import PictureCache
+from job.report.page import PictureCache
 from job.requests import TrainRequest, check_world_size
 from job.runs import metric_rows, records
 from job.runs.checkpoints import Manifest, check_average, newest_good, opened
-from job.runs.layout import CheckpointRef
-from job.runs.readers import reading
+from job.runs.layout import CheckpointRef, ObjectKind
+from job.runs.retention import kept_while_read
 from job.runs.writer import CheckpointWriter, LeasedRun
 from job.stop import NEVER, Stop
 from job.store import open_bucket
@@ -231,7 +231,7 @@ class TrainingAttempt:
         if plan.is_new or plan.request.open_page:
             self._put_page(State.RUNNING, stop=self.stop)
         if plan.request.open_page:
-            open_page(plan.run)
+            open_page(plan.run, ObjectKind.PAGE.value)
         return self.record
 
     @contextmanager
@@ -321,11 +321,11 @@ def load_parent(state: TrainState, of_run: RunHandle) -> None:
         if check_average(run, ref, parent.weights, name).sha256 != parent.sha256:
             raise BadDataError(f"{run.uri}/{ref.key} has changed since it was pinned: {what_to_do}")
         weights = {parent.weights: state.tensors()["model"]}
-        with reading(run, ref), opened(run, ref, into=weights, may_differ=OF_CLASSES) as restored:
+        with kept_while_read(run, ref), opened(run, ref, into=weights, may_differ=OF_CLASSES) as restored:
             others = restored.differing
     except MissingInputError as error:
         raise MissingInputError(f"{run.uri}/{ref.key} is gone ({error}): {what_to_do}") from None
     for average in state.averages.values():
         average.update(state.model, decay=0.0)
     but = f", but for {', '.join(sorted(others))}: the number of classes differs" if others else ""
-    note(f"the first weights are those of {parent.lineage}{but}")
+    note(f"the first weights are those of {parent.words}{but}")

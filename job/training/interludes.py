@@ -13,10 +13,7 @@ from job.data.cache import ImageCache
 from job.evaluation.validation import validation_row
 from job.processes.ranks import Agreement
 from job.requests import GIF_SEEDS
-from job.runs import metric_rows
-from job.runs.drawings import SCORES_FIGURE, denoising_key, grid_key, label_of, moment_of, title_of
-from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.scores import score_name
+from job.runs.drawings import SCORES_FIGURE, denoising_key, grid_key, label_at, moment_of, score_name, title_of
 from job.sampling.painter import Painter
 from job.sampling.pictures import grid_png, with_class
 from job.training.attempt import TrainingAttempt
@@ -135,7 +132,6 @@ class Interludes:
         drawn = painter.sample_together(seeds, method.sampling_of(sample), sample.batch_size, "sampling")
 
         def publish(recorder: Recorder) -> None:
-            images_seen = self._state.images_seen
             grid = grid_png(
                 drawn,
                 seeds,
@@ -144,10 +140,7 @@ class Interludes:
                 stop=self._attempt.stop,
                 title=self._title(seeds),
             )
-            recorder.writer.put(self._grid_key(), grid, images_seen=images_seen)
-            ref = CheckpointRef(recorder.attempt.fence, images_seen)
-            events = metric_rows.grid_events(grid, images_seen)
-            recorder.writer.put(ObjectKind.GRID_EVENTS.key(checkpoint=ref), events, images_seen=images_seen)
+            recorder.put_grid(self._grid_key(), grid)
 
         self._attempt.on_main(publish)
         return painter
@@ -159,7 +152,7 @@ class Interludes:
         return self._plan.opened_images(self._attempt.stop, index=pictures)
 
     def _label(self) -> str:
-        return label_of(self._state.images_seen, self._plan.index.images, self._config.train.batch_size)
+        return label_at(self._state.images_seen, self._plan.index.images, self._config.train.batch_size)
 
     def _drawing_name(self) -> str:
         return self._config.sample.name(self._plan.first_drawing)

@@ -13,7 +13,6 @@ SLOW_FACTOR = 5
 """A step that takes this many times the usual time is slow."""
 SLOW_SECONDS = 10.0
 """Seconds lost in slow steps before the run reports them."""
-_FORGET_PER_STEP = 0.99
 
 
 class Pace:
@@ -57,8 +56,6 @@ class Pace:
         """Reports, once per attempt, that slow steps have cost `SLOW_SECONDS`, with the likely cause."""
         step_seconds = time.monotonic() - self._step_began
         usual_seconds = self._batch_size / (self._best_images_per_second or 1e-9)
-        # Occasional slow steps are normal: they must not add up over a long run.
-        self._lost_seconds *= _FORGET_PER_STEP
         if self._is_reported or step_seconds < SLOW_FACTOR * usual_seconds:
             return
         self._lost_seconds += step_seconds - usual_seconds

@@ -16,11 +16,11 @@ from job.plan import Plan, RunHandle
 from job.processes.lease import Lease
 from job.progress import Progress, note
 from job.report.facts import facts_of
-from job.report.page import put_page
-from job.report.picture_cache import PictureCache
+from job.report.page import PictureCache, put_page
 from job.runs import records
-from job.runs.drawings import LOSS_FIGURE, label_of, moment_of
-from job.runs.metric_rows import Row
+from job.runs.drawings import LOSS_FIGURE, label_at, moment_of
+from job.runs.layout import CheckpointRef, ObjectKind
+from job.runs.metric_rows import Row, grid_events
 from job.runs.retention import Retention, best_images_seen
 from job.runs.writer import CheckpointWriter
 from job.sealed import utc_now
@@ -94,6 +94,15 @@ class Recorder:
         if time.monotonic() > self._page_due:
             self.write_page()
 
+    def put_grid(self, key: str, grid: bytes) -> None:
+        """Queues the upload of a sample grid of this moment, also for TensorBoard, and sends it to the tracker."""
+        images_seen = self._state.images_seen
+        ref = CheckpointRef(self.attempt.fence, images_seen)
+        self.writer.put(key, grid, images_seen=images_seen)
+        events = grid_events(grid, images_seen)
+        self.writer.do_later(lambda run: run.put(ObjectKind.GRID_EVENTS.key(checkpoint=ref), events))
+        self._tracking.log_grid(grid, images_seen)
+
     def save(self, loss_sums: Tensor) -> None:
         """Queues a checkpoint of this moment."""
         # A run that stops before its first row still has a loss in its status.
@@ -103,10 +112,8 @@ class Recorder:
     def show(self, bar: Progress) -> None:
         """Updates the bar, with the loss of the last row: reading the current one would wait for the device."""
         images_seen, epochs = self._state.images_seen, self.plan.config.train.epochs
-        epoch, every_epochs = _epoch_at(self.plan, images_seen), self.plan.config.checkpoint.every_epochs
         shown = {"loss": f"{self._shown['loss']:.4f}"} if "loss" in self._shown else {}
-        shown["epoch"] = f"{epoch:.1f}/{epochs}"
-        shown["next_checkpoint"] = f"epoch {min((int(epoch) // every_epochs + 1) * every_epochs, epochs)}"
+        shown["epoch"] = f"{_epoch_at(self.plan, images_seen):.1f}/{epochs}"
         bar.update(images_seen, total=self.plan.target_images, **shown)
 
     def write_page(self, state: State = State.RUNNING) -> None:
@@ -120,7 +127,7 @@ class Recorder:
     def finish(self) -> None:
         """Queues the figure of the losses and the finished page, and waits until everything is in the bucket."""
         plan, images_seen = self.plan, self._state.images_seen
-        moment = moment_of(label_of(images_seen, plan.index.images, plan.config.train.batch_size))
+        moment = moment_of(label_at(images_seen, plan.index.images, plan.config.train.batch_size))
         title = f"{plan.request.run} · {moment} of {plan.config.train.epochs:,}"
         figure = figures.loss_figure(self.rows, plan.index.images, title)
         self.writer.put(LOSS_FIGURE, figure, images_seen=images_seen)

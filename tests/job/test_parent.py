@@ -110,10 +110,10 @@ def test_the_parent_gives_the_first_weights_and_is_not_needed_again(bucket):
     assert told["epoch"] == 1 and told == ours["parent"]
     succeeded(ddpm_here("runs", "verify", "child", "--bucket", bucket))
     succeeded(child(bucket, "--epochs", 1, of=str(bucket / "runs/child"), run="grandchild"))
-    lineage = f"{bucket}/runs/child@2 (ema), before that walk@1 (ema)"
-    assert lineage in (bucket / "runs/grandchild/report.html").read_text()
+    origin = f"{bucket}/runs/child@2 (ema)"
+    assert origin in (bucket / "runs/grandchild/report.html").read_text()
     succeeded(ddpm_here("export", "--run", "grandchild", "--to", bucket / "out", "--bucket", bucket))
-    assert f"It began with the weights of {lineage}." in (bucket / "out/README.md").read_text()
+    assert f"It began with the weights of {origin}." in (bucket / "out/README.md").read_text()
 
 
 @pytest.mark.slow

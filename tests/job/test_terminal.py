@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from job.cli.app import app
 from job.config import NETWORKS, draft, known_keys, parse_sets
+from job.config.resolve import all_settings
 from job.exits import Exit
-from job.report.settings import keys
 from tests.job.command_line import ddpm_here, on_screen, refused, succeeded
 
 
@@ -96,16 +96,16 @@ def test_a_missing_bucket_offers_nothing(tmp_path):
 
 
 def test_every_key_has_its_values():
-    listed = {key.key: key for key in keys()}
+    listed = {setting["key"]: setting for setting in all_settings()}
     assert list(listed) == known_keys()
-    assert [key.key for key in listed.values() if not key.description] == []
+    assert [key for key, setting in listed.items() if not setting["description"]] == []
     assert "data.order" not in listed
-    assert listed["train.batch_size"].takes == "whole number from 1 up to 1,000,000"
-    assert listed["train.learning_rate"].takes == "number above 0"
-    assert listed["data.crop_scale"].takes == "2 numbers above 0 up to 1"
-    assert listed["data.size"].takes == "whole number from 1 up to 4,096 or text or null"
-    assert listed["model.kind"].takes == "|".join(NETWORKS)
-    assert listed["train.precision"].takes == "auto|fp32|bf16"
+    assert listed["train.batch_size"]["takes"] == "integer ≥ 1 ≤ 1,000,000"
+    assert listed["train.learning_rate"]["takes"] == "number > 0"
+    assert listed["data.crop_scale"]["takes"] == "list of number > 0 ≤ 1"
+    assert listed["data.size"]["takes"] == "integer ≥ 1 ≤ 4,096 or string or null"
+    assert listed["model.kind"]["takes"] == "|".join(NETWORKS)
+    assert listed["train.precision"]["takes"] == "auto|fp32|bf16"
     assert asked("config", "--list", "--json")[5]["key"] == known_keys()[5]
 
 

@@ -13,7 +13,7 @@ from job.config import (
     validated,
 )
 from job.config.method import build_network
-from job.config.networks import NETWORKS
+from job.config.schema import NETWORKS
 from job.data.pack_request import PackRequest
 from job.exits import BadConfigError
 from job.requests import TrainRequest, parse_numbers

@@ -554,7 +554,7 @@ def test_unknown_files_are_refused(tmp_path):
         archive.writestr("a/data.pkl", bytes(10**8))
     (tmp_path / "empty").mkdir()
     for name, said, code in (
-        ("l.pt", "layer init_conv", Exit.BAD_DATA),
+        ("l.pt", "init_conv", Exit.BAD_DATA),
         ("o.pt", "fc.weight", Exit.BAD_DATA),
         ("n.pt", "no tensors by name", Exit.BAD_DATA),
         ("bomb.pt", "truncated, damaged", Exit.BAD_DATA),

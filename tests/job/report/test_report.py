@@ -9,24 +9,21 @@ import json
 import os
 import re
 import resource
-import shlex
 import shutil
 import subprocess
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
 
 import pytest
 from PIL import Image
 
-from job.config import draft, parse_sets
+from job.config import draft
 from job.exits import Exit
 from job.plan import follow_dataset, open_run
 from job.report.bucket_page import loss_curve
 from job.report.facts import facts_of
-from job.report.page import run_page
-from job.report.picture_cache import PictureCache, evenly
+from job.report.page import PictureCache, evenly, run_page
 from job.runs.outlook import AttemptSpan
 from job.runs.verification import verify_run
 from job.store import open_store
@@ -80,15 +77,6 @@ def test_pages_load_nothing(odd):
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
     assert html.unescape(policy).startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src ")
     assert html.unescape(policy).count("'sha256-") == 2 and "unsafe-eval" not in policy
-
-
-def test_command_of_pages_makes_the_same(bucket):
-    found = open_run(str(bucket), "walk")
-    words = shlex.split(facts_of(found, "walk").make_again)
-    assert words[:6] == ["ddpm", "train", "--dataset", "tiles", "--run", "walk-again"]
-    sets = [word for option, word in pairwise(words) if option == "--set"]
-    again = follow_dataset(draft(words[words.index("--preset") + 1], parse_sets(sets)), found.index)
-    assert again == found.config
 
 
 def test_another_network_differs_from_the_preset(walked):

@@ -14,7 +14,7 @@ from job.data.pack_request import PackRequest
 from job.processes import lease
 from job.runs.checkpoints import list_checkpoints
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.readers import Reader
+from job.runs.retention import Reader
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, succeeded
 from tests.job.conftest import MadeOnce

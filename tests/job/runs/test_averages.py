@@ -133,7 +133,7 @@ def test_one_of_two_makers_wins(folder, monkeypatch):
 
     monkeypatch.setattr(LocalStore, "create", beaten)
     succeeded(make(folder, 0.08))
-    files = load_average(made, load_manifest(made, ref), "ema-0.08").files
+    files = load_average(made, ref, "ema-0.08").files
     there = [key for key, place in places_in(made, ref.key).items() if place.group == "ema-0.08"]
     assert sorted(there) == sorted([record_key, *(file.key for file in files)])
 

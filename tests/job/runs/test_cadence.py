@@ -9,8 +9,8 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pytest
 
-from job.runs.cadence import Cadence, best_interval_seconds, interval_seconds
 from job.runs.layout import ObjectKind
+from job.runs.outlook import Cadence, best_interval_seconds, interval_seconds
 from job.runs.records import LastStatus
 from job.sealed import MOMENT_FORMAT
 from job.store import open_store

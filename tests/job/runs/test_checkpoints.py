@@ -52,7 +52,7 @@ def test_unfit_tensors_and_manifests_are_refused(new_run):
         with pytest.raises(BadConfigError, match=match), newest_good(new_run, pytest.fail, into={"model": tensors}):
             pass
     new_run.create(CheckpointRef(2, 80).manifest_key, new_run.read(CheckpointRef(1, 80).manifest_key).data)
-    with pytest.raises(BadDataError, match="is not in its place"):
+    with pytest.raises(BadDataError, match="was not written by attempt 2 of this run"):
         load_manifest(new_run, CheckpointRef(2, 80))
 
 

@@ -9,8 +9,6 @@ READ = {
     "batch": "one",
     "piece": 12,
     "steps": 10,
-    "of": "samples/one/grid.png",
-    "sha256": "a" * 64,
 }
 OTHERS = {
     "pipeline": "unet/diffusion_pytorch_model-00001-of-00002.safetensors",

@@ -18,7 +18,7 @@ from tests.job.runs.leased import leased, write
 ROUND_TRIP_SECONDS = 0.02
 LIST = """
 import sys, time
-from job.runs.listing import list_runs
+from job.verbs.run_listing import list_runs
 from job.store import open_store
 import rich.console, rich.table
 # The client library takes half a second to import.

@@ -11,7 +11,7 @@ from ddpm.generation import beginning, generate, make_denoiser, noise_of
 from ddpm.objective import UNCONDITIONAL, Condition
 from ddpm.process import RectifiedFlow
 from job.config import method
-from job.runs import checkpoint_files, pipeline
+from job.runs import pipeline
 from job.runs.checkpoints import list_checkpoints, load_manifest, opened
 from job.runs.records import existing_config
 from job.runs.verification import verify_run
@@ -117,7 +117,7 @@ def test_a_loop_of_diffusers_draws_the_same_classes(bucket):
 def test_large_weights_have_several_files(bucket, monkeypatch):
     from diffusers import UNet2DModel
 
-    monkeypatch.setattr(checkpoint_files, "PART_BYTES", 50_000)
+    monkeypatch.setattr("job.runs.writer.PART_BYTES", 50_000)
     store, ref = trained(bucket, "large", ema__stds="0.1", sample__weights="ema-0.1")
     names = [file.name for file in load_manifest(store.sub("runs/large"), ref).files]
     assert names.count("diffusion_pytorch_model.safetensors.index.json") == 1

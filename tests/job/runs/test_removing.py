@@ -11,12 +11,13 @@ import pytest
 from job.exits import Exit, StoppedError
 from job.processes.lease import LEASE_KEY, load_lease
 from job.processes.process_identity import ProcessIdentity
-from job.runs import records, removal
+from job.runs import records
 from job.runs.checkpoints import list_checkpoints
 from job.runs.layout import CheckpointRef
-from job.runs.readers import Reader, being_read, reading
+from job.runs.retention import Reader, being_read, kept_while_read
 from job.store import Store, open_store
 from job.store.local import LocalStore
+from job.verbs import removal
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.damages import DAMAGES, damaged
 from tests.job.leases import taken
@@ -107,7 +108,7 @@ def test_the_newest_sound_checkpoint_stays(bucket, run):
 
 
 def test_what_is_being_read_stays(bucket, run):
-    with reading(run, CheckpointRef(1, 32)):
+    with kept_while_read(run, CheckpointRef(1, 32)):
         succeeded(prune(bucket))
         assert committed_images(run) == [32, 64, 80]
     # One that was killed, and one that nobody can read, hold nothing for ever.
@@ -141,7 +142,10 @@ def test_leftovers_of_ended_attempts_go(bucket, run):
     assert named("--dry-run") == anyway | {killed} | pieces
     run.put(LEASE_KEY, of_the_last_attempt)
     # Who knows whether its holder lives? And whoever reads may be making these very pieces.
-    with damaged(run, LEASE_KEY, lambda data: data.replace(b"true", b"false")), reading(run, CheckpointRef(2, 80)):
+    with (
+        damaged(run, LEASE_KEY, lambda data: data.replace(b"true", b"false")),
+        kept_while_read(run, CheckpointRef(2, 80)),
+    ):
         assert named("--dry-run") == anyway | {killed}
     assert unlocked.exists()
     assert named("--dry-run") == named() == anyway | {killed} | orphans_of(FENCE) | pieces
@@ -178,7 +182,7 @@ def test_a_run_in_use_stays(bucket, run, quick):
         succeeded(prune(bucket, "--dry-run"))
     finally:
         lease.close()
-    with reading(run, CheckpointRef(1, 16)):
+    with kept_while_read(run, CheckpointRef(1, 16)):
         assert "a process samples from" in refused(delete(bucket, "--yes"), Exit.LOST_RUN)
     assert everything(run) == before
     assert load_lease(run).released

@@ -15,12 +15,10 @@ import torch
 from tensorboardX.proto.event_pb2 import Event
 
 from job.exits import BadDataError, BucketAwayError, LostRunError
-from job.runs import checkpoint_files
 from job.runs.checkpoints import list_checkpoints, load_manifest, opened
 from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef, ObjectKind, located
 from job.runs.metric_rows import read_rows
-from job.runs.readers import reading
-from job.runs.retention import Retention
+from job.runs.retention import Retention, kept_while_read
 from job.stop import GRACE_VARIABLE
 from job.store import Retry, open_store, retry
 from job.store.local import LocalStore
@@ -62,7 +60,7 @@ def run(tmp_path: Path) -> Watched:
 
 def test_checkpoints_hold_the_values_then(run, monkeypatch):
     tensors = {"model": {f"w{i}": torch.full((1000,), float(i)) for i in range(10)}, "ema": {"w": torch.ones(5)}}
-    monkeypatch.setattr(checkpoint_files, "PART_BYTES", 12_000)
+    monkeypatch.setattr("job.runs.writer.PART_BYTES", 12_000)
     writer = writer_of(leased(run), tensors)
     for images_seen in (8, 16):
         writer.save(images_seen, [])
@@ -129,7 +127,7 @@ def test_a_checkpoint_in_use_stays(run):
     notes = []
     writer = writer_of(leased(run, checkpoint__keep_last=1), live_tensors(), notes=notes)
     save(writer, 48)
-    with reading(run, CheckpointRef(1, 48)):
+    with kept_while_read(run, CheckpointRef(1, 48)):
         save(writer, 96, 144)
         eventually(lambda: committed_images(run) == [48, 144] and not list(run.list(CheckpointRef(1, 96).key)))
     run.hooks["delete"] = Mock(side_effect=BucketAwayError("the bucket is away"))

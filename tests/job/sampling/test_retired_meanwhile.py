@@ -9,7 +9,7 @@ from job.evaluation.evaluation_plan import plan_evaluation
 from job.requests import EvaluateRequest, SampleRequest
 from job.runs.checkpoints import choose, list_checkpoints
 from job.runs.layout import CheckpointRef
-from job.runs.readers import reading_chosen
+from job.runs.retention import reading_chosen
 from job.sampling.pictures import run_sampling
 from job.sampling.sampling_plan import plan_sampling
 from job.store import open_store

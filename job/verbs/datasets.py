@@ -1,4 +1,4 @@
-"""The datasets of a bucket for people: list, description, preview, check, deletion."""
+"""The datasets of a bucket for people: list, description, preview, check; how to pack one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 
 from ddpm.image_size import ImageSize
 from job.config import EMBEDDED, pack_config, preset_names
-from job.data.shards import DATASETS, PREVIEW, DatasetIndex, dataset_key, delete, find_dataset, load_index
+from job.data.shards import DATASETS, PREVIEW, DatasetIndex, dataset_key, find_dataset, load_index
 from job.exits import BadDataError, BadRequestError, MissingInputError, did_you_mean
+from job.printing import open_page, print_json, print_table
 from job.progress import Progress, note
 from job.requests import check_output
 from job.store import Retry, Store, open_store
@@ -69,8 +70,6 @@ def _other_name(bucket_uri: str, name: str) -> str:
 def list_datasets(bucket_uri: str, *, as_json: bool = False) -> None:
     """Prints a table of the datasets in the bucket."""
     from rich.table import Table
-
-    from job.runs.listing import print_json, print_table
 
     bucket = open_store(bucket_uri)
     if as_json:
@@ -130,14 +129,11 @@ def show_dataset(
     key = find_dataset(bucket, name, size)
     index = load_index(bucket, key)
     if as_json:
-        from job.runs.listing import print_json
-
         print_json(_told(bucket, key))
         return
 
     from job.data.cache import default_cache_dir, uncached_images
     from job.data.preview import preview_png
-    from job.report.command import open_page
     from job.store.files import write_file
 
     print(describe_dataset(index, bucket))
@@ -154,7 +150,7 @@ def show_dataset(
         write_file(output, preview)
     print(f"look at  {output or bucket.uri_of(f'{key}/{PREVIEW}')}")
     if open_it:
-        open_page(bucket.sub(key), preview, output, PREVIEW)
+        open_page(bucket.sub(key), PREVIEW, output)
 
 
 def verify_named(bucket_uri: str, name: str, size: ImageSize | None, *, as_json: bool = False) -> None:
@@ -170,38 +166,12 @@ def verify_named(bucket_uri: str, name: str, size: ImageSize | None, *, as_json:
     with Progress(f"verifying {name}", unit="images") as bar:
         problems = verify_dataset(bucket, key, lambda done, total: bar.update(done, total=total))
     if as_json:
-        from job.runs.listing import print_json
-
         print_json({"uri": f"{bucket.uri}/{key}", "problems": problems})
     if problems:
         raise BadDataError(f"{bucket.uri}/{key} has {len(problems):,} problems: " + "; ".join(problems))
     if as_json:
         return
     print(f"{bucket.uri}/{key}: every shard, offset table and image is as it was packed")
-
-
-def delete_dataset(bucket_uri: str, name: str, size: ImageSize | None, certain: bool) -> None:
-    """Deletes a dataset, also an unfinished one.
-
-    Raises:
-        BadRequestError: not `certain`; the message says how much would be deleted. Or `size` chooses none of several.
-        LostRunError: a process trains on it.
-        MissingInputError: the bucket has no such dataset.
-    """
-    from job.runs.removal import check_unused
-
-    bucket = open_store(bucket_uri)
-    key = find_dataset(bucket, name, size, unfinished=True)
-    dataset = bucket.sub(key)
-    if not certain:
-        sizes = [entry.size_bytes for entry in dataset.list()]
-        raise BadRequestError(
-            f"{dataset.uri} has {len(sizes):,} objects of {sum(sizes):,} bytes, and runs may need them to go on: "
-            "add --yes to delete them for good"
-        )
-    check_unused(bucket, key)
-    count, size_bytes = delete(dataset)
-    print(f"deleted {dataset.uri}: {count:,} objects, {size_bytes:,} bytes")
 
 
 def describe_dataset(index: DatasetIndex, bucket: Store) -> str:

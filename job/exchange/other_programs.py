@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ddpm import interop
 from ddpm.image_size import ImageSize
 from ddpm.interop import NoCounterpartError
-from job.config.yaml_files import LARGEST_FILE_BYTES
+from job.config.resolve import LARGEST_FILE_BYTES
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.progress import note, printable
 from job.runs.pipeline import ID2LABEL, RUN_CONFIG, SCHEDULER_CONFIG
@@ -52,7 +52,7 @@ _DOME_SETTINGS = {
 
 
 @dataclass(frozen=True)
-class Foreign:
+class OtherCheckpoint:
     """A network of another program, in terms of this one.
 
     Attributes:
@@ -82,7 +82,9 @@ class _Source:
 
 
 @contextmanager
-def opened_foreign(source: str, size: ImageSize | None, retry: Retry, *, with_config: bool) -> Iterator[Foreign]:
+def opened_checkpoint(
+    source: str, size: ImageSize | None, retry: Retry, *, with_config: bool
+) -> Iterator[OtherCheckpoint]:
     """Opens the checkpoint at `source`; its tensors may need their files until the context ends.
 
     Args:
@@ -97,14 +99,14 @@ def opened_foreign(source: str, size: ImageSize | None, retry: Retry, *, with_co
     """
     with _opened_source(source, retry) as found:
         try:
-            foreign = _of_diffusers(found, with_config) if found.names else _of_file(found.where, found.fetch(""), size)
+            read = _of_diffusers(found, with_config) if found.names else _of_file(found.where, found.fetch(""), size)
         except JobError:
             raise
         # Files of strangers cause anything from KeyError to OverflowError in readers; each means the same here.
         except Exception as error:
             said = str(error) if isinstance(error, NoCounterpartError) else f"{type(error).__name__}: {error}"
             raise BadDataError(f"{found.where} cannot be imported: {printable(said):.300}") from None
-        yield foreign
+        yield read
 
 
 @contextmanager
@@ -112,38 +114,33 @@ def _opened_source(source: str, retry: Retry) -> Iterator[_Source]:
     nothing = MissingInputError(
         f"nothing lies at {without_queries(source)}: name a folder of diffusers, a .pt or a .safetensors"
     )
-    if not is_remote(source):
-        # A cache of the hub consists of links, which a store would refuse: local files are read directly.
-        path = Path(open_store(source, retry).uri)
-        with os_errors(path):
-            # Reading a pipe could wait for ever, and a device has no end.
-            if not (path.is_file() or path.is_dir()):
-                raise nothing
-            files = [file for file in path.glob("**/*") if file.is_file()] if path.is_dir() else []
-        names = frozenset(str(file.relative_to(path)) for file in files)
-        if path.is_dir() and not names:
-            raise nothing
-        yield _Source(str(path), names, lambda name: path / name if name else path)
-        return
-    folder, last = split_uri(source.rstrip("/"))
     with scratch_folder("import") as scratch:
+        if not is_remote(source):
+            # A cache of the hub consists of links, which a store would refuse: local files are read directly.
+            path = Path(open_store(source, retry).uri)
+            with os_errors(path):
+                names = frozenset(str(file.relative_to(path)) for file in path.glob("**/*") if file.is_file())
+                # Reading a pipe could wait for ever, and a device has no end.
+                if not (names or path.is_file()):
+                    raise nothing
+            yield _Source(str(path), names, lambda name: path / name if name else path)
+            return
+        folder, last = split_uri(source.rstrip("/"))
         if not folder.endswith("://") and (store := open_to_read(folder, retry)).exists(last):
-            where, names = store.uri_of(last), frozenset[str]()
+            names = frozenset[str]()
         else:
-            store = open_to_read(source, retry)
-            where, names = store.uri, frozenset(entry.key for entry in store.list())
-            if not names:
+            store, last = open_to_read(source, retry), ""
+            if not (names := frozenset(entry.key for entry in store.list())):
                 raise nothing
 
         def fetch(name: str) -> Path:
-            path = scratch / (name or last)
-            store.download(name or last, path)
+            store.download(name or last, path := scratch / (name or last))
             return path
 
-        yield _Source(where, names, fetch)
+        yield _Source(store.uri_of(last) if last else store.uri, names, fetch)
 
 
-def _of_diffusers(source: _Source, with_config: bool) -> Foreign:
+def _of_diffusers(source: _Source, with_config: bool) -> OtherCheckpoint:
     folder = next((folder for folder in FOLDERS if f"{folder}config.json" in source.names), None)
     if folder is None:
         raise BadDataError(
@@ -154,7 +151,7 @@ def _of_diffusers(source: _Source, with_config: bool) -> Foreign:
     schedulers = (SCHEDULER_CONFIG, SCHEDULER_CONFIG.rpartition("/")[2])
     scheduler = next((_json(source, name) for name in schedulers if name in source.names), None)
     has_config = RUN_CONFIG in source.names
-    return Foreign(
+    return OtherCheckpoint(
         "a UNet2DModel of diffusers",
         settings_of_diffusers(config, scheduler),
         interop.with_names_of_today(_weights(source, folder)),
@@ -248,31 +245,25 @@ def _bytes(source: _Source, name: str, most: int) -> bytes:
     return content
 
 
-def _of_file(where: str, path: Path, size: ImageSize | None) -> Foreign:
+def _of_file(where: str, path: Path, size: ImageSize | None) -> OtherCheckpoint:
     candidates = [(key, interop.without_prefixes(found)) for key, found in _averages_first(_tensors(where, path))]
     for key, tensors in candidates:
         if found := _known(tensors, size):
             if key:
                 note(f"{where}: taking its {printable(key):.80}")
             return found
-    for _, tensors in candidates:
-        if "init_conv.weight" in tensors:
-            raise NoCounterpartError(
-                "it is a Unet of lucidrains' denoising_diffusion_pytorch, whose layer init_conv, a 7×7 convolution, "
-                "has no counterpart; nor have its linear attention and its RMSNorms"
-            )
-        if any(name.startswith("down_blocks.") for name in tensors):
-            raise BadRequestError(f"{where} is of diffusers: name its folder, which has the config.json")
+    if any(name.startswith("down_blocks.") for _, tensors in candidates for name in tensors):
+        raise BadRequestError(f"{where} is of diffusers: name its folder, which has the config.json")
     named = ", ".join(list(candidates[0][1])[:3])
     raise NoCounterpartError(f"its tensors ({named:.200}, …) belong to an unknown network")
 
 
-def _known(tensors: Named, size: ImageSize | None) -> Foreign | None:
+def _known(tensors: Named, size: ImageSize | None) -> OtherCheckpoint | None:
     """Returns the network with tensors of these names; None if it is unknown."""
     process = {"diffusion.schedule": "linear", "diffusion.timesteps": 1000, "diffusion.prediction": "epsilon"}
     if "temb.dense.0.weight" in tensors:
         named = interop.from_ho(tensors)
-        return Foreign("a U-Net of Ho et al.", process | _unet_settings(interop.ho_options(named, size)), named)
+        return OtherCheckpoint("a U-Net of Ho et al.", process | _unet_settings(interop.ho_options(named, size)), named)
     if "inc.double_conv.0.weight" not in tensors:
         return None
     settings = process | _DOME_SETTINGS | {"model.kind": "dome", "model.num_classes": 0}
@@ -285,7 +276,7 @@ def _known(tensors: Named, size: ImageSize | None) -> Foreign | None:
         # That program adds nothing to the timestep without a class, as a last embedding of zeros does: guidance works.
         settings |= {"model.num_classes": len(labels), "model.label_dropout": 0.1}
         tensors = tensors | {"label_emb.weight": interop.with_null_class(labels)}
-    return Foreign("a U-Net of dome272's ddpm", settings, tensors)
+    return OtherCheckpoint("a U-Net of dome272's ddpm", settings, tensors)
 
 
 def _averages_first(loaded: Any) -> list[tuple[str, Named]]:

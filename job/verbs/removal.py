@@ -1,4 +1,4 @@
-"""`ddpm runs prune` and `ddpm runs delete`: the deletion of what a run's rules do not keep, or of a whole run."""
+"""`ddpm runs prune`, `ddpm runs delete`, `ddpm data delete`: what a run's rules do not keep, a run, a dataset."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from typing import NamedTuple, TypeVar
 
+from ddpm.image_size import ImageSize
 from job.config import RunConfig
-from job.data.shards import load_index
+from job.data import shards
 from job.exits import BadDataError, BadRequestError, JobError, LostRunError
 from job.processes.lease import LEASE_KEY, MAX_FENCE, Lease, load_lease
-from job.progress import Progress, note
+from job.progress import Progress, note, say
 from job.runs import records
 from job.runs.checkpoints import list_checkpoints, newest_good
 from job.runs.layout import CheckpointRef, ObjectKind, located
-from job.runs.listing import run_names
 from job.runs.metric_rows import read_rows
-from job.runs.readers import READING_SECONDS, being_read
-from job.runs.retention import Retention, best_images_seen, delete_checkpoint, leftovers
+from job.runs.retention import READING_SECONDS, Retention, being_read, best_images_seen, delete_checkpoint, leftovers
 from job.stop import NEVER, Stop
 from job.store import ObjectMissingError, Store, open_store
+from job.verbs.run_listing import run_names
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ def prune_run(bucket_uri: str, name: str, *, keep_last: int | None, dry_run: boo
                 found = _removals(bucket, run, config, fence)
             for removal in _while_leased("pruning", found, lease, stop):
                 if _remove(run, removal):
-                    print(removal)
+                    say(str(removal))
             run.sweep()
     total_bytes, what = sum(removal.size_bytes for removal in found), "would go" if dry_run else "deleted"
     print(f"{run.uri}: {total_bytes:,} bytes {what}" if found else f"{run.uri}: there is nothing to prune")
@@ -97,7 +97,7 @@ def _removals(bucket: Store, run: Store, config: RunConfig, fence: int) -> list[
     sizes, keep = {entry.key: entry.size_bytes for entry in run.list()}, config.checkpoint
     why, dataset_images = f"not among the last {keep.keep_last}", records.dataset_images_of(bucket, config)
     if keep.keep_every_epochs or keep.keep_epochs:
-        dataset_images = load_index(bucket, records.dataset_key_of(config)).images
+        dataset_images = shards.load_index(bucket, records.dataset_key_of(config)).images
         why += ", nor of an epoch to keep"
     found, read = list[Removal](), being_read(run)
     if old := Retention(config, dataset_images).retire(list_checkpoints(run)):
@@ -166,6 +166,28 @@ def delete_run(bucket_uri: str, name: str, *, certain: bool) -> None:
         for key in _while_leased("deleting", keys, lease, stop):
             run.delete(key)
     print(f"deleted {run.uri}: {len(keys):,} objects, {size_bytes:,} bytes")
+
+
+def delete_dataset(bucket_uri: str, name: str, size: ImageSize | None, certain: bool) -> None:
+    """Deletes a dataset, also an unfinished one.
+
+    Raises:
+        BadRequestError: not `certain`; the message says how much would be deleted. Or `size` chooses none of several.
+        LostRunError: a process trains on it.
+        MissingInputError: the bucket has no such dataset.
+    """
+    bucket = open_store(bucket_uri)
+    key = shards.find_dataset(bucket, name, size, unfinished=True)
+    dataset = bucket.sub(key)
+    if not certain:
+        sizes = [entry.size_bytes for entry in dataset.list()]
+        raise BadRequestError(
+            f"{dataset.uri} has {len(sizes):,} objects of {sum(sizes):,} bytes, and runs may need them to go on: "
+            "add --yes to delete them for good"
+        )
+    check_unused(bucket, key)
+    count, size_bytes = shards.delete(dataset)
+    print(f"deleted {dataset.uri}: {count:,} objects, {size_bytes:,} bytes")
 
 
 def check_unused(bucket: Store, dataset: str) -> None:

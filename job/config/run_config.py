@@ -1,13 +1,80 @@
-"""Rules across the sections of a configuration."""
+"""The whole configuration of a run, the rules across its sections, and its form as dotted keys."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError
 
 from ddpm.catalogue import GRIDS, METRICS, OF_CLASSES, SCHEDULES
+from ddpm.image_size import ImageSize
+from job.config.schema import (
+    NETWORKS,
+    CheckpointConfig,
+    ConfigSection,
+    DataConfig,
+    DiffusionConfig,
+    EmaConfig,
+    EvaluateConfig,
+    LogConfig,
+    Network,
+    ParentConfig,
+    SampleConfig,
+    TrainConfig,
+    UNetSection,
+)
+from job.exits import BadConfigError, did_you_mean
 
 if TYPE_CHECKING:
-    from job.config.schema import RunConfig
+    from pydantic_core import ErrorDetails
+
+
+class RunConfig(ConfigSection):
+    """The whole configuration of a run."""
+
+    preset: str = Field(default="", description="preset that the run began with")
+    imported: bool = Field(default=False, description="the run began with an imported checkpoint")
+    data: DataConfig = DataConfig()
+    model: Annotated[Network, Field(discriminator="kind")] = UNetSection()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    train: TrainConfig = TrainConfig()
+    ema: EmaConfig = EmaConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    log: LogConfig = LogConfig()
+    parent: ParentConfig = ParentConfig()
+
+    @property
+    def image_size(self) -> ImageSize:
+        """The size of the network's images, once the dataset is known."""
+        assert self.data.size is not None
+        return self.data.size
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the network's images, once the dataset is known."""
+        assert self.data.channels is not None
+        return self.data.channels, *self.image_size.shape
+
+    def check(self) -> None:
+        """Raises ValueError for the first broken rule."""
+        for rule in RULES:
+            rule(self)
+
+    def to_yaml(self) -> str:
+        """Returns the text of `config.yaml`."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def flat(self) -> dict[str, Any]:
+        """Returns all values by their dotted keys, such as `train.batch_size`."""
+        return flatten(self.model_dump(mode="json"))
+
+    def updated(self, changes: dict[str, Any]) -> RunConfig:
+        """Returns a copy with other values of some dotted keys; raises as `validated`."""
+        return validated(layered(self.flat(), changes))
 
 
 def network_takes_image_size(config: RunConfig) -> None:
@@ -126,3 +193,67 @@ RULES = (
     grid_starts_at_noise,
 )
 """Each takes a `RunConfig` and raises ValueError if it is broken; the first one that is broken is reported."""
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns a nested mapping as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def layered(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Returns `base` overridden by `changes`, both by dotted keys; another kind of network drops the base's `model`."""
+    kind = base.get("model.kind", "unet")
+    if changes.get("model.kind", kind) != kind:
+        base = {key: value for key, value in base.items() if not key.startswith("model.")}
+    return base | changes
+
+
+def validated(flat: dict[str, Any], where: str = "configuration") -> RunConfig:
+    """Returns the `RunConfig` of dotted keys; an error begins with `where` these come from.
+
+    Raises:
+        BadConfigError: for each bad key its name, the fault and the value.
+    """
+    sections: dict[str, Any] = {"model": {"kind": "unet"}}
+    for key, value in flat.items():
+        section, dot, leaf = key.partition(".")
+        if dot:
+            sections.setdefault(section, {})[leaf] = value
+    nested = sections | {key: value for key, value in flat.items() if "." not in key}
+    try:
+        return RunConfig.model_validate(nested)
+    except ValidationError as error:
+        problems: dict[Any, str] = {}
+        for problem in error.errors():
+            # A list whose elements are all wrong is reported once, by its first element.
+            setting = tuple(part for part in problem["loc"] if isinstance(part, str))
+            problems.setdefault(setting, _message(problem, nested["model"]))
+        raise BadConfigError(f"{where}: {'; '.join(problems.values())}") from None
+
+
+def _message(problem: ErrorDetails, model: Any) -> str:
+    """Returns the message of one problem: key, fault and value; a rule between keys names them itself."""
+    loc, fault, value = problem["loc"], problem["msg"].removeprefix("Value error, "), problem["input"]
+    if problem["type"] == "value_error" and len(loc) < 2:
+        return fault
+    if problem["type"] == "union_tag_invalid":
+        loc, fault, value = ("model", "kind"), f"choose one of {', '.join(NETWORKS)}", model["kind"]
+    elif loc[0] == "model":
+        # pydantic puts the kind of the network between section and key.
+        loc = (*loc[:1], *loc[2:])
+        if problem["type"] == "extra_forbidden":
+            fault = f"not an option of model.kind={model['kind']}"
+    return f"{'.'.join(map(str, loc))}: {fault[:1].lower()}{fault[1:]}{nearest_name(problem)} (got {value!r:.200})"
+
+
+def nearest_name(problem: ErrorDetails) -> str:
+    """Returns the end of a message about a setting that takes one of some names: the nearest one, if any is near."""
+    if problem["type"] != "literal_error":
+        return ""
+    return did_you_mean(str(problem["input"]), re.findall("'([^']*)'", problem["ctx"]["expected"]))

@@ -21,11 +21,11 @@ from job.config import RunConfig, average_name
 from job.exits import BadDataError, BadRequestError
 from job.progress import Progress, note
 from job.runs import records
-from job.runs.checkpoint_files import plan_parts, write_part
-from job.runs.checkpoints import Average, Manifest, choose, load_average, load_manifest
-from job.runs.drawings import label_of
+from job.runs.checkpoints import AverageRecord, Manifest, choose, load_average, load_manifest
+from job.runs.drawings import label_at
 from job.runs.layout import CheckpointRef, ObjectKind, located
-from job.runs.readers import reading_chosen
+from job.runs.retention import reading_chosen
+from job.runs.writer import plan_parts, write_part
 from job.sealed import NamedObject, code_version, utc_now
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, open_bucket
@@ -65,13 +65,13 @@ def make_averages(bucket_uri: str, name: str, std: float, checkpoints: str) -> N
             renew()
 
         for ref in refs:
-            of = f"{group} of {label_of(ref.images_seen, dataset_images, batch_size)}"
+            of = f"{group} of {label_at(ref.images_seen, dataset_images, batch_size)}"
             manifest = load_manifest(run, ref)
             if group in manifest.groups:
                 print(f"{run.uri}/{ref.key}  ({of} is in the checkpoint itself)")
                 continue
             try:
-                average = load_average(run, manifest, group)
+                average = load_average(run, ref, group)
             except ObjectMissingError:
                 average = _make(run, manifest, _sources(config, manifest), std, check)
             how = f"of {average.made_of:,} averages, {average.error:.2%} from its profile"
@@ -93,7 +93,9 @@ def _sources(config: RunConfig, manifest: Manifest) -> list[_Source]:
     return [_Source(Stored(stds[group], ref.images_seen), files) for (ref, group), files in found.items()]
 
 
-def _make(run: Store, manifest: Manifest, sources: list[_Source], std: float, check: Callable[[], None]) -> Average:
+def _make(
+    run: Store, manifest: Manifest, sources: list[_Source], std: float, check: Callable[[], None]
+) -> AverageRecord:
     """Combines an average for a checkpoint and commits it; returns another process's if that was committed first."""
     ref, group, unique = manifest.ref, average_name(std), uuid.uuid4().hex
     with Progress(f"{group} of {manifest.images_seen:,} images", total=len(sources), unit="averages") as bar:
@@ -109,10 +111,7 @@ def _make(run: Store, manifest: Manifest, sources: list[_Source], std: float, ch
             key = ObjectKind.AVERAGE_TENSORS.key(checkpoint=ref, unique=unique, group=group, number=number)
             files.append(write_part(folder / "part", key, part))
             run.move(folder / "part", key, fresh=True)
-    average = Average(
-        fence=ref.fence,
-        attempt=manifest.attempt,
-        images_seen=ref.images_seen,
+    average = AverageRecord(
         std=std,
         made_of=len(sources),
         error=error,
@@ -125,7 +124,7 @@ def _make(run: Store, manifest: Manifest, sources: list[_Source], std: float, ch
     except ObjectExistsError:
         for file in files:
             run.delete(file.key)
-        return load_average(run, manifest, group)
+        return load_average(run, ref, group)
     return average
 
 

@@ -1,34 +1,40 @@
-"""`ddpm runs list`, `show` and `verify`: the runs of a bucket for people, as tables, lines or JSON."""
+"""`ddpm runs list`, `show`, `verify` and `compare`: the runs of a bucket for people, as tables, lines or JSON."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import compress
-from typing import TYPE_CHECKING, Any
+from statistics import fmean, stdev
+from typing import Any
 
-from job.exits import BadDataError, BadRequestError, State
+from job.config import RunConfig
+from job.exits import BadDataError, BadRequestError, MissingInputError, State
+from job.printing import in_lines, print_json, print_table
 from job.processes.lease import LEASE_KEY
-from job.runs import records
+from job.progress import note
+from job.runs import metric_rows, records
 from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound
-from job.runs.drawings import label_of, moment_of
+from job.runs.drawings import label_at, moment_of
 from job.runs.layout import PICTURES, RUNS, SAMPLES, ObjectKind, places_in
 from job.runs.outlook import attempts_of, duration, outlook_of, spans_of, state_in
 from job.runs.records import Status, read_status, run_store, validated_run_name
 from job.store import Store, open_store
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 RUNS_AT_ONCE = 32
 """Each takes a request, which waits for the bucket."""
-PIPE_COLUMNS = 1000
-"""The width of tables without a terminal, so that other programs get whole lines."""
+PAIRED_BY = ("data.dataset_id", "data.order", "data.shuffle_block_images", "train.seed", "train.batch_size")
+"""Keys that must be equal, so that image n of both runs is the same, with the same noise and timestep."""
+SAME_LOSS = ("diffusion.", "data.size", "data.channels")
+"""Sections and keys that must be equal, so that the losses have the same objective."""
+_PARTS = ("", "_q0", "_q1", "_q2", "_q3")
+LOSSES = (*(f"{name}{part}" for name in ("loss", "val_loss") for part in _PARTS), "val_bits_per_dim")
+"""The compared losses: of all timesteps and of each quarter of them."""
+FEWEST_ROWS = 3
 
 
 def run_names(bucket: Store) -> list[str]:
@@ -105,54 +111,13 @@ def progress_cells(run: dict[str, Any]) -> list[str]:
     return [run["state"], epoch, seen, loss, speed, left]
 
 
-def print_json(document: Any) -> None:
-    """Prints a document for programs: times in ISO 8601, and null for NaN and infinite numbers."""
-    print(json.dumps(_finite(document), indent=2, ensure_ascii=False, default=lambda moment: moment.isoformat()))
-
-
-def _finite(document: Any) -> Any:
-    match document:
-        case float():
-            return document if math.isfinite(document) else None
-        case dict():
-            return {key: _finite(value) for key, value in document.items()}
-        case list() | tuple():
-            return [_finite(value) for value in document]
-    return document
-
-
-def print_table(table: Table, without_rows: str, *, wraps: bool = False) -> None:
-    """Prints a table, or a text in the place of an empty one; in a terminal its cells wrap, or its lines are cut."""
-    from rich.console import Console
-    from rich.text import Text
-
-    if not table.row_count:
-        print(without_rows)
-        return
-    # A licence may contain text that Rich would read as [/MARKUP].
-    console = Console(markup=False, emoji=False, color_system=None)
-    if console.is_terminal and wraps:
-        console.print(table)
-        return
-    columns = console.width if console.is_terminal else PIPE_COLUMNS
-    console.width = PIPE_COLUMNS
-    with console.capture() as text:
-        console.print(table)
-    for line in text.get().splitlines():
-        # A pager would break the spaces at the ends of the lines into empty ones.
-        shown = Text(line.rstrip())
-        # Rich itself would cut every column, and so the names.
-        shown.truncate(columns, overflow="ellipsis")
-        print(shown)
-
-
 def show_run(bucket_uri: str, name: str, *, as_json: bool = False) -> None:
     """Prints a run: its state, progress, checkpoints and attempts, and the URIs of its pictures."""
     bucket = open_store(bucket_uri)
     config = records.existing_config(bucket, name)
     run, summary = run_store(bucket, name), summary_of(bucket, name)
     dataset_images, batch_size = records.dataset_images_of(bucket, config), config.train.batch_size
-    labels = [label_of(seen, dataset_images, batch_size) for seen in by_progress(list_checkpoints(run))]
+    labels = [label_at(seen, dataset_images, batch_size) for seen in by_progress(list_checkpoints(run))]
     moments, attempts = [moment_of(label) for label in labels], list(_attempts(run))
     if as_json:
         data = config.data.model_dump(include={"dataset", "size"}) | {"from": config.parent.model_dump()}
@@ -162,7 +127,7 @@ def show_run(bucket_uri: str, name: str, *, as_json: bool = False) -> None:
     lines = [("run", f"{name}  ({run.uri})")]
     lines += [("dataset", f"{config.data.dataset}-{config.data.size}" if config.data.dataset else "none")]
     if config.parent.run:
-        lines += [("from", f"{config.parent.lineage}, sha256 {config.parent.sha256:.16}…")]
+        lines += [("from", f"{config.parent.words}, sha256 {config.parent.sha256:.16}…")]
     if summary["updated"] is not None:
         state, _, _, loss, speed, _ = progress_cells(summary)
         again = " (the same command goes on)" if state == State.CUT_OFF else ""
@@ -216,11 +181,6 @@ def verify_named_run(bucket_uri: str, name: str, *, as_json: bool = False) -> No
         print(f"{uri}: {checked}: all as they were written")
 
 
-def in_lines(titled: Iterable[tuple[str, str]]) -> str:
-    """Returns texts beside their titles, a line for each."""
-    return "\n".join(f"{title:<11} {text}" for title, text in titled)
-
-
 def _places_of(run: Store) -> Iterator[tuple[str, str]]:
     """Yields the page, the folder of the checkpoints, and each folder with pictures or scores, with their number."""
     several: Counter[tuple[str, str]] = Counter()
@@ -243,3 +203,70 @@ def outputs_of(run: Store) -> Iterator[tuple[str, str]]:
     for key, place in places_in(run, SAMPLES, ObjectKind.FIGURE.folder, ObjectKind.SCORES.folder).items():
         if place.kind in titles:
             yield titles[place.kind], run.uri_of(key)
+
+
+def compare_runs(bucket_uri: str, first: str, second: str, since_epoch: float) -> None:
+    """Prints the mean differences between the losses of `second` and `first`, with standard errors.
+
+    Runs of one seed on one dataset see the same image with the same noise and timestep at each step, however many
+    processes and attempts they took. Their losses share the random part, so that a paired difference shows in few rows.
+
+    Args:
+        bucket_uri: where both lie.
+        first: a run.
+        second: another one.
+        since_epoch: rows up to this epoch are left out.
+
+    Raises:
+        MissingInputError: the bucket lacks a run, or they have too few rows in common.
+        BadRequestError: they do not see the same images in the same order.
+    """
+    from rich.table import Table
+
+    bucket, names = open_store(bucket_uri), (first, second)
+    configs = [records.existing_config(bucket, name) for name in names]
+    differing = _differing(*configs)
+    if unpaired := [key for key in PAIRED_BY if key in differing]:
+        values = "; ".join(f"{key} is {differing[key][0]} and {differing[key][1]}" for key in unpaired)
+        raise BadRequestError(f"runs {first!r} and {second!r} do not see the same images with the same noise: {values}")
+    rows = [_rows(bucket, name) for name in names]
+    images = sorted(rows[0].keys() & rows[1].keys())
+    epoch_images = records.dataset_images_of(bucket, configs[0])
+    images = [seen for seen in images if seen > since_epoch * epoch_images]
+    if len(images) < FEWEST_ROWS:
+        raise MissingInputError(
+            f"runs {first!r} and {second!r} have {len(images)} rows at the same image"
+            f"{f' after epoch {since_epoch:g}' if since_epoch else ''}, of at least {FEWEST_ROWS}: "
+            "train them on, and with the same log.every_images"
+        )
+    for key, (ours, theirs) in differing.items():
+        print(f"{key}: {ours} and {theirs}")
+    if any(key.startswith(SAME_LOSS) for key in differing):
+        note("their losses have different objectives: only a lower val_bits_per_dim means a better run")
+    print(f"means from image {images[0]:,} to {images[-1]:,}; ± is one standard error of the mean difference")
+    table = Table("", first, second, f"{second} − {first}", "±", box=None)
+    for name in LOSSES:
+        pairs = [(rows[0][seen][name], rows[1][seen][name]) for seen in images if all(name in r[seen] for r in rows)]
+        if len(pairs) >= FEWEST_ROWS:
+            ours, theirs = zip(*pairs, strict=True)
+            differences = [after - before for before, after in pairs]
+            numbers = (fmean(ours), fmean(theirs), fmean(differences), stdev(differences) / math.sqrt(len(pairs)))
+            table.add_row(name, *(f"{number:.5g}" for number in numbers))
+    print_table(table, "they have no losses in common")
+
+
+def _differing(first: RunConfig, second: RunConfig) -> dict[str, tuple[object, object]]:
+    """Returns the values that differ, by key, but for the settings of sampling."""
+    ours, theirs = first.flat(), second.flat()
+    keys = dict.fromkeys([*ours, *theirs])
+    pairs = {key: (ours.get(key, "nothing"), theirs.get(key, "nothing")) for key in keys}
+    return {key: values for key, values in pairs.items() if values[0] != values[1] and not key.startswith("sample.")}
+
+
+def _rows(bucket: Store, name: str) -> dict[int, metric_rows.Row]:
+    """Returns the merged rows of a run up to its newest checkpoint, by images seen."""
+    run = records.run_store(bucket, name)
+    manifest, rows = metric_rows.newest_rows(run)
+    if manifest is None:
+        raise MissingInputError(f"run {name!r} has no checkpoint yet, and no losses")
+    return {row["images_seen"]: row for row in metric_rows.merged(rows)}
