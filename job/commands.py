@@ -36,7 +36,7 @@ from job.training.tracking import check_tracker
 if TYPE_CHECKING:
     from job.data.pack_request import EncodeRequest, EnsureRequest, PackRequest
     from job.data.shards import DatasetIndex
-    from job.jobs.spec import JobRequest
+    from job.requests import JobRequest
 
 
 def train_command(request: TrainRequest, go: Callable[[], int] | None = None) -> None:

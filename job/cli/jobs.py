@@ -6,9 +6,8 @@ import typer
 
 from job.cli import command
 from job.data.pack_request import EncodeRequest, IndexRequest, PackRequest
-from job.jobs.spec import JobRequest, SubmitRequest
 from job.options import AsJson, BucketUri, OnTarget, Option, Targets
-from job.requests import EvaluateRequest, SampleRequest, TrainRequest
+from job.requests import EvaluateRequest, JobRequest, SampleRequest, SubmitRequest, TrainRequest
 
 app = typer.Typer(
     help="Submitted jobs: list, status, logs, cancel.\n\nExample: ddpm jobs status train-celeba --on gke",

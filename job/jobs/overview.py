@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from job.exits import BadRequestError, JobError, MissingInputError, State, meaning
-from job.jobs.backends.base import Backend, JobStatus, Target
+from job.jobs.backends import Backend, JobStatus
 from job.jobs.spec import is_about, job_name, validated_job_name
-from job.jobs.targets import backend_for, load_targets, target_on
+from job.jobs.targets import Target, backend_for, load_targets, target_on
 from job.outcome import read_outcome
 from job.printing import print_json, print_table
 from job.progress import Progress, note, printable

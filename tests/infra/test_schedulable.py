@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 from kubernetes.utils import parse_quantity
 
-from job.jobs.backends.machines import Machine, gpus_of
+from job.jobs.machines import Machine, gpus_of
 from tests.infra.configuration import body_of, read, value_of
 from tests.infra.test_kubernetes_objects import of_kind
 from tests.infra.test_outputs import rendered

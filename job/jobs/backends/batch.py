@@ -16,11 +16,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from job.exits import BadRequestError, Restart, State, failures, state_after
-from job.jobs.backends import google
-from job.jobs.backends.base import Cause, JobStatus, JsonObject
+from job.jobs.backends import Cause, JobStatus, JsonObject, google
 from job.jobs.backends.container import SCRATCH
 from job.jobs.backends.google import GoogleNotFoundError
-from job.jobs.backends.machines import Machine
+from job.jobs.machines import Machine
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.sealed import utc_text
 

@@ -25,11 +25,11 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
-from job.jobs.backends import machines
-from job.jobs.backends.base import Backend, Check, JsonObject, LabelValue, NoCapacityError, Target, Terms, Word
+from job.jobs.backends import Backend, Check, JsonObject, NoCapacityError
 from job.jobs.backends.container import IMAGE_USER, docker_options, scratch_variables
-from job.jobs.backends.machines import Machine, machine_for
+from job.jobs.machines import Hourly, Machine, listed_price, machine_for
 from job.jobs.spec import JobSpec
+from job.jobs.targets import LabelValue, Target, Terms, Word
 
 API_RETRY_PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)
 """Between attempts, while an API does not answer or is too busy."""
@@ -88,21 +88,9 @@ class GoogleTarget(Target):
         """See `Target.terms`."""
         return Terms(self.machine_type, (f"project {self.project}", ", then ".join(self.places)), *self.limit)
 
-    def list_price(self, spec: JobSpec) -> machines.Hourly | None:
-        """See `Target.list_price`: the price in the dearest region, with disk and address."""
-        table, gigabytes = machines.load_prices(), self.boot_disk_gigabytes
-        machine = table.machines.get(self.machine_type, {})
-        disk = table.disks.get(Machine(self.machine_type).disk_type, {})
-        if not {*self.all_regions} <= machine.keys():
-            return None
-        address = 0.0 if self.network else table.address
-        beside = {
-            region: gigabytes * disk.get(region, 0.0) / machines.HOURS_OF_MONTH + address for region in self.all_regions
-        }
-        dearest = max(beside, key=lambda region: machine[region] + beside[region])
-        more = f" and a disk of {gigabytes} GB" * (dearest in disk) + " and an address" * bool(address)
-        what = f"with {self.machine_type}{more} in {dearest}, without {'traffic' if disk else 'disk and traffic'}"
-        return table.hourly(machine[dearest] + beside[dearest], what)
+    def list_price(self, spec: JobSpec) -> Hourly | None:
+        """See `Target.list_price`."""
+        return listed_price(self.machine_type, self.all_regions)
 
     def network_in(self, region: str) -> dict[str, str]:
         """Returns `network` and `subnetwork` of a machine's interface, as paths, if the target names them."""

@@ -36,19 +36,9 @@ from job.exits import (
     failures,
     state_after,
 )
-from job.jobs.backends.base import (
-    Backend,
-    Cause,
-    Check,
-    JobStatus,
-    JsonObject,
-    Target,
-    Terms,
-    Word,
-    last_line,
-    output_of,
-)
+from job.jobs.backends import Backend, Cause, Check, JobStatus, JsonObject, last_line, output_of
 from job.jobs.spec import LABEL_PREFIX, JobSpec
+from job.jobs.targets import Target, Terms, Word
 from job.processes.group import GPUS
 from job.sealed import MOMENT_FORMAT
 from job.stop import GRACE_VARIABLE
@@ -144,7 +134,7 @@ class SlurmTarget(Target):
         """See `Target.terms`."""
         place = tuple(f"{key} {getattr(self, key)}" for key in ("host", "partition") if getattr(self, key))
         limit = "for each attempt, then it saves and waits in the queue for the next"
-        return Terms("node", place, limit, None, "", "which other jobs may take if the partition allows that")
+        return Terms("node", place, limit, None, "which other jobs may take if the partition allows that")
 
 
 class _Task(NamedTuple):
