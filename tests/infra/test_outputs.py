@@ -9,7 +9,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from job.jobs.backends.kubernetes_objects import KubernetesTarget
+from job.jobs.backends.kubernetes import KubernetesTarget
 from job.jobs.backends.vm import VmTarget
 from job.jobs.targets import parse_targets
 from tests.infra.configuration import FILES, FOLDER, body_of

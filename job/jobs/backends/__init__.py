@@ -231,13 +231,6 @@ class Check:
         is_hidden = not check.passed and check.exit_code is Exit.NO_PERMISSION
         return cls(name, True, f"not looked at: {check.message}: {check.remedy}") if is_hidden else check
 
-    @classmethod
-    def of_image(cls, image: str) -> Check:
-        """Returns the check of a remote target's image, which only the machines there can find in its registry."""
-        if not image:
-            return cls("image", False, "the target names none", "set its `image:`")
-        return cls("image", True, f"{image}: not checked here; a job reports an image that is missing")
-
 
 class NoCapacityError(JobError):
     """The engine lacks a machine of the requested kind now: another zone, or later, may have one."""

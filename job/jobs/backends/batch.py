@@ -248,8 +248,8 @@ def _message(found: JsonObject, state: State) -> str:
     events = [str(event.get("description", "")) for event in _events(found)]
     if state is State.FAILED and events:
         return events[-1]
-    shortages = [want for event in events if (want := google.shortage(event))]
-    return f"{shortages[-1][1]}, and Batch keeps trying" if state is State.WAITING and shortages else ""
+    shortages = [want[1].partition(":")[0] for event in events if (want := google.shortage(event))]
+    return f"{shortages[-1]}, and Batch keeps trying" if state is State.WAITING and shortages else ""
 
 
 def _state_of(found: JsonObject) -> State:

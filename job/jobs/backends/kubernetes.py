@@ -14,7 +14,9 @@ from contextlib import suppress
 from datetime import datetime
 from functools import cached_property
 from itertools import dropwhile
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from job.exits import (
     BadConfigError,
@@ -28,7 +30,7 @@ from job.exits import (
 from job.jobs.backends import Backend, Cause, Check, JobStatus, JsonObject
 from job.jobs.backends.kubernetes_objects import (
     CONTAINER,
-    KubernetesTarget,
+    SIZE,
     has_ended,
     index_of,
     is_being_deleted,
@@ -37,8 +39,9 @@ from job.jobs.backends.kubernetes_objects import (
     manifest,
     observed,
 )
+from job.jobs.machines import Hourly, gpus_of, listed_price
 from job.jobs.spec import LABEL_PREFIX, JobSpec
-from job.jobs.targets import Target
+from job.jobs.targets import LabelValue, Name, Target, Terms
 
 GONE_MARGIN_SECONDS = 45.0
 """The time that a deleted job may take to go, beyond the grace period of its pods."""
@@ -81,6 +84,73 @@ class NoSuchObjectError(MissingInputError):
 
 class ObjectConflictError(BadRequestError):
     """409: an object of this name exists, or it is another one than was meant."""
+
+
+_Size = Annotated[str, Field(pattern=SIZE)]
+"""As Kubernetes writes it, such as `50Gi` or `1.5T`."""
+_Queue = Annotated[str, Field(pattern=r"^([a-z0-9](-*[a-z0-9])*(\.[a-z0-9](-*[a-z0-9])*)*)?$", max_length=63)]
+
+
+class KubernetesTarget(Target):
+    """A Kubernetes cluster, as the current kubeconfig or `context` names it."""
+
+    has_groups = True
+    backend: Literal["kubernetes"]
+    context: str = ""
+    namespace: Name = "default"
+    service_account: Name = "default"
+    queue: _Queue = ""
+    """Kueue's local queue; empty for none."""
+    cluster: Literal["gke", "plain"] = "gke"
+    """`gke` selects nodes and tolerates taints as GKE labels and taints them; `plain` does neither."""
+    node_selector: dict[str, LabelValue] | None = None
+    """Replaces what `cluster` and the GPU type give."""
+    tolerations: list[dict[str, str | int]] | None = None
+    """Replace what `cluster` and `spot` give; the cluster refuses fields that it does not know."""
+    grace_seconds: int = Field(15, ge=5, le=600)
+    """From the notice to the end: 15 on GKE spot nodes unless the node pool gives more."""
+    machine_type: LabelValue = ""
+    """The type of the nodes with GPUs, if Compute Engine makes them: a job requests its GPUs' share of such a node."""
+    region: LabelValue = ""
+    """The region of those nodes, which decides about their price alone."""
+    cpus: str = Field("", pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)?$")
+    """Empty: its share, or 4 for each GPU if `machine_type` is not set or the GPUs are others."""
+    memory: _Size = ""
+    """Empty: its share, or 16Gi for each GPU."""
+    scratch: _Size = "50Gi"
+    """The local disk for the cache of images."""
+    shared_memory: _Size = ""
+    """Part of `memory`; empty: 2Gi for each GPU."""
+
+    @property
+    def notice_seconds(self) -> float:
+        """See `Target.notice_seconds`."""
+        return self.grace_seconds
+
+    @property
+    def selects_machines(self) -> bool:
+        """Returns whether the GPU type and `spot` decide about the node, and not the target's own selector."""
+        return self.cluster == "gke" and self.node_selector is None
+
+    def terms(self, spec: JobSpec) -> Terms:
+        """See `Target.terms`: a queue stops a group for good, while Kubernetes counts from each of its starts."""
+        place = (*[f"context {self.context}"] * bool(self.context), f"namespace {self.namespace}")
+        is_group = spec.nodes > 1 and not self.queue
+        start = "from each start of the group" if is_group else "for all attempts together"
+        end = "its queue stops it for good" if self.queue else "Kubernetes ends it"
+        more = "; preemptions start it without bound" * is_group
+        limit = f"{start}, waiting for nodes and pauses included, then {end}{more}"
+        kind = "" if self.selects_machines else "spot or on demand, as the target's nodes are"
+        return Terms("node", place, limit, None if is_group else 1, kind)
+
+    def list_price(self, spec: JobSpec) -> Hourly | None:
+        """See `Target.list_price`: a job pays for its GPUs' share of a node; the type of other nodes is unknown."""
+        found = gpus_of(self.machine_type)
+        if found is None or not spec.gpus:
+            return None
+        share = min(1.0, spec.gpus / found[0])
+        part = f"{spec.gpus} of the {found[0]} GPUs of " if share < 1 else ""
+        return listed_price(self.machine_type, [self.region], share, part)
 
 
 class ClusterApi:
@@ -167,9 +237,41 @@ class ClusterApi:
 
     @cached_property
     def _client(self) -> Any:
-        from kubernetes.client import ApiClient
+        """The client for a context of the kubeconfig.
 
-        return ApiClient(configuration(self._context, 0 if self.is_hurried else API_RETRIES))
+        Raises:
+            MissingInputError: the kubeconfig is missing.
+            BadConfigError: it is not valid, or has no such context.
+        """
+        import urllib3
+        import yaml
+        from kubernetes import client, config
+
+        made, paths = client.Configuration(), os.environ.get("KUBECONFIG") or "~/.kube/config"
+        # All methods: a job whose first answer was lost is found to run already.
+        made.retries = urllib3.Retry(
+            0 if self.is_hurried else API_RETRIES,
+            backoff_factor=API_RETRY_SECONDS,
+            status_forcelist=_BUSY_STATUSES,
+            allowed_methods=None,
+            raise_on_status=False,
+        )
+        try:
+            config.load_kube_config(paths, self._context or None, made, persist_config=False)
+        except (
+            config.ConfigException,
+            yaml.YAMLError,
+            OSError,
+            AttributeError,
+            KeyError,
+            TypeError,
+            ValueError,
+        ) as error:
+            reason = " ".join(str(error).split())
+            if reason.endswith("No configuration found."):
+                raise MissingInputError(f"the kubeconfig {paths} is missing: {_KUBECONFIG_HINT}") from None
+            raise BadConfigError(f"the kubeconfig {paths} cannot be used: {reason}; {_KUBECONFIG_HINT}") from None
+        return client.ApiClient(made)
 
     def _objects(self, verb: str, kind: Kind, *words: Any, **options: Any) -> JsonObject:
         group, version, plural = kind
@@ -229,37 +331,6 @@ def _message_of(error: Any) -> str:
     with suppress(ValueError, TypeError, AttributeError):
         text = json.loads(body).get("message") or text
     return " ".join(str(text).split())[:400]
-
-
-def configuration(context: str, retries: int) -> Any:
-    """Returns a `kubernetes.client.Configuration` for a context of the kubeconfig; empty is its current one.
-
-    Raises:
-        MissingInputError: the kubeconfig is missing.
-        BadConfigError: it is not valid, or has no such context.
-    """
-    import urllib3
-    import yaml
-    from kubernetes import client, config
-
-    made = client.Configuration()
-    # All methods: a job whose first answer was lost is found to run already.
-    made.retries = urllib3.Retry(
-        retries,
-        backoff_factor=API_RETRY_SECONDS,
-        status_forcelist=_BUSY_STATUSES,
-        allowed_methods=None,
-        raise_on_status=False,
-    )
-    paths = os.environ.get("KUBECONFIG") or "~/.kube/config"
-    try:
-        config.load_kube_config(paths, context or None, made, persist_config=False)
-    except (config.ConfigException, yaml.YAMLError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        if reason.endswith("No configuration found."):
-            raise MissingInputError(f"the kubeconfig {paths} is missing: {_KUBECONFIG_HINT}") from None
-        raise BadConfigError(f"the kubeconfig {paths} cannot be used: {reason}; {_KUBECONFIG_HINT}") from None
-    return made
 
 
 class KubernetesBackend(Backend):
@@ -374,14 +445,12 @@ class KubernetesBackend(Backend):
         return self.effect_of_cancelling(status.state)
 
     def checks(self, bucket: str) -> Iterator[Check]:
-        """See `Backend.checks`: rights, account, queue and image, or the cluster alone if it does not answer."""
+        """See `Backend.checks`: rights, account and queue, or the cluster alone if it does not answer."""
         self._api.is_hurried = True
         yield (cluster := Check.of("cluster", self._look_at_rights))
         if cluster.passed:
             yield Check.unless_hidden("service account", self._look_for_account)
             yield Check.unless_hidden("queue", self._look_for_queue)
-            yield Check.unless_hidden("JobSets", self._look_for_job_sets)
-            yield Check.of_image(self.target.image)
 
     def _look(self, name: str) -> tuple[JobStatus, list[JsonObject]]:
         """Returns the status of a job, and its pods."""
@@ -428,14 +497,6 @@ class KubernetesBackend(Backend):
                 what = f"{verb} {'/'.join(resource)} {self._where}"
                 raise NoPermissionError(f"{self._api.host}: you may not {what}: ask for the role `edit` there")
         return f"{self._api.host} lets you create, follow and delete jobs {self._where}"
-
-    def _look_for_job_sets(self) -> str:
-        """Returns whether `--nodes` works, which no other job needs."""
-        group, _, plural = kind = KINDS["JobSet"]
-        if not self._api.knows(kind):
-            return f"not installed, which --nodes needs: {_INSTALL.format('jobset')}"
-        missing = [verb for verb in _VERBS if not self._api.may(verb, group, plural)]
-        return f"you may not {', '.join(missing)} them, which --nodes needs" if missing else "--nodes works"
 
     def _look_for_account(self) -> str:
         name = self.target.service_account

@@ -1,4 +1,4 @@
-"""The keys of a Kubernetes target, and its objects, by pure functions: what is sent, and what is read of it later.
+"""The objects of a job on Kubernetes, by pure functions: what is sent, and what is read of it later.
 
 A Job is for one machine or for slices, a JobSet for several nodes.
 
@@ -12,17 +12,17 @@ import math
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any
 
 from job.exits import BadRequestError, Exit, Restart, State, failures, restart_after
 from job.jobs.backends import Cause, JobStatus, JsonObject, failed_slices, joined
 from job.jobs.backends.container import IMAGE_USER, SCRATCH, scratch_variables
-from job.jobs.machines import GKE_GPU_TYPES, Hourly, Machine, gpus_of, listed_price
+from job.jobs.machines import GKE_GPU_TYPES, Machine, gpus_of
 from job.jobs.spec import RETRIES, JobSpec
-from job.jobs.targets import LabelValue, Name, Target, Terms
 from job.stop import GRACE_VARIABLE
+
+if TYPE_CHECKING:
+    from job.jobs.backends.kubernetes import KubernetesTarget
 
 CONTAINER = "ddpm"
 SHOWN_SECONDS = 86_400
@@ -41,7 +41,7 @@ GPU_TYPE_LABEL, SPOT_LABEL = "cloud.google.com/gke-accelerator", "cloud.google.c
 CPUS_PER_GPU, GIBIBYTES_PER_GPU, SHARED_GIBIBYTES_PER_GPU = 4, 16, 2
 """The request on a node of unknown size; a job without GPUs requests as much as one with a single GPU."""
 MOUNTS = {"dshm": "/dev/shm", "scratch": SCRATCH, "tmp": "/tmp"}  # noqa: S108 -- the container's own
-TMP_SIZE, OUTPUT_SIZE = "8Gi", "2Gi"
+TMPSIZE, OUTPUTSIZE = "8Gi", "2Gi"
 """For /tmp, and for the program's output, which counts as the container's disk, too."""
 
 NO_IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
@@ -52,78 +52,13 @@ _HOURS_OVER = "its --max-hours are over, including the wait for a node; the same
 _STUCK_AFTER = timedelta(seconds=30)
 """The time after its grace period in which a node that lives removes a pod that was deleted."""
 
-_SIZE = r"^([0-9]+(?:\.[0-9]+)?)([KMGTPE]i|[kMGTPE])$"
-_Size = Annotated[str, Field(pattern=_SIZE)]
-"""As Kubernetes writes it, such as `50Gi` or `1.5T`."""
-_Queue = Annotated[str, Field(pattern=r"^([a-z0-9](-*[a-z0-9])*(\.[a-z0-9](-*[a-z0-9])*)*)?$", max_length=63)]
+SIZE = r"^([0-9]+(?:\.[0-9]+)?)([KMGTPE]i|[kMGTPE])$"
 
 
 def size_bytes(size: str) -> int:
     """Returns a valid size in bytes."""
-    number, unit = re.findall(_SIZE, size)[0]
+    number, unit = re.findall(SIZE, size)[0]
     return math.ceil(float(number) * (1024 if unit.endswith("i") else 1000) ** ("KMGTPE".index(unit[0].upper()) + 1))
-
-
-class KubernetesTarget(Target):
-    """A Kubernetes cluster, as the current kubeconfig or `context` names it."""
-
-    has_groups = True
-    backend: Literal["kubernetes"]
-    context: str = ""
-    namespace: Name = "default"
-    service_account: Name = "default"
-    queue: _Queue = ""
-    """Kueue's local queue; empty for none."""
-    cluster: Literal["gke", "plain"] = "gke"
-    """`gke` selects nodes and tolerates taints as GKE labels and taints them; `plain` does neither."""
-    node_selector: dict[str, LabelValue] | None = None
-    """Replaces what `cluster` and the GPU type give."""
-    tolerations: list[dict[str, str | int]] | None = None
-    """Replace what `cluster` and `spot` give; the cluster refuses fields that it does not know."""
-    grace_seconds: int = Field(15, ge=5, le=600)
-    """From the notice to the end: 15 on GKE spot nodes unless the node pool gives more."""
-    machine_type: LabelValue = ""
-    """The type of the nodes with GPUs, if Compute Engine makes them: a job requests its GPUs' share of such a node."""
-    region: LabelValue = ""
-    """The region of those nodes, which decides about their price alone."""
-    cpus: str = Field("", pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)?$")
-    """Empty: its share, or 4 for each GPU if `machine_type` is not set or the GPUs are others."""
-    memory: _Size = ""
-    """Empty: its share, or 16Gi for each GPU."""
-    scratch: _Size = "50Gi"
-    """The local disk for the cache of images."""
-    shared_memory: _Size = ""
-    """Part of `memory`; empty: 2Gi for each GPU."""
-
-    @property
-    def notice_seconds(self) -> float:
-        """See `Target.notice_seconds`."""
-        return self.grace_seconds
-
-    @property
-    def selects_machines(self) -> bool:
-        """Returns whether the GPU type and `spot` decide about the node, and not the target's own selector."""
-        return self.cluster == "gke" and self.node_selector is None
-
-    def terms(self, spec: JobSpec) -> Terms:
-        """See `Target.terms`: a queue stops a group for good, while Kubernetes counts from each of its starts."""
-        place = (*[f"context {self.context}"] * bool(self.context), f"namespace {self.namespace}")
-        is_group = spec.nodes > 1 and not self.queue
-        start = "from each start of the group" if is_group else "for all attempts together"
-        end = "its queue stops it for good" if self.queue else "Kubernetes ends it"
-        more = "; preemptions start it without bound" * is_group
-        limit = f"{start}, waiting for nodes and pauses included, then {end}{more}"
-        kind = "" if self.selects_machines else "spot or on demand, as the target's nodes are"
-        return Terms("node", place, limit, None if is_group else 1, kind)
-
-    def list_price(self, spec: JobSpec) -> Hourly | None:
-        """See `Target.list_price`: a job pays for its GPUs' share of a node; the type of other nodes is unknown."""
-        found = gpus_of(self.machine_type)
-        if found is None or not spec.gpus:
-            return None
-        share = min(1.0, spec.gpus / found[0])
-        part = f"{spec.gpus} of the {found[0]} GPUs of " if share < 1 else ""
-        return listed_price(self.machine_type, [self.region], share, part)
 
 
 def manifest(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
@@ -228,7 +163,7 @@ def _pod(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
             {"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": shared_size}},
             {"name": "scratch", "emptyDir": {"sizeLimit": target.scratch}},
             # torch.compile puts libraries there and runs them: a plain emptyDir is not mounted noexec.
-            {"name": "tmp", "emptyDir": {"sizeLimit": TMP_SIZE}},
+            {"name": "tmp", "emptyDir": {"sizeLimit": TMPSIZE}},
         ],
     }
 
@@ -295,7 +230,7 @@ def _requests(spec: JobSpec, target: KubernetesTarget) -> dict[str, str]:
     if not (cpus and memory):
         share = _share_of_node(spec, target)
         cpus, memory = cpus or share[0], memory or share[1]
-    disk_bytes = sum(map(size_bytes, (target.scratch, TMP_SIZE, OUTPUT_SIZE)))
+    disk_bytes = sum(map(size_bytes, (target.scratch, TMPSIZE, OUTPUTSIZE)))
     return {"cpu": cpus, "memory": memory, "ephemeral-storage": f"{math.ceil(disk_bytes / 2**30)}Gi"}
 
 

@@ -167,7 +167,7 @@ class VmBackend(google.GoogleBackend):
             if problems := operation.get("error", {}).get("errors"):
                 reason = "; ".join(f"{problem.get('code')}: {problem.get('message')}" for problem in problems)
                 status = operation.get("httpErrorStatusCode", 400)
-                raise google.refusal(status, reason, f"machine {machine} in {zone}", self.target.project)
+                raise google.refusal(status, reason, f"machine {machine} in {zone}")
 
     def requests_for(self, spec: JobSpec, machine: Machine) -> list[JsonObject]:
         """See `GoogleBackend.requests_for`: bodies of `instances.insert`, one, or one for each slice."""
