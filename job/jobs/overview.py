@@ -96,11 +96,10 @@ def list_jobs(search: Search, *, as_json: bool = False) -> None:
     if as_json:
         print_json(rows)
         return
-    columns = {"job": "name", "exit code": "exit_code"}
-    table = Table("job", "target", "state", "attempts", "exit code", "created", "place", "message", box=None)
+    names = ("target", "state", "attempts", "exit_code", "created", "place", "message")
+    table = Table("job", *(name.replace("_", " ") for name in names), box=None)
     for row in rows:
-        cells = (row[columns.get(str(column.header), str(column.header))] for column in table.columns)
-        table.add_row(*("-" if cell in (None, "") else str(cell) for cell in cells))
+        table.add_row(row["name"], *("-" if row[name] in (None, "") else str(row[name]) for name in names))
     where = f"on {search.on}" if search.on else "on any target"
     print_table(table, f"no jobs {where}: start one with `ddpm submit train --dataset NAME --on TARGET`")
 
