@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slurm)
-            # The cluster and the undisturbed run are all tests' own, and not the first one's.
+            # All tests share the cluster and the undisturbed run, whose time is not the first one's.
             item.add_marker(pytest.mark.timeout(300, func_only=True))
 
 
