@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from pyarrow.parquet import encryption
 
-from job.data.opening import open_source
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
-from job.data.survey import survey
+from job.data.source import open_source
+from job.data.source.survey import survey
 from job.exits import BadDataError, BadRequestError, Exit, JobError, StoppedError
 from job.progress import printable
 from job.store import open_store
@@ -61,7 +61,6 @@ def test_unusable_tables_are_one_line(tmp_path):
         (pa.table({"left": image, "right": image}), BadRequestError, "several columns of images: left, right: write"),
         (table(1, pa.array([2])), BadDataError, "a.parquet has the label 2, and 2 classes: get it again"),
         (table(1).replace_schema_metadata({"huggingface": twice}), BadDataError, "has two classes of one name"),
-        (pa.table({"image": pa.array([{"bytes": None, "path": "/a.png"}], IMAGE)}), BadDataError, "at most a path"),
         (pa.table({"image": pa.array([], IMAGE)}), BadDataError, "holds no images"),
         (pa.table({"image": pa.nulls(100_000, IMAGE)}), BadDataError, "promises 100,000 rows, and has 100,000 rows in"),
     ]:
@@ -178,7 +177,7 @@ def test_unreachable_bytes_are_no_damage(tmp_path, monkeypatch):
 
 def test_large_images_are_refused(tmp_path, monkeypatch):
     parquet.write_table(pa.table({"image": pa.array([png(1), bytes(2000)])}), tmp_path / "a.parquet")
-    monkeypatch.setattr("job.data.members.ENTRY_BYTES", 1500)
+    monkeypatch.setattr("job.data.source.members.ENTRY_BYTES", 1500)
     assert "entry 'a.parquet/0000001.png' has 2,000 bytes, more than the 1,500" in refusal(tmp_path / "a.parquet")
 
 

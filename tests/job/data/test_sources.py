@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 
 from ddpm.image_size import ImageSize
-from job.data import members
 from job.data.ahead import in_order
 from job.data.images import Recipe, are_grey, prepare
-from job.data.members import Member
-from job.data.opening import open_source
-from job.data.survey import Survey, survey
+from job.data.source import members, open_source
+from job.data.source.members import Member
+from job.data.source.survey import Survey, survey
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from tests.job.damages import flip_a_bit
 from tests.job.packing import entries_of, images_of, names_of

@@ -13,9 +13,9 @@ from fsspec.config import conf
 from PIL import Image
 from tfrecord import TFRecordWriter
 
-from job.data import members
 from job.data.images import are_grey
 from job.data.shards import load_index
+from job.data.source import members
 from job.exits import BadRequestError, Exit
 from job.store import open_store
 from tests.job.command_line import ddpm_here, succeeded

@@ -23,17 +23,17 @@ from typing import IO, BinaryIO, cast
 
 from braceexpand import braceexpand
 
-from job.data import members
-from job.data.labels import SAMPLE_KEY, sidecar_label, sidecars
-from job.data.members import SUFFIXES, Member, Opener, RefusedError, Source, is_hidden
 from job.data.shards import Digests, is_tar_uri
+from job.data.source import members
+from job.data.source.labels import SAMPLE_KEY, sidecar_label, sidecars
+from job.data.source.members import ENTRY_BYTES, EXPANSION, SUFFIXES, Member, Opener, RefusedError, Source, refused
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import printable
 from job.store import Retry, Store, open_to_read, split_uri, without_queries
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 """Suffixes of the archives of which a folder may consist."""
-EXPANDS = f"unpacks to more than {members.EXPANSION} times its size: do not trust this archive"
+EXPANDS = f"unpacks to more than {EXPANSION} times its size: do not trust this archive"
 MOST_TARS = 1_000_000
 """The number of tars that a pattern of six digits can count; the index names each, and is held in memory."""
 
@@ -78,7 +78,7 @@ def _read_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 def open_zipped(opener: Opener, name: str) -> BinaryIO:
     """Opens one file of a zip as a stream."""
     file = opener()
-    limit_bytes = max(_SMALL_BYTES, members.EXPANSION * file.seek(0, io.SEEK_END))
+    limit_bytes = max(_SMALL_BYTES, EXPANSION * file.seek(0, io.SEEK_END))
     archive = opened_zip(file)
     if archive.getinfo(name).file_size > limit_bytes:
         raise RefusedError(EXPANDS)
@@ -102,13 +102,13 @@ def tar_members(opener: Opener, digests: Digests | None = None) -> Iterator[Memb
             # tarfile would keep every header, and memory would grow with the archive.
             archive.members.clear()  # type: ignore[attr-defined]
             if member.size < 0:
-                raise members.refused(member.name, f"has a size of {member.size:,} bytes: do not trust this archive")
+                raise refused(member.name, f"has a size of {member.size:,} bytes: do not trust this archive")
             if member.isreg() and not member.issparse():
                 content = cast(IO[bytes], archive.extractfile(member))
                 read = partial(members.read_exactly, content, member.size)
                 yield Member(member.name, read, member.offset_data, member.size)
             elif not member.isdir():
-                raise members.refused(member.name, "is a link or a device: do not trust this archive")
+                raise refused(member.name, "is a link or a device: do not trust this archive")
         stream.finish()
 
 
@@ -123,7 +123,7 @@ class _TarStream:
         self._digests, self._position, self._last_block = digests, 0, b""
 
     def tell(self) -> int:
-        """Returns the position in the unpacked stream."""
+        """Returns the position in the members.unpacked stream."""
         return self._position
 
     def seek(self, position: int) -> None:
@@ -141,7 +141,7 @@ class _TarStream:
     def read(self, size: int) -> bytes:
         """Returns the next bytes."""
         # A header may give itself any length, and tarfile would allocate that.
-        if not 0 <= size <= members.ENTRY_BYTES:
+        if not 0 <= size <= ENTRY_BYTES:
             raise tarfile.ReadError(f"a block of {size:,} bytes")
         self._last_block = self._file.read(size)
         self._position += len(self._last_block)
@@ -234,7 +234,7 @@ class ForeignTar:
     def _files(self, digests: Digests | None) -> Iterator[tuple[str, str, Member]]:
         """Yields the key and suffix of each file of a sample, and the file."""
         for member in Source(self.uri, partial(tar_members, partial(self.store.open, self.key), digests)).members():
-            if not is_hidden(member.name) and (match := SAMPLE_KEY.fullmatch(member.name)):
+            if not members.is_hidden(member.name) and (match := SAMPLE_KEY.fullmatch(member.name)):
                 yield match[1], match[2].lower(), member
 
 
@@ -292,7 +292,7 @@ def _tars_at(word: str, retry: Retry | None) -> Iterator[ForeignTar]:
 
 
 def _tars_below(store: Store) -> Iterator[ForeignTar]:
-    tars = [entry for entry in store.list() if entry.key.endswith(".tar") and not is_hidden(entry.key)]
+    tars = [entry for entry in store.list() if entry.key.endswith(".tar") and not members.is_hidden(entry.key)]
     if not tars:
         raise MissingInputError(f"{store.uri} holds no .tar")
     for entry in tars:

@@ -20,11 +20,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from job.data import members
-from job.data.archives import ARCHIVES, EXPANDS, open_zipped, opened_zip
-from job.data.formats.image_bytes import netpbm, netpbm_suffix
-from job.data.labels import chosen_label, label_of, text_of
-from job.data.members import SPLITS, Files, Member, RefusedError, Source, first_split, read_exactly, refused, split_in
+from job.data.source import members
+from job.data.source.archives import ARCHIVES, EXPANDS, open_zipped, opened_zip
+from job.data.source.formats import netpbm, netpbm_suffix
+from job.data.source.labels import chosen_label, label_of, text_of
+from job.data.source.members import SPLITS, Files, Member, RefusedError, Source, refused, split_in
 from job.exits import BadDataError, BadRequestError
 
 _FILE = re.compile(r".*\.np[yz]", re.IGNORECASE)
@@ -36,7 +36,6 @@ _LABELS = {"y", "label", "labels", "class", "classes", "cls", "target", "targets
 _UNNAMED = {"arr_0": "images", "arr_1": "labels"}
 
 _HEADER_BYTES = 10_240
-_MOST_ARRAYS = 1_000
 _MOST_AXES = 32
 _LEAST_SIDE = 4
 _NEXT_STEP = "save it as uint8 [images, height, width, 1 or 3] in C order, and pack that"
@@ -159,16 +158,13 @@ def array_source(files: Files, column: str | None) -> Source | None:
         said = "; ".join(map(str, sorted(others, key=lambda array: array.are_labels)[:3])) or "its .npz are empty"
         raise BadDataError(f"{files.place} holds no array of images: {said}: {_NEXT_STEP}")
     left_out = [array.path for array in others if array.stored]
-    split, other_splits = first_split(images.path for images, _ in sets)
     counts = {images.shape[0] for images, labels in sets if labels is None}
     return Source(
         files.place,
         partial(_members, sets),
         note=f"leaving out {', '.join(left_out[:3])}" if left_out else "",
-        split=split,
-        other_splits=other_splits,
         unchosen=tuple(f":{array.key}" for array in others if array.may_label(counts)),
-    )
+    ).split_by(images.path for images, _ in sets)
 
 
 def _groups(files: Files, names: Sequence[str], column: str | None) -> Iterator[list[_Array]]:
@@ -197,17 +193,11 @@ def _zipped(files: Files, name: str) -> list[_Array]:
         _, limit_bytes = members.unpacked(file)
         with opened_zip(file) as archive:
             found = [inner for inner in dict.fromkeys(archive.namelist()) if inner.endswith(".npy")]
-            if len(found) > _MOST_ARRAYS:
-                raise RefusedError(
-                    f"holds {len(found):,} arrays: stack the images into one, uint8 [images, height, width, 3]"
-                )
             arrays = list[_Array]()
             if sum(archive.getinfo(inner).file_size for inner in found) > limit_bytes:
                 raise RefusedError(EXPANDS)
             for inner in found:
                 info = archive.getinfo(inner)
-                if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise refused(inner, "is compressed as np.savez_compressed does not: save it with that")
                 with archive.open(info) as stream:
                     opener = partial(open_zipped, partial(files.open, name), inner)
                     arrays.append(_array(f"{name}/{inner}", stream, info.file_size, opener))
@@ -271,13 +261,15 @@ def _members(sets: Iterable[tuple[_Array, _Array | None]]) -> Iterator[Member]:
 
 def _file(stream: BinaryIO, at: int, shape: tuple[int, ...], axes: tuple[int, int, int]) -> bytes:
     stream.seek(at)
-    return netpbm(np.frombuffer(read_exactly(stream, math.prod(shape)), np.uint8).reshape(shape).transpose(axes))
+    return netpbm(
+        np.frombuffer(members.read_exactly(stream, math.prod(shape)), np.uint8).reshape(shape).transpose(axes)
+    )
 
 
 def _values(labels: _Array) -> np.ndarray:
     with closing(labels.open()) as stream:
         stream.seek(labels.start)
-        content = read_exactly(stream, labels.shape[0] * labels.dtype.itemsize)
+        content = members.read_exactly(stream, labels.shape[0] * labels.dtype.itemsize)
     return np.frombuffer(content, labels.dtype)
 
 

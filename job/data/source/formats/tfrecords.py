@@ -19,11 +19,11 @@ from typing import Any, BinaryIO
 import google_crc32c
 import numpy as np
 
-from job.data import members
-from job.data.archives import EXPANDS
-from job.data.formats.image_bytes import START_BYTES, netpbm, netpbm_suffix, suffix_of
-from job.data.labels import LABEL_KEYS, chosen_label, class_names, label_among, text_of
-from job.data.members import Files, Member, RefusedError, Source, first_split, read_exactly, refused, unpacked
+from job.data.source import members
+from job.data.source.archives import EXPANDS
+from job.data.source.formats import START_BYTES, netpbm, netpbm_suffix, suffix_of
+from job.data.source.labels import LABEL_KEYS, chosen_label, class_names, label_among, text_of
+from job.data.source.members import Files, Member, RefusedError, Source, read_exactly, refused, unpacked
 from job.exits import BadDataError, BadRequestError
 from job.progress import some_of
 
@@ -101,18 +101,9 @@ def tfrecord_source(files: Files, column: str | None) -> Source | None:
         notes.append(f"taking {layout.label} as the label; --labels :NAME takes another of {some_of(layout.others)}")
     if column is not None and any(name.endswith("-rxx.labels") for name in files.names):
         notes.append("its labels in the .labels are not read; --labels FILE names a table of labels")
-    split, others = first_split(names)
     classes = _class_names(files, layout.label)
-    listed = partial(_members, files, names, layout, classes)
-    return Source(
-        files.place,
-        listed,
-        classes=classes,
-        note="; ".join(notes),
-        split=split,
-        other_splits=others,
-        unchosen=tuple(f":{name}" for name in layout.others),
-    )
+    listed, unchosen = partial(_members, files, names, layout, classes), tuple(f":{name}" for name in layout.others)
+    return Source(files.place, listed, classes=classes, note="; ".join(notes), unchosen=unchosen).split_by(names)
 
 
 def _highest(names: Sequence[str]) -> tuple[list[str], str]:

@@ -16,12 +16,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from job.data import members
-from job.data.formats.unread import next_step
-from job.data.labels import MOST_CLASSES, Rows, join_labels, read_labels, split_labels, table_in
-from job.data.members import ALL, Member, Source, is_data_file, path_parts, split_in, split_of, stem_of
-from job.data.opening import open_source
 from job.data.pack_request import PackRequest
+from job.data.source import members, open_source
+from job.data.source.formats import next_step
+from job.data.source.labels import MOST_CLASSES, Rows, join_labels, read_labels, split_labels, table_in
+from job.data.source.members import ALL, SUFFIXES, Member, Source, is_data_file, split_in, split_of, stem_of
 from job.exits import BadDataError, BadRequestError
 from job.progress import some_of
 from job.store import Retry, Store
@@ -89,7 +88,7 @@ def chosen_source(request: PackRequest, bucket: Store, check_stop: Callable[[], 
     def names() -> Iterator[str]:
         # A bare name in a table must be that of one image of all splits.
         for image in until_stopped((replace(source, split=None) if rows else source).images(), check_stop):
-            folders[path_parts(image.name)[:-1]] += 1
+            folders[members.path_parts(image.name)[:-1]] += 1
             yield image.name
 
     if rows:
@@ -160,7 +159,7 @@ def survey(
         by_label.add(label)
         if not label and len(examples) < 2:
             examples.append(name)
-        by_folder.add(path_parts(name)[:-1])
+        by_folder.add(members.path_parts(name)[:-1])
         if len(by_label.numbers) > MOST_CLASSES:
             raise BadRequestError(f"{where} has more than {MOST_CLASSES:,} different labels: use --no-classes")
     if not by_label.values:
@@ -224,7 +223,7 @@ def _splits_of(folders: set[tuple[str, ...]]) -> set[str]:
 
 def no_images(where: str, skipped: Iterable[str] = ()) -> BadDataError:
     """Returns the error that a source is empty; files with these suffixes were skipped."""
-    suffixes = f"none of its names ends in {', '.join(sorted(members.SUFFIXES))}"
+    suffixes = f"none of its names ends in {', '.join(sorted(SUFFIXES))}"
     return BadDataError(f"{where} holds no images: {next(filter(None, map(next_step, skipped)), suffixes)}")
 
 
