@@ -133,9 +133,7 @@ def _folder(root: Path, bucket: str, column: str | None) -> Source:
             has_images = True
         elif not members.is_hidden(name) and child.is_file():
             names.append(name)
-    is_below = packed_to and packed_to.is_dir() and packed_to.is_relative_to(root)
-    note = f"leaving out {packed_to}, which is the bucket" if is_below else ""
-    images = Source(str(root), lambda: (member(name, child) for name, child in below(root, "")), note=note)
+    images = Source(str(root), lambda: (member(name, child) for name, child in below(root, "")))
     return _read_as(_local_files(root, names), images, has_images, column)
 
 
@@ -165,13 +163,11 @@ def _elsewhere(uri: str, retry: Retry | None, column: str | None) -> Source:
         raise MissingInputError(_NOTHING_AT.format(store.uri))
     names = tuple(entry.key for entry in entries if not members.is_image(entry.key))
 
-    def listed() -> Iterator[Member]:
-        return (
-            Member(entry.key, partial(_read_stored, store, entry), size_bytes=entry.size_bytes) for entry in entries
-        )
+    def member(entry: Entry) -> Member:
+        return Member(entry.key, partial(_read_stored, store, entry), size_bytes=entry.size_bytes)
 
     # Each image costs a request: archives are read much faster.
-    images = Source(store.uri, listed, readers=_BUCKET_READERS)
+    images = Source(store.uri, lambda: map(member, entries), readers=_BUCKET_READERS)
     return _read_as(Files(store.uri, names, store.open), images, len(names) < len(entries), column)
 
 
@@ -207,10 +203,8 @@ def _fetched(store: SourceStore, key: str, source: str) -> Path:
         whole.parent.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(whole.parent).free
     if about.size_bytes > free_bytes - SPARE_BYTES:
-        raise DiskFullError(
-            f"{where} has {about.size_bytes:,} bytes, and {whole.parent} has {free_bytes:,} free: set DDPM_CACHE to a "
-            "larger disk, or pack it from a bucket"
-        )
+        said = f"{where} has {about.size_bytes:,} bytes, and {whole.parent} has {free_bytes:,} free"
+        raise DiskFullError(f"{said}: set DDPM_CACHE to a larger disk, or pack it from a bucket")
     with Progress(f"fetching {key}", total=about.size_bytes >> 20, unit="MiB") as bar:
         reporting = copy.copy(store)
         reporting.report = lambda received_bytes: bar.update(received_bytes >> 20)

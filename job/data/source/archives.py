@@ -51,10 +51,8 @@ def opened_zip(file: BinaryIO) -> zipfile.ZipFile:
     except UnicodeDecodeError:
         raise RefusedError("has names that are not in UTF-8: unpack it, and pack the folder") from None
     if first := min((info.header_offset for info in archive.infolist()), default=archive.start_dir):
-        raise RefusedError(
-            f"has {first:,} bytes before its first entry, and images in them would be lost: was it joined by `cat`, or "
-            "is it a self-extracting program? Unpack it, and pack the folder"
-        )
+        said = f"has {first:,} bytes before its first entry: was it joined by `cat`, or is it self-extracting?"
+        raise RefusedError(f"{said} Unpack it, and pack the folder")
     return archive
 
 
@@ -202,32 +200,26 @@ class ForeignTar:
         """
         tar, suffixes = split_uri(self.key)[1], sidecars(label_key)
         for key, files in groupby(self._files(digests), key=lambda file: file[0]):
-            image: Sample | None = None
-            labels, plain_names, is_numbered, names = dict[str, str](), 0, False, list[str]()
+            images, labels = list[tuple[str, Sample]](), dict[str, str]()
             for _, suffix, member in files:
-                is_plain = f".{suffix}" in SUFFIXES
                 with members.refusing(f"{self.uri}: entry {member.name!r}"):
                     if f".{suffix.rpartition('.')[2]}" in SUFFIXES:
-                        names.append(member.name)
-                        is_numbered |= suffix[0].isdigit()
-                        # `photo.jpg` is the image, `photo.mask.png` is not.
-                        if image is None or (is_plain and not plain_names):
-                            image = Sample(f"{tar}/{member.name}", member.read(), offset=member.offset)
-                        plain_names += is_plain
+                        sample = Sample(f"{tar}/{member.name}", member.read(), offset=member.offset)
+                        images.append((suffix, sample))
                     elif f".{suffix}" in suffixes:
                         labels[suffix] = said = sidecar_label(suffix, member.read(), label_key or "")
                         if said and not _CLASS.fullmatch(said):
                             said = f"has the label {said!r}, and no number up to 99999"
                             raise RefusedError(f"{said}: `ddpm data pack` takes names, --no-classes no labels")
-            # `photo.1.jpg` belongs to another image than `photo.jpg`.
-            if len(names) > 1 and (is_numbered or plain_names != 1):
-                raise BadDataError(
-                    f"{self.uri}: {names[0]!r} and {names[1]!r} would be one sample, for its key ends at the first dot "
-                    "of a name, and one image would be lost: rename them, or pack the tar with `ddpm data pack`"
-                )
+            # `photo.jpg` is the image, `photo.mask.png` is not, and `photo.1.jpg` belongs to another one.
+            plain = [sample for suffix, sample in images if f".{suffix}" in SUFFIXES]
+            if len(images) > 1 and (len(plain) != 1 or any(suffix[0].isdigit() for suffix, _ in images)):
+                both = " and ".join(repr(sample.name.removeprefix(f"{tar}/")) for _, sample in images[:2])
+                said = f"{both} would be one sample, for its key ends at the first dot of a name"
+                raise BadDataError(f"{self.uri}: {said}: rename them, or pack the tar with `ddpm data pack`")
             label = next(filter(None, map(labels.get, ("cls", "json"))), "-1")
-            if image is not None:
-                yield replace(image, label=int(label))
+            if images:
+                yield replace((plain or [images[0][1]])[0], label=int(label))
             elif labels.get("cls"):
                 raise BadDataError(f"{self.uri}: entry {f'{key}.cls'!r} labels no image beside it: put it there")
 

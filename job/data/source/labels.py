@@ -8,7 +8,6 @@ value, a file or a row that could mean two things is refused: a label is never g
 from __future__ import annotations
 
 import csv
-import gc
 import io
 import json
 import re
@@ -107,19 +106,14 @@ def text_of(content: bytes) -> str:
 def json_of(text: str) -> Any:
     """Returns the content of a JSON document.
 
-    The collector of garbage rests meanwhile: it would visit each row of a table many times, and rows hold no cycles.
-
     Raises:
         RefusedError: an object has a key twice, or is nested too deeply.
         ValueError: it is not JSON.
     """
-    gc.disable()
     try:
         return json.loads(text, object_pairs_hook=_without_repetition)
     except RecursionError:
         raise RefusedError("has too many brackets in brackets: get it again") from None
-    finally:
-        gc.enable()
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -303,10 +297,8 @@ def join_labels(table: Rows, images: Iterable[str], column: str = "") -> LabelTa
                 raise _labels_both(table.where, name, *both)
         return joined
     how, last = "two columns that name images" if named else "no column that names images", map(str, table.cells[-1])
-    raise BadRequestError(
-        f"{table.where} has {how}, such as {example!r}: its last row has {some_of(last)}; one column has the path of "
-        "each image in the source, or the name of its file, with or without the suffix"
-    )
+    said = f"{table.where} has {how}, such as {example!r}: its last row has {some_of(last)}"
+    raise BadRequestError(f"{said}; one column has the path of each image in the source, or the name of its file")
 
 
 class _Column(NamedTuple):

@@ -170,10 +170,8 @@ def survey(
         by_name = [_class_folders(set(by_folder.numbers), accepts) for accepts in ways]
         found = _labels(by_label, names) or next((found for found in by_name if found.names), by_name[0])
     if classes and not found.names:
-        raise BadRequestError(
-            f"{where} has no classes: no image has a label, and each would have to lie in one of at least two folders. "
-            "--labels FILE names a table of labels"
-        )
+        said = "no image has a label, and each would have to lie in one of at least two folders"
+        raise BadRequestError(f"{where} has no classes: {said}. --labels FILE names a table of labels")
     labels = (by_label if found.are_labels else by_folder).renumbered(found.numbers)
     folders = by_folder.of(number for number, label in enumerate(labels) if label >= 0 or not found.names)
     count, lacking = len(labels), labels.count(-1) if found.names else 0
@@ -209,10 +207,8 @@ def survey(
 
 def lacking_labels(where: str, lacking: int, images: int, examples: Sequence[str]) -> BadDataError:
     """Returns the error that `lacking` of all `images` have no label, though others have one."""
-    return BadDataError(
-        f"{where}: {lacking:,} of {images:,} images have no label, such as {some_of(examples[:2])}: label them, leave "
-        "them out with --unlabelled drop, or pack all without classes, with --no-classes"
-    )
+    said = f"{where}: {lacking:,} of {images:,} images have no label, such as {some_of(examples[:2])}"
+    return BadDataError(f"{said}: label them, leave them out with --unlabelled drop, or use --no-classes")
 
 
 def _splits_of(folders: set[tuple[str, ...]]) -> set[str]:
@@ -258,31 +254,27 @@ class _Found:
         numbers: the number of the class of each label or folder.
         are_labels: whether the format has labels.
         passed: the folders that are not taken for classes.
-        beside: whether some images lie beside the folders of others.
     """
 
     names: tuple[str, ...]
     numbers: Mapping[Any, int]
     are_labels: bool = False
     passed: tuple[str, ...] = ()
-    beside: bool = False
 
     def notes(self, asked: bool | None, unchosen: Sequence[str]) -> Iterator[str]:
         """Yields what a person has to know, who asked for classes, for none, or for neither."""
         if self.names and self.are_labels:
             yield f"its labels name {len(self.names):,} classes that the network will learn: {some_of(self.names)}"
         elif self.names:
-            yield (
-                f"{len(self.names):,} folders became classes that the network will learn: {some_of(self.names)}; "
-                "use --no-classes if they are not classes"
-            )
+            said = f"{len(self.names):,} folders became classes that the network will learn: {some_of(self.names)}"
+            yield f"{said}; use --no-classes if they are not classes"
         elif asked is None:
             if self.passed:
                 why = f"the folders {some_of(self.passed)} are not taken for classes; use --classes if they are classes"
-            elif self.beside:
-                why = "some images lie beside the folders of others, so the folders are not taken for classes"
             else:
-                why = "it is packed without classes: its images have neither labels nor folders of classes"
+                why = (
+                    "it is packed without classes: its images have neither labels nor folders of classes that hold all"
+                )
             there = [f"--labels {words}" for words in unchosen]
             yield f"{why}; {some_of(there)} would take labels" if there else why
 
@@ -303,7 +295,7 @@ def _class_folders(folders: set[tuple[str, ...]], accepts: Callable[[set[str]], 
         levels = enumerate(zip(*inner.values(), strict=False))
         depth = next((number for number, level in levels if len(set(level)) > 1), min(map(len, inner.values())))
         if any(len(folder) == depth for folder in inner.values()):
-            return _Found((), {}, passed=passed, beside=len(set(filter(any, inner.values()))) > 1)
+            return _Found((), {}, passed=passed)
         first = {folder[depth] for folder in inner.values()}
         if accepts(first):
             names = tuple(sorted(set(map(stem_of, first)), key=_in_order))

@@ -247,7 +247,7 @@ def test_mnist_files_become_grey_images(tmp_path, digits, gz):
 
 
 def test_classes_are_the_first_differing_folders():
-    lie_beside, together = "some images lie beside the folders of others", "test, train are packed together"
+    lie_beside, together = "neither labels nor folders of classes that hold all", "test, train are packed together"
     val, no_classes = "`ddpm data pack --split val` would pack Val", "are not taken for classes; use --classes if"
     for names, classes, note in [
         (["cats/1.jpg", "dogs/1.jpg"], ("cats", "dogs"), ""),

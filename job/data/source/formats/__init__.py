@@ -30,15 +30,12 @@ _UNREAD = {
     # Their readers need a folder or a file of their own.
     ".npy .npz .tfrecord .tfrecords .lmdb .mdb .bin": "it holds files of many images: unpack it, and pack the folder",
     ".pkl .pickle .pt .pth \x80\2 \x80\4 \x80\5": f"pickles are programs, and are not read: {_CONVERT}",
-    ".h5 .hdf5 .he5 \x89HDF": f"HDF5 is not read: {_CONVERT} (h5py opens it)",
-    ".mat MATL": f"MATLAB's files are not read: {_CONVERT} (scipy.io.loadmat opens them)",
-    ".rec .beton .msgpack": f"records of MXNet, FFCV and the like are not read: {_CONVERT}",
+    ".h5 .hdf5 .he5 .mat \x89HDF MATL": f"HDF5 is not read, nor are MATLAB's files: {_CONVERT}",
+    ".rec .beton .msgpack .dcm .nii": f"records of MXNet and FFCV, and medical volumes are not read: {_CONVERT}",
     ".7z .rar 7z\xbc\xaf Rar!": "it is packed by 7-Zip or RAR: unpack it, and pack the folder",
     ".mp4 .avi .mov .mkv .webm": "videos are not read: write their frames into a folder, with ffmpeg",
-    ".gz": "gzipped files are not read: gunzip them",
-    ".xz .bz2 .zst \xfd7zX (\xb5/\xfd BZh": "xz, bzip2 and zstd are not read: unpack it, and pack that",
+    ".gz .xz .bz2 .zst \xfd7zX (\xb5/\xfd BZh": "single compressed files are not read: unpack it, and pack that",
     ".cr2 .nef .arw .dng": "raw photographs are not read: develop them into JPEG or PNG",
-    ".dcm .nii": f"medical volumes are not read: {_CONVERT}",
     ".csv .json .jsonl .txt": "tables and texts hold names, not images: name the folder or archive of the images",
 }
 """What to do with files that are recognised and not read, by their suffixes, and first bytes as Latin-1."""

@@ -28,8 +28,6 @@ from job.data.source.members import SPLITS, Files, Member, RefusedError, Source,
 from job.exits import BadDataError, BadRequestError
 
 _FILE = re.compile(r".*\.np[yz]", re.IGNORECASE)
-_PICKLE = re.compile(r"(?:.*/)?train_data_batch_\d+")
-"""ImageNet-64's batches (Chrabaszcz et al. 2017), which come as pickles, too."""
 _IMAGES = {"x", "image", "images", "img", "imgs", "data", "samples"}
 _LABELS = {"y", "label", "labels", "class", "classes", "cls", "target", "targets"}
 # `np.savez` names arrays so that got no name.
@@ -135,9 +133,6 @@ class _Array:
 
 def array_source(files: Files, column: str | None) -> Source | None:
     """Returns the images of one file or of all in a folder, with labels of the same file or of an `.npy` beside."""
-    if files.matching(_PICKLE):
-        said = "holds pickles, which are programs: get the .npz files of Imagenet64_*_npz.zip, of the same images"
-        raise BadDataError(f"{files.place} {said}")
     names = files.matching(_FILE)
     if not names:
         return None
@@ -238,9 +233,8 @@ def _labels_of(
     labels = found[chosen_label(where, [*found], column, usual=())]
     if not labels.may_label({count}):
         how = "as numbers or as str" if labels.dtype.hasobject else "so (a one-hot vector by argmax)"
-        raise BadRequestError(
-            f"{where}: {labels}, and not one label for each of {count:,} images: save it {how}, or use --no-classes"
-        )
+        said = f"{labels}, and not one label for each of {count:,} images"
+        raise BadRequestError(f"{where}: {said}: save it {how}, or use --no-classes")
     labels.check()
     return labels
 
@@ -261,9 +255,8 @@ def _members(sets: Iterable[tuple[_Array, _Array | None]]) -> Iterator[Member]:
 
 def _file(stream: BinaryIO, at: int, shape: tuple[int, ...], axes: tuple[int, int, int]) -> bytes:
     stream.seek(at)
-    return netpbm(
-        np.frombuffer(members.read_exactly(stream, math.prod(shape)), np.uint8).reshape(shape).transpose(axes)
-    )
+    pixels = np.frombuffer(members.read_exactly(stream, math.prod(shape)), np.uint8)
+    return netpbm(pixels.reshape(shape).transpose(axes))
 
 
 def _values(labels: _Array) -> np.ndarray:

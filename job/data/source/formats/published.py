@@ -118,31 +118,24 @@ class _Kind:
 
     Attributes:
         archive: the one that has no pickles.
-        batch: the files of images.
-        pickle: the files that have the same images as pickles.
+        batch: the files of images, of which those without a suffix are pickles.
         labels: the number of classes of each label of a record, in order, and the file that names them.
-        note: which of the labels is taken by default.
     """
 
     archive: str
     batch: re.Pattern[str]
-    pickle: re.Pattern[str]
     labels: dict[str, tuple[int, str]]
-    note: str = ""
 
 
 _TEN = _Kind(
     "cifar-10-binary.tar.gz",
-    re.compile(r"(?:.*/)?(data_batch_\d|test_batch)\.bin"),
-    re.compile(r"(?:.*/)?(data_batch_\d|test_batch)"),
+    re.compile(r"(?:.*/)?(data_batch_\d|test_batch)(\.bin)?"),
     {"label": (10, "batches.meta.txt")},
 )
 _HUNDRED = _Kind(
     "cifar-100-binary.tar.gz",
-    re.compile(r"(?:.*/)?(train|test)\.bin"),
-    re.compile(r"(?:.*/)?(train|test|meta)"),
+    re.compile(r"(?:.*/)?(train|test)(\.bin)?"),
     {"coarse": (20, "coarse_label_names.txt"), "fine": (100, "fine_label_names.txt")},
-    "taking the fine labels of CIFAR-100; --labels :coarse takes the others",
 )
 _IS_TEN = re.compile(r"/cifar-10-batches-(bin|py)/")
 _IS_HUNDRED = re.compile(r"/cifar-100-(binary|python)/|/fine_label_names\.txt$")
@@ -152,7 +145,7 @@ def cifar_source(files: Files, column: str | None) -> Source | None:
     """Returns the images of an unpacked folder, or of the file of it that was chosen."""
     kind = _HUNDRED if any(_IS_HUNDRED.search(f"{files.where}/{name}") for name in files.names) else _TEN
     batches = files.matching(kind.batch)
-    if not batches and not files.matching(kind.pickle):
+    if not batches:
         return None
 
     def listed() -> Iterator[Member]:
@@ -174,16 +167,15 @@ def _cifar_source(
     label = chosen_label(where, tuple(kind.labels), column or "", usual=("fine",))
     with members.refusing(where):
         names = _class_names(kind, label, listed)
-    note, classes = kind.note if column == "" else "", names if column is not None else ()
     images = partial(_cifar_members, kind, [*kind.labels].index(label), names, listed)
-    return Source(where, images, classes=classes, note=note).split_by(splits)
+    return Source(where, images, classes=() if column is None else names).split_by(splits)
 
 
 def _class_names(kind: _Kind, label: str, listed: Callable[[], Iterator[Member]]) -> tuple[str, ...]:
     """Returns the names of the classes, or their numbers if no file has the names."""
     count, file = kind.labels[label]
     for member in listed():
-        if kind.pickle.fullmatch(member.name):
+        if (match := kind.batch.fullmatch(member.name)) and not match[2]:
             raise RefusedError(f"holds pickles, which are programs: get {kind.archive}, of the same images")
         if member.name.rpartition("/")[2] == file:
             names = tuple(map(label_of, member.read().decode("ascii", "replace").split()))
@@ -231,11 +223,7 @@ def lsun_source(files: Files, column: str | None) -> Source | None:
     if not names:
         return None
     if files.folder is None:
-        raise BadRequestError(
-            f"{files.place} holds LMDB, whose images lie in no order: copy or unzip its folder to a disk, and pack that"
-        )
-    if column:
-        raise BadRequestError(f"{files.place} has no label {column!r}, and no others: LMDB has keys and images alone")
+        raise BadRequestError(f"{files.place} holds LMDB: copy or unzip its folder to a disk, and pack that")
     try:
         import lmdb  # noqa: F401
     except ModuleNotFoundError:
@@ -281,10 +269,8 @@ def _suffix(path: str) -> str:
         for key, value in transaction.cursor():
             if suffix := suffix_of(bytes(value[:START_BYTES])):
                 return suffix
-            raise RefusedError(
-                f"has a value at its first key, {_text(bytes(key))}, and is not an image file such as a JPEG: write "
-                "its images into a folder, and pack that (the package lmdb opens it)"
-            )
+            said = f"has a value at its first key, {_text(bytes(key))}, and is not an image file such as a JPEG"
+            raise RefusedError(f"{said}: write its images into a folder, and pack that")
     raise RefusedError("holds no images")
 
 

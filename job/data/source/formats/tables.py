@@ -26,7 +26,6 @@ from job.data.source.labels import LABEL_KEYS, chosen_label, class_names, label_
 from job.data.source.members import Files, Member, RefusedError, Source, path_parts, refused, split_in
 from job.exits import BadRequestError, how_to_install
 from job.progress import some_of
-from job.store.remote import Ranges
 
 _KINDS = {
     "Parquet": re.compile(r".*\.(parquet|parq|pq)", re.IGNORECASE),
@@ -104,6 +103,8 @@ class _Rows(NamedTuple):
 
 def _rows(open_table: _Opener, columns: _Columns, name: str, *, is_alone: bool) -> _Rows:
     """Counts the rows of a file, and reads their labels."""
+    import pyarrow as pa
+
     found, texts = _Rows([], []), dict[str, str]()
     with _reading("" if is_alone else name), open_table(name) as table:
         label = columns.of_file(table.schema).label
@@ -111,11 +112,13 @@ def _rows(open_table: _Opener, columns: _Columns, name: str, *, is_alone: bool) 
             found.groups.append((group.rows, group.size_bytes // max(1, group.rows)))
             if label:
                 # A dictionary of one long text could stand for any number of rows.
-                at_once = 1 if _is_text(table.schema.field(label).type) else _LABELS_READ
-                read = [text for values in group.values(label, at_once) for text in columns.label_texts(values)]
-                found.labels.extend(texts.setdefault(text, text) for text in read)
-                if len(read) != group.rows:
-                    raise _promises(group.rows, len(read))
+                at_once = _LABELS_READ if pa.types.is_primitive(table.schema.field(label).type) else 1
+                before = len(found.labels)
+                for values in group.values(label, at_once):
+                    read = (label_among(columns.classes, value.as_py()) for value in values)
+                    found.labels.extend(texts.setdefault(text, text) for text in read)
+                if (there := len(found.labels) - before) != group.rows:
+                    raise _promises(group.rows, there)
     return found
 
 
@@ -193,9 +196,9 @@ def _opened(files: Files, name: str, *, is_arrow: bool) -> Iterator[_Table]:
 
     if files.folder is None:
         content = files.open(name)
-        if isinstance(content, Ranges):
-            # A label is a few bytes between megabytes of images.
-            content.read_ahead(0)
+        # A label is a few bytes between megabytes of images.
+        if read_ahead := getattr(content, "read_ahead", None):
+            read_ahead(0)
         file = pa.PythonFile(content, "r")
     else:
         file = (pa.memory_map if is_arrow else pa.OSFile)(str(files.folder / name))
@@ -333,20 +336,6 @@ class _Columns:
         # Unlike `field`, `flatten` knows of rows whose whole struct is null.
         return values.flatten()[values.type.get_field_index("bytes")] if pa.types.is_struct(values.type) else values
 
-    def label_texts(self, values: Any) -> list[str]:
-        """Returns the class of each value of a `pyarrow.Array`, empty for none; see `label_among`.
-
-        Raises:
-            RefusedError: a value stands for no class.
-        """
-        import pyarrow as pa
-
-        texts = partial(map, partial(label_among, self.classes))
-        if pa.types.is_dictionary(values.type):
-            found = list(texts(values.dictionary.to_pylist()))
-            return ["" if index is None else found[index] for index in values.indices.to_pylist()]
-        return list(texts(values.to_pylist()))
-
 
 def _columns_of(schema: Any, where: str, column: str | None) -> _Columns:
     """Chooses the columns of a `pyarrow.Schema`.
@@ -365,16 +354,11 @@ def _columns_of(schema: Any, where: str, column: str | None) -> _Columns:
     features = _features(schema)
     images = _image_columns(schema, features)
     if not images:
-        raise RefusedError(
-            f"is a table without a column of images, and has {some_of(schema.names)}. A row has one encoded image, "
-            "neither pixels as numbers nor a list: write it by `datasets`, as the feature Image. Of URLs or paths "
-            "img2dataset makes tars, which can be packed"
-        )
+        said = f"is a table without a column of images, and has {some_of(schema.names)}. A row has one encoded image"
+        raise RefusedError(f"{said}, not pixels as numbers nor a list: write it by `datasets`, as the feature Image")
     usual = [name for name in sorted(images, key=str.lower) if name.lower() in _IMAGES] or images
     if len(usual) > 1:
-        raise BadRequestError(
-            f"{where} has several columns of images: {some_of(images)}: write it with one of them, named image"
-        )
+        raise BadRequestError(f"{where} has several columns of images: {some_of(images)}: write it with one of them")
     if column is None:
         return _Columns(usual[0])
     possible = [field.name for field in schema if _can_be_label(field.type)]
@@ -415,14 +399,8 @@ def _can_be_label(kind: Any) -> bool:
 
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-
-
-def _is_text(kind: Any) -> bool:
-    """Returns whether a `pyarrow.DataType` is that of texts."""
-    import pyarrow as pa
-
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return is_text or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
 
 def _classes(feature: Mapping[str, Any]) -> tuple[str, ...]:
