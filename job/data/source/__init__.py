@@ -24,9 +24,7 @@ from job.data.source.members import Files, Member, Opener, RefusedError, Source,
 from job.exits import BadDataError, BadRequestError, DiskFullError, MissingInputError
 from job.progress import Progress, printable
 from job.store import (
-    Entry,
     Retry,
-    Store,
     fsspec_configured,
     is_foreign,
     is_remote,
@@ -158,22 +156,19 @@ def _elsewhere(uri: str, retry: Retry | None, column: str | None) -> Source:
         return _file(Files(parent.uri, names, parent.open, name), column)
     store = open_to_read(uri, retry)
     wanted = _matching(pattern[2]) if pattern else bool
-    entries = [entry for entry in store.list() if wanted(entry.key)]
-    if not entries:
+
+    def read(key: str, size_bytes: int) -> bytes:
+        members.check_size(size_bytes)
+        return store.read(key).data
+
+    entries = [(entry.key, entry.size_bytes) for entry in store.list() if wanted(entry.key)]
+    listed = [Member(key, partial(read, key, size_bytes), size_bytes=size_bytes) for key, size_bytes in entries]
+    if not listed:
         raise MissingInputError(_NOTHING_AT.format(store.uri))
-    names = tuple(entry.key for entry in entries if not members.is_image(entry.key))
-
-    def member(entry: Entry) -> Member:
-        return Member(entry.key, partial(_read_stored, store, entry), size_bytes=entry.size_bytes)
-
+    names = tuple(key for key, _ in entries if not members.is_image(key))
     # Each image costs a request: archives are read much faster.
-    images = Source(store.uri, lambda: map(member, entries), readers=_BUCKET_READERS)
-    return _read_as(Files(store.uri, names, store.open), images, len(names) < len(entries), column)
-
-
-def _read_stored(store: Store, entry: Entry) -> bytes:
-    members.check_size(entry.size_bytes)
-    return store.read(entry.key).data
+    images = Source(store.uri, lambda: iter(listed), readers=_BUCKET_READERS)
+    return _read_as(Files(store.uri, names, store.open), images, len(names) < len(listed), column)
 
 
 def _matching(pattern: str) -> Callable[[str], object]:

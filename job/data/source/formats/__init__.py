@@ -90,11 +90,6 @@ def suffix_of(start: bytes) -> str:
 
 
 def netpbm(pixels: np.ndarray) -> bytes:
-    """Returns uint8 [height, width, 1 or 3] as a PGM or PPM file."""
+    """Returns uint8 [height, width, 1 or 3] as a PGM or PPM file; the suffix .ppm stands for both."""
     height, width, channels = pixels.shape
     return b"P%d %d %d 255\n" % (6 if channels == 3 else 5, width, height) + pixels.tobytes()
-
-
-def netpbm_suffix(channels: int) -> str:
-    """Returns the suffix of such a file."""
-    return ".ppm" if channels == 3 else ".pgm"

@@ -22,7 +22,7 @@ import numpy as np
 
 from job.data.source import members
 from job.data.source.archives import ARCHIVES, EXPANDS, open_zipped, opened_zip
-from job.data.source.formats import netpbm, netpbm_suffix
+from job.data.source.formats import netpbm
 from job.data.source.labels import chosen_label, label_of, text_of
 from job.data.source.members import SPLITS, Files, Member, RefusedError, Source, refused, split_in
 from job.exits import BadDataError, BadRequestError
@@ -244,13 +244,13 @@ def _members(sets: Iterable[tuple[_Array, _Array | None]]) -> Iterator[Member]:
     for images, labels in sets:
         assert images.stored
         shape, axes = images.stored
-        size_bytes, digits, suffix = math.prod(shape), len(str(images.shape[0] - 1)), netpbm_suffix(shape[axes[2]])
+        size_bytes, digits = math.prod(shape), len(str(images.shape[0] - 1))
         values = _values(labels) if labels else None
         with closing(images.open()) as stream:
             for number in range(images.shape[0]):
                 read = partial(_file, stream, images.start + number * size_bytes, shape, axes)
                 label = "" if values is None else _label(values[number : number + 1])
-                yield Member(f"{images.path}/{number:0{digits}d}{suffix}", read, size_bytes=size_bytes, label=label)
+                yield Member(f"{images.path}/{number:0{digits}d}.ppm", read, size_bytes=size_bytes, label=label)
 
 
 def _file(stream: BinaryIO, at: int, shape: tuple[int, ...], axes: tuple[int, int, int]) -> bytes:

@@ -21,7 +21,7 @@ import numpy as np
 
 from job.data.source import members
 from job.data.source.archives import EXPANDS
-from job.data.source.formats import START_BYTES, netpbm, netpbm_suffix, suffix_of
+from job.data.source.formats import START_BYTES, netpbm, suffix_of
 from job.data.source.labels import LABEL_KEYS, chosen_label, class_names, label_among, text_of
 from job.data.source.members import Files, Member, RefusedError, Source, read_exactly, refused, unpacked
 from job.exits import BadDataError, BadRequestError
@@ -197,8 +197,7 @@ def _image_layout(where: str, features: _Features) -> _Layout:
     if not shape:
         said = f"but {some_of([*features])}" if features else "and is not a tf.train.Example"
         raise RefusedError(f"has no image such as a JPEG in image/encoded in its first record, {said}: {_CONVERT}")
-    raw = _Layout(image, shape, "")
-    return replace(raw, suffix=netpbm_suffix(_pixels(features, raw).shape[2]))
+    return _Layout(image, shape, ".ppm")
 
 
 def _members(files: Files, names: Sequence[str], layout: _Layout, classes: Sequence[str]) -> Iterator[Member]:
