@@ -107,13 +107,11 @@ def json_of(text: str) -> Any:
     """Returns the content of a JSON document.
 
     Raises:
-        RefusedError: an object has a key twice, or is nested too deeply.
+        RefusedError: an object has a key twice.
+        RecursionError: it is nested too deeply.
         ValueError: it is not JSON.
     """
-    try:
-        return json.loads(text, object_pairs_hook=_without_repetition)
-    except RecursionError:
-        raise RefusedError("has too many brackets in brackets: get it again") from None
+    return json.loads(text, object_pairs_hook=_without_repetition)
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -458,11 +456,8 @@ def _rows(where: str, text: str) -> Rows:
     delimiter = next((mark for mark in "\t;," if mark in first), "")
     # Lines may end as on Windows, or on an old Macintosh.
     lines = io.StringIO(text, newline=None)
-    try:
-        read = csv.reader(lines, delimiter=delimiter, skipinitialspace=True) if delimiter else map(str.split, lines)
-        rows = [[cell.strip() for cell in row] for row in read if row]
-    except csv.Error as error:
-        raise RefusedError(f"does not hold {_A_TABLE} ({error})") from None
+    read = csv.reader(lines, delimiter=delimiter, skipinitialspace=True) if delimiter else map(str.split, lines)
+    rows = [[cell.strip() for cell in row] for row in read if row]
     if rows and len(rows[0]) == 1 and rows[0][0].isdecimal():
         # CelebA's files begin with the number of images.
         del rows[0]

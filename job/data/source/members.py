@@ -6,6 +6,7 @@ terabytes show that an archive is not what its user expects.
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import lzma
@@ -52,7 +53,8 @@ SPLITS = {
 }
 """The split that each word names."""
 
-_DAMAGES = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
+_REASON_CHARACTERS = 160
+_DAMAGES = (csv.Error, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
 _FORK = re.compile(r"(^|/)(__MACOSX/|\._)")
 """A resource fork, which macOS adds beside each file under the same suffix."""
 _SUFFIXES_NAMED = 20
@@ -111,7 +113,8 @@ def refusing(where: str) -> Iterator[None]:
     # zipfile raises RuntimeError and ValueError for wrong fields and passwords, gzip EOFError, bz2 OSError; tarfile
     # IndexError for a truncated sparse file, and OverflowError for a size beyond all machines.
     except (*_DAMAGES, EOFError, OSError, RuntimeError, ValueError, IndexError, OverflowError) as error:
-        raise BadDataError(f"{where} is truncated or damaged ({error}): get it again") from None
+        reason = " ".join(str(error).split())[:_REASON_CHARACTERS]
+        raise BadDataError(f"{where} is truncated or damaged ({reason}): get it again") from None
 
 
 def path_parts(name: str) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from job.data.ahead import in_order
 from job.data.source import members
 from job.data.source.labels import LABEL_KEYS, chosen_label, class_names, label_among
-from job.data.source.members import Files, Member, RefusedError, Source, path_parts, refused, split_in
+from job.data.source.members import Files, Member, RefusedError, Source, path_parts, split_in
 from job.exits import BadRequestError, how_to_install
 from job.progress import some_of
 
@@ -42,7 +42,6 @@ _READERS = 16
 _BUFFER_BYTES = 8 << 20
 """Bytes that are read at a time of a large group."""
 _LABELS_READ = 1 << 16
-_REASON_CHARACTERS = 160
 _ARROW_FILE = b"ARROW1"
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
@@ -61,9 +60,9 @@ def table_source(files: Files, column: str | None) -> Source | None:
         raise BadRequestError(f"{where} is {kind}, which needs pyarrow: {how}") from None
     # Other splits may lack the labels.
     first = next((name for name in names if split_in(path_parts(name)) == "train"), names[0])
-    with members.refusing(where), _reading("" if files.chosen else first), open_table(first) as table:
+    with members.refusing(f"{files.where}/{first}"), _reading(), open_table(first) as table:
         columns = _columns_of(table.schema, where, column)
-    rows_of = cache(partial(_rows, open_table, columns, is_alone=bool(files.chosen)))
+    rows_of = cache(partial(_rows, open_table, columns, files.where))
 
     def listed(split: str = "") -> Iterator[Member]:
         chosen = [name for name in names if split in ("", split_in(path_parts(name)))]
@@ -101,12 +100,12 @@ class _Rows(NamedTuple):
     labels: list[str]
 
 
-def _rows(open_table: _Opener, columns: _Columns, name: str, *, is_alone: bool) -> _Rows:
+def _rows(open_table: _Opener, columns: _Columns, where: str, name: str) -> _Rows:
     """Counts the rows of a file, and reads their labels."""
     import pyarrow as pa
 
     found, texts = _Rows([], []), dict[str, str]()
-    with _reading("" if is_alone else name), open_table(name) as table:
+    with members.refusing(f"{where}/{name}"), _reading(), open_table(name) as table:
         label = columns.of_file(table.schema).label
         for group in table.groups():
             found.groups.append((group.rows, group.size_bytes // max(1, group.rows)))
@@ -264,25 +263,14 @@ def _arrow(file: Any) -> _Table:
 
 
 @contextmanager
-def _reading(name: str = "") -> Iterator[None]:
-    """Turns the errors that `pyarrow` raises for a damaged file into one, which names the file if it has a name.
-
-    Raises:
-        RefusedError: it is damaged, encrypted or refused.
-    """
+def _reading() -> Iterator[None]:
+    """Turns the errors that `pyarrow` raises for a damaged file into one that `members.refusing` knows."""
     import pyarrow as pa
 
     try:
         yield
-    except RefusedError as error:
-        raise (refused(name, str(error)) if name else error) from None
-    except (pa.ArrowException, ValueError, LookupError, TypeError, OSError, MemoryError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise
-        reason = " ".join(str(error).split())[:_REASON_CHARACTERS] or type(error).__name__
-        how = "decrypt it, and pack the copy" if "crypt" in reason.lower() else "get it again"
-        said = f"is truncated or damaged ({reason}): {how}"
-        raise (refused(name, said) if name else RefusedError(said)) from None
+    except (pa.ArrowException, LookupError, TypeError, MemoryError) as error:
+        raise ValueError(str(error) or type(error).__name__) from None
 
 
 def _remarks(names: Sequence[str]) -> Iterator[str]:
@@ -355,7 +343,7 @@ def _columns_of(schema: Any, where: str, column: str | None) -> _Columns:
     images = _image_columns(schema, features)
     if not images:
         said = f"is a table without a column of images, and has {some_of(schema.names)}. A row has one encoded image"
-        raise RefusedError(f"{said}, not pixels as numbers nor a list: write it by `datasets`, as the feature Image")
+        raise RefusedError(f"{said}, and no pixels as numbers or lists: write it by `datasets`, as the feature Image")
     usual = [name for name in sorted(images, key=str.lower) if name.lower() in _IMAGES] or images
     if len(usual) > 1:
         raise BadRequestError(f"{where} has several columns of images: {some_of(images)}: write it with one of them")
