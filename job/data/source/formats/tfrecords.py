@@ -70,7 +70,7 @@ class _Layout:
         shape: the names of those with the shape of raw images; empty for encoded images.
         suffix: of the images.
         label: the name of the label's; empty for none, None if a person wants none.
-        others: without a label, the names of features that could be one.
+        others: the names of other features that could be one.
     """
 
     image: str
@@ -177,10 +177,9 @@ def _layout(where: str, features: _Features, column: str | None) -> _Layout:
         return replace(layout, label=None)
     rest = [name for name in features if name not in (layout.image, *layout.shape)]
     labels = [name for name in rest if _IS_LABEL.fullmatch(name)]
-    if not labels and not column:
-        return replace(layout, others=tuple(rest))
     # The first record may lack what a person chose.
-    return replace(layout, label=column or chosen_label(where, labels, "", _LABELS))
+    label = column or (chosen_label(where, labels, "", _LABELS) if labels else "")
+    return replace(layout, label=label, others=tuple(name for name in rest if name != label))
 
 
 def _image_layout(where: str, features: _Features) -> _Layout:
