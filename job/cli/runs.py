@@ -1,20 +1,48 @@
-"""Runs: `ddpm train`, `runs`, `replay`, `ema`, `report`, `config`, `import` and `export`."""
+"""Runs and their images: `ddpm train`, `sample`, `evaluate`, `runs`, `figure`, `replay`, `ema`, `report`, `config` and more."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ddpm.catalogue import SCHEDULES
 from job.cli import command
 from job.exchange.exchange_requests import ExportRequest, ImportRequest
-from job.options import AsJson, BucketUri, Certain, Checkpoints, Option, Preset, RunOption, Sets, SettingsFile
-from job.requests import TrainRequest
+from job.options import (
+    AsJson,
+    BucketUri,
+    Certain,
+    Checkpoints,
+    Dataset,
+    Option,
+    Preset,
+    RunOption,
+    Sets,
+    SettingsFile,
+    Size,
+)
+from job.requests import EvaluateRequest, SampleRequest, TrainRequest
 
 app = typer.Typer(
     help="Runs: list, show, compare, verify, prune, delete.\n\nExample: ddpm runs show celeba", no_args_is_help=True
 )
 
+figure = typer.Typer(
+    help="Figures of the method: noise schedule, noised images, denoising.\n\nExample: ddpm figure schedule",
+    no_args_is_help=True,
+)
+
 RunName = Annotated[str, Option("RUN", "Name of the run, such as celeba.")]
+OfRun = Annotated[str, Option("--run NAME", "Show the run's own schedule.")]
+Picture = Annotated[Path, Option("--output -o PNG", "File to write.")]
+Schedule = Annotated[
+    str,
+    Option(
+        "--schedule NAME",
+        f"Noise schedule: {', '.join(SCHEDULES)}. Default: that of --run, else linear.",
+        choices=tuple(SCHEDULES),
+    ),
+]
 
 
 def ddpm_train(request: TrainRequest) -> None:
@@ -231,3 +259,88 @@ def ddpm_export(request: ExportRequest) -> None:
     from job.exchange.exporting import export_run
 
     export_run(request)
+
+
+def ddpm_sample(request: SampleRequest) -> None:
+    """Samples from checkpoints."""
+    from job.commands import sample_command
+
+    sample_command(request)
+
+
+def ddpm_evaluate(request: EvaluateRequest) -> None:
+    """Scores samples."""
+    from job.commands import evaluate_command
+
+    evaluate_command(request)
+
+
+@command(figure, "schedule")
+def figure_schedule(
+    run: OfRun = "",
+    schedule: Schedule = "",
+    timesteps: Annotated[
+        int | None, Option("--timesteps N", "Diffusion steps T. Default: those of --run, else 1000.", min=2, max=10_000)
+    ] = None,
+    output: Picture = Path("schedule.png"),
+    bucket: BucketUri = "",
+) -> None:
+    """Plot β and ᾱ over the timesteps.
+
+    The schedules edm and flow have no β: the plot shows their σ and α.
+
+    Examples:
+
+        ddpm figure schedule --schedule cosine -o cosine.png
+
+        ddpm figure schedule --run celeba
+    """
+    from job.sampling.noise_figures import schedule_picture
+
+    schedule_picture(bucket, run, schedule, timesteps, output)
+
+
+@command(figure, "noising")
+def figure_noising(
+    dataset: Dataset = "",
+    run: OfRun = "",
+    image: Annotated[
+        int | None, Option("--image NUMBER", "Show this one image of the dataset, such as 0, at growing t.", min=0)
+    ] = None,
+    timesteps: Annotated[
+        str, Option("--timesteps LIST", "Timesteps from 0 to T-1, such as 0,99,499: one for each tile.")
+    ] = "",
+    schedule: Schedule = "",
+    size: Size = None,
+    output: Picture = Path("noising.png"),
+    bucket: BucketUri = "",
+) -> None:
+    """Show images beside their noised versions q(x_t|x_0).
+
+    With --run, schedule and dataset are those of the run. Without --image the command shows twelve images, each at
+    another t; two more files beside the figure hold the images alone and the noised images alone.
+
+    Examples:
+
+        ddpm figure noising --dataset landscape-sample
+
+        ddpm figure noising --run celeba --image 3
+    """
+    from job.sampling.noise_figures import noising_picture
+
+    noising_picture(bucket, run, dataset, size, schedule=schedule, timesteps=timesteps, image=image, output=output)
+
+
+@command(figure, "denoising")
+def figure_denoising(
+    run: RunOption,
+    seeds: Annotated[str, Option("--seeds LIST", "One image per seed, such as 0-11; at most 12.")] = "",
+    bucket: BucketUri = "",
+) -> None:
+    """Make a GIF of a run's network turning noise into images.
+
+    The GIF shows the newest checkpoint, in up to 20 frames at 5 per second. It lies in the run's folder in the bucket.
+
+    Example: ddpm figure denoising --run landscape-sample
+    """
+    ddpm_sample(SampleRequest(run, bucket=bucket, seeds=seeds, gif=True, with_grid=False))
