@@ -121,7 +121,7 @@ class TrainRequest(LaunchedOptions):
 
     def _parent(self) -> dict[str, Any]:
         """Returns the keys of the section `parent` that `--from` and `--weights` give."""
-        from job.config import SampleConfig
+        from job.config.schema import SampleConfig
         from job.runs.records import split_run
         from job.store import is_remote
 
@@ -237,7 +237,8 @@ class SampleRequest(LaunchedOptions):
         """
         from pydantic import ValidationError
 
-        from job.config import SampleConfig, nearest_name
+        from job.config.run_config import nearest_name
+        from job.config.schema import SampleConfig
         from job.pieces import Slice
         from job.runs.records import validated_run_name
 

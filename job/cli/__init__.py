@@ -120,7 +120,7 @@ def usual_bucket(context: typer.Context, given: str = "") -> str:
 
 
 def _size(text: str) -> ImageSize:
-    from job.config import image_size
+    from job.config.schema import image_size
 
     try:
         return image_size(text)

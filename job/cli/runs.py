@@ -1,4 +1,4 @@
-"""Runs and their images: `ddpm train`, `sample`, `evaluate`, `runs`, `figure`, `replay`, `ema`, `report`, `config` and more."""
+"""Runs and images: `ddpm train`, `sample`, `evaluate`, `runs`, `figure`, `replay`, `ema`, `report` and others."""
 
 from pathlib import Path
 from typing import Annotated
@@ -239,7 +239,7 @@ def ddpm_config(
 
         ddpm config --preset celeba --set train.batch_size=64
     """
-    from job.config.resolve import list_keys, show_config
+    from job.config import list_keys, show_config
 
     if list_all:
         list_keys(begin, as_json=as_json)

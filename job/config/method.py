@@ -21,7 +21,8 @@ from ddpm.objective import Objective
 from ddpm.process import Prediction, Process, make_process
 from ddpm.state import TrainState, create_state
 from ddpm.threads import threads_of
-from job.config import Drawing, RunConfig
+from job.config import RunConfig
+from job.config.schema import Drawing
 
 
 def build_network(config: RunConfig, device: torch.device) -> nn.Module:

@@ -30,6 +30,13 @@ Std = Annotated[float, Field(ge=0.001, le=0.28)]
 _COMPARISONS = [name for name, metric in METRICS.items() if metric.of == "features"]
 LARGEST_SIZE = 4096
 """Limit of the height and width of images, in pixels."""
+FREE = {
+    *("checkpoint", "sample", "evaluate", "log"),
+    *("train.epochs", "train.micro_batch_size", "train.exact", "train.slots", "train.slot_threads", "train.compile"),
+    *("data.cache_gigabytes", "ema.snapshot_epochs", "model.gradient_checkpointing"),
+}
+"""Keys, and whole sections, that an attempt may change: they decide when and how something is done, never what is
+learnt."""
 
 
 def image_size(stated: object) -> ImageSize:
@@ -86,6 +93,11 @@ def split(value: Any) -> Any:
     if isinstance(value, str):
         return [part for part in value.replace(" ", "").split(",") if part]
     return [value] if isinstance(value, int | float) else value
+
+
+def is_free(key: str) -> bool:
+    """Returns whether each attempt of a run may change a key."""
+    return key in FREE or key.partition(".")[0] in FREE
 
 
 def average_name(std: float) -> str:
