@@ -36,7 +36,6 @@ from job.runs.retention import reading_chosen
 from job.sealed import code_version
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, fsspec_configured, open_store
-from job.store.remote import cause, one_line
 
 CARD, PICTURE = "README.md", "grid.png"
 MOST_NAMES = 20
@@ -267,6 +266,8 @@ class Hub:
             NoPermissionError: this machine has no token, or one that no request can carry.
         """
         with fsspec_configured():
+            from job.store.remote import one_line
+
             try:
                 from huggingface_hub import HfApi, get_token
                 from huggingface_hub.utils import HFValidationError, disable_progress_bars, validate_repo_id
@@ -345,6 +346,8 @@ def _is_of_an_export(key: str) -> bool:
 
 def _meaning(error: Exception, name: str) -> JobError:
     """Returns what an error of the client means to a person."""
+    from job.store.remote import cause, one_line
+
     answered: BaseException = error
     while not hasattr(answered, "response") and answered.__cause__ is not None:
         answered = answered.__cause__
