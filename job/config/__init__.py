@@ -79,16 +79,20 @@ def parse_yaml(text: str | bytes) -> Any:
         raise yaml.YAMLError(f"invalid value: {error}") from None
 
 
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise BadConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
 def parse_mapping(text: str, where: str, of: str = "sections such as `train:`") -> dict[str, Any]:
     """Returns a YAML text that is empty or a mapping `of` something; an error begins with `where` it comes from.
 
     Raises:
         BadConfigError: it is something else, or not valid YAML.
     """
-    try:
-        document = parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise BadConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    document = _parsed(text, where)
     if not isinstance(document, dict | None):
         raise BadConfigError(f"{where} must be a mapping of {of}")
     return document or {}
@@ -123,15 +127,6 @@ class PackConfig(Section):
 def preset_names() -> list[str]:
     """Returns the names of all presets."""
     return sorted(p.name.removesuffix(".yaml") for p in (resources.files("job") / "presets").iterdir())
-
-
-def preset_keys(name: str) -> dict[str, Any]:
-    """Returns the settings of a preset by their dotted keys.
-
-    Raises:
-        BadRequestError: there is no preset of this name.
-    """
-    return flatten({key: value for key, value in _preset(name).items() if key != "pack"})
 
 
 def pack_config(name: str) -> PackConfig | None:
@@ -182,11 +177,7 @@ def parse_sets(assignments: Iterable[str]) -> dict[str, Any]:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise BadConfigError(f"--set {assignment!r:.200}: write it as key=value, for example train.batch_size=64")
-        try:
-            flat[key.strip()] = parse_yaml(text)
-        except yaml.YAMLError as error:
-            why = " ".join(str(error).split())
-            raise BadConfigError(f"--set {assignment!r:.200}: the value is not valid YAML ({why:.200})") from None
+        flat[key.strip()] = _parsed(text, f"--set {assignment!r:.200}")
     return _only_known(flat, "--set")
 
 
@@ -208,7 +199,8 @@ def read_config_file(path: Path | None) -> dict[str, Any]:
 
 def draft(preset: str, changes: dict[str, Any]) -> RunConfig:
     """Returns the preset with the user's changes, before the dataset is known; finds all errors that need no bucket."""
-    return validated(layered(preset_keys(preset) | {"preset": preset}, changes))
+    settings_of_preset = flatten({key: value for key, value in _preset(preset).items() if key != "pack"})
+    return validated(layered(settings_of_preset | {"preset": preset}, changes))
 
 
 def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[str, Any]:
@@ -298,7 +290,7 @@ def show_config(preset: str, sets: Iterable[str], config_file: Path | None, begi
     """
     preset, file, assigned = preset or EMBEDDED, read_config_file(config_file), parse_sets(sets)
     values, of_dataset = draft(preset, file | assigned).flat(), {key for key in CHOSEN_ELSEWHERE if key[:5] == "data."}
-    layers: dict[str, Any] = {"--set": assigned, str(config_file): file, f"preset {preset}": preset_keys(preset)}
+    layers: dict[str, Any] = {"--set": assigned, str(config_file): file, f"preset {preset}": flatten(_preset(preset))}
     layers |= {"the dataset": {*FOLLOWS, *of_dataset}, "default": values}
     rows = {}
     for key in known_keys():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 from pydantic import Field, ValidationError
 
-from ddpm.catalogue import GRIDS, METRICS, OF_CLASSES, SCHEDULES
+from ddpm.catalogue import GRIDS, METRICS, OF_CLASSES
 from ddpm.image_size import ImageSize
 from job.config.schema import (
     NETWORKS,
@@ -61,6 +61,7 @@ class RunConfig(ConfigSection):
 
     def check(self) -> None:
         """Raises ValueError for the first broken rule."""
+        self.model.check_size(self.data.size)
         for rule in RULES:
             rule(self)
 
@@ -77,25 +78,13 @@ class RunConfig(ConfigSection):
         return validated(layered(self.flat(), changes))
 
 
-def network_takes_image_size(config: RunConfig) -> None:
-    """The size of the images fits the network's levels or patches."""
-    config.model.check_size(config.data.size)
-
-
 def network_takes_its_inputs(config: RunConfig) -> None:
     """The network has inputs for the noise level, augmentation labels and own estimates that training gives it."""
     model, diffusion = config.model, config.diffusion
     if model.schedule not in ("", diffusion.schedule):
-        wanted, given = SCHEDULES[model.schedule].t, SCHEDULES[diffusion.schedule].t
-        raise ValueError(
-            f"model.kind={model.kind} takes {wanted} instead of {given}: "
-            f"set diffusion.schedule={model.schedule} with a diffusion.prediction that fits, or choose another network"
-        )
+        raise ValueError(f"model.kind={model.kind} needs diffusion.schedule={model.schedule}, and a prediction for it")
     if not model.takes_estimates and (diffusion.self_conditioning or config.data.augment):
-        raise ValueError(
-            f"model.kind={model.kind} takes only the timestep and the class, as its checkpoints do: leave out "
-            "diffusion.self_conditioning and data.augment, or choose another network"
-        )
+        raise ValueError(f"model.kind={model.kind} cannot take diffusion.self_conditioning and data.augment")
 
 
 def something_is_learnt(config: RunConfig) -> None:
@@ -121,26 +110,19 @@ def best_checkpoint_has_a_score(config: RunConfig) -> None:
     if config.checkpoint.keep_best and not config.evaluate.every_epochs:
         raise ValueError("checkpoint.keep_best needs scores: set evaluate.every_epochs")
     if config.checkpoint.keep_best and METRICS[first := config.evaluate.metrics[0]].scores:
-        raise ValueError(
-            f"checkpoint.keep_best needs a single score, and {first} has several: put another metric first"
-        )
+        raise ValueError(f"checkpoint.keep_best needs one score, and {first} has several: put another metric first")
 
 
 def samples_use_what_is_learnt(config: RunConfig) -> None:
     """The network learns the classes, the variance and the unconditional images that sampling asks it for."""
     sample, classes = config.sample, config.model.num_classes
     if config.model.label_dropout and classes == 0:
-        raise ValueError(
-            f"model.label_dropout={config.model.label_dropout:g} needs a network with classes, and "
-            "model.num_classes=0: set it to 0, or train on a dataset with classes"
-        )
+        raise ValueError("model.label_dropout needs classes, and model.num_classes=0: set it to 0, or leave that out")
     if sample.variance == "learned_range" and not config.diffusion.learns_variance:
         raise ValueError("sample.variance=learned_range needs a network with diffusion.variance=learned_range")
     if sample.guidance != 1 and not (config.model.label_dropout or sample.autoguidance):
-        raise ValueError(
-            f"sample.guidance={sample.guidance:g} needs a network that has also learnt images without their class "
-            "(model.label_dropout=0.1 when the run begins), or --autoguidance [RUN@]EPOCH"
-        )
+        unlearnt = "needs a run that began with model.label_dropout=0.1, or --autoguidance [RUN@]EPOCH"
+        raise ValueError(f"sample.guidance={sample.guidance:g} {unlearnt}")
     if sample.autoguidance and sample.guidance == 1:
         raise ValueError(f"autoguidance from epoch {sample.autoguidance} needs a guidance other than 1, such as 2")
     if sample.labels and classes is not None and max(sample.labels) >= classes:
@@ -154,8 +136,7 @@ def steps_suffice(config: RunConfig) -> None:
         raise ValueError(f"sample.steps={sample.steps} exceeds diffusion.timesteps={timesteps}")
     if sample.steps < (order := sample.sampler_order):
         raise ValueError(
-            f"sample.sampler={sample.sampler} is of order {order}, above sample.steps={sample.steps}: use more "
-            "steps, a lower sample.order, or another sampler"
+            f"sample.sampler={sample.sampler} is of order {order}, above sample.steps={sample.steps}: use more"
         )
 
 
@@ -173,17 +154,12 @@ def grid_starts_at_noise(config: RunConfig) -> None:
     if sample.grid == "quadratic" and (diffusion.schedule != "linear" or steps == 1):
         # It starts at 0.8 T, where other processes still show much of the image.
         raise ValueError("sample.grid=quadratic needs diffusion.schedule=linear and at least two steps: choose another")
-    stride = timesteps // steps
-    if sample.grid == "leading" and (first := (steps - 1) * stride) < 0.8 * timesteps:
-        fitting = f"{timesteps // stride} or {timesteps // (stride + 1)}" if stride > 1 and steps > 5 else "more"
-        raise ValueError(
-            f"sample.steps={steps} with sample.grid=leading starts at t={first} of {timesteps}, where the image "
-            f"still shows through the noise: use {fitting} steps, or another grid"
-        )
+    if sample.grid == "leading" and (first := (steps - 1) * (timesteps // steps)) < 0.8 * timesteps:
+        shows = "where the image still shows through the noise: use steps that divide it, or another grid"
+        raise ValueError(f"sample.steps={steps} with sample.grid=leading starts at t={first} of {timesteps}, {shows}")
 
 
 RULES = (
-    network_takes_image_size,
     network_takes_its_inputs,
     something_is_learnt,
     each_class_has_a_name,

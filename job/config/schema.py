@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Annotated, Any, Literal, Self, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -13,7 +13,6 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     ValidationInfo,
-    ValidatorFunctionWrapHandler,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -74,7 +73,9 @@ class ConfigSection(Section):
     def _lists(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return {key: split(value) if cls._takes_list(key) else value for key, value in values.items()}
+        kinds = {key: (field.annotation, *get_args(field.annotation)) for key, field in cls.model_fields.items()}
+        lists = [key for key, those in kinds.items() if tuple in map(get_origin, those)]
+        return {key: split(value) if key in lists else value for key, value in values.items()}
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
@@ -82,10 +83,6 @@ class ConfigSection(Section):
         if check := getattr(self, "check", None):
             check()
         return self
-
-    @classmethod
-    def _takes_list(cls, key: str) -> bool:
-        return key in cls.model_fields and get_origin(cls.model_fields[key].annotation) is tuple
 
 
 def split(value: Any) -> Any:
@@ -212,16 +209,12 @@ class CheckpointConfig(ConfigSection):
 class Drawing(ConfigSection, catalogue.Drawing):
     """The settings that decide which image a seed gives, for the same checkpoint."""
 
-    @field_validator("guidance_interval", mode="wrap")
+    @field_validator("guidance_interval", mode="before")
     @classmethod
-    def _ascends(cls, value: Any, validated: ValidatorFunctionWrapHandler) -> Any:
-        parts = split(value)
-        if isinstance(parts, list) and len(parts) != 2:
-            raise ValueError("give two numbers, such as 0.3,5")
-        interval = validated(parts)
-        if interval and interval[0] >= interval[1]:
-            raise ValueError("give the smaller number first, such as 0.3,5")
-        return interval
+    def _ascends(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) and (len(value) != 2 or float(value[0]) >= float(value[1])):
+            raise ValueError("give two numbers, the smaller number first, such as 0.3,5")
+        return value
 
     @field_validator("weights", "autoguidance_weights", mode="before")
     @classmethod
