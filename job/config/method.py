@@ -22,7 +22,7 @@ from ddpm.process import Prediction, Process, make_process
 from ddpm.state import TrainState, create_state
 from ddpm.threads import threads_of
 from job.config import RunConfig
-from job.config.schema import Drawing
+from job.config.schema import SamplerConfig
 
 
 def build_network(config: RunConfig, device: torch.device) -> nn.Module:
@@ -112,6 +112,6 @@ def initial_state(network: nn.Module, config: RunConfig) -> TrainState:
     return create_state(network, config.train, settings_of(config).averages)
 
 
-def sampling_of(drawing: Drawing) -> Sampling:
+def sampling_of(config: SamplerConfig) -> Sampling:
     """Returns the settings of sampling."""
-    return Sampling(**asdict(drawing))
+    return Sampling(**asdict(config))

@@ -30,9 +30,9 @@ from job.plan import RunHandle, open_run
 from job.progress import Progress, note, printable, shows_bars
 from job.runs import pipeline
 from job.runs.checkpoints import check_average, choose, opened
-from job.runs.drawings import Scores, grid_key, label_at, score_name
 from job.runs.layout import RUNS, CheckpointRef, ObjectKind, located, places_in
 from job.runs.retention import reading_chosen
+from job.runs.samples import Scores, grid_key, label_at, score_name
 from job.sealed import code_version
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, fsspec_configured, open_store
@@ -130,7 +130,7 @@ def _opened_export(of_run: RunHandle, request: ExportRequest, described: pipelin
             if len(files) > 1:
                 small[pipeline.INDEX] = _index(files)
             with suppress(ObjectMissingError):
-                small[PICTURE] = run.read(grid_key(label, config.sample.name(of_run.first_drawing))).data
+                small[PICTURE] = run.read(grid_key(label, config.sample.name(of_run.first_sample))).data
             if of_run.classes and last:
                 small[pipeline.PIPELINE_CODE] = (resources.files("job.exchange") / "class_pipeline.py").read_bytes()
             code = _code(of_run, small | last, request.push or "this folder", described.lacking)
@@ -196,14 +196,14 @@ def _scores(run: Store, ref: CheckpointRef, weights: str) -> Iterator[str]:
         if place.kind is ObjectKind.SCORES:
             with suppress(BadDataError, ObjectMissingError):
                 scores, words = Scores.load(run, key), list[str]()
-                drawing = scores.drawing
-                if (scores.ref, drawing.weights) != (ref, weights):
+                config = scores.sample_set
+                if (scores.ref, config.weights) != (ref, weights):
                     continue
                 for name, value in scores.values.items():
                     if not name.endswith("_std"):
                         real = f" (real images {scores.floor[name]:.4g})" if name in scores.floor else ""
                         words.append(f"{score_name(name, scores.reference.extractor)} {value:.4g}{real}")
-                how = f"{drawing.count:,} images by {drawing.sampler} in {drawing.steps:,} steps"
+                how = f"{config.count:,} images by {config.sampler} in {config.steps:,} steps"
                 yield f"Scores of {how}, against {scores.reference}: {', '.join(words)}."
 
 

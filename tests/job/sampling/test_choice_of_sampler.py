@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from job.runs.drawings import FoundGrid
+from job.runs.samples import FoundGrid
 from job.runs.verification import verify_run
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, succeeded
@@ -80,7 +80,7 @@ def test_a_grid_is_found_once(bucket):
         FoundGrid.from_json(found["found-4.json"], "").model_copy(update={"numbers": (49, 30, 20, 10)}).to_json()
     )
     more = ("sample", "--run", "walk", "--bucket", bucket, *words, "--sampler", "unipc", "--count", 4)
-    assert "another drawing (found" in refused(ddpm_here(*more), 64)
+    assert "another sample set (found" in refused(ddpm_here(*more), 64)
 
 
 def test_a_sampler_of_the_users(bucket, tmp_path, monkeypatch):
