@@ -210,9 +210,8 @@ def ensure_command(request: EnsureRequest) -> None:
         filled = replace(filled, size=index.size)
     if there and not request.replaces:
         has_options = request.labels or request.split or request.classes is not None
-        kept = "labels, classes and split stay as they are" if has_options else ""
-        said = _compared(filled, there, index) if request.source else kept
-        note("; ".join(filter(None, (there, said))))
+        kept = "; labels, classes and split stay as they are" if has_options else ""
+        note(there + (_compared(filled, there, index) if request.source else kept))
         return
     if not request.source and name != EMBEDDED:
         raise MissingInputError(how_to_pack(request.bucket, name, size, request.on))
@@ -223,20 +222,17 @@ def _compared(request: PackRequest, there: str, index: DatasetIndex | None) -> s
     """Returns how the source of a request compares with a dataset that is there, for people."""
     from job.data.pack import is_source_of
 
-    if index is None or not index.listing_sha256:
-        return "SOURCE is not compared"
-    if is_foreign(split_chain(request.source)[1]):
-        return "SOURCE is not compared, since it would be fetched"
+    # A source of another kind of URL would be fetched.
+    if index is None or not index.listing_sha256 or is_foreign(split_chain(request.source)[1]):
+        return "; SOURCE is not compared"
     stop = Stop().install()
     try:
         if is_source_of(open_bucket(request.bucket, stop), request, index, stop):
-            return "SOURCE has not changed"
+            return "; SOURCE has not changed"
     except MissingInputError as error:
-        return f"SOURCE is not compared: {error}"
-    raise BadRequestError(
-        f"{there}, and {request.source} has other images, labels, classes or pixels: choose another name "
-        "(make: DATASET=NAME), or add --replace (make: PACK=--replace) to delete the dataset and pack this"
-    )
+        return f"; SOURCE is not compared: {error}"
+    other = f"{there}, and {request.source} has other images, labels, classes or pixels"
+    raise BadRequestError(f"{other}: choose another name (make: DATASET=NAME), or --replace it (make: PACK=--replace)")
 
 
 def _usual_size(preset: str) -> ImageSize:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from inspect import Parameter, Signature, getdoc, signature
 from itertools import chain
+from pkgutil import resolve_name
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
@@ -47,6 +48,11 @@ def command(app: typer.Typer, name: str, *requests: type, **settings: Any) -> Ca
         return work
 
     return add
+
+
+def late(work: str) -> Work:
+    """Returns the work that lies in a module, such as `job.commands:pack_command`; a call imports it."""
+    return lambda *requests: resolve_name(work)(*requests)
 
 
 def _for_typer(parameter: Parameter, *, hidden: bool) -> Parameter:

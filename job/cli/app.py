@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from job.cli import Commands, command, runs
+from job.cli import Commands, command, late, runs
 from job.data.pack_request import EncodeRequest, EnsureRequest, IndexRequest, PackRequest
 from job.exchange.exchange_requests import ExportRequest, ImportRequest
 from job.exits import MissingInputError
@@ -38,12 +38,16 @@ submit = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(data, name="data")
+command(data, "pack", PackRequest)(late("job.commands:pack_command"))
+command(data, "index", IndexRequest)(late("job.commands:pack_command"))
+command(data, "encode", EncodeRequest)(late("job.commands:encode_command"))
+command(data, "ensure", EnsureRequest)(late("job.commands:ensure_command"))
 command(app, "train", TrainRequest)(runs.ddpm_train)
-command(app, "sample", SampleRequest)(runs.ddpm_sample)
+command(app, "sample", SampleRequest)(late("job.commands:sample_command"))
 command(app, "ema")(runs.ddpm_ema)
-command(app, "evaluate", EvaluateRequest)(runs.ddpm_evaluate)
-command(app, "import", ImportRequest)(runs.ddpm_import)
-command(app, "export", ExportRequest)(runs.ddpm_export)
+command(app, "evaluate", EvaluateRequest)(late("job.commands:evaluate_command"))
+command(app, "import", ImportRequest)(late("job.exchange.importing:import_run"))
+command(app, "export", ExportRequest)(late("job.exchange.exporting:export_run"))
 command(app, "config")(runs.ddpm_config)
 app.add_typer(runs.figure, name="figure")
 app.add_typer(runs.app, name="runs")
@@ -108,31 +112,6 @@ def _root(
         raise MissingInputError("the working folder is gone: use cd to change to one that exists") from None
 
 
-@command(data, "index", IndexRequest)
-@command(data, "pack", PackRequest)
-def data_pack(request: PackRequest) -> None:
-    """Packs images, or indexes tars."""
-    from job.commands import pack_command
-
-    pack_command(request)
-
-
-@command(data, "encode", EncodeRequest)
-def data_encode(request: EncodeRequest) -> None:
-    """Encodes a dataset into latents."""
-    from job.commands import encode_command
-
-    encode_command(request)
-
-
-@command(data, "ensure", EnsureRequest)
-def data_ensure(request: EnsureRequest) -> None:
-    """Packs a dataset that is missing."""
-    from job.commands import ensure_command
-
-    ensure_command(request)
-
-
 @command(data, "list")
 def data_list(as_json: AsJson = False, bucket: BucketUri = "") -> None:
     """List the datasets in the bucket.
@@ -186,13 +165,6 @@ def data_delete(name: DatasetName, size: Size = None, yes: Certain = False, buck
     delete_dataset(bucket, name, size, yes)
 
 
-def ddpm_submit(request: JobRequest, how: SubmitRequest) -> None:
-    """Starts a command as a job."""
-    from job.jobs.submit import submit_command
-
-    submit_command(request, how)
-
-
 for kind, example in EXAMPLES.items():
     words = " ".join(kind.command)
     command(
@@ -202,7 +174,7 @@ for kind, example in EXAMPLES.items():
         SubmitRequest,
         help=f"Start `ddpm {words}` as a job. It takes all options of `ddpm {words} --help`, and these.\n\n"
         f"Example: ddpm submit {kind.command[-1]} {example}",
-    )(ddpm_submit)
+    )(late("job.jobs.submit:submit_command"))
 
 
 @command(jobs, "list")

@@ -7,7 +7,6 @@ import typer
 
 from ddpm.catalogue import SCHEDULES
 from job.cli import command
-from job.exchange.exchange_requests import ExportRequest, ImportRequest
 from job.options import (
     AsJson,
     BucketUri,
@@ -21,7 +20,7 @@ from job.options import (
     SettingsFile,
     Size,
 )
-from job.requests import EvaluateRequest, SampleRequest, TrainRequest
+from job.requests import SampleRequest, TrainRequest
 
 app = typer.Typer(
     help="Runs: list, show, compare, verify, prune, delete.\n\nExample: ddpm runs show celeba", no_args_is_help=True
@@ -247,34 +246,6 @@ def ddpm_config(
         show_config(preset, sets, config_file, begin, as_json=as_json)
 
 
-def ddpm_import(request: ImportRequest) -> None:
-    """Makes a run from a checkpoint."""
-    from job.exchange.importing import import_run
-
-    import_run(request)
-
-
-def ddpm_export(request: ExportRequest) -> None:
-    """Writes a checkpoint for other programs."""
-    from job.exchange.exporting import export_run
-
-    export_run(request)
-
-
-def ddpm_sample(request: SampleRequest) -> None:
-    """Samples from checkpoints."""
-    from job.commands import sample_command
-
-    sample_command(request)
-
-
-def ddpm_evaluate(request: EvaluateRequest) -> None:
-    """Scores samples."""
-    from job.commands import evaluate_command
-
-    evaluate_command(request)
-
-
 @command(figure, "schedule")
 def figure_schedule(
     run: OfRun = "",
@@ -343,4 +314,6 @@ def figure_denoising(
 
     Example: ddpm figure denoising --run landscape-sample
     """
-    ddpm_sample(SampleRequest(run, bucket=bucket, seeds=seeds, gif=True, with_grid=False))
+    from job.commands import sample_command
+
+    sample_command(SampleRequest(run, bucket=bucket, seeds=seeds, gif=True, with_grid=False))
