@@ -233,8 +233,7 @@ class SampleRequest(LaunchedOptions):
         """
         from pydantic import ValidationError
 
-        from job.config.run_config import nearest_name
-        from job.config.schema import SampleConfig
+        from job.config.schema import SampleConfig, nearest_name
         from job.pieces import Slice
         from job.runs.records import validated_run_name
 

@@ -1,12 +1,11 @@
 """The configuration of a run, and which value wins: preset ← dataset ← `--config FILE` ← `--set key=value`.
 
 It is resolved once, when a run begins, and then stored with the run, from which every later attempt starts. `schema`
-lists the settings, and `run_config` has the rules across its sections. `ddpm config` shows both.
+lists the settings, and has the rules across its sections. `ddpm config` shows the settings.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable
 from functools import cache
@@ -19,8 +18,7 @@ from pydantic import Field, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from ddpm.catalogue import LARGEST, OneOf, takers
-from job.config.run_config import RunConfig, flatten, layered, validated
-from job.config.schema import NETWORKS, Section, Size, is_free
+from job.config.schema import NETWORKS, RunConfig, Section, Size, flatten, is_free, layered, validated
 from job.exits import BadConfigError, BadRequestError, MissingInputError, did_you_mean
 
 EMBEDDED = "landscape-sample"
@@ -158,10 +156,9 @@ def _only_known(flat: dict[str, Any], where: str) -> dict[str, Any]:
         if key in CHOSEN_ELSEWHERE:
             raise BadConfigError(f"{where}: {key} is set by {CHOSEN_ELSEWHERE[key]}")
         if key not in keys:
-            leaf = key.rpartition(".")[2]
-            close = [k for k in keys if k.rpartition(".")[2] == leaf] or difflib.get_close_matches(key, keys, n=1)
             sections = ", ".join(name for name in RunConfig.model_fields if name not in CHOSEN_ELSEWHERE)
-            hint = f"; did you mean {close[0]!r}?" if close else f" (sections: {sections})"
+            same = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
+            hint = f"; did you mean {same[0]!r}?" if same else did_you_mean(key, keys) or f" (sections: {sections})"
             raise BadConfigError(f"{where}: unknown key {key!r:.200}{hint}")
     return flat
 
