@@ -242,8 +242,9 @@ class SampleRequest(LaunchedOptions):
             SampleConfig(**self.keys)
         except ValidationError as error:
             first = error.errors()[0]
-            option, what = str(first["loc"][0]).replace("_", "-"), first["msg"].removeprefix("Value error, ")
-            raise BadRequestError(f"--{option} {first['input']!r}: {what.lower()}{nearest_name(first)}") from None
+            name, what = str(first["loc"][0]), first["msg"].removeprefix("Value error, ")
+            given = f"--{name.replace('_', '-')} {self.keys[name]!r}"
+            raise BadRequestError(f"{given}: {what.lower()}{nearest_name(first)}") from None
         sampler = self.chosen.get("sampler")
         if sampler == "own" or (self.custom_sampler and not _OWN_SAMPLER.fullmatch(self.custom_sampler)):
             raise BadRequestError(f"--sampler {sampler!r}: name yours as module:function, such as mysamplers:walk")

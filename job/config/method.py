@@ -63,7 +63,7 @@ def model_of(
         config: the run's configuration.
         device: the network's device.
         precision: number format of the network, `fp32` or `bf16`.
-        decode: decodes latents to pixels, if the network draws latents.
+        decode: decodes latents to pixels, if the run learns latents.
         classes: names of the classes; None: their numbers.
     """
     model, count = config.model, config.model.num_classes or 0
