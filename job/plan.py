@@ -231,10 +231,9 @@ def _begun(bucket: Store, request: TrainRequest) -> RunConfig:
     ours = config.flat()
     before, now = _meaning(theirs), _meaning(ours)
     if differing := {key: f"{key}: {theirs.get(key)} → {ours[key]}" for key in now if before.get(key) != now[key]}:
-        raise BadConfigError(
-            f"the weights of {changes['parent.run']} fit another network "
-            f"({differing.get('model.kind') or '; '.join(differing.values())}): leave out these settings, or --from"
-        )
+        others = differing.get("model.kind") or "; ".join(differing.values())
+        fit = f"the weights of {changes['parent.run']} fit another network ({others})"
+        raise BadConfigError(f"{fit}: leave out these settings, or --from")
     return config.updated(pinned)
 
 

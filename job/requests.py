@@ -399,9 +399,7 @@ def parse_numbers(text: str, option: str) -> list[int]:
     for word in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", word)
         if not match or int(match[2] or match[1]) < int(match[1]):
-            raise BadRequestError(
-                f"{option} {text!r}: use numbers and ranges such as 0-63 or 1,5,9-12, of up to 18 digits"
-            )
+            raise BadRequestError(f"{option} {text!r}: use numbers and ranges such as 0-63,70, of up to 18 digits")
         first, last = int(match[1]), int(match[2] or match[1])
         if len(numbers) + last - first >= MAX_NUMBERS:
             raise BadRequestError(f"{option} {text!r}: at most {MAX_NUMBERS:,} numbers")

@@ -50,6 +50,11 @@ def command(app: typer.Typer, name: str, *requests: type, **settings: Any) -> Ca
     return add
 
 
+def group(help: str, example: str) -> typer.Typer:
+    """Returns a group of commands."""
+    return typer.Typer(help=f"{help}\n\nExample: {example}", no_args_is_help=True)
+
+
 def late(work: str) -> Work:
     """Returns the work that lies in a module, such as `job.commands:pack_command`; a call imports it."""
     return lambda *requests: resolve_name(work)(*requests)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from job.cli import Commands, command, late, runs
+from job.cli import Commands, command, group, late, runs
 from job.data.pack_request import EncodeRequest, EnsureRequest, IndexRequest, PackRequest
 from job.exchange.exchange_requests import ExportRequest, ImportRequest
 from job.exits import MissingInputError
@@ -23,20 +23,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-data = typer.Typer(
-    help="Datasets: pack images, index tars, list, show, verify, delete.\n\n"
-    "Example: ddpm data pack ~/photos mine --size 64",
-    no_args_is_help=True,
-)
-jobs = typer.Typer(
-    help="Submitted jobs: list, status, logs, cancel.\n\nExample: ddpm jobs status train-celeba --on gke",
-    no_args_is_help=True,
-)
-submit = typer.Typer(
-    help="Start a command as a job, such as on a cluster or a cloud VM.\n\n"
-    "Example: ddpm submit train --dataset celeba --on local",
-    no_args_is_help=True,
-)
+data = group("Datasets: pack images, index tars, list, show, verify, delete.", "ddpm data pack ~/photos mine --size 64")
+jobs = group("Submitted jobs: list, status, logs, cancel.", "ddpm jobs status train-celeba --on gke")
+a_job = "Start a command as a job, such as on a cluster or a cloud VM."
+submit = group(a_job, "ddpm submit train --dataset celeba --on local")
 app.add_typer(data, name="data")
 command(data, "pack", PackRequest)(late("job.commands:pack_command"))
 command(data, "index", IndexRequest)(late("job.commands:pack_command"))

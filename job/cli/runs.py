@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from ddpm.catalogue import SCHEDULES
-from job.cli import command
+from job.cli import command, group
 from job.options import (
     AsJson,
     BucketUri,
@@ -22,14 +20,8 @@ from job.options import (
 )
 from job.requests import SampleRequest, TrainRequest
 
-app = typer.Typer(
-    help="Runs: list, show, compare, verify, prune, delete.\n\nExample: ddpm runs show celeba", no_args_is_help=True
-)
-
-figure = typer.Typer(
-    help="Figures of the method: noise schedule, noised images, denoising.\n\nExample: ddpm figure schedule",
-    no_args_is_help=True,
-)
+app = group("Runs: list, show, compare, verify, prune, delete.", "ddpm runs show celeba")
+figure = group("Figures of the method: noise schedule, noised images, denoising.", "ddpm figure schedule")
 
 RunName = Annotated[str, Option("RUN", "Name of the run, such as celeba.")]
 OfRun = Annotated[str, Option("--run NAME", "Show the run's own schedule.")]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, TypeAdapter
+from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
 from ddpm.catalogue import LARGEST, OneOf, takers
@@ -70,9 +70,7 @@ def parse_yaml(text: str | bytes) -> Any:
         # An integer of thousands of digits would be an error of each message about it.
         repr(document)
         return document
-    except RecursionError:
-        raise yaml.YAMLError("nested too deeply") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
         # The value contradicts its tag or form: 2020-99-99, !!int x, a number of thousands of digits.
         raise yaml.YAMLError(f"invalid value: {error}") from None
 
@@ -119,7 +117,8 @@ class PackConfig(Section):
     crop: str = "center"
     resize_filter: str = "lanczos"
     licence: str = ""
-    fetch: str = Field(default="", description="where to get the images")
+    fetch: str = ""
+    """Where to get the images."""
 
 
 def preset_names() -> list[str]:
@@ -140,9 +139,7 @@ def _preset(name: str) -> dict[str, Any]:
 
 def description_of(key: str) -> str:
     """Returns the description of a dotted key."""
-    # The catalogue's descriptions are among the metadata.
-    field = settings()[key]
-    return field.description or next(part for part in field.metadata if isinstance(part, str))
+    return next(part for part in settings()[key].metadata if isinstance(part, str))
 
 
 def known_keys() -> list[str]:

@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from ddpm import catalogue
-from ddpm.catalogue import EXTRACTORS, GRIDS, LARGEST, METRICS, OF_CLASSES, OneOf, takers
+from ddpm.catalogue import EXTRACTORS, GRIDS, METRICS, OF_CLASSES, Count, CountOrNone, OneOf, takers
 from ddpm.image_size import ImageSize
 from job.exits import BadConfigError, did_you_mean
 
@@ -109,22 +109,20 @@ def average_name(std: float) -> str:
 class DataConfig(ConfigSection):
     """The images, their augmentation and their order."""
 
-    dataset: str = Field("", description="name of the dataset")
-    dataset_id: str = Field("", description="hash of the dataset's images")
-    size: Size | None = Field(
-        None, description="pixels of a side, or width x height such as 96x64; null: as in the dataset"
-    )
-    channels: int | None = Field(None, ge=1, le=256, description="channels of the images; null: as in the dataset")
-    latents: bool = Field(False, description="the images are latents of an autoencoder")
-    classes: tuple[ClassName, ...] = Field((), description="names of the classes of an imported run without a dataset")
-    flip: bool = Field(True, description="mirror half of the images, chosen at random")
-    crop_scale: tuple[Share, Share] = Field(
-        (1.0, 1.0), description="random crops: smallest and largest share of the image's area; 1,1: no crops"
-    )
-    augment: float = Field(0.0, ge=0, le=1, description="probability of each augmentation of EDM, given to the network")
-    shuffle_block_images: int = Field(0, ge=0, le=LARGEST, description="images per shuffled block; 0: all of them")
-    order: Literal["feistel-1"] = Field("feistel-1", description="version of the shuffling algorithm")
-    cache_gigabytes: float = Field(32.0, gt=0, le=LARGEST, description="local disk space per node for cached images")
+    dataset: Annotated[str, "name of the dataset"] = ""
+    dataset_id: Annotated[str, "hash of the dataset's images"] = ""
+    size: Annotated[Size | None, "pixels of a side, or width x height such as 96x64; null: as in the dataset"] = None
+    channels: Annotated[int | None, Field(ge=1, le=256), "channels of the images; null: as in the dataset"] = None
+    latents: Annotated[bool, "the images are latents of an autoencoder"] = False
+    classes: Annotated[tuple[ClassName, ...], "names of the classes of an imported run without a dataset"] = ()
+    flip: Annotated[bool, "mirror half of the images, chosen at random"] = True
+    crop_scale: Annotated[
+        tuple[Share, Share], "random crops: smallest and largest share of the image's area; 1,1: no crops"
+    ] = (1.0, 1.0)
+    augment: Annotated[catalogue.Share, "probability of each augmentation of EDM, given to the network"] = 0.0
+    shuffle_block_images: Annotated[CountOrNone, "images per shuffled block; 0: all of them"] = 0
+    order: Annotated[Literal["feistel-1"], "version of the shuffling algorithm"] = "feistel-1"
+    cache_gigabytes: Annotated[catalogue.Positive, "local disk space per node for cached images"] = 32.0
 
     def check(self) -> None:
         """Raises ValueError for settings that exclude each other."""
@@ -170,8 +168,8 @@ class TrainConfig(ConfigSection, catalogue.Train):
 class EmaConfig(ConfigSection, catalogue.ExponentialAverage):
     """Averages of the weights: `ema`, and `ema-STD` for each of `stds`; each takes 4 bytes a weight on every GPU."""
 
-    stds: tuple[Std, ...] = Field((), description="relative widths of further averages, as in EDM2; such as 0.05,0.10")
-    snapshot_epochs: int = Field(0, ge=0, le=LARGEST, description="store stds every N epochs, for `ddpm ema`; 0: never")
+    stds: Annotated[tuple[Std, ...], "relative widths of further averages, as in EDM2; such as 0.05,0.10"] = ()
+    snapshot_epochs: Annotated[CountOrNone, "store stds every N epochs, for `ddpm ema`; 0: never"] = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -189,25 +187,16 @@ class EmaConfig(ConfigSection, catalogue.ExponentialAverage):
 class CheckpointConfig(ConfigSection):
     """When checkpoints are saved, and which ones are kept."""
 
-    every_epochs: int = Field(1, ge=1, le=LARGEST, description="save every N epochs")
-    every_minutes: float | None = Field(
-        None,
-        gt=0,
-        le=LARGEST,
-        description="also save N minutes after the last save; null: as often as loses least time, within 10 minutes if "
-        "a save takes less than one",
-    )
-    keep_last: int = Field(
-        3,
-        ge=1,
-        le=LARGEST,
-        description="keep the newest N checkpoints of every_epochs, and the two newest saves; 1: one",
-    )
-    keep_every_epochs: int = Field(0, ge=0, le=LARGEST, description="also keep one checkpoint every N epochs; 0: none")
-    keep_epochs: tuple[catalogue.Count, ...] = Field(
-        (), description="also keep the checkpoints of these epochs, such as 30,80,490"
-    )
-    keep_best: bool = Field(False, description="also keep the checkpoint with the best score; see evaluate.metrics")
+    every_epochs: Annotated[Count, "save every N epochs"] = 1
+    every_minutes: Annotated[
+        catalogue.Positive | None,
+        "also save N minutes after the last save; null: as often as loses least time, within 10 minutes if a save takes"
+        " less than one",
+    ] = None
+    keep_last: Annotated[Count, "keep the newest N checkpoints of every_epochs, and the two newest saves; 1: one"] = 3
+    keep_every_epochs: Annotated[CountOrNone, "also keep one checkpoint every N epochs; 0: none"] = 0
+    keep_epochs: Annotated[tuple[Count, ...], "also keep the checkpoints of these epochs, such as 30,80,490"] = ()
+    keep_best: Annotated[bool, "also keep the checkpoint with the best score; see evaluate.metrics"] = False
 
 
 class SamplerConfig(ConfigSection, catalogue.SampleOptions):
@@ -266,46 +255,45 @@ def _word(value: Any) -> str:
 class SampleConfig(SamplerConfig):
     """The defaults of `ddpm sample`, and the pictures that training makes."""
 
-    images: int = Field(64, ge=1, le=10_000, description="number of images in a sample grid")
-    every_epochs: int | None = Field(
-        None,
-        ge=0,
-        le=LARGEST,
-        description="sample grid every N epochs; null: after 1, 2, 4, 8, …; 0: at the end alone",
-    )
-    batch_size: int = Field(64, ge=1, le=10_000, description="images at once on each process")
-    nearest: bool = Field(False, description="show the nearest training image beside each sample")
+    images: Annotated[int, Field(ge=1, le=10_000), "number of images in a sample grid"] = 64
+    every_epochs: Annotated[
+        CountOrNone | None, "sample grid every N epochs; null: after 1, 2, 4, 8, …; 0: at the end alone"
+    ] = None
+    batch_size: Annotated[int, Field(ge=1, le=10_000), "images at once on each process"] = 64
+    nearest: Annotated[bool, "show the nearest training image beside each sample"] = False
 
 
 class EvaluateConfig(ConfigSection):
     """The scores that a run computes while it trains; see `ddpm evaluate`."""
 
-    every_epochs: int = Field(0, ge=0, le=LARGEST, description="compute scores every N epochs; 0: never")
-    images: int = Field(1000, ge=12, le=1_000_000, description="number of samples to score")
-    references: int = Field(50_000, ge=12, le=1_000_000, description="largest number of real images to compare with")
-    metrics: tuple[OneOf[str, _COMPARISONS], ...] = Field(
-        ("kid", "fid"), min_length=1, description="scores to compute; the first decides which checkpoint is the best"
-    )
-    extractor: OneOf[str, EXTRACTORS] = Field("inception", description="network of the features")
+    every_epochs: Annotated[CountOrNone, "compute scores every N epochs; 0: never"] = 0
+    images: Annotated[int, Field(ge=12, le=1_000_000), "number of samples to score"] = 1000
+    references: Annotated[int, Field(ge=12, le=1_000_000), "largest number of real images to compare with"] = 50_000
+    metrics: Annotated[
+        tuple[OneOf[str, _COMPARISONS], ...],
+        Field(min_length=1),
+        "scores to compute; the first decides which checkpoint is the best",
+    ] = ("kid", "fid")
+    extractor: Annotated[OneOf[str, EXTRACTORS], "network of the features"] = "inception"
 
 
 class LogConfig(ConfigSection):
     """The metrics."""
 
-    every_images: int = Field(12_800, ge=1, le=LARGEST, description="log every N images, and at least once an epoch")
-    validate_epochs: int = Field(1, ge=0, le=LARGEST, description="log val_loss every N epochs; 0: never")
-    validate_images: int = Field(2048, ge=1, le=LARGEST, description="largest number of held-out images for val_loss")
-    tracker: Literal["none", "wandb", "mlflow"] = Field("none", description="service that also gets the metrics")
+    every_images: Annotated[Count, "log every N images, and at least once an epoch"] = 12_800
+    validate_epochs: Annotated[CountOrNone, "log val_loss every N epochs; 0: never"] = 1
+    validate_images: Annotated[Count, "largest number of held-out images for val_loss"] = 2048
+    tracker: Annotated[Literal["none", "wandb", "mlflow"], "service that also gets the metrics"] = "none"
 
 
 class ParentConfig(ConfigSection):
     """The checkpoint of another run with whose weights the run began; all null without `ddpm train --from`."""
 
-    run: str | None = Field(None, description="run that gave the first weights: a name in this bucket, or a URI")
-    epoch: int | None = Field(None, ge=0, le=LARGEST, description="epoch that its checkpoint ends, if it ends one")
-    weights: str | None = Field(None, description="which of its weights: ema, ema-STD or model")
-    checkpoint: str | None = Field(None, pattern="^[0-9]{6}-[0-9]{12}$", description="name of the checkpoint")
-    sha256: str | None = Field(None, description="SHA-256 of the record that names the files of the weights")
+    run: Annotated[str | None, "run that gave the first weights: a name in this bucket, or a URI"] = None
+    epoch: Annotated[CountOrNone | None, "epoch that its checkpoint ends, if it ends one"] = None
+    weights: Annotated[str | None, "which of its weights: ema, ema-STD or model"] = None
+    checkpoint: Annotated[str | None, Field(pattern="^[0-9]{6}-[0-9]{12}$"), "name of the checkpoint"] = None
+    sha256: Annotated[str | None, "SHA-256 of the record that names the files of the weights"] = None
 
     @property
     def name(self) -> str:
@@ -321,8 +309,8 @@ class ParentConfig(ConfigSection):
 class RunConfig(ConfigSection):
     """The whole configuration of a run."""
 
-    preset: str = Field(default="", description="preset that the run began with")
-    imported: bool = Field(default=False, description="the run began with an imported checkpoint")
+    preset: Annotated[str, "preset that the run began with"] = ""
+    imported: Annotated[bool, "the run began with an imported checkpoint"] = False
     data: DataConfig = DataConfig()
     model: Annotated[Network, Field(discriminator="kind")] = UNetSection()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -427,9 +415,7 @@ def steps_suffice(config: RunConfig) -> None:
     if sample.steps > timesteps:
         raise ValueError(f"sample.steps={sample.steps} exceeds diffusion.timesteps={timesteps}")
     if sample.steps < (order := sample.sampler_order):
-        raise ValueError(
-            f"sample.sampler={sample.sampler} is of order {order}, above sample.steps={sample.steps}: use more"
-        )
+        raise ValueError(f"{sample.sampler} is of order {order}, above sample.steps={sample.steps}: use more steps")
 
 
 def grid_starts_at_noise(config: RunConfig) -> None:
@@ -437,10 +423,7 @@ def grid_starts_at_noise(config: RunConfig) -> None:
     sample, diffusion = config.sample, config.diffusion
     steps, timesteps, is_flow = sample.steps, diffusion.timesteps, diffusion.schedule == "flow"
     if GRIDS[sample.grid].by_ratio and (is_flow or diffusion.zero_terminal_snr):
-        start = "schedule=flow" if is_flow else "zero_terminal_snr"
-        raise ValueError(
-            f"sample.grid={sample.grid} cannot start at pure noise, as diffusion.{start} does: choose another"
-        )
+        raise ValueError(f"sample.grid={sample.grid} cannot start at pure noise, as this process does: choose another")
     if sample.shift != 1 and (not is_flow or sample.grid == "found"):
         raise ValueError(f"sample.shift={sample.shift:g} needs diffusion.schedule=flow and a grid other than found")
     if sample.grid == "quadratic" and (diffusion.schedule != "linear" or steps == 1):
