@@ -279,9 +279,8 @@ class SampleRequest(LaunchedOptions):
         if self.mode:
             unfit |= dict.fromkeys(("gif", "nearest"), "works only for new images: leave it out, or --mode")
         if self.count is None:
-            return unfit | dict.fromkeys(
-                ("save", "slice", "first_seed"), "works only with --count: add the number of images"
-            )
+            why = "works only with --count: add the number of images"
+            return unfit | dict.fromkeys(("save", "slice", "first_seed"), why)
         if self.mode == "interpolate":
             unfit["mode"] = "interpolate makes a picture: leave --count out"
         why = "makes pictures: leave it out, or --count, which takes --first-seed"

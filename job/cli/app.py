@@ -25,8 +25,9 @@ app = typer.Typer(
 )
 data = group("Datasets: pack images, index tars, list, show, verify, delete.", "ddpm data pack ~/photos mine --size 64")
 jobs = group("Submitted jobs: list, status, logs, cancel.", "ddpm jobs status train-celeba --on gke")
-a_job = "Start a command as a job, such as on a cluster or a cloud VM."
-submit = group(a_job, "ddpm submit train --dataset celeba --on local")
+submit = group(
+    "Start a command as a job, such as on a cluster or a cloud VM.", "ddpm submit train --dataset celeba --on local"
+)
 app.add_typer(data, name="data")
 command(data, "pack", PackRequest)(late("job.commands:pack_command"))
 command(data, "index", IndexRequest)(late("job.commands:pack_command"))

@@ -312,7 +312,7 @@ def _print(rows: dict[str, dict[str, Any]], titles: Iterable[str], begin: str, *
     for title in titles:
         table.add_column(title, overflow="fold")
     for key, row in chosen.items():
-        table.add_row(key, *(text if isinstance(text := row[title], str) and text else shown(text) for title in titles))
+        table.add_row(key, *(shown(row[title]) for title in titles))
     print_table(table, "no keys", wraps=True)
 
 

@@ -149,12 +149,7 @@ class DomeUNetSection(ConfigSection, catalogue.DomeUNetConfig):
 
 
 Network = UNetSection | EDM2Section | DiTSection | DomeUNetSection
-NETWORKS: dict[str, type[Network]] = {
-    "unet": UNetSection,
-    "edm2": EDM2Section,
-    "dit": DiTSection,
-    "dome": DomeUNetSection,
-}
+NETWORKS: dict[str, type[Network]] = {kind.model_fields["kind"].default: kind for kind in get_args(Network)}
 
 
 class DiffusionConfig(ConfigSection, catalogue.Diffusion):
