@@ -182,9 +182,10 @@ _NO_MEANING = ("model.num_classes", "model.label_dropout", "model.dropout", "mod
 _SAMPLER = ("sampler", "steps", "grid", "shift", "eta", "order", "churn", "variance", "clip")
 _OF_PARENT = ("model.", "diffusion.", "data.augment", *(f"sample.{key}" for key in _SAMPLER))
 """The beginnings of keys that a run takes from its parent."""
-_OPEN = (None, "auto")
 _OWN = ("model.num_classes", "train.precision", "train.freeze")
 """Keys that it never takes."""
+_OPEN = (None, "auto")
+"""Values that leave a setting to the machine."""
 
 
 def _begun(bucket: Store, request: TrainRequest) -> RunConfig:

@@ -392,7 +392,7 @@ def samples_use_what_is_learnt(config: RunConfig) -> None:
     """The network learns the classes, the variance and the unconditional images that sampling asks it for."""
     sample, classes = config.sample, config.model.num_classes
     if config.model.label_dropout and classes == 0:
-        raise ValueError("model.label_dropout needs a network with classes: set it to 0, or leave model.num_classes=0 out")
+        raise ValueError("model.label_dropout needs a network with classes: set it to 0, or drop model.num_classes=0")
     if sample.variance == "learned_range" and not config.diffusion.learns_variance:
         raise ValueError("sample.variance=learned_range needs a network with diffusion.variance=learned_range")
     if sample.guidance != 1 and not (config.model.label_dropout or sample.autoguidance):
