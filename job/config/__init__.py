@@ -229,16 +229,20 @@ def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[
 
 
 def all_settings() -> dict[str, dict[str, Any]]:
-    """Returns of each key its values, its default, its description, and the option that sets it instead of `--set`."""
+    """Returns of each key its default, its meaning, with the option that sets it instead of `--set`, and its values."""
     rows = {}
     for key in known_keys():
         section, _, leaf = key.rpartition(".")
         kinds = [kind for kind, network in NETWORKS.items() if section == "model" and leaf in network.model_fields]
         only = kinds if len(kinds) < len(NETWORKS) else takers(leaf) if section == "sample" else []
-        field, description = settings()[key], description_of(key) + (f"; only for {', '.join(only)}" if only else "")
+        field, notes = settings()[key], [description_of(key)]
+        if only:
+            notes.append(f"only for {', '.join(only)}")
+        if key in CHOSEN_ELSEWHERE:
+            notes.append(f"set by {CHOSEN_ELSEWHERE[key]}")
         adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
-        takes, option = values_of(adapter.json_schema()), CHOSEN_ELSEWHERE.get(key, "")
-        rows[key] = {"takes": takes, "default": field.default, "description": description, "option": option}
+        takes = values_of(adapter.json_schema())
+        rows[key] = {"default": field.default, "meaning": f"{'; '.join(notes)} ({takes})", "takes": takes}
     return rows
 
 
@@ -262,11 +266,7 @@ def list_keys(begin: str = "", *, as_json: bool) -> None:
     Raises:
         BadRequestError: no key does.
     """
-    rows = all_settings()
-    for row in rows.values():
-        by = f"; set by {row['option']}" if row["option"] else ""
-        row["meaning"] = f"{row['description']}{by} ({row['takes']})"
-    _print(rows, ("default", "meaning"), begin, as_json=as_json)
+    _print(all_settings(), ("default", "meaning"), begin, as_json=as_json)
 
 
 def show_config(preset: str, sets: Iterable[str], config_file: Path | None, begin: str = "", *, as_json: bool) -> None:
