@@ -144,8 +144,8 @@ def evaluate_command(request: EvaluateRequest) -> None:
 
 def pack_command(request: PackRequest) -> None:
     """Packs a source, or indexes tars in place, and prints the facts of the dataset."""
-    from job.data.opening import forget
     from job.data.pack import check_free, is_whole, pack
+    from job.data.source import forget
     from job.verbs.removal import check_unused
 
     with _command_on(request) as stop:
