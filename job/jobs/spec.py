@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from job.config import EMBEDDED, draft, parse_sets, read_config_file
-from job.data.labels import split_labels
 from job.data.pack_request import EncodeRequest, IndexRequest, PackRequest
+from job.data.source.labels import split_labels
 from job.exits import BadConfigError, BadRequestError
 from job.processes.group import GPUS, JOB
 from job.processes.lease import EXPIRE_SECONDS

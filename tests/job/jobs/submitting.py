@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 
 from job.cli import command
-from job.cli.jobs import EXAMPLES
+from job.cli.app import EXAMPLES
 from job.jobs.backends import Backend, JobStatus, JsonObject
 from job.jobs.spec import JobSpec, spec_of
 from job.jobs.submit import formatted
