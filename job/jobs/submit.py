@@ -21,7 +21,16 @@ from typing import Any
 import yaml
 
 from job.config import draft
-from job.exits import BadRequestError, BucketAwayError, JobEndedError, MissingInputError, Restart, State, StoppedError
+from job.exits import (
+    BadRequestError,
+    BucketAwayError,
+    JobEndedError,
+    JobError,
+    MissingInputError,
+    Restart,
+    State,
+    StoppedError,
+)
 from job.jobs.backends import Backend, Cause, JobStatus, JsonObject, NoCapacityError
 from job.jobs.machines import gpus_of
 from job.jobs.spec import RETRIES, JobSpec, spec_of
@@ -29,9 +38,21 @@ from job.jobs.targets import Target, backend_for, target_on
 from job.outcome import Outcome, read_outcome
 from job.progress import note
 from job.requests import JobRequest, SubmitRequest, TrainRequest
-from job.runs.outlook import best_interval_seconds, duration, interval_seconds, is_saved_in
+from job.runs.outlook import (
+    attempts_of,
+    best_interval_seconds,
+    duration,
+    interval_seconds,
+    is_saved_in,
+    outlook_of,
+    spans_of,
+)
+from job.runs.records import read_status, run_store
 from job.stop import Stop
+from job.store import open_store
 
+OUTLOOK_SECONDS = 10.0
+"""The limit of a look at the run that a job will go on with."""
 WATCH_POLL_SECONDS = 15.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 10.0, 600.0
 """Before a job is submitted again; doubled each time, until one had a machine for `STEADY_SECONDS`."""
@@ -85,7 +106,7 @@ def submit_command(request: JobRequest, how: SubmitRequest) -> None:
         if folder and target.has_files and spec.verb not in ("pack", "index") and not folder.is_dir():
             raise MissingInputError(f"bucket {spec.bucket} is not there: check the path, or pack a dataset first")
         if target.is_remote:
-            print("\n".join(plan_lines(spec, target)), flush=True)
+            print("\n".join([*plan_lines(spec, target), *outlook_lines(spec, target)]), flush=True)
             if not how.yes:
                 _ask(spec)
         if how.watch:
@@ -117,6 +138,21 @@ def plan_lines(spec: JobSpec, target: Target) -> list[str]:
         f"limit     {spec.max_hours:g} hours {terms.limit}; saved work stays (--max-hours)",
         f"cost      {cost_of(spec, target)}",
     ]
+
+
+def outlook_lines(spec: JobSpec, target: Target) -> list[str]:
+    """Returns the hours and dollars to the end of a run that is there, at its last speed; none for other jobs."""
+    if spec.verb != "train":
+        return []
+    hourly = target.hourly(spec)
+    # Credentials for jobs need not read their bucket.
+    with suppress(JobError):
+        run = run_store(open_store(spec.bucket).within(OUTLOOK_SECONDS), spec.run)
+        status = read_status(run)
+        dollars_per_hour = hourly.dollars * spec.machines if hourly else None
+        texts = outlook_of(spans_of(attempts_of(run), status), status, dollars_per_hour).words
+        return [f"{what:<10} {text}" for what, text in texts.items()]
+    return []
 
 
 def check_interruptions(spec: JobSpec, target: Target, request: TrainRequest) -> None:

@@ -14,7 +14,7 @@ from job.exits import BadRequestError, Exit
 from job.jobs import machines
 from job.jobs.machines import load_prices
 from job.jobs.spec import JobSpec, spec_of
-from job.jobs.submit import check_interruptions, cost_of, plan_lines
+from job.jobs.submit import check_interruptions, cost_of, outlook_lines, plan_lines
 from job.jobs.targets import BACKENDS, Target, backend_class, load_targets, parse_targets, target_on
 from job.requests import SubmitRequest
 from tests.job.command_line import ddpm_here, refused, succeeded
@@ -142,6 +142,30 @@ def test_page_knows_the_price_of_a_job(tmp_path, walked):
     assert re.fullmatch(r".* when it goes on, for about \$\d+\.\d\d more", left)
     succeeded(ddpm_here("report", "walk", "--bucket", bucket))
     assert f"<dd>{left}</dd>" in (bucket / "runs/walk/report.html").read_text()
+
+
+@pytest.mark.slow
+def test_page_and_submit_agree(tmp_path, capsys, walked):
+    """One number, wherever it is told: before it is sent, of the job, and on the run's page."""
+    bucket = shutil.copytree(walked, tmp_path / "bucket")
+    there = target("vm", ", price_per_hour: 3.6")
+    command = parsed("train", ["--dataset", "tiles", "--run", "walk"])
+    spec = spec_of(command, there, SubmitRequest())
+    assert spec.env["DDPM_DOLLARS_PER_HOUR"] == "3.6"
+    words = ("--dataset", "tiles", "--run", "walk", "--bucket", bucket, "--epochs", 100)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDPM_DOLLARS_PER_HOUR", spec.env["DDPM_DOLLARS_PER_HOUR"])
+        done = ddpm_here("train", *words, "--stop-after", "4s", "--set", "log.every_images=72")
+    assert done.returncode == 75, done.stderr
+    (left,) = re.findall(r"(?m)^to the end  (.*)$", succeeded(ddpm_here("runs", "show", "walk", "--bucket", bucket)))
+    assert re.fullmatch(r".* when it goes on, for about \$\d+\.\d\d more", left)
+    at_it = replace(spec, bucket=str(bucket), max_hours=1.0)
+    assert f"to the end {left}" in outlook_lines(at_it, there)
+    succeeded(ddpm_here("report", "walk", "--bucket", bucket))
+    assert f"<dd>{left}</dd>" in (bucket / "runs/walk/report.html").read_text()
+    # Of a run that is not there, and in a bucket that nobody can see, nothing is told.
+    for other in (replace(at_it, run="other"), replace(at_it, bucket="gs://no-such-bucket-of-ours")):
+        assert outlook_lines(other, there) == []
 
 
 def interrupted(on: str = "gke", changes=None, **resources) -> None:
