@@ -73,8 +73,6 @@ PIECES_WANTED = 64
 SMALLEST_PIECE_IMAGES = 16
 LARGEST_PIECE_IMAGES = 256
 """A killed process loses at most two pieces: one in upload, one half made."""
-MOST_FILE_BYTES = 1 << 28
-"""The largest size of a given image file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -374,12 +372,12 @@ def _given(request: SampleRequest, of_run: RunHandle) -> Given | None:
 def _read_image(option: str, path: str, recipe: Recipe) -> tuple[np.ndarray, str]:
     """Returns an image file, resized, and the SHA-256 of the file."""
     try:
-        with Path(path).open("rb") as file:
-            encoded = file.read(MOST_FILE_BYTES)
+        encoded = Path(path).read_bytes()
         return prepare(encoded, recipe), hashlib.sha256(encoded).hexdigest()
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or "no such file"
-        raise MissingInputError(f"{option} {path}: {why}; the file must be on the machine of the command") from None
+        raise MissingInputError(
+            f"{option} {path}: {getattr(error, 'strerror', error)}; the file must be on the machine of the command"
+        ) from None
     except RejectedImageError as error:
         raise BadDataError(f"{option} {path} {error}") from None
 
