@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from job.config import EMBEDDED, draft, parse_sets, read_config_file
-from job.data.labels import split_labels
 from job.data.pack_request import EncodeRequest, IndexRequest, PackRequest
+from job.data.source.labels import split_labels
 from job.exits import BadConfigError, BadRequestError
 from job.jobs.backends.base import Target
 from job.jobs.spec import JobRequest, JobSpec, SubmitRequest, job_name, stop_after
