@@ -1,4 +1,16 @@
-"""The plan of a sampling command, before it begins, with its given images and its own sampler. It needs no tensors."""
+"""The plan of a sampling command, before it begins: given images, a sampler of the user's, and the sets of `--count`.
+
+It needs no tensors. Many images of a checkpoint are a set, in pieces that are committed one by one:
+
+RUN/samples/epoch-0080-ddim-100-0-50000/sample-set.json            everything that decides the images: created first
+                                        piece-00012.tar            a shard that webdataset can read
+                                        pieces/00012.json          created once, after the piece: its commit
+                                        grid.png                   the first images, before their piece
+                                        index.json                 created once, when all pieces are there
+RUN/samples/epoch-0080-ddim-100-0-50000-png/piece-00012/000003072.png …   with --save png
+
+`job.pieces` shares the pieces among processes and machines, and resumes.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +18,13 @@ import hashlib
 import importlib
 import sys
 import traceback
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -19,33 +34,46 @@ from job.config import RunConfig
 from job.config.schema import SampleConfig
 from job.data.images import Recipe, RejectedImageError, prepare
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError, did_you_mean
-from job.pieces import Slice
+from job.pieces import WHOLE, Pieces, Slice
 from job.plan import RunHandle, open_run
 from job.processes.launched import lost_peer
 from job.progress import detail, note
 from job.requests import SampleRequest, parse_numbers
 from job.runs import records
 from job.runs.checkpoints import check_average, choose, load_manifest, lost_manifest
-from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.samples import Editing, FoundGrid, SampleSetConfig, file_words, label_at
-from job.sampling.sets import SampleSet, piece_images
+from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind
+from job.runs.samples import (
+    Editing,
+    FoundGrid,
+    SampleSetConfig,
+    SampleSetIndex,
+    SampleSetRecord,
+    file_words,
+    label_at,
+    named_piece,
+)
 from job.stop import NEVER, Stop, StopSignal
-from job.store import ObjectMissingError, Store
+from job.store import ObjectExistsError, ObjectMissingError, Store
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
     from ddpm.process import Point
     from ddpm.samplers import Denoiser, NoiseAt, Sampler
 
+OfSet = TypeVar("OfSet", SampleSetRecord, SampleSetIndex)
+
 RESAMPLINGS = 10
 """The number of Lugmayr et al. 2022."""
 STRENGTHS = {"img2img": 0.6, "invert": 1.0}
 """The default share of the steps of a mode."""
-MOST_FILE_BYTES = 1 << 28
-"""The largest size of a given image file."""
+PIECES_WANTED = 64
+"""The preferred number of pieces: enough for a dozen slices to finish at about the same time."""
+SMALLEST_PIECE_IMAGES = 16
+LARGEST_PIECE_IMAGES = 256
+"""A killed process loses at most two pieces: one in upload, one half made."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +103,6 @@ class OwnSampler:
     """See `ddpm.samplers.Sampler`."""
     sha256: str
     """The hash of its module's file."""
-    path: str
-    """The module's file."""
 
     @classmethod
     def load(cls, name: str) -> OwnSampler:
@@ -88,14 +114,10 @@ class OwnSampler:
         module_name, _, function_name = name.partition(":")
         # At the end of the path, so that a file of the working folder cannot replace a library.
         sys.path.append(str(Path.cwd()))
-        try:
+        with _faults_of(name):
             module = importlib.import_module(module_name)
             sha256 = hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
-            return cls(name, getattr(module, function_name), sha256, str(module.__file__))
-        except StopSignal:
-            raise
-        except BaseException as error:
-            raise _refusal(name, error) from None
+            return cls(name, getattr(module, function_name), sha256)
 
     @property
     def words(self) -> str:
@@ -107,45 +129,37 @@ class OwnSampler:
 
         Raises:
             BadRequestError: it raises an error, or returns anything but finite numbers of the shape of x.
-            JobError: an error from `denoise`, such as `StoppedError`.
         """
         import torch
 
         # Taken before the call, which may change it.
         shape = x.shape
-        of_program: list[BaseException] = []
-
-        def evaluate(x_t: Tensor, point: Point[float]) -> Tensor:
-            try:
-                return denoise(x_t, point)
-            except BaseException as error:
-                if isinstance(error, JobError | StopSignal) or lost_peer(error):
-                    of_program.append(error)
-                raise
-
-        try:
-            made = self.function(evaluate, x, points, noise_at)
+        with _faults_of(self.name):
+            made = self.function(denoise, x, points, noise_at)
             is_like_x = isinstance(made, torch.Tensor) and made.shape == shape and made.is_floating_point()
             if not is_like_x or not made.isfinite().all():
                 what = f"{[*made.shape]}, {made.dtype}" if isinstance(made, torch.Tensor) else type(made).__name__
                 raise ValueError(f"it must return finite numbers {[*shape]}, as x, and returned {what}")
             return made.detach().float()
-        except StopSignal:
-            raise
-        except BaseException as error:
-            # The function may have caught an error of the program, such as a stop, and raised another one.
-            raise (of_program[0] if of_program else _refusal(self.name, error, self.path)) from None
 
 
-def _refusal(name: str, error: BaseException, path: str = "") -> BadRequestError:
-    """Returns any error of the user's code, also `SystemExit`, as one line; `ddpm -v` prints the traceback."""
-    detail("".join(traceback.format_exception(error)).rstrip)
-    module = name.partition(":")[0].rpartition(".")[2]
-    frames = [at for at in traceback.extract_tb(error.__traceback__) if Path(at.filename).stem == module]
-    remedy = "name a function(denoise, x, points, noise_at) of a module that is installed or lies in the working folder"
-    place = f"see {frames[-1].filename}, line {frames[-1].lineno}" if frames else f"see {path}" if path else remedy
-    said = " ".join("".join(traceback.format_exception_only(error)).split())
-    return BadRequestError(f"--sampler {name}: {said:.500}; {place}")
+@contextmanager
+def _faults_of(name: str) -> Iterator[None]:
+    """Turns any error of the user's code, also `SystemExit`, into one line; `ddpm -v` prints the traceback."""
+    try:
+        yield
+    except BaseException as error:
+        # The function may have caught an error of the program, such as a stop, and raised another one.
+        for each in (error, error.__context__):
+            if isinstance(each, JobError | StopSignal) or (each and lost_peer(each)):
+                raise each from None
+        detail("".join(traceback.format_exception(error)).rstrip)
+        module = name.partition(":")[0]
+        file = getattr(sys.modules.get(module), "__file__", "") or f"{module.rpartition('.')[2]}.py"
+        frames = [at for at in traceback.extract_tb(error.__traceback__) if Path(at.filename).name == Path(file).name]
+        place = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else file
+        said = " ".join("".join(traceback.format_exception_only(error)).split())
+        raise BadRequestError(f"--sampler {name}: {said:.500}; see {place}") from None
 
 
 _OF_PROCESS = "schedule timesteps zero_terminal_snr sigma_min sigma_max sigma_data prediction self_conditioning"
@@ -174,7 +188,7 @@ class SamplePlan(RunHandle):
     worse: Worse | None
     given: Given | None
     custom_sampler: OwnSampler | None
-    found: tuple[int, ...]
+    found: tuple[int, ...] = ()
     """The numbers of the points of the found grid, once it is computed."""
 
     @property
@@ -255,7 +269,6 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         raise BadRequestError("--autoguidance-weights needs --autoguidance [RUN@]EPOCH")
     custom_sampler = OwnSampler.load(request.custom_sampler) if request.custom_sampler else None
     worse = _worse(sample, of_run, request, stop) if sample.autoguidance else None
-    found = found_points(run, sample.steps, config.diffusion.timesteps) if sample.grid == "found" else ()
     plan = SamplePlan(
         **vars(of_run),
         request=request,
@@ -264,7 +277,7 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         worse=worse,
         given=given,
         custom_sampler=custom_sampler,
-        found=found,
+        found=found_points(run, sample.steps, timesteps) if sample.grid == "found" else (),
     )
     plan = replace(plan, checkpoints=plan.choose())
     if request.checkpoints == "latest" and (lost := lost_manifest(run, [*plan.checkpoints])):
@@ -360,14 +373,120 @@ def _given(request: SampleRequest, of_run: RunHandle) -> Given | None:
 def _read_image(option: str, path: str, recipe: Recipe) -> tuple[np.ndarray, str]:
     """Returns an image file, resized, and the SHA-256 of the file."""
     try:
-        with Path(path).open("rb") as file:
-            encoded = file.read(MOST_FILE_BYTES)
+        encoded = Path(path).read_bytes()
         return prepare(encoded, recipe), hashlib.sha256(encoded).hexdigest()
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or "no such file"
-        raise MissingInputError(f"{option} {path}: {why}; the file must be on the machine of the command") from None
+        raise MissingInputError(
+            f"{option} {path}: {getattr(error, 'strerror', error)}; the file must be on the machine of the command"
+        ) from None
     except RejectedImageError as error:
         raise BadDataError(f"{option} {path} {error}") from None
+
+
+def piece_images(count: int) -> int:
+    """Returns the images of a piece, a function of `count` alone, so that other slices or processes can resume."""
+    return min(max(ceil(count / PIECES_WANTED), SMALLEST_PIECE_IMAGES), LARGEST_PIECE_IMAGES)
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """The numbered images of one set, and their folder `name` below the run's samples."""
+
+    run: Store
+    name: str
+    ref: CheckpointRef
+    config: SampleSetConfig
+    share: Slice = WHOLE
+
+    @property
+    def folder(self) -> Store:
+        """The folder of the set."""
+        return self.run.sub(f"{SAMPLES}/{self.name}")
+
+    def key(self, kind: ObjectKind, piece: int = 0, seed: int = 0) -> str:
+        """Returns the key of an object of this set, below the run."""
+        return kind.key(folder=self.name, piece=piece, seed=seed)
+
+    def begin(self) -> None:
+        """Claims the folder for this set.
+
+        Raises:
+            BadRequestError: it holds another set; the message lists the differences.
+        """
+        try:
+            self.run.create(self.key(ObjectKind.SAMPLE_SET), SampleSetRecord(sample_set=self.config).to_json())
+        except ObjectExistsError:
+            self._load(SampleSetRecord, self.key(ObjectKind.SAMPLE_SET))
+
+    @property
+    def pieces(self) -> Pieces:
+        """The pieces, of which this machine makes its share first."""
+        sizes = [len(self.config.seeds(number)) for number in range(self.config.pieces)]
+        folder = f"{SAMPLES}/{self.name}"
+        return Pieces(self.run, self.config.fingerprint, sizes, folder=folder, share=self.share)
+
+    def index(self) -> SampleSetIndex | None:
+        """Returns the index, if all pieces are there.
+
+        Raises:
+            BadDataError: the index is corrupt, or a listed piece is gone; the message says what to delete.
+            BadRequestError: the index is of another sample set.
+        """
+        index = self._load(SampleSetIndex, self.key(ObjectKind.INDEX))
+        if index is not None:
+            self._check_files(index)
+        return index
+
+    def publish(self, stop: Stop = NEVER) -> None:
+        """Creates the index, once all pieces are there.
+
+        Raises:
+            BadDataError: an object is corrupt or missing; the message says what to delete.
+        """
+        pieces = [named_piece(record, self.config) for record in self.pieces.records(stop=stop)]
+        index = SampleSetIndex(sample_set=self.config, pieces=tuple(pieces))
+        self._check_files(index)
+        # Another machine that found no piece missing writes the same bytes.
+        self.run.create(self.key(ObjectKind.INDEX), index.to_json())
+
+    def describe(self, note: str) -> str:
+        """Returns a line for people about a complete set."""
+        pieces = f"{self.config.pieces:,} piece{'s' * (self.config.pieces > 1)}"
+        return f"{self.run.uri_of(self.key(ObjectKind.INDEX))}  ({self.config.count:,} images in {pieces}; {note})"
+
+    def _load(self, kind: type[OfSet], key: str) -> OfSet | None:
+        """Returns a record of this set; None if it is missing."""
+        try:
+            found = kind.load(self.run, key)
+        except ObjectMissingError:
+            return None
+        except BadDataError as error:
+            raise BadDataError(f"{error}; delete it, and the same command makes it again") from None
+        theirs, ours = found.sample_set.model_dump(), self.config.model_dump()
+        differing = [
+            f"{name} {theirs[name]!s:.12} and not {ours[name]!s:.12}" for name in ours if theirs[name] != ours[name]
+        ]
+        if differing:
+            raise BadRequestError(
+                f"{self.run.uri_of(key)} is of another sample set ({', '.join(differing)}): "
+                f"delete {self.folder.uri} to make its images anew, or make others with --first-seed"
+            )
+        return found
+
+    def _check_files(self, index: SampleSetIndex) -> None:
+        """Checks that a listing has all pieces; `ddpm runs verify` checks their content."""
+        found = Counter[str]()
+        for entry in self.run.list(f"{SAMPLES}/{self.name}"):
+            # With --save png a piece is a folder of images: their sizes are added.
+            found["/".join(entry.key.split("/")[:3])] += entry.size_bytes
+        wrong = [number for number, piece in enumerate(index.pieces) if found[piece.key] != piece.size_bytes]
+        if wrong:
+            record_key, index_key = self.key(ObjectKind.RECORD, wrong[0]), self.key(ObjectKind.INDEX)
+            raise BadDataError(
+                f"{self.run.uri_of(index.pieces[wrong[0]].key)} is missing, or not as its record says "
+                f"({len(wrong)} such); delete it, {self.run.uri_of(record_key)} and {self.run.uri_of(index_key)}, if "
+                "they exist, and the same command makes this piece again"
+            )
 
 
 def plan_sets(plan: SamplePlan) -> list[SampleSet]:

@@ -10,7 +10,7 @@ from ddpm.objective import Objective
 from job.config import method
 from job.data.autoencoder import load_decoder
 from job.data.cache import ImageCache
-from job.evaluation.validation import validation_row
+from job.evaluation.evaluate import Evaluator, validation_row
 from job.processes.ranks import Agreement
 from job.requests import GIF_SEEDS
 from job.runs.samples import SCORES_FIGURE, denoising_key, grid_key, label_at, moment_of, score_name, title_of
@@ -45,8 +45,6 @@ class Interludes:
         chosen = self._config.evaluate
         self.score_name = score_name(chosen.metrics[0], chosen.extractor)
         if chosen.every_epochs:
-            from job.evaluation.evaluate import Evaluator
-
             self._evaluator = Evaluator(self._plan, attempt.ranks, attempt.stop)
 
     def lacks_value(self, name: str) -> bool:
