@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ddpm import figures
-from ddpm.state import TrainState, loss_row
+from ddpm.state import loss_row
 from job.exits import State
 from job.plan import Plan, RunHandle
 from job.processes.lease import Lease
@@ -20,17 +20,44 @@ from job.report.page import PictureCache, put_page
 from job.runs import records
 from job.runs.drawings import LOSS_FIGURE, label_at, moment_of
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.metric_rows import Row, grid_events
+from job.runs.metric_rows import Row, grid_events, read_rows
 from job.runs.retention import Retention, best_images_seen
-from job.runs.writer import CheckpointWriter
+from job.runs.writer import CheckpointWriter, LeasedRun
 from job.sealed import utc_now
 from job.stop import NEVER, Stop
 from job.training.tracking import Tracking
+
+if TYPE_CHECKING:
+    from job.training.attempt import TrainingAttempt
 
 PAGE_SECONDS = 300.0
 """How old the page may be: grids come ever more rarely, and a page of yesterday looks like a run that hangs."""
 PAGE_PATIENCE_SECONDS = 60.0
 """With a bucket that is away; the page is written again later."""
+
+
+class RunPage:
+    """The page of a run, which an attempt writes again and again."""
+
+    def __init__(self, plan: Plan, lease: Lease) -> None:
+        self._plan, self._lease, self._pictures = plan, lease, PictureCache(note)
+
+    def put(
+        self,
+        status: records.Status,
+        rows: Sequence[Row] | None = None,
+        patience_seconds: float = PAGE_PATIENCE_SECONDS,
+        stop: Stop = NEVER,
+    ) -> None:
+        """Writes the page, without `rows` with those of the newest checkpoint; an error is only a note."""
+        plan = self._plan
+        bucket, run = (store.within(patience_seconds, stop) for store in (plan.bucket, plan.run))
+        handle = RunHandle(bucket, run, plan.index, plan.config, plan.stored)
+        try:
+            self._lease.confirm()
+            put_page(facts_of(handle, plan.request.run, rows, status), self._pictures)
+        except Exception as error:
+            note(f"the run's page stays as it was: {type(error).__name__}: {error}")
 
 
 class Recorder:
@@ -41,33 +68,18 @@ class Recorder:
         writer: commits checkpoints and pictures in a thread.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        state: TrainState,
-        attempt: records.Attempt,
-        lease: Lease,
-        *,
-        writer: CheckpointWriter,
-        rows: list[Row],
-        tracking: Tracking,
-        pictures: PictureCache,
-    ) -> None:
-        """Starts the thread that writes the run's status.
-
-        Args:
-            plan: the run.
-            state: the live state, read for the number of images seen.
-            attempt: this attempt's record.
-            lease: held by this process.
-            writer: for this run's checkpoints.
-            rows: the metrics up to the checkpoint that was restored.
-            tracking: gets every row.
-            pictures: those of the page so far.
-        """
-        self.plan, self.attempt, self.writer, self.rows = plan, attempt, writer, rows
-        self._state, self._lease, self._tracking = state, lease, tracking
-        self._page_pictures, self._shown = pictures, Row()
+    def __init__(self, attempt: TrainingAttempt, lease: Lease, page: RunPage, tracking: Tracking) -> None:
+        """Starts the threads that write checkpoints and the run's status, for an attempt that is restored."""
+        plan, restored, tensors = attempt.plan, attempt.restored, attempt.state.tensors()
+        self.plan, self.attempt, self._state, self._stop = plan, attempt.record, attempt.state, attempt.stop
+        self._lease, self._page, self._tracking = lease, page, tracking
+        self.rows = read_rows(plan.run, restored.metrics, note) if restored else []
+        retention = retention_of(plan, self.rows)
+        leased = LeasedRun(plan.run, retention, attempt.record, lease, plan.classes, attempt.damaged)
+        self.writer = CheckpointWriter(leased, tensors, before=restored, stop=self._stop, note=note)
+        losses = [row["loss"] for row in self.rows if "loss" in row]
+        # An attempt that ends before its first row still has a loss in its status.
+        self._shown = Row(loss=losses[-1]) if losses else Row()
         self._page_due = time.monotonic() + PAGE_SECONDS
         self._start_seconds: float | None = None
         self._status = records.StatusReporter(plan.run, self._confirmed_status, note)
@@ -105,7 +117,6 @@ class Recorder:
 
     def save(self, loss_sums: Tensor) -> None:
         """Queues a checkpoint of this moment."""
-        # A run that stops before its first row still has a loss in its status.
         self._shown = self._shown or loss_row(loss_sums)
         self.writer.save(self._state.images_seen, loss_sums.tolist())
 
@@ -120,9 +131,7 @@ class Recorder:
         """Queues the run's page as it is now."""
         self._page_due = time.monotonic() + PAGE_SECONDS
         status, rows = self._status_of(state), list(self.rows)
-        self.writer.do_later(
-            lambda run: put_run_page(self.plan, self._lease, rows, status, pictures=self._page_pictures)
-        )
+        self.writer.do_later(lambda run: self._page.put(status, rows))
 
     def finish(self) -> None:
         """Queues the figure of the losses and the finished page, and waits until everything is in the bucket."""
@@ -134,8 +143,8 @@ class Recorder:
         self.write_page(State.FINISHED)
         self.writer.wait()
 
-    def close(self, state: State, stop: Stop) -> None:
-        """Commits what is queued and writes the last status, as far as `stop` leaves time.
+    def close(self, state: State) -> None:
+        """Commits what is queued and writes the last status, as far as a stop leaves time.
 
         Raises:
             JobError: a checkpoint could not be committed.
@@ -143,17 +152,10 @@ class Recorder:
         try:
             self.writer.close(wait=True)
         finally:
-            self._status.close(state, min(records.STATUS_CLOSE_SECONDS, stop.seconds_left() / 2))
-            patience_seconds = min(records.STATUS_CLOSE_SECONDS, stop.seconds_left() / 2)
+            self._status.close(state, patience_seconds_of(self._stop))
+            patience_seconds = patience_seconds_of(self._stop)
             if state is not State.FINISHED and patience_seconds >= 1:
-                put_run_page(
-                    self.plan,
-                    self._lease,
-                    self.rows,
-                    self._status_of(state),
-                    pictures=self._page_pictures,
-                    patience_seconds=patience_seconds,
-                )
+                self._page.put(self._status_of(state), self.rows, patience_seconds)
 
     def _confirmed_status(self, state: State) -> records.Status:
         # A process that slept and was replaced must not overwrite the status of the attempt that replaced it.
@@ -166,6 +168,11 @@ class Recorder:
         if cadence.save_seconds is not None:
             saved = {"save_seconds": round(cadence.save_seconds, 3), "stall_seconds": round(cadence.stall_seconds, 3)}
         return status.model_copy(update=saved | {"start_seconds": self._start_seconds})
+
+
+def patience_seconds_of(stop: Stop) -> float:
+    """Returns the longest time for the last status of an attempt, and for its last page."""
+    return min(records.STATUS_CLOSE_SECONDS, stop.seconds_left() / 2)
 
 
 def status_of(
@@ -188,26 +195,6 @@ def status_of(
 def _epoch_at(plan: Plan, images_seen: int) -> float:
     # The last batch may go beyond the last epoch: people would read `epoch 1.6 of 1`.
     return min(images_seen / plan.index.images, plan.config.train.epochs)
-
-
-def put_run_page(
-    plan: Plan,
-    lease: Lease,
-    rows: Sequence[Row] | None,
-    status: records.Status,
-    *,
-    pictures: PictureCache,
-    patience_seconds: float = PAGE_PATIENCE_SECONDS,
-    stop: Stop = NEVER,
-) -> None:
-    """Writes the run's page, without `rows` with those of its newest checkpoint; an error is only a note."""
-    bucket, run = (store.within(patience_seconds, stop) for store in (plan.bucket, plan.run))
-    handle = RunHandle(bucket, run, plan.index, plan.config, plan.stored)
-    try:
-        lease.confirm()
-        put_page(facts_of(handle, plan.request.run, rows, status), pictures)
-    except Exception as error:
-        note(f"the run's page stays as it was: {type(error).__name__}: {error}")
 
 
 def retention_of(plan: Plan, rows: list[Row]) -> Retention:
