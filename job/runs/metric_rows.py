@@ -139,7 +139,7 @@ def _events(rows: Sequence[Row], begins_at: int, config: RunConfig | None) -> by
     tensorboardx = _tensorboardx()
     summary, event_pb2 = tensorboardx.summary, tensorboardx.proto.event_pb2
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    about = summary.hparams(_plain(config), {"loss": 0.0}) if config is not None else ()
+    about = summary.hparams(plain_settings(config), {"loss": 0.0}) if config is not None else ()
     events = [event_pb2.Event(session_log=start, step=begins_at, wall_time=time.time())]
     events += [_event(one, 0, time.time()) for one in about]
     for row in rows:
@@ -157,7 +157,8 @@ def grid_events(png: bytes, images_seen: int) -> bytes:
     return _file_of([_event(grid, images_seen, time.time())])
 
 
-def _plain(config: RunConfig) -> Row:
+def plain_settings(config: RunConfig) -> Row:
+    """Returns the settings by key, as numbers and texts, for programs that show runs."""
     return {key: str(value) if isinstance(value, list) else value for key, value in config.flat().items()}
 
 

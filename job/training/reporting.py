@@ -1,4 +1,8 @@
-"""The main process's part of an attempt: rows, checkpoints, status, pictures and the page of the run."""
+"""An attempt's results besides the weights: rows, status, pictures and the page of the run.
+
+The main process writes them. All processes share the work for them between two steps, at the ends of some epochs: the
+validation loss, the scores, the sample grid.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +14,38 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ddpm import figures
+from ddpm.augment import Latents
+from ddpm.objective import Objective
 from ddpm.state import loss_row
+from job.config import method
+from job.data.autoencoder import load_decoder
+from job.data.cache import ImageCache
+from job.evaluation.validation import validation_row
 from job.exits import State
 from job.plan import Plan, RunHandle
 from job.processes.lease import Lease
+from job.processes.ranks import Agreement
 from job.progress import Progress, note
 from job.report.facts import facts_of
 from job.report.page import PictureCache, put_page
+from job.requests import GIF_SEEDS
 from job.runs import records
-from job.runs.drawings import LOSS_FIGURE, label_at, moment_of
+from job.runs.drawings import (
+    LOSS_FIGURE,
+    SCORES_FIGURE,
+    denoising_key,
+    grid_key,
+    label_at,
+    moment_of,
+    score_name,
+    title_of,
+)
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.metric_rows import Row, grid_events, read_rows
 from job.runs.retention import Retention, best_images_seen
 from job.runs.writer import CheckpointWriter, LeasedRun
+from job.sampling.painter import Painter
+from job.sampling.pictures import grid_png, with_class
 from job.sealed import utc_now
 from job.stop import NEVER, Stop
 from job.training.tracking import Tracking
@@ -34,6 +57,7 @@ PAGE_SECONDS = 300.0
 """How old the page may be: grids come ever more rarely, and a page of yesterday looks like a run that hangs."""
 PAGE_PATIENCE_SECONDS = 60.0
 """With a bucket that is away; the page is written again later."""
+_EARLY_IMAGES = 20
 
 
 class RunPage:
@@ -83,10 +107,6 @@ class Recorder:
         self._page_due = time.monotonic() + PAGE_SECONDS
         self._start_seconds: float | None = None
         self._status = records.StatusReporter(plan.run, self._confirmed_status, note)
-
-    def has_saved(self, name: str) -> bool:
-        """Returns whether the newest checkpoint holds a row of this moment with this value, before training begins."""
-        return any(name in row and row["images_seen"] == self._state.images_seen for row in self.rows)
 
     def begins_training(self) -> None:
         """Takes the time from the attempt's record to its first step."""
@@ -200,3 +220,146 @@ def _epoch_at(plan: Plan, images_seen: int) -> float:
 def retention_of(plan: Plan, rows: list[Row]) -> Retention:
     """Returns the run's retention rules with the best checkpoint by the scores so far."""
     return Retention(plan.config, plan.index.images, best_images_seen(plan.config, rows))
+
+
+class Interludes:
+    """Work that all processes do together between two steps, with the weights of that moment.
+
+    An attempt that was killed may have saved a checkpoint without what belongs to the same moment. The next attempt
+    asks with `lacks_value` and `lacks_grid` when it begins.
+    """
+
+    def __init__(self, attempt: TrainingAttempt, agreement: Agreement) -> None:
+        """Computes the features of the real images if the run is scored, which may take minutes. Collective.
+
+        Args:
+            attempt: restored.
+            agreement: has one flag for stop requests, exchanged at each step of a sampler.
+
+        Raises:
+            StoppedError: this process was asked to stop; the same command goes on.
+        """
+        self._attempt, self._agreement = attempt, agreement
+        self._plan, self._config, self._state = attempt.plan, attempt.plan.config, attempt.state
+        self._decoder = load_decoder(attempt.plan.bucket, attempt.plan.index, attempt.ranks.device)
+        chosen = self._config.evaluate
+        self.score_name = score_name(chosen.metrics[0], chosen.extractor)
+        if chosen.every_epochs:
+            from job.evaluation.evaluate import Evaluator
+
+            self._evaluator = Evaluator(self._plan, attempt.ranks, attempt.stop)
+
+    def lacks_value(self, name: str) -> bool:
+        """Returns whether the newest checkpoint has no row of this moment with this value. Collective."""
+        images_seen = self._state.images_seen
+        return not self._attempt.on_main(
+            lambda recorder: any(name in row and row["images_seen"] == images_seen for row in recorder.rows)
+        )
+
+    def lacks_grid(self) -> bool:
+        """Returns whether the bucket has no sample grid of this moment. Collective."""
+        return self._attempt.ranks.on_main(lambda: not self._plan.run.exists(self._grid_key()))
+
+    def validate(self, objective: Objective, latents: Latents | None) -> None:
+        """Adds the loss of the averaged weights on images that the run does not learn from to the log. Collective.
+
+        Raises:
+            StoppedError: on all processes at once, when any of them was asked to stop.
+        """
+        held_out, log = self._attempt.held_out, self._config.log
+        assert held_out is not None
+        painter, batch_size = self._painter("ema", self._config.train.precision), self._config.sample.batch_size
+        count = log.validate_images
+        row = validation_row(painter, held_out, objective, count=count, batch_size=batch_size, latents=latents)
+        if self._attempt.recorder is not None:
+            self._attempt.recorder.record(row)
+
+    def score(self) -> None:
+        """Adds the scores of what the run draws to the log, and decides which checkpoint is the best. Collective.
+
+        Raises:
+            StoppedError: as for `validate`.
+        """
+        row = self._evaluator.scores(self._sampling_painter())
+
+        def publish(recorder: Recorder) -> None:
+            recorder.record(row)
+            recorder.writer.retention = retention_of(self._plan, recorder.rows)
+            scored = [row for row in recorder.rows if self.score_name in row]
+            figure = figures.scores_figure(scored, self._plan.index.images, self._plan.request.run)
+            recorder.writer.put(SCORES_FIGURE, figure, images_seen=self._state.images_seen)
+
+        self._attempt.on_main(publish)
+
+    def draw_grid(self) -> None:
+        """Draws the sample grid, and writes the run's page with it. Collective.
+
+        Raises:
+            StoppedError: as for `validate`.
+        """
+        count, on_cpu = self._config.sample.images, self._attempt.ranks.device.type == "cpu"
+        # On a CPU a whole grid may take longer than the epoch before it.
+        self._draw(range(min(count, _EARLY_IMAGES) if on_cpu else count))
+        self._attempt.on_main(Recorder.write_page)
+
+    def finish(self) -> None:
+        """Draws the last grid and the GIF from noise to image. Collective."""
+        painter = self._draw(range(self._config.sample.images))
+
+        def publish(recorder: Recorder) -> None:
+            title = with_class(self._title(range(GIF_SEEDS)), self._plan.drawn_classes)
+            gif = painter.denoising_gif(range(GIF_SEEDS), method.sampling_of(self._config.sample), title)
+            key = denoising_key(self._label(), self._config.sample.name(self._plan.first_drawing))
+            recorder.writer.put(key, gif, images_seen=self._state.images_seen)
+
+        self._attempt.on_main(publish)
+
+    def _painter(self, weights: str, precision: str) -> Painter:
+        """Returns a model that draws with the weights of this moment: `model`, or the name of an average."""
+        attempt, config, decoder = self._attempt, self._config, self._decoder
+        painter = Painter(config, attempt.ranks, precision, attempt.stop, self._agreement, decoder)
+        if weights == "model":
+            painter.network.load_state_dict(self._state.model.state_dict())
+        else:
+            self._state.averages[weights].copy_to(painter.network)
+        return painter
+
+    def _sampling_painter(self) -> Painter:
+        """Returns a model that draws as the run's section `sample` says."""
+        sample = self._config.sample
+        precision = self._config.train.precision if sample.precision == "auto" else sample.precision
+        return self._painter(sample.weights, precision)
+
+    def _draw(self, seeds: range) -> Painter:
+        sample, painter = self._config.sample, self._sampling_painter()
+        drawn = painter.sample_together(seeds, method.sampling_of(sample), sample.batch_size, "sampling")
+
+        def publish(recorder: Recorder) -> None:
+            grid = grid_png(
+                drawn,
+                seeds,
+                self._plan.drawn_classes,
+                training=self._training_images() if sample.nearest else None,
+                stop=self._attempt.stop,
+                title=self._title(seeds),
+            )
+            recorder.put_grid(self._grid_key(), grid)
+
+        self._attempt.on_main(publish)
+        return painter
+
+    def _training_images(self) -> ImageCache:
+        pictures = self._plan.pictures()
+        if pictures is self._plan.index:
+            return self._attempt.images
+        return self._plan.opened_images(self._attempt.stop, index=pictures)
+
+    def _label(self) -> str:
+        return label_at(self._state.images_seen, self._plan.index.images, self._config.train.batch_size)
+
+    def _grid_key(self) -> str:
+        return grid_key(self._label(), self._config.sample.name(self._plan.first_drawing))
+
+    def _title(self, seeds: Sequence[int]) -> str:
+        words = self._config.sample.words(self._plan.first_drawing)
+        return title_of(self._plan.run, moment_of(self._label()), words, seeds)

@@ -34,8 +34,7 @@ from job.requests import TrainRequest
 from job.runs.retention import Retention
 from job.stop import NEVER, Stop
 from job.training.attempt import TrainingAttempt
-from job.training.interludes import Interludes
-from job.training.reporting import Recorder
+from job.training.reporting import Interludes, Recorder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
