@@ -30,7 +30,10 @@ from job.report.facts import facts_of
 from job.report.page import PictureCache, put_page
 from job.requests import GIF_SEEDS
 from job.runs import records
-from job.runs.drawings import (
+from job.runs.layout import CheckpointRef, ObjectKind
+from job.runs.metric_rows import Row, grid_events, read_rows
+from job.runs.retention import Retention, best_images_seen
+from job.runs.samples import (
     LOSS_FIGURE,
     SCORES_FIGURE,
     denoising_key,
@@ -40,9 +43,6 @@ from job.runs.drawings import (
     score_name,
     title_of,
 )
-from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.metric_rows import Row, grid_events, read_rows
-from job.runs.retention import Retention, best_images_seen
 from job.runs.writer import CheckpointWriter, LeasedRun
 from job.sampling.painter import Painter
 from job.sampling.pictures import grid_png, with_class
@@ -307,9 +307,9 @@ class Interludes:
         painter = self._draw(range(self._config.sample.images))
 
         def publish(recorder: Recorder) -> None:
-            title = with_class(self._title(range(GIF_SEEDS)), self._plan.drawn_classes)
+            title = with_class(self._title(range(GIF_SEEDS)), self._plan.sampled_classes)
             gif = painter.denoising_gif(range(GIF_SEEDS), method.sampling_of(self._config.sample), title)
-            key = denoising_key(self._label(), self._config.sample.name(self._plan.first_drawing))
+            key = denoising_key(self._label(), self._config.sample.name(self._plan.first_sample))
             recorder.writer.put(key, gif, images_seen=self._state.images_seen)
 
         self._attempt.on_main(publish)
@@ -338,7 +338,7 @@ class Interludes:
             grid = grid_png(
                 drawn,
                 seeds,
-                self._plan.drawn_classes,
+                self._plan.sampled_classes,
                 training=self._training_images() if sample.nearest else None,
                 stop=self._attempt.stop,
                 title=self._title(seeds),
@@ -358,8 +358,8 @@ class Interludes:
         return label_at(self._state.images_seen, self._plan.index.images, self._config.train.batch_size)
 
     def _grid_key(self) -> str:
-        return grid_key(self._label(), self._config.sample.name(self._plan.first_drawing))
+        return grid_key(self._label(), self._config.sample.name(self._plan.first_sample))
 
     def _title(self, seeds: Sequence[int]) -> str:
-        words = self._config.sample.words(self._plan.first_drawing)
+        words = self._config.sample.words(self._plan.first_sample)
         return title_of(self._plan.run, moment_of(self._label()), words, seeds)
