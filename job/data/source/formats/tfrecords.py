@@ -37,6 +37,8 @@ _IS_LABEL = re.compile(r"(?:.*[/_])?(?:labels?|class|cls|target)(?:[/_].*)?", re
 _SHAPES = (("shape",), ("height", "width", "depth"), ("height", "width", "channels"))
 
 _MASK = 0xA282EAD8
+RECORD_BYTES = 64 * 1024 * 1024
+"""The largest record: a forged list of numbers takes fifteen times its size in memory."""
 _CONVERT = "write its images into a folder, and pack that"
 
 _SCHEMA = """
@@ -128,7 +130,7 @@ def _records(raw: BinaryIO) -> Iterator[bytes]:
         length, checksum = struct.unpack("<QI", header)
         if _masked_crc32c(header[:8]) != checksum:
             raise RefusedError("is damaged, or not a TFRecord file (a checksum differs): get it again")
-        members.check_size(length)
+        members.check_size(length, RECORD_BYTES, "a record")
         position += 12 + length + 4
         if position > limit_bytes:
             raise RefusedError(EXPANDS)
