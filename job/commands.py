@@ -28,7 +28,8 @@ from job.progress import note
 from job.requests import EvaluateRequest, SampleRequest, TrainRequest, check_world_size
 from job.runs.layout import ObjectKind
 from job.runs.records import check_writable
-from job.sampling.sampling_plan import plan_sampling, plan_sets
+from job.sampling.sampling_plan import plan_sampling
+from job.sampling.sets import plan_sets
 from job.stop import Stop, deadline
 from job.store import ObjectMissingError, Store, is_foreign, open_bucket, split_chain
 from job.training.tracking import check_tracker

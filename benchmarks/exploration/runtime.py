@@ -282,7 +282,7 @@ _REPLACED: list[tuple[object, object]] = [
 ]
 _ROOMS = ("job.processes.lease", "job.runs", "job.verbs", "job.pieces", "job.data.pack", "job.data.publishing",
           "job.stop", "job.exchange.encoding", "job.store.retry", "job.store.base", "job.evaluation",
-          "job.sampling.sampling_plan", "job.sealed")  # fmt: skip
+          "job.sampling.sets", "job.sealed")  # fmt: skip
 
 
 @lru_cache(20_000)

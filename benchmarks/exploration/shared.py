@@ -33,7 +33,7 @@ from job.exits import BadRequestError
 from job.pieces import RECORDS, Advance, Made, Slice
 from job.runs.layout import CheckpointRef
 from job.runs.samples import Reference, SampleSetConfig
-from job.sampling.sampling_plan import SampleSet
+from job.sampling.sets import SampleSet
 from job.store import Store
 
 PIECES = 3

@@ -29,7 +29,8 @@ from job.plan import Plan, RunHandle
 from job.requests import EvaluateRequest
 from job.runs.layout import ObjectKind
 from job.runs.samples import Reference, Scores
-from job.sampling.sampling_plan import SamplePlan, SampleSet, piece_images, plan_sampling, plan_sets
+from job.sampling.sampling_plan import SamplePlan, plan_sampling
+from job.sampling.sets import SampleSet, piece_images, plan_sets
 from job.stop import NEVER, Stop
 from job.store import ObjectMissingError, Store, is_remote, open_store
 from job.store.files import os_errors

@@ -5,7 +5,7 @@ RUN/samples/epoch-0080-ddim-100.png              one image per seed, from the av
             comparison-30-80-490-ddim-100.png    the same seeds under several checkpoints
             denoising-epoch-0080-ddim-100.gif    from noise to image, 20 frames at most
             epoch-0080-ddim-100-inpaint-image-3-mask-half-resamplings-10.png  see `editing`
-            epoch-0080-ddim-100-0-50000/         see `sampling_plan`
+            epoch-0080-ddim-100-0-50000/         see `sets`
 
 The figures of the method, `ddpm figure schedule` and `ddpm figure noising`, need no network.
 """
@@ -41,7 +41,8 @@ from job.runs import records
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.samples import SampleSetConfig, denoising_key, file_words, grid_key, moment_of, put_picture, title_of
 from job.sampling.painter import Painter, Route, prepared
-from job.sampling.sampling_plan import SamplePlan, SampleSet, plan_sets
+from job.sampling.sampling_plan import SamplePlan
+from job.sampling.sets import SampleSet, plan_sets
 from job.stop import NEVER, Stop
 from job.store import Store, open_store
 from job.store.files import write_file
