@@ -271,7 +271,7 @@ def test_a_lost_run_gets_no_writes(run, queue):
 def test_a_short_grace_shortens_the_cadence(tiles, tmp_path):
     bucket = shutil.copytree(tiles, tmp_path / "bucket")
     # A minute is the interval that follows; a test has less time.
-    patched = {"job__runs__cadence": "LONGEST_WITHOUT_NOTICE_SECONDS = 0.12", "job__runs__retention": "LAST_SAVES = 99"}
+    patched = {"job__runs__outlook": "LONGEST_WITHOUT_NOTICE_SECONDS = 0.12", "job__runs__retention": "LAST_SAVES = 99"}
     hooks = hooked(tmp_path / "hooks", **patched)
     keep = {"checkpoint.every_minutes": 7, "checkpoint.every_epochs": 999}
     keep |= {"checkpoint.keep_last": 99, "checkpoint.keep_every_epochs": 0}
