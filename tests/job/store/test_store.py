@@ -284,6 +284,19 @@ def test_keys(store: Store, tmp_path: Path) -> None:
         assert keys(store) == ["folder/object"]
 
 
+def test_odd_keys_of_others_stop_nothing_beside_them(store: Store) -> None:
+    """A person who keeps other things in the bucket cannot stop a run, whose folders alone are listed."""
+    below = store.sub("runs").sub("walk")
+    for key in ("tab\t", "a//b", "runs-\t/a"):
+        put_by_others(store.uri, key)
+    below.check_writable("probe")
+    below.create("a/b", b"1")
+    assert (keys(below), below.folders(), keys(below, "a")) == (["a/b"], ["a"], ["a/b"])
+    assert store.folders("runs") == ["walk"]
+    below.delete("a/b")
+    assert keys(below) == []
+
+
 def race_in_child(uri: str, child: int) -> list[bool]:
     """Four threads that begin when the parent says so; returns who of them won."""
     store = open_store(uri)
