@@ -35,7 +35,7 @@ from job.runs.samples import Scores, grid_key, label_at, score_name
 from job.sealed import code_version
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, fsspec_configured, open_store
-from job.store.calls import in_thread
+from job.store.retry import in_thread
 
 CARD, PICTURE = "README.md", "grid.png"
 _LOOK_SECONDS = 0.2

@@ -29,10 +29,9 @@ from obstore.store import S3Store as S3Client
 
 from job.exits import BadDataError, BadRequestError, JobError, NoPermissionError
 from job.store.base import Entry, ObjectMissingError
-from job.store.calls import T, in_thread
 from job.store.files import COPY_BYTES
 from job.store.remote import Piece, RemoteStore, Watched, cause, content_type, damaged, one_line
-from job.store.retry import Retry
+from job.store.retry import Retry, T, in_thread
 
 _CRC32C = "ddpm_crc32c"
 _PART_BYTES, _PARTS_AT_ONCE = 5 << 20, 4

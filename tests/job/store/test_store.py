@@ -213,9 +213,8 @@ def test_listings_are_ordered_and_complete(store: Store, monkeypatch) -> None:
     # More than a bucket tells on one page: 1,000 at S3. Azurite tells 5,000, and obstore asks alike.
     many = [f"many/{number:04d}" for number in range(1010 if store.uri.startswith("s3:") else 10)]
     if store.uri.startswith("gs:"):
-        pages = type(store)._pages
-        few = lambda self, start, delimiter: pages(self, start, delimiter, maxResults=3)  # noqa: E731
-        monkeypatch.setattr(type(store), "_pages", few)
+        listed = type(store)._listed
+        monkeypatch.setattr(type(store), "_listed", lambda self, **asked: listed(self, page_size=3, **asked))
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda name: store.put(name, b""), many))
     listing = store.list("many")
