@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,7 +30,6 @@ _ATTEMPTS = 100
 _TEMPORARY = ".tmp-"
 _LOCK = ".lock"
 _SCRATCH = "ddpm-tmp-"
-_swept: set[Path] = set()
 
 
 @contextmanager
@@ -160,13 +160,6 @@ def _locked_descriptor(path: Path) -> int | None:
     return None
 
 
-def _sweep_once(folder: Path, prefix: str) -> None:
-    """Sweeps a folder once per process: to list it for every file would be slow."""
-    if folder not in _swept:
-        _swept.add(folder)
-        sweep_temporaries(folder, prefix)
-
-
 def sweep_temporaries(folder: Path, prefix: str = _TEMPORARY) -> None:
     """Removes the temporary files and folders of dead processes from `folder`."""
     for leftover in folder.glob(f"{prefix}*"):
@@ -181,6 +174,10 @@ def sweep_temporaries(folder: Path, prefix: str = _TEMPORARY) -> None:
                     shutil.rmtree(leftover, ignore_errors=True)
             finally:
                 os.close(descriptor)
+
+
+_sweep_once = cache(sweep_temporaries)
+"""To list a folder for every file would be slow."""
 
 
 def _opened(path: Path) -> int:

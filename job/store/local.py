@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -68,25 +66,13 @@ class LocalStore(Store):
         with self._open(key) as file:
             return _copied(file, consume)
 
-    def _download(self, key: str, path: Path) -> str:
-        with temporary_beside(path) as (temporary, file):
-            version = self._fetch(key, file.write)
-            file.flush()
-            temporary.replace(path)
-        return version
-
     def _write(self, key: str, content: BinaryIO, over: str | None) -> str | None:
         path = self._path(key)
         # The temporary file would create the folder.
         if over and not path.exists():
             return None
         with temporary_beside(path) as (temporary, file):
-            if isinstance(content, io.BytesIO):
-                version = _copied(content, file.write)
-            else:
-                # Nobody asks for the version of an uploaded file, and its hash would take longer than its copy.
-                version = ""
-                shutil.copyfileobj(content, file, COPY_BYTES)
+            version = _copied(content, file.write)
             file.flush()
             os.fsync(file.fileno())
             with suppress(FileExistsError, ObjectMissingError):

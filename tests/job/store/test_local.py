@@ -364,7 +364,7 @@ def test_scratch_of_dead_processes_is_cleared(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     # What this process has swept already.
-    monkeypatch.setattr(files, "_swept", set())
+    files._sweep_once.cache_clear()
     (dead, left), (living, used) = holder(), holder()
     dead.kill()
     dead.wait()
@@ -374,7 +374,7 @@ def test_scratch_of_dead_processes_is_cleared(tmp_path: Path, monkeypatch: pytes
     with scratch_folder("save") as first:
         assert not left.exists()
         # As a process that begins now.
-        monkeypatch.setattr(files, "_swept", set())
+        files._sweep_once.cache_clear()
         with pytest.raises(ZeroDivisionError), scratch_folder("save") as second:
             assert {path.parent for path in (first, second)} == {tmp_path}
             assert all(path.is_dir() for path in (first, second, used, theirs))
