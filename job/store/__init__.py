@@ -44,7 +44,8 @@ class Kind:
     """A kind of bucket. Its client library is imported when a bucket is opened, and not for what is declared here.
 
     Attributes:
-        schemes: of its URIs; the first one is in messages, and names the extra that installs the client library.
+        schemes: of its URIs; the first one is in messages.
+        extra: installs the client library.
         store: the class that opens a bucket, as `MODULE:CLASS`.
         files: the default paths of credential files, by the variable that names another path.
         variables: settings without a secret, which a container gets as well.
@@ -52,6 +53,7 @@ class Kind:
     """
 
     schemes: tuple[str, ...]
+    extra: str
     store: str
     files: Mapping[str, str]
     variables: tuple[str, ...]
@@ -74,10 +76,11 @@ _FSSPEC_FOLDER = {"FSSPEC_CONFIG_DIR": "~/.config/fsspec"}
 _GOOGLE_FILES = {"GOOGLE_APPLICATION_CREDENTIALS": "~/.config/gcloud/application_default_credentials.json"}
 _AWS_FILES = {"AWS_CONFIG_FILE": "~/.aws/config", "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials"}
 _AWS = ("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+_GOOGLE = ("GOOGLE_CLOUD_PROJECT", "STORAGE_EMULATOR_HOST")
 KINDS = (
-    Kind(("gs", "gcs"), "job.store.gcs:GcsStore", _GOOGLE_FILES, ("GOOGLE_CLOUD_PROJECT", "STORAGE_EMULATOR_HOST")),
-    Kind(("s3",), "job.store.objects:S3Store", _AWS_FILES, _AWS, "AWS_SECRET_ACCESS_KEY"),
-    Kind(("az", "abfs"), "job.store.objects:AzureStore", {}, ("AZURE_STORAGE_ACCOUNT_NAME",)),
+    Kind(("gs", "gcs"), "gs", "job.store.gcs:GcsStore", _GOOGLE_FILES, _GOOGLE),
+    Kind(("s3",), "s3", "job.store.objects:S3Store", _AWS_FILES, _AWS, "AWS_SECRET_ACCESS_KEY"),
+    Kind(("az", "abfs"), "az", "job.store.objects:AzureStore", {}, ("AZURE_STORAGE_ACCOUNT_NAME",)),
 )
 _BY_SCHEME = {scheme: kind for kind in KINDS for scheme in kind.schemes}
 URIS = " or ".join(", ".join(f"{kind.schemes[0]}://" for kind in KINDS).rsplit(", ", 1))
@@ -109,7 +112,7 @@ def open_store(uri: str, retry: Retry | None = None) -> Store:
         with fsspec_configured():
             store: Store = resolve_name(kind.store)(bucket, retry)
     except ModuleNotFoundError as error:
-        how = how_to_install(kind.schemes[0])
+        how = how_to_install(kind.extra)
         raise BadRequestError(f"{scheme}:// needs more than is installed ({error}): {how}") from None
     return store.sub(prefix) if prefix else store
 

@@ -30,9 +30,9 @@ from tests.conftest import new_bucket
 from tests.faulty_proxy import Fault, FaultyProxy, Request
 from tests.job.answering import JsonHandler, serving
 from tests.job.command_line import ddpm, ddpm_here, environment, refused
-from tests.job.conftest import SERVERS, point_at
+from tests.job.conftest import point_at
 from tests.job.store.test_remote import LARGE_BYTES, every_call
-from tests.servers import azurite_account
+from tests.servers import SERVERS
 
 FIRST_MOMENT_SECONDS = 0.5
 
@@ -337,29 +337,25 @@ store.delete("small")
 """
 
 
-def test_configuration_of_fsspec_applies(remote_bucket: str, request, tmp_path: Path, monkeypatch) -> None:
-    """Where the bucket is, and who pays, comes from fsspec's variables and file; no other says it."""
+@pytest.mark.parametrize("way", ["one variable", "a variable each", "a file"])
+def test_configuration_of_fsspec_applies(remote_bucket: str, way: str, started, tmp_path: Path, monkeypatch) -> None:
+    """Where the bucket is, and who pays, comes from fsspec's variables or its file; no other says it."""
     scheme = remote_bucket.partition("://")[0]
     asked: list[Request] = []
-    with FaultyProxy(request.getfixturevalue(SERVERS[scheme])) as proxy:
+    with FaultyProxy(started(scheme)) as proxy:
         proxy.instead = lambda request: asked.append(request)
-        variables = {
-            "gs": {
-                "FSSPEC_GS_ENDPOINT_URL": proxy.url,
-                "FSSPEC_GS_REQUESTER_PAYS": "my-project",
-                "FSSPEC_GS_TOKEN": "anon",
-            },
-            "s3": {"FSSPEC_S3": json.dumps({"endpoint_url": proxy.url, "requester_pays": True})},
-            "az": {},
-        }[scheme]
-        folder = tmp_path / "config"
+        options, folder = SERVERS[scheme].options(proxy.url), tmp_path / "config"
         folder.mkdir()
-        if scheme == "az":
-            # A key is no variable of this test: it lies in a file.
-            account = {"connection_string": azurite_account(proxy.url)}
-            (folder / "conf.json").write_text(json.dumps({"az": account}))
-        for name in ("STORAGE_EMULATOR_HOST", "AWS_ENDPOINT_URL", "AZURE_STORAGE_CONNECTION_STRING"):
-            monkeypatch.delenv(name, raising=False)
+        variables = {
+            "one variable": {f"FSSPEC_{scheme.upper()}": json.dumps(options)},
+            "a variable each": {f"FSSPEC_{scheme}_{name}".upper(): str(value) for name, value in options.items()},
+            "a file": {},
+        }[way]
+        if way == "a file":
+            (folder / "conf.json").write_text(json.dumps({scheme: options}))
+        for name in SERVERS[scheme].variables(""):
+            if not name.startswith("AWS_ACCESS") and not name.startswith("AWS_SECRET"):
+                monkeypatch.delenv(name, raising=False)
         env = environment(**variables, FSSPEC_CONFIG_DIR=str(folder))
         words = [sys.executable, "-c", SAYING, remote_bucket]
         child = subprocess.run(words, check=False, capture_output=True, text=True, env=env)
