@@ -61,11 +61,11 @@ class GcsStore(RemoteStore):
         super().__init__("gs", bucket, retry)
         try:
             self._login = _login()
-        except DefaultCredentialsError as error:
-            raise self._no_credentials(str(error)) from error
         except Exception as error:
-            # The error's text may repeat a token of fsspec's configuration.
-            raise self._no_credentials(f"fsspec's configuration: {type(error).__name__}") from None
+            # The text of any other error may repeat a token of fsspec's configuration.
+            of_fsspec = f"fsspec's configuration: {type(error).__name__}"
+            why = str(error) if isinstance(error, DefaultCredentialsError) else of_fsspec
+            raise self._no_credentials(why) from None
         self._fs = _OneAttempt(
             token=self._login or "anon",
             version_aware=False,

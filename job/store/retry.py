@@ -64,7 +64,7 @@ class Retry:
             note: gets a line at the beginning and at the end of an outage; from any thread.
         """
         self.limit_seconds, self.stop = limit_seconds, stop
-        self._outage, self._name_seconds = _Outage(note), PATIENCE_SECONDS
+        self._outage = _Outage(note)
 
     def within(self, seconds: float, stop: Stop = NEVER) -> Self:
         """Returns a `Retry` of the same bucket that gives up after `seconds`, or at `stop`."""
@@ -72,15 +72,9 @@ class Retry:
         other.limit_seconds, other.stop = seconds, stop
         return other
 
-    def elsewhere(self, *, waits_for_name: bool = False) -> Retry:
-        """Returns a `Retry` with the same limit for another bucket, or for a source.
-
-        Args:
-            waits_for_name: whether an `UnknownHostError` is repeated though the host has never answered.
-        """
-        other = Retry(self.limit_seconds, self.stop, self._outage.note)
-        other._name_seconds = float("inf") if waits_for_name else 0.0
-        return other
+    def elsewhere(self) -> Retry:
+        """Returns a `Retry` with the same limit for another bucket, or for a source."""
+        return Retry(self.limit_seconds, self.stop, self._outage.note)
 
     @property
     def outages(self) -> int:
@@ -104,8 +98,7 @@ class Retry:
     def __call__(self, work: Callable[..., T], *args: object) -> T:
         """Does `work`, which can be repeated, until it succeeds, and returns its result.
 
-        If the bucket has never answered and no name server knows its host, the limit is `PATIENCE_SECONDS` at most, and
-        of a source this is an error at once.
+        If the bucket has never answered and no name server knows its host, the limit is `PATIENCE_SECONDS` at most.
 
         Raises:
             BucketAwayError: the bucket was away for longer than the limit.
@@ -125,9 +118,7 @@ class Retry:
                 limit_seconds = self.limit_seconds
                 # An unknown host is misspelt, unless it has answered before.
                 if isinstance(error, UnknownHostError) and not self._outage.answered_at:
-                    if not self._name_seconds:
-                        raise
-                    limit_seconds = min(limit_seconds, self._name_seconds)
+                    limit_seconds = min(limit_seconds, PATIENCE_SECONDS)
                 left_seconds = away_since + limit_seconds - now
                 if left_seconds > 0 and not self.stop():
                     self._outage.began(error, asked_at, limit_seconds)
