@@ -104,10 +104,14 @@ class GcsStore(RemoteStore):
         return self._call(piece, "GET", url, headers={"Accept-Encoding": "gzip", **part})
 
     def _send(self, key: str, content: Watched, over: str | None) -> str | None:
-        condition = None if over is None else over or "0"
-        send = self._decide if content.size_bytes <= COPY_BYTES else self._upload
+        name, condition = self._prefix + key, None if over is None else over or "0"
         try:
-            return str(send(self._prefix + key, content, condition))
+            if content.size_bytes > COPY_BYTES:
+                return self._upload(name, content, condition)
+            blob = self._bucket.blob(name)
+            how = {"content_type": content_type(name), "if_generation_match": condition, "checksum": "crc32c"}
+            self._ask(blob.upload_from_string, content.read(), **how)
+            return str(blob.generation)
         except api.PreconditionFailed:
             return None
         except aiohttp.ClientOSError:
@@ -116,13 +120,7 @@ class GcsStore(RemoteStore):
                 return None
             raise
 
-    def _decide(self, name: str, content: Watched, condition: str | None) -> object:
-        blob = self._bucket.blob(name)
-        how = {"content_type": content_type(name), "if_generation_match": condition, "checksum": "crc32c"}
-        self._ask(blob.upload_from_string, content.read(), **how)
-        return blob.generation
-
-    def _upload(self, name: str, content: Watched, condition: str | None) -> object:
+    def _upload(self, name: str, content: Watched, condition: str | None) -> str:
         # Google refuses content with another checksum. The boundary is random, so that no file contains it.
         about = {"name": name, "contentType": content_type(name), "crc32c": content.crc32c}
         boundary = secrets.token_hex(16)
@@ -141,7 +139,7 @@ class GcsStore(RemoteStore):
         headers = {"Content-Type": f"multipart/related; boundary={boundary}", "Content-Length": size_bytes}
         how = {"uploadType": "multipart", "ifGenerationMatch": condition, "headers": headers, "data": body()}
         sent = self._call(lambda _, blocks: json.loads(b"".join(blocks)), "POST", url, self._bucket.name, **how)
-        return self._answer(sent, lambda: content.read_at)["generation"]
+        return str(self._answer(sent, lambda: content.read_at)["generation"])
 
     def _delete(self, key: str) -> None:
         self._ask(self._bucket.delete_blob, self._prefix + key)

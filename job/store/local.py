@@ -78,13 +78,13 @@ class LocalStore(Store):
             with suppress(FileExistsError, ObjectMissingError):
                 if over == "":
                     path.hardlink_to(temporary)
-                    sync(path.parent)
-                    return version
-                with folder_lock(path.parent):
-                    if over is None or self._read(key).version == over:
+                else:
+                    with folder_lock(path.parent):
+                        if over and self._read(key).version != over:
+                            return None
                         temporary.replace(path)
-                        sync(path.parent)
-                        return version
+                sync(path.parent)
+                return version
             if path.exists() and not path.is_file():
                 raise BadDataError(f"{path} is a folder or a pipe, where an object belongs: move it away")
         return None

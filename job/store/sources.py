@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, cast
+from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
 from urllib.parse import urljoin
 
 from fsspec import get_filesystem_class
@@ -25,9 +25,6 @@ from job.store.base import Entry, ObjectMissingError, Store
 from job.store.files import COPY_BYTES
 from job.store.remote import CONNECTIONS, READ_AHEAD_BYTES, Ranges, one_line
 from job.store.retry import POLL_SECONDS, Retry, T, UnknownHostError, answer, in_thread
-
-if TYPE_CHECKING:
-    import aiohttp
 
 # It logs many lines about an error that this program reports in one.
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)
@@ -289,7 +286,7 @@ def _meaning(error: Exception, uri: str) -> JobError:
     return BucketAwayError(f"{uri} does not answer: {reason}")
 
 
-async def _check_redirect(_: object, __: object, sent: aiohttp.TraceRequestRedirectParams) -> None:
+async def _check_redirect(_: object, __: object, sent: Any) -> None:
     headers = sent.response.headers
     target = urljoin(str(sent.url), headers.get("Location") or headers.get("URI") or "")
     if not target.lower().startswith(WEB) or not is_safe(target):
