@@ -21,8 +21,7 @@ from job.outcome import outcome_written
 from job.pieces import IF_NONE_RUNS, Slice
 from job.plan import Plan, plan_run
 from job.processes.group import Group, check_gpus, default_processes
-from job.processes.launched import await_go, is_rank
-from job.processes.launcher import launch, this_command
+from job.processes.launcher import await_go, is_rank, launch, this_command
 from job.progress import note
 from job.requests import EvaluateRequest, SampleRequest, TrainRequest, check_world_size
 from job.runs.layout import ObjectKind

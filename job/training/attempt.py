@@ -24,7 +24,7 @@ from job.exits import BadDataError, JobError, LostRunError, MissingInputError, N
 from job.plan import Plan, RunHandle, plan_run
 from job.printing import open_page
 from job.processes import compute
-from job.processes.launched import is_launched
+from job.processes.launcher import is_launched
 from job.processes.lease import Lease
 from job.processes.ranks import meet
 from job.progress import Progress, note
