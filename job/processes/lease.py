@@ -82,16 +82,14 @@ class ProcessIdentity(BaseModel):
             return False
         try:
             os.kill(self.pid, 0)
-        except PermissionError:
-            pass
+            stat = _stat(self.pid)
         except ProcessLookupError:
             return True
-        # A /proc may hide the processes of other users, which proves nothing.
-        with suppress(OSError):
-            stat = _stat(self.pid)
-            # A zombie, or dead.
-            return stat[_STATE] in b"ZXx" or int(stat[_START]) != self.start_ticks
-        return False
+        except OSError:
+            # A process of another user, which /proc may hide, proves nothing.
+            return False
+        # A zombie, or dead.
+        return stat[_STATE] in b"ZXx" or int(stat[_START]) != self.start_ticks
 
 
 def _stat(pid: int) -> list[bytes]:
