@@ -65,14 +65,13 @@ def run_training(request: TrainRequest, stop: Stop = NEVER) -> Plan:
         BucketAwayError: the bucket stayed away beyond the limit.
     """
     attempt = TrainingAttempt(request, stop)
-    if attempt.is_finished():
-        return attempt.plan
-    with attempt.held():
-        attempt.restore()
-        with attempt.recording():
-            session = TrainingSession(attempt)
-            session.train()
-            session.finish()
+    with attempt.held() as is_finished:
+        if not is_finished:
+            with attempt.recording():
+                attempt.restore()
+                session = TrainingSession(attempt)
+                session.train()
+                session.finish()
     attempt.ranks.state.destroy_process_group()
     return attempt.plan
 
