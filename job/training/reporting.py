@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ddpm import figures
-from ddpm.augment import Latents
-from ddpm.objective import Objective
 from ddpm.state import TrainState, loss_row
 from job.config import method
-from job.data.autoencoder import load_decoder
+from job.data.autoencoder import latents_of, load_decoder
 from job.data.cache import ImageCache
 from job.evaluation.evaluate import Evaluator, validation_row
 from job.exits import State
@@ -273,17 +271,22 @@ class Interludes:
         """Returns whether the bucket has no sample grid of this moment. Collective."""
         return self._attempt.ranks.on_main(lambda: not self._plan.run.exists(self._grid_key()))
 
-    def validate(self, objective: Objective, latents: Latents | None) -> None:
+    def validate(self) -> None:
         """Adds the loss of the averaged weights on images that the run does not learn from to the log. Collective.
 
         Raises:
             StoppedError: on all processes at once, when any of them was asked to stop.
         """
-        held_out, log = self._attempt.held_out, self._config.log
+        held_out, config = self._attempt.held_out, self._config
         assert held_out is not None
-        painter, batch_size = self._painter("ema", self._config.train.precision), self._config.sample.batch_size
-        count = log.validate_images
-        row = validation_row(painter, held_out, objective, count=count, batch_size=batch_size, latents=latents)
+        row = validation_row(
+            self._painter("ema", config.train.precision),
+            held_out,
+            method.objective_of(config),
+            count=config.log.validate_images,
+            batch_size=config.sample.batch_size,
+            latents=latents_of(self._plan.index),
+        )
         if self._attempt.recorder is not None:
             self._attempt.recorder.record(row)
 
