@@ -304,19 +304,20 @@ class _Launch:
         rank = _Rank(int(in_group.get("RANK", 0)), local, process)
         self._living[process.pid] = rank
         if rank.pipe:
-            self._selector.register(rank.pipe, selectors.EVENT_READ, lambda: self._show(rank))
+            self._selector.register(rank.pipe, selectors.EVENT_READ, rank.show)
 
     def _listen(self, seconds: float) -> None:
         """Waits for signals and output, and passes them on."""
         for key, _ in self._selector.select(seconds):
-            key.data()
+            if not key.data():
+                self._selector.unregister(key.fileobj)
 
     def _listen_for(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             self._listen(left)
 
-    def _forward(self, signals: bytes) -> None:
+    def _forward(self, signals: bytes) -> bool:
         for number in filter(STOP_SIGNALS.__contains__, signals):
             self._stop_signals.append(number)
             self._send(number)
@@ -324,11 +325,7 @@ class _Launch:
             for rank in self._ended:
                 if rank.state is State.FAILED and rank.code == -number:
                     rank.state = State.NEVER_BEGAN
-
-    def _show(self, rank: _Rank) -> None:
-        # An orphan of the rank may hold its pipe open for ever.
-        if rank.pipe and not rank.show():
-            self._selector.unregister(rank.pipe)
+        return True
 
     def _send(self, number: int) -> None:
         # Only this process reaps: until then the process id of a rank is its own, even if it is dead.
