@@ -64,28 +64,28 @@ class Recorder:
 
     Attributes:
         tracking: the service that also gets the rows.
-        rows: the run's metrics so far, in order; None before `begin`.
+        rows: the metrics of the run so far, in order; empty before `begin`.
         writer: commits checkpoints and pictures in a thread, from `begin` on.
     """
 
     writer: CheckpointWriter
+    _status: records.StatusReporter
     _state: TrainState | None = None
     _start_seconds: float | None = None
 
     def __init__(self, attempt: TrainingAttempt, lease: Lease) -> None:
-        """Starts the thread that writes the run's status, and writes the page of a new run, for a recorded attempt."""
+        """Writes the page of a new run, for an attempt that is recorded."""
         self.plan, self.attempt, self._stop, self._lease = attempt.plan, attempt.record, attempt.stop, lease
         plan, request = attempt.plan, attempt.plan.request
         self.rows, self._shown, self._pictures = list[Row](), Row(), PictureCache(note)
         self.tracking = Tracking(plan.config, request.run, plan.run.uri)
-        self._status = records.StatusReporter(plan.run, self._confirmed_status, note)
         if plan.is_new or request.open_page:
             self._put_page(self._status_of(State.RUNNING), None, stop=self._stop)
         if request.open_page:
             open_page(plan.run, ObjectKind.PAGE.value)
 
     def begin(self, attempt: TrainingAttempt) -> None:
-        """Starts the thread that writes checkpoints, for an attempt that is restored."""
+        """Starts the threads that write checkpoints and the run's status, for an attempt that is restored."""
         plan, restored, seen = attempt.plan, attempt.restored, attempt.record.previous_seen
         self.rows = read_rows(plan.run, restored.metrics, note) if restored else []
         # An attempt that ends before its first row still has a loss in its status.
@@ -95,6 +95,7 @@ class Recorder:
         self.writer = CheckpointWriter(leased, tensors, before=restored, stop=self._stop, note=note)
         self._page_due = time.monotonic() + PAGE_SECONDS
         self._state = attempt.state
+        self._status = records.StatusReporter(plan.run, self._confirmed_status, note)
         # The page of an attempt that was cut off says what is true again.
         if not plan.is_new and not (seen is not None and seen.state == State.RUNNING):
             # It takes longer than the first steps, which need not wait for it.
@@ -163,7 +164,9 @@ class Recorder:
         self.writer.wait()
 
     def close(self, state: State) -> None:
-        """Commits what is queued and writes the last status, as far as a stop leaves time.
+        """Commits what is queued and writes the last status and page, as far as a stop leaves time.
+
+        Before `begin` it writes the page alone, which may say that the run goes on.
 
         Raises:
             JobError: a checkpoint could not be committed.
@@ -172,7 +175,8 @@ class Recorder:
             if self._state:
                 self.writer.close(wait=True)
         finally:
-            self._status.close(state, self._patience_seconds())
+            if self._state:
+                self._status.close(state, self._patience_seconds())
             patience_seconds = self._patience_seconds()
             if state is not State.FINISHED and patience_seconds >= 1:
                 self._put_page(self._status_of(state), self.rows if self._state else None, patience_seconds)
