@@ -152,7 +152,7 @@ class Replay:
             stretch = self.stretch_of(seen)
             last = min(image, stretch.last_image)
             self._compare(stretch.attempt, stretch.config)
-            loop = Loop(stretch.config, self.images, self.ranks, self.state, last_image=last, stop=self.stop)
+            loop = Loop(stretch.config, self.images, self.ranks, self.state, last)
             bar = Progress("replaying", total=last, start=seen)
 
             def after_step(state: TrainState, bar: Progress = bar) -> bool:

@@ -24,8 +24,8 @@ from unittest.mock import patch
 
 from benchmarks.exploration.world import Killed, Process, Thread, World
 from job import sealed
-from job.processes import lease, process_identity
-from job.processes.process_identity import ProcessIdentity
+from job.processes import lease
+from job.processes.lease import ProcessIdentity
 from job.runs import layout, metric_rows
 from job.sealed import Sealed
 
@@ -329,7 +329,7 @@ def _kill(pid: int, number: int) -> None:
 @contextmanager
 def simulated() -> Iterator[None]:
     """Has the modules of the job use simulated threads, clocks and ids until the context ends."""
-    with patch.multiple(process_identity, os=SimpleNamespace(kill=_kill), _stat=lambda pid: [b"S", *[b"7"] * 20]):
+    with patch.multiple(lease, os=SimpleNamespace(kill=_kill), _stat=lambda pid: [b"S", *[b"7"] * 20]):
         patches = []
         for name, module in sorted(sys.modules.items()):
             if not name.startswith(_ROOMS):

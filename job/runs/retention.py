@@ -16,8 +16,7 @@ from functools import partial
 from job.config import RunConfig
 from job.data.order import epochs_completed_by
 from job.exits import BadDataError, JobError, LostRunError, NoPermissionError
-from job.processes.lease import Lease
-from job.processes.process_identity import ProcessIdentity
+from job.processes.lease import Lease, ProcessIdentity
 from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, CheckpointRef, Located, ObjectKind, located, places_in
 from job.runs.metric_rows import Row

@@ -24,7 +24,7 @@ from job.config.schema import SampleConfig
 from job.data.images import Recipe, RejectedImageError, prepare
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError, did_you_mean
 from job.plan import RunHandle, open_run
-from job.processes.launched import lost_peer
+from job.processes.launcher import lost_peer
 from job.progress import detail, note
 from job.requests import SampleRequest, parse_numbers
 from job.runs import records

@@ -6,8 +6,7 @@ import json
 from typing import Any
 
 from job.processes import lease as lease_module
-from job.processes.lease import LEASE_KEY, Lease
-from job.processes.process_identity import ProcessIdentity
+from job.processes.lease import LEASE_KEY, Lease, ProcessIdentity
 from job.stop import NEVER
 from job.store import Store
 from tests.job.launching import eventually as eventually

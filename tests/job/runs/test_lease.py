@@ -14,8 +14,7 @@ import pytest
 
 from job.exits import BadDataError, BucketAwayError, LostRunError
 from job.processes import lease as lease_module
-from job.processes.lease import LEASE_KEY
-from job.processes.process_identity import ProcessIdentity
+from job.processes.lease import LEASE_KEY, ProcessIdentity
 from job.stop import NEVER, Stop
 from job.store import ConflictError, Store, open_store
 from job.store.local import LocalStore

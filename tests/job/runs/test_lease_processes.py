@@ -14,7 +14,7 @@ import pytest
 
 from job.exits import Exit, LostRunError
 from job.processes import lease as lease_module
-from job.processes.process_identity import ProcessIdentity
+from job.processes.lease import ProcessIdentity
 from job.store import Store
 from tests.job.leases import QUICK, Notes, record_in, taken
 
