@@ -24,13 +24,13 @@ from torch import Tensor
 
 from benchmarks.measuring import Figure, seconds
 from benchmarks.subject import DATASET, PRESET, SIZE, forget_accelerator, pack_noise, write_noise
+from job.coordination.sealed import utc_now
 from job.progress import Progress
 from job.requests import TrainRequest
 from job.runs.checkpoints import Manifest, commit_manifest, list_checkpoints, load_manifest, newest_good
 from job.runs.layout import CheckpointRef
 from job.runs.metric_rows import Row, read_rows
 from job.runs.writer import plan_parts, write_part
-from job.sealed import utc_now
 from job.store import Store, open_store
 from job.store.local import LocalStore
 from job.training.session import run_training

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from ddpm.image_size import ImageSize
 from job.config import EMBEDDED, pack_config
+from job.coordination.outcome import outcome_written
+from job.coordination.pieces import IF_NONE_RUNS, Slice
 from job.data.shards import PREVIEW, NoDatasetError, dataset_key
 from job.evaluation.evaluation_plan import check_library, check_scores_in_training, plan_evaluation
 from job.exits import BadDataError, BadRequestError, MissingInputError
-from job.outcome import outcome_written
-from job.pieces import IF_NONE_RUNS, Slice
 from job.plan import Plan, plan_run
 from job.processes.group import Group, check_gpus, default_processes
 from job.processes.launcher import await_go, is_rank, launch, this_command

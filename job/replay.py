@@ -16,6 +16,7 @@ from pathlib import Path
 from ddpm import training
 from ddpm.state import TrainState
 from job.config import RunConfig, method, validated
+from job.coordination.sealed import code_version
 from job.data.cache import ImageCache
 from job.exchange.exporting import Export, check_strangers, open_target, write_folder
 from job.exits import BadDataError, BadRequestError, MissingInputError
@@ -28,7 +29,6 @@ from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest, newe
 from job.runs.layout import CheckpointRef
 from job.runs.retention import Retention, reading_chosen
 from job.runs.writer import CheckpointFiles, write_part
-from job.sealed import code_version
 from job.stop import Stop
 from job.store import Store
 from job.store.files import scratch_folder

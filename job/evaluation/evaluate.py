@@ -24,6 +24,8 @@ from ddpm.generation import Sampling
 from ddpm.objective import Condition, Drawn, Objective, spread_over_steps
 from ddpm.state import LossLog, loss_row
 from job.config import method
+from job.coordination.pieces import IF_NONE_RUNS, WHOLE, Advance, Made, Slice
+from job.coordination.sealed import code_version, utc_now
 from job.data.cache import ImageCache
 from job.data.order import Order
 from job.data.shards import dataset_key, load_index
@@ -38,7 +40,6 @@ from job.evaluation.evaluation_plan import (
     reference_of,
 )
 from job.exits import BadDataError
-from job.pieces import IF_NONE_RUNS, WHOLE, Advance, Made, Slice
 from job.plan import Plan, RunHandle
 from job.processes.ranks import Ranks, meet
 from job.progress import Progress, note
@@ -46,7 +47,6 @@ from job.runs.layout import ObjectKind
 from job.runs.metric_rows import Row
 from job.runs.samples import Reference, Scores, score_name
 from job.sampling.painter import Painter, prepared
-from job.sealed import code_version, utc_now
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddpm.image_size import ImageSize
+from job.coordination.pieces import Advance, Made, PieceRecord
 from job.data import shards
 from job.data.cache import ImageCache, default_cache_dir
 from job.data.images import codec_versions, encode_latents
@@ -27,7 +28,6 @@ from job.data.publishing import Packing, check_absent, make_dataset
 from job.data.shard_source import ShardSource
 from job.exchange.other_programs import opened_autoencoder
 from job.exits import BadConfigError, BadDataError, BadRequestError
-from job.pieces import Advance, Made, PieceRecord
 from job.stop import Stop
 from job.store import Store
 from job.store.files import scratch_folder

@@ -15,6 +15,7 @@ from functools import partial
 from importlib import resources
 from pathlib import Path
 
+from job.coordination.sealed import code_version
 from job.exchange.exchange_requests import ExportRequest
 from job.exits import (
     BadDataError,
@@ -32,7 +33,6 @@ from job.runs.checkpoints import check_average, choose, opened
 from job.runs.layout import RUNS, CheckpointRef, ObjectKind, located, places_in
 from job.runs.retention import reading_chosen
 from job.runs.samples import Scores, grid_key, label_at, score_name
-from job.sealed import code_version
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, fsspec_configured, open_store
 from job.store.retry import in_thread

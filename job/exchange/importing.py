@@ -22,6 +22,8 @@ from job.config import (
     preset_names,
     validated,
 )
+from job.coordination.lease import Lease
+from job.coordination.sealed import utc_now
 from job.data.order import images_at_epoch
 from job.data.shards import DatasetIndex, find_dataset, load_index
 from job.exchange.exchange_requests import ImportRequest
@@ -29,14 +31,12 @@ from job.exchange.other_programs import OtherCheckpoint, opened_checkpoint, sett
 from job.exits import BadConfigError, BadDataError, BadRequestError, State
 from job.plan import RunHandle, check_sampling, follow_dataset
 from job.processes.compute import describe_device
-from job.processes.lease import Lease
 from job.progress import note, printable
 from job.runs import pipeline, records
 from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef
 from job.runs.pipeline import RUN_CONFIG, SCHEDULER_CONFIG, UNET_CONFIG
 from job.runs.retention import Retention
 from job.runs.writer import CheckpointWriter, LeasedRun
-from job.sealed import utc_now
 from job.stop import Stop
 from job.store import Store, open_bucket, without_queries
 

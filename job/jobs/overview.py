@@ -10,11 +10,11 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from job.coordination.outcome import read_outcome
 from job.exits import BadRequestError, JobError, MissingInputError, State, meaning
 from job.jobs.backends import Backend, JobStatus
 from job.jobs.spec import is_about, validated_job_name
 from job.jobs.targets import Target, backend_for, load_targets, target_on
-from job.outcome import read_outcome
 from job.printing import print_json, print_table
 from job.progress import note, printable
 from job.runs.layout import RUNS

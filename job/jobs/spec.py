@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from job.config import EMBEDDED, draft, parse_sets, read_config_file
+from job.coordination.lease import EXPIRE_SECONDS
 from job.data.pack_request import EncodeRequest, IndexRequest, PackRequest
 from job.data.source.labels import split_labels
 from job.exits import BadConfigError, BadRequestError
 from job.processes.group import GPUS, JOB
-from job.processes.lease import EXPIRE_SECONDS
 from job.requests import EvaluateRequest, JobRequest, SampleRequest, SubmitRequest, TrainRequest, check_world_size
 from job.runs.records import DOLLARS, split_run
 from job.stop import duration_seconds

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from job.config import draft
+from job.coordination.outcome import Outcome, read_outcome
 from job.exits import (
     BadRequestError,
     BucketAwayError,
@@ -35,7 +36,6 @@ from job.jobs.backends import Backend, Cause, JobStatus, JsonObject, NoCapacityE
 from job.jobs.machines import gpus_of
 from job.jobs.spec import RETRIES, JobSpec, spec_of
 from job.jobs.targets import Target, backend_for, target_on
-from job.outcome import Outcome, read_outcome
 from job.progress import note
 from job.requests import JobRequest, SubmitRequest, TrainRequest
 from job.runs.outlook import (

@@ -21,6 +21,7 @@ from PIL import Image, ImageSequence
 
 from ddpm.figures import smoothed
 from job.config import description_of
+from job.coordination.sealed import code_version, utc_now
 from job.data.cache import default_cache_dir
 from job.data.preview import preview_png
 from job.data.shards import PREVIEW, dataset_key
@@ -29,7 +30,6 @@ from job.report.facts import Facts
 from job.runs.layout import ObjectKind
 from job.runs.metric_rows import Row
 from job.runs.outlook import duration
-from job.sealed import code_version, utc_now
 from job.store import ObjectMissingError, Store
 
 PAGE_KEY = ObjectKind.PAGE.value

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from job.processes.lease import LEASE_KEY
+from job.coordination.lease import LEASE_KEY
 from job.store import Store
 
 RUNS = "runs"

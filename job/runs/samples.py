@@ -31,10 +31,10 @@ from pydantic import Field
 
 from ddpm.catalogue import METRICS, Metric
 from job.config.schema import SamplerConfig, Section, Size
+from job.coordination.pieces import PieceRecord
+from job.coordination.sealed import SHA256_PATTERN, NamedObject, RecordPart, Sealed, code_version
 from job.data.order import epochs_completed_by
-from job.pieces import PieceRecord
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.sealed import SHA256_PATTERN, NamedObject, RecordPart, Sealed, code_version
 from job.store import Store
 
 LOSS_FIGURE = ObjectKind.FIGURE.key(name="loss", picture="png")

@@ -11,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from job.coordination.lease import LEASE_KEY, MAX_FENCE, LeaseRecord
+from job.coordination.pieces import PieceRecord
+from job.coordination.sealed import Sealed
 from job.exits import BadDataError
-from job.pieces import PieceRecord
-from job.processes.lease import LEASE_KEY, MAX_FENCE, LeaseRecord
 from job.progress import Progress
 from job.runs import records
 from job.runs.checkpoints import LATEST_KEY, AverageRecord, Latest, Manifest, lost_manifest, sha256_of
@@ -21,7 +22,6 @@ from job.runs.layout import PICTURES, Located, ObjectKind, located
 from job.runs.records import CONFIG_KEY, Attempt, Status
 from job.runs.retention import Reader, leftovers
 from job.runs.samples import FoundGrid, SampleSetIndex, SampleSetRecord, Scores, has_origin
-from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
 
 PARALLEL_READS = 16

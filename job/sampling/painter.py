@@ -20,6 +20,7 @@ from ddpm.model import Model, NotFiniteError
 from ddpm.process import Point, VarianceExploding
 from ddpm.threads import group_of
 from job.config import RunConfig, method
+from job.coordination.sealed import code_version, utc_now
 from job.data.autoencoder import Decoder, load_decoder
 from job.exits import BadDataError, BadRequestError, NotANumberError, StoppedError
 from job.processes.ranks import Agreement, Ranks
@@ -31,7 +32,6 @@ from job.runs.records import split_run
 from job.runs.retention import kept_while_read, reading_chosen
 from job.runs.samples import FoundGrid, moment_of
 from job.sampling.sampling_plan import SamplePlan, found_points, plan_sampling
-from job.sealed import code_version, utc_now
 from job.stop import Stop
 from job.store import ObjectExistsError, Store
 

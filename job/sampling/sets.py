@@ -7,7 +7,7 @@ RUN/samples/epoch-0080-ddim-100-0-50000/sample-set.json            everything th
                                         index.json                 created once, when all pieces are there
 RUN/samples/epoch-0080-ddim-100-0-50000-png/piece-00012/000003072.png …   with --save png
 
-`job.pieces` shares the pieces among processes and machines, and resumes.
+`job.coordination.pieces` shares the pieces among processes and machines, and resumes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from math import ceil
 from typing import TypeVar
 
 from ddpm.image_size import ImageSize
+from job.coordination.pieces import WHOLE, Pieces, Slice
 from job.exits import BadDataError, BadRequestError
-from job.pieces import WHOLE, Pieces, Slice
 from job.runs.checkpoints import load_manifest
 from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind
 from job.runs.samples import SampleSetConfig, SampleSetIndex, SampleSetRecord, named_piece

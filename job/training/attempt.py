@@ -17,6 +17,7 @@ import torch.distributed as dist
 from ddpm.catalogue import OF_CLASSES
 from ddpm.state import TrainState
 from job.config import method
+from job.coordination.lease import Lease
 from job.data.cache import ImageCache
 from job.data.order import order_of
 from job.evaluation.evaluation_plan import check_scores_in_training
@@ -24,7 +25,6 @@ from job.exits import BadDataError, JobError, LostRunError, MissingInputError, S
 from job.plan import Plan, RunHandle, plan_run
 from job.processes import compute
 from job.processes.launcher import is_launched
-from job.processes.lease import Lease
 from job.processes.ranks import meet
 from job.progress import Progress, note
 from job.requests import TrainRequest, check_world_size

@@ -16,13 +16,14 @@ from torch import Tensor
 from ddpm import figures
 from ddpm.state import TrainState, loss_row
 from job.config import method
+from job.coordination.lease import Lease
+from job.coordination.sealed import utc_now
 from job.data.autoencoder import latents_of, load_decoder
 from job.data.cache import ImageCache
 from job.evaluation.evaluate import Evaluator, validation_row
 from job.exits import State
 from job.plan import RunHandle
 from job.printing import open_page
-from job.processes.lease import Lease
 from job.processes.ranks import Agreement
 from job.progress import Progress, note
 from job.report.facts import facts_of
@@ -45,7 +46,6 @@ from job.runs.samples import (
 from job.runs.writer import CheckpointWriter, LeasedRun
 from job.sampling.painter import Painter
 from job.sampling.pictures import grid_png, with_class
-from job.sealed import utc_now
 from job.stop import NEVER, Stop
 from job.training.tracking import Tracking
 

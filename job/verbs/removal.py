@@ -8,9 +8,9 @@ from typing import NamedTuple, TypeVar
 
 from ddpm.image_size import ImageSize
 from job.config import RunConfig
+from job.coordination.lease import LEASE_KEY, MAX_FENCE, Lease, load_lease
 from job.data import shards
 from job.exits import BadDataError, BadRequestError, JobError, LostRunError
-from job.processes.lease import LEASE_KEY, MAX_FENCE, Lease, load_lease
 from job.progress import Progress, note, say
 from job.runs import records
 from job.runs.checkpoints import list_checkpoints, newest_good

@@ -13,9 +13,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 from job.config import RunConfig
+from job.coordination.lease import LEASE_KEY
 from job.exits import BadDataError, BadRequestError, MissingInputError, State
 from job.printing import in_lines, print_json, print_table
-from job.processes.lease import LEASE_KEY
 from job.progress import note
 from job.runs import metric_rows, records
 from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound

@@ -166,8 +166,8 @@ def ends_as_it_should(words: str, bucket: Path) -> None:
 def test_any_bucket_gives_a_known_code(
     sampled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    monkeypatch.setattr("job.processes.lease.EXPIRE_SECONDS", 0.3)
-    monkeypatch.setattr("job.processes.lease.WATCH_SECONDS", 0.05)
+    monkeypatch.setattr("job.coordination.lease.EXPIRE_SECONDS", 0.3)
+    monkeypatch.setattr("job.coordination.lease.WATCH_SECONDS", 0.05)
     # Where a figure goes, and where `jobs list` looks.
     monkeypatch.chdir(tmp_path)
     bucket = tmp_path / "bucket"

@@ -13,6 +13,8 @@ from enum import StrEnum
 from functools import reduce
 from typing import Any, ClassVar, NoReturn
 
+from job.coordination.outcome import Outcome, read_outcome
+from job.coordination.sealed import utc_now
 from job.exits import (
     BadRequestError,
     Exit,
@@ -26,9 +28,7 @@ from job.exits import (
 )
 from job.jobs.spec import JobSpec
 from job.jobs.targets import Target
-from job.outcome import Outcome, read_outcome
 from job.progress import note, printable
-from job.sealed import utc_now
 
 JsonObject = dict[str, Any]
 """A request to an engine, or its answer, as JSON types."""

@@ -15,13 +15,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from job.coordination.sealed import utc_text
 from job.exits import BadRequestError, Restart, State, failures, state_after
 from job.jobs.backends import Cause, JobStatus, JsonObject, google
 from job.jobs.backends.container import SCRATCH
 from job.jobs.backends.google import GoogleNotFoundError
 from job.jobs.machines import Machine
 from job.jobs.spec import LABEL_PREFIX, JobSpec
-from job.sealed import utc_text
 
 TASK_INDEX = "$BATCH_TASK_INDEX"
 """The variable in which Batch gives each task its number."""

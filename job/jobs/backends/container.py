@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from job.coordination.sealed import utc_text
 from job.exits import (
     BadRequestError,
     BucketAwayError,
@@ -33,7 +34,6 @@ from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.jobs.targets import Image, Target, Word
 from job.processes.group import local_gpus
 from job.progress import note
-from job.sealed import utc_text
 from job.stop import GRACE_VARIABLE
 from job.store import kind_of
 

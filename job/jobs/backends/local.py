@@ -21,11 +21,11 @@ from typing import Literal, NoReturn
 
 import psutil
 
+from job.coordination.sealed import utc_now
 from job.exits import BadRequestError, MissingInputError, State
 from job.jobs.backends import FOLLOW_SECONDS, Backend, Check, JobStatus, JsonObject, output_of
 from job.jobs.spec import JobSpec
 from job.jobs.targets import Target
-from job.sealed import utc_now
 from job.store.files import folder_lock, os_errors
 
 SAME_START_SECONDS = 2.0

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from job.coordination.sealed import MOMENT_FORMAT
 from job.exits import (
     CRASHED,
     BadRequestError,
@@ -40,7 +41,6 @@ from job.jobs.backends import Backend, Cause, Check, JobStatus, JsonObject, last
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.jobs.targets import Target, Terms, Word
 from job.processes.group import GPUS
-from job.sealed import MOMENT_FORMAT
 from job.stop import GRACE_VARIABLE
 
 ANSWER_SECONDS = 60.0

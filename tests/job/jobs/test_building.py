@@ -12,11 +12,11 @@ import yaml
 
 from ddpm.image_size import ImageSize
 from job.config import parse_yaml, read_config_file
+from job.coordination.lease import EXPIRE_SECONDS
 from job.exits import BadConfigError, BadRequestError
 from job.jobs.spec import NAME_CHARACTERS, JobSpec, is_about, job_name, wait_seconds
 from job.jobs.targets import backend_class, load_targets, target_on
 from job.options import options_of
-from job.processes.lease import EXPIRE_SECONDS
 from tests.job.jobs.submitting import FOR_TRAIN, KINDS, built, parsed
 
 pytestmark = pytest.mark.usefixtures("targets_folder")

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from job.coordination.outcome import outcome_written
 from job.exits import Exit
 from job.jobs.backends.local import LocalBackend
 from job.jobs.targets import load_targets
-from job.outcome import outcome_written
 from tests.job.command_line import ddpm_here, on_screen, refused, succeeded
 from tests.job.jobs.test_local import ended, spec
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from job.coordination.outcome import outcome_written
 from job.exits import (
     BadDataError,
     BadRequestError,
@@ -28,7 +29,6 @@ from job.exits import (
 )
 from job.jobs.backends import Cause, JobStatus, kubernetes
 from job.jobs.backends.kubernetes import KubernetesBackend
-from job.outcome import outcome_written
 from tests.job.command_line import ddpm_here, environment, refused, succeeded
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, sampling, spec
 from tests.job.jobs.submitting import KINDS

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from job.coordination.sealed import Moment, Sealed, utc_now
 from job.exits import BadDataError, BucketAwayError, JobError, LostRunError
-from job.sealed import Moment, Sealed, utc_now
 from job.stop import Stop
 from job.store import ConflictError, ObjectExistsError, ObjectMissingError, Store
 

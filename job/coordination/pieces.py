@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pydantic import Field
 
+from job.coordination.lease import LEASE_KEY, RENEW_SECONDS, Lease, claim_version
+from job.coordination.sealed import SHA256_PATTERN, Moment, NamedObject, Sealed, code_version, utc_now
 from job.exits import BadDataError, BadRequestError, LostRunError, StoppedError
 from job.processes.launcher import lost_peer
-from job.processes.lease import LEASE_KEY, RENEW_SECONDS, Lease, claim_version
 from job.progress import Progress
-from job.sealed import SHA256_PATTERN, Moment, NamedObject, Sealed, code_version, utc_now
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store
 

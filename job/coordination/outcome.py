@@ -13,9 +13,9 @@ from contextlib import contextmanager, suppress
 
 from pydantic import Field
 
+from job.coordination.sealed import Moment, Sealed, utc_now
 from job.exits import BadDataError, Exit, JobError, State, ending_of, restart_after, state_after
 from job.processes.group import JOB
-from job.sealed import Moment, Sealed, utc_now
 from job.store import ObjectMissingError, Retry, open_store
 
 JOBS = "jobs"

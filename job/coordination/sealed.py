@@ -45,7 +45,7 @@ def utc_text(iso: str) -> str:
 @cache
 def code_version() -> str:
     """Returns `0.1.0+3f2a9c1b`: the version, and a hash of the names and bytes of all modules and presets."""
-    root, sha256 = Path(__file__).parents[1], hashlib.sha256()
+    root, sha256 = Path(__file__).parents[2], hashlib.sha256()
     paths = (path for package in PACKAGES for path in (root / package).rglob("*") if path.suffix in (".py", ".yaml"))
     for path in sorted(paths):
         source = path.read_bytes()
