@@ -28,7 +28,7 @@ from job.stop import duration_seconds
 from job.store import check_source, check_uri, is_foreign, is_remote, open_store, split_chain, without_queries
 
 if TYPE_CHECKING:
-    from job.jobs.targets import Target
+    from job.jobs.backends import Target
 
 NAME_CHARACTERS = 46
 """The longest name: JobSet appends `-node-0-999-XXXXX` for pods, whose names are labels of at most 63 characters."""

@@ -31,10 +31,10 @@ from job.exits import (
     State,
     StoppedError,
 )
-from job.jobs.backends import Backend, Cause, JobStatus, JsonObject, NoCapacityError
+from job.jobs.backends import Cause, JobStatus, JsonObject, NoCapacityError, Target
 from job.jobs.machines import gpus_of
 from job.jobs.spec import RETRIES, JobSpec, spec_of
-from job.jobs.targets import Target, backend_for, target_on
+from job.jobs.targets import target_on
 from job.outcome import Outcome, read_outcome
 from job.progress import note
 from job.requests import JobRequest, SubmitRequest, TrainRequest
@@ -87,7 +87,7 @@ def submit_command(request: JobRequest, how: SubmitRequest) -> None:
         BadRequestError: the request cannot be met, or no terminal can confirm it.
         BadConfigError: a setting or a targets file is not valid.
         MissingInputError: a file or a library is missing.
-        JobError: the engine's answer; see `Backend`.
+        JobError: the engine's answer; see `Target`.
     """
     if how.dry_run and how.watch:
         raise BadRequestError("--dry-run sends nothing that --watch could watch: leave one of them out")
@@ -95,31 +95,30 @@ def submit_command(request: JobRequest, how: SubmitRequest) -> None:
     spec = spec_of(request, target, how)
     if how.slices and not spec.slices:
         note(f"target {target.name!r} is one machine, which makes all {how.slices} slices")
-    with backend_for(target) as backend:
-        manifests = backend.render(spec)
-        if target.is_remote and isinstance(request, TrainRequest):
-            check_interruptions(spec, target, request)
-        if how.dry_run:
-            print(formatted(manifests), end="")
-            return
-        folder = spec.bucket_folder
-        if folder and target.has_files and spec.verb not in ("pack", "index") and not folder.is_dir():
-            raise MissingInputError(f"bucket {spec.bucket} is not there: check the path, or pack a dataset first")
-        if target.is_remote:
-            print("\n".join([*plan_lines(spec, target), *outlook_lines(spec, target)]), flush=True)
-            if not how.yes:
-                _ask(spec)
-        if how.watch:
-            Watch(backend, spec, Stop().install().sleep).run()
-        elif target.is_remote or how.detach:
-            try:
-                backend.submit_where_possible(spec)
-            except NoCapacityError as error:
-                raise NoCapacityError(f"{error}; --watch tries until there is one") from None
-            job = f"{spec.name} --on {target.name}"
-            print(f"{spec.name} is submitted: `ddpm jobs logs {job} -f` follows it, `ddpm jobs cancel {job}` stops it")
-        else:
-            backend.become(spec)
+    manifests = target.render(spec)
+    if target.is_remote and isinstance(request, TrainRequest):
+        check_interruptions(spec, target, request)
+    if how.dry_run:
+        print(formatted(manifests), end="")
+        return
+    folder = spec.bucket_folder
+    if folder and target.has_files and spec.verb not in ("pack", "index") and not folder.is_dir():
+        raise MissingInputError(f"bucket {spec.bucket} is not there: check the path, or pack a dataset first")
+    if target.is_remote:
+        print("\n".join([*plan_lines(spec, target), *outlook_lines(spec, target)]), flush=True)
+        if not how.yes:
+            _ask(spec)
+    if how.watch:
+        Watch(target, spec, Stop().install().sleep).run()
+    elif target.is_remote or how.detach:
+        try:
+            target.submit_where_possible(spec)
+        except NoCapacityError as error:
+            raise NoCapacityError(f"{error}; --watch tries until there is one") from None
+        job = f"{spec.name} --on {target.name}"
+        print(f"{spec.name} is submitted: `ddpm jobs logs {job} -f` follows it, `ddpm jobs cancel {job}` stops it")
+    else:
+        target.become(spec)
 
 
 def plan_lines(spec: JobSpec, target: Target) -> list[str]:
@@ -247,7 +246,7 @@ class Watch:
         now: the time of day, which goes on while a laptop sleeps, as jobs and their costs do.
     """
 
-    home: Backend
+    home: Target
     spec: JobSpec
     sleep: Callable[[float], bool]
     now: Callable[[], float] = time.time
@@ -270,7 +269,7 @@ class Watch:
         Raises:
             StoppedError: the watch has to stop, or a person cancelled the job, or its `max_hours` are used up.
             JobEndedError: the job's end is not tried again, or was too often.
-            JobError: the engine's answer to a request; see `Backend`.
+            JobError: the engine's answer to a request; see `Target`.
         """
         status = self._ask()
         if status.state.is_over:
@@ -343,7 +342,7 @@ class Watch:
         """
         name, code, rule, hours = self.spec.name, status.exit_code, status.restart, f"{self.spec.max_hours:g} hours"
         # On this machine only a person or its own deadline stops a job.
-        is_stopped_here = status.state is State.STOPPED and not self.home.target.is_remote
+        is_stopped_here = status.state is State.STOPPED and not self.home.is_remote
         if (status.state is State.CANCELLED or is_stopped_here) and self._hours_left() >= SHORTEST_HOURS:
             raise self._ended_by_person(f"was cancelled ({status.message})" if status.message else "was cancelled")
         # A deleted job is stopped, and ends with 75.
@@ -414,7 +413,7 @@ class Watch:
                 self._sleep(WATCH_POLL_SECONDS)
 
     def _hours_left(self, used_seconds: float | None = None) -> float:
-        if self.home.target.limits_attempts:
+        if self.home.limits_attempts:
             return self.spec.max_hours
         used_seconds = self._seen_seconds + self._unseen_seconds if used_seconds is None else used_seconds
         # Rounded up, so that the first submission is the one that a dry run shows.

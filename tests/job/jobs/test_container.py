@@ -10,7 +10,7 @@ import os
 import pytest
 
 from job.exits import BadRequestError, Exit, MissingInputError, NoPermissionError, State
-from job.jobs.backends.container import ContainerBackend, ContainerTarget
+from job.jobs.backends.container import ContainerTarget
 from job.jobs.spec import JobSpec
 from job.store import kind_of
 from tests.job.jobs.submitting import built
@@ -18,10 +18,10 @@ from tests.job.jobs.submitting import built
 TARGET = ContainerTarget(name="container")
 
 
-def container(gpus=0, **changes) -> ContainerBackend:
+def container(gpus=0, **changes) -> ContainerTarget:
     """The backend of a user on a machine with so many GPUs, and of a target in which `changes` replace fields."""
-    made = ContainerBackend(TARGET.model_copy(update={"engine": "podman", **changes}))
-    made.user, made.gpus = (1000, 100), gpus
+    made = TARGET.model_copy(update={"engine": "podman", **changes})
+    made._user, made._gpus = (1000, 100), gpus
     return made
 
 
@@ -148,9 +148,9 @@ def test_secrets_are_not_passed_on(engine, tmp_path, monkeypatch):
 def test_without_an_engine(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MissingInputError, match="podman is not installed: `apt-get install podman`"):
-        ContainerBackend(TARGET).alive("train-a")
+        TARGET.alive("train-a")
     # A dry run needs none.
-    assert ContainerBackend(TARGET).render(spec())[0]["command"][0] == "podman"
+    assert TARGET.render(spec())[0]["command"][0] == "podman"
 
 
 def test_an_image_that_cannot_be_pulled(engine):
@@ -163,7 +163,7 @@ def test_an_image_that_cannot_be_pulled(engine):
 def engine(tmp_path, monkeypatch):
     """A stand-in for an engine that answers what docker or podman were seen to answer, on stdout or with an error."""
 
-    def engine(answer: str, code: int = 0) -> ContainerBackend:
+    def engine(answer: str, code: int = 0) -> ContainerTarget:
         (tmp_path / "answer").write_text(answer)
         program = tmp_path / "podman"
         program.write_text(f'#!/bin/sh\n/bin/cat "{tmp_path}/answer" {">&2" if code else ""}\nexit {code}\n')

@@ -12,10 +12,11 @@ import pytest
 
 from job.exits import BadRequestError, Exit
 from job.jobs import machines
+from job.jobs.backends import Target
 from job.jobs.machines import load_prices
 from job.jobs.spec import JobSpec, spec_of
 from job.jobs.submit import check_interruptions, cost_of, outlook_lines, plan_lines
-from job.jobs.targets import BACKENDS, Target, backend_class, load_targets, parse_targets, target_on
+from job.jobs.targets import BACKENDS, load_targets, parse_targets, target_on
 from job.requests import SubmitRequest
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.jobs.submitting import FOR_TRAIN, built, parsed
@@ -122,7 +123,7 @@ def test_shipped_prices_cover_the_example():
     for name, there in example.items():
         for verb, words in verbs.items():
             spec = spec_of(parsed(verb, [*words, "--bucket", "gs://mine"]), there, SubmitRequest())
-            assert backend_class(there.backend)(there).render(spec)
+            assert there.render(spec)
             is_priced = there.is_remote and there.backend != "slurm" and verb != "pack"
             assert not is_priced or cost_of(spec, there).startswith("at most $"), name
 
