@@ -111,10 +111,7 @@ def submit_command(request: JobRequest, how: SubmitRequest) -> None:
     if how.watch:
         Watch(target, spec, Stop().install().sleep).run()
     elif target.is_remote or how.detach:
-        try:
-            target.submit_where_possible(spec)
-        except NoCapacityError as error:
-            raise NoCapacityError(f"{error}; --watch tries until there is one") from None
+        target.submit_where_possible(spec)
         job = f"{spec.name} --on {target.name}"
         print(f"{spec.name} is submitted: `ddpm jobs logs {job} -f` follows it, `ddpm jobs cancel {job}` stops it")
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import json
 import os
 import re
 import select
@@ -236,6 +237,13 @@ class Check:
         check = cls.of(name, look)
         is_hidden = not check.passed and check.exit_code is Exit.NO_PERMISSION
         return cls(name, True, f"not looked at: {check.message}: {check.remedy}") if is_hidden else check
+
+
+    @classmethod
+    def inside(cls, output: str, where: str) -> list[Check]:
+        """Returns the checks that `ddpm doctor --json` printed, with `where` it ran; none if it did not."""
+        found = next((json.loads(line) for line in output.splitlines() if line.startswith("[{")), ())
+        return [cls(**one | {"name": f"{one['name']} ({where})", "exit_code": Exit(one["exit_code"])}) for one in found]
 
 
 class NoCapacityError(JobError):

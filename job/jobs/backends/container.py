@@ -23,7 +23,6 @@ from pydantic import PrivateAttr
 from job.exits import (
     BadRequestError,
     BucketAwayError,
-    Exit,
     JobError,
     MissingInputError,
     NoPermissionError,
@@ -169,12 +168,7 @@ class ContainerTarget(Target):
 
     def find(self, name: str) -> JobStatus | None:
         """Returns the status of a container; None if the engine does not know it."""
-        answer = self._try("container", "inspect", name)
-        if not answer.returncode:
-            return _container_status(json.loads(answer.stdout)[0])
-        if re.search(r"no such (container|object)", answer.stderr, re.IGNORECASE):
-            return None
-        raise self._refusal(answer)
+        return next(iter(self._matching(f"name=^{name}$")), None)
 
     def alive(self, name: str) -> JobStatus:
         """See `Target.alive`."""
@@ -182,8 +176,10 @@ class ContainerTarget(Target):
 
     def jobs(self) -> list[JobStatus]:
         """Returns all containers that this program started, newest first."""
-        own = ["--filter", f"label=app={LABEL_PREFIX}", "--filter", "label=ddpm-job"]
-        ids = self._ask("ps", "--all", "--quiet", "--no-trunc", *own).split()
+        return self._matching(f"label=app={LABEL_PREFIX}", "label=ddpm-job")
+
+    def _matching(self, *filters: str) -> list[JobStatus]:
+        ids = self._ask("ps", "--all", "--quiet", "--no-trunc", *(f"--filter={each}" for each in filters)).split()
         # One may be removed meanwhile; the answer has the others all the same.
         answer = self._try("container", "inspect", *ids).stdout if ids else ""
         return [_container_status(found) for found in json.loads(answer or "[]")]
@@ -226,13 +222,8 @@ class ContainerTarget(Target):
         job = JobSpec("look", "train", (), self.image, self.bucket or "gs://none", gpus=gpus, env=self.env)
         words = ("doctor", "--on", "local", "--json", "--no-bucket")
         answer = self._try("run", "--rm", *self._confined(job), job.image, *words)
-        try:
-            found = json.loads(answer.stdout)
-        except ValueError:
-            yield Check("container", False, f"it does not start: {last_line(answer)}", "repair the engine")
-            return
-        for inside in found:
-            yield Check(**inside | {"name": f"{inside['name']} (in it)", "exit_code": Exit(inside["exit_code"])})
+        broken = Check("container", False, f"it does not start: {last_line(answer)}", "repair the engine")
+        yield from Check.inside(answer.stdout, "in it") or [broken]
 
     def _look_for_engine(self) -> str:
         return f"{self._program} {self._ask('version', '--format', '{{.Client.Version}}').strip()}"
@@ -286,14 +277,11 @@ class ContainerTarget(Target):
         """Returns the output of the engine's client, which must succeed."""
         answer = self._run([self._program, *words], timeout=seconds, capture_output=True)
         if answer.returncode:
-            raise self._refusal(answer)
+            raise BadRequestError(f"{self._program}: {last_line(answer)}")
         return answer.stdout
 
     def _try(self, *words: str) -> subprocess.CompletedProcess[str]:
         return self._run([self._program, *words], timeout=ANSWER_SECONDS, capture_output=True)
-
-    def _refusal(self, answer: subprocess.CompletedProcess[str]) -> BadRequestError:
-        return BadRequestError(f"{self._program}: {last_line(answer)}")
 
     def _run(self, words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         try:

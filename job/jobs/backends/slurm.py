@@ -10,7 +10,6 @@ says.
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import subprocess
@@ -229,11 +228,9 @@ class SlurmTarget(Target):
                 return
             time.sleep(1)
         output = list(self.logs(name, follow=False))
-        found = next((json.loads(line) for line in output if line.startswith("[{")), None)
+        found = Check.inside("\n".join(output), "node")
         why = output[0] if found else "; ".join(line for line in output if "error" in line)
-        yield Check("job", bool(found), why, f"`ddpm jobs logs {name}` shows the rest")
-        for inside in found or ():
-            yield Check(**inside | {"name": f"{inside['name']} (node)", "exit_code": Exit(inside["exit_code"])})
+        yield from [Check("job", bool(found), why, f"`ddpm jobs logs {name}` shows the rest"), *found]
 
     def _there(self, words: Sequence[str]) -> list[str]:
         """Returns the command that runs `words` where Slurm's commands are, and ends with 127 if one is missing."""

@@ -288,7 +288,8 @@ def test_doctor_finds_what_a_job_misses(server):
     assert found["service account"].passed and "not looked at" in found["service account"].message
     server.forbidden.clear()
     found = doctor(QUEUED)
-    assert found["service account"].remedy == "`kubectl -n training create serviceaccount ddpm`"
+    assert 'serviceaccounts "ddpm" not found' in found["service account"].message
+    assert "namespace 'training'" in found["service account"].message
     assert not found["queue"].passed and "no LocalQueue 'gpus'" in found["queue"].message
 
 
