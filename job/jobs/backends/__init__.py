@@ -238,7 +238,6 @@ class Check:
         is_hidden = not check.passed and check.exit_code is Exit.NO_PERMISSION
         return cls(name, True, f"not looked at: {check.message}: {check.remedy}") if is_hidden else check
 
-
     @classmethod
     def inside(cls, output: str, where: str) -> list[Check]:
         """Returns the checks that `ddpm doctor --json` printed, with `where` it ran; none if it did not."""

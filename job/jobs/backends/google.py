@@ -315,15 +315,12 @@ class GoogleTarget(Target):
         self._is_hurried = True
         yield (engine := Check.of(self.engine, self._look_at_engine))
         if engine.passed and self.service_account:
-            yield Check.unless_hidden("service account", self._look_for_account)
+            account = f"GET iam/projects/-/serviceAccounts/{self.service_account}"
+            yield Check.unless_hidden("service account", lambda: f"{self.ask(account)['email']} is there")
 
     def _look_at_engine(self) -> str:
         machine_for(self.machine_type, self.gpu_type, self.gpus)
         return f"project {self.project} answers; {len(self.jobs()):,} jobs"
-
-    def _look_for_account(self) -> str:
-        account = self.ask(f"GET iam/projects/-/serviceAccounts/{self.service_account}")
-        return f"{account['email']} is there"
 
 
 def container_variables(spec: JobSpec) -> dict[str, str]:
