@@ -71,11 +71,11 @@ def docker_options(user: int, group: int, stop_seconds: int) -> list[str]:
     ]
 
 
-def _mount(path: Path | str, inside: str, *options: str) -> list[str]:
-    """Returns the words of a mount; in a path a comma would begin an option, and podman before 4.1 knows no quotes."""
+def _mount(path: str, inside: str, *options: str) -> str:
+    """Returns the option of a mount; in a path a comma would begin an option, and podman before 4.1 knows no quotes."""
     if re.search(r'[,"\r\n]', f"{path}{inside}"):
-        raise BadRequestError(f"{str(path)!r} has a comma, quote or line break: no container can mount it; rename it")
-    return ["--mount", ",".join(("type=bind", f"source={path}", f"destination={inside}", *options))]
+        raise BadRequestError(f"{path!r} has a comma, quote or line break: no container can mount it; rename it")
+    return ",".join(("--mount=type=bind", f"source={path}", f"destination={inside}", *options))
 
 
 class ContainerTarget(Target):
@@ -106,49 +106,42 @@ class ContainerTarget(Target):
         if 0 < self._gpus < spec.gpus:
             raise BadRequestError(f"--gpus {spec.gpus}: this machine has {self._gpus}: use fewer")
         labels = {**spec.all_labels, BUCKET_LABEL: spec.bucket}
-        named = [word for name, value in labels.items() for word in ("--label", f"{name}={value}")]
-        options = ["--name", spec.name, *named, *self._confined(spec)]
+        named = (f"--label={name}={value}" for name, value in labels.items())
+        options = [f"--name={spec.name}", *named, *self._confined(spec)]
         return [{"name": spec.name, "command": [self._program, "run", *options, spec.image, *spec.argv_that_ends]}]
 
     def _confined(self, spec: JobSpec) -> list[str]:
         """Returns the options that decide what the container may write, use and see."""
-        kind, gpus = kind_of(spec.bucket), min(spec.gpus, self._gpus)
-        folder, files = spec.bucket_folder, kind.credential_files() if kind else {}
+        kind, folder = kind_of(spec.bucket), str(spec.bucket_folder or "")
+        files = kind.credential_files() if kind else {}
         inside = {variable: f"{CREDENTIALS_FOLDER}/{variable.lower()}" for variable in files}
-        mounts = _mount(folder, str(folder)) if folder else []
-        for path in spec.reads:
-            # Engines refuse a second mount of one folder.
-            if path not in ("", str(folder)):
-                mounts += _mount(path, path, "readonly")
-        for variable, file in files.items():
-            mounts += _mount(file, inside[variable], "readonly")
+        # Engines refuse a second mount of one folder.
+        read = [(path, path) for path in spec.reads if path not in ("", folder)]
+        read += [(str(file), inside[variable]) for variable, file in files.items()]
+        mounts = [*([_mount(folder, folder)] if folder else ()), *(_mount(*pair, "readonly") for pair in read)]
         uid, gid = self._user if mounts else (IMAGE_USER, IMAGE_USER)
-        words = [
-            *("--pull", "never"),
-            *docker_options(uid, gid, STOP_SECONDS),
-            *("--shm-size", "2g"),
-            # One volume for each user, who may not write the files of another.
-            *("--mount", f"type=volume,source=ddpm-scratch-{uid},destination={SCRATCH}"),
-        ]
-        if mounts:
-            # Otherwise SELinux would require new labels on the user's folders.
-            words += ["--security-opt", "label=disable"]
-            if self._program == "podman" and uid:
-                # Without root a user of the container is another one outside.
-                words += ["--userns", "keep-id"]
-        if gpus and self._program == "docker":
-            words += ["--gpus", "all" if gpus == self._gpus else str(gpus)]
-        elif gpus:
-            # Names of the Container Device Interface, which `nvidia-ctk cdi generate` writes.
-            for name in ["all"] if gpus == self._gpus else range(gpus):
-                words += ["--device", f"nvidia.com/gpu={name}"]
-        words += ["--memory", self.memory] if self.memory else []
-        words += ["--network", self.network] if self.network else []
+        gpus, is_podman = min(spec.gpus, self._gpus), self._program == "podman"
+        chosen: list[object] = ["all"] if gpus == self._gpus else [*range(gpus)] if is_podman else [gpus]
+        # Names of the Container Device Interface, which `nvidia-ctk cdi generate` writes.
+        devices = [f"--device=nvidia.com/gpu={one}" if is_podman else f"--gpus={one}" for one in chosen if gpus]
         settings = {name: os.environ[name] for name in (kind.variables if kind else ()) if os.environ.get(name)}
         variables = {**scratch_variables(STOP_SECONDS), **settings, **inside, **spec.env}
-        for name, value in sorted(variables.items()):
-            words += ["--env", f"{name}={value}"]
-        return words + mounts
+        return [
+            "--pull=never",
+            *docker_options(uid, gid, STOP_SECONDS),
+            "--shm-size=2g",
+            # One volume for each user, who may not write the files of another.
+            f"--mount=type=volume,source=ddpm-scratch-{uid},destination={SCRATCH}",
+            # Otherwise SELinux would require new labels on the user's folders.
+            *["--security-opt=label=disable"] * bool(mounts),
+            # Without root a user of the container is another one outside.
+            *["--userns=keep-id"] * (bool(mounts) and is_podman and uid > 0),
+            *devices,
+            *[f"--memory={self.memory}"] * bool(self.memory),
+            *[f"--network={self.network}"] * bool(self.network),
+            *(f"--env={name}={value}" for name, value in sorted(variables.items())),
+            *mounts,
+        ]
 
     def become(self, spec: JobSpec) -> NoReturn:
         """Turns this process into the engine's client, which passes signals on and ends with the job's exit code."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -44,20 +43,20 @@ def spec(bucket="gs://photos", verb="train", argv=("train", "--dataset", "celeba
 
 
 def values(command: list[str], option: str) -> list[str]:
-    return [value for word, value in itertools.pairwise(command) if word == option]
+    return [value for word in command for name, equals, value in [word.partition("=")] if name == option]
 
 
 def test_bucket_jobs_run_as_image_user():
     command = command_of(spec())
     assert command == [
-        *("podman", "run", "--name", "train-celeba"),
-        *("--label", "app=ddpm", "--label", "ddpm-job=train-celeba", "--label", "ddpm-verb=train"),
-        *("--label", "ddpm-run=celeba", "--label", "ddpm-bucket=gs://photos"),
-        *("--pull", "never", "--stop-timeout=120", "--read-only", "--tmpfs=/tmp:rw,exec,nosuid,nodev,mode=1777"),
-        *("--user=10001:10001", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--shm-size", "2g"),
-        *("--mount", "type=volume,source=ddpm-scratch-10001,destination=/scratch"),
-        *("--env", "DDPM_CACHE=/scratch/ddpm", "--env", "DDPM_GRACE_SECONDS=120", "--env", "TMPDIR=/scratch"),
-        *("--env", "XDG_CACHE_HOME=/scratch/cache"),
+        *("podman", "run", "--name=train-celeba"),
+        *("--label=app=ddpm", "--label=ddpm-job=train-celeba", "--label=ddpm-verb=train"),
+        *("--label=ddpm-run=celeba", "--label=ddpm-bucket=gs://photos"),
+        *("--pull=never", "--stop-timeout=120", "--read-only", "--tmpfs=/tmp:rw,exec,nosuid,nodev,mode=1777"),
+        *("--user=10001:10001", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--shm-size=2g"),
+        *("--mount=type=volume,source=ddpm-scratch-10001,destination=/scratch",),
+        *("--env=DDPM_CACHE=/scratch/ddpm", "--env=DDPM_GRACE_SECONDS=120", "--env=TMPDIR=/scratch"),
+        "--env=XDG_CACHE_HOME=/scratch/cache",
         *("localhost/ddpm:latest", "train", "--bucket", "gs://photos", "--dataset", "celeba"),
     ]
 
@@ -104,15 +103,15 @@ def test_local_files_are_mounted(tmp_path, targets_folder, monkeypatch):
 
 def test_gpus_if_there_are_any():
     for engine, asked, there, words in (
-        ("podman", 4, 4, ["--device", "nvidia.com/gpu=all"]),
-        ("podman", 2, 4, ["--device", "nvidia.com/gpu=0", "--device", "nvidia.com/gpu=1"]),
-        ("docker", 4, 4, ["--gpus", "all"]),
-        ("docker", 1, 4, ["--gpus", "1"]),
+        ("podman", 4, 4, ["--device=nvidia.com/gpu=all"]),
+        ("podman", 2, 4, ["--device=nvidia.com/gpu=0", "--device=nvidia.com/gpu=1"]),
+        ("docker", 4, 4, ["--gpus=all"]),
+        ("docker", 1, 4, ["--gpus=1"]),
         ("docker", 1, 0, []),
         ("podman", 0, 4, []),
     ):
         command = command_of(spec(gpus=asked), there, engine=engine)
-        found = [w for pair in itertools.pairwise(command) for w in pair if pair[0] in ("--device", "--gpus")]
+        found = [word for word in command if word.startswith(("--device=", "--gpus="))]
         assert found == words
 
     # More than this machine has.
