@@ -38,15 +38,7 @@ from job.jobs.targets import target_on
 from job.outcome import Outcome, read_outcome
 from job.progress import note
 from job.requests import JobRequest, SubmitRequest, TrainRequest
-from job.runs.outlook import (
-    attempts_of,
-    best_interval_seconds,
-    duration,
-    interval_seconds,
-    is_saved_in,
-    outlook_of,
-    spans_of,
-)
+from job.runs.outlook import attempts_of, best_interval_seconds, interval_seconds, outlook_of, spans_of
 from job.runs.records import read_status, run_store
 from job.stop import Stop
 from job.store import open_store
@@ -69,15 +61,12 @@ means that the engine counts the time without a machine as well."""
 _GONE = "is gone, deleted by a person or over for longer than its engine remembers, and its bucket has no other end"
 SPOT_HOURS = 3.0
 """Between two preemptions of a spot machine: 47 in 145 hours on AWS machines with a V100, in the first two days of four
-zones of April 2023. Other machines and places differ by a factor of ten: the target's `preempted_every_hours` wins.
+zones of April 2023. Other machines and places differ by a factor of ten.
 github.com/skypilot-org/spot-traces, of Z. Wu et al., Can't Be Late, NSDI 2024."""
-GPU_HOURS = 50_000.0
-"""Between two failures of one GPU: 419 interruptions of 16,384 GPUs in 54 days.
-A. Dubey et al., The Llama 3 Herd of Models, arXiv 2407.21783, section 3.3.4."""
-START_SECONDS, SAVE_SECONDS, EPOCH_SECONDS = 60.0, 10.0, 600.0
-"""The durations of a start, a save and an epoch: guesses, without a source."""
+SAVE_SECONDS, EPOCH_SECONDS = 10.0, 600.0
+"""The durations of a save and an epoch: guesses, without a source."""
 LEAST_CHANCE = 0.1
-"""The chance of an attempt to save below which a job is refused."""
+"""The chance of an attempt to reach its end below which a job is refused that saves only then."""
 
 
 def submit_command(request: JobRequest, how: SubmitRequest) -> None:
@@ -152,43 +141,23 @@ def outlook_lines(spec: JobSpec, target: Target) -> list[str]:
 
 
 def check_interruptions(spec: JobSpec, target: Target, request: TrainRequest) -> None:
-    """Refuses a job that is interrupted so often that it would lose almost all of its work.
+    """Refuses a job on spot machines that would save only at its end, which hardly any attempt would reach.
 
     Interruptions come at random: an attempt lasts for t with a chance of e^(-t/M), M being the mean time between two.
-
-    Args:
-        spec: the job.
-        target: where it will run, with the rate of interruptions if its user knows it.
-        request: the training, of which the settings for saves count.
-
-    Raises:
-        BadRequestError: hardly any attempt would last until it saves.
     """
     request = request.check()
     keys = ("checkpoint.every_minutes", "checkpoint.every_epochs")
-    saves = draft(
-        request.preset_name(), {key: request.changes[key] for key in keys if key in request.changes}
-    ).checkpoint
-    is_spot, told = spec.spot and target.selects_machines, target.preempted_every_hours
-    hours = told or (SPOT_HOURS if is_spot else GPU_HOURS / max(1, spec.gpus))
-    every = max(1.0, hours * 3600 / spec.machines)
-    # At its limit of hours a job saves.
+    changes = {key: request.changes[key] for key in keys if key in request.changes}
+    saves, every = draft(request.preset_name(), changes).checkpoint, SPOT_HOURS * 3600 / spec.machines
     interval = interval_seconds(saves.every_minutes, target.notice_seconds, (SAVE_SECONDS, 0.0), None)
-    period = min(interval, saves.every_epochs * EPOCH_SECONDS, spec.max_seconds)
-    # The first save shows whether it fits into a notice, so a job must not make it only at its end.
-    is_saved_at_notice = is_saved_in(target.notice_seconds, SAVE_SECONDS) and period < spec.max_seconds
-    has_notice = (is_spot or told is not None) and is_saved_at_notice
-    if math.exp(-(START_SECONDS + SAVE_SECONDS + period * (not has_notice)) / every) < LEAST_CHANCE:
+    is_saved = min(interval, saves.every_epochs * EPOCH_SECONDS) < spec.max_seconds
+    is_spot = spec.spot and target.selects_machines
+    if is_spot and not is_saved and math.exp(-spec.max_seconds / every) < LEAST_CHANCE:
         works = best_interval_seconds(SAVE_SECONDS, every) / 60
         raise BadRequestError(
-            f"the job would save every {_words(period)} ({', '.join(keys)}), but is interrupted every {_words(every)}, "
-            f"so it would lose almost all of its work: add --set {keys[0]}={works:.2g}, use machines that stay, or "
-            "tell how rare interruptions are (`preempted_every_hours` of the target)"
+            f"the job would not save within its {spec.max_hours:g} hours ({', '.join(keys)}), but loses a spot machine about "
+            f"every {every / 3600:.2g}, and with it almost all of its work: add --set {keys[0]}={works:.2g}, or --on-demand"
         )
-
-
-def _words(seconds: float) -> str:
-    return duration(seconds / 3600).removesuffix(" 0 min") if seconds >= 60 else f"{seconds:.2g} s"
 
 
 def cost_of(spec: JobSpec, target: Target) -> str:

@@ -350,8 +350,6 @@ class Target(BaseModel):
     max_hours: float = Field(24.0, ge=0.017, le=720)
     price_per_hour: float | None = Field(None, ge=0)
     """In dollars, of one machine with all its GPUs, as the user pays it."""
-    preempted_every_hours: float | None = Field(None, gt=0, le=1e6)
-    """The mean time between two interruptions of one of its machines, as the user knows it."""
     env: dict[_Variable, Text] = Field(default_factory=dict)
     """Variables of the job, without secrets, because lists and logs show them."""
 
