@@ -155,8 +155,8 @@ def check_interruptions(spec: JobSpec, target: Target, request: TrainRequest) ->
     if is_spot and not is_saved and math.exp(-spec.max_seconds / every) < LEAST_CHANCE:
         works = best_interval_seconds(SAVE_SECONDS, every) / 60
         raise BadRequestError(
-            f"the job would not save within its {spec.max_hours:g} hours ({', '.join(keys)}), but loses a spot machine about "
-            f"every {every / 3600:.2g}, and with it almost all of its work: add --set {keys[0]}={works:.2g}, or --on-demand"
+            f"the job would not save within its {spec.max_hours:g} hours ({', '.join(keys)}), but loses a spot machine "
+            f"every {every / 3600:.2g} hours: add --set {keys[0]}={works:.2g}, or --on-demand"
         )
 
 
