@@ -114,17 +114,16 @@ def show_job(name: str, search: Search, bucket: str, *, as_json: bool = False) -
         MissingInputError: neither an engine nor a bucket knows it.
     """
     _folders_of_runs.cache_clear()
-    found: list[tuple[JobStatus, str | None, str]] = []
-    for target, status in search.find(name):
-        uri = bucket or status.bucket or target.usual_bucket
-        found.append((status.with_outcome(uri), target.name, uri))
+    known: list[tuple[JobStatus, str | None, str]] = [
+        (status, target.name, bucket or status.bucket or target.usual_bucket) for target, status in search.find(name)
+    ]
     # Their machines are gone; a bucket knows the job, or its run.
     uris = dict.fromkeys([bucket] if bucket else [target.usual_bucket for target in search.targets])
-    for uri in () if found else uris:
-        if read_outcome(name, uri) or _run_of(name, uri):
-            found.append((JobStatus(name, State.GONE).with_outcome(uri), None, uri))
-    if not found:
+    gone = (uri for uri in uris if read_outcome(name, uri) or _run_of(name, uri))
+    known = known or [(JobStatus(name, State.GONE), None, uri) for uri in gone]
+    if not known:
         raise search.unknown(name)
+    found = [(status.with_outcome(uri), on, uri) for status, on, uri in known]
     if as_json:
         print_json([_row(*each) | {"run": _summary(name, each[2])} for each in found])
         return

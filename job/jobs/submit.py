@@ -78,8 +78,6 @@ def submit_command(request: JobRequest, how: SubmitRequest) -> None:
         MissingInputError: a file or a library is missing.
         JobError: the engine's answer; see `Target`.
     """
-    if how.dry_run and how.watch:
-        raise BadRequestError("--dry-run sends nothing that --watch could watch: leave one of them out")
     target = target_on(how.on, how.targets, note)
     spec = spec_of(request, target, how)
     if how.slices and not spec.slices:

@@ -179,10 +179,12 @@ def last_line(answer: subprocess.CompletedProcess[str]) -> str:
     return re.sub(r"^\w+: (error: |fatal: )*", "", lines[-1]) if lines else f"it ended with {answer.returncode}"
 
 
-def output_of(command: Sequence[str], poll_seconds: float, is_over: Callable[[], bool]) -> Iterator[str]:
+def output_of(
+    command: Sequence[str], poll_seconds: float, is_over: Callable[[], bool], stderr: int = subprocess.DEVNULL
+) -> Iterator[str]:
     """Yields the lines that a command prints, until it ends, or prints no more after `is_over`."""
-    was_over, part, none = False, b"", subprocess.DEVNULL
-    with subprocess.Popen(command, stdin=none, stdout=subprocess.PIPE, stderr=none) as process:
+    was_over, part = False, b""
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr) as process:
         assert process.stdout is not None
         try:
             while True:

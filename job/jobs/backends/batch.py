@@ -175,23 +175,21 @@ class BatchTarget(google.GoogleTarget):
         return allocation
 
 
-def _command(spec: JobSpec) -> JsonObject:
-    """Returns the words of the container: all tasks get the same ones, so a shell fills in the number of a slice."""
-    if not spec.slices:
-        return {"commands": [*spec.argv]}
-    return {"entrypoint": "/bin/sh", "commands": ["-c", " ".join(["exec", "ddpm", *spec.shell_words(TASK_INDEX)])]}
-
-
 def _task(spec: JobSpec, machine: Machine) -> JsonObject:
     resources = {}
     if machine.shape:
         cpus, memory_mib = machine.shape
         resources = {"computeResource": {"cpuMilli": str(1000 * cpus), "memoryMib": str(memory_mib)}}
+    words: JsonObject = {"commands": [*spec.argv]}
+    if spec.slices:
+        # All tasks get the same words, so a shell fills in the number of a slice.
+        script = " ".join(("exec", "ddpm", *spec.shell_words(TASK_INDEX)))
+        words = {"entrypoint": "/bin/sh", "commands": ["-c", script]}
     # Docker makes the volume, with the rights of the folder in the image, and removes it.
     scratch = f"--mount=type=volume,target={SCRATCH}"
     container = {
         "imageUri": spec.image,
-        **_command(spec),
+        **words,
         # Only constants, because Batch splits the text at spaces.
         "options": " ".join((*google.CONTAINER_OPTIONS, scratch, *["--gpus=all"] * bool(machine.gpus))),
     }

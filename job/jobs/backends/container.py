@@ -29,7 +29,7 @@ from job.exits import (
     State,
     state_after,
 )
-from job.jobs.backends import FOLLOW_SECONDS, Check, Image, JobStatus, JsonObject, Target, Word, last_line
+from job.jobs.backends import FOLLOW_SECONDS, Check, Image, JobStatus, JsonObject, Target, Word, last_line, output_of
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.processes.group import local_gpus
 from job.progress import note
@@ -183,14 +183,9 @@ class ContainerTarget(Target):
         while True:
             # Determined before the read, so that it has all output until the end.
             is_over = not follow or self.known(name).state.is_over
-            with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-                assert process.stdout is not None
-                try:
-                    for line in islice(process.stdout, shown, None):
-                        shown += 1
-                        yield line.decode(errors="replace").removesuffix("\n")
-                finally:
-                    process.kill()
+            for line in islice(output_of(words, FOLLOW_SECONDS, lambda: False, subprocess.STDOUT), shown, None):
+                shown += 1
+                yield line
             if is_over:
                 return
             # podman does not follow a container that is about to stop.

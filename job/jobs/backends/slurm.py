@@ -185,12 +185,10 @@ class SlurmTarget(Target):
         paths = [f"{self.folder}/{task.output}" for task in self.known(name)]
         words = ["tail", "--lines=+1", "--verbose" if len(paths) > 1 else "--quiet", *["-F"] * follow, "--", *paths]
         lines = output_of(self._there(words), FOLLOW_POLL_SECONDS, lambda: self.alive(name).state.is_over)
-        is_empty = True
-        for line in lines:
-            is_empty = False
-            yield line
-        if is_empty:
+        if (first := next(lines, None)) is None:
             raise MissingInputError(f"{name} has printed nothing: `ddpm jobs status {name}` shows why")
+        yield first
+        yield from lines
 
     def _outputs(self, name: str) -> list[_Task]:
         """Returns the jobs and slices of that name whose output is there, as jobs that are gone."""
