@@ -18,7 +18,6 @@ from pydantic import Field
 from job.exits import BadRequestError, Restart, State, failures, state_after
 from job.jobs.backends import Cause, JobStatus, JsonObject, google
 from job.jobs.backends.container import SCRATCH
-from job.jobs.backends.google import GoogleNotFoundError
 from job.jobs.machines import Machine
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.sealed import utc_text
@@ -118,7 +117,7 @@ class BatchTarget(google.GoogleTarget):
         """Returns the jobs of this name, one for each region: one that is not over first, then the newest."""
         found = []
         for region in self.places:
-            with suppress(GoogleNotFoundError):
+            with suppress(google.GoogleNotFoundError):
                 found.append(self.ask(f"GET {self._path(region)}/{name}"))
         return sorted(found, key=lambda one: (not _state_of(one).is_over, _created(one)), reverse=True)
 
@@ -134,7 +133,7 @@ class BatchTarget(google.GoogleTarget):
 
     def _delete(self, found: JsonObject) -> None:
         """Deletes a job, and waits until Batch has forgotten it."""
-        with suppress(GoogleNotFoundError):
+        with suppress(google.GoogleNotFoundError):
             if found["status"]["state"] != "DELETION_IN_PROGRESS":
                 self.ask(f"DELETE batch/{found['name']}")
             for _ in self.patience(found["name"]):

@@ -242,8 +242,7 @@ def _share_of_node(spec: JobSpec, target: KubernetesTarget) -> tuple[str, str]:
         raise BadRequestError(f"{nodes}, whose room for jobs is not known here: set cpus and memory of the target")
     # GKE and its own pods need the rest (kubernetes-engine/docs/concepts/plan-node-sizes).
     millis, gibibytes = 1000 * (shape[0] - max(1, shape[0] // 32)), shape[1] * 3 // 4 // 1024
-    millis = millis * spec.gpus // gpus
-    return f"{millis}m" if millis % 1000 else str(millis // 1000), f"{gibibytes * spec.gpus // gpus}Gi"
+    return f"{millis * spec.gpus // gpus}m", f"{gibibytes * spec.gpus // gpus}Gi"
 
 
 def _literally(text: str) -> str:
@@ -256,10 +255,7 @@ def _env(spec: JobSpec, target: KubernetesTarget) -> list[JsonObject]:
     # The grace is a fact of the pod, which the target's own variables cannot change.
     given = {**own, **spec.env, GRACE_VARIABLE: own[GRACE_VARIABLE]}
     values = {name: _literally(value) for name, value in given.items()}
-    references = []
-    if spec.machines > 1 or spec.slices:
-        path = f"metadata.annotations['{INDEX_ANNOTATION}']"
-        references = [{"name": INDEX_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": path}}}]
+    index = {"fieldRef": {"fieldPath": f"metadata.annotations['{INDEX_ANNOTATION}']"}}
     if spec.nodes > 1:
         # Where the nodes meet; see `job.processes.group`.
         values |= {
@@ -270,7 +266,8 @@ def _env(spec: JobSpec, target: KubernetesTarget) -> list[JsonObject]:
             "MASTER_PORT": str(MASTER_PORT),
         }
     # A value may refer only to an earlier variable.
-    return references + [{"name": name, "value": value} for name, value in sorted(values.items())]
+    named: list[JsonObject] = [{"name": name, "value": value} for name, value in sorted(values.items())]
+    return [{"name": INDEX_VARIABLE, "valueFrom": index}, *named]
 
 
 def observed(

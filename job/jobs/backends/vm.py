@@ -22,7 +22,6 @@ from pydantic import Field
 from job.exits import Exit, JobError, Restart, State, restart_after, state_after
 from job.jobs.backends import Cause, JobStatus, JsonObject, google, joined
 from job.jobs.backends.container import SCRATCH
-from job.jobs.backends.google import GoogleNotFoundError
 from job.jobs.machines import Machine
 from job.jobs.spec import JobSpec
 from job.sealed import utc_text
@@ -138,7 +137,7 @@ class VmTarget(google.GoogleTarget):
         """Deletes machines, and waits until all are gone."""
         operations = []
         for machine in machines:
-            with suppress(GoogleNotFoundError):
+            with suppress(google.GoogleNotFoundError):
                 operations.append(self.ask(f"DELETE {self._path(_zone(machine))}/instances/{machine['name']}"))
         self._wait(operations)
 
