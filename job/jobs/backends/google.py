@@ -73,7 +73,7 @@ _REFUSALS = {
 _SHORTAGES: dict[str, tuple[type[JobError], str]] = {
     "(?i)RESOURCE_POOL_EXHAUSTED|does not have enough resources|STOCKOUT|resource_availability": (
         NoCapacityError,
-        "such machines are out of stock: try --watch, another zone or region, or --on-demand",
+        "such machines are out of stock: try --on-demand, another zone or region, or --watch, which tries on",
     ),
     "(?i)QUOTA_?EXCEEDED|Quota '[A-Z0-9_-]+' exceeded": (
         BadRequestError,
