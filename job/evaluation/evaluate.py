@@ -86,11 +86,11 @@ def _is_scored(plan: EvaluatePlan, todo: list[Evaluation], painter: Painter, sam
     look = partial(real_features, of_run, plan.reference, extract, ranks, stop, painter.check_stopped, share)
     real = look()
     for one in todo:
-        painter.load(of_run.run, one.sample_set.ref, of_run.sample.weights)
+        painter.load(of_run.run, one.sample_set.ref, of_run.config.sample.weights)
 
         def sampled(piece: int, advance: Advance, one: Evaluation = one) -> Iterator[np.ndarray]:
             seeds = one.sample_set.config.seeds(piece)
-            return painter.sample_batches(seeds, sampling, of_run.sample.batch_size, advance)
+            return painter.sample_batches(seeds, sampling, of_run.config.sample.batch_size, advance)
 
         _make_features(one.features, sampled, extract, one.sample_set.name, ranks, stop)
     both = [reference_features(of_run, plan.reference), *(one.features for one in todo)]
@@ -101,7 +101,7 @@ def _is_scored(plan: EvaluatePlan, todo: list[Evaluation], painter: Painter, sam
     # Other machines may have made the last of them meanwhile.
     real = look() if real is None else real
     for one in todo:
-        painter.load(of_run.run, one.sample_set.ref, of_run.sample.weights)
+        painter.load(of_run.run, one.sample_set.ref, of_run.config.sample.weights)
         ranks.on_main(partial(_publish, one, real or {}, _bits_per_dim(plan, painter), stop))
     return True
 
@@ -178,9 +178,9 @@ def _bits_per_dim(plan: EvaluatePlan, painter: Painter) -> tuple[float | None, i
     row = validation_row(
         painter,
         images,
-        method.objective_of(config.model_copy(update={"sample": plan.sampling.sample})),
+        method.objective_of(config),
         count=config.log.validate_images,
-        batch_size=plan.sampling.sample.batch_size,
+        batch_size=config.sample.batch_size,
     )
     return row["val_bits_per_dim"], min(config.log.validate_images, index.images)
 
@@ -249,7 +249,7 @@ def tables(plan: EvaluatePlan) -> Iterator[str]:
         config, extractor = first.sample_set, plan.located.extractor
         against = "{:,} real images against {:,}".format(*first.floor_images)
         seeds = f"seeds from {' and '.join(f'{one.sample_set.first_seed:,}' for one in found)}"
-        what = f"{sampling.run.uri.rpartition('/')[2]}, {sampling.label(ref)}"
+        what = f"{sampling.run.uri.rpartition('/')[2]}, {sampling.label(ref.images_seen)}"
         lines = [
             f"{what}: {config.count:,} images, {sampling.how()}, weights {config.weights}, {seeds}",
             f"against {first.reference}, seen by {extractor.title}, {extractor.how}",

@@ -222,12 +222,7 @@ class Evaluation:
         Raises:
             BadDataError: the record is corrupt.
         """
-        try:
-            return Scores.load(self.sample_set.run, self._key)
-        except ObjectMissingError:
-            return None
-        except BadDataError as error:
-            raise BadDataError(f"{error}; delete it, and the same command makes it again") from None
+        return Scores.load_made(self.sample_set.run, self._key)
 
 
 def plan_evaluation(request: EvaluateRequest, stop: Stop = NEVER) -> EvaluatePlan:

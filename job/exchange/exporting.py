@@ -26,12 +26,12 @@ from job.exits import (
     how_to_install,
 )
 from job.plan import RunHandle, open_run
-from job.progress import Progress, note, printable, shows_bars
+from job.progress import Progress, note, printable
 from job.runs import pipeline
-from job.runs.checkpoints import check_average, choose, opened
+from job.runs.checkpoints import opened
 from job.runs.layout import RUNS, CheckpointRef, ObjectKind, located, places_in
 from job.runs.retention import reading_chosen
-from job.runs.samples import Scores, grid_key, label_at, score_name
+from job.runs.samples import Scores, grid_key, score_name
 from job.sealed import code_version
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, fsspec_configured, open_store
@@ -92,11 +92,9 @@ def _opened_export(of_run: RunHandle, request: ExportRequest, described: pipelin
     run, config = of_run.run, of_run.config
     if request.weights:
         config = config.updated({"sample.weights": request.weights})
-    weights, batch_size = config.sample.weights, config.train.batch_size
-    find = partial(choose, run, request.checkpoint, of_run.dataset_images, batch_size)
-    with reading_chosen(run, find) as ((ref,), _):
-        check_average(run, ref, weights, request.run)
-        label = label_at(ref.images_seen, of_run.dataset_images, batch_size)
+    weights = config.sample.weights
+    with reading_chosen(run, partial(of_run.chosen, request.checkpoint, weights)) as ((ref,), _):
+        label = of_run.label(ref.images_seen)
         with opened(run, ref, (weights,)) as restored:
             paths = restored.files[weights]
             files = dict(zip(pipeline.weights_names(len(paths)), paths, strict=True))
@@ -222,32 +220,20 @@ class Hub:
     """A model repository of the hub, and the token of this machine. A push is one commit, whole or not at all."""
 
     def __init__(self, name: str) -> None:
-        """Checks name and token without a request.
+        """Checks the token without a request.
 
         Args:
             name: `ORG/NAME`, where the first part may be a user.
 
         Raises:
-            BadRequestError: the name is another one, or the client is not installed.
+            BadRequestError: the client is not installed.
             NoPermissionError: this machine has no token, or one that no request can carry.
         """
-        with fsspec_configured():
-            from job.store.remote import one_line
-
-            try:
-                from huggingface_hub import HfApi, get_token
-                from huggingface_hub.utils import HFValidationError, disable_progress_bars, validate_repo_id
-            except ImportError as error:
-                what = f"--push needs more than is installed ({error})"
-                raise BadRequestError(f"{what}: {how_to_install('web')}") from None
         try:
-            validate_repo_id(name)
-        except HFValidationError as error:
-            raise BadRequestError(f"--push: {printable(one_line(str(error)))}") from None
-        if "/" not in name:
-            raise BadRequestError(f"--push {name}: put the name of a user or an organisation first: ORG/{name}")
-        if not shows_bars():
-            disable_progress_bars()
+            with fsspec_configured():
+                from huggingface_hub import HfApi, get_token
+        except ImportError as error:
+            raise BadRequestError(f"--push needs more than is installed ({error}): {how_to_install('web')}") from None
         self._name, self._api, token = name, HfApi(), get_token()
         # The client's error about an odd token would print it.
         if not token or not (token.isascii() and token.isprintable()):

@@ -3,10 +3,10 @@
 The name of a picture holds the settings that it was drawn with, so that other settings do not overwrite it. Its
 last comment has its origin and its SHA-256.
 
-A set of many images has a folder. Its `sample-set.json` is created first, each piece before its record, and
-`index.json` when all pieces are there. Sampling never overwrites or deletes objects in it, and `ddpm runs prune`
-deletes only pieces without a record. Pieces therefore match their records, even if several processes make the same
-piece, and a piece that a killed process left without a record is as good as any other.
+A set of many images has a folder, whose name has a hash of all that decides them. Each piece is created before its
+record, and `index.json` when all pieces are there. Sampling never overwrites or deletes objects in it, and
+`ddpm runs prune` deletes only pieces without a record. Pieces therefore match their records, even if several processes
+make the same piece, and a piece that a killed process left without a record is as good as any other.
 
     RUN/evaluations/epoch-0490-ddim-100-0-5000-inception-1f3a9c02/piece-00012.safetensors   features, until the end
                                                                   scores.json               created once, at the end
@@ -207,20 +207,11 @@ class SampleSetConfig(SamplerConfig):
 class FoundGrid(Sealed):
     """The timesteps found for a number of steps. The record is created once, so that all pictures use the same ones."""
 
-    steps: int = Field(ge=1)
     numbers: tuple[int, ...]
     """The timesteps of the process, from the most noise to the least."""
     checkpoint: str = Field(pattern=r"^checkpoints/\d{6}-\d{12}$")
     """The checkpoint whose network they were found with."""
     weights: str
-    created: str
-    code_version: str
-
-
-class SampleSetRecord(Sealed):
-    """The content of `sample-set.json`, created before the first piece, so that no two sets share a folder."""
-
-    sample_set: SampleSetConfig
 
 
 def named_piece(record: PieceRecord, config: SampleSetConfig) -> NamedObject:

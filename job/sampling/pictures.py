@@ -5,7 +5,7 @@ RUN/samples/epoch-0080-ddim-100.png              one image per seed, from the av
             comparison-30-80-490-ddim-100.png    the same seeds under several checkpoints
             denoising-epoch-0080-ddim-100.gif    from noise to image, 20 frames at most
             epoch-0080-ddim-100-inpaint-image-3-mask-half-resamplings-10.png  see `editing`
-            epoch-0080-ddim-100-0-50000/         see `sets`
+            epoch-0080-ddim-100-0-50000-1f3a9c02/  see `sets`
 
 The figures of the method, `ddpm figure schedule` and `ddpm figure noising`, need no network.
 """
@@ -73,13 +73,13 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
 
 
 def _make_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, editor: Editor | None) -> None:
-    request, sample, is_main = plan.request, plan.sample, painter.ranks.is_main
+    request, sample, is_main = plan.request, plan.config.sample, painter.ranks.is_main
     usual_seeds = editor.default_seeds() if editor else range(sample.images)
     seeds = parse_numbers(request.seeds, "--seeds") if request.seeds else usual_seeds
     all_seeds = editor.all_seeds(seeds) if editor else seeds
     route = editor.route(seeds) if editor else None
     gif_seeds = seeds[:GIF_SEEDS] if request.seeds else range(GIF_SEEDS)
-    how, usual = plan.how(request.seeds), plan.config.sample
+    how, usual = plan.how(request.seeds), plan.stored.sample
     layout = "" if editor or sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-no-nearest"
     training = None
     if sample.nearest and request.with_grid and is_main and editor is None and plan.index:
@@ -93,7 +93,7 @@ def _make_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
             print(f"{plan.run.uri_of(key)}{note}")
 
     for ref in plan.checkpoints:
-        label = plan.label(ref)
+        label = plan.label(ref.images_seen)
         painter.load(plan.run, ref, sample.weights)
         if request.with_grid:
             began = time.monotonic()
@@ -124,23 +124,23 @@ def _make_set(
 ) -> None:
     """Makes the missing pieces, first those of this slice, and the index if the set is then complete. Collective."""
     ranks, config, pieces, began = painter.ranks, sample_set.config, sample_set.pieces, time.monotonic()
-    ranks.on_main(sample_set.begin)
+    sample = plan.config.sample
 
     def make(number: int, advance: Advance) -> Made:
         seeds = config.seeds(number)
         route = editor.route(seeds) if editor else None
         # Batches stay within a piece: rounding depends on the other images of a batch, and bytes must not change.
-        images = np.concatenate([*painter.sample_batches(seeds, sampling, plan.sample.batch_size, advance, route)])
+        images = np.concatenate([*painter.sample_batches(seeds, sampling, sample.batch_size, advance, route)])
         if number == 0:
-            shown = plan.sample.images
-            title = title_of(plan.run, moment_of(plan.label(sample_set.ref)), plan.words, seeds[:shown])
-            grid = grid_png(images[:shown], seeds[:shown], plan.sampled_classes, title=title)
+            moment, shown = moment_of(plan.label(sample_set.ref.images_seen)), seeds[: sample.images]
+            title = title_of(plan.run, moment, plan.words, shown)
+            grid = grid_png(images[: sample.images], shown, plan.sampled_classes, title=title)
             put_picture(plan.run, sample_set.key(ObjectKind.GRID), grid, sample_set.ref)
         return made_piece(sample_set, number, images)
 
     there_before = ranks.on_main(lambda: config.count - sum(pieces.sizes[number] for number in pieces.missing()))
     if there_before < config.count:
-        painter.load(plan.run, sample_set.ref, plan.sample.weights)
+        painter.load(plan.run, sample_set.ref, sample.weights)
     made = pieces.make_missing(make, f"sampling {sample_set.name}", stop=painter.stop, ranks=ranks)
     rate = f" at {made / (time.monotonic() - began):.2f} images/s" if made else ""
     note = f"{made:,} made{rate}, {there_before:,} there before"

@@ -11,7 +11,6 @@ import sys
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +18,6 @@ import numpy as np
 
 from ddpm.catalogue import takers
 from ddpm.image_size import ImageSize
-from job.config import RunConfig
-from job.config.schema import SampleConfig
 from job.data.images import Recipe, RejectedImageError, prepare
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError, did_you_mean
 from job.plan import RunHandle, open_run
@@ -28,16 +25,11 @@ from job.processes.launched import lost_peer
 from job.progress import detail, note
 from job.requests import SampleRequest, parse_numbers
 from job.runs import records
-from job.runs.checkpoints import check_average, choose, lost_manifest
+from job.runs.checkpoints import lost_manifest
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.samples import (
-    Editing,
-    FoundGrid,
-    file_words,
-    label_at,
-)
+from job.runs.samples import Editing, FoundGrid, file_words
 from job.stop import NEVER, Stop, StopSignal
-from job.store import ObjectMissingError, Store
+from job.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -148,20 +140,17 @@ SHARED = ["data.dataset_id", "data.size", *(f"diffusion.{key}" for key in _OF_PR
 class Worse:
     """The weaker network of autoguidance."""
 
-    run: Store
-    config: RunConfig
+    of_run: RunHandle
     ref: CheckpointRef
     weights: str
 
 
 @dataclass(frozen=True)
 class SamplePlan(RunHandle):
-    """A run, and the images to sample from it."""
+    """A run, and the images to sample from it; the section `sample` of its `config` has the values of the request."""
 
     request: SampleRequest
-    sample: SampleConfig
-    """The run's section `sample`, with the values of the request."""
-    checkpoints: tuple[CheckpointRef, ...]
+    checkpoints: Sequence[CheckpointRef]
     worse: Worse | None
     given: Given | None
     custom_sampler: OwnSampler | None
@@ -169,42 +158,25 @@ class SamplePlan(RunHandle):
     """The numbers of the points of the found grid, once it is computed."""
 
     @property
-    def sample_config(self) -> SampleConfig:
-        """The sampling settings."""
-        return self.sample
-
-    @property
     def precision(self) -> str:
         """The number format of the network."""
-        chosen = self.sample.precision
+        chosen = self.config.sample.precision
         return self.config.train.precision if chosen == "auto" else chosen
 
-    def choose(self) -> tuple[CheckpointRef, ...]:
-        """Returns the checkpoints of the request that exist now.
-
-        Raises:
-            MissingInputError: as `job.runs.checkpoints.choose`, or a checkpoint lacks the weights.
-        """
-        weights, batch_size = self.sample.weights, self.config.train.batch_size
-        chosen = choose(self.run, self.request.checkpoints, self.dataset_images, batch_size)
-        for ref in chosen if weights not in ("ema", "model") else ():
-            check_average(self.run, ref, weights, self.request.run)
-        return tuple(chosen)
-
-    def label(self, ref: CheckpointRef) -> str:
-        """Returns the name of a checkpoint in the name of a picture."""
-        return label_at(ref.images_seen, self.dataset_images, self.config.train.batch_size)
+    def choose(self) -> list[CheckpointRef]:
+        """Returns the checkpoints of the request that exist now; see `RunHandle.chosen`."""
+        return self.chosen(self.request.checkpoints, self.config.sample.weights)
 
     @property
     def words(self) -> str:
         """The sampling settings, for people."""
         own = f", {self.custom_sampler.name}" if self.custom_sampler else ""
         edited = f", {self.given.editing.words}" if self.given else ""
-        return f"{self.sample.words(self.first_sample)}{own}{edited}"
+        return f"{self.config.sample.words(self.first_sample)}{own}{edited}"
 
     def how(self, seeds: str = "") -> str:
         """Returns everything that decides the images of a checkpoint, as part of a picture's name."""
-        how = self.sample.name(self.first_sample)
+        how = self.config.sample.name(self.first_sample)
         how += f"-{self.custom_sampler.words}" if self.custom_sampler else ""
         how += f"-{self.given.editing.name}" if self.given else ""
         return f"{how}-seeds-{file_words(seeds, '_')}" if seeds else how
@@ -219,7 +191,7 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         BadRequestError: an option that the sampler does not take, or an unknown sampler, class or image.
     """
     of_run = open_run(request.bucket, request.run, stop)
-    run, config, chosen = of_run.run, of_run.config, {**request.keys}
+    config, chosen = of_run.config, {**request.keys}
     given, classes = _given(request, of_run), of_run.classes
     if request.classes:
         chosen["labels"] = _labels(request.classes, classes)
@@ -236,7 +208,8 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
     if (sampler := chosen.get("sampler", usual)) != usual and "ddpm" in (sampler, usual):
         # The run's steps fit its own sampler: too few give noise with ancestral sampling, and other samplers need few.
         chosen.setdefault("steps", timesteps if sampler == "ddpm" else min(100, timesteps))
-    sample = config.updated({f"sample.{key}": value for key, value in chosen.items()}).sample
+    of_run = replace(of_run, config=config.updated({f"sample.{key}": value for key, value in chosen.items()}))
+    sample = of_run.config.sample
     for option in chosen:
         if (of := takers(option)) and sample.sampler not in of:
             raise BadRequestError(f"--{option} is an option of {', '.join(of)}: leave it out, or choose --sampler")
@@ -245,53 +218,42 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
     if "autoguidance_weights" in chosen and not sample.autoguidance:
         raise BadRequestError("--autoguidance-weights needs --autoguidance [RUN@]EPOCH")
     custom_sampler = OwnSampler.load(request.custom_sampler) if request.custom_sampler else None
-    worse = _worse(sample, of_run, request, stop) if sample.autoguidance else None
+    worse = _worse(of_run, request, stop) if sample.autoguidance else None
     plan = SamplePlan(
         **vars(of_run),
         request=request,
-        sample=sample,
-        checkpoints=(),
+        checkpoints=of_run.chosen(request.checkpoints, sample.weights),
         worse=worse,
         given=given,
         custom_sampler=custom_sampler,
-        found=found_points(run, sample.steps, timesteps) if sample.grid == "found" else (),
+        found=found_points(of_run.run, sample.steps) if sample.grid == "found" else (),
     )
-    plan = replace(plan, checkpoints=plan.choose())
-    if request.checkpoints == "latest" and (lost := lost_manifest(run, [*plan.checkpoints])):
+    if request.checkpoints == "latest" and (lost := lost_manifest(of_run.run, [*plan.checkpoints])):
         note(f"{lost}; sampling from the newest checkpoint that is there")
     return plan
 
 
-def _worse(sample: SampleConfig, of_run: RunHandle, request: SampleRequest, stop: Stop) -> Worse:
-    name = sample.autoguidance_run
+def _worse(of_run: RunHandle, request: SampleRequest, stop: Stop) -> Worse:
+    sample, name = of_run.config.sample, of_run.config.sample.autoguidance_run
     other = open_run(request.bucket, name, stop) if name else of_run
     ours, theirs = of_run.config.flat(), other.config.flat()
     # A network without classes stands for images of any class, as that of the null class does.
     shared = [*SHARED, *(["model.num_classes"] if theirs["model.num_classes"] else [])]
     if different := [f"{key}: {ours[key]} and {theirs[key]}" for key in shared if ours[key] != theirs[key]]:
         raise BadRequestError(f"--autoguidance {name}: it must match {request.run}, but differs in {different[0]}")
-    (ref,) = choose(other.run, str(sample.autoguidance), other.dataset_images, other.config.train.batch_size)
-    if (weights := sample.autoguidance_weights or sample.weights) not in ("ema", "model"):
-        check_average(other.run, ref, weights, name or request.run)
-    return Worse(other.run, other.config, ref, weights)
+    weights = sample.autoguidance_weights or sample.weights
+    (ref,) = other.chosen(str(sample.autoguidance), weights)
+    return Worse(other, ref, weights)
 
 
-def found_points(run: Store, steps: int, num_timesteps: int) -> tuple[int, ...]:
+def found_points(run: Store, steps: int) -> tuple[int, ...]:
     """Returns the stored found grid of a number of steps; empty before its first use.
 
     Raises:
-        BadDataError: the grid is damaged, or of another process.
+        BadDataError: the grid is damaged.
     """
-    key = ObjectKind.FOUND_GRID.key(steps=steps)
-    try:
-        numbers = FoundGrid.load(run, key).numbers
-    except ObjectMissingError:
-        return ()
-    except BadDataError as error:
-        raise BadDataError(f"{error}; delete it, and it is computed anew") from None
-    if not all(num_timesteps > before > after for before, after in pairwise([*numbers, -1])):
-        raise BadDataError(f"{run.uri_of(key)} has other points than this run: delete it, and it is computed anew")
-    return numbers
+    grid = FoundGrid.load_made(run, ObjectKind.FOUND_GRID.key(steps=steps))
+    return grid.numbers if grid else ()
 
 
 def _labels(text: str, classes: tuple[str, ...]) -> tuple[int, ...]:

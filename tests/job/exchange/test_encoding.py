@@ -125,7 +125,7 @@ def test_a_run_decodes_what_it_draws(bucket, autoencoder):
         theirs = judge(autoencoder).decode(z).sample.permute(0, 2, 3, 1)
     words = ("--count", 3, "--save", "png", "--batch-size", 3, "--steps", 50, "--precision", "fp32")
     succeeded(ddpm_here("sample", "--run", "r", "--bucket", bucket, *words))
-    paths = sorted(bucket.glob("runs/r/samples/*-png/piece-00000/*.png"))
+    paths = sorted(bucket.glob("runs/r/samples/*/piece-00000/*.png"))
     ours = np.stack([np.asarray(Image.open(path)) for path in paths])
     assert ours.std() > 5, "grey would equal grey"
     assert np.abs(ours - ((theirs + 1) * 127.5).clip(0, 255).numpy()).max() < 0.51
