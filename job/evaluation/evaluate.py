@@ -44,7 +44,7 @@ from job.processes.ranks import Ranks, meet
 from job.progress import Progress, note
 from job.runs.layout import ObjectKind
 from job.runs.metric_rows import Row
-from job.runs.samples import Reference, Scores, score_name
+from job.runs.samples import Reference, Scores, score_name, score_words
 from job.sampling.painter import Painter, prepared
 from job.sealed import code_version, utc_now
 from job.stop import NEVER, Stop
@@ -305,12 +305,8 @@ class Evaluator:
 
         def score() -> Row:
             values, floor, counts = scored(chosen.metrics, samples, self._real, painter.stop, "scoring")
-            shown = [
-                f"{name_of(name)} {value:.4g} (real images {floor[name]:.4g})"
-                for name, value in values.items()
-                if not name.endswith("_std")
-            ]
-            note(f"{chosen.images:,} images: {', '.join(shown)}; real ones are {counts[0]:,} against {counts[1]:,}")
+            shown = score_words(values, floor, chosen.extractor)
+            note(f"{chosen.images:,} images: {shown}; real ones are {counts[0]:,} against {counts[1]:,}")
             own = {name_of(name): value for name, value in values.items()}
             return own | {f"real {name_of(name)}": value for name, value in floor.items()}
 

@@ -10,7 +10,6 @@ BUCKET/datasets/NAME-SIZE/references/…/piece-00012.safetensors   those of real
 from __future__ import annotations
 
 import hashlib
-import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -197,13 +196,14 @@ class Evaluation:
     @property
     def fingerprint(self) -> str:
         """The SHA-256 of everything that decides the scores."""
-        config = self.sample_set.config.model_dump(mode="json", exclude={"save"})
-        return _hash_of({"sample_set": config, "reference": self.plan.reference.model_dump()})
+        both = self.sample_set.config.fingerprint + self.plan.reference.fingerprint
+        return hashlib.sha256(both.encode()).hexdigest()
 
     @property
     def name(self) -> str:
         """The name of its folder."""
-        return f"{self.sample_set.name}-{self.plan.reference.extractor}-{self.fingerprint[:8]}"
+        reference = self.plan.reference
+        return f"{self.sample_set.name}-{reference.extractor}-{reference.fingerprint[:8]}"
 
     @property
     def features(self) -> FeaturePieces:
@@ -302,14 +302,9 @@ def reference_of(index: DatasetIndex, extractor: Extractor, images: int) -> Refe
 
 def reference_features(of_run: RunHandle, reference: Reference, share: Slice = WHOLE) -> FeaturePieces:
     """Returns the features of the real images, which all runs on this dataset share."""
-    fingerprint = _hash_of(reference.model_dump())
-    name = f"{REFERENCES}/{reference.extractor}-{reference.images}-{fingerprint[:12]}"
+    name = f"{REFERENCES}/{reference.extractor}-{reference.images}-{reference.fingerprint[:12]}"
     store = of_run.bucket.sub(f"{dataset_key(reference.dataset, reference.size)}/{name}")
-    return FeaturePieces(store, fingerprint, reference.images, piece_images(reference.images), share)
-
-
-def _hash_of(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return FeaturePieces(store, reference.fingerprint, reference.images, piece_images(reference.images), share)
 
 
 def locate_extractor(name: str, bucket: Store, file: str = "") -> LocatedExtractor:

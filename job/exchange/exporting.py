@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -31,7 +30,7 @@ from job.runs import pipeline
 from job.runs.checkpoints import opened
 from job.runs.layout import RUNS, CheckpointRef, ObjectKind, located, places_in
 from job.runs.retention import reading_chosen
-from job.runs.samples import Scores, grid_key, score_name
+from job.runs.samples import Scores, grid_key, score_words
 from job.sealed import code_version
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, fsspec_configured, open_store
@@ -42,19 +41,8 @@ _LOOK_SECONDS = 0.2
 _SIGN_IN = "sign in with `hf auth login`, or set HF_TOKEN, with a token that may write"
 
 
-@dataclass(frozen=True)
-class Export:
-    """The objects of an export, by key.
-
-    Attributes:
-        files: the weights.
-        small: all others; `model_index.json`, which makes them a pipeline, comes last.
-        words: the checkpoint, the weights and their size, for people.
-    """
-
-    files: dict[str, Path]
-    small: dict[str, bytes]
-    words: str
+Objects = dict[str, Path | bytes]
+"""The files and contents of an export, by key; `model_index.json`, which makes them a pipeline, comes last."""
 
 
 def export_run(request: ExportRequest) -> None:
@@ -75,20 +63,22 @@ def export_run(request: ExportRequest) -> None:
     if not described.objects:
         raise BadRequestError(f"run {request.run!r} cannot be exported to diffusers: {described.lacking}")
     target = open_target(request.to, of_run) if request.to else None
-    with _opened_export(of_run, request, described) as export:
+    with _opened_export(of_run, request, described) as (objects, words):
         if target:
-            uri = write_folder(target, request.to, request.run, export, stop)
+            uri = write_folder(target, request.to, request.run, objects, stop)
         else:
             assert hub is not None
-            uri = hub.push({**export.files, **export.small}, f"{request.run}, {export.words}", stop)
-    print(f"{uri}  ({export.words})")
+            uri = hub.push(objects, f"{request.run}, {words}", stop)
+    print(f"{uri}  ({words})")
     if described.lacking:
         note(f"without model_index.json: {described.lacking}; see {CARD}")
 
 
 @contextmanager
-def _opened_export(of_run: RunHandle, request: ExportRequest, described: pipeline.Described) -> Iterator[Export]:
-    """Yields the objects of an export; its files are deleted when the context ends."""
+def _opened_export(
+    of_run: RunHandle, request: ExportRequest, described: pipeline.Described
+) -> Iterator[tuple[Objects, str]]:
+    """Yields the objects of an export, and words about them; its files are deleted when the context ends."""
     run, config = of_run.run, of_run.config
     if request.weights:
         config = config.updated({"sample.weights": request.weights})
@@ -103,13 +93,13 @@ def _opened_export(of_run: RunHandle, request: ExportRequest, described: pipelin
             if len(files) > 1:
                 small[pipeline.INDEX] = _index(files)
             with suppress(ObjectMissingError):
-                small[PICTURE] = run.read(grid_key(label, config.sample.name(of_run.first_sample))).data
+                small[PICTURE] = run.read(grid_key(label, config.sample.name(of_run.stored.sample))).data
             if of_run.classes and last:
                 small[pipeline.PIPELINE_CODE] = (resources.files("job.exchange") / "class_pipeline.py").read_bytes()
             named = {"place": request.push or "this folder", "lacking": described.lacking}
             small[CARD] = _card(of_run, ref, weights, small | last, **named).encode()
             size_bytes = sum(path.stat().st_size for path in paths)
-            yield Export(files, small | last, f"{label}, weights {weights}, {size_bytes:,} bytes")
+            yield {**files, **small, **last}, f"{label}, weights {weights}, {size_bytes:,} bytes"
 
 
 def _index(files: dict[str, Path]) -> bytes:
@@ -159,16 +149,11 @@ def _scores(run: Store, ref: CheckpointRef, weights: str) -> Iterator[str]:
     for key, place in places_in(run, ObjectKind.SCORES.folder).items():
         if place.kind is ObjectKind.SCORES:
             with suppress(BadDataError, ObjectMissingError):
-                scores, words = Scores.load(run, key), list[str]()
-                config = scores.sample_set
-                if (scores.ref, config.weights) != (ref, weights):
-                    continue
-                for name, value in scores.values.items():
-                    if not name.endswith("_std"):
-                        real = f" (real images {scores.floor[name]:.4g})" if name in scores.floor else ""
-                        words.append(f"{score_name(name, scores.reference.extractor)} {value:.4g}{real}")
-                how = f"{config.count:,} images by {config.sampler} in {config.steps:,} steps"
-                yield f"{how}, against {scores.reference}: {', '.join(words)}"
+                scores = Scores.load(run, key)
+                config, of = scores.sample_set, scores.reference
+                if (scores.ref, config.weights) == (ref, weights):
+                    how = f"{config.count:,} images by {config.sampler} in {config.steps:,} steps"
+                    yield f"{how}, against {of}: {score_words(scores.values, scores.floor, of.extractor)}"
 
 
 def open_target(to: str, of_run: RunHandle) -> Store:
@@ -183,21 +168,21 @@ def open_target(to: str, of_run: RunHandle) -> Store:
     return target
 
 
-def write_folder(target: Store, to: str, run: str, export: Export, stop: Stop) -> str:
+def write_folder(target: Store, to: str, run: str, objects: Objects, stop: Stop) -> str:
     """Writes an export of a run to the folder that `--to` names; returns its URI."""
     written: list[str] = []
-    sizes = {key: path.stat().st_size for key, path in export.files.items()}
-    check_strangers(target, to, {*export.files, *export.small})
+    sizes = {key: one.stat().st_size if isinstance(one, Path) else len(one) for key, one in objects.items()}
+    check_strangers(target, to, {*objects})
     try:
         with Progress(f"exporting {run}", unit="MB", total=sum(sizes.values()) // 10**6) as bar:
-            for key, path in export.files.items():
+            for key, content in objects.items():
                 stop.check("while exporting", "its files are deleted, and the same command begins again")
-                target.upload(path, key)
+                if isinstance(content, Path):
+                    target.upload(content, key)
+                else:
+                    target.create(key, content)
                 written.append(key)
                 bar.update(sum(sizes[done] for done in written) // 10**6)
-            for key, data in export.small.items():
-                target.create(key, data)
-                written.append(key)
     except ObjectExistsError:
         said = "another export is there already; name another folder, or an empty one"
         raise BadRequestError(f"--to {to}: {said}") from None
@@ -239,7 +224,7 @@ class Hub:
         if not token or not (token.isascii() and token.isprintable()):
             raise NoPermissionError(f"this machine has no usable token of the hub: {_SIGN_IN}")
 
-    def push(self, objects: Mapping[str, Path | bytes], message: str, stop: Stop) -> str:
+    def push(self, objects: Objects, message: str, stop: Stop) -> str:
         """Commits objects to the repository, and returns its URL; a missing repository is made, for its owner alone.
 
         The objects replace those of an earlier push. Other files stay.
@@ -266,7 +251,7 @@ class Hub:
         except Exception as error:
             raise _meaning(error, self._name) from None
 
-    def _push(self, objects: Mapping[str, Path | bytes], message: str) -> str:
+    def _push(self, objects: Objects, message: str) -> str:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         url = str(self._api.create_repo(self._name, private=True, exist_ok=True))

@@ -23,7 +23,7 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil
 from typing import Literal
 
@@ -239,6 +239,16 @@ def score_name(score: str, extractor: str) -> str:
     return f"{metric.elsewhere or name}{score.removeprefix(name)}-{extractor}"
 
 
+def score_words(values: Mapping[str, float], floor: Mapping[str, float], extractor: str) -> str:
+    """Returns scores for people, each beside that of real images, without their deviations."""
+    words = []
+    for name, value in values.items():
+        if not name.endswith("_std"):
+            real = f" (real images {floor[name]:.4g})" if name in floor else ""
+            words.append(f"{score_name(name, extractor)} {value:.4g}{real}")
+    return ", ".join(words)
+
+
 class Reference(RecordPart):
     """The real images, and the network that extracted their features."""
 
@@ -252,6 +262,11 @@ class Reference(RecordPart):
     of_images: int = Field(ge=1)
     extractor: str
     extractor_sha256: str = Field(pattern=SHA256_PATTERN)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of it all."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     def __str__(self) -> str:
         which = f"{self.images:,} images" if self.images == self.of_images else f"{self.images:,} of {self.of_images:,}"

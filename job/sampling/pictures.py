@@ -41,7 +41,7 @@ from job.runs import records
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.samples import SampleSetConfig, denoising_key, file_words, grid_key, moment_of, put_picture, title_of
 from job.sampling.painter import Painter, Route, prepared
-from job.sampling.sampling_plan import SamplePlan
+from job.sampling.sampling_plan import Given, SamplePlan
 from job.sampling.sets import SampleSet, plan_sets
 from job.stop import NEVER, Stop
 from job.store import Store, open_store
@@ -65,7 +65,7 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
         StoppedError: with `--count`, whole pieces are saved, and the same command resumes.
     """
     with prepared(plan, meet(stop), stop) as (plan, painter, sampling):
-        editor = Editor(plan, painter, sampling) if plan.given else None
+        editor = Editor(plan.given, painter, sampling) if plan.given else None
         if plan.request.count is None:
             _make_pictures(plan, painter, sampling, editor)
         for sample_set in plan_sets(plan):
@@ -239,42 +239,35 @@ def _shard(config: SampleSetConfig, seeds: range, pngs: list[bytes]) -> bytes:
 
 
 class Editor:
-    """The given images of a plan, on the device, and the routes of sampling from them.
+    """The given images, on the device, and the routes of sampling from them.
 
     Seed k has image k mod n of the n given ones. Interpolation between seeds has no given images.
     """
 
-    def __init__(self, plan: SamplePlan, painter: Painter, sampling: Sampling) -> None:
-        assert plan.given is not None
-        self._given, self._painter = plan.given, painter
-        self._editing, self.evaluations = plan.given.editing, painter.evaluations_of(sampling)
-        if self._editing.mode == "interpolate":
+    def __init__(self, given: Given, painter: Painter, sampling: Sampling) -> None:
+        self._painter, self._editing, self.evaluations = painter, given.editing, painter.evaluations_of(sampling)
+        if given.images is None:
             return
-        if plan.given.image is not None:
-            given = plan.given.image[None]
-        else:
-            assert plan.index is not None
-            cache = uncached_images(plan.bucket, records.dataset_key_of(plan.config), plan.index)
-            given = cache.read(np.array(plan.given.numbers))
-        self._shown = {"given": given}
-        self._images = torch.tensor(given).permute(0, 3, 1, 2).to(painter.device).float() / 127.5 - 1
-        if plan.given.unknown is None:
+        self._shown = {"given": given.images}
+        self._images = torch.tensor(given.images).permute(0, 3, 1, 2).to(painter.device).float() / 127.5 - 1
+        if given.unknown is None:
             edit = editing.inverted if self._editing.mode == "invert" else editing.from_image
             self._edit = partial(edit, strength=self._editing.strength)
         else:
-            unknown = torch.from_numpy(plan.given.unknown).to(painter.device)
+            unknown = torch.from_numpy(given.unknown).to(painter.device)
             path = editing.resampled(sampling.steps, resamplings=self._editing.resamplings)
             self._edit = partial(editing.inpaint, unknown=unknown, path=path)
-            self._shown["masked"] = np.where(plan.given.unknown[:, :, None], np.uint8(_HIDDEN), given)
+            self._shown["masked"] = np.where(given.unknown[:, :, None], np.uint8(_HIDDEN), given.images)
         image = torch.zeros(1, *painter.image_shape)
-        of_image = {"image": image} | ({"unknown": image == 0} if plan.given.unknown is not None else {})
+        of_image = {"image": image} | ({"unknown": image == 0} if given.unknown is not None else {})
         self.evaluations = painter.evaluations_of(sampling, partial(self._edit, **of_image))
 
     def default_seeds(self) -> range:
         """Returns the seeds of a picture by default."""
+        if self._editing.mode == "interpolate":
+            return range(2 * PAIRS)
         # Inversion does not depend on the seed without a sampler's noise, so one seed per image is enough.
-        of_mode = {"interpolate": 2 * PAIRS, "invert": self._given.images}
-        return range(of_mode.get(self._editing.mode, self._given.images * (COLUMNS - 1)))
+        return range(len(self._images) * (1 if self._editing.mode == "invert" else COLUMNS - 1))
 
     def all_seeds(self, seeds: Sequence[int]) -> Sequence[int]:
         """Returns the seed of each image of a picture."""
@@ -301,7 +294,7 @@ class Editor:
         if self._editing.mode == "interpolate":
             names = [f"{a} to {b}" for a, b in zip(seeds[::2], seeds[1::2], strict=True)]
             return figures.png(figures.image_grid(images, COLUMNS, scale=scale, row_labels=names, title=title))
-        count = self._given.images
+        count = len(self._images)
         of_each = [images[[seed % count == number for seed in seeds]] for number in range(count)]
         made = min(COLUMNS - 1, max(map(len, of_each)))
         heads = [*self._shown, *["made"] * made]

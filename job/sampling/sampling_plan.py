@@ -19,7 +19,7 @@ import numpy as np
 from ddpm.catalogue import takers
 from ddpm.image_size import ImageSize
 from job.data.images import Recipe, RejectedImageError, prepare
-from job.exits import BadDataError, BadRequestError, JobError, MissingInputError, did_you_mean
+from job.exits import BadDataError, BadRequestError, JobError, did_you_mean
 from job.plan import RunHandle, open_run
 from job.processes.launched import lost_peer
 from job.progress import detail, note
@@ -30,6 +30,7 @@ from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.samples import Editing, FoundGrid, file_words
 from job.stop import NEVER, Stop, StopSignal
 from job.store import Store
+from job.store.files import os_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -50,17 +51,12 @@ class Given:
     """The given images of an editing mode."""
 
     editing: Editing
-    numbers: tuple[int, ...] = ()
-    """Numbers of images in the dataset."""
-    image: np.ndarray | None = None
-    """The image of a file, uint8 [H, W, C]."""
+    images: np.ndarray | None = None
+    """uint8 [n, H, W, C]; None for interpolation between seeds."""
+    labels: Sequence[int] = ()
+    """The classes of images of the dataset."""
     unknown: np.ndarray | None = None
     """The part to replace, bool [H, W]."""
-
-    @property
-    def images(self) -> int:
-        """The number of given images."""
-        return len(self.numbers) or 1
 
 
 @dataclass(frozen=True)
@@ -172,11 +168,11 @@ class SamplePlan(RunHandle):
         """The sampling settings, for people."""
         own = f", {self.custom_sampler.name}" if self.custom_sampler else ""
         edited = f", {self.given.editing.words}" if self.given else ""
-        return f"{self.config.sample.words(self.first_sample)}{own}{edited}"
+        return f"{self.config.sample.words(self.stored.sample)}{own}{edited}"
 
     def how(self, seeds: str = "") -> str:
         """Returns everything that decides the images of a checkpoint, as part of a picture's name."""
-        how = self.config.sample.name(self.first_sample)
+        how = self.config.sample.name(self.stored.sample)
         how += f"-{self.custom_sampler.words}" if self.custom_sampler else ""
         how += f"-{self.given.editing.name}" if self.given else ""
         return f"{how}-seeds-{file_words(seeds, '_')}" if seeds else how
@@ -195,13 +191,8 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
     given, classes = _given(request, of_run), of_run.classes
     if request.classes:
         chosen["labels"] = _labels(request.classes, classes)
-    elif given and given.numbers and classes:
-        from job.data.cache import uncached_images
-
-        # An image of the dataset keeps its own class.
-        assert of_run.index is not None
-        images = uncached_images(of_run.bucket, records.dataset_key_of(config), of_run.index)
-        chosen["labels"] = images.labels(np.array(given.numbers)).tolist()
+    elif given and classes and len(given.labels):
+        chosen["labels"] = given.labels
     if chosen.get("precision") == config.train.precision:
         chosen["precision"] = "auto"
     usual, timesteps = config.sample.sampler, config.diffusion.timesteps
@@ -277,23 +268,29 @@ def _given(request: SampleRequest, of_run: RunHandle) -> Given | None:
         return None
     if request.mode == "interpolate":
         return Given(Editing(mode="interpolate"))
-    numbers, image, name, index = tuple[int, ...](), None, request.image, of_run.index
+    labels, name, index = list[int](), request.image, of_run.index
     channels, height, width = of_run.picture_shape
     size = ImageSize(height, width)
     if index and index.encoding:
         raise BadRequestError(f"--mode {request.mode} needs pixels, and {index.name} holds latents: leave it out")
     if "--image" not in request.files:
-        numbers = tuple(parse_numbers(name, "--image"))
+        from job.data.cache import uncached_images
+
+        numbers = np.array(parse_numbers(name, "--image"))
         if index is None:
             raise BadRequestError(f"--image {name}: the run was imported without a dataset, so name a file")
         if max(numbers) >= index.images:
             raise BadRequestError(f"--image {name}: {index.name} has the images 0 to {index.images - 1:,}")
+        cache = uncached_images(of_run.bucket, records.dataset_key_of(of_run.config), index)
+        # An image of the dataset keeps its own class.
+        images, labels = cache.read(numbers), cache.labels(numbers).tolist()
     else:
         recipe = Recipe(size, "center", index.resize_filter if index else "lanczos", channels, min_side=1)
         image, name = _read_image("--image", name, recipe)
+        images = image[None]
     if request.mode == "img2img" or request.mode == "invert":
         strength = request.strength or STRENGTHS[request.mode]
-        return Given(Editing(mode=request.mode, image=name, strength=strength), numbers, image)
+        return Given(Editing(mode=request.mode, image=name, strength=strength), images, labels)
     mask = request.mask or "half"
     unknown = np.zeros(size.shape, bool)
     if mask == "half":
@@ -306,17 +303,14 @@ def _given(request: SampleRequest, of_run: RunHandle) -> Given | None:
     if unknown.all() or not unknown.any():
         raise BadRequestError(f"--mask {request.mask}: inpaint replaces the white part, here all of it or nothing")
     editing = Editing(mode="inpaint", image=name, mask=mask, resamplings=request.resamplings or RESAMPLINGS)
-    return Given(editing, numbers, image, unknown)
+    return Given(editing, images, labels, unknown)
 
 
 def _read_image(option: str, path: str, recipe: Recipe) -> tuple[np.ndarray, str]:
-    """Returns an image file, resized, and the SHA-256 of the file."""
-    try:
+    """Returns an image file of the machine of the command, resized, and the SHA-256 of the file."""
+    with os_errors(f"{option} {path}"):
         encoded = Path(path).read_bytes()
+    try:
         return prepare(encoded, recipe), hashlib.sha256(encoded).hexdigest()
-    except (OSError, ValueError) as error:
-        raise MissingInputError(
-            f"{option} {path}: {getattr(error, 'strerror', error)}; the file must be on the machine of the command"
-        ) from None
     except RejectedImageError as error:
         raise BadDataError(f"{option} {path} {error}") from None

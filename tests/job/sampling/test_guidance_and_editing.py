@@ -289,7 +289,7 @@ def test_impossible_samplings_are_refused(bucket, tmp_path):
         ("all", 64, "leave --count out", ("--mode", "interpolate", "--count", 4)),
         ("all", 64, "--seeds 0-2 has an odd number", ("--mode", "interpolate", "--seeds", "0-2")),
         ("all", 64, "has the images 0 to 298", ("--mode", "img2img", "--image", "0-299")),
-        ("all", 66, "the file must be on the machine", ("--mode", "img2img", "--image", tmp_path / "no.png")),
+        ("all", 66, "no.png: No such file", ("--mode", "img2img", "--image", tmp_path / "no.png")),
         ("all", 65, "is damaged at its beginning", ("--mode", "img2img", "--image", tmp_path / "broken.png")),
         ("all", 64, "inpaint replaces the white part", (*inpaint, "--mask", tmp_path / "white.png")),
     )
