@@ -128,13 +128,13 @@ def real_features(
         with suppress(BadDataError):
             return ranks.only_on_main(features.load) or {}
     chosen = Order((reference.of_images,), seed=0).indices(np.arange(reference.images))
+    of_pieces = np.split(chosen, np.cumsum(features.sizes, dtype=int)[:-1])
     images = of_run.opened_images(stop, index=of_run.pictures())
 
     def read(piece: int, advance: Advance) -> Iterator[np.ndarray]:
-        numbers = features.numbers[piece]
-        for start in range(0, len(numbers), REAL_BATCH_IMAGES):
+        for start in range(0, len(of_pieces[piece]), REAL_BATCH_IMAGES):
             check()
-            some = chosen[numbers[start : start + REAL_BATCH_IMAGES]]
+            some = of_pieces[piece][start : start + REAL_BATCH_IMAGES]
             yield images.read(some)
             advance(len(some))
 

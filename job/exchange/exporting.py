@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import resources
@@ -33,11 +32,10 @@ from job.runs.retention import reading_chosen
 from job.runs.samples import Scores, grid_key, score_words
 from job.sealed import code_version
 from job.stop import Stop
-from job.store import ObjectExistsError, ObjectMissingError, Store, fsspec_configured, open_store
-from job.store.calls import in_thread
+from job.store import ObjectExistsError, ObjectMissingError, Retry, Store, fsspec_configured, open_store
+from job.store.calls import answer, in_thread
 
 CARD, PICTURE = "README.md", "grid.png"
-_LOOK_SECONDS = 0.2
 _SIGN_IN = "sign in with `hf auth login`, or set HF_TOKEN, with a token that may write"
 
 
@@ -68,7 +66,7 @@ def export_run(request: ExportRequest) -> None:
             uri = write_folder(target, request.to, request.run, objects, stop)
         else:
             assert hub is not None
-            uri = hub.push(objects, f"{request.run}, {words}", stop)
+            uri = hub.push(objects, f"{request.run}, {words}", of_run.bucket.retry)
     print(f"{uri}  ({words})")
     if described.lacking:
         note(f"without model_index.json: {described.lacking}; see {CARD}")
@@ -224,7 +222,7 @@ class Hub:
         if not token or not (token.isascii() and token.isprintable()):
             raise NoPermissionError(f"this machine has no usable token of the hub: {_SIGN_IN}")
 
-    def push(self, objects: Objects, message: str, stop: Stop) -> str:
+    def push(self, objects: Objects, message: str, retry: Retry) -> str:
         """Commits objects to the repository, and returns its URL; a missing repository is made, for its owner alone.
 
         The objects replace those of an earlier push. Other files stay.
@@ -232,7 +230,7 @@ class Hub:
         Args:
             objects: files and contents, by key.
             message: that of the commit.
-            stop: ends the wait for the hub.
+            retry: its stop ends the wait for the hub.
 
         Raises:
             BadRequestError: the repository has other files and no export, or the hub refuses the objects.
@@ -240,12 +238,9 @@ class Hub:
             BucketAwayError: the hub does not answer, or another commit came between.
             StoppedError: a stop was requested.
         """
-        # The client waits for a silent hub for ever: its thread is left behind, and ends with the process.
-        work = in_thread(self._push, objects, message)
-        while not wait([work], _LOOK_SECONDS).done:
-            stop.check("while pushing", "a push is a single commit, which the same command makes")
         try:
-            return work.result()
+            # The client waits for a silent hub for ever: its thread is left behind, and ends with the process.
+            return answer(in_thread(self._push, objects, message), retry, self._name)
         except JobError:
             raise
         except Exception as error:

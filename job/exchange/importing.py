@@ -140,18 +140,12 @@ def _of_other_program(source: str, found: dict[str, Any], sets: dict[str, Any]) 
     """Returns the settings that are known of a network of another program, with those of `--set`.
 
     Raises:
-        BadDataError: its numbers of channels have no counterpart.
         BadConfigError: its process is unknown.
     """
     told = found | sets
     channels, out_channels = told["data.channels"], told.pop("out_channels")
     if sets.get("diffusion.self_conditioning"):
         channels //= 2
-    if out_channels not in (channels, 2 * channels):
-        raise BadDataError(
-            f"{source} cannot be imported: it has {channels} channels in and {out_channels} out, and a network "
-            "here has equal numbers, or twice as many out; diffusion.self_conditioning=true halves those in"
-        )
     told |= {"data.channels": channels}
     if out_channels != channels:
         told |= {"diffusion.variance": "learned_range"}
