@@ -266,7 +266,6 @@ def sample(world: World, process: Process, slice_text: str) -> float:
         key = f"samples/drawn/piece-{number:05d}.tar"
         return Made({key: f"piece {number} as {process.host} rounds".encode()})
 
-    sample_set.begin()
     made = sample_set.pieces.make_missing(make, "drawing", stop=process.stop)
     if not sample_set.pieces.missing() and sample_set.index() is None:
         sample_set.publish(process.stop)

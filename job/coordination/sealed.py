@@ -139,6 +139,20 @@ class Sealed(RecordPart):
         """
         return cls.from_json(store.read(key).data, store.uri_of(key))
 
+    @classmethod
+    def load_made(cls, store: Store, key: str) -> Self | None:
+        """Reads the record that a command makes; None before.
+
+        Raises:
+            BadDataError: it is damaged; the message says that the command makes it again after its deletion.
+        """
+        try:
+            return cls.load(store, key)
+        except ObjectMissingError:
+            return None
+        except BadDataError as error:
+            raise BadDataError(f"{error}; delete it, and the same command makes it again") from None
+
 
 def _digest_of(document: dict[str, Any]) -> str:
     content = {name: value for name, value in document.items() if name != "sha256"}

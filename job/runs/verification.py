@@ -21,7 +21,7 @@ from job.runs.checkpoints import LATEST_KEY, AverageRecord, Latest, Manifest, lo
 from job.runs.layout import PICTURES, Located, ObjectKind, located
 from job.runs.records import CONFIG_KEY, Attempt, Status
 from job.runs.retention import Reader, leftovers
-from job.runs.samples import FoundGrid, SampleSetIndex, SampleSetRecord, Scores, has_origin
+from job.runs.samples import FoundGrid, SampleSetIndex, Scores, has_origin
 from job.store import ObjectMissingError, Store
 
 PARALLEL_READS = 16
@@ -38,7 +38,6 @@ RECORD_TYPES: dict[ObjectKind | None, type[Sealed]] = {
     ObjectKind.READER: Reader,
     ObjectKind.FOUND_GRID: FoundGrid,
     ObjectKind.SCORES: Scores,
-    ObjectKind.SAMPLE_SET: SampleSetRecord,
     ObjectKind.RECORD: PieceRecord,
     ObjectKind.INDEX: SampleSetIndex,
 }
@@ -139,10 +138,8 @@ def _named_by(listing: _Listing, by: str) -> dict[str, str]:
             named = {ObjectKind.ATTEMPT.key(fence=previous): ""}
         case Manifest():
             named = record.objects
-        case AverageRecord():
+        case AverageRecord() | PieceRecord():
             named = {file.key: file.sha256 for file in record.files}
-        case PieceRecord():
-            named = {file.key: file.sha256 for file in record.files} | {ObjectKind.SAMPLE_SET.key(folder=folder): ""}
         case SampleSetIndex():
             pieces = (ObjectKind.RECORD.key(folder=folder, piece=number) for number in range(len(record.pieces)))
             named = dict.fromkeys((ObjectKind.GRID.key(folder=folder), *pieces), "")
