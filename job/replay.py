@@ -16,7 +16,7 @@ from pathlib import Path
 from ddpm import training
 from ddpm.state import TrainState
 from job.config import RunConfig, method, validated
-from job.data.cache import ImageCache
+from job.data.reading.cache import ImageCache
 from job.exchange.exporting import Export, check_strangers, open_target, write_folder
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.plan import open_run

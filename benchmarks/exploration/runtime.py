@@ -280,8 +280,8 @@ _REPLACED: list[tuple[object, object]] = [
     (concurrent.futures.wait, _wait),
     (datetime, _Datetime),
 ]
-_ROOMS = ("job.processes.lease", "job.runs", "job.verbs", "job.pieces", "job.data.pack", "job.data.publishing",
-          "job.stop", "job.exchange.encoding", "job.store.retry", "job.store.base", "job.evaluation",
+_ROOMS = ("job.processes.lease", "job.runs", "job.verbs", "job.pieces", "job.data.pack", "job.data.pack",
+          "job.stop", "job.data.latents", "job.store.retry", "job.store.base", "job.evaluation",
           "job.sampling.sets", "job.sealed")  # fmt: skip
 
 

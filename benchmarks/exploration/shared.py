@@ -9,10 +9,10 @@ import hashlib
 import json
 import tarfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -23,12 +23,11 @@ from benchmarks.exploration.checks import Checks, sha256
 from benchmarks.exploration.store import SimulatedStore
 from benchmarks.exploration.world import Process, Request, Violation, World
 from ddpm.image_size import ImageSize
+from job.data import latents, shards
 from job.data import pack as packing
-from job.data import shards
 from job.data.pack_request import EncodeRequest, PackRequest
 from job.evaluation import evaluate
 from job.evaluation.evaluation_plan import Evaluation
-from job.exchange import encoding
 from job.exits import BadRequestError
 from job.pieces import RECORDS, Advance, Made, Slice
 from job.runs.drawings import NumberedDrawing, Reference
@@ -188,7 +187,7 @@ def _latents(host: str, number: int) -> tuple[bytes, float]:
     return _tar(f"latents {number} of {host}".encode()), 1.0 + number + len(host) / 1024
 
 
-class _FewLatents(encoding._Encoding):
+class _FewLatents(latents._Encoding):
     """Latents of a few bytes."""
 
     def made(self, number: int, advance: Advance) -> Made:
@@ -207,14 +206,15 @@ class _FewLatents(encoding._Encoding):
         return np.zeros(0)
 
 
-def _opened(bucket: Store, key: str, index: shards.DatasetIndex, folder: Any, stop: Any) -> Any:
+def _opened(bucket: Store, key: str, index: shards.DatasetIndex, stop: Any) -> Any:
     return SimpleNamespace(index=index, close=lambda: None)
 
 
 def encode(world: World, process: Process, slice_text: str) -> None:
     """Encodes the dataset."""
     request = EncodeRequest(name="tiny", bucket="sim://bucket", autoencoder="there", to="latents", slice=slice_text)
-    encoding.encode_dataset(SimulatedStore(world, process), request, process.stop)
+    opened = cast(latents.Opened, lambda *_: nullcontext(({}, {})))
+    latents.encode_dataset(SimulatedStore(world, process), request, opened, process.stop)
 
 
 class EncodeChecks(PieceChecks):
@@ -345,17 +345,14 @@ def small_work() -> Iterator[None]:
     encoder = SimpleNamespace(
         size=ImageSize.of(SIZE // 2),
         channels=3,
-        config=b"config",
-        weights=b"weights",
-        hashes=(sha256(b"config"), sha256(b"weights")),
+        files=(b"config", b"weights"),
     )
     with ExitStack() as stack:
         for module, name, ours in (
             (packing, "_Copying", _FewImages),
-            (encoding, "_load_encoder", lambda *_: encoder),
-            (encoding, "ShardSource", _opened),
-            (encoding, "ImageCache", lambda source: source),
-            (encoding, "_Encoding", _FewLatents),
+            (latents, "_encoder", lambda *_: encoder),
+            (latents, "uncached_images", _opened),
+            (latents, "_Encoding", _FewLatents),
             (evaluate, "scored", _scored),
         ):
             stack.enter_context(patch.object(module, name, ours))

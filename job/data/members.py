@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO, cast
 
-from job.data.ahead import in_order
+from job.data.reading import in_order
 from job.exits import BadDataError, MissingInputError, NoPermissionError
 from job.progress import printable
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, cast
 
 from job.data import members
 from job.data.archives import ARCHIVES, find_tars, open_zipped, opened_zip, tar_members, zip_members
-from job.data.cache import default_cache_dir
 from job.data.formats import recognised
 from job.data.formats.beside import labelled_beside
 from job.data.formats.binary import IDX_NAME, archive_source
@@ -23,6 +22,7 @@ from job.data.formats.tables import has_shards
 from job.data.formats.unread import next_step_by
 from job.data.labels import sidecars, with_sidecars
 from job.data.members import Files, Member, Opener, RefusedError, Source, split_in
+from job.data.reading.cache import default_cache_dir
 from job.exits import BadDataError, BadRequestError, DiskFullError, MissingInputError
 from job.progress import Progress
 from job.store import (

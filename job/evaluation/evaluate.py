@@ -20,7 +20,7 @@ from ddpm import metrics
 from ddpm.catalogue import METRICS
 from ddpm.generation import Sampling
 from job.config import method
-from job.data.order import Order
+from job.data.reading.stream import Order
 from job.data.shards import dataset_key, load_index
 from job.evaluation.evaluation_plan import (
     CPU_COUNT,

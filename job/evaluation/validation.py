@@ -12,7 +12,7 @@ from ddpm import randomness
 from ddpm.augment import Latents
 from ddpm.objective import Condition, Drawn, Objective, spread_over_steps
 from ddpm.state import LossLog, loss_row
-from job.data.cache import ImageCache
+from job.data.reading.cache import ImageCache
 from job.runs.metric_rows import Row
 from job.sampling.painter import Painter
 

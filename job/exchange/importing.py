@@ -23,7 +23,7 @@ from job.config import (
     preset_names,
     validated,
 )
-from job.data.order import images_at_epoch
+from job.data.reading.stream import images_at_epoch
 from job.data.shards import DatasetIndex, find_dataset, load_index
 from job.exchange.exchange_requests import ImportRequest
 from job.exchange.other_programs import OtherCheckpoint, opened_checkpoint, settings_of_diffusers

@@ -31,7 +31,7 @@ from pydantic import Field
 
 from ddpm.catalogue import METRICS, Metric
 from job.config import Drawing, Section, Size
-from job.data.order import epochs_completed_by
+from job.data.reading.stream import epochs_completed_by
 from job.pieces import PieceRecord
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.sealed import SHA256_PATTERN, NamedObject, RecordPart, Sealed, code_version

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from job.config import RunConfig
-from job.data.order import epochs_completed_by
+from job.data.reading.stream import epochs_completed_by
 from job.exits import BadDataError, JobError, LostRunError, NoPermissionError
 from job.processes.lease import Lease
 from job.processes.process_identity import ProcessIdentity

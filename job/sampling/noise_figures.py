@@ -13,7 +13,7 @@ from ddpm.catalogue import SCHEDULES, Diffusion
 from ddpm.image_size import ImageSize
 from ddpm.process import VarianceExploding, VariancePreserving, make_process
 from job.config import RunConfig
-from job.data.cache import uncached_images
+from job.data.reading.cache import uncached_images
 from job.data.shards import find_dataset, load_index
 from job.exits import BadRequestError
 from job.requests import check_output, parse_numbers

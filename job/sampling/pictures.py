@@ -20,7 +20,7 @@ import torch
 
 from ddpm import editing, figures
 from ddpm.generation import Sampling, Walk
-from job.data.cache import ImageCache, uncached_images
+from job.data.reading.cache import ImageCache, uncached_images
 from job.pieces import IF_NONE_RUNS, Advance, Made
 from job.processes.ranks import meet
 from job.requests import GIF_SEEDS, parse_numbers

@@ -232,7 +232,7 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
     if request.classes:
         chosen["labels"] = _labels(request.classes, classes)
     elif given and given.numbers and classes:
-        from job.data.cache import uncached_images
+        from job.data.reading.cache import uncached_images
 
         # An image of the dataset keeps its own class.
         assert of_run.index is not None

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from ddpm.catalogue import OF_CLASSES
 from ddpm.state import NonFiniteError, TrainState
 from job.config import method
-from job.data.cache import ImageCache
-from job.data.order import order_of
+from job.data.reading.cache import ImageCache
+from job.data.reading.stream import order_of
 from job.evaluation.evaluation_plan import check_scores_in_training
 from job.exits import BadDataError, JobError, LostRunError, MissingInputError, NotANumberError, State, StoppedError
 from job.plan import Plan, RunHandle, plan_run

@@ -8,8 +8,8 @@ from ddpm import figures
 from ddpm.augment import Latents
 from ddpm.objective import Objective
 from job.config import method
-from job.data.autoencoder import load_decoder
-from job.data.cache import ImageCache
+from job.data.latents import load_decoder
+from job.data.reading.cache import ImageCache
 from job.evaluation.validation import validation_row
 from job.processes.ranks import Agreement
 from job.requests import GIF_SEEDS

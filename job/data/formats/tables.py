@@ -22,9 +22,9 @@ from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 
 from job.data import members
-from job.data.ahead import in_order
 from job.data.labels import LABEL_KEYS, chosen_label, class_names, label_among
 from job.data.members import Files, Member, RefusedError, Source, first_split, path_parts, refused, split_in
+from job.data.reading import in_order
 from job.exits import BadRequestError, how_to_install
 from job.progress import some_of
 

@@ -12,9 +12,9 @@ import webdataset
 from PIL import Image
 
 from job.data.archives import find_tars
-from job.data.cache import open_cache
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
+from job.data.reading.cache import open_cache
 from job.data.shards import DatasetIndex, load_index
 from job.data.verify import verify_dataset
 from job.exits import BadDataError, BadRequestError, Exit, JobError, StoppedError

@@ -16,10 +16,10 @@ import pytest
 
 from ddpm.image_size import ImageSize
 from job.data import members
-from job.data.ahead import in_order
 from job.data.images import Recipe, are_grey, prepare
 from job.data.members import Member
 from job.data.opening import open_source
+from job.data.reading import in_order
 from job.data.survey import Survey, survey
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from tests.job.damages import flip_a_bit

@@ -12,10 +12,10 @@ from PIL import Image
 
 from ddpm.generation import noise_of
 from job.config import method
-from job.data.autoencoder import latents_of
-from job.data.cache import uncached_images
+from job.data.latents import latents_of
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
+from job.data.reading.cache import uncached_images
 from job.data.shards import INDEX, OFFSETS_DTYPE, Shards, load_index, shard_name
 from job.exits import Exit
 from job.plan import plan_run
