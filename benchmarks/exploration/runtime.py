@@ -280,7 +280,7 @@ _REPLACED: list[tuple[object, object]] = [
     (concurrent.futures.wait, _wait),
     (datetime, _Datetime),
 ]
-_ROOMS = ("job.processes.lease", "job.runs", "job.verbs", "job.pieces", "job.data.pack", "job.data.pack",
+_ROOMS = ("job.processes.lease", "job.runs", "job.verbs", "job.pieces", "job.data.pack",
           "job.stop", "job.data.latents", "job.store.retry", "job.store.base", "job.evaluation",
           "job.sampling.sets", "job.sealed")  # fmt: skip
 

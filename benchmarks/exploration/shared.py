@@ -113,7 +113,7 @@ class _FewImages(packing._Packing):
     """A source of three pieces, in the place of a folder of images."""
 
     def _survey(self) -> dict[str, Any]:
-        self.where = self.source = "images"
+        self.where, self.of_index = "images", {"source": "images"}
         self.sizes = [2.0] * PIECES
         return {"images": "0" * 64}
 

@@ -38,10 +38,8 @@ _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _NO_PACKED_IMAGE = "an image is damaged, or not a PNG"
 _CROP = re.compile(r"center|center:(?P<side>[1-9]\d{0,5})|squash|(?P<box>\d{1,6},\d{1,6},[1-9]\d{0,5},[1-9]\d{0,5})")
 _RANGE = re.compile(r"(-?\d{1,10}),(-?\d{1,10})")
-_SIGNIFICANT_BITS = re.compile(rb"\0\0\0[\1-\4]sBIT([\1-\x10]{1,4})")
 _DEEP = re.compile(r"(?:RGB|RGBA|RGBX|CMYK);16[LBN]")
 """Pillow's layouts of 16 bits of which it also reads the lower bytes, as those of the other byte order."""
-_BITS_PER_SAMPLE, _MIN_SAMPLE_VALUE, _MAX_SAMPLE_VALUE = 258, 280, 281
 
 # Pillow's warnings of large images, which are rejected here, and of broken EXIF would break a progress bar.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -66,7 +64,7 @@ class Recipe:
         resize_filter: one of `FILTERS`.
         channels: 3 for RGB, 1 for grey (ITU-R 601-2 luma).
         min_side: images with a shorter side under this many pixels are rejected.
-        pixel_range: `LOW,HIGH`, which integers of more than 8 bits become 0 and 255; empty for what each file says.
+        pixel_range: `LOW,HIGH`, which integers of more than 8 bits become 0 and 255; empty if there are none.
     """
 
     size: ImageSize
@@ -192,7 +190,7 @@ def _heif() -> tuple[str, ...]:
 
 
 def _in_eight_bits(image: ImageFile.ImageFile, encoded: bytes, levels: tuple[int, int] | None) -> Image.Image:
-    """Decodes an image, and maps integers of more than 8 bits from their range, by default the file's, to 0 … 255."""
+    """Decodes an image, and maps integers of more than 8 bits from their range to 0 … 255."""
     layout, maxval = _layout(image)
     image.load()
     if image.mode.startswith("I"):
@@ -206,11 +204,11 @@ def _in_eight_bits(image: ImageFile.ImageFile, encoded: bytes, levels: tuple[int
     if maxval and maxval != 65535:
         # Pillow scales it to 65535.
         levels = 0, 65535
-    if not (levels := levels or _own_range(image, encoded, colours)):
+    if not levels:
         low, high = int(colours.min()), int(colours.max())
         example = f"--range {min(0, low)},{max(255, (1 << high.bit_length()) - 1)}"
         raise UndecidedImageError(
-            f"has more than 8 bits, with values from {low:,} to {high:,}, and does not say which are black and white: "
+            f"has more than 8 bits, with values from {low:,} to {high:,}, and black and white may be any of them: "
             f"pack with --range LOW,HIGH, such as {example}, or save it with 8 bits"
         )
     low, high = levels
@@ -246,27 +244,6 @@ def _of_lower_bytes(encoded: bytes, layout: str) -> Image.Image:
     ]
     image.load()
     return image
-
-
-def _own_range(image: ImageFile.ImageFile, encoded: bytes, values: np.ndarray) -> tuple[int, int] | None:
-    """Returns the values of black and white that the file states; None without any.
-
-    A PNG whose chunk sBIT says b bits has them scaled to 16 (Portable Network Graphics, 3rd edition, 12.4), so that
-    values below 2^b are multiples of 2^(16 - b). Some programs write b bits as they are.
-    """
-    if image.format == "PNG" and (found := _SIGNIFICANT_BITS.search(encoded, 0, encoded.find(b"IDAT"))):
-        limit = 1 << max(found[1])
-        if values.max() >= limit or not values.any() or limit == 1 << 16:
-            return 0, 65535
-        return (0, limit - 1) if (values % ((1 << 16) // limit)).any() else None
-    if image.format == "TIFF":
-        tags = image.tag_v2  # type: ignore[attr-defined]
-        if tags.get(_MAX_SAMPLE_VALUE):
-            low, high = int(np.min(tags.get(_MIN_SAMPLE_VALUE, 0))), int(np.max(tags[_MAX_SAMPLE_VALUE]))
-            return (low, high) if low < high else None
-        if (bits := max(tags[_BITS_PER_SAMPLE])) < 16:
-            return 0, (1 << bits) - 1
-    return None
 
 
 def _is_grey(image: Image.Image) -> bool:

@@ -43,6 +43,7 @@ from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store
 from job.store.files import os_errors, scratch_folder
 
+_NAMED_REJECTS = 3
 _IMAGES_PER_THREAD = 16
 _PIXELS = "size", "channels", "crop", "resize_filter", "pixel_range"
 """Fields of a recipe, an index and a request that decide the pixels of packed images."""
@@ -261,7 +262,7 @@ class _Packing(Packing):
             are_small = any("--min-side" in reject["reason"] for reject in self._rejects)
             remedy = "pass a smaller --size or --min-side" if are_small else "see to them"
             raise BadDataError(
-                f"{self.where}: more than --max-bad={self._request.max_bad} images cannot be used: "
+                f"{self.where}: more than --max-bad={self._request.max_bad} images cannot be used, such as "
                 f"{self._first_rejects()}: {remedy}, or allow more with --max-bad"
             )
 
@@ -354,7 +355,7 @@ class _Packing(Packing):
                 yield checked
 
     def _first_rejects(self) -> str:
-        return some_of(f"{reject['name']!r} {reject['reason']}" for reject in self._rejects)
+        return "; ".join(f"{reject['name']!r} {reject['reason']}" for reject in self._rejects[:_NAMED_REJECTS])
 
 
 class _Copying(_Packing):
