@@ -129,8 +129,8 @@ def test_rejected_images_are_named_and_bounded(tmp_path):
     assert [line["name"] for line in lines] == ["2.png", "3.png", "4.png", "6.jpg"]
     assert lines[2]["reason"] == "has 7×50 pixels, under --min-side=8"
     bad = zip_of(tmp_path / "bad.zip", [(f"{n:04d}.png", b"no image") for n in range(2000)])
-        few = r"--max-bad=5 images .*, such as '0000.png' is .*; '0001.png' is .*; '0002.png' is [^;]*$"
-        with pytest.raises(BadDataError, match=few):
+    few = r"--max-bad=5 images .*, such as '0000.png' is .*; '0001.png' is .*; '0002.png' is [^;]*$"
+    with pytest.raises(BadDataError, match=few):
         packed(tmp_path / "bad", bad, max_bad=5)
     with pytest.raises(BadDataError, match=r"none of its images can be used: '1.png'"):
         packed(tmp_path / "bad", zip_of(tmp_path / "none.zip", [("1.png", b"no image")]))
