@@ -103,7 +103,6 @@ def write_dataset(
         crop="center",
         resize_filter="box",
         source="noise",
-        source_sha256="0" * 64,
         shards=Shards.of([first.model_copy(update={"name": shard_name(number)}) for number in range(shards)]),
     )
     store.create(f"{key}/{INDEX}", index.to_json())

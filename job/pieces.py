@@ -27,7 +27,7 @@ from job.exits import BadDataError, BadRequestError, LostRunError, StoppedError
 from job.processes.launched import lost_peer
 from job.processes.lease import LEASE_KEY, RENEW_SECONDS, Lease, claim_version
 from job.progress import Progress
-from job.sealed import SHA256_PATTERN, Moment, NamedObject, Sealed, code_version, utc_now
+from job.sealed import SHA256_PATTERN, NamedObject, Sealed
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store
 
@@ -82,9 +82,7 @@ class PieceRecord(Sealed):
     facts: dict[str, Any]
     """Results that the last step combines over all pieces."""
     attempt: str = Field(pattern=r"^[0-9a-f]{32}$")
-    """A unique id: without it two processes that make a piece in the same second could both count it as theirs."""
-    created: Moment
-    code_version: str
+    """A unique id: without it two processes that make the same bytes could both count the piece as theirs."""
 
 
 class Made(NamedTuple):
@@ -265,8 +263,6 @@ class Pieces:
             files=files,
             facts=dict(made.facts),
             attempt=uuid.uuid4().hex,
-            created=utc_now(),
-            code_version=code_version(),
         )
         try:
             self.store.create(self._record_key(number), record.to_json())

@@ -10,7 +10,6 @@ import importlib.util
 import io
 import math
 import re
-import sys
 import warnings
 import zlib
 from collections import Counter
@@ -38,8 +37,6 @@ _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _NO_PACKED_IMAGE = "an image is damaged, or not a PNG"
 _CROP = re.compile(r"center|center:(?P<side>[1-9]\d{0,5})|squash|(?P<box>\d{1,6},\d{1,6},[1-9]\d{0,5},[1-9]\d{0,5})")
 _RANGE = re.compile(r"(-?\d{1,10}),(-?\d{1,10})")
-_DEEP = re.compile(r"(?:RGB|RGBA|RGBX|CMYK);16[LBN]")
-"""Pillow's layouts of 16 bits of which it also reads the lower bytes, as those of the other byte order."""
 
 # Pillow's warnings of large images, which are rejected here, and of broken EXIF would break a progress bar.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -64,7 +61,7 @@ class Recipe:
         resize_filter: one of `FILTERS`.
         channels: 3 for RGB, 1 for grey (ITU-R 601-2 luma).
         min_side: images with a shorter side under this many pixels are rejected.
-        pixel_range: `LOW,HIGH`, which integers of more than 8 bits become 0 and 255; empty if there are none.
+        pixel_range: `LOW,HIGH`, which grey levels of more than 8 bits become 0 and 255; empty if there are none.
     """
 
     size: ImageSize
@@ -136,12 +133,12 @@ def prepare(encoded: bytes, recipe: Recipe, converted: Counter[str] | None = Non
 
     Raises:
         RejectedImageError: the image is unreadable, truncated, too small or too large, or the crop is outside.
-        UndecidedImageError: it has more than 8 bits per channel, and their range is unknown.
+        UndecidedImageError: it has grey levels of more than 8 bits, and their range is unknown.
     """
     try:
         file = _opened(encoded)
         width, height = file.size
-        image = ImageOps.exif_transpose(_in_eight_bits(file, encoded, recipe.levels))
+        image = ImageOps.exif_transpose(_in_eight_bits(file, recipe.levels))
         if min(image.size) < recipe.min_side:
             raise RejectedImageError(f"has {width}×{height} pixels, under --min-side={recipe.min_side}")
         box = recipe.box(*image.size)
@@ -189,23 +186,23 @@ def _heif() -> tuple[str, ...]:
     return ("HEIF",)
 
 
-def _in_eight_bits(image: ImageFile.ImageFile, encoded: bytes, levels: tuple[int, int] | None) -> Image.Image:
-    """Decodes an image, and maps integers of more than 8 bits from their range to 0 … 255."""
-    layout, maxval = _layout(image)
+def _in_eight_bits(image: ImageFile.ImageFile, levels: tuple[int, int] | None) -> Image.Image:
+    """Decodes an image, and maps grey integers of more than 8 bits from their range to 0 … 255."""
+    # Pillow's name of how the samples lie in a file, such as `RGB;16B`, and the Maxval of a PGM or PPM.
+    arguments = image.tile[0].args if image.tile else ""
+    layout, *more = (arguments,) if isinstance(arguments, str) else arguments or ("",)
+    maxval = more[-1] if more and image.format == "PPM" else 0
     image.load()
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-    elif (";16" in layout and image.format in ("PNG", "TIFF")) or maxval == 65535:
-        # Pillow reads the upper bytes alone.
-        values = np.asarray(image).astype(np.uint16) << 8 | np.asarray(_of_lower_bytes(encoded, layout))
-    else:
+    if not image.mode.startswith("I"):
+        if (";16" in str(layout) and image.format in ("PNG", "TIFF")) or maxval == 65535:
+            raise RejectedImageError("has 16 bits of each colour, of which half would be lost: save it with 8 bits")
         return image
-    colours = values[..., :3] if image.mode == "RGBA" else values
+    values = np.asarray(image)
     if maxval and maxval != 65535:
         # Pillow scales it to 65535.
         levels = 0, 65535
     if not levels:
-        low, high = int(colours.min()), int(colours.max())
+        low, high = int(values.min()), int(values.max())
         example = f"--range {min(0, low)},{max(255, (1 << high.bit_length()) - 1)}"
         raise UndecidedImageError(
             f"has more than 8 bits, with values from {low:,} to {high:,}, and black and white may be any of them: "
@@ -216,34 +213,9 @@ def _in_eight_bits(image: ImageFile.ImageFile, encoded: bytes, levels: tuple[int
     # Floats of a whole image would take gigabytes.
     for row, of_row in zip(scaled, values, strict=True):
         row[...] = np.rint((of_row.astype(np.float64) - low) * (255 / (high - low))).clip(0, 255)
-    if image.mode == "RGBA":
-        scaled[..., 3] = values[..., 3] >> 8
-    mode = "L" if image.mode.startswith("I") else image.mode
-    converted = Image.frombytes(mode, image.size, scaled.tobytes())
+    converted = Image.fromarray(scaled)
     converted.info = {key: value for key, value in image.info.items() if key != "transparency"}
     return converted
-
-
-def _layout(image: ImageFile.ImageFile) -> tuple[str, int]:
-    """Returns Pillow's name of how the samples lie in a file, such as `RGB;16B`, and the Maxval of a PGM or PPM."""
-    arguments = image.tile[0].args if image.tile else ""
-    layout, *more = (arguments,) if isinstance(arguments, str) else arguments or ("",)
-    return str(layout), more[-1] if more and image.format == "PPM" else 0
-
-
-def _of_lower_bytes(encoded: bytes, layout: str) -> Image.Image:
-    """Decodes the lower bytes of 16 bits."""
-    if not _DEEP.fullmatch(layout):
-        raise RejectedImageError(f"has 16 bits in a layout that is not read ({layout}): save it with 8 bits")
-    native = "L" if sys.byteorder == "little" else "B"
-    other = layout[:-1] + ("B" if layout[-1].replace("N", native) == "L" else "L")
-    image = _opened(encoded)
-    image.tile = [
-        tile._replace(args=other if isinstance(tile.args, str) else (other, *(tile.args or ())[1:]))
-        for tile in image.tile
-    ]
-    image.load()
-    return image
 
 
 def _is_grey(image: Image.Image) -> bool:

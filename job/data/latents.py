@@ -43,7 +43,7 @@ ENCODED_IMAGES = 16
 CONFIG, WEIGHTS = shards.AUTOENCODER
 MOST_LEVELS, MOST_LAYERS, MOST_CHANNELS = 12, 64, 8192
 """Limits of a configuration: a larger network would be built for hours before its weights do not fit."""
-_KEPT = {"classes", "crop", "resize_filter", "licence", "source", "source_sha256", "hold_out"}
+_KEPT = {"classes", "crop", "resize_filter", "licence", "source", "hold_out"}
 """What the index of latents has from that of the images."""
 
 Decoder = Callable[[Tensor], Tensor]

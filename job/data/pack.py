@@ -213,13 +213,12 @@ def _made(bucket: Store, packing: Packing) -> shards.DatasetIndex | None:
 
 @dataclass(slots=True)
 class _Checked:
-    """A sample that was decoded: why it is left out, or what is copied of it; and the hash of what is copied from."""
+    """A sample that was decoded: why it is left out, or what is copied of it."""
 
     sample: Sample
     converted: Counter[str] = field(default_factory=Counter)
     reason: str = ""
     png: bytes = b""
-    sha256: bytes = b""
 
 
 class _Packing(Packing):
@@ -290,7 +289,6 @@ class _Packing(Packing):
             **self.of_index,
             name=self._request.name,
             licence=self._request.licence,
-            source_sha256=hashlib.sha256("".join(each["source_sha256"] for each in facts).encode()).hexdigest(),
             held_out=self._request.held_out,
             hold_out=self._request.hold_out_share,
             codecs=codec_versions(),
@@ -320,16 +318,14 @@ class _Packing(Packing):
         return set()
 
     def _check(self, sample: Sample) -> _Checked:
-        checked, copies = _Checked(sample), not self._request.tars
-        if copies:
-            checked.sha256 = hashlib.sha256(sample.content).digest()
+        checked = _Checked(sample)
         try:
             pixels = prepare(sample.content, self.recipe, checked.converted)
             if checked.converted["colour"] and not self._request.channels:
                 raise UndecidedImageError(
                     f"is in colour, and the first {FIRST_IMAGES} are grey: add --channels 3, or 1"
                 )
-            checked.png = encode_png(pixels) if copies else b""
+            checked.png = b"" if self._request.tars else encode_png(pixels)
         except UndecidedImageError as error:
             raise BadDataError(f"{self.where}: {sample.name!r} {error}") from None
         except RejectedImageError as error:
@@ -418,15 +414,12 @@ class _Copying(_Packing):
 
     def made(self, number: int, advance: Advance) -> Made:
         """Writes a shard; see `_Packing`."""
-        first, sha256 = number * self._shard_images, hashlib.sha256()
+        first = number * self._shard_images
         numbers = range(first, first + int(self.sizes[number]))
         facts: dict[str, Any] = {"shard": None}
         read = 0
         writer: shards.ShardWriter | None = None
         for image, checked in zip(numbers, self._checked(self._samples(numbers), facts), strict=False):
-            name = checked.sample.name.encode()
-            # The length keeps names and contents apart, whatever they are.
-            sha256.update(b"%d:%b%b" % (len(name), name, checked.sha256))
             if not checked.reason:
                 with os_errors(self._folder):
                     writer = writer or shards.ShardWriter(self._folder / shards.shard_name(number))
@@ -435,7 +428,6 @@ class _Copying(_Packing):
             advance(1)
         if read < len(numbers):
             raise BadDataError(f"{self.where} has changed while it was packed: type this command again")
-        facts["source_sha256"] = sha256.hexdigest()
         if writer is None:
             return Made({}, facts)
         with os_errors(self._folder):
@@ -482,7 +474,7 @@ class _InPlace(_Packing):
     def made(self, number: int, advance: Advance) -> Made:
         """Hashes a tar and lists its images; see `_Packing`."""
         tar, digests = self._tars[number], shards.Digests()
-        facts: dict[str, Any] = {"source_sha256": "", "shard": None, "highest_label": -1}
+        facts: dict[str, Any] = {"shard": None, "highest_label": -1}
         records, unlabelled, read_bytes = list[shards.Record](), list[str](), 0
         for checked in self._checked(tar.samples(digests, self._label_key), facts):
             sample = checked.sample
@@ -500,8 +492,8 @@ class _InPlace(_Packing):
         if not records:
             return Made({}, facts)
         shard, offsets = digests.shard(shards.shard_name(number), records, tar.uri)
-        facts |= {"shard": shard.model_dump(), "source_sha256": shard.sha256}
-        return Made({shard.offsets_name: offsets}, facts | {"highest_label": max(label for _, _, label, _ in records)})
+        facts |= {"shard": shard.model_dump(), "highest_label": max(label for _, _, label, _ in records)}
+        return Made({shard.offsets_name: offsets}, facts)
 
     def _decide_classes(self, facts: list[dict[str, Any]]) -> set[str]:
         """Finds the classes, and checks what only all tars together tell; see `_Packing`."""

@@ -59,7 +59,7 @@ class PackRequest(JobOptions):
     """None: 1 if the first images are all grey, and then all others must be."""
     pixel_range: str = option(
         "--range LOW,HIGH",
-        "The values of black and white in images of more than 8 bits, such as 0,4095.",
+        "The values of black and white in grey images of more than 8 bits, such as 0,4095.",
     )
     classes: bool | None = option(
         "--classes/--no-classes",

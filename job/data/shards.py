@@ -258,7 +258,6 @@ class DatasetIndex(Sealed):
     pixel_range: str = Field(default="", description="LOW,HIGH: what integers of more than 8 bits became 0 and 255")
     licence: str = ""
     source: str = Field(description="base name of what was packed")
-    source_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="over the names and contents of all entries read")
     listing_sha256: str = Field(default="", description="over names, sizes and labels of the source, of copied images")
     held_out: str = Field(default="", description="name of the dataset of the images that were held out")
     hold_out: float = Field(default=0.0, ge=0, le=1, description="the share of the source that was held out")
