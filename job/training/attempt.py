@@ -202,8 +202,6 @@ class TrainingAttempt:
         assert lease is not None
         if plan.is_new:
             records.create_config(plan.run, plan.config)
-            for remark in plan.index.remarks(with_classes=bool(plan.config.model.num_classes)):
-                note(remark)
             # A preset of another name knows nothing of these images.
             if plan.config.data.flip and plan.config.preset != plan.index.name:
                 note(
