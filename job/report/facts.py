@@ -16,11 +16,11 @@ from job.plan import RunHandle
 from job.progress import note
 from job.runs import metric_rows, records
 from job.runs.checkpoints import Manifest, by_progress, list_checkpoints, newest_sound
-from job.runs.drawings import Scores, denoising_key, grid_key, label_at, moment_of
 from job.runs.layout import ObjectKind, places_in
 from job.runs.metric_rows import Row
 from job.runs.outlook import AttemptSpan, Outlook, attempts_of, outlook_of, spans_of, state_in
 from job.runs.records import Status
+from job.runs.samples import Scores, denoising_key, grid_key, label_at, moment_of
 from job.store import ObjectMissingError
 
 _LABEL = "LABEL"
@@ -136,7 +136,7 @@ def facts_of(
     places = places_in(run, ObjectKind.PICTURE.folder, ObjectKind.SCORES.folder)
     attempts = spans_of(attempts_of(run), status)
     pictures = [key for key in places if places[key].kind in (ObjectKind.PICTURE, ObjectKind.GRID)]
-    how = config.sample.name(handle.first_drawing)
+    how = config.sample.name(handle.first_sample)
     grids = [DatedGrid(moment_of(label), key) for label, key in _in_order(pictures, grid_key(_LABEL, how))]
     gifs = [key for _, key in _in_order(pictures, denoising_key(_LABEL, how))]
     made_by_run = {*(grid.key for grid in grids), *gifs}
@@ -160,7 +160,7 @@ def facts_of(
         grids=grids,
         newest_gif=gifs[-1] if gifs else "",
         own_pictures=sorted(set(pictures) - made_by_run, key=_newest_first),
-        scores=sorted(scores, key=lambda each: (each.ref.images_seen, each.batch)),
+        scores=sorted(scores, key=lambda each: (each.ref.images_seen, each.name)),
         parameters=_parameters(manifest),
         checkpoints=[moment_of(label) for label in labels],
         state=state_in(run, status),

@@ -17,10 +17,10 @@ from job.processes.lease import LEASE_KEY, MAX_FENCE, LeaseRecord
 from job.progress import Progress
 from job.runs import records
 from job.runs.checkpoints import LATEST_KEY, AverageRecord, Latest, Manifest, lost_manifest, sha256_of
-from job.runs.drawings import BatchIndex, DrawingRecord, FoundGrid, Scores, has_origin
 from job.runs.layout import PICTURES, Located, ObjectKind, located
 from job.runs.records import CONFIG_KEY, Attempt, Status
 from job.runs.retention import Reader, leftovers
+from job.runs.samples import FoundGrid, SampleSetIndex, SampleSetRecord, Scores, has_origin
 from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
 
@@ -38,9 +38,9 @@ RECORD_TYPES: dict[ObjectKind | None, type[Sealed]] = {
     ObjectKind.READER: Reader,
     ObjectKind.FOUND_GRID: FoundGrid,
     ObjectKind.SCORES: Scores,
-    ObjectKind.DRAWING: DrawingRecord,
+    ObjectKind.SAMPLE_SET: SampleSetRecord,
     ObjectKind.RECORD: PieceRecord,
-    ObjectKind.INDEX: BatchIndex,
+    ObjectKind.INDEX: SampleSetIndex,
 }
 """Records, which carry their own hash."""
 
@@ -132,7 +132,7 @@ def _check_config(listing: _Listing) -> None:
 
 def _named_by(listing: _Listing, by: str) -> dict[str, str]:
     """Returns the objects that must be there by a record, with their SHA-256; an empty one if it does not say."""
-    record, batch = listing.records[by], listing.places[by].batch
+    record, folder = listing.records[by], listing.places[by].folder
     named: dict[str, str] = {}
     match record:
         case Attempt(previous=int(previous)):
@@ -142,10 +142,10 @@ def _named_by(listing: _Listing, by: str) -> dict[str, str]:
         case AverageRecord():
             named = {file.key: file.sha256 for file in record.files}
         case PieceRecord():
-            named = {file.key: file.sha256 for file in record.files} | {ObjectKind.DRAWING.key(batch=batch): ""}
-        case BatchIndex():
-            pieces = (ObjectKind.RECORD.key(batch=batch, piece=number) for number in range(len(record.pieces)))
-            named = dict.fromkeys((ObjectKind.GRID.key(batch=batch), *pieces), "")
+            named = {file.key: file.sha256 for file in record.files} | {ObjectKind.SAMPLE_SET.key(folder=folder): ""}
+        case SampleSetIndex():
+            pieces = (ObjectKind.RECORD.key(folder=folder, piece=number) for number in range(len(record.pieces)))
+            named = dict.fromkeys((ObjectKind.GRID.key(folder=folder), *pieces), "")
     if isinstance(record, Manifest | Status):
         named = named | {ObjectKind.ATTEMPT.key(fence=record.fence): ""}
     return named

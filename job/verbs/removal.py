@@ -111,7 +111,7 @@ def _removals(bucket: Store, run: Store, config: RunConfig, fence: int) -> list[
     places = {key: located(key) for key in sizes}
     for key, who in leftovers(run, places, fence).items():
         # A sampler marks its checkpoint as being read before it makes its first piece.
-        if not (read and places[key].batch):
+        if not (read and places[key].folder):
             found.append(Removal(key, sizes[key], f"left behind by {who}"))
     return found
 
@@ -123,7 +123,7 @@ def _remove(run: Store, removal: Removal) -> bool:
     the record after everything that it names.
     """
     place = located(removal.key)
-    if place.batch and (being_read(run) or run.exists(ObjectKind.RECORD.key(batch=place.batch, piece=place.piece))):
+    if place.folder and (being_read(run) or run.exists(ObjectKind.RECORD.key(folder=place.folder, piece=place.piece))):
         return False
     if removal.ref is None:
         run.delete(removal.key)
