@@ -105,7 +105,8 @@ class RunHandle:
         index: DatasetIndex | None = None,
     ) -> ImageCache:
         """Opens the images of a dataset, by default the run's own, within the limits of this node's cache."""
-        from job.data.reading.cache import default_cache_dir, open_cache
+        from job.data.reading import default_cache_dir
+        from job.data.reading.cache import open_cache
 
         index, folder = index or self.index, default_cache_dir()
         assert index is not None

@@ -31,7 +31,8 @@ from job.data import shards
 from job.data.images import codec_versions, encode_latents
 from job.data.pack import Packing, check_absent, make_dataset
 from job.data.pack_request import EncodeRequest
-from job.data.reading.cache import ImageCache, default_cache_dir, uncached_images
+from job.data.reading import default_cache_dir
+from job.data.reading.cache import ImageCache, uncached_images
 from job.exits import BadConfigError, BadDataError, BadRequestError, how_to_install
 from job.pieces import Advance, Made, PieceRecord
 from job.stop import Stop

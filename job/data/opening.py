@@ -22,7 +22,7 @@ from job.data.formats.tables import has_shards
 from job.data.formats.unread import next_step_by
 from job.data.labels import sidecars, with_sidecars
 from job.data.members import Files, Member, Opener, RefusedError, Source, split_in
-from job.data.reading.cache import default_cache_dir
+from job.data.reading import default_cache_dir
 from job.exits import BadDataError, BadRequestError, DiskFullError, MissingInputError
 from job.progress import Progress
 from job.store import (

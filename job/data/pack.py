@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from itertools import islice, tee
 from pathlib import Path
 from typing import Any
@@ -211,16 +211,6 @@ def _made(bucket: Store, packing: Packing) -> shards.DatasetIndex | None:
     return index
 
 
-@dataclass(slots=True)
-class _Checked:
-    """A sample that was decoded: why it is left out, or what is copied of it."""
-
-    sample: Sample
-    converted: Counter[str] = field(default_factory=Counter)
-    reason: str = ""
-    png: bytes = b""
-
-
 class _Packing(Packing):
     """Images, and how they become shards.
 
@@ -317,38 +307,40 @@ class _Packing(Packing):
         """Returns the offset tables of tars that are left out, since others have labels; none of a copied source."""
         return set()
 
-    def _check(self, sample: Sample) -> _Checked:
-        checked = _Checked(sample)
+    def _check(self, sample: Sample) -> tuple[Sample, bytes, Counter[str], str]:
+        """Returns a sample, what is copied of it, how its pixels changed, and why it is left out, if it is."""
+        converted = Counter[str]()
         try:
-            pixels = prepare(sample.content, self.recipe, checked.converted)
-            if checked.converted["colour"] and not self._request.channels:
+            pixels = prepare(sample.content, self.recipe, converted)
+            if converted["colour"] and not self._request.channels:
                 raise UndecidedImageError(
                     f"is in colour, and the first {FIRST_IMAGES} are grey: add --channels 3, or 1"
                 )
-            checked.png = b"" if self._request.tars else encode_png(pixels)
+            return sample, b"" if self._request.tars else encode_png(pixels), converted, ""
         except UndecidedImageError as error:
             raise BadDataError(f"{self.where}: {sample.name!r} {error}") from None
         except RejectedImageError as error:
-            checked.reason = str(error)
-        return checked
+            return sample, b"", Counter(), str(error)
 
     def _check_stop(self) -> None:
         self._stop.check(f"while packing {self._request.name}", "the same command goes on behind the last whole shard")
 
-    def _checked(self, samples: Iterable[Sample], facts: dict[str, Any]) -> Iterator[_Checked]:
-        """Decodes samples in threads, in order; adds to `facts` those that are left out, and what was converted."""
+    def _checked(self, samples: Iterable[Sample], facts: dict[str, Any]) -> Iterator[tuple[Sample, bytes | None]]:
+        """Decodes samples in threads, in order, and yields what is copied of them; None of those that are left out.
+
+        Adds these to `facts`, and what was converted.
+        """
         facts |= {"rejects": [], "converted": Counter[str]()}
-        threads = os.cpu_count() or 1
+        window = _IMAGES_PER_THREAD * (threads := os.cpu_count() or 1)
         with ThreadPoolExecutor(threads) as workers:
-            for checked in in_order(workers, self._check, samples, _IMAGES_PER_THREAD * threads, self._check_stop):
-                if checked.reason:
-                    reject = {"name": checked.sample.name, "reason": checked.reason}
-                    facts["rejects"].append(reject)
-                    self._rejects.append(reject)
+            checks = in_order(workers, self._check, samples, window, self._check_stop)
+            for sample, png, converted, reason in checks:
+                facts["converted"].update(converted)
+                if reason:
+                    facts["rejects"].append({"name": sample.name, "reason": reason})
+                    self._rejects += facts["rejects"][-1:]
                     self._check_rejects()
-                else:
-                    facts["converted"].update(checked.converted)
-                yield checked
+                yield sample, None if reason else png
 
     def _first_rejects(self) -> str:
         return "; ".join(f"{reject['name']!r} {reject['reason']}" for reject in self._rejects[:_NAMED_REJECTS])
@@ -419,11 +411,11 @@ class _Copying(_Packing):
         facts: dict[str, Any] = {"shard": None}
         read = 0
         writer: shards.ShardWriter | None = None
-        for image, checked in zip(numbers, self._checked(self._samples(numbers), facts), strict=False):
-            if not checked.reason:
+        for image, (sample, png) in zip(numbers, self._checked(self._samples(numbers), facts), strict=False):
+            if png is not None:
                 with os_errors(self._folder):
                     writer = writer or shards.ShardWriter(self._folder / shards.shard_name(number))
-                    writer.add(f"{image:09d}", checked.png, checked.sample.label)
+                    writer.add(f"{image:09d}", png, sample.label)
             read += 1
             advance(1)
         if read < len(numbers):
@@ -476,9 +468,8 @@ class _InPlace(_Packing):
         tar, digests = self._tars[number], shards.Digests()
         facts: dict[str, Any] = {"shard": None, "highest_label": -1}
         records, unlabelled, read_bytes = list[shards.Record](), list[str](), 0
-        for checked in self._checked(tar.samples(digests, self._label_key), facts):
-            sample = checked.sample
-            if not checked.reason:
+        for sample, png in self._checked(tar.samples(digests, self._label_key), facts):
+            if png is not None:
                 if sample.label < 0:
                     unlabelled.append(sample.name)
                 records.append((sample.offset, len(sample.content), sample.label, shards.image_hash(sample.content)))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm.catalogue import EXTRACTORS, Extractor
-from job.data.reading.cache import default_cache_dir
+from job.data.reading import default_cache_dir
 from job.exits import BadDataError, BadRequestError, MissingInputError, how_to_install
 from job.store import Store, is_remote, open_store
 from job.store.files import os_errors

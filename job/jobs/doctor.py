@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from job.config import DataConfig
-from job.data.reading.cache import default_cache_dir
+from job.data.reading import default_cache_dir
 from job.data.shards import SHARD_PIXEL_BYTES
 from job.exits import Exit, JobError
 from job.jobs.backends.base import Check, Target

@@ -22,7 +22,7 @@ from PIL import Image, ImageSequence
 from ddpm.figures import smoothed
 from job.config import description_of
 from job.data.preview import preview_png
-from job.data.reading.cache import default_cache_dir
+from job.data.reading import default_cache_dir
 from job.data.shards import PREVIEW, dataset_key
 from job.exits import BadDataError, JobError
 from job.report.facts import Facts

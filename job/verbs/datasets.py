@@ -133,7 +133,8 @@ def show_dataset(
         return
 
     from job.data.preview import preview_png
-    from job.data.reading.cache import default_cache_dir, uncached_images
+    from job.data.reading import default_cache_dir
+    from job.data.reading.cache import uncached_images
     from job.store.files import write_file
 
     print(describe_dataset(index, bucket))

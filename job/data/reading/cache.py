@@ -27,10 +27,10 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from job.data.images import Recipe, RejectedImageError, codec_versions, decode, decode_latents, prepare
-from job.data.reading import STOP_POLL_SECONDS, in_order
+from job.data.reading import STOP_POLL_SECONDS, default_cache_dir, in_order
 from job.data.reading.stream import Int64s, Order
 from job.data.shards import OFFSETS_DTYPE, DatasetIndex, Record, image_hash
-from job.exits import BadConfigError, BadDataError, BadRequestError, DiskFullError, MissingInputError
+from job.exits import BadConfigError, BadDataError, DiskFullError, MissingInputError
 from job.stop import NEVER, Stop
 from job.store import Store, open_to_read, split_uri
 from job.store.files import os_errors
@@ -44,19 +44,6 @@ _READ_AT_A_TIME = 32
 _IS_DECODED = 1 << 32
 _UNCACHED_THREADS = 8
 """Number of shards from which a few images are read at a time: the threads wait for the bucket, not for a processor."""
-
-
-def default_cache_dir() -> Path:
-    """Returns `$DDPM_CACHE`, else `$XDG_CACHE_HOME/ddpm`, else `~/.cache/ddpm`.
-
-    Raises:
-        BadRequestError: neither variable is set, and the user has no home.
-    """
-    folder = os.environ.get("DDPM_CACHE") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/ddpm"
-    try:
-        return Path(folder).expanduser().absolute()
-    except RuntimeError:
-        raise BadRequestError("this user has no home folder: set DDPM_CACHE to a folder on a local disk") from None
 
 
 def open_cache(
@@ -238,8 +225,11 @@ class ImageCache:
         """
         shards = self.shards_of(indices)
         if not (are_loaded := self._are_loaded[shards]).all():
-            missing = np.unique(shards[~are_loaded]).tolist()
-            deque(in_order(self._fetchers, self._load_table, missing, _DOWNLOADS, self._check), maxlen=0)
+            list(
+                in_order(
+                    self._fetchers, self._load_table, np.unique(shards[~are_loaded]).tolist(), _DOWNLOADS, self._check
+                )
+            )
         return self._tables[indices]
 
     def _load_table(self, shard: int) -> None:
