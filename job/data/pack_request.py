@@ -14,6 +14,7 @@ from job.options import DatasetName, JobOptions, Option, Size, SliceOption, Targ
 if TYPE_CHECKING:
     from job.data.images import Recipe
 
+MOST_HELD_OUT = 0.5
 UNLABELLED = ("refuse", "drop")
 """The words of `--unlabelled`."""
 FIRST_IMAGES = 64
@@ -116,6 +117,8 @@ class PackRequest(JobOptions):
             raise BadRequestError("--replace and --slice: delete the dataset first, by `ddpm data delete`")
         if self.labels and self.classes is False:
             raise BadRequestError("--labels and --no-classes contradict each other: leave one out")
+        if self.hold_out_share > MOST_HELD_OUT:
+            raise BadRequestError(f"--hold-out {self.hold_out}: at most {MOST_HELD_OUT:.0%}, such as 5%")
         preset = pack_config(self.name) or (PackConfig(size=self.size) if self.size else None)
         if preset is None:
             raise BadRequestError(f"--size is needed: {self.name!r} has no preset to take it from (try --size 64)")

@@ -107,6 +107,7 @@ def test_held_out_images_are_a_dataset(tmp_path, source):
     succeeded(ddpm_here("data", "pack", fewer, "few", "--size", 16, "--bucket", tmp_path, "--hold-out", "20%"))
     assert load_index(store, "datasets/few-held-out-16").images <= len(parts["small-held-out"])
     assert "--hold-out" in refused(ddpm_here(*words, "20"), 64)
+    assert "at most 50%" in refused(ddpm_here(*words, "51%"), 64)
     (tmp_path / KEY / "index.json").unlink()
     assert "holds 20.000% out, and not 10.000%" in refused(ddpm_here(*words, "10%"), 64)
     # Nor are images of an earlier source, or of another crop, what the new one is validated on.
