@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from job.config import CheckpointConfig, draft
+from job.config import draft
+from job.config.schema import CheckpointConfig
 from job.exits import BadConfigError, BadRequestError, JobError, MissingInputError
 from job.jobs.backends.base import JsonObject, NoCapacityError, Target
 from job.jobs.backends.machines import gpus_of

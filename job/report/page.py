@@ -77,7 +77,7 @@ def run_page(facts: Facts, pictures: PictureCache) -> bytes:
     shown = facts.own_pictures[:OWN_PICTURES]
     own_bytes = min(OWN_BYTES, ALL_OWN_BYTES // max(1, len(shown)))
     own = {key: src for key in shown if (src := pictures.get(run, key, own_bytes))}
-    settings = {key: (value, description_of(key, config.model.kind)) for key, value in config.flat().items()}
+    settings = {key: (value, description_of(key)) for key, value in config.flat().items()}
     return rendered(
         "run.html",
         {

@@ -15,7 +15,8 @@ import numpy as np
 
 from ddpm.catalogue import takers
 from ddpm.image_size import ImageSize
-from job.config import RunConfig, SampleConfig
+from job.config import RunConfig
+from job.config.schema import SampleConfig
 from job.data.images import Recipe, RejectedImageError, prepare
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError, did_you_mean
 from job.pieces import Slice

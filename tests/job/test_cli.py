@@ -227,7 +227,7 @@ def test_an_ascii_terminal_gets_escapes(tmp_path):
 
 
 def test_exit_handlers_of_libraries_run():
-    program = "import atexit; atexit.register(print, 'cleared away'); from job.cli.app import main; main()"
+    program = "import atexit; atexit.register(print, 'cleared away'); from job.__main__ import main; main()"
     for words, code in (("--version", Exit.FINISHED), ("--nonsense", Exit.USAGE)):
         done = subprocess.run([sys.executable, "-c", program, words], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout.splitlines()[-1]) == (code, "cleared away")

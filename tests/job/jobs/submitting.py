@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 
 from job.cli import command
-from job.cli.jobs import EXAMPLES
+from job.cli.app import EXAMPLES
 from job.jobs.backends.base import Backend, JobStatus, JsonObject
 from job.jobs.building import spec_of
 from job.jobs.spec import JobRequest, JobSpec, SubmitRequest

@@ -10,7 +10,7 @@ from importlib import resources
 
 import pytest
 
-from job.config import CheckpointConfig
+from job.config.schema import CheckpointConfig
 from job.exits import BadRequestError, Exit
 from job.jobs.backends import machines
 from job.jobs.backends.base import Target

@@ -109,7 +109,7 @@ def test_missing_libraries_are_named(tmp_path):
     for name in ("kubernetes", "google"):
         (blocked / name).mkdir(parents=True)
         (blocked / name / "__init__.py").write_text(f"raise ModuleNotFoundError('no {name}', name='{name}')")
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from job.cli.app import main; main()"
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from job.__main__ import main; main()"
     program = (sys.executable, "-P", "-c", code, str(blocked))
     for on, extra in (("gke", "kubernetes"), ("vm", "google")):
         words = ["submit", "train", *FOR_TRAIN, "--on", on]

@@ -15,7 +15,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from job.config import SampleConfig
+from job.config.schema import SampleConfig
 from job.requests import MAX_COUNT, SampleRequest
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.layout import ObjectKind
