@@ -28,7 +28,8 @@ from job.progress import note
 from job.requests import EvaluateRequest, SampleRequest, TrainRequest, check_world_size
 from job.runs.layout import ObjectKind
 from job.runs.records import check_writable
-from job.sampling.sampling_plan import plan_sampling, plan_sets
+from job.sampling.sampling_plan import plan_sampling
+from job.sampling.sets import plan_sets
 from job.stop import Stop, deadline
 from job.store import ObjectMissingError, Store, is_foreign, open_bucket, split_chain
 from job.training.tracking import check_tracker
@@ -36,7 +37,7 @@ from job.training.tracking import check_tracker
 if TYPE_CHECKING:
     from job.data.pack_request import EncodeRequest, EnsureRequest, PackRequest
     from job.data.shards import DatasetIndex
-    from job.jobs.spec import JobRequest
+    from job.requests import JobRequest
 
 
 def train_command(request: TrainRequest, go: Callable[[], int] | None = None) -> None:
@@ -144,8 +145,8 @@ def evaluate_command(request: EvaluateRequest) -> None:
 
 def pack_command(request: PackRequest) -> None:
     """Packs a source, or indexes tars in place, and prints the facts of the dataset."""
-    from job.data.opening import forget
     from job.data.pack import check_free, existing_index, pack
+    from job.data.source import forget
     from job.verbs.removal import check_unused
 
     with _command_on(request) as stop:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from job.exits import BadDataError, BadRequestError, LostRunError, StoppedError
 from job.processes.launched import lost_peer
 from job.processes.lease import LEASE_KEY, RENEW_SECONDS, Lease, claim_version
 from job.progress import Progress
-from job.sealed import SHA256_PATTERN, NamedObject, Sealed
+from job.sealed import SHA256_PATTERN, Moment, NamedObject, Sealed, code_version, utc_now
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store
 
@@ -82,7 +82,9 @@ class PieceRecord(Sealed):
     facts: dict[str, Any]
     """Results that the last step combines over all pieces."""
     attempt: str = Field(pattern=r"^[0-9a-f]{32}$")
-    """A unique id: without it two processes that make the same bytes could both count the piece as theirs."""
+    """A unique id: without it two processes that make a piece in the same second could both count it as theirs."""
+    created: Moment
+    code_version: str
 
 
 class Made(NamedTuple):
@@ -148,8 +150,8 @@ class Pieces:
         """Returns the numbers of the missing pieces, in order."""
         return sorted({*range(len(self.sizes))} - self.committed())
 
-    def records(self, stop: Stop = NEVER) -> list[PieceRecord]:
-        """Reads the records of all pieces.
+    def records(self, numbers: Iterable[int] | None = None, stop: Stop = NEVER) -> list[PieceRecord]:
+        """Reads the records of these pieces, or of all.
 
         Raises:
             ObjectMissingError: a record is missing.
@@ -158,7 +160,7 @@ class Pieces:
         """
         records = list[PieceRecord]()
         with ThreadPoolExecutor(TRANSFERS) as pool:
-            for record in pool.map(self._record, range(len(self.sizes))):
+            for record in pool.map(self._record, range(len(self.sizes)) if numbers is None else numbers):
                 stop.check("while reading the records of pieces")
                 records.append(record)
         return records
@@ -169,7 +171,7 @@ class Pieces:
         Raises:
             BadDataError: a file is missing or damaged; its piece is deleted, and the same command makes it again.
         """
-        records = self.records(stop)
+        records = self.records(stop=stop)
         sizes = {entry.key: entry.size_bytes for entry in self.store.list()}
 
         def check(record: PieceRecord) -> None:
@@ -215,8 +217,7 @@ class Pieces:
         missing = [number for number in own if number not in committed]
         to_make = sum(self.sizes[number] for number in missing)
         there, done = sum(self.sizes[number] for number in own) - to_make, 0.0
-        writer, pending, amount = ThreadPoolExecutor(1, "piece-writer"), list[Future[float]](), 0.0
-        made = set[int]()
+        committer, made = _Committer(self, stop), set[int]()
 
         def advance(more: float) -> None:
             nonlocal done
@@ -231,12 +232,10 @@ class Pieces:
                         with ExitStack() as claim:
                             if self._takes(number, claim, stop):
                                 made.add(number)
-                                content = make(number, advance)
-                                amount += _result(pending, stop)
-                                pending.append(writer.submit(self._written, number, content, claim.pop_all()))
+                                committer.submit(number, make(number, advance), claim.pop_all())
                 finally:
-                    amount += _result(pending, stop)
-                total = ranks.sum(round(amount))[0] if ranks else amount
+                    committer.wait()
+                total = ranks.sum(round(committer.committed))[0] if ranks else committer.committed
                 _on_main(ranks, self._clear_claims)
                 return total
         except (StoppedError, RuntimeError) as error:
@@ -263,17 +262,14 @@ class Pieces:
             files=files,
             facts=dict(made.facts),
             attempt=uuid.uuid4().hex,
+            created=utc_now(),
+            code_version=code_version(),
         )
         try:
             self.store.create(self._record_key(number), record.to_json())
         except ObjectExistsError:
             return False
         return True
-
-    def _written(self, number: int, made: Made, claim: ExitStack) -> float:
-        """Commits a piece, releases its claim, and returns how much this process has committed."""
-        with claim:
-            return self.sizes[number] if self.commit(number, made) else 0.0
 
     def forget(self, record: PieceRecord) -> None:
         """Deletes a piece with damaged files, so that it is made again; the record goes first."""
@@ -310,8 +306,7 @@ class Pieces:
         committed = self.committed()
         # Without a record: another machine has created the result, and deletes them.
         with suppress(ObjectMissingError):
-            for number in sorted(committed)[:1]:
-                self._record(number)
+            self.records(sorted(committed)[:1])
         return committed
 
     def _shared_out(self, own: list[int], made: set[int], rank: int, world_size: int, stop: Stop) -> Iterator[int]:
@@ -383,17 +378,37 @@ def _lease_on(claim: Store, stop: Stop) -> Lease | None:
         return None
 
 
-def _result(pending: list[Future[float]], stop: Stop) -> float:
-    """Waits for the commit that is pending, if one is, and returns how much it has committed.
+class _Committer:
+    """Commits pieces in a thread, one while the next is made."""
 
-    Raises:
-        StoppedError: a stop request leaves no time for it.
-        JobError: the commit failed.
-    """
-    if not pending:
-        return 0.0
-    commit = pending.pop()
-    while not wait([commit], _POLL_SECONDS).done:
-        if stop() and stop.seconds_left_to_save() <= 0:
-            raise StoppedError("stopped before the last piece was in the bucket")
-    return commit.result()
+    def __init__(self, pieces: Pieces, stop: Stop) -> None:
+        self.committed = 0.0
+        """How much this process has committed."""
+        self._pieces, self._stop = pieces, stop
+        self._pool = ThreadPoolExecutor(1, "piece-writer")
+        self._pending: Future[None] | None = None
+
+    def submit(self, number: int, made: Made, claim: ExitStack) -> None:
+        """Begins a commit after the previous one; the claim is released after it."""
+        self.wait()
+        self._pending = self._pool.submit(self._commit, number, made, claim)
+
+    def wait(self) -> None:
+        """Waits for the last commit.
+
+        Raises:
+            StoppedError: a stop request leaves no time for it.
+            JobError: the commit failed.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        while not wait([pending], _POLL_SECONDS).done:
+            if self._stop() and self._stop.seconds_left_to_save() <= 0:
+                raise StoppedError("stopped before the last piece was in the bucket")
+        pending.result()
+
+    def _commit(self, number: int, made: Made, claim: ExitStack) -> None:
+        with claim:
+            if self._pieces.commit(number, made):
+                self.committed += self._pieces.sizes[number]

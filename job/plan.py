@@ -272,7 +272,8 @@ def _asked_for(bucket: Store, request: TrainRequest, run: Store, stored: RunConf
         return _begun(bucket, request) if request.from_ is not None else draft(request.preset_name(), request.changes)
     if stored.data.dataset != request.dataset:
         theirs = f"has the dataset {stored.data.dataset!r}" if stored.data.dataset else "was imported without a dataset"
-        raise BadRequestError(f"run {request.run!r} ({run.uri}) {theirs}: choose another --run")
+        remedy = "choose another --run" if stored.data.dataset else f"import it anew with --dataset {request.dataset}"
+        raise BadRequestError(f"run {request.run!r} ({run.uri}) {theirs}: {remedy}")
     if request.preset and request.preset != stored.preset:
         return draft(request.preset, request.changes)
     return records.as_last_changed(run, stored).updated(request.changes)

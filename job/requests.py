@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 from ddpm.catalogue import EXTRACTORS, METRICS, Train
+from job.data.pack_request import EncodeRequest, PackRequest
 from job.exits import BadConfigError, BadRequestError, did_you_mean
 from job.options import (
     SAMPLE_SETTINGS,
     Checkpoints,
     Dataset,
     LaunchedOptions,
+    OnTarget,
     Preset,
     RunOption,
     Sets,
     SettingsFile,
     SliceOption,
+    Targets,
     option,
 )
 
@@ -102,7 +105,9 @@ class TrainRequest(LaunchedOptions):
             changes["log.tracker"] = self.tracker
         changes |= (parent := self._parent())
         if parent.get("parent.run") == run:
-            raise BadRequestError(f"--from {self.from_}: run {run!r} would be its own parent: name another with --run")
+            raise BadRequestError(
+                f"--from {self.from_}: run {run!r} would be its own parent: name the new one with --run"
+            )
         if not parent:
             # Otherwise a setting may be one of the parent's network, which is not known yet.
             draft(self.preset_name(), changes)
@@ -404,3 +409,27 @@ def parse_numbers(text: str, option: str) -> list[int]:
             raise BadRequestError(f"{option} {text!r}: at most {MAX_NUMBERS:,} numbers")
         numbers += range(first, last + 1)
     return numbers
+
+
+JobRequest = TrainRequest | SampleRequest | EvaluateRequest | PackRequest | EncodeRequest
+"""A command that can be a job."""
+
+
+@dataclass(frozen=True)
+class SubmitRequest:
+    """The options of `ddpm submit`: where a command becomes a job, and on which machines."""
+
+    on: OnTarget = "local"
+    gpus: int | None = option("--gpus N", "GPUs per machine. Default: the target's.", None, min=0, max=64)
+    nodes: int = option("--nodes N", "Number of machines that train together.", 1, min=1, max=1000)
+    gpu_type: str = option("--gpu-type TYPE", "Type of GPU, such as nvidia-l4. Default: the target's.")
+    spot: bool | None = option(
+        "--spot/--on-demand", "Use cheap machines that may be preempted, or not. Default: the target's.", None
+    )
+    max_hours: float | None = option("--max-hours H", "End the job after H hours. Default: the target's.", None)
+    slices: int = option("--slices N", "Machines that share the work, such as 8; not for training.", 0, min=0, max=1000)
+    targets: Targets = None
+    dry_run: bool = option("--dry-run", "Print what would be sent, and send nothing.", False)
+    watch: bool = option("--watch", "Wait, and submit again after preemptions, failures or lack of machines.", False)
+    yes: bool = option("--yes", "Do not ask for confirmation.", False)
+    detach: bool = option("--detach", "Return at once; a local or container job runs in the background.", False)

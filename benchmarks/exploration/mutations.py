@@ -383,8 +383,11 @@ def _cleared_early(replace: Replace) -> None:
 
 @_mutation("the index is created as soon as one piece is missing", "pack", "pack-twice")
 def _index_incomplete(replace: Replace) -> None:
-    def some(this: Any, stop: Any = pieces.NEVER) -> Any:
-        return [this._record(number) for number in sorted(this.committed())]
+    records = Pieces.records
+
+    def some(this: Any, numbers: Any = None, stop: Any = pieces.NEVER) -> Any:
+        there = sorted(this.committed())
+        return records(this, there if numbers is None else numbers, stop)
 
     replace(Pieces, "records", some)
 

@@ -9,10 +9,9 @@ from job.cli import Commands, command, group, late, runs
 from job.data.pack_request import EncodeRequest, EnsureRequest, IndexRequest, PackRequest
 from job.exchange.exchange_requests import ExportRequest, ImportRequest
 from job.exits import MissingInputError
-from job.jobs.spec import JobRequest, SubmitRequest
 from job.options import AsJson, BucketUri, Certain, DatasetName, OnTarget, Option, Size, Targets
 from job.progress import set_loudness
-from job.requests import EvaluateRequest, SampleRequest, TrainRequest
+from job.requests import EvaluateRequest, JobRequest, SampleRequest, SubmitRequest, TrainRequest
 
 app = typer.Typer(
     name="ddpm",

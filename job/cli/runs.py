@@ -258,7 +258,7 @@ def figure_schedule(
 
         ddpm figure schedule --run celeba
     """
-    from job.sampling.noise_figures import schedule_picture
+    from job.sampling.pictures import schedule_picture
 
     schedule_picture(bucket, run, schedule, timesteps, output)
 
@@ -289,7 +289,7 @@ def figure_noising(
 
         ddpm figure noising --run celeba --image 3
     """
-    from job.sampling.noise_figures import noising_picture
+    from job.sampling.pictures import noising_picture
 
     noising_picture(bucket, run, dataset, size, schedule=schedule, timesteps=timesteps, image=image, output=output)
 

@@ -10,6 +10,7 @@ import importlib.util
 import io
 import math
 import re
+import sys
 import warnings
 import zlib
 from collections import Counter
@@ -37,6 +38,10 @@ _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _NO_PACKED_IMAGE = "an image is damaged, or not a PNG"
 _CROP = re.compile(r"center|center:(?P<side>[1-9]\d{0,5})|squash|(?P<box>\d{1,6},\d{1,6},[1-9]\d{0,5},[1-9]\d{0,5})")
 _RANGE = re.compile(r"(-?\d{1,10}),(-?\d{1,10})")
+_SIGNIFICANT_BITS = re.compile(rb"\0\0\0[\1-\4]sBIT([\1-\x10]{1,4})")
+_DEEP = re.compile(r"(?:RGB|RGBA|RGBX|CMYK);16[LBN]")
+"""Pillow's layouts of 16 bits of which it also reads the lower bytes, as those of the other byte order."""
+_BITS_PER_SAMPLE, _MIN_SAMPLE_VALUE, _MAX_SAMPLE_VALUE = 258, 280, 281
 
 # Pillow's warnings of large images, which are rejected here, and of broken EXIF would break a progress bar.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -61,7 +66,7 @@ class Recipe:
         resize_filter: one of `FILTERS`.
         channels: 3 for RGB, 1 for grey (ITU-R 601-2 luma).
         min_side: images with a shorter side under this many pixels are rejected.
-        pixel_range: `LOW,HIGH`, which grey levels of more than 8 bits become 0 and 255; empty if there are none.
+        pixel_range: `LOW,HIGH`, which integers of more than 8 bits become 0 and 255; empty for what each file says.
     """
 
     size: ImageSize
@@ -133,12 +138,12 @@ def prepare(encoded: bytes, recipe: Recipe, converted: Counter[str] | None = Non
 
     Raises:
         RejectedImageError: the image is unreadable, truncated, too small or too large, or the crop is outside.
-        UndecidedImageError: it has grey levels of more than 8 bits, and their range is unknown.
+        UndecidedImageError: it has more than 8 bits per channel, and their range is unknown.
     """
     try:
         file = _opened(encoded)
         width, height = file.size
-        image = ImageOps.exif_transpose(_in_eight_bits(file, recipe.levels))
+        image = ImageOps.exif_transpose(_in_eight_bits(file, encoded, recipe.levels))
         if min(image.size) < recipe.min_side:
             raise RejectedImageError(f"has {width}×{height} pixels, under --min-side={recipe.min_side}")
         box = recipe.box(*image.size)
@@ -186,26 +191,26 @@ def _heif() -> tuple[str, ...]:
     return ("HEIF",)
 
 
-def _in_eight_bits(image: ImageFile.ImageFile, levels: tuple[int, int] | None) -> Image.Image:
-    """Decodes an image, and maps grey integers of more than 8 bits from their range to 0 … 255."""
-    # Pillow's name of how the samples lie in a file, such as `RGB;16B`, and the Maxval of a PGM or PPM.
-    arguments = image.tile[0].args if image.tile else ""
-    layout, *more = (arguments,) if isinstance(arguments, str) else arguments or ("",)
-    maxval = more[-1] if more and image.format == "PPM" else 0
+def _in_eight_bits(image: ImageFile.ImageFile, encoded: bytes, levels: tuple[int, int] | None) -> Image.Image:
+    """Decodes an image, and maps integers of more than 8 bits from their range, by default the file's, to 0 … 255."""
+    layout, maxval = _layout(image)
     image.load()
-    if not image.mode.startswith("I"):
-        if (";16" in str(layout) and image.format in ("PNG", "TIFF")) or maxval == 65535:
-            raise RejectedImageError("has 16 bits of each colour, of which half would be lost: save it with 8 bits")
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+    elif (";16" in layout and image.format in ("PNG", "TIFF")) or maxval == 65535:
+        # Pillow reads the upper bytes alone.
+        values = np.asarray(image).astype(np.uint16) << 8 | np.asarray(_of_lower_bytes(encoded, layout))
+    else:
         return image
-    values = np.asarray(image)
+    colours = values[..., :3] if image.mode == "RGBA" else values
     if maxval and maxval != 65535:
         # Pillow scales it to 65535.
         levels = 0, 65535
-    if not levels:
-        low, high = int(values.min()), int(values.max())
+    if not (levels := levels or _own_range(image, encoded, colours)):
+        low, high = int(colours.min()), int(colours.max())
         example = f"--range {min(0, low)},{max(255, (1 << high.bit_length()) - 1)}"
         raise UndecidedImageError(
-            f"has more than 8 bits, with values from {low:,} to {high:,}, and black and white may be any of them: "
+            f"has more than 8 bits, with values from {low:,} to {high:,}, and does not say which are black and white: "
             f"pack with --range LOW,HIGH, such as {example}, or save it with 8 bits"
         )
     low, high = levels
@@ -213,9 +218,55 @@ def _in_eight_bits(image: ImageFile.ImageFile, levels: tuple[int, int] | None) -
     # Floats of a whole image would take gigabytes.
     for row, of_row in zip(scaled, values, strict=True):
         row[...] = np.rint((of_row.astype(np.float64) - low) * (255 / (high - low))).clip(0, 255)
-    converted = Image.fromarray(scaled)
+    if image.mode == "RGBA":
+        scaled[..., 3] = values[..., 3] >> 8
+    mode = "L" if image.mode.startswith("I") else image.mode
+    converted = Image.frombytes(mode, image.size, scaled.tobytes())
     converted.info = {key: value for key, value in image.info.items() if key != "transparency"}
     return converted
+
+
+def _layout(image: ImageFile.ImageFile) -> tuple[str, int]:
+    """Returns Pillow's name of how the samples lie in a file, such as `RGB;16B`, and the Maxval of a PGM or PPM."""
+    arguments = image.tile[0].args if image.tile else ""
+    layout, *more = (arguments,) if isinstance(arguments, str) else arguments or ("",)
+    return str(layout), more[-1] if more and image.format == "PPM" else 0
+
+
+def _of_lower_bytes(encoded: bytes, layout: str) -> Image.Image:
+    """Decodes the lower bytes of 16 bits."""
+    if not _DEEP.fullmatch(layout):
+        raise RejectedImageError(f"has 16 bits in a layout that is not read ({layout}): save it with 8 bits")
+    native = "L" if sys.byteorder == "little" else "B"
+    other = layout[:-1] + ("B" if layout[-1].replace("N", native) == "L" else "L")
+    image = _opened(encoded)
+    image.tile = [
+        tile._replace(args=other if isinstance(tile.args, str) else (other, *(tile.args or ())[1:]))
+        for tile in image.tile
+    ]
+    image.load()
+    return image
+
+
+def _own_range(image: ImageFile.ImageFile, encoded: bytes, values: np.ndarray) -> tuple[int, int] | None:
+    """Returns the values of black and white that the file states; None without any.
+
+    A PNG whose chunk sBIT says b bits has them scaled to 16 (Portable Network Graphics, 3rd edition, 12.4), so that
+    values below 2^b are multiples of 2^(16 - b). Some programs write b bits as they are.
+    """
+    if image.format == "PNG" and (found := _SIGNIFICANT_BITS.search(encoded, 0, encoded.find(b"IDAT"))):
+        limit = 1 << max(found[1])
+        if values.max() >= limit or not values.any() or limit == 1 << 16:
+            return 0, 65535
+        return (0, limit - 1) if (values % ((1 << 16) // limit)).any() else None
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        if tags.get(_MAX_SAMPLE_VALUE):
+            low, high = int(np.min(tags.get(_MIN_SAMPLE_VALUE, 0))), int(np.max(tags[_MAX_SAMPLE_VALUE]))
+            return (low, high) if low < high else None
+        if (bits := max(tags[_BITS_PER_SAMPLE])) < 16:
+            return 0, (1 << bits) - 1
+    return None
 
 
 def _is_grey(image: Image.Image) -> bool:

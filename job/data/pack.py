@@ -28,14 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from job.data import shards
-from job.data.archives import Sample, find_tars
 from job.data.images import RejectedImageError, UndecidedImageError, codec_versions, encode_png, prepare
-from job.data.labels import split_labels
-from job.data.members import Member, split_in
 from job.data.pack_request import FIRST_IMAGES, PackRequest
 from job.data.preview import preview_png
 from job.data.reading import in_order
-from job.data.survey import chosen_source, lacking_labels, no_images, survey, until_stopped
+from job.data.source.archives import Sample, find_tars
+from job.data.source.labels import split_labels
+from job.data.source.members import Member, split_in
+from job.data.source.survey import chosen_source, lacking_labels, no_images, survey, until_stopped
 from job.exits import BadDataError, BadRequestError, StoppedError
 from job.pieces import RECORDS, WHOLE, Advance, Made, OtherWorkError, PieceRecord, Pieces, Slice
 from job.progress import some_of
@@ -251,7 +251,7 @@ class _Packing(Packing):
             are_small = any("--min-side" in reject["reason"] for reject in self._rejects)
             remedy = "pass a smaller --size or --min-side" if are_small else "see to them"
             raise BadDataError(
-                f"{self.where}: more than --max-bad={self._request.max_bad} images cannot be used, such as "
+                f"{self.where}: more than --max-bad={self._request.max_bad} images cannot be used: "
                 f"{self._first_rejects()}: {remedy}, or allow more with --max-bad"
             )
 
@@ -343,7 +343,9 @@ class _Packing(Packing):
                 yield sample, None if reason else png
 
     def _first_rejects(self) -> str:
-        return "; ".join(f"{reject['name']!r} {reject['reason']}" for reject in self._rejects[:_NAMED_REJECTS])
+        more = len(self._rejects) - _NAMED_REJECTS
+        named = "; ".join(f"{reject['name']!r} {reject['reason']}" for reject in self._rejects[:_NAMED_REJECTS])
+        return f"{named}; and {more} more" if more > 0 else named
 
 
 class _Copying(_Packing):

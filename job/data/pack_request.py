@@ -59,7 +59,7 @@ class PackRequest(JobOptions):
     """None: 1 if the first images are all grey, and then all others must be."""
     pixel_range: str = option(
         "--range LOW,HIGH",
-        "The values of black and white in grey images of more than 8 bits, such as 0,4095.",
+        "The values of black and white in images of more than 8 bits, such as 0,4095. Default: those of the file.",
     )
     classes: bool | None = option(
         "--classes/--no-classes",
@@ -103,8 +103,8 @@ class PackRequest(JobOptions):
                 embedded dataset for other images.
         """
         from job.config import EMBEDDED, PackConfig, pack_config
-        from job.data.members import ALL, SPLITS
         from job.data.shards import validated_dataset_name
+        from job.data.source.members import ALL, SPLITS
 
         validated_dataset_name(self.name)
         if self.name == EMBEDDED != self.source:

@@ -34,6 +34,7 @@ from pydantic import AfterValidator, Field, model_validator
 from ddpm.image_size import TEXT, ImageSize
 from job.config import Size
 from job.exits import BadDataError, BadRequestError, MissingInputError
+from job.progress import some_of
 from job.sealed import SHA256_PATTERN, RecordPart, Sealed
 from job.store import READ_BYTES, ObjectMissingError, Store
 
@@ -290,6 +291,18 @@ class DatasetIndex(Sealed):
     def decoded_bytes(self) -> int:
         """Returns the size of all decoded images."""
         return self.images * math.prod(self.image_shape)
+
+    def remarks(self, *, with_classes: bool) -> list[str]:
+        """Returns what a person has to know before a run learns from it, of its classes if the run learns them."""
+        said = []
+        if with_classes and self.classes_from == "folders":
+            said.append(
+                f"learning {len(self.classes):,} folders of {self.name} as classes: {some_of(self.classes)}; if they "
+                "are not classes, start another run with --set model.num_classes=0"
+            )
+        if self.splits:
+            said.append(f"learning {' and '.join(self.splits)} of {self.name} together, which were packed together")
+        return said
 
     @model_validator(mode="after")
     def _is_of_one_kind(self) -> DatasetIndex:

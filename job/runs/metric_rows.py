@@ -85,7 +85,9 @@ class History:
         """
         if not rows:
             return
-        contents = [_lines(rows), _events(rows, None if self.segments else self._config)]
+        # The first rows may be of the moment at which the segment before ends, whose rows stay.
+        ended = located(self.segments[-1].rows.key).checkpoint.images_seen if self.segments else -1
+        contents = [_lines(rows), _events(rows, ended + 1, None if self.segments else self._config)]
         saves, before = 1, [*self.segments]
         while before and not is_hurried and before[-1].saves < GROWTH * saves and (older := self._read(before[-1])):
             contents = [earlier + later for earlier, later in zip(older, contents, strict=True)]
@@ -128,27 +130,23 @@ def _lines(rows: Sequence[Row]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def _events(rows: Sequence[Row], config: RunConfig | None) -> bytes:
+def _events(rows: Sequence[Row], begins_at: int, config: RunConfig | None) -> bytes:
     """Returns rows as a file of TensorBoard's, which may follow another one in a longer file.
 
-    It begins with a start of a session, at which a TensorBoard that has read the same rows elsewhere forgets these. It
-    shows the values of `config`, which comes with a run's first rows, as hyper-parameters.
+    It begins with a start of a session, at which a TensorBoard forgets what it has read from `begins_at` on, such as
+    the same rows elsewhere. It shows the values of `config`, which comes with a run's first rows, as hyper-parameters.
     """
-    summary = _tensorboardx().summary
-    about = summary.hparams(_plain(config), {"loss": 0.0}) if config is not None else ()
-    events = [_start(rows[0]["images_seen"] if config is None else 0)]
+    tensorboardx = _tensorboardx()
+    summary, event_pb2 = tensorboardx.summary, tensorboardx.proto.event_pb2
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    about = summary.hparams(plain_settings(config), {"loss": 0.0}) if config is not None else ()
+    events = [event_pb2.Event(session_log=start, step=begins_at, wall_time=time.time())]
     events += [_event(one, 0, time.time()) for one in about]
     for row in rows:
         named = [(name, value) for name, value in row.items() if name not in ("images_seen", "time")]
         values = [summary.scalar(name, value).value[0] for name, value in named if value is not None]
         events.append(_event(summary.Summary(value=values), row["images_seen"], row["time"]))
     return _file_of(events)
-
-
-def _start(images_seen: int) -> Any:
-    event_pb2 = _tensorboardx().proto.event_pb2
-    session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    return event_pb2.Event(session_log=session, step=images_seen, wall_time=time.time())
 
 
 def grid_events(png: bytes, images_seen: int) -> bytes:
@@ -159,7 +157,8 @@ def grid_events(png: bytes, images_seen: int) -> bytes:
     return _file_of([_event(grid, images_seen, time.time())])
 
 
-def _plain(config: RunConfig) -> Row:
+def plain_settings(config: RunConfig) -> Row:
+    """Returns the settings by key, as numbers and texts, for programs that show runs."""
     return {key: str(value) if isinstance(value, list) else value for key, value in config.flat().items()}
 
 

@@ -33,20 +33,26 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return file.getvalue()
 
 
-def deep_png(levels: np.ndarray) -> bytes:
-    """16-bit samples [H, W] or [H, W, 2 to 4] as PNG; Pillow writes no colours so."""
+def deep_png(levels: np.ndarray, significant_bits: int = 0) -> bytes:
+    """16-bit samples [H, W] or [H, W, 2 to 4] as PNG, with the chunk sBIT or without; Pillow writes no colours so."""
     height, width, channels = (*levels.shape, 1)[:3]
     rows = b"".join(b"\0" + row.tobytes() for row in levels.astype(">u2"))
     header = struct.pack(">IIBBBBB", width, height, 16, (0, 4, 2, 6)[channels - 1], 0, 0, 0)
-    chunks = {b"IHDR": header, b"IDAT": zlib.compress(rows), b"IEND": b""}
+    chunks = {
+        b"IHDR": header,
+        b"sBIT": bytes([significant_bits] * channels),
+        b"IDAT": zlib.compress(rows),
+        b"IEND": b"",
+    }
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         for kind, data in chunks.items()
+        if kind != b"sBIT" or significant_bits
     )
 
 
-def deep_tiff(levels: np.ndarray, bits: int = 16, order: str = "<") -> bytes:
-    """Samples of 12 or 16 bits [H, W] or [H, W, 3] as an uncompressed TIFF."""
+def deep_tiff(levels: np.ndarray, bits: int = 16, order: str = "<", **tags: int) -> bytes:
+    """Samples of 12 or 16 bits [H, W] or [H, W, 3] as an uncompressed TIFF; `tags` as t281=4095."""
     height, width, channels = (*levels.shape, 1)[:3]
     if bits == 12:
         digits = "".join(f"{level:03x}" for level in levels.flatten())
@@ -54,7 +60,7 @@ def deep_tiff(levels: np.ndarray, bits: int = 16, order: str = "<") -> bytes:
     else:
         data = levels.astype(f"{order}u2").tobytes()
     entries = {256: width, 257: height, 258: bits, 259: 1, 262: 1 if channels == 1 else 2, 273: 8, 277: channels}
-    entries |= {278: height, 279: len(data)}
+    entries |= {278: height, 279: len(data)} | {int(tag[1:]): value for tag, value in tags.items()}
     end = 8 + len(data) + 2 + 12 * len(entries) + 4
     directory = b""
     for tag, value in sorted(entries.items()):

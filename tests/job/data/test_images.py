@@ -138,22 +138,24 @@ DEEP = {
     "a PNG": (deep_png(RAMP), "0,4095", TWELVE[..., :1]),
     "a PNG of other levels": (deep_png(RAMP), "1000,1510", ((RAMP - 1000) / 2).clip(0, 255)[..., None]),
     "its black is below 0": (deep_png(RAMP), "-4095,4095", 127.5 + TWELVE[..., :1] / 2),
+    "a PNG in colour": (deep_png(COLOURS), "0,4095", TWELVE),
+    "a PNG with transparency": (deep_png(MASKED), "0,4095", np.where(RAMP[..., None] < 99, 255, TWELVE)),
+    "sBIT, scaled": (deep_png(RAMP << 4 | RAMP >> 8, 12), "", TWELVE[..., :1]),
+    "sBIT, not scaled": (deep_png(RAMP, 12), "", TWELVE[..., :1]),
+    "sBIT of colours": (deep_png(COLOURS, 12), "", TWELVE),
+    "the option precedes sBIT": (deep_png(RAMP, 16), "0,4095", TWELVE[..., :1]),
     "a TIFF": (deep_tiff(RAMP), "0,4095", TWELVE[..., :1]),
-    "another order of bytes": (deep_tiff(RAMP, order=">"), "0,4095", TWELVE[..., :1]),
-    "12 bits": (deep_tiff(RAMP, bits=12), "0,4095", TWELVE[..., :1]),
+    "a TIFF in colour": (deep_tiff(COLOURS), "0,4095", TWELVE),
+    "another order of bytes": (deep_tiff(COLOURS, order=">"), "0,4095", TWELVE),
+    "MaxSampleValue": (deep_tiff(RAMP, t280=0, t281=4095), "", TWELVE[..., :1]),
+    "MinSampleValue": (deep_tiff(RAMP, t280=1000, t281=1510), "", ((RAMP - 1000) / 2).clip(0, 255)[..., None]),
+    "12 bits": (deep_tiff(RAMP, bits=12), "", TWELVE[..., :1]),
     "a TIFF of 32 bits": (encoded(Image.fromarray(np.full((8, 8), 200, np.int32)), "TIFF"), "0,255", 200),
     "Maxval": (b"P5 8 8 4095\n" + RAMP.astype(">u2").tobytes(), "", TWELVE[..., :1]),
     "Maxval of colours": (b"P6 8 8 4095\n" + COLOURS.astype(">u2").tobytes(), "", TWELVE),
     "white alone": (deep_png(np.full((8, 8), 9)), "0,5", 255),
 }
 """By what they show: a file, `--range`, and the pixels."""
-DEEP_COLOURS = (
-    deep_png(COLOURS),
-    deep_png(MASKED),
-    deep_tiff(COLOURS),
-    deep_tiff(COLOURS, order=">"),
-    b"P6 8 8 65535\n" + COLOURS.astype(">u2").tobytes(),
-)
 
 
 @pytest.mark.parametrize("case", DEEP)
@@ -167,7 +169,11 @@ def test_deep_integers_are_mapped_from_their_range(case):
     ("file", "seen"),
     [
         (deep_png(RAMP), r"from 0 to 4,095.*--range 0,4095"),
+        (deep_png(COLOURS), r"from 0 to 4,095.*--range 0,4095"),
+        # Dark and scaled, or not scaled at all.
+        (deep_png(RAMP & ~15, 12), r"from 0 to 4,080.*--range 0,4095"),
         (deep_tiff(RAMP), r"from 0 to 4,095.*--range 0,4095"),
+        (deep_tiff(COLOURS, order=">"), r"from 0 to 4,095.*--range 0,4095"),
         (encoded(Image.fromarray(RAMP.astype(np.uint16)), "TIFF", compression="tiff_lzw"), r"from 0 to 4,095"),
         (encoded(Image.fromarray(np.full((8, 8), 200, np.int32)), "TIFF"), r"from 200 to 200.*--range 0,255"),
         (encoded(Image.fromarray(RAMP.astype(np.uint16)), "PPM"), r"from 0 to 4,095.*--range 0,4095"),
@@ -194,7 +200,6 @@ def test_bad_images_are_rejected():
         (encoded(Image.new("F", (8, 8)), "TIFF"), {}, "floating-point"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", {}, unknown),
         (lab, {"channels": 1}, "cannot be decoded: conversion from LAB"),
-        *((file, {"pixel_range": "0,4095"}, "has 16 bits of each colour") for file in DEEP_COLOURS),
         *(
             (encoded(picture(1, 40, 48)), {"crop": crop}, f"crop {crop} is outside of its 40×48 pixels")
             for crop in ("center:41", "1,0,40,8", "0,41,8,8", "0,0,8,49")

@@ -129,8 +129,7 @@ def test_rejected_images_are_named_and_bounded(tmp_path):
     assert [line["name"] for line in lines] == ["2.png", "3.png", "4.png", "6.jpg"]
     assert lines[2]["reason"] == "has 7×50 pixels, under --min-side=8"
     bad = zip_of(tmp_path / "bad.zip", [(f"{n:04d}.png", b"no image") for n in range(2000)])
-    few = r"--max-bad=5 images .*, such as '0000.png' is .*; '0001.png' is .*; '0002.png' is [^;]*$"
-    with pytest.raises(BadDataError, match=few):
+    with pytest.raises(BadDataError, match=r"more than --max-bad=5 images .*: '0000.png' is .*; and 3 more"):
         packed(tmp_path / "bad", bad, max_bad=5)
     with pytest.raises(BadDataError, match=r"none of its images can be used: '1.png'"):
         packed(tmp_path / "bad", zip_of(tmp_path / "none.zip", [("1.png", b"no image")]))
@@ -199,7 +198,7 @@ def test_stopped_packing_decodes_nothing_twice(source, undisturbed, gcs_bucket):
 def test_resumed_packing_may_allow_more_rejects(tmp_path):
     bad = [(f"{name}-bad.jpg", b"bad") for name, _ in FILES[::5]]
     source = zip_of(tmp_path / "a.zip", sorted([*FILES, *bad]))
-    with pytest.raises(BadDataError, match=r"--max-bad=9 .*: see to them, or allow more with --max-bad"):
+    with pytest.raises(BadDataError, match=r"--max-bad=9 .* more: see to them, or allow more with --max-bad"):
         packed(tmp_path, source, max_bad=9)
     assert sum(key.startswith("pieces/") for key in objects(tmp_path)) >= 1
     packed(tmp_path, source, max_bad=12)
