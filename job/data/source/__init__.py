@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 import re
@@ -21,7 +20,7 @@ from job.data.source.formats.published import IDX_NAME, archive_source
 from job.data.source.formats.tables import has_shards
 from job.data.source.labels import json_of, labels_of_pairs, pairs_in, sidecars, text_of, with_sidecars
 from job.data.source.members import Files, Member, Opener, RefusedError, Source, is_data_file, refused, split_in
-from job.exits import BadDataError, BadRequestError, DiskFullError, MissingInputError
+from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import Progress, printable
 from job.store import (
     Retry,
@@ -34,13 +33,9 @@ from job.store import (
     split_uri,
     without_queries,
 )
-from job.store.files import os_errors
 
 if TYPE_CHECKING:
     from job.store.sources import SourceStore
-
-SPARE_BYTES = 1 << 30
-"""Space that a fetched file leaves free on the disk."""
 
 _BUCKET_READERS = 16
 _NOTHING_AT = "there is nothing at {}: give a folder or an archive of images"
@@ -194,16 +189,9 @@ def _fetched(store: SourceStore, key: str, source: str) -> Path:
     whole = _place(source) / hashlib.sha256(repr(about).encode()).hexdigest()[:16]
     if whole.exists():
         return whole
-    with os_errors(whole.parent):
-        whole.parent.mkdir(parents=True, exist_ok=True)
-        free_bytes = shutil.disk_usage(whole.parent).free
-    if about.size_bytes > free_bytes - SPARE_BYTES:
-        said = f"{where} has {about.size_bytes:,} bytes, and {whole.parent} has {free_bytes:,} free"
-        raise DiskFullError(f"{said}: set DDPM_CACHE to a larger disk, or pack it from a bucket")
     with Progress(f"fetching {key}", total=about.size_bytes >> 20, unit="MiB") as bar:
-        reporting = copy.copy(store)
-        reporting.report = lambda received_bytes: bar.update(received_bytes >> 20)
-        reporting.download(key, whole)
+        store.report = lambda received_bytes: bar.update(received_bytes >> 20)
+        store.download(key, whole)
     return whole
 
 

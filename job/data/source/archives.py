@@ -25,7 +25,7 @@ from braceexpand import braceexpand
 
 from job.data.shards import Digests, is_tar_uri
 from job.data.source import members
-from job.data.source.labels import SAMPLE_KEY, sidecar_label, sidecars
+from job.data.source.labels import sample_key, sidecars, with_sidecars
 from job.data.source.members import ENTRY_BYTES, EXPANSION, SUFFIXES, Member, Opener, RefusedError, Source, refused
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import printable
@@ -199,35 +199,31 @@ class ForeignTar:
                 the message names the entry.
         """
         tar, suffixes = split_uri(self.key)[1], sidecars(label_key)
-        for key, files in groupby(self._files(digests), key=lambda file: file[0]):
-            images, labels = list[tuple[str, Sample]](), dict[str, str]()
-            for _, suffix, member in files:
-                with members.refusing(f"{self.uri}: entry {member.name!r}"):
-                    if f".{suffix.rpartition('.')[2]}" in SUFFIXES:
-                        sample = Sample(f"{tar}/{member.name}", member.read(), offset=member.offset)
-                        images.append((suffix, sample))
-                    elif f".{suffix}" in suffixes:
-                        labels[suffix] = said = sidecar_label(suffix, member.read(), label_key or "")
-                        if said and not _CLASS.fullmatch(said):
-                            said = f"has the label {said!r}, and no number up to 99999"
-                            raise RefusedError(f"{said}: `ddpm data pack` takes names, --no-classes no labels")
-            # `photo.jpg` is the image, `photo.mask.png` is not, and `photo.1.jpg` belongs to another one.
-            plain = [sample for suffix, sample in images if f".{suffix}" in SUFFIXES]
-            if len(images) > 1 and (len(plain) != 1 or any(suffix[0].isdigit() for suffix, _ in images)):
-                both = " and ".join(repr(sample.name.removeprefix(f"{tar}/")) for _, sample in images[:2])
-                said = f"{both} would be one sample, for its key ends at the first dot of a name"
-                raise BadDataError(f"{self.uri}: {said}: rename them, or pack the tar with `ddpm data pack`")
-            label = next(filter(None, map(labels.get, ("cls", "json"))), "-1")
-            if images:
-                yield replace((plain or [images[0][1]])[0], label=int(label))
-            elif labels.get("cls"):
-                raise BadDataError(f"{self.uri}: entry {f'{key}.cls'!r} labels no image beside it: put it there")
+        source = Source(self.uri, partial(tar_members, partial(self.store.open, self.key), digests))
 
-    def _files(self, digests: Digests | None) -> Iterator[tuple[str, str, Member]]:
-        """Yields the key and suffix of each file of a sample, and the file."""
-        for member in Source(self.uri, partial(tar_members, partial(self.store.open, self.key), digests)).members():
-            if not members.is_hidden(member.name) and (match := SAMPLE_KEY.fullmatch(member.name)):
-                yield match[1], match[2].lower(), member
+        def listed() -> Iterator[Member]:
+            for member in source.members():
+                if members.is_image(member.name):
+                    with members.refusing(f"{self.uri}: entry {member.name!r}"):
+                        # A tar is a stream: what is not read before the next file is gone.
+                        member = replace(member, read=partial(bytes, member.read()))
+                yield member
+
+        with members.refusing(self.uri):
+            labelled = with_sidecars(self.uri, listed, suffixes, label_key or "", adjacent=True)
+            for key, files in groupby(filter(lambda file: members.is_image(file.name), labelled), sample_key):
+                images = list(files)
+                # `photo.jpg` is the image, `photo.mask.png` is not, and `photo.1.jpg` belongs to another one.
+                plain = [image for image in images if image.name[len(key) :].lower() in SUFFIXES]
+                if len(images) > 1 and (len(plain) != 1 or any(image.name[len(key) + 1].isdigit() for image in images)):
+                    said = f"{images[0].name!r} and {images[1].name!r} would be one sample, for its key ends at the"
+                    said += " first dot of a name: rename them, or pack the tar with `ddpm data pack`"
+                    raise BadDataError(f"{self.uri}: {said}")
+                image = (plain or images)[0]
+                if image.label and not _CLASS.fullmatch(image.label):
+                    said = f"has the label {image.label!r}, and no number up to 99999"
+                    raise refused(image.name, f"{said}: `ddpm data pack` takes names, --no-classes no labels")
+                yield Sample(f"{tar}/{image.name}", image.read(), int(image.label or -1), image.offset)
 
 
 def find_tars(words: Iterable[str], retry: Retry | None = None) -> list[ForeignTar]:

@@ -31,7 +31,7 @@ LABEL_KEYS = ("label", "cls", "class")
 MOST_CLASSES = 100_000
 """Largest number of different labels that are classes."""
 
-SAMPLE_KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
+_SAMPLE_KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
 """The key of a WebDataset sample, the path up to the first dot of the file's name, and the rest of the name."""
 
 _SIDECARS = (".cls", ".json")
@@ -166,7 +166,7 @@ def with_sidecars(
         RefusedError: a `.cls` lies beside no image.
         BadDataError: a file of a label is damaged, or has several labels or none that stands for a class.
     """
-    for _, files in groupby(listed(), _sample_key if adjacent else lambda _: None):
+    for _, files in groupby(listed(), sample_key if adjacent else lambda _: None):
         others, labels = list[Member](), dict[str, tuple[str, str]]()
         for member in files:
             stem, suffix = member.name.rpartition(".")[0], member.name.rpartition(".")[2].lower()
@@ -183,8 +183,9 @@ def with_sidecars(
             raise refused(f"{lost}.cls", f"labels no image, such as {lost}.png{how}")
 
 
-def _sample_key(member: Member) -> str:
-    match = SAMPLE_KEY.fullmatch(member.name)
+def sample_key(member: Member) -> str:
+    """Returns the key of a file of a WebDataset sample; the whole name of another file."""
+    match = _SAMPLE_KEY.fullmatch(member.name)
     return match[1] if match else member.name
 
 
