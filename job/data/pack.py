@@ -35,7 +35,7 @@ from job.data.reading import in_order
 from job.data.source.archives import Sample, find_tars
 from job.data.source.labels import split_labels
 from job.data.source.members import Member, split_in
-from job.data.source.survey import chosen_source, lacking_labels, no_images, survey, until_stopped
+from job.data.source.survey import chosen_source, lacking_labels, no_images, survey
 from job.exits import BadDataError, BadRequestError, StoppedError
 from job.pieces import RECORDS, WHOLE, Advance, Made, OtherWorkError, PieceRecord, Pieces, Slice
 from job.progress import some_of
@@ -355,15 +355,7 @@ class _Copying(_Packing):
         request = self._request
         source = chosen_source(request, self._bucket, self._check_stop)
         self.where, self._source = source.where, source
-        self._found = survey(
-            until_stopped(source.images(labelled=True), self._check_stop),
-            self.where,
-            request.classes,
-            names=source.classes,
-            skipped=source.skipped,
-            unchosen=source.choices,
-            drops=request.unlabelled == "drop",
-        )
+        self._found = survey(source, request.classes, request.unlabelled == "drop", self._check_stop)
         table = source.table
         if (request.labels or table) and request.classes is not False and self._found.classes_from != "labels":
             others = f"; there are {some_of(source.choices)}" if source.choices else ""

@@ -14,7 +14,7 @@ import io
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,8 +43,17 @@ _SKIPPED_BYTES = 1 << 20
 _CLASS = re.compile(r"0|[1-9]\d{0,4}")
 
 
-def opened_zip(file: BinaryIO) -> zipfile.ZipFile:
-    """Opens a zip; raises `RefusedError` for anything before its first entry, such as another zip, or odd names."""
+def opened_zip(file: BinaryIO, is_wanted: Callable[[str], object] = lambda name: False) -> zipfile.ZipFile:
+    """Opens a zip.
+
+    Args:
+        file: the zip.
+        is_wanted: whether an entry of this name will be read.
+
+    Raises:
+        RefusedError: there is something before its first entry, such as another zip; or it has odd names, or a bomb.
+    """
+    _, limit_bytes = members.unpacked(file)
     try:
         # zipfile takes names without a flag for those of DOS; Linux and macOS write them in UTF-8.
         archive = zipfile.ZipFile(file, metadata_encoding="utf-8")
@@ -53,19 +62,17 @@ def opened_zip(file: BinaryIO) -> zipfile.ZipFile:
     if first := min((info.header_offset for info in archive.infolist()), default=archive.start_dir):
         said = f"has {first:,} bytes before its first entry: was it joined by `cat`, or is it self-extracting?"
         raise RefusedError(f"{said} Unpack it, and pack the folder")
+    if sum(info.file_size for info in archive.infolist() if is_wanted(info.filename)) > limit_bytes:
+        raise RefusedError(EXPANDS)
     return archive
 
 
 def zip_members(opener: Opener) -> Iterator[Member]:
     """Yields the files of a zip, in the order of its directory."""
-    with opener() as file:
-        _, limit_bytes = members.unpacked(file)
-        with opened_zip(file) as archive:
-            if sum(info.file_size for info in archive.infolist() if members.is_image(info.filename)) > limit_bytes:
-                raise RefusedError(EXPANDS)
-            for info in archive.infolist():
-                if not info.is_dir():
-                    yield Member(info.filename, partial(_read_zipped, archive, info), size_bytes=info.file_size)
+    with opener() as file, opened_zip(file, members.is_image) as archive:
+        for info in archive.infolist():
+            if not info.is_dir():
+                yield Member(info.filename, partial(_read_zipped, archive, info), size_bytes=info.file_size)
 
 
 def _read_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:

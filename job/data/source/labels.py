@@ -234,7 +234,8 @@ class LabelTable:
         rows = [row for row in _names_of(name)[self._is_bare :: 2] if row in self.labels]
         for row in rows:
             if (other := self._images.setdefault(row, name)) != name:
-                raise _labels_both(self.where, row, other, name)
+                said = f"{self.where}: its row {row!r} would label both {other!r} and {name!r}"
+                raise BadRequestError(f"{said}: pack one of their folders, or write their paths into the table")
         if len({self.labels[row] for row in rows}) > 1:
             raise BadRequestError(f"{self.where}: its rows {some_of(rows)} both label {name!r}: leave one of them out")
         return self.labels[rows[0]] if rows else ""
@@ -264,15 +265,9 @@ def join_labels(table: Rows, images: Iterable[str], column: str = "") -> LabelTa
         names, above = {*map(_row_name, cells)}, _row_name(first[number]) if len(first) > number else ""
         is_bare, has_files = not any("/" in name for name in names or {above}), any(map(is_image, names))
         columns.append(_Column(number, above, {*names, above} - {""}, len(names), is_bare, has_files))
-    wanted = set[str]().union(*(each.names for each in columns))
-    known, twice, example = (dict[str, str](), dict[str, str]()), dict[tuple[bool, str], tuple[str, str]](), ""
-    for image in images:
-        example = example or image
-        for position, name in enumerate(_names_of(image)):
-            if name in wanted and (other := known[position % 2].setdefault(name, image)) != image:
-                # Kaggle's train/1.png and test/1.png are two images, of which 1.png in the table is the first.
-                twice[position % 2 == 1, name] = other, image
-    found = {each.number: each.names & known[each.is_bare].keys() for each in columns}
+    wanted, images = set[str]().union(*(each.names for each in columns)), list(images)
+    known = [wanted.intersection(name for image in images for name in _names_of(image)[bare::2]) for bare in (0, 1)]
+    found = {each.number: each.names & known[each.is_bare] for each in columns}
     matching = [each for each in columns if found[each.number]]
     # pandas writes its index into a column without a name.
     matching = [each for each in matching if each.first or table.header] or matching
@@ -289,14 +284,14 @@ def join_labels(table: Rows, images: Iterable[str], column: str = "") -> LabelTa
         titles = {each.number: str((table.header or table.cells[0])[each.number]) for each in columns if each.has_files}
         others = [title for one, title in titles.items() if one not in named and title != joined.column]
         if others and number not in titles:
-            said = f"names images in its column {others[0]!r}, and not those of the source, such as {example!r}"
+            said = f"names images in its column {others[0]!r}, and not those of the source, such as {images[0]!r}"
             raise BadRequestError(f"{table.where} {said}: mend that column, or leave it out")
-        for (is_bare, name), both in reversed(twice.items()):
-            if is_bare == columns[number].is_bare and name in found[number]:
-                raise _labels_both(table.where, name, *both)
+        # Kaggle's train/1.png and test/1.png are two images, of which 1.png in the table is the first.
+        for image in images:
+            joined.of(image)
         return joined
     how, last = "two columns that name images" if named else "no column that names images", map(str, table.cells[-1])
-    said = f"{table.where} has {how}, such as {example!r}: its last row has {some_of(last)}"
+    said = f"{table.where} has {how}, such as {next(iter(images), '')!r}: its last row has {some_of(last)}"
     raise BadRequestError(f"{said}; one column has the path of each image in the source, or the name of its file")
 
 
@@ -318,11 +313,6 @@ class _Column(NamedTuple):
     distinct: int
     is_bare: bool
     has_files: bool
-
-
-def _labels_both(where: str, row: str, one: str, other: str) -> BadRequestError:
-    said = f"{where}: its row {row!r} would label both {one!r} and {other!r}"
-    return BadRequestError(f"{said}: pack one of their folders, or write their paths into the table")
 
 
 def _stem(cell: object) -> str:
@@ -352,14 +342,12 @@ def _joined(table: Rows, names: int, is_headless: bool, column: str) -> LabelTab
         header, cells = list(map(str, cells[0])), cells[1:]
     # pandas writes its index into a first column without a name.
     others = [number for number, name in enumerate(header) if number != names and name]
-    if column and sum(header[number] == column for number in others) == 1:
-        chosen = next(number for number in others if header[number] == column)
-    elif not column and len(others) == 1:
-        chosen = others[0]
-    else:
+    named = [number for number in others if column in ("", header[number])]
+    if len(named) != 1:
         said = f"has no column {column!r}, but" if column else "has several columns:"
         shown = some_of(header[number] for number in others)
         raise BadRequestError(f"{table.where} {said} {shown}: choose one with --labels {table.where}:COLUMN")
+    chosen = named[0]
     pairs = [(row[names], row[chosen]) for row in cells if len(row) > max(names, chosen)]
     if header is not _PAIR and {str(value) for _, value in pairs} == {"-1", "1"}:
         # CelebA says so of attributes; without their names -1 means no class.

@@ -20,7 +20,7 @@ from job.data.pack_request import PackRequest
 from job.data.source import members, open_source
 from job.data.source.formats import next_step
 from job.data.source.labels import MOST_CLASSES, Rows, join_labels, read_labels, split_labels, table_in
-from job.data.source.members import ALL, SUFFIXES, Member, Source, is_data_file, split_in, split_of, stem_of
+from job.data.source.members import ALL, SUFFIXES, Source, is_data_file, split_in, split_of, stem_of
 from job.exits import BadDataError, BadRequestError
 from job.progress import some_of
 from job.store import Retry, Store
@@ -85,7 +85,8 @@ def chosen_source(request: PackRequest, bucket: Store, check_stop: Callable[[], 
 
     def names() -> Iterator[str]:
         # A bare name in a table must be that of one image of all splits.
-        for image in until_stopped((replace(source, split=None) if rows else source).images(), check_stop):
+        for image in (replace(source, split=None) if rows else source).images():
+            check_stop()
             folders[members.path_parts(image.name)[:-1]] += 1
             yield image.name
 
@@ -118,32 +119,19 @@ def _rows(source: Source, file: str, retry: Retry) -> Rows:
         return table_in(file, beside.read(file))
 
 
-def until_stopped(images: Iterable[Member], check_stop: Callable[[], None]) -> Iterator[Member]:
-    """Yields the images, and calls `check_stop` at each."""
-    for image in images:
-        check_stop()
-        yield image
-
-
 def survey(
-    images: Iterable[Member],
-    where: str,
+    source: Source,
     classes: bool | None = None,
-    names: tuple[str, ...] = (),
-    skipped: Mapping[str, int] | None = None,
-    unchosen: Sequence[str] = (),
     drops: bool = False,
+    check_stop: Callable[[], object] = bool,
 ) -> Survey:
-    """Counts the images and finds their classes.
+    """Counts the images of a source and finds their classes.
 
     Args:
-        images: all images of the source, labelled.
-        where: the source, for messages.
+        source: the chosen split, with its labels.
         classes: True requires classes, False ignores them; None takes labels, or else folders that look like classes.
-        names: the names of the classes in the order of the format, if it has one.
-        skipped: number of other files by suffix; read when all images are.
-        unchosen: the words of `--labels` for labels that the images could have.
         drops: whether images without a label are left out, if others have one.
+        check_stop: called at each image; raises `StoppedError`.
 
     Raises:
         BadDataError: the source has no images, or some have a label and others have none.
@@ -151,7 +139,9 @@ def survey(
     """
     digest, shared = hashlib.sha256(), dict[Any, Any]()
     labels, folders, examples = list[str](), list[tuple[str, ...]](), list[str]()
-    for image in images:
+    where, names = source.where, source.classes
+    for image in source.images(labelled=True):
+        check_stop()
         name, label, folder = image.name, image.label, members.path_parts(image.name)[:-1]
         digest.update(b"%d:%b%d:%b;" % (len(name.encode()), name.encode(), image.size_bytes, label.encode()))
         if not label and len(examples) < 2:
@@ -160,7 +150,7 @@ def survey(
         labels.append(shared.setdefault(label, label))
         folders.append(shared.setdefault(folder, folder))
     if not labels:
-        raise no_images(where, skipped or {})
+        raise no_images(where, source.skipped)
     known, found = set(labels) - {""}, _Found((), {})
     if len(known) > MOST_CLASSES:
         raise BadRequestError(f"{where} has more than {MOST_CLASSES:,} different labels: use --no-classes")
@@ -189,7 +179,7 @@ def survey(
     kept = {folder for folder, number in zip(folders, numbers, strict=True) if number >= 0 or not found.names}
     divided = {part for folder in kept for part in folder if split_of(part)}.difference(found.names)
     splits = tuple(sorted(set(map(split_of, divided))))
-    notes = [*found.notes(classes, unchosen)]
+    notes = [*found.notes(classes, source.choices)]
     if len(splits) > 1:
         alone = f"`ddpm data pack --split {split_of(max(divided))}` would pack {max(divided)} alone"
         notes.append(f"{some_of(sorted(divided))} are packed together, as one dataset; {alone}")

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from job.data.source import members
-from job.data.source.archives import ARCHIVES, EXPANDS, open_zipped, opened_zip
+from job.data.source.archives import ARCHIVES, open_zipped, opened_zip
 from job.data.source.formats import netpbm
 from job.data.source.labels import chosen_label, label_of, text_of
 from job.data.source.members import SPLITS, Files, Member, RefusedError, Source, refused, split_in
@@ -185,17 +185,12 @@ def _zipped(files: Files, name: str) -> list[_Array]:
     with closing(files.open(name)) as file:
         if isinstance(file, zipfile.ZipExtFile):
             raise RefusedError("is a zip in a zip: unzip the outer one, and pack the folder")
-        _, limit_bytes = members.unpacked(file)
-        with opened_zip(file) as archive:
-            found = [inner for inner in dict.fromkeys(archive.namelist()) if inner.endswith(".npy")]
+        with opened_zip(file, is_array := re.compile(r".*\.npy", re.DOTALL).fullmatch) as archive:
             arrays = list[_Array]()
-            if sum(archive.getinfo(inner).file_size for inner in found) > limit_bytes:
-                raise RefusedError(EXPANDS)
-            for inner in found:
-                info = archive.getinfo(inner)
-                with archive.open(info) as stream:
+            for inner in filter(is_array, dict.fromkeys(archive.namelist())):
+                with archive.open(inner) as stream:
                     opener = partial(open_zipped, partial(files.open, name), inner)
-                    arrays.append(_array(f"{name}/{inner}", stream, info.file_size, opener))
+                    arrays.append(_array(f"{name}/{inner}", stream, archive.getinfo(inner).file_size, opener))
     return arrays
 
 
@@ -245,7 +240,12 @@ def _members(sets: Iterable[tuple[_Array, _Array | None]]) -> Iterator[Member]:
         assert images.stored
         shape, axes = images.stored
         size_bytes, digits = math.prod(shape), len(str(images.shape[0] - 1))
-        values = _values(labels) if labels else None
+        values = None
+        if labels:
+            with closing(labels.open()) as stream:
+                stream.seek(labels.start)
+                content = members.read_exactly(stream, labels.shape[0] * labels.dtype.itemsize)
+            values = np.frombuffer(content, labels.dtype)
         with closing(images.open()) as stream:
             for number in range(images.shape[0]):
                 read = partial(_file, stream, images.start + number * size_bytes, shape, axes)
@@ -257,13 +257,6 @@ def _file(stream: BinaryIO, at: int, shape: tuple[int, ...], axes: tuple[int, in
     stream.seek(at)
     pixels = np.frombuffer(members.read_exactly(stream, math.prod(shape)), np.uint8)
     return netpbm(pixels.reshape(shape).transpose(axes))
-
-
-def _values(labels: _Array) -> np.ndarray:
-    with closing(labels.open()) as stream:
-        stream.seek(labels.start)
-        content = members.read_exactly(stream, labels.shape[0] * labels.dtype.itemsize)
-    return np.frombuffer(content, labels.dtype)
 
 
 def _label(value: np.ndarray) -> str:

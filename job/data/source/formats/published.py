@@ -148,7 +148,8 @@ def cifar_source(files: Files, column: str | None) -> Source | None:
         return None
 
     def listed() -> Iterator[Member]:
-        return (each for each in files.members() if each.name in batches or not kind.batch.fullmatch(each.name))
+        names = (name for name in files.names if name in batches or not kind.batch.fullmatch(name))
+        return (Member(name, partial(files.read, name)) for name in names)
 
     splits = map(_cifar_split, filter(None, map(kind.batch.fullmatch, batches)))
     return _cifar_source(kind, files.place, listed, column, splits)

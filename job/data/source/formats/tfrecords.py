@@ -226,19 +226,11 @@ def _label(features: _Features, layout: _Layout, classes: Sequence[str]) -> str:
 
 
 def _file(features: _Features, layout: _Layout) -> bytes:
-    """Returns the image of a record as a file."""
-    return netpbm(_pixels(features, layout)) if layout.shape else _image(features, layout)
-
-
-def _image(features: _Features, layout: _Layout) -> bytes:
+    """Returns the image of a record as a file; StyleGAN's raw images have the channels first."""
     if (content := _content(features[layout.image])) is None:
         raise RefusedError(f"does not have one image: {_CONVERT}")
-    return content
-
-
-def _pixels(features: _Features, layout: _Layout) -> np.ndarray:
-    """Returns a raw image as uint8 [height, width, channels]; StyleGAN has the channels first."""
-    content = _image(features, layout)
+    if not layout.shape:
+        return content
     lengths = (features.get(name, ()) for name in layout.shape)
     shape = [length for listed in lengths for length in listed if isinstance(length, int)]
     if len(shape) == 2:
@@ -248,4 +240,4 @@ def _pixels(features: _Features, layout: _Layout) -> np.ndarray:
     if len(shape) != 3 or channels not in (1, 3) or min(shape) < 1 or math.prod(shape) != len(content):
         raise RefusedError(f"has {len(content):,} bytes of pixels, whose shape is {shape[:4]}: {_CONVERT}")
     pixels = np.frombuffer(content, np.uint8).reshape(shape)
-    return pixels.transpose(1, 2, 0) if is_planar else pixels
+    return netpbm(pixels.transpose(1, 2, 0) if is_planar else pixels)
