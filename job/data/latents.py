@@ -275,7 +275,6 @@ class _Encoding(Packing):
             name=self._name,
             size=encoder.size,
             channels=encoder.channels,
-            dtype="float16",
             encoding=encoding,
             held_out=self._held_out,
             codecs=codec_versions(),

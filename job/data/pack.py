@@ -105,8 +105,7 @@ def check_free(bucket: Store, request: PackRequest) -> None:
 def is_source_of(bucket: Store, request: PackRequest, index: shards.DatasetIndex, stop: Stop = NEVER) -> bool:
     """Returns whether a request would make such a dataset, by names, sizes and labels; reads no images."""
     request = replace(request, **{option: getattr(request, option) or getattr(index, option) for option in _PIXELS})
-    with scratch_folder("pack") as folder:
-        return _Copying(bucket, request.check(), folder, stop=stop, shard_images=None).is_of(index)
+    return _Copying(bucket, request.check(), Path(), stop=stop, shard_images=None).is_of(index)
 
 
 class Packing(abc.ABC):

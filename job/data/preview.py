@@ -25,7 +25,6 @@ COLUMNS, CLASSES, IMAGES = 8, 12, 32
 _SEED = 0
 _SHARDS = 64
 """Shards whose tables are read; of a dataset with no more, all labels are known."""
-_THREADS = 8
 _LONGEST_NAME = 200
 
 
@@ -46,7 +45,7 @@ def preview_png(bucket: Store, key: str, index: DatasetIndex, folder: Path, stop
     rng = np.random.default_rng(_SEED)
     # A hostile index has line breaks, which cannot be drawn, and names whose width takes minutes to measure.
     names = [printable(name[:_LONGEST_NAME]) for name in index.classes[:CLASSES]]
-    with closing(ImageCache(bucket, key, index, folder, stop, threads=_THREADS, with_pillow=True)) as reader:
+    with closing(ImageCache(bucket, key, index, folder, stop, with_pillow=True)) as reader:
         groups = _by_class(reader, rng, len(names))
         if not any(map(len, groups)):
             names, groups = [], [np.sort(rng.choice(index.images, min(IMAGES, index.images), replace=False))]

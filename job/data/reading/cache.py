@@ -42,8 +42,8 @@ Progress = Callable[[int, int], None]
 _DOWNLOADS = 4
 _READ_AT_A_TIME = 32
 _IS_DECODED = 1 << 32
-_UNCACHED_THREADS = 8
-"""Number of shards from which a few images are read at a time: the threads wait for the bucket, not for a processor."""
+_THREADS = 8
+"""The least number of threads that read and decode: without a cache they wait for the bucket, not for a processor."""
 
 
 def open_cache(
@@ -82,7 +82,7 @@ def open_cache(
 
 def uncached_images(bucket: Store, key: str, index: DatasetIndex, stop: Stop = NEVER) -> ImageCache:
     """Opens the dataset at `key` without a cache, to read a few images: no shard is fetched for them."""
-    return ImageCache(bucket, key, index, default_cache_dir() / index.dataset_id, stop, threads=_UNCACHED_THREADS)
+    return ImageCache(bucket, key, index, default_cache_dir() / index.dataset_id, stop)
 
 
 class ImageCache:
@@ -105,7 +105,6 @@ class ImageCache:
         folder: Path,
         stop: Stop = NEVER,
         *,
-        threads: int | None = None,
         with_pillow: bool = False,
     ) -> None:
         """Opens the stores of the shards of the dataset at `key`, without any request.
@@ -116,7 +115,6 @@ class ImageCache:
             index: index of the dataset.
             folder: this dataset's part of the node's cache, shared by all processes of the node.
             stop: ends reading and fetching.
-            threads: number of threads that decode, by default one per processor.
             with_pillow: whether packed images are decoded without torch.
 
         Raises:
@@ -144,7 +142,7 @@ class ImageCache:
             if index.codecs != (here := codec_versions()):
                 said = f"was indexed with {index.codecs}, and is read with {here}: the lowest bits may differ"
                 logging.getLogger(__name__).warning(f"dataset {index.name} {said}")
-        self._threads = threads or os.cpu_count() or 1
+        self._threads = max(_THREADS, os.cpu_count() or 1)
         self._decoders = ThreadPoolExecutor(self._threads, "decode")
         self._fetchers = ThreadPoolExecutor(_DOWNLOADS, "fetch")
 

@@ -278,7 +278,7 @@ def _archive(where: str, opener: Opener, column: str | None) -> Source:
     listed = partial(tar_members, opener)
     if first is not None and (found := archive_source(first.name, where, listed, column)):
         return found
-    labelled = partial(with_sidecars, where, listed, sidecars(column), column or "", adjacent=True)
+    labelled = partial(with_sidecars, where, listed, column)
     return Source(where, listed, with_labels=labelled if column is not None else None)
 
 
@@ -307,8 +307,6 @@ def _labelled_beside(source: Source, files: Files, column: str | None) -> Source
                 folder = tables[0].removesuffix(_DATASET_JSON)
                 pairs = [(folder + name, label) for name, label in pairs_in(found)]
                 return replace(source, table=labels_of_pairs(tables[0], pairs))
-    suffixes = sidecars(column)[:1]
-    if not any(name.lower().endswith(suffixes) for name in files.names):
+    if not any(name.lower().endswith(sidecars(column, adjacent=False)) for name in files.names):
         return source
-    labelled = partial(with_sidecars, source.where, source.listed, suffixes, column or "", adjacent=False)
-    return replace(source, with_labels=labelled)
+    return replace(source, with_labels=partial(with_sidecars, source.where, source.listed, column, adjacent=False))

@@ -25,7 +25,7 @@ from braceexpand import braceexpand
 
 from job.data.shards import Digests, is_tar_uri
 from job.data.source import members
-from job.data.source.labels import sample_key, sidecars, with_sidecars
+from job.data.source.labels import sample_key, with_sidecars
 from job.data.source.members import ENTRY_BYTES, EXPANSION, SUFFIXES, Member, Opener, RefusedError, Source, refused
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import printable
@@ -205,7 +205,7 @@ class ForeignTar:
             BadDataError: the tar is unsafe, truncated, damaged or compressed, or a sample has several possible images;
                 the message names the entry.
         """
-        tar, suffixes = split_uri(self.key)[1], sidecars(label_key)
+        tar = split_uri(self.key)[1]
         source = Source(self.uri, partial(tar_members, partial(self.store.open, self.key), digests))
 
         def listed() -> Iterator[Member]:
@@ -217,7 +217,7 @@ class ForeignTar:
                 yield member
 
         with members.refusing(self.uri):
-            labelled = with_sidecars(self.uri, listed, suffixes, label_key or "", adjacent=True)
+            labelled = with_sidecars(self.uri, listed, label_key)
             for key, files in groupby(filter(lambda file: members.is_image(file.name), labelled), sample_key):
                 images = list(files)
                 # `photo.jpg` is the image, `photo.mask.png` is not, and `photo.1.jpg` belongs to another one.

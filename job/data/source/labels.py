@@ -121,9 +121,12 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def sidecars(column: str | None) -> tuple[str, ...]:
-    """Returns the suffixes of the files that may hold a label; a person who names a key means that of a `.json`."""
-    return () if column is None else _SIDECARS[1:] if column else _SIDECARS
+def sidecars(column: str | None, *, adjacent: bool = True) -> tuple[str, ...]:
+    """Returns the suffixes of the files that may hold a label; a person who names a key means that of a `.json`.
+
+    If the files of an image are not adjacent, no `.json` is read unless a key is named: it may cost a request each.
+    """
+    return () if column is None else _SIDECARS[1:] if column else _SIDECARS[: 2 if adjacent else 1]
 
 
 def sidecar_label(suffix: str, content: bytes, key: str = "") -> str:
@@ -149,7 +152,7 @@ def sidecar_label(suffix: str, content: bytes, key: str = "") -> str:
 
 
 def with_sidecars(
-    where: str, listed: Callable[[], Iterator[Member]], suffixes: tuple[str, ...], key: str, *, adjacent: bool
+    where: str, listed: Callable[[], Iterator[Member]], column: str | None, *, adjacent: bool = True
 ) -> Iterator[Member]:
     """Yields the files of a source with the labels that lie beside them: `a/1.cls` labels `a/1.png` and no other image.
 
@@ -158,14 +161,15 @@ def with_sidecars(
     Args:
         where: the source, for messages.
         listed: yields its files in order.
-        suffixes: of the files that may hold labels; see `sidecars`. They are not yielded.
-        key: see `sidecar_label`.
+        column: the key of the label in a `.json`; empty for the usual one, None for no labels. See `sidecars`: files
+            that may hold labels are not yielded.
         adjacent: whether the files of an image must be adjacent, as in WebDataset's tars, which are streams.
 
     Raises:
         RefusedError: a `.cls` lies beside no image.
         BadDataError: a file of a label is damaged, or has several labels or none that stands for a class.
     """
+    suffixes = sidecars(column, adjacent=adjacent)
     for _, files in groupby(listed(), sample_key if adjacent else lambda _: None):
         others, labels = list[Member](), dict[str, tuple[str, str]]()
         for member in files:
@@ -174,7 +178,7 @@ def with_sidecars(
                 others.append(member)
             elif labels.get(stem, ("", ""))[0] != "cls":
                 with refusing(f"{where}: entry {member.name!r}"):
-                    labels[stem] = suffix, sidecar_label(suffix, member.read(), key)
+                    labels[stem] = suffix, sidecar_label(suffix, member.read(), column or "")
         for member in others:
             label = labels.pop(member.name.rpartition(".")[0], ("", ""))[1] if is_image(member.name) else ""
             yield replace(member, label=label)
