@@ -272,7 +272,7 @@ def _tars_at(word: str, retry: Retry | None) -> Iterator[ForeignTar]:
     for uri in uris:
         folder, name = split_uri(uri) if "/" in uri else (".", uri)
         if ".tar" not in name:
-            yield from _tars_below(open_to_read(uri, retry))
+            yield from _tars_below(open_to_read(uri, retry)).values()
         elif len(uris) == 1:
             store = open_to_read(folder, retry)
             with store.open(name) as file:
@@ -280,15 +280,19 @@ def _tars_at(word: str, retry: Retry | None) -> Iterator[ForeignTar]:
         else:
             # A pattern costs one listing per folder, instead of a request per tar.
             if folder not in listed:
-                listed[folder] = {tar.key: tar for tar in _tars_below(open_to_read(folder, retry))}
+                listed[folder] = _tars_below(open_to_read(folder, retry))
             if name not in listed[folder]:
                 raise MissingInputError(f"there is nothing at {uri}")
             yield listed[folder][name]
 
 
-def _tars_below(store: Store) -> Iterator[ForeignTar]:
-    tars = [entry for entry in store.list() if entry.key.endswith(".tar") and not members.is_hidden(entry.key)]
+def _tars_below(store: Store) -> dict[str, ForeignTar]:
+    """Returns the tars of a folder and its sub-folders by key."""
+    tars = {
+        entry.key: ForeignTar(store, entry.key, entry.size_bytes)
+        for entry in store.list()
+        if entry.key.endswith(".tar") and not members.is_hidden(entry.key)
+    }
     if not tars:
         raise MissingInputError(f"{store.uri} holds no .tar")
-    for entry in tars:
-        yield ForeignTar(store, entry.key, entry.size_bytes)
+    return tars

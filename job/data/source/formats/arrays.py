@@ -137,7 +137,7 @@ def array_source(files: Files, column: str | None) -> Source | None:
     if not names:
         return None
     sets, others = list[tuple[_Array, _Array | None]](), list[_Array]()
-    for arrays in _groups(files, names, column):
+    for arrays in _groups(files, names):
         # Arrays beside a chosen one are read for its labels alone.
         are_images = [one for one in arrays if one.stored and {one.path, one.path.rpartition("/")[0]} & {*names}]
         named = [array for array in are_images if not _IMAGES.isdisjoint(array.words)] or are_images
@@ -162,7 +162,7 @@ def array_source(files: Files, column: str | None) -> Source | None:
     ).split_by(images.path for images, _ in sets)
 
 
-def _groups(files: Files, names: Sequence[str], column: str | None) -> Iterator[list[_Array]]:
+def _groups(files: Files, names: Sequence[str]) -> Iterator[list[_Array]]:
     """Yields the arrays of each `.npz`, and the `.npy` of each folder."""
     for name in names:
         if name.lower().endswith(".npz"):
@@ -172,9 +172,7 @@ def _groups(files: Files, names: Sequence[str], column: str | None) -> Iterator[
     for folder in dict.fromkeys(name.rpartition("/")[0] for name in plain):
         arrays = list[_Array]()
         for name in files.names:
-            there, _, last = name.rpartition("/")
-            may_be_labels = not _LABELS.isdisjoint(re.split(r"[\W_]+", last.lower())) or bool(column and column in last)
-            if there == folder and _FILE.fullmatch(name) and (name in plain or may_be_labels):
+            if name.rpartition("/")[0] == folder and name.lower().endswith(".npy"):
                 with members.refusing(f"{files.where}/{name}"), closing(files.open(name)) as file:
                     arrays.append(_array(name, file, file.seek(0, io.SEEK_END), partial(files.open, name)))
         yield arrays
@@ -185,7 +183,7 @@ def _zipped(files: Files, name: str) -> list[_Array]:
     with closing(files.open(name)) as file:
         if isinstance(file, zipfile.ZipExtFile):
             raise RefusedError("is a zip in a zip: unzip the outer one, and pack the folder")
-        with opened_zip(file, is_array := re.compile(r".*\.npy", re.DOTALL).fullmatch) as archive:
+        with opened_zip(file, is_array := re.compile(r".*\.npy").fullmatch) as archive:
             arrays = list[_Array]()
             for inner in filter(is_array, dict.fromkeys(archive.namelist())):
                 with archive.open(inner) as stream:
