@@ -14,6 +14,7 @@ from job.options import DatasetName, JobOptions, Option, Size, SliceOption, Targ
 if TYPE_CHECKING:
     from job.data.images import Recipe
 
+MOST_HELD_OUT = 0.5
 UNLABELLED = ("refuse", "drop")
 """The words of `--unlabelled`."""
 FIRST_IMAGES = 64
@@ -116,6 +117,8 @@ class PackRequest(JobOptions):
             raise BadRequestError("--replace and --slice: delete the dataset first, by `ddpm data delete`")
         if self.labels and self.classes is False:
             raise BadRequestError("--labels and --no-classes contradict each other: leave one out")
+        if self.hold_out_share > MOST_HELD_OUT:
+            raise BadRequestError(f"--hold-out {self.hold_out}: at most {MOST_HELD_OUT:.0%}, such as 5%")
         preset = pack_config(self.name) or (PackConfig(size=self.size) if self.size else None)
         if preset is None:
             raise BadRequestError(f"--size is needed: {self.name!r} has no preset to take it from (try --size 64)")
@@ -137,11 +140,11 @@ class PackRequest(JobOptions):
         """Share of the images that is held out; 0 for none.
 
         Raises:
-            BadRequestError: `hold_out` is not a percentage, or more than 50%.
+            BadRequestError: `hold_out` is not a percentage.
         """
         match = re.fullmatch(r"\s*([0-9]{1,3}(?:\.[0-9]{1,9})?)\s*%\s*", self.hold_out)
-        if self.hold_out and (not match or float(match[1]) > 50):
-            raise BadRequestError(f"--hold-out {self.hold_out!r}: use a share such as 5% or 0.5%, at most 50%")
+        if self.hold_out and not match:
+            raise BadRequestError(f"--hold-out {self.hold_out!r}: use a share such as 5% or 0.5%")
         return float(match[1]) / 100 if match else 0.0
 
     def takes(self, name: str) -> bool:
