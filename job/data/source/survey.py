@@ -97,7 +97,9 @@ def chosen_source(request: PackRequest, bucket: Store, check_stop: Callable[[], 
         notes.append(f"{table.where}: {table.names!r} names the images, {table.column!r} labels them")
     elif source.split is None:
         deque(names(), maxlen=0)
-    splits = _splits_of(set(folders))
+    # A folder among many that are classes says no split.
+    classes = _class_folders(set(folders), _are_classes).names if folders else ()
+    splits = {split_of(part) for folder in folders for part in folder if part not in classes} - {""}
     if source.split is None and "train" in splits and len(splits) > 1:
         source = replace(source, split="train", other_splits=tuple(sorted(splits - {"train"})))
         if outside := sum(images for folder, images in folders.items() if not split_in(folder)):
@@ -201,12 +203,6 @@ def lacking_labels(where: str, lacking: int, images: int, examples: Sequence[str
     """Returns the error that `lacking` of all `images` have no label, though others have one."""
     said = f"{where}: {lacking:,} of {images:,} images have no label, such as {some_of(examples[:2])}"
     return BadDataError(f"{said}: label them, leave them out with --unlabelled drop, or use --no-classes")
-
-
-def _splits_of(folders: set[tuple[str, ...]]) -> set[str]:
-    """Returns the splits that folders of images say; a folder among many that are classes says none."""
-    classes = _class_folders(folders, _are_classes).names if folders else ()
-    return {split_of(part) for folder in folders for part in folder if part not in classes} - {""}
 
 
 def no_images(where: str, skipped: Iterable[str] = ()) -> BadDataError:
