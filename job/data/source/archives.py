@@ -53,7 +53,7 @@ def opened_zip(file: BinaryIO, is_wanted: Callable[[str], object] = lambda name:
     Raises:
         RefusedError: there is something before its first entry, such as another zip; or it has odd names, or a bomb.
     """
-    _, limit_bytes = members.unpacked(file)
+    limit_bytes = max(members.ENTRY_BYTES, EXPANSION * file.seek(0, io.SEEK_END))
     try:
         # zipfile takes names without a flag for those of DOS; Linux and macOS write them in UTF-8.
         archive = zipfile.ZipFile(file, metadata_encoding="utf-8")
