@@ -143,7 +143,7 @@ def evaluate_command(request: EvaluateRequest) -> None:
 
 def pack_command(request: PackRequest) -> None:
     """Packs a source, or indexes tars in place, and prints the facts of the dataset."""
-    from job.data.pack import check_free, is_whole, pack
+    from job.data.pack import check_free, existing_index, pack
     from job.data.source import forget
     from job.verbs.removal import check_unused
 
@@ -154,7 +154,7 @@ def pack_command(request: PackRequest) -> None:
         # A dataset of this name must be an error before hours of packing its held-out part.
         check_free(bucket, request)
         for part in request.parts():
-            if part.is_held_out and not request.replaces and is_whole(bucket, part):
+            if part.is_held_out and not request.replaces and existing_index(bucket, part.key):
                 # An interrupted command has finished this part.
                 continue
             if request.replaces:
@@ -171,13 +171,14 @@ def pack_command(request: PackRequest) -> None:
 
 def encode_command(request: EncodeRequest) -> None:
     """Encodes a dataset into latents, and prints the facts of the new one."""
-    from job.exchange.encoding import encode_dataset
+    from job.data.latents import encode_dataset
+    from job.exchange.other_programs import opened_autoencoder
 
     with _command_on(request) as stop:
         stop.install()
         request = request.check()
         bucket = open_bucket(request.bucket, stop)
-        _say_made(encode_dataset(bucket, request, stop), bucket, request.to, request.slice)
+        _say_made(encode_dataset(bucket, request, opened_autoencoder, stop), bucket, request.to, request.slice)
 
 
 def _say_made(index: DatasetIndex | None, bucket: Store, name: str, slice_text: str) -> None:

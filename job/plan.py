@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ddpm.catalogue import EDM2Config, UNetConfig, levels_with_attention
 from job.config import EMBEDDED, RunConfig, changed_for_attempt, draft, layered, preset_names
 from job.config.schema import SamplerConfig, image_size
-from job.data.order import epochs_completed_by, images_at_epoch
+from job.data.reading.stream import epochs_completed_by, images_at_epoch
 from job.data.shards import DatasetIndex, NoDatasetError, dataset_key, find_dataset, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, MissingInputError, State
 from job.progress import note
@@ -23,7 +23,7 @@ from job.stop import NEVER, Stop
 from job.store import Store, open_bucket
 
 if TYPE_CHECKING:
-    from job.data.cache import ImageCache
+    from job.data.reading.cache import ImageCache
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ class RunHandle:
         index: DatasetIndex | None = None,
     ) -> ImageCache:
         """Opens the images of a dataset, by default the run's own, within the limits of this node's cache."""
-        from job.data.cache import default_cache_dir, open_cache
+        from job.data.reading import default_cache_dir
+        from job.data.reading.cache import open_cache
 
         index, folder = index or self.index, default_cache_dir()
         assert index is not None

@@ -17,7 +17,7 @@ from ddpm import training
 from ddpm.state import TrainState
 from job.config import RunConfig, method, validated
 from job.coordination.sealed import code_version
-from job.data.cache import ImageCache
+from job.data.reading.cache import ImageCache
 from job.exchange.exporting import Objects, check_strangers, open_target, write_folder
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.plan import open_run

@@ -253,11 +253,9 @@ class EncodeRequest(JobOptions):
         """Returns the request with the name of its dataset of latents filled in.
 
         Raises:
-            BadRequestError: an invalid name or slice.
+            BadRequestError: an invalid name.
         """
-        from job.coordination.pieces import Slice
         from job.data.shards import validated_dataset_name
 
-        Slice.parse(self.slice)
         validated_dataset_name(self.name)
         return replace(self, to=validated_dataset_name(self.to or f"{self.name}-latents"))

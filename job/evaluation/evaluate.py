@@ -26,8 +26,8 @@ from ddpm.state import LossLog, loss_row
 from job.config import method
 from job.coordination.pieces import IF_NONE_RUNS, WHOLE, Advance, Made, Slice
 from job.coordination.sealed import code_version, utc_now
-from job.data.cache import ImageCache
-from job.data.order import Order
+from job.data.reading.cache import ImageCache
+from job.data.reading.stream import Order
 from job.data.shards import dataset_key, load_index
 from job.evaluation.evaluation_plan import (
     CPU_COUNT,

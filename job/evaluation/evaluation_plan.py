@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from ddpm.catalogue import EXTRACTORS, Extractor
 from job.coordination.pieces import TRANSFERS, WHOLE, Made, PieceRecord, Pieces, Slice
-from job.data.cache import default_cache_dir
+from job.data.reading import default_cache_dir
 from job.data.shards import REFERENCES, DatasetIndex, dataset_key
 from job.exits import BadDataError, BadRequestError, MissingInputError, how_to_install
 from job.plan import Plan, RunHandle

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from job.config.schema import DataConfig
-from job.data.cache import default_cache_dir
+from job.data.reading import default_cache_dir
 from job.data.shards import SHARD_PIXEL_BYTES
 from job.exits import Exit, JobError
 from job.jobs.backends import Check, Target

@@ -22,8 +22,8 @@ from PIL import Image, ImageSequence
 from ddpm.figures import smoothed
 from job.config import description_of
 from job.coordination.sealed import code_version, utc_now
-from job.data.cache import default_cache_dir
 from job.data.preview import preview_png
+from job.data.reading import default_cache_dir
 from job.data.shards import PREVIEW, dataset_key
 from job.exits import BadDataError, JobError
 from job.report.facts import Facts

@@ -24,7 +24,7 @@ from typing import Annotated, Any, BinaryIO
 from pydantic import Field
 
 from job.coordination.sealed import NamedObject, RecordPart, Sealed
-from job.data.order import epochs_completed_by
+from job.data.reading.stream import epochs_completed_by
 from job.exits import BadConfigError, BadDataError, MissingInputError
 from job.runs.layout import CHECKPOINTS, CheckpointRef, ObjectKind, located, places_in
 from job.runs.records import attempt_id

@@ -32,7 +32,7 @@ from ddpm.image_size import ImageSize
 from ddpm.process import VarianceExploding, VariancePreserving, make_process
 from job.config import RunConfig
 from job.coordination.pieces import IF_NONE_RUNS, Advance, Made
-from job.data.cache import ImageCache, uncached_images
+from job.data.reading.cache import ImageCache, uncached_images
 from job.data.shards import find_dataset, load_index
 from job.exits import BadRequestError
 from job.processes.ranks import meet

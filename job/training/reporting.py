@@ -18,8 +18,8 @@ from ddpm.state import TrainState, loss_row
 from job.config import method
 from job.coordination.lease import Lease
 from job.coordination.sealed import utc_now
-from job.data.autoencoder import latents_of, load_decoder
-from job.data.cache import ImageCache
+from job.data.latents import latents_of, load_decoder
+from job.data.reading.cache import ImageCache
 from job.evaluation.evaluate import Evaluator, validation_row
 from job.exits import State
 from job.plan import RunHandle

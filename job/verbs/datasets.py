@@ -132,8 +132,9 @@ def show_dataset(
         print_json(_told(bucket, key))
         return
 
-    from job.data.cache import default_cache_dir, uncached_images
     from job.data.preview import preview_png
+    from job.data.reading import default_cache_dir
+    from job.data.reading.cache import uncached_images
     from job.store.files import write_file
 
     print(describe_dataset(index, bucket))

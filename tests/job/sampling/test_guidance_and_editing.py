@@ -21,7 +21,7 @@ from ddpm.grids import make_grid
 from ddpm.process import points_of
 from ddpm.samplers import Visit, ddim
 from job import load
-from job.data.cache import uncached_images
+from job.data.reading.cache import uncached_images
 from job.data.shards import load_index
 from job.runs.verification import verify_run
 from job.store import open_store
