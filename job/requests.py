@@ -105,7 +105,9 @@ class TrainRequest(LaunchedOptions):
             changes["log.tracker"] = self.tracker
         changes |= (parent := self._parent())
         if parent.get("parent.run") == run:
-            raise BadRequestError(f"--from {self.from_}: run {run!r} would be its own parent: name the new one with --run")
+            raise BadRequestError(
+                f"--from {self.from_}: run {run!r} would be its own parent: name the new one with --run"
+            )
         if not parent:
             # Otherwise a setting may be one of the parent's network, which is not known yet.
             draft(self.preset_name(), changes)
@@ -200,7 +202,6 @@ class SampleRequest(LaunchedOptions):
     first_seed: int | None = option(
         "--first-seed K", "Seed of the first image for --count. Default: 0.", None, min=0, max=10**17
     )
-    with_grid: bool = True
 
     @property
     def custom_sampler(self) -> str:

@@ -260,16 +260,22 @@ def values_of(schema: dict[str, Any]) -> str:
     return " ".join([schema["type"], *limits])
 
 
-def list_keys(begin: str = "", *, as_json: bool) -> None:
-    """Prints the keys that begin with `begin`, each with its default, its meaning and its values.
+def _resolved(preset: str, sets: Iterable[str], config_file: Path | None) -> dict[str, dict[str, Any]]:
+    """Returns of each key of a new run its value, and the origin of that."""
+    file, assigned = read_config_file(config_file), parse_sets(sets)
+    values, of_dataset = draft(preset, file | assigned).flat(), {key for key in CHOSEN_ELSEWHERE if key[:5] == "data."}
+    layers: dict[str, Any] = {"--set": assigned, str(config_file): file, f"preset {preset}": flatten(_preset(preset))}
+    layers |= {"the dataset": {*FOLLOWS, *of_dataset}, "default": values}
+    return {
+        key: {"value": values[key], "from": next(name for name, layer in layers.items() if key in layer)}
+        for key in known_keys()
+        if key in values and key != "preset"
+    }
 
-    Raises:
-        BadRequestError: no key does.
-    """
-    _print(all_settings(), ("default", "meaning"), begin, as_json=as_json)
 
-
-def show_config(preset: str, sets: Iterable[str], config_file: Path | None, begin: str = "", *, as_json: bool) -> None:
+def show_config(
+    preset: str, sets: Iterable[str], config_file: Path | None, begin: str, *, list_all: bool, as_json: bool
+) -> None:
     """Prints the configuration of a new run, with the origin of each value; its dataset may fill in more.
 
     Args:
@@ -277,28 +283,17 @@ def show_config(preset: str, sets: Iterable[str], config_file: Path | None, begi
         sets: assignments to dotted keys.
         config_file: with further settings.
         begin: the keys to print begin with it.
+        list_all: whether to print every key instead, with its default, its meaning and its values.
         as_json: whether to print JSON.
 
     Raises:
         BadConfigError, BadRequestError, MissingInputError: as `ddpm train`, or no key begins so.
     """
-    preset, file, assigned = preset or EMBEDDED, read_config_file(config_file), parse_sets(sets)
-    values, of_dataset = draft(preset, file | assigned).flat(), {key for key in CHOSEN_ELSEWHERE if key[:5] == "data."}
-    layers: dict[str, Any] = {"--set": assigned, str(config_file): file, f"preset {preset}": flatten(_preset(preset))}
-    layers |= {"the dataset": {*FOLLOWS, *of_dataset}, "default": values}
-    rows = {}
-    for key in known_keys():
-        if key in values and key != "preset":
-            rows[key] = {"value": values[key], "from": next(name for name, layer in layers.items() if key in layer)}
-    _print(rows, ("value", "from"), begin, as_json=as_json)
-
-
-def _print(rows: dict[str, dict[str, Any]], titles: Iterable[str], begin: str, *, as_json: bool) -> None:
-    """Prints the keys that begin with `begin`; raises BadRequestError if none does."""
     from rich.table import Table
 
     from job.printing import print_json, print_table
 
+    rows = all_settings() if list_all else _resolved(preset or EMBEDDED, sets, config_file)
     chosen = {key: row for key, row in rows.items() if key.startswith(begin)}
     if not chosen:
         sections = dict.fromkeys(key.partition(".")[0] for key in rows)
@@ -309,7 +304,7 @@ def _print(rows: dict[str, dict[str, Any]], titles: Iterable[str], begin: str, *
     table = Table(box=None)
     # A key that is cut cannot be typed.
     table.add_column("key", no_wrap=True, overflow="fold")
-    for title in titles:
+    for title in (titles := ("default", "meaning") if list_all else ("value", "from")):
         table.add_column(title, overflow="fold")
     for key, row in chosen.items():
         table.add_row(key, *(shown(row[title]) for title in titles))

@@ -82,7 +82,7 @@ def _make_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
     how, usual = plan.how(request.seeds), plan.config.sample
     layout = "" if editor or sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-no-nearest"
     training = None
-    if sample.nearest and request.with_grid and is_main and editor is None and plan.index:
+    if sample.nearest and is_main and editor is None and plan.index:
         training = plan.opened_images(painter.stop, index=plan.pictures())
     grids: list[tuple[str, np.ndarray]] = []
 
@@ -95,18 +95,17 @@ def _make_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
     for ref in plan.checkpoints:
         label = plan.label(ref)
         painter.load(plan.run, ref, sample.weights)
-        if request.with_grid:
-            began = time.monotonic()
-            images = painter.sample_together(all_seeds, sampling, sample.batch_size, label, route)
-            if is_main:
-                rate = len(all_seeds) / (time.monotonic() - began)
-                grids.append((moment_of(label), images))
-                title = title_of(plan.run, moment_of(label), plan.words, seeds)
-                if editor:
-                    grid = editor.grid(images, seeds, with_class(title, plan.sampled_classes))
-                else:
-                    grid = grid_png(images, seeds, plan.sampled_classes, training, stop=painter.stop, title=title)
-                publish(ref, grid_key(label, how + layout), grid, f"  ({rate:.2f} images/s)")
+        began = time.monotonic()
+        images = painter.sample_together(all_seeds, sampling, sample.batch_size, label, route)
+        if is_main:
+            rate = len(all_seeds) / (time.monotonic() - began)
+            grids.append((moment_of(label), images))
+            title = title_of(plan.run, moment_of(label), plan.words, seeds)
+            if editor:
+                grid = editor.grid(images, seeds, with_class(title, plan.sampled_classes))
+            else:
+                grid = grid_png(images, seeds, plan.sampled_classes, training, stop=painter.stop, title=title)
+            publish(ref, grid_key(label, how + layout), grid, f"  ({rate:.2f} images/s)")
         if request.gif and is_main:
             title = with_class(title_of(plan.run, moment_of(label), plan.words, gif_seeds), plan.sampled_classes)
             gif = painter.denoising_gif(gif_seeds, sampling, title)
