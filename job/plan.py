@@ -13,7 +13,7 @@ from job.config.schema import SamplerConfig, image_size
 from job.data.order import epochs_completed_by, images_at_epoch
 from job.data.shards import DatasetIndex, NoDatasetError, dataset_key, find_dataset, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, MissingInputError, State
-from job.progress import note
+from job.progress import Progress, note
 from job.requests import TrainRequest
 from job.runs import records
 from job.runs.checkpoints import check_average, choose, list_checkpoints, sound_manifest
@@ -98,21 +98,22 @@ class RunHandle:
         """Images of an epoch; without a dataset, more than a run can see."""
         return self.index.images if self.index else MAX_IMAGES_SEEN + 1
 
-    def opened_images(
-        self,
-        stop: Stop,
-        progress: Callable[[int, int], None] = lambda done, total: None,
-        index: DatasetIndex | None = None,
-    ) -> ImageCache:
-        """Opens the images of a dataset, by default the run's own, within the limits of this node's cache."""
+    def opened_images(self, index: DatasetIndex | None, stop: Stop) -> ImageCache:
+        """Opens the images of a dataset, such as the run's own, within the limits of this node's cache."""
         from job.data.cache import default_cache_dir, open_cache
 
-        index, folder = index or self.index, default_cache_dir()
         assert index is not None
         key, size_bytes = dataset_key(index.name, index.size), int(self.config.data.cache_gigabytes * 1e9)
-        return open_cache(
-            self.bucket, key, index, cache_dir=folder, budget_bytes=size_bytes, progress=progress, stop=stop
-        )
+        with Progress("reading images", total=index.images) as bar:
+            return open_cache(
+                self.bucket,
+                key,
+                index,
+                cache_dir=default_cache_dir(),
+                budget_bytes=size_bytes,
+                progress=lambda done, total: bar.update(done),
+                stop=stop,
+            )
 
 
 def open_run(bucket_uri: str, name: str, stop: Stop = NEVER, *, with_dataset: bool = True) -> RunHandle:

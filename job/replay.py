@@ -103,8 +103,7 @@ class Replay:
     @cached_property
     def images(self) -> ImageCache:
         """The run's dataset."""
-        with Progress("reading images", total=self.index.images) as bar:
-            return self.of_run.opened_images(self.stop, lambda done, total: bar.update(done))
+        return self.of_run.opened_images(self.index, self.stop)
 
     def checkpoints(self) -> list[CheckpointRef]:
         """Returns the checkpoints on the way to the newest one that the run has now, in order."""

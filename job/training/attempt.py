@@ -27,7 +27,7 @@ from job.processes import compute
 from job.processes.launched import is_launched
 from job.processes.lease import Lease
 from job.processes.ranks import meet
-from job.progress import Progress, note
+from job.progress import note
 from job.requests import TrainRequest, check_world_size
 from job.runs import records
 from job.runs.checkpoints import Manifest, check_average, newest_good, opened
@@ -123,9 +123,8 @@ class TrainingAttempt:
             self.state = method.initial_state(method.build_network(config, ranks.device), config)
             with self._lease.unless_lost() if self._lease else nullcontext():
                 self._restore()
-            with Progress("reading images", total=plan.index.images) as bar:
-                self.images = plan.opened_images(self.stop, lambda done, total: bar.update(done))
-                self.held_out = plan.opened_images(self.stop, index=plan.held_out) if plan.held_out else None
+            self.images = plan.opened_images(plan.index, self.stop)
+            self.held_out = plan.opened_images(plan.held_out, self.stop) if plan.held_out else None
             if self.restored is None and ranks.is_main:
                 self._compare_sigma_data()
             # Building the network waits for all processes without a heartbeat, which would look like a hang.
