@@ -186,17 +186,17 @@ class SampleRequest(LaunchedOptions):
     image: str = option("--image LIST|FILE", "Image numbers in the dataset, such as 0-3, or a file.")
     mask: str = option("--mask NAME|FILE", "Part to replace: half, centre, or the white of a file.")
     resamplings: int | None = option(
-        "--resamplings N", "Passes of inpaint over each stretch of ten steps. Default: 10.", None
+        "--resamplings N", "Passes of inpaint over each stretch of ten steps. Default: 10.", None, min=1, max=1000
     )
     strength: float | None = option(
-        "--strength 0..1", "Share of the steps to take. Default: img2img 0.6, invert 1.", None
+        "--strength 0..1", "Share of the steps to take. Default: img2img 0.6, invert 1.", None, min=0.001, max=1
     )
     gif: bool = option("--gif", "Also make a GIF of the denoising of the first 12 seeds.", False)
     nearest: bool | None = option(
         "--nearest/--no-nearest", "Show the nearest training image beside each sample, or not.", None
     )
     batch_size: int | None = option("--batch-size N", "Images at once on each process.", None, min=1)
-    count: int | None = option("--count IMAGES", "Save this many images, one per seed.", None, min=1)
+    count: int | None = option("--count IMAGES", "Save this many images, one per seed.", None, min=1, max=MAX_COUNT)
     save: str = option("--save KIND", "Format for --count: shards (tar files; the default) or png.")
     slice: SliceOption = ""
     first_seed: int | None = option(
@@ -265,9 +265,6 @@ class SampleRequest(LaunchedOptions):
                 raise BadRequestError(f"--{name.replace('_', '-')} {why}")
         if "image" in MODES.get(self.mode, ()) and not self.image:
             raise BadRequestError(f"--mode {self.mode} needs --image: numbers in the dataset such as 0-3, or a file")
-        for name, most in {"strength": 1, "resamplings": 1000, "count": MAX_COUNT}.items():
-            if (value := getattr(self, name)) is not None and not 0 < value <= most:
-                raise BadRequestError(f"--{name} {value}: above 0, and up to {most:,}")
         if self.mode == "interpolate" and self.seeds and len(parse_numbers(self.seeds, "--seeds")) % 2:
             raise BadRequestError(f"--mode interpolate goes from seed to seed: --seeds {self.seeds} has an odd number")
         Slice.parse(self.slice)
