@@ -138,8 +138,8 @@ def ddpm_here(*words: object, **variables: str | None) -> subprocess.CompletedPr
         patch.setattr(sys, "argv", [DDPM, *map(str, words)])
         patch.delenv("DDPM_BUCKET", raising=False)
 
-        def launch_here(request: LaunchedOptions, run: Store, go: None = None) -> None:
-            check_writable(run)
+        def launch_here(request: LaunchedOptions, folder: Store, go: None = None) -> None:
+            check_writable(folder)
             patch.setenv(LAUNCHED, str(os.getppid()))
             try:
                 run()
