@@ -84,7 +84,8 @@ class Commands(TyperGroup):
         """Runs a command."""
         try:
             return super().invoke(ctx)
-        except Exception as error:
+        except Exception as raised:
+            error: Any = raised
             # Typer has a copy of Click. In both, only the error about an unknown option has `possibilities`.
             if hasattr(error, "possibilities") and any("--set" in each.opts for each in error.ctx.command.params):
                 from job.config import CHOSEN_ELSEWHERE, known_keys
