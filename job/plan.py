@@ -36,7 +36,7 @@ class RunHandle:
     config: RunConfig
     """With the changes of the last attempt."""
     stored: RunConfig
-    """As the run began."""
+    """As the run began; the name of a picture lists the differences from its section `sample`."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -49,11 +49,6 @@ class RunHandle:
     def sample_config(self) -> SamplerConfig:
         """The sampling settings."""
         return self.config.sample
-
-    @property
-    def first_sample(self) -> SamplerConfig:
-        """The run's first sampling settings: the name of a picture lists the differences from them."""
-        return self.stored.sample
 
     @property
     def sampled_classes(self) -> tuple[str, ...]:
