@@ -197,7 +197,9 @@ class SampleRequest(LaunchedOptions):
     )
     batch_size: int | None = option("--batch-size N", "Images at once on each process.", None, min=1)
     count: int | None = option("--count IMAGES", "Save this many images, one per seed.", None, min=1, max=MAX_COUNT)
-    save: str = option("--save KIND", "Format for --count: shards (tar files; the default) or png.")
+    save: str = option(
+        "--save KIND", "Format for --count: shards (tar files; the default) or png.", choices=("shards", "png")
+    )
     slice: SliceOption = ""
     first_seed: int | None = option(
         "--first-seed K", "Seed of the first image for --count. Default: 0.", None, min=0, max=10**17
@@ -252,14 +254,10 @@ class SampleRequest(LaunchedOptions):
         sampler = self.chosen.get("sampler")
         if sampler == "own" or (self.custom_sampler and not _OWN_SAMPLER.fullmatch(self.custom_sampler)):
             raise BadRequestError(f"--sampler {sampler!r}: name yours as module:function, such as mysamplers:walk")
-        if self.save not in ("", "shards", "png"):
-            raise BadRequestError(f"--save {self.save!r}: use shards or png")
         if not _CHECKPOINTS.fullmatch(self.checkpoints):
             raise BadRequestError(f"--checkpoints {self.checkpoints!r}: use epochs such as 30,80, or latest, or all")
         if self.seeds:
             parse_numbers(self.seeds, "--seeds")
-        if self.mode not in ("", *MODES):
-            raise BadRequestError(f"--mode {self.mode!r}: use {', '.join(MODES)}{did_you_mean(self.mode, MODES)}")
         for name, why in self._unfit().items():
             if (value := getattr(self, name)) not in (None, "") and value is not False:
                 raise BadRequestError(f"--{name.replace('_', '-')} {why}")
@@ -377,16 +375,6 @@ def check_world_size(processes: int, train: Train) -> None:
     if train.exact and processes > (train.slots or processes):
         shared = f"train.exact=true: {processes} processes cannot share train.slots={train.slots}"
         raise BadConfigError(f"{shared}: use fewer with --processes N, or --set train.exact=null")
-
-
-def check_output(path: Path) -> None:
-    """Checks that a picture can be written to `path`.
-
-    Raises:
-        BadRequestError: it does not end in .png, is a folder, or its folder is missing.
-    """
-    if path.suffix.lower() != ".png" or path.is_dir() or not path.parent.is_dir():
-        raise BadRequestError(f"--output {path}: name a file that ends in .png, in a folder that is there")
 
 
 def parse_numbers(text: str, option: str) -> list[int]:

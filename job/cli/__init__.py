@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from inspect import Parameter, Signature, getdoc, signature
 from itertools import chain
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any, get_args, get_origin
 
@@ -14,7 +15,8 @@ import typer
 from typer.core import TyperGroup
 
 from ddpm.image_size import ImageSize
-from job.options import options_of, request_of
+from job.exits import BadRequestError, did_you_mean
+from job.options import Option, options_of, request_of
 
 COMPLETION_SECONDS = 3.0
 """The longest time that a bucket has to answer after a press of Tab."""
@@ -69,12 +71,33 @@ def _for_typer(parameter: Parameter, *, hidden: bool) -> Parameter:
         "min": option.min,
         "max": option.max,
         "hidden": hidden,
-        "parser": _size if ImageSize in get_args(takes) else None,
+        "parser": _parser(takes, option),
         "callback": usual_bucket if parameter.name == "bucket" else None,
         "autocompletion": (lambda: [*option.choices]) if option.choices else _COMPLETED.get(option.words.split()[0]),
     }
     made = typer.Option(*option.flags, **settings) if option.flags else typer.Argument(**settings)
     return parameter.replace(annotation=Annotated[takes, made], kind=Parameter.KEYWORD_ONLY)
+
+
+def _parser(takes: Any, option: Option) -> Callable[[str], Any] | None:
+    """Returns what reads the value of an option, with errors of its own; None for what Typer reads."""
+
+    def one_of(text: str) -> str:
+        if text and text not in option.choices:
+            there = f"{', '.join(filter(None, option.choices))}{did_you_mean(text, option.choices)}"
+            raise BadRequestError(f"{option.flags[0]} {text!r}: use {there}")
+        return text
+
+    def file(text: str) -> Path:
+        path, suffix = Path(text), f".{str(option.metavar).lower()}"
+        if path.suffix.lower() != suffix or path.is_dir() or not path.parent.is_dir():
+            raise BadRequestError(f"--output {path}: name a file that ends in {suffix}, in a folder that is there")
+        return path
+
+    if ImageSize in get_args(takes):
+        return _size
+    # A setting of sampling has choices too: its request checks it, as it may be a function of the user.
+    return file if option.metavar in ("PNG", "HTML") else one_of if option.choices and takes is str else None
 
 
 class Commands(TyperGroup):

@@ -208,7 +208,7 @@ def report(
     name: Annotated[str, Option("[RUN]", "Name of the run. Default: all runs.")] = "",
     open_it: Annotated[bool, Option("--open", "Open the page in the browser.")] = False,
     output: Annotated[
-        Path | None, Option("--output -o FILE", "File to write, such as page.html. Default: in the bucket.")
+        Path | None, Option("--output -o HTML", "File to write, such as page.html. Default: in the bucket.")
     ] = None,
     bucket: BucketUri = "",
 ) -> None:

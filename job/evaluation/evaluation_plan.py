@@ -326,11 +326,8 @@ def locate_extractor(name: str, bucket: Store, file: str = "") -> LocatedExtract
         file: a path or a URI of the file instead.
 
     Raises:
-        BadRequestError: the network is unknown.
         MissingInputError: the file is nowhere; the message says how to get it.
     """
-    if name not in EXTRACTORS:
-        raise BadRequestError(f"--extractor {name!r}: there are {', '.join(EXTRACTORS)}")
     extractor = EXTRACTORS[name]
     if file:
         folder, _, last = (file if is_remote(file) else str(Path(file).expanduser().absolute())).rpartition("/")

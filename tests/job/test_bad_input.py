@@ -70,7 +70,7 @@ MEANINGLESS: Rows = [
     ("train --dataset a --config {binary}", 78, ["binary.yaml is not valid YAML"]),
     ("train --dataset a --config /dev/zero", 78, ["/dev/zero is larger than 256 KiB: is it the right file?"]),
     ("sample --run a --count 25600001", 2, ["'--count'", "less than or equal to 25600000"]),
-    ("sample --run a --count 5 --save jpg", 64, ["--save 'jpg'", "shards or png"]),
+    ("sample --run a --count 5 --save jpg", 64, ["--save 'jpg'", "shards, png"]),
     ("sample --run a --count 5 --slice 2/2", 64, ["--slice '2/2'", "from 0 to n-1"]),
     ("sample --run a --first-seed 0", 64, ["--first-seed", "works only with --count: add the number"]),
     ("sample --run a --count 5 --seeds 0-4", 64, ["--seeds makes pictures", "--count, which takes --first-seed"]),
