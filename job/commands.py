@@ -251,7 +251,7 @@ def _say_finished(plan: Plan, what: str) -> None:
     images_seen, batch_size = plan.images_seen, plan.config.train.batch_size
     # The run may have seen more epochs than this command asks for.
     epochs = images_seen // plan.index.images
-    grid = grid_key(label_at(images_seen, plan.index.images, batch_size), plan.config.sample.name(plan.stored.sample))
+    grid = grid_key(label_at(images_seen, plan.index.images, batch_size), plan.config.sample.name(plan.first_sample))
     outputs = {"page": ObjectKind.PAGE.value, "samples": grid}
     there = [(title, plan.run.uri_of(key)) for title, key in outputs.items() if plan.run.exists(key)]
     # The work is done: a closed pipe must not make a failure of it.

@@ -36,7 +36,7 @@ class RunHandle:
     config: RunConfig
     """With the changes of the last attempt."""
     stored: RunConfig
-    """As the run began; the name of a picture lists the differences from its section `sample`."""
+    """As the run began."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -49,6 +49,11 @@ class RunHandle:
     def sample_config(self) -> SamplerConfig:
         """The sampling settings."""
         return self.config.sample
+
+    @property
+    def first_sample(self) -> SamplerConfig:
+        """The run's first sampling settings: the name of a picture lists the differences from them."""
+        return self.stored.sample
 
     @property
     def sampled_classes(self) -> tuple[str, ...]:

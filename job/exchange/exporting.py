@@ -105,7 +105,7 @@ def _opened_export(of_run: RunHandle, request: ExportRequest, described: pipelin
             if len(files) > 1:
                 small[pipeline.INDEX] = _index(files)
             with suppress(ObjectMissingError):
-                small[PICTURE] = run.read(grid_key(label, config.sample.name(of_run.stored.sample))).data
+                small[PICTURE] = run.read(grid_key(label, config.sample.name(of_run.first_sample))).data
             if of_run.classes and last:
                 small[pipeline.PIPELINE_CODE] = (resources.files("job.exchange") / "class_pipeline.py").read_bytes()
             named = {"place": request.push or "this folder", "lacking": described.lacking}

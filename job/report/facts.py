@@ -136,7 +136,7 @@ def facts_of(
     places = places_in(run, ObjectKind.PICTURE.folder, ObjectKind.SCORES.folder)
     attempts = spans_of(attempts_of(run), status)
     pictures = [key for key in places if places[key].kind in (ObjectKind.PICTURE, ObjectKind.GRID)]
-    how = config.sample.name(handle.stored.sample)
+    how = config.sample.name(handle.first_sample)
     grids = [DatedGrid(moment_of(label), key) for label, key in _in_order(pictures, grid_key(_LABEL, how))]
     gifs = [key for _, key in _in_order(pictures, denoising_key(_LABEL, how))]
     made_by_run = {*(grid.key for grid in grids), *gifs}

@@ -200,11 +200,11 @@ class SamplePlan(RunHandle):
         """The sampling settings, for people."""
         own = f", {self.custom_sampler.name}" if self.custom_sampler else ""
         edited = f", {self.given.editing.words}" if self.given else ""
-        return f"{self.sample.words(self.stored.sample)}{own}{edited}"
+        return f"{self.sample.words(self.first_sample)}{own}{edited}"
 
     def how(self, seeds: str = "") -> str:
         """Returns everything that decides the images of a checkpoint, as part of a picture's name."""
-        how = self.sample.name(self.stored.sample)
+        how = self.sample.name(self.first_sample)
         how += f"-{self.custom_sampler.words}" if self.custom_sampler else ""
         how += f"-{self.given.editing.name}" if self.given else ""
         return f"{how}-seeds-{file_words(seeds, '_')}" if seeds else how

@@ -6,7 +6,7 @@ import configparser
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,6 +219,26 @@ def split_uri(uri: str) -> tuple[str, str]:
     path, query = split_query(uri)
     folder, _, name = path.rpartition("/")
     return f"{folder or '/'}{'/' * folder.endswith(':/')}{query}", name
+
+
+def set_storage_options(settings: Iterable[str]) -> None:
+    """Adds to fsspec's configuration of this process and its children, before it opens a bucket.
+
+    Args:
+        settings: `SCHEME.OPTION=VALUE`, such as `gs.requester_pays=my-project`; a value is JSON, or else text.
+
+    Raises:
+        BadRequestError: a setting of another form, or one that may be a secret: every user can list arguments.
+    """
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        scheme, _, option = name.partition(".")
+        if not (text and option.isidentifier() and scheme.isalnum()):
+            raise BadRequestError(f"{name!r}: write SCHEME.OPTION=VALUE, such as gs.requester_pays=my-project")
+        if (_SECRET_OPTION.search(option.lower()) or re.search(r"[?@]|^\s*[{\[]", text)) and text != "anon":
+            remedy = "write it into ~/.config/fsspec/conf.json, because every user can list the arguments of a process"
+            raise BadRequestError(f"{name} may be a secret: {remedy}")
+        os.environ[f"FSSPEC_{scheme}_{option}".upper()] = text
 
 
 def is_remote(uri: str) -> bool:

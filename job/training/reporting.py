@@ -307,7 +307,7 @@ class Interludes:
         def publish(recorder: Recorder) -> None:
             title = with_class(self._title(range(GIF_SEEDS)), self._plan.sampled_classes)
             gif = painter.denoising_gif(range(GIF_SEEDS), method.sampling_of(self._config.sample), title)
-            key = denoising_key(self._label(), self._config.sample.name(self._plan.stored.sample))
+            key = denoising_key(self._label(), self._config.sample.name(self._plan.first_sample))
             recorder.writer.put(key, gif, images_seen=self._state.images_seen)
 
         self._attempt.on_main(publish)
@@ -356,8 +356,8 @@ class Interludes:
         return label_at(self._state.images_seen, self._plan.index.images, self._config.train.batch_size)
 
     def _grid_key(self) -> str:
-        return grid_key(self._label(), self._config.sample.name(self._plan.stored.sample))
+        return grid_key(self._label(), self._config.sample.name(self._plan.first_sample))
 
     def _title(self, seeds: Sequence[int]) -> str:
-        words = self._config.sample.words(self._plan.stored.sample)
+        words = self._config.sample.words(self._plan.first_sample)
         return title_of(self._plan.run, moment_of(self._label()), words, seeds)
