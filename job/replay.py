@@ -209,9 +209,7 @@ def replay_run(bucket_uri: str, name: str, image: int, to: str, *, verify: bool)
     replay = Replay(bucket_uri, name, stop)
     run, newest, batch_size = replay.of_run.run, replay.newest.images_seen, replay.batch_size
     if image % batch_size or image > newest:
-        below = image - image % batch_size
-        near = " or ".join(f"{one:,}" for one in sorted({min(below, newest), min(below + batch_size, newest)}))
-        raise BadRequestError(f"--image {image}: {name!r} has states every {batch_size:,} images to {newest:,}: {near}")
+        raise BadRequestError(f"--image {image}: {name!r} has a state every {batch_size:,} images, up to {newest:,}")
     there = [ref for ref in replay.checkpoints() if ref.images_seen == image]
     if verify and not (there and image):
         raise MissingInputError(f"--verify: {run.uri} has no checkpoint at image {image:,} to compare with")

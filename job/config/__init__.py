@@ -203,25 +203,24 @@ def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[
     Raises:
         BadConfigError: a key that decides what is learnt differs; the message has both values and the ways out.
     """
-    before, now = stored.flat(), wanted.flat()
-    if wanted.model.kind != stored.model.kind:
-        # Two kinds of networks have different keys.
-        now = {key: value for key, value in now.items() if key == "model.kind" or not key.startswith("model.")}
-    changes = {key: value for key, value in now.items() if before[key] != value and key != "preset"}
+    before = stored.flat()
+    changes = {key: value for key, value in wanted.flat().items() if before.get(key) != value and key != "preset"}
     # An imported run leaves its precision to the first machine that trains it.
     is_open = stored.train.precision == "auto"
     # A network with self-conditioning learns from estimates that are clipped like its samples.
     learnt = {"sample.clip"} if stored.diffusion.self_conditioning else set()
-    fixed = [
-        f"{key}: the run has {before[key]}, asked for {value}"
+    fixed = {
+        key: f"{key}: the run has {before.get(key)}, asked for {value}"
         for key, value in changes.items()
         if key in learnt or not (is_free(key) or (key == "train.precision" and is_open))
-    ]
+    }
     if fixed:
         # Another network cannot take its weights.
-        weights = "" if any(each.startswith("model.") for each in fixed) else f" (with these weights: --from {run})"
+        weights = "" if any(key.startswith("model.") for key in fixed) else f" (with these weights: --from {run})"
+        # Two kinds of networks have different keys.
+        others = fixed.get("model.kind") or "; ".join(fixed.values())
         raise BadConfigError(
-            f"run {run!r} was started with another configuration ({'; '.join(fixed)}). "
+            f"run {run!r} was started with another configuration ({others}). "
             f"Leave these out to continue it, start another run with --run NAME{weights}, or delete this one "
             f"(ddpm runs delete {run} --yes)"
         )
