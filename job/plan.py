@@ -67,18 +67,6 @@ class RunHandle:
             return encoding.channels, *encoding.size.shape
         return self.config.image_shape
 
-    def learnt(self) -> DatasetIndex:
-        """Returns the dataset of the images that the run has learnt.
-
-        Raises:
-            BadRequestError: the run was imported without one.
-            BadConfigError: the dataset has other images now.
-        """
-        if self.index is None:
-            raise BadRequestError(f"{self.run.uri} was imported without a dataset, and has learnt nothing here")
-        follow_dataset(self.stored, self.index)
-        return self.index
-
     def pictures(self) -> DatasetIndex | None:
         """Returns the dataset of the pictures: for latents, the dataset that was encoded.
 
