@@ -103,7 +103,7 @@ def _root(
         raise MissingInputError("the working folder is gone: use cd to change to one that exists") from None
 
 
-def train(request: TrainRequest) -> None:
+def ddpm_train(request: TrainRequest) -> None:
     """Trains a run."""
     from job.processes.launcher import early_ranks
     from job.stop import deadline
@@ -120,7 +120,7 @@ command(data, "pack", "job.commands:pack_command", PackRequest)
 command(data, "index", "job.commands:pack_command", IndexRequest)
 command(data, "encode", "job.commands:encode_command", EncodeRequest)
 command(data, "ensure", "job.commands:ensure_command", EnsureRequest)
-command(app, "train", train, TrainRequest)
+command(app, "train", ddpm_train, TrainRequest)
 command(app, "sample", "job.commands:sample_command", SampleRequest)
 
 
@@ -204,7 +204,7 @@ def replay(
 
 
 @partial(command, app, "report", "job.report.bucket_page:write_report")
-def report(
+def ddpm_report(
     name: Annotated[str, Option("[RUN]", "Name of the run. Default: all runs.")] = "",
     open_it: Annotated[bool, Option("--open", "Open the page in the browser.")] = False,
     output: Annotated[
