@@ -301,11 +301,8 @@ def locate_extractor(name: str, bucket: Store, file: str = "") -> LocatedExtract
         file: a path or a URI of the file instead.
 
     Raises:
-        BadRequestError: the network is unknown.
         MissingInputError: the file is nowhere; the message says how to get it.
     """
-    if name not in EXTRACTORS:
-        raise BadRequestError(f"--extractor {name!r}: there are {', '.join(EXTRACTORS)}")
     extractor = EXTRACTORS[name]
     store, key = bucket, f"{FOLDER}/{extractor.file}"
     if file:

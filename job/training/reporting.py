@@ -372,7 +372,7 @@ class Interludes:
         pictures = self._plan.pictures()
         if pictures is self._plan.index:
             return self._attempt.images
-        return self._plan.opened_images(self._attempt.stop, index=pictures)
+        return self._plan.opened_images(pictures, self._attempt.stop)
 
     def _label(self) -> str:
         return label_at(self._state.images_seen, self._plan.index.images, self._config.train.batch_size)

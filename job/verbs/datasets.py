@@ -15,7 +15,6 @@ from job.data.shards import DATASETS, PREVIEW, DatasetIndex, dataset_key, find_d
 from job.exits import BadDataError, BadRequestError, MissingInputError, did_you_mean
 from job.printing import open_page, print_json, print_table
 from job.progress import Progress, note
-from job.requests import check_output
 from job.store import Retry, Store, open_store
 from job.store.retry import away_limit_seconds
 
@@ -120,11 +119,8 @@ def show_dataset(
     """Prints the facts of a dataset and makes its preview anew, in the bucket unless `output` names a file.
 
     Raises:
-        BadRequestError: `output` cannot be written.
         MissingInputError: the bucket has no such dataset.
     """
-    if output is not None:
-        check_output(output)
     bucket = open_store(bucket_uri)
     key = find_dataset(bucket, name, size)
     index = load_index(bucket, key)
