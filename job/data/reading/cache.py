@@ -237,6 +237,8 @@ class ImageCache:
             with os_errors(self._tables_path), self._tables_path.open("r+b") as file:
                 file.seek(first * OFFSETS_DTYPE.itemsize)
                 file.write(table.tobytes())
+        else:
+            self._check_table(shard, self._tables[first:last])
         self._are_loaded[shard] = True
 
     def read_table(self, shard: int) -> np.ndarray:
@@ -245,18 +247,23 @@ class ImageCache:
         Raises:
             BadDataError: the table is corrupt.
         """
-        packed, classes = self.index.shards[shard], len(self.index.classes)
+        packed = self.index.shards[shard]
         key = f"{self._key}/{packed.offsets_name}"
-        uri, data = self._bucket.uri_of(key), self._bucket.read(key).data
+        data = self._bucket.read(key).data
         is_whole = len(data) == packed.images * OFFSETS_DTYPE.itemsize
         if not is_whole or hashlib.sha256(data).hexdigest() != packed.offsets_sha256:
-            raise BadDataError(f"{uri} differs from the index: {self.remedy}")
-        table = np.frombuffer(data, OFFSETS_DTYPE)
-        # A hostile index may contain the hash of an impossible table. A header comes before the first image.
+            raise BadDataError(f"{self._bucket.uri_of(key)} differs from the index: {self.remedy}")
+        self._check_table(shard, table := np.frombuffer(data, OFFSETS_DTYPE))
+        return table
+
+    def _check_table(self, shard: int, table: np.ndarray) -> None:
+        """Raises `BadDataError` for an impossible table: a hostile index may contain the hash of any."""
+        packed, classes = self.index.shards[shard], len(self.index.classes)
+        # A header comes before the first image.
         are_classes = not classes or 0 <= table["label"].min() <= table["label"].max() < classes
         if not are_classes or not tarfile.BLOCKSIZE <= table["offset"].min() <= table["offset"].max() < packed.bytes:
+            uri = self._bucket.uri_of(f"{self._key}/{packed.offsets_name}")
             raise BadDataError(f"{uri} points beyond its shard or its classes: {self.remedy}")
-        return table
 
     def place(self, shard: int) -> tuple[Store, str]:
         """Returns the store that holds a shard's tar, and its key there."""
