@@ -146,7 +146,7 @@ def pack_command(request: PackRequest) -> None:
     """Packs a source, or indexes tars in place, and prints the facts of the dataset."""
     from job.data.opening import forget
     from job.data.pack import check_free, is_whole, pack
-    from job.verbs.removal import check_unused
+    from job.verbs.upkeep import check_unused
 
     with _command_on(request, Slice.parse(request.slice)) as stop:
         stop.install()

@@ -20,10 +20,10 @@ from job.pieces import Pieces
 from job.processes import lease
 from job.processes.lease import Lease
 from job.runs import checkpoints, metric_rows, retention, writer
-from job.runs.retention import Retention, Retirement
+from job.runs.retention import Retention
 from job.sealed import NamedObject
 from job.store.base import ObjectExistsError, Store
-from job.verbs import removal
+from job.verbs import upkeep
 
 Replace = Callable[[Any, str, Any], None]
 """Puts another object in the place of an attribute."""
@@ -254,12 +254,14 @@ def _epoch_displaced(replace: Replace) -> None:
 
 @_mutation("a segment of the metrics goes when a later one has taken it in, though a manifest names it", "train")
 def _merged_deleted_early(replace: Replace) -> None:
-    named_by = Retirement._named_by
+    leftovers = retention.leftovers
 
-    def only_newest(this: Retirement, there: Any) -> Any:
-        return named_by(this, {max(there)})
+    def only_newest(run: Any, places: Any, until: Any, named: Any) -> Any:
+        return leftovers(
+            run, places, until, {place.checkpoint: set() for place in places.values()} | {until: named[until]}
+        )
 
-    replace(Retirement, "_named_by", only_newest)
+    replace(retention, "leftovers", only_newest)
 
 
 @_mutation("the sweep deletes metrics of earlier attempts, which manifests name", "train", "train-here")
@@ -518,4 +520,4 @@ def _listed_once(replace: Replace) -> None:
 
 @_mutation("a prune deletes what a suspended attempt has uploaded and not committed yet", "prune:38Z25")
 def _suspended_is_over(replace: Replace) -> None:
-    replace(removal, "_fence_at_work", lambda run: removal.records.highest_fence(run) + 1)
+    replace(upkeep, "_fence_at_work", lambda run: upkeep.records.highest_fence(run) + 1)

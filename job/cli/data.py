@@ -89,6 +89,6 @@ def data_delete(name: DatasetName, size: Size = None, yes: Certain = False, buck
 
     Example: ddpm data delete mine --size 64 --yes
     """
-    from job.verbs.removal import delete_dataset
+    from job.verbs.upkeep import delete_dataset
 
     delete_dataset(bucket, name, size, yes)

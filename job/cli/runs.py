@@ -81,7 +81,7 @@ def runs_verify(run: RunName, as_json: AsJson = False, bucket: BucketUri = "") -
 
     Example: ddpm runs verify celeba --bucket gs://my-bucket
     """
-    from job.verbs.run_listing import verify_named_run
+    from job.verbs.upkeep import verify_named_run
 
     verify_named_run(bucket, run, as_json=as_json)
 
@@ -100,7 +100,7 @@ def runs_prune(
 
     Example: ddpm runs prune celeba --keep-last 1 --dry-run
     """
-    from job.verbs.removal import prune_run
+    from job.verbs.upkeep import prune_run
 
     prune_run(bucket, run, keep_last=keep_last, dry_run=dry_run)
 
@@ -114,7 +114,7 @@ def runs_delete(run: RunName, yes: Certain = False, bucket: BucketUri = "") -> N
 
     Example: ddpm runs delete celeba --yes
     """
-    from job.verbs.removal import delete_run
+    from job.verbs.upkeep import delete_run
 
     delete_run(bucket, run, certain=yes)
 

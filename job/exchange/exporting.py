@@ -28,7 +28,7 @@ from job.exits import (
 )
 from job.plan import RunHandle, open_run
 from job.progress import Progress, note, printable, shows_bars
-from job.runs import pipeline
+from job.runs import checkpoints
 from job.runs.checkpoints import check_average, choose, opened
 from job.runs.drawings import Scores, grid_key, label_at, score_name
 from job.runs.layout import RUNS, CheckpointRef, ObjectKind, located, places_in
@@ -97,7 +97,7 @@ def export_run(request: ExportRequest) -> None:
     hub = Hub(request.push) if request.push else None
     stop = Stop().install()
     of_run = open_run(request.bucket, request.run, stop)
-    described = pipeline.described(of_run.config, of_run.classes, has_code=True)
+    described = checkpoints.described(of_run.config, of_run.classes, has_code=True)
     if not described.objects:
         raise BadRequestError(f"run {request.run!r} cannot be exported to diffusers: {described.lacking}")
     target = open_target(request.to, of_run) if request.to else None
@@ -125,15 +125,15 @@ def _opened_export(of_run: RunHandle, request: ExportRequest, described: pipelin
         label = label_at(ref.images_seen, of_run.dataset_images, batch_size)
         with opened(run, ref, (weights,)) as restored:
             paths = restored.files[weights]
-            files = dict(zip(pipeline.weights_names(len(paths)), paths, strict=True))
+            files = dict(zip(checkpoints.weights_names(len(paths)), paths, strict=True))
             small = dict(described.objects)
             last = {key: small.pop(key) for key in ("model_index.json",) if key in small}
             if len(files) > 1:
-                small[pipeline.INDEX] = _index(files)
+                small[checkpoints.INDEX] = _index(files)
             with suppress(ObjectMissingError):
                 small[PICTURE] = run.read(grid_key(label, config.sample.name(of_run.first_drawing))).data
             if of_run.classes and last:
-                small[pipeline.PIPELINE_CODE] = (resources.files("job.exchange") / "class_pipeline.py").read_bytes()
+                small[checkpoints.PIPELINE_CODE] = (resources.files("job.exchange") / "class_pipeline.py").read_bytes()
             code = _code(of_run, small | last, request.push or "this folder", described.lacking)
             small[CARD] = _card(of_run, ref, weights, code, PICTURE in small).encode()
             size_bytes = sum(path.stat().st_size for path in paths)
@@ -148,7 +148,7 @@ def _index(files: dict[str, Path]) -> bytes:
     for name, path in files.items():
         with safe_open(path, framework="pt") as file:
             places |= dict.fromkeys(file.keys(), name.rpartition("/")[2])
-    return pipeline.weights_index(sum(path.stat().st_size for path in files.values()), places)
+    return checkpoints.weights_index(sum(path.stat().st_size for path in files.values()), places)
 
 
 def _card(of_run: RunHandle, ref: CheckpointRef, weights: str, code: str, has_picture: bool) -> str:
@@ -166,7 +166,7 @@ def _card(of_run: RunHandle, ref: CheckpointRef, weights: str, code: str, has_pi
             *(["license: other", f"license_name: {json.dumps(licence_id)}"] if licence_id else []),
             *("---", "", f"# {of_run.run.uri.rpartition('/')[2]}", ""),
             f"A U-Net of {config.image_size.words} pixels, trained on {of_images}{preset}: {ref.images_seen:,} images "
-            f"seen, weights `{weights}`, code {code_version()}. `{pipeline.RUN_CONFIG}` has all settings.",
+            f"seen, weights `{weights}`, code {code_version()}. `{checkpoints.RUN_CONFIG}` has all settings.",
             *([f"It began with the weights of {config.parent.words}."] if config.parent.run else []),
             *("", f"Licence of the images: {licence or 'not stated'}.", ""),
             *(line for scores in _scores(of_run.run, ref, weights) for line in (scores, "")),
@@ -184,8 +184,8 @@ def _code(of_run: RunHandle, objects: dict[str, bytes], place: str, lacking: str
     if classes:
         names = ", ".join(classes[:MOST_NAMES]) + (", …" if len(classes) > MOST_NAMES else "")
         labels = [number % len(classes) for number in range(4)]
-        return _CLASSES.format(labels=labels, code=pipeline.PIPELINE_CODE, names=names, place=place, steps=steps)
-    scheduler = json.loads(objects[pipeline.SCHEDULER_CONFIG])["_class_name"]
+        return _CLASSES.format(labels=labels, code=checkpoints.PIPELINE_CODE, names=names, place=place, steps=steps)
+    scheduler = json.loads(objects[checkpoints.SCHEDULER_CONFIG])["_class_name"]
     call = ", use_clipped_model_output=True" if scheduler == "DDIMScheduler" else ""
     kind = json.loads(objects["model_index.json"])["_class_name"]
     return _PIPELINE.format(kind=kind, call=call, remark=_REMARK[scheduler], place=place, steps=steps)
@@ -322,7 +322,7 @@ class Hub:
         url = str(self._api.create_repo(self._name, private=True, exist_ok=True))
         # A new repository has this file of git.
         there = {*self._api.list_repo_files(self._name)} - {".gitattributes"}
-        if pipeline.RUN_CONFIG not in there and (strangers := sorted(there - objects.keys())):
+        if checkpoints.RUN_CONFIG not in there and (strangers := sorted(there - objects.keys())):
             raise BadRequestError(
                 f"--push {self._name}: {printable(strangers[0]):.100} is there already, and no earlier export: name "
                 "another repository, or a new one"
@@ -340,7 +340,7 @@ class Hub:
 
 def _is_of_an_export(key: str) -> bool:
     in_a_run = f"{CheckpointRef(0, 0).key}/{key}"
-    return key in (CARD, PICTURE, pipeline.PIPELINE_CODE) or located(in_a_run).kind is ObjectKind.PIPELINE
+    return key in (CARD, PICTURE, checkpoints.PIPELINE_CODE) or located(in_a_run).kind is ObjectKind.PIPELINE
 
 
 def _meaning(error: Exception, name: str) -> JobError:

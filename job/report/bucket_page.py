@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import sqrt
@@ -18,15 +16,12 @@ from job.exits import BadRequestError, JobError
 from job.plan import open_run
 from job.printing import open_page
 from job.progress import Progress, note
-from job.report.facts import Facts, facts_of
-from job.report.page import PAGE_KEY, PictureCache, columns, rendered, run_page
+from job.report import PAGE_KEY, Facts, PictureCache, columns, facts_of, rendered, run_page
 from job.runs.layout import RUNS
-from job.runs.metric_rows import Row
-from job.runs.outlook import AttemptSpan
 from job.runs.records import run_store
 from job.store import Store, open_store
 from job.store.files import write_file
-from job.verbs.run_listing import run_names
+from job.verbs.run_listing import differing, run_names
 
 MOST_POINTS = 250
 """The largest number of points of a run's loss."""
@@ -48,7 +43,7 @@ class RunEntry:
     why: str = ""
     """The reason why it cannot be read."""
     loss: dict[str, Any] = field(default_factory=dict)
-    """The points of its loss curve, over images seen and hours."""
+    """The points of its loss curve."""
     grid: str = ""
     """The key of the newest sample grid, below the bucket."""
     has_page: bool = False
@@ -60,16 +55,13 @@ def bucket_page(bucket: Store, say: Callable[[str], None] = note) -> bytes:
     picture_cache, entries = PictureCache(say), list[RunEntry]()
     most_bytes = min(MOST_BYTES, ALL_BYTES // max(1, len(names)))
     size = most_bytes, round(sqrt(PIXELS_PER_BYTE * most_bytes))
-    # A thread shrinks the picture of one run while the records of the next are read.
-    with Progress("reading runs", total=len(names), unit="runs") as bar, ThreadPoolExecutor(1) as pool:
+    with Progress("reading runs", total=len(names), unit="runs") as bar:
         for number, name in enumerate(names, 1):
             entries.append(_entry(bucket, name, say))
-            if entries[-1].grid:
-                pool.submit(picture_cache.get, bucket, entries[-1].grid, *size)
             bar.update(number)
     grids = {entry.name: picture_cache.get(bucket, entry.grid, *size) for entry in entries if entry.grid}
     readable = {entry.name: entry.facts for entry in entries if entry.facts}
-    configs = _differing({name: facts.config.flat() for name, facts in readable.items()})
+    configs = differing({name: facts.config.flat() for name, facts in readable.items()})
     data = {
         entry.name: {"loss": entry.loss, "epoch_images": entry.facts.epoch_images, "config": configs[entry.name]}
         for entry in entries
@@ -85,44 +77,20 @@ def bucket_page(bucket: Store, say: Callable[[str], None] = note) -> bytes:
     return rendered("bucket.html", {"runs": data}, bucket=bucket, entries=entries, **more)
 
 
-def _differing(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns the configurations without the values that are the same in all of them."""
-    keys = dict.fromkeys(key for config in configs.values() for key in config)
-    differ = [key for key in keys if len({repr(config.get(key)) for config in configs.values()}) > 1]
-    return {name: {key: config[key] for key in differ if key in config} for name, config in configs.items()}
-
-
 def _entry(bucket: Store, name: str, say: Callable[[str], None]) -> RunEntry:
     try:
-        facts = facts_of(open_run(bucket.uri, name, with_dataset=False), name, say=say, brief=True)
-        loss = loss_curve(facts.rows, facts.attempts)
+        facts = facts_of(open_run(bucket.uri, name, with_dataset=False), name, say=say)
+        rows = [row for row in facts.rows if "loss" in row]
+        images, loss = columns(rows, ["loss"], 1, points=MOST_POINTS) if rows else ([], [])
     except Exception as error:
         # An error in one run must not hide the others.
         return RunEntry(name, None, str(error) if isinstance(error, JobError) else f"cannot be read: {error!r}")
     has_page = False
     with suppress(JobError):
         has_page = run_store(bucket, name).exists(PAGE_KEY)
-    grid = f"{RUNS}/{name}/{facts.grids[-1].key}" if facts.grids else ""
-    return RunEntry(name, replace(facts, rows=[]), loss=loss, grid=grid, has_page=has_page)
-
-
-def loss_curve(rows: Sequence[Row], attempts: Iterable[AttemptSpan]) -> dict[str, list[float | None]]:
-    """Returns the points of a loss: images seen, hours of training, and values.
-
-    The hours leave out the time between attempts, and that of steps which an attempt repeated.
-    """
-    began = sorted(span.began.timestamp() for span in attempts)
-    seconds, before, timed = 0.0, 0.0, list[Row]()
-    for row in rows:
-        if (at := row.get("time")) is not None:
-            attempt = bisect_right(began, at)
-            # The clock of another machine may be behind.
-            seconds += max(0.0, at - max(before, began[attempt - 1] if attempt else at))
-            before = at
-        if row.get("loss") is not None:
-            timed.append({**row, "hours": seconds / 3600})
-    images, loss, hours = columns(timed, ["loss", "hours"], 1, MOST_POINTS) if timed else ([], [], [])
-    return {"images": images, "hours": hours, "values": loss}
+    grid = f"{RUNS}/{name}/{facts.grids[-1][1]}" if facts.grids else ""
+    curve = {"images": images, "values": loss}
+    return RunEntry(name, replace(facts, rows=[]), loss=curve, grid=grid, has_page=has_page)
 
 
 def write_report(bucket_uri: str, name: str, open_it: bool, output: Path | None) -> None:

@@ -28,7 +28,7 @@ from job.processes.launched import is_launched
 from job.processes.lease import Lease
 from job.processes.ranks import meet
 from job.progress import Progress, note
-from job.report.page import PictureCache
+from job.report import PictureCache
 from job.requests import TrainRequest, check_world_size
 from job.runs import metric_rows, records
 from job.runs.checkpoints import Manifest, check_average, newest_good, opened

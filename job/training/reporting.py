@@ -15,8 +15,7 @@ from job.exits import State
 from job.plan import Plan, RunHandle
 from job.processes.lease import Lease
 from job.progress import Progress, note
-from job.report.facts import facts_of
-from job.report.page import PictureCache, put_page
+from job.report import PictureCache, facts_of, put_page
 from job.runs import records
 from job.runs.drawings import LOSS_FIGURE, label_at, moment_of
 from job.runs.layout import CheckpointRef, ObjectKind
