@@ -113,7 +113,7 @@ def export_run(request: ExportRequest) -> None:
 
 
 @contextmanager
-def _opened_export(of_run: RunHandle, request: ExportRequest, described: pipeline.Described) -> Iterator[Export]:
+def _opened_export(of_run: RunHandle, request: ExportRequest, described: checkpoints.Described) -> Iterator[Export]:
     """Yields the objects of an export; its files are deleted when the context ends."""
     run, config = of_run.run, of_run.config
     if request.weights:

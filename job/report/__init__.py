@@ -10,7 +10,6 @@ import re
 import shlex
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -24,8 +23,6 @@ from PIL import Image, ImageSequence
 
 from ddpm.figures import smoothed
 from job.config import CHOSEN_ELSEWHERE, FOLLOWS, RunConfig, description_of, draft
-from job.data.cache import default_cache_dir
-from job.data.preview import preview_png
 from job.data.shards import PREVIEW, dataset_key
 from job.exits import BadDataError, JobError, State
 from job.plan import RunHandle
@@ -289,10 +286,7 @@ def _sheet(facts: Facts, pictures: PictureCache) -> str:
     def sheet() -> bytes:
         shown = facts.handle.pictures()
         assert shown is not None
-        key = dataset_key(shown.name, shown.size)
-        with suppress(ObjectMissingError):
-            return bucket.read(f"{key}/{PREVIEW}").data
-        return preview_png(bucket, key, shown, default_cache_dir() / shown.dataset_id)
+        return bucket.read(f"{dataset_key(shown.name, shown.size)}/{PREVIEW}").data
 
     where = bucket.uri_of(dataset_key(index.name, index.size))
     return pictures.made((where, SHEET_BYTES, WIDEST_PIXELS), sheet)
@@ -313,7 +307,7 @@ def charts_of(facts: Facts) -> list[dict[str, Any]]:
         if not rows:
             return
         x, *values = columns(rows, [key for key, *_ in of], facts.epoch_images or 1, divisor)
-        series = [
+        series: list[dict[str, Any]] = [
             {"label": label, "color": color, "about": about, "values": column, "more": key.startswith("loss_q")}
             for (key, label, color, about), column in zip(of, values, strict=True)
             if any(value is not None for value in column)

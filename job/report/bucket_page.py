@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import sqrt
 from pathlib import Path
@@ -18,7 +17,6 @@ from job.printing import open_page
 from job.progress import Progress, note
 from job.report import PAGE_KEY, Facts, PictureCache, columns, facts_of, rendered, run_page
 from job.runs.layout import RUNS
-from job.runs.records import run_store
 from job.store import Store, open_store
 from job.store.files import write_file
 from job.verbs.run_listing import differing, run_names
@@ -46,7 +44,6 @@ class RunEntry:
     """The points of its loss curve."""
     grid: str = ""
     """The key of the newest sample grid, below the bucket."""
-    has_page: bool = False
 
 
 def bucket_page(bucket: Store, say: Callable[[str], None] = note) -> bytes:
@@ -85,12 +82,9 @@ def _entry(bucket: Store, name: str, say: Callable[[str], None]) -> RunEntry:
     except Exception as error:
         # An error in one run must not hide the others.
         return RunEntry(name, None, str(error) if isinstance(error, JobError) else f"cannot be read: {error!r}")
-    has_page = False
-    with suppress(JobError):
-        has_page = run_store(bucket, name).exists(PAGE_KEY)
     grid = f"{RUNS}/{name}/{facts.grids[-1][1]}" if facts.grids else ""
     curve = {"images": images, "values": loss}
-    return RunEntry(name, replace(facts, rows=[]), loss=curve, grid=grid, has_page=has_page)
+    return RunEntry(name, replace(facts, rows=[]), loss=curve, grid=grid)
 
 
 def write_report(bucket_uri: str, name: str, open_it: bool, output: Path | None) -> None:

@@ -45,21 +45,10 @@ class _Line(BaseModel, extra="allow"):
     images_seen: int
 
 
-class _BriefLine(BaseModel):
-    """The schema of a row's most important values alone, which takes less time to read."""
-
-    images_seen: int
-    time: int | float | None = None
-    loss: int | float | None = None
-    images_per_second: int | float | None = None
-
-
 GROWTH = 4
 """100,000 saves have at most 8 segments, and write each row 17 times."""
 PARALLEL_READS = 8
-_KEPT_BYTES = 1 << 20
-"""The largest object of a segment that stays in memory, for the segment that takes it in."""
-_LINES, _BRIEF_LINES = TypeAdapter(list[_Line]), TypeAdapter(list[_BriefLine])
+_LINES = TypeAdapter(list[_Line])
 
 
 class History:
@@ -73,7 +62,7 @@ class History:
         """Goes on from the segments of a restored checkpoint; `warn` hears of damaged ones, which stay as they are."""
         self.segments = tuple(segments)
         self._run, self._config, self._warn = run, config, warn
-        self._contents, self._damaged = dict[str, bytes](), set[str]()
+        self._damaged = set[str]()
 
     def add(self, rows: Sequence[Row], ref: CheckpointRef, *, is_hurried: bool) -> None:
         """Uploads the rows since the last checkpoint, together with the segments that the new one takes in.
@@ -95,16 +84,11 @@ class History:
             self._run.create(key, data)
         lines, events = map(NamedObject.of, keys, contents)
         self.segments = (*before, Segment(saves=saves, rows=lines, events=events))
-        named = {one.key for segment in self.segments for one in (segment.rows, segment.events)}
-        known = self._contents | dict(zip(keys, contents, strict=True))
-        self._contents = {key: data for key, data in known.items() if key in named and len(data) <= _KEPT_BYTES}
 
     def _read(self, segment: Segment) -> list[bytes]:
         """Returns the contents of a segment; none if it is damaged, so that its loss stays visible."""
         if segment.rows.key in self._damaged:
             return []
-        if segment.rows.key in self._contents and segment.events.key in self._contents:
-            return [self._contents[one.key] for one in (segment.rows, segment.events)]
         try:
             lines, events = (one.read(self._run) for one in (segment.rows, segment.events))
             _parsed(lines)
@@ -115,9 +99,9 @@ class History:
             return []
 
 
-def _parsed(lines: bytes, brief: bool = False) -> list[Row]:
-    read = (_BRIEF_LINES if brief else _LINES).validate_json(b"[%b]" % b",".join(lines.splitlines()))
-    return [line.__dict__ | (line.__pydantic_extra__ or {}) for line in read]
+def _parsed(lines: bytes) -> list[Row]:
+    read = _LINES.validate_json(b"[%b]" % b",".join(lines.splitlines()))
+    return [line.__dict__ | line.__pydantic_extra__ for line in read]
 
 
 def _why(error: BadDataError | ValidationError) -> str:
@@ -134,21 +118,18 @@ def _events(rows: Sequence[Row], config: RunConfig | None) -> bytes:
     It begins with a start of a session, at which a TensorBoard that has read the same rows elsewhere forgets these. It
     shows the values of `config`, which comes with a run's first rows, as hyper-parameters.
     """
-    summary = _tensorboardx().summary
-    about = summary.hparams(_plain(config), {"loss": 0.0}) if config is not None else ()
-    events = [_start(rows[0]["images_seen"] if config is None else 0)]
-    events += [_event(one, 0, time.time()) for one in about]
+    summary, event_pb2 = _tensorboardx().summary, _tensorboardx().proto.event_pb2
+    started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    first = rows[0]["images_seen"] if config is None else 0
+    events = [event_pb2.Event(session_log=started, step=first, wall_time=time.time())]
+    if config is not None:
+        plain = {key: str(value) if isinstance(value, list) else value for key, value in config.flat().items()}
+        events += [_event(one, 0, time.time()) for one in summary.hparams(plain, {"loss": 0.0})]
     for row in rows:
         named = [(name, value) for name, value in row.items() if name not in ("images_seen", "time")]
         values = [summary.scalar(name, value).value[0] for name, value in named if value is not None]
         events.append(_event(summary.Summary(value=values), row["images_seen"], row["time"]))
     return _file_of(events)
-
-
-def _start(images_seen: int) -> Any:
-    event_pb2 = _tensorboardx().proto.event_pb2
-    session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    return event_pb2.Event(session_log=session, step=images_seen, wall_time=time.time())
 
 
 def grid_events(png: bytes, images_seen: int) -> bytes:
@@ -157,10 +138,6 @@ def grid_events(png: bytes, images_seen: int) -> bytes:
         pixels = np.asarray(picture.convert("RGB"))
     grid = _tensorboardx().summary.image("samples", pixels, dataformats="HWC")
     return _file_of([_event(grid, images_seen, time.time())])
-
-
-def _plain(config: RunConfig) -> Row:
-    return {key: str(value) if isinstance(value, list) else value for key, value in config.flat().items()}
 
 
 def _event(summary: Any, images_seen: int, wall_time: float) -> Any:
@@ -200,12 +177,8 @@ def _without_modules(*names: str) -> Iterator[None]:
             del sys.modules[name]
 
 
-def read_rows(
-    run: Store, named: Iterable[NamedObject], warn: Callable[[str], None] | None = None, brief: bool = False
-) -> list[Row]:
+def read_rows(run: Store, named: Iterable[NamedObject], warn: Callable[[str], None] | None = None) -> list[Row]:
     """Returns the rows of a checkpoint's metrics, in order; with `warn` it reports damaged objects and skips them.
-
-    Brief rows have the time, the loss and the speed alone.
 
     Raises:
         BadDataError: an object is missing or corrupt; the message names it.
@@ -214,7 +187,7 @@ def read_rows(
 
     def read(one: NamedObject) -> list[Row]:
         try:
-            return _parsed(one.read(run), brief)
+            return _parsed(one.read(run))
         except (BadDataError, ValidationError) as error:
             if warn is None:
                 raise
@@ -226,9 +199,7 @@ def read_rows(
         return [row for rows in pool.map(read, of_rows) for row in rows]
 
 
-def newest_rows(
-    run: Store, warn: Callable[[str], None] | None = None, brief: bool = False
-) -> tuple[Manifest | None, list[Row]]:
+def newest_rows(run: Store, warn: Callable[[str], None]) -> tuple[Manifest | None, list[Row]]:
     """Returns the manifest of the newest sound checkpoint, and its rows as `read_rows`; none without a checkpoint.
 
     Training may retire that checkpoint meanwhile, and delete segments that later ones have taken in: then it chooses
@@ -236,15 +207,9 @@ def newest_rows(
     """
     while manifest := newest_sound(run, list_checkpoints(run)):
         problems = list[str]()
-        try:
-            rows = read_rows(run, manifest.metrics, None if warn is None else problems.append, brief)
-        except BadDataError:
-            if run.exists(manifest.ref.manifest_key):
-                raise
-            continue
+        rows = read_rows(run, manifest.metrics, problems.append)
         if not problems or run.exists(manifest.ref.manifest_key):
             for problem in problems:
-                assert warn is not None
                 warn(problem)
             return manifest, rows
     return None, []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 import socket
@@ -140,11 +139,6 @@ def as_last_changed(run: Store, config: RunConfig) -> RunConfig:
         raise BadDataError(f"{error}; it holds the changes made with --set since the run began: {what_to_do}") from None
 
 
-def hash_of_config(run: Store) -> str:
-    """Returns the SHA-256 of the stored `config.yaml`."""
-    return hashlib.sha256(run.read(CONFIG_KEY).data).hexdigest()
-
-
 def dataset_key_of(config: RunConfig) -> str:
     """Returns the folder of a run's dataset below the bucket."""
     return dataset_key(config.data.dataset, config.image_size)
@@ -263,9 +257,10 @@ def record_attempt(
 ) -> Attempt:
     """Creates the record of an attempt, which has the run's lease with this fence as `holder`."""
     previous, status = max(attempt_fences(run), default=None), read_status(run)
-    seen = None
-    if status is not None and status.fence == previous:
-        seen = LastStatus(state=status.state, images_seen=status.images_seen, updated=status.updated)
+    seen = status.model_dump(include={*LastStatus.model_fields}) if status and status.fence == previous else None
+    dollars = None
+    with suppress(ValueError):
+        dollars = float(os.environ.get(DOLLARS) or "")
     attempt = Attempt(
         fence=fence,
         id=holder,
@@ -276,21 +271,14 @@ def record_attempt(
         device=device,
         is_exact=is_exact,
         changes=changes,
-        config_sha256=hash_of_config(run),
+        config_sha256=hashlib.sha256(run.read(CONFIG_KEY).data).hexdigest(),
         imported=imported,
         previous=previous,
-        previous_seen=seen,
-        dollars_per_hour=_dollars_per_hour(),
+        previous_seen=LastStatus(**seen) if seen else None,
+        dollars_per_hour=dollars,
     )
     run.create(ObjectKind.ATTEMPT.key(fence=fence), attempt.to_json())
     return attempt
-
-
-def _dollars_per_hour() -> float | None:
-    with suppress(ValueError):
-        dollars = float(os.environ.get(DOLLARS) or "nan")
-        return dollars if 0 <= dollars < math.inf else None
-    return None
 
 
 def what_is_otherwise(before: Attempt, now: Attempt, this: str = "this one") -> list[str]:

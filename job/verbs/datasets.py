@@ -79,21 +79,14 @@ def list_datasets(bucket_uri: str, *, as_json: bool = False) -> None:
     for folder in bucket.folders(DATASETS):
         try:
             index = load_index(bucket, f"{DATASETS}/{folder}")
-        except (MissingInputError, BadDataError) as error:
-            is_unfinished = isinstance(error, MissingInputError)
-            why = "unfinished: pack it again" if is_unfinished else "its index.json is damaged: restore it"
-            table.add_row(folder, f"{why}, or delete it")
-            continue
-        table.add_row(
-            index.name,
-            str(index.size),
-            f"{index.images:,}",
-            f"{len(index.classes):,}" if index.classes else "-",
-            index.crop,
-            f"{len(index.shards):,}",
-            f"{int(index.shards.bytes.sum()):,}",
-            index.licence or "-",
-        )
+        except MissingInputError:
+            table.add_row(folder, "unfinished: pack it again, or delete it")
+        except BadDataError:
+            table.add_row(folder, "its index.json is damaged: restore it, or delete it")
+        else:
+            shards, size_bytes = f"{len(index.shards):,}", f"{int(index.shards.bytes.sum()):,}"
+            about = f"{index.images:,}", f"{len(index.classes) or '-'}", index.crop, shards, size_bytes
+            table.add_row(index.name, str(index.size), *about, index.licence or "-")
     print_table(table, f"no datasets in {bucket.uri} yet: pack one with `ddpm data pack SOURCE NAME --size 64`")
 
 
@@ -169,9 +162,8 @@ def verify_named(bucket_uri: str, name: str, size: ImageSize | None, *, as_json:
         print_json({"uri": f"{bucket.uri}/{key}", "problems": problems})
     if problems:
         raise BadDataError(f"{bucket.uri}/{key} has {len(problems):,} problems: " + "; ".join(problems))
-    if as_json:
-        return
-    print(f"{bucket.uri}/{key}: every shard, offset table and image is as it was packed")
+    if not as_json:
+        print(f"{bucket.uri}/{key}: every shard, offset table and image is as it was packed")
 
 
 def describe_dataset(index: DatasetIndex, bucket: Store) -> str:
@@ -181,28 +173,20 @@ def describe_dataset(index: DatasetIndex, bucket: Store) -> str:
     if encoding := index.encoding:
         what = f"as latents of {index.size.words}×{index.channels}, encoded from {encoding.source}-{encoding.size}"
     converted = ", ".join(f"{count:,} {kind}" for kind, count in index.converted.items())
-    lines = [
-        f"dataset  {index.name}-{index.size}  ({bucket.uri}/{dataset_key(index.name, index.size)})"
-        + (f": converted images: {converted}" if converted else ""),
-        f"images   {index.images:,} {what}, in {shards}",
-        f"id       {index.dataset_id}",
-        f"made     from {index.source}, crop {index.crop}, {index.resize_filter} filter"
-        + (f", range {index.pixel_range}" if index.pixel_range else "")
-        + (", at each reading" if index.is_foreign else ""),
-    ]
-    if index.classes:
-        lines.append(f"classes  {', '.join(index.classes)}" + (" (folders)" if index.classes_from == "folders" else ""))
-    if index.splits:
-        lines.append(f"splits   {', '.join(index.splits)}, packed together")
-    if index.unlabelled_images:
-        lines.append(f"left out {index.unlabelled_images:,} without a label")
-    if index.held_out:
-        lines.append(f"held out {index.held_out}-{index.size}, on which its runs log val_loss")
-    if index.rejected_images:
-        lines.append(f"rejects  {index.rejected_images:,}, named in rejects.jsonl beside the shards")
-    if index.licence:
-        lines.append(f"licence  {index.licence}")
-    if index.skipped:
-        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in index.skipped.items())
-        lines.append(f"skipped  {kinds}")
-    return "\n".join(lines)
+    made = f"from {index.source}, crop {index.crop}, {index.resize_filter} filter"
+    made += f", range {index.pixel_range}" * bool(index.pixel_range) + ", at each reading" * index.is_foreign
+    facts = {
+        "dataset": f"{index.name}-{index.size}  ({bucket.uri}/{dataset_key(index.name, index.size)})"
+        + f": converted images: {converted}" * bool(converted),
+        "images": f"{index.images:,} {what}, in {shards}",
+        "id": index.dataset_id,
+        "made": made,
+        "classes": ", ".join(index.classes) + " (folders)" * (index.classes_from == "folders"),
+        "splits": ", ".join(index.splits) + ", packed together" * bool(index.splits),
+        "left out": f"{index.unlabelled_images:,} without a label" * bool(index.unlabelled_images),
+        "held out": f"{index.held_out}-{index.size}, on which its runs log val_loss" * bool(index.held_out),
+        "rejects": f"{index.rejected_images:,}, named in rejects.jsonl beside the shards" * bool(index.rejected_images),
+        "licence": index.licence,
+        "skipped": ", ".join(f"{count:,} {suffix}" for suffix, count in index.skipped.items()),
+    }
+    return "\n".join(f"{title:<8} {text}" for title, text in facts.items() if text)
