@@ -140,10 +140,8 @@ def verify_run(bucket: Store, name: str) -> Findings:
     with bar, ThreadPoolExecutor(HASHERS) as pool:
         for done, _ in enumerate(pool.map(lambda key: _check_object(listing, key, *hashed[key]), hashed), 1):
             bar.update(done)
-    size_bytes = sum(sizes.values())
-    return Findings(
-        sorted(listing.problems.values()), len(sizes), size_bytes, {key: sizes[key] for key in sorted(left)}
-    )
+    left_bytes = {key: sizes[key] for key in sorted(left)}
+    return Findings(sorted(listing.problems.values()), len(sizes), sum(sizes.values()), left_bytes)
 
 
 def _check_config(listing: _Listing) -> None:
@@ -155,31 +153,24 @@ def _check_config(listing: _Listing) -> None:
     except BadDataError as error:
         key = ObjectKind.ATTEMPT.key(fence=records.attempt_fences(run)[-1]) if config else CONFIG_KEY
         listing.problems.setdefault(key, str(error))
-        return
-    # A new attempt takes the lease and measures the bucket before it stores the configuration.
-    if config is None and {place.kind for place in listing.places.values()} - {ObjectKind.LEASE, ObjectKind.PROBE}:
-        listing.bad(CONFIG_KEY, "is missing, though there are other objects of the run")
 
 
 def _named_by(listing: _Listing, by: str) -> dict[str, str]:
     """Returns the objects that must be there by a record, with their SHA-256; an empty one if it does not say."""
     record, batch = listing.records[by], listing.places[by].batch
-    named: dict[str, str] = {}
     match record:
-        case Attempt(previous=int(previous)):
-            named = {ObjectKind.ATTEMPT.key(fence=previous): ""}
-        case Manifest():
-            named = record.objects
+        case Attempt(previous=int(fence)) | Status(fence=fence):
+            return {ObjectKind.ATTEMPT.key(fence=fence): ""}
+        case Manifest(fence=fence):
+            return record.objects | {ObjectKind.ATTEMPT.key(fence=fence): ""}
         case AverageRecord():
-            named = {file.key: file.sha256 for file in record.files}
+            return {file.key: file.sha256 for file in record.files}
         case PieceRecord():
-            named = {file.key: file.sha256 for file in record.files} | {ObjectKind.DRAWING.key(batch=batch): ""}
+            return {file.key: file.sha256 for file in record.files} | {ObjectKind.DRAWING.key(batch=batch): ""}
         case BatchIndex():
             pieces = (ObjectKind.RECORD.key(batch=batch, piece=number) for number in range(len(record.pieces)))
-            named = dict.fromkeys((ObjectKind.GRID.key(batch=batch), *pieces), "")
-    if isinstance(record, Manifest | Status):
-        named = named | {ObjectKind.ATTEMPT.key(fence=record.fence): ""}
-    return named
+            return dict.fromkeys((ObjectKind.GRID.key(batch=batch), *pieces), "")
+    return {}
 
 
 def _check_object(listing: _Listing, key: str, by: str, sha256: str) -> None:
