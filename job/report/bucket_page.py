@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -31,60 +30,41 @@ PIXELS_PER_BYTE = 4
 """The density of a sample grid as WebP; a good guess of the size saves encoding it again."""
 
 
-@dataclass(frozen=True)
-class RunEntry:
-    """A run on the page."""
-
-    name: str
-    facts: Facts | None
-    """Without the rows of the metrics, which would fill the memory; None if the run cannot be read."""
-    why: str = ""
-    """The reason why it cannot be read."""
-    loss: dict[str, Any] = field(default_factory=dict)
-    """The points of its loss curve."""
-    grid: str = ""
-    """The key of the newest sample grid, below the bucket."""
-
-
 def bucket_page(bucket: Store, say: Callable[[str], None] = note) -> bytes:
     """Returns the page; a run that cannot be read has its name and the reason in it."""
-    names = run_names(bucket)
-    picture_cache, entries = PictureCache(say), list[RunEntry]()
+    names, pictures = run_names(bucket), PictureCache(say)
     most_bytes = min(MOST_BYTES, ALL_BYTES // max(1, len(names)))
-    size = most_bytes, round(sqrt(PIXELS_PER_BYTE * most_bytes))
+    limits = most_bytes, round(sqrt(PIXELS_PER_BYTE * most_bytes))
+    entries, readable = dict[str, Facts | str](), dict[str, Facts]()
+    data, grids = dict[str, dict[str, Any]](), dict[str, str]()
     with Progress("reading runs", total=len(names), unit="runs") as bar:
         for number, name in enumerate(names, 1):
-            entries.append(_entry(bucket, name, say))
+            entries[name] = facts = _facts_or_why(bucket, name, say)
+            if isinstance(facts, Facts):
+                readable[name] = facts
+                rows = [row for row in facts.rows if "loss" in row]
+                images, losses = columns(rows, ["loss"], 1, points=MOST_POINTS) if rows else ([], [])
+                data[name] = {"loss": {"images": images, "values": losses}, "epoch_images": facts.epoch_images}
+                # Those of all runs would fill the memory.
+                facts.rows.clear()
+                if facts.grids:
+                    grids[name] = pictures.get(facts.handle.run, facts.grids[-1][1], *limits)
             bar.update(number)
-    grids = {entry.name: picture_cache.get(bucket, entry.grid, *size) for entry in entries if entry.grid}
-    readable = {entry.name: entry.facts for entry in entries if entry.facts}
-    configs = differing({name: facts.config.flat() for name, facts in readable.items()})
-    data = {
-        entry.name: {"loss": entry.loss, "epoch_images": entry.facts.epoch_images, "config": configs[entry.name]}
-        for entry in entries
-        if entry.facts
-    }
-    updated = {name: facts.status.updated if facts.status else "" for name, facts in readable.items()}
-    newest = sorted(updated, key=updated.__getitem__, reverse=True)
-    more: dict[str, Any] = {"grids": grids, "missing": picture_cache.missing, "runs_folder": RUNS}
+    for name, config in differing({name: facts.config.flat() for name, facts in readable.items()}).items():
+        data[name]["config"] = config
+    newest = sorted(readable.values(), key=lambda facts: facts.status.updated if facts.status else "", reverse=True)
     # Losses on different images say nothing of each other.
-    dataset_of = {name: facts.config.data.dataset_id for name, facts in readable.items()}
-    compared = [name for name in newest if dataset_of[name] == dataset_of[newest[0]]][:COMPARED_AT_FIRST]
-    more |= {"compared": compared, "comparable": len(readable) > 1}
-    return rendered("bucket.html", {"runs": data}, bucket=bucket, entries=entries, **more)
+    alike = [facts.name for facts in newest if facts.config.data.dataset_id == newest[0].config.data.dataset_id]
+    more = {"compared": alike[:COMPARED_AT_FIRST], "grids": grids, "missing": pictures.missing, "runs_folder": RUNS}
+    return rendered("bucket.html", {"runs": data}, bucket=bucket, entries=entries, comparable=len(readable) > 1, **more)
 
 
-def _entry(bucket: Store, name: str, say: Callable[[str], None]) -> RunEntry:
+def _facts_or_why(bucket: Store, name: str, say: Callable[[str], None]) -> Facts | str:
     try:
-        facts = facts_of(open_run(bucket.uri, name, with_dataset=False), name, say=say)
-        rows = [row for row in facts.rows if "loss" in row]
-        images, loss = columns(rows, ["loss"], 1, points=MOST_POINTS) if rows else ([], [])
+        return facts_of(open_run(bucket.uri, name, with_dataset=False), name, say=say)
     except Exception as error:
         # An error in one run must not hide the others.
-        return RunEntry(name, None, str(error) if isinstance(error, JobError) else f"cannot be read: {error!r}")
-    grid = f"{RUNS}/{name}/{facts.grids[-1][1]}" if facts.grids else ""
-    curve = {"images": images, "values": loss}
-    return RunEntry(name, replace(facts, rows=[]), loss=curve, grid=grid)
+        return str(error) if isinstance(error, JobError) else f"cannot be read: {error!r}"
 
 
 def write_report(bucket_uri: str, name: str, open_it: bool, output: Path | None) -> None:

@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from job.config import LARGEST, RunConfig
+from job.config import LARGEST
 from job.exits import BadDataError
 from job.runs.checkpoints import Manifest, Segment, list_checkpoints, newest_sound
 from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef, ObjectKind, located
@@ -58,11 +58,10 @@ class History:
         segments: those that the next manifest names.
     """
 
-    def __init__(self, run: Store, segments: Sequence[Segment], config: RunConfig, warn: Callable[[str], None]) -> None:
+    def __init__(self, run: Store, segments: Sequence[Segment], warn: Callable[[str], None]) -> None:
         """Goes on from the segments of a restored checkpoint; `warn` hears of damaged ones, which stay as they are."""
         self.segments = tuple(segments)
-        self._run, self._config, self._warn = run, config, warn
-        self._damaged = set[str]()
+        self._run, self._warn, self._damaged = run, warn, set[str]()
 
     def add(self, rows: Sequence[Row], ref: CheckpointRef, *, is_hurried: bool) -> None:
         """Uploads the rows since the last checkpoint, together with the segments that the new one takes in.
@@ -74,7 +73,7 @@ class History:
         """
         if not rows:
             return
-        contents = [_lines(rows), _events(rows, None if self.segments else self._config)]
+        contents = [_lines(rows), _events(rows)]
         saves, before = 1, [*self.segments]
         while before and not is_hurried and before[-1].saves < GROWTH * saves and (older := self._read(before[-1])):
             contents = [earlier + later for earlier, later in zip(older, contents, strict=True)]
@@ -112,19 +111,14 @@ def _lines(rows: Sequence[Row]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def _events(rows: Sequence[Row], config: RunConfig | None) -> bytes:
+def _events(rows: Sequence[Row]) -> bytes:
     """Returns rows as a file of TensorBoard's, which may follow another one in a longer file.
 
-    It begins with a start of a session, at which a TensorBoard that has read the same rows elsewhere forgets these. It
-    shows the values of `config`, which comes with a run's first rows, as hyper-parameters.
+    It begins with a start of a session, at which a TensorBoard that has read the same rows elsewhere forgets these.
     """
     summary, event_pb2 = _tensorboardx().summary, _tensorboardx().proto.event_pb2
     started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    first = rows[0]["images_seen"] if config is None else 0
-    events = [event_pb2.Event(session_log=started, step=first, wall_time=time.time())]
-    if config is not None:
-        plain = {key: str(value) if isinstance(value, list) else value for key, value in config.flat().items()}
-        events += [_event(one, 0, time.time()) for one in summary.hparams(plain, {"loss": 0.0})]
+    events = [event_pb2.Event(session_log=started, step=rows[0]["images_seen"], wall_time=time.time())]
     for row in rows:
         named = [(name, value) for name, value in row.items() if name not in ("images_seen", "time")]
         values = [summary.scalar(name, value).value[0] for name, value in named if value is not None]

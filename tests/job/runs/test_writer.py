@@ -178,7 +178,7 @@ def scalars(data: bytes) -> Iterator[tuple[int, str, float]]:
     while data:
         (size,) = struct.unpack_from("<Q", data)
         event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
-        told = (value for value in event.summary.value if not value.tag.startswith("_hparams_"))
+        told = event.summary.value
         yield from ((event.step, value.tag, value.simple_value) for value in told)
 
 
