@@ -256,10 +256,9 @@ def _epoch_displaced(replace: Replace) -> None:
 def _merged_deleted_early(replace: Replace) -> None:
     leftovers = retention.leftovers
 
-    def only_newest(run: Any, places: Any, until: Any, named: Any) -> Any:
-        return leftovers(
-            run, places, until, {place.checkpoint: set() for place in places.values()} | {until: named[until]}
-        )
+    def only_newest(run: Any, places: Any, until: Any, named: Any, read: Any) -> Any:
+        unnamed = {place.checkpoint: set[str]() for place in places.values()}
+        return leftovers(run, places, until, unnamed | {until: named[until]}, read)
 
     replace(retention, "leftovers", only_newest)
 

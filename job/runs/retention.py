@@ -34,6 +34,8 @@ It covers clocks that differ by minutes, and a step of sampling, after which the
 """
 
 
+OUTSIDE = (ObjectKind.METRICS, ObjectKind.EVENTS, ObjectKind.SNAPSHOT)
+"""Kinds outside of a checkpoint's folder that its manifest names."""
 Named = dict[CheckpointRef, set[str] | None]
 """The keys that each manifest names; None for one that cannot be read."""
 
@@ -168,7 +170,9 @@ def delete_checkpoint(run: Store, ref: CheckpointRef) -> None:
             run.delete(entry.key)
 
 
-def leftovers(run: Store, places: Mapping[str, Located], until: CheckpointRef, named: Named) -> dict[str, str]:
+def leftovers(
+    run: Store, places: Mapping[str, Located], until: CheckpointRef, named: Named, read: Collection[CheckpointRef]
+) -> dict[str, str]:
     """Returns the keys of objects that killed processes left, and what left each of them; they are harmless.
 
     Args:
@@ -176,6 +180,7 @@ def leftovers(run: Store, places: Mapping[str, Located], until: CheckpointRef, n
         places: the objects to check, with all manifests and records of pieces among them.
         until: objects of checkpoints from this one on may still be in use.
         named: the keys that each manifest names, as far as it has been read; it adds the others.
+        read: the checkpoints that are being read.
     """
     committed = {place.checkpoint for place in places.values() if place.kind is ObjectKind.MANIFEST}
     recorded = {(place.batch, place.piece) for place in places.values() if place.kind is ObjectKind.RECORD}
@@ -187,7 +192,7 @@ def leftovers(run: Store, places: Mapping[str, Located], until: CheckpointRef, n
     in_use = set[str]().union(*(named[ref] or () for ref in committed))
     # A manifest that cannot be read may name whatever was uploaded before it.
     unreadable = max((ref for ref in committed if named[ref] is None), default=CheckpointRef(0, 0))
-    read, left = being_read(run), dict[str, str]()
+    left = dict[str, str]()
     for key, place in places.items():
         is_read, is_committed = place.checkpoint in read, place.checkpoint in committed
         is_old = place.checkpoint < until
@@ -229,32 +234,38 @@ class Retirement:
         """Deletes what the rules do not keep. After an error, which loses no work, the next commit tries again."""
         self._named[newest.ref] = set(newest.objects)
         try:
+            there = {*list_checkpoints(self._run)}
             # A checkpoint of a higher fence may be damaged: if it counted, a sound one would be deleted in its place.
-            there = [ref for ref in list_checkpoints(self._run) if ref <= newest.ref and ref not in self._damaged]
-            for ref in retention.retire(there):
-                self._while_held(partial(self._retire, ref))
-            for key in leftovers(self._run, self._swept_places(), newest.ref, self._named):
-                self._while_held(partial(self._run.delete, key))
-            if not self._is_swept:
-                self._run.sub(CHECKPOINTS).sweep()
-                self._is_swept = True
+            for ref in retention.retire(ref for ref in there if ref <= newest.ref and ref not in self._damaged):
+                self._while_held(partial(self._retire, ref, there))
+            self._sweep(newest.ref, there)
         except LostRunError:
             raise
         except JobError as error:
             self._note(f"old checkpoints of {self._run.uri} stay for now: {error}")
 
-    def _swept_places(self) -> dict[str, Located]:
-        """Returns metrics, snapshots and manifests; at first also what attempts before this one may have left."""
-        kinds = (ObjectKind.METRICS, ObjectKind.EVENTS, ObjectKind.SNAPSHOT)
-        if not self._is_swept:
-            return places_in(self._run, CHECKPOINTS, ObjectKind.READER.folder, *(kind.folder for kind in kinds))
-        manifests = {ref.manifest_key: located(ref.manifest_key) for ref in list_checkpoints(self._run)}
-        return manifests | places_in(self._run, *(kind.folder for kind in kinds))
-
-    def _retire(self, ref: CheckpointRef) -> None:
+    def _retire(self, ref: CheckpointRef, there: set[CheckpointRef]) -> None:
         # Checked right before the deletion: a reader that comes later misses the manifest, and chooses again.
         if ref not in being_read(self._run):
             delete_checkpoint(self._run, ref)
+            there.discard(ref)
+
+    def _sweep(self, newest: CheckpointRef, there: set[CheckpointRef]) -> None:
+        """Deletes what the manifests that are gone named alone; at first also the leftovers of earlier attempts."""
+        gone, read = self._named.keys() - there, set[CheckpointRef]()
+        places = {key: located(key) for ref in gone for key in self._named[ref] or ()}
+        places = {key: place for key, place in places.items() if place.kind in OUTSIDE}
+        if not self._is_swept:
+            kinds = (ObjectKind.TENSORS, ObjectKind.READER, *OUTSIDE)
+            places, read = places_in(self._run, *(kind.folder for kind in kinds)), being_read(self._run)
+        places |= {ref.manifest_key: located(ref.manifest_key) for ref in there}
+        for key in leftovers(self._run, places, newest, self._named, read):
+            self._while_held(partial(self._run.delete, key))
+        for ref in gone:
+            del self._named[ref]
+        if not self._is_swept:
+            self._run.sub(CHECKPOINTS).sweep()
+            self._is_swept = True
 
     def _while_held(self, delete: Callable[[], None]) -> None:
         """Deletes something; checks the lease again after an outage, in which another attempt may have the run."""

@@ -131,7 +131,7 @@ def verify_run(bucket: Store, name: str) -> Findings:
         listing.problems[LATEST_KEY] = lost
     named = {key: (by, sha256) for by in listing.records for key, sha256 in _named_by(listing, by).items()}
     by_manifest: Named = {one.ref: set(one.objects) for one in listing.records.values() if isinstance(one, Manifest)}
-    left = leftovers(run, listing.places, CheckpointRef(MAX_FENCE + 1, 0), by_manifest)
+    left = leftovers(run, listing.places, CheckpointRef(MAX_FENCE + 1, 0), by_manifest, being_read(run))
     for key, place in listing.places.items():
         if place.kind is None:
             listing.bad(key, "is not part of the run: move it elsewhere, or delete it")
@@ -303,7 +303,7 @@ def _removals(bucket: Store, run: Store, config: RunConfig, fence: int) -> list[
                 size_bytes = sum(size for key, size in sizes.items() if key.startswith(f"{ref.key}/"))
                 found.append(Removal(ref.key, size_bytes, why, ref))
     places = {key: located(key) for key in sizes}
-    for key, who in leftovers(run, places, CheckpointRef(fence, 0), {}).items():
+    for key, who in leftovers(run, places, CheckpointRef(fence, 0), {}, read).items():
         # A sampler marks its checkpoint as being read before it makes its first piece.
         if not (read and places[key].batch):
             found.append(Removal(key, sizes[key], f"left behind by {who}"))
