@@ -32,9 +32,9 @@ class Sampler:
 
     sentence: str
     options: tuple[str, ...] = ()
-    """The fields of `Drawing` that it takes and most samplers do not."""
+    """The fields of `SampleOptions` that it takes and most samplers do not."""
     also: tuple[str, ...] = ()
-    """Further arguments of the function: `process`, or fields of `Drawing`."""
+    """Further arguments of the function: `process`, or fields of `SampleOptions`."""
     order: int = 1
     """Order without the option `order`; the smallest number of steps."""
 
@@ -175,7 +175,7 @@ class Diffusion:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SampleOptions:
     """The settings that decide which image a seed gives, for the same checkpoint."""
 
     sampler: Annotated[OneOf[str, SAMPLERS], "sampling algorithm; own: `--sampler module:function`"] = "ddim"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm import randomness
-from ddpm.catalogue import SAMPLERS, Drawing
+from ddpm.catalogue import SAMPLERS, SampleOptions
 from ddpm.grids import make_grid, numbered_points, shifted
 from ddpm.networks import laid_out
 from ddpm.objective import UNCONDITIONAL, Condition, Network
@@ -27,11 +27,11 @@ Pair = Callable[[Tensor, Point[float]], tuple[Tensor, Tensor]]
 class Guidance:
     """The scale, the range of noise levels and the rescaling of guidance."""
 
-    scale: float = Drawing.guidance
+    scale: float = SampleOptions.guidance
     """Factor on the difference of the estimates: 1 + w of Ho & Salimans 2022, w of Karras et al. 2024; 1: off."""
     interval: tuple[float, float] = (0.0, inf)
     """Guidance is on for σ/α above the first and up to the second (Kynkäänniemi et al. 2024, equation 5)."""
-    rescale: float = Drawing.guidance_rescale
+    rescale: float = SampleOptions.guidance_rescale
     """φ of Lin et al. 2024, equation 16: 1 gives a guided estimate the contrast of the unguided one."""
 
 
@@ -65,7 +65,7 @@ Callback = Callable[[Point[float], Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
-class Sampling(Drawing):
+class Sampling(SampleOptions):
     """How images are drawn: the settings, and a function or points that no setting can name."""
 
     function: Sampler | None = None
@@ -106,7 +106,7 @@ def make_denoiser(
     prediction: Prediction,
     condition: Condition = UNCONDITIONAL,
     *,
-    clip: bool = Drawing.clip,
+    clip: bool = SampleOptions.clip,
     callback: Callback | None = None,
     guidance: Guidance = UNGUIDED,
     null_class: int | None = None,

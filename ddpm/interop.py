@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from ddpm.catalogue import Diffusion, Drawing, UNetConfig, levels_with_attention
+from ddpm.catalogue import Diffusion, SampleOptions, UNetConfig, levels_with_attention
 from ddpm.image_size import ImageSize
 from ddpm.process import sigmoid_schedule
 
@@ -193,7 +193,7 @@ def _level(kind: str, resampling: str) -> _Level:
     return _Level(match[1] == "Attn", match[1] == "Resnet" or (match[1] == "Attn" and resampling == "resnet"))
 
 
-def scheduler_config(diffusion: Diffusion, drawing: Drawing) -> Options:
+def scheduler_config(diffusion: Diffusion, options: SampleOptions) -> Options:
     """Returns the `scheduler_config.json` of diffusers for a process: DDPM's, DDIM's or that of a rectified flow.
 
     Raises:
@@ -202,7 +202,7 @@ def scheduler_config(diffusion: Diffusion, drawing: Drawing) -> Options:
     schedule, timesteps, prediction = diffusion.schedule, diffusion.timesteps, diffusion.prediction
     if (schedule, prediction) == ("flow", "flow"):
         # Its input of the network is σ times this number, and ours is 1000 σ.
-        return {"_class_name": _FLOW, "num_train_timesteps": 1000, "shift": drawing.shift}
+        return {"_class_name": _FLOW, "num_train_timesteps": 1000, "shift": options.shift}
     if schedule == "sigmoid":
         betas = sigmoid_schedule(timesteps).betas.tolist()
         named: Options = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "trained_betas": betas}
@@ -222,10 +222,10 @@ def scheduler_config(diffusion: Diffusion, drawing: Drawing) -> Options:
         **named,
         "prediction_type": _PREDICTIONS[prediction],
         "rescale_betas_zero_snr": diffusion.zero_terminal_snr,
-        "clip_sample": drawing.clip,
+        "clip_sample": options.clip,
         "clip_sample_range": 1.0,
         "steps_offset": 0,
-        "timestep_spacing": drawing.grid if drawing.grid in ("leading", "linspace") else "trailing",
+        "timestep_spacing": options.grid if options.grid in ("leading", "linspace") else "trailing",
         "thresholding": False,
     }
 
@@ -279,7 +279,7 @@ def process_options(config: Mapping[str, Any]) -> Options:
     }
 
 
-def drawing_options(config: Mapping[str, Any]) -> Options:
+def sample_options(config: Mapping[str, Any]) -> Options:
     """Returns the settings of sampling in a `scheduler_config.json` of diffusers: `clip`, and a DDPM's `variance`."""
     if config.get("_class_name") == _FLOW:
         return {"clip": False, "shift": float(config.get("shift", 1.0))}

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ddpm import figures, interop, networks
-from ddpm.catalogue import Diffusion, Drawing
+from ddpm.catalogue import Diffusion, SampleOptions
 from ddpm.generation import Callback, Sampling, Walk, evaluations_of, from_noise, generate, make_denoiser, noise_of
 from ddpm.objective import Condition
 from ddpm.process import Prediction, Process, make_process
@@ -151,7 +151,7 @@ class Model:
         own, all_steps = self.sampling.sampler, self.process.num_timesteps
         if steps is None and sampler not in (None, own) and "ddpm" in (sampler, own):
             # Ancestral sampling draws noise in few steps, and the other samplers need only few.
-            steps = all_steps if sampler == "ddpm" else min(Drawing.steps, all_steps)
+            steps = all_steps if sampler == "ddpm" else min(SampleOptions.steps, all_steps)
         chosen = {"steps": steps, "sampler": sampler, **options}
         sampling = replace(self.sampling, **{key: value for key, value in chosen.items() if value is not None})
         if sampling.guidance != 1 and not self.null_class and self.worse is None:
@@ -312,7 +312,7 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
         process=process,
         prediction=Prediction(diffusion.prediction),
         image_shape=shape,
-        sampling=Sampling(steps=min(Drawing.steps, diffusion.timesteps), **interop.drawing_options(scheduler)),
+        sampling=Sampling(steps=min(SampleOptions.steps, diffusion.timesteps), **interop.sample_options(scheduler)),
         classes=classes,
         null_class=len(classes) < labels,
         diffusion=diffusion,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ddpm import randomness
-from ddpm.catalogue import WEIGHTINGS, Diffusion, Drawing
+from ddpm.catalogue import WEIGHTINGS, Diffusion, SampleOptions
 from ddpm.process import Number, Point, Prediction, Process, VariancePreserving, points_of
 
 SHARES = {"fixed_small": 0.0, "fixed_large": 1.0}
@@ -86,7 +86,7 @@ class Objective:
     prediction: Prediction
     diffusion: Diffusion = field(default_factory=Diffusion)
     """How noise levels are drawn and weighted, and whether the variance is learnt by the variational bound."""
-    drawing: Drawing = field(default_factory=Drawing)
+    sample_options: SampleOptions = field(default_factory=SampleOptions)
     """Whether self-conditioning shows the network its estimate clipped to [-1, 1], and the variance of the bound."""
 
     def __post_init__(self) -> None:
@@ -161,7 +161,7 @@ class Objective:
             with torch.no_grad():
                 output = network(scale * x_t, drawn.t, condition).float()[:, :channels]
                 estimate = self.prediction.x_start(output, x_t, point)
-            condition = condition._replace(x_start=estimate.clamp(-1, 1) if self.drawing.clip else estimate)
+            condition = condition._replace(x_start=estimate.clamp(-1, 1) if self.sample_options.clip else estimate)
         output, share = network(scale * x_t, drawn.t, condition).float().tensor_split([channels], dim=1)
         target = self.prediction.target(x_start, noise, point)
         losses = drawn.weight * (output - target).square().mean(dim=(1, 2, 3))
@@ -185,7 +185,7 @@ class Objective:
         """Estimates the variational bound on -log₂ p(x_0) per dimension, from one step of each image.
 
         The bound is that of ancestral sampling over all points of any process (Ho et al. 2020, equation 5), with the
-        learnt variance or else that of `drawing`. The last step has β̃ of the step before, as in Ho et al.'s
+        learnt variance or else that of `sample_options`. The last step has β̃ of the step before, as in Ho et al.'s
         `calc_bpd_loop`.
 
         Args:
@@ -208,7 +208,7 @@ class Objective:
         output, share = network(scale * x_t, t, condition).float().tensor_split([x_start.shape[1]], dim=1)
         estimate = self.prediction.x_start(output, x_t, Point(t, alpha, sigma)).clamp(-1, 1)
         is_last = (numbers == 0).view(-1, 1, 1, 1).to(x_start.device)
-        share = (share + 1) / 2 if self.diffusion.learns_variance else SHARES[self.drawing.variance] * ~is_last
+        share = (share + 1) / 2 if self.diffusion.learns_variance else SHARES[self.sample_options.variance] * ~is_last
         (last,) = points_of(self.process.numbered(torch.tensor([self.process.num_timesteps - 1])))
         # The noise at the start of sampling has the standard deviation max(1, σ).
         log_variance, beginning = 2 * math.log(last.sigma), 2 * math.log(max(1.0, last.sigma))

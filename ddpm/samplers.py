@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm.catalogue import Drawing
+from ddpm.catalogue import SampleOptions
 from ddpm.objective import SHARES
 from ddpm.process import Point, Process, points_of
 
@@ -56,7 +56,7 @@ Step = Callable[[Sequence[Visit], Point[float]], Tensor]
 
 
 def ancestral(
-    denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, variance: str = Drawing.variance
+    denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, variance: str = SampleOptions.variance
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, algorithm 2): x_s ~ q(x_s | x_t, x_0), on any grid of any process.
 
@@ -84,7 +84,7 @@ def ancestral(
     return x
 
 
-def ddim(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, eta: float = Drawing.eta) -> Tensor:
+def ddim(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, eta: float = SampleOptions.eta) -> Tensor:
     """DDIM (Song et al. 2021, equations 12 and 16), with ε derived from x_t and the (clipped) x_0.
 
     It is Euler's method on the probability-flow ODE in σ/α, and for η = 1 Euler's ancestral one (Karras et al. 2022;
@@ -121,7 +121,7 @@ def heun(
     points: Points,
     noise_at: NoiseAt,
     process: Process,
-    churn: float = Drawing.churn,
+    churn: float = SampleOptions.churn,
     steps: int = 1,
 ) -> Tensor:
     """Heun's method for x/α over σ/α, with churn (Karras et al. 2022, algorithm 2, with S_min 0, S_max ∞, S_noise 1).
@@ -178,7 +178,7 @@ def dpmpp_sde_2m(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt
     return _multistep(denoise, x, points, step, 2)
 
 
-def ipndm(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, order: int = Drawing.order) -> Tensor:
+def ipndm(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, order: int = SampleOptions.order) -> Tensor:
     """Adams and Bashforth's method for x/α over σ/α (iPNDM: Zhang & Chen 2023), up to order 4, without noise.
 
     Its weights are exact for evenly spaced σ/α; on other grids its order is 2 at most.
@@ -186,7 +186,7 @@ def ipndm(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, order
     return _multistep(denoise, x, points, ipndm_step, order)
 
 
-def deis(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, order: int = Drawing.order) -> Tensor:
+def deis(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, order: int = SampleOptions.order) -> Tensor:
     """DEIS (Zhang & Chen 2023, equations 14 and 15) with polynomials in ln(σ/α), as in diffusers, not in t.
 
     It uses no noise. Its last step, to the clean image, is Euler's.
@@ -194,7 +194,7 @@ def deis(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, order:
     return _multistep(denoise, x, points, deis_step, order)
 
 
-def unipc(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, order: int = Drawing.order) -> Tensor:
+def unipc(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt, order: int = SampleOptions.order) -> Tensor:
     """UniPC with B_2(h) (Zhao et al. 2023, algorithms 5 and 6), without noise; its order is `order` + 1.
 
     The estimate at a point also corrects the x of that point.

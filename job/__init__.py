@@ -6,9 +6,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from job.sampling.painter import load as load
+    from job.sampling.painter import load_run
 
     __version__: str
+    load = load_run
 
 
 def __getattr__(name: str) -> Any:
@@ -18,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return version("ddpm-job")
     if name == "load":
-        from job.sampling.painter import load
+        from job.sampling.painter import load_run
 
-        return load
+        return load_run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -266,14 +266,14 @@ def _launch(processes: int, hang_after_seconds: float, go: Callable[[], int] | N
 
 
 def _say_finished(plan: Plan, what: str) -> None:
-    from job.runs.drawings import grid_key, label_at
+    from job.runs.samples import grid_key, label_at
     from job.verbs.run_listing import in_lines
 
     images_seen, batch_size = plan.images_seen, plan.config.train.batch_size
     # The run may have seen more epochs than this command asks for.
     is_beyond = images_seen > plan.target_images
     epochs = images_seen // plan.index.images if is_beyond else plan.config.train.epochs
-    grid = grid_key(label_at(images_seen, plan.index.images, batch_size), plan.config.sample.name(plan.first_drawing))
+    grid = grid_key(label_at(images_seen, plan.index.images, batch_size), plan.config.sample.name(plan.first_sample))
     outputs = {"page": ObjectKind.PAGE.value, "samples": grid}
     there = [(title, plan.run.uri_of(key)) for title, key in outputs.items() if plan.run.exists(key)]
     # The work is done: a closed pipe must not make a failure of it.

@@ -6,7 +6,7 @@ from inspect import Parameter, get_annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
-from ddpm.catalogue import Drawing, takers
+from ddpm.catalogue import SampleOptions, takers
 from ddpm.image_size import ImageSize
 
 R = TypeVar("R")
@@ -102,7 +102,7 @@ def _setting(setting: Field[Any]) -> Parameter:
 
 
 _HAVE_OTHER_OPTIONS = ("autoguidance", "autoguidance_run", "labels")
-SAMPLE_SETTINGS = tuple(_setting(each) for each in fields(Drawing) if each.name not in _HAVE_OTHER_OPTIONS)
+SAMPLE_SETTINGS = tuple(_setting(each) for each in fields(SampleOptions) if each.name not in _HAVE_OTHER_OPTIONS)
 """An option for each setting of how images are sampled, but `--classes` for `labels` and `--autoguidance RUN@EPOCH`."""
 
 AsJson = Annotated[bool, Option("--json", "Print JSON.")]

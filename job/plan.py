@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ddpm.catalogue import EDM2Config, UNetConfig, levels_with_attention
-from job.config import EMBEDDED, Drawing, RunConfig, changed_for_attempt, draft, layered, preset_names
+from job.config import EMBEDDED, RunConfig, SamplerConfig, changed_for_attempt, draft, layered, preset_names
 from job.config.schema import image_size
 from job.data.order import epochs_completed_by, images_at_epoch
 from job.data.shards import DatasetIndex, NoDatasetError, dataset_key, find_dataset, load_index
@@ -46,19 +46,19 @@ class RunHandle:
         return names if names and count else tuple(map(str, range(count)))
 
     @property
-    def drawing(self) -> Drawing:
+    def sample_config(self) -> SamplerConfig:
         """The sampling settings."""
         return self.config.sample
 
     @property
-    def first_drawing(self) -> Drawing:
+    def first_sample(self) -> SamplerConfig:
         """The run's first sampling settings: the name of a picture lists the differences from them."""
         return self.stored.sample
 
     @property
-    def drawn_classes(self) -> tuple[str, ...]:
+    def sampled_classes(self) -> tuple[str, ...]:
         """The classes that the seeds take in turn."""
-        return tuple(self.classes[label] for label in self.drawing.labels) or self.classes
+        return tuple(self.classes[label] for label in self.sample_config.labels) or self.classes
 
     @property
     def picture_shape(self) -> tuple[int, int, int]:
@@ -321,7 +321,7 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, suited: Suited = lambda 
     config = config.updated(
         {key: value if before.get(key) in _OPEN else before[key] for key, value in left_open.items()}
     )
-    check_drawing(config)
+    check_sampling(config)
     if stored is not None and stored.imported and not list_checkpoints(run):
         raise BadDataError(
             f"run {request.run!r} lacks its imported checkpoint: type the same `ddpm import` again, or delete the run "
@@ -343,7 +343,7 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, suited: Suited = lambda 
     )
 
 
-def check_drawing(config: RunConfig) -> None:
+def check_sampling(config: RunConfig) -> None:
     """Checks that training can sample with the section `sample`.
 
     Raises:

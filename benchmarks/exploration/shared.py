@@ -31,8 +31,8 @@ from job.evaluation.evaluation_plan import Evaluation
 from job.exchange import encoding
 from job.exits import BadRequestError
 from job.pieces import RECORDS, Advance, Made, Slice
-from job.runs.drawings import NumberedDrawing, Reference
 from job.runs.layout import CheckpointRef
+from job.runs.samples import Reference, SampleSetConfig
 from job.sampling.sets import SampleSet
 from job.store import Store
 
@@ -240,19 +240,19 @@ class EncodeChecks(PieceChecks):
         super().ended(process)
 
 
-# Drawing
+# Sampling
 
 
 @cache
-def _drawing() -> NumberedDrawing:
-    return NumberedDrawing(
+def _sample_set_config() -> SampleSetConfig:
+    return SampleSetConfig(
         checkpoint="checkpoints/000001-000000000024", checkpoint_sha256="0" * 64, size=ImageSize.of(SIZE),
         channels=3, classes=(), first_seed=0, count=2 * PIECES, piece_images=2, save="shards",
     )  # fmt: skip
 
 
 def _set(store: Store, slice_text: str) -> SampleSet:
-    return SampleSet(store.sub("runs/r"), "drawn", CheckpointRef(1, 24), _drawing(), Slice.parse(slice_text))
+    return SampleSet(store.sub("runs/r"), "drawn", CheckpointRef(1, 24), _sample_set_config(), Slice.parse(slice_text))
 
 
 def sample(world: World, process: Process, slice_text: str) -> float:
@@ -331,7 +331,7 @@ class ScoreChecks(PieceChecks):
 
     def __init__(self, world: World, undisturbed: Any) -> None:
         plan: Any = SimpleNamespace(reference=_reference())
-        name = Evaluation(plan, SampleSet(None, "drawn", CheckpointRef(1, 24), _drawing())).name  # type: ignore[arg-type]
+        name = Evaluation(plan, SampleSet(None, "drawn", CheckpointRef(1, 24), _sample_set_config())).name  # type: ignore[arg-type]
         super().__init__(world, undisturbed, f"runs/r/evaluations/{name}", "scores.json")
 
     def outcome(self) -> Any:

@@ -30,8 +30,8 @@ from job.config.run_config import validated as validated
 from job.config.schema import NETWORKS as NETWORKS
 from job.config.schema import CheckpointConfig as CheckpointConfig
 from job.config.schema import DataConfig as DataConfig
-from job.config.schema import Drawing as Drawing
 from job.config.schema import SampleConfig as SampleConfig
+from job.config.schema import SamplerConfig as SamplerConfig
 from job.config.schema import Section as Section
 from job.config.schema import Size as Size
 from job.config.schema import average_name as average_name

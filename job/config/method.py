@@ -21,7 +21,7 @@ from ddpm.objective import Objective
 from ddpm.process import Prediction, Process, make_process
 from ddpm.state import TrainState, create_state
 from ddpm.threads import threads_of
-from job.config import Drawing, RunConfig
+from job.config import RunConfig, SamplerConfig
 
 
 def build_network(config: RunConfig, device: torch.device) -> nn.Module:
@@ -111,6 +111,6 @@ def initial_state(network: nn.Module, config: RunConfig) -> TrainState:
     return create_state(network, config.train, settings_of(config).averages)
 
 
-def sampling_of(drawing: Drawing) -> Sampling:
+def sampling_of(config: SamplerConfig) -> Sampling:
     """Returns the settings of sampling."""
-    return Sampling(**asdict(drawing))
+    return Sampling(**asdict(config))

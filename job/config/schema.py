@@ -197,7 +197,7 @@ class CheckpointConfig(ConfigSection):
     keep_best: bool = Field(False, description="also keep the checkpoint with the best score; see evaluate.metrics")
 
 
-class Drawing(ConfigSection, catalogue.Drawing):
+class SamplerConfig(ConfigSection, catalogue.SampleOptions):
     """The settings that decide which image a seed gives, for the same checkpoint."""
 
     @field_validator("guidance_interval", mode="wrap")
@@ -222,26 +222,26 @@ class Drawing(ConfigSection, catalogue.Drawing):
         return average_name(float(value.removeprefix("ema-")))
 
     @property
-    def drawing(self) -> Drawing:
-        """Only the settings of `Drawing`; options that the sampler does not take have their defaults."""
-        unused = {key for key in Drawing.model_fields if takers(key) and self.sampler not in takers(key)}
+    def effective(self) -> SamplerConfig:
+        """Only the settings of `SamplerConfig`; options that the sampler does not take have their defaults."""
+        unused = {key for key in SamplerConfig.model_fields if takers(key) and self.sampler not in takers(key)}
         if self.guidance == 1:
             unused |= {"guidance_interval", "guidance_rescale"}
-        return Drawing(**self.model_dump(include=Drawing.model_fields.keys() - unused))
+        return SamplerConfig(**self.model_dump(include=SamplerConfig.model_fields.keys() - unused))
 
-    def name(self, first: Drawing) -> str:
+    def name(self, first: SamplerConfig) -> str:
         """Returns a part of a picture's file name: sampler, steps, and what differs from the run's `first` settings."""
         # As the options are called.
         words = [f"{key.replace('labels', 'classes')}-{value}" for key, value in self._differing(first).items()]
         return "-".join([self.sampler, str(self.steps), *words])
 
-    def words(self, first: Drawing) -> str:
+    def words(self, first: SamplerConfig) -> str:
         """Returns the same for people, without the classes, which a picture shows: `ddim, 50 steps, eta 1`."""
         words = [f"{key.replace('_', ' ')} {value}" for key, value in self._differing(first).items() if key != "labels"]
         return ", ".join([self.sampler, f"{self.steps:,} steps", *words])
 
-    def _differing(self, first: Drawing) -> dict[str, str]:
-        ours, theirs = self.drawing.model_dump(exclude={"sampler", "steps"}), first.drawing.model_dump()
+    def _differing(self, first: SamplerConfig) -> dict[str, str]:
+        ours, theirs = self.effective.model_dump(exclude={"sampler", "steps"}), first.effective.model_dump()
         return {key: _word(value) for key, value in ours.items() if value != theirs[key]}
 
 
@@ -254,7 +254,7 @@ def _word(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
-class SampleConfig(Drawing):
+class SampleConfig(SamplerConfig):
     """The defaults of `ddpm sample`, and the pictures that training makes."""
 
     images: int = Field(64, ge=1, le=10_000, description="number of images in a sample grid")

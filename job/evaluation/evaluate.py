@@ -38,9 +38,9 @@ from job.pieces import IF_NONE_RUNS, WHOLE, Advance, Made, Slice
 from job.plan import Plan, RunHandle
 from job.processes.ranks import Ranks, meet
 from job.progress import Progress, note
-from job.runs.drawings import Reference, Scores, score_name
 from job.runs.layout import ObjectKind
 from job.runs.metric_rows import Row
+from job.runs.samples import Reference, Scores, score_name
 from job.sampling.painter import Painter, prepared
 from job.sealed import code_version, utc_now
 from job.stop import NEVER, Stop
@@ -83,7 +83,7 @@ def _is_scored(plan: EvaluatePlan, todo: list[Evaluation], painter: Painter, sam
         painter.load(of_run.run, one.sample_set.ref, of_run.sample.weights)
 
         def sampled(piece: int, advance: Advance, one: Evaluation = one) -> Iterator[np.ndarray]:
-            seeds = one.sample_set.drawing.seeds(piece)
+            seeds = one.sample_set.config.seeds(piece)
             return painter.sample_batches(seeds, sampling, of_run.sample.batch_size, advance)
 
         _make_features(one.features, sampled, extract, one.sample_set.name, ranks, stop)
@@ -197,20 +197,20 @@ def _publish(evaluation: Evaluation, real: Named, bound: tuple[float | None, int
     if bound[0] is not None:
         values["bpd"] = bound[0]
     record = Scores(
-        drawing=sample_set.drawing,
+        sample_set=sample_set.config,
         reference=plan.reference,
         values=values,
         floor=floor,
         floor_images=floor_images,
         bits_per_dim_images=bound[1],
         held_out=bool(plan.index.held_out),
-        batch=evaluation.name,
+        name=evaluation.name,
         created=utc_now(),
         code_version=code_version(),
     )
     # Another machine that found no piece missing may write the same scores at another time.
     with suppress(ObjectExistsError):
-        sample_set.run.create(ObjectKind.SCORES.key(batch=evaluation.name), record.to_json())
+        sample_set.run.create(ObjectKind.SCORES.key(folder=evaluation.name), record.to_json())
     evaluation.features.delete()
 
 
@@ -240,12 +240,12 @@ def tables(plan: EvaluatePlan) -> Iterator[str]:
     for ref, group in groupby(plan.evaluations, key=lambda each: each.sample_set.ref):
         found = [scores for evaluation in group if (scores := evaluation.scores())]
         first, sampling = found[0], plan.sampling
-        drawing, extractor = first.drawing, plan.located.extractor
+        config, extractor = first.sample_set, plan.located.extractor
         against = "{:,} real images against {:,}".format(*first.floor_images)
-        seeds = f"seeds from {' and '.join(f'{one.drawing.first_seed:,}' for one in found)}"
+        seeds = f"seeds from {' and '.join(f'{one.sample_set.first_seed:,}' for one in found)}"
         what = f"{sampling.run.uri.rpartition('/')[2]}, {sampling.label(ref)}"
         lines = [
-            f"{what}: {drawing.count:,} images, {sampling.how()}, weights {drawing.weights}, {seeds}",
+            f"{what}: {config.count:,} images, {sampling.how()}, weights {config.weights}, {seeds}",
             f"against {first.reference}, seen by {extractor.title}, {extractor.how}",
             f"{'':<20}{'samples':>22}  {against}",
         ]
@@ -264,7 +264,7 @@ def tables(plan: EvaluatePlan) -> Iterator[str]:
             lines.append(f"(± is the deviation over {len(found)} sets of seeds)")
         elif any(f"{name}_std" in first.values for name in _shown_scores(plan, first.values)):
             lines.append("(± is the deviation over parts of one set; --repeats 3 gives that over sets of seeds)")
-        if drawing.count < 10_000 and "fid" in plan.request.chosen_metrics:
+        if config.count < 10_000 and "fid" in plan.request.chosen_metrics:
             lines.append("(a Fréchet distance of fewer than 10,000 images is not comparable with published ones)")
         yield "\n".join(lines)
 

@@ -21,8 +21,8 @@ from job.exits import BadDataError, BadRequestError, how_to_install
 from job.pieces import TRANSFERS, WHOLE, Made, PieceRecord, Pieces, Slice
 from job.plan import Plan, RunHandle
 from job.requests import EvaluateRequest
-from job.runs.drawings import Reference, Scores
 from job.runs.layout import ObjectKind
+from job.runs.samples import Reference, Scores
 from job.sampling.sampling_plan import SamplePlan, plan_sampling, plan_sets
 from job.sampling.sets import SampleSet, piece_images
 from job.stop import NEVER, Stop
@@ -152,8 +152,8 @@ class Evaluation:
     @property
     def fingerprint(self) -> str:
         """The SHA-256 of everything that decides the scores."""
-        drawing = self.sample_set.drawing.model_dump(mode="json", exclude={"save"})
-        return _hash_of({"drawing": drawing, "reference": self.plan.reference.model_dump()})
+        config = self.sample_set.config.model_dump(mode="json", exclude={"save"})
+        return _hash_of({"sample_set": config, "reference": self.plan.reference.model_dump()})
 
     @property
     def name(self) -> str:
@@ -164,12 +164,12 @@ class Evaluation:
     def features(self) -> FeaturePieces:
         """The features of the images."""
         own, (folder, _, scores) = self.sample_set, self._key.rpartition("/")
-        count, size = own.drawing.count, own.drawing.piece_images
+        count, size = own.config.count, own.config.piece_images
         return FeaturePieces(own.run.sub(folder), self.fingerprint, count, size, own.share, result=scores)
 
     @property
     def _key(self) -> str:
-        return ObjectKind.SCORES.key(batch=self.name)
+        return ObjectKind.SCORES.key(folder=self.name)
 
     def scores(self) -> Scores | None:
         """Returns the stored scores; None before the evaluation.

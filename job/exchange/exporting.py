@@ -30,13 +30,12 @@ from job.plan import RunHandle, open_run
 from job.progress import Progress, note, printable, shows_bars
 from job.runs import checkpoints
 from job.runs.checkpoints import check_average, choose, opened
-from job.runs.drawings import Scores, grid_key, label_at, score_name
 from job.runs.layout import RUNS, CheckpointRef, ObjectKind, located, places_in
 from job.runs.retention import reading_chosen
+from job.runs.samples import Scores, grid_key, label_at, score_name
 from job.sealed import code_version
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, fsspec_configured, open_store
-from job.store.remote import cause, one_line
 
 CARD, PICTURE = "README.md", "grid.png"
 MOST_NAMES = 20
@@ -131,7 +130,7 @@ def _opened_export(of_run: RunHandle, request: ExportRequest, described: checkpo
             if len(files) > 1:
                 small[checkpoints.INDEX] = _index(files)
             with suppress(ObjectMissingError):
-                small[PICTURE] = run.read(grid_key(label, config.sample.name(of_run.first_drawing))).data
+                small[PICTURE] = run.read(grid_key(label, config.sample.name(of_run.first_sample))).data
             if of_run.classes and last:
                 small[checkpoints.PIPELINE_CODE] = (resources.files("job.exchange") / "class_pipeline.py").read_bytes()
             code = _code(of_run, small | last, request.push or "this folder", described.lacking)
@@ -197,14 +196,14 @@ def _scores(run: Store, ref: CheckpointRef, weights: str) -> Iterator[str]:
         if place.kind is ObjectKind.SCORES:
             with suppress(BadDataError, ObjectMissingError):
                 scores, words = Scores.load(run, key), list[str]()
-                drawing = scores.drawing
-                if (scores.ref, drawing.weights) != (ref, weights):
+                config = scores.sample_set
+                if (scores.ref, config.weights) != (ref, weights):
                     continue
                 for name, value in scores.values.items():
                     if not name.endswith("_std"):
                         real = f" (real images {scores.floor[name]:.4g})" if name in scores.floor else ""
                         words.append(f"{score_name(name, scores.reference.extractor)} {value:.4g}{real}")
-                how = f"{drawing.count:,} images by {drawing.sampler} in {drawing.steps:,} steps"
+                how = f"{config.count:,} images by {config.sampler} in {config.steps:,} steps"
                 yield f"Scores of {how}, against {scores.reference}: {', '.join(words)}."
 
 
@@ -267,6 +266,8 @@ class Hub:
             NoPermissionError: this machine has no token, or one that no request can carry.
         """
         with fsspec_configured():
+            from job.store.remote import one_line
+
             try:
                 from huggingface_hub import HfApi, get_token
                 from huggingface_hub.utils import HFValidationError, disable_progress_bars, validate_repo_id
@@ -345,6 +346,8 @@ def _is_of_an_export(key: str) -> bool:
 
 def _meaning(error: Exception, name: str) -> JobError:
     """Returns what an error of the client means to a person."""
+    from job.store.remote import cause, one_line
+
     answered: BaseException = error
     while not hasattr(answered, "response") and answered.__cause__ is not None:
         answered = answered.__cause__

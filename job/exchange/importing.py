@@ -28,7 +28,7 @@ from job.data.shards import DatasetIndex, find_dataset, load_index
 from job.exchange.exchange_requests import ImportRequest
 from job.exchange.other_programs import OtherCheckpoint, opened_checkpoint, settings_of_diffusers
 from job.exits import BadConfigError, BadDataError, BadRequestError, State
-from job.plan import RunHandle, check_drawing, follow_dataset
+from job.plan import RunHandle, check_sampling, follow_dataset
 from job.processes.compute import describe_device
 from job.processes.lease import Lease
 from job.progress import note, printable
@@ -112,7 +112,7 @@ def _config(
         steps = min(RunConfig().sample.steps, told.get("diffusion.timesteps", LARGEST))
         usual = RunConfig().flat() | {"sample.steps": steps}
         config = draft(request.preset, told) if request.preset else validated(layered(usual, told), where)
-    check_drawing(config)
+    check_sampling(config)
     if not request.dataset:
         return config, None
     index = load_index(bucket, find_dataset(bucket, request.dataset, config.data.size))

@@ -169,7 +169,7 @@ def settings_of_diffusers(unet: dict[str, Any], scheduler: dict[str, Any] | None
     settings = _unet_settings(interop.unet_options(unet))
     if scheduler is not None:
         settings |= {f"diffusion.{key}": value for key, value in interop.process_options(scheduler).items()}
-        settings |= {f"sample.{key}": value for key, value in interop.drawing_options(scheduler).items()}
+        settings |= {f"sample.{key}": value for key, value in interop.sample_options(scheduler).items()}
     return settings
 
 

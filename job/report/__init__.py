@@ -29,11 +29,11 @@ from job.plan import RunHandle
 from job.progress import note
 from job.runs import metric_rows, records
 from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound
-from job.runs.drawings import Scores, denoising_key, grid_key, label_at, moment_of
 from job.runs.layout import ObjectKind, places_in
 from job.runs.metric_rows import Row
 from job.runs.outlook import AttemptSpan, Outlook, attempts_of, duration, outlook_of, spans_of, state_in
 from job.runs.records import Status
+from job.runs.samples import Scores, denoising_key, grid_key, label_at, moment_of
 from job.sealed import code_version, utc_now
 from job.store import ObjectMissingError, Store
 
@@ -157,7 +157,7 @@ def facts_of(
     places = places_in(run, ObjectKind.PICTURE.folder, ObjectKind.SCORES.folder)
     attempts = spans_of(attempts_of(run), status)
     pictures = [key for key in places if places[key].kind in (ObjectKind.PICTURE, ObjectKind.GRID)]
-    how = config.sample.name(handle.first_drawing)
+    how = config.sample.name(handle.first_sample)
     grids, gifs = (_in_order(pictures, key_of(_LABEL, how)) for key_of in (grid_key, denoising_key))
     made_by_run = {key for _, key in (*grids, *gifs)}
     labels = [label_at(seen, handle.dataset_images, config.train.batch_size) for seen in by_progress(refs)]
@@ -178,7 +178,7 @@ def facts_of(
         grids=grids,
         newest_gif=gifs[-1][1] if gifs else "",
         own_pictures=sorted(set(pictures) - made_by_run, key=_newest_first),
-        scores=sorted(scores, key=lambda each: (each.ref.images_seen, each.batch)),
+        scores=sorted(scores, key=lambda each: (each.ref.images_seen, each.name)),
         # A parameter has four bytes; the headers of the files are small.
         parameters=manifest.bytes_of("model") // 4 if manifest else 0,
         checkpoints=[moment_of(label) for label in labels],

@@ -69,17 +69,17 @@ class ObjectKind(Enum):
     GRID_EVENTS = "tensorboard/samples/events.out.tfevents.{checkpoint}"  # a sample grid for TensorBoard
     PICTURE = "samples/{name}.{picture}"
     FIGURE = "figures/{name}.{picture}"
-    DRAWING = "samples/{batch}/drawing.json"  # all settings of a batch of images: created once, first
-    PIECE = "samples/{batch}/piece-{piece:05d}.tar"  # a shard that webdataset can read
-    IMAGE = "samples/{batch}/piece-{piece:05d}/{seed:09d}.png"  # with --save png
-    RECORD = "samples/{batch}/pieces/{piece:05d}.json"  # created once, after the piece: its commit
-    CLAIM = "samples/{batch}/claims/{piece:05d}/lease.json"  # the process that makes the piece now
-    GRID = "samples/{batch}/grid.png"  # the first images of a batch
-    INDEX = "samples/{batch}/index.json"  # created once, when all pieces are there
-    FEATURES = "evaluations/{batch}/piece-{piece:05d}.safetensors"  # of drawn images, deleted once they are scored
-    FEATURE_RECORD = "evaluations/{batch}/pieces/{piece:05d}.json"  # created once, after the features: their commit
-    FEATURE_CLAIM = "evaluations/{batch}/claims/{piece:05d}/lease.json"  # the process that makes them now
-    SCORES = "evaluations/{batch}/scores.json"  # created once: distances from real images
+    SAMPLE_SET = "samples/{folder}/sample-set.json"  # all settings of a sample set: created once, first
+    PIECE = "samples/{folder}/piece-{piece:05d}.tar"  # a shard that webdataset can read
+    IMAGE = "samples/{folder}/piece-{piece:05d}/{seed:09d}.png"  # with --save png
+    RECORD = "samples/{folder}/pieces/{piece:05d}.json"  # created once, after the piece: its commit
+    CLAIM = "samples/{folder}/claims/{piece:05d}/lease.json"  # the process that makes the piece now
+    GRID = "samples/{folder}/grid.png"  # the first images of a set
+    INDEX = "samples/{folder}/index.json"  # created once, when all pieces are there
+    FEATURES = "evaluations/{folder}/piece-{piece:05d}.safetensors"  # of samples, deleted once they are scored
+    FEATURE_RECORD = "evaluations/{folder}/pieces/{piece:05d}.json"  # created once, after the features: their commit
+    FEATURE_CLAIM = "evaluations/{folder}/claims/{piece:05d}/lease.json"  # the process that makes them now
+    SCORES = "evaluations/{folder}/scores.json"  # created once: distances from real images
     FOUND_GRID = "grids/found-{steps}.json"  # created once: timesteps found for this number of steps
     READER = "reading/{checkpoint}-{unique}.json"  # a process reads this checkpoint, which stays meanwhile
     PROBE = "probe/{unique}"  # measures the duration of a save; deleted at once
@@ -103,7 +103,7 @@ class Located:
     checkpoint: CheckpointRef = CheckpointRef(0, 0)
     fence: int = 0
     group: str = ""
-    batch: str = ""
+    folder: str = ""
     piece: int = -1
     steps: int = 0
 
@@ -111,7 +111,7 @@ class Located:
 OF_CHECKPOINT = (ObjectKind.TENSORS, ObjectKind.PIPELINE)
 """Kinds that a manifest commits."""
 PICTURES = (ObjectKind.PICTURE, ObjectKind.FIGURE, ObjectKind.GRID)
-"""Kinds with their origin and SHA-256 in themselves; see `drawings.with_origin`."""
+"""Kinds with their origin and SHA-256 in themselves; see `samples.with_origin`."""
 _FIELDS = {
     "checkpoint": r"\d{6}-\d{12}",
     "fence": r"\d{6}",
@@ -121,7 +121,7 @@ _FIELDS = {
     r"|unet/diffusion_pytorch_model(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index\.json)?",
     "name": "[^/]+",
     "picture": "png|gif",
-    "batch": "[^/]+",
+    "folder": "[^/]+",
     "piece": r"\d{5}",
     "steps": r"[1-9]\d{0,6}",
     "seed": r"\d{9,18}",
@@ -129,7 +129,7 @@ _FIELDS = {
 }
 """The pattern of each field in a key."""
 _READ: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(("group", "batch"), str),
+    **dict.fromkeys(("group", "folder"), str),
     **dict.fromkeys(("fence", "piece", "steps"), int),
     "checkpoint": CheckpointRef.parse,
 }

@@ -19,9 +19,9 @@ from job.exits import BadDataError, JobError, LostRunError, NoPermissionError
 from job.processes.lease import Lease
 from job.processes.process_identity import ProcessIdentity
 from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest
-from job.runs.drawings import score_name
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, CheckpointRef, Located, ObjectKind, located, places_in
 from job.runs.metric_rows import Row
+from job.runs.samples import score_name
 from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
 
@@ -183,7 +183,7 @@ def leftovers(
         read: the checkpoints that are being read.
     """
     committed = {place.checkpoint for place in places.values() if place.kind is ObjectKind.MANIFEST}
-    recorded = {(place.batch, place.piece) for place in places.values() if place.kind is ObjectKind.RECORD}
+    recorded = {(place.folder, place.piece) for place in places.values() if place.kind is ObjectKind.RECORD}
     made = {(place.checkpoint, place.group) for place in places.values() if place.kind is ObjectKind.AVERAGE}
     for ref in committed - named.keys():
         named[ref] = None
@@ -207,7 +207,7 @@ def leftovers(
                 not is_committed or (place.checkpoint, place.group) not in made
             ):
                 left[key] = "`ddpm ema` that was stopped"
-            case ObjectKind.PIECE | ObjectKind.IMAGE if (place.batch, place.piece) not in recorded:
+            case ObjectKind.PIECE | ObjectKind.IMAGE if (place.folder, place.piece) not in recorded:
                 left[key] = "sampling that was stopped"
             case ObjectKind.FEATURES | ObjectKind.FEATURE_RECORD | ObjectKind.FEATURE_CLAIM:
                 left[key] = "an evaluation that was stopped"

@@ -23,12 +23,12 @@ from torch import Tensor
 from job.exits import BucketAwayError, StoppedError
 from job.processes.lease import Lease
 from job.runs.checkpoints import Manifest, commit_manifest, files_for_diffusers
-from job.runs.drawings import put_picture
 from job.runs.layout import OF_CHECKPOINT, CheckpointRef, ObjectKind, located
 from job.runs.metric_rows import History, Row
 from job.runs.outlook import Cadence
 from job.runs.records import Attempt
 from job.runs.retention import Retention, Retirement
+from job.runs.samples import put_picture
 from job.sealed import NamedObject, utc_now
 from job.stop import GRACE_VARIABLE, Stop
 from job.store import Store

@@ -26,10 +26,10 @@ from job.processes.ranks import Agreement, Ranks
 from job.progress import Progress
 from job.requests import SampleRequest
 from job.runs.checkpoints import opened
-from job.runs.drawings import FoundGrid, moment_of
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.records import split_run
 from job.runs.retention import kept_while_read, reading_chosen
+from job.runs.samples import FoundGrid, moment_of
 from job.sampling.sampling_plan import SamplePlan, found_points, plan_sampling
 from job.sealed import code_version, utc_now
 from job.stop import Stop
@@ -336,7 +336,7 @@ def find_points(plan: SamplePlan, painter: Painter) -> tuple[int, ...]:
     return painter.ranks.on_main(find)
 
 
-def load(
+def load_run(
     run: str, *, epoch: int | None = None, weights: str | None = None, device: str | torch.device | None = None
 ) -> Model:
     """Returns the model of a run, with every byte verified. It samples with the run's settings by default.

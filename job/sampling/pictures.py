@@ -25,8 +25,8 @@ from job.pieces import IF_NONE_RUNS, Advance, Made
 from job.processes.ranks import meet
 from job.requests import GIF_SEEDS, parse_numbers
 from job.runs import records
-from job.runs.drawings import denoising_key, file_words, grid_key, moment_of, put_picture, title_of
 from job.runs.layout import CheckpointRef, ObjectKind
+from job.runs.samples import denoising_key, file_words, grid_key, moment_of, put_picture, title_of
 from job.sampling.painter import Painter, Route, prepared
 from job.sampling.sampling_plan import SamplePlan, plan_sets
 from job.sampling.sets import SampleSet, made_piece
@@ -86,18 +86,18 @@ def _make_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
                 grids.append((moment_of(label), images))
                 title = title_of(plan.run, moment_of(label), plan.words, seeds)
                 if editor:
-                    grid = editor.grid(images, seeds, with_class(title, plan.drawn_classes))
+                    grid = editor.grid(images, seeds, with_class(title, plan.sampled_classes))
                 else:
-                    grid = grid_png(images, seeds, plan.drawn_classes, training, stop=painter.stop, title=title)
+                    grid = grid_png(images, seeds, plan.sampled_classes, training, stop=painter.stop, title=title)
                 publish(ref, grid_key(label, how + layout), grid, f"  ({rate:.2f} images/s)")
         if request.gif and is_main:
-            title = with_class(title_of(plan.run, moment_of(label), plan.words, gif_seeds), plan.drawn_classes)
+            title = with_class(title_of(plan.run, moment_of(label), plan.words, gif_seeds), plan.sampled_classes)
             gif = painter.denoising_gif(gif_seeds, sampling, title)
             publish(ref, denoising_key(label, how), gif)
     if len(grids) > 1:
         key = grid_key(f"comparison-{file_words(request.checkpoints, '-')}", how)
-        title = with_class(title_of(plan.run, f"{len(grids)} checkpoints", plan.words, seeds), plan.drawn_classes)
-        classes = plan.drawn_classes if len(plan.drawn_classes) > 1 else ("seed",)
+        title = with_class(title_of(plan.run, f"{len(grids)} checkpoints", plan.words, seeds), plan.sampled_classes)
+        classes = plan.sampled_classes if len(plan.sampled_classes) > 1 else ("seed",)
         picture = figures.comparison(grids, [f"{classes[seed % len(classes)]} {seed}" for seed in all_seeds], title)
         publish(max(plan.checkpoints), key, figures.png(picture))
 
@@ -106,23 +106,23 @@ def _make_set(
     plan: SamplePlan, painter: Painter, sampling: Sampling, sample_set: SampleSet, editor: Editor | None
 ) -> None:
     """Makes the missing pieces, first those of this slice, and the index if the set is then complete. Collective."""
-    ranks, drawing, pieces, began = painter.ranks, sample_set.drawing, sample_set.pieces, time.monotonic()
+    ranks, config, pieces, began = painter.ranks, sample_set.config, sample_set.pieces, time.monotonic()
     ranks.on_main(sample_set.begin)
 
     def make(number: int, advance: Advance) -> Made:
-        seeds = drawing.seeds(number)
+        seeds = config.seeds(number)
         route = editor.route(seeds) if editor else None
         # Batches stay within a piece: rounding depends on the other images of a batch, and bytes must not change.
         images = np.concatenate([*painter.sample_batches(seeds, sampling, plan.sample.batch_size, advance, route)])
         if number == 0:
             shown = plan.sample.images
             title = title_of(plan.run, moment_of(plan.label(sample_set.ref)), plan.words, seeds[:shown])
-            grid = grid_png(images[:shown], seeds[:shown], plan.drawn_classes, title=title)
+            grid = grid_png(images[:shown], seeds[:shown], plan.sampled_classes, title=title)
             put_picture(plan.run, sample_set.key(ObjectKind.GRID), grid, sample_set.ref)
         return made_piece(sample_set, number, images)
 
-    there_before = ranks.on_main(lambda: drawing.count - sum(pieces.sizes[number] for number in pieces.missing()))
-    if there_before < drawing.count:
+    there_before = ranks.on_main(lambda: config.count - sum(pieces.sizes[number] for number in pieces.missing()))
+    if there_before < config.count:
         painter.load(plan.run, sample_set.ref, plan.sample.weights)
     made = pieces.make_missing(make, f"sampling {sample_set.name}", stop=painter.stop, ranks=ranks)
     rate = f" at {made / (time.monotonic() - began):.2f} images/s" if made else ""
@@ -130,7 +130,7 @@ def _make_set(
 
     def finish() -> None:
         if missing := pieces.missing():
-            others = f"{len(missing):,} of {drawing.pieces:,} pieces are to come from other machines; {IF_NONE_RUNS}"
+            others = f"{len(missing):,} of {config.pieces:,} pieces are to come from other machines; {IF_NONE_RUNS}"
             print(f"{sample_set.folder.uri}  (slice {plan.request.slice} is done: {note}; {others})")
             return
         if sample_set.index() is None:

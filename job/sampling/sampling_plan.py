@@ -25,8 +25,8 @@ from job.progress import detail, note
 from job.requests import SampleRequest, parse_numbers
 from job.runs import records
 from job.runs.checkpoints import check_average, choose, load_manifest, lost_manifest
-from job.runs.drawings import Editing, FoundGrid, NumberedDrawing, file_words, label_at
 from job.runs.layout import CheckpointRef, ObjectKind
+from job.runs.samples import Editing, FoundGrid, SampleSetConfig, file_words, label_at
 from job.sampling.sets import SampleSet, piece_images
 from job.stop import NEVER, Stop, StopSignal
 from job.store import ObjectMissingError, Store
@@ -177,7 +177,7 @@ class SamplePlan(RunHandle):
     """The numbers of the points of the found grid, once it is computed."""
 
     @property
-    def drawing(self) -> SampleConfig:
+    def sample_config(self) -> SampleConfig:
         """The sampling settings."""
         return self.sample
 
@@ -208,11 +208,11 @@ class SamplePlan(RunHandle):
         """The sampling settings, for people."""
         own = f", {self.custom_sampler.name}" if self.custom_sampler else ""
         edited = f", {self.given.editing.words}" if self.given else ""
-        return f"{self.sample.words(self.first_drawing)}{own}{edited}"
+        return f"{self.sample.words(self.first_sample)}{own}{edited}"
 
     def how(self, seeds: str = "") -> str:
         """Returns everything that decides the images of a checkpoint, as part of a picture's name."""
-        how = self.sample.name(self.first_drawing)
+        how = self.sample.name(self.first_sample)
         how += f"-{self.custom_sampler.words}" if self.custom_sampler else ""
         how += f"-{self.given.editing.name}" if self.given else ""
         return f"{how}-seeds-{file_words(seeds, '_')}" if seeds else how
@@ -381,8 +381,8 @@ def plan_sets(plan: SamplePlan) -> list[SampleSet]:
     first_seed, save = request.first_seed or 0, request.save or "shards"
     sets = []
     for ref in plan.checkpoints:
-        drawing = NumberedDrawing(
-            **plan.sample.drawing.model_copy(update={"precision": plan.precision}).model_dump(),
+        config = SampleSetConfig(
+            **plan.sample.effective.model_copy(update={"precision": plan.precision}).model_dump(),
             checkpoint=ref.key,
             checkpoint_sha256=load_manifest(plan.run, ref).sha256,
             worse_sha256=load_manifest(plan.worse.run, plan.worse.ref).sha256 if plan.worse else "",
@@ -391,12 +391,12 @@ def plan_sets(plan: SamplePlan) -> list[SampleSet]:
             found=plan.found,
             size=ImageSize(*plan.picture_shape[1:]),
             channels=plan.picture_shape[0],
-            classes=plan.drawn_classes,
+            classes=plan.sampled_classes,
             first_seed=first_seed,
             count=count,
             piece_images=piece_images(count),
             save=save,
         )
         name = f"{plan.label(ref)}-{plan.how()}-{first_seed}-{count}{'-png' if save == 'png' else ''}"
-        sets.append(SampleSet(plan.run, name, ref, drawing, Slice.parse(request.slice)))
+        sets.append(SampleSet(plan.run, name, ref, config, Slice.parse(request.slice)))
     return sets

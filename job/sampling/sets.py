@@ -1,6 +1,6 @@
 """`ddpm sample --count`: many images of a checkpoint, in pieces that are committed one by one.
 
-RUN/samples/epoch-0080-ddim-100-0-50000/drawing.json               everything that decides the images: created first
+RUN/samples/epoch-0080-ddim-100-0-50000/sample-set.json            everything that decides the images: created first
                                         piece-00012.tar            a shard that webdataset can read
                                         pieces/00012.json          created once, after the piece: its commit
                                         grid.png                   the first images, before their piece
@@ -24,12 +24,12 @@ from PIL import Image
 
 from job.exits import BadDataError, BadRequestError
 from job.pieces import WHOLE, Made, Pieces, Slice
-from job.runs.drawings import BatchIndex, DrawingRecord, NumberedDrawing, named_piece
 from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind
+from job.runs.samples import SampleSetConfig, SampleSetIndex, SampleSetRecord, named_piece
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store
 
-AboutDrawing = TypeVar("AboutDrawing", DrawingRecord, BatchIndex)
+OfSet = TypeVar("OfSet", SampleSetRecord, SampleSetIndex)
 
 PIECES_WANTED = 64
 """The preferred number of pieces: enough for a dozen slices to finish at about the same time."""
@@ -45,12 +45,12 @@ def piece_images(count: int) -> int:
 
 @dataclass(frozen=True)
 class SampleSet:
-    """The numbered images of one drawing, and their folder `name` below the run's samples."""
+    """The numbered images of one set, and their folder `name` below the run's samples."""
 
     run: Store
     name: str
     ref: CheckpointRef
-    drawing: NumberedDrawing
+    config: SampleSetConfig
     share: Slice = WHOLE
 
     @property
@@ -60,34 +60,34 @@ class SampleSet:
 
     def key(self, kind: ObjectKind, piece: int = 0, seed: int = 0) -> str:
         """Returns the key of an object of this set, below the run."""
-        return kind.key(batch=self.name, piece=piece, seed=seed)
+        return kind.key(folder=self.name, piece=piece, seed=seed)
 
     def begin(self) -> None:
-        """Claims the folder for this drawing.
+        """Claims the folder for this set.
 
         Raises:
-            BadRequestError: it holds another drawing; the message lists the differences.
+            BadRequestError: it holds another set; the message lists the differences.
         """
         try:
-            self.run.create(self.key(ObjectKind.DRAWING), DrawingRecord(drawing=self.drawing).to_json())
+            self.run.create(self.key(ObjectKind.SAMPLE_SET), SampleSetRecord(sample_set=self.config).to_json())
         except ObjectExistsError:
-            self._load(DrawingRecord, self.key(ObjectKind.DRAWING))
+            self._load(SampleSetRecord, self.key(ObjectKind.SAMPLE_SET))
 
     @property
     def pieces(self) -> Pieces:
         """The pieces, of which this machine makes its share first."""
-        sizes = [len(self.drawing.seeds(number)) for number in range(self.drawing.pieces)]
+        sizes = [len(self.config.seeds(number)) for number in range(self.config.pieces)]
         folder = f"{SAMPLES}/{self.name}"
-        return Pieces(self.run, self.drawing.fingerprint, sizes, folder=folder, share=self.share)
+        return Pieces(self.run, self.config.fingerprint, sizes, folder=folder, share=self.share)
 
-    def index(self) -> BatchIndex | None:
+    def index(self) -> SampleSetIndex | None:
         """Returns the index, if all pieces are there.
 
         Raises:
             BadDataError: the index is corrupt, or a listed piece is gone; the message says what to delete.
-            BadRequestError: the index is of another drawing.
+            BadRequestError: the index is of another sample set.
         """
-        index = self._load(BatchIndex, self.key(ObjectKind.INDEX))
+        index = self._load(SampleSetIndex, self.key(ObjectKind.INDEX))
         if index is not None:
             self._check_files(index)
         return index
@@ -98,37 +98,37 @@ class SampleSet:
         Raises:
             BadDataError: an object is corrupt or missing; the message says what to delete.
         """
-        pieces = [named_piece(record, self.drawing) for record in self.pieces.records(stop=stop)]
-        index = BatchIndex(drawing=self.drawing, pieces=tuple(pieces))
+        pieces = [named_piece(record, self.config) for record in self.pieces.records(stop=stop)]
+        index = SampleSetIndex(sample_set=self.config, pieces=tuple(pieces))
         self._check_files(index)
         # Another machine that found no piece missing writes the same bytes.
         self.run.create(self.key(ObjectKind.INDEX), index.to_json())
 
     def describe(self, note: str) -> str:
         """Returns a line for people about a complete set."""
-        pieces = f"{self.drawing.pieces:,} piece{'s' * (self.drawing.pieces > 1)}"
-        return f"{self.run.uri_of(self.key(ObjectKind.INDEX))}  ({self.drawing.count:,} images in {pieces}; {note})"
+        pieces = f"{self.config.pieces:,} piece{'s' * (self.config.pieces > 1)}"
+        return f"{self.run.uri_of(self.key(ObjectKind.INDEX))}  ({self.config.count:,} images in {pieces}; {note})"
 
-    def _load(self, kind: type[AboutDrawing], key: str) -> AboutDrawing | None:
-        """Returns a record of this drawing; None if it is missing."""
+    def _load(self, kind: type[OfSet], key: str) -> OfSet | None:
+        """Returns a record of this set; None if it is missing."""
         try:
             found = kind.load(self.run, key)
         except ObjectMissingError:
             return None
         except BadDataError as error:
             raise BadDataError(f"{error}; delete it, and the same command makes it again") from None
-        theirs, ours = found.drawing.model_dump(), self.drawing.model_dump()
+        theirs, ours = found.sample_set.model_dump(), self.config.model_dump()
         differing = [
             f"{name} {theirs[name]!s:.12} and not {ours[name]!s:.12}" for name in ours if theirs[name] != ours[name]
         ]
         if differing:
             raise BadRequestError(
-                f"{self.run.uri_of(key)} is of another drawing ({', '.join(differing)}): "
+                f"{self.run.uri_of(key)} is of another sample set ({', '.join(differing)}): "
                 f"delete {self.folder.uri} to make its images anew, or make others with --first-seed"
             )
         return found
 
-    def _check_files(self, index: BatchIndex) -> None:
+    def _check_files(self, index: SampleSetIndex) -> None:
         """Checks that a listing has all pieces; `ddpm runs verify` checks their content."""
         found = Counter[str]()
         for entry in self.run.list(f"{SAMPLES}/{self.name}"):
@@ -148,17 +148,17 @@ def made_piece(sample_set: SampleSet, number: int, images: np.ndarray) -> Made:
     """Returns the files of a piece with uint8 [n, H, W, C]."""
     from ddpm import figures
 
-    drawing, seeds = sample_set.drawing, sample_set.drawing.seeds(number)
-    pngs = [figures.png(Image.fromarray(one.squeeze(-1) if drawing.channels == 1 else one)) for one in images]
-    if drawing.save == "shards":
-        return Made({sample_set.key(ObjectKind.PIECE, number): _shard(drawing, seeds, pngs)})
+    config, seeds = sample_set.config, sample_set.config.seeds(number)
+    pngs = [figures.png(Image.fromarray(one.squeeze(-1) if config.channels == 1 else one)) for one in images]
+    if config.save == "shards":
+        return Made({sample_set.key(ObjectKind.PIECE, number): _shard(config, seeds, pngs)})
     return Made({sample_set.key(ObjectKind.IMAGE, number, seed): png for seed, png in zip(seeds, pngs, strict=True)})
 
 
-def _shard(drawing: NumberedDrawing, seeds: range, pngs: list[bytes]) -> bytes:
+def _shard(config: SampleSetConfig, seeds: range, pngs: list[bytes]) -> bytes:
     """Returns a tar that webdataset can read: `000003072.png`, and `000003072.cls` if there are classes."""
     file = io.BytesIO()
-    labels = drawing.labels or range(len(drawing.classes))
+    labels = config.labels or range(len(config.classes))
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for seed, png in zip(seeds, pngs, strict=True):
             members = {"png": png} | ({"cls": str(labels[seed % len(labels)]).encode()} if labels else {})

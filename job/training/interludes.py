@@ -13,7 +13,7 @@ from job.data.cache import ImageCache
 from job.evaluation.validation import validation_row
 from job.processes.ranks import Agreement
 from job.requests import GIF_SEEDS
-from job.runs.drawings import SCORES_FIGURE, denoising_key, grid_key, label_at, moment_of, score_name, title_of
+from job.runs.samples import SCORES_FIGURE, denoising_key, grid_key, label_at, moment_of, score_name, title_of
 from job.sampling.painter import Painter
 from job.sampling.pictures import grid_png, with_class
 from job.training.attempt import TrainingAttempt
@@ -104,9 +104,9 @@ class Interludes:
         painter = self._draw(range(self._config.sample.images))
 
         def publish(recorder: Recorder) -> None:
-            title = with_class(self._title(range(GIF_SEEDS)), self._plan.drawn_classes)
+            title = with_class(self._title(range(GIF_SEEDS)), self._plan.sampled_classes)
             gif = painter.denoising_gif(range(GIF_SEEDS), method.sampling_of(self._config.sample), title)
-            key = denoising_key(self._label(), self._drawing_name())
+            key = denoising_key(self._label(), self._settings_name())
             recorder.writer.put(key, gif, images_seen=self._state.images_seen)
 
         self._attempt.on_main(publish)
@@ -135,7 +135,7 @@ class Interludes:
             grid = grid_png(
                 drawn,
                 seeds,
-                self._plan.drawn_classes,
+                self._plan.sampled_classes,
                 training=self._training_images() if sample.nearest else None,
                 stop=self._attempt.stop,
                 title=self._title(seeds),
@@ -154,12 +154,12 @@ class Interludes:
     def _label(self) -> str:
         return label_at(self._state.images_seen, self._plan.index.images, self._config.train.batch_size)
 
-    def _drawing_name(self) -> str:
-        return self._config.sample.name(self._plan.first_drawing)
+    def _settings_name(self) -> str:
+        return self._config.sample.name(self._plan.first_sample)
 
     def _grid_key(self) -> str:
-        return grid_key(self._label(), self._drawing_name())
+        return grid_key(self._label(), self._settings_name())
 
     def _title(self, seeds: Sequence[int]) -> str:
-        words = self._config.sample.words(self._plan.first_drawing)
+        words = self._config.sample.words(self._plan.first_sample)
         return title_of(self._plan.run, moment_of(self._label()), words, seeds)

@@ -17,10 +17,10 @@ from job.processes.lease import Lease
 from job.progress import Progress, note
 from job.report import PictureCache, facts_of, put_page
 from job.runs import records
-from job.runs.drawings import LOSS_FIGURE, label_at, moment_of
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.metric_rows import Row, grid_events
 from job.runs.retention import Retention, best_images_seen
+from job.runs.samples import LOSS_FIGURE, label_at, moment_of
 from job.runs.writer import CheckpointWriter
 from job.sealed import utc_now
 from job.stop import NEVER, Stop

@@ -22,9 +22,9 @@ from job.exits import BadDataError, BadRequestError
 from job.progress import Progress, note
 from job.runs import records
 from job.runs.checkpoints import AverageRecord, Manifest, choose, load_average, load_manifest
-from job.runs.drawings import label_at
 from job.runs.layout import CheckpointRef, ObjectKind, located
 from job.runs.retention import reading_chosen
+from job.runs.samples import label_at
 from job.runs.writer import plan_parts, write_part
 from job.sealed import NamedObject, code_version, utc_now
 from job.stop import Stop

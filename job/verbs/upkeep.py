@@ -33,7 +33,6 @@ from job.runs.checkpoints import (
     newest_good,
     sha256_of,
 )
-from job.runs.drawings import BatchIndex, DrawingRecord, FoundGrid, Scores, has_origin
 from job.runs.layout import PICTURES, CheckpointRef, Located, ObjectKind, located
 from job.runs.metric_rows import read_rows
 from job.runs.records import CONFIG_KEY, Attempt, Status
@@ -47,6 +46,7 @@ from job.runs.retention import (
     delete_checkpoint,
     leftovers,
 )
+from job.runs.samples import FoundGrid, SampleSetIndex, SampleSetRecord, Scores, has_origin
 from job.sealed import Sealed
 from job.stop import NEVER, Stop
 from job.store import ObjectMissingError, Store, open_store
@@ -68,9 +68,9 @@ RECORD_TYPES: dict[ObjectKind | None, type[Sealed]] = {
     ObjectKind.READER: Reader,
     ObjectKind.FOUND_GRID: FoundGrid,
     ObjectKind.SCORES: Scores,
-    ObjectKind.DRAWING: DrawingRecord,
+    ObjectKind.SAMPLE_SET: SampleSetRecord,
     ObjectKind.RECORD: PieceRecord,
-    ObjectKind.INDEX: BatchIndex,
+    ObjectKind.INDEX: SampleSetIndex,
 }
 """Records, which carry their own hash."""
 
@@ -157,7 +157,7 @@ def _check_config(listing: _Listing) -> None:
 
 def _named_by(listing: _Listing, by: str) -> dict[str, str]:
     """Returns the objects that must be there by a record, with their SHA-256; an empty one if it does not say."""
-    record, batch = listing.records[by], listing.places[by].batch
+    record, folder = listing.records[by], listing.places[by].folder
     match record:
         case Attempt(previous=int(fence)) | Status(fence=fence):
             return {ObjectKind.ATTEMPT.key(fence=fence): ""}
@@ -166,10 +166,10 @@ def _named_by(listing: _Listing, by: str) -> dict[str, str]:
         case AverageRecord():
             return {file.key: file.sha256 for file in record.files}
         case PieceRecord():
-            return {file.key: file.sha256 for file in record.files} | {ObjectKind.DRAWING.key(batch=batch): ""}
-        case BatchIndex():
-            pieces = (ObjectKind.RECORD.key(batch=batch, piece=number) for number in range(len(record.pieces)))
-            return dict.fromkeys((ObjectKind.GRID.key(batch=batch), *pieces), "")
+            return {file.key: file.sha256 for file in record.files} | {ObjectKind.SAMPLE_SET.key(folder=folder): ""}
+        case SampleSetIndex():
+            pieces = (ObjectKind.RECORD.key(folder=folder, piece=number) for number in range(len(record.pieces)))
+            return dict.fromkeys((ObjectKind.GRID.key(folder=folder), *pieces), "")
     return {}
 
 
@@ -305,7 +305,7 @@ def _removals(bucket: Store, run: Store, config: RunConfig, fence: int) -> list[
     places = {key: located(key) for key in sizes}
     for key, who in leftovers(run, places, CheckpointRef(fence, 0), {}, read).items():
         # A sampler marks its checkpoint as being read before it makes its first piece.
-        if not (read and places[key].batch):
+        if not (read and places[key].folder):
             found.append(Removal(key, sizes[key], f"left behind by {who}"))
     return found
 
@@ -317,7 +317,7 @@ def _remove(run: Store, removal: Removal) -> bool:
     the record after everything that it names.
     """
     place = located(removal.key)
-    if place.batch and (being_read(run) or run.exists(ObjectKind.RECORD.key(batch=place.batch, piece=place.piece))):
+    if place.folder and (being_read(run) or run.exists(ObjectKind.RECORD.key(folder=place.folder, piece=place.piece))):
         return False
     if removal.ref is None:
         run.delete(removal.key)

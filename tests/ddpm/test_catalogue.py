@@ -18,8 +18,8 @@ from ddpm.catalogue import (
     SCHEDULES,
     WEIGHTINGS,
     Diffusion,
-    Drawing,
     NetworkConfig,
+    SampleOptions,
 )
 from ddpm.features import LOADERS
 from ddpm.grids import make_grid
@@ -38,7 +38,7 @@ def column(page: str, header: str) -> list[str]:
 
 
 def test_sampler_functions_take_their_options():
-    settings = {field.name: field.default for field in fields(Drawing)}
+    settings = {field.name: field.default for field in fields(SampleOptions)}
     for name, sampler in SAMPLERS.items():
         if name == "own":
             continue

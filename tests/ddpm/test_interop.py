@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ddpm import catalogue, interop
-from ddpm.catalogue import Diffusion, Drawing
+from ddpm.catalogue import Diffusion, SampleOptions
 from ddpm.image_size import ImageSize
 from ddpm.networks.unet import UNet
 from ddpm.objective import Condition
@@ -189,7 +189,7 @@ def test_processes_are_those_of_diffusers(schedule):
     from ddpm.process import make_process
 
     said = {"schedule": schedule, "timesteps": 200, "prediction": "v", "zero_terminal_snr": schedule == "linear"}
-    config = interop.scheduler_config(Diffusion(**said), Drawing(clip=True, grid="leading"))
+    config = interop.scheduler_config(Diffusion(**said), SampleOptions(clip=True, grid="leading"))
     theirs = DDIMScheduler.from_config(config)
     ours = make_process(Diffusion(**said)).alphas_cumprod
     assert (theirs.alphas_cumprod.double() - ours).abs().max() < 1e-6
@@ -202,9 +202,9 @@ def test_rectified_flow_is_that_of_diffusers():
     from ddpm.process import make_process
 
     flow = Diffusion("flow", prediction="flow")
-    theirs = FlowMatchEulerDiscreteScheduler.from_config(interop.scheduler_config(flow, Drawing(shift=3.0)))
-    assert theirs.config.shift == 3 and interop.drawing_options(theirs.config) == {"clip": False, "shift": 3.0}
-    plain = FlowMatchEulerDiscreteScheduler.from_config(interop.scheduler_config(flow, Drawing()))
+    theirs = FlowMatchEulerDiscreteScheduler.from_config(interop.scheduler_config(flow, SampleOptions(shift=3.0)))
+    assert theirs.config.shift == 3 and interop.sample_options(theirs.config) == {"clip": False, "shift": 3.0}
+    plain = FlowMatchEulerDiscreteScheduler.from_config(interop.scheduler_config(flow, SampleOptions()))
     points = make_process(flow).numbered(torch.arange(999, -1, -1))
     torch.testing.assert_close(plain.sigmas[:1000].double(), points.sigma, rtol=0, atol=1e-6)
     torch.testing.assert_close(plain.timesteps.double(), points.t, rtol=0, atol=1e-3)
@@ -234,4 +234,4 @@ def test_processes_without_counterpart_are_named(config, named):
 def test_unknown_processes_are_named():
     for schedule, prediction, named in (("flow", "v", "schedule=flow"), ("linear", "edm", "prediction=edm")):
         with pytest.raises(interop.NoCounterpartError, match=named):
-            interop.scheduler_config(Diffusion(schedule, 100, prediction=prediction), Drawing())
+            interop.scheduler_config(Diffusion(schedule, 100, prediction=prediction), SampleOptions())

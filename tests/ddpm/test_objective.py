@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm.catalogue import Diffusion, Drawing
+from ddpm.catalogue import Diffusion, SampleOptions
 from ddpm.objective import Condition, Drawn, Objective
 from ddpm.process import Point, Prediction, Process, RectifiedFlow, VarianceExploding, linear_schedule, make_process
 
@@ -33,7 +33,10 @@ def objective(schedule: str, prediction: str, weighting: str = "plain") -> Objec
     variance = "learned_range" if "variance" in weighting else "fixed"
     diffusion = Diffusion(schedule, prediction=prediction, weighting=weighting.split()[0], variance=variance)
     return Objective(
-        make_process(diffusion), Prediction(prediction), diffusion, drawing=Drawing(clip="unclipped" not in weighting)
+        make_process(diffusion),
+        Prediction(prediction),
+        diffusion,
+        sample_options=SampleOptions(clip="unclipped" not in weighting),
     )
 
 
@@ -106,7 +109,9 @@ def test_loss_is_the_weighted_error(schedule: str, prediction: str, weighting: s
         assert told[0] is condition
         if twice:
             estimate = learnt.prediction.x_start(output, point.alpha * X_START + point.sigma * NOISE, point)
-            torch.testing.assert_close(told[1].x_start, estimate.clamp(-1, 1) if learnt.drawing.clip else estimate)
+            torch.testing.assert_close(
+                told[1].x_start, estimate.clamp(-1, 1) if learnt.sample_options.clip else estimate
+            )
 
 
 def test_weights_mean_errors_of_x_start() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from ddpm.catalogue import Diffusion, Drawing
+from ddpm.catalogue import Diffusion, SampleOptions
 from ddpm.objective import Condition, Drawn, Objective, log_likelihood_of_levels, posteriors, spread_over_steps
 from ddpm.process import Prediction, RectifiedFlow, VarianceExploding, cosine_schedule, linear_schedule
 
@@ -189,7 +189,7 @@ def test_bits_per_dim_equal_hos_loop(chosen: str) -> None:
         return 0.5 * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
     found = 0.0
-    objective = Objective(linear_schedule(T), Prediction("epsilon"), drawing=Drawing(variance=chosen))
+    objective = Objective(linear_schedule(T), Prediction("epsilon"), sample_options=SampleOptions(variance=chosen))
     for t in range(T):
         noise = normal(1 + t)
         x_t = alphas_cumprod[t] ** 0.5 * x_0 + (1 - alphas_cumprod[t]) ** 0.5 * noise.numpy()

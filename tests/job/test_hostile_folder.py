@@ -30,7 +30,7 @@ OBJECTS = [
     f"{RUN}/checkpoints/{FENCE_AND_IMAGES}/averages/ema-0.2.json",
     f"{RUN}/snapshots/000001-000000000312/ema-0.1-00.safetensors",
     f"{RUN}/samples/epoch-0003-ddim-4-0-3/index.json",
-    f"{RUN}/samples/epoch-0003-ddim-4-0-3/drawing.json",
+    f"{RUN}/samples/epoch-0003-ddim-4-0-3/sample-set.json",
     f"{RUN}/samples/epoch-0003-ddim-4-0-3/pieces/00000.json",
     *(f"datasets/tiles-16/{name}" for name in ("index.json", "shard-00000.offsets")),
     "jobs/train-walk/0-of-1.json",

@@ -99,7 +99,9 @@ def test_sets_of_seeds_show_the_spread(bucket):
 
 @pytest.mark.slow
 def test_evaluation_resumes_after_a_stop(bucket):
-    (alone,) = {record["values"]["fid"] for record in scores(bucket).values() if record["drawing"]["first_seed"] == 0}
+    (alone,) = {
+        record["values"]["fid"] for record in scores(bucket).values() if record["sample_set"]["first_seed"] == 0
+    }
     shutil.rmtree(bucket / "runs/walk/evaluations")
     slowly = ("--batch-size", 1, "--sampler", "ddpm", "--steps", 12)
     process = started("evaluate", "--run", "walk", "--bucket", bucket, *FEW, *slowly)

@@ -6,7 +6,7 @@ READ = {
     "checkpoint": CheckpointRef(3, 480),
     "fence": 3,
     "group": "ema-0.13",
-    "batch": "one",
+    "folder": "one",
     "piece": 12,
     "steps": 10,
 }

@@ -1,4 +1,4 @@
-"""Drawing from the run `walk`, for tests of what is drawn."""
+"""Sampling from the run `walk`, for tests of what is drawn."""
 
 from __future__ import annotations
 

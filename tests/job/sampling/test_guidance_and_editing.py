@@ -254,7 +254,7 @@ def test_interpolation_ends_with_both_seeds(sampled, draw):
     assert (steps < 0.5 * whole[:, None]).all() and (steps > 0).all()
 
 
-def test_impossible_drawings_are_refused(bucket, tmp_path):
+def test_impossible_samplings_are_refused(bucket, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     Image.new("L", (8, 8), 255).save(tmp_path / "white.png")
     inpaint = ("--mode", "inpaint", "--image", "3")

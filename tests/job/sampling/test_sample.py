@@ -1,4 +1,4 @@
-"""Drawing from checkpoints: which images come out, and that nothing but their seeds decides it."""
+"""Sampling from checkpoints: which images come out, and that nothing but their seeds decides it."""
 
 from __future__ import annotations
 

@@ -63,11 +63,11 @@ def far(bucket: Path, gcs_bucket: str) -> str:
 
 def test_pieces_hold_every_seed_once(walked):
     for count in (1, 17, 5000, MAX_COUNT):
-        drawing = set_of(walked, count, first_seed=7).drawing
-        first, last = drawing.seeds(0), drawing.seeds(drawing.pieces - 1)
+        config = set_of(walked, count, first_seed=7).config
+        first, last = config.seeds(0), config.seeds(config.pieces - 1)
         assert (first[0], last[-1]) == (7, 7 + count - 1)
-        assert drawing.seeds(1)[:1] in (range(first[-1] + 1, first[-1] + 2), range(0))
-        assert drawing.pieces <= 100_000
+        assert config.seeds(1)[:1] in (range(first[-1] + 1, first[-1] + 2), range(0))
+        assert config.pieces <= 100_000
         assert len(first) <= max(256, count / 100_000)
 
 
@@ -228,7 +228,7 @@ def test_checkpoints_of_a_set_never_mix(bucket):
     run.put(ObjectKind.MANIFEST.key(checkpoint=ref), manifest.to_json())
     for slice_ in ("0/2", "1/2"):
         line = refused(ddpm_here(*words(bucket, 20, "--slice", slice_)), 64)
-        assert "another drawing (checkpoint_sha256 " in line
+        assert "another sample set (checkpoint_sha256 " in line
         assert "--first-seed" in line
 
 

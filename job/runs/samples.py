@@ -1,12 +1,12 @@
-"""Drawn images in a run's folder: pictures with names and origin, batches of images in pieces, and their scores.
+"""Samples in a run's folder: pictures with names and origin, sets of images in pieces, and their scores.
 
 The name of a picture holds the settings that it was drawn with, so that other settings do not overwrite it. Its
 last comment has its origin and its SHA-256.
 
-A batch of many images has a folder. Its `drawing.json` is created first, each piece before its record, and `index.json`
-when all pieces are there. Sampling never overwrites or deletes objects in it, and `ddpm runs prune` deletes only pieces
-without a record. Pieces therefore match their records, even if several processes make the same piece, and a piece that
-a killed process left without a record is as good as any other.
+A set of many images has a folder. Its `sample-set.json` is created first, each piece before its record, and
+`index.json` when all pieces are there. Sampling never overwrites or deletes objects in it, and `ddpm runs prune`
+deletes only pieces without a record. Pieces therefore match their records, even if several processes make the same
+piece, and a piece that a killed process left without a record is as good as any other.
 
     RUN/evaluations/epoch-0490-ddim-100-0-5000-inception-1f3a9c02/piece-00012.safetensors   features, until the end
                                                                   scores.json               created once, at the end
@@ -31,7 +31,7 @@ from typing import Literal
 from pydantic import Field
 
 from ddpm.catalogue import METRICS, Metric
-from job.config import Drawing, Section, Size
+from job.config import SamplerConfig, Section, Size
 from job.data.order import epochs_completed_by
 from job.pieces import PieceRecord
 from job.runs.layout import CheckpointRef, ObjectKind
@@ -103,7 +103,7 @@ def title_of(run: Store, moment: str, how: str, seeds: Sequence[int]) -> str:
     Args:
         run: the run's folder.
         moment: such as `epoch 80`; see `moment_of`.
-        how: the sampler and its settings; see `Drawing.words`.
+        how: the sampler and its settings; see `SamplerConfig.words`.
         seeds: of the images.
     """
     grouped = groupby(enumerate(seeds), lambda pair: pair[1] - pair[0])
@@ -122,7 +122,7 @@ def file_words(numbers: str, comma: str) -> str:
 
 
 def grid_key(label: str, how: str) -> str:
-    """Returns the key of a sample grid; `how` it was drawn is a `Drawing.name`."""
+    """Returns the key of a sample grid; `how` it was drawn is a `SamplerConfig.name`."""
     return ObjectKind.PICTURE.key(name=f"{label}-{how}", picture="png")
 
 
@@ -165,8 +165,8 @@ def _in_name(value: object) -> str:
     return text[:12] if re.fullmatch(SHA256_PATTERN, text) else text
 
 
-class NumberedDrawing(Drawing):
-    """All settings that decide the images of a batch, and the cut into pieces."""
+class SampleSetConfig(SamplerConfig):
+    """All settings that decide the images of a set, and the cut into pieces."""
 
     checkpoint: str = Field(pattern=r"^checkpoints/\d{6}-\d{12}$")
     checkpoint_sha256: str = Field(pattern=SHA256_PATTERN)
@@ -214,25 +214,25 @@ class FoundGrid(Sealed):
     code_version: str
 
 
-class DrawingRecord(Sealed):
-    """The content of `drawing.json`, created before the first piece, so that no two drawings share a folder."""
+class SampleSetRecord(Sealed):
+    """The content of `sample-set.json`, created before the first piece, so that no two sets share a folder."""
 
-    drawing: NumberedDrawing
+    sample_set: SampleSetConfig
 
 
-def named_piece(record: PieceRecord, drawing: NumberedDrawing) -> NamedObject:
+def named_piece(record: PieceRecord, config: SampleSetConfig) -> NamedObject:
     """Returns what the index says of a piece; a folder of images has the hash of its `sha256sum *.png`."""
-    if drawing.save == "shards":
+    if config.save == "shards":
         return record.files[0]
     lines = "".join(f"{file.sha256}  {file.name}\n" for file in record.files)
     named = NamedObject.of(record.files[0].key.rpartition("/")[0], lines.encode())
     return named.model_copy(update={"size_bytes": sum(file.size_bytes for file in record.files)})
 
 
-class BatchIndex(Sealed):
+class SampleSetIndex(Sealed):
     """The list of all pieces in order. It depends on them alone, so that every process writes the same bytes."""
 
-    drawing: NumberedDrawing
+    sample_set: SampleSetConfig
     pieces: tuple[NamedObject, ...]
 
 
@@ -265,9 +265,9 @@ class Reference(RecordPart):
 
 
 class Scores(Sealed):
-    """The distances between the images of a drawing and real ones."""
+    """The distances between the images of a sample set and real ones."""
 
-    drawing: NumberedDrawing
+    sample_set: SampleSetConfig
     reference: Reference
     values: dict[str, float]
     """The scores by name."""
@@ -279,11 +279,11 @@ class Scores(Sealed):
     """The number of images behind the score `bpd`, if there is one."""
     held_out: bool
     """Whether these images were held out from training."""
-    batch: str
+    name: str
     created: str
     code_version: str
 
     @property
     def ref(self) -> CheckpointRef:
         """Returns the checkpoint that drew the images."""
-        return CheckpointRef.parse(self.drawing.checkpoint.partition("/")[2])
+        return CheckpointRef.parse(self.sample_set.checkpoint.partition("/")[2])
