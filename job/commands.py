@@ -18,7 +18,7 @@ from job.data.shards import PREVIEW, NoDatasetError, dataset_key
 from job.evaluation.evaluation_plan import check_library, check_scores_in_training, plan_evaluation
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.outcome import outcome_written
-from job.pieces import IF_NONE_RUNS, WHOLE, Slice
+from job.pieces import IF_NONE_RUNS, Slice
 from job.plan import Plan, plan_run
 from job.processes.group import Group, check_gpus, default_processes
 from job.processes.launched import await_go, is_rank
@@ -28,7 +28,8 @@ from job.progress import note
 from job.requests import EvaluateRequest, SampleRequest, TrainRequest, check_world_size
 from job.runs.layout import ObjectKind
 from job.runs.records import check_writable
-from job.sampling.sampling_plan import plan_sampling, plan_sets
+from job.sampling.sampling_plan import plan_sampling
+from job.sampling.sets import plan_sets
 from job.stop import Stop, deadline
 from job.store import ObjectMissingError, Store, is_foreign, open_bucket, split_chain
 from job.training.tracking import check_tracker
@@ -36,7 +37,7 @@ from job.training.tracking import check_tracker
 if TYPE_CHECKING:
     from job.data.pack_request import EncodeRequest, EnsureRequest, PackRequest
     from job.data.shards import DatasetIndex
-    from job.jobs.spec import JobRequest
+    from job.requests import JobRequest
 
 
 def train_command(request: TrainRequest, go: Callable[[], int] | None = None) -> None:
@@ -54,7 +55,7 @@ def train_command(request: TrainRequest, go: Callable[[], int] | None = None) ->
         _train(request)
         return
     here = Group.of(1)
-    with _command_on(request, Slice(here.node, here.nodes), is_group=True) as stop:
+    with _command_on(request, Slice(here.node, here.nodes)) as stop:
         request = request.check()
         try:
             plan = plan_run(request, stop)
@@ -105,7 +106,7 @@ def sample_command(request: SampleRequest) -> None:
     Raises:
         SystemExit: the ranks ended with another code than 0.
     """
-    with _command_on(request, Slice.parse(request.slice)) as stop:
+    with _command_on(request) as stop:
         plan = plan_sampling(request.check(), stop)
         if is_rank():
             from job.sampling.pictures import run_sampling
@@ -131,7 +132,7 @@ def evaluate_command(request: EvaluateRequest) -> None:
         SystemExit: the ranks ended with another code than 0.
     """
     check_library()
-    with _command_on(request, Slice.parse(request.slice)) as stop:
+    with _command_on(request) as stop:
         plan = plan_evaluation(request.check(), stop)
         if is_rank():
             from job.evaluation.evaluate import run_evaluation
@@ -144,11 +145,11 @@ def evaluate_command(request: EvaluateRequest) -> None:
 
 def pack_command(request: PackRequest) -> None:
     """Packs a source, or indexes tars in place, and prints the facts of the dataset."""
-    from job.data.opening import forget
     from job.data.pack import check_free, is_whole, pack
+    from job.data.source import forget
     from job.verbs.upkeep import check_unused
 
-    with _command_on(request, Slice.parse(request.slice)) as stop:
+    with _command_on(request) as stop:
         stop.install()
         request = request.check()
         bucket = open_bucket(request.bucket, stop)
@@ -174,7 +175,7 @@ def encode_command(request: EncodeRequest) -> None:
     """Encodes a dataset into latents, and prints the facts of the new one."""
     from job.exchange.encoding import encode_dataset
 
-    with _command_on(request, Slice.parse(request.slice)) as stop:
+    with _command_on(request) as stop:
         stop.install()
         request = request.check()
         bucket = open_bucket(request.bucket, stop)
@@ -210,9 +211,8 @@ def ensure_command(request: EnsureRequest) -> None:
         filled = replace(filled, size=index.size)
     if there and not request.replaces:
         has_options = request.labels or request.split or request.classes is not None
-        kept = "labels, classes and split stay as they are" if has_options else ""
-        said = _compared(filled, there, index) if request.source else kept
-        note("; ".join(filter(None, (there, said))))
+        kept = "; labels, classes and split stay as they are" if has_options else ""
+        note(there + (_compared(filled, there, index) if request.source else kept))
         return
     if not request.source and name != EMBEDDED:
         raise MissingInputError(how_to_pack(request.bucket, name, size, request.on))
@@ -223,20 +223,17 @@ def _compared(request: PackRequest, there: str, index: DatasetIndex | None) -> s
     """Returns how the source of a request compares with a dataset that is there, for people."""
     from job.data.pack import is_source_of
 
-    if index is None or not index.listing_sha256:
-        return "SOURCE is not compared"
-    if is_foreign(split_chain(request.source)[1]):
-        return "SOURCE is not compared, since it would be fetched"
+    # A source of another kind of URL would be fetched.
+    if index is None or not index.listing_sha256 or is_foreign(split_chain(request.source)[1]):
+        return "; SOURCE is not compared"
     stop = Stop().install()
     try:
         if is_source_of(open_bucket(request.bucket, stop), request, index, stop):
-            return "SOURCE has not changed"
+            return "; SOURCE has not changed"
     except MissingInputError as error:
-        return f"SOURCE is not compared: {error}"
-    raise BadRequestError(
-        f"{there}, and {request.source} has other images, labels, classes or pixels: choose another name "
-        "(make: DATASET=NAME), or add --replace (make: PACK=--replace) to delete the dataset and pack this"
-    )
+        return f"; SOURCE is not compared: {error}"
+    other = f"{there}, and {request.source} has other images, labels, classes or pixels"
+    raise BadRequestError(f"{other}: choose another name (make: DATASET=NAME), or --replace it (make: PACK=--replace)")
 
 
 def _usual_size(preset: str) -> ImageSize:
@@ -247,9 +244,10 @@ def _usual_size(preset: str) -> ImageSize:
 
 
 @contextmanager
-def _command_on(request: JobRequest, share: Slice = WHOLE, *, is_group: bool = False) -> Iterator[Stop]:
+def _command_on(request: JobRequest, node: Slice | None = None) -> Iterator[Stop]:
     """Runs a command with the common parts: its outcome in the bucket, its deadline, and its reaction to signals."""
-    outcome = outcome_written(request.bucket, share.index, share.count, is_group=is_group)
+    share = node or Slice.parse(getattr(request, "slice", ""))
+    outcome = outcome_written(request.bucket, share.index, share.count, is_group=node is not None)
     with outcome, deadline(request.stop_after):
         # Signals end this process until its work begins.
         stop = Stop().install(signals=False)

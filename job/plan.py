@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ddpm.catalogue import EDM2Config, UNetConfig, levels_with_attention
-from job.config import EMBEDDED, RunConfig, SamplerConfig, changed_for_attempt, draft, layered, preset_names
-from job.config.schema import image_size
+from job.config import EMBEDDED, RunConfig, changed_for_attempt, draft, layered, preset_names
+from job.config.schema import SamplerConfig, image_size
 from job.data.order import epochs_completed_by, images_at_epoch
 from job.data.shards import DatasetIndex, NoDatasetError, dataset_key, find_dataset, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, MissingInputError, State
@@ -182,11 +182,10 @@ _NO_MEANING = ("model.num_classes", "model.label_dropout", "model.dropout", "mod
 _SAMPLER = ("sampler", "steps", "grid", "shift", "eta", "order", "churn", "variance", "clip")
 _OF_PARENT = ("model.", "diffusion.", "data.augment", *(f"sample.{key}" for key in _SAMPLER))
 """The beginnings of keys that a run takes from its parent."""
-Suited = Callable[[int], dict[str, Any]]
-"""Returns, for a batch size, the settings that suit the machine where the run leaves them open, by key."""
-_OPEN = (None, "auto")
 _OWN = ("model.num_classes", "train.precision", "train.freeze")
 """Keys that it never takes."""
+_OPEN = (None, "auto")
+"""Values that leave a setting to the machine."""
 
 
 def _begun(bucket: Store, request: TrainRequest) -> RunConfig:
@@ -233,10 +232,9 @@ def _begun(bucket: Store, request: TrainRequest) -> RunConfig:
     ours = config.flat()
     before, now = _meaning(theirs), _meaning(ours)
     if differing := {key: f"{key}: {theirs.get(key)} → {ours[key]}" for key in now if before.get(key) != now[key]}:
-        raise BadConfigError(
-            f"the weights of {changes['parent.run']} fit another network "
-            f"({differing.get('model.kind') or '; '.join(differing.values())}): leave out these settings, or --from"
-        )
+        others = differing.get("model.kind") or "; ".join(differing.values())
+        fit = f"the weights of {changes['parent.run']} fit another network ({others})"
+        raise BadConfigError(f"{fit}: leave out these settings, or --from")
     return config.updated(pinned)
 
 
@@ -250,10 +248,8 @@ def _check_latents(at: Store, parent: RunConfig, index: DatasetIndex) -> None:
         with suppress(MissingInputError):
             learnt = load_index(at, records.dataset_key_of(parent)).encoding
             if learnt and learnt.hashes != index.encoding.hashes:
-                raise BadConfigError(
-                    f"{index.name} holds latents of another autoencoder than {parent.data.dataset}, which the parent "
-                    "learnt: encode the images with that one (ddpm data encode)"
-                )
+                others = f"{index.name} holds latents of another autoencoder than {parent.data.dataset}"
+                raise BadConfigError(f"{others}, which the parent learnt: encode the images with that one")
 
 
 def _meaning(values: dict[str, Any]) -> dict[str, Any]:
@@ -273,21 +269,16 @@ def _asked_for(bucket: Store, request: TrainRequest, run: Store, stored: RunConf
     """
     if stored is None:
         return _begun(bucket, request) if request.from_ is not None else draft(request.preset_name(), request.changes)
-    if not stored.data.dataset:
-        raise BadRequestError(
-            f"run {request.run!r} ({run.uri}) was imported without a dataset, and is only for sampling: import it "
-            f"again, under another name, with --dataset {request.dataset}"
-        )
     if stored.data.dataset != request.dataset:
-        raise BadRequestError(
-            f"run {request.run!r} ({run.uri}) has another dataset, {stored.data.dataset!r}: choose another --run"
-        )
+        theirs = f"has the dataset {stored.data.dataset!r}" if stored.data.dataset else "was imported without a dataset"
+        remedy = "choose another --run" if stored.data.dataset else f"import it anew with --dataset {request.dataset}"
+        raise BadRequestError(f"run {request.run!r} ({run.uri}) {theirs}: {remedy}")
     if request.preset and request.preset != stored.preset:
         return draft(request.preset, request.changes)
     return records.as_last_changed(run, stored).updated(request.changes)
 
 
-def plan_run(request: TrainRequest, stop: Stop = NEVER, suited: Suited = lambda batch_size: {}) -> Plan:
+def plan_run(request: TrainRequest, stop: Stop = NEVER, suited: Callable[[int], dict[str, Any]] | None = None) -> Plan:
     """Finds the dataset and the run, and resolves the configuration. Writes nothing.
 
     Presets of a newer program cannot change a run, whose stored configuration is the base. The changes of the last
@@ -296,7 +287,8 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, suited: Suited = lambda 
     Args:
         request: the options of `ddpm train`.
         stop: ends a wait for the bucket, now and later by the plan's stores.
-        suited: see `Suited`; a new run keeps them.
+        suited: returns, for a batch size, the settings that suit this machine, by key: for what the run leaves open. A
+            new run keeps them.
 
     Raises:
         MissingInputError: no such dataset.
@@ -308,25 +300,18 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, suited: Suited = lambda 
     config = _asked_for(bucket, request, run, stored)
     index = load_index(bucket, find_dataset(bucket, request.dataset, config.data.size))
     if stored is not None and index.size != stored.data.size:
-        name = f"{request.run}-{index.size}"
-        raise BadConfigError(
-            f"run {request.run!r} learns {request.dataset} at {stored.data.size} pixels, and {index.size} pixels are "
-            f"another run: type --run {name} (make: RUN={name})"
-        )
+        learns, name = f"learns {request.dataset} at {stored.data.size} pixels", f"{request.run}-{index.size}"
+        raise BadConfigError(f"run {request.run!r} {learns}, not {index.size}: type --run {name} (make: RUN={name})")
     if index.encoding and (chosen := [key for key in ("data.flip", "sample.clip") if request.changes.get(key)]):
         raise BadConfigError(f"{chosen[0]} needs pixels, and {index.name} holds latents: leave it out")
     config = follow_dataset(config, index)
-    suits, before, now = suited(config.train.batch_size), stored.flat() if stored else {}, config.flat()
-    left_open = {key: value for key, value in suits.items() if now[key] in _OPEN}
-    config = config.updated(
-        {key: value if before.get(key) in _OPEN else before[key] for key, value in left_open.items()}
-    )
+    if suited:
+        before, now = stored.flat() if stored else {}, config.flat()
+        suits = {key: value for key, value in suited(config.train.batch_size).items() if now[key] in _OPEN}
+        config = config.updated(suits | {key: before[key] for key in suits if before.get(key) not in _OPEN})
     check_sampling(config)
     if stored is not None and stored.imported and not list_checkpoints(run):
-        raise BadDataError(
-            f"run {request.run!r} lacks its imported checkpoint: type the same `ddpm import` again, or delete the run "
-            f"(ddpm runs delete {request.run} --yes)"
-        )
+        raise BadDataError(f"run {request.run!r} lacks its imported checkpoint: type the same `ddpm import` again")
     changes = changed_for_attempt(stored, config, request.run) if stored is not None else {}
     validates = index.held_out and config.log.validate_epochs
     held_out = load_index(bucket, dataset_key(index.held_out, index.size)) if validates else None

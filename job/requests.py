@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 from ddpm.catalogue import EXTRACTORS, METRICS, Train
+from job.data.pack_request import EncodeRequest, PackRequest
 from job.exits import BadConfigError, BadRequestError, did_you_mean
 from job.options import (
     SAMPLE_SETTINGS,
     Checkpoints,
     Dataset,
     LaunchedOptions,
+    OnTarget,
     Preset,
     RunOption,
     Sets,
     SettingsFile,
     SliceOption,
+    Targets,
     option,
 )
 
@@ -33,12 +36,10 @@ MODES = {
     "interpolate": set[str](),
 }
 """The modes of `ddpm sample` besides new images, and the options of each."""
-_OF_MODES = sorted({name for names in MODES.values() for name in names})
 MASKS = ("", "half", "centre")
 """Masks by name; any other `--mask` is a file."""
 NUMBERS = "0123456789-, "
 """The characters of a list of numbers; any other `--image` is a file."""
-MAX_RESAMPLINGS = 1000
 MAX_NUMBERS = 10_000
 MAX_COUNT = 25_600_000
 """The largest `--count`: the five digits in the name of a piece allow 100,000 pieces of 256 images."""
@@ -104,9 +105,7 @@ class TrainRequest(LaunchedOptions):
             changes["log.tracker"] = self.tracker
         changes |= (parent := self._parent())
         if parent.get("parent.run") == run:
-            raise BadRequestError(
-                f"--from {self.from_}: run {run!r} would be its own parent: name the new one with --run"
-            )
+            raise BadRequestError(f"--from {self.from_}: run {run!r} would be its own parent: name the new one with --run")
         if not parent:
             # Otherwise a setting may be one of the parent's network, which is not known yet.
             draft(self.preset_name(), changes)
@@ -121,7 +120,7 @@ class TrainRequest(LaunchedOptions):
 
     def _parent(self) -> dict[str, Any]:
         """Returns the keys of the section `parent` that `--from` and `--weights` give."""
-        from job.config import SampleConfig
+        from job.config.schema import SampleConfig
         from job.runs.records import split_run
         from job.store import is_remote
 
@@ -237,7 +236,7 @@ class SampleRequest(LaunchedOptions):
         """
         from pydantic import ValidationError
 
-        from job.config import SampleConfig, nearest_name
+        from job.config.schema import SampleConfig, nearest_name
         from job.pieces import Slice
         from job.runs.records import validated_run_name
 
@@ -246,8 +245,9 @@ class SampleRequest(LaunchedOptions):
             SampleConfig(**self.keys)
         except ValidationError as error:
             first = error.errors()[0]
-            option, what = str(first["loc"][0]).replace("_", "-"), first["msg"].removeprefix("Value error, ")
-            raise BadRequestError(f"--{option} {first['input']!r}: {what.lower()}{nearest_name(first)}") from None
+            name, what = str(first["loc"][0]), first["msg"].removeprefix("Value error, ")
+            given = f"--{name.replace('_', '-')} {self.keys[name]!r}"
+            raise BadRequestError(f"{given}: {what.lower()}{nearest_name(first)}") from None
         sampler = self.chosen.get("sampler")
         if sampler == "own" or (self.custom_sampler and not _OWN_SAMPLER.fullmatch(self.custom_sampler)):
             raise BadRequestError(f"--sampler {sampler!r}: name yours as module:function, such as mysamplers:walk")
@@ -257,40 +257,37 @@ class SampleRequest(LaunchedOptions):
             raise BadRequestError(f"--checkpoints {self.checkpoints!r}: use epochs such as 30,80, or latest, or all")
         if self.seeds:
             parse_numbers(self.seeds, "--seeds")
-        if self.count is not None and not 1 <= self.count <= MAX_COUNT:
-            raise BadRequestError(f"--count {self.count}: at most {MAX_COUNT:,}; --first-seed goes on from there")
-        if self.count is None:
-            unfit = {"--save": self.save, "--slice": self.slice, "--first-seed": self.first_seed is not None}
-            why = "works only with --count: add the number of images"
-        else:
-            unfit = {"--seeds": self.seeds, "--gif": self.gif, "--nearest": self.nearest}
-            why = "makes pictures: leave it out, or --count, which takes --first-seed"
-        if chosen := [option for option, is_chosen in unfit.items() if is_chosen]:
-            raise BadRequestError(f"{chosen[0]} {why}")
-        self._check_mode()
+        if self.mode not in ("", *MODES):
+            raise BadRequestError(f"--mode {self.mode!r}: use {', '.join(MODES)}{did_you_mean(self.mode, MODES)}")
+        for name, why in self._unfit().items():
+            if (value := getattr(self, name)) not in (None, "") and value is not False:
+                raise BadRequestError(f"--{name.replace('_', '-')} {why}")
+        if "image" in MODES.get(self.mode, ()) and not self.image:
+            raise BadRequestError(f"--mode {self.mode} needs --image: numbers in the dataset such as 0-3, or a file")
+        for name, most in {"strength": 1, "resamplings": 1000, "count": MAX_COUNT}.items():
+            if (value := getattr(self, name)) is not None and not 0 < value <= most:
+                raise BadRequestError(f"--{name} {value}: above 0, and up to {most:,}")
+        if self.mode == "interpolate" and self.seeds and len(parse_numbers(self.seeds, "--seeds")) % 2:
+            raise BadRequestError(f"--mode interpolate goes from seed to seed: --seeds {self.seeds} has an odd number")
         Slice.parse(self.slice)
         return self
 
-    def _check_mode(self) -> None:
-        if self.mode not in ("", *MODES):
-            raise BadRequestError(f"--mode {self.mode!r}: use {', '.join(MODES)}{did_you_mean(self.mode, MODES)}")
-        unfit = [name for name in _OF_MODES if getattr(self, name) and name not in MODES.get(self.mode, ())]
-        if unfit:
-            modes = " and ".join(mode for mode, names in MODES.items() if unfit[0] in names)
-            raise BadRequestError(f"--{unfit[0]} is an option of --mode {modes}: leave it out, or choose one")
-        if "image" in MODES.get(self.mode, ()) and not self.image:
-            raise BadRequestError(f"--mode {self.mode} needs --image: numbers in the dataset such as 0-3, or a file")
-        if self.strength is not None and not 0 < self.strength <= 1:
-            raise BadRequestError(f"--strength {self.strength:g}: a share of the steps, above 0 and up to 1")
-        if self.resamplings is not None and not 1 <= self.resamplings <= MAX_RESAMPLINGS:
-            raise BadRequestError(f"--resamplings {self.resamplings}: use 1 to {MAX_RESAMPLINGS:,}")
-        new = {"--gif": self.gif, "--nearest": self.nearest}
-        if self.mode and (chosen := [option for option, is_chosen in new.items() if is_chosen]):
-            raise BadRequestError(f"{chosen[0]} works only for new images: leave it out, or --mode")
-        if self.mode == "interpolate" and self.count is not None:
-            raise BadRequestError("--mode interpolate makes a picture: leave --count out")
-        if self.mode == "interpolate" and self.seeds and len(parse_numbers(self.seeds, "--seeds")) % 2:
-            raise BadRequestError(f"--mode interpolate goes from seed to seed: --seeds {self.seeds} has an odd number")
+    def _unfit(self) -> dict[str, str]:
+        """Returns the options that the mode and `--count` exclude, each with the reason."""
+        unfit = {}
+        for name in ("image", "mask", "resamplings", "strength"):
+            if name not in MODES.get(self.mode, ()):
+                modes = " and ".join(mode for mode, names in MODES.items() if name in names)
+                unfit[name] = f"is an option of --mode {modes}: leave it out, or choose one"
+        if self.mode:
+            unfit |= dict.fromkeys(("gif", "nearest"), "works only for new images: leave it out, or --mode")
+        if self.count is None:
+            why = "works only with --count: add the number of images"
+            return unfit | dict.fromkeys(("save", "slice", "first_seed"), why)
+        if self.mode == "interpolate":
+            unfit["mode"] = "interpolate makes a picture: leave --count out"
+        why = "makes pictures: leave it out, or --count, which takes --first-seed"
+        return unfit | dict.fromkeys(("seeds", "gif", "nearest"), why)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -404,11 +401,33 @@ def parse_numbers(text: str, option: str) -> list[int]:
     for word in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", word)
         if not match or int(match[2] or match[1]) < int(match[1]):
-            raise BadRequestError(
-                f"{option} {text!r}: use numbers and ranges such as 0-63 or 1,5,9-12, of up to 18 digits"
-            )
+            raise BadRequestError(f"{option} {text!r}: use numbers and ranges such as 0-63,70, of up to 18 digits")
         first, last = int(match[1]), int(match[2] or match[1])
         if len(numbers) + last - first >= MAX_NUMBERS:
             raise BadRequestError(f"{option} {text!r}: at most {MAX_NUMBERS:,} numbers")
         numbers += range(first, last + 1)
     return numbers
+
+
+JobRequest = TrainRequest | SampleRequest | EvaluateRequest | PackRequest | EncodeRequest
+"""A command that can be a job."""
+
+
+@dataclass(frozen=True)
+class SubmitRequest:
+    """The options of `ddpm submit`: where a command becomes a job, and on which machines."""
+
+    on: OnTarget = "local"
+    gpus: int | None = option("--gpus N", "GPUs per machine. Default: the target's.", None, min=0, max=64)
+    nodes: int = option("--nodes N", "Number of machines that train together.", 1, min=1, max=1000)
+    gpu_type: str = option("--gpu-type TYPE", "Type of GPU, such as nvidia-l4. Default: the target's.")
+    spot: bool | None = option(
+        "--spot/--on-demand", "Use cheap machines that may be preempted, or not. Default: the target's.", None
+    )
+    max_hours: float | None = option("--max-hours H", "End the job after H hours. Default: the target's.", None)
+    slices: int = option("--slices N", "Machines that share the work, such as 8; not for training.", 0, min=0, max=1000)
+    targets: Targets = None
+    dry_run: bool = option("--dry-run", "Print what would be sent, and send nothing.", False)
+    watch: bool = option("--watch", "Wait, and submit again after preemptions, failures or lack of machines.", False)
+    yes: bool = option("--yes", "Do not ask for confirmation.", False)
+    detach: bool = option("--detach", "Return at once; a local or container job runs in the background.", False)

@@ -1,12 +1,17 @@
-"""The command line. Here a request, or the parameters of a function, become a command with shell completion."""
+"""The command line. Here a request, or the parameters of a function, become a command with shell completion.
+
+`app` has the commands.
+"""
 
 from collections.abc import Callable
 from contextlib import suppress
 from inspect import Parameter, Signature, getdoc, signature
 from itertools import chain
+from pkgutil import resolve_name
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
+from typer.core import TyperGroup
 
 from ddpm.image_size import ImageSize
 from job.options import options_of, request_of
@@ -45,6 +50,16 @@ def command(app: typer.Typer, name: str, *requests: type, **settings: Any) -> Ca
     return add
 
 
+def group(help: str, example: str) -> typer.Typer:
+    """Returns a group of commands."""
+    return typer.Typer(help=f"{help}\n\nExample: {example}", no_args_is_help=True)
+
+
+def late(work: str) -> Work:
+    """Returns the work that lies in a module, such as `job.commands:pack_command`; a call imports it."""
+    return lambda *requests: resolve_name(work)(*requests)
+
+
 def _for_typer(parameter: Parameter, *, hidden: bool) -> Parameter:
     """Returns a parameter whose `Option` is one of Typer."""
     takes, option = get_args(parameter.annotation)
@@ -65,6 +80,46 @@ def _for_typer(parameter: Parameter, *, hidden: bool) -> Parameter:
     return parameter.replace(annotation=Annotated[takes, made], kind=Parameter.KEYWORD_ONLY)
 
 
+_RESUMES = "--run NAME: the same command resumes that run"
+_SAME = {
+    "image_size": "--set data.size=VALUE",
+    "lr": "--set train.learning_rate=VALUE",
+    "mixed_precision": "--set train.precision=VALUE",
+    "num_inference_steps": "--steps",
+    "num_samples": "--count",
+    "output_dir": "--bucket",
+    "resolution": "--set data.size=VALUE",
+    "resume": _RESUMES,
+    "resume_from_checkpoint": _RESUMES,
+    "train_data_dir": "--dataset",
+}
+"""The words to type for an option of other programs, by its name with underscores."""
+
+
+class Commands(TyperGroup):
+    """The group of all commands, whose error about an unknown option also knows settings and other programs."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs a command."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            # Typer has a copy of Click. In both, only the error about an unknown option has `possibilities`.
+            if hasattr(error, "possibilities"):
+                _suggest(error)
+            raise
+
+
+def _suggest(error: Any) -> None:
+    from job.config import CHOSEN_ELSEWHERE, known_keys
+
+    name = error.option_name.lstrip("-").replace("-", "_")
+    keys = [key for key in known_keys() if key.rpartition(".")[2] == name and key not in CHOSEN_ELSEWHERE]
+    typed = [_SAME[name]] if name in _SAME else [f"--set {key}=VALUE" for key in keys]
+    options = {option for each in error.ctx.command.params for option in each.opts}
+    error.possibilities = [words for words in typed if words.split()[0] in options] or error.possibilities
+
+
 def usual_bucket(context: typer.Context, given: str = "") -> str:
     """Returns the bucket of a command: the given one, else the usual one of its target, else that of `local`."""
     if given:
@@ -76,7 +131,7 @@ def usual_bucket(context: typer.Context, given: str = "") -> str:
 
 
 def _size(text: str) -> ImageSize:
-    from job.config import image_size
+    from job.config.schema import image_size
 
     try:
         return image_size(text)

@@ -1,63 +1,17 @@
-"""The application: joins the commands, and turns an error into one line and an exit code."""
+"""The application: all commands, of which those about runs are in `runs`. Each imports its work late, and calls it."""
 
-import atexit
-import os
-import select
-import sys
-from contextlib import suppress
-from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from job.cli import command, data, jobs, runs, sample
+from job.cli import Commands, command, group, late, runs
+from job.data.pack_request import EncodeRequest, EnsureRequest, IndexRequest, PackRequest
 from job.exchange.exchange_requests import ExportRequest, ImportRequest
-from job.exits import Exit, MissingInputError, ending_of
-from job.processes.launched import is_launched, lost_peer
+from job.exits import MissingInputError
+from job.options import AsJson, BucketUri, Certain, DatasetName, OnTarget, Option, Size, Targets
 from job.progress import set_loudness
-from job.requests import EvaluateRequest, SampleRequest, TrainRequest
-
-_RESUMES = "--run NAME: the same command resumes that run"
-_SAME = {
-    "image_size": "--set data.size=VALUE",
-    "lr": "--set train.learning_rate=VALUE",
-    "mixed_precision": "--set train.precision=VALUE",
-    "num_inference_steps": "--steps",
-    "num_samples": "--count",
-    "output_dir": "--bucket",
-    "resolution": "--set data.size=VALUE",
-    "resume": _RESUMES,
-    "resume_from_checkpoint": _RESUMES,
-    "train_data_dir": "--dataset",
-}
-"""The words to type for an option of other programs, by its name with underscores."""
-
-
-class Commands(TyperGroup):
-    """The group of all commands, whose error about an unknown option also knows settings and other programs."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Runs a command."""
-        try:
-            return super().invoke(ctx)
-        except Exception as error:
-            # Typer has a copy of Click. In both, only the error about an unknown option has `possibilities`.
-            if hasattr(error, "possibilities"):
-                _suggest(error)
-            raise
-
-
-def _suggest(error: Any) -> None:
-    from job.config import CHOSEN_ELSEWHERE, known_keys
-
-    name = error.option_name.lstrip("-").replace("-", "_")
-    keys = [key for key in known_keys() if key.rpartition(".")[2] == name and key not in CHOSEN_ELSEWHERE]
-    typed = [_SAME[name]] if name in _SAME else [f"--set {key}=VALUE" for key in keys]
-    options = {option for each in error.ctx.command.params for option in each.opts}
-    error.possibilities = [words for words in typed if words.split()[0] in options] or error.possibilities
-
+from job.requests import EvaluateRequest, JobRequest, SampleRequest, SubmitRequest, TrainRequest
 
 app = typer.Typer(
     name="ddpm",
@@ -68,21 +22,41 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-app.add_typer(data.app, name="data")
+data = group("Datasets: pack images, index tars, list, show, verify, delete.", "ddpm data pack ~/photos mine --size 64")
+jobs = group("Submitted jobs: list, status, logs, cancel.", "ddpm jobs status train-celeba --on gke")
+submit = group(
+    "Start a command as a job, such as on a cluster or a cloud VM.", "ddpm submit train --dataset celeba --on local"
+)
+app.add_typer(data, name="data")
+command(data, "pack", PackRequest)(late("job.commands:pack_command"))
+command(data, "index", IndexRequest)(late("job.commands:pack_command"))
+command(data, "encode", EncodeRequest)(late("job.commands:encode_command"))
+command(data, "ensure", EnsureRequest)(late("job.commands:ensure_command"))
 command(app, "train", TrainRequest)(runs.ddpm_train)
-command(app, "sample", SampleRequest)(sample.ddpm_sample)
+command(app, "sample", SampleRequest)(late("job.commands:sample_command"))
 command(app, "ema")(runs.ddpm_ema)
-command(app, "evaluate", EvaluateRequest)(sample.ddpm_evaluate)
-command(app, "import", ImportRequest)(runs.ddpm_import)
-command(app, "export", ExportRequest)(runs.ddpm_export)
+command(app, "evaluate", EvaluateRequest)(late("job.commands:evaluate_command"))
+command(app, "import", ImportRequest)(late("job.exchange.importing:import_run"))
+command(app, "export", ExportRequest)(late("job.exchange.exporting:export_run"))
 command(app, "config")(runs.ddpm_config)
-app.add_typer(sample.app, name="figure")
+app.add_typer(runs.figure, name="figure")
 app.add_typer(runs.app, name="runs")
 command(app, "replay")(runs.ddpm_replay)
 command(app, "report")(runs.ddpm_report)
-app.add_typer(jobs.submit_app, name="submit")
-app.add_typer(jobs.app, name="jobs")
-command(app, "doctor")(jobs.ddpm_doctor)
+app.add_typer(submit, name="submit")
+app.add_typer(jobs, name="jobs")
+
+JobName = Annotated[str, Option("JOB", "Name of the job, such as train-celeba.")]
+OnOneTarget = Annotated[str, Option("--on TARGET", "Target of the job. Default: search all targets of the file.")]
+EXAMPLES: dict[type[JobRequest], str] = {
+    TrainRequest: "--dataset celeba --on gke --gpus 8 --max-hours 48",
+    SampleRequest: "--run celeba --count 50000 --slices 4 --on gke",
+    EvaluateRequest: "--run celeba --count 50000 --on gke",
+    PackRequest: "gs://photos/all.zip mine --size 64 --slices 8 --on gke",
+    IndexRequest: "gs://theirs/{00000..00099}.tar laion --size 64 --on gke",
+    EncodeRequest: "mine --autoencoder gs://models/vae --slices 8 --on gke",
+}
+"""The commands that can be jobs, each with an example."""
 
 
 def _print_version(show: bool) -> None:
@@ -128,62 +102,148 @@ def _root(
         raise MissingInputError("the working folder is gone: use cd to change to one that exists") from None
 
 
-def main() -> None:
-    """Runs `ddpm` or `python -m job`; ends with a code of the table in `job.exits`, or with 1 after a crash."""
-    try:
-        run()
-    except SystemExit as end:
-        # Libraries delete files at exit, such as a temporary file with a cluster's key.
-        atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
-            # The reader of the stream may be gone.
-            with suppress(OSError):
-                stream.flush()
-        # A normal exit waits for threads, and one may wait for a bucket that does not answer. The threads of a process
-        # group that is gone would even abort the program, and its code would be SIGABRT.
-        os._exit(ending_of(end)[0])
+@command(data, "list")
+def data_list(as_json: AsJson = False, bucket: BucketUri = "") -> None:
+    """List the datasets in the bucket.
 
-
-def run() -> None:
-    """Runs the command line; prints an error as one line.
-
-    Raises:
-        SystemExit: the exit code.
+    Example: ddpm data list --bucket gs://my-bucket
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            # A terminal that cannot show ×, ᾱ or the bytes of a file name must not end the command.
-            stream.reconfigure(errors="backslashreplace")
-    output = os.fstat(1)
-    try:
-        app()
-    except Exception as error:
-        if said := lost_peer(error):
-            _fail(f"another process of this run went away ({said})", Exit.LOST_PEER)
-        code, said = ending_of(error)
-        if not said:
-            raise
-        _fail(said, code)
-    except SystemExit as end:
-        # Typer ends with 1 for every broken pipe. One that `head` or a pager closes must not count as a failure.
-        left = isinstance(end.__context__, BrokenPipeError) and _is_unread(output)
-        raise SystemExit(0 if left else end.code) from None
+    from job.verbs.datasets import list_datasets
+
+    list_datasets(bucket, as_json=as_json)
 
 
-def _is_unread(output: os.stat_result) -> bool:
-    """Returns whether the reader of a person's command is gone. Rich has then put the null device in its place."""
-    poll = select.poll()
-    poll.register(1, 0)
-    return not is_launched() and (bool(poll.poll(0)) or not os.path.samestat(os.fstat(1), output))
+@command(data, "show")
+def data_show(
+    name: DatasetName,
+    size: Size = None,
+    output: Annotated[Path | None, Option("--output -o PNG", "File of the preview. Default: in the bucket.")] = None,
+    open_it: Annotated[bool, Option("--open", "Open the preview in the browser.")] = False,
+    as_json: AsJson = False,
+    bucket: BucketUri = "",
+) -> None:
+    """Show the facts of a dataset, and a preview.
+
+    Example: ddpm data show landscape-sample --open
+    """
+    from job.verbs.datasets import show_dataset
+
+    show_dataset(bucket, name, size, output, open_it=open_it, as_json=as_json)
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    # The launcher shows the last lines of rank 0, and of the rank that failed first.
-    rank = os.environ.get("RANK", "0")
-    who = "ddpm" if rank == "0" or not rank.isdecimal() or is_launched() else f"ddpm (rank {rank})"
-    # The reader may be gone, and engines need only the exit code.
-    with suppress(OSError):
-        # All ranks stop together: rank 0 alone prints it.
-        if who == "ddpm" or code != Exit.STOPPED:
-            print(f"{who}: {message}", file=sys.stderr)
-    raise SystemExit(int(code))
+@command(data, "verify")
+def data_verify(name: DatasetName, size: Size = None, as_json: AsJson = False, bucket: BucketUri = "") -> None:
+    """Check every hash and image of a dataset.
+
+    It names each damaged object.
+
+    Example: ddpm data verify celeba --bucket gs://my-bucket
+    """
+    from job.verbs.datasets import verify_named
+
+    verify_named(bucket, name, size, as_json=as_json)
+
+
+@command(data, "delete")
+def data_delete(name: DatasetName, size: Size = None, yes: Certain = False, bucket: BucketUri = "") -> None:
+    """Delete a dataset, or the remains of an unfinished one.
+
+    Example: ddpm data delete mine --size 64 --yes
+    """
+    from job.verbs.upkeep import delete_dataset
+
+    delete_dataset(bucket, name, size, yes)
+
+
+for kind, example in EXAMPLES.items():
+    words = " ".join(kind.command)
+    command(
+        submit,
+        kind.command[-1],
+        kind,
+        SubmitRequest,
+        help=f"Start `ddpm {words}` as a job. It takes all options of `ddpm {words} --help`, and these.\n\n"
+        f"Example: ddpm submit {kind.command[-1]} {example}",
+    )(late("job.jobs.submit:submit_command"))
+
+
+@command(jobs, "list")
+def jobs_list(on: OnOneTarget = "", as_json: AsJson = False, targets: Targets = None) -> None:
+    """List the jobs on one target, or on all targets.
+
+    Example: ddpm jobs list --on gke
+    """
+    from job.jobs.overview import Search, list_jobs
+
+    list_jobs(Search(on, targets), as_json=as_json)
+
+
+@command(jobs, "status")
+def jobs_status(
+    job: JobName,
+    on: OnOneTarget = "",
+    targets: Targets = None,
+    bucket_of_run: Annotated[str, Option("--bucket URI", "Bucket of its run. Default: the job's own.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Show state, progress and attempts of a job.
+
+    The engine reports the state of the job. The bucket holds the progress of its run and the attempts, also when the
+    machine is gone.
+
+    Example: ddpm jobs status train-celeba --on gke
+    """
+    from job.jobs.overview import Search, show_job
+
+    show_job(job, Search(on, targets), bucket_of_run, as_json=as_json)
+
+
+@command(jobs, "logs")
+def jobs_logs(
+    job: JobName,
+    follow: Annotated[bool, Option("--follow -f", "Follow the output until the job ends, or Ctrl-C.")] = False,
+    on: OnOneTarget = "",
+    targets: Targets = None,
+) -> None:
+    """Print the output of a job.
+
+    Example: ddpm jobs logs train-celeba --on gke -f
+    """
+    from job.jobs.overview import Search, print_logs
+
+    print_logs(job, Search(on, targets), follow=follow)
+
+
+@command(jobs, "cancel")
+def jobs_cancel(job: JobName, on: OnOneTarget = "", targets: Targets = None) -> None:
+    """Stop a job. It saves first; the same submit command resumes it.
+
+    Example: ddpm jobs cancel train-celeba --on gke
+    """
+    from job.jobs.overview import Search, cancel_job
+
+    cancel_job(job, Search(on, targets))
+
+
+@command(app, "doctor")
+def ddpm_doctor(
+    on: OnTarget = "local",
+    bucket: BucketUri = "",
+    no_bucket: Annotated[bool, Option("--no-bucket", "Skip the checks of the bucket.")] = False,
+    as_json: Annotated[bool, Option("--json", "Print all lines as JSON, at the end.")] = False,
+    targets: Targets = None,
+) -> None:
+    """Check in seconds whether a target has all that a job needs.
+
+    Prints one line per check, with the remedy. Exits with 0, or with the code that a job would have for the first check
+    that failed.
+
+    Example: ddpm doctor --on gke --bucket gs://my-bucket
+    """
+    from job.jobs.doctor import checks_of, report
+    from job.jobs.targets import target_on
+    from job.progress import note
+
+    target = target_on(on, targets, note)
+    if code := report(checks_of(target, "" if no_bucket else bucket), as_json):
+        raise SystemExit(int(code))

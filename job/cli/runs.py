@@ -1,20 +1,39 @@
-"""Runs: `ddpm train`, `runs`, `replay`, `ema`, `report`, `config`, `import` and `export`."""
+"""Runs and images: `ddpm train`, `sample`, `evaluate`, `runs`, `figure`, `replay`, `ema`, `report` and others."""
 
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from job.cli import command
-from job.exchange.exchange_requests import ExportRequest, ImportRequest
-from job.options import AsJson, BucketUri, Certain, Checkpoints, Option, Preset, RunOption, Sets, SettingsFile
-from job.requests import TrainRequest
-
-app = typer.Typer(
-    help="Runs: list, show, compare, verify, prune, delete.\n\nExample: ddpm runs show celeba", no_args_is_help=True
+from ddpm.catalogue import SCHEDULES
+from job.cli import command, group
+from job.options import (
+    AsJson,
+    BucketUri,
+    Certain,
+    Checkpoints,
+    Dataset,
+    Option,
+    Preset,
+    RunOption,
+    Sets,
+    SettingsFile,
+    Size,
 )
+from job.requests import SampleRequest, TrainRequest
+
+app = group("Runs: list, show, compare, verify, prune, delete.", "ddpm runs show celeba")
+figure = group("Figures of the method: noise schedule, noised images, denoising.", "ddpm figure schedule")
 
 RunName = Annotated[str, Option("RUN", "Name of the run, such as celeba.")]
+OfRun = Annotated[str, Option("--run NAME", "Show the run's own schedule.")]
+Picture = Annotated[Path, Option("--output -o PNG", "File to write.")]
+Schedule = Annotated[
+    str,
+    Option(
+        "--schedule NAME",
+        f"Noise schedule: {', '.join(SCHEDULES)}. Default: that of --run, else linear.",
+        choices=tuple(SCHEDULES),
+    ),
+]
 
 
 def ddpm_train(request: TrainRequest) -> None:
@@ -211,7 +230,7 @@ def ddpm_config(
 
         ddpm config --preset celeba --set train.batch_size=64
     """
-    from job.config.resolve import list_keys, show_config
+    from job.config import list_keys, show_config
 
     if list_all:
         list_keys(begin, as_json=as_json)
@@ -219,15 +238,74 @@ def ddpm_config(
         show_config(preset, sets, config_file, begin, as_json=as_json)
 
 
-def ddpm_import(request: ImportRequest) -> None:
-    """Makes a run from a checkpoint."""
-    from job.exchange.importing import import_run
+@command(figure, "schedule")
+def figure_schedule(
+    run: OfRun = "",
+    schedule: Schedule = "",
+    timesteps: Annotated[
+        int | None, Option("--timesteps N", "Diffusion steps T. Default: those of --run, else 1000.", min=2, max=10_000)
+    ] = None,
+    output: Picture = Path("schedule.png"),
+    bucket: BucketUri = "",
+) -> None:
+    """Plot β and ᾱ over the timesteps.
 
-    import_run(request)
+    The schedules edm and flow have no β: the plot shows their σ and α.
+
+    Examples:
+
+        ddpm figure schedule --schedule cosine -o cosine.png
+
+        ddpm figure schedule --run celeba
+    """
+    from job.sampling.pictures import schedule_picture
+
+    schedule_picture(bucket, run, schedule, timesteps, output)
 
 
-def ddpm_export(request: ExportRequest) -> None:
-    """Writes a checkpoint for other programs."""
-    from job.exchange.exporting import export_run
+@command(figure, "noising")
+def figure_noising(
+    dataset: Dataset = "",
+    run: OfRun = "",
+    image: Annotated[
+        int | None, Option("--image NUMBER", "Show this one image of the dataset, such as 0, at growing t.", min=0)
+    ] = None,
+    timesteps: Annotated[
+        str, Option("--timesteps LIST", "Timesteps from 0 to T-1, such as 0,99,499: one for each tile.")
+    ] = "",
+    schedule: Schedule = "",
+    size: Size = None,
+    output: Picture = Path("noising.png"),
+    bucket: BucketUri = "",
+) -> None:
+    """Show images beside their noised versions q(x_t|x_0).
 
-    export_run(request)
+    With --run, schedule and dataset are those of the run. Without --image the command shows twelve images, each at
+    another t; two more files beside the figure hold the images alone and the noised images alone.
+
+    Examples:
+
+        ddpm figure noising --dataset landscape-sample
+
+        ddpm figure noising --run celeba --image 3
+    """
+    from job.sampling.pictures import noising_picture
+
+    noising_picture(bucket, run, dataset, size, schedule=schedule, timesteps=timesteps, image=image, output=output)
+
+
+@command(figure, "denoising")
+def figure_denoising(
+    run: RunOption,
+    seeds: Annotated[str, Option("--seeds LIST", "One image per seed, such as 0-11; at most 12.")] = "",
+    bucket: BucketUri = "",
+) -> None:
+    """Make a GIF of a run's network turning noise into images.
+
+    The GIF shows the newest checkpoint, in up to 20 frames at 5 per second. It lies in the run's folder in the bucket.
+
+    Example: ddpm figure denoising --run landscape-sample
+    """
+    from job.commands import sample_command
+
+    sample_command(SampleRequest(run, bucket=bucket, seeds=seeds, gif=True, with_grid=False))

@@ -1,38 +1,325 @@
-"""The configuration of a run: its settings, their rules, and where their values come from.
+"""The configuration of a run, and which value wins: preset ← dataset ← `--config FILE` ← `--set key=value`.
 
-A configuration is resolved once, when a run begins: preset ← dataset ← `--config FILE` ← `--set key=value`. It is then
-stored with the run, and every later attempt starts from it. `schema` lists the settings.
+It is resolved once, when a run begins, and then stored with the run, from which every later attempt starts. `schema`
+lists the settings, and has the rules across its sections. `ddpm config` shows the settings.
 """
 
-from ddpm.catalogue import LARGEST as LARGEST
-from job.config.resolve import CHOSEN_ELSEWHERE as CHOSEN_ELSEWHERE
-from job.config.resolve import EMBEDDED as EMBEDDED
-from job.config.resolve import FOLLOWS as FOLLOWS
-from job.config.resolve import FREE as FREE
-from job.config.resolve import FREE_SECTIONS as FREE_SECTIONS
-from job.config.resolve import PackConfig as PackConfig
-from job.config.resolve import changed_for_attempt as changed_for_attempt
-from job.config.resolve import description_of as description_of
-from job.config.resolve import draft as draft
-from job.config.resolve import known_keys as known_keys
-from job.config.resolve import pack_config as pack_config
-from job.config.resolve import parse_mapping as parse_mapping
-from job.config.resolve import parse_sets as parse_sets
-from job.config.resolve import parse_yaml as parse_yaml
-from job.config.resolve import preset_names as preset_names
-from job.config.resolve import read_config_file as read_config_file
-from job.config.resolve import read_settings as read_settings
-from job.config.run_config import RunConfig as RunConfig
-from job.config.run_config import flatten as flatten
-from job.config.run_config import layered as layered
-from job.config.run_config import nearest_name as nearest_name
-from job.config.run_config import validated as validated
-from job.config.schema import NETWORKS as NETWORKS
-from job.config.schema import CheckpointConfig as CheckpointConfig
-from job.config.schema import DataConfig as DataConfig
-from job.config.schema import SampleConfig as SampleConfig
-from job.config.schema import SamplerConfig as SamplerConfig
-from job.config.schema import Section as Section
-from job.config.schema import Size as Size
-from job.config.schema import average_name as average_name
-from job.config.schema import image_size as image_size
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import TypeAdapter
+from pydantic.fields import FieldInfo
+
+from ddpm.catalogue import LARGEST, OneOf, takers
+from job.config.schema import NETWORKS, RunConfig, Section, Size, flatten, is_free, layered, validated
+from job.exits import BadConfigError, BadRequestError, MissingInputError, did_you_mean
+
+EMBEDDED = "landscape-sample"
+"""The dataset that comes with the program; its preset is the default for all other datasets."""
+LARGEST_FILE_BYTES = 1 << 18
+"""Limit of a file with settings or targets."""
+FOLLOWS = ("data.size", "data.channels", "model.num_classes")
+"""Keys that the dataset sets if the user does not."""
+
+
+@cache
+def settings() -> dict[str, FieldInfo]:
+    """Returns the field of each dotted key; of a key of several kinds of networks, that of the first kind."""
+    found: dict[str, FieldInfo] = {}
+    for name, field in RunConfig.model_fields.items():
+        for section in NETWORKS.values() if name == "model" else [field.annotation]:
+            for leaf, each in getattr(section, "model_fields", {"": field}).items():
+                found.setdefault(f"{name}.{leaf}".rstrip("."), each)
+    kinds: Any = Annotated[OneOf[str, NETWORKS], "kind of network"]
+    return found | {"model.kind": FieldInfo.from_annotated_attribute(kinds, found["model.kind"].default)}
+
+
+CHOSEN_ELSEWHERE = {
+    "preset": "--preset NAME",
+    "imported": "ddpm import",
+    "data.dataset": "--dataset NAME",
+    "data.dataset_id": "--dataset NAME",
+    "data.latents": "--dataset NAME",
+    "data.classes": "ddpm import",
+    "data.order": "the program",
+    **{key: "ddpm sample --autoguidance [RUN@]EPOCH" for key in settings() if "autoguidance" in key},
+    **{key: "--from RUN[@EPOCH] and --weights" for key in settings() if key.startswith("parent.")},
+}
+"""Keys that neither `--set` nor a file may set, and the option that sets them instead."""
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """Returns the plain data of a YAML text.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, is nested too deeply, or has an alias.
+    """
+    try:
+        # By aliases a small file would contain itself, or expand to gigabytes.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.CSafeLoader)):
+            raise yaml.YAMLError("aliases are not supported")
+        # The loader in Python takes 10 ms for a run's configuration, and a bucket has hundreds.
+        document = yaml.load(text, yaml.CSafeLoader)
+        # An integer of thousands of digits would be an error of each message about it.
+        repr(document)
+        return document
+    except (RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # The value contradicts its tag or form: 2020-99-99, !!int x, a number of thousands of digits.
+        raise yaml.YAMLError(f"invalid value: {error}") from None
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise BadConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def parse_mapping(text: str, where: str, of: str = "sections such as `train:`") -> dict[str, Any]:
+    """Returns a YAML text that is empty or a mapping `of` something; an error begins with `where` it comes from.
+
+    Raises:
+        BadConfigError: it is something else, or not valid YAML.
+    """
+    document = _parsed(text, where)
+    if not isinstance(document, dict | None):
+        raise BadConfigError(f"{where} must be a mapping of {of}")
+    return document or {}
+
+
+def read_settings(path: Path) -> str:
+    """Returns the text of a file that a person writes, such as `targets.yaml`; the path may begin with `~`.
+
+    Raises:
+        OSError: the file cannot be read.
+        BadConfigError: it is too large; /dev/zero never ends.
+    """
+    path = Path(os.path.expanduser(path))  # noqa: PTH111 -- a user may have no home
+    with path.open("rb") as file:
+        text = file.read(LARGEST_FILE_BYTES + 1)
+    if len(text) > LARGEST_FILE_BYTES:
+        raise BadConfigError(f"{path} is larger than {LARGEST_FILE_BYTES >> 10} KiB: is it the right file?")
+    # The parser reports bytes that are not text.
+    return text.decode(errors="surrogateescape")
+
+
+class PackConfig(Section):
+    """The section `pack` of a preset: how to pack the dataset that has the preset's name."""
+
+    size: Size
+    crop: str = "center"
+    resize_filter: str = "lanczos"
+    licence: str = ""
+    fetch: str = ""
+    """Where to get the images."""
+
+
+def preset_names() -> list[str]:
+    """Returns the names of all presets."""
+    return sorted(p.name.removesuffix(".yaml") for p in (resources.files("job") / "presets").iterdir())
+
+
+def pack_config(name: str) -> PackConfig | None:
+    """Returns how the preset `name` packs its dataset; None without a preset of this name."""
+    return PackConfig.model_validate(_preset(name)["pack"]) if name in preset_names() else None
+
+
+def _preset(name: str) -> dict[str, Any]:
+    if name not in (names := preset_names()):
+        raise BadRequestError(f"there is no preset {name!r}{did_you_mean(name, names)} (there are: {', '.join(names)})")
+    return parse_mapping((resources.files("job") / "presets" / f"{name}.yaml").read_text(), f"preset {name}")
+
+
+def description_of(key: str) -> str:
+    """Returns the description of a dotted key."""
+    return next(part for part in settings()[key].metadata if isinstance(part, str))
+
+
+def known_keys() -> list[str]:
+    """Returns the dotted keys that a person can set, including those of every kind of network."""
+    return [key for key in settings() if key != "data.order"]
+
+
+def _only_known(flat: dict[str, Any], where: str) -> dict[str, Any]:
+    keys = known_keys()
+    for key in flat:
+        if key in CHOSEN_ELSEWHERE:
+            raise BadConfigError(f"{where}: {key} is set by {CHOSEN_ELSEWHERE[key]}")
+        if key not in keys:
+            sections = ", ".join(name for name in RunConfig.model_fields if name not in CHOSEN_ELSEWHERE)
+            same = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
+            hint = f"; did you mean {same[0]!r}?" if same else did_you_mean(key, keys) or f" (sections: {sections})"
+            raise BadConfigError(f"{where}: unknown key {key!r:.200}{hint}")
+    return flat
+
+
+def parse_sets(assignments: Iterable[str]) -> dict[str, Any]:
+    """Returns `{"train.batch_size": 64}` for `["train.batch_size=64"]`; values are YAML.
+
+    Raises:
+        BadConfigError: no `=`, an unknown key, or a value that is not YAML.
+    """
+    flat: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise BadConfigError(f"--set {assignment!r:.200}: write it as key=value, for example train.batch_size=64")
+        flat[key.strip()] = _parsed(text, f"--set {assignment!r:.200}")
+    return _only_known(flat, "--set")
+
+
+def read_config_file(path: Path | None) -> dict[str, Any]:
+    """Returns the dotted keys of a user's YAML file; none without a file.
+
+    Raises:
+        MissingInputError: the file cannot be read.
+        BadConfigError: it is not YAML, or has unknown keys.
+    """
+    if path is None:
+        return {}
+    try:
+        values = parse_mapping(read_settings(path), str(path))
+    except OSError as error:
+        raise MissingInputError(f"--config {path}: {error.strerror}") from None
+    return _only_known(flatten(values), str(path))
+
+
+def draft(preset: str, changes: dict[str, Any]) -> RunConfig:
+    """Returns the preset with the user's changes, before the dataset is known; finds all errors that need no bucket."""
+    settings_of_preset = flatten({key: value for key, value in _preset(preset).items() if key != "pack"})
+    return validated(layered(settings_of_preset | {"preset": preset}, changes))
+
+
+def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[str, Any]:
+    """Returns the keys and values that this attempt changes about its run.
+
+    Raises:
+        BadConfigError: a key that decides what is learnt differs; the message has both values and the ways out.
+    """
+    before, now = stored.flat(), wanted.flat()
+    if wanted.model.kind != stored.model.kind:
+        # Two kinds of networks have different keys.
+        now = {key: value for key, value in now.items() if key == "model.kind" or not key.startswith("model.")}
+    changes = {key: value for key, value in now.items() if before[key] != value and key != "preset"}
+    # An imported run leaves its precision to the first machine that trains it.
+    is_open = stored.train.precision == "auto"
+    # A network with self-conditioning learns from estimates that are clipped like its samples.
+    learnt = {"sample.clip"} if stored.diffusion.self_conditioning else set()
+    fixed = [
+        f"{key}: the run has {before[key]}, asked for {value}"
+        for key, value in changes.items()
+        if key in learnt or not (is_free(key) or (key == "train.precision" and is_open))
+    ]
+    if fixed:
+        # Another network cannot take its weights.
+        weights = "" if any(each.startswith("model.") for each in fixed) else f" (with these weights: --from {run})"
+        raise BadConfigError(
+            f"run {run!r} was started with another configuration ({'; '.join(fixed)}). "
+            f"Leave these out to continue it, start another run with --run NAME{weights}, or delete this one "
+            f"(ddpm runs delete {run} --yes)"
+        )
+    return changes
+
+
+def all_settings() -> dict[str, dict[str, Any]]:
+    """Returns of each key its default, its meaning, with the option that sets it instead of `--set`, and its values."""
+    rows = {}
+    for key in known_keys():
+        section, _, leaf = key.rpartition(".")
+        kinds = [kind for kind, network in NETWORKS.items() if section == "model" and leaf in network.model_fields]
+        only = kinds if len(kinds) < len(NETWORKS) else takers(leaf) if section == "sample" else []
+        field, notes = settings()[key], [description_of(key)]
+        if only:
+            notes.append(f"only for {', '.join(only)}")
+        if key in CHOSEN_ELSEWHERE:
+            notes.append(f"set by {CHOSEN_ELSEWHERE[key]}")
+        adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
+        takes = values_of(adapter.json_schema())
+        rows[key] = {"default": field.default, "meaning": f"{'; '.join(notes)} ({takes})", "takes": takes}
+    return rows
+
+
+def values_of(schema: dict[str, Any]) -> str:
+    """Returns the values that a JSON schema permits: `integer ≥ 1`, `ddim|ddpm`, `list of number > 0 ≤ 1`."""
+    if "anyOf" in schema:
+        return " or ".join(map(values_of, schema["anyOf"]))
+    if "enum" in schema:
+        return "|".join(schema["enum"])
+    if schema["type"] == "array":
+        return f"list of {values_of(schema.get('items') or schema['prefixItems'][0])}"
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    # The largest limits only protect the program; no person needs to know them.
+    limits = [f"{sign} {schema[name]:,}" for name, sign in signs.items() if schema.get(name, LARGEST) < LARGEST]
+    return " ".join([schema["type"], *limits])
+
+
+def list_keys(begin: str = "", *, as_json: bool) -> None:
+    """Prints the keys that begin with `begin`, each with its default, its meaning and its values.
+
+    Raises:
+        BadRequestError: no key does.
+    """
+    _print(all_settings(), ("default", "meaning"), begin, as_json=as_json)
+
+
+def show_config(preset: str, sets: Iterable[str], config_file: Path | None, begin: str = "", *, as_json: bool) -> None:
+    """Prints the configuration of a new run, with the origin of each value; its dataset may fill in more.
+
+    Args:
+        preset: its name; empty for the default one.
+        sets: assignments to dotted keys.
+        config_file: with further settings.
+        begin: the keys to print begin with it.
+        as_json: whether to print JSON.
+
+    Raises:
+        BadConfigError, BadRequestError, MissingInputError: as `ddpm train`, or no key begins so.
+    """
+    preset, file, assigned = preset or EMBEDDED, read_config_file(config_file), parse_sets(sets)
+    values, of_dataset = draft(preset, file | assigned).flat(), {key for key in CHOSEN_ELSEWHERE if key[:5] == "data."}
+    layers: dict[str, Any] = {"--set": assigned, str(config_file): file, f"preset {preset}": flatten(_preset(preset))}
+    layers |= {"the dataset": {*FOLLOWS, *of_dataset}, "default": values}
+    rows = {}
+    for key in known_keys():
+        if key in values and key != "preset":
+            rows[key] = {"value": values[key], "from": next(name for name, layer in layers.items() if key in layer)}
+    _print(rows, ("value", "from"), begin, as_json=as_json)
+
+
+def _print(rows: dict[str, dict[str, Any]], titles: Iterable[str], begin: str, *, as_json: bool) -> None:
+    """Prints the keys that begin with `begin`; raises BadRequestError if none does."""
+    from rich.table import Table
+
+    from job.printing import print_json, print_table
+
+    chosen = {key: row for key, row in rows.items() if key.startswith(begin)}
+    if not chosen:
+        sections = dict.fromkeys(key.partition(".")[0] for key in rows)
+        raise BadRequestError(f"no key begins with {begin!r}{did_you_mean(begin, sections)} ({', '.join(sections)})")
+    if as_json:
+        print_json(chosen)
+        return
+    table = Table(box=None)
+    # A key that is cut cannot be typed.
+    table.add_column("key", no_wrap=True, overflow="fold")
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    for key, row in chosen.items():
+        table.add_row(key, *(shown(row[title]) for title in titles))
+    print_table(table, "no keys", wraps=True)
+
+
+def shown(value: Any) -> str:
+    """Returns a value as `--set` takes it."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(shown, value)) or "[]"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value) or '""'

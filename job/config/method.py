@@ -21,7 +21,8 @@ from ddpm.objective import Objective
 from ddpm.process import Prediction, Process, make_process
 from ddpm.state import TrainState, create_state
 from ddpm.threads import threads_of
-from job.config import RunConfig, SamplerConfig
+from job.config import RunConfig
+from job.config.schema import SamplerConfig
 
 
 def build_network(config: RunConfig, device: torch.device) -> nn.Module:
@@ -62,7 +63,7 @@ def model_of(
         config: the run's configuration.
         device: the network's device.
         precision: number format of the network, `fp32` or `bf16`.
-        decode: decodes latents to pixels, if the network draws latents.
+        decode: decodes latents to pixels, if the run learns latents.
         classes: names of the classes; None: their numbers.
     """
     model, count = config.model, config.model.num_classes or 0

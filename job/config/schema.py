@@ -1,27 +1,30 @@
-"""The sections of a run's configuration: their settings, limits and descriptions."""
+"""The settings of a run with their limits and descriptions, the rules across sections, and dotted keys."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from typing import Annotated, Any, Literal, Self, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
+import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     PlainSerializer,
     PlainValidator,
+    ValidationError,
     ValidationInfo,
-    ValidatorFunctionWrapHandler,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from ddpm import catalogue
-from ddpm.catalogue import EXTRACTORS, LARGEST, METRICS, OneOf, takers
+from ddpm.catalogue import EXTRACTORS, GRIDS, METRICS, OF_CLASSES, Count, CountOrNone, OneOf, takers
 from ddpm.image_size import ImageSize
+from job.exits import BadConfigError, did_you_mean
 
 Share = Annotated[float, Field(gt=0, le=1)]
 ClassName = Annotated[str, Field(min_length=1, max_length=255)]
@@ -30,6 +33,13 @@ Std = Annotated[float, Field(ge=0.001, le=0.28)]
 _COMPARISONS = [name for name, metric in METRICS.items() if metric.of == "features"]
 LARGEST_SIZE = 4096
 """Limit of the height and width of images, in pixels."""
+FREE = {
+    *("checkpoint", "sample", "evaluate", "log"),
+    *("train.epochs", "train.micro_batch_size", "train.exact", "train.slots", "train.slot_threads", "train.compile"),
+    *("data.cache_gigabytes", "ema.snapshot_epochs", "model.gradient_checkpointing"),
+}
+"""Keys, and whole sections, that an attempt may change: they decide when and how something is done, never what is
+learnt."""
 
 
 def image_size(stated: object) -> ImageSize:
@@ -67,7 +77,9 @@ class ConfigSection(Section):
     def _lists(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return {key: split(value) if cls._takes_list(key) else value for key, value in values.items()}
+        kinds = {key: (field.annotation, *get_args(field.annotation)) for key, field in cls.model_fields.items()}
+        lists = [key for key, those in kinds.items() if any(get_origin(kind) is tuple for kind in those)]
+        return {key: split(value) if key in lists else value for key, value in values.items()}
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
@@ -76,16 +88,17 @@ class ConfigSection(Section):
             check()
         return self
 
-    @classmethod
-    def _takes_list(cls, key: str) -> bool:
-        return key in cls.model_fields and get_origin(cls.model_fields[key].annotation) is tuple
-
 
 def split(value: Any) -> Any:
     """Returns a list for text such as `1,2,2`, and for a single number."""
     if isinstance(value, str):
         return [part for part in value.replace(" ", "").split(",") if part]
     return [value] if isinstance(value, int | float) else value
+
+
+def is_free(key: str) -> bool:
+    """Returns whether each attempt of a run may change a key."""
+    return key in FREE or key.partition(".")[0] in FREE
 
 
 def average_name(std: float) -> str:
@@ -96,22 +109,20 @@ def average_name(std: float) -> str:
 class DataConfig(ConfigSection):
     """The images, their augmentation and their order."""
 
-    dataset: str = Field("", description="name of the dataset")
-    dataset_id: str = Field("", description="hash of the dataset's images")
-    size: Size | None = Field(
-        None, description="pixels of a side, or width x height such as 96x64; null: as in the dataset"
-    )
-    channels: int | None = Field(None, ge=1, le=256, description="channels of the images; null: as in the dataset")
-    latents: bool = Field(False, description="the images are latents of an autoencoder")
-    classes: tuple[ClassName, ...] = Field((), description="names of the classes of an imported run without a dataset")
-    flip: bool = Field(True, description="mirror half of the images, chosen at random")
-    crop_scale: tuple[Share, Share] = Field(
-        (1.0, 1.0), description="random crops: smallest and largest share of the image's area; 1,1: no crops"
-    )
-    augment: float = Field(0.0, ge=0, le=1, description="probability of each augmentation of EDM, given to the network")
-    shuffle_block_images: int = Field(0, ge=0, le=LARGEST, description="images per shuffled block; 0: all of them")
-    order: Literal["feistel-1"] = Field("feistel-1", description="version of the shuffling algorithm")
-    cache_gigabytes: float = Field(32.0, gt=0, le=LARGEST, description="local disk space per node for cached images")
+    dataset: Annotated[str, "name of the dataset"] = ""
+    dataset_id: Annotated[str, "hash of the dataset's images"] = ""
+    size: Annotated[Size | None, "pixels of a side, or width x height such as 96x64; null: as in the dataset"] = None
+    channels: Annotated[int | None, Field(ge=1, le=256), "channels of the images; null: as in the dataset"] = None
+    latents: Annotated[bool, "the images are latents of an autoencoder"] = False
+    classes: Annotated[tuple[ClassName, ...], "names of the classes of an imported run without a dataset"] = ()
+    flip: Annotated[bool, "mirror half of the images, chosen at random"] = True
+    crop_scale: Annotated[
+        tuple[Share, Share], "random crops: smallest and largest share of the image's area; 1,1: no crops"
+    ] = (1.0, 1.0)
+    augment: Annotated[catalogue.Share, "probability of each augmentation of EDM, given to the network"] = 0.0
+    shuffle_block_images: Annotated[CountOrNone, "images per shuffled block; 0: all of them"] = 0
+    order: Annotated[Literal["feistel-1"], "version of the shuffling algorithm"] = "feistel-1"
+    cache_gigabytes: Annotated[catalogue.Positive, "local disk space per node for cached images"] = 32.0
 
     def check(self) -> None:
         """Raises ValueError for settings that exclude each other."""
@@ -138,12 +149,7 @@ class DomeUNetSection(ConfigSection, catalogue.DomeUNetConfig):
 
 
 Network = UNetSection | EDM2Section | DiTSection | DomeUNetSection
-NETWORKS: dict[str, type[Network]] = {
-    "unet": UNetSection,
-    "edm2": EDM2Section,
-    "dit": DiTSection,
-    "dome": DomeUNetSection,
-}
+NETWORKS: dict[str, type[Network]] = {kind.model_fields["kind"].default: kind for kind in get_args(Network)}
 
 
 class DiffusionConfig(ConfigSection, catalogue.Diffusion):
@@ -157,8 +163,8 @@ class TrainConfig(ConfigSection, catalogue.Train):
 class EmaConfig(ConfigSection, catalogue.ExponentialAverage):
     """Averages of the weights: `ema`, and `ema-STD` for each of `stds`; each takes 4 bytes a weight on every GPU."""
 
-    stds: tuple[Std, ...] = Field((), description="relative widths of further averages, as in EDM2; such as 0.05,0.10")
-    snapshot_epochs: int = Field(0, ge=0, le=LARGEST, description="store stds every N epochs, for `ddpm ema`; 0: never")
+    stds: Annotated[tuple[Std, ...], "relative widths of further averages, as in EDM2; such as 0.05,0.10"] = ()
+    snapshot_epochs: Annotated[CountOrNone, "store stds every N epochs, for `ddpm ema`; 0: never"] = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -176,40 +182,27 @@ class EmaConfig(ConfigSection, catalogue.ExponentialAverage):
 class CheckpointConfig(ConfigSection):
     """When checkpoints are saved, and which ones are kept."""
 
-    every_epochs: int = Field(1, ge=1, le=LARGEST, description="save every N epochs")
-    every_minutes: float | None = Field(
-        None,
-        gt=0,
-        le=LARGEST,
-        description="also save N minutes after the last save; null: as often as loses least time, within 10 minutes if "
-        "a save takes less than one",
-    )
-    keep_last: int = Field(
-        3,
-        ge=1,
-        le=LARGEST,
-        description="keep the newest N checkpoints of every_epochs, and the two newest saves; 1: one",
-    )
-    keep_every_epochs: int = Field(0, ge=0, le=LARGEST, description="also keep one checkpoint every N epochs; 0: none")
-    keep_epochs: tuple[catalogue.Count, ...] = Field(
-        (), description="also keep the checkpoints of these epochs, such as 30,80,490"
-    )
-    keep_best: bool = Field(False, description="also keep the checkpoint with the best score; see evaluate.metrics")
+    every_epochs: Annotated[Count, "save every N epochs"] = 1
+    every_minutes: Annotated[
+        catalogue.Positive | None,
+        "also save N minutes after the last save; null: as often as loses least time, within 10 minutes if a save takes"
+        " less than one",
+    ] = None
+    keep_last: Annotated[Count, "keep the newest N checkpoints of every_epochs, and the two newest saves; 1: one"] = 3
+    keep_every_epochs: Annotated[CountOrNone, "also keep one checkpoint every N epochs; 0: none"] = 0
+    keep_epochs: Annotated[tuple[Count, ...], "also keep the checkpoints of these epochs, such as 30,80,490"] = ()
+    keep_best: Annotated[bool, "also keep the checkpoint with the best score; see evaluate.metrics"] = False
 
 
 class SamplerConfig(ConfigSection, catalogue.SampleOptions):
     """The settings that decide which image a seed gives, for the same checkpoint."""
 
-    @field_validator("guidance_interval", mode="wrap")
+    @field_validator("guidance_interval", mode="before")
     @classmethod
-    def _ascends(cls, value: Any, validated: ValidatorFunctionWrapHandler) -> Any:
-        parts = split(value)
-        if isinstance(parts, list) and len(parts) != 2:
-            raise ValueError("give two numbers, such as 0.3,5")
-        interval = validated(parts)
-        if interval and interval[0] >= interval[1]:
-            raise ValueError("give the smaller number first, such as 0.3,5")
-        return interval
+    def _ascends(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) and (len(value) != 2 or float(value[0]) >= float(value[1])):
+            raise ValueError("give two numbers, the smaller number first, such as 0.3,5")
+        return value
 
     @field_validator("weights", "autoguidance_weights", mode="before")
     @classmethod
@@ -257,46 +250,45 @@ def _word(value: Any) -> str:
 class SampleConfig(SamplerConfig):
     """The defaults of `ddpm sample`, and the pictures that training makes."""
 
-    images: int = Field(64, ge=1, le=10_000, description="number of images in a sample grid")
-    every_epochs: int | None = Field(
-        None,
-        ge=0,
-        le=LARGEST,
-        description="sample grid every N epochs; null: after 1, 2, 4, 8, …; 0: at the end alone",
-    )
-    batch_size: int = Field(64, ge=1, le=10_000, description="images at once on each process")
-    nearest: bool = Field(False, description="show the nearest training image beside each sample")
+    images: Annotated[int, Field(ge=1, le=10_000), "number of images in a sample grid"] = 64
+    every_epochs: Annotated[
+        CountOrNone | None, "sample grid every N epochs; null: after 1, 2, 4, 8, …; 0: at the end alone"
+    ] = None
+    batch_size: Annotated[int, Field(ge=1, le=10_000), "images at once on each process"] = 64
+    nearest: Annotated[bool, "show the nearest training image beside each sample"] = False
 
 
 class EvaluateConfig(ConfigSection):
     """The scores that a run computes while it trains; see `ddpm evaluate`."""
 
-    every_epochs: int = Field(0, ge=0, le=LARGEST, description="compute scores every N epochs; 0: never")
-    images: int = Field(1000, ge=12, le=1_000_000, description="number of samples to score")
-    references: int = Field(50_000, ge=12, le=1_000_000, description="largest number of real images to compare with")
-    metrics: tuple[OneOf[str, _COMPARISONS], ...] = Field(
-        ("kid", "fid"), min_length=1, description="scores to compute; the first decides which checkpoint is the best"
-    )
-    extractor: OneOf[str, EXTRACTORS] = Field("inception", description="network of the features")
+    every_epochs: Annotated[CountOrNone, "compute scores every N epochs; 0: never"] = 0
+    images: Annotated[int, Field(ge=12, le=1_000_000), "number of samples to score"] = 1000
+    references: Annotated[int, Field(ge=12, le=1_000_000), "largest number of real images to compare with"] = 50_000
+    metrics: Annotated[
+        tuple[OneOf[str, _COMPARISONS], ...],
+        Field(min_length=1),
+        "scores to compute; the first decides which checkpoint is the best",
+    ] = ("kid", "fid")
+    extractor: Annotated[OneOf[str, EXTRACTORS], "network of the features"] = "inception"
 
 
 class LogConfig(ConfigSection):
     """The metrics."""
 
-    every_images: int = Field(12_800, ge=1, le=LARGEST, description="log every N images, and at least once an epoch")
-    validate_epochs: int = Field(1, ge=0, le=LARGEST, description="log val_loss every N epochs; 0: never")
-    validate_images: int = Field(2048, ge=1, le=LARGEST, description="largest number of held-out images for val_loss")
-    tracker: Literal["none", "wandb", "mlflow"] = Field("none", description="service that also gets the metrics")
+    every_images: Annotated[Count, "log every N images, and at least once an epoch"] = 12_800
+    validate_epochs: Annotated[CountOrNone, "log val_loss every N epochs; 0: never"] = 1
+    validate_images: Annotated[Count, "largest number of held-out images for val_loss"] = 2048
+    tracker: Annotated[Literal["none", "wandb", "mlflow"], "service that also gets the metrics"] = "none"
 
 
 class ParentConfig(ConfigSection):
     """The checkpoint of another run with whose weights the run began; all null without `ddpm train --from`."""
 
-    run: str | None = Field(None, description="run that gave the first weights: a name in this bucket, or a URI")
-    epoch: int | None = Field(None, ge=0, le=LARGEST, description="epoch that its checkpoint ends, if it ends one")
-    weights: str | None = Field(None, description="which of its weights: ema, ema-STD or model")
-    checkpoint: str | None = Field(None, pattern="^[0-9]{6}-[0-9]{12}$", description="name of the checkpoint")
-    sha256: str | None = Field(None, description="SHA-256 of the record that names the files of the weights")
+    run: Annotated[str | None, "run that gave the first weights: a name in this bucket, or a URI"] = None
+    epoch: Annotated[CountOrNone | None, "epoch that its checkpoint ends, if it ends one"] = None
+    weights: Annotated[str | None, "which of its weights: ema, ema-STD or model"] = None
+    checkpoint: Annotated[str | None, Field(pattern="^[0-9]{6}-[0-9]{12}$"), "name of the checkpoint"] = None
+    sha256: Annotated[str | None, "SHA-256 of the record that names the files of the weights"] = None
 
     @property
     def name(self) -> str:
@@ -307,3 +299,195 @@ class ParentConfig(ConfigSection):
     def words(self) -> str:
         """The origin of the weights, for people: `celeba@490 (ema)`."""
         return f"{self.name} ({self.weights})"
+
+
+class RunConfig(ConfigSection):
+    """The whole configuration of a run."""
+
+    preset: Annotated[str, "preset that the run began with"] = ""
+    imported: Annotated[bool, "the run began with an imported checkpoint"] = False
+    data: DataConfig = DataConfig()
+    model: Annotated[Network, Field(discriminator="kind")] = UNetSection()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    train: TrainConfig = TrainConfig()
+    ema: EmaConfig = EmaConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    log: LogConfig = LogConfig()
+    parent: ParentConfig = ParentConfig()
+
+    @property
+    def image_size(self) -> ImageSize:
+        """The size of the network's images, once the dataset is known."""
+        assert self.data.size is not None
+        return self.data.size
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the network's images, once the dataset is known."""
+        assert self.data.channels is not None
+        return self.data.channels, *self.image_size.shape
+
+    def check(self) -> None:
+        """Raises ValueError for the first broken rule."""
+        self.model.check_size(self.data.size)
+        network_takes_its_inputs(self)
+        something_is_learnt(self)
+        each_class_has_a_name(self)
+        best_checkpoint_has_a_score(self)
+        samples_use_what_is_learnt(self)
+        steps_suffice(self)
+        grid_starts_at_noise(self)
+
+    def to_yaml(self) -> str:
+        """Returns the text of `config.yaml`."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def flat(self) -> dict[str, Any]:
+        """Returns all values by their dotted keys, such as `train.batch_size`."""
+        return flatten(self.model_dump(mode="json"))
+
+    def updated(self, changes: dict[str, Any]) -> RunConfig:
+        """Returns a copy with other values of some dotted keys; raises as `validated`."""
+        return validated(layered(self.flat(), changes))
+
+
+def network_takes_its_inputs(config: RunConfig) -> None:
+    """The network has inputs for the noise level, augmentation labels and own estimates that training gives it."""
+    model, diffusion = config.model, config.diffusion
+    if model.schedule not in ("", diffusion.schedule):
+        raise ValueError(f"model.kind={model.kind} needs diffusion.schedule={model.schedule}, and a prediction for it")
+    if not model.takes_estimates and (diffusion.self_conditioning or config.data.augment):
+        raise ValueError(f"model.kind={model.kind} cannot take diffusion.self_conditioning and data.augment")
+
+
+def something_is_learnt(config: RunConfig) -> None:
+    """The frozen parts are some of the network's, and leave one to learn."""
+    frozen, kind, parts = config.train.freeze, config.model.kind, config.model.parts.split()
+    if unknown := [name for name in frozen if not any(part.startswith(name) for part in parts)]:
+        raise ValueError(f"train.freeze: model.kind={kind} has no part {unknown[0]!r:.100}, but {', '.join(parts)}")
+    # Alone, these cannot learn an image.
+    minor = ("augmentation_embedding", "uncertainty", *(OF_CLASSES * (config.model.num_classes == 0)))
+    if all(part.startswith((*frozen, *minor)) for part in parts):
+        raise ValueError(f"train.freeze={','.join(frozen)} freezes the whole network: leave out a part")
+
+
+def each_class_has_a_name(config: RunConfig) -> None:
+    """The names of the classes are those of the network's, if there are names."""
+    names, classes = len(config.data.classes), config.model.num_classes
+    if names and classes is not None and names != classes:
+        raise ValueError(f"data.classes (of id2label.json) has {names:,} names, but the network {classes:,} classes")
+
+
+def best_checkpoint_has_a_score(config: RunConfig) -> None:
+    """One score decides which checkpoint is the best."""
+    if config.checkpoint.keep_best and not config.evaluate.every_epochs:
+        raise ValueError("checkpoint.keep_best needs scores: set evaluate.every_epochs")
+    if config.checkpoint.keep_best and METRICS[first := config.evaluate.metrics[0]].scores:
+        raise ValueError(f"checkpoint.keep_best needs one score, and {first} has several: put another metric first")
+
+
+def samples_use_what_is_learnt(config: RunConfig) -> None:
+    """The network learns the classes, the variance and the unconditional images that sampling asks it for."""
+    sample, classes = config.sample, config.model.num_classes
+    if config.model.label_dropout and classes == 0:
+        raise ValueError("model.label_dropout needs a network with classes: set it to 0, or drop model.num_classes=0")
+    if sample.variance == "learned_range" and not config.diffusion.learns_variance:
+        raise ValueError("sample.variance=learned_range needs a network with diffusion.variance=learned_range")
+    if sample.guidance != 1 and not (config.model.label_dropout or sample.autoguidance):
+        unlearnt = "needs a run that began with model.label_dropout=0.1, or --autoguidance [RUN@]EPOCH"
+        raise ValueError(f"sample.guidance={sample.guidance:g} {unlearnt}")
+    if sample.autoguidance and sample.guidance == 1:
+        raise ValueError(f"autoguidance from epoch {sample.autoguidance} needs a guidance other than 1, such as 2")
+    if sample.labels and classes is not None and max(sample.labels) >= classes:
+        raise ValueError(f"sample.labels: class {max(sample.labels)} does not exist, the network has {classes}")
+
+
+def steps_suffice(config: RunConfig) -> None:
+    """There are no more steps than timesteps, and enough for the order of the sampler."""
+    sample, timesteps = config.sample, config.diffusion.timesteps
+    if sample.steps > timesteps:
+        raise ValueError(f"sample.steps={sample.steps} exceeds diffusion.timesteps={timesteps}")
+    if sample.steps < (order := sample.sampler_order):
+        raise ValueError(f"{sample.sampler} is of order {order}, above sample.steps={sample.steps}: use more steps")
+
+
+def grid_starts_at_noise(config: RunConfig) -> None:
+    """The first point of the grid is nearly pure noise, and is not exactly that where the grid cannot take it."""
+    sample, diffusion = config.sample, config.diffusion
+    steps, timesteps, is_flow = sample.steps, diffusion.timesteps, diffusion.schedule == "flow"
+    if GRIDS[sample.grid].by_ratio and (is_flow or diffusion.zero_terminal_snr):
+        raise ValueError(f"sample.grid={sample.grid} cannot start at pure noise, as this process does: choose another")
+    if sample.shift != 1 and (not is_flow or sample.grid == "found"):
+        raise ValueError(f"sample.shift={sample.shift:g} needs diffusion.schedule=flow and a grid other than found")
+    if sample.grid == "quadratic" and (diffusion.schedule != "linear" or steps == 1):
+        # It starts at 0.8 T, where other processes still show much of the image.
+        raise ValueError("sample.grid=quadratic needs diffusion.schedule=linear and at least two steps: choose another")
+    if sample.grid == "leading" and (first := (steps - 1) * (timesteps // steps)) < 0.8 * timesteps:
+        shows = "where the image still shows through the noise: use steps that divide it, or another grid"
+        raise ValueError(f"sample.steps={steps} with sample.grid=leading starts at t={first} of {timesteps}, {shows}")
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns a nested mapping as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def layered(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Returns `base` overridden by `changes`, both by dotted keys; another kind of network drops the base's `model`."""
+    kind = base.get("model.kind", "unet")
+    if changes.get("model.kind", kind) != kind:
+        base = {key: value for key, value in base.items() if not key.startswith("model.")}
+    return base | changes
+
+
+def validated(flat: dict[str, Any], where: str = "configuration") -> RunConfig:
+    """Returns the `RunConfig` of dotted keys; an error begins with `where` these come from.
+
+    Raises:
+        BadConfigError: for each bad key its name, the fault and the value.
+    """
+    sections: dict[str, Any] = {"model": {"kind": "unet"}}
+    for key, value in flat.items():
+        section, dot, leaf = key.partition(".")
+        if dot:
+            sections.setdefault(section, {})[leaf] = value
+    nested = sections | {key: value for key, value in flat.items() if "." not in key}
+    try:
+        return RunConfig.model_validate(nested)
+    except ValidationError as error:
+        problems: dict[Any, str] = {}
+        for problem in error.errors():
+            # A list whose elements are all wrong is reported once, by its first element.
+            setting = tuple(part for part in problem["loc"] if isinstance(part, str))
+            problems.setdefault(setting, _message(problem, nested["model"]))
+        raise BadConfigError(f"{where}: {'; '.join(problems.values())}") from None
+
+
+def _message(problem: ErrorDetails, model: Any) -> str:
+    """Returns the message of one problem: key, fault and value; a rule between keys names them itself."""
+    loc, fault, value = problem["loc"], problem["msg"].removeprefix("Value error, "), problem["input"]
+    if problem["type"] == "value_error" and len(loc) < 2:
+        return fault
+    if problem["type"] == "union_tag_invalid":
+        loc, fault, value = ("model", "kind"), f"choose one of {', '.join(NETWORKS)}", model["kind"]
+    elif loc[0] == "model":
+        # pydantic puts the kind of the network between section and key.
+        loc = (*loc[:1], *loc[2:])
+        if problem["type"] == "extra_forbidden":
+            fault = f"not an option of model.kind={model['kind']}"
+    return f"{'.'.join(map(str, loc))}: {fault[:1].lower()}{fault[1:]}{nearest_name(problem)} (got {value!r:.200})"
+
+
+def nearest_name(problem: ErrorDetails) -> str:
+    """Returns the end of a message about a setting that takes one of some names: the nearest one, if any is near."""
+    if problem["type"] != "literal_error":
+        return ""
+    return did_you_mean(str(problem["input"]), re.findall("'([^']*)'", problem["ctx"]["expected"]))

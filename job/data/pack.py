@@ -27,14 +27,14 @@ from typing import Any
 
 from job.data import shards
 from job.data.ahead import in_order
-from job.data.archives import Sample, find_tars
 from job.data.images import RejectedImageError, UndecidedImageError, codec_versions, encode_png, prepare
-from job.data.labels import split_labels
-from job.data.members import Member, split_in
 from job.data.pack_request import FIRST_IMAGES, PackRequest
 from job.data.preview import preview_png
 from job.data.publishing import Packing, check_absent, existing_index, make_dataset
-from job.data.survey import chosen_source, lacking_labels, no_images, survey, until_stopped
+from job.data.source.archives import Sample, find_tars
+from job.data.source.labels import split_labels
+from job.data.source.members import Member, split_in
+from job.data.source.survey import chosen_source, lacking_labels, no_images, survey, until_stopped
 from job.exits import BadDataError, BadRequestError, StoppedError
 from job.pieces import RECORDS as PIECES
 from job.pieces import Advance, Made, PieceRecord

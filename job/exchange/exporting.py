@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -36,35 +35,11 @@ from job.runs.samples import Scores, grid_key, label_at, score_name
 from job.sealed import code_version
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, fsspec_configured, open_store
+from job.store.calls import in_thread
 
 CARD, PICTURE = "README.md", "grid.png"
-MOST_NAMES = 20
-"""The most classes that a card names."""
 _LOOK_SECONDS = 0.2
 _SIGN_IN = "sign in with `hf auth login`, or set HF_TOKEN, with a token that may write"
-_PIPELINE = """```python
-from diffusers import {kind}
-
-pipeline = {kind}.from_pretrained("{place}")
-images = pipeline(4, num_inference_steps={steps}{call}).images
-```
-
-{remark}"""
-_CLASSES = """```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{place}", trust_remote_code=True)
-images = pipeline(class_labels={labels}, num_inference_steps={steps}).images
-```
-
-`trust_remote_code` lets diffusers execute `{code}`. `id2label.json` has the names of the classes: {names}."""
-_REMARK = {
-    "DDIMScheduler": "This call gives the images of the run's sampler `ddim`. The default call of diffusers clips the "
-    "estimated image, but keeps the noise of the estimate before clipping.",
-    "FlowMatchEulerDiscreteScheduler": "The loop of `DDPMPipeline` takes any scheduler: this one goes Euler's steps "
-    "along a rectified flow, without clipping.",
-    "DDPMScheduler": "The network also gives the variance of a step, which `DDPMPipeline` uses.",
-}
 
 
 @dataclass(frozen=True)
@@ -133,8 +108,8 @@ def _opened_export(of_run: RunHandle, request: ExportRequest, described: checkpo
                 small[PICTURE] = run.read(grid_key(label, config.sample.name(of_run.first_sample))).data
             if of_run.classes and last:
                 small[checkpoints.PIPELINE_CODE] = (resources.files("job.exchange") / "class_pipeline.py").read_bytes()
-            code = _code(of_run, small | last, request.push or "this folder", described.lacking)
-            small[CARD] = _card(of_run, ref, weights, code, PICTURE in small).encode()
+            named = {"place": request.push or "this folder", "lacking": described.lacking}
+            small[CARD] = _card(of_run, ref, weights, small | last, **named).encode()
             size_bytes = sum(path.stat().st_size for path in paths)
             yield Export(files, small | last, f"{label}, weights {weights}, {size_bytes:,} bytes")
 
@@ -150,48 +125,39 @@ def _index(files: dict[str, Path]) -> bytes:
     return checkpoints.weights_index(sum(path.stat().st_size for path in files.values()), places)
 
 
-def _card(of_run: RunHandle, ref: CheckpointRef, weights: str, code: str, has_picture: bool) -> str:
+def _card(of_run: RunHandle, ref: CheckpointRef, weights: str, objects: dict[str, bytes], **named: str) -> str:
     """Returns the model card of the weights of a checkpoint, with the metadata that the hub reads."""
-    config, index = of_run.config, of_run.index
-    licence = index.licence if index else ""
-    kind = "class-conditional" if config.model.num_classes else "unconditional-image-generation"
-    # The hub takes no free text as the name of a licence.
-    licence_id = re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-")[:64]
-    of_images = f"{index.images:,} images of {index.name}" if index else "unknown images"
-    preset = f" with the preset `{config.preset}`" if config.preset else ""
-    return "\n".join(
-        [
-            *("---", "library_name: diffusers", f"tags: [{kind}, ddpm]"),
-            *(["license: other", f"license_name: {json.dumps(licence_id)}"] if licence_id else []),
-            *("---", "", f"# {of_run.run.uri.rpartition('/')[2]}", ""),
-            f"A U-Net of {config.image_size.words} pixels, trained on {of_images}{preset}: {ref.images_seen:,} images "
-            f"seen, weights `{weights}`, code {code_version()}. `{checkpoints.RUN_CONFIG}` has all settings.",
-            *([f"It began with the weights of {config.parent.words}."] if config.parent.run else []),
-            *("", f"Licence of the images: {licence or 'not stated'}.", ""),
-            *(line for scores in _scores(of_run.run, ref, weights) for line in (scores, "")),
-            *(code, ""),
-            *([f"![Samples]({PICTURE})", ""] if has_picture else []),
-        ]
+    from jinja2 import StrictUndefined, Template
+
+    kind, scheduler = (
+        json.loads(objects[key])["_class_name"] if key in objects else ""
+        for key in ("model_index.json", checkpoints.SCHEDULER_CONFIG)
+    )
+    licence, classes = of_run.index.licence if of_run.index else "", of_run.classes
+    text = (resources.files("job.exchange") / "card.md").read_text()
+    card = Template(text, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    return card.render(
+        **named,
+        run=of_run.run.uri.rpartition("/")[2],
+        config=of_run.config,
+        index=of_run.index,
+        ref=ref,
+        weights=weights,
+        code_version=code_version(),
+        licence=licence,
+        # The hub takes no free text as the name of a licence.
+        licence_id=re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-")[:64],
+        scores=_scores(of_run.run, ref, weights),
+        kind=kind,
+        scheduler=scheduler,
+        classes=classes,
+        labels=[number % len(classes) for number in range(4)] if classes else [],
+        has_picture=PICTURE in objects,
     )
 
 
-def _code(of_run: RunHandle, objects: dict[str, bytes], place: str, lacking: str) -> str:
-    """Returns the sample code of an export that diffusers finds at `place`."""
-    if "model_index.json" not in objects:
-        return f'`UNet2DModel.from_pretrained("{place}", subfolder="unet")` loads the network; {lacking}.'
-    classes, steps = of_run.classes, of_run.config.sample.steps
-    if classes:
-        names = ", ".join(classes[:MOST_NAMES]) + (", …" if len(classes) > MOST_NAMES else "")
-        labels = [number % len(classes) for number in range(4)]
-        return _CLASSES.format(labels=labels, code=checkpoints.PIPELINE_CODE, names=names, place=place, steps=steps)
-    scheduler = json.loads(objects[checkpoints.SCHEDULER_CONFIG])["_class_name"]
-    call = ", use_clipped_model_output=True" if scheduler == "DDIMScheduler" else ""
-    kind = json.loads(objects["model_index.json"])["_class_name"]
-    return _PIPELINE.format(kind=kind, call=call, remark=_REMARK[scheduler], place=place, steps=steps)
-
-
 def _scores(run: Store, ref: CheckpointRef, weights: str) -> Iterator[str]:
-    """Yields a sentence for each stored set of scores of these weights; a damaged record must not stop an export."""
+    """Yields the words of each stored set of scores of these weights; a damaged record must not stop an export."""
     for key, place in places_in(run, ObjectKind.SCORES.folder).items():
         if place.kind is ObjectKind.SCORES:
             with suppress(BadDataError, ObjectMissingError):
@@ -204,7 +170,7 @@ def _scores(run: Store, ref: CheckpointRef, weights: str) -> Iterator[str]:
                         real = f" (real images {scores.floor[name]:.4g})" if name in scores.floor else ""
                         words.append(f"{score_name(name, scores.reference.extractor)} {value:.4g}{real}")
                 how = f"{config.count:,} images by {config.sampler} in {config.steps:,} steps"
-                yield f"Scores of {how}, against {scores.reference}: {', '.join(words)}."
+                yield f"{how}, against {scores.reference}: {', '.join(words)}"
 
 
 def open_target(to: str, of_run: RunHandle) -> Store:
@@ -303,19 +269,16 @@ class Hub:
             BucketAwayError: the hub does not answer, or another commit came between.
             StoppedError: a stop was requested.
         """
-        result = Future[str]()
-
-        def work() -> None:
-            try:
-                result.set_result(self._push(objects, message))
-            except Exception as error:
-                result.set_exception(error if isinstance(error, JobError) else _meaning(error, self._name))
-
         # The client waits for a silent hub for ever: its thread is left behind, and ends with the process.
-        threading.Thread(target=work, name="push", daemon=True).start()
-        while not wait([result], _LOOK_SECONDS).done:
+        work = in_thread(self._push, objects, message)
+        while not wait([work], _LOOK_SECONDS).done:
             stop.check("while pushing", "a push is a single commit, which the same command makes")
-        return result.result()
+        try:
+            return work.result()
+        except JobError:
+            raise
+        except Exception as error:
+            raise _meaning(error, self._name) from None
 
     def _push(self, objects: Mapping[str, Path | bytes], message: str) -> str:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete

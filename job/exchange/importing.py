@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm.interop import NoCounterpartError
 from job.config import (
-    FREE,
-    FREE_SECTIONS,
     LARGEST,
     RunConfig,
     draft,
+    is_free,
     layered,
     preset_names,
     validated,
@@ -187,7 +186,7 @@ def _check_run(run: Store, name: str, config: RunConfig, sets: dict[str, Any]) -
     if stored is None:
         return
     # A run of ours may have been changed in these keys between two of its checkpoints.
-    free = {key for key in stored.flat() if key in FREE or key.split(".")[0] in FREE_SECTIONS} - sets.keys()
+    free = {key for key in stored.flat() if is_free(key)} - sets.keys()
     others = [key for key, value in stored.flat().items() if key not in free and config.flat().get(key) != value]
     trained = [fence for fence in records.attempt_fences(run) if not records.load_attempt(run, fence).imported]
     if others or trained:

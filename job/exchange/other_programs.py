@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ddpm import interop
 from ddpm.image_size import ImageSize
 from ddpm.interop import NoCounterpartError
-from job.config.resolve import LARGEST_FILE_BYTES
+from job.config import LARGEST_FILE_BYTES
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.progress import note, printable
 from job.runs.checkpoints import ID2LABEL, RUN_CONFIG, SCHEDULER_CONFIG

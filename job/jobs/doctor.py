@@ -19,12 +19,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from job.config import DataConfig
+from job.config.schema import DataConfig
 from job.data.cache import default_cache_dir
 from job.data.shards import SHARD_PIXEL_BYTES
 from job.exits import Exit, JobError
-from job.jobs.backends.base import Check, Target
-from job.jobs.targets import backend_for
+from job.jobs.backends import Check
+from job.jobs.targets import Target, backend_for
 from job.processes.group import check_gpus, local_gpus
 from job.runs.layout import RUNS
 from job.store import Retry, is_remote, open_store

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from job.exits import BadRequestError, JobError, MissingInputError, State, meaning
-from job.jobs.backends.base import Backend, JobStatus, Target
-from job.jobs.spec import is_about, job_name, validated_job_name
-from job.jobs.targets import backend_for, load_targets, target_on
+from job.jobs.backends import Backend, JobStatus
+from job.jobs.spec import is_about, validated_job_name
+from job.jobs.targets import Target, backend_for, load_targets, target_on
 from job.outcome import read_outcome
 from job.printing import print_json, print_table
-from job.progress import Progress, note, printable
+from job.progress import note, printable
 from job.runs.layout import RUNS
 from job.stop import handle_stop_signals
 from job.store import open_store
-from job.verbs.run_listing import progress_cells, show_run, summary_of
+from job.verbs.run_listing import show_run, summary_of
 
 
 @dataclass(frozen=True)
@@ -82,57 +82,31 @@ class Search:
 
 
 def list_jobs(search: Search, *, as_json: bool = False) -> None:
-    """Prints a table of the jobs on the targets, newest first, with the progress of their runs."""
+    """Prints a table of the jobs on the targets, newest first."""
     from rich.table import Table
 
     _folders_of_runs.cache_clear()
-    found = search.ask(lambda backend: backend.jobs())
-    ordered = sorted(found, key=lambda one: one[1].created, reverse=True)
     rows = []
-    with Progress("reading runs", total=len(ordered), unit="jobs") as bar:
-        for number, (backend, status) in enumerate(ordered, 1):
-            uri = status.bucket or backend.target.usual_bucket
-            # A bucket that is away is tried once, and not for each job.
-            is_there = _folders_of_runs(uri) is not None
-            rows.append(_row(status.with_outcome(uri) if is_there else status, backend.target.name, uri))
-            bar.update(number)
+    found = search.ask(lambda backend: backend.jobs())
+    for backend, status in sorted(found, key=lambda one: one[1].created, reverse=True):
+        uri = status.bucket or backend.target.usual_bucket
+        # A bucket that is away is tried once, and not for each job.
+        is_there = _folders_of_runs(uri) is not None
+        rows.append(_row(status.with_outcome(uri) if is_there else status, backend.target.name, uri))
     if as_json:
         print_json(rows)
         return
-    of_run = ("epoch", "loss", "images/s", "to the end", "cost so far")
-    of_engine = ("attempts", "exit code", "created", "place", "message")
-    table = Table("job", "target", "state", *of_run, *of_engine, box=None)
-    for job in rows:
-        code = "-" if job["exit_code"] is None else str(job["exit_code"])
-        engine = (str(job["attempts"] or "-"), code, job["created"] or "-", job["place"] or "-", job["message"])
-        table.add_row(job["name"], job["target"], _state_of(job), *_run_cells(job["run"]), *engine)
+    names = ("target", "state", "attempts", "exit_code", "created", "place", "message")
+    table = Table("job", *(name.replace("_", " ") for name in names), box=None)
+    for row in rows:
+        table.add_row(row["name"], *("-" if row[name] in (None, "") else str(row[name]) for name in names))
     where = f"on {search.on}" if search.on else "on any target"
     print_table(table, f"no jobs {where}: start one with `ddpm submit train --dataset NAME --on TARGET`")
 
 
 def _row(status: JobStatus, target: str | None, bucket_uri: str) -> dict[str, Any]:
-    """Returns the values of a job, with a summary of its run."""
-    summary, run = None, _run_of(status.name, bucket_uri)
-    with suppress(JobError):
-        summary = summary_of(open_store(bucket_uri), run) if run else None
-    return asdict(status) | {"message": status.why, "target": target, "bucket": bucket_uri, "run": summary}
-
-
-def _state_of(job: dict[str, Any]) -> str:
-    """Returns the state of a job, with that of its run if another command has trained the run since."""
-    run = job["run"]
-    is_training = run is not None and job["name"] == job_name("train", run["name"])
-    is_older = is_training and job["state"] == State.FINISHED != run["state"]
-    return f"{job['state']}, run {run['state']}" if is_older else job["state"]
-
-
-def _run_cells(run: dict[str, Any] | None) -> list[str]:
-    """Returns epoch, loss, speed, time to the end and cost."""
-    if run is None:
-        return ["-"] * 5
-    _, epoch, _, *others = progress_cells(run)
-    dollars = run["dollars_so_far"]
-    return [epoch, *others, "-" if dollars is None else f"about ${dollars:,.2f}"]
+    """Returns the values of a job."""
+    return asdict(status) | {"message": status.why, "target": target, "bucket": bucket_uri}
 
 
 def show_job(name: str, search: Search, bucket: str, *, as_json: bool = False) -> None:
@@ -154,7 +128,7 @@ def show_job(name: str, search: Search, bucket: str, *, as_json: bool = False) -
     if not found:
         raise search.unknown(name)
     if as_json:
-        print_json([_row(*each) for each in found])
+        print_json([_row(*each) | {"run": _summary(name, each[2])} for each in found])
         return
     for status, on, uri in found:
         where = f", on {on}" if on else ": unknown to every engine; the facts below are in its bucket"
@@ -193,6 +167,13 @@ def cancel_job(name: str, search: Search) -> None:
     """
     backend = search.the_one(name)
     print(f"{name} on {backend.target.name} {backend.cancel(name)}")
+
+
+def _summary(job_name: str, bucket_uri: str) -> dict[str, Any] | None:
+    """Returns a summary of a job's run; None if it has none that can be read."""
+    with suppress(JobError):
+        return summary_of(open_store(bucket_uri), run) if (run := _run_of(job_name, bucket_uri)) else None
+    return None
 
 
 def _run_of(job_name: str, bucket_uri: str) -> str:

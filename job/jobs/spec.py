@@ -1,21 +1,34 @@
-"""A job as data: a command of this program, and the machines that it asks for or needs. Backends render and send it."""
+"""A job as data: a command of this program, and the machines that it asks for or needs. Backends render and send it.
+
+`spec_of` builds it without requests to a bucket or an engine.
+"""
+
+from __future__ import annotations
 
 import hashlib
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Any
 
-from job.data.pack_request import EncodeRequest, PackRequest
-from job.exits import BadRequestError
-from job.options import OnTarget, Targets, option
-from job.requests import EvaluateRequest, SampleRequest, TrainRequest
+import yaml
 
-JobRequest = TrainRequest | SampleRequest | EvaluateRequest | PackRequest | EncodeRequest
-"""A command that can be a job."""
+from job.config import EMBEDDED, draft, parse_sets, read_config_file
+from job.data.pack_request import EncodeRequest, IndexRequest, PackRequest
+from job.data.source.labels import split_labels
+from job.exits import BadConfigError, BadRequestError
+from job.processes.group import GPUS, JOB
+from job.processes.lease import EXPIRE_SECONDS
+from job.requests import EvaluateRequest, JobRequest, SampleRequest, SubmitRequest, TrainRequest, check_world_size
+from job.runs.records import DOLLARS, split_run
+from job.stop import duration_seconds
+from job.store import check_source, check_uri, is_foreign, is_remote, open_store, split_chain, without_queries
+
+if TYPE_CHECKING:
+    from job.jobs.targets import Target
 
 NAME_CHARACTERS = 46
 """The longest name: JobSet appends `-node-0-999-XXXXX` for pods, whose names are labels of at most 63 characters."""
@@ -24,27 +37,9 @@ RETRIES = 4
 """The number of failures that count, such as crashes, after which the engine or `--watch` tries again."""
 _HASH_CHARACTERS = 8
 _JOB_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
-
-
-@dataclass(frozen=True)
-class SubmitRequest:
-    """The options of `ddpm submit`: where a command becomes a job, and on which machines."""
-
-    on: OnTarget = "local"
-    gpus: int | None = option("--gpus N", "GPUs per machine. Default: the target's.", None, min=0, max=64)
-    nodes: int = option("--nodes N", "Number of machines that train together.", 1, min=1, max=1000)
-    gpu_type: str = option("--gpu-type TYPE", "Type of GPU, such as nvidia-l4. Default: the target's.")
-    spot: bool | None = option(
-        "--spot/--on-demand", "Use cheap machines that may be preempted, or not. Default: the target's.", None
-    )
-    max_hours: float | None = option("--max-hours H", "End the job after H hours. Default: the target's.", None)
-    slices: int = option("--slices N", "Machines that share the work, such as 8; not for training.", 0, min=0, max=1000)
-    targets: Targets = None
-    dry_run: bool = option("--dry-run", "Print what would be sent, and send nothing.", False)
-    output: str = option("--output -o FORMAT", "Format of --dry-run: yaml or json.")
-    watch: bool = option("--watch", "Wait, and submit again after preemptions, failures or lack of machines.", False)
-    yes: bool = option("--yes", "Do not ask for confirmation.", False)
-    detach: bool = option("--detach", "Return at once; a local or container job runs in the background.", False)
+_WITHOUT_GPUS = ("pack", "index")
+WAIT_MARGIN_SECONDS = 30.0
+"""For a predecessor's last save to arrive, and for two reads of the lease."""
 
 
 @dataclass(frozen=True)
@@ -100,19 +95,9 @@ class JobSpec:
         """Returns `max_hours` in whole seconds."""
         return round(self.max_hours * 3600)
 
-    def lasting(self, max_hours: float) -> Self:
-        """Returns the same job, of the same name, with another limit, also of a job that keeps its limit itself."""
-        if max_hours == self.max_hours:
-            return self
-        words = pairwise(("", *self.argv))
-        argv = (stop_after(max_hours) if option == "--stop-after" else word for option, word in words)
-        return replace(self, max_hours=max_hours, argv=tuple(argv))
-
     @property
     def bucket_folder(self) -> Path | None:
         """Returns the bucket, if it is a folder of this machine."""
-        from job.store import is_remote, open_store
-
         return None if is_remote(self.bucket) else Path(open_store(self.bucket).uri)
 
     @property
@@ -120,13 +105,19 @@ class JobSpec:
         """Returns the number of its machines at a time."""
         return self.slices or self.nodes
 
+    def argv_with(self, *options: str) -> tuple[str, ...]:
+        """Returns the words with these ones among the options: after `--` they would be arguments."""
+        end = self.argv.index("--") if "--" in self.argv else len(self.argv)
+        return (*self.argv[:end], *options, *self.argv[end:])
+
+    @property
+    def argv_that_ends(self) -> tuple[str, ...]:
+        """Returns the words of a job that keeps its limit itself, where no engine would end it."""
+        return self.argv_with("--stop-after", f"{self.max_seconds}s") if self.max_hours < math.inf else self.argv
+
     def argv_of_slice(self, index: int | str) -> tuple[str, ...]:
         """Returns the words of one slice; `index` may be a variable that the engine fills in, such as `$(INDEX)`."""
-        if not self.slices:
-            return self.argv
-        # After `--` it would be an argument.
-        end = self.argv.index("--") if "--" in self.argv else len(self.argv)
-        return (*self.argv[:end], "--slice", f"{index}/{self.slices}", *self.argv[end:])
+        return self.argv_with("--slice", f"{index}/{self.slices}") if self.slices else self.argv
 
     def shell_words(self, variable: str) -> list[str]:
         """Returns the words of one slice, quoted for a shell that may expand the `variable` with its number alone."""
@@ -139,11 +130,6 @@ class JobSpec:
         """Returns the labels by which a job is found."""
         own = {"app": LABEL_PREFIX, "ddpm-job": self.name, "ddpm-verb": self.verb}
         return {**own, "ddpm-run": self.run} if self.run else own
-
-
-def stop_after(hours: float) -> str:
-    """Returns the value of `--stop-after` with which a job ends itself, if no engine would end it."""
-    return f"{max(1, round(hours * 3600))}s"
 
 
 def validated_job_name(name: str) -> str:
@@ -175,3 +161,192 @@ def is_about(name: str, run: str) -> bool:
         return True
     words = (job_name(verb, run, ("words",)) for verb in ("sample", "evaluate"))
     return name[:-_HASH_CHARACTERS] in {each[:-_HASH_CHARACTERS] for each in words}
+
+
+def spec_of(request: JobRequest, target: Target, how: SubmitRequest) -> JobSpec:
+    """Returns the job that a command is on `target`. Equal arguments give equal specs.
+
+    Raises:
+        BadRequestError: an option is not valid, or not for this target.
+        BadConfigError: a setting is not valid, or the target lacks a key that jobs need.
+        MissingInputError: a named file does not exist.
+    """
+    if request.stop_after:
+        # It becomes the job's limit: an engine would start a job again that ends itself with 75.
+        hours = min(duration_seconds(request.stop_after) / 3600, _hours(how, target))
+        request, how = replace(request, stop_after=""), replace(how, max_hours=hours)
+    verb = request.command[-1]
+    _check_machines(verb, target, how)
+    bucket = _uri_for_jobs("--bucket or DDPM_BUCKET:", request.bucket, target)
+    request = replace(request, bucket=bucket)
+    checked = request.check()
+    request, reads = _adapted(request, checked, target, how)
+    run, subject = ("", checked.name) if isinstance(checked, PackRequest | EncodeRequest) else (checked.run,) * 2
+    # A container has exactly the requested GPUs.
+    if target.is_in_place and not isinstance(request, PackRequest | EncodeRequest):
+        request = replace(request, processes=request.processes or how.gpus or None)
+    words = request.argv()
+    # A single machine makes all slices.
+    slices = how.slices if target.is_remote or verb == "train" else 0
+    of_name = (*words, "--slices", str(slices)) if slices else words
+    name = job_name(verb, subject, () if verb == "train" else of_name)
+    gpus = (0 if verb in _WITHOUT_GPUS else target.gpus) if how.gpus is None else how.gpus
+    # The job itself checks them: a machine with too old a driver would silently compute on its CPU.
+    needed_gpus = {GPUS: str(gpus)} if gpus and target.is_remote else {}
+    spec = JobSpec(
+        name=name,
+        verb=verb,
+        argv=words,
+        image=target.software,
+        bucket=bucket,
+        run=run,
+        gpus=gpus,
+        gpu_type=(how.gpu_type or target.gpu_type) if gpus and target.selects_machines else "",
+        nodes=how.nodes,
+        slices=slices,
+        spot=target.spot if how.spot is None else how.spot,
+        max_hours=_hours(how, target),
+        reads=tuple(map(_path_of, reads)),
+        env={JOB: name, **needed_gpus, **target.env},
+    )
+    if verb == "train" and (hourly := target.hourly(spec)):
+        return replace(spec, env={**spec.env, DOLLARS: f"{spec.machines * hourly.dollars:.6g}"})
+    return spec
+
+
+def _hours(how: SubmitRequest, target: Target) -> float:
+    """Returns `--max-hours`, else the target's; on this machine no limit is the default."""
+    if how.max_hours is not None:
+        return how.max_hours
+    return target.max_hours if target.is_remote or "max_hours" in target.model_fields_set else math.inf
+
+
+def wait_seconds(target: Target) -> float:
+    """Returns how long a job waits for its predecessor, which may save until its machine is gone.
+
+    Otherwise a machine that comes back early would find the run held, and end for good with 76.
+    """
+    return math.ceil(EXPIRE_SECONDS + target.notice_seconds + WAIT_MARGIN_SECONDS)
+
+
+def _check_machines(verb: str, target: Target, how: SubmitRequest) -> None:
+    spot = "" if how.spot is None else "--spot" if how.spot else "--on-demand"
+    option, on = f"--gpu-type {how.gpu_type}" if how.gpu_type else spot, f"target {target.name!r}"
+    if how.max_hours is not None and not 1 / 60 <= how.max_hours <= 720:
+        raise BadRequestError(f"--max-hours {how.max_hours:g}, or --stop-after: a job lasts for 0.017 to 720 hours")
+    if how.nodes > 1 and not target.has_groups:
+        raise BadRequestError(
+            f"--nodes {how.nodes}: on {on} no machines train together: use a kubernetes or slurm target"
+        )
+    if verb in _WITHOUT_GPUS and (how.gpus or how.gpu_type):
+        raise BadRequestError("packing uses no GPUs: leave --gpus and --gpu-type out")
+    if target.is_remote and not target.software:
+        raise BadConfigError(f"{on} has no `image:`, which its machines would run")
+    if target.is_remote and option and not target.selects_machines:
+        raise BadRequestError(f"{option} decides nothing on {on}, which has its own `node_selector:`: leave it out")
+    if not target.is_remote and option not in ("", "--on-demand"):
+        raise BadRequestError(f"{option} is about machines in a cloud, and {on} is this one: leave it out")
+
+
+def _uri_for_jobs(what: str, uri: str, target: Target) -> str:
+    """Returns a URI or a path that the jobs of a target can see. Folders of this machine become absolute."""
+    check_uri(uri)
+    if is_remote(uri):
+        return uri
+    if not target.has_files:
+        raise BadRequestError(f"{what} {uri!r} is a path of this machine, which jobs on {target.name!r} cannot see")
+    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+
+
+def _adapted(
+    request: JobRequest, checked: JobRequest, target: Target, how: SubmitRequest
+) -> tuple[JobRequest, list[str]]:
+    """Returns the command as it runs on the target, and the sources that it reads besides its bucket."""
+    if how.slices and not isinstance(request, TrainRequest):
+        if request.slice:
+            raise BadRequestError("--slices gives each machine a --slice of its own: leave one of them out")
+        replace(request, slice=f"0/{how.slices}").check()
+    match request:
+        case TrainRequest():
+            assert isinstance(checked, TrainRequest)
+            request, run = _training(request, checked, target, how), checked.changes.get("parent.run", "")
+            if "/" not in run:
+                return request, []
+            uri, epoch = _uri_for_jobs("--from", run, target), checked.changes.get("parent.epoch", "latest")
+            return replace(request, from_=f"{uri}@{epoch}"), [split_run(uri)[0]]
+        case EvaluateRequest():
+            _check_files(request, target)
+            if file := request.extractor_file:
+                file = _uri_for_jobs("--extractor-file", file, target)
+                return replace(request, extractor_file=file), [file]
+        case SampleRequest():
+            _check_files(request, target)
+        case IndexRequest():
+            tars = [_source(tar, target) for tar in request.tars]
+            return replace(request, tars=tuple(tars)), tars
+        case PackRequest():
+            reads = [_source(request.source, target)]
+            request = replace(request, source=reads[0])
+            file, column = split_labels(request.labels)
+            if file:
+                reads.append(_source(file, target, "--labels"))
+                request = replace(request, labels=f"{reads[1]}:{column}" if column else reads[1])
+            return request, reads
+        case EncodeRequest():
+            autoencoder = _uri_for_jobs("--autoencoder", request.autoencoder, target)
+            return replace(request, autoencoder=autoencoder), [autoencoder]
+    return request, []
+
+
+def _check_files(request: SampleRequest, target: Target) -> None:
+    for option, name in request.files.items() if not target.is_in_place else ():
+        raise BadRequestError(f"{option} {name!r} is a file of this machine, which jobs on {target.name!r} cannot see")
+
+
+def _source(source: str, target: Target, what: str = "SOURCE") -> str:
+    """Returns a source of a dataset, as the jobs of a target can see it."""
+    inside, archive = split_chain(source)
+    if is_foreign(archive):
+        check_source(archive)
+        if target.is_remote and (shown := without_queries(archive)) != archive:
+            raise BadRequestError(f"{shown}?…: lists and logs would show its query, which may be a signature")
+    elif archive != EMBEDDED:
+        archive = _uri_for_jobs(what, archive, target)
+    return f"{inside}::{archive}" if inside else archive
+
+
+def _path_of(source: str) -> str:
+    """Returns the file or folder of this machine that contains a source; empty if the source is remote."""
+    path = split_chain(source)[1].removeprefix("file://")
+    # The files of a pattern lie in a folder.
+    start = re.split(r"[{*]", path)[0]
+    return "" if not path.startswith("/") else path if start == path else str(Path(f"{start}x").parent)
+
+
+def _training(request: TrainRequest, checked: TrainRequest, target: Target, how: SubmitRequest) -> TrainRequest:
+    # Otherwise an existing run keeps its batch size.
+    if "train.batch_size" in checked.changes:
+        gpus = target.gpus if how.gpus is None and target.is_remote else how.gpus
+        key = "train.batch_size"
+        train = draft(request.preset_name(), {key: checked.changes[key]}).train
+        check_world_size((request.processes or gpus or 1) * how.nodes, train)
+    if not target.is_in_place:
+        if request.open_page:
+            how_to = f"`ddpm report {checked.run} --open` opens the page when it is in the bucket"
+            raise BadRequestError(f"--open: jobs on {target.name!r} have no browser; {how_to}")
+        if checked.changes.get("log.tracker", "none") != "none":
+            raise BadRequestError(f"--tracker: jobs on {target.name!r} lack its library and its key: leave it out")
+        if request.config_file is not None:
+            # The job cannot see the file.
+            sets, settings = parse_sets(request.sets), read_config_file(request.config_file)
+            inlined = [f"{key}={_as_yaml(value)}" for key, value in settings.items() if key not in sets]
+            request = replace(request, config_file=None, sets=(*inlined, *request.sets))
+    if target.is_remote:
+        request = replace(request, wait_seconds=max(request.wait_seconds, wait_seconds(target)))
+    return request
+
+
+def _as_yaml(value: Any) -> str:
+    """Returns a value as `--set` reads it."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")

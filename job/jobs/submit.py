@@ -1,47 +1,72 @@
-"""`ddpm submit`: shows a job and its highest cost, asks, and sends it. A dry run only prints it.
+"""`ddpm submit`: shows a job and its highest cost, asks, and sends it; with `--watch` it does so again.
 
-A job that is interrupted so often that it would lose almost all of its work is refused.
+`--watch` follows a job, and submits it again where its engine gives up, as the table of exit codes allows. Engines
+retry as well, but Google Batch counts every retry, a VM that was taken away is gone, and none of them looks for
+machines elsewhere. The watch is a process on a person's machine: if it ends, the job goes on without it, and the same
+command watches it again.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 import yaml
 
-from job.config import CheckpointConfig, draft
-from job.exits import BadConfigError, BadRequestError, JobError, MissingInputError
-from job.jobs.backends.base import JsonObject, NoCapacityError, Target
-from job.jobs.backends.machines import gpus_of
-from job.jobs.building import spec_of
-from job.jobs.spec import JobRequest, JobSpec, SubmitRequest
-from job.jobs.targets import backend_for, target_on
-from job.jobs.watch import Watch
+from job.config import draft
+from job.exits import (
+    BadRequestError,
+    BucketAwayError,
+    JobEndedError,
+    JobError,
+    MissingInputError,
+    Restart,
+    State,
+    StoppedError,
+)
+from job.jobs.backends import Backend, Cause, JobStatus, JsonObject, NoCapacityError
+from job.jobs.machines import gpus_of
+from job.jobs.spec import RETRIES, JobSpec, spec_of
+from job.jobs.targets import Target, backend_for, target_on
+from job.outcome import Outcome, read_outcome
 from job.progress import note
-from job.requests import TrainRequest
+from job.requests import JobRequest, SubmitRequest, TrainRequest
 from job.runs.outlook import (
-    AttemptSpan,
     attempts_of,
     best_interval_seconds,
     duration,
     interval_seconds,
     is_saved_in,
-    killed_every_seconds,
     outlook_of,
     spans_of,
 )
-from job.runs.records import Status, as_last_changed, load_config, read_status, run_store
+from job.runs.records import read_status, run_store
 from job.stop import Stop
 from job.store import open_store
 
 OUTLOOK_SECONDS = 10.0
 """The limit of a look at the run that a job will go on with."""
+WATCH_POLL_SECONDS = 15.0
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 10.0, 600.0
+"""Before a job is submitted again; doubled each time, until one had a machine for `STEADY_SECONDS`."""
+STEADY_SECONDS = 600.0
+ELSEWHERE_SECONDS = 900.0
+"""The wait for a machine after which a job is moved to the target's next zone or region."""
+NO_IMAGE_SECONDS = 300.0
+"""The time after which a job is ended whose image cannot be pulled: its machine costs meanwhile."""
+SHORTEST_HOURS = 1 / 60
+"""The rest of `max_hours` for which a job is not submitted again."""
+SLACK_HOURS = 0.1
+"""The rest of `max_hours`, as the watch counts them, of a job that its engine ended for having used them. A larger rest
+means that the engine counts the time without a machine as well."""
+_GONE = "is gone, deleted by a person or over for longer than its engine remembers, and its bucket has no other end"
 SPOT_HOURS = 3.0
 """Between two preemptions of a spot machine: 47 in 145 hours on AWS machines with a V100, in the first two days of four
 zones of April 2023. Other machines and places differ by a factor of ten: the target's `preempted_every_hours` wins.
@@ -50,7 +75,7 @@ GPU_HOURS = 50_000.0
 """Between two failures of one GPU: 419 interruptions of 16,384 GPUs in 54 days.
 A. Dubey et al., The Llama 3 Herd of Models, arXiv 2407.21783, section 3.3.4."""
 START_SECONDS, SAVE_SECONDS, EPOCH_SECONDS = 60.0, 10.0, 600.0
-"""The durations of a run that has not measured them: guesses, without a source."""
+"""The durations of a start, a save and an epoch: guesses, without a source."""
 LEAST_CHANCE = 0.1
 """The chance of an attempt to save below which a job is refused."""
 
@@ -64,8 +89,6 @@ def submit_command(request: JobRequest, how: SubmitRequest) -> None:
         MissingInputError: a file or a library is missing.
         JobError: the engine's answer; see `Backend`.
     """
-    if how.output and not how.dry_run:
-        raise BadRequestError(f"-o {how.output} is the format of --dry-run: add that, or leave it out")
     if how.dry_run and how.watch:
         raise BadRequestError("--dry-run sends nothing that --watch could watch: leave one of them out")
     target = target_on(how.on, how.targets, note)
@@ -74,15 +97,16 @@ def submit_command(request: JobRequest, how: SubmitRequest) -> None:
         note(f"target {target.name!r} is one machine, which makes all {how.slices} slices")
     with backend_for(target) as backend:
         manifests = backend.render(spec)
-        outlook = outlook_lines(request, spec, target, reads_run=not how.dry_run) if target.is_remote else []
+        if target.is_remote and isinstance(request, TrainRequest):
+            check_interruptions(spec, target, request)
         if how.dry_run:
-            print(formatted(manifests, how.output), end="")
+            print(formatted(manifests), end="")
             return
         folder = spec.bucket_folder
         if folder and target.has_files and spec.verb not in ("pack", "index") and not folder.is_dir():
             raise MissingInputError(f"bucket {spec.bucket} is not there: check the path, or pack a dataset first")
         if target.is_remote:
-            print("\n".join([*plan_lines(spec, target, is_watched=how.watch), *outlook]), flush=True)
+            print("\n".join([*plan_lines(spec, target), *outlook_lines(spec, target)]), flush=True)
             if not how.yes:
                 _ask(spec)
         if how.watch:
@@ -98,110 +122,73 @@ def submit_command(request: JobRequest, how: SubmitRequest) -> None:
             backend.become(spec)
 
 
-def plan_lines(spec: JobSpec, target: Target, *, is_watched: bool = False) -> list[str]:
+def plan_lines(spec: JobSpec, target: Target) -> list[str]:
     """Returns the facts for a person before a job is sent: command, place, machines, limit and cost."""
     terms = target.terms(spec)
     gpus = f"{spec.gpus} × {spec.gpu_type or 'GPU'} each" if spec.gpus else "no GPU"
     if not spec.gpus and (found := gpus_of(terms.machine)):
         gpus = f"no GPU used: {found[0]} × {found[1]} idle, but paid for"
     kind = terms.kind or ("spot, which may be taken away: nothing is lost" if spec.spot else "on demand")
-    again = "; what --watch submits again has what is left of them" if is_watched and not target.limits_attempts else ""
     return [
         f"job       {spec.name}, on {target.name} ({', '.join((target.backend, *terms.place))})",
         f"command   ddpm {shlex.join(spec.argv)}",
         f"image     {spec.image}",
         f"machines  {spec.machines} × {terms.machine}, {gpus}; {kind}",
         f"bucket    {spec.bucket}",
-        f"limit     {spec.max_hours:g} hours {terms.limit}{again}; saved work stays (--max-hours)",
+        f"limit     {spec.max_hours:g} hours {terms.limit}; saved work stays (--max-hours)",
         f"cost      {cost_of(spec, target)}",
     ]
 
 
-def outlook_lines(request: JobRequest, spec: JobSpec, target: Target, *, reads_run: bool = True) -> list[str]:
-    """Returns the time and the cost of training to its end on these machines, of a run at its last speed.
-
-    Args:
-        request: the command that the job is.
-        spec: the job.
-        target: where it will run.
-        reads_run: whether the settings and measurements of a run that is there count; else those of a new one.
-
-    Raises:
-        BadRequestError: the settings let the run hardly get on among interruptions.
-        BadConfigError: the run that is there does not permit the changes.
-    """
-    if not isinstance(request, TrainRequest):
+def outlook_lines(spec: JobSpec, target: Target) -> list[str]:
+    """Returns the hours and dollars to the end of a run that is there, at its last speed; none for other jobs."""
+    if spec.verb != "train":
         return []
-    request = request.check()
-    stored, spans, status = None, list[AttemptSpan](), None
+    hourly = target.hourly(spec)
     # Credentials for jobs need not read their bucket.
     with suppress(JobError):
-        if reads_run:
-            run = run_store(open_store(spec.bucket).within(OUTLOOK_SECONDS), spec.run)
-            if config := load_config(run):
-                stored = as_last_changed(run, config)
-            status = read_status(run)
-            spans = spans_of(attempts_of(run), status)
-    try:
-        config = stored.updated(request.changes) if stored else draft(request.preset_name(), request.changes)
-    except BadConfigError:
-        if stored or request.from_ is None:
-            raise
-        # A setting may be one of the parent's network, which is not known here.
-        return []
-    check_interruptions(spec, target, config.checkpoint, spans, status)
-    texts = outlook_of(spans, status, target.dollars_per_hour(spec)).words
-    return [f"{what:<10} {text}" for what, text in texts.items()]
+        run = run_store(open_store(spec.bucket).within(OUTLOOK_SECONDS), spec.run)
+        status = read_status(run)
+        dollars_per_hour = hourly.dollars * spec.machines if hourly else None
+        texts = outlook_of(spans_of(attempts_of(run), status), status, dollars_per_hour).words
+        return [f"{what:<10} {text}" for what, text in texts.items()]
+    return []
 
 
-def check_interruptions(
-    spec: JobSpec,
-    target: Target,
-    checkpoint: CheckpointConfig,
-    spans: Sequence[AttemptSpan] = (),
-    status: Status | None = None,
-) -> None:
-    """Raises BadRequestError if interruptions leave almost none of the job's work.
+def check_interruptions(spec: JobSpec, target: Target, request: TrainRequest) -> None:
+    """Refuses a job that is interrupted so often that it would lose almost all of its work.
+
+    Interruptions come at random: an attempt lasts for t with a chance of e^(-t/M), M being the mean time between two.
 
     Args:
         spec: the job.
         target: where it will run, with the rate of interruptions if its user knows it.
-        checkpoint: the run's settings.
-        spans: the run's attempts.
-        status: of the run, with what it has measured.
+        request: the training, of which the settings for saves count.
+
+    Raises:
+        BadRequestError: hardly any attempt would last until it saves.
     """
-    start = save = stall = None
-    if status is not None:
-        start, save, stall = status.start_seconds, status.save_seconds, status.stall_seconds
-    start_seconds, save_seconds = START_SECONDS if start is None else start, SAVE_SECONDS if save is None else save
+    request = request.check()
+    keys = ("checkpoint.every_minutes", "checkpoint.every_epochs")
+    saves = draft(
+        request.preset_name(), {key: request.changes[key] for key in keys if key in request.changes}
+    ).checkpoint
     is_spot, told = spec.spot and target.selects_machines, target.preempted_every_hours
     hours = told or (SPOT_HOURS if is_spot else GPU_HOURS / max(1, spec.gpus))
     every = max(1.0, hours * 3600 / spec.machines)
-    interval = interval_seconds(
-        checkpoint.every_minutes, target.notice_seconds, (save_seconds, stall or 0.0), killed_every_seconds(list(spans))
-    )
     # At its limit of hours a job saves.
-    period = min(interval, checkpoint.every_epochs * EPOCH_SECONDS, spec.max_hours * 3600)
+    interval = interval_seconds(saves.every_minutes, target.notice_seconds, (SAVE_SECONDS, 0.0), None)
+    period = min(interval, saves.every_epochs * EPOCH_SECONDS, spec.max_seconds)
     # The first save shows whether it fits into a notice, so a job must not make it only at its end.
-    is_known = save is not None or period < spec.max_hours * 3600
-    has_notice = (is_spot or told is not None) and is_saved_in(target.notice_seconds, save_seconds) and is_known
-    lost, works = start_seconds + save_seconds, best_interval_seconds(save_seconds, every)
-    if _reaches_save(every, lost + period * (not has_notice)) >= LEAST_CHANCE:
-        return
-    why = f"would save every {_words(period)} (checkpoint.every_minutes, checkpoint.every_epochs)"
-    do = f"add --set checkpoint.every_minutes={works / 60:.2g}"
-    if _reaches_save(every, lost + works) < LEAST_CHANCE:
-        took = f"{_words(start_seconds)} after its start and needs {_words(save_seconds)} for a save"
-        why, do = f"begins to train {took}", "use other machines"
-    raise BadRequestError(
-        f"the job {why}, but is interrupted every {_words(every)}, so it would lose almost all of its work: "
-        f"{do}, or tell how rare interruptions are (`preempted_every_hours` of the target)"
-    )
-
-
-def _reaches_save(every_seconds: float, needed_seconds: float) -> float:
-    """Returns the chance of an attempt to last so long, among interruptions at random: e^(-t/M)."""
-    return math.exp(-needed_seconds / every_seconds)
+    is_saved_at_notice = is_saved_in(target.notice_seconds, SAVE_SECONDS) and period < spec.max_seconds
+    has_notice = (is_spot or told is not None) and is_saved_at_notice
+    if math.exp(-(START_SECONDS + SAVE_SECONDS + period * (not has_notice)) / every) < LEAST_CHANCE:
+        works = best_interval_seconds(SAVE_SECONDS, every) / 60
+        raise BadRequestError(
+            f"the job would save every {_words(period)} ({', '.join(keys)}), but is interrupted every {_words(every)}, "
+            f"so it would lose almost all of its work: add --set {keys[0]}={works:.2g}, use machines that stay, or "
+            "tell how rare interruptions are (`preempted_every_hours` of the target)"
+        )
 
 
 def _words(seconds: float) -> str:
@@ -219,7 +206,7 @@ def cost_of(spec: JobSpec, target: Target) -> str:
         return f"{words}, for as long as it runs, without a limit{about}"
     words += f" × {terms.attempts} attempts" * (terms.attempts > 1)
     dollars = spec.machines * hourly.dollars * terms.attempts * spec.max_hours
-    return f"at most ${dollars:,.2f} ({words} × {spec.max_hours:g} hours{about}{terms.margin})"
+    return f"at most ${dollars:,.2f} ({words} × {spec.max_hours:g} hours{about})"
 
 
 def _ask(spec: JobSpec) -> None:
@@ -231,20 +218,10 @@ def _ask(spec: JobSpec) -> None:
         raise BadRequestError(f"{spec.name} is not submitted")
 
 
-def formatted(manifests: Sequence[JsonObject], output: str = "") -> str:
-    """Returns manifests as a stream of YAML documents, or of JSON objects; `kubectl apply -f -` takes both.
-
-    A script is printed as it is, for `sbatch`.
-
-    Raises:
-        BadRequestError: `output` is neither `yaml`, `json` nor empty.
-    """
-    if output not in ("", "yaml", "json"):
-        raise BadRequestError(f"-o {output}: use yaml or json")
-    if not output and "script" in manifests[0]:
+def formatted(manifests: Sequence[JsonObject]) -> str:
+    """Returns manifests as YAML documents, which `kubectl apply -f -` takes; a script as it is, for `sbatch`."""
+    if "script" in manifests[0]:
         return "".join(manifest["script"] for manifest in manifests)
-    if output == "json":
-        return "".join(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n" for manifest in manifests)
     options: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": 120}
     return yaml.dump_all(manifests, Dumper=_Dumper, explicit_start=len(manifests) > 1, **options)
 
@@ -257,3 +234,200 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_representer(str, _Dumper.represent_str)
+
+
+@dataclass
+class Watch:
+    """The watch of one job, until it is finished or must not be tried again.
+
+    Attributes:
+        home: the target's first place; `elsewhere` of it are the others.
+        spec: the job. Each submission has the rest of its `max_hours`.
+        sleep: waits for a time, and returns whether to stop watching, as `Stop.sleep` does.
+        now: the time of day, which goes on while a laptop sleeps, as jobs and their costs do.
+    """
+
+    home: Backend
+    spec: JobSpec
+    sleep: Callable[[float], bool]
+    now: Callable[[], float] = time.time
+
+    def __post_init__(self) -> None:
+        self._here = self.home
+        self._outcome_before: Outcome | None = None
+        """The outcome in the bucket before the job was submitted, which belongs to an earlier one."""
+        self._failures, self._pause_seconds = 0, FIRST_PAUSE_SECONDS
+        """Failures that count, over all submissions: crashes, and machines that vanished, which may as well have failed
+        for good. Preemptions do not count. After more than `RETRIES` the watch gives up."""
+        self._waited_for: str | None = ""
+        """Why the job had no machine at the last look; None once it had one."""
+        self._seen_seconds = self._unseen_seconds = 0.0
+        """The time for which the watch saw the job have a machine, and the most it may have had one before."""
+
+    def run(self) -> None:
+        """Submits the job unless it is there, and returns when it is finished.
+
+        Raises:
+            StoppedError: the watch has to stop, or a person cancelled the job, or its `max_hours` are used up.
+            JobEndedError: the job's end is not tried again, or was too often.
+            JobError: the engine's answer to a request; see `Backend`.
+        """
+        status = self._ask()
+        if status.state.is_over:
+            self._submit()
+        else:
+            note(f"{self.spec.name} is {status.state} already: watching it")
+            # A job that still waits for its first machine has not run; only the bucket knows of an evicted attempt.
+            outcome = read_outcome(self.spec.name, self.spec.bucket)
+            if status.occupies_machine or (outcome and outcome.updated >= status.created):
+                with suppress(ValueError):
+                    self._unseen_seconds = self.now() - datetime.fromisoformat(status.created).timestamp()
+        while (status := self._follow()).state is not State.FINISHED:
+            self._judge(status)
+            self._pause()
+            # A person may have removed what failed.
+            is_kept = status.state is not State.GONE and self._here.keeps_ended
+            if is_kept and self._ask().state is State.GONE:
+                raise self._ended_by_person(_GONE)
+            self._submit()
+        note(f"{self.spec.name} is finished")
+
+    def _follow(self) -> JobStatus:
+        """Looks at the job until it is over, counts how long it has a machine, and removes a job that waits in vain."""
+        looked_at, before = self.now(), JobStatus(self.spec.name, State.GONE)
+        seen_before, waited, without_image = self._seen_seconds, 0.0, 0.0
+        while True:
+            status = self._ask()
+            passed, looked_at = self.now() - looked_at, self.now()
+            # A machine may have come, or come and gone, between two looks.
+            if status.state.is_over or status.occupies_machine or before.occupies_machine:
+                self._seen_seconds += passed
+            if self._seen_seconds - seen_before > STEADY_SECONDS:
+                self._pause_seconds = FIRST_PAUSE_SECONDS
+            if status.state.is_over:
+                return status.with_outcome(self.spec.bucket, self._outcome_before)
+            self._waited_for = None if status.occupies_machine or self._waited_for is None else status.message
+            if (status.state, status.place, status.message) != (before.state, before.place, before.message):
+                place, why = f" in {status.place}" * bool(status.place), f": {status.message}" * bool(status.message)
+                note(f"{self.spec.name} is {status.state}{place}{why}")
+            waited = 0.0 if status.occupies_machine else waited + passed
+            without_image = without_image + passed if before.cause is status.cause is Cause.NO_IMAGE else 0.0
+            before = status
+            hopeless = self._why_hopeless(status, without_image)
+            if hopeless or (waited > ELSEWHERE_SECONDS and self.home.elsewhere() is not None):
+                if self._remove().state not in (State.CANCELLED, State.GONE):
+                    # It had ended by itself.
+                    continue
+                if hopeless:
+                    return replace(status, state=State.GONE, cause=hopeless)
+                note(f"{self.spec.name} has waited for {ELSEWHERE_SECONDS / 60:g} minutes: trying elsewhere")
+                self._here = self._here.elsewhere() or self.home
+                self._submit()
+                waited, looked_at = 0.0, self.now()
+            self._sleep(WATCH_POLL_SECONDS)
+
+    def _why_hopeless(self, status: JobStatus, without_image_seconds: float) -> Cause | None:
+        """Returns why a job is to be removed that waits for what will not come, or for what it may not use."""
+        if without_image_seconds > NO_IMAGE_SECONDS:
+            return Cause.NO_IMAGE
+        # Only hours that were seen may end a job.
+        is_out_of_time = self._hours_left(self._seen_seconds) < SHORTEST_HOURS
+        return Cause.OUT_OF_TIME if is_out_of_time and not status.occupies_machine else None
+
+    def _judge(self, status: JobStatus) -> None:
+        """Checks that the job may be submitted again.
+
+        Raises:
+            JobEndedError: it may not.
+            StoppedError: a person stopped it, or its hours are used up.
+        """
+        name, code, rule, hours = self.spec.name, status.exit_code, status.restart, f"{self.spec.max_hours:g} hours"
+        # On this machine only a person or its own deadline stops a job.
+        is_stopped_here = status.state is State.STOPPED and not self.home.target.is_remote
+        if (status.state is State.CANCELLED or is_stopped_here) and self._hours_left() >= SHORTEST_HOURS:
+            raise self._ended_by_person(f"was cancelled ({status.message})" if status.message else "was cancelled")
+        # A deleted job is stopped, and ends with 75.
+        is_deleted = status.state is State.GONE and status.cause is None and code in (None, StoppedError.exit_code)
+        if is_deleted and self._here.keeps_ended:
+            raise self._ended_by_person(_GONE)
+        how = f"ended with {code}" if code is not None else "is gone" if status.state is State.GONE else State.FAILED
+        why = f": {status.why}" if status.why else ""
+        if status.cause is Cause.NO_IMAGE:
+            raise JobEndedError(f"{name} cannot begin, and is removed{why}", MissingInputError.exit_code)
+        if status.cause is Cause.OUT_OF_TIME:
+            # It may have used them without a machine, while it waited for one.
+            rule, how, why = Restart.ALWAYS, f"had a machine for less than its {hours}", ""
+        if rule is Restart.NEVER:
+            raise JobEndedError(f"{name} {how}, which would come again{why}", code)
+        # Otherwise the failures of the engine's own attempts would multiply with those seen here.
+        self._failures += max(status.failures, rule is Restart.BOUNDED)
+        if self._failures > RETRIES:
+            raise JobEndedError(f"{name} {how}, the {self._failures}th failure: giving up{why}", code)
+        if self._hours_left() < (SLACK_HOURS if status.cause is Cause.OUT_OF_TIME else SHORTEST_HOURS):
+            never_ran = self._waited_for and self._hours_left() > self.spec.max_hours / 2
+            used = f"never started within its {hours} ({self._waited_for})" if never_ran else f"has used its {hours}"
+            raise StoppedError(f"{name} {used}: the same command goes on, for as long again")
+        counted = f" (failure {self._failures} of {RETRIES})" if rule is Restart.BOUNDED else ""
+        note(f"{name} {how}{why}; submitting it again{counted}")
+
+    def _submit(self) -> None:
+        """Submits the job where there is a machine, however long that takes to find."""
+        self._outcome_before = read_outcome(self.spec.name, self.spec.bucket)
+        hours = max(self._hours_left(), SHORTEST_HOURS)
+        spec = replace(self.spec, max_hours=hours, retries=RETRIES - self._failures)
+        while True:
+            try:
+                self._here = self._retry(lambda: self._here.submit_where_possible(spec), "trying again")
+                return
+            except NoCapacityError as error:
+                note(f"{error}; trying again from the first place")
+                self._here = self.home
+                self._pause()
+            except BadRequestError:
+                # After a lost answer the job is there all the same.
+                if self._ask().state.is_over:
+                    raise
+                return
+
+    def _remove(self) -> JobStatus:
+        """Ends the job, and returns its last status: it may have ended by itself."""
+        name = self.spec.name
+        with suppress(MissingInputError, BadRequestError):
+            self._retry(lambda: self._here.cancel(name), f"trying again to remove {name}")
+        while not (status := self._ask()).state.is_over:
+            self._sleep(WATCH_POLL_SECONDS)
+        return status
+
+    def _ask(self) -> JobStatus:
+        return self._retry(lambda: self._here.alive(self.spec.name), "the job goes on meanwhile")
+
+    def _retry(self, request: Callable[[], Any], meanwhile: str) -> Any:
+        """Returns an engine's answer, however long the engine is away."""
+        is_noted = False
+        while True:
+            try:
+                return request()
+            except BucketAwayError as error:
+                if not is_noted:
+                    note(f"{error}; {meanwhile}")
+                is_noted = True
+                self._sleep(WATCH_POLL_SECONDS)
+
+    def _hours_left(self, used_seconds: float | None = None) -> float:
+        if self.home.target.limits_attempts:
+            return self.spec.max_hours
+        used_seconds = self._seen_seconds + self._unseen_seconds if used_seconds is None else used_seconds
+        # Rounded up, so that the first submission is the one that a dry run shows.
+        return max(self.spec.max_hours - int(used_seconds) / 3600, 0.0)
+
+    def _pause(self) -> None:
+        self._sleep(self._pause_seconds)
+        self._pause_seconds = min(2 * self._pause_seconds, LONGEST_PAUSE_SECONDS)
+
+    def _sleep(self, seconds: float) -> None:
+        if self.sleep(seconds):
+            name = self.spec.name
+            raise StoppedError(f"no longer watching {name}, which goes on: `ddpm jobs cancel {name}` would stop it")
+
+    def _ended_by_person(self, how: str) -> StoppedError:
+        return StoppedError(f"{self.spec.name} {how}: its saved state stays, and the same command goes on")

@@ -10,12 +10,14 @@ import re
 import shlex
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from importlib import resources
 from io import BytesIO
 from math import inf, isfinite, prod, sqrt
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,8 @@ from PIL import Image, ImageSequence
 
 from ddpm.figures import smoothed
 from job.config import CHOSEN_ELSEWHERE, FOLLOWS, RunConfig, description_of, draft
+from job.data.cache import default_cache_dir
+from job.data.preview import preview_png
 from job.data.shards import PREVIEW, dataset_key
 from job.exits import BadDataError, JobError, State
 from job.plan import RunHandle
@@ -91,6 +95,8 @@ class Facts:
     """The moments of the checkpoints."""
     state: str
     """See `job.runs.outlook.state_in`."""
+    median_images_per_second: float | None
+    """The median of all rows; None without rows."""
 
     @property
     def config(self) -> RunConfig:
@@ -161,6 +167,8 @@ def facts_of(
     grids, gifs = (_in_order(pictures, key_of(_LABEL, how)) for key_of in (grid_key, denoising_key))
     made_by_run = {key for _, key in (*grids, *gifs)}
     labels = [label_at(seen, handle.dataset_images, config.train.batch_size) for seen in by_progress(refs)]
+    rows = metric_rows.merged(rows)
+    speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
     scores = []
     for key, place in places.items():
         if place.kind is ObjectKind.SCORES:
@@ -174,7 +182,7 @@ def facts_of(
         status=status,
         outlook=outlook_of(attempts, status),
         attempts=attempts,
-        rows=metric_rows.merged(rows),
+        rows=rows,
         grids=grids,
         newest_gif=gifs[-1][1] if gifs else "",
         own_pictures=sorted(set(pictures) - made_by_run, key=_newest_first),
@@ -183,6 +191,7 @@ def facts_of(
         parameters=manifest.bytes_of("model") // 4 if manifest else 0,
         checkpoints=[moment_of(label) for label in labels],
         state=state_in(run, status),
+        median_images_per_second=median(speeds) if speeds else None,
     )
 
 
@@ -216,7 +225,7 @@ def run_page(facts: Facts, pictures: PictureCache) -> bytes:
     shown = facts.own_pictures[:OWN_PICTURES]
     own_bytes = min(OWN_BYTES, ALL_OWN_BYTES // max(1, len(shown)))
     own = {key: src for key in shown if (src := pictures.get(run, key, own_bytes))}
-    settings = {key: (value, description_of(key, config.model.kind)) for key, value in config.flat().items()}
+    settings = {key: (value, description_of(key)) for key, value in config.flat().items()}
     return rendered(
         "run.html",
         {
@@ -286,7 +295,10 @@ def _sheet(facts: Facts, pictures: PictureCache) -> str:
     def sheet() -> bytes:
         shown = facts.handle.pictures()
         assert shown is not None
-        return bucket.read(f"{dataset_key(shown.name, shown.size)}/{PREVIEW}").data
+        key = dataset_key(shown.name, shown.size)
+        with suppress(ObjectMissingError):
+            return bucket.read(f"{key}/{PREVIEW}").data
+        return preview_png(bucket, key, shown, default_cache_dir() / shown.dataset_id)
 
     where = bucket.uri_of(dataset_key(index.name, index.size))
     return pictures.made((where, SHEET_BYTES, WIDEST_PIXELS), sheet)
@@ -333,6 +345,8 @@ def charts_of(facts: Facts) -> list[dict[str, Any]]:
         real = (f"real {name}", "real images", "q3", "the score of real images, the best to expect")
         chart(f"score-{name}", title, [(name, name, "loss", "that of drawn images"), real])
     chart("speed", "Images per second", [("images_per_second", "images/s", "loss", "")])
+    if facts.median_images_per_second is not None:
+        charts[-1]["summary"] += f"; median {facts.median_images_per_second:.4g}"
     chart("rate", "Learning rate", [("learning_rate", "learning rate", "loss", "")], log=False)
     chart("memory", "Memory (GB)", [("memory_bytes", "of the main process", "loss", "")], divisor=1e9)
     return charts

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from math import sqrt
+from collections.abc import Callable, Iterable, Sequence
+from math import inf, sqrt
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from job.exits import BadRequestError, JobError
 from job.plan import open_run
@@ -16,6 +18,8 @@ from job.printing import open_page
 from job.progress import Progress, note
 from job.report import PAGE_KEY, Facts, PictureCache, columns, facts_of, rendered, run_page
 from job.runs.layout import RUNS
+from job.runs.metric_rows import Row
+from job.runs.outlook import AttemptSpan
 from job.store import Store, open_store
 from job.store.files import write_file
 from job.verbs.run_listing import differing, run_names
@@ -42,9 +46,8 @@ def bucket_page(bucket: Store, say: Callable[[str], None] = note) -> bytes:
             entries[name] = facts = _facts_or_why(bucket, name, say)
             if isinstance(facts, Facts):
                 readable[name] = facts
-                rows = [row for row in facts.rows if "loss" in row]
-                images, losses = columns(rows, ["loss"], 1, points=MOST_POINTS) if rows else ([], [])
-                data[name] = {"loss": {"images": images, "values": losses}, "epoch_images": facts.epoch_images}
+                curve = loss_curve(facts.rows, facts.attempts)
+                data[name] = {"loss": curve, "epoch_images": facts.epoch_images}
                 # Those of all runs would fill the memory.
                 facts.rows.clear()
                 if facts.grids:
@@ -65,6 +68,20 @@ def _facts_or_why(bucket: Store, name: str, say: Callable[[str], None]) -> Facts
     except Exception as error:
         # An error in one run must not hide the others.
         return str(error) if isinstance(error, JobError) else f"cannot be read: {error!r}"
+
+
+def loss_curve(rows: Sequence[Row], attempts: Iterable[AttemptSpan]) -> dict[str, list[float | None]]:
+    """Returns the points of a loss: images seen, hours of training without the time between attempts, and values."""
+    rows = [row for row in rows if {"loss", "time"} <= row.keys()]
+    if not rows:
+        return {"images": [], "hours": [], "values": []}
+    times, began = [row["time"] for row in rows], np.sort([*(span.began.timestamp() for span in attempts), inf])
+    # By the clock of another machine, a row may be older than the one before, or than each attempt.
+    since = np.maximum(began[np.searchsorted(began, times, side="right") - 1], [-inf, *times[:-1]])
+    hours = np.cumsum(np.maximum(0.0, times - since)) / 3600
+    timed = [row | {"hours": each} for row, each in zip(rows, hours, strict=True)]
+    images, losses, hours_at = columns(timed, ["loss", "hours"], 1, points=MOST_POINTS)
+    return {"images": images, "hours": hours_at, "values": losses}
 
 
 def write_report(bucket_uri: str, name: str, open_it: bool, output: Path | None) -> None:

@@ -384,8 +384,11 @@ def choose(run: Store, wanted: str, dataset_images: int, batch_size_images: int)
         BadDataError: the run has lost all its checkpoints.
     """
     refs = by_progress(list_checkpoints(run))
+    if lost := "" if refs else lost_manifest(run, []):
+        # Meanwhile training may have committed its first checkpoints, and retired the one in `LATEST`.
+        refs = by_progress(list_checkpoints(run))
     if not refs:
-        if lost := lost_manifest(run, []):
+        if lost:
             raise BadDataError(f"{run.uri} has no checkpoint any more: {lost}")
         raise MissingInputError(f"{run.uri} has no checkpoint yet: train it first")
     if wanted == "latest":

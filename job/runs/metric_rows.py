@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from job.config import LARGEST
+from job.config import LARGEST, RunConfig
 from job.exits import BadDataError
 from job.runs.checkpoints import Manifest, Segment, list_checkpoints, newest_sound
 from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef, ObjectKind, located
@@ -58,10 +58,10 @@ class History:
         segments: those that the next manifest names.
     """
 
-    def __init__(self, run: Store, segments: Sequence[Segment], warn: Callable[[str], None]) -> None:
+    def __init__(self, run: Store, segments: Sequence[Segment], config: RunConfig, warn: Callable[[str], None]) -> None:
         """Goes on from the segments of a restored checkpoint; `warn` hears of damaged ones, which stay as they are."""
         self.segments = tuple(segments)
-        self._run, self._warn, self._damaged = run, warn, set[str]()
+        self._run, self._config, self._warn, self._damaged = run, config, warn, set[str]()
 
     def add(self, rows: Sequence[Row], ref: CheckpointRef, *, is_hurried: bool) -> None:
         """Uploads the rows since the last checkpoint, together with the segments that the new one takes in.
@@ -73,7 +73,9 @@ class History:
         """
         if not rows:
             return
-        contents = [_lines(rows), _events(rows)]
+        # The first rows may be of the moment at which the segment before ends, whose rows stay.
+        ended = located(self.segments[-1].rows.key).checkpoint.images_seen if self.segments else -1
+        contents = [_lines(rows), _events(rows, ended + 1, None if self.segments else self._config)]
         saves, before = 1, [*self.segments]
         while before and not is_hurried and before[-1].saves < GROWTH * saves and (older := self._read(before[-1])):
             contents = [earlier + later for earlier, later in zip(older, contents, strict=True)]
@@ -111,14 +113,18 @@ def _lines(rows: Sequence[Row]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def _events(rows: Sequence[Row]) -> bytes:
+def _events(rows: Sequence[Row], begins_at: int, config: RunConfig | None) -> bytes:
     """Returns rows as a file of TensorBoard's, which may follow another one in a longer file.
 
-    It begins with a start of a session, at which a TensorBoard that has read the same rows elsewhere forgets these.
+    It begins with a start of a session, at which a TensorBoard forgets what it has read from `begins_at` on, such as
+    the same rows elsewhere. It shows the values of `config`, which comes with a run's first rows, as hyper-parameters.
     """
-    summary, event_pb2 = _tensorboardx().summary, _tensorboardx().proto.event_pb2
-    started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    events = [event_pb2.Event(session_log=started, step=rows[0]["images_seen"], wall_time=time.time())]
+    tensorboardx = _tensorboardx()
+    summary, event_pb2 = tensorboardx.summary, tensorboardx.proto.event_pb2
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    about = summary.hparams(plain_settings(config), {"loss": 0.0}) if config is not None else ()
+    events = [event_pb2.Event(session_log=start, step=begins_at, wall_time=time.time())]
+    events += [_event(one, 0, time.time()) for one in about]
     for row in rows:
         named = [(name, value) for name, value in row.items() if name not in ("images_seen", "time")]
         values = [summary.scalar(name, value).value[0] for name, value in named if value is not None]
@@ -132,6 +138,11 @@ def grid_events(png: bytes, images_seen: int) -> bytes:
         pixels = np.asarray(picture.convert("RGB"))
     grid = _tensorboardx().summary.image("samples", pixels, dataformats="HWC")
     return _file_of([_event(grid, images_seen, time.time())])
+
+
+def plain_settings(config: RunConfig) -> Row:
+    """Returns the settings by key, as numbers and texts, for programs that show runs."""
+    return {key: str(value) if isinstance(value, list) else value for key, value in config.flat().items()}
 
 
 def _event(summary: Any, images_seen: int, wall_time: float) -> Any:

@@ -31,7 +31,7 @@ from typing import Literal
 from pydantic import Field
 
 from ddpm.catalogue import METRICS, Metric
-from job.config import SamplerConfig, Section, Size
+from job.config.schema import SamplerConfig, Section, Size
 from job.data.order import epochs_completed_by
 from job.pieces import PieceRecord
 from job.runs.layout import CheckpointRef, ObjectKind

@@ -227,7 +227,7 @@ class CheckpointWriter:
         # Unlike `stop` this ends no upload that is under way when a stop is requested.
         self._closing = Stop(stop.grace_seconds)
         self._run = leased.store.within(leased.store.retry.limit_seconds, self._closing)
-        self._history = History(self._run, before.segments if before else (), note)
+        self._history = History(self._run, before.segments if before else (), leased.retention.config, note)
         self._files = CheckpointFiles(live, leased.retention, leased.classes)
         every_minutes = leased.retention.config.checkpoint.every_minutes
         self.cadence = Cadence(self._run, self._files.size_bytes, every_minutes, stop.grace_seconds, note)

@@ -6,36 +6,53 @@ RUN/samples/epoch-0080-ddim-100.png              one image per seed, from the av
             denoising-epoch-0080-ddim-100.gif    from noise to image, 20 frames at most
             epoch-0080-ddim-100-inpaint-image-3-mask-half-resamplings-10.png  see `editing`
             epoch-0080-ddim-100-0-50000/         see `sets`
+
+The figures of the method, `ddpm figure schedule` and `ddpm figure noising`, need no network.
 """
 
 from __future__ import annotations
 
+import io
+import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
-from ddpm import editing, figures
+from ddpm import editing, figures, randomness
+from ddpm.catalogue import SCHEDULES, Diffusion
 from ddpm.generation import Sampling, Walk
+from ddpm.image_size import ImageSize
+from ddpm.process import VarianceExploding, VariancePreserving, make_process
+from job.config import RunConfig
 from job.data.cache import ImageCache, uncached_images
+from job.data.shards import find_dataset, load_index
+from job.exits import BadRequestError
 from job.pieces import IF_NONE_RUNS, Advance, Made
 from job.processes.ranks import meet
-from job.requests import GIF_SEEDS, parse_numbers
+from job.requests import GIF_SEEDS, check_output, parse_numbers
 from job.runs import records
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.samples import denoising_key, file_words, grid_key, moment_of, put_picture, title_of
+from job.runs.samples import SampleSetConfig, denoising_key, file_words, grid_key, moment_of, put_picture, title_of
 from job.sampling.painter import Painter, Route, prepared
-from job.sampling.sampling_plan import SamplePlan, plan_sets
-from job.sampling.sets import SampleSet, made_piece
+from job.sampling.sampling_plan import SamplePlan
+from job.sampling.sets import SampleSet, plan_sets
 from job.stop import NEVER, Stop
+from job.store import Store, open_store
+from job.store.files import write_file
 
 COLUMNS = 8
 """Images of a row between two seeds, or a given one with its results."""
 PAIRS = 4
 """The default number of rows between seeds."""
+_COLUMNS = 6
+"""Columns of a figure of noised images."""
 _HIDDEN = 128
 """The grey of the part that inpaint replaces."""
 
@@ -198,6 +215,29 @@ def _arranged(
     return columns, names[:columns], None
 
 
+def made_piece(sample_set: SampleSet, number: int, images: np.ndarray) -> Made:
+    """Returns the files of a piece with uint8 [n, H, W, C]."""
+    config, seeds = sample_set.config, sample_set.config.seeds(number)
+    pngs = [figures.png(Image.fromarray(one.squeeze(-1) if config.channels == 1 else one)) for one in images]
+    if config.save == "shards":
+        return Made({sample_set.key(ObjectKind.PIECE, number): _shard(config, seeds, pngs)})
+    return Made({sample_set.key(ObjectKind.IMAGE, number, seed): png for seed, png in zip(seeds, pngs, strict=True)})
+
+
+def _shard(config: SampleSetConfig, seeds: range, pngs: list[bytes]) -> bytes:
+    """Returns a tar that webdataset can read: `000003072.png`, and `000003072.cls` if there are classes."""
+    file = io.BytesIO()
+    labels = config.labels or range(len(config.classes))
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for seed, png in zip(seeds, pngs, strict=True):
+            members = {"png": png} | ({"cls": str(labels[seed % len(labels)]).encode()} if labels else {})
+            for ending, data in members.items():
+                info = tarfile.TarInfo(f"{seed:09d}.{ending}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return file.getvalue()
+
+
 class Editor:
     """The given images of a plan, on the device, and the routes of sampling from them.
 
@@ -272,3 +312,100 @@ class Editor:
                 tiles += [np.full_like(images[0], 255)] * (-len(tiles) % len(heads))
         picture = figures.image_grid(np.stack(tiles), len(heads), 8, scale, column_labels=heads, title=title)
         return figures.png(picture)
+
+
+def schedule_picture(bucket: str, run: str, schedule: str, timesteps: int | None, output: Path) -> None:
+    """Writes the plot of β and ᾱ, or of σ and α of a process without β: that of a run, or the named one.
+
+    Raises:
+        BadRequestError: the schedule is unknown or another than the run's, or `output` cannot be written.
+        MissingInputError: no such run.
+    """
+    check_output(output)
+    diffusion, _ = _diffusion(open_store(bucket), run, schedule, timesteps)
+    process, title = make_process(diffusion), f"{_words(diffusion)}, T = {diffusion.timesteps}"
+    if isinstance(process, VariancePreserving):
+        curves = {r"$\beta_t$": process.betas, r"$\bar\alpha_t$": process.alphas_cumprod}
+    else:
+        _, alpha, sigma = process.numbered(torch.arange(process.num_timesteps))
+        curves = {r"$\sigma_t$": sigma, r"$\alpha_t$": alpha}
+    title = f"{run} · {title}" if run else title
+    write_file(output, figures.schedule_figure(curves, title, log=isinstance(process, VarianceExploding)))
+    print(output)
+
+
+def noising_picture(
+    bucket_uri: str,
+    run: str,
+    dataset: str,
+    size: ImageSize | None,
+    *,
+    schedule: str,
+    timesteps: str,
+    image: int | None,
+    output: Path,
+) -> None:
+    """Writes a figure of images beside q(x_t|x_0), and two more files with the images and the noised images alone.
+
+    With `image` the figure is that one image of the dataset at each of the timesteps, with the same noise.
+
+    Raises:
+        BadRequestError: an unknown schedule, a wrong timestep, no such image, or `output` cannot be written.
+        MissingInputError: no such dataset or run.
+    """
+    check_output(output)
+    bucket = open_store(bucket_uri)
+    diffusion, config = _diffusion(bucket, run, schedule)
+    evenly = np.linspace(0, diffusion.timesteps - 1, 2 * _COLUMNS)[image is not None :].round().astype(int).tolist()
+    steps = parse_numbers(timesteps, "--timesteps") if timesteps else evenly
+    if max(steps) >= diffusion.timesteps:
+        raise BadRequestError(f"--timesteps: {max(steps)} is not in 0 to {diffusion.timesteps - 1}")
+    if config and not dataset:
+        dataset, size = config.data.dataset, config.data.size
+    if not dataset:
+        raise BadRequestError("--dataset is needed: it names the images, unless --run names a run that saw some")
+    index = load_index(bucket, key := find_dataset(bucket, dataset, size))
+    if index.encoding:
+        raise BadRequestError(f"--dataset {dataset} holds latents, of {index.encoding.source}: name that one")
+    if image is not None and image >= index.images:
+        raise BadRequestError(f"--image {image}: {index.name} has the images 0 to {index.images - 1:,}")
+    numbers = np.linspace(0, index.images - 1, len(steps)).astype(np.int64) if image is None else np.array([image])
+    images = uncached_images(bucket, key, index).read(numbers)
+    process, x_start = make_process(diffusion), torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    noise = randomness.sampling_noise(torch.arange(len(images)), 0, tuple(x_start.shape[1:]), x_start.device)
+    _, alpha, sigma = (part.float().view(-1, 1, 1, 1) for part in process.numbered(torch.tensor(steps)))
+    # Scaled to the variance of the images: otherwise most pixels of EDM's noise would be black or white.
+    noised = (alpha * x_start + sigma * noise) / sigma.clamp(min=1)
+    is_edm = isinstance(process, VarianceExploding)
+    labels = [f"sigma = {each:.2g}" for each in sigma.flatten().tolist()] if is_edm else [f"t = {t}" for t in steps]
+    if image is None:
+        figure = figures.noising_figure(images, noised, labels)
+        beside = [output.with_name(f"{output.stem}-{part}{output.suffix}") for part in ("original", "noised")]
+        pictures = {output: figure.combined, beside[0]: figure.original, beside[1]: figure.noised}
+    else:
+        tiles, scale = np.concatenate([images, figures.to_uint8(noised)]), max(1, 96 // max(images.shape[1:3]))
+        title = f"{index.name} · image {image:,} · {_words(diffusion)}"
+        pictures = {output: figures.image_grid(tiles, _COLUMNS, 4, scale, labels=["the image", *labels], title=title)}
+    for path, picture in pictures.items():
+        write_file(path, figures.png(picture))
+        print(path)
+
+
+def _diffusion(
+    bucket: Store, run: str, schedule: str, timesteps: int | None = None
+) -> tuple[Diffusion, RunConfig | None]:
+    """Returns the settings of the process of a run, with its configuration, or those that the options name."""
+    if run:
+        if schedule or timesteps:
+            option = "--schedule" if schedule else "--timesteps"
+            raise BadRequestError(f"{option}: run {run!r} has a schedule of its own: leave {option} or --run out")
+        config = records.existing_config(bucket, run)
+        return config.diffusion, config
+    if schedule and schedule not in SCHEDULES:
+        raise BadRequestError(f"--schedule {schedule!r}: use {', '.join(SCHEDULES)}")
+    usual = Diffusion()
+    return replace(usual, schedule=schedule or usual.schedule, timesteps=timesteps or usual.timesteps), None
+
+
+def _words(diffusion: Diffusion) -> str:
+    return f"{diffusion.schedule} schedule" + ", zero terminal SNR" * diffusion.zero_terminal_snr

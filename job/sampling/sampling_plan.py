@@ -1,4 +1,7 @@
-"""The plan of a sampling command, before it begins, with its given images and its own sampler. It needs no tensors."""
+"""The plan of a sampling command, before it begins: given images, and a sampler of the user's.
+
+It needs no tensors.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import hashlib
 import importlib
 import sys
 import traceback
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,24 +19,28 @@ import numpy as np
 
 from ddpm.catalogue import takers
 from ddpm.image_size import ImageSize
-from job.config import RunConfig, SampleConfig
+from job.config import RunConfig
+from job.config.schema import SampleConfig
 from job.data.images import Recipe, RejectedImageError, prepare
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError, did_you_mean
-from job.pieces import Slice
 from job.plan import RunHandle, open_run
 from job.processes.launched import lost_peer
 from job.progress import detail, note
 from job.requests import SampleRequest, parse_numbers
 from job.runs import records
-from job.runs.checkpoints import check_average, choose, load_manifest, lost_manifest
+from job.runs.checkpoints import check_average, choose, lost_manifest
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.samples import Editing, FoundGrid, SampleSetConfig, file_words, label_at
-from job.sampling.sets import SampleSet, piece_images
+from job.runs.samples import (
+    Editing,
+    FoundGrid,
+    file_words,
+    label_at,
+)
 from job.stop import NEVER, Stop, StopSignal
 from job.store import ObjectMissingError, Store
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -43,8 +51,6 @@ RESAMPLINGS = 10
 """The number of Lugmayr et al. 2022."""
 STRENGTHS = {"img2img": 0.6, "invert": 1.0}
 """The default share of the steps of a mode."""
-MOST_FILE_BYTES = 1 << 28
-"""The largest size of a given image file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +80,6 @@ class OwnSampler:
     """See `ddpm.samplers.Sampler`."""
     sha256: str
     """The hash of its module's file."""
-    path: str
-    """The module's file."""
 
     @classmethod
     def load(cls, name: str) -> OwnSampler:
@@ -87,14 +91,10 @@ class OwnSampler:
         module_name, _, function_name = name.partition(":")
         # At the end of the path, so that a file of the working folder cannot replace a library.
         sys.path.append(str(Path.cwd()))
-        try:
+        with _faults_of(name):
             module = importlib.import_module(module_name)
             sha256 = hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
-            return cls(name, getattr(module, function_name), sha256, str(module.__file__))
-        except StopSignal:
-            raise
-        except BaseException as error:
-            raise _refusal(name, error) from None
+            return cls(name, getattr(module, function_name), sha256)
 
     @property
     def words(self) -> str:
@@ -106,45 +106,37 @@ class OwnSampler:
 
         Raises:
             BadRequestError: it raises an error, or returns anything but finite numbers of the shape of x.
-            JobError: an error from `denoise`, such as `StoppedError`.
         """
         import torch
 
         # Taken before the call, which may change it.
         shape = x.shape
-        of_program: list[BaseException] = []
-
-        def evaluate(x_t: Tensor, point: Point[float]) -> Tensor:
-            try:
-                return denoise(x_t, point)
-            except BaseException as error:
-                if isinstance(error, JobError | StopSignal) or lost_peer(error):
-                    of_program.append(error)
-                raise
-
-        try:
-            made = self.function(evaluate, x, points, noise_at)
+        with _faults_of(self.name):
+            made = self.function(denoise, x, points, noise_at)
             is_like_x = isinstance(made, torch.Tensor) and made.shape == shape and made.is_floating_point()
             if not is_like_x or not made.isfinite().all():
                 what = f"{[*made.shape]}, {made.dtype}" if isinstance(made, torch.Tensor) else type(made).__name__
                 raise ValueError(f"it must return finite numbers {[*shape]}, as x, and returned {what}")
             return made.detach().float()
-        except StopSignal:
-            raise
-        except BaseException as error:
-            # The function may have caught an error of the program, such as a stop, and raised another one.
-            raise (of_program[0] if of_program else _refusal(self.name, error, self.path)) from None
 
 
-def _refusal(name: str, error: BaseException, path: str = "") -> BadRequestError:
-    """Returns any error of the user's code, also `SystemExit`, as one line; `ddpm -v` prints the traceback."""
-    detail("".join(traceback.format_exception(error)).rstrip)
-    module = name.partition(":")[0].rpartition(".")[2]
-    frames = [at for at in traceback.extract_tb(error.__traceback__) if Path(at.filename).stem == module]
-    remedy = "name a function(denoise, x, points, noise_at) of a module that is installed or lies in the working folder"
-    place = f"see {frames[-1].filename}, line {frames[-1].lineno}" if frames else f"see {path}" if path else remedy
-    said = " ".join("".join(traceback.format_exception_only(error)).split())
-    return BadRequestError(f"--sampler {name}: {said:.500}; {place}")
+@contextmanager
+def _faults_of(name: str) -> Iterator[None]:
+    """Turns any error of the user's code, also `SystemExit`, into one line; `ddpm -v` prints the traceback."""
+    try:
+        yield
+    except BaseException as error:
+        # The function may have caught an error of the program, such as a stop, and raised another one.
+        for each in (error, error.__context__):
+            if isinstance(each, JobError | StopSignal) or (each and lost_peer(each)):
+                raise each from None
+        detail("".join(traceback.format_exception(error)).rstrip)
+        module = name.partition(":")[0]
+        file = getattr(sys.modules.get(module), "__file__", "") or f"{module.rpartition('.')[2]}.py"
+        frames = [at for at in traceback.extract_tb(error.__traceback__) if Path(at.filename).name == Path(file).name]
+        place = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else file
+        said = " ".join("".join(traceback.format_exception_only(error)).split())
+        raise BadRequestError(f"--sampler {name}: {said:.500}; see {place}") from None
 
 
 _OF_PROCESS = "schedule timesteps zero_terminal_snr sigma_min sigma_max sigma_data prediction self_conditioning"
@@ -173,7 +165,7 @@ class SamplePlan(RunHandle):
     worse: Worse | None
     given: Given | None
     custom_sampler: OwnSampler | None
-    found: tuple[int, ...]
+    found: tuple[int, ...] = ()
     """The numbers of the points of the found grid, once it is computed."""
 
     @property
@@ -254,7 +246,6 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         raise BadRequestError("--autoguidance-weights needs --autoguidance [RUN@]EPOCH")
     custom_sampler = OwnSampler.load(request.custom_sampler) if request.custom_sampler else None
     worse = _worse(sample, of_run, request, stop) if sample.autoguidance else None
-    found = found_points(run, sample.steps, config.diffusion.timesteps) if sample.grid == "found" else ()
     plan = SamplePlan(
         **vars(of_run),
         request=request,
@@ -263,7 +254,7 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         worse=worse,
         given=given,
         custom_sampler=custom_sampler,
-        found=found,
+        found=found_points(run, sample.steps, timesteps) if sample.grid == "found" else (),
     )
     plan = replace(plan, checkpoints=plan.choose())
     if request.checkpoints == "latest" and (lost := lost_manifest(run, [*plan.checkpoints])):
@@ -359,44 +350,11 @@ def _given(request: SampleRequest, of_run: RunHandle) -> Given | None:
 def _read_image(option: str, path: str, recipe: Recipe) -> tuple[np.ndarray, str]:
     """Returns an image file, resized, and the SHA-256 of the file."""
     try:
-        with Path(path).open("rb") as file:
-            encoded = file.read(MOST_FILE_BYTES)
+        encoded = Path(path).read_bytes()
         return prepare(encoded, recipe), hashlib.sha256(encoded).hexdigest()
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or "no such file"
-        raise MissingInputError(f"{option} {path}: {why}; the file must be on the machine of the command") from None
+        raise MissingInputError(
+            f"{option} {path}: {getattr(error, 'strerror', error)}; the file must be on the machine of the command"
+        ) from None
     except RejectedImageError as error:
         raise BadDataError(f"{option} {path} {error}") from None
-
-
-def plan_sets(plan: SamplePlan) -> list[SampleSet]:
-    """Returns the sets of `--count`, one for each checkpoint; an empty list without it. Writes nothing.
-
-    Raises:
-        BadDataError: a checkpoint's manifest is damaged.
-    """
-    request, count = plan.request, plan.request.count
-    if count is None:
-        return []
-    first_seed, save = request.first_seed or 0, request.save or "shards"
-    sets = []
-    for ref in plan.checkpoints:
-        config = SampleSetConfig(
-            **plan.sample.effective.model_copy(update={"precision": plan.precision}).model_dump(),
-            checkpoint=ref.key,
-            checkpoint_sha256=load_manifest(plan.run, ref).sha256,
-            worse_sha256=load_manifest(plan.worse.run, plan.worse.ref).sha256 if plan.worse else "",
-            editing=plan.given.editing if plan.given else None,
-            custom_sampler=f"{plan.custom_sampler.name} {plan.custom_sampler.sha256}" if plan.custom_sampler else "",
-            found=plan.found,
-            size=ImageSize(*plan.picture_shape[1:]),
-            channels=plan.picture_shape[0],
-            classes=plan.sampled_classes,
-            first_seed=first_seed,
-            count=count,
-            piece_images=piece_images(count),
-            save=save,
-        )
-        name = f"{plan.label(ref)}-{plan.how()}-{first_seed}-{count}{'-png' if save == 'png' else ''}"
-        sets.append(SampleSet(plan.run, name, ref, config, Slice.parse(request.slice)))
-    return sets

@@ -1,4 +1,4 @@
-"""`ddpm sample --count`: many images of a checkpoint, in pieces that are committed one by one.
+"""The sets of `ddpm sample --count`: many images of a checkpoint, in pieces that are committed one by one.
 
 RUN/samples/epoch-0080-ddim-100-0-50000/sample-set.json            everything that decides the images: created first
                                         piece-00012.tar            a shard that webdataset can read
@@ -12,20 +12,18 @@ RUN/samples/epoch-0080-ddim-100-0-50000-png/piece-00012/000003072.png …   with
 
 from __future__ import annotations
 
-import io
-import tarfile
 from collections import Counter
 from dataclasses import dataclass
 from math import ceil
 from typing import TypeVar
 
-import numpy as np
-from PIL import Image
-
+from ddpm.image_size import ImageSize
 from job.exits import BadDataError, BadRequestError
-from job.pieces import WHOLE, Made, Pieces, Slice
+from job.pieces import WHOLE, Pieces, Slice
+from job.runs.checkpoints import load_manifest
 from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind
 from job.runs.samples import SampleSetConfig, SampleSetIndex, SampleSetRecord, named_piece
+from job.sampling.sampling_plan import SamplePlan
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store
 
@@ -144,26 +142,34 @@ class SampleSet:
             )
 
 
-def made_piece(sample_set: SampleSet, number: int, images: np.ndarray) -> Made:
-    """Returns the files of a piece with uint8 [n, H, W, C]."""
-    from ddpm import figures
+def plan_sets(plan: SamplePlan) -> list[SampleSet]:
+    """Returns the sets of `--count`, one for each checkpoint; an empty list without it. Writes nothing.
 
-    config, seeds = sample_set.config, sample_set.config.seeds(number)
-    pngs = [figures.png(Image.fromarray(one.squeeze(-1) if config.channels == 1 else one)) for one in images]
-    if config.save == "shards":
-        return Made({sample_set.key(ObjectKind.PIECE, number): _shard(config, seeds, pngs)})
-    return Made({sample_set.key(ObjectKind.IMAGE, number, seed): png for seed, png in zip(seeds, pngs, strict=True)})
-
-
-def _shard(config: SampleSetConfig, seeds: range, pngs: list[bytes]) -> bytes:
-    """Returns a tar that webdataset can read: `000003072.png`, and `000003072.cls` if there are classes."""
-    file = io.BytesIO()
-    labels = config.labels or range(len(config.classes))
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for seed, png in zip(seeds, pngs, strict=True):
-            members = {"png": png} | ({"cls": str(labels[seed % len(labels)]).encode()} if labels else {})
-            for ending, data in members.items():
-                info = tarfile.TarInfo(f"{seed:09d}.{ending}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return file.getvalue()
+    Raises:
+        BadDataError: a checkpoint's manifest is damaged.
+    """
+    request, count = plan.request, plan.request.count
+    if count is None:
+        return []
+    first_seed, save = request.first_seed or 0, request.save or "shards"
+    sets = []
+    for ref in plan.checkpoints:
+        config = SampleSetConfig(
+            **plan.sample.effective.model_copy(update={"precision": plan.precision}).model_dump(),
+            checkpoint=ref.key,
+            checkpoint_sha256=load_manifest(plan.run, ref).sha256,
+            worse_sha256=load_manifest(plan.worse.run, plan.worse.ref).sha256 if plan.worse else "",
+            editing=plan.given.editing if plan.given else None,
+            custom_sampler=f"{plan.custom_sampler.name} {plan.custom_sampler.sha256}" if plan.custom_sampler else "",
+            found=plan.found,
+            size=ImageSize(*plan.picture_shape[1:]),
+            channels=plan.picture_shape[0],
+            classes=plan.sampled_classes,
+            first_seed=first_seed,
+            count=count,
+            piece_images=piece_images(count),
+            save=save,
+        )
+        name = f"{plan.label(ref)}-{plan.how()}-{first_seed}-{count}{'-png' if save == 'png' else ''}"
+        sets.append(SampleSet(plan.run, name, ref, config, Slice.parse(request.slice)))
+    return sets

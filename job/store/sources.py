@@ -285,9 +285,7 @@ def _meaning(error: Exception, uri: str) -> JobError:
     if status == 416:
         return BadDataError(f"{uri} ends before the size that the server gives: download it")
     if has_unknown_host:
-        return UnknownHostError(
-            f"{uri}: the name of its host is not known ({reason}): check the address and the network"
-        )
+        return UnknownHostError(f"{uri}: the name of its host is not known ({reason}): check address and network")
     # Any other failure may be temporary.
     return BucketAwayError(f"{uri} does not answer: {reason}")
 

@@ -28,16 +28,14 @@ from job.processes.launched import is_launched
 from job.processes.lease import Lease
 from job.processes.ranks import meet
 from job.progress import Progress, note
-from job.report import PictureCache
 from job.requests import TrainRequest, check_world_size
-from job.runs import metric_rows, records
+from job.runs import records
 from job.runs.checkpoints import Manifest, check_average, newest_good, opened
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.retention import kept_while_read
-from job.runs.writer import CheckpointWriter, LeasedRun
 from job.stop import NEVER, Stop
 from job.store import open_bucket
-from job.training.reporting import PAGE_PATIENCE_SECONDS, Recorder, put_run_page, retention_of, status_of
+from job.training.reporting import PAGE_PATIENCE_SECONDS, Recorder, RunPage, patience_seconds_of, status_of
 from job.training.tracking import CLOSE_SECONDS, Tracking
 
 T = TypeVar("T")
@@ -68,6 +66,7 @@ class TrainingAttempt:
     held_out: ImageCache | None = None
     restored: Manifest | None = None
     recorder: Recorder | None = None
+    _page: RunPage
     _lease: Lease | None = None
     _tracking: Tracking | None = None
 
@@ -76,7 +75,7 @@ class TrainingAttempt:
         self.request, self.stop, self.ranks = request, stop, meet(stop)
         self._bucket = open_bucket(request.bucket, stop)
         self._run = records.run_store(self._bucket, request.run)
-        self.damaged, self._pictures = set[CheckpointRef](), PictureCache(note)
+        self.damaged = set[CheckpointRef]()
 
     def is_finished(self) -> bool:
         """Returns whether the run is finished, where no launcher has checked the command, as under torchrun."""
@@ -138,43 +137,29 @@ class TrainingAttempt:
         if self._lease is None or self._tracking is None:
             yield
             return
-        plan, restored, state = self.plan, self.restored, self.state
-        rows = metric_rows.read_rows(plan.run, restored.metrics, note) if restored else []
-        retention = retention_of(plan, rows)
-        leased = LeasedRun(plan.run, retention, self.record, self._lease, classes=plan.classes, damaged=self.damaged)
-        writer = CheckpointWriter(leased, state.tensors(), before=restored, stop=self.stop, note=note)
-        self.recorder = recorder = Recorder(
-            plan,
-            state,
-            self.record,
-            self._lease,
-            writer=writer,
-            rows=rows,
-            tracking=self._tracking,
-            pictures=self._pictures,
-        )
+        self.recorder = recorder = Recorder(self, self._lease, self._page, self._tracking)
         try:
             # The page of an attempt that was cut off says what is true again.
             seen = self.record.previous_seen
-            if not plan.is_new and not (seen is not None and seen.state == State.RUNNING):
+            if not self.plan.is_new and not (seen is not None and seen.state == State.RUNNING):
                 # It takes longer than the first steps, which need not wait for it.
                 recorder.write_page()
             yield
         except LostRunError:
             # The run and its status are the other attempt's now: nothing more of this one may arrive.
             with suppress(JobError):
-                writer.close(wait=False)
+                recorder.writer.close(wait=False)
             raise
         except BaseException as error:
             # A queued checkpoint is good, whatever went wrong since: it is committed before the error is reported.
             try:
-                recorder.close(_state_after(error), self.stop)
+                recorder.close(_state_after(error))
             except JobError as second:
                 if second is not error:
                     note(f"while ending: {second}")
             raise
         else:
-            recorder.close(State.FINISHED, self.stop)
+            recorder.close(State.FINISHED)
 
     def on_main(self, work: Callable[[Recorder], T]) -> T:
         """Runs `work` with the recorder on the main process; see `Ranks.on_main`. Collective."""
@@ -200,6 +185,7 @@ class TrainingAttempt:
         """Writes the configuration of a new run, this attempt's record and the first page; reports what has changed."""
         plan, lease, ranks, train = self.plan, self._lease, self.ranks, self.plan.config.train
         assert lease is not None
+        self._page = RunPage(plan, lease)
         if plan.is_new:
             records.create_config(plan.run, plan.config)
             for remark in plan.index.remarks(with_classes=bool(plan.config.model.num_classes)):
@@ -243,22 +229,12 @@ class TrainingAttempt:
             raise
         except Exception as error:
             if self._lease is not None:
-                patience_seconds = min(records.STATUS_CLOSE_SECONDS, self.stop.seconds_left() / 2)
-                self._put_page(_state_after(error), patience_seconds)
+                self._put_page(_state_after(error), patience_seconds_of(self.stop))
             raise
 
     def _put_page(self, state: State, patience_seconds: float = PAGE_PATIENCE_SECONDS, stop: Stop = NEVER) -> None:
-        assert self._lease is not None
         status = status_of(self.plan, self.record, state, self.plan.images_seen, {})
-        put_run_page(
-            self.plan,
-            self._lease,
-            None,
-            status,
-            pictures=self._pictures,
-            patience_seconds=patience_seconds,
-            stop=stop,
-        )
+        self._page.put(status, None, patience_seconds, stop)
 
     def _restore(self) -> None:
         """Loads the newest checkpoint that verifies, or in a new run the weights that it begins with, if any.

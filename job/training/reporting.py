@@ -1,35 +1,86 @@
-"""The main process's part of an attempt: rows, checkpoints, status, pictures and the page of the run."""
+"""An attempt's results besides the weights: rows, status, pictures and the page of the run.
+
+The main process writes them. All processes share the work for them between two steps, at the ends of some epochs: the
+validation loss, the scores, the sample grid.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ddpm import figures
-from ddpm.state import TrainState, loss_row
+from ddpm.augment import Latents
+from ddpm.objective import Objective
+from ddpm.state import loss_row
+from job.config import method
+from job.data.autoencoder import load_decoder
+from job.data.cache import ImageCache
+from job.evaluation.evaluate import Evaluator, validation_row
 from job.exits import State
 from job.plan import Plan, RunHandle
 from job.processes.lease import Lease
+from job.processes.ranks import Agreement
 from job.progress import Progress, note
 from job.report import PictureCache, facts_of, put_page
+from job.requests import GIF_SEEDS
 from job.runs import records
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.metric_rows import Row, grid_events
+from job.runs.metric_rows import Row, grid_events, read_rows
 from job.runs.retention import Retention, best_images_seen
-from job.runs.samples import LOSS_FIGURE, label_at, moment_of
-from job.runs.writer import CheckpointWriter
+from job.runs.samples import (
+    LOSS_FIGURE,
+    SCORES_FIGURE,
+    denoising_key,
+    grid_key,
+    label_at,
+    moment_of,
+    score_name,
+    title_of,
+)
+from job.runs.writer import CheckpointWriter, LeasedRun
+from job.sampling.painter import Painter
+from job.sampling.pictures import grid_png, with_class
 from job.sealed import utc_now
 from job.stop import NEVER, Stop
 from job.training.tracking import Tracking
+
+if TYPE_CHECKING:
+    from job.training.attempt import TrainingAttempt
 
 PAGE_SECONDS = 300.0
 """How old the page may be: grids come ever more rarely, and a page of yesterday looks like a run that hangs."""
 PAGE_PATIENCE_SECONDS = 60.0
 """With a bucket that is away; the page is written again later."""
+_EARLY_IMAGES = 20
+
+
+class RunPage:
+    """The page of a run, which an attempt writes again and again."""
+
+    def __init__(self, plan: Plan, lease: Lease) -> None:
+        self._plan, self._lease, self._pictures = plan, lease, PictureCache(note)
+
+    def put(
+        self,
+        status: records.Status,
+        rows: Sequence[Row] | None = None,
+        patience_seconds: float = PAGE_PATIENCE_SECONDS,
+        stop: Stop = NEVER,
+    ) -> None:
+        """Writes the page, without `rows` with those of the newest checkpoint; an error is only a note."""
+        plan = self._plan
+        bucket, run = (store.within(patience_seconds, stop) for store in (plan.bucket, plan.run))
+        handle = RunHandle(bucket, run, plan.index, plan.config, plan.stored)
+        try:
+            self._lease.confirm()
+            put_page(facts_of(handle, plan.request.run, rows, status), self._pictures)
+        except Exception as error:
+            note(f"the run's page stays as it was: {type(error).__name__}: {error}")
 
 
 class Recorder:
@@ -40,40 +91,21 @@ class Recorder:
         writer: commits checkpoints and pictures in a thread.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        state: TrainState,
-        attempt: records.Attempt,
-        lease: Lease,
-        *,
-        writer: CheckpointWriter,
-        rows: list[Row],
-        tracking: Tracking,
-        pictures: PictureCache,
-    ) -> None:
-        """Starts the thread that writes the run's status.
-
-        Args:
-            plan: the run.
-            state: the live state, read for the number of images seen.
-            attempt: this attempt's record.
-            lease: held by this process.
-            writer: for this run's checkpoints.
-            rows: the metrics up to the checkpoint that was restored.
-            tracking: gets every row.
-            pictures: those of the page so far.
-        """
-        self.plan, self.attempt, self.writer, self.rows = plan, attempt, writer, rows
-        self._state, self._lease, self._tracking = state, lease, tracking
-        self._page_pictures, self._shown = pictures, Row()
+    def __init__(self, attempt: TrainingAttempt, lease: Lease, page: RunPage, tracking: Tracking) -> None:
+        """Starts the threads that write checkpoints and the run's status, for an attempt that is restored."""
+        plan, restored, tensors = attempt.plan, attempt.restored, attempt.state.tensors()
+        self.plan, self.attempt, self._state, self._stop = plan, attempt.record, attempt.state, attempt.stop
+        self._lease, self._page, self._tracking = lease, page, tracking
+        self.rows = read_rows(plan.run, restored.metrics, note) if restored else []
+        retention = retention_of(plan, self.rows)
+        leased = LeasedRun(plan.run, retention, attempt.record, lease, plan.classes, attempt.damaged)
+        self.writer = CheckpointWriter(leased, tensors, before=restored, stop=self._stop, note=note)
+        losses = [row["loss"] for row in self.rows if "loss" in row]
+        # An attempt that ends before its first row still has a loss in its status.
+        self._shown = Row(loss=losses[-1]) if losses else Row()
         self._page_due = time.monotonic() + PAGE_SECONDS
         self._start_seconds: float | None = None
         self._status = records.StatusReporter(plan.run, self._confirmed_status, note)
-
-    def has_saved(self, name: str) -> bool:
-        """Returns whether the newest checkpoint holds a row of this moment with this value, before training begins."""
-        return any(name in row and row["images_seen"] == self._state.images_seen for row in self.rows)
 
     def begins_training(self) -> None:
         """Takes the time from the attempt's record to its first step."""
@@ -104,7 +136,6 @@ class Recorder:
 
     def save(self, loss_sums: Tensor) -> None:
         """Queues a checkpoint of this moment."""
-        # A run that stops before its first row still has a loss in its status.
         self._shown = self._shown or loss_row(loss_sums)
         self.writer.save(self._state.images_seen, loss_sums.tolist())
 
@@ -119,9 +150,7 @@ class Recorder:
         """Queues the run's page as it is now."""
         self._page_due = time.monotonic() + PAGE_SECONDS
         status, rows = self._status_of(state), list(self.rows)
-        self.writer.do_later(
-            lambda run: put_run_page(self.plan, self._lease, rows, status, pictures=self._page_pictures)
-        )
+        self.writer.do_later(lambda run: self._page.put(status, rows))
 
     def finish(self) -> None:
         """Queues the figure of the losses and the finished page, and waits until everything is in the bucket."""
@@ -133,8 +162,8 @@ class Recorder:
         self.write_page(State.FINISHED)
         self.writer.wait()
 
-    def close(self, state: State, stop: Stop) -> None:
-        """Commits what is queued and writes the last status, as far as `stop` leaves time.
+    def close(self, state: State) -> None:
+        """Commits what is queued and writes the last status, as far as a stop leaves time.
 
         Raises:
             JobError: a checkpoint could not be committed.
@@ -142,17 +171,10 @@ class Recorder:
         try:
             self.writer.close(wait=True)
         finally:
-            self._status.close(state, min(records.STATUS_CLOSE_SECONDS, stop.seconds_left() / 2))
-            patience_seconds = min(records.STATUS_CLOSE_SECONDS, stop.seconds_left() / 2)
+            self._status.close(state, patience_seconds_of(self._stop))
+            patience_seconds = patience_seconds_of(self._stop)
             if state is not State.FINISHED and patience_seconds >= 1:
-                put_run_page(
-                    self.plan,
-                    self._lease,
-                    self.rows,
-                    self._status_of(state),
-                    pictures=self._page_pictures,
-                    patience_seconds=patience_seconds,
-                )
+                self._page.put(self._status_of(state), self.rows, patience_seconds)
 
     def _confirmed_status(self, state: State) -> records.Status:
         # A process that slept and was replaced must not overwrite the status of the attempt that replaced it.
@@ -165,6 +187,11 @@ class Recorder:
         if cadence.save_seconds is not None:
             saved = {"save_seconds": round(cadence.save_seconds, 3), "stall_seconds": round(cadence.stall_seconds, 3)}
         return status.model_copy(update=saved | {"start_seconds": self._start_seconds})
+
+
+def patience_seconds_of(stop: Stop) -> float:
+    """Returns the longest time for the last status of an attempt, and for its last page."""
+    return min(records.STATUS_CLOSE_SECONDS, stop.seconds_left() / 2)
 
 
 def status_of(
@@ -189,26 +216,147 @@ def _epoch_at(plan: Plan, images_seen: int) -> float:
     return min(images_seen / plan.index.images, plan.config.train.epochs)
 
 
-def put_run_page(
-    plan: Plan,
-    lease: Lease,
-    rows: Sequence[Row] | None,
-    status: records.Status,
-    *,
-    pictures: PictureCache,
-    patience_seconds: float = PAGE_PATIENCE_SECONDS,
-    stop: Stop = NEVER,
-) -> None:
-    """Writes the run's page, without `rows` with those of its newest checkpoint; an error is only a note."""
-    bucket, run = (store.within(patience_seconds, stop) for store in (plan.bucket, plan.run))
-    handle = RunHandle(bucket, run, plan.index, plan.config, plan.stored)
-    try:
-        lease.confirm()
-        put_page(facts_of(handle, plan.request.run, rows, status), pictures)
-    except Exception as error:
-        note(f"the run's page stays as it was: {type(error).__name__}: {error}")
-
-
 def retention_of(plan: Plan, rows: list[Row]) -> Retention:
     """Returns the run's retention rules with the best checkpoint by the scores so far."""
     return Retention(plan.config, plan.index.images, best_images_seen(plan.config, rows))
+
+
+class Interludes:
+    """Work that all processes do together between two steps, with the weights of that moment.
+
+    An attempt that was killed may have saved a checkpoint without what belongs to the same moment. The next attempt
+    asks with `lacks_value` and `lacks_grid` when it begins.
+    """
+
+    def __init__(self, attempt: TrainingAttempt, agreement: Agreement) -> None:
+        """Computes the features of the real images if the run is scored, which may take minutes. Collective.
+
+        Args:
+            attempt: restored.
+            agreement: has one flag for stop requests, exchanged at each step of a sampler.
+
+        Raises:
+            StoppedError: this process was asked to stop; the same command goes on.
+        """
+        self._attempt, self._agreement = attempt, agreement
+        self._plan, self._config, self._state = attempt.plan, attempt.plan.config, attempt.state
+        self._decoder = load_decoder(attempt.plan.bucket, attempt.plan.index, attempt.ranks.device)
+        chosen = self._config.evaluate
+        self.score_name = score_name(chosen.metrics[0], chosen.extractor)
+        if chosen.every_epochs:
+            self._evaluator = Evaluator(self._plan, attempt.ranks, attempt.stop)
+
+    def lacks_value(self, name: str) -> bool:
+        """Returns whether the newest checkpoint has no row of this moment with this value. Collective."""
+        images_seen = self._state.images_seen
+        return not self._attempt.on_main(
+            lambda recorder: any(name in row and row["images_seen"] == images_seen for row in recorder.rows)
+        )
+
+    def lacks_grid(self) -> bool:
+        """Returns whether the bucket has no sample grid of this moment. Collective."""
+        return self._attempt.ranks.on_main(lambda: not self._plan.run.exists(self._grid_key()))
+
+    def validate(self, objective: Objective, latents: Latents | None) -> None:
+        """Adds the loss of the averaged weights on images that the run does not learn from to the log. Collective.
+
+        Raises:
+            StoppedError: on all processes at once, when any of them was asked to stop.
+        """
+        held_out, log = self._attempt.held_out, self._config.log
+        assert held_out is not None
+        painter, batch_size = self._painter("ema", self._config.train.precision), self._config.sample.batch_size
+        count = log.validate_images
+        row = validation_row(painter, held_out, objective, count=count, batch_size=batch_size, latents=latents)
+        if self._attempt.recorder is not None:
+            self._attempt.recorder.record(row)
+
+    def score(self) -> None:
+        """Adds the scores of what the run draws to the log, and decides which checkpoint is the best. Collective.
+
+        Raises:
+            StoppedError: as for `validate`.
+        """
+        row = self._evaluator.scores(self._sampling_painter())
+
+        def publish(recorder: Recorder) -> None:
+            recorder.record(row)
+            recorder.writer.retention = retention_of(self._plan, recorder.rows)
+            scored = [row for row in recorder.rows if self.score_name in row]
+            figure = figures.scores_figure(scored, self._plan.index.images, self._plan.request.run)
+            recorder.writer.put(SCORES_FIGURE, figure, images_seen=self._state.images_seen)
+
+        self._attempt.on_main(publish)
+
+    def draw_grid(self) -> None:
+        """Draws the sample grid, and writes the run's page with it. Collective.
+
+        Raises:
+            StoppedError: as for `validate`.
+        """
+        count, on_cpu = self._config.sample.images, self._attempt.ranks.device.type == "cpu"
+        # On a CPU a whole grid may take longer than the epoch before it.
+        self._draw(range(min(count, _EARLY_IMAGES) if on_cpu else count))
+        self._attempt.on_main(Recorder.write_page)
+
+    def finish(self) -> None:
+        """Draws the last grid and the GIF from noise to image. Collective."""
+        painter = self._draw(range(self._config.sample.images))
+
+        def publish(recorder: Recorder) -> None:
+            title = with_class(self._title(range(GIF_SEEDS)), self._plan.sampled_classes)
+            gif = painter.denoising_gif(range(GIF_SEEDS), method.sampling_of(self._config.sample), title)
+            key = denoising_key(self._label(), self._config.sample.name(self._plan.first_sample))
+            recorder.writer.put(key, gif, images_seen=self._state.images_seen)
+
+        self._attempt.on_main(publish)
+
+    def _painter(self, weights: str, precision: str) -> Painter:
+        """Returns a model that draws with the weights of this moment: `model`, or the name of an average."""
+        attempt, config, decoder = self._attempt, self._config, self._decoder
+        painter = Painter(config, attempt.ranks, precision, attempt.stop, self._agreement, decoder)
+        if weights == "model":
+            painter.network.load_state_dict(self._state.model.state_dict())
+        else:
+            self._state.averages[weights].copy_to(painter.network)
+        return painter
+
+    def _sampling_painter(self) -> Painter:
+        """Returns a model that draws as the run's section `sample` says."""
+        sample = self._config.sample
+        precision = self._config.train.precision if sample.precision == "auto" else sample.precision
+        return self._painter(sample.weights, precision)
+
+    def _draw(self, seeds: range) -> Painter:
+        sample, painter = self._config.sample, self._sampling_painter()
+        drawn = painter.sample_together(seeds, method.sampling_of(sample), sample.batch_size, "sampling")
+
+        def publish(recorder: Recorder) -> None:
+            grid = grid_png(
+                drawn,
+                seeds,
+                self._plan.sampled_classes,
+                training=self._training_images() if sample.nearest else None,
+                stop=self._attempt.stop,
+                title=self._title(seeds),
+            )
+            recorder.put_grid(self._grid_key(), grid)
+
+        self._attempt.on_main(publish)
+        return painter
+
+    def _training_images(self) -> ImageCache:
+        pictures = self._plan.pictures()
+        if pictures is self._plan.index:
+            return self._attempt.images
+        return self._plan.opened_images(self._attempt.stop, index=pictures)
+
+    def _label(self) -> str:
+        return label_at(self._state.images_seen, self._plan.index.images, self._config.train.batch_size)
+
+    def _grid_key(self) -> str:
+        return grid_key(self._label(), self._config.sample.name(self._plan.first_sample))
+
+    def _title(self, seeds: Sequence[int]) -> str:
+        words = self._config.sample.words(self._plan.first_sample)
+        return title_of(self._plan.run, moment_of(self._label()), words, seeds)

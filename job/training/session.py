@@ -7,8 +7,8 @@ after a step. All processes call a collective method at the same step.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -29,14 +29,12 @@ from job.exits import StoppedError
 from job.plan import Plan
 from job.processes import compute
 from job.processes.ranks import Agreement, Ranks, build_accelerator
-from job.progress import Progress
+from job.progress import Progress, note
 from job.requests import TrainRequest
 from job.runs.retention import Retention
 from job.stop import NEVER, Stop
 from job.training.attempt import TrainingAttempt
-from job.training.interludes import Interludes
-from job.training.pace import Pace
-from job.training.reporting import Recorder
+from job.training.reporting import Interludes, Recorder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,6 +42,10 @@ if TYPE_CHECKING:
 ANOTHER_PROCESS = "another process"
 """The reason of a process that stops because another one was asked to."""
 _STARVED_POLL_SECONDS = 0.02
+SLOW_FACTOR = 5
+"""A step that takes this many times the usual time is slow."""
+SLOW_SECONDS = 10.0
+"""Seconds lost in slow steps before the run reports them."""
 
 
 def run_training(request: TrainRequest, stop: Stop = NEVER) -> Plan:
@@ -188,6 +190,52 @@ def due_at(images_seen: int, plan: Plan) -> Due:
     )
 
 
+class Pace:
+    """Measures images per second between two rows of the log, and reports slow steps once."""
+
+    def __init__(self, batch_size_images: int, images_seen: int) -> None:
+        """Starts both clocks at the first step; `images_seen` is where this attempt begins."""
+        self._batch_size, self._logged_images = batch_size_images, images_seen
+        self._logged_at = self._step_began = time.monotonic()
+        self._waited_seconds = self._best_images_per_second = self._lost_seconds = 0.0
+        self._is_reported = False
+
+    def images_per_second(self, images_seen: int) -> float:
+        """Returns the rate since the last call."""
+        now = time.monotonic()
+        rate = (images_seen - self._logged_images) / (now - self._logged_at)
+        self._best_images_per_second = max(self._best_images_per_second, rate)
+        self._logged_at, self._logged_images = now, images_seen
+        return rate
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves work between two steps out of the rate and of the next step's time."""
+        began = time.monotonic()
+        yield
+        self._step_began = time.monotonic()
+        self._logged_at += self._step_began - began
+
+    @contextmanager
+    def waiting_for_images(self) -> Iterator[None]:
+        """Starts the next step's time; the wait inside counts as part of that step."""
+        self._step_began = time.monotonic()
+        yield
+        self._waited_seconds = time.monotonic() - self._step_began
+
+    def check_step(self) -> None:
+        """Reports, once per attempt, that slow steps have cost `SLOW_SECONDS`, with the likely cause."""
+        step_seconds = time.monotonic() - self._step_began
+        usual_seconds = self._batch_size / (self._best_images_per_second or 1e-9)
+        if self._is_reported or step_seconds < SLOW_FACTOR * usual_seconds:
+            return
+        self._lost_seconds += step_seconds - usual_seconds
+        if self._lost_seconds > SLOW_SECONDS:
+            self._is_reported = True
+            cause = compute.why_slow(step_seconds, self._waited_seconds)
+            note(f"a step took {step_seconds:.1f} s instead of {usual_seconds:.1f} s: {cause}")
+
+
 class TrainingSession(Loop):
     """The loop of an attempt on one process; all processes make the same decisions at the same step."""
 
@@ -218,7 +266,7 @@ class TrainingSession(Loop):
                 self._catch_up()
                 if self.recorder is not None:
                     self.recorder.begins_training()
-                self.pace.restart()
+                self.pace = Pace(self.batch_size, state.images_seen)
                 # After each step all processes agree whether any of them lacks the batch of the step after next.
                 if self._can_all_begin(2):
                     self.learn(self.hooks)

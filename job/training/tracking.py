@@ -21,7 +21,7 @@ from job.config import RunConfig
 from job.data.cache import default_cache_dir
 from job.exits import BadRequestError, JobError, NoPermissionError, how_to_install
 from job.progress import note
-from job.runs.metric_rows import Row
+from job.runs.metric_rows import Row, plain_settings
 
 PROJECT = "ddpm"
 CLOSE_SECONDS = 10.0
@@ -78,7 +78,8 @@ class Tracking:
         if self._is_taking:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="tracker")
             # The thread that sends rows must also begin the run: MLflow ties a run to its thread.
-            self._do(lambda: self._begin(config, name, run_uri))
+            begin = self._begin_wandb if self._kind == "wandb" else self._begin_mlflow
+            self._do(lambda: begin(plain_settings(config), name, run_uri))
             note(f"the rows of the metrics also go to {self._kind}, which is outside of the bucket")
 
     def log(self, row: Row) -> None:
@@ -107,10 +108,6 @@ class Tracking:
                 note(f"{self._kind} takes no rows, which stay in the bucket ({type(error).__name__}: {said:.200})")
 
         return self._pool.submit(attempt) if self._is_taking else None
-
-    def _begin(self, config: RunConfig, name: str, run_uri: str) -> None:
-        settings = {key: str(value) if isinstance(value, list) else value for key, value in config.flat().items()}
-        (self._begin_wandb if self._kind == "wandb" else self._begin_mlflow)(settings, name, run_uri)
 
     def _begin_wandb(self, settings: dict[str, Any], name: str, run_uri: str) -> None:
         import wandb

@@ -17,7 +17,8 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from ddpm.ema import Stored, reconstruct
-from job.config import RunConfig, average_name
+from job.config import RunConfig
+from job.config.schema import average_name
 from job.exits import BadDataError, BadRequestError
 from job.progress import Progress, note
 from job.runs import records

@@ -18,7 +18,7 @@ from job.processes.lease import LEASE_KEY
 from job.progress import note
 from job.runs import metric_rows, records
 from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound
-from job.runs.layout import PICTURES, RUNS, SAMPLES, ObjectKind, places_in
+from job.runs.layout import CHECKPOINTS, PICTURES, RUNS, SAMPLES, ObjectKind, places_in
 from job.runs.outlook import attempts_of, duration, outlook_of, spans_of, state_in
 from job.runs.records import Status, read_status, run_store, validated_run_name
 from job.runs.samples import label_at, moment_of
@@ -139,8 +139,8 @@ def show_run(bucket_uri: str, name: str, *, as_json: bool = False) -> None:
         lines += [("checkpoints", f"{len(moments):,}: {', '.join(moments)}")]
     lines += [(f"attempt {attempt['fence']}", attempt["summary"]) for attempt in attempts]
     # The single images of a batch are too many.
-    folders = Counter((title, uri.rpartition("/")[0]) for title, uri in outputs if title != "page")
-    pages = [(title, uri) for title, uri in outputs if title == "page"]
+    folders = Counter((title, uri.rpartition("/")[0]) for title, uri in outputs if title in ("pictures", "scores"))
+    pages = [(title, uri) for title, uri in outputs if title in ("page", "checkpoints")]
     print(in_lines([*lines, *pages, *((title, f"{count:,} in {uri}") for (title, uri), count in folders.items())]))
 
 
@@ -158,9 +158,10 @@ def _attempts(run: Store) -> Iterator[dict[str, Any]]:
 
 
 def _outputs_of(run: Store) -> list[tuple[str, str]]:
-    """Returns titles and URIs of the run's page, pictures and scores."""
+    """Returns titles and URIs of the run's page, checkpoints, pictures and scores."""
     page, titles = ObjectKind.PAGE.value, {**dict.fromkeys(PICTURES, "pictures"), ObjectKind.SCORES: "scores"}
     pages = [("page", run.uri_of(page))] if run.exists(page) else []
+    pages += [("checkpoints", run.uri_of(CHECKPOINTS))]
     places = places_in(run, SAMPLES, ObjectKind.FIGURE.folder, ObjectKind.SCORES.folder)
     return pages + [(titles[place.kind], run.uri_of(key)) for key, place in places.items() if place.kind in titles]
 

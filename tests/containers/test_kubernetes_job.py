@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import yaml
 from google.cloud import storage
 
 from job.runs.checkpoints import list_checkpoints
@@ -35,7 +36,7 @@ def bucket(gcs_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 def rendered(*words: object) -> dict[str, Any]:
     """The Job that a dry run prints."""
-    return dict(json.loads(succeeded(ddpm_here("submit", *words, "--on", "cluster", "--dry-run", "-o", "json"))))
+    return dict(yaml.safe_load(succeeded(ddpm_here("submit", *words, "--on", "cluster", "--dry-run"))))
 
 
 def of(bucket: str, run: str) -> Store:

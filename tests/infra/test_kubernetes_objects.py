@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from job.jobs.backends.kubernetes_manifests import QUEUE_LABEL
+from job.jobs.backends.kubernetes_objects import QUEUE_LABEL
 
 pytestmark = pytest.mark.infra
 

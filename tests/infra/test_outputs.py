@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import kubernetes_validate
 import pytest
 import yaml
 
-from job.jobs.backends.kubernetes_manifests import KubernetesTarget
+from job.jobs.backends.kubernetes import KubernetesTarget
 from job.jobs.backends.vm import VmTarget
 from job.jobs.targets import parse_targets
 from tests.infra.configuration import FILES, FOLDER, body_of
@@ -72,7 +71,7 @@ def test_written_targets_take_jobs(tmp_path):
 
     (tmp_path / "targets.yaml").write_text(text)
     words = ("submit", "train", "--dataset", "celeba", "--on", "vm", "--targets", tmp_path / "targets.yaml")
-    machine = json.loads(succeeded(ddpm_here(*words, "--dry-run", "-o", "json")))
+    machine = yaml.safe_load(succeeded(ddpm_here(*words, "--dry-run")))
     [interface] = machine["networkInterfaces"]
     assert interface["network"] == VALUES["network"] and "accessConfigs" not in interface
     assert machine["serviceAccounts"][0]["email"] == ACCOUNT

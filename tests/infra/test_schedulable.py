@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 from kubernetes.utils import parse_quantity
 
-from job.jobs.backends.machines import Machine, gpus_of
+from job.jobs.machines import Machine, gpus_of
 from tests.infra.configuration import body_of, read, value_of
 from tests.infra.test_kubernetes_objects import of_kind
 from tests.infra.test_outputs import rendered
@@ -118,8 +119,8 @@ def pod(tmp_path: Path):
     def printed(*words: str, **values: str) -> Pod:
         targets = tmp_path / "targets.yaml"
         targets.write_text(rendered("targets.yaml.tftpl", **values))
-        words = ("submit", *words, "--on", "gke", "--targets", str(targets), "--dry-run", "-o", "json")
-        job = json.loads(succeeded(ddpm_here(*words)))
+        words = ("submit", *words, "--on", "gke", "--targets", str(targets), "--dry-run")
+        job = yaml.safe_load(succeeded(ddpm_here(*words)))
         job = job if job["kind"] == "Job" else job["spec"]["replicatedJobs"][0]["template"]
         return dict(job["spec"]["template"]["spec"])
 

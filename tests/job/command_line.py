@@ -15,7 +15,8 @@ import typer.main
 from accelerate.state import AcceleratorState
 
 import job.commands
-from job.cli.app import app, run
+from job.__main__ import errors_as_lines
+from job.cli.app import app
 from job.processes.launched import LAUNCHED
 from job.stop import STOP_SIGNALS
 
@@ -116,6 +117,12 @@ def started(
     )
 
 
+def run() -> None:
+    """Runs the words of this process."""
+    with errors_as_lines():
+        COMMANDS()
+
+
 def ddpm_here(*words: object, **variables: str | None) -> subprocess.CompletedProcess[str]:
     """Like `ddpm`, launcher and rank in this process: spares the seconds that importing torch takes.
 
@@ -126,7 +133,6 @@ def ddpm_here(*words: object, **variables: str | None) -> subprocess.CompletedPr
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", [DDPM, *map(str, words)])
-        patch.setattr("job.cli.app.app", COMMANDS)
         patch.delenv("DDPM_BUCKET", raising=False)
 
         def launch_here(processes: int, hang_after_seconds: float, go: None = None) -> None:

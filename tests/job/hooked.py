@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 
 _SITECUSTOMIZE = '''
@@ -45,5 +46,6 @@ def hooked(folder: Path, **hooks: str) -> str:
     """`PYTHONPATH` of processes that execute `hooks`; a name's double underscore stands for the dot of a module."""
     folder.mkdir()
     lines = {name.replace("__", "."): textwrap.dedent(text) for name, text in hooks.items()}
+    assert all(map(find_spec, lines)), f"a module of {[*lines]} is not there, so its lines would never run"
     (folder / "sitecustomize.py").write_text(_SITECUSTOMIZE.format(hooks=lines, folder=str(folder)))
     return str(folder)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import job.data.pack
-from job.data.members import Source
-from job.data.opening import open_source
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
 from job.data.shards import DatasetIndex
+from job.data.source import open_source
+from job.data.source.members import Source
 from job.stop import Stop
 from job.store import open_store
 from tests.job.some_images import jpeg, zip_of

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import parquet
 
-from job.data.opening import open_source
+from job.data.source import open_source
 from tests.job.some_images import png
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -303,6 +303,8 @@ def test_a_lost_answer_is_no_conflict(proxy: FaultyProxy, remote_bucket: str, tm
     large.write_bytes(small.read_bytes()[::-1])
     with pytest.raises(ObjectExistsError):
         losing(write, lambda: store.upload(large, "small"))
-    losing("^DELETE", lambda: store.delete("key"))
+    # The client of az:// sends a deletion as a batch of one.
+    deletion = "^(DELETE|POST .*comp=batch)"
+    losing(deletion, lambda: store.delete("key"))
     assert not store.exists("key")
-    losing("^DELETE", lambda: store.delete("key"))
+    losing(deletion, lambda: store.delete("key"))

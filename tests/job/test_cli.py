@@ -123,8 +123,8 @@ def test_runs_are_listed_and_shown(bucket):
     assert re.search(r"^attempt 1   20\d\d-.* on .*, 1 × .*, code 0\.", out, re.MULTILINE)
     run = bucket / "runs/walk"
     count = len([path for path in (run / "samples").iterdir() if path.is_file()])
-    assert f"page        {run}/report.html\npictures    {count} in {run}/samples\n" in out
-    assert f"pictures    1 in {run}/figures\n" in out
+    assert f"page        {run}/report.html\ncheckpoints {run}/checkpoints\n" in out
+    assert f"pictures    {count} in {run}/samples\npictures    1 in {run}/figures\n" in out
 
 
 def test_images_are_noised(bucket, tmp_path):
@@ -227,7 +227,7 @@ def test_an_ascii_terminal_gets_escapes(tmp_path):
 
 
 def test_exit_handlers_of_libraries_run():
-    program = "import atexit; atexit.register(print, 'cleared away'); from job.cli.app import main; main()"
+    program = "import atexit; atexit.register(print, 'cleared away'); from job.__main__ import main; main()"
     for words, code in (("--version", Exit.FINISHED), ("--nonsense", Exit.USAGE)):
         done = subprocess.run([sys.executable, "-c", program, words], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout.splitlines()[-1]) == (code, "cleared away")

@@ -143,7 +143,7 @@ def test_records_and_pages_name_the_shape(bucket: Path) -> None:
     again = ("train", "--dataset", "wide", "--run", "wide", "--bucket", bucket)
     succeeded(ddpm_here("data", "pack", "landscape-sample", "wide", "--size", "16x24", "--bucket", bucket))
     line = refused(ddpm_here(*again, "--set", "data.size=16x24"), 78)
-    assert "learns wide at 24x16 pixels, and 16x24 pixels are another run: type --run wide-16x24" in line
+    assert "learns wide at 24x16 pixels, not 16x24: type --run wide-16x24" in line
     line = refused(ddpm_here("data", "show", "wide", "--bucket", bucket), 64)
     assert "at sizes 24x16, 16x24: choose one with --size N" in line
     job = succeeded(

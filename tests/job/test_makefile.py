@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ddpm.catalogue import EXTRACTORS
 from job.runs.checkpoints import list_checkpoints
@@ -173,8 +173,8 @@ def test_jobs_go_where_on_says(make, tmp_path):
     targets = tmp_path / "my targets.yaml"
     targets.write_text("far: {backend: kubernetes, image: registry.example.com/ddpm:1, bucket: 'gs://of-far'}")
     there = ["ON=far", f"TARGETS={targets}"]
-    out = succeeded(make("submit-train", "DATASET=celeba", "EPOCHS=3", *there, "ARGS=--dry-run -o json"))
-    words = json.loads(out)["spec"]["template"]["spec"]["containers"][0]["args"]
+    out = succeeded(make("submit-train", "DATASET=celeba", "EPOCHS=3", *there, "ARGS=--dry-run"))
+    words = yaml.safe_load(out)["spec"]["template"]["spec"]["containers"][0]["args"]
     assert words[:7] == ["train", "--dataset", "celeba", "--run", "celeba", "--epochs", "3"]
     assert words[-2:] == ["--bucket", "gs://of-far"]
     out = succeeded(

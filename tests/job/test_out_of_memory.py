@@ -5,13 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import re
-import sys
-from unittest.mock import Mock
 
 import pytest
 import torch
 
-from job.cli import app
+from job.__main__ import errors_as_lines
 from tests.job.command_line import DDPM, ddpm, refused, settings, succeeded
 from tests.job.hooked import hooked
 
@@ -51,7 +49,7 @@ def test_a_limit_below_the_program_itself(tmp_path):
     assert re.search(r"ran out on the machine \(\S+\.so\S* failed to map segment\): allow more \(`ulimit -a`\)", said)
 
 
-def test_as_it_is_said(monkeypatch, capsys):
+def test_as_it_is_said(capsys):
     gpu = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …"
     errors = {
         "memory ran out on the GPU (Tried to allocate 2.00 GiB)": torch.OutOfMemoryError(gpu),
@@ -62,10 +60,8 @@ def test_as_it_is_said(monkeypatch, capsys):
         ),
         "memory ran out on the machine (can't start new thread): allow more": RuntimeError("can't start new thread"),
     }
-    monkeypatch.setattr(sys, "argv", ["ddpm"])
     for said, error in errors.items():
-        monkeypatch.setattr(app, "app", Mock(side_effect=error))
-        with pytest.raises(SystemExit) as end:
-            app.run()
+        with pytest.raises(SystemExit) as end, errors_as_lines():
+            raise error
         assert end.value.code == 1
         assert said in capsys.readouterr().err

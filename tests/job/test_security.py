@@ -264,7 +264,7 @@ UNSAFE = re.compile(
 )
 KNOWN = {
     ("job/processes/ranks.py", "pickle.loads"),  # between the processes of one run
-    ("job/config/resolve.py", "yaml.load"),  # with a SafeLoader
+    ("job/config/__init__.py", "yaml.load"),  # with a SafeLoader
     ("ddpm/features.py", "torch.jit.load"),  # of a file whose hash is known
 }
 

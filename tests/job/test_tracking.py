@@ -66,11 +66,13 @@ def logged(data):
 
 
 @pytest.mark.slow
-def test_tensorboard_has_rows_and_grids(bucket, tmp_path):
+def test_tensorboard_has_grids_and_hyper_parameters(bucket, tmp_path):
     more = ("--epochs", 2, "--bucket", bucket, *settings(sample__every_epochs="1"))
     succeeded(ddpm_here("train", *WORDS, *more))
     events = events_of(bucket / "runs/told/tensorboard")
     assert [step for step, _ in events["loss"]] == [row["images_seen"] for row in rows_of(bucket) if "loss" in row]
+    ((_, started),) = events["_hparams_/session_start_info"]
+    assert b"train.learning_rate" in started.metadata.plugin_data.content
     grids = events_of(bucket / "runs/told/tensorboard/samples")["samples"]
     assert [step for step, _ in grids] == [312, 600]
     (tmp_path / "grid.png").write_bytes(grids[-1][1].image.encoded_image_string)

@@ -266,6 +266,12 @@ def test_a_short_attempt_shows_a_loss(train, packed):
     with pytest.raises(StoppedError):
         train("soon", epochs=1, stop_after=3, log__every_images=299)
     assert 0 < read_status(run_of(packed, "soon")).loss < 3
+    # The last attempt draws the pictures alone.
+    with pytest.raises(StoppedError):
+        train("soon", epochs=1, stop_after=0, asked_by="check_agreed", log__every_images=299)
+    train("soon", epochs=1, log__every_images=299)
+    _, _, (row,) = final_state(run_of(packed, "soon"))
+    assert read_status(run_of(packed, "soon")).loss == row["loss"]
 
 
 def test_an_old_page_is_renewed(train, monkeypatch):
@@ -343,7 +349,7 @@ def test_slow_steps_are_reported_once(train, monkeypatch, capsys):
         return draw(seed, image_numbers, *how)
 
     monkeypatch.setattr(training.randomness, "training_noise", training_noise)
-    monkeypatch.setattr("job.training.pace.SLOW_SECONDS", 1.0)
+    monkeypatch.setattr("job.training.session.SLOW_SECONDS", 1.0)
     monkeypatch.setattr("os.getloadavg", lambda: (99.0, 1.0, 1.0))
     train("slow", epochs=1)
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("a step took")]

@@ -16,11 +16,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from job.exits import BadRequestError, Restart, State, failures, state_after
-from job.jobs.backends import google
-from job.jobs.backends.base import Cause, JobStatus, JsonObject
+from job.jobs.backends import Cause, JobStatus, JsonObject, google
 from job.jobs.backends.container import SCRATCH
 from job.jobs.backends.google import GoogleNotFoundError
-from job.jobs.backends.machines import Machine
+from job.jobs.machines import Machine
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.sealed import utc_text
 
@@ -249,8 +248,8 @@ def _message(found: JsonObject, state: State) -> str:
     events = [str(event.get("description", "")) for event in _events(found)]
     if state is State.FAILED and events:
         return events[-1]
-    shortages = [want for event in events if (want := google.shortage(event))]
-    return f"{shortages[-1][1]}, and Batch keeps trying" if state is State.WAITING and shortages else ""
+    shortages = [want[1].partition(":")[0] for event in events if (want := google.shortage(event))]
+    return f"{shortages[-1]}, and Batch keeps trying" if state is State.WAITING and shortages else ""
 
 
 def _state_of(found: JsonObject) -> State:

@@ -28,8 +28,9 @@ from job.exits import (
     State,
     state_after,
 )
-from job.jobs.backends.base import FOLLOW_SECONDS, Backend, Check, Image, JobStatus, JsonObject, Target, Word, last_line
+from job.jobs.backends import FOLLOW_SECONDS, Backend, Check, JobStatus, JsonObject, last_line
 from job.jobs.spec import LABEL_PREFIX, JobSpec
+from job.jobs.targets import Image, Target, Word
 from job.processes.group import local_gpus
 from job.progress import note
 from job.sealed import utc_text
@@ -111,8 +112,8 @@ class ContainerBackend(Backend):
             raise BadRequestError(f"--gpus {spec.gpus}: this machine has {self.gpus}: use fewer")
         labels = {**spec.all_labels, BUCKET_LABEL: spec.bucket}
         named = [word for name, value in labels.items() for word in ("--label", f"{name}={value}")]
-        words = [self.engine, "run", "--name", spec.name, *named, *self._confined(spec), spec.image, *spec.argv]
-        return [{"name": spec.name, "command": words}]
+        options = ["--name", spec.name, *named, *self._confined(spec)]
+        return [{"name": spec.name, "command": [self.engine, "run", *options, spec.image, *spec.argv_that_ends]}]
 
     def _confined(self, spec: JobSpec) -> list[str]:
         """Returns the options that decide what the container may write, use and see."""

@@ -25,11 +25,11 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
-from job.jobs.backends import machines
-from job.jobs.backends.base import Backend, Check, JsonObject, LabelValue, NoCapacityError, Target, Terms, Word
+from job.jobs.backends import Backend, Check, JsonObject, NoCapacityError
 from job.jobs.backends.container import IMAGE_USER, docker_options, scratch_variables
-from job.jobs.backends.machines import Machine, machine_for
+from job.jobs.machines import Hourly, Machine, listed_price, machine_for
 from job.jobs.spec import JobSpec
+from job.jobs.targets import LabelValue, Target, Terms, Word
 
 API_RETRY_PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)
 """Between attempts, while an API does not answer or is too busy."""
@@ -40,7 +40,7 @@ ENDPOINT_VARIABLE = "CLOUDSDK_API_ENDPOINT_OVERRIDES_"
 LOGIN = "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to a key file"
 CLOUD_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 """The scope of tokens, here and on machines: only its roles decide what an account may do."""
-QUOTA_PAGE = "https://console.cloud.google.com/iam-admin/quotas?project={project}"
+QUOTA_PAGE = "https://console.cloud.google.com/iam-admin/quotas"
 _PATHS = {"compute": "compute/v1", "batch": "v1", "logging": "v2", "iam": "v1"}
 _LONGEST_REASON = 400
 CONTAINER_GRACE_SECONDS = 25
@@ -88,21 +88,9 @@ class GoogleTarget(Target):
         """See `Target.terms`."""
         return Terms(self.machine_type, (f"project {self.project}", ", then ".join(self.places)), *self.limit)
 
-    def list_price(self, spec: JobSpec) -> machines.Hourly | None:
-        """See `Target.list_price`: the price in the dearest region, with disk and address."""
-        table, gigabytes = machines.load_prices(), self.boot_disk_gigabytes
-        machine = table.machines.get(self.machine_type, {})
-        disk = table.disks.get(Machine(self.machine_type).disk_type, {})
-        if not {*self.all_regions} <= machine.keys():
-            return None
-        address = 0.0 if self.network else table.address
-        beside = {
-            region: gigabytes * disk.get(region, 0.0) / machines.HOURS_OF_MONTH + address for region in self.all_regions
-        }
-        dearest = max(beside, key=lambda region: machine[region] + beside[region])
-        more = f" and a disk of {gigabytes} GB" * (dearest in disk) + " and an address" * bool(address)
-        what = f"with {self.machine_type}{more} in {dearest}, without {'traffic' if disk else 'disk and traffic'}"
-        return table.hourly(machine[dearest] + beside[dearest], what)
+    def list_price(self, spec: JobSpec) -> Hourly | None:
+        """See `Target.list_price`."""
+        return listed_price(self.machine_type, self.all_regions)
 
     def network_in(self, region: str) -> dict[str, str]:
         """Returns `network` and `subnetwork` of a machine's interface, as paths, if the target names them."""
@@ -117,22 +105,22 @@ class GoogleNotFoundError(MissingInputError):
     """Google answered 404."""
 
 
-_Refusal = tuple[type[JobError], str, str]
-"""The meaning of an answer: the error, the problem and the remedy."""
-_AWAY: _Refusal = (BucketAwayError, "Google's API is away or too busy", "check the network, or try again later")
-_STATUSES: dict[int, _Refusal] = {
-    401: (NoPermissionError, "Google does not accept the credentials", LOGIN),
-    403: (NoPermissionError, "no permission", "have an owner of the project grant a role that has it"),
-    404: (GoogleNotFoundError, "not found", "check its name, and project and place in the target"),
-    408: _AWAY,
-    429: _AWAY,
+_REFUSALS = {
+    400: (BadRequestError, "Google refused it: change what it names"),
+    401: (NoPermissionError, f"Google does not accept the credentials: {LOGIN}"),
+    403: (NoPermissionError, "no permission: have an owner of the project grant a role that has it"),
+    404: (GoogleNotFoundError, "not found: check its name, and project and place in the target"),
 }
-_OTHER_STATUS: _Refusal = (BadRequestError, "Google refused it", "change what it names")
-_STOCK = (NoCapacityError, "such machines are out of stock", "try another zone or region, later, or --on-demand")
-_QUOTA = (BadRequestError, "the project's quota does not allow it", f"request more at {QUOTA_PAGE}; spot has its own")
-_SHORTAGES: dict[str, _Refusal] = {
-    "(?i)RESOURCE_POOL_EXHAUSTED|does not have enough resources|STOCKOUT|resource_availability": _STOCK,
-    "(?i)QUOTA_?EXCEEDED|Quota '[A-Z0-9_-]+' exceeded": _QUOTA,
+"""By status; another one below 500 is as 400."""
+_SHORTAGES: dict[str, tuple[type[JobError], str]] = {
+    "(?i)RESOURCE_POOL_EXHAUSTED|does not have enough resources|STOCKOUT|resource_availability": (
+        NoCapacityError,
+        "such machines are out of stock: try another zone or region, later, or --on-demand",
+    ),
+    "(?i)QUOTA_?EXCEEDED|Quota '[A-Z0-9_-]+' exceeded": (
+        BadRequestError,
+        f"the project's quota does not allow it: request more at {QUOTA_PAGE}; spot has its own",
+    ),
 }
 """By the words of Compute Engine, whatever its status; Batch passes the same words on."""
 
@@ -148,21 +136,25 @@ def _authorized_session() -> Any:
         return AuthorizedSession(google.auth.default(scopes=[CLOUD_SCOPE])[0])
 
 
-def refusal(status: int | None, reason: str, what: str, project: str) -> JobError:
+def refusal(status: int | None, reason: str, what: str) -> JobError:
     """Returns the refusal of an API or an operation as an error that a person can act on; no answer has no status.
 
     `GoogleNotFoundError` for 404, `NoPermissionError` for 401 and 403, `NoCapacityError` for a machine out of stock,
     `BadRequestError` for a quota and every other refusal, and `BucketAwayError` for no answer, 408, 429 and 5xx.
     """
-    is_refused = 400 <= (status or 0) < 500 and "rateLimitExceeded" not in reason
-    by_status = _STATUSES.get(status or 0, _OTHER_STATUS) if is_refused else _AWAY
-    error, problem, remedy = shortage(reason) or by_status
-    reason = textwrap.shorten(reason, _LONGEST_REASON, placeholder=" …")
-    return error(f"{what}: {problem} ({reason}): {remedy.format(project=project)}")
+    is_away = status is None or status in (408, 429) or status >= 500 or "rateLimitExceeded" in reason
+    error: type[JobError] = BucketAwayError
+    why = "Google's API is away or too busy: check the network, or try again later"
+    if short := shortage(reason):
+        error, why = short
+    elif not is_away:
+        error, why = _REFUSALS.get(status or 0, _REFUSALS[400])
+    problem, _, remedy = why.partition(": ")
+    return error(f"{what}: {problem} ({textwrap.shorten(reason, _LONGEST_REASON, placeholder=' …')}): {remedy}")
 
 
-def shortage(text: str) -> _Refusal | None:
-    """Returns the meaning of a text about a machine that is not available; None for any other text."""
+def shortage(text: str) -> tuple[type[JobError], str] | None:
+    """Returns the error about a machine that is not available, and its text; None for any other text."""
     return next((meaning for words, meaning in _SHORTAGES.items() if re.search(words, text)), None)
 
 
@@ -251,10 +243,10 @@ class GoogleBackend(Backend):
             if answer.ok:
                 return dict(answer.json())
         except (requests.RequestException, TransportError) as error:
-            raise refusal(None, str(error), request, self.target.project) from error
+            raise refusal(None, str(error), request) from error
         except GoogleAuthError as error:
             raise NoPermissionError(f"{request}: no usable Google credentials ({error}): {LOGIN}") from error
-        raise refusal(answer.status_code, _refusal_text(answer), request, self.target.project)
+        raise refusal(answer.status_code, _refusal_text(answer), request)
 
     def elsewhere(self) -> Self | None:
         """See `Backend.elsewhere`."""
@@ -321,15 +313,12 @@ class GoogleBackend(Backend):
         raise BucketAwayError(f"{what}: not ready after {CHANGE_SECONDS:.0f} s: look later")
 
     def checks(self, bucket: str) -> Iterator[Check]:
-        """See `Backend.checks`: the API, the machine type, the account, the image."""
+        """See `Backend.checks`: the API, the machine type, the account."""
         target = self.target
         self.is_hurried = True
         yield (engine := Check.of(self.engine, self._look_at_engine))
-        if not engine.passed:
-            return
-        if target.service_account:
+        if engine.passed and target.service_account:
             yield Check.unless_hidden("service account", self._look_for_account)
-        yield Check.of_image(target.image)
 
     def _look_at_engine(self) -> str:
         machine_for(self.target.machine_type, self.target.gpu_type, self.target.gpus)

@@ -1,31 +1,47 @@
-"""Jobs on a Kubernetes cluster: `kubernetes_manifests` renders them, and the official client sends them.
+"""Jobs on a Kubernetes cluster: `kubernetes_objects` renders them, and the official client sends them.
 
-`observed` tells from the objects about a job whether it lives, in the cluster's own words.
+Jobs go through the client's CustomObjectsApi, which sends a manifest unchanged and answers with JSON, in every version
+of the client; its typed models would drop unknown fields. The kubeconfig is read as kubectl reads it.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
+from functools import cached_property
 from itertools import dropwhile
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from job.exits import (
+    BadConfigError,
     BadRequestError,
     BucketAwayError,
-    Exit,
+    JobError,
     MissingInputError,
     NoPermissionError,
-    Restart,
     State,
-    restart_after,
 )
-from job.jobs.backends import kubernetes_api
-from job.jobs.backends.base import Backend, Cause, Check, JobStatus, JsonObject, Target, failed_slices, joined
-from job.jobs.backends.kubernetes_manifests import CONTAINER, INDEX_ANNOTATION, QUEUE_LABEL, KubernetesTarget, manifest
-from job.jobs.spec import LABEL_PREFIX, RETRIES, JobSpec
+from job.jobs.backends import Backend, Cause, Check, JobStatus, JsonObject
+from job.jobs.backends.kubernetes_objects import (
+    CONTAINER,
+    SIZE,
+    has_ended,
+    index_of,
+    is_being_deleted,
+    is_over,
+    is_suspended,
+    manifest,
+    observed,
+)
+from job.jobs.machines import Hourly, gpus_of, listed_price
+from job.jobs.spec import LABEL_PREFIX, JobSpec
+from job.jobs.targets import LabelValue, Name, Target, Terms
 
 GONE_MARGIN_SECONDS = 45.0
 """The time that a deleted job may take to go, beyond the grace period of its pods."""
@@ -40,14 +56,281 @@ _RELEASE = "https://github.com/kubernetes-sigs/{}/releases/latest/download/manif
 _INSTALL = f"kubectl apply --server-side -f {_RELEASE}"
 _VERBS = ("create", "get", "list", "delete")
 _CHECKED_RIGHTS = (*((verb, "batch", "jobs") for verb in _VERBS), ("list", "", "pods"), ("get", "", "pods", "log"))
-NO_IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
-"""The reasons of a container that waits until a person corrects its image or the right to pull it."""
-_OUT_OF_TIME, _QUEUE_HOURS_OVER = "DeadlineExceeded", "maximum execution time"
-"""The words of a Job, and of Kueue, about hours that are over."""
-_HOURS_OVER = "its --max-hours are over, including the wait for a node; the same command goes on"
-_STUCK_AFTER = timedelta(seconds=30)
-"""The time after its grace period in which a node that lives removes a pod that was deleted."""
-_Found = list[tuple[kubernetes_api.Kind, JsonObject]]
+API_RETRIES, API_RETRY_SECONDS = 5, 0.5
+"""The number of retries, and the first pause between two; each is twice the one before."""
+API_CONNECT_SECONDS, API_READ_SECONDS = 5.0, 30.0
+DOCTOR_TIMEOUT_SECONDS = 3.0
+"""The limit of a request for which a person waits."""
+_BUSY_STATUSES = (408, 429, 500, 502, 503, 504)
+_NEEDED_RIGHTS = "get, list, create and delete of jobs (--nodes: jobsets), get and list of pods, pods/log and events"
+_KUBECONFIG_HINT = "`gcloud container clusters get-credentials` writes one, and `context:` of the target is one of its"
+
+
+Kind = tuple[str, str, str]
+"""Group, version and plural of a resource of the API."""
+KINDS: dict[str, Kind] = {"Job": ("batch", "v1", "jobs"), "JobSet": ("jobset.x-k8s.io", "v1alpha2", "jobsets")}
+LOCAL_QUEUES, WORKLOADS = (
+    [("kueue.x-k8s.io", beta, plural) for beta in ("v1beta2", "v1beta1")] for plural in ("localqueues", "workloads")
+)
+_OPTIONAL = [KINDS["JobSet"], *WORKLOADS]
+"""The kinds that credentials for plain Jobs need not read."""
+JOB_UID_LABEL = "kueue.x-k8s.io/job-uid"
+"""On the Workload that Kueue makes of a Job or a JobSet, which has the state of the queue."""
+
+
+class NoSuchObjectError(MissingInputError):
+    """404: the object, its namespace, or its kind is missing."""
+
+
+class ObjectConflictError(BadRequestError):
+    """409: an object of this name exists, or it is another one than was meant."""
+
+
+_Size = Annotated[str, Field(pattern=SIZE)]
+"""As Kubernetes writes it, such as `50Gi` or `1.5T`."""
+_Queue = Annotated[str, Field(pattern=r"^([a-z0-9](-*[a-z0-9])*(\.[a-z0-9](-*[a-z0-9])*)*)?$", max_length=63)]
+
+
+class KubernetesTarget(Target):
+    """A Kubernetes cluster, as the current kubeconfig or `context` names it."""
+
+    has_groups = True
+    backend: Literal["kubernetes"]
+    context: str = ""
+    namespace: Name = "default"
+    service_account: Name = "default"
+    queue: _Queue = ""
+    """Kueue's local queue; empty for none."""
+    cluster: Literal["gke", "plain"] = "gke"
+    """`gke` selects nodes and tolerates taints as GKE labels and taints them; `plain` does neither."""
+    node_selector: dict[str, LabelValue] | None = None
+    """Replaces what `cluster` and the GPU type give."""
+    tolerations: list[dict[str, str | int]] | None = None
+    """Replace what `cluster` and `spot` give; the cluster refuses fields that it does not know."""
+    grace_seconds: int = Field(15, ge=5, le=600)
+    """From the notice to the end: 15 on GKE spot nodes unless the node pool gives more."""
+    machine_type: LabelValue = ""
+    """The type of the nodes with GPUs, if Compute Engine makes them: a job requests its GPUs' share of such a node."""
+    region: LabelValue = ""
+    """The region of those nodes, which decides about their price alone."""
+    cpus: str = Field("", pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)?$")
+    """Empty: its share, or 4 for each GPU if `machine_type` is not set or the GPUs are others."""
+    memory: _Size = ""
+    """Empty: its share, or 16Gi for each GPU."""
+    scratch: _Size = "50Gi"
+    """The local disk for the cache of images."""
+    shared_memory: _Size = ""
+    """Part of `memory`; empty: 2Gi for each GPU."""
+
+    @property
+    def notice_seconds(self) -> float:
+        """See `Target.notice_seconds`."""
+        return self.grace_seconds
+
+    @property
+    def selects_machines(self) -> bool:
+        """Returns whether the GPU type and `spot` decide about the node, and not the target's own selector."""
+        return self.cluster == "gke" and self.node_selector is None
+
+    def terms(self, spec: JobSpec) -> Terms:
+        """See `Target.terms`: a queue stops a group for good, while Kubernetes counts from each of its starts."""
+        place = (*[f"context {self.context}"] * bool(self.context), f"namespace {self.namespace}")
+        is_group = spec.nodes > 1 and not self.queue
+        start = "from each start of the group" if is_group else "for all attempts together"
+        end = "its queue stops it for good" if self.queue else "Kubernetes ends it"
+        more = "; preemptions start it without bound" * is_group
+        limit = f"{start}, waiting for nodes and pauses included, then {end}{more}"
+        kind = "" if self.selects_machines else "spot or on demand, as the target's nodes are"
+        return Terms("node", place, limit, None if is_group else 1, kind)
+
+    def list_price(self, spec: JobSpec) -> Hourly | None:
+        """See `Target.list_price`: a job pays for its GPUs' share of a node; the type of other nodes is unknown."""
+        found = gpus_of(self.machine_type)
+        if found is None or not spec.gpus:
+            return None
+        share = min(1.0, spec.gpus / found[0])
+        part = f"{spec.gpus} of the {found[0]} GPUs of " if share < 1 else ""
+        return listed_price(self.machine_type, [self.region], share, part)
+
+
+class ClusterApi:
+    """The API of a target's cluster; the kubeconfig is read with the first request.
+
+    All methods raise `BucketAwayError` when the API does not answer, `NoPermissionError`, and `BadRequestError` for
+    other refusals.
+    """
+
+    is_hurried = False
+    """Whether each request is tried once, and briefly, because a person waits."""
+
+    def __init__(self, target: KubernetesTarget) -> None:
+        self.namespace, self._context = target.namespace, target.context
+
+    @property
+    def host(self) -> str:
+        """Returns its address."""
+        return str(self._client.configuration.host)
+
+    def create(self, kind: Kind, manifest: JsonObject) -> None:
+        """Creates an object; the server refuses unknown fields."""
+        self._objects("create", kind, manifest, field_validation="Strict")
+
+    def get(self, kind: Kind, name: str) -> JsonObject | None:
+        """Returns an object; None if it or its kind is missing, or if it is optional and may not be read."""
+        with suppress(*_missing(kind)):
+            return self._objects("get", kind, name)
+        return None
+
+    def knows(self, kind: Kind) -> bool:
+        """Returns whether the cluster has objects of this kind, by its discovery, which all credentials may read."""
+        with suppress(NoSuchObjectError):
+            # A list of what is not installed is forbidden, not missing.
+            return bool(self._ask("CustomObjectsApi", "get_api_resources", *kind[:2]))
+        return False
+
+    def all_with(self, kind: Kind, selector: str) -> list[JsonObject]:
+        """Returns the objects with these labels; none of a missing kind, or of an optional one that may not be read."""
+        with suppress(*_missing(kind)):
+            return list(self._objects("list", kind, label_selector=selector)["items"])
+        return []
+
+    def delete(self, kind: Kind, name: str, uid: str) -> None:
+        """Deletes the very object with this uid, once its pods have ended, which have their grace period."""
+        options = {"propagationPolicy": "Foreground", "preconditions": {"uid": uid}}
+        # It may be gone meanwhile, or replaced by an object of another person.
+        with suppress(NoSuchObjectError, ObjectConflictError):
+            self._objects("delete", kind, name, body=options)
+
+    def pods(self, selector: str) -> list[JsonObject]:
+        """Returns the pods with these labels, oldest first."""
+        pods = self.read("list_namespaced_pod", label_selector=selector)["items"]
+        return sorted(pods, key=lambda pod: (pod["metadata"].get("creationTimestamp", ""), pod["metadata"]["name"]))
+
+    def events(self, name: str) -> list[JsonObject]:
+        """Returns the events of controllers about an object, oldest first; none if they may not be read."""
+        with suppress(NoPermissionError):
+            found = self.read("list_namespaced_event", field_selector=f"involvedObject.name={name}")["items"]
+            return sorted(found, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")
+        return []
+
+    def read(self, call: str, *names: str, **options: Any) -> JsonObject:
+        """Returns the answer to a method of the client's CoreV1Api in the namespace, such as `list_namespaced_pod`."""
+        return self._ask("CoreV1Api", call, *names, self.namespace, **options)
+
+    def may(self, verb: str, group: str, resource: str, part: str = "") -> bool:
+        """Returns whether these credentials are allowed to do it in the namespace."""
+        about = {"verb": verb, "group": group, "resource": resource, "subresource": part, "namespace": self.namespace}
+        review = {"spec": {"resourceAttributes": about}}
+        answer = self._ask("AuthorizationV1Api", "create_self_subject_access_review", review)
+        return bool(answer.get("status", {}).get("allowed"))
+
+    def log(self, pod: str, **options: Any) -> list[str]:
+        """Returns the lines of a pod's output until now, each behind its time stamp.
+
+        Raises:
+            NoSuchObjectError: the pod is gone.
+            BadRequestError: the container has not started.
+        """
+        options |= {"container": CONTAINER, "timestamps": True}
+        text = self._content("CoreV1Api", "read_namespaced_pod_log", pod, self.namespace, **options)
+        return text.decode(errors="replace").removesuffix("\n").split("\n") if text else []
+
+    @cached_property
+    def _client(self) -> Any:
+        """The client for a context of the kubeconfig.
+
+        Raises:
+            MissingInputError: the kubeconfig is missing.
+            BadConfigError: it is not valid, or has no such context.
+        """
+        import urllib3
+        import yaml
+        from kubernetes import client, config
+
+        made, paths = client.Configuration(), os.environ.get("KUBECONFIG") or "~/.kube/config"
+        # All methods: a job whose first answer was lost is found to run already.
+        made.retries = urllib3.Retry(
+            0 if self.is_hurried else API_RETRIES,
+            backoff_factor=API_RETRY_SECONDS,
+            status_forcelist=_BUSY_STATUSES,
+            allowed_methods=None,
+            raise_on_status=False,
+        )
+        try:
+            config.load_kube_config(paths, self._context or None, made, persist_config=False)
+        except (
+            config.ConfigException,
+            yaml.YAMLError,
+            OSError,
+            AttributeError,
+            KeyError,
+            TypeError,
+            ValueError,
+        ) as error:
+            reason = " ".join(str(error).split())
+            if reason.endswith("No configuration found."):
+                raise MissingInputError(f"the kubeconfig {paths} is missing: {_KUBECONFIG_HINT}") from None
+            raise BadConfigError(f"the kubeconfig {paths} cannot be used: {reason}; {_KUBECONFIG_HINT}") from None
+        return client.ApiClient(made)
+
+    def _objects(self, verb: str, kind: Kind, *words: Any, **options: Any) -> JsonObject:
+        group, version, plural = kind
+        call, place = f"{verb}_namespaced_custom_object", (group, version, self.namespace, plural)
+        return self._ask("CustomObjectsApi", call, *place, *words, **options)
+
+    def _ask(self, api: str, call: str, *words: Any, **options: Any) -> JsonObject:
+        return dict(json.loads(self._content(api, call, *words, **options)))
+
+    def _content(self, api: str, call: str, *words: Any, **options: Any) -> bytes:
+        """Returns the answer to a method of the client."""
+        import urllib3
+        from kubernetes import client
+
+        seconds = (DOCTOR_TIMEOUT_SECONDS,) * 2 if self.is_hurried else (API_CONNECT_SECONDS, API_READ_SECONDS)
+        options |= {"_request_timeout": seconds, "_preload_content": False}
+        try:
+            return bytes(getattr(getattr(client, api)(self._client), call)(*words, **options).data)
+        except client.ApiException as error:
+            raise self._refusal(error) from None
+        except ValueError:
+            # The error's text may hold a token.
+            raise BadConfigError("the kubeconfig has an address, a proxy or a token that is not valid") from None
+        except urllib3.exceptions.HTTPError as error:
+            raise self._away(f"does not answer: {error}") from None
+
+    def _refusal(self, error: Any) -> JobError:
+        reason, where = _message_of(error), f"{self.host}, namespace {self.namespace!r}"
+        match error.status:
+            case 401:
+                return NoPermissionError(f"{where} does not take these credentials ({reason}): sign in again")
+            # A webhook refuses the object, and not the credentials.
+            case 403 if "admission webhook" not in reason:
+                return NoPermissionError(f"{where}: {reason}; jobs need {_NEEDED_RIGHTS}")
+            case 404:
+                return NoSuchObjectError(f"{where}: {reason}: `kubectl create` it, or set `namespace:` of the target")
+            case 409:
+                return ObjectConflictError(f"{where}: {reason}")
+        # Status 0 is how some versions of the client report that TLS failed.
+        if not error.status or error.status in _BUSY_STATUSES:
+            down = "the pods of this webhook's controller do not answer: ask the cluster's administrator"
+            return self._away(f"answers {error.status or 'nothing'}: {reason}", *[down] * ("calling webhook" in reason))
+        return BadRequestError(f"{where} refuses it ({error.status}): {reason}")
+
+    def _away(self, how: str, remedy: str = "check its address, and the network") -> BucketAwayError:
+        return BucketAwayError(f"the API of the cluster, {self.host}, {how}: {remedy}")
+
+
+def _missing(kind: Kind) -> tuple[type[JobError], ...]:
+    return (NoSuchObjectError, NoPermissionError) if kind in _OPTIONAL else (NoSuchObjectError,)
+
+
+def _message_of(error: Any) -> str:
+    """Returns the text of an answer in a line: the message of a Status, if it is one."""
+    body = error.body.decode(errors="replace") if isinstance(error.body, bytes) else error.body
+    text = body or error.reason
+    with suppress(ValueError, TypeError, AttributeError):
+        text = json.loads(body).get("message") or text
+    return " ".join(str(text).split())[:400]
 
 
 class KubernetesBackend(Backend):
@@ -60,7 +343,7 @@ class KubernetesBackend(Backend):
     def __init__(self, target: Target) -> None:
         """Sends no request yet."""
         super().__init__(target)
-        self._api = kubernetes_api.ClusterApi(self.target)
+        self._api = ClusterApi(self.target)
         self._where = f"in namespace {self.target.namespace!r}"
 
     def render(self, spec: JobSpec) -> list[JsonObject]:
@@ -70,7 +353,7 @@ class KubernetesBackend(Backend):
     def submit(self, spec: JobSpec) -> None:
         """See `Backend.submit`; a job of that name that is over makes room."""
         (made,) = self.render(spec)
-        kind = kubernetes_api.KINDS[made["kind"]]
+        kind = KINDS[made["kind"]]
         if spec.nodes > 1 and not self._api.knows(kind):
             raise MissingInputError(f"--nodes {spec.nodes} needs JobSets in the cluster: {_INSTALL.format('jobset')}")
         with suppress(NoPermissionError):
@@ -83,13 +366,13 @@ class KubernetesBackend(Backend):
             self._wait_until_gone(there, spec.name)
         try:
             self._api.create(kind, made)
-        except kubernetes_api.ObjectConflictError:
+        except ObjectConflictError:
             # Another person was faster, or the first answer of several was lost.
             raise self.runs_already(spec.name, self._where) from None
 
-    def find(self, name: str) -> _Found:
+    def find(self, name: str) -> list[tuple[Kind, JsonObject]]:
         """Returns the objects of this name, with their kinds."""
-        found = [(kind, self._api.get(kind, name)) for kind in kubernetes_api.KINDS.values()]
+        found = [(kind, self._api.get(kind, name)) for kind in KINDS.values()]
         return [(kind, job) for kind, job in found if job is not None]
 
     def alive(self, name: str) -> JobStatus:
@@ -102,7 +385,7 @@ class KubernetesBackend(Backend):
         pods: dict[str, list[JsonObject]] = {}
         for pod in self._api.pods(selector):
             pods.setdefault(pod["metadata"]["labels"].get("ddpm-job", ""), []).append(pod)
-        jobs = [job for kind in kubernetes_api.KINDS.values() for job in self._api.all_with(kind, selector)]
+        jobs = [job for kind in KINDS.values() for job in self._api.all_with(kind, selector)]
         return [self._observed(job, pods.get(job["metadata"]["name"], [])) for job in jobs]
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
@@ -146,7 +429,7 @@ class KubernetesBackend(Backend):
             age_seconds = time.time() - datetime.fromisoformat(last).timestamp()
             since = {"since_seconds": max(int(age_seconds), 0) + LOG_OVERLAP_SECONDS}
         # One pod has not begun, or its output is gone with its node; the others' is not.
-        with suppress(kubernetes_api.NoSuchObjectError, BadRequestError, BucketAwayError):
+        with suppress(NoSuchObjectError, BadRequestError, BucketAwayError):
             # A time may have lost the zeros at its end.
             lines = self._api.log(pod["metadata"]["name"], **since)
             return dropwhile(lambda line: line.partition(" ")[0].rstrip("Z") <= last.rstrip("Z"), lines)
@@ -162,14 +445,12 @@ class KubernetesBackend(Backend):
         return self.effect_of_cancelling(status.state)
 
     def checks(self, bucket: str) -> Iterator[Check]:
-        """See `Backend.checks`: rights, account, queue and image, or the cluster alone if it does not answer."""
+        """See `Backend.checks`: rights, account and queue, or the cluster alone if it does not answer."""
         self._api.is_hurried = True
         yield (cluster := Check.of("cluster", self._look_at_rights))
         if cluster.passed:
             yield Check.unless_hidden("service account", self._look_for_account)
             yield Check.unless_hidden("queue", self._look_for_queue)
-            yield Check.unless_hidden("JobSets", self._look_for_job_sets)
-            yield Check.of_image(self.target.image)
 
     def _look(self, name: str) -> tuple[JobStatus, list[JsonObject]]:
         """Returns the status of a job, and its pods."""
@@ -184,15 +465,15 @@ class KubernetesBackend(Backend):
         events, others = [], []
         if is_over(job):
             if job.get("kind") == "JobSet":
-                others = self._api.all_with(kubernetes_api.KINDS["Job"], f"{JOB_SET_LABEL}={name}")
+                others = self._api.all_with(KINDS["Job"], f"{JOB_SET_LABEL}={name}")
         elif not pods or is_suspended(job):
             # A quota or a missing service account keeps the controller from making pods, and only events show it.
             events = [event for event in self._api.events(name) if event["involvedObject"].get("uid") == uid]
-            of_job = f"{kubernetes_api.JOB_UID_LABEL}={uid}"
-            others = next(filter(None, (self._api.all_with(kind, of_job) for kind in kubernetes_api.WORKLOADS)), [])
+            of_job = f"{JOB_UID_LABEL}={uid}"
+            others = next(filter(None, (self._api.all_with(kind, of_job) for kind in WORKLOADS)), [])
         return observed(job, pods, events, others)
 
-    def _wait_until_gone(self, kind: kubernetes_api.Kind, name: str) -> None:
+    def _wait_until_gone(self, kind: Kind, name: str) -> None:
         until = time.monotonic() + self.target.grace_seconds + GONE_MARGIN_SECONDS
         while self._api.get(kind, name) is not None:
             if time.monotonic() > until:
@@ -204,7 +485,7 @@ class KubernetesBackend(Backend):
         """Returns that the target's queue exists: a missing one would hold a job for ever."""
         if not (queue := self.target.queue):
             return "none is set"
-        if any(self._api.get(kind, queue) for kind in kubernetes_api.LOCAL_QUEUES):
+        if any(self._api.get(kind, queue) for kind in LOCAL_QUEUES):
             return f"{queue} is there"
         raise MissingInputError(
             f"no LocalQueue {queue!r} {self._where}: create it in Kueue ({_INSTALL.format('kueue')})"
@@ -217,218 +498,11 @@ class KubernetesBackend(Backend):
                 raise NoPermissionError(f"{self._api.host}: you may not {what}: ask for the role `edit` there")
         return f"{self._api.host} lets you create, follow and delete jobs {self._where}"
 
-    def _look_for_job_sets(self) -> str:
-        """Returns whether `--nodes` works, which no other job needs."""
-        group, _, plural = kind = kubernetes_api.KINDS["JobSet"]
-        if not self._api.knows(kind):
-            return f"not installed, which --nodes needs: {_INSTALL.format('jobset')}"
-        missing = [verb for verb in _VERBS if not self._api.may(verb, group, plural)]
-        return f"you may not {', '.join(missing)} them, which --nodes needs" if missing else "--nodes works"
-
     def _look_for_account(self) -> str:
         name = self.target.service_account
         try:
             self._api.read("read_namespaced_service_account", name)
-        except kubernetes_api.NoSuchObjectError:
+        except NoSuchObjectError:
             make = f"`kubectl -n {self.target.namespace} create serviceaccount {name}`"
             raise MissingInputError(f"no service account {name!r} {self._where}: {make}") from None
         return f"{name} is there"
-
-
-def observed(
-    job: JsonObject, pods: Sequence[JsonObject], events: Sequence[JsonObject] = (), others: Sequence[JsonObject] = ()
-) -> JobStatus:
-    """Returns whether a Job or a JobSet lives.
-
-    Args:
-        job: the object, as the API returns it.
-        pods: its pods, oldest first.
-        events: about it, oldest first; needed only while it has no pods, or is suspended.
-        others: the Jobs of a JobSet that is over; the Workload of a job that a queue holds, if it may be read.
-    """
-    state, message, cause = _state_and_cause(job, pods, events, others)
-    ends = sorted((end for pod in pods if (end := _end_of(pod)) and end["exitCode"]), key=_ended_at)
-    # After a fatal end the other pods of a group are stopped, and end with 75.
-    decisive = max(reversed(ends), key=_restart_of, default=None) if state is State.FAILED else [None, *ends][-1]
-    if state not in (State.FINISHED, State.CANCELLED):
-        failed = failed_slices(filter(None, [job.get("status", {}).get("failedIndexes")]))
-        message = joined(failed, *_last_words(decisive, state is State.FAILED and cause is None), message)
-    placed = [pod for pod in pods if _node_of(pod) and not has_ended(pod)]
-    running = [pod for pod in placed if is_running(pod)]
-    code = int(Exit.FINISHED) if state is State.FINISHED else int(decisive["exitCode"]) if decisive else None
-    spec = {**job.get("spec", {}), **job.get("spec", {}).get("failurePolicy", {})}
-    limit = spec.get("maxRestarts", spec.get("backoffLimitPerIndex", spec.get("backoffLimit", RETRIES)))
-    gave_up = state is State.FAILED and cause is None and restart_after(code) is Restart.BOUNDED
-    return JobStatus(
-        name=job["metadata"]["name"],
-        state=state,
-        message=message,
-        exit_code=code,
-        failures=limit + 1 if gave_up else _counted(job, pods),
-        created=job["metadata"].get("creationTimestamp", ""),
-        place=_node_of(running[-1]) if running else "",
-        cause=cause,
-        has_machine=state is State.WAITING and bool(placed),
-    )
-
-
-def is_over(job: JsonObject) -> bool:
-    """Returns whether it has ended for good."""
-    return bool(_condition(job, "Complete", "Completed", "Failed"))
-
-
-def is_suspended(job: JsonObject) -> bool:
-    """Returns whether it waits until a queue or a person lets it begin or go on."""
-    return bool(_condition(job, "Suspended") or job["spec"].get("suspend"))
-
-
-def is_being_deleted(job: JsonObject) -> bool:
-    """Returns whether it only waits for its pods to end."""
-    return bool(job["metadata"].get("deletionTimestamp"))
-
-
-def is_running(pod: JsonObject) -> bool:
-    """Returns whether the program runs in it."""
-    return _container_state(pod, "running") is not None
-
-
-def has_ended(pod: JsonObject) -> bool:
-    """Returns whether its output is complete."""
-    return _end_of(pod) is not None or pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
-
-
-def index_of(pod: JsonObject) -> int:
-    """Returns the number of the node or the slice that a pod is."""
-    return int(pod["metadata"].get("annotations", {}).get(INDEX_ANNOTATION) or 0)
-
-
-def _state_and_cause(
-    job: JsonObject, pods: Sequence[JsonObject], events: Sequence[JsonObject], others: Sequence[JsonObject]
-) -> tuple[State, str, Cause | None]:
-    """Returns state, message and cause."""
-    living = [pod for pod in pods if not has_ended(pod)]
-    stuck = next(filter(None, map(_dead_node, living)), "")
-    if is_being_deleted(job):
-        return State.CANCELLED, stuck or "is being deleted: its pods may save first", Cause.STUCK if stuck else None
-    if _condition(job, "Complete", "Completed"):
-        return State.FINISHED, "", None
-    if failed := _condition(job, "Failed"):
-        # A JobSet shows only that one of its Jobs failed.
-        if any(_condition(one, "Failed").get("reason") == _OUT_OF_TIME for one in (job, *others)):
-            return State.FAILED, f"{_OUT_OF_TIME}: {_HOURS_OVER}", Cause.OUT_OF_TIME
-        return State.FAILED, ": ".join(filter(None, (failed.get("reason"), failed.get("message")))), None
-    if is_suspended(job):
-        return _why_suspended(job, next(iter(others), {}))
-    # Slices do not wait for each other.
-    others = [pod for pod in living if not _dead_node(pod)] if job["spec"].get("completions", 1) > 1 else []
-    if stuck and not any(map(is_running, others)):
-        return State.WAITING, stuck, Cause.STUCK
-    if any(map(is_running, living)):
-        waiting = [pod for pod in living if not is_running(pod)]
-        # One pod of several that waits holds all of them up.
-        some = f"{len(living) - len(waiting)} of {len(living)} pods run" * bool(waiting)
-        return State.RUNNING, joined(stuck, some, *map(_why_waiting, waiting[:1])), None
-    if living:
-        without_image = [pod for pod in living if _waiting_reason(pod) in NO_IMAGE_REASONS]
-        why = _why_waiting((without_image or living[-1:])[0])
-        return State.WAITING, why, Cause.NO_IMAGE if without_image else None
-    if pods:
-        lost = "" if _end_of(pods[-1]) else pods[-1].get("status", {}).get("reason") or "its node is gone"
-        return State.WAITING, joined("the next attempt follows", lost), None
-    warnings = [f"{event.get('reason')}: {event.get('message')}" for event in events if event.get("type") == "Warning"]
-    return State.WAITING, warnings[-1] if warnings else "waits for a pod", None
-
-
-def _why_suspended(job: JsonObject, workload: JsonObject) -> tuple[State, str, Cause | None]:
-    """Returns state, message and cause of a job that a queue or a person holds."""
-    queue = job["metadata"].get("labels", {}).get(QUEUE_LABEL)
-    is_deactivated = workload.get("spec", {}).get("active") is False
-    eviction = _condition(workload, "Evicted")
-    evicted = str(eviction.get("message") or "")
-    if is_deactivated and _QUEUE_HOURS_OVER in evicted:
-        return State.FAILED, _HOURS_OVER, Cause.OUT_OF_TIME
-    if is_deactivated:
-        why = f"its queue {queue!r} lets it run no more: {evicted or 'a person deactivated it'}"
-        return State.CANCELLED, f"{why}; the same command submits it again", None
-    pending = _condition(workload, "QuotaReserved", status="False")
-    reason = ": ".join(filter(None, (pending.get("reason"), pending.get("message"))))
-    reason = reason or _condition(job, "Suspended").get("message", "")
-    why = f"waits in the queue {queue!r}" if queue else "is suspended"
-    if eviction.get("reason") == "Preempted":
-        why = f"was preempted ({evicted}), and {why} again"
-    return State.WAITING, f"{why}: {reason}" if reason else why, None
-
-
-def _dead_node(pod: JsonObject) -> str:
-    """Returns what to do about a pod that was deleted and does not go; empty if it may still end, or was not.
-
-    A Job replaces pods that failed (`podReplacementPolicy`), as PodGC reports those of a node that is gone. A pod whose
-    deletion is forced does not fail.
-    """
-    gone_at, node = pod["metadata"].get("deletionTimestamp"), _node_of(pod)
-    if not gone_at or datetime.fromisoformat(gone_at) + _STUCK_AFTER > datetime.now(UTC):
-        return ""
-    late = f"pod {pod['metadata']['name']} should have ended by {gone_at}, and no other follows before"
-    return f"node {node} does not answer: {late}; if the machine is dead, `kubectl delete node {node}`"
-
-
-def _condition(thing: JsonObject, *types: str, status: str = "True") -> JsonObject:
-    """Returns the condition of one of these types that has this status; empty if it is missing."""
-    conditions = thing.get("status", {}).get("conditions") or []
-    return next((one for one in conditions if one.get("type") in types and one.get("status") == status), {})
-
-
-def _container_state(pod: JsonObject, kind: str) -> Any:
-    """Returns the state `waiting`, `running` or `terminated` of the program in a pod; None if it has another one."""
-    containers = pod.get("status", {}).get("containerStatuses") or []
-    return next((one.get("state") or {} for one in containers if one.get("name") == CONTAINER), {}).get(kind)
-
-
-def _waiting_reason(pod: JsonObject) -> str:
-    return str((_container_state(pod, "waiting") or {}).get("reason", ""))
-
-
-def _end_of(pod: JsonObject) -> Any:
-    """Returns the end of the program (`exitCode`, `reason`, `message`, `finishedAt`); None before it."""
-    return _container_state(pod, "terminated")
-
-
-def _node_of(pod: JsonObject) -> str:
-    return str(pod["spec"].get("nodeName", ""))
-
-
-def _counted(job: JsonObject, pods: Sequence[JsonObject]) -> int:
-    """Returns the number of a job's failures that count: the restarts of a group, or those of the worst slice."""
-    ends = [(index_of(pod), _end_of(pod)) for pod in pods]
-    counted = [index for index, end in ends if end and _restart_of(end) is Restart.BOUNDED]
-    restarts = int(job.get("status", {}).get("restartsCountTowardsMax") or 0)
-    return max([restarts, *map(counted.count, counted)])
-
-
-def _ended_at(end: JsonObject) -> str:
-    return end.get("finishedAt") or ""
-
-
-def _restart_of(end: JsonObject) -> Restart:
-    return restart_after(int(end["exitCode"]))
-
-
-def _last_words(end: JsonObject | None, is_last: bool) -> list[str]:
-    """Returns the last line of the program, which the status of its pod has; of an earlier attempt a lack of memory."""
-    if end and end.get("reason") == "OOMKilled":
-        return ["OOMKilled: `memory:` of the target is too little"]
-    said = str(end.get("message") or "") if end and is_last else ""
-    return [line.strip() for line in said.splitlines() if line.strip()][-1:]
-
-
-def _why_waiting(pod: JsonObject) -> str:
-    reason, message = _waiting_reason(pod), (_container_state(pod, "waiting") or {}).get("message")
-    if reason in NO_IMAGE_REASONS:
-        image = pod["spec"]["containers"][0]["image"]
-        return f"{reason}: {message or image}; is the image {image} there, and may the cluster's nodes pull it?"
-    if reason in ("ContainerCreating", "PodInitializing"):
-        return f"{reason} on {_node_of(pod) or 'a node'}: its image is fetched"
-    if reason:
-        return f"{reason}: {message}" if message else reason
-    unscheduled = _condition(pod, "PodScheduled", status="False")
-    return f"FailedScheduling: {unscheduled.get('message', '')}" if unscheduled else "waits for a node"

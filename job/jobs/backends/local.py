@@ -22,8 +22,9 @@ from typing import Literal, NoReturn
 import psutil
 
 from job.exits import BadRequestError, MissingInputError, State
-from job.jobs.backends.base import FOLLOW_SECONDS, Backend, Check, JobStatus, JsonObject, Target, output_of
+from job.jobs.backends import FOLLOW_SECONDS, Backend, Check, JobStatus, JsonObject, output_of
 from job.jobs.spec import JobSpec
+from job.jobs.targets import Target
 from job.sealed import utc_now
 from job.store.files import folder_lock, os_errors
 
@@ -67,7 +68,7 @@ class LocalBackend(Backend):
 
     def render(self, spec: JobSpec) -> list[JsonObject]:
         """Returns the one command, and its variables."""
-        return [{"name": spec.name, "command": ["ddpm", *spec.argv], "environment": dict(spec.env)}]
+        return [{"name": spec.name, "command": ["ddpm", *spec.argv_that_ends], "environment": dict(spec.env)}]
 
     def become(self, spec: JobSpec) -> NoReturn:
         """See `Backend.become`; its record shows the job to commands in other terminals, which may cancel it."""
@@ -147,7 +148,7 @@ class LocalBackend(Backend):
 
 def _command(spec: JobSpec) -> list[str]:
     # -P: a job.py in the working folder must not stand in for the program.
-    return [sys.executable, "-P", "-m", "job", *spec.argv]
+    return [sys.executable, "-P", "-m", "job", *spec.argv_that_ends]
 
 
 def _folder() -> Path:

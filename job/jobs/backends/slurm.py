@@ -15,7 +15,7 @@ import re
 import shlex
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,19 +36,9 @@ from job.exits import (
     failures,
     state_after,
 )
-from job.jobs.backends.base import (
-    Backend,
-    Cause,
-    Check,
-    JobStatus,
-    JsonObject,
-    Target,
-    Terms,
-    Word,
-    last_line,
-    output_of,
-)
+from job.jobs.backends import Backend, Cause, Check, JobStatus, JsonObject, last_line, output_of
 from job.jobs.spec import LABEL_PREFIX, JobSpec
+from job.jobs.targets import Target, Terms, Word
 from job.processes.group import GPUS
 from job.sealed import MOMENT_FORMAT
 from job.stop import GRACE_VARIABLE
@@ -144,7 +134,7 @@ class SlurmTarget(Target):
         """See `Target.terms`."""
         place = tuple(f"{key} {getattr(self, key)}" for key in ("host", "partition") if getattr(self, key))
         limit = "for each attempt, then it saves and waits in the queue for the next"
-        return Terms("node", place, limit, None, "", "which other jobs may take if the partition allows that")
+        return Terms("node", place, limit, None, "which other jobs may take if the partition allows that")
 
 
 class _Task(NamedTuple):
@@ -200,12 +190,12 @@ class SlurmBackend(Backend):
         return ("slurm", self.target.host, self.target.folder, status.name)
 
     def logs(self, name: str, follow: bool) -> Iterator[str]:
-        """See `Backend.logs`: the output lies in the target's folder until a person deletes it."""
+        """See `Backend.logs`: files that stay until a person deletes them; `tail` names that of each slice."""
         paths = [f"{self.target.folder}/{task.output}" for task in self.known(name)]
         words = ["tail", "--lines=+1", "--verbose" if len(paths) > 1 else "--quiet", *["-F"] * follow, "--", *paths]
         lines = output_of(self._there(words), FOLLOW_POLL_SECONDS, lambda: self.alive(name).state.is_over)
         is_empty = True
-        for line in _with_indices(lines) if len(paths) > 1 else lines:
+        for line in lines:
             is_empty = False
             yield line
         if is_empty:
@@ -216,7 +206,7 @@ class SlurmBackend(Backend):
         files = ["find", self.target.folder, "-maxdepth", "1", "-name", f"{name}-[0-9]*.log"]
         first_lines = ["-exec", "grep", "-H", "-m", "1", "^ddpm-slurm: job", "{}", "+"]
         line = rf"^.*/{name}-(\d+)(?:_(\d+))?\.log:ddpm-slurm: job .* at (\S+)$"
-        found = re.findall(line, self._run([*files, *first_lines]).stdout, re.MULTILINE)
+        found = re.findall(line, self._ask(*files, *first_lines, may_fail=True), re.MULTILINE)
         gone = JobStatus(name, State.GONE, "Slurm has forgotten it")
         return [_Task(int(number), int(index or -1), replace(gone, created=began)) for number, index, began in found]
 
@@ -264,35 +254,31 @@ class SlurmBackend(Backend):
         login = shlex.join(["bash", "-c", command])
         return ["env", "ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "--", self.target.host, login]
 
-    def _ask(self, *words: str, script: str = "") -> str:
-        """Returns the output of a command, which must succeed."""
-        answer = self._run(words, script)
-        if answer.returncode:
-            raise self._refusal(answer)
-        return answer.stdout
-
-    def _run(self, words: Sequence[str], script: str = "") -> subprocess.CompletedProcess[str]:
+    def _ask(self, *words: str, script: str = "", may_fail: bool = False) -> str:
+        """Returns the output of a command, which must succeed unless it `may_fail`."""
         how: dict[str, Any] = {"text": True, "errors": "replace", "timeout": ANSWER_SECONDS, "capture_output": True}
         try:
-            return subprocess.run(self._there(words), input=script, check=False, **how)
+            answer = subprocess.run(self._there(words), input=script, check=False, **how)
         except subprocess.TimeoutExpired:
-            raise BucketAwayError(
-                f"{self.target.host or words[0]} did not answer within {ANSWER_SECONDS:g} s"
-            ) from None
+            where = self.target.host or words[0]
+            raise BucketAwayError(f"{where} did not answer within {ANSWER_SECONDS:g} s") from None
+        if answer.returncode and not may_fail:
+            raise self._refusal(answer)
+        return str(answer.stdout)
 
     def _refusal(self, answer: subprocess.CompletedProcess[str]) -> JobError:
         host, why = self.target.host, last_line(answer)
+        is_ssh = bool(host) and answer.returncode == 255
         if answer.returncode == 127:
             where = f"on {host}" if host else "here: set the login node as the target's `host:`"
             return MissingInputError(f"Slurm is not installed {where} ({why})")
-        if host and answer.returncode == 255:
-            if re.search("denied|verification", why):
-                return NoPermissionError(f"{why}: let `ssh {host}` log in without a question, as docs/slurm.md shows")
-            return BucketAwayError(f"{host} does not answer ({why})")
-        if re.search("contact slurm controller|timed? ?out|connect", why, re.IGNORECASE):
-            return BucketAwayError(f"Slurm does not answer ({why})")
-        kind = NoPermissionError if "ermission denied" in why else BadRequestError
-        return kind(f"target {self.target.name!r}: {why}")
+        if is_ssh and re.search("denied|verification", why):
+            return NoPermissionError(f"{why}: let `ssh {host}` log in without a question, as docs/slurm.md shows")
+        if is_ssh or re.search("contact slurm controller|timed? ?out|connect", why, re.IGNORECASE):
+            return BucketAwayError(f"{host if is_ssh else 'Slurm'} does not answer ({why})")
+        return (NoPermissionError if "ermission denied" in why else BadRequestError)(
+            f"target {self.target.name!r}: {why}"
+        )
 
 
 def _tasks(table: str) -> list[_Task]:
@@ -339,20 +325,6 @@ def _alive(name: str, word: str, reason: str, code: int | None) -> JobStatus:
     return JobStatus(
         name, state_after(CRASHED if code is None else code), why or reason * (not code), code, cause=cause
     )
-
-
-def _with_indices(lines: Iterable[str]) -> Iterator[str]:
-    """Puts the number of its slice before each line; `tail` prints an empty line and the name before each part."""
-    index, is_empty = "", False
-    for line in lines:
-        if header := re.fullmatch(r"==> .*_(\d+)\.log <==", line):
-            index, is_empty = header[1], False
-            continue
-        if is_empty:
-            yield f"[{index}] "
-        if line:
-            yield f"[{index}] {line}"
-        is_empty = not line
 
 
 def script_of(spec: JobSpec, target: SlurmTarget) -> str:

@@ -20,11 +20,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from job.exits import Exit, JobError, Restart, State, restart_after, state_after
-from job.jobs.backends import google
-from job.jobs.backends.base import Cause, JobStatus, JsonObject, joined
+from job.jobs.backends import Cause, JobStatus, JsonObject, google, joined
 from job.jobs.backends.container import SCRATCH
 from job.jobs.backends.google import GoogleNotFoundError
-from job.jobs.backends.machines import Machine
+from job.jobs.machines import Machine
 from job.jobs.spec import JobSpec
 from job.sealed import utc_text
 
@@ -168,7 +167,7 @@ class VmBackend(google.GoogleBackend):
             if problems := operation.get("error", {}).get("errors"):
                 reason = "; ".join(f"{problem.get('code')}: {problem.get('message')}" for problem in problems)
                 status = operation.get("httpErrorStatusCode", 400)
-                raise google.refusal(status, reason, f"machine {machine} in {zone}", self.target.project)
+                raise google.refusal(status, reason, f"machine {machine} in {zone}")
 
     def requests_for(self, spec: JobSpec, machine: Machine) -> list[JsonObject]:
         """See `GoogleBackend.requests_for`: bodies of `instances.insert`, one, or one for each slice."""

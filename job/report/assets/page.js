@@ -225,11 +225,11 @@
     const draw = chart(at("losses"), () => {
       const axis = at("axis").value;
       const lines = marked().map(({ name, color, dash, run: { loss, epoch_images: epoch } }) => {
-        const x = { epochs: loss.images.map((images) => (epoch ? images / epoch : null)), images: loss.images }[axis];
+        const x = { epochs: loss.images.map((images) => (epoch ? images / epoch : null)), images: loss.images, hours: loss.hours }[axis];
         const radius = Math.round((loss.values.length * at("smoothing").valueAsNumber) / 100);
         return line(x, smoothed(loss.values, radius), { label: name, color, dash, width: 2 });
       });
-      const unit = { epochs: "epoch", images: "images seen" }[axis];
+      const unit = { epochs: "epoch", images: "images seen", hours: "hours" }[axis];
       return { unit, logarithmic: at("log-losses").checked, lines, legend: true };
     });
     const compare = () => {

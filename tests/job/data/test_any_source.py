@@ -12,9 +12,8 @@ from pathlib import Path
 import asyncssh
 import pytest
 
-from job.data import members
-from job.data.opening import open_source
 from job.data.shards import load_index
+from job.data.source import members, open_source
 from job.data.verify import verify_dataset
 from job.exits import BadDataError, BadRequestError, BucketAwayError, Exit, MissingInputError
 from job.store import Retry, open_store, open_to_read

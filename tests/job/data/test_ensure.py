@@ -49,7 +49,7 @@ def test_ensure_compares_the_source(tmp_path):
     words = ("--labels", tmp_path / "none.csv")
     assert "SOURCE is not compared: --labels: there is nothing at" in ensured(copied, *words).stderr
     assert succeeded(ensured(photos)) == "" and index.read_bytes() == before
-    assert "is not compared, since it would be fetched" in ensured("https://host.invalid/a.zip").stderr
+    assert "; SOURCE is not compared" in ensured("https://host.invalid/a.zip").stderr
 
 
 @pytest.mark.parametrize("command", ["ensure", "pack"])

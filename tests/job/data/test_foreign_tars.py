@@ -11,11 +11,11 @@ import pytest
 import webdataset
 from PIL import Image
 
-from job.data.archives import find_tars
 from job.data.cache import open_cache
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
 from job.data.shards import DatasetIndex, load_index
+from job.data.source.archives import find_tars
 from job.data.verify import verify_dataset
 from job.exits import BadDataError, BadRequestError, Exit, JobError, StoppedError
 from job.store import Store, open_store

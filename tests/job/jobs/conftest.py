@@ -33,11 +33,11 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[GoogleServer]:
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A cluster on this machine, and the kubeconfig for it in `tmp_path`; nobody is patient."""
-    from job.jobs.backends import kubernetes, kubernetes_api
+    from job.jobs.backends import kubernetes
 
     monkeypatch.setattr(kubernetes, "GONE_POLL_SECONDS", 0.02)
-    monkeypatch.setattr(kubernetes_api, "API_RETRIES", 3)
-    monkeypatch.setattr(kubernetes_api, "API_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(kubernetes, "API_RETRIES", 3)
+    monkeypatch.setattr(kubernetes, "API_RETRY_SECONDS", 0.01)
     monkeypatch.setattr(kubernetes, "PODS_POLL_SECONDS", 0.05)
     with kubernetes_server() as running:
         path = tmp_path / "kubeconfig"

@@ -8,7 +8,7 @@ from typing import Any
 import kubernetes_validate
 import kubernetes_validate.utils
 
-from job.jobs.backends.kubernetes_manifests import KubernetesTarget
+from job.jobs.backends.kubernetes import KubernetesTarget
 from job.jobs.spec import JobSpec
 
 BUCKET = "gs://bucket"

@@ -10,12 +10,12 @@ from pathlib import Path
 import typer
 
 from job.cli import command
-from job.cli.jobs import EXAMPLES
-from job.jobs.backends.base import Backend, JobStatus, JsonObject
-from job.jobs.building import spec_of
-from job.jobs.spec import JobRequest, JobSpec, SubmitRequest
+from job.cli.app import EXAMPLES
+from job.jobs.backends import Backend, JobStatus, JsonObject
+from job.jobs.spec import JobSpec, spec_of
 from job.jobs.submit import formatted
 from job.jobs.targets import target_on
+from job.requests import JobRequest, SubmitRequest
 
 TARGETS = """
 local: {bucket: gs://of-local}

@@ -43,7 +43,7 @@ OPTIONS = {
     "evaluate": "run count checkpoints stop-after precision metrics extractor extractor-file repeats",
     "pack": "size crop licence stop-after max-bad bucket",
 }
-RESOURCES = "gpus nodes gpu-type max-hours slices config output"
+RESOURCES = "gpus nodes gpu-type max-hours slices config"
 OF_TWO_WORDS = "--name --label --pull --shm-size --mount --env --memory --network --userns --security-opt"
 OF_ONE = "--stop-timeout --read-only --tmpfs --user --cap-drop --security-opt --hostname --label --env-file --ipc"
 OF_ONE += " --ulimit --mount --volume --device"

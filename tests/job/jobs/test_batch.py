@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from job.exits import BadRequestError, MissingInputError, State
-from job.jobs.backends.base import Cause
+from job.jobs.backends import Cause
 from tests.job.jobs.google_jobs import REGIONS, backend_of, sampling, spec
 
 SHORTAGE = (

@@ -13,9 +13,8 @@ import yaml
 from ddpm.image_size import ImageSize
 from job.config import parse_yaml, read_config_file
 from job.exits import BadConfigError, BadRequestError
-from job.jobs.building import wait_seconds
-from job.jobs.spec import NAME_CHARACTERS, JobSpec, is_about, job_name
-from job.jobs.targets import load_targets
+from job.jobs.spec import NAME_CHARACTERS, JobSpec, is_about, job_name, wait_seconds
+from job.jobs.targets import backend_class, load_targets, target_on
 from job.options import options_of
 from job.processes.lease import EXPIRE_SECONDS
 from tests.job.jobs.submitting import FOR_TRAIN, KINDS, built, parsed
@@ -198,7 +197,7 @@ def test_configuration_files_become_words(targets_folder):
 
 
 def test_values_survive_as_words(tmp_path):
-    from job.jobs.building import _as_yaml
+    from job.jobs.spec import _as_yaml
 
     for value in (1, 1.0, 1e-9, 1e22, True, None, "true", "1", "", "a: b", "#", [1, [2.5, "x"]], "é\n'\""):
         again = parse_yaml(_as_yaml(value))
@@ -221,12 +220,12 @@ def test_bucket_of_a_job(targets_folder, monkeypatch):
 
 
 def test_local_jobs_end_themselves():
-    argv = built("train", FOR_TRAIN, "local", gpus=2, max_hours=1.5).argv
+    argv = built("train", FOR_TRAIN, "local", gpus=2, max_hours=1.5).argv_that_ends
     assert argv[argv.index("--processes") + 1] == "2"
     assert argv[argv.index("--stop-after") + 1] == "5400s"
     argv = built("train", [*FOR_TRAIN, "--processes", "1"], "local", gpus=2, max_hours=1.5).argv
     assert argv[argv.index("--processes") + 1] == "1"
-    assert "--stop-after" not in built("train", FOR_TRAIN, "local").argv
+    assert "--stop-after" not in built("train", FOR_TRAIN, "local").argv_that_ends
 
 
 def test_stop_after_becomes_the_limit():
@@ -238,7 +237,10 @@ def test_stop_after_becomes_the_limit():
         for given, hours, limit in (("90m", None, 1.5), ("90m", 4, 1.5), ("5h", 4, 4)):
             for on in ("local", "container", "gke", "vm", "batch"):
                 spec = built(verb, [*words, "--stop-after", given], on, max_hours=hours)
-                own = [word for option, word in pairwise(spec.argv) if option == "--stop-after"]
+                (*_, made) = backend_class(target_on(on).backend)(target_on(on)).render(spec)
+                words_sent = made.get("command", spec.argv)
+                own = [word for option, word in pairwise(words_sent) if option == "--stop-after"]
+                assert "--stop-after" not in spec.argv
                 assert spec.max_hours == limit, (verb, on, given)
                 assert own == ([f"{limit * 3600:g}s"] if on in ("local", "container") else []), (verb, on, given)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 
 import pytest
@@ -39,7 +40,7 @@ def nobody(tmp_path, monkeypatch):
 def spec(bucket="gs://photos", verb="train", argv=("train", "--dataset", "celeba"), **changes) -> JobSpec:
     words = (*argv[:1], "--bucket", bucket, *argv[1:]) if verb == "train" else argv
     given = {"name": f"{verb}-celeba", "verb": verb, "argv": words, "image": TARGET.image, "bucket": bucket}
-    return JobSpec(**{**given, "run": "celeba", "gpus": 0, "spot": False, **changes})
+    return JobSpec(**{**given, "run": "celeba", "gpus": 0, "spot": False, "max_hours": math.inf, **changes})
 
 
 def values(command: list[str], option: str) -> list[str]:

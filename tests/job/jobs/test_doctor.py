@@ -9,7 +9,7 @@ import pytest
 from job.data import pack
 from job.exits import Exit
 from job.jobs import doctor
-from job.jobs.backends.base import Check
+from job.jobs.backends import Check
 from job.store import open_store
 from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
 

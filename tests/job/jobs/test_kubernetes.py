@@ -26,8 +26,7 @@ from job.exits import (
     State,
     StoppedError,
 )
-from job.jobs.backends import kubernetes, kubernetes_api
-from job.jobs.backends.base import Cause, JobStatus
+from job.jobs.backends import Cause, JobStatus, kubernetes
 from job.jobs.backends.kubernetes import KubernetesBackend
 from job.outcome import outcome_written
 from tests.job.command_line import ddpm_here, environment, refused, succeeded
@@ -280,16 +279,10 @@ def doctor(target=TARGET):
 def test_doctor_finds_what_a_job_misses(server):
     server.add("serviceaccounts", {"metadata": {"name": "ddpm"}})
     found = doctor()
-    assert list(found) == ["cluster", "service account", "queue", "JobSets", "image"]
+    assert list(found) == ["cluster", "service account", "queue"]
     assert [name for name, check in found.items() if not check.passed] == []
-    assert found["JobSets"].message == "--nodes works"
-    server.forbidden = {("create", "jobsets"), ("delete", "jobsets")}
-    assert doctor()["JobSets"].message == "you may not create, delete them, which --nodes needs"
-    kept = server.served.pop("jobset.x-k8s.io/v1alpha2")
-    assert doctor()["JobSets"].message.startswith("not installed, which --nodes needs: kubectl apply --server-side -f ")
-    server.served["jobset.x-k8s.io/v1alpha2"] = kept
-    server.answer_next(503, times=2)
-    assert [name for name, check in doctor().items() if not check.passed] == ["service account", "JobSets"]
+    server.answer_next(503)
+    assert [name for name, check in doctor().items() if not check.passed] == ["service account"]
     server.forbidden = {("get", "serviceaccounts")}
     found = doctor()
     assert found["service account"].passed and "not looked at" in found["service account"].message
@@ -314,7 +307,7 @@ def test_doctor_names_an_unusable_cluster(server, monkeypatch, tmp_path):
     (check,) = doctor().values()
     assert (check.name, check.passed, check.exit_code) == ("cluster", False, Exit.BUCKET_AWAY)
     assert len(server.faults) == 1, "somebody waits: it is asked once"
-    monkeypatch.setattr(kubernetes_api, "DOCTOR_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(kubernetes, "DOCTOR_TIMEOUT_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         elsewhere(server, tmp_path, silent.getsockname()[1])
         (check,) = doctor().values()
@@ -494,7 +487,7 @@ def test_names_are_unique_per_namespace(gke, targets_folder):
     succeeded(ddpm_here("jobs", "cancel", NAME, "--on", "gke"))
 
 
-@pytest.mark.parametrize("options", [("-o", "yaml"), ("-o", "json", "--nodes", "2")], ids=["yaml", "json"])
+@pytest.mark.parametrize("options", [(), ("--nodes", "2")], ids=["job", "group"])
 def test_kubectl_sends_the_dry_run(gke, options):
     printed = succeeded(ddpm_here(*TRAIN, "--dry-run", *options))
     assert not gke.requests

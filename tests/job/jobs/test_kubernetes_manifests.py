@@ -11,7 +11,7 @@ from itertools import product
 import pytest
 
 from job.exits import BadRequestError, Restart, restart_after
-from job.jobs.backends.kubernetes_manifests import manifest
+from job.jobs.backends.kubernetes_objects import manifest
 from job.jobs.spec import NAME_CHARACTERS, job_name
 from job.processes.group import Group
 from job.stop import GRACE_VARIABLE as GRACE

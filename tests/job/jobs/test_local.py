@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from job.exits import BadRequestError, State
-from job.jobs.backends.base import JobStatus
+from job.jobs.backends import JobStatus
 from job.jobs.backends.local import LocalBackend
 from job.jobs.spec import JobSpec
 from job.jobs.targets import load_targets

@@ -10,7 +10,7 @@ import re
 import pytest
 
 from job.exits import BadRequestError, Restart, State
-from job.jobs.backends.base import Cause
+from job.jobs.backends import Cause
 from job.jobs.backends.slurm import SlurmBackend, SlurmTarget, _tasks, _whole
 from job.jobs.spec import JobSpec
 from tests.job.jobs.submitting import assert_kept

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from job.exits import Restart, State, state_after
-from job.jobs.backends.base import Cause, JobStatus
+from job.jobs.backends import Cause, JobStatus
 from job.outcome import Outcome
 from job.store import open_store
 

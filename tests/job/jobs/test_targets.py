@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from job.exits import BadConfigError, BadRequestError, MissingInputError, State
-from job.jobs.backends.base import JobStatus
+from job.jobs.backends import JobStatus
 from job.jobs.backends.kubernetes import KubernetesBackend
-from job.jobs.backends.kubernetes_manifests import size_bytes
+from job.jobs.backends.kubernetes_objects import size_bytes
 from job.jobs.backends.local import LocalBackend
 from job.jobs.targets import load_targets, parse_targets
 from tests.job.command_line import ddpm_here, refused

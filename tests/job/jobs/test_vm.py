@@ -9,8 +9,7 @@ import time
 import pytest
 
 from job.exits import BadRequestError, Exit, MissingInputError, Restart, State
-from job.jobs.backends import google
-from job.jobs.backends.base import Cause, NoCapacityError
+from job.jobs.backends import Cause, NoCapacityError, google
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.jobs.google_jobs import REGIONS, ZONES, backend_of, sampling, spec
 from tests.job.jobs.google_server import Refusal

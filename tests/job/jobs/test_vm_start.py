@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from job.exits import Exit, State
+from job.jobs.backends import Cause
 from job.jobs.backends import vm as module
-from job.jobs.backends.base import Cause
 from tests.job.jobs.google_jobs import backend_of, metadata_of, spec
 from tests.job.jobs.google_server import Refusal
 from tests.job.launching import eventually

@@ -9,16 +9,15 @@ from itertools import pairwise
 import pytest
 
 from job.exits import BadRequestError, BucketAwayError, Exit, JobError, NoPermissionError, State, StoppedError
-from job.jobs import watch
-from job.jobs.backends.base import Cause, JobStatus, NoCapacityError
+from job.jobs.backends import Cause, JobStatus, NoCapacityError
 from job.jobs.backends.local import LocalTarget
-from job.jobs.watch import LONGEST_PAUSE_SECONDS, WATCH_POLL_SECONDS, JobEndedError
+from job.jobs.submit import ELSEWHERE_SECONDS, LONGEST_PAUSE_SECONDS, WATCH_POLL_SECONDS, JobEndedError
 from job.outcome import Outcome
 from job.store import open_store
 from tests.job.jobs.written_engine import CANCELLED, FINISHED, GONE, RUNNING, SPEC, TAKEN, WAITING, Engine, Place
 
 DAY = 86_400.0
-PATIENCE = int(watch.ELSEWHERE_SECONDS / WATCH_POLL_SECONDS) + 2
+PATIENCE = int(ELSEWHERE_SECONDS / WATCH_POLL_SECONDS) + 2
 """Looks at a job that waits, after which it is moved."""
 MOST_FAILURES = 4
 WAITED = [(WAITING, 45.0)] * 160
@@ -301,11 +300,10 @@ def test_waiting_ends_with_the_hours():
 
 
 def test_jobs_end_themselves_in_time():
-    spec = replace(SPEC, argv=(*SPEC.argv, "--stop-after", "7200s"))
-    assert spec.lasting(0.5).argv == (*SPEC.argv, "--stop-after", "1800s")
-    assert spec.lasting(0.5).max_hours == 0.5
+    assert replace(SPEC, max_hours=0.5).argv_that_ends == (*SPEC.argv, "--stop-after", "1800s")
+    assert replace(SPEC, max_hours=math.inf).argv_that_ends == SPEC.argv
+    words = replace(SPEC, argv=("data", "pack", "--", "-a", "b")).argv_that_ends
+    assert words == ("data", "pack", "--stop-after", "7200s", "--", "-a", "b")
     # On this machine its own deadline ends it as somebody would who cancels it.
     ends = Engine([GONE, RUNNING, (RUNNING, 7200.0), CANCELLED])
-    assert stops(ends, "has used its 2 hours: the same command", spec=replace(spec, max_hours=2.0)).submitted == [
-        ("a", 2)
-    ]
+    assert stops(ends, "has used its 2 hours: the same command", spec=SPEC).submitted == [("a", 2)]

@@ -6,7 +6,7 @@ import pytest
 
 from job.exits import Exit, StoppedError
 from job.jobs.backends.kubernetes import KubernetesBackend
-from job.jobs.watch import JobEndedError, Watch
+from job.jobs.submit import JobEndedError, Watch
 from tests.job.jobs import google_jobs, kubernetes_jobs
 
 

@@ -50,7 +50,7 @@ def imported():
         os.kill(os.getpid(), signal.SIGTERM)
     except BaseException as error:
         raise RuntimeError("a module could not be made") from error
-app.main = imported
+app.app = imported
 program.main()
 """
 CAUGHT = """

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import time
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from PIL import Image
@@ -21,6 +22,8 @@ from job.config import draft
 from job.exits import Exit
 from job.plan import follow_dataset, open_run
 from job.report import PictureCache, evenly, facts_of, run_page
+from job.report.bucket_page import loss_curve
+from job.runs.outlook import AttemptSpan
 from job.store import open_store
 from job.verbs.upkeep import verify_run
 from tests.job.command_line import DDPM, ddpm_here, refused, settings, succeeded
@@ -105,6 +108,29 @@ def test_own_samples_are_on_the_page(bucket):
     page = page_of(bucket, "walk")
     assert len(shown()) == 12 and "2 more pictures in the run" in page
     assert '<li><a href="samples/epoch-0001-ddim-4-seeds-0-3.png">' in page
+
+
+def test_speeds_are_beside_their_median(bucket):
+    lengthen(bucket, "walk", epochs=3, grids=1, rows=99)
+    page = page_of(bucket, "walk")
+    (median,) = re.findall(r'<span class="faint">median ([\d.]+)</span>', page)
+    assert 400 < float(median) < 401
+    (speed,) = (chart for chart in data_of(page)["charts"] if chart["name"] == "speed")
+    assert f"; median {float(median):.4g}" in speed["summary"]
+    succeeded(ddpm_here("report", "--bucket", bucket))
+    assert f'<span class="faint">median {median}</span>' in (bucket / "report.html").read_text()
+
+
+def test_hours_of_training_leave_pauses_out():
+    """Two attempts of which the second repeats no logged row, on a machine whose clock is behind."""
+    began = datetime(2026, 1, 1, tzinfo=UTC)
+    seconds = began.timestamp()
+    spans = [AttemptSpan(None, began + timedelta(hours=hours), began, "", None) for hours in (0, 5)]
+    at = {10: 1.0, 20: 2.0, 30: 5.5, 40: 5.25, 50: 6.25}
+    rows = [{"images_seen": seen, "loss": 1 / seen, "time": seconds + 3600 * hours} for seen, hours in at.items()]
+    curve = loss_curve([*rows, {"images_seen": 60, "val_loss": 1.0}], spans)
+    assert curve == {"images": [*at], "hours": [1.0, 2.0, 2.5, 2.5, 3.5], "values": [0.1, 0.05, 0.033333, 0.025, 0.02]}
+    assert loss_curve([], spans) == {"images": [], "hours": [], "values": []}
 
 
 @pytest.mark.slow
@@ -301,7 +327,6 @@ def test_page_shows_the_preview_of_the_dataset(bucket):
     assert colours() > 1000
     Image.new("RGB", (40, 40), "red").save(preview)
     assert colours() < 10
-    # The page needs none.
+    # A dataset may be older than previews.
     preview.unlink()
-    succeeded(ddpm_here("report", "walk", "--bucket", bucket))
-    assert "Images of the dataset" not in (bucket / "runs/walk/report.html").read_text()
+    assert colours() > 1000 and not preview.exists()

@@ -11,6 +11,7 @@ from job.requests import SampleRequest
 from job.runs.checkpoints import LATEST_KEY, list_checkpoints, load_manifest, newest_good
 from job.runs.layout import CheckpointRef
 from job.runs.metric_rows import History, read_rows
+from job.runs.records import load_config
 from job.sampling.sampling_plan import plan_sampling
 from job.sealed import NamedObject
 from job.store import open_store
@@ -102,7 +103,7 @@ def test_a_foreign_checkpoint_is_trained_again(copy, store, contents, tmp_path):
 def test_lost_metrics_change_no_weights(copy, store, tmp_path):
     undisturbed, newest = store.sub("runs/undisturbed"), max(list_checkpoints(copy))
     manifest = load_manifest(copy, newest)
-    rows, history = read_rows(copy, manifest.metrics), History(copy, (), pytest.fail)
+    rows, history = read_rows(copy, manifest.metrics), History(copy, (), load_config(copy), pytest.fail)
     for number, part in enumerate((rows[:1], rows[1:2], rows[2:3], rows[3:]), 1):
         # As after stops, which leave no time to join them.
         history.add(part, CheckpointRef(1, number), is_hurried=True)

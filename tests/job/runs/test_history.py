@@ -82,12 +82,18 @@ def save(writer: CheckpointWriter, numbers: range) -> None:
         writer.wait()
 
 
+def shown(run: Store, ref: CheckpointRef) -> list[tuple[int, str, float]]:
+    """What TensorBoard shows of a checkpoint's metrics."""
+    metrics = load_manifest(run, ref).metrics
+    events = [named for named in metrics if located(named.key).kind is ObjectKind.EVENTS]
+    return scalars(b"".join(named.read(run) for named in events))
+
+
 def numbers_of(run: Store, ref: CheckpointRef) -> list[int]:
     """The batches of which a checkpoint has rows, which are the same in its events."""
     metrics = load_manifest(run, ref).metrics
     rows = [row["images_seen"] // BATCH_IMAGES for row in read_rows(run, metrics)]
-    of_events = [named for named in metrics if located(named.key).kind is ObjectKind.EVENTS]
-    assert [step // BATCH_IMAGES for one in of_events for step, _, _ in scalars(one.read(run))] == rows
+    assert [step // BATCH_IMAGES for step, _, _ in shown(run, ref)] == rows
     return rows
 
 
@@ -134,3 +140,19 @@ def test_many_saves_leave_few_objects_and_every_row(saves: int) -> None:
         assert numbers_of(run, ref) == [*range(1, ref.images_seen // BATCH_IMAGES + 1)]
     named = {key for ref in list_checkpoints(run) for key in load_manifest(run, ref).objects}
     assert {key for key in run.objects if key.startswith(("metrics/", "tensorboard/"))} <= named
+
+
+@pytest.mark.parametrize("is_hurried", [False, True], ids=["one segment", "two segments"])
+def test_a_later_value_of_a_moment_hides_no_earlier_one(is_hurried: bool) -> None:
+    run, notice, before = Memory(), Stop(), None
+    for fence, name in enumerate(("loss", "val_loss"), 1):
+        writer = writer_from(run, before, fence, notice)
+        writer.rows.append({"images_seen": BATCH_IMAGES, name: 0.5, "time": 1.0})
+        if is_hurried and before:
+            notice.request("a notice")
+        writer.save(BATCH_IMAGES, [])
+        writer.close(wait=True)
+        before = load_manifest(run, max(list_checkpoints(run)))
+    assert before is not None
+    assert len(before.segments) == 1 + is_hurried
+    assert shown(run, before.ref) == [(BATCH_IMAGES, "loss", 0.5), (BATCH_IMAGES, "val_loss", 0.5)]

@@ -6,13 +6,13 @@ import re
 import shutil
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from job.exits import BadDataError, BucketAwayError, LostRunError
 from job.runs.checkpoints import list_checkpoints, load_manifest, opened
@@ -173,13 +173,18 @@ def test_without_known_epochs_each_save_counts():
     assert retention.retire(refs) == refs[:1]
 
 
-def scalars(data: bytes) -> Iterator[tuple[int, str, float]]:
-    """Step, name and value of each in a file of TensorBoard's: length, checksum, event, checksum, and so on."""
+def scalars(data: bytes) -> list[tuple[int, str, float]]:
+    """Step, name and value of each that TensorBoard shows of its file: length, checksum, event, checksum, and so on."""
+    shown = list[tuple[int, str, float]]()
     while data:
         (size,) = struct.unpack_from("<Q", data)
         event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
-        told = event.summary.value
-        yield from ((event.step, value.tag, value.simple_value) for value in told)
+        if event.session_log.status == SessionLog.START:
+            # It forgets what an attempt before has logged from here on (EventAccumulator, purge_orphaned_data).
+            shown = [one for one in shown if one[0] < event.step]
+        told = (value for value in event.summary.value if not value.tag.startswith("_hparams_"))
+        shown += ((event.step, value.tag, value.simple_value) for value in told)
+    return shown
 
 
 @pytest.mark.parametrize("changes", [{"checkpoint__keep_epochs": (1,)}, {"ema__stds": 0.1, "ema__snapshot_epochs": 1}])
@@ -266,7 +271,7 @@ def test_a_lost_run_gets_no_writes(run, queue):
 def test_a_short_grace_shortens_the_cadence(tiles, tmp_path):
     bucket = shutil.copytree(tiles, tmp_path / "bucket")
     # A minute is the interval that follows; a test has less time.
-    patched = {"job__runs__cadence": "LONGEST_WITHOUT_NOTICE_SECONDS = 0.12", "job__runs__retention": "LAST_SAVES = 99"}
+    patched = {"job__runs__outlook": "LONGEST_WITHOUT_NOTICE_SECONDS = 0.12", "job__runs__retention": "LAST_SAVES = 99"}
     hooks = hooked(tmp_path / "hooks", **patched)
     keep = {"checkpoint.every_minutes": 7, "checkpoint.every_epochs": 999}
     keep |= {"checkpoint.keep_last": 99, "checkpoint.keep_every_epochs": 0}

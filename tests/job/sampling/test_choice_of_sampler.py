@@ -73,13 +73,14 @@ def test_a_grid_is_found_once(bucket):
     sampled(bucket, *words, "--checkpoints", "1,3")
     assert files_of(run, "grids") == found
     assert files_of(run, "samples")["epoch-0003-ddim-4-grid-found-seeds-0-3.png"] == picture
-    succeeded(ddpm_here("sample", "--run", "walk", "--bucket", bucket, *words, "--sampler", "unipc", "--count", 4))
+    more = ("sample", "--run", "walk", "--bucket", bucket, *words, "--sampler", "unipc", "--count", 4)
+    succeeded(ddpm_here(*more))
+    assert "complete already" in succeeded(ddpm_here(*more))
     assert verify_run(open_store(str(bucket)), "walk").problems == []
     # Images of one set all visit the same points.
     (run / "grids/found-4.json").write_bytes(
         FoundGrid.from_json(found["found-4.json"], "").model_copy(update={"numbers": (49, 30, 20, 10)}).to_json()
     )
-    more = ("sample", "--run", "walk", "--bucket", bucket, *words, "--sampler", "unipc", "--count", 4)
     assert "another sample set (found" in refused(ddpm_here(*more), 64)
 
 

@@ -259,7 +259,7 @@ def test_impossible_samplings_are_refused(bucket, tmp_path):
     Image.new("L", (8, 8), 255).save(tmp_path / "white.png")
     inpaint = ("--mode", "inpaint", "--image", "3")
     refusals: tuple[tuple[str, int, str, tuple[object, ...]], ...] = (
-        ("walk", 78, "label_dropout=0.1 when the run begins", ("--guidance", 2)),
+        ("walk", 78, "began with model.label_dropout=0.1", ("--guidance", 2)),
         ("walk", 78, "diffusion.variance", ("--sampler", "ddpm", "--variance", "learned_range")),
         ("walk", 78, "is of order 3, above sample.steps=2", ("--sampler", "unipc", "--steps", 2)),
         ("walk", 64, "--order is an option of unipc, ipndm, deis", ("--sampler", "dpmpp_2m", "--order", 2)),

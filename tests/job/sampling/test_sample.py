@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from ddpm import figures
-from job.config import SampleConfig
+from job.config.schema import SampleConfig
 from job.data.shards import Shards, load_index
 from job.exits import NotANumberError, StoppedError
 from job.requests import SampleRequest

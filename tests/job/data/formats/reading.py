@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from job.data.members import Source
-from job.data.opening import open_source
+from job.data.source import open_source
+from job.data.source.members import Source
 from job.exits import Exit, JobError
 from tests.job.packing import entries_of
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import resource
-import zipfile
 from itertools import islice
 from pathlib import Path
 
@@ -13,8 +12,8 @@ import pytest
 from fsspec.config import conf
 
 import job
-from job.data import members
 from job.data.images import are_grey
+from job.data.source import members
 from job.exits import Exit
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.data.formats.reading import labels_of, line_of, opened, pixels_of
@@ -105,8 +104,6 @@ def test_samples_and_batches_are_read_as_by_numpy(tmp_path: Path) -> None:
     images = np.concatenate([batch["data"].reshape(-1, 3, 8, 8).transpose(0, 2, 3, 1) for batch in loaded])
     assert_read(folder, images, np.concatenate([batch["labels"] for batch in loaded]))
     assert opened(folder).other_splits == ("val",)
-    (folder / "train_data_batch_1").write_bytes(b"\x80\4")
-    assert "holds pickles, which are programs: get the .npz files" in line_of(folder)
 
 
 def test_plain_arrays_of_any_layout_are_read(tmp_path: Path) -> None:
@@ -178,8 +175,6 @@ def test_other_arrays_are_refused_by_name_type_and_shape(tmp_path: Path) -> None
     tar = tar_of(tmp_path / "a.tar", [("set/a.npy", npy(colours(2)))])
     said = refused(ddpm_here("data", "pack", tar, "a", "--size", 8, "--bucket", tmp_path / "b"), Exit.BAD_DATA)
     assert "it holds files of many images: unpack it, and pack the folder" in said
-    many = saved(tmp_path / "many.npz", **{f"a{number}": np.zeros(1, np.uint8) for number in range(1001)})
-    assert "holds 1,001 arrays: stack the images into one" in line_of(many)
 
 
 def test_headers_that_lie_and_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,9 +196,6 @@ def test_headers_that_lie_and_bombs_are_refused(tmp_path: Path, monkeypatch: pyt
     assert "bomb.npz unpacks to more than 200 times its size: do not trust this archive" in line_of(bomb)
     outer = zip_of(tmp_path / "outer.zip", [("a.npz", saved(tmp_path / "a.npz", x=greys(2)).read_bytes())])
     assert "a.npz is a zip in a zip: unzip the outer one" in line_of(outer)
-    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_LZMA) as archive:
-        archive.writestr("x.npy", whole)
-    assert "save it with that" in line_of(tmp_path / "a.npz")
     damaged = bytearray(saved(tmp_path / "a.npz", x=greys(9)).read_bytes())
     damaged[600] ^= 1
     (tmp_path / "a.npz").write_bytes(damaged)

@@ -98,12 +98,11 @@ def test_both_are_read_as_by_torchvision(tmp_path: Path, kind: str) -> None:
 
 def test_coarse_labels_and_single_files_can_be_chosen(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "renamed", hundred_files())
-    assert "taking the fine labels" in opened(folder).note
     coarse = opened(folder, column="coarse")
-    assert coarse.classes == tuple(COARSE) and "fine" not in coarse.note
+    assert coarse.classes == tuple(COARSE)
     assert labels_of(coarse) == [COARSE[number] for number in batches(("train", "test"))["train"][2]]
     test = opened(folder / "test.bin")
-    assert (test.split, test.note.startswith("taking the fine")) == ("", True)
+    assert test.split == ""
     assert labels_of(test) == [FINE[number] for number in batches(("train", "test"))["test"][1]]
     said = line_of(folder, Exit.BAD_REQUEST, column="colour")
     assert "has no label 'colour', but coarse, fine: choose one with --labels :NAME" in said

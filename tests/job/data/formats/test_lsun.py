@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from job.exits import Exit
-from tests.job.command_line import ddpm_here, succeeded
+from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.data.formats.reading import line_of, opened
 from tests.job.packing import entries_of, names_of
 from tests.job.some_images import encoded, jpeg, picture, png
@@ -109,8 +109,9 @@ def test_what_is_not_lsun_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "church_outdoor_train_lmdb.zip", "w") as archive:
         archive.write(folder / "data.mdb", "church_outdoor_train_lmdb/data.mdb")
     said = line_of(tmp_path / "church_outdoor_train_lmdb.zip", Exit.BAD_REQUEST)
-    assert "holds LMDB, whose images lie in no order: copy or unzip its folder to a disk, and pack that" in said
-    assert "has no label 'x', and no others" in line_of(folder, Exit.BAD_REQUEST, column="x")
+    assert "holds LMDB: copy or unzip its folder to a disk, and pack that" in said
+    words = ("data", "pack", folder, "x", "--size", 8, "--labels", ":x", "--bucket", tmp_path / "b")
+    assert "none of its images has a label 'x'" in refused(ddpm_here(*words), Exit.BAD_REQUEST)
     said = line_of(lsun(tmp_path / "pickles", value=lambda number: pickle.dumps({"image": number})))
     assert "and is not an image file such as a JPEG: write its images into a folder, and pack that" in said
     assert "holds no images" in line_of(lsun(tmp_path / "empty", 0))

@@ -1,43 +1,41 @@
-"""Binary files of images of one size, whose labels are bytes: MNIST's idx, and CIFAR-10 and CIFAR-100.
+"""Files of published datasets with a form of their own: MNIST's idx, CIFAR-10 and CIFAR-100, and LSUN's LMDB.
 
 A file of idx has a big-endian header and a byte per pixel; the labels are in a second file (LeCun et al. 1998). CIFAR
 has the labels and 3,072 bytes of each 32×32 image, channel by channel; CIFAR-100 a coarse label and then a fine one
 (Krizhevsky 2009).
+
+LSUN has encoded images in the order of their keys, which do not name classes (Yu et al. 2015). The package lmdb maps a
+file into the memory and believes what it finds there: a damaged file would end the process. So its verifier, which
+reads the pages of the tree as bytes, checks the file first.
 """
 
 from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, starmap
+from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
-from job.data import members
-from job.data.formats.image_bytes import netpbm
-from job.data.labels import chosen_label, label_of
-from job.data.members import (
-    Files,
-    Member,
-    Opener,
-    RefusedError,
-    Source,
-    first_split,
-    is_hidden,
-    read_exactly,
-    refused,
-    unpacked,
-)
-from job.exits import BadRequestError
+from job.data.source import members
+from job.data.source.formats import START_BYTES, netpbm, suffix_of
+from job.data.source.labels import chosen_label, label_of
+from job.data.source.members import Files, Member, Opener, RefusedError, Source, read_exactly, refused, unpacked
+from job.exits import BadRequestError, how_to_install
 
 IDX_NAME = re.compile(r"(?:.*/)?[^/]*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")
+_IDX_IMAGES = re.compile(r"(?:.*/)?[^/]*images[-.]idx3-ubyte(\.gz)?")
 
 
 def idx_source(files: Files, column: str | None) -> Source | None:
     """Returns the file of images that was chosen, or the first one for training and its test set, in any folder."""
-    sets = {_stem(name): name for name in files.names if _is_of_images(name)}
+    sets = {_stem(name) for name in files.names if _IDX_IMAGES.fullmatch(name) and not members.is_hidden(name)}
     if not sets or (files.chosen and not IDX_NAME.fullmatch(files.chosen)):
         return None
     train = [stem for stem in sets if _idx_split(stem) == "train"]
@@ -53,16 +51,10 @@ def idx_source(files: Files, column: str | None) -> Source | None:
         said = f"{lacking} lies without its labels, {_labels_of(lacking)}"
         raise BadRequestError(f"{files.place}: {said}: get that file, or use --no-classes")
     found = [(_idx_split(stem), opened[stem], labels.get(_labels_of(stem))) for stem in own]
-    split, other_splits = first_split(split for split, _, _ in found)
-    others = sorted(sets.keys() - set(own))
+    others = sorted(sets.difference(own))
     note = f"leaving out {', '.join(others)}" if others and not files.chosen else ""
-    listed = partial(_idx_members, found)
-    return Source(files.place, listed, note=note, split=split, other_splits=other_splits)
-
-
-def _is_of_images(name: str) -> bool:
-    match = IDX_NAME.fullmatch(name)
-    return match is not None and "images" in match[1] and not is_hidden(name)
+    source = Source(files.place, lambda: chain.from_iterable(starmap(_idx_images, found)), note=note)
+    return source.split_by(split for split, _, _ in found)
 
 
 def _stem(name: str) -> str:
@@ -79,14 +71,8 @@ def _idx_split(stem: str) -> str:
     return "train" if "train" in name else "test" if re.search("t10k|test", name) else ""
 
 
-def _idx_members(sets: Iterable[tuple[str, Opener, Opener | None]]) -> Iterator[Member]:
-    """Yields the images of each set, in a folder for its split."""
-    for split, open_images, open_labels in sets:
-        yield from _idx_images(f"{split}/" if split else "", open_images, open_labels)
-
-
-def _idx_images(folder: str, open_images: Opener, open_labels: Opener | None) -> Iterator[Member]:
-    """Yields the images as PGM files, with their digits as labels if there are labels."""
+def _idx_images(split: str, open_images: Opener, open_labels: Opener | None) -> Iterator[Member]:
+    """Yields the images as PGM files in a folder for their split, with their digits as labels if there are labels."""
     with open_images() as raw:
         file, limit_bytes = unpacked(raw)
         magic, count, height, width = struct.unpack(">4I", read_exactly(file, 16))
@@ -95,7 +81,7 @@ def _idx_images(folder: str, open_images: Opener, open_labels: Opener | None) ->
             shape = f"header {magic:#x}, {count:,} of {height} × {width}"
             raise RefusedError(f"is not a complete MNIST image file ({shape})")
         labels = _idx_labels(open_labels, count) if open_labels else b""
-        digits = len(str(count - 1))
+        start, digits = f"{split}/" if split else "", len(str(count - 1))
         header = b"P5 %d %d 255\n" % (width, height)
 
         def read(number: int) -> bytes:
@@ -105,7 +91,7 @@ def _idx_images(folder: str, open_images: Opener, open_labels: Opener | None) ->
 
         for number in range(count):
             label = str(labels[number]) if labels else ""
-            yield Member(f"{folder}{number:0{digits}d}.pgm", partial(read, number), label=label)
+            yield Member(f"{start}{number:0{digits}d}.pgm", partial(read, number), label=label)
         file.seek(16 + count * pixels)
         if file.read(1):
             raise RefusedError(f"holds more than the {count:,} images of its header: get it again")
@@ -132,31 +118,24 @@ class _Kind:
 
     Attributes:
         archive: the one that has no pickles.
-        batch: the files of images.
-        pickle: the files that have the same images as pickles.
+        batch: the files of images, of which those without a suffix are pickles.
         labels: the number of classes of each label of a record, in order, and the file that names them.
-        note: which of the labels is taken by default.
     """
 
     archive: str
     batch: re.Pattern[str]
-    pickle: re.Pattern[str]
     labels: dict[str, tuple[int, str]]
-    note: str = ""
 
 
 _TEN = _Kind(
     "cifar-10-binary.tar.gz",
-    re.compile(r"(?:.*/)?(data_batch_\d|test_batch)\.bin"),
-    re.compile(r"(?:.*/)?(data_batch_\d|test_batch)"),
+    re.compile(r"(?:.*/)?(data_batch_\d|test_batch)(\.bin)?"),
     {"label": (10, "batches.meta.txt")},
 )
 _HUNDRED = _Kind(
     "cifar-100-binary.tar.gz",
-    re.compile(r"(?:.*/)?(train|test)\.bin"),
-    re.compile(r"(?:.*/)?(train|test|meta)"),
+    re.compile(r"(?:.*/)?(train|test)(\.bin)?"),
     {"coarse": (20, "coarse_label_names.txt"), "fine": (100, "fine_label_names.txt")},
-    "taking the fine labels of CIFAR-100; --labels :coarse takes the others",
 )
 _IS_TEN = re.compile(r"/cifar-10-batches-(bin|py)/")
 _IS_HUNDRED = re.compile(r"/cifar-100-(binary|python)/|/fine_label_names\.txt$")
@@ -166,7 +145,7 @@ def cifar_source(files: Files, column: str | None) -> Source | None:
     """Returns the images of an unpacked folder, or of the file of it that was chosen."""
     kind = _HUNDRED if any(_IS_HUNDRED.search(f"{files.where}/{name}") for name in files.names) else _TEN
     batches = files.matching(kind.batch)
-    if not batches and not files.matching(kind.pickle):
+    if not batches:
         return None
 
     def listed() -> Iterator[Member]:
@@ -188,17 +167,15 @@ def _cifar_source(
     label = chosen_label(where, tuple(kind.labels), column or "", usual=("fine",))
     with members.refusing(where):
         names = _class_names(kind, label, listed)
-    split, others = first_split(splits)
-    note, classes = kind.note if column == "" else "", names if column is not None else ()
     images = partial(_cifar_members, kind, [*kind.labels].index(label), names, listed)
-    return Source(where, images, classes=classes, note=note, split=split, other_splits=others)
+    return Source(where, images, classes=() if column is None else names).split_by(splits)
 
 
 def _class_names(kind: _Kind, label: str, listed: Callable[[], Iterator[Member]]) -> tuple[str, ...]:
     """Returns the names of the classes, or their numbers if no file has the names."""
     count, file = kind.labels[label]
     for member in listed():
-        if kind.pickle.fullmatch(member.name):
+        if (match := kind.batch.fullmatch(member.name)) and not match[2]:
             raise RefusedError(f"holds pickles, which are programs: get {kind.archive}, of the same images")
         if member.name.rpartition("/")[2] == file:
             names = tuple(map(label_of, member.read().decode("ascii", "replace").split()))
@@ -232,3 +209,85 @@ def _ppm(pixels: np.ndarray) -> bytes:
 
 def _cifar_split(batch: re.Match[str]) -> str:
     return "test" if batch[1].startswith("test") else "train"
+
+
+_LMDB = re.compile(r"(?:.*/)?(?:data\.mdb|[^/]+\.lmdb)", re.IGNORECASE)
+_LMDB_FOLDER = re.compile(r"(?:^|/)data\.mdb$", re.IGNORECASE)
+_OPEN = WeakValueDictionary[str, Any]()
+"""The files that are open: lmdb opens one no more than once in a process."""
+
+
+def lsun_source(files: Files, column: str | None) -> Source | None:
+    """Returns the images of a folder of LSUN, or of all such folders in one."""
+    names = files.matching(_LMDB)
+    if not names:
+        return None
+    if files.folder is None:
+        raise BadRequestError(f"{files.place} holds LMDB: copy or unzip its folder to a disk, and pack that")
+    try:
+        import lmdb  # noqa: F401
+    except ModuleNotFoundError:
+        raise BadRequestError(f"{files.place} is LMDB, which needs lmdb: {how_to_install('lsun')}") from None
+    folders = {_LMDB_FOLDER.sub("", name): str(files.folder / name) for name in names}
+    suffixes = dict[str, str]()
+    for name, (folder, path) in zip(names, folders.items(), strict=True):
+        with members.refusing(f"{files.where}/{name}"):
+            _verify(path)
+            suffixes[folder] = _suffix(path)
+    return Source(files.place, partial(_lsun_members, folders, suffixes)).split_by(folders)
+
+
+def _verify(path: str) -> None:
+    from lmdb.verify import VerifyError, verify
+
+    try:
+        # A reader uses no free pages: one that their list lacks is lost space, and no damage.
+        problems = [problem for problem in verify(path) if "freeDB" not in problem]
+    except VerifyError as error:
+        problems = [str(error)]
+    if problems:
+        raise RefusedError(f"is damaged, or not LMDB of a 64-bit machine ({problems[0]}): get it again")
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[Any]:
+    """Yields a transaction of a verified file; its values are valid until it ends."""
+    import lmdb
+
+    try:
+        if (environment := _OPEN.get(path)) is None:
+            environment = _OPEN[path] = lmdb.open(path, subdir=False, readonly=True, lock=False, readahead=False)
+        with environment.begin(buffers=True) as transaction:
+            yield transaction
+    except lmdb.Error as error:
+        raise RefusedError(f"cannot be read ({error}): get it again") from None
+
+
+def _suffix(path: str) -> str:
+    """Returns the suffix of the first image."""
+    with _reading(path) as transaction:
+        for key, value in transaction.cursor():
+            if suffix := suffix_of(bytes(value[:START_BYTES])):
+                return suffix
+            said = f"has a value at its first key, {_text(bytes(key))}, and is not an image file such as a JPEG"
+            raise RefusedError(f"{said}: write its images into a folder, and pack that")
+    raise RefusedError("holds no images")
+
+
+def _lsun_members(paths: Mapping[str, str], suffixes: Mapping[str, str]) -> Iterator[Member]:
+    """Yields the images below each folder in the order of their keys."""
+    for folder, path in paths.items():
+        with _reading(path) as transaction:
+            for key, value in transaction.cursor():
+                name = "/".join(filter(None, (folder, _text(bytes(key)) + suffixes[folder])))
+                yield Member(name, partial(_value, transaction, bytes(key)), size_bytes=len(value))
+
+
+def _value(transaction: Any, key: bytes) -> bytes:
+    value = transaction.get(key)
+    members.check_size(len(value))
+    return bytes(value)
+
+
+def _text(key: bytes) -> str:
+    return key.decode() if key.isascii() and key.decode().isprintable() else key.hex()

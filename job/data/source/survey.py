@@ -14,19 +14,16 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-from job.data import members
-from job.data.formats.unread import next_step
-from job.data.labels import MOST_CLASSES, Rows, join_labels, read_labels, split_labels, table_in
-from job.data.members import ALL, Member, Source, is_data_file, path_parts, split_in, split_of, stem_of
-from job.data.opening import open_source
 from job.data.pack_request import PackRequest
+from job.data.source import members, open_source
+from job.data.source.formats import next_step
+from job.data.source.labels import MOST_CLASSES, Rows, join_labels, read_labels, split_labels, table_in
+from job.data.source.members import ALL, SUFFIXES, Member, Source, is_data_file, split_in, split_of, stem_of
 from job.exits import BadDataError, BadRequestError
 from job.progress import some_of
 from job.store import Retry, Store
-
-T = TypeVar("T")
 
 _FEW_IMAGES = 100
 _NUMBER = re.compile(r"[\d_. -]+")
@@ -89,7 +86,7 @@ def chosen_source(request: PackRequest, bucket: Store, check_stop: Callable[[], 
     def names() -> Iterator[str]:
         # A bare name in a table must be that of one image of all splits.
         for image in until_stopped((replace(source, split=None) if rows else source).images(), check_stop):
-            folders[path_parts(image.name)[:-1]] += 1
+            folders[members.path_parts(image.name)[:-1]] += 1
             yield image.name
 
     if rows:
@@ -121,7 +118,7 @@ def _rows(source: Source, file: str, retry: Retry) -> Rows:
         return table_in(file, beside.read(file))
 
 
-def until_stopped(images: Iterable[T], check_stop: Callable[[], None]) -> Iterator[T]:
+def until_stopped(images: Iterable[Member], check_stop: Callable[[], None]) -> Iterator[Member]:
     """Yields the images, and calls `check_stop` at each."""
     for image in images:
         check_stop()
@@ -152,32 +149,33 @@ def survey(
         BadDataError: the source has no images, or some have a label and others have none.
         BadRequestError: classes are required and missing, or each image has a label of its own.
     """
-    digest, by_label, by_folder = hashlib.sha256(), _Repeated[str](), _Repeated[tuple[str, ...]]()
-    examples = list[str]()
+    digest, shared = hashlib.sha256(), dict[Any, Any]()
+    labels, folders, examples = list[str](), list[tuple[str, ...]](), list[str]()
     for image in images:
-        name, label = image.name, image.label
+        name, label, folder = image.name, image.label, members.path_parts(image.name)[:-1]
         digest.update(b"%d:%b%d:%b;" % (len(name.encode()), name.encode(), image.size_bytes, label.encode()))
-        by_label.add(label)
         if not label and len(examples) < 2:
             examples.append(name)
-        by_folder.add(path_parts(name)[:-1])
-        if len(by_label.numbers) > MOST_CLASSES:
-            raise BadRequestError(f"{where} has more than {MOST_CLASSES:,} different labels: use --no-classes")
-    if not by_label.values:
+        # Millions of images have few labels and folders.
+        labels.append(shared.setdefault(label, label))
+        folders.append(shared.setdefault(folder, folder))
+    if not labels:
         raise no_images(where, skipped or {})
-    found = _Found((), {})
-    if classes is not False:
+    known, found = set(labels) - {""}, _Found((), {})
+    if len(known) > MOST_CLASSES:
+        raise BadRequestError(f"{where} has more than {MOST_CLASSES:,} different labels: use --no-classes")
+    if classes is not False and known:
+        ordered = tuple(dict.fromkeys([*names, *sorted(known, key=_in_order)]))
+        found = _Found(ordered, {label: number for number, label in enumerate(ordered)}, are_labels=True)
+    elif classes is not False:
         ways = (_are_classes, _are_no_splits, bool) if classes else (_are_classes,)
-        by_name = [_class_folders(set(by_folder.numbers), accepts) for accepts in ways]
-        found = _labels(by_label, names) or next((found for found in by_name if found.names), by_name[0])
+        by_name = [_class_folders(set(folders), accepts) for accepts in ways]
+        found = next((found for found in by_name if found.names), by_name[0])
     if classes and not found.names:
-        raise BadRequestError(
-            f"{where} has no classes: no image has a label, and each would have to lie in one of at least two folders. "
-            "--labels FILE names a table of labels"
-        )
-    labels = (by_label if found.are_labels else by_folder).renumbered(found.numbers)
-    folders = by_folder.of(number for number, label in enumerate(labels) if label >= 0 or not found.names)
-    count, lacking = len(labels), labels.count(-1) if found.names else 0
+        said = "no image has a label, and each would have to lie in one of at least two folders"
+        raise BadRequestError(f"{where} has no classes: {said}. --labels FILE names a table of labels")
+    numbers = array("i", (found.numbers.get(value, -1) for value in (labels if found.are_labels else folders)))
+    count, lacking = len(numbers), numbers.count(-1) if found.names else 0
     if lacking and not drops:
         raise lacking_labels(where, lacking, count, examples)
     if found.are_labels and not names and count > _FEW_IMAGES and len(found.numbers) >= count - lacking:
@@ -188,7 +186,8 @@ def survey(
         look = " ".join(unicodedata.normalize("NFC", name).replace("\u200b", "").split())
         if (other := looks.setdefault(look, name)) != name:
             raise BadRequestError(f"{where} has two classes that look the same, {other!a} and {name!a}: rename one")
-    divided = {part for folder in folders for part in folder if split_of(part)}.difference(found.names)
+    kept = {folder for folder, number in zip(folders, numbers, strict=True) if number >= 0 or not found.names}
+    divided = {part for folder in kept for part in folder if split_of(part)}.difference(found.names)
     splits = tuple(sorted(set(map(split_of, divided))))
     notes = [*found.notes(classes, unchosen)]
     if len(splits) > 1:
@@ -204,16 +203,14 @@ def survey(
         unlabelled_images=lacking,
         notes=tuple(f"{where}: {said}" for said in notes),
         sha256=digest.hexdigest(),
-        _labels=labels,
+        _labels=numbers,
     )
 
 
 def lacking_labels(where: str, lacking: int, images: int, examples: Sequence[str]) -> BadDataError:
     """Returns the error that `lacking` of all `images` have no label, though others have one."""
-    return BadDataError(
-        f"{where}: {lacking:,} of {images:,} images have no label, such as {some_of(examples[:2])}: label them, leave "
-        "them out with --unlabelled drop, or pack all without classes, with --no-classes"
-    )
+    said = f"{where}: {lacking:,} of {images:,} images have no label, such as {some_of(examples[:2])}"
+    return BadDataError(f"{said}: label them, leave them out with --unlabelled drop, or use --no-classes")
 
 
 def _splits_of(folders: set[tuple[str, ...]]) -> set[str]:
@@ -224,30 +221,8 @@ def _splits_of(folders: set[tuple[str, ...]]) -> set[str]:
 
 def no_images(where: str, skipped: Iterable[str] = ()) -> BadDataError:
     """Returns the error that a source is empty; files with these suffixes were skipped."""
-    suffixes = f"none of its names ends in {', '.join(sorted(members.SUFFIXES))}"
+    suffixes = f"none of its names ends in {', '.join(sorted(SUFFIXES))}"
     return BadDataError(f"{where} holds no images: {next(filter(None, map(next_step, skipped)), suffixes)}")
-
-
-class _Repeated(Generic[T]):
-    """A value for each image, of which few are different."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[T, int] = {}
-        self.values = array("i")
-
-    def add(self, value: T) -> None:
-        """Appends the value of the next image."""
-        self.values.append(self.numbers.setdefault(value, len(self.numbers)))
-
-    def of(self, images: Iterable[int]) -> set[T]:
-        """Returns the different values of these images."""
-        values = [*self.numbers]
-        return {values[number] for number in {self.values[image] for image in images}}
-
-    def renumbered(self, numbers: Mapping[T, int]) -> array[int]:
-        """Returns for each image the number of its value; -1 for a value without one."""
-        new = [numbers.get(value, -1) for value in self.numbers]
-        return array("i", (new[value] for value in self.values))
 
 
 @dataclass(frozen=True)
@@ -259,42 +234,29 @@ class _Found:
         numbers: the number of the class of each label or folder.
         are_labels: whether the format has labels.
         passed: the folders that are not taken for classes.
-        beside: whether some images lie beside the folders of others.
     """
 
     names: tuple[str, ...]
     numbers: Mapping[Any, int]
     are_labels: bool = False
     passed: tuple[str, ...] = ()
-    beside: bool = False
 
     def notes(self, asked: bool | None, unchosen: Sequence[str]) -> Iterator[str]:
         """Yields what a person has to know, who asked for classes, for none, or for neither."""
         if self.names and self.are_labels:
             yield f"its labels name {len(self.names):,} classes that the network will learn: {some_of(self.names)}"
         elif self.names:
-            yield (
-                f"{len(self.names):,} folders became classes that the network will learn: {some_of(self.names)}; "
-                "use --no-classes if they are not classes"
-            )
+            said = f"{len(self.names):,} folders became classes that the network will learn: {some_of(self.names)}"
+            yield f"{said}; use --no-classes if they are not classes"
         elif asked is None:
             if self.passed:
                 why = f"the folders {some_of(self.passed)} are not taken for classes; use --classes if they are classes"
-            elif self.beside:
-                why = "some images lie beside the folders of others, so the folders are not taken for classes"
             else:
-                why = "it is packed without classes: its images have neither labels nor folders of classes"
+                why = (
+                    "it is packed without classes: its images have neither labels nor folders of classes that hold all"
+                )
             there = [f"--labels {words}" for words in unchosen]
             yield f"{why}; {some_of(there)} would take labels" if there else why
-
-
-def _labels(by_label: _Repeated[str], names: tuple[str, ...]) -> _Found | None:
-    """Returns the classes of a format's labels, of which those in `names` come first; None without any label."""
-    known = sorted(filter(None, by_label.numbers), key=_in_order)
-    if not known:
-        return None
-    classes = tuple(dict.fromkeys([*names, *known]))
-    return _Found(classes, {name: number for number, name in enumerate(classes)}, are_labels=True)
 
 
 def _class_folders(folders: set[tuple[str, ...]], accepts: Callable[[set[str]], bool]) -> _Found:
@@ -304,7 +266,7 @@ def _class_folders(folders: set[tuple[str, ...]], accepts: Callable[[set[str]], 
         levels = enumerate(zip(*inner.values(), strict=False))
         depth = next((number for number, level in levels if len(set(level)) > 1), min(map(len, inner.values())))
         if any(len(folder) == depth for folder in inner.values()):
-            return _Found((), {}, passed=passed, beside=len(set(filter(any, inner.values()))) > 1)
+            return _Found((), {}, passed=passed)
         first = {folder[depth] for folder in inner.values()}
         if accepts(first):
             names = tuple(sorted(set(map(stem_of, first)), key=_in_order))

@@ -1,4 +1,6 @@
-"""The keys of a Kubernetes target; by pure functions a Job for one machine or for slices, a JobSet for several nodes.
+"""The objects of a job on Kubernetes, by pure functions: what is sent, and what is read of it later.
+
+A Job is for one machine or for slices, a JobSet for several nodes.
 
 The fields are those of batch/v1 (kubernetes.io/docs/reference/kubernetes-api/workload-resources/job-v1) and of
 jobset.x-k8s.io/v1alpha2 (jobset.sigs.k8s.io); what is retried follows the table of `job.exits`.
@@ -8,17 +10,19 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from job.exits import BadRequestError, Restart, failures
-from job.jobs.backends import machines
-from job.jobs.backends.base import JsonObject, LabelValue, Name, Target, Terms
+from job.exits import BadRequestError, Exit, Restart, State, failures, restart_after
+from job.jobs.backends import Cause, JobStatus, JsonObject, failed_slices, joined
 from job.jobs.backends.container import IMAGE_USER, SCRATCH, scratch_variables
-from job.jobs.backends.machines import GKE_GPU_TYPES, Machine, gpus_of
-from job.jobs.spec import JobSpec
+from job.jobs.machines import GKE_GPU_TYPES, Machine, gpus_of
+from job.jobs.spec import RETRIES, JobSpec
 from job.stop import GRACE_VARIABLE
+
+if TYPE_CHECKING:
+    from job.jobs.backends.kubernetes import KubernetesTarget
 
 CONTAINER = "ddpm"
 SHOWN_SECONDS = 86_400
@@ -37,83 +41,24 @@ GPU_TYPE_LABEL, SPOT_LABEL = "cloud.google.com/gke-accelerator", "cloud.google.c
 CPUS_PER_GPU, GIBIBYTES_PER_GPU, SHARED_GIBIBYTES_PER_GPU = 4, 16, 2
 """The request on a node of unknown size; a job without GPUs requests as much as one with a single GPU."""
 MOUNTS = {"dshm": "/dev/shm", "scratch": SCRATCH, "tmp": "/tmp"}  # noqa: S108 -- the container's own
-TMP_SIZE, OUTPUT_SIZE = "8Gi", "2Gi"
+TMPSIZE, OUTPUTSIZE = "8Gi", "2Gi"
 """For /tmp, and for the program's output, which counts as the container's disk, too."""
 
-_SIZE = r"^([0-9]+(?:\.[0-9]+)?)([KMGTPE]i|[kMGTPE])$"
-_Size = Annotated[str, Field(pattern=_SIZE)]
-"""As Kubernetes writes it, such as `50Gi` or `1.5T`."""
-_Queue = Annotated[str, Field(pattern=r"^([a-z0-9](-*[a-z0-9])*(\.[a-z0-9](-*[a-z0-9])*)*)?$", max_length=63)]
+NO_IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
+"""The reasons of a container that waits until a person corrects its image or the right to pull it."""
+_OUT_OF_TIME, _QUEUE_HOURS_OVER = "DeadlineExceeded", "maximum execution time"
+"""The words of a Job, and of Kueue, about hours that are over."""
+_HOURS_OVER = "its --max-hours are over, including the wait for a node; the same command goes on"
+_STUCK_AFTER = timedelta(seconds=30)
+"""The time after its grace period in which a node that lives removes a pod that was deleted."""
+
+SIZE = r"^([0-9]+(?:\.[0-9]+)?)([KMGTPE]i|[kMGTPE])$"
 
 
 def size_bytes(size: str) -> int:
     """Returns a valid size in bytes."""
-    number, unit = re.findall(_SIZE, size)[0]
+    number, unit = re.findall(SIZE, size)[0]
     return math.ceil(float(number) * (1024 if unit.endswith("i") else 1000) ** ("KMGTPE".index(unit[0].upper()) + 1))
-
-
-class KubernetesTarget(Target):
-    """A Kubernetes cluster, as the current kubeconfig or `context` names it."""
-
-    has_groups = True
-    backend: Literal["kubernetes"]
-    context: str = ""
-    namespace: Name = "default"
-    service_account: Name = "default"
-    queue: _Queue = ""
-    """Kueue's local queue; empty for none."""
-    cluster: Literal["gke", "plain"] = "gke"
-    """`gke` selects nodes and tolerates taints as GKE labels and taints them; `plain` does neither."""
-    node_selector: dict[str, LabelValue] | None = None
-    """Replaces what `cluster` and the GPU type give."""
-    tolerations: list[dict[str, str | int]] | None = None
-    """Replace what `cluster` and `spot` give; the cluster refuses fields that it does not know."""
-    grace_seconds: int = Field(15, ge=5, le=600)
-    """From the notice to the end: 15 on GKE spot nodes unless the node pool gives more."""
-    machine_type: LabelValue = ""
-    """The type of the nodes with GPUs, if Compute Engine makes them: a job requests its GPUs' share of such a node."""
-    region: LabelValue = ""
-    """The region of those nodes, which decides about their price alone."""
-    cpus: str = Field("", pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)?$")
-    """Empty: its share, or 4 for each GPU if `machine_type` is not set or the GPUs are others."""
-    memory: _Size = ""
-    """Empty: its share, or 16Gi for each GPU."""
-    scratch: _Size = "50Gi"
-    """The local disk for the cache of images."""
-    shared_memory: _Size = ""
-    """Part of `memory`; empty: 2Gi for each GPU."""
-
-    @property
-    def notice_seconds(self) -> float:
-        """See `Target.notice_seconds`."""
-        return self.grace_seconds
-
-    @property
-    def selects_machines(self) -> bool:
-        """Returns whether the GPU type and `spot` decide about the node, and not the target's own selector."""
-        return self.cluster == "gke" and self.node_selector is None
-
-    def terms(self, spec: JobSpec) -> Terms:
-        """See `Target.terms`: a queue stops a group for good, while Kubernetes counts from each of its starts."""
-        place = (*[f"context {self.context}"] * bool(self.context), f"namespace {self.namespace}")
-        is_group = spec.nodes > 1 and not self.queue
-        start = "from each start of the group" if is_group else "for all attempts together"
-        end = "its queue stops it for good" if self.queue else "Kubernetes ends it"
-        more = "; preemptions start it without bound" * is_group
-        limit = f"{start}, waiting for nodes and pauses included, then {end}{more}"
-        kind = "" if self.selects_machines else "spot or on demand, as the target's nodes are"
-        return Terms("node", place, limit, None if is_group else 1, kind=kind)
-
-    def list_price(self, spec: JobSpec) -> machines.Hourly | None:
-        """See `Target.list_price`: a job pays for its GPUs' share of a node; the type of other nodes is unknown."""
-        table, found = machines.load_prices(), gpus_of(self.machine_type)
-        dollars = table.machines.get(self.machine_type, {}).get(self.region)
-        if dollars is None or found is None or not spec.gpus:
-            return None
-        share = min(1.0, spec.gpus / found[0])
-        part = f"{spec.gpus} of the {found[0]} GPUs of " if share < 1 else ""
-        what = f"for {part}{self.machine_type} in {self.region}, without disk, cluster and traffic"
-        return table.hourly(dollars * share, what)
 
 
 def manifest(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
@@ -218,7 +163,7 @@ def _pod(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
             {"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": shared_size}},
             {"name": "scratch", "emptyDir": {"sizeLimit": target.scratch}},
             # torch.compile puts libraries there and runs them: a plain emptyDir is not mounted noexec.
-            {"name": "tmp", "emptyDir": {"sizeLimit": TMP_SIZE}},
+            {"name": "tmp", "emptyDir": {"sizeLimit": TMPSIZE}},
         ],
     }
 
@@ -285,7 +230,7 @@ def _requests(spec: JobSpec, target: KubernetesTarget) -> dict[str, str]:
     if not (cpus and memory):
         share = _share_of_node(spec, target)
         cpus, memory = cpus or share[0], memory or share[1]
-    disk_bytes = sum(map(size_bytes, (target.scratch, TMP_SIZE, OUTPUT_SIZE)))
+    disk_bytes = sum(map(size_bytes, (target.scratch, TMPSIZE, OUTPUTSIZE)))
     return {"cpu": cpus, "memory": memory, "ephemeral-storage": f"{math.ceil(disk_bytes / 2**30)}Gi"}
 
 
@@ -332,3 +277,202 @@ def _env(spec: JobSpec, target: KubernetesTarget) -> list[JsonObject]:
         }
     # A value may refer only to an earlier variable.
     return references + [{"name": name, "value": value} for name, value in sorted(values.items())]
+
+
+def observed(
+    job: JsonObject, pods: Sequence[JsonObject], events: Sequence[JsonObject] = (), others: Sequence[JsonObject] = ()
+) -> JobStatus:
+    """Returns whether a Job or a JobSet lives.
+
+    Args:
+        job: the object, as the API returns it.
+        pods: its pods, oldest first.
+        events: about it, oldest first; needed only while it has no pods, or is suspended.
+        others: the Jobs of a JobSet that is over; the Workload of a job that a queue holds, if it may be read.
+    """
+    state, message, cause = _state_and_cause(job, pods, events, others)
+    ends = sorted((end for pod in pods if (end := _end_of(pod)) and end["exitCode"]), key=_ended_at)
+    # After a fatal end the other pods of a group are stopped, and end with 75.
+    decisive = max(reversed(ends), key=_restart_of, default=None) if state is State.FAILED else [None, *ends][-1]
+    if state not in (State.FINISHED, State.CANCELLED):
+        failed = failed_slices(filter(None, [job.get("status", {}).get("failedIndexes")]))
+        message = joined(failed, *_last_words(decisive, state is State.FAILED and cause is None), message)
+    placed = [pod for pod in pods if _node_of(pod) and not has_ended(pod)]
+    running = [pod for pod in placed if is_running(pod)]
+    code = int(Exit.FINISHED) if state is State.FINISHED else int(decisive["exitCode"]) if decisive else None
+    spec = {**job.get("spec", {}), **job.get("spec", {}).get("failurePolicy", {})}
+    limit = spec.get("maxRestarts", spec.get("backoffLimitPerIndex", spec.get("backoffLimit", RETRIES)))
+    gave_up = state is State.FAILED and cause is None and restart_after(code) is Restart.BOUNDED
+    return JobStatus(
+        name=job["metadata"]["name"],
+        state=state,
+        message=message,
+        exit_code=code,
+        failures=limit + 1 if gave_up else _counted(job, pods),
+        created=job["metadata"].get("creationTimestamp", ""),
+        place=_node_of(running[-1]) if running else "",
+        cause=cause,
+        has_machine=state is State.WAITING and bool(placed),
+    )
+
+
+def is_over(job: JsonObject) -> bool:
+    """Returns whether it has ended for good."""
+    return bool(_condition(job, "Complete", "Completed", "Failed"))
+
+
+def is_suspended(job: JsonObject) -> bool:
+    """Returns whether it waits until a queue or a person lets it begin or go on."""
+    return bool(_condition(job, "Suspended") or job["spec"].get("suspend"))
+
+
+def is_being_deleted(job: JsonObject) -> bool:
+    """Returns whether it only waits for its pods to end."""
+    return bool(job["metadata"].get("deletionTimestamp"))
+
+
+def is_running(pod: JsonObject) -> bool:
+    """Returns whether the program runs in it."""
+    return _container_state(pod, "running") is not None
+
+
+def has_ended(pod: JsonObject) -> bool:
+    """Returns whether its output is complete."""
+    return _end_of(pod) is not None or pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
+
+
+def index_of(pod: JsonObject) -> int:
+    """Returns the number of the node or the slice that a pod is."""
+    return int(pod["metadata"].get("annotations", {}).get(INDEX_ANNOTATION) or 0)
+
+
+def _state_and_cause(
+    job: JsonObject, pods: Sequence[JsonObject], events: Sequence[JsonObject], others: Sequence[JsonObject]
+) -> tuple[State, str, Cause | None]:
+    """Returns state, message and cause."""
+    living = [pod for pod in pods if not has_ended(pod)]
+    stuck = next(filter(None, map(_dead_node, living)), "")
+    if is_being_deleted(job):
+        return State.CANCELLED, stuck or "is being deleted: its pods may save first", Cause.STUCK if stuck else None
+    if _condition(job, "Complete", "Completed"):
+        return State.FINISHED, "", None
+    if failed := _condition(job, "Failed"):
+        # A JobSet shows only that one of its Jobs failed.
+        if any(_condition(one, "Failed").get("reason") == _OUT_OF_TIME for one in (job, *others)):
+            return State.FAILED, f"{_OUT_OF_TIME}: {_HOURS_OVER}", Cause.OUT_OF_TIME
+        return State.FAILED, ": ".join(filter(None, (failed.get("reason"), failed.get("message")))), None
+    if is_suspended(job):
+        return _why_suspended(job, next(iter(others), {}))
+    # Slices do not wait for each other.
+    others = [pod for pod in living if not _dead_node(pod)] if job["spec"].get("completions", 1) > 1 else []
+    if stuck and not any(map(is_running, others)):
+        return State.WAITING, stuck, Cause.STUCK
+    if any(map(is_running, living)):
+        waiting = [pod for pod in living if not is_running(pod)]
+        # One pod of several that waits holds all of them up.
+        some = f"{len(living) - len(waiting)} of {len(living)} pods run" * bool(waiting)
+        return State.RUNNING, joined(stuck, some, *map(_why_waiting, waiting[:1])), None
+    if living:
+        without_image = [pod for pod in living if _waiting_reason(pod) in NO_IMAGE_REASONS]
+        why = _why_waiting((without_image or living[-1:])[0])
+        return State.WAITING, why, Cause.NO_IMAGE if without_image else None
+    if pods:
+        lost = "" if _end_of(pods[-1]) else pods[-1].get("status", {}).get("reason") or "its node is gone"
+        return State.WAITING, joined("the next attempt follows", lost), None
+    warnings = [f"{event.get('reason')}: {event.get('message')}" for event in events if event.get("type") == "Warning"]
+    return State.WAITING, warnings[-1] if warnings else "waits for a pod", None
+
+
+def _why_suspended(job: JsonObject, workload: JsonObject) -> tuple[State, str, Cause | None]:
+    """Returns state, message and cause of a job that a queue or a person holds."""
+    queue = job["metadata"].get("labels", {}).get(QUEUE_LABEL)
+    is_deactivated = workload.get("spec", {}).get("active") is False
+    eviction = _condition(workload, "Evicted")
+    evicted = str(eviction.get("message") or "")
+    if is_deactivated and _QUEUE_HOURS_OVER in evicted:
+        return State.FAILED, _HOURS_OVER, Cause.OUT_OF_TIME
+    if is_deactivated:
+        why = f"its queue {queue!r} lets it run no more: {evicted or 'a person deactivated it'}"
+        return State.CANCELLED, f"{why}; the same command submits it again", None
+    pending = _condition(workload, "QuotaReserved", status="False")
+    reason = ": ".join(filter(None, (pending.get("reason"), pending.get("message"))))
+    reason = reason or _condition(job, "Suspended").get("message", "")
+    why = f"waits in the queue {queue!r}" if queue else "is suspended"
+    if eviction.get("reason") == "Preempted":
+        why = f"was preempted ({evicted}), and {why} again"
+    return State.WAITING, f"{why}: {reason}" if reason else why, None
+
+
+def _dead_node(pod: JsonObject) -> str:
+    """Returns what to do about a pod that was deleted and does not go; empty if it may still end, or was not.
+
+    A Job replaces pods that failed (`podReplacementPolicy`), as PodGC reports those of a node that is gone. A pod whose
+    deletion is forced does not fail.
+    """
+    gone_at, node = pod["metadata"].get("deletionTimestamp"), _node_of(pod)
+    if not gone_at or datetime.fromisoformat(gone_at) + _STUCK_AFTER > datetime.now(UTC):
+        return ""
+    late = f"pod {pod['metadata']['name']} should have ended by {gone_at}, and no other follows before"
+    return f"node {node} does not answer: {late}; if the machine is dead, `kubectl delete node {node}`"
+
+
+def _condition(thing: JsonObject, *types: str, status: str = "True") -> JsonObject:
+    """Returns the condition of one of these types that has this status; empty if it is missing."""
+    conditions = thing.get("status", {}).get("conditions") or []
+    return next((one for one in conditions if one.get("type") in types and one.get("status") == status), {})
+
+
+def _container_state(pod: JsonObject, kind: str) -> Any:
+    """Returns the state `waiting`, `running` or `terminated` of the program in a pod; None if it has another one."""
+    containers = pod.get("status", {}).get("containerStatuses") or []
+    return next((one.get("state") or {} for one in containers if one.get("name") == CONTAINER), {}).get(kind)
+
+
+def _waiting_reason(pod: JsonObject) -> str:
+    return str((_container_state(pod, "waiting") or {}).get("reason", ""))
+
+
+def _end_of(pod: JsonObject) -> Any:
+    """Returns the end of the program (`exitCode`, `reason`, `message`, `finishedAt`); None before it."""
+    return _container_state(pod, "terminated")
+
+
+def _node_of(pod: JsonObject) -> str:
+    return str(pod["spec"].get("nodeName", ""))
+
+
+def _counted(job: JsonObject, pods: Sequence[JsonObject]) -> int:
+    """Returns the number of a job's failures that count: the restarts of a group, or those of the worst slice."""
+    ends = [(index_of(pod), _end_of(pod)) for pod in pods]
+    counted = [index for index, end in ends if end and _restart_of(end) is Restart.BOUNDED]
+    restarts = int(job.get("status", {}).get("restartsCountTowardsMax") or 0)
+    return max([restarts, *map(counted.count, counted)])
+
+
+def _ended_at(end: JsonObject) -> str:
+    return end.get("finishedAt") or ""
+
+
+def _restart_of(end: JsonObject) -> Restart:
+    return restart_after(int(end["exitCode"]))
+
+
+def _last_words(end: JsonObject | None, is_last: bool) -> list[str]:
+    """Returns the last line of the program, which the status of its pod has; of an earlier attempt a lack of memory."""
+    if end and end.get("reason") == "OOMKilled":
+        return ["OOMKilled: `memory:` of the target is too little"]
+    said = str(end.get("message") or "") if end and is_last else ""
+    return [line.strip() for line in said.splitlines() if line.strip()][-1:]
+
+
+def _why_waiting(pod: JsonObject) -> str:
+    reason, message = _waiting_reason(pod), (_container_state(pod, "waiting") or {}).get("message")
+    if reason in NO_IMAGE_REASONS:
+        image = pod["spec"]["containers"][0]["image"]
+        return f"{reason}: {message or image}; is the image {image} there, and may the cluster's nodes pull it?"
+    if reason in ("ContainerCreating", "PodInitializing"):
+        return f"{reason} on {_node_of(pod) or 'a node'}: its image is fetched"
+    if reason:
+        return f"{reason}: {message}" if message else reason
+    unscheduled = _condition(pod, "PodScheduled", status="False")
+    return f"FailedScheduling: {unscheduled.get('message', '')}" if unscheduled else "waits for a node"

@@ -20,23 +20,20 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from job.data import members
-from job.data.archives import ARCHIVES, EXPANDS, open_zipped, opened_zip
-from job.data.formats.image_bytes import netpbm, netpbm_suffix
-from job.data.labels import chosen_label, label_of, text_of
-from job.data.members import SPLITS, Files, Member, RefusedError, Source, first_split, read_exactly, refused, split_in
+from job.data.source import members
+from job.data.source.archives import ARCHIVES, EXPANDS, open_zipped, opened_zip
+from job.data.source.formats import netpbm
+from job.data.source.labels import chosen_label, label_of, text_of
+from job.data.source.members import SPLITS, Files, Member, RefusedError, Source, refused, split_in
 from job.exits import BadDataError, BadRequestError
 
 _FILE = re.compile(r".*\.np[yz]", re.IGNORECASE)
-_PICKLE = re.compile(r"(?:.*/)?train_data_batch_\d+")
-"""ImageNet-64's batches (Chrabaszcz et al. 2017), which come as pickles, too."""
 _IMAGES = {"x", "image", "images", "img", "imgs", "data", "samples"}
 _LABELS = {"y", "label", "labels", "class", "classes", "cls", "target", "targets"}
 # `np.savez` names arrays so that got no name.
 _UNNAMED = {"arr_0": "images", "arr_1": "labels"}
 
 _HEADER_BYTES = 10_240
-_MOST_ARRAYS = 1_000
 _MOST_AXES = 32
 _LEAST_SIDE = 4
 _NEXT_STEP = "save it as uint8 [images, height, width, 1 or 3] in C order, and pack that"
@@ -136,9 +133,6 @@ class _Array:
 
 def array_source(files: Files, column: str | None) -> Source | None:
     """Returns the images of one file or of all in a folder, with labels of the same file or of an `.npy` beside."""
-    if files.matching(_PICKLE):
-        said = "holds pickles, which are programs: get the .npz files of Imagenet64_*_npz.zip, of the same images"
-        raise BadDataError(f"{files.place} {said}")
     names = files.matching(_FILE)
     if not names:
         return None
@@ -159,16 +153,13 @@ def array_source(files: Files, column: str | None) -> Source | None:
         said = "; ".join(map(str, sorted(others, key=lambda array: array.are_labels)[:3])) or "its .npz are empty"
         raise BadDataError(f"{files.place} holds no array of images: {said}: {_NEXT_STEP}")
     left_out = [array.path for array in others if array.stored]
-    split, other_splits = first_split(images.path for images, _ in sets)
     counts = {images.shape[0] for images, labels in sets if labels is None}
     return Source(
         files.place,
         partial(_members, sets),
         note=f"leaving out {', '.join(left_out[:3])}" if left_out else "",
-        split=split,
-        other_splits=other_splits,
         unchosen=tuple(f":{array.key}" for array in others if array.may_label(counts)),
-    )
+    ).split_by(images.path for images, _ in sets)
 
 
 def _groups(files: Files, names: Sequence[str], column: str | None) -> Iterator[list[_Array]]:
@@ -197,17 +188,11 @@ def _zipped(files: Files, name: str) -> list[_Array]:
         _, limit_bytes = members.unpacked(file)
         with opened_zip(file) as archive:
             found = [inner for inner in dict.fromkeys(archive.namelist()) if inner.endswith(".npy")]
-            if len(found) > _MOST_ARRAYS:
-                raise RefusedError(
-                    f"holds {len(found):,} arrays: stack the images into one, uint8 [images, height, width, 3]"
-                )
             arrays = list[_Array]()
             if sum(archive.getinfo(inner).file_size for inner in found) > limit_bytes:
                 raise RefusedError(EXPANDS)
             for inner in found:
                 info = archive.getinfo(inner)
-                if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise refused(inner, "is compressed as np.savez_compressed does not: save it with that")
                 with archive.open(info) as stream:
                     opener = partial(open_zipped, partial(files.open, name), inner)
                     arrays.append(_array(f"{name}/{inner}", stream, info.file_size, opener))
@@ -248,9 +233,8 @@ def _labels_of(
     labels = found[chosen_label(where, [*found], column, usual=())]
     if not labels.may_label({count}):
         how = "as numbers or as str" if labels.dtype.hasobject else "so (a one-hot vector by argmax)"
-        raise BadRequestError(
-            f"{where}: {labels}, and not one label for each of {count:,} images: save it {how}, or use --no-classes"
-        )
+        said = f"{labels}, and not one label for each of {count:,} images"
+        raise BadRequestError(f"{where}: {said}: save it {how}, or use --no-classes")
     labels.check()
     return labels
 
@@ -260,24 +244,25 @@ def _members(sets: Iterable[tuple[_Array, _Array | None]]) -> Iterator[Member]:
     for images, labels in sets:
         assert images.stored
         shape, axes = images.stored
-        size_bytes, digits, suffix = math.prod(shape), len(str(images.shape[0] - 1)), netpbm_suffix(shape[axes[2]])
+        size_bytes, digits = math.prod(shape), len(str(images.shape[0] - 1))
         values = _values(labels) if labels else None
         with closing(images.open()) as stream:
             for number in range(images.shape[0]):
                 read = partial(_file, stream, images.start + number * size_bytes, shape, axes)
                 label = "" if values is None else _label(values[number : number + 1])
-                yield Member(f"{images.path}/{number:0{digits}d}{suffix}", read, size_bytes=size_bytes, label=label)
+                yield Member(f"{images.path}/{number:0{digits}d}.ppm", read, size_bytes=size_bytes, label=label)
 
 
 def _file(stream: BinaryIO, at: int, shape: tuple[int, ...], axes: tuple[int, int, int]) -> bytes:
     stream.seek(at)
-    return netpbm(np.frombuffer(read_exactly(stream, math.prod(shape)), np.uint8).reshape(shape).transpose(axes))
+    pixels = np.frombuffer(members.read_exactly(stream, math.prod(shape)), np.uint8)
+    return netpbm(pixels.reshape(shape).transpose(axes))
 
 
 def _values(labels: _Array) -> np.ndarray:
     with closing(labels.open()) as stream:
         stream.seek(labels.start)
-        content = read_exactly(stream, labels.shape[0] * labels.dtype.itemsize)
+        content = members.read_exactly(stream, labels.shape[0] * labels.dtype.itemsize)
     return np.frombuffer(content, labels.dtype)
 
 

@@ -18,13 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import islice
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-from job.data import members
 from job.data.ahead import in_order
-from job.data.labels import LABEL_KEYS, chosen_label, class_names, label_among
-from job.data.members import Files, Member, RefusedError, Source, first_split, path_parts, refused, split_in
+from job.data.source import members
+from job.data.source.labels import LABEL_KEYS, chosen_label, class_names, label_among
+from job.data.source.members import Files, Member, RefusedError, Source, path_parts, split_in
 from job.exits import BadRequestError, how_to_install
 from job.progress import some_of
 
@@ -40,11 +39,9 @@ _LABELS = (*LABEL_KEYS, "labels", "fine_label", "class_label", "target", "catego
 
 _READERS = 16
 """Number of files elsewhere whose labels are read at a time."""
-_MOST_READ_BYTES = 1 << 30
 _BUFFER_BYTES = 8 << 20
 """Bytes that are read at a time of a large group."""
 _LABELS_READ = 1 << 16
-_REASON_CHARACTERS = 160
 _ARROW_FILE = b"ARROW1"
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
@@ -63,9 +60,9 @@ def table_source(files: Files, column: str | None) -> Source | None:
         raise BadRequestError(f"{where} is {kind}, which needs pyarrow: {how}") from None
     # Other splits may lack the labels.
     first = next((name for name in names if split_in(path_parts(name)) == "train"), names[0])
-    with members.refusing(where), _reading("" if files.chosen else first), open_table(first) as table:
+    with members.refusing(f"{files.where}/{first}"), _reading(), open_table(first) as table:
         columns = _columns_of(table.schema, where, column)
-    rows_of = cache(partial(_rows, open_table, columns, is_alone=bool(files.chosen)))
+    rows_of = cache(partial(_rows, open_table, columns, files.where))
 
     def listed(split: str = "") -> Iterator[Member]:
         chosen = [name for name in names if split in ("", split_in(path_parts(name)))]
@@ -74,17 +71,14 @@ def table_source(files: Files, column: str | None) -> Source | None:
             for name, rows in zip(chosen, read, strict=True):
                 yield from _members(name, open_table, columns, rows)
 
-    split, others = first_split(names)
     return Source(
         where,
         listed,
         listed_in=listed,
         classes=columns.classes,
         note="; ".join(_remarks(names)) if not files.chosen else "",
-        split=split,
-        other_splits=others,
         unchosen=columns.unchosen,
-    )
+    ).split_by(names)
 
 
 def _tables_among(files: Files, pattern: re.Pattern[str]) -> list[str]:
@@ -106,20 +100,24 @@ class _Rows(NamedTuple):
     labels: list[str]
 
 
-def _rows(open_table: _Opener, columns: _Columns, name: str, *, is_alone: bool) -> _Rows:
+def _rows(open_table: _Opener, columns: _Columns, where: str, name: str) -> _Rows:
     """Counts the rows of a file, and reads their labels."""
+    import pyarrow as pa
+
     found, texts = _Rows([], []), dict[str, str]()
-    with _reading("" if is_alone else name), open_table(name) as table:
+    with members.refusing(f"{where}/{name}"), _reading(), open_table(name) as table:
         label = columns.of_file(table.schema).label
         for group in table.groups():
             found.groups.append((group.rows, group.size_bytes // max(1, group.rows)))
             if label:
                 # A dictionary of one long text could stand for any number of rows.
-                at_once = 1 if _is_text(table.schema.field(label).type) else _LABELS_READ
-                read = [text for values in group.values(label, at_once) for text in columns.label_texts(values)]
-                found.labels.extend(texts.setdefault(text, text) for text in read)
-                if len(read) != group.rows:
-                    raise _promises(group.rows, len(read))
+                at_once = _LABELS_READ if pa.types.is_primitive(table.schema.field(label).type) else 1
+                before = len(found.labels)
+                for values in group.values(label, at_once):
+                    read = (label_among(columns.classes, value.as_py()) for value in values)
+                    found.labels.extend(texts.setdefault(text, text) for text in read)
+                if (there := len(found.labels) - before) != group.rows:
+                    raise _promises(group.rows, there)
     return found
 
 
@@ -130,62 +128,40 @@ def _promises(promised: int, there: int) -> RefusedError:
 def _members(name: str, open_table: _Opener, columns: _Columns, rows: _Rows) -> Iterator[Member]:
     number = 0
     with ExitStack() as stack:
-        images = _Images(lambda: stack.enter_context(open_table(name)), columns)
+        groups = enumerate(_images_by_group(lambda: stack.enter_context(open_table(name)), columns))
         for group, (count, size_bytes) in enumerate(rows.groups):
+            images = enumerate(_images_of(groups, group))
             for row in range(count):
                 label = rows.labels[number] if rows.labels else ""
+                read = partial(_file, images, row, count)
                 # The content decides how it is decoded: the suffix says no more than that it is an image.
-                yield Member(f"{name}/{number:07d}.png", partial(images.read, group, row, count), -1, size_bytes, label)
+                yield Member(f"{name}/{number:07d}.png", read, size_bytes=size_bytes, label=label)
                 number += 1
 
 
-def _images_of(group: _RowGroup, columns: _Columns) -> Iterator[Any]:
-    # One row at a time: a dictionary of one image could stand for any number of rows.
-    for values in group.values(columns.image, 1):
-        yield from columns.images_in(values)
+def _images_by_group(open_table: Callable[[], _Table], columns: _Columns) -> Iterator[Iterator[Any]]:
+    """Opens the table when the first group is wanted, and yields the images of each."""
+    table = open_table()
+    columns.of_file(table.schema)
+    for group in table.groups():
+        # One row at a time: a dictionary of one image could stand for any number of rows.
+        yield (image for values in group.values(columns.image, 1) for image in columns.images_in(values))
 
 
-class _Images:
-    """The images of one table, which is open from the first of them on."""
+def _images_of(groups: Iterator[tuple[int, Iterator[Any]]], group: int) -> Iterator[Any]:
+    """Goes on to a group when its first image is wanted."""
+    yield from next((images for number, images in groups if number == group), ())
 
-    def __init__(self, open_table: Callable[[], _Table], columns: _Columns) -> None:
-        self._open, self._columns = open_table, columns
-        self._table: _Table | None = None
-        self._groups: Iterator[_RowGroup] = iter(())
-        self._images: Iterator[Any] = iter(())
-        self._group, self._next = -1, 0
 
-    def read(self, group: int, row: int, promised: int) -> bytes:
-        """Returns an image of a group of so many rows as a file; empty for a row without one."""
-        with _reading():
-            if group != self._group or row < self._next:
-                self._find(group)
-            for image in islice(self._images, row - self._next, None):
-                self._next = row + 1
+def _file(images: Iterator[tuple[int, Any]], row: int, promised: int) -> bytes:
+    """Goes on to an image of a group of so many rows, and returns it as a file; empty for a row without one."""
+    with _reading():
+        for number, image in images:
+            if number == row:
                 content = image.as_buffer()
-                if content is None and row == 0:
-                    self._check_any(group)
                 members.check_size(content.size if content is not None else 0)
                 return content.to_pybytes() if content is not None else b""
-            raise _promises(promised, row)
-
-    def _find(self, group: int) -> None:
-        """Goes on to a group, or back to the first one if it has passed it."""
-        if self._table is None:
-            self._table = self._open()
-            self._columns.of_file(self._table.schema)
-        if group <= self._group or self._group < 0:
-            self._groups, self._group = self._table.groups(), -1
-        found = next(islice(self._groups, group - self._group - 1, None), _NO_ROWS)
-        self._images, self._group, self._next = _images_of(found, self._columns), group, 0
-
-    def _check_any(self, group: int) -> None:
-        """Raises `RefusedError` if no row of a group has an image."""
-        if all(image.as_buffer() is None for image in self._images):
-            raise RefusedError(
-                "has no bytes, but at most a path: write the table by datasets' to_parquet, which reads it"
-            )
-        self._find(group)
+        raise _promises(promised, row)
 
 
 class _RowGroup(NamedTuple):
@@ -200,9 +176,6 @@ class _RowGroup(NamedTuple):
     rows: int
     size_bytes: int
     values: Callable[[str, int], Iterator[Any]]
-
-
-_NO_ROWS = _RowGroup(0, 0, lambda column, rows: iter(()))
 
 
 class _Table(NamedTuple):
@@ -221,30 +194,15 @@ def _opened(files: Files, name: str, *, is_arrow: bool) -> Iterator[_Table]:
     import pyarrow as pa
 
     if files.folder is None:
-        file = pa.PythonFile(_BoundedFile(files.open(name)), "r")
+        content = files.open(name)
+        # A label is a few bytes between megabytes of images.
+        if read_ahead := getattr(content, "read_ahead", None):
+            read_ahead(0)
+        file = pa.PythonFile(content, "r")
     else:
         file = (pa.memory_map if is_arrow else pa.OSFile)(str(files.folder / name))
     with file:
         yield _arrow(file) if is_arrow else _parquet(file, _BUFFER_BYTES * (1 if files.folder else 4))
-
-
-class _BoundedFile:
-    """A file elsewhere, of which `pyarrow` reads no more at once than memory should hold."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        # A label is a few bytes between megabytes of images.
-        if read_ahead := getattr(file, "read_ahead", None):
-            read_ahead(0)
-        self._file, self.seek, self.tell, self.close = file, file.seek, file.tell, file.close
-
-    @property
-    def closed(self) -> bool:
-        return self._file.closed
-
-    def read(self, size: int = -1) -> bytes:
-        if size > _MOST_READ_BYTES:
-            raise RefusedError(f"has {size:,} bytes in one block, more than {_MOST_READ_BYTES:,}: write smaller groups")
-        return self._file.read(size)
 
 
 def _parquet(file: Any, buffer_bytes: int) -> _Table:
@@ -305,25 +263,14 @@ def _arrow(file: Any) -> _Table:
 
 
 @contextmanager
-def _reading(name: str = "") -> Iterator[None]:
-    """Turns the errors that `pyarrow` raises for a damaged file into one, which names the file if it has a name.
-
-    Raises:
-        RefusedError: it is damaged, encrypted or refused.
-    """
+def _reading() -> Iterator[None]:
+    """Turns the errors that `pyarrow` raises for a damaged file into one that `members.refusing` knows."""
     import pyarrow as pa
 
     try:
         yield
-    except RefusedError as error:
-        raise (refused(name, str(error)) if name else error) from None
-    except (pa.ArrowException, ValueError, LookupError, TypeError, OSError, MemoryError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise
-        reason = " ".join(str(error).split())[:_REASON_CHARACTERS] or type(error).__name__
-        how = "decrypt it, and pack the copy" if "crypt" in reason.lower() else "get it again"
-        said = f"is truncated or damaged ({reason}): {how}"
-        raise (refused(name, said) if name else RefusedError(said)) from None
+    except (pa.ArrowException, LookupError, TypeError, MemoryError) as error:
+        raise ValueError(str(error) or type(error).__name__) from None
 
 
 def _remarks(names: Sequence[str]) -> Iterator[str]:
@@ -377,20 +324,6 @@ class _Columns:
         # Unlike `field`, `flatten` knows of rows whose whole struct is null.
         return values.flatten()[values.type.get_field_index("bytes")] if pa.types.is_struct(values.type) else values
 
-    def label_texts(self, values: Any) -> list[str]:
-        """Returns the class of each value of a `pyarrow.Array`, empty for none; see `label_among`.
-
-        Raises:
-            RefusedError: a value stands for no class.
-        """
-        import pyarrow as pa
-
-        texts = partial(map, partial(label_among, self.classes))
-        if pa.types.is_dictionary(values.type):
-            found = list(texts(values.dictionary.to_pylist()))
-            return ["" if index is None else found[index] for index in values.indices.to_pylist()]
-        return list(texts(values.to_pylist()))
-
 
 def _columns_of(schema: Any, where: str, column: str | None) -> _Columns:
     """Chooses the columns of a `pyarrow.Schema`.
@@ -409,16 +342,11 @@ def _columns_of(schema: Any, where: str, column: str | None) -> _Columns:
     features = _features(schema)
     images = _image_columns(schema, features)
     if not images:
-        raise RefusedError(
-            f"is a table without a column of images, and has {some_of(schema.names)}. A row has one encoded image, "
-            "neither pixels as numbers nor a list: write it by `datasets`, as the feature Image. Of URLs or paths "
-            "img2dataset makes tars, which can be packed"
-        )
+        said = f"is a table without a column of images, and has {some_of(schema.names)}. A row has one encoded image"
+        raise RefusedError(f"{said}, and no pixels as numbers or lists: write it by `datasets`, as the feature Image")
     usual = [name for name in sorted(images, key=str.lower) if name.lower() in _IMAGES] or images
     if len(usual) > 1:
-        raise BadRequestError(
-            f"{where} has several columns of images: {some_of(images)}: write it with one of them, named image"
-        )
+        raise BadRequestError(f"{where} has several columns of images: {some_of(images)}: write it with one of them")
     if column is None:
         return _Columns(usual[0])
     possible = [field.name for field in schema if _can_be_label(field.type)]
@@ -459,14 +387,8 @@ def _can_be_label(kind: Any) -> bool:
 
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-
-
-def _is_text(kind: Any) -> bool:
-    """Returns whether a `pyarrow.DataType` is that of texts."""
-    import pyarrow as pa
-
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return is_text or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
 
 def _classes(feature: Mapping[str, Any]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ terabytes show that an archive is not what its user expects.
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import lzma
@@ -24,11 +25,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO, cast
 
 from job.data.ahead import in_order
+from job.data.source.formats import DATA_FILE
 from job.exits import BadDataError, MissingInputError, NoPermissionError
 from job.progress import printable
 
 if TYPE_CHECKING:
-    from job.data.labels import LabelTable
+    from job.data.source.labels import LabelTable
 
 SUFFIXES = {
     *(".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jpe", ".jpeg", ".jpg"),
@@ -50,10 +52,9 @@ SPLITS = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
 }
 """The split that each word names."""
-HIDDEN = "hidden images"
-"""The key of hidden images among the files that are skipped."""
 
-_DAMAGES = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
+_REASON_CHARACTERS = 160
+_DAMAGES = (csv.Error, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
 _FORK = re.compile(r"(^|/)(__MACOSX/|\._)")
 """A resource fork, which macOS adds beside each file under the same suffix."""
 _SUFFIXES_NAMED = 20
@@ -67,12 +68,6 @@ _FOLDER = re.compile(
 )
 # imagenet-train-00000.tar, train-00000-of-00001.parquet
 _FILE = re.compile(rf"(?:^|[-_. ])({_WORD})(?=[-_. ]|\d|$)", re.IGNORECASE)
-_DATA_FILE = re.compile(
-    r"\.(zip|tar|tgz|tar\.gz|parquet|arrow|np[yz]|tfrec(?:ords?)?|bin|lmdb)(\.gz)?$"
-    r"|\.tfrecords?-|-\d{5}-of-\d{5}(\.gz)?$|_lmdb$",
-    re.IGNORECASE,
-)
-"""Files that hold many images: a part of an image's name, but never a class."""
 
 
 class RefusedError(Exception):
@@ -118,7 +113,8 @@ def refusing(where: str) -> Iterator[None]:
     # zipfile raises RuntimeError and ValueError for wrong fields and passwords, gzip EOFError, bz2 OSError; tarfile
     # IndexError for a truncated sparse file, and OverflowError for a size beyond all machines.
     except (*_DAMAGES, EOFError, OSError, RuntimeError, ValueError, IndexError, OverflowError) as error:
-        raise BadDataError(f"{where} is truncated or damaged ({error}): get it again") from None
+        reason = " ".join(str(error).split())[:_REASON_CHARACTERS]
+        raise BadDataError(f"{where} is truncated or damaged ({reason}): get it again") from None
 
 
 def path_parts(name: str) -> tuple[str, ...]:
@@ -175,12 +171,12 @@ def unpacked(file: BinaryIO) -> tuple[BinaryIO, int]:
 
 def is_data_file(part: str) -> bool:
     """Returns whether a part of an image's name is the file that holds the image and others."""
-    return _DATA_FILE.search(part) is not None
+    return DATA_FILE.search(part) is not None
 
 
 def stem_of(part: str) -> str:
     """Returns a part of a name, without the suffix of a data file."""
-    return _DATA_FILE.split(part)[0]
+    return DATA_FILE.split(part)[0]
 
 
 def split_of(part: str) -> str:
@@ -192,16 +188,6 @@ def split_of(part: str) -> str:
 def split_in(parts: Iterable[str]) -> str:
     """Returns the first split among the parts of a name; an empty string for none."""
     return next(filter(None, map(split_of, parts)), "")
-
-
-def first_split(names: Iterable[str]) -> tuple[str, tuple[str, ...]]:
-    """Returns the split of a format that is packed unless a person chooses another, and the others.
-
-    `names` are those of its files. Of several splits it is train; otherwise both results are empty.
-    """
-    found = {split_in(name.split("/")) for name in names}
-    others = tuple(sorted(found - {"train", ""}))
-    return ("train", others) if "train" in found and others else ("", ())
 
 
 @dataclass(frozen=True)
@@ -288,6 +274,12 @@ class Source:
         """Returns the name of the source in the dataset's index."""
         return printable(self.where.rstrip("/").rpartition("/")[2])
 
+    def split_by(self, names: Iterable[str]) -> Source:
+        """Returns the source with train alone, if the names of its files say several splits of which train is one."""
+        found = {split_in(name.split("/")) for name in names}
+        others = tuple(sorted(found - {"train", ""})) if "train" in found else ()
+        return replace(self, split="train" if others else "", other_splits=others)
+
     def members(self, labelled: bool = False) -> Iterator[Member]:
         """Yields all files with normalised names, each readable until the next one is requested.
 
@@ -322,12 +314,11 @@ class Source:
         if is_image(member.name):
             return True
         suffix = Path(member.name).suffix.lower()
-        if suffix in SUFFIXES:
-            if not _FORK.search(member.name):
-                self.skipped[HIDDEN] += 1
-        elif not is_hidden(member.name):
+        if not is_hidden(member.name):
             is_named = suffix in self.skipped or (1 < len(suffix) < 12 and len(self.skipped) < _SUFFIXES_NAMED)
             self.skipped[suffix if is_named else "other"] += 1
+        elif suffix in SUFFIXES and not _FORK.search(member.name):
+            self.skipped["hidden images"] += 1
         return False
 
     def _load(self, member: Member) -> tuple[str, bytes]:

@@ -6,12 +6,12 @@ as of 2026-04-13). N1 is the one family that takes GPUs as an extra; all others 
 
 from __future__ import annotations
 
-import datetime
 import importlib.resources
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any, NamedTuple
 
 from job.config import parse_yaml
 from job.exits import BadRequestError
@@ -57,8 +57,6 @@ _EXTRA: dict[str, tuple[int, ...]] = {
 _GPU_TYPES = sorted({*(family.gpu_type for family in _FAMILIES.values() if family.gpu_type), *_EXTRA})
 GKE_GPU_TYPES = tuple(sorted([*_GPU_TYPES, "nvidia-gb200", "nvidia-gb300"]))
 """Values of the label `cloud.google.com/gke-accelerator`."""
-HOURS_OF_MONTH = 730
-"""By which Google converts its monthly prices."""
 _HYPERDISK_ONLY = re.compile(r"(g4|a3-ultragpu|a4x?|[cn]4[ad]?|h4d)-")
 
 
@@ -124,35 +122,37 @@ def machine_for(machine_type: str, gpu_type: str, gpus: int) -> Machine:
     raise BadRequestError(f"{wrong}: use another machine_type, or --gpu-type {types}")
 
 
-@dataclass(frozen=True)
-class Hourly:
-    """The price of one machine of a job for an hour."""
+class Hourly(NamedTuple):
+    """The price of one machine of a job for an hour.
+
+    Attributes:
+        dollars: the figure.
+        about: its source, and what it includes.
+    """
 
     dollars: float
     about: str
-    """The source of the figure, and what it includes."""
-
-
-@dataclass(frozen=True)
-class Prices:
-    """The table, in dollars, with its source and its day."""
-
-    source: str
-    date: datetime.date
-    machines: dict[str, dict[str, float]]
-    """On demand, for an hour, by machine type and region."""
-    disks: dict[str, dict[str, float]]
-    """For a gigabyte and month, by type and region."""
-    address: float
-    """For an hour."""
-
-    def hourly(self, dollars: float, what: str) -> Hourly:
-        """Returns a price of this table, with its source; `what` goes on after "on demand"."""
-        return Hourly(dollars, f"on demand {what}; {self.source}, {self.date}")
 
 
 @cache
-def load_prices() -> Prices:
-    """Returns the table."""
-    text = (importlib.resources.files("job.jobs") / "prices.yaml").read_text(encoding="utf-8")
-    return Prices(**parse_yaml(text))
+def load_prices() -> dict[str, Any]:
+    """Returns the table: `source`, `date`, and the dollars of `machines` on demand, by machine type and region."""
+    return parse_yaml((importlib.resources.files("job.jobs") / "prices.yaml").read_text(encoding="utf-8"))
+
+
+def listed_price(machine_type: str, regions: Sequence[str], share: float = 1.0, part: str = "") -> Hourly | None:
+    """Returns the price of a machine in the dearest of these regions; None if the table lacks one.
+
+    Args:
+        machine_type: as Compute Engine names it.
+        regions: at least one.
+        share: of the machine.
+        part: what that is, such as `1 of the 2 GPUs of `.
+    """
+    table = load_prices()
+    dollars = table["machines"].get(machine_type, {})
+    if not {*regions} <= dollars.keys():
+        return None
+    dearest = max(regions, key=dollars.__getitem__)
+    about = f"on demand for {part}{machine_type} in {dearest}, without disk, address and traffic"
+    return Hourly(dollars[dearest] * share, f"{about}; {table['source']}, {table['date']}")

@@ -19,11 +19,11 @@ from typing import Any, BinaryIO
 import google_crc32c
 import numpy as np
 
-from job.data import members
-from job.data.archives import EXPANDS
-from job.data.formats.image_bytes import START_BYTES, netpbm, netpbm_suffix, suffix_of
-from job.data.labels import LABEL_KEYS, chosen_label, class_names, label_among, text_of
-from job.data.members import Files, Member, RefusedError, Source, first_split, read_exactly, refused, unpacked
+from job.data.source import members
+from job.data.source.archives import EXPANDS
+from job.data.source.formats import START_BYTES, netpbm, suffix_of
+from job.data.source.labels import LABEL_KEYS, chosen_label, class_names, label_among, text_of
+from job.data.source.members import Files, Member, RefusedError, Source, read_exactly, refused, unpacked
 from job.exits import BadDataError, BadRequestError
 from job.progress import some_of
 
@@ -37,30 +37,30 @@ _IS_LABEL = re.compile(r"(?:.*[/_])?(?:labels?|class|cls|target)(?:[/_].*)?", re
 _SHAPES = (("shape",), ("height", "width", "depth"), ("height", "width", "channels"))
 
 _MASK = 0xA282EAD8
+RECORD_BYTES = 64 * 1024 * 1024
+"""The largest record: a forged list of numbers takes fifteen times its size in memory."""
 _CONVERT = "write its images into a folder, and pack that"
 
 _SCHEMA = """
 name: "example.proto" syntax: "proto3"
-message_type { name: "Example" field { name: "features" number: 1 type: TYPE_MESSAGE type_name: "Features" } }
+message_type { name: "BytesList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
+message_type { name: "FloatList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_FLOAT } }
+message_type { name: "Int64List" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
+message_type { name: "Feature" oneof_decl { name: "kind" }
+  field { name: "bytes_list" number: 1 type: TYPE_MESSAGE type_name: "BytesList" oneof_index: 0 }
+  field { name: "float_list" number: 2 type: TYPE_MESSAGE type_name: "FloatList" oneof_index: 0 }
+  field { name: "int64_list" number: 3 type: TYPE_MESSAGE type_name: "Int64List" oneof_index: 0 } }
 message_type { name: "Features"
   field { name: "feature" number: 1 label: LABEL_REPEATED type: TYPE_MESSAGE type_name: "FeatureEntry" }
   nested_type { name: "FeatureEntry" options { map_entry: true }
-    field { name: "key" number: 1 type: TYPE_STRING } field { name: "value" number: 2 type: TYPE_BYTES } } }
-message_type { name: "Feature" oneof_decl { name: "kind" }
-  field { name: "bytes_list" number: 1 type: TYPE_BYTES oneof_index: 0 }
-  field { name: "float_list" number: 2 type: TYPE_BYTES oneof_index: 0 }
-  field { name: "int64_list" number: 3 type: TYPE_BYTES oneof_index: 0 } }
-message_type { name: "bytes_list" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
-message_type { name: "float_list" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_FLOAT } }
-message_type { name: "int64_list" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
-message_type { name: "single" field { name: "value" number: 1 type: TYPE_BYTES } }
+    field { name: "key" number: 1 type: TYPE_STRING }
+    field { name: "value" number: 2 type: TYPE_MESSAGE type_name: "Feature" } } }
+message_type { name: "Example" field { name: "features" number: 1 type: TYPE_MESSAGE type_name: "Features" } }
 """
-"""That of TensorFlow's example.proto and feature.proto, but for the messages in maps and features, which stay bytes: a
-forged list of numbers or of empty values would take fifteen times its size in memory."""
-_MOST_FEATURES, _LIST_BYTES = 10_000, 1 << 16
+"""That of TensorFlow's example.proto and feature.proto."""
 
-_Features = Mapping[str, bytes]
-"""The features of an example by name, each as a message `Feature`."""
+_Features = Mapping[str, Sequence[Any]]
+"""The features of an example by name, each as a list of bytes, floats or integers."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class _Layout:
         shape: the names of those with the shape of raw images; empty for encoded images.
         suffix: of the images.
         label: the name of the label's; empty for none, None if a person wants none.
-        others: the names of others that could be one.
+        others: the names of other features that could be one.
     """
 
     image: str
@@ -87,8 +87,7 @@ def tfrecord_source(files: Files, column: str | None) -> Source | None:
     found = files.matching(_FILE)
     if not found:
         return None
-    names, said = _highest(found)
-    notes, layout = [said] if said else [], None
+    (names, note), layout = _highest(found), None
     for name in names:
         with members.refusing(f"{files.where}/{name}"), closing(files.open(name)) as raw:
             # A shard may be empty.
@@ -97,22 +96,9 @@ def tfrecord_source(files: Files, column: str | None) -> Source | None:
                 break
     if layout is None:
         raise BadDataError(f"{files.where}/{names[0]} holds no records: get it again")
-    if layout.label and layout.others and column == "":
-        notes.append(f"taking {layout.label} as the label; --labels :NAME takes another of {some_of(layout.others)}")
-    if column is not None and any(name.endswith("-rxx.labels") for name in files.names):
-        notes.append("its labels in the .labels are not read; --labels FILE names a table of labels")
-    split, others = first_split(names)
     classes = _class_names(files, layout.label)
-    listed = partial(_members, files, names, layout, classes)
-    return Source(
-        files.place,
-        listed,
-        classes=classes,
-        note="; ".join(notes),
-        split=split,
-        other_splits=others,
-        unchosen=tuple(f":{name}" for name in layout.others),
-    )
+    listed, unchosen = partial(_members, files, names, layout, classes), tuple(f":{name}" for name in layout.others)
+    return Source(files.place, listed, classes=classes, note=note, unchosen=unchosen).split_by(names)
 
 
 def _highest(names: Sequence[str]) -> tuple[list[str], str]:
@@ -144,7 +130,7 @@ def _records(raw: BinaryIO) -> Iterator[bytes]:
         length, checksum = struct.unpack("<QI", header)
         if _masked_crc32c(header[:8]) != checksum:
             raise RefusedError("is damaged, or not a TFRecord file (a checksum differs): get it again")
-        members.check_size(length)
+        members.check_size(length, RECORD_BYTES, "a record")
         position += 12 + length + 4
         if position > limit_bytes:
             raise RefusedError(EXPANDS)
@@ -160,49 +146,30 @@ def _masked_crc32c(content: bytes) -> int:
 
 
 @cache
-def _message(name: str) -> Any:
-    """Returns the class of a message."""
+def _example() -> Any:
+    """Returns the class of an example."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
     pool = descriptor_pool.DescriptorPool()
     pool.Add(text_format.Parse(_SCHEMA, descriptor_pb2.FileDescriptorProto()))
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName(name))
-
-
-def _parsed(name: str, content: bytes) -> Any:
-    from google.protobuf.message import DecodeError
-
-    try:
-        return _message(name).FromString(content)
-    except DecodeError:
-        raise RefusedError(f"holds a record that is damaged, or not a tf.train.Example: {_CONVERT}") from None
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("Example"))
 
 
 def _features(record: bytes) -> _Features:
     """Returns the features of an example that are not empty."""
-    found = _parsed("Example", record).features.feature
-    if len(found) > _MOST_FEATURES:
-        raise RefusedError(f"has {len(found):,} features in a record, more than {_MOST_FEATURES:,}: {_CONVERT}")
-    return {name: feature for name, feature in found.items() if feature}
+    from google.protobuf.message import DecodeError
+
+    try:
+        found = _example().FromString(record).features.feature
+    except DecodeError:
+        raise RefusedError(f"holds a record that is damaged, or not a tf.train.Example: {_CONVERT}") from None
+    kinds = {name: feature.WhichOneof("kind") for name, feature in found.items()}
+    return {name: getattr(found[name], kind).value for name, kind in kinds.items() if kind}
 
 
-def _content(feature: bytes) -> bytes | None:
+def _content(values: Sequence[Any]) -> bytes | None:
     """Returns the value of a list of one value, in bytes; None of any other list."""
-    values = _parsed("Feature", feature).bytes_list
-    # Of several values it has the last one.
-    single = _parsed("single", values)
-    content: bytes = single.value
-    return content if values and single.ByteSize() == len(values) else None
-
-
-def _values(feature: bytes) -> Sequence[Any]:
-    """Returns all values of a short list: bytes, floats or integers."""
-    parsed = _parsed("Feature", feature)
-    kind = parsed.WhichOneof("kind") or "bytes_list"
-    if len(values := getattr(parsed, kind)) > _LIST_BYTES:
-        raise RefusedError(f"has {len(values):,} bytes of labels or sizes in a record: {_CONVERT}")
-    found: Sequence[Any] = _parsed(kind, values).value
-    return found
+    return values[0] if len(values) == 1 and isinstance(values[0], bytes) else None
 
 
 def _layout(where: str, features: _Features, column: str | None) -> _Layout:
@@ -212,12 +179,9 @@ def _layout(where: str, features: _Features, column: str | None) -> _Layout:
         return replace(layout, label=None)
     rest = [name for name in features if name not in (layout.image, *layout.shape)]
     labels = [name for name in rest if _IS_LABEL.fullmatch(name)]
-    if not labels and not column:
-        return replace(layout, others=tuple(rest))
     # The first record may lack what a person chose.
-    label = column or chosen_label(where, labels, "", _LABELS)
-    others = labels if label in labels else rest
-    return replace(layout, label=label, others=tuple(name for name in others if name != label))
+    label = column or (chosen_label(where, labels, "", _LABELS) if labels else "")
+    return replace(layout, label=label, others=tuple(name for name in rest if name != label))
 
 
 def _image_layout(where: str, features: _Features) -> _Layout:
@@ -234,8 +198,7 @@ def _image_layout(where: str, features: _Features) -> _Layout:
     if not shape:
         said = f"but {some_of([*features])}" if features else "and is not a tf.train.Example"
         raise RefusedError(f"has no image such as a JPEG in image/encoded in its first record, {said}: {_CONVERT}")
-    raw = _Layout(image, shape, "")
-    return replace(raw, suffix=netpbm_suffix(_pixels(features, raw).shape[2]))
+    return _Layout(image, shape, ".ppm")
 
 
 def _members(files: Files, names: Sequence[str], layout: _Layout, classes: Sequence[str]) -> Iterator[Member]:
@@ -259,7 +222,7 @@ def _label(features: _Features, layout: _Layout, classes: Sequence[str]) -> str:
     later = layout.label == "" and next(filter(_IS_LABEL.fullmatch, features), None)
     if later:
         raise RefusedError(f"has {later}, which the first record lacks: use --labels :{later}")
-    values = _values(features.get(layout.label or "", b""))
+    values = features.get(layout.label or "", ())
     value = values if len(values) > 1 else next(iter(values), None)
     return label_among(classes, text_of(value) if isinstance(value, bytes) else value)
 
@@ -278,7 +241,7 @@ def _image(features: _Features, layout: _Layout) -> bytes:
 def _pixels(features: _Features, layout: _Layout) -> np.ndarray:
     """Returns a raw image as uint8 [height, width, channels]; StyleGAN has the channels first."""
     content = _image(features, layout)
-    lengths = (_values(features.get(name, b"")) for name in layout.shape)
+    lengths = (features.get(name, ()) for name in layout.shape)
     shape = [length for listed in lengths for length in listed if isinstance(length, int)]
     if len(shape) == 2:
         shape.append(1)

@@ -8,7 +8,6 @@ value, a file or a row that could mean two things is refused: a label is never g
 from __future__ import annotations
 
 import csv
-import gc
 import io
 import json
 import re
@@ -19,10 +18,9 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from itertools import groupby
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
-from job.data import members
-from job.data.members import Member, RefusedError, refused
+from job.data.source.members import Member, RefusedError, is_hidden, is_image, path_parts, read_table, refused, refusing
 from job.exits import BadRequestError, MissingInputError
 from job.progress import printable, printable_label, some_of
 from job.store import Retry, open_to_read, split_uri, without_queries
@@ -108,19 +106,12 @@ def text_of(content: bytes) -> str:
 def json_of(text: str) -> Any:
     """Returns the content of a JSON document.
 
-    The collector of garbage rests meanwhile: it would visit each row of a table many times, and rows hold no cycles.
-
     Raises:
-        RefusedError: an object has a key twice, or is nested too deeply.
+        RefusedError: an object has a key twice.
+        RecursionError: it is nested too deeply.
         ValueError: it is not JSON.
     """
-    gc.disable()
-    try:
-        return json.loads(text, object_pairs_hook=_without_repetition)
-    except RecursionError:
-        raise RefusedError("has too many brackets in brackets: get it again") from None
-    finally:
-        gc.enable()
+    return json.loads(text, object_pairs_hook=_without_repetition)
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -179,13 +170,13 @@ def with_sidecars(
         others, labels = list[Member](), dict[str, tuple[str, str]]()
         for member in files:
             stem, suffix = member.name.rpartition(".")[0], member.name.rpartition(".")[2].lower()
-            if f".{suffix}" not in suffixes or members.is_hidden(member.name):
+            if f".{suffix}" not in suffixes or is_hidden(member.name):
                 others.append(member)
             elif labels.get(stem, ("", ""))[0] != "cls":
-                with members.refusing(f"{where}: entry {member.name!r}"):
+                with refusing(f"{where}: entry {member.name!r}"):
                     labels[stem] = suffix, sidecar_label(suffix, member.read(), key)
         for member in others:
-            label = labels.pop(member.name.rpartition(".")[0], ("", ""))[1] if members.is_image(member.name) else ""
+            label = labels.pop(member.name.rpartition(".")[0], ("", ""))[1] if is_image(member.name) else ""
             yield replace(member, label=label)
         if lost := next((stem for stem, (suffix, _) in labels.items() if suffix == "cls"), None):
             how = "; the files of an image must be adjacent: make the tar by tar --sort=name" if adjacent else ""
@@ -266,72 +257,66 @@ def join_labels(table: Rows, images: Iterable[str], column: str = "") -> LabelTa
         RefusedError: a name has two labels, or a label stands for no class.
     """
     body, first = (table.cells, ()) if table.header else (table.cells[1:], table.cells[0])
-    columns, holders, example = list[_Column](), dict[str, list[_Column]](), ""
+    columns = list[_Column]()
     for number in range(max(map(len, table.cells))):
         cells = {row[number] for row in body if len(row) > number and isinstance(row[number], Hashable)}
         names, above = {*map(_row_name, cells)}, _row_name(first[number]) if len(first) > number else ""
-        is_bare, has_files = not any("/" in name for name in names or {above}), any(map(members.is_image, names))
-        columns.append(_Column(number, above, len(names), is_bare, has_files))
-        for name in {*names, above} - {""}:
-            holders.setdefault(name, []).append(columns[-1])
+        is_bare, has_files = not any("/" in name for name in names or {above}), any(map(is_image, names))
+        columns.append(_Column(number, above, {*names, above} - {""}, len(names), is_bare, has_files))
+    wanted = set[str]().union(*(each.names for each in columns))
+    known, twice, example = (dict[str, str](), dict[str, str]()), dict[tuple[bool, str], tuple[str, str]](), ""
     for image in images:
         example = example or image
         for position, name in enumerate(_names_of(image)):
-            for each in holders.get(name, ()):
-                if each.is_bare == position % 2:
-                    each.is_headless = each.is_headless or name == each.first
-                    if (other := each.images.setdefault(name, image)) != image:
-                        # Kaggle's train/1.png and test/1.png are two images, of which 1.png in the table is the first.
-                        each.twice = _labels_both(table.where, name, other, image)
-    matching = [each for each in columns if each.images]
+            if name in wanted and (other := known[position % 2].setdefault(name, image)) != image:
+                # Kaggle's train/1.png and test/1.png are two images, of which 1.png in the table is the first.
+                twice[position % 2 == 1, name] = other, image
+    found = {each.number: each.names & known[each.is_bare].keys() for each in columns}
+    matching = [each for each in columns if found[each.number]]
     # pandas writes its index into a column without a name.
     matching = [each for each in matching if each.first or table.header] or matching
-    matching.sort(key=lambda each: (len(each.images), each.distinct), reverse=True)
-    named = {each.number: _joined(table, each.number, each.is_headless, column) for each in matching[:1]}
+    matching.sort(key=lambda each: (len(found[each.number]), each.distinct), reverse=True)
+    named = {
+        each.number: _joined(table, each.number, each.first in found[each.number], column) for each in matching[:1]
+    }
     for each in matching[1:]:
         # Labels such as 7 are names of images, too, but of few; then several rows have one name.
         with suppress(RefusedError, BadRequestError):
-            named[each.number] = _joined(table, each.number, each.is_headless, column)
+            named[each.number] = _joined(table, each.number, each.first in found[each.number], column)
     if named and all(len({_stem(row[one]) for one in named if len(row) > one}) <= 1 for row in body):
-        number, found = next(iter(named.items()))
+        number, joined = next(iter(named.items()))
         titles = {each.number: str((table.header or table.cells[0])[each.number]) for each in columns if each.has_files}
-        others = [title for one, title in titles.items() if one not in named and title != found.column]
+        others = [title for one, title in titles.items() if one not in named and title != joined.column]
         if others and number not in titles:
             said = f"names images in its column {others[0]!r}, and not those of the source, such as {example!r}"
             raise BadRequestError(f"{table.where} {said}: mend that column, or leave it out")
-        if twice := columns[number].twice:
-            raise twice
-        return found
+        for (is_bare, name), both in reversed(twice.items()):
+            if is_bare == columns[number].is_bare and name in found[number]:
+                raise _labels_both(table.where, name, *both)
+        return joined
     how, last = "two columns that name images" if named else "no column that names images", map(str, table.cells[-1])
-    raise BadRequestError(
-        f"{table.where} has {how}, such as {example!r}: its last row has {some_of(last)}; one column has the path of "
-        "each image in the source, or the name of its file, with or without the suffix"
-    )
+    said = f"{table.where} has {how}, such as {example!r}: its last row has {some_of(last)}"
+    raise BadRequestError(f"{said}; one column has the path of each image in the source, or the name of its file")
 
 
-@dataclass
-class _Column:
+class _Column(NamedTuple):
     """The cells of a column as names of images.
 
     Attributes:
         number: of the column.
         first: its cell in the first row, which may be a header.
-        distinct: number of its other cells, each counted once.
-        is_bare: whether no other cell has a folder.
-        has_files: whether another cell has the suffix of an image.
-        images: an image of the source by each cell that names one.
-        is_headless: whether the first cell does.
-        twice: the error that a cell names two images.
+        names: all its cells but blank ones.
+        distinct: number of those behind the first, each counted once.
+        is_bare: whether no other cell than the first has a folder.
+        has_files: whether another one has the suffix of an image.
     """
 
     number: int
     first: str
+    names: set[str]
     distinct: int
     is_bare: bool
     has_files: bool
-    images: dict[str, str] = field(default_factory=dict)
-    is_headless: bool = False
-    twice: BadRequestError | None = None
 
 
 def _labels_both(where: str, row: str, one: str, other: str) -> BadRequestError:
@@ -342,7 +327,7 @@ def _labels_both(where: str, row: str, one: str, other: str) -> BadRequestError:
 def _stem(cell: object) -> str:
     """Returns the name of a file without folders and suffix."""
     name = _row_name(cell).rpartition("/")[2]
-    return name.rpartition(".")[0] if members.is_image(name) else name
+    return name.rpartition(".")[0] if is_image(name) else name
 
 
 def _names_of(name: str) -> tuple[str, str, str, str]:
@@ -353,7 +338,7 @@ def _names_of(name: str) -> tuple[str, str, str, str]:
 
 def _row_name(cell: object) -> str:
     """Returns a cell as sources write the paths of images."""
-    parts = members.path_parts("" if cell is None else str(cell))
+    parts = path_parts("" if cell is None else str(cell))
     return printable("/".join(part for part in parts if part not in ("", ".")))
 
 
@@ -428,9 +413,9 @@ def read_labels(file: str, retry: Retry | None = None) -> Rows:
     if not store.exists(name):
         own = "" if PurePosixPath(file).suffix else f": a column of the source itself is :{file}"
         raise MissingInputError(f"--labels: there is nothing at {file}{own}")
-    with members.refusing(file):
+    with refusing(file):
         with store.open(name) as opened:
-            content = members.read_table(opened)
+            content = read_table(opened)
         return table_in(file, content)
 
 
@@ -471,18 +456,15 @@ def _rows(where: str, text: str) -> Rows:
     delimiter = next((mark for mark in "\t;," if mark in first), "")
     # Lines may end as on Windows, or on an old Macintosh.
     lines = io.StringIO(text, newline=None)
-    try:
-        read = csv.reader(lines, delimiter=delimiter, skipinitialspace=True) if delimiter else map(str.split, lines)
-        rows = [[cell.strip() for cell in row] for row in read if row]
-    except csv.Error as error:
-        raise RefusedError(f"does not hold {_A_TABLE} ({error})") from None
+    read = csv.reader(lines, delimiter=delimiter, skipinitialspace=True) if delimiter else map(str.split, lines)
+    rows = [[cell.strip() for cell in row] for row in read if row]
     if rows and len(rows[0]) == 1 and rows[0][0].isdecimal():
         # CelebA's files begin with the number of images.
         del rows[0]
     if len(rows) < 2 or len(rows[1]) < 2:
         raise RefusedError(f"does not hold {_A_TABLE}")
     # CelebA names the attributes, and not the column of the files.
-    is_attributes = not delimiter and len(rows[1]) == len(rows[0]) + 1 and not members.is_image(rows[0][0])
+    is_attributes = not delimiter and len(rows[1]) == len(rows[0]) + 1 and not is_image(rows[0][0])
     header = ["file", *rows.pop(0)] if is_attributes else None
     width = len(header or rows[0])
     # Blanks may be part of a label.

@@ -23,17 +23,17 @@ from typing import IO, BinaryIO, cast
 
 from braceexpand import braceexpand
 
-from job.data import members
-from job.data.labels import SAMPLE_KEY, sidecar_label, sidecars
-from job.data.members import SUFFIXES, Member, Opener, RefusedError, Source, is_hidden
 from job.data.shards import Digests, is_tar_uri
+from job.data.source import members
+from job.data.source.labels import SAMPLE_KEY, sidecar_label, sidecars
+from job.data.source.members import ENTRY_BYTES, EXPANSION, SUFFIXES, Member, Opener, RefusedError, Source, refused
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import printable
 from job.store import Retry, Store, open_to_read, split_uri, without_queries
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 """Suffixes of the archives of which a folder may consist."""
-EXPANDS = f"unpacks to more than {members.EXPANSION} times its size: do not trust this archive"
+EXPANDS = f"unpacks to more than {EXPANSION} times its size: do not trust this archive"
 MOST_TARS = 1_000_000
 """The number of tars that a pattern of six digits can count; the index names each, and is held in memory."""
 
@@ -51,10 +51,8 @@ def opened_zip(file: BinaryIO) -> zipfile.ZipFile:
     except UnicodeDecodeError:
         raise RefusedError("has names that are not in UTF-8: unpack it, and pack the folder") from None
     if first := min((info.header_offset for info in archive.infolist()), default=archive.start_dir):
-        raise RefusedError(
-            f"has {first:,} bytes before its first entry, and images in them would be lost: was it joined by `cat`, or "
-            "is it a self-extracting program? Unpack it, and pack the folder"
-        )
+        said = f"has {first:,} bytes before its first entry: was it joined by `cat`, or is it self-extracting?"
+        raise RefusedError(f"{said} Unpack it, and pack the folder")
     return archive
 
 
@@ -78,7 +76,7 @@ def _read_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 def open_zipped(opener: Opener, name: str) -> BinaryIO:
     """Opens one file of a zip as a stream."""
     file = opener()
-    limit_bytes = max(_SMALL_BYTES, members.EXPANSION * file.seek(0, io.SEEK_END))
+    limit_bytes = max(_SMALL_BYTES, EXPANSION * file.seek(0, io.SEEK_END))
     archive = opened_zip(file)
     if archive.getinfo(name).file_size > limit_bytes:
         raise RefusedError(EXPANDS)
@@ -102,13 +100,13 @@ def tar_members(opener: Opener, digests: Digests | None = None) -> Iterator[Memb
             # tarfile would keep every header, and memory would grow with the archive.
             archive.members.clear()  # type: ignore[attr-defined]
             if member.size < 0:
-                raise members.refused(member.name, f"has a size of {member.size:,} bytes: do not trust this archive")
+                raise refused(member.name, f"has a size of {member.size:,} bytes: do not trust this archive")
             if member.isreg() and not member.issparse():
                 content = cast(IO[bytes], archive.extractfile(member))
                 read = partial(members.read_exactly, content, member.size)
                 yield Member(member.name, read, member.offset_data, member.size)
             elif not member.isdir():
-                raise members.refused(member.name, "is a link or a device: do not trust this archive")
+                raise refused(member.name, "is a link or a device: do not trust this archive")
         stream.finish()
 
 
@@ -123,7 +121,7 @@ class _TarStream:
         self._digests, self._position, self._last_block = digests, 0, b""
 
     def tell(self) -> int:
-        """Returns the position in the unpacked stream."""
+        """Returns the position in the members.unpacked stream."""
         return self._position
 
     def seek(self, position: int) -> None:
@@ -141,7 +139,7 @@ class _TarStream:
     def read(self, size: int) -> bytes:
         """Returns the next bytes."""
         # A header may give itself any length, and tarfile would allocate that.
-        if not 0 <= size <= members.ENTRY_BYTES:
+        if not 0 <= size <= ENTRY_BYTES:
             raise tarfile.ReadError(f"a block of {size:,} bytes")
         self._last_block = self._file.read(size)
         self._position += len(self._last_block)
@@ -202,39 +200,33 @@ class ForeignTar:
         """
         tar, suffixes = split_uri(self.key)[1], sidecars(label_key)
         for key, files in groupby(self._files(digests), key=lambda file: file[0]):
-            image: Sample | None = None
-            labels, plain_names, is_numbered, names = dict[str, str](), 0, False, list[str]()
+            images, labels = list[tuple[str, Sample]](), dict[str, str]()
             for _, suffix, member in files:
-                is_plain = f".{suffix}" in SUFFIXES
                 with members.refusing(f"{self.uri}: entry {member.name!r}"):
                     if f".{suffix.rpartition('.')[2]}" in SUFFIXES:
-                        names.append(member.name)
-                        is_numbered |= suffix[0].isdigit()
-                        # `photo.jpg` is the image, `photo.mask.png` is not.
-                        if image is None or (is_plain and not plain_names):
-                            image = Sample(f"{tar}/{member.name}", member.read(), offset=member.offset)
-                        plain_names += is_plain
+                        sample = Sample(f"{tar}/{member.name}", member.read(), offset=member.offset)
+                        images.append((suffix, sample))
                     elif f".{suffix}" in suffixes:
                         labels[suffix] = said = sidecar_label(suffix, member.read(), label_key or "")
                         if said and not _CLASS.fullmatch(said):
                             said = f"has the label {said!r}, and no number up to 99999"
                             raise RefusedError(f"{said}: `ddpm data pack` takes names, --no-classes no labels")
-            # `photo.1.jpg` belongs to another image than `photo.jpg`.
-            if len(names) > 1 and (is_numbered or plain_names != 1):
-                raise BadDataError(
-                    f"{self.uri}: {names[0]!r} and {names[1]!r} would be one sample, for its key ends at the first dot "
-                    "of a name, and one image would be lost: rename them, or pack the tar with `ddpm data pack`"
-                )
+            # `photo.jpg` is the image, `photo.mask.png` is not, and `photo.1.jpg` belongs to another one.
+            plain = [sample for suffix, sample in images if f".{suffix}" in SUFFIXES]
+            if len(images) > 1 and (len(plain) != 1 or any(suffix[0].isdigit() for suffix, _ in images)):
+                both = " and ".join(repr(sample.name.removeprefix(f"{tar}/")) for _, sample in images[:2])
+                said = f"{both} would be one sample, for its key ends at the first dot of a name"
+                raise BadDataError(f"{self.uri}: {said}: rename them, or pack the tar with `ddpm data pack`")
             label = next(filter(None, map(labels.get, ("cls", "json"))), "-1")
-            if image is not None:
-                yield replace(image, label=int(label))
+            if images:
+                yield replace((plain or [images[0][1]])[0], label=int(label))
             elif labels.get("cls"):
                 raise BadDataError(f"{self.uri}: entry {f'{key}.cls'!r} labels no image beside it: put it there")
 
     def _files(self, digests: Digests | None) -> Iterator[tuple[str, str, Member]]:
         """Yields the key and suffix of each file of a sample, and the file."""
         for member in Source(self.uri, partial(tar_members, partial(self.store.open, self.key), digests)).members():
-            if not is_hidden(member.name) and (match := SAMPLE_KEY.fullmatch(member.name)):
+            if not members.is_hidden(member.name) and (match := SAMPLE_KEY.fullmatch(member.name)):
                 yield match[1], match[2].lower(), member
 
 
@@ -292,7 +284,7 @@ def _tars_at(word: str, retry: Retry | None) -> Iterator[ForeignTar]:
 
 
 def _tars_below(store: Store) -> Iterator[ForeignTar]:
-    tars = [entry for entry in store.list() if entry.key.endswith(".tar") and not is_hidden(entry.key)]
+    tars = [entry for entry in store.list() if entry.key.endswith(".tar") and not members.is_hidden(entry.key)]
     if not tars:
         raise MissingInputError(f"{store.uri} holds no .tar")
     for entry in tars:

@@ -13,22 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from job.data import members
-from job.data.archives import ARCHIVES, find_tars, open_zipped, opened_zip, tar_members, zip_members
 from job.data.cache import default_cache_dir
-from job.data.formats import recognised
-from job.data.formats.beside import labelled_beside
-from job.data.formats.binary import IDX_NAME, archive_source
-from job.data.formats.tables import has_shards
-from job.data.formats.unread import next_step_by
-from job.data.labels import sidecars, with_sidecars
-from job.data.members import Files, Member, Opener, RefusedError, Source, split_in
+from job.data.source import members
+from job.data.source.archives import ARCHIVES, find_tars, open_zipped, opened_zip, tar_members, zip_members
+from job.data.source.formats import next_step, recognised
+from job.data.source.formats.published import IDX_NAME, archive_source
+from job.data.source.formats.tables import has_shards
+from job.data.source.labels import json_of, labels_of_pairs, pairs_in, sidecars, text_of, with_sidecars
+from job.data.source.members import Files, Member, Opener, RefusedError, Source, is_data_file, refused, split_in
 from job.exits import BadDataError, BadRequestError, DiskFullError, MissingInputError
-from job.progress import Progress
+from job.progress import Progress, printable
 from job.store import (
-    Entry,
     Retry,
-    Store,
     fsspec_configured,
     is_foreign,
     is_remote,
@@ -49,6 +45,8 @@ SPARE_BYTES = 1 << 30
 _BUCKET_READERS = 16
 _NOTHING_AT = "there is nothing at {}: give a folder or an archive of images"
 _BRACES = re.compile(r"\{.*\}")
+_DATASET_JSON = "dataset.json"
+"""The table of labels that StyleGAN's and EDM's `dataset_tool.py` writes (Karras et al. 2022)."""
 _PATTERN = re.compile(r"([^*]*/)([^/*]*\*.*)")
 
 
@@ -118,13 +116,12 @@ def _folder(root: Path, bucket: str, column: str | None) -> Source:
                 yield prefix + child.name, child
 
     def member(name: str, child: os.DirEntry[str]) -> Member:
-        read, is_image = partial(_read_file, Path(child.path)), members.is_image(name)
-        if members.is_hidden(name) or not (is_image or child.is_dir()):
+        read = partial(_read_file, Path(child.path))
+        if members.is_hidden(name) or not (members.is_image(name) or child.is_dir()):
             return Member(name, read)
         # A link to a folder could form a cycle.
         if not child.is_file() or (child.is_symlink() and not Path(child.path).resolve().is_relative_to(root)):
-            problem = "is not a file, or links to a folder or outside: put a copy in its place"
-            raise members.refused(name, problem)
+            raise refused(name, "is not a file, or links to a folder or outside: put a copy in its place")
         with members.refusing(f"{root}: entry {name!r}"):
             return Member(name, read, size_bytes=child.stat().st_size)
 
@@ -134,9 +131,7 @@ def _folder(root: Path, bucket: str, column: str | None) -> Source:
             has_images = True
         elif not members.is_hidden(name) and child.is_file():
             names.append(name)
-    is_below = packed_to and packed_to.is_dir() and packed_to.is_relative_to(root)
-    note = f"leaving out {packed_to}, which is the bucket" if is_below else ""
-    images = Source(str(root), lambda: (member(name, child) for name, child in below(root, "")), note=note)
+    images = Source(str(root), lambda: (member(name, child) for name, child in below(root, "")))
     return _read_as(_local_files(root, names), images, has_images, column)
 
 
@@ -161,24 +156,19 @@ def _elsewhere(uri: str, retry: Retry | None, column: str | None) -> Source:
         return _file(Files(parent.uri, names, parent.open, name), column)
     store = open_to_read(uri, retry)
     wanted = _matching(pattern[2]) if pattern else bool
-    entries = [entry for entry in store.list() if wanted(entry.key)]
-    if not entries:
+
+    def read(key: str, size_bytes: int) -> bytes:
+        members.check_size(size_bytes)
+        return store.read(key).data
+
+    entries = [(entry.key, entry.size_bytes) for entry in store.list() if wanted(entry.key)]
+    listed = [Member(key, partial(read, key, size_bytes), size_bytes=size_bytes) for key, size_bytes in entries]
+    if not listed:
         raise MissingInputError(_NOTHING_AT.format(store.uri))
-    names = tuple(entry.key for entry in entries if not members.is_image(entry.key))
-
-    def listed() -> Iterator[Member]:
-        return (
-            Member(entry.key, partial(_read_stored, store, entry), size_bytes=entry.size_bytes) for entry in entries
-        )
-
+    names = tuple(key for key, _ in entries if not members.is_image(key))
     # Each image costs a request: archives are read much faster.
-    images = Source(store.uri, listed, readers=_BUCKET_READERS)
-    return _read_as(Files(store.uri, names, store.open), images, len(names) < len(entries), column)
-
-
-def _read_stored(store: Store, entry: Entry) -> bytes:
-    members.check_size(entry.size_bytes)
-    return store.read(entry.key, members.ENTRY_BYTES).data
+    images = Source(store.uri, lambda: iter(listed), readers=_BUCKET_READERS)
+    return _read_as(Files(store.uri, names, store.open), images, len(names) < len(listed), column)
 
 
 def _matching(pattern: str) -> Callable[[str], object]:
@@ -208,10 +198,8 @@ def _fetched(store: SourceStore, key: str, source: str) -> Path:
         whole.parent.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(whole.parent).free
     if about.size_bytes > free_bytes - SPARE_BYTES:
-        raise DiskFullError(
-            f"{where} has {about.size_bytes:,} bytes, and {whole.parent} has {free_bytes:,} free: set DDPM_CACHE to a "
-            "larger disk, or pack it from a bucket"
-        )
+        said = f"{where} has {about.size_bytes:,} bytes, and {whole.parent} has {free_bytes:,} free"
+        raise DiskFullError(f"{said}: set DDPM_CACHE to a larger disk, or pack it from a bucket")
     with Progress(f"fetching {key}", total=about.size_bytes >> 20, unit="MiB") as bar:
         reporting = copy.copy(store)
         reporting.report = lambda received_bytes: bar.update(received_bytes >> 20)
@@ -247,7 +235,7 @@ def _read_as(files: Files, images: Source, has_images: bool, column: str | None)
             return replace(one, beside=files) if len(files.names) > 1 else one
         if opened:
             return replace(_archives(files.where, opened, column), beside=files)
-    return labelled_beside(images, files, column)
+    return _labelled_beside(images, files, column)
 
 
 def _archives(where: str, archives: Sequence[tuple[str, Opener]], column: str | None) -> Source:
@@ -295,8 +283,8 @@ def _archive(where: str, opener: Opener, column: str | None) -> Source:
             files = Files(where, tuple(others), partial(open_zipped, opener))
             has_images = any(map(members.is_image, names))
             found = None if has_images else recognised(files, column)
-            return found or labelled_beside(Source(where, partial(zip_members, opener)), files, column)
-        if unread := next_step_by(start):
+            return found or _labelled_beside(Source(where, partial(zip_members, opener)), files, column)
+        if unread := next_step(start=start):
             raise RefusedError(f"has no images: {unread}")
         first = next(tar_members(opener), None)
     listed = partial(tar_members, opener)
@@ -304,3 +292,35 @@ def _archive(where: str, opener: Opener, column: str | None) -> Source:
         return found
     labelled = partial(with_sidecars, where, listed, sidecars(column), column or "", adjacent=True)
     return Source(where, listed, with_labels=labelled if column is not None else None)
+
+
+def _labelled_beside(source: Source, files: Files, column: str | None) -> Source:
+    """Returns the images of a source with the labels of a `dataset.json`, else those in a `.cls` beside each image.
+
+    A `.json` beside each image is read if a person names a key of it: of images elsewhere it costs a request each.
+
+    Raises:
+        BadRequestError: several files name labels, and `column` is not None.
+    """
+    if others := list(filter(is_data_file, files.names)):
+        more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
+        said = f"packing its images, and not those in {printable(others[0])}{more}: name these to pack them"
+        source = replace(source, note="; ".join(filter(None, (source.note, said))))
+    source = replace(source, beside=files)
+    tables = [name for name in files.names if name.rpartition("/")[2] == _DATASET_JSON]
+    # A person who names a column means another one than the only one here.
+    if tables and column == "":
+        with members.refusing(f"{files.where}: {tables[0]}"):
+            found = json_of(text_of(files.read(tables[0])))
+            if isinstance(found, dict) and found.get("labels"):
+                if len(tables) > 1:
+                    said = f"{files.where} has several tables of labels, {tables[0]}, {tables[1]} …"
+                    raise BadRequestError(f"{said}: pack one of their folders, or use --no-classes")
+                folder = tables[0].removesuffix(_DATASET_JSON)
+                pairs = [(folder + name, label) for name, label in pairs_in(found)]
+                return replace(source, table=labels_of_pairs(tables[0], pairs))
+    suffixes = sidecars(column)[:1]
+    if not any(name.lower().endswith(suffixes) for name in files.names):
+        return source
+    labelled = partial(with_sidecars, source.where, source.listed, suffixes, column or "", adjacent=False)
+    return replace(source, with_labels=labelled)

@@ -1,0 +1,95 @@
+"""The formats that keep many images in a file: who reads each, and what a person does about those that nobody reads.
+
+A format is a module here with a reader, which `recognised` lists. A reader returns a `Source` whose members have their
+labels, or None if it sees no files of its format by their names. It imports the library of its format late, and reads
+nothing that could execute code.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from job.data.source.members import Files, Source
+
+DATA_FILE = re.compile(
+    r"\.(zip|tar|tgz|tar\.gz|parquet|arrow|np[yz]|tfrec(?:ords?)?|bin|lmdb)(\.gz)?$"
+    r"|\.tfrecords?-|-\d{5}-of-\d{5}(\.gz)?$|_lmdb$",
+    re.IGNORECASE,
+)
+"""Files that hold many images: a part of an image's name, but never a class."""
+START_BYTES = 16
+"""How many of a file's first bytes tell its format."""
+
+_CONVERT = "write its images into a folder or an .npz, and pack that"
+_UNREAD = {
+    ".zip .tar .tgz": "it holds archives: unpack it once, and pack the folder of archives",
+    # Their readers need a folder or a file of their own.
+    ".npy .npz .tfrecord .tfrecords .lmdb .mdb .bin": "it holds files of many images: unpack it, and pack the folder",
+    ".pkl .pickle .pt .pth \x80\2 \x80\4 \x80\5": f"pickles are programs, and are not read: {_CONVERT}",
+    ".h5 .hdf5 .he5 .mat \x89HDF MATL": f"HDF5 is not read, nor are MATLAB's files: {_CONVERT}",
+    ".rec .beton .msgpack .dcm .nii": f"records of MXNet and FFCV, and medical volumes are not read: {_CONVERT}",
+    ".7z .rar 7z\xbc\xaf Rar!": "it is packed by 7-Zip or RAR: unpack it, and pack the folder",
+    ".mp4 .avi .mov .mkv .webm": "videos are not read: write their frames into a folder, with ffmpeg",
+    ".gz .xz .bz2 .zst \xfd7zX (\xb5/\xfd BZh": "single compressed files are not read: unpack it, and pack that",
+    ".cr2 .nef .arw .dng": "raw photographs are not read: develop them into JPEG or PNG",
+    ".csv .json .jsonl .txt": "tables and texts hold names, not images: name the folder or archive of the images",
+}
+"""What to do with files that are recognised and not read, by their suffixes, and first bytes as Latin-1."""
+_STARTS = {
+    b"\xff\xd8\xff": ".jpg",
+    b"\x89PNG\r\n\x1a\n": ".png",
+    b"GIF8": ".gif",
+    b"II*\0": ".tif",
+    b"MM\0*": ".tif",
+}
+
+
+def recognised(files: Files, column: str | None) -> Source | None:
+    """Returns the images of a format that is not a folder or an archive; None if the names say nothing.
+
+    Args:
+        files: the files of the place.
+        column: the label to take where a format has several; empty for the usual one, None for no labels.
+
+    Raises:
+        BadRequestError: there are several labels, or a library is missing.
+    """
+    from job.data.source.formats import arrays, published, tables, tfrecords
+
+    readers = (
+        published.idx_source,
+        published.cifar_source,
+        published.lsun_source,
+        tfrecords.tfrecord_source,
+        tables.table_source,
+        # Other formats may have statistics in an .npz beside them.
+        arrays.array_source,
+    )
+    return next(filter(None, (reader(files, column) for reader in readers)), None)
+
+
+def next_step(suffix: str = "", start: bytes = b"") -> str:
+    """Returns what to do with a file of this suffix, or that begins with these bytes; an empty string for others."""
+    for words, said in _UNREAD.items():
+        if any(word == suffix or start.startswith(word.encode("latin-1")) for word in words.split(" ")):
+            return said
+    return ""
+
+
+def suffix_of(start: bytes) -> str:
+    """Returns the suffix of an image file that begins with these bytes; an empty string for other files."""
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return ".webp"
+    if start[4:8] == b"ftyp":
+        return ".avif" if start[8:11] == b"avi" else ".heic"
+    return next((suffix for magic, suffix in _STARTS.items() if start.startswith(magic)), "")
+
+
+def netpbm(pixels: np.ndarray) -> bytes:
+    """Returns uint8 [height, width, 1 or 3] as a PGM or PPM file; the suffix .ppm stands for both."""
+    height, width, channels = pixels.shape
+    return b"P%d %d %d 255\n" % (6 if channels == 3 else 5, width, height) + pixels.tobytes()
