@@ -23,14 +23,13 @@ configuration are files of their own, because diffusers warns at each load of ke
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import Field
 
@@ -78,8 +77,6 @@ class Manifest(Sealed):
     attempt: str
     """The id of the attempt that wrote it; no other run has it."""
     images_seen: int = Field(ge=0)
-    created: str
-    world_size: int = Field(ge=1)
     loss_sums: list[list[float]]
     """The sums of losses for the next row of the metrics."""
     lineage: tuple[Annotated[str, Field(pattern=r"^\d{6}-\d{12}$")], ...] = ()
@@ -131,8 +128,6 @@ class AverageRecord(Sealed):
     """The number of stored averages that it combines."""
     error: float
     """See `ddpm.ema.reconstruct`."""
-    created: str
-    code_version: str
     files: tuple[NamedObject, ...]
 
 
@@ -329,11 +324,6 @@ def check_average(run: Store, ref: CheckpointRef, group: str, name: str) -> Mani
             f"{run.uri}/{ref.key} has no weights {group} (it has {averages}): "
             f"`ddpm ema --run {name} --std {group.removeprefix('ema-')}` makes them, if there are snapshots"
         ) from None
-
-
-def sha256_of(file: BinaryIO) -> str:
-    """Returns the SHA-256 of the rest of a file."""
-    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,8 @@ class History:
             return
         # The first rows may be of the moment at which the segment before ends, whose rows stay.
         ended = located(self.segments[-1].rows.key).checkpoint.images_seen if self.segments else -1
-        contents = [_lines(rows), _events(rows, ended + 1, None if self.segments else self._config)]
+        contents = ["".join(json.dumps(row) + "\n" for row in rows).encode()]
+        contents += [_events(rows, ended + 1, None if self.segments else self._config)]
         saves, before = 1, [*self.segments]
         while before and not is_hurried and before[-1].saves < GROWTH * saves and (older := self._read(before[-1])):
             contents = [earlier + later for earlier, later in zip(older, contents, strict=True)]
@@ -91,26 +92,11 @@ class History:
         if segment.rows.key in self._damaged:
             return []
         try:
-            lines, events = (one.read(self._run) for one in (segment.rows, segment.events))
-            _parsed(lines)
-            return [lines, events]
-        except (BadDataError, ValidationError) as error:
+            return [one.read(self._run) for one in (segment.rows, segment.events)]
+        except BadDataError as error:
             self._damaged.add(segment.rows.key)
-            self._warn(f"{self._run.uri_of(segment.rows.key)} stays by itself: {_why(error)}")
+            self._warn(f"going on with the rows of {self._run.uri_of(segment.rows.key)} by themselves: {error}")
             return []
-
-
-def _parsed(lines: bytes) -> list[Row]:
-    read = _LINES.validate_json(b"[%b]" % b",".join(lines.splitlines()))
-    return [line.__dict__ | line.__pydantic_extra__ for line in read]
-
-
-def _why(error: BadDataError | ValidationError) -> str:
-    return str(error) if isinstance(error, BadDataError) else "it holds no rows of this version"
-
-
-def _lines(rows: Sequence[Row]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def _events(rows: Sequence[Row], begins_at: int, config: RunConfig | None) -> bytes:
@@ -182,21 +168,16 @@ def _without_modules(*names: str) -> Iterator[None]:
             del sys.modules[name]
 
 
-def read_rows(run: Store, named: Iterable[NamedObject], warn: Callable[[str], None] | None = None) -> list[Row]:
-    """Returns the rows of a checkpoint's metrics, in order; with `warn` it reports damaged objects and skips them.
-
-    Raises:
-        BadDataError: an object is missing or corrupt; the message names it.
-        ValidationError: an object with the right hash holds something else than rows.
-    """
+def read_rows(run: Store, named: Iterable[NamedObject], warn: Callable[[str], None]) -> list[Row]:
+    """Returns the rows of a checkpoint's metrics, in order; reports damaged objects to `warn`, and skips them."""
 
     def read(one: NamedObject) -> list[Row]:
         try:
-            return _parsed(one.read(run))
+            lines = _LINES.validate_json(b"[%b]" % b",".join(one.read(run).splitlines()))
+            return [line.__dict__ | line.__pydantic_extra__ for line in lines]
         except (BadDataError, ValidationError) as error:
-            if warn is None:
-                raise
-            warn(f"going on without the rows of {run.uri_of(one.key)}: {_why(error)}")
+            why = error if isinstance(error, BadDataError) else "it holds no rows of this version"
+            warn(f"going on without the rows of {run.uri_of(one.key)}: {why}")
             return []
 
     with ThreadPoolExecutor(PARALLEL_READS) as pool:

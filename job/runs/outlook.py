@@ -125,18 +125,6 @@ def state_in(run: Store, status: Status | None) -> str:
     return state_of(status) if status else State.UNREADABLE if run.exists(STATUS_KEY) else State.NOT_STARTED
 
 
-def killed_every_seconds(spans: list[AttemptSpan], present_seconds: float = 0.0) -> float | None:
-    """Returns the mean time between two ends without a notice; None if there was none.
-
-    Args:
-        spans: of the attempts.
-        present_seconds: for which the present attempt, the last of them, has lasted.
-    """
-    kills = sum(span.state == State.CUT_OFF for span in spans)
-    seconds = sum(span.hours for span in spans) * 3600 + present_seconds
-    return max(seconds / kills, 1.0) if kills else None
-
-
 def outlook_of(spans: list[AttemptSpan], status: Status | None, dollars_per_hour: float | None = None) -> Outlook:
     """Adds up the hours and dollars of a run's attempts, and estimates the rest.
 
@@ -212,7 +200,6 @@ class Cadence:
 
     Attributes:
         save_seconds: of the last commit without an outage; None before the first.
-        stall_seconds: by which that save delayed training: the copy, and the processor time of the writer's thread.
     """
 
     def __init__(
@@ -235,10 +222,9 @@ class Cadence:
         self._run, self._size_bytes, self._note = run, size_bytes, note
         self._every_minutes, self._grace_seconds = every_minutes, grace_seconds
         self.save_seconds: float | None = None
-        self.stall_seconds = self._copy_seconds = 0.0
-        self._started = time.monotonic()
-        self._seconds = interval_seconds(every_minutes, grace_seconds, (0.0, 0.0), None)
-        self._spans = spans_of((), None)
+        self._copy_seconds = 0.0
+        self._started, self._spans = time.monotonic(), list[AttemptSpan]()
+        self._adapt(0.0, 0.0)
         self.begin()
         threading.Thread(target=self._measure, name="measure-save", daemon=True).start()
 
@@ -251,18 +237,22 @@ class Cadence:
         self._copy_seconds = time.monotonic() - self._began
 
     def committed(self, save_seconds: float, processor_seconds: float) -> None:
-        """Takes the duration of a commit and its processor time, which decide about the next interval."""
-        self.save_seconds, self.stall_seconds = save_seconds, self._copy_seconds + processor_seconds
-        self._adapt(save_seconds)
+        """Takes the duration of a commit and its processor time, which decide about the next interval.
+
+        It delayed training by the copy, and by the processor time of the writer's thread.
+        """
+        self.save_seconds = save_seconds
+        self._adapt(save_seconds, self._copy_seconds + processor_seconds)
 
     @property
     def is_over(self) -> bool:
         """Returns whether a save is due."""
         return time.monotonic() - self._began >= self._seconds
 
-    def _adapt(self, save_seconds: float) -> None:
-        killed_every = killed_every_seconds(self._spans, time.monotonic() - self._started)
-        save = save_seconds, self.stall_seconds
+    def _adapt(self, save_seconds: float, stall_seconds: float) -> None:
+        kills = sum(span.state == State.CUT_OFF for span in self._spans)
+        seconds = sum(span.hours for span in self._spans) * 3600 + time.monotonic() - self._started
+        killed_every, save = max(seconds / kills, 1.0) if kills else None, (save_seconds, stall_seconds)
         self._seconds = interval_seconds(self._every_minutes, self._grace_seconds, save, killed_every)
 
     def _measure(self) -> None:
@@ -278,7 +268,7 @@ class Cadence:
             self._note(f"could not measure the duration of a save: {error}")
             return
         if self.save_seconds is None:
-            self._adapt(seconds)
+            self._adapt(seconds, 0.0)
         if not is_saved_in(self._grace_seconds, seconds):
             instead = "" if self._every_minutes is None else f" instead of {self._every_minutes:g}"
             self._note(

@@ -10,7 +10,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
 from pydantic import Field
@@ -163,10 +163,6 @@ def create_config(run: Store, config: RunConfig) -> None:
         raise LostRunError(f"{run.uri} was begun by another attempt meanwhile: the same command goes on") from None
 
 
-Seconds = Annotated[float | None, Field(ge=0, le=1e9)]
-"""A measured duration; None if it is not known yet."""
-
-
 class LastStatus(RecordPart):
     """The last status of an attempt."""
 
@@ -184,15 +180,15 @@ class Attempt(Sealed):
     started: Moment
     host: str
     code_version: str
+    config_sha256: str = Field(pattern=SHA256_PATTERN)
+    """Of `config.yaml`, which is never rewritten; reveals that of another run."""
+    changes: dict[str, Any]
+    """Settings that differ from the run's stored configuration, by key."""
     world_size: int
     device: str
     """The device and the version of PyTorch: rounding depends on both."""
     is_exact: bool = False
     """Whether rounding depends on the device alone, not on the number of processes."""
-    changes: dict[str, Any]
-    """Settings that differ from the run's stored configuration, by key."""
-    config_sha256: str = Field(pattern=SHA256_PATTERN)
-    """Of `config.yaml`, which is never rewritten; reveals that of another run."""
     imported: str = ""
     """The source of the imported checkpoint, if it did not train."""
     previous: int | None
@@ -244,18 +240,11 @@ def highest_fence(run: Store) -> int:
     return max((max(place.fence, place.checkpoint.fence) for place in places), default=0)
 
 
-def record_attempt(
-    run: Store,
-    fence: int,
-    holder: str,
-    *,
-    changes: dict[str, Any],
-    world_size: int,
-    device: str,
-    is_exact: bool = False,
-    imported: str = "",
-) -> Attempt:
-    """Creates the record of an attempt, which has the run's lease with this fence as `holder`."""
+def record_attempt(run: Store, fence: int, holder: str, **circumstances: Any) -> Attempt:
+    """Creates the record of an attempt, which has the run's lease with this fence as `holder`.
+
+    The circumstances are the other fields of `Attempt` from `changes` to `imported`.
+    """
     previous, status = max(attempt_fences(run), default=None), read_status(run)
     seen = status.model_dump(include={*LastStatus.model_fields}) if status and status.fence == previous else None
     dollars = None
@@ -267,15 +256,11 @@ def record_attempt(
         started=utc_now(),
         host=socket.gethostname(),
         code_version=code_version(),
-        world_size=world_size,
-        device=device,
-        is_exact=is_exact,
-        changes=changes,
         config_sha256=hashlib.sha256(run.read(CONFIG_KEY).data).hexdigest(),
-        imported=imported,
         previous=previous,
         previous_seen=LastStatus(**seen) if seen else None,
         dollars_per_hour=dollars,
+        **circumstances,
     )
     run.create(ObjectKind.ATTEMPT.key(fence=fence), attempt.to_json())
     return attempt
@@ -315,12 +300,6 @@ class Status(Sealed):
     loss: float | None
     images_per_second: float | None
     updated: Moment
-    start_seconds: Seconds = None
-    """From the attempt's record to its first step."""
-    save_seconds: Seconds = None
-    """How long the last commit of a checkpoint took, while training went on."""
-    stall_seconds: Seconds = None
-    """How long that save delayed training."""
 
 
 def read_status(run: Store) -> Status | None:

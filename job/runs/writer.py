@@ -29,7 +29,7 @@ from job.runs.outlook import Cadence
 from job.runs.records import Attempt
 from job.runs.retention import Retention, Retirement
 from job.runs.samples import put_picture
-from job.sealed import NamedObject, utc_now
+from job.sealed import NamedObject
 from job.stop import GRACE_VARIABLE, Stop
 from job.store import Store
 from job.store.files import os_errors, scratch_folder
@@ -277,8 +277,6 @@ class CheckpointWriter:
             fence=attempt.fence,
             attempt=attempt.id,
             images_seen=images_seen,
-            created=utc_now(),
-            world_size=attempt.world_size,
             loss_sums=loss_sums,
             lineage=self._lineage,
             files=(),

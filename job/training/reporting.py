@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -104,13 +103,7 @@ class Recorder:
         # An attempt that ends before its first row still has a loss in its status.
         self._shown = Row(loss=losses[-1]) if losses else Row()
         self._page_due = time.monotonic() + PAGE_SECONDS
-        self._start_seconds: float | None = None
         self._status = records.StatusReporter(plan.run, self._confirmed_status, note)
-
-    def begins_training(self) -> None:
-        """Takes the time from the attempt's record to its first step."""
-        waited = datetime.now(UTC) - datetime.fromisoformat(self.attempt.started)
-        self._start_seconds = max(0.0, round(waited.total_seconds(), 3))
 
     def record(self, values: Row) -> None:
         """Adds a row of this moment, which goes into the next checkpoint, to the tracker and to a page that is old."""
@@ -182,11 +175,7 @@ class Recorder:
         return self._status_of(state)
 
     def _status_of(self, state: State) -> records.Status:
-        status = status_of(self.plan, self.attempt, state, self._state.images_seen, self._shown)
-        cadence, saved = self.writer.cadence, {}
-        if cadence.save_seconds is not None:
-            saved = {"save_seconds": round(cadence.save_seconds, 3), "stall_seconds": round(cadence.stall_seconds, 3)}
-        return status.model_copy(update=saved | {"start_seconds": self._start_seconds})
+        return status_of(self.plan, self.attempt, state, self._state.images_seen, self._shown)
 
 
 def patience_seconds_of(stop: Stop) -> float:

@@ -27,7 +27,7 @@ from job.runs.layout import CheckpointRef, ObjectKind, located
 from job.runs.retention import reading_chosen
 from job.runs.samples import label_at
 from job.runs.writer import plan_parts, write_part
-from job.sealed import NamedObject, code_version, utc_now
+from job.sealed import NamedObject
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, open_bucket
 from job.store.files import scratch_folder
@@ -112,14 +112,7 @@ def _make(
             key = ObjectKind.AVERAGE_TENSORS.key(checkpoint=ref, unique=unique, group=group, number=number)
             files.append(write_part(folder / "part", key, part))
             run.move(folder / "part", key, fresh=True)
-    average = AverageRecord(
-        std=std,
-        made_of=len(sources),
-        error=error,
-        created=utc_now(),
-        code_version=code_version(),
-        files=tuple(files),
-    )
+    average = AverageRecord(std=std, made_of=len(sources), error=error, files=tuple(files))
     try:
         run.create(ObjectKind.AVERAGE.key(checkpoint=ref, group=group), average.to_json())
     except ObjectExistsError:

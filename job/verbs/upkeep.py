@@ -8,6 +8,7 @@ has no hash: `ddpm report` makes it again from the rest.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -31,7 +32,6 @@ from job.runs.checkpoints import (
     list_checkpoints,
     lost_manifest,
     newest_good,
-    sha256_of,
 )
 from job.runs.layout import PICTURES, CheckpointRef, Located, ObjectKind, located
 from job.runs.metric_rows import read_rows
@@ -181,7 +181,7 @@ def _check_object(listing: _Listing, key: str, by: str, sha256: str) -> None:
             is_whole = has_origin(run.read(key).data)
         elif sha256:
             with run.open(key) as file:
-                is_whole = sha256_of(file) == sha256
+                is_whole = hashlib.file_digest(file, "sha256").hexdigest() == sha256  # type: ignore[arg-type]
         else:
             is_whole = key in listing.places or run.exists(key)
     except ObjectMissingError:

@@ -110,7 +110,7 @@ def test_old_checkpoints_and_leftovers_go(run):
     # Epoch 2 ends with image 96.
     assert list_checkpoints(run) == [CheckpointRef(2, 96), CheckpointRef(2, 144), CheckpointRef(9, 16)]
     newest = load_manifest(run, CheckpointRef(2, 144))
-    assert [row["images_seen"] for row in read_rows(run, newest.metrics)] == [24, 48, 72, 96, 120, 144]
+    assert [row["images_seen"] for row in read_rows(run, newest.metrics, pytest.fail)] == [24, 48, 72, 96, 120, 144]
     keys = {entry.key for entry in run.list()}
     assert (kept <= keys, orphans & keys) == (True, set())
     # Nobody takes for whole what is being deleted, and no holder who is one no more commits or deletes.
@@ -208,7 +208,7 @@ def test_the_newest_replaces_queued_checkpoints(run, changes):
     ]
     # What they say of metrics is there, for people's tools as well.
     metrics = load_manifest(run, max(list_checkpoints(run))).metrics
-    assert read_rows(run, metrics) == rows
+    assert read_rows(run, metrics, pytest.fail) == rows
     events = [event for named in metrics if "events" in named.key for event in scalars(named.read(run))]
     assert events == [(row["images_seen"], "loss", pytest.approx(row["loss"])) for row in rows]
 
