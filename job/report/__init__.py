@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageSequence
 
-from ddpm.figures import smoothed
 from job.config import CHOSEN_ELSEWHERE, FOLLOWS, RunConfig, description_of, draft
 from job.data.cache import default_cache_dir
 from job.data.preview import preview_png
@@ -331,13 +330,7 @@ def charts_of(facts: Facts) -> list[dict[str, Any]]:
     losses = [("loss", "loss", "loss", "error of the network's predictions, smoothed")]
     losses += [("val_loss", "held out", "held-out", "the same for images that training does not see")]
     losses += [(f"loss_q{i}", label, f"q{i}", about) for i, (label, about) in enumerate(_QUARTERS.items())]
-    chart("loss", "Loss", losses, log=True, more="By quarter of the noise")
-    for series in [made["series"] for made in charts]:
-        raw = {**series[0], "label": f"{series[0]['label']}, each row", "about": "not smoothed", "faint": True}
-        for curve in series:
-            if curve["label"] != "held out":
-                curve["values"] = smooth(curve["values"])
-        series.append(raw)
+    chart("loss", "Loss", losses, log=True, more="By quarter of the noise", smooth=True)
     for name in dict.fromkeys(key for row in facts.rows for key in row):
         if name in _NO_SCORES or "loss" in name or "_std" in name or name.startswith("real "):
             continue
@@ -364,16 +357,6 @@ def columns(
     x, *values = means.T.tolist()
     x = [_digits(value / unit, 7) for value in x]
     return [x, *([_digits(value / divisor) for value in column] for column in values)]
-
-
-def smooth(values: list[float | None]) -> list[float | None]:
-    """Smooths a curve; None where a value is missing."""
-    places = [i for i, value in enumerate(values) if value is not None]
-    means = smoothed(np.array([values[i] for i in places], dtype=np.float64))
-    result: list[float | None] = [None] * len(values)
-    for place, value in zip(places, means.tolist(), strict=True):
-        result[place] = _digits(value)
-    return result
 
 
 def _digits(value: float, digits: int = 5) -> float | None:

@@ -16,9 +16,8 @@ import json
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
 from types import ModuleType
@@ -150,22 +149,15 @@ def _file_of(events: Iterable[Any]) -> bytes:
 @cache
 def _tensorboardx() -> ModuleType:
     # For buckets it would import two libraries, which takes as long as several steps of a small network.
-    with _without_modules("boto3", "google.cloud.storage"):
-        import tensorboardX.record_writer
-        import tensorboardX.summary
-    return tensorboardX
-
-
-@contextmanager
-def _without_modules(*names: str) -> Iterator[None]:
-    """Lets imports of these modules fail, unless they are there already."""
-    absent = [name for name in names if name not in sys.modules]
+    absent = {"boto3", "google.cloud.storage"} - sys.modules.keys()
     sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
     try:
-        yield
+        import tensorboardX.record_writer
+        import tensorboardX.summary
     finally:
         for name in absent:
             del sys.modules[name]
+    return tensorboardX
 
 
 def read_rows(run: Store, named: Iterable[NamedObject], warn: Callable[[str], None]) -> list[Row]:

@@ -147,22 +147,14 @@ class Editing(Section):
     @property
     def name(self) -> str:
         """Returns the edit as part of a picture's name."""
-        return "-".join(part.replace(" ", "-") for part in self._parts)
+        return self.words.replace(", ", "-").replace(" ", "-")
 
     @property
     def words(self) -> str:
         """Returns the edit for people."""
-        return ", ".join(self._parts)
-
-    @property
-    def _parts(self) -> list[str]:
-        given = {key: value for key, value in self.model_dump(exclude={"mode"}).items() if value}
-        return [self.mode, *(f"{key} {_in_name(value)}" for key, value in given.items())]
-
-
-def _in_name(value: object) -> str:
-    text = file_words(f"{value}", "_")
-    return text[:12] if re.fullmatch(SHA256_PATTERN, text) else text
+        given = {key: file_words(f"{value}", "_") for key, value in self.model_dump(exclude={"mode"}).items() if value}
+        short = {key: text[:12] if re.fullmatch(SHA256_PATTERN, text) else text for key, text in given.items()}
+        return ", ".join([self.mode, *(f"{key} {text}" for key, text in short.items())])
 
 
 class SampleSetConfig(SamplerConfig):
