@@ -241,8 +241,6 @@ def run_page(facts: Facts, pictures: PictureCache) -> bytes:
         denoising=pictures.get(run, facts.newest_gif, DENOISING_BYTES) if facts.newest_gif else "",
         sheet=_sheet(facts, pictures),
         missing=pictures.missing,
-        index=facts.handle.index,
-        classes=facts.handle.classes,
         settings=settings,
         duration=duration,
         python=f'import job\n\nmodel = job.load("{run.uri}")\nimages = model.sample(16, seed=0)',
@@ -388,42 +386,35 @@ class PictureCache:
     def made(self, name: tuple[str, int, int], data: Callable[[], bytes]) -> str:
         """Returns the picture of a name (its source, and the limits of bytes and width); calls `data` if it is new."""
         if name not in self._made:
-            self.missing.pop(name[0], None)
             try:
                 self._made[name] = _shrunk(data(), *name[1:])
+            # For broken files decoders raise anything from SyntaxError to ZeroDivisionError: the page is without them.
             except Exception as error:
-                # A picture that cannot be shown must not fail the page.
-                self.missing[name[0]] = str(error) or type(error).__name__
-                self._say(f"the page is without {name[0]}: {self.missing[name[0]]}")
-                if isinstance(error, BadDataError) or not isinstance(error, JobError | OSError):
-                    # A second attempt would fail in the same way.
-                    self._made[name] = ""
-        return self._made.get(name, "")
+                # Pillow's message ends with the address of a Python object.
+                why = " ".join(str(error).partition(" <_io")[0].split()) or type(error).__name__
+                self._made[name], self.missing[name[0]] = "", why
+                self._say(f"the page is without {name[0]}: {why}")
+        return self._made[name]
 
 
 def _shrunk(data: bytes, most_bytes: int, widest_pixels: int) -> str:
     """Returns a PNG, or the animation of a GIF, as the data URI of a WebP of at most about `most_bytes`.
 
     Raises:
-        BadDataError: it is damaged, not a picture, or larger than the limits.
+        BadDataError: it is larger than the limits. For damaged ones see Pillow's decoders.
     """
-    try:
-        frames, milliseconds = _frames(data, widest_pixels)
-        more = {"save_all": True, "duration": milliseconds, "loop": 0} if len(frames) > 1 else {}
-        width = frames[0].width
-        while True:
-            file = BytesIO()
-            frames[0].save(file, "WEBP", quality=75, method=2, append_images=frames[1:], **more)
-            over = file.tell() / most_bytes
-            if over <= 1 or width == 1:
-                return f"data:image/webp;base64,{b64encode(file.getvalue()).decode()}"
-            # Bytes grow with pixels. A lower quality instead would be visible.
-            width = int(0.95 * width / sqrt(over)) or 1
-            frames = [_resized(frame, width) for frame in frames]
-    # For broken files decoders raise anything from SyntaxError to ZeroDivisionError.
-    except Exception as error:
-        # Pillow's message ends with the address of a Python object.
-        raise BadDataError(" ".join(str(error).partition(" <_io")[0].split()) or type(error).__name__) from None
+    frames, milliseconds = _frames(data, widest_pixels)
+    more = {"save_all": True, "duration": milliseconds, "loop": 0} if len(frames) > 1 else {}
+    width = frames[0].width
+    while True:
+        file = BytesIO()
+        frames[0].save(file, "WEBP", quality=75, method=2, append_images=frames[1:], **more)
+        over = file.tell() / most_bytes
+        if over <= 1 or width == 1:
+            return f"data:image/webp;base64,{b64encode(file.getvalue()).decode()}"
+        # Bytes grow with pixels. A lower quality instead would be visible.
+        width = int(0.95 * width / sqrt(over)) or 1
+        frames = [_resized(frame, width) for frame in frames]
 
 
 def _frames(data: bytes, widest_pixels: int) -> tuple[list[Image.Image], int]:

@@ -38,7 +38,7 @@ from job.config import RunConfig
 from job.data.order import epochs_completed_by
 from job.exits import BadConfigError, BadDataError, MissingInputError
 from job.runs.layout import CHECKPOINTS, CheckpointRef, ObjectKind, located, places_in
-from job.runs.records import attempt_id
+from job.runs.records import readable_attempt
 from job.sealed import NamedObject, RecordPart, Sealed
 from job.store import ObjectMissingError, Store
 from job.store.files import scratch_folder
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 
 LATEST_KEY = ObjectKind.LATEST.value
 PARALLEL_DOWNLOADS = 4
-_OTHER_VERSION = "use the version of the program that the run's last attempt names"
 FORMAT_VERSION = "0.36.0"
 """The version of diffusers that knows all these settings."""
 
@@ -163,7 +162,8 @@ def load_manifest(run: Store, ref: CheckpointRef) -> Manifest:
         ObjectMissingError: it is gone.
     """
     manifest = Manifest.load(run, ref.manifest_key)
-    if manifest.ref != ref or attempt_id(run, ref.fence) not in ("", manifest.attempt):
+    attempt = readable_attempt(run, ref.fence)
+    if manifest.ref != ref or (attempt and attempt.id != manifest.attempt):
         raise BadDataError(f"{run.uri_of(ref.manifest_key)} was not written by attempt {ref.fence} of this run")
     return manifest
 
@@ -281,20 +281,22 @@ def opened(
                 raise BadDataError(f"{uri} is corrupt: its SHA-256 is not the one in the manifest")
             return path
 
-        files, differing = dict[str, list[Path]](), set[str]()
-        missing = {group: set(named) for group, named in (into or {}).items()}
+        files, unfit = dict[str, list[Path]](), {group: set(named) for group, named in (into or {}).items()}
         with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
             paths = pool.map(fetch, (file for file, _ in wanted))
             for (file, group), path in zip(wanted, paths, strict=True):
                 if into is None:
                     files.setdefault(group, []).append(path)
                 else:
-                    differing |= _fill(path, file.key, into[group], missing[group], may_differ)
+                    _fill(path, file.key, into[group], unfit[group])
                     path.unlink()
-        for group, names in missing.items():
-            if lost := [name for name in names if not name.startswith(may_differ)]:
-                raise BadConfigError(f"{ref.key}: tensor {min(lost)!r} is in no {group} file: {_OTHER_VERSION}")
-        yield Restored(manifest, files, differing.union(*missing.values()))
+        differing = set[str]().union(*unfit.values())
+        if strangers := [name for name in differing if not name.startswith(may_differ)]:
+            raise BadConfigError(
+                f"{ref.key}: tensor {min(strangers)!r} does not fit this configuration: use the version of the program "
+                "that the run's last attempt names"
+            )
+        yield Restored(manifest, files, differing)
 
 
 def load_average(run: Store, ref: CheckpointRef, group: str) -> AverageRecord:
@@ -341,29 +343,21 @@ class Restored:
     differing: set[str]
 
 
-def _fill(path: Path, key: str, tensors: dict[str, Any], missing: set[str], may_differ: tuple[str, ...]) -> set[str]:
-    """Copies the values of a file into live tensors, and takes their names out of `missing`; see `opened`.
-
-    Returns:
-        The names of tensors that the file alone has, or in another shape.
-    """
+def _fill(path: Path, key: str, tensors: dict[str, Any], unfit: set[str]) -> None:
+    """Copies the values of a file into live tensors; takes their names out of `unfit`, and adds those that it lacks."""
     from safetensors import SafetensorError, safe_open
 
-    differing = set[str]()
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
                 target, value = tensors.get(name), file.get_tensor(name)
                 if target is not None and target.shape == value.shape:
                     target.copy_(value)
-                    missing.discard(name)
-                elif name.startswith(may_differ):
-                    differing.add(name)
+                    unfit.discard(name)
                 else:
-                    raise BadConfigError(f"{key}: tensor {name!r} does not fit this configuration: {_OTHER_VERSION}")
+                    unfit.add(name)
     except SafetensorError as error:
         raise BadDataError(f"{key} holds no tensors ({error})") from None
-    return differing
 
 
 def choose(run: Store, wanted: str, dataset_images: int, batch_size_images: int) -> list[CheckpointRef]:

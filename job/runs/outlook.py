@@ -12,11 +12,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from job.exits import BadDataError, JobError, State
+from job.exits import JobError, State
 from job.runs.layout import ObjectKind
-from job.runs.records import STATUS_KEY, Attempt, Status, attempt_fences, load_attempt, read_status
+from job.runs.records import STATUS_KEY, Attempt, Status, attempt_fences, read_status, readable_attempt
 from job.stop import MARGIN_SECONDS
-from job.store import ObjectMissingError, Store
+from job.store import Store
 
 STALE = timedelta(seconds=120)
 """A run counts as cut off if its status is `running` but older than this."""
@@ -89,12 +89,7 @@ def duration(hours: float) -> str:
 
 def attempts_of(run: Store, newest: int = 0) -> list[Attempt]:
     """Returns all attempts with readable records, or so many of the newest, in order."""
-    attempts = []
-    for fence in attempt_fences(run)[-newest:]:
-        # The run may be deleted meanwhile.
-        with suppress(BadDataError, ObjectMissingError):
-            attempts.append(load_attempt(run, fence))
-    return attempts
+    return list(filter(None, (readable_attempt(run, fence) for fence in attempt_fences(run)[-newest:])))
 
 
 def spans_of(attempts: Iterable[Attempt], status: Status | None) -> list[AttemptSpan]:

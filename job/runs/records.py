@@ -217,20 +217,18 @@ def load_attempt(run: Store, fence: int) -> Attempt:
     return attempt
 
 
-def attempt_id(run: Store, fence: int) -> str:
-    """Returns the id of an attempt; empty if its record is missing or corrupt."""
+def readable_attempt(run: Store, fence: int) -> Attempt | None:
+    """Returns the record of an attempt; None if it is missing or corrupt."""
     with suppress(ObjectMissingError, BadDataError):
-        return load_attempt(run, fence).id
-    return ""
+        return load_attempt(run, fence)
+    return None
 
 
 def last_attempt(run: Store) -> Attempt | None:
     """Returns the newest readable record of an attempt, if there is one."""
     # A local bucket may be a folder that does not exist yet.
     with suppress(MissingInputError):
-        for fence in reversed(attempt_fences(run)):
-            with suppress(BadDataError):
-                return load_attempt(run, fence)
+        return next(filter(None, (readable_attempt(run, fence) for fence in reversed(attempt_fences(run)))), None)
     return None
 
 
@@ -333,15 +331,13 @@ class StatusReporter:
             self._warn(f"the run's status could not be set to {state}: the bucket did not answer in time")
 
     def _work(self) -> None:
-        is_failing = is_last = False
+        is_last = False
         while not is_last:
             is_last = self._ended.is_set()
             try:
                 self._run.put(STATUS_KEY, self._current(self._state).to_json())
-                is_failing = False
             except JobError as error:
-                # Reported once per outage.
-                if not is_failing:
+                # The next one is written soon, and lease and saves report an outage.
+                if is_last:
                     self._warn(f"could not write the run's status: {error}")
-                is_failing = True
             self._ended.wait(STATUS_SECONDS)

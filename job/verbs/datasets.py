@@ -72,17 +72,14 @@ def list_datasets(bucket_uri: str, *, as_json: bool = False) -> None:
     from rich.table import Table
 
     bucket = open_store(bucket_uri)
+    found = {folder: _index_or_why(bucket, folder) for folder in bucket.folders(DATASETS)}
     if as_json:
-        print_json([told for folder in bucket.folders(DATASETS) if (told := _told(bucket, f"{DATASETS}/{folder}"))])
+        print_json([_told(bucket, index) for index in found.values() if isinstance(index, DatasetIndex)])
         return
     table = Table("dataset", "size", "images", "classes", "crop", "shards", "bytes", "licence", box=None)
-    for folder in bucket.folders(DATASETS):
-        try:
-            index = load_index(bucket, f"{DATASETS}/{folder}")
-        except MissingInputError:
-            table.add_row(folder, "unfinished: pack it again, or delete it")
-        except BadDataError:
-            table.add_row(folder, "its index.json is damaged: restore it, or delete it")
+    for folder, index in found.items():
+        if isinstance(index, str):
+            table.add_row(folder, index)
         else:
             shards, size_bytes = f"{len(index.shards):,}", f"{int(index.shards.bytes.sum()):,}"
             about = f"{index.images:,}", f"{len(index.classes) or '-'}", index.crop, shards, size_bytes
@@ -90,14 +87,19 @@ def list_datasets(bucket_uri: str, *, as_json: bool = False) -> None:
     print_table(table, f"no datasets in {bucket.uri} yet: pack one with `ddpm data pack SOURCE NAME --size 64`")
 
 
-def _told(bucket: Store, key: str) -> dict[str, Any]:
-    """Returns the facts of a dataset as JSON values; an empty one if it is unfinished or damaged."""
+def _index_or_why(bucket: Store, folder: str) -> DatasetIndex | str:
     try:
-        index = load_index(bucket, key)
-    except (MissingInputError, BadDataError):
-        return {}
-    size_bytes = int(index.shards.bytes.sum())
-    more = {"uri": f"{bucket.uri}/{key}", "id": index.dataset_id, "images": index.images, "bytes": size_bytes}
+        return load_index(bucket, f"{DATASETS}/{folder}")
+    except MissingInputError:
+        return "unfinished: pack it again, or delete it"
+    except BadDataError:
+        return "its index.json is damaged: restore it, or delete it"
+
+
+def _told(bucket: Store, index: DatasetIndex) -> dict[str, Any]:
+    """Returns the facts of a dataset as JSON values."""
+    size_bytes, uri = int(index.shards.bytes.sum()), bucket.uri_of(dataset_key(index.name, index.size))
+    more = {"uri": uri, "id": index.dataset_id, "images": index.images, "bytes": size_bytes}
     return more | index.model_dump(mode="json", exclude={"sha256", "shards", "format"}) | {"shards": len(index.shards)}
 
 
@@ -122,7 +124,7 @@ def show_dataset(
     key = find_dataset(bucket, name, size)
     index = load_index(bucket, key)
     if as_json:
-        print_json(_told(bucket, key))
+        print_json(_told(bucket, index))
         return
 
     from job.data.cache import default_cache_dir, uncached_images

@@ -61,12 +61,12 @@ def list_runs(bucket_uri: str, *, as_json: bool = False) -> None:
 
     bucket = open_store(bucket_uri)
     with ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
-        if as_json:
-            print_json(list(pool.map(lambda name: summary_of(bucket, name), run_names(bucket))))
-            return
-        runs = pool.map(lambda name: _progress_of(bucket, name), _folders(bucket))
+        runs = list(filter(None, pool.map(lambda name: _progress_of(bucket, name), _folders(bucket))))
+    if as_json:
+        print_json(runs)
+        return
     table = Table("run", "state", "epoch", "images seen", "loss", "images/s", "to the end", "as of", box=None)
-    for run in filter(None, runs):
+    for run in runs:
         table.add_row(run["name"], *progress_cells(run), run["updated"] or "-")
     print_table(table, f"no runs in {bucket.uri} yet: start one with `ddpm train --dataset NAME`")
 
@@ -77,8 +77,6 @@ def summary_of(bucket: Store, name: str) -> dict[str, Any]:
     newest, status = newest_sound(run, list_checkpoints(run)), read_status(run)
     outlook = outlook_of(spans_of(attempts_of(run), status), status)
     return {
-        "name": name,
-        "uri": run.uri,
         **_progress(run, status),
         "newest": newest.ref.key if newest else None,
         "newest_images_seen": newest.images_seen if newest else None,
@@ -93,12 +91,13 @@ def _progress_of(bucket: Store, name: str) -> dict[str, Any] | None:
     status = read_status(run)
     if status is None and not _is_run(run):
         return None
-    return {"name": name, **_progress(run, status), "hours_left": outlook_of([], status).hours_left}
+    return {**_progress(run, status), "hours_left": outlook_of([], status).hours_left}
 
 
 def _progress(run: Store, status: Status | None) -> dict[str, Any]:
     names = ("epoch", "images_seen", "target_images", "loss", "images_per_second", "updated", "fence")
-    return {"state": state_in(run, status), **{name: getattr(status, name, None) for name in names}}
+    told = {"name": run.uri.rpartition("/")[2], "uri": run.uri, "state": state_in(run, status)}
+    return told | {name: getattr(status, name, None) for name in names}
 
 
 def progress_cells(run: dict[str, Any]) -> list[str]:
