@@ -517,6 +517,6 @@ def _listed_once(replace: Replace) -> None:
     replace(reading, "choose", choose)
 
 
-@_mutation("a prune deletes what a suspended attempt has uploaded and not committed yet", "prune:40Z25")
+@_mutation("a prune deletes what a suspended attempt has uploaded and not committed yet", "prune:38Z25")
 def _suspended_is_over(replace: Replace) -> None:
     replace(upkeep, "_fence_at_work", lambda run: upkeep.records.highest_fence(run) + 1)

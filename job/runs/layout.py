@@ -82,7 +82,7 @@ class ObjectKind(Enum):
     SCORES = "evaluations/{folder}/scores.json"  # created once: distances from real images
     FOUND_GRID = "grids/found-{steps}.json"  # created once: timesteps found for this number of steps
     READER = "reading/{checkpoint}-{unique}.json"  # a process reads this checkpoint, which stays meanwhile
-    PROBE = "probe/{unique}"  # measures the duration of a save; deleted at once
+    PROBE = "probe/{unique}"  # shows whether a run may be written to; deleted at once
 
     def key(self, **fields: object) -> str:
         """Returns the key of an object of this kind, below the run."""

@@ -216,7 +216,7 @@ def leftovers(
             case ObjectKind.READER if not is_read:
                 left[key] = "a reader that was killed"
             case ObjectKind.PROBE:
-                left[key] = "a measurement"
+                left[key] = "a check of permissions"
     return left
 
 

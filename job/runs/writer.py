@@ -66,7 +66,6 @@ class CheckpointFiles:
     Attributes:
         drawn: the group whose weights lie where diffusers reads them.
         descriptions: the objects beside them, by key below the checkpoint.
-        size_bytes: of a host copy.
     """
 
     def __init__(self, live: Tensors, retention: Retention, classes: tuple[str, ...]) -> None:
@@ -82,7 +81,6 @@ class CheckpointFiles:
             flat.fill_(0)  # touches every page: a first save into fresh pages takes ten times as long
             views = zip(named.items(), flat.split(sizes), strict=True)
             self._host[group] = {name: view.view(tensor.shape) for (name, tensor), view in views}
-        self.size_bytes = sum(tensor.nbytes for named in self._host.values() for tensor in named.values())
         self._parts = plan_parts(self._host)
         self.drawn, self._names, self.descriptions = files_for_diffusers(retention.config, classes, self._parts)
 
@@ -230,7 +228,7 @@ class CheckpointWriter:
         self._history = History(self._run, before.segments if before else (), leased.retention.config, note)
         self._files = CheckpointFiles(live, leased.retention, leased.classes)
         every_minutes = leased.retention.config.checkpoint.every_minutes
-        self.cadence = Cadence(self._run, self._files.size_bytes, every_minutes, stop.grace_seconds, note)
+        self.cadence = Cadence(self._run, every_minutes, stop.grace_seconds, note)
         self._retirement = Retirement(self._run, leased.lease, leased.damaged, note)
         self._changed = threading.Condition()
         self._queued: tuple[Manifest, list[Row]] | None = None
