@@ -108,11 +108,6 @@ class Facts:
         return self.handle.index.images if self.handle.index else None
 
     @property
-    def is_running(self) -> bool:
-        """Returns whether an attempt writes the run now."""
-        return self.state == State.RUNNING
-
-    @property
     def go_on(self) -> str:
         """Returns the command that goes on with the run; empty if it cannot be trained."""
         data = self.config.data
@@ -231,7 +226,7 @@ def run_page(facts: Facts, pictures: PictureCache) -> bytes:
             "charts": charts_of(facts),
             "grids": grids,
             "unit": "epoch" if facts.epoch_images else "images seen",
-            "running": facts.is_running,
+            "running": facts.state == State.RUNNING,
         },
         facts=facts,
         grids=grids,

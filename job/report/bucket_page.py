@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from job.exits import BadRequestError, JobError
+from job.exits import BadRequestError, JobError, MissingInputError
 from job.plan import open_run
 from job.printing import open_page
 from job.progress import Progress, note
@@ -43,7 +43,8 @@ def bucket_page(bucket: Store, say: Callable[[str], None] = note) -> bytes:
     data, grids = dict[str, dict[str, Any]](), dict[str, str]()
     with Progress("reading runs", total=len(names), unit="runs") as bar:
         for number, name in enumerate(names, 1):
-            entries[name] = facts = _facts_or_why(bucket, name, say)
+            if facts := _facts_or_why(bucket, name, say):
+                entries[name] = facts
             if isinstance(facts, Facts):
                 readable[name] = facts
                 curve = loss_curve(facts.rows, facts.attempts)
@@ -65,6 +66,9 @@ def bucket_page(bucket: Store, say: Callable[[str], None] = note) -> bytes:
 def _facts_or_why(bucket: Store, name: str, say: Callable[[str], None]) -> Facts | str:
     try:
         return facts_of(open_run(bucket.uri, name, with_dataset=False), name, say=say)
+    except MissingInputError:
+        # A deleted run leaves its lease.
+        return ""
     except Exception as error:
         # An error in one run must not hide the others.
         return str(error) if isinstance(error, JobError) else f"cannot be read: {error!r}"

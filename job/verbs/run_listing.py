@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
-from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -37,17 +36,7 @@ FEWEST_ROWS = 3
 
 
 def run_names(bucket: Store) -> list[str]:
-    """Returns the runs in the bucket, without other folders and the remains of deleted runs."""
-    names = _folders(bucket)
-    with ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
-        return list(compress(names, pool.map(lambda name: _is_run(run_store(bucket, name)), names)))
-
-
-def _is_run(run: Store) -> bool:
-    return any(entry.key != LEASE_KEY for entry in run.list())
-
-
-def _folders(bucket: Store) -> list[str]:
+    """Returns the runs in the bucket, also deleted ones, of which the lease remains, but no other folders."""
     names = []
     for name in bucket.folders(RUNS):
         with suppress(BadRequestError):
@@ -61,7 +50,7 @@ def list_runs(bucket_uri: str, *, as_json: bool = False) -> None:
 
     bucket = open_store(bucket_uri)
     with ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
-        runs = list(filter(None, pool.map(lambda name: _progress_of(bucket, name), _folders(bucket))))
+        runs = list(filter(None, pool.map(lambda name: _progress_of(bucket, name), run_names(bucket))))
     if as_json:
         print_json(runs)
         return
@@ -89,7 +78,7 @@ def _progress_of(bucket: Store, name: str) -> dict[str, Any] | None:
     """Returns what one request tells of a run, its status; None for what remains of a deleted run."""
     run = run_store(bucket, name)
     status = read_status(run)
-    if status is None and not _is_run(run):
+    if status is None and all(entry.key == LEASE_KEY for entry in run.list()):
         return None
     return {**_progress(run, status), "hours_left": outlook_of([], status).hours_left}
 
