@@ -250,7 +250,6 @@ def _commit(of_run: RunHandle, state: TrainState, lease: Lease, *, stop: Stop, s
     status = records.Status(
         state=State.IMPORTED,
         fence=attempt.fence,
-        attempt=attempt.id,
         images_seen=state.images_seen,
         target_images=state.images_seen,
         epoch=round(state.images_seen / of_run.dataset_images, 3),

@@ -105,7 +105,6 @@ class Located:
     group: str = ""
     folder: str = ""
     piece: int = -1
-    steps: int = 0
 
 
 OF_CHECKPOINT = (ObjectKind.TENSORS, ObjectKind.PIPELINE)
@@ -130,7 +129,7 @@ _FIELDS = {
 """The pattern of each field in a key."""
 _READ: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("group", "folder"), str),
-    **dict.fromkeys(("fence", "piece", "steps"), int),
+    **dict.fromkeys(("fence", "piece"), int),
     "checkpoint": CheckpointRef.parse,
 }
 """The type of each field that `located` reads."""

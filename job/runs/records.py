@@ -289,8 +289,6 @@ class Status(Sealed):
     state: str
     """See `State`."""
     fence: int
-    attempt: str
-    """The id of the attempt, which reveals the status of another run."""
     images_seen: int
     target_images: int
     epoch: float

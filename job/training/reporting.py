@@ -190,7 +190,6 @@ def status_of(
     return records.Status(
         state=state,
         fence=attempt.fence,
-        attempt=attempt.id,
         images_seen=images_seen,
         target_images=plan.target_images,
         epoch=round(_epoch_at(plan, images_seen), 3),
