@@ -1,6 +1,7 @@
 """Buckets: our store against the clouds' official clients, on servers on this machine, with and without a distance.
 
-With `DDPM_BENCH_BASE=FOLDER`, a checkout of an earlier commit, the store of that commit takes part in the same turns.
+With `DDPM_BENCH_BASE=FOLDER`, a checkout of an earlier commit with its own `.venv`, the store of that commit takes part
+in the same turns.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ from job.progress import Progress
 from tests.servers import SERVERS, new_bucket
 
 BASE_VARIABLE = "DDPM_BENCH_BASE"
-# Without -P the folder of the script comes first, whose `requests.py` hides the library of that name.
-_SUBJECT = ("-P", str(Path(__file__).with_name("store_subject.py")))
 
 
 def measure(quick: bool) -> list[Figure]:
@@ -137,7 +136,9 @@ def worker(name: str, kind: str, url: str, bucket: str) -> Iterator[Callable[...
     """Starts a process that runs the requested operations, and yields a function that returns their seconds."""
     root = os.environ[BASE_VARIABLE] if name == "base" else str(Path(__file__).parents[1])
     environment = {**os.environ, **SERVERS[kind].variables(url), "PYTHONPATH": root}
-    words = [sys.executable, *_SUBJECT, "raw" if name == "raw" else "store", kind, bucket]
+    # An earlier store has other parameters, which its own script knows.
+    python = f"{root}/.venv/bin/python" if name == "base" else sys.executable
+    words = [*script(python, root), "raw" if name == "raw" else "store", kind, bucket]
     with subprocess.Popen(
         words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root
     ) as child:
@@ -152,10 +153,17 @@ def worker(name: str, kind: str, url: str, bucket: str) -> Iterator[Callable[...
         child.stdin.close()
 
 
+def script(python: str, root: str) -> list[str]:
+    """Returns the words that start the participants' script of a checkout."""
+    # Without -P the folder of the script comes first, whose `requests.py` hides the library of that name.
+    return [python, "-P", f"{root}/benchmarks/store_subject.py"]
+
+
 @contextmanager
 def distance(url: str) -> Iterator[str]:
     """Puts the server behind a slow network, in a separate process that takes no time of the participants."""
-    with subprocess.Popen([sys.executable, *_SUBJECT, "network", url], stdout=subprocess.PIPE, text=True) as child:
+    words = [*script(sys.executable, str(Path(__file__).parents[1])), "network", url]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         try:
             yield child.stdout.readline().strip()
