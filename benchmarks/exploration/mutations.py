@@ -505,7 +505,7 @@ def _loss_is_damage(replace: Replace) -> None:
     replace(Lease, "unless_lost", lambda held: nullcontext())
 
 
-@_mutation("a reader compares `LATEST` with a listing from before it", "read:3c,22s1,30s,31Z25")
+@_mutation("a reader compares `LATEST` with a listing from before it", "read:3c,20s1,28s,29Z25")
 def _listed_once(replace: Replace) -> None:
     def choose(run: Store, *_: object) -> list[Any]:
         if refs := checkpoints.list_checkpoints(run):
