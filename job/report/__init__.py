@@ -131,13 +131,7 @@ class Facts:
         return {key: (preset, ours) for key, (preset, ours) in pairs.items() if preset not in (ours, "auto")}
 
 
-def facts_of(
-    handle: RunHandle,
-    name: str,
-    rows: Sequence[Row] | None = None,
-    status: Status | None = None,
-    say: Callable[[str], None] = note,
-) -> Facts:
+def facts_of(handle: RunHandle, name: str, rows: Sequence[Row] | None = None, status: Status | None = None) -> Facts:
     """Collects the facts about a run.
 
     Args:
@@ -145,13 +139,12 @@ def facts_of(
         name: of the run.
         rows: of the metrics; None: those of the newest checkpoint.
         status: of the run; None: the one in its folder.
-        say: receives messages about objects that cannot be read.
     """
     run, config = handle.run, handle.config
     status = status or records.read_status(run)
     refs = list_checkpoints(run)
     if rows is None:
-        manifest, rows = metric_rows.newest_rows(run, say)
+        manifest, rows = metric_rows.newest_rows(run)
     else:
         manifest = newest_sound(run, refs)
     places = places_in(run, ObjectKind.PICTURE.folder, ObjectKind.SCORES.folder)
@@ -169,7 +162,7 @@ def facts_of(
             try:
                 scores.append(Scores.load(run, key))
             except (BadDataError, ObjectMissingError) as error:
-                say(f"the page is without {error}")
+                note(f"the page is without {error}")
     return Facts(
         handle=handle,
         name=name,

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from math import inf, sqrt
 from pathlib import Path
 from typing import Any
@@ -34,16 +34,16 @@ PIXELS_PER_BYTE = 4
 """The density of a sample grid as WebP; a good guess of the size saves encoding it again."""
 
 
-def bucket_page(bucket: Store, say: Callable[[str], None] = note) -> bytes:
+def bucket_page(bucket: Store) -> bytes:
     """Returns the page; a run that cannot be read has its name and the reason in it."""
-    names, pictures = run_names(bucket), PictureCache(say)
+    names, pictures = run_names(bucket), PictureCache(note)
     most_bytes = min(MOST_BYTES, ALL_BYTES // max(1, len(names)))
     limits = most_bytes, round(sqrt(PIXELS_PER_BYTE * most_bytes))
     entries, readable = dict[str, Facts | str](), dict[str, Facts]()
     data, grids = dict[str, dict[str, Any]](), dict[str, str]()
     with Progress("reading runs", total=len(names), unit="runs") as bar:
         for number, name in enumerate(names, 1):
-            if facts := _facts_or_why(bucket, name, say):
+            if facts := _facts_or_why(bucket, name):
                 entries[name] = facts
             if isinstance(facts, Facts):
                 readable[name] = facts
@@ -63,9 +63,9 @@ def bucket_page(bucket: Store, say: Callable[[str], None] = note) -> bytes:
     return rendered("bucket.html", {"runs": data}, bucket=bucket, entries=entries, comparable=len(readable) > 1, **more)
 
 
-def _facts_or_why(bucket: Store, name: str, say: Callable[[str], None]) -> Facts | str:
+def _facts_or_why(bucket: Store, name: str) -> Facts | str:
     try:
-        return facts_of(open_run(bucket.uri, name, with_dataset=False), name, say=say)
+        return facts_of(open_run(bucket.uri, name, with_dataset=False), name)
     except MissingInputError:
         # A deleted run leaves its lease.
         return ""

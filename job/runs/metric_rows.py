@@ -29,6 +29,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from job.config import LARGEST, RunConfig
 from job.exits import BadDataError
+from job.progress import note
 from job.runs.checkpoints import Manifest, Segment, list_checkpoints, newest_sound
 from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef, ObjectKind, located
 from job.sealed import NamedObject
@@ -177,8 +178,8 @@ def read_rows(run: Store, named: Iterable[NamedObject], warn: Callable[[str], No
         return [row for rows in pool.map(read, of_rows) for row in rows]
 
 
-def newest_rows(run: Store, warn: Callable[[str], None]) -> tuple[Manifest | None, list[Row]]:
-    """Returns the manifest of the newest sound checkpoint, and its rows as `read_rows`; none without a checkpoint.
+def newest_rows(run: Store) -> tuple[Manifest | None, list[Row]]:
+    """Returns the manifest of the newest sound checkpoint, and its rows, for people; none without a checkpoint.
 
     Training may retire that checkpoint meanwhile, and delete segments that later ones have taken in: then it chooses
     again.
@@ -188,7 +189,7 @@ def newest_rows(run: Store, warn: Callable[[str], None]) -> tuple[Manifest | Non
         rows = read_rows(run, manifest.metrics, problems.append)
         if not problems or run.exists(manifest.ref.manifest_key):
             for problem in problems:
-                warn(problem)
+                note(problem)
             return manifest, rows
     return None, []
 

@@ -215,7 +215,7 @@ def compare_runs(bucket_uri: str, first: str, second: str, since_epoch: float) -
 def _rows(bucket: Store, name: str) -> dict[int, metric_rows.Row]:
     """Returns the merged rows of a run up to its newest checkpoint, by images seen."""
     run = records.run_store(bucket, name)
-    manifest, rows = metric_rows.newest_rows(run, note)
+    manifest, rows = metric_rows.newest_rows(run)
     if manifest is None:
         raise MissingInputError(f"run {name!r} has no checkpoint yet, and no losses")
     return {row["images_seen"]: row for row in metric_rows.merged(rows)}
