@@ -92,11 +92,21 @@ class History:
         if segment.rows.key in self._damaged:
             return []
         try:
-            return [one.read(self._run) for one in (segment.rows, segment.events)]
+            contents = [one.read(self._run) for one in (segment.rows, segment.events)]
+            _parsed(contents[0])
+            return contents
         except BadDataError as error:
             self._damaged.add(segment.rows.key)
-            self._warn(f"going on with the rows of {self._run.uri_of(segment.rows.key)} by themselves: {error}")
+            self._warn(f"{self._run.uri_of(segment.rows.key)} stays by itself: {error}")
             return []
+
+
+def _parsed(lines: bytes) -> list[Row]:
+    try:
+        read = _LINES.validate_json(b"[%b]" % b",".join(lines.splitlines()))
+    except ValidationError:
+        raise BadDataError("it holds no rows of this version") from None
+    return [line.__dict__ | line.__pydantic_extra__ for line in read]
 
 
 def _events(rows: Sequence[Row], begins_at: int, config: RunConfig | None) -> bytes:
@@ -166,11 +176,9 @@ def read_rows(run: Store, named: Iterable[NamedObject], warn: Callable[[str], No
 
     def read(one: NamedObject) -> list[Row]:
         try:
-            lines = _LINES.validate_json(b"[%b]" % b",".join(one.read(run).splitlines()))
-            return [line.__dict__ | line.__pydantic_extra__ for line in lines]
-        except (BadDataError, ValidationError) as error:
-            why = error if isinstance(error, BadDataError) else "it holds no rows of this version"
-            warn(f"going on without the rows of {run.uri_of(one.key)}: {why}")
+            return _parsed(one.read(run))
+        except BadDataError as error:
+            warn(f"going on without the rows of {run.uri_of(one.key)}: {error}")
             return []
 
     with ThreadPoolExecutor(PARALLEL_READS) as pool:
