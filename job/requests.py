@@ -105,7 +105,9 @@ class TrainRequest(LaunchedOptions):
             changes["log.tracker"] = self.tracker
         changes |= (parent := self._parent())
         if parent.get("parent.run") == run:
-            raise BadRequestError(f"--from {self.from_}: run {run!r} would be its own parent: name the new one with --run")
+            raise BadRequestError(
+                f"--from {self.from_}: run {run!r} would be its own parent: name the new one with --run"
+            )
         if not parent:
             # Otherwise a setting may be one of the parent's network, which is not known yet.
             draft(self.preset_name(), changes)
