@@ -14,23 +14,21 @@ from typing import TYPE_CHECKING
 
 from ddpm.image_size import ImageSize
 from job.config import EMBEDDED, pack_config
+from job.coordination.outcome import outcome_written
+from job.coordination.pieces import IF_NONE_RUNS, Slice
 from job.data.shards import PREVIEW, NoDatasetError, dataset_key
 from job.evaluation.evaluation_plan import check_library, check_scores_in_training, plan_evaluation
 from job.exits import BadDataError, BadRequestError, MissingInputError
-from job.outcome import outcome_written
-from job.pieces import IF_NONE_RUNS, Slice
 from job.plan import Plan, plan_run
 from job.processes.group import Group, check_gpus, default_processes
-from job.processes.launched import await_go, is_rank
-from job.processes.launcher import launch, this_command
-from job.processes.preemption import watch_for_preemption
+from job.processes.launcher import await_go, is_rank, launch, this_command
 from job.progress import note
 from job.requests import EvaluateRequest, SampleRequest, TrainRequest, check_world_size
 from job.runs.layout import ObjectKind
 from job.runs.records import check_writable
 from job.sampling.sampling_plan import plan_sampling
 from job.sampling.sets import plan_sets
-from job.stop import Stop, deadline
+from job.stop import Stop, deadline, watch_for_preemption
 from job.store import ObjectMissingError, Store, is_foreign, open_bucket, split_chain
 from job.training.tracking import check_tracker
 

@@ -17,7 +17,8 @@ from job.progress import note
 from job.requests import TrainRequest
 from job.runs import records
 from job.runs.checkpoints import check_average, choose, list_checkpoints, sound_manifest
-from job.runs.layout import MAX_IMAGES_SEEN
+from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef
+from job.runs.samples import label_at
 from job.stop import NEVER, Stop
 from job.store import Store, open_bucket
 
@@ -46,11 +47,6 @@ class RunHandle:
         return names if names and count else tuple(map(str, range(count)))
 
     @property
-    def sample_config(self) -> SamplerConfig:
-        """The sampling settings."""
-        return self.config.sample
-
-    @property
     def first_sample(self) -> SamplerConfig:
         """The run's first sampling settings: the name of a picture lists the differences from them."""
         return self.stored.sample
@@ -58,7 +54,7 @@ class RunHandle:
     @property
     def sampled_classes(self) -> tuple[str, ...]:
         """The classes that the seeds take in turn."""
-        return tuple(self.classes[label] for label in self.sample_config.labels) or self.classes
+        return tuple(self.classes[label] for label in self.config.sample.labels) or self.classes
 
     @property
     def picture_shape(self) -> tuple[int, int, int]:
@@ -97,6 +93,22 @@ class RunHandle:
     def dataset_images(self) -> int:
         """Images of an epoch; without a dataset, more than a run can see."""
         return self.index.images if self.index else MAX_IMAGES_SEEN + 1
+
+    def label(self, images_seen: int) -> str:
+        """Returns the label of a moment; see `label_at`."""
+        return label_at(images_seen, self.dataset_images, self.config.train.batch_size)
+
+    def chosen(self, checkpoints: str, weights: str) -> list[CheckpointRef]:
+        """Returns the checkpoints that a person asked for, now; see `job.runs.checkpoints.choose`.
+
+        Raises:
+            MissingInputError: no such checkpoint, or it lacks these weights.
+            BadDataError: the run has lost all its checkpoints.
+        """
+        refs = choose(self.run, checkpoints, self.dataset_images, self.config.train.batch_size)
+        for ref in refs if weights not in ("ema", "model") else ():
+            check_average(self.run, ref, weights, self.run.uri.rpartition("/")[2])
+        return refs
 
     def opened_images(
         self,

@@ -16,8 +16,9 @@ from pathlib import Path
 from ddpm import training
 from ddpm.state import TrainState
 from job.config import RunConfig, method, validated
+from job.coordination.sealed import code_version
 from job.data.cache import ImageCache
-from job.exchange.exporting import Export, check_strangers, open_target, write_folder
+from job.exchange.exporting import Objects, check_strangers, open_target, write_folder
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.plan import open_run
 from job.processes import compute
@@ -28,7 +29,6 @@ from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest, newe
 from job.runs.layout import CheckpointRef
 from job.runs.retention import Retention, reading_chosen
 from job.runs.writer import CheckpointFiles, write_part
-from job.sealed import code_version
 from job.stop import Stop
 from job.store import Store
 from job.store.files import scratch_folder
@@ -152,7 +152,7 @@ class Replay:
             stretch = self.stretch_of(seen)
             last = min(image, stretch.last_image)
             self._compare(stretch.attempt, stretch.config)
-            loop = Loop(stretch.config, self.images, self.ranks, self.state, last_image=last, stop=self.stop)
+            loop = Loop(stretch.config, self.images, self.ranks, self.state, last)
             bar = Progress("replaying", total=last, start=seen)
 
             def after_step(state: TrainState, bar: Progress = bar) -> bool:
@@ -172,7 +172,7 @@ class Replay:
                 self.differences.append(difference)
                 note(f"THE BITS MAY DIFFER: {difference}")
 
-    def written(self, folder: Path) -> tuple[Export, dict[str, str]]:
+    def written(self, folder: Path) -> tuple[Objects, dict[str, str]]:
         """Writes the files of a checkpoint of this moment into a folder, and returns the SHA-256 of each by key."""
         seen, tensors = self.state.images_seen, self.state.tensors()
         stretch = self.stretch_of(max(0, seen - 1))
@@ -187,7 +187,7 @@ class Replay:
         how = {"code_version": code_version(), "differences": self.differences, "sha256": hashes}
         where = {"run": self.of_run.run.uri, "images_seen": seen, "from": str(self.begun or "its first weights")}
         small = files.descriptions | {RECORD: (json.dumps(where | how, indent=2) + "\n").encode()}
-        return Export(paths, small, f"{seen:,} images seen"), hashes
+        return {**paths, **small}, hashes
 
 
 def replay_run(bucket_uri: str, name: str, image: int, to: str, *, verify: bool) -> None:
@@ -221,11 +221,11 @@ def replay_run(bucket_uri: str, name: str, image: int, to: str, *, verify: bool)
     replay.begin(image - batch_size if verify else image)
     replay.train_to(image)
     with scratch_folder("replay") as folder:
-        export, hashes = replay.written(folder)
+        objects, hashes = replay.written(folder)
         print(f"{run.uri} at image {image:,}, from {replay.begun or 'its first weights'}")
         print("\n".join(f"{sha256}  {key}" for key, sha256 in hashes.items()))
         if target:
-            print(write_folder(target, to, name, export, stop))
+            print(write_folder(target, to, name, objects, stop))
     if verify:
         committed = {file.key.removeprefix(f"{there[-1].key}/"): file for file in load_manifest(run, there[-1]).files}
         if differing := [key for key in hashes if key not in committed or committed[key].sha256 != hashes[key]]:

@@ -239,7 +239,7 @@ class SampleRequest(LaunchedOptions):
         from pydantic import ValidationError
 
         from job.config.schema import SampleConfig, nearest_name
-        from job.pieces import Slice
+        from job.coordination.pieces import Slice
         from job.runs.records import validated_run_name
 
         validated_run_name(self.run)

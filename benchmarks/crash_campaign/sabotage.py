@@ -69,7 +69,7 @@ def _image_hash_unchecked(cache: Any, trace: Any) -> None:
 
 _BROKEN: dict[tuple[str, str], Callable[[Any, Any], None]] = {
     ("manifest-first", "job.runs.writer"): _manifest_first,
-    ("fence-ignored", "job.processes.lease"): _fence_ignored,
+    ("fence-ignored", "job.coordination.lease"): _fence_ignored,
     ("position-off-by-one", "job.training.session"): _position_off_by_one,
     ("order-drawn-anew", "job.training.session"): _order_drawn_anew,
     ("image-hash-unchecked", "job.data.cache"): _image_hash_unchecked,

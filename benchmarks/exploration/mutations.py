@@ -10,18 +10,17 @@ from unittest.mock import patch
 
 from benchmarks.exploration import reading
 from benchmarks.exploration.runtime import world
-from job import pieces
+from job.coordination import lease, pieces
+from job.coordination.lease import Lease
+from job.coordination.pieces import Pieces
+from job.coordination.sealed import NamedObject
 from job.data import pack, shards
 from job.evaluation import evaluate
 from job.evaluation.evaluation_plan import FeaturePieces
 from job.exchange import encoding
 from job.exits import BadDataError, BadRequestError, MissingInputError
-from job.pieces import Pieces
-from job.processes import lease
-from job.processes.lease import Lease
 from job.runs import checkpoints, metric_rows, retention, writer
 from job.runs.retention import Retention
-from job.sealed import NamedObject
 from job.store.base import ObjectExistsError, Store
 from job.verbs import upkeep
 

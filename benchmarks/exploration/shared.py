@@ -23,6 +23,7 @@ from benchmarks.exploration.checks import Checks, sha256
 from benchmarks.exploration.store import SimulatedStore
 from benchmarks.exploration.world import Process, Request, Violation, World
 from ddpm.image_size import ImageSize
+from job.coordination.pieces import RECORDS, Advance, Made, Slice
 from job.data import pack as packing
 from job.data import shards
 from job.data.pack_request import EncodeRequest, PackRequest
@@ -30,7 +31,6 @@ from job.evaluation import evaluate
 from job.evaluation.evaluation_plan import Evaluation
 from job.exchange import encoding
 from job.exits import BadRequestError
-from job.pieces import RECORDS, Advance, Made, Slice
 from job.runs.layout import CheckpointRef
 from job.runs.samples import Reference, SampleSetConfig
 from job.sampling.sets import SampleSet
@@ -266,7 +266,6 @@ def sample(world: World, process: Process, slice_text: str) -> float:
         key = f"samples/drawn/piece-{number:05d}.tar"
         return Made({key: f"piece {number} as {process.host} rounds".encode()})
 
-    sample_set.begin()
     made = sample_set.pieces.make_missing(make, "drawing", stop=process.stop)
     if not sample_set.pieces.missing() and sample_set.index() is None:
         sample_set.publish(process.stop)

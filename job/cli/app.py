@@ -76,13 +76,6 @@ def _root(
         bool, typer.Option("--verbose", "-v", help="Also log each request to a bucket, with its duration.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only results and errors.")] = False,
-    storage_options: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="SCHEME.OPTION=VALUE",
-            help="Option of an fsspec file system, such as gs.requester_pays=my-project; may be repeated.",
-        ),
-    ] = None,
 ) -> None:
     """Pack images, train a diffusion model (DDPM) on them and sample from it, in jobs that never lose work.
 
@@ -91,10 +84,6 @@ def _root(
     Example: ddpm data pack photos.zip mine --size 64 && ddpm train --dataset mine
     """
     set_loudness(verbose=verbose, quiet=quiet)
-    if storage_options:
-        from job.store import set_storage_options
-
-        set_storage_options(storage_options)
     try:
         Path.cwd()
     except FileNotFoundError:

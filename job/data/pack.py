@@ -4,9 +4,9 @@ A folder or an archive is copied into shards. Tars that stay in place are read o
 images; then the index names them, and training sees what a copy of the same images would have given: crop and filter
 apply at each reading. Either way every image is decoded, and images that cannot be used are left out.
 
-Each shard is a piece of work (`job.pieces`): so many images of the source, or one tar. The shards depend on the source
-and the parameters alone, not on threads, interruptions or machines. The index, created once all pieces are there, makes
-the dataset exist.
+Each shard is a piece of work (`job.coordination.pieces`): so many images of the source, or one tar. The shards depend
+on the source and the parameters alone, not on threads, interruptions or machines. The index, created once all pieces
+are there, makes the dataset exist.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from job.coordination.pieces import RECORDS as PIECES
+from job.coordination.pieces import Advance, Made, PieceRecord
 from job.data import shards
 from job.data.ahead import in_order
 from job.data.images import RejectedImageError, UndecidedImageError, codec_versions, encode_png, prepare
@@ -36,8 +38,6 @@ from job.data.source.labels import split_labels
 from job.data.source.members import Member, split_in
 from job.data.source.survey import chosen_source, lacking_labels, no_images, survey, until_stopped
 from job.exits import BadDataError, BadRequestError, StoppedError
-from job.pieces import RECORDS as PIECES
-from job.pieces import Advance, Made, PieceRecord
 from job.progress import some_of
 from job.stop import NEVER, Stop
 from job.store import Store

@@ -255,8 +255,8 @@ class EncodeRequest(JobOptions):
         Raises:
             BadRequestError: an invalid name or slice.
         """
+        from job.coordination.pieces import Slice
         from job.data.shards import validated_dataset_name
-        from job.pieces import Slice
 
         Slice.parse(self.slice)
         validated_dataset_name(self.name)

@@ -7,9 +7,9 @@ import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 
+from job.coordination.pieces import RECORDS, WHOLE, Advance, Made, OtherWorkError, PieceRecord, Pieces, Slice
 from job.data import shards
 from job.exits import BadRequestError
-from job.pieces import RECORDS, WHOLE, Advance, Made, OtherWorkError, PieceRecord, Pieces, Slice
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store
 

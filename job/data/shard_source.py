@@ -54,8 +54,7 @@ class ShardSource:
         self.starts: Int64s = np.concatenate([[0], np.cumsum(index.shards.images)])
         self._bucket, self._key = bucket, key
         folders = {split_uri(uri)[0] for uri in index.shards.uris}
-        # Training waits for a name server that is away.
-        retry = bucket.retry.elsewhere(waits_for_name=True)
+        retry = bucket.retry.elsewhere()
         self._foreign = {folder: open_to_read(folder, retry) for folder in folders}
         self.is_local = all(store.uri.startswith("/") for store in self._foreign.values() or [bucket])
         self.remedy = f"restore it, or {'index' if index.is_foreign else 'pack'} the dataset again"

@@ -33,9 +33,9 @@ from pydantic import AfterValidator, Field, model_validator
 
 from ddpm.image_size import TEXT, ImageSize
 from job.config import Size
+from job.coordination.sealed import SHA256_PATTERN, RecordPart, Sealed
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import some_of
-from job.sealed import SHA256_PATTERN, RecordPart, Sealed
 from job.store import READ_BYTES, ObjectMissingError, Store
 
 DATASETS = "datasets"

@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from job.coordination.pieces import CLAIMS, RECORDS
 from job.data import shards
 from job.data.ahead import in_order
 from job.data.cache import ImageCache
 from job.data.shard_source import ShardSource
 from job.data.shards import DatasetIndex, Record, load_index
 from job.exits import BadDataError
-from job.pieces import CLAIMS, RECORDS
 from job.store import ObjectMissingError, Store
 from job.store.files import scratch_folder
 

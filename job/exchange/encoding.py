@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddpm.image_size import ImageSize
+from job.coordination.pieces import Advance, Made, PieceRecord
 from job.data import shards
 from job.data.cache import ImageCache, default_cache_dir
 from job.data.images import codec_versions, encode_latents
@@ -27,7 +28,6 @@ from job.data.publishing import Packing, check_absent, make_dataset
 from job.data.shard_source import ShardSource
 from job.exchange.other_programs import opened_autoencoder
 from job.exits import BadConfigError, BadDataError, BadRequestError
-from job.pieces import Advance, Made, PieceRecord
 from job.stop import Stop
 from job.store import Store
 from job.store.files import scratch_folder
@@ -95,6 +95,11 @@ def encode_dataset(bucket: Store, request: EncodeRequest, stop: Stop) -> shards.
 
 
 def _load_encoder(where: str, bucket: Store, source: shards.DatasetIndex) -> _Encoder:
+    """Loads the autoencoder.
+
+    Raises:
+        BadConfigError: it does not fit the images.
+    """
     import torch
     from safetensors.torch import save
 
@@ -102,29 +107,20 @@ def _load_encoder(where: str, bucket: Store, source: shards.DatasetIndex) -> _En
 
     with opened_autoencoder(where, bucket.retry.elsewhere()) as (config, tensors):
         network = build_autoencoder(config, tensors, where)
-        size, channels = _fit(config, source, where)
         weights = save({key: tensor.float().contiguous() for key, tensor in sorted(tensors.items())})
+    whole: Any = network.config
+    halvings = len(whole.block_out_channels) - 1
+    if (whole.in_channels, whole.out_channels) != (source.channels, source.channels):
+        raise BadConfigError(
+            f"{where} encodes {whole.in_channels} channels to decode {whole.out_channels}, and the images of "
+            f"{source.name} have {source.channels}"
+        )
+    if any(side % 2**halvings for side in source.size.shape):
+        raise BadConfigError(f"{where} halves images {halvings} times, and {source.size} pixels cannot be")
+    size = ImageSize(*(side // 2**halvings for side in source.size.shape))
     network = network.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
     config_bytes = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    return _Encoder(network, channels, size, config_bytes, weights)
-
-
-def _fit(config: dict[str, object], source: shards.DatasetIndex, where: str) -> tuple[ImageSize, int]:
-    """Returns the size of the latents, and their channels.
-
-    Raises:
-        BadConfigError: the autoencoder does not fit the images.
-    """
-    channels, widths = config.get("in_channels", 3), config.get("block_out_channels", [64])
-    assert isinstance(widths, list | tuple)
-    factor = 2 ** (len(widths) - 1)
-    if channels != source.channels:
-        raise BadConfigError(
-            f"{where} encodes {channels} channels, and the images of {source.name} have {source.channels}"
-        )
-    if any(side % factor for side in source.size.shape) or config.get("out_channels", 3) != channels:
-        raise BadConfigError(f"{where} halves images {len(widths) - 1} times, and {source.size} pixels cannot be")
-    return ImageSize(*(side // factor for side in source.size.shape)), int(str(config.get("latent_channels", 4)))
+    return _Encoder(network, whole.latent_channels, size, config_bytes, weights)
 
 
 class _Encoding(Packing):

@@ -23,8 +23,7 @@ from job.config.schema import DataConfig
 from job.data.cache import default_cache_dir
 from job.data.shards import SHARD_PIXEL_BYTES
 from job.exits import Exit, JobError
-from job.jobs.backends import Check
-from job.jobs.targets import Target, backend_for
+from job.jobs.backends import Check, Target
 from job.processes.group import check_gpus, local_gpus
 from job.runs.layout import RUNS
 from job.store import Retry, is_remote, open_store
@@ -47,8 +46,7 @@ def checks_of(target: Target, bucket: str) -> Iterator[Check]:
     if bucket:
         yield from bucket_checks(bucket)
     try:
-        with backend_for(target) as backend:
-            yield from backend.checks(bucket)
+        yield from target.checks(bucket)
     except JobError as error:
         yield Check.of_error(target.backend, error)
 

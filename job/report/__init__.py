@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 from job.config import CHOSEN_ELSEWHERE, FOLLOWS, RunConfig, description_of, draft
+from job.coordination.sealed import code_version, utc_now
 from job.data.cache import default_cache_dir
 from job.data.preview import preview_png
 from job.data.shards import PREVIEW, dataset_key
@@ -37,7 +38,6 @@ from job.runs.metric_rows import Row
 from job.runs.outlook import AttemptSpan, Outlook, attempts_of, duration, outlook_of, spans_of, state_in
 from job.runs.records import Status
 from job.runs.samples import Scores, denoising_key, grid_key, label_at, moment_of
-from job.sealed import code_version, utc_now
 from job.store import ObjectMissingError, Store
 
 PAGE_KEY = ObjectKind.PAGE.value

@@ -23,23 +23,24 @@ configuration are files of their own, because diffusers warns at each load of ke
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NamedTuple
 
 from pydantic import Field
 
 from ddpm import catalogue
 from job.config import RunConfig
+from job.coordination.sealed import NamedObject, RecordPart, Sealed
 from job.data.order import epochs_completed_by
 from job.exits import BadConfigError, BadDataError, MissingInputError
 from job.runs.layout import CHECKPOINTS, CheckpointRef, ObjectKind, located, places_in
 from job.runs.records import readable_attempt
-from job.sealed import NamedObject, RecordPart, Sealed
 from job.store import ObjectMissingError, Store
 from job.store.files import scratch_folder
 
@@ -326,6 +327,11 @@ def check_average(run: Store, ref: CheckpointRef, group: str, name: str) -> Mani
             f"{run.uri}/{ref.key} has no weights {group} (it has {averages}): "
             f"`ddpm ema --run {name} --std {group.removeprefix('ema-')}` makes them, if there are snapshots"
         ) from None
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """Returns the SHA-256 of the rest of a file."""
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from job.processes.lease import LEASE_KEY
+from job.coordination.lease import LEASE_KEY
 from job.store import Store
 
 RUNS = "runs"
@@ -69,7 +69,6 @@ class ObjectKind(Enum):
     GRID_EVENTS = "tensorboard/samples/events.out.tfevents.{checkpoint}"  # a sample grid for TensorBoard
     PICTURE = "samples/{name}.{picture}"
     FIGURE = "figures/{name}.{picture}"
-    SAMPLE_SET = "samples/{folder}/sample-set.json"  # all settings of a sample set: created once, first
     PIECE = "samples/{folder}/piece-{piece:05d}.tar"  # a shard that webdataset can read
     IMAGE = "samples/{folder}/piece-{piece:05d}/{seed:09d}.png"  # with --save png
     RECORD = "samples/{folder}/pieces/{piece:05d}.json"  # created once, after the piece: its commit

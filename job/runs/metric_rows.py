@@ -28,11 +28,11 @@ from PIL import Image
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from job.config import LARGEST, RunConfig
+from job.coordination.sealed import NamedObject
 from job.exits import BadDataError
 from job.progress import note
 from job.runs.checkpoints import Manifest, Segment, list_checkpoints, newest_sound
 from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef, ObjectKind, located
-from job.sealed import NamedObject
 from job.store import Store
 
 Row = dict[str, Any]

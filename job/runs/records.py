@@ -16,11 +16,11 @@ import yaml
 from pydantic import Field
 
 from job.config import RunConfig, flatten, parse_yaml, validated
+from job.coordination.sealed import SHA256_PATTERN, Moment, RecordPart, Sealed, code_version, utc_now
 from job.data.shards import dataset_key, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, JobError, LostRunError, MissingInputError, State
 from job.progress import all_printable
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, RUNS, ObjectKind, places_in
-from job.sealed import SHA256_PATTERN, Moment, RecordPart, Sealed, code_version, utc_now
 from job.store import ObjectExistsError, ObjectMissingError, Store, open_store, redacted
 from job.store.retry import PATIENCE_SECONDS
 

@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from job.config import RunConfig
+from job.coordination.lease import Lease, ProcessIdentity
+from job.coordination.sealed import Sealed
 from job.data.order import epochs_completed_by
 from job.exits import BadDataError, JobError, LostRunError, NoPermissionError
-from job.processes.lease import Lease
-from job.processes.process_identity import ProcessIdentity
 from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, CheckpointRef, Located, ObjectKind, located, places_in
 from job.runs.metric_rows import Row
 from job.runs.samples import score_name
-from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
 
 LAST_SAVES = 2

@@ -3,10 +3,10 @@
 The name of a picture holds the settings that it was drawn with, so that other settings do not overwrite it. Its
 last comment has its origin and its SHA-256.
 
-A set of many images has a folder. Its `sample-set.json` is created first, each piece before its record, and
-`index.json` when all pieces are there. Sampling never overwrites or deletes objects in it, and `ddpm runs prune`
-deletes only pieces without a record. Pieces therefore match their records, even if several processes make the same
-piece, and a piece that a killed process left without a record is as good as any other.
+A set of many images has a folder, whose name has a hash of all that decides them. Each piece is created before its
+record, and `index.json` when all pieces are there. Sampling never overwrites or deletes objects in it, and
+`ddpm runs prune` deletes only pieces without a record. Pieces therefore match their records, even if several processes
+make the same piece, and a piece that a killed process left without a record is as good as any other.
 
     RUN/evaluations/epoch-0490-ddim-100-0-5000-inception-1f3a9c02/piece-00012.safetensors   features, until the end
                                                                   scores.json               created once, at the end
@@ -23,7 +23,7 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from math import ceil
 from typing import Literal
@@ -32,10 +32,10 @@ from pydantic import Field
 
 from ddpm.catalogue import METRICS, Metric
 from job.config.schema import SamplerConfig, Section, Size
+from job.coordination.pieces import PieceRecord
+from job.coordination.sealed import SHA256_PATTERN, NamedObject, RecordPart, Sealed, code_version
 from job.data.order import epochs_completed_by
-from job.pieces import PieceRecord
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.sealed import SHA256_PATTERN, NamedObject, RecordPart, Sealed, code_version
 from job.store import Store
 
 LOSS_FIGURE = ObjectKind.FIGURE.key(name="loss", picture="png")
@@ -196,20 +196,11 @@ class SampleSetConfig(SamplerConfig):
 class FoundGrid(Sealed):
     """The timesteps found for a number of steps. The record is created once, so that all pictures use the same ones."""
 
-    steps: int = Field(ge=1)
     numbers: tuple[int, ...]
     """The timesteps of the process, from the most noise to the least."""
     checkpoint: str = Field(pattern=r"^checkpoints/\d{6}-\d{12}$")
     """The checkpoint whose network they were found with."""
     weights: str
-    created: str
-    code_version: str
-
-
-class SampleSetRecord(Sealed):
-    """The content of `sample-set.json`, created before the first piece, so that no two sets share a folder."""
-
-    sample_set: SampleSetConfig
 
 
 def named_piece(record: PieceRecord, config: SampleSetConfig) -> NamedObject:
@@ -237,6 +228,16 @@ def score_name(score: str, extractor: str) -> str:
     return f"{metric.elsewhere or name}{score.removeprefix(name)}-{extractor}"
 
 
+def score_words(values: Mapping[str, float], floor: Mapping[str, float], extractor: str) -> str:
+    """Returns scores for people, each beside that of real images, without their deviations."""
+    words = []
+    for name, value in values.items():
+        if not name.endswith("_std"):
+            real = f" (real images {floor[name]:.4g})" if name in floor else ""
+            words.append(f"{score_name(name, extractor)} {value:.4g}{real}")
+    return ", ".join(words)
+
+
 class Reference(RecordPart):
     """The real images, and the network that extracted their features."""
 
@@ -250,6 +251,11 @@ class Reference(RecordPart):
     of_images: int = Field(ge=1)
     extractor: str
     extractor_sha256: str = Field(pattern=SHA256_PATTERN)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of it all."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     def __str__(self) -> str:
         which = f"{self.images:,} images" if self.images == self.of_images else f"{self.images:,} of {self.of_images:,}"

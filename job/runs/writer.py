@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from job.coordination.lease import Lease
+from job.coordination.sealed import NamedObject
 from job.exits import BucketAwayError, StoppedError
-from job.processes.lease import Lease
 from job.runs.checkpoints import Manifest, commit_manifest, files_for_diffusers
 from job.runs.layout import OF_CHECKPOINT, CheckpointRef, ObjectKind, located
 from job.runs.metric_rows import History, Row
@@ -29,7 +30,6 @@ from job.runs.outlook import Cadence
 from job.runs.records import Attempt
 from job.runs.retention import Retention, Retirement
 from job.runs.samples import put_picture
-from job.sealed import NamedObject
 from job.stop import GRACE_VARIABLE, Stop
 from job.store import Store
 from job.store.files import os_errors, scratch_folder

@@ -92,9 +92,9 @@ class Tracking:
         self._do(lambda: self._send_grid(Image.open(BytesIO(png)), images_seen))
 
     def close(self, timeout_seconds: float = CLOSE_SECONDS) -> None:
-        """Ends the tracked run, if the service takes the last rows in time."""
+        """Ends the tracked run, if the service takes the last rows in that time or `CLOSE_SECONDS`."""
         if (last := self._do(lambda: self._finish())) is not None:
-            wait([last], max(0.0, timeout_seconds))
+            wait([last], max(0.0, min(timeout_seconds, CLOSE_SECONDS)))
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _do(self, work: Callable[[], object]) -> Future[None] | None:

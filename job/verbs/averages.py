@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from ddpm.ema import Stored, reconstruct
 from job.config import RunConfig
 from job.config.schema import average_name
+from job.coordination.sealed import NamedObject
 from job.exits import BadDataError, BadRequestError
 from job.progress import Progress, note
 from job.runs import records
@@ -27,7 +28,6 @@ from job.runs.layout import CheckpointRef, ObjectKind, located
 from job.runs.retention import reading_chosen
 from job.runs.samples import label_at
 from job.runs.writer import plan_parts, write_part
-from job.sealed import NamedObject
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, open_bucket
 from job.store.files import scratch_folder

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from job.coordination.lease import LEASE_KEY
 from job.exits import BadDataError, BadRequestError, MissingInputError, State
 from job.printing import in_lines, print_json, print_table
-from job.processes.lease import LEASE_KEY
 from job.progress import note
 from job.runs import metric_rows, records
 from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound

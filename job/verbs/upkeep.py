@@ -8,7 +8,6 @@ has no hash: `ddpm report` makes it again from the rest.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -17,11 +16,12 @@ from typing import NamedTuple, TypeVar
 
 from ddpm.image_size import ImageSize
 from job.config import RunConfig
+from job.coordination.lease import LEASE_KEY, MAX_FENCE, Lease, LeaseRecord, load_lease
+from job.coordination.pieces import PieceRecord
+from job.coordination.sealed import Sealed
 from job.data import shards
 from job.exits import BadDataError, BadRequestError, JobError, LostRunError
-from job.pieces import PieceRecord
 from job.printing import print_json
-from job.processes.lease import LEASE_KEY, MAX_FENCE, Lease, LeaseRecord, load_lease
 from job.progress import Progress, note, say
 from job.runs import records
 from job.runs.checkpoints import (
@@ -32,6 +32,7 @@ from job.runs.checkpoints import (
     list_checkpoints,
     lost_manifest,
     newest_good,
+    sha256_of,
 )
 from job.runs.layout import PICTURES, CheckpointRef, Located, ObjectKind, located
 from job.runs.metric_rows import read_rows
@@ -46,8 +47,7 @@ from job.runs.retention import (
     delete_checkpoint,
     leftovers,
 )
-from job.runs.samples import FoundGrid, SampleSetIndex, SampleSetRecord, Scores, has_origin
-from job.sealed import Sealed
+from job.runs.samples import FoundGrid, SampleSetIndex, Scores, has_origin
 from job.stop import NEVER, Stop
 from job.store import ObjectMissingError, Store, open_store
 from job.verbs.run_listing import run_names
@@ -68,7 +68,6 @@ RECORD_TYPES: dict[ObjectKind | None, type[Sealed]] = {
     ObjectKind.READER: Reader,
     ObjectKind.FOUND_GRID: FoundGrid,
     ObjectKind.SCORES: Scores,
-    ObjectKind.SAMPLE_SET: SampleSetRecord,
     ObjectKind.RECORD: PieceRecord,
     ObjectKind.INDEX: SampleSetIndex,
 }
@@ -163,10 +162,8 @@ def _named_by(listing: _Listing, by: str) -> dict[str, str]:
             return {ObjectKind.ATTEMPT.key(fence=fence): ""}
         case Manifest(fence=fence):
             return record.objects | {ObjectKind.ATTEMPT.key(fence=fence): ""}
-        case AverageRecord():
+        case AverageRecord() | PieceRecord():
             return {file.key: file.sha256 for file in record.files}
-        case PieceRecord():
-            return {file.key: file.sha256 for file in record.files} | {ObjectKind.SAMPLE_SET.key(folder=folder): ""}
         case SampleSetIndex():
             pieces = (ObjectKind.RECORD.key(folder=folder, piece=number) for number in range(len(record.pieces)))
             return dict.fromkeys((ObjectKind.GRID.key(folder=folder), *pieces), "")
@@ -181,7 +178,7 @@ def _check_object(listing: _Listing, key: str, by: str, sha256: str) -> None:
             is_whole = has_origin(run.read(key).data)
         elif sha256:
             with run.open(key) as file:
-                is_whole = hashlib.file_digest(file, "sha256").hexdigest() == sha256  # type: ignore[arg-type]
+                is_whole = sha256_of(file) == sha256
         else:
             is_whole = key in listing.places or run.exists(key)
     except ObjectMissingError:

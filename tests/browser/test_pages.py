@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from job.coordination.sealed import utc_now
 from job.runs.records import read_status, run_store
-from job.sealed import utc_now
 from job.store import open_store
 from tests.job.command_line import ddpm_here, succeeded
 from tests.job.conftest import cache_folder, made_once, tiles, walked  # noqa: F401 -- fixtures

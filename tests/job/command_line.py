@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 import job.commands
 from job.__main__ import errors_as_lines
 from job.cli.app import app
-from job.processes.launched import LAUNCHED
+from job.processes.launcher import LAUNCHED
 from job.stop import STOP_SIGNALS
 
 DDPM = str(Path(sys.executable).with_name("ddpm"))

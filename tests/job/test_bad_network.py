@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from ddpm.state import TrainState
+from job.coordination import lease
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
 from job.exits import Exit
-from job.processes import lease
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.metric_rows import read_rows
 from job.runs.writer import CheckpointWriter

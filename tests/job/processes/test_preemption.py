@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from job.processes import preemption
+from job import stop as stop_module
 from job.stop import Stop
 from tests.job.launching import eventually
 from tests.job.metadata_server import metadata_server
@@ -16,13 +16,13 @@ from tests.job.metadata_server import metadata_server
 @pytest.fixture
 def watching(monkeypatch):
     """Watches a server; the threads pause for as short as a test can bear, and end with the test."""
-    monkeypatch.setattr(preemption, "_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(stop_module, "_NOTICE_PAUSE_SECONDS", 0.02)
     begun = []
 
     def watching(host: str) -> Stop:
         monkeypatch.setenv("GCE_METADATA_HOST", host)
         begun.append(Stop())
-        preemption.watch_for_preemption(begun[-1])
+        stop_module.watch_for_preemption(begun[-1])
         return begun[-1]
 
     yield watching
@@ -91,9 +91,9 @@ def test_a_missing_server_harms_nothing(watching, monkeypatch, tmp_path):
     assert "instance/preempted" in {thread.name for thread in threading.enumerate()}
     monkeypatch.delenv("GCE_METADATA_HOST")
     product = tmp_path / "product_name"
-    monkeypatch.setattr(preemption, "_PRODUCT", product)
+    monkeypatch.setattr(stop_module, "_PRODUCT", product)
     for text, host in (("Standard PC", ""), ("Google Compute Engine", "metadata.google.internal")):
         product.write_text(f"{text}\n")
-        assert preemption._metadata_host() == host
+        assert stop_module._metadata_host() == host
     product.unlink()
-    assert preemption._metadata_host() == ""
+    assert stop_module._metadata_host() == ""

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from job.coordination.sealed import NamedObject
 from job.exits import BadDataError, Exit
 from job.requests import SampleRequest
 from job.runs.checkpoints import LATEST_KEY, list_checkpoints, load_manifest, newest_good
@@ -13,7 +14,6 @@ from job.runs.layout import CheckpointRef
 from job.runs.metric_rows import History, read_rows
 from job.runs.records import load_config
 from job.sampling.sampling_plan import plan_sampling
-from job.sealed import NamedObject
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.damages import DAMAGES, damaged, pairs, swapped

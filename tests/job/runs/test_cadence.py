@@ -9,10 +9,10 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pytest
 
+from job.coordination.sealed import MOMENT_FORMAT
 from job.runs.layout import ObjectKind
 from job.runs.outlook import Cadence, best_interval_seconds, interval_seconds
 from job.runs.records import LastStatus
-from job.sealed import MOMENT_FORMAT
 from job.store import open_store
 from tests.job.leases import eventually
 from tests.job.runs.leased import leased

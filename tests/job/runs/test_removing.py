@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from job.coordination.lease import LEASE_KEY, ProcessIdentity, load_lease
 from job.exits import Exit, StoppedError
-from job.processes.lease import LEASE_KEY, load_lease
-from job.processes.process_identity import ProcessIdentity
 from job.runs import records
 from job.runs.checkpoints import list_checkpoints
 from job.runs.layout import CheckpointRef
