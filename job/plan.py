@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from ddpm.catalogue import EDM2Config, UNetConfig, levels_with_attention
 from job.config import EMBEDDED, RunConfig, changed_for_attempt, draft, layered, preset_names
 from job.config.schema import SamplerConfig, image_size
-from job.data.order import epochs_completed_by, images_at_epoch
+from job.data.reading.stream import epochs_completed_by, images_at_epoch
 from job.data.shards import DatasetIndex, NoDatasetError, dataset_key, find_dataset, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, MissingInputError, State
-from job.progress import note
+from job.progress import Progress, note
 from job.requests import TrainRequest
 from job.runs import records
 from job.runs.checkpoints import check_average, choose, list_checkpoints, sound_manifest
@@ -23,7 +23,7 @@ from job.stop import NEVER, Stop
 from job.store import Store, open_bucket
 
 if TYPE_CHECKING:
-    from job.data.cache import ImageCache
+    from job.data.reading.cache import ImageCache
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,6 @@ class RunHandle:
             return encoding.channels, *encoding.size.shape
         return self.config.image_shape
 
-    def learnt(self) -> DatasetIndex:
-        """Returns the dataset of the images that the run has learnt.
-
-        Raises:
-            BadRequestError: the run was imported without one.
-            BadConfigError: the dataset has other images now.
-        """
-        if self.index is None:
-            raise BadRequestError(f"{self.run.uri} was imported without a dataset, and has learnt nothing here")
-        follow_dataset(self.stored, self.index)
-        return self.index
-
     def pictures(self) -> DatasetIndex | None:
         """Returns the dataset of the pictures: for latents, the dataset that was encoded.
 
@@ -110,21 +98,23 @@ class RunHandle:
             check_average(self.run, ref, weights, self.run.uri.rpartition("/")[2])
         return refs
 
-    def opened_images(
-        self,
-        stop: Stop,
-        progress: Callable[[int, int], None] = lambda done, total: None,
-        index: DatasetIndex | None = None,
-    ) -> ImageCache:
-        """Opens the images of a dataset, by default the run's own, within the limits of this node's cache."""
-        from job.data.cache import default_cache_dir, open_cache
+    def opened_images(self, index: DatasetIndex | None, stop: Stop) -> ImageCache:
+        """Opens the images of a dataset, such as the run's own, within the limits of this node's cache."""
+        from job.data.reading import default_cache_dir
+        from job.data.reading.cache import open_cache
 
-        index, folder = index or self.index, default_cache_dir()
         assert index is not None
         key, size_bytes = dataset_key(index.name, index.size), int(self.config.data.cache_gigabytes * 1e9)
-        return open_cache(
-            self.bucket, key, index, cache_dir=folder, budget_bytes=size_bytes, progress=progress, stop=stop
-        )
+        with Progress("reading images", total=index.images) as bar:
+            return open_cache(
+                self.bucket,
+                key,
+                index,
+                cache_dir=default_cache_dir(),
+                budget_bytes=size_bytes,
+                progress=lambda done, total: bar.update(done),
+                stop=stop,
+            )
 
 
 def open_run(bucket_uri: str, name: str, stop: Stop = NEVER, *, with_dataset: bool = True) -> RunHandle:
@@ -267,9 +257,6 @@ def _check_latents(at: Store, parent: RunConfig, index: DatasetIndex) -> None:
 def _meaning(values: dict[str, Any]) -> dict[str, Any]:
     """Returns what decides the meaning of weights, by key; of augmentation that is whether the network knows of it."""
     meant = {key: value for key, value in values.items() if key.startswith(_MEANING) and key not in _NO_MEANING}
-    if sizes := meant.get("model.attention_sizes"):
-        # Their order means nothing.
-        meant["model.attention_sizes"] = sorted(sizes)
     return meant | {"data.augment": values["data.augment"] > 0}
 
 

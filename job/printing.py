@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
+import json
 import webbrowser
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic_core import to_json
+from pydantic_core import to_jsonable_python
 
 from job.progress import note
 from job.store import Store, is_remote
@@ -22,7 +22,7 @@ PIPE_COLUMNS = 1000
 
 def print_json(document: Any) -> None:
     """Prints a document for programs: times in ISO 8601, and null for NaN and infinite numbers."""
-    print(to_json(document, indent=2, inf_nan_mode="null").decode())
+    print(json.dumps(to_jsonable_python(document, inf_nan_mode="null"), indent=2, ensure_ascii=False))
 
 
 def print_table(table: Table, without_rows: str, *, wraps: bool = False) -> None:
@@ -61,6 +61,8 @@ def open_page(folder: Store, key: str, output: Path | None = None) -> None:
     if path is None and folder.exists(key):
         path = Path(folder.uri, key)
         if is_remote(folder.uri):
+            import tempfile
+
             # The browser reads it after this process has ended.
             path = Path(tempfile.mkdtemp(prefix="ddpm-"), key)
             path.write_bytes(folder.read(key).data)

@@ -17,10 +17,10 @@ from ddpm import training
 from ddpm.state import TrainState
 from job.config import RunConfig, method, validated
 from job.coordination.sealed import code_version
-from job.data.cache import ImageCache
+from job.data.reading.cache import ImageCache
 from job.exchange.exporting import Objects, check_strangers, open_target, write_folder
 from job.exits import BadDataError, BadRequestError, MissingInputError
-from job.plan import open_run
+from job.plan import follow_dataset, open_run
 from job.processes import compute
 from job.processes.ranks import meet
 from job.progress import Progress, note
@@ -47,10 +47,6 @@ class Stretch:
     config: RunConfig
     """The run's configuration with the changes of this attempt."""
     last_image: int
-
-    def has(self, ref: CheckpointRef) -> bool:
-        """Returns whether a checkpoint of the run lies in it."""
-        return ref.fence == self.attempt.fence and ref.images_seen <= self.last_image
 
 
 def stretches_to(run: Store, stored: RunConfig, newest: Manifest) -> list[Stretch]:
@@ -93,8 +89,11 @@ class Replay:
             BadConfigError: the dataset has other images now.
         """
         self.stop, self.of_run = stop, open_run(bucket_uri, name, stop)
-        self.index, self.stored = self.of_run.learnt(), self.of_run.stored
-        run = self.of_run.run
+        run, self.stored, index = self.of_run.run, self.of_run.stored, self.of_run.index
+        if index is None:
+            raise BadRequestError(f"{run.uri} was imported without a dataset, and has learnt nothing here")
+        follow_dataset(self.stored, index)
+        self.index = index
         if (newest := newest_sound(run, list_checkpoints(run))) is None:
             raise MissingInputError(f"{run.uri} has no checkpoint that can be read: train it first")
         self.newest, self.stretches = newest, stretches_to(run, self.stored, newest)
@@ -103,12 +102,12 @@ class Replay:
     @cached_property
     def images(self) -> ImageCache:
         """The run's dataset."""
-        with Progress("reading images", total=self.index.images) as bar:
-            return self.of_run.opened_images(self.stop, lambda done, total: bar.update(done))
+        return self.of_run.opened_images(self.index, self.stop)
 
     def checkpoints(self) -> list[CheckpointRef]:
         """Returns the checkpoints on the way to the newest one that the run has now, in order."""
-        there = [ref for ref in list_checkpoints(self.of_run.run) if any(one.has(ref) for one in self.stretches)]
+        ends = {one.attempt.fence: one.last_image for one in self.stretches}
+        there = [ref for ref in list_checkpoints(self.of_run.run) if ref.images_seen <= ends.get(ref.fence, -1)]
         return sorted(there, key=lambda ref: (ref.images_seen, ref.fence))
 
     def stretch_of(self, image_number: int) -> Stretch:

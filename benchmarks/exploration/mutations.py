@@ -10,14 +10,14 @@ from unittest.mock import patch
 
 from benchmarks.exploration import reading
 from benchmarks.exploration.runtime import world
-from job.coordination import lease, pieces
+from job import pieces
+from job.coordination import lease
 from job.coordination.lease import Lease
 from job.coordination.pieces import Pieces
 from job.coordination.sealed import NamedObject
-from job.data import pack, shards
+from job.data import latents, pack, shards
 from job.evaluation import evaluate
 from job.evaluation.evaluation_plan import FeaturePieces
-from job.exchange import encoding
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.runs import checkpoints, metric_rows, retention, writer
 from job.runs.retention import Retention
@@ -405,7 +405,7 @@ def _index_differs(replace: Replace) -> None:
 
 @_mutation("encoded shards of all machines share a name", "encode")
 def _latents_share_a_name(replace: Replace) -> None:
-    encoded = encoding._Encoding.made
+    encoded = latents._Encoding.made
 
     def same(this: Any, number: int, advance: Any) -> Any:
         made = encoded(this, number, advance)
@@ -415,18 +415,18 @@ def _latents_share_a_name(replace: Replace) -> None:
         files = {f"shard-{number:05d}.{key.rpartition('.')[2]}": content for key, content in made.files.items()}
         return pieces.Made(files, made.facts | {"shard": shard})
 
-    replace(encoding._Encoding, "made", same)
+    replace(latents._Encoding, "made", same)
 
 
 @_mutation("after the index a machine deletes a file that the index names", "encode")
 def _named_file_deleted(replace: Replace) -> None:
-    publish = encoding._Encoding.publish
+    publish = latents._Encoding.publish
 
     def all_deleted(this: Any, dataset: Store, records: Any) -> None:
         publish(this, dataset, records)
         dataset.delete(next((entry.key for entry in dataset.list() if entry.key.endswith(".offsets")), ""))
 
-    replace(encoding._Encoding, "publish", all_deleted)
+    replace(latents._Encoding, "publish", all_deleted)
 
 
 @_mutation("features are deleted before the scores are there", "score")

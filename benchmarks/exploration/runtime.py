@@ -280,8 +280,8 @@ _REPLACED: list[tuple[object, object]] = [
     (datetime, _Datetime),
 ]
 _ROOMS = ("job.coordination.lease", "job.coordination.pieces", "job.coordination.sealed", "job.runs", "job.verbs",
-          "job.data.pack", "job.data.publishing", "job.stop", "job.exchange.encoding", "job.store.retry",
-          "job.store.base", "job.evaluation", "job.sampling.sets")  # fmt: skip
+          "job.data.pack", "job.data.latents", "job.stop", "job.store.retry", "job.store.base", "job.evaluation",
+          "job.sampling.sets")  # fmt: skip
 
 
 @lru_cache(20_000)

@@ -26,8 +26,8 @@ from ddpm.state import LossLog, loss_row
 from job.config import method
 from job.coordination.pieces import IF_NONE_RUNS, WHOLE, Advance, Made, Slice
 from job.coordination.sealed import code_version, utc_now
-from job.data.cache import ImageCache
-from job.data.order import Order
+from job.data.reading.cache import ImageCache
+from job.data.reading.stream import Order
 from job.data.shards import dataset_key, load_index
 from job.evaluation.evaluation_plan import (
     CPU_COUNT,
@@ -129,7 +129,7 @@ def real_features(
             return ranks.only_on_main(features.load) or {}
     chosen = Order((reference.of_images,), seed=0).indices(np.arange(reference.images))
     of_pieces = np.split(chosen, np.cumsum(features.sizes, dtype=int)[:-1])
-    images = of_run.opened_images(stop, index=of_run.pictures())
+    images = of_run.opened_images(of_run.pictures(), stop)
 
     def read(piece: int, advance: Advance) -> Iterator[np.ndarray]:
         for start in range(0, len(of_pieces[piece]), REAL_BATCH_IMAGES):
@@ -174,7 +174,7 @@ def _bits_per_dim(plan: EvaluatePlan, painter: Painter) -> tuple[float | None, i
         return None, 0
     if index.held_out:
         index = load_index(plan.sampling.bucket, dataset_key(index.held_out, index.size))
-    images = plan.sampling.opened_images(painter.stop, index=index)
+    images = plan.sampling.opened_images(index, painter.stop)
     row = validation_row(
         painter,
         images,

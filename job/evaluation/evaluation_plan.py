@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from ddpm.catalogue import EXTRACTORS, Extractor
 from job.coordination.pieces import TRANSFERS, WHOLE, Made, PieceRecord, Pieces, Slice
-from job.data.cache import default_cache_dir
+from job.data.reading import default_cache_dir
 from job.data.shards import REFERENCES, DatasetIndex, dataset_key
 from job.exits import BadDataError, BadRequestError, MissingInputError, how_to_install
 from job.plan import Plan, RunHandle
@@ -301,11 +301,8 @@ def locate_extractor(name: str, bucket: Store, file: str = "") -> LocatedExtract
         file: a path or a URI of the file instead.
 
     Raises:
-        BadRequestError: the network is unknown.
         MissingInputError: the file is nowhere; the message says how to get it.
     """
-    if name not in EXTRACTORS:
-        raise BadRequestError(f"--extractor {name!r}: there are {', '.join(EXTRACTORS)}")
     extractor = EXTRACTORS[name]
     store, key = bucket, f"{FOLDER}/{extractor.file}"
     if file:

@@ -13,10 +13,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ddpm.interop import NoCounterpartError
-from job.config import LARGEST, RunConfig, draft, is_free, layered, preset_names, validated
+from job.config import (
+    LARGEST,
+    RunConfig,
+    draft,
+    is_free,
+    layered,
+    preset_names,
+    validated,
+)
 from job.coordination.lease import Lease
 from job.coordination.sealed import utc_now
-from job.data.order import images_at_epoch
+from job.data.reading.stream import images_at_epoch
 from job.data.shards import DatasetIndex, find_dataset, load_index
 from job.exchange.exchange_requests import ImportRequest
 from job.exchange.other_programs import OtherCheckpoint, opened_checkpoint, settings_of_diffusers

@@ -79,10 +79,11 @@ class Search:
         return MissingInputError(f"no target knows a job {name!r} ({names}): see `ddpm jobs list`")
 
 
-def list_jobs(search: Search, *, as_json: bool = False) -> None:
-    """Prints a table of the jobs on the targets, newest first."""
+def list_jobs(on: str, targets: Path | None, *, as_json: bool) -> None:
+    """Prints a table of the jobs on the target `on`, or on all targets of a file, newest first."""
     from rich.table import Table
 
+    search = Search(on, targets)
     _folders_of_runs.cache_clear()
     rows = []
     found = search.ask(lambda target: target.jobs())
@@ -98,7 +99,7 @@ def list_jobs(search: Search, *, as_json: bool = False) -> None:
     table = Table("job", *(name.replace("_", " ") for name in names), box=None)
     for row in rows:
         table.add_row(row["name"], *("-" if row[name] in (None, "") else str(row[name]) for name in names))
-    where = f"on {search.on}" if search.on else "on any target"
+    where = f"on {on}" if on else "on any target"
     print_table(table, f"no jobs {where}: start one with `ddpm submit train --dataset NAME --on TARGET`")
 
 
@@ -107,18 +108,20 @@ def _row(status: JobStatus, target: str | None, bucket_uri: str) -> dict[str, An
     return asdict(status) | {"message": status.why, "target": target, "bucket": bucket_uri}
 
 
-def show_job(name: str, search: Search, bucket: str, *, as_json: bool = False) -> None:
+def show_job(name: str, on: str, targets: Path | None, bucket_of_run: str, *, as_json: bool) -> None:
     """Prints the state of a job, by its engine and its bucket; the default bucket is the target's.
 
     Raises:
         MissingInputError: neither an engine nor a bucket knows it.
     """
     _folders_of_runs.cache_clear()
+    search = Search(on, targets)
     known: list[tuple[JobStatus, str | None, str]] = [
-        (status, target.name, bucket or status.bucket or target.usual_bucket) for target, status in search.find(name)
+        (status, target.name, bucket_of_run or status.bucket or target.usual_bucket)
+        for target, status in search.find(name)
     ]
     # Their machines are gone; a bucket knows the job, or its run.
-    uris = dict.fromkeys([bucket] if bucket else [target.usual_bucket for target in search.targets])
+    uris = dict.fromkeys([bucket_of_run] if bucket_of_run else [target.usual_bucket for target in search.targets])
     gone = (uri for uri in uris if read_outcome(name, uri) or _run_of(name, uri))
     known = known or [(JobStatus(name, State.GONE), None, uri) for uri in gone]
     if not known:
@@ -127,8 +130,8 @@ def show_job(name: str, search: Search, bucket: str, *, as_json: bool = False) -
     if as_json:
         print_json([_row(*each) | {"run": _summary(name, each[2])} for each in found])
         return
-    for status, on, uri in found:
-        where = f", on {on}" if on else ": unknown to every engine; the facts below are in its bucket"
+    for status, target, uri in found:
+        where = f", on {target}" if target else ": unknown to every engine; the facts below are in its bucket"
         started = f", {status.attempts} start{'s' * (status.attempts > 1)}" if status.attempts else ""
         submitted = f", submitted {status.created}" if status.created else ""
         print(f"job         {name}{where}{f', in {status.place}' * bool(status.place)}")
@@ -142,13 +145,13 @@ def show_job(name: str, search: Search, bucket: str, *, as_json: bool = False) -
                 show_run(uri, run)
 
 
-def print_logs(name: str, search: Search, *, follow: bool) -> None:
+def print_logs(name: str, on: str, targets: Path | None, *, follow: bool) -> None:
     """Prints a job's output; with `follow` until the job's end or a signal, which leaves the job alone.
 
     Raises:
         MissingInputError: no target knows it, or its output is gone.
     """
-    target = search.the_one(name)
+    target = Search(on, targets).the_one(name)
     if follow:
         handle_stop_signals(lambda number, frame: sys.exit(0))
     for line in target.logs(name, follow):
@@ -156,13 +159,13 @@ def print_logs(name: str, search: Search, *, follow: bool) -> None:
         print("\t".join(map(printable, line.rstrip("\r").split("\t"))), flush=True)
 
 
-def cancel_job(name: str, search: Search) -> None:
+def cancel_job(name: str, on: str, targets: Path | None) -> None:
     """Makes a job save and end, and prints the effect.
 
     Raises:
         MissingInputError: no target knows it.
     """
-    target = search.the_one(name)
+    target = Search(on, targets).the_one(name)
     print(f"{name} on {target.name} {target.cancel(name)}")
 
 

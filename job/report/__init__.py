@@ -25,8 +25,8 @@ from PIL import Image, ImageSequence
 
 from job.config import CHOSEN_ELSEWHERE, FOLLOWS, RunConfig, description_of, draft
 from job.coordination.sealed import code_version, utc_now
-from job.data.cache import default_cache_dir
 from job.data.preview import preview_png
+from job.data.reading import default_cache_dir
 from job.data.shards import PREVIEW, dataset_key
 from job.exits import BadDataError, JobError, State
 from job.plan import RunHandle

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from job.exits import BadRequestError, JobError, MissingInputError
+from job.exits import JobError, MissingInputError
 from job.plan import open_run
 from job.printing import open_page
 from job.progress import Progress, note
@@ -94,10 +94,7 @@ def write_report(bucket_uri: str, name: str, open_it: bool, output: Path | None)
     Raises:
         MissingInputError: the run or the bucket is missing.
         BadDataError: its configuration or its dataset's index is damaged.
-        BadRequestError: `output` is not a writable HTML file.
     """
-    if output is not None and (output.suffix.lower() != ".html" or output.is_dir() or not output.parent.is_dir()):
-        raise BadRequestError(f"--output {output}: name a file that ends in .html, in a folder that exists")
     bucket = open_store(bucket_uri)
     if name:
         handle = open_run(bucket_uri, name, with_dataset=False)

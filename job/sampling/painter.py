@@ -20,7 +20,7 @@ from ddpm.model import Model, NotFiniteError
 from ddpm.process import Point, VarianceExploding
 from ddpm.threads import group_of
 from job.config import RunConfig, method
-from job.data.autoencoder import Decoder, load_decoder
+from job.data.latents import Decoder, load_decoder
 from job.exits import BadDataError, BadRequestError, NotANumberError, StoppedError
 from job.processes.ranks import Agreement, Ranks
 from job.progress import Progress

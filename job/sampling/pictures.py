@@ -26,17 +26,17 @@ import torch
 from PIL import Image
 
 from ddpm import editing, figures, randomness
-from ddpm.catalogue import SCHEDULES, Diffusion
+from ddpm.catalogue import Diffusion
 from ddpm.generation import Sampling, Walk
 from ddpm.image_size import ImageSize
 from ddpm.process import VarianceExploding, VariancePreserving, make_process
 from job.config import RunConfig
 from job.coordination.pieces import IF_NONE_RUNS, Advance, Made
-from job.data.cache import ImageCache, uncached_images
+from job.data.reading.cache import ImageCache, uncached_images
 from job.data.shards import find_dataset, load_index
 from job.exits import BadRequestError
 from job.processes.ranks import meet
-from job.requests import GIF_SEEDS, check_output, parse_numbers
+from job.requests import GIF_SEEDS, parse_numbers
 from job.runs import records
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.samples import SampleSetConfig, denoising_key, file_words, grid_key, moment_of, put_picture, title_of
@@ -82,8 +82,8 @@ def _make_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
     how, usual = plan.how(request.seeds), plan.stored.sample
     layout = "" if editor or sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-no-nearest"
     training = None
-    if sample.nearest and request.with_grid and is_main and editor is None and plan.index:
-        training = plan.opened_images(painter.stop, index=plan.pictures())
+    if sample.nearest and is_main and editor is None and plan.index:
+        training = plan.opened_images(plan.pictures(), painter.stop)
     grids: list[tuple[str, np.ndarray]] = []
 
     def publish(ref: CheckpointRef, key: str, picture: bytes, note: str = "") -> None:
@@ -95,18 +95,17 @@ def _make_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
     for ref in plan.checkpoints:
         label = plan.label(ref.images_seen)
         painter.load(plan.run, ref, sample.weights)
-        if request.with_grid:
-            began = time.monotonic()
-            images = painter.sample_together(all_seeds, sampling, sample.batch_size, label, route)
-            if is_main:
-                rate = len(all_seeds) / (time.monotonic() - began)
-                grids.append((moment_of(label), images))
-                title = title_of(plan.run, moment_of(label), plan.words, seeds)
-                if editor:
-                    grid = editor.grid(images, seeds, with_class(title, plan.sampled_classes))
-                else:
-                    grid = grid_png(images, seeds, plan.sampled_classes, training, stop=painter.stop, title=title)
-                publish(ref, grid_key(label, how + layout), grid, f"  ({rate:.2f} images/s)")
+        began = time.monotonic()
+        images = painter.sample_together(all_seeds, sampling, sample.batch_size, label, route)
+        if is_main:
+            rate = len(all_seeds) / (time.monotonic() - began)
+            grids.append((moment_of(label), images))
+            title = title_of(plan.run, moment_of(label), plan.words, seeds)
+            if editor:
+                grid = editor.grid(images, seeds, with_class(title, plan.sampled_classes))
+            else:
+                grid = grid_png(images, seeds, plan.sampled_classes, training, stop=painter.stop, title=title)
+            publish(ref, grid_key(label, how + layout), grid, f"  ({rate:.2f} images/s)")
         if request.gif and is_main:
             title = with_class(title_of(plan.run, moment_of(label), plan.words, gif_seeds), plan.sampled_classes)
             gif = painter.denoising_gif(gif_seeds, sampling, title)
@@ -311,10 +310,9 @@ def schedule_picture(bucket: str, run: str, schedule: str, timesteps: int | None
     """Writes the plot of β and ᾱ, or of σ and α of a process without β: that of a run, or the named one.
 
     Raises:
-        BadRequestError: the schedule is unknown or another than the run's, or `output` cannot be written.
+        BadRequestError: the schedule is another than the run's.
         MissingInputError: no such run.
     """
-    check_output(output)
     diffusion, _ = _diffusion(open_store(bucket), run, schedule, timesteps)
     process, title = make_process(diffusion), f"{_words(diffusion)}, T = {diffusion.timesteps}"
     if isinstance(process, VariancePreserving):
@@ -343,10 +341,9 @@ def noising_picture(
     With `image` the figure is that one image of the dataset at each of the timesteps, with the same noise.
 
     Raises:
-        BadRequestError: an unknown schedule, a wrong timestep, no such image, or `output` cannot be written.
+        BadRequestError: a wrong timestep, or no such image.
         MissingInputError: no such dataset or run.
     """
-    check_output(output)
     bucket = open_store(bucket_uri)
     diffusion, config = _diffusion(bucket, run, schedule)
     evenly = np.linspace(0, diffusion.timesteps - 1, 2 * _COLUMNS)[image is not None :].round().astype(int).tolist()
@@ -394,8 +391,6 @@ def _diffusion(
             raise BadRequestError(f"{option}: run {run!r} has a schedule of its own: leave {option} or --run out")
         config = records.existing_config(bucket, run)
         return config.diffusion, config
-    if schedule and schedule not in SCHEDULES:
-        raise BadRequestError(f"--schedule {schedule!r}: use {', '.join(SCHEDULES)}")
     usual = Diffusion()
     return replace(usual, schedule=schedule or usual.schedule, timesteps=timesteps or usual.timesteps), None
 

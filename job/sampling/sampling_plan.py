@@ -274,7 +274,7 @@ def _given(request: SampleRequest, of_run: RunHandle) -> Given | None:
     if index and index.encoding:
         raise BadRequestError(f"--mode {request.mode} needs pixels, and {index.name} holds latents: leave it out")
     if "--image" not in request.files:
-        from job.data.cache import uncached_images
+        from job.data.reading.cache import uncached_images
 
         numbers = np.array(parse_numbers(name, "--image"))
         if index is None:

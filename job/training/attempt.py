@@ -18,15 +18,15 @@ from ddpm.catalogue import OF_CLASSES
 from ddpm.state import TrainState
 from job.config import method
 from job.coordination.lease import Lease
-from job.data.cache import ImageCache
-from job.data.order import order_of
+from job.data.reading.cache import ImageCache
+from job.data.reading.stream import order_of
 from job.evaluation.evaluation_plan import check_scores_in_training
 from job.exits import BadDataError, JobError, LostRunError, MissingInputError, State, ending_of, state_after
 from job.plan import Plan, RunHandle, plan_run
 from job.processes import compute
 from job.processes.launcher import is_launched
 from job.processes.ranks import meet
-from job.progress import Progress, note
+from job.progress import note
 from job.requests import TrainRequest, check_world_size
 from job.runs import records
 from job.runs.checkpoints import Manifest, check_average, newest_good, opened
@@ -128,9 +128,8 @@ class TrainingAttempt:
         # First, because a parent that trains on may delete its checkpoint while the images are read.
         self.state = method.initial_state(method.build_network(plan.config, ranks.device), plan.config)
         self._restore()
-        with Progress("reading images", total=plan.index.images) as bar:
-            self.images = plan.opened_images(self.stop, lambda done, total: bar.update(done))
-            self.held_out = plan.opened_images(self.stop, index=plan.held_out) if plan.held_out else None
+        self.images = plan.opened_images(plan.index, self.stop)
+        self.held_out = plan.opened_images(plan.held_out, self.stop) if plan.held_out else None
         if self.recorder is not None:
             if self.restored is None:
                 self._compare_sigma_data()

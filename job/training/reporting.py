@@ -17,8 +17,8 @@ from ddpm.state import TrainState, loss_row
 from job.config import method
 from job.coordination.lease import Lease
 from job.coordination.sealed import utc_now
-from job.data.autoencoder import latents_of, load_decoder
-from job.data.cache import ImageCache
+from job.data.latents import latents_of, load_decoder
+from job.data.reading.cache import ImageCache
 from job.evaluation.evaluate import Evaluator, validation_row
 from job.exits import State
 from job.plan import RunHandle
@@ -359,7 +359,7 @@ class Interludes:
         pictures = self._plan.pictures()
         if pictures is self._plan.index:
             return self._attempt.images
-        return self._plan.opened_images(self._attempt.stop, index=pictures)
+        return self._plan.opened_images(pictures, self._attempt.stop)
 
     def _label(self) -> str:
         return label_at(self._state.images_seen, self._plan.index.images, self._config.train.batch_size)

@@ -19,10 +19,9 @@ from ddpm.optimizer import learning_rate_at
 from ddpm.state import TrainState, loss_row
 from ddpm.threads import threads_of
 from job.config import RunConfig, method
-from job.data.autoencoder import latents_of
-from job.data.cache import ImageCache
-from job.data.order import crosses, order_of
-from job.data.stream import stream_batches
+from job.data.latents import latents_of
+from job.data.reading.cache import ImageCache
+from job.data.reading.stream import crosses, order_of, stream_batches
 from job.exits import NotANumberError, StoppedError
 from job.plan import Plan
 from job.processes import compute

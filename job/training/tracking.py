@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from job.config import RunConfig
-from job.data.cache import default_cache_dir
+from job.data.reading import default_cache_dir
 from job.exits import BadRequestError, JobError, NoPermissionError, how_to_install
 from job.progress import note
 from job.runs.metric_rows import Row, plain_settings

@@ -15,7 +15,6 @@ from job.data.shards import DATASETS, PREVIEW, DatasetIndex, dataset_key, find_d
 from job.exits import BadDataError, BadRequestError, MissingInputError, did_you_mean
 from job.printing import open_page, print_json, print_table
 from job.progress import Progress, note
-from job.requests import check_output
 from job.store import Retry, Store, open_store
 from job.store.retry import away_limit_seconds
 
@@ -115,11 +114,8 @@ def show_dataset(
     """Prints the facts of a dataset and makes its preview anew, in the bucket unless `output` names a file.
 
     Raises:
-        BadRequestError: `output` cannot be written.
         MissingInputError: the bucket has no such dataset.
     """
-    if output is not None:
-        check_output(output)
     bucket = open_store(bucket_uri)
     key = find_dataset(bucket, name, size)
     index = load_index(bucket, key)
@@ -127,8 +123,9 @@ def show_dataset(
         print_json(_told(bucket, index))
         return
 
-    from job.data.cache import default_cache_dir, uncached_images
     from job.data.preview import preview_png
+    from job.data.reading import default_cache_dir
+    from job.data.reading.cache import uncached_images
     from job.store.files import write_file
 
     print(describe_dataset(index, bucket))

@@ -14,7 +14,7 @@ import webdataset
 from PIL import Image
 
 import ddpm
-from job.data.cache import uncached_images
+from job.data.reading.cache import uncached_images
 from job.data.shards import load_index
 from job.plan import open_run
 from job.runs.records import existing_config

@@ -12,10 +12,10 @@ from PIL import Image
 
 from ddpm.generation import noise_of
 from job.config import method
-from job.data.autoencoder import latents_of
-from job.data.cache import uncached_images
+from job.data.latents import latents_of
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
+from job.data.reading.cache import uncached_images
 from job.data.shards import INDEX, OFFSETS_DTYPE, Shards, load_index, shard_name
 from job.exits import Exit
 from job.plan import plan_run
@@ -86,7 +86,7 @@ def test_latents_are_the_autoencoders(bucket, autoencoder):
     store = open_store(str(bucket))
     index, source = load_index(store, KEY), load_index(store, "datasets/tiles-16")
     assert len(index.shards) == len(source.shards) > 2
-    assert (str(index.size), index.channels, index.dtype, index.classes) == ("8", 4, "float16", source.classes)
+    assert (str(index.size), index.image_shape, index.classes) == ("8", (8, 8, 16), source.classes)
     pixels = uncached_images(store, "datasets/tiles-16", source).read(np.arange(source.images))
     with torch.no_grad():
         theirs = judge(autoencoder).encode(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist

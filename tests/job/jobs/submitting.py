@@ -38,7 +38,7 @@ KINDS = {kind.command[-1]: kind for kind in EXAMPLES}
 def _requests(words: Sequence[str], *kinds: type) -> list:
     """What a command of these requests makes of words."""
     app, made = typer.Typer(add_completion=False), []
-    command(app, "verb", *kinds)(lambda *requests: made.extend(requests))
+    command(app, "verb", lambda *requests: made.extend(requests), *kinds)
     typer.main.get_command(app).main([*words], standalone_mode=False)
     return made
 

@@ -55,9 +55,10 @@ def test_every_option_survives(kind):
     needed = {name: "a" for name, (first, *_) in options_of(kind).items() if first.default is first.empty}
     for field, options in options_of(kind).items():
         for each in options:
-            takes = get_args(each.annotation)[0]
+            takes, option = get_args(each.annotation)
             value = OTHER_VALUES.get(takes if takes in OTHER_VALUES else get_args(takes)[0])
             value = True if each.default is False else ("a", "--x") if get_origin(takes) is tuple else value
+            value = option.choices[-1] if option.choices and takes is str else value
             request = kind(**{"bucket": "b", **needed, field: value if field == each.name else {each.name: value}})
             again = parsed(kind.command[-1], request.argv()[len(kind.command) :])
             assert getattr(again, field) == getattr(request, field), each.name

@@ -21,7 +21,7 @@ from ddpm.grids import make_grid
 from ddpm.process import points_of
 from ddpm.samplers import Visit, ddim
 from job import load
-from job.data.cache import uncached_images
+from job.data.reading.cache import uncached_images
 from job.data.shards import load_index
 from job.store import open_store
 from job.verbs.upkeep import verify_run
@@ -283,8 +283,13 @@ def test_impossible_samplings_are_refused(bucket, tmp_path):
         ("all", 64, "needs --image", ("--mode", "img2img")),
         ("all", 64, "--strength is an option of --mode img2img and invert", (*inpaint, "--strength", 0.5)),
         ("all", 64, "--mask is an option of --mode inpaint", ("--mask", "half")),
-        ("all", 64, "--strength 0", ("--mode", "img2img", "--image", 3, "--strength", 0)),
-        ("all", 64, "--resamplings 0", (*inpaint, "--resamplings", 0)),
+        (
+            "all",
+            2,
+            "'--strength': Input should be greater than or equal to 0.001",
+            ("--mode", "img2img", "--image", 3, "--strength", 0),
+        ),
+        ("all", 2, "'--resamplings': Input should be greater than or equal to 1", (*inpaint, "--resamplings", 0)),
         ("all", 64, "--gif works only for new images", (*inpaint, "--gif")),
         ("all", 64, "leave --count out", ("--mode", "interpolate", "--count", 4)),
         ("all", 64, "--seeds 0-2 has an odd number", ("--mode", "interpolate", "--seeds", "0-2")),

@@ -1,7 +1,11 @@
-"""`ddpm data encode`: packs a dataset of images as one of latents, by the autoencoder of a diffusers pipeline.
+"""Datasets of latents: `ddpm data encode` packs one of images as one, and a run decodes its samples.
 
-The latents keep mean and log-variance of each image, so that each image number draws anew from them. A shard of latents
-holds the images of the shard of the same number, in their order.
+BUCKET/datasets/NAME-SIZE/autoencoder/config.json
+                                      diffusion_pytorch_model.safetensors
+
+The autoencoder is diffusers' `AutoencoderKL`, read from JSON and safetensors alone. The latents keep mean and
+log-variance of each image, so that each image number draws anew from them. A shard of latents holds the images of the
+shard of the same number, in their order.
 """
 
 from __future__ import annotations
@@ -9,36 +13,108 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
+from ddpm.augment import Latents
 from ddpm.image_size import ImageSize
 from job.coordination.pieces import Advance, Made, PieceRecord
 from job.data import shards
-from job.data.cache import ImageCache, default_cache_dir
 from job.data.images import codec_versions, encode_latents
+from job.data.pack import Packing, check_absent, make_dataset
 from job.data.pack_request import EncodeRequest
-from job.data.publishing import Packing, check_absent, make_dataset
-from job.data.shard_source import ShardSource
-from job.exchange.other_programs import opened_autoencoder
-from job.exits import BadConfigError, BadDataError, BadRequestError
+from job.data.reading import default_cache_dir
+from job.data.reading.cache import ImageCache, uncached_images
+from job.exits import BadConfigError, BadDataError, BadRequestError, how_to_install
 from job.stop import Stop
-from job.store import Store
-from job.store.files import scratch_folder
-
-if TYPE_CHECKING:
-    from torch import nn
+from job.store import Retry, Store
+from job.store.files import os_errors, scratch_folder
 
 ENCODED_IMAGES = 16
 """Images per batch."""
-_KEPT = {"classes", "crop", "resize_filter", "licence", "source", "source_sha256", "hold_out"}
+CONFIG, WEIGHTS = shards.AUTOENCODER
+_KEPT = {"classes", "crop", "resize_filter", "licence", "source", "hold_out"}
 """What the index of latents has from that of the images."""
+
+Decoder = Callable[[Tensor], Tensor]
+"""Decodes normalised latents [b, C, h, w] to pixels [b, channels, H, W], about in [-1, 1]."""
+Opened = Callable[[str, Retry], AbstractContextManager[tuple[dict[str, Any], Mapping[str, Tensor]]]]
+"""Opens the autoencoder at a path or URI: its configuration and weights."""
+
+
+def latents_of(index: shards.DatasetIndex | None) -> Latents | None:
+    """Returns the mean and deviation of a dataset's latents; None for images."""
+    return Latents(index.encoding.mean, index.encoding.std) if index and index.encoding else None
+
+
+def load_decoder(bucket: Store, index: shards.DatasetIndex | None, device: torch.device) -> Decoder | None:
+    """Loads the decoder of a dataset's latents, fetched once per machine; None for images.
+
+    Raises:
+        BadDataError: the autoencoder is missing, corrupt, or another kind of network.
+        BadRequestError: diffusers is not installed.
+    """
+    if index is None or index.encoding is None:
+        return None
+    dataset, encoding = bucket.sub(shards.dataset_key(index.name, index.size)), index.encoding
+    config = dataset.read(CONFIG).data
+    path = default_cache_dir() / "autoencoders" / f"{encoding.hashes[1]}.safetensors"
+    if not path.exists():
+        dataset.download(WEIGHTS, path)
+    with os_errors(path), path.open("rb") as file:
+        hashes = hashlib.sha256(config).hexdigest(), hashlib.file_digest(file, "sha256").hexdigest()
+    if hashes != encoding.hashes:
+        path.unlink(missing_ok=True)
+        raise BadDataError(f"{dataset.uri_of(WEIGHTS)} or {CONFIG} differs from the index: restore it, or encode again")
+    try:
+        network = _build_autoencoder(json.loads(config), load_file(path), dataset.uri_of(CONFIG))
+    except (SafetensorError, ValueError) as error:
+        raise BadDataError(f"{dataset.uri_of(CONFIG)} is not an autoencoder: {error}") from None
+    network, latents = network.to(device), Latents(encoding.mean, encoding.std)
+
+    def decode(x: Tensor) -> Tensor:
+        pixels: Tensor = network.decode(latents.restored(x.float())).sample  # type: ignore[operator]
+        return pixels
+
+    return decode
+
+
+def _build_autoencoder(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> nn.Module:
+    """Builds diffusers' network of this configuration, with these weights.
+
+    Raises:
+        BadDataError: another kind of network, or weights that do not fit the configuration or are not finite.
+        BadRequestError: diffusers is not installed.
+    """
+    if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+        raise BadDataError(f"{where} is a {config['_class_name']!s:.60}, and only AutoencoderKL is supported")
+    try:
+        from diffusers import AutoencoderKL
+    except ModuleNotFoundError as error:
+        raise BadRequestError(f"latents need more than is installed ({error}): {how_to_install('latents')}") from None
+    try:
+        # A network of a forged configuration would be built for hours before its weights do not fit.
+        if (layers := config.get("layers_per_block", 1)) > len(tensors):
+            raise ValueError(f"layers_per_block={layers} with {len(tensors)} tensors")
+        # On "meta" no memory is allocated before the weights are assigned.
+        with torch.device("meta"):
+            network = AutoencoderKL.from_config(dict(config))
+        network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise BadDataError(f"{where}: its weights do not fit its configuration ({reason:.200})") from None
+    if bad := [name for name, weights in network.named_parameters() if not weights.isfinite().all()]:
+        raise BadDataError(f"{where}: the tensor {bad[0]} holds values that are not finite: get the file again")
+    return network.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -49,21 +125,17 @@ class _Encoder:
     channels: int
     size: ImageSize
     """The size of the latents."""
-    config: bytes
-    weights: bytes
-
-    @cached_property
-    def hashes(self) -> tuple[str, str]:
-        """SHA-256 of configuration and weights."""
-        return hashlib.sha256(self.config).hexdigest(), hashlib.sha256(self.weights).hexdigest()
+    files: tuple[bytes, bytes]
+    """The content of each object of `AUTOENCODER`."""
 
 
-def encode_dataset(bucket: Store, request: EncodeRequest, stop: Stop) -> shards.DatasetIndex | None:
+def encode_dataset(bucket: Store, request: EncodeRequest, opened: Opened, stop: Stop) -> shards.DatasetIndex | None:
     """Makes or resumes a dataset of latents, after that of its held-out part.
 
     Args:
         bucket: the bucket of the dataset and its latents.
         request: the options of the command.
+        opened: opens the autoencoder, `job.exchange.other_programs.opened_autoencoder`.
         stop: checked at each batch.
 
     Returns:
@@ -79,7 +151,8 @@ def encode_dataset(bucket: Store, request: EncodeRequest, stop: Stop) -> shards.
     source = shards.load_index(bucket, shards.find_dataset(bucket, request.name, request.size))
     if source.encoding:
         raise BadRequestError(f"{request.name} holds latents already, of {source.encoding.source}")
-    encoder = _load_encoder(request.autoencoder, bucket, source)
+    with opened(request.autoencoder, bucket.retry.elsewhere()) as found:
+        encoder = _encoder(*found, source, request.autoencoder)
     if not request.slice:
         check_absent(bucket, shards.dataset_key(request.to, encoder.size))
     parts, made = [(source, request.to)], None
@@ -88,26 +161,21 @@ def encode_dataset(bucket: Store, request: EncodeRequest, stop: Stop) -> shards.
         parts.insert(0, (held_out, f"{request.to}-held-out"))
     with scratch_folder("encode") as folder:
         for index, name in parts:
-            key, on_disk = shards.dataset_key(index.name, index.size), default_cache_dir() / index.dataset_id
-            with closing(ImageCache(ShardSource(bucket, key, index, on_disk, stop=stop))) as images:
+            key = shards.dataset_key(index.name, index.size)
+            with closing(uncached_images(bucket, key, index, stop)) as images:
                 made = make_dataset(bucket, _Encoding(images, name, encoder, folder, stop), request.slice, stop)
     return made
 
 
-def _load_encoder(where: str, bucket: Store, source: shards.DatasetIndex) -> _Encoder:
-    """Loads the autoencoder.
+def _encoder(
+    config: dict[str, Any], tensors: Mapping[str, Tensor], source: shards.DatasetIndex, where: str
+) -> _Encoder:
+    """Returns the autoencoder for the images of a dataset.
 
     Raises:
-        BadConfigError: it does not fit the images.
+        BadConfigError: it does not fit them.
     """
-    import torch
-    from safetensors.torch import save
-
-    from job.data.autoencoder import build_autoencoder
-
-    with opened_autoencoder(where, bucket.retry.elsewhere()) as (config, tensors):
-        network = build_autoencoder(config, tensors, where)
-        weights = save({key: tensor.float().contiguous() for key, tensor in sorted(tensors.items())})
+    network = _build_autoencoder(config, tensors, where).to("cuda" if torch.cuda.is_available() else "cpu")
     whole: Any = network.config
     halvings = len(whole.block_out_channels) - 1
     if (whole.in_channels, whole.out_channels) != (source.channels, source.channels):
@@ -118,9 +186,9 @@ def _load_encoder(where: str, bucket: Store, source: shards.DatasetIndex) -> _En
     if any(side % 2**halvings for side in source.size.shape):
         raise BadConfigError(f"{where} halves images {halvings} times, and {source.size} pixels cannot be")
     size = ImageSize(*(side // 2**halvings for side in source.size.shape))
-    network = network.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
-    config_bytes = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    return _Encoder(network, whole.latent_channels, size, config_bytes, weights)
+    weights = save({key: tensor.float().contiguous() for key, tensor in sorted(tensors.items())})
+    files = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(), weights
+    return _Encoder(network, whole.latent_channels, size, files)
 
 
 class _Encoding(Packing):
@@ -137,16 +205,14 @@ class _Encoding(Packing):
         self.title, self.sizes = f"encoding {source.name}", source.shards.images.tolist()
         self._held_out = f"{name}-held-out" if source.held_out else ""
         self.held_out_key = self._held_out and shards.dataset_key(self._held_out, encoder.size)
-        decisive = json.dumps([source.dataset_id, *encoder.hashes])
-        self.fingerprint = hashlib.sha256(decisive.encode()).hexdigest()
+        config, weights = (hashlib.sha256(content).hexdigest() for content in encoder.files)
+        self._hashes = config, weights
+        self.fingerprint = hashlib.sha256(json.dumps([source.dataset_id, config, weights]).encode()).hexdigest()
         self._moments(np.arange(min(ENCODED_IMAGES, source.images)))
-
-    def resume(self, records: Sequence[PieceRecord]) -> None:
-        """Needs nothing; see `Packing`."""
 
     def made(self, number: int, advance: Advance) -> Made:
         """Writes the latents of a shard's images to a shard; its facts hold the sums for the normalisation."""
-        first, last = (int(self._source.shards.images[:end].sum()) for end in (number, number + 1))
+        first, last = self._images.starts[number : number + 2].tolist()
         sums, squares = np.zeros(self._encoder.channels), np.zeros(self._encoder.channels)
         writer = shards.ShardWriter(self._folder / shards.shard_name(number))
         for start in range(first, last, ENCODED_IMAGES):
@@ -172,8 +238,6 @@ class _Encoding(Packing):
         Raises:
             BadDataError: they are not finite.
         """
-        import torch
-
         network = self._encoder.network
         device = next(network.parameters()).device
         with torch.inference_mode():
@@ -191,41 +255,36 @@ class _Encoding(Packing):
         """Copies the autoencoder, and creates the index; see `Packing`."""
         facts = [record.facts for record in records]
         source, encoder = self._source, self._encoder
-        mean, std = self._normal(facts)
+        # Mean and variance of each channel, over all images, places and draws of latents.
+        count = source.images * math.prod(encoder.size.shape)
+        mean = np.sum([each["sums"] for each in facts], axis=0) / count
+        variance = np.sum([each["squares"] for each in facts], axis=0) / count - mean**2
+        if not (np.isfinite(variance) & (variance > 0)).all():
+            raise BadDataError(f"the latents of {source.name} have channels without a finite deviation above 0")
         encoding = shards.Encoding(
             source=source.name,
             source_id=source.dataset_id,
             size=source.size,
             channels=source.channels,
-            mean=mean,
-            std=std,
-            hashes=encoder.hashes,
+            mean=tuple(mean.tolist()),
+            std=tuple(np.sqrt(variance).tolist()),
+            hashes=self._hashes,
         )
         index = shards.DatasetIndex(
             **source.model_dump(include=_KEPT),
             name=self._name,
             size=encoder.size,
             channels=encoder.channels,
-            dtype="float16",
             encoding=encoding,
             held_out=self._held_out,
             codecs=codec_versions(),
             fingerprint=self.fingerprint,
             shards=shards.Shards.of([shards.Shard.model_validate(each["shard"]) for each in facts]),
         )
-        for key, content in zip(shards.AUTOENCODER, (encoder.config, encoder.weights), strict=True):
+        for key, content in zip(shards.AUTOENCODER, encoder.files, strict=True):
             dataset.create(key, content)
         dataset.create(shards.INDEX, index.to_json())
         named = {name for shard in index.shards for name in (shard.name, shard.offsets_name)}
         for entry in dataset.list():
             if entry.key.startswith("shard-") and entry.key not in named:
                 dataset.delete(entry.key)
-
-    def _normal(self, facts: list[dict[str, Any]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Returns mean and deviation of each channel, over all images, places and draws of latents."""
-        count = self._source.images * math.prod(self._encoder.size.shape)
-        mean = np.sum([each["sums"] for each in facts], axis=0) / count
-        variance = np.sum([each["squares"] for each in facts], axis=0) / count - mean**2
-        if not (np.isfinite(variance) & (variance > 0)).all():
-            raise BadDataError(f"the latents of {self._source.name} have channels without a finite deviation above 0")
-        return tuple(mean.tolist()), tuple(np.sqrt(variance).tolist())
