@@ -100,8 +100,24 @@ def _parser(takes: Any, option: Option) -> Callable[[str], Any] | None:
     return file if option.metavar in ("PNG", "HTML") else one_of if option.choices and takes is str else None
 
 
+_RESUMES = "--run NAME: the same command resumes that run"
+_SAME = {
+    "image_size": "--set data.size=VALUE",
+    "lr": "--set train.learning_rate=VALUE",
+    "mixed_precision": "--set train.precision=VALUE",
+    "num_inference_steps": "--steps",
+    "num_samples": "--count",
+    "output_dir": "--bucket",
+    "resolution": "--set data.size=VALUE",
+    "resume": _RESUMES,
+    "resume_from_checkpoint": _RESUMES,
+    "train_data_dir": "--dataset",
+}
+"""The words to type for an option of other programs, by its name with underscores."""
+
+
 class Commands(TyperGroup):
-    """The group of all commands, whose error about an unknown option also knows settings."""
+    """The group of all commands, whose error about an unknown option also knows settings and other programs."""
 
     def invoke(self, ctx: Any) -> Any:
         """Runs a command."""
@@ -110,13 +126,19 @@ class Commands(TyperGroup):
         except Exception as raised:
             error: Any = raised
             # Typer has a copy of Click. In both, only the error about an unknown option has `possibilities`.
-            if hasattr(error, "possibilities") and any("--set" in each.opts for each in error.ctx.command.params):
-                from job.config import CHOSEN_ELSEWHERE, known_keys
-
-                name = error.option_name.lstrip("-").replace("-", "_")
-                keys = [key for key in known_keys() if key.rpartition(".")[2] == name and key not in CHOSEN_ELSEWHERE]
-                error.possibilities = [f"--set {key}=VALUE" for key in keys] or error.possibilities
+            if hasattr(error, "possibilities"):
+                _suggest(error)
             raise
+
+
+def _suggest(error: Any) -> None:
+    from job.config import CHOSEN_ELSEWHERE, known_keys
+
+    name = error.option_name.lstrip("-").replace("-", "_")
+    keys = [key for key in known_keys() if key.rpartition(".")[2] == name and key not in CHOSEN_ELSEWHERE]
+    typed = [_SAME[name]] if name in _SAME else [f"--set {key}=VALUE" for key in keys]
+    options = {option for each in error.ctx.command.params for option in each.opts}
+    error.possibilities = [words for words in typed if words.split()[0] in options] or error.possibilities
 
 
 def usual_bucket(context: typer.Context, given: str = "") -> str:

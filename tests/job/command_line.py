@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import typer.main
 from accelerate.state import AcceleratorState
-from job.processes.launched import LAUNCHED
+from job.processes.launcher import LAUNCHED
 
 import job.commands
 from job.__main__ import errors_as_lines
