@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import typer.main
 from accelerate.state import AcceleratorState
-from job.processes.launcher import LAUNCHED
 
 import job.commands
 from job.__main__ import errors_as_lines
 from job.cli.app import app
 from job.options import LaunchedOptions
+from job.processes.launcher import LAUNCHED
 from job.runs.records import check_writable
 from job.stop import STOP_SIGNALS
 from job.store import Store
