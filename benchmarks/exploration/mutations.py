@@ -10,8 +10,7 @@ from unittest.mock import patch
 
 from benchmarks.exploration import reading
 from benchmarks.exploration.runtime import world
-from job import pieces
-from job.coordination import lease
+from job.coordination import lease, pieces
 from job.coordination.lease import Lease
 from job.coordination.pieces import Pieces
 from job.coordination.sealed import NamedObject
