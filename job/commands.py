@@ -127,7 +127,7 @@ def pack_command(request: PackRequest) -> None:
     """Packs a source, or indexes tars in place, and prints the facts of the dataset."""
     from job.data.pack import check_free, existing_index, pack
     from job.data.source import forget
-    from job.verbs.removal import check_unused
+    from job.verbs.upkeep import check_unused
 
     with _command_on(request) as stop:
         stop.install()

@@ -276,7 +276,7 @@ def data_verify(name: DatasetName, size: Size = None, as_json: AsJson = False, b
     """
 
 
-@partial(command, data, "delete", "job.verbs.removal:delete_dataset")
+@partial(command, data, "delete", "job.verbs.upkeep:delete_dataset")
 def data_delete(name: DatasetName, size: Size = None, certain: Certain = False, bucket: BucketUri = "") -> None:
     """Delete a dataset, or the remains of an unfinished one.
 
@@ -318,7 +318,7 @@ def runs_compare(
     """
 
 
-@partial(command, runs, "verify", "job.verbs.run_listing:verify_named_run")
+@partial(command, runs, "verify", "job.verbs.upkeep:verify_named_run")
 def runs_verify(name: RunName, as_json: AsJson = False, bucket: BucketUri = "") -> None:
     """Check every object of a run, and name each that is corrupt.
 
@@ -329,7 +329,7 @@ def runs_verify(name: RunName, as_json: AsJson = False, bucket: BucketUri = "") 
     """
 
 
-@partial(command, runs, "prune", "job.verbs.removal:prune_run")
+@partial(command, runs, "prune", "job.verbs.upkeep:prune_run")
 def runs_prune(
     name: RunName,
     keep_last: Annotated[int | None, Option("--keep-last N", "Use N as checkpoint.keep_last.", min=1)] = None,
@@ -345,7 +345,7 @@ def runs_prune(
     """
 
 
-@partial(command, runs, "delete", "job.verbs.removal:delete_run")
+@partial(command, runs, "delete", "job.verbs.upkeep:delete_run")
 def runs_delete(name: RunName, certain: Certain = False, bucket: BucketUri = "") -> None:
     """Delete a run: its checkpoints, pictures and metrics.
 

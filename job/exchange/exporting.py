@@ -26,7 +26,7 @@ from job.exits import (
 )
 from job.plan import RunHandle, open_run
 from job.progress import Progress, note, printable
-from job.runs import pipeline
+from job.runs import checkpoints
 from job.runs.checkpoints import opened
 from job.runs.layout import RUNS, CheckpointRef, ObjectKind, located, places_in
 from job.runs.retention import reading_chosen
@@ -57,7 +57,7 @@ def export_run(request: ExportRequest) -> None:
     hub = Hub(request.push) if request.push else None
     stop = Stop().install()
     of_run = open_run(request.bucket, request.run, stop)
-    described = pipeline.described(of_run.config, of_run.classes, has_code=True)
+    described = checkpoints.described(of_run.config, of_run.classes, has_code=True)
     if not described.objects:
         raise BadRequestError(f"run {request.run!r} cannot be exported to diffusers: {described.lacking}")
     target = open_target(request.to, of_run) if request.to else None
@@ -74,7 +74,7 @@ def export_run(request: ExportRequest) -> None:
 
 @contextmanager
 def _opened_export(
-    of_run: RunHandle, request: ExportRequest, described: pipeline.Described
+    of_run: RunHandle, request: ExportRequest, described: checkpoints.Described
 ) -> Iterator[tuple[Objects, str]]:
     """Yields the objects of an export, and words about them; its files are deleted when the context ends."""
     run, config = of_run.run, of_run.config
@@ -85,15 +85,15 @@ def _opened_export(
         label = of_run.label(ref.images_seen)
         with opened(run, ref, (weights,)) as restored:
             paths = restored.files[weights]
-            files = dict(zip(pipeline.weights_names(len(paths)), paths, strict=True))
+            files = dict(zip(checkpoints.weights_names(len(paths)), paths, strict=True))
             small = dict(described.objects)
             last = {key: small.pop(key) for key in ("model_index.json",) if key in small}
             if len(files) > 1:
-                small[pipeline.INDEX] = _index(files)
+                small[checkpoints.INDEX] = _index(files)
             with suppress(ObjectMissingError):
                 small[PICTURE] = run.read(grid_key(label, config.sample.name(of_run.stored.sample))).data
             if of_run.classes and last:
-                small[pipeline.PIPELINE_CODE] = (resources.files("job.exchange") / "class_pipeline.py").read_bytes()
+                small[checkpoints.PIPELINE_CODE] = (resources.files("job.exchange") / "class_pipeline.py").read_bytes()
             named = {"place": request.push or "this folder", "lacking": described.lacking}
             small[CARD] = _card(of_run, ref, weights, small | last, **named).encode()
             size_bytes = sum(path.stat().st_size for path in paths)
@@ -108,7 +108,7 @@ def _index(files: dict[str, Path]) -> bytes:
     for name, path in files.items():
         with safe_open(path, framework="pt") as file:
             places |= dict.fromkeys(file.keys(), name.rpartition("/")[2])
-    return pipeline.weights_index(sum(path.stat().st_size for path in files.values()), places)
+    return checkpoints.weights_index(sum(path.stat().st_size for path in files.values()), places)
 
 
 def _card(of_run: RunHandle, ref: CheckpointRef, weights: str, objects: dict[str, bytes], **named: str) -> str:
@@ -117,7 +117,7 @@ def _card(of_run: RunHandle, ref: CheckpointRef, weights: str, objects: dict[str
 
     kind, scheduler = (
         json.loads(objects[key])["_class_name"] if key in objects else ""
-        for key in ("model_index.json", pipeline.SCHEDULER_CONFIG)
+        for key in ("model_index.json", checkpoints.SCHEDULER_CONFIG)
     )
     licence, classes = of_run.index.licence if of_run.index else "", of_run.classes
     text = (resources.files("job.exchange") / "card.md").read_text()
@@ -252,7 +252,7 @@ class Hub:
         url = str(self._api.create_repo(self._name, private=True, exist_ok=True))
         # A new repository has this file of git.
         there = {*self._api.list_repo_files(self._name)} - {".gitattributes"}
-        if pipeline.RUN_CONFIG not in there and (strangers := sorted(there - objects.keys())):
+        if checkpoints.RUN_CONFIG not in there and (strangers := sorted(there - objects.keys())):
             raise BadRequestError(
                 f"--push {self._name}: {printable(strangers[0]):.100} is there already, and no earlier export: name "
                 "another repository, or a new one"
@@ -270,7 +270,7 @@ class Hub:
 
 def _is_of_an_export(key: str) -> bool:
     in_a_run = f"{CheckpointRef(0, 0).key}/{key}"
-    return key in (CARD, PICTURE, pipeline.PIPELINE_CODE) or located(in_a_run).kind is ObjectKind.PIPELINE
+    return key in (CARD, PICTURE, checkpoints.PIPELINE_CODE) or located(in_a_run).kind is ObjectKind.PIPELINE
 
 
 def _meaning(error: Exception, name: str) -> JobError:

@@ -32,9 +32,9 @@ from job.exits import BadConfigError, BadDataError, BadRequestError, State
 from job.plan import RunHandle, check_sampling, follow_dataset
 from job.processes.compute import describe_device
 from job.progress import note, printable
-from job.runs import pipeline, records
+from job.runs import checkpoints, records
+from job.runs.checkpoints import RUN_CONFIG, SCHEDULER_CONFIG, UNET_CONFIG
 from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef
-from job.runs.pipeline import RUN_CONFIG, SCHEDULER_CONFIG, UNET_CONFIG
 from job.runs.retention import Retention
 from job.runs.writer import CheckpointWriter, LeasedRun
 from job.stop import Stop
@@ -129,7 +129,7 @@ def _of_our_run(where: str, text: bytes, found: dict[str, Any]) -> dict[str, Any
     """
     what_to_do = "Restore it, or give --preset NAME, whose settings replace it"
     config = records.parsed_config(text, where, what_to_do)
-    objects = pipeline.described(config, ()).objects if config.data.size and config.data.channels else {}
+    objects = checkpoints.described(config, ()).objects if config.data.size and config.data.channels else {}
     unet, scheduler = (json.loads(objects.get(key, b"null")) for key in (UNET_CONFIG, SCHEDULER_CONFIG))
     try:
         stated = settings_of_diffusers(unet or {}, scheduler)
@@ -232,7 +232,6 @@ def _commit(of_run: RunHandle, state: TrainState, lease: Lease, *, stop: Stop, s
     status = records.Status(
         state=State.IMPORTED,
         fence=attempt.fence,
-        attempt=attempt.id,
         images_seen=state.images_seen,
         target_images=state.images_seen,
         epoch=round(state.images_seen / of_run.dataset_images, 3),

@@ -23,7 +23,7 @@ from ddpm.interop import NoCounterpartError
 from job.config import LARGEST_FILE_BYTES
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.progress import note, printable
-from job.runs.pipeline import ID2LABEL, RUN_CONFIG, SCHEDULER_CONFIG
+from job.runs.checkpoints import ID2LABEL, RUN_CONFIG, SCHEDULER_CONFIG
 from job.store import Retry, is_remote, open_store, open_to_read, split_uri, without_queries
 from job.store.files import os_errors, scratch_folder
 

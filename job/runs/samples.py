@@ -24,6 +24,7 @@ import re
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from math import ceil
 from typing import Literal
 
@@ -105,14 +106,10 @@ def title_of(run: Store, moment: str, how: str, seeds: Sequence[int]) -> str:
         how: the sampler and its settings; see `SamplerConfig.words`.
         seeds: of the images.
     """
-    ranges: list[list[int]] = []
-    for seed in seeds:
-        if ranges and seed == ranges[-1][1] + 1:
-            ranges[-1][1] = seed
-        else:
-            ranges.append([seed, seed])
-    words = [f"{first}-{last}" if last > first else f"{first}" for first, last in ranges]
-    shown = ", ".join(words) if len(words) <= 8 else f"{', '.join(words[:8])} … ({len(seeds):,} in all)"
+    grouped = groupby(enumerate(seeds), lambda pair: pair[1] - pair[0])
+    ranges = [[seed for _, seed in pairs] for _, pairs in grouped]
+    words = [f"{one[0]}-{one[-1]}" if len(one) > 1 else f"{one[0]}" for one in ranges]
+    shown = ", ".join(words[:8]) + f" … ({len(seeds):,} in all)" * (len(words) > 8)
     of_seeds = f"seed{'s' * (len(seeds) > 1)} {shown}"
     return " · ".join((run.uri.rpartition("/")[2], moment, how, of_seeds))
 
@@ -150,22 +147,14 @@ class Editing(Section):
     @property
     def name(self) -> str:
         """Returns the edit as part of a picture's name."""
-        return "-".join(part.replace(" ", "-") for part in self._parts)
+        return self.words.replace(", ", "-").replace(" ", "-")
 
     @property
     def words(self) -> str:
         """Returns the edit for people."""
-        return ", ".join(self._parts)
-
-    @property
-    def _parts(self) -> list[str]:
-        given = {key: value for key, value in self.model_dump(exclude={"mode"}).items() if value}
-        return [self.mode, *(f"{key} {_in_name(value)}" for key, value in given.items())]
-
-
-def _in_name(value: object) -> str:
-    text = file_words(f"{value}", "_")
-    return text[:12] if re.fullmatch(SHA256_PATTERN, text) else text
+        given = {key: file_words(f"{value}", "_") for key, value in self.model_dump(exclude={"mode"}).items() if value}
+        short = {key: text[:12] if re.fullmatch(SHA256_PATTERN, text) else text for key, text in given.items()}
+        return ", ".join([self.mode, *(f"{key} {text}" for key, text in short.items())])
 
 
 class SampleSetConfig(SamplerConfig):

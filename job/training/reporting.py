@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -26,8 +25,7 @@ from job.plan import RunHandle
 from job.printing import open_page
 from job.processes.ranks import Agreement
 from job.progress import Progress, note
-from job.report.facts import facts_of
-from job.report.page import PictureCache, put_page
+from job.report import PictureCache, facts_of, put_page
 from job.requests import GIF_SEEDS
 from job.runs import records
 from job.runs.layout import CheckpointRef, ObjectKind
@@ -71,7 +69,6 @@ class Recorder:
     writer: CheckpointWriter
     _status: records.StatusReporter
     _state: TrainState | None = None
-    _start_seconds: float | None = None
 
     def __init__(self, attempt: TrainingAttempt, lease: Lease) -> None:
         """Writes the page of a new run, for an attempt that is recorded."""
@@ -110,11 +107,6 @@ class Recorder:
         """Returns the run's retention rules with the best checkpoint by the scores so far."""
         config = self.plan.config
         return Retention(config, self.plan.index.images, best_images_seen(config, self.rows))
-
-    def begins_training(self) -> None:
-        """Takes the time from the attempt's record to its first step."""
-        waited = datetime.now(UTC) - datetime.fromisoformat(self.attempt.started)
-        self._start_seconds = max(0.0, round(waited.total_seconds(), 3))
 
     def record(self, values: Row) -> None:
         """Adds a row of this moment, which goes into the next checkpoint, to the tracker and to a page that is old."""
@@ -217,21 +209,16 @@ class Recorder:
         return self._status_of(state)
 
     def _status_of(self, state: State) -> records.Status:
-        images_seen, measured = self.images_seen, dict[str, float]()
-        if self._state and (cadence := self.writer.cadence).save_seconds is not None:
-            measured = {"save_seconds": cadence.save_seconds, "stall_seconds": cadence.stall_seconds}
+        images_seen = self.images_seen
         return records.Status(
             state=state,
             fence=self.attempt.fence,
-            attempt=self.attempt.id,
             images_seen=images_seen,
             target_images=self.plan.target_images,
             epoch=round(self._epoch_at(images_seen), 3),
             loss=self._shown.get("loss"),
             images_per_second=self._shown.get("images_per_second"),
             updated=utc_now(),
-            start_seconds=self._start_seconds,
-            **{name: round(seconds, 3) for name, seconds in measured.items()},
         )
 
     def _epoch_at(self, images_seen: int) -> float:

@@ -245,8 +245,6 @@ class TrainingSession(Loop):
         with self.bar:
             with closing(self.batches), self.alone():
                 self._catch_up()
-                if self.recorder is not None:
-                    self.recorder.begins_training()
                 self.pace = Pace(self.batch_size, state.images_seen)
                 # After each step all processes agree whether any of them lacks the batch of the step after next.
                 if self._can_all_begin(2):

@@ -18,8 +18,8 @@ from job.data.reading.cache import uncached_images
 from job.data.shards import load_index
 from job.plan import open_run
 from job.runs.records import existing_config
-from job.runs.verification import verify_run
 from job.store import open_store
+from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.exchange.test_encoding import make_autoencoder
 

@@ -13,8 +13,8 @@ from job.data.shards import load_index
 from job.evaluation import evaluate, evaluation_plan
 from job.evaluation.evaluation_plan import EXTRACTORS, locate_extractor
 from job.exits import BadDataError, Exit, MissingInputError, StoppedError
-from job.runs.verification import verify_run
 from job.store import open_store
+from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm_here, refused, settings, started, succeeded
 from tests.job.damages import flip_a_bit
 from tests.job.launching import eventually

@@ -21,8 +21,8 @@ from job.exits import Exit
 from job.plan import plan_run
 from job.requests import TrainRequest
 from job.runs.records import existing_config
-from job.runs.verification import verify_run
 from job.store import open_store
+from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.damages import flip_a_bit
 from tests.job.sampling.by_hand import ddim_50, estimate_of

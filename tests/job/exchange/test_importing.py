@@ -18,8 +18,8 @@ from job.config import method
 from job.exits import Exit
 from job.runs.checkpoints import choose, list_checkpoints, load_manifest, opened
 from job.runs.records import existing_config, load_attempt
-from job.runs.verification import verify_run
 from job.store import open_store
+from job.verbs.upkeep import verify_run
 from tests.ddpm.networks.weights import randomise
 from tests.ddpm.test_interop import SMALL, ho_named
 from tests.job.command_line import ddpm_here, refused, settings, succeeded

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from job.runs.samples import FoundGrid
-from job.runs.verification import verify_run
 from job.store import open_store
+from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm_here, refused, succeeded
 
 OWN = """

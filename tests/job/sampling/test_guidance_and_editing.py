@@ -23,8 +23,8 @@ from ddpm.samplers import Visit, ddim
 from job import load
 from job.data.reading.cache import uncached_images
 from job.data.shards import load_index
-from job.runs.verification import verify_run
 from job.store import open_store
+from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
 from tests.job.sampling.by_hand import ddim_50, estimate_of
 

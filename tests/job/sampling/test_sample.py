@@ -18,11 +18,11 @@ from job.config.schema import SampleConfig
 from job.data.shards import Shards, load_index
 from job.exits import NotANumberError, StoppedError
 from job.requests import SampleRequest
-from job.runs.verification import verify_run
 from job.sampling.painter import Painter
 from job.sampling.pictures import grid_png, run_sampling
 from job.sampling.sampling_plan import plan_sampling
 from job.store import open_store
+from job.verbs.upkeep import verify_run
 from tests.job.stops import stop_after
 
 SEEDS = [0, 1, 2, 3, 4, 10**17, 77]
