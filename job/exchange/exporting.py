@@ -32,7 +32,7 @@ from job.runs.layout import RUNS, CheckpointRef, ObjectKind, located, places_in
 from job.runs.retention import reading_chosen
 from job.runs.samples import Scores, grid_key, score_words
 from job.stop import Stop
-from job.store import ObjectExistsError, ObjectMissingError, Retry, Store, fsspec_configured, open_store
+from job.store import ObjectExistsError, ObjectMissingError, Retry, Store, open_store
 from job.store.retry import answer, in_thread
 
 CARD, PICTURE = "README.md", "grid.png"
@@ -213,8 +213,7 @@ class Hub:
             NoPermissionError: this machine has no token, or one that no request can carry.
         """
         try:
-            with fsspec_configured():
-                from huggingface_hub import HfApi, get_token
+            from huggingface_hub import HfApi, get_token
         except ImportError as error:
             raise BadRequestError(f"--push needs more than is installed ({error}): {how_to_install('web')}") from None
         self._name, self._api, token = name, HfApi(), get_token()
