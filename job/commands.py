@@ -28,7 +28,7 @@ from job.runs.layout import ObjectKind
 from job.runs.records import check_writable
 from job.runs.samples import grid_key, label_at
 from job.sampling.sampling_plan import plan_sampling
-from job.stop import Stop, deadline, watch_for_preemption
+from job.stop import Stop, deadline, preemption_watched
 from job.store import Store, is_foreign, open_bucket, split_chain
 from job.training.tracking import check_tracker
 
@@ -232,8 +232,8 @@ def _command_on(request: JobRequest, node: Slice | None = None) -> Iterator[Stop
     with outcome, deadline(request.stop_after):
         # Signals end this process until its work begins.
         stop = Stop().install(signals=False)
-        watch_for_preemption(stop)
-        yield stop
+        with preemption_watched(stop):
+            yield stop
 
 
 def _launch(request: LaunchedOptions, run: Store, go: Callable[[], int] | None = None) -> None:

@@ -265,10 +265,16 @@ def _boot_clock() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-def watch_for_preemption(stop: Stop) -> None:
+@contextmanager
+def preemption_watched(stop: Stop) -> Iterator[None]:
     """Lets Compute Engine's preemption notice request `stop`, in a daemon thread; does nothing on other machines."""
+    ended = threading.Event()
     if host := _metadata_host():
-        threading.Thread(target=_watch_notice, args=(stop, host), name=_NOTICE, daemon=True).start()
+        threading.Thread(target=_watch_notice, args=(stop, host, ended), name=_NOTICE, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def _metadata_host() -> str:
@@ -281,7 +287,7 @@ def _metadata_host() -> str:
     return ""
 
 
-def _watch_notice(stop: Stop, host: str) -> None:
+def _watch_notice(stop: Stop, host: str, ended: threading.Event) -> None:
     """Waits for the notice; errors of the server do not end the wait."""
     from http.client import HTTPException
     from urllib.parse import quote
@@ -300,7 +306,8 @@ def _watch_notice(stop: Stop, host: str) -> None:
             if found == b"TRUE":
                 stop.request(f"the machine's notice {_NOTICE}=TRUE")
         # Also after an answer: a server that does not wait must not get requests without end.
-        time.sleep(_NOTICE_PAUSE_SECONDS)
+        if ended.wait(_NOTICE_PAUSE_SECONDS):
+            return
 
 
 class Heartbeats:

@@ -122,7 +122,8 @@ class Sealed(RecordPart):
         if not intact:
             raise BadDataError(f"{uri} is corrupt: it does not match its own SHA-256")
         try:
-            return cls.model_validate(shown)
+            record = cls.model_validate(document)
+            return record if shown == document else cls.model_validate(shown)
         except ValidationError as error:
             first = error.errors()[0]
             field = printable(".".join(map(str, first["loc"])))

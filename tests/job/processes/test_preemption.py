@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 
@@ -17,17 +18,14 @@ from tests.job.metadata_server import metadata_server
 def watching(monkeypatch):
     """Watches a server; the threads pause for as short as a test can bear, and end with the test."""
     monkeypatch.setattr(stop_module, "_NOTICE_PAUSE_SECONDS", 0.02)
-    begun = []
+    with ExitStack() as watches:
 
-    def watching(host: str) -> Stop:
-        monkeypatch.setenv("GCE_METADATA_HOST", host)
-        begun.append(Stop())
-        stop_module.watch_for_preemption(begun[-1])
-        return begun[-1]
+        def watching(host: str) -> Stop:
+            monkeypatch.setenv("GCE_METADATA_HOST", host)
+            watches.enter_context(stop_module.preemption_watched(stop := Stop()))
+            return stop
 
-    yield watching
-    for stop in begun:
-        stop.request("the end of the test")
+        yield watching
 
 
 @pytest.fixture
