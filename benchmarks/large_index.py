@@ -34,7 +34,8 @@ from rich.table import Table
 from benchmarks.loader import anonymous_bytes
 from ddpm.image_size import ImageSize
 from job.data.reading.cache import open_cache
-from job.data.reading.stream import Order, stream_batches
+from job.data.reading.order import Order
+from job.data.reading.stream import stream_batches
 from job.data.shards import INDEX, DatasetIndex, Shards, ShardWriter, dataset_key, load_index, shard_name
 from job.progress import Progress
 from job.store import open_store

@@ -18,7 +18,8 @@ from benchmarks import peers
 from benchmarks.measuring import Figure, seconds
 from benchmarks.subject import DATASET, pack_noise, write_noise
 from job.data.reading.cache import ImageCache, open_cache
-from job.data.reading.stream import Order, stream_batches
+from job.data.reading.order import Order
+from job.data.reading.stream import stream_batches
 from job.data.shards import INDEX, Shard, Shards, dataset_key, load_index, shard_name
 from job.progress import Progress
 from job.store import open_store

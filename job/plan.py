@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ddpm.catalogue import EDM2Config, UNetConfig, levels_with_attention
 from job.config import EMBEDDED, RunConfig, changed_for_attempt, draft, layered, preset_names
 from job.config.schema import SamplerConfig, image_size
-from job.data.reading.stream import epochs_completed_by, images_at_epoch
+from job.data.reading.order import epochs_completed_by, images_at_epoch
 from job.data.shards import DatasetIndex, NoDatasetError, dataset_key, find_dataset, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, MissingInputError, State
 from job.progress import Progress, note

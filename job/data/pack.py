@@ -359,7 +359,7 @@ class _Copying(_Packing):
         if (request.labels or table) and request.classes is not False and self._found.classes_from != "labels":
             others = f"; there are {some_of(source.choices)}" if source.choices else ""
             which = f"{request.labels[1:]!r}: a table is FILE:COLUMN{others}"
-            which = f"in {table.where}: correct its paths, or use --no-classes" if table else which
+            which = f"in {table}: correct its paths, or use --no-classes" if table else which
             raise BadRequestError(f"{self.where}: none of its images has a label {which}")
         # Classes are those of all images, even where one part lacks some.
         share = request.hold_out_share

@@ -14,7 +14,7 @@ import numpy as np
 
 from ddpm import figures
 from job.data.reading.cache import ImageCache
-from job.data.reading.stream import Int64s
+from job.data.reading.order import Int64s
 from job.data.shards import DatasetIndex
 from job.progress import printable
 from job.stop import NEVER, Stop

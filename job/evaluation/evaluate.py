@@ -27,7 +27,7 @@ from job.config import method
 from job.coordination.pieces import IF_NONE_RUNS, WHOLE, Advance, Made, Slice
 from job.coordination.sealed import code_version, utc_now
 from job.data.reading.cache import ImageCache
-from job.data.reading.stream import Order
+from job.data.reading.order import Order
 from job.data.shards import dataset_key, load_index
 from job.evaluation.evaluation_plan import (
     CPU_COUNT,

@@ -24,7 +24,7 @@ from job.config import (
 )
 from job.coordination.lease import Lease
 from job.coordination.sealed import utc_now
-from job.data.reading.stream import images_at_epoch
+from job.data.reading.order import images_at_epoch
 from job.data.shards import DatasetIndex, find_dataset, load_index
 from job.exchange.exchange_requests import ImportRequest
 from job.exchange.other_programs import OtherCheckpoint, opened_checkpoint, settings_of_diffusers

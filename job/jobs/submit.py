@@ -33,8 +33,9 @@ from job.exits import (
     StoppedError,
 )
 from job.jobs.backends import Cause, JobStatus, JsonObject, NoCapacityError, Target
+from job.jobs.building import spec_of
 from job.jobs.machines import gpus_of
-from job.jobs.spec import RETRIES, JobSpec, spec_of
+from job.jobs.spec import RETRIES, JobSpec
 from job.jobs.targets import target_on
 from job.progress import note
 from job.requests import JobRequest, SubmitRequest, TrainRequest

@@ -37,7 +37,7 @@ from pydantic import Field
 from ddpm import catalogue
 from job.config import RunConfig
 from job.coordination.sealed import NamedObject, RecordPart, Sealed
-from job.data.reading.stream import epochs_completed_by
+from job.data.reading.order import epochs_completed_by
 from job.exits import BadConfigError, BadDataError, MissingInputError
 from job.runs.layout import CHECKPOINTS, CheckpointRef, ObjectKind, located, places_in
 from job.runs.records import readable_attempt

@@ -16,7 +16,7 @@ from functools import partial
 from job.config import RunConfig
 from job.coordination.lease import Lease, ProcessIdentity
 from job.coordination.sealed import Sealed
-from job.data.reading.stream import epochs_completed_by
+from job.data.reading.order import epochs_completed_by
 from job.exits import BadDataError, JobError, LostRunError, NoPermissionError
 from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, CheckpointRef, Located, ObjectKind, located, places_in

@@ -34,7 +34,7 @@ from ddpm.catalogue import METRICS, Metric
 from job.config.schema import SamplerConfig, Section, Size
 from job.coordination.pieces import PieceRecord
 from job.coordination.sealed import SHA256_PATTERN, NamedObject, RecordPart, Sealed, code_version
-from job.data.reading.stream import epochs_completed_by
+from job.data.reading.order import epochs_completed_by
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.store import Store
 

@@ -19,7 +19,7 @@ from ddpm.state import TrainState
 from job.config import method
 from job.coordination.lease import Lease
 from job.data.reading.cache import ImageCache
-from job.data.reading.stream import order_of
+from job.data.reading.order import order_of
 from job.evaluation.evaluation_plan import check_scores_in_training
 from job.exits import BadDataError, JobError, LostRunError, MissingInputError, State, ending_of, state_after
 from job.plan import Plan, RunHandle, plan_run

@@ -21,7 +21,8 @@ from ddpm.threads import threads_of
 from job.config import RunConfig, method
 from job.data.latents import latents_of
 from job.data.reading.cache import ImageCache
-from job.data.reading.stream import crosses, order_of, stream_batches
+from job.data.reading.order import crosses, order_of
+from job.data.reading.stream import stream_batches
 from job.exits import NotANumberError, StoppedError
 from job.plan import Plan
 from job.processes import compute

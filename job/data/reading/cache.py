@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from job.data.images import Recipe, RejectedImageError, codec_versions, decode, decode_latents, prepare
 from job.data.reading import STOP_POLL_SECONDS, default_cache_dir, in_order
-from job.data.reading.stream import Int64s, Order
+from job.data.reading.order import Int64s, Order
 from job.data.shards import OFFSETS_DTYPE, DatasetIndex, Record, image_hash
 from job.exits import BadConfigError, BadDataError, DiskFullError, MissingInputError
 from job.stop import NEVER, Stop

@@ -257,7 +257,9 @@ def _inside(archive: Source, inside: str, where: str) -> Source:
     if split_in(folder.split("/")):
         archive = replace(whole, note="", other_splits=())
     labelled = partial(listed, True)
-    return replace(archive, where=where, listed=listed, listed_in=None, with_labels=labelled, table=None)
+    return replace(
+        archive, where=where, listed=listed, listed_in=None, with_labels=labelled, table="", label_by_name=None
+    )
 
 
 def _archive(where: str, opener: Opener, column: str | None) -> Source:
@@ -306,7 +308,7 @@ def _labelled_beside(source: Source, files: Files, column: str | None) -> Source
                     raise BadRequestError(f"{said}: pack one of their folders, or use --no-classes")
                 folder = tables[0].removesuffix(_DATASET_JSON)
                 pairs = [(folder + name, label) for name, label in pairs_in(found)]
-                return replace(source, table=labels_of_pairs(tables[0], pairs))
+                return replace(source, table=tables[0], label_by_name=labels_of_pairs(tables[0], pairs).of)
     if not any(name.lower().endswith(sidecars(column, adjacent=False)) for name in files.names):
         return source
     return replace(source, with_labels=partial(with_sidecars, source.where, source.listed, column, adjacent=False))

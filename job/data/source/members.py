@@ -21,15 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, BinaryIO, cast
+from typing import IO, BinaryIO, cast
 
 from job.data.reading import in_order
-from job.data.source.formats import DATA_FILE
 from job.exits import BadDataError, MissingInputError, NoPermissionError
 from job.progress import printable
-
-if TYPE_CHECKING:
-    from job.data.source.labels import LabelTable
 
 SUFFIXES = {
     *(".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jpe", ".jpeg", ".jpg"),
@@ -52,6 +48,12 @@ SPLITS = {
 }
 """The split that each word names."""
 
+_DATA_FILE = re.compile(
+    r"\.(zip|tar|tgz|tar\.gz|parquet|arrow|np[yz]|tfrec(?:ords?)?|bin|lmdb)(\.gz)?$"
+    r"|\.tfrecords?-|-\d{5}-of-\d{5}(\.gz)?$|_lmdb$",
+    re.IGNORECASE,
+)
+"""Files that hold many images: a part of an image's name, but never a class."""
 _REASON_CHARACTERS = 160
 _DAMAGES = (csv.Error, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
 _FORK = re.compile(r"(^|/)(__MACOSX/|\._)")
@@ -170,12 +172,12 @@ def unpacked(file: BinaryIO) -> tuple[BinaryIO, int]:
 
 def is_data_file(part: str) -> bool:
     """Returns whether a part of an image's name is the file that holds the image and others."""
-    return DATA_FILE.search(part) is not None
+    return _DATA_FILE.search(part) is not None
 
 
 def stem_of(part: str) -> str:
     """Returns a part of a name, without the suffix of a data file."""
-    return DATA_FILE.split(part)[0]
+    return _DATA_FILE.split(part)[0]
 
 
 def split_of(part: str) -> str:
@@ -233,7 +235,8 @@ class Source:
         listed: yields its files in order, each readable until the next one is requested; raises `RefusedError`.
         listed_in: yields the files of one split alone, if the format finds them without the others.
         with_labels: yields the same files in the same order with their labels, unread, where `listed` has none.
-        table: the labels by name, where a table has them.
+        table: the file that has the labels, where a table has them.
+        label_by_name: returns the label of an image by that table; empty if it has none.
         classes: the names of the classes, if the format has a list of them.
         note: how the source is interpreted, for people.
         readers: number of files to read at a time.
@@ -248,7 +251,8 @@ class Source:
     listed: Callable[[], Iterator[Member]]
     listed_in: Callable[[str], Iterator[Member]] | None = None
     with_labels: Callable[[], Iterator[Member]] | None = None
-    table: LabelTable | None = None
+    table: str = ""
+    label_by_name: Callable[[str], str] | None = None
     classes: tuple[str, ...] = ()
     note: str = ""
     readers: int = 0
@@ -288,8 +292,8 @@ class Source:
                     raise RefusedError(f"has an entry that leads out of it, {member.name!r}: do not trust this archive")
                 if wanted in (None, split_in(parts)):
                     name, label = printable("/".join(part for part in parts if part not in ("", "."))), member.label
-                    if labelled and self.table and is_image(name):
-                        label = self.table.of(name)
+                    if labelled and self.label_by_name and is_image(name):
+                        label = self.label_by_name(name)
                     yield replace(member, name=name, label=label)
 
     def images(self, labelled: bool = False) -> Iterator[Member]:

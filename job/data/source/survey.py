@@ -93,7 +93,7 @@ def chosen_source(request: PackRequest, bucket: Store, check_stop: Callable[[], 
     if rows:
         with members.refusing(rows.where):
             table = join_labels(rows, names(), column)
-        source = replace(source, table=table)
+        source = replace(source, table=table.where, label_by_name=table.of)
         notes.append(f"{table.where}: {table.names!r} names the images, {table.column!r} labels them")
     elif source.split is None:
         deque(names(), maxlen=0)

@@ -17,7 +17,7 @@ import pytest
 
 from job.data.reading import default_cache_dir
 from job.data.reading.cache import DecodedCache, ImageCache, ShardCache, open_cache, uncached_images
-from job.data.reading.stream import Order
+from job.data.reading.order import Order
 from job.data.shards import OFFSETS_DTYPE
 from job.exits import BadConfigError, BadDataError, BucketAwayError, DiskFullError, Exit, StoppedError
 from job.stop import Stop

@@ -19,7 +19,7 @@ READ = """
 import json, re, sys
 from pathlib import Path
 from job.data.reading.cache import open_cache
-from job.data.reading.stream import Order
+from job.data.reading.order import Order
 from job.data.shards import INDEX, DatasetIndex
 from job.data.reading.stream import stream_batches
 from tests.job.small_dataset import KEY, FarStore

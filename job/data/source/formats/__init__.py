@@ -7,7 +7,6 @@ nothing that could execute code.
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,12 +14,6 @@ if TYPE_CHECKING:
 
     from job.data.source.members import Files, Source
 
-DATA_FILE = re.compile(
-    r"\.(zip|tar|tgz|tar\.gz|parquet|arrow|np[yz]|tfrec(?:ords?)?|bin|lmdb)(\.gz)?$"
-    r"|\.tfrecords?-|-\d{5}-of-\d{5}(\.gz)?$|_lmdb$",
-    re.IGNORECASE,
-)
-"""Files that hold many images: a part of an image's name, but never a class."""
 _CONVERT = "write its images into a folder or an .npz, and pack that"
 _UNREAD = {
     ".zip .tar .tgz": "it holds archives: unpack it once, and pack the folder of archives",
