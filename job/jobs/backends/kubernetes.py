@@ -14,9 +14,7 @@ from contextlib import suppress
 from datetime import datetime
 from functools import cached_property
 from itertools import dropwhile
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any
 
 from job.exits import (
     BadConfigError,
@@ -32,16 +30,12 @@ from job.jobs.backends import (
     Check,
     JobStatus,
     JsonObject,
-    LabelValue,
-    Name,
-    Target,
     Terms,
-    Text,
     needs_extra,
 )
 from job.jobs.backends.kubernetes_objects import (
     CONTAINER,
-    SIZE,
+    KubernetesKeys,
     has_ended,
     index_of,
     is_being_deleted,
@@ -94,11 +88,6 @@ class NoSuchObjectError(MissingInputError):
 
 class ObjectConflictError(BadRequestError):
     """409: an object of this name exists, or it is another one than was meant."""
-
-
-_Size = Annotated[str, Field(pattern=SIZE)]
-"""As Kubernetes writes it, such as `50Gi` or `1.5T`."""
-_Queue = Annotated[str, Field(pattern=r"^([a-z0-9](-*[a-z0-9])*(\.[a-z0-9](-*[a-z0-9])*)*)?$", max_length=63)]
 
 
 class ClusterApi:
@@ -274,7 +263,7 @@ def _message_of(error: Any) -> str:
     return " ".join(str(text).split())[:400]
 
 
-class KubernetesTarget(Target):
+class KubernetesTarget(KubernetesKeys):
     """One namespace of a Kubernetes cluster, as the current kubeconfig or `context` names it.
 
     A job of one machine is a Job, one of several nodes a JobSet; a name is one job.
@@ -282,42 +271,6 @@ class KubernetesTarget(Target):
 
     has_groups = True
     keeps_ended = True
-    backend: Literal["kubernetes"]
-    context: Text = ""
-    namespace: Name = "default"
-    service_account: Name = "default"
-    queue: _Queue = ""
-    """Kueue's local queue; empty for none."""
-    cluster: Literal["gke", "plain"] = "gke"
-    """`gke` selects nodes and tolerates taints as GKE labels and taints them; `plain` does neither."""
-    node_selector: dict[Text, LabelValue] | None = None
-    """Replaces what `cluster` and the GPU type give."""
-    tolerations: list[dict[Text, Text | int]] | None = None
-    """Replace what `cluster` and `spot` give; the cluster refuses fields that it does not know."""
-    grace_seconds: int = Field(15, ge=5, le=600)
-    """From the notice to the end: 15 on GKE spot nodes unless the node pool gives more."""
-    machine_type: LabelValue = ""
-    """The type of the nodes with GPUs, if Compute Engine makes them: a job requests its GPUs' share of such a node."""
-    region: LabelValue = ""
-    """The region of those nodes, which decides about their price alone."""
-    cpus: str = Field("", pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)?$")
-    """Empty: its share, or 4 for each GPU if `machine_type` is not set or the GPUs are others."""
-    memory: _Size = ""
-    """Empty: its share, or 16Gi for each GPU."""
-    scratch: _Size = "50Gi"
-    """The local disk for the cache of images."""
-    shared_memory: _Size = ""
-    """Part of `memory`; empty: 2Gi for each GPU."""
-
-    @property
-    def notice_seconds(self) -> float:
-        """See `Target.notice_seconds`."""
-        return self.grace_seconds
-
-    @property
-    def selects_machines(self) -> bool:
-        """Returns whether the GPU type and `spot` decide about the node, and not the target's own selector."""
-        return self.cluster == "gke" and self.node_selector is None
 
     def terms(self, spec: JobSpec) -> Terms:
         """See `Target.terms`: a queue stops a group for good, while Kubernetes counts from each of its starts."""

@@ -12,17 +12,16 @@ import math
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from job.exits import BadRequestError, Exit, Restart, State, failures, restart_after
-from job.jobs.backends import Cause, JobStatus, JsonObject, failed_slices, joined
+from job.jobs.backends import Cause, JobStatus, JsonObject, LabelValue, Name, Target, Text, failed_slices, joined
 from job.jobs.backends.container import IMAGE_USER, SCRATCH, scratch_variables
 from job.jobs.machines import GKE_GPU_TYPES, Machine, gpus_of
 from job.jobs.spec import RETRIES, JobSpec
 from job.stop import GRACE_VARIABLE
-
-if TYPE_CHECKING:
-    from job.jobs.backends.kubernetes import KubernetesTarget
 
 CONTAINER = "ddpm"
 SHOWN_SECONDS = 86_400
@@ -55,13 +54,59 @@ _STUCK_AFTER = timedelta(seconds=30)
 SIZE = r"^([0-9]+(?:\.[0-9]+)?)([KMGTPE]i|[kMGTPE])$"
 
 
+_Size = Annotated[str, Field(pattern=SIZE)]
+"""As Kubernetes writes it, such as `50Gi` or `1.5T`."""
+_Queue = Annotated[str, Field(pattern=r"^([a-z0-9](-*[a-z0-9])*(\.[a-z0-9](-*[a-z0-9])*)*)?$", max_length=63)]
+
+
+class KubernetesKeys(Target):
+    """The keys of a target on a cluster, of which a job's objects are rendered."""
+
+    backend: Literal["kubernetes"]
+    context: Text = ""
+    namespace: Name = "default"
+    service_account: Name = "default"
+    queue: _Queue = ""
+    """Kueue's local queue; empty for none."""
+    cluster: Literal["gke", "plain"] = "gke"
+    """`gke` selects nodes and tolerates taints as GKE labels and taints them; `plain` does neither."""
+    node_selector: dict[Text, LabelValue] | None = None
+    """Replaces what `cluster` and the GPU type give."""
+    tolerations: list[dict[Text, Text | int]] | None = None
+    """Replace what `cluster` and `spot` give; the cluster refuses fields that it does not know."""
+    grace_seconds: int = Field(15, ge=5, le=600)
+    """From the notice to the end: 15 on GKE spot nodes unless the node pool gives more."""
+    machine_type: LabelValue = ""
+    """The type of the nodes with GPUs, if Compute Engine makes them: a job requests its GPUs' share of such a node."""
+    region: LabelValue = ""
+    """The region of those nodes, which decides about their price alone."""
+    cpus: str = Field("", pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)?$")
+    """Empty: its share, or 4 for each GPU if `machine_type` is not set or the GPUs are others."""
+    memory: _Size = ""
+    """Empty: its share, or 16Gi for each GPU."""
+    scratch: _Size = "50Gi"
+    """The local disk for the cache of images."""
+    shared_memory: _Size = ""
+    """Part of `memory`; empty: 2Gi for each GPU."""
+
+    @property
+    def notice_seconds(self) -> float:
+        """See `Target.notice_seconds`."""
+        return self.grace_seconds
+
+    @property
+    def selects_machines(self) -> bool:
+        """Returns whether the GPU type and `spot` decide about the node, and not the target's own selector."""
+        return self.cluster == "gke" and self.node_selector is None
+
+
 def size_bytes(size: str) -> int:
     """Returns a valid size in bytes."""
     number, unit = re.findall(SIZE, size)[0]
     return math.ceil(float(number) * (1024 if unit.endswith("i") else 1000) ** ("KMGTPE".index(unit[0].upper()) + 1))
 
 
-def manifest(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
+def manifest(spec: JobSpec, target: KubernetesKeys) -> JsonObject:
     """Returns the one object of a job; equal arguments give equal manifests.
 
     Raises:
@@ -82,7 +127,7 @@ def manifest(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
     }
 
 
-def _job_spec(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
+def _job_spec(spec: JobSpec, target: KubernetesKeys) -> JsonObject:
     limits = {"backoffLimit": spec.retries}
     if spec.slices:
         # If more than half of the slices fail for good, the rest need not cost money.
@@ -92,7 +137,7 @@ def _job_spec(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
     return {**_pods(spec, target, "Ignore", *rules), **limits}
 
 
-def _job_set_spec(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
+def _job_set_spec(spec: JobSpec, target: KubernetesKeys) -> JsonObject:
     """Returns a group that is restarted as a whole: when one rank is gone, the others can only wait for it."""
     # A pod that is taken away or fails makes its Job fail, and the Job's message names the rule. A pod that stops by
     # itself is replaced by the Job, which pauses and counts: a JobSet does not pause. That includes pods that stop
@@ -125,7 +170,7 @@ def _restart_rules() -> list[JsonObject]:
     ]
 
 
-def _pods(spec: JobSpec, target: KubernetesTarget, when_taken_away: str, *rules: JsonObject) -> JsonObject:
+def _pods(spec: JobSpec, target: KubernetesKeys, when_taken_away: str, *rules: JsonObject) -> JsonObject:
     """Returns the part of a Job about its pods, and about the rules by which a pod that ends is replaced."""
     taken_away = {"action": when_taken_away, "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     return {
@@ -145,7 +190,7 @@ def _on_codes(action: str, operator: str, restart: Restart) -> JsonObject:
     return {"action": action, "onExitCodes": codes}
 
 
-def _pod(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
+def _pod(spec: JobSpec, target: KubernetesKeys) -> JsonObject:
     shared_size = target.shared_memory or f"{SHARED_GIBIBYTES_PER_GPU * max(spec.gpus, 1)}Gi"
     user = {"runAsUser": IMAGE_USER, "runAsGroup": IMAGE_USER, "fsGroup": IMAGE_USER}
     return {
@@ -168,7 +213,7 @@ def _pod(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
     }
 
 
-def _placement(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
+def _placement(spec: JobSpec, target: KubernetesKeys) -> JsonObject:
     """Returns the nodes for the pods: as the target selects them, else as GKE labels and taints them, else any."""
     is_gke, is_chosen = target.cluster == "gke", target.selects_machines
     gpu_type = (spec.gpu_type or target.gpu_type) if is_gke and spec.gpus else ""
@@ -195,7 +240,7 @@ def _placement(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
     return {field: value for field, value in parts.items() if value}
 
 
-def _container(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
+def _container(spec: JobSpec, target: KubernetesKeys) -> JsonObject:
     requests = _requests(spec, target)
     limits = requests | ({GPU_RESOURCE: str(spec.gpus)} if spec.gpus else {})
     rights = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
@@ -218,7 +263,7 @@ def _container(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
     }
 
 
-def _requests(spec: JobSpec, target: KubernetesTarget) -> dict[str, str]:
+def _requests(spec: JobSpec, target: KubernetesKeys) -> dict[str, str]:
     """Returns processors, memory and disk: the target's, else the share of a node that belongs to the GPUs."""
     cpus, memory = target.cpus, target.memory
     if not (cpus and memory):
@@ -228,7 +273,7 @@ def _requests(spec: JobSpec, target: KubernetesTarget) -> dict[str, str]:
     return {"cpu": cpus, "memory": memory, "ephemeral-storage": f"{math.ceil(disk_bytes / 2**30)}Gi"}
 
 
-def _share_of_node(spec: JobSpec, target: KubernetesTarget) -> tuple[str, str]:
+def _share_of_node(spec: JobSpec, target: KubernetesKeys) -> tuple[str, str]:
     """Returns the processors and the memory of one container."""
     if not (spec.gpus and target.machine_type and spec.gpu_type in ("", target.gpu_type)):
         count = max(spec.gpus, 1)
@@ -250,7 +295,7 @@ def _literally(text: str) -> str:
     return text.replace("$", "$$")
 
 
-def _env(spec: JobSpec, target: KubernetesTarget) -> list[JsonObject]:
+def _env(spec: JobSpec, target: KubernetesKeys) -> list[JsonObject]:
     own = scratch_variables(target.grace_seconds)
     # The grace is a fact of the pod, which the target's own variables cannot change.
     given = {**own, **spec.env, GRACE_VARIABLE: own[GRACE_VARIABLE]}
