@@ -103,7 +103,7 @@ class TrainingAttempt:
         if self._lease is None:
             yield
             return
-        self.recorder = recorder = Recorder(self, self._lease)
+        self.recorder = recorder = Recorder(self.plan, self.record, self._lease, self.stop)
         try:
             yield
         except LostRunError:
@@ -133,7 +133,7 @@ class TrainingAttempt:
         if self.recorder is not None:
             if self.restored is None:
                 self._compare_sigma_data()
-            self.recorder.begin(self)
+            self.recorder.begin(self.state, self.restored, self.damaged)
         # Building the network waits for all processes without a heartbeat, which would look like a hang.
         ranks.sum(0)
 

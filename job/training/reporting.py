@@ -1,60 +1,38 @@
-"""An attempt's results besides the weights: rows, status, pictures and the page of the run.
-
-The main process writes them. All processes share the work for them between two steps, at the ends of some epochs: the
-validation loss, the scores, the sample grid.
-"""
+"""An attempt's results besides the weights: rows, status, pictures and the page of the run."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ddpm import figures
 from ddpm.state import TrainState, loss_row
-from job.config import method
 from job.coordination.lease import Lease
 from job.coordination.sealed import utc_now
-from job.data.latents import latents_of, load_decoder
-from job.data.reading.cache import ImageCache
-from job.evaluation.evaluate import Evaluator, validation_row
 from job.exits import State
-from job.plan import RunHandle
+from job.plan import Plan, RunHandle
 from job.printing import open_page
-from job.processes.ranks import Agreement
 from job.progress import Progress, note
 from job.report import PictureCache, facts_of, put_page
-from job.requests import GIF_SEEDS
 from job.runs import records
+from job.runs.checkpoints import Manifest
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.metric_rows import Row, grid_events, read_rows
 from job.runs.retention import Retention, best_images_seen
 from job.runs.samples import (
     LOSS_FIGURE,
-    SCORES_FIGURE,
-    denoising_key,
-    grid_key,
     label_at,
     moment_of,
-    score_name,
-    title_of,
 )
 from job.runs.writer import CheckpointWriter, LeasedRun
-from job.sampling.painter import Painter
-from job.sampling.pictures import grid_png, with_class
 from job.stop import NEVER, Stop
 from job.training.tracking import Tracking
-
-if TYPE_CHECKING:
-    from job.training.attempt import TrainingAttempt
 
 PAGE_SECONDS = 300.0
 """How old the page may be: grids come ever more rarely, and a page of yesterday looks like a run that hangs."""
 PAGE_PATIENCE_SECONDS = 60.0
 """With a bucket that is away; the page is written again later."""
-_EARLY_IMAGES = 20
 
 
 class Recorder:
@@ -70,10 +48,9 @@ class Recorder:
     _status: records.StatusReporter
     _state: TrainState | None = None
 
-    def __init__(self, attempt: TrainingAttempt, lease: Lease) -> None:
+    def __init__(self, plan: Plan, attempt: records.Attempt, lease: Lease, stop: Stop) -> None:
         """Writes the page of a new run, for an attempt that is recorded."""
-        self.plan, self.attempt, self._stop, self._lease = attempt.plan, attempt.record, attempt.stop, lease
-        plan, request = attempt.plan, attempt.plan.request
+        self.plan, self.attempt, self._stop, self._lease, request = plan, attempt, stop, lease, plan.request
         self.rows, self._shown, self._pictures = list[Row](), Row(), PictureCache(note)
         self.tracking = Tracking(plan.config, request.run, plan.run.uri)
         if plan.is_new or request.open_page:
@@ -81,17 +58,16 @@ class Recorder:
         if request.open_page:
             open_page(plan.run, ObjectKind.PAGE.value)
 
-    def begin(self, attempt: TrainingAttempt) -> None:
+    def begin(self, state: TrainState, restored: Manifest | None, damaged: set[CheckpointRef]) -> None:
         """Starts the threads that write checkpoints and the run's status, for an attempt that is restored."""
-        plan, restored, seen = attempt.plan, attempt.restored, attempt.record.previous_seen
+        plan, seen = self.plan, self.attempt.previous_seen
         self.rows = read_rows(plan.run, restored.metrics, note) if restored else []
         # An attempt that ends before its first row still has a loss in its status.
         self._shown = next((Row(loss=row["loss"]) for row in reversed(self.rows) if "loss" in row), Row())
-        leased = LeasedRun(plan.run, self.retention(), attempt.record, self._lease, plan.classes, attempt.damaged)
-        tensors = attempt.state.tensors()
-        self.writer = CheckpointWriter(leased, tensors, before=restored, stop=self._stop, note=note)
+        leased = LeasedRun(plan.run, self.retention(), self.attempt, self._lease, plan.classes, damaged)
+        self.writer = CheckpointWriter(leased, state.tensors(), before=restored, stop=self._stop, note=note)
         self._page_due = time.monotonic() + PAGE_SECONDS
-        self._state = attempt.state
+        self._state = state
         self._status = records.StatusReporter(plan.run, self._confirmed_status, note)
         # The page of an attempt that was cut off says what is true again.
         if not plan.is_new and not (seen is not None and seen.state == State.RUNNING):
@@ -224,149 +200,3 @@ class Recorder:
     def _epoch_at(self, images_seen: int) -> float:
         # The last batch may go beyond the last epoch: people would read `epoch 1.6 of 1`.
         return min(images_seen / self.plan.index.images, self.plan.config.train.epochs)
-
-
-class Interludes:
-    """Work that all processes do together between two steps, with the weights of that moment.
-
-    An attempt that was killed may have saved a checkpoint without what belongs to the same moment. The next attempt
-    asks with `lacks_value` and `lacks_grid` when it begins.
-    """
-
-    def __init__(self, attempt: TrainingAttempt, agreement: Agreement) -> None:
-        """Computes the features of the real images if the run is scored, which may take minutes. Collective.
-
-        Args:
-            attempt: restored.
-            agreement: has one flag for stop requests, exchanged at each step of a sampler.
-
-        Raises:
-            StoppedError: this process was asked to stop; the same command goes on.
-        """
-        self._attempt, self._agreement = attempt, agreement
-        self._plan, self._config, self._state = attempt.plan, attempt.plan.config, attempt.state
-        self._decoder = load_decoder(attempt.plan.bucket, attempt.plan.index, attempt.ranks.device)
-        chosen = self._config.evaluate
-        self.score_name = score_name(chosen.metrics[0], chosen.extractor)
-        if chosen.every_epochs:
-            self._evaluator = Evaluator(self._plan, attempt.ranks, attempt.stop)
-
-    def lacks_value(self, name: str) -> bool:
-        """Returns whether the newest checkpoint has no row of this moment with this value. Collective."""
-        images_seen = self._state.images_seen
-        return not self._attempt.on_main(
-            lambda recorder: any(name in row and row["images_seen"] == images_seen for row in recorder.rows)
-        )
-
-    def lacks_grid(self) -> bool:
-        """Returns whether the bucket has no sample grid of this moment. Collective."""
-        return self._attempt.ranks.on_main(lambda: not self._plan.run.exists(self._grid_key()))
-
-    def validate(self) -> None:
-        """Adds the loss of the averaged weights on images that the run does not learn from to the log. Collective.
-
-        Raises:
-            StoppedError: on all processes at once, when any of them was asked to stop.
-        """
-        held_out, config = self._attempt.held_out, self._config
-        assert held_out is not None
-        row = validation_row(
-            self._painter("ema", config.train.precision),
-            held_out,
-            method.objective_of(config),
-            count=config.log.validate_images,
-            batch_size=config.sample.batch_size,
-            latents=latents_of(self._plan.index),
-        )
-        if self._attempt.recorder is not None:
-            self._attempt.recorder.record(row)
-
-    def score(self) -> None:
-        """Adds the scores of what the run draws to the log, and decides which checkpoint is the best. Collective.
-
-        Raises:
-            StoppedError: as for `validate`.
-        """
-        row = self._evaluator.scores(self._sampling_painter())
-
-        def publish(recorder: Recorder) -> None:
-            recorder.record(row)
-            recorder.writer.retention = recorder.retention()
-            scored = [row for row in recorder.rows if self.score_name in row]
-            figure = figures.scores_figure(scored, self._plan.index.images, self._plan.request.run)
-            recorder.writer.put(SCORES_FIGURE, figure, images_seen=self._state.images_seen)
-
-        self._attempt.on_main(publish)
-
-    def draw_grid(self) -> None:
-        """Draws the sample grid, and writes the run's page with it. Collective.
-
-        Raises:
-            StoppedError: as for `validate`.
-        """
-        count, on_cpu = self._config.sample.images, self._attempt.ranks.device.type == "cpu"
-        # On a CPU a whole grid may take longer than the epoch before it.
-        self._draw(range(min(count, _EARLY_IMAGES) if on_cpu else count))
-        self._attempt.on_main(Recorder.write_page)
-
-    def finish(self) -> None:
-        """Draws the last grid and the GIF from noise to image. Collective."""
-        painter = self._draw(range(self._config.sample.images))
-
-        def publish(recorder: Recorder) -> None:
-            title = with_class(self._title(range(GIF_SEEDS)), self._plan.sampled_classes)
-            gif = painter.denoising_gif(range(GIF_SEEDS), method.sampling_of(self._config.sample), title)
-            key = denoising_key(self._label(), self._config.sample.name(self._plan.first_sample))
-            recorder.writer.put(key, gif, images_seen=self._state.images_seen)
-
-        self._attempt.on_main(publish)
-
-    def _painter(self, weights: str, precision: str) -> Painter:
-        """Returns a model that draws with the weights of this moment: `model`, or the name of an average."""
-        attempt, config, decoder = self._attempt, self._config, self._decoder
-        painter = Painter(config, attempt.ranks, precision, attempt.stop, self._agreement, decoder)
-        if weights == "model":
-            painter.network.load_state_dict(self._state.model.state_dict())
-        else:
-            self._state.averages[weights].copy_to(painter.network)
-        return painter
-
-    def _sampling_painter(self) -> Painter:
-        """Returns a model that draws as the run's section `sample` says."""
-        sample = self._config.sample
-        precision = self._config.train.precision if sample.precision == "auto" else sample.precision
-        return self._painter(sample.weights, precision)
-
-    def _draw(self, seeds: range) -> Painter:
-        sample, painter = self._config.sample, self._sampling_painter()
-        drawn = painter.sample_together(seeds, method.sampling_of(sample), sample.batch_size, "sampling")
-
-        def publish(recorder: Recorder) -> None:
-            grid = grid_png(
-                drawn,
-                seeds,
-                self._plan.sampled_classes,
-                training=self._training_images() if sample.nearest else None,
-                stop=self._attempt.stop,
-                title=self._title(seeds),
-            )
-            recorder.put_grid(self._grid_key(), grid)
-
-        self._attempt.on_main(publish)
-        return painter
-
-    def _training_images(self) -> ImageCache:
-        pictures = self._plan.pictures()
-        if pictures is self._plan.index:
-            return self._attempt.images
-        return self._plan.opened_images(pictures, self._attempt.stop)
-
-    def _label(self) -> str:
-        return label_at(self._state.images_seen, self._plan.index.images, self._config.train.batch_size)
-
-    def _grid_key(self) -> str:
-        return grid_key(self._label(), self._config.sample.name(self._plan.first_sample))
-
-    def _title(self, seeds: Sequence[int]) -> str:
-        words = self._config.sample.words(self._plan.first_sample)
-        return title_of(self._plan.run, moment_of(self._label()), words, seeds)

@@ -32,7 +32,8 @@ from job.requests import TrainRequest
 from job.runs.retention import Retention
 from job.stop import NEVER, Stop
 from job.training.attempt import TrainingAttempt
-from job.training.reporting import Interludes, Recorder
+from job.training.interludes import Interludes
+from job.training.reporting import Recorder
 
 ANOTHER_PROCESS = "another process"
 """The reason of a process that stops because another one was asked to."""
