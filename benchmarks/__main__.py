@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.measuring import BUSY_LOAD, Figure, machine
-from job.sealed import utc_now
+from job.coordination.sealed import utc_now
 
 PARTS = ("training_step", "exact", "busy", "loader", "cold", "checkpoint", "sampling", "store")
 LATEST = Path(__file__).with_name("latest.json")

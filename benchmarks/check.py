@@ -24,9 +24,9 @@ from benchmarks import checkpoint, loader, peers, sampling, training_step
 from benchmarks.measuring import Turns, machine, take_turns
 from benchmarks.subject import DATASET, HALF_WIDTH, pack_noise, run_config, write_noise
 from job.config import method
+from job.coordination.sealed import utc_now
 from job.data.shards import dataset_key
 from job.processes import compute
-from job.sealed import utc_now
 from job.store import open_store
 
 RECORDED = Path(__file__).with_name("recorded.json")

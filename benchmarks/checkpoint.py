@@ -22,7 +22,7 @@ from benchmarks.resume import resumptions
 from benchmarks.subject import TINY, run_config
 from ddpm.threads import Threads
 from job.config import RunConfig, method
-from job.processes.lease import Lease
+from job.coordination.lease import Lease
 from job.progress import Progress
 from job.runs.checkpoints import list_checkpoints
 from job.runs.records import create_config, record_attempt

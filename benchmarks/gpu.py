@@ -312,7 +312,7 @@ def main() -> None:
         (options.inside / "figures.json").write_text(json.dumps(figures))
         return
     from benchmarks.measuring import machine
-    from job.sealed import utc_now
+    from job.coordination.sealed import utc_now
 
     skipped = [] if find_spec("diffusers") else ["diffusers is not installed: no peers in training and sampling"]
     report: dict[str, Any] = {"date": utc_now(), "machine": machine() | gpus(), "skipped": skipped, "parts": {}}

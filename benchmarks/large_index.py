@@ -33,10 +33,9 @@ from rich.table import Table
 
 from benchmarks.loader import anonymous_bytes
 from ddpm.image_size import ImageSize
-from job.data.cache import open_cache
-from job.data.order import Order
+from job.data.reading.cache import open_cache
+from job.data.reading.stream import Order, stream_batches
 from job.data.shards import INDEX, DatasetIndex, Shards, ShardWriter, dataset_key, load_index, shard_name
-from job.data.stream import stream_batches
 from job.progress import Progress
 from job.store import open_store
 from tests.servers import SERVERS, fake_gcs_server, new_bucket
@@ -104,7 +103,6 @@ def write_dataset(
         crop="center",
         resize_filter="box",
         source="noise",
-        source_sha256="0" * 64,
         shards=Shards.of([first.model_copy(update={"name": shard_name(number)}) for number in range(shards)]),
     )
     store.create(f"{key}/{INDEX}", index.to_json())

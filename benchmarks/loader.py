@@ -17,10 +17,9 @@ from tempfile import TemporaryDirectory
 from benchmarks import peers
 from benchmarks.measuring import Figure, seconds
 from benchmarks.subject import DATASET, pack_noise, write_noise
-from job.data.cache import ImageCache, open_cache
-from job.data.order import Order
+from job.data.reading.cache import ImageCache, open_cache
+from job.data.reading.stream import Order, stream_batches
 from job.data.shards import INDEX, Shard, Shards, dataset_key, load_index, shard_name
-from job.data.stream import stream_batches
 from job.progress import Progress
 from job.store import open_store
 

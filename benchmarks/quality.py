@@ -33,7 +33,7 @@ from ddpm import training
 from ddpm.generation import Sampling, beginning, generate, make_denoiser, noise_of
 from ddpm.grids import find_grid, numbered_points
 from job.config import EMBEDDED, RunConfig, draft, method, parse_sets
-from job.data.order import Order
+from job.data.reading.stream import Order
 from job.sampling.painter import GRID_CANDIDATES, GRID_IMAGES
 
 SIZE, STEPS = 28, 20

@@ -23,10 +23,9 @@ from urllib.parse import unquote
 
 from benchmarks.large_index import served, write_dataset
 from benchmarks.subject import write_noise
-from job.data.cache import open_cache
-from job.data.order import Order
+from job.data.reading.cache import open_cache
+from job.data.reading.stream import Order, stream_batches
 from job.data.shards import SHARD_PIXEL_BYTES, load_index
-from job.data.stream import stream_batches
 from job.progress import Progress
 from job.store import open_store
 from tests.faulty_proxy import FaultyProxy, Request

@@ -30,7 +30,6 @@ from job.runs.checkpoints import Manifest, commit_manifest, list_checkpoints, lo
 from job.runs.layout import CheckpointRef
 from job.runs.metric_rows import Row, read_rows
 from job.runs.writer import plan_parts, write_part
-from job.sealed import utc_now
 from job.store import Store, open_store
 from job.store.local import LocalStore
 from job.training.session import run_training
@@ -91,7 +90,7 @@ def resumptions(
 
 def newest_rows(run: Store) -> list[Row]:
     """Returns the log of a run, up to its newest checkpoint."""
-    return read_rows(run, load_manifest(run, max(list_checkpoints(run))).metrics)
+    return read_rows(run, load_manifest(run, max(list_checkpoints(run))).metrics, print)
 
 
 def _go_on(bucket: str, epochs: int, sets: tuple[str, ...]) -> None:
@@ -136,7 +135,7 @@ def save_large(run: Store, size_bytes: int, folder: Path) -> dict[str, dict[str,
         files.append(write_part(folder / name, key := f"{ref.key}/{name}", part))
         run.upload(folder / name, key)
         (folder / name).unlink()
-    about = {"fence": 1, "attempt": "", "images_seen": 1000, "created": utc_now(), "world_size": 1, "loss_sums": []}
+    about = {"fence": 1, "attempt": "", "images_seen": 1000, "loss_sums": []}
     commit_manifest(run, Manifest.model_validate(about | {"files": tuple(files)}))
     return {"model": {name: torch.zeros_like(tensor) for name, tensor in tensors["model"].items()}}
 

@@ -33,8 +33,8 @@ from benchmarks.subject import (
 )
 from ddpm.training import train
 from job.config import RunConfig, method
-from job.data.cache import open_cache
-from job.data.stream import LoadedBatch
+from job.data.reading.cache import open_cache
+from job.data.reading.stream import LoadedBatch
 from job.plan import plan_run
 from job.processes import compute
 from job.processes.ranks import meet

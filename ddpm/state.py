@@ -60,7 +60,7 @@ class TrainState:
     log: LossLog
     images_seen: int = 0
     first_nonfinite: Tensor = field(default_factory=lambda: torch.tensor(-1))
-    """`images_seen` before the first step whose gradient was not finite, or -1; see `check_finite`."""
+    """`images_seen` before the first step whose gradient was not finite, or -1."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Returns the live tensors of a checkpoint, by group."""
@@ -83,10 +83,6 @@ class TrainState:
             step.fill_(images_seen // batch_size_images)
 
 
-class NonFiniteError(ArithmeticError):
-    """The gradient of a step was not finite."""
-
-
 def create_state(model: nn.Module, train: Train, averages: Iterable[str]) -> TrainState:
     """Returns an initial state on the model's device, with averages of these names.
 
@@ -103,14 +99,3 @@ def create_state(model: nn.Module, train: Train, averages: Iterable[str]) -> Tra
 def learnt_parameters(network: nn.Module) -> list[nn.Parameter]:
     """Returns the parameters that are not frozen."""
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
-
-
-def check_finite(state: TrainState) -> None:
-    """Reads the flag on the device: for moments when the host waits for the device anyway, and before every commit.
-
-    Raises:
-        NonFiniteError: the gradient of a step was not finite.
-    """
-    first = int(state.first_nonfinite.item())
-    if first >= 0:
-        raise NonFiniteError(f"the gradient was not a finite number after {first:,} images")

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import NoReturn
 
 from job.exits import Exit, ending_of
-from job.processes.launched import attach, is_launched, lost_peer
+from job.processes.launcher import attach, is_launched, lost_peer
 from job.stop import StopSignal, handle_stop_signals, ignore_stop_signals
 
 _LAST_SECONDS = 5

@@ -3,41 +3,34 @@
 The launcher checks that the work is possible. Its processes run the same command, and do the work.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ddpm.image_size import ImageSize
 from job.config import EMBEDDED, pack_config
-from job.data.shards import PREVIEW, NoDatasetError, dataset_key
+from job.coordination.outcome import outcome_written
+from job.coordination.pieces import IF_NONE_RUNS, Slice
+from job.data.pack_request import EncodeRequest, EnsureRequest, PackRequest
+from job.data.shards import PREVIEW, DatasetIndex, NoDatasetError, dataset_key
 from job.evaluation.evaluation_plan import check_library, check_scores_in_training, plan_evaluation
 from job.exits import BadDataError, BadRequestError, MissingInputError
-from job.outcome import outcome_written
-from job.pieces import IF_NONE_RUNS, Slice
+from job.options import LaunchedOptions
 from job.plan import Plan, plan_run
+from job.printing import in_lines, open_page
 from job.processes.group import Group, check_gpus, default_processes
-from job.processes.launched import await_go, is_rank
-from job.processes.launcher import launch, this_command
-from job.processes.preemption import watch_for_preemption
+from job.processes.launcher import await_go, is_rank, launch, this_command
 from job.progress import note
-from job.requests import EvaluateRequest, SampleRequest, TrainRequest, check_world_size
+from job.requests import EvaluateRequest, JobRequest, SampleRequest, TrainRequest, check_world_size
 from job.runs.layout import ObjectKind
 from job.runs.records import check_writable
+from job.runs.samples import grid_key, label_at
 from job.sampling.sampling_plan import plan_sampling
-from job.sampling.sets import plan_sets
-from job.stop import Stop, deadline
-from job.store import ObjectMissingError, Store, is_foreign, open_bucket, split_chain
+from job.stop import Stop, deadline, preemption_watched
+from job.store import Store, is_foreign, open_bucket, split_chain
 from job.training.tracking import check_tracker
-
-if TYPE_CHECKING:
-    from job.data.pack_request import EncodeRequest, EnsureRequest, PackRequest
-    from job.data.shards import DatasetIndex
-    from job.requests import JobRequest
 
 
 def train_command(request: TrainRequest, go: Callable[[], int] | None = None) -> None:
@@ -68,20 +61,16 @@ def train_command(request: TrainRequest, go: Callable[[], int] | None = None) ->
             stated = error.size if isinstance(error, NoDatasetError) else request.changes.get("data.size")
             size = ImageSize.of(stated) if stated else _usual_size(request.preset_name())
             raise MissingInputError(how_to_pack(request.bucket, request.dataset, size)) from None
-        processes = request.processes or default_processes()
-        check_world_size(processes * here.nodes, plan.config.train)
+        check_world_size((request.processes or default_processes()) * here.nodes, plan.config.train)
         check_scores_in_training(plan)
         check_tracker(plan.config.log.tracker, is_asked_for="log.tracker" in request.changes)
         if plan.is_finished():
             _say_finished(plan, "is finished already")
             if request.open_page:
-                from job.printing import open_page
-
                 open_page(plan.run, ObjectKind.PAGE.value)
         else:
-            check_writable(plan.run)
             note(f"the page of this run: {plan.run.uri_of(ObjectKind.PAGE.value)}")
-            _launch(processes, request.hang_after_seconds, go)
+            _launch(request, plan.run, go)
 
 
 def _train(request: TrainRequest) -> None:
@@ -112,16 +101,8 @@ def sample_command(request: SampleRequest) -> None:
             from job.sampling.pictures import run_sampling
 
             run_sampling(plan, stop)
-            return
-        # Training may retire a chosen checkpoint meanwhile: the processes then choose again.
-        with suppress(ObjectMissingError):
-            sets = plan_sets(plan)
-            if sets and all(sample_set.index() for sample_set in sets):
-                for sample_set in sets:
-                    print(sample_set.describe("complete already"))
-                return
-        check_writable(plan.run)
-        _launch(request.processes or default_processes(), request.hang_after_seconds)
+        else:
+            _launch(request, plan.run)
 
 
 def evaluate_command(request: EvaluateRequest) -> None:
@@ -139,15 +120,14 @@ def evaluate_command(request: EvaluateRequest) -> None:
 
             run_evaluation(plan, stop)
         else:
-            check_writable(plan.sampling.run)
-            _launch(request.processes or default_processes(), request.hang_after_seconds)
+            _launch(request, plan.sampling.run)
 
 
 def pack_command(request: PackRequest) -> None:
     """Packs a source, or indexes tars in place, and prints the facts of the dataset."""
-    from job.data.pack import check_free, is_whole, pack
+    from job.data.pack import check_free, existing_index, pack
     from job.data.source import forget
-    from job.verbs.removal import check_unused
+    from job.verbs.upkeep import check_unused
 
     with _command_on(request) as stop:
         stop.install()
@@ -156,7 +136,7 @@ def pack_command(request: PackRequest) -> None:
         # A dataset of this name must be an error before hours of packing its held-out part.
         check_free(bucket, request)
         for part in request.parts():
-            if part.is_held_out and not request.replaces and is_whole(bucket, part):
+            if part.is_held_out and not request.replaces and existing_index(bucket, part.key):
                 # An interrupted command has finished this part.
                 continue
             if request.replaces:
@@ -173,13 +153,14 @@ def pack_command(request: PackRequest) -> None:
 
 def encode_command(request: EncodeRequest) -> None:
     """Encodes a dataset into latents, and prints the facts of the new one."""
-    from job.exchange.encoding import encode_dataset
+    from job.data.latents import encode_dataset
+    from job.exchange.other_programs import opened_autoencoder
 
     with _command_on(request) as stop:
         stop.install()
         request = request.check()
         bucket = open_bucket(request.bucket, stop)
-        _say_made(encode_dataset(bucket, request, stop), bucket, request.to, request.slice)
+        _say_made(encode_dataset(bucket, request, opened_autoencoder, stop), bucket, request.to, request.slice)
 
 
 def _say_made(index: DatasetIndex | None, bucket: Store, name: str, slice_text: str) -> None:
@@ -251,26 +232,24 @@ def _command_on(request: JobRequest, node: Slice | None = None) -> Iterator[Stop
     with outcome, deadline(request.stop_after):
         # Signals end this process until its work begins.
         stop = Stop().install(signals=False)
-        watch_for_preemption(stop)
-        yield stop
+        with preemption_watched(stop):
+            yield stop
 
 
-def _launch(processes: int, hang_after_seconds: float, go: Callable[[], int] | None = None) -> None:
+def _launch(request: LaunchedOptions, run: Store, go: Callable[[], int] | None = None) -> None:
     """Runs this command line again in each process; there `is_rank()` is true, and the work begins."""
+    check_writable(run)
     check_gpus()
+    processes = request.processes or default_processes()
     note("loading PyTorch" + (f" in {processes} processes" if processes > 1 else ""))
-    if code := go() if go else launch(this_command(), processes, hang_after_seconds):
+    if code := go() if go else launch(this_command(), processes, request.hang_after_seconds):
         raise SystemExit(code)
 
 
 def _say_finished(plan: Plan, what: str) -> None:
-    from job.runs.samples import grid_key, label_at
-    from job.verbs.run_listing import in_lines
-
     images_seen, batch_size = plan.images_seen, plan.config.train.batch_size
     # The run may have seen more epochs than this command asks for.
-    is_beyond = images_seen > plan.target_images
-    epochs = images_seen // plan.index.images if is_beyond else plan.config.train.epochs
+    epochs = images_seen // plan.index.images
     grid = grid_key(label_at(images_seen, plan.index.images, batch_size), plan.config.sample.name(plan.first_sample))
     outputs = {"page": ObjectKind.PAGE.value, "samples": grid}
     there = [(title, plan.run.uri_of(key)) for title, key in outputs.items() if plan.run.exists(key)]

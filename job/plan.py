@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING, Any
 from ddpm.catalogue import EDM2Config, UNetConfig, levels_with_attention
 from job.config import EMBEDDED, RunConfig, changed_for_attempt, draft, layered, preset_names
 from job.config.schema import SamplerConfig, image_size
-from job.data.order import epochs_completed_by, images_at_epoch
+from job.data.reading.stream import epochs_completed_by, images_at_epoch
 from job.data.shards import DatasetIndex, NoDatasetError, dataset_key, find_dataset, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, MissingInputError, State
-from job.progress import note
+from job.progress import Progress, note
 from job.requests import TrainRequest
 from job.runs import records
 from job.runs.checkpoints import check_average, choose, list_checkpoints, sound_manifest
-from job.runs.layout import MAX_IMAGES_SEEN
+from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef
+from job.runs.samples import label_at
 from job.stop import NEVER, Stop
 from job.store import Store, open_bucket
 
 if TYPE_CHECKING:
-    from job.data.cache import ImageCache
+    from job.data.reading.cache import ImageCache
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,6 @@ class RunHandle:
         return names if names and count else tuple(map(str, range(count)))
 
     @property
-    def sample_config(self) -> SamplerConfig:
-        """The sampling settings."""
-        return self.config.sample
-
-    @property
     def first_sample(self) -> SamplerConfig:
         """The run's first sampling settings: the name of a picture lists the differences from them."""
         return self.stored.sample
@@ -58,7 +54,7 @@ class RunHandle:
     @property
     def sampled_classes(self) -> tuple[str, ...]:
         """The classes that the seeds take in turn."""
-        return tuple(self.classes[label] for label in self.sample_config.labels) or self.classes
+        return tuple(self.classes[label] for label in self.config.sample.labels) or self.classes
 
     @property
     def picture_shape(self) -> tuple[int, int, int]:
@@ -66,18 +62,6 @@ class RunHandle:
         if self.index and (encoding := self.index.encoding):
             return encoding.channels, *encoding.size.shape
         return self.config.image_shape
-
-    def learnt(self) -> DatasetIndex:
-        """Returns the dataset of the images that the run has learnt.
-
-        Raises:
-            BadRequestError: the run was imported without one.
-            BadConfigError: the dataset has other images now.
-        """
-        if self.index is None:
-            raise BadRequestError(f"{self.run.uri} was imported without a dataset, and has learnt nothing here")
-        follow_dataset(self.stored, self.index)
-        return self.index
 
     def pictures(self) -> DatasetIndex | None:
         """Returns the dataset of the pictures: for latents, the dataset that was encoded.
@@ -98,21 +82,39 @@ class RunHandle:
         """Images of an epoch; without a dataset, more than a run can see."""
         return self.index.images if self.index else MAX_IMAGES_SEEN + 1
 
-    def opened_images(
-        self,
-        stop: Stop,
-        progress: Callable[[int, int], None] = lambda done, total: None,
-        index: DatasetIndex | None = None,
-    ) -> ImageCache:
-        """Opens the images of a dataset, by default the run's own, within the limits of this node's cache."""
-        from job.data.cache import default_cache_dir, open_cache
+    def label(self, images_seen: int) -> str:
+        """Returns the label of a moment; see `label_at`."""
+        return label_at(images_seen, self.dataset_images, self.config.train.batch_size)
 
-        index, folder = index or self.index, default_cache_dir()
+    def chosen(self, checkpoints: str, weights: str) -> list[CheckpointRef]:
+        """Returns the checkpoints that a person asked for, now; see `job.runs.checkpoints.choose`.
+
+        Raises:
+            MissingInputError: no such checkpoint, or it lacks these weights.
+            BadDataError: the run has lost all its checkpoints.
+        """
+        refs = choose(self.run, checkpoints, self.dataset_images, self.config.train.batch_size)
+        for ref in refs if weights not in ("ema", "model") else ():
+            check_average(self.run, ref, weights, self.run.uri.rpartition("/")[2])
+        return refs
+
+    def opened_images(self, index: DatasetIndex | None, stop: Stop) -> ImageCache:
+        """Opens the images of a dataset, such as the run's own, within the limits of this node's cache."""
+        from job.data.reading import default_cache_dir
+        from job.data.reading.cache import open_cache
+
         assert index is not None
         key, size_bytes = dataset_key(index.name, index.size), int(self.config.data.cache_gigabytes * 1e9)
-        return open_cache(
-            self.bucket, key, index, cache_dir=folder, budget_bytes=size_bytes, progress=progress, stop=stop
-        )
+        with Progress("reading images", total=index.images) as bar:
+            return open_cache(
+                self.bucket,
+                key,
+                index,
+                cache_dir=default_cache_dir(),
+                budget_bytes=size_bytes,
+                progress=lambda done, total: bar.update(done),
+                stop=stop,
+            )
 
 
 def open_run(bucket_uri: str, name: str, stop: Stop = NEVER, *, with_dataset: bool = True) -> RunHandle:
@@ -255,9 +257,6 @@ def _check_latents(at: Store, parent: RunConfig, index: DatasetIndex) -> None:
 def _meaning(values: dict[str, Any]) -> dict[str, Any]:
     """Returns what decides the meaning of weights, by key; of augmentation that is whether the network knows of it."""
     meant = {key: value for key, value in values.items() if key.startswith(_MEANING) and key not in _NO_MEANING}
-    if sizes := meant.get("model.attention_sizes"):
-        # Their order means nothing.
-        meant["model.attention_sizes"] = sorted(sizes)
     return meant | {"data.augment": values["data.augment"] > 0}
 
 

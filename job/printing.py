@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import webbrowser
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic_core import to_jsonable_python
 
 from job.progress import note
 from job.store import Store, is_remote
@@ -21,18 +22,7 @@ PIPE_COLUMNS = 1000
 
 def print_json(document: Any) -> None:
     """Prints a document for programs: times in ISO 8601, and null for NaN and infinite numbers."""
-    print(json.dumps(_finite(document), indent=2, ensure_ascii=False, default=lambda moment: moment.isoformat()))
-
-
-def _finite(document: Any) -> Any:
-    match document:
-        case float():
-            return document if math.isfinite(document) else None
-        case dict():
-            return {key: _finite(value) for key, value in document.items()}
-        case list() | tuple():
-            return [_finite(value) for value in document]
-    return document
+    print(json.dumps(to_jsonable_python(document, inf_nan_mode="null"), indent=2, ensure_ascii=False))
 
 
 def print_table(table: Table, without_rows: str, *, wraps: bool = False) -> None:

@@ -16,10 +16,11 @@ from pathlib import Path
 from ddpm import training
 from ddpm.state import TrainState
 from job.config import RunConfig, method, validated
-from job.data.cache import ImageCache
-from job.exchange.exporting import Export, check_strangers, open_target, write_folder
+from job.coordination.sealed import code_version
+from job.data.reading.cache import ImageCache
+from job.exchange.exporting import Objects, check_strangers, open_target, write_folder
 from job.exits import BadDataError, BadRequestError, MissingInputError
-from job.plan import open_run
+from job.plan import follow_dataset, open_run
 from job.processes import compute
 from job.processes.ranks import meet
 from job.progress import Progress, note
@@ -28,7 +29,6 @@ from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest, newe
 from job.runs.layout import CheckpointRef
 from job.runs.retention import Retention, reading_chosen
 from job.runs.writer import CheckpointFiles, write_part
-from job.sealed import code_version
 from job.stop import Stop
 from job.store import Store
 from job.store.files import scratch_folder
@@ -47,10 +47,6 @@ class Stretch:
     config: RunConfig
     """The run's configuration with the changes of this attempt."""
     last_image: int
-
-    def has(self, ref: CheckpointRef) -> bool:
-        """Returns whether a checkpoint of the run lies in it."""
-        return ref.fence == self.attempt.fence and ref.images_seen <= self.last_image
 
 
 def stretches_to(run: Store, stored: RunConfig, newest: Manifest) -> list[Stretch]:
@@ -93,8 +89,11 @@ class Replay:
             BadConfigError: the dataset has other images now.
         """
         self.stop, self.of_run = stop, open_run(bucket_uri, name, stop)
-        self.index, self.stored = self.of_run.learnt(), self.of_run.stored
-        run = self.of_run.run
+        run, self.stored, index = self.of_run.run, self.of_run.stored, self.of_run.index
+        if index is None:
+            raise BadRequestError(f"{run.uri} was imported without a dataset, and has learnt nothing here")
+        follow_dataset(self.stored, index)
+        self.index = index
         if (newest := newest_sound(run, list_checkpoints(run))) is None:
             raise MissingInputError(f"{run.uri} has no checkpoint that can be read: train it first")
         self.newest, self.stretches = newest, stretches_to(run, self.stored, newest)
@@ -103,12 +102,12 @@ class Replay:
     @cached_property
     def images(self) -> ImageCache:
         """The run's dataset."""
-        with Progress("reading images", total=self.index.images) as bar:
-            return self.of_run.opened_images(self.stop, lambda done, total: bar.update(done))
+        return self.of_run.opened_images(self.index, self.stop)
 
     def checkpoints(self) -> list[CheckpointRef]:
         """Returns the checkpoints on the way to the newest one that the run has now, in order."""
-        there = [ref for ref in list_checkpoints(self.of_run.run) if any(one.has(ref) for one in self.stretches)]
+        ends = {one.attempt.fence: one.last_image for one in self.stretches}
+        there = [ref for ref in list_checkpoints(self.of_run.run) if ref.images_seen <= ends.get(ref.fence, -1)]
         return sorted(there, key=lambda ref: (ref.images_seen, ref.fence))
 
     def stretch_of(self, image_number: int) -> Stretch:
@@ -152,7 +151,7 @@ class Replay:
             stretch = self.stretch_of(seen)
             last = min(image, stretch.last_image)
             self._compare(stretch.attempt, stretch.config)
-            loop = Loop(stretch.config, self.images, self.ranks, self.state, last_image=last, stop=self.stop)
+            loop = Loop(stretch.config, self.images, self.ranks, self.state, last)
             bar = Progress("replaying", total=last, start=seen)
 
             def after_step(state: TrainState, bar: Progress = bar) -> bool:
@@ -172,7 +171,7 @@ class Replay:
                 self.differences.append(difference)
                 note(f"THE BITS MAY DIFFER: {difference}")
 
-    def written(self, folder: Path) -> tuple[Export, dict[str, str]]:
+    def written(self, folder: Path) -> tuple[Objects, dict[str, str]]:
         """Writes the files of a checkpoint of this moment into a folder, and returns the SHA-256 of each by key."""
         seen, tensors = self.state.images_seen, self.state.tensors()
         stretch = self.stretch_of(max(0, seen - 1))
@@ -187,7 +186,7 @@ class Replay:
         how = {"code_version": code_version(), "differences": self.differences, "sha256": hashes}
         where = {"run": self.of_run.run.uri, "images_seen": seen, "from": str(self.begun or "its first weights")}
         small = files.descriptions | {RECORD: (json.dumps(where | how, indent=2) + "\n").encode()}
-        return Export(paths, small, f"{seen:,} images seen"), hashes
+        return {**paths, **small}, hashes
 
 
 def replay_run(bucket_uri: str, name: str, image: int, to: str, *, verify: bool) -> None:
@@ -221,11 +220,11 @@ def replay_run(bucket_uri: str, name: str, image: int, to: str, *, verify: bool)
     replay.begin(image - batch_size if verify else image)
     replay.train_to(image)
     with scratch_folder("replay") as folder:
-        export, hashes = replay.written(folder)
+        objects, hashes = replay.written(folder)
         print(f"{run.uri} at image {image:,}, from {replay.begun or 'its first weights'}")
         print("\n".join(f"{sha256}  {key}" for key, sha256 in hashes.items()))
         if target:
-            print(write_folder(target, to, name, export, stop))
+            print(write_folder(target, to, name, objects, stop))
     if verify:
         committed = {file.key.removeprefix(f"{there[-1].key}/"): file for file in load_manifest(run, there[-1]).files}
         if differing := [key for key in hashes if key not in committed or committed[key].sha256 != hashes[key]]:

@@ -105,7 +105,9 @@ class TrainRequest(LaunchedOptions):
             changes["log.tracker"] = self.tracker
         changes |= (parent := self._parent())
         if parent.get("parent.run") == run:
-            raise BadRequestError(f"--from {self.from_}: run {run!r} would be its own parent: name the new one with --run")
+            raise BadRequestError(
+                f"--from {self.from_}: run {run!r} would be its own parent: name the new one with --run"
+            )
         if not parent:
             # Otherwise a setting may be one of the parent's network, which is not known yet.
             draft(self.preset_name(), changes)
@@ -184,23 +186,24 @@ class SampleRequest(LaunchedOptions):
     image: str = option("--image LIST|FILE", "Image numbers in the dataset, such as 0-3, or a file.")
     mask: str = option("--mask NAME|FILE", "Part to replace: half, centre, or the white of a file.")
     resamplings: int | None = option(
-        "--resamplings N", "Passes of inpaint over each stretch of ten steps. Default: 10.", None
+        "--resamplings N", "Passes of inpaint over each stretch of ten steps. Default: 10.", None, min=1, max=1000
     )
     strength: float | None = option(
-        "--strength 0..1", "Share of the steps to take. Default: img2img 0.6, invert 1.", None
+        "--strength 0..1", "Share of the steps to take. Default: img2img 0.6, invert 1.", None, min=0.001, max=1
     )
     gif: bool = option("--gif", "Also make a GIF of the denoising of the first 12 seeds.", False)
     nearest: bool | None = option(
         "--nearest/--no-nearest", "Show the nearest training image beside each sample, or not.", None
     )
     batch_size: int | None = option("--batch-size N", "Images at once on each process.", None, min=1)
-    count: int | None = option("--count IMAGES", "Save this many images, one per seed.", None, min=1)
-    save: str = option("--save KIND", "Format for --count: shards (tar files; the default) or png.")
+    count: int | None = option("--count IMAGES", "Save this many images, one per seed.", None, min=1, max=MAX_COUNT)
+    save: str = option(
+        "--save KIND", "Format for --count: shards (tar files; the default) or png.", choices=("shards", "png")
+    )
     slice: SliceOption = ""
     first_seed: int | None = option(
         "--first-seed K", "Seed of the first image for --count. Default: 0.", None, min=0, max=10**17
     )
-    with_grid: bool = True
 
     @property
     def custom_sampler(self) -> str:
@@ -237,7 +240,7 @@ class SampleRequest(LaunchedOptions):
         from pydantic import ValidationError
 
         from job.config.schema import SampleConfig, nearest_name
-        from job.pieces import Slice
+        from job.coordination.pieces import Slice
         from job.runs.records import validated_run_name
 
         validated_run_name(self.run)
@@ -251,22 +254,15 @@ class SampleRequest(LaunchedOptions):
         sampler = self.chosen.get("sampler")
         if sampler == "own" or (self.custom_sampler and not _OWN_SAMPLER.fullmatch(self.custom_sampler)):
             raise BadRequestError(f"--sampler {sampler!r}: name yours as module:function, such as mysamplers:walk")
-        if self.save not in ("", "shards", "png"):
-            raise BadRequestError(f"--save {self.save!r}: use shards or png")
         if not _CHECKPOINTS.fullmatch(self.checkpoints):
             raise BadRequestError(f"--checkpoints {self.checkpoints!r}: use epochs such as 30,80, or latest, or all")
         if self.seeds:
             parse_numbers(self.seeds, "--seeds")
-        if self.mode not in ("", *MODES):
-            raise BadRequestError(f"--mode {self.mode!r}: use {', '.join(MODES)}{did_you_mean(self.mode, MODES)}")
         for name, why in self._unfit().items():
             if (value := getattr(self, name)) not in (None, "") and value is not False:
                 raise BadRequestError(f"--{name.replace('_', '-')} {why}")
         if "image" in MODES.get(self.mode, ()) and not self.image:
             raise BadRequestError(f"--mode {self.mode} needs --image: numbers in the dataset such as 0-3, or a file")
-        for name, most in {"strength": 1, "resamplings": 1000, "count": MAX_COUNT}.items():
-            if (value := getattr(self, name)) is not None and not 0 < value <= most:
-                raise BadRequestError(f"--{name} {value}: above 0, and up to {most:,}")
         if self.mode == "interpolate" and self.seeds and len(parse_numbers(self.seeds, "--seeds")) % 2:
             raise BadRequestError(f"--mode interpolate goes from seed to seed: --seeds {self.seeds} has an odd number")
         Slice.parse(self.slice)
@@ -379,16 +375,6 @@ def check_world_size(processes: int, train: Train) -> None:
     if train.exact and processes > (train.slots or processes):
         shared = f"train.exact=true: {processes} processes cannot share train.slots={train.slots}"
         raise BadConfigError(f"{shared}: use fewer with --processes N, or --set train.exact=null")
-
-
-def check_output(path: Path) -> None:
-    """Checks that a picture can be written to `path`.
-
-    Raises:
-        BadRequestError: it does not end in .png, is a folder, or its folder is missing.
-    """
-    if path.suffix.lower() != ".png" or path.is_dir() or not path.parent.is_dir():
-        raise BadRequestError(f"--output {path}: name a file that ends in .png, in a folder that is there")
 
 
 def parse_numbers(text: str, option: str) -> list[int]:

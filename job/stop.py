@@ -1,6 +1,7 @@
 """Stop requests: one object with whether, why, and the time left; and the heartbeats of processes that work.
 
-The command makes the object, `install` connects it with signals and the deadline, and functions get it as `stop`.
+The command makes the object, `install` connects it with signals and the deadline, `watch_for_preemption` with the
+machine's notice, and functions get it as `stop`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 from job.exits import BadRequestError, Exit, StoppedError
@@ -34,6 +36,13 @@ _UNIT_SECONDS = (86400, 3600, 60, 1)
 _SLICE_SECONDS = 0.1
 _LONGEST_LOOK_SECONDS = 3.0
 _MEETING_SLICE_SECONDS = 0.5
+_NOTICE = "instance/preempted"
+_PRODUCT = Path("/sys/class/dmi/id/product_name")
+_NO_ETAG = "0"
+"""Requests the present value (cloud.google.com/compute/docs/metadata/querying-metadata)."""
+_NOTICE_HOLD_SECONDS = 60
+_NOTICE_PAUSE_SECONDS = 1.0
+"""Between two requests to the metadata server: a notice comes 30 s, or only 15, before the end."""
 
 
 class StopSignal(SystemExit):
@@ -254,6 +263,51 @@ def deadline(stop_after: str) -> Iterator[None]:
 
 def _boot_clock() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+@contextmanager
+def preemption_watched(stop: Stop) -> Iterator[None]:
+    """Lets Compute Engine's preemption notice request `stop`, in a daemon thread; does nothing on other machines."""
+    ended = threading.Event()
+    if host := _metadata_host():
+        threading.Thread(target=_watch_notice, args=(stop, host, ended), name=_NOTICE, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _metadata_host() -> str:
+    """Returns the metadata server of Compute Engine, or the one that the environment names; empty elsewhere."""
+    if host := os.environ.get("GCE_METADATA_HOST"):
+        return host
+    with suppress(OSError):
+        if _PRODUCT.read_text().startswith("Google"):
+            return "metadata.google.internal"
+    return ""
+
+
+def _watch_notice(stop: Stop, host: str, ended: threading.Event) -> None:
+    """Waits for the notice; errors of the server do not end the wait."""
+    from http.client import HTTPException
+    from urllib.parse import quote
+    from urllib.request import ProxyHandler, Request, build_opener
+
+    # A proxy would return the notice of its own machine.
+    direct, etag = build_opener(ProxyHandler({})), _NO_ETAG
+    while not stop():
+        query = f"wait_for_change=true&last_etag={quote(etag)}&timeout_sec={_NOTICE_HOLD_SECONDS}"
+        url = f"http://{host}/computeMetadata/v1/{_NOTICE}?{query}"
+        with suppress(OSError, HTTPException, ValueError):
+            # The answer comes when the value has another etag, or after a minute.
+            asked = Request(url, headers={"Metadata-Flavor": "Google"})
+            with direct.open(asked, timeout=_NOTICE_HOLD_SECONDS + 15) as answer:
+                found, etag = answer.read(1024).strip(), answer.headers.get("ETag", _NO_ETAG)
+            if found == b"TRUE":
+                stop.request(f"the machine's notice {_NOTICE}=TRUE")
+        # Also after an answer: a server that does not wait must not get requests without end.
+        if ended.wait(_NOTICE_PAUSE_SECONDS):
+            return
 
 
 class Heartbeats:

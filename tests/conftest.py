@@ -107,7 +107,7 @@ def azure_container(azurite_server: str) -> str:
     return servers.new_bucket("az", azurite_server)
 
 
-@pytest.fixture(params=["local", "gs", "s3", "az"])
+@pytest.fixture(params=["local", *servers.KINDS])
 def bucket_uri(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """A fresh, empty bucket of each kind: the test runs once per kind."""
     return new_bucket(request.param, request, monkeypatch, tmp_path)

@@ -11,13 +11,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 
 import psutil
+
+from job.exits import BadRequestError, BucketAwayError, JobError, NoPermissionError
 
 # One volume of a bucket's own is enough, and seven would be made at its first write.
 os.environ.setdefault("WEED_MASTER_VOLUME_GROWTH_COPY_1", "1")
@@ -129,27 +132,134 @@ def _make_az(url: str, name: str) -> None:
     BlobServiceClient.from_connection_string(azurite_account(url)).create_container(name)
 
 
+Refusal = tuple[int, str, str, type[JobError], str]
+"""HTTP status, error code, message, and the error and the words by which a person learns of them."""
+
+ECHO = f"The Credential=owner/20261125 with the secret {SECRET} is not known"
+DAMAGED = 'Provided CRC32C "b" doesn\'t match calculated CRC32C "a"'
+GOOGLE = [
+    (403, "", "Permission 'storage.objects.create' denied", NoPermissionError, "objects.create .*grant the"),
+    (401, "", "Invalid Credentials", NoPermissionError, "no usable Google credentials"),
+    (400, "", "User project is invalid", BadRequestError, "refused with 400: User project is invalid"),
+    (502, "", "a page of a proxy", BucketAwayError, "is away"),
+    (400, "", DAMAGED, BucketAwayError, "damaged in transit"),
+    (429, "", "Rate limit exceeded", BucketAwayError, "is away"),
+]
+AMAZON = [
+    (403, "AccessDenied", "may not s3:PutObject", NoPermissionError, r"s3:PutObject \(AccessDenied\): grant"),
+    (401, "Unauthorized", ECHO, NoPermissionError, r"no permission \(Unauthorized\): grant the account in use"),
+    (400, "ExpiredToken", ECHO, NoPermissionError, r"credentials \(ExpiredToken\): run `aws configure`"),
+    (400, "AuthorizationHeaderMalformed", ECHO, NoPermissionError, r"\(AuthorizationHeaderMalformed\)"),
+    (400, "AuthorizationHeaderMalformed", f"{ECHO}</Message><Region>a-b-1</Region>", BadRequestError, "AWS_REGION"),
+    (301, "PermanentRedirect", ECHO, BadRequestError, "the bucket is in another region: set AWS_REGION"),
+    (403, "RequestTimeTooSkewed", ECHO, NoPermissionError, "this machine's clock is wrong"),
+    (400, "InvalidRequest", "No such bucket type", BadRequestError, "refused with 400: No such bucket type"),
+    (409, "ConditionalRequestConflict", "A conflicting operation is in progress.", BucketAwayError, "is away"),
+]
+AZURE = [
+    (403, "AuthorizationPermissionMismatch", ECHO, NoPermissionError, r"PermissionMismatch\): grant"),
+    (403, "AuthenticationFailed", ECHO, NoPermissionError, r"\(AuthenticationFailed, or .* clock is wrong"),
+    (401, "NoAuthenticationInformation", ECHO, NoPermissionError, "no usable Azure credentials"),
+    (400, "InvalidHeaderValue", ECHO, BadRequestError, "refused with 400: InvalidHeaderValue"),
+    (400, "Md5Mismatch", ECHO, BucketAwayError, "damaged in transit"),
+    (503, "ServerBusy", "The server is busy.", BucketAwayError, r"is away \(ServerBusy\)"),
+]
+
+
 @dataclass(frozen=True)
 class Server:
-    """A server of a kind of bucket.
+    """A server of a kind of bucket. A kind has all that tests know of it here.
 
     Attributes:
         start: URL of a new one, while the context lasts; the folder takes its data and log.
         variables: what directs clients to one at a URL.
+        options: the same as fsspec's options of the kind, with a payer where one can be named.
         make: makes a bucket of a name there.
+        put: writes an object as somebody without this program would, into the bucket of a name.
+        media: the media type and the encoding of an object in the bucket of a name, as others see them.
+        library: a module of its client.
+        refusals: what it answers to those that may not, or not so.
     """
 
     start: Callable[[Path], AbstractContextManager[str]]
     variables: Callable[[str], dict[str, str]]
+    options: Callable[[str], dict[str, Any]]
     make: Callable[[str, str], None]
+    put: Callable[[str, str, bytes], object]
+    media: Callable[[str, str], tuple[str, str | None]]
+    library: str
+    refusals: Sequence[Refusal]
 
 
+def _google(name: str) -> Any:
+    from google.cloud import storage
+
+    return storage.Client(project="test").bucket(name)
+
+
+def _amazon() -> Any:
+    import boto3
+
+    return boto3.client("s3")
+
+
+def _azure(name: str, key: str) -> Any:
+    from azure.storage.blob import BlobClient
+
+    return BlobClient.from_connection_string(os.environ["AZURE_STORAGE_CONNECTION_STRING"], name, key)
+
+
+def _google_media(name: str, key: str) -> tuple[str, str | None]:
+    blob = _google(name).get_blob(key)
+    return blob.content_type, blob.content_encoding
+
+
+def _amazon_media(name: str, key: str) -> tuple[str, str | None]:
+    head = _amazon().head_object(Bucket=name, Key=key)
+    return head["ContentType"], head.get("ContentEncoding")
+
+
+def _azure_media(name: str, key: str) -> tuple[str, str | None]:
+    about = _azure(name, key).get_blob_properties().content_settings
+    return about.content_type, about.content_encoding
+
+
+_S3 = Server(
+    start=seaweedfs,
+    variables=s3_account,
+    options=lambda url: {"endpoint_url": url, "requester_pays": True},
+    make=_make_s3,
+    put=lambda name, key, data: _amazon().put_object(Bucket=name, Key=key, Body=data),
+    media=_amazon_media,
+    library="obstore",
+    refusals=AMAZON,
+)
 SERVERS = {
-    "gs": Server(fake_gcs_server, lambda url: {"STORAGE_EMULATOR_HOST": url}, _make_gs),
-    "s3": Server(seaweedfs, s3_account, _make_s3),
-    "s3-moto": Server(moto, s3_account, _make_s3),
-    "az": Server(azurite, lambda url: {"AZURE_STORAGE_CONNECTION_STRING": azurite_account(url)}, _make_az),
+    "gs": Server(
+        start=fake_gcs_server,
+        variables=lambda url: {"STORAGE_EMULATOR_HOST": url},
+        options=lambda url: {"endpoint_url": url, "requester_pays": "my-project", "token": "anon"},
+        make=_make_gs,
+        put=lambda name, key, data: _google(name).blob(key).upload_from_string(data),
+        media=_google_media,
+        library="gcsfs.core",
+        refusals=GOOGLE,
+    ),
+    "s3": _S3,
+    "s3-moto": replace(_S3, start=moto),
+    "az": Server(
+        start=azurite,
+        variables=lambda url: {"AZURE_STORAGE_CONNECTION_STRING": azurite_account(url)},
+        options=lambda url: {"connection_string": azurite_account(url)},
+        make=_make_az,
+        put=lambda name, key, data: _azure(name, key).upload_blob(data),
+        media=_azure_media,
+        library="obstore",
+        refusals=AZURE,
+    ),
 }
+KINDS = [kind for kind in SERVERS if "-" not in kind]
+"""The schemes of buckets at a distance."""
 
 
 def new_bucket(kind: str, url: str) -> str:

@@ -61,7 +61,7 @@ def read_ending(run: Store) -> Ending:
         (manifest.fence, manifest.images_seen),
         hashes,
         manifest.loss_sums,
-        read_rows(run, manifest.metrics),
+        read_rows(run, manifest.metrics, print),
         {
             key: _pixels_sha256(run.read(key).data)
             for key, place in places_in(run, SAMPLES).items()

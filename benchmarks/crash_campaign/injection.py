@@ -169,7 +169,7 @@ class Watched:
             case name if name in _STORES:
                 for store, op in product((getattr(module, each) for each in _STORES[name]), OPERATIONS):
                     setattr(store, op, self._watched(op, getattr(store, op)))
-            case "job.processes.lease":
+            case "job.coordination.lease":
                 vars(module).update(RENEW_SECONDS=RENEW_SECONDS, EXPIRE_SECONDS=EXPIRE_SECONDS)
             case "job.data.pack":
                 module.pack.__kwdefaults__["shard_images"] = SHARD_IMAGES

@@ -61,7 +61,7 @@ def _order_drawn_anew(session: Any, trace: Any) -> None:
 def _image_hash_unchecked(cache: Any, trace: Any) -> None:
     def read_image(this: Any, shard: int, row: int, record: Any, file: Any) -> Any:
         file.seek(record[0])
-        index = this.source.index
+        index = this.index
         return cache.decode(file.read(record[1]), index.channels, index.size)
 
     cache.ImageCache.read_image = read_image
@@ -69,8 +69,8 @@ def _image_hash_unchecked(cache: Any, trace: Any) -> None:
 
 _BROKEN: dict[tuple[str, str], Callable[[Any, Any], None]] = {
     ("manifest-first", "job.runs.writer"): _manifest_first,
-    ("fence-ignored", "job.processes.lease"): _fence_ignored,
+    ("fence-ignored", "job.coordination.lease"): _fence_ignored,
     ("position-off-by-one", "job.training.session"): _position_off_by_one,
     ("order-drawn-anew", "job.training.session"): _order_drawn_anew,
-    ("image-hash-unchecked", "job.data.cache"): _image_hash_unchecked,
+    ("image-hash-unchecked", "job.data.reading.cache"): _image_hash_unchecked,
 }

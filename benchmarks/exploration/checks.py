@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks.exploration.training import BATCH_IMAGES, DATASET_IMAGES, RUN, ending, rows_of
 from benchmarks.exploration.world import Process, Request, Violation, World
+from job.coordination.lease import EXPIRE_SECONDS, LEASE_KEY
 from job.exits import BucketAwayError, LostRunError, StoppedError
-from job.processes.lease import EXPIRE_SECONDS, LEASE_KEY
 from job.runs import layout
 from job.runs.checkpoints import Manifest
 from job.runs.layout import CheckpointRef, ObjectKind

@@ -10,20 +10,18 @@ from unittest.mock import patch
 
 from benchmarks.exploration import reading
 from benchmarks.exploration.runtime import world
-from job import pieces
-from job.data import pack, shards
+from job.coordination import lease, pieces
+from job.coordination.lease import Lease
+from job.coordination.pieces import Pieces
+from job.coordination.sealed import NamedObject
+from job.data import latents, pack, shards
 from job.evaluation import evaluate
 from job.evaluation.evaluation_plan import FeaturePieces
-from job.exchange import encoding
 from job.exits import BadDataError, BadRequestError, MissingInputError
-from job.pieces import Pieces
-from job.processes import lease
-from job.processes.lease import Lease
 from job.runs import checkpoints, metric_rows, retention, writer
-from job.runs.retention import Retention, Retirement
-from job.sealed import NamedObject
+from job.runs.retention import Retention
 from job.store.base import ObjectExistsError, Store
-from job.verbs import removal
+from job.verbs import upkeep
 
 Replace = Callable[[Any, str, Any], None]
 """Puts another object in the place of an attribute."""
@@ -254,12 +252,13 @@ def _epoch_displaced(replace: Replace) -> None:
 
 @_mutation("a segment of the metrics goes when a later one has taken it in, though a manifest names it", "train")
 def _merged_deleted_early(replace: Replace) -> None:
-    named_by = Retirement._named_by
+    leftovers = retention.leftovers
 
-    def only_newest(this: Retirement, there: Any) -> Any:
-        return named_by(this, {max(there)})
+    def only_newest(run: Any, places: Any, until: Any, named: Any, read: Any) -> Any:
+        unnamed = {place.checkpoint: set[str]() for place in places.values()}
+        return leftovers(run, places, until, unnamed | {until: named[until]}, read)
 
-    replace(Retirement, "_named_by", only_newest)
+    replace(retention, "leftovers", only_newest)
 
 
 @_mutation("the sweep deletes metrics of earlier attempts, which manifests name", "train", "train-here")
@@ -405,7 +404,7 @@ def _index_differs(replace: Replace) -> None:
 
 @_mutation("encoded shards of all machines share a name", "encode")
 def _latents_share_a_name(replace: Replace) -> None:
-    encoded = encoding._Encoding.made
+    encoded = latents._Encoding.made
 
     def same(this: Any, number: int, advance: Any) -> Any:
         made = encoded(this, number, advance)
@@ -415,18 +414,18 @@ def _latents_share_a_name(replace: Replace) -> None:
         files = {f"shard-{number:05d}.{key.rpartition('.')[2]}": content for key, content in made.files.items()}
         return pieces.Made(files, made.facts | {"shard": shard})
 
-    replace(encoding._Encoding, "made", same)
+    replace(latents._Encoding, "made", same)
 
 
 @_mutation("after the index a machine deletes a file that the index names", "encode")
 def _named_file_deleted(replace: Replace) -> None:
-    publish = encoding._Encoding.publish
+    publish = latents._Encoding.publish
 
     def all_deleted(this: Any, dataset: Store, records: Any) -> None:
         publish(this, dataset, records)
         dataset.delete(next((entry.key for entry in dataset.list() if entry.key.endswith(".offsets")), ""))
 
-    replace(encoding._Encoding, "publish", all_deleted)
+    replace(latents._Encoding, "publish", all_deleted)
 
 
 @_mutation("features are deleted before the scores are there", "score")
@@ -504,7 +503,7 @@ def _loss_is_damage(replace: Replace) -> None:
     replace(Lease, "unless_lost", lambda held: nullcontext())
 
 
-@_mutation("a reader compares `LATEST` with a listing from before it", "read:3c,22s1,30s,31Z25")
+@_mutation("a reader compares `LATEST` with a listing from before it", "read:3c,20s1,28s,29Z25")
 def _listed_once(replace: Replace) -> None:
     def choose(run: Store, *_: object) -> list[Any]:
         if refs := checkpoints.list_checkpoints(run):
@@ -518,4 +517,4 @@ def _listed_once(replace: Replace) -> None:
 
 @_mutation("a prune deletes what a suspended attempt has uploaded and not committed yet", "prune:38Z25")
 def _suspended_is_over(replace: Replace) -> None:
-    replace(removal, "_fence_at_work", lambda run: removal.records.highest_fence(run) + 1)
+    replace(upkeep, "_fence_at_work", lambda run: upkeep.records.highest_fence(run) + 1)

@@ -17,7 +17,7 @@ from job.runs import layout
 from job.runs.checkpoints import choose, opened
 from job.runs.layout import ObjectKind
 from job.runs.retention import reading_chosen
-from job.verbs import averages, removal
+from job.verbs import averages, upkeep
 
 STD = 0.1
 """The width of the average that is made: between those in the checkpoint."""
@@ -42,7 +42,7 @@ def average(world: World, process: Process) -> None:
 
 def prune(world: World, process: Process) -> None:
     """Prunes the run, as `ddpm runs prune` does."""
-    removal.prune_run("sim://bucket", "r", keep_last=None, dry_run=False)
+    upkeep.prune_run("sim://bucket", "r", keep_last=None, dry_run=False)
 
 
 class ReadChecks(RunChecks):
@@ -95,7 +95,7 @@ def opened_here() -> Iterator[None]:
         return SimpleNamespace(install=lambda: runtime.world().process.stop)
 
     with ExitStack() as stack:
-        for module in (averages, removal):
+        for module in (averages, upkeep):
             name = "open_bucket" if module is averages else "open_store"
             stack.enter_context(patch.object(module, name, store))
             stack.enter_context(patch.object(module, "Stop", stop))

@@ -23,20 +23,19 @@ from typing import Any
 from unittest.mock import patch
 
 from benchmarks.exploration.world import Killed, Process, Thread, World
-from job import sealed
-from job.processes import lease, process_identity
-from job.processes.process_identity import ProcessIdentity
+from job.coordination import lease, sealed
+from job.coordination.lease import ProcessIdentity
+from job.coordination.sealed import Sealed
 from job.runs import layout, metric_rows
-from job.sealed import Sealed
 
 BEGAN = 1_800_000_000.0
 """The time of day at which every world begins, in seconds since 1970."""
 TIMES = {
-    "job.processes.lease.WATCH_SECONDS": 2.5,
+    "job.coordination.lease.WATCH_SECONDS": 2.5,
     "job.stop._SLICE_SECONDS": 2.5,
     "job.runs.writer.WAIT_SECONDS": 1.0,
-    "job.pieces._POLL_SECONDS": 1.0,
-    "job.pieces._POLL_CLAIMS_SECONDS": 5.0,
+    "job.coordination.pieces._POLL_SECONDS": 1.0,
+    "job.coordination.pieces._POLL_CLAIMS_SECONDS": 5.0,
 }
 """Intervals of polling that are longer here, since each look costs time and changes nothing."""
 
@@ -280,9 +279,9 @@ _REPLACED: list[tuple[object, object]] = [
     (concurrent.futures.wait, _wait),
     (datetime, _Datetime),
 ]
-_ROOMS = ("job.processes.lease", "job.runs", "job.verbs", "job.pieces", "job.data.pack", "job.data.publishing",
-          "job.stop", "job.exchange.encoding", "job.store.retry", "job.store.base", "job.evaluation",
-          "job.sampling.sets", "job.sealed")  # fmt: skip
+_ROOMS = ("job.coordination.lease", "job.coordination.pieces", "job.coordination.sealed", "job.runs", "job.verbs",
+          "job.data.pack", "job.data.latents", "job.stop", "job.store.retry", "job.store.base", "job.evaluation",
+          "job.sampling.sets")  # fmt: skip
 
 
 @lru_cache(20_000)
@@ -329,7 +328,7 @@ def _kill(pid: int, number: int) -> None:
 @contextmanager
 def simulated() -> Iterator[None]:
     """Has the modules of the job use simulated threads, clocks and ids until the context ends."""
-    with patch.multiple(process_identity, os=SimpleNamespace(kill=_kill), _stat=lambda pid: [b"S", *[b"7"] * 20]):
+    with patch.multiple(lease, os=SimpleNamespace(kill=_kill), _stat=lambda pid: [b"S", *[b"7"] * 20]):
         patches = []
         for name, module in sorted(sys.modules.items()):
             if not name.startswith(_ROOMS):
@@ -356,4 +355,4 @@ def simulated() -> Iterator[None]:
                 each.stop()
 
 
-assert lease.WATCH_SECONDS <= TIMES["job.processes.lease.WATCH_SECONDS"] < lease.EXPIRE_SECONDS / 4
+assert lease.WATCH_SECONDS <= TIMES["job.coordination.lease.WATCH_SECONDS"] < lease.EXPIRE_SECONDS / 4

@@ -5,14 +5,13 @@ The protocols are those of the job; only the images are replaced by a few bytes 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tarfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -23,14 +22,13 @@ from benchmarks.exploration.checks import Checks, sha256
 from benchmarks.exploration.store import SimulatedStore
 from benchmarks.exploration.world import Process, Request, Violation, World
 from ddpm.image_size import ImageSize
+from job.coordination.pieces import RECORDS, Advance, Made, Slice
+from job.data import latents, shards
 from job.data import pack as packing
-from job.data import shards
 from job.data.pack_request import EncodeRequest, PackRequest
 from job.evaluation import evaluate
 from job.evaluation.evaluation_plan import Evaluation
-from job.exchange import encoding
 from job.exits import BadRequestError
-from job.pieces import RECORDS, Advance, Made, Slice
 from job.runs.layout import CheckpointRef
 from job.runs.samples import Reference, SampleSetConfig
 from job.sampling.sets import SampleSet
@@ -114,7 +112,7 @@ class _FewImages(packing._Packing):
     """A source of three pieces, in the place of a folder of images."""
 
     def _survey(self) -> dict[str, Any]:
-        self.where = self.source = "images"
+        self.where, self.of_index = "images", {"source": "images"}
         self.sizes = [2.0] * PIECES
         return {"images": "0" * 64}
 
@@ -127,8 +125,8 @@ class _FewImages(packing._Packing):
             writer.add(f"{image:09d}", b"image %d" % image, -1)
             advance(1)
         shard, offsets = writer.finish()
-        facts = {"rejects": [], "converted": {}, "source_sha256": hashlib.sha256(b"%d" % number).hexdigest()}
-        return Made({shard.name: writer.path, shard.offsets_name: offsets}, facts | {"shard": shard.model_dump()})
+        facts = {"rejects": [], "converted": {}, "shard": shard.model_dump()}
+        return Made({shard.name: writer.path, shard.offsets_name: offsets}, facts)
 
 
 PACKED = f"datasets/tiny-{SIZE}"
@@ -174,7 +172,7 @@ def _source() -> shards.DatasetIndex:
     found = tuple(_shard_of(number, _tar(b"images"))[0] for number in range(PIECES))
     return shards.DatasetIndex(
         name="tiny", size=ImageSize.of(SIZE), channels=3, crop="center", resize_filter="lanczos",
-        source="images", source_sha256="0" * 64, shards=shards.Shards.of(found),
+        source="images", shards=shards.Shards.of(found),
     )  # fmt: skip
 
 
@@ -188,7 +186,7 @@ def _latents(host: str, number: int) -> tuple[bytes, float]:
     return _tar(f"latents {number} of {host}".encode()), 1.0 + number + len(host) / 1024
 
 
-class _FewLatents(encoding._Encoding):
+class _FewLatents(latents._Encoding):
     """Latents of a few bytes."""
 
     def made(self, number: int, advance: Advance) -> Made:
@@ -207,14 +205,15 @@ class _FewLatents(encoding._Encoding):
         return np.zeros(0)
 
 
-def _opened(bucket: Store, key: str, index: shards.DatasetIndex, folder: Any, stop: Any) -> Any:
+def _opened(bucket: Store, key: str, index: shards.DatasetIndex, stop: Any) -> Any:
     return SimpleNamespace(index=index, close=lambda: None)
 
 
 def encode(world: World, process: Process, slice_text: str) -> None:
     """Encodes the dataset."""
     request = EncodeRequest(name="tiny", bucket="sim://bucket", autoencoder="there", to="latents", slice=slice_text)
-    encoding.encode_dataset(SimulatedStore(world, process), request, process.stop)
+    opened = cast(latents.Opened, lambda *_: nullcontext(({}, {})))
+    latents.encode_dataset(SimulatedStore(world, process), request, opened, process.stop)
 
 
 class EncodeChecks(PieceChecks):
@@ -266,7 +265,6 @@ def sample(world: World, process: Process, slice_text: str) -> float:
         key = f"samples/drawn/piece-{number:05d}.tar"
         return Made({key: f"piece {number} as {process.host} rounds".encode()})
 
-    sample_set.begin()
     made = sample_set.pieces.make_missing(make, "drawing", stop=process.stop)
     if not sample_set.pieces.missing() and sample_set.index() is None:
         sample_set.publish(process.stop)
@@ -345,17 +343,14 @@ def small_work() -> Iterator[None]:
     encoder = SimpleNamespace(
         size=ImageSize.of(SIZE // 2),
         channels=3,
-        config=b"config",
-        weights=b"weights",
-        hashes=(sha256(b"config"), sha256(b"weights")),
+        files=(b"config", b"weights"),
     )
     with ExitStack() as stack:
         for module, name, ours in (
             (packing, "_Copying", _FewImages),
-            (encoding, "_load_encoder", lambda *_: encoder),
-            (encoding, "ShardSource", _opened),
-            (encoding, "ImageCache", lambda source: source),
-            (encoding, "_Encoding", _FewLatents),
+            (latents, "_encoder", lambda *_: encoder),
+            (latents, "uncached_images", _opened),
+            (latents, "_Encoding", _FewLatents),
             (evaluate, "scored", _scored),
         ):
             stack.enter_context(patch.object(module, name, ours))

@@ -14,8 +14,8 @@ from benchmarks.exploration import runtime
 from benchmarks.exploration.store import SimulatedStore
 from benchmarks.exploration.world import Process, World
 from job.config import RunConfig, validated
+from job.coordination.lease import Lease
 from job.exits import JobError, LostRunError
-from job.processes.lease import Lease
 from job.runs import metric_rows, records
 from job.runs.checkpoints import Manifest, newest_good
 from job.runs.retention import Retention

@@ -29,8 +29,8 @@ from benchmarks.goodput.accounting import WARM_STEPS, Costs, Event, gaps, of_kin
 from benchmarks.goodput.picture import goodput_png
 from benchmarks.goodput.systems import LABELS, Attempt, Subject, destroy_all
 from benchmarks.measuring import Figure, machine
+from job.coordination.sealed import utc_now
 from job.runs.outlook import interval_seconds
-from job.sealed import utc_now
 from job.stop import SPOT_GRACE_SECONDS
 
 TOLERANCE = 0.1

@@ -35,7 +35,7 @@ class Hooks:
         match module.__name__:
             case "job.training.session":
                 self._trace("imported")
-            case "job.processes.lease":
+            case "job.coordination.lease":
                 module.Lease.take = staticmethod(self._told("leased", module.Lease.take))
             case "job.runs.writer":
                 module.commit_manifest = self._told("saved", module.commit_manifest, lambda _, made: made.images_seen)

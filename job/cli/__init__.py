@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from inspect import Parameter, Signature, getdoc, signature
 from itertools import chain
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any, get_args, get_origin
 
@@ -14,50 +15,48 @@ import typer
 from typer.core import TyperGroup
 
 from ddpm.image_size import ImageSize
-from job.options import options_of, request_of
+from job.exits import BadRequestError, did_you_mean
+from job.options import Option, options_of, request_of
 
 COMPLETION_SECONDS = 3.0
 """The longest time that a bucket has to answer after a press of Tab."""
-Work = Callable[..., None]
 
 
-def command(app: typer.Typer, name: str, *requests: type, **settings: Any) -> Callable[[Work], Work]:
-    """Decorates the work of a command, which takes these requests; without any, its parameters are the options.
+def command(
+    app: typer.Typer, name: str, work: str | Callable[..., None], *declarations: Callable[..., Any], **settings: Any
+) -> None:
+    """Adds a command.
 
     The options of further requests than the last one work, but the help does not repeat them.
 
     Args:
         app: the group of the command.
         name: of the command.
-        requests: dataclasses whose fields are options. The help is the docstring of the first one, or of the function.
+        work: a function, or its module and name, such as `job.commands:pack_command`, which a call imports. It takes
+            the requests; or the bucket, and the other options by name.
+        declarations: requests, dataclasses whose fields are options; or one function, whose parameters are the options.
+            The help is the docstring of the first.
         settings: of Typer's command.
     """
+    requests = [each for each in declarations if isinstance(each, type)]
+    lists = [[*chain(*options_of(kind).values())] for kind in requests]
+    lists = lists or [[*signature(declarations[0]).parameters.values()]]
+    parameters = [_for_typer(each, hidden=many is not lists[-1]) for many in lists for each in many]
 
-    def add(work: Work) -> Work:
-        lists = [[*chain(*options_of(kind).values())] for kind in requests] or [[*signature(work).parameters.values()]]
-        parameters = [_for_typer(each, hidden=many is not lists[-1]) for many in lists for each in many]
+    def run(**values: Any) -> None:
+        called = resolve_name(work) if isinstance(work, str) else work
+        if requests:
+            called(*(request_of(kind, values) for kind in requests))
+        else:
+            called(*([values.pop("bucket")] if "bucket" in values else ()), **values)
 
-        def run(**values: Any) -> None:
-            if requests:
-                work(*(request_of(kind, values) for kind in requests))
-            else:
-                work(**values)
-
-        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-        app.command(name, **{"help": getdoc(requests[0] if requests else work), **settings})(run)
-        return work
-
-    return add
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    app.command(name, **{"help": getdoc(declarations[0]), **settings})(run)
 
 
 def group(help: str, example: str) -> typer.Typer:
     """Returns a group of commands."""
     return typer.Typer(help=f"{help}\n\nExample: {example}", no_args_is_help=True)
-
-
-def late(work: str) -> Work:
-    """Returns the work that lies in a module, such as `job.commands:pack_command`; a call imports it."""
-    return lambda *requests: resolve_name(work)(*requests)
 
 
 def _for_typer(parameter: Parameter, *, hidden: bool) -> Parameter:
@@ -72,12 +71,33 @@ def _for_typer(parameter: Parameter, *, hidden: bool) -> Parameter:
         "min": option.min,
         "max": option.max,
         "hidden": hidden,
-        "parser": _size if ImageSize in get_args(takes) else None,
+        "parser": _parser(takes, option),
         "callback": usual_bucket if parameter.name == "bucket" else None,
-        "autocompletion": (lambda: [*option.choices]) if option.choices else _COMPLETED.get(parameter.name),
+        "autocompletion": (lambda: [*option.choices]) if option.choices else _COMPLETED.get(option.words.split()[0]),
     }
     made = typer.Option(*option.flags, **settings) if option.flags else typer.Argument(**settings)
     return parameter.replace(annotation=Annotated[takes, made], kind=Parameter.KEYWORD_ONLY)
+
+
+def _parser(takes: Any, option: Option) -> Callable[[str], Any] | None:
+    """Returns what reads the value of an option, with errors of its own; None for what Typer reads."""
+
+    def one_of(text: str) -> str:
+        if text and text not in option.choices:
+            there = f"{', '.join(filter(None, option.choices))}{did_you_mean(text, option.choices)}"
+            raise BadRequestError(f"{option.flags[0]} {text!r}: use {there}")
+        return text
+
+    def file(text: str) -> Path:
+        path, suffix = Path(text), f".{str(option.metavar).lower()}"
+        if path.suffix.lower() != suffix or path.is_dir() or not path.parent.is_dir():
+            raise BadRequestError(f"--output {path}: name a file that ends in {suffix}, in a folder that is there")
+        return path
+
+    if ImageSize in get_args(takes):
+        return _size
+    # A setting of sampling has choices too: its request checks it, as it may be a function of the user.
+    return file if option.metavar in ("PNG", "HTML") else one_of if option.choices and takes is str else None
 
 
 _RESUMES = "--run NAME: the same command resumes that run"
@@ -103,7 +123,8 @@ class Commands(TyperGroup):
         """Runs a command."""
         try:
             return super().invoke(ctx)
-        except Exception as error:
+        except Exception as raised:
+            error: Any = raised
             # Typer has a copy of Click. In both, only the error about an unknown option has `possibilities`.
             if hasattr(error, "possibilities"):
                 _suggest(error)
@@ -179,14 +200,16 @@ def _keys() -> list[str]:
 
 _RUNS = _in_bucket("runs")
 _COMPLETED = {
-    "dataset": _datasets,
-    "from_": _RUNS,
-    "job": _in_bucket("jobs"),
-    "name": _datasets,
-    "on": _targets,
-    "other": _RUNS,
-    "preset": _presets,
-    "run": _RUNS,
-    "sets": _keys,
+    "--dataset": _datasets,
+    "--from": _RUNS,
+    "--on": _targets,
+    "--preset": _presets,
+    "--run": _RUNS,
+    "--set": _keys,
+    "JOB": _in_bucket("jobs"),
+    "NAME": _datasets,
+    "OTHER": _RUNS,
+    "RUN": _RUNS,
+    "[RUN]": _RUNS,
 }
-"""The shell completion of values by the parameter's name, from the bucket if it answers in time."""
+"""The shell completion of values by the option's first word, from the bucket if it answers in time."""

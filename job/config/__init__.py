@@ -203,25 +203,24 @@ def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[
     Raises:
         BadConfigError: a key that decides what is learnt differs; the message has both values and the ways out.
     """
-    before, now = stored.flat(), wanted.flat()
-    if wanted.model.kind != stored.model.kind:
-        # Two kinds of networks have different keys.
-        now = {key: value for key, value in now.items() if key == "model.kind" or not key.startswith("model.")}
-    changes = {key: value for key, value in now.items() if before[key] != value and key != "preset"}
+    before = stored.flat()
+    changes = {key: value for key, value in wanted.flat().items() if before.get(key) != value and key != "preset"}
     # An imported run leaves its precision to the first machine that trains it.
     is_open = stored.train.precision == "auto"
     # A network with self-conditioning learns from estimates that are clipped like its samples.
     learnt = {"sample.clip"} if stored.diffusion.self_conditioning else set()
-    fixed = [
-        f"{key}: the run has {before[key]}, asked for {value}"
+    fixed = {
+        key: f"{key}: the run has {before.get(key)}, asked for {value}"
         for key, value in changes.items()
         if key in learnt or not (is_free(key) or (key == "train.precision" and is_open))
-    ]
+    }
     if fixed:
         # Another network cannot take its weights.
-        weights = "" if any(each.startswith("model.") for each in fixed) else f" (with these weights: --from {run})"
+        weights = "" if any(key.startswith("model.") for key in fixed) else f" (with these weights: --from {run})"
+        # Two kinds of networks have different keys.
+        others = fixed.get("model.kind") or "; ".join(fixed.values())
         raise BadConfigError(
-            f"run {run!r} was started with another configuration ({'; '.join(fixed)}). "
+            f"run {run!r} was started with another configuration ({others}). "
             f"Leave these out to continue it, start another run with --run NAME{weights}, or delete this one "
             f"(ddpm runs delete {run} --yes)"
         )
@@ -260,16 +259,22 @@ def values_of(schema: dict[str, Any]) -> str:
     return " ".join([schema["type"], *limits])
 
 
-def list_keys(begin: str = "", *, as_json: bool) -> None:
-    """Prints the keys that begin with `begin`, each with its default, its meaning and its values.
+def _resolved(preset: str, sets: Iterable[str], config_file: Path | None) -> dict[str, dict[str, Any]]:
+    """Returns of each key of a new run its value, and the origin of that."""
+    file, assigned = read_config_file(config_file), parse_sets(sets)
+    values, of_dataset = draft(preset, file | assigned).flat(), {key for key in CHOSEN_ELSEWHERE if key[:5] == "data."}
+    layers: dict[str, Any] = {"--set": assigned, str(config_file): file, f"preset {preset}": flatten(_preset(preset))}
+    layers |= {"the dataset": {*FOLLOWS, *of_dataset}, "default": values}
+    return {
+        key: {"value": values[key], "from": next(name for name, layer in layers.items() if key in layer)}
+        for key in known_keys()
+        if key in values and key != "preset"
+    }
 
-    Raises:
-        BadRequestError: no key does.
-    """
-    _print(all_settings(), ("default", "meaning"), begin, as_json=as_json)
 
-
-def show_config(preset: str, sets: Iterable[str], config_file: Path | None, begin: str = "", *, as_json: bool) -> None:
+def show_config(
+    preset: str, sets: Iterable[str], config_file: Path | None, begin: str, *, list_all: bool, as_json: bool
+) -> None:
     """Prints the configuration of a new run, with the origin of each value; its dataset may fill in more.
 
     Args:
@@ -277,28 +282,17 @@ def show_config(preset: str, sets: Iterable[str], config_file: Path | None, begi
         sets: assignments to dotted keys.
         config_file: with further settings.
         begin: the keys to print begin with it.
+        list_all: whether to print every key instead, with its default, its meaning and its values.
         as_json: whether to print JSON.
 
     Raises:
         BadConfigError, BadRequestError, MissingInputError: as `ddpm train`, or no key begins so.
     """
-    preset, file, assigned = preset or EMBEDDED, read_config_file(config_file), parse_sets(sets)
-    values, of_dataset = draft(preset, file | assigned).flat(), {key for key in CHOSEN_ELSEWHERE if key[:5] == "data."}
-    layers: dict[str, Any] = {"--set": assigned, str(config_file): file, f"preset {preset}": flatten(_preset(preset))}
-    layers |= {"the dataset": {*FOLLOWS, *of_dataset}, "default": values}
-    rows = {}
-    for key in known_keys():
-        if key in values and key != "preset":
-            rows[key] = {"value": values[key], "from": next(name for name, layer in layers.items() if key in layer)}
-    _print(rows, ("value", "from"), begin, as_json=as_json)
-
-
-def _print(rows: dict[str, dict[str, Any]], titles: Iterable[str], begin: str, *, as_json: bool) -> None:
-    """Prints the keys that begin with `begin`; raises BadRequestError if none does."""
     from rich.table import Table
 
     from job.printing import print_json, print_table
 
+    rows = all_settings() if list_all else _resolved(preset or EMBEDDED, sets, config_file)
     chosen = {key: row for key, row in rows.items() if key.startswith(begin)}
     if not chosen:
         sections = dict.fromkeys(key.partition(".")[0] for key in rows)
@@ -309,7 +303,7 @@ def _print(rows: dict[str, dict[str, Any]], titles: Iterable[str], begin: str, *
     table = Table(box=None)
     # A key that is cut cannot be typed.
     table.add_column("key", no_wrap=True, overflow="fold")
-    for title in titles:
+    for title in (titles := ("default", "meaning") if list_all else ("value", "from")):
         table.add_column(title, overflow="fold")
     for key, row in chosen.items():
         table.add_row(key, *(shown(row[title]) for title in titles))

@@ -334,10 +334,8 @@ class RunConfig(ConfigSection):
         self.model.check_size(self.data.size)
         network_takes_its_inputs(self)
         something_is_learnt(self)
-        each_class_has_a_name(self)
         best_checkpoint_has_a_score(self)
         samples_use_what_is_learnt(self)
-        steps_suffice(self)
         grid_starts_at_noise(self)
 
     def to_yaml(self) -> str:
@@ -373,13 +371,6 @@ def something_is_learnt(config: RunConfig) -> None:
         raise ValueError(f"train.freeze={','.join(frozen)} freezes the whole network: leave out a part")
 
 
-def each_class_has_a_name(config: RunConfig) -> None:
-    """The names of the classes are those of the network's, if there are names."""
-    names, classes = len(config.data.classes), config.model.num_classes
-    if names and classes is not None and names != classes:
-        raise ValueError(f"data.classes (of id2label.json) has {names:,} names, but the network {classes:,} classes")
-
-
 def best_checkpoint_has_a_score(config: RunConfig) -> None:
     """One score decides which checkpoint is the best."""
     if config.checkpoint.keep_best and not config.evaluate.every_epochs:
@@ -390,7 +381,9 @@ def best_checkpoint_has_a_score(config: RunConfig) -> None:
 
 def samples_use_what_is_learnt(config: RunConfig) -> None:
     """The network learns the classes, the variance and the unconditional images that sampling asks it for."""
-    sample, classes = config.sample, config.model.num_classes
+    sample, classes, names = config.sample, config.model.num_classes, len(config.data.classes)
+    if names and classes is not None and names != classes:
+        raise ValueError(f"data.classes (of id2label.json) has {names:,} names, but the network {classes:,} classes")
     if config.model.label_dropout and classes == 0:
         raise ValueError("model.label_dropout needs a network with classes: set it to 0, or drop model.num_classes=0")
     if sample.variance == "learned_range" and not config.diffusion.learns_variance:
@@ -404,19 +397,14 @@ def samples_use_what_is_learnt(config: RunConfig) -> None:
         raise ValueError(f"sample.labels: class {max(sample.labels)} does not exist, the network has {classes}")
 
 
-def steps_suffice(config: RunConfig) -> None:
-    """There are no more steps than timesteps, and enough for the order of the sampler."""
-    sample, timesteps = config.sample, config.diffusion.timesteps
-    if sample.steps > timesteps:
-        raise ValueError(f"sample.steps={sample.steps} exceeds diffusion.timesteps={timesteps}")
-    if sample.steps < (order := sample.sampler_order):
-        raise ValueError(f"{sample.sampler} is of order {order}, above sample.steps={sample.steps}: use more steps")
-
-
 def grid_starts_at_noise(config: RunConfig) -> None:
-    """The first point of the grid is nearly pure noise, and is not exactly that where the grid cannot take it."""
+    """The first of enough points is nearly pure noise, and is not exactly that where the grid cannot take it."""
     sample, diffusion = config.sample, config.diffusion
     steps, timesteps, is_flow = sample.steps, diffusion.timesteps, diffusion.schedule == "flow"
+    if steps > timesteps:
+        raise ValueError(f"sample.steps={steps} exceeds diffusion.timesteps={timesteps}")
+    if steps < (order := sample.sampler_order):
+        raise ValueError(f"{sample.sampler} is of order {order}, above sample.steps={steps}: use more steps")
     if GRIDS[sample.grid].by_ratio and (is_flow or diffusion.zero_terminal_snr):
         raise ValueError(f"sample.grid={sample.grid} cannot start at pure noise, as this process does: choose another")
     if sample.shift != 1 and (not is_flow or sample.grid == "found"):
@@ -429,14 +417,11 @@ def grid_starts_at_noise(config: RunConfig) -> None:
         raise ValueError(f"sample.steps={steps} with sample.grid=leading starts at t={first} of {timesteps}, {shows}")
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns a nested mapping as dotted keys."""
+def flatten(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns a mapping of sections as dotted keys."""
     flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+    for name, value in values.items():
+        flat |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
     return flat
 
 

@@ -4,9 +4,9 @@ A folder or an archive is copied into shards. Tars that stay in place are read o
 images; then the index names them, and training sees what a copy of the same images would have given: crop and filter
 apply at each reading. Either way every image is decoded, and images that cannot be used are left out.
 
-Each shard is a piece of work (`job.pieces`): so many images of the source, or one tar. The shards depend on the source
-and the parameters alone, not on threads, interruptions or machines. The index, created once all pieces are there, makes
-the dataset exist.
+Each shard is a piece of work (`job.coordination.pieces`): so many images of the source, or one tar. The shards depend
+on the source and the parameters alone, not on threads, interruptions or machines. The index, created once all pieces
+are there, makes the dataset exist.
 """
 
 from __future__ import annotations
@@ -17,37 +17,36 @@ import json
 import logging
 import math
 import os
-from collections import Counter, deque
+import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from contextlib import suppress
+from dataclasses import asdict, replace
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any
 
+from job.coordination.pieces import RECORDS, WHOLE, Advance, Made, OtherWorkError, PieceRecord, Pieces, Slice
 from job.data import shards
-from job.data.ahead import in_order
 from job.data.images import RejectedImageError, UndecidedImageError, codec_versions, encode_png, prepare
 from job.data.pack_request import FIRST_IMAGES, PackRequest
 from job.data.preview import preview_png
-from job.data.publishing import Packing, check_absent, existing_index, make_dataset
+from job.data.reading import in_order
 from job.data.source.archives import Sample, find_tars
 from job.data.source.labels import split_labels
 from job.data.source.members import Member, split_in
-from job.data.source.survey import chosen_source, lacking_labels, no_images, survey, until_stopped
+from job.data.source.survey import chosen_source, lacking_labels, no_images, survey
 from job.exits import BadDataError, BadRequestError, StoppedError
-from job.pieces import RECORDS as PIECES
-from job.pieces import Advance, Made, PieceRecord
 from job.progress import some_of
 from job.stop import NEVER, Stop
-from job.store import Store
+from job.store import ObjectExistsError, ObjectMissingError, Store
 from job.store.files import os_errors, scratch_folder
-
-Reject = dict[str, str]
-"""A line of `rejects.jsonl`: the `name` of an image that was left out, and the `reason`."""
 
 _NAMED_REJECTS = 3
 _IMAGES_PER_THREAD = 16
+_PIXELS = "size", "channels", "crop", "resize_filter", "pixel_range"
+"""Fields of a recipe, an index and a request that decide the pixels of packed images."""
 
 
 def pack(
@@ -105,39 +104,118 @@ def check_free(bucket: Store, request: PackRequest) -> None:
 
 def is_source_of(bucket: Store, request: PackRequest, index: shards.DatasetIndex, stop: Stop = NEVER) -> bool:
     """Returns whether a request would make such a dataset, by names, sizes and labels; reads no images."""
-    options = "crop", "resize_filter", "channels", "pixel_range"
-    request = replace(request, **{option: getattr(request, option) or getattr(index, option) for option in options})
-    with scratch_folder("pack") as folder:
-        return _Copying(bucket, request.check(), folder, stop=stop, shard_images=None).is_of(index)
+    request = replace(request, **{option: getattr(request, option) or getattr(index, option) for option in _PIXELS})
+    return _Copying(bucket, request.check(), Path(), stop=stop, shard_images=None).is_of(index)
 
 
-def is_whole(bucket: Store, held_out: PackRequest) -> bool:
-    """Returns whether the held-out part is there, from an attempt that was interrupted before the rest was."""
-    return bucket.exists(f"{held_out.key}/{shards.INDEX}")
+class Packing(abc.ABC):
+    """A source, and how its pieces become the shards of a dataset.
+
+    Attributes:
+        key: the dataset's folder in the bucket.
+        where: the source, for messages.
+        title: of the progress bar.
+        unit: of the sizes.
+        sizes: the size of each piece.
+        fingerprint: SHA-256 of all that decides the shards.
+        held_out_key: a dataset that must be there first, since a run on this one looks for it; empty for none.
+        equal_bytes: whether every machine makes the same bytes.
+    """
+
+    key = where = title = fingerprint = held_out_key = ""
+    unit = "images"
+    sizes: Sequence[float] = ()
+    equal_bytes = True
+
+    @abc.abstractmethod
+    def made(self, number: int, advance: Advance) -> Made:
+        """Makes a piece."""
+
+    @abc.abstractmethod
+    def publish(self, dataset: Store, records: Sequence[PieceRecord]) -> None:
+        """Creates the index, which makes the dataset exist, and deletes shards that it does not name."""
 
 
-def _rejects_in(records: Iterable[PieceRecord]) -> list[Reject]:
-    """Returns the images that earlier attempts left out."""
-    return [reject for record in records for reject in record.facts["rejects"]]
+def make_dataset(bucket: Store, packing: Packing, slice_text: str, stop: Stop) -> shards.DatasetIndex | None:
+    """Makes a dataset, or resumes it.
+
+    Returns:
+        The index as it lies in the bucket, or None while other machines are still making pieces.
+
+    Raises:
+        BadRequestError: something else lies there already.
+        BadDataError: a piece was damaged; the same command makes it again.
+        StoppedError: `stop` said so; whole pieces are saved.
+    """
+    dataset, share = bucket.sub(packing.key), Slice.parse(slice_text)
+    way = f"choose another name, or {shards.deleting(bucket, packing.key)} and type this command again"
+    pieces = Pieces(
+        dataset,
+        packing.fingerprint,
+        packing.sizes,
+        share=share,
+        result=shards.INDEX,
+        equal_bytes=packing.equal_bytes,
+    )
+    try:
+        if made := _made(bucket, packing):
+            return made
+        dataset.check_writable(f"{RECORDS}/{uuid.uuid4().hex}")
+        pieces.make_missing(packing.made, packing.title, unit=packing.unit, stop=stop)
+        if packing.held_out_key and not existing_index(bucket, packing.held_out_key):
+            return None
+        # Without a record: others are still making pieces, or have created the index and cleared up.
+        with suppress(ObjectMissingError):
+            packing.publish(dataset, pieces.whole_records(stop))
+        if made := _made(bucket, packing):
+            pieces.clear()
+        elif share == WHOLE:
+            raise BadRequestError(f"{dataset.uri} was deleted meanwhile: {way}")
+        return made
+    except OtherWorkError:
+        raise BadRequestError(
+            f"{dataset.uri} holds shards of other images than {packing.where} has now, or with other parameters: {way}"
+        ) from None
+    except ObjectExistsError as error:
+        raise BadRequestError(f"{error}: another process packs something else there: {way}") from None
 
 
-@dataclass(slots=True)
-class _Checked:
-    """A sample that was decoded: why it is left out, or what is copied of it; and the hash of what is copied from."""
+def existing_index(bucket: Store, key: str) -> shards.DatasetIndex | None:
+    """Returns the index of a dataset; None if it is missing."""
+    return shards.load_index(bucket, key) if bucket.exists(f"{key}/{shards.INDEX}") else None
 
-    sample: Sample
-    converted: Counter[str] = field(default_factory=Counter)
-    reason: str = ""
-    png: bytes = b""
-    sha256: bytes = b""
+
+def check_absent(bucket: Store, key: str) -> None:
+    """Checks that the bucket lacks a dataset.
+
+    Raises:
+        BadRequestError: it is there.
+    """
+    if there := existing_index(bucket, key):
+        raise BadRequestError(
+            f"{bucket.uri}/{key} is there already: {there.images:,} images of {there.source}, crop "
+            f"{there.crop}. Choose another name, or delete it first: {shards.deleting(bucket, key)}"
+        )
+
+
+def _made(bucket: Store, packing: Packing) -> shards.DatasetIndex | None:
+    """Returns the index of a dataset that is finished.
+
+    Raises:
+        OtherWorkError: it was made of something else.
+    """
+    index = existing_index(bucket, packing.key)
+    if index and index.fingerprint != packing.fingerprint:
+        raise OtherWorkError(packing.key)
+    return index
 
 
 class _Packing(Packing):
     """Images, and how they become shards.
 
     Attributes:
-        source: the name of the source in the index.
-        listing_sha256: over the names, sizes and labels of the source; empty of tars in place.
+        of_index: the fields of the index that the source decides.
+        recipe: how the images are converted.
         remarks: what a person has to know before the dataset is made.
     """
 
@@ -146,22 +224,15 @@ class _Packing(Packing):
     ) -> None:
         """Looks at the source without decoding it; finished shards lie in `folder` on their way to the bucket."""
         self._bucket, self._request, self._folder, self._stop = bucket, request, folder, stop
-        self._shard_images = shard_images
-        self._rejects: list[Reject] = []
+        self._shard_images, self._rejects = shard_images or 0, list[dict[str, str]]()
         self.key, self.title = request.key, f"packing {request.name}"
         self.held_out_key = request.parts()[0].key if request.held_out else ""
-        self.source = self.listing_sha256 = ""
+        self.of_index: dict[str, Any] = {}
         self.remarks: list[str] = []
-        self.classes: tuple[str, ...] = ()
-        self.classes_from: str = ""
-        self.splits: tuple[str, ...] = ()
-        self.unlabelled_images = 0
-        self.skipped: dict[str, int] = {}
         self.recipe = request.recipe()
         with stop.at_once(f"while looking at what becomes {request.name}"):
             found = self._survey()
-        recipe = {**found, **asdict(self.recipe), "codecs": codec_versions()}
-        parameters = recipe | {"size": self.recipe.size.stated}
+        parameters = {**found, **asdict(self.recipe), "codecs": codec_versions(), "size": self.recipe.size.stated}
         self.fingerprint = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()
 
     @abc.abstractmethod
@@ -170,17 +241,11 @@ class _Packing(Packing):
 
     def is_of(self, index: shards.DatasetIndex) -> bool:
         """Returns whether a dataset has the images, labels and pixels of this source, or of a part of it."""
-        how = ("crop", "resize_filter", "channels", "pixel_range")
-        are_equal = all(getattr(self.recipe, option) == getattr(index, option) for option in how)
-        return are_equal and (self.listing_sha256, self.classes) == (index.listing_sha256, index.classes)
+        found = {name: getattr(self.recipe, name) for name in _PIXELS} | self.of_index
+        return all(found[name] == getattr(index, name) for name in (*_PIXELS, "listing_sha256", "classes"))
 
-    def reject(self, *rejects: Reject) -> None:
-        """Counts images that are left out.
-
-        Raises:
-            BadDataError: there are more than `max_bad`.
-        """
-        self._rejects += rejects
+    def _check_rejects(self) -> None:
+        """Raises `BadDataError` if more than `max_bad` images are left out."""
         if len(self._rejects) > self._request.max_bad:
             are_small = any("--min-side" in reject["reason"] for reject in self._rejects)
             remedy = "pass a smaller --size or --min-side" if are_small else "see to them"
@@ -189,10 +254,6 @@ class _Packing(Packing):
                 f"{self._first_rejects()}: {remedy}, or allow more with --max-bad"
             )
 
-    def resume(self, records: Sequence[PieceRecord]) -> None:
-        """Counts the images that earlier attempts left out; see `Packing`."""
-        self.reject(*_rejects_in(records))
-
     def publish(self, dataset: Store, records: Sequence[PieceRecord]) -> None:
         """Creates the index; see `Packing`.
 
@@ -200,12 +261,12 @@ class _Packing(Packing):
             BadDataError: there are no images, or none that can be used.
             ObjectExistsError: something else lies in its place.
         """
-        self._rejects = []
-        self.reject(*_rejects_in(records))
         facts = [record.facts for record in records]
+        self._rejects = [reject for each in facts for reject in each["rejects"]]
+        self._check_rejects()
         made = [shards.Shard.model_validate(each["shard"]) for each in facts if each["shard"]]
         if not made:
-            for entry in dataset.list(PIECES):
+            for entry in dataset.list(RECORDS):
                 dataset.delete(entry.key)
             unusable = BadDataError(f"{self.where}: none of its images can be used: {self._first_rejects()}")
             raise unusable if self._rejects else no_images(self.where)
@@ -213,26 +274,15 @@ class _Packing(Packing):
         made = [shard for shard in made if shard.offsets_name not in unused]
         rejects = "".join(f"{json.dumps(reject)}\n" for reject in self._rejects).encode()
         index = shards.DatasetIndex(
+            **{name: getattr(self.recipe, name) for name in _PIXELS},
+            **self.of_index,
             name=self._request.name,
-            size=self.recipe.size,
-            channels=self.recipe.channels,
-            classes=self.classes,
-            classes_from=self.classes_from,
-            splits=self.splits,
-            crop=self.recipe.crop,
-            resize_filter=self.recipe.resize_filter,
-            pixel_range=self.recipe.pixel_range,
             licence=self._request.licence,
-            source=self.source,
-            source_sha256=hashlib.sha256("".join(each["source_sha256"] for each in facts).encode()).hexdigest(),
-            listing_sha256=self.listing_sha256,
             held_out=self._request.held_out,
             hold_out=self._request.hold_out_share,
             codecs=codec_versions(),
             fingerprint=self.fingerprint,
             rejected_images=len(self._rejects),
-            unlabelled_images=self.unlabelled_images,
-            skipped=self.skipped,
             converted=dict(sorted(sum((Counter(each["converted"]) for each in facts), Counter[str]()).items())),
             rejects_sha256=hashlib.sha256(rejects).hexdigest() if rejects else "",
             shards=shards.Shards.of(made),
@@ -256,39 +306,40 @@ class _Packing(Packing):
         """Returns the offset tables of tars that are left out, since others have labels; none of a copied source."""
         return set()
 
-    def _check(self, sample: Sample) -> _Checked:
-        checked, copies = _Checked(sample), not self._request.tars
-        if copies:
-            checked.sha256 = hashlib.sha256(sample.content).digest()
+    def _check(self, sample: Sample) -> tuple[Sample, bytes, Counter[str], str]:
+        """Returns a sample, what is copied of it, how its pixels changed, and why it is left out, if it is."""
+        converted = Counter[str]()
         try:
-            pixels = prepare(sample.content, self.recipe, checked.converted)
-            if checked.converted["colour"] and not self._request.channels:
+            pixels = prepare(sample.content, self.recipe, converted)
+            if converted["colour"] and not self._request.channels:
                 raise UndecidedImageError(
                     f"is in colour, and the first {FIRST_IMAGES} are grey: add --channels 3, or 1"
                 )
-            checked.png = encode_png(pixels) if copies else b""
+            return sample, b"" if self._request.tars else encode_png(pixels), converted, ""
         except UndecidedImageError as error:
             raise BadDataError(f"{self.where}: {sample.name!r} {error}") from None
         except RejectedImageError as error:
-            checked.reason = str(error)
-        return checked
+            return sample, b"", Counter(), str(error)
 
     def _check_stop(self) -> None:
         self._stop.check(f"while packing {self._request.name}", "the same command goes on behind the last whole shard")
 
-    def _checked(self, samples: Iterable[Sample], facts: dict[str, Any]) -> Iterator[_Checked]:
-        """Decodes samples in threads, in order; adds to `facts` those that are left out, and what was converted."""
+    def _checked(self, samples: Iterable[Sample], facts: dict[str, Any]) -> Iterator[tuple[Sample, bytes | None]]:
+        """Decodes samples in threads, in order, and yields what is copied of them; None of those that are left out.
+
+        Adds these to `facts`, and what was converted.
+        """
         facts |= {"rejects": [], "converted": Counter[str]()}
-        threads = os.cpu_count() or 1
+        window = _IMAGES_PER_THREAD * (threads := os.cpu_count() or 1)
         with ThreadPoolExecutor(threads) as workers:
-            for checked in in_order(workers, self._check, samples, _IMAGES_PER_THREAD * threads, self._check_stop):
-                if checked.reason:
-                    reject = {"name": checked.sample.name, "reason": checked.reason}
-                    facts["rejects"].append(reject)
-                    self.reject(reject)
-                else:
-                    facts["converted"].update(checked.converted)
-                yield checked
+            checks = in_order(workers, self._check, samples, window, self._check_stop)
+            for sample, png, converted, reason in checks:
+                facts["converted"].update(converted)
+                if reason:
+                    facts["rejects"].append({"name": sample.name, "reason": reason})
+                    self._rejects += facts["rejects"][-1:]
+                    self._check_rejects()
+                yield sample, None if reason else png
 
     def _first_rejects(self) -> str:
         more = len(self._rejects) - _NAMED_REJECTS
@@ -302,16 +353,8 @@ class _Copying(_Packing):
     def _survey(self) -> dict[str, Any]:
         request = self._request
         source = chosen_source(request, self._bucket, self._check_stop)
-        self.where, self.source, self._source = source.where, source.name, source
-        self._found = survey(
-            until_stopped(source.images(labelled=True), self._check_stop),
-            self.where,
-            request.classes,
-            names=source.classes,
-            skipped=source.skipped,
-            unchosen=source.choices,
-            drops=request.unlabelled == "drop",
-        )
+        self.where, self._source = source.where, source
+        self._found = survey(source, request.classes, request.unlabelled == "drop", self._check_stop)
         table = source.table
         if (request.labels or table) and request.classes is not False and self._found.classes_from != "labels":
             others = f"; there are {some_of(source.choices)}" if source.choices else ""
@@ -324,18 +367,24 @@ class _Copying(_Packing):
             part = "no image" if request.is_held_out else "all images"
             raise BadRequestError(f"--hold-out {share:.1%} of {self._found.images:,} images holds {part} out")
         self.remarks = [*filter(None, (source.note, *self._found.notes))]
-        self.skipped = dict(sorted(source.skipped.items()))
+        skipped = dict(sorted(source.skipped.items()))
         self.recipe = request.recipe(content for _, content in source.loaded(islice(source.images(), FIRST_IMAGES)))
-        self.classes, self.listing_sha256 = self._found.classes, self._found.sha256
-        self.classes_from, self.splits = self._found.classes_from, self._found.splits
-        self.unlabelled_images = self._found.unlabelled_images
-        self._images, self._members, self._next = images, self._chosen(), 0
+        self.of_index = {
+            "source": source.name,
+            "listing_sha256": self._found.sha256,
+            "classes": self._found.classes,
+            "classes_from": self._found.classes_from,
+            "splits": self._found.splits,
+            "unlabelled_images": self._found.unlabelled_images,
+            "skipped": skipped,
+        }
+        self._members, self._next = self._chosen(), 0
         shape_bytes = math.prod(self.recipe.size.shape) * self.recipe.channels
         self._shard_images = self._shard_images or max(1, shards.SHARD_PIXEL_BYTES // shape_bytes)
-        self.sizes = [len(self._numbers(number)) for number in range(-(-images // self._shard_images))]
+        self.sizes = [min(self._shard_images, images - first) for first in range(0, images, self._shard_images)]
         return {
             "shard_images": self._shard_images,
-            "classes": self.classes,
+            "classes": self._found.classes,
             "classes_from": self._found.classes_from,
             "part": (share, request.is_held_out),
             "images": self._found.sha256,
@@ -348,31 +397,22 @@ class _Copying(_Packing):
             if label is not None and self._request.takes(member.name):
                 yield member, label
 
-    def _numbers(self, number: int) -> range:
-        """Returns which images of the source a piece has."""
-        assert self._shard_images is not None
-        first = number * self._shard_images
-        return range(first, min(first + self._shard_images, self._images))
-
     def made(self, number: int, advance: Advance) -> Made:
         """Writes a shard; see `_Packing`."""
-        numbers, sha256 = self._numbers(number), hashlib.sha256()
+        first = number * self._shard_images
+        numbers = range(first, first + int(self.sizes[number]))
         facts: dict[str, Any] = {"shard": None}
         read = 0
         writer: shards.ShardWriter | None = None
-        for image, checked in zip(numbers, self._checked(self._samples(numbers), facts), strict=False):
-            name = checked.sample.name.encode()
-            # The length keeps names and contents apart, whatever they are.
-            sha256.update(b"%d:%b%b" % (len(name), name, checked.sha256))
-            if not checked.reason:
+        for image, (sample, png) in zip(numbers, self._checked(self._samples(numbers), facts), strict=False):
+            if png is not None:
                 with os_errors(self._folder):
                     writer = writer or shards.ShardWriter(self._folder / shards.shard_name(number))
-                    writer.add(f"{image:09d}", checked.png, checked.sample.label)
+                    writer.add(f"{image:09d}", png, sample.label)
             read += 1
             advance(1)
         if read < len(numbers):
             raise BadDataError(f"{self.where} has changed while it was packed: type this command again")
-        facts["source_sha256"] = sha256.hexdigest()
         if writer is None:
             return Made({}, facts)
         with os_errors(self._folder):
@@ -385,15 +425,10 @@ class _Copying(_Packing):
             self._members, self._next = self._chosen(), 0
         chosen = islice(self._members, numbers.start - self._next, numbers.stop - self._next)
         self._next = numbers.stop
-        labels = deque[int]()
-
-        def images() -> Iterator[Member]:
-            for member, label in chosen:
-                labels.append(label)
-                yield member
-
-        for name, content in self._source.loaded(images()):
-            yield Sample(name, content, labels.popleft())
+        members, labelled = tee(chosen)
+        loaded = self._source.loaded(member for member, _ in members)
+        for (name, content), (_, label) in zip(loaded, labelled, strict=False):
+            yield Sample(name, content, label)
 
 
 class _InPlace(_Packing):
@@ -405,11 +440,12 @@ class _InPlace(_Packing):
         self._tars = find_tars(self._request.tars, self._bucket.retry.elsewhere())
         self.sizes = [tar.bytes / 1e6 for tar in self._tars]
         first, others = self._tars[0].uri, len(self._tars) - 1
-        self.where = self.source = f"{first} and {others} more" if others else first
+        self.where = f"{first} and {others} more" if others else first
+        self.of_index = {"source": self.where}
         splits = {split_in(tar.key.split("/")) for tar in self._tars} - {""}
         if len(splits) > 1:
-            self.splits = tuple(sorted(splits))
-            said = f"tars of {some_of(self.splits)} are indexed together, as one dataset; name those of one to index it"
+            self.of_index["splits"] = tuple(sorted(splits))
+            said = f"tars of {some_of(sorted(splits))} are indexed together; name those of one to index it"
             self.remarks = [f"{self.where}: {said}"]
         file, key = split_labels(self._request.labels)
         self._label_key = None if self._request.classes is False else key
@@ -423,11 +459,10 @@ class _InPlace(_Packing):
     def made(self, number: int, advance: Advance) -> Made:
         """Hashes a tar and lists its images; see `_Packing`."""
         tar, digests = self._tars[number], shards.Digests()
-        facts: dict[str, Any] = {"source_sha256": "", "shard": None, "highest_label": -1}
+        facts: dict[str, Any] = {"shard": None, "highest_label": -1}
         records, unlabelled, read_bytes = list[shards.Record](), list[str](), 0
-        for checked in self._checked(tar.samples(digests, self._label_key), facts):
-            sample = checked.sample
-            if not checked.reason:
+        for sample, png in self._checked(tar.samples(digests, self._label_key), facts):
+            if png is not None:
                 if sample.label < 0:
                     unlabelled.append(sample.name)
                 records.append((sample.offset, len(sample.content), sample.label, shards.image_hash(sample.content)))
@@ -441,8 +476,8 @@ class _InPlace(_Packing):
         if not records:
             return Made({}, facts)
         shard, offsets = digests.shard(shards.shard_name(number), records, tar.uri)
-        facts |= {"shard": shard.model_dump(), "source_sha256": shard.sha256}
-        return Made({shard.offsets_name: offsets}, facts | {"highest_label": max(label for _, _, label, _ in records)})
+        facts |= {"shard": shard.model_dump(), "highest_label": max(label for _, _, label, _ in records)}
+        return Made({shard.offsets_name: offsets}, facts)
 
     def _decide_classes(self, facts: list[dict[str, Any]]) -> set[str]:
         """Finds the classes, and checks what only all tars together tell; see `_Packing`."""
@@ -458,10 +493,11 @@ class _InPlace(_Packing):
             )
         if highest_label < 0:
             return set()
-        self.classes, self.classes_from = tuple(map(str, range(highest_label + 1))), "labels"
-        self.unlabelled_images = sum(each["unlabelled"][0] for each in facts)
+        unlabelled_images = sum(each["unlabelled"][0] for each in facts)
+        self.of_index |= {"classes": tuple(map(str, range(highest_label + 1))), "classes_from": "labels"}
+        self.of_index["unlabelled_images"] = unlabelled_images
         unused = [each for each in facts if each["shard"] and each["highest_label"] < 0]
         if unused and self._request.unlabelled != "drop":
             _, *examples = unused[0]["unlabelled"]
-            raise lacking_labels(self.where, self.unlabelled_images, images, examples)
+            raise lacking_labels(self.where, unlabelled_images, images, examples)
         return {shards.Shard.model_validate(each["shard"]).offsets_name for each in unused}

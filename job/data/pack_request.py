@@ -111,8 +111,6 @@ class PackRequest(JobOptions):
             raise BadRequestError(f"{EMBEDDED!r} has its own images: give yours another name (make: DATASET=NAME)")
         if self.split not in ("", ALL, *SPLITS):
             raise BadRequestError(f"--split {self.split!r}: it is one of {', '.join(sorted((ALL, *SPLITS)))}")
-        if self.unlabelled not in UNLABELLED:
-            raise BadRequestError(f"--unlabelled {self.unlabelled!r}: it is one of {', '.join(UNLABELLED)}")
         if self.replaces and self.slice:
             raise BadRequestError("--replace and --slice: delete the dataset first, by `ddpm data delete`")
         if self.labels and self.classes is False:
@@ -253,11 +251,9 @@ class EncodeRequest(JobOptions):
         """Returns the request with the name of its dataset of latents filled in.
 
         Raises:
-            BadRequestError: an invalid name or slice.
+            BadRequestError: an invalid name.
         """
         from job.data.shards import validated_dataset_name
-        from job.pieces import Slice
 
-        Slice.parse(self.slice)
         validated_dataset_name(self.name)
         return replace(self, to=validated_dataset_name(self.to or f"{self.name}-latents"))

@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ddpm import figures
-from job.data.cache import ImageCache
-from job.data.order import Int64s
-from job.data.shard_source import ShardSource
+from job.data.reading.cache import ImageCache
+from job.data.reading.stream import Int64s
 from job.data.shards import DatasetIndex
 from job.progress import printable
 from job.stop import NEVER, Stop
@@ -26,7 +25,6 @@ COLUMNS, CLASSES, IMAGES = 8, 12, 32
 _SEED = 0
 _SHARDS = 64
 """Shards whose tables are read; of a dataset with no more, all labels are known."""
-_THREADS = 8
 _LONGEST_NAME = 200
 
 
@@ -44,13 +42,13 @@ def preview_png(bucket: Store, key: str, index: DatasetIndex, folder: Path, stop
         BadDataError: an offset table or an image in the bucket is damaged.
         StoppedError: this process has to stop.
     """
-    source, rng = ShardSource(bucket, key, index, folder, stop), np.random.default_rng(_SEED)
+    rng = np.random.default_rng(_SEED)
     # A hostile index has line breaks, which cannot be drawn, and names whose width takes minutes to measure.
     names = [printable(name[:_LONGEST_NAME]) for name in index.classes[:CLASSES]]
-    groups = _by_class(source, rng, len(names))
-    if not any(map(len, groups)):
-        names, groups = [], [np.sort(rng.choice(index.images, min(IMAGES, index.images), replace=False))]
-    with closing(ImageCache(source, _THREADS, with_pillow=True)) as reader:
+    with closing(ImageCache(bucket, key, index, folder, stop, with_pillow=True)) as reader:
+        groups = _by_class(reader, rng, len(names))
+        if not any(map(len, groups)):
+            names, groups = [], [np.sort(rng.choice(index.images, min(IMAGES, index.images), replace=False))]
         images = reader.read(np.concatenate(groups))
     labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     hidden, title = len(index.classes) - len(names), f"{index.name}-{index.size}"
@@ -58,7 +56,7 @@ def preview_png(bucket: Store, key: str, index: DatasetIndex, folder: Path, stop
     return figures.png(figures.contact_sheet(images, labels.tolist() if names else None, names, COLUMNS, title))
 
 
-def _by_class(source: ShardSource, rng: np.random.Generator, classes: int) -> list[Int64s]:
+def _by_class(source: ImageCache, rng: np.random.Generator, classes: int) -> list[Int64s]:
     """Returns random images of each of the first classes, as indices; fewer of a class that is rare in large data."""
     starts, shards = source.starts, range(len(source.index.shards))
 

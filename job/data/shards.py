@@ -33,9 +33,9 @@ from pydantic import AfterValidator, Field, model_validator
 
 from ddpm.image_size import TEXT, ImageSize
 from job.config import Size
+from job.coordination.sealed import SHA256_PATTERN, RecordPart, Sealed
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import some_of
-from job.sealed import SHA256_PATTERN, RecordPart, Sealed
 from job.store import READ_BYTES, ObjectMissingError, Store
 
 DATASETS = "datasets"
@@ -248,8 +248,7 @@ class DatasetIndex(Sealed):
     name: str
     size: Size = Field(description="in pixels, or of latents")
     channels: int = Field(ge=1, le=256, description="that a network sees")
-    dtype: Literal["uint8", "float16"] = Field(default="uint8", description="pixels; latents: mean, log-variance")
-    encoding: Encoding | None = None
+    encoding: Encoding | None = Field(default=None, description="of latents: mean and log-variance as float16")
     classes: tuple[str, ...] = ()
     classes_from: Literal["", "labels", "folders"] = Field(default="", description="what named the classes")
     splits: tuple[str, ...] = Field(default=(), description="of the source, if several became this dataset")
@@ -258,7 +257,6 @@ class DatasetIndex(Sealed):
     pixel_range: str = Field(default="", description="LOW,HIGH: what integers of more than 8 bits became 0 and 255")
     licence: str = ""
     source: str = Field(description="base name of what was packed")
-    source_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="over the names and contents of all entries read")
     listing_sha256: str = Field(default="", description="over names, sizes and labels of the source, of copied images")
     held_out: str = Field(default="", description="name of the dataset of the images that were held out")
     hold_out: float = Field(default=0.0, ge=0, le=1, description="the share of the source that was held out")
@@ -307,8 +305,8 @@ class DatasetIndex(Sealed):
 
     @model_validator(mode="after")
     def _is_of_one_kind(self) -> DatasetIndex:
-        if (self.dtype == "float16") != (self.encoding is not None) or (not self.encoding and self.channels > 3):
-            raise ValueError("latents are float16, and images uint8 of 1 to 3 channels")
+        if not self.encoding and self.channels > 3:
+            raise ValueError("images have 1 to 3 channels")
         if self.encoding and {len(self.encoding.mean), len(self.encoding.std)} != {self.channels}:
             raise ValueError("latents have a mean and a deviation for each channel")
         return self
@@ -316,7 +314,7 @@ class DatasetIndex(Sealed):
     @property
     def dataset_id(self) -> str:
         """Returns a SHA-256 over everything that a reader sees: equal ids mean equal images in equal order."""
-        content = self.model_dump(include={"format", "size", "channels", "dtype", "classes", "shards"})
+        content = self.model_dump(include={"format", "size", "channels", "classes", "shards"})
         if self.encoding:
             content |= {"encoding": self.encoding.model_dump(exclude={"source"})}
         del content["shards"]["uris"]

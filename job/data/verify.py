@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from job.coordination.pieces import CLAIMS, RECORDS
 from job.data import shards
-from job.data.ahead import in_order
-from job.data.cache import ImageCache
-from job.data.shard_source import ShardSource
+from job.data.reading import in_order
+from job.data.reading.cache import ImageCache, Progress
 from job.data.shards import DatasetIndex, Record, load_index
 from job.exits import BadDataError
-from job.pieces import CLAIMS, RECORDS
 from job.store import ObjectMissingError, Store
 from job.store.files import scratch_folder
 
 _IMAGES_AHEAD = 256
 
 
-def verify_dataset(
-    bucket: Store, key: str, progress: Callable[[int, int], None] = lambda done, total: None
-) -> list[str]:
+def verify_dataset(bucket: Store, key: str, progress: Progress = lambda done, total: None) -> list[str]:
     """Checks every image of the dataset at `key` (`datasets/NAME-SIZE`), with one shard on the local disk at a time.
 
     Args:
@@ -52,24 +48,49 @@ def verify_dataset(
         with _noting(problems, dataset.uri_of(name)), dataset.open(name) as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:  # type: ignore[arg-type]
                 problems.append(f"{dataset.uri_of(name)} differs from the index: restore it, or make the dataset again")
-    with scratch_folder("verify") as folder, ThreadPoolExecutor(os.cpu_count()) as workers:
-        source = ShardSource(bucket, key, index, folder)
-        reader = ImageCache(source)
-        for number, shard in enumerate(index.shards):
-            images: list[tuple[int, Record]] = []
-            with _noting(problems, dataset.uri_of(shard.offsets_name)):
-                images += enumerate(source.read_table(number).tolist())
-            with _noting(problems, uri := source.uri(number)):
-                is_whole, opener = _compared(source, number, folder / shard.name)
-                check, damaged = partial(_problem, reader, number, opener), list[str]()
-                for (row, _), found in zip(images, in_order(workers, check, images, _IMAGES_AHEAD), strict=True):
-                    damaged += filter(None, [found])
-                    progress(int(source.starts[number]) + row + 1, index.images)
-                between = f"{uri} differs from the index{', but all its images are intact' if images else ''}"
-                # Of a truncated shard that is every image behind its end.
-                problems += damaged if is_whole else damaged[:1] or [f"{between}: {source.remedy}"]
-            (folder / shard.name).unlink(missing_ok=True)
-        reader.close()
+    with (
+        scratch_folder("verify") as folder,
+        ThreadPoolExecutor(os.cpu_count()) as workers,
+        closing(ImageCache(bucket, key, index, folder)) as reader,
+    ):
+        for shard in range(len(index.shards)):
+            problems += _in_shard(shard, reader, dataset, folder / "shard", workers, progress)
+    return problems
+
+
+def _in_shard(
+    shard: int, reader: ImageCache, dataset: Store, path: Path, workers: ThreadPoolExecutor, progress: Progress
+) -> list[str]:
+    """Returns the problems of a shard and its table; a tar elsewhere is copied to a path."""
+    packed, (store, key) = reader.index.shards[shard], reader.place(shard)
+    problems, records = list[str](), list[Record]()
+    with _noting(problems, dataset.uri_of(packed.offsets_name)):
+        records += reader.read_table(shard).tolist()
+
+    def opened() -> BinaryIO:
+        return store.open(key) if reader.is_local else path.open("rb")
+
+    def problem(row: int) -> str:
+        try:
+            with opened() as file:
+                reader.read_image(shard, row, records[row], file)
+        except BadDataError as error:
+            return str(error)
+        return ""
+
+    with _noting(problems, uri := store.uri_of(key)):
+        if not reader.is_local:
+            store.download(key, path)
+        with opened() as file:
+            is_whole = hashlib.file_digest(file, "sha256").hexdigest() == packed.sha256  # type: ignore[arg-type]
+        damaged = list[str]()
+        for row, found in enumerate(in_order(workers, problem, range(len(records)), _IMAGES_AHEAD)):
+            damaged += filter(None, [found])
+            progress(int(reader.starts[shard]) + row + 1, reader.index.images)
+        between = f"{uri} differs from the index{', but all its images are intact' if records else ''}"
+        # Of a truncated shard that is every image behind its end.
+        problems += damaged if is_whole else damaged[:1] or [f"{between}: {reader.remedy}"]
+    path.unlink(missing_ok=True)
     return problems
 
 
@@ -81,28 +102,6 @@ def _noting(problems: list[str], uri: str) -> Iterator[None]:
         problems.append(f"{uri} is missing")
     except BadDataError as error:
         problems.append(str(error))
-
-
-def _compared(source: ShardSource, shard: int, path: Path) -> tuple[bool, Callable[[], BinaryIO]]:
-    """Returns whether a shard has the hash of the index, and opens it; one elsewhere is copied to a path."""
-    store, key = source.place(shard)
-    opener: Callable[[], BinaryIO] = partial(store.open, key)
-    if source.is_local:
-        with opener() as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-    else:
-        sha256, opener = store.download(key, path), lambda: path.open("rb")
-    return sha256 == source.index.shards[shard].sha256, opener
-
-
-def _problem(reader: ImageCache, shard: int, opener: Callable[[], BinaryIO], image: tuple[int, Record]) -> str:
-    """Returns what is wrong with an image; empty if it is intact."""
-    try:
-        with opener() as file:
-            reader.read_image(shard, *image, file)
-    except BadDataError as error:
-        return str(error)
-    return ""
 
 
 def _others(dataset: Store, index: DatasetIndex, hashes: Iterable[str]) -> list[str]:

@@ -24,8 +24,10 @@ from ddpm.generation import Sampling
 from ddpm.objective import Condition, Drawn, Objective, spread_over_steps
 from ddpm.state import LossLog, loss_row
 from job.config import method
-from job.data.cache import ImageCache
-from job.data.order import Order
+from job.coordination.pieces import IF_NONE_RUNS, WHOLE, Advance, Made, Slice
+from job.coordination.sealed import code_version, utc_now
+from job.data.reading.cache import ImageCache
+from job.data.reading.stream import Order
 from job.data.shards import dataset_key, load_index
 from job.evaluation.evaluation_plan import (
     CPU_COUNT,
@@ -38,15 +40,13 @@ from job.evaluation.evaluation_plan import (
     reference_of,
 )
 from job.exits import BadDataError
-from job.pieces import IF_NONE_RUNS, WHOLE, Advance, Made, Slice
 from job.plan import Plan, RunHandle
 from job.processes.ranks import Ranks, meet
 from job.progress import Progress, note
 from job.runs.layout import ObjectKind
 from job.runs.metric_rows import Row
-from job.runs.samples import Reference, Scores, score_name
+from job.runs.samples import Reference, Scores, score_name, score_words
 from job.sampling.painter import Painter, prepared
-from job.sealed import code_version, utc_now
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError
 
@@ -86,11 +86,11 @@ def _is_scored(plan: EvaluatePlan, todo: list[Evaluation], painter: Painter, sam
     look = partial(real_features, of_run, plan.reference, extract, ranks, stop, painter.check_stopped, share)
     real = look()
     for one in todo:
-        painter.load(of_run.run, one.sample_set.ref, of_run.sample.weights)
+        painter.load(of_run.run, one.sample_set.ref, of_run.config.sample.weights)
 
         def sampled(piece: int, advance: Advance, one: Evaluation = one) -> Iterator[np.ndarray]:
             seeds = one.sample_set.config.seeds(piece)
-            return painter.sample_batches(seeds, sampling, of_run.sample.batch_size, advance)
+            return painter.sample_batches(seeds, sampling, of_run.config.sample.batch_size, advance)
 
         _make_features(one.features, sampled, extract, one.sample_set.name, ranks, stop)
     both = [reference_features(of_run, plan.reference), *(one.features for one in todo)]
@@ -101,7 +101,7 @@ def _is_scored(plan: EvaluatePlan, todo: list[Evaluation], painter: Painter, sam
     # Other machines may have made the last of them meanwhile.
     real = look() if real is None else real
     for one in todo:
-        painter.load(of_run.run, one.sample_set.ref, of_run.sample.weights)
+        painter.load(of_run.run, one.sample_set.ref, of_run.config.sample.weights)
         ranks.on_main(partial(_publish, one, real or {}, _bits_per_dim(plan, painter), stop))
     return True
 
@@ -128,13 +128,13 @@ def real_features(
         with suppress(BadDataError):
             return ranks.only_on_main(features.load) or {}
     chosen = Order((reference.of_images,), seed=0).indices(np.arange(reference.images))
-    images = of_run.opened_images(stop, index=of_run.pictures())
+    of_pieces = np.split(chosen, np.cumsum(features.sizes, dtype=int)[:-1])
+    images = of_run.opened_images(of_run.pictures(), stop)
 
     def read(piece: int, advance: Advance) -> Iterator[np.ndarray]:
-        numbers = features.numbers[piece]
-        for start in range(0, len(numbers), REAL_BATCH_IMAGES):
+        for start in range(0, len(of_pieces[piece]), REAL_BATCH_IMAGES):
             check()
-            some = chosen[numbers[start : start + REAL_BATCH_IMAGES]]
+            some = of_pieces[piece][start : start + REAL_BATCH_IMAGES]
             yield images.read(some)
             advance(len(some))
 
@@ -174,13 +174,13 @@ def _bits_per_dim(plan: EvaluatePlan, painter: Painter) -> tuple[float | None, i
         return None, 0
     if index.held_out:
         index = load_index(plan.sampling.bucket, dataset_key(index.held_out, index.size))
-    images = plan.sampling.opened_images(painter.stop, index=index)
+    images = plan.sampling.opened_images(index, painter.stop)
     row = validation_row(
         painter,
         images,
-        method.objective_of(config.model_copy(update={"sample": plan.sampling.sample})),
+        method.objective_of(config),
         count=config.log.validate_images,
-        batch_size=plan.sampling.sample.batch_size,
+        batch_size=config.sample.batch_size,
     )
     return row["val_bits_per_dim"], min(config.log.validate_images, index.images)
 
@@ -249,7 +249,7 @@ def tables(plan: EvaluatePlan) -> Iterator[str]:
         config, extractor = first.sample_set, plan.located.extractor
         against = "{:,} real images against {:,}".format(*first.floor_images)
         seeds = f"seeds from {' and '.join(f'{one.sample_set.first_seed:,}' for one in found)}"
-        what = f"{sampling.run.uri.rpartition('/')[2]}, {sampling.label(ref)}"
+        what = f"{sampling.run.uri.rpartition('/')[2]}, {sampling.label(ref.images_seen)}"
         lines = [
             f"{what}: {config.count:,} images, {sampling.how()}, weights {config.weights}, {seeds}",
             f"against {first.reference}, seen by {extractor.title}, {extractor.how}",
@@ -305,12 +305,8 @@ class Evaluator:
 
         def score() -> Row:
             values, floor, counts = scored(chosen.metrics, samples, self._real, painter.stop, "scoring")
-            shown = [
-                f"{name_of(name)} {value:.4g} (real images {floor[name]:.4g})"
-                for name, value in values.items()
-                if not name.endswith("_std")
-            ]
-            note(f"{chosen.images:,} images: {', '.join(shown)}; real ones are {counts[0]:,} against {counts[1]:,}")
+            shown = score_words(values, floor, chosen.extractor)
+            note(f"{chosen.images:,} images: {shown}; real ones are {counts[0]:,} against {counts[1]:,}")
             own = {name_of(name): value for name, value in values.items()}
             return own | {f"real {name_of(name)}": value for name, value in floor.items()}
 

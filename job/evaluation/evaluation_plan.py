@@ -10,7 +10,6 @@ BUCKET/datasets/NAME-SIZE/references/…/piece-00012.safetensors   those of real
 from __future__ import annotations
 
 import hashlib
-import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,12 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm.catalogue import EXTRACTORS, Extractor
-from job.data.cache import default_cache_dir
+from job.coordination.pieces import TRANSFERS, WHOLE, Made, PieceRecord, Pieces, Slice
+from job.data.reading import default_cache_dir
 from job.data.shards import REFERENCES, DatasetIndex, dataset_key
 from job.exits import BadDataError, BadRequestError, MissingInputError, how_to_install
-from job.pieces import TRANSFERS, WHOLE, Made, PieceRecord, Pieces, Slice
 from job.plan import Plan, RunHandle
 from job.requests import EvaluateRequest
+from job.runs.checkpoints import sha256_of
 from job.runs.layout import ObjectKind
 from job.runs.samples import Reference, Scores
 from job.sampling.sampling_plan import SamplePlan, plan_sampling
@@ -54,23 +54,6 @@ Named = dict[str, "Tensor"]
 
 class FeaturePieces(Pieces):
     """The features of a set of images in pieces, one safetensors object each."""
-
-    def __init__(
-        self, store: Store, fingerprint: str, count: int, piece_images: int, share: Slice = WHOLE, result: str = ""
-    ) -> None:
-        """Prepares the work without any request; see `Pieces`.
-
-        Args:
-            store: the folder.
-            fingerprint: the SHA-256 of everything that decides the features.
-            count: the number of images.
-            piece_images: the number of images in a piece.
-            share: the pieces that this machine makes first.
-            result: the key of the scores after which the features are deleted; empty if they stay.
-        """
-        self.numbers = [range(first, min(first + piece_images, count)) for first in range(0, count, piece_images)]
-        """The images of each piece."""
-        super().__init__(store, fingerprint, [len(each) for each in self.numbers], share=share, result=result)
 
     def made(self, piece: int, named: Named) -> Made:
         """Returns the file of a piece."""
@@ -135,7 +118,7 @@ class LocatedExtractor:
                 folder, _, name = self.uri.rpartition("/")
                 open_store(folder).download(name, path)
         with os_errors(path), path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            sha256 = sha256_of(file)
         if sha256 != self.extractor.sha256:
             if is_remote(self.uri):
                 path.unlink()
@@ -197,20 +180,20 @@ class Evaluation:
     @property
     def fingerprint(self) -> str:
         """The SHA-256 of everything that decides the scores."""
-        config = self.sample_set.config.model_dump(mode="json", exclude={"save"})
-        return _hash_of({"sample_set": config, "reference": self.plan.reference.model_dump()})
+        both = self.sample_set.config.fingerprint + self.plan.reference.fingerprint
+        return hashlib.sha256(both.encode()).hexdigest()
 
     @property
     def name(self) -> str:
         """The name of its folder."""
-        return f"{self.sample_set.name}-{self.plan.reference.extractor}-{self.fingerprint[:8]}"
+        reference = self.plan.reference
+        return f"{self.sample_set.name}-{reference.extractor}-{reference.fingerprint[:8]}"
 
     @property
     def features(self) -> FeaturePieces:
         """The features of the images."""
         own, (folder, _, scores) = self.sample_set, self._key.rpartition("/")
-        count, size = own.config.count, own.config.piece_images
-        return FeaturePieces(own.run.sub(folder), self.fingerprint, count, size, own.share, result=scores)
+        return FeaturePieces(own.run.sub(folder), self.fingerprint, own.pieces.sizes, share=own.share, result=scores)
 
     @property
     def _key(self) -> str:
@@ -222,12 +205,7 @@ class Evaluation:
         Raises:
             BadDataError: the record is corrupt.
         """
-        try:
-            return Scores.load(self.sample_set.run, self._key)
-        except ObjectMissingError:
-            return None
-        except BadDataError as error:
-            raise BadDataError(f"{error}; delete it, and the same command makes it again") from None
+        return Scores.load_made(self.sample_set.run, self._key)
 
 
 def plan_evaluation(request: EvaluateRequest, stop: Stop = NEVER) -> EvaluatePlan:
@@ -307,14 +285,11 @@ def reference_of(index: DatasetIndex, extractor: Extractor, images: int) -> Refe
 
 def reference_features(of_run: RunHandle, reference: Reference, share: Slice = WHOLE) -> FeaturePieces:
     """Returns the features of the real images, which all runs on this dataset share."""
-    fingerprint = _hash_of(reference.model_dump())
-    name = f"{REFERENCES}/{reference.extractor}-{reference.images}-{fingerprint[:12]}"
+    name = f"{REFERENCES}/{reference.extractor}-{reference.images}-{reference.fingerprint[:12]}"
     store = of_run.bucket.sub(f"{dataset_key(reference.dataset, reference.size)}/{name}")
-    return FeaturePieces(store, fingerprint, reference.images, piece_images(reference.images), share)
-
-
-def _hash_of(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    count, size = reference.images, piece_images(reference.images)
+    sizes = [min(size, count - first) for first in range(0, count, size)]
+    return FeaturePieces(store, reference.fingerprint, sizes, share=share)
 
 
 def locate_extractor(name: str, bucket: Store, file: str = "") -> LocatedExtractor:
@@ -326,21 +301,20 @@ def locate_extractor(name: str, bucket: Store, file: str = "") -> LocatedExtract
         file: a path or a URI of the file instead.
 
     Raises:
-        BadRequestError: the network is unknown.
         MissingInputError: the file is nowhere; the message says how to get it.
     """
-    if name not in EXTRACTORS:
-        raise BadRequestError(f"--extractor {name!r}: there are {', '.join(EXTRACTORS)}")
     extractor = EXTRACTORS[name]
+    store, key = bucket, f"{FOLDER}/{extractor.file}"
     if file:
-        folder, _, last = (file if is_remote(file) else str(Path(file).expanduser().absolute())).rpartition("/")
+        folder, _, key = (file if is_remote(file) else str(Path(file).expanduser().absolute())).rpartition("/")
         store = open_store(folder or "/")
-        if not store.exists(last):
-            raise MissingInputError(f"--extractor-file {file}: no such file")
-        return _found(extractor, store, last)
-    key = f"{FOLDER}/{extractor.file}"
-    if bucket.exists(key):
-        return _found(extractor, bucket, key)
+    if store.exists(key):
+        if not extractor.sha256:
+            with store.open(key) as content:
+                extractor = replace(extractor, sha256=sha256_of(content))
+        return LocatedExtractor(extractor, store.uri_of(key))
+    if file:
+        raise MissingInputError(f"--extractor-file {file}: no such file")
     with suppress(PackageNotFoundError):
         path = Path(str(distribution(extractor.package.partition("==")[0] or "-").locate_file(extractor.path)))
         if path.exists():
@@ -350,10 +324,3 @@ def locate_extractor(name: str, bucket: Store, file: str = "") -> LocatedExtract
         f"the weights of {extractor.title} are not here: {brings}put the file {extractor.file} at "
         f"{bucket.uri_of(key)}, or name it with --extractor-file"
     )
-
-
-def _found(extractor: Extractor, store: Store, key: str) -> LocatedExtractor:
-    if not extractor.sha256:
-        with store.open(key) as file:
-            extractor = replace(extractor, sha256=hashlib.file_digest(file, "sha256").hexdigest())  # type: ignore[arg-type]
-    return LocatedExtractor(extractor, store.uri_of(key))

@@ -7,6 +7,9 @@ from typing import Annotated, Any
 from job.exits import BadRequestError
 from job.options import BucketUri, Option, RunOption, Size, option
 
+_REPOSITORY = re.compile(r"(?!.*(?:--|\.\.|\.git$))\w[\w.-]*/\w[\w.-]*", re.ASCII)
+"""The names of the hub's repositories; huggingface_hub.utils.validate_repo_id."""
+
 
 @dataclass(frozen=True)
 class ImportRequest:
@@ -89,9 +92,12 @@ class ExportRequest:
         """Checks what can be checked without the bucket.
 
         Raises:
-            BadRequestError: both or none of `to` and `push`, or the checkpoint is neither an epoch nor `latest`.
+            BadRequestError: both or none of `to` and `push`, the repository has no valid name, or the checkpoint is
+                neither an epoch nor `latest`.
         """
         if bool(self.to) == bool(self.push):
             raise BadRequestError("give either --to FOLDER or --push ORG/NAME")
+        if self.push and not _REPOSITORY.fullmatch(self.push):
+            raise BadRequestError(f"--push {self.push!r}: use ORG/NAME, such as my-name/celeba")
         if not re.fullmatch("[0-9]{1,9}", self.checkpoint) and self.checkpoint != "latest":
             raise BadRequestError(f"--checkpoint {self.checkpoint!r}: use an epoch such as 80, or latest")

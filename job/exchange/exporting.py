@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from concurrent.futures import wait
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
 
+from job.coordination.sealed import code_version
 from job.exchange.exchange_requests import ExportRequest
 from job.exits import (
     BadDataError,
@@ -26,35 +25,22 @@ from job.exits import (
     how_to_install,
 )
 from job.plan import RunHandle, open_run
-from job.progress import Progress, note, printable, shows_bars
-from job.runs import pipeline
-from job.runs.checkpoints import check_average, choose, opened
+from job.progress import Progress, note, printable
+from job.runs import checkpoints
+from job.runs.checkpoints import opened
 from job.runs.layout import RUNS, CheckpointRef, ObjectKind, located, places_in
 from job.runs.retention import reading_chosen
-from job.runs.samples import Scores, grid_key, label_at, score_name
-from job.sealed import code_version
+from job.runs.samples import Scores, grid_key, score_words
 from job.stop import Stop
-from job.store import ObjectExistsError, ObjectMissingError, Store, fsspec_configured, open_store
-from job.store.calls import in_thread
+from job.store import ObjectExistsError, ObjectMissingError, Retry, Store, open_store
+from job.store.retry import answer, in_thread
 
 CARD, PICTURE = "README.md", "grid.png"
-_LOOK_SECONDS = 0.2
 _SIGN_IN = "sign in with `hf auth login`, or set HF_TOKEN, with a token that may write"
 
 
-@dataclass(frozen=True)
-class Export:
-    """The objects of an export, by key.
-
-    Attributes:
-        files: the weights.
-        small: all others; `model_index.json`, which makes them a pipeline, comes last.
-        words: the checkpoint, the weights and their size, for people.
-    """
-
-    files: dict[str, Path]
-    small: dict[str, bytes]
-    words: str
+Objects = dict[str, Path | bytes]
+"""The files and contents of an export, by key; `model_index.json`, which makes them a pipeline, comes last."""
 
 
 def export_run(request: ExportRequest) -> None:
@@ -71,47 +57,47 @@ def export_run(request: ExportRequest) -> None:
     hub = Hub(request.push) if request.push else None
     stop = Stop().install()
     of_run = open_run(request.bucket, request.run, stop)
-    described = pipeline.described(of_run.config, of_run.classes, has_code=True)
+    described = checkpoints.described(of_run.config, of_run.classes, has_code=True)
     if not described.objects:
         raise BadRequestError(f"run {request.run!r} cannot be exported to diffusers: {described.lacking}")
     target = open_target(request.to, of_run) if request.to else None
-    with _opened_export(of_run, request, described) as export:
+    with _opened_export(of_run, request, described) as (objects, words):
         if target:
-            uri = write_folder(target, request.to, request.run, export, stop)
+            uri = write_folder(target, request.to, request.run, objects, stop)
         else:
             assert hub is not None
-            uri = hub.push({**export.files, **export.small}, f"{request.run}, {export.words}", stop)
-    print(f"{uri}  ({export.words})")
+            uri = hub.push(objects, f"{request.run}, {words}", of_run.bucket.retry)
+    print(f"{uri}  ({words})")
     if described.lacking:
         note(f"without model_index.json: {described.lacking}; see {CARD}")
 
 
 @contextmanager
-def _opened_export(of_run: RunHandle, request: ExportRequest, described: pipeline.Described) -> Iterator[Export]:
-    """Yields the objects of an export; its files are deleted when the context ends."""
+def _opened_export(
+    of_run: RunHandle, request: ExportRequest, described: checkpoints.Described
+) -> Iterator[tuple[Objects, str]]:
+    """Yields the objects of an export, and words about them; its files are deleted when the context ends."""
     run, config = of_run.run, of_run.config
     if request.weights:
         config = config.updated({"sample.weights": request.weights})
-    weights, batch_size = config.sample.weights, config.train.batch_size
-    find = partial(choose, run, request.checkpoint, of_run.dataset_images, batch_size)
-    with reading_chosen(run, find) as ((ref,), _):
-        check_average(run, ref, weights, request.run)
-        label = label_at(ref.images_seen, of_run.dataset_images, batch_size)
+    weights = config.sample.weights
+    with reading_chosen(run, partial(of_run.chosen, request.checkpoint, weights)) as ((ref,), _):
+        label = of_run.label(ref.images_seen)
         with opened(run, ref, (weights,)) as restored:
             paths = restored.files[weights]
-            files = dict(zip(pipeline.weights_names(len(paths)), paths, strict=True))
+            files = dict(zip(checkpoints.weights_names(len(paths)), paths, strict=True))
             small = dict(described.objects)
             last = {key: small.pop(key) for key in ("model_index.json",) if key in small}
             if len(files) > 1:
-                small[pipeline.INDEX] = _index(files)
+                small[checkpoints.INDEX] = _index(files)
             with suppress(ObjectMissingError):
-                small[PICTURE] = run.read(grid_key(label, config.sample.name(of_run.first_sample))).data
+                small[PICTURE] = run.read(grid_key(label, config.sample.name(of_run.stored.sample))).data
             if of_run.classes and last:
-                small[pipeline.PIPELINE_CODE] = (resources.files("job.exchange") / "class_pipeline.py").read_bytes()
+                small[checkpoints.PIPELINE_CODE] = (resources.files("job.exchange") / "class_pipeline.py").read_bytes()
             named = {"place": request.push or "this folder", "lacking": described.lacking}
             small[CARD] = _card(of_run, ref, weights, small | last, **named).encode()
             size_bytes = sum(path.stat().st_size for path in paths)
-            yield Export(files, small | last, f"{label}, weights {weights}, {size_bytes:,} bytes")
+            yield {**files, **small, **last}, f"{label}, weights {weights}, {size_bytes:,} bytes"
 
 
 def _index(files: dict[str, Path]) -> bytes:
@@ -122,7 +108,7 @@ def _index(files: dict[str, Path]) -> bytes:
     for name, path in files.items():
         with safe_open(path, framework="pt") as file:
             places |= dict.fromkeys(file.keys(), name.rpartition("/")[2])
-    return pipeline.weights_index(sum(path.stat().st_size for path in files.values()), places)
+    return checkpoints.weights_index(sum(path.stat().st_size for path in files.values()), places)
 
 
 def _card(of_run: RunHandle, ref: CheckpointRef, weights: str, objects: dict[str, bytes], **named: str) -> str:
@@ -131,7 +117,7 @@ def _card(of_run: RunHandle, ref: CheckpointRef, weights: str, objects: dict[str
 
     kind, scheduler = (
         json.loads(objects[key])["_class_name"] if key in objects else ""
-        for key in ("model_index.json", pipeline.SCHEDULER_CONFIG)
+        for key in ("model_index.json", checkpoints.SCHEDULER_CONFIG)
     )
     licence, classes = of_run.index.licence if of_run.index else "", of_run.classes
     text = (resources.files("job.exchange") / "card.md").read_text()
@@ -161,16 +147,11 @@ def _scores(run: Store, ref: CheckpointRef, weights: str) -> Iterator[str]:
     for key, place in places_in(run, ObjectKind.SCORES.folder).items():
         if place.kind is ObjectKind.SCORES:
             with suppress(BadDataError, ObjectMissingError):
-                scores, words = Scores.load(run, key), list[str]()
-                config = scores.sample_set
-                if (scores.ref, config.weights) != (ref, weights):
-                    continue
-                for name, value in scores.values.items():
-                    if not name.endswith("_std"):
-                        real = f" (real images {scores.floor[name]:.4g})" if name in scores.floor else ""
-                        words.append(f"{score_name(name, scores.reference.extractor)} {value:.4g}{real}")
-                how = f"{config.count:,} images by {config.sampler} in {config.steps:,} steps"
-                yield f"{how}, against {scores.reference}: {', '.join(words)}"
+                scores = Scores.load(run, key)
+                config, of = scores.sample_set, scores.reference
+                if (scores.ref, config.weights) == (ref, weights):
+                    how = f"{config.count:,} images by {config.sampler} in {config.steps:,} steps"
+                    yield f"{how}, against {of}: {score_words(scores.values, scores.floor, of.extractor)}"
 
 
 def open_target(to: str, of_run: RunHandle) -> Store:
@@ -185,21 +166,21 @@ def open_target(to: str, of_run: RunHandle) -> Store:
     return target
 
 
-def write_folder(target: Store, to: str, run: str, export: Export, stop: Stop) -> str:
+def write_folder(target: Store, to: str, run: str, objects: Objects, stop: Stop) -> str:
     """Writes an export of a run to the folder that `--to` names; returns its URI."""
     written: list[str] = []
-    sizes = {key: path.stat().st_size for key, path in export.files.items()}
-    check_strangers(target, to, {*export.files, *export.small})
+    sizes = {key: one.stat().st_size if isinstance(one, Path) else len(one) for key, one in objects.items()}
+    check_strangers(target, to, {*objects})
     try:
         with Progress(f"exporting {run}", unit="MB", total=sum(sizes.values()) // 10**6) as bar:
-            for key, path in export.files.items():
+            for key, content in objects.items():
                 stop.check("while exporting", "its files are deleted, and the same command begins again")
-                target.upload(path, key)
+                if isinstance(content, Path):
+                    target.upload(content, key)
+                else:
+                    target.create(key, content)
                 written.append(key)
                 bar.update(sum(sizes[done] for done in written) // 10**6)
-            for key, data in export.small.items():
-                target.create(key, data)
-                written.append(key)
     except ObjectExistsError:
         said = "another export is there already; name another folder, or an empty one"
         raise BadRequestError(f"--to {to}: {said}") from None
@@ -222,38 +203,25 @@ class Hub:
     """A model repository of the hub, and the token of this machine. A push is one commit, whole or not at all."""
 
     def __init__(self, name: str) -> None:
-        """Checks name and token without a request.
+        """Checks the token without a request.
 
         Args:
             name: `ORG/NAME`, where the first part may be a user.
 
         Raises:
-            BadRequestError: the name is another one, or the client is not installed.
+            BadRequestError: the client is not installed.
             NoPermissionError: this machine has no token, or one that no request can carry.
         """
-        with fsspec_configured():
-            from job.store.remote import one_line
-
-            try:
-                from huggingface_hub import HfApi, get_token
-                from huggingface_hub.utils import HFValidationError, disable_progress_bars, validate_repo_id
-            except ImportError as error:
-                what = f"--push needs more than is installed ({error})"
-                raise BadRequestError(f"{what}: {how_to_install('web')}") from None
         try:
-            validate_repo_id(name)
-        except HFValidationError as error:
-            raise BadRequestError(f"--push: {printable(one_line(str(error)))}") from None
-        if "/" not in name:
-            raise BadRequestError(f"--push {name}: put the name of a user or an organisation first: ORG/{name}")
-        if not shows_bars():
-            disable_progress_bars()
+            from huggingface_hub import HfApi, get_token
+        except ImportError as error:
+            raise BadRequestError(f"--push needs more than is installed ({error}): {how_to_install('web')}") from None
         self._name, self._api, token = name, HfApi(), get_token()
         # The client's error about an odd token would print it.
         if not token or not (token.isascii() and token.isprintable()):
             raise NoPermissionError(f"this machine has no usable token of the hub: {_SIGN_IN}")
 
-    def push(self, objects: Mapping[str, Path | bytes], message: str, stop: Stop) -> str:
+    def push(self, objects: Objects, message: str, retry: Retry) -> str:
         """Commits objects to the repository, and returns its URL; a missing repository is made, for its owner alone.
 
         The objects replace those of an earlier push. Other files stay.
@@ -261,7 +229,7 @@ class Hub:
         Args:
             objects: files and contents, by key.
             message: that of the commit.
-            stop: ends the wait for the hub.
+            retry: its stop ends the wait for the hub.
 
         Raises:
             BadRequestError: the repository has other files and no export, or the hub refuses the objects.
@@ -269,24 +237,21 @@ class Hub:
             BucketAwayError: the hub does not answer, or another commit came between.
             StoppedError: a stop was requested.
         """
-        # The client waits for a silent hub for ever: its thread is left behind, and ends with the process.
-        work = in_thread(self._push, objects, message)
-        while not wait([work], _LOOK_SECONDS).done:
-            stop.check("while pushing", "a push is a single commit, which the same command makes")
         try:
-            return work.result()
+            # The client waits for a silent hub for ever: its thread is left behind, and ends with the process.
+            return answer(in_thread(self._push, objects, message), retry, self._name)
         except JobError:
             raise
         except Exception as error:
             raise _meaning(error, self._name) from None
 
-    def _push(self, objects: Mapping[str, Path | bytes], message: str) -> str:
+    def _push(self, objects: Objects, message: str) -> str:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         url = str(self._api.create_repo(self._name, private=True, exist_ok=True))
         # A new repository has this file of git.
         there = {*self._api.list_repo_files(self._name)} - {".gitattributes"}
-        if pipeline.RUN_CONFIG not in there and (strangers := sorted(there - objects.keys())):
+        if checkpoints.RUN_CONFIG not in there and (strangers := sorted(there - objects.keys())):
             raise BadRequestError(
                 f"--push {self._name}: {printable(strangers[0]):.100} is there already, and no earlier export: name "
                 "another repository, or a new one"
@@ -304,7 +269,7 @@ class Hub:
 
 def _is_of_an_export(key: str) -> bool:
     in_a_run = f"{CheckpointRef(0, 0).key}/{key}"
-    return key in (CARD, PICTURE, pipeline.PIPELINE_CODE) or located(in_a_run).kind is ObjectKind.PIPELINE
+    return key in (CARD, PICTURE, checkpoints.PIPELINE_CODE) or located(in_a_run).kind is ObjectKind.PIPELINE
 
 
 def _meaning(error: Exception, name: str) -> JobError:

@@ -22,21 +22,21 @@ from job.config import (
     preset_names,
     validated,
 )
-from job.data.order import images_at_epoch
+from job.coordination.lease import Lease
+from job.coordination.sealed import utc_now
+from job.data.reading.stream import images_at_epoch
 from job.data.shards import DatasetIndex, find_dataset, load_index
 from job.exchange.exchange_requests import ImportRequest
 from job.exchange.other_programs import OtherCheckpoint, opened_checkpoint, settings_of_diffusers
 from job.exits import BadConfigError, BadDataError, BadRequestError, State
 from job.plan import RunHandle, check_sampling, follow_dataset
 from job.processes.compute import describe_device
-from job.processes.lease import Lease
 from job.progress import note, printable
-from job.runs import pipeline, records
+from job.runs import checkpoints, records
+from job.runs.checkpoints import RUN_CONFIG, SCHEDULER_CONFIG, UNET_CONFIG
 from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef
-from job.runs.pipeline import RUN_CONFIG, SCHEDULER_CONFIG, UNET_CONFIG
 from job.runs.retention import Retention
 from job.runs.writer import CheckpointWriter, LeasedRun
-from job.sealed import utc_now
 from job.stop import Stop
 from job.store import Store, open_bucket, without_queries
 
@@ -75,14 +75,12 @@ def import_run(request: ImportRequest) -> None:
         request = replace(request, source=without_queries(request.source))
         config, index = _config(bucket, request, given, sets)
         of_run = RunHandle(bucket, run, index, config, config)
-        _check_run(run, request.run, config, sets)
         state = _state(config, given, request.source)
     batch_size = config.train.batch_size
     state.resume_at(images_at_epoch(request.epoch, of_run.dataset_images, batch_size), batch_size)
     records.check_writable(run)
     lease = Lease.take(run, records.highest_fence(run), 0.0, stop, note)
     try:
-        # Another process may have begun the run meanwhile.
         _check_run(run, request.run, config, sets)
         where = _commit(of_run, state, lease, stop=stop, source=request.source)
     finally:
@@ -131,7 +129,7 @@ def _of_our_run(where: str, text: bytes, found: dict[str, Any]) -> dict[str, Any
     """
     what_to_do = "Restore it, or give --preset NAME, whose settings replace it"
     config = records.parsed_config(text, where, what_to_do)
-    objects = pipeline.described(config, ()).objects if config.data.size and config.data.channels else {}
+    objects = checkpoints.described(config, ()).objects if config.data.size and config.data.channels else {}
     unet, scheduler = (json.loads(objects.get(key, b"null")) for key in (UNET_CONFIG, SCHEDULER_CONFIG))
     try:
         stated = settings_of_diffusers(unet or {}, scheduler)
@@ -150,18 +148,12 @@ def _of_other_program(source: str, found: dict[str, Any], sets: dict[str, Any]) 
     """Returns the settings that are known of a network of another program, with those of `--set`.
 
     Raises:
-        BadDataError: its numbers of channels have no counterpart.
         BadConfigError: its process is unknown.
     """
     told = found | sets
     channels, out_channels = told["data.channels"], told.pop("out_channels")
     if sets.get("diffusion.self_conditioning"):
         channels //= 2
-    if out_channels not in (channels, 2 * channels):
-        raise BadDataError(
-            f"{source} cannot be imported: it has {channels} channels in and {out_channels} out, and a network "
-            "here has equal numbers, or twice as many out; diffusion.self_conditioning=true halves those in"
-        )
     told |= {"data.channels": channels}
     if out_channels != channels:
         told |= {"diffusion.variance": "learned_range"}
@@ -204,28 +196,18 @@ def _state(config: RunConfig, given: OtherCheckpoint, source: str) -> TrainState
 
     from job.config import method
 
-    plain = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-    # Shapes are checked first: a forged configuration must not fill the memory.
-    with torch.device("meta"):
-        expected = {name: p.shape for name, p in method.build_network(config, torch.device("meta")).named_parameters()}
-    says = f"{source} looks like {given.what}, and"
-    for name in sorted(expected.keys() ^ given.tensors.keys()):
-        what = "lacks the tensor" if name in expected else "has a tensor that such a network does not have,"
-        raise BadDataError(f"{says} {what} {printable(name):.200}")
-    for name, shape in expected.items():
-        tensor = given.tensors[name]
-        if tensor.shape != shape:
-            raise BadDataError(f"{says} its tensor {name} is {[*tensor.shape]} and not {[*shape]}")
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in plain:
-            raise BadDataError(f"{source}: the tensor {name} holds {tensor.dtype}, not plain floating-point numbers")
-    device = torch.device("cpu")
-    network = method.build_network(config, device)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            parameter.copy_(given.tensors[name])
-            if not parameter.isfinite().all():
-                raise BadDataError(f"{source}: the tensor {name} holds values that are not finite")
+    try:
+        # At first without memory, which a forged configuration would fill; there the tensors are those of the file.
+        for device in (torch.device("meta"), torch.device("cpu")):
+            with device:
+                network = method.build_network(config, device)
+            network.load_state_dict(given.tensors, assign=device.type == "meta")
+            for name, parameter in network.named_parameters():
+                if not parameter.is_floating_point() or not parameter.isfinite().all():
+                    raise BadDataError(f"{source}: the tensor {name} holds values that are not finite numbers")
+    except RuntimeError as error:
+        said = printable(" ".join(str(error).split()))
+        raise BadDataError(f"{source} looks like {given.what}, and is not: {said:.400}") from None
     return method.initial_state(network, config)
 
 
@@ -250,7 +232,6 @@ def _commit(of_run: RunHandle, state: TrainState, lease: Lease, *, stop: Stop, s
     status = records.Status(
         state=State.IMPORTED,
         fence=attempt.fence,
-        attempt=attempt.id,
         images_seen=state.images_seen,
         target_images=state.images_seen,
         epoch=round(state.images_seen / of_run.dataset_images, 3),

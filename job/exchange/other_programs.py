@@ -23,7 +23,7 @@ from ddpm.interop import NoCounterpartError
 from job.config import LARGEST_FILE_BYTES
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.progress import note, printable
-from job.runs.pipeline import ID2LABEL, RUN_CONFIG, SCHEDULER_CONFIG
+from job.runs.checkpoints import ID2LABEL, RUN_CONFIG, SCHEDULER_CONFIG
 from job.store import Retry, is_remote, open_store, open_to_read, split_uri, without_queries
 from job.store.files import os_errors, scratch_folder
 
@@ -214,13 +214,13 @@ def _unet_settings(options: interop.Options) -> dict[str, Any]:
 def _weights(source: _Source, folder: str) -> Named:
     """Returns all tensors of a network of diffusers, from one file, or from several with an index."""
     for name in (f"{folder}{name}" for name in WEIGHTS):
-        if name in source.names:
-            return _averages_first(_tensors(f"{source.where}/{name}", source.fetch(name)))[0][1]
-        if f"{name}.index.json" in source.names:
-            places = _json(source, f"{name}.index.json").get("weight_map", {})
+        parts = [name] if name in source.names else []
+        if not parts and (index := f"{name}.index.json") in source.names:
+            places = _json(source, index).get("weight_map", {})
             parts = sorted({f"{folder}{part}" for part in dict(places).values()})
             if strangers := [part for part in parts if part not in source.names]:
-                raise BadDataError(f"{source.where}/{strangers[0]} is missing, though {name}.index.json names it")
+                raise BadDataError(f"{source.where}/{strangers[0]} is missing, though {index} names it")
+        if parts:
             loaded = [_averages_first(_tensors(f"{source.where}/{part}", source.fetch(part)))[0][1] for part in parts]
             return {name: tensor for named in loaded for name, tensor in named.items()}
     raise BadDataError(f"{source.where} has no weights: it lacks {folder}{WEIGHTS[0]} and {folder}{WEIGHTS[1]}")
@@ -284,26 +284,21 @@ def _averages_first(loaded: Any) -> list[tuple[str, Named]]:
     import torch
 
     found: list[tuple[str, Named]] = []
-
     walked: set[int] = set()
 
     def walk(part: Any, path: tuple[str, ...]) -> None:
         # Without this check, lists that contain each other would be walked for ever.
-        if id(part) in walked:
+        if id(part) in walked or len(path) > _DEEPEST:
             return
         walked.add(id(part))
-        if isinstance(part, Mapping):
-            named = {key: value for key, value in part.items() if isinstance(key, str) and torch.is_tensor(value)}
-            if named:
-                found.append((".".join(path), named))
-            inner = [(str(key), value) for key, value in part.items() if not torch.is_tensor(value)]
-        elif isinstance(part, list | tuple):
+        if isinstance(part, list | tuple):
             # The DDIM authors' list ends with the average.
-            inner = [(str(number), value) for number, value in enumerate(part)][::-1]
-        else:
-            return
-        for key, value in inner if len(path) < _DEEPEST else ():
-            walk(value, (*path, key))
+            part = dict(reversed([*enumerate(part)]))
+        if isinstance(part, Mapping):
+            if named := {key: value for key, value in part.items() if isinstance(key, str) and torch.is_tensor(value)}:
+                found.append((".".join(path), named))
+            for key, value in part.items():
+                walk(value, (*path, str(key)))
 
     walk(loaded, ())
     if not found:

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from job.config.schema import DataConfig
-from job.data.cache import default_cache_dir
+from job.data.reading import default_cache_dir
 from job.data.shards import SHARD_PIXEL_BYTES
 from job.exits import Exit, JobError
 from job.jobs.backends import Check
-from job.jobs.targets import Target, backend_for
+from job.jobs.targets import Target, target_on
 from job.processes.group import check_gpus, local_gpus
+from job.progress import note
 from job.runs.layout import RUNS
 from job.store import Retry, is_remote, open_store
 from job.store.files import os_errors, scratch_folder
@@ -42,13 +43,19 @@ PROGRAM_SECONDS = 60.0
 ALL_REDUCE_SECONDS = 20
 
 
+def check_target(bucket: str, on: str, targets: Path | None, *, no_bucket: bool, as_json: bool) -> None:
+    """Prints the checks of a target; ends with the code of the first that failed."""
+    target = target_on(on, targets, note)
+    if code := report(checks_of(target, "" if no_bucket else bucket), as_json):
+        raise SystemExit(int(code))
+
+
 def checks_of(target: Target, bucket: str) -> Iterator[Check]:
     """Yields the checks of all that a job on `target` needs; without those of a bucket if that is empty."""
     if bucket:
         yield from bucket_checks(bucket)
     try:
-        with backend_for(target) as backend:
-            yield from backend.checks(bucket)
+        yield from target.checks(bucket)
     except JobError as error:
         yield Check.of_error(target.backend, error)
 

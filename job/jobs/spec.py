@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from job.config import EMBEDDED, draft, parse_sets, read_config_file
+from job.coordination.lease import EXPIRE_SECONDS
 from job.data.pack_request import EncodeRequest, IndexRequest, PackRequest
 from job.data.source.labels import split_labels
 from job.exits import BadConfigError, BadRequestError
 from job.processes.group import GPUS, JOB
-from job.processes.lease import EXPIRE_SECONDS
 from job.requests import EvaluateRequest, JobRequest, SampleRequest, SubmitRequest, TrainRequest, check_world_size
 from job.runs.records import DOLLARS, split_run
 from job.stop import duration_seconds
 from job.store import check_source, check_uri, is_foreign, is_remote, open_store, split_chain, without_queries
 
 if TYPE_CHECKING:
-    from job.jobs.targets import Target
+    from job.jobs.backends import Target
 
 NAME_CHARACTERS = 46
 """The longest name: JobSet appends `-node-0-999-XXXXX` for pods, whose names are labels of at most 63 characters."""
@@ -191,8 +191,6 @@ def spec_of(request: JobRequest, target: Target, how: SubmitRequest) -> JobSpec:
     of_name = (*words, "--slices", str(slices)) if slices else words
     name = job_name(verb, subject, () if verb == "train" else of_name)
     gpus = (0 if verb in _WITHOUT_GPUS else target.gpus) if how.gpus is None else how.gpus
-    # The job itself checks them: a machine with too old a driver would silently compute on its CPU.
-    needed_gpus = {GPUS: str(gpus)} if gpus and target.is_remote else {}
     spec = JobSpec(
         name=name,
         verb=verb,
@@ -207,7 +205,8 @@ def spec_of(request: JobRequest, target: Target, how: SubmitRequest) -> JobSpec:
         spot=target.spot if how.spot is None else how.spot,
         max_hours=_hours(how, target),
         reads=tuple(map(_path_of, reads)),
-        env={JOB: name, **needed_gpus, **target.env},
+        # The job itself checks its GPUs: a machine with too old a driver would silently compute on its CPU.
+        env={JOB: name, **({GPUS: str(gpus)} if gpus and target.is_remote else {}), **target.env},
     )
     if verb == "train" and (hourly := target.hourly(spec)):
         return replace(spec, env={**spec.env, DOLLARS: f"{spec.machines * hourly.dollars:.6g}"})
@@ -274,13 +273,13 @@ def _adapted(
                 return request, []
             uri, epoch = _uri_for_jobs("--from", run, target), checked.changes.get("parent.epoch", "latest")
             return replace(request, from_=f"{uri}@{epoch}"), [split_run(uri)[0]]
-        case EvaluateRequest():
-            _check_files(request, target)
-            if file := request.extractor_file:
-                file = _uri_for_jobs("--extractor-file", file, target)
-                return replace(request, extractor_file=file), [file]
         case SampleRequest():
-            _check_files(request, target)
+            for option, name in request.files.items() if not target.is_in_place else ():
+                there = f"is a file of this machine, which jobs on {target.name!r} cannot see"
+                raise BadRequestError(f"{option} {name!r} {there}")
+            if isinstance(request, EvaluateRequest) and request.extractor_file:
+                file = _uri_for_jobs("--extractor-file", request.extractor_file, target)
+                return replace(request, extractor_file=file), [file]
         case IndexRequest():
             tars = [_source(tar, target) for tar in request.tars]
             return replace(request, tars=tuple(tars)), tars
@@ -296,11 +295,6 @@ def _adapted(
             autoencoder = _uri_for_jobs("--autoencoder", request.autoencoder, target)
             return replace(request, autoencoder=autoencoder), [autoencoder]
     return request, []
-
-
-def _check_files(request: SampleRequest, target: Target) -> None:
-    for option, name in request.files.items() if not target.is_in_place else ():
-        raise BadRequestError(f"{option} {name!r} is a file of this machine, which jobs on {target.name!r} cannot see")
 
 
 def _source(source: str, target: Target, what: str = "SOURCE") -> str:

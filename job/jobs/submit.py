@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from job.config import draft
+from job.coordination.outcome import Outcome, read_outcome
 from job.exits import (
     BadRequestError,
     BucketAwayError,
@@ -31,22 +32,13 @@ from job.exits import (
     State,
     StoppedError,
 )
-from job.jobs.backends import Backend, Cause, JobStatus, JsonObject, NoCapacityError
+from job.jobs.backends import Cause, JobStatus, JsonObject, NoCapacityError, Target
 from job.jobs.machines import gpus_of
 from job.jobs.spec import RETRIES, JobSpec, spec_of
-from job.jobs.targets import Target, backend_for, target_on
-from job.outcome import Outcome, read_outcome
+from job.jobs.targets import target_on
 from job.progress import note
 from job.requests import JobRequest, SubmitRequest, TrainRequest
-from job.runs.outlook import (
-    attempts_of,
-    best_interval_seconds,
-    duration,
-    interval_seconds,
-    is_saved_in,
-    outlook_of,
-    spans_of,
-)
+from job.runs.outlook import attempts_of, best_interval_seconds, interval_seconds, outlook_of, spans_of
 from job.runs.records import read_status, run_store
 from job.stop import Stop
 from job.store import open_store
@@ -69,15 +61,12 @@ means that the engine counts the time without a machine as well."""
 _GONE = "is gone, deleted by a person or over for longer than its engine remembers, and its bucket has no other end"
 SPOT_HOURS = 3.0
 """Between two preemptions of a spot machine: 47 in 145 hours on AWS machines with a V100, in the first two days of four
-zones of April 2023. Other machines and places differ by a factor of ten: the target's `preempted_every_hours` wins.
+zones of April 2023. Other machines and places differ by a factor of ten.
 github.com/skypilot-org/spot-traces, of Z. Wu et al., Can't Be Late, NSDI 2024."""
-GPU_HOURS = 50_000.0
-"""Between two failures of one GPU: 419 interruptions of 16,384 GPUs in 54 days.
-A. Dubey et al., The Llama 3 Herd of Models, arXiv 2407.21783, section 3.3.4."""
-START_SECONDS, SAVE_SECONDS, EPOCH_SECONDS = 60.0, 10.0, 600.0
-"""The durations of a start, a save and an epoch: guesses, without a source."""
+SAVE_SECONDS, EPOCH_SECONDS = 10.0, 600.0
+"""The durations of a save and an epoch: guesses, without a source."""
 LEAST_CHANCE = 0.1
-"""The chance of an attempt to save below which a job is refused."""
+"""The chance of an attempt to reach its end below which a job is refused that saves only then."""
 
 
 def submit_command(request: JobRequest, how: SubmitRequest) -> None:
@@ -87,39 +76,33 @@ def submit_command(request: JobRequest, how: SubmitRequest) -> None:
         BadRequestError: the request cannot be met, or no terminal can confirm it.
         BadConfigError: a setting or a targets file is not valid.
         MissingInputError: a file or a library is missing.
-        JobError: the engine's answer; see `Backend`.
+        JobError: the engine's answer; see `Target`.
     """
-    if how.dry_run and how.watch:
-        raise BadRequestError("--dry-run sends nothing that --watch could watch: leave one of them out")
     target = target_on(how.on, how.targets, note)
     spec = spec_of(request, target, how)
     if how.slices and not spec.slices:
         note(f"target {target.name!r} is one machine, which makes all {how.slices} slices")
-    with backend_for(target) as backend:
-        manifests = backend.render(spec)
-        if target.is_remote and isinstance(request, TrainRequest):
-            check_interruptions(spec, target, request)
-        if how.dry_run:
-            print(formatted(manifests), end="")
-            return
-        folder = spec.bucket_folder
-        if folder and target.has_files and spec.verb not in ("pack", "index") and not folder.is_dir():
-            raise MissingInputError(f"bucket {spec.bucket} is not there: check the path, or pack a dataset first")
-        if target.is_remote:
-            print("\n".join([*plan_lines(spec, target), *outlook_lines(spec, target)]), flush=True)
-            if not how.yes:
-                _ask(spec)
-        if how.watch:
-            Watch(backend, spec, Stop().install().sleep).run()
-        elif target.is_remote or how.detach:
-            try:
-                backend.submit_where_possible(spec)
-            except NoCapacityError as error:
-                raise NoCapacityError(f"{error}; --watch tries until there is one") from None
-            job = f"{spec.name} --on {target.name}"
-            print(f"{spec.name} is submitted: `ddpm jobs logs {job} -f` follows it, `ddpm jobs cancel {job}` stops it")
-        else:
-            backend.become(spec)
+    manifests = target.render(spec)
+    if target.is_remote and isinstance(request, TrainRequest):
+        check_interruptions(spec, target, request)
+    if how.dry_run:
+        print(formatted(manifests), end="")
+        return
+    folder = spec.bucket_folder
+    if folder and target.has_files and spec.verb not in ("pack", "index") and not folder.is_dir():
+        raise MissingInputError(f"bucket {spec.bucket} is not there: check the path, or pack a dataset first")
+    if target.is_remote:
+        print("\n".join([*plan_lines(spec, target), *outlook_lines(spec, target)]), flush=True)
+        if not how.yes:
+            _ask(spec)
+    if how.watch:
+        Watch(target, spec, Stop().install().sleep).run()
+    elif target.is_remote or how.detach:
+        target.submit_where_possible(spec)
+        job = f"{spec.name} --on {target.name}"
+        print(f"{spec.name} is submitted: `ddpm jobs logs {job} -f` follows it, `ddpm jobs cancel {job}` stops it")
+    else:
+        target.become(spec)
 
 
 def plan_lines(spec: JobSpec, target: Target) -> list[str]:
@@ -156,43 +139,23 @@ def outlook_lines(spec: JobSpec, target: Target) -> list[str]:
 
 
 def check_interruptions(spec: JobSpec, target: Target, request: TrainRequest) -> None:
-    """Refuses a job that is interrupted so often that it would lose almost all of its work.
+    """Refuses a job on spot machines that would save only at its end, which hardly any attempt would reach.
 
     Interruptions come at random: an attempt lasts for t with a chance of e^(-t/M), M being the mean time between two.
-
-    Args:
-        spec: the job.
-        target: where it will run, with the rate of interruptions if its user knows it.
-        request: the training, of which the settings for saves count.
-
-    Raises:
-        BadRequestError: hardly any attempt would last until it saves.
     """
     request = request.check()
     keys = ("checkpoint.every_minutes", "checkpoint.every_epochs")
-    saves = draft(
-        request.preset_name(), {key: request.changes[key] for key in keys if key in request.changes}
-    ).checkpoint
-    is_spot, told = spec.spot and target.selects_machines, target.preempted_every_hours
-    hours = told or (SPOT_HOURS if is_spot else GPU_HOURS / max(1, spec.gpus))
-    every = max(1.0, hours * 3600 / spec.machines)
-    # At its limit of hours a job saves.
+    changes = {key: request.changes[key] for key in keys if key in request.changes}
+    saves, every = draft(request.preset_name(), changes).checkpoint, SPOT_HOURS * 3600 / spec.machines
     interval = interval_seconds(saves.every_minutes, target.notice_seconds, (SAVE_SECONDS, 0.0), None)
-    period = min(interval, saves.every_epochs * EPOCH_SECONDS, spec.max_seconds)
-    # The first save shows whether it fits into a notice, so a job must not make it only at its end.
-    is_saved_at_notice = is_saved_in(target.notice_seconds, SAVE_SECONDS) and period < spec.max_seconds
-    has_notice = (is_spot or told is not None) and is_saved_at_notice
-    if math.exp(-(START_SECONDS + SAVE_SECONDS + period * (not has_notice)) / every) < LEAST_CHANCE:
+    is_saved = min(interval, saves.every_epochs * EPOCH_SECONDS) < spec.max_seconds
+    is_spot = spec.spot and target.selects_machines
+    if is_spot and not is_saved and math.exp(-spec.max_seconds / every) < LEAST_CHANCE:
         works = best_interval_seconds(SAVE_SECONDS, every) / 60
         raise BadRequestError(
-            f"the job would save every {_words(period)} ({', '.join(keys)}), but is interrupted every {_words(every)}, "
-            f"so it would lose almost all of its work: add --set {keys[0]}={works:.2g}, use machines that stay, or "
-            "tell how rare interruptions are (`preempted_every_hours` of the target)"
+            f"the job would not save within its {spec.max_hours:g} hours ({', '.join(keys)}), but loses a spot machine "
+            f"every {every / 3600:.2g} hours: add --set {keys[0]}={works:.2g}, or --on-demand"
         )
-
-
-def _words(seconds: float) -> str:
-    return duration(seconds / 3600).removesuffix(" 0 min") if seconds >= 60 else f"{seconds:.2g} s"
 
 
 def cost_of(spec: JobSpec, target: Target) -> str:
@@ -247,7 +210,7 @@ class Watch:
         now: the time of day, which goes on while a laptop sleeps, as jobs and their costs do.
     """
 
-    home: Backend
+    home: Target
     spec: JobSpec
     sleep: Callable[[float], bool]
     now: Callable[[], float] = time.time
@@ -270,7 +233,7 @@ class Watch:
         Raises:
             StoppedError: the watch has to stop, or a person cancelled the job, or its `max_hours` are used up.
             JobEndedError: the job's end is not tried again, or was too often.
-            JobError: the engine's answer to a request; see `Backend`.
+            JobError: the engine's answer to a request; see `Target`.
         """
         status = self._ask()
         if status.state.is_over:
@@ -343,7 +306,7 @@ class Watch:
         """
         name, code, rule, hours = self.spec.name, status.exit_code, status.restart, f"{self.spec.max_hours:g} hours"
         # On this machine only a person or its own deadline stops a job.
-        is_stopped_here = status.state is State.STOPPED and not self.home.target.is_remote
+        is_stopped_here = status.state is State.STOPPED and not self.home.is_remote
         if (status.state is State.CANCELLED or is_stopped_here) and self._hours_left() >= SHORTEST_HOURS:
             raise self._ended_by_person(f"was cancelled ({status.message})" if status.message else "was cancelled")
         # A deleted job is stopped, and ends with 75.
@@ -414,7 +377,7 @@ class Watch:
                 self._sleep(WATCH_POLL_SECONDS)
 
     def _hours_left(self, used_seconds: float | None = None) -> float:
-        if self.home.target.limits_attempts:
+        if self.home.limits_attempts:
             return self.spec.max_hours
         used_seconds = self._seen_seconds + self._unseen_seconds if used_seconds is None else used_seconds
         # Rounded up, so that the first submission is the one that a dry run shows.

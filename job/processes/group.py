@@ -20,7 +20,6 @@ from pathlib import Path
 
 from job.exits import BadRequestError, Exit, JobError, MissingInputError
 from job.stop import count_of
-from job.store.retry import away_limit_seconds
 
 MEETING_SECONDS = 600.0
 """The limit of waiting for another process, at the beginning and in each step: a process that is gone must end the
@@ -42,6 +41,9 @@ _LISTENING_PORTS = range(10_000, 32_768)
 
 def rendezvous_seconds() -> float:
     """Returns the time after which a process counts the others as lost."""
+    # Every command imports this module.
+    from job.store.retry import away_limit_seconds
+
     return MEETING_SECONDS + away_limit_seconds()
 
 

@@ -2,7 +2,7 @@
 
 Container engines signal process 1 alone. The kernel gives it every orphan, and only the signals that it handles: this
 process handles them, passes them on, and reaps. It imports no torch. If it is killed, the kernel kills the ranks (see
-`job.processes.launched`).
+`attach`).
 
 torchrun and accelerate can start the ranks as well. Training and stopping are the same then. But these two end with 1
 after every failure, kill a rank that has not saved within 30 s of a signal, and notice no process that hangs.
@@ -10,6 +10,8 @@ after every failure, kill a rank that has not saved within 30 s of a signal, and
 
 from __future__ import annotations
 
+import ctypes
+import faulthandler
 import os
 import re
 import selectors
@@ -20,12 +22,24 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
-from job.exits import CRASHED, TABLE, Exit, State, state_after
+from job.exits import CRASHED, TABLE, BadRequestError, Exit, State, state_after
 from job.processes.group import DRIVER, JOB, PLACES, Group
-from job.processes.launched import GATE, LAUNCHED, is_rank
-from job.stop import HEARTBEATS, STOP_SIGNALS, Heartbeats, handle_stop_signals, ignore_stop_signals
+from job.stop import (
+    HEARTBEATS,
+    STOP_SIGNALS,
+    Heartbeats,
+    connect_heartbeat,
+    count_of,
+    handle_stop_signals,
+    ignore_stop_signals,
+)
+
+LAUNCHED = "DDPM_LAUNCHED"
+"""The variable that holds the launcher's process id, in the ranks it started."""
+GATE = "DDPM_GATE"
+"""The variable that holds the descriptor of a pipe, from which each rank gets a byte before it works."""
 
 HANG_SECONDS = 600.0
 """The default time without a heartbeat after which a rank counts as hung."""
@@ -44,23 +58,96 @@ _BACKEND_NOISE = re.compile(rb"\[rank\d+\]:\[[A-Z]\d|frame #\d+: |terminate call
 """Lines that torch's C++ side prints at the end of a process group, a screenful per rank."""
 
 
+_PR_SET_PDEATHSIG = 1
+_PEER_IS_AWAY = re.compile(
+    r"(?i)(closed|reset) by peer|broken pipe|timed out|connection (refused|was likely closed)|ncclRemoteError"
+    r"|remote process exited|communicator was aborted"
+)
+
+_gate: int | None = None
+"""That descriptor, in a process that the launcher started."""
+
+
+def is_launched() -> bool:
+    """Returns whether this program's launcher started this process."""
+    return LAUNCHED in os.environ
+
+
+def is_rank() -> bool:
+    """Returns whether this process does the work itself: this launcher, torchrun or accelerate started it.
+
+    Raises:
+        BadRequestError: the variables that describe its place in the group are not valid.
+    """
+    if not (is_launched() or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()):
+        return False
+    for number, among in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if number in os.environ:
+            count_of(number, 0, most=count_of(among, 1 << 16, least=1) - 1)
+    count_of("MASTER_PORT", 1, least=1, most=65_535)
+    return True
+
+
+def attach() -> None:
+    """Ties this process to its launcher, if it has one; call it before anything that takes time.
+
+    The rank requests the parent-death signal itself. The launcher's Python code between fork and exec could deadlock
+    on a lock that another thread held at the fork. `getppid` shows whether the launcher died before the request.
+    """
+    if not is_launched():
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if str(os.getppid()) != os.environ[LAUNCHED]:
+        raise BadRequestError(f"the launcher of this process is gone: unset {LAUNCHED} to run without one")
+    # Until `Stop` handles it, Ctrl-C must end this process without a traceback, as SIGTERM does.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    connect_heartbeat()
+    global _gate
+    # Removed, because the number means nothing in processes that this one starts.
+    if gate := os.environ.pop(GATE, ""):
+        _gate = int(gate)
+
+
+def await_go() -> None:
+    """Waits until the launcher has checked the command; if it refuses the command, it kills this process.
+
+    Raises:
+        SystemExit: the launcher was killed. Its end of the pipe may close before the parent-death signal comes.
+    """
+    if _gate is not None and not os.read(_gate, 1):
+        raise SystemExit(CRASHED)
+
+
+def lost_peer(error: BaseException) -> str:
+    """Returns the line in which a distributed backend reports a process that went away; empty for any other error."""
+    if "torch" not in sys.modules or not isinstance(error, RuntimeError):
+        return ""
+    import torch.distributed as dist
+
+    # Gloo raises plain RuntimeErrors that begin with the name of its source file.
+    is_distributed = isinstance(error, dist.DistError) or "gloo" in str(error)
+    text = " ".join(str(error).split())
+    if not (is_distributed and _PEER_IS_AWAY.search(text)):
+        return ""
+    return re.sub(r"^\[\S+\] ", "", text).split(". ")[0][:200]
+
+
 def this_command() -> list[str]:
     """Returns the words that run the command line of this process again."""
     # -P: a job.py in the working folder must not be imported instead of this package.
     return [sys.executable, "-P", "-m", "job", *sys.argv[1:]]
 
 
-@contextmanager
-def early_ranks(processes: int | None, hang_after_seconds: float) -> Iterator[Callable[[], int] | None]:
-    """Yields the function of `launching` for the ranks of this command line; None in a rank.
+def early_ranks(processes: int | None, hang_after_seconds: float) -> AbstractContextManager[Callable[[], int] | None]:
+    """Returns the context `launching` for the ranks of this command line; one that yields None in a rank.
 
-    Also None if the number of ranks is that of the GPUs: PyTorch would have to be loaded to count them.
+    It also yields None if the number of ranks is that of the GPUs: PyTorch would have to be loaded to count them.
     """
     if is_rank() or (processes is None and DRIVER.exists()):
-        yield None
-        return
-    with launching(this_command(), processes or 1, hang_after_seconds) as go:
-        yield go
+        return nullcontext()
+    return launching(this_command(), processes or 1, hang_after_seconds)
 
 
 def launch(command: Sequence[str], processes: int, hang_after_seconds: float = HANG_SECONDS) -> int:
@@ -72,7 +159,7 @@ def launch(command: Sequence[str], processes: int, hang_after_seconds: float = H
     `job.processes.group`), these are the ranks of this one.
 
     Args:
-        command: the words that start a rank; it calls `job.processes.launched.attach` first thing.
+        command: the words that start a rank; it calls `attach` first thing.
         processes: the number of ranks; a single one has this process's input, output and terminal to itself.
         hang_after_seconds: a rank without a heartbeat for this time ends all with code 71; 0 means never.
 
@@ -84,25 +171,16 @@ def launch(command: Sequence[str], processes: int, hang_after_seconds: float = H
 
 
 @contextmanager
-def launching(
-    command: Sequence[str], processes: int, hang_after_seconds: float = HANG_SECONDS
-) -> Iterator[Callable[[], int]]:
+def launching(command: Sequence[str], processes: int, hang_after_seconds: float) -> Iterator[Callable[[], int]]:
     """Starts ranks that import what they need and then wait; yields a function that lets them go on.
 
     It returns as `launch` does. Without its call the ranks are killed when the context ends, before they did anything:
-    a rank waits in `job.processes.launched.await_go`. So the checks of a command take no time of their own.
+    a rank waits in `await_go`. So the checks of a command take no time of their own.
     """
     launch = _Launch(Group.of(processes), hang_after_seconds)
-
-    def go() -> int:
-        code, why = launch.run()
-        if why:
-            _say(f"ddpm: {why}")
-        return code
-
     try:
         launch.start(command)
-        yield go
+        yield launch.run
     finally:
         launch.end()
 
@@ -112,6 +190,9 @@ class _Rank:
 
     The first rank of this machine speaks for all; lines of others begin with `[rank 1] `. Their errors are kept back
     until the cause is known, and so is the output of a distributed backend that goes down.
+
+    Attributes:
+        tail: the last lines, also those that were not shown.
     """
 
     def __init__(self, number: int, local: int, process: subprocess.Popen[bytes]) -> None:
@@ -119,7 +200,7 @@ class _Rank:
         self.number, self.local, self.process = number, local, process
         self.code, self.state = 0, State.RUNNING
         self.pipe = process.stdout or process.stderr
-        self._unfinished, self._tail = b"", deque[bytes](maxlen=_TAIL_LINES)
+        self._unfinished, self.tail = b"", deque[str](maxlen=_TAIL_LINES)
         if self.pipe:
             os.set_blocking(self.pipe.fileno(), False)
 
@@ -132,16 +213,12 @@ class _Rank:
         if self._unfinished and (is_last or not may_come or len(self._unfinished) > _LINE_BYTES):
             lines.append(self._unfinished)
             self._unfinished = b""
-        self._tail += lines
+        self.tail += [line.decode(errors="replace") for line in lines]
         shown = [line for line in lines if not _BACKEND_NOISE.match(line)]
         if self.local:
             shown = [b"[rank %d] %b" % (self.number, line) for line in shown if not line.startswith(b"ddpm: ")]
         _show(shown)
         return may_come
-
-    def tail(self) -> list[str]:
-        """Returns the last lines, also those that were not shown."""
-        return [line.decode(errors="replace") for line in self._tail]
 
 
 class _Launch:
@@ -152,9 +229,10 @@ class _Launch:
         self._heartbeats = Heartbeats(group.processes)
         self._selector = selectors.DefaultSelector()
         self._gate_of_ranks, self._gate = os.pipe()
-        self._ranks: list[_Rank] = []
+        self._living: dict[int, _Rank] = {}
+        """The ranks that have not ended, by process id."""
         self._ended: list[_Rank] = []
-        """The ranks in the order of their ends."""
+        """The others, in the order of their ends."""
         self._stop_signals: list[int] = []
         self._failed_at = float("inf")
         self._is_ending = self._is_killed = False
@@ -175,13 +253,13 @@ class _Launch:
     def end(self) -> None:
         """Kills the ranks that are left."""
         self._kill()
-        for rank in self._living():
+        for rank in self._living.values():
             rank.process.wait()
         for descriptor in (self._gate_of_ranks, self._gate):
             os.close(descriptor)
 
-    def run(self) -> tuple[int, str]:
-        """Opens the gate; returns the exit code, and the reason unless the ranks themselves have printed it."""
+    def run(self) -> int:
+        """Opens the gate; returns the exit code, and prints the reason unless the ranks themselves have."""
         waking, woken = socket.socketpair()
         with waking, woken, self._selector:
             waking.setblocking(False)
@@ -192,7 +270,7 @@ class _Launch:
             self._selector.register(woken, selectors.EVENT_READ, lambda: self._forward(woken.recv(4096)))
             try:
                 os.write(self._gate, bytes(self._group.processes))
-                while self._living():
+                while self._living:
                     self._listen(min(1.0, self._hang_after_seconds / 4 or 1.0))
                     self._reap()
                     self._end_the_others()
@@ -200,10 +278,12 @@ class _Launch:
                 if any(rank.state is State.FAILED and -rank.code in STOP_SIGNALS for rank in self._ended):
                     self._listen_for(SIGNAL_SECONDS)
             finally:
-                self._kill()
                 signal.set_wakeup_fd(-1)
         ignore_stop_signals()
-        return self._verdict()
+        code, why = self._verdict()
+        if why:
+            _say(f"ddpm: {why}")
+        return code
 
     def _start(self, command: Sequence[str], local: int) -> None:
         """Starts a rank; from the main thread, for the parent-death signal comes when the thread that forked ends."""
@@ -222,21 +302,22 @@ class _Launch:
             stderr=None if has_stderr else subprocess.STDOUT if local else subprocess.PIPE,
         )
         rank = _Rank(int(in_group.get("RANK", 0)), local, process)
-        self._ranks.append(rank)
+        self._living[process.pid] = rank
         if rank.pipe:
-            self._selector.register(rank.pipe, selectors.EVENT_READ, lambda: self._show(rank))
+            self._selector.register(rank.pipe, selectors.EVENT_READ, rank.show)
 
     def _listen(self, seconds: float) -> None:
         """Waits for signals and output, and passes them on."""
         for key, _ in self._selector.select(seconds):
-            key.data()
+            if not key.data():
+                self._selector.unregister(key.fileobj)
 
     def _listen_for(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             self._listen(left)
 
-    def _forward(self, signals: bytes) -> None:
+    def _forward(self, signals: bytes) -> bool:
         for number in filter(STOP_SIGNALS.__contains__, signals):
             self._stop_signals.append(number)
             self._send(number)
@@ -244,37 +325,29 @@ class _Launch:
             for rank in self._ended:
                 if rank.state is State.FAILED and rank.code == -number:
                     rank.state = State.NEVER_BEGAN
-
-    def _show(self, rank: _Rank) -> None:
-        # An orphan of the rank may hold its pipe open for ever.
-        if rank.pipe and not rank.show():
-            self._selector.unregister(rank.pipe)
-
-    def _living(self) -> list[_Rank]:
-        return [rank for rank in self._ranks if rank.state is State.RUNNING]
+        return True
 
     def _send(self, number: int) -> None:
         # Only this process reaps: until then the process id of a rank is its own, even if it is dead.
-        for rank in self._living():
-            os.kill(rank.process.pid, number)
+        for pid in self._living:
+            os.kill(pid, number)
 
     def _reap(self) -> None:
         """Takes the exit status of every dead child: of the ranks for the verdict, of orphans to be rid of them."""
         with suppress(ChildProcessError):
             while (child := os.waitpid(-1, os.WNOHANG))[0]:
-                for rank in self._living():
-                    if rank.process.pid == child[0]:
-                        rank.code = rank.process.returncode = os.waitstatus_to_exitcode(child[1])
-                        rank.show(is_last=True)
-                        rank.state = self._state_of(rank)
-                        self._ended.append(rank)
+                if rank := self._living.pop(child[0], None):
+                    rank.code = rank.process.returncode = os.waitstatus_to_exitcode(child[1])
+                    rank.show(is_last=True)
+                    rank.state = self._state_of(rank)
+                    self._ended.append(rank)
 
     def _state_of(self, rank: _Rank) -> State:
         if -rank.code in self._stop_signals:
             return State.NEVER_BEGAN
         is_consequence = {
             # NCCL's watchdog aborts a process whose peers are gone.
-            -signal.SIGABRT: any("ProcessGroupNCCL" in line for line in rank.tail()),
+            -signal.SIGABRT: any("ProcessGroupNCCL" in line for line in rank.tail),
             -signal.SIGTERM: self._is_ending,
             -signal.SIGKILL: self._is_killed,
             # The request for its stacks came when it was past showing them.
@@ -285,7 +358,7 @@ class _Launch:
     def _end_the_others(self) -> None:
         """Once a rank has ended without finishing, asks the others to save and end, and later kills the rest."""
         states, now = {rank.state for rank in self._ended} - {State.FINISHED}, time.monotonic()
-        if not states or not self._living() or self._is_killed:
+        if not states or not self._living or self._is_killed:
             return
         if states != {State.STOPPED}:
             self._failed_at = min(self._failed_at, now)
@@ -300,7 +373,7 @@ class _Launch:
             self._kill()
 
     def _find_hung(self) -> None:
-        silent_seconds, living = self._heartbeats.silent_seconds(), self._living()
+        silent_seconds, living = self._heartbeats.silent_seconds(), self._living.values()
         is_hung = any(silent_seconds[rank.local] > self._hang_after_seconds for rank in living)
         if not is_hung or not self._hang_after_seconds or self._is_killed:
             return
@@ -317,11 +390,11 @@ class _Launch:
         self._kill()
 
     def _dump_stacks(self) -> None:
-        for rank in self._living():
+        for pid, rank in self._living.items():
             _say(f"ddpm: stacks of {self._name(rank)}:")
-            os.kill(rank.process.pid, signal.SIGUSR1)
+            os.kill(pid, signal.SIGUSR1)
             # A stopped process would keep the signal for later.
-            os.kill(rank.process.pid, signal.SIGCONT)
+            os.kill(pid, signal.SIGCONT)
             self._listen_for(DUMP_SECONDS)
 
     def _kill(self) -> None:
@@ -349,9 +422,9 @@ class _Launch:
         what = self._name(rank) + (" failed first" if self._group.world_size > 1 else " failed")
         if rank.code in TABLE and rank.state is not State.LOST_PEER:
             # Rank 0 has printed what ends all ranks alike; a rank prints why it ends with a code of the table.
-            if self._ranks[0].code == rank.code:
+            if any(one.code == rank.code for one in self._ended if one.local == 0):
                 return ""
-            errors = [line.removeprefix("ddpm: ") for line in rank.tail() if line.startswith("ddpm: ")]
+            errors = [line.removeprefix("ddpm: ") for line in rank.tail if line.startswith("ddpm: ")]
             return f"{what}: {errors[-1] if errors else TABLE[rank.code].text}"
         if rank.code < 0:
             hint = ", as the kernel does when memory runs out" if rank.code == -signal.SIGKILL else ""
@@ -363,7 +436,7 @@ class _Launch:
             return ""
         else:
             what += f", with exit code {rank.code}"
-        return "\n    ".join([f"{what}{'; its last lines:' if rank.tail() else ''}", *rank.tail()])
+        return "\n    ".join([f"{what}{'; its last lines:' if rank.tail else ''}", *rank.tail])
 
     def _name(self, rank: _Rank) -> str:
         return f"rank {rank.number} of {self._group.world_size}" if self._group.world_size > 1 else "the process"

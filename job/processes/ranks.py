@@ -30,7 +30,7 @@ class Ranks:
 
     def __init__(self, state: PartialState, stop: Stop = NEVER) -> None:
         """Collective. While this process waits for others it calls `stop`, which is its heartbeat."""
-        self.state, self._stop = state, stop
+        self.state, self.stop = state, stop
         self.rank, self.world_size, self.device = state.process_index, state.num_processes, state.device
         self.is_main = state.is_main_process
         # NCCL would need device tensors, and would fail after the timeout of a training step.
@@ -79,7 +79,7 @@ class Ranks:
 
     def _wait(self, work: dist.Work) -> None:
         while not work.is_completed():
-            self._stop()
+            self.stop()
             time.sleep(_COLLECTIVE_POLL_SECONDS)
         work.wait()
 

@@ -5,28 +5,24 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from math import sqrt
+from collections.abc import Iterable, Sequence
+from math import inf, sqrt
 from pathlib import Path
 from typing import Any
 
-from job.exits import BadRequestError, JobError
+import numpy as np
+
+from job.exits import JobError, MissingInputError
 from job.plan import open_run
 from job.printing import open_page
 from job.progress import Progress, note
-from job.report.facts import Facts, facts_of
-from job.report.page import PAGE_KEY, PictureCache, columns, rendered, run_page
+from job.report import PAGE_KEY, Facts, PictureCache, columns, facts_of, rendered, run_page
 from job.runs.layout import RUNS
 from job.runs.metric_rows import Row
 from job.runs.outlook import AttemptSpan
-from job.runs.records import run_store
 from job.store import Store, open_store
 from job.store.files import write_file
-from job.verbs.run_listing import run_names
+from job.verbs.run_listing import differing, run_names
 
 MOST_POINTS = 250
 """The largest number of points of a run's loss."""
@@ -38,91 +34,58 @@ PIXELS_PER_BYTE = 4
 """The density of a sample grid as WebP; a good guess of the size saves encoding it again."""
 
 
-@dataclass(frozen=True)
-class RunEntry:
-    """A run on the page."""
-
-    name: str
-    facts: Facts | None
-    """Without the rows of the metrics, which would fill the memory; None if the run cannot be read."""
-    why: str = ""
-    """The reason why it cannot be read."""
-    loss: dict[str, Any] = field(default_factory=dict)
-    """The points of its loss curve, over images seen and hours."""
-    grid: str = ""
-    """The key of the newest sample grid, below the bucket."""
-    has_page: bool = False
-
-
-def bucket_page(bucket: Store, say: Callable[[str], None] = note) -> bytes:
+def bucket_page(bucket: Store) -> bytes:
     """Returns the page; a run that cannot be read has its name and the reason in it."""
-    names = run_names(bucket)
-    picture_cache, entries = PictureCache(say), list[RunEntry]()
+    names, pictures = run_names(bucket), PictureCache(note)
     most_bytes = min(MOST_BYTES, ALL_BYTES // max(1, len(names)))
-    size = most_bytes, round(sqrt(PIXELS_PER_BYTE * most_bytes))
-    # A thread shrinks the picture of one run while the records of the next are read.
-    with Progress("reading runs", total=len(names), unit="runs") as bar, ThreadPoolExecutor(1) as pool:
+    limits = most_bytes, round(sqrt(PIXELS_PER_BYTE * most_bytes))
+    entries, readable = dict[str, Facts | str](), dict[str, Facts]()
+    data, grids = dict[str, dict[str, Any]](), dict[str, str]()
+    with Progress("reading runs", total=len(names), unit="runs") as bar:
         for number, name in enumerate(names, 1):
-            entries.append(_entry(bucket, name, say))
-            if entries[-1].grid:
-                pool.submit(picture_cache.get, bucket, entries[-1].grid, *size)
+            if facts := _facts_or_why(bucket, name):
+                entries[name] = facts
+            if isinstance(facts, Facts):
+                readable[name] = facts
+                curve = loss_curve(facts.rows, facts.attempts)
+                data[name] = {"loss": curve, "epoch_images": facts.epoch_images}
+                # Those of all runs would fill the memory.
+                facts.rows.clear()
+                if facts.grids:
+                    grids[name] = pictures.get(facts.handle.run, facts.grids[-1][1], *limits)
             bar.update(number)
-    grids = {entry.name: picture_cache.get(bucket, entry.grid, *size) for entry in entries if entry.grid}
-    readable = {entry.name: entry.facts for entry in entries if entry.facts}
-    configs = _differing({name: facts.config.flat() for name, facts in readable.items()})
-    data = {
-        entry.name: {"loss": entry.loss, "epoch_images": entry.facts.epoch_images, "config": configs[entry.name]}
-        for entry in entries
-        if entry.facts
-    }
-    updated = {name: facts.status.updated if facts.status else "" for name, facts in readable.items()}
-    newest = sorted(updated, key=updated.__getitem__, reverse=True)
-    more: dict[str, Any] = {"grids": grids, "missing": picture_cache.missing, "runs_folder": RUNS}
+    for name, config in differing({name: facts.config.flat() for name, facts in readable.items()}).items():
+        data[name]["config"] = config
+    newest = sorted(readable.values(), key=lambda facts: facts.status.updated if facts.status else "", reverse=True)
     # Losses on different images say nothing of each other.
-    dataset_of = {name: facts.config.data.dataset_id for name, facts in readable.items()}
-    compared = [name for name in newest if dataset_of[name] == dataset_of[newest[0]]][:COMPARED_AT_FIRST]
-    more |= {"compared": compared, "comparable": len(readable) > 1}
-    return rendered("bucket.html", {"runs": data}, bucket=bucket, entries=entries, **more)
+    alike = [facts.name for facts in newest if facts.config.data.dataset_id == newest[0].config.data.dataset_id]
+    more = {"compared": alike[:COMPARED_AT_FIRST], "grids": grids, "missing": pictures.missing, "runs_folder": RUNS}
+    return rendered("bucket.html", {"runs": data}, bucket=bucket, entries=entries, comparable=len(readable) > 1, **more)
 
 
-def _differing(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns the configurations without the values that are the same in all of them."""
-    keys = dict.fromkeys(key for config in configs.values() for key in config)
-    differ = [key for key in keys if len({repr(config.get(key)) for config in configs.values()}) > 1]
-    return {name: {key: config[key] for key in differ if key in config} for name, config in configs.items()}
-
-
-def _entry(bucket: Store, name: str, say: Callable[[str], None]) -> RunEntry:
+def _facts_or_why(bucket: Store, name: str) -> Facts | str:
     try:
-        facts = facts_of(open_run(bucket.uri, name, with_dataset=False), name, say=say, brief=True)
-        loss = loss_curve(facts.rows, facts.attempts)
+        return facts_of(open_run(bucket.uri, name, with_dataset=False), name)
+    except MissingInputError:
+        # A deleted run leaves its lease.
+        return ""
     except Exception as error:
         # An error in one run must not hide the others.
-        return RunEntry(name, None, str(error) if isinstance(error, JobError) else f"cannot be read: {error!r}")
-    has_page = False
-    with suppress(JobError):
-        has_page = run_store(bucket, name).exists(PAGE_KEY)
-    grid = f"{RUNS}/{name}/{facts.grids[-1].key}" if facts.grids else ""
-    return RunEntry(name, replace(facts, rows=[]), loss=loss, grid=grid, has_page=has_page)
+        return str(error) if isinstance(error, JobError) else f"cannot be read: {error!r}"
 
 
 def loss_curve(rows: Sequence[Row], attempts: Iterable[AttemptSpan]) -> dict[str, list[float | None]]:
-    """Returns the points of a loss: images seen, hours of training, and values.
-
-    The hours leave out the time between attempts, and that of steps which an attempt repeated.
-    """
-    began = sorted(span.began.timestamp() for span in attempts)
-    seconds, before, timed = 0.0, 0.0, list[Row]()
-    for row in rows:
-        if (at := row.get("time")) is not None:
-            attempt = bisect_right(began, at)
-            # The clock of another machine may be behind.
-            seconds += max(0.0, at - max(before, began[attempt - 1] if attempt else at))
-            before = at
-        if row.get("loss") is not None:
-            timed.append({**row, "hours": seconds / 3600})
-    images, loss, hours = columns(timed, ["loss", "hours"], 1, MOST_POINTS) if timed else ([], [], [])
-    return {"images": images, "hours": hours, "values": loss}
+    """Returns the points of a loss: images seen, hours of training without the time between attempts, and values."""
+    rows = [row for row in rows if {"loss", "time"} <= row.keys()]
+    if not rows:
+        return {"images": [], "hours": [], "values": []}
+    times, began = [row["time"] for row in rows], np.sort([*(span.began.timestamp() for span in attempts), inf])
+    # By the clock of another machine, a row may be older than the one before, or than each attempt.
+    since = np.maximum(began[np.searchsorted(began, times, side="right") - 1], [-inf, *times[:-1]])
+    hours = np.cumsum(np.maximum(0.0, times - since)) / 3600
+    timed = [row | {"hours": each} for row, each in zip(rows, hours, strict=True)]
+    images, losses, hours_at = columns(timed, ["loss", "hours"], 1, points=MOST_POINTS)
+    return {"images": images, "hours": hours_at, "values": losses}
 
 
 def write_report(bucket_uri: str, name: str, open_it: bool, output: Path | None) -> None:
@@ -131,10 +94,7 @@ def write_report(bucket_uri: str, name: str, open_it: bool, output: Path | None)
     Raises:
         MissingInputError: the run or the bucket is missing.
         BadDataError: its configuration or its dataset's index is damaged.
-        BadRequestError: `output` is not a writable HTML file.
     """
-    if output is not None and (output.suffix.lower() != ".html" or output.is_dir() or not output.parent.is_dir()):
-        raise BadRequestError(f"--output {output}: name a file that ends in .html, in a folder that exists")
     bucket = open_store(bucket_uri)
     if name:
         handle = open_run(bucket_uri, name, with_dataset=False)

@@ -1,7 +1,12 @@
-"""Checkpoints in a bucket: their commit, choice, verification and loading.
+"""Checkpoints in a bucket: their commit, choice, verification and loading, and the names of their files for diffusers.
 
     RUN/checkpoints/{fence:06d}-{images_seen:012d}/model-00.safetensors …     uploaded first, under a fresh prefix
-                                                   unet/ …                    the weights to sample with: `pipeline.py`
+                                                   unet/diffusion_pytorch_model.safetensors   the weights to sample with
+                                                   unet/config.json                 the arguments of its UNet2DModel
+                                                   scheduler/scheduler_config.json  the process, and the run's sampler
+                                                   model_index.json                 the class of its pipeline
+                                                   id2label.json                    the names of the classes, by number
+                                                   run_config.yaml                  the configuration, as last changed
                                                    MANIFEST.json              created once, last: the commit
                                                    averages/ema-0.13.json …   made by `ddpm ema`: `averages.py`
     RUN/LATEST                                                                the last commit, a hint
@@ -9,30 +14,50 @@
 A checkpoint exists when its manifest does. The newest is the one with the highest (fence, images seen) whose objects
 verify: a replaced writer that still runs has a lower fence, and its checkpoints never win. `LATEST` only reveals the
 loss of a manifest.
+
+A checkpoint has `unet/` if diffusers has such a network, the scheduler if it has such a process, and `model_index.json`
+if one of its pipelines can sample from both. None takes a class: exports bring code of their own for that. The names of
+classes have the form of the hub's label files (huggingface/label-files), which DiTPipeline takes. They and the
+configuration are files of their own, because diffusers warns at each load of keys that it does not know.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NamedTuple
 
 from pydantic import Field
 
-from job.data.order import epochs_completed_by
+from ddpm import catalogue
+from job.config import RunConfig
+from job.coordination.sealed import NamedObject, RecordPart, Sealed
+from job.data.reading.stream import epochs_completed_by
 from job.exits import BadConfigError, BadDataError, MissingInputError
 from job.runs.layout import CHECKPOINTS, CheckpointRef, ObjectKind, located, places_in
-from job.runs.records import attempt_id
-from job.sealed import NamedObject, RecordPart, Sealed
+from job.runs.records import readable_attempt
 from job.store import ObjectMissingError, Store
 from job.store.files import scratch_folder
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 LATEST_KEY = ObjectKind.LATEST.value
 PARALLEL_DOWNLOADS = 4
+FORMAT_VERSION = "0.36.0"
+"""The version of diffusers that knows all these settings."""
+
+WEIGHTS = "unet/diffusion_pytorch_model"
+INDEX = f"{WEIGHTS}.safetensors.index.json"
+ID2LABEL = "id2label.json"
+RUN_CONFIG = "run_config.yaml"
+PIPELINE_CODE = "pipeline.py"
+UNET_CONFIG, SCHEDULER_CONFIG = "unet/config.json", "scheduler/scheduler_config.json"
 
 
 class Segment(RecordPart):
@@ -52,8 +77,6 @@ class Manifest(Sealed):
     attempt: str
     """The id of the attempt that wrote it; no other run has it."""
     images_seen: int = Field(ge=0)
-    created: str
-    world_size: int = Field(ge=1)
     loss_sums: list[list[float]]
     """The sums of losses for the next row of the metrics."""
     lineage: tuple[Annotated[str, Field(pattern=r"^\d{6}-\d{12}$")], ...] = ()
@@ -86,6 +109,10 @@ class Manifest(Sealed):
         """Returns the groups of its tensors: `model`, `optimizer` and the averages."""
         return tuple(dict.fromkeys(filter(None, map(self.group_of, self.files))))
 
+    def bytes_of(self, group: str) -> int:
+        """Returns the size of a group's files."""
+        return sum(file.size_bytes for file in self.files if self.group_of(file) == group)
+
     def group_of(self, file: NamedObject) -> str:
         """Returns the group of a file's tensors: `model`, `optimizer` or an average such as `ema`; else empty."""
         place = located(file.key)
@@ -101,8 +128,6 @@ class AverageRecord(Sealed):
     """The number of stored averages that it combines."""
     error: float
     """See `ddpm.ema.reconstruct`."""
-    created: str
-    code_version: str
     files: tuple[NamedObject, ...]
 
 
@@ -138,7 +163,8 @@ def load_manifest(run: Store, ref: CheckpointRef) -> Manifest:
         ObjectMissingError: it is gone.
     """
     manifest = Manifest.load(run, ref.manifest_key)
-    if manifest.ref != ref or attempt_id(run, ref.fence) not in ("", manifest.attempt):
+    attempt = readable_attempt(run, ref.fence)
+    if manifest.ref != ref or (attempt and attempt.id != manifest.attempt):
         raise BadDataError(f"{run.uri_of(ref.manifest_key)} was not written by attempt {ref.fence} of this run")
     return manifest
 
@@ -256,16 +282,22 @@ def opened(
                 raise BadDataError(f"{uri} is corrupt: its SHA-256 is not the one in the manifest")
             return path
 
-        files, filling = dict[str, list[Path]](), _Filling(manifest, into or {}, may_differ)
+        files, unfit = dict[str, list[Path]](), {group: set(named) for group, named in (into or {}).items()}
         with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
             paths = pool.map(fetch, (file for file, _ in wanted))
-            for (_, group), path in zip(wanted, paths, strict=True):
+            for (file, group), path in zip(wanted, paths, strict=True):
                 if into is None:
                     files.setdefault(group, []).append(path)
                 else:
-                    filling.take(group, path)
+                    _fill(path, file.key, into[group], unfit[group])
                     path.unlink()
-        yield Restored(manifest, files, filling.end())
+        differing = set[str]().union(*unfit.values())
+        if strangers := [name for name in differing if not name.startswith(may_differ)]:
+            raise BadConfigError(
+                f"{ref.key}: tensor {min(strangers)!r} does not fit this configuration: use the version of the program "
+                "that the run's last attempt names"
+            )
+        yield Restored(manifest, files, differing)
 
 
 def load_average(run: Store, ref: CheckpointRef, group: str) -> AverageRecord:
@@ -317,44 +349,21 @@ class Restored:
     differing: set[str]
 
 
-class _Filling:
-    """Live tensors, by group and name, that take the values of a checkpoint's files; see `opened`."""
+def _fill(path: Path, key: str, tensors: dict[str, Any], unfit: set[str]) -> None:
+    """Copies the values of a file into live tensors; takes their names out of `unfit`, and adds those that it lacks."""
+    from safetensors import SafetensorError, safe_open
 
-    def __init__(self, manifest: Manifest, tensors: dict[str, dict[str, Any]], may_differ: tuple[str, ...]) -> None:
-        self._tensors, self._may_differ = tensors, may_differ
-        self._checkpoint = manifest.ref.key
-        self._keys = {file.name: file.key for file in manifest.files}
-        self._missing = {group: set(named) for group, named in tensors.items()}
-        self._differing = set[str]()
-
-    def take(self, group: str, path: Path) -> None:
-        """Copies the values of a file."""
-        from safetensors import SafetensorError, safe_open
-
-        where, wanted = self._keys.get(path.name, f"{self._checkpoint}/{path.name}"), self._tensors[group]
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                    target, value = wanted.get(name), file.get_tensor(name)
-                    if target is not None and target.shape == value.shape:
-                        target.copy_(value)
-                        self._missing[group].discard(name)
-                    elif name.startswith(self._may_differ):
-                        self._differing.add(name)
-                    else:
-                        raise self._misfit(f"{where}: tensor {name!r} does not fit this configuration")
-        except SafetensorError as error:
-            raise BadDataError(f"{where} holds no tensors ({error})") from None
-
-    def end(self) -> set[str]:
-        """Returns the names of the tensors that were on one side alone, or have another shape there."""
-        for group, missing in self._missing.items():
-            if lost := [name for name in missing if not name.startswith(self._may_differ)]:
-                raise self._misfit(f"{self._checkpoint}: tensor {min(lost)!r} is in no {group} file")
-        return self._differing.union(*self._missing.values())
-
-    def _misfit(self, what: str) -> BadConfigError:
-        return BadConfigError(f"{what}: use the version of the program that the run's last attempt names")
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
+                target, value = tensors.get(name), file.get_tensor(name)
+                if target is not None and target.shape == value.shape:
+                    target.copy_(value)
+                    unfit.discard(name)
+                else:
+                    unfit.add(name)
+    except SafetensorError as error:
+        raise BadDataError(f"{key} holds no tensors ({error})") from None
 
 
 def choose(run: Store, wanted: str, dataset_images: int, batch_size_images: int) -> list[CheckpointRef]:
@@ -388,3 +397,106 @@ def choose(run: Store, wanted: str, dataset_images: int, batch_size_images: int)
         raise MissingInputError(
             f"{run.uri} has no checkpoint of epoch {error}: not kept or not reached (there are: {there})"
         ) from None
+
+
+class Described(NamedTuple):
+    """The description of a run for diffusers."""
+
+    objects: dict[str, bytes]
+    """The objects beside the weights, by key below the checkpoint; empty if diffusers lacks the network."""
+    lacking: str
+    """The reason why they do not make a whole pipeline; empty if they do."""
+
+
+def described(config: RunConfig, classes: tuple[str, ...], has_code: bool = False) -> Described:
+    """Returns the objects beside the weights of a run.
+
+    Args:
+        config: of the run.
+        classes: names of its classes.
+        has_code: whether `job.exchange.class_pipeline`, which takes classes, lies beside them.
+    """
+    from ddpm import interop
+
+    model, diffusion, sample = config.model, config.diffusion, config.sample
+    if not isinstance(model, catalogue.UNetConfig):
+        return Described({}, f"model.kind={model.kind} is not a network that diffusers samples from")
+    channels, *_ = config.image_shape
+    values: dict[str, dict[str, Any]] = {}
+    lacking = ""
+    try:
+        values[UNET_CONFIG] = interop.unet2d_config(
+            model,
+            image_size=config.image_size,
+            in_channels=channels * (1 + diffusion.self_conditioning),
+            out_channels=channels * (1 + diffusion.learns_variance),
+            num_classes=(model.num_classes or 0) + (model.label_dropout > 0),
+        )
+        scheduler = interop.scheduler_config(diffusion, sample)
+        values[SCHEDULER_CONFIG] = scheduler
+        kind = scheduler["_class_name"]
+        # The loop of DDPM's takes the steps of any scheduler.
+        pipeline = "DDIMPipeline" if kind == "DDIMScheduler" else "DDPMPipeline"
+        if config.data.latents:
+            lacking = f"{pipeline} samples pixels, and the network latents"
+        elif diffusion.self_conditioning:
+            lacking = f"{pipeline} does not feed the network its own estimate (diffusion.self_conditioning)"
+        elif model.num_classes and not has_code:
+            lacking = f"{pipeline} does not take a class"
+        else:
+            values["model_index.json"] = {
+                "_class_name": ["pipeline", "ClassConditionalPipeline"] if model.num_classes else pipeline,
+                "scheduler": ["diffusers", kind],
+                "unet": ["diffusers", "UNet2DModel"],
+            }
+    except interop.NoCounterpartError as error:
+        lacking = str(error)
+    version = {"_diffusers_version": FORMAT_VERSION}
+    objects = {key: _json(dict(sorted((version | value).items()))) for key, value in values.items()}
+    if objects and classes:
+        objects[ID2LABEL] = _json({str(number): name for number, name in enumerate(classes)})
+    if objects:
+        without_names = config.data.model_copy(update={"classes": ()})
+        objects[RUN_CONFIG] = config.model_copy(update={"data": without_names}).to_yaml().encode()
+    return Described(objects, lacking)
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def weights_names(parts: int) -> list[str]:
+    """Returns diffusers' names for this number of weight files."""
+    if parts == 1:
+        return [f"{WEIGHTS}.safetensors"]
+    return [f"{WEIGHTS}-{i + 1:05d}-of-{parts:05d}.safetensors" for i in range(parts)]
+
+
+def weights_index(size_bytes: int, names: dict[str, str]) -> bytes:
+    """Returns the JSON object that maps each tensor's name to its file, for weights in several files."""
+    return _json({"metadata": {"total_size": size_bytes}, "weight_map": names})
+
+
+def files_for_diffusers(
+    config: RunConfig, classes: tuple[str, ...], parts: Mapping[str, Mapping[str, Tensor]]
+) -> tuple[str, dict[str, str], dict[str, bytes]]:
+    """Names the parts with the weights to sample with, and describes them.
+
+    Args:
+        config: of the run.
+        classes: names of its classes.
+        parts: all tensors of a checkpoint by part, each named after its group: `ema-00.safetensors`.
+
+    Returns:
+        The group of these weights, empty if diffusers lacks the network; their files below the checkpoint, by part; the
+        objects beside them, by key below the checkpoint.
+    """
+    descriptions = described(config, classes).objects
+    drawn = config.sample.weights if descriptions else ""
+    weights = {part: tensors for part, tensors in parts.items() if drawn and part.rpartition("-")[0] == drawn}
+    names = dict(zip(weights, weights_names(len(weights)), strict=True))
+    if len(weights) > 1:
+        where = {tensor: names[part].rpartition("/")[2] for part, tensors in weights.items() for tensor in tensors}
+        size_bytes = sum(tensor.nbytes for tensors in weights.values() for tensor in tensors.values())
+        descriptions[INDEX] = weights_index(size_bytes, where)
+    return drawn, names, descriptions

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from job.processes.lease import LEASE_KEY
+from job.coordination.lease import LEASE_KEY
 from job.store import Store
 
 RUNS = "runs"
@@ -69,7 +69,6 @@ class ObjectKind(Enum):
     GRID_EVENTS = "tensorboard/samples/events.out.tfevents.{checkpoint}"  # a sample grid for TensorBoard
     PICTURE = "samples/{name}.{picture}"
     FIGURE = "figures/{name}.{picture}"
-    SAMPLE_SET = "samples/{folder}/sample-set.json"  # all settings of a sample set: created once, first
     PIECE = "samples/{folder}/piece-{piece:05d}.tar"  # a shard that webdataset can read
     IMAGE = "samples/{folder}/piece-{piece:05d}/{seed:09d}.png"  # with --save png
     RECORD = "samples/{folder}/pieces/{piece:05d}.json"  # created once, after the piece: its commit
@@ -82,7 +81,7 @@ class ObjectKind(Enum):
     SCORES = "evaluations/{folder}/scores.json"  # created once: distances from real images
     FOUND_GRID = "grids/found-{steps}.json"  # created once: timesteps found for this number of steps
     READER = "reading/{checkpoint}-{unique}.json"  # a process reads this checkpoint, which stays meanwhile
-    PROBE = "probe/{unique}"  # measures the duration of a save; deleted at once
+    PROBE = "probe/{unique}"  # shows whether a run may be written to; deleted at once
 
     def key(self, **fields: object) -> str:
         """Returns the key of an object of this kind, below the run."""
@@ -105,7 +104,6 @@ class Located:
     group: str = ""
     folder: str = ""
     piece: int = -1
-    steps: int = 0
 
 
 OF_CHECKPOINT = (ObjectKind.TENSORS, ObjectKind.PIPELINE)
@@ -130,7 +128,7 @@ _FIELDS = {
 """The pattern of each field in a key."""
 _READ: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("group", "folder"), str),
-    **dict.fromkeys(("fence", "piece", "steps"), int),
+    **dict.fromkeys(("fence", "piece"), int),
     "checkpoint": CheckpointRef.parse,
 }
 """The type of each field that `located` reads."""

@@ -16,9 +16,8 @@ import json
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
 from types import ModuleType
@@ -29,10 +28,11 @@ from PIL import Image
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from job.config import LARGEST, RunConfig
+from job.coordination.sealed import NamedObject
 from job.exits import BadDataError
+from job.progress import note
 from job.runs.checkpoints import Manifest, Segment, list_checkpoints, newest_sound
 from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef, ObjectKind, located
-from job.sealed import NamedObject
 from job.store import Store
 
 Row = dict[str, Any]
@@ -45,21 +45,10 @@ class _Line(BaseModel, extra="allow"):
     images_seen: int
 
 
-class _BriefLine(BaseModel):
-    """The schema of a row's most important values alone, which takes less time to read."""
-
-    images_seen: int
-    time: int | float | None = None
-    loss: int | float | None = None
-    images_per_second: int | float | None = None
-
-
 GROWTH = 4
 """100,000 saves have at most 8 segments, and write each row 17 times."""
 PARALLEL_READS = 8
-_KEPT_BYTES = 1 << 20
-"""The largest object of a segment that stays in memory, for the segment that takes it in."""
-_LINES, _BRIEF_LINES = TypeAdapter(list[_Line]), TypeAdapter(list[_BriefLine])
+_LINES = TypeAdapter(list[_Line])
 
 
 class History:
@@ -72,8 +61,7 @@ class History:
     def __init__(self, run: Store, segments: Sequence[Segment], config: RunConfig, warn: Callable[[str], None]) -> None:
         """Goes on from the segments of a restored checkpoint; `warn` hears of damaged ones, which stay as they are."""
         self.segments = tuple(segments)
-        self._run, self._config, self._warn = run, config, warn
-        self._contents, self._damaged = dict[str, bytes](), set[str]()
+        self._run, self._config, self._warn, self._damaged = run, config, warn, set[str]()
 
     def add(self, rows: Sequence[Row], ref: CheckpointRef, *, is_hurried: bool) -> None:
         """Uploads the rows since the last checkpoint, together with the segments that the new one takes in.
@@ -87,7 +75,8 @@ class History:
             return
         # The first rows may be of the moment at which the segment before ends, whose rows stay.
         ended = located(self.segments[-1].rows.key).checkpoint.images_seen if self.segments else -1
-        contents = [_lines(rows), _events(rows, ended + 1, None if self.segments else self._config)]
+        contents = ["".join(json.dumps(row) + "\n" for row in rows).encode()]
+        contents += [_events(rows, ended + 1, None if self.segments else self._config)]
         saves, before = 1, [*self.segments]
         while before and not is_hurried and before[-1].saves < GROWTH * saves and (older := self._read(before[-1])):
             contents = [earlier + later for earlier, later in zip(older, contents, strict=True)]
@@ -97,37 +86,27 @@ class History:
             self._run.create(key, data)
         lines, events = map(NamedObject.of, keys, contents)
         self.segments = (*before, Segment(saves=saves, rows=lines, events=events))
-        named = {one.key for segment in self.segments for one in (segment.rows, segment.events)}
-        known = self._contents | dict(zip(keys, contents, strict=True))
-        self._contents = {key: data for key, data in known.items() if key in named and len(data) <= _KEPT_BYTES}
 
     def _read(self, segment: Segment) -> list[bytes]:
         """Returns the contents of a segment; none if it is damaged, so that its loss stays visible."""
         if segment.rows.key in self._damaged:
             return []
-        if segment.rows.key in self._contents and segment.events.key in self._contents:
-            return [self._contents[one.key] for one in (segment.rows, segment.events)]
         try:
-            lines, events = (one.read(self._run) for one in (segment.rows, segment.events))
-            _parsed(lines)
-            return [lines, events]
-        except (BadDataError, ValidationError) as error:
+            contents = [one.read(self._run) for one in (segment.rows, segment.events)]
+            _parsed(contents[0])
+            return contents
+        except BadDataError as error:
             self._damaged.add(segment.rows.key)
-            self._warn(f"{self._run.uri_of(segment.rows.key)} stays by itself: {_why(error)}")
+            self._warn(f"{self._run.uri_of(segment.rows.key)} stays by itself: {error}")
             return []
 
 
-def _parsed(lines: bytes, brief: bool = False) -> list[Row]:
-    read = (_BRIEF_LINES if brief else _LINES).validate_json(b"[%b]" % b",".join(lines.splitlines()))
-    return [line.__dict__ | (line.__pydantic_extra__ or {}) for line in read]
-
-
-def _why(error: BadDataError | ValidationError) -> str:
-    return str(error) if isinstance(error, BadDataError) else "it holds no rows of this version"
-
-
-def _lines(rows: Sequence[Row]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+def _parsed(lines: bytes) -> list[Row]:
+    try:
+        read = _LINES.validate_json(b"[%b]" % b",".join(lines.splitlines()))
+    except ValidationError:
+        raise BadDataError("it holds no rows of this version") from None
+    return [line.__dict__ | line.__pydantic_extra__ for line in read]
 
 
 def _events(rows: Sequence[Row], begins_at: int, config: RunConfig | None) -> bytes:
@@ -181,43 +160,25 @@ def _file_of(events: Iterable[Any]) -> bytes:
 @cache
 def _tensorboardx() -> ModuleType:
     # For buckets it would import two libraries, which takes as long as several steps of a small network.
-    with _without_modules("boto3", "google.cloud.storage"):
-        import tensorboardX.record_writer
-        import tensorboardX.summary
-    return tensorboardX
-
-
-@contextmanager
-def _without_modules(*names: str) -> Iterator[None]:
-    """Lets imports of these modules fail, unless they are there already."""
-    absent = [name for name in names if name not in sys.modules]
+    absent = {"boto3", "google.cloud.storage"} - sys.modules.keys()
     sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
     try:
-        yield
+        import tensorboardX.record_writer
+        import tensorboardX.summary
     finally:
         for name in absent:
             del sys.modules[name]
+    return tensorboardX
 
 
-def read_rows(
-    run: Store, named: Iterable[NamedObject], warn: Callable[[str], None] | None = None, brief: bool = False
-) -> list[Row]:
-    """Returns the rows of a checkpoint's metrics, in order; with `warn` it reports damaged objects and skips them.
-
-    Brief rows have the time, the loss and the speed alone.
-
-    Raises:
-        BadDataError: an object is missing or corrupt; the message names it.
-        ValidationError: an object with the right hash holds something else than rows.
-    """
+def read_rows(run: Store, named: Iterable[NamedObject], warn: Callable[[str], None]) -> list[Row]:
+    """Returns the rows of a checkpoint's metrics, in order; reports damaged objects to `warn`, and skips them."""
 
     def read(one: NamedObject) -> list[Row]:
         try:
-            return _parsed(one.read(run), brief)
-        except (BadDataError, ValidationError) as error:
-            if warn is None:
-                raise
-            warn(f"going on without the rows of {run.uri_of(one.key)}: {_why(error)}")
+            return _parsed(one.read(run))
+        except BadDataError as error:
+            warn(f"going on without the rows of {run.uri_of(one.key)}: {error}")
             return []
 
     with ThreadPoolExecutor(PARALLEL_READS) as pool:
@@ -225,26 +186,18 @@ def read_rows(
         return [row for rows in pool.map(read, of_rows) for row in rows]
 
 
-def newest_rows(
-    run: Store, warn: Callable[[str], None] | None = None, brief: bool = False
-) -> tuple[Manifest | None, list[Row]]:
-    """Returns the manifest of the newest sound checkpoint, and its rows as `read_rows`; none without a checkpoint.
+def newest_rows(run: Store) -> tuple[Manifest | None, list[Row]]:
+    """Returns the manifest of the newest sound checkpoint, and its rows, for people; none without a checkpoint.
 
     Training may retire that checkpoint meanwhile, and delete segments that later ones have taken in: then it chooses
     again.
     """
     while manifest := newest_sound(run, list_checkpoints(run)):
         problems = list[str]()
-        try:
-            rows = read_rows(run, manifest.metrics, None if warn is None else problems.append, brief)
-        except BadDataError:
-            if run.exists(manifest.ref.manifest_key):
-                raise
-            continue
+        rows = read_rows(run, manifest.metrics, problems.append)
         if not problems or run.exists(manifest.ref.manifest_key):
             for problem in problems:
-                assert warn is not None
-                warn(problem)
+                note(problem)
             return manifest, rows
     return None, []
 

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from job.exits import BadDataError, JobError, State
-from job.runs.layout import ObjectKind
-from job.runs.records import STATUS_KEY, Attempt, Status, attempt_fences, load_attempt, read_status
+from job.exits import JobError, State
+from job.runs.records import STATUS_KEY, Attempt, Status, attempt_fences, read_status, readable_attempt
 from job.stop import MARGIN_SECONDS
-from job.store import ObjectMissingError, Store
+from job.store import Store
 
 STALE = timedelta(seconds=120)
 """A run counts as cut off if its status is `running` but older than this."""
-PROBE_BYTES = 16 << 20
 SAVES_PER_CADENCE = 10
 """Saving may take up to a tenth of the time: it takes processors and network from training."""
 LONGEST_WITHOUT_NOTICE_SECONDS = 60.0
@@ -89,12 +85,7 @@ def duration(hours: float) -> str:
 
 def attempts_of(run: Store, newest: int = 0) -> list[Attempt]:
     """Returns all attempts with readable records, or so many of the newest, in order."""
-    attempts = []
-    for fence in attempt_fences(run)[-newest:]:
-        # The run may be deleted meanwhile.
-        with suppress(BadDataError, ObjectMissingError):
-            attempts.append(load_attempt(run, fence))
-    return attempts
+    return list(filter(None, (readable_attempt(run, fence) for fence in attempt_fences(run)[-newest:])))
 
 
 def spans_of(attempts: Iterable[Attempt], status: Status | None) -> list[AttemptSpan]:
@@ -123,18 +114,6 @@ def state_of(status: Status) -> str:
 def state_in(run: Store, status: Status | None) -> str:
     """Returns the state of a run for people, also if its status is missing or cannot be read."""
     return state_of(status) if status else State.UNREADABLE if run.exists(STATUS_KEY) else State.NOT_STARTED
-
-
-def killed_every_seconds(spans: list[AttemptSpan], present_seconds: float = 0.0) -> float | None:
-    """Returns the mean time between two ends without a notice; None if there was none.
-
-    Args:
-        spans: of the attempts.
-        present_seconds: for which the present attempt, the last of them, has lasted.
-    """
-    kills = sum(span.state == State.CUT_OFF for span in spans)
-    seconds = sum(span.hours for span in spans) * 3600 + present_seconds
-    return max(seconds / kills, 1.0) if kills else None
 
 
 def outlook_of(spans: list[AttemptSpan], status: Status | None, dollars_per_hour: float | None = None) -> Outlook:
@@ -212,35 +191,26 @@ class Cadence:
 
     Attributes:
         save_seconds: of the last commit without an outage; None before the first.
-        stall_seconds: by which that save delayed training: the copy, and the processor time of the writer's thread.
     """
 
     def __init__(
-        self,
-        run: Store,
-        size_bytes: int,
-        every_minutes: float | None,
-        grace_seconds: float,
-        note: Callable[[str], None],
+        self, run: Store, every_minutes: float | None, grace_seconds: float, note: Callable[[str], None]
     ) -> None:
-        """Begins an interval, and measures the bucket in a thread.
+        """Begins an interval, and reads in a thread how often the run is killed.
 
         Args:
-            run: the run's folder, which the measurement writes to.
-            size_bytes: of a checkpoint.
+            run: the run's folder.
             every_minutes: as configured; see `interval_seconds`.
             grace_seconds: between a preemption notice and the end.
             note: receives messages for people.
         """
-        self._run, self._size_bytes, self._note = run, size_bytes, note
-        self._every_minutes, self._grace_seconds = every_minutes, grace_seconds
+        self._run, self._every_minutes, self._grace_seconds, self._note = run, every_minutes, grace_seconds, note
         self.save_seconds: float | None = None
-        self.stall_seconds = self._copy_seconds = 0.0
-        self._started = time.monotonic()
-        self._seconds = interval_seconds(every_minutes, grace_seconds, (0.0, 0.0), None)
-        self._spans = spans_of((), None)
+        self._copy_seconds, self._is_too_long = 0.0, False
+        self._started, self._spans = time.monotonic(), list[AttemptSpan]()
+        self._adapt(0.0)
         self.begin()
-        threading.Thread(target=self._measure, name="measure-save", daemon=True).start()
+        threading.Thread(target=self._look_back, name="kills", daemon=True).start()
 
     def begin(self) -> None:
         """Begins the next interval, at the beginning of a save."""
@@ -251,37 +221,37 @@ class Cadence:
         self._copy_seconds = time.monotonic() - self._began
 
     def committed(self, save_seconds: float, processor_seconds: float) -> None:
-        """Takes the duration of a commit and its processor time, which decide about the next interval."""
-        self.save_seconds, self.stall_seconds = save_seconds, self._copy_seconds + processor_seconds
-        self._adapt(save_seconds)
+        """Takes the duration of a commit and its processor time, which decide about the next interval.
+
+        It delayed training by the copy, and by the processor time of the writer's thread.
+        """
+        self.save_seconds = save_seconds
+        self._adapt(self._copy_seconds + processor_seconds)
+        was_too_long, self._is_too_long = self._is_too_long, not is_saved_in(self._grace_seconds, save_seconds)
+        if self._is_too_long and not was_too_long:
+            instead = "" if self._every_minutes is None else f" instead of {self._every_minutes:g}"
+            self._note(
+                f"a save takes about {save_seconds:.1f} s, which does not fit into the {self._grace_seconds:g} s "
+                f"between a preemption notice and the end: saving every {self._seconds / 60:.1f}{instead} minutes"
+            )
 
     @property
     def is_over(self) -> bool:
         """Returns whether a save is due."""
         return time.monotonic() - self._began >= self._seconds
 
-    def _adapt(self, save_seconds: float) -> None:
-        killed_every = killed_every_seconds(self._spans, time.monotonic() - self._started)
-        save = save_seconds, self.stall_seconds
+    def _adapt(self, stall_seconds: float) -> None:
+        kills = sum(span.state == State.CUT_OFF for span in self._spans)
+        seconds = sum(span.hours for span in self._spans) * 3600 + time.monotonic() - self._started
+        killed_every, save = max(seconds / kills, 1.0) if kills else None, (self.save_seconds or 0.0, stall_seconds)
         self._seconds = interval_seconds(self._every_minutes, self._grace_seconds, save, killed_every)
-
-    def _measure(self) -> None:
-        """Adapts the interval before the first save, to how often the run is killed and to how long a save takes."""
-        data = os.urandom(min(PROBE_BYTES, self._size_bytes))
-        key, began = ObjectKind.PROBE.key(unique=uuid.uuid4().hex), time.monotonic()
-        try:
-            self._run.create(key, data)
-            seconds = (time.monotonic() - began) * self._size_bytes / len(data)
-            self._run.delete(key)
-            self._spans = spans_of(attempts_of(self._run, RECENT_ATTEMPTS), read_status(self._run))
-        except JobError as error:
-            self._note(f"could not measure the duration of a save: {error}")
-            return
         if self.save_seconds is None:
-            self._adapt(seconds)
-        if not is_saved_in(self._grace_seconds, seconds):
-            instead = "" if self._every_minutes is None else f" instead of {self._every_minutes:g}"
-            self._note(
-                f"a save takes about {seconds:.1f} s, which does not fit into the {self._grace_seconds:g} s between a "
-                f"preemption notice and the end: saving every {self._seconds / 60:.1f}{instead} minutes"
-            )
+            # Whether one fits into a notice is not known before the first one.
+            self._seconds = min(self._seconds, LONGEST_WITHOUT_NOTICE_SECONDS)
+
+    def _look_back(self) -> None:
+        # Whatever goes wrong here, the saves report it, and the next interval follows the last one.
+        with suppress(JobError):
+            self._spans = spans_of(attempts_of(self._run, RECENT_ATTEMPTS), read_status(self._run))
+        if self.save_seconds is None:
+            self._adapt(0.0)

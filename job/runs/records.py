@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 import socket
@@ -11,17 +10,17 @@ import threading
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
 from pydantic import Field
 
 from job.config import RunConfig, flatten, parse_yaml, validated
+from job.coordination.sealed import SHA256_PATTERN, Moment, RecordPart, Sealed, code_version, utc_now
 from job.data.shards import dataset_key, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, JobError, LostRunError, MissingInputError, State
 from job.progress import all_printable
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, RUNS, ObjectKind, places_in
-from job.sealed import SHA256_PATTERN, Moment, RecordPart, Sealed, code_version, utc_now
 from job.store import ObjectExistsError, ObjectMissingError, Store, open_store, redacted
 from job.store.retry import PATIENCE_SECONDS
 
@@ -140,11 +139,6 @@ def as_last_changed(run: Store, config: RunConfig) -> RunConfig:
         raise BadDataError(f"{error}; it holds the changes made with --set since the run began: {what_to_do}") from None
 
 
-def hash_of_config(run: Store) -> str:
-    """Returns the SHA-256 of the stored `config.yaml`."""
-    return hashlib.sha256(run.read(CONFIG_KEY).data).hexdigest()
-
-
 def dataset_key_of(config: RunConfig) -> str:
     """Returns the folder of a run's dataset below the bucket."""
     return dataset_key(config.data.dataset, config.image_size)
@@ -169,10 +163,6 @@ def create_config(run: Store, config: RunConfig) -> None:
         raise LostRunError(f"{run.uri} was begun by another attempt meanwhile: the same command goes on") from None
 
 
-Seconds = Annotated[float | None, Field(ge=0, le=1e9)]
-"""A measured duration; None if it is not known yet."""
-
-
 class LastStatus(RecordPart):
     """The last status of an attempt."""
 
@@ -190,15 +180,15 @@ class Attempt(Sealed):
     started: Moment
     host: str
     code_version: str
+    config_sha256: str = Field(pattern=SHA256_PATTERN)
+    """Of `config.yaml`, which is never rewritten; reveals that of another run."""
+    changes: dict[str, Any]
+    """Settings that differ from the run's stored configuration, by key."""
     world_size: int
     device: str
     """The device and the version of PyTorch: rounding depends on both."""
     is_exact: bool = False
     """Whether rounding depends on the device alone, not on the number of processes."""
-    changes: dict[str, Any]
-    """Settings that differ from the run's stored configuration, by key."""
-    config_sha256: str = Field(pattern=SHA256_PATTERN)
-    """Of `config.yaml`, which is never rewritten; reveals that of another run."""
     imported: str = ""
     """The source of the imported checkpoint, if it did not train."""
     previous: int | None
@@ -227,20 +217,18 @@ def load_attempt(run: Store, fence: int) -> Attempt:
     return attempt
 
 
-def attempt_id(run: Store, fence: int) -> str:
-    """Returns the id of an attempt; empty if its record is missing or corrupt."""
+def readable_attempt(run: Store, fence: int) -> Attempt | None:
+    """Returns the record of an attempt; None if it is missing or corrupt."""
     with suppress(ObjectMissingError, BadDataError):
-        return load_attempt(run, fence).id
-    return ""
+        return load_attempt(run, fence)
+    return None
 
 
 def last_attempt(run: Store) -> Attempt | None:
     """Returns the newest readable record of an attempt, if there is one."""
     # A local bucket may be a folder that does not exist yet.
     with suppress(MissingInputError):
-        for fence in reversed(attempt_fences(run)):
-            with suppress(BadDataError):
-                return load_attempt(run, fence)
+        return next(filter(None, (readable_attempt(run, fence) for fence in reversed(attempt_fences(run)))), None)
     return None
 
 
@@ -250,47 +238,30 @@ def highest_fence(run: Store) -> int:
     return max((max(place.fence, place.checkpoint.fence) for place in places), default=0)
 
 
-def record_attempt(
-    run: Store,
-    fence: int,
-    holder: str,
-    *,
-    changes: dict[str, Any],
-    world_size: int,
-    device: str,
-    is_exact: bool = False,
-    imported: str = "",
-) -> Attempt:
-    """Creates the record of an attempt, which has the run's lease with this fence as `holder`."""
+def record_attempt(run: Store, fence: int, holder: str, **circumstances: Any) -> Attempt:
+    """Creates the record of an attempt, which has the run's lease with this fence as `holder`.
+
+    The circumstances are the other fields of `Attempt` from `changes` to `imported`.
+    """
     previous, status = max(attempt_fences(run), default=None), read_status(run)
-    seen = None
-    if status is not None and status.fence == previous:
-        seen = LastStatus(state=status.state, images_seen=status.images_seen, updated=status.updated)
+    seen = status.model_dump(include={*LastStatus.model_fields}) if status and status.fence == previous else None
+    dollars = None
+    with suppress(ValueError):
+        dollars = float(os.environ.get(DOLLARS) or "")
     attempt = Attempt(
         fence=fence,
         id=holder,
         started=utc_now(),
         host=socket.gethostname(),
         code_version=code_version(),
-        world_size=world_size,
-        device=device,
-        is_exact=is_exact,
-        changes=changes,
-        config_sha256=hash_of_config(run),
-        imported=imported,
+        config_sha256=hashlib.sha256(run.read(CONFIG_KEY).data).hexdigest(),
         previous=previous,
-        previous_seen=seen,
-        dollars_per_hour=_dollars_per_hour(),
+        previous_seen=LastStatus(**seen) if seen else None,
+        dollars_per_hour=dollars,
+        **circumstances,
     )
     run.create(ObjectKind.ATTEMPT.key(fence=fence), attempt.to_json())
     return attempt
-
-
-def _dollars_per_hour() -> float | None:
-    with suppress(ValueError):
-        dollars = float(os.environ.get(DOLLARS) or "nan")
-        return dollars if 0 <= dollars < math.inf else None
-    return None
 
 
 def what_is_otherwise(before: Attempt, now: Attempt, this: str = "this one") -> list[str]:
@@ -318,8 +289,6 @@ class Status(Sealed):
     state: str
     """See `State`."""
     fence: int
-    attempt: str
-    """The id of the attempt, which reveals the status of another run."""
     images_seen: int
     target_images: int
     epoch: float
@@ -327,12 +296,6 @@ class Status(Sealed):
     loss: float | None
     images_per_second: float | None
     updated: Moment
-    start_seconds: Seconds = None
-    """From the attempt's record to its first step."""
-    save_seconds: Seconds = None
-    """How long the last commit of a checkpoint took, while training went on."""
-    stall_seconds: Seconds = None
-    """How long that save delayed training."""
 
 
 def read_status(run: Store) -> Status | None:
@@ -366,15 +329,13 @@ class StatusReporter:
             self._warn(f"the run's status could not be set to {state}: the bucket did not answer in time")
 
     def _work(self) -> None:
-        is_failing = is_last = False
+        is_last = False
         while not is_last:
             is_last = self._ended.is_set()
             try:
                 self._run.put(STATUS_KEY, self._current(self._state).to_json())
-                is_failing = False
             except JobError as error:
-                # Reported once per outage.
-                if not is_failing:
+                # The next one is written soon, and lease and saves report an outage.
+                if is_last:
                     self._warn(f"could not write the run's status: {error}")
-                is_failing = True
             self._ended.wait(STATUS_SECONDS)

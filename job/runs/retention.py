@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from job.config import RunConfig
-from job.data.order import epochs_completed_by
+from job.coordination.lease import Lease, ProcessIdentity
+from job.coordination.sealed import Sealed
+from job.data.reading.stream import epochs_completed_by
 from job.exits import BadDataError, JobError, LostRunError, NoPermissionError
-from job.processes.lease import Lease
-from job.processes.process_identity import ProcessIdentity
 from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, CheckpointRef, Located, ObjectKind, located, places_in
 from job.runs.metric_rows import Row
 from job.runs.samples import score_name
-from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
 
 LAST_SAVES = 2
@@ -32,6 +31,12 @@ READING_SECONDS = 900.0
 
 It covers clocks that differ by minutes, and a step of sampling, after which the mark is renewed.
 """
+
+
+OUTSIDE = (ObjectKind.METRICS, ObjectKind.EVENTS, ObjectKind.SNAPSHOT)
+"""Kinds outside of a checkpoint's folder that its manifest names."""
+Named = dict[CheckpointRef, set[str] | None]
+"""The keys that each manifest names; None for one that cannot be read."""
 
 
 class Reader(Sealed):
@@ -165,35 +170,40 @@ def delete_checkpoint(run: Store, ref: CheckpointRef) -> None:
 
 
 def leftovers(
-    run: Store, places: Mapping[str, Located], fence: int, named: Collection[str] | None = None
+    run: Store, places: Mapping[str, Located], until: CheckpointRef, named: Named, read: Collection[CheckpointRef]
 ) -> dict[str, str]:
     """Returns the keys of objects that killed processes left, and what left each of them; they are harmless.
 
     Args:
         run: the run's folder.
         places: the objects to check, with all manifests and records of pieces among them.
-        fence: attempts from this one on may still run.
-        named: the keys that manifests name; None: it reads them.
+        until: objects of checkpoints from this one on may still be in use.
+        named: the keys that each manifest names, as far as it has been read; it adds the others.
+        read: the checkpoints that are being read.
     """
     committed = {place.checkpoint for place in places.values() if place.kind is ObjectKind.MANIFEST}
     recorded = {(place.folder, place.piece) for place in places.values() if place.kind is ObjectKind.RECORD}
     made = {(place.checkpoint, place.group) for place in places.values() if place.kind is ObjectKind.AVERAGE}
-    read, left = being_read(run), dict[str, str]()
-    try:
-        if named is None:
-            named = {key for ref in list_checkpoints(run) for key in load_manifest(run, ref).objects}
-    except (BadDataError, ObjectMissingError):
-        # A damaged manifest may name any of them, so none of them counts as left.
-        named = places
+    for ref in committed - named.keys():
+        named[ref] = None
+        with suppress(BadDataError, ObjectMissingError):
+            named[ref] = set(load_manifest(run, ref).objects)
+    in_use = set[str]().union(*(named[ref] or () for ref in committed))
+    # A manifest that cannot be read may name whatever was uploaded before it.
+    unreadable = max((ref for ref in committed if named[ref] is None), default=CheckpointRef(0, 0))
+    left = dict[str, str]()
     for key, place in places.items():
-        is_old = place.checkpoint.fence < fence
+        is_read, is_committed = place.checkpoint in read, place.checkpoint in committed
+        is_old = place.checkpoint < until
         match place.kind:
-            case ObjectKind.TENSORS | ObjectKind.PIPELINE if is_old and place.checkpoint not in committed:
+            case ObjectKind.TENSORS | ObjectKind.PIPELINE if is_old and not is_read and not is_committed:
                 left[key] = "an attempt that is over"
-            case ObjectKind.METRICS | ObjectKind.EVENTS | ObjectKind.SNAPSHOT if is_old and key not in named:
+            case ObjectKind.METRICS | ObjectKind.EVENTS | ObjectKind.SNAPSHOT if (
+                is_old and key not in in_use and place.checkpoint > unreadable
+            ):
                 left[key] = "an attempt that is over"
-            case ObjectKind.AVERAGE | ObjectKind.AVERAGE_TENSORS if place.checkpoint not in read and (
-                place.checkpoint not in committed or (place.checkpoint, place.group) not in made
+            case ObjectKind.AVERAGE | ObjectKind.AVERAGE_TENSORS if not is_read and (
+                not is_committed or (place.checkpoint, place.group) not in made
             ):
                 left[key] = "`ddpm ema` that was stopped"
             case ObjectKind.PIECE | ObjectKind.IMAGE if (place.folder, place.piece) not in recorded:
@@ -202,32 +212,11 @@ def leftovers(
                 left[key] = "an evaluation that was stopped"
             case ObjectKind.CLAIM:
                 left[key] = "sampling by several machines"
-            case ObjectKind.READER if place.checkpoint not in read:
+            case ObjectKind.READER if not is_read:
                 left[key] = "a reader that was killed"
             case ObjectKind.PROBE:
-                left[key] = "a measurement"
+                left[key] = "a check of permissions"
     return left
-
-
-def sweep(run: Store, lease: Lease, named: Collection[str] | None = None) -> None:
-    """Deletes the leftovers of attempts before the holder of `lease`, none of which can commit any more.
-
-    They are files without a manifest, and metrics that no manifest names; for `named` see `leftovers`.
-    """
-    kinds = (ObjectKind.TENSORS, ObjectKind.METRICS, ObjectKind.EVENTS, ObjectKind.SNAPSHOT, ObjectKind.READER)
-    for key in leftovers(run, places_in(run, *(kind.folder for kind in kinds)), lease.fence, named):
-        _while_held(run, lease, partial(run.delete, key))
-    run.sub(CHECKPOINTS).sweep()
-
-
-def _while_held(run: Store, lease: Lease, delete: Callable[[], None]) -> None:
-    """Deletes something; checks the lease again after an outage, in which another attempt may have taken the run."""
-
-    def attempt() -> None:
-        lease.confirm()
-        delete()
-
-    run.retry(attempt)
 
 
 class Retirement:
@@ -238,56 +227,50 @@ class Retirement:
     ) -> None:
         """Checkpoints that are `damaged` do not count for retention, and stay."""
         self._run, self._lease, self._damaged, self._note = run, lease, damaged, note
-        self._is_swept = False
-        # By checkpoint the metrics and snapshots that its manifest names; None if it cannot be read.
-        self._named = dict[CheckpointRef, set[str] | None]()
-        self._retired, self._unnamed = set[CheckpointRef](), set[str]()
+        self._named, self._is_swept = Named(), False
 
     def after(self, newest: Manifest, retention: Retention) -> None:
         """Deletes what the rules do not keep. After an error, which loses no work, the next commit tries again."""
-        self._named[newest.ref] = _named_outside(newest)
+        self._named[newest.ref] = set(newest.objects)
         try:
-            there = set(list_checkpoints(self._run))
+            there = {*list_checkpoints(self._run)}
             # A checkpoint of a higher fence may be damaged: if it counted, a sound one would be deleted in its place.
             for ref in retention.retire(ref for ref in there if ref <= newest.ref and ref not in self._damaged):
-                _while_held(self._run, self._lease, partial(self._retire, ref))
-            named = self._named_by(there - self._retired)
-            if not self._is_swept:
-                sweep(self._run, self._lease, named)
-                self._is_swept = True
-            self._delete_unnamed()
+                self._while_held(partial(self._retire, ref, there))
+            self._sweep(newest.ref, there)
         except LostRunError:
             raise
         except JobError as error:
             self._note(f"old checkpoints of {self._run.uri} stay for now: {error}")
 
-    def _retire(self, ref: CheckpointRef) -> None:
+    def _retire(self, ref: CheckpointRef, there: set[CheckpointRef]) -> None:
         # Checked right before the deletion: a reader that comes later misses the manifest, and chooses again.
         if ref not in being_read(self._run):
             delete_checkpoint(self._run, ref)
-            self._retired.add(ref)
+            there.discard(ref)
 
-    def _named_by(self, there: set[CheckpointRef]) -> set[str] | None:
-        """Returns the metrics and snapshots that these checkpoints name; None if one of them cannot be read."""
-        for ref in there - self._named.keys():
-            self._named[ref] = None
-            with suppress(BadDataError, ObjectMissingError):
-                self._named[ref] = _named_outside(load_manifest(self._run, ref))
-        for ref in self._named.keys() - there:
-            self._unnamed |= self._named.pop(ref) or set()
-        readable = [keys for keys in self._named.values() if keys is not None]
-        named = set[str]().union(*readable)
-        self._unnamed -= named
-        return named if len(readable) == len(self._named) else None
+    def _sweep(self, newest: CheckpointRef, there: set[CheckpointRef]) -> None:
+        """Deletes what the manifests that are gone named alone; at first also the leftovers of earlier attempts."""
+        gone, read = self._named.keys() - there, set[CheckpointRef]()
+        places = {key: located(key) for ref in gone for key in self._named[ref] or ()}
+        places = {key: place for key, place in places.items() if place.kind in OUTSIDE}
+        if not self._is_swept:
+            kinds = (ObjectKind.TENSORS, ObjectKind.READER, *OUTSIDE)
+            places, read = places_in(self._run, *(kind.folder for kind in kinds)), being_read(self._run)
+        places |= {ref.manifest_key: located(ref.manifest_key) for ref in there}
+        for key in leftovers(self._run, places, newest, self._named, read):
+            self._while_held(partial(self._run.delete, key))
+        for ref in gone:
+            del self._named[ref]
+        if not self._is_swept:
+            self._run.sub(CHECKPOINTS).sweep()
+            self._is_swept = True
 
-    def _delete_unnamed(self) -> None:
-        # A manifest that cannot be read may name whatever was uploaded before it.
-        unreadable = max((ref for ref, keys in self._named.items() if keys is None), default=CheckpointRef(0, 0))
-        for key in sorted(key for key in self._unnamed if located(key).checkpoint > unreadable):
-            _while_held(self._run, self._lease, partial(self._run.delete, key))
-            self._unnamed.discard(key)
+    def _while_held(self, delete: Callable[[], None]) -> None:
+        """Deletes something; checks the lease again after an outage, in which another attempt may have the run."""
 
+        def attempt() -> None:
+            self._lease.confirm()
+            delete()
 
-def _named_outside(manifest: Manifest) -> set[str]:
-    """Returns the objects outside of a checkpoint's folder that its manifest names."""
-    return {one.key for one in (*manifest.metrics, *manifest.snapshots)}
+        self._run.retry(attempt)

@@ -3,10 +3,10 @@
 The name of a picture holds the settings that it was drawn with, so that other settings do not overwrite it. Its
 last comment has its origin and its SHA-256.
 
-A set of many images has a folder. Its `sample-set.json` is created first, each piece before its record, and
-`index.json` when all pieces are there. Sampling never overwrites or deletes objects in it, and `ddpm runs prune`
-deletes only pieces without a record. Pieces therefore match their records, even if several processes make the same
-piece, and a piece that a killed process left without a record is as good as any other.
+A set of many images has a folder, whose name has a hash of all that decides them. Each piece is created before its
+record, and `index.json` when all pieces are there. Sampling never overwrites or deletes objects in it, and
+`ddpm runs prune` deletes only pieces without a record. Pieces therefore match their records, even if several processes
+make the same piece, and a piece that a killed process left without a record is as good as any other.
 
     RUN/evaluations/epoch-0490-ddim-100-0-5000-inception-1f3a9c02/piece-00012.safetensors   features, until the end
                                                                   scores.json               created once, at the end
@@ -23,7 +23,8 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from math import ceil
 from typing import Literal
 
@@ -31,10 +32,10 @@ from pydantic import Field
 
 from ddpm.catalogue import METRICS, Metric
 from job.config.schema import SamplerConfig, Section, Size
-from job.data.order import epochs_completed_by
-from job.pieces import PieceRecord
+from job.coordination.pieces import PieceRecord
+from job.coordination.sealed import SHA256_PATTERN, NamedObject, RecordPart, Sealed, code_version
+from job.data.reading.stream import epochs_completed_by
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.sealed import SHA256_PATTERN, NamedObject, RecordPart, Sealed, code_version
 from job.store import Store
 
 LOSS_FIGURE = ObjectKind.FIGURE.key(name="loss", picture="png")
@@ -105,14 +106,10 @@ def title_of(run: Store, moment: str, how: str, seeds: Sequence[int]) -> str:
         how: the sampler and its settings; see `SamplerConfig.words`.
         seeds: of the images.
     """
-    ranges: list[list[int]] = []
-    for seed in seeds:
-        if ranges and seed == ranges[-1][1] + 1:
-            ranges[-1][1] = seed
-        else:
-            ranges.append([seed, seed])
-    words = [f"{first}-{last}" if last > first else f"{first}" for first, last in ranges]
-    shown = ", ".join(words) if len(words) <= 8 else f"{', '.join(words[:8])} … ({len(seeds):,} in all)"
+    grouped = groupby(enumerate(seeds), lambda pair: pair[1] - pair[0])
+    ranges = [[seed for _, seed in pairs] for _, pairs in grouped]
+    words = [f"{one[0]}-{one[-1]}" if len(one) > 1 else f"{one[0]}" for one in ranges]
+    shown = ", ".join(words[:8]) + f" … ({len(seeds):,} in all)" * (len(words) > 8)
     of_seeds = f"seed{'s' * (len(seeds) > 1)} {shown}"
     return " · ".join((run.uri.rpartition("/")[2], moment, how, of_seeds))
 
@@ -150,22 +147,14 @@ class Editing(Section):
     @property
     def name(self) -> str:
         """Returns the edit as part of a picture's name."""
-        return "-".join(part.replace(" ", "-") for part in self._parts)
+        return self.words.replace(", ", "-").replace(" ", "-")
 
     @property
     def words(self) -> str:
         """Returns the edit for people."""
-        return ", ".join(self._parts)
-
-    @property
-    def _parts(self) -> list[str]:
-        given = {key: value for key, value in self.model_dump(exclude={"mode"}).items() if value}
-        return [self.mode, *(f"{key} {_in_name(value)}" for key, value in given.items())]
-
-
-def _in_name(value: object) -> str:
-    text = file_words(f"{value}", "_")
-    return text[:12] if re.fullmatch(SHA256_PATTERN, text) else text
+        given = {key: file_words(f"{value}", "_") for key, value in self.model_dump(exclude={"mode"}).items() if value}
+        short = {key: text[:12] if re.fullmatch(SHA256_PATTERN, text) else text for key, text in given.items()}
+        return ", ".join([self.mode, *(f"{key} {text}" for key, text in short.items())])
 
 
 class SampleSetConfig(SamplerConfig):
@@ -207,20 +196,11 @@ class SampleSetConfig(SamplerConfig):
 class FoundGrid(Sealed):
     """The timesteps found for a number of steps. The record is created once, so that all pictures use the same ones."""
 
-    steps: int = Field(ge=1)
     numbers: tuple[int, ...]
     """The timesteps of the process, from the most noise to the least."""
     checkpoint: str = Field(pattern=r"^checkpoints/\d{6}-\d{12}$")
     """The checkpoint whose network they were found with."""
     weights: str
-    created: str
-    code_version: str
-
-
-class SampleSetRecord(Sealed):
-    """The content of `sample-set.json`, created before the first piece, so that no two sets share a folder."""
-
-    sample_set: SampleSetConfig
 
 
 def named_piece(record: PieceRecord, config: SampleSetConfig) -> NamedObject:
@@ -248,6 +228,16 @@ def score_name(score: str, extractor: str) -> str:
     return f"{metric.elsewhere or name}{score.removeprefix(name)}-{extractor}"
 
 
+def score_words(values: Mapping[str, float], floor: Mapping[str, float], extractor: str) -> str:
+    """Returns scores for people, each beside that of real images, without their deviations."""
+    words = []
+    for name, value in values.items():
+        if not name.endswith("_std"):
+            real = f" (real images {floor[name]:.4g})" if name in floor else ""
+            words.append(f"{score_name(name, extractor)} {value:.4g}{real}")
+    return ", ".join(words)
+
+
 class Reference(RecordPart):
     """The real images, and the network that extracted their features."""
 
@@ -261,6 +251,11 @@ class Reference(RecordPart):
     of_images: int = Field(ge=1)
     extractor: str
     extractor_sha256: str = Field(pattern=SHA256_PATTERN)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of it all."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     def __str__(self) -> str:
         which = f"{self.images:,} images" if self.images == self.of_images else f"{self.images:,} of {self.of_images:,}"

@@ -20,17 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from job.coordination.lease import Lease
+from job.coordination.sealed import NamedObject
 from job.exits import BucketAwayError, StoppedError
-from job.processes.lease import Lease
-from job.runs import metric_rows, pipeline
-from job.runs.checkpoints import Manifest, commit_manifest
+from job.runs.checkpoints import Manifest, commit_manifest, files_for_diffusers
 from job.runs.layout import OF_CHECKPOINT, CheckpointRef, ObjectKind, located
-from job.runs.metric_rows import History
+from job.runs.metric_rows import History, Row
 from job.runs.outlook import Cadence
 from job.runs.records import Attempt
 from job.runs.retention import Retention, Retirement
 from job.runs.samples import put_picture
-from job.sealed import NamedObject, utc_now
 from job.stop import GRACE_VARIABLE, Stop
 from job.store import Store
 from job.store.files import os_errors, scratch_folder
@@ -67,7 +66,6 @@ class CheckpointFiles:
     Attributes:
         drawn: the group whose weights lie where diffusers reads them.
         descriptions: the objects beside them, by key below the checkpoint.
-        size_bytes: of a host copy.
     """
 
     def __init__(self, live: Tensors, retention: Retention, classes: tuple[str, ...]) -> None:
@@ -83,10 +81,8 @@ class CheckpointFiles:
             flat.fill_(0)  # touches every page: a first save into fresh pages takes ten times as long
             views = zip(named.items(), flat.split(sizes), strict=True)
             self._host[group] = {name: view.view(tensor.shape) for (name, tensor), view in views}
-        self.size_bytes = sum(tensor.nbytes for named in self._host.values() for tensor in named.values())
         self._parts = plan_parts(self._host)
-        self._pipeline = pipeline.files_for_diffusers(retention.config, classes, self._parts)
-        self.drawn, self.descriptions = self._pipeline.drawn, self._pipeline.descriptions
+        self.drawn, self._names, self.descriptions = files_for_diffusers(retention.config, classes, self._parts)
 
     def copy(self) -> None:
         """Copies the live values into the host buffers: on a GPU beside the next step, up to `before_change`."""
@@ -108,7 +104,7 @@ class CheckpointFiles:
         takes_snapshot = self._retention.takes_snapshot(ref.images_seen)
         averages = self._retention.config.ema.names if takes_snapshot else ()
         for name, tensors in self._parts.items():
-            yield f"{ref.key}/{self._pipeline.names.get(name, name)}", tensors
+            yield f"{ref.key}/{self._names.get(name, name)}", tensors
             if name.rpartition("-")[0] in averages:
                 yield f"{ObjectKind.SNAPSHOT.folder}/{ref}/{name}", {n: t.half() for n, t in tensors.items()}
 
@@ -221,7 +217,7 @@ class CheckpointWriter:
             stop: asked while the main thread waits.
             note: receives messages for people.
         """
-        self.rows = list[metric_rows.Row]()
+        self.rows = list[Row]()
         self._snapshots = before.snapshots if before else ()
         self._lineage = (*before.lineage, str(before.ref)) if before else ()
         self.retention = leased.retention
@@ -232,10 +228,10 @@ class CheckpointWriter:
         self._history = History(self._run, before.segments if before else (), leased.retention.config, note)
         self._files = CheckpointFiles(live, leased.retention, leased.classes)
         every_minutes = leased.retention.config.checkpoint.every_minutes
-        self.cadence = Cadence(self._run, self._files.size_bytes, every_minutes, stop.grace_seconds, note)
+        self.cadence = Cadence(self._run, every_minutes, stop.grace_seconds, note)
         self._retirement = Retirement(self._run, leased.lease, leased.damaged, note)
         self._changed = threading.Condition()
-        self._queued: tuple[Manifest, list[metric_rows.Row]] | None = None
+        self._queued: tuple[Manifest, list[Row]] | None = None
         self._later: list[Callable[[Store], None]] = []
         self._reading_host = self._committing = False
         self._error: BaseException | None = None
@@ -279,8 +275,6 @@ class CheckpointWriter:
             fence=attempt.fence,
             attempt=attempt.id,
             images_seen=images_seen,
-            created=utc_now(),
-            world_size=attempt.world_size,
             loss_sums=loss_sums,
             lineage=self._lineage,
             files=(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from ddpm.model import Model, NotFiniteError
 from ddpm.process import Point, VarianceExploding
 from ddpm.threads import group_of
 from job.config import RunConfig, method
-from job.data.autoencoder import Decoder, load_decoder
+from job.data.latents import Decoder, load_decoder
 from job.exits import BadDataError, BadRequestError, NotANumberError, StoppedError
 from job.processes.ranks import Agreement, Ranks
 from job.progress import Progress
@@ -30,8 +30,7 @@ from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.records import split_run
 from job.runs.retention import kept_while_read, reading_chosen
 from job.runs.samples import FoundGrid, moment_of
-from job.sampling.sampling_plan import SamplePlan, found_points, plan_sampling
-from job.sealed import code_version, utc_now
+from job.sampling.sampling_plan import SamplePlan, Worse, found_points, plan_sampling
 from job.stop import Stop
 from job.store import ObjectExistsError, Store
 
@@ -78,21 +77,21 @@ class Painter(Model):
         super().__init__(**vars(method.model_of(config, ranks.device, precision, decoder)))
         self.config, self.ranks, self.stop, self.agreement, self.renewals = config, ranks, stop, agreement, renewals
 
-    def load(self, run: Store, ref: CheckpointRef, group: str) -> None:
+    def load_worse(self, worse: Worse) -> None:
+        """Reads the weights of the weaker network for autoguidance, with the configuration of its run. Collective."""
+        config = worse.of_run.config
+        self.worse = method.build_network(config, self.device).eval().requires_grad_(False)
+        self.worse_has_classes = bool(config.model.num_classes)
+        self.load(worse.of_run.run, worse.ref, worse.weights, self.worse)
+
+    def load(self, run: Store, ref: CheckpointRef, group: str, network: nn.Module | None = None) -> None:
         """Reads weights of a checkpoint, such as `ema` or `model`, once for all processes. Collective.
 
         Raises:
             BadDataError: the checkpoint is damaged; the message names the object, and how to find another.
         """
-        self._load(self.network, run, ref, group)
+        network = network or self.network
 
-    def load_worse(self, run: Store, config: RunConfig, ref: CheckpointRef, group: str) -> None:
-        """Reads the weights of the weaker network for autoguidance, with the configuration of its run. Collective."""
-        self.worse = method.build_network(config, self.device).eval().requires_grad_(False)
-        self.worse_has_classes = bool(config.model.num_classes)
-        self._load(self.worse, run, ref, group)
-
-    def _load(self, network: nn.Module, run: Store, ref: CheckpointRef, group: str) -> None:
         def load() -> None:
             tensors = {group: {name: value.detach() for name, value in network.named_parameters()}}
             try:
@@ -267,22 +266,22 @@ def prepared(plan: SamplePlan, ranks: Ranks, stop: Stop) -> Iterator[tuple[Sampl
     with ExitStack() as stack:
         # One process chooses for all: training may commit a newer checkpoint between the choices of two.
         checkpoints = ranks.on_main(lambda: stack.enter_context(reading_chosen(plan.run, plan.choose))[0])
-        plan = replace(plan, checkpoints=tuple(checkpoints))
+        plan = replace(plan, checkpoints=checkpoints)
         # Each process has its own mark: one that commits its last piece may outlive the others.
         renewals = [stack.enter_context(kept_while_read(plan.run, *checkpoints))]
         if (worse := plan.worse) is not None:
-            renewals.append(stack.enter_context(kept_while_read(worse.run, worse.ref)))
+            renewals.append(stack.enter_context(kept_while_read(worse.of_run.run, worse.ref)))
         decoder = load_decoder(plan.bucket, plan.index, ranks.device)
         agreement = Agreement(ranks.world_size, flags=1)
         painter = Painter(
             plan.config, ranks, plan.precision, stop, agreement=agreement, decoder=decoder, renewals=renewals
         )
         if worse is not None:
-            painter.load_worse(worse.run, worse.config, worse.ref, worse.weights)
-        sampling = method.sampling_of(plan.sample)
+            painter.load_worse(worse)
+        sampling = painter.sampling
         if plan.custom_sampler:
             sampling = replace(sampling, function=plan.custom_sampler)
-        if plan.sample.grid == "found":
+        if plan.config.sample.grid == "found":
             # Another process may have stored the grid since this one planned: all take that of the main process.
             plan = replace(plan, found=ranks.on_main(lambda: plan.found) or find_points(plan, painter))
             sampling = replace(sampling, numbers=plan.found)
@@ -296,7 +295,7 @@ def find_points(plan: SamplePlan, painter: Painter) -> tuple[int, ...]:
         BadRequestError: more steps than candidate points.
         StoppedError: a stop was requested.
     """
-    run, sample, steps = plan.run, plan.sample, plan.sample.steps
+    run, sample, steps = plan.run, plan.config.sample, plan.config.sample.steps
     candidates, key = min(GRID_CANDIDATES, painter.process.num_timesteps), ObjectKind.FOUND_GRID.key(steps=sample.steps)
     if steps > candidates:
         raise BadRequestError(f"--grid found: chooses among {candidates} points, so it takes up to {candidates} steps")
@@ -319,19 +318,11 @@ def find_points(plan: SamplePlan, painter: Painter) -> tuple[int, ...]:
             with torch.inference_mode():
                 x = beginning([first], painter.noise_of(seeds))
                 numbers = find_grid(denoise, x, painter.process, steps, candidates)
-        grid = FoundGrid(
-            steps=steps,
-            numbers=tuple(numbers),
-            checkpoint=ref.key,
-            weights=sample.weights,
-            created=utc_now(),
-            code_version=code_version(),
-        )
-        try:
+        grid = FoundGrid(numbers=tuple(numbers), checkpoint=ref.key, weights=sample.weights)
+        # Another process may have been faster.
+        with suppress(ObjectExistsError):
             run.create(key, grid.to_json())
-        except ObjectExistsError:
-            return found_points(run, steps, painter.process.num_timesteps)
-        return grid.numbers
+        return found_points(run, steps)
 
     return painter.ranks.on_main(find)
 
@@ -361,12 +352,11 @@ def load_run(
     checkpoints = "latest" if epoch is None else str(epoch)
     plan = plan_sampling(SampleRequest(name, bucket=bucket, checkpoints=checkpoints, chosen=chosen).check())
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    config = plan.config.updated({"sample.weights": plan.sample.weights})
-    decode = load_decoder(plan.bucket, plan.index, on)
+    decode, group = load_decoder(plan.bucket, plan.index, on), plan.config.sample.weights
     # On many processors bf16 is slower than fp32.
-    model = method.model_of(config, on, plan.precision if on.type == "cuda" else "fp32", decode, plan.classes)
-    tensors = {plan.sample.weights: {name: each.detach() for name, each in model.network.named_parameters()}}
+    model = method.model_of(plan.config, on, plan.precision if on.type == "cuda" else "fp32", decode, plan.classes)
+    tensors = {group: {name: each.detach() for name, each in model.network.named_parameters()}}
     with reading_chosen(plan.run, plan.choose) as ((ref,), _), opened(plan.run, ref, into=tensors):
         pass
-    model.source = f"{plan.run.uri}, {moment_of(plan.label(ref))}, weights {plan.sample.weights}"
+    model.source = f"{plan.run.uri}, {moment_of(plan.label(ref.images_seen))}, weights {group}"
     return model

@@ -5,7 +5,7 @@ RUN/samples/epoch-0080-ddim-100.png              one image per seed, from the av
             comparison-30-80-490-ddim-100.png    the same seeds under several checkpoints
             denoising-epoch-0080-ddim-100.gif    from noise to image, 20 frames at most
             epoch-0080-ddim-100-inpaint-image-3-mask-half-resamplings-10.png  see `editing`
-            epoch-0080-ddim-100-0-50000/         see `sets`
+            epoch-0080-ddim-100-0-50000-1f3a9c02/  see `sets`
 
 The figures of the method, `ddpm figure schedule` and `ddpm figure noising`, need no network.
 """
@@ -26,22 +26,22 @@ import torch
 from PIL import Image
 
 from ddpm import editing, figures, randomness
-from ddpm.catalogue import SCHEDULES, Diffusion
+from ddpm.catalogue import Diffusion
 from ddpm.generation import Sampling, Walk
 from ddpm.image_size import ImageSize
 from ddpm.process import VarianceExploding, VariancePreserving, make_process
 from job.config import RunConfig
-from job.data.cache import ImageCache, uncached_images
+from job.coordination.pieces import IF_NONE_RUNS, Advance, Made
+from job.data.reading.cache import ImageCache, uncached_images
 from job.data.shards import find_dataset, load_index
 from job.exits import BadRequestError
-from job.pieces import IF_NONE_RUNS, Advance, Made
 from job.processes.ranks import meet
-from job.requests import GIF_SEEDS, check_output, parse_numbers
+from job.requests import GIF_SEEDS, parse_numbers
 from job.runs import records
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.samples import SampleSetConfig, denoising_key, file_words, grid_key, moment_of, put_picture, title_of
 from job.sampling.painter import Painter, Route, prepared
-from job.sampling.sampling_plan import SamplePlan
+from job.sampling.sampling_plan import Given, SamplePlan
 from job.sampling.sets import SampleSet, plan_sets
 from job.stop import NEVER, Stop
 from job.store import Store, open_store
@@ -65,7 +65,7 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
         StoppedError: with `--count`, whole pieces are saved, and the same command resumes.
     """
     with prepared(plan, meet(stop), stop) as (plan, painter, sampling):
-        editor = Editor(plan, painter, sampling) if plan.given else None
+        editor = Editor(plan.given, painter, sampling) if plan.given else None
         if plan.request.count is None:
             _make_pictures(plan, painter, sampling, editor)
         for sample_set in plan_sets(plan):
@@ -73,17 +73,17 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
 
 
 def _make_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, editor: Editor | None) -> None:
-    request, sample, is_main = plan.request, plan.sample, painter.ranks.is_main
+    request, sample, is_main = plan.request, plan.config.sample, painter.ranks.is_main
     usual_seeds = editor.default_seeds() if editor else range(sample.images)
     seeds = parse_numbers(request.seeds, "--seeds") if request.seeds else usual_seeds
     all_seeds = editor.all_seeds(seeds) if editor else seeds
     route = editor.route(seeds) if editor else None
     gif_seeds = seeds[:GIF_SEEDS] if request.seeds else range(GIF_SEEDS)
-    how, usual = plan.how(request.seeds), plan.config.sample
+    how, usual = plan.how(request.seeds), plan.stored.sample
     layout = "" if editor or sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-no-nearest"
     training = None
-    if sample.nearest and request.with_grid and is_main and editor is None and plan.index:
-        training = plan.opened_images(painter.stop, index=plan.pictures())
+    if sample.nearest and is_main and editor is None and plan.index:
+        training = plan.opened_images(plan.pictures(), painter.stop)
     grids: list[tuple[str, np.ndarray]] = []
 
     def publish(ref: CheckpointRef, key: str, picture: bytes, note: str = "") -> None:
@@ -93,20 +93,19 @@ def _make_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
             print(f"{plan.run.uri_of(key)}{note}")
 
     for ref in plan.checkpoints:
-        label = plan.label(ref)
+        label = plan.label(ref.images_seen)
         painter.load(plan.run, ref, sample.weights)
-        if request.with_grid:
-            began = time.monotonic()
-            images = painter.sample_together(all_seeds, sampling, sample.batch_size, label, route)
-            if is_main:
-                rate = len(all_seeds) / (time.monotonic() - began)
-                grids.append((moment_of(label), images))
-                title = title_of(plan.run, moment_of(label), plan.words, seeds)
-                if editor:
-                    grid = editor.grid(images, seeds, with_class(title, plan.sampled_classes))
-                else:
-                    grid = grid_png(images, seeds, plan.sampled_classes, training, stop=painter.stop, title=title)
-                publish(ref, grid_key(label, how + layout), grid, f"  ({rate:.2f} images/s)")
+        began = time.monotonic()
+        images = painter.sample_together(all_seeds, sampling, sample.batch_size, label, route)
+        if is_main:
+            rate = len(all_seeds) / (time.monotonic() - began)
+            grids.append((moment_of(label), images))
+            title = title_of(plan.run, moment_of(label), plan.words, seeds)
+            if editor:
+                grid = editor.grid(images, seeds, with_class(title, plan.sampled_classes))
+            else:
+                grid = grid_png(images, seeds, plan.sampled_classes, training, stop=painter.stop, title=title)
+            publish(ref, grid_key(label, how + layout), grid, f"  ({rate:.2f} images/s)")
         if request.gif and is_main:
             title = with_class(title_of(plan.run, moment_of(label), plan.words, gif_seeds), plan.sampled_classes)
             gif = painter.denoising_gif(gif_seeds, sampling, title)
@@ -124,23 +123,23 @@ def _make_set(
 ) -> None:
     """Makes the missing pieces, first those of this slice, and the index if the set is then complete. Collective."""
     ranks, config, pieces, began = painter.ranks, sample_set.config, sample_set.pieces, time.monotonic()
-    ranks.on_main(sample_set.begin)
+    sample = plan.config.sample
 
     def make(number: int, advance: Advance) -> Made:
         seeds = config.seeds(number)
         route = editor.route(seeds) if editor else None
         # Batches stay within a piece: rounding depends on the other images of a batch, and bytes must not change.
-        images = np.concatenate([*painter.sample_batches(seeds, sampling, plan.sample.batch_size, advance, route)])
+        images = np.concatenate([*painter.sample_batches(seeds, sampling, sample.batch_size, advance, route)])
         if number == 0:
-            shown = plan.sample.images
-            title = title_of(plan.run, moment_of(plan.label(sample_set.ref)), plan.words, seeds[:shown])
-            grid = grid_png(images[:shown], seeds[:shown], plan.sampled_classes, title=title)
+            moment, shown = moment_of(plan.label(sample_set.ref.images_seen)), seeds[: sample.images]
+            title = title_of(plan.run, moment, plan.words, shown)
+            grid = grid_png(images[: sample.images], shown, plan.sampled_classes, title=title)
             put_picture(plan.run, sample_set.key(ObjectKind.GRID), grid, sample_set.ref)
         return made_piece(sample_set, number, images)
 
     there_before = ranks.on_main(lambda: config.count - sum(pieces.sizes[number] for number in pieces.missing()))
     if there_before < config.count:
-        painter.load(plan.run, sample_set.ref, plan.sample.weights)
+        painter.load(plan.run, sample_set.ref, sample.weights)
     made = pieces.make_missing(make, f"sampling {sample_set.name}", stop=painter.stop, ranks=ranks)
     rate = f" at {made / (time.monotonic() - began):.2f} images/s" if made else ""
     note = f"{made:,} made{rate}, {there_before:,} there before"
@@ -239,42 +238,35 @@ def _shard(config: SampleSetConfig, seeds: range, pngs: list[bytes]) -> bytes:
 
 
 class Editor:
-    """The given images of a plan, on the device, and the routes of sampling from them.
+    """The given images, on the device, and the routes of sampling from them.
 
     Seed k has image k mod n of the n given ones. Interpolation between seeds has no given images.
     """
 
-    def __init__(self, plan: SamplePlan, painter: Painter, sampling: Sampling) -> None:
-        assert plan.given is not None
-        self._given, self._painter = plan.given, painter
-        self._editing, self.evaluations = plan.given.editing, painter.evaluations_of(sampling)
-        if self._editing.mode == "interpolate":
+    def __init__(self, given: Given, painter: Painter, sampling: Sampling) -> None:
+        self._painter, self._editing, self.evaluations = painter, given.editing, painter.evaluations_of(sampling)
+        if given.images is None:
             return
-        if plan.given.image is not None:
-            given = plan.given.image[None]
-        else:
-            assert plan.index is not None
-            cache = uncached_images(plan.bucket, records.dataset_key_of(plan.config), plan.index)
-            given = cache.read(np.array(plan.given.numbers))
-        self._shown = {"given": given}
-        self._images = torch.tensor(given).permute(0, 3, 1, 2).to(painter.device).float() / 127.5 - 1
-        if plan.given.unknown is None:
+        self._shown = {"given": given.images}
+        self._images = torch.tensor(given.images).permute(0, 3, 1, 2).to(painter.device).float() / 127.5 - 1
+        if given.unknown is None:
             edit = editing.inverted if self._editing.mode == "invert" else editing.from_image
             self._edit = partial(edit, strength=self._editing.strength)
         else:
-            unknown = torch.from_numpy(plan.given.unknown).to(painter.device)
+            unknown = torch.from_numpy(given.unknown).to(painter.device)
             path = editing.resampled(sampling.steps, resamplings=self._editing.resamplings)
             self._edit = partial(editing.inpaint, unknown=unknown, path=path)
-            self._shown["masked"] = np.where(plan.given.unknown[:, :, None], np.uint8(_HIDDEN), given)
+            self._shown["masked"] = np.where(given.unknown[:, :, None], np.uint8(_HIDDEN), given.images)
         image = torch.zeros(1, *painter.image_shape)
-        of_image = {"image": image} | ({"unknown": image == 0} if plan.given.unknown is not None else {})
+        of_image = {"image": image} | ({"unknown": image == 0} if given.unknown is not None else {})
         self.evaluations = painter.evaluations_of(sampling, partial(self._edit, **of_image))
 
     def default_seeds(self) -> range:
         """Returns the seeds of a picture by default."""
+        if self._editing.mode == "interpolate":
+            return range(2 * PAIRS)
         # Inversion does not depend on the seed without a sampler's noise, so one seed per image is enough.
-        of_mode = {"interpolate": 2 * PAIRS, "invert": self._given.images}
-        return range(of_mode.get(self._editing.mode, self._given.images * (COLUMNS - 1)))
+        return range(len(self._images) * (1 if self._editing.mode == "invert" else COLUMNS - 1))
 
     def all_seeds(self, seeds: Sequence[int]) -> Sequence[int]:
         """Returns the seed of each image of a picture."""
@@ -301,7 +293,7 @@ class Editor:
         if self._editing.mode == "interpolate":
             names = [f"{a} to {b}" for a, b in zip(seeds[::2], seeds[1::2], strict=True)]
             return figures.png(figures.image_grid(images, COLUMNS, scale=scale, row_labels=names, title=title))
-        count = self._given.images
+        count = len(self._images)
         of_each = [images[[seed % count == number for seed in seeds]] for number in range(count)]
         made = min(COLUMNS - 1, max(map(len, of_each)))
         heads = [*self._shown, *["made"] * made]
@@ -318,10 +310,9 @@ def schedule_picture(bucket: str, run: str, schedule: str, timesteps: int | None
     """Writes the plot of β and ᾱ, or of σ and α of a process without β: that of a run, or the named one.
 
     Raises:
-        BadRequestError: the schedule is unknown or another than the run's, or `output` cannot be written.
+        BadRequestError: the schedule is another than the run's.
         MissingInputError: no such run.
     """
-    check_output(output)
     diffusion, _ = _diffusion(open_store(bucket), run, schedule, timesteps)
     process, title = make_process(diffusion), f"{_words(diffusion)}, T = {diffusion.timesteps}"
     if isinstance(process, VariancePreserving):
@@ -350,10 +341,9 @@ def noising_picture(
     With `image` the figure is that one image of the dataset at each of the timesteps, with the same noise.
 
     Raises:
-        BadRequestError: an unknown schedule, a wrong timestep, no such image, or `output` cannot be written.
+        BadRequestError: a wrong timestep, or no such image.
         MissingInputError: no such dataset or run.
     """
-    check_output(output)
     bucket = open_store(bucket_uri)
     diffusion, config = _diffusion(bucket, run, schedule)
     evenly = np.linspace(0, diffusion.timesteps - 1, 2 * _COLUMNS)[image is not None :].round().astype(int).tolist()
@@ -401,8 +391,6 @@ def _diffusion(
             raise BadRequestError(f"{option}: run {run!r} has a schedule of its own: leave {option} or --run out")
         config = records.existing_config(bucket, run)
         return config.diffusion, config
-    if schedule and schedule not in SCHEDULES:
-        raise BadRequestError(f"--schedule {schedule!r}: use {', '.join(SCHEDULES)}")
     usual = Diffusion()
     return replace(usual, schedule=schedule or usual.schedule, timesteps=timesteps or usual.timesteps), None
 

@@ -11,7 +11,6 @@ import sys
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,25 +18,19 @@ import numpy as np
 
 from ddpm.catalogue import takers
 from ddpm.image_size import ImageSize
-from job.config import RunConfig
-from job.config.schema import SampleConfig
 from job.data.images import Recipe, RejectedImageError, prepare
-from job.exits import BadDataError, BadRequestError, JobError, MissingInputError, did_you_mean
+from job.exits import BadDataError, BadRequestError, JobError, did_you_mean
 from job.plan import RunHandle, open_run
-from job.processes.launched import lost_peer
+from job.processes.launcher import lost_peer
 from job.progress import detail, note
 from job.requests import SampleRequest, parse_numbers
 from job.runs import records
-from job.runs.checkpoints import check_average, choose, lost_manifest
+from job.runs.checkpoints import lost_manifest
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.samples import (
-    Editing,
-    FoundGrid,
-    file_words,
-    label_at,
-)
+from job.runs.samples import Editing, FoundGrid, file_words
 from job.stop import NEVER, Stop, StopSignal
-from job.store import ObjectMissingError, Store
+from job.store import Store
+from job.store.files import os_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -58,17 +51,12 @@ class Given:
     """The given images of an editing mode."""
 
     editing: Editing
-    numbers: tuple[int, ...] = ()
-    """Numbers of images in the dataset."""
-    image: np.ndarray | None = None
-    """The image of a file, uint8 [H, W, C]."""
+    images: np.ndarray | None = None
+    """uint8 [n, H, W, C]; None for interpolation between seeds."""
+    labels: Sequence[int] = ()
+    """The classes of images of the dataset."""
     unknown: np.ndarray | None = None
     """The part to replace, bool [H, W]."""
-
-    @property
-    def images(self) -> int:
-        """The number of given images."""
-        return len(self.numbers) or 1
 
 
 @dataclass(frozen=True)
@@ -148,20 +136,17 @@ SHARED = ["data.dataset_id", "data.size", *(f"diffusion.{key}" for key in _OF_PR
 class Worse:
     """The weaker network of autoguidance."""
 
-    run: Store
-    config: RunConfig
+    of_run: RunHandle
     ref: CheckpointRef
     weights: str
 
 
 @dataclass(frozen=True)
 class SamplePlan(RunHandle):
-    """A run, and the images to sample from it."""
+    """A run, and the images to sample from it; the section `sample` of its `config` has the values of the request."""
 
     request: SampleRequest
-    sample: SampleConfig
-    """The run's section `sample`, with the values of the request."""
-    checkpoints: tuple[CheckpointRef, ...]
+    checkpoints: Sequence[CheckpointRef]
     worse: Worse | None
     given: Given | None
     custom_sampler: OwnSampler | None
@@ -169,42 +154,25 @@ class SamplePlan(RunHandle):
     """The numbers of the points of the found grid, once it is computed."""
 
     @property
-    def sample_config(self) -> SampleConfig:
-        """The sampling settings."""
-        return self.sample
-
-    @property
     def precision(self) -> str:
         """The number format of the network."""
-        chosen = self.sample.precision
+        chosen = self.config.sample.precision
         return self.config.train.precision if chosen == "auto" else chosen
 
-    def choose(self) -> tuple[CheckpointRef, ...]:
-        """Returns the checkpoints of the request that exist now.
-
-        Raises:
-            MissingInputError: as `job.runs.checkpoints.choose`, or a checkpoint lacks the weights.
-        """
-        weights, batch_size = self.sample.weights, self.config.train.batch_size
-        chosen = choose(self.run, self.request.checkpoints, self.dataset_images, batch_size)
-        for ref in chosen if weights not in ("ema", "model") else ():
-            check_average(self.run, ref, weights, self.request.run)
-        return tuple(chosen)
-
-    def label(self, ref: CheckpointRef) -> str:
-        """Returns the name of a checkpoint in the name of a picture."""
-        return label_at(ref.images_seen, self.dataset_images, self.config.train.batch_size)
+    def choose(self) -> list[CheckpointRef]:
+        """Returns the checkpoints of the request that exist now; see `RunHandle.chosen`."""
+        return self.chosen(self.request.checkpoints, self.config.sample.weights)
 
     @property
     def words(self) -> str:
         """The sampling settings, for people."""
         own = f", {self.custom_sampler.name}" if self.custom_sampler else ""
         edited = f", {self.given.editing.words}" if self.given else ""
-        return f"{self.sample.words(self.first_sample)}{own}{edited}"
+        return f"{self.config.sample.words(self.stored.sample)}{own}{edited}"
 
     def how(self, seeds: str = "") -> str:
         """Returns everything that decides the images of a checkpoint, as part of a picture's name."""
-        how = self.sample.name(self.first_sample)
+        how = self.config.sample.name(self.stored.sample)
         how += f"-{self.custom_sampler.words}" if self.custom_sampler else ""
         how += f"-{self.given.editing.name}" if self.given else ""
         return f"{how}-seeds-{file_words(seeds, '_')}" if seeds else how
@@ -219,24 +187,20 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         BadRequestError: an option that the sampler does not take, or an unknown sampler, class or image.
     """
     of_run = open_run(request.bucket, request.run, stop)
-    run, config, chosen = of_run.run, of_run.config, {**request.keys}
+    config, chosen = of_run.config, {**request.keys}
     given, classes = _given(request, of_run), of_run.classes
     if request.classes:
         chosen["labels"] = _labels(request.classes, classes)
-    elif given and given.numbers and classes:
-        from job.data.cache import uncached_images
-
-        # An image of the dataset keeps its own class.
-        assert of_run.index is not None
-        images = uncached_images(of_run.bucket, records.dataset_key_of(config), of_run.index)
-        chosen["labels"] = images.labels(np.array(given.numbers)).tolist()
+    elif given and classes and len(given.labels):
+        chosen["labels"] = given.labels
     if chosen.get("precision") == config.train.precision:
         chosen["precision"] = "auto"
     usual, timesteps = config.sample.sampler, config.diffusion.timesteps
     if (sampler := chosen.get("sampler", usual)) != usual and "ddpm" in (sampler, usual):
         # The run's steps fit its own sampler: too few give noise with ancestral sampling, and other samplers need few.
         chosen.setdefault("steps", timesteps if sampler == "ddpm" else min(100, timesteps))
-    sample = config.updated({f"sample.{key}": value for key, value in chosen.items()}).sample
+    of_run = replace(of_run, config=config.updated({f"sample.{key}": value for key, value in chosen.items()}))
+    sample = of_run.config.sample
     for option in chosen:
         if (of := takers(option)) and sample.sampler not in of:
             raise BadRequestError(f"--{option} is an option of {', '.join(of)}: leave it out, or choose --sampler")
@@ -245,53 +209,42 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
     if "autoguidance_weights" in chosen and not sample.autoguidance:
         raise BadRequestError("--autoguidance-weights needs --autoguidance [RUN@]EPOCH")
     custom_sampler = OwnSampler.load(request.custom_sampler) if request.custom_sampler else None
-    worse = _worse(sample, of_run, request, stop) if sample.autoguidance else None
+    worse = _worse(of_run, request, stop) if sample.autoguidance else None
     plan = SamplePlan(
         **vars(of_run),
         request=request,
-        sample=sample,
-        checkpoints=(),
+        checkpoints=of_run.chosen(request.checkpoints, sample.weights),
         worse=worse,
         given=given,
         custom_sampler=custom_sampler,
-        found=found_points(run, sample.steps, timesteps) if sample.grid == "found" else (),
+        found=found_points(of_run.run, sample.steps) if sample.grid == "found" else (),
     )
-    plan = replace(plan, checkpoints=plan.choose())
-    if request.checkpoints == "latest" and (lost := lost_manifest(run, [*plan.checkpoints])):
+    if request.checkpoints == "latest" and (lost := lost_manifest(of_run.run, [*plan.checkpoints])):
         note(f"{lost}; sampling from the newest checkpoint that is there")
     return plan
 
 
-def _worse(sample: SampleConfig, of_run: RunHandle, request: SampleRequest, stop: Stop) -> Worse:
-    name = sample.autoguidance_run
+def _worse(of_run: RunHandle, request: SampleRequest, stop: Stop) -> Worse:
+    sample, name = of_run.config.sample, of_run.config.sample.autoguidance_run
     other = open_run(request.bucket, name, stop) if name else of_run
     ours, theirs = of_run.config.flat(), other.config.flat()
     # A network without classes stands for images of any class, as that of the null class does.
     shared = [*SHARED, *(["model.num_classes"] if theirs["model.num_classes"] else [])]
     if different := [f"{key}: {ours[key]} and {theirs[key]}" for key in shared if ours[key] != theirs[key]]:
         raise BadRequestError(f"--autoguidance {name}: it must match {request.run}, but differs in {different[0]}")
-    (ref,) = choose(other.run, str(sample.autoguidance), other.dataset_images, other.config.train.batch_size)
-    if (weights := sample.autoguidance_weights or sample.weights) not in ("ema", "model"):
-        check_average(other.run, ref, weights, name or request.run)
-    return Worse(other.run, other.config, ref, weights)
+    weights = sample.autoguidance_weights or sample.weights
+    (ref,) = other.chosen(str(sample.autoguidance), weights)
+    return Worse(other, ref, weights)
 
 
-def found_points(run: Store, steps: int, num_timesteps: int) -> tuple[int, ...]:
+def found_points(run: Store, steps: int) -> tuple[int, ...]:
     """Returns the stored found grid of a number of steps; empty before its first use.
 
     Raises:
-        BadDataError: the grid is damaged, or of another process.
+        BadDataError: the grid is damaged.
     """
-    key = ObjectKind.FOUND_GRID.key(steps=steps)
-    try:
-        numbers = FoundGrid.load(run, key).numbers
-    except ObjectMissingError:
-        return ()
-    except BadDataError as error:
-        raise BadDataError(f"{error}; delete it, and it is computed anew") from None
-    if not all(num_timesteps > before > after for before, after in pairwise([*numbers, -1])):
-        raise BadDataError(f"{run.uri_of(key)} has other points than this run: delete it, and it is computed anew")
-    return numbers
+    grid = FoundGrid.load_made(run, ObjectKind.FOUND_GRID.key(steps=steps))
+    return grid.numbers if grid else ()
 
 
 def _labels(text: str, classes: tuple[str, ...]) -> tuple[int, ...]:
@@ -315,23 +268,29 @@ def _given(request: SampleRequest, of_run: RunHandle) -> Given | None:
         return None
     if request.mode == "interpolate":
         return Given(Editing(mode="interpolate"))
-    numbers, image, name, index = tuple[int, ...](), None, request.image, of_run.index
+    labels, name, index = list[int](), request.image, of_run.index
     channels, height, width = of_run.picture_shape
     size = ImageSize(height, width)
     if index and index.encoding:
         raise BadRequestError(f"--mode {request.mode} needs pixels, and {index.name} holds latents: leave it out")
     if "--image" not in request.files:
-        numbers = tuple(parse_numbers(name, "--image"))
+        from job.data.reading.cache import uncached_images
+
+        numbers = np.array(parse_numbers(name, "--image"))
         if index is None:
             raise BadRequestError(f"--image {name}: the run was imported without a dataset, so name a file")
         if max(numbers) >= index.images:
             raise BadRequestError(f"--image {name}: {index.name} has the images 0 to {index.images - 1:,}")
+        cache = uncached_images(of_run.bucket, records.dataset_key_of(of_run.config), index)
+        # An image of the dataset keeps its own class.
+        images, labels = cache.read(numbers), cache.labels(numbers).tolist()
     else:
         recipe = Recipe(size, "center", index.resize_filter if index else "lanczos", channels, min_side=1)
         image, name = _read_image("--image", name, recipe)
+        images = image[None]
     if request.mode == "img2img" or request.mode == "invert":
         strength = request.strength or STRENGTHS[request.mode]
-        return Given(Editing(mode=request.mode, image=name, strength=strength), numbers, image)
+        return Given(Editing(mode=request.mode, image=name, strength=strength), images, labels)
     mask = request.mask or "half"
     unknown = np.zeros(size.shape, bool)
     if mask == "half":
@@ -344,17 +303,14 @@ def _given(request: SampleRequest, of_run: RunHandle) -> Given | None:
     if unknown.all() or not unknown.any():
         raise BadRequestError(f"--mask {request.mask}: inpaint replaces the white part, here all of it or nothing")
     editing = Editing(mode="inpaint", image=name, mask=mask, resamplings=request.resamplings or RESAMPLINGS)
-    return Given(editing, numbers, image, unknown)
+    return Given(editing, images, labels, unknown)
 
 
 def _read_image(option: str, path: str, recipe: Recipe) -> tuple[np.ndarray, str]:
-    """Returns an image file, resized, and the SHA-256 of the file."""
-    try:
+    """Returns an image file of the machine of the command, resized, and the SHA-256 of the file."""
+    with os_errors(f"{option} {path}"):
         encoded = Path(path).read_bytes()
+    try:
         return prepare(encoded, recipe), hashlib.sha256(encoded).hexdigest()
-    except (OSError, ValueError) as error:
-        raise MissingInputError(
-            f"{option} {path}: {getattr(error, 'strerror', error)}; the file must be on the machine of the command"
-        ) from None
     except RejectedImageError as error:
         raise BadDataError(f"{option} {path} {error}") from None

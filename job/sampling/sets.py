@@ -1,13 +1,14 @@
 """The sets of `ddpm sample --count`: many images of a checkpoint, in pieces that are committed one by one.
 
-RUN/samples/epoch-0080-ddim-100-0-50000/sample-set.json            everything that decides the images: created first
-                                        piece-00012.tar            a shard that webdataset can read
-                                        pieces/00012.json          created once, after the piece: its commit
-                                        grid.png                   the first images, before their piece
-                                        index.json                 created once, when all pieces are there
-RUN/samples/epoch-0080-ddim-100-0-50000-png/piece-00012/000003072.png …   with --save png
+RUN/samples/epoch-0080-ddim-100-0-50000-1f3a9c02/piece-00012.tar      a shard that webdataset can read
+                                                 pieces/00012.json    created once, after the piece: its commit
+                                                 grid.png             the first images, before their piece
+                                                 index.json           created once, when all pieces are there
+RUN/samples/epoch-0080-ddim-100-0-50000-7be2c4d1/piece-00012/000003072.png …   with --save png
 
-`job.pieces` shares the pieces among processes and machines, and resumes.
+The last part of the name is a hash of everything that decides the images and their files: no two sets share a folder.
+
+`job.coordination.pieces` shares the pieces among processes and machines, and resumes.
 """
 
 from __future__ import annotations
@@ -15,19 +16,16 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from math import ceil
-from typing import TypeVar
 
 from ddpm.image_size import ImageSize
-from job.exits import BadDataError, BadRequestError
-from job.pieces import WHOLE, Pieces, Slice
+from job.coordination.pieces import WHOLE, Pieces, Slice
+from job.exits import BadDataError
 from job.runs.checkpoints import load_manifest
 from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind
-from job.runs.samples import SampleSetConfig, SampleSetIndex, SampleSetRecord, named_piece
+from job.runs.samples import SampleSetConfig, SampleSetIndex, named_piece
 from job.sampling.sampling_plan import SamplePlan
 from job.stop import NEVER, Stop
-from job.store import ObjectExistsError, ObjectMissingError, Store
-
-OfSet = TypeVar("OfSet", SampleSetRecord, SampleSetIndex)
+from job.store import Store
 
 PIECES_WANTED = 64
 """The preferred number of pieces: enough for a dozen slices to finish at about the same time."""
@@ -60,17 +58,6 @@ class SampleSet:
         """Returns the key of an object of this set, below the run."""
         return kind.key(folder=self.name, piece=piece, seed=seed)
 
-    def begin(self) -> None:
-        """Claims the folder for this set.
-
-        Raises:
-            BadRequestError: it holds another set; the message lists the differences.
-        """
-        try:
-            self.run.create(self.key(ObjectKind.SAMPLE_SET), SampleSetRecord(sample_set=self.config).to_json())
-        except ObjectExistsError:
-            self._load(SampleSetRecord, self.key(ObjectKind.SAMPLE_SET))
-
     @property
     def pieces(self) -> Pieces:
         """The pieces, of which this machine makes its share first."""
@@ -83,9 +70,8 @@ class SampleSet:
 
         Raises:
             BadDataError: the index is corrupt, or a listed piece is gone; the message says what to delete.
-            BadRequestError: the index is of another sample set.
         """
-        index = self._load(SampleSetIndex, self.key(ObjectKind.INDEX))
+        index = SampleSetIndex.load_made(self.run, self.key(ObjectKind.INDEX))
         if index is not None:
             self._check_files(index)
         return index
@@ -106,25 +92,6 @@ class SampleSet:
         """Returns a line for people about a complete set."""
         pieces = f"{self.config.pieces:,} piece{'s' * (self.config.pieces > 1)}"
         return f"{self.run.uri_of(self.key(ObjectKind.INDEX))}  ({self.config.count:,} images in {pieces}; {note})"
-
-    def _load(self, kind: type[OfSet], key: str) -> OfSet | None:
-        """Returns a record of this set; None if it is missing."""
-        try:
-            found = kind.load(self.run, key)
-        except ObjectMissingError:
-            return None
-        except BadDataError as error:
-            raise BadDataError(f"{error}; delete it, and the same command makes it again") from None
-        theirs, ours = found.sample_set.model_dump(), self.config.model_dump()
-        differing = [
-            f"{name} {theirs[name]!s:.12} and not {ours[name]!s:.12}" for name in ours if theirs[name] != ours[name]
-        ]
-        if differing:
-            raise BadRequestError(
-                f"{self.run.uri_of(key)} is of another sample set ({', '.join(differing)}): "
-                f"delete {self.folder.uri} to make its images anew, or make others with --first-seed"
-            )
-        return found
 
     def _check_files(self, index: SampleSetIndex) -> None:
         """Checks that a listing has all pieces; `ddpm runs verify` checks their content."""
@@ -155,10 +122,10 @@ def plan_sets(plan: SamplePlan) -> list[SampleSet]:
     sets = []
     for ref in plan.checkpoints:
         config = SampleSetConfig(
-            **plan.sample.effective.model_copy(update={"precision": plan.precision}).model_dump(),
+            **plan.config.sample.effective.model_copy(update={"precision": plan.precision}).model_dump(),
             checkpoint=ref.key,
             checkpoint_sha256=load_manifest(plan.run, ref).sha256,
-            worse_sha256=load_manifest(plan.worse.run, plan.worse.ref).sha256 if plan.worse else "",
+            worse_sha256=load_manifest(plan.worse.of_run.run, plan.worse.ref).sha256 if plan.worse else "",
             editing=plan.given.editing if plan.given else None,
             custom_sampler=f"{plan.custom_sampler.name} {plan.custom_sampler.sha256}" if plan.custom_sampler else "",
             found=plan.found,
@@ -170,6 +137,6 @@ def plan_sets(plan: SamplePlan) -> list[SampleSet]:
             piece_images=piece_images(count),
             save=save,
         )
-        name = f"{plan.label(ref)}-{plan.how()}-{first_seed}-{count}{'-png' if save == 'png' else ''}"
+        name = f"{plan.label(ref.images_seen)}-{plan.how()}-{first_seed}-{count}-{config.fingerprint[:8]}"
         sets.append(SampleSet(plan.run, name, ref, config, Slice.parse(request.slice)))
     return sets

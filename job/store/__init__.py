@@ -6,7 +6,7 @@ import configparser
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,6 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 __all__ = ["READ_BYTES", "ConflictError", "Entry", "ObjectExistsError", "ObjectMissingError", "Retry", "Store"]
 """Names of the modules below that other rooms import from here."""
 
-_SECRET_OPTION = re.compile("key|secret|token|pass|sas|credential|connection_string")
 _MISLEADING = {
     *("reference", "memory", "data", "filecache", "simplecache", "blockcache", "cached"),
     *("local", "dir", "generic", "async_wrapper", "asyncwrapper"),
@@ -45,7 +44,8 @@ class Kind:
     """A kind of bucket. Its client library is imported when a bucket is opened, and not for what is declared here.
 
     Attributes:
-        schemes: of its URIs; the first one is in messages, and names the extra that installs the client library.
+        schemes: of its URIs; the first one is in messages.
+        extra: installs the client library.
         store: the class that opens a bucket, as `MODULE:CLASS`.
         files: the default paths of credential files, by the variable that names another path.
         variables: settings without a secret, which a container gets as well.
@@ -53,6 +53,7 @@ class Kind:
     """
 
     schemes: tuple[str, ...]
+    extra: str
     store: str
     files: Mapping[str, str]
     variables: tuple[str, ...]
@@ -75,10 +76,11 @@ _FSSPEC_FOLDER = {"FSSPEC_CONFIG_DIR": "~/.config/fsspec"}
 _GOOGLE_FILES = {"GOOGLE_APPLICATION_CREDENTIALS": "~/.config/gcloud/application_default_credentials.json"}
 _AWS_FILES = {"AWS_CONFIG_FILE": "~/.aws/config", "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials"}
 _AWS = ("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+_GOOGLE = ("GOOGLE_CLOUD_PROJECT", "STORAGE_EMULATOR_HOST")
 KINDS = (
-    Kind(("gs", "gcs"), "job.store.gcs:GcsStore", _GOOGLE_FILES, ("GOOGLE_CLOUD_PROJECT", "STORAGE_EMULATOR_HOST")),
-    Kind(("s3",), "job.store.objects:S3Store", _AWS_FILES, _AWS, "AWS_SECRET_ACCESS_KEY"),
-    Kind(("az", "abfs"), "job.store.objects:AzureStore", {}, ("AZURE_STORAGE_ACCOUNT_NAME",)),
+    Kind(("gs", "gcs"), "gs", "job.store.gcs:GcsStore", _GOOGLE_FILES, _GOOGLE),
+    Kind(("s3",), "s3", "job.store.objects:S3Store", _AWS_FILES, _AWS, "AWS_SECRET_ACCESS_KEY"),
+    Kind(("az", "abfs"), "az", "job.store.objects:AzureStore", {}, ("AZURE_STORAGE_ACCOUNT_NAME",)),
 )
 _BY_SCHEME = {scheme: kind for kind in KINDS for scheme in kind.schemes}
 URIS = " or ".join(", ".join(f"{kind.schemes[0]}://" for kind in KINDS).rsplit(", ", 1))
@@ -110,7 +112,7 @@ def open_store(uri: str, retry: Retry | None = None) -> Store:
         with fsspec_configured():
             store: Store = resolve_name(kind.store)(bucket, retry)
     except ModuleNotFoundError as error:
-        how = how_to_install(kind.schemes[0])
+        how = how_to_install(kind.extra)
         raise BadRequestError(f"{scheme}:// needs more than is installed ({error}): {how}") from None
     return store.sub(prefix) if prefix else store
 
@@ -219,26 +221,6 @@ def split_uri(uri: str) -> tuple[str, str]:
     path, query = split_query(uri)
     folder, _, name = path.rpartition("/")
     return f"{folder or '/'}{'/' * folder.endswith(':/')}{query}", name
-
-
-def set_storage_options(settings: Iterable[str]) -> None:
-    """Adds to fsspec's configuration of this process and its children, before it opens a bucket.
-
-    Args:
-        settings: `SCHEME.OPTION=VALUE`, such as `gs.requester_pays=my-project`; a value is JSON, or else text.
-
-    Raises:
-        BadRequestError: a setting of another form, or one that may be a secret: every user can list arguments.
-    """
-    for setting in settings:
-        name, _, text = setting.partition("=")
-        scheme, _, option = name.partition(".")
-        if not (text and option.isidentifier() and scheme.isalnum()):
-            raise BadRequestError(f"{name!r}: write SCHEME.OPTION=VALUE, such as gs.requester_pays=my-project")
-        if (_SECRET_OPTION.search(option.lower()) or re.search(r"[?@]|^\s*[{\[]", text)) and text != "anon":
-            remedy = "write it into ~/.config/fsspec/conf.json, because every user can list the arguments of a process"
-            raise BadRequestError(f"{name} may be a secret: {remedy}")
-        os.environ[f"FSSPEC_{scheme}_{option}".upper()] = text
 
 
 def is_remote(uri: str) -> bool:

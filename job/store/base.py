@@ -101,13 +101,13 @@ class Store(abc.ABC):
         other.retry = self.retry.within(seconds, stop)
         return other
 
-    def read(self, key: str, most_bytes: int | None = None) -> Blob:
+    def read(self, key: str) -> Blob:
         """Returns a small object's content and version.
 
         Raises:
-            BadDataError: the object has more than `most_bytes`, or `READ_BYTES`.
+            BadDataError: the object has more than `READ_BYTES`.
         """
-        return self._attempt(self._read, validated_key(key), most_bytes)
+        return self._attempt(self._read, validated_key(key))
 
     def create(self, key: str, data: bytes) -> str:
         """Writes an object that must not exist yet, atomically, and returns its version.
@@ -259,12 +259,12 @@ class Store(abc.ABC):
         version = self._fetch(key, lambda data: equal.append(content.read(len(data)) == data))
         return version if all(equal) and not content.read(1) else None
 
-    def _read(self, key: str, most_bytes: int | None = None) -> Blob:
-        content, most_bytes = io.BytesIO(), most_bytes or READ_BYTES
+    def _read(self, key: str) -> Blob:
+        content = io.BytesIO()
 
         def consume(data: bytes) -> None:
-            if content.tell() + len(data) > most_bytes:
-                raise BadDataError(f"{self.uri_of(key)} has more than {most_bytes:,} bytes: no such object is so large")
+            if content.tell() + len(data) > READ_BYTES:
+                raise BadDataError(f"{self.uri_of(key)} has more than {READ_BYTES:,} bytes: no such object is so large")
             content.write(data)
 
         version = self._fetch(key, consume)

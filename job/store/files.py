@@ -13,8 +13,9 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,7 +30,6 @@ _ATTEMPTS = 100
 _TEMPORARY = ".tmp-"
 _LOCK = ".lock"
 _SCRATCH = "ddpm-tmp-"
-_swept: set[Path] = set()
 
 
 @contextmanager
@@ -71,16 +71,14 @@ def temporary_beside(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
         Its path, to be linked or renamed, and the file, open for writing and reading.
     """
     folder = path.parent
-    for _ in range(_ATTEMPTS):
-        temporary = folder / f"{_TEMPORARY}{secrets.token_hex(8)}"
-        # A process that deletes the last file of a folder removes the folder too, at any time.
-        with suppress(FileNotFoundError):
-            make_folder(folder)
-            temporary.touch(exist_ok=False)
-        if (descriptor := _locked_descriptor(temporary)) is not None:
-            break
-    else:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+
+    def make() -> Path:
+        make_folder(folder)
+        made = folder / f"{_TEMPORARY}{secrets.token_hex(8)}"
+        made.touch(exist_ok=False)
+        return made
+
+    temporary, descriptor = _locked(make)
     with os.fdopen(descriptor, "w+b") as file:
         try:
             _sweep_once(folder, _TEMPORARY)
@@ -130,10 +128,7 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
     parent = Path(tempfile.gettempdir())
     with os_errors("the folder for temporary files (TMPDIR)"):
         _sweep_once(parent, _SCRATCH)
-        descriptor = None
-        while descriptor is None:
-            folder = Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{purpose}-", dir=parent))
-            descriptor = _locked_descriptor(folder)
+        folder, descriptor = _locked(lambda: Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{purpose}-", dir=parent)))
     try:
         yield folder
     finally:
@@ -141,30 +136,25 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def _locked_descriptor(path: Path) -> int | None:
-    """Locks a temporary file or folder that was just made, until the descriptor is closed or its process dies.
+def _locked(make: Callable[[], Path]) -> tuple[Path, int]:
+    """Makes a temporary file or folder, and locks it until the descriptor is closed or its process dies.
 
-    Returns None if another process has swept it away, so that a new one must be made.
+    It is made anew if another process has swept it away before.
     """
-    with suppress(FileNotFoundError):
-        descriptor = _opened(path)
-        is_swept = False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            # On a file system without locks no process can sweep.
-            is_swept = isinstance(error, BlockingIOError)
-        if not is_swept and path.exists():
-            return descriptor
-        os.close(descriptor)
-    return None
-
-
-def _sweep_once(folder: Path, prefix: str) -> None:
-    """Sweeps a folder once per process: to list it for every file would be slow."""
-    if folder not in _swept:
-        _swept.add(folder)
-        sweep_temporaries(folder, prefix)
+    for _ in range(_ATTEMPTS):
+        # A process that deletes the last file of a folder removes the folder too, at any time.
+        with suppress(FileNotFoundError):
+            descriptor = _opened(path := make())
+            is_swept = False
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                # On a file system without locks no process can sweep.
+                is_swept = isinstance(error, BlockingIOError)
+            if not is_swept and path.exists():
+                return path, descriptor
+            os.close(descriptor)
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
 
 def sweep_temporaries(folder: Path, prefix: str = _TEMPORARY) -> None:
@@ -181,6 +171,10 @@ def sweep_temporaries(folder: Path, prefix: str = _TEMPORARY) -> None:
                     shutil.rmtree(leftover, ignore_errors=True)
             finally:
                 os.close(descriptor)
+
+
+_sweep_once = cache(sweep_temporaries)
+"""To list a folder for every file would be slow."""
 
 
 def _opened(path: Path) -> int:

@@ -1,6 +1,6 @@
-"""A Google Cloud Storage bucket: gcsfs transfers content, google-cloud-storage makes the small conditional writes.
+"""A Google Cloud Storage bucket: gcsfs transfers content, google-cloud-storage makes all small requests.
 
-Small writes have separate connections, so that a lease is renewed in time during the upload of a checkpoint.
+These have separate connections, so that a lease is renewed in time during the upload of a checkpoint.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from functools import partial
 from typing import Any, cast
 
 import aiohttp
@@ -32,10 +31,9 @@ from requests.adapters import HTTPAdapter
 
 from job.exits import JobError
 from job.store.base import Entry
-from job.store.calls import T, in_thread
 from job.store.files import COPY_BYTES
 from job.store.remote import CONNECTIONS, Piece, RemoteStore, Watched, cause, content_type, damaged, one_line
-from job.store.retry import Retry
+from job.store.retry import Retry, T, in_thread
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _BLOCK_BYTES = 256 << 10
@@ -63,11 +61,11 @@ class GcsStore(RemoteStore):
         super().__init__("gs", bucket, retry)
         try:
             self._login = _login()
-        except DefaultCredentialsError as error:
-            raise self._no_credentials(str(error)) from error
         except Exception as error:
-            # The error's text may repeat a token of fsspec's configuration.
-            raise self._no_credentials(f"fsspec's configuration: {type(error).__name__}") from None
+            # The text of any other error may repeat a token of fsspec's configuration.
+            of_fsspec = f"fsspec's configuration: {type(error).__name__}"
+            why = str(error) if isinstance(error, DefaultCredentialsError) else of_fsspec
+            raise self._no_credentials(why) from None
         self._fs = _OneAttempt(
             token=self._login or "anon",
             version_aware=False,
@@ -106,10 +104,14 @@ class GcsStore(RemoteStore):
         return self._call(piece, "GET", url, headers={"Accept-Encoding": "gzip", **part})
 
     def _send(self, key: str, content: Watched, over: str | None) -> str | None:
-        condition = None if over is None else over or "0"
-        send = self._decide if content.size_bytes <= COPY_BYTES else self._upload
+        name, condition = self._prefix + key, None if over is None else over or "0"
         try:
-            return str(send(self._prefix + key, content, condition))
+            if content.size_bytes > COPY_BYTES:
+                return self._upload(name, content, condition)
+            blob = self._bucket.blob(name)
+            how = {"content_type": content_type(name), "if_generation_match": condition, "checksum": "crc32c"}
+            self._ask(blob.upload_from_string, content.read(), **how)
+            return str(blob.generation)
         except api.PreconditionFailed:
             return None
         except aiohttp.ClientOSError:
@@ -118,14 +120,7 @@ class GcsStore(RemoteStore):
                 return None
             raise
 
-    def _decide(self, name: str, content: Watched, condition: str | None) -> object:
-        blob = self._bucket.blob(name)
-        how = {"checksum": "crc32c", "retry": None, "timeout": self.retry.silence_seconds}
-        upload = partial(blob.upload_from_string, content_type=content_type(name), if_generation_match=condition, **how)
-        self._answer(in_thread(upload, content.read()))
-        return blob.generation
-
-    def _upload(self, name: str, content: Watched, condition: str | None) -> object:
+    def _upload(self, name: str, content: Watched, condition: str | None) -> str:
         # Google refuses content with another checksum. The boundary is random, so that no file contains it.
         about = {"name": name, "contentType": content_type(name), "crc32c": content.crc32c}
         boundary = secrets.token_hex(16)
@@ -143,28 +138,28 @@ class GcsStore(RemoteStore):
         size_bytes = str(len(head) + content.size_bytes + len(tail))
         headers = {"Content-Type": f"multipart/related; boundary={boundary}", "Content-Length": size_bytes}
         how = {"uploadType": "multipart", "ifGenerationMatch": condition, "headers": headers, "data": body()}
-        sent = self._call(_json, "POST", url, self._bucket.name, **how)
-        return self._answer(sent, lambda: content.read_at)["generation"]
+        sent = self._call(lambda _, blocks: json.loads(b"".join(blocks)), "POST", url, self._bucket.name, **how)
+        return str(self._answer(sent, lambda: content.read_at)["generation"])
 
     def _delete(self, key: str) -> None:
-        self._answer(self._call(lambda *_: None, "DELETE", "b/{}/o/{}", self._bucket.name, self._prefix + key))
+        self._ask(self._bucket.delete_blob, self._prefix + key)
 
     def _list(self, prefix: str) -> Sequence[Entry]:
-        objects = (each for page in self._pages(self._prefix + prefix, "") for each in page.get("items", []))
-        return [Entry(each["name"].removeprefix(self._prefix), int(each["size"])) for each in objects]
+        found = self._ask(self._listed, prefix=self._prefix + prefix)[0]
+        return [Entry(blob.name.removeprefix(self._prefix), blob.size) for blob in found]
 
     def _folders(self, prefix: str) -> Sequence[str]:
         start = self._prefix + prefix
-        folders = (folder for page in self._pages(start, "/") for folder in page.get("prefixes", []))
+        folders = self._ask(self._listed, prefix=start, delimiter="/")[1]
         return [folder.removeprefix(start).removesuffix("/") for folder in folders]
 
-    def _pages(self, start: str, delimiter: str, **asked: Any) -> Iterator[dict[str, Any]]:
-        asked |= {"prefix": start, "delimiter": delimiter, "fields": "items(name,size),prefixes,nextPageToken"}
-        page: dict[str, Any] = {"nextPageToken": None}
-        while "nextPageToken" in page:
-            asked["pageToken"] = page["nextPageToken"]
-            page = self._answer(self._call(_json, "GET", "b/{}/o", self._bucket.name, **asked))
-            yield page
+    def _listed(self, **asked: Any) -> tuple[list[storage.Blob], set[str]]:
+        found = self._bucket.list_blobs(fields="items(name,size),prefixes,nextPageToken", **asked)
+        return list(found), found.prefixes
+
+    def _ask(self, work: Callable[..., T], *args: Any, **named: Any) -> T:
+        """Sends small requests by google-cloud-storage, each once."""
+        return self._answer(in_thread(work, *args, retry=None, timeout=self.retry.silence_seconds, **named))
 
     def _call(self, made_of: Callable[[Any, Sequence[bytes]], T], *asked: Any, **named: Any) -> Future[T]:
         """Starts a request; its result is `made_of` the headers and the content of the answer."""
@@ -186,7 +181,7 @@ class GcsStore(RemoteStore):
             # Without the right to list nothing is known: the role of a trainer may not read a bucket's metadata.
             with suppress(*_CLIENT):
                 try:
-                    next(self._pages("", "", maxResults=1))
+                    self._ask(self._listed, max_results=1)
                 except api.NotFound:
                     return False
                 self._was_seen.set()
@@ -272,11 +267,6 @@ def _login() -> _Login | None:
     else:
         found = GoogleCredentials("", "read_write", token).credentials
     return _Login(found) if found else None
-
-
-def _json(_: object, blocks: Sequence[bytes]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(b"".join(blocks))
-    return found
 
 
 def _refusal(status: int, content: bytes) -> Exception:

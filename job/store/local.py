@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -68,37 +66,25 @@ class LocalStore(Store):
         with self._open(key) as file:
             return _copied(file, consume)
 
-    def _download(self, key: str, path: Path) -> str:
-        with temporary_beside(path) as (temporary, file):
-            version = self._fetch(key, file.write)
-            file.flush()
-            temporary.replace(path)
-        return version
-
     def _write(self, key: str, content: BinaryIO, over: str | None) -> str | None:
         path = self._path(key)
         # The temporary file would create the folder.
         if over and not path.exists():
             return None
         with temporary_beside(path) as (temporary, file):
-            if isinstance(content, io.BytesIO):
-                version = _copied(content, file.write)
-            else:
-                # Nobody asks for the version of an uploaded file, and its hash would take longer than its copy.
-                version = ""
-                shutil.copyfileobj(content, file, COPY_BYTES)
+            version = _copied(content, file.write)
             file.flush()
             os.fsync(file.fileno())
             with suppress(FileExistsError, ObjectMissingError):
                 if over == "":
                     path.hardlink_to(temporary)
-                    sync(path.parent)
-                    return version
-                with folder_lock(path.parent):
-                    if over is None or self._read(key).version == over:
+                else:
+                    with folder_lock(path.parent):
+                        if over and self._read(key).version != over:
+                            return None
                         temporary.replace(path)
-                        sync(path.parent)
-                        return version
+                sync(path.parent)
+                return version
             if path.exists() and not path.is_file():
                 raise BadDataError(f"{path} is a folder or a pipe, where an object belongs: move it away")
         return None

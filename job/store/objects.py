@@ -29,10 +29,9 @@ from obstore.store import S3Store as S3Client
 
 from job.exits import BadDataError, BadRequestError, JobError, NoPermissionError
 from job.store.base import Entry, ObjectMissingError
-from job.store.calls import T, in_thread
 from job.store.files import COPY_BYTES
 from job.store.remote import Piece, RemoteStore, Watched, cause, content_type, damaged, one_line
-from job.store.retry import Retry
+from job.store.retry import Retry, T, in_thread
 
 _CRC32C = "ddpm_crc32c"
 _PART_BYTES, _PARTS_AT_ONCE = 5 << 20, 4
@@ -57,6 +56,9 @@ _BAD_PATH = re.compile('object with invalid path.*Path "(.*?)"', re.DOTALL)
 _ACTION = re.compile(r"\bs3:[A-Z][A-Za-z]+")
 _CONFLICTS = {"PreconditionFailed", "BlobAlreadyExists", "ConditionNotMet", "NoSuchKey", "BlobNotFound"}
 """The answers to a conditional write that finds another object, or none to replace."""
+_AZURE_OPTIONS = ("account_name", "account_key", "sas_token", "tenant_id", "client_id", "client_secret")
+_IN_TEXT = {"AccountName": "account_name", "AccountKey": "account_key", "SharedAccessSignature": "sas_token"}
+"""The options that a connection string has."""
 _NO_BUCKET = {"NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted"}
 _LOCKED_OUT = re.compile("Token|AccessKey|SignatureDoes|HeaderMalformed|Authentication")
 _DAMAGED = {"BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "Md5Mismatch"}
@@ -154,10 +156,9 @@ class ObjectStore(RemoteStore):
         self._ask(obstore.delete, self._client, self._prefix + key)
 
     def _job_error(self, error: Exception, uri: str) -> JobError | None:
-        return self._refusal(error, uri) if isinstance(error, Refused) else super()._job_error(error, uri)
-
-    def _refusal(self, error: Refused, uri: str) -> JobError:
-        """Returns the meaning of the cloud's error code, or else of the HTTP status."""
+        if not isinstance(error, Refused):
+            return super()._job_error(error, uri)
+        # The cloud's error code says more than the HTTP status.
         status, code = error.status, error.code or "without a reason"
         if code in _NO_BUCKET:
             return self._no_bucket()
@@ -294,21 +295,16 @@ class AzureStore(ObjectStore):
         options = {**conf.get("abfs", {}), **conf.get("az", {})}
         text = options.get("connection_string") or os.environ.get("AZURE_STORAGE_CONNECTION_STRING", "")
         said = dict(part.split("=", 1) for part in text.split(";") if "=" in part)
-        host = options.get("account_host")
-        if "EndpointSuffix" in said:
-            host = f"{said.get('AccountName')}.blob.{said['EndpointSuffix']}"
-        endpoint = said.get("BlobEndpoint") or (f"https://{host}" if host else "")
+        suffix = said.get("EndpointSuffix")
+        endpoint = said.get("BlobEndpoint") or (f"https://{said.get('AccountName')}.blob.{suffix}" if suffix else "")
         settings = {
             # A connection string with a signature names only the endpoint.
-            "account_name": said.get("AccountName")
-            or options.get("account_name")
-            or re.sub(r"https?://|\..*", "", endpoint),
-            "account_key": said.get("AccountKey") or options.get("account_key"),
-            "sas_key": said.get("SharedAccessSignature") or options.get("sas_token"),
+            "account_name": re.sub(r"https?://|\..*", "", endpoint),
+            **{name: options[name] for name in _AZURE_OPTIONS if name in options},
+            **{name: said[part] for part, name in _IN_TEXT.items() if part in said},
             "endpoint": endpoint,
             "skip_signature": options.get("anon"),
             "use_azure_cli": which("az") and Path("~/.azure/azureProfile.json").expanduser().exists(),
-            **{name: options.get(name) for name in ("tenant_id", "client_id", "client_secret")},
         }
         try:
             self._connects_by(AzureClient, container, **{name: value for name, value in settings.items() if value})

@@ -24,9 +24,8 @@ from fsspec.spec import AbstractBufferedFile
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
 from job.stop import beat
 from job.store.base import ObjectMissingError, Store
-from job.store.calls import T, answer
 from job.store.files import COPY_BYTES
-from job.store.retry import Retry, UnknownHostError
+from job.store.retry import Retry, T, UnknownHostError, answer
 
 CONNECTIONS = 64
 PIECE_BYTES = 4 << 20

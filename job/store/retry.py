@@ -1,15 +1,20 @@
-"""Repeats operations while a bucket is away, for a limited time, and reports each outage once."""
+"""Repeats operations while a bucket is away, for a limited time, and reports each outage once.
+
+It also waits for calls of libraries. The wait ends at a stop, and when the server falls silent: in the calling thread
+neither would end a request before the server answers.
+"""
 
 from __future__ import annotations
 
+import _thread
 import copy
 import random
-import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextvars import ContextVar
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from job.exits import BucketAwayError, StoppedError
 from job.stop import NEVER, Stop, beat, seconds_of
@@ -24,6 +29,9 @@ SILENCE_SECONDS = 7.5
 """An attempt fails after this time without an answer: half the limit, which leaves time for a second attempt."""
 FIRST_PAUSE_SECONDS = 0.25
 LONGEST_PAUSE_SECONDS = 15.0
+POLL_SECONDS = 0.1
+LAST_SECONDS = 0.5
+"""Time that a call has after a stop: enough to write a record or to give back a lease."""
 
 _is_within_work = ContextVar("is_within_work", default=False)
 """Whether this thread is inside work that is repeated as a whole."""
@@ -56,7 +64,7 @@ class Retry:
             note: gets a line at the beginning and at the end of an outage; from any thread.
         """
         self.limit_seconds, self.stop = limit_seconds, stop
-        self._outage, self._name_seconds = _Outage(note), PATIENCE_SECONDS
+        self._outage = _Outage(note)
 
     def within(self, seconds: float, stop: Stop = NEVER) -> Self:
         """Returns a `Retry` of the same bucket that gives up after `seconds`, or at `stop`."""
@@ -64,15 +72,9 @@ class Retry:
         other.limit_seconds, other.stop = seconds, stop
         return other
 
-    def elsewhere(self, *, waits_for_name: bool = False) -> Retry:
-        """Returns a `Retry` with the same limit for another bucket, or for a source.
-
-        Args:
-            waits_for_name: whether an `UnknownHostError` is repeated though the host has never answered.
-        """
-        other = Retry(self.limit_seconds, self.stop, self._outage.note)
-        other._name_seconds = float("inf") if waits_for_name else 0.0
-        return other
+    def elsewhere(self) -> Retry:
+        """Returns a `Retry` with the same limit for another bucket, or for a source."""
+        return Retry(self.limit_seconds, self.stop, self._outage.note)
 
     @property
     def outages(self) -> int:
@@ -96,8 +98,7 @@ class Retry:
     def __call__(self, work: Callable[..., T], *args: object) -> T:
         """Does `work`, which can be repeated, until it succeeds, and returns its result.
 
-        If the bucket has never answered and no name server knows its host, the limit is `PATIENCE_SECONDS` at most, and
-        of a source this is an error at once.
+        If the bucket has never answered and no name server knows its host, the limit is `PATIENCE_SECONDS` at most.
 
         Raises:
             BucketAwayError: the bucket was away for longer than the limit.
@@ -117,9 +118,7 @@ class Retry:
                 limit_seconds = self.limit_seconds
                 # An unknown host is misspelt, unless it has answered before.
                 if isinstance(error, UnknownHostError) and not self._outage.answered_at:
-                    if not self._name_seconds:
-                        raise
-                    limit_seconds = min(limit_seconds, self._name_seconds)
+                    limit_seconds = min(limit_seconds, PATIENCE_SECONDS)
                 left_seconds = away_since + limit_seconds - now
                 if left_seconds > 0 and not self.stop():
                     self._outage.began(error, asked_at, limit_seconds)
@@ -138,11 +137,56 @@ class Retry:
                 _is_within_work.reset(outside)
 
 
-def is_unknown_host(error: BaseException | None) -> bool:
-    """Returns whether an attempt failed by an error about the host's name."""
-    while error is not None and not isinstance(error, socket.gaierror):
-        error = error.__cause__ or error.__context__
-    return error is not None
+def in_thread(work: Callable[..., T], *args: Any, **named: Any) -> Future[T]:
+    """Starts `work` in a new thread, for which the end of the process does not wait. It cannot be cancelled."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            result = work(*args, **named)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    # `threading.Thread.start` waits until the thread runs.
+    _thread.start_new_thread(run, ())
+    return future
+
+
+def answer(future: Future[T], retry: Retry, where: str, active_at: Callable[[], float] | None = None) -> T:
+    """Waits for a call and returns its result; cancels the call when the wait ends earlier.
+
+    Args:
+        future: of `in_thread`, or of a coroutine.
+        retry: its stop and its `silence_seconds` end the wait.
+        where: the URI that the error of a stop names.
+        active_at: returns the time of the server's last activity, by the monotonic clock. Without it the call must end
+            by itself when the server falls silent.
+
+    Raises:
+        StoppedError: this process has to stop, and `LAST_SECONDS` have passed since.
+        TimeoutError: the server was silent for longer than `retry.silence_seconds`.
+    """
+    stopped_at = float("inf")
+    try:
+        while True:
+            try:
+                return future.result(POLL_SECONDS)
+            except TimeoutError:
+                # The error may be the call's, or the call may just have ended.
+                if future.done():
+                    return future.result()
+            now = time.monotonic()
+            if retry.stop():
+                stopped_at = min(stopped_at, now)
+                if now - stopped_at >= LAST_SECONDS:
+                    retry.stop.check(f"while waiting for {where}")
+            if active_at and now - active_at() > retry.silence_seconds:
+                raise TimeoutError
+    finally:
+        future.cancel()
 
 
 class _Outage:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, cast
+from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
 from urllib.parse import urljoin
 
 from fsspec import get_filesystem_class
@@ -22,13 +22,9 @@ from fsspec.config import conf
 from job.exits import BadDataError, BadRequestError, BucketAwayError, JobError, NoPermissionError, how_to_install
 from job.store import URIS, WEB, check_source, is_safe, redacted, split_query
 from job.store.base import Entry, ObjectMissingError, Store
-from job.store.calls import POLL_SECONDS, T, answer, in_thread
 from job.store.files import COPY_BYTES
 from job.store.remote import CONNECTIONS, READ_AHEAD_BYTES, Ranges, one_line
-from job.store.retry import Retry, UnknownHostError, is_unknown_host
-
-if TYPE_CHECKING:
-    import aiohttp
+from job.store.retry import POLL_SECONDS, Retry, T, UnknownHostError, answer, in_thread
 
 # It logs many lines about an error that this program reports in one.
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)
@@ -39,6 +35,7 @@ _EXTRAS = dict.fromkeys((*WEB, "hf"), "web")
 _SIGN_IN = {"hf": "sign in with `hf auth login`"} | dict.fromkeys(WEB, "download it where you are signed in")
 _VERSIONS = ("ETag", "etag", "Last-Modified", "generation", "blob_id", "sha", "mtime", "last_modified", "modified")
 """Names under which file systems give a file's version."""
+_UNKNOWN_HOST = re.compile("not known|not resolve|name resolution|no address associated", re.IGNORECASE)
 _HUB_DATASET = re.compile(r"datasets/[^/]+/[^/]")
 _MOST_FOLDERS_DEEP = 64
 _FINAL = {"TypeError", "AttributeError", "NotImplementedError", "IsADirectoryError", "ValueError", "TooManyRedirects"}
@@ -262,7 +259,6 @@ def _options(scheme: str, silence_seconds: float) -> dict[str, Any]:
 
 
 def _meaning(error: Exception, uri: str) -> JobError:
-    has_unknown_host = is_unknown_host(error)
     # fsspec raises a FileNotFoundError for any failure of HTTP, with the failure as its cause.
     error = error.__cause__ if isinstance(error.__cause__, Exception) else error
     if isinstance(error, JobError):
@@ -284,13 +280,13 @@ def _meaning(error: Exception, uri: str) -> JobError:
         return BadRequestError(f"{uri} cannot be read ({said}): check the URL, and fsspec's configuration")
     if status == 416:
         return BadDataError(f"{uri} ends before the size that the server gives: download it")
-    if has_unknown_host:
+    if _UNKNOWN_HOST.search(reason):
         return UnknownHostError(f"{uri}: the name of its host is not known ({reason}): check address and network")
     # Any other failure may be temporary.
     return BucketAwayError(f"{uri} does not answer: {reason}")
 
 
-async def _check_redirect(_: object, __: object, sent: aiohttp.TraceRequestRedirectParams) -> None:
+async def _check_redirect(_: object, __: object, sent: Any) -> None:
     headers = sent.response.headers
     target = urljoin(str(sent.url), headers.get("Location") or headers.get("URI") or "")
     if not target.lower().startswith(WEB) or not is_safe(target):

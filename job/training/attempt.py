@@ -7,7 +7,7 @@ and restores the newest checkpoint that verifies. However it ends, queued checkp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,28 +15,26 @@ import torch
 import torch.distributed as dist
 
 from ddpm.catalogue import OF_CLASSES
-from ddpm.state import NonFiniteError, TrainState
+from ddpm.state import TrainState
 from job.config import method
-from job.data.cache import ImageCache
-from job.data.order import order_of
+from job.coordination.lease import Lease
+from job.data.reading.cache import ImageCache
+from job.data.reading.stream import order_of
 from job.evaluation.evaluation_plan import check_scores_in_training
-from job.exits import BadDataError, JobError, LostRunError, MissingInputError, NotANumberError, State, StoppedError
+from job.exits import BadDataError, JobError, LostRunError, MissingInputError, State, ending_of, state_after
 from job.plan import Plan, RunHandle, plan_run
-from job.printing import open_page
 from job.processes import compute
-from job.processes.launched import is_launched
-from job.processes.lease import Lease
+from job.processes.launcher import is_launched
 from job.processes.ranks import meet
-from job.progress import Progress, note
+from job.progress import note
 from job.requests import TrainRequest, check_world_size
 from job.runs import records
 from job.runs.checkpoints import Manifest, check_average, newest_good, opened
-from job.runs.layout import CheckpointRef, ObjectKind
+from job.runs.layout import CheckpointRef
 from job.runs.retention import kept_while_read
-from job.stop import NEVER, Stop
+from job.stop import Stop
 from job.store import open_bucket
-from job.training.reporting import PAGE_PATIENCE_SECONDS, Recorder, RunPage, patience_seconds_of, status_of
-from job.training.tracking import CLOSE_SECONDS, Tracking
+from job.training.reporting import Recorder
 
 T = TypeVar("T")
 
@@ -46,10 +44,10 @@ _EXIT_SECONDS = 0.5
 
 
 class TrainingAttempt:
-    """One attempt at a run: `held` takes the run, `restore` prepares it, `recording` writes down what comes of it.
+    """One attempt at a run: `held` takes the run, `recording` writes down what comes of it, `restore` prepares it.
 
     Attributes:
-        plan: made before the lease if nobody checked the command, and again with it.
+        plan: made with the lease.
         record: the attempt's own, in the bucket.
         state: new, or restored from a checkpoint.
         restored: the manifest of that checkpoint.
@@ -66,9 +64,7 @@ class TrainingAttempt:
     held_out: ImageCache | None = None
     restored: Manifest | None = None
     recorder: Recorder | None = None
-    _page: RunPage
     _lease: Lease | None = None
-    _tracking: Tracking | None = None
 
     def __init__(self, request: TrainRequest, stop: Stop) -> None:
         """Meets the other processes. Collective."""
@@ -77,21 +73,14 @@ class TrainingAttempt:
         self._run = records.run_store(self._bucket, request.run)
         self.damaged = set[CheckpointRef]()
 
-    def is_finished(self) -> bool:
-        """Returns whether the run is finished, where no launcher has checked the command, as under torchrun."""
-        if is_launched():
-            return False
-        self._plan()
-        self.ranks.on_main(lambda: check_scores_in_training(self.plan))
-        return self.ranks.on_main(self.plan.is_finished)
-
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Holds the run's lease, and the tracker. Collective.
+    def held(self) -> Iterator[bool]:
+        """Holds the run's lease, and yields whether the run is finished. Collective.
+
+        The launcher has checked that before, but torchrun has not.
 
         Raises:
             LostRunError: another attempt holds the run.
-            NotANumberError: a gradient was not finite; the last checkpoint is from before that.
         """
         run, request, stop = self._run, self.request, self.stop
         try:
@@ -100,66 +89,53 @@ class TrainingAttempt:
             )
             # Now no other attempt changes the run.
             self._plan()
-            # An attempt that never gets the run must not appear in the tracker.
-            self._tracking = self.ranks.only_on_main(lambda: Tracking(self.plan.config, request.run, run.uri))
-            yield
-        except NonFiniteError as error:
-            raise NotANumberError(
-                f"{error}; what {run.uri} holds is from before. It would happen again at the same image: "
-                "start another run with a lower train.learning_rate, or with train.precision=fp32"
-            ) from None
+            yield not is_launched() and self.ranks.on_main(self.plan.is_finished)
         finally:
             if self._lease is not None:
                 self._lease.close(stop.seconds_left() - _EXIT_SECONDS)
-            if self._tracking is not None:
-                self._tracking.close(min(CLOSE_SECONDS, stop.seconds_left() - _EXIT_SECONDS))
-
-    def restore(self) -> None:
-        """Begins the attempt in the bucket, restores its state and opens the images. Collective."""
-        plan, ranks, config = self.plan, self.ranks, self.plan.config
-        self.record = ranks.on_main(self._begin)
-        with self._last_page():
-            # First, because a parent that trains on may delete its checkpoint while the images are read.
-            self.state = method.initial_state(method.build_network(config, ranks.device), config)
-            with self._lease.unless_lost() if self._lease else nullcontext():
-                self._restore()
-            with Progress("reading images", total=plan.index.images) as bar:
-                self.images = plan.opened_images(self.stop, lambda done, total: bar.update(done))
-                self.held_out = plan.opened_images(self.stop, index=plan.held_out) if plan.held_out else None
-            if self.restored is None and ranks.is_main:
-                self._compare_sigma_data()
-            # Building the network waits for all processes without a heartbeat, which would look like a hang.
-            ranks.sum(0)
+            if self.recorder is not None:
+                self.recorder.tracking.close(stop.seconds_left() - _EXIT_SECONDS)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Has a recorder on the main process, and ends all writing, however training ends."""
-        if self._lease is None or self._tracking is None:
+        """Begins the attempt in the bucket, and ends all writing, however the attempt ends. Collective."""
+        self.record = self.ranks.on_main(self._begin)
+        if self._lease is None:
             yield
             return
-        self.recorder = recorder = Recorder(self, self._lease, self._page, self._tracking)
+        self.recorder = recorder = Recorder(self, self._lease)
         try:
-            # The page of an attempt that was cut off says what is true again.
-            seen = self.record.previous_seen
-            if not self.plan.is_new and not (seen is not None and seen.state == State.RUNNING):
-                # It takes longer than the first steps, which need not wait for it.
-                recorder.write_page()
             yield
         except LostRunError:
             # The run and its status are the other attempt's now: nothing more of this one may arrive.
             with suppress(JobError):
-                recorder.writer.close(wait=False)
+                recorder.abandon()
             raise
         except BaseException as error:
             # A queued checkpoint is good, whatever went wrong since: it is committed before the error is reported.
             try:
-                recorder.close(_state_after(error))
+                recorder.close(state_after(ending_of(error)[0]))
             except JobError as second:
                 if second is not error:
                     note(f"while ending: {second}")
             raise
         else:
             recorder.close(State.FINISHED)
+
+    def restore(self) -> None:
+        """Restores the state and opens the images; the recorder can write checkpoints then. Collective."""
+        plan, ranks = self.plan, self.ranks
+        # First, because a parent that trains on may delete its checkpoint while the images are read.
+        self.state = method.initial_state(method.build_network(plan.config, ranks.device), plan.config)
+        self._restore()
+        self.images = plan.opened_images(plan.index, self.stop)
+        self.held_out = plan.opened_images(plan.held_out, self.stop) if plan.held_out else None
+        if self.recorder is not None:
+            if self.restored is None:
+                self._compare_sigma_data()
+            self.recorder.begin(self)
+        # Building the network waits for all processes without a heartbeat, which would look like a hang.
+        ranks.sum(0)
 
     def on_main(self, work: Callable[[Recorder], T]) -> T:
         """Runs `work` with the recorder on the main process; see `Ranks.on_main`. Collective."""
@@ -176,16 +152,19 @@ class TrainingAttempt:
         def plan() -> dict[str, Any]:
             made = plan_run(self.request, self.stop, compute.suited)
             check_world_size(self.ranks.world_size, made.config.train)
+            if not is_launched():
+                check_scores_in_training(made)
             # A store holds connections, which no other process can use.
             return {name: value for name, value in vars(made).items() if name not in ("bucket", "run")}
 
         self.plan = Plan(bucket=self._bucket, run=self._run, **self.ranks.on_main(plan))
 
     def _begin(self) -> records.Attempt:
-        """Writes the configuration of a new run, this attempt's record and the first page; reports what has changed."""
+        """Writes the configuration of a new run and this attempt's record; reports what has changed."""
         plan, lease, ranks, train = self.plan, self._lease, self.ranks, self.plan.config.train
         assert lease is not None
-        self._page = RunPage(plan, lease)
+        before, is_exact = records.last_attempt(plan.run), compute.slots_of(train, ranks) is not None
+        device = compute.describe_device(ranks.device, train, is_exact)
         if plan.is_new:
             records.create_config(plan.run, plan.config)
             for remark in plan.index.remarks(with_classes=bool(plan.config.model.num_classes)):
@@ -196,9 +175,12 @@ class TrainingAttempt:
                     "half of the images are mirrored, at random; for digits or letters, start another run with "
                     "--set data.flip=false"
                 )
-        before, is_exact = records.last_attempt(plan.run), compute.slots_of(train, ranks) is not None
-        device = compute.describe_device(ranks.device, train, is_exact)
-        self.record = records.record_attempt(
+            if is_exact:
+                note(f"1 to {train.slots} processes give equal bits on this kind of machine: {device}")
+            elif train.exact is None and ranks.device.type == "cpu":
+                slots = f"train.slots={train.slots}"
+                note(f"more than {slots} processes: DDP adds the gradients, another number rounds otherwise")
+        record = records.record_attempt(
             plan.run,
             lease.fence,
             lease.holder,
@@ -207,34 +189,9 @@ class TrainingAttempt:
             device=device,
             is_exact=is_exact,
         )
-        if plan.is_new and is_exact:
-            note(f"1 to {train.slots} processes give equal bits on this kind of machine: {device}")
-        elif plan.is_new and train.exact is None and ranks.device.type == "cpu":
-            slots = f"train.slots={train.slots}"
-            note(f"more than {slots} processes: DDP adds the gradients, another number rounds otherwise")
-        for difference in records.what_is_otherwise(before, self.record) if before else []:
+        for difference in records.what_is_otherwise(before, record) if before else []:
             note(difference)
-        if plan.is_new or plan.request.open_page:
-            self._put_page(State.RUNNING, stop=self.stop)
-        if plan.request.open_page:
-            open_page(plan.run, ObjectKind.PAGE.value)
-        return self.record
-
-    @contextmanager
-    def _last_page(self) -> Iterator[None]:
-        """Writes on the main process how the attempt ended, if it ends before it trains: the page would say running."""
-        try:
-            yield
-        except LostRunError:
-            raise
-        except Exception as error:
-            if self._lease is not None:
-                self._put_page(_state_after(error), patience_seconds_of(self.stop))
-            raise
-
-    def _put_page(self, state: State, patience_seconds: float = PAGE_PATIENCE_SECONDS, stop: Stop = NEVER) -> None:
-        status = status_of(self.plan, self.record, state, self.plan.images_seen, {})
-        self._page.put(status, None, patience_seconds, stop)
+        return record
 
     def _restore(self) -> None:
         """Loads the newest checkpoint that verifies, or in a new run the weights that it begins with, if any.
@@ -244,7 +201,8 @@ class TrainingAttempt:
         plan, state, tensors = self.plan, self.state, self.state.tensors()
 
         def load() -> Manifest | None:
-            with newest_good(plan.run, note, self.damaged, into=tensors) as restored:
+            assert self._lease is not None
+            with self._lease.unless_lost(), newest_good(plan.run, note, self.damaged, into=tensors) as restored:
                 if restored is None and plan.config.parent.run:
                     load_parent(state, plan)
                 return restored.manifest if restored else None
@@ -274,10 +232,6 @@ class TrainingAttempt:
             if not 0.8 < found / sigma_data < 1.25:
                 said = f"the first images have the deviation {found:.2f}, and diffusion.sigma_data is {sigma_data}"
                 note(f"{said}: start another run with --set diffusion.sigma_data={found:.2f}")
-
-
-def _state_after(error: BaseException) -> State:
-    return State.STOPPED if isinstance(error, StoppedError) else State.FAILED
 
 
 def load_parent(state: TrainState, of_run: RunHandle) -> None:

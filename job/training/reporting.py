@@ -7,27 +7,25 @@ validation loss, the scores, the sample grid.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ddpm import figures
-from ddpm.augment import Latents
-from ddpm.objective import Objective
-from ddpm.state import loss_row
+from ddpm.state import TrainState, loss_row
 from job.config import method
-from job.data.autoencoder import load_decoder
-from job.data.cache import ImageCache
+from job.coordination.lease import Lease
+from job.coordination.sealed import utc_now
+from job.data.latents import latents_of, load_decoder
+from job.data.reading.cache import ImageCache
 from job.evaluation.evaluate import Evaluator, validation_row
 from job.exits import State
-from job.plan import Plan, RunHandle
-from job.processes.lease import Lease
+from job.plan import RunHandle
+from job.printing import open_page
 from job.processes.ranks import Agreement
 from job.progress import Progress, note
-from job.report.facts import facts_of
-from job.report.page import PictureCache, put_page
+from job.report import PictureCache, facts_of, put_page
 from job.requests import GIF_SEEDS
 from job.runs import records
 from job.runs.layout import CheckpointRef, ObjectKind
@@ -46,7 +44,6 @@ from job.runs.samples import (
 from job.runs.writer import CheckpointWriter, LeasedRun
 from job.sampling.painter import Painter
 from job.sampling.pictures import grid_png, with_class
-from job.sealed import utc_now
 from job.stop import NEVER, Stop
 from job.training.tracking import Tracking
 
@@ -60,67 +57,64 @@ PAGE_PATIENCE_SECONDS = 60.0
 _EARLY_IMAGES = 20
 
 
-class RunPage:
-    """The page of a run, which an attempt writes again and again."""
-
-    def __init__(self, plan: Plan, lease: Lease) -> None:
-        self._plan, self._lease, self._pictures = plan, lease, PictureCache(note)
-
-    def put(
-        self,
-        status: records.Status,
-        rows: Sequence[Row] | None = None,
-        patience_seconds: float = PAGE_PATIENCE_SECONDS,
-        stop: Stop = NEVER,
-    ) -> None:
-        """Writes the page, without `rows` with those of the newest checkpoint; an error is only a note."""
-        plan = self._plan
-        bucket, run = (store.within(patience_seconds, stop) for store in (plan.bucket, plan.run))
-        handle = RunHandle(bucket, run, plan.index, plan.config, plan.stored)
-        try:
-            self._lease.confirm()
-            put_page(facts_of(handle, plan.request.run, rows, status), self._pictures)
-        except Exception as error:
-            note(f"the run's page stays as it was: {type(error).__name__}: {error}")
-
-
 class Recorder:
     """Writes an attempt down: it alone writes to the run's folder, and exists on the main process alone.
 
     Attributes:
-        rows: the run's metrics so far, in order.
-        writer: commits checkpoints and pictures in a thread.
+        tracking: the service that also gets the rows.
+        rows: the metrics of the run so far, in order; empty before `begin`.
+        writer: commits checkpoints and pictures in a thread, from `begin` on.
     """
 
-    def __init__(self, attempt: TrainingAttempt, lease: Lease, page: RunPage, tracking: Tracking) -> None:
-        """Starts the threads that write checkpoints and the run's status, for an attempt that is restored."""
-        plan, restored, tensors = attempt.plan, attempt.restored, attempt.state.tensors()
-        self.plan, self.attempt, self._state, self._stop = plan, attempt.record, attempt.state, attempt.stop
-        self._lease, self._page, self._tracking = lease, page, tracking
-        self.rows = read_rows(plan.run, restored.metrics, note) if restored else []
-        retention = retention_of(plan, self.rows)
-        leased = LeasedRun(plan.run, retention, attempt.record, lease, plan.classes, attempt.damaged)
-        self.writer = CheckpointWriter(leased, tensors, before=restored, stop=self._stop, note=note)
-        losses = [row["loss"] for row in self.rows if "loss" in row]
-        # An attempt that ends before its first row still has a loss in its status.
-        self._shown = Row(loss=losses[-1]) if losses else Row()
-        self._page_due = time.monotonic() + PAGE_SECONDS
-        self._start_seconds: float | None = None
-        self._status = records.StatusReporter(plan.run, self._confirmed_status, note)
+    writer: CheckpointWriter
+    _status: records.StatusReporter
+    _state: TrainState | None = None
 
-    def begins_training(self) -> None:
-        """Takes the time from the attempt's record to its first step."""
-        waited = datetime.now(UTC) - datetime.fromisoformat(self.attempt.started)
-        self._start_seconds = max(0.0, round(waited.total_seconds(), 3))
+    def __init__(self, attempt: TrainingAttempt, lease: Lease) -> None:
+        """Writes the page of a new run, for an attempt that is recorded."""
+        self.plan, self.attempt, self._stop, self._lease = attempt.plan, attempt.record, attempt.stop, lease
+        plan, request = attempt.plan, attempt.plan.request
+        self.rows, self._shown, self._pictures = list[Row](), Row(), PictureCache(note)
+        self.tracking = Tracking(plan.config, request.run, plan.run.uri)
+        if plan.is_new or request.open_page:
+            self._put_page(self._status_of(State.RUNNING), None, stop=self._stop)
+        if request.open_page:
+            open_page(plan.run, ObjectKind.PAGE.value)
+
+    def begin(self, attempt: TrainingAttempt) -> None:
+        """Starts the threads that write checkpoints and the run's status, for an attempt that is restored."""
+        plan, restored, seen = attempt.plan, attempt.restored, attempt.record.previous_seen
+        self.rows = read_rows(plan.run, restored.metrics, note) if restored else []
+        # An attempt that ends before its first row still has a loss in its status.
+        self._shown = next((Row(loss=row["loss"]) for row in reversed(self.rows) if "loss" in row), Row())
+        leased = LeasedRun(plan.run, self.retention(), attempt.record, self._lease, plan.classes, attempt.damaged)
+        tensors = attempt.state.tensors()
+        self.writer = CheckpointWriter(leased, tensors, before=restored, stop=self._stop, note=note)
+        self._page_due = time.monotonic() + PAGE_SECONDS
+        self._state = attempt.state
+        self._status = records.StatusReporter(plan.run, self._confirmed_status, note)
+        # The page of an attempt that was cut off says what is true again.
+        if not plan.is_new and not (seen is not None and seen.state == State.RUNNING):
+            # It takes longer than the first steps, which need not wait for it.
+            self.write_page()
+
+    @property
+    def images_seen(self) -> int:
+        """The progress of training; before `begin` that of the run."""
+        return self._state.images_seen if self._state else self.plan.images_seen
+
+    def retention(self) -> Retention:
+        """Returns the run's retention rules with the best checkpoint by the scores so far."""
+        config = self.plan.config
+        return Retention(config, self.plan.index.images, best_images_seen(config, self.rows))
 
     def record(self, values: Row) -> None:
         """Adds a row of this moment, which goes into the next checkpoint, to the tracker and to a page that is old."""
-        images_seen = self._state.images_seen
-        epoch, now = round(images_seen / self.plan.index.images, 4), round(time.time(), 3)
-        row = {"images_seen": images_seen, "epoch": epoch, **values, "time": now}
+        epoch, now = round(self.images_seen / self.plan.index.images, 4), round(time.time(), 3)
+        row = {"images_seen": self.images_seen, "epoch": epoch, **values, "time": now}
         self.writer.rows.append(row)
         self.rows.append(row)
-        self._tracking.log(row)
+        self.tracking.log(row)
         if "images_per_second" in row:
             self._shown = row
         if time.monotonic() > self._page_due:
@@ -128,34 +122,32 @@ class Recorder:
 
     def put_grid(self, key: str, grid: bytes) -> None:
         """Queues the upload of a sample grid of this moment, also for TensorBoard, and sends it to the tracker."""
-        images_seen = self._state.images_seen
-        ref = CheckpointRef(self.attempt.fence, images_seen)
-        self.writer.put(key, grid, images_seen=images_seen)
-        events = grid_events(grid, images_seen)
+        ref = CheckpointRef(self.attempt.fence, self.images_seen)
+        self.writer.put(key, grid, images_seen=ref.images_seen)
+        events = grid_events(grid, ref.images_seen)
         self.writer.do_later(lambda run: run.put(ObjectKind.GRID_EVENTS.key(checkpoint=ref), events))
-        self._tracking.log_grid(grid, images_seen)
+        self.tracking.log_grid(grid, ref.images_seen)
 
     def save(self, loss_sums: Tensor) -> None:
         """Queues a checkpoint of this moment."""
         self._shown = self._shown or loss_row(loss_sums)
-        self.writer.save(self._state.images_seen, loss_sums.tolist())
+        self.writer.save(self.images_seen, loss_sums.tolist())
 
     def show(self, bar: Progress) -> None:
         """Updates the bar, with the loss of the last row: reading the current one would wait for the device."""
-        images_seen, epochs = self._state.images_seen, self.plan.config.train.epochs
         shown = {"loss": f"{self._shown['loss']:.4f}"} if "loss" in self._shown else {}
-        shown["epoch"] = f"{_epoch_at(self.plan, images_seen):.1f}/{epochs}"
-        bar.update(images_seen, total=self.plan.target_images, **shown)
+        shown["epoch"] = f"{self._epoch_at(self.images_seen):.1f}/{self.plan.config.train.epochs}"
+        bar.update(self.images_seen, total=self.plan.target_images, **shown)
 
     def write_page(self, state: State = State.RUNNING) -> None:
         """Queues the run's page as it is now."""
         self._page_due = time.monotonic() + PAGE_SECONDS
         status, rows = self._status_of(state), list(self.rows)
-        self.writer.do_later(lambda run: self._page.put(status, rows))
+        self.writer.do_later(lambda run: self._put_page(status, rows))
 
     def finish(self) -> None:
         """Queues the figure of the losses and the finished page, and waits until everything is in the bucket."""
-        plan, images_seen = self.plan, self._state.images_seen
+        plan, images_seen = self.plan, self.images_seen
         moment = moment_of(label_at(images_seen, plan.index.images, plan.config.train.batch_size))
         title = f"{plan.request.run} · {moment} of {plan.config.train.epochs:,}"
         figure = figures.loss_figure(self.rows, plan.index.images, title)
@@ -164,18 +156,52 @@ class Recorder:
         self.writer.wait()
 
     def close(self, state: State) -> None:
-        """Commits what is queued and writes the last status, as far as a stop leaves time.
+        """Commits what is queued and writes the last status and page, as far as a stop leaves time.
+
+        Before `begin` it writes the page alone, which may say that the run goes on.
 
         Raises:
             JobError: a checkpoint could not be committed.
         """
         try:
-            self.writer.close(wait=True)
+            if self._state:
+                self.writer.close(wait=True)
         finally:
-            self._status.close(state, patience_seconds_of(self._stop))
-            patience_seconds = patience_seconds_of(self._stop)
+            if self._state:
+                self._status.close(state, self._patience_seconds())
+            patience_seconds = self._patience_seconds()
             if state is not State.FINISHED and patience_seconds >= 1:
-                self._page.put(self._status_of(state), self.rows, patience_seconds)
+                self._put_page(self._status_of(state), self.rows if self._state else None, patience_seconds)
+
+    def abandon(self) -> None:
+        """Writes nothing more.
+
+        Raises:
+            JobError: a checkpoint could not be committed before.
+        """
+        if self._state:
+            self.writer.close(wait=False)
+
+    def _patience_seconds(self) -> float:
+        """Returns the longest time for the last status, and for the last page."""
+        return min(records.STATUS_CLOSE_SECONDS, self._stop.seconds_left() / 2)
+
+    def _put_page(
+        self,
+        status: records.Status,
+        rows: list[Row] | None,
+        patience_seconds: float = PAGE_PATIENCE_SECONDS,
+        stop: Stop = NEVER,
+    ) -> None:
+        """Writes the page, without `rows` with those of the newest checkpoint; an error is only a note."""
+        plan = self.plan
+        bucket, run = (store.within(patience_seconds, stop) for store in (plan.bucket, plan.run))
+        handle = RunHandle(bucket, run, plan.index, plan.config, plan.stored)
+        try:
+            self._lease.confirm()
+            put_page(facts_of(handle, plan.request.run, rows, status), self._pictures)
+        except Exception as error:
+            note(f"the run's page stays as it was: {type(error).__name__}: {error}")
 
     def _confirmed_status(self, state: State) -> records.Status:
         # A process that slept and was replaced must not overwrite the status of the attempt that replaced it.
@@ -183,43 +209,21 @@ class Recorder:
         return self._status_of(state)
 
     def _status_of(self, state: State) -> records.Status:
-        status = status_of(self.plan, self.attempt, state, self._state.images_seen, self._shown)
-        cadence, saved = self.writer.cadence, {}
-        if cadence.save_seconds is not None:
-            saved = {"save_seconds": round(cadence.save_seconds, 3), "stall_seconds": round(cadence.stall_seconds, 3)}
-        return status.model_copy(update=saved | {"start_seconds": self._start_seconds})
+        images_seen = self.images_seen
+        return records.Status(
+            state=state,
+            fence=self.attempt.fence,
+            images_seen=images_seen,
+            target_images=self.plan.target_images,
+            epoch=round(self._epoch_at(images_seen), 3),
+            loss=self._shown.get("loss"),
+            images_per_second=self._shown.get("images_per_second"),
+            updated=utc_now(),
+        )
 
-
-def patience_seconds_of(stop: Stop) -> float:
-    """Returns the longest time for the last status of an attempt, and for its last page."""
-    return min(records.STATUS_CLOSE_SECONDS, stop.seconds_left() / 2)
-
-
-def status_of(
-    plan: Plan, attempt: records.Attempt, state: State, images_seen: int, row: Mapping[str, Any]
-) -> records.Status:
-    """Returns the status of an attempt with the values of its last row."""
-    return records.Status(
-        state=state,
-        fence=attempt.fence,
-        attempt=attempt.id,
-        images_seen=images_seen,
-        target_images=plan.target_images,
-        epoch=round(_epoch_at(plan, images_seen), 3),
-        loss=row.get("loss"),
-        images_per_second=row.get("images_per_second"),
-        updated=utc_now(),
-    )
-
-
-def _epoch_at(plan: Plan, images_seen: int) -> float:
-    # The last batch may go beyond the last epoch: people would read `epoch 1.6 of 1`.
-    return min(images_seen / plan.index.images, plan.config.train.epochs)
-
-
-def retention_of(plan: Plan, rows: list[Row]) -> Retention:
-    """Returns the run's retention rules with the best checkpoint by the scores so far."""
-    return Retention(plan.config, plan.index.images, best_images_seen(plan.config, rows))
+    def _epoch_at(self, images_seen: int) -> float:
+        # The last batch may go beyond the last epoch: people would read `epoch 1.6 of 1`.
+        return min(images_seen / self.plan.index.images, self.plan.config.train.epochs)
 
 
 class Interludes:
@@ -258,17 +262,22 @@ class Interludes:
         """Returns whether the bucket has no sample grid of this moment. Collective."""
         return self._attempt.ranks.on_main(lambda: not self._plan.run.exists(self._grid_key()))
 
-    def validate(self, objective: Objective, latents: Latents | None) -> None:
+    def validate(self) -> None:
         """Adds the loss of the averaged weights on images that the run does not learn from to the log. Collective.
 
         Raises:
             StoppedError: on all processes at once, when any of them was asked to stop.
         """
-        held_out, log = self._attempt.held_out, self._config.log
+        held_out, config = self._attempt.held_out, self._config
         assert held_out is not None
-        painter, batch_size = self._painter("ema", self._config.train.precision), self._config.sample.batch_size
-        count = log.validate_images
-        row = validation_row(painter, held_out, objective, count=count, batch_size=batch_size, latents=latents)
+        row = validation_row(
+            self._painter("ema", config.train.precision),
+            held_out,
+            method.objective_of(config),
+            count=config.log.validate_images,
+            batch_size=config.sample.batch_size,
+            latents=latents_of(self._plan.index),
+        )
         if self._attempt.recorder is not None:
             self._attempt.recorder.record(row)
 
@@ -282,7 +291,7 @@ class Interludes:
 
         def publish(recorder: Recorder) -> None:
             recorder.record(row)
-            recorder.writer.retention = retention_of(self._plan, recorder.rows)
+            recorder.writer.retention = recorder.retention()
             scored = [row for row in recorder.rows if self.score_name in row]
             figure = figures.scores_figure(scored, self._plan.index.images, self._plan.request.run)
             recorder.writer.put(SCORES_FIGURE, figure, images_seen=self._state.images_seen)
@@ -350,7 +359,7 @@ class Interludes:
         pictures = self._plan.pictures()
         if pictures is self._plan.index:
             return self._attempt.images
-        return self._plan.opened_images(self._attempt.stop, index=pictures)
+        return self._plan.opened_images(pictures, self._attempt.stop)
 
     def _label(self) -> str:
         return label_at(self._state.images_seen, self._plan.index.images, self._config.train.batch_size)

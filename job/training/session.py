@@ -11,21 +11,18 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ddpm import training
 from ddpm.optimizer import learning_rate_at
-from ddpm.slots import Slots
-from ddpm.state import TrainState, check_finite, loss_row
+from ddpm.state import TrainState, loss_row
 from ddpm.threads import threads_of
 from job.config import RunConfig, method
-from job.data.autoencoder import latents_of
-from job.data.cache import ImageCache
-from job.data.order import crosses, order_of
-from job.data.stream import stream_batches
-from job.exits import StoppedError
+from job.data.latents import latents_of
+from job.data.reading.cache import ImageCache
+from job.data.reading.stream import crosses, order_of, stream_batches
+from job.exits import NotANumberError, StoppedError
 from job.plan import Plan
 from job.processes import compute
 from job.processes.ranks import Agreement, Ranks, build_accelerator
@@ -35,9 +32,6 @@ from job.runs.retention import Retention
 from job.stop import NEVER, Stop
 from job.training.attempt import TrainingAttempt
 from job.training.reporting import Interludes, Recorder
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 ANOTHER_PROCESS = "another process"
 """The reason of a process that stops because another one was asked to."""
@@ -65,32 +59,15 @@ def run_training(request: TrainRequest, stop: Stop = NEVER) -> Plan:
         BucketAwayError: the bucket stayed away beyond the limit.
     """
     attempt = TrainingAttempt(request, stop)
-    if attempt.is_finished():
-        return attempt.plan
-    with attempt.held():
-        attempt.restore()
-        with attempt.recording():
-            session = TrainingSession(attempt)
-            session.train()
-            session.finish()
+    with attempt.held() as is_finished:
+        if not is_finished:
+            with attempt.recording():
+                attempt.restore()
+                session = TrainingSession(attempt)
+                session.train()
+                session.finish()
     attempt.ranks.state.destroy_process_group()
     return attempt.plan
-
-
-def wrapped(
-    model: nn.Module, config: RunConfig, ranks: Ranks, accelerator: Accelerator, slots: Slots | None
-) -> nn.Module:
-    """Returns the model compiled if so configured, and wrapped for autocast and, without slots, for DDP. Collective."""
-    device, batch_size = ranks.device, config.train.batch_size
-    if config.train.compile and device.type == "cuda":
-        model.compile()
-    # It is on its device: asking whether its parameters are sharded would import a second's worth of modules.
-    # In evaluation mode it is not wrapped for DDP.
-    network: nn.Module = accelerator.prepare_model(model, device_placement=False, evaluation_mode=slots is not None)
-    if ranks.world_size > 1 and slots is None:
-        images = len(range(ranks.rank, batch_size, ranks.world_size))
-        compute.settle_buckets(network, config, min(images, config.train.micro_batch_size or images), device)
-    return network
 
 
 class Loop:
@@ -100,16 +77,7 @@ class Loop:
         batches: to be closed.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        images: ImageCache,
-        ranks: Ranks,
-        state: TrainState,
-        *,
-        last_image: int,
-        stop: Stop,
-    ) -> None:
+    def __init__(self, config: RunConfig, images: ImageCache, ranks: Ranks, state: TrainState, last_image: int) -> None:
         """Prepares the network and the batches from the state's image on. Collective.
 
         Args:
@@ -118,27 +86,44 @@ class Loop:
             ranks: all processes.
             state: new, or restored from a checkpoint.
             last_image: see `stream_batches`.
-            stop: asked all the while.
         """
-        self.config, self.images, self.ranks, self.state, self.stop = config, images, ranks, state, stop
+        self.config, self.images, self.ranks, self.state, self.stop = config, images, ranks, state, ranks.stop
         self.batch_size, self.device = config.train.batch_size, ranks.device
         self.objective = method.objective_of(config)
         self.settings = replace(method.settings_of(config), latents=latents_of(images.index))
         self.slots = compute.slots_of(config.train, ranks)
         self.threads = threads_of(self.device, config.train.slot_threads or 1) if self.slots else None
         self.accelerator = build_accelerator(config.train.precision, deterministic=self.slots is not None)
-        self.network = wrapped(state.model, config, ranks, self.accelerator, self.slots)
+        self.network = self._wrapped()
         self.batches = stream_batches(
             images,
             order_of(images.index, config),
             batch_size_images=self.batch_size,
             first_image=state.images_seen,
             last_image=last_image,
-            places=self.slots.places if self.slots else range(ranks.rank, self.batch_size, ranks.world_size),
+            places=self._places(),
             pin_memory=self.device.type == "cuda",
             with_labels=bool(config.model.num_classes),
-            stop=stop,
+            stop=self.stop,
         )
+
+    def _wrapped(self) -> nn.Module:
+        """Returns the model compiled if so configured, and wrapped for autocast and, without slots, for DDP."""
+        model, options = self.state.model, self.config.train
+        if options.compile and self.device.type == "cuda":
+            model.compile()
+        # It is on its device: asking whether its parameters are sharded would import a second's worth of modules.
+        # In evaluation mode it is not wrapped for DDP.
+        is_whole = self.slots is not None
+        network: nn.Module = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=is_whole)
+        if self.ranks.world_size > 1 and not is_whole:
+            images = min(len(self._places()), options.micro_batch_size or self.batch_size)
+            compute.settle_buckets(network, self.config, images, self.device)
+        return network
+
+    def _places(self) -> range:
+        """Returns this process's places in each batch."""
+        return self.slots.places if self.slots else range(self.ranks.rank, self.batch_size, self.ranks.world_size)
 
     def alone(self) -> AbstractContextManager[None]:
         """Returns the context in which the loop runs; see `Threads.outside`."""
@@ -198,7 +183,6 @@ class Pace:
         self._batch_size, self._logged_images = batch_size_images, images_seen
         self._logged_at = self._step_began = time.monotonic()
         self._waited_seconds = self._best_images_per_second = self._lost_seconds = 0.0
-        self._is_reported = False
 
     def images_per_second(self, images_seen: int) -> float:
         """Returns the rate since the last call."""
@@ -227,13 +211,11 @@ class Pace:
         """Reports, once per attempt, that slow steps have cost `SLOW_SECONDS`, with the likely cause."""
         step_seconds = time.monotonic() - self._step_began
         usual_seconds = self._batch_size / (self._best_images_per_second or 1e-9)
-        if self._is_reported or step_seconds < SLOW_FACTOR * usual_seconds:
-            return
-        self._lost_seconds += step_seconds - usual_seconds
-        if self._lost_seconds > SLOW_SECONDS:
-            self._is_reported = True
-            cause = compute.why_slow(step_seconds, self._waited_seconds)
-            note(f"a step took {step_seconds:.1f} s instead of {usual_seconds:.1f} s: {cause}")
+        if self._lost_seconds <= SLOW_SECONDS and step_seconds >= SLOW_FACTOR * usual_seconds:
+            self._lost_seconds += step_seconds - usual_seconds
+            if self._lost_seconds > SLOW_SECONDS:
+                cause = compute.why_slow(step_seconds, self._waited_seconds)
+                note(f"a step took {step_seconds:.1f} s instead of {usual_seconds:.1f} s: {cause}")
 
 
 class TrainingSession(Loop):
@@ -242,8 +224,7 @@ class TrainingSession(Loop):
     def __init__(self, attempt: TrainingAttempt) -> None:
         """Prepares the network, the interludes and the stream of batches of a restored attempt. Collective."""
         plan, ranks, recorder = attempt.plan, attempt.ranks, attempt.recorder
-        last_image = plan.target_images
-        super().__init__(plan.config, attempt.images, ranks, attempt.state, last_image=last_image, stop=attempt.stop)
+        super().__init__(plan.config, attempt.images, ranks, attempt.state, plan.target_images)
         self.attempt, self.plan, self.recorder = attempt, plan, recorder
         copied = recorder.writer.before_change if recorder else lambda: None
         self.hooks = training.Hooks(self.after_step, self._should_abandon, copied)
@@ -264,19 +245,18 @@ class TrainingSession(Loop):
         with self.bar:
             with closing(self.batches), self.alone():
                 self._catch_up()
-                if self.recorder is not None:
-                    self.recorder.begins_training()
                 self.pace = Pace(self.batch_size, state.images_seen)
                 # After each step all processes agree whether any of them lacks the batch of the step after next.
                 if self._can_all_begin(2):
                     self.learn(self.hooks)
+                if state.images_seen < self.plan.target_images:
+                    self.stop.request(ANOTHER_PROCESS)
                 self.agreement.finish()
                 self.agreement_in_step.finish()
                 # Closing the stream may wait for a shard that does not come.
                 self._save()
             self.attempt.on_main(lambda recorder: recorder.writer.wait())
         if state.images_seen < self.plan.target_images:
-            self.stop.request(ANOTHER_PROCESS)
             raise StoppedError(
                 f"stopped by {self.stop.reason} after {state.images_seen:,} images; everything is saved, and the same "
                 "command goes on from there"
@@ -306,7 +286,7 @@ class TrainingSession(Loop):
         if due.log:
             self._log()
         if due.validation and not stopping:
-            stopping = self._is_stopped_in(self._validate)
+            stopping = self._is_stopped_in(self.interludes.validate)
         if due.scores and not stopping:
             stopping = self._is_stopped_in(self.interludes.score)
         if stopping:
@@ -325,11 +305,9 @@ class TrainingSession(Loop):
     def _catch_up(self) -> None:
         """Does what was due at the moment where this attempt begins, and is not in the bucket. Collective."""
         due, interludes = due_at(self.state.images_seen, self.plan), self.interludes
-        validates = due.validation and interludes.lacks_value("val_loss")
-        scores = due.scores and interludes.lacks_value(interludes.score_name)
-        if validates:
-            self._validate()
-        if scores:
+        if validates := due.validation and interludes.lacks_value("val_loss"):
+            interludes.validate()
+        if scores := due.scores and interludes.lacks_value(interludes.score_name):
             interludes.score()
         if validates or scores:
             # The rows belong to a checkpoint of this moment: one that was committed without them is not enough.
@@ -339,9 +317,6 @@ class TrainingSession(Loop):
         if due.grid and interludes.lacks_grid():
             interludes.draw_grid()
 
-    def _validate(self) -> None:
-        self.interludes.validate(self.objective, self.settings.latents)
-
     def _is_stopped_in(self, work: Callable[[], None]) -> bool:
         """Does work between two steps; returns whether a process was asked to stop meanwhile. Collective."""
         try:
@@ -349,16 +324,12 @@ class TrainingSession(Loop):
                 work()
         except StoppedError:
             # All processes raise it at the same point, between two steps: the state is saved as after any other step.
-            self.stop.request(ANOTHER_PROCESS)
             return True
         return False
 
     def _should_abandon(self) -> bool:
         """Returns whether all processes leave the step that they are in, because one was asked to stop."""
-        (stopping,) = self.agreement_in_step.exchange(self.stop())
-        if stopping:
-            self.stop.request(ANOTHER_PROCESS)
-        return stopping
+        return self.agreement_in_step.exchange(self.stop())[0]
 
     def _can_all_begin(self, steps: int) -> bool:
         """Waits until every process has the batches of so many steps; returns False if one stops before. Collective.
@@ -367,15 +338,26 @@ class TrainingSession(Loop):
         """
         while True:
             lacking, stopping = self.ranks.sum(not self.batches.holds(steps), self.stop())
-            if stopping:
-                self.stop.request(ANOTHER_PROCESS)
             if not lacking or stopping:
                 return not lacking
             time.sleep(_STARVED_POLL_SECONDS)
 
+    def _check_finite(self) -> None:
+        """Reads a flag on the device, at moments when this process waits for the device anyway.
+
+        Raises:
+            NotANumberError: the gradient of a step was not finite.
+        """
+        if (first := int(self.state.first_nonfinite.item())) >= 0:
+            raise NotANumberError(
+                f"the gradient was not a finite number after {first:,} images; what {self.plan.run.uri} holds is from "
+                "before. It would happen again at the same image: start another run with a lower train.learning_rate, "
+                "or with train.precision=fp32"
+            )
+
     def _log(self) -> None:
         """Adds the mean losses since the last row to the log. Collective."""
-        check_finite(self.state)
+        self._check_finite()
         images_seen, losses = self.state.images_seen, loss_row(self.state.log.reduced())
         self.state.log.sums.zero_()
         average = self.settings.averages["ema"]
@@ -395,7 +377,7 @@ class TrainingSession(Loop):
         """Queues a checkpoint of this moment, unless there is one. Collective."""
         if self.state.images_seen == self.saved_images:
             return
-        check_finite(self.state)
+        self._check_finite()
         loss_sums = self.state.log.reduced()
         self.saved_images = self.state.images_seen
         self.attempt.on_main(lambda recorder: recorder.save(loss_sums))

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from job.config import RunConfig
-from job.data.cache import default_cache_dir
+from job.data.reading import default_cache_dir
 from job.exits import BadRequestError, JobError, NoPermissionError, how_to_install
 from job.progress import note
 from job.runs.metric_rows import Row, plain_settings
@@ -92,9 +92,9 @@ class Tracking:
         self._do(lambda: self._send_grid(Image.open(BytesIO(png)), images_seen))
 
     def close(self, timeout_seconds: float = CLOSE_SECONDS) -> None:
-        """Ends the tracked run, if the service takes the last rows in time."""
+        """Ends the tracked run, if the service takes the last rows in that time or `CLOSE_SECONDS`."""
         if (last := self._do(lambda: self._finish())) is not None:
-            wait([last], max(0.0, timeout_seconds))
+            wait([last], max(0.0, min(timeout_seconds, CLOSE_SECONDS)))
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _do(self, work: Callable[[], object]) -> Future[None] | None:

@@ -14,11 +14,12 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ddpm.ema import Stored, reconstruct
 from job.config import RunConfig
 from job.config.schema import average_name
+from job.coordination.sealed import NamedObject
 from job.exits import BadDataError, BadRequestError
 from job.progress import Progress, note
 from job.runs import records
@@ -27,7 +28,6 @@ from job.runs.layout import CheckpointRef, ObjectKind, located
 from job.runs.retention import reading_chosen
 from job.runs.samples import label_at
 from job.runs.writer import plan_parts, write_part
-from job.sealed import NamedObject, code_version, utc_now
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, open_bucket
 from job.store.files import scratch_folder
@@ -36,11 +36,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class _Source(NamedTuple):
-    """A stored average of the run, and its files."""
-
-    stored: Stored
-    files: list[NamedObject]
+_Sources = list[tuple[Stored, list[NamedObject]]]
+"""Stored averages of the run, and the files of each."""
 
 
 def make_averages(bucket_uri: str, name: str, std: float, checkpoints: str) -> None:
@@ -79,7 +76,7 @@ def make_averages(bucket_uri: str, name: str, std: float, checkpoints: str) -> N
             print(f"{run.uri_of(ObjectKind.AVERAGE.key(checkpoint=ref, group=group))}  ({of}, {how})")
 
 
-def _sources(config: RunConfig, manifest: Manifest) -> list[_Source]:
+def _sources(config: RunConfig, manifest: Manifest) -> _Sources:
     """Returns the averages in a checkpoint, and the snapshots before."""
     stds = dict(zip(config.ema.names, config.ema.stds, strict=True))
     found: dict[tuple[CheckpointRef, str], list[NamedObject]] = {}
@@ -91,12 +88,10 @@ def _sources(config: RunConfig, manifest: Manifest) -> list[_Source]:
         place = located(file.key)
         if place.checkpoint.images_seen < manifest.images_seen:
             found.setdefault((place.checkpoint, place.group), []).append(file)
-    return [_Source(Stored(stds[group], ref.images_seen), files) for (ref, group), files in found.items()]
+    return [(Stored(stds[group], ref.images_seen), files) for (ref, group), files in found.items()]
 
 
-def _make(
-    run: Store, manifest: Manifest, sources: list[_Source], std: float, check: Callable[[], None]
-) -> AverageRecord:
+def _make(run: Store, manifest: Manifest, sources: _Sources, std: float, check: Callable[[], None]) -> AverageRecord:
     """Combines an average for a checkpoint and commits it; returns another process's if that was committed first."""
     ref, group, unique = manifest.ref, average_name(std), uuid.uuid4().hex
     with Progress(f"{group} of {manifest.images_seen:,} images", total=len(sources), unit="averages") as bar:
@@ -112,14 +107,7 @@ def _make(
             key = ObjectKind.AVERAGE_TENSORS.key(checkpoint=ref, unique=unique, group=group, number=number)
             files.append(write_part(folder / "part", key, part))
             run.move(folder / "part", key, fresh=True)
-    average = AverageRecord(
-        std=std,
-        made_of=len(sources),
-        error=error,
-        created=utc_now(),
-        code_version=code_version(),
-        files=tuple(files),
-    )
+    average = AverageRecord(std=std, made_of=len(sources), error=error, files=tuple(files))
     try:
         run.create(ObjectKind.AVERAGE.key(checkpoint=ref, group=group), average.to_json())
     except ObjectExistsError:
@@ -130,8 +118,8 @@ def _make(
 
 
 def _combined(
-    run: Store, sources: list[_Source], wanted: Stored, advance: Callable[[int], None]
-) -> tuple[list[_Source], dict[str, Tensor], float]:
+    run: Store, sources: _Sources, wanted: Stored, advance: Callable[[int], None]
+) -> tuple[_Sources, dict[str, Tensor], float]:
     """Combines the sound sources; returns them, the float32 sum, and the distance of its profile from the wanted one.
 
     Raises:
@@ -139,17 +127,17 @@ def _combined(
     """
     from safetensors.torch import load
 
-    factors, error = reconstruct([source.stored for source in sources], wanted)
+    factors, error = reconstruct([stored for stored, _ in sources], wanted)
     total: dict[str, Tensor] = {}
-    for done, (source, factor) in enumerate(zip(sources, factors.tolist(), strict=True)):
+    for done, ((stored, files), factor) in enumerate(zip(sources, factors.tolist(), strict=True)):
         advance(done)
         try:
-            contents = [file.read(run) for file in source.files]
+            contents = [file.read(run) for file in files]
         except BadDataError as damage:
-            if source.stored.images_seen == wanted.images_seen:
+            if stored.images_seen == wanted.images_seen:
                 raise
-            note(f"going on without the averages of {source.stored.images_seen:,} images: {damage}")
-            return _combined(run, [other for other in sources if other is not source], wanted, advance)
+            note(f"going on without the averages of {stored.images_seen:,} images: {damage}")
+            return _combined(run, sources[:done] + sources[done + 1 :], wanted, advance)
         for content in contents:
             for name, tensor in load(content).items():
                 # Factors alternate in sign: a sum in float32 would cancel most digits.

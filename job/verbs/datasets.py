@@ -15,7 +15,6 @@ from job.data.shards import DATASETS, PREVIEW, DatasetIndex, dataset_key, find_d
 from job.exits import BadDataError, BadRequestError, MissingInputError, did_you_mean
 from job.printing import open_page, print_json, print_table
 from job.progress import Progress, note
-from job.requests import check_output
 from job.store import Retry, Store, open_store
 from job.store.retry import away_limit_seconds
 
@@ -72,39 +71,34 @@ def list_datasets(bucket_uri: str, *, as_json: bool = False) -> None:
     from rich.table import Table
 
     bucket = open_store(bucket_uri)
+    found = {folder: _index_or_why(bucket, folder) for folder in bucket.folders(DATASETS)}
     if as_json:
-        print_json([told for folder in bucket.folders(DATASETS) if (told := _told(bucket, f"{DATASETS}/{folder}"))])
+        print_json([_told(bucket, index) for index in found.values() if isinstance(index, DatasetIndex)])
         return
     table = Table("dataset", "size", "images", "classes", "crop", "shards", "bytes", "licence", box=None)
-    for folder in bucket.folders(DATASETS):
-        try:
-            index = load_index(bucket, f"{DATASETS}/{folder}")
-        except (MissingInputError, BadDataError) as error:
-            is_unfinished = isinstance(error, MissingInputError)
-            why = "unfinished: pack it again" if is_unfinished else "its index.json is damaged: restore it"
-            table.add_row(folder, f"{why}, or delete it")
-            continue
-        table.add_row(
-            index.name,
-            str(index.size),
-            f"{index.images:,}",
-            f"{len(index.classes):,}" if index.classes else "-",
-            index.crop,
-            f"{len(index.shards):,}",
-            f"{int(index.shards.bytes.sum()):,}",
-            index.licence or "-",
-        )
+    for folder, index in found.items():
+        if isinstance(index, str):
+            table.add_row(folder, index)
+        else:
+            shards, size_bytes = f"{len(index.shards):,}", f"{int(index.shards.bytes.sum()):,}"
+            about = f"{index.images:,}", f"{len(index.classes) or '-'}", index.crop, shards, size_bytes
+            table.add_row(index.name, str(index.size), *about, index.licence or "-")
     print_table(table, f"no datasets in {bucket.uri} yet: pack one with `ddpm data pack SOURCE NAME --size 64`")
 
 
-def _told(bucket: Store, key: str) -> dict[str, Any]:
-    """Returns the facts of a dataset as JSON values; an empty one if it is unfinished or damaged."""
+def _index_or_why(bucket: Store, folder: str) -> DatasetIndex | str:
     try:
-        index = load_index(bucket, key)
-    except (MissingInputError, BadDataError):
-        return {}
-    size_bytes = int(index.shards.bytes.sum())
-    more = {"uri": f"{bucket.uri}/{key}", "id": index.dataset_id, "images": index.images, "bytes": size_bytes}
+        return load_index(bucket, f"{DATASETS}/{folder}")
+    except MissingInputError:
+        return "unfinished: pack it again, or delete it"
+    except BadDataError:
+        return "its index.json is damaged: restore it, or delete it"
+
+
+def _told(bucket: Store, index: DatasetIndex) -> dict[str, Any]:
+    """Returns the facts of a dataset as JSON values."""
+    size_bytes, uri = int(index.shards.bytes.sum()), bucket.uri_of(dataset_key(index.name, index.size))
+    more = {"uri": uri, "id": index.dataset_id, "images": index.images, "bytes": size_bytes}
     return more | index.model_dump(mode="json", exclude={"sha256", "shards", "format"}) | {"shards": len(index.shards)}
 
 
@@ -120,20 +114,18 @@ def show_dataset(
     """Prints the facts of a dataset and makes its preview anew, in the bucket unless `output` names a file.
 
     Raises:
-        BadRequestError: `output` cannot be written.
         MissingInputError: the bucket has no such dataset.
     """
-    if output is not None:
-        check_output(output)
     bucket = open_store(bucket_uri)
     key = find_dataset(bucket, name, size)
     index = load_index(bucket, key)
     if as_json:
-        print_json(_told(bucket, key))
+        print_json(_told(bucket, index))
         return
 
-    from job.data.cache import default_cache_dir, uncached_images
     from job.data.preview import preview_png
+    from job.data.reading import default_cache_dir
+    from job.data.reading.cache import uncached_images
     from job.store.files import write_file
 
     print(describe_dataset(index, bucket))
@@ -169,9 +161,8 @@ def verify_named(bucket_uri: str, name: str, size: ImageSize | None, *, as_json:
         print_json({"uri": f"{bucket.uri}/{key}", "problems": problems})
     if problems:
         raise BadDataError(f"{bucket.uri}/{key} has {len(problems):,} problems: " + "; ".join(problems))
-    if as_json:
-        return
-    print(f"{bucket.uri}/{key}: every shard, offset table and image is as it was packed")
+    if not as_json:
+        print(f"{bucket.uri}/{key}: every shard, offset table and image is as it was packed")
 
 
 def describe_dataset(index: DatasetIndex, bucket: Store) -> str:
@@ -181,28 +172,20 @@ def describe_dataset(index: DatasetIndex, bucket: Store) -> str:
     if encoding := index.encoding:
         what = f"as latents of {index.size.words}×{index.channels}, encoded from {encoding.source}-{encoding.size}"
     converted = ", ".join(f"{count:,} {kind}" for kind, count in index.converted.items())
-    lines = [
-        f"dataset  {index.name}-{index.size}  ({bucket.uri}/{dataset_key(index.name, index.size)})"
-        + (f": converted images: {converted}" if converted else ""),
-        f"images   {index.images:,} {what}, in {shards}",
-        f"id       {index.dataset_id}",
-        f"made     from {index.source}, crop {index.crop}, {index.resize_filter} filter"
-        + (f", range {index.pixel_range}" if index.pixel_range else "")
-        + (", at each reading" if index.is_foreign else ""),
-    ]
-    if index.classes:
-        lines.append(f"classes  {', '.join(index.classes)}" + (" (folders)" if index.classes_from == "folders" else ""))
-    if index.splits:
-        lines.append(f"splits   {', '.join(index.splits)}, packed together")
-    if index.unlabelled_images:
-        lines.append(f"left out {index.unlabelled_images:,} without a label")
-    if index.held_out:
-        lines.append(f"held out {index.held_out}-{index.size}, on which its runs log val_loss")
-    if index.rejected_images:
-        lines.append(f"rejects  {index.rejected_images:,}, named in rejects.jsonl beside the shards")
-    if index.licence:
-        lines.append(f"licence  {index.licence}")
-    if index.skipped:
-        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in index.skipped.items())
-        lines.append(f"skipped  {kinds}")
-    return "\n".join(lines)
+    made = f"from {index.source}, crop {index.crop}, {index.resize_filter} filter"
+    made += f", range {index.pixel_range}" * bool(index.pixel_range) + ", at each reading" * index.is_foreign
+    facts = {
+        "dataset": f"{index.name}-{index.size}  ({bucket.uri}/{dataset_key(index.name, index.size)})"
+        + f": converted images: {converted}" * bool(converted),
+        "images": f"{index.images:,} {what}, in {shards}",
+        "id": index.dataset_id,
+        "made": made,
+        "classes": ", ".join(index.classes) + " (folders)" * (index.classes_from == "folders"),
+        "splits": ", ".join(index.splits) + ", packed together" * bool(index.splits),
+        "left out": f"{index.unlabelled_images:,} without a label" * bool(index.unlabelled_images),
+        "held out": f"{index.held_out}-{index.size}, on which its runs log val_loss" * bool(index.held_out),
+        "rejects": f"{index.rejected_images:,}, named in rejects.jsonl beside the shards" * bool(index.rejected_images),
+        "licence": index.licence,
+        "skipped": ", ".join(f"{count:,} {suffix}" for suffix, count in index.skipped.items()),
+    }
+    return "\n".join(f"{title:<8} {text}" for title, text in facts.items() if text)

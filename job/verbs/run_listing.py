@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
-from itertools import compress
-from statistics import fmean, stdev
 from typing import Any
 
-from job.config import RunConfig
+import numpy as np
+
+from job.coordination.lease import LEASE_KEY
 from job.exits import BadDataError, BadRequestError, MissingInputError, State
 from job.printing import in_lines, print_json, print_table
-from job.processes.lease import LEASE_KEY
 from job.progress import note
 from job.runs import metric_rows, records
 from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound
-from job.runs.layout import PICTURES, RUNS, SAMPLES, ObjectKind, places_in
+from job.runs.layout import CHECKPOINTS, PICTURES, RUNS, SAMPLES, ObjectKind, places_in
 from job.runs.outlook import attempts_of, duration, outlook_of, spans_of, state_in
 from job.runs.records import Status, read_status, run_store, validated_run_name
 from job.runs.samples import label_at, moment_of
@@ -38,17 +36,7 @@ FEWEST_ROWS = 3
 
 
 def run_names(bucket: Store) -> list[str]:
-    """Returns the runs in the bucket, without other folders and the remains of deleted runs."""
-    names = _folders(bucket)
-    with ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
-        return list(compress(names, pool.map(lambda name: _is_run(run_store(bucket, name)), names)))
-
-
-def _is_run(run: Store) -> bool:
-    return any(entry.key != LEASE_KEY for entry in run.list())
-
-
-def _folders(bucket: Store) -> list[str]:
+    """Returns the runs in the bucket, also deleted ones, of which the lease remains, but no other folders."""
     names = []
     for name in bucket.folders(RUNS):
         with suppress(BadRequestError):
@@ -62,12 +50,12 @@ def list_runs(bucket_uri: str, *, as_json: bool = False) -> None:
 
     bucket = open_store(bucket_uri)
     with ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
-        if as_json:
-            print_json(list(pool.map(lambda name: summary_of(bucket, name), run_names(bucket))))
-            return
-        runs = pool.map(lambda name: _progress_of(bucket, name), _folders(bucket))
+        runs = list(filter(None, pool.map(lambda name: _progress_of(bucket, name), run_names(bucket))))
+    if as_json:
+        print_json(runs)
+        return
     table = Table("run", "state", "epoch", "images seen", "loss", "images/s", "to the end", "as of", box=None)
-    for run in filter(None, runs):
+    for run in runs:
         table.add_row(run["name"], *progress_cells(run), run["updated"] or "-")
     print_table(table, f"no runs in {bucket.uri} yet: start one with `ddpm train --dataset NAME`")
 
@@ -78,8 +66,6 @@ def summary_of(bucket: Store, name: str) -> dict[str, Any]:
     newest, status = newest_sound(run, list_checkpoints(run)), read_status(run)
     outlook = outlook_of(spans_of(attempts_of(run), status), status)
     return {
-        "name": name,
-        "uri": run.uri,
         **_progress(run, status),
         "newest": newest.ref.key if newest else None,
         "newest_images_seen": newest.images_seen if newest else None,
@@ -92,14 +78,15 @@ def _progress_of(bucket: Store, name: str) -> dict[str, Any] | None:
     """Returns what one request tells of a run, its status; None for what remains of a deleted run."""
     run = run_store(bucket, name)
     status = read_status(run)
-    if status is None and not _is_run(run):
+    if status is None and all(entry.key == LEASE_KEY for entry in run.list()):
         return None
-    return {"name": name, **_progress(run, status), "hours_left": outlook_of([], status).hours_left}
+    return {**_progress(run, status), "hours_left": outlook_of([], status).hours_left}
 
 
 def _progress(run: Store, status: Status | None) -> dict[str, Any]:
     names = ("epoch", "images_seen", "target_images", "loss", "images_per_second", "updated", "fence")
-    return {"state": state_in(run, status), **{name: getattr(status, name, None) for name in names}}
+    told = {"name": run.uri.rpartition("/")[2], "uri": run.uri, "state": state_in(run, status)}
+    return told | {name: getattr(status, name, None) for name in names}
 
 
 def progress_cells(run: dict[str, Any]) -> list[str]:
@@ -118,10 +105,10 @@ def show_run(bucket_uri: str, name: str, *, as_json: bool = False) -> None:
     run, summary = run_store(bucket, name), summary_of(bucket, name)
     dataset_images, batch_size = records.dataset_images_of(bucket, config), config.train.batch_size
     labels = [label_at(seen, dataset_images, batch_size) for seen in by_progress(list_checkpoints(run))]
-    moments, attempts = [moment_of(label) for label in labels], list(_attempts(run))
+    moments, attempts, outputs = [moment_of(label) for label in labels], list(_attempts(run)), _outputs_of(run)
     if as_json:
         data = config.data.model_dump(include={"dataset", "size"}) | {"from": config.parent.model_dump()}
-        more = {"checkpoints": moments, "attempts": attempts, "outputs": [uri for _, uri in outputs_of(run)]}
+        more = {"checkpoints": moments, "attempts": attempts, "outputs": [uri for _, uri in outputs]}
         print_json(summary | data | more)
         return
     lines = [("run", f"{name}  ({run.uri})")]
@@ -139,7 +126,10 @@ def show_run(bucket_uri: str, name: str, *, as_json: bool = False) -> None:
         lines += [("newest", f"{newest}, {images_seen:,} images seen" if newest else "no readable one")]
         lines += [("checkpoints", f"{len(moments):,}: {', '.join(moments)}")]
     lines += [(f"attempt {attempt['fence']}", attempt["summary"]) for attempt in attempts]
-    print(in_lines([*lines, *_places_of(run)]))
+    # The single images of a batch are too many.
+    folders = Counter((title, uri.rpartition("/")[0]) for title, uri in outputs if title in ("pictures", "scores"))
+    pages = [(title, uri) for title, uri in outputs if title in ("page", "checkpoints")]
+    print(in_lines([*lines, *pages, *((title, f"{count:,} in {uri}") for (title, uri), count in folders.items())]))
 
 
 def _attempts(run: Store) -> Iterator[dict[str, Any]]:
@@ -155,54 +145,20 @@ def _attempts(run: Store) -> Iterator[dict[str, Any]]:
         yield attempt.model_dump(mode="json", exclude={"sha256"}) | {"summary": summary}
 
 
-def verify_named_run(bucket_uri: str, name: str, *, as_json: bool = False) -> None:
-    """Checks every object of a run and prints a line for each bad one.
-
-    Raises:
-        MissingInputError: the bucket lacks the run.
-        BadDataError: the run has bad objects.
-    """
-    from job.runs.verification import verify_run
-
-    bucket = open_store(bucket_uri)
-    findings = verify_run(bucket, name)
-    uri, checked = run_store(bucket, name).uri, f"{findings.objects:,} objects, {findings.size_bytes:,} bytes"
-    if as_json:
-        print_json({"uri": uri, **asdict(findings)})
-    else:
-        for problem in findings.problems:
-            print(problem)
-        if findings.leftovers:
-            left = f"{len(findings.leftovers):,} objects, {sum(findings.leftovers.values()):,} bytes"
-            print(f"{uri}: killed attempts left {left}, which are harmless: `ddpm runs prune {name}` deletes them")
-    if count := len(findings.problems):
-        raise BadDataError(f"{uri}: {count:,} problem{'s' * (count > 1)} in {checked}; each is named above")
-    if not as_json:
-        print(f"{uri}: {checked}: all as they were written")
+def _outputs_of(run: Store) -> list[tuple[str, str]]:
+    """Returns titles and URIs of the run's page, checkpoints, pictures and scores."""
+    page, titles = ObjectKind.PAGE.value, {**dict.fromkeys(PICTURES, "pictures"), ObjectKind.SCORES: "scores"}
+    pages = [("page", run.uri_of(page))] if run.exists(page) else []
+    pages += [("checkpoints", run.uri_of(CHECKPOINTS))]
+    places = places_in(run, SAMPLES, ObjectKind.FIGURE.folder, ObjectKind.SCORES.folder)
+    return pages + [(titles[place.kind], run.uri_of(key)) for key, place in places.items() if place.kind in titles]
 
 
-def _places_of(run: Store) -> Iterator[tuple[str, str]]:
-    """Yields the page, the folder of the checkpoints, and each folder with pictures or scores, with their number."""
-    several: Counter[tuple[str, str]] = Counter()
-    for title, uri in outputs_of(run):
-        if title in ("page", "checkpoints"):
-            yield title, uri
-        else:
-            several[title, uri.rpartition("/")[0]] += 1
-    for (title, folder), count in several.items():
-        yield title, f"{count:,} in {folder}"
-
-
-def outputs_of(run: Store) -> Iterator[tuple[str, str]]:
-    """Yields titles and URIs of the run's page, checkpoints, pictures and scores."""
-    if run.exists(page := ObjectKind.PAGE.value):
-        yield "page", run.uri_of(page)
-    yield "checkpoints", f"{run.uri}/checkpoints"
-    titles = {**dict.fromkeys(PICTURES, "pictures"), ObjectKind.SCORES: "scores"}
-    # The single images of a batch are too many.
-    for key, place in places_in(run, SAMPLES, ObjectKind.FIGURE.folder, ObjectKind.SCORES.folder).items():
-        if place.kind in titles:
-            yield titles[place.kind], run.uri_of(key)
+def differing(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns flat configurations without the values that are the same in all of them."""
+    keys = dict.fromkeys(key for config in configs.values() for key in config)
+    differ = [key for key in keys if len({repr(config.get(key)) for config in configs.values()}) > 1]
+    return {name: {key: config[key] for key in differ if key in config} for name, config in configs.items()}
 
 
 def compare_runs(bucket_uri: str, first: str, second: str, since_epoch: float) -> None:
@@ -225,42 +181,35 @@ def compare_runs(bucket_uri: str, first: str, second: str, since_epoch: float) -
 
     bucket, names = open_store(bucket_uri), (first, second)
     configs = [records.existing_config(bucket, name) for name in names]
-    differing = _differing(*configs)
-    if unpaired := [key for key in PAIRED_BY if key in differing]:
-        values = "; ".join(f"{key} is {differing[key][0]} and {differing[key][1]}" for key in unpaired)
-        raise BadRequestError(f"runs {first!r} and {second!r} do not see the same images with the same noise: {values}")
+    ours, theirs = differing({"first": configs[0].flat(), "second": configs[1].flat()}).values()
+    pairs = {key: f"{key}: {ours.get(key, 'nothing')} and {theirs.get(key, 'nothing')}" for key in ours | theirs}
+    if unpaired := "; ".join(pairs[key] for key in PAIRED_BY if key in pairs):
+        raise BadRequestError(
+            f"runs {first!r} and {second!r} do not see the same images with the same noise: {unpaired}"
+        )
     rows = [_rows(bucket, name) for name in names]
-    images = sorted(rows[0].keys() & rows[1].keys())
-    epoch_images = records.dataset_images_of(bucket, configs[0])
-    images = [seen for seen in images if seen > since_epoch * epoch_images]
+    since_images = since_epoch * records.dataset_images_of(bucket, configs[0])
+    images = [seen for seen in sorted(rows[0].keys() & rows[1].keys()) if seen > since_images]
     if len(images) < FEWEST_ROWS:
         raise MissingInputError(
             f"runs {first!r} and {second!r} have {len(images)} rows at the same image"
             f"{f' after epoch {since_epoch:g}' if since_epoch else ''}, of at least {FEWEST_ROWS}: "
             "train them on, and with the same log.every_images"
         )
-    for key, (ours, theirs) in differing.items():
-        print(f"{key}: {ours} and {theirs}")
-    if any(key.startswith(SAME_LOSS) for key in differing):
+    print(*(text for key, text in pairs.items() if not key.startswith("sample.")), sep="\n")
+    if any(key.startswith(SAME_LOSS) for key in pairs):
         note("their losses have different objectives: only a lower val_bits_per_dim means a better run")
     print(f"means from image {images[0]:,} to {images[-1]:,}; ± is one standard error of the mean difference")
     table = Table("", first, second, f"{second} − {first}", "±", box=None)
     for name in LOSSES:
-        pairs = [(rows[0][seen][name], rows[1][seen][name]) for seen in images if all(name in r[seen] for r in rows)]
-        if len(pairs) >= FEWEST_ROWS:
-            ours, theirs = zip(*pairs, strict=True)
-            differences = [after - before for before, after in pairs]
-            numbers = (fmean(ours), fmean(theirs), fmean(differences), stdev(differences) / math.sqrt(len(pairs)))
-            table.add_row(name, *(f"{number:.5g}" for number in numbers))
+        both = np.array(
+            [[row[seen][name] for row in rows] for seen in images if all(name in row[seen] for row in rows)]
+        )
+        if len(both) >= FEWEST_ROWS:
+            differences = both[:, 1] - both[:, 0]
+            error = differences.std(ddof=1) / len(both) ** 0.5
+            table.add_row(name, *(f"{number:.5g}" for number in (*both.mean(axis=0), differences.mean(), error)))
     print_table(table, "they have no losses in common")
-
-
-def _differing(first: RunConfig, second: RunConfig) -> dict[str, tuple[object, object]]:
-    """Returns the values that differ, by key, but for the settings of sampling."""
-    ours, theirs = first.flat(), second.flat()
-    keys = dict.fromkeys([*ours, *theirs])
-    pairs = {key: (ours.get(key, "nothing"), theirs.get(key, "nothing")) for key in keys}
-    return {key: values for key, values in pairs.items() if values[0] != values[1] and not key.startswith("sample.")}
 
 
 def _rows(bucket: Store, name: str) -> dict[int, metric_rows.Row]:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from job.coordination.sealed import utc_now
 from job.runs.records import read_status, run_store
-from job.sealed import utc_now
 from job.store import open_store
 from tests.job.command_line import ddpm_here, succeeded
 from tests.job.conftest import cache_folder, made_once, tiles, walked  # noqa: F401 -- fixtures
@@ -150,6 +150,7 @@ def test_tooltips_follow_mouse_and_arrows(opened):
     said = tooltip.inner_text()
     assert "epoch " in said and "loss 0.0" in said and "quarter" not in said
     assert "quarter" not in chart.locator(".legend").inner_text()
+    assert "loss, each row: not smoothed" in chart.locator(".legend").inner_text()
     chart.get_by_label("By quarter of the noise").check()
     plot.hover(position={"x": 99, "y": 9})
     assert "1st quarter of the noise 0.0" in tooltip.inner_text()

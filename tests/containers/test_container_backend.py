@@ -9,10 +9,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from job.coordination.outcome import read_outcome
 from job.exits import State
-from job.jobs.backends.container import ContainerBackend, ContainerTarget
+from job.jobs.backends.container import ContainerTarget
 from job.jobs.targets import load_targets
-from job.outcome import read_outcome
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.store import open_store
 from tests.containers.podman import BASE_IMAGE, IMAGE, inspected, podman, torch_wheels
@@ -24,10 +24,10 @@ from tests.job.launching import ended, eventually
 HERE = ("--on", "container")
 
 
-def backend() -> ContainerBackend:
+def backend() -> ContainerTarget:
     target = load_targets()["container"]
     assert isinstance(target, ContainerTarget)
-    return ContainerBackend(target)
+    return target
 
 
 def test_containers_pack_and_train(place):

@@ -17,8 +17,11 @@ from accelerate.state import AcceleratorState
 import job.commands
 from job.__main__ import errors_as_lines
 from job.cli.app import app
-from job.processes.launched import LAUNCHED
+from job.options import LaunchedOptions
+from job.processes.launcher import LAUNCHED
+from job.runs.records import check_writable
 from job.stop import STOP_SIGNALS
+from job.store import Store
 
 DDPM = str(Path(sys.executable).with_name("ddpm"))
 COMMANDS = typer.main.get_command(app)
@@ -135,7 +138,8 @@ def ddpm_here(*words: object, **variables: str | None) -> subprocess.CompletedPr
         patch.setattr(sys, "argv", [DDPM, *map(str, words)])
         patch.delenv("DDPM_BUCKET", raising=False)
 
-        def launch_here(processes: int, hang_after_seconds: float, go: None = None) -> None:
+        def launch_here(request: LaunchedOptions, folder: Store, go: None = None) -> None:
+            check_writable(folder)
             patch.setenv(LAUNCHED, str(os.getppid()))
             try:
                 run()

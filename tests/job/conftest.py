@@ -15,6 +15,7 @@ from job.data.pack import pack
 from job.data.pack_request import PackRequest
 from job.store import open_store, retry
 from tests import servers
+from tests.conftest import new_bucket
 from tests.faulty_proxy import FaultyProxy
 from tests.job.command_line import ddpm_here, settings, succeeded
 
@@ -28,24 +29,19 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-SERVERS = {"gs": "gcs_server", "s3": "seaweedfs_server", "az": "azurite_server"}
-"""The fixture of each cloud's server."""
-BUCKETS = {"gs": "gcs_bucket", "s3": "seaweedfs_bucket", "az": "azure_container"}
-
-
-@pytest.fixture(params=BUCKETS)
-def remote_bucket(request: pytest.FixtureRequest) -> str:
-    """`gs://NAME`, `s3://NAME` or `az://NAME`, fresh and empty, on a real server."""
-    return str(request.getfixturevalue(BUCKETS[request.param]))
+@pytest.fixture(params=servers.KINDS)
+def remote_bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """`gs://NAME` and so on, fresh and empty, on a real server."""
+    return new_bucket(request.param, request, monkeypatch, tmp_path)
 
 
 @pytest.fixture
-def proxy(remote_bucket: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+def proxy(remote_bucket: str, started: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     """What lies between that bucket and its clients, who lose a second with a silent connection, and try again soon."""
     limits = {"FIRST_PAUSE_SECONDS": 0.05, "LONGEST_PAUSE_SECONDS": 0.2, "SILENCE_SECONDS": 1.0}
     for name, seconds in limits.items():
         monkeypatch.setattr(retry, name, seconds)
-    with FaultyProxy(request.getfixturevalue(SERVERS[remote_bucket.partition("://")[0]])) as proxy:
+    with FaultyProxy(started(remote_bucket.partition("://")[0])) as proxy:
         point_at(proxy.url, monkeypatch)
         yield proxy
 

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 _PROLOGUE = """
-from job.processes.launched import attach
+from job.processes.launcher import attach
 attach()
 import os, signal, subprocess, sys, threading, time
 from pathlib import Path

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from job.processes import lease as lease_module
-from job.processes.lease import LEASE_KEY, Lease
-from job.processes.process_identity import ProcessIdentity
+from job.coordination import lease as lease_module
+from job.coordination.lease import LEASE_KEY, Lease, ProcessIdentity
 from job.stop import NEVER
 from job.store import Store
 from tests.job.launching import eventually as eventually

@@ -88,7 +88,6 @@ def write_dataset(
         crop="center",
         resize_filter="lanczos",
         source="rng",
-        source_sha256="0" * 64,
         shards=Shards.of(shards),
     )
     bucket.create(f"{KEY}/{INDEX}", index.to_json())

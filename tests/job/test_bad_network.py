@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from ddpm.state import TrainState
+from job.coordination import lease
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
 from job.exits import Exit
-from job.processes import lease
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.metric_rows import read_rows
 from job.runs.writer import CheckpointWriter
@@ -73,7 +73,7 @@ def train(bucket: str, epochs: int, **variables: str) -> str:
 def learnt(run: Store) -> tuple[dict[str, str], list[dict[str, object]]]:
     """The hashes of the newest checkpoint's files, and its metrics without the clock."""
     manifest = load_manifest(run, max(list_checkpoints(run)))
-    rows = read_rows(run, manifest.metrics)
+    rows = read_rows(run, manifest.metrics, pytest.fail)
     measured = {"time", "images_per_second", "memory_bytes"}
     timeless = [{name: row[name] for name in row if name not in measured} for row in rows]
     return {file.name: file.sha256 for file in manifest.files}, timeless
@@ -171,7 +171,7 @@ def test_training_goes_on_without_the_bucket(
     assert done.returncode == Exit.STOPPED, done.stderr
     assert done.stderr.count("trying again for up to") == done.stderr.count("the bucket is back after") >= 1
 
-    rows = read_rows(run, load_manifest(run, max(list_checkpoints(run))).metrics)
+    rows = read_rows(run, load_manifest(run, max(list_checkpoints(run))).metrics, pytest.fail)
     while_away = [row["images_seen"] for row in rows if away[0] < row["time"] < away[1]]
     assert len(while_away) >= STEPS_WHILE_AWAY - 1
     # Nothing is missing: no row of the metrics, no checkpoint that is kept for good, no picture, not the last step.

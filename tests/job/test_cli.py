@@ -160,8 +160,8 @@ def test_one_image_gets_noisier_by_the_schedule_of_a_run(bucket, tmp_path):
 
 
 def test_denoising_is_a_gif(bucket):
-    out = succeeded(ddpm_here("figure", "denoising", "--run", "walk", "--seeds", "3,5", "--bucket", bucket))
-    gif = Image.open(out.strip())
+    out = succeeded(ddpm_here("sample", "--run", "walk", "--seeds", "3,5", "--gif", "--bucket", bucket))
+    gif = Image.open(out.split()[-1])
     assert (gif.n_frames, gif.info["duration"]) == (5, 200)
 
 

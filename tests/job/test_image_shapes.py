@@ -14,12 +14,12 @@ import webdataset
 from PIL import Image
 
 import ddpm
-from job.data.cache import uncached_images
+from job.data.reading.cache import uncached_images
 from job.data.shards import load_index
 from job.plan import open_run
 from job.runs.records import existing_config
-from job.runs.verification import verify_run
 from job.store import open_store
+from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.exchange.test_encoding import make_autoencoder
 
@@ -79,7 +79,7 @@ def test_tars_in_place_give_the_same_images(bucket: Path, tmp_path: Path) -> Non
 def test_pictures_have_the_shape(bucket: Path) -> None:
     words = ("sample", "--run", "wide", "--bucket", bucket, "--precision", "fp32")
     succeeded(ddpm_here(*words, "--count", 4, "--save", "png"))
-    (folder,) = (bucket / "runs/wide/samples").glob("*-0-4-png")
+    (folder,) = (bucket / "runs/wide/samples").glob("*-0-4-*")
     drawn = pictures_in(folder)
     assert drawn.shape == (4, 16, 24, 3)
     (grid,) = (line.split("  ")[0] for line in succeeded(ddpm_here(*words, "--seeds", "0-3")).splitlines())
@@ -95,7 +95,7 @@ def test_a_mask_follows_both_sides(bucket: Path) -> None:
     (given,) = packed(bucket, 7).astype(int)
     for mask, known in {"half": np.s_[:, :12], "centre": np.s_[:4]}.items():
         succeeded(ddpm_here(*words, "--mask", mask, "--count", 2, "--save", "png"))
-        (folder,) = (bucket / "runs/wide/samples").glob(f"*-mask-{mask}-*-png")
+        (folder,) = (bucket / "runs/wide/samples").glob(f"*-mask-{mask}-*")
         for picture in pictures_in(folder).astype(int):
             assert np.abs(picture[known] - given[known]).max() <= 1
             assert np.abs(picture - given)[6:10, 13:17].max() > 20
@@ -110,7 +110,7 @@ def test_a_mask_lies_on_the_photograph_that_it_was_drawn_on(bucket: Path, tmp_pa
     files = ("--image", tmp_path / "photo.png", "--mask", tmp_path / "mask.png", "--resamplings", 1)
     words = ("sample", "--run", "wide", "--bucket", bucket, "--mode", "inpaint", *files)
     succeeded(ddpm_here(*words, "--count", 1, "--save", "png"))
-    (folder,) = (bucket / "runs/wide/samples").glob("*-0-1-png")
+    (folder,) = (bucket / "runs/wide/samples").glob("*-0-1-*")
     # Its middle 3:2 begins at row 8, and is halved.
     given = np.asarray(photo.crop((0, 8, 48, 40)).resize((24, 16), Image.Resampling.LANCZOS)).astype(int)
     differs = np.abs(pictures_in(folder)[0] - given).max(axis=(1, 2)) > 1
@@ -191,7 +191,7 @@ def test_latents_have_the_shape(bucket: Path, tmp_path: Path) -> None:
     succeeded(ddpm_here("train", "--dataset", "wide-latents", "--run", "l", "--epochs", 1, "--bucket", copy, *sets))
     assert open_run(str(copy), "l").picture_shape == (3, 16, 24)
     succeeded(ddpm_here("sample", "--run", "l", "--bucket", copy, "--count", 2, "--save", "png"))
-    (folder,) = (copy / "runs/l/samples").glob("*-0-2-png")
+    (folder,) = (copy / "runs/l/samples").glob("*-0-2-*")
     assert pictures_in(folder).shape == (2, 16, 24, 3)
     assert "wide-latents, 12×8 pixels of latents" in (copy / "runs/l/report.html").read_text()
     other = make_autoencoder(tmp_path / "other", block_out_channels=(16, 16))

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from job.coordination.lease import load_lease
 from job.exits import BucketAwayError, StoppedError
 from job.plan import Plan, plan_run
-from job.processes.lease import load_lease
 from job.requests import TrainRequest
 from job.runs.checkpoints import list_checkpoints
 from job.store import Store

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import job
+from job.coordination.sealed import PACKAGES, code_version
 from job.processes import compute
 from job.runs.records import last_attempt
-from job.sealed import PACKAGES, code_version
 from job.store import open_store
 from tests.job.command_line import about, ddpm, ddpm_here, succeeded
 

@@ -7,8 +7,8 @@ import os
 
 import pytest
 
+from job.coordination.outcome import JOB, Outcome, outcome_written, read_outcome
 from job.exits import BucketAwayError, LostRunError, StoppedError
-from job.outcome import JOB, Outcome, outcome_written, read_outcome
 from tests.job.command_line import ddpm_here, refused, succeeded
 
 NAME = "train-celeba"
@@ -98,7 +98,7 @@ def test_starts_are_kept(bucket, monkeypatch, is_group, count):
     starts = read_outcome(NAME, bucket).starts
     assert len(starts) == count and all(start.startswith("20") and start.endswith("Z") for start in starts)
     # They do not grow without end.
-    monkeypatch.setattr("job.outcome.MOST_STARTS", 2)
+    monkeypatch.setattr("job.coordination.outcome.MOST_STARTS", 2)
     monkeypatch.setenv(JOB, NAME)
     with outcome_written(bucket, 1, 2, is_group=is_group):
         pass

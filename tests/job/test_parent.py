@@ -360,7 +360,7 @@ def test_fine_tuning_on_one_class_needs_a_tenth_of_the_images(tmp_path):
         about = ("--dataset", dataset, "--run", run, "--epochs", epochs, "--bucket", bucket)
         succeeded(ddpm_here("train", *about, *words, *settings(**usual | changes)))
         store = open_store(str(bucket)).sub(f"runs/{run}")
-        rows = read_rows(store, load_manifest(store, max(list_checkpoints(store))).metrics)
+        rows = read_rows(store, load_manifest(store, max(list_checkpoints(store))).metrics, pytest.fail)
         return {row["images_seen"]: row["val_loss"] for row in rows if "val_loss" in row}
 
     validated("all", "all", 20, log__validate_epochs="0")

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from job import pieces
+from job.coordination import lease, pieces
+from job.coordination.pieces import Made, OtherWorkError, Pieces, Slice
 from job.exits import BadDataError, BadRequestError, StoppedError
-from job.pieces import Made, OtherWorkError, Pieces, Slice
-from job.processes import lease
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, Store, open_store
 from tests.job.leases import QUICK, by_somebody_elsewhere, taken
@@ -125,7 +124,7 @@ def test_the_last_machine_leaves_no_claims(store, monkeypatch):
 
 KILLED = """
 import sys, time
-from job.processes.lease import Lease
+from job.coordination.lease import Lease
 from job.stop import NEVER
 from job.store import open_store
 Lease.take(open_store(sys.argv[1]).sub("claims/00001"), 0, 0.0, NEVER, print)

@@ -106,7 +106,7 @@ def train(bucket: Path, cache_dir: Path, epochs: int = 3, *more: str):
 @pytest.fixture(autouse=True)
 def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """What no test may find when it ends; and nobody waits for the holder of a lease that is no lease."""
-    monkeypatch.setattr("job.processes.lease.EXPIRE_SECONDS", 0.5)
+    monkeypatch.setattr("job.coordination.lease.EXPIRE_SECONDS", 0.5)
     yield tmp_path / "marker"
     assert not (tmp_path / "marker").exists()
 

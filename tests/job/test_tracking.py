@@ -25,7 +25,7 @@ WORDS = ("--dataset", "tiles", "--run", "told")
 
 def rows_of(bucket):
     run = run_store(open_store(str(bucket)), "told")
-    return read_rows(run, load_manifest(run, max(list_checkpoints(run))).metrics)
+    return read_rows(run, load_manifest(run, max(list_checkpoints(run))).metrics, pytest.fail)
 
 
 @pytest.fixture

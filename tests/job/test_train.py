@@ -82,7 +82,7 @@ def final_state(run):
         for group, paths in restored.files.items():
             for path in paths:
                 tensors |= {f"{group}.{name}": tensor for name, tensor in load_file(path).items()}
-        rows = read_rows(run, restored.manifest.metrics)
+        rows = read_rows(run, restored.manifest.metrics, pytest.fail)
         for file in restored.manifest.snapshots:
             images_seen = located(file.key).checkpoint.images_seen
             content = load(file.read(run)).items()

@@ -12,8 +12,8 @@ from PIL import Image
 from job.data.shards import load_index
 from job.data.verify import verify_dataset
 from job.runs.records import existing_config
-from job.runs.verification import verify_run
 from job.store import open_store
+from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm_here, succeeded
 
 ARCHIVES = sorted(Path(__file__).parent.glob("format-*.tar.gz"))

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from job.coordination.outcome import read_outcome
 from job.exits import State
-from job.outcome import read_outcome
 from job.runs.checkpoints import list_checkpoints
 from job.store import Store, open_store
 from tests.containers.runs import IMAGES, assert_equal, training

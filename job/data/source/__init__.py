@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 import re
@@ -13,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from job.data.cache import default_cache_dir
+from job.data.reading import default_cache_dir
 from job.data.source import members
 from job.data.source.archives import ARCHIVES, find_tars, open_zipped, opened_zip, tar_members, zip_members
 from job.data.source.formats import next_step, recognised
@@ -21,7 +20,7 @@ from job.data.source.formats.published import IDX_NAME, archive_source
 from job.data.source.formats.tables import has_shards
 from job.data.source.labels import json_of, labels_of_pairs, pairs_in, sidecars, text_of, with_sidecars
 from job.data.source.members import Files, Member, Opener, RefusedError, Source, is_data_file, refused, split_in
-from job.exits import BadDataError, BadRequestError, DiskFullError, MissingInputError
+from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import Progress, printable
 from job.store import (
     Retry,
@@ -34,13 +33,9 @@ from job.store import (
     split_uri,
     without_queries,
 )
-from job.store.files import os_errors
 
 if TYPE_CHECKING:
     from job.store.sources import SourceStore
-
-SPARE_BYTES = 1 << 30
-"""Space that a fetched file leaves free on the disk."""
 
 _BUCKET_READERS = 16
 _NOTHING_AT = "there is nothing at {}: give a folder or an archive of images"
@@ -194,16 +189,9 @@ def _fetched(store: SourceStore, key: str, source: str) -> Path:
     whole = _place(source) / hashlib.sha256(repr(about).encode()).hexdigest()[:16]
     if whole.exists():
         return whole
-    with os_errors(whole.parent):
-        whole.parent.mkdir(parents=True, exist_ok=True)
-        free_bytes = shutil.disk_usage(whole.parent).free
-    if about.size_bytes > free_bytes - SPARE_BYTES:
-        said = f"{where} has {about.size_bytes:,} bytes, and {whole.parent} has {free_bytes:,} free"
-        raise DiskFullError(f"{said}: set DDPM_CACHE to a larger disk, or pack it from a bucket")
     with Progress(f"fetching {key}", total=about.size_bytes >> 20, unit="MiB") as bar:
-        reporting = copy.copy(store)
-        reporting.report = lambda received_bytes: bar.update(received_bytes >> 20)
-        reporting.download(key, whole)
+        store.report = lambda received_bytes: bar.update(received_bytes >> 20)
+        store.download(key, whole)
     return whole
 
 
@@ -290,7 +278,7 @@ def _archive(where: str, opener: Opener, column: str | None) -> Source:
     listed = partial(tar_members, opener)
     if first is not None and (found := archive_source(first.name, where, listed, column)):
         return found
-    labelled = partial(with_sidecars, where, listed, sidecars(column), column or "", adjacent=True)
+    labelled = partial(with_sidecars, where, listed, column)
     return Source(where, listed, with_labels=labelled if column is not None else None)
 
 
@@ -319,8 +307,6 @@ def _labelled_beside(source: Source, files: Files, column: str | None) -> Source
                 folder = tables[0].removesuffix(_DATASET_JSON)
                 pairs = [(folder + name, label) for name, label in pairs_in(found)]
                 return replace(source, table=labels_of_pairs(tables[0], pairs))
-    suffixes = sidecars(column)[:1]
-    if not any(name.lower().endswith(suffixes) for name in files.names):
+    if not any(name.lower().endswith(sidecars(column, adjacent=False)) for name in files.names):
         return source
-    labelled = partial(with_sidecars, source.where, source.listed, suffixes, column or "", adjacent=False)
-    return replace(source, with_labels=labelled)
+    return replace(source, with_labels=partial(with_sidecars, source.where, source.listed, column, adjacent=False))

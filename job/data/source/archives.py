@@ -14,7 +14,7 @@ import io
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +25,7 @@ from braceexpand import braceexpand
 
 from job.data.shards import Digests, is_tar_uri
 from job.data.source import members
-from job.data.source.labels import SAMPLE_KEY, sidecar_label, sidecars
+from job.data.source.labels import sample_key, with_sidecars
 from job.data.source.members import ENTRY_BYTES, EXPANSION, SUFFIXES, Member, Opener, RefusedError, Source, refused
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import printable
@@ -43,8 +43,17 @@ _SKIPPED_BYTES = 1 << 20
 _CLASS = re.compile(r"0|[1-9]\d{0,4}")
 
 
-def opened_zip(file: BinaryIO) -> zipfile.ZipFile:
-    """Opens a zip; raises `RefusedError` for anything before its first entry, such as another zip, or odd names."""
+def opened_zip(file: BinaryIO, is_wanted: Callable[[str], object] = lambda name: False) -> zipfile.ZipFile:
+    """Opens a zip.
+
+    Args:
+        file: the zip.
+        is_wanted: whether an entry of this name will be read.
+
+    Raises:
+        RefusedError: there is something before its first entry, such as another zip; or it has odd names, or a bomb.
+    """
+    limit_bytes = max(members.ENTRY_BYTES, EXPANSION * file.seek(0, io.SEEK_END))
     try:
         # zipfile takes names without a flag for those of DOS; Linux and macOS write them in UTF-8.
         archive = zipfile.ZipFile(file, metadata_encoding="utf-8")
@@ -53,19 +62,17 @@ def opened_zip(file: BinaryIO) -> zipfile.ZipFile:
     if first := min((info.header_offset for info in archive.infolist()), default=archive.start_dir):
         said = f"has {first:,} bytes before its first entry: was it joined by `cat`, or is it self-extracting?"
         raise RefusedError(f"{said} Unpack it, and pack the folder")
+    if sum(info.file_size for info in archive.infolist() if is_wanted(info.filename)) > limit_bytes:
+        raise RefusedError(EXPANDS)
     return archive
 
 
 def zip_members(opener: Opener) -> Iterator[Member]:
     """Yields the files of a zip, in the order of its directory."""
-    with opener() as file:
-        _, limit_bytes = members.unpacked(file)
-        with opened_zip(file) as archive:
-            if sum(info.file_size for info in archive.infolist() if members.is_image(info.filename)) > limit_bytes:
-                raise RefusedError(EXPANDS)
-            for info in archive.infolist():
-                if not info.is_dir():
-                    yield Member(info.filename, partial(_read_zipped, archive, info), size_bytes=info.file_size)
+    with opener() as file, opened_zip(file, members.is_image) as archive:
+        for info in archive.infolist():
+            if not info.is_dir():
+                yield Member(info.filename, partial(_read_zipped, archive, info), size_bytes=info.file_size)
 
 
 def _read_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
@@ -198,36 +205,32 @@ class ForeignTar:
             BadDataError: the tar is unsafe, truncated, damaged or compressed, or a sample has several possible images;
                 the message names the entry.
         """
-        tar, suffixes = split_uri(self.key)[1], sidecars(label_key)
-        for key, files in groupby(self._files(digests), key=lambda file: file[0]):
-            images, labels = list[tuple[str, Sample]](), dict[str, str]()
-            for _, suffix, member in files:
-                with members.refusing(f"{self.uri}: entry {member.name!r}"):
-                    if f".{suffix.rpartition('.')[2]}" in SUFFIXES:
-                        sample = Sample(f"{tar}/{member.name}", member.read(), offset=member.offset)
-                        images.append((suffix, sample))
-                    elif f".{suffix}" in suffixes:
-                        labels[suffix] = said = sidecar_label(suffix, member.read(), label_key or "")
-                        if said and not _CLASS.fullmatch(said):
-                            said = f"has the label {said!r}, and no number up to 99999"
-                            raise RefusedError(f"{said}: `ddpm data pack` takes names, --no-classes no labels")
-            # `photo.jpg` is the image, `photo.mask.png` is not, and `photo.1.jpg` belongs to another one.
-            plain = [sample for suffix, sample in images if f".{suffix}" in SUFFIXES]
-            if len(images) > 1 and (len(plain) != 1 or any(suffix[0].isdigit() for suffix, _ in images)):
-                both = " and ".join(repr(sample.name.removeprefix(f"{tar}/")) for _, sample in images[:2])
-                said = f"{both} would be one sample, for its key ends at the first dot of a name"
-                raise BadDataError(f"{self.uri}: {said}: rename them, or pack the tar with `ddpm data pack`")
-            label = next(filter(None, map(labels.get, ("cls", "json"))), "-1")
-            if images:
-                yield replace((plain or [images[0][1]])[0], label=int(label))
-            elif labels.get("cls"):
-                raise BadDataError(f"{self.uri}: entry {f'{key}.cls'!r} labels no image beside it: put it there")
+        tar = split_uri(self.key)[1]
+        source = Source(self.uri, partial(tar_members, partial(self.store.open, self.key), digests))
 
-    def _files(self, digests: Digests | None) -> Iterator[tuple[str, str, Member]]:
-        """Yields the key and suffix of each file of a sample, and the file."""
-        for member in Source(self.uri, partial(tar_members, partial(self.store.open, self.key), digests)).members():
-            if not members.is_hidden(member.name) and (match := SAMPLE_KEY.fullmatch(member.name)):
-                yield match[1], match[2].lower(), member
+        def listed() -> Iterator[Member]:
+            for member in source.members():
+                if members.is_image(member.name):
+                    with members.refusing(f"{self.uri}: entry {member.name!r}"):
+                        # A tar is a stream: what is not read before the next file is gone.
+                        member = replace(member, read=partial(bytes, member.read()))
+                yield member
+
+        with members.refusing(self.uri):
+            labelled = with_sidecars(self.uri, listed, label_key)
+            for key, files in groupby(filter(lambda file: members.is_image(file.name), labelled), sample_key):
+                images = list(files)
+                # `photo.jpg` is the image, `photo.mask.png` is not, and `photo.1.jpg` belongs to another one.
+                plain = [image for image in images if image.name[len(key) :].lower() in SUFFIXES]
+                if len(images) > 1 and (len(plain) != 1 or any(image.name[len(key) + 1].isdigit() for image in images)):
+                    said = f"{images[0].name!r} and {images[1].name!r} would be one sample, for its key ends at the"
+                    said += " first dot of a name: rename them, or pack the tar with `ddpm data pack`"
+                    raise BadDataError(f"{self.uri}: {said}")
+                image = (plain or images)[0]
+                if image.label and not _CLASS.fullmatch(image.label):
+                    said = f"has the label {image.label!r}, and no number up to 99999"
+                    raise refused(image.name, f"{said}: `ddpm data pack` takes names, --no-classes no labels")
+                yield Sample(f"{tar}/{image.name}", image.read(), int(image.label or -1), image.offset)
 
 
 def find_tars(words: Iterable[str], retry: Retry | None = None) -> list[ForeignTar]:
@@ -269,7 +272,7 @@ def _tars_at(word: str, retry: Retry | None) -> Iterator[ForeignTar]:
     for uri in uris:
         folder, name = split_uri(uri) if "/" in uri else (".", uri)
         if ".tar" not in name:
-            yield from _tars_below(open_to_read(uri, retry))
+            yield from _tars_below(open_to_read(uri, retry)).values()
         elif len(uris) == 1:
             store = open_to_read(folder, retry)
             with store.open(name) as file:
@@ -277,15 +280,19 @@ def _tars_at(word: str, retry: Retry | None) -> Iterator[ForeignTar]:
         else:
             # A pattern costs one listing per folder, instead of a request per tar.
             if folder not in listed:
-                listed[folder] = {tar.key: tar for tar in _tars_below(open_to_read(folder, retry))}
+                listed[folder] = _tars_below(open_to_read(folder, retry))
             if name not in listed[folder]:
                 raise MissingInputError(f"there is nothing at {uri}")
             yield listed[folder][name]
 
 
-def _tars_below(store: Store) -> Iterator[ForeignTar]:
-    tars = [entry for entry in store.list() if entry.key.endswith(".tar") and not members.is_hidden(entry.key)]
+def _tars_below(store: Store) -> dict[str, ForeignTar]:
+    """Returns the tars of a folder and its sub-folders by key."""
+    tars = {
+        entry.key: ForeignTar(store, entry.key, entry.size_bytes)
+        for entry in store.list()
+        if entry.key.endswith(".tar") and not members.is_hidden(entry.key)
+    }
     if not tars:
         raise MissingInputError(f"{store.uri} holds no .tar")
-    for entry in tars:
-        yield ForeignTar(store, entry.key, entry.size_bytes)
+    return tars

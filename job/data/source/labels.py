@@ -31,7 +31,7 @@ LABEL_KEYS = ("label", "cls", "class")
 MOST_CLASSES = 100_000
 """Largest number of different labels that are classes."""
 
-SAMPLE_KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
+_SAMPLE_KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
 """The key of a WebDataset sample, the path up to the first dot of the file's name, and the rest of the name."""
 
 _SIDECARS = (".cls", ".json")
@@ -121,9 +121,12 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def sidecars(column: str | None) -> tuple[str, ...]:
-    """Returns the suffixes of the files that may hold a label; a person who names a key means that of a `.json`."""
-    return () if column is None else _SIDECARS[1:] if column else _SIDECARS
+def sidecars(column: str | None, *, adjacent: bool = True) -> tuple[str, ...]:
+    """Returns the suffixes of the files that may hold a label; a person who names a key means that of a `.json`.
+
+    If the files of an image are not adjacent, no `.json` is read unless a key is named: it may cost a request each.
+    """
+    return () if column is None else _SIDECARS[1:] if column else _SIDECARS[: 2 if adjacent else 1]
 
 
 def sidecar_label(suffix: str, content: bytes, key: str = "") -> str:
@@ -149,7 +152,7 @@ def sidecar_label(suffix: str, content: bytes, key: str = "") -> str:
 
 
 def with_sidecars(
-    where: str, listed: Callable[[], Iterator[Member]], suffixes: tuple[str, ...], key: str, *, adjacent: bool
+    where: str, listed: Callable[[], Iterator[Member]], column: str | None, *, adjacent: bool = True
 ) -> Iterator[Member]:
     """Yields the files of a source with the labels that lie beside them: `a/1.cls` labels `a/1.png` and no other image.
 
@@ -158,15 +161,16 @@ def with_sidecars(
     Args:
         where: the source, for messages.
         listed: yields its files in order.
-        suffixes: of the files that may hold labels; see `sidecars`. They are not yielded.
-        key: see `sidecar_label`.
+        column: the key of the label in a `.json`; empty for the usual one, None for no labels. See `sidecars`: files
+            that may hold labels are not yielded.
         adjacent: whether the files of an image must be adjacent, as in WebDataset's tars, which are streams.
 
     Raises:
         RefusedError: a `.cls` lies beside no image.
         BadDataError: a file of a label is damaged, or has several labels or none that stands for a class.
     """
-    for _, files in groupby(listed(), _sample_key if adjacent else lambda _: None):
+    suffixes = sidecars(column, adjacent=adjacent)
+    for _, files in groupby(listed(), sample_key if adjacent else lambda _: None):
         others, labels = list[Member](), dict[str, tuple[str, str]]()
         for member in files:
             stem, suffix = member.name.rpartition(".")[0], member.name.rpartition(".")[2].lower()
@@ -174,7 +178,7 @@ def with_sidecars(
                 others.append(member)
             elif labels.get(stem, ("", ""))[0] != "cls":
                 with refusing(f"{where}: entry {member.name!r}"):
-                    labels[stem] = suffix, sidecar_label(suffix, member.read(), key)
+                    labels[stem] = suffix, sidecar_label(suffix, member.read(), column or "")
         for member in others:
             label = labels.pop(member.name.rpartition(".")[0], ("", ""))[1] if is_image(member.name) else ""
             yield replace(member, label=label)
@@ -183,8 +187,9 @@ def with_sidecars(
             raise refused(f"{lost}.cls", f"labels no image, such as {lost}.png{how}")
 
 
-def _sample_key(member: Member) -> str:
-    match = SAMPLE_KEY.fullmatch(member.name)
+def sample_key(member: Member) -> str:
+    """Returns the key of a file of a WebDataset sample; the whole name of another file."""
+    match = _SAMPLE_KEY.fullmatch(member.name)
     return match[1] if match else member.name
 
 
@@ -233,7 +238,8 @@ class LabelTable:
         rows = [row for row in _names_of(name)[self._is_bare :: 2] if row in self.labels]
         for row in rows:
             if (other := self._images.setdefault(row, name)) != name:
-                raise _labels_both(self.where, row, other, name)
+                said = f"{self.where}: its row {row!r} would label both {other!r} and {name!r}"
+                raise BadRequestError(f"{said}: pack one of their folders, or write their paths into the table")
         if len({self.labels[row] for row in rows}) > 1:
             raise BadRequestError(f"{self.where}: its rows {some_of(rows)} both label {name!r}: leave one of them out")
         return self.labels[rows[0]] if rows else ""
@@ -263,15 +269,9 @@ def join_labels(table: Rows, images: Iterable[str], column: str = "") -> LabelTa
         names, above = {*map(_row_name, cells)}, _row_name(first[number]) if len(first) > number else ""
         is_bare, has_files = not any("/" in name for name in names or {above}), any(map(is_image, names))
         columns.append(_Column(number, above, {*names, above} - {""}, len(names), is_bare, has_files))
-    wanted = set[str]().union(*(each.names for each in columns))
-    known, twice, example = (dict[str, str](), dict[str, str]()), dict[tuple[bool, str], tuple[str, str]](), ""
-    for image in images:
-        example = example or image
-        for position, name in enumerate(_names_of(image)):
-            if name in wanted and (other := known[position % 2].setdefault(name, image)) != image:
-                # Kaggle's train/1.png and test/1.png are two images, of which 1.png in the table is the first.
-                twice[position % 2 == 1, name] = other, image
-    found = {each.number: each.names & known[each.is_bare].keys() for each in columns}
+    wanted, images = set[str]().union(*(each.names for each in columns)), list(images)
+    known = [wanted.intersection(name for image in images for name in _names_of(image)[bare::2]) for bare in (0, 1)]
+    found = {each.number: each.names & known[each.is_bare] for each in columns}
     matching = [each for each in columns if found[each.number]]
     # pandas writes its index into a column without a name.
     matching = [each for each in matching if each.first or table.header] or matching
@@ -288,14 +288,14 @@ def join_labels(table: Rows, images: Iterable[str], column: str = "") -> LabelTa
         titles = {each.number: str((table.header or table.cells[0])[each.number]) for each in columns if each.has_files}
         others = [title for one, title in titles.items() if one not in named and title != joined.column]
         if others and number not in titles:
-            said = f"names images in its column {others[0]!r}, and not those of the source, such as {example!r}"
+            said = f"names images in its column {others[0]!r}, and not those of the source, such as {images[0]!r}"
             raise BadRequestError(f"{table.where} {said}: mend that column, or leave it out")
-        for (is_bare, name), both in reversed(twice.items()):
-            if is_bare == columns[number].is_bare and name in found[number]:
-                raise _labels_both(table.where, name, *both)
+        # Kaggle's train/1.png and test/1.png are two images, of which 1.png in the table is the first.
+        for image in images:
+            joined.of(image)
         return joined
     how, last = "two columns that name images" if named else "no column that names images", map(str, table.cells[-1])
-    said = f"{table.where} has {how}, such as {example!r}: its last row has {some_of(last)}"
+    said = f"{table.where} has {how}, such as {next(iter(images), '')!r}: its last row has {some_of(last)}"
     raise BadRequestError(f"{said}; one column has the path of each image in the source, or the name of its file")
 
 
@@ -317,11 +317,6 @@ class _Column(NamedTuple):
     distinct: int
     is_bare: bool
     has_files: bool
-
-
-def _labels_both(where: str, row: str, one: str, other: str) -> BadRequestError:
-    said = f"{where}: its row {row!r} would label both {one!r} and {other!r}"
-    return BadRequestError(f"{said}: pack one of their folders, or write their paths into the table")
 
 
 def _stem(cell: object) -> str:
@@ -351,14 +346,12 @@ def _joined(table: Rows, names: int, is_headless: bool, column: str) -> LabelTab
         header, cells = list(map(str, cells[0])), cells[1:]
     # pandas writes its index into a first column without a name.
     others = [number for number, name in enumerate(header) if number != names and name]
-    if column and sum(header[number] == column for number in others) == 1:
-        chosen = next(number for number in others if header[number] == column)
-    elif not column and len(others) == 1:
-        chosen = others[0]
-    else:
+    named = [number for number in others if column in ("", header[number])]
+    if len(named) != 1:
         said = f"has no column {column!r}, but" if column else "has several columns:"
         shown = some_of(header[number] for number in others)
         raise BadRequestError(f"{table.where} {said} {shown}: choose one with --labels {table.where}:COLUMN")
+    chosen = named[0]
     pairs = [(row[names], row[chosen]) for row in cells if len(row) > max(names, chosen)]
     if header is not _PAIR and {str(value) for _, value in pairs} == {"-1", "1"}:
         # CelebA says so of attributes; without their names -1 means no class.

@@ -20,11 +20,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO, cast
 
-from job.data.ahead import in_order
+from job.data.reading import in_order
 from job.data.source.formats import DATA_FILE
 from job.exits import BadDataError, MissingInputError, NoPermissionError
 from job.progress import printable
@@ -216,10 +215,6 @@ class Files:
     def matching(self, pattern: re.Pattern[str]) -> list[str]:
         """Returns the names that a pattern matches from beginning to end: of a chosen file, its own alone."""
         return [name for name in self.names if pattern.fullmatch(name) and self.chosen in ("", name)]
-
-    def members(self) -> Iterator[Member]:
-        """Yields all files in order."""
-        return (Member(name, partial(self.read, name)) for name in self.names)
 
     def read(self, name: str) -> bytes:
         """Returns the content of one; raises `RefusedError` if it is larger than a table of labels may be."""

@@ -20,7 +20,7 @@ from job.data.pack_request import PackRequest
 from job.data.source import members, open_source
 from job.data.source.formats import next_step
 from job.data.source.labels import MOST_CLASSES, Rows, join_labels, read_labels, split_labels, table_in
-from job.data.source.members import ALL, SUFFIXES, Member, Source, is_data_file, split_in, split_of, stem_of
+from job.data.source.members import ALL, SUFFIXES, Source, is_data_file, split_in, split_of, stem_of
 from job.exits import BadDataError, BadRequestError
 from job.progress import some_of
 from job.store import Retry, Store
@@ -85,7 +85,8 @@ def chosen_source(request: PackRequest, bucket: Store, check_stop: Callable[[], 
 
     def names() -> Iterator[str]:
         # A bare name in a table must be that of one image of all splits.
-        for image in until_stopped((replace(source, split=None) if rows else source).images(), check_stop):
+        for image in (replace(source, split=None) if rows else source).images():
+            check_stop()
             folders[members.path_parts(image.name)[:-1]] += 1
             yield image.name
 
@@ -96,7 +97,9 @@ def chosen_source(request: PackRequest, bucket: Store, check_stop: Callable[[], 
         notes.append(f"{table.where}: {table.names!r} names the images, {table.column!r} labels them")
     elif source.split is None:
         deque(names(), maxlen=0)
-    splits = _splits_of(set(folders))
+    # A folder among many that are classes says no split.
+    classes = _class_folders(set(folders), _are_classes).names if folders else ()
+    splits = {split_of(part) for folder in folders for part in folder if part not in classes} - {""}
     if source.split is None and "train" in splits and len(splits) > 1:
         source = replace(source, split="train", other_splits=tuple(sorted(splits - {"train"})))
         if outside := sum(images for folder, images in folders.items() if not split_in(folder)):
@@ -118,32 +121,19 @@ def _rows(source: Source, file: str, retry: Retry) -> Rows:
         return table_in(file, beside.read(file))
 
 
-def until_stopped(images: Iterable[Member], check_stop: Callable[[], None]) -> Iterator[Member]:
-    """Yields the images, and calls `check_stop` at each."""
-    for image in images:
-        check_stop()
-        yield image
-
-
 def survey(
-    images: Iterable[Member],
-    where: str,
+    source: Source,
     classes: bool | None = None,
-    names: tuple[str, ...] = (),
-    skipped: Mapping[str, int] | None = None,
-    unchosen: Sequence[str] = (),
     drops: bool = False,
+    check_stop: Callable[[], object] = bool,
 ) -> Survey:
-    """Counts the images and finds their classes.
+    """Counts the images of a source and finds their classes.
 
     Args:
-        images: all images of the source, labelled.
-        where: the source, for messages.
+        source: the chosen split, with its labels.
         classes: True requires classes, False ignores them; None takes labels, or else folders that look like classes.
-        names: the names of the classes in the order of the format, if it has one.
-        skipped: number of other files by suffix; read when all images are.
-        unchosen: the words of `--labels` for labels that the images could have.
         drops: whether images without a label are left out, if others have one.
+        check_stop: called at each image; raises `StoppedError`.
 
     Raises:
         BadDataError: the source has no images, or some have a label and others have none.
@@ -151,7 +141,9 @@ def survey(
     """
     digest, shared = hashlib.sha256(), dict[Any, Any]()
     labels, folders, examples = list[str](), list[tuple[str, ...]](), list[str]()
-    for image in images:
+    where, names = source.where, source.classes
+    for image in source.images(labelled=True):
+        check_stop()
         name, label, folder = image.name, image.label, members.path_parts(image.name)[:-1]
         digest.update(b"%d:%b%d:%b;" % (len(name.encode()), name.encode(), image.size_bytes, label.encode()))
         if not label and len(examples) < 2:
@@ -160,7 +152,7 @@ def survey(
         labels.append(shared.setdefault(label, label))
         folders.append(shared.setdefault(folder, folder))
     if not labels:
-        raise no_images(where, skipped or {})
+        raise no_images(where, source.skipped)
     known, found = set(labels) - {""}, _Found((), {})
     if len(known) > MOST_CLASSES:
         raise BadRequestError(f"{where} has more than {MOST_CLASSES:,} different labels: use --no-classes")
@@ -189,7 +181,7 @@ def survey(
     kept = {folder for folder, number in zip(folders, numbers, strict=True) if number >= 0 or not found.names}
     divided = {part for folder in kept for part in folder if split_of(part)}.difference(found.names)
     splits = tuple(sorted(set(map(split_of, divided))))
-    notes = [*found.notes(classes, unchosen)]
+    notes = [*found.notes(classes, source.choices)]
     if len(splits) > 1:
         alone = f"`ddpm data pack --split {split_of(max(divided))}` would pack {max(divided)} alone"
         notes.append(f"{some_of(sorted(divided))} are packed together, as one dataset; {alone}")
@@ -211,12 +203,6 @@ def lacking_labels(where: str, lacking: int, images: int, examples: Sequence[str
     """Returns the error that `lacking` of all `images` have no label, though others have one."""
     said = f"{where}: {lacking:,} of {images:,} images have no label, such as {some_of(examples[:2])}"
     return BadDataError(f"{said}: label them, leave them out with --unlabelled drop, or use --no-classes")
-
-
-def _splits_of(folders: set[tuple[str, ...]]) -> set[str]:
-    """Returns the splits that folders of images say; a folder among many that are classes says none."""
-    classes = _class_folders(folders, _are_classes).names if folders else ()
-    return {split_of(part) for folder in folders for part in folder if part not in classes} - {""}
 
 
 def no_images(where: str, skipped: Iterable[str] = ()) -> BadDataError:

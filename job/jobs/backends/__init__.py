@@ -1,18 +1,24 @@
-"""What all engines share: what an engine knows about a job, the checks of `ddpm doctor`, and the operations."""
+"""What all engines share: the keys of a target and its operations, what an engine knows about a job, and checks."""
 
 from __future__ import annotations
 
 import abc
+import json
 import os
 import re
 import select
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import reduce
-from typing import Any, ClassVar, NoReturn
+from typing import Annotated, Any, ClassVar, NamedTuple, NoReturn
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from job.coordination.outcome import Outcome, read_outcome
+from job.coordination.sealed import utc_now
 from job.exits import (
     BadRequestError,
     Exit,
@@ -20,15 +26,16 @@ from job.exits import (
     MissingInputError,
     Restart,
     State,
+    how_to_install,
     meaning,
     restart_after,
     state_after,
 )
+from job.jobs.machines import Hourly
 from job.jobs.spec import JobSpec
-from job.jobs.targets import Target
-from job.outcome import Outcome, read_outcome
 from job.progress import note, printable
-from job.sealed import utc_now
+from job.stop import SPOT_GRACE_SECONDS
+from job.store import KINDS, check_uri
 
 JsonObject = dict[str, Any]
 """A request to an engine, or its answer, as JSON types."""
@@ -172,10 +179,12 @@ def last_line(answer: subprocess.CompletedProcess[str]) -> str:
     return re.sub(r"^\w+: (error: |fatal: )*", "", lines[-1]) if lines else f"it ended with {answer.returncode}"
 
 
-def output_of(command: Sequence[str], poll_seconds: float, is_over: Callable[[], bool]) -> Iterator[str]:
+def output_of(
+    command: Sequence[str], poll_seconds: float, is_over: Callable[[], bool], stderr: int = subprocess.DEVNULL
+) -> Iterator[str]:
     """Yields the lines that a command prints, until it ends, or prints no more after `is_over`."""
-    was_over, part, none = False, b"", subprocess.DEVNULL
-    with subprocess.Popen(command, stdin=none, stdout=subprocess.PIPE, stderr=none) as process:
+    was_over, part = False, b""
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr) as process:
         assert process.stdout is not None
         try:
             while True:
@@ -231,6 +240,12 @@ class Check:
         is_hidden = not check.passed and check.exit_code is Exit.NO_PERMISSION
         return cls(name, True, f"not looked at: {check.message}: {check.remedy}") if is_hidden else check
 
+    @classmethod
+    def inside(cls, output: str, where: str) -> list[Check]:
+        """Returns the checks that `ddpm doctor --json` printed, with `where` it ran; none if it did not."""
+        found = next((json.loads(line) for line in output.splitlines() if line.startswith("[{")), ())
+        return [cls(**one | {"name": f"{one['name']} ({where})", "exit_code": Exit(one["exit_code"])}) for one in found]
+
 
 class NoCapacityError(JobError):
     """The engine lacks a machine of the requested kind now: another zone, or later, may have one."""
@@ -238,23 +253,145 @@ class NoCapacityError(JobError):
     exit_code = Exit.BUCKET_AWAY
 
 
-class Backend(abc.ABC):
-    """One engine, as a target describes it.
+_SECRET = re.compile(
+    r"PASSW|PASSPHRASE|SECRET|CREDENTIAL|TOKEN(?!IZ)|PWD|KEYS?(_|$)|SAS_|CONNECTION_STRING|FSSPEC_[A-Z0-9]+$|FSSPEC_\w*(KWARGS|HEADERS|PASS)"
+)
+_NO_SECRET = re.compile("|".join([r"\w+_(FILE|PATH|DIR)|(OLD)?PWD", *(name for kind in KINDS for name in kind.files)]))
+"""The names that look like those of secrets, and hold a path."""
 
-    Rendering needs neither credentials nor network. All other methods raise errors that a person can act on:
+
+def _not_secret(variable: str) -> str:
+    if _SECRET.search(variable) and not _NO_SECRET.fullmatch(variable):
+        raise ValueError(f"{variable} looks like a secret, which lists would show: use the job's service account")
+    return variable
+
+
+def _uri(text: str) -> str:
+    try:
+        check_uri(text)
+    except BadRequestError as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
+Text = Annotated[str, Field(pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]
+"""Printable: part of a command, a label or a terminal's line."""
+Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$")]
+LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$")]
+Image = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._:/@-]{0,400})?$")]
+Word = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._:/@,=-]{0,400})?$")]
+"""Part of a command or of a path: neither an option nor the path of another place."""
+_Variable = Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$"), AfterValidator(_not_secret)]
+
+
+class Terms(NamedTuple):
+    """The facts about a job on a target that a person reads before it is sent.
+
+    Attributes:
+        machine: the type of its machines.
+        place: where they are.
+        limit: what `max_hours` count for, and who ends the job then.
+        attempts: how often these hours may pass; None without bound.
+        kind: whether its machines may be taken away, if `spot` does not tell.
+    """
+
+    machine: str
+    place: tuple[str, ...]
+    limit: str
+    attempts: int | None = 1
+    kind: str = ""
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """As a decorator: reports a library that is missing, of an `extra` of this program.
+
+    Raises:
+        MissingInputError: it is missing; the message has the remedy.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise MissingInputError(f"the target needs more than is installed ({error}): {how_to_install(extra)}") from None
+
+
+class Target(BaseModel):
+    """A place for jobs, as `targets.yaml` describes it, and the operations of its engine, each of which has a subclass.
+
+    Rendering needs neither credentials nor network. All other operations raise errors that a person can act on:
     `NoPermissionError`, `MissingInputError` for a job, project or namespace that does not exist, `BadRequestError` for
     a refusal, `BucketAwayError` if the engine's API is away after bounded retries, and `NoCapacityError`.
     """
 
-    target: Target
-    """The subclass has the type of its targets, which lists their keys."""
-    extra: ClassVar[str] = ""
-    """The extra of this program that installs its client library."""
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    is_remote: ClassVar[bool] = True
+    """Whether its jobs run on other machines."""
+    is_in_place: ClassVar[bool] = False
+    """Whether its jobs have the files, libraries and variables of this program."""
+    has_groups: ClassVar[bool] = False
+    """Whether several of its machines can train together."""
+    limits_attempts: ClassVar[bool] = False
+    """Whether `max_hours` end one attempt, after which the engine itself begins the next."""
+    is_expected: ClassVar[bool] = True
+    """Whether a list of all jobs reports that its engine does not answer."""
     keeps_ended: ClassVar[bool] = False
     """Whether the engine knows a job for a day after its end: an unknown one was then deleted."""
 
-    def __init__(self, target: Target) -> None:
-        self.target = target
+    name: str = Field("", pattern=r"^([a-z]([a-z0-9-]{0,61}[a-z0-9])?)?$")
+    """Its key in the file."""
+    backend: str
+    image: Image = ""
+    """By tag, `REGISTRY/NAME:TAG`, or by digest, `REGISTRY/NAME@sha256:…`."""
+    bucket: Annotated[Text, AfterValidator(_uri)] = ""
+    """Where datasets and runs lie, unless `--bucket` or `DDPM_BUCKET` says otherwise."""
+    gpus: int = Field(1, ge=0, le=64)
+    """Per node, unless `--gpus` says otherwise."""
+    gpu_type: LabelValue = ""
+    spot: bool = True
+    max_hours: float = Field(24.0, ge=0.017, le=720)
+    price_per_hour: float | None = Field(None, ge=0)
+    """In dollars, of one machine with all its GPUs, as the user pays it."""
+    env: dict[_Variable, Text] = Field(default_factory=dict)
+    """Variables of the job, without secrets, because lists and logs show them."""
+
+    @property
+    def software(self) -> str:
+        """Returns where its machines find the program: the image, or what stands for one."""
+        return self.image
+
+    @property
+    def has_files(self) -> bool:
+        """Returns whether its machines have the files of this one, at the same paths."""
+        return not self.is_remote
+
+    @property
+    def usual_bucket(self) -> str:
+        """Returns the bucket of a command without `--bucket`: `DDPM_BUCKET`, else the target's, else ./bucket."""
+        return os.environ.get("DDPM_BUCKET", "") or self.bucket or "./bucket"
+
+    @property
+    def notice_seconds(self) -> float:
+        """Returns the time between the notice that a machine is taken away and its end."""
+        return SPOT_GRACE_SECONDS
+
+    @property
+    def selects_machines(self) -> bool:
+        """Returns whether the GPU type and `spot` decide about the machine."""
+        return True
+
+    def terms(self, spec: JobSpec) -> Terms:
+        """Returns the facts about a job on a remote target."""
+        raise NotImplementedError
+
+    def list_price(self, spec: JobSpec) -> Hourly | None:
+        """Returns the price of one machine by the table that comes with the program; None if it is unknown."""
+        return None
+
+    def hourly(self, spec: JobSpec) -> Hourly | None:
+        """Returns the price of one machine: the target's own wins."""
+        own = self.price_per_hour
+        return self.list_price(spec) if own is None else Hourly(own, "as the target says")
 
     @abc.abstractmethod
     def render(self, spec: JobSpec) -> list[JsonObject]:
@@ -273,7 +410,7 @@ class Backend(abc.ABC):
             NoCapacityError: the engine lacks such a machine now.
         """
 
-    def submit_where_possible(self, spec: JobSpec) -> Backend:
+    def submit_where_possible(self, spec: JobSpec) -> Target:
         """Submits to the first place, from this one on, that has a machine, and returns that place.
 
         Raises:
@@ -292,7 +429,7 @@ class Backend(abc.ABC):
         """Turns this process into the job, if that runs on this machine: its terminal, signals and exit code."""
         raise NotImplementedError
 
-    def elsewhere(self) -> Backend | None:
+    def elsewhere(self) -> Target | None:
         """Returns the same engine in the target's next zone or region; None after the last."""
         return None
 
@@ -312,7 +449,7 @@ class Backend(abc.ABC):
 
     def unknown(self, name: str) -> MissingInputError:
         """Returns the error about a job that the engine does not know."""
-        return MissingInputError(f"target {self.target.name!r} knows no job {name!r}: see `ddpm jobs list`")
+        return MissingInputError(f"target {self.name!r} knows no job {name!r}: see `ddpm jobs list`")
 
     def runs_already(self, name: str, where: str) -> BadRequestError:
         """Returns the error about a job that is submitted while it runs."""
@@ -334,10 +471,6 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def jobs(self) -> list[JobStatus]:
         """Returns all jobs that this program submitted to this target, in any order, as `alive` does."""
-
-    def identity(self, status: JobStatus) -> tuple[str, ...]:
-        """Returns what tells a job of this engine from all others: several targets may show the same one."""
-        return (self.target.backend, self.target.name, status.name)
 
     @abc.abstractmethod
     def logs(self, name: str, follow: bool) -> Iterator[str]:

@@ -15,13 +15,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from job.coordination.sealed import utc_text
 from job.exits import BadRequestError, Restart, State, failures, state_after
 from job.jobs.backends import Cause, JobStatus, JsonObject, google
 from job.jobs.backends.container import SCRATCH
-from job.jobs.backends.google import GoogleNotFoundError
 from job.jobs.machines import Machine
 from job.jobs.spec import LABEL_PREFIX, JobSpec
-from job.sealed import utc_text
 
 TASK_INDEX = "$BATCH_TASK_INDEX"
 """The variable in which Batch gives each task its number."""
@@ -52,31 +51,25 @@ FAILING_CODES = [*failures(Restart.NEVER), 50004, 50005]
 
 
 class BatchTarget(google.GoogleTarget):
-    """Google Batch."""
+    """Google Batch. A job waits in one region; `elsewhere` is the target's next one."""
 
+    engine = "Batch"
+    # For 60 days after their end.
+    keeps_ended = True
     limit = (
         f"for each attempt of a task, of which there may be {1 + MAX_RETRIES}, then Batch ends it",
         1 + MAX_RETRIES,
     )
     backend: Literal["batch"]
-    regions: tuple[Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+$")], ...] = Field(min_length=1)
+    regions: list[Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+$")]] = Field(min_length=1)
 
     @property
-    def places(self) -> tuple[str, ...]:
+    def places(self) -> list[str]:
         """See `GoogleTarget.places`."""
         return self.regions
 
-
-class BatchBackend(google.GoogleBackend):
-    """See `Backend`. A job waits in one region; `elsewhere` is the target's next one."""
-
-    engine = "Batch"
-    # For 60 days after their end.
-    keeps_ended = True
-    target: BatchTarget
-
     def submit(self, spec: JobSpec) -> None:
-        """See `Backend.submit`. Batch takes every job, and looks for machines afterwards: see `JobStatus.message`."""
+        """See `Target.submit`. Batch takes every job, and looks for machines afterwards: see `JobStatus.message`."""
         (manifest,) = self.render(spec)
         while before := self.find(spec.name):
             if not _state_of(before[0]).is_over and not _is_being_ended(before[0]):
@@ -85,33 +78,29 @@ class BatchBackend(google.GoogleBackend):
         self.create(f"POST {self._path(self.place)}", manifest, jobId=spec.name)
 
     def alive(self, name: str) -> JobStatus:
-        """See `Backend.alive`."""
+        """See `Target.alive`."""
         if not (found := self.find(name)):
             return JobStatus(name, State.GONE, "Batch does not know it")
         return batch_alive(found[0], self._tasks(found[0]))
 
     def jobs(self) -> list[JobStatus]:
-        """See `Backend.jobs`."""
-        pages = (page for region in self._places for page in self.pages(f"GET {self._path(region)}"))
+        """See `Target.jobs`."""
+        pages = (page for region in self.places for page in self.pages(f"GET {self._path(region)}"))
         found = [job for page in pages for job in page.get("jobs", ())]
         return [batch_alive(job, ()) for job in found if job.get("labels", {}).get("app") == LABEL_PREFIX]
 
-    def identity(self, status: JobStatus) -> tuple[str, ...]:
-        """See `Backend.identity`: each region has names of its own."""
-        return ("batch", self.target.project, status.place, status.name)
-
     def log_of(self, name: str) -> tuple[str, datetime, bool]:
-        """See `GoogleBackend.log_of`."""
-        found, log = self.known(name)[0], f"projects/{self.target.project}/logs/batch_task_logs"
+        """See `GoogleTarget.log_of`."""
+        found, log = self.known(name)[0], f"projects/{self.project}/logs/batch_task_logs"
         has_slices = int(found["taskGroups"][0]["taskCount"]) > 1
         return f'logName="{log}" AND labels.job_uid="{found["uid"]}"', _created(found), has_slices
 
     def slice_of(self, entry: JsonObject) -> str:
-        """See `GoogleBackend.slice_of`: the label is task/JOB-group0-INDEX/RETRY/RUNNABLE."""
+        """See `GoogleTarget.slice_of`: the label is task/JOB-group0-INDEX/RETRY/RUNNABLE."""
         return str(entry["labels"]["task_id"]).split("/")[1].rpartition("-")[2]
 
     def cancel(self, name: str) -> str:
-        """See `Backend.cancel`: Batch ends its tasks, deletes their machines, and keeps the record of the job.
+        """See `Target.cancel`: Batch ends its tasks, deletes their machines, and keeps the record of the job.
 
         Raises:
             BadRequestError: it is over already.
@@ -127,13 +116,13 @@ class BatchBackend(google.GoogleBackend):
     def find(self, name: str) -> list[JsonObject]:
         """Returns the jobs of this name, one for each region: one that is not over first, then the newest."""
         found = []
-        for region in self._places:
-            with suppress(GoogleNotFoundError):
+        for region in self.places:
+            with suppress(google.GoogleNotFoundError):
                 found.append(self.ask(f"GET {self._path(region)}/{name}"))
         return sorted(found, key=lambda one: (not _state_of(one).is_over, _created(one)), reverse=True)
 
     def _path(self, region: str) -> str:
-        return f"batch/projects/{self.target.project}/locations/{region}/jobs"
+        return f"batch/projects/{self.project}/locations/{region}/jobs"
 
     def _tasks(self, found: JsonObject) -> list[JsonObject]:
         if _state_of(found) is State.WAITING:
@@ -144,14 +133,14 @@ class BatchBackend(google.GoogleBackend):
 
     def _delete(self, found: JsonObject) -> None:
         """Deletes a job, and waits until Batch has forgotten it."""
-        with suppress(GoogleNotFoundError):
+        with suppress(google.GoogleNotFoundError):
             if found["status"]["state"] != "DELETION_IN_PROGRESS":
                 self.ask(f"DELETE batch/{found['name']}")
             for _ in self.patience(found["name"]):
                 self.ask(f"GET batch/{found['name']}")
 
     def requests_for(self, spec: JobSpec, machine: Machine) -> list[JsonObject]:
-        """See `GoogleBackend.requests_for`: the body of `jobs.create`, whose `jobId` is the name of the job."""
+        """See `GoogleTarget.requests_for`: the body of `jobs.create`, whose `jobId` is the name of the job."""
         if spec.max_hours > 14 * 24:
             raise BadRequestError(f"--max-hours {spec.max_hours:g}: Batch runs nothing for longer than 336 hours")
         group = {
@@ -166,9 +155,8 @@ class BatchBackend(google.GoogleBackend):
         return [made]
 
     def _allocation(self, spec: JobSpec, machine: Machine) -> JsonObject:
-        target = self.target
         # Docker on batch-debian knows `--gpus`; that on batch-cos does not.
-        disk = {"image": "batch-debian", "type": machine.disk_type, "sizeGb": str(target.boot_disk_gigabytes)}
+        disk = {"image": "batch-debian", "type": machine.disk_type, "sizeGb": str(self.boot_disk_gigabytes)}
         kind = "SPOT" if spec.spot else "STANDARD"
         policy: JsonObject = {"machineType": machine.machine_type, "provisioningModel": kind, "bootDisk": disk}
         if machine.extra:
@@ -178,19 +166,12 @@ class BatchBackend(google.GoogleBackend):
             "instances": [{"policy": policy, "installGpuDrivers": bool(machine.gpus), "blockProjectSshKeys": True}],
             "labels": spec.all_labels,
         }
-        if target.service_account:
-            allocation["serviceAccount"] = {"email": target.service_account, "scopes": [google.CLOUD_SCOPE]}
-        if network := target.network_in(self.place):
+        if self.service_account:
+            allocation["serviceAccount"] = {"email": self.service_account, "scopes": [google.CLOUD_SCOPE]}
+        if network := self.network_in(self.place):
             # A named network reaches Google without external addresses.
             allocation["network"] = {"networkInterfaces": [{**network, "noExternalIpAddress": True}]}
         return allocation
-
-
-def _command(spec: JobSpec) -> JsonObject:
-    """Returns the words of the container: all tasks get the same ones, so a shell fills in the number of a slice."""
-    if not spec.slices:
-        return {"commands": [*spec.argv]}
-    return {"entrypoint": "/bin/sh", "commands": ["-c", " ".join(["exec", "ddpm", *spec.shell_words(TASK_INDEX)])]}
 
 
 def _task(spec: JobSpec, machine: Machine) -> JsonObject:
@@ -198,11 +179,16 @@ def _task(spec: JobSpec, machine: Machine) -> JsonObject:
     if machine.shape:
         cpus, memory_mib = machine.shape
         resources = {"computeResource": {"cpuMilli": str(1000 * cpus), "memoryMib": str(memory_mib)}}
+    words: JsonObject = {"commands": [*spec.argv]}
+    if spec.slices:
+        # All tasks get the same words, so a shell fills in the number of a slice.
+        script = " ".join(("exec", "ddpm", *spec.shell_words(TASK_INDEX)))
+        words = {"entrypoint": "/bin/sh", "commands": ["-c", script]}
     # Docker makes the volume, with the rights of the folder in the image, and removes it.
     scratch = f"--mount=type=volume,target={SCRATCH}"
     container = {
         "imageUri": spec.image,
-        **_command(spec),
+        **words,
         # Only constants, because Batch splits the text at spaces.
         "options": " ".join((*google.CONTAINER_OPTIONS, scratch, *["--gpus=all"] * bool(machine.gpus))),
     }

@@ -18,22 +18,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from pydantic import PrivateAttr
+
+from job.coordination.sealed import utc_text
 from job.exits import (
     BadRequestError,
     BucketAwayError,
-    Exit,
     JobError,
     MissingInputError,
     NoPermissionError,
     State,
     state_after,
 )
-from job.jobs.backends import FOLLOW_SECONDS, Backend, Check, JobStatus, JsonObject, last_line
+from job.jobs.backends import FOLLOW_SECONDS, Check, Image, JobStatus, JsonObject, Target, Word, last_line, output_of
 from job.jobs.spec import LABEL_PREFIX, JobSpec
-from job.jobs.targets import Image, Target, Word
 from job.processes.group import local_gpus
 from job.progress import note
-from job.sealed import utc_text
 from job.stop import GRACE_VARIABLE
 from job.store import kind_of
 
@@ -71,11 +71,20 @@ def docker_options(user: int, group: int, stop_seconds: int) -> list[str]:
     ]
 
 
+def _mount(path: str, inside: str, *options: str) -> str:
+    """Returns the option of a mount; in a path a comma would begin an option, and podman before 4.1 knows no quotes."""
+    if re.search(r'[,"\r\n]', f"{path}{inside}"):
+        raise BadRequestError(f"{path!r} has a comma, quote or line break: no container can mount it; rename it")
+    return ",".join(("--mount=type=bind", f"source={path}", f"destination={inside}", *options))
+
+
 class ContainerTarget(Target):
-    """A container on this machine, by podman or docker, whichever is installed."""
+    """Jobs that are containers of this machine, by podman or docker, whichever is installed, found by their labels."""
 
     is_remote = False
     is_expected = False
+    # Until a person removes the container.
+    keeps_ended = True
     backend: Literal["container"] = "container"
     image: Image = "localhost/ddpm:latest"
     engine: Literal["", "podman", "docker"] = ""
@@ -84,76 +93,55 @@ class ContainerTarget(Target):
     """The limit, such as `16g`; empty for no limit."""
     network: Word = ""
     """`host` for a bucket server on this machine's loopback; empty is the engine's default."""
+    _user: tuple[int, int] = PrivateAttr(default_factory=lambda: (os.geteuid(), os.getegid()))
+    _gpus: int = PrivateAttr(default_factory=local_gpus)
 
-
-def _mount(path: Path | str, inside: str, *options: str) -> list[str]:
-    """Returns the words of a mount; in a path a comma would begin an option, and podman before 4.1 knows no quotes."""
-    if re.search(r'[,"\r\n]', f"{path}{inside}"):
-        raise BadRequestError(f"{str(path)!r} has a comma, quote or line break: no container can mount it; rename it")
-    return ["--mount", ",".join(("type=bind", f"source={path}", f"destination={inside}", *options))]
-
-
-class ContainerBackend(Backend):
-    """Jobs that are containers of this machine's engine, found by their labels."""
-
-    # Until a person removes the container.
-    keeps_ended = True
-    target: ContainerTarget
-
-    def __init__(self, target: Target) -> None:
-        """Chooses the engine: the named one, else the installed one, else podman, for a dry run."""
-        super().__init__(target)
-        self.engine = self.target.engine or next(filter(shutil.which, ("podman", "docker")), "podman")
-        self.user, self.gpus = (os.geteuid(), os.getegid()), local_gpus()
+    @property
+    def _program(self) -> str:
+        """The named engine, else the installed one, else podman, for a dry run."""
+        return self.engine or next(filter(shutil.which, ("podman", "docker")), "podman")
 
     def render(self, spec: JobSpec) -> list[JsonObject]:
         """Returns the one command: `podman run …` or `docker run …`."""
-        if 0 < self.gpus < spec.gpus:
-            raise BadRequestError(f"--gpus {spec.gpus}: this machine has {self.gpus}: use fewer")
+        if 0 < self._gpus < spec.gpus:
+            raise BadRequestError(f"--gpus {spec.gpus}: this machine has {self._gpus}: use fewer")
         labels = {**spec.all_labels, BUCKET_LABEL: spec.bucket}
-        named = [word for name, value in labels.items() for word in ("--label", f"{name}={value}")]
-        options = ["--name", spec.name, *named, *self._confined(spec)]
-        return [{"name": spec.name, "command": [self.engine, "run", *options, spec.image, *spec.argv_that_ends]}]
+        named = (f"--label={name}={value}" for name, value in labels.items())
+        options = [f"--name={spec.name}", *named, *self._confined(spec)]
+        return [{"name": spec.name, "command": [self._program, "run", *options, spec.image, *spec.argv_that_ends]}]
 
     def _confined(self, spec: JobSpec) -> list[str]:
         """Returns the options that decide what the container may write, use and see."""
-        kind, target, gpus = kind_of(spec.bucket), self.target, min(spec.gpus, self.gpus)
-        folder, files = spec.bucket_folder, kind.credential_files() if kind else {}
+        kind, folder = kind_of(spec.bucket), str(spec.bucket_folder or "")
+        files = kind.credential_files() if kind else {}
         inside = {variable: f"{CREDENTIALS_FOLDER}/{variable.lower()}" for variable in files}
-        mounts = _mount(folder, str(folder)) if folder else []
-        for path in spec.reads:
-            # Engines refuse a second mount of one folder.
-            if path not in ("", str(folder)):
-                mounts += _mount(path, path, "readonly")
-        for variable, file in files.items():
-            mounts += _mount(file, inside[variable], "readonly")
-        uid, gid = self.user if mounts else (IMAGE_USER, IMAGE_USER)
-        words = [
-            *("--pull", "never"),
-            *docker_options(uid, gid, STOP_SECONDS),
-            *("--shm-size", "2g"),
-            # One volume for each user, who may not write the files of another.
-            *("--mount", f"type=volume,source=ddpm-scratch-{uid},destination={SCRATCH}"),
-        ]
-        if mounts:
-            # Otherwise SELinux would require new labels on the user's folders.
-            words += ["--security-opt", "label=disable"]
-            if self.engine == "podman" and uid:
-                # Without root a user of the container is another one outside.
-                words += ["--userns", "keep-id"]
-        if gpus and self.engine == "docker":
-            words += ["--gpus", "all" if gpus == self.gpus else str(gpus)]
-        elif gpus:
-            # Names of the Container Device Interface, which `nvidia-ctk cdi generate` writes.
-            for name in ["all"] if gpus == self.gpus else range(gpus):
-                words += ["--device", f"nvidia.com/gpu={name}"]
-        words += ["--memory", target.memory] if target.memory else []
-        words += ["--network", target.network] if target.network else []
+        # Engines refuse a second mount of one folder.
+        read = [(path, path) for path in spec.reads if path not in ("", folder)]
+        read += [(str(file), inside[variable]) for variable, file in files.items()]
+        mounts = [*([_mount(folder, folder)] if folder else ()), *(_mount(*pair, "readonly") for pair in read)]
+        uid, gid = self._user if mounts else (IMAGE_USER, IMAGE_USER)
+        gpus, is_podman = min(spec.gpus, self._gpus), self._program == "podman"
+        chosen: list[object] = ["all"] if gpus == self._gpus else [*range(gpus)] if is_podman else [gpus]
+        # Names of the Container Device Interface, which `nvidia-ctk cdi generate` writes.
+        devices = [f"--device=nvidia.com/gpu={one}" if is_podman else f"--gpus={one}" for one in chosen if gpus]
         settings = {name: os.environ[name] for name in (kind.variables if kind else ()) if os.environ.get(name)}
         variables = {**scratch_variables(STOP_SECONDS), **settings, **inside, **spec.env}
-        for name, value in sorted(variables.items()):
-            words += ["--env", f"{name}={value}"]
-        return words + mounts
+        return [
+            "--pull=never",
+            *docker_options(uid, gid, STOP_SECONDS),
+            "--shm-size=2g",
+            # One volume for each user, who may not write the files of another.
+            f"--mount=type=volume,source=ddpm-scratch-{uid},destination={SCRATCH}",
+            # Otherwise SELinux would require new labels on the user's folders.
+            *["--security-opt=label=disable"] * bool(mounts),
+            # Without root a user of the container is another one outside.
+            *["--userns=keep-id"] * (bool(mounts) and is_podman and uid > 0),
+            *devices,
+            *[f"--memory={self.memory}"] * bool(self.memory),
+            *[f"--network={self.network}"] * bool(self.network),
+            *(f"--env={name}={value}" for name, value in sorted(variables.items())),
+            *mounts,
+        ]
 
     def become(self, spec: JobSpec) -> NoReturn:
         """Turns this process into the engine's client, which passes signals on and ends with the job's exit code."""
@@ -173,43 +161,31 @@ class ContainerBackend(Backend):
 
     def find(self, name: str) -> JobStatus | None:
         """Returns the status of a container; None if the engine does not know it."""
-        answer = self._try("container", "inspect", name)
-        if not answer.returncode:
-            return _container_status(json.loads(answer.stdout)[0])
-        if re.search(r"no such (container|object)", answer.stderr, re.IGNORECASE):
-            return None
-        raise self._refusal(answer)
+        return next(iter(self._matching(f"name=^{name}$")), None)
 
     def alive(self, name: str) -> JobStatus:
-        """See `Backend.alive`."""
+        """See `Target.alive`."""
         return self.find(name) or JobStatus(name, State.GONE, f"the engine has no container {name!r}")
 
     def jobs(self) -> list[JobStatus]:
         """Returns all containers that this program started, newest first."""
-        own = ["--filter", f"label=app={LABEL_PREFIX}", "--filter", "label=ddpm-job"]
-        ids = self._ask("ps", "--all", "--quiet", "--no-trunc", *own).split()
+        return self._matching(f"label=app={LABEL_PREFIX}", "label=ddpm-job")
+
+    def _matching(self, *filters: str) -> list[JobStatus]:
+        ids = self._ask("ps", "--all", "--quiet", "--no-trunc", *(f"--filter={each}" for each in filters)).split()
         # One may be removed meanwhile; the answer has the others all the same.
         answer = self._try("container", "inspect", *ids).stdout if ids else ""
         return [_container_status(found) for found in json.loads(answer or "[]")]
 
-    def identity(self, status: JobStatus) -> tuple[str, ...]:
-        """See `Backend.identity`: this machine may have two engines."""
-        return ("container", self.engine, status.name)
-
     def logs(self, name: str, follow: bool) -> Iterator[str]:
-        """See `Backend.logs`; the engine keeps the output until the job is submitted again."""
-        shown, words = 0, [self.engine, "logs", *(["--follow"] if follow else []), name]
+        """See `Target.logs`; the engine keeps the output until the job is submitted again."""
+        shown, words = 0, [self._program, "logs", *(["--follow"] if follow else []), name]
         while True:
             # Determined before the read, so that it has all output until the end.
             is_over = not follow or self.known(name).state.is_over
-            with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-                assert process.stdout is not None
-                try:
-                    for line in islice(process.stdout, shown, None):
-                        shown += 1
-                        yield line.decode(errors="replace").removesuffix("\n")
-                finally:
-                    process.kill()
+            for line in islice(output_of(words, FOLLOW_SECONDS, lambda: False, subprocess.STDOUT), shown, None):
+                shown += 1
+                yield line
             if is_over:
                 return
             # podman does not follow a container that is about to stop.
@@ -225,30 +201,25 @@ class ContainerBackend(Backend):
         return self.effect_of_cancelling(state)
 
     def checks(self, bucket: str) -> Iterator[Check]:
-        """See `Backend.checks`: the engine, the image, and what the container itself finds on this machine."""
+        """See `Target.checks`: the engine, the image, and what the container itself finds on this machine."""
         for name, look in (("engine", self._look_for_engine), ("image", self._look_for_image)):
             yield (check := Check.of(name, look))
             if not check.passed:
                 return
-        target, gpus = self.target, min(self.target.gpus, self.gpus)
-        job = JobSpec("look", "train", (), target.image, target.bucket or "gs://none", gpus=gpus, env=target.env)
+        gpus = min(self.gpus, self._gpus)
+        job = JobSpec("look", "train", (), self.image, self.bucket or "gs://none", gpus=gpus, env=self.env)
         words = ("doctor", "--on", "local", "--json", "--no-bucket")
         answer = self._try("run", "--rm", *self._confined(job), job.image, *words)
-        try:
-            found = json.loads(answer.stdout)
-        except ValueError:
-            yield Check("container", False, f"it does not start: {last_line(answer)}", "repair the engine")
-            return
-        for inside in found:
-            yield Check(**inside | {"name": f"{inside['name']} (in it)", "exit_code": Exit(inside["exit_code"])})
+        broken = Check("container", False, f"it does not start: {last_line(answer)}", "repair the engine")
+        yield from Check.inside(answer.stdout, "in it") or [broken]
 
     def _look_for_engine(self) -> str:
-        return f"{self.engine} {self._ask('version', '--format', '{{.Client.Version}}').strip()}"
+        return f"{self._program} {self._ask('version', '--format', '{{.Client.Version}}').strip()}"
 
     def _look_for_image(self) -> str:
-        if not self._has_image(self.target.image):
-            raise MissingInputError(f"{self.target.image} is not on this machine: submitting a job builds or pulls it")
-        return self.target.image
+        if not self._has_image(self.image):
+            raise MissingInputError(f"{self.image} is not on this machine: submitting a job builds or pulls it")
+        return self.image
 
     def _prepared(self, spec: JobSpec) -> list[str]:
         """Returns the command, once all that it needs is there."""
@@ -257,7 +228,7 @@ class ContainerBackend(Backend):
         if kind and kind.secret in os.environ and not kind.credential_files():
             where = [*kind.files.values()][-1]
             raise NoPermissionError(f"{kind.secret} is not passed to a container: write the credentials into {where}")
-        if spec.gpus and not self.gpus:
+        if spec.gpus and not self._gpus:
             note("this machine has no NVIDIA GPU: the container computes on the CPU")
         if before and not before.state.is_over:
             raise self.runs_already(spec.name, "in a container")
@@ -271,12 +242,12 @@ class ContainerBackend(Backend):
 
     def _bring(self, image: str) -> None:
         """Builds the image, or pulls it."""
-        engine, checkout = self.engine, Path(__file__).parents[3]
+        engine, checkout = self._program, Path(__file__).parents[3]
         if not image.startswith(OWN_IMAGE):
             note(f"pulling {image}")
             words, failed = [engine, "pull", image], f"pulled: check its name, and log in with `{engine} login`"
         elif (checkout / "docker/Dockerfile").is_file():
-            torch = os.environ.get("TORCH") or ("cuda" if self.gpus else "cpu")
+            torch = os.environ.get("TORCH") or ("cuda" if self._gpus else "cpu")
             note(f"building {image} from {checkout} with PyTorch for {torch}")
             words = ["make", "--no-print-directory", "--directory", str(checkout), "image"]
             words += [f"IMAGE={image}", f"ENGINE={engine}", f"TORCH={torch}"]
@@ -292,16 +263,13 @@ class ContainerBackend(Backend):
 
     def _ask(self, *words: str, seconds: float = ANSWER_SECONDS) -> str:
         """Returns the output of the engine's client, which must succeed."""
-        answer = self._run([self.engine, *words], timeout=seconds, capture_output=True)
+        answer = self._run([self._program, *words], timeout=seconds, capture_output=True)
         if answer.returncode:
-            raise self._refusal(answer)
+            raise BadRequestError(f"{self._program}: {last_line(answer)}")
         return answer.stdout
 
     def _try(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return self._run([self.engine, *words], timeout=ANSWER_SECONDS, capture_output=True)
-
-    def _refusal(self, answer: subprocess.CompletedProcess[str]) -> BadRequestError:
-        return BadRequestError(f"{self.engine}: {last_line(answer)}")
+        return self._run([self._program, *words], timeout=ANSWER_SECONDS, capture_output=True)
 
     def _run(self, words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         try:

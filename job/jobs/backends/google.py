@@ -22,14 +22,13 @@ from functools import cache
 from typing import Annotated, Any, ClassVar, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
-from job.jobs.backends import Backend, Check, JsonObject, NoCapacityError
+from job.jobs.backends import Check, JsonObject, LabelValue, NoCapacityError, Target, Terms, Word, needs_extra
 from job.jobs.backends.container import IMAGE_USER, docker_options, scratch_variables
 from job.jobs.machines import Hourly, Machine, listed_price, machine_for
 from job.jobs.spec import JobSpec
-from job.jobs.targets import LabelValue, Target, Terms, Word
 
 API_RETRY_PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)
 """Between attempts, while an API does not answer or is too busy."""
@@ -60,47 +59,6 @@ CHANGE_SECONDS = 600.0
 """The limit of making or deleting machines: a job saves first, and a shutdown alone takes up to two minutes."""
 
 
-class GoogleTarget(Target):
-    """The common keys of targets on Google Cloud."""
-
-    limit: ClassVar[tuple[str, int] | tuple[str, int, str]]
-    """The fields of `Terms` about the limit."""
-    project: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{4,28}[a-z0-9]$")]
-    service_account: Word = ""
-    """The e-mail address of the account that the job runs as."""
-    network: Word = ""
-    subnetwork: Word = ""
-    machine_type: LabelValue = "g2-standard-8"
-    gpu_type: LabelValue = "nvidia-l4"
-    boot_disk_gigabytes: int = Field(100, ge=30, le=2000)
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        """Returns the zones or regions where a job may run, which are tried in this order."""
-        raise NotImplementedError
-
-    @property
-    def all_regions(self) -> tuple[str, ...]:
-        """Returns the regions of the places."""
-        return tuple(dict.fromkeys(re.sub(r"-[a-z]$", "", place) for place in self.places))
-
-    def terms(self, spec: JobSpec) -> Terms:
-        """See `Target.terms`."""
-        return Terms(self.machine_type, (f"project {self.project}", ", then ".join(self.places)), *self.limit)
-
-    def list_price(self, spec: JobSpec) -> Hourly | None:
-        """See `Target.list_price`."""
-        return listed_price(self.machine_type, self.all_regions)
-
-    def network_in(self, region: str) -> dict[str, str]:
-        """Returns `network` and `subnetwork` of a machine's interface, as paths, if the target names them."""
-        found = {}
-        for key, folder in (("network", "global/networks"), ("subnetwork", f"regions/{region}/subnetworks")):
-            if name := getattr(self, key):
-                found[key] = name if "/" in name else f"projects/{self.project}/{folder}/{name}"
-        return found
-
-
 class GoogleNotFoundError(MissingInputError):
     """Google answered 404."""
 
@@ -115,7 +73,7 @@ _REFUSALS = {
 _SHORTAGES: dict[str, tuple[type[JobError], str]] = {
     "(?i)RESOURCE_POOL_EXHAUSTED|does not have enough resources|STOCKOUT|resource_availability": (
         NoCapacityError,
-        "such machines are out of stock: try another zone or region, later, or --on-demand",
+        "such machines are out of stock: try --on-demand, another zone or region, or --watch, which tries on",
     ),
     "(?i)QUOTA_?EXCEEDED|Quota '[A-Z0-9_-]+' exceeded": (
         BadRequestError,
@@ -168,21 +126,56 @@ def _refusal_text(answer: Any) -> str:
     return " ".join(dict.fromkeys(words))
 
 
-class GoogleBackend(Backend):
-    """A backend of one zone or region, its `place`, to which it submits; everything else covers all of the target's."""
+class GoogleTarget(Target):
+    """The common part of targets on Google Cloud: a job goes to a zone or region, its `place`; all else covers all."""
 
-    extra = "google"
     engine: ClassVar[str]
     """Google's name for it."""
-    target: GoogleTarget
-    is_hurried = False
+    limit: ClassVar[tuple[str, int] | tuple[str, int, str]]
+    """The fields of `Terms` about the limit."""
+    project: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{4,28}[a-z0-9]$")]
+    service_account: Word = ""
+    """The e-mail address of the account that the job runs as."""
+    network: Word = ""
+    subnetwork: Word = ""
+    machine_type: LabelValue = "g2-standard-8"
+    gpu_type: LabelValue = "nvidia-l4"
+    boot_disk_gigabytes: int = Field(100, ge=30, le=2000)
+    _is_hurried: bool = PrivateAttr(False)
     """Whether each request is tried once, and briefly, because a person waits."""
+    _first: int = PrivateAttr(0)
+    """The number of `place` among the places."""
 
-    def __init__(self, target: Target, first: int = 0) -> None:
-        """`first` is the number of its place among those of the target."""
-        super().__init__(target)
-        self._places = self.target.places
-        self.place, *self._others = self._places[first:]
+    @property
+    def places(self) -> list[str]:
+        """Returns the zones or regions where a job may run, which are tried in this order."""
+        raise NotImplementedError
+
+    @property
+    def place(self) -> str:
+        """Returns the zone or region to which jobs are submitted."""
+        return self.places[self._first]
+
+    @property
+    def all_regions(self) -> tuple[str, ...]:
+        """Returns the regions of the places."""
+        return tuple(dict.fromkeys(re.sub(r"-[a-z]$", "", place) for place in self.places))
+
+    def terms(self, spec: JobSpec) -> Terms:
+        """See `Target.terms`."""
+        return Terms(self.machine_type, (f"project {self.project}", ", then ".join(self.places)), *self.limit)
+
+    def list_price(self, spec: JobSpec) -> Hourly | None:
+        """See `Target.list_price`."""
+        return listed_price(self.machine_type, self.all_regions)
+
+    def network_in(self, region: str) -> dict[str, str]:
+        """Returns `network` and `subnetwork` of a machine's interface, as paths, if the target names them."""
+        found = {}
+        for key, folder in (("network", "global/networks"), ("subnetwork", f"regions/{region}/subnetworks")):
+            if name := getattr(self, key):
+                found[key] = name if "/" in name else f"projects/{self.project}/{folder}/{name}"
+        return found
 
     def ask(self, request: str, body: JsonObject | None = None, **query: str) -> JsonObject:
         """Returns the answer of an API; repeats the request while the API is away or too busy.
@@ -195,7 +188,7 @@ class GoogleBackend(Backend):
         Raises:
             JobError: see `refusal`.
         """
-        for pause_seconds in () if self.is_hurried else API_RETRY_PAUSES_SECONDS:
+        for pause_seconds in () if self._is_hurried else API_RETRY_PAUSES_SECONDS:
             with suppress(BucketAwayError):
                 return self._ask_once(request, body, query)
             time.sleep(pause_seconds)
@@ -218,7 +211,7 @@ class GoogleBackend(Backend):
     def log_entries(self, filter_: str, since: datetime) -> Iterator[JsonObject]:
         """Yields the entries of logs that match `filter_` from `since` on, in the order of their times."""
         asked = {
-            "resourceNames": [f"projects/{self.target.project}"],
+            "resourceNames": [f"projects/{self.project}"],
             # Without a time the API returns the last day alone.
             "filter": f'({filter_}) AND timestamp>="{since.isoformat()}"',
             "orderBy": "timestamp asc",
@@ -227,6 +220,7 @@ class GoogleBackend(Backend):
         for page in self.pages("POST logging/entries:list", asked):
             yield from page.get("entries", ())
 
+    @needs_extra("google")
     def _ask_once(self, request: str, body: JsonObject | None, query: dict[str, str]) -> JsonObject:
         import requests
         from google.auth.exceptions import GoogleAuthError, TransportError
@@ -236,7 +230,7 @@ class GoogleBackend(Backend):
         endpoint = urlsplit(os.environ.get(ENDPOINT_VARIABLE + api.upper()) or f"https://{api}.googleapis.com")
         # gcloud's values end with a path, such as /compute/v1/, or do not.
         url = f"{endpoint.scheme}://{endpoint.netloc}/{_PATHS[api]}/{path}"
-        timeout_seconds = HURRIED_TIMEOUT_SECONDS if self.is_hurried else API_TIMEOUT_SECONDS
+        timeout_seconds = HURRIED_TIMEOUT_SECONDS if self._is_hurried else API_TIMEOUT_SECONDS
         try:
             session = requests.Session() if endpoint.scheme == "http" else _authorized_session()
             answer = session.request(method, url, params=query, json=body, timeout=timeout_seconds)
@@ -249,8 +243,12 @@ class GoogleBackend(Backend):
         raise refusal(answer.status_code, _refusal_text(answer), request)
 
     def elsewhere(self) -> Self | None:
-        """See `Backend.elsewhere`."""
-        return type(self)(self.target, -len(self._others)) if self._others else None
+        """See `Target.elsewhere`."""
+        if self._first + 1 == len(self.places):
+            return None
+        following = self.model_copy()
+        following._first += 1
+        return following
 
     def render(self, spec: JobSpec) -> list[JsonObject]:
         """Returns the bodies of the requests that make the job in the place of this backend."""
@@ -261,7 +259,7 @@ class GoogleBackend(Backend):
         for word in (*spec.argv, *spec.env.values()):
             if "\n" in word:
                 raise BadRequestError(f"{word!r} has a line break, which no word or variable of a job may have")
-        machine = machine_for(self.target.machine_type, spec.gpu_type or self.target.gpu_type, spec.gpus)
+        machine = machine_for(self.machine_type, spec.gpu_type or self.gpu_type, spec.gpus)
         return self.requests_for(spec, machine)
 
     @abc.abstractmethod
@@ -281,7 +279,7 @@ class GoogleBackend(Backend):
         """Returns the number of the slice that wrote an entry."""
 
     def logs(self, name: str, follow: bool) -> Iterator[str]:
-        """See `Backend.logs`: each entry once, in the order in which they arrive."""
+        """See `Target.logs`: each entry once, in the order in which they arrive."""
         filter_, since, has_slices = self.log_of(name)
         seen: set[str] = set()
         newest, over_at = since, math.inf
@@ -313,20 +311,16 @@ class GoogleBackend(Backend):
         raise BucketAwayError(f"{what}: not ready after {CHANGE_SECONDS:.0f} s: look later")
 
     def checks(self, bucket: str) -> Iterator[Check]:
-        """See `Backend.checks`: the API, the machine type, the account."""
-        target = self.target
-        self.is_hurried = True
+        """See `Target.checks`: the API, the machine type, the account."""
+        self._is_hurried = True
         yield (engine := Check.of(self.engine, self._look_at_engine))
-        if engine.passed and target.service_account:
-            yield Check.unless_hidden("service account", self._look_for_account)
+        if engine.passed and self.service_account:
+            account = f"GET iam/projects/-/serviceAccounts/{self.service_account}"
+            yield Check.unless_hidden("service account", lambda: f"{self.ask(account)['email']} is there")
 
     def _look_at_engine(self) -> str:
-        machine_for(self.target.machine_type, self.target.gpu_type, self.target.gpus)
-        return f"project {self.target.project} answers; {len(self.jobs()):,} jobs"
-
-    def _look_for_account(self) -> str:
-        account = self.ask(f"GET iam/projects/-/serviceAccounts/{self.target.service_account}")
-        return f"{account['email']} is there"
+        machine_for(self.machine_type, self.gpu_type, self.gpus)
+        return f"project {self.project} answers; {len(self.jobs()):,} jobs"
 
 
 def container_variables(spec: JobSpec) -> dict[str, str]:

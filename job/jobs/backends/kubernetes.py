@@ -27,7 +27,18 @@ from job.exits import (
     NoPermissionError,
     State,
 )
-from job.jobs.backends import Backend, Cause, Check, JobStatus, JsonObject
+from job.jobs.backends import (
+    Cause,
+    Check,
+    JobStatus,
+    JsonObject,
+    LabelValue,
+    Name,
+    Target,
+    Terms,
+    Text,
+    needs_extra,
+)
 from job.jobs.backends.kubernetes_objects import (
     CONTAINER,
     SIZE,
@@ -41,7 +52,6 @@ from job.jobs.backends.kubernetes_objects import (
 )
 from job.jobs.machines import Hourly, gpus_of, listed_price
 from job.jobs.spec import LABEL_PREFIX, JobSpec
-from job.jobs.targets import LabelValue, Name, Target, Terms
 
 GONE_MARGIN_SECONDS = 45.0
 """The time that a deleted job may take to go, beyond the grace period of its pods."""
@@ -91,68 +101,6 @@ _Size = Annotated[str, Field(pattern=SIZE)]
 _Queue = Annotated[str, Field(pattern=r"^([a-z0-9](-*[a-z0-9])*(\.[a-z0-9](-*[a-z0-9])*)*)?$", max_length=63)]
 
 
-class KubernetesTarget(Target):
-    """A Kubernetes cluster, as the current kubeconfig or `context` names it."""
-
-    has_groups = True
-    backend: Literal["kubernetes"]
-    context: str = ""
-    namespace: Name = "default"
-    service_account: Name = "default"
-    queue: _Queue = ""
-    """Kueue's local queue; empty for none."""
-    cluster: Literal["gke", "plain"] = "gke"
-    """`gke` selects nodes and tolerates taints as GKE labels and taints them; `plain` does neither."""
-    node_selector: dict[str, LabelValue] | None = None
-    """Replaces what `cluster` and the GPU type give."""
-    tolerations: list[dict[str, str | int]] | None = None
-    """Replace what `cluster` and `spot` give; the cluster refuses fields that it does not know."""
-    grace_seconds: int = Field(15, ge=5, le=600)
-    """From the notice to the end: 15 on GKE spot nodes unless the node pool gives more."""
-    machine_type: LabelValue = ""
-    """The type of the nodes with GPUs, if Compute Engine makes them: a job requests its GPUs' share of such a node."""
-    region: LabelValue = ""
-    """The region of those nodes, which decides about their price alone."""
-    cpus: str = Field("", pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)?$")
-    """Empty: its share, or 4 for each GPU if `machine_type` is not set or the GPUs are others."""
-    memory: _Size = ""
-    """Empty: its share, or 16Gi for each GPU."""
-    scratch: _Size = "50Gi"
-    """The local disk for the cache of images."""
-    shared_memory: _Size = ""
-    """Part of `memory`; empty: 2Gi for each GPU."""
-
-    @property
-    def notice_seconds(self) -> float:
-        """See `Target.notice_seconds`."""
-        return self.grace_seconds
-
-    @property
-    def selects_machines(self) -> bool:
-        """Returns whether the GPU type and `spot` decide about the node, and not the target's own selector."""
-        return self.cluster == "gke" and self.node_selector is None
-
-    def terms(self, spec: JobSpec) -> Terms:
-        """See `Target.terms`: a queue stops a group for good, while Kubernetes counts from each of its starts."""
-        place = (*[f"context {self.context}"] * bool(self.context), f"namespace {self.namespace}")
-        is_group = spec.nodes > 1 and not self.queue
-        start = "from each start of the group" if is_group else "for all attempts together"
-        end = "its queue stops it for good" if self.queue else "Kubernetes ends it"
-        more = "; preemptions start it without bound" * is_group
-        limit = f"{start}, waiting for nodes and pauses included, then {end}{more}"
-        kind = "" if self.selects_machines else "spot or on demand, as the target's nodes are"
-        return Terms("node", place, limit, None if is_group else 1, kind)
-
-    def list_price(self, spec: JobSpec) -> Hourly | None:
-        """See `Target.list_price`: a job pays for its GPUs' share of a node; the type of other nodes is unknown."""
-        found = gpus_of(self.machine_type)
-        if found is None or not spec.gpus:
-            return None
-        share = min(1.0, spec.gpus / found[0])
-        part = f"{spec.gpus} of the {found[0]} GPUs of " if share < 1 else ""
-        return listed_price(self.machine_type, [self.region], share, part)
-
-
 class ClusterApi:
     """The API of a target's cluster; the kubeconfig is read with the first request.
 
@@ -163,8 +111,8 @@ class ClusterApi:
     is_hurried = False
     """Whether each request is tried once, and briefly, because a person waits."""
 
-    def __init__(self, target: KubernetesTarget) -> None:
-        self.namespace, self._context = target.namespace, target.context
+    def __init__(self, namespace: str, context: str) -> None:
+        self.namespace, self._context = namespace, context
 
     @property
     def host(self) -> str:
@@ -244,7 +192,6 @@ class ClusterApi:
             BadConfigError: it is not valid, or has no such context.
         """
         import urllib3
-        import yaml
         from kubernetes import client, config
 
         made, paths = client.Configuration(), os.environ.get("KUBECONFIG") or "~/.kube/config"
@@ -258,15 +205,8 @@ class ClusterApi:
         )
         try:
             config.load_kube_config(paths, self._context or None, made, persist_config=False)
-        except (
-            config.ConfigException,
-            yaml.YAMLError,
-            OSError,
-            AttributeError,
-            KeyError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except Exception as error:
+            # A damaged file causes any of them.
             reason = " ".join(str(error).split())
             if reason.endswith("No configuration found."):
                 raise MissingInputError(f"the kubeconfig {paths} is missing: {_KUBECONFIG_HINT}") from None
@@ -281,6 +221,7 @@ class ClusterApi:
     def _ask(self, api: str, call: str, *words: Any, **options: Any) -> JsonObject:
         return dict(json.loads(self._content(api, call, *words, **options)))
 
+    @needs_extra("kubernetes")
     def _content(self, api: str, call: str, *words: Any, **options: Any) -> bytes:
         """Returns the answer to a method of the client."""
         import urllib3
@@ -333,25 +274,85 @@ def _message_of(error: Any) -> str:
     return " ".join(str(text).split())[:400]
 
 
-class KubernetesBackend(Backend):
-    """One namespace of a cluster. A job of one machine is a Job, one of several nodes a JobSet; a name is one job."""
+class KubernetesTarget(Target):
+    """One namespace of a Kubernetes cluster, as the current kubeconfig or `context` names it.
 
-    extra = "kubernetes"
+    A job of one machine is a Job, one of several nodes a JobSet; a name is one job.
+    """
+
+    has_groups = True
     keeps_ended = True
-    target: KubernetesTarget
+    backend: Literal["kubernetes"]
+    context: Text = ""
+    namespace: Name = "default"
+    service_account: Name = "default"
+    queue: _Queue = ""
+    """Kueue's local queue; empty for none."""
+    cluster: Literal["gke", "plain"] = "gke"
+    """`gke` selects nodes and tolerates taints as GKE labels and taints them; `plain` does neither."""
+    node_selector: dict[Text, LabelValue] | None = None
+    """Replaces what `cluster` and the GPU type give."""
+    tolerations: list[dict[Text, Text | int]] | None = None
+    """Replace what `cluster` and `spot` give; the cluster refuses fields that it does not know."""
+    grace_seconds: int = Field(15, ge=5, le=600)
+    """From the notice to the end: 15 on GKE spot nodes unless the node pool gives more."""
+    machine_type: LabelValue = ""
+    """The type of the nodes with GPUs, if Compute Engine makes them: a job requests its GPUs' share of such a node."""
+    region: LabelValue = ""
+    """The region of those nodes, which decides about their price alone."""
+    cpus: str = Field("", pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)?$")
+    """Empty: its share, or 4 for each GPU if `machine_type` is not set or the GPUs are others."""
+    memory: _Size = ""
+    """Empty: its share, or 16Gi for each GPU."""
+    scratch: _Size = "50Gi"
+    """The local disk for the cache of images."""
+    shared_memory: _Size = ""
+    """Part of `memory`; empty: 2Gi for each GPU."""
 
-    def __init__(self, target: Target) -> None:
-        """Sends no request yet."""
-        super().__init__(target)
-        self._api = ClusterApi(self.target)
-        self._where = f"in namespace {self.target.namespace!r}"
+    @property
+    def notice_seconds(self) -> float:
+        """See `Target.notice_seconds`."""
+        return self.grace_seconds
+
+    @property
+    def selects_machines(self) -> bool:
+        """Returns whether the GPU type and `spot` decide about the node, and not the target's own selector."""
+        return self.cluster == "gke" and self.node_selector is None
+
+    def terms(self, spec: JobSpec) -> Terms:
+        """See `Target.terms`: a queue stops a group for good, while Kubernetes counts from each of its starts."""
+        place = (*[f"context {self.context}"] * bool(self.context), f"namespace {self.namespace}")
+        is_group = spec.nodes > 1 and not self.queue
+        start = "from each start of the group" if is_group else "for all attempts together"
+        end = "its queue stops it for good" if self.queue else "Kubernetes ends it"
+        more = "; preemptions start it without bound" * is_group
+        limit = f"{start}, waiting for nodes and pauses included, then {end}{more}"
+        kind = "" if self.selects_machines else "spot or on demand, as the target's nodes are"
+        return Terms("node", place, limit, None if is_group else 1, kind)
+
+    def list_price(self, spec: JobSpec) -> Hourly | None:
+        """See `Target.list_price`: a job pays for its GPUs' share of a node; the type of other nodes is unknown."""
+        found = gpus_of(self.machine_type)
+        if found is None or not spec.gpus:
+            return None
+        share = min(1.0, spec.gpus / found[0])
+        part = f"{spec.gpus} of the {found[0]} GPUs of " if share < 1 else ""
+        return listed_price(self.machine_type, [self.region], share, part)
+
+    @cached_property
+    def _api(self) -> ClusterApi:
+        return ClusterApi(self.namespace, self.context)
+
+    @property
+    def _where(self) -> str:
+        return f"in namespace {self.namespace!r}"
 
     def render(self, spec: JobSpec) -> list[JsonObject]:
         """Returns a Job, or a JobSet for several nodes, which `kubectl apply -f` takes as well."""
-        return [manifest(spec, self.target)]
+        return [manifest(spec, self)]
 
     def submit(self, spec: JobSpec) -> None:
-        """See `Backend.submit`; a job of that name that is over makes room."""
+        """See `Target.submit`; a job of that name that is over makes room."""
         (made,) = self.render(spec)
         kind = KINDS[made["kind"]]
         if spec.nodes > 1 and not self._api.knows(kind):
@@ -376,7 +377,7 @@ class KubernetesBackend(Backend):
         return [(kind, job) for kind, job in found if job is not None]
 
     def alive(self, name: str) -> JobStatus:
-        """See `Backend.alive`; a job is gone when it was deleted, or a day after its end."""
+        """See `Target.alive`; a job is gone when it was deleted, or a day after its end."""
         return self._look(name)[0]
 
     def jobs(self) -> list[JobStatus]:
@@ -387,10 +388,6 @@ class KubernetesBackend(Backend):
             pods.setdefault(pod["metadata"]["labels"].get("ddpm-job", ""), []).append(pod)
         jobs = [job for kind in KINDS.values() for job in self._api.all_with(kind, selector)]
         return [self._observed(job, pods.get(job["metadata"]["name"], [])) for job in jobs]
-
-    def identity(self, status: JobStatus) -> tuple[str, ...]:
-        """See `Backend.identity`: two contexts may be one cluster."""
-        return ("kubernetes", self._api.host, self.target.namespace, status.name)
 
     def logs(self, name: str, follow: bool) -> Iterator[str]:
         """Yields the lines of all its pods, also of replaced ones, with the index before each if there are several.
@@ -445,7 +442,7 @@ class KubernetesBackend(Backend):
         return self.effect_of_cancelling(status.state)
 
     def checks(self, bucket: str) -> Iterator[Check]:
-        """See `Backend.checks`: rights, account and queue, or the cluster alone if it does not answer."""
+        """See `Target.checks`: rights, account and queue, or the cluster alone if it does not answer."""
         self._api.is_hurried = True
         yield (cluster := Check.of("cluster", self._look_at_rights))
         if cluster.passed:
@@ -474,7 +471,7 @@ class KubernetesBackend(Backend):
         return observed(job, pods, events, others)
 
     def _wait_until_gone(self, kind: Kind, name: str) -> None:
-        until = time.monotonic() + self.target.grace_seconds + GONE_MARGIN_SECONDS
+        until = time.monotonic() + self.grace_seconds + GONE_MARGIN_SECONDS
         while self._api.get(kind, name) is not None:
             if time.monotonic() > until:
                 why = self.alive(name).message
@@ -483,7 +480,7 @@ class KubernetesBackend(Backend):
 
     def _look_for_queue(self) -> str:
         """Returns that the target's queue exists: a missing one would hold a job for ever."""
-        if not (queue := self.target.queue):
+        if not (queue := self.queue):
             return "none is set"
         if any(self._api.get(kind, queue) for kind in LOCAL_QUEUES):
             return f"{queue} is there"
@@ -499,10 +496,5 @@ class KubernetesBackend(Backend):
         return f"{self._api.host} lets you create, follow and delete jobs {self._where}"
 
     def _look_for_account(self) -> str:
-        name = self.target.service_account
-        try:
-            self._api.read("read_namespaced_service_account", name)
-        except NoSuchObjectError:
-            make = f"`kubectl -n {self.target.namespace} create serviceaccount {name}`"
-            raise MissingInputError(f"no service account {name!r} {self._where}: {make}") from None
-        return f"{name} is there"
+        self._api.read("read_namespaced_service_account", self.service_account)
+        return f"{self.service_account} is there"

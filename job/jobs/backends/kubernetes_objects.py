@@ -170,34 +170,28 @@ def _pod(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
 
 def _placement(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
     """Returns the nodes for the pods: as the target selects them, else as GKE labels and taints them, else any."""
-    selector: dict[str, str] = {}
-    tolerations: list[JsonObject] = []
-    affinity: JsonObject = {}
-    if target.cluster == "gke":
-        gpu_type = spec.gpu_type or target.gpu_type
-        if spec.gpus and gpu_type:
-            selector[GPU_TYPE_LABEL] = gpu_type
-            # A job would wait for such a node without end.
-            if target.selects_machines and gpu_type not in GKE_GPU_TYPES:
-                known = f"there are {', '.join(GKE_GPU_TYPES)}; nodes with another label need node_selector"
-                raise BadRequestError(f"--gpu-type {gpu_type}: GKE has no GPUs of this name: {known}")
-        if spec.spot:
-            selector[SPOT_LABEL] = "true"
-            tolerations.append({"key": SPOT_LABEL, "operator": "Equal", "value": "true", "effect": "NoSchedule"})
-        if spec.gpus:
-            tolerations.append({"key": GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"})
-        elif not spec.spot:
-            tolerations.append({"key": CAPACITY, "operator": "Equal", "value": "on-demand", "effect": "NoSchedule"})
-    if target.selects_machines and not spec.spot:
-        # Kueue would use spot nodes, which not every pool taints.
-        no_spot = {"key": SPOT_LABEL, "operator": "NotIn", "values": ["true"]}
-        required = {"nodeSelectorTerms": [{"matchExpressions": [no_spot]}]}
-        affinity = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": required}}
-    if target.node_selector is not None:
-        selector = dict(target.node_selector)
-    if target.tolerations is not None:
-        tolerations = list(target.tolerations)
-    parts = {"nodeSelector": selector, "affinity": affinity, "tolerations": tolerations}
+    is_gke, is_chosen = target.cluster == "gke", target.selects_machines
+    gpu_type = (spec.gpu_type or target.gpu_type) if is_gke and spec.gpus else ""
+    # A job would wait for such a node without end.
+    if is_chosen and gpu_type not in ("", *GKE_GPU_TYPES):
+        known = f"there are {', '.join(GKE_GPU_TYPES)}; nodes with another label need node_selector"
+        raise BadRequestError(f"--gpu-type {gpu_type}: GKE has no GPUs of this name: {known}")
+    labels = {GPU_TYPE_LABEL: gpu_type, SPOT_LABEL: "true" if is_gke and spec.spot else ""}
+    taints = (
+        (spec.spot, {"key": SPOT_LABEL, "operator": "Equal", "value": "true"}),
+        (spec.gpus, {"key": GPU_RESOURCE, "operator": "Exists"}),
+        (not spec.spot and not spec.gpus, {"key": CAPACITY, "operator": "Equal", "value": "on-demand"}),
+    )
+    tolerations = [{**taint, "effect": "NoSchedule"} for has_it, taint in taints if is_gke and has_it]
+    # Kueue would use spot nodes, which not every pool taints.
+    no_spot = {"matchExpressions": [{"key": SPOT_LABEL, "operator": "NotIn", "values": ["true"]}]}
+    affinity = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [no_spot]}}}
+    selector, own = target.node_selector, target.tolerations
+    parts = {
+        "nodeSelector": {label: value for label, value in labels.items() if value} if selector is None else selector,
+        "affinity": affinity if is_chosen and not spec.spot else {},
+        "tolerations": tolerations if own is None else own,
+    }
     return {field: value for field, value in parts.items() if value}
 
 
@@ -248,8 +242,7 @@ def _share_of_node(spec: JobSpec, target: KubernetesTarget) -> tuple[str, str]:
         raise BadRequestError(f"{nodes}, whose room for jobs is not known here: set cpus and memory of the target")
     # GKE and its own pods need the rest (kubernetes-engine/docs/concepts/plan-node-sizes).
     millis, gibibytes = 1000 * (shape[0] - max(1, shape[0] // 32)), shape[1] * 3 // 4 // 1024
-    millis = millis * spec.gpus // gpus
-    return f"{millis}m" if millis % 1000 else str(millis // 1000), f"{gibibytes * spec.gpus // gpus}Gi"
+    return f"{millis * spec.gpus // gpus}m", f"{gibibytes * spec.gpus // gpus}Gi"
 
 
 def _literally(text: str) -> str:
@@ -259,13 +252,10 @@ def _literally(text: str) -> str:
 
 def _env(spec: JobSpec, target: KubernetesTarget) -> list[JsonObject]:
     own = scratch_variables(target.grace_seconds)
-    values = {name: _literally(value) for name, value in (own | dict(spec.env)).items()}
     # The grace is a fact of the pod, which the target's own variables cannot change.
-    values[GRACE_VARIABLE] = own[GRACE_VARIABLE]
-    references = []
-    if spec.machines > 1 or spec.slices:
-        path = f"metadata.annotations['{INDEX_ANNOTATION}']"
-        references = [{"name": INDEX_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": path}}}]
+    given = {**own, **spec.env, GRACE_VARIABLE: own[GRACE_VARIABLE]}
+    values = {name: _literally(value) for name, value in given.items()}
+    index = {"fieldRef": {"fieldPath": f"metadata.annotations['{INDEX_ANNOTATION}']"}}
     if spec.nodes > 1:
         # Where the nodes meet; see `job.processes.group`.
         values |= {
@@ -276,7 +266,8 @@ def _env(spec: JobSpec, target: KubernetesTarget) -> list[JsonObject]:
             "MASTER_PORT": str(MASTER_PORT),
         }
     # A value may refer only to an earlier variable.
-    return references + [{"name": name, "value": value} for name, value in sorted(values.items())]
+    named: list[JsonObject] = [{"name": name, "value": value} for name, value in sorted(values.items())]
+    return [{"name": INDEX_VARIABLE, "valueFrom": index}, *named]
 
 
 def observed(

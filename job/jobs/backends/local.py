@@ -21,25 +21,14 @@ from typing import Literal, NoReturn
 
 import psutil
 
+from job.coordination.sealed import utc_now
 from job.exits import BadRequestError, MissingInputError, State
-from job.jobs.backends import FOLLOW_SECONDS, Backend, Check, JobStatus, JsonObject, output_of
+from job.jobs.backends import FOLLOW_SECONDS, Check, JobStatus, JsonObject, Target, output_of
 from job.jobs.spec import JobSpec
-from job.jobs.targets import Target
-from job.sealed import utc_now
 from job.store.files import folder_lock, os_errors
 
 SAME_START_SECONDS = 2.0
 """The tolerance of a process's start, because the clock may have been set meanwhile."""
-
-
-class LocalTarget(Target):
-    """Processes of this machine."""
-
-    is_remote = False
-    is_in_place = True
-    backend: Literal["local"] = "local"
-    gpus: int = 0
-    spot: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,17 +50,21 @@ class LocalRecord:
         return None
 
 
-class LocalBackend(Backend):
+class LocalTarget(Target):
     """Jobs that are processes of this machine, with records in the cache folder."""
 
-    target: LocalTarget
+    is_remote = False
+    is_in_place = True
+    backend: Literal["local"] = "local"
+    gpus: int = 0
+    spot: bool = False
 
     def render(self, spec: JobSpec) -> list[JsonObject]:
         """Returns the one command, and its variables."""
         return [{"name": spec.name, "command": ["ddpm", *spec.argv_that_ends], "environment": dict(spec.env)}]
 
     def become(self, spec: JobSpec) -> NoReturn:
-        """See `Backend.become`; its record shows the job to commands in other terminals, which may cancel it."""
+        """See `Target.become`; its record shows the job to commands in other terminals, which may cancel it."""
         with _records() as folder:
             # The record of a job in the background must not be lost: no other command could cancel it.
             if not ((before := self.find(spec.name)) and before.process()):
@@ -104,7 +97,7 @@ class LocalBackend(Backend):
         return None
 
     def alive(self, name: str) -> JobStatus:
-        """See `Backend.alive`."""
+        """See `Target.alive`."""
         if not (record := self.find(name)):
             return JobStatus(name, State.GONE, "it was not started here")
         alive = JobStatus(name, State.RUNNING, created=record.created, bucket=record.bucket)
@@ -117,12 +110,8 @@ class LocalBackend(Backend):
         """Returns the newest job of each name that was started here."""
         return [self.alive(path.stem) for path in _folder().glob("*.json") if self.find(path.stem)]
 
-    def identity(self, status: JobStatus) -> tuple[str, ...]:
-        """See `Backend.identity`: all targets are this machine."""
-        return ("local", status.name)
-
     def logs(self, name: str, follow: bool) -> Iterator[str]:
-        """See `Backend.logs`."""
+        """See `Target.logs`."""
         record, path = self.known(name), _log_path(name)
         if not path.exists():
             raise MissingInputError(f"{name} prints to the terminal that it was started from, and has no log")
@@ -140,7 +129,7 @@ class LocalBackend(Backend):
         return self.effect_of_cancelling(State.RUNNING)
 
     def checks(self, bucket: str) -> Iterable[Check]:
-        """See `Backend.checks`: the machine itself."""
+        """See `Target.checks`: the machine itself."""
         from job.jobs.doctor import machine_checks
 
         return machine_checks()
@@ -152,7 +141,7 @@ def _command(spec: JobSpec) -> list[str]:
 
 
 def _folder() -> Path:
-    from job.data.cache import default_cache_dir
+    from job.data.reading import default_cache_dir
 
     # Several machines may share a cache, and their process ids mean nothing here.
     return default_cache_dir() / "jobs" / socket.gethostname()

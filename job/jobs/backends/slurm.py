@@ -10,7 +10,6 @@ says.
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import subprocess
@@ -23,6 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from job.coordination.sealed import MOMENT_FORMAT
 from job.exits import (
     CRASHED,
     BadRequestError,
@@ -36,11 +36,9 @@ from job.exits import (
     failures,
     state_after,
 )
-from job.jobs.backends import Backend, Cause, Check, JobStatus, JsonObject, last_line, output_of
+from job.jobs.backends import Cause, Check, JobStatus, JsonObject, Target, Terms, Word, last_line, output_of
 from job.jobs.spec import LABEL_PREFIX, JobSpec
-from job.jobs.targets import Target, Terms, Word
 from job.processes.group import GPUS
-from job.sealed import MOMENT_FORMAT
 from job.stop import GRACE_VARIABLE
 
 ANSWER_SECONDS = 60.0
@@ -78,17 +76,34 @@ INDEX = "$SLURM_ARRAY_TASK_ID"
 _Option = Annotated[str, Field(pattern=r"^([A-Za-z0-9(\[][A-Za-z0-9._:,=|&*()\[\]!/+-]{0,400})?$")]
 
 
+class _Task(NamedTuple):
+    """A job, or a slice of one, as Slurm knows it."""
+
+    number: int
+    slice: int
+    """-1 for a job without slices."""
+    status: JobStatus
+
+    @property
+    def output(self) -> str:
+        """Returns the name of the file with its output."""
+        return f"{self.status.name}-{self.number}{f'_{self.slice}' if self.slice >= 0 else ''}.log"
+
+
 class SlurmTarget(Target):
-    """A Slurm cluster, whose commands are on this machine or on the login node `host`."""
+    """A Slurm cluster, whose commands are on this machine or on the login node `host`.
+
+    Slurm forgets a job some minutes after its end: its bucket and its output remain.
+    """
 
     has_groups = True
     limits_attempts = True
     backend: Literal["slurm"]
     host: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._@:%-]{0,255})?$")] = ""
     """As ssh knows it, such as `me@login.example.org`; empty if Slurm's commands are on this machine."""
-    folder: Annotated[str, Field(pattern=r"^/[^\\]+$")]
+    folder: Annotated[str, Field(pattern=r"^/[^\\\p{C}\p{Zl}\p{Zp}]+$")]
     """For the output of jobs: the login node and all nodes share it."""
-    venv: Annotated[str, Field(pattern=r"^(/.*)?$")] = ""
+    venv: Annotated[str, Field(pattern=r"^(/[^\p{C}\p{Zl}\p{Zp}]*)?$")] = ""
     """The virtual environment on a disk that all nodes share, if the program is not in an image."""
     image: Annotated[str, Field(pattern=r"^([A-Za-z0-9/][A-Za-z0-9._:/@#+~-]{0,400})?$")] = ""
     """As `container` takes it, such as `/shared/ddpm.sif` or `docker://REGISTRY/NAME:TAG`."""
@@ -136,37 +151,17 @@ class SlurmTarget(Target):
         limit = "for each attempt, then it saves and waits in the queue for the next"
         return Terms("node", place, limit, None, "which other jobs may take if the partition allows that")
 
-
-class _Task(NamedTuple):
-    """A job, or a slice of one, as Slurm knows it."""
-
-    number: int
-    slice: int
-    """-1 for a job without slices."""
-    status: JobStatus
-
-    @property
-    def output(self) -> str:
-        """Returns the name of the file with its output."""
-        return f"{self.status.name}-{self.number}{f'_{self.slice}' if self.slice >= 0 else ''}.log"
-
-
-class SlurmBackend(Backend):
-    """See `Backend`. Slurm forgets a job some minutes after its end: its bucket and its output remain."""
-
-    target: SlurmTarget
-
     def render(self, spec: JobSpec) -> list[JsonObject]:
         """Returns the script, which `sbatch` reads."""
-        return [{"script": script_of(spec, self.target)}]
+        return [{"script": script_of(spec, self)}]
 
     def submit(self, spec: JobSpec) -> None:
-        """See `Backend.submit`."""
+        """See `Target.submit`."""
         (made,) = self.render(spec)
         if not (before := self.alive(spec.name)).state.is_over:
             raise self.runs_already(spec.name, f"on {before.place}" if before.place else "or waits")
         # No container can mount a bucket that is not there yet.
-        self._ask("mkdir", "-p", "--", self.target.folder, *map(str, filter(None, [spec.bucket_folder])))
+        self._ask("mkdir", "-p", "--", self.folder, *map(str, filter(None, [spec.bucket_folder])))
         self._ask("sbatch", script=made["script"])
 
     def find(self, name: str) -> list[_Task]:
@@ -174,7 +169,7 @@ class SlurmBackend(Backend):
         return _newest(_tasks(self._ask(*_QUEUE, f"--name={name}")) or self._outputs(name))
 
     def alive(self, name: str) -> JobStatus:
-        """See `Backend.alive`."""
+        """See `Target.alive`."""
         tasks = self.find(name)
         return _whole(tasks) if tasks else JobStatus(name, State.GONE, "Slurm does not know it")
 
@@ -185,25 +180,19 @@ class SlurmBackend(Backend):
             by_name.setdefault(task.status.name, []).append(task)
         return [_whole(_newest(tasks)) for tasks in by_name.values()]
 
-    def identity(self, status: JobStatus) -> tuple[str, ...]:
-        """See `Backend.identity`: several targets are partitions of one cluster, and differ in the folder at most."""
-        return ("slurm", self.target.host, self.target.folder, status.name)
-
     def logs(self, name: str, follow: bool) -> Iterator[str]:
-        """See `Backend.logs`: files that stay until a person deletes them; `tail` names that of each slice."""
-        paths = [f"{self.target.folder}/{task.output}" for task in self.known(name)]
+        """See `Target.logs`: files that stay until a person deletes them; `tail` names that of each slice."""
+        paths = [f"{self.folder}/{task.output}" for task in self.known(name)]
         words = ["tail", "--lines=+1", "--verbose" if len(paths) > 1 else "--quiet", *["-F"] * follow, "--", *paths]
         lines = output_of(self._there(words), FOLLOW_POLL_SECONDS, lambda: self.alive(name).state.is_over)
-        is_empty = True
-        for line in lines:
-            is_empty = False
-            yield line
-        if is_empty:
+        if (first := next(lines, None)) is None:
             raise MissingInputError(f"{name} has printed nothing: `ddpm jobs status {name}` shows why")
+        yield first
+        yield from lines
 
     def _outputs(self, name: str) -> list[_Task]:
         """Returns the jobs and slices of that name whose output is there, as jobs that are gone."""
-        files = ["find", self.target.folder, "-maxdepth", "1", "-name", f"{name}-[0-9]*.log"]
+        files = ["find", self.folder, "-maxdepth", "1", "-name", f"{name}-[0-9]*.log"]
         first_lines = ["-exec", "grep", "-H", "-m", "1", "^ddpm-slurm: job", "{}", "+"]
         line = rf"^.*/{name}-(\d+)(?:_(\d+))?\.log:ddpm-slurm: job .* at (\S+)$"
         found = re.findall(line, self._ask(*files, *first_lines, may_fail=True), re.MULTILINE)
@@ -211,7 +200,7 @@ class SlurmBackend(Backend):
         return [_Task(int(number), int(index or -1), replace(gone, created=began)) for number, index, began in found]
 
     def cancel(self, name: str) -> str:
-        """See `Backend.cancel`: Slurm tells the program to stop, and kills it after the cluster's `KillWait`."""
+        """See `Target.cancel`: Slurm tells the program to stop, and kills it after the cluster's `KillWait`."""
         tasks = self.known(name)
         if (state := _whole(tasks).state).is_over:
             raise BadRequestError(f"job {name!r} is {state} already")
@@ -219,14 +208,12 @@ class SlurmBackend(Backend):
         return self.effect_of_cancelling(state)
 
     def checks(self, bucket: str) -> Iterator[Check]:
-        """See `Backend.checks`: a job looks around that asks for what jobs of this target ask for."""
-        target, name = self.target, "doctor"
+        """See `Target.checks`: a job looks around that asks for what jobs of this target ask for."""
+        name = "doctor"
         words = (name, "--on", "local", "--json", *(("--bucket", bucket) if bucket else ("--no-bucket",)))
-        env = {**target.env, GPUS: str(target.gpus)} if target.gpus else target.env
-        job = JobSpec(
-            name, "train", words, target.software, bucket or target.usual_bucket, spot=False, retries=0, env=env
-        )
-        job = replace(job, gpus=target.gpus, gpu_type=target.gpu_type, max_hours=target.max_hours)
+        env = {**self.env, GPUS: str(self.gpus)} if self.gpus else self.env
+        job = JobSpec(name, "train", words, self.software, bucket or self.usual_bucket, spot=False, retries=0, env=env)
+        job = replace(job, gpus=self.gpus, gpu_type=self.gpu_type, max_hours=self.max_hours)
         self.submit(job)
         until = time.monotonic() + NODE_SECONDS
         while not (status := self.alive(name)).state.is_over:
@@ -239,20 +226,18 @@ class SlurmBackend(Backend):
                 return
             time.sleep(1)
         output = list(self.logs(name, follow=False))
-        found = next((json.loads(line) for line in output if line.startswith("[{")), None)
+        found = Check.inside("\n".join(output), "node")
         why = output[0] if found else "; ".join(line for line in output if "error" in line)
-        yield Check("job", bool(found), why, f"`ddpm jobs logs {name}` shows the rest")
-        for inside in found or ():
-            yield Check(**inside | {"name": f"{inside['name']} (node)", "exit_code": Exit(inside["exit_code"])})
+        yield from [Check("job", bool(found), why, f"`ddpm jobs logs {name}` shows the rest"), *found]
 
     def _there(self, words: Sequence[str]) -> list[str]:
         """Returns the command that runs `words` where Slurm's commands are, and ends with 127 if one is missing."""
-        if not self.target.host:
+        if not self.host:
             return ["env", "bash", "-c", _PLAINLY, "bash", *words]
         # Slurm's commands may lie where only the profile of a login shell looks, which may print a greeting.
         command = f"exec bash -lc {shlex.quote(f'{_PLAINLY} >&3')} bash {shlex.join(words)} 3>&1 >&2"
         login = shlex.join(["bash", "-c", command])
-        return ["env", "ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "--", self.target.host, login]
+        return ["env", "ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "--", self.host, login]
 
     def _ask(self, *words: str, script: str = "", may_fail: bool = False) -> str:
         """Returns the output of a command, which must succeed unless it `may_fail`."""
@@ -260,14 +245,14 @@ class SlurmBackend(Backend):
         try:
             answer = subprocess.run(self._there(words), input=script, check=False, **how)
         except subprocess.TimeoutExpired:
-            where = self.target.host or words[0]
+            where = self.host or words[0]
             raise BucketAwayError(f"{where} did not answer within {ANSWER_SECONDS:g} s") from None
         if answer.returncode and not may_fail:
             raise self._refusal(answer)
         return str(answer.stdout)
 
     def _refusal(self, answer: subprocess.CompletedProcess[str]) -> JobError:
-        host, why = self.target.host, last_line(answer)
+        host, why = self.host, last_line(answer)
         is_ssh = bool(host) and answer.returncode == 255
         if answer.returncode == 127:
             where = f"on {host}" if host else "here: set the login node as the target's `host:`"
@@ -276,9 +261,7 @@ class SlurmBackend(Backend):
             return NoPermissionError(f"{why}: let `ssh {host}` log in without a question, as docs/slurm.md shows")
         if is_ssh or re.search("contact slurm controller|timed? ?out|connect", why, re.IGNORECASE):
             return BucketAwayError(f"{host if is_ssh else 'Slurm'} does not answer ({why})")
-        return (NoPermissionError if "ermission denied" in why else BadRequestError)(
-            f"target {self.target.name!r}: {why}"
-        )
+        return (NoPermissionError if "ermission denied" in why else BadRequestError)(f"target {self.name!r}: {why}")
 
 
 def _tasks(table: str) -> list[_Task]:

@@ -19,13 +19,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from job.coordination.sealed import utc_text
 from job.exits import Exit, JobError, Restart, State, restart_after, state_after
 from job.jobs.backends import Cause, JobStatus, JsonObject, google, joined
 from job.jobs.backends.container import SCRATCH
-from job.jobs.backends.google import GoogleNotFoundError
 from job.jobs.machines import Machine
 from job.jobs.spec import JobSpec
-from job.sealed import utc_text
 
 VM_IMAGE = "projects/cos-cloud/global/images/family/cos-stable"
 VM_LOG = "ddpm-jobs"
@@ -38,27 +37,21 @@ _LEAVING = {"STOPPING", "PENDING_STOP", "SUSPENDING", "DEPROVISIONING", *_SWITCH
 
 
 class VmTarget(google.GoogleTarget):
-    """A Compute Engine VM for each job, which deletes itself."""
+    """A Compute Engine VM for each job, which deletes itself. `elsewhere` is the target's next zone."""
 
+    engine = "Compute Engine"
     # It counts from a VM's first minute to its last.
     limit = ("for all attempts together, then the engine ends it", 1, "")
     backend: Literal["vm"]
-    zones: tuple[Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+-[a-z]$")], ...] = Field(min_length=1)
+    zones: list[Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+-[a-z]$")]] = Field(min_length=1)
 
     @property
-    def places(self) -> tuple[str, ...]:
+    def places(self) -> list[str]:
         """See `GoogleTarget.places`."""
         return self.zones
 
-
-class VmBackend(google.GoogleBackend):
-    """See `Backend`. A job is made in one zone; `elsewhere` is the target's next one."""
-
-    engine = "Compute Engine"
-    target: VmTarget
-
     def submit(self, spec: JobSpec) -> None:
-        """See `Backend.submit`."""
+        """See `Target.submit`."""
         manifests = self.render(spec)
         before = self.find(spec.name)
         for machine in before:
@@ -84,7 +77,7 @@ class VmBackend(google.GoogleBackend):
         self._log_event(spec.name, spec.slices, "submitted")
 
     def alive(self, name: str) -> JobStatus:
-        """See `Backend.alive`."""
+        """See `Target.alive`."""
         return vm_alive(name, self.find(name), self._last_events(name))
 
     def jobs(self) -> list[JobStatus]:
@@ -94,12 +87,8 @@ class VmBackend(google.GoogleBackend):
             machines.setdefault(machine["labels"][JOB_LABEL], []).append(machine)
         return [vm_alive(name, own, {}) for name, own in machines.items()]
 
-    def identity(self, status: JobStatus) -> tuple[str, ...]:
-        """See `Backend.identity`: every target sees all zones of its project."""
-        return ("vm", self.target.project, status.name)
-
     def log_of(self, name: str) -> tuple[str, datetime, bool]:
-        """See `GoogleBackend.log_of`: docker's output, and the events of the machines themselves."""
+        """See `GoogleTarget.log_of`: docker's output, and the events of the machines themselves."""
         machines, parts = self.find(name), self._last_events(name)
         found = vm_alive(name, machines, parts)
         if not found.created:
@@ -109,12 +98,12 @@ class VmBackend(google.GoogleBackend):
         return filter_, datetime.fromisoformat(found.created), len(parts) > 1 or any(map(_slices, machines))
 
     def slice_of(self, entry: JsonObject) -> str:
-        """See `GoogleBackend.slice_of`."""
+        """See `GoogleTarget.slice_of`."""
         container = entry["jsonPayload"].get("container", {})
         return str((container.get("metadata") or entry["labels"]).get(SLICE_LABEL, "all"))
 
     def cancel(self, name: str) -> str:
-        """See `Backend.cancel`: deleting a machine switches it off first, which stops the container."""
+        """See `Target.cancel`: deleting a machine switches it off first, which stops the container."""
         machines = self.known(name)
         # Otherwise a watch would count the machines as lost, and submit the job again.
         self._log_event(name, _slices(machines[0]), "cancelled")
@@ -123,15 +112,15 @@ class VmBackend(google.GoogleBackend):
 
     def find(self, name: str = "") -> list[JsonObject]:
         """Returns the machines of one job, or of all, in any zone of the project."""
-        request = f"GET compute/projects/{self.target.project}/aggregated/instances"
+        request = f"GET compute/projects/{self.project}/aggregated/instances"
         pages = self.pages(request, filter=f"labels.{JOB_LABEL}" + (f"={name}" if name else ":*"))
         return [one for page in pages for zone in page.get("items", {}).values() for one in zone.get("instances", ())]
 
     def _path(self, zone: str) -> str:
-        return f"compute/projects/{self.target.project}/zones/{zone}"
+        return f"compute/projects/{self.project}/zones/{zone}"
 
     def _filter(self, log: str, labels: str, name: str) -> str:
-        return f'logName="projects/{self.target.project}/logs/{log}" AND {labels}."{JOB_LABEL}"="{name}"'
+        return f'logName="projects/{self.project}/logs/{log}" AND {labels}."{JOB_LABEL}"="{name}"'
 
     def _last_events(self, name: str) -> dict[int, JobStatus]:
         since = datetime.now(UTC) - LOG_LOOK_BACK
@@ -139,7 +128,7 @@ class VmBackend(google.GoogleBackend):
 
     def _log_event(self, name: str, slices: int, event: str) -> None:
         """Logs an event about a job; without the right to write logs all else still works."""
-        labels, log = {JOB_LABEL: name, SLICES_LABEL: str(slices)}, f"projects/{self.target.project}/logs/{VM_LOG}"
+        labels, log = {JOB_LABEL: name, SLICES_LABEL: str(slices)}, f"projects/{self.project}/logs/{VM_LOG}"
         entry = {"labels": labels, "jsonPayload": {"message": f"ddpm-vm: {event}", "event": event}}
         with suppress(JobError):
             self.ask("POST logging/entries:write", {"logName": log, "resource": {"type": "global"}, "entries": [entry]})
@@ -148,7 +137,7 @@ class VmBackend(google.GoogleBackend):
         """Deletes machines, and waits until all are gone."""
         operations = []
         for machine in machines:
-            with suppress(GoogleNotFoundError):
+            with suppress(google.GoogleNotFoundError):
                 operations.append(self.ask(f"DELETE {self._path(_zone(machine))}/instances/{machine['name']}"))
         self._wait(operations)
 
@@ -170,11 +159,11 @@ class VmBackend(google.GoogleBackend):
                 raise google.refusal(status, reason, f"machine {machine} in {zone}")
 
     def requests_for(self, spec: JobSpec, machine: Machine) -> list[JsonObject]:
-        """See `GoogleBackend.requests_for`: bodies of `instances.insert`, one, or one for each slice."""
+        """See `GoogleTarget.requests_for`: bodies of `instances.insert`, one, or one for each slice."""
         return [self._instance(spec, machine, number) for number in range(spec.machines)]
 
     def _instance(self, spec: JobSpec, machine: Machine, number: int) -> JsonObject:
-        target, zone = self.target, self.place
+        zone = self.place
         labels = {JOB_LABEL: spec.name, SLICE_LABEL: str(number), SLICES_LABEL: str(spec.slices)}
         variables = google.container_variables(spec)
         metadata = {
@@ -190,11 +179,11 @@ class VmBackend(google.GoogleBackend):
         }
         disk = {
             "sourceImage": VM_IMAGE,
-            "diskSizeGb": str(target.boot_disk_gigabytes),
+            "diskSizeGb": str(self.boot_disk_gigabytes),
             "diskType": f"zones/{zone}/diskTypes/{machine.disk_type}",
             "labels": spec.all_labels,
         }
-        interface: JsonObject = {**target.network_in(zone.rpartition("-")[0]), "nicType": "GVNIC"}
+        interface: JsonObject = {**self.network_in(zone.rpartition("-")[0]), "nicType": "GVNIC"}
         if len(interface) == 1:
             # A named network reaches Google without external addresses; the default one does not.
             external = {"type": "ONE_TO_ONE_NAT", "name": "External NAT"}
@@ -215,7 +204,7 @@ class VmBackend(google.GoogleBackend):
             },
             "disks": [{"boot": True, "autoDelete": True, "initializeParams": disk}],
             "networkInterfaces": [interface],
-            "serviceAccounts": [{"email": target.service_account or "default", "scopes": [google.CLOUD_SCOPE]}],
+            "serviceAccounts": [{"email": self.service_account or "default", "scopes": [google.CLOUD_SCOPE]}],
             "shieldedInstanceConfig": {"enableSecureBoot": True, "enableVtpm": True, "enableIntegrityMonitoring": True},
             "metadata": {"items": [{"key": key, "value": value} for key, value in metadata.items()]},
         }

@@ -162,6 +162,12 @@
     const known = [...x.keys()].filter((index) => x[index] != null && values[index] != null);
     return { ...more, x: known.map((index) => x[index]), values: known.map((index) => values[index]) };
   };
+  // As `ddpm.figures.smoothed` does.
+  const smoothed = (values, radius) => values.map((_, index) => {
+    const near = Math.min(index, radius);
+    const some = values.slice(index - near, index + near + 1);
+    return some.reduce((sum, value) => sum + value, 0) / some.length;
+  });
 
   const charts = at("charts");
   for (const made of charts ? data.charts : []) {
@@ -178,7 +184,14 @@
     const more = made.series.some((series) => series.more) ? box("more", made.more, false) : null;
     charts.append(element("figure", { className: "chart", id: `chart-${made.name}` },
       element("h3", {}, made.title), element("figcaption", {}, made.summary), controls, plot));
-    const lines = made.series.map((series) => line(made.x, series.values, { ...series, width: series.color === "loss" && !series.faint ? 2.2 : 1.2 }));
+    const lines = made.series.map((series) => line(made.x, series.values, { ...series, width: series.color === "loss" ? 2.2 : 1.2 }));
+    if (made.smooth) {
+      const raw = { ...lines[0], label: `${lines[0].label}, each row`, about: "not smoothed", faint: true, width: 1.2 };
+      for (const each of lines.filter(({ label }) => label !== "held out")) {
+        each.values = smoothed(each.values, Math.floor(each.values.length / 25));
+      }
+      lines.push(raw);
+    }
     const draw = chart(plot, () => ({
       unit: data.unit, logarithmic: log?.checked, legend: lines.some(({ about }) => about),
       lines: lines.filter((each) => !each.more || more?.checked),
@@ -216,12 +229,6 @@
         return { name, color: `run${place % 8}`, dash: [[], [8, 4], [2, 4]][Math.floor(place / 8) % 3], run: data.runs[name] };
       });
     };
-    // As `ddpm.figures.smoothed` does.
-    const smoothed = (values, radius) => values.map((_, index) => {
-      const near = Math.min(index, radius);
-      const some = values.slice(index - near, index + near + 1);
-      return some.reduce((sum, value) => sum + value, 0) / some.length;
-    });
     const draw = chart(at("losses"), () => {
       const axis = at("axis").value;
       const lines = marked().map(({ name, color, dash, run: { loss, epoch_images: epoch } }) => {

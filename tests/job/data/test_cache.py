@@ -15,8 +15,9 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from job.data.cache import DecodedCache, ImageCache, ShardCache, default_cache_dir, open_cache, uncached_images
-from job.data.order import Order
+from job.data.reading import default_cache_dir
+from job.data.reading.cache import DecodedCache, ImageCache, ShardCache, open_cache, uncached_images
+from job.data.reading.stream import Order
 from job.data.shards import OFFSETS_DTYPE
 from job.exits import BadConfigError, BadDataError, BucketAwayError, DiskFullError, Exit, StoppedError
 from job.stop import Stop
@@ -137,7 +138,7 @@ OPEN_AND_SAVE = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from job.data.cache import open_cache
+from job.data.reading.cache import open_cache
 from job.data.shards import load_index
 from tests.job.small_dataset import KEY, FarStore
 root, killed_after = Path(sys.argv[1]), int(sys.argv[2])

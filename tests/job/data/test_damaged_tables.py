@@ -66,7 +66,7 @@ def test_unusable_tables_are_one_line(tmp_path):
     ]:
         parquet.write_table(content, path)
         with pytest.raises(error) as caught:
-            survey(open_source(str(path)).images(labelled=True), str(path))
+            survey(open_source(str(path)))
             contents_of(path)
         assert said in str(caught.value) and len(str(caught.value).splitlines()) == 1
     # An array of `datasets` is an extension of lists.

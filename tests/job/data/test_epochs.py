@@ -1,4 +1,4 @@
-from job.data.order import crosses, epochs_completed_by, images_at_epoch
+from job.data.reading.stream import crosses, epochs_completed_by, images_at_epoch
 
 
 def test_epochs_end_at_batch_boundaries():

@@ -11,9 +11,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from job.data.cache import open_cache
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
+from job.data.reading.cache import open_cache
 from job.data.shards import DatasetIndex, load_index
 from job.data.source.archives import find_tars
 from job.data.verify import verify_dataset
@@ -170,7 +170,7 @@ def test_cls_files_are_classes(tmp_path, bucket, monkeypatch):
     assert (there.images, there.unlabelled_images, there.classes, len(there.shards)) == (2, 10, ("0", "1"), 1)
     assert verify_dataset(open_store(str(tmp_path / "mixed")), KEY) == []
     lone = tar_of(tmp_path / "lone.tar", [("a.cls", b"1"), ("a.txt", b"a caption"), ("b.jpg", jpeg(1))])
-    with pytest.raises(BadDataError, match=r"entry 'a.cls' labels no image beside it"):
+    with pytest.raises(BadDataError, match=r"entry 'a.cls', which labels no image, such as a.png"):
         indexed(open_store(str(tmp_path / "lone")), lone)
     without = indexed(open_store(str(tmp_path / "without")), unknown, classes=False)
     assert (without.images, without.classes) == (12, ())

@@ -18,10 +18,10 @@ SHARDS_IN_BUDGET = 4
 READ = """
 import json, re, sys
 from pathlib import Path
-from job.data.cache import open_cache
-from job.data.order import Order
+from job.data.reading.cache import open_cache
+from job.data.reading.stream import Order
 from job.data.shards import INDEX, DatasetIndex
-from job.data.stream import stream_batches
+from job.data.reading.stream import stream_batches
 from tests.job.small_dataset import KEY, FarStore
 
 store, cache_dir, budget_bytes = FarStore(Path(sys.argv[1])), Path(sys.argv[2]), int(sys.argv[3])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from job.config import RunConfig
-from job.data.order import Order
+from job.data.reading.stream import Order
 
 SHARDS = (100, 37, 1, 250, 12)
 IMAGES = sum(SHARDS)

@@ -63,12 +63,12 @@ def test_any_container_gives_the_same_dataset(tmp_path, source, undisturbed, mon
     for number, path in enumerate(sources):
         monkeypatch.setattr(os, "cpu_count", lambda number=number: 1 + 3 * number)
         indices.append(packed(tmp_path / f"bucket-{number}", path))
-    assert len({(index.dataset_id, index.source_sha256) for index in indices}) == 1
+    assert len({(index.dataset_id, index.listing_sha256) for index in indices}) == 1
     assert objects(tmp_path / "bucket-0") == undisturbed
     assert not any("pieces" in key for key in undisturbed)
     other = packed(tmp_path / "other", zip_of(tmp_path / "b.zip", [*FILES[:-1], ("dogs/999.jpg", FILES[-1][1])]))
     assert other.dataset_id == indices[0].dataset_id
-    assert other.source_sha256 != indices[0].source_sha256
+    assert other.listing_sha256 != indices[0].listing_sha256
     with pytest.raises(BadRequestError, match=r"small-16 is there already: 60 images of pets.zip, crop center"):
         packed(tmp_path / "bucket-0", source, crop="squash")
     assert packed(tmp_path / "bucket-0", source, slice="0/1").dataset_id == other.dataset_id

@@ -13,7 +13,7 @@ from PIL import Image
 import job.data.pack
 from ddpm import figures
 from job.data.preview import preview_png
-from job.data.shard_source import ShardSource
+from job.data.reading.cache import ImageCache
 from job.data.shards import load_index
 from job.data.verify import verify_dataset
 from job.store import open_store
@@ -104,7 +104,7 @@ def test_few_tables_and_images_are_read(tmp_path, monkeypatch):
         return lambda self, shard: read[name].append(shard) or original(self, shard)
 
     for name in read:
-        monkeypatch.setattr(ShardSource, name, counting(name, getattr(ShardSource, name)))
+        monkeypatch.setattr(ImageCache, name, counting(name, getattr(ImageCache, name)))
     index = packed(tmp_path / "bucket", source, shard_images=8)
     assert len(index.shards) == len(index.classes) == 200
     assert 64 <= len(read["read_table"]) == len(set(read["read_table"])) < 100

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from job.data.cache import DecodedCache, ImageCache, ShardCache
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
-from job.data.shard_source import ShardSource
+from job.data.reading.cache import DecodedCache, ImageCache, ShardCache
 from job.data.shards import OFFSETS_DTYPE, Shards, load_index
 from job.data.verify import verify_dataset
 from job.exits import BadDataError, Exit, MissingInputError
+from job.stop import NEVER
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.damages import DAMAGES, damaged, flip_a_bit, pairs, swapped
@@ -64,8 +64,8 @@ def pixels(store: Store, bucket: Path) -> np.ndarray:
 
 
 def opened_cache(store: Store, folder: Path, kind: str) -> ImageCache:
-    source = ShardSource(store, KEY, load_index(store, KEY), folder)
-    return DecodedCache(source) if kind == "decoded" else ShardCache(source, 1 << 30)
+    where = store, KEY, load_index(store, KEY), folder
+    return DecodedCache(*where, NEVER, lambda *_: None) if kind == "decoded" else ShardCache(*where, 1 << 30)
 
 
 def read(store: Store, folder: Path, kind: str = "decoded") -> np.ndarray:
@@ -164,7 +164,7 @@ def test_damaged_image_is_named(bucket, store, dataset, tmp_path):
     index = load_index(store, KEY)
     row, shard = 3, index.shards[1]
     image = index.shards[0].images + row
-    offset, size_bytes, _, _ = ShardSource(store, KEY, index, tmp_path / "records").records([image])[0].tolist()
+    offset, size_bytes, _, _ = ImageCache(store, KEY, index, tmp_path / "records").records([image])[0].tolist()
 
     def flip(data: bytes) -> bytes:
         at = offset + size_bytes // 2
@@ -204,9 +204,9 @@ def test_corrupt_image_is_fetched_anew(gcs_bucket, tmp_path):
     files = [(f"{n}.jpg", jpeg(n)) for n in range(8)]
     open_store(gcs_bucket).upload(tar_of(tmp_path / "a.tar", files), "a.tar")
     index = pack(store := open_store(str(tmp_path / "bucket")), PackRequest("", "pets", 16, tars=(gcs_bucket,)))
-    cache = ShardCache(source := ShardSource(store, KEY, index, tmp_path / "cache"), 1 << 30)
+    cache = ShardCache(store, KEY, index, tmp_path / "cache", 1 << 30)
     whole, path = cache.read(np.arange(8)), tmp_path / "cache" / "shards" / "shard-00000.tar"
-    for offset, size_bytes, *_ in source.records(np.arange(8)).tolist():
+    for offset, size_bytes, *_ in cache.records(np.arange(8)).tolist():
         # Nothing in a JPEG tells that a bit of it flipped.
         flip_a_bit(path, offset + size_bytes * 3 // 4)
         np.testing.assert_array_equal(cache.read(np.arange(8)), whole)

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from ddpm.image_size import ImageSize
-from job.data.ahead import in_order
 from job.data.images import Recipe, are_grey, prepare
+from job.data.reading import in_order
 from job.data.source import members, open_source
-from job.data.source.members import Member
+from job.data.source.members import Member, Source
 from job.data.source.survey import Survey, survey
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from tests.job.damages import flip_a_bit
@@ -42,7 +42,7 @@ def refusal(path: Path | str, error: type[JobError] = BadDataError) -> str:
 
 
 def surveyed(names, classes: bool | None = None) -> Survey:
-    return survey((Member(name, bytes) for name in names), "here", classes)
+    return survey(Source("here", lambda: (Member(name, bytes) for name in names)), classes)
 
 
 def test_archives_as_downloaded(tmp_path):
@@ -318,10 +318,13 @@ def test_skipped_files_are_counted_by_kind(tmp_path, make, name):
 def test_empty_and_missing_sources_are_errors(tmp_path):
     (tmp_path / "a").mkdir()
     for make, name in [*ARCHIVES, (folder_of, "a")]:
-        for files in ([], [("readme.txt", b"x")]):
+        for files, said in [
+            ([], "none of its names ends in .avif, .bmp, .gif"),
+            ([("readme.txt", b"x")], "tables and texts hold names, not images"),
+        ]:
             source = open_source(str(make(tmp_path / name, files)))
-            with pytest.raises(BadDataError, match=r"holds no images: none of its names ends in .avif, .bmp, .gif"):
-                survey(source.images(labelled=True), source.where)
+            with pytest.raises(BadDataError, match=f"holds no images: {said}"):
+                survey(source)
     for missing in ("nowhere", "nowhere.zip", "file:///nowhere/a.zip", "~/nowhere/at/all"):
         assert "nothing at" in refusal(missing, MissingInputError)
     assert "ftp" in refusal("ftp://host/a.zip", BadRequestError)

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from job.data.cache import DecodedCache, ImageCache, ShardCache, open_cache
-from job.data.order import Order
-from job.data.stream import PREFETCH_BATCHES, LoadedBatch, stream_batches
+from job.data.reading.cache import DecodedCache, ImageCache, ShardCache, open_cache
+from job.data.reading.stream import PREFETCH_BATCHES, LoadedBatch, Order, stream_batches
 from job.exits import BadDataError
 from tests.job.launching import eventually
 from tests.job.small_dataset import KEY, FarStore, SmallDataset, write_dataset

@@ -13,8 +13,8 @@ from job.data.shards import load_index
 from job.evaluation import evaluate, evaluation_plan
 from job.evaluation.evaluation_plan import EXTRACTORS, locate_extractor
 from job.exits import BadDataError, Exit, MissingInputError, StoppedError
-from job.runs.verification import verify_run
 from job.store import open_store
+from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm_here, refused, settings, started, succeeded
 from tests.job.damages import flip_a_bit
 from tests.job.launching import eventually
@@ -135,7 +135,7 @@ def test_impossible_scores_are_refused(bucket, tmp_path, monkeypatch):
         evaluating("--metrics", "kid,fidd"), Exit.BAD_REQUEST
     )
     assert "comes without its classes" in refused(evaluating("--metrics", "is"), Exit.BAD_REQUEST)
-    assert "there are inception, mobilenet, dinov2" in refused(evaluating("--extractor", "vgg"), Exit.BAD_REQUEST)
+    assert "use inception, mobilenet, dinov2" in refused(evaluating("--extractor", "vgg"), Exit.BAD_REQUEST)
     assert "no such file" in refused(evaluating("--extractor-file", tmp_path / "nope.pt"), Exit.MISSING_INPUT)
     assert "no checkpoint of epoch 7" in refused(evaluating("--checkpoints", 7), Exit.MISSING_INPUT).replace("'", "")
     monkeypatch.setattr(evaluation_plan, "find_spec", lambda name: None)

@@ -12,17 +12,17 @@ from PIL import Image
 
 from ddpm.generation import noise_of
 from job.config import method
-from job.data.autoencoder import latents_of
-from job.data.cache import uncached_images
+from job.data.latents import latents_of
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
+from job.data.reading.cache import uncached_images
 from job.data.shards import INDEX, OFFSETS_DTYPE, Shards, load_index, shard_name
 from job.exits import Exit
 from job.plan import plan_run
 from job.requests import TrainRequest
 from job.runs.records import existing_config
-from job.runs.verification import verify_run
 from job.store import open_store
+from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.damages import flip_a_bit
 from tests.job.sampling.by_hand import ddim_50, estimate_of
@@ -86,7 +86,7 @@ def test_latents_are_the_autoencoders(bucket, autoencoder):
     store = open_store(str(bucket))
     index, source = load_index(store, KEY), load_index(store, "datasets/tiles-16")
     assert len(index.shards) == len(source.shards) > 2
-    assert (str(index.size), index.channels, index.dtype, index.classes) == ("8", 4, "float16", source.classes)
+    assert (str(index.size), index.image_shape, index.classes) == ("8", (8, 8, 16), source.classes)
     pixels = uncached_images(store, "datasets/tiles-16", source).read(np.arange(source.images))
     with torch.no_grad():
         theirs = judge(autoencoder).encode(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
@@ -125,7 +125,7 @@ def test_a_run_decodes_what_it_draws(bucket, autoencoder):
         theirs = judge(autoencoder).decode(z).sample.permute(0, 2, 3, 1)
     words = ("--count", 3, "--save", "png", "--batch-size", 3, "--steps", 50, "--precision", "fp32")
     succeeded(ddpm_here("sample", "--run", "r", "--bucket", bucket, *words))
-    paths = sorted(bucket.glob("runs/r/samples/*-png/piece-00000/*.png"))
+    paths = sorted(bucket.glob("runs/r/samples/*/piece-00000/*.png"))
     ours = np.stack([np.asarray(Image.open(path)) for path in paths])
     assert ours.std() > 5, "grey would equal grey"
     assert np.abs(ours - ((theirs + 1) * 127.5).clip(0, 255).numpy()).max() < 0.51
@@ -244,8 +244,8 @@ def test_unfit_autoencoders_are_refused(images, tmp_path, changes, said):
     ("config", "said"),
     [
         ({"_class_name": "VQModel"}, "is a VQModel"),
-        ({"block_out_channels": [8, 10**9]}, "wrong block_out_channels="),
-        ({"layers_per_block": 10**9}, "or layers_per_block=1000000000"),
+        ({"block_out_channels": [8, 10**9]}, "its weights do not fit its configuration"),
+        ({"layers_per_block": 10**9}, "its weights do not fit its configuration (layers_per_block=1000000000"),
         ({"layers_per_block": 2}, "its weights do not fit its configuration"),
         ({"down_block_types": ["Nonsense", "Nonsense"]}, "its weights do not fit its configuration"),
     ],

@@ -122,7 +122,7 @@ def test_a_silent_hub_can_be_left(bucket, tmp_path):
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=20)
         assert process.returncode == Exit.STOPPED
-        assert "stopped by SIGINT while pushing" in said
+        assert "stopped by SIGINT while waiting for me/x" in said
         there.silent = False
         again = started(*words, program=(DDPM,), **variables)
         said, _ = again.communicate(timeout=60)

@@ -18,8 +18,8 @@ from job.config import method
 from job.exits import Exit
 from job.runs.checkpoints import choose, list_checkpoints, load_manifest, opened
 from job.runs.records import existing_config, load_attempt
-from job.runs.verification import verify_run
 from job.store import open_store
+from job.verbs.upkeep import verify_run
 from tests.ddpm.networks.weights import randomise
 from tests.ddpm.test_interop import SMALL, ho_named
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
@@ -525,15 +525,18 @@ def spoiled(folder: Path, config: dict | None = None, keep_bytes: int | None = N
     [
         ({"keep_bytes": 5000}, "truncated"),
         ({"config": {"act_fn": "gelu"}}, "act_fn='gelu' has no counterpart"),
-        ({"config": {"block_out_channels": [8, 24]}}, "[16, 8, 3, 3] and not [24, 8, 3, 3]"),
-        ({"config": {"layers_per_block": 2}}, "lacks the tensor "),
+        (
+            {"config": {"block_out_channels": [8, 24]}},
+            "([16, 8, 3, 3]) from checkpoint, the shape in current model is torch.Size([24, ",
+        ),
+        ({"config": {"layers_per_block": 2}}, "Missing key(s) in state_dict: "),
         (
             {"config": {"layers_per_block": 10**9}},
             "layers_per_level=1000000000 has no counterpart",
         ),
         ({"config": {"sample_size": 10**9}}, "data.size: sides have 1 to 4,096 pixels (got 1000000000)"),
-        ({"tensors": {"conv_in.bias": None}}, "lacks the tensor conv_in.bias"),
-        ({"tensors": {"conv_in.strange": torch.zeros(3)}}, "does not have, conv_in.strange"),
+        ({"tensors": {"conv_in.bias": None}}, 'Missing key(s) in state_dict: "conv_in.bias"'),
+        ({"tensors": {"conv_in.strange": torch.zeros(3)}}, 'Unexpected key(s) in state_dict: "conv_in.strange"'),
         ({"tensors": {"conv_in.bias": torch.full((8,), torch.inf)}}, "conv_in.bias holds values that are not finite"),
     ],
 )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from job.jobs.backends.batch import BatchBackend, BatchTarget
-from job.jobs.backends.google import GoogleBackend
-from job.jobs.backends.vm import VmBackend, VmTarget
+from job.jobs.backends.batch import BatchTarget
+from job.jobs.backends.google import GoogleTarget
+from job.jobs.backends.vm import VmTarget
 from job.jobs.spec import JobSpec
 
 BUCKET = "gs://bucket"
-ZONES, REGIONS = ("us-central1-a", "us-east1-c"), ("us-central1", "us-east1")
+ZONES, REGIONS = ["us-central1-a", "us-east1-c"], ["us-central1", "us-east1"]
 COMMON: dict[str, Any] = {
     "project": "my-project",
     "image": "us-central1-docker.pkg.dev/my-project/ddpm/ddpm:1",
@@ -33,11 +33,9 @@ def sampling(slices: int = 3, **changes: Any) -> JobSpec:
     return spec("sample-celeba", **{"verb": "sample", "argv": argv, "slices": slices} | changes)
 
 
-def backend_of(engine: str, **changes: Any) -> GoogleBackend:
-    """The backend of a target in which `changes` replace fields."""
-    if engine == "vm":
-        return VmBackend(VM.model_copy(update=changes))
-    return BatchBackend(BATCH.model_copy(update=changes))
+def backend_of(engine: str, **changes: Any) -> GoogleTarget:
+    """A target in which `changes` replace fields."""
+    return {"vm": VM, "batch": BATCH}[engine].model_copy(update=changes)
 
 
 def metadata_of(instance: dict[str, Any]) -> dict[str, str]:

@@ -19,6 +19,11 @@ TARGET = KubernetesTarget(
 QUEUED = TARGET.model_copy(update={"queue": "gpus", "namespace": "training", "grace_seconds": 105})
 
 
+def cluster(target: KubernetesTarget = TARGET, **changes: Any) -> KubernetesTarget:
+    """A target that has sent no request yet; `changes` replace its keys."""
+    return KubernetesTarget(**target.model_dump(exclude_defaults=True) | changes)
+
+
 def spec(name: str = "train-celeba", **changes: Any) -> JobSpec:
     """A training job; `changes` replace its fields."""
     argv = ("train", "--dataset", "celeba", "--wait", "65", "--bucket", BUCKET)

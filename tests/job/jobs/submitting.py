@@ -11,7 +11,7 @@ import typer
 
 from job.cli import command
 from job.cli.app import EXAMPLES
-from job.jobs.backends import Backend, JobStatus, JsonObject
+from job.jobs.backends import JobStatus, JsonObject, Target
 from job.jobs.spec import JobSpec, spec_of
 from job.jobs.submit import formatted
 from job.jobs.targets import target_on
@@ -38,7 +38,7 @@ KINDS = {kind.command[-1]: kind for kind in EXAMPLES}
 def _requests(words: Sequence[str], *kinds: type) -> list:
     """What a command of these requests makes of words."""
     app, made = typer.Typer(add_completion=False), []
-    command(app, "verb", *kinds)(lambda *requests: made.extend(requests))
+    command(app, "verb", lambda *requests: made.extend(requests), *kinds)
     typer.main.get_command(app).main([*words], standalone_mode=False)
     return made
 
@@ -53,10 +53,10 @@ def built(verb: str, words: list[str], on: str = "gke", **machines) -> JobSpec:
     return spec_of(request, target_on(on), replace(how, **machines))
 
 
-def told(backend: Backend, name: str) -> JobStatus:
+def told(backend: Target, name: str) -> JobStatus:
     """Returns the status that `ddpm jobs status` shows, by the engine and by the bucket."""
     alive = backend.alive(name)
-    return alive.with_outcome(alive.bucket or backend.target.usual_bucket)
+    return alive.with_outcome(alive.bucket or backend.usual_bucket)
 
 
 def assert_kept(engine: str, case: str, made: list[JsonObject], cases: Iterable[str]) -> None:

@@ -44,9 +44,9 @@ OPTIONS = {
     "pack": "size crop licence stop-after max-bad bucket",
 }
 RESOURCES = "gpus nodes gpu-type max-hours slices config"
-OF_TWO_WORDS = "--name --label --pull --shm-size --mount --env --memory --network --userns --security-opt"
-OF_ONE = "--stop-timeout --read-only --tmpfs --user --cap-drop --security-opt --hostname --label --env-file --ipc"
-OF_ONE += " --ulimit --mount --volume --device"
+OPTIONS_OF_ENGINES = "--name --label --pull --shm-size --mount --env --memory --network --userns --security-opt"
+OPTIONS_OF_ENGINES += " --stop-timeout --read-only --tmpfs --user --cap-drop --hostname --env-file --ipc --ulimit"
+OPTIONS_OF_ENGINES += " --volume --device --gpus"
 BASH = ("/bin/bash", "--restricted", "--noprofile", "--norc", "-c")
 MOUNTS = ("type source destination", "type source destination readonly", "type source target")
 
@@ -89,9 +89,7 @@ def submitted(name: str, text: bytes, words: list[str]) -> None:
             rest = item["value"].splitlines() if item["key"] == "ddpm-words" else rest
         while rest and rest[0].startswith("-"):
             option, equals, value = rest.pop(0).partition("=")
-            is_one = equals or option == "--read-only"
-            assert option in (OF_ONE if is_one else OF_TWO_WORDS).split(), option
-            value = value if is_one else rest.pop(0)
+            assert option in OPTIONS_OF_ENGINES.split() and (equals or option == "--read-only"), option
             assert option != "--mount" or " ".join(part.split("=")[0] for part in value.split(",")) in MOUNTS, value
         if rest:
             check_command(rest[1:], words[0])

@@ -12,11 +12,11 @@ import yaml
 
 from ddpm.image_size import ImageSize
 from job.config import parse_yaml, read_config_file
+from job.coordination.lease import EXPIRE_SECONDS
 from job.exits import BadConfigError, BadRequestError
 from job.jobs.spec import NAME_CHARACTERS, JobSpec, is_about, job_name, wait_seconds
-from job.jobs.targets import backend_class, load_targets, target_on
+from job.jobs.targets import load_targets, target_on
 from job.options import options_of
-from job.processes.lease import EXPIRE_SECONDS
 from tests.job.jobs.submitting import FOR_TRAIN, KINDS, built, parsed
 
 pytestmark = pytest.mark.usefixtures("targets_folder")
@@ -55,9 +55,10 @@ def test_every_option_survives(kind):
     needed = {name: "a" for name, (first, *_) in options_of(kind).items() if first.default is first.empty}
     for field, options in options_of(kind).items():
         for each in options:
-            takes = get_args(each.annotation)[0]
+            takes, option = get_args(each.annotation)
             value = OTHER_VALUES.get(takes if takes in OTHER_VALUES else get_args(takes)[0])
             value = True if each.default is False else ("a", "--x") if get_origin(takes) is tuple else value
+            value = option.choices[-1] if option.choices and takes is str else value
             request = kind(**{"bucket": "b", **needed, field: value if field == each.name else {each.name: value}})
             again = parsed(kind.command[-1], request.argv()[len(kind.command) :])
             assert getattr(again, field) == getattr(request, field), each.name
@@ -237,7 +238,7 @@ def test_stop_after_becomes_the_limit():
         for given, hours, limit in (("90m", None, 1.5), ("90m", 4, 1.5), ("5h", 4, 4)):
             for on in ("local", "container", "gke", "vm", "batch"):
                 spec = built(verb, [*words, "--stop-after", given], on, max_hours=hours)
-                (*_, made) = backend_class(target_on(on).backend)(target_on(on)).render(spec)
+                (*_, made) = target_on(on).render(spec)
                 words_sent = made.get("command", spec.argv)
                 own = [word for option, word in pairwise(words_sent) if option == "--stop-after"]
                 assert "--stop-after" not in spec.argv

@@ -10,12 +10,13 @@ from importlib import resources
 
 import pytest
 
-from job.exits import BadRequestError, Exit
+from job.exits import Exit
 from job.jobs import machines
+from job.jobs.backends import Target
 from job.jobs.machines import load_prices
 from job.jobs.spec import JobSpec, spec_of
-from job.jobs.submit import check_interruptions, cost_of, outlook_lines, plan_lines
-from job.jobs.targets import BACKENDS, Target, backend_class, load_targets, parse_targets, target_on
+from job.jobs.submit import cost_of, outlook_lines, plan_lines
+from job.jobs.targets import BACKENDS, load_targets, parse_targets, target_on
 from job.requests import SubmitRequest
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.jobs.submitting import FOR_TRAIN, built, parsed
@@ -122,7 +123,7 @@ def test_shipped_prices_cover_the_example():
     for name, there in example.items():
         for verb, words in verbs.items():
             spec = spec_of(parsed(verb, [*words, "--bucket", "gs://mine"]), there, SubmitRequest())
-            assert backend_class(there.backend)(there).render(spec)
+            assert there.render(spec)
             is_priced = there.is_remote and there.backend != "slurm" and verb != "pack"
             assert not is_priced or cost_of(spec, there).startswith("at most $"), name
 
@@ -168,29 +169,11 @@ def test_page_and_submit_agree(tmp_path, capsys, walked):
         assert outlook_lines(other, there) == []
 
 
-def interrupted(on: str = "gke", changes=None, **resources) -> None:
-    there = load_targets()[on].model_copy(update=changes or {})
-    check_interruptions(built("train", FOR_TRAIN, on, **resources), there, parsed("train", FOR_TRAIN))
-
-
-def test_machines_that_are_gone_before_they_train_are_refused():
-    with pytest.raises(BadRequestError, match="is interrupted every 18 s, so it would lose almost all"):
-        interrupted(changes={"preempted_every_hours": 0.005})
-    # Of machines that together are interrupted as often as one of them, times their number.
-    interrupted(changes={"preempted_every_hours": 0.05})
-    with pytest.raises(BadRequestError, match="interrupted every 9 s"):
-        interrupted(changes={"preempted_every_hours": 0.05}, nodes=20)
-    # Nobody knows of nodes that a target selects by labels of its own, but their user.
-    interrupted("own")
-    with pytest.raises(BadRequestError, match="would lose almost all"):
-        interrupted("own", changes={"preempted_every_hours": 0.005})
-
-
 def test_hopeless_jobs_are_not_sent():
     never = ["--set", "checkpoint.every_minutes=100000", "--set", "checkpoint.every_epochs=9999", "--dry-run"]
     words = ["submit", "train", *FOR_TRAIN, "--on", "gke", "--max-hours", "48"]
     line = refused(ddpm_here(*words, *never), Exit.BAD_REQUEST)
-    assert "the job would save every 2 d (checkpoint.every_minutes, checkpoint.every_epochs), but" in line
+    assert "the job would not save within its 48 hours (checkpoint.every_minutes, checkpoint.every_epochs), but" in line
     (works,) = re.findall("--set (checkpoint.every_minutes=[0-9.]+)", line)
     succeeded(ddpm_here(*words, *never[:-1], "--set", works, "--dry-run"))
     # Halfway there is a save, which notices then take too; and two settings may need each other.

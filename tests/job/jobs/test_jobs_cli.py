@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from job.coordination.outcome import outcome_written
 from job.exits import Exit
-from job.jobs.backends.local import LocalBackend
-from job.jobs.targets import load_targets
-from job.outcome import outcome_written
+from job.jobs.backends.local import LocalTarget
 from tests.job.command_line import ddpm_here, on_screen, refused, succeeded
 from tests.job.jobs.test_local import ended, spec
 
@@ -28,7 +27,7 @@ def failed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(made)
         patch.setenv("DDPM_CACHE", str(made / "cache"))
         job = spec("--dataset", "none", "--bucket", "bucket", name="train-none", bucket="bucket")
-        LocalBackend(load_targets()["local"]).submit(job)
+        LocalTarget(name="local").submit(job)
         ended("train-none")
     return made
 

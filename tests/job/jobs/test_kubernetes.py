@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from job.coordination.outcome import outcome_written
 from job.exits import (
     BadDataError,
     BadRequestError,
@@ -27,10 +28,9 @@ from job.exits import (
     StoppedError,
 )
 from job.jobs.backends import Cause, JobStatus, kubernetes
-from job.jobs.backends.kubernetes import KubernetesBackend
-from job.outcome import outcome_written
+from job.jobs.backends.kubernetes import KubernetesTarget
 from tests.job.command_line import ddpm_here, environment, refused, succeeded
-from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, sampling, spec
+from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, cluster, sampling, spec
 from tests.job.jobs.submitting import KINDS
 from tests.job.launching import eventually
 
@@ -41,7 +41,7 @@ TRAIN = ("submit", "train", "--dataset", "celeba", "--on", "gke")
 
 @pytest.fixture
 def backend(server):
-    return KubernetesBackend(TARGET)
+    return cluster()
 
 
 def elsewhere(server, tmp_path, port):
@@ -123,7 +123,7 @@ def test_bucket_names_failed_slices(tmp_path, monkeypatch):
 
 
 def test_queue_must_exist_before_the_job(server):
-    backend = KubernetesBackend(QUEUED)
+    backend = cluster(QUEUED)
     # Who may not see queues may still submit.
     server.forbidden = {("get", "localqueues")}
     backend.submit(spec())
@@ -211,15 +211,15 @@ def test_dead_nodes_are_named(server, backend, job, monkeypatch):
 
 
 def test_refused_jobs_leave_nothing(server, backend, monkeypatch):
-    elsewhere = KubernetesBackend(TARGET.model_copy(update={"namespace": "nowhere"}))
+    elsewhere = cluster(namespace="nowhere")
     with pytest.raises(MissingInputError, match=r'namespaces "nowhere" not found: `kubectl create` it, or set'):
         elsewhere.submit(spec())
-    made = backend.render(spec())
+    group, made = backend.render(spec(nodes=2)), backend.render(spec())
     made[0]["spec"]["template"]["spec"]["restartPolicie"] = "Never"
-    monkeypatch.setattr(backend, "render", lambda job: made)
+    monkeypatch.setattr(KubernetesTarget, "render", lambda self, job: made)
     with pytest.raises(BadRequestError, match=r"refuses it .400.: strict decoding error.*restartPolicie"):
         backend.submit(spec())
-    made = KubernetesBackend(TARGET).render(spec(nodes=2))
+    made = group
     made[0]["spec"]["failurePolicy"]["rules"][0]["name"] = "taken-away"
     with pytest.raises(BadRequestError, match=r"refuses it .403.: admission webhook .* names of failure rules$"):
         backend.submit(spec(nodes=2))
@@ -229,7 +229,7 @@ def test_refused_jobs_leave_nothing(server, backend, monkeypatch):
 def test_only_needed_rights_are_used(server):
     for resource in ("jobsets", "workloads"):
         server.forbidden |= {(verb, resource) for verb in ("get", "list", "create", "delete")}
-    backend = KubernetesBackend(TARGET)
+    backend = cluster()
     backend.submit(spec())
     server.change("jobs", NAME, conditions=[{"type": "Suspended", "status": "True"}])
     assert [status.state for status in backend.jobs()] == [backend.alive(NAME).state] == [State.WAITING]
@@ -250,7 +250,7 @@ def test_busy_api_is_asked_again(server, backend, tmp_path):
         backend.alive(NAME)
     elsewhere(server, tmp_path, 9)
     with pytest.raises(BucketAwayError, match=r"127.0.0.1:9, does not answer"):
-        KubernetesBackend(TARGET).submit(spec())
+        cluster().submit(spec())
 
 
 @pytest.mark.parametrize("code", [500, 503])
@@ -273,7 +273,7 @@ def test_lost_answers_make_no_second_job(server, backend):
 
 
 def doctor(target=TARGET):
-    return {check.name: check for check in KubernetesBackend(target).checks("")}
+    return {check.name: check for check in cluster(target).checks("")}
 
 
 def test_doctor_finds_what_a_job_misses(server):
@@ -288,7 +288,8 @@ def test_doctor_finds_what_a_job_misses(server):
     assert found["service account"].passed and "not looked at" in found["service account"].message
     server.forbidden.clear()
     found = doctor(QUEUED)
-    assert found["service account"].remedy == "`kubectl -n training create serviceaccount ddpm`"
+    assert 'serviceaccounts "ddpm" not found' in found["service account"].message
+    assert "namespace 'training'" in found["service account"].message
     assert not found["queue"].passed and "no LocalQueue 'gpus'" in found["queue"].message
 
 
@@ -326,7 +327,7 @@ def test_used_hours_are_found(server, backend):
 
 
 def test_workloads_show_what_queues_do(server):
-    backend = KubernetesBackend(QUEUED)
+    backend = cluster(QUEUED)
     server.add("localqueues", {"metadata": {"name": "gpus"}}, "training")
     said = "The workload is deactivated due to exceeding the maximum execution time"
     evicted = {"type": "Evicted", "status": "True", "message": said}

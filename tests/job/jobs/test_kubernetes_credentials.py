@@ -6,8 +6,7 @@ import pytest
 import yaml
 
 from job.exits import BadConfigError, MissingInputError, NoPermissionError
-from job.jobs.backends.kubernetes import KubernetesBackend
-from tests.job.jobs.kubernetes_jobs import TARGET
+from tests.job.jobs.kubernetes_jobs import cluster
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def write(tmp_path, monkeypatch):
 
 
 def asked(context=""):
-    return KubernetesBackend(TARGET.model_copy(update={"context": context})).jobs()
+    return cluster(context=context).jobs()
 
 
 def test_wrong_kubeconfigs_are_refused(server, write, tmp_path):

@@ -182,9 +182,9 @@ def test_jobs_request_their_share():
     own = {"machine_type": "custom-x", "cpus": "7", "memory": "9Gi", "shared_memory": "1Gi"}
     for target, job, asked in (
         ({}, {"gpus": 0}, ("4", "16Gi", "2Gi")),
-        ({"machine_type": "g2-standard-4"}, {}, ("3", "10Gi", "2Gi")),
+        ({"machine_type": "g2-standard-4"}, {}, ("3000m", "10Gi", "2Gi")),
         ({"machine_type": "g2-standard-8"}, {"gpus": 0}, ("4", "16Gi", "2Gi")),
-        ({"machine_type": "g2-standard-96"}, {"gpus": 8}, ("93", "244Gi", "16Gi")),
+        ({"machine_type": "g2-standard-96"}, {"gpus": 8}, ("93000m", "244Gi", "16Gi")),
         ({"machine_type": "g2-standard-96"}, {"gpus": 1}, ("11625m", "30Gi", "2Gi")),
         ({"machine_type": "n1-standard-4", "gpu_type": "nvidia-tesla-t4", "gpus": 2}, {}, ("1500m", "4Gi", "2Gi")),
         ({"machine_type": "g2-standard-8"}, {"gpu_type": "nvidia-h100-80gb", "gpus": 8}, ("32", "128Gi", "16Gi")),

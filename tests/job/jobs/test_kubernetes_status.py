@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from job.coordination.sealed import utc_now
 from job.exits import State
 from job.jobs.backends import Cause
 from job.jobs.backends.kubernetes_objects import INDEX_ANNOTATION, manifest, observed
-from job.sealed import utc_now
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, sampling, spec
 
 

@@ -17,9 +17,8 @@ import pytest
 
 from job.exits import BadRequestError, State
 from job.jobs.backends import JobStatus
-from job.jobs.backends.local import LocalBackend
+from job.jobs.backends.local import LocalTarget
 from job.jobs.spec import JobSpec
-from job.jobs.targets import load_targets
 from tests.job.command_line import DDPM, about, ddpm, ddpm_here, environment, refused, settings, started, succeeded
 from tests.job.jobs.submitting import told
 from tests.job.launching import eventually
@@ -34,8 +33,8 @@ def no_job_is_left(folder: Path) -> Iterator[None]:
             backend().cancel(job.name)
 
 
-def backend() -> LocalBackend:
-    return LocalBackend(load_targets()["local"])
+def backend() -> LocalTarget:
+    return LocalTarget(name="local")
 
 
 def spec(*argv: str, name: str = "train-a", **changes: Any) -> JobSpec:

@@ -11,7 +11,7 @@ import pytest
 
 from job.exits import BadRequestError, Restart, State
 from job.jobs.backends import Cause
-from job.jobs.backends.slurm import SlurmBackend, SlurmTarget, _tasks, _whole
+from job.jobs.backends.slurm import SlurmTarget, _tasks, _whole
 from job.jobs.spec import JobSpec
 from tests.job.jobs.submitting import assert_kept
 
@@ -41,8 +41,7 @@ JOBS = {
 
 def script(job: dict, target: dict) -> str:
     usual = {"name": "train-celeba", "verb": "train", "argv": TRAIN, "image": "i", "bucket": "s3://b", "spot": False}
-    backend = SlurmBackend(SlurmTarget(name="slurm", backend="slurm", **target))
-    (made,) = backend.render(JobSpec(**usual | job))
+    (made,) = SlurmTarget(name="slurm", backend="slurm", **target).render(JobSpec(**usual | job))
     return str(made["script"])
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from job.coordination.outcome import Outcome
 from job.exits import Restart, State, state_after
 from job.jobs.backends import Cause, JobStatus
-from job.outcome import Outcome
 from job.store import open_store
 
 NOON, LATER = "2026-01-31T12:00:00Z", "2026-01-31T13:00:00Z"

@@ -23,7 +23,6 @@ REFUSED = [
     ("train --dataset a --on gek", 64, "unknown target 'gek'; did you mean 'gke'?"),
     ("train --dataset a --epoch 3 --on gke", 2, "No such option: --epoch"),
     ("train --on gke", 2, "Missing option '--dataset'"),
-    ("train --dataset a --on gke --dry-run --watch", 64, "leave one of them out"),
     ("train --dataset a --set train.batch_size=0 --on gke", 78, "train.batch_size"),
     ("train --dataset a --slices 2", 64, "--slices 2 is not for training: use --nodes"),
     ("sample --run a --slices 2", 64, "--slice works only with --count"),

@@ -8,11 +8,10 @@ from itertools import pairwise
 
 import pytest
 
+from job.coordination.outcome import Outcome
 from job.exits import BadRequestError, BucketAwayError, Exit, JobError, NoPermissionError, State, StoppedError
 from job.jobs.backends import Cause, JobStatus, NoCapacityError
-from job.jobs.backends.local import LocalTarget
 from job.jobs.submit import ELSEWHERE_SECONDS, LONGEST_PAUSE_SECONDS, WATCH_POLL_SECONDS, JobEndedError
-from job.outcome import Outcome
 from job.store import open_store
 from tests.job.jobs.written_engine import CANCELLED, FINISHED, GONE, RUNNING, SPEC, TAKEN, WAITING, Engine, Place
 
@@ -135,7 +134,7 @@ def test_cancelled_jobs_are_left_alone():
     )
     # On this machine nothing else stops a job.
     stopped = JobStatus("train-a", State.STOPPED, exit_code=75)
-    stops(Engine([GONE, RUNNING, stopped], target=LocalTarget()), "was cancelled: its saved state stays")
+    stops(Engine([GONE, RUNNING, stopped], is_remote=False), "was cancelled: its saved state stays")
     assert len(Engine([GONE, RUNNING, stopped, RUNNING, FINISHED]).watch().submitted) == 2
     for answers, submissions in (([GONE, RUNNING, GONE], 1), ([RUNNING, GONE], 0), ([GONE, 137, GONE], 1)):
         engine = stops(Engine(answers, keeps_ended=True), "train-a is gone, deleted by a person or over for longer")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from job.exits import Exit, StoppedError
-from job.jobs.backends.kubernetes import KubernetesBackend
 from job.jobs.submit import JobEndedError, Watch
 from tests.job.jobs import google_jobs, kubernetes_jobs
 
@@ -49,7 +48,7 @@ def test_cluster_jobs_are_submitted_again(server):
         server.end_pod(pods.pop(), code)
         server.end_job(name, *how)
 
-    backend, job = KubernetesBackend(kubernetes_jobs.TARGET), kubernetes_jobs.spec()
+    backend, job = kubernetes_jobs.cluster(), kubernetes_jobs.spec()
 
     def late():
         server.remove("pods", pods.pop())

@@ -10,10 +10,9 @@ import pytest
 
 from job.exits import JobError, State
 from job.jobs import backends, submit
-from job.jobs.backends import Backend, Cause, JobStatus, NoCapacityError
+from job.jobs.backends import Cause, JobStatus, NoCapacityError, Target
 from job.jobs.spec import JobSpec
 from job.jobs.submit import Watch
-from job.jobs.targets import Target
 
 SPEC = JobSpec("train-a", "train", ("train", "--dataset", "a"), "i", "gs://bucket", run="a", max_hours=2.0)
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -33,7 +32,7 @@ class Engine:
         full: how often each place has no machine.
         cancelling: what `cancel` raises, in order, before it works.
         refusal: what `submit` raises.
-        keeps_ended: see `Backend`.
+        keeps_ended: see `Target`.
     """
 
     answers: list
@@ -41,7 +40,8 @@ class Engine:
     cancelling: list[JobError] = field(default_factory=list)
     refusal: JobError | None = None
     keeps_ended: bool = False
-    target: Target = field(default_factory=lambda: Target(backend="written"))
+    is_remote: bool = True
+    limits_attempts: bool = False
     seconds: float = NOON.timestamp()
     told: list[str] = field(default_factory=list)
     submitted: list[tuple[str, float]] = field(default_factory=list)
@@ -70,14 +70,14 @@ class Engine:
 
 
 class Place:
-    """One of the places of an engine: what the watch asks of a `Backend`."""
+    """One of the places of an engine: what the watch asks of a `Target`."""
 
-    submit_where_possible = Backend.submit_where_possible
+    submit_where_possible = Target.submit_where_possible
 
     def __init__(self, engine: Engine, places: tuple[str, ...]) -> None:
         self.engine, self.name, self.rest = engine, places[0], places[1:]
         self.keeps_ended = engine.keeps_ended
-        self.target = engine.target
+        self.is_remote, self.limits_attempts = engine.is_remote, engine.limits_attempts
 
     def elsewhere(self) -> Place | None:
         return Place(self.engine, self.rest) if self.rest else None

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from job.outcome import JOB, read_outcome
+from job.coordination.outcome import JOB, read_outcome
 from job.stop import STOP_AT
 from tests.job.command_line import settings, started
 from tests.job.launching import children, ended, eventually, is_gone

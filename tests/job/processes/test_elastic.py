@@ -118,7 +118,7 @@ def test_killed_and_moved_processes_leave_the_same_bits(place, started):
         run = place.run(name)
         ref = max(list_checkpoints(run))
         manifest = load_manifest(run, ref)
-        losses = [row["loss"] for row in read_rows(run, manifest.metrics)]
+        losses = [row["loss"] for row in read_rows(run, manifest.metrics, pytest.fail)]
         assert manifest.groups == ("model", "ema", "ema-0.1", "optimizer")
         (grid,) = place.bucket.glob(f"runs/{name}/samples/epoch-0002*.png")
         return ref.fence, losses, [file.sha256 for file in manifest.files], np.array(Image.open(grid))
@@ -177,7 +177,9 @@ def test_all_processes_begin_with_the_weights_of_the_parent(place, tmp_path):
 
     def losses(name):
         run = place.run(name)
-        return [row["loss"] for row in read_rows(run, load_manifest(run, max(list_checkpoints(run))).metrics)]
+        return [
+            row["loss"] for row in read_rows(run, load_manifest(run, max(list_checkpoints(run))).metrics, pytest.fail)
+        ]
 
     assert losses("together") == pytest.approx(losses("alone"), rel=1e-5)
     assert losses("alone")[0] < losses("parent")[0]

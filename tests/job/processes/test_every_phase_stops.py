@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from job.processes.lease import load_lease
+from job.coordination.lease import load_lease
 from job.runs.checkpoints import list_checkpoints
 from job.runs.records import read_status
 from job.store import Store, open_store

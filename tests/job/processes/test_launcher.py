@@ -143,7 +143,7 @@ def test_ranks_die_with_their_launcher(tmp_path):
     child.wait()
     eventually(lambda: all(map(is_gone, ranks)), seconds=5)
     # One whose launcher is gone already does not begin.
-    program = "from job.processes.launched import attach; attach(); print('began')"
+    program = "from job.processes.launcher import attach; attach(); print('began')"
     words, orphaned = [sys.executable, "-c", program], environment(DDPM_LAUNCHED="1")
     done = subprocess.run(words, env=orphaned, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
@@ -151,7 +151,7 @@ def test_ranks_die_with_their_launcher(tmp_path):
     # One that waits for the launcher's checks may see the end of its pipe before it is killed.
     ours, theirs = os.pipe()
     os.close(theirs)
-    program = "from job.processes.launched import attach, await_go; attach(); await_go(); print('began')"
+    program = "from job.processes.launcher import attach, await_go; attach(); await_go(); print('began')"
     words, orphaned = [sys.executable, "-c", program], environment(DDPM_LAUNCHED=str(os.getpid()), DDPM_GATE=str(ours))
     done = subprocess.run(words, env=orphaned, pass_fds=[ours], capture_output=True, text=True, check=False)
     os.close(ours)
@@ -159,7 +159,7 @@ def test_ranks_die_with_their_launcher(tmp_path):
 
 
 def test_ctrl_c_ends_a_starting_rank_in_silence():
-    rank = "import os; os.kill(os.getpid(), 2); print('not yet'); from job.processes.launched import attach; attach()"
+    rank = "import os; os.kill(os.getpid(), 2); print('not yet'); from job.processes.launcher import attach; attach()"
     program = f"from job.processes.launcher import launch; launch([{sys.executable!r}, '-c', {rank!r}], 1)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stderr == "ddpm: the process failed: killed by SIGINT\n"

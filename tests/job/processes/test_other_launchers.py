@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from job.runs.checkpoints import list_checkpoints, load_manifest
-from job.runs.pipeline import RUN_CONFIG
+from job.runs.checkpoints import RUN_CONFIG, list_checkpoints, load_manifest
 from job.runs.records import read_status
 
 TORCHRUN = (str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2", "-m", "--", "job")

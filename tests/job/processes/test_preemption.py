@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 
-from job.processes import preemption
+from job import stop as stop_module
 from job.stop import Stop
 from tests.job.launching import eventually
 from tests.job.metadata_server import metadata_server
@@ -16,18 +17,15 @@ from tests.job.metadata_server import metadata_server
 @pytest.fixture
 def watching(monkeypatch):
     """Watches a server; the threads pause for as short as a test can bear, and end with the test."""
-    monkeypatch.setattr(preemption, "_PAUSE_SECONDS", 0.02)
-    begun = []
+    monkeypatch.setattr(stop_module, "_NOTICE_PAUSE_SECONDS", 0.02)
+    with ExitStack() as watches:
 
-    def watching(host: str) -> Stop:
-        monkeypatch.setenv("GCE_METADATA_HOST", host)
-        begun.append(Stop())
-        preemption.watch_for_preemption(begun[-1])
-        return begun[-1]
+        def watching(host: str) -> Stop:
+            monkeypatch.setenv("GCE_METADATA_HOST", host)
+            watches.enter_context(stop_module.preemption_watched(stop := Stop()))
+            return stop
 
-    yield watching
-    for stop in begun:
-        stop.request("the end of the test")
+        yield watching
 
 
 @pytest.fixture
@@ -91,9 +89,9 @@ def test_a_missing_server_harms_nothing(watching, monkeypatch, tmp_path):
     assert "instance/preempted" in {thread.name for thread in threading.enumerate()}
     monkeypatch.delenv("GCE_METADATA_HOST")
     product = tmp_path / "product_name"
-    monkeypatch.setattr(preemption, "_PRODUCT", product)
+    monkeypatch.setattr(stop_module, "_PRODUCT", product)
     for text, host in (("Standard PC", ""), ("Google Compute Engine", "metadata.google.internal")):
         product.write_text(f"{text}\n")
-        assert preemption._metadata_host() == host
+        assert stop_module._metadata_host() == host
     product.unlink()
-    assert preemption._metadata_host() == ""
+    assert stop_module._metadata_host() == ""

@@ -11,11 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from job.processes.process_identity import ProcessIdentity
+from job.coordination.lease import ProcessIdentity
 
 CHILD = """
 import sys
-from job.processes.process_identity import ProcessIdentity
+from job.coordination.lease import ProcessIdentity
 print(ProcessIdentity.of_this_process().model_dump_json(), flush=True)
 sys.stdin.read()
 """

@@ -37,7 +37,6 @@ def status(fence: int, updated: str, state: str = "stopped", seen: int = 4000, s
     return Status(
         state=state,
         fence=fence,
-        attempt=str(fence),
         images_seen=seen,
         target_images=13_000,
         epoch=1.0,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from job.coordination import lease
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
-from job.processes import lease
 from job.runs.checkpoints import list_checkpoints
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.retention import Reader

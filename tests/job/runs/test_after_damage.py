@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from job.coordination.sealed import NamedObject
 from job.exits import BadDataError, Exit
 from job.requests import SampleRequest
 from job.runs.checkpoints import LATEST_KEY, list_checkpoints, load_manifest, newest_good
@@ -13,7 +14,6 @@ from job.runs.layout import CheckpointRef
 from job.runs.metric_rows import History, read_rows
 from job.runs.records import load_config
 from job.sampling.sampling_plan import plan_sampling
-from job.sealed import NamedObject
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.damages import DAMAGES, damaged, pairs, swapped
@@ -103,12 +103,12 @@ def test_a_foreign_checkpoint_is_trained_again(copy, store, contents, tmp_path):
 def test_lost_metrics_change_no_weights(copy, store, tmp_path):
     undisturbed, newest = store.sub("runs/undisturbed"), max(list_checkpoints(copy))
     manifest = load_manifest(copy, newest)
-    rows, history = read_rows(copy, manifest.metrics), History(copy, (), load_config(copy), pytest.fail)
+    rows, history = read_rows(copy, manifest.metrics, pytest.fail), History(copy, (), load_config(copy), pytest.fail)
     for number, part in enumerate((rows[:1], rows[1:2], rows[2:3], rows[3:]), 1):
         # As after stops, which leave no time to join them.
         history.add(part, CheckpointRef(1, number), is_hurried=True)
     rotten, gone, foreign = lost = [segment.rows for segment in history.segments[:3]]
-    lost_rows = read_rows(copy, lost)
+    lost_rows = read_rows(copy, lost, pytest.fail)
     copy.put(rotten.key, DAMAGES["bit in the middle"](copy.read(rotten.key).data))
     copy.delete(gone.key)
     # What a checkpoint vouches for may be another program's.

@@ -13,9 +13,9 @@ from job.exits import Exit
 from job.runs import records
 from job.runs.checkpoints import list_checkpoints, load_average, load_manifest, opened
 from job.runs.layout import CheckpointRef, ObjectKind, places_in
-from job.runs.verification import verify_run
 from job.store import Store, open_store
 from job.store.local import LocalStore
+from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.damages import DAMAGES, damaged
 from tests.job.runs.leased import small_config

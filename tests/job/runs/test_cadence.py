@@ -9,10 +9,10 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pytest
 
+from job.coordination.sealed import MOMENT_FORMAT
 from job.runs.layout import ObjectKind
 from job.runs.outlook import Cadence, best_interval_seconds, interval_seconds
 from job.runs.records import LastStatus
-from job.sealed import MOMENT_FORMAT
 from job.store import open_store
 from tests.job.leases import eventually
 from tests.job.runs.leased import leased
@@ -76,7 +76,7 @@ def test_a_run_that_is_killed_saves_often(tmp_path):
             run.create(ObjectKind.ATTEMPT.key(fence=fence), record.to_json())
     # Killed after five seconds, twice: it saves before the next five are over.
     cadences = {
-        name: Cadence(open_store(str(tmp_path / name)), 1000, None, 30.0, pytest.fail) for name in ("killed", "stopped")
+        name: Cadence(open_store(str(tmp_path / name)), None, 30.0, pytest.fail) for name in ("killed", "stopped")
     }
     began = time.monotonic()
     eventually(lambda: cadences["killed"].is_over)

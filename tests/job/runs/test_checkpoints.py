@@ -44,7 +44,7 @@ def test_unfit_tensors_and_manifests_are_refused(new_run):
     write(new_run, (1, 80))
     misfits = {
         r"conv\.bias": {"conv.weight": torch.zeros(8, 4, 3, 3), "conv.bias": torch.zeros(9)},
-        "'extra' is in no model file": {**live_tensors()["model"], "extra": torch.zeros(1)},
+        "'extra' does not fit": {**live_tensors()["model"], "extra": torch.zeros(1)},
         "'conv.weight' does not fit": {"conv.bias": live_tensors()["model"]["conv.bias"]},
     }
     for match, tensors in misfits.items():

@@ -8,9 +8,9 @@ READ = {
     "group": "ema-0.13",
     "folder": "one",
     "piece": 12,
-    "steps": 10,
 }
 OTHERS = {
+    "steps": 10,
     "pipeline": "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
     "number": 2,
     "name": "epoch-0001-ddim-4",

@@ -12,10 +12,9 @@ from unittest.mock import Mock
 
 import pytest
 
+from job.coordination import lease as lease_module
+from job.coordination.lease import LEASE_KEY, ProcessIdentity
 from job.exits import BadDataError, BucketAwayError, LostRunError
-from job.processes import lease as lease_module
-from job.processes.lease import LEASE_KEY
-from job.processes.process_identity import ProcessIdentity
 from job.stop import NEVER, Stop
 from job.store import ConflictError, Store, open_store
 from job.store.local import LocalStore

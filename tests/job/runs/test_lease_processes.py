@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
+from job.coordination import lease as lease_module
+from job.coordination.lease import ProcessIdentity
 from job.exits import Exit, LostRunError
-from job.processes import lease as lease_module
-from job.processes.process_identity import ProcessIdentity
 from job.store import Store
 from tests.job.leases import QUICK, Notes, record_in, taken
 
 CHILD = """
 import json, sys
-from job.processes import lease
+from job.coordination import lease
 from job.exits import JobError
 from job.stop import NEVER
 from job.store import open_store

@@ -11,11 +11,11 @@ from ddpm.generation import beginning, generate, make_denoiser, noise_of
 from ddpm.objective import UNCONDITIONAL, Condition
 from ddpm.process import RectifiedFlow
 from job.config import method
-from job.runs import pipeline
+from job.runs import checkpoints
 from job.runs.checkpoints import list_checkpoints, load_manifest, opened
 from job.runs.records import existing_config
-from job.runs.verification import verify_run
 from job.store import open_store
+from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm_here, settings, succeeded
 from tests.job.runs.leased import small_config
 
@@ -146,9 +146,11 @@ def test_large_weights_have_several_files(bucket, monkeypatch):
 def test_only_what_diffusers_has_is_described(changes, there):
     network = {"model__kind": "unet", "model__channel_mults": (1, 2), "model__attention_sizes": (16, 8)}
     config = small_config(data__size=16, data__channels=3, model__num_classes=5, **network | changes)
-    files = pipeline.files_for_diffusers(config, tuple("abcde"), {"model-00.safetensors": {}, "ema-00.safetensors": {}})
-    assert files.descriptions.keys() == there
-    assert [*files.names] == ["ema-00.safetensors"] * bool(there)
+    _, names, descriptions = checkpoints.files_for_diffusers(
+        config, tuple("abcde"), {"model-00.safetensors": {}, "ema-00.safetensors": {}}
+    )
+    assert descriptions.keys() == there
+    assert [*names] == ["ema-00.safetensors"] * bool(there)
 
 
 def test_learnt_variances_have_their_pipeline(bucket):

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from job.coordination.lease import LEASE_KEY, ProcessIdentity, load_lease
 from job.exits import Exit, StoppedError
-from job.processes.lease import LEASE_KEY, load_lease
-from job.processes.process_identity import ProcessIdentity
 from job.runs import records
 from job.runs.checkpoints import list_checkpoints
 from job.runs.layout import CheckpointRef
 from job.runs.retention import Reader, being_read, kept_while_read
 from job.store import Store, open_store
 from job.store.local import LocalStore
-from job.verbs import removal
+from job.verbs import upkeep
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.damages import DAMAGES, damaged
 from tests.job.leases import taken
@@ -229,8 +228,8 @@ def test_a_stopped_deletion_leaves_no_run(bucket, run, tmp_path, monkeypatch):
         stop = StopWhen(lambda leaves=leaves: len(everything(run)) == leaves)
         monkeypatch.setattr(stop, "install", lambda stop=stop: stop)
         with monkeypatch.context() as patch, pytest.raises(StoppedError, match="the same command goes on"):
-            patch.setattr(removal, "Stop", lambda stop=stop: stop)
-            removal.delete_run(str(bucket), "r", certain=True)
+            patch.setattr(upkeep, "Stop", lambda stop=stop: stop)
+            upkeep.delete_run(str(bucket), "r", certain=True)
         assert len(everything(run)) == leaves
         train = ("train", "--dataset", "random", "--run", "r")
         for words in (("runs", "show", "r"), train, ("sample", "--run", "r")):

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from job.processes.lease import EXPIRE_SECONDS
+from job.coordination.lease import EXPIRE_SECONDS
 from job.runs.checkpoints import list_checkpoints
 from job.runs.records import read_status
 from job.store import open_store
@@ -24,7 +24,7 @@ from tests.job.launching import children, eventually
 FREEZE = """
 import os, signal, threading, time
 from pathlib import Path
-from job.processes.lease import Lease
+from job.coordination.lease import Lease
 commit, check_lost, committing = commit_manifest, Lease.check_lost, threading.RLock()
 
 def commit_manifest(run, manifest):

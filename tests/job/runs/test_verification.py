@@ -9,12 +9,12 @@ import re
 import pytest
 from PIL import Image
 
+from job.coordination.sealed import code_version
 from job.exits import Exit
 from job.runs.checkpoints import LATEST_KEY, list_checkpoints
 from job.runs.layout import ObjectKind, located
-from job.runs.verification import verify_run
-from job.sealed import code_version
 from job.store import Store, open_store
+from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.damages import DAMAGES, damaged
 from tests.job.runs.whole_runs import copy_objects, train

@@ -47,7 +47,7 @@ def draw(learned: Path) -> Draw:
         painter = Painter(plan.config, meet(NEVER), precision, NEVER, Agreement(1, flags=1))
         painter.load(plan.run, plan.checkpoints[0], "ema")
         if plan.worse:
-            painter.load_worse(plan.worse.run, plan.worse.config, plan.worse.ref, "ema")
-        return painter.sample_together(seeds, sampling_of(plan.sample), batch_size, "test").astype(np.int16)
+            painter.load_worse(plan.worse)
+        return painter.sample_together(seeds, sampling_of(plan.config.sample), batch_size, "test").astype(np.int16)
 
     return draw

@@ -21,10 +21,10 @@ from ddpm.grids import make_grid
 from ddpm.process import points_of
 from ddpm.samplers import Visit, ddim
 from job import load
-from job.data.cache import uncached_images
+from job.data.reading.cache import uncached_images
 from job.data.shards import load_index
-from job.runs.verification import verify_run
 from job.store import open_store
+from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
 from tests.job.sampling.by_hand import ddim_50, estimate_of
 
@@ -105,7 +105,7 @@ def test_names_state_guidance_and_classes(sampled):
 def test_saved_images_have_the_chosen_classes(bucket, draw):
     words = ("--classes", "skyline,coast", "--count", 18, "--guidance", 2, "--autoguidance", 1)
     succeeded(ddpm_here("sample", "--run", "all", "--bucket", bucket, "--precision", "fp32", *words))
-    folder = bucket / "runs/all/samples/epoch-0002-ddim-4-guidance-2-autoguidance-1-classes-4_0-0-18"
+    (folder,) = (bucket / "runs/all/samples").glob("epoch-0002-ddim-4-guidance-2-autoguidance-1-classes-4_0-0-18-*")
     shards = sorted(map(str, folder.glob("*.tar")))
     samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode("rgb8"))
     assert [sample["cls"] for sample in samples] == [4, 0] * 9
@@ -130,7 +130,7 @@ def test_autoguidance_takes_another_runs_network(bucket, learnt, weights, name):
     words = ("--precision", "fp32", "--steps", 50, "--guidance", 2, "--autoguidance", "small@1", "--count", 4)
     words += ("--autoguidance-weights", weights) if weights else ()
     succeeded(ddpm_here("sample", "--run", "walk", "--bucket", bucket, *words, "--save", "png"))
-    (folder,) = (bucket / "runs/walk/samples").glob(f"*-guidance-2-autoguidance-1-autoguidance_run-small{name}-0-4-png")
+    (folder,) = (bucket / "runs/walk/samples").glob(f"*-guidance-2-autoguidance-1-autoguidance_run-small{name}-0-4-*")
     saved = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("piece-*/*.png"))])
     seeds = torch.arange(4)
     better = estimate_of(bucket, "walk", seeds)
@@ -177,7 +177,7 @@ def test_inpainting_keeps_the_known_part(bucket, sampled, tmp_path):
     for slice_ in ("0/2", "1/2"):
         sampled_words = ("sample", "--run", "all", "--bucket", bucket, "--precision", "fp32", *inpaint, *save)
         succeeded(ddpm_here(*sampled_words, "--image", "3,17", "--slice", slice_))
-    (folder,) = (bucket / "runs/all/samples").glob("*-0-18-png")
+    (folder,) = (bucket / "runs/all/samples").glob("*-0-18-*")
     saved = [np.asarray(Image.open(path), np.int16) for path in sorted(folder.glob("piece-*/*.png"))]
     assert len(saved) == 18
     for seed in range(6):
@@ -283,13 +283,18 @@ def test_impossible_samplings_are_refused(bucket, tmp_path):
         ("all", 64, "needs --image", ("--mode", "img2img")),
         ("all", 64, "--strength is an option of --mode img2img and invert", (*inpaint, "--strength", 0.5)),
         ("all", 64, "--mask is an option of --mode inpaint", ("--mask", "half")),
-        ("all", 64, "--strength 0", ("--mode", "img2img", "--image", 3, "--strength", 0)),
-        ("all", 64, "--resamplings 0", (*inpaint, "--resamplings", 0)),
+        (
+            "all",
+            2,
+            "'--strength': Input should be greater than or equal to 0.001",
+            ("--mode", "img2img", "--image", 3, "--strength", 0),
+        ),
+        ("all", 2, "'--resamplings': Input should be greater than or equal to 1", (*inpaint, "--resamplings", 0)),
         ("all", 64, "--gif works only for new images", (*inpaint, "--gif")),
         ("all", 64, "leave --count out", ("--mode", "interpolate", "--count", 4)),
         ("all", 64, "--seeds 0-2 has an odd number", ("--mode", "interpolate", "--seeds", "0-2")),
         ("all", 64, "has the images 0 to 298", ("--mode", "img2img", "--image", "0-299")),
-        ("all", 66, "the file must be on the machine", ("--mode", "img2img", "--image", tmp_path / "no.png")),
+        ("all", 66, "no.png: No such file", ("--mode", "img2img", "--image", tmp_path / "no.png")),
         ("all", 65, "is damaged at its beginning", ("--mode", "img2img", "--image", tmp_path / "broken.png")),
         ("all", 64, "inpaint replaces the white part", (*inpaint, "--mask", tmp_path / "white.png")),
     )

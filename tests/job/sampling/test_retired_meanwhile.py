@@ -38,7 +38,7 @@ def test_retired_checkpoints_are_chosen_again(bucket, train_on, capsys, monkeypa
     scores = plan_evaluation(
         EvaluateRequest("walk", bucket=str(bucket), count=12, extractor="mobilenet", references=24)
     )
-    assert grid.checkpoints == images.checkpoints == (CHOSEN,)
+    assert grid.checkpoints == images.checkpoints == [CHOSEN]
     assert train_on() == [312, 1200]
     for plan in (grid, images):
         run_sampling(plan)

@@ -18,11 +18,11 @@ from job.config.schema import SampleConfig
 from job.data.shards import Shards, load_index
 from job.exits import NotANumberError, StoppedError
 from job.requests import SampleRequest
-from job.runs.verification import verify_run
 from job.sampling.painter import Painter
 from job.sampling.pictures import grid_png, run_sampling
 from job.sampling.sampling_plan import plan_sampling
 from job.store import open_store
+from job.verbs.upkeep import verify_run
 from tests.job.stops import stop_after
 
 SEEDS = [0, 1, 2, 3, 4, 10**17, 77]
@@ -114,10 +114,12 @@ def test_names_state_what_pictures_show(sample):
         "epoch-0003-ddpm-50-seeds-0.png": {"sampler": "ddpm", "seeds": "0"},
         "epoch-0003-ddim-4-precision-bf16.png": {"precision": "bf16"},
         "epoch-0003-ddim-4-nearest.png": {"nearest": True},
-        "denoising-epoch-0003-ddim-4.gif": {"gif": True, "with_grid": False},
-        "denoising-epoch-0003-ddim-4-seeds-0-3.gif": {"gif": True, "with_grid": False, "seeds": "0-3"},
+        "denoising-epoch-0003-ddim-4.gif": {"gif": True},
+        "denoising-epoch-0003-ddim-4-seeds-0-3.gif": {"gif": True, "seeds": "0-3"},
     }
-    assert {name: list(sample(**options)) for name, options in names.items()} == {name: [name] for name in names}
+    made = {name: list(sample(**options)) for name, options in names.items()}
+    assert {name: pictures[-1:] for name, pictures in made.items()} == {name: [name] for name in names}
+    assert {name: len(pictures) for name, pictures in made.items()} == {name: 1 + ("gif" in name) for name in names}
     usual = {"precision": "fp32", "nearest": False, "sampler": "ddim", "steps": 4, "checkpoints": "3"}
     assert list(sample(**usual)) == ["epoch-0003-ddim-4.png"]
     assert max(map(len, sample(seeds=",".join(map(str, range(1000, 1100)))))) < 60
@@ -142,7 +144,7 @@ def test_several_checkpoints_give_a_comparison(bucket, sample):
 
 @pytest.mark.parametrize("steps", [4, pytest.param(50, marks=pytest.mark.slow)])
 def test_gif_goes_from_noise_to_sample(sample, draw, steps):
-    ((_, gif),) = sample(gif=True, with_grid=False, steps=steps).items()
+    _, gif = sample(gif=True, steps=steps).values()
     assert (gif.n_frames, gif.info["loop"]) == (min(steps, 19) + 1, 0)
     frames = []
     for number in range(gif.n_frames):

@@ -19,11 +19,11 @@ from job.config.schema import SampleConfig
 from job.requests import MAX_COUNT, SampleRequest
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.layout import ObjectKind
-from job.runs.verification import verify_run
 from job.sampling.pictures import made_piece
 from job.sampling.sampling_plan import plan_sampling
 from job.sampling.sets import SampleSet, plan_sets
 from job.store import Store, open_store
+from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm, ddpm_here, refused, started, succeeded
 from tests.job.damages import flip_a_bit
 from tests.job.launching import children, eventually, is_gone
@@ -76,7 +76,7 @@ def test_shards_hold_each_seeds_image(bucket, draw):
     out = succeeded(ddpm_here(*words(bucket, 40, "--first-seed", 995)))
     images = set_of(bucket, 40, first_seed=995)
     index = images.index()
-    assert images.folder.uri.endswith("/runs/walk/samples/epoch-0003-ddim-4-995-40")
+    assert re.search("/runs/walk/samples/epoch-0003-ddim-4-995-40-[0-9a-f]{8}$", images.folder.uri)
     assert out.startswith(f"{images.folder.uri}/index.json  (40 images in 3 pieces; 40 made at ")
     assert [entry.name for entry in index.pieces] == ["piece-00000.tar", "piece-00001.tar", "piece-00002.tar"]
     shards = [Path(images.folder.uri) / entry.name for entry in index.pieces]
@@ -100,7 +100,7 @@ def test_shards_hold_each_seeds_image(bucket, draw):
 def test_png_files_hold_each_seeds_image(bucket):
     succeeded(ddpm_here(*words(bucket, 20, "--save", "png", "--weights", "model")))
     images = set_of(bucket, 20, save="png", weights="model")
-    assert images.folder.uri.endswith("/epoch-0003-ddim-4-weights-model-0-20-png")
+    assert re.search("/epoch-0003-ddim-4-weights-model-0-20-[0-9a-f]{8}$", images.folder.uri)
     folder, index = Path(images.folder.uri), images.index()
     paths = sorted(folder.glob("piece-*/*.png"))
     assert [str(path.relative_to(folder)) for path in paths] == [
@@ -173,7 +173,6 @@ def test_a_stop_keeps_committed_pieces(bucket):
 def test_repeated_pieces_do_no_harm(far, save):
     """Also with other bytes, as another machine that rounds otherwise makes them."""
     images = set_of(far, 20, save=save)
-    images.begin()
     assert commit(images, PIXELS[:16])
     first = contents(images.folder)
     for again in (PIXELS[:16], PIXELS[:16] + 1):
@@ -222,21 +221,24 @@ def test_damages_are_named_with_their_remedy(bucket):
 
 
 def test_checkpoints_of_a_set_never_mix(bucket):
-    succeeded(ddpm_here(*words(bucket, 20, "--slice", "0/2")))
+    before = set_of(bucket, 20)
+    assert commit(before, PIXELS[:16])
+    there = contents(before.folder)
     run = open_store(str(bucket)).sub("runs/walk")
     ref = max(list_checkpoints(run))
-    manifest = load_manifest(run, ref).model_copy(update={"created": "another time"})
+    manifest = load_manifest(run, ref).model_copy(update={"loss_sums": [[7.0]]})
     run.put(ObjectKind.MANIFEST.key(checkpoint=ref), manifest.to_json())
-    for slice_ in ("0/2", "1/2"):
-        line = refused(ddpm_here(*words(bucket, 20, "--slice", slice_)), 64)
-        assert "another sample set (checkpoint_sha256 " in line
-        assert "--first-seed" in line
+    assert "(20 images in 2 pieces; 20 made at " in succeeded(ddpm_here(*words(bucket, 20)))
+    after = set_of(bucket, 20)
+    assert len(after.index().pieces) == 2
+    assert after.folder.uri != before.folder.uri
+    assert contents(before.folder) == there
 
 
 def test_each_checkpoint_has_its_folder(bucket):
     out = succeeded(ddpm_here(*words(bucket, 18, "--checkpoints", "all", "--sampler", "ddpm", "--steps", 3)))
     names = [Path(line.split()[0]).parent.name for line in out.splitlines()]
-    assert names == ["epoch-0001-ddpm-3-0-18", "epoch-0003-ddpm-3-0-18"]
+    assert [name[:-9] for name in names] == ["epoch-0001-ddpm-3-0-18", "epoch-0003-ddpm-3-0-18"]
     folders = (open_store(str(bucket)).sub(f"runs/walk/samples/{name}") for name in names)
     first, second = (folder.read("piece-00000.tar").data for folder in folders)
     assert first != second

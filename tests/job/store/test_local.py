@@ -26,7 +26,8 @@ from job.exits import (
 from job.store import ObjectMissingError, Retry, Store, files, open_store
 from job.store.base import Entry
 from job.store.files import scratch_folder, temporary_beside
-from tests.servers import azurite_account
+from tests.job.conftest import point_at
+from tests.servers import KINDS as SCHEMES
 
 NOBODY = 65534
 
@@ -309,9 +310,8 @@ def test_ways_to_write_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unsupported_uris_are_refused(monkeypatch: pytest.MonkeyPatch, aws_credentials: None) -> None:
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
-    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", azurite_account("http://127.0.0.1:1"))
+def test_unsupported_uris_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    point_at("http://127.0.0.1:1", monkeypatch)
     for uri, words in [
         ("https://host/a.zip?s=1", "'https://host/a.zip?…': https:// is not supported; download it first (curl -LO)"),
         ("https://storage.googleapis.com/bucket", "https://"),
@@ -319,7 +319,7 @@ def test_unsupported_uris_are_refused(monkeypatch: pytest.MonkeyPatch, aws_crede
         ("file://server/share", "names no folder"),
         ("a\0b", "names no folder"),
         ("~nobody-of-this-name/x", "names no folder"),
-        *((f"{scheme}://{bucket}", words) for scheme in ("gs", "s3", "az") for bucket, words in _NO_BUCKETS),
+        *((f"{scheme}://{bucket}", words) for scheme in SCHEMES for bucket, words in _NO_BUCKETS),
     ]:
         with pytest.raises(BadRequestError, match=re.escape(words)):
             pytest.fail(f"{uri} was opened as {open_store(uri)}")
@@ -364,7 +364,7 @@ def test_scratch_of_dead_processes_is_cleared(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     # What this process has swept already.
-    monkeypatch.setattr(files, "_swept", set())
+    files._sweep_once.cache_clear()
     (dead, left), (living, used) = holder(), holder()
     dead.kill()
     dead.wait()
@@ -374,7 +374,7 @@ def test_scratch_of_dead_processes_is_cleared(tmp_path: Path, monkeypatch: pytes
     with scratch_folder("save") as first:
         assert not left.exists()
         # As a process that begins now.
-        monkeypatch.setattr(files, "_swept", set())
+        files._sweep_once.cache_clear()
         with pytest.raises(ZeroDivisionError), scratch_folder("save") as second:
             assert {path.parent for path in (first, second)} == {tmp_path}
             assert all(path.is_dir() for path in (first, second, used, theirs))

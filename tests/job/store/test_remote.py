@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import socket
 import subprocess
@@ -17,17 +16,15 @@ from pathlib import Path
 
 import boto3
 import pytest
-from azure.storage.blob import BlobServiceClient
-from google.cloud import storage
 
 from job import exits
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
-from job.store import ObjectExistsError, ObjectMissingError, Retry, Store, open_store
+from job.store import KINDS, ObjectExistsError, ObjectMissingError, Retry, Store, open_store
 from job.store.base import Entry
 from tests.faulty_proxy import Fault, FaultyProxy, Request
 from tests.job.answering import serving
 from tests.job.conftest import point_at
-from tests.servers import SECRET
+from tests.servers import SECRET, SERVERS
 
 LARGE_BYTES = 17 << 20
 """More than a stream reads ahead, twice."""
@@ -191,39 +188,6 @@ def test_absent_server_is_an_outage(remote_bucket: str, listening: bool, words: 
     assert caplog.text == ""
 
 
-ECHO = f"The Credential=owner/20261125 with the secret {SECRET} is not known"
-DAMAGED = 'Provided CRC32C "b" doesn\'t match calculated CRC32C "a"'
-REFUSALS = {
-    "gs": [
-        (403, "", "Permission 'storage.objects.create' denied", NoPermissionError, "objects.create .*grant the"),
-        (401, "", "Invalid Credentials", NoPermissionError, "no usable Google credentials"),
-        (400, "", "User project is invalid", BadRequestError, "refused with 400: User project is invalid"),
-        (502, "", "a page of a proxy", BucketAwayError, "is away"),
-        (400, "", DAMAGED, BucketAwayError, "damaged in transit"),
-        (429, "", "Rate limit exceeded", BucketAwayError, "is away"),
-    ],
-    "s3": [
-        (403, "AccessDenied", "may not s3:PutObject", NoPermissionError, r"s3:PutObject \(AccessDenied\): grant"),
-        (401, "Unauthorized", ECHO, NoPermissionError, r"no permission \(Unauthorized\): grant the account in use"),
-        (400, "ExpiredToken", ECHO, NoPermissionError, r"credentials \(ExpiredToken\): run `aws configure`"),
-        (400, "AuthorizationHeaderMalformed", ECHO, NoPermissionError, r"\(AuthorizationHeaderMalformed\)"),
-        (400, "AuthorizationHeaderMalformed", f"{ECHO}</Message><Region>a-b-1</Region>", BadRequestError, "AWS_REGION"),
-        (301, "PermanentRedirect", ECHO, BadRequestError, "the bucket is in another region: set AWS_REGION"),
-        (403, "RequestTimeTooSkewed", ECHO, NoPermissionError, "this machine's clock is wrong"),
-        (400, "InvalidRequest", "No such bucket type", BadRequestError, "refused with 400: No such bucket type"),
-        (409, "ConditionalRequestConflict", "A conflicting operation is in progress.", BucketAwayError, "is away"),
-    ],
-    "az": [
-        (403, "AuthorizationPermissionMismatch", ECHO, NoPermissionError, r"PermissionMismatch\): grant"),
-        (403, "AuthenticationFailed", ECHO, NoPermissionError, r"\(AuthenticationFailed, or .* clock is wrong"),
-        (401, "NoAuthenticationInformation", ECHO, NoPermissionError, "no usable Azure credentials"),
-        (400, "InvalidHeaderValue", ECHO, BadRequestError, "refused with 400: InvalidHeaderValue"),
-        (400, "Md5Mismatch", ECHO, BucketAwayError, "damaged in transit"),
-        (503, "ServerBusy", "The server is busy.", BucketAwayError, r"is away \(ServerBusy\)"),
-    ],
-}
-
-
 def refusal(request: Request, status: int, code: str, message: str) -> bytes:
     """An answer such as Google's or, with a `code`, S3's or Azure's; that to a HEAD request is the bare number."""
     error = {"error": {"code": status, "message": message, "errors": []}}
@@ -238,7 +202,7 @@ def test_refusals_are_one_line(proxy: FaultyProxy, remote_bucket: str, file: Pat
     # A busy machine is silent for a second, which would be an outage.
     monkeypatch.setattr("job.store.retry.SILENCE_SECONDS", 60.0)
     store = open_store(remote_bucket, Retry(0))
-    for status, code, message, error, words in REFUSALS[remote_bucket[:2]]:
+    for status, code, message, error, words in SERVERS[remote_bucket.partition("://")[0]].refusals:
         proxy.instead = lambda request, said=(status, code, message): refusal(request, *said)
         calls = every_call(store, file)
         if code == "ConditionalRequestConflict":
@@ -293,31 +257,18 @@ def test_early_and_wordless_refusals_are_conflicts(file: Path, monkeypatch, aws_
 
 
 def test_missing_bucket_is_named(remote_bucket: str, file: Path) -> None:
-    missing = f"{remote_bucket[:2]}://no-such-bucket"
+    missing = f"{remote_bucket.partition('://')[0]}://no-such-bucket"
     calls = every_call(open_store(f"{missing}/runs"), file)
-    words = f"no bucket {missing}: check the name, or make it with `(gcloud|aws|az) "
+    words = f"no bucket {missing}: check the name, or make it with `[a-z]+ s.*no-such-bucket`"
     refused(calls.values(), MissingInputError, words)
 
 
 def test_objects_have_media_types(remote_bucket: str, file: Path) -> None:
-    store, name = open_store(remote_bucket), remote_bucket.partition("://")[2]
+    store, (scheme, _, name) = open_store(remote_bucket), remote_bucket.partition("://")
     store.put("report.html", b"<p>")
     store.upload(file, "shard.tar.gz")
-
-    def found(key: str) -> tuple[str, str | None]:
-        match remote_bucket[:2]:
-            case "gs":
-                blob = storage.Client(project="test").bucket(name).get_blob(key)
-                return blob.content_type, blob.content_encoding
-            case "s3":
-                head = boto3.client("s3").head_object(Bucket=name, Key=key)
-                return head["ContentType"], head.get("ContentEncoding")
-        account = BlobServiceClient.from_connection_string(os.environ["AZURE_STORAGE_CONNECTION_STRING"])
-        about = account.get_blob_client(name, key).get_blob_properties().content_settings
-        return about.content_type, about.content_encoding
-
-    assert found("report.html") == ("text/html", None)
-    assert found("shard.tar.gz") == ("application/x-tar", None)
+    assert SERVERS[scheme].media(name, "report.html") == ("text/html", None)
+    assert SERVERS[scheme].media(name, "shard.tar.gz") == ("application/x-tar", None)
 
 
 def test_multipart_uploads_of_others_are_read(seaweedfs_bucket: str, file: Path) -> None:
@@ -400,11 +351,10 @@ print(stream.read(5))
 def test_missing_cloud_library_names_its_install(tmp_path: Path, monkeypatch) -> None:
     """Where the program is installed without a checkout."""
     monkeypatch.setattr(exits, "__file__", str(tmp_path / "job" / "exits.py"))
-    libraries = {"gs": ("gcs", "gcsfs.core"), "s3": ("objects", "obstore"), "az": ("objects", "obstore")}
-    for extra, (module, library) in libraries.items():
-        monkeypatch.delitem(sys.modules, f"job.store.{module}", raising=False)
-        monkeypatch.setitem(sys.modules, library, None)
+    for kind in KINDS:
+        monkeypatch.delitem(sys.modules, kind.store.partition(":")[0], raising=False)
+        monkeypatch.setitem(sys.modules, SERVERS[kind.schemes[0]].library, None)
         with pytest.raises(BadRequestError) as error:
-            open_store(f"{extra}://bucket")
-        how = f"{sys.executable} -m pip install 'ddpm-job[{extra}] @ file:///PATH/TO/ITS/WHEEL.whl'"
+            open_store(f"{kind.schemes[0]}://bucket")
+        how = f"{sys.executable} -m pip install 'ddpm-job[{kind.extra}] @ file:///PATH/TO/ITS/WHEEL.whl'"
         assert str(error.value).endswith(how)

@@ -21,18 +21,18 @@ import google_crc32c
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
-from fsspec.config import conf, set_conf_env
+from fsspec.config import conf
 
 from job.exits import BadRequestError, BucketAwayError, Exit, NoPermissionError, StoppedError
 from job.stop import Stop
-from job.store import Retry, Store, open_store, retry, set_storage_options
+from job.store import Retry, Store, open_store, retry
 from tests.conftest import new_bucket
 from tests.faulty_proxy import Fault, FaultyProxy, Request
 from tests.job.answering import JsonHandler, serving
 from tests.job.command_line import ddpm, ddpm_here, environment, refused
-from tests.job.conftest import SERVERS, point_at
+from tests.job.conftest import point_at
 from tests.job.store.test_remote import LARGE_BYTES, every_call
-from tests.servers import azurite_account
+from tests.servers import SERVERS
 
 FIRST_MOMENT_SECONDS = 0.5
 
@@ -328,8 +328,7 @@ print(sorted(clouds & set(sys.modules)))
 
 SAYING = """
 import sys
-from job.store import open_store, set_storage_options
-set_storage_options(sys.argv[2:])
+from job.store import open_store
 store = open_store(sys.argv[1])
 version = store.create("small", b"1")
 store.put("large", bytes(3 << 20))
@@ -338,27 +337,27 @@ store.delete("small")
 """
 
 
-def test_configuration_of_fsspec_applies(remote_bucket: str, request, tmp_path: Path, monkeypatch) -> None:
-    """Where the bucket is, and who pays, comes from its variables, its file and our option; no other says it."""
+@pytest.mark.parametrize("way", ["one variable", "a variable each", "a file"])
+def test_configuration_of_fsspec_applies(remote_bucket: str, way: str, started, tmp_path: Path, monkeypatch) -> None:
+    """Where the bucket is, and who pays, comes from fsspec's variables or its file; no other says it."""
     scheme = remote_bucket.partition("://")[0]
     asked: list[Request] = []
-    with FaultyProxy(request.getfixturevalue(SERVERS[scheme])) as proxy:
+    with FaultyProxy(started(scheme)) as proxy:
         proxy.instead = lambda request: asked.append(request)
-        variables = {
-            "gs": {"FSSPEC_GS_ENDPOINT_URL": proxy.url, "FSSPEC_GS_REQUESTER_PAYS": "my-project"},
-            "s3": {"FSSPEC_S3": json.dumps({"endpoint_url": proxy.url, "requester_pays": True})},
-            "az": {},
-        }[scheme]
-        folder = tmp_path / "config"
+        options, folder = SERVERS[scheme].options(proxy.url), tmp_path / "config"
         folder.mkdir()
-        if scheme == "az":
-            # A key is no variable of this test: it lies in a file.
-            account = {"connection_string": azurite_account(proxy.url)}
-            (folder / "conf.json").write_text(json.dumps({"az": account}))
-        for name in ("STORAGE_EMULATOR_HOST", "AWS_ENDPOINT_URL", "AZURE_STORAGE_CONNECTION_STRING"):
-            monkeypatch.delenv(name, raising=False)
-        words = [sys.executable, "-c", SAYING, remote_bucket, *(["gs.token=anon"] if scheme == "gs" else [])]
+        variables = {
+            "one variable": {f"FSSPEC_{scheme.upper()}": json.dumps(options)},
+            "a variable each": {f"FSSPEC_{scheme}_{name}".upper(): str(value) for name, value in options.items()},
+            "a file": {},
+        }[way]
+        if way == "a file":
+            (folder / "conf.json").write_text(json.dumps({scheme: options}))
+        for name in SERVERS[scheme].variables(""):
+            if not name.startswith("AWS_ACCESS") and not name.startswith("AWS_SECRET"):
+                monkeypatch.delenv(name, raising=False)
         env = environment(**variables, FSSPEC_CONFIG_DIR=str(folder))
+        words = [sys.executable, "-c", SAYING, remote_bucket]
         child = subprocess.run(words, check=False, capture_output=True, text=True, env=env)
     assert child.stdout == "b'1' 3145728 ['large', 'small']\n", child.stderr
     assert asked
@@ -366,30 +365,6 @@ def test_configuration_of_fsspec_applies(remote_bucket: str, request, tmp_path: 
         assert all("userProject=my-project" in request.target for request in asked)
     if scheme == "s3":
         assert all(dict(request.headers)["x-amz-request-payer"] == "requester" for request in asked)
-
-
-def test_storage_options_take_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
-    for option in (
-        *("az.account_key=word", "gs.token=/a/word.json", "s3.secret=word", "s3.KEY=word", "sftp.pass=word"),
-        *("az.account_url=https://x.y/?sig=word", "gs.endpoint_url=https://me:word@x.y"),
-        *("s3.client_kwargs={aws_secret_access_key: word}", 'https.headers={"Authorization": "word"}'),
-    ):
-        with pytest.raises(BadRequestError, match="may be a secret") as error:
-            set_storage_options([option])
-        assert "word" not in str(error.value)
-    for option in ("gs", "gs.requester_pays", "requester_pays=true", "gs.a b=1", ".a=1"):
-        with pytest.raises(BadRequestError, match=r"write SCHEME\.OPTION=VALUE"):
-            set_storage_options([option])
-    names = ("FSSPEC_GS_REQUESTER_PAYS", "FSSPEC_GS_TOKEN", "FSSPEC_S3_PROFILE")
-    for name in names:
-        # So that it is gone afterwards.
-        monkeypatch.setenv(name, "")
-    set_storage_options(["gs.requester_pays=true", "gs.token=anon", "s3.profile=mine", "s3.a=2020-01-01"])
-    assert [os.environ[name] for name in names] == ["true", "anon", "mine"]
-    found: dict[str, dict[str, object]] = {}
-    set_conf_env(found)
-    assert found["gs"] == {"requester_pays": True, "token": "anon"}
-    assert found["s3"] == {"profile": "mine", "a": "2020-01-01"}
 
 
 def test_invalid_fsspec_configuration_is_one_line(tmp_path: Path, monkeypatch) -> None:
@@ -404,14 +379,12 @@ def test_invalid_fsspec_configuration_is_one_line(tmp_path: Path, monkeypatch) -
         child = [sys.executable, "-c", script, uri]
         done = subprocess.run(child, env=environment(**variables), capture_output=True, text=True, check=False)
         assert re.search(f"BadConfigError: {words}", done.stderr)
-    # A push needs fsspec as well, through the hub's client.
     for name, content in (("conf.json", '["a"]'), ("conf.ini", "[gs\n")):
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_text(content)
-        for command in (("data", "list", "--bucket", "gs://bucket"), ("export", "--run", "r", "--push", "a/b")):
-            line = refused(ddpm(*command, FSSPEC_CONFIG_DIR=str(folder)), Exit.BAD_CONFIG)
-            assert re.search(words, line)
+        done = ddpm("data", "list", "--bucket", "gs://bucket", FSSPEC_CONFIG_DIR=str(folder))
+        assert re.search(words, refused(done, Exit.BAD_CONFIG))
 
 
 @pytest.mark.parametrize("silent_url", ["reads nothing"], indirect=True)

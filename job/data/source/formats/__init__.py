@@ -21,9 +21,6 @@ DATA_FILE = re.compile(
     re.IGNORECASE,
 )
 """Files that hold many images: a part of an image's name, but never a class."""
-START_BYTES = 16
-"""How many of a file's first bytes tell its format."""
-
 _CONVERT = "write its images into a folder or an .npz, and pack that"
 _UNREAD = {
     ".zip .tar .tgz": "it holds archives: unpack it once, and pack the folder of archives",
@@ -39,13 +36,7 @@ _UNREAD = {
     ".csv .json .jsonl .txt": "tables and texts hold names, not images: name the folder or archive of the images",
 }
 """What to do with files that are recognised and not read, by their suffixes, and first bytes as Latin-1."""
-_STARTS = {
-    b"\xff\xd8\xff": ".jpg",
-    b"\x89PNG\r\n\x1a\n": ".png",
-    b"GIF8": ".gif",
-    b"II*\0": ".tif",
-    b"MM\0*": ".tif",
-}
+_IMAGE_STARTS = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*"
 
 
 def recognised(files: Files, column: str | None) -> Source | None:
@@ -80,13 +71,10 @@ def next_step(suffix: str = "", start: bytes = b"") -> str:
     return ""
 
 
-def suffix_of(start: bytes) -> str:
-    """Returns the suffix of an image file that begins with these bytes; an empty string for other files."""
-    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
-        return ".webp"
-    if start[4:8] == b"ftyp":
-        return ".avif" if start[8:11] == b"avi" else ".heic"
-    return next((suffix for magic, suffix in _STARTS.items() if start.startswith(magic)), "")
+def is_image_file(content: bytes) -> bool:
+    """Returns whether the first bytes are those of an image file."""
+    is_webp = content[:4] == b"RIFF" and content[8:12] == b"WEBP"
+    return is_webp or content[4:8] == b"ftyp" or content.startswith(_IMAGE_STARTS)
 
 
 def netpbm(pixels: np.ndarray) -> bytes:

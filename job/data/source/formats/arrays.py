@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from job.data.source import members
-from job.data.source.archives import ARCHIVES, EXPANDS, open_zipped, opened_zip
+from job.data.source.archives import ARCHIVES, open_zipped, opened_zip
 from job.data.source.formats import netpbm
 from job.data.source.labels import chosen_label, label_of, text_of
 from job.data.source.members import SPLITS, Files, Member, RefusedError, Source, refused, split_in
@@ -137,7 +137,7 @@ def array_source(files: Files, column: str | None) -> Source | None:
     if not names:
         return None
     sets, others = list[tuple[_Array, _Array | None]](), list[_Array]()
-    for arrays in _groups(files, names, column):
+    for arrays in _groups(files, names):
         # Arrays beside a chosen one are read for its labels alone.
         are_images = [one for one in arrays if one.stored and {one.path, one.path.rpartition("/")[0]} & {*names}]
         named = [array for array in are_images if not _IMAGES.isdisjoint(array.words)] or are_images
@@ -162,7 +162,7 @@ def array_source(files: Files, column: str | None) -> Source | None:
     ).split_by(images.path for images, _ in sets)
 
 
-def _groups(files: Files, names: Sequence[str], column: str | None) -> Iterator[list[_Array]]:
+def _groups(files: Files, names: Sequence[str]) -> Iterator[list[_Array]]:
     """Yields the arrays of each `.npz`, and the `.npy` of each folder."""
     for name in names:
         if name.lower().endswith(".npz"):
@@ -172,9 +172,7 @@ def _groups(files: Files, names: Sequence[str], column: str | None) -> Iterator[
     for folder in dict.fromkeys(name.rpartition("/")[0] for name in plain):
         arrays = list[_Array]()
         for name in files.names:
-            there, _, last = name.rpartition("/")
-            may_be_labels = not _LABELS.isdisjoint(re.split(r"[\W_]+", last.lower())) or bool(column and column in last)
-            if there == folder and _FILE.fullmatch(name) and (name in plain or may_be_labels):
+            if name.rpartition("/")[0] == folder and name.lower().endswith(".npy"):
                 with members.refusing(f"{files.where}/{name}"), closing(files.open(name)) as file:
                     arrays.append(_array(name, file, file.seek(0, io.SEEK_END), partial(files.open, name)))
         yield arrays
@@ -185,17 +183,12 @@ def _zipped(files: Files, name: str) -> list[_Array]:
     with closing(files.open(name)) as file:
         if isinstance(file, zipfile.ZipExtFile):
             raise RefusedError("is a zip in a zip: unzip the outer one, and pack the folder")
-        _, limit_bytes = members.unpacked(file)
-        with opened_zip(file) as archive:
-            found = [inner for inner in dict.fromkeys(archive.namelist()) if inner.endswith(".npy")]
+        with opened_zip(file, is_array := re.compile(r".*\.npy").fullmatch) as archive:
             arrays = list[_Array]()
-            if sum(archive.getinfo(inner).file_size for inner in found) > limit_bytes:
-                raise RefusedError(EXPANDS)
-            for inner in found:
-                info = archive.getinfo(inner)
-                with archive.open(info) as stream:
+            for inner in filter(is_array, dict.fromkeys(archive.namelist())):
+                with archive.open(inner) as stream:
                     opener = partial(open_zipped, partial(files.open, name), inner)
-                    arrays.append(_array(f"{name}/{inner}", stream, info.file_size, opener))
+                    arrays.append(_array(f"{name}/{inner}", stream, archive.getinfo(inner).file_size, opener))
     return arrays
 
 
@@ -245,7 +238,12 @@ def _members(sets: Iterable[tuple[_Array, _Array | None]]) -> Iterator[Member]:
         assert images.stored
         shape, axes = images.stored
         size_bytes, digits = math.prod(shape), len(str(images.shape[0] - 1))
-        values = _values(labels) if labels else None
+        values = None
+        if labels:
+            with closing(labels.open()) as stream:
+                stream.seek(labels.start)
+                content = members.read_exactly(stream, labels.shape[0] * labels.dtype.itemsize)
+            values = np.frombuffer(content, labels.dtype)
         with closing(images.open()) as stream:
             for number in range(images.shape[0]):
                 read = partial(_file, stream, images.start + number * size_bytes, shape, axes)
@@ -257,13 +255,6 @@ def _file(stream: BinaryIO, at: int, shape: tuple[int, ...], axes: tuple[int, in
     stream.seek(at)
     pixels = np.frombuffer(members.read_exactly(stream, math.prod(shape)), np.uint8)
     return netpbm(pixels.reshape(shape).transpose(axes))
-
-
-def _values(labels: _Array) -> np.ndarray:
-    with closing(labels.open()) as stream:
-        stream.seek(labels.start)
-        content = members.read_exactly(stream, labels.shape[0] * labels.dtype.itemsize)
-    return np.frombuffer(content, labels.dtype)
 
 
 def _label(value: np.ndarray) -> str:

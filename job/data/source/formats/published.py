@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, starmap
@@ -24,7 +23,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from job.data.source import members
-from job.data.source.formats import START_BYTES, netpbm, suffix_of
+from job.data.source.formats import netpbm
 from job.data.source.labels import chosen_label, label_of
 from job.data.source.members import Files, Member, Opener, RefusedError, Source, read_exactly, refused, unpacked
 from job.exits import BadRequestError, how_to_install
@@ -149,7 +148,8 @@ def cifar_source(files: Files, column: str | None) -> Source | None:
         return None
 
     def listed() -> Iterator[Member]:
-        return (each for each in files.members() if each.name in batches or not kind.batch.fullmatch(each.name))
+        names = (name for name in files.names if name in batches or not kind.batch.fullmatch(name))
+        return (Member(name, partial(files.read, name)) for name in names)
 
     splits = map(_cifar_split, filter(None, map(kind.batch.fullmatch, batches)))
     return _cifar_source(kind, files.place, listed, column, splits)
@@ -200,11 +200,8 @@ def _cifar_members(
             raise refused(member.name, f"has an image of class {highest}, of {len(names)}: get it again")
         for number, record in enumerate(records):
             name = f"{_cifar_split(match)}/{match[1]}-{number:05d}.ppm"
-            yield Member(name, partial(_ppm, record[-_PIXELS:]), size_bytes=_PIXELS, label=names[record[label]])
-
-
-def _ppm(pixels: np.ndarray) -> bytes:
-    return netpbm(pixels.reshape(3, 32, 32).transpose(1, 2, 0))
+            pixels = record[-_PIXELS:].reshape(3, 32, 32).transpose(1, 2, 0)
+            yield Member(name, partial(netpbm, pixels), size_bytes=_PIXELS, label=names[record[label]])
 
 
 def _cifar_split(batch: re.Match[str]) -> str:
@@ -229,12 +226,10 @@ def lsun_source(files: Files, column: str | None) -> Source | None:
     except ModuleNotFoundError:
         raise BadRequestError(f"{files.place} is LMDB, which needs lmdb: {how_to_install('lsun')}") from None
     folders = {_LMDB_FOLDER.sub("", name): str(files.folder / name) for name in names}
-    suffixes = dict[str, str]()
-    for name, (folder, path) in zip(names, folders.items(), strict=True):
+    for name, path in zip(names, folders.values(), strict=True):
         with members.refusing(f"{files.where}/{name}"):
             _verify(path)
-            suffixes[folder] = _suffix(path)
-    return Source(files.place, partial(_lsun_members, folders, suffixes)).split_by(folders)
+    return Source(files.place, partial(_lsun_members, folders)).split_by(folders)
 
 
 def _verify(path: str) -> None:
@@ -249,45 +244,26 @@ def _verify(path: str) -> None:
         raise RefusedError(f"is damaged, or not LMDB of a 64-bit machine ({problems[0]}): get it again")
 
 
-@contextmanager
-def _reading(path: str) -> Iterator[Any]:
-    """Yields a transaction of a verified file; its values are valid until it ends."""
+def _lsun_members(paths: Mapping[str, str]) -> Iterator[Member]:
+    """Yields the images below each folder in the order of their keys, each readable until the next one is."""
     import lmdb
 
-    try:
-        if (environment := _OPEN.get(path)) is None:
-            environment = _OPEN[path] = lmdb.open(path, subdir=False, readonly=True, lock=False, readahead=False)
-        with environment.begin(buffers=True) as transaction:
-            yield transaction
-    except lmdb.Error as error:
-        raise RefusedError(f"cannot be read ({error}): get it again") from None
-
-
-def _suffix(path: str) -> str:
-    """Returns the suffix of the first image."""
-    with _reading(path) as transaction:
-        for key, value in transaction.cursor():
-            if suffix := suffix_of(bytes(value[:START_BYTES])):
-                return suffix
-            said = f"has a value at its first key, {_text(bytes(key))}, and is not an image file such as a JPEG"
-            raise RefusedError(f"{said}: write its images into a folder, and pack that")
-    raise RefusedError("holds no images")
-
-
-def _lsun_members(paths: Mapping[str, str], suffixes: Mapping[str, str]) -> Iterator[Member]:
-    """Yields the images below each folder in the order of their keys."""
     for folder, path in paths.items():
-        with _reading(path) as transaction:
-            for key, value in transaction.cursor():
-                name = "/".join(filter(None, (folder, _text(bytes(key)) + suffixes[folder])))
-                yield Member(name, partial(_value, transaction, bytes(key)), size_bytes=len(value))
+        try:
+            if (environment := _OPEN.get(path)) is None:
+                environment = _OPEN[path] = lmdb.open(path, subdir=False, readonly=True, lock=False, readahead=False)
+            with environment.begin(buffers=True) as transaction:
+                for key, value in transaction.cursor():
+                    text = bytes(key).decode("latin-1")
+                    name = text if text.isascii() and text.isprintable() else bytes(key).hex()
+                    # LSUN's suffix; the content decides how it is decoded.
+                    path_of = "/".join(filter(None, (folder, f"{name}.webp")))
+                    yield Member(path_of, partial(_value, transaction, bytes(key)), size_bytes=len(value))
+        except lmdb.Error as error:
+            raise RefusedError(f"cannot be read ({error}): get it again") from None
 
 
 def _value(transaction: Any, key: bytes) -> bytes:
     value = transaction.get(key)
     members.check_size(len(value))
     return bytes(value)
-
-
-def _text(key: bytes) -> str:
-    return key.decode() if key.isascii() and key.decode().isprintable() else key.hex()

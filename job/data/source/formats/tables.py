@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
-from job.data.ahead import in_order
+from job.data.reading import in_order
 from job.data.source import members
 from job.data.source.labels import LABEL_KEYS, chosen_label, class_names, label_among
 from job.data.source.members import Files, Member, RefusedError, Source, path_parts, split_in

@@ -21,7 +21,7 @@ import numpy as np
 
 from job.data.source import members
 from job.data.source.archives import EXPANDS
-from job.data.source.formats import START_BYTES, netpbm, suffix_of
+from job.data.source.formats import is_image_file, netpbm
 from job.data.source.labels import LABEL_KEYS, chosen_label, class_names, label_among, text_of
 from job.data.source.members import Files, Member, RefusedError, Source, read_exactly, refused, unpacked
 from job.exits import BadDataError, BadRequestError
@@ -70,14 +70,12 @@ class _Layout:
     Attributes:
         image: the name of the image's.
         shape: the names of those with the shape of raw images; empty for encoded images.
-        suffix: of the images.
         label: the name of the label's; empty for none, None if a person wants none.
         others: the names of other features that could be one.
     """
 
     image: str
     shape: tuple[str, ...]
-    suffix: str
     label: str | None = ""
     others: tuple[str, ...] = ()
 
@@ -187,18 +185,17 @@ def _layout(where: str, features: _Features, column: str | None) -> _Layout:
 def _image_layout(where: str, features: _Features) -> _Layout:
     """Returns the layout without a label."""
     single = {name: content for name, feature in features.items() if (content := _content(feature)) is not None}
-    suffixes = {name: suffix for name, content in single.items() if (suffix := suffix_of(content[:START_BYTES]))}
-    image = next((name for name in _IMAGES if name in suffixes), next(iter(suffixes)) if len(suffixes) == 1 else "")
-    if image:
-        return _Layout(image, (), suffixes[image])
-    if suffixes:
-        raise BadRequestError(f"{where} has several images in a record: {some_of(suffixes)}: {_CONVERT}")
+    files = [name for name, content in single.items() if is_image_file(content)]
+    if image := next((name for name in _IMAGES if name in files), files[0] if len(files) == 1 else ""):
+        return _Layout(image, ())
+    if files:
+        raise BadRequestError(f"{where} has several images in a record: {some_of(files)}: {_CONVERT}")
     image = next((name for name in _IMAGES if name in single), "")
     shape = next((names for names in _SHAPES if image and features.keys() >= {*names}), ())
     if not shape:
         said = f"but {some_of([*features])}" if features else "and is not a tf.train.Example"
         raise RefusedError(f"has no image such as a JPEG in image/encoded in its first record, {said}: {_CONVERT}")
-    return _Layout(image, shape, ".ppm")
+    return _Layout(image, shape)
 
 
 def _members(files: Files, names: Sequence[str], layout: _Layout, classes: Sequence[str]) -> Iterator[Member]:
@@ -206,7 +203,8 @@ def _members(files: Files, names: Sequence[str], layout: _Layout, classes: Seque
     for name in names:
         with closing(files.open(name)) as raw:
             for number, record in enumerate(_records(raw)):
-                path = f"{name}/{number:08d}{layout.suffix}"
+                # The content decides how it is decoded: the suffix says no more than that it is an image.
+                path = f"{name}/{number:08d}.jpg"
                 try:
                     features = _features(record)
                     label = _label(features, layout, classes)
@@ -228,19 +226,11 @@ def _label(features: _Features, layout: _Layout, classes: Sequence[str]) -> str:
 
 
 def _file(features: _Features, layout: _Layout) -> bytes:
-    """Returns the image of a record as a file."""
-    return netpbm(_pixels(features, layout)) if layout.shape else _image(features, layout)
-
-
-def _image(features: _Features, layout: _Layout) -> bytes:
+    """Returns the image of a record as a file; StyleGAN's raw images have the channels first."""
     if (content := _content(features[layout.image])) is None:
         raise RefusedError(f"does not have one image: {_CONVERT}")
-    return content
-
-
-def _pixels(features: _Features, layout: _Layout) -> np.ndarray:
-    """Returns a raw image as uint8 [height, width, channels]; StyleGAN has the channels first."""
-    content = _image(features, layout)
+    if not layout.shape:
+        return content
     lengths = (features.get(name, ()) for name in layout.shape)
     shape = [length for listed in lengths for length in listed if isinstance(length, int)]
     if len(shape) == 2:
@@ -250,4 +240,4 @@ def _pixels(features: _Features, layout: _Layout) -> np.ndarray:
     if len(shape) != 3 or channels not in (1, 3) or min(shape) < 1 or math.prod(shape) != len(content):
         raise RefusedError(f"has {len(content):,} bytes of pixels, whose shape is {shape[:4]}: {_CONVERT}")
     pixels = np.frombuffer(content, np.uint8).reshape(shape)
-    return pixels.transpose(1, 2, 0) if is_planar else pixels
+    return netpbm(pixels.transpose(1, 2, 0) if is_planar else pixels)

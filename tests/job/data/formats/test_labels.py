@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from job.data.source import members, open_source
 from job.data.source.labels import join_labels, read_labels, table_in
-from job.data.source.members import Member, RefusedError, refusing
+from job.data.source.members import Member, RefusedError, Source, refusing
 from job.data.source.survey import survey
 from job.exits import BadDataError, BadRequestError, Exit, JobError, MissingInputError
 from job.progress import printable
@@ -294,7 +294,7 @@ def test_row_is_one_image_of_one_class(tmp_path):
     """Kaggle's CIFAR-10 has a table for train, and the same names in test: their images would get those labels."""
     files = [(f"{split}/{n}.png", png(n)) for split in ("test", "train") for n in range(4)]
     images = zip_of(tmp_path / "a.zip", files)
-    both = "would label both 'test/3.png' and 'train/3.png': pack one of their folders"
+    both = "would label both 'test/0.png' and 'train/0.png': pack one of their folders"
     for name, split, said in [
         ("{}", "", both),
         ("{}", "train", both),
@@ -400,10 +400,10 @@ def test_what_cannot_be_read_says_what_to_do(tmp_path):
 def test_each_image_with_its_own_label_has_no_class():
     images = [Member(f"{n}.png", bytes, label=f"name {n}") for n in range(200)]
     with pytest.raises(BadRequestError, match="another label for each image"):
-        survey(images, "here")
-    assert survey(images, "here", classes=False).classes == ()
-    images = [Member(f"{n}.png", bytes, label=label) for n, label in enumerate(("10", "9", "cat"))]
-    numbers = survey(images, "here", names=("dog", "cat"))
+        survey(Source("here", lambda: iter(images)))
+    assert survey(Source("here", lambda: iter(images)), classes=False).classes == ()
+    some = [Member(f"{n}.png", bytes, label=label) for n, label in enumerate(("10", "9", "cat"))]
+    numbers = survey(Source("here", lambda: iter(some), classes=("dog", "cat")))
     assert numbers.classes == ("dog", "cat", "9", "10")
     assert [numbers.label(n) for n in range(3)] == [3, 2, 1]
     assert re.search("name 4 classes that the network will learn: dog, cat, 9, 10", numbers.notes[0])

@@ -146,7 +146,7 @@ def test_other_examples_are_refused(tmp_path: Path) -> None:
         assert "a.tfrecord" in line_of(path, exit_code)
     assert labels_of(opened(written(path, [image | labels]), column=None)) == [""]
     assert labels_of(opened(path, column="label/young")) == ["1"]
-    assert "'a.tfrecord/00000001.png', which has no image, but x" in line_of(written(path, [image, {"x": (1, "int")}]))
+    assert "'a.tfrecord/00000001.jpg', which has no image, but x" in line_of(written(path, [image, {"x": (1, "int")}]))
     # One that has none, and one that says so.
     assert labels_of(opened(written(path, [small(1), image, small(1, label=(-1, "int"))]))) == ["1", "", ""]
     assert "holds no records" in line_of(written(path, []))

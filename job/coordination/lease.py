@@ -9,17 +9,19 @@ was stopped and replaced may wake in the middle of a write, but its fence is low
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
+from job.coordination.sealed import Moment, Sealed, utc_now
 from job.exits import BadDataError, BucketAwayError, JobError, LostRunError
-from job.processes.process_identity import ProcessIdentity
-from job.sealed import Moment, Sealed, utc_now
 from job.stop import Stop
 from job.store import ConflictError, ObjectExistsError, ObjectMissingError, Store
 
@@ -36,6 +38,63 @@ CLOSE_SECONDS = 5.0
 RETRY_SECONDS = 15.0
 """The limit of retries of a write: shorter than the expiry, after which it would come too late."""
 _SWAPS = 5
+_STATE, _START = 0, 19
+"""Fields 3 and 22 of `/proc/PID/stat` (proc_pid_stat(5)), counted from the end of the process's name."""
+
+
+class ProcessIdentity(BaseModel):
+    """A process, as a later process of the same machine recognises it, which can so prove that it is dead.
+
+    Without `/proc`, or with that of another PID namespace, `boot_id` and `pid_namespace` are empty, and the process
+    always counts as alive.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    host: str
+    pid: int = Field(ge=1, lt=2**31)
+    boot_id: str
+    """A random number that the kernel draws when it starts."""
+    pid_namespace: str
+    """`pid:[INODE]`: in another namespace the same number means another process."""
+    start_ticks: int = Field(ge=0)
+    """The start of the process, in clock ticks since that of the machine: a process that reuses `pid` has another."""
+
+    @classmethod
+    def of_this_process(cls) -> ProcessIdentity:
+        """Returns the identity of the calling process."""
+        host, pid = socket.gethostname(), os.getpid()
+        with suppress(OSError):
+            # A container with its host's /proc would look up its own numbers among the host's.
+            if Path("/proc/self").readlink() == Path(str(pid)):
+                start_ticks = int(_stat(pid)[_START])
+                namespace = str(Path("/proc/self/ns/pid").readlink())
+                boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+                return cls(host=host, pid=pid, boot_id=boot_id, pid_namespace=namespace, start_ticks=start_ticks)
+        return cls(host=host, pid=pid, boot_id="", pid_namespace="", start_ticks=0)
+
+    def certainly_dead(self) -> bool:
+        """Returns whether this very process has ended; False if that cannot be known from here."""
+        here = ProcessIdentity.of_this_process()
+        # Clones of a virtual machine share their boot id, but seldom their host name.
+        place = (self.host, self.boot_id, self.pid_namespace)
+        if not self.boot_id or place != (here.host, here.boot_id, here.pid_namespace):
+            return False
+        try:
+            os.kill(self.pid, 0)
+            stat = _stat(self.pid)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            # A process of another user, which /proc may hide, proves nothing.
+            return False
+        # A zombie, or dead.
+        return stat[_STATE] in b"ZXx" or int(stat[_START]) != self.start_ticks
+
+
+def _stat(pid: int) -> list[bytes]:
+    """Returns the fields of `/proc/PID/stat` after the process's name, which may hold spaces and parentheses."""
+    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
 
 
 class LeaseRecord(Sealed):

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pydantic import Field
 
+from job.coordination.lease import LEASE_KEY, RENEW_SECONDS, Lease, claim_version
+from job.coordination.sealed import SHA256_PATTERN, Moment, NamedObject, Sealed, code_version, utc_now
 from job.exits import BadDataError, BadRequestError, LostRunError, StoppedError
-from job.processes.launched import lost_peer
-from job.processes.lease import LEASE_KEY, RENEW_SECONDS, Lease, claim_version
+from job.processes.launcher import lost_peer
 from job.progress import Progress
-from job.sealed import SHA256_PATTERN, Moment, NamedObject, Sealed, code_version, utc_now
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store
 
@@ -333,7 +333,12 @@ class Pieces:
     def _takes(self, number: int, claim: ExitStack, stop: Stop) -> bool:
         """Returns whether this process makes a piece now; if machines share the work, it then holds the claim."""
         if self._share.count > 1:
-            if self._is_made(number) or (lease := _lease_on(self._claim(number), stop)) is None:
+            if self._is_made(number):
+                return False
+            try:
+                lease = Lease.take(self._claim(number), 0, 0.0, stop, lambda text: None)
+            except LostRunError:
+                # A machine that is alive makes it.
                 return False
             claim.callback(lease.close)
         # Another process may have made it since it was listed.
@@ -368,14 +373,6 @@ def _stored(store: Store, equal_bytes: bool, key: str, content: bytes | Path) ->
 def _delete_all(store: Store, folder: str) -> None:
     for entry in store.list(folder):
         store.delete(entry.key)
-
-
-def _lease_on(claim: Store, stop: Stop) -> Lease | None:
-    """Returns the lease on a piece; None if a machine that is alive makes it."""
-    try:
-        return Lease.take(claim, 0, 0.0, stop, lambda text: None)
-    except LostRunError:
-        return None
 
 
 class _Committer:

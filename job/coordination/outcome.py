@@ -13,17 +13,15 @@ from contextlib import contextmanager, suppress
 
 from pydantic import Field
 
+from job.coordination.sealed import Moment, Sealed, utc_now
 from job.exits import BadDataError, Exit, JobError, State, ending_of, restart_after, state_after
 from job.processes.group import JOB
-from job.sealed import Moment, Sealed, utc_now
 from job.store import ObjectMissingError, Retry, open_store
 
 JOBS = "jobs"
 """The folder of the bucket."""
 WRITE_SECONDS = 5.0
 """The limit of a write: a bucket that is away must not hold up a job that ends."""
-LONGEST_MESSAGE = 500
-"""Characters."""
 MOST_STARTS = 100
 """The number of starts that one machine keeps."""
 OUTCOME_READ_SECONDS = 10.0
@@ -81,7 +79,7 @@ def outcome_written(bucket_uri: str, machine: int = 0, machines: int = 1, *, is_
             state=state_after(code),
             exit_code=code,
             updated=utc_now(),
-            message=" ".join(message.split())[:LONGEST_MESSAGE],
+            message=" ".join(message.split()),
             machine=machine,
             machines=machines,
             is_group=is_group,

@@ -45,7 +45,7 @@ def utc_text(iso: str) -> str:
 @cache
 def code_version() -> str:
     """Returns `0.1.0+3f2a9c1b`: the version, and a hash of the names and bytes of all modules and presets."""
-    root, sha256 = Path(__file__).parents[1], hashlib.sha256()
+    root, sha256 = Path(__file__).parents[2], hashlib.sha256()
     paths = (path for package in PACKAGES for path in (root / package).rglob("*") if path.suffix in (".py", ".yaml"))
     for path in sorted(paths):
         source = path.read_bytes()
@@ -138,6 +138,20 @@ class Sealed(RecordPart):
             ObjectMissingError: the object is missing.
         """
         return cls.from_json(store.read(key).data, store.uri_of(key))
+
+    @classmethod
+    def load_made(cls, store: Store, key: str) -> Self | None:
+        """Reads the record that a command makes; None before.
+
+        Raises:
+            BadDataError: it is damaged; the message says that the command makes it again after its deletion.
+        """
+        try:
+            return cls.load(store, key)
+        except ObjectMissingError:
+            return None
+        except BadDataError as error:
+            raise BadDataError(f"{error}; delete it, and the same command makes it again") from None
 
 
 def _digest_of(document: dict[str, Any]) -> str:
