@@ -3,11 +3,11 @@
     python -m benchmarks.mutants job/store --tests tests/job/store --mutants 200 --seed 1 --json before.json
     python -m benchmarks.mutants job/store --tests tests/job/store --like before.json
 
-A mutant is the program with one change: another comparison, a negated condition, a number plus one, a call, an assignment
-or a `raise` left out, an argument left out, None returned. Coverage, which also counts child processes, names the tests
-that execute the changed lines; these run against the mutant, in this checkout, until one fails or hangs. With `--like` the
-same mutants are made again, and each one that was noticed before and is not now is printed: then the tests have become
-weaker, and the exit code is 1. Files change meanwhile, so run it in a checkout that nobody else uses.
+A mutant is the program with one change: another comparison, a negated condition, a number plus one, a call, an
+assignment, a `raise` or an argument left out, None returned. Coverage, which also counts child processes, names the
+tests that execute the changed lines; these run against the mutant, in this checkout, until one fails or hangs. With
+`--like` the same mutants are made again, and each one that was noticed before and is not now is printed: then the tests
+have become weaker, and the exit code is 1. Files change meanwhile, so run it in a checkout that nobody else uses.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ data_file = {folder}/data
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change in a file, relative to the checkout: a text, the one that replaces it, and which of equal ones it is."""
+    """One change in a file: a text, the text that replaces it, and the number of this pair among equal ones."""
 
     path: str
     before: str
@@ -142,10 +142,10 @@ def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
     """Yields what a mutant can change: nothing in an annotation, a decorator or an f-string."""
     for name, field in ast.iter_fields(tree):
         for node in field if isinstance(field, list) else [field]:
-            if isinstance(node, ast.AST) and name not in ("annotation", "returns", "decorator_list"):
-                if not isinstance(node, ast.JoinedStr):
-                    yield node
-                    yield from _nodes(node)
+            is_code = name not in ("annotation", "returns", "decorator_list")
+            if is_code and isinstance(node, ast.AST) and not isinstance(node, ast.JoinedStr):
+                yield node
+                yield from _nodes(node)
 
 
 def _changes(node: ast.AST) -> Iterator[str]:
