@@ -100,8 +100,8 @@ class RunHandle:
 
     def opened_images(self, index: DatasetIndex | None, stop: Stop) -> ImageCache:
         """Opens the images of a dataset, such as the run's own, within the limits of this node's cache."""
-        from job.data.reading import default_cache_dir
         from job.data.reading.cache import open_cache
+        from job.store.files import default_cache_dir
 
         assert index is not None
         key, size_bytes = dataset_key(index.name, index.size), int(self.config.data.cache_gigabytes * 1e9)

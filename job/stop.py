@@ -1,6 +1,6 @@
 """Stop requests: one object with whether, why, and the time left; and the heartbeats of processes that work.
 
-The command makes the object, `install` connects it with signals and the deadline, `watch_for_preemption` with the
+The command makes the object, `install` connects it with signals and the deadline, `preemption_watched` with the
 machine's notice, and functions get it as `stop`.
 """
 

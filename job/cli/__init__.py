@@ -136,6 +136,7 @@ def _suggest(error: Any) -> None:
 
     name = error.option_name.lstrip("-").replace("-", "_")
     keys = [key for key in known_keys() if key.rpartition(".")[2] == name and key not in CHOSEN_ELSEWHERE]
+    keys.sort(key=lambda key: not key.startswith("train."))
     typed = [_SAME[name]] if name in _SAME else [f"--set {key}=VALUE" for key in keys]
     options = {option for each in error.ctx.command.params for option in each.opts}
     error.possibilities = [words for words in typed if words.split()[0] in options] or error.possibilities

@@ -50,6 +50,7 @@ CHOSEN_ELSEWHERE = {
     "data.classes": "ddpm import",
     "data.order": "the program",
     **{key: "ddpm sample --autoguidance [RUN@]EPOCH" for key in settings() if "autoguidance" in key},
+    "sample.autoguidance_weights": "ddpm sample --autoguidance-weights NAME",
     **{key: "--from RUN[@EPOCH] and --weights" for key in settings() if key.startswith("parent.")},
 }
 """Keys that neither `--set` nor a file may set, and the option that sets them instead."""
@@ -233,7 +234,7 @@ def all_settings() -> dict[str, dict[str, Any]]:
     for key in known_keys():
         section, _, leaf = key.rpartition(".")
         kinds = [kind for kind, network in NETWORKS.items() if section == "model" and leaf in network.model_fields]
-        only = kinds if len(kinds) < len(NETWORKS) else takers(leaf) if section == "sample" else []
+        only = takers(leaf) if section == "sample" else kinds if len(kinds) < len(NETWORKS) else []
         field, notes = settings()[key], [description_of(key)]
         if only:
             notes.append(f"only for {', '.join(only)}")

@@ -32,12 +32,11 @@ from job.data import shards
 from job.data.images import codec_versions, encode_latents
 from job.data.pack import Packing, check_absent, make_dataset
 from job.data.pack_request import EncodeRequest
-from job.data.reading import default_cache_dir
 from job.data.reading.cache import ImageCache, uncached_images
 from job.exits import BadConfigError, BadDataError, BadRequestError, how_to_install
 from job.stop import Stop
 from job.store import Retry, Store
-from job.store.files import os_errors, scratch_folder
+from job.store.files import default_cache_dir, os_errors, scratch_folder
 
 ENCODED_IMAGES = 16
 """Images per batch."""

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 
 from ddpm.catalogue import EXTRACTORS, Extractor
 from job.coordination.pieces import TRANSFERS, WHOLE, Made, PieceRecord, Pieces, Slice
-from job.data.reading import default_cache_dir
 from job.data.shards import REFERENCES, DatasetIndex, dataset_key
 from job.exits import BadDataError, BadRequestError, MissingInputError, how_to_install
 from job.plan import Plan, RunHandle
@@ -33,7 +32,7 @@ from job.sampling.sampling_plan import SamplePlan, plan_sampling
 from job.sampling.sets import SampleSet, piece_images, plan_sets
 from job.stop import NEVER, Stop
 from job.store import ObjectMissingError, Store, is_remote, open_store
-from job.store.files import os_errors
+from job.store.files import default_cache_dir, os_errors
 
 if TYPE_CHECKING:
     import torch

@@ -1,1 +1,1 @@
-"""Imports of checkpoints, exports for diffusers and the hub, and latents of autoencoders."""
+"""Imports of checkpoints, and exports for diffusers and the hub."""

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from job.config.schema import DataConfig
-from job.data.reading import default_cache_dir
 from job.data.shards import SHARD_PIXEL_BYTES
 from job.exits import Exit, JobError
 from job.jobs.backends import Check
@@ -29,7 +28,7 @@ from job.processes.group import check_gpus, local_gpus
 from job.progress import note
 from job.runs.layout import RUNS
 from job.store import Retry, is_remote, open_store
-from job.store.files import os_errors, scratch_folder
+from job.store.files import default_cache_dir, os_errors, scratch_folder
 
 DOCTOR_FOLDER = "doctor"
 """The folder of the bucket in which an object is written, and deleted again."""

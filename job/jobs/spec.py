@@ -35,7 +35,7 @@ class JobSpec:
         bucket: URI of the bucket.
         run: the run it works on; empty for packing.
         gpus: per node; 0 is a CPU job.
-        gpu_type: as the backend names it, such as `nvidia-l4`; empty is the target's.
+        gpu_type: as the engine names it, such as `nvidia-l4`; empty is the target's.
         nodes: machines that train together; 1 for everything else.
         slices: machines that share the pieces of a job; 0 for one machine.
         spot: whether it may run on machines that are taken away.
@@ -63,7 +63,7 @@ class JobSpec:
     retries: int = RETRIES
 
     def __post_init__(self) -> None:
-        """Refuses a job that no backend could run; the message names the option."""
+        """Refuses a job that no engine could run; the message names the option."""
         validated_job_name(self.name)
         if self.nodes > 1 and self.verb != "train":
             raise BadRequestError(f"--nodes {self.nodes} is for training: use --slices for all other work")
@@ -113,7 +113,7 @@ class JobSpec:
 
 
 def validated_job_name(name: str) -> str:
-    """Returns `name` if it is valid on every backend."""
+    """Returns `name` if it is valid on every engine."""
     if not (_JOB_NAME.fullmatch(name) and len(name) <= NAME_CHARACTERS):
         use = f"use a letter and up to {NAME_CHARACTERS - 1} lower-case letters, digits and inner '-'"
         raise BadRequestError(f"{name!r} cannot be a job's name: {use}")

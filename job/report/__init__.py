@@ -26,7 +26,6 @@ from PIL import Image, ImageSequence
 from job.config import CHOSEN_ELSEWHERE, FOLLOWS, RunConfig, description_of, draft
 from job.coordination.sealed import code_version, utc_now
 from job.data.preview import preview_png
-from job.data.reading import default_cache_dir
 from job.data.shards import PREVIEW, dataset_key
 from job.exits import BadDataError, JobError, State
 from job.plan import RunHandle
@@ -39,6 +38,7 @@ from job.runs.outlook import AttemptSpan, Outlook, attempts_of, duration, outloo
 from job.runs.records import Status
 from job.runs.samples import Scores, denoising_key, grid_key, label_at, moment_of
 from job.store import ObjectMissingError, Store
+from job.store.files import default_cache_dir
 
 PAGE_KEY = ObjectKind.PAGE.value
 POINTS = 1000

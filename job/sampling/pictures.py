@@ -4,7 +4,7 @@ RUN/samples/epoch-0080-ddim-100.png              one image per seed, from the av
             epoch-0080-ddim-50-eta-1-seeds-0-63.png  the name lists the differences from the run's settings
             comparison-30-80-490-ddim-100.png    the same seeds under several checkpoints
             denoising-epoch-0080-ddim-100.gif    from noise to image, 20 frames at most
-            epoch-0080-ddim-100-inpaint-image-3-mask-half-resamplings-10.png  see `editing`
+            epoch-0080-ddim-100-inpaint-image-3-mask-half-resamplings-10.png  see `ddpm.editing`
             epoch-0080-ddim-100-0-50000-1f3a9c02/  see `sets`
 
 The figures of the method, `ddpm figure schedule` and `ddpm figure noising`, need no network.

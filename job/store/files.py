@@ -32,6 +32,19 @@ _LOCK = ".lock"
 _SCRATCH = "ddpm-tmp-"
 
 
+def default_cache_dir() -> Path:
+    """Returns `$DDPM_CACHE`, else `$XDG_CACHE_HOME/ddpm`, else `~/.cache/ddpm`.
+
+    Raises:
+        BadRequestError: neither variable is set, and the user has no home.
+    """
+    folder = os.environ.get("DDPM_CACHE") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/ddpm"
+    try:
+        return Path(folder).expanduser().absolute()
+    except RuntimeError:
+        raise BadRequestError("this user has no home folder: set DDPM_CACHE to a folder on a local disk") from None
+
+
 @contextmanager
 def os_errors(where: object) -> Iterator[None]:
     """Turns an `OSError` into a `JobError` with a remedy.

@@ -18,10 +18,10 @@ from typing import Any
 from PIL import Image
 
 from job.config import RunConfig
-from job.data.reading import default_cache_dir
 from job.exits import BadRequestError, JobError, NoPermissionError, how_to_install
 from job.progress import note
 from job.runs.metric_rows import Row, plain_settings
+from job.store.files import default_cache_dir
 
 PROJECT = "ddpm"
 CLOSE_SECONDS = 10.0

@@ -91,8 +91,8 @@ def _index_or_why(bucket: Store, folder: str) -> DatasetIndex | str:
         return load_index(bucket, f"{DATASETS}/{folder}")
     except MissingInputError:
         return "unfinished: pack it again, or delete it"
-    except BadDataError:
-        return "its index.json is damaged: restore it, or delete it"
+    except BadDataError as error:
+        return str(error)
 
 
 def _told(bucket: Store, index: DatasetIndex) -> dict[str, Any]:
@@ -124,9 +124,8 @@ def show_dataset(
         return
 
     from job.data.preview import preview_png
-    from job.data.reading import default_cache_dir
     from job.data.reading.cache import uncached_images
-    from job.store.files import write_file
+    from job.store.files import default_cache_dir, write_file
 
     print(describe_dataset(index, bucket))
     labels = uncached_images(bucket, key, index).labels(np.arange(index.images)) if index.classes else np.empty(0)

@@ -1,4 +1,4 @@
-"""`ddpm runs list`, `show`, `verify` and `compare`: the runs of a bucket for people, as tables, lines or JSON."""
+"""`ddpm runs list`, `show` and `compare`: the runs of a bucket for people, as tables, lines or JSON."""
 
 from __future__ import annotations
 

@@ -274,7 +274,7 @@ def test_an_unfinished_dataset_is_listed(tmp_path):
     damaged.write_text("{ : ")
     listed = succeeded(ddpm_here("data", "list", "--bucket", tmp_path))
     assert "unfinished: pack it again, or delete it" in listed
-    assert "its index.json is damaged" in listed
+    assert "index.json is corrupt" in listed
     assert f"{damaged}" in refused(ddpm_here("data", "show", "other", "--bucket", tmp_path), Exit.BAD_DATA)
     succeeded(ddpm_here("data", "delete", "mine", "--bucket", tmp_path, "--yes"))
     assert not left.exists()

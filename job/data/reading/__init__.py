@@ -1,37 +1,20 @@
-"""Reading a dataset: `stream` has the order of a run's images and their batches, `cache` finds and decodes them.
+"""Reading a dataset: `order` has that of a run's images, `stream` their batches, `cache` finds and decodes them.
 
-Here: the place of all caches, and work of threads whose results are taken in order, with a limited number ahead.
+Here: work of threads whose results are taken in order, with a limited number ahead.
 """
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import TypeVar
-
-from job.exits import BadRequestError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 STOP_POLL_SECONDS = 0.05
 """How often a waiting thread checks for a stop."""
-
-
-def default_cache_dir() -> Path:
-    """Returns `$DDPM_CACHE`, else `$XDG_CACHE_HOME/ddpm`, else `~/.cache/ddpm`.
-
-    Raises:
-        BadRequestError: neither variable is set, and the user has no home.
-    """
-    folder = os.environ.get("DDPM_CACHE") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/ddpm"
-    try:
-        return Path(folder).expanduser().absolute()
-    except RuntimeError:
-        raise BadRequestError("this user has no home folder: set DDPM_CACHE to a folder on a local disk") from None
 
 
 def in_order(

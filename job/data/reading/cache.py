@@ -27,13 +27,13 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from job.data.images import Recipe, RejectedImageError, codec_versions, decode, decode_latents, prepare
-from job.data.reading import STOP_POLL_SECONDS, default_cache_dir, in_order
+from job.data.reading import STOP_POLL_SECONDS, in_order
 from job.data.reading.order import Int64s, Order
 from job.data.shards import OFFSETS_DTYPE, DatasetIndex, Record, image_hash
 from job.exits import BadConfigError, BadDataError, DiskFullError, MissingInputError
 from job.stop import NEVER, Stop
 from job.store import Store, open_to_read, split_uri
-from job.store.files import os_errors
+from job.store.files import default_cache_dir, os_errors
 
 Uint8s = npt.NDArray[np.uint8]
 Progress = Callable[[int, int], None]

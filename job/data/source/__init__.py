@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from job.data.reading import default_cache_dir
 from job.data.source import members
 from job.data.source.archives import ARCHIVES, find_tars, open_zipped, opened_zip, tar_members, zip_members
 from job.data.source.formats import next_step, recognised
@@ -33,6 +32,7 @@ from job.store import (
     split_uri,
     without_queries,
 )
+from job.store.files import default_cache_dir
 
 if TYPE_CHECKING:
     from job.store.sources import SourceStore

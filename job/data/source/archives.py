@@ -128,7 +128,7 @@ class _TarStream:
         self._digests, self._position, self._last_block = digests, 0, b""
 
     def tell(self) -> int:
-        """Returns the position in the members.unpacked stream."""
+        """Returns the position in the unpacked stream."""
         return self._position
 
     def seek(self, position: int) -> None:

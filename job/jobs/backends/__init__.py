@@ -398,7 +398,7 @@ class Target(BaseModel):
         """Returns all that `submit` sends, in order. Pure: equal specs give equal manifests.
 
         Raises:
-            BadRequestError: this backend cannot run the job; the message names the option.
+            BadRequestError: this engine cannot run the job; the message names the option.
         """
 
     @abc.abstractmethod

@@ -251,7 +251,7 @@ class GoogleTarget(Target):
         return following
 
     def render(self, spec: JobSpec) -> list[JsonObject]:
-        """Returns the bodies of the requests that make the job in the place of this backend."""
+        """Returns the bodies of the requests that make the job in the place of this engine."""
         if not spec.image or spec.image.startswith("localhost/"):
             raise BadRequestError(
                 f"image {spec.image!r}: set the target's image to one in a registry (`make push-image`)"

@@ -141,7 +141,7 @@ def _command(spec: JobSpec) -> list[str]:
 
 
 def _folder() -> Path:
-    from job.data.reading import default_cache_dir
+    from job.store.files import default_cache_dir
 
     # Several machines may share a cache, and their process ids mean nothing here.
     return default_cache_dir() / "jobs" / socket.gethostname()

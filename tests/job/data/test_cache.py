@@ -15,12 +15,12 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from job.data.reading import default_cache_dir
 from job.data.reading.cache import DecodedCache, ImageCache, ShardCache, open_cache, uncached_images
 from job.data.reading.order import Order
 from job.data.shards import OFFSETS_DTYPE
 from job.exits import BadConfigError, BadDataError, BucketAwayError, DiskFullError, Exit, StoppedError
 from job.stop import Stop
+from job.store.files import default_cache_dir
 from tests.job.damages import flip_a_bit
 from tests.job.launching import eventually
 from tests.job.small_dataset import KEY, FarStore, SmallDataset, write_dataset
