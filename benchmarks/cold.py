@@ -101,10 +101,13 @@ def read(reader: str, bucket: str, cache: Path) -> dict[str, float]:
                 first_shard[0] = time.perf_counter() - began
                 return
 
-    index = load_index(open_store(bucket), key)
+    def shards() -> list[str]:
+        # Not for litData, whose forked workers would wait for the threads of obstore that this starts.
+        return [f"{bucket}/{key}/{shard.name}" for shard in load_index(open_store(bucket), key).shards]
+
     readers: dict[str, Callable[[], Iterable[object]]] = {
         "ours": lambda: our_epoch(opened(bucket, key, cache)),
-        "webdataset": lambda: peers.webdataset_epoch([f"{bucket}/{key}/{shard.name}" for shard in index.shards]),
+        "webdataset": lambda: peers.webdataset_epoch(shards()),
         "litData": lambda: peers.litdata_epoch(f"{bucket}/chunks", cache),
     }
     if reader == "litData":

@@ -257,6 +257,9 @@ def _check_latents(at: Store, parent: RunConfig, index: DatasetIndex) -> None:
 def _meaning(values: dict[str, Any]) -> dict[str, Any]:
     """Returns what decides the meaning of weights, by key; of augmentation that is whether the network knows of it."""
     meant = {key: value for key, value in values.items() if key.startswith(_MEANING) and key not in _NO_MEANING}
+    if sizes := meant.get("model.attention_sizes"):
+        # Their order means nothing.
+        meant["model.attention_sizes"] = sorted(sizes)
     return meant | {"data.augment": values["data.augment"] > 0}
 
 

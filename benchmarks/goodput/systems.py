@@ -75,7 +75,7 @@ class Subject:
         ensure = [sys.executable, "-m", "job", "data", "ensure", EMBEDDED, "--bucket", bucket]
         subprocess.run(ensure, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
         plan = plan_run(TrainRequest(EMBEDDED, bucket=bucket, sets=sets).check(), suited=compute.suited)
-        config, everything, cache = plan.config, np.arange(plan.index.images), plan.opened_images(NEVER)
+        config, everything, cache = plan.config, np.arange(plan.index.images), plan.opened_images(plan.index, NEVER)
         images = torch.from_numpy(cache.read(everything)).permute(0, 3, 1, 2).contiguous()
         network = asdict(config.model) | dict.fromkeys(("in_channels", "out_channels"), plan.index.channels)
         network |= {"image_size": plan.index.image_shape[0], "null_class": network.pop("label_dropout") > 0}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from functools import reduce
-from operator import or_
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -18,7 +16,6 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     WithJsonSchema,
-    create_model,
     field_validator,
     model_validator,
 )
@@ -135,15 +132,24 @@ class DataConfig(ConfigSection):
             raise ValueError(f"data.crop_scale={self.crop_scale}: the smaller share comes first")
 
 
-NETWORKS: dict[str, Any] = {
-    kind: create_model(network.__name__, __base__=(ConfigSection, network), __doc__=network.__doc__)
-    for kind, network in catalogue.NETWORKS.items()
-}
-"""The section of each network, whose settings the catalogue states."""
-if TYPE_CHECKING:
-    Network = catalogue.NetworkConfig
-else:
-    Network = reduce(or_, NETWORKS.values())
+class UNetSection(ConfigSection, catalogue.UNetConfig):
+    """A U-Net of Ho et al. and its successors."""
+
+
+class EDM2Section(ConfigSection, catalogue.EDM2Config):
+    """The magnitude-preserving U-Net of EDM2."""
+
+
+class DiTSection(ConfigSection, catalogue.DiTConfig):
+    """A transformer on patches."""
+
+
+class DomeUNetSection(ConfigSection, catalogue.DomeUNetConfig):
+    """The U-Net of dome272 and ErenGurs."""
+
+
+Network = UNetSection | EDM2Section | DiTSection | DomeUNetSection
+NETWORKS: dict[str, type[Network]] = {kind.model_fields["kind"].default: kind for kind in get_args(Network)}
 
 
 class DiffusionConfig(ConfigSection, catalogue.Diffusion):
@@ -301,7 +307,7 @@ class RunConfig(ConfigSection):
     preset: Annotated[str, "preset that the run began with"] = ""
     imported: Annotated[bool, "the run began with an imported checkpoint"] = False
     data: DataConfig = DataConfig()
-    model: Annotated[Network, Field(discriminator="kind")] = NETWORKS["unet"]()
+    model: Annotated[Network, Field(discriminator="kind")] = UNetSection()
     diffusion: DiffusionConfig = DiffusionConfig()
     train: TrainConfig = TrainConfig()
     ema: EmaConfig = EmaConfig()

@@ -285,7 +285,7 @@ def test_the_parent_is_the_pinned_one_or_none(bucket):
     run = open_store(str(bucket)).sub("runs/walk")
     (key,) = [entry.key for entry in run.list("checkpoints") if entry.key.endswith("312/MANIFEST.json")]
     manifest = Manifest.load(run, key)
-    run.put(key, manifest.model_copy(update={"created": "2026-01-01T00:00:00Z"}).to_json())
+    run.put(key, manifest.model_copy(update={"loss_sums": [[7.0]]}).to_json())
     line = refused(child(bucket, "--epochs", 1), Exit.BAD_DATA)
     assert f"{bucket}/runs/walk/checkpoints/000001-000000000312 has changed since it was pinned: restore it" in line
     run.delete(key)

@@ -150,7 +150,7 @@ def test_held_out_images_are_never_learnt(train, packed, capsys):
     assert "val_loss" not in losses, "two looks are too few for an error"
     assert "of at least 3" in refused(ddpm_here(*compare, "other", "--since-epoch", 2), 66)
     train("seeded", epochs=1, train__seed=1, **options)
-    assert "train.seed is 0 and 1" in refused(ddpm_here(*compare, "seeded"), 64)
+    assert "train.seed: 0 and 1" in refused(ddpm_here(*compare, "seeded"), 64)
 
 
 EDM2_SIZES = {

@@ -13,6 +13,7 @@ from PIL import Image
 
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.metric_rows import read_rows
+from job.runs.records import load_attempt
 from tests.job.command_line import settings
 from tests.job.hooked import hooked
 
@@ -139,7 +140,7 @@ def test_changing_processes_learn_the_same(place, started, tmp_path, precision, 
     for stage, (processes, stop_at_image, options) in enumerate(stages):
         stopped(started(name, stage, precision, processes, stop_at_image, *options))
         newest = load_manifest(run, max(list_checkpoints(run)))
-        assert newest.world_size == processes
+        assert load_attempt(run, newest.fence).world_size == processes
         stopped_at.append(newest.images_seen)
     stopped(alone)
     expected = recorded(tmp_path, f"alone-{precision}", 0)

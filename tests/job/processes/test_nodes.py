@@ -12,6 +12,7 @@ import pytest
 from job.exits import BadRequestError
 from job.processes.group import Group
 from job.runs.checkpoints import list_checkpoints, load_manifest
+from job.runs.records import load_attempt
 from tests.job.hooked import hooked
 from tests.job.launching import eventually
 
@@ -91,10 +92,11 @@ def test_a_preempted_node_stops_all(place, together):
     assert found == [0, 0, 0], said
     newest = max(list_checkpoints(run))
     assert newest.images_seen > stopped_at
-    learnt = [load_manifest(run, max(list_checkpoints(run))) for run in (run, place.run("one-node"))]
-    assert [(there.world_size, {file.name: file.sha256 for file in there.files}) for there in learnt] == [
-        (2, {file.name: file.sha256 for file in learnt[0].files})
-    ] * 2
+    runs = run, place.run("one-node")
+    learnt = [load_manifest(each, max(list_checkpoints(each))) for each in runs]
+    assert [load_attempt(each, there.fence).world_size for each, there in zip(runs, learnt, strict=True)] == [2, 2]
+    first, second = ({file.name: file.sha256 for file in there.files} for there in learnt)
+    assert first == second
     # One that dies ends the others.
     nodes = together("walk", 10_000)
     eventually(lambda: max(list_checkpoints(run)) > newest, 200)
@@ -105,9 +107,9 @@ def test_a_preempted_node_stops_all(place, together):
 
 OPENS_SLOWLY = """
 import os
-def slowly(plan, stop, *more, opened_images=RunHandle.opened_images):
+def slowly(plan, index, stop, opened_images=RunHandle.opened_images):
     stop.sleep(24 * int(os.environ["NODE_RANK"]))
-    return opened_images(plan, stop, *more)
+    return opened_images(plan, index, stop)
 
 RunHandle.opened_images = slowly
 """

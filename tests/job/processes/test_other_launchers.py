@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from job.runs.checkpoints import RUN_CONFIG, list_checkpoints, load_manifest
-from job.runs.records import read_status
+from job.runs.records import load_attempt, read_status
 
 TORCHRUN = (str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2", "-m", "--", "job")
 """Without `--` torchrun takes `--run` for an abbreviation of an option of its own."""
@@ -30,7 +30,7 @@ def test_torchrun_and_accelerate_share_a_run(place):
     assert err.count("everything is saved, and the same command goes on from there") == 1
     assert read_status(run).state == "stopped"
     newest = load_manifest(run, max(list_checkpoints(run)))
-    assert (newest.images_seen, newest.world_size) == (read_status(run).images_seen, 2)
+    assert (newest.images_seen, load_attempt(run, newest.fence).world_size) == (read_status(run).images_seen, 2)
     epochs = newest.images_seen // 299 + 3
     ours = place.started("ours", "--epochs", epochs, "--processes", 2)
     theirs = place.started("theirs", "--epochs", epochs, program=ACCELERATE)
@@ -39,7 +39,7 @@ def test_torchrun_and_accelerate_share_a_run(place):
         assert process.returncode == 0, err
     found, expected = (load_manifest(run, max(list_checkpoints(run))) for run in (run, place.run("ours")))
     assert read_status(run).state == "finished"
-    assert found.world_size == 2
+    assert load_attempt(run, found.fence).world_size == 2
     there, wanted = ({file.name: file.sha256 for file in each.files} for each in (found, expected))
     # The runs began with different epochs.
     assert there | {RUN_CONFIG: ""} == wanted | {RUN_CONFIG: ""}
