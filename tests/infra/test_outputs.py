@@ -66,7 +66,7 @@ def test_written_targets_take_jobs(tmp_path):
     assert isinstance(gke, KubernetesTarget) and isinstance(vm, VmTarget)
     assert (gke.context, gke.namespace, gke.service_account) == (VALUES["context"], "ddpm", "ddpm")
     assert (gke.grace_seconds, gke.cluster, gke.spot) == (105, "gke", True)
-    assert vm.zones == ("us-central1-a", "us-central1-b")
+    assert [*vm.zones] == ["us-central1-a", "us-central1-b"]
     assert {(target.bucket, target.image) for target in made.values()} == {(VALUES["bucket"], VALUES["image"])}
 
     (tmp_path / "targets.yaml").write_text(text)
