@@ -7,7 +7,7 @@ A mutant is the program with one change: another comparison, a negated condition
 assignment, a `raise` or an argument left out, None returned. Coverage, which also counts child processes, names the
 tests that execute the changed lines; these run against the mutant, in this checkout, until one fails or hangs. With
 `--like` the same mutants are made again, and each one that was noticed before and is not now is printed: then the tests
-have become weaker, and the exit code is 1. Files change meanwhile, so run it in a checkout that nobody else uses.
+have become weaker, and the exit code is 1. Files change meanwhile, so run it in a checkout of its own.
 """
 
 from __future__ import annotations

@@ -283,8 +283,6 @@ OF_CLASSES = ("class_embedding", "label_emb")
 class NetworkConfig:
     """The settings that all networks share."""
 
-    network: ClassVar[str]
-    """The module and the name of its class."""
     schedule: ClassVar[str] = ""
     """The only schedule whose t it takes; empty: all."""
     takes_estimates: ClassVar[bool] = True
@@ -305,7 +303,6 @@ class NetworkConfig:
 class UNetConfig(NetworkConfig):
     """The U-Net of Ho et al. (2020), appendix B; with its switches that of Dhariwal & Nichol (2021), section 3."""
 
-    network: ClassVar[str] = "ddpm.networks.unet:UNet"
     parts: ClassVar[str] = f"{_INPUTS} down_blocks mid_block up_blocks conv_norm_out conv_out"
 
     kind: Literal["unet"] = "unet"
@@ -339,7 +336,6 @@ class UNetConfig(NetworkConfig):
 class EDM2Config(NetworkConfig):
     """The magnitude-preserving U-Net of Karras et al. (2024), configuration G; by default EDM2-S."""
 
-    network: ClassVar[str] = "ddpm.networks.edm2:EDM2"
     schedule: ClassVar[str] = "edm"
     parts: ClassVar[str] = f"{_INPUTS} encoder middle decoder conv_out gain_out uncertainty"
 
@@ -362,7 +358,6 @@ class EDM2Config(NetworkConfig):
 class DiTConfig(NetworkConfig):
     """The transformer of Peebles & Xie (2023); by default DiT-S/2."""
 
-    network: ClassVar[str] = "ddpm.networks.dit:DiT"
     parts: ClassVar[str] = "patches linear_1 linear_2 class_embedding augmentation_embedding blocks modulation output"
 
     kind: Literal["dit"] = "dit"
@@ -390,7 +385,6 @@ class DiTConfig(NetworkConfig):
 class DomeUNetConfig(NetworkConfig):
     """The U-Net of dome272's and ErenGurs' ddpm."""
 
-    network: ClassVar[str] = "ddpm.networks.dome:DomeUNet"
     takes_estimates: ClassVar[bool] = False
     parts: ClassVar[str] = "inc down1 sa1 down2 sa2 down3 sa3 bot1 bot2 bot3 up1 sa4 up2 sa5 up3 sa6 outc label_emb"
 

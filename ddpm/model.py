@@ -290,7 +290,7 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
         tensors: dict[str, Tensor] = {}
         for path in _weights(inner):
             tensors |= load_file(path)
-        # Of a network that trained with augmentation, which no sample has.
+        # A network that trained with augmentation has it, and no sample needs it.
         tensors.pop("augmentation_embedding.weight", None)
         tensors = interop.with_names_of_today(tensors)
         # Copies, as a file that is written over later would change these weights.

@@ -1,6 +1,6 @@
 """Networks, by their kind, and the layout of images in memory that a device computes fastest."""
 
-from importlib import import_module
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +8,13 @@ from torch import nn
 
 from ddpm.catalogue import NETWORKS
 from ddpm.image_size import ImageSize
+from ddpm.networks.dit import DiT
+from ddpm.networks.dome import DomeUNet
+from ddpm.networks.edm2 import EDM2
 from ddpm.networks.layers import Block, Dropout
+from ddpm.networks.unet import UNet
+
+CLASSES: dict[str, Callable[..., nn.Module]] = {"unet": UNet, "edm2": EDM2, "dit": DiT, "dome": DomeUNet}
 
 
 def build(
@@ -49,8 +55,7 @@ def build(
         raise ValueError(f"the network {kind} takes t and the class alone, as its checkpoints do: choose unet")
     if augmentation_labels:
         options["augmentation_labels"] = augmentation_labels
-    module_name, name = NETWORKS[kind].network.split(":")
-    network: nn.Module = getattr(import_module(module_name), name)(
+    network: nn.Module = CLASSES[kind](
         image_size=image_size,
         in_channels=in_channels * (1 + self_conditioning),
         out_channels=out_channels,

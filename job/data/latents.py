@@ -42,7 +42,7 @@ ENCODED_IMAGES = 16
 """Images per batch."""
 CONFIG, WEIGHTS = shards.AUTOENCODER
 _KEPT = {"classes", "crop", "resize_filter", "licence", "source", "hold_out"}
-"""What the index of latents has from that of the images."""
+"""The fields that the index of latents takes from that of the images."""
 
 Decoder = Callable[[Tensor], Tensor]
 """Decodes normalised latents [b, C, h, w] to pixels [b, channels, H, W], about in [-1, 1]."""

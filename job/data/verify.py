@@ -88,7 +88,7 @@ def _in_shard(
             damaged += filter(None, [found])
             progress(int(reader.starts[shard]) + row + 1, reader.index.images)
         between = f"{uri} differs from the index{', but all its images are intact' if records else ''}"
-        # Of a truncated shard that is every image behind its end.
+        # In a truncated shard every image behind its end is damaged.
         problems += damaged if is_whole else damaged[:1] or [f"{between}: {reader.remedy}"]
     path.unlink(missing_ok=True)
     return problems

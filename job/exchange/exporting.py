@@ -280,7 +280,7 @@ def _meaning(error: Exception, name: str) -> JobError:
     while not hasattr(answered, "response") and answered.__cause__ is not None:
         answered = answered.__cause__
     status = getattr(getattr(answered, "response", None), "status_code", None)
-    # What the client itself refuses is a ValueError; an answer that is no JSON is one, too.
+    # The client raises a ValueError for its own refusals, and also for an answer that is no JSON.
     is_refused = isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)
     said = str(error) if isinstance(error, ValueError) else getattr(answered, "server_message", None)
     reason = printable(one_line(said or cause(error)))

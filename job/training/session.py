@@ -148,7 +148,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Due:
-    """What falls due after a step, in this order."""
+    """The work that falls due after a step, in this order."""
 
     log: bool
     validation: bool

@@ -1,4 +1,4 @@
-"""The formats that keep many images in a file: who reads each, and what a person does about those that nobody reads.
+"""The formats that keep many images in a file: the reader of each, and the next step with those that have none.
 
 A format is a module here with a reader, which `recognised` lists. A reader returns a `Source` whose members have their
 labels, or None if it sees no files of its format by their names. It imports the library of its format late, and reads
@@ -28,7 +28,7 @@ _UNREAD = {
     ".cr2 .nef .arw .dng": "raw photographs are not read: develop them into JPEG or PNG",
     ".csv .json .jsonl .txt": "tables and texts hold names, not images: name the folder or archive of the images",
 }
-"""What to do with files that are recognised and not read, by their suffixes, and first bytes as Latin-1."""
+"""The next step with files that are recognised and not read, by their suffixes, and first bytes as Latin-1."""
 _IMAGE_STARTS = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*"
 
 
