@@ -1,4 +1,4 @@
-"""The parts that all engines share: the keys of a target and its operations, what an engine knows about a job, and checks."""
+"""The parts that all engines share: keys and operations of a target, the status of a job, and checks."""
 
 from __future__ import annotations
 
