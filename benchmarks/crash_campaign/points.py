@@ -101,12 +101,13 @@ def _commit() -> list[Point]:
         Point("staged", staged, "train", "move", TENSORS, when="before", nth=4, hold=True),
         *(Point(f"upload-{k}", f"{k} of 4 files are uploaded", "train", "move", TENSORS, nth=k) for k in range(1, 5)),
         Point("snapshot", "a snapshot of the averages is uploaded, nothing names it", "train", "move", SNAPSHOT),
+        # The snapshot before it is what it deletes: an attempt between them might sweep first.
+        Point("sweep", "most of the remains of dead attempts are deleted", "train", "delete", SNAPSHOT),
         Point("metrics", "the metrics of the checkpoint are uploaded", "train", "create", "/metrics/"),
         Point("metrics-merged", "so are those that take in earlier ones", "train", "create", "/metrics/", nth=2),
         Point("manifest-before", "everything but the manifest is there", "train", "create", MANIFEST, when="before"),
         Point("manifest", "the manifest is there, LATEST is not", "train", "create", MANIFEST),
         Point("latest", "LATEST is written, nothing retired", "train", "put", "/LATEST$"),
-        Point("sweep", "most of the remains of dead attempts are deleted", "train", "delete", SNAPSHOT),
         Point("retire-manifest", "a manifest is deleted, its objects are not", "train", "delete", MANIFEST),
         Point("retire-object", "one of its objects is deleted, too", "train", "delete", TENSORS, since=retired),
         Point(
