@@ -94,9 +94,10 @@ class GcsStore(RemoteStore):
 
     def _get(self, key: str, start: int, stop: int | None, version: str = "") -> Future[Piece]:
         def piece(headers: Any, blocks: Sequence[bytes]) -> Piece:
-            size_bytes = int(headers.get("Content-Range", f"/{sum(map(len, blocks))}").rpartition("/")[2])
+            got_bytes = sum(map(len, blocks))
+            size_bytes = int(headers.get("Content-Range", f"/{got_bytes}").rpartition("/")[2])
             crc32c = _CRC32C.search(",".join(headers.getall("X-Goog-Hash")))
-            return Piece(blocks, size_bytes, headers["X-Goog-Generation"], crc32c[1] if crc32c else "")
+            return Piece(blocks, got_bytes, size_bytes, headers["X-Goog-Generation"], crc32c[1] if crc32c else "")
 
         url = self._fs.url(f"{self._bucket.name}/{self._prefix}{key}", generation=version or None)
         part = {"Range": f"bytes={start}-{stop - 1}"} if stop else {}

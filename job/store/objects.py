@@ -9,6 +9,7 @@ Messages never repeat the text of a server that refuses credentials: it may cont
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -103,9 +104,14 @@ class ObjectStore(RemoteStore):
             found = obstore.get(self._client, self._prefix + key, options=which)
             # An object that another program wrote has no such checksum.
             crc32c = found.attributes.get(_CRC32C, "")
-            # To collect the whole would copy it once more, and larger blocks would stay in the heaps of threads.
-            blocks = [bytes(block) for block in found.stream(_BLOCK_BYTES)]
-            return Piece(blocks, found.meta["size"], str(found.meta["e_tag"]), crc32c)
+            # Heaps of threads would keep the memory of the pieces.
+            content = mmap.mmap(-1, found.range[1] - found.range[0] or 1, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            for block in found.stream(_BLOCK_BYTES):
+                content.write(block)
+            got_bytes = content.tell()
+            content.seek(0)
+            blocks = iter(partial(content.read, _BLOCK_BYTES), b"")
+            return Piece(blocks, got_bytes, found.meta["size"], str(found.meta["e_tag"]), crc32c)
 
         return in_thread(_asked, get)
 

@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial, wraps
@@ -30,7 +30,7 @@ from job.store.retry import Retry, T, UnknownHostError, answer
 CONNECTIONS = 64
 PIECE_BYTES = 4 << 20
 """Size of one ranged read: on most networks its transfer takes longer than its request."""
-_PIECES_AHEAD = 4
+_PIECES_AHEAD = 6
 READ_AHEAD_BYTES = PIECE_BYTES
 PART_BYTES = 2 * READ_AHEAD_BYTES
 """Largest part of a file that one request fetches, of those that are read in parts."""
@@ -40,9 +40,11 @@ _UNKNOWN_HOST = re.compile("not known|not resolve")
 
 
 class Piece(NamedTuple):
-    """Some bytes of an object, and the size, version and, if the bucket knows it, crc32c of the whole."""
+    """`got_bytes` of an object, and the size, version and, if the bucket knows it, crc32c of the whole."""
 
-    blocks: Sequence[bytes]
+    blocks: Iterable[bytes]
+    """They can be read once."""
+    got_bytes: int
     size_bytes: int
     version: str
     crc32c: str
@@ -146,15 +148,15 @@ class RemoteStore(Store):
 
     def _open(self, key: str) -> BinaryIO:
         # Azurite's answer to a request for one byte of an empty object has no valid range.
-        _, size_bytes, version, _ = self._first(key, 2)
-        return cast(BinaryIO, Ranges(partial(self._attempt, self._part, key, version), size_bytes))
+        first = self._first(key, 2)
+        return cast(BinaryIO, Ranges(partial(self._attempt, self._part, key, first.version), first.size_bytes))
 
     def _part(self, key: str, version: str, start: int, stop: int) -> bytes:
         return b"".join(self._whole(key, start, stop, self._get(key, start, stop, version)).blocks)
 
     def _whole(self, key: str, start: int, stop: int, piece: Future[Piece]) -> Piece:
         found = self._answer(piece)
-        if sum(map(len, found.blocks)) != min(stop, found.size_bytes) - start:
+        if found.got_bytes != min(stop, found.size_bytes) - start:
             raise damaged(self.uri_of(key))
         return found
 
