@@ -110,7 +110,7 @@ class ObjectStore(RemoteStore):
                 content.write(block)
             got_bytes = content.tell()
             content.seek(0)
-            blocks = iter(partial(content.read, _BLOCK_BYTES), b"")
+            blocks = iter(partial(content.read, _BLOCK_BYTES), b"") if got_bytes else ()
             return Piece(blocks, got_bytes, found.meta["size"], str(found.meta["e_tag"]), crc32c)
 
         return in_thread(_asked, get)
