@@ -18,14 +18,26 @@ from rich.table import Table
 from benchmarks.measuring import BUSY_LOAD, Figure, machine
 from job.coordination.sealed import utc_now
 
-PARTS = ("training_step", "exact", "busy", "loader", "cold", "checkpoint", "sampling", "store")
+PARTS = {
+    "training_step": "computing",
+    "exact": "computing",
+    "loader": "loading",
+    "cold": "loading",
+    "checkpoint": "saving",
+    "sampling": "computing",
+    "store": "store",
+    "restore": "saving",
+}
+"""The module of each part, a function of the same name."""
+ON_REQUEST = ("restore",)
+"""Parts that write gigabytes, only run when they are named."""
 LATEST = Path(__file__).with_name("latest.json")
 
 
 def main() -> None:
     """Runs the chosen parts. A missed target does not fail the command, since machines differ."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Speed, against peers, on this machine.")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all but the last")
     parser.add_argument("--quick", action="store_true", help="tiny networks, no targets: shows that everything runs")
     parser.add_argument("--output", type=Path, default=LATEST, metavar="FILE", help=f"the JSON (default: {LATEST})")
     options = parser.parse_args()
@@ -33,9 +45,9 @@ def main() -> None:
         parser.error(f"unknown part {min(unknown)!r}: use {', '.join(PARTS)}")
     started, date, there = time.time(), utc_now(), machine()
     figures: list[Figure] = []
-    for part in options.parts or PARTS:
+    for part in options.parts or [part for part in PARTS if part not in ON_REQUEST]:
         print(f"measuring: {part.replace('_', ' ')}", file=sys.stderr)
-        measured: list[Figure] = import_module(f"benchmarks.{part}").measure(options.quick)
+        measured: list[Figure] = getattr(import_module(f"benchmarks.{PARTS[part]}"), part)(options.quick)
         figures += [replace(f, at_least=None, at_most=None) for f in measured] if options.quick else measured
         # Written after each part, so that an interruption does not lose the finished parts.
         report = {

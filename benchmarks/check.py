@@ -14,18 +14,18 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
-from benchmarks import checkpoint, loader, peers, sampling, training_step
-from benchmarks.measuring import Turns, machine, take_turns
-from benchmarks.subject import DATASET, HALF_WIDTH, pack_noise, run_config, write_noise
-from job.config import method
+from benchmarks import computing, loading, peers, saving
+from benchmarks.measuring import in_turn, machine, timed
+from benchmarks.subject import HALF_WIDTH, pack_noise, run_config
 from job.coordination.sealed import utc_now
-from job.data.shards import dataset_key
 from job.processes import compute
 from job.store import open_store
 
@@ -33,51 +33,46 @@ RECORDED = Path(__file__).with_name("recorded.json")
 ALLOWED_SHARE = 0.7
 """The smallest share of a recorded ratio that passes."""
 IMAGES = 4000
+Took = dict[str, list[float]]
+"""The seconds of each turn of `ours` and of a `peer`."""
 
 
-def training_ratio(folder: Path) -> Turns:
+def training_ratio(folder: Path) -> Took:
     """Times a training step and that of diffusers' example."""
-    precision = compute.best_precision()
-    training_step.pack_for_loops(folder, quick=False)
-    ours = training_step.OurLoop(folder, False, precision)
-    peer = training_step.DiffusersLoop(ours.session.config, ours.session.state.model)
-    turns = take_turns("training steps", ours.step, peer.step, turns=3, clock=time.process_time)
+    ours, peer = computing.both_loops(folder, compute.best_precision(), quick=False)
+    took = in_turn("training steps", timed(time.process_time, peer=peer.step, ours=ours.step), turns=3)
     ours.close()
-    return turns
+    return took
 
 
-def sampling_ratio(folder: Path) -> Turns:
+def sampling_ratio(folder: Path) -> Took:
     """Times our painter and diffusers' DDIM pipeline."""
-    return sampling.in_turn(HALF_WIDTH, 4, 8, compute.best_precision(), turns=4, clock=time.process_time)
+    return computing.samples_in_turn(HALF_WIDTH, 4, 8, compute.best_precision(), turns=4, clock=time.process_time)
 
 
-def loader_ratio(folder: Path) -> Turns:
+def loader_ratio(folder: Path) -> Took:
     """Times an epoch of our warm stream and one of webdataset."""
-    from torch.utils.data import DataLoader
-
     bucket, cache = str(folder / "bucket"), folder / "cache"
-    write_noise(folder / "images", IMAGES, loader.SIZE)
-    index = pack_noise(bucket, folder / "images", loader.SIZE)
-    key = dataset_key(DATASET, loader.SIZE)
-    urls, batch = [f"{bucket}/{key}/{shard.name}" for shard in index.shards], peers.BATCH_SIZE_IMAGES
-    return take_turns(
-        "reading images",
-        lambda: loader.timed_epoch(lambda: loader.our_epoch(loader.opened(bucket, key, cache)), IMAGES),
-        lambda: loader.timed_epoch(lambda: DataLoader(peers.webdataset_epoch(urls).dataset, batch), IMAGES),
-        turns=5,
-        clock=time.process_time,
-    )
+    pack_noise(bucket, folder / "images", IMAGES, loading.SIZE)
+    readers = loading.readers(bucket, cache, chunks="")
+
+    def in_this_process() -> DataLoader[Any]:
+        return DataLoader(readers["webdataset"]().dataset, peers.BATCH_SIZE_IMAGES)  # type: ignore[attr-defined]
+
+    epochs = {"peer": in_this_process, "ours": readers["ours"]}
+    works = {name: partial(loading.timed_epoch, batches, IMAGES) for name, batches in epochs.items()}
+    return in_turn("reading images", timed(time.process_time, **works), turns=5)
 
 
-def checkpoint_ratio(folder: Path) -> Turns:
+def checkpoint_ratio(folder: Path) -> Took:
     """Times the part of a save for which training waits, and a plain copy."""
-    config, cpu = run_config(HALF_WIDTH), torch.device("cpu")
-    state = method.initial_state(method.build_network(config, cpu), config).tensors()
-    turns, _ = checkpoint.saves(open_store(str(folder / "run")), config, state, turns=7)
-    return turns
+    config = run_config(HALF_WIDTH)
+    state = saving.new_state(config, torch.device("cpu"))
+    took, _ = saving.saves(open_store(str(folder / "run")), config, state, turns=7)
+    return took
 
 
-RATIOS: dict[str, Callable[[Path], Turns]] = {
+RATIOS: dict[str, Callable[[Path], Took]] = {
     "training_step": training_ratio,
     "sampling": sampling_ratio,
     "loader": loader_ratio,
@@ -89,8 +84,8 @@ RATIOS: dict[str, Callable[[Path], Turns]] = {
 def measured(name: str) -> float:
     """Returns a ratio of this machine."""
     with TemporaryDirectory(prefix="ddpm-bench-") as folder:
-        turns = RATIOS[name](Path(folder))
-    return round(min(turns.peer) / min(turns.ours), 3)
+        took = RATIOS[name](Path(folder))
+    return round(min(took["peer"]) / min(took["ours"]), 3)
 
 
 def compare(recorded: dict[str, float], measure: Callable[[str], float]) -> dict[str, float]:

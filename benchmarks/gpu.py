@@ -24,9 +24,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
-
     from benchmarks.measuring import Figure
+    from benchmarks.subject import OurLoop
+    from job.config import RunConfig
     from job.store import Store
 
 ROOT = Path(__file__).parents[1]
@@ -46,25 +46,25 @@ PEAK_FLOP_PER_SECOND = {
 """Dense bf16 products by words of the card's name, the first that fit (NVIDIA's data sheets; half of "sparse")."""
 SIZE, SAMPLES = 64, 3
 CELEBA_TINY = ("model.channels=32", "model.channel_mults=1,2", "train.batch_size=4", "train.warmup_images=0")
-AT_LEAST_DEFAULT, AT_LEAST_BEST, AT_LEAST_UTILISATION = 2.0, 1.2, 0.4
+PEERS = {"default": 2.0, "best": 1.2} if find_spec("diffusers") else {}
+"""How diffusers is set up, and how many times as fast ours has to be."""
+AT_LEAST_UTILISATION = 0.4
 
 
 def training(folder: Path, tiny: bool) -> list[Figure]:
     """Times steps of the preset `celeba` at 64 pixels, eager and compiled, and those of diffusers' example."""
     from benchmarks.measuring import Figure, seconds
-    from benchmarks.subject import pack_noise, write_noise
-    from benchmarks.training_step import DiffusersLoop, OurLoop, matmul_flop_per_second
+    from benchmarks.peers import DiffusersLoop
+    from benchmarks.subject import OurLoop, pack_noise
     from job.processes import compute
 
-    size = SIZE // 2 if tiny else SIZE
-    write_noise(folder / "images", 16 if tiny else 1024, size)
-    pack_noise(str(folder / "bucket"), folder / "images", size)
+    pack_noise(str(folder / "bucket"), folder / "images", 16 if tiny else 1024, SIZE // 2 if tiny else SIZE)
     precision, steps = compute.best_precision(), 1 if tiny else 10
     figures, rates, flop = list[Figure](), dict[str, list[float]](), 0
     for kind in ("eager", "compiled"):
         sets = (*(CELEBA_TINY if tiny else ()), f"train.compile={str(kind == 'compiled').lower()}")
-        ours = OurLoop(folder, False, precision, preset="celeba", sets=sets)
-        flop = flop or ours.step_flop()
+        ours = OurLoop(folder, precision, "celeba", sets)
+        flop = flop or step_flop(ours)
         batch_size, config = ours.session.batch_size, ours.session.config
         first_seconds = seconds(lambda ours=ours: finished(ours.step))
         rates[kind] = [batch_size / one for one in step_seconds(ours.step, steps)]
@@ -72,17 +72,18 @@ def training(folder: Path, tiny: bool) -> list[Figure]:
         network = ours.session.state.model
         ours.close()
     best = max(("eager", "compiled"), key=lambda kind: median(rates[kind]))
-    for kind, at_least in (("default", AT_LEAST_DEFAULT), ("best", AT_LEAST_BEST)):
-        if find_spec("diffusers"):
-            peer = DiffusersLoop(config, network, best=kind == "best")
-            finished(peer.step)
-            rates[kind] = [batch_size / one for one in step_seconds(peer.step, steps)]
-            ratios = [ours / theirs for ours, theirs in zip(rates[best], rates[kind], strict=True)]
-            title = f"training step: ours, {best} / diffusers' example, {kind}, ×"
-            figures.append(Figure(f"training_{kind}_ratio", title, ratios, at_least))
-    rate, peak = peak_flop_per_second(lambda: matmul_flop_per_second(bf16(), tiny))
+    for kind, at_least in PEERS.items():
+        peer = DiffusersLoop(config, network, best=kind == "best")
+        finished(peer.step)
+        rates[kind] = [batch_size / one for one in step_seconds(peer.step, steps)]
+        ratios = [ours / theirs for ours, theirs in zip(rates[best], rates[kind], strict=True)]
+        title = f"training step: ours, {best} / diffusers' example, {kind}, ×"
+        figures.append(Figure(f"training_{kind}_ratio", title, ratios, at_least))
+    rate, source = peak_flop_per_second(tiny)
     used = [images / batch_size * flop for images in rates[best]]
-    title = f"training: share of {rate / 1e12:.3g} TFLOP/s ({peak}) that the network's forward and backward pass takes"
+    title = (
+        f"training: share of {rate / 1e12:.3g} TFLOP/s ({source}) that the network's forward and backward pass takes"
+    )
     raw = {"images_per_second": rates, "step_flop": flop, "batch_size_images": batch_size, "precision": precision}
     return [
         *figures,
@@ -95,56 +96,48 @@ def sampling(folder: Path, tiny: bool) -> list[Figure]:
     import torch
 
     from benchmarks.measuring import Figure
-    from benchmarks.sampling import diffusers_sampler, painter_of
-    from benchmarks.subject import compiled, diffusers_twin
+    from benchmarks.peers import compiled, diffusers_sampler, diffusers_twin
+    from benchmarks.subject import painter_of
     from ddpm.generation import Sampling
-    from job.config import draft, parse_sets
     from job.processes import compute
 
-    sets = {"data.size": SIZE // 2 if tiny else SIZE, "data.channels": 3, **parse_sets(CELEBA_TINY if tiny else ())}
     steps, batch_size = (2, 2) if tiny else (20, 64)
-    painter = painter_of(draft("celeba", sets), compute.best_precision())
-    way = Sampling("ddim", steps, "leading")
+    painter, way = painter_of(celeba(tiny), compute.best_precision()), Sampling("ddim", steps, "leading")
     ours = step_seconds(lambda: painter.sample_together(range(batch_size), way, batch_size, "our turn"), 1)
-    figures = [
-        Figure("sampling_images_per_second", f"sampling, {steps} steps: images/s", [batch_size / s for s in ours])
-    ]
-    for kind, at_least in (("default", AT_LEAST_DEFAULT), ("best", AT_LEAST_BEST)):
-        if find_spec("diffusers"):
-            twin = diffusers_twin(painter.network, painter.config).to(painter.device)
-            if kind == "best":
-                # Its pipeline makes NumPy arrays, which have no bf16.
-                half = torch.float16 if torch.cuda.is_available() else torch.float32
-                compiled(twin.to(half, memory_format=torch.channels_last))
-            peer = step_seconds(diffusers_sampler(twin, steps, batch_size), 1)
-            ratios = [theirs / one for one, theirs in zip(ours, peer, strict=True)]
-            title = f"sampling: ours / diffusers' DDIM pipeline, {kind}, ×"
-            figures.append(Figure(f"sampling_{kind}_ratio", title, ratios, at_least))
+    title = f"sampling, {steps} steps: images/s"
+    figures = [Figure("sampling_images_per_second", title, [batch_size / one for one in ours])]
+    for kind, at_least in PEERS.items():
+        twin = diffusers_twin(painter.network, painter.config).to(painter.device)
+        if kind == "best":
+            # Its pipeline makes NumPy arrays, which have no bf16.
+            half = torch.float16 if torch.cuda.is_available() else torch.float32
+            compiled(twin.to(half, memory_format=torch.channels_last))
+        peer = step_seconds(diffusers_sampler(twin, steps, batch_size), 1)
+        ratios = [theirs / one for one, theirs in zip(ours, peer, strict=True)]
+        title = f"sampling: ours / diffusers' DDIM pipeline, {kind}, ×"
+        figures.append(Figure(f"sampling_{kind}_ratio", title, ratios, at_least))
     return figures
 
 
 def loader(folder: Path, tiny: bool) -> list[Figure]:
     """Reads a packed dataset of 64 pixels from the local disk, as `python -m benchmarks loader`."""
-    from benchmarks import loader
+    from benchmarks import loading
 
-    return loader.measure(tiny)
+    return loading.loader(tiny)
 
 
 def checkpoint(folder: Path, tiny: bool) -> list[Figure]:
     """Times the part of a save that delays training; changes all weights behind its copy, which must not show."""
     import torch
 
-    from benchmarks.checkpoint import saves, writing
     from benchmarks.measuring import Figure
-    from job.config import draft, method, parse_sets
+    from benchmarks.saving import megabytes_of, new_state, saves, writing
     from job.runs.checkpoints import list_checkpoints, opened
     from job.store import open_store
 
-    sets = {"data.size": SIZE // 2 if tiny else SIZE, "data.channels": 3, **parse_sets(CELEBA_TINY if tiny else ())}
-    config, device = draft("celeba", sets), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    state = method.initial_state(method.build_network(config, device), config).tensors()
-    turns, committed = saves(open_store(str(folder / "timed")), config, state, 2 if tiny else 5)
-    run = open_store(str(folder / "changed"))
+    config, run = celeba(tiny), open_store(str(folder / "changed"))
+    state = new_state(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    took, committed = saves(open_store(str(folder / "timed")), config, state, 2 if tiny else 5)
     expected = {group: {name: each.clone() for name, each in named.items()} for group, named in state.items()}
     with writing(run, config, state) as writer:
         writer.save(0, [])
@@ -155,14 +148,13 @@ def checkpoint(folder: Path, tiny: bool) -> list[Figure]:
     with opened(run, list_checkpoints(run)[0], into=state):
         pass
     same = [torch.equal(each, state[group][name]) for group, named in expected.items() for name, each in named.items()]
-    megabytes = sum(each.nbytes for named in state.values() for each in named.values()) / 1e6
+    unchanged = "share of saved tensors with the values of their moment"
+    blocked = f"checkpoint of {megabytes_of(state):.0f} MB: training waits, s"
     return [
-        Figure("checkpoint_blocked_seconds", f"checkpoint of {megabytes:.0f} MB: training waits, s", turns.ours),
-        Figure("checkpoint_copy_seconds", "plain copy into page-locked buffers, s", turns.peer),
+        Figure("checkpoint_blocked_seconds", blocked, took["ours"]),
+        Figure("checkpoint_copy_seconds", "plain copy into page-locked buffers, s", took["peer"]),
         Figure("checkpoint_committed_seconds", "from save to commit, folder, s", committed),
-        Figure(
-            "checkpoint_unchanged", "share of saved tensors with the values of their moment", [sum(same) / len(same)], 1
-        ),
+        Figure("checkpoint_unchanged", unchanged, [sum(same) / len(same)], 1),
     ]
 
 
@@ -174,13 +166,12 @@ def equality(folder: Path, tiny: bool) -> list[Figure]:
     import torch
 
     from benchmarks.measuring import Figure
-    from benchmarks.subject import DATASET, TINY, pack_noise, write_noise
+    from benchmarks.subject import DATASET, TINY, pack_noise
     from job.runs.checkpoints import list_checkpoints, load_manifest
     from job.store import open_store
 
     bucket, images, epochs = str(folder / "bucket"), 32 if tiny else 512, 3
-    write_noise(folder / "images", images, 32)
-    pack_noise(bucket, folder / "images", 32)
+    pack_noise(bucket, folder / "images", images)
     processes = 2 if not torch.cuda.is_available() or torch.cuda.device_count() > 1 else 1
     sets = (*TINY[:-1], "train.exact=true", "train.slots=2", "train.compile=false", "train.batch_size=16")
     sets += ("sample.every_epochs=0", "sample.images=1", "sample.steps=2", "sample.grid=trailing")
@@ -230,13 +221,11 @@ def missing_packages() -> list[str]:
     return sorted(missing)
 
 
-def bf16() -> torch.dtype:
-    """Returns the type of the best products here; a CPU without instructions for bf16 would take minutes."""
-    import torch
+def celeba(tiny: bool) -> RunConfig:
+    """Returns the preset `celeba`, or a network that is quickly tried."""
+    from benchmarks.subject import run_config
 
-    from job.processes import compute
-
-    return torch.bfloat16 if compute.best_precision() == "bf16" else torch.float32
+    return run_config(CELEBA_TINY if tiny else (), "celeba", SIZE // 2 if tiny else SIZE)
 
 
 def finished(work: Callable[[], object]) -> None:
@@ -260,15 +249,38 @@ def step_seconds(step: Callable[[], object], steps: int) -> list[float]:
     return [seconds(lambda: finished(several)) / steps for _ in range(SAMPLES)]
 
 
-def peak_flop_per_second(measured: Callable[[], float]) -> tuple[float, str]:
-    """Returns the rate of dense products, and its source: the data sheet of a known card, or a measurement."""
+def step_flop(loop: OurLoop) -> int:
+    """Returns the floating-point operations of the network's forward and backward pass over one batch."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    session = loop.session
+    shape = (session.batch_size, *session.config.image_shape)
+    x, t = torch.randn(shape, device=session.device), torch.zeros(shape[0], device=session.device)
+    with FlopCounterMode(display=False) as counter:
+        session.state.model(x, t).sum().backward()
+    session.state.model.zero_grad()
+    return counter.get_total_flops()
+
+
+def peak_flop_per_second(tiny: bool) -> tuple[float, str]:
+    """Returns the rate of dense products, and its source: the data sheet of a known card, or the best of several."""
     import torch
 
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    from benchmarks.measuring import seconds
+    from job.processes import compute
+
+    is_gpu = torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if is_gpu else "CPU"
     for part, rate in PEAK_FLOP_PER_SECOND.items():
         if re.search(rf"\b{part}\b", name):
             return rate, f"data sheet of {part}"
-    return measured(), "measured product"
+    # A CPU without instructions for bf16 would take minutes.
+    dtype, side = torch.bfloat16 if compute.best_precision() == "bf16" else torch.float32, 256 if tiny else 4096
+    a, b = (torch.randn(side, side, device="cuda" if is_gpu else "cpu").to(dtype) for _ in range(2))
+    # A GPU is done when a number of the product can be read; the first product warms up.
+    spent = [seconds(lambda: (a @ b)[0, 0].item()) for _ in range(5)][1:]
+    return 2 * side**3 / min(spent), "measured product"
 
 
 def run_part(part: str, tiny: bool, limit_seconds: float) -> dict[str, Any]:
@@ -311,11 +323,15 @@ def main() -> None:
         figures = {figure.key: figure.to_dict() for figure in found}
         (options.inside / "figures.json").write_text(json.dumps(figures))
         return
+    import torch
+
     from benchmarks.measuring import machine
     from job.coordination.sealed import utc_now
 
-    skipped = [] if find_spec("diffusers") else ["diffusers is not installed: no peers in training and sampling"]
-    report: dict[str, Any] = {"date": utc_now(), "machine": machine() | gpus(), "skipped": skipped, "parts": {}}
+    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    there = machine() | {"gpus": names, "cuda": torch.version.cuda}
+    skipped = [] if PEERS else ["diffusers is not installed: no peers in training and sampling"]
+    report: dict[str, Any] = {"date": utc_now(), "machine": there, "skipped": skipped, "parts": {}}
     for part in options.parts or PARTS:
         print(f"measuring: {part}, at most {LIMITS_SECONDS[part]} s", file=sys.stderr)
         report["parts"][part] = entry = run_part(part, options.tiny, LIMITS_SECONDS[part])
@@ -327,14 +343,6 @@ def main() -> None:
     print("\n".join([*skipped, f"written: {options.output}"]))
     if any(entry["state"] != "done" for entry in report["parts"].values()):
         sys.exit(1)
-
-
-def gpus() -> dict[str, Any]:
-    """Returns the facts of the GPUs."""
-    import torch
-
-    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    return {"gpus": names, "cuda": torch.version.cuda}
 
 
 if __name__ == "__main__":

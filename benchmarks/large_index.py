@@ -16,6 +16,7 @@ import argparse
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -28,16 +29,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.loader import anonymous_bytes
 from ddpm.image_size import ImageSize
 from job.data.reading.cache import open_cache
 from job.data.reading.order import Order
 from job.data.reading.stream import stream_batches
 from job.data.shards import INDEX, DatasetIndex, Shards, ShardWriter, dataset_key, load_index, shard_name
-from job.progress import Progress
 from job.store import open_store
 from tests.servers import SERVERS, fake_gcs_server, new_bucket
 
@@ -52,6 +49,16 @@ BUDGET_BYTES = 300_000_000
 LINKS = 10_000
 """How many objects are links to one file: ext4 takes 65,000."""
 _LOOK_SECONDS = 0.002
+COLUMNS = {
+    "index s": ("index_seconds", 1),
+    "tables s": ("open_seconds", 1),
+    "first batch s": ("first_batch_seconds", 1),
+    "all of these s": ("total_seconds", 1),
+    "next batches ms": ("next_batch_seconds", 1e3),
+    "MB to the first batch": ("first_batch_bytes", 1e-6),
+    "MB at most": ("peak_bytes", 1e-6),
+    "of the program MB": ("program_bytes", 1e-6),
+}
 
 
 @contextmanager
@@ -86,7 +93,11 @@ def write_dataset(
     with TemporaryDirectory(prefix="ddpm-bench-") as name:
         writer = ShardWriter(Path(name) / shard_name(0))
         pixels = np.random.default_rng(0).integers(0, levels, (256, *shape), dtype=np.uint8)
-        encoded = [_png(Image.fromarray(image)) for image in pixels]
+        encoded = []
+        for image in pixels:
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, "PNG")
+            encoded.append(file.getvalue())
         for number in range(shard_images):
             writer.add(f"{number:09d}", encoded[number % len(encoded)], -1)
         first, offsets = writer.finish()
@@ -115,10 +126,11 @@ def table_name(number: int) -> str:
     return shard_name(number).replace(".tar", ".offsets")
 
 
-def _png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
+def anonymous_bytes() -> int:
+    """Returns the memory of this process without mapped files such as the images (Linux)."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 def read_dataset(bucket: str, key: str, cache_dir: Path) -> dict[str, Any]:
@@ -132,13 +144,8 @@ def read_dataset(bucket: str, key: str, cache_dir: Path) -> dict[str, Any]:
         indexed = time.perf_counter()
         cache = open_cache(store, key, index, cache_dir=cache_dir, budget_bytes=BUDGET_BYTES)
         opened = time.perf_counter()
-        batches = stream_batches(
-            cache,
-            Order(tuple(index.shards.images.tolist()), seed=0, block_images=BLOCK_IMAGES),
-            batch_size_images=BATCH_SIZE_IMAGES,
-            first_image=0,
-            last_image=None,
-        )
+        order = Order(tuple(index.shards.images.tolist()), seed=0, block_images=BLOCK_IMAGES)
+        batches = stream_batches(cache, order, batch_size_images=BATCH_SIZE_IMAGES, first_image=0, last_image=None)
         sizes = [len(next(batches).images)]
         first = time.perf_counter()
         first_peak_bytes = max(most_bytes)
@@ -177,20 +184,6 @@ def most_memory() -> Iterator[list[int]]:
     thread.join()
 
 
-def measure(shards: int) -> dict[str, dict[str, Any]]:
-    """Writes the dataset and reads it, shuffled within blocks: for the first time, and again."""
-    with TemporaryDirectory(prefix="ddpm-bench-") as name, Progress("large index", total=3, unit="steps") as bar:
-        folder = Path(name)
-        with served(folder) as (bucket, objects):
-            key = write_dataset(bucket, objects, shards)
-            bar.update(1)
-            found = {}
-            for number, title in enumerate(("first opening", "opened again")):
-                found[title] = read(bucket, key, folder / "cache")
-                bar.update(number + 2)
-            return found
-
-
 def read(bucket: str, key: str, cache: Path) -> dict[str, Any]:
     """Reads the dataset in a process of its own; see `read_dataset`."""
     command = [sys.executable, "-m", "benchmarks.large_index", "--read", bucket, key, str(cache)]
@@ -199,41 +192,26 @@ def read(bucket: str, key: str, cache: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command line."""
-    description = (__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.large_index", description=description)
-    parser.add_argument(
-        "--shards", type=int, default=SHARDS, help=f"of {SHARD_IMAGES:,} images each (default: {SHARDS:,})"
+    """Writes the dataset, reads it for the first time and again, and prints a row for each."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.large_index", description=(__doc__ or "").splitlines()[0]
     )
+    parser.add_argument("--shards", type=int, default=SHARDS, help=f"of {SHARD_IMAGES:,} images each ({SHARDS:,})")
     parser.add_argument("--read", nargs=3, metavar=("BUCKET", "KEY", "CACHE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.read:
         bucket, key, cache = options.read
         print(json.dumps(read_dataset(bucket, key, Path(cache))))
         return
-    show(measure(options.shards))
-
-
-def show(found: dict[str, dict[str, Any]]) -> None:
-    """Prints the table."""
-    seconds = ("index s", "tables s", "first batch s", "all of these s")
-    table = Table("", *seconds, "next batches ms", "MB to the first batch", "MB at most", "of the program MB")
-    for title, row in found.items():
-        times = [row[f"{name}_seconds"] for name in ("index", "open", "first_batch", "total")]
-        sizes = [row[name] for name in ("first_batch_bytes", "peak_bytes", "program_bytes")]
-        table.add_row(
-            title,
-            *(f"{value:.2f}" for value in times),
-            f"{1000 * row['next_batch_seconds']:.1f}",
-            *(f"{value / 1e6:.0f}" for value in sizes),
-        )
-    row = next(iter(found.values()))
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
-    console.print(
+    with TemporaryDirectory(prefix="ddpm-bench-") as name, served(Path(name)) as (bucket, objects):
+        key = write_dataset(bucket, objects, options.shards)
+        print(f"{'':15}{''.join(f'{column:>22}' for column in COLUMNS)}")
+        for title in ("first opening", "opened again"):
+            row = read(bucket, key, Path(name, "cache"))
+            print(f"{title:15}{''.join(f'{row[key] * scale:>22.2f}' for key, scale in COLUMNS.values())}", flush=True)
+    print(
         f"{row['images']:,} images in {row['shards']:,} shards, batches of {BATCH_SIZE_IMAGES}, in blocks of "
-        f"{BLOCK_IMAGES:,}. The memory is that above the program, at its peak, without mapped files.",
-        highlight=False,
+        f"{BLOCK_IMAGES:,}. The memory is that above the program, at its peak, without mapped files."
     )
 
 

@@ -1,4 +1,4 @@
-"""Measures speed: in turn with a peer, as medians, with the spread and the machine."""
+"""Measures speed: all participants in turn, as medians, with the spread and the machine."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 from job.progress import Progress
 
 BUSY_LOAD = 0.5
 """The largest load before a measurement: other processes would distort the numbers."""
+Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True)
@@ -57,23 +58,6 @@ class Figure:
         return {"value": self.value, "what": self.what, "samples": self.samples, **target, "raw": self.raw}
 
 
-@dataclass(frozen=True)
-class Turns:
-    """Seconds of the same work by us and by a peer in turn, so that a slow minute affects both."""
-
-    ours: list[float]
-    peer: list[float]
-
-    @property
-    def speedups(self) -> list[float]:
-        """The peer's time divided by ours, turn by turn."""
-        return [peer / ours for ours, peer in zip(self.ours, self.peer, strict=True)]
-
-    def raw(self) -> dict[str, list[float]]:
-        """Both lists, for JSON."""
-        return {"our_seconds": self.ours, "peer_seconds": self.peer}
-
-
 def seconds(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
     """Returns the duration of `work` by a clock in seconds."""
     start = clock()
@@ -81,36 +65,45 @@ def seconds(work: Callable[[], object], clock: Callable[[], float] = time.perf_c
     return clock() - start
 
 
-def take_turns(
+def timed(clock: Callable[[], float] = time.perf_counter, **works: Callable[[], object]) -> dict[str, Any]:
+    """Returns works that return their duration by a clock."""
+    return {name: lambda work=work: seconds(work, clock) for name, work in works.items()}
+
+
+def in_turn(
     title: str,
-    ours: Callable[[], object],
-    peer: Callable[[], object],
+    works: dict[str, Callable[[], Measured]],
     turns: int,
     warmup_turns: int = 1,
     after_turn: Callable[[], object] = lambda: None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Turns:
-    """Times `peer` and `ours` alternately, with a progress bar.
+) -> dict[str, list[Measured]]:
+    """Does each work once a turn, so that a slow minute affects all; returns what they return, turn by turn.
 
     Args:
         title: the title of the progress bar.
-        ours: our work.
-        peer: the same work by a peer.
+        works: the participants by name.
         turns: the number of measurements of each.
         warmup_turns: the number of turns before these, which do not count.
         after_turn: waits and cleans up after every turn, outside of the measurement.
-        clock: measures seconds.
     """
-    measured = Turns([], [])
-    with Progress(title, total=turns + warmup_turns, unit="turns") as bar:
-        for turn in range(-warmup_turns, turns):
-            peer_seconds, our_seconds = seconds(peer, clock), seconds(ours, clock)
+    found: dict[str, list[Measured]] = {name: [] for name in works}
+    with Progress(title, total=(turns + warmup_turns) * len(works), unit="turns") as bar:
+        for turn in range(turns + warmup_turns):
+            for number, (name, work) in enumerate(works.items(), 1):
+                measured = work()
+                if turn >= warmup_turns:
+                    found[name].append(measured)
+                bar.update(turn * len(works) + number)
             after_turn()
-            if turn >= 0:
-                measured.peer.append(peer_seconds)
-                measured.ours.append(our_seconds)
-            bar.update(turn + warmup_turns + 1)
-    return measured
+    return found
+
+
+def faster(key: str, what: str, took: dict[str, list[float]], peer: str = "peer", **more: Any) -> Figure:
+    """Returns how many times as fast as a peer ours is: its seconds divided by ours, turn by turn."""
+    ratios = [theirs / ours for theirs, ours in zip(took[peer], took["ours"], strict=True)]
+    beside = ", ".join(f"{name} {median(each):.3g} s" for name, each in took.items())
+    raw = {f"{name}_seconds": each for name, each in took.items()} | more.pop("raw", {})
+    return Figure(key, f"{what}, ×", ratios, beside=f"{beside}{more.pop('beside', '')}", raw=raw, **more)
 
 
 def machine() -> dict[str, Any]:
@@ -133,9 +126,10 @@ def machine() -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    text = Path("/proc/cpuinfo").read_text()
+    for line in text.splitlines():
         name, _, value = line.partition(":")
         if name.strip() == "model name":
-            features = ", ".join(f for f in ("avx512_bf16", "amx_bf16") if f in Path("/proc/cpuinfo").read_text())
+            features = ", ".join(feature for feature in ("avx512_bf16", "amx_bf16") if feature in text)
             return f"{value.strip()} ({features or 'no bf16'})"
     return platform.machine()

@@ -1,28 +1,143 @@
-"""Other loaders of images, each used as its manual says: webdataset, torchvision, litData and SPDL."""
+"""The peers, each used as its manual says: diffusers to train and sample, and four loaders of images."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from ddpm import catalogue
+from job.config import RunConfig
 from job.processes.group import usable_cores
 
+IMAGES = 1024
+"""The images that the training loop of diffusers finds in memory."""
 BATCH_SIZE_IMAGES = 128
 WORKERS = usable_cores()
-"""Processes or threads of each peer: one for each core, as ours has decoders; two cores were no faster with more."""
+"""Processes or threads of each loader: one for each core, as ours has decoders; two cores were no faster with more."""
 CHUNK_BYTES = "16MB"
 """Size of litData's chunks, and of our shards beside them."""
 
 
+def diffusers_twin(network: nn.Module, config: RunConfig) -> Any:
+    """Returns the same network as a diffusers `UNet2DModel` at its defaults: fp32, contiguous, equal weights."""
+    from diffusers import UNet2DModel
+
+    model = config.model
+    assert isinstance(model, catalogue.UNetConfig)
+    size = min(config.image_shape[1:])
+    sizes = [size // 2**level for level in range(len(model.channel_mults))]
+    attention = ["Attn" if size in model.attention_sizes else "" for size in sizes]
+    twin: Any = UNet2DModel(
+        sample_size=size,
+        block_out_channels=tuple(model.channels * mult for mult in model.channel_mults),
+        down_block_types=tuple(f"{kind}DownBlock2D" for kind in attention),
+        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(attention)),
+        layers_per_block=model.layers_per_level,
+        norm_num_groups=model.norm_groups,
+        norm_eps=1e-6,
+        attention_head_dim=None,
+        dropout=model.dropout,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+    )
+    twin.load_state_dict(network.state_dict())
+    return twin
+
+
+def compiled(model: nn.Module) -> None:
+    """Compiles a network in place on a machine with a GPU; on a CPU that takes minutes."""
+    if torch.cuda.is_available():
+        model.compile()
+
+
+class DiffusersLoop:
+    """Runs the step of diffusers' example of unconditional training, with EMA.
+
+    By default as the example does: Accelerate in fp32, AdamW, cosine schedule, clipping at 1, `EMAModel`. At its best
+    with `--mixed_precision bf16`, channels_last and `torch.compile`. Its images are ready in memory, so the comparison
+    leaves its reading of images out.
+    """
+
+    def __init__(self, config: RunConfig, network: Any, best: bool = False) -> None:
+        from accelerate import Accelerator
+        from diffusers import DDPMScheduler
+        from diffusers.optimization import get_scheduler
+        from diffusers.training_utils import EMAModel
+
+        from benchmarks.subject import forget_accelerator
+
+        forget_accelerator()
+        self._accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if best else "no")
+        model = diffusers_twin(network, config)
+        if best:
+            model.to(memory_format=torch.channels_last)
+        how = {"use_ema_warmup": True, "inv_gamma": 1.0, "power": 0.75}
+        self._ema = EMAModel(model.parameters(), 0.9999, model_cls=type(model), model_config=model.config, **how)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+        self._noise_scheduler: Any = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+        images = torch.rand(max(IMAGES, config.train.batch_size), *config.image_shape) * 2 - 1
+        loader = DataLoader(TensorDataset(images), batch_size=config.train.batch_size, shuffle=True, drop_last=True)
+        rates = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=10_000)
+        self._model, self._optimizer, self._loader, self._rates = self._accelerator.prepare(
+            model, optimizer, loader, rates
+        )
+        if best:
+            compiled(self._model)
+        self._ema.to(self._accelerator.device)
+        self._batches = self._endless()
+
+    def _endless(self) -> Iterator[Tensor]:
+        while True:
+            for (images,) in self._loader:
+                yield images
+
+    def step(self) -> None:
+        """Runs one whole step, and reads the loss as the example does for its progress bar."""
+        self._model.train()
+        clean = next(self._batches)
+        noise = torch.randn_like(clean)
+        timesteps = torch.randint(0, 1000, (len(clean),), device=clean.device).long()
+        noisy = self._noise_scheduler.add_noise(clean, noise, timesteps)
+        with self._accelerator.accumulate(self._model):
+            loss = F.mse_loss(self._model(noisy, timesteps).sample.float(), noise.float())
+            self._accelerator.backward(loss)
+            self._accelerator.clip_grad_norm_(self._model.parameters(), 1.0)
+            self._optimizer.step()
+            self._rates.step()
+            self._optimizer.zero_grad()
+        self._ema.step(self._model.parameters())
+        loss.detach().item()
+
+
+def diffusers_sampler(
+    twin: Any, steps: int, batch_size: int, dtype: torch.dtype = torch.float32
+) -> Callable[[], object]:
+    """Returns a function that draws a batch with diffusers' DDIM pipeline, on a CPU under autocast for another type."""
+    from diffusers import DDIMPipeline, DDIMScheduler
+
+    pipeline: Any = DDIMPipeline(twin.eval(), DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw() -> object:
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            return pipeline(batch_size=batch_size, num_inference_steps=steps, output_type="np")
+
+    return draw
+
+
 def installed(*peers: str) -> list[str]:
-    """Returns those of the peers that are installed: litData and SPDL come with the extra `bench`."""
+    """Returns those of the loaders that are installed: litData and SPDL come with the extra `bench`."""
     modules = {"webdataset": "webdataset", "ImageFolder": "torchvision", "litData": "litdata", "SPDL": "spdl"}
     return [peer for peer in peers if peer in modules and find_spec(modules[peer])]
 
@@ -30,7 +145,6 @@ def installed(*peers: str) -> list[str]:
 def webdataset_epoch(urls: list[str]) -> Any:
     """Reads our shards with webdataset, shuffled within 1,000 images and decoded with PIL; s3:// through boto3."""
     import webdataset
-    from torch.utils.data import DataLoader
     from torchvision.transforms import PILToTensor
 
     # Its own way to S3 is the command line of AWS. The package has a function of the module's name.
@@ -49,7 +163,6 @@ def _open_s3(url: str, *_: object, **__: object) -> Any:
 
 def image_folder_epoch(folder: Path) -> Iterable[object]:
     """Reads the files before packing with torchvision: shuffled, decoded with PIL."""
-    from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import PILToTensor
 

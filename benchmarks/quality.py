@@ -1,8 +1,8 @@
-"""Quality for the same processor time: compares libraries that train on Fashion-MNIST for the same number of seconds.
+"""Quality for the same processor time: two libraries train on Fashion-MNIST for the same number of seconds.
 
-Every contestant gets a process, one thread, the same images and the same processor time for its training loop, with the
-settings of its users. Then it samples the same number of images in 20 DDIM steps, which do not count. KID by
-MobileNetV2's features compares these with held-out images; the KID of other real images is the floor.
+Ours and diffusers' loop, as a careful user sets both up, get a process each, one thread, the same images and the same
+processor time for the training loop. Then each samples the same number of images in 20 DDIM steps, which do not count.
+KID by MobileNetV2's features compares these with held-out images; the KID of other real images is the floor.
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ import argparse
 import gzip
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import distribution
 from itertools import count
+from multiprocessing import get_context
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -54,50 +53,51 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--draw", type=int, default=500, help="number of samples to score")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of images, and of training")
     parser.add_argument("--data", type=Path, default=IMAGES, help="folder with train- and t10k-images-idx3-ubyte.gz")
-    parser.add_argument("--only", default="", help="contestants, separated by commas")
+    parser.add_argument("--only", default=",".join(CONTESTANTS), help="contestants, separated by commas")
     parser.add_argument("--set", action="append", default=[], help="change one setting of ours, key=value")
     parser.add_argument("--samplers", action="store_true", help="also sample ours by sampler and evaluations")
-    parser.add_argument("--output", type=Path, default=None, help="folder for the JSON and the images")
-    parser.add_argument("--contestant", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, default=None, help="folder for the JSON and the plot")
     asked = parser.parse_args(words)
-    if asked.contestant:
-        _compete(asked)
-        return
-    names = asked.only.split(",") if asked.only else list(CONTESTANTS)
     learnt, unseen = chosen_images(asked.data, asked.images, asked.seed), real_images(asked.data, "t10k")
-    reference, floor = unseen[:REFERENCE], unseen[-asked.draw :]
-    reference_features = features(reference)
-    scores: dict[str, Any] = {"real images": {"kid": kid(reference_features, features(floor))}}
-    with TemporaryDirectory(prefix="quality-") as name:
-        folder = asked.output or Path(name)
-        folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / "learnt.npy", learnt)
-        for contestant in names:
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-            command = [sys.executable, "-m", "benchmarks.quality", "--contestant", contestant, "--output", str(folder)]
-            command += ["--seconds", str(asked.seconds), "--seed", str(asked.seed), "--draw", str(asked.draw)]
-            command += ["--samplers"] * asked.samplers
-            subprocess.run([*command, *(f"--set={one}" for one in asked.set)], env=environment, check=True)
-            drawn = np.load(folder / f"{contestant}.npy")
-            scores[contestant] = json.loads((folder / f"{contestant}.json").read_text())
-            scores[contestant]["kid"] = kid(reference_features, features(drawn))
-            print(json.dumps({contestant: scores[contestant]}), flush=True)
-        if asked.samplers and "ours-careful" in names:
-            drawn = np.load(folder / "samplers.npz")
-            scores["samplers"] = {way: kid(reference_features, features(drawn[way])) for way in drawn}
-            lines = {
-                sampler: [1000 * scores["samplers"][f"{sampler} {n}"] for n in EVALUATIONS]
-                for sampler in dict.fromkeys(way.rpartition(" ")[0] for way in drawn)
-            }
-            png = lines_png(EVALUATIONS, lines, "evaluations of the network for each image", "KID × 1000")
-            (folder / "samplers.png").write_bytes(png)
-        about = {"seconds": asked.seconds, "images": asked.images, "drawn": asked.draw, "seed": asked.seed}
-        (folder / "quality.json").write_text(json.dumps(about | {"scores": scores}, indent=1) + "\n")
+    reference = features(unseen[:REFERENCE])
+    scores: dict[str, Any] = {"real images": {"kid": kid(reference, features(unseen[-asked.draw :])), "images_seen": 0}}
+    by_way: dict[str, float] = {}
     print(f"{'':<28}{'KID × 1000':>12}{'images learnt':>16}")
-    for way, distance in scores.pop("samplers", {}).items():
+    for contestant in asked.only.split(","):
+        one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        with patch.dict(os.environ, one_thread), get_context("spawn").Pool(1) as pool:
+            about, drawn = pool.apply(compete, (contestant, learnt, asked))
+        scores[contestant] = about | {"kid": kid(reference, features(drawn.pop("")))}
+        by_way |= {way: kid(reference, features(images)) for way, images in drawn.items()}
+    for way, distance in by_way.items():
         print(f"{way:<28}{1000 * distance:>12.1f}")
     for contestant, score in scores.items():
-        print(f"{contestant:<28}{1000 * score['kid']:>12.1f}{score.get('images_seen', 0):>16,}")
+        print(f"{contestant:<28}{1000 * score['kid']:>12.1f}{score['images_seen']:>16,}")
+    if asked.output:
+        asked.output.mkdir(parents=True, exist_ok=True)
+        report = {key: str(value) for key, value in vars(asked).items()} | {"scores": scores, "samplers": by_way}
+        (asked.output / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
+        if by_way:
+            samplers = dict.fromkeys(way.rpartition(" ")[0] for way in by_way)
+            lines = {one: [1000 * by_way[f"{one} {n}"] for n in EVALUATIONS] for one in samplers}
+            png = lines_png(EVALUATIONS, lines, "evaluations of the network for each image", "KID × 1000")
+            (asked.output / "samplers.png").write_bytes(png)
+
+
+def compete(
+    contestant: str, learnt: np.ndarray, asked: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Trains a contestant in this process; returns its time, and its samples, uint8, without and by sampler."""
+    torch.set_num_threads(1)
+    torch.manual_seed(asked.seed)
+    began = time.process_time()
+    draw, images_seen = CONTESTANTS[contestant](learnt, asked)
+    about = {"images_seen": images_seen, "processor_seconds": round(time.process_time() - began, 1)}
+    drawn = {"": _pixels(draw, asked.draw)}
+    if asked.samplers and isinstance(draw, Ours):
+        for sampler, n, way in draw.ways():
+            drawn[f"{sampler} {n}"] = _pixels(partial(draw, sampling=way), asked.draw)
+    return about, drawn
 
 
 def real_images(folder: Path, part: str) -> np.ndarray:
@@ -145,20 +145,6 @@ def kid(ours: Tensor, theirs: Tensor) -> float:
     return float(within(ours) + within(theirs) - 2 * kernel(ours, theirs).mean())
 
 
-def _compete(asked: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(asked.seed)
-    learnt = np.load(asked.output / "learnt.npy")
-    began = time.process_time()
-    draw, images_seen = CONTESTANTS[asked.contestant](learnt, asked)
-    about: dict[str, Any] = {"images_seen": images_seen, "processor_seconds": round(time.process_time() - began, 1)}
-    np.save(asked.output / f"{asked.contestant}.npy", _pixels(draw, asked.draw))
-    (asked.output / f"{asked.contestant}.json").write_text(json.dumps(about))
-    if asked.samplers and asked.contestant == "ours-careful" and isinstance(draw, Ours):
-        ways = {f"{sampler} {n}": _pixels(partial(draw, sampling=one), asked.draw) for sampler, n, one in draw.ways()}
-        np.savez(asked.output / "samplers.npz", **ways)
-
-
 def _pixels(draw: Draw, images: int) -> np.ndarray:
     drawn = torch.cat([draw(min(100, images - at)) for at in range(0, images, 100)])
     return drawn.clamp(-1, 1).add(1).mul(127.5).round().byte()[:, 0].numpy()
@@ -203,19 +189,10 @@ CAREFUL = {
 """The changes of a careful user to our preset."""
 
 
-def ours_preset(learnt: np.ndarray, asked: argparse.Namespace) -> tuple[Draw, int]:
-    """Trains ours with the default preset."""
-    return _ours(learnt, asked, {})
-
-
-def ours_careful(learnt: np.ndarray, asked: argparse.Namespace) -> tuple[Draw, int]:
+def ours(learnt: np.ndarray, asked: argparse.Namespace) -> tuple[Draw, int]:
     """Trains ours with the settings of a careful user for such images and little time."""
-    return _ours(learnt, asked, CAREFUL)
-
-
-def _ours(learnt: np.ndarray, asked: argparse.Namespace, changes: dict[str, Any]) -> tuple[Draw, int]:
     of_data = {"data.size": SIZE, "data.channels": 1, "model.num_classes": 0, "train.seed": asked.seed}
-    config = draft(EMBEDDED, of_data | changes | parse_sets(tuple(asked.set)))
+    config = draft(EMBEDDED, of_data | CAREFUL | parse_sets(tuple(asked.set)))
     settings, objective, cpu = method.settings_of(config), method.objective_of(config), torch.device("cpu")
     network = method.build_network(config, cpu)
     state = method.initial_state(network, config)
@@ -234,85 +211,30 @@ def _ours(learnt: np.ndarray, asked: argparse.Namespace, changes: dict[str, Any]
     return Ours(network, config), state.images_seen
 
 
-def lucidrains(learnt: np.ndarray, asked: argparse.Namespace) -> tuple[Draw, int]:
-    """Trains denoising-diffusion-pytorch as in its README, with its Trainer's defaults; it needs 32 pixels."""
-    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
-    from ema_pytorch import EMA
-
-    network, batch_size = Unet(dim=64, dim_mults=(1, 2, 4, 8), channels=1, flash_attn=False), 16
-    diffusion = GaussianDiffusion(network, image_size=32, timesteps=1000, sampling_timesteps=STEPS)
-    optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
-    ema = EMA(diffusion, beta=0.995, update_every=10)
-    seen, ends = 0, time.process_time() + asked.seconds
-    generator = np.random.default_rng(asked.seed)
-    while time.process_time() < ends:
-        pixels = learnt[generator.choice(len(learnt), batch_size, replace=False)]
-        images = _resized(torch.from_numpy(pixels)[:, None].float() / 255, 32)
-        images = torch.where(torch.rand(batch_size, 1, 1, 1) < 0.5, images.flip(-1), images)
-        diffusion(images).backward()
-        torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update()
-        seen += batch_size
-    return lambda images: _resized(ema.ema_model.sample(batch_size=images) * 2 - 1, SIZE), seen
-
-
-def _resized(images: Tensor, size: int) -> Tensor:
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-
-
-def _diffusers_network(careful: bool) -> tuple[Any, int, float, dict[str, str]]:
-    """Returns a network, its batch size and learning rate, and the options of its scheduler."""
-    from diffusers import UNet2DModel
-
-    if careful:
-        # As small as our preset, with the advice of later papers.
-        network = UNet2DModel(
-            sample_size=SIZE,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(32, 64, 64),
-            down_block_types=("DownBlock2D",) * 3,
-            up_block_types=("UpBlock2D",) * 3,
-            norm_num_groups=8,
-        )
-        return network, 8, 1e-3, {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
-    attention = ["", "", "", "", "Attn", ""]
-    network = UNet2DModel(
-        sample_size=32,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=2,
-        block_out_channels=(128, 128, 256, 256, 512, 512),
-        down_block_types=tuple(f"{kind}DownBlock2D" for kind in attention),
-        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(attention)),
-    )
-    return network, 16, 1e-4, {"beta_schedule": "linear"}
-
-
-def _diffusers(learnt: np.ndarray, asked: argparse.Namespace, careful: bool) -> tuple[Draw, int]:
-    from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
+def diffusers(learnt: np.ndarray, asked: argparse.Namespace) -> tuple[Draw, int]:
+    """Trains with diffusers' example as a careful user sets it: a small network, v, the cosine schedule, batch 8."""
+    from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 
-    network, batch_size, rate, kind = _diffusers_network(careful)
-    size = network.config.sample_size
+    # As small as our preset, with the advice of later papers.
+    shape = {"block_out_channels": (32, 64, 64), "norm_num_groups": 8, "sample_size": SIZE}
+    kinds = {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3}
+    network: Any = UNet2DModel(in_channels=1, out_channels=1, **shape, **kinds)
+    kind = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
     scheduler: Any = DDPMScheduler(num_train_timesteps=1000, **kind)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     # The example's warm-up is longer than so short a training.
-    warmup_steps = 100 if careful else 500
-    rates = get_scheduler("cosine", optimizer, num_warmup_steps=warmup_steps, num_training_steps=10_000)
+    rates = get_scheduler("cosine", optimizer, num_warmup_steps=100, num_training_steps=10_000)
     ema = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    seen, ends = 0, time.process_time() + asked.seconds
+    seen, batch_size, ends = 0, 8, time.process_time() + asked.seconds
     generator = np.random.default_rng(asked.seed)
     while time.process_time() < ends:
         pixels = learnt[generator.choice(len(learnt), batch_size, replace=False)]
-        clean = _resized(torch.from_numpy(pixels)[:, None].float() / 127.5 - 1, size)
+        clean = torch.from_numpy(pixels)[:, None].float() / 127.5 - 1
         noise, timesteps = torch.randn_like(clean), torch.randint(0, 1000, (batch_size,))
-        target = scheduler.get_velocity(clean, noise, timesteps) if careful else noise
         output = network(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
-        F.mse_loss(output, target).backward()
+        F.mse_loss(output, scheduler.get_velocity(clean, noise, timesteps)).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         rates.step()
@@ -320,35 +242,18 @@ def _diffusers(learnt: np.ndarray, asked: argparse.Namespace, careful: bool) -> 
         ema.step(network.parameters())
         seen += batch_size
     ema.copy_to(network.parameters())
-    pipeline: Any = DDIMPipeline(
-        network.eval(), DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
-    )
+    sampler: Any = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
+    pipeline: Any = DDIMPipeline(network.eval(), sampler)
     pipeline.set_progress_bar_config(disable=True)
 
     def draw(images: int) -> Tensor:
         made = pipeline(batch_size=images, num_inference_steps=STEPS, output_type="np").images
-        return _resized(torch.from_numpy(made).permute(0, 3, 1, 2) * 2 - 1, SIZE)
+        return torch.from_numpy(made).permute(0, 3, 1, 2) * 2 - 1
 
     return draw, seen
 
 
-def diffusers_example(learnt: np.ndarray, asked: argparse.Namespace) -> tuple[Draw, int]:
-    """The unconditional example of diffusers at its defaults, but for 32 pixels instead of 64."""
-    return _diffusers(learnt, asked, careful=False)
-
-
-def diffusers_careful(learnt: np.ndarray, asked: argparse.Namespace) -> tuple[Draw, int]:
-    """The same loop as a careful user sets it: a small network, v, the cosine schedule, lr 1e-3, batch 8."""
-    return _diffusers(learnt, asked, careful=True)
-
-
-CONTESTANTS = {
-    "ours-careful": ours_careful,
-    "ours-preset": ours_preset,
-    "diffusers-careful": diffusers_careful,
-    "lucidrains": lucidrains,
-    "diffusers-example": diffusers_example,
-}
+CONTESTANTS = {"ours": ours, "diffusers": diffusers}
 
 if __name__ == "__main__":
     main()

@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from urllib.parse import unquote
 
 from benchmarks.large_index import served, write_dataset
-from benchmarks.subject import write_noise
+from benchmarks.subject import DATASET, pack_noise
 from job.data.reading.cache import open_cache
 from job.data.reading.order import Order
 from job.data.reading.stream import stream_batches
@@ -98,24 +98,13 @@ def read_epochs(requests: Requests, bucket: str, key: str, cache_dir: Path) -> N
     print(f"{index.images:,} images of {SIZE}×{SIZE} in {len(index.shards)} shards of {index.shards.bytes[0]:,} bytes")
     with Progress("reading images", total=index.images) as bar:
         before = requests.seen.copy()
-        cache = open_cache(
-            store,
-            key,
-            index,
-            cache_dir=cache_dir,
-            budget_bytes=1 << 40,
-            progress=lambda done, total: bar.update(done),
-        )
+        how = {"cache_dir": cache_dir, "budget_bytes": 1 << 40, "progress": lambda done, total: bar.update(done)}
+        cache = open_cache(store, key, index, **how)
     read = requests.received_bytes / int(index.shards.bytes.sum())
     count = (requests.seen - before).total()
     print(f"opening: {count} requests, {count / len(index.shards):.1f} a shard, {read:.4f} × the bytes of the shards")
-    batches = stream_batches(
-        cache,
-        Order(tuple(index.shards.images.tolist()), seed=0),
-        batch_size_images=BATCH_SIZE_IMAGES,
-        first_image=0,
-        last_image=EPOCHS * index.images,
-    )
+    order, last = Order(tuple(index.shards.images.tolist()), seed=0), EPOCHS * index.images
+    batches = stream_batches(cache, order, batch_size_images=BATCH_SIZE_IMAGES, first_image=0, last_image=last)
     for epoch in range(EPOCHS):
         seen = requests.during(lambda: [next(batches) for _ in range(index.images // BATCH_SIZE_IMAGES)])
         print(f"epoch {epoch + 1}: {seen.total()} requests")
@@ -125,19 +114,16 @@ def read_epochs(requests: Requests, bucket: str, key: str, cache_dir: Path) -> N
 
 def write_checkpoints(requests: Requests, bucket: str, folder: Path) -> None:
     """Trains tiny networks and prints what a checkpoint more costs."""
-    write_noise(folder / "images", 64, 32)
-    words = [sys.executable, "-m", "job", "--quiet"]
+    pack_noise(bucket, folder / "images", 64)
+    sets = [f"--set={one}" for one in (*TINY, "checkpoint.every_epochs=1", "sample.every_epochs=0")]
+    words = [sys.executable, "-m", "job", "--quiet", "train", "--dataset", DATASET, *sets]
     environment = os.environ | {"DDPM_CACHE": str(folder / "cache"), "DDPM_BUCKET": bucket}
 
-    def ddpm(*more: object) -> None:
-        subprocess.run([*words, *map(str, more)], env=environment, check=True, cwd=Path(__file__).parents[1])
+    def train(epochs: int) -> None:
+        more = ["--run", f"r{epochs}", "--epochs", str(epochs)]
+        subprocess.run([*words, *more], env=environment, check=True, cwd=Path(__file__).parents[1])
 
-    ddpm("data", "pack", folder / "images", "tiny", "--size", 32)
-    sets = [word for text in (*TINY, "checkpoint.every_epochs=1", "sample.every_epochs=0") for word in ("--set", text)]
-    few, more = (
-        requests.during(partial(ddpm, "train", "--dataset", "tiny", "--run", f"r{epochs}", "--epochs", epochs, *sets))
-        for epochs in (FEW, MORE)
-    )
+    few, more = (requests.during(partial(train, epochs)) for epochs in (FEW, MORE))
     each = Counter[str]()
     print("\na checkpoint more:")
     for (kind, key), count in sorted(more.items()):

@@ -1,4 +1,4 @@
-"""The subjects of `benchmarks.store`, each in a process: a store, or a cloud's own client; and a slow network.
+"""The participants of `benchmarks.store`, each in a process: a store, or a cloud's own client; and a slow network.
 
 It imports nothing of this checkout but `job.store`, which may be that of an earlier one.
 """
@@ -12,159 +12,106 @@ import socket
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-MIB = 1 << 20
 ROUND_TRIP_SECONDS = 0.02
 BYTES_PER_SECOND = 50e6
 """The bandwidth of each connection at a distance."""
+_SMALL_BYTES = 4096
 _SLICE_BYTES = 128 << 10
 _QUEUED = 64
+Operations = tuple[
+    Callable[[str, str], object], Callable[[str, str], object], Callable[[str, bytes], object], Callable[[str], bytes]
+]
+"""Uploads and downloads a whole file by its path and key, writes and reads a small object by its key."""
 
 
-class OfStore:
-    """The operations by `job.store`, that of this checkout or an earlier one."""
+def of_store(kind: str, bucket: str) -> Operations:
+    """Returns the operations by `job.store`, that of this checkout or an earlier one."""
+    from job.store import open_store
 
-    def __init__(self, kind: str, bucket: str) -> None:
-        """Opens the store."""
-        from job.store import open_store
+    store = open_store(f"{kind}://{bucket}")
 
-        self._store = open_store(f"{kind}://{bucket}")
+    def upload(path: str, key: str) -> None:
+        store.delete(key)
+        # As a checkpoint's files are.
+        store.upload(Path(path), key, fresh=True)
 
-    def upload(self, path: str, key: str) -> None:
-        """Uploads a whole file, as a checkpoint's are."""
-        self._store.delete(key)
-        self._store.upload(Path(path), key, fresh=True)
+    return upload, lambda path, key: store.download(key, Path(path)), store.put, lambda key: store.read(key).data
 
-    def download(self, path: str, key: str) -> None:
-        """Downloads a whole file."""
-        self._store.download(key, Path(path))
 
-    def ranges(self, count: str, key: str) -> None:
-        """Reads ranges of 1 MiB each, far from each other."""
-        with self._store.open(key) as file:
-            size_bytes = file.seek(0, 2)
-            for number in range(int(count)):
-                file.seek(number * (size_bytes - MIB) // int(count))
-                assert len(file.read(MIB)) == MIB
+def of_gs(bucket: str) -> Operations:
+    """Returns the operations by Google's client, as in its manual."""
+    from google.cloud import storage
 
-    def puts(self, count: str, key: str) -> None:
-        """Writes objects of 4 KiB."""
-        data = os.urandom(4096)
+    blob = storage.Client(project="bench").bucket(bucket).blob
+    return (
+        lambda path, key: blob(key).upload_from_filename(path, timeout=600),
+        lambda path, key: blob(key).download_to_filename(path, timeout=600),
+        lambda key, data: blob(key).upload_from_string(data),
+        lambda key: blob(key).download_as_bytes(),
+    )
+
+
+def of_s3(name: str) -> Operations:
+    """Returns the operations by Amazon's client, as in its manual."""
+    import boto3
+
+    bucket: Any = boto3.resource("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).Bucket(name)
+    return (
+        bucket.upload_file,
+        lambda path, key: bucket.download_file(key, path),
+        lambda key, data: bucket.put_object(Key=key, Body=data),
+        lambda key: bucket.Object(key).get()["Body"].read(),
+    )
+
+
+def of_az(name: str) -> Operations:
+    """Returns the operations by Microsoft's client, as in its manual."""
+    from azure.storage.blob import ContainerClient
+
+    container = ContainerClient.from_connection_string(os.environ["AZURE_STORAGE_CONNECTION_STRING"], name)
+
+    def upload(path: str, key: str) -> None:
+        with Path(path).open("rb") as file:
+            container.upload_blob(key, file, overwrite=True, max_concurrency=4)
+
+    def download(path: str, key: str) -> None:
+        with Path(path).open("wb") as file:
+            container.download_blob(key, max_concurrency=4).readinto(file)
+
+    return (
+        upload,
+        download,
+        lambda key, data: container.upload_blob(key, data, overwrite=True),
+        lambda key: container.download_blob(key).readall(),
+    )
+
+
+RAW = {"gs": of_gs, "s3": of_s3, "az": of_az}
+
+
+def work(role: str, kind: str, bucket: str) -> None:
+    """Does the operations that its standard input names, and prints the seconds of each."""
+    upload, download, put, get = RAW[kind](bucket) if role == "raw" else of_store(kind, bucket)
+
+    def puts(count: str, key: str) -> None:
         for number in range(int(count)):
-            self._store.put(f"{key}/{number}", data)
+            put(f"{key}/{number}", os.urandom(_SMALL_BYTES))
 
-    def gets(self, count: str, key: str) -> None:
-        """Reads objects of 4 KiB."""
+    def gets(count: str, key: str) -> None:
         for number in range(int(count)):
-            assert len(self._store.read(f"{key}/{number}").data) == 4096
+            assert len(get(f"{key}/{number}")) == _SMALL_BYTES
 
-    def list(self, count: str, key: str) -> None:
-        """Lists a whole folder."""
-        assert len(list(self._store.list(key))) == int(count)
-
-    def fill(self, count: str, key: str) -> None:
-        """Writes the objects to list."""
-        with ThreadPoolExecutor(16) as pool:
-            list(pool.map(lambda number: self._store.put(f"{key}/{number:06d}", b"1"), range(int(count))))
-
-
-class OfRaw:
-    """The same operations by the official client of each cloud, used as in its manual."""
-
-    def __init__(self, kind: str, bucket: str) -> None:
-        """Makes the client."""
-        self._kind = kind
-        if kind == "gs":
-            from google.cloud import storage
-
-            self._bucket = storage.Client(project="bench").bucket(bucket)
-        elif kind == "s3":
-            import boto3
-
-            self._bucket = boto3.resource("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).Bucket(bucket)
-        else:
-            from azure.storage.blob import ContainerClient
-
-            account = os.environ["AZURE_STORAGE_CONNECTION_STRING"]
-            self._bucket = ContainerClient.from_connection_string(account, bucket)
-
-    def upload(self, path: str, key: str) -> None:
-        """Uploads a whole file."""
-        if self._kind == "gs":
-            self._bucket.blob(key).upload_from_filename(path, timeout=600)
-        elif self._kind == "s3":
-            self._bucket.upload_file(path, key)
-        else:
-            with Path(path).open("rb") as file:
-                self._bucket.upload_blob(key, file, overwrite=True, max_concurrency=4)
-
-    def download(self, path: str, key: str) -> None:
-        """Downloads a whole file."""
-        if self._kind == "gs":
-            self._bucket.blob(key).download_to_filename(path, timeout=600)
-        elif self._kind == "s3":
-            self._bucket.download_file(key, path)
-        else:
-            with Path(path).open("wb") as file:
-                self._bucket.download_blob(key, max_concurrency=4).readinto(file)
-
-    def ranges(self, count: str, key: str) -> None:
-        """Reads ranges of 1 MiB each, far from each other."""
-        size_bytes = self._size(key)
-        for number in range(int(count)):
-            start = number * (size_bytes - MIB) // int(count)
-            if self._kind == "gs":
-                data = self._bucket.blob(key).download_as_bytes(start=start, end=start + MIB - 1)
-            elif self._kind == "s3":
-                data = self._bucket.Object(key).get(Range=f"bytes={start}-{start + MIB - 1}")["Body"].read()
-            else:
-                data = self._bucket.download_blob(key, offset=start, length=MIB).readall()
-            assert len(data) == MIB
-
-    def puts(self, count: str, key: str) -> None:
-        """Writes objects of 4 KiB."""
-        data = os.urandom(4096)
-        for number in range(int(count)):
-            name = f"{key}/{number}"
-            if self._kind == "gs":
-                self._bucket.blob(name).upload_from_string(data)
-            elif self._kind == "s3":
-                self._bucket.put_object(Key=name, Body=data)
-            else:
-                self._bucket.upload_blob(name, data, overwrite=True)
-
-    def gets(self, count: str, key: str) -> None:
-        """Reads objects of 4 KiB."""
-        for number in range(int(count)):
-            name = f"{key}/{number}"
-            if self._kind == "gs":
-                data = self._bucket.blob(name).download_as_bytes()
-            elif self._kind == "s3":
-                data = self._bucket.Object(name).get()["Body"].read()
-            else:
-                data = self._bucket.download_blob(name).readall()
-            assert len(data) == 4096
-
-    def list(self, count: str, key: str) -> None:
-        """Lists a whole folder."""
-        if self._kind == "gs":
-            found: Any = self._bucket.list_blobs(prefix=f"{key}/")
-        elif self._kind == "s3":
-            found = self._bucket.objects.filter(Prefix=f"{key}/")
-        else:
-            found = self._bucket.list_blobs(name_starts_with=f"{key}/")
-        assert sum(1 for _ in found) == int(count)
-
-    def _size(self, key: str) -> int:
-        if self._kind == "gs":
-            return int(self._bucket.get_blob(key).size)
-        if self._kind == "s3":
-            return int(self._bucket.Object(key).content_length)
-        return int(self._bucket.get_blob_client(key).get_blob_properties().size)
+    operations = {"upload": upload, "download": download, "puts": puts, "gets": gets}
+    for line in sys.stdin:
+        operation, *words = json.loads(line)
+        began = time.perf_counter()
+        operations[operation](*words)
+        print(time.perf_counter() - began, flush=True)
 
 
 def network(url: str) -> None:
@@ -207,16 +154,5 @@ def _give(end: socket.socket, late: queue.Queue[tuple[float, bytes]]) -> None:
         end.close()
 
 
-def work() -> None:
-    """Does the operations that its standard input names, and prints the seconds of each."""
-    _, role, kind, bucket = sys.argv
-    subject = OfRaw(kind, bucket) if role == "raw" else OfStore(kind, bucket)
-    for line in sys.stdin:
-        operation, *words = json.loads(line)
-        began = time.perf_counter()
-        getattr(subject, operation)(*words)
-        print(time.perf_counter() - began, flush=True)
-
-
 if __name__ == "__main__":
-    network(sys.argv[2]) if sys.argv[1] == "network" else work()
+    network(sys.argv[2]) if sys.argv[1] == "network" else work(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.crash_campaign`: kills a run at every point of its protocols, then at random moments."""
+"""`python -m benchmarks.crash_campaign`: kills a run at points of its protocols, then at random moments."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from benchmarks.crash_campaign.buckets import KINDS, bucket
-from benchmarks.crash_campaign.campaign import Request, run_campaign, title
-from benchmarks.crash_campaign.points import POINTS, SABOTAGES, listing
+from benchmarks.crash_campaign.campaign import Request, run_campaign
+from benchmarks.crash_campaign.points import BY_NAME, SABOTAGES, listing
 from benchmarks.crash_campaign.processes import destroy_all
+from benchmarks.subject import BUCKETS, bucket
 from job.exits import JobError
 from job.progress import note
 from job.store import open_store
@@ -27,14 +27,6 @@ of failures. Example: python -m benchmarks.crash_campaign --kills 100 --seed 7 -
 
 def main() -> int:
     """Runs the campaign of the command line; returns the exit code."""
-    try:
-        return _run()
-    except JobError as error:
-        print(f"crash campaign: {error}", file=sys.stderr)
-        return int(error.exit_code)
-
-
-def _run() -> int:
     options = _options()
     if options.list:
         print(listing())
@@ -55,7 +47,7 @@ def _run() -> int:
                     store.delete(entry.key)
     if options.json:
         options.json.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
-    print(title(report, options.bucket))
+    print(report.title(options.bucket))
     print(report.table())
     if report.failures:
         print(f"\n{len(report.failures)} failure{'s' * (len(report.failures) > 1)}:")
@@ -73,44 +65,40 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.crash_campaign",
-        description="Kills a run at every point of its protocols and at random moments; its result must not change.",
+        description="Kills a run at points of its protocols and at random moments; its result must not change.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = ", ".join(f"{kind} ({what})" for kind, what in KINDS.items())
-    parser.add_argument(
-        "--kills", type=int, default=20, metavar="N", help="number of random kills after the points (20)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the runs and of the random kills (0)")
-    parser.add_argument("--epochs", type=int, default=10, metavar="N", help="length of each run (10)")
-    parser.add_argument("--bucket", default="file", metavar="WHERE", help=f"{kinds}, or the URI of a bucket (file)")
-    parser.add_argument(
-        "--points", default="", metavar="NAMES", help="only these points, such as staged,manifest; or none"
-    )
-    parser.add_argument(
-        "--sabotage", default="", choices=SABOTAGES, help="break a protocol on purpose; the campaign must report it"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work in this folder, and keep all files")
-    parser.add_argument("--list", action="store_true", help="list the points and exit")
+    kinds = ", ".join(f"{kind} ({what})" for kind, what in BUCKETS.items())
+    add = parser.add_argument
+    add("--kills", type=int, metavar="N", help="number of random kills after the points (20; 0 with --sabotage)")
+    add("--seed", type=int, default=0, metavar="S", help="seed of the runs and of the random kills (0)")
+    add("--epochs", type=int, default=10, metavar="N", help="length of each run (10)")
+    add("--bucket", default="file", metavar="WHERE", help=f"{kinds}, or the URI of a bucket (file)")
+    add("--points", default="", metavar="NAMES", help="only these points, such as staged,manifest; or none")
+    add("--sabotage", default="", choices=SABOTAGES, help="break a protocol on purpose; the campaign must report it")
+    add("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    add("--keep", type=Path, metavar="FOLDER", help="work in this folder, and keep all files")
+    add("--list", action="store_true", help="list the points and exit")
     options = parser.parse_args()
-    known = {point.name for point in POINTS} | {"none"}
-    if unknown := [name for name in options.points.split(",") if name and name not in known]:
-        parser.error(f"unknown point {unknown[0]!r}: --list shows all points")
-    if options.keep and options.keep.exists() and any(options.keep.iterdir()):
-        parser.error(f"--keep {options.keep} is not empty: choose another folder")
-    if options.points == "none" and not options.kills:
-        parser.error("--points none --kills 0 leaves nothing to do")
-    if options.kills < 0:
-        parser.error(f"--kills {options.kills}: use 0 or more")
-    if options.epochs < 4:
-        parser.error(f"--epochs {options.epochs}: use 4 or more, so that checkpoints are retired and pictures drawn")
-    if not 0 <= options.seed < 2**63:
-        parser.error(f"--seed {options.seed}: use 0 to 2**63 - 1")
-    if options.sabotage and options.kills == parser.get_default("kills"):
-        options.kills = 0
+    if options.kills is None:
+        options.kills = 0 if options.sabotage else 20
+    unknown = set(filter(None, options.points.split(","))) - {*BY_NAME, "none"}
+    for is_wrong, why in (
+        (unknown, f"unknown point {min(unknown, default='')!r}: --list shows all points"),
+        (options.keep and options.keep.exists() and any(options.keep.iterdir()), f"--keep {options.keep}: not empty"),
+        (options.points == "none" and not options.kills, "--points none --kills 0 leaves nothing to do"),
+        (options.kills < 0, f"--kills {options.kills}: use 0 or more"),
+        (options.epochs < 4, "--epochs: use 4 or more, so that checkpoints are retired and pictures drawn"),
+    ):
+        if is_wrong:
+            parser.error(why)
     return options
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except JobError as error:
+        print(f"crash campaign: {error}", file=sys.stderr)
+        sys.exit(int(error.exit_code))

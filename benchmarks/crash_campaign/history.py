@@ -1,10 +1,11 @@
-"""The result of a run: tensors, metrics and pictures at its end, and the training images of each attempt."""
+"""A run and its result: tensors, metrics and pictures at its end, images of each attempt; and what differs in two."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,9 +13,10 @@ from typing import Any
 
 from PIL import Image, ImageSequence
 
-from benchmarks.crash_campaign.processes import Event
-from job.runs.checkpoints import newest_good
-from job.runs.layout import SAMPLES, ObjectKind, located, places_in
+from benchmarks.crash_campaign.processes import BrokenError, Event, Invocation, Moment
+from job.exits import JobError
+from job.runs.checkpoints import list_checkpoints, newest_good, opened
+from job.runs.layout import CHECKPOINTS, SAMPLES, CheckpointRef, ObjectKind, located, places_in
 from job.runs.metric_rows import Row, read_rows
 from job.store import Store
 
@@ -23,6 +25,7 @@ MEASURED = ("images_per_second", "memory_bytes", "time")
 
 TITLE_PIXELS = 48
 """The largest height of a picture's title."""
+_SET_ASIDE = re.compile(rf"set aside checkpoint \S+/{CHECKPOINTS}/(\S+):")
 Ref = tuple[int, int]
 
 
@@ -219,3 +222,71 @@ def _row_differences(rows: list[Row], expected: list[Row]) -> list[str]:
                 place = row["images_seen"]
                 return [f"the metrics at {place} images have {name} {row.get(name)} instead of {other.get(name)}"]
     return []
+
+
+@dataclass
+class Run:
+    """One run of a lane, from its first process to its last."""
+
+    name: str
+    store: Store
+    invocations: list[Invocation] = field(default_factory=list)
+    lingering: list[tuple[Invocation, Moment]] = field(default_factory=list)
+    verified: set[CheckpointRef] = field(default_factory=set)
+    rotten: set[CheckpointRef] = field(default_factory=set)
+    zombies: set[int] = field(default_factory=set)
+    """The fences of attempts that were stopped and replaced."""
+
+    @property
+    def history(self) -> History:
+        """The work of all its attempts."""
+        return History.of(event for invocation in self.invocations for event in invocation.events)
+
+    @property
+    def checkpoints(self) -> list[CheckpointRef]:
+        """The committed checkpoints, oldest first."""
+        try:
+            return list_checkpoints(self.store)
+        except JobError:
+            # A bucket that is a folder does not exist before its first object.
+            return []
+
+    @property
+    def set_aside(self) -> set[str]:
+        """Folders of checkpoints that a process found damaged."""
+        return {name for invocation in self.invocations for name in _SET_ASIDE.findall(invocation.output)}
+
+    def misjudged(self) -> list[str]:
+        """Returns the intact checkpoints that a process set aside, and the damaged ones that no process noticed."""
+        damaged, aside = {str(ref) for ref in self.rotten}, self.set_aside
+        intact = [f"checkpoint {name} was set aside without damage" for name in sorted(aside - damaged)]
+        return intact + [f"checkpoint {name} was damaged, and no process noticed" for name in sorted(damaged - aside)]
+
+    def audit(self) -> None:
+        """Checks that every committed checkpoint is intact, with its snapshots.
+
+        Raises:
+            BrokenError: one is not, and the campaign did not damage it.
+        """
+        for ref in set(self.checkpoints) - self.verified - self.rotten:
+            # A late commit of a zombie may name deleted objects. It has no effect, since its fence is lower.
+            if ref.fence in self.zombies:
+                continue
+            try:
+                with opened(self.store, ref) as restored:
+                    for snapshot in restored.manifest.snapshots:
+                        snapshot.read(self.store)
+                    self.verified.add(ref)
+            except JobError as error:
+                raise BrokenError(f"checkpoint {ref.key} is committed, but {error}") from None
+
+    def written_after_loss(self) -> list[str]:
+        """Returns the attempts that wrote after another took the run; one write may have been in progress."""
+        events = [event for invocation in self.invocations for event in invocation.events]
+        taken, late = 0, Counter[int]()
+        for event in sorted(events, key=lambda event: event["time"]):
+            if event["event"] == "began":
+                taken = max(taken, event["fence"])
+            elif event["event"] in ("commit", "delete") and event["fence"] < taken:
+                late[event["fence"]] += 1
+        return [f"attempt {fence} wrote {n} times after another took the run" for fence, n in late.items() if n > 1]

@@ -18,15 +18,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from types import ModuleType
 from typing import Any
 
-from benchmarks.crash_campaign import sabotage
-
 VARIABLE = "DDPM_CRASH_CAMPAIGN"
-"""JSON: `trace` (a path), `fault` (the fields of a `Point`, or null), `sabotage` (a name, or empty)."""
+"""JSON: `trace` (a path), `fault` (fields of a `Point`, or null), `sabotage` (a name, or empty), `is_timed`."""
 OPERATIONS = ("read", "create", "replace", "put", "move", "download", "open", "delete", "exists")
 SHARD_IMAGES = 26
 RENEW_SECONDS, EXPIRE_SECONDS = 1.0, 12.0
@@ -93,16 +92,13 @@ class Fault:
     def __init__(self, trace: Trace, fields: dict[str, Any]) -> None:
         self._trace, self._fields = trace, fields
         self._lock, self._count, self._struck = threading.Lock(), 0, False
-        self._armed = not fields["since"]
         self._gate = _Gate()
 
     def around(self, op: str, uri: str, data: bytes, work: Callable[[], Any]) -> Any:
         """Runs `work`, with the fault before or after it."""
         with self._gate.inside():
             if self._struck or not self._matches(op, uri, data):
-                result = work()
-                self._armed = self._armed or bool(re.search(self._fields["since"], f"{op} {uri}"))
-                return result
+                return work()
             if self._fields["hold"]:
                 return self._held(work)
             # One at a time, so that after the k-th upload exactly k objects exist.
@@ -129,8 +125,7 @@ class Fault:
     def _matches(self, op: str, uri: str, data: bytes) -> bool:
         fields = self._fields
         return (
-            self._armed
-            and self._trace.rank == fields["rank"]
+            self._trace.rank == fields["rank"]
             and op in fields["op"].split("|")
             and re.search(fields["key"], uri) is not None
             and (not fields["data"] or re.search(fields["data"].encode(), data) is not None)
@@ -179,12 +174,13 @@ class Watched:
             case "job.runs.checkpoints":
                 self._watch_restoring(module)
             case "job.training.attempt":
-                self._watch_attempt(module)
+                self._watch_attempt(module.TrainingAttempt)
             case "job.training.session":
-                self._watch_session(module)
+                self._watch_session(module.TrainingSession)
             case "ddpm.training":
                 self._keep_drawn(module)
-        sabotage.apply(self._broken, module, self._trace)
+        if broken := _BROKEN.get((self._broken, module.__name__)):
+            broken(module, self._trace)
 
     def _around(self, op: str, uri: str, data: bytes, work: Callable[[], Any]) -> Any:
         return work() if self._fault is None else self._fault.around(op, uri, data, work)
@@ -240,25 +236,24 @@ class Watched:
 
         module.opened = watched
 
-    def _watch_attempt(self, module: ModuleType) -> None:
-        restore = module.TrainingAttempt._restore
+    def _watch_attempt(self, kind: Any) -> None:
+        restore = kind._restore
 
         def watched_restore(attempt: Any) -> None:
             self._trace.fence = attempt.record.fence
             self._trace("began")
             restore(attempt)
 
-        module.TrainingAttempt._restore = watched_restore
+        kind._restore = watched_restore
 
-    def _watch_session(self, module: ModuleType) -> None:
-        session = module.TrainingSession
-        after_step = session.after_step
+    def _watch_session(self, kind: Any) -> None:
+        after_step = kind.after_step
 
-        def watched_after_step(this: Any, state: Any) -> bool:
+        def watched_after_step(session: Any, state: Any) -> bool:
             self._trace("step", images_seen=state.images_seen, images=self._digests())
-            return bool(after_step(this, state))
+            return bool(after_step(session, state))
 
-        session.after_step = watched_after_step
+        kind.after_step = watched_after_step
 
     def _keep_drawn(self, module: ModuleType) -> None:
         """Keeps the content of each micro-batch: the numbers of its images, and their pixels, noise and points."""
@@ -313,13 +308,82 @@ class AfterImport(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Installs trace, fault and sabotage, if the environment asks for them."""
+    """Installs trace, fault and sabotage, or the trace of `benchmarks.goodput`, if the environment asks for them."""
     if VARIABLE not in os.environ:
         return
     chosen = json.loads(os.environ[VARIABLE])
-    trace = Trace(chosen["trace"])
-    role = "rank" if "DDPM_LAUNCHED" in os.environ else "launcher"
-    trace("process", pid=os.getpid(), role=role)
-    is_target = role == "rank" or (chosen["fault"] or {}).get("phase") in ("pack", "shared-pack")
-    fault = Fault(trace, chosen["fault"]) if chosen["fault"] and is_target else None
-    sys.meta_path.insert(0, AfterImport(Watched(trace, fault, chosen["sabotage"]).after_import))
+    trace, role = Trace(chosen["trace"]), "rank" if "DDPM_LAUNCHED" in os.environ else "launcher"
+    if chosen["is_timed"]:
+        from benchmarks.goodput.trace import Hooks
+
+        trace("rank" if role == "rank" else "process")
+        hook = Hooks(trace).after_import
+    else:
+        trace("process", pid=os.getpid(), role=role)
+        is_target = role == "rank" or (chosen["fault"] or {}).get("phase") in ("pack", "shared-pack")
+        fault = Fault(trace, chosen["fault"]) if chosen["fault"] and is_target else None
+        hook = Watched(trace, fault, chosen["sabotage"]).after_import
+    sys.meta_path.insert(0, AfterImport(hook))
+
+
+def _manifest_first(module: Any, trace: Any) -> None:
+    from job.runs.writer import write_part
+    from job.store.files import scratch_folder
+
+    upload, commit_manifest = module.CheckpointFiles.upload, module.commit_manifest
+    late: list[Callable[[], Any]] = []
+
+    def upload_later(files: Any, run: Any, lease: Any, ref: Any, when_written: Any) -> Any:
+        late.append(lambda: upload(files, run, lease, ref, when_written))
+        with scratch_folder("sabotage") as folder:
+            return tuple(write_part(folder / "part", key, tensors) for key, tensors in files.tensors_of(ref))
+
+    def commit_and_upload(run: Any, manifest: Any) -> None:
+        commit_manifest(run, manifest)
+        late.pop()()
+
+    module.CheckpointFiles.upload, module.commit_manifest = upload_later, commit_and_upload
+
+
+def _fence_ignored(lease: Any, trace: Any) -> None:
+    lease.Lease.confirm = lambda this: None
+    lease.Lease.check_lost = lambda this: None
+    lease.Lease.lost = property(lambda this: "", lambda this, lost: None)
+
+
+def _position_off_by_one(session: Any, trace: Any) -> None:
+    stream_batches = session.stream_batches
+
+    def shifted(*args: Any, first_image: int, **kwargs: Any) -> Any:
+        return stream_batches(*args, first_image=first_image + (first_image > 0), **kwargs)
+
+    session.stream_batches = shifted
+
+
+def _order_drawn_anew(session: Any, trace: Any) -> None:
+    order_of = session.order_of
+
+    def drawn_anew(index: Any, config: Any) -> Any:
+        order = order_of(index, config)
+        return replace(order, seed=order.seed + trace.fence - 1)
+
+    session.order_of = drawn_anew
+
+
+def _image_hash_unchecked(cache: Any, trace: Any) -> None:
+    def read_image(this: Any, shard: int, row: int, record: Any, file: Any) -> Any:
+        file.seek(record[0])
+        index = this.index
+        return cache.decode(file.read(record[1]), index.channels, index.size)
+
+    cache.ImageCache.read_image = read_image
+
+
+_BROKEN: dict[tuple[str, str], Callable[[Any, Any], None]] = {
+    ("manifest-first", "job.runs.writer"): _manifest_first,
+    ("fence-ignored", "job.coordination.lease"): _fence_ignored,
+    ("position-off-by-one", "job.training.session"): _position_off_by_one,
+    ("order-drawn-anew", "job.training.session"): _order_drawn_anew,
+    ("image-hash-unchecked", "job.data.reading.cache"): _image_hash_unchecked,
+}
+"""Protocols broken on purpose, by name and module: a campaign that does not report each break proves nothing."""

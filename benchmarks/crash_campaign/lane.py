@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-from benchmarks.crash_campaign import rot
-from benchmarks.crash_campaign.attempts import Attempts
-from benchmarks.crash_campaign.history import differences, lost_images, read_ending, saved_images
-from benchmarks.crash_campaign.points import POINTS, Point
-from benchmarks.crash_campaign.processes import BrokenError, HungError, Invocation, LeavingError
-from benchmarks.crash_campaign.records import Moment, Run, Tally
-from benchmarks.crash_campaign.sharing import share_out
-from benchmarks.crash_campaign.undisturbed import Undisturbed, make_undisturbed, objects_of
-from benchmarks.crash_campaign.work import DATASET_KEY, Work
-from benchmarks.crash_campaign.zombie import replace_stopped
+from benchmarks.crash_campaign.history import Run, differences, lost_images, read_ending, saved_images
+from benchmarks.crash_campaign.points import BY_NAME, Point
+from benchmarks.crash_campaign.processes import Attempts, BrokenError, Invocation, LeavingError, Moment, Tally
+from benchmarks.crash_campaign.work import (
+    DATASET_KEY,
+    Undisturbed,
+    Work,
+    flip_cached_byte,
+    flip_checkpoint_bit,
+    make_undisturbed,
+    objects_of,
+    replace_image,
+)
 from job.exits import Exit, JobError
 from job.runs.layout import RUNS, SAMPLES
-from job.store import open_store
+from job.store import Store, open_store
 
 SHORTER = 0.8
 """The factor on the fraction of a moment that a whole run did not reach."""
@@ -63,7 +66,7 @@ class Lane:
             self._sample(run)
             self._share(run)
             self._train_children(run)
-        except (BrokenError, HungError) as error:
+        except BrokenError as error:
             self._fail(str(error))
         except LeavingError:
             self.tally.failures.append(f"{self.name}: stopped before it was done")
@@ -81,22 +84,32 @@ class Lane:
             self._undisturbed = make_undisturbed(self._work_in("undisturbed"), self._folder, self._attempts, phases)
         return self._undisturbed
 
-    def _of(self, *phases: str) -> list[Point]:
-        return [point for point in self._points if point.phase in phases]
+    def _of(self, phase: str) -> list[Point]:
+        return [point for point in self._points if point.phase == phase]
 
     def _pack(self) -> None:
-        for point in self._of("pack"):
-            self._attempts.happens(self._attempts.start(self._work.pack, point), point)
+        self._work_through(self._work.pack, "pack")
         self._attempts.start(self._work.pack).finish()
         if self._of("pack") and objects_of(self._bucket.sub(DATASET_KEY)) != self.undisturbed.dataset:
             self._fail("the packed dataset is not the one that was packed undisturbed")
 
+    def _work_through(self, words: list[str], phase: str) -> None:
+        """Starts a command for each point of a phase, which kills it, and then once more to its end."""
+        for point in self._of(phase):
+            if not self._attempts.happens(self._attempts.start(words, point), point):
+                self._fail(f"point {point.name} was not reached")
+        if self._of(phase):
+            self._attempts.start(words).finish()
+
+    def _new_run(self, kind: str = "run") -> Run:
+        self.tally.runs += 1
+        name = f"{kind}-{self.tally.runs}"
+        return Run(name, self._bucket.sub(f"{RUNS}/{name}"))
+
     def _train(self) -> Run:
         events: deque[Point | Moment] = deque([*self._of("train"), *self._moments, *self._of("end")])
         while True:
-            self.tally.runs += 1
-            name = f"run-{self.tally.runs}"
-            run = Run(name, self._bucket.sub(f"{RUNS}/{name}"))
+            run = self._new_run()
             self._one_run(run, events)
             self._compare(run, self.undisturbed)
             if not events:
@@ -105,9 +118,8 @@ class Lane:
     def _train_children(self, parent: Run) -> None:
         """Trains a run from a finished one for each point; it must not need its parent once it has a checkpoint."""
         self._parent = parent.name
-        for number, point in enumerate(self._of("from"), 1):
-            self.tally.runs += 1
-            run = Run(f"child-{number}", self._bucket.sub(f"{RUNS}/child-{number}"))
+        for point in self._of("from"):
+            run = self._new_run("child")
             happened, finished = self._meet(run, point)
             if not happened:
                 self._fail(f"point {point.name} was not reached")
@@ -126,12 +138,10 @@ class Lane:
             if isinstance(event, Point) and event.op == "rot":
                 finished = self._rot(run, event, events)
                 continue
-            if isinstance(event, Point) and event.name == "zombie":
-                self._note_recovery(run, replace_stopped(self._attempts, run, event, partial(self._begin, run)))
-                run.audit()
+            if isinstance(event, Point) and event.action == "stop":
+                self._replace_stopped(run, event)
                 events.popleft()
                 return
-                continue
             happened, finished = self._meet(run, event)
             if happened:
                 events.popleft()
@@ -160,7 +170,11 @@ class Lane:
         else:
             invocation.finish()
         code = invocation.wait()
-        self._await_lingering(run)
+        for other, moment in run.lingering:
+            other.wait()
+            self._note_recovery(run, other)
+            self._attempts.expect(other, moment.action, moment.target, moment.name)
+        run.lingering.clear()
         self._note_recovery(run, invocation)
         run.audit()
         return happened, code == Exit.FINISHED
@@ -172,49 +186,70 @@ class Lane:
         run.invocations.append(invocation)
         return invocation
 
-    def _await_lingering(self, run: Run) -> None:
-        for invocation, moment in run.lingering:
-            invocation.wait()
-            self._note_recovery(run, invocation)
-            self._attempts.expect(invocation, moment.action, moment.target, moment.name)
-        run.lingering.clear()
-
     def _note_recovery(self, run: Run, invocation: Invocation) -> None:
         if (seconds := self._attempts.note_pace(invocation)) is not None and invocation is not run.invocations[0]:
             self.tally.recovery_seconds.append(seconds)
 
+    def _replace_stopped(self, run: Run, point: Point) -> None:
+        """Suspends an attempt at the point until another has replaced it and finished the run.
+
+        Raises:
+            BrokenError: the point was not reached, the other failed, or the first one still wrote after it woke.
+        """
+        zombie = self._begin(run, point)
+        zombie.wait_until(lambda: zombie.find("fault") or zombie.code is not None, f"did not reach {point.name}")
+        if (fault := zombie.find("fault")) is None:
+            raise BrokenError(f"point {point.name} was not reached: {zombie.last_line}")
+        run.zombies.add(fault["fence"])
+        self._attempts.count(zombie, "SIGSTOP group beyond expiry, then SIGCONT", point.name)
+        other = self._begin(run)
+        try:
+            other.wait_until(lambda: other.find("commit") or other.code is not None, "did not replace a stopped holder")
+        finally:
+            zombie.send(signal.SIGCONT, "group")
+        code, other_code = zombie.wait(), other.wait()
+        if other_code:
+            raise BrokenError(f"the attempt that replaced a stopped one ended with {other_code}: {other.last_line}")
+        if code != Exit.LOST_RUN:
+            late = [event["ref"] for event in zombie.events if event["event"] == "commit"]
+            raise BrokenError(
+                f"two attempts wrote to one run: the fence of attempt {fault['fence']} was ignored, which woke after "
+                f"it was replaced and ended with {code} instead of {int(Exit.LOST_RUN)}, with {len(late)} commits"
+            )
+        self._note_recovery(run, other)
+        run.audit()
+
     def _rot(self, run: Run, point: Point, events: deque[Point | Moment]) -> bool:
+        """Damages an object or a file between two processes; returns whether the run is finished."""
         if point.name == "shard-rot":
-            events.popleft()
-            return self._rotten_shard(run, point)
-        if point.name == "checkpoint-rot":
+            self._rotten_shard(run, point)
+        elif point.name == "checkpoint-rot":
             good = [ref for ref in run.checkpoints if ref not in run.rotten]
             if len(good) < 2:
-                return self._meet(run, _point("latest"))[1]
-            where = rot.flip_checkpoint_bit(run.store, good[-1])
+                return self._meet(run, BY_NAME["manifest"])[1]
+            self._attempts.count_damage(point, flip_checkpoint_bit(run.store, good[-1]))
             run.rotten.add(good[-1])
             self.tally.planted_checkpoints += 1
         elif not list(self._attempts.place.cache.glob("*/images")):
-            return self._meet(run, _point("latest"))[1]
+            return self._meet(run, BY_NAME["manifest"])[1]
         else:
-            where = str(rot.flip_cached_byte(self._attempts.place.cache))
+            self._attempts.count_damage(point, flip_cached_byte(self._attempts.place.cache))
         events.popleft()
-        self._attempts.count_damage(point, where.rpartition("/disturbed/")[2])
         return False
 
-    def _rotten_shard(self, run: Run, point: Point) -> bool:
+    def _rotten_shard(self, run: Run, point: Point) -> None:
         self._attempts.new_cache()
-        replaced = rot.ReplacedImage(self._bucket)
-        invocation = self._begin(run, _point("manifest"))
+        name, key, sound = replace_image(self._bucket)
+        invocation = self._begin(run, BY_NAME["manifest"])
         code = invocation.wait()
-        replaced.mend()
-        self._attempts.count_damage(point, f"{replaced.name}: exit {code}")
-        if code != Exit.BAD_DATA or replaced.name not in invocation.output:
+        self._bucket.put(key, sound)
+        self._attempts.count_damage(point, f"{name}: exit {code}")
+        if code != Exit.BAD_DATA or name not in invocation.output:
+            seen = max((event["images_seen"] for event in invocation.events if event["event"] == "step"), default=0)
             raise BrokenError(
-                f"a corrupt shard was not noticed: {replaced.name} holds an image that was not packed, and training "
-                f"ended with {code} instead of {int(Exit.BAD_DATA)}, after {_last_images(invocation):,} images"
+                f"a corrupt shard was not noticed: {name} holds an image that was not packed, and training "
+                f"ended with {code} instead of {int(Exit.BAD_DATA)}, after {seen:,} images"
             )
-        return False
 
     def _compare(self, run: Run, undisturbed: Undisturbed) -> None:
         ending, history = read_ending(run.store), run.history
@@ -231,14 +266,14 @@ class Lane:
         )
 
     def _sample(self, run: Run) -> None:
-        self._draw(self._work.sample(run.name), self._of("sample"))
+        self._work_through(self._work.sample(run.name), "sample")
         if self._of("sample"):
             pictures = read_ending(run.store).pictures
             for name, sha256 in self.undisturbed.sampled.items():
                 if pictures.get(name) != sha256:
                     self._fail(f"{name} of `ddpm sample` is not the picture that was made undisturbed")
         began = len(self._attempts.started)
-        self._draw(self._work.batch(run.name), self._of("batch"))
+        self._work_through(self._work.batch(run.name), "batch")
         if self._of("batch"):
             if saved_images(run.store) != self.undisturbed.saved:
                 self._fail("the images of `ddpm sample --count` are not those that were made undisturbed")
@@ -250,25 +285,27 @@ class Lane:
         """Starts machines that share packing, then machines that share sampling."""
         dataset = self._bucket.sub(f"shared/{DATASET_KEY}")
         for point in self._of("shared-pack"):
-            share_out(self._attempts, self._work.shared_pack, dataset, point)
+            self._share_out(self._work.shared_pack, dataset, point)
             if objects_of(dataset) != self.undisturbed.dataset:
                 self._fail(f"{point.name}: the dataset that machines packed together is not that of one machine")
         for point in self._of("shared-batch"):
-            share_out(self._attempts, self._work.batch(run.name), run.store.sub(SAMPLES), point)
+            self._share_out(self._work.batch(run.name), run.store.sub(SAMPLES), point)
             if saved_images(run.store) != self.undisturbed.saved:
                 self._fail(f"{point.name}: the images that machines drew together are not those of one machine")
 
-    def _draw(self, words: list[str], points: list[Point]) -> None:
-        for point in points:
-            if not self._attempts.happens(self._attempts.start(words, point), point):
-                self._fail(f"point {point.name} was not reached")
-        if points:
-            self._attempts.start(words).finish()
+    def _share_out(self, words: list[str], results: Store, point: Point) -> None:
+        """Empties `results`, kills the first machine at the point, then runs a slice on each of the machines at once.
 
-
-def _point(name: str) -> Point:
-    return next(point for point in POINTS if point.name == name)
-
-
-def _last_images(invocation: Invocation) -> int:
-    return max((event["images_seen"] for event in invocation.events if event["event"] == "step"), default=0)
+        Raises:
+            BrokenError: the point was not reached, or a machine ended with another code than 0.
+        """
+        for entry in list(results.list()):
+            results.delete(entry.key)
+        slices = [[*words, "--slice", f"{number}/{point.machines}"] for number in range(point.machines)]
+        killed = self._attempts.start(slices[0], point)
+        killed.wait()
+        if killed.find("fault") is None:
+            raise BrokenError(f"point {point.name} was not reached")
+        for machine in [self._attempts.start(each) for each in slices]:
+            machine.finish()
+        self._attempts.count(killed, f"SIGKILL of one of {point.machines} machines at a point", point.name)

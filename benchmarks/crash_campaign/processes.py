@@ -1,4 +1,4 @@
-"""Commands of the product as real processes: starts them, reads their traces, kills them, and waits for all of them."""
+"""Commands of the product as real processes: starts them, reads their traces, kills them at points or at moments."""
 
 from __future__ import annotations
 
@@ -9,20 +9,34 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.crash_campaign.injection import VARIABLE
 from benchmarks.crash_campaign.points import Point
+from job.exits import Exit
 
 ROOT = Path(__file__).resolve().parents[2]
 INJECTED = Path(__file__).with_name("injected")
 PATIENCE_SECONDS = 300.0
 """The longest time of a process; then it counts as hung, which is a failure of the product."""
 POLL_SECONDS = 0.02
+
+KILLED, TERMINATED = -signal.SIGKILL, -signal.SIGTERM
+EXPECTED_CODES = {
+    ("kill", "group"): {KILLED},
+    ("kill", "launcher"): {KILLED},
+    ("kill", "rank"): {128 + signal.SIGKILL},
+    # A signal that comes before Python has installed a handler ends the process as signals do.
+    ("term", "group"): {Exit.STOPPED, TERMINATED},
+    ("term", "launcher"): {Exit.STOPPED, TERMINATED},
+    ("term", "rank"): {Exit.STOPPED, 128 + signal.SIGTERM},
+}
+"""The exit codes of the command after a signal to a target; it may also have finished just before."""
 
 Event = dict[str, Any]
 _leaving = threading.Event()
@@ -41,10 +55,6 @@ class BrokenError(Exception):
     """A claim does not hold, and the rest of the lane would prove nothing."""
 
 
-class HungError(Exception):
-    """A process did not reach a state in time."""
-
-
 class LeavingError(Exception):
     """A signal stopped the campaign."""
 
@@ -56,23 +66,26 @@ class Place:
     folder: Path
     cache: Path
     sabotage: str = ""
+    is_timed: bool = False
+    """Whether `benchmarks.goodput` measures it, which takes all threads and has its own trace."""
 
     def environment(self, trace: Path, point: Point | None) -> dict[str, str]:
-        """Returns the variables of a child process: one thread, so that sums have one order, and no `DDPM_…`."""
+        """Returns the variables of a child process: one thread, so that sums have one order, and no other `DDPM_…`."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("DDPM_")}
         paths = [str(INJECTED), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         fault = None if point is None or point.op == "rot" else asdict(point)
+        chosen = {"trace": str(trace), "fault": fault, "sabotage": self.sabotage, "is_timed": self.is_timed}
         return inherited | {
-            "OMP_NUM_THREADS": "1",
+            **({} if self.is_timed else {"OMP_NUM_THREADS": "1"}),
             "DDPM_CACHE": str(self.cache),
             "TMPDIR": str(self.folder / "tmp"),
             "PYTHONPATH": os.pathsep.join(paths),
-            VARIABLE: json.dumps({"trace": str(trace), "fault": fault, "sabotage": self.sabotage}),
+            VARIABLE: json.dumps(chosen),
         }
 
 
 class Invocation:
-    """One start of a command, in a new process group."""
+    """One start of a module with its words, in a new process group."""
 
     def __init__(self, number: int, words: Sequence[str], place: Place, point: Point | None = None) -> None:
         if _leaving.is_set():
@@ -84,7 +97,7 @@ class Invocation:
         self.started = time.time()
         with self.output_path.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "job", *words],
+                [sys.executable, "-P", "-m", *words],
                 cwd=place.folder,
                 env=place.environment(self.trace_path, point),
                 stdin=subprocess.DEVNULL,
@@ -150,14 +163,14 @@ class Invocation:
         """Waits until `condition` returns a true value, and returns that.
 
         Raises:
-            HungError: it did not in time.
+            BrokenError: it did not in time.
         """
         deadline = time.monotonic() + seconds
         while not (said := condition()):
             if _leaving.is_set():
                 raise LeavingError
             if time.monotonic() > deadline:
-                raise HungError(f"process {self.number} ({' '.join(self.words[:2])}) {what} within {seconds:g} s")
+                raise BrokenError(f"process {self.number} ({' '.join(self.words[1:3])}) {what} within {seconds:g} s")
             time.sleep(POLL_SECONDS)
         return said
 
@@ -177,7 +190,7 @@ class Invocation:
             BrokenError: it ended with another code than 0.
         """
         if code := self.wait():
-            raise BrokenError(f"`{' '.join(self.words[:2])}` ended with {code}: {self.last_line}")
+            raise BrokenError(f"`{' '.join(self.words[1:3])}` ended with {code}: {self.last_line}")
 
     def destroy(self) -> None:
         """Kills all processes of the group that still run."""
@@ -197,3 +210,157 @@ def _processes() -> Iterator[tuple[int, int, str]]:
             with suppress(OSError):
                 state, _, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
                 yield int(folder.name), int(group), state
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A kill at a random moment: after `fraction` of the expected time of a process, with its start-up."""
+
+    fraction: float
+    action: str
+    target: str
+    rank: int
+    at_once: bool
+    """Whether the command starts again at once, while processes of the killed one may still run."""
+
+    @property
+    def name(self) -> str:
+        """Its name for people."""
+        whom = f"rank {self.rank}" if self.target == "rank" else self.target
+        return f"SIG{self.action.upper()} to {whom}{', again at once' if self.at_once else ''}"
+
+
+@dataclass
+class Tally:
+    """The counts of a lane."""
+
+    kills: Counter[str] = field(default_factory=Counter)
+    rot: Counter[str] = field(default_factory=Counter)
+    resumes: int = 0
+    runs: int = 0
+    lost_images: int = 0
+    repeated_images: int = 0
+    bad_checkpoints: int = 0
+    planted_checkpoints: int = 0
+    recovery_seconds: list[float] = field(default_factory=list)
+    hashes: list[str] = field(default_factory=list)
+    undisturbed_hash: str = ""
+    failures: list[str] = field(default_factory=list)
+
+
+class Attempts:
+    """Starts the commands of a lane one after another, and kills some of them."""
+
+    def __init__(
+        self, name: str, folder: Path, *, sabotage: str, tell: Callable[[str], None], killed: Callable[[], None]
+    ) -> None:
+        """Prepares the processes of a lane.
+
+        Args:
+            name: the lane, for the lines that `tell` prints.
+            folder: the folder for caches, traces and outputs.
+            sabotage: the protocol to break, or empty.
+            tell: prints a line.
+            killed: called after each kill.
+        """
+        self.name, self.tally = name, Tally()
+        self.place = Place(folder, folder / "cache-0", sabotage)
+        self.started: list[Invocation] = []
+        self.tell, self._killed, self._caches = tell, killed, 0
+        self._start_up_seconds, self._seconds_per_image = 0.0, 0.0
+
+    def start(self, words: list[str], point: Point | None = None, place: Place | None = None) -> Invocation:
+        """Starts a command, which meets the point if it gets that far."""
+        invocation = Invocation(len(self.started) + 1, ["job", *words], place or self.place, point)
+        self.started.append(invocation)
+        return invocation
+
+    def fail(self, what: str) -> None:
+        """Counts and prints a claim that does not hold."""
+        self.tally.failures.append(f"{self.name}: {what}")
+        self.tell(f"FAILED  {self.name}: {what}")
+
+    def destroy(self) -> None:
+        """Kills all that still run."""
+        for invocation in self.started:
+            invocation.destroy()
+
+    def new_cache(self) -> None:
+        """Gives the next processes an empty cache."""
+        self._caches += 1
+        folder = self.place.folder
+        self.place = Place(folder, folder / f"cache-{self._caches}", self.place.sabotage)
+
+    def happens(self, invocation: Invocation, point: Point) -> bool:
+        """Waits for the end of a command; returns whether the fault of its point happened, which is then counted."""
+        code = invocation.wait()
+        if invocation.find("fault") is None:
+            if code:
+                raise BrokenError(f"before {point.name} the command ended with {code}: {invocation.last_line}")
+            return False
+        self.expect(invocation, point.action, point.target, point.name)
+        self.count(invocation, f"SIG{point.action.upper()} {point.target} at a point", point.name)
+        return True
+
+    def signal(self, invocation: Invocation, moment: Moment, images: int) -> str:
+        """Sends a signal at its moment; returns its target, or an empty text if the command had finished before.
+
+        Args:
+            invocation: the command.
+            moment: the moment and the signal.
+            images: the images that the command has to train on until its end.
+        """
+        seconds = self._start_up_seconds + images * self._seconds_per_image
+        until = invocation.started + moment.fraction * seconds
+        while time.time() < until and invocation.code is None:
+            time.sleep(0.01)
+        number = signal.SIGKILL if moment.action == "kill" else signal.SIGTERM
+        target = moment.target
+        # A rank that has not begun cannot be killed: the launcher, the only process so far, is killed instead.
+        if target == "rank" and invocation.rank_pid(moment.rank) is None:
+            target = "launcher"
+        if invocation.code is not None or not invocation.send(number, target, moment.rank):
+            if code := invocation.wait():
+                raise BrokenError(f"before {moment.name} the command ended with {code}: {invocation.last_line}")
+            return ""
+        if not moment.at_once:
+            invocation.wait()
+            self.expect(invocation, moment.action, target, moment.name)
+        self.count(invocation, f"SIG{moment.action.upper()} {target} at a random moment", moment.name)
+        return target
+
+    def expect(self, invocation: Invocation, action: str, target: str, name: str) -> None:
+        """Checks the exit code after a signal.
+
+        Raises:
+            BrokenError: the command ended otherwise.
+        """
+        if invocation.code not in {*EXPECTED_CODES[action, target], Exit.FINISHED}:
+            raise BrokenError(f"after {name} the command ended with {invocation.code}: {invocation.last_line}")
+
+    def count(self, invocation: Invocation, kind: str, name: str) -> None:
+        """Counts a kill and prints where it happened."""
+        self.tally.kills[kind] += 1
+        self._killed()
+        steps = [event for event in invocation.events if event["event"] in ("began", "step")]
+        fence, images = (steps[-1]["fence"], steps[-1].get("images_seen")) if steps else (0, None)
+        where = "starting"
+        if fence:
+            where = f"attempt {fence}, " + (f"{images:,} images" if images else "before a step")
+        seconds = time.time() - invocation.started
+        self.tell(f"{self.name:<26} {name:<36} {where:<28} {seconds:5.1f} s")
+
+    def count_damage(self, point: Point, where: str) -> None:
+        """Counts a damaged object and prints its place."""
+        self.tally.rot[point.name] += 1
+        self.tell(f"{self.name:<26} {point.name:<36} {where}")
+
+    def note_pace(self, invocation: Invocation) -> float | None:
+        """Returns the seconds to the end of the first step, if there was one."""
+        steps = [event for event in invocation.events if event["event"] == "step"]
+        if not steps:
+            return None
+        self._start_up_seconds = float(steps[0]["time"] - invocation.started)
+        if images := steps[-1]["images_seen"] - steps[0]["images_seen"]:
+            self._seconds_per_image = (steps[-1]["time"] - steps[0]["time"]) / images
+        return self._start_up_seconds

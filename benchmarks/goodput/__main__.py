@@ -17,18 +17,19 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from statistics import fmean
 from types import FrameType
 from typing import Any, NoReturn
 
 from benchmarks.__main__ import show
-from benchmarks.crash_campaign.buckets import KINDS, bucket
+from benchmarks.crash_campaign.processes import Event, destroy_all
 from benchmarks.goodput import accounting
-from benchmarks.goodput.accounting import WARM_STEPS, Costs, Event, gaps, of_kind, restart_seconds
-from benchmarks.goodput.picture import goodput_png
-from benchmarks.goodput.systems import LABELS, Attempt, Subject, destroy_all
+from benchmarks.goodput.accounting import WARM_STEPS, Costs, gaps, of_kind, restart_seconds
+from benchmarks.goodput.systems import LABELS, Attempt, Subject
 from benchmarks.measuring import Figure, machine
+from benchmarks.subject import BUCKETS, bucket
 from job.coordination.sealed import utc_now
 from job.runs.outlook import interval_seconds
 from job.stop import SPOT_GRACE_SECONDS
@@ -39,6 +40,8 @@ GOALS = {60.0: 92, 3600.0: 99.5}
 """Of ours, in %, by the mean seconds between kills."""
 RARE_SECONDS = (600.0, 3600.0)
 CURVE_SECONDS = tuple(10 * 2 ** (i / 4) for i in range(43))
+COLORS = {"ours": "#22437c", "accelerate": "#e6a04d", "dcp": "#d1603d"}
+TICKS = {10: "10 s", 60: "1 min", 600: "10 min", 3600: "1 h"}
 TINY = ("model.channels=8", "model.norm_groups=4", "checkpoint.every_minutes=0.05")
 PATIENCE_SECONDS = 200.0
 PEER_SAVES, PEER_SAVES_SECONDS = 10, 1.0
@@ -203,6 +206,42 @@ def main() -> int:
     return 1 if off and not options.quick else 0
 
 
+def goodput_png(curves: dict[str, dict[float, float]], points: dict[str, list[dict[str, Any]]]) -> bytes:
+    """Returns a PNG of 760 × 480 pixels; each curve has its name at its last measured point, the best one on top.
+
+    Args:
+        curves: goodput in % by mean seconds between kills, for each system.
+        points: `mean_seconds`, `goodput` in %, `lost_images` and `repeated_images` of each measurement.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 4.8), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for place, name in enumerate(sorted(curves, key=lambda name: -points[name][-1]["goodput"])):
+        color, measured = COLORS[name], [(point["mean_seconds"], point["goodput"]) for point in points[name]]
+        axes.plot(list(curves[name]), list(curves[name].values()), color=color, linewidth=2)
+        axes.plot(*zip(*measured, strict=True), "o", color=color, markersize=7, clip_on=False, zorder=3)
+        lost, repeated = (sum(point[f"{what}_images"] for point in points[name]) for what in ("lost", "repeated"))
+        axes.annotate(
+            f"{LABELS[name]}: {lost:,} images lost, {repeated:,} repeated",
+            measured[-1],
+            xytext=(0.32, 0.3 - 0.09 * place),
+            textcoords="axes fraction",
+            color=color,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.8, "shrinkB": 5, "relpos": (0, 0.5)},
+        )
+    axes.set_xscale("log")
+    axes.set_xticks(list(TICKS), list(TICKS.values()))
+    axes.set_xticks([], minor=True)
+    axes.set(xlabel="mean time between two kills", ylabel="goodput: productive ÷ wall time, %")
+    axes.set(xlim=(10, 14_400), ylim=(0, 101))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    file = BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
     destroy_all()
     raise SystemExit(128 + number)
@@ -210,7 +249,7 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.goodput", description=__doc__)
-    where, kinds = "of JSON and picture", ", ".join(f"{kind} ({what})" for kind, what in KINDS.items())
+    where, kinds = "of JSON and picture", ", ".join(f"{kind} ({what})" for kind, what in BUCKETS.items())
     parser.add_argument(
         "--kills", default="15x6,60x4", metavar="SECONDSxN", help="mean gap, number of kills (15x6,60x4)"
     )

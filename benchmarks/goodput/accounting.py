@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import sqrt
 from statistics import median
-from typing import Any
 
 from benchmarks.crash_campaign.history import History
+from benchmarks.crash_campaign.processes import Event
 
-Event = dict[str, Any]
 Learnt = list[tuple[int, str]]
 """The number of each image in the run, and the hash of its pixels, in order."""
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.crash_campaign.injection import Trace
-from benchmarks.goodput.trace import VARIABLE, digests
+from benchmarks.crash_campaign.injection import VARIABLE, Trace
+from benchmarks.goodput.trace import digests
 
 KEEP_LAST = 3
 MARKER = "WHOLE"
@@ -187,8 +187,7 @@ def train(asked: argparse.Namespace, trace: Trace) -> None:
 SAVERS: dict[str, Any] = {"accelerate": AccelerateStates, "dcp": DistributedCheckpoints}
 
 if __name__ == "__main__":
-    this_trace = Trace(os.environ[VARIABLE])
-    this_trace("process")
+    this_trace = Trace(json.loads(os.environ[VARIABLE])["trace"])
     parser = argparse.ArgumentParser(prog="python -m benchmarks.goodput.peers", description=__doc__)
     parser.add_argument("kind", choices=SAVERS)
     parser.add_argument("folder", help="path or URI of the checkpoints")

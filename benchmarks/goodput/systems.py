@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from benchmarks.goodput.accounting import Event
-from benchmarks.goodput.trace import VARIABLE, digests
+from benchmarks.crash_campaign.processes import ROOT, Event, Invocation, Place
+from benchmarks.goodput.trace import digests
 from job.config import EMBEDDED
 from job.plan import plan_run
 from job.processes import compute
@@ -31,21 +29,10 @@ from job.runs.layout import RUNS
 from job.stop import NEVER
 from job.store import open_store
 
-ROOT = Path(__file__).resolve().parents[2]
 LABELS = {"ours": "ddpm train", "accelerate": "accelerate.save_state", "dcp": "torch.distributed.checkpoint, async"}
 NEVER_SAVES = ("checkpoint.every_epochs=99999", "checkpoint.every_minutes=99999", "checkpoint.keep_every_epochs=0")
 POLL_SECONDS = 0.2
-_running = set[int]()
-"""Process groups; each has its own session, so signals to this process do not reach them."""
-_leaving = threading.Event()
-
-
-def destroy_all() -> None:
-    """Kills all systems; afterwards none can be started."""
-    _leaving.set()
-    for group in list(_running):
-        with suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
+_numbers = count(1)
 
 
 class Attempt(NamedTuple):
@@ -126,38 +113,17 @@ class Subject:
         Raises:
             RuntimeError: it ended with an error before.
         """
-        started = time.time()
-        # A name of its own: a dying process may still write a line.
-        trace, output = (self.folder / f"{system}-{started:.3f}.{kind}" for kind in ("trace", "output"))
-        trace.touch()
-        paths = [str(Path(__file__).with_name("injected"))] * (system == "ours") + [str(ROOT)]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("DDPM_")}
-        environment |= {"DDPM_CACHE": os.environ["DDPM_CACHE"], "PYTHONPATH": os.pathsep.join(paths)}
-        command = [sys.executable, "-P", "-m", *words]
-        with output.open("wb") as file, Progress(title, total=round(seconds), unit="s") as bar:
-            streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
-            environment[VARIABLE] = str(trace)
-            process = subprocess.Popen(command, cwd=self.folder, env=environment, start_new_session=True, **streams)
-            _running.add(process.pid)
+        invocation = Invocation(next(_numbers), words, Place(self.folder, self.folder / "cache", is_timed=True))
+        with Progress(title, total=round(seconds), unit="s") as bar:
             try:
-                while (
-                    not _leaving.is_set() and (left := started + seconds - time.time()) > 0 and process.poll() is None
-                ):
-                    if is_enough and is_enough(_events(trace)):
+                while (left := invocation.started + seconds - time.time()) > 0 and invocation.code is None:
+                    if is_enough and is_enough(invocation.events):
                         break
                     time.sleep(min(POLL_SECONDS, left))
                     bar.update(seconds - left)
             finally:
-                code = process.poll()
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                _running.discard(process.pid)
-        if code or _leaving.is_set():
-            raise RuntimeError(f"{' '.join(command)}: {output.read_text(errors='replace')[-2000:]}")
-        return Attempt(started, _events(trace))
-
-
-def _events(trace: Path) -> list[Event]:
-    # A kill may cut the last line.
-    return [json.loads(line) for line in trace.read_text().rpartition("\n")[0].splitlines()]
+                code = invocation.code
+                invocation.destroy()
+        if code:
+            raise RuntimeError(f"{' '.join(words)}: {invocation.output[-2000:]}")
+        return Attempt(invocation.started, invocation.events)

@@ -6,17 +6,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
-from benchmarks.crash_campaign.injection import AfterImport, Trace
-
-VARIABLE = "DDPM_GOODPUT_TRACE"
-"""The path of the trace."""
+from benchmarks.crash_campaign.injection import Trace
 
 
 def digests(images: Any) -> list[str]:
@@ -36,30 +31,30 @@ class Hooks:
             case "job.training.session":
                 self._trace("imported")
             case "job.coordination.lease":
-                module.Lease.take = staticmethod(self._told("leased", module.Lease.take))
+                module.Lease.take = staticmethod(self._told(module.Lease.take, after="leased"))
             case "job.runs.writer":
-                module.commit_manifest = self._told("saved", module.commit_manifest, lambda _, made: made.images_seen)
-                module.CheckpointWriter.save = self._told_before("saving", module.CheckpointWriter.save)
+                module.commit_manifest = self._told(
+                    module.commit_manifest, after="saved", at=lambda made: made.images_seen
+                )
+                module.CheckpointWriter.save = self._told(module.CheckpointWriter.save, before="saving", at=int)
             case "ddpm.state":
-                resume_at = module.TrainState.resume_at
-                module.TrainState.resume_at = self._told("restored", resume_at, lambda _, images_seen, *__: images_seen)
+                module.TrainState.resume_at = self._told(module.TrainState.resume_at, after="restored", at=int)
             case "ddpm.training":
                 module.train = self._told_steps(module.train)
 
     def _told(
-        self, event: str, work: Callable[..., Any], at: Callable[..., Any] = lambda *_: None
+        self, work: Callable[..., Any], *, before: str = "", after: str = "", at: Any = None
     ) -> Callable[..., Any]:
+        """Returns a function that traces its begin or its end, with `at` of its second argument."""
+
         def call(*args: Any, **named: Any) -> Any:
+            about = {"at": at(args[1])} if at else {}
+            if before:
+                self._trace(before, **about)
             result = work(*args, **named)
-            self._trace(event, at=at(*args))
+            if after:
+                self._trace(after, **about)
             return result
-
-        return call
-
-    def _told_before(self, event: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        def call(this: Any, images_seen: int, *args: Any) -> Any:
-            self._trace(event, at=images_seen)
-            return work(this, images_seen, *args)
 
         return call
 
@@ -80,11 +75,3 @@ class Hooks:
             return train(state, network, seen(), *args, hooks=replace(hooks, after_step=after_step), **named)
 
         return call
-
-
-def install() -> None:
-    """Installs the hooks, if the environment names a trace."""
-    if VARIABLE in os.environ:
-        trace = Trace(os.environ[VARIABLE])
-        trace("rank" if "DDPM_LAUNCHED" in os.environ else "process")
-        sys.meta_path.insert(0, AfterImport(Hooks(trace).after_import))

@@ -1,0 +1,203 @@
+"""Reading images: a warm stream of a packed dataset, and the first epoch from a bucket that no cache knows.
+
+`python -m benchmarks.loading READER BUCKET CACHE` reads such an epoch: each is a fresh process, whose time counts from
+opening the dataset to the last batch, without imports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from benchmarks import peers
+from benchmarks.measuring import Figure, faster, in_turn, seconds
+from job.data.reading.cache import ImageCache, open_cache
+from job.data.reading.order import Order
+from job.data.reading.stream import stream_batches
+from job.data.shards import dataset_key, load_index
+from job.store import open_store
+
+SIZE = 64
+KEY = dataset_key("noise", SIZE)
+EPOCH_SECONDS = 100
+"""How long an epoch may take: the forked workers of a peer may hang."""
+_LOOK_SECONDS = 0.005
+Epoch = dict[str, float]
+Readers = dict[str, Callable[[], Iterable[object]]]
+
+
+def readers(bucket: str, cache: Path, chunks: str, files: Path | None = None) -> Readers:
+    """Returns the installed readers of an epoch by name; those of files before packing only with these."""
+
+    def urls() -> list[str]:
+        # Not for litData, whose forked workers would wait for the threads of obstore that this starts.
+        return [f"{bucket}/{KEY}/{shard.name}" for shard in load_index(open_store(bucket), KEY).shards]
+
+    found: Readers = {
+        "ours": lambda: our_epoch(opened(bucket, cache)),
+        "webdataset": lambda: peers.webdataset_epoch(urls()),
+        "litData": lambda: peers.litdata_epoch(chunks, cache.with_name(f"{cache.name}-litdata")),
+    }
+    if files:
+        found |= {"ImageFolder": lambda: peers.image_folder_epoch(files), "SPDL": lambda: peers.spdl_epoch(files)}
+    return {name: found[name] for name in ("ours", *peers.installed(*found))}
+
+
+def opened(bucket: str, cache_dir: Path) -> ImageCache:
+    """Returns the filled cache of the dataset's decoded images."""
+    store = open_store(bucket)
+    return open_cache(store, KEY, load_index(store, KEY), cache_dir=cache_dir, budget_bytes=1 << 40)
+
+
+def our_epoch(cache: ImageCache) -> Iterable[object]:
+    """Yields shuffled uint8 batches, which one thread reads ahead."""
+    order = Order(tuple(cache.index.shards.images.tolist()), seed=0)
+    how = {"batch_size_images": peers.BATCH_SIZE_IMAGES, "first_image": 0, "last_image": cache.index.images}
+    return stream_batches(cache, order, **how)
+
+
+def loader(quick: bool) -> list[Figure]:
+    """Reads the same images from the same disk, one epoch per reader in turn; the first turn warms up."""
+    from benchmarks.subject import pack_noise
+
+    images = 256 if quick else 10_000
+    with TemporaryDirectory(prefix="ddpm-bench-") as name:
+        folder = Path(name)
+        bucket, cache, files, chunks = str(folder / "bucket"), folder / "cache", folder / "images", folder / "chunks"
+        pack_noise(bucket, files, images, SIZE)
+        decoding_seconds = seconds(lambda: opened(bucket, cache).close())
+        if peers.installed("litData"):
+            peers.litdata_optimize(files, chunks)
+        works = {
+            reader: partial(timed_epoch, batches, images)
+            for reader, batches in readers(bucket, cache, str(chunks), files).items()
+        }
+        epochs = in_turn("reading images", works, 1 if quick else 3)
+    took = {reader: [epoch["seconds"] for epoch in of_reader] for reader, of_reader in epochs.items()}
+    rates = {reader: [images / each for each in of_reader] for reader, of_reader in took.items()}
+    best_peer = max(took.keys() - {"ours"}, key=lambda reader: median(rates[reader]))
+    beside = (
+        f"batch {peers.BATCH_SIZE_IMAGES}, from opening to the last batch; decoded once in {decoding_seconds:.1f} s"
+    )
+    return [
+        Figure(
+            "loader_images_per_second",
+            f"loader, warm, {SIZE}×{SIZE}×3: images/s",
+            rates["ours"],
+            at_least=100_000,
+            beside=f"{images:,} images, {beside}",
+            raw={"images": images, "images_per_second": rates, "decoding_seconds": decoding_seconds},
+        ),
+        faster("loader_ratio", f"loader: ours / best peer, {best_peer}", took, best_peer),
+        first_batch("loader_first_batch_seconds", "loader: opening to the first batch, s", epochs, at_most=0.1),
+    ]
+
+
+def first_batch(key: str, what: str, epochs: dict[str, list[Epoch]], at_most: float) -> Figure:
+    """Returns the time to our first batch: from the first shard on, or from the opening of a cache without one."""
+    waits = [epoch["first_batch_seconds"] - epoch.get("first_shard_seconds", 0.0) for epoch in epochs["ours"]]
+    medians = {reader: median(epoch["first_batch_seconds"] for epoch in found) for reader, found in epochs.items()}
+    beside = ", ".join(f"{reader} {each:.2f} s" for reader, each in medians.items())
+    return Figure(key, what, waits, at_most=at_most, beside=f"from opening on: {beside}")
+
+
+def timed_epoch(batches: Callable[[], Iterable[object]], images: int) -> Epoch:
+    """Opens a dataset and takes the batches of one epoch; returns the seconds to the first batch and to the last."""
+    start = time.perf_counter()
+    iterator = iter(batches())
+    next(iterator)
+    first = time.perf_counter() - start
+    for _ in islice(iterator, -(-images // peers.BATCH_SIZE_IMAGES) - 1):
+        pass
+    return {"first_batch_seconds": first, "seconds": time.perf_counter() - start}
+
+
+def cold(quick: bool) -> list[Figure]:
+    """Reads the same PNG files from the same server, one epoch per reader in turn."""
+    from benchmarks.subject import bucket, pack_noise
+
+    images, caches = 512 if quick else 10_000, iter(range(1000))
+    names = ["ours", *peers.installed("webdataset", "litData")]
+    with TemporaryDirectory(prefix="ddpm-bench-") as name, bucket("s3", Path(name, "server")) as uri:
+        folder = Path(name)
+        pack_noise(uri, folder / "images", images, SIZE)
+        if "litData" in names:
+            peers.litdata_optimize(folder / "images", folder / "chunks")
+            for path in sorted((folder / "chunks").iterdir()):
+                open_store(uri).upload(path, f"chunks/{path.name}")
+        works = {
+            reader: lambda reader=reader: epoch_of(reader, uri, folder / f"cache-{next(caches)}") for reader in names
+        }
+        epochs = in_turn("from a cold bucket", works, 1 if quick else 2, warmup_turns=0)
+    # Our last batch is full, with the first images of the next epoch.
+    assert min(epoch["images"] for of_reader in epochs.values() for epoch in of_reader) >= images
+    took = {reader: [epoch["seconds"] for epoch in of_reader] for reader, of_reader in epochs.items()}
+    raw = {"images": images, "epochs": epochs}
+    return [
+        *(
+            faster(
+                f"cold_{reader.lower()}_ratio",
+                f"from a cold bucket: ours / {reader}",
+                took,
+                reader,
+                at_least=2,
+                raw=raw,
+            )
+            for reader in names[1:]
+        ),
+        first_batch("cold_first_batch_seconds", "from a cold bucket: first shard to first batch, s", epochs, at_most=2),
+    ]
+
+
+def epoch_of(reader: str, bucket: str, cache: Path) -> Epoch:
+    """Reads an epoch in a process of its own; see `read`."""
+    words, before = [sys.executable, "-m", "benchmarks.loading", reader, bucket, str(cache)], os.times()
+    done = subprocess.run(words, capture_output=True, check=True, cwd=Path(__file__).parents[1], timeout=EPOCH_SECONDS)
+    found: Epoch = json.loads(done.stdout.splitlines()[-1])
+    after = os.times()
+    # The whole process with its imports counts, for machines that are not idle.
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    return found | {"processor_seconds": spent}
+
+
+def read(reader: str, bucket: str, cache: Path) -> Epoch:
+    """Reads an epoch in this process; returns its images, and its seconds to the first shard, first batch and last."""
+    first_shard, done = [0.0], threading.Event()
+
+    def look(began: float) -> None:
+        while not done.wait(_LOOK_SECONDS):
+            if any(cache.rglob("shard-*.tar")):
+                first_shard[0] = time.perf_counter() - began
+                return
+
+    if reader == "litData":
+        import litdata  # noqa: F401
+    elif reader == "webdataset":
+        import webdataset  # noqa: F401
+    batches = readers(bucket, cache, f"{bucket}/chunks")[reader]
+    began = time.perf_counter()
+    if reader == "ours":
+        threading.Thread(target=look, args=(began,), daemon=True).start()
+    images, first = 0, 0.0
+    for batch in batches():
+        first = first or time.perf_counter() - began
+        while isinstance(batch, list):
+            (batch,) = batch
+        images += len(getattr(batch, "images", batch))
+    spent = time.perf_counter() - began
+    done.set()
+    return {"images": images, "first_shard_seconds": first_shard[0], "first_batch_seconds": first, "seconds": spent}
+
+
+if __name__ == "__main__":
+    print(json.dumps(read(sys.argv[1], sys.argv[2], Path(sys.argv[3]))))
