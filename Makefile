@@ -201,13 +201,13 @@ quality: $(QUALITY) ## Quality for the same processor seconds, against peers, on
 	@test -d /usr/share/datasets/fashion-mnist || tests/install.sh dataset-fashion-mnist
 	.venv/bin/python -m benchmarks.quality $(ARGS)
 
-crash-test: $(TESTED) ## Kill a run at every point of its protocols, then at random: ARGS='--kills 100 --bucket gs'
+crash-test: $(TESTED) ## Kill a run at points of its protocols, then at random: ARGS='--kills 100 --bucket gs'
 	.venv/bin/python -m benchmarks.crash_campaign $(call each_quoted,$(ARGS))
 
 explore: $(TESTED) ## Play the protocols over a simulated bucket in many orders: ARGS='--schedules 100000 --seed 1'
 	.venv/bin/python -m benchmarks.exploration $(call each_quoted,$(ARGS))
 
-goodput: $(TESTED) ## Productive time under kills, ours beside accelerate and torch: ARGS='--kills 15x6,60x4 --bucket gs'
+goodput: $(TESTED) ## Productive time under kills, ours beside accelerate and torch: ARGS='--kills 15x6,60x4'
 	.venv/bin/python -m benchmarks.goodput $(call each_quoted,$(ARGS))
 
 clean: ## Remove .venv; buckets and caches stay

@@ -27,17 +27,19 @@ PARTS = {
     "sampling": "computing",
     "store": "store",
     "restore": "saving",
+    "large_index": "large_index",
+    "requests": "large_index",
 }
 """The module of each part, a function of the same name."""
-ON_REQUEST = ("restore",)
-"""Parts that write gigabytes, only run when they are named."""
+ON_REQUEST = ("restore", "large_index", "requests")
+"""Parts that take gigabytes or minutes, and only run when they are named."""
 LATEST = Path(__file__).with_name("latest.json")
 
 
 def main() -> None:
     """Runs the chosen parts. A missed target does not fail the command, since machines differ."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Speed, against peers, on this machine.")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all but the last")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all but the last three")
     parser.add_argument("--quick", action="store_true", help="tiny networks, no targets: shows that everything runs")
     parser.add_argument("--output", type=Path, default=LATEST, metavar="FILE", help=f"the JSON (default: {LATEST})")
     options = parser.parse_args()

@@ -60,7 +60,7 @@ def loader_ratio(folder: Path) -> Took:
         return DataLoader(readers["webdataset"]().dataset, peers.BATCH_SIZE_IMAGES)  # type: ignore[attr-defined]
 
     epochs = {"peer": in_this_process, "ours": readers["ours"]}
-    works = {name: partial(loading.timed_epoch, batches, IMAGES) for name, batches in epochs.items()}
+    works = {name: partial(loading.one_epoch, batches, IMAGES) for name, batches in epochs.items()}
     return in_turn("reading images", timed(time.process_time, **works), turns=5)
 
 
@@ -68,8 +68,7 @@ def checkpoint_ratio(folder: Path) -> Took:
     """Times the part of a save for which training waits, and a plain copy."""
     config = run_config(HALF_WIDTH)
     state = saving.new_state(config, torch.device("cpu"))
-    took, _ = saving.saves(open_store(str(folder / "run")), config, state, turns=7)
-    return took
+    return saving.saves(open_store(str(folder / "run")), config, state, turns=7)
 
 
 RATIOS: dict[str, Callable[[Path], Took]] = {

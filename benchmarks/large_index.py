@@ -1,44 +1,58 @@
-"""A dataset of a hundred million images in a bucket: the time and memory to open it, shuffle it and yield a batch.
-
-    python -m benchmarks.large_index                        100,100,000 images in 11,000 shards
-    python -m benchmarks.large_index --shards 110000        1,001,000,000 images
+"""Datasets of up to a billion images in a bucket: time and memory to a shuffled batch; and the requests of a run.
 
 The dataset lies on an object server of this machine, where each shard and each table is an object with a name of its
 own. The benchmark reads, verifies and decodes it like any other. Only its images are few: the server keeps its objects
 as files, of which all shards are hard links to one, so that a terabyte takes ten megabytes of disk. Each measurement is
 a fresh process with the cache for datasets that do not fit. Time and memory count from a program with its imports and
 its connection to the server, to the first batch.
+
+Requests are counted by a proxy, with their price, on images of noise that PNG compresses to 7.7 kB.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image
 
+from benchmarks.measuring import Figure
 from ddpm.image_size import ImageSize
-from job.data.reading.cache import open_cache
+from job.data.reading.cache import ImageCache, open_cache
 from job.data.reading.order import Order
 from job.data.reading.stream import stream_batches
-from job.data.shards import INDEX, DatasetIndex, Shards, ShardWriter, dataset_key, load_index, shard_name
+from job.data.shards import (
+    INDEX,
+    SHARD_PIXEL_BYTES,
+    DatasetIndex,
+    Shards,
+    ShardWriter,
+    dataset_key,
+    load_index,
+    shard_name,
+)
 from job.store import open_store
+from tests.faulty_proxy import FaultyProxy, Request
 from tests.servers import SERVERS, fake_gcs_server, new_bucket
 
-SHARDS = 11_000
+SHARDS = (1_100, 11_000, 110_000)
 SHARD_IMAGES = 9_100
 SIZE = 8
 BATCH_SIZE_IMAGES = 128
@@ -49,24 +63,22 @@ BUDGET_BYTES = 300_000_000
 LINKS = 10_000
 """How many objects are links to one file: ext4 takes 65,000."""
 _LOOK_SECONDS = 0.002
-COLUMNS = {
-    "index s": ("index_seconds", 1),
-    "tables s": ("open_seconds", 1),
-    "first batch s": ("first_batch_seconds", 1),
-    "all of these s": ("total_seconds", 1),
-    "next batches ms": ("next_batch_seconds", 1e3),
-    "MB to the first batch": ("first_batch_bytes", 1e-6),
-    "MB at most": ("peak_bytes", 1e-6),
-    "of the program MB": ("program_bytes", 1e-6),
-}
+REQUESTED_SHARDS, REQUESTED_SIZE = 12, 64
+LEVELS = 32
+EPOCHS = 3
+REQUESTED_BATCH_IMAGES = 512
+FEW, MORE = 2, 12
+"""Epochs, and checkpoints, of the two runs whose difference is the price of a checkpoint."""
+DOLLARS = {"write": 0.005e-3, "list": 0.005e-3, "read": 0.0004e-3, "delete": 0.0}
+"""The price of a request: the same on Google (single region, standard) and S3 (us-east-1, standard)."""
+TINY_RUN = ("model.channels=16", "model.channel_mults=1,1", "model.layers_per_level=1", "train.batch_size=8")
 
 
 @contextmanager
 def served(folder: Path) -> Iterator[tuple[str, Path]]:
     """Starts an object server on an empty folder; yields the URI of a bucket, and the folder of its objects."""
     objects = folder / "objects"
-    with fake_gcs_server(folder, objects) as url:
-        os.environ.update(SERVERS["gs"].variables(url))
+    with fake_gcs_server(folder, objects) as url, patch.dict(os.environ, SERVERS["gs"].variables(url)):
         bucket = new_bucket("gs", url)
         yield bucket, objects / bucket.removeprefix("gs://")
 
@@ -186,34 +198,129 @@ def most_memory() -> Iterator[list[int]]:
 
 def read(bucket: str, key: str, cache: Path) -> dict[str, Any]:
     """Reads the dataset in a process of its own; see `read_dataset`."""
-    command = [sys.executable, "-m", "benchmarks.large_index", "--read", bucket, key, str(cache)]
+    command = [sys.executable, "-m", "benchmarks.large_index", bucket, key, str(cache)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=Path(__file__).parents[1])
     return json.loads(done.stdout)
 
 
-def main() -> None:
-    """Writes the dataset, reads it for the first time and again, and prints a row for each."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.large_index", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--shards", type=int, default=SHARDS, help=f"of {SHARD_IMAGES:,} images each ({SHARDS:,})")
-    parser.add_argument("--read", nargs=3, metavar=("BUCKET", "KEY", "CACHE"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.read:
-        bucket, key, cache = options.read
-        print(json.dumps(read_dataset(bucket, key, Path(cache))))
-        return
+def large_index(quick: bool) -> list[Figure]:
+    """Writes datasets of several sizes; opens each for the first time and again, and takes shuffled batches."""
+    figures = []
+    for shards in SHARDS[:1] if quick else SHARDS:
+        with TemporaryDirectory(prefix="ddpm-bench-") as name, served(Path(name)) as (bucket, objects):
+            key = write_dataset(bucket, objects, shards)
+            for title in ("first opening", "again"):
+                found = read(bucket, key, Path(name, "cache"))
+                what = f"{found['images']:,} images in {shards:,} shards, {title}"
+                key_of_figure = f"large_index_{shards}_{title.replace(' ', '_')}"
+                parts = ("index_seconds", "open_seconds", "first_batch_seconds", "next_batch_seconds")
+                beside = ", ".join(f"{part} {found[part]:.3g}" for part in parts)
+                total = [found["total_seconds"]]
+                figures.append(
+                    Figure(f"{key_of_figure}_seconds", f"{what}: s to a batch", total, beside=beside, raw=found)
+                )
+                parts = ("first_batch_bytes", "peak_bytes", "program_bytes")
+                beside = ", ".join(f"{part} {found[part]:,}" for part in parts)
+                megabytes = [found["peak_bytes"] / 1e6]
+                figures.append(Figure(f"{key_of_figure}_megabytes", f"{what}: MB at most", megabytes, beside=beside))
+    return figures
+
+
+class Requests:
+    """The requests that a proxy has passed on: their kinds and objects, and the bytes of all answers."""
+
+    def __init__(self, proxy: FaultyProxy) -> None:
+        """Listens to the proxy."""
+        self.seen: Counter[tuple[str, str]] = Counter()
+        self.received_bytes = 0
+        proxy.passed, proxy.received = self._passed, self._received
+
+    def _passed(self, request: Request) -> Request:
+        target = unquote(request.target)
+        kind = {"DELETE": "delete", "GET": "read"}.get(request.method, "write")
+        if kind == "read" and re.search(r"/o/?([?&]|$)", target):
+            kind = "list"
+        named = re.search(rb'"name": ?"([^"]+)', request.body[:1000])
+        key = named[1].decode() if named else target.rpartition("/o/")[2].partition("?")[0]
+        # The names of attempts, checkpoints and the like have numbers.
+        self.seen[kind, re.sub(r"[0-9a-f-]*\d{3,}[-\w]*", "#", key)] += 1
+        return request
+
+    def _received(self, body: bytes) -> bytes:
+        self.received_bytes += len(body)
+        return body
+
+    def during(self, work: Callable[[], object]) -> Counter[tuple[str, str]]:
+        """Returns the requests of `work`."""
+        before = self.seen.copy()
+        work()
+        return self.seen - before
+
+
+def requests(quick: bool) -> list[Figure]:
+    """Counts the requests of three epochs of a tenth of a million images, and those of a checkpoint."""
+    shards = 1 if quick else REQUESTED_SHARDS
     with TemporaryDirectory(prefix="ddpm-bench-") as name, served(Path(name)) as (bucket, objects):
-        key = write_dataset(bucket, objects, options.shards)
-        print(f"{'':15}{''.join(f'{column:>22}' for column in COLUMNS)}")
-        for title in ("first opening", "opened again"):
-            row = read(bucket, key, Path(name, "cache"))
-            print(f"{title:15}{''.join(f'{row[key] * scale:>22.2f}' for key, scale in COLUMNS.values())}", flush=True)
-    print(
-        f"{row['images']:,} images in {row['shards']:,} shards, batches of {BATCH_SIZE_IMAGES}, in blocks of "
-        f"{BLOCK_IMAGES:,}. The memory is that above the program, at its peak, without mapped files."
-    )
+        folder, shape = Path(name), (REQUESTED_SIZE, REQUESTED_SIZE, 3)
+        shard_images = SHARD_PIXEL_BYTES // math.prod(shape)
+        key = write_dataset(bucket, objects, shards, shard_images=shard_images, shape=shape, levels=LEVELS)
+        emulator = os.environ["STORAGE_EMULATOR_HOST"]
+        with FaultyProxy(emulator) as proxy, patch.dict(os.environ, STORAGE_EMULATOR_HOST=proxy.url):
+            passed = Requests(proxy)
+            return [*of_epochs(passed, bucket, key, folder / "cache"), *of_checkpoint(passed, bucket, folder)]
+
+
+def of_epochs(passed: Requests, bucket: str, key: str, cache_dir: Path) -> list[Figure]:
+    """Reads a dataset from its bucket, and counts the requests of its opening and of each epoch."""
+    store = open_store(bucket)
+    index, caches = load_index(store, key), list[ImageCache]()
+    how: dict[str, Any] = {"cache_dir": cache_dir, "budget_bytes": 1 << 40}
+    opening = passed.during(lambda: caches.append(open_cache(store, key, index, **how))).total()
+    share = passed.received_bytes / int(index.shards.bytes.sum())
+    order, last = Order(tuple(index.shards.images.tolist()), seed=0), EPOCHS * index.images
+    batches = stream_batches(caches[0], order, batch_size_images=REQUESTED_BATCH_IMAGES, first_image=0, last_image=last)
+    steps = index.images // REQUESTED_BATCH_IMAGES
+    epochs = [passed.during(lambda: [next(batches) for _ in range(steps)]).total() for _ in range(EPOCHS)]
+    batches.close()
+    caches[0].close()
+    shards = f"{len(index.shards)} shards of {index.shards.bytes[0]:,} bytes"
+    what = f"requests to open {index.images:,} images of {REQUESTED_SIZE}×{REQUESTED_SIZE} in {shards}"
+    return [
+        Figure("requests_of_opening", what, [opening], beside=f"{share:.4f} × their bytes"),
+        Figure("requests_of_epochs", "requests of each epoch after that", list(map(float, epochs))),
+    ]
+
+
+def of_checkpoint(passed: Requests, bucket: str, folder: Path) -> list[Figure]:
+    """Trains tiny networks, and counts what a checkpoint more costs."""
+    from benchmarks import subject
+
+    subject.pack_noise(bucket, folder / "images", 64)
+    sets = [f"--set={one}" for one in (*TINY_RUN, "checkpoint.every_epochs=1", "sample.every_epochs=0")]
+    words = [sys.executable, "-m", "job", "--quiet", "train", "--dataset", subject.DATASET, *sets]
+    environment = os.environ | {"DDPM_CACHE": str(folder / "cache"), "DDPM_BUCKET": bucket}
+
+    def train(epochs: int) -> None:
+        more = ["--run", f"r{epochs}", "--epochs", str(epochs)]
+        subprocess.run([*words, *more], env=environment, check=True, cwd=Path(__file__).parents[1])
+
+    few, more = (passed.during(partial(train, epochs)) for epochs in (FEW, MORE))
+    found: dict[str, dict[str, float]] = {kind: {} for kind in DOLLARS}
+    for (kind, key), count in sorted(more.items()):
+        if share := (count - few[kind, key.replace(f"r{MORE}", f"r{FEW}")]) / (MORE - FEW):
+            found[kind][key] = share
+    return [
+        Figure(
+            f"requests_of_checkpoint_{kind}",
+            f"{kind} requests of a checkpoint",
+            [sum(of_kind.values())],
+            beside=f"{1000 * sum(of_kind.values()) * DOLLARS[kind]:.4f} dollars for a thousand checkpoints: "
+            + ", ".join(f"{share:.1f} {key}" for key, share in of_kind.items()),
+        )
+        for kind, of_kind in found.items()
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    bucket, key, cache = sys.argv[1:]
+    print(json.dumps(read_dataset(bucket, key, Path(cache))))

@@ -20,7 +20,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 from benchmarks import peers
-from benchmarks.measuring import Figure, faster, in_turn, seconds
+from benchmarks.measuring import Figure, faster, in_turn, seconds, timed
 from job.data.reading.cache import ImageCache, open_cache
 from job.data.reading.order import Order
 from job.data.reading.stream import stream_batches
@@ -78,12 +78,9 @@ def loader(quick: bool) -> list[Figure]:
         decoding_seconds = seconds(lambda: opened(bucket, cache).close())
         if peers.installed("litData"):
             peers.litdata_optimize(files, chunks)
-        works = {
-            reader: partial(timed_epoch, batches, images)
-            for reader, batches in readers(bucket, cache, str(chunks), files).items()
-        }
-        epochs = in_turn("reading images", works, 1 if quick else 3)
-    took = {reader: [epoch["seconds"] for epoch in of_reader] for reader, of_reader in epochs.items()}
+        epochs = readers(bucket, cache, str(chunks), files)
+        works = {reader: partial(one_epoch, batches, images) for reader, batches in epochs.items()}
+        took = in_turn("reading images", timed(**works), 1 if quick else 3)
     rates = {reader: [images / each for each in of_reader] for reader, of_reader in took.items()}
     best_peer = max(took.keys() - {"ours"}, key=lambda reader: median(rates[reader]))
     beside = (
@@ -99,27 +96,13 @@ def loader(quick: bool) -> list[Figure]:
             raw={"images": images, "images_per_second": rates, "decoding_seconds": decoding_seconds},
         ),
         faster("loader_ratio", f"loader: ours / best peer, {best_peer}", took, best_peer),
-        first_batch("loader_first_batch_seconds", "loader: opening to the first batch, s", epochs, at_most=0.1),
     ]
 
 
-def first_batch(key: str, what: str, epochs: dict[str, list[Epoch]], at_most: float) -> Figure:
-    """Returns the time to our first batch: from the first shard on, or from the opening of a cache without one."""
-    waits = [epoch["first_batch_seconds"] - epoch.get("first_shard_seconds", 0.0) for epoch in epochs["ours"]]
-    medians = {reader: median(epoch["first_batch_seconds"] for epoch in found) for reader, found in epochs.items()}
-    beside = ", ".join(f"{reader} {each:.2f} s" for reader, each in medians.items())
-    return Figure(key, what, waits, at_most=at_most, beside=f"from opening on: {beside}")
-
-
-def timed_epoch(batches: Callable[[], Iterable[object]], images: int) -> Epoch:
-    """Opens a dataset and takes the batches of one epoch; returns the seconds to the first batch and to the last."""
-    start = time.perf_counter()
-    iterator = iter(batches())
-    next(iterator)
-    first = time.perf_counter() - start
-    for _ in islice(iterator, -(-images // peers.BATCH_SIZE_IMAGES) - 1):
+def one_epoch(batches: Callable[[], Iterable[object]], images: int) -> None:
+    """Opens a dataset and takes the batches of one epoch."""
+    for _ in islice(batches(), -(-images // peers.BATCH_SIZE_IMAGES)):
         pass
-    return {"first_batch_seconds": first, "seconds": time.perf_counter() - start}
 
 
 def cold(quick: bool) -> list[Figure]:
@@ -142,20 +125,16 @@ def cold(quick: bool) -> list[Figure]:
     # Our last batch is full, with the first images of the next epoch.
     assert min(epoch["images"] for of_reader in epochs.values() for epoch in of_reader) >= images
     took = {reader: [epoch["seconds"] for epoch in of_reader] for reader, of_reader in epochs.items()}
-    raw = {"images": images, "epochs": epochs}
+    waits = [epoch["first_batch_seconds"] - epoch["first_shard_seconds"] for epoch in epochs["ours"]]
+    medians = {reader: median(epoch["first_batch_seconds"] for epoch in found) for reader, found in epochs.items()}
+    beside = ", ".join(f"{reader} {each:.2f} s" for reader, each in medians.items())
+    what, raw = "from a cold bucket: first shard to first batch, s", {"images": images, "epochs": epochs}
     return [
         *(
-            faster(
-                f"cold_{reader.lower()}_ratio",
-                f"from a cold bucket: ours / {reader}",
-                took,
-                reader,
-                at_least=2,
-                raw=raw,
-            )
-            for reader in names[1:]
+            faster(f"cold_{name.lower()}_ratio", f"from a cold bucket: ours / {name}", took, name, at_least=2, raw=raw)
+            for name in names[1:]
         ),
-        first_batch("cold_first_batch_seconds", "from a cold bucket: first shard to first batch, s", epochs, at_most=2),
+        Figure("cold_first_batch_seconds", what, waits, at_most=2, beside=f"from opening on: {beside}"),
     ]
 
 

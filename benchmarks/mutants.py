@@ -7,7 +7,7 @@ A mutant is the program with one change: another comparison, a negated condition
 assignment, a `raise` or an argument left out, None returned. Coverage, which also counts child processes, names the
 tests that execute the changed lines; these run against the mutant, in this checkout, until one fails or hangs. With
 `--like` the same mutants are made again, and each one that was noticed before and is not now is printed: then the tests
-have become weaker, and the exit code is 1. Files change meanwhile, so run it in a checkout of its own.
+have become weaker, and the exit code is 1. Files change meanwhile, so run it at the root of a checkout of its own.
 """
 
 from __future__ import annotations
@@ -36,28 +36,14 @@ from coverage import CoverageData
 
 from job.progress import Progress
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path.cwd()
 SECONDS = 300
 """Limit of the tests of a mutant."""
-OTHER = {
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.FloorDiv,
-    ast.FloorDiv: ast.Mult,
-    ast.Div: ast.Mult,
-    ast.And: ast.Or,
-    ast.Or: ast.And,
-}
+PAIRS = (
+    *((ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot), (ast.In, ast.NotIn)),
+    *((ast.Add, ast.Sub), (ast.Mult, ast.FloorDiv), (ast.And, ast.Or)),
+)
+OTHER = {ast.Div: ast.Mult, **dict(PAIRS), **{two: one for one, two in PAIRS}}
 """The operator that replaces an operator."""
 # Gives what a test executes its name, also in the processes that it starts.
 PLUGIN = """
@@ -72,7 +58,8 @@ def pytest_runtest_protocol(item, nextitem):
 """
 CONFIGURATION = """
 [run]
-source = {root}/ddpm,{root}/job
+include = {root}/*
+omit = {root}/.venv/*
 context = ${{DDPM_TEST-}}
 parallel = true
 sigterm = true
@@ -216,7 +203,7 @@ def tests_by_line(words: list[str]) -> dict[str, dict[int, list[str]]]:
         try:
             output = _pytest([*words, "-p", "named"], None, COVERAGE_PROCESS_START=str(configuration), PYTHONPATH=name)
         finally:
-            hook.unlink()
+            hook.unlink(missing_ok=True)
         if output is None or re.search(r"^(FAILED|ERROR)", output, re.MULTILINE):
             sys.exit(f"the tests fail without a mutant:\n{output}")
         subprocess.run([sys.executable, "-m", "coverage", "combine", "--rcfile", str(configuration), "-q"], check=True)

@@ -42,7 +42,7 @@ def checkpoint(quick: bool) -> list[Figure]:
     megabytes = megabytes_of(state)
     # As in a run, whose slots have a thread each: several threads wait for each other at each tensor.
     with TemporaryDirectory(prefix="ddpm-bench-") as name, Threads(1).outside():
-        blocked, committed = saves(open_store(f"{name}/run"), config, state, 1 if quick else 5)
+        blocked = saves(open_store(f"{name}/run"), config, state, 1 if quick else 5)
         with bucket("gs", Path(name, "server")) as uri:
             uploads = uploads_in_turn(uri, state, Path(name), 1 if quick else 3)
     return [
@@ -53,9 +53,6 @@ def checkpoint(quick: bool) -> list[Figure]:
             at_most=2.0,
             beside=f"{megabytes:.0f} MB: {median(blocked['ours']):.3g} s, plain copy {median(blocked['peer']):.3g} s",
             raw={"state_megabytes": megabytes, **blocked},
-        ),
-        Figure(
-            "checkpoint_committed_seconds", "checkpoint: from save to commit, in the background, folder, s", committed
         ),
         faster(
             "checkpoint_upload_ratio",
@@ -77,15 +74,14 @@ def megabytes_of(state: State) -> float:
     return sum(tensor.nbytes for named in state.values() for tensor in named.values()) / 1e6
 
 
-def saves(run: Store, config: RunConfig, state: State, turns: int) -> tuple[dict[str, list[float]], list[float]]:
-    """Returns the seconds that `CheckpointWriter.save` blocks, in turn with a plain copy, and those to its commit."""
+def saves(run: Store, config: RunConfig, state: State, turns: int) -> dict[str, list[float]]:
+    """Returns the seconds that `CheckpointWriter.save` blocks, in turn with a plain copy."""
     live = list(chain.from_iterable(named.values() for named in state.values()))
     cuda = live[0].is_cuda
     buffers = [torch.empty_like(tensor, device="cpu", pin_memory=cuda).fill_(0) for tensor in live]
-    images_seen, started, committed = count(), [0.0], []
+    images_seen = count()
 
     def save() -> None:
-        started[0] = time.perf_counter()
         writer.save(next(images_seen), [])
         if cuda:
             # The next step would wait as long.
@@ -93,7 +89,6 @@ def saves(run: Store, config: RunConfig, state: State, turns: int) -> tuple[dict
 
     def finish() -> None:
         writer.wait()
-        committed.append(time.perf_counter() - started[0])
         for ref in list_checkpoints(run):
             delete_checkpoint(run, ref)
 
@@ -103,8 +98,7 @@ def saves(run: Store, config: RunConfig, state: State, turns: int) -> tuple[dict
             torch.cuda.synchronize()
 
     with writing(run, config, state) as writer:
-        took = in_turn("saving", timed(peer=copy, ours=save), turns, after_turn=finish)
-    return took, committed[1:]
+        return in_turn("saving", timed(peer=copy, ours=save), turns, after_turn=finish)
 
 
 @contextmanager

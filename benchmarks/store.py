@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -27,45 +28,43 @@ FAR_AT_LEAST = {"upload": 0.95, "download": 2.5}
 
 
 def store(quick: bool) -> list[Figure]:
-    """Measures large files and many small objects for each cloud, then large files with 20 ms and 50 MB/s between."""
-    size_bytes, small = (8_000_000, 20) if quick else (200_000_000, 200)
+    """Moves a large file for each cloud, then with 20 ms and 50 MB/s a connection between."""
+    size_bytes = 8_000_000 if quick else 200_000_000
     figures = []
     with TemporaryDirectory(prefix="ddpm-bench-") as name, ExitStack() as stack:
-        path, folder = Path(name) / "content", Path(name)
-        path.write_bytes(os.urandom(size_bytes))
+        folder = Path(name)
+        (folder / "content").write_bytes(os.urandom(size_bytes))
         for kind in ("gs", "s3", "az"):
             (folder / kind).mkdir()
             url = stack.enter_context(SERVERS[kind].start(folder / kind))
-            files = {"upload": str(path), "download": str(folder / "out")}
-            near = files | {"puts": str(small), "gets": str(small)}
-            figures += list(rows(kind, url, near, 1 if quick else 2).values())
+            figures += rows(kind, kind, url, url, folder, turns=1 if quick else 2).values()
             with distance(url) as far:
-                for row, found in rows(f"{kind}_far", far, files, turns=1, server=url, warmup_turns=0).items():
-                    link_seconds, ours = size_bytes / BYTES_PER_SECOND, found.raw["ours_seconds"]
-                    what = f"{kind}: {row} at a distance / what one connection has, ×"
-                    beside, shares = f"{median(ours):.3g} s of {link_seconds:.3g} s", [link_seconds / s for s in ours]
-                    key = f"{found.key}_of_link"
-                    figures += [found, Figure(key, what, shares, at_least=FAR_AT_LEAST[row], beside=beside)]
+                found = rows(f"{kind}_far", kind, url, far, folder, turns=1)
+            for row, figure in found.items():
+                link_seconds, ours = size_bytes / BYTES_PER_SECOND, figure.raw["ours_seconds"]
+                what = f"{kind}: {row} at a distance / what one connection has, ×"
+                beside, shares = f"{median(ours):.3g} s of {link_seconds:.3g} s", [link_seconds / each for each in ours]
+                key, at_least = f"{figure.key}_of_link", FAR_AT_LEAST[row]
+                figures += [figure, Figure(key, what, shares, at_least=at_least, beside=beside)]
     return figures
 
 
-def rows(
-    name: str, url: str, operations: dict[str, str], turns: int, server: str = "", warmup_turns: int = 1
-) -> dict[str, Figure]:
-    """Returns a figure for each operation, in turn by our store, the earlier one if given, and the raw client."""
-    kind, figures = name.partition("_")[0], {}
-    bucket = new_bucket(kind, server or url).partition("://")[2]
+def rows(name: str, kind: str, server: str, url: str, folder: Path, turns: int) -> dict[str, Figure]:
+    """Returns figures of an upload and a download, in turn by our store, the earlier one if given, and the raw client.
+
+    `url` leads to the server, at a distance or not.
+    """
+    bucket = new_bucket(kind, server).partition("://")[2]
+    participants, figures = ["ours", *(["base"] if BASE_VARIABLE in os.environ else []), "raw"], {}
     with ExitStack() as workers:
-        participants = ["ours", *(["base"] if BASE_VARIABLE in os.environ else []), "raw"]
         everybody = {one: workers.enter_context(worker(one, kind, url, bucket)) for one in participants}
-        for row, word in operations.items():
-            # Each participant writes its own keys; all read the same.
-            writes, key = row in ("upload", "puts"), "large" if row in ("upload", "download") else "small"
-            asked = {
-                one: lambda one=one, ask=ask: ask(row, word, f"{key}-{one if writes else 'ours'}")  # noqa: B023
+        for row, file in (("upload", "content"), ("download", "out")):
+            # Each participant writes its own object; all read the same.
+            works = {
+                one: partial(ask, row, str(folder / file), f"large-{one if row == 'upload' else 'ours'}")
                 for one, ask in everybody.items()
             }
-            took = in_turn(f"{name}: {row}", asked, turns, warmup_turns)
+            took = in_turn(f"{name}: {row}", works, turns, warmup_turns=int(url == server))
             peer = "base" if "base" in took else "raw"
             figures[row] = faster(f"store_{name}_{row}", f"{name}: {row}, speed / {peer}", took, peer, at_least=0.9)
     return figures

@@ -20,13 +20,10 @@ from urllib.parse import urlsplit
 ROUND_TRIP_SECONDS = 0.02
 BYTES_PER_SECOND = 50e6
 """The bandwidth of each connection at a distance."""
-_SMALL_BYTES = 4096
 _SLICE_BYTES = 128 << 10
 _QUEUED = 64
-Operations = tuple[
-    Callable[[str, str], object], Callable[[str, str], object], Callable[[str, bytes], object], Callable[[str], bytes]
-]
-"""Uploads and downloads a whole file by its path and key, writes and reads a small object by its key."""
+Operations = tuple[Callable[[str, str], object], Callable[[str, str], object]]
+"""Uploads and downloads a whole file by its path and its key."""
 
 
 def of_store(kind: str, bucket: str) -> Operations:
@@ -40,7 +37,7 @@ def of_store(kind: str, bucket: str) -> Operations:
         # As a checkpoint's files are.
         store.upload(Path(path), key, fresh=True)
 
-    return upload, lambda path, key: store.download(key, Path(path)), store.put, lambda key: store.read(key).data
+    return upload, lambda path, key: store.download(key, Path(path))
 
 
 def of_gs(bucket: str) -> Operations:
@@ -51,8 +48,6 @@ def of_gs(bucket: str) -> Operations:
     return (
         lambda path, key: blob(key).upload_from_filename(path, timeout=600),
         lambda path, key: blob(key).download_to_filename(path, timeout=600),
-        lambda key, data: blob(key).upload_from_string(data),
-        lambda key: blob(key).download_as_bytes(),
     )
 
 
@@ -61,12 +56,7 @@ def of_s3(name: str) -> Operations:
     import boto3
 
     bucket: Any = boto3.resource("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).Bucket(name)
-    return (
-        bucket.upload_file,
-        lambda path, key: bucket.download_file(key, path),
-        lambda key, data: bucket.put_object(Key=key, Body=data),
-        lambda key: bucket.Object(key).get()["Body"].read(),
-    )
+    return bucket.upload_file, lambda path, key: bucket.download_file(key, path)
 
 
 def of_az(name: str) -> Operations:
@@ -83,12 +73,7 @@ def of_az(name: str) -> Operations:
         with Path(path).open("wb") as file:
             container.download_blob(key, max_concurrency=4).readinto(file)
 
-    return (
-        upload,
-        download,
-        lambda key, data: container.upload_blob(key, data, overwrite=True),
-        lambda key: container.download_blob(key).readall(),
-    )
+    return upload, download
 
 
 RAW = {"gs": of_gs, "s3": of_s3, "az": of_az}
@@ -96,17 +81,8 @@ RAW = {"gs": of_gs, "s3": of_s3, "az": of_az}
 
 def work(role: str, kind: str, bucket: str) -> None:
     """Does the operations that its standard input names, and prints the seconds of each."""
-    upload, download, put, get = RAW[kind](bucket) if role == "raw" else of_store(kind, bucket)
-
-    def puts(count: str, key: str) -> None:
-        for number in range(int(count)):
-            put(f"{key}/{number}", os.urandom(_SMALL_BYTES))
-
-    def gets(count: str, key: str) -> None:
-        for number in range(int(count)):
-            assert len(get(f"{key}/{number}")) == _SMALL_BYTES
-
-    operations = {"upload": upload, "download": download, "puts": puts, "gets": gets}
+    upload, download = RAW[kind](bucket) if role == "raw" else of_store(kind, bucket)
+    operations = {"upload": upload, "download": download}
     for line in sys.stdin:
         operation, *words = json.loads(line)
         began = time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.exploration.exploring import explore, found_after, replay
+from benchmarks.exploration.__main__ import explore, found_after, replay
 from benchmarks.exploration.mutations import MUTATIONS
 from benchmarks.exploration.scenarios import all_scenarios
 

@@ -163,65 +163,40 @@ def lost_images(history: History, ending: Ending) -> int:
 
 def differences(history: History, ending: Ending, reference: History, undisturbed: Ending) -> list[str]:
     """Returns the differences of a disturbed run from the undisturbed one, causes first; empty if both are equal."""
-    found = _image_differences(history.effective(ending.ref), dict(reference.effective(undisturbed.ref)))
-    for group in sorted(ending.hashes.keys() | undisturbed.hashes.keys()):
-        ours, theirs = ending.hashes.get(group, "none"), undisturbed.hashes.get(group, "none")
-        if ours != theirs:
-            found.append(f"the final {group} tensors differ: {ours[:16]}… instead of {theirs[:16]}…")
-    found += _row_differences(ending.rows, undisturbed.rows)
-    if ending.loss_sums != undisturbed.loss_sums:
-        found.append(f"the last manifest's loss sums differ: {ending.loss_sums} instead of {undisturbed.loss_sums}")
-    for images_seen in sorted(history.sums.keys() & reference.sums.keys()):
-        if history.sums[images_seen] != reference.sums[images_seen]:
-            found.append(f"the loss sums committed at {images_seen} images differ from the undisturbed run's")
-            break
-    pictures = ending.pictures
-    if missing := sorted(undisturbed.pictures.keys() - pictures.keys()):
-        found.append(_named(missing, "picture", "is missing", "are missing"))
-    if others := sorted(name for name, sha256 in undisturbed.pictures.items() if pictures.get(name, sha256) != sha256):
-        found.append(_named(others, "picture", "is another", "are others"))
+    committed = history.sums.keys() & reference.sums.keys()
+    ours, theirs = _facts(history, ending, committed), _facts(reference, undisturbed, committed)
+    expected, counts = dict(theirs), Counter(name for name, _ in ours)
+    kinds = {
+        "is missing": [name for name in expected if name not in counts],
+        "is there twice": [name for name, count in counts.items() if count > 1],
+        # `ddpm sample` may have made pictures since.
+        "is beyond the undisturbed run": [n for n in counts if n not in expected and not n.startswith("picture ")],
+        "is another": [name for name, value in ours if expected.get(name, value) != value],
+    }
+    found = [
+        f"{names[0]} {what}" + f", and {len(names) - 1:,} more" * (len(names) > 1)
+        for what, names in kinds.items()
+        if names
+    ]
+    if not found and ending.rows != sorted(ending.rows, key=lambda row: row["images_seen"]):
+        found.append("the metrics are in another order")
     return found
 
 
-def _named(names: list[Any], kind: str, what: str, what_all: str) -> str:
-    """Returns `image 216 was lost`, or `3 images were lost, the first is 216`."""
-    if len(names) == 1:
-        return f"{kind} {names[0]} {what}"
-    return f"{len(names):,} {kind}s {what_all}, the first is {names[0]}"
-
-
-def _image_differences(effective: list[tuple[int, str]], expected: dict[int, str]) -> list[str]:
-    found = []
-    counts = Counter(number for number, _ in effective)
-    if lost := sorted(expected.keys() - counts.keys()):
-        found.append(_named(lost, "image", "of the order was lost", "of the order were lost"))
-    if doubled := sorted(number for number, count in counts.items() if count > 1):
-        found.append(_named(doubled, "image", "went into the final weights twice", "went into the final weights twice"))
-    if beyond := sorted(counts.keys() - expected.keys()):
-        found.append(_named(beyond, "image", "is beyond the end of the run", "are beyond the end of the run"))
-    if other := sorted(number for number, digest in effective if expected.get(number, digest) != digest):
-        what = "other pixels, noise or points than undisturbed"
-        found.append(_named(other, "image", f"had {what}", f"had {what}"))
-    return found
-
-
-def _row_differences(rows: list[Row], expected: list[Row]) -> list[str]:
-    places, wanted = ([row["images_seen"] for row in some] for some in (rows, expected))
-    found = []
-    if doubled := [place for place, count in Counter(places).items() if count > 1]:
-        found.append(f"the metrics have a duplicate at {doubled[0]} images")
-    if missing := sorted(set(wanted) - set(places)):
-        found.append(f"the metrics have a gap at {missing[0]} images")
-    if places != wanted and not found:
-        found.append("the metrics have rows that the undisturbed run has not, or in another order")
-    if found:
-        return found
-    for row, other in zip(rows, expected, strict=True):
-        for name in row.keys() | other.keys():
-            if name not in MEASURED and row.get(name) != other.get(name):
-                place = row["images_seen"]
-                return [f"the metrics at {place} images have {name} {row.get(name)} instead of {other.get(name)}"]
-    return []
+def _facts(history: History, ending: Ending, committed: Iterable[int]) -> list[tuple[str, Any]]:
+    """Returns all that two runs are compared by, each with its name."""
+    rows = ((row["images_seen"], {key: row[key] for key in row.keys() - set(MEASURED)}) for row in ending.rows)
+    return [
+        *(
+            (f"image {number} (pixels, noise, point)", digest)
+            for number, digest in sorted(history.effective(ending.ref))
+        ),
+        *((f"the tensors of {group}", sha256) for group, sha256 in ending.hashes.items()),
+        *((f"the metrics at {images_seen} images", row) for images_seen, row in rows),
+        *((f"the loss sums committed at {images_seen} images", history.sums[images_seen]) for images_seen in committed),
+        ("the last manifest's loss sums", ending.loss_sums),
+        *((f"picture {name}", sha256) for name, sha256 in ending.pictures.items()),
+    ]
 
 
 @dataclass

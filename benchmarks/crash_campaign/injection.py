@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from types import ModuleType
@@ -99,8 +98,6 @@ class Fault:
         with self._gate.inside():
             if self._struck or not self._matches(op, uri, data):
                 return work()
-            if self._fields["hold"]:
-                return self._held(work)
             # One at a time, so that after the k-th upload exactly k objects exist.
             with self._lock:
                 self._count += 1
@@ -111,16 +108,6 @@ class Fault:
                 if due and self._fields["when"] == "after":
                     self._strike(op, uri)
                 return result
-
-    def _held(self, work: Callable[[], Any]) -> Any:
-        with self._lock:
-            self._count += 1
-            if self._count == self._fields["nth"]:
-                self._strike("held", "")
-        # SIGKILL takes effect after a moment, in which this thread must not go on.
-        while not self._struck or self._fields["action"] == "kill":
-            time.sleep(0.01)
-        return work()
 
     def _matches(self, op: str, uri: str, data: bytes) -> bool:
         fields = self._fields
@@ -316,7 +303,6 @@ def install() -> None:
     if chosen["is_timed"]:
         from benchmarks.goodput.trace import Hooks
 
-        trace("rank" if role == "rank" else "process")
         hook = Hooks(trace).after_import
     else:
         trace("process", pid=os.getpid(), role=role)
@@ -360,16 +346,6 @@ def _position_off_by_one(session: Any, trace: Any) -> None:
     session.stream_batches = shifted
 
 
-def _order_drawn_anew(session: Any, trace: Any) -> None:
-    order_of = session.order_of
-
-    def drawn_anew(index: Any, config: Any) -> Any:
-        order = order_of(index, config)
-        return replace(order, seed=order.seed + trace.fence - 1)
-
-    session.order_of = drawn_anew
-
-
 def _image_hash_unchecked(cache: Any, trace: Any) -> None:
     def read_image(this: Any, shard: int, row: int, record: Any, file: Any) -> Any:
         file.seek(record[0])
@@ -383,7 +359,6 @@ _BROKEN: dict[tuple[str, str], Callable[[Any, Any], None]] = {
     ("manifest-first", "job.runs.writer"): _manifest_first,
     ("fence-ignored", "job.coordination.lease"): _fence_ignored,
     ("position-off-by-one", "job.training.session"): _position_off_by_one,
-    ("order-drawn-anew", "job.training.session"): _order_drawn_anew,
     ("image-hash-unchecked", "job.data.reading.cache"): _image_hash_unchecked,
 }
 """Protocols broken on purpose, by name and module: a campaign that does not report each break proves nothing."""

@@ -28,7 +28,6 @@ class Point:
         when: `before` or `after` the operation.
         nth: the number of the matching operation of a process, from 1.
         data: regular expression for the written data.
-        hold: whether earlier matching operations wait, so that all are still pending at this one.
         action: `kill` (SIGKILL), `term` (SIGTERM), or `stop` (SIGSTOP until another attempt has replaced this one).
         target: `group`, `rank` or `launcher`.
         rank: the process that it lies in.
@@ -45,7 +44,6 @@ class Point:
     when: str = "after"
     nth: int = 1
     data: str = ""
-    hold: bool = False
     action: str = "kill"
     target: str = "group"
     rank: int = 0
@@ -57,8 +55,6 @@ class Point:
 POINTS = (
     Point("pack-upload-2", "the second shard is uploaded, it has no record", "pack", "move", SHARD, nth=2),
     Point("download-3", "the first download has three shards", "train", "download|open", SHARD, nth=3, fresh=True),
-    Point("staged", "all local files are written, none of the checkpoint is uploaded", "train", "move", TENSORS,
-          when="before", nth=4, hold=True),
     Point("upload-2", "2 of 4 files are uploaded", "train", "move", TENSORS, nth=2),
     Point("manifest", "the manifest is there, LATEST is not", "train", "create", MANIFEST),
     Point("checkpoint-rot", "a bit of the newest checkpoint flips in the bucket", "train", "rot"),
@@ -97,7 +93,6 @@ SABOTAGES = {
     "manifest-first": ("manifest",),
     "fence-ignored": ("zombie",),
     "position-off-by-one": ("manifest",),
-    "order-drawn-anew": ("manifest",),
     "image-hash-unchecked": ("shard-rot",),
 }
 """The ways to break a protocol on purpose, and the points that show each."""

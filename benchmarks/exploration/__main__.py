@@ -1,21 +1,257 @@
-"""`python -m benchmarks.exploration`: plays the protocols in many orders, and shows the shortest that fails."""
+"""`python -m benchmarks.exploration`: plays the protocols in many orders, and shows the shortest that fails.
+
+A scenario is played first with every single disturbance, then with random ones of more and more.
+"""
 
 from __future__ import annotations
 
 import argparse
+import gc
+import hashlib
+import multiprocessing
 import os
+import random
 import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, islice
 
-from benchmarks.exploration.exploring import Played, Report, explore, found_after, replay
-from benchmarks.exploration.mutations import MUTATIONS
-from benchmarks.exploration.scenarios import all_scenarios
-from benchmarks.exploration.world import DISTURBANCES
+import torch
+
+from benchmarks.exploration import runtime, shared, training
+from benchmarks.exploration.mutations import MUTATIONS, planted
+from benchmarks.exploration.scenarios import Scenario, all_scenarios, play
+from benchmarks.exploration.world import DISTURBANCES, Disturbance, Planned, Request, Step, Violation, World
 
 EPILOG = """\
 A schedule is a scenario and its disturbances, such as train:17c,40z25: request 17 never happens, since its process is
 killed before it, and at request 40 a process is suspended for 25 seconds. --list shows scenarios, letters, mutations.
 Exit code: 0 if all invariants hold, else 1, with the shortest schedule that fails.
 Example: python -m benchmarks.exploration --schedules 100000 --seed 1"""
+READS = tuple(Planned.parse("0s,1s1,2c,3z25,4Z25,5e,6k,7w6,8o30").disturbances.values())
+WRITES = (*READS, *Planned.parse("0C,1a25,2l,3t4,4t12,5t30,6w12").disturbances.values())
+SWITCHES = tuple(Planned.parse("0s,1s,2s1").disturbances.values())
+
+
+def possible(request: Request) -> tuple[Disturbance, ...]:
+    """Returns what may happen at a request: only a write can be late or lost."""
+    return WRITES if request.writes else READS
+
+
+class Sparse:
+    """Disturbs requests of some numbers at random, and others by a change of threads with a small probability."""
+
+    def __init__(self, generator: random.Random, numbers: set[int], switch_probability: float) -> None:
+        self.disturbances = dict[int, Disturbance]()
+        self._generator, self._numbers, self._probability = generator, numbers, switch_probability
+
+    def __call__(self, number: int, request: Request) -> Disturbance | None:
+        """Returns the disturbance of a request, and remembers it."""
+        if number in self._numbers:
+            self.disturbances[number] = self._generator.choice(possible(request))
+        elif self._probability and self._generator.random() < self._probability:
+            self.disturbances[number] = self._generator.choice(SWITCHES)
+        return self.disturbances.get(number)
+
+
+@dataclass
+class Played:
+    """A schedule and its outcome."""
+
+    scenario: str
+    disturbances: dict[int, Disturbance]
+    violation: str
+    trace: list[Step]
+
+    @property
+    def schedule(self) -> str:
+        """As `--replay` takes it."""
+        return f"{self.scenario}:{Planned(self.disturbances)}"
+
+    @property
+    def digest(self) -> bytes:
+        """A hash of everything that happened, in its order: schedules with equal ones are the same interleaving."""
+        text = "\n".join(f"{step.now:g} {step.who} {step.op} {step.key} {step.outcome}" for step in self.trace)
+        return hashlib.blake2b(f"{self.scenario}\n{text}".encode(), digest_size=8).digest()
+
+
+def played(scenario: Scenario, chooser: Planned | Sparse) -> Played:
+    """Plays a schedule in a world of its own; call it within `runtime.simulated`."""
+    world, violation = World(chooser, content_versions=scenario.content_versions), ""
+    with runtime.running(world):
+        try:
+            play(scenario, world)
+        except Violation as error:
+            violation = str(error)
+        except Exception as error:
+            violation = f"{type(error).__name__}: {error}"
+    return Played(scenario.name, chooser.disturbances, violation, world.trace)
+
+
+def measure(scenario: Scenario) -> Played:
+    """Plays the undisturbed world, by whose end the others are judged."""
+    requests = list[Request]()
+
+    def count(number: int, request: Request) -> None:
+        requests.append(request)
+
+    world = World(count, content_versions=scenario.content_versions)
+    with runtime.running(world):
+        checks = play(scenario, world)
+    scenario.undisturbed, scenario.requests = checks.result, len(requests)
+    scenario.singles = [(number, one) for number, request in enumerate(requests) for one in possible(request)]
+    return Played(scenario.name, {}, "", world.trace)
+
+
+def schedules(scenario: Scenario, seed: int) -> Iterator[Planned | Sparse]:
+    """Yields schedules without end: none, each single disturbance, then several at random."""
+    yield Planned({})
+    singles = list(scenario.singles)
+    random.Random(seed).shuffle(singles)
+    for number, one in singles:
+        yield Planned({number: one})
+    yield from deeper(scenario, seed)
+
+
+def deeper(scenario: Scenario, seed: int) -> Iterator[Sparse]:
+    """Yields random schedules of two to five disturbances, a quarter of them with many changes of threads besides."""
+    round_number = 0
+    while True:
+        generator = random.Random(f"{seed} {scenario.name} {round_number}")
+        depth, reach = generator.choice((2, 2, 2, 3, 3, 4, 5)), int(scenario.requests * 1.5)
+        numbers = set(generator.sample(range(reach), depth))
+        yield Sparse(generator, numbers, 0.15 if round_number % 4 == 3 else 0.0)
+        round_number += 1
+
+
+def shortest(scenario: Scenario, failed: Played) -> Played:
+    """Returns the schedule with all disturbances left out without which it fails, too."""
+    is_shorter = True
+    while is_shorter:
+        is_shorter = False
+        for number in sorted(failed.disturbances, reverse=True):
+            fewer = {other: one for other, one in failed.disturbances.items() if other != number}
+            again = played(scenario, Planned(fewer))
+            if again.violation:
+                failed, is_shorter = again, True
+                break
+    return failed
+
+
+def replay(text: str, mutation: str = "") -> Played:
+    """Plays a schedule such as `train:17c,40z25`.
+
+    Raises:
+        ValueError: the text is not a schedule.
+    """
+    name, _, words = text.partition(":")
+    scenarios = all_scenarios()
+    if name not in scenarios:
+        raise ValueError(f"{name!r} is not a scenario: there are {', '.join(scenarios)}")
+    planned = Planned.parse(words)
+    with workplace():
+        measure(scenarios[name])
+        with planted(mutation):
+            return played(scenarios[name], planned)
+
+
+@contextmanager
+def workplace() -> Iterator[None]:
+    """Opens the simulation, with a folder in memory for local files."""
+    before, in_memory = tempfile.tempdir, "/dev/shm"
+    with tempfile.TemporaryDirectory(dir=in_memory if os.access(in_memory, os.W_OK) else None) as folder:
+        tempfile.tempdir = folder
+        try:
+            with runtime.simulated(), shared.small_work(), training.opened_here():
+                yield
+        finally:
+            tempfile.tempdir = before
+
+
+@dataclass
+class Report:
+    """The results of an exploration."""
+
+    schedules: Counter[str] = field(default_factory=Counter)
+    distinct: dict[str, set[bytes]] = field(default_factory=dict)
+    failed: list[Played] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def add(self, other: Report) -> None:
+        """Adds the results of another process."""
+        self.schedules += other.schedules
+        for name, digests in other.distinct.items():
+            self.distinct.setdefault(name, set()).update(digests)
+        self.failed += other.failed
+
+
+def explore(names: list[str], count: int, seed: int, processes: int) -> Report:
+    """Plays `count` schedules in so many processes, equally many of each scenario."""
+    began, report = time.monotonic(), Report()
+    shares = [(names, count, seed, index, processes) for index in range(processes)]
+    if processes == 1:
+        report.add(_share(*shares[0]))
+    else:
+        with multiprocessing.get_context("fork").Pool(processes) as pool:
+            for part in pool.starmap(_share, shares, chunksize=1):
+                report.add(part)
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def _share(names: list[str], count: int, seed: int, index: int, processes: int) -> Report:
+    """Plays every `processes`-th schedule."""
+    report, scenarios = Report(), all_scenarios()
+    # The tensors have two numbers each.
+    torch.set_num_threads(1)
+    with workplace():
+        for place, name in enumerate(names):
+            scenario = scenarios[name]
+            measure(scenario)
+            # The collector need not look again at objects that stay.
+            gc.freeze()
+            wanted = count // len(names) + (place < count % len(names))
+            digests = report.distinct.setdefault(name, set())
+            for number, chooser in enumerate(schedules(scenario, seed)):
+                if number >= wanted or report.failed:
+                    break
+                if number % processes == index:
+                    outcome = played(scenario, chooser)
+                    report.schedules[name] += 1
+                    digests.add(outcome.digest)
+                    if outcome.violation:
+                        report.failed.append(shortest(scenario, outcome))
+    return report
+
+
+def _in_turn(
+    streams: list[tuple[Scenario, Iterator[Planned | Sparse]]], most: int
+) -> Iterator[tuple[Scenario, Planned | Sparse]]:
+    rounds = zip(*(stream for _, stream in streams), strict=False)
+    scenarios = [scenario for scenario, _ in streams]
+    yield from islice(chain.from_iterable(zip(scenarios, choosers, strict=True) for choosers in rounds), most)
+
+
+def found_after(mutation: str, names: list[str], most: int, seed: int) -> tuple[int, Played | None]:
+    """Returns the number of schedules until a planted mutation shows, and the shortest that shows it."""
+    scenarios, count = all_scenarios(), 0
+    with workplace():
+        streams = list[tuple[Scenario, Iterator[Planned | Sparse]]]()
+        for name, _, words in (text.partition(":") for text in names):
+            measure(scenarios[name])
+            known = iter([Planned.parse(words)]) if words else None
+            streams.append((scenarios[name], known or schedules(scenarios[name], seed)))
+        with planted(mutation):
+            for scenario, chooser in _in_turn(streams, most):
+                count += 1
+                outcome = played(scenario, chooser)
+                if outcome.violation:
+                    return count, shortest(scenario, outcome)
+    return count, None
 
 
 def main() -> int:

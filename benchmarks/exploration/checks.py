@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.exploration.training import BATCH_IMAGES, DATASET_IMAGES, RUN, ending, rows_of
 from benchmarks.exploration.world import Process, Request, Violation, World
 from job.coordination.lease import EXPIRE_SECONDS, LEASE_KEY
-from job.exits import BucketAwayError, LostRunError, StoppedError
+from job.exits import BucketAwayError, LostRunError, MissingInputError, StoppedError
 from job.runs import layout
 from job.runs.checkpoints import Manifest
 from job.runs.layout import CheckpointRef, ObjectKind
@@ -190,3 +190,42 @@ class RunChecks(LeaseChecks):
         for name, value in (self._undisturbed or {}).items():
             if self.result[name] != value:
                 raise Violation(f"the {name} at the end are {self.result[name]} instead of {value}")
+
+
+class ReadChecks(RunChecks):
+    """A reader that began finds everything until its end, unless it began in the middle of a deletion."""
+
+    def __init__(self, world: World, undisturbed: Any) -> None:
+        super().__init__(world, undisturbed)
+        self._marked_at, self._looked_at = dict[str, int](), dict[Process, int]()
+        self._raced = set[str]()
+        """Checkpoints that were marked between the last look for marks and the deletion of the manifest."""
+
+    def asked(self, request: Request) -> None:
+        """Notes a look for marks."""
+        super().asked(request)
+        if request.op == "list" and request.key.endswith("/reading/"):
+            self._looked_at[request.process] = self.world.requests
+
+    def observe(self, request: Request, before: bytes | None) -> None:
+        """Notes marks, and manifests that are deleted in spite of one."""
+        super().observe(request, before)
+        place = layout.located(request.key.removeprefix(f"{RUN}/"))
+        if place.kind is ObjectKind.READER and request.op == "put":
+            self._marked_at[str(place.checkpoint)] = self.world.requests
+        elif place.kind is ObjectKind.MANIFEST and request.op == "delete":
+            looked_at = self._looked_at.get(request.process, self.world.requests)
+            if self._marked_at.get(str(place.checkpoint), 0) > looked_at:
+                self._raced.add(place.checkpoint.manifest_key)
+
+    def ended(self, process: Process) -> None:
+        """Checks how a process ended."""
+        is_early = isinstance(process.error, MissingInputError) and (
+            "has no checkpoint yet" in str(process.error) or "there is no run" in str(process.error)
+        )
+        is_raced = isinstance(process.error, MissingInputError) and any(
+            key in str(process.error) for key in self._raced
+        )
+        if is_early or is_raced:
+            process.error = None
+        super().ended(process)

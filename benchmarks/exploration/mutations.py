@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.exploration import reading
+from benchmarks.exploration import training
 from benchmarks.exploration.runtime import world
 from job.coordination import lease, pieces
 from job.coordination.lease import Lease
@@ -281,7 +281,7 @@ def _unmarked_choice(replace: Replace) -> None:
         with retention.kept_while_read(run, *(refs := choose())) as renew:
             yield refs, renew
 
-    replace(reading, "reading_chosen", chosen)
+    replace(training, "reading_chosen", chosen)
 
 
 @_mutation("checkpoints of all attempts share a folder", "train", "train-here")
@@ -512,7 +512,7 @@ def _listed_once(replace: Replace) -> None:
             raise BadDataError(lost)
         raise MissingInputError(f"{run.uri} has no checkpoint yet")
 
-    replace(reading, "choose", choose)
+    replace(training, "choose", choose)
 
 
 @_mutation("a prune deletes what a suspended attempt has uploaded and not committed yet", "prune:38Z25")

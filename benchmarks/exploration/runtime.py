@@ -1,12 +1,16 @@
-"""Simulated threads, clocks, ids and processes in the place of Python's, for the modules of the job alone.
+"""Simulated threads, clocks, ids, processes and a bucket in the place of real ones, for the modules of the job alone.
 
 The code of the job stays as it is: while `simulated` is open, its modules find these objects under the names of `time`,
-`threading`, `uuid`, `random`, `ThreadPoolExecutor` and `wait`.
+`threading`, `uuid`, `random`, `ThreadPoolExecutor` and `wait`. Every request to the bucket, which lies in memory, is a
+point where the schedule may interfere. It keeps the contract of `job.store.base`: each request changes one object, at
+one moment, or nothing. Reads and listings show all that took effect before.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import hashlib
+import io
 import json
 import random
 import sys
@@ -14,20 +18,24 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 from unittest.mock import patch
 
-from benchmarks.exploration.world import Killed, Process, Thread, World
+from benchmarks.exploration.world import Killed, Process, Request, Thread, World
 from job.coordination import lease, sealed
 from job.coordination.lease import ProcessIdentity
 from job.coordination.sealed import Sealed
 from job.runs import layout, metric_rows
+from job.store.base import Entry, ObjectMissingError, Store
+from job.store.retry import Retry
 
+AWAY_SECONDS = 120.0
+"""How long a bucket may be away from a run here; 900 s are the default."""
 BEGAN = 1_800_000_000.0
 """The time of day at which every world begins, in seconds since 1970."""
 TIMES = {
@@ -148,66 +156,37 @@ class SimulatedCondition(SimulatedLock):
                 self._count = count
 
 
-class SimulatedFuture:
+class SimulatedFuture(concurrent.futures.Future[Any]):
     """`concurrent.futures.Future`."""
-
-    def __init__(self) -> None:
-        self._is_done, self._result = False, None
-        self._error: BaseException | None = None
-
-    def done(self) -> bool:
-        """Returns whether it has ended."""
-        return self._is_done
 
     def result(self, timeout: float | None = None) -> Any:
         """Waits for the result, and returns it."""
-        if not self._is_done:
+        if not self.done():
             world().wait(self.done, _deadline(timeout))
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-    def do(self, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        """Does the work, and takes its result."""
-        try:
-            self._result = work(*args)
-        except Exception as error:
-            self._error = error
-        self._is_done = True
+        return super().result(0)
 
 
-class SimulatedExecutor:
+class SimulatedExecutor(concurrent.futures.Executor):
     """`ThreadPoolExecutor`."""
 
     def __init__(self, max_workers: int = 1, thread_name_prefix: str = "pool") -> None:
         self._most, self._name, self._workers = max_workers, thread_name_prefix, list[Thread]()
-        self._queue: deque[tuple[SimulatedFuture, Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._queue: deque[tuple[SimulatedFuture, Callable[[], Any]]] = deque()
         self._idle, self._is_closed = 0, False
 
-    def __enter__(self) -> SimulatedExecutor:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.shutdown()
-
-    def shutdown(self, wait: bool = True, cancel_futures: bool = False) -> None:
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Waits for all that was submitted."""
         self._is_closed = True
         if wait and not world().process.is_dead and not all(worker.is_done for worker in self._workers):
             world().wait(lambda: all(worker.is_done for worker in self._workers))
 
-    def submit(self, work: Callable[..., Any], *args: Any) -> SimulatedFuture:
+    def submit(self, work: Callable[..., Any], /, *args: Any, **named: Any) -> SimulatedFuture:
         """Queues work."""
         future = SimulatedFuture()
-        self._queue.append((future, work, args))
+        self._queue.append((future, partial(work, *args, **named)))
         if not self._idle and len(self._workers) < self._most:
             self._workers.append(world().start(self._work, f"{self._name}-{len(self._workers)}"))
         return future
-
-    def map(self, work: Callable[..., Any], *many: Iterable[Any]) -> Iterator[Any]:
-        """Queues work for each element, and yields the results in order."""
-        futures = [self.submit(work, *args) for args in zip(*many, strict=False)]
-        return (future.result() for future in futures)
 
     def _work(self) -> None:
         while True:
@@ -218,8 +197,13 @@ class SimulatedExecutor:
                 world().wait(lambda: bool(self._queue) or self._is_closed)
                 self._idle -= 1
                 continue
-            future, work, args = self._queue.popleft()
-            future.do(work, args)
+            future, work = self._queue.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
 
 
 def _wait(futures: Iterable[SimulatedFuture], timeout: float | None = None) -> SimpleNamespace:
@@ -252,6 +236,7 @@ def _monotonic() -> float:
 
 
 _MAIN = object()
+_NO_PROGRESS = nullcontext(SimpleNamespace(update=lambda *_, **__: None))
 _TIME = SimpleNamespace(
     monotonic=_monotonic,
     time=lambda: BEGAN + world().now,
@@ -298,20 +283,69 @@ _REAL_BYTES, _REAL_FROM_JSON = sealed._bytes, Sealed.from_json
 _REPLACED.append((layout.located, lru_cache(20_000)(layout.located)))
 
 
-class NoProgress:
-    """`job.progress.Progress` without a terminal."""
+class SimulatedStore(Store):
+    """The bucket of a world, as one of its processes sees it."""
 
-    def __init__(self, *_: object, **__: object) -> None:
-        pass
+    def __init__(self, world: World, process: Process) -> None:
+        super().__init__("sim://bucket", Retry(AWAY_SECONDS, process.stop))
+        self._world, self._process = world, process
 
-    def __enter__(self) -> NoProgress:
-        return self
+    def _ask(self, op: str, key: str, effect: Callable[[], Any], data: bytes = b"") -> Any:
+        thread = self._world.current
+        name = thread.name if thread else ""
+        return self._world.request(Request(self._process, name, op, key, data), effect)
 
-    def __exit__(self, *_: object) -> None:
-        pass
+    def _found(self, key: str) -> tuple[bytes, str]:
+        try:
+            return self._world.objects[key]
+        except KeyError:
+            raise ObjectMissingError(f"no object at {key}") from None
 
-    def update(self, *_: object, **__: object) -> None:
-        """Shows nothing."""
+    def _fetch(self, key: str, consume: Callable[[bytes], object]) -> str:
+        whole = f"{self._prefix}{key}"
+        data, version = self._ask("fetch", whole, lambda: self._found(whole))
+        consume(data)
+        return version
+
+    def _open(self, key: str) -> BinaryIO:
+        whole = f"{self._prefix}{key}"
+        return io.BytesIO(self._ask("open", whole, lambda: self._found(whole))[0])
+
+    def _write(self, key: str, content: BinaryIO, over: str | None) -> str | None:
+        whole, data, objects = f"{self._prefix}{key}", content.read(), self._world.objects
+
+        def write() -> str | None:
+            version = objects[whole][1] if whole in objects else ""
+            if over is not None and over != version:
+                return None
+            new = hashlib.sha256(data).hexdigest() if self._world.content_versions else str(self._world.next_number())
+            objects[whole] = data, new
+            return new
+
+        op = "put" if over is None else "replace" if over else "create"
+        return self._ask(op, whole, write, data)
+
+    def _list(self, prefix: str) -> Sequence[Entry]:
+        whole, cut = f"{self._prefix}{prefix}", len(self._prefix)
+
+        def found() -> list[Entry]:
+            objects = self._world.objects
+            return [Entry(key[cut:], len(objects[key][0])) for key in objects if key.startswith(whole)]
+
+        return self._ask("list", whole, found)
+
+    def _folders(self, prefix: str) -> Sequence[str]:
+        whole = f"{self._prefix}{prefix}"
+
+        def found() -> list[str]:
+            rests = (key.removeprefix(whole) for key in self._world.objects if key.startswith(whole))
+            return list({rest.partition("/")[0] for rest in rests if "/" in rest})
+
+        return self._ask("folders", whole, found)
+
+    def _delete(self, key: str) -> None:
+        whole = f"{self._prefix}{key}"
+        self._ask("delete", whole, lambda: self._world.objects.pop(whole, True))
 
 
 def _identity_of(process: Process) -> ProcessIdentity:
@@ -335,7 +369,7 @@ def simulated() -> Iterator[None]:
                 continue
             for attribute, value in list(vars(module).items()):
                 if attribute == "Progress":
-                    patches.append(patch.object(module, attribute, NoProgress))
+                    patches.append(patch.object(module, attribute, lambda *_, **__: _NO_PROGRESS))
                 for real, ours in _REPLACED:
                     if value is real:
                         patches.append(patch.object(module, attribute, ours))

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from benchmarks.exploration import reading, shared, training
-from benchmarks.exploration.checks import Checks, RunChecks
+from benchmarks.exploration import shared, training
+from benchmarks.exploration.checks import Checks, ReadChecks, RunChecks
 from benchmarks.exploration.world import Disturbance, Process, World
 
 Main = Callable[[World, Process], Any]
@@ -76,75 +76,51 @@ def play(scenario: Scenario, world: World) -> Checks:
     return checks
 
 
-def _train(wait_seconds: float) -> Main:
-    return lambda world, process: training.attempt(world, process, wait_seconds)
-
-
-def _sliced(work: Callable[[World, Process, str], Any], slice_text: str) -> Main:
-    return lambda world, process: work(world, process, slice_text)
-
-
 def _shared(name: str, what: str, work: Any, checks: Any, **more: Any) -> Scenario:
     """Returns the scenario of two machines that share work."""
-    workers = {"machine A": ("one", 0.0, _sliced(work, "0/2")), "machine B": ("two", 1.0, _sliced(work, "1/2"))}
-    return Scenario(name, what, workers, _sliced(work, "0/1"), checks, **more)
+    workers = {"machine A": ("one", 0.0, partial(work, "0/2")), "machine B": ("two", 1.0, partial(work, "1/2"))}
+    return Scenario(name, what, workers, partial(work, "0/1"), checks, **more)
 
 
-_ATTEMPT = ("one", 0.0, _train(600.0))
+def _watched(name: str, what: str, others: dict[str, tuple[str, float, Main]], **more: Any) -> Scenario:
+    """Returns the scenario of an attempt at a run, and of others that work on that run meanwhile."""
+    workers = {"attempt A": ("one", 0.0, _TRAIN), **others}
+    return Scenario(name, what, workers, _TRAIN, **{"checks": ReadChecks, **more})
+
+
+_TRAIN = partial(training.attempt, 600.0)
 _SCENARIOS = (
-    Scenario(
+    _watched(
         "train",
         "two attempts at one run on two machines, of which one waits for the other",
-        {"attempt A": _ATTEMPT, "attempt B": ("two", 4.0, _train(600.0))},
-        _train(600.0),
-        RunChecks,
+        {"attempt B": ("two", 4.0, _TRAIN)},
+        checks=RunChecks,
     ),
-    Scenario(
+    _watched(
         "train-here",
         "two attempts on one machine, in a folder: a dead holder is known to be dead",
-        {"attempt A": _ATTEMPT, "attempt B": ("one", 4.0, _train(0.0))},
-        _train(600.0),
-        RunChecks,
+        {"attempt B": ("one", 4.0, partial(training.attempt, 0.0))},
+        checks=RunChecks,
         content_versions=True,
     ),
-    Scenario(
-        "read",
-        "an attempt, and a reader of its newest checkpoint",
-        {"attempt A": _ATTEMPT, "reader": ("two", 4.0, reading.read)},
-        _train(600.0),
-        reading.ReadChecks,
-    ),
-    Scenario(
+    _watched("read", "an attempt, and a reader of its newest checkpoint", {"reader": ("two", 4.0, training.read)}),
+    _watched(
         "read-meanwhile",
         "an attempt, and a reader that begins while a checkpoint is retired",
-        {"attempt A": _ATTEMPT, "reader": ("two", 6.0, reading.read)},
-        _train(600.0),
-        reading.ReadChecks,
+        {"reader": ("two", 6.0, training.read)},
     ),
-    Scenario(
+    _watched(
         "average",
         "an attempt, and two machines that make the same average of a checkpoint",
-        {
-            "attempt A": _ATTEMPT,
-            "averager B": ("two", 7.0, reading.average),
-            "averager C": ("three", 7.0, reading.average),
-        },
-        _train(600.0),
-        reading.ReadChecks,
+        {"averager B": ("two", 7.0, training.average), "averager C": ("three", 7.0, training.average)},
     ),
-    Scenario(
-        "prune",
-        "two attempts, and a prune of their run",
-        {"attempt A": _ATTEMPT, "pruning": ("two", 8.0, reading.prune)},
-        _train(600.0),
-        reading.ReadChecks,
-    ),
+    _watched("prune", "two attempts, and a prune of their run", {"pruning": ("two", 8.0, training.prune)}),
     _shared("pack", "two machines that pack a dataset together", shared.pack, shared.PackChecks),
     Scenario(
         "pack-twice",
         "two people who pack the same dataset, in a folder",
-        {"packer A": ("one", 0.0, _sliced(shared.pack, "")), "packer B": ("two", 1.0, _sliced(shared.pack, ""))},
-        _sliced(shared.pack, "0/1"),
+        {"packer A": ("one", 0.0, partial(shared.pack, "")), "packer B": ("two", 1.0, partial(shared.pack, ""))},
+        partial(shared.pack, "0/1"),
         shared.PackChecks,
         content_versions=True,
     ),
@@ -155,8 +131,8 @@ _SCENARIOS = (
     Scenario(
         "sample-twice",
         "two machines that draw the same set without sharing it, in step",
-        {"machine A": ("one", 0.0, _sliced(shared.sample, "")), "machine B": ("two", 0.0, _sliced(shared.sample, ""))},
-        _sliced(shared.sample, "0/1"),
+        {"machine A": ("one", 0.0, partial(shared.sample, "")), "machine B": ("two", 0.0, partial(shared.sample, ""))},
+        partial(shared.sample, "0/1"),
         shared.SampleChecks,
     ),
     _shared("score", "two machines that score a checkpoint", shared.score, shared.ScoreChecks),

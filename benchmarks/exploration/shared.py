@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.exploration import runtime
 from benchmarks.exploration.checks import Checks, sha256
-from benchmarks.exploration.store import SimulatedStore
+from benchmarks.exploration.runtime import SimulatedStore
 from benchmarks.exploration.world import Process, Request, Violation, World
 from ddpm.image_size import ImageSize
 from job.coordination.pieces import RECORDS, Advance, Made, Slice
@@ -46,9 +46,11 @@ def _make_slowly() -> None:
 class PieceChecks(Checks):
     """A record names files that are there; a result names files that stay; each piece counts once."""
 
-    def __init__(self, world: World, undisturbed: Any, folder: str, result: str) -> None:
+    def __init__(self, world: World, undisturbed: Any, folder: str, result: str, above: str = "") -> None:
         super().__init__(world)
         self._undisturbed, self._folder, self._result = undisturbed, folder, f"{folder}/{result}"
+        self._above = above or f"{folder}/"
+        """The beginning of the keys in a record."""
         self._named = dict[str, dict[str, str]]()
         """The files of each record that exists, and of the result, by its key."""
 
@@ -80,17 +82,17 @@ class PieceChecks(Checks):
     def named_in(self, key: str, document: dict[str, Any]) -> dict[str, str]:
         """Returns the files that a record or a result names, with their hashes."""
         entries = document.get("files", document.get("pieces", ()))
-        above = self.above
-        found = {f"{above}{file['key']}": file["sha256"] for file in entries}
+        found = {f"{self._above}{file['key']}": file["sha256"] for file in entries}
         for shard in shards.Shards(**document["shards"]) if "shards" in document else ():
             found[f"{self._folder}/{shard.name}"] = shard.sha256
             found[f"{self._folder}/{shard.offsets_name}"] = shard.offsets_sha256
         return found
 
-    @property
-    def above(self) -> str:
-        """The beginning of the keys in a record."""
-        return f"{self._folder}/"
+    def ended(self, process: Process) -> None:
+        """Checks how a process ended: to pack or to encode again is refused."""
+        if isinstance(process.error, BadRequestError) and "is there already" in str(process.error):
+            process.error = None
+        super().ended(process)
 
     def outcome(self) -> Any:
         """Returns what the work ends with, which no disturbance may change."""
@@ -133,23 +135,17 @@ PACKED = f"datasets/tiny-{SIZE}"
 ENCODED = f"datasets/latents-{SIZE // 2}"
 
 
-def pack(world: World, process: Process, slice_text: str) -> None:
+def pack(slice_text: str, world: World, process: Process) -> None:
     """Packs three shards."""
     request = PackRequest("images", "tiny", size=SIZE, crop="center", resize_filter="lanczos", slice=slice_text)
     packing.pack(SimulatedStore(world, process), request, stop=process.stop)
 
 
 class PackChecks(PieceChecks):
-    """Also: to pack again is refused."""
+    """The bytes of the index are those of an undisturbed packing."""
 
     def __init__(self, world: World, undisturbed: Any) -> None:
         super().__init__(world, undisturbed, PACKED, shards.INDEX)
-
-    def ended(self, process: Process) -> None:
-        """Checks how a process ended."""
-        if isinstance(process.error, BadRequestError) and "is there already" in str(process.error):
-            process.error = None
-        super().ended(process)
 
 
 # Encoding
@@ -209,7 +205,7 @@ def _opened(bucket: Store, key: str, index: shards.DatasetIndex, stop: Any) -> A
     return SimpleNamespace(index=index, close=lambda: None)
 
 
-def encode(world: World, process: Process, slice_text: str) -> None:
+def encode(slice_text: str, world: World, process: Process) -> None:
     """Encodes the dataset."""
     request = EncodeRequest(name="tiny", bucket="sim://bucket", autoencoder="there", to="latents", slice=slice_text)
     opened = cast(latents.Opened, lambda *_: nullcontext(({}, {})))
@@ -232,12 +228,6 @@ class EncodeChecks(PieceChecks):
             raise Violation("the statistics of the latents are not those of the shards in the index")
         return None
 
-    def ended(self, process: Process) -> None:
-        """Checks how a process ended."""
-        if isinstance(process.error, BadRequestError) and "is there already" in str(process.error):
-            process.error = None
-        super().ended(process)
-
 
 # Sampling
 
@@ -254,7 +244,7 @@ def _set(store: Store, slice_text: str) -> SampleSet:
     return SampleSet(store.sub("runs/r"), "drawn", CheckpointRef(1, 24), _sample_set_config(), Slice.parse(slice_text))
 
 
-def sample(world: World, process: Process, slice_text: str) -> float:
+def sample(slice_text: str, world: World, process: Process) -> float:
     """Draws the pieces of a set, as `job.sampling.pictures` does; returns how many images this process made."""
     sample_set = _set(SimulatedStore(world, process), slice_text)
 
@@ -275,12 +265,7 @@ class SampleChecks(PieceChecks):
     """The images that all machines say they made are those that there are."""
 
     def __init__(self, world: World, undisturbed: Any) -> None:
-        super().__init__(world, None, "runs/r/samples/drawn", "index.json")
-
-    @property
-    def above(self) -> str:
-        """Keys are below the run."""
-        return "runs/r/"
+        super().__init__(world, None, "runs/r/samples/drawn", "index.json", above="runs/r/")
 
     def outcome(self) -> Any:
         """Checks the sum over all machines."""
@@ -306,7 +291,7 @@ def _scored(chosen: Any, drawn: Any, real: Any, stop: Any, title: str) -> Any:
     return {"fid": float(drawn["features"].sum())}, {"fid": 0.0}, (6, 6)
 
 
-def score(world: World, process: Process, slice_text: str) -> None:
+def score(slice_text: str, world: World, process: Process) -> None:
     """Makes features and scores them, as `job.evaluation.evaluate` does."""
     plan: Any = SimpleNamespace(reference=_reference(), index=SimpleNamespace(held_out=""))
     evaluation = Evaluation(plan, _set(SimulatedStore(world, process), slice_text))
@@ -340,14 +325,11 @@ class ScoreChecks(PieceChecks):
 @contextmanager
 def small_work() -> Iterator[None]:
     """Replaces images by a few bytes until the context ends."""
-    encoder = SimpleNamespace(
-        size=ImageSize.of(SIZE // 2),
-        channels=3,
-        files=(b"config", b"weights"),
-    )
+    encoder = SimpleNamespace(size=ImageSize.of(SIZE // 2), channels=3, files=(b"config", b"weights"))
     with ExitStack() as stack:
         for module, name, ours in (
             (packing, "_Copying", _FewImages),
+            (packing, "preview_png", lambda *_: b"preview"),
             (latents, "_encoder", lambda *_: encoder),
             (latents, "uncached_images", _opened),
             (latents, "_Encoding", _FewLatents),

@@ -1,28 +1,33 @@
-"""Attempts at one run, as `TrainingAttempt` makes them: lease, restore, save, retire, release."""
+"""Attempts at one run, as `TrainingAttempt` makes them, and commands that read the run meanwhile, without its lease."""
 
 from __future__ import annotations
 
 import hashlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from benchmarks.exploration import runtime
-from benchmarks.exploration.store import SimulatedStore
+from benchmarks.exploration.runtime import SimulatedStore
 from benchmarks.exploration.world import Process, World
 from job.config import RunConfig, validated
 from job.coordination.lease import Lease
 from job.exits import JobError, LostRunError
 from job.runs import metric_rows, records
-from job.runs.checkpoints import Manifest, newest_good
-from job.runs.retention import Retention
+from job.runs.checkpoints import Manifest, choose, newest_good, opened
+from job.runs.retention import Retention, reading_chosen
 from job.runs.writer import CheckpointWriter, LeasedRun
+from job.verbs import averages, upkeep
 
 RUN = "runs/r"
 BATCH_IMAGES, DATASET_IMAGES = 24, 48
+STD = 0.1
+"""The width of the average that is made: between those in the checkpoint."""
 STEPS = 3
 STEP_SECONDS = 3.0
 SETTINGS = {
@@ -58,7 +63,7 @@ def _stepped(tensors: dict[str, dict[str, torch.Tensor]], images_seen: int) -> N
             averaged["weight"].lerp_(weight, 0.5)
 
 
-def attempt(world: World, process: Process, wait_seconds: float) -> None:
+def attempt(wait_seconds: float, world: World, process: Process) -> None:
     """Takes the run, restores its newest checkpoint and trains to the end."""
     store, notes = SimulatedStore(world, process), list[str]()
     run, note = store.sub(RUN), notes.append
@@ -127,3 +132,48 @@ def ending(objects: dict[str, tuple[bytes, str]], manifest: Manifest) -> dict[st
         "snapshots": snapshots,
         "rows": hashlib.sha256(rows_of(objects, manifest)).hexdigest(),
     }
+
+
+def read(world: World, process: Process) -> None:
+    """Reads the newest checkpoint twice, as `ddpm sample` does: a mark keeps it meanwhile."""
+    run = SimulatedStore(world, process).sub(RUN)
+    with reading_chosen(run, lambda: choose(run, "latest", DATASET_IMAGES, BATCH_IMAGES)) as found:
+        refs, renew = found
+        for _ in range(2):
+            with opened(run, refs[0], ("model",)) as restored:
+                assert restored.files
+            renew()
+            world.sleep(4.0)
+
+
+def average(world: World, process: Process) -> None:
+    """Makes an average of the newest checkpoint, as `ddpm ema` does."""
+    averages.make_averages("sim://bucket", "r", STD, "latest")
+
+
+def prune(world: World, process: Process) -> None:
+    """Prunes the run, as `ddpm runs prune` does."""
+    upkeep.prune_run("sim://bucket", "r", keep_last=None, dry_run=False)
+
+
+@contextmanager
+def opened_here() -> Iterator[None]:
+    """Has commands open the bucket of their world until the context ends."""
+
+    def store(*_: Any) -> SimulatedStore:
+        return SimulatedStore(runtime.world(), runtime.world().process)
+
+    def stop() -> Any:
+        return SimpleNamespace(install=lambda: runtime.world().process.stop)
+
+    with ExitStack() as stack:
+        for module in (averages, upkeep):
+            name = "open_bucket" if module is averages else "open_store"
+            stack.enter_context(patch.object(module, name, store))
+            stack.enter_context(patch.object(module, "Stop", stop))
+            stack.enter_context(patch.object(module, "note", lambda text: None))
+            stack.enter_context(patch.object(module, "print", lambda *_: None, create=True))
+        # To read the configuration takes longer than the rest, and it never changes.
+        stack.enter_context(patch("job.runs.records.parsed_config", lambda *_: config()))
+        stack.enter_context(patch("job.runs.records.as_last_changed", lambda run, config: config))
+        yield

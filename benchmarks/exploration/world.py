@@ -12,7 +12,7 @@ import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from greenlet import getcurrent, greenlet
 
@@ -61,13 +61,6 @@ DISTURBANCES = {
 }
 
 
-class Chooser(Protocol):
-    """Decides what happens at a request."""
-
-    def __call__(self, number: int, request: Request) -> Disturbance | None:
-        """Returns the disturbance of a request, None for none."""
-
-
 @dataclass(frozen=True, slots=True)
 class Request:
     """A request to the bucket: `op` is fetch, open, list, folders, create, replace, put or delete."""
@@ -82,6 +75,10 @@ class Request:
     def writes(self) -> bool:
         """Whether it changes the bucket."""
         return self.op in ("create", "replace", "put", "delete")
+
+
+Chooser = Callable[[int, Request], Disturbance | None]
+"""Returns the disturbance of a numbered request, None for none."""
 
 
 @dataclass(slots=True)

@@ -29,7 +29,6 @@ from benchmarks.goodput import accounting
 from benchmarks.goodput.accounting import WARM_STEPS, Costs, gaps, of_kind, restart_seconds
 from benchmarks.goodput.systems import LABELS, Attempt, Subject
 from benchmarks.measuring import Figure, machine
-from benchmarks.subject import BUCKETS, bucket
 from job.coordination.sealed import utc_now
 from job.runs.outlook import interval_seconds
 from job.stop import SPOT_GRACE_SECONDS
@@ -54,7 +53,6 @@ class Measurement:
     def __init__(self, system: str, subject: Subject, options: argparse.Namespace) -> None:
         self.system, self._subject, self._options = system, subject, options
         self._step_images = subject.step_images(system)
-        self.starts: list[Attempt] = []
         self.figures: list[Figure] = []
 
     def run(self) -> Measurement:
@@ -88,12 +86,12 @@ class Measurement:
         calm = self._attempt("calm", 0, "without saves", 30 if quick else 250)
         seconds = accounting.image_seconds(of_kind(calm.events, "step"))
         saving = self._attempt("saving", self._steps(PEER_SAVES_SECONDS / seconds), "saves", 0, 1 if quick else wanted)
-        self.starts = [saving] if quick else [self._attempt("saving", 10**9, "restart", 0) for _ in range(2)]
+        starts = [saving] if quick else [self._attempt("saving", 10**9, "restart", 0) for _ in range(2)]
         if not (spans := accounting.saves(saving.events)):
             raise RuntimeError(f"{self.system} saved nothing within {PATIENCE_SECONDS:g} s")
         self.costs = Costs(
             image_seconds=seconds,
-            restart_seconds=fmean(restart_seconds(start.events, start.started, seconds) for start in self.starts),
+            restart_seconds=fmean(restart_seconds(start.events, start.started, seconds) for start in starts),
             save_seconds=accounting.save_seconds(saving.events, seconds),
             commit_seconds=fmean(end - begin for begin, end in spans),
         )
@@ -120,19 +118,11 @@ class Measurement:
             title = f"{self.system}: kill {number} of {kills}, every {mean_seconds:.0f} s"
             attempts.append(self._subject.attempt(self.system, words, title, seconds))
         wall_seconds, events = time.time() - began, [attempt.events for attempt in attempts]
-        self.starts += attempts
         at = self._subject.kept_at(self.system, run)
         kept = accounting.lineage(events, at)
         lost, repeated = accounting.lost_and_repeated(kept, self._subject.dataset)
-        trained = sum(len(step["images"]) for some in events for step in of_kind(some, "step"))
-        ready = [next((step["time"] for step in of_kind(some, "step")), float("inf")) for some in events]
-        starting = sum(
-            min(time_ - attempt.started, seconds)
-            for time_, attempt, seconds in zip(ready, attempts, times, strict=True)
-        )
         # The speed of the machine in this window, which may not be that of the minutes before.
         self.costs = replace(self.costs, image_seconds=accounting.calm_image_seconds(events, self.costs.image_seconds))
-        per_image, interval = self.costs.image_seconds / wall_seconds, self.interval(mean_seconds)
         raw = {
             "is_measured": True,
             "gaps_seconds": times,
@@ -141,17 +131,11 @@ class Measurement:
             "kept_images": len(kept),
             "lost_images": lost,
             "repeated_images": repeated,
-            "interval_images": accounting.interval_images(events, interval),
-            "starting": starting / wall_seconds,
-            "trained_again": (trained - len(kept)) * per_image,
-            "slower": 1 - starting / wall_seconds - trained * per_image,
         }
-        every_seconds = raw["interval_images"] * self.costs.image_seconds
-        beside = (
-            f"model {raw['model']:.1%}; lost {lost:,}, repeated {repeated:,}; starting {raw['starting']:.1%}, "
-            f"again {raw['trained_again']:.1%}, slower {raw['slower']:.1%}; saves every {every_seconds:.2g} s"
-        )
-        return self._figure(mean_seconds, len(kept) * per_image, beside, raw)
+        every_seconds = accounting.interval_images(events, self.interval(mean_seconds)) * self.costs.image_seconds
+        beside = f"model {raw['model']:.1%}; lost {lost:,}, repeated {repeated:,}; saves every {every_seconds:.2g} s"
+        goodput = len(kept) * self.costs.image_seconds / wall_seconds
+        return self._figure(mean_seconds, goodput, beside, raw)
 
     def _figure(self, mean_seconds: float, goodput: float, beside: str, raw: dict[str, Any]) -> Figure:
         goals = GOALS if self.system == "ours" and not self._options.quick else {}
@@ -166,17 +150,17 @@ class Measurement:
 
     @property
     def report(self) -> dict[str, Any]:
-        """The costs, the model and the course of a restart, for JSON."""
+        """The costs and the model, for JSON."""
         curve = {seconds: 100 * self.expected(gaps(seconds, 101)) for seconds in CURVE_SECONDS}
-        return {"costs": vars(self.costs), "curve": curve, "restart_seconds": accounting.timeline(self.starts)}
+        return {"costs": vars(self.costs), "curve": curve}
 
 
 def main() -> int:
     """Runs the benchmark; returns 1 if the model misses a measurement by more than its tolerance."""
     options, date, there, began = _options(), utc_now(), machine(), time.time()
     signal.signal(signal.SIGTERM, _leave)
-    with tempfile.TemporaryDirectory(prefix="ddpm-goodput-") as name, bucket(options.bucket, Path(name, "b")) as uri:
-        subject = Subject.prepared(Path(name), uri.rstrip("/"), tuple(options.set))
+    with tempfile.TemporaryDirectory(prefix="ddpm-goodput-") as name:
+        subject = Subject.prepared(Path(name), tuple(options.set))
         measurements = [Measurement(system, subject, options) for system in options.only]
         # A quick trial shows that everything runs: its systems disturb each other.
         with ThreadPoolExecutor(len(measurements) if options.quick else 1) as pool:
@@ -185,7 +169,6 @@ def main() -> int:
     report = {
         "systems": {one.system: one.report for one in done},
         "figures": {figure.key: figure.to_dict() for figure in figures},
-        "bucket": options.bucket,
         "machine": there,
         "command": " ".join(["python", "-m", "benchmarks.goodput", *sys.argv[1:]]),
         "date": date,
@@ -197,9 +180,8 @@ def main() -> int:
     (options.output / "goodput.png").write_bytes(goodput_png({one.system: one.report["curve"] for one in done}, points))
     show(figures, report, options.output / "goodput.json")
     for one in done:
-        moments = ", ".join(f"{event} {seconds:.2f}" for event, seconds in one.report["restart_seconds"].items())
         costs = ", ".join(f"{name.removesuffix('_seconds')} {seconds:.3g}" for name, seconds in vars(one.costs).items())
-        print(f"{one.system}: seconds of an {costs}; from the start of a process to its {moments or 'end: no step'}")
+        print(f"{one.system}: seconds of an {costs}")
     off = [f for f in figures if f.raw["is_measured"] and abs(100 * f.raw["model"] - f.value) > TOLERANCE * f.value]
     for figure in off:
         print(f"the model is off: {figure.what}: {100 * figure.raw['model']:.1f} instead of {figure.value:.1f}")
@@ -249,7 +231,6 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.goodput", description=__doc__)
-    where, kinds = "of JSON and picture", ", ".join(f"{kind} ({what})" for kind, what in BUCKETS.items())
     parser.add_argument(
         "--kills", default="15x6,60x4", metavar="SECONDSxN", help="mean gap, number of kills (15x6,60x4)"
     )
@@ -257,9 +238,10 @@ def _options() -> argparse.Namespace:
         "--only", default=",".join(LABELS), metavar="SYSTEMS", help=f"of {', '.join(LABELS)}; default: all"
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting of ours")
-    parser.add_argument("--bucket", default="file", metavar="WHERE", help=f"{kinds}, or the URI of a bucket (file)")
     parser.add_argument("--quick", action="store_true", help="tiny network, two kills, all systems at once, no targets")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1], metavar="FOLDER", help=where)
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parents[1], metavar="FOLDER", help="of JSON and picture"
+    )
     options = parser.parse_args()
     options.only = options.only.split(",")
     if unknown := set(options.only) - LABELS.keys():

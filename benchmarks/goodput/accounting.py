@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import sqrt
@@ -113,17 +113,6 @@ def lost_and_repeated(images: Learnt, dataset: Counter[str]) -> tuple[int, int]:
         lost += (dataset - seen).total()
         repeated += (seen - dataset).total()
     return lost, repeated
-
-
-def timeline(attempts: Iterable[tuple[float, Sequence[Event]]]) -> dict[str, float]:
-    """Returns the median seconds from the start of a process to the first event of each kind."""
-    found: dict[str, list[float]] = {}
-    for started, events in attempts:
-        if of_kind(events, "restored") and of_kind(events, "step"):
-            first = {event["event"]: event["time"] - started for event in reversed(events)}
-            for name in first.keys() - {"saving", "saved"}:
-                found.setdefault(name, []).append(first[name])
-    return dict(sorted(((name, median(each)) for name, each in found.items()), key=lambda item: item[1]))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import shutil
-import tempfile
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,37 +24,24 @@ MARKER = "WHOLE"
 
 
 class Folders:
-    """The checkpoints below a URI, a folder for each; those of a bucket are written to and read from a local disk."""
+    """The checkpoints in a folder, a folder for each."""
 
-    def __init__(self, uri: str) -> None:
-        from fsspec.core import url_to_fs
+    def __init__(self, root: Path) -> None:
+        self._root = root
 
-        self._fs, self._root = url_to_fs(uri)
-        self._local = self._root if "file" in self._fs.protocol else tempfile.mkdtemp()
-
-    def path(self, step: int) -> str:
-        """Returns the local folder of a step."""
-        return f"{self._local}/{step:09d}"
+    def path(self, step: int) -> Path:
+        """Returns the folder of a step."""
+        return self._root / f"{step:09d}"
 
     def whole(self) -> list[int]:
         """Returns the steps of the marked folders, newest first."""
-        return sorted((int(path.split("/")[-2]) for path in self._fs.glob(f"{self._root}/*/{MARKER}")), reverse=True)
+        return sorted((int(path.parent.name) for path in self._root.glob(f"*/{MARKER}")), reverse=True)
 
     def publish(self, step: int) -> None:
-        """Puts a local folder into the bucket, marks it as whole, and deletes old ones."""
-        there = f"{self._root}/{step:09d}"
-        if self._local != self._root:
-            self._fs.put(f"{self.path(step)}/", f"{there}/", recursive=True)
-            shutil.rmtree(self.path(step))
-        self._fs.pipe_file(f"{there}/{MARKER}", b"whole")
+        """Marks a folder as whole, and deletes old ones."""
+        (self.path(step) / MARKER).touch()
         for old in self.whole()[KEEP_LAST:]:
-            self._fs.rm(f"{self._root}/{old:09d}", recursive=True)
-
-    def fetched(self, step: int) -> str:
-        """Returns the local folder of a step that the bucket has."""
-        if self._local != self._root:
-            self._fs.get(f"{self._root}/{step:09d}/", f"{self.path(step)}/", recursive=True)
-        return self.path(step)
+            shutil.rmtree(self.path(old))
 
 
 class AccelerateStates:
@@ -139,12 +125,11 @@ def train(asked: argparse.Namespace, trace: Trace) -> None:
     bare_optimizer = torch.optim.AdamW(bare.parameters(), lr=options["learning_rate"], fused=True)
     network, optimizer, loader = accelerator.prepare(bare, bare_optimizer, loader)
     loop = SimpleNamespace(accelerator=accelerator, model=bare, optimizer=bare_optimizer, average=average)
-    trace("imported")
     folders, saver = Folders(asked.folder), SAVERS[asked.kind](loop)
 
     def loads(step: int) -> bool:
         try:
-            saver.restore(folders.fetched(step))
+            saver.restore(str(folders.path(step)))
         except Exception as error:
             print(f"step {step} does not load: {error}")
             return False
@@ -154,7 +139,6 @@ def train(asked: argparse.Namespace, trace: Trace) -> None:
     step = next(filter(loads, folders.whole()), 0)
     if asked.look:
         return
-    trace("training")
     for epoch in count(step // len(loader)):
         skipped = step % len(loader)
         number = epoch * len(images) + skipped * options["batch_size"]
@@ -181,7 +165,7 @@ def train(asked: argparse.Namespace, trace: Trace) -> None:
                     folders.publish(step)
                     trace("saved", at=step)
 
-                saver.save(folders.path(step), publish)
+                saver.save(str(folders.path(step)), publish)
 
 
 SAVERS: dict[str, Any] = {"accelerate": AccelerateStates, "dcp": DistributedCheckpoints}
@@ -190,7 +174,7 @@ if __name__ == "__main__":
     this_trace = Trace(json.loads(os.environ[VARIABLE])["trace"])
     parser = argparse.ArgumentParser(prog="python -m benchmarks.goodput.peers", description=__doc__)
     parser.add_argument("kind", choices=SAVERS)
-    parser.add_argument("folder", help="path or URI of the checkpoints")
+    parser.add_argument("folder", type=Path, help="folder of the checkpoints")
     parser.add_argument("data", type=Path, help="folder with images.npz (images and labels) and options.json")
     parser.add_argument("--every", type=int, default=0, help="steps between two saves; 0: none")
     parser.add_argument("--look", action="store_true", help="restore and end")

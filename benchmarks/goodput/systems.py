@@ -56,8 +56,9 @@ class Subject:
     """The minutes between saves of ours; None: as the job decides."""
 
     @classmethod
-    def prepared(cls, folder: Path, bucket: str, sets: tuple[str, ...]) -> Subject:
-        """Packs the images into the bucket, and writes the files that the peers read."""
+    def prepared(cls, folder: Path, sets: tuple[str, ...]) -> Subject:
+        """Packs the images into a bucket in the folder, and writes the files that the peers read."""
+        bucket = str(folder / "bucket")
         os.environ["DDPM_CACHE"] = str(folder / "cache")
         ensure = [sys.executable, "-m", "job", "data", "ensure", EMBEDDED, "--bucket", bucket]
         subprocess.run(ensure, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)

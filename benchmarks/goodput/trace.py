@@ -28,10 +28,6 @@ class Hooks:
     def after_import(self, module: ModuleType) -> None:
         """Changes a module."""
         match module.__name__:
-            case "job.training.session":
-                self._trace("imported")
-            case "job.coordination.lease":
-                module.Lease.take = staticmethod(self._told(module.Lease.take, after="leased"))
             case "job.runs.writer":
                 module.commit_manifest = self._told(
                     module.commit_manifest, after="saved", at=lambda made: made.images_seen
@@ -71,7 +67,6 @@ class Hooks:
                 self._trace("step", at=state.images_seen, images=list(zip(numbers, images, strict=True)))
                 return bool(hooks.after_step(state))
 
-            self._trace("training")
             return train(state, network, seen(), *args, hooks=replace(hooks, after_step=after_step), **named)
 
         return call
