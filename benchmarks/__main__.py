@@ -16,7 +16,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.measuring import BUSY_LOAD, Figure, machine
-from job.coordination.sealed import utc_now
 
 PARTS = {
     "training_step": "computing",
@@ -45,23 +44,28 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"unknown part {min(unknown)!r}: use {', '.join(PARTS)}")
-    started, date, there = time.time(), utc_now(), machine()
-    figures: list[Figure] = []
+    began, there, figures = time.time(), machine(), list[Figure]()
     for part in options.parts or [part for part in PARTS if part not in ON_REQUEST]:
         print(f"measuring: {part.replace('_', ' ')}", file=sys.stderr)
         measured: list[Figure] = getattr(import_module(f"benchmarks.{PARTS[part]}"), part)(options.quick)
         figures += [replace(f, at_least=None, at_most=None) for f in measured] if options.quick else measured
         # Written after each part, so that an interruption does not lose the finished parts.
-        report = {
-            **{figure.key: figure.value for figure in figures},
-            "machine": there,
-            "command": " ".join(["python", "-m", "benchmarks", *sys.argv[1:]]),
-            "date": date,
-            "minutes": round((time.time() - started) / 60, 2),
-            "figures": {figure.key: figure.to_dict() for figure in figures},
-        }
+        report = report_of(figures, there, began, **{figure.key: figure.value for figure in figures})
         options.output.write_text(json.dumps(report, indent=1) + "\n")
     show(figures, report, options.output)
+
+
+def report_of(figures: list[Figure], there: dict[str, Any], began: float, **more: Any) -> dict[str, Any]:
+    """Returns figures with their machine, command, date and duration, for JSON."""
+    program = Path(sys.argv[0]).parent.relative_to(Path(__file__).parents[1]).as_posix().replace("/", ".")
+    return {
+        **more,
+        "machine": there,
+        "command": " ".join(["python", "-m", program, *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
+        "minutes": round((time.time() - began) / 60, 2),
+        "figures": {figure.key: figure.to_dict() for figure in figures},
+    }
 
 
 def show(figures: list[Figure], report: dict[str, Any], output: Path) -> None:

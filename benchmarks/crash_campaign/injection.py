@@ -137,6 +137,16 @@ class Fault:
             time.sleep(1)
 
 
+def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Puts `around` in the place of a function or a method, which it gets before the arguments."""
+    inner = getattr(owner, name)
+
+    def call(*args: Any, **named: Any) -> Any:
+        return around(inner, *args, **named)
+
+    setattr(owner, name, call)
+
+
 class Watched:
     """The hooks that change each module after its import."""
 
@@ -144,118 +154,91 @@ class Watched:
         self._trace, self._fault, self._broken = trace, fault, broken
         self._local = threading.local()
         self._drawn: list[Any] = []
+        """The content of each micro-batch: the numbers of its images, and their pixels, noise and points."""
 
     def after_import(self, module: ModuleType) -> None:
         """Changes a module."""
         match module.__name__:
             case name if name in _STORES:
                 for store, op in product((getattr(module, each) for each in _STORES[name]), OPERATIONS):
-                    setattr(store, op, self._watched(op, getattr(store, op)))
+                    wrap(store, op, partial(self._request, op))
             case "job.coordination.lease":
                 vars(module).update(RENEW_SECONDS=RENEW_SECONDS, EXPIRE_SECONDS=EXPIRE_SECONDS)
             case "job.data.pack":
                 module.pack.__kwdefaults__["shard_images"] = SHARD_IMAGES
             case "job.sampling.painter":
-                self._watch_sampling(module.Painter, "check_agreed")
-                self._watch_sampling(module.Painter, "check_stopped")
+                for check in ("check_agreed", "check_stopped"):
+                    wrap(module.Painter, check, self._sampling_step)
             case "job.runs.checkpoints":
-                self._watch_restoring(module)
+                wrap(module, "opened", self._opened)
             case "job.training.attempt":
-                self._watch_attempt(module.TrainingAttempt)
+                wrap(module.TrainingAttempt, "_restore", self._began)
             case "job.training.session":
-                self._watch_session(module.TrainingSession)
+                wrap(module.TrainingSession, "after_step", self._stepped)
             case "ddpm.training":
-                self._keep_drawn(module)
+                wrap(module.randomness, "training_noise", self._noise_drawn)
+                wrap(module.Objective, "losses", self._losses_asked)
         if broken := _BROKEN.get((self._broken, module.__name__)):
-            broken(module, self._trace)
+            broken(module)
 
     def _around(self, op: str, uri: str, data: bytes, work: Callable[[], Any]) -> Any:
         return work() if self._fault is None else self._fault.around(op, uri, data, work)
 
-    def _watched(self, op: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(store: Any, *args: Any, **kwargs: Any) -> Any:
-            # An operation inside another one, such as the read of a replace, does not count.
-            if getattr(self._local, "inside", False):
-                return method(store, *args, **kwargs)
-            uri = f"{store.uri}/{args[1] if op == 'move' else args[0]}"
-            data = args[1] if op in ("create", "replace", "put") else b""
+    def _request(self, op: str, method: Callable[..., Any], store: Any, *args: Any, **named: Any) -> Any:
+        # An operation inside another one, such as the read of a replace, does not count.
+        if getattr(self._local, "inside", False):
+            return method(store, *args, **named)
+        uri = f"{store.uri}/{args[1] if op == 'move' else args[0]}"
+        data = args[1] if op in ("create", "replace", "put") else b""
 
-            def work() -> Any:
-                self._local.inside = True
-                try:
-                    result = method(store, *args, **kwargs)
-                finally:
-                    self._local.inside = False
-                if op == "create" and uri.endswith("/MANIFEST.json"):
-                    manifest = json.loads(data)
-                    committed = [manifest["fence"], manifest["images_seen"]]
-                    self._trace("commit", ref=committed, loss_sums=manifest["loss_sums"])
-                elif op == "create" and re.search("/pieces/[0-9]+.json$", uri):
-                    self._trace("piece", uri=uri)
-                elif op == "delete" and "/checkpoints/" in uri:
-                    self._trace("delete", uri=uri)
-                return result
+        def work() -> Any:
+            self._local.inside = True
+            try:
+                result = method(store, *args, **named)
+            finally:
+                self._local.inside = False
+            if op == "create" and uri.endswith("/MANIFEST.json"):
+                manifest = json.loads(data)
+                committed = [manifest["fence"], manifest["images_seen"]]
+                self._trace("commit", ref=committed, loss_sums=manifest["loss_sums"])
+            elif op == "create" and re.search("/pieces/[0-9]+.json$", uri):
+                self._trace("piece", uri=uri)
+            elif op == "delete" and "/checkpoints/" in uri:
+                self._trace("delete", uri=uri)
+            return result
 
-            return self._around(op, uri, data, work)
+        return self._around(op, uri, data, work)
 
-        return call
+    def _sampling_step(self, check: Callable[..., None], *args: Any) -> None:
+        self._around("sampling-step", "", b"", lambda: check(*args))
 
-    def _watch_sampling(self, kind: type, name: str) -> None:
-        check = getattr(kind, name)
+    @contextmanager
+    def _opened(
+        self, opened: Any, run: Any, ref: Any, *args: Any, into: Any = None, may_differ: tuple[str, ...] = ()
+    ) -> Iterator[Any]:
+        with opened(run, ref, *args, into=into, may_differ=may_differ) as restored:
+            # An attempt does not go on from the weights of a parent, which may differ.
+            if into is not None and not may_differ:
+                self._trace("restored", ref=[ref.fence, ref.images_seen])
+            yield restored
 
-        def watched_check(this: Any, *args: Any) -> None:
-            self._around("sampling-step", "", b"", lambda: check(this, *args))
+    def _began(self, restore: Callable[..., None], attempt: Any) -> None:
+        self._trace.fence = attempt.record.fence
+        self._trace("began")
+        restore(attempt)
 
-        setattr(kind, name, watched_check)
+    def _stepped(self, after_step: Callable[..., bool], session: Any, state: Any) -> bool:
+        self._trace("step", images_seen=state.images_seen, images=self._digests())
+        return after_step(session, state)
 
-    def _watch_restoring(self, module: ModuleType) -> None:
-        opened = module.opened
+    def _noise_drawn(self, draw: Callable[..., Any], seed: int, image_numbers: Any, *args: Any) -> Any:
+        self._drawn.append((image_numbers.tolist(), []))
+        return draw(seed, image_numbers, *args)
 
-        @contextmanager
-        def watched(
-            run: Any, ref: Any, *args: Any, into: Any = None, may_differ: tuple[str, ...] = ()
-        ) -> Iterator[Any]:
-            with opened(run, ref, *args, into=into, may_differ=may_differ) as restored:
-                # An attempt does not go on from the weights of a parent, which may differ.
-                if into is not None and not may_differ:
-                    self._trace("restored", ref=[ref.fence, ref.images_seen])
-                yield restored
-
-        module.opened = watched
-
-    def _watch_attempt(self, kind: Any) -> None:
-        restore = kind._restore
-
-        def watched_restore(attempt: Any) -> None:
-            self._trace.fence = attempt.record.fence
-            self._trace("began")
-            restore(attempt)
-
-        kind._restore = watched_restore
-
-    def _watch_session(self, kind: Any) -> None:
-        after_step = kind.after_step
-
-        def watched_after_step(session: Any, state: Any) -> bool:
-            self._trace("step", images_seen=state.images_seen, images=self._digests())
-            return bool(after_step(session, state))
-
-        kind.after_step = watched_after_step
-
-    def _keep_drawn(self, module: ModuleType) -> None:
-        """Keeps the content of each micro-batch: the numbers of its images, and their pixels, noise and points."""
-        draw, losses = module.randomness.training_noise, module.Objective.losses
-
-        def kept_noise(seed: int, image_numbers: Any, *args: Any) -> Any:
-            self._drawn.append((image_numbers.tolist(), []))
-            return draw(seed, image_numbers, *args)
-
-        def kept_losses(objective: Any, network: Any, *args: Any, **named: Any) -> Any:
-            x_start, noise, drawn = args[:3]
-            self._drawn[-1][1].extend([x_start, noise, *(row for row in drawn if row is not None)])
-            return losses(objective, network, *args, **named)
-
-        module.randomness.training_noise, module.Objective.losses = kept_noise, kept_losses
+    def _losses_asked(self, losses: Callable[..., Any], objective: Any, network: Any, *args: Any, **named: Any) -> Any:
+        x_start, noise, drawn = args[:3]
+        self._drawn[-1][1].extend([x_start, noise, *(row for row in drawn if row is not None)])
+        return losses(objective, network, *args, **named)
 
     def _digests(self) -> list[list[Any]]:
         """Returns for each image of this step its number, and a hash of its pixels, noise and point."""
@@ -312,50 +295,47 @@ def install() -> None:
     sys.meta_path.insert(0, AfterImport(hook))
 
 
-def _manifest_first(module: Any, trace: Any) -> None:
+def _manifest_first(writer: Any) -> None:
     from job.runs.writer import write_part
     from job.store.files import scratch_folder
 
-    upload, commit_manifest = module.CheckpointFiles.upload, module.commit_manifest
     late: list[Callable[[], Any]] = []
 
-    def upload_later(files: Any, run: Any, lease: Any, ref: Any, when_written: Any) -> Any:
+    def upload_later(upload: Any, files: Any, run: Any, lease: Any, ref: Any, when_written: Any) -> Any:
         late.append(lambda: upload(files, run, lease, ref, when_written))
         with scratch_folder("sabotage") as folder:
             return tuple(write_part(folder / "part", key, tensors) for key, tensors in files.tensors_of(ref))
 
-    def commit_and_upload(run: Any, manifest: Any) -> None:
-        commit_manifest(run, manifest)
+    def commit_and_upload(commit_manifest: Any, *args: Any) -> None:
+        commit_manifest(*args)
         late.pop()()
 
-    module.CheckpointFiles.upload, module.commit_manifest = upload_later, commit_and_upload
+    wrap(writer.CheckpointFiles, "upload", upload_later)
+    wrap(writer, "commit_manifest", commit_and_upload)
 
 
-def _fence_ignored(lease: Any, trace: Any) -> None:
+def _fence_ignored(lease: Any) -> None:
     lease.Lease.confirm = lambda this: None
     lease.Lease.check_lost = lambda this: None
     lease.Lease.lost = property(lambda this: "", lambda this, lost: None)
 
 
-def _position_off_by_one(session: Any, trace: Any) -> None:
-    stream_batches = session.stream_batches
+def _position_off_by_one(session: Any) -> None:
+    def shifted(stream_batches: Any, *args: Any, first_image: int, **named: Any) -> Any:
+        return stream_batches(*args, first_image=first_image + (first_image > 0), **named)
 
-    def shifted(*args: Any, first_image: int, **kwargs: Any) -> Any:
-        return stream_batches(*args, first_image=first_image + (first_image > 0), **kwargs)
-
-    session.stream_batches = shifted
+    wrap(session, "stream_batches", shifted)
 
 
-def _image_hash_unchecked(cache: Any, trace: Any) -> None:
-    def read_image(this: Any, shard: int, row: int, record: Any, file: Any) -> Any:
+def _image_hash_unchecked(cache: Any) -> None:
+    def unchecked(_: Any, this: Any, shard: int, row: int, record: Any, file: Any) -> Any:
         file.seek(record[0])
-        index = this.index
-        return cache.decode(file.read(record[1]), index.channels, index.size)
+        return cache.decode(file.read(record[1]), this.index.channels, this.index.size)
 
-    cache.ImageCache.read_image = read_image
+    wrap(cache.ImageCache, "read_image", unchecked)
 
 
-_BROKEN: dict[tuple[str, str], Callable[[Any, Any], None]] = {
+_BROKEN: dict[tuple[str, str], Callable[[Any], None]] = {
     ("manifest-first", "job.runs.writer"): _manifest_first,
     ("fence-ignored", "job.coordination.lease"): _fence_ignored,
     ("position-off-by-one", "job.training.session"): _position_off_by_one,

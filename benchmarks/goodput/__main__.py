@@ -23,13 +23,12 @@ from statistics import fmean
 from types import FrameType
 from typing import Any, NoReturn
 
-from benchmarks.__main__ import show
+from benchmarks.__main__ import report_of, show
 from benchmarks.crash_campaign.processes import Event, destroy_all
 from benchmarks.goodput import accounting
 from benchmarks.goodput.accounting import WARM_STEPS, Costs, gaps, of_kind, restart_seconds
 from benchmarks.goodput.systems import LABELS, Attempt, Subject
 from benchmarks.measuring import Figure, machine
-from job.coordination.sealed import utc_now
 from job.runs.outlook import interval_seconds
 from job.stop import SPOT_GRACE_SECONDS
 
@@ -157,7 +156,7 @@ class Measurement:
 
 def main() -> int:
     """Runs the benchmark; returns 1 if the model misses a measurement by more than its tolerance."""
-    options, date, there, began = _options(), utc_now(), machine(), time.time()
+    options, there, began = _options(), machine(), time.time()
     signal.signal(signal.SIGTERM, _leave)
     with tempfile.TemporaryDirectory(prefix="ddpm-goodput-") as name:
         subject = Subject.prepared(Path(name), tuple(options.set))
@@ -166,18 +165,14 @@ def main() -> int:
         with ThreadPoolExecutor(len(measurements) if options.quick else 1) as pool:
             done = list(pool.map(Measurement.run, measurements))
     figures = [figure for one in done for figure in one.figures]
-    report = {
-        "systems": {one.system: one.report for one in done},
-        "figures": {figure.key: figure.to_dict() for figure in figures},
-        "machine": there,
-        "command": " ".join(["python", "-m", "benchmarks.goodput", *sys.argv[1:]]),
-        "date": date,
-        "minutes": round((time.time() - began) / 60, 1),
-    }
+    systems = {one.system: one.report for one in done}
+    report = report_of(figures, there, began, systems=systems)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "goodput.json").write_text(json.dumps(report, indent=1) + "\n")
     points = {one.system: [f.raw | {"goodput": f.value} for f in one.figures if f.raw["is_measured"]] for one in done}
-    (options.output / "goodput.png").write_bytes(goodput_png({one.system: one.report["curve"] for one in done}, points))
+    (options.output / "goodput.png").write_bytes(
+        goodput_png({name: one["curve"] for name, one in systems.items()}, points)
+    )
     show(figures, report, options.output / "goodput.json")
     for one in done:
         costs = ", ".join(f"{name.removesuffix('_seconds')} {seconds:.3g}" for name, seconds in vars(one.costs).items())
@@ -231,14 +226,11 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.goodput", description=__doc__)
-    parser.add_argument(
-        "--kills", default="15x6,60x4", metavar="SECONDSxN", help="mean gap, number of kills (15x6,60x4)"
-    )
-    parser.add_argument(
-        "--only", default=",".join(LABELS), metavar="SYSTEMS", help=f"of {', '.join(LABELS)}; default: all"
-    )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting of ours")
-    parser.add_argument("--quick", action="store_true", help="tiny network, two kills, all systems at once, no targets")
+    add = parser.add_argument
+    add("--kills", default="15x6,60x4", metavar="SECONDSxN", help="mean gap, number of kills (15x6,60x4)")
+    add("--only", default=",".join(LABELS), metavar="SYSTEMS", help=f"of {', '.join(LABELS)}; default: all")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting of ours")
+    add("--quick", action="store_true", help="tiny network, two kills, all systems at once, no targets")
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).parents[1], metavar="FOLDER", help="of JSON and picture"
     )

@@ -11,7 +11,7 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
-from benchmarks.crash_campaign.injection import Trace
+from benchmarks.crash_campaign.injection import Trace, wrap
 
 
 def digests(images: Any) -> list[str]:
@@ -29,44 +29,44 @@ class Hooks:
         """Changes a module."""
         match module.__name__:
             case "job.runs.writer":
-                module.commit_manifest = self._told(
-                    module.commit_manifest, after="saved", at=lambda made: made.images_seen
-                )
-                module.CheckpointWriter.save = self._told(module.CheckpointWriter.save, before="saving", at=int)
+                wrap(module.CheckpointWriter, "save", self._saving)
+                wrap(module, "commit_manifest", self._saved)
             case "ddpm.state":
-                module.TrainState.resume_at = self._told(module.TrainState.resume_at, after="restored", at=int)
+                wrap(module.TrainState, "resume_at", self._restored)
             case "ddpm.training":
-                module.train = self._told_steps(module.train)
+                wrap(module, "train", self._trained)
 
-    def _told(
-        self, work: Callable[..., Any], *, before: str = "", after: str = "", at: Any = None
-    ) -> Callable[..., Any]:
-        """Returns a function that traces its begin or its end, with `at` of its second argument."""
+    def _saving(self, save: Callable[..., Any], writer: Any, images_seen: int, *args: Any) -> Any:
+        self._trace("saving", at=images_seen)
+        return save(writer, images_seen, *args)
 
-        def call(*args: Any, **named: Any) -> Any:
-            about = {"at": at(args[1])} if at else {}
-            if before:
-                self._trace(before, **about)
-            result = work(*args, **named)
-            if after:
-                self._trace(after, **about)
-            return result
+    def _saved(self, commit_manifest: Callable[..., Any], run: Any, manifest: Any) -> None:
+        commit_manifest(run, manifest)
+        self._trace("saved", at=manifest.images_seen)
 
-        return call
+    def _restored(self, resume_at: Callable[..., Any], state: Any, images_seen: int, *args: Any) -> None:
+        resume_at(state, images_seen, *args)
+        self._trace("restored", at=images_seen)
 
-    def _told_steps(self, train: Callable[..., Any]) -> Callable[..., Any]:
-        def call(state: Any, network: Any, batches: Iterable[Any], *args: Any, hooks: Any, **named: Any) -> Any:
-            newest: list[Any] = []
+    def _trained(
+        self,
+        train: Callable[..., Any],
+        state: Any,
+        network: Any,
+        batches: Iterable[Any],
+        *args: Any,
+        hooks: Any,
+        **named: Any,
+    ) -> Any:
+        newest: list[Any] = []
 
-            def seen() -> Iterator[Any]:
-                for newest[:] in zip(batches):
-                    yield newest[0]
+        def seen() -> Iterator[Any]:
+            for newest[:] in zip(batches):
+                yield newest[0]
 
-            def after_step(state: Any) -> bool:
-                numbers, images = newest[0].image_numbers.tolist(), digests(newest[0].images)
-                self._trace("step", at=state.images_seen, images=list(zip(numbers, images, strict=True)))
-                return bool(hooks.after_step(state))
+        def after_step(state: Any) -> bool:
+            numbers, images = newest[0].image_numbers.tolist(), digests(newest[0].images)
+            self._trace("step", at=state.images_seen, images=list(zip(numbers, images, strict=True)))
+            return bool(hooks.after_step(state))
 
-            return train(state, network, seen(), *args, hooks=replace(hooks, after_step=after_step), **named)
-
-        return call
+        return train(state, network, seen(), *args, hooks=replace(hooks, after_step=after_step), **named)
