@@ -34,7 +34,7 @@ def training_step(quick: bool) -> list[Figure]:
     precision = compute.best_precision()
     with TemporaryDirectory(prefix="ddpm-bench-") as name:
         ours, peer = both_loops(Path(name), precision, quick)
-        took = in_turn("training steps", timed(peer=peer.step, ours=ours.step), 2 if quick else 5, 1 if quick else 2)
+        took = in_turn("training steps", timed(peer=peer.step, ours=ours.step), 2 if quick else 5)
         ours.close()
     batch_size, parameters = ours.session.batch_size, sum(p.numel() for p in ours.session.state.model.parameters())
     return [
@@ -120,7 +120,7 @@ def _both_kinds(rank: int, group: Group, folder: Path, quick: bool) -> None:
     sets, precision = TINY if quick else HALF_WIDTH, compute.best_precision()
     slots, other = (OurLoop(folder, precision, sets=sets, exact=exact) for exact in ("true", "false"))
     assert slots.session.slots is not None and other.session.slots is None
-    took = in_turn("exact steps", timed(other=other.step, slots=slots.step), 2 if quick else 5, 1 if quick else 2)
+    took = in_turn("exact steps", timed(other=other.step, slots=slots.step), 2 if quick else 5)
     if rank == 0:
         (folder / "took.json").write_text(json.dumps(took))
     for loop in (slots, other):

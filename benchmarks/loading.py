@@ -80,7 +80,7 @@ def loader(quick: bool) -> list[Figure]:
             peers.litdata_optimize(files, chunks)
         epochs = readers(bucket, cache, str(chunks), files)
         works = {reader: partial(one_epoch, batches, images) for reader, batches in epochs.items()}
-        took = in_turn("reading images", timed(**works), 1 if quick else 3)
+        took = in_turn("reading images", timed(**works), 1 if quick else 2)
     rates = {reader: [images / each for each in of_reader] for reader, of_reader in took.items()}
     best_peer = max(took.keys() - {"ours"}, key=lambda reader: median(rates[reader]))
     beside = (

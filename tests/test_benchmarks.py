@@ -29,6 +29,7 @@ CLAIMED = set(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_quick_benchmarks_give_plausible_numbers(tmp_path):
     # One thread each: the tests beside this one want the other core.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -61,6 +62,7 @@ def test_quick_benchmarks_give_plausible_numbers(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_gpu_benchmark_runs_on_a_cpu(tmp_path):
     """All parts, by the command that a person types on a GPU machine."""
     output = tmp_path / "gpu.json"

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_quick_goodput_accounts_for_all_systems(tmp_path: Path):
     words = [sys.executable, "-m", "benchmarks.goodput", "--quick", "--output", str(tmp_path)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)

@@ -171,8 +171,8 @@ def opened_here() -> Iterator[None]:
             name = "open_bucket" if module is averages else "open_store"
             stack.enter_context(patch.object(module, name, store))
             stack.enter_context(patch.object(module, "Stop", stop))
-            stack.enter_context(patch.object(module, "note", lambda text: None))
-            stack.enter_context(patch.object(module, "print", lambda *_: None, create=True))
+            for printing in ("note", "say", "print"):
+                stack.enter_context(patch.object(module, printing, lambda *_, **__: None, create=True))
         # To read the configuration takes longer than the rest, and it never changes.
         stack.enter_context(patch("job.runs.records.parsed_config", lambda *_: config()))
         stack.enter_context(patch("job.runs.records.as_last_changed", lambda run, config: config))
