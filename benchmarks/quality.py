@@ -13,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.metadata import distribution
 from itertools import count
@@ -65,8 +66,8 @@ def main(words: list[str] | None = None) -> None:
     print(f"{'':<28}{'KID × 1000':>12}{'images learnt':>16}")
     for contestant in asked.only.split(","):
         one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        with patch.dict(os.environ, one_thread), get_context("spawn").Pool(1) as pool:
-            about, drawn = pool.apply(compete, (contestant, learnt, asked))
+        with patch.dict(os.environ, one_thread), ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            about, drawn = pool.submit(compete, contestant, learnt, asked).result()
         scores[contestant] = about | {"kid": kid(reference, features(drawn.pop("")))}
         by_way |= {way: kid(reference, features(images)) for way, images in drawn.items()}
     for way, distance in by_way.items():

@@ -44,7 +44,10 @@ def _make_slowly() -> None:
 
 
 class PieceChecks(Checks):
-    """A record names files that are there; a result names files that stay; each piece counts once."""
+    """A record names files that are there; a result names the files of all pieces, which stay; each counts once."""
+
+    files = 2 * PIECES
+    """How many a result names: a shard and its table for each piece."""
 
     def __init__(self, world: World, undisturbed: Any, folder: str, result: str, above: str = "") -> None:
         super().__init__(world)
@@ -69,6 +72,8 @@ class PieceChecks(Checks):
                 if content is None or sha256(content[0]) != wanted:
                     state = "is missing" if content is None else "differs"
                     raise Violation(f"{request.process.name} committed {key}, but {file} {state}")
+            if key == self._result and len(named) < self.files:
+                raise Violation(f"{request.process.name} committed {key}, which names {len(named)} files")
             self._named[key] = named
 
     def _check_deletion(self, request: Request, is_finished: bool) -> None:
@@ -264,6 +269,8 @@ def sample(slice_text: str, world: World, process: Process) -> float:
 class SampleChecks(PieceChecks):
     """The images that all machines say they made are those that there are."""
 
+    files = PIECES
+
     def __init__(self, world: World, undisturbed: Any) -> None:
         super().__init__(world, None, "runs/r/samples/drawn", "index.json", above="runs/r/")
 
@@ -312,14 +319,19 @@ def score(slice_text: str, world: World, process: Process) -> None:
 class ScoreChecks(PieceChecks):
     """The score is that of all pieces, each of them once."""
 
+    files = 0
+
     def __init__(self, world: World, undisturbed: Any) -> None:
         plan: Any = SimpleNamespace(reference=_reference())
         name = Evaluation(plan, SampleSet(None, "drawn", CheckpointRef(1, 24), _sample_set_config())).name  # type: ignore[arg-type]
         super().__init__(world, undisturbed, f"runs/r/evaluations/{name}", "scores.json")
 
     def outcome(self) -> Any:
-        """Returns the score."""
-        return json.loads(self.world.objects[self._result][0])["values"]
+        """Checks the score, the sum of four features for each piece."""
+        score = json.loads(self.world.objects[self._result][0])["values"]
+        if score != {"fid": 4.0 * sum(range(1, PIECES + 1))}:
+            raise Violation(f"the score of all pieces is {score}")
+        return score
 
 
 @contextmanager
