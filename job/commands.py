@@ -5,13 +5,13 @@ The launcher checks that the work is possible. Its processes run the same comman
 
 import gc
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from ddpm.image_size import ImageSize
 from job.config import EMBEDDED, pack_config
-from job.coordination.outcome import outcome_written
+from job.coordination.outcome import command_on
 from job.coordination.pieces import IF_NONE_RUNS, Slice
 from job.data.pack_request import EncodeRequest, EnsureRequest, PackRequest
 from job.data.shards import PREVIEW, DatasetIndex, NoDatasetError, dataset_key
@@ -23,12 +23,12 @@ from job.printing import in_lines, open_page
 from job.processes.group import Group, check_gpus, default_processes
 from job.processes.launcher import await_go, is_rank, launch, this_command
 from job.progress import note
-from job.requests import EvaluateRequest, JobRequest, SampleRequest, TrainRequest, check_world_size
+from job.requests import EvaluateRequest, SampleRequest, TrainRequest, check_world_size
 from job.runs.layout import ObjectKind
 from job.runs.records import check_writable
 from job.runs.samples import grid_key, label_at
 from job.sampling.sampling_plan import plan_sampling
-from job.stop import Stop, deadline, preemption_watched
+from job.stop import Stop
 from job.store import Store, is_foreign, open_bucket, split_chain
 from job.training.tracking import check_tracker
 
@@ -48,7 +48,7 @@ def train_command(request: TrainRequest, go: Callable[[], int] | None = None) ->
         _train(request)
         return
     here = Group.of(1)
-    with _command_on(request, Slice(here.node, here.nodes)) as stop:
+    with command_on(request, Slice(here.node, here.nodes)) as stop:
         request = request.check()
         try:
             plan = plan_run(request, stop)
@@ -83,7 +83,7 @@ def _train(request: TrainRequest) -> None:
     gc.enable()
     # Before this line the process must print and write nothing: the launcher may still refuse the command.
     await_go()
-    with _command_on(request) as stop:
+    with command_on(request) as stop:
         plan = run_training(request.check(), stop)
         if os.environ.get("RANK", "0") == "0":
             _say_finished(plan, "is finished")
@@ -95,7 +95,7 @@ def sample_command(request: SampleRequest) -> None:
     Raises:
         SystemExit: the ranks ended with another code than 0.
     """
-    with _command_on(request) as stop:
+    with command_on(request) as stop:
         plan = plan_sampling(request.check(), stop)
         if is_rank():
             from job.sampling.pictures import run_sampling
@@ -113,7 +113,7 @@ def evaluate_command(request: EvaluateRequest) -> None:
         SystemExit: the ranks ended with another code than 0.
     """
     check_library()
-    with _command_on(request) as stop:
+    with command_on(request) as stop:
         plan = plan_evaluation(request.check(), stop)
         if is_rank():
             from job.evaluation.evaluate import run_evaluation
@@ -129,7 +129,7 @@ def pack_command(request: PackRequest) -> None:
     from job.data.source import forget
     from job.verbs.upkeep import check_unused
 
-    with _command_on(request) as stop:
+    with command_on(request) as stop:
         stop.install()
         request = request.check()
         bucket = open_bucket(request.bucket, stop)
@@ -156,7 +156,7 @@ def encode_command(request: EncodeRequest) -> None:
     from job.data.latents import encode_dataset
     from job.exchange.other_programs import opened_autoencoder
 
-    with _command_on(request) as stop:
+    with command_on(request) as stop:
         stop.install()
         request = request.check()
         bucket = open_bucket(request.bucket, stop)
@@ -222,18 +222,6 @@ def _usual_size(preset: str) -> ImageSize:
     pack = pack_config(preset) or pack_config(EMBEDDED)
     assert pack is not None
     return pack.size
-
-
-@contextmanager
-def _command_on(request: JobRequest, node: Slice | None = None) -> Iterator[Stop]:
-    """Runs a command with the common parts: its outcome in the bucket, its deadline, and its reaction to signals."""
-    share = node or Slice.parse(getattr(request, "slice", ""))
-    outcome = outcome_written(request.bucket, share.index, share.count, is_group=node is not None)
-    with outcome, deadline(request.stop_after):
-        # Signals end this process until its work begins.
-        stop = Stop().install(signals=False)
-        with preemption_watched(stop):
-            yield stop
 
 
 def _launch(request: LaunchedOptions, run: Store, go: Callable[[], int] | None = None) -> None:

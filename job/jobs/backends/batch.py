@@ -17,8 +17,7 @@ from pydantic import Field
 
 from job.coordination.sealed import utc_text
 from job.exits import BadRequestError, Restart, State, failures, state_after
-from job.jobs.backends import Cause, JobStatus, JsonObject, google
-from job.jobs.backends.container import SCRATCH
+from job.jobs.backends import SCRATCH, Cause, JobStatus, JsonObject, google
 from job.jobs.machines import Machine
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 

@@ -25,8 +25,19 @@ from urllib.parse import urlsplit
 from pydantic import Field, PrivateAttr
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
-from job.jobs.backends import Check, JsonObject, LabelValue, NoCapacityError, Target, Terms, Word, needs_extra
-from job.jobs.backends.container import IMAGE_USER, docker_options, scratch_variables
+from job.jobs.backends import (
+    IMAGE_USER,
+    Check,
+    JsonObject,
+    LabelValue,
+    NoCapacityError,
+    Target,
+    Terms,
+    Word,
+    docker_options,
+    needs_extra,
+    scratch_variables,
+)
 from job.jobs.machines import Hourly, Machine, listed_price, machine_for
 from job.jobs.spec import JobSpec
 

@@ -12,9 +12,8 @@ import typer
 from job.cli import command
 from job.cli.app import EXAMPLES
 from job.jobs.backends import JobStatus, JsonObject, Target
-from job.jobs.building import spec_of
 from job.jobs.spec import JobSpec
-from job.jobs.submit import formatted
+from job.jobs.submit import formatted, spec_of
 from job.jobs.targets import target_on
 from job.requests import JobRequest, SubmitRequest
 

@@ -13,10 +13,9 @@ import pytest
 from job.exits import Exit
 from job.jobs import machines
 from job.jobs.backends import Target
-from job.jobs.building import spec_of
 from job.jobs.machines import load_prices
 from job.jobs.spec import JobSpec
-from job.jobs.submit import cost_of, outlook_lines, plan_lines
+from job.jobs.submit import cost_of, outlook_lines, plan_lines, spec_of
 from job.jobs.targets import BACKENDS, load_targets, parse_targets, target_on
 from job.requests import SubmitRequest
 from tests.job.command_line import ddpm_here, refused, succeeded
