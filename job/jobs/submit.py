@@ -22,7 +22,7 @@ from job.exits import BadConfigError, BadRequestError, JobError, MissingInputErr
 from job.jobs.backends import JsonObject, Target
 from job.jobs.machines import gpus_of
 from job.jobs.spec import JobSpec, job_name
-from job.jobs.targets import target_on
+from job.jobs.targets import BACKENDS, target_class, target_on
 from job.jobs.watch import Watch
 from job.processes.group import GPUS, JOB
 from job.progress import note
@@ -154,9 +154,8 @@ def _check_machines(verb: str, target: Target, how: SubmitRequest) -> None:
     if how.max_hours is not None and not 1 / 60 <= how.max_hours <= 720:
         raise BadRequestError(f"--max-hours {how.max_hours:g}, or --stop-after: a job lasts for 0.017 to 720 hours")
     if how.nodes > 1 and not target.has_groups:
-        raise BadRequestError(
-            f"--nodes {how.nodes}: on {on} no machines train together: use a kubernetes or slurm target"
-        )
+        groups = " or ".join(backend for backend in BACKENDS if target_class(backend).has_groups)
+        raise BadRequestError(f"--nodes {how.nodes}: on {on} no machines train together: use a {groups} target")
     if verb in _WITHOUT_GPUS and (how.gpus or how.gpu_type):
         raise BadRequestError("packing uses no GPUs: leave --gpus and --gpu-type out")
     if target.is_remote and not target.software:
