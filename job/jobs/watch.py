@@ -15,15 +15,7 @@ from datetime import datetime
 from typing import Any
 
 from job.coordination.outcome import Outcome, read_outcome
-from job.exits import (
-    BadRequestError,
-    BucketAwayError,
-    JobEndedError,
-    MissingInputError,
-    Restart,
-    State,
-    StoppedError,
-)
+from job.exits import BadRequestError, BucketAwayError, JobEndedError, MissingInputError, Restart, State, StoppedError
 from job.jobs.backends import Cause, JobStatus, NoCapacityError, Target
 from job.jobs.spec import RETRIES, JobSpec
 from job.progress import note

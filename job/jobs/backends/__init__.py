@@ -34,17 +34,13 @@ from job.exits import (
 from job.jobs.machines import Hourly
 from job.jobs.spec import JobSpec
 from job.progress import note, printable
-from job.stop import GRACE_VARIABLE, SPOT_GRACE_SECONDS
+from job.stop import SPOT_GRACE_SECONDS
 from job.store import KINDS, check_uri
 
 JsonObject = dict[str, Any]
 """A request to an engine, or its answer, as JSON types."""
 FOLLOW_SECONDS = 0.2
 """Between two looks at the output of a job of this machine."""
-IMAGE_USER = 10001
-"""User and group of the image, for jobs that touch no file of the machine they run on."""
-SCRATCH = "/scratch"
-"""The local disk that the program may write; elsewhere /tmp may be memory."""
 
 
 class Cause(StrEnum):
@@ -203,25 +199,6 @@ def output_of(
                 was_over = not data and is_over()
         finally:
             process.kill()
-
-
-def scratch_variables(grace_seconds: int) -> dict[str, str]:
-    """Returns the container's variables for the folders it may write, and for the time it has to save."""
-    folders = {"TMPDIR": SCRATCH, "XDG_CACHE_HOME": f"{SCRATCH}/cache", "DDPM_CACHE": f"{SCRATCH}/ddpm"}
-    return {**folders, GRACE_VARIABLE: str(grace_seconds)}
-
-
-def docker_options(user: int, group: int, stop_seconds: int) -> list[str]:
-    """Returns options of `docker run`: no rights, only scratch and /tmp to write, and the time until SIGKILL."""
-    return [
-        f"--stop-timeout={stop_seconds}",
-        "--read-only",
-        # torch.compile puts libraries there and runs them.
-        "--tmpfs=/tmp:rw,exec,nosuid,nodev,mode=1777",
-        f"--user={user}:{group}",
-        "--cap-drop=ALL",
-        "--security-opt=no-new-privileges",
-    ]
 
 
 @dataclass(frozen=True)

@@ -30,22 +30,8 @@ from job.exits import (
     State,
     state_after,
 )
-from job.jobs.backends import (
-    FOLLOW_SECONDS,
-    IMAGE_USER,
-    SCRATCH,
-    Check,
-    Image,
-    JobStatus,
-    JsonObject,
-    Target,
-    Word,
-    docker_options,
-    last_line,
-    output_of,
-    scratch_variables,
-)
-from job.jobs.spec import LABEL_PREFIX, JobSpec
+from job.jobs.backends import FOLLOW_SECONDS, Check, Image, JobStatus, JsonObject, Target, Word, last_line, output_of
+from job.jobs.spec import IMAGE_USER, LABEL_PREFIX, SCRATCH, JobSpec, docker_options, scratch_variables
 from job.processes.group import local_gpus
 from job.progress import note
 from job.store import kind_of

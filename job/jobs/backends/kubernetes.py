@@ -25,14 +25,7 @@ from job.exits import (
     NoPermissionError,
     State,
 )
-from job.jobs.backends import (
-    Cause,
-    Check,
-    JobStatus,
-    JsonObject,
-    Terms,
-    needs_extra,
-)
+from job.jobs.backends import Cause, Check, JobStatus, JsonObject, Terms, needs_extra
 from job.jobs.backends.kubernetes_objects import (
     CONTAINER,
     KubernetesKeys,
