@@ -74,7 +74,8 @@ def test_preempted_runs_have_undisturbed_weights(cluster, bucket, undisturbed):
 
 def test_jobs_out_of_time_go_on(cluster, bucket):
     submitted(*training("long", bucket, ENDLESS), on="brief")
-    cluster.wait_for_requeue("train-long", seconds=90)
+    # Slurm counts two whole minutes, of which 30 s are the grace.
+    cluster.wait_for_requeue("train-long", seconds=120)
     assert read_outcome("train-long", bucket).exit_code == 75
     cluster.begin_now("train-long")
     cluster.wait_for("train-long", "RUNNING")
