@@ -64,7 +64,7 @@ def load_decoder(bucket: Store, index: shards.DatasetIndex | None, device: torch
     """
     if index is None or index.encoding is None:
         return None
-    dataset, encoding = bucket.sub(shards.dataset_key(index.name, index.size)), index.encoding
+    dataset, encoding = bucket.sub(index.key), index.encoding
     config = dataset.read(CONFIG).data
     path = default_cache_dir() / "autoencoders" / f"{encoding.hashes[1]}.safetensors"
     if not path.exists():
@@ -160,8 +160,7 @@ def encode_dataset(bucket: Store, request: EncodeRequest, opened: Opened, stop: 
         parts.insert(0, (held_out, f"{request.to}-held-out"))
     with scratch_folder("encode") as folder:
         for index, name in parts:
-            key = shards.dataset_key(index.name, index.size)
-            with closing(uncached_images(bucket, key, index, stop)) as images:
+            with closing(uncached_images(bucket, index, stop)) as images:
                 made = make_dataset(bucket, _Encoding(images, name, encoder, folder, stop), request.slice, stop)
     return made
 

@@ -32,14 +32,13 @@ from job.data import shards
 from job.data.images import RejectedImageError, UndecidedImageError, codec_versions, encode_png, prepare
 from job.data.pack_request import FIRST_IMAGES, PackRequest
 from job.data.preview import preview_png
-from job.data.reading import in_order
 from job.data.source.archives import Sample, find_tars
 from job.data.source.labels import split_labels
 from job.data.source.members import Member, split_in
 from job.data.source.survey import chosen_source, lacking_labels, no_images, survey
 from job.exits import BadDataError, BadRequestError, StoppedError
 from job.progress import some_of
-from job.stop import NEVER, Stop
+from job.stop import NEVER, Stop, in_order
 from job.store import ObjectExistsError, ObjectMissingError, Store
 from job.store.files import os_errors, scratch_folder
 
@@ -290,7 +289,7 @@ class _Packing(Packing):
         if rejects:
             dataset.create(shards.REJECTS, rejects)
         try:
-            preview = preview_png(self._bucket, self._request.key, index, self._folder, self._stop)
+            preview = preview_png(self._bucket, index, self._folder, self._stop)
             dataset.put(shards.PREVIEW, preview)
         except StoppedError:
             raise

@@ -28,12 +28,11 @@ _SHARDS = 64
 _LONGEST_NAME = 200
 
 
-def preview_png(bucket: Store, key: str, index: DatasetIndex, folder: Path, stop: Stop = NEVER) -> bytes:
-    """Returns the preview of the dataset at `key` as a PNG: equal datasets give equal bytes.
+def preview_png(bucket: Store, index: DatasetIndex, folder: Path, stop: Stop = NEVER) -> bytes:
+    """Returns the preview of a dataset as a PNG: equal datasets give equal bytes.
 
     Args:
         bucket: bucket of the dataset.
-        key: folder of the dataset, `datasets/NAME-SIZE`.
         index: index of the dataset, which may not be in the bucket yet.
         folder: for the offset tables that are read.
         stop: ends the reading.
@@ -45,7 +44,7 @@ def preview_png(bucket: Store, key: str, index: DatasetIndex, folder: Path, stop
     rng = np.random.default_rng(_SEED)
     # A hostile index has line breaks, which cannot be drawn, and names whose width takes minutes to measure.
     names = [printable(name[:_LONGEST_NAME]) for name in index.classes[:CLASSES]]
-    with closing(ImageCache(bucket, key, index, folder, stop, with_pillow=True)) as reader:
+    with closing(ImageCache(bucket, index, folder, stop, with_pillow=True)) as reader:
         groups = _by_class(reader, rng, len(names))
         if not any(map(len, groups)):
             names, groups = [], [np.sort(rng.choice(index.images, min(IMAGES, index.images), replace=False))]

@@ -12,23 +12,23 @@ from typing import BinaryIO
 
 from job.coordination.pieces import CLAIMS, RECORDS
 from job.data import shards
-from job.data.reading import in_order
-from job.data.reading.cache import ImageCache, Progress
+from job.data.reading.cache import ImageCache
 from job.data.shards import DatasetIndex, Record, load_index
 from job.exits import BadDataError
+from job.progress import Progress
+from job.stop import in_order
 from job.store import ObjectMissingError, Store
 from job.store.files import scratch_folder
 
 _IMAGES_AHEAD = 256
 
 
-def verify_dataset(bucket: Store, key: str, progress: Progress = lambda done, total: None) -> list[str]:
+def verify_dataset(bucket: Store, key: str) -> list[str]:
     """Checks every image of the dataset at `key` (`datasets/NAME-SIZE`), with one shard on the local disk at a time.
 
     Args:
         bucket: bucket of the dataset.
         key: folder of the dataset.
-        progress: called with the number of images checked so far, and of all.
 
     Returns:
         A line for each bad object with its URI and problem; none for an intact dataset.
@@ -51,15 +51,16 @@ def verify_dataset(bucket: Store, key: str, progress: Progress = lambda done, to
     with (
         scratch_folder("verify") as folder,
         ThreadPoolExecutor(os.cpu_count()) as workers,
-        closing(ImageCache(bucket, key, index, folder)) as reader,
+        closing(ImageCache(bucket, index, folder)) as reader,
+        Progress(f"verifying {index.name}", total=index.images) as bar,
     ):
         for shard in range(len(index.shards)):
-            problems += _in_shard(shard, reader, dataset, folder / "shard", workers, progress)
+            problems += _in_shard(shard, reader, dataset, folder / "shard", workers, bar)
     return problems
 
 
 def _in_shard(
-    shard: int, reader: ImageCache, dataset: Store, path: Path, workers: ThreadPoolExecutor, progress: Progress
+    shard: int, reader: ImageCache, dataset: Store, path: Path, workers: ThreadPoolExecutor, bar: Progress
 ) -> list[str]:
     """Returns the problems of a shard and its table; a tar elsewhere is copied to a path."""
     packed, (store, key) = reader.index.shards[shard], reader.place(shard)
@@ -86,7 +87,7 @@ def _in_shard(
         damaged = list[str]()
         for row, found in enumerate(in_order(workers, problem, range(len(records)), _IMAGES_AHEAD)):
             damaged += filter(None, [found])
-            progress(int(reader.starts[shard]) + row + 1, reader.index.images)
+            bar.update(int(reader.starts[shard]) + row + 1)
         between = f"{uri} differs from the index{', but all its images are intact' if records else ''}"
         # In a truncated shard every image behind its end is damaged.
         problems += damaged if is_whole else damaged[:1] or [f"{between}: {reader.remedy}"]

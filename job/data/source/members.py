@@ -23,9 +23,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, BinaryIO, cast
 
-from job.data.reading import in_order
 from job.exits import BadDataError, MissingInputError, NoPermissionError
 from job.progress import printable
+from job.stop import in_order
 
 SUFFIXES = {
     *(".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jpe", ".jpeg", ".jpg"),

@@ -55,7 +55,7 @@ def indexed(bucket: Store, *words: object, **options) -> DatasetIndex:
 
 
 def pixels(bucket: Store, key: str, cache_dir: Path, budget_bytes: int = 1 << 30) -> np.ndarray:
-    cache = open_cache(bucket, key, load_index(bucket, key), cache_dir=cache_dir, budget_bytes=budget_bytes)
+    cache = open_cache(bucket, load_index(bucket, key), budget_bytes, cache_dir=cache_dir)
     try:
         return cache.read(np.arange(cache.index.images))
     finally:
@@ -147,7 +147,7 @@ def test_cls_files_are_classes(tmp_path, bucket, monkeypatch):
     tars = write_tars(tmp_path / "tars", samples_of(12, cls=lambda n: b"%d" % (n % 3)))
     index = indexed(bucket, tars)
     assert index.classes == ("0", "1", "2")
-    cache = open_cache(bucket, KEY, index, cache_dir=tmp_path / "cache", budget_bytes=1 << 30)
+    cache = open_cache(bucket, index, 1 << 30, cache_dir=tmp_path / "cache")
     assert cache.labels(np.arange(12)).tolist() == [n % 3 for n in range(12)]
     mistyped = write_tars(tmp_path / "mistyped", samples_of(12, cls=lambda n: b"%d" % (n + 7 * (n == 5))))
     with pytest.raises(BadDataError, match="says class 12, of 12 images"):

@@ -51,7 +51,7 @@ def sampled(bucket: Path) -> Callable[..., dict[str, np.ndarray]]:
 def images_of(bucket: Path, *numbers: int) -> np.ndarray:
     store = open_store(str(bucket))
     index = load_index(store, "datasets/tiles-16")
-    return uncached_images(store, "datasets/tiles-16", index).read(np.array(numbers)).astype(np.int16)
+    return uncached_images(store, index).read(np.array(numbers)).astype(np.int16)
 
 
 def tiles_of(picture: np.ndarray, columns: int, left: int = 0, padding: int = 8) -> np.ndarray:
