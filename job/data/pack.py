@@ -32,10 +32,11 @@ from job.data import shards
 from job.data.images import RejectedImageError, UndecidedImageError, codec_versions, encode_png, prepare
 from job.data.pack_request import FIRST_IMAGES, PackRequest
 from job.data.preview import preview_png
+from job.data.source import chosen_source
 from job.data.source.archives import Sample, find_tars
 from job.data.source.labels import split_labels
 from job.data.source.members import Member, split_in
-from job.data.source.survey import chosen_source, lacking_labels, no_images, survey
+from job.data.source.survey import lacking_labels, no_images, survey
 from job.exits import BadDataError, BadRequestError, StoppedError
 from job.progress import some_of
 from job.stop import NEVER, Stop, in_order

@@ -44,7 +44,7 @@ _EXIT_SECONDS = 0.5
 
 
 class TrainingAttempt:
-    """One attempt at a run: `held` takes it, `recording` writes down what comes of it, `restore` and `begin` prepare it.
+    """An attempt at a run: `held` takes it, `recording` writes down what comes of it, `restore` and `begin` prepare it.
 
     Attributes:
         plan: made with the lease.

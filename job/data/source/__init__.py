@@ -6,23 +6,55 @@ import hashlib
 import os
 import re
 import shutil
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, cast
 
+from job.data.pack_request import PackRequest
 from job.data.source import members
-from job.data.source.archives import ARCHIVES, find_tars, open_zipped, opened_zip, tar_members, zip_members
-from job.data.source.formats import next_step, recognised
+from job.data.source.archives import find_tars, tar_members
+from job.data.source.formats import FORMATS, next_step
 from job.data.source.formats.published import IDX_NAME, archive_source
 from job.data.source.formats.tables import has_shards
-from job.data.source.labels import json_of, labels_of_pairs, pairs_in, sidecars, text_of, with_sidecars
-from job.data.source.members import Files, Member, Opener, RefusedError, Source, is_data_file, refused, split_in
+from job.data.source.labels import (
+    Rows,
+    join_labels,
+    json_of,
+    labels_of_pairs,
+    pairs_in,
+    read_labels,
+    sidecars,
+    split_labels,
+    table_in,
+    text_of,
+    with_sidecars,
+)
+from job.data.source.members import (
+    ALL,
+    ARCHIVES,
+    Files,
+    Member,
+    Opener,
+    RefusedError,
+    Source,
+    is_data_file,
+    open_zipped,
+    opened_zip,
+    refused,
+    split_in,
+    split_of,
+    zip_members,
+)
+from job.data.source.survey import are_classes, class_folders
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import Progress, printable
 from job.store import (
     Retry,
+    Store,
     fsspec_configured,
     is_foreign,
     is_remote,
@@ -43,6 +75,68 @@ _BRACES = re.compile(r"\{.*\}")
 _DATASET_JSON = "dataset.json"
 """The table of labels that StyleGAN's and EDM's `dataset_tool.py` writes (Karras et al. 2022)."""
 _PATTERN = re.compile(r"([^*]*/)([^/*]*\*.*)")
+
+
+def chosen_source(request: PackRequest, bucket: Store, check_stop: Callable[[], None]) -> Source:
+    """Opens the source of a request, with the split and the labels that are taken; its note says which.
+
+    Args:
+        request: a checked one, of a source that is copied.
+        bucket: where the dataset goes.
+        check_stop: called at each image; raises `StoppedError`.
+
+    Raises:
+        MissingInputError: the source or the table of labels does not exist.
+        BadRequestError: the table does not belong to the source.
+        BadDataError: the source or the table is damaged, or has no such split.
+    """
+    retry, (file, column) = bucket.retry.elsewhere(), split_labels(request.labels)
+    source = open_source(request.place, bucket.uri, retry, None if request.classes is False or file else column)
+    notes = [source.note]
+    if request.split:
+        where = source.where if request.split == ALL else f"{source.where}, split {request.split}"
+        source = replace(source, split="" if request.split == ALL else request.split, where=where, other_splits=())
+        if next(source.members(), None) is None:
+            said = "no file or folder of it is named so. Without --split the command says which splits there are"
+            raise BadDataError(f"{source.where} holds no images: {said}")
+    rows, folders = _rows(source, file, retry) if file else None, Counter[tuple[str, ...]]()
+
+    def names() -> Iterator[str]:
+        # A bare name in a table must be that of one image of all splits.
+        for image in (replace(source, split=None) if rows else source).images():
+            check_stop()
+            folders[members.path_parts(image.name)[:-1]] += 1
+            yield image.name
+
+    if rows:
+        with members.refusing(rows.where):
+            table = join_labels(rows, names(), column)
+        source = replace(source, table=table.where, label_by_name=table.of)
+        notes.append(f"{table.where}: {table.names!r} names the images, {table.column!r} labels them")
+    elif source.split is None:
+        deque(names(), maxlen=0)
+    # A folder among many that are classes says no split.
+    classes = class_folders(set(folders), are_classes).names if folders else ()
+    splits = {split_of(part) for folder in folders for part in folder if part not in classes} - {""}
+    if source.split is None and "train" in splits and len(splits) > 1:
+        source = replace(source, split="train", other_splits=tuple(sorted(splits - {"train"})))
+        if outside := sum(images for folder, images in folders.items() if not split_in(folder)):
+            notes.append(f"leaving out all images in none of its splits ({outside:,})")
+    if others := " or ".join(f"--split {other}" for other in source.other_splits):
+        notes.append(f"packing its split {source.split}; {others} would pack another; all: --split {ALL}")
+    return replace(source, note="; ".join(filter(None, notes)))
+
+
+def _rows(source: Source, file: str, retry: Retry) -> Rows:
+    """Returns the table of labels in a file, or else in one of that name beside the images of the source."""
+    beside = source.beside
+    if not beside or file not in beside.names:
+        return read_labels(file, retry)
+    if Path(file).exists() and not Path(file).samefile(Path(beside.where, file)):
+        there = f"one in {beside.where} and one in this folder, which ./{file} would name"
+        raise BadRequestError(f"--labels {file}: there is {there}: choose, or rename one")
+    with members.refusing(f"{beside.where}: {file}"):
+        return table_in(file, beside.read(file))
 
 
 def open_source(source: str, bucket: str = "", retry: Retry | None = None, column: str | None = "") -> Source:
@@ -206,13 +300,27 @@ def forget(source: str) -> None:
 
 def _file(files: Files, column: str | None) -> Source:
     """Returns the images of the chosen file."""
-    return recognised(files, column) or _archive(files.place, partial(files.open, files.chosen), column)
+    return _recognised(files, column) or _archive(files.place, partial(files.open, files.chosen), column)
+
+
+def _recognised(files: Files, column: str | None) -> Source | None:
+    """Returns the images of a format that is not a folder or an archive; None if the names say nothing.
+
+    Args:
+        files: the files of the place.
+        column: the label to take where a format has several; empty for the usual one, None for no labels.
+
+    Raises:
+        BadRequestError: there are several labels, or a library is missing.
+    """
+    readers = (resolve_name(f"job.data.source.formats.{reader}") for reader in FORMATS)
+    return next(filter(None, (reader(files, column) for reader in readers)), None)
 
 
 def _read_as(files: Files, images: Source, has_images: bool, column: str | None) -> Source:
     """Returns the images of a folder, or those in its files of other formats if these are the dataset."""
     if not has_images or has_shards(files.names):
-        if found := recognised(files, column):
+        if found := _recognised(files, column):
             # A dataset of the hub may show some of its images on its page.
             beside = "leaving out the images beside its tables" if has_images else ""
             return replace(found, note="; ".join(filter(None, (found.note, beside))), beside=files)
@@ -272,7 +380,7 @@ def _archive(where: str, opener: Opener, column: str | None) -> Source:
             others = [name for name in names if not members.is_image(name) and not name.endswith((".gz", "/"))]
             files = Files(where, tuple(others), partial(open_zipped, opener))
             has_images = any(map(members.is_image, names))
-            found = None if has_images else recognised(files, column)
+            found = None if has_images else _recognised(files, column)
             return found or _labelled_beside(Source(where, partial(zip_members, opener)), files, column)
         if unread := next_step(start=start):
             raise RefusedError(f"has no images: {unread}")

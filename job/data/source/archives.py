@@ -1,4 +1,4 @@
-"""The files in a zip or a tar, and the samples of WebDataset tars that are indexed in place.
+"""The files in a tar, and the samples of WebDataset tars that are indexed in place.
 
 Nothing is extracted to a disk; an unsafe, truncated or damaged archive is refused.
 
@@ -14,7 +14,7 @@ import io
 import re
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,68 +26,26 @@ from braceexpand import braceexpand
 from job.data.shards import Digests, is_tar_uri
 from job.data.source import members
 from job.data.source.labels import sample_key, with_sidecars
-from job.data.source.members import ENTRY_BYTES, EXPANSION, SUFFIXES, Member, Opener, RefusedError, Source, refused
+from job.data.source.members import (
+    ENTRY_BYTES,
+    EXPANDS,
+    SUFFIXES,
+    Member,
+    Opener,
+    RefusedError,
+    Source,
+    opened_zip,
+    refused,
+)
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import printable
 from job.store import Retry, Store, open_to_read, split_uri, without_queries
 
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
-"""Suffixes of the archives of which a folder may consist."""
-EXPANDS = f"unpacks to more than {EXPANSION} times its size: do not trust this archive"
 MOST_TARS = 1_000_000
 """The number of tars that a pattern of six digits can count; the index names each, and is held in memory."""
 
-_SMALL_BYTES = 1 << 24
-"""A file of an archive may have as many bytes, however small the archive is."""
 _SKIPPED_BYTES = 1 << 20
 _CLASS = re.compile(r"0|[1-9]\d{0,4}")
-
-
-def opened_zip(file: BinaryIO, is_wanted: Callable[[str], object] = lambda name: False) -> zipfile.ZipFile:
-    """Opens a zip.
-
-    Args:
-        file: the zip.
-        is_wanted: whether an entry of this name will be read.
-
-    Raises:
-        RefusedError: there is something before its first entry, such as another zip; or it has odd names, or a bomb.
-    """
-    limit_bytes = max(members.ENTRY_BYTES, EXPANSION * file.seek(0, io.SEEK_END))
-    try:
-        # zipfile takes names without a flag for those of DOS; Linux and macOS write them in UTF-8.
-        archive = zipfile.ZipFile(file, metadata_encoding="utf-8")
-    except UnicodeDecodeError:
-        raise RefusedError("has names that are not in UTF-8: unpack it, and pack the folder") from None
-    if first := min((info.header_offset for info in archive.infolist()), default=archive.start_dir):
-        said = f"has {first:,} bytes before its first entry: was it joined by `cat`, or is it self-extracting?"
-        raise RefusedError(f"{said} Unpack it, and pack the folder")
-    if sum(info.file_size for info in archive.infolist() if is_wanted(info.filename)) > limit_bytes:
-        raise RefusedError(EXPANDS)
-    return archive
-
-
-def zip_members(opener: Opener) -> Iterator[Member]:
-    """Yields the files of a zip, in the order of its directory."""
-    with opener() as file, opened_zip(file, members.is_image) as archive:
-        for info in archive.infolist():
-            if not info.is_dir():
-                yield Member(info.filename, partial(_read_zipped, archive, info), size_bytes=info.file_size)
-
-
-def _read_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    with archive.open(info) as stream:
-        return members.read_exactly(stream, info.file_size)
-
-
-def open_zipped(opener: Opener, name: str) -> BinaryIO:
-    """Opens one file of a zip as a stream."""
-    file = opener()
-    limit_bytes = max(_SMALL_BYTES, EXPANSION * file.seek(0, io.SEEK_END))
-    archive = opened_zip(file)
-    if archive.getinfo(name).file_size > limit_bytes:
-        raise RefusedError(EXPANDS)
-    return cast(BinaryIO, archive.open(name))
 
 
 def tar_members(opener: Opener, digests: Digests | None = None) -> Iterator[Member]:

@@ -99,7 +99,7 @@ def test_local_shards_are_not_copied(dataset, far, tmp_path):
         cache.prefetch(Order(SHARD_IMAGES, 0), 0)
         assert_equal(cache, dataset)
         assert (far.downloads, shards_in(tmp_path / "cache")) == ([], [])
-        assert {path.name for path in (tmp_path / "bucket" / KEY).glob("*.tar")} == set(SHARDS)
+        assert {path.name for path in (tmp_path / "bucket" / dataset.key).glob("*.tar")} == set(SHARDS)
 
 
 def test_damaged_cache_is_repaired(dataset, far, tmp_path):
@@ -233,7 +233,7 @@ def test_ranges_are_verified_by_a_hash(remote_bucket, proxy, tmp_path, monkeypat
     """The proxy adds a multiple of the polynomial to an image, so that its CRC-32C stays the same."""
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
     written = write_dataset(remote_bucket, tmp_path, size=64)
-    tar, table = tmp_path / "shard-00002.tar", written.bucket.read(f"{KEY}/shard-00002.offsets").data
+    tar, table = tmp_path / "shard-00002.tar", written.bucket.read(f"{written.key}/shard-00002.offsets").data
     offset, size_bytes, *_ = np.frombuffer(table, OFFSETS_DTYPE)[2].tolist()
     image = tar.read_bytes()[offset : offset + size_bytes]
     flips = int(f"{0x11EDC6F41:033b}"[::-1], 2) << 8 * (size_bytes // 2)

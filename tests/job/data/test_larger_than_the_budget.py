@@ -19,13 +19,12 @@ READ = """
 import json, re, sys
 from pathlib import Path
 from job.data.reading.cache import open_cache
-from job.data.reading.order import Order
-from job.data.shards import INDEX, DatasetIndex
-from job.data.reading.order import stream_batches
-from tests.job.small_dataset import KEY, FarStore
+from job.data.reading.order import Order, stream_batches
+from job.data.shards import load_index
+from tests.job.small_dataset import FarStore
 
 store, cache_dir, budget_bytes = FarStore(Path(sys.argv[1])), Path(sys.argv[2]), int(sys.argv[3])
-index = DatasetIndex.load(store, f"{KEY}/{INDEX}")
+index = load_index(store, "datasets/random-64")
 cache = open_cache(store, index, budget_bytes, cache_dir=cache_dir)
 order = Order(tuple(index.shards.images.tolist()), seed=5, block_images=60)
 anonymous = 0

@@ -21,10 +21,20 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from job.data.source import members
-from job.data.source.archives import ARCHIVES, open_zipped, opened_zip
 from job.data.source.formats import netpbm
 from job.data.source.labels import chosen_label, label_of, text_of
-from job.data.source.members import SPLITS, Files, Member, RefusedError, Source, refused, split_in
+from job.data.source.members import (
+    ARCHIVES,
+    SPLITS,
+    Files,
+    Member,
+    RefusedError,
+    Source,
+    open_zipped,
+    opened_zip,
+    refused,
+    split_in,
+)
 from job.exits import BadDataError, BadRequestError
 
 _FILE = re.compile(r".*\.np[yz]", re.IGNORECASE)

@@ -47,7 +47,7 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def table_source(files: Files, column: str | None) -> Source | None:
-    """Returns the images of Parquet files, else of Arrow files; raises as `recognised`."""
+    """Returns the images of Parquet files, else of Arrow files."""
     found = ((kind, _tables_among(files, pattern)) for kind, pattern in _KINDS.items())
     kind, names = next((pair for pair in found if pair[1]), ("", []))
     if not names:
