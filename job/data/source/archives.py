@@ -26,17 +26,7 @@ from braceexpand import braceexpand
 from job.data.shards import Digests, is_tar_uri
 from job.data.source import members
 from job.data.source.labels import sample_key, with_sidecars
-from job.data.source.members import (
-    ENTRY_BYTES,
-    EXPANDS,
-    SUFFIXES,
-    Member,
-    Opener,
-    RefusedError,
-    Source,
-    opened_zip,
-    refused,
-)
+from job.data.source.members import Member, Opener, RefusedError, Source, refused
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import printable
 from job.store import Retry, Store, open_to_read, split_uri, without_queries
@@ -59,7 +49,7 @@ def tar_members(opener: Opener, digests: Digests | None = None) -> Iterator[Memb
             archive = tarfile.TarFile(fileobj=cast(BinaryIO, stream))
         except tarfile.TarError:
             with suppress(zipfile.BadZipFile, ValueError, OSError):
-                opened_zip(file)
+                members.opened_zip(file)
             raise RefusedError("is damaged, or not a .zip, .tar, .tar.gz or MNIST idx file") from None
         while (member := archive.next()) is not None:
             # tarfile would keep every header, and memory would grow with the archive.
@@ -94,7 +84,7 @@ class _TarStream:
         if position < self._position:
             raise tarfile.ReadError(f"a header that leads back to byte {position}")
         if position > self._limit_bytes:
-            raise RefusedError(EXPANDS)
+            raise RefusedError(members.EXPANDS)
         if self._digests is None:
             self._position = self._file.seek(position)
         while self._position < position:
@@ -104,12 +94,12 @@ class _TarStream:
     def read(self, size: int) -> bytes:
         """Returns the next bytes."""
         # A header may give itself any length, and tarfile would allocate that.
-        if not 0 <= size <= ENTRY_BYTES:
+        if not 0 <= size <= members.ENTRY_BYTES:
             raise tarfile.ReadError(f"a block of {size:,} bytes")
         self._last_block = self._file.read(size)
         self._position += len(self._last_block)
         if self._position > self._limit_bytes:
-            raise RefusedError(EXPANDS)
+            raise RefusedError(members.EXPANDS)
         if self._digests is not None:
             self._digests.update(self._last_block)
         return self._last_block
@@ -179,7 +169,7 @@ class ForeignTar:
             for key, files in groupby(filter(lambda file: members.is_image(file.name), labelled), sample_key):
                 images = list(files)
                 # `photo.jpg` is the image, `photo.mask.png` is not, and `photo.1.jpg` belongs to another one.
-                plain = [image for image in images if image.name[len(key) :].lower() in SUFFIXES]
+                plain = [image for image in images if image.name[len(key) :].lower() in members.SUFFIXES]
                 if len(images) > 1 and (len(plain) != 1 or any(image.name[len(key) + 1].isdigit() for image in images)):
                     said = f"{images[0].name!r} and {images[1].name!r} would be one sample, for its key ends at the"
                     said += " first dot of a name: rename them, or pack the tar with `ddpm data pack`"

@@ -23,18 +23,7 @@ import numpy as np
 from job.data.source import members
 from job.data.source.formats import netpbm
 from job.data.source.labels import chosen_label, label_of, text_of
-from job.data.source.members import (
-    ARCHIVES,
-    SPLITS,
-    Files,
-    Member,
-    RefusedError,
-    Source,
-    open_zipped,
-    opened_zip,
-    refused,
-    split_in,
-)
+from job.data.source.members import Files, Member, RefusedError, Source, refused
 from job.exits import BadDataError, BadRequestError
 
 _FILE = re.compile(r".*\.np[yz]", re.IGNORECASE)
@@ -77,13 +66,13 @@ class _Array:
     @property
     def split(self) -> str:
         """Returns the split that the path names, if it does."""
-        return split_in(self.path.split("/"))
+        return members.split_in(self.path.split("/"))
 
     @property
     def words(self) -> list[str]:
         """Returns the words of the name, without that of a split."""
         name = PurePosixPath(self.path).stem.lower()
-        return [word for word in re.split(r"[\W_]+", _UNNAMED.get(name, name)) if word and word not in SPLITS]
+        return [word for word in re.split(r"[\W_]+", _UNNAMED.get(name, name)) if word and word not in members.SPLITS]
 
     @property
     def key(self) -> str:
@@ -157,7 +146,7 @@ def array_source(files: Files, column: str | None) -> Source | None:
                 images.check()
                 labels = None if column is None else _labels_of(files.place, images, named, arrays, column)
             sets.append((images, labels))
-    if not sets and not files.chosen and any(name.lower().endswith(ARCHIVES) for name in files.names):
+    if not sets and not files.chosen and any(name.lower().endswith(members.ARCHIVES) for name in files.names):
         return None
     if not sets:
         said = "; ".join(map(str, sorted(others, key=lambda array: array.are_labels)[:3])) or "its .npz are empty"
@@ -193,11 +182,11 @@ def _zipped(files: Files, name: str) -> list[_Array]:
     with closing(files.open(name)) as file:
         if isinstance(file, zipfile.ZipExtFile):
             raise RefusedError("is a zip in a zip: unzip the outer one, and pack the folder")
-        with opened_zip(file, is_array := re.compile(r".*\.npy").fullmatch) as archive:
+        with members.opened_zip(file, is_array := re.compile(r".*\.npy").fullmatch) as archive:
             arrays = list[_Array]()
             for inner in filter(is_array, dict.fromkeys(archive.namelist())):
                 with archive.open(inner) as stream:
-                    opener = partial(open_zipped, partial(files.open, name), inner)
+                    opener = partial(members.open_zipped, partial(files.open, name), inner)
                     arrays.append(_array(f"{name}/{inner}", stream, archive.getinfo(inner).file_size, opener))
     return arrays
 
