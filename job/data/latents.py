@@ -152,8 +152,7 @@ def encode_dataset(bucket: Store, request: EncodeRequest, opened: Opened, stop: 
         raise BadRequestError(f"{request.name} holds latents already, of {source.encoding.source}")
     with opened(request.autoencoder, bucket.retry.elsewhere()) as found:
         encoder = _encoder(*found, source, request.autoencoder)
-    if not request.slice:
-        check_absent(bucket, shards.dataset_key(request.to, encoder.size))
+    check_absent(bucket, shards.dataset_key(request.to, encoder.size), unless=request.slice)
     parts, made = [(source, request.to)], None
     if source.held_out:
         held_out = shards.load_index(bucket, shards.dataset_key(source.held_out, source.size))

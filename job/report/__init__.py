@@ -25,7 +25,7 @@ from PIL import Image, ImageSequence
 
 from job.config import CHOSEN_ELSEWHERE, FOLLOWS, RunConfig, description_of, draft
 from job.coordination.sealed import code_version, utc_now
-from job.data.preview import preview_png
+from job.data.checks import preview_png
 from job.data.shards import PREVIEW
 from job.exits import BadDataError, JobError, State
 from job.plan import RunHandle

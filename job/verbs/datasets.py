@@ -123,7 +123,7 @@ def show_dataset(
         print_json(_told(bucket, index))
         return
 
-    from job.data.preview import preview_png
+    from job.data.checks import preview_png
     from job.data.reading.cache import uncached_images
     from job.store.files import default_cache_dir, write_file
 
@@ -150,7 +150,7 @@ def verify_named(bucket_uri: str, name: str, size: ImageSize | None, *, as_json:
     Raises:
         BadDataError: an object is damaged; the message names each.
     """
-    from job.data.verify import verify_dataset
+    from job.data.checks import verify_dataset
 
     bucket = open_store(bucket_uri, Retry(away_limit_seconds(), note=note))
     key = find_dataset(bucket, name, size)

@@ -28,9 +28,6 @@ from job.store import Retry, open_to_read, split_uri, without_queries
 LABEL_KEYS = ("label", "cls", "class")
 """The names under which formats keep a label."""
 
-MOST_CLASSES = 100_000
-"""Largest number of different labels that are classes."""
-
 _SAMPLE_KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
 """The key of a WebDataset sample, the path up to the first dot of the file's name, and the rest of the name."""
 
@@ -60,10 +57,9 @@ def label_of(value: object) -> str:
         if not float(text).is_integer():
             raise RefusedError(f"has the label {text:.40}, which is not a whole number: use --no-classes")
         text = str(int(Decimal(text)))
-    if len(text) > _LONGEST:
-        raise RefusedError(f"has a label of {len(text):,} characters, which names no class: use --no-classes")
-    if "\n" in text:
-        raise RefusedError(f"has a label of several lines, {text[:40]!r}: close its quotes, or use --no-classes")
+    if len(text) > _LONGEST or "\n" in text:
+        said = f"has a label of {len(text):,} characters, which names no class, {text[:40]!r}"
+        raise RefusedError(f"{said}: close its quotes, or use --no-classes")
     return "" if re.fullmatch(r"-\d+", text) else printable_label(text)
 
 
@@ -71,10 +67,8 @@ def class_names(names: Sequence[object]) -> tuple[str, ...]:
     """Returns the names of a format's classes in the order of their numbers; a blank name becomes its number.
 
     Raises:
-        RefusedError: two classes have one name, or there are more than `MOST_CLASSES`.
+        RefusedError: two classes have one name.
     """
-    if len(names) > MOST_CLASSES:
-        raise RefusedError(f"has {len(names):,} classes, more than {MOST_CLASSES:,}: use --no-classes")
     classes = tuple(printable_label(str(name).strip())[:_LONGEST] or str(number) for number, name in enumerate(names))
     if len(set(classes)) < len(classes):
         raise RefusedError("has two classes of one name: rename one, or use --no-classes")

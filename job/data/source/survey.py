@@ -16,12 +16,11 @@ from typing import Any
 
 from job.data.source import members
 from job.data.source.formats import next_step
-from job.data.source.labels import MOST_CLASSES
 from job.data.source.members import SUFFIXES, Source, is_data_file, split_of, stem_of
 from job.exits import BadDataError, BadRequestError
 from job.progress import some_of
 
-_FEW_IMAGES = 100
+_FEW_IMAGES, _MOST_CLASSES = 100, 100_000
 _NUMBER = re.compile(r"[\d_. -]+")
 _WHOLE = re.compile(r"0|[1-9]\d*")
 
@@ -88,8 +87,6 @@ def survey(
     if not labels:
         raise no_images(where, source.skipped)
     known, found = set(labels) - {""}, _Found((), {})
-    if len(known) > MOST_CLASSES:
-        raise BadRequestError(f"{where} has more than {MOST_CLASSES:,} different labels: use --no-classes")
     if classes is not False and known:
         ordered = tuple(dict.fromkeys([*names, *sorted(known, key=_in_order)]))
         found = _Found(ordered, {label: number for number, label in enumerate(ordered)}, are_labels=True)
@@ -97,6 +94,8 @@ def survey(
         ways = (are_classes, _are_no_splits, bool) if classes else (are_classes,)
         by_name = [class_folders(set(folders), accepts) for accepts in ways]
         found = next((found for found in by_name if found.names), by_name[0])
+    if (many := len(found.names)) > _MOST_CLASSES:
+        raise BadRequestError(f"{where} has {many:,} classes, more than {_MOST_CLASSES:,}: use --no-classes")
     if classes and not found.names:
         said = "no image has a label, and each would have to lie in one of at least two folders"
         raise BadRequestError(f"{where} has no classes: {said}. --labels FILE names a table of labels")

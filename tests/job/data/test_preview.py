@@ -12,10 +12,9 @@ from PIL import Image
 
 import job.data.pack
 from ddpm import figures
-from job.data.preview import preview_png
+from job.data.checks import preview_png, verify_dataset
 from job.data.reading.cache import ImageCache
 from job.data.shards import load_index
-from job.data.verify import verify_dataset
 from job.store import open_store
 from tests.job.command_line import DDPM, ddpm, ddpm_here, succeeded
 from tests.job.packing import KEY, objects, packed

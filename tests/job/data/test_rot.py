@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from job.data.checks import verify_dataset
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
 from job.data.reading.cache import DecodedCache, ImageCache, ShardCache
 from job.data.shards import OFFSETS_DTYPE, Shards, load_index
-from job.data.verify import verify_dataset
 from job.exits import BadDataError, Exit, MissingInputError
 from job.progress import Progress
 from job.stop import NEVER

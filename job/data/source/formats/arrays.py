@@ -33,7 +33,6 @@ _LABELS = {"y", "label", "labels", "class", "classes", "cls", "target", "targets
 _UNNAMED = {"arr_0": "images", "arr_1": "labels"}
 
 _HEADER_BYTES = 10_240
-_MOST_AXES = 32
 _LEAST_SIDE = 4
 _NEXT_STEP = "save it as uint8 [images, height, width, 1 or 3] in C order, and pack that"
 
@@ -199,8 +198,6 @@ def _array(path: str, stream: Any, size_bytes: int, opener: Callable[[], BinaryI
     readers = {(1, 0): formats.read_array_header_1_0, (2, 0): formats.read_array_header_2_0}
     try:
         shape, is_fortran, dtype = readers[formats.read_magic(start)](start)
-        if len(shape) > _MOST_AXES or any(type(length) is not int or length < 0 for length in shape):
-            raise ValueError
     # NumPy evaluates the header as a Python literal, which raises anything from TokenError to MemoryError.
     except Exception:
         raise refused(path, "is damaged, or not an array: get it again") from None
