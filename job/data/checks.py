@@ -39,13 +39,13 @@ _LONGEST_NAME = 200
 _IMAGES_AHEAD = 256
 
 
-def preview_png(bucket: Store, index: DatasetIndex, folder: Path, stop: Stop = NEVER) -> bytes:
+def preview_png(bucket: Store, index: DatasetIndex, folder: Path | None = None, stop: Stop = NEVER) -> bytes:
     """Returns the preview of a dataset as a PNG: equal datasets give equal bytes.
 
     Args:
         bucket: bucket of the dataset.
         index: index of the dataset, which may not be in the bucket yet.
-        folder: for the offset tables that are read.
+        folder: for the offset tables that are read; None for that of the cache.
         stop: ends the reading.
 
     Raises:

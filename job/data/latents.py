@@ -32,7 +32,7 @@ from job.data import shards
 from job.data.images import codec_versions, encode_latents
 from job.data.pack import Packing, check_absent, make_dataset
 from job.data.pack_request import EncodeRequest
-from job.data.reading.cache import ImageCache, uncached_images
+from job.data.reading.cache import ImageCache
 from job.exits import BadConfigError, BadDataError, BadRequestError, how_to_install
 from job.stop import Stop
 from job.store import Retry, Store
@@ -159,7 +159,7 @@ def encode_dataset(bucket: Store, request: EncodeRequest, opened: Opened, stop: 
         parts.insert(0, (held_out, f"{request.to}-held-out"))
     with scratch_folder("encode") as folder:
         for index, name in parts:
-            with closing(uncached_images(bucket, index, stop)) as images:
+            with closing(ImageCache(bucket, index, stop=stop)) as images:
                 made = make_dataset(bucket, _Encoding(images, name, encoder, folder, stop), request.slice, stop)
     return made
 

@@ -38,7 +38,6 @@ from job.runs.outlook import AttemptSpan, Outlook, attempts_of, duration, outloo
 from job.runs.records import Status
 from job.runs.samples import Scores, denoising_key, grid_key, label_at, moment_of
 from job.store import ObjectMissingError, Store
-from job.store.files import default_cache_dir
 
 PAGE_KEY = ObjectKind.PAGE.value
 POINTS = 1000
@@ -282,7 +281,7 @@ def _sheet(facts: Facts, pictures: PictureCache) -> str:
         assert shown is not None
         with suppress(ObjectMissingError):
             return bucket.read(f"{shown.key}/{PREVIEW}").data
-        return preview_png(bucket, shown, default_cache_dir() / shown.dataset_id)
+        return preview_png(bucket, shown)
 
     where = bucket.uri_of(index.key)
     return pictures.made((where, SHEET_BYTES, WIDEST_PIXELS), sheet)

@@ -32,7 +32,7 @@ from ddpm.image_size import ImageSize
 from ddpm.process import VarianceExploding, VariancePreserving, make_process
 from job.config import RunConfig
 from job.coordination.pieces import IF_NONE_RUNS, Advance, Made
-from job.data.reading.cache import ImageCache, open_cache, uncached_images
+from job.data.reading.cache import ImageCache, open_cache
 from job.data.shards import find_dataset, load_index
 from job.exits import BadRequestError
 from job.processes.ranks import meet
@@ -360,7 +360,7 @@ def noising_picture(
     if image is not None and image >= index.images:
         raise BadRequestError(f"--image {image}: {index.name} has the images 0 to {index.images - 1:,}")
     numbers = np.linspace(0, index.images - 1, len(steps)).astype(np.int64) if image is None else np.array([image])
-    images = uncached_images(bucket, index).read(numbers)
+    images = ImageCache(bucket, index).read(numbers)
     process, x_start = make_process(diffusion), torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     noise = randomness.sampling_noise(torch.arange(len(images)), 0, tuple(x_start.shape[1:]), x_start.device)
     _, alpha, sigma = (part.float().view(-1, 1, 1, 1) for part in process.numbered(torch.tensor(steps)))

@@ -273,14 +273,14 @@ def _given(request: SampleRequest, of_run: RunHandle) -> Given | None:
     if index and index.encoding:
         raise BadRequestError(f"--mode {request.mode} needs pixels, and {index.name} holds latents: leave it out")
     if "--image" not in request.files:
-        from job.data.reading.cache import uncached_images
+        from job.data.reading.cache import ImageCache
 
         numbers = np.array(parse_numbers(name, "--image"))
         if index is None:
             raise BadRequestError(f"--image {name}: the run was imported without a dataset, so name a file")
         if max(numbers) >= index.images:
             raise BadRequestError(f"--image {name}: {index.name} has the images 0 to {index.images - 1:,}")
-        cache = uncached_images(of_run.bucket, index)
+        cache = ImageCache(of_run.bucket, index)
         # An image of the dataset keeps its own class.
         images, labels = cache.read(numbers), cache.labels(numbers).tolist()
     else:

@@ -124,17 +124,17 @@ def show_dataset(
         return
 
     from job.data.checks import preview_png
-    from job.data.reading.cache import uncached_images
-    from job.store.files import default_cache_dir, write_file
+    from job.data.reading.cache import ImageCache
+    from job.store.files import write_file
 
     print(describe_dataset(index, bucket))
-    labels = uncached_images(bucket, index).labels(np.arange(index.images)) if index.classes else np.empty(0)
+    labels = ImageCache(bucket, index).labels(np.arange(index.images)) if index.classes else np.empty(0)
     for number, class_name in enumerate(index.classes):
         print(f"  {class_name:<20} {int((labels == number).sum()):>9,} images")
     if encoding := index.encoding:
         print(f"to look at: `ddpm data show {encoding.source} --size {encoding.size}`")
         return
-    preview = preview_png(bucket, index, default_cache_dir() / index.dataset_id)
+    preview = preview_png(bucket, index)
     if output is None:
         bucket.put(f"{key}/{PREVIEW}", preview)
     else:

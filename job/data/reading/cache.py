@@ -63,19 +63,14 @@ def open_cache(
         DiskFullError: the images fit the budget but not the disk.
         BadDataError: a shard in the bucket is corrupt.
     """
-    folder = (cache_dir or default_cache_dir()) / index.dataset_id
+    folder = cache_dir and cache_dir / index.dataset_id
     if index.decoded_bytes <= budget_bytes:
         return DecodedCache(bucket, index, folder, stop)
     return ShardCache(bucket, index, folder, budget_bytes)
 
 
-def uncached_images(bucket: Store, index: DatasetIndex, stop: Stop = NEVER) -> ImageCache:
-    """Opens a dataset without a cache, to read a few images: no shard is fetched for them."""
-    return ImageCache(bucket, index, default_cache_dir() / index.dataset_id, stop)
-
-
 class ImageCache:
-    """Images of a dataset by index, read from the bucket each time; the subclasses keep them on a disk.
+    """Images of a dataset by index, each read from the bucket, without its shard; the subclasses keep them on a disk.
 
     The shards lie beside the index, or at the URIs of tars that are indexed in place. Thread-safe.
 
@@ -90,7 +85,7 @@ class ImageCache:
         self,
         bucket: Store,
         index: DatasetIndex,
-        folder: Path,
+        folder: Path | None = None,
         stop: Stop = NEVER,
         *,
         with_pillow: bool = False,
@@ -100,7 +95,7 @@ class ImageCache:
         Args:
             bucket: bucket of the dataset.
             index: index of the dataset.
-            folder: this dataset's part of the node's cache, shared by all processes of the node.
+            folder: this dataset's part of the cache, shared by all processes of the node; None for the usual one.
             stop: ends reading and fetching.
             with_pillow: whether packed images are decoded without torch.
 
@@ -108,7 +103,8 @@ class ImageCache:
             BadRequestError: a shard's URI, or the crop or the filter of the index, is not valid.
             NoPermissionError: no credentials for a shard's bucket were found.
         """
-        self.index, self._bucket, self._key, self._folder, self._stop = index, bucket, index.key, folder, stop
+        self.index, self._bucket, self._key, self._stop = index, bucket, index.key, stop
+        self._folder = folder = folder or default_cache_dir() / index.dataset_id
         self.starts: Int64s = np.concatenate([[0], np.cumsum(index.shards.images)])
         retry = bucket.retry.elsewhere()
         self._foreign = {uri: open_to_read(uri, retry) for uri in {split_uri(uri)[0] for uri in index.shards.uris}}
@@ -307,10 +303,10 @@ class DecodedCache(ImageCache):
     about a microsecond: training never sees what another program writes into the cache.
     """
 
-    def __init__(self, bucket: Store, index: DatasetIndex, folder: Path, stop: Stop) -> None:
+    def __init__(self, bucket: Store, index: DatasetIndex, folder: Path | None, stop: Stop) -> None:
         """Verifies all images and decodes the missing ones, in one process of the node. Raises as `open_cache`."""
         super().__init__(bucket, index, folder, stop)
-        self._images_path, self._checksums_path = folder / "images", folder / "checksums"
+        self._images_path, self._checksums_path = self._folder / "images", self._folder / "checksums"
         self._copy: Path | None = None
         """That of the shard which is being decoded."""
         try:
@@ -387,11 +383,11 @@ class ShardCache(ImageCache):
     a local bucket are read without a copy.
     """
 
-    def __init__(self, bucket: Store, index: DatasetIndex, folder: Path, budget_bytes: float) -> None:
+    def __init__(self, bucket: Store, index: DatasetIndex, folder: Path | None, budget_bytes: float) -> None:
         """Keeps at most `budget_bytes` of shards, but at least one shard."""
         # A stop does not interrupt a batch: training stops between steps, where all processes agree, and saves.
         super().__init__(bucket, index, folder)
-        self._budget_bytes, self._shards_folder = budget_bytes, folder / "shards"
+        self._budget_bytes, self._shards_folder = budget_bytes, self._folder / "shards"
         self._shards_folder.mkdir(exist_ok=True)
         self._prefetched_block: tuple[int, int] | None = None
         self._due: tuple[int, ...] = ()

@@ -20,7 +20,7 @@ from itertools import groupby
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from job.data.source.members import Member, RefusedError, is_hidden, is_image, path_parts, read_table, refused, refusing
+from job.data.source.members import Files, Member, RefusedError, is_hidden, is_image, path_parts, refused, refusing
 from job.exits import BadRequestError, MissingInputError
 from job.progress import printable, printable_label, some_of
 from job.store import Retry, open_to_read, split_uri, without_queries
@@ -401,9 +401,7 @@ def read_labels(file: str, retry: Retry | None = None) -> Rows:
         own = "" if PurePosixPath(file).suffix else f": a column of the source itself is :{file}"
         raise MissingInputError(f"--labels: there is nothing at {file}{own}")
     with refusing(file):
-        with store.open(name) as opened:
-            content = read_table(opened)
-        return table_in(file, content)
+        return table_in(file, Files(folder, (name,), store.open).read(name))
 
 
 def table_in(where: str, content: bytes) -> Rows:

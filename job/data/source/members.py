@@ -157,13 +157,6 @@ def check_size(size: int, most_bytes: int = 0, what: str = "an image") -> None:
         raise RefusedError(f"has {size:,} bytes, more than the {most_bytes:,} that {what} may have")
 
 
-def read_table(file: BinaryIO) -> bytes:
-    """Returns the content of a file that may be a table of labels; raises `RefusedError` if it is too large."""
-    check_size(file.seek(0, io.SEEK_END), TABLE_BYTES, "a table of labels")
-    file.seek(0)
-    return file.read()
-
-
 def unpacked(file: BinaryIO) -> tuple[BinaryIO, int]:
     """Returns the content of a file that may be gzipped, and how many bytes it may have."""
     limit_bytes = max(ENTRY_BYTES, EXPANSION * file.seek(0, io.SEEK_END))
@@ -271,7 +264,9 @@ class Files:
     def read(self, name: str) -> bytes:
         """Returns the content of one; raises `RefusedError` if it is larger than a table of labels may be."""
         with self.open(name) as file:
-            return read_table(file)
+            check_size(file.seek(0, io.SEEK_END), TABLE_BYTES, "a table of labels")
+            file.seek(0)
+            return file.read()
 
 
 @dataclass(frozen=True)

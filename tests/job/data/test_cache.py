@@ -15,7 +15,7 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from job.data.reading.cache import DecodedCache, ImageCache, ShardCache, open_cache, uncached_images
+from job.data.reading.cache import DecodedCache, ImageCache, ShardCache, open_cache
 from job.data.reading.order import Order
 from job.data.shards import OFFSETS_DTYPE
 from job.exits import BadConfigError, BadDataError, BucketAwayError, DiskFullError, Exit, StoppedError
@@ -216,7 +216,7 @@ def test_few_images_need_no_shard(tmp_path, monkeypatch):
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
     written = write_dataset(str(tmp_path / "bucket"), tmp_path)
     bucket = FarStore(tmp_path / "bucket")
-    images = uncached_images(bucket, written.index)
+    images = ImageCache(bucket, written.index)
     np.testing.assert_array_equal(images.labels(np.arange(22)), written.labels)
     for indices in ([0], [21, 3, 4, 5, 3], list(range(22))):
         np.testing.assert_array_equal(images.read(np.array(indices)), written.pixels[indices])
@@ -240,7 +240,7 @@ def test_ranges_are_verified_by_a_hash(remote_bucket, proxy, tmp_path, monkeypat
     forged = (int.from_bytes(image, "little") ^ flips).to_bytes(size_bytes, "little")
     assert forged != image and google_crc32c.value(forged) == google_crc32c.value(image)
     proxy.received = lambda body: body.replace(image, forged)
-    images = uncached_images(written.bucket, written.index)
+    images = ImageCache(written.bucket, written.index)
     np.testing.assert_array_equal(images.read(np.array([0, 21])), written.pixels[[0, 21]])
     with pytest.raises(BadDataError, match=r"shard-00002\.tar, image 2 .* differs from the index"):
         images.read(np.array([0, 10]))
