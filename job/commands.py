@@ -125,7 +125,7 @@ def evaluate_command(request: EvaluateRequest) -> None:
 
 def pack_command(request: PackRequest) -> None:
     """Packs a source, or indexes tars in place, and prints the facts of the dataset."""
-    from job.data.pack import check_free, existing_index, pack
+    from job.data.pack import check_absent, existing_index, pack
     from job.data.source import forget
     from job.verbs.upkeep import check_unused
 
@@ -134,7 +134,7 @@ def pack_command(request: PackRequest) -> None:
         request = request.check()
         bucket = open_bucket(request.bucket, stop)
         # A dataset of this name must be an error before hours of packing its held-out part.
-        check_free(bucket, request)
+        check_absent(bucket, request.key, unless=request.slice or request.replaces)
         for part in request.parts():
             if part.is_held_out and not request.replaces and existing_index(bucket, part.key):
                 # An interrupted command has finished this part.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ddpm.catalogue import EDM2Config, UNetConfig, levels_with_attention
 from job.config import EMBEDDED, RunConfig, changed_for_attempt, draft, layered, preset_names
@@ -13,7 +13,7 @@ from job.config.schema import SamplerConfig, image_size
 from job.data.reading.order import epochs_completed_by, images_at_epoch
 from job.data.shards import DatasetIndex, NoDatasetError, dataset_key, find_dataset, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, MissingInputError, State
-from job.progress import Progress, note
+from job.progress import note
 from job.requests import TrainRequest
 from job.runs import records
 from job.runs.checkpoints import check_average, choose, list_checkpoints, sound_manifest
@@ -21,9 +21,6 @@ from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef
 from job.runs.samples import label_at
 from job.stop import NEVER, Stop
 from job.store import Store, open_bucket
-
-if TYPE_CHECKING:
-    from job.data.reading.cache import ImageCache
 
 
 @dataclass(frozen=True)
@@ -97,24 +94,6 @@ class RunHandle:
         for ref in refs if weights not in ("ema", "model") else ():
             check_average(self.run, ref, weights, self.run.uri.rpartition("/")[2])
         return refs
-
-    def opened_images(self, index: DatasetIndex | None, stop: Stop) -> ImageCache:
-        """Opens the images of a dataset, such as the run's own, within the limits of this node's cache."""
-        from job.data.reading.cache import open_cache
-        from job.store.files import default_cache_dir
-
-        assert index is not None
-        key, size_bytes = dataset_key(index.name, index.size), int(self.config.data.cache_gigabytes * 1e9)
-        with Progress("reading images", total=index.images) as bar:
-            return open_cache(
-                self.bucket,
-                key,
-                index,
-                cache_dir=default_cache_dir(),
-                budget_bytes=size_bytes,
-                progress=lambda done, total: bar.update(done),
-                stop=stop,
-            )
 
 
 def open_run(bucket_uri: str, name: str, stop: Stop = NEVER, *, with_dataset: bool = True) -> RunHandle:

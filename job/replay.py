@@ -17,7 +17,7 @@ from ddpm import training
 from ddpm.state import TrainState
 from job.config import RunConfig, method, validated
 from job.coordination.sealed import code_version
-from job.data.reading.cache import ImageCache
+from job.data.reading.cache import ImageCache, open_cache
 from job.exchange.exporting import Objects, check_strangers, open_target, write_folder
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.plan import follow_dataset, open_run
@@ -102,7 +102,7 @@ class Replay:
     @cached_property
     def images(self) -> ImageCache:
         """The run's dataset."""
-        return self.of_run.opened_images(self.index, self.stop)
+        return open_cache(self.of_run.bucket, self.index, self.of_run.config.data.cache_gigabytes * 1e9, self.stop)
 
     def checkpoints(self) -> list[CheckpointRef]:
         """Returns the checkpoints on the way to the newest one that the run has now, in order."""

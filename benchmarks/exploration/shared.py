@@ -205,7 +205,7 @@ class _FewLatents(latents._Encoding):
         return np.zeros(0)
 
 
-def _opened(bucket: Store, key: str, index: shards.DatasetIndex, stop: Any) -> Any:
+def _opened(bucket: Store, index: shards.DatasetIndex, stop: Any) -> Any:
     return SimpleNamespace(index=index, close=lambda: None)
 
 
@@ -349,7 +349,7 @@ def small_work() -> Iterator[None]:
         for module, name, ours in (
             (packing, "_Copying", _FewImages),
             (latents, "_encoder", lambda *_: encoder),
-            (latents, "uncached_images", _opened),
+            (latents, "ImageCache", _opened),
             (latents, "_Encoding", _FewLatents),
             (evaluate, "scored", _scored),
         ):

@@ -26,7 +26,7 @@ from ddpm.state import LossLog, loss_row
 from job.config import method
 from job.coordination.pieces import IF_NONE_RUNS, WHOLE, Advance, Made, Slice
 from job.coordination.sealed import code_version, utc_now
-from job.data.reading.cache import ImageCache
+from job.data.reading.cache import ImageCache, open_cache
 from job.data.reading.order import Order
 from job.data.shards import dataset_key, load_index
 from job.evaluation.evaluation_plan import (
@@ -129,7 +129,9 @@ def real_features(
             return ranks.only_on_main(features.load) or {}
     chosen = Order((reference.of_images,), seed=0).indices(np.arange(reference.images))
     of_pieces = np.split(chosen, np.cumsum(features.sizes, dtype=int)[:-1])
-    images = of_run.opened_images(of_run.pictures(), stop)
+    pictures = of_run.pictures()
+    assert pictures is not None
+    images = open_cache(of_run.bucket, pictures, of_run.config.data.cache_gigabytes * 1e9, stop)
 
     def read(piece: int, advance: Advance) -> Iterator[np.ndarray]:
         for start in range(0, len(of_pieces[piece]), REAL_BATCH_IMAGES):
@@ -174,7 +176,7 @@ def _bits_per_dim(plan: EvaluatePlan, painter: Painter) -> tuple[float | None, i
         return None, 0
     if index.held_out:
         index = load_index(plan.sampling.bucket, dataset_key(index.held_out, index.size))
-    images = plan.sampling.opened_images(index, painter.stop)
+    images = open_cache(plan.sampling.bucket, index, config.data.cache_gigabytes * 1e9, painter.stop)
     row = validation_row(
         painter,
         images,

@@ -25,8 +25,8 @@ from PIL import Image, ImageSequence
 
 from job.config import CHOSEN_ELSEWHERE, FOLLOWS, RunConfig, description_of, draft
 from job.coordination.sealed import code_version, utc_now
-from job.data.preview import preview_png
-from job.data.shards import PREVIEW, dataset_key
+from job.data.checks import preview_png
+from job.data.shards import PREVIEW
 from job.exits import BadDataError, JobError, State
 from job.plan import RunHandle
 from job.progress import note
@@ -38,7 +38,6 @@ from job.runs.outlook import AttemptSpan, Outlook, attempts_of, duration, outloo
 from job.runs.records import Status
 from job.runs.samples import Scores, denoising_key, grid_key, label_at, moment_of
 from job.store import ObjectMissingError, Store
-from job.store.files import default_cache_dir
 
 PAGE_KEY = ObjectKind.PAGE.value
 POINTS = 1000
@@ -280,12 +279,11 @@ def _sheet(facts: Facts, pictures: PictureCache) -> str:
     def sheet() -> bytes:
         shown = facts.handle.pictures()
         assert shown is not None
-        key = dataset_key(shown.name, shown.size)
         with suppress(ObjectMissingError):
-            return bucket.read(f"{key}/{PREVIEW}").data
-        return preview_png(bucket, key, shown, default_cache_dir() / shown.dataset_id)
+            return bucket.read(f"{shown.key}/{PREVIEW}").data
+        return preview_png(bucket, shown)
 
-    where = bucket.uri_of(dataset_key(index.name, index.size))
+    where = bucket.uri_of(index.key)
     return pictures.made((where, SHEET_BYTES, WIDEST_PIXELS), sheet)
 
 

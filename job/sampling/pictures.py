@@ -32,7 +32,7 @@ from ddpm.image_size import ImageSize
 from ddpm.process import VarianceExploding, VariancePreserving, make_process
 from job.config import RunConfig
 from job.coordination.pieces import IF_NONE_RUNS, Advance, Made
-from job.data.reading.cache import ImageCache, uncached_images
+from job.data.reading.cache import ImageCache, open_cache
 from job.data.shards import find_dataset, load_index
 from job.exits import BadRequestError
 from job.processes.ranks import meet
@@ -82,8 +82,8 @@ def _make_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
     how, usual = plan.how(request.seeds), plan.stored.sample
     layout = "" if editor or sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-no-nearest"
     training = None
-    if sample.nearest and is_main and editor is None and plan.index:
-        training = plan.opened_images(plan.pictures(), painter.stop)
+    if sample.nearest and is_main and editor is None and (pictures := plan.pictures()):
+        training = open_cache(plan.bucket, pictures, plan.config.data.cache_gigabytes * 1e9, painter.stop)
     grids: list[tuple[str, np.ndarray]] = []
 
     def publish(ref: CheckpointRef, key: str, picture: bytes, note: str = "") -> None:
@@ -354,13 +354,13 @@ def noising_picture(
         dataset, size = config.data.dataset, config.data.size
     if not dataset:
         raise BadRequestError("--dataset is needed: it names the images, unless --run names a run that saw some")
-    index = load_index(bucket, key := find_dataset(bucket, dataset, size))
+    index = load_index(bucket, find_dataset(bucket, dataset, size))
     if index.encoding:
         raise BadRequestError(f"--dataset {dataset} holds latents, of {index.encoding.source}: name that one")
     if image is not None and image >= index.images:
         raise BadRequestError(f"--image {image}: {index.name} has the images 0 to {index.images - 1:,}")
     numbers = np.linspace(0, index.images - 1, len(steps)).astype(np.int64) if image is None else np.array([image])
-    images = uncached_images(bucket, key, index).read(numbers)
+    images = ImageCache(bucket, index).read(numbers)
     process, x_start = make_process(diffusion), torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     noise = randomness.sampling_noise(torch.arange(len(images)), 0, tuple(x_start.shape[1:]), x_start.device)
     _, alpha, sigma = (part.float().view(-1, 1, 1, 1) for part in process.numbered(torch.tensor(steps)))

@@ -24,7 +24,6 @@ from job.plan import RunHandle, open_run
 from job.processes.launcher import lost_peer
 from job.progress import detail, note
 from job.requests import SampleRequest, parse_numbers
-from job.runs import records
 from job.runs.checkpoints import lost_manifest
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.samples import Editing, FoundGrid, file_words
@@ -274,14 +273,14 @@ def _given(request: SampleRequest, of_run: RunHandle) -> Given | None:
     if index and index.encoding:
         raise BadRequestError(f"--mode {request.mode} needs pixels, and {index.name} holds latents: leave it out")
     if "--image" not in request.files:
-        from job.data.reading.cache import uncached_images
+        from job.data.reading.cache import ImageCache
 
         numbers = np.array(parse_numbers(name, "--image"))
         if index is None:
             raise BadRequestError(f"--image {name}: the run was imported without a dataset, so name a file")
         if max(numbers) >= index.images:
             raise BadRequestError(f"--image {name}: {index.name} has the images 0 to {index.images - 1:,}")
-        cache = uncached_images(of_run.bucket, records.dataset_key_of(of_run.config), index)
+        cache = ImageCache(of_run.bucket, index)
         # An image of the dataset keeps its own class.
         images, labels = cache.read(numbers), cache.labels(numbers).tolist()
     else:

@@ -44,7 +44,7 @@ _EXIT_SECONDS = 0.5
 
 
 class TrainingAttempt:
-    """One attempt at a run: `held` takes the run, `recording` writes down what comes of it, `restore` prepares it.
+    """An attempt at a run: `held` takes it, `recording` writes down what comes of it, `restore` and `begin` prepare it.
 
     Attributes:
         plan: made with the lease.
@@ -123,19 +123,19 @@ class TrainingAttempt:
             recorder.close(State.FINISHED)
 
     def restore(self) -> None:
-        """Restores the state and opens the images; the recorder can write checkpoints then. Collective."""
-        plan, ranks = self.plan, self.ranks
-        # First, because a parent that trains on may delete its checkpoint while the images are read.
-        self.state = method.initial_state(method.build_network(plan.config, ranks.device), plan.config)
+        """Makes the state of a new run, or restores it. Collective."""
+        self.state = method.initial_state(method.build_network(self.plan.config, self.ranks.device), self.plan.config)
         self._restore()
-        self.images = plan.opened_images(plan.index, self.stop)
-        self.held_out = plan.opened_images(plan.held_out, self.stop) if plan.held_out else None
+
+    def begin(self, images: ImageCache, held_out: ImageCache | None = None) -> None:
+        """Takes the images; the recorder can write checkpoints then. Collective."""
+        self.images, self.held_out = images, held_out
         if self.recorder is not None:
             if self.restored is None:
                 self._compare_sigma_data()
             self.recorder.begin(self.state, self.restored, self.damaged)
         # Building the network waits for all processes without a heartbeat, which would look like a hang.
-        ranks.sum(0)
+        self.ranks.sum(0)
 
     def on_main(self, work: Callable[[Recorder], T]) -> T:
         """Runs `work` with the recorder on the main process; see `Ranks.on_main`. Collective."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ddpm import figures
 from job.config import method
 from job.data.latents import latents_of, load_decoder
-from job.data.reading.cache import ImageCache
+from job.data.reading.cache import ImageCache, open_cache
 from job.evaluation.evaluate import Evaluator, validation_row
 from job.processes.ranks import Agreement
 from job.requests import GIF_SEEDS
@@ -161,7 +161,8 @@ class Interludes:
         pictures = self._plan.pictures()
         if pictures is self._plan.index:
             return self._attempt.images
-        return self._plan.opened_images(pictures, self._attempt.stop)
+        assert pictures is not None
+        return open_cache(self._plan.bucket, pictures, self._config.data.cache_gigabytes * 1e9, self._attempt.stop)
 
     def _label(self) -> str:
         return label_at(self._state.images_seen, self._plan.index.images, self._config.train.batch_size)

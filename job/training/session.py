@@ -20,9 +20,8 @@ from ddpm.state import TrainState, loss_row
 from ddpm.threads import threads_of
 from job.config import RunConfig, method
 from job.data.latents import latents_of
-from job.data.reading.cache import ImageCache
-from job.data.reading.order import crosses, order_of
-from job.data.reading.stream import stream_batches
+from job.data.reading.cache import ImageCache, open_cache
+from job.data.reading.order import crosses, order_of, stream_batches
 from job.exits import NotANumberError, StoppedError
 from job.plan import Plan
 from job.processes import compute
@@ -65,6 +64,10 @@ def run_training(request: TrainRequest, stop: Stop = NEVER) -> Plan:
         if not is_finished:
             with attempt.recording():
                 attempt.restore()
+                # Later, because a parent that trains on may delete its checkpoint while the images are read.
+                plan, budget_bytes = attempt.plan, attempt.plan.config.data.cache_gigabytes * 1e9
+                indexes = filter(None, (plan.index, plan.held_out))
+                attempt.begin(*(open_cache(plan.bucket, index, budget_bytes, stop) for index in indexes))
                 session = TrainingSession(attempt)
                 session.train()
                 session.finish()

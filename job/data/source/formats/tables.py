@@ -20,12 +20,12 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
-from job.data.reading import in_order
 from job.data.source import members
 from job.data.source.labels import LABEL_KEYS, chosen_label, class_names, label_among
 from job.data.source.members import Files, Member, RefusedError, Source, path_parts, split_in
 from job.exits import BadRequestError, how_to_install
 from job.progress import some_of
+from job.stop import in_order
 
 _KINDS = {
     "Parquet": re.compile(r".*\.(parquet|parq|pq)", re.IGNORECASE),
@@ -47,7 +47,7 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def table_source(files: Files, column: str | None) -> Source | None:
-    """Returns the images of Parquet files, else of Arrow files; raises as `recognised`."""
+    """Returns the images of Parquet files, else of Arrow files."""
     found = ((kind, _tables_among(files, pattern)) for kind, pattern in _KINDS.items())
     kind, names = next((pair for pair in found if pair[1]), ("", []))
     if not names:
