@@ -14,7 +14,6 @@ from importlib import resources
 from pathlib import Path
 
 from job.coordination.sealed import code_version
-from job.exchange.exchange_requests import ExportRequest
 from job.exits import (
     BadDataError,
     BadRequestError,
@@ -22,10 +21,11 @@ from job.exits import (
     JobError,
     MissingInputError,
     NoPermissionError,
-    how_to_install,
+    needs_extra,
 )
 from job.plan import RunHandle, open_run
 from job.progress import Progress, note, printable
+from job.requests import ExportRequest
 from job.runs import checkpoints
 from job.runs.checkpoints import opened
 from job.runs.layout import RUNS, CheckpointRef, ObjectKind, located, places_in
@@ -212,10 +212,8 @@ class Hub:
             BadRequestError: the client is not installed.
             NoPermissionError: this machine has no token, or one that no request can carry.
         """
-        try:
+        with needs_extra("web", "--push"):
             from huggingface_hub import HfApi, get_token
-        except ImportError as error:
-            raise BadRequestError(f"--push needs more than is installed ({error}): {how_to_install('web')}") from None
         self._name, self._api, token = name, HfApi(), get_token()
         # The client's error about an odd token would print it.
         if not token or not (token.isascii() and token.isprintable()):

@@ -24,6 +24,7 @@ from job.exits import (
     MissingInputError,
     NoPermissionError,
     State,
+    needs_extra,
 )
 from job.jobs.backends import (
     Cause,
@@ -31,7 +32,6 @@ from job.jobs.backends import (
     JobStatus,
     JsonObject,
     Terms,
-    needs_extra,
 )
 from job.jobs.backends.kubernetes_objects import (
     CONTAINER,
@@ -210,7 +210,7 @@ class ClusterApi:
     def _ask(self, api: str, call: str, *words: Any, **options: Any) -> JsonObject:
         return dict(json.loads(self._content(api, call, *words, **options)))
 
-    @needs_extra("kubernetes")
+    @needs_extra("kubernetes", "the target")
     def _content(self, api: str, call: str, *words: Any, **options: Any) -> bytes:
         """Returns the answer to a method of the client."""
         import urllib3
