@@ -48,9 +48,8 @@ MAX_COUNT = 25_600_000
 """The largest `--count`: the five digits in the name of a piece allow 100,000 pieces of 256 images."""
 
 _OWN_SAMPLER = re.compile(r"[A-Za-z_][\w.]{0,99}:[A-Za-z_]\w{0,99}", re.ASCII)
-_REPOSITORY = re.compile(r"(?!.*(?:--|\.\.|\.git$))\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_REPOSITORY = r"(?a:(?!.*(?:--|\.\.|\.git$))\w[\w.-]*/\w[\w.-]*)"
 """The names of the hub's repositories; huggingface_hub.utils.validate_repo_id."""
-_CHECKPOINTS = re.compile(r"latest|all|\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*")
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ class SampleRequest(LaunchedOptions):
     chosen: Annotated[dict[str, Any], SAMPLE_SETTINGS] = field(default_factory=dict)
     """Values that replace those of the run's section `sample`, by key."""
     classes: str = option(
-        "--classes --class LIST",
+        "--classes LIST",
         "Names or numbers, such as forest,coast. The seeds take them in turn. Default: all classes.",
     )
     autoguidance: str | None = option(
@@ -259,8 +258,6 @@ class SampleRequest(LaunchedOptions):
         sampler = self.chosen.get("sampler")
         if sampler == "own" or (self.custom_sampler and not _OWN_SAMPLER.fullmatch(self.custom_sampler)):
             raise BadRequestError(f"--sampler {sampler!r}: name yours as module:function, such as mysamplers:walk")
-        if not _CHECKPOINTS.fullmatch(self.checkpoints):
-            raise BadRequestError(f"--checkpoints {self.checkpoints!r}: use epochs such as 30,80, or latest, or all")
         if self.seeds:
             parse_numbers(self.seeds, "--seeds")
         for name, why in self._unfit().items():
@@ -496,8 +493,14 @@ class ExportRequest:
 
     run: RunOption
     to: str = option("--to DIR|URI", "New or empty folder; a path or a URI.")
-    push: str = option("--push ORG/NAME", "In place of --to: a model repository of the hub, new or pushed to.")
-    checkpoint: str = option("--checkpoint EPOCH", "Epoch, such as 80, or latest.", "latest")
+    push: str = option(
+        "--push ORG/NAME",
+        "In place of --to: a model repository of the hub, new or pushed to, such as my-name/celeba.",
+        pattern=_REPOSITORY,
+    )
+    checkpoint: str = option(
+        "--checkpoint EPOCH", "Epoch, such as 80, or latest.", "latest", pattern="[0-9]{1,9}|latest"
+    )
     weights: str = option("--weights NAME", "ema, ema-STD or model. Default: the run's sample.weights.")
     bucket: BucketUri = ""
 
@@ -505,12 +508,7 @@ class ExportRequest:
         """Checks what can be checked without the bucket.
 
         Raises:
-            BadRequestError: both or none of `to` and `push`, the repository has no valid name, or the checkpoint is
-                neither an epoch nor `latest`.
+            BadRequestError: both or none of `to` and `push`.
         """
         if bool(self.to) == bool(self.push):
             raise BadRequestError("give either --to FOLDER or --push ORG/NAME")
-        if self.push and not _REPOSITORY.fullmatch(self.push):
-            raise BadRequestError(f"--push {self.push!r}: use ORG/NAME, such as my-name/celeba")
-        if not re.fullmatch("[0-9]{1,9}", self.checkpoint) and self.checkpoint != "latest":
-            raise BadRequestError(f"--checkpoint {self.checkpoint!r}: use an epoch such as 80, or latest")

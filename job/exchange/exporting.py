@@ -254,7 +254,9 @@ class Hub:
                 f"--push {self._name}: {printable(strangers[0]):.100} is there already, and no earlier export: name "
                 "another repository, or a new one"
             )
-        stale = [key for key in there - objects.keys() if _is_of_an_export(key)]
+        own, folder = {CARD, PICTURE, checkpoints.PIPELINE_CODE}, CheckpointRef(0, 0).key
+        of_a_run = {key for key in there if located(f"{folder}/{key}").kind is ObjectKind.PIPELINE}
+        stale = (there & own | of_a_run) - objects.keys()
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(path_in_repo=key, path_or_fileobj=content) for key, content in objects.items()),
             *(CommitOperationDelete(path_in_repo=key) for key in stale),
@@ -263,11 +265,6 @@ class Hub:
             note(f"{self._name} is private: {url}/settings makes it public")
         self._api.create_commit(self._name, operations, commit_message=message)
         return url
-
-
-def _is_of_an_export(key: str) -> bool:
-    in_a_run = f"{CheckpointRef(0, 0).key}/{key}"
-    return key in (CARD, PICTURE, checkpoints.PIPELINE_CODE) or located(in_a_run).kind is ObjectKind.PIPELINE
 
 
 def _meaning(error: Exception, name: str) -> JobError:
