@@ -91,7 +91,7 @@ def _parser(takes: Any, option: Option) -> Callable[[str], Any] | None:
 
     def matching(text: str) -> str:
         if text and not re.fullmatch(option.pattern, text):
-            raise BadRequestError(f"{option.flags[0]} {text!r}: {option.help}")
+            raise BadRequestError(f"{option.flags[0]} {text!r} is not valid: {option.help}")
         return text
 
     def file(text: str) -> Path:

@@ -303,7 +303,7 @@ def runs_list(as_json: AsJson = False, bucket: BucketUri = "") -> None:
 def runs_show(name: RunName, as_json: AsJson = False, bucket: BucketUri = "") -> None:
     """Show state, progress, checkpoints and attempts of a run.
 
-    It also prints the URIs of its page and pictures.
+    It also prints the URI of its page, which has the pictures.
 
     Example: ddpm runs show celeba --bucket gs://my-bucket
     """
