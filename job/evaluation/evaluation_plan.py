@@ -215,7 +215,7 @@ def plan_evaluation(request: EvaluateRequest, stop: Stop = NEVER) -> EvaluatePla
         BadConfigError: as `plan_sampling`.
     """
     sampling = plan_sampling(request.sampling, stop)
-    index = sampling.pictures()
+    index = sampling.pixels()
     if index is None:
         raise BadRequestError(
             f"run {request.run!r} was imported without a dataset, so it has no real images to compare with: "

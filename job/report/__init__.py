@@ -264,12 +264,12 @@ def _sheet(facts: Facts, pictures: PictureCache) -> str:
         return ""
 
     def sheet() -> bytes:
-        pictured = facts.handle.pictures()
-        assert pictured is not None
-        key = dataset_key(pictured.name, pictured.size)
+        pixels = facts.handle.pixels()
+        assert pixels is not None
+        key = dataset_key(pixels.name, pixels.size)
         with suppress(ObjectMissingError):
             return bucket.read(f"{key}/{PREVIEW}").data
-        return preview_png(bucket, key, pictured, default_cache_dir() / pictured.dataset_id)
+        return preview_png(bucket, key, pixels, default_cache_dir() / pixels.dataset_id)
 
     where = bucket.uri_of(dataset_key(index.name, index.size))
     return pictures.made((where, SHEET_BYTES, WIDEST_PIXELS), sheet)

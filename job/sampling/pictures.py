@@ -83,7 +83,7 @@ def _make_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
     layout = "" if editor or sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-no-nearest"
     training = None
     if sample.nearest and is_main and editor is None and plan.index:
-        training = plan.opened_images(plan.pictures(), painter.stop)
+        training = plan.opened_images(plan.pixels(), painter.stop)
     grids: list[tuple[str, np.ndarray]] = []
 
     def publish(ref: CheckpointRef, key: str, picture: bytes, note: str = "") -> None:

@@ -158,10 +158,10 @@ class Interludes:
         return painter
 
     def _training_images(self) -> ImageCache:
-        pictures = self._plan.pictures()
-        if pictures is self._plan.index:
+        pixels = self._plan.pixels()
+        if pixels is self._plan.index:
             return self._attempt.images
-        return self._plan.opened_images(pictures, self._attempt.stop)
+        return self._plan.opened_images(pixels, self._attempt.stop)
 
     def _label(self) -> str:
         return label_at(self._state.images_seen, self._plan.index.images, self._config.train.batch_size)
