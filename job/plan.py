@@ -54,14 +54,14 @@ class RunHandle:
         return tuple(self.classes[label] for label in self.config.sample.labels) or self.classes
 
     @property
-    def picture_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the pictures: after decoding, for a run on latents."""
+    def pixel_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the pixels: after decoding, for a run on latents."""
         if self.index and (encoding := self.index.encoding):
             return encoding.channels, *encoding.size.shape
         return self.config.image_shape
 
-    def pictures(self) -> DatasetIndex | None:
-        """Returns the dataset of the pictures: for latents, the dataset that was encoded.
+    def pixels(self) -> DatasetIndex | None:
+        """Returns the dataset of the pixels: for latents, the dataset that was encoded.
 
         Raises:
             MissingInputError: the bucket no longer has it.

@@ -33,7 +33,7 @@ from job.data.images import codec_versions, encode_latents
 from job.data.pack import Packing, check_absent, make_dataset
 from job.data.pack_request import EncodeRequest
 from job.data.reading.cache import ImageCache
-from job.exits import BadConfigError, BadDataError, BadRequestError, how_to_install
+from job.exits import BadConfigError, BadDataError, BadRequestError, needs_extra
 from job.stop import Stop
 from job.store import Retry, Store
 from job.store.files import default_cache_dir, os_errors, scratch_folder
@@ -96,10 +96,8 @@ def _build_autoencoder(config: Mapping[str, Any], tensors: Mapping[str, Tensor],
     """
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise BadDataError(f"{where} is a {config['_class_name']!s:.60}, and only AutoencoderKL is supported")
-    try:
+    with needs_extra("latents", "the autoencoder"):
         from diffusers import AutoencoderKL
-    except ModuleNotFoundError as error:
-        raise BadRequestError(f"latents need more than is installed ({error}): {how_to_install('latents')}") from None
     try:
         # A network of a forged configuration would be built for hours before its weights do not fit.
         if (layers := config.get("layers_per_block", 1)) > len(tensors):

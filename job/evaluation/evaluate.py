@@ -129,9 +129,9 @@ def real_features(
             return ranks.only_on_main(features.load) or {}
     chosen = Order((reference.of_images,), seed=0).indices(np.arange(reference.images))
     of_pieces = np.split(chosen, np.cumsum(features.sizes, dtype=int)[:-1])
-    pictures = of_run.pictures()
-    assert pictures is not None
-    images = open_cache(of_run.bucket, pictures, of_run.config.data.cache_gigabytes * 1e9, stop)
+    pixels = of_run.pixels()
+    assert pixels is not None
+    images = open_cache(of_run.bucket, pixels, of_run.config.data.cache_gigabytes * 1e9, stop)
 
     def read(piece: int, advance: Advance) -> Iterator[np.ndarray]:
         for start in range(0, len(of_pieces[piece]), REAL_BATCH_IMAGES):
@@ -286,11 +286,11 @@ class Evaluator:
         Raises:
             StoppedError: a stop was requested; the same command resumes.
         """
-        self._chosen, self._sample, pictures = plan.config.evaluate, plan.config.sample, plan.pictures()
-        assert pictures is not None
+        self._chosen, self._sample, pixels = plan.config.evaluate, plan.config.sample, plan.pixels()
+        assert pixels is not None
         found = locate_extractor(self._chosen.extractor, plan.bucket)
         self._extract = found.load(ranks.device)
-        reference = reference_of(pictures, found.extractor, self._chosen.references)
+        reference = reference_of(pixels, found.extractor, self._chosen.references)
         check = partial(stop.check, "while looking at real images")
         self._real = real_features(plan, reference, self._extract, ranks, stop, check) or {}
 

@@ -26,12 +26,12 @@ from job.coordination.lease import Lease
 from job.coordination.sealed import utc_now
 from job.data.reading.order import images_at_epoch
 from job.data.shards import DatasetIndex, find_dataset, load_index
-from job.exchange.exchange_requests import ImportRequest
 from job.exchange.other_programs import OtherCheckpoint, opened_checkpoint, settings_of_diffusers
 from job.exits import BadConfigError, BadDataError, BadRequestError, State
 from job.plan import RunHandle, check_sampling, follow_dataset
 from job.processes.compute import describe_device
 from job.progress import note, printable
+from job.requests import ImportRequest
 from job.runs import checkpoints, records
 from job.runs.checkpoints import RUN_CONFIG, SCHEDULER_CONFIG, UNET_CONFIG
 from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef

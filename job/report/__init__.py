@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageSequence
 
-from job.config import CHOSEN_ELSEWHERE, FOLLOWS, RunConfig, description_of, draft
+from job.config import CHOSEN_ELSEWHERE, FOLLOWS, RunConfig, description_of, draft, shown
 from job.coordination.sealed import code_version, utc_now
 from job.data.checks import preview_png
 from job.data.shards import PREVIEW
@@ -194,11 +194,6 @@ def _newest_first(key: str) -> tuple[float, str]:
     return -int(match[1]) if match else -inf, key
 
 
-def put_page(facts: Facts, pictures: PictureCache) -> None:
-    """Writes the page into the run's folder, in the place of the one before."""
-    facts.handle.run.put(PAGE_KEY, run_page(facts, pictures))
-
-
 def run_page(facts: Facts, pictures: PictureCache) -> bytes:
     """Returns the page."""
     run, config = facts.handle.run, facts.config
@@ -208,9 +203,9 @@ def run_page(facts: Facts, pictures: PictureCache) -> bytes:
         for moment, key in chosen
         if (src := pictures.get(run, key, NEWEST_BYTES if key == chosen[-1][1] else GRID_BYTES))
     ]
-    shown = facts.own_pictures[:OWN_PICTURES]
-    own_bytes = min(OWN_BYTES, ALL_OWN_BYTES // max(1, len(shown)))
-    own = {key: src for key in shown if (src := pictures.get(run, key, own_bytes))}
+    newest = facts.own_pictures[:OWN_PICTURES]
+    own_bytes = min(OWN_BYTES, ALL_OWN_BYTES // max(1, len(newest)))
+    own = {key: src for key in newest if (src := pictures.get(run, key, own_bytes))}
     settings = {key: (value, description_of(key)) for key, value in config.flat().items()}
     return rendered(
         "run.html",
@@ -251,7 +246,7 @@ def _templates() -> Any:
         loader=FunctionLoader(_asset), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["thousands"] = lambda number: f"{number:,}"
-    environment.filters["short"] = _short
+    environment.filters["shown"] = shown
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     return environment
 
@@ -261,15 +256,6 @@ def _asset(name: str) -> str:
     return (resources.files("job.report") / "assets" / name).read_text(encoding="utf-8")
 
 
-def _short(value: Any) -> str:
-    """Formats a value of the configuration for people."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_short, value)) or "none"
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _sheet(facts: Facts, pictures: PictureCache) -> str:
     """Returns the preview of the dataset; empty without a dataset, or if it cannot be read."""
     index, bucket = facts.handle.index, facts.handle.bucket
@@ -277,11 +263,11 @@ def _sheet(facts: Facts, pictures: PictureCache) -> str:
         return ""
 
     def sheet() -> bytes:
-        shown = facts.handle.pictures()
-        assert shown is not None
+        pixels = facts.handle.pixels()
+        assert pixels is not None
         with suppress(ObjectMissingError):
-            return bucket.read(f"{shown.key}/{PREVIEW}").data
-        return preview_png(bucket, shown)
+            return bucket.read(f"{pixels.key}/{PREVIEW}").data
+        return preview_png(bucket, pixels)
 
     where = bucket.uri_of(index.key)
     return pictures.made((where, SHEET_BYTES, WIDEST_PIXELS), sheet)

@@ -82,8 +82,8 @@ def _make_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
     how, usual = plan.how(request.seeds), plan.stored.sample
     layout = "" if editor or sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-no-nearest"
     training = None
-    if sample.nearest and is_main and editor is None and (pictures := plan.pictures()):
-        training = open_cache(plan.bucket, pictures, plan.config.data.cache_gigabytes * 1e9, painter.stop)
+    if sample.nearest and is_main and editor is None and (pixels := plan.pixels()):
+        training = open_cache(plan.bucket, pixels, plan.config.data.cache_gigabytes * 1e9, painter.stop)
     grids: list[tuple[str, np.ndarray]] = []
 
     def publish(ref: CheckpointRef, key: str, picture: bytes, note: str = "") -> None:

@@ -268,7 +268,7 @@ def _given(request: SampleRequest, of_run: RunHandle) -> Given | None:
     if request.mode == "interpolate":
         return Given(Editing(mode="interpolate"))
     labels, name, index = list[int](), request.image, of_run.index
-    channels, height, width = of_run.picture_shape
+    channels, height, width = of_run.pixel_shape
     size = ImageSize(height, width)
     if index and index.encoding:
         raise BadRequestError(f"--mode {request.mode} needs pixels, and {index.name} holds latents: leave it out")

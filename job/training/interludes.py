@@ -158,11 +158,11 @@ class Interludes:
         return painter
 
     def _training_images(self) -> ImageCache:
-        pictures = self._plan.pictures()
-        if pictures is self._plan.index:
+        pixels = self._plan.pixels()
+        if pixels is self._plan.index:
             return self._attempt.images
-        assert pictures is not None
-        return open_cache(self._plan.bucket, pictures, self._config.data.cache_gigabytes * 1e9, self._attempt.stop)
+        assert pixels is not None
+        return open_cache(self._plan.bucket, pixels, self._config.data.cache_gigabytes * 1e9, self._attempt.stop)
 
     def _label(self) -> str:
         return label_at(self._state.images_seen, self._plan.index.images, self._config.train.batch_size)

@@ -14,7 +14,7 @@ from job.exits import State
 from job.plan import Plan, RunHandle
 from job.printing import open_page
 from job.progress import Progress, note
-from job.report import PictureCache, facts_of, put_page
+from job.report import PAGE_KEY, PictureCache, facts_of, run_page
 from job.runs import records
 from job.runs.checkpoints import Manifest
 from job.runs.layout import CheckpointRef, ObjectKind
@@ -175,7 +175,8 @@ class Recorder:
         handle = RunHandle(bucket, run, plan.index, plan.config, plan.stored)
         try:
             self._lease.confirm()
-            put_page(facts_of(handle, plan.request.run, rows, status), self._pictures)
+            page = run_page(facts_of(handle, plan.request.run, rows, status), self._pictures)
+            run.put(PAGE_KEY, page)
         except Exception as error:
             note(f"the run's page stays as it was: {type(error).__name__}: {error}")
 

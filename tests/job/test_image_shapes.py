@@ -189,7 +189,7 @@ def test_latents_have_the_shape(bucket: Path, tmp_path: Path) -> None:
     )
     sets = [word for setting in network for word in ("--set", setting)]
     succeeded(ddpm_here("train", "--dataset", "wide-latents", "--run", "l", "--epochs", 1, "--bucket", copy, *sets))
-    assert open_run(str(copy), "l").picture_shape == (3, 16, 24)
+    assert open_run(str(copy), "l").pixel_shape == (3, 16, 24)
     succeeded(ddpm_here("sample", "--run", "l", "--bucket", copy, "--count", 2, "--save", "png"))
     (folder,) = (copy / "runs/l/samples").glob("*-0-2-*")
     assert pictures_in(folder).shape == (2, 16, 24, 3)

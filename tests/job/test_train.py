@@ -276,13 +276,13 @@ def test_a_short_attempt_shows_a_loss(train, packed):
 
 def test_an_old_page_is_renewed(train, monkeypatch):
     """Between grids, of which the next one may be days away."""
-    put, shown = reporting.put_page, list[int]()
+    made, shown = reporting.run_page, list[int]()
 
     def watched(facts, pictures):
         shown.append(facts.status.images_seen)
-        put(facts, pictures)
+        return made(facts, pictures)
 
-    monkeypatch.setattr(reporting, "put_page", watched)
+    monkeypatch.setattr(reporting, "run_page", watched)
     for page_seconds, expected in [(300, [0, 300]), (0, [0, 100, 200, 300, 300])]:
         shown.clear()
         monkeypatch.setattr(reporting, "PAGE_SECONDS", page_seconds)

@@ -9,7 +9,6 @@ import re
 import select
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import reduce
@@ -26,7 +25,6 @@ from job.exits import (
     MissingInputError,
     Restart,
     State,
-    how_to_install,
     meaning,
     restart_after,
     state_after,
@@ -300,19 +298,6 @@ class Terms(NamedTuple):
     limit: str
     attempts: int | None = 1
     kind: str = ""
-
-
-@contextmanager
-def needs_extra(extra: str) -> Iterator[None]:
-    """As a decorator: reports a library that is missing, of an `extra` of this program.
-
-    Raises:
-        MissingInputError: it is missing; the message has the remedy.
-    """
-    try:
-        yield
-    except ImportError as error:
-        raise MissingInputError(f"the target needs more than is installed ({error}): {how_to_install(extra)}") from None
 
 
 class Target(BaseModel):

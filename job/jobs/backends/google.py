@@ -24,8 +24,8 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, PrivateAttr
 
-from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
-from job.jobs.backends import Check, JsonObject, LabelValue, NoCapacityError, Target, Terms, Word, needs_extra
+from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError, needs_extra
+from job.jobs.backends import Check, JsonObject, LabelValue, NoCapacityError, Target, Terms, Word
 from job.jobs.machines import Hourly, Machine, listed_price, machine_for
 from job.jobs.spec import IMAGE_USER, JobSpec, docker_options, scratch_variables
 
@@ -214,7 +214,7 @@ class GoogleTarget(Target):
         for page in self.pages("POST logging/entries:list", asked):
             yield from page.get("entries", ())
 
-    @needs_extra("google")
+    @needs_extra("google", "the target")
     def _ask_once(self, request: str, body: JsonObject | None, query: dict[str, str]) -> JsonObject:
         import requests
         from google.auth.exceptions import GoogleAuthError, TransportError

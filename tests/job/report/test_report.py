@@ -270,7 +270,7 @@ def test_failed_pages_cost_no_training(tiles, tmp_path, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("a mistake")
 
-    monkeypatch.setattr("job.training.reporting.put_page", broken)
+    monkeypatch.setattr("job.training.reporting.run_page", broken)
     words = ("--dataset", "tiles", "--run", "r", "--bucket", bucket, "--epochs", 1, "--open")
     done = ddpm_here("train", *words, *settings())
     succeeded(done)
