@@ -25,7 +25,7 @@ from job.processes import compute
 from job.processes.ranks import meet
 from job.progress import Progress, note
 from job.runs import records
-from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest, newest_sound, opened
+from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest, newest_sound, restore
 from job.runs.layout import CheckpointRef
 from job.runs.retention import Retention, reading_chosen
 from job.runs.writer import CheckpointFiles, write_part
@@ -129,8 +129,7 @@ class Replay:
 
         with reading_chosen(run, nearest) as (refs, _):
             for ref in refs:
-                with opened(run, ref, into=self.state.tensors()):
-                    pass
+                restore(run, ref, self.state.tensors())
                 self.state.resume_at(ref.images_seen, self.batch_size)
         self.begun = refs[0] if refs else None
         # Before the last import the images were learnt elsewhere.

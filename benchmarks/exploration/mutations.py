@@ -295,7 +295,7 @@ def _prefix_shared(replace: Replace) -> None:
 
     def save(this: Any, images_seen: int, loss_sums: Any) -> None:
         leased = this._leased
-        object.__setattr__(leased, "attempt", leased.attempt.model_copy(update={"fence": 1}))
+        object.__setattr__(leased, "record", leased.record.model_copy(update={"fence": 1}))
         attempt(this, images_seen, loss_sums)
 
     replace(writer, "CheckpointRef", same)

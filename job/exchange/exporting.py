@@ -27,12 +27,13 @@ from job.exits import (
 from job.plan import RunHandle, open_run
 from job.progress import Progress, note, printable
 from job.runs import checkpoints
-from job.runs.checkpoints import opened
+from job.runs.checkpoints import restore
 from job.runs.layout import RUNS, CheckpointRef, ObjectKind, located, places_in
 from job.runs.retention import reading_chosen
 from job.runs.samples import Scores, grid_key, score_words
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Retry, Store, open_store
+from job.store.files import scratch_folder
 from job.store.retry import answer, in_thread
 
 CARD, PICTURE = "README.md", "grid.png"
@@ -83,8 +84,8 @@ def _opened_export(
     weights = config.sample.weights
     with reading_chosen(run, partial(of_run.chosen, request.checkpoint, weights)) as ((ref,), _):
         label = of_run.label(ref.images_seen)
-        with opened(run, ref, (weights,)) as restored:
-            paths = restored.files[weights]
+        with scratch_folder("export") as folder:
+            paths = restore(run, ref, groups=(weights,), folder=folder).files[weights]
             files = dict(zip(checkpoints.weights_names(len(paths)), paths, strict=True))
             small = dict(described.objects)
             last = {key: small.pop(key) for key in ("model_index.json",) if key in small}

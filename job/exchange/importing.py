@@ -223,7 +223,7 @@ def _commit(of_run: RunHandle, state: TrainState, lease: Lease, *, stop: Stop, s
     # Of no epoch, and the last of very many: the next import into this run must not retire this checkpoint.
     retention = Retention(config.updated({"checkpoint.keep_last": LARGEST}), MAX_IMAGES_SEEN + 1)
     leased = LeasedRun(run, retention, attempt, lease, of_run.classes)
-    writer = CheckpointWriter(leased, state.tensors(), before=None, stop=stop, note=note)
+    writer = CheckpointWriter(leased, state.tensors(), before=None, stop=stop)
     try:
         writer.save(state.images_seen, state.log.reduced().tolist())
         writer.wait()

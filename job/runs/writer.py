@@ -184,7 +184,8 @@ class LeasedRun:
     store: Store
     """The run's folder."""
     retention: Retention
-    attempt: Attempt
+    record: Attempt
+    """Of the attempt."""
     lease: Lease
     classes: tuple[str, ...]
     """The names of its classes."""
@@ -205,9 +206,7 @@ class CheckpointWriter:
         cadence: the interval between saves, and the measured duration of the last one.
     """
 
-    def __init__(
-        self, leased: LeasedRun, live: Tensors, *, before: Manifest | None, stop: Stop, note: Callable[[str], None]
-    ) -> None:
+    def __init__(self, leased: LeasedRun, live: Tensors, *, before: Manifest | None, stop: Stop) -> None:
         """Allocates the host buffers and starts the thread.
 
         Args:
@@ -215,7 +214,6 @@ class CheckpointWriter:
             live: the tensors to save, by group.
             before: of the restored checkpoint, whose metrics and snapshots stay those of the run.
             stop: asked while the main thread waits.
-            note: receives messages for people.
         """
         self.rows = list[Row]()
         self._snapshots = before.snapshots if before else ()
@@ -225,11 +223,11 @@ class CheckpointWriter:
         # Unlike `stop` this ends no upload that is under way when a stop is requested.
         self._closing = Stop(stop.grace_seconds)
         self._run = leased.store.within(leased.store.retry.limit_seconds, self._closing)
-        self._history = History(self._run, before.segments if before else (), leased.retention.config, note)
+        self._history = History(self._run, before.segments if before else (), leased.retention.config)
         self._files = CheckpointFiles(live, leased.retention, leased.classes)
         every_minutes = leased.retention.config.checkpoint.every_minutes
-        self.cadence = Cadence(self._run, every_minutes, stop.grace_seconds, note)
-        self._retirement = Retirement(self._run, leased.lease, leased.damaged, note)
+        self.cadence = Cadence(self._run, every_minutes, stop.grace_seconds)
+        self._retirement = Retirement(self._run, leased.lease, leased.damaged)
         self._changed = threading.Condition()
         self._queued: tuple[Manifest, list[Row]] | None = None
         self._later: list[Callable[[Store], None]] = []
@@ -270,10 +268,10 @@ class CheckpointWriter:
             BucketAwayError: a stop was requested, and no time is left to wait.
         """
         self.cadence.begin()
-        attempt = self._leased.attempt
+        record = self._leased.record
         manifest = Manifest(
-            fence=attempt.fence,
-            attempt=attempt.id,
+            fence=record.fence,
+            attempt=record.id,
             images_seen=images_seen,
             loss_sums=loss_sums,
             lineage=self._lineage,
@@ -296,7 +294,7 @@ class CheckpointWriter:
 
     def put(self, key: str, picture: bytes, *, images_seen: int) -> None:
         """Queues the upload of a picture that the weights of `images_seen` drew."""
-        ref = CheckpointRef(self._leased.attempt.fence, images_seen)
+        ref = CheckpointRef(self._leased.record.fence, images_seen)
         self.do_later(lambda run: put_picture(run, key, picture, ref))
 
     def do_later(self, work: Callable[[Store], None]) -> None:

@@ -25,7 +25,7 @@ from job.exits import BadDataError, BadRequestError, NotANumberError, StoppedErr
 from job.processes.ranks import Agreement, Ranks
 from job.progress import Progress
 from job.requests import SampleRequest
-from job.runs.checkpoints import opened
+from job.runs.checkpoints import load_weights
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.records import split_run
 from job.runs.retention import kept_while_read, reading_chosen
@@ -93,10 +93,8 @@ class Painter(Model):
         network = network or self.network
 
         def load() -> None:
-            tensors = {group: {name: value.detach() for name, value in network.named_parameters()}}
             try:
-                with opened(run, ref, into=tensors):
-                    pass
+                load_weights(run, ref, group, network)
             except BadDataError as error:
                 name = run.uri.rsplit("/", 1)[-1]
                 raise BadDataError(
@@ -355,8 +353,7 @@ def load_run(
     decode, group = load_decoder(plan.bucket, plan.index, on), plan.config.sample.weights
     # On many processors bf16 is slower than fp32.
     model = method.model_of(plan.config, on, plan.precision if on.type == "cuda" else "fp32", decode, plan.classes)
-    tensors = {group: {name: each.detach() for name, each in model.network.named_parameters()}}
-    with reading_chosen(plan.run, plan.choose) as ((ref,), _), opened(plan.run, ref, into=tensors):
-        pass
+    with reading_chosen(plan.run, plan.choose) as ((ref,), _):
+        load_weights(plan.run, ref, group, model.network)
     model.source = f"{plan.run.uri}, {moment_of(plan.label(ref.images_seen))}, weights {group}"
     return model

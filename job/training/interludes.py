@@ -81,7 +81,7 @@ class Interludes:
             latents=latents_of(self._plan.index),
         )
         if self._attempt.recorder is not None:
-            self._attempt.recorder.record(row)
+            self._attempt.recorder.add_row(row)
 
     def score(self) -> None:
         """Adds the scores of what the run draws to the log, and decides which checkpoint is the best. Collective.
@@ -92,7 +92,7 @@ class Interludes:
         row = self._evaluator.scores(self._sampling_painter())
 
         def publish(recorder: Recorder) -> None:
-            recorder.record(row)
+            recorder.add_row(row)
             recorder.writer.retention = recorder.retention()
             scored = [row for row in recorder.rows if self.score_name in row]
             figure = figures.scores_figure(scored, self._plan.index.images, self._plan.request.run)

@@ -365,7 +365,7 @@ class TrainingSession(Loop):
         average = self.settings.averages["ema"]
         rate = self.pace.images_per_second(images_seen)
         if self.recorder is not None:
-            self.recorder.record(
+            self.recorder.add_row(
                 {
                     **losses,
                     "learning_rate": learning_rate_at(self.settings.train, images_seen - self.batch_size),

@@ -16,7 +16,7 @@ from ddpm.networks.unet import UNet
 from ddpm.objective import Condition
 from job.config import method
 from job.exits import Exit
-from job.runs.checkpoints import choose, list_checkpoints, load_manifest, opened
+from job.runs.checkpoints import choose, list_checkpoints, load_manifest, load_weights
 from job.runs.records import existing_config, load_attempt
 from job.store import open_store
 from job.verbs.upkeep import verify_run
@@ -58,8 +58,8 @@ def network_of(bucket: Path, run: str):
     config = existing_config(store, run)
     network = method.build_network(config, torch.device("cpu")).eval()
     (ref,) = choose(store.sub(f"runs/{run}"), "latest", 1, 1)
-    with opened(store.sub(f"runs/{run}"), ref, into={"ema": {n: p.detach() for n, p in network.named_parameters()}}):
-        return config, network
+    load_weights(store.sub(f"runs/{run}"), ref, "ema", network)
+    return config, network
 
 
 def drawn(bucket: Path, run: str):

@@ -65,7 +65,7 @@ def lengthen(bucket: Path, run: str, epochs: int, grids: int, rows: int) -> None
         | {name: 0.1 * noise.random() for name in ("loss", "loss_q0", "loss_q1", "loss_q2", "loss_q3", "val_loss")}
         for i in range(rows)
     ]
-    history = History(store, (), found.config, [].append)
+    history = History(store, (), found.config)
     history.add(logged, CheckpointRef(ref.fence, 1), is_hurried=False)
     named = manifest.model_copy(update={"segments": history.segments})
     store.put(ObjectKind.MANIFEST.key(checkpoint=ref), named.to_json())
