@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from ddpm import samplers
-from ddpm.generation import Sampling, beginning, evaluations_of
 from ddpm.grids import find_grid, make_grid, numbered_points
 from ddpm.objective import Condition
 from ddpm.process import (
@@ -37,6 +36,7 @@ from ddpm.process import (
     linear_schedule,
     points_of,
 )
+from ddpm.samplers import Sampling, beginning, evaluations_of
 from job.processes.ranks import Agreement, meet
 from job.progress import Progress
 from job.requests import SampleRequest

@@ -1,4 +1,4 @@
-"""Editing: walks (see `generation`) that keep parts of given images, with the same denoisers, points and samplers."""
+"""Editing: walks (see `samplers`) that keep parts of given images, with the same denoisers, points and samplers."""
 
 from collections.abc import Sequence
 from itertools import count, pairwise
@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ddpm.catalogue import Diffusion
-from ddpm.generation import beginning, from_noise
 from ddpm.process import CLEAN
-from ddpm.samplers import Denoiser, NoiseAt, Points, Sampler, Visit, euler_step
+from ddpm.samplers import Denoiser, NoiseAt, Points, Sampler, Visit, beginning, euler_step, from_noise
 
 
 def inpaint(

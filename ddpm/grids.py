@@ -1,8 +1,10 @@
 """Grids: the points of a process that a sampler visits, from noise to the clean image."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -10,7 +12,9 @@ from torch import Tensor
 
 from ddpm.catalogue import GRIDS
 from ddpm.process import CLEAN, Point, Process, RectifiedFlow, VariancePreserving, points_of
-from ddpm.samplers import Denoiser, Visit, euler_step, unipc
+
+if TYPE_CHECKING:
+    from ddpm.samplers import Denoiser, Visit
 
 RHO = 7.0
 """ρ of Karras et al. 2022, section 3.2."""
@@ -82,6 +86,9 @@ def find_grid(denoise: Denoiser, x: Tensor, process: Process, steps: int, candid
     Raises:
         ValueError: there are more steps than candidates.
     """
+    # Samplers import this module, for their points.
+    from ddpm.samplers import Visit, euler_step, unipc
+
     numbers = _numbers(process.num_timesteps, candidates, "trailing")
     points, last = numbered_points(process, numbers), len(numbers)
     if not 1 <= steps <= last:

@@ -19,10 +19,20 @@ from torch import Tensor, nn
 
 from ddpm import figures, interop, networks
 from ddpm.catalogue import Diffusion, SampleOptions
-from ddpm.generation import Callback, Sampling, Walk, evaluations_of, from_noise, generate, make_denoiser, noise_of
 from ddpm.objective import Condition
 from ddpm.process import Prediction, Process, make_process
-from ddpm.samplers import Denoiser, NoiseAt
+from ddpm.samplers import (
+    Callback,
+    Denoiser,
+    NoiseAt,
+    Sampling,
+    Walk,
+    evaluations_of,
+    from_noise,
+    generate,
+    make_denoiser,
+    noise_of,
+)
 from ddpm.threads import Threads, group_of, threads_of
 
 MOST_TIMESTEPS = 100_000

@@ -26,7 +26,7 @@ from job.progress import note
 from job.requests import EvaluateRequest, JobRequest, SampleRequest, TrainRequest, check_world_size
 from job.runs.layout import ObjectKind
 from job.runs.records import check_writable
-from job.runs.samples import grid_key, label_at
+from job.runs.run import grid_key, label_at
 from job.sampling.sampling_plan import plan_sampling
 from job.stop import Stop, deadline, preemption_watched
 from job.store import Store, is_foreign, open_bucket, split_chain

@@ -20,7 +20,7 @@ from job.coordination.sealed import code_version
 from job.data.reading.cache import ImageCache
 from job.exchange.exporting import Objects, check_strangers, open_target, write_folder
 from job.exits import BadDataError, BadRequestError, MissingInputError
-from job.plan import follow_dataset, open_run
+from job.plan import follow_dataset
 from job.processes import compute
 from job.processes.ranks import meet
 from job.progress import Progress, note
@@ -28,6 +28,7 @@ from job.runs import records
 from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest, newest_sound, restore
 from job.runs.layout import CheckpointRef
 from job.runs.retention import Retention, reading_chosen
+from job.runs.run import open_run
 from job.runs.writer import CheckpointFiles, write_part
 from job.stop import Stop
 from job.store import Store

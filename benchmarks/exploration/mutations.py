@@ -306,8 +306,8 @@ def _prefix_shared(replace: Replace) -> None:
 def _metrics_repeated(replace: Replace) -> None:
     init = writer.CheckpointWriter.__init__
 
-    def keeping(this: Any, leased: Any, live: Any, *, before: Any, stop: Any, note: Any) -> None:
-        init(this, leased, live, before=before, stop=stop, note=note)
+    def keeping(this: Any, leased: Any, live: Any, *, before: Any, stop: Any) -> None:
+        init(this, leased, live, before=before, stop=stop)
         named = {one.rows.key for one in this._history.segments}
         for entry in leased.store.list("metrics"):
             if entry.key not in named:

@@ -98,7 +98,6 @@ def opened_here() -> Iterator[None]:
             name = "open_bucket" if module is averages else "open_store"
             stack.enter_context(patch.object(module, name, store))
             stack.enter_context(patch.object(module, "Stop", stop))
-            stack.enter_context(patch.object(module, "note", lambda text: None))
             stack.enter_context(patch.object(module, "print", lambda *_: None, create=True))
         # To read the configuration takes longer than the rest, and it never changes.
         stack.enter_context(patch("job.runs.records.parsed_config", lambda *_: training.config()))

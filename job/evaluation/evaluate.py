@@ -20,8 +20,8 @@ import torch
 from ddpm import metrics, randomness
 from ddpm.augment import Latents
 from ddpm.catalogue import METRICS
-from ddpm.generation import Sampling
 from ddpm.objective import Condition, Drawn, Objective, spread_over_steps
+from ddpm.samplers import Sampling
 from ddpm.state import LossLog, loss_row
 from job.config import method
 from job.coordination.pieces import IF_NONE_RUNS, WHOLE, Advance, Made, Slice
@@ -40,12 +40,12 @@ from job.evaluation.evaluation_plan import (
     reference_of,
 )
 from job.exits import BadDataError
-from job.plan import Plan, RunHandle
+from job.plan import Plan
 from job.processes.ranks import Ranks, meet
 from job.progress import Progress, note
 from job.runs.layout import ObjectKind
 from job.runs.metric_rows import Row
-from job.runs.samples import Reference, Scores, score_name, score_words
+from job.runs.run import Reference, RunHandle, Scores, score_name, score_words
 from job.sampling.painter import Painter, prepared
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError

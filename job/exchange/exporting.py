@@ -24,13 +24,12 @@ from job.exits import (
     NoPermissionError,
     how_to_install,
 )
-from job.plan import RunHandle, open_run
 from job.progress import Progress, note, printable
 from job.runs import checkpoints
 from job.runs.checkpoints import restore
 from job.runs.layout import RUNS, CheckpointRef, ObjectKind, located, places_in
 from job.runs.retention import reading_chosen
-from job.runs.samples import Scores, grid_key, score_words
+from job.runs.run import RunHandle, Scores, grid_key, open_run, score_words
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Retry, Store, open_store
 from job.store.files import scratch_folder

@@ -29,13 +29,14 @@ from job.data.shards import DatasetIndex, find_dataset, load_index
 from job.exchange.exchange_requests import ImportRequest
 from job.exchange.other_programs import OtherCheckpoint, opened_checkpoint, settings_of_diffusers
 from job.exits import BadConfigError, BadDataError, BadRequestError, State
-from job.plan import RunHandle, check_sampling, follow_dataset
+from job.plan import check_sampling, follow_dataset
 from job.processes.compute import describe_device
 from job.progress import note, printable
 from job.runs import checkpoints, records
 from job.runs.checkpoints import RUN_CONFIG, SCHEDULER_CONFIG, UNET_CONFIG
 from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef
 from job.runs.retention import Retention
+from job.runs.run import RunHandle
 from job.runs.writer import CheckpointWriter, LeasedRun
 from job.stop import Stop
 from job.store import Store, open_bucket, without_queries

@@ -28,7 +28,6 @@ from job.coordination.sealed import code_version, utc_now
 from job.data.preview import preview_png
 from job.data.shards import PREVIEW, dataset_key
 from job.exits import BadDataError, JobError, State
-from job.plan import RunHandle
 from job.progress import note
 from job.runs import metric_rows, records
 from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound
@@ -36,7 +35,7 @@ from job.runs.layout import ObjectKind, places_in
 from job.runs.metric_rows import Row
 from job.runs.outlook import AttemptSpan, Outlook, attempts_of, duration, outlook_of, spans_of, state_in
 from job.runs.records import Status
-from job.runs.samples import Scores, denoising_key, grid_key, label_at, moment_of
+from job.runs.run import RunHandle, Scores, denoising_key, grid_key, label_at, moment_of
 from job.store import ObjectMissingError, Store
 from job.store.files import default_cache_dir
 

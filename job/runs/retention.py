@@ -22,7 +22,7 @@ from job.progress import note
 from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, CheckpointRef, Located, ObjectKind, located, places_in
 from job.runs.metric_rows import Row
-from job.runs.samples import score_name
+from job.runs.run import score_name
 from job.store import ObjectMissingError, Store
 
 LAST_SAVES = 2

@@ -29,7 +29,7 @@ from job.runs.metric_rows import History, Row
 from job.runs.outlook import Cadence
 from job.runs.records import Attempt
 from job.runs.retention import Retention, Retirement
-from job.runs.samples import put_picture
+from job.runs.run import put_picture
 from job.stop import GRACE_VARIABLE, Stop
 from job.store import Store
 from job.store.files import os_errors, scratch_folder

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import nn
 
 from ddpm import figures
-from ddpm.generation import Callback, Sampling, Walk, beginning, from_noise
 from ddpm.grids import find_grid, numbered_points
 from ddpm.model import Model, NotFiniteError
 from ddpm.process import Point, VarianceExploding
+from ddpm.samplers import Callback, Sampling, Walk, beginning, from_noise
 from ddpm.threads import group_of
 from job.config import RunConfig, method
 from job.data.latents import Decoder, load_decoder
@@ -29,7 +29,7 @@ from job.runs.checkpoints import load_weights
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.records import split_run
 from job.runs.retention import kept_while_read, reading_chosen
-from job.runs.samples import FoundGrid, moment_of
+from job.runs.run import FoundGrid, moment_of
 from job.sampling.sampling_plan import SamplePlan, Worse, found_points, plan_sampling
 from job.stop import Stop
 from job.store import ObjectExistsError, Store

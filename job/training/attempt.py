@@ -22,7 +22,7 @@ from job.data.reading.cache import ImageCache
 from job.data.reading.order import order_of
 from job.evaluation.evaluation_plan import check_scores_in_training
 from job.exits import BadDataError, JobError, LostRunError, MissingInputError, State, ending_of, state_after
-from job.plan import Plan, RunHandle, plan_run
+from job.plan import Plan, plan_run
 from job.processes import compute
 from job.processes.launcher import is_launched
 from job.processes.ranks import meet
@@ -32,6 +32,7 @@ from job.runs import records
 from job.runs.checkpoints import Manifest, check_average, newest_good, restore
 from job.runs.layout import CheckpointRef
 from job.runs.retention import kept_while_read
+from job.runs.run import RunHandle
 from job.stop import Stop
 from job.store import open_bucket
 from job.training.reporting import Recorder

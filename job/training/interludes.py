@@ -11,7 +11,7 @@ from job.data.reading.cache import ImageCache
 from job.evaluation.evaluate import Evaluator, validation_row
 from job.processes.ranks import Agreement
 from job.requests import GIF_SEEDS
-from job.runs.samples import (
+from job.runs.run import (
     SCORES_FIGURE,
     denoising_key,
     grid_key,

@@ -11,7 +11,7 @@ from ddpm.state import TrainState, loss_row
 from job.coordination.lease import Lease
 from job.coordination.sealed import utc_now
 from job.exits import State
-from job.plan import Plan, RunHandle
+from job.plan import Plan
 from job.printing import open_page
 from job.progress import Progress, note
 from job.report import PictureCache, facts_of, put_page
@@ -20,8 +20,9 @@ from job.runs.checkpoints import Manifest
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.metric_rows import Row, grid_events, read_rows
 from job.runs.retention import Retention, best_images_seen
-from job.runs.samples import (
+from job.runs.run import (
     LOSS_FIGURE,
+    RunHandle,
     label_at,
     moment_of,
 )

@@ -47,7 +47,7 @@ from job.runs.retention import (
     delete_checkpoint,
     leftovers,
 )
-from job.runs.samples import FoundGrid, SampleSetIndex, Scores, has_origin
+from job.runs.run import FoundGrid, SampleSetIndex, Scores, has_origin
 from job.stop import NEVER, Stop
 from job.store import ObjectMissingError, Store, open_store
 from job.verbs.run_listing import run_names

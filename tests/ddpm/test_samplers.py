@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from benchmarks.solvers import ORDERS, Mixture, errors_by_steps, orders, refined, rms
-from ddpm.generation import Guidance, Sampling, from_noise, make_denoiser
 from ddpm.grids import make_grid
 from ddpm.objective import Condition
 from ddpm.process import (
@@ -27,6 +26,8 @@ from ddpm.process import (
     points_of,
 )
 from ddpm.samplers import (
+    Guidance,
+    Sampling,
     Step,
     Visit,
     ancestral,
@@ -36,8 +37,10 @@ from ddpm.samplers import (
     dpmpp_2m,
     dpmpp_3m,
     dpmpp_sde_2m,
+    from_noise,
     heun,
     ipndm_step,
+    make_denoiser,
     unipc,
 )
 from tests.ddpm.gaussian import SHAPE, Gaussian, no_noise, normal

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm.generation import beginning, generate, make_denoiser, noise_of
 from ddpm.networks.dome import DomeUNet
 from ddpm.networks.unet import UNet
 from ddpm.objective import Condition
+from ddpm.samplers import beginning, generate, make_denoiser, noise_of
 from job.config import method
 from job.exits import Exit
 from job.runs.checkpoints import choose, list_checkpoints, load_manifest, load_weights

@@ -15,11 +15,11 @@ from PIL import Image
 
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
-from job.plan import open_run
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.metric_rows import History
 from job.runs.records import run_store
+from job.runs.run import open_run
 from job.store import open_store
 from tests.job.command_line import ddpm_here, settings, succeeded
 

@@ -16,10 +16,9 @@ from PIL import Image
 
 from benchmarks.solvers import rms
 from ddpm.editing import inverted
-from ddpm.generation import noise_of
 from ddpm.grids import make_grid
 from ddpm.process import points_of
-from ddpm.samplers import Visit, ddim
+from ddpm.samplers import Visit, ddim, noise_of
 from job import load
 from job.data.reading.cache import uncached_images
 from job.data.shards import load_index
