@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.measuring import Figure, seconds
 from benchmarks.training_step import OurLoop, pack_for_loops
-from ddpm.samplers import Sampling
+from ddpm.model import Sampling
 from ddpm.threads import Threads
 from job.config import EMBEDDED
 from job.processes import compute

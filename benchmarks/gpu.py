@@ -97,7 +97,7 @@ def sampling(folder: Path, tiny: bool) -> list[Figure]:
     from benchmarks.measuring import Figure
     from benchmarks.sampling import diffusers_sampler, painter_of
     from benchmarks.subject import compiled, diffusers_twin
-    from ddpm.samplers import Sampling
+    from ddpm.model import Sampling
     from job.config import draft, parse_sets
     from job.processes import compute
 

@@ -31,7 +31,8 @@ from torch import Tensor
 from benchmarks.solvers import lines_png, most_steps
 from ddpm import training
 from ddpm.grids import find_grid, numbered_points
-from ddpm.samplers import Sampling, beginning, generate, make_denoiser, noise_of
+from ddpm.model import Sampling, generate, make_denoiser, noise_of
+from ddpm.samplers import beginning
 from job.config import EMBEDDED, RunConfig, draft, method, parse_sets
 from job.data.reading.order import Order
 from job.sampling.painter import GRID_CANDIDATES, GRID_IMAGES

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.measuring import Figure, Turns, take_turns
 from benchmarks.subject import HALF_WIDTH, TINY, diffusers_twin, forget_accelerator, run_config
-from ddpm.samplers import Sampling
+from ddpm.model import Sampling
 from job.config import RunConfig
 from job.processes import compute
 from job.processes.ranks import Agreement, meet

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ddpm import samplers
 from ddpm.grids import find_grid, make_grid, numbered_points
+from ddpm.model import Sampling, evaluations_of
 from ddpm.objective import Condition
 from ddpm.process import (
     Point,
@@ -36,7 +37,7 @@ from ddpm.process import (
     linear_schedule,
     points_of,
 )
-from ddpm.samplers import Sampling, beginning, evaluations_of
+from ddpm.samplers import beginning
 from job.processes.ranks import Agreement, meet
 from job.progress import Progress
 from job.requests import SampleRequest

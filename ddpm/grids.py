@@ -1,10 +1,8 @@
 """Grids: the points of a process that a sampler visits, from noise to the clean image."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +10,7 @@ from torch import Tensor
 
 from ddpm.catalogue import GRIDS
 from ddpm.process import CLEAN, Point, Process, RectifiedFlow, VariancePreserving, points_of
-
-if TYPE_CHECKING:
-    from ddpm.samplers import Denoiser, Visit
+from ddpm.samplers import Denoiser, Visit, euler_step, unipc
 
 RHO = 7.0
 """ρ of Karras et al. 2022, section 3.2."""
@@ -86,9 +82,6 @@ def find_grid(denoise: Denoiser, x: Tensor, process: Process, steps: int, candid
     Raises:
         ValueError: there are more steps than candidates.
     """
-    # Samplers import this module, for their points.
-    from ddpm.samplers import Visit, euler_step, unipc
-
     numbers = _numbers(process.num_timesteps, candidates, "trailing")
     points, last = numbered_points(process, numbers), len(numbers)
     if not 1 <= steps <= last:

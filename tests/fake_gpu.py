@@ -29,8 +29,8 @@ from torch.utils._pytree import tree_leaves
 
 from ddpm import editing, training
 from ddpm.catalogue import PREDICTIONS, SAMPLERS, SCHEDULES, WEIGHTINGS
-from ddpm.model import Model
-from ddpm.samplers import Sampling, Walk, from_noise, generate
+from ddpm.model import Model, Sampling, generate
+from ddpm.samplers import Walk, from_noise
 from ddpm.slots import Slots
 from ddpm.state import learnt_parameters
 from job.config import RunConfig, layered, method, parse_sets, validated

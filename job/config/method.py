@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from ddpm import networks, training
 from ddpm.augment import Augmentation
 from ddpm.ema import Exponential, PowerFunction, Profile
-from ddpm.model import Model
+from ddpm.model import Model, Sampling
 from ddpm.networks import memory_format_of
 from ddpm.objective import Objective
 from ddpm.process import Prediction, Process, make_process
-from ddpm.samplers import Sampling
 from ddpm.state import TrainState, create_state
 from ddpm.threads import threads_of
 from job.config import RunConfig

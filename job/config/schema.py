@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -132,24 +132,19 @@ class DataConfig(ConfigSection):
             raise ValueError(f"data.crop_scale={self.crop_scale}: the smaller share comes first")
 
 
-class UNetSection(ConfigSection, catalogue.UNetConfig):
-    """A U-Net of Ho et al. and its successors."""
+def _section_of(network: type[catalogue.NetworkConfig]) -> type[ConfigSection]:
+    """Makes the section of a network's settings, under a name of this module, by which `pickle` finds it."""
+    made = type(name := f"{network.__name__}Section", (ConfigSection, network), {"__module__": __name__})
+    made.__doc__ = network.__doc__
+    globals()[name] = made
+    return made
 
 
-class EDM2Section(ConfigSection, catalogue.EDM2Config):
-    """The magnitude-preserving U-Net of EDM2."""
-
-
-class DiTSection(ConfigSection, catalogue.DiTConfig):
-    """A transformer on patches."""
-
-
-class DomeUNetSection(ConfigSection, catalogue.DomeUNetConfig):
-    """The U-Net of dome272 and ErenGurs."""
-
-
-Network = UNetSection | EDM2Section | DiTSection | DomeUNetSection
-NETWORKS: dict[str, type[Network]] = {kind.model_fields["kind"].default: kind for kind in get_args(Network)}
+NETWORKS: dict[str, Any] = {kind: _section_of(network) for kind, network in catalogue.NETWORKS.items()}
+if TYPE_CHECKING:
+    Network = catalogue.NetworkConfig
+else:
+    Network = Union[tuple(NETWORKS.values())]
 
 
 class DiffusionConfig(ConfigSection, catalogue.Diffusion):
@@ -307,7 +302,7 @@ class RunConfig(ConfigSection):
     preset: Annotated[str, "preset that the run began with"] = ""
     imported: Annotated[bool, "the run began with an imported checkpoint"] = False
     data: DataConfig = DataConfig()
-    model: Annotated[Network, Field(discriminator="kind")] = UNetSection()
+    model: Annotated[Network, Field(discriminator="kind")] = NETWORKS["unet"]()
     diffusion: DiffusionConfig = DiffusionConfig()
     train: TrainConfig = TrainConfig()
     ema: EmaConfig = EmaConfig()

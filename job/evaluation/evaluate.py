@@ -20,8 +20,8 @@ import torch
 from ddpm import metrics, randomness
 from ddpm.augment import Latents
 from ddpm.catalogue import METRICS
+from ddpm.model import Sampling
 from ddpm.objective import Condition, Drawn, Objective, spread_over_steps
-from ddpm.samplers import Sampling
 from ddpm.state import LossLog, loss_row
 from job.config import method
 from job.coordination.pieces import IF_NONE_RUNS, WHOLE, Advance, Made, Slice

@@ -83,7 +83,7 @@ class Manifest(Sealed):
     lineage: tuple[Annotated[str, Field(pattern=r"^\d{6}-\d{12}$")], ...] = ()
     """The checkpoints from which this attempt and those before it resumed, by name, oldest first."""
     files: tuple[NamedObject, ...]
-    drawn: str = ""
+    unet_group: str = ""
     """The group of weights in `unet/`, such as `ema`; empty if diffusers lacks the network."""
     segments: tuple[Segment, ...] = ()
     """The run's metrics up to here, in order."""
@@ -117,8 +117,8 @@ class Manifest(Sealed):
     def group_of(self, file: NamedObject) -> str:
         """Returns the group of a file's tensors: `model`, `optimizer` or an average such as `ema`; else empty."""
         place = located(file.key)
-        is_drawn = place.kind is ObjectKind.PIPELINE and file.key.endswith(".safetensors")
-        return self.drawn if is_drawn else place.group
+        is_in_unet = place.kind is ObjectKind.PIPELINE and file.key.endswith(".safetensors")
+        return self.unet_group if is_in_unet else place.group
 
 
 class AverageRecord(Sealed):
@@ -492,11 +492,11 @@ def files_for_diffusers(
         objects beside them, by key below the checkpoint.
     """
     descriptions = described(config, classes).objects
-    drawn = config.sample.weights if descriptions else ""
-    weights = {part: tensors for part, tensors in parts.items() if drawn and part.rpartition("-")[0] == drawn}
+    group = config.sample.weights if descriptions else ""
+    weights = {part: tensors for part, tensors in parts.items() if group and part.rpartition("-")[0] == group}
     names = dict(zip(weights, weights_names(len(weights)), strict=True))
     if len(weights) > 1:
         where = {tensor: names[part].rpartition("/")[2] for part, tensors in weights.items() for tensor in tensors}
         size_bytes = sum(tensor.nbytes for tensors in weights.values() for tensor in tensors.values())
         descriptions[INDEX] = weights_index(size_bytes, where)
-    return drawn, names, descriptions
+    return group, names, descriptions

@@ -1,6 +1,6 @@
 """A run as commands open it, and its samples: pictures with names and origin, sets in pieces, and their scores.
 
-The name of a picture holds the settings that it was drawn with, so that other settings do not overwrite it. Its
+The name of a picture holds the settings that it was made with, so that other settings do not overwrite it. Its
 last comment has its origin and its SHA-256.
 
 A set of many images has a folder, whose name has a hash of all that decides them. Each piece is created before its
@@ -182,7 +182,7 @@ def put_picture(run: Store, key: str, picture: bytes, ref: CheckpointRef) -> Non
         run: the run's folder.
         key: of the picture below the run.
         picture: the content of a PNG or GIF.
-        ref: the attempt whose weights drew it, and their progress.
+        ref: the attempt whose weights made it, and their progress.
     """
     run_name = run.uri.rpartition("/")[2]
     origin = {"run": run_name, "fence": ref.fence, "images_seen": ref.images_seen, "code_version": code_version()}
@@ -250,7 +250,7 @@ def file_words(numbers: str, comma: str) -> str:
 
 
 def grid_key(label: str, how: str) -> str:
-    """Returns the key of a sample grid; `how` it was drawn is a `SamplerConfig.name`."""
+    """Returns the key of a sample grid; `how` it was made is a `SamplerConfig.name`."""
     return ObjectKind.PICTURE.key(name=f"{label}-{how}", picture="png")
 
 
@@ -411,5 +411,5 @@ class Scores(Sealed):
 
     @property
     def ref(self) -> CheckpointRef:
-        """Returns the checkpoint that drew the images."""
+        """Returns the checkpoint that made the images."""
         return CheckpointRef.parse(self.sample_set.checkpoint.partition("/")[2])

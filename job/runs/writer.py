@@ -64,7 +64,7 @@ class CheckpointFiles:
     The host buffers are contiguous, allocated and touched once, and pinned for CUDA.
 
     Attributes:
-        drawn: the group whose weights lie where diffusers reads them.
+        unet_group: the group whose weights lie where diffusers reads them.
         descriptions: the objects beside them, by key below the checkpoint.
     """
 
@@ -82,7 +82,7 @@ class CheckpointFiles:
             views = zip(named.items(), flat.split(sizes), strict=True)
             self._host[group] = {name: view.view(tensor.shape) for (name, tensor), view in views}
         self._parts = plan_parts(self._host)
-        self.drawn, self._names, self.descriptions = files_for_diffusers(retention.config, classes, self._parts)
+        self.unet_group, self._names, self.descriptions = files_for_diffusers(retention.config, classes, self._parts)
 
     def copy(self) -> None:
         """Copies the live values into the host buffers: on a GPU beside the next step, up to `before_change`."""
@@ -276,7 +276,7 @@ class CheckpointWriter:
             loss_sums=loss_sums,
             lineage=self._lineage,
             files=(),
-            drawn=self._files.drawn,
+            unet_group=self._files.unet_group,
         )
         with self._change():
             while self._reading_host or (self._queued and self.retention.needs(self._queued[0].images_seen)):
@@ -293,7 +293,7 @@ class CheckpointWriter:
         self._files.before_change()
 
     def put(self, key: str, picture: bytes, *, images_seen: int) -> None:
-        """Queues the upload of a picture that the weights of `images_seen` drew."""
+        """Queues the upload of a picture by the weights of `images_seen`."""
         ref = CheckpointRef(self._leased.record.fence, images_seen)
         self.do_later(lambda run: put_picture(run, key, picture, ref))
 
@@ -361,7 +361,7 @@ class CheckpointWriter:
     def _work(self) -> None:
         try:
             while self._has_work():
-                # In order: a resumed attempt draws only the picture of the checkpoint that it begins with. After a
+                # In order: a resumed attempt makes only the picture of the checkpoint that it begins with. After a
                 # stop request the checkpoint goes first, because there may be no time for both.
                 if self._later and not (self._queued and self._stop.reason):
                     self._run.retry(self._leased.lease.confirm)

@@ -15,9 +15,9 @@ from torch import nn
 
 from ddpm import figures
 from ddpm.grids import find_grid, numbered_points
-from ddpm.model import Model, NotFiniteError
+from ddpm.model import Callback, Model, NotFiniteError, Sampling
 from ddpm.process import Point, VarianceExploding
-from ddpm.samplers import Callback, Sampling, Walk, beginning, from_noise
+from ddpm.samplers import Walk, beginning, from_noise
 from ddpm.threads import group_of
 from job.config import RunConfig, method
 from job.data.latents import Decoder, load_decoder
@@ -238,7 +238,7 @@ class Painter(Model):
         """
         numbers = torch.tensor(seeds, dtype=torch.int64, device=self.device)
         try:
-            return figures.to_uint8(self.draw(numbers, sampling, callback or self.check_stopped, walk))
+            return figures.to_uint8(self.sample_seeds(numbers, sampling, callback or self.check_stopped, walk))
         except NotFiniteError as error:
             raise NotANumberError(str(error)) from None
 

@@ -28,8 +28,9 @@ from PIL import Image
 from ddpm import editing, figures, randomness
 from ddpm.catalogue import Diffusion
 from ddpm.image_size import ImageSize
+from ddpm.model import Sampling
 from ddpm.process import VarianceExploding, VariancePreserving, make_process
-from ddpm.samplers import Sampling, Walk
+from ddpm.samplers import Walk
 from job.config import RunConfig
 from job.coordination.pieces import IF_NONE_RUNS, Advance, Made
 from job.data.reading.cache import ImageCache, uncached_images

@@ -84,7 +84,7 @@ class Interludes:
             self._attempt.recorder.add_row(row)
 
     def score(self) -> None:
-        """Adds the scores of what the run draws to the log, and decides which checkpoint is the best. Collective.
+        """Adds the scores of what the run samples to the log, and decides which checkpoint is the best. Collective.
 
         Raises:
             StoppedError: as for `validate`.
@@ -100,20 +100,20 @@ class Interludes:
 
         self._attempt.on_main(publish)
 
-    def draw_grid(self) -> None:
-        """Draws the sample grid, and writes the run's page with it. Collective.
+    def sample_grid(self) -> None:
+        """Makes the sample grid, and writes the run's page with it. Collective.
 
         Raises:
             StoppedError: as for `validate`.
         """
         count, on_cpu = self._config.sample.images, self._attempt.ranks.device.type == "cpu"
         # On a CPU a whole grid may take longer than the epoch before it.
-        self._draw(range(min(count, _EARLY_IMAGES) if on_cpu else count))
+        self._sample(range(min(count, _EARLY_IMAGES) if on_cpu else count))
         self._attempt.on_main(Recorder.write_page)
 
     def finish(self) -> None:
-        """Draws the last grid and the GIF from noise to image. Collective."""
-        painter = self._draw(range(self._config.sample.images))
+        """Makes the last grid and the GIF from noise to image. Collective."""
+        painter = self._sample(range(self._config.sample.images))
 
         def publish(recorder: Recorder) -> None:
             title = with_class(self._title(range(GIF_SEEDS)), self._plan.sampled_classes)
@@ -124,7 +124,7 @@ class Interludes:
         self._attempt.on_main(publish)
 
     def _painter(self, weights: str, precision: str) -> Painter:
-        """Returns a model that draws with the weights of this moment: `model`, or the name of an average."""
+        """Returns a model that samples with the weights of this moment: `model`, or the name of an average."""
         attempt, config, decoder = self._attempt, self._config, self._decoder
         painter = Painter(config, attempt.ranks, precision, attempt.stop, self._agreement, decoder)
         if weights == "model":
@@ -134,18 +134,18 @@ class Interludes:
         return painter
 
     def _sampling_painter(self) -> Painter:
-        """Returns a model that draws as the run's section `sample` says."""
+        """Returns a model that samples as the run's section `sample` says."""
         sample = self._config.sample
         precision = self._config.train.precision if sample.precision == "auto" else sample.precision
         return self._painter(sample.weights, precision)
 
-    def _draw(self, seeds: range) -> Painter:
+    def _sample(self, seeds: range) -> Painter:
         sample, painter = self._config.sample, self._sampling_painter()
-        drawn = painter.sample_together(seeds, method.sampling_of(sample), sample.batch_size, "sampling")
+        images = painter.sample_together(seeds, method.sampling_of(sample), sample.batch_size, "sampling")
 
         def publish(recorder: Recorder) -> None:
             grid = grid_png(
-                drawn,
+                images,
                 seeds,
                 self._plan.sampled_classes,
                 training=self._training_images() if sample.nearest else None,

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from ddpm.model import Guidance, guided, make_denoiser
 from ddpm.objective import Condition
 from ddpm.process import Point, Prediction, Process, RectifiedFlow, linear_schedule, points_of
-from ddpm.samplers import Guidance, guided, make_denoiser
 
 SHAPE = (5, 3, 4, 4)
 LABELS = torch.tensor([0, 1, 2, 1, 0])

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from benchmarks.solvers import ORDERS, Mixture, errors_by_steps, orders, refined, rms
 from ddpm.grids import make_grid
+from ddpm.model import Guidance, Sampling, make_denoiser
 from ddpm.objective import Condition
 from ddpm.process import (
     CLEAN,
@@ -26,8 +27,6 @@ from ddpm.process import (
     points_of,
 )
 from ddpm.samplers import (
-    Guidance,
-    Sampling,
     Step,
     Visit,
     ancestral,
@@ -40,7 +39,6 @@ from ddpm.samplers import (
     from_noise,
     heun,
     ipndm_step,
-    make_denoiser,
     unipc,
 )
 from tests.ddpm.gaussian import SHAPE, Gaussian, no_noise, normal

@@ -10,8 +10,8 @@ import torch
 from huggingface_hub import CommitOperationAdd, ModelCard
 
 import ddpm
+from ddpm.model import generate, make_denoiser
 from ddpm.objective import Condition
-from ddpm.samplers import generate, make_denoiser
 from job.exits import Exit
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, settings, succeeded

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from ddpm.model import generate, make_denoiser, noise_of
 from ddpm.networks.dome import DomeUNet
 from ddpm.networks.unet import UNet
 from ddpm.objective import Condition
-from ddpm.samplers import beginning, generate, make_denoiser, noise_of
+from ddpm.samplers import beginning
 from job.config import method
 from job.exits import Exit
 from job.runs.checkpoints import choose, list_checkpoints, load_manifest, load_weights
@@ -585,5 +586,5 @@ def test_buckets_are_imported_and_exported(pipeline, gcs_bucket, tmp_path):
         succeeded(ddpm_here("import", f"{gcs_bucket}/{source}", "--run", run, "--bucket", gcs_bucket, *how))
         assert len(list_checkpoints(store.sub(f"runs/{run}"))) == 1
     succeeded(ddpm_here("export", "--run", "unet", "--to", f"{gcs_bucket}/out", "--bucket", gcs_bucket))
-    assert load_manifest(store.sub("runs/unet"), list_checkpoints(store.sub("runs/unet"))[0]).drawn == "ema"
+    assert load_manifest(store.sub("runs/unet"), list_checkpoints(store.sub("runs/unet"))[0]).unet_group == "ema"
     assert {entry.key for entry in store.list("out")} >= {"out/README.md", "out/model_index.json"}

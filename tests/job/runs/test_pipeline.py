@@ -7,9 +7,10 @@ from itertools import product
 import pytest
 import torch
 
+from ddpm.model import generate, make_denoiser, noise_of
 from ddpm.objective import UNCONDITIONAL, Condition
 from ddpm.process import RectifiedFlow
-from ddpm.samplers import beginning, generate, make_denoiser, noise_of
+from ddpm.samplers import beginning
 from job.config import method
 from job.runs import checkpoints
 from job.runs.checkpoints import list_checkpoints, load_manifest, load_weights

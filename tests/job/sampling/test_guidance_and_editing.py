@@ -17,8 +17,9 @@ from PIL import Image
 from benchmarks.solvers import rms
 from ddpm.editing import inverted
 from ddpm.grids import make_grid
+from ddpm.model import noise_of
 from ddpm.process import points_of
-from ddpm.samplers import Visit, ddim, noise_of
+from ddpm.samplers import Visit, ddim
 from job import load
 from job.data.reading.cache import uncached_images
 from job.data.shards import load_index
