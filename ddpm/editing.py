@@ -22,7 +22,7 @@ def inpaint(
     unknown: Tensor,
     path: Sequence[int],
 ) -> Tensor:
-    """Samples the unknown part of an image (RePaint; Lugmayr et al. 2022, algorithm 1, where the sampler is `ancestral`).
+    """Fills the unknown part of an image (RePaint; Lugmayr et al. 2022, algorithm 1, where the sampler is `ancestral`).
 
     The sampler takes one step at a time along `path`, which holds indices of the points and ends at the clean image
     (see `resampled`). The image [B, C, H, W] does not change where `unknown`, bool, is false.
