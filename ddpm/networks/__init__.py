@@ -67,8 +67,8 @@ def build(
 def memory_format_of(device: torch.device) -> torch.memory_format:
     """Returns channels_last for GPUs, and for CPUs that have AVX2 and no AVX-512.
 
-    There a U-Net samples 1.21 times and trains 1.05 times as fast so. With AVX-512 its convolutions gain a tenth, and its
-    group normalisations lose more than that.
+    There a U-Net samples 1.21 times and trains 1.05 times as fast so. With AVX-512 its convolutions gain a tenth, and
+    its group normalisations lose more than that.
     """
     is_old = torch.backends.cpu.get_cpu_capability() == "AVX2"
     return torch.channels_last if device.type == "cuda" or is_old else torch.contiguous_format

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args, get_origin
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -144,7 +146,7 @@ NETWORKS: dict[str, Any] = {kind: _section_of(network) for kind, network in cata
 if TYPE_CHECKING:
     Network = catalogue.NetworkConfig
 else:
-    Network = Union[tuple(NETWORKS.values())]
+    Network = reduce(or_, NETWORKS.values())
 
 
 class DiffusionConfig(ConfigSection, catalogue.Diffusion):
