@@ -315,11 +315,8 @@ class Model:
             NotFiniteError: the images have values that are not finite.
             TypeError: an option is unknown.
         """
-        for name, number in {
-            "images": images,
-            "batch_size": batch_size,
-            "steps": 1 if steps is None else steps,
-        }.items():
+        numbers = {"images": images, "batch_size": batch_size, "steps": 1 if steps is None else steps}
+        for name, number in numbers.items():
             if number < 1:
                 raise ValueError(f"{name}={number}: use 1 or more")
         if not 0 <= seed <= 2**63 - images or not 0 <= options.get("eta", 0) <= 1:

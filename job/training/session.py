@@ -165,9 +165,8 @@ def due_at(images_seen: int, plan: Plan) -> Due:
     ends, ended = partial(retention.ends_epoch, images_seen), retention.ended(images_seen)
     begins_trained = config.parent.run is not None and not images_seen
     is_scored = bool(config.evaluate.every_epochs) and (is_last or ends(config.evaluate.every_epochs))
-    samples = (
-        any(epoch.bit_count() == 1 for epoch in ended) if sample.every_epochs is None else ends(sample.every_epochs)
-    )
+    is_early = any(epoch.bit_count() == 1 for epoch in ended)
+    is_sampled = is_early if sample.every_epochs is None else ends(sample.every_epochs)
     return Due(
         log=crosses(images_seen, config.train.batch_size, every_images),
         validation=plan.held_out is not None and (begins_trained or is_last or ends(config.log.validate_epochs)),
@@ -175,7 +174,7 @@ def due_at(images_seen: int, plan: Plan) -> Due:
         # The best checkpoint is kept: it must exist. From the first one on the parent is not needed.
         save=begins_trained or ends(config.checkpoint.every_epochs) or is_scored or retention.needs(images_seen),
         # `Interludes.finish` makes the last one.
-        grid=samples and not is_last,
+        grid=is_sampled and not is_last,
     )
 
 
