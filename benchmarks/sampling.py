@@ -71,7 +71,7 @@ def in_turn(
 def painter_of(config: RunConfig, precision: str) -> Painter:
     """Returns the painter of `ddpm sample`, with initial weights."""
     forget_accelerator()
-    return Painter(config, meet(NEVER), precision, NEVER, Agreement(1, flags=1))
+    return Painter(config, meet(NEVER), precision, Agreement(1, flags=1))
 
 
 def diffusers_sampler(

@@ -157,7 +157,7 @@ class OnNetwork:
 
     def __init__(self, bucket: str, run: str, images: int) -> None:
         plan = plan_sampling(SampleRequest(run, bucket=bucket).check())
-        self.painter = Painter(plan.config, meet(NEVER), "fp32", NEVER, Agreement(1, flags=1))
+        self.painter = Painter(plan.config, meet(NEVER), "fp32", Agreement(1, flags=1))
         self.painter.load(plan.run, plan.checkpoints[0], "ema")
         self.process, self.prediction = self.painter.process, plan.config.diffusion.prediction
         # Other seeds than those of the found grid: its own would flatter it.

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -29,7 +30,7 @@ from job.runs import checkpoints
 from job.runs.checkpoints import restore
 from job.runs.layout import RUNS, CheckpointRef, ObjectKind, located, places_in
 from job.runs.retention import reading_chosen
-from job.runs.run import RunHandle, Scores, grid_key, open_run, score_words
+from job.runs.run import RunHandle, Scores, open_run, score_words
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Retry, Store, open_store
 from job.store.files import scratch_folder
@@ -91,7 +92,7 @@ def _opened_export(
             if len(files) > 1:
                 small[checkpoints.INDEX] = _index(files)
             with suppress(ObjectMissingError):
-                small[PICTURE] = run.read(grid_key(label, config.sample.name(of_run.stored.sample))).data
+                small[PICTURE] = run.read(replace(of_run, config=config).grid_key(ref.images_seen)).data
             if of_run.classes and last:
                 small[checkpoints.PIPELINE_CODE] = (resources.files("job.exchange") / "class_pipeline.py").read_bytes()
             named = {"place": request.push or "this folder", "lacking": described.lacking}

@@ -79,9 +79,13 @@ class RunHandle:
         return names if names and count else tuple(map(str, range(count)))
 
     @property
-    def first_sample(self) -> SamplerConfig:
-        """The run's first sampling settings: the name of a picture lists the differences from them."""
-        return self.stored.sample
+    def how_sampled(self) -> str:
+        """The sampling settings as part of a picture's name: their differences from those as the run began."""
+        return self.config.sample.name(self.stored.sample)
+
+    def grid_key(self, images_seen: int) -> str:
+        """Returns the key of the sample grid of a moment."""
+        return grid_key(self.label(images_seen), self.how_sampled)
 
     @property
     def sampled_classes(self) -> tuple[str, ...]:

@@ -31,7 +31,6 @@ from job.runs.records import split_run
 from job.runs.retention import kept_while_read, reading_chosen
 from job.runs.run import FoundGrid, moment_of
 from job.sampling.sampling_plan import SamplePlan, Worse, found_points, plan_sampling
-from job.stop import Stop
 from job.store import ObjectExistsError, Store
 
 GIF_FRAMES = 20
@@ -58,7 +57,6 @@ class Painter(Model):
         config: RunConfig,
         ranks: Ranks,
         precision: str,
-        stop: Stop,
         agreement: Agreement,
         decoder: Decoder | None = None,
         renewals: Sequence[Callable[[], None]] = (),
@@ -69,13 +67,13 @@ class Painter(Model):
             config: that of the run.
             ranks: all processes.
             precision: the number format of the network, `fp32` or `bf16`.
-            stop: the stop request of this process.
             agreement: has one flag for stop requests, so that all processes stop at the same step.
             decoder: turns latents into pixels, for a run on latents.
             renewals: called at each evaluation: see `job.runs.retention.kept_while_read`.
         """
         super().__init__(**vars(method.model_of(config, ranks.device, precision, decoder)))
-        self.config, self.ranks, self.stop, self.agreement, self.renewals = config, ranks, stop, agreement, renewals
+        self.config, self.ranks, self.stop = config, ranks, ranks.stop
+        self.agreement, self.renewals = agreement, renewals
 
     def load_worse(self, worse: Worse) -> None:
         """Reads the weights of the weaker network for autoguidance, with the configuration of its run. Collective."""
@@ -259,7 +257,7 @@ class Painter(Model):
 
 
 @contextmanager
-def prepared(plan: SamplePlan, ranks: Ranks, stop: Stop) -> Iterator[tuple[SamplePlan, Painter, Sampling]]:
+def prepared(plan: SamplePlan, ranks: Ranks) -> Iterator[tuple[SamplePlan, Painter, Sampling]]:
     """Yields the plan, painter and sampling of all processes, and marks the checkpoints as being read. Collective."""
     with ExitStack() as stack:
         # One process chooses for all: training may commit a newer checkpoint between the choices of two.
@@ -270,10 +268,7 @@ def prepared(plan: SamplePlan, ranks: Ranks, stop: Stop) -> Iterator[tuple[Sampl
         if (worse := plan.worse) is not None:
             renewals.append(stack.enter_context(kept_while_read(worse.of_run.run, worse.ref)))
         decoder = load_decoder(plan.bucket, plan.index, ranks.device)
-        agreement = Agreement(ranks.world_size, flags=1)
-        painter = Painter(
-            plan.config, ranks, plan.precision, stop, agreement=agreement, decoder=decoder, renewals=renewals
-        )
+        painter = Painter(plan.config, ranks, plan.precision, Agreement(ranks.world_size, flags=1), decoder, renewals)
         if worse is not None:
             painter.load_worse(worse)
         sampling = painter.sampling

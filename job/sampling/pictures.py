@@ -64,7 +64,7 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
         BadDataError: a checkpoint or a record is damaged; the message names the object.
         StoppedError: with `--count`, whole pieces are saved, and the same command resumes.
     """
-    with prepared(plan, meet(stop), stop) as (plan, painter, sampling):
+    with prepared(plan, meet(stop)) as (plan, painter, sampling):
         editor = Editor(plan.given, painter, sampling) if plan.given else None
         if plan.request.count is None:
             _make_pictures(plan, painter, sampling, editor)

@@ -23,7 +23,6 @@ from job.runs.retention import Retention, best_images_seen
 from job.runs.run import (
     LOSS_FIGURE,
     RunHandle,
-    label_at,
     moment_of,
 )
 from job.runs.writer import CheckpointWriter, LeasedRun
@@ -125,7 +124,7 @@ class Recorder:
     def finish(self) -> None:
         """Queues the figure of the losses and the finished page, and waits until everything is in the bucket."""
         plan, images_seen = self.plan, self.images_seen
-        moment = moment_of(label_at(images_seen, plan.index.images, plan.config.train.batch_size))
+        moment = moment_of(plan.label(images_seen))
         title = f"{plan.request.run} · {moment} of {plan.config.train.epochs:,}"
         figure = figures.loss_figure(self.rows, plan.index.images, title)
         self.writer.put(LOSS_FIGURE, figure, images_seen=images_seen)

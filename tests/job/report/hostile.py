@@ -50,7 +50,7 @@ def lengthen(bucket: Path, run: str, epochs: int, grids: int, rows: int) -> None
     found = open_run(str(bucket), run)
     assert found.index is not None
     noise = np.random.default_rng(0)
-    images, how = found.index.images, found.config.sample.name(found.first_sample)
+    images, how = found.index.images, found.how_sampled
     for epoch in np.linspace(1, epochs, grids).astype(int):
         # As smooth as photographs are, and 64 of them.
         coarse = Image.fromarray(noise.integers(0, 255, (80, 80, 3), np.uint8))
