@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from ddpm.grids import find_grid, numbered_points
 from ddpm.model import Callback, Model, NotFiniteError, Sampling
 from ddpm.process import Point, VarianceExploding
 from ddpm.samplers import Walk, beginning, from_noise
-from ddpm.threads import group_of
+from ddpm.threads import group_of, threads_of
 from job.config import RunConfig, method
 from job.data.latents import Decoder, load_decoder
 from job.exits import BadDataError, BadRequestError, NotANumberError, StoppedError
@@ -71,7 +72,7 @@ class Painter(Model):
             decoder: turns latents into pixels, for a run on latents.
             renewals: called at each evaluation: see `job.runs.retention.kept_while_read`.
         """
-        super().__init__(**vars(method.model_of(config, ranks.device, precision, decoder)))
+        super().__init__(**vars(model_of(config, ranks.device, precision, decoder)))
         self.config, self.ranks, self.stop = config, ranks, ranks.stop
         self.agreement, self.renewals = agreement, renewals
 
@@ -256,6 +257,39 @@ class Painter(Model):
             renew()
 
 
+def model_of(
+    config: RunConfig,
+    device: torch.device,
+    precision: str = "fp32",
+    decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    classes: tuple[str, ...] | None = None,
+) -> Model:
+    """Returns a run's model with initial weights.
+
+    Args:
+        config: the run's configuration.
+        device: the network's device.
+        precision: number format of the network, `fp32` or `bf16`.
+        decode: decodes latents to pixels, if the run learns latents.
+        classes: names of the classes; None: their numbers.
+    """
+    model, count = config.model, config.model.num_classes or 0
+    bf16 = partial(torch.autocast, device.type, torch.bfloat16)
+    return Model(
+        network=method.build_network(config, device).eval().requires_grad_(False),
+        process=method.process_of(config),
+        prediction=method.prediction_of(config),
+        image_shape=config.image_shape,
+        sampling=method.sampling_of(config.sample),
+        classes=classes or tuple(map(str, range(count))),
+        null_class=model.label_dropout > 0,
+        diffusion=config.diffusion,
+        autocast=bf16 if precision == "bf16" else nullcontext,
+        decode=decode,
+        threads=threads_of(device, config.train.slot_threads or 1),
+    )
+
+
 @contextmanager
 def prepared(plan: SamplePlan, ranks: Ranks) -> Iterator[tuple[SamplePlan, Painter, Sampling]]:
     """Yields the plan, painter and sampling of all processes, and marks the checkpoints as being read. Collective."""
@@ -347,7 +381,7 @@ def load_run(
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     decode, group = load_decoder(plan.bucket, plan.index, on), plan.config.sample.weights
     # On many processors bf16 is slower than fp32.
-    model = method.model_of(plan.config, on, plan.precision if on.type == "cuda" else "fp32", decode, plan.classes)
+    model = model_of(plan.config, on, plan.precision if on.type == "cuda" else "fp32", decode, plan.classes)
     with reading_chosen(plan.run, plan.choose) as ((ref,), _):
         load_weights(plan.run, ref, group, model.network)
     model.source = f"{plan.run.uri}, {moment_of(plan.label(ref.images_seen))}, weights {group}"
