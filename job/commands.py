@@ -26,7 +26,6 @@ from job.progress import note
 from job.requests import EvaluateRequest, SampleRequest, TrainRequest, check_world_size
 from job.runs.layout import ObjectKind
 from job.runs.records import check_writable
-from job.runs.samples import grid_key, label_at
 from job.sampling.sampling_plan import plan_sampling
 from job.stop import Stop
 from job.store import Store, is_foreign, open_bucket, split_chain
@@ -235,11 +234,10 @@ def _launch(request: LaunchedOptions, run: Store, go: Callable[[], int] | None =
 
 
 def _say_finished(plan: Plan, what: str) -> None:
-    images_seen, batch_size = plan.images_seen, plan.config.train.batch_size
+    images_seen = plan.images_seen
     # The run may have seen more epochs than this command asks for.
     epochs = images_seen // plan.index.images
-    grid = grid_key(label_at(images_seen, plan.index.images, batch_size), plan.config.sample.name(plan.first_sample))
-    outputs = {"page": ObjectKind.PAGE.value, "samples": grid}
+    outputs = {"page": ObjectKind.PAGE.value, "samples": plan.grid_key(images_seen)}
     there = [(title, plan.run.uri_of(key)) for title, key in outputs.items() if plan.run.exists(key)]
     # The work is done: a closed pipe must not make a failure of it.
     with suppress(OSError):

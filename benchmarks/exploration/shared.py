@@ -30,8 +30,8 @@ from job.evaluation import evaluate
 from job.evaluation.evaluation_plan import Evaluation
 from job.exits import BadRequestError
 from job.runs.layout import CheckpointRef
-from job.runs.samples import Reference, SampleSetConfig
-from job.sampling.sets import SampleSet
+from job.runs.run import Reference, SampleSetConfig
+from job.sampling.sampling_plan import SampleSet
 from job.store import Store
 
 PIECES = 3

@@ -109,8 +109,8 @@ class Subject:
     def kept_at(self, system: str, run: str) -> int:
         """Returns the progress of the newest state that loads: images seen of ours, steps of the peers."""
         if system == "ours":
-            with newest_good(open_store(self.bucket).sub(f"{RUNS}/{run}"), print) as restored:
-                return restored.manifest.images_seen if restored else 0
+            newest = newest_good(open_store(self.bucket).sub(f"{RUNS}/{run}"))
+            return newest.images_seen if newest else 0
         look = self.attempt(system, [*self.command(system, run, 0), "--look"], f"{system}: restoring", 120)
         return next((event["at"] for event in look.events if event["event"] == "restored"), 0)
 

@@ -23,13 +23,12 @@ from ddpm.catalogue import EXTRACTORS, Extractor
 from job.coordination.pieces import TRANSFERS, WHOLE, Made, PieceRecord, Pieces, Slice
 from job.data.shards import REFERENCES, DatasetIndex, dataset_key
 from job.exits import BadDataError, BadRequestError, MissingInputError, how_to_install, needs_extra
-from job.plan import Plan, RunHandle
+from job.plan import Plan
 from job.requests import EvaluateRequest
 from job.runs.checkpoints import sha256_of
 from job.runs.layout import ObjectKind
-from job.runs.samples import Reference, Scores
-from job.sampling.sampling_plan import SamplePlan, plan_sampling
-from job.sampling.sets import SampleSet, piece_images, plan_sets
+from job.runs.run import Reference, RunHandle, Scores
+from job.sampling.sampling_plan import SamplePlan, SampleSet, piece_images, plan_sampling, plan_sets
 from job.stop import NEVER, Stop
 from job.store import ObjectMissingError, Store, is_remote, open_store
 from job.store.files import default_cache_dir, os_errors

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -23,16 +24,16 @@ from job.exits import (
     NoPermissionError,
     needs_extra,
 )
-from job.plan import RunHandle, open_run
 from job.progress import Progress, note, printable
 from job.requests import ExportRequest
 from job.runs import checkpoints
-from job.runs.checkpoints import opened
+from job.runs.checkpoints import restore
 from job.runs.layout import RUNS, CheckpointRef, ObjectKind, located, places_in
 from job.runs.retention import reading_chosen
-from job.runs.samples import Scores, grid_key, score_words
+from job.runs.run import RunHandle, Scores, open_run, score_words
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Retry, Store, open_store
+from job.store.files import scratch_folder
 from job.store.retry import answer, in_thread
 
 CARD, PICTURE = "README.md", "grid.png"
@@ -83,15 +84,15 @@ def _opened_export(
     weights = config.sample.weights
     with reading_chosen(run, partial(of_run.chosen, request.checkpoint, weights)) as ((ref,), _):
         label = of_run.label(ref.images_seen)
-        with opened(run, ref, (weights,)) as restored:
-            paths = restored.files[weights]
+        with scratch_folder("export") as folder:
+            paths = restore(run, ref, groups=(weights,), folder=folder).files[weights]
             files = dict(zip(checkpoints.weights_names(len(paths)), paths, strict=True))
             small = dict(described.objects)
             last = {key: small.pop(key) for key in ("model_index.json",) if key in small}
             if len(files) > 1:
                 small[checkpoints.INDEX] = _index(files)
             with suppress(ObjectMissingError):
-                small[PICTURE] = run.read(grid_key(label, config.sample.name(of_run.stored.sample))).data
+                small[PICTURE] = run.read(replace(of_run, config=config).grid_key(ref.images_seen)).data
             if of_run.classes and last:
                 small[checkpoints.PIPELINE_CODE] = (resources.files("job.exchange") / "class_pipeline.py").read_bytes()
             named = {"place": request.push or "this folder", "lacking": described.lacking}

@@ -28,7 +28,6 @@ from job.coordination.sealed import code_version, utc_now
 from job.data.checks import preview_png
 from job.data.shards import PREVIEW
 from job.exits import BadDataError, JobError, State
-from job.plan import RunHandle
 from job.progress import note
 from job.runs import metric_rows, records
 from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound
@@ -36,7 +35,7 @@ from job.runs.layout import ObjectKind, places_in
 from job.runs.metric_rows import Row
 from job.runs.outlook import AttemptSpan, Outlook, attempts_of, duration, outlook_of, spans_of, state_in
 from job.runs.records import Status
-from job.runs.samples import Scores, denoising_key, grid_key, label_at, moment_of
+from job.runs.run import RunHandle, Scores, denoising_key, grid_key, label_at, moment_of
 from job.store import ObjectMissingError, Store
 
 PAGE_KEY = ObjectKind.PAGE.value
@@ -149,7 +148,7 @@ def facts_of(handle: RunHandle, name: str, rows: Sequence[Row] | None = None, st
     places = places_in(run, ObjectKind.PICTURE.folder, ObjectKind.SCORES.folder)
     attempts = spans_of(attempts_of(run), status)
     pictures = [key for key in places if places[key].kind in (ObjectKind.PICTURE, ObjectKind.GRID)]
-    how = config.sample.name(handle.first_sample)
+    how = handle.how_sampled
     grids, gifs = (_in_order(pictures, key_of(_LABEL, how)) for key_of in (grid_key, denoising_key))
     made_by_run = {key for _, key in (*grids, *gifs)}
     labels = [label_at(seen, handle.dataset_images, config.train.batch_size) for seen in by_progress(refs)]

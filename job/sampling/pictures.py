@@ -5,7 +5,7 @@ RUN/samples/epoch-0080-ddim-100.png              one image per seed, from the av
             comparison-30-80-490-ddim-100.png    the same seeds under several checkpoints
             denoising-epoch-0080-ddim-100.gif    from noise to image, 20 frames at most
             epoch-0080-ddim-100-inpaint-image-3-mask-half-resamplings-10.png  see `ddpm.editing`
-            epoch-0080-ddim-100-0-50000-1f3a9c02/  see `sets`
+            epoch-0080-ddim-100-0-50000-1f3a9c02/  see `sampling_plan`
 
 The figures of the method, `ddpm figure schedule` and `ddpm figure noising`, need no network.
 """
@@ -27,9 +27,10 @@ from PIL import Image
 
 from ddpm import editing, figures, randomness
 from ddpm.catalogue import Diffusion
-from ddpm.generation import Sampling, Walk
 from ddpm.image_size import ImageSize
+from ddpm.model import Sampling
 from ddpm.process import VarianceExploding, VariancePreserving, make_process
+from ddpm.samplers import Walk
 from job.config import RunConfig
 from job.coordination.pieces import IF_NONE_RUNS, Advance, Made
 from job.data.reading.cache import ImageCache, open_cache
@@ -39,10 +40,9 @@ from job.processes.ranks import meet
 from job.requests import GIF_SEEDS, parse_numbers
 from job.runs import records
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.samples import SampleSetConfig, denoising_key, file_words, grid_key, moment_of, put_picture, title_of
+from job.runs.run import SampleSetConfig, denoising_key, file_words, grid_key, moment_of, put_picture, title_of
 from job.sampling.painter import Painter, Route, prepared
-from job.sampling.sampling_plan import Given, SamplePlan
-from job.sampling.sets import SampleSet, plan_sets
+from job.sampling.sampling_plan import Given, SamplePlan, SampleSet, plan_sets
 from job.stop import NEVER, Stop
 from job.store import Store, open_store
 from job.store.files import write_file
@@ -64,7 +64,7 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
         BadDataError: a checkpoint or a record is damaged; the message names the object.
         StoppedError: with `--count`, whole pieces are saved, and the same command resumes.
     """
-    with prepared(plan, meet(stop), stop) as (plan, painter, sampling):
+    with prepared(plan, meet(stop)) as (plan, painter, sampling):
         editor = Editor(plan.given, painter, sampling) if plan.given else None
         if plan.request.count is None:
             _make_pictures(plan, painter, sampling, editor)

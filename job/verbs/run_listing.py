@@ -19,7 +19,7 @@ from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound
 from job.runs.layout import RUNS, ObjectKind
 from job.runs.outlook import attempts_of, duration, outlook_of, spans_of, state_in
 from job.runs.records import Status, read_status, run_store, validated_run_name
-from job.runs.samples import label_at, moment_of
+from job.runs.run import label_at, moment_of
 from job.store import Store, open_store
 
 RUNS_AT_ONCE = 32

@@ -47,7 +47,7 @@ from job.runs.retention import (
     delete_checkpoint,
     leftovers,
 )
-from job.runs.samples import FoundGrid, SampleSetIndex, Scores, has_origin
+from job.runs.run import FoundGrid, SampleSetIndex, Scores, has_origin
 from job.stop import NEVER, Stop
 from job.store import Entry, ObjectMissingError, Store, open_store
 from job.verbs.run_listing import run_names
@@ -292,9 +292,9 @@ def _removals(bucket: Store, run: Store, config: RunConfig, fence: int) -> list[
         why += ", nor of an epoch to keep"
     found, read = list[Removal](), being_read(run)
     if old := Retention(config, dataset_images).retire(list_checkpoints(run)):
-        with newest_good(run, note) as newest:
-            stays = read | ({newest.manifest.ref} if newest else set())
-            best = best_images_seen(config, read_rows(run, newest.manifest.metrics, note)) if newest else -1
+        newest = newest_good(run)
+        stays = read | ({newest.ref} if newest else set())
+        best = best_images_seen(config, read_rows(run, newest.metrics)) if newest else -1
         for ref in old:
             if ref not in stays and ref.images_seen != best:
                 size_bytes = sum(size for key, size in sizes.items() if key.startswith(f"{ref.key}/"))

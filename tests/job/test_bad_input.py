@@ -4,6 +4,7 @@ half-made is left that a later command would take for whole.
 
 from __future__ import annotations
 
+from ddpm.catalogue import NETWORKS
 from job.exits import Exit
 from tests.job.command_line import ddpm, ddpm_here, refused, succeeded
 from tests.job.some_images import encoded, files_in, picture, zip_of
@@ -109,7 +110,7 @@ SETTINGS = {
     "data.size=33": ["data.size=33", "multiple of 4", "fewer levels"],
     "data.size=32 model.norm_groups=7": ["model.channels=32", "groups=7"],
     "model.channels=5 model.norm_groups=1": ["model.channels=5 must be even"],
-    "model.kind=vit": ["model.kind", "choose one of unet, edm2, dit, dome", "got 'vit'"],
+    "model.kind=vit": ["model.kind", f"choose one of {', '.join(NETWORKS)}", "got 'vit'"],
     "model.patchsize=4": ["'model.patchsize'", "did you mean 'model.patch_size'?"],
     "model.patch_size=4": ["model.patch_size: not an option of model.kind=unet (got 4)"],
     "model.kind=dit model.channels=64": ["model.channels", "model.kind=dit"],

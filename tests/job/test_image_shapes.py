@@ -16,8 +16,8 @@ from PIL import Image
 import ddpm
 from job.data.reading.cache import ImageCache
 from job.data.shards import load_index
-from job.plan import open_run
 from job.runs.records import existing_config
+from job.runs.run import open_run
 from job.store import open_store
 from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm_here, refused, settings, succeeded

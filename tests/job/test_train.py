@@ -21,11 +21,12 @@ from ddpm import training
 from ddpm.threads import threads_of
 from job.exits import Exit, NotANumberError, StoppedError
 from job.requests import TrainRequest
-from job.runs.checkpoints import list_checkpoints, opened
+from job.runs.checkpoints import list_checkpoints, restore
 from job.runs.layout import located
 from job.runs.metric_rows import read_rows
 from job.runs.records import read_status
 from job.store import open_store
+from job.store.files import scratch_folder
 from job.training import reporting
 from job.training.session import run_training
 from tests.job.command_line import NETWORK, ddpm_here, refused, succeeded
@@ -78,7 +79,8 @@ def final_state(run):
     """All tensors of the newest checkpoint, those of the snapshots too, and the metric rows without the clock."""
     ref = max(list_checkpoints(run))
     tensors = {}
-    with opened(run, ref) as restored:
+    with scratch_folder("restored") as folder:
+        restored = restore(run, ref, folder=folder)
         for group, paths in restored.files.items():
             for path in paths:
                 tensors |= {f"{group}.{name}": tensor for name, tensor in load_file(path).items()}

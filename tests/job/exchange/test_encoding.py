@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm.generation import noise_of
+from ddpm.model import noise_of
 from job.config import method
 from job.data.latents import latents_of
 from job.data.pack import pack

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import CommitOperationAdd, ModelCard
 
 import ddpm
-from ddpm.generation import generate, make_denoiser
+from ddpm.model import generate, make_denoiser
 from ddpm.objective import Condition
 from job.exits import Exit
 from job.store import open_store

@@ -16,8 +16,8 @@ from PIL import Image
 
 from benchmarks.solvers import rms
 from ddpm.editing import inverted
-from ddpm.generation import noise_of
 from ddpm.grids import make_grid
+from ddpm.model import noise_of
 from ddpm.process import points_of
 from ddpm.samplers import Visit, ddim
 from job import load
