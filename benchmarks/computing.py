@@ -18,7 +18,7 @@ from torch import Tensor, multiprocessing
 from benchmarks.measuring import Figure, faster, in_turn, timed
 from benchmarks.peers import DiffusersLoop, diffusers_sampler, diffusers_twin
 from benchmarks.subject import HALF_WIDTH, TINY, OurLoop, pack_noise, painter_of, run_config
-from ddpm.generation import Sampling
+from ddpm.model import Sampling
 from job.processes import compute
 from job.processes.group import Group, usable_cores
 

@@ -98,7 +98,7 @@ def sampling(folder: Path, tiny: bool) -> list[Figure]:
     from benchmarks.measuring import Figure
     from benchmarks.peers import compiled, diffusers_sampler, diffusers_twin
     from benchmarks.subject import painter_of
-    from ddpm.generation import Sampling
+    from ddpm.model import Sampling
     from job.processes import compute
 
     steps, batch_size = (2, 2) if tiny else (20, 64)
@@ -132,7 +132,7 @@ def checkpoint(folder: Path, tiny: bool) -> list[Figure]:
 
     from benchmarks.measuring import Figure
     from benchmarks.saving import megabytes_of, new_state, saves, writing
-    from job.runs.checkpoints import list_checkpoints, opened
+    from job.runs.checkpoints import list_checkpoints, restore
     from job.store import open_store
 
     config, run = celeba(tiny), open_store(str(folder / "changed"))
@@ -145,8 +145,7 @@ def checkpoint(folder: Path, tiny: bool) -> list[Figure]:
         for named in state.values():
             torch._foreach_add_(list(named.values()), 1.0)
         writer.wait()
-    with opened(run, list_checkpoints(run)[0], into=state):
-        pass
+    restore(run, list_checkpoints(run)[0], state)
     same = [torch.equal(each, state[group][name]) for group, named in expected.items() for name, each in named.items()]
     unchanged = "share of saved tensors with the values of their moment"
     blocked = f"checkpoint of {megabytes_of(state):.0f} MB: training waits, s"

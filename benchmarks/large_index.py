@@ -36,8 +36,7 @@ from PIL import Image
 from benchmarks.measuring import Figure
 from ddpm.image_size import ImageSize
 from job.data.reading.cache import ImageCache, open_cache
-from job.data.reading.order import Order
-from job.data.reading.stream import stream_batches
+from job.data.reading.order import Order, stream_batches
 from job.data.shards import (
     INDEX,
     SHARD_PIXEL_BYTES,
@@ -154,7 +153,7 @@ def read_dataset(bucket: str, key: str, cache_dir: Path) -> dict[str, Any]:
         began = time.perf_counter()
         index = load_index(store, key)
         indexed = time.perf_counter()
-        cache = open_cache(store, key, index, cache_dir=cache_dir, budget_bytes=BUDGET_BYTES)
+        cache = open_cache(store, index, BUDGET_BYTES, cache_dir=cache_dir)
         opened = time.perf_counter()
         order = Order(tuple(index.shards.images.tolist()), seed=0, block_images=BLOCK_IMAGES)
         batches = stream_batches(cache, order, batch_size_images=BATCH_SIZE_IMAGES, first_image=0, last_image=None)
@@ -274,8 +273,7 @@ def of_epochs(passed: Requests, bucket: str, key: str, cache_dir: Path) -> list[
     """Reads a dataset from its bucket, and counts the requests of its opening and of each epoch."""
     store = open_store(bucket)
     index, caches = load_index(store, key), list[ImageCache]()
-    how: dict[str, Any] = {"cache_dir": cache_dir, "budget_bytes": 1 << 40}
-    opening = passed.during(lambda: caches.append(open_cache(store, key, index, **how))).total()
+    opening = passed.during(lambda: caches.append(open_cache(store, index, 1 << 40, cache_dir=cache_dir))).total()
     share = passed.received_bytes / int(index.shards.bytes.sum())
     order, last = Order(tuple(index.shards.images.tolist()), seed=0), EPOCHS * index.images
     batches = stream_batches(caches[0], order, batch_size_images=REQUESTED_BATCH_IMAGES, first_image=0, last_image=last)

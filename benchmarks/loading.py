@@ -22,8 +22,7 @@ from tempfile import TemporaryDirectory
 from benchmarks import peers
 from benchmarks.measuring import Figure, faster, in_turn, seconds, timed
 from job.data.reading.cache import ImageCache, open_cache
-from job.data.reading.order import Order
-from job.data.reading.stream import stream_batches
+from job.data.reading.order import Order, stream_batches
 from job.data.shards import dataset_key, load_index
 from job.store import open_store
 
@@ -56,7 +55,7 @@ def readers(bucket: str, cache: Path, chunks: str, files: Path | None = None) ->
 def opened(bucket: str, cache_dir: Path) -> ImageCache:
     """Returns the filled cache of the dataset's decoded images."""
     store = open_store(bucket)
-    return open_cache(store, KEY, load_index(store, KEY), cache_dir=cache_dir, budget_bytes=1 << 40)
+    return open_cache(store, load_index(store, KEY), 1 << 40, cache_dir=cache_dir)
 
 
 def our_epoch(cache: ImageCache) -> Iterable[object]:

@@ -24,7 +24,6 @@ from job.plan import plan_run
 from job.processes import compute
 from job.processes.ranks import Agreement, meet
 from job.requests import TrainRequest
-from job.runs.records import dataset_key_of
 from job.sampling.painter import Painter
 from job.stop import NEVER
 from job.store import open_store
@@ -116,8 +115,7 @@ class OurLoop:
         request = TrainRequest(DATASET, bucket=str(folder / "bucket"), preset=preset, epochs=1000, sets=sets)
         plan = plan_run(request.check(), suited=compute.suited)
         forget_accelerator()
-        key, cache_dir = dataset_key_of(plan.config), folder / "cache"
-        cache = open_cache(plan.bucket, key, plan.index, cache_dir=cache_dir, budget_bytes=1 << 40)
+        cache = open_cache(plan.bucket, plan.index, 1 << 40, cache_dir=folder / "cache")
         # The run saves nothing, so the rows of the log have no destination.
         writer = SimpleNamespace(overdue=False, troubled=False, before_change=lambda: None)
         recorder: Any = SimpleNamespace(writer=writer, record=lambda row: None, show=lambda bar: None)
@@ -143,4 +141,4 @@ class OurLoop:
 def painter_of(config: RunConfig, precision: str) -> Painter:
     """Returns the painter of `ddpm sample`, with initial weights."""
     forget_accelerator()
-    return Painter(config, meet(NEVER), precision, NEVER, Agreement(1, flags=1))
+    return Painter(config, meet(NEVER), precision, Agreement(1, flags=1))

@@ -15,7 +15,7 @@ from PIL import Image, ImageSequence
 
 from benchmarks.crash_campaign.processes import BrokenError, Event, Invocation, Moment
 from job.exits import JobError
-from job.runs.checkpoints import list_checkpoints, newest_good, opened
+from job.runs.checkpoints import list_checkpoints, newest_good, restore
 from job.runs.layout import CHECKPOINTS, SAMPLES, CheckpointRef, ObjectKind, located, places_in
 from job.runs.metric_rows import Row, read_rows
 from job.store import Store
@@ -54,12 +54,10 @@ def read_ending(run: Store) -> Ending:
     Raises:
         BadDataError: no checkpoint verifies, or a metric segment does not.
     """
-    with newest_good(run, lambda _: None) as restored:
-        if restored is None:
-            raise LookupError(f"{run.uri} has no checkpoint")
-        hashes = {group: _sha256_of(paths) for group, paths in restored.files.items()}
-        manifest = restored.manifest
-        hashes |= {f"{located(f.key).checkpoint.images_seen:,}-image {f.name}": f.sha256 for f in manifest.snapshots}
+    if (manifest := newest_good(run)) is None:
+        raise LookupError(f"{run.uri} has no checkpoint")
+    hashes = {f"{manifest.group_of(f)} {f.name}": f.sha256 for f in manifest.files if manifest.group_of(f)}
+    hashes |= {f"{located(f.key).checkpoint.images_seen:,}-image {f.name}": f.sha256 for f in manifest.snapshots}
     return Ending(
         (manifest.fence, manifest.images_seen),
         hashes,
@@ -94,20 +92,6 @@ def _pixels_sha256(data: bytes) -> str:
         below = (0, TITLE_PIXELS, image.width, image.height)
         frames = (frame.convert("RGB").crop(below).tobytes() for frame in ImageSequence.Iterator(image))
         return hashlib.sha256(b"".join(frames)).hexdigest()
-
-
-def _sha256_of(paths: Iterable[Any]) -> str:
-    from safetensors import safe_open
-
-    tensors: dict[str, Any] = {}
-    for path in paths:
-        with safe_open(path, framework="numpy") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    sha256 = hashlib.sha256()
-    for name in sorted(tensors):
-        array = tensors[name]
-        sha256.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
-    return sha256.hexdigest()
 
 
 @dataclass
@@ -248,10 +232,9 @@ class Run:
             if ref.fence in self.zombies:
                 continue
             try:
-                with opened(self.store, ref) as restored:
-                    for snapshot in restored.manifest.snapshots:
-                        snapshot.read(self.store)
-                    self.verified.add(ref)
+                for snapshot in restore(self.store, ref).manifest.snapshots:
+                    snapshot.read(self.store)
+                self.verified.add(ref)
             except JobError as error:
                 raise BrokenError(f"checkpoint {ref.key} is committed, but {error}") from None
 

@@ -170,7 +170,7 @@ class Watched:
                 for check in ("check_agreed", "check_stopped"):
                     wrap(module.Painter, check, self._sampling_step)
             case "job.runs.checkpoints":
-                wrap(module, "opened", self._opened)
+                wrap(module, "restore", self._restored)
             case "job.training.attempt":
                 wrap(module.TrainingAttempt, "_restore", self._began)
             case "job.training.session":
@@ -212,15 +212,12 @@ class Watched:
     def _sampling_step(self, check: Callable[..., None], *args: Any) -> None:
         self._around("sampling-step", "", b"", lambda: check(*args))
 
-    @contextmanager
-    def _opened(
-        self, opened: Any, run: Any, ref: Any, *args: Any, into: Any = None, may_differ: tuple[str, ...] = ()
-    ) -> Iterator[Any]:
-        with opened(run, ref, *args, into=into, may_differ=may_differ) as restored:
-            # An attempt does not go on from the weights of a parent, which may differ.
-            if into is not None and not may_differ:
-                self._trace("restored", ref=[ref.fence, ref.images_seen])
-            yield restored
+    def _restored(self, restore: Callable[..., Any], run: Any, ref: Any, into: Any = None, **options: Any) -> Any:
+        restored = restore(run, ref, into, **options)
+        # An attempt does not go on from the weights of a parent, which may differ.
+        if into is not None and "may_differ" not in options:
+            self._trace("restored", ref=[ref.fence, ref.images_seen])
+        return restored
 
     def _began(self, restore: Callable[..., None], attempt: Any) -> None:
         self._trace.fence = attempt.record.fence

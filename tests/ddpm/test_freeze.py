@@ -18,14 +18,10 @@ from ddpm.objective import Objective
 from ddpm.process import Prediction, make_process
 from ddpm.slots import Slots
 from ddpm.state import create_state
+from tests.ddpm.networks.test_networks import SMALL
 from tests.ddpm.networks.weights import randomise
 
-SIZES = {
-    "unet": {"channels": 8, "channel_mults": (1, 2), "norm_groups": 4, "attention_sizes": (8,), "layers_per_level": 1},
-    "edm2": {"channels": 8, "channel_mults": (1, 2), "head_channels": 8, "attention_sizes": (8,), "uncertainty": True},
-    "dit": {"width": 16, "depth": 2, "heads": 2},
-    "dome": {},
-}
+SIZES = SMALL | {"edm2": SMALL["edm2"] | {"uncertainty": True}}
 
 
 def network_of(kind: str, num_classes: int = 3) -> torch.nn.Module:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks.solvers import Mixture, rms
-from ddpm.generation import Sampling
 from ddpm.grids import find_grid, make_grid, numbered_points
+from ddpm.model import Sampling
 from ddpm.process import CLEAN, RectifiedFlow, VarianceExploding, cosine_schedule, linear_schedule
 from ddpm.samplers import ddim, unipc
 from tests.ddpm.gaussian import no_noise

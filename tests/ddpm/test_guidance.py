@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from ddpm.generation import Guidance, guided, make_denoiser
+from ddpm.model import Guidance, guided, make_denoiser
 from ddpm.objective import Condition
 from ddpm.process import Point, Prediction, Process, RectifiedFlow, linear_schedule, points_of
 

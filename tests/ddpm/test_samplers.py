@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from benchmarks.solvers import ORDERS, Mixture, errors_by_steps, orders, refined, rms
-from ddpm.generation import Guidance, Sampling, from_noise, make_denoiser
 from ddpm.grids import make_grid
+from ddpm.model import Guidance, Sampling, make_denoiser
 from ddpm.objective import Condition
 from ddpm.process import (
     CLEAN,
@@ -36,6 +36,7 @@ from ddpm.samplers import (
     dpmpp_2m,
     dpmpp_3m,
     dpmpp_sde_2m,
+    from_noise,
     heun,
     ipndm_step,
     unipc,

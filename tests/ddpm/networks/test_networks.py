@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm import networks
+from ddpm.catalogue import NETWORKS
 from ddpm.image_size import ImageSize
 from ddpm.objective import Condition
 from tests.ddpm.networks.weights import inputs, randomise
@@ -19,7 +20,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "dit": {"width": 16, "depth": 2, "heads": 2, "dropout": 0.3, "qk_norm": True, "rms_norm": True, "rope": True},
     "dome": {},
 }
-TELLABLE = ("unet", "edm2", "dit")
+TELLABLE = [kind for kind, network in NETWORKS.items() if network.takes_estimates]
 """Of estimates and augmentation."""
 
 
@@ -87,7 +88,7 @@ def test_published_sizes(about: tuple[str, int, int, int]) -> None:
         ("dome", {"image_size": ImageSize(16, 24)}, r"takes squares alone, not data.size=24x16"),
         ("dome", {"self_conditioning": True}, "t and the class alone"),
         ("dome", {"augmentation_labels": 2}, "t and the class alone"),
-        ("vit", {}, "unknown network 'vit': choose one of unet, edm2, dit, dome"),
+        ("vit", {}, f"unknown network 'vit': choose one of {', '.join(NETWORKS)}"),
     ],
 )
 def test_impossible_networks_are_refused(kind: str, changes: dict[str, Any], message: str) -> None:
