@@ -8,7 +8,7 @@ from benchmarks.exploration.__main__ import explore, found_after, replay
 from benchmarks.exploration.mutations import MUTATIONS
 from benchmarks.exploration.scenarios import all_scenarios
 
-MOST = 600
+MOST = 1200
 """Schedules until a mutation must have shown; three times what the slowest one takes."""
 
 
