@@ -118,7 +118,7 @@ class OurLoop:
         cache = open_cache(plan.bucket, plan.index, 1 << 40, cache_dir=folder / "cache")
         # The run saves nothing, so the rows of the log have no destination.
         writer = SimpleNamespace(overdue=False, troubled=False, before_change=lambda: None)
-        recorder: Any = SimpleNamespace(writer=writer, record=lambda row: None, show=lambda bar: None)
+        recorder: Any = SimpleNamespace(writer=writer, add_row=lambda row: None, show=lambda bar: None)
         ranks = meet(NEVER)
         state = method.initial_state(method.build_network(plan.config, ranks.device), plan.config)
         about: dict[str, Any] = {"plan": plan, "ranks": ranks, "state": state, "images": cache, "recorder": recorder}
