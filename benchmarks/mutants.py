@@ -64,7 +64,7 @@ context = ${{DDPM_TEST-}}
 parallel = true
 sigterm = true
 disable_warnings = dynamic-conflict
-concurrency = thread,multiprocessing
+concurrency = thread,multiprocessing,greenlet
 data_file = {folder}/data
 """
 
