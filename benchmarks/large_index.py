@@ -33,6 +33,7 @@ from urllib.parse import unquote
 import numpy as np
 from PIL import Image
 
+from benchmarks import subject
 from benchmarks.measuring import Figure
 from ddpm.image_size import ImageSize
 from job.data.reading.cache import ImageCache, open_cache
@@ -145,7 +146,10 @@ def anonymous_bytes() -> int:
 
 
 def read_dataset(bucket: str, key: str, cache_dir: Path) -> dict[str, Any]:
-    """Opens the dataset in this process and takes batches; returns seconds since its imports, and bytes of memory."""
+    """Opens the dataset in this process and takes batches; returns seconds and bytes beyond those of its imports.
+
+    These are the imports of a training process.
+    """
     store = open_store(bucket)
     assert store.exists(f"{key}/{INDEX}")
     with most_memory() as most_bytes:
@@ -291,8 +295,6 @@ def of_epochs(passed: Requests, bucket: str, key: str, cache_dir: Path) -> list[
 
 def of_checkpoint(passed: Requests, bucket: str, folder: Path) -> list[Figure]:
     """Trains tiny networks, and counts what a checkpoint more costs."""
-    from benchmarks import subject
-
     subject.pack_noise(bucket, folder / "images", 64)
     sets = [f"--set={one}" for one in (*TINY_RUN, "checkpoint.every_epochs=1", "sample.every_epochs=0")]
     words = [sys.executable, "-m", "job", "--quiet", "train", "--dataset", subject.DATASET, *sets]
