@@ -1,7 +1,11 @@
-"""Editing against diffusers' RePaint, and normal distributions whose conditionals are known."""
+"""From a network to images: denoisers with guidance and self-conditioning, editing, and what never waits.
+
+Judges are diffusers' guiders, its RePaint and inversion, and normal distributions whose conditionals are known.
+"""
 
 from functools import partial
 from itertools import pairwise
+from math import inf
 
 import pytest
 import torch
@@ -10,10 +14,135 @@ from torch.testing import assert_close
 
 from benchmarks.solvers import Mixture, rms
 from ddpm import editing
+from ddpm.generation import Guidance, guided, make_denoiser
 from ddpm.grids import make_grid
-from ddpm.process import CLEAN, Point, RectifiedFlow, VarianceExploding, cosine_schedule, linear_schedule, points_of
+from ddpm.objective import Condition
+from ddpm.process import (
+    CLEAN,
+    Point,
+    Prediction,
+    RectifiedFlow,
+    VarianceExploding,
+    cosine_schedule,
+    linear_schedule,
+    points_of,
+)
 from ddpm.samplers import Visit, ancestral, ddim
-from tests.ddpm.gaussian import SHAPE, Gaussian, no_noise, normal
+from tests.ddpm.known import SHAPE, Gaussian, no_noise, normal, of_classes, point_of
+
+LINEAR = linear_schedule()
+PROCESSES = (LINEAR, VarianceExploding(sigma_max=20), RectifiedFlow())
+CLASSES, NULL, X = of_classes(1, 0), 3, normal(0, dtype=torch.float32)
+
+
+def test_network_gets_point_and_condition() -> None:
+    layer, steps = torch.nn.Conv2d(3, 3, 1).bfloat16(), []
+    edm, x_t = VarianceExploding(), normal(0).float()
+    point = point_of(edm, 700)
+
+    def network(x: Tensor, t: Tensor, given: Condition) -> Tensor:
+        assert (t.tolist(), t.dtype) == ([pytest.approx(point.t)] * 2, torch.float32)
+        assert given is CLASSES
+        assert_close(x, x_t / (point.sigma**2 + 0.25) ** 0.5)
+        return layer(x.bfloat16())
+
+    def keep(*step: object) -> None:
+        steps.append(step)
+
+    estimate = make_denoiser(network, edm, Prediction("edm"), CLASSES, callback=keep)(x_t, point)
+    assert (estimate.dtype, estimate.requires_grad) == (torch.float32, False)
+    assert estimate.abs().max() <= 1, "clipped unless it is said otherwise"
+    ((at, given_x, x_start),) = steps
+    assert at is point and given_x is x_t and x_start is estimate
+
+
+def test_guidance_and_its_rescaling_equal_diffusers() -> None:
+    from diffusers.guiders import ClassifierFreeGuidance
+
+    better, worse, point = normal(0), normal(1), point_of(LINEAR, 500)
+    for scale, rescale in ((0.0, 0.0), (1.5, 0.0), (7.5, 0.0), (7.5, 0.7), (3.0, 1.0)):
+        judge = ClassifierFreeGuidance(guidance_scale=scale, guidance_rescale=rescale)
+        judge.set_state(step=0, num_inference_steps=10, timestep=torch.tensor(900))
+        denoise = guided(lambda x, point: x, lambda x, point: (better, worse), Guidance(scale, rescale=rescale))
+        assert_close(denoise(normal(2), point), judge.forward(better, worse).pred, msg=f"{scale} {rescale}")
+
+
+def test_where_and_from_what_it_guides() -> None:
+    asked = list[str]()
+
+    def network_of(name: str, value: float):
+        def network(x: Tensor, t: Tensor, told: Condition) -> Tensor:
+            asked.append(f"{name}{len(x)}")
+            null = (told.labels == NULL).float().view(-1, 1, 1, 1)
+            return torch.cat([torch.zeros_like(x) + value - 0.1 * null, torch.zeros_like(x) + 2 * value - 1], dim=1)
+
+        return network
+
+    def denoiser(guidance: Guidance, **how):
+        network, x_0 = network_of("better", 0.5), Prediction("x0")
+        return make_denoiser(network, LINEAR, x_0, CLASSES, guidance=guidance, null_class=NULL, **how)
+
+    points = [point_of(LINEAR, number) for number in (900, 500, 100)]
+    ratios = [point.sigma / point.alpha for point in points]
+    worse = network_of("worse", 0.3)
+    for guidance, how, expected, who in (
+        (Guidance(2.0), {}, [0.6, 0.6, 0.6], ["better4"] * 3),
+        (Guidance(2.0, (ratios[2], ratios[1])), {}, [0.5, 0.6, 0.5], ["better2", "better4", "better2"]),
+        (Guidance(2.0, (0.0, inf)), {"worse": worse}, [0.7] * 3, ["better2", "worse2"] * 3),
+        (Guidance(9.0), {"worse": worse}, [1.0] * 3, ["better2", "worse2"] * 3),
+        (Guidance(1.0, (0.0, 1.0)), {}, [0.5] * 3, ["better2"] * 3),
+        (Guidance(0.0), {}, [0.4] * 3, ["better4"] * 3),
+    ):
+        asked.clear()
+        denoise = denoiser(guidance, **how)
+        found = [denoise(X, point) for point in points]
+        for image, value in zip(found, expected, strict=True):
+            assert_close(image, torch.full(SHAPE, value), msg=f"{guidance} {how}: {image[0, 0, 0, 0]} {value}")
+        assert asked == who, guidance
+        # The share of β, (1 + v)/2, is not guided.
+        with_share = denoiser(guidance, with_share=True, **how)(X, points[1])
+        assert_close(with_share[:, :3], found[1])
+        assert_close(with_share[:, 3:], torch.full(SHAPE, 0.5))
+    # Where nothing is left of the image, as at the end of a rectified flow, σ/α is infinite.
+    flow_end = point_of(RectifiedFlow(), 999)
+    answers = [
+        guided(lambda x, point: x, lambda x, point: (x, 0 * x), Guidance(2.0, (0.5, high)))(X, flow_end)
+        for high in (inf, 80.0)
+    ]
+    assert_close(answers[0], 2 * X)
+    assert_close(answers[1], X)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_self_conditioning_sees_the_estimate_before(scale: float, clip: bool) -> None:
+    """Each evaluation sees the newest estimate from more noise: zeros where a trajectory or RePaint begins again."""
+    seen = list[Tensor]()
+
+    def network(x: Tensor, t: Tensor, told: Condition) -> Tensor:
+        seen.append(told.x_start)
+        return x * (0.5 + 0.2 * told.labels.view(-1, 1, 1, 1))
+
+    denoise = make_denoiser(
+        network,
+        LINEAR,
+        Prediction("x0"),
+        CLASSES._replace(x_start=torch.zeros(SHAPE)),
+        clip=clip,
+        guidance=Guidance(scale),
+        null_class=NULL,
+    )
+    # A step of Heun's method ends where the next one begins; then a jump, a trajectory, and one of a single step.
+    visits = [(500, None), (400, 0), (400, 0), (300, 2), (450, None), (350, 4), (500, None), (500, None)]
+    estimates = [
+        denoise(3 * normal(seed, dtype=torch.float32), point_of(LINEAR, number))
+        for seed, (number, _) in enumerate(visits)
+    ]
+    assert (max(estimate.abs().max() for estimate in estimates) > 1) != clip
+    times = 1 if scale == 1 else 2
+    for given, (_, before) in zip(seen, visits, strict=True):
+        told = torch.zeros(SHAPE) if before is None else estimates[before]
+        assert_close(given, told.repeat_interleave(times, dim=0))
 
 
 def test_repaint_equals_diffusers() -> None:
@@ -34,11 +163,8 @@ def test_repaint_equals_diffusers() -> None:
 
     schedule, image, hidden = linear_schedule(30), normal(1).clamp(-1, 1), torch.arange(4) > 1
     judge = diffusers.RePaintScheduler(num_train_timesteps=30, eta=0.0, clip_sample=False)
-    judge.alphas_cumprod, judge.betas, judge.final_alpha_cumprod = (
-        schedule.alphas_cumprod,
-        schedule.betas,
-        torch.ones(()).double(),
-    )
+    judge.alphas_cumprod, judge.betas = schedule.alphas_cumprod, schedule.betas
+    judge.final_alpha_cumprod = torch.ones(()).double()
     judge.set_timesteps(30, 1, 3)
     expected, before, draw = normal(0), 30, 1
     for index in judge.timesteps.tolist():
@@ -90,7 +216,7 @@ def test_inpainting_follows_the_known_part() -> None:
 
 def test_from_image_follows_the_flow() -> None:
     data, image = Gaussian(), normal(1).clamp(-1, 1)
-    for process in (linear_schedule(), VarianceExploding(sigma_max=20), RectifiedFlow()):
+    for process in PROCESSES:
         whole = make_grid(process, 200, "trailing")
         assert [len(editing.last_points(whole, strength)) for strength in (0.001, 0.25, 0.5, 1)] == [2, 51, 101, 201]
         for strength in (0.25, 0.5, 0.9):
@@ -108,7 +234,7 @@ def test_inversion_finds_the_noise() -> None:
         began.append(x)
         return ddim(denoise, x, points, noise_at)
 
-    for process in (linear_schedule(), VarianceExploding(sigma_max=20), RectifiedFlow()):
+    for process in PROCESSES:
         points = make_grid(process, 400, "trailing")
         for strength in (0.5, 1.0):
             start, *_ = editing.last_points(points, strength)
@@ -190,14 +316,28 @@ def test_interpolation_ends_with_both_images(sampler) -> None:
     assert (near - found).abs().max() < 0.05
 
 
-def test_editing_never_waits_for_the_device() -> None:
+def test_sampling_never_waits_for_the_device() -> None:
     """On the meta device any look at a value raises."""
-    x = torch.empty(SHAPE, device="meta")
-    points = points_of(linear_schedule().numbered(torch.tensor([900, 500, 100])))
+    x, points = torch.empty(SHAPE, device="meta"), [*(point_of(LINEAR, number) for number in (900, 500, 3)), CLEAN]
+
+    def denoiser(with_share: bool, **how):
+        condition = Condition(torch.empty(2, dtype=torch.int64, device="meta"), x)
+        network, v = (lambda x, t, told: torch.cat([x] * (1 + with_share), dim=1)), Prediction("v")
+        return make_denoiser(network, LINEAR, v, condition, null_class=NULL, with_share=with_share, **how)
+
+    guidance = Guidance(2.0, rescale=0.5)
     for walk in (
-        partial(editing.inpaint, image=x, unknown=x > 0, path=editing.resampled(2, 1, 2)),
-        partial(editing.from_image, image=x, strength=0.5),
-        partial(editing.inverted, image=x, strength=0.5),
-        partial(editing.interpolate, other=lambda draw: x, weight=x[:, 0, 0, 0]),
+        lambda denoise: ddim(denoise, x, points, lambda draw: x, 1.0),
+        lambda denoise: ancestral(denoise, x, points, lambda draw: x, "fixed_large"),
+        lambda _: ancestral(denoiser(True, guidance=guidance), x, points, lambda draw: x, "learned_range"),
+        *(
+            lambda denoise, walk=walk: walk(ddim, denoise, points, lambda draw: x)
+            for walk in (
+                partial(editing.inpaint, image=x, unknown=x > 0, path=editing.resampled(3, 1, 2)),
+                partial(editing.from_image, image=x, strength=0.5),
+                partial(editing.inverted, image=x, strength=0.5),
+                partial(editing.interpolate, other=lambda draw: x, weight=x[:, 0, 0, 0]),
+            )
+        ),
     ):
-        assert walk(ddim, lambda x, point: x, points, lambda draw: x).shape == SHAPE
+        assert walk(denoiser(False)).shape == SHAPE
