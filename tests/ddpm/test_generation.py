@@ -214,33 +214,31 @@ def test_inpainting_follows_the_known_part() -> None:
         assert deviation == pytest.approx(std * (1 - correlation**2) ** 0.5, rel=0.15), process
 
 
-def test_from_image_follows_the_flow() -> None:
-    data, image = Gaussian(), normal(1).clamp(-1, 1)
-    for process in PROCESSES:
-        whole = make_grid(process, 200, "trailing")
-        assert [len(editing.last_points(whole, strength)) for strength in (0.001, 0.25, 0.5, 1)] == [2, 51, 101, 201]
-        for strength in (0.25, 0.5, 0.9):
-            start = whole[200 - round(200 * strength)]
-            expected = data.flow(start.alpha * image + start.sigma * normal(0), start, CLEAN)
-            found = editing.from_image(ddim, data.denoise, whole, normal, image=image, strength=strength)
-            assert_close(found, expected, rtol=0.03, atol=0.02)
+def test_images_follow_the_flow() -> None:
+    """From an image with noise, from an image to its noise, and back; inversion ignores a learnt variance."""
+    data, image = Gaussian(), 0.3 + 0.4 * normal(1)
 
+    def begun(denoise, x: Tensor, points, noise_at) -> Tensor:
+        return x
 
-def test_inversion_finds_the_noise() -> None:
-    """And comes back to the image."""
-    data, image, began = Gaussian(), 0.3 + 0.4 * normal(1), list[Tensor]()
-
-    def remembering(denoise, x, points, noise_at) -> Tensor:
-        began.append(x)
-        return ddim(denoise, x, points, noise_at)
+    def with_share(x: Tensor, point: Point[float]) -> Tensor:
+        return torch.cat([data.denoise(x, point), torch.full_like(x, 0.5)], dim=1)
 
     for process in PROCESSES:
         points = make_grid(process, 400, "trailing")
-        for strength in (0.5, 1.0):
+        assert [len(editing.last_points(points, strength)) for strength in (0.001, 0.25, 0.5)] == [2, 101, 201]
+        for strength in (0.5, 0.9, 1.0):
             start, *_ = editing.last_points(points, strength)
-            found = editing.inverted(remembering, data.denoise, points, normal, image=image, strength=strength)
-            assert_close(began.pop(), data.flow(image, CLEAN, start), rtol=0.03, atol=0.01, msg=f"{process} {strength}")
-            assert_close(found, image, rtol=0.03, atol=0.01)
+            how = {"image": image, "strength": strength}
+            noised = start.alpha * image + start.sigma * normal(0)
+            found = editing.from_image(ddim, data.denoise, points, normal, **how)
+            assert_close(found, data.flow(noised, start, CLEAN), rtol=0.03, atol=0.02)
+            noise, same = (
+                editing.inverted(begun, denoise, points, no_noise, **how) for denoise in (data.denoise, with_share)
+            )
+            assert_close(noise, data.flow(image, CLEAN, start), rtol=0.03, atol=0.01, msg=f"{process} {strength}")
+            assert_close(same, noise)
+            assert_close(editing.inverted(ddim, data.denoise, points, no_noise, **how), image, rtol=0.03, atol=0.01)
 
 
 @pytest.mark.parametrize(("make", "table"), [(linear_schedule, "linear"), (cosine_schedule, "squaredcos_cap_v2")])
@@ -264,25 +262,6 @@ def test_inversion_is_closer_than_diffusers(make, table) -> None:
         theirs.append(rms(x - image))
     assert ours[0] < 0.6 * theirs[0] and ours[1] < 0.25 * theirs[1] and ours[2] < 0.1 * theirs[2], (ours, theirs)
     assert ours[2] < 0.3 * ours[1], ours
-
-
-def test_inversion_leaves_a_learnt_variance_to_the_sampler() -> None:
-    """The second half of twice the channels belongs to ancestral steps alone."""
-    data, image, began = Gaussian(), 0.3 + 0.4 * normal(1), list[Tensor]()
-
-    def with_share(x: Tensor, point: Point[float]) -> Tensor:
-        return torch.cat([data.denoise(x, point), torch.full_like(x, 0.5)], dim=1)
-
-    for denoise, variance in ((data.denoise, "fixed_small"), (with_share, "learned_range")):
-
-        def remembering(denoise, x, points, noise_at, variance=variance) -> Tensor:
-            began.append(x)
-            return ancestral(denoise, x, points, noise_at, variance)
-
-        points = make_grid(linear_schedule(), 20, "trailing")
-        drawn = editing.inverted(remembering, denoise, points, normal, image=image, strength=0.5)
-        assert drawn.shape == image.shape
-    assert_close(*began)
 
 
 def test_between_two_noises_lies_noise() -> None:

@@ -76,8 +76,16 @@ def test_defaults_of_diffusers_are_understood():
     assert interop.unet_options(config) == interop.unet_options(UNet2DModel.from_config(config).config)
 
 
+def config_with(changes):
+    return unet2d_config(**SMALL | changes)
+
+
 def options_with(changes):
     return interop.unet_options(unet2d_config(**SMALL) | changes)
+
+
+def scheduler_with(changes):
+    return interop.scheduler_config(Diffusion(**changes), SampleOptions())
 
 
 WITHOUT_COUNTERPART = [
@@ -117,13 +125,9 @@ WITHOUT_COUNTERPART = [
             ({"prediction_type": "flow_prediction"}, "flow_prediction"),
         )
     ),
-    (lambda heads: unet2d_config(**SMALL | heads), {"heads": 2}, "16 and 24 channels"),
-    (lambda said: interop.scheduler_config(Diffusion(**said), SampleOptions()), {"schedule": "flow"}, "schedule=flow"),
-    (
-        lambda said: interop.scheduler_config(Diffusion(**said), SampleOptions()),
-        {"prediction": "edm"},
-        "prediction=edm",
-    ),
+    (config_with, {"heads": 2}, "16 and 24 channels"),
+    (scheduler_with, {"schedule": "flow"}, "schedule=flow"),
+    (scheduler_with, {"prediction": "edm"}, "prediction=edm"),
 ]
 
 

@@ -1,6 +1,7 @@
 """The loss and the bound against definitions, published formulas, 50 digits, and the entropy of known distributions."""
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import mpmath
@@ -91,7 +92,7 @@ def test_loss_is_the_weighted_error(schedule: str, prediction: str, weighting: s
     }[prediction]
     for output in (OUTPUT, OUTPUT.bfloat16(), target):
         # With the posterior's variance, a perfect estimate has no divergence from it.
-        answer, told = torch.cat([output, -torch.ones_like(output)], 1), list[Condition]()
+        answer, told = torch.cat([output, -torch.ones_like(output)], 1).requires_grad_(), list[Condition]()
 
         def network(x_t: Tensor, t: Tensor, given: Condition, answer: Tensor = answer, told=told) -> Tensor:
             torch.testing.assert_close(x_t, scale * (point.alpha * X_START + point.sigma * NOISE))
@@ -101,13 +102,18 @@ def test_loss_is_the_weighted_error(schedule: str, prediction: str, weighting: s
             return answer if learnt.diffusion.learns_variance else answer[:, :3]
 
         losses = learnt.losses(network, X_START, NOISE, drawn, condition, twice)
-        errors = (output.float() - target).square().mean(dim=(1, 2, 3))
-        expected = drawn.weight * errors
+        missed, weight = output.float() - target, drawn.weight.view(-1, 1, 1, 1)
+        expected = (weight * missed.square()).mean(dim=(1, 2, 3))
         if output is target or not learnt.diffusion.learns_variance:
             torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
         else:
             assert (losses > expected).all()
         assert losses.dtype == torch.float32
+        # By the bound no gradient reaches the estimate.
+        (gradient,) = torch.autograd.grad(losses.sum(), answer)
+        torch.testing.assert_close(
+            gradient[:, :3].float(), 2 * weight * missed / output[0].numel(), rtol=1e-2, atol=1e-6
+        )
         assert told[0] is condition
         if twice:
             x_t = point.alpha * X_START + point.sigma * NOISE
@@ -182,30 +188,6 @@ def test_stratified_draws_spread_each_batch() -> None:
             assert sigma.mean(dim=1).std().item() == pytest.approx((1 / 12 / batch) ** 0.5 / batch, rel=0.3)
 
 
-@pytest.mark.parametrize(("schedule", "prediction", "weighting"), POSSIBLE)
-def test_gradients_are_those_of_finite_differences(schedule: str, prediction: str, weighting: str) -> None:
-    learnt = objective(schedule, prediction, weighting)
-    drawn = Drawn(*learnt.draw(0, NUMBERS[:2], 6).double())
-    x_start, noise = X_START[:2, :1, :2, :2].double(), NOISE[:2, :1, :2, :2].double()
-
-    class Double(Tensor):
-        """A network's answer of this kind stays in double precision."""
-
-        def float(self) -> Tensor:  # type: ignore[override]
-            return self
-
-    def loss(weight: Tensor) -> Tensor:
-        def network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-            if not learnt.diffusion.learns_variance:
-                return (x * weight + weight.sin()).as_subclass(Double)
-            # By the bound no gradient reaches the estimate, which differences would see.
-            return torch.cat([x * 0.4, x.sin() * weight], 1).as_subclass(Double)
-
-        return learnt.losses(network, x_start, noise, drawn).as_subclass(Tensor)
-
-    assert torch.autograd.gradcheck(loss, torch.tensor(0.7, dtype=torch.float64, requires_grad=True))
-
-
 def test_losses_never_wait_for_the_device() -> None:
     """On the meta device any look at a value raises."""
     images = torch.empty(6, 3, 8, 8, device="meta")
@@ -220,16 +202,12 @@ def test_losses_never_wait_for_the_device() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: Objective(RectifiedFlow(), Prediction("epsilon")), "epsilon does not determine the image"),
+        (lambda: objective("flow", "epsilon"), "epsilon does not determine the image"),
         (lambda: objective("linear", "v", "p2"), r"'p2'.*plain.*edm"),
-        *(
-            (
-                lambda process=process, draws=draws: Objective(
-                    process, Prediction("v"), Diffusion(draws=draws, variance="learned_range")
-                ),
-                "a table of betas, at points drawn uniformly",
-            )
-            for process, draws in ((RectifiedFlow(), "uniform"), (LINEAR, "log_normal"))
+        (lambda: objective("flow", "v", "plain with variance"), "a table of betas, at points drawn uniformly"),
+        (
+            lambda: Objective(LINEAR, Prediction("v"), replace(log_normal(), variance="learned_range")),
+            "a table of betas, at points drawn uniformly",
         ),
     ],
 )
@@ -308,23 +286,20 @@ def test_hybrid_loss_is_the_published_one(schedule: VariancePreserving) -> None:
     noise, x_0 = normal(1, IMAGES.shape, torch.float32), IMAGES.double()
     answer = (0.5 * normal(2, (4, 6, 8, 8), torch.float32)).requires_grad_()
     losses = learnt.losses(lambda x, t, condition: answer, IMAGES, noise, drawn)
-    output, v = answer.detach().double().chunk(2, dim=1)
+    (gradient,) = torch.autograd.grad(losses.sum(), answer)
+    output, v = answer.double().chunk(2, dim=1)
     for i, t in enumerate(numbers):
         alpha, sigma = published.products[t].sqrt(), (1 - published.products[t]).sqrt()
         simple = (output[i] - (alpha * noise[i] - sigma * x_0[i])).square().mean()
         x_t, share = published.noised(t, x_0[i], noise[i]), (v[i] + 1) / 2
         small, large = (log_variance[t] for log_variance in published.log_variances.values())
-        estimate, log_variance = alpha * x_t - sigma * output[i], share * large + (1 - share) * small
+        estimate, log_variance = alpha * x_t - sigma * output[i].detach(), share * large + (1 - share) * small
         bound = published.bits(t, *(each[None] for each in (x_0[i], x_t, estimate, log_variance)))
-        expected = simple + 1e-3 * 1000 * bound.item()
+        expected = simple + 1e-3 * 1000 * bound.sum()
         if t or expected < 500:
             assert losses[i].item() == pytest.approx(expected.item(), rel=2e-4), t
-    losses.sum().backward()
-    (plain,) = torch.autograd.grad(
-        Objective(schedule, Prediction("v")).losses(lambda x, t, c: answer[:, :3], IMAGES, noise, drawn).sum(), answer
-    )
-    assert torch.equal(answer.grad[:, :3], plain[:, :3])
-    assert (answer.grad[:, 3:].flatten(1).norm(dim=1) > 0).all()
+            (judged,) = torch.autograd.grad(expected, answer, retain_graph=True)
+            torch.testing.assert_close(gradient[i], judged[i], rtol=1e-3, atol=1e-4 * judged[i].abs().max().item())
 
 
 @pytest.mark.parametrize("chosen", ["fixed_large", "fixed_small"])
