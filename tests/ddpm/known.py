@@ -19,7 +19,7 @@ def normal(seed: int, shape: tuple[int, ...] = SHAPE, dtype: torch.dtype = torch
 
 
 def no_noise(draw: int) -> Tensor:
-    raise AssertionError("noise was asked for")
+    raise AssertionError("the sampler asks for noise")
 
 
 def levels(values: Tensor) -> Tensor:

@@ -259,7 +259,7 @@ def test_untouched_images_are_exactly_themselves() -> None:
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_crops_are_torchvisions(size: ImageSize) -> None:
-    """Of the aspect of the images, which its ratio is not relative to."""
+    """Boxes have the aspect of the images, to which its ratio is not relative."""
     numbers, images = torch.arange(5000), images_of(40, size)
     crops = replace(NONE, crop_scale=(0.3, 0.9))
     drawn = crops.draw(3, numbers, size)

@@ -156,7 +156,7 @@ IMAGES = random_images(4, 8, 8, 3)
         (lambda: figures.denoising_gif([IMAGES] * 2, labels=["t = 1"]), "2 frames"),
     ],
 )
-def test_what_does_not_match_is_refused(make: Callable[[], object], said: str) -> None:
+def test_arguments_that_do_not_match_are_refused(make: Callable[[], object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         make()
 
@@ -172,7 +172,7 @@ def test_to_uint8_keeps_every_level():
 
 
 def test_colours_are_those_of_lab():
-    """Of sRGB's corners, as tables of colours have them."""
+    """At sRGB's corners, as tables of colours have them."""
     known = {
         (255, 0, 0): (53.24, 80.09, 67.20),
         (0, 255, 0): (87.73, -86.18, 83.18),

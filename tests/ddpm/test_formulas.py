@@ -277,7 +277,7 @@ def test_training_brings_the_weights_back_once() -> None:
     output = network(x, t, condition)
     for name, weight in weights.items():
         assert (weight.square().flatten(1).mean(dim=1).sqrt() - 1).abs().max() < 1e-5, name
-    # What is stored plays no part in what is computed but for its direction.
+    # Only the direction of stored weights plays a part in the output.
     torch.testing.assert_close(output, expected, rtol=0, atol=5e-3)
     after = {name: parameter.clone() for name, parameter in network.named_parameters()}
     assert all(torch.equal(after[name], before[name]) for name in after if name.removesuffix(".weight") not in weights)

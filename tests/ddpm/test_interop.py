@@ -132,7 +132,7 @@ WITHOUT_COUNTERPART = [
 
 
 @pytest.mark.parametrize(("read", "config", "said"), WITHOUT_COUNTERPART)
-def test_what_lacks_a_counterpart_is_named(read, config, said):
+def test_missing_counterparts_are_named(read, config, said):
     with pytest.raises(interop.NoCounterpartError, match=re.escape(said)):
         read(config)
 
@@ -297,7 +297,7 @@ def test_a_last_class_without_a_name_guides(pipeline, tmp_path):
         ({"guidance": 2}, "guidance needs a network that has also learnt images without their class"),
     ],
 )
-def test_what_cannot_be_drawn_is_said(pipeline, options, said):
+def test_impossible_samples_are_refused(pipeline, options, said):
     with pytest.raises(ValueError, match=said):
         ddpm.load(pipeline, device="cpu").sample(**{"images": 1, **options})
 

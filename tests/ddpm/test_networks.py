@@ -138,7 +138,7 @@ def test_wrong_inputs_are_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", TOLD)
-def test_what_a_network_is_told(kind: str) -> None:
+def test_networks_are_told_estimate_and_augmentation(kind: str) -> None:
     """Without estimate and augmentation it is told zeros; dropout acts in training alone."""
     network = build(kind, out_channels=6, **TELLS[kind], **OPTIONS[kind])
     x, t = inputs()

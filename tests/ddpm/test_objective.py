@@ -326,7 +326,7 @@ def test_bits_per_dim_are_hos(chosen: str) -> None:
 
 
 def test_bits_of_a_known_distribution() -> None:
-    """Of normal images the steps back are normal: with their variance the bound is reached, however few they are."""
+    """The steps back to normal images are normal: with their variance a few reach the bound."""
     std, T = 0.15, 40
     images = levels(std * normal(3, (32, 1, 24, 24), torch.float32))
     # The outermost levels, which reach to infinity, are seven deviations away.
@@ -339,7 +339,7 @@ def test_bits_of_a_known_distribution() -> None:
         t, alpha, sigma = process.numbered(torch.arange(T))
         left = (std * sigma).square() / ((alpha * std).square() + sigma.square())
         steps = posteriors(alpha, sigma)
-        # What is not known of x_0 adds to the posterior's variance.
+        # The uncertainty of x_0 adds to the posterior's variance.
         known = torch.where(torch.arange(T) > 0, steps.log_small.exp(), 0)
         best = (known + steps.on_x_start.square() * left).log()
         shares = (best - steps.log_small) / (steps.log_large - steps.log_small)
@@ -374,7 +374,7 @@ def test_bits_of_a_known_distribution() -> None:
 
 
 def test_few_images_estimate_all_steps() -> None:
-    """Of the bound that all of 1,000 steps give, with an exact denoiser of normal images."""
+    """They give the bound of all 1,000 steps, with an exact denoiser of normal images."""
     std = 0.3
 
     def network(x, t, condition) -> Tensor:

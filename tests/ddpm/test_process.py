@@ -143,7 +143,7 @@ def test_v_is_exact_without_signal() -> None:
 
 
 def timesteps(steps: int, grid: str, num_timesteps: int = T) -> list[int]:
-    """Of the numbered points that a grid on the linear schedule visits."""
+    """The numbers of the points that a grid on the linear schedule visits."""
     *points, clean = make_grid(linear_schedule(num_timesteps), steps, grid)
     assert clean == CLEAN and all(point.t == round(point.t) for point in points)
     return [round(point.t) for point in points]
@@ -238,7 +238,7 @@ def test_found_grid_is_the_best() -> None:
     data, process = Mixture(), cosine_schedule(100)
     candidates = make_grid(process, 9, "trailing")
     x = np.hypot(0.5 * candidates[0].alpha, candidates[0].sigma) * torch.linspace(-2, 2, 41).double().view(-1, 1, 1, 1)
-    # What `find_grid` takes for exact.
+    # `find_grid` takes this for exact.
     trajectory = [unipc(data.denoise, x, candidates[: i + 1], no_noise) for i in range(10)]
 
     def missed(i: int, k: int) -> float:

@@ -85,7 +85,7 @@ def estimate(x: Tensor, point: Point[float]) -> Tensor:
 
 
 def asked(sampler: Sampler, points: Sequence[Point[float]], x: Tensor, denoise: Denoiser) -> list[Tensor]:
-    """What a denoiser is asked, and the end."""
+    """The questions to a denoiser, and the end."""
     seen: list[Tensor] = []
 
     def remembered(x: Tensor, point: Point[float]) -> Tensor:

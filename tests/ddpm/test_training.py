@@ -55,7 +55,7 @@ class Slow(nn.Module):
 
 
 def objective_and_settings(kind: str, **options: Any) -> tuple[Objective, training.LoopSettings]:
-    """Of all that is drawn."""
+    """The objective and the settings of a training with all that can be drawn."""
     schedule, prediction = ("edm", "edm") if kind == "edm2" else ("cosine", "v")
     diffusion = Diffusion(schedule=schedule, prediction=prediction, self_conditioning=kind != "dit")
     return Objective(make_process(diffusion), Prediction(prediction), diffusion), training.LoopSettings(
@@ -79,7 +79,7 @@ def learnt(
     network: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Weights, moments, averages and sums of the losses after some steps."""
+    """Returns weights, moments, averages and sums of the losses after some steps."""
     objective, settings = objective_and_settings(kind, **options)
     told = {"self_conditioning": objective.diffusion.self_conditioning}
     told |= {"augmentation_labels": settings.augmentation.labels, **({"uncertainty": True} if kind == "edm2" else {})}
