@@ -180,7 +180,7 @@ lint: $(TESTED) ## Style, docstrings, types and the Dockerfile
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/hadolint docker/Dockerfile
-	.venv/bin/shellcheck --external-sources setup.sh benchmarks/gpu.sh infra/google-cloud.sh job/jobs/backends/vm_start.sh job/jobs/backends/slurm_job.sh
+	.venv/bin/shellcheck --external-sources setup.sh benchmarks/gpu.sh infra/google-cloud.sh job/jobs/backends/*.sh
 
 bench: $(PEERS) ## Measure speed against peers on this machine
 	.venv/bin/python -m benchmarks $(ARGS)

@@ -263,7 +263,7 @@ local_targets() {
   local quoted=${bucket//\'/\'\'}
   cat <<'EOF'
 # Where jobs run: `ddpm submit train --dataset landscape-sample --on NAME`.
-# job/jobs/targets.example.yaml shows what else there can be.
+# docs/jobs.md shows what else there can be.
 EOF
   printf "local:\n  bucket: '%s'\n\ncontainer:\n  bucket: '%s'\n  gpus: 0\n" "$quoted" "$quoted"
 }

@@ -15,14 +15,13 @@ import torch
 
 from benchmarks.measuring import Figure, seconds
 from benchmarks.training_step import OurLoop, pack_for_loops
-from ddpm.generation import Sampling
+from ddpm.model import Sampling
 from ddpm.threads import Threads
 from job.config import EMBEDDED
 from job.processes import compute
 from job.processes.ranks import Agreement
 from job.progress import Progress
 from job.sampling.painter import Painter
-from job.stop import NEVER
 
 AT_LEAST = 2 / 3
 """The least share of the speed of one thread, or of PyTorch's threads if these are faster."""
@@ -37,7 +36,7 @@ def measure(quick: bool) -> list[Figure]:
         pack_for_loops(Path(name), quick)
         loop = OurLoop(Path(name), quick, precision, preset=EMBEDDED, sets=PRESET_SETS)
         session = loop.session
-        painter = Painter(session.config, session.ranks, precision, NEVER, Agreement(1, flags=1))
+        painter = Painter(session.config, session.ranks, precision, Agreement(1, flags=1))
         sampling, images = Sampling("unipc", 2 if quick else 5), 2 if quick else 10
 
         def in_way(threads: Threads | None, own: int, work: Callable[[], object]) -> Callable[[], None]:

@@ -152,7 +152,7 @@ def writing(run: Store, config: RunConfig, state: State) -> Iterator[CheckpointW
     create_config(run, config)
     attempt = record_attempt(run, lease.fence, lease.holder, changes={}, world_size=1, device="cpu")
     leased = LeasedRun(run, Retention(config, 10**6), attempt, lease, ())
-    writer = CheckpointWriter(leased, state, before=None, stop=NEVER, note=print)
+    writer = CheckpointWriter(leased, state, before=None, stop=NEVER)
     yield writer
     writer.close(wait=True)
     lease.close()

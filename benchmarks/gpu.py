@@ -97,7 +97,7 @@ def sampling(folder: Path, tiny: bool) -> list[Figure]:
     from benchmarks.measuring import Figure
     from benchmarks.sampling import diffusers_sampler, painter_of
     from benchmarks.subject import compiled, diffusers_twin
-    from ddpm.generation import Sampling
+    from ddpm.model import Sampling
     from job.config import draft, parse_sets
     from job.processes import compute
 
@@ -137,7 +137,7 @@ def checkpoint(folder: Path, tiny: bool) -> list[Figure]:
     from benchmarks.checkpoint import saves, writing
     from benchmarks.measuring import Figure
     from job.config import draft, method, parse_sets
-    from job.runs.checkpoints import list_checkpoints, opened
+    from job.runs.checkpoints import list_checkpoints, restore
     from job.store import open_store
 
     sets = {"data.size": SIZE // 2 if tiny else SIZE, "data.channels": 3, **parse_sets(CELEBA_TINY if tiny else ())}
@@ -152,8 +152,7 @@ def checkpoint(folder: Path, tiny: bool) -> list[Figure]:
         for named in state.values():
             torch._foreach_add_(list(named.values()), 1.0)
         writer.wait()
-    with opened(run, list_checkpoints(run)[0], into=state):
-        pass
+    restore(run, list_checkpoints(run)[0], state)
     same = [torch.equal(each, state[group][name]) for group, named in expected.items() for name, each in named.items()]
     megabytes = sum(each.nbytes for named in state.values() for each in named.values()) / 1e6
     return [

@@ -34,8 +34,7 @@ from rich.table import Table
 from benchmarks.loader import anonymous_bytes
 from ddpm.image_size import ImageSize
 from job.data.reading.cache import open_cache
-from job.data.reading.order import Order
-from job.data.reading.stream import stream_batches
+from job.data.reading.order import Order, stream_batches
 from job.data.shards import INDEX, DatasetIndex, Shards, ShardWriter, dataset_key, load_index, shard_name
 from job.progress import Progress
 from job.store import open_store
@@ -130,7 +129,7 @@ def read_dataset(bucket: str, key: str, cache_dir: Path) -> dict[str, Any]:
         began = time.perf_counter()
         index = load_index(store, key)
         indexed = time.perf_counter()
-        cache = open_cache(store, key, index, cache_dir=cache_dir, budget_bytes=BUDGET_BYTES)
+        cache = open_cache(store, index, BUDGET_BYTES, cache_dir=cache_dir)
         opened = time.perf_counter()
         batches = stream_batches(
             cache,

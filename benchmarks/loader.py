@@ -18,8 +18,7 @@ from benchmarks import peers
 from benchmarks.measuring import Figure, seconds
 from benchmarks.subject import DATASET, pack_noise, write_noise
 from job.data.reading.cache import ImageCache, open_cache
-from job.data.reading.order import Order
-from job.data.reading.stream import stream_batches
+from job.data.reading.order import Order, stream_batches
 from job.data.shards import INDEX, Shard, Shards, dataset_key, load_index, shard_name
 from job.progress import Progress
 from job.store import open_store
@@ -138,7 +137,7 @@ def timed_epoch(batches: Callable[[], Iterable[object]], images: int) -> Epoch:
 def opened(bucket: str, key: str, cache_dir: Path) -> ImageCache:
     """Returns the filled cache of the dataset's decoded images."""
     store = open_store(bucket)
-    return open_cache(store, key, load_index(store, key), cache_dir=cache_dir, budget_bytes=1 << 40)
+    return open_cache(store, load_index(store, key), 1 << 40, cache_dir=cache_dir)
 
 
 def our_epoch(cache: ImageCache) -> Iterable[object]:

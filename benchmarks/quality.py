@@ -30,8 +30,9 @@ from torch import Tensor
 
 from benchmarks.solvers import lines_png, most_steps
 from ddpm import training
-from ddpm.generation import Sampling, beginning, generate, make_denoiser, noise_of
 from ddpm.grids import find_grid, numbered_points
+from ddpm.model import Sampling, generate, make_denoiser, noise_of
+from ddpm.samplers import beginning
 from job.config import EMBEDDED, RunConfig, draft, method, parse_sets
 from job.data.reading.order import Order
 from job.sampling.painter import GRID_CANDIDATES, GRID_IMAGES

@@ -24,10 +24,8 @@ from urllib.parse import unquote
 from benchmarks.large_index import served, write_dataset
 from benchmarks.subject import write_noise
 from job.data.reading.cache import open_cache
-from job.data.reading.order import Order
-from job.data.reading.stream import stream_batches
+from job.data.reading.order import Order, stream_batches
 from job.data.shards import SHARD_PIXEL_BYTES, load_index
-from job.progress import Progress
 from job.store import open_store
 from tests.faulty_proxy import FaultyProxy, Request
 
@@ -96,16 +94,8 @@ def read_epochs(requests: Requests, bucket: str, key: str, cache_dir: Path) -> N
     store = open_store(bucket)
     index = load_index(store, key)
     print(f"{index.images:,} images of {SIZE}×{SIZE} in {len(index.shards)} shards of {index.shards.bytes[0]:,} bytes")
-    with Progress("reading images", total=index.images) as bar:
-        before = requests.seen.copy()
-        cache = open_cache(
-            store,
-            key,
-            index,
-            cache_dir=cache_dir,
-            budget_bytes=1 << 40,
-            progress=lambda done, total: bar.update(done),
-        )
+    before = requests.seen.copy()
+    cache = open_cache(store, index, 1 << 40, cache_dir=cache_dir)
     read = requests.received_bytes / int(index.shards.bytes.sum())
     count = (requests.seen - before).total()
     print(f"opening: {count} requests, {count / len(index.shards):.1f} a shard, {read:.4f} × the bytes of the shards")

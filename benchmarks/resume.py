@@ -90,7 +90,7 @@ def resumptions(
 
 def newest_rows(run: Store) -> list[Row]:
     """Returns the log of a run, up to its newest checkpoint."""
-    return read_rows(run, load_manifest(run, max(list_checkpoints(run))).metrics, print)
+    return read_rows(run, load_manifest(run, max(list_checkpoints(run))).metrics)
 
 
 def _go_on(bucket: str, epochs: int, sets: tuple[str, ...]) -> None:
@@ -104,8 +104,7 @@ def _go_on(bucket: str, epochs: int, sets: tuple[str, ...]) -> None:
 
 
 def _load(run: Store, state: dict[str, dict[str, Tensor]]) -> None:
-    with newest_good(run, print, into=state) as restored:
-        assert restored is not None
+    assert newest_good(run, into=state) is not None
 
 
 class Link(LocalStore):

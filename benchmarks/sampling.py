@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.measuring import Figure, Turns, take_turns
 from benchmarks.subject import HALF_WIDTH, TINY, diffusers_twin, forget_accelerator, run_config
-from ddpm.generation import Sampling
+from ddpm.model import Sampling
 from job.config import RunConfig
 from job.processes import compute
 from job.processes.ranks import Agreement, meet
@@ -71,7 +71,7 @@ def in_turn(
 def painter_of(config: RunConfig, precision: str) -> Painter:
     """Returns the painter of `ddpm sample`, with initial weights."""
     forget_accelerator()
-    return Painter(config, meet(NEVER), precision, NEVER, Agreement(1, flags=1))
+    return Painter(config, meet(NEVER), precision, Agreement(1, flags=1))
 
 
 def diffusers_sampler(

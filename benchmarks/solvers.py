@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from ddpm import samplers
-from ddpm.generation import Sampling, beginning, evaluations_of
 from ddpm.grids import find_grid, make_grid, numbered_points
+from ddpm.model import Sampling, evaluations_of
 from ddpm.objective import Condition
 from ddpm.process import (
     Point,
@@ -37,6 +37,7 @@ from ddpm.process import (
     linear_schedule,
     points_of,
 )
+from ddpm.samplers import beginning
 from job.processes.ranks import Agreement, meet
 from job.progress import Progress
 from job.requests import SampleRequest
@@ -156,7 +157,7 @@ class OnNetwork:
 
     def __init__(self, bucket: str, run: str, images: int) -> None:
         plan = plan_sampling(SampleRequest(run, bucket=bucket).check())
-        self.painter = Painter(plan.config, meet(NEVER), "fp32", NEVER, Agreement(1, flags=1))
+        self.painter = Painter(plan.config, meet(NEVER), "fp32", Agreement(1, flags=1))
         self.painter.load(plan.run, plan.checkpoints[0], "ema")
         self.process, self.prediction = self.painter.process, plan.config.diffusion.prediction
         # Other seeds than those of the found grid: its own would flatter it.

@@ -34,12 +34,11 @@ from benchmarks.subject import (
 from ddpm.training import train
 from job.config import RunConfig, method
 from job.data.reading.cache import open_cache
-from job.data.reading.stream import LoadedBatch
+from job.data.reading.order import LoadedBatch
 from job.plan import plan_run
 from job.processes import compute
 from job.processes.ranks import meet
 from job.requests import TrainRequest
-from job.runs.records import dataset_key_of
 from job.stop import NEVER
 from job.training.session import TrainingSession
 
@@ -129,8 +128,7 @@ class OurLoop:
         request = TrainRequest(DATASET, bucket=bucket, preset=preset, epochs=1000, sets=sets)
         plan = plan_run(request.check(), suited=compute.suited)
         forget_accelerator()
-        key, cache_dir = dataset_key_of(plan.config), folder / "cache"
-        cache = open_cache(plan.bucket, key, plan.index, cache_dir=cache_dir, budget_bytes=1 << 40)
+        cache = open_cache(plan.bucket, plan.index, 1 << 40, cache_dir=folder / "cache")
         # The run saves nothing, so the rows of the log have no destination.
         writer = SimpleNamespace(overdue=False, troubled=False, before_change=lambda: None)
         recorder: Any = SimpleNamespace(writer=writer, record=lambda row: None, show=lambda bar: None)

@@ -283,6 +283,8 @@ OF_CLASSES = ("class_embedding", "label_emb")
 class NetworkConfig:
     """The settings that all networks share."""
 
+    class_name: ClassVar[str] = ""
+    """The network's class in `ddpm.networks.KIND`."""
     schedule: ClassVar[str] = ""
     """The only schedule whose t it takes; empty: all."""
     takes_estimates: ClassVar[bool] = True
@@ -303,6 +305,7 @@ class NetworkConfig:
 class UNetConfig(NetworkConfig):
     """The U-Net of Ho et al. (2020), appendix B; with its switches that of Dhariwal & Nichol (2021), section 3."""
 
+    class_name: ClassVar[str] = "UNet"
     parts: ClassVar[str] = f"{_INPUTS} down_blocks mid_block up_blocks conv_norm_out conv_out"
 
     kind: Literal["unet"] = "unet"
@@ -336,6 +339,7 @@ class UNetConfig(NetworkConfig):
 class EDM2Config(NetworkConfig):
     """The magnitude-preserving U-Net of Karras et al. (2024), configuration G; by default EDM2-S."""
 
+    class_name: ClassVar[str] = "EDM2"
     schedule: ClassVar[str] = "edm"
     parts: ClassVar[str] = f"{_INPUTS} encoder middle decoder conv_out gain_out uncertainty"
 
@@ -358,6 +362,7 @@ class EDM2Config(NetworkConfig):
 class DiTConfig(NetworkConfig):
     """The transformer of Peebles & Xie (2023); by default DiT-S/2."""
 
+    class_name: ClassVar[str] = "DiT"
     parts: ClassVar[str] = "patches linear_1 linear_2 class_embedding augmentation_embedding blocks modulation output"
 
     kind: Literal["dit"] = "dit"
@@ -385,6 +390,7 @@ class DiTConfig(NetworkConfig):
 class DomeUNetConfig(NetworkConfig):
     """The U-Net of dome272's and ErenGurs' ddpm."""
 
+    class_name: ClassVar[str] = "DomeUNet"
     takes_estimates: ClassVar[bool] = False
     parts: ClassVar[str] = "inc down1 sa1 down2 sa2 down3 sa3 bot1 bot2 bot3 up1 sa4 up2 sa5 up3 sa6 outc label_emb"
 
@@ -436,7 +442,7 @@ def _check_heads(network: UNetConfig | EDM2Config, size: ImageSize | None, key: 
 
 @dataclass(frozen=True)
 class Metric:
-    """A score of drawn images, a function in `ddpm.metrics`."""
+    """A score of samples, a function in `ddpm.metrics`."""
 
     sentence: str
     elsewhere: str = ""
@@ -444,7 +450,7 @@ class Metric:
     scores: tuple[str, ...] = ()
     """The names of its numbers, if it has several."""
     of: Literal["features", "logits", "likelihood"] = "features"
-    """Its input: features of drawn and real images, logits of drawn ones, or the network of the run itself."""
+    """Its input: features of samples and real images, logits of samples, or the network of the run itself."""
 
 
 METRICS = {

@@ -1,4 +1,4 @@
-"""Editing: walks (see `generation`) that keep parts of given images, with the same denoisers, points and samplers."""
+"""Editing: walks (see `Walk`) that keep parts of given images, with the same denoisers, points and samplers."""
 
 from collections.abc import Sequence
 from itertools import count, pairwise
@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ddpm.catalogue import Diffusion
-from ddpm.generation import beginning, from_noise
 from ddpm.process import CLEAN
-from ddpm.samplers import Denoiser, NoiseAt, Points, Sampler, Visit, euler_step
+from ddpm.samplers import Denoiser, NoiseAt, Points, Sampler, Visit, beginning, euler_step, from_noise
 
 
 def inpaint(
@@ -23,7 +22,7 @@ def inpaint(
     unknown: Tensor,
     path: Sequence[int],
 ) -> Tensor:
-    """Draws the unknown part of an image (RePaint; Lugmayr et al. 2022, algorithm 1, where the sampler is `ancestral`).
+    """Fills the unknown part of an image (RePaint; Lugmayr et al. 2022, algorithm 1, where the sampler is `ancestral`).
 
     The sampler takes one step at a time along `path`, which holds indices of the points and ends at the clean image
     (see `resampled`). The image [B, C, H, W] does not change where `unknown`, bool, is false.
@@ -78,7 +77,7 @@ def inverted(
     image: Tensor,
     strength: float,
 ) -> Tensor:
-    """Finds the noise of an image, and draws the image again from there (Song et al. 2021, section 5.4)."""
+    """Finds the noise of an image, and makes the image again from there (Song et al. 2021, section 5.4)."""
     points = last_points(points, strength)
     return sample(denoise, noise_in(image, denoise, points), points, noise_at)
 

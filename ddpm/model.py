@@ -1,38 +1,230 @@
-"""A trained network with all that sampling needs: `ddpm.load(folder).sample(16, seed=0)`."""
+"""A trained network with all that sampling needs: `ddpm.load(folder).sample(16, seed=0)`.
+
+Each seed has one image, for any batch, order and number of processes.
+"""
 
 from __future__ import annotations
 
 import difflib
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
+from math import inf
 from operator import index
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ddpm import figures, interop, networks
-from ddpm.catalogue import Diffusion, SampleOptions
-from ddpm.generation import Callback, Sampling, Walk, evaluations_of, from_noise, generate, make_denoiser, noise_of
-from ddpm.objective import Condition
-from ddpm.process import Prediction, Process, make_process
-from ddpm.samplers import Denoiser, NoiseAt
-from ddpm.threads import Threads, group_of, threads_of
+from ddpm import figures, randomness
+from ddpm.catalogue import SAMPLERS, Diffusion, SampleOptions
+from ddpm.grids import make_grid, numbered_points, shifted
+from ddpm.networks import laid_out
+from ddpm.objective import UNCONDITIONAL, Condition, Network
+from ddpm.process import Point, Prediction, Process
+from ddpm.samplers import FUNCTIONS, Denoiser, NoiseAt, Sampler, Walk, from_noise
+from ddpm.threads import Threads, group_of
 
-MOST_TIMESTEPS = 100_000
-"""Limit of the timesteps of a process that is loaded."""
-_CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-_SCHEDULER, _NAMES = "scheduler_config.json", "id2label.json"
+Pair = Callable[[Tensor, Point[float]], tuple[Tensor, Tensor]]
+"""(x_t, point) → a denoiser's result, and a worse one."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """The scale, the range of noise levels and the rescaling of guidance."""
+
+    scale: float = SampleOptions.guidance
+    """Factor on the difference of the estimates: 1 + w of Ho & Salimans 2022, w of Karras et al. 2024; 1: off."""
+    interval: tuple[float, float] = (0.0, inf)
+    """Guidance is on for σ/α above the first and up to the second (Kynkäänniemi et al. 2024, equation 5)."""
+    rescale: float = SampleOptions.guidance_rescale
+    """φ of Lin et al. 2024, equation 16: 1 gives a guided estimate the contrast of the unguided one."""
+
+
+UNGUIDED = Guidance()
+
+
+def guided(denoise: Denoiser, both: Pair, guidance: Guidance) -> Denoiser:
+    """Returns a guided denoiser; x_0 is an affine function of the network's output for every prediction.
+
+    The worse estimate is that of the null class (Ho & Salimans 2022, equation 6) or that of a network with less
+    training (Karras et al. 2024, equation 4). Within the interval it calls `both`, and else `denoise`. The share of β,
+    if there is one, is that of the better estimate.
+    """
+    low, high = guidance.interval
+
+    def denoise_guided(x_t: Tensor, point: Point[float]) -> Tensor:
+        if not low < (point.sigma / point.alpha if point.alpha else inf) <= high:
+            return denoise(x_t, point)
+        (better, share), (worse, _) = (answer.tensor_split([x_t.shape[1]], dim=1) for answer in both(x_t, point))
+        estimate = worse + guidance.scale * (better - worse)
+        if guidance.rescale:
+            contrast = better.std(dim=(1, 2, 3), keepdim=True) / estimate.std(dim=(1, 2, 3), keepdim=True)
+            estimate = estimate * (guidance.rescale * contrast + 1 - guidance.rescale)
+        return torch.cat([estimate, share], dim=1)
+
+    return denoise_guided
+
+
+Callback = Callable[[Point[float], Tensor, Tensor], None]
+"""Called at every evaluation of the network with (point, x_t, the estimated x_0)."""
+
+
+@dataclass(frozen=True)
+class Sampling(SampleOptions):
+    """How images are sampled: the settings, and a function or points that no setting can name."""
+
+    function: Sampler | None = None
+    """Replaces the sampler."""
+    numbers: tuple[int, ...] = ()
+    """The numbers of the points to visit; they replace the grid."""
+
+    @property
+    def guide(self) -> Guidance:
+        """The guidance of these settings."""
+        return Guidance(self.guidance, self.guidance_interval or (0.0, inf), self.guidance_rescale)
+
+    def points(self, process: Process) -> list[Point[float]]:
+        """Returns the points to visit, the clean image included."""
+        if self.numbers:
+            return numbered_points(process, self.numbers)
+        points = make_grid(process, self.steps, self.grid)
+        return points if self.shift == 1 else shifted(process, points, self.shift)
+
+    def solver(self, process: Process) -> Sampler:
+        """Returns the sampler with its options.
+
+        Raises:
+            ValueError: the sampler is unknown.
+        """
+        if self.function:
+            return self.function
+        if self.sampler not in FUNCTIONS:
+            raise ValueError(f"unknown sampler {self.sampler!r}: choose one of {', '.join(FUNCTIONS)}")
+        names = (*SAMPLERS[self.sampler].options, *SAMPLERS[self.sampler].also)
+        options = {name: process if name == "process" else getattr(self, name) for name in names}
+        return partial(FUNCTIONS[self.sampler], **options)
+
+
+def make_denoiser(
+    network: Network,
+    process: Process,
+    prediction: Prediction,
+    condition: Condition = UNCONDITIONAL,
+    *,
+    clip: bool = SampleOptions.clip,
+    callback: Callback | None = None,
+    guidance: Guidance = UNGUIDED,
+    null_class: int | None = None,
+    worse: Network | None = None,
+    with_share: bool = False,
+) -> Denoiser:
+    """Returns a network as a denoiser.
+
+    Args:
+        network: the network, in evaluation mode; all arithmetic around it is fp32.
+        process: the process of its training.
+        prediction: the meaning of its output.
+        condition: its further inputs. An x_0 there is the first estimate of a network with self-conditioning, and each
+            evaluation gets the estimate of the one before (Chen et al. 2023, algorithm 2).
+        clip: whether the estimated x_0 is clipped to [-1, 1] (as in Ho et al.'s code), after guidance; the network's
+            own estimate is clipped likewise.
+        callback: see `Callback`.
+        guidance: see `Guidance`; without a worse network it moves away from the estimate of the null class, and both
+            estimates share a batch.
+        null_class: the number of the class for images without a class.
+        worse: a network with less training.
+        with_share: whether the denoiser also returns the share of β.
+
+    Returns:
+        A function (x_t, point) → x_0, float32, without gradients. An estimate conditions only evaluations with less
+        noise, so that a second trajectory, and a jump of RePaint, start with the first estimate again.
+    """
+    first_estimate = condition.x_start
+    estimates: list[tuple[float, Tensor]] = []
+
+    def answer_of(network: Network, x_t: Tensor, point: Point[float], condition: Condition) -> Tensor:
+        t = torch.full((len(x_t),), point.t, dtype=torch.float32, device=x_t.device)
+        answer = network(process.input_scale(point.sigma) * x_t, t, condition).float()
+        output, share = answer.tensor_split([x_t.shape[1]], dim=1)
+        x_start = prediction.x_start(output, x_t, point)
+        return torch.cat([x_start, (share + 1) / 2], dim=1) if with_share else x_start
+
+    def one(x_t: Tensor, point: Point[float]) -> Tensor:
+        return answer_of(network, x_t, point, condition)
+
+    def both(x_t: Tensor, point: Point[float]) -> tuple[Tensor, Tensor]:
+        if worse is not None:
+            return one(x_t, point), answer_of(worse, x_t, point, condition)
+        assert condition.labels is not None and null_class is not None
+        without = condition._replace(labels=torch.full_like(condition.labels, null_class))
+        pairs = zip(condition, without, strict=True)
+        # In pairs, so that a group of the batch holds the same images in a batch of any size.
+        twice = (None if a is None or b is None else torch.stack([a, b], dim=1).flatten(0, 1) for a, b in pairs)
+        answers = answer_of(network, x_t.repeat_interleave(2, dim=0), point, Condition(*twice))
+        return answers[::2], answers[1::2]
+
+    answer_at = one if guidance.scale == 1 else guided(one, both, guidance)
+
+    @torch.no_grad()
+    def denoise(x_t: Tensor, point: Point[float]) -> Tensor:
+        nonlocal condition
+        ratio = point.sigma / point.alpha if point.alpha else inf
+        if first_estimate is not None:
+            while estimates and estimates[-1][0] <= ratio:
+                estimates.pop()
+            condition = condition._replace(x_start=estimates[-1][1] if estimates else first_estimate)
+        x_start, share = answer_at(x_t, point).tensor_split([x_t.shape[1]], dim=1)
+        if clip:
+            x_start = x_start.clamp(-1, 1)
+        if first_estimate is not None:
+            # Keeps two: Heun's method evaluates a point twice, and its corrected x follows from the estimate before.
+            estimates[:] = [*estimates[-1:], (ratio, x_start)]
+        if callback is not None:
+            callback(point, x_t, x_start)
+        return torch.cat([x_start, share], dim=1) if with_share else x_start
+
+    return denoise
+
+
+def generate(
+    denoise: Denoiser, process: Process, sampling: Sampling, noise_at: NoiseAt, walk: Walk = from_noise
+) -> Tensor:
+    """Returns x at the clean image, float32 [B, C, H, W]; sample k depends on its noise alone (see `noise_of`).
+
+    It does not clamp x, which may be latents without bounds; `Model.pixels` makes pixels of it.
+    """
+    with torch.inference_mode():
+        return walk(sampling.solver(process), denoise, sampling.points(process), noise_at)
+
+
+def noise_of(seeds: Tensor, shape: tuple[int, int, int], offset_noise: float = 0.0) -> NoiseAt:
+    """Returns the noise (C, H, W) of each seed, int64 [B], on their device, with the offset noise of the training."""
+
+    def noise_at(draw: int) -> Tensor:
+        return laid_out(randomness.sampling_noise(seeds, draw, shape, seeds.device, offset_noise))
+
+    return noise_at
+
+
+def evaluations_of(process: Process, sampling: Sampling, shape: tuple[int, ...], walk: Walk = from_noise) -> int:
+    """Counts the evaluations of a denoiser for an image (C, H, W), without guidance, by a walk with zeros."""
+    image, asked = torch.zeros(1, *shape), count()
+
+    def denoise(x: Tensor, point: Point[float]) -> Tensor:
+        next(asked)
+        return x
+
+    generate(denoise, process, replace(sampling, variance="fixed_small"), lambda draw: image, walk)
+    return next(asked)
 
 
 class NotFiniteError(ValueError):
-    """A network draws values that are not finite."""
+    """A network gives images with values that are not finite."""
 
 
 @dataclass
@@ -104,7 +296,7 @@ class Model:
         as_tensor: bool = False,
         **options: Any,
     ) -> list[Image.Image] | Tensor:
-        """Draws images: number k is that of seed `seed` + k, for any number of images.
+        """Samples images: number k is that of seed `seed` + k, for any number of images.
 
         Args:
             images: number of images.
@@ -120,12 +312,13 @@ class Model:
         Raises:
             ValueError: a number is out of range, a class, sampler or grid is unknown, there are more steps than
                 timesteps, or the network has not learnt what guidance needs.
-            NotFiniteError: the network draws values that are not finite.
+            NotFiniteError: the images have values that are not finite.
             TypeError: an option is unknown.
         """
-        for name, count in {"images": images, "batch_size": batch_size, "steps": 1 if steps is None else steps}.items():
-            if count < 1:
-                raise ValueError(f"{name}={count}: use 1 or more")
+        numbers = {"images": images, "batch_size": batch_size, "steps": 1 if steps is None else steps}
+        for name, number in numbers.items():
+            if number < 1:
+                raise ValueError(f"{name}={number}: use 1 or more")
         if not 0 <= seed <= 2**63 - images or not 0 <= options.get("eta", 0) <= 1:
             raise ValueError(f"seed={seed}, eta={options.get('eta', 0)}: seeds are from 0 to 2^63 - 1, eta from 0 to 1")
         if "labels" in options:
@@ -139,7 +332,7 @@ class Model:
             parts = []
             for first in range(0, images, batch_size):
                 seeds = torch.arange(first, min(first + batch_size, images), device=self.device) + seed
-                parts.append(self.draw(seeds, sampling, lambda _, x_t, __: advance(len(x_t))))
+                parts.append(self.sample_seeds(seeds, sampling, lambda _, x_t, __: advance(len(x_t))))
         x = torch.cat(parts)
         if as_tensor:
             return x
@@ -150,7 +343,7 @@ class Model:
         """Returns this model's settings with these options."""
         own, all_steps = self.sampling.sampler, self.process.num_timesteps
         if steps is None and sampler not in (None, own) and "ddpm" in (sampler, own):
-            # Ancestral sampling draws noise in few steps, and the other samplers need only few.
+            # Ancestral sampling gives noise in few steps, and the other samplers need only few.
             steps = all_steps if sampler == "ddpm" else min(SampleOptions.steps, all_steps)
         chosen = {"steps": steps, "sampler": sampler, **options}
         sampling = replace(self.sampling, **{key: value for key, value in chosen.items() if value is not None})
@@ -158,7 +351,7 @@ class Model:
             raise ValueError("guidance needs a network that has also learnt images without their class")
         return sampling
 
-    def draw(
+    def sample_seeds(
         self, seeds: Tensor, sampling: Sampling, callback: Callback | None = None, walk: Walk = from_noise
     ) -> Tensor:
         """Returns the images of these seeds, int64 [B] on the device, as pixels [B, C, H, W] in [-1, 1].
@@ -175,7 +368,7 @@ class Model:
         x = generate(self.denoiser(seeds, sampling, callback), self.process, sampling, self.noise_of(seeds), walk)
         # As a picture it would be grey, like a valid one.
         if not x.isfinite().all():
-            raise NotFiniteError("the network draws values that are not finite: draw from an earlier checkpoint")
+            raise NotFiniteError("the samples have values that are not finite: sample from an earlier checkpoint")
         return self.pixels(x)
 
     def pixels(self, x: Tensor) -> Tensor:
@@ -253,120 +446,3 @@ def _bar(total: int) -> Iterator[Callable[[int], None]]:
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bars:
         task = bars.add_task("sampling", total=total)
         yield lambda done: bars.advance(task, done)
-
-
-def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
-    """Loads the model of a diffusers folder on disk: a pipeline of `UNet2DModel` and a scheduler, or the network alone.
-
-    It runs no code from the folder, since it reads weights from safetensors alone. The default sampler is `ddim`. The
-    file `id2label.json`, if there is one, names the classes.
-
-    Args:
-        folder: with `unet/config.json`, or `config.json`.
-        device: None: the first GPU, if there is one.
-
-    Raises:
-        FileNotFoundError: the folder or its weights are missing.
-        ValueError: the folder is not of diffusers, its network or process has no counterpart here, or it is corrupt.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder: name one of diffusers, with unet/config.json in it")
-    inner = next((inner for inner in (root / "unet", root) if (inner / _CONFIG).is_file()), None)
-    if inner is None:
-        raise ValueError(f"{root} is not a diffusers folder: neither unet/config.json nor config.json is in it")
-    found = next((path for path in (root / "scheduler" / _SCHEDULER, root / _SCHEDULER) if path.is_file()), None)
-    try:
-        options = interop.unet_options(_json(inner / _CONFIG))
-        scheduler = _json(found) if found else {}
-        said = interop.process_options(scheduler)
-        shape, labels = _network_shape(options, said["variance"]), options["num_classes"]
-        # On "meta" no memory is allocated before the weights are known to fit.
-        with torch.device("meta"):
-            network = networks.build("unet", **options)
-        tensors: dict[str, Tensor] = {}
-        for path in _weights(inner):
-            tensors |= load_file(path)
-        # A network that trained with augmentation has it, and no sample needs it.
-        tensors.pop("augmentation_embedding.weight", None)
-        tensors = interop.with_names_of_today(tensors)
-        # Copies, as a file that is written over later would change these weights.
-        weights = {name: each.to(torch.float32, copy=True) for name, each in tensors.items()}
-        network.load_state_dict(weights, assign=True)
-        classes = _class_names(root / _NAMES, labels) if labels else ()
-        if not 1 <= int(said["timesteps"]) <= MOST_TIMESTEPS:
-            raise ValueError(f"num_train_timesteps={said['timesteps']}: from 1 to {MOST_TIMESTEPS:,}")
-        diffusion = Diffusion(**said, self_conditioning=options["in_channels"] == 2 * shape[0])
-        process = make_process(diffusion)
-    except FileNotFoundError:
-        raise
-    # A corrupt folder may raise any of these in the readers.
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{root} cannot be loaded: {' '.join(str(error).split()):.300}") from None
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Model(
-        network=network.to(device).eval().requires_grad_(False),
-        process=process,
-        prediction=Prediction(diffusion.prediction),
-        image_shape=shape,
-        sampling=Sampling(steps=min(SampleOptions.steps, diffusion.timesteps), **interop.sample_options(scheduler)),
-        classes=classes,
-        null_class=len(classes) < labels,
-        diffusion=diffusion,
-        threads=threads_of(device),
-        source=str(root),
-    )
-
-
-def _network_shape(options: interop.Options, variance: str) -> tuple[int, int, int]:
-    """Returns (C, H, W) of the images of a network with these arguments.
-
-    Raises:
-        ValueError: its numbers of channels do not fit a diffusion model.
-    """
-    channels = options["out_channels"] // (2 if variance == "learned_range" else 1)
-    if options["in_channels"] not in (channels, 2 * channels):
-        found = f"{options['in_channels']} channels to {options['out_channels']}"
-        raise ValueError(
-            f"the network maps {found}: a scheduler with variance_type=learned_range is missing, or it is another model"
-        )
-    return channels, *options["image_size"].shape
-
-
-def _class_names(path: Path, labels: int) -> tuple[str, ...]:
-    """Returns the names of a network's classes; numbers without the file. A last label without a name means no class.
-
-    Raises:
-        ValueError: the file does not name the classes of this network.
-    """
-    if not path.is_file():
-        return tuple(map(str, range(labels)))
-    said = _json(path)
-    names = tuple(str(said.get(str(number), "")) for number in range(len(said)))
-    if not names or not all(names) or len(names) not in (labels, labels - 1):
-        raise ValueError(f"{path.name} does not name the {labels} classes of the network, from 0")
-    return names
-
-
-def _weights(folder: Path) -> list[Path]:
-    if (path := folder / _WEIGHTS).is_file():
-        return [path]
-    if (index := folder / f"{_WEIGHTS}.index.json").is_file():
-        names = sorted({str(name) for name in _json(index).get("weight_map", {}).values()})
-        if any("/" in name or not (folder / name).is_file() for name in names):
-            raise FileNotFoundError(f"{index} names files that are missing")
-        return [folder / name for name in names]
-    raise FileNotFoundError(
-        f"{folder} has no {_WEIGHTS}: only safetensors are read here, for other files may run code; "
-        "diffusers writes it by save_pretrained"
-    )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    said = json.loads(path.read_bytes())
-    if not isinstance(said, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return said

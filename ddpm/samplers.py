@@ -5,6 +5,8 @@ process. Coefficients are float64 on the host: no step waits for the device. A s
 the draw, from 1; draw 0 is the noise at the start.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count, pairwise
@@ -311,3 +313,17 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "deis": deis,
 }
 """The samplers of the catalogue, as functions whose further arguments are their options."""
+
+
+Walk = Callable[[Sampler, Denoiser, Points, NoiseAt], Tensor]
+"""(sampler, denoiser, points, noise) → images: `from_noise`, or a function of `editing`."""
+
+
+def beginning(points: Points, noise_at: NoiseAt) -> Tensor:
+    """Returns noise of the first point: of unit variance, or of σ² where a process lets the variance explode."""
+    return max(1.0, points[0].sigma) * noise_at(0)
+
+
+def from_noise(sample: Sampler, denoise: Denoiser, points: Points, noise_at: NoiseAt) -> Tensor:
+    """Returns new images."""
+    return sample(denoise, beginning(points, noise_at), points, noise_at)

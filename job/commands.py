@@ -5,13 +5,13 @@ The launcher checks that the work is possible. Its processes run the same comman
 
 import gc
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from ddpm.image_size import ImageSize
 from job.config import EMBEDDED, pack_config
-from job.coordination.outcome import outcome_written
+from job.coordination.outcome import command_on
 from job.coordination.pieces import IF_NONE_RUNS, Slice
 from job.data.pack_request import EncodeRequest, EnsureRequest, PackRequest
 from job.data.shards import PREVIEW, DatasetIndex, NoDatasetError, dataset_key
@@ -23,12 +23,11 @@ from job.printing import in_lines, open_page
 from job.processes.group import Group, check_gpus, default_processes
 from job.processes.launcher import await_go, is_rank, launch, this_command
 from job.progress import note
-from job.requests import EvaluateRequest, JobRequest, SampleRequest, TrainRequest, check_world_size
+from job.requests import EvaluateRequest, SampleRequest, TrainRequest, check_world_size
 from job.runs.layout import ObjectKind
 from job.runs.records import check_writable
-from job.runs.samples import grid_key, label_at
 from job.sampling.sampling_plan import plan_sampling
-from job.stop import Stop, deadline, preemption_watched
+from job.stop import Stop
 from job.store import Store, is_foreign, open_bucket, split_chain
 from job.training.tracking import check_tracker
 
@@ -48,7 +47,7 @@ def train_command(request: TrainRequest, go: Callable[[], int] | None = None) ->
         _train(request)
         return
     here = Group.of(1)
-    with _command_on(request, Slice(here.node, here.nodes)) as stop:
+    with command_on(request, Slice(here.node, here.nodes)) as stop:
         request = request.check()
         try:
             plan = plan_run(request, stop)
@@ -83,7 +82,7 @@ def _train(request: TrainRequest) -> None:
     gc.enable()
     # Before this line the process must print and write nothing: the launcher may still refuse the command.
     await_go()
-    with _command_on(request) as stop:
+    with command_on(request) as stop:
         plan = run_training(request.check(), stop)
         if os.environ.get("RANK", "0") == "0":
             _say_finished(plan, "is finished")
@@ -95,7 +94,7 @@ def sample_command(request: SampleRequest) -> None:
     Raises:
         SystemExit: the ranks ended with another code than 0.
     """
-    with _command_on(request) as stop:
+    with command_on(request) as stop:
         plan = plan_sampling(request.check(), stop)
         if is_rank():
             from job.sampling.pictures import run_sampling
@@ -113,7 +112,7 @@ def evaluate_command(request: EvaluateRequest) -> None:
         SystemExit: the ranks ended with another code than 0.
     """
     check_library()
-    with _command_on(request) as stop:
+    with command_on(request) as stop:
         plan = plan_evaluation(request.check(), stop)
         if is_rank():
             from job.evaluation.evaluate import run_evaluation
@@ -125,16 +124,16 @@ def evaluate_command(request: EvaluateRequest) -> None:
 
 def pack_command(request: PackRequest) -> None:
     """Packs a source, or indexes tars in place, and prints the facts of the dataset."""
-    from job.data.pack import check_free, existing_index, pack
+    from job.data.pack import check_absent, existing_index, pack
     from job.data.source import forget
     from job.verbs.upkeep import check_unused
 
-    with _command_on(request) as stop:
+    with command_on(request) as stop:
         stop.install()
         request = request.check()
         bucket = open_bucket(request.bucket, stop)
         # A dataset of this name must be an error before hours of packing its held-out part.
-        check_free(bucket, request)
+        check_absent(bucket, request.key, unless=request.slice or request.replaces)
         for part in request.parts():
             if part.is_held_out and not request.replaces and existing_index(bucket, part.key):
                 # An interrupted command has finished this part.
@@ -156,7 +155,7 @@ def encode_command(request: EncodeRequest) -> None:
     from job.data.latents import encode_dataset
     from job.exchange.other_programs import opened_autoencoder
 
-    with _command_on(request) as stop:
+    with command_on(request) as stop:
         stop.install()
         request = request.check()
         bucket = open_bucket(request.bucket, stop)
@@ -224,18 +223,6 @@ def _usual_size(preset: str) -> ImageSize:
     return pack.size
 
 
-@contextmanager
-def _command_on(request: JobRequest, node: Slice | None = None) -> Iterator[Stop]:
-    """Runs a command with the common parts: its outcome in the bucket, its deadline, and its reaction to signals."""
-    share = node or Slice.parse(getattr(request, "slice", ""))
-    outcome = outcome_written(request.bucket, share.index, share.count, is_group=node is not None)
-    with outcome, deadline(request.stop_after):
-        # Signals end this process until its work begins.
-        stop = Stop().install(signals=False)
-        with preemption_watched(stop):
-            yield stop
-
-
 def _launch(request: LaunchedOptions, run: Store, go: Callable[[], int] | None = None) -> None:
     """Runs this command line again in each process; there `is_rank()` is true, and the work begins."""
     check_writable(run)
@@ -247,11 +234,10 @@ def _launch(request: LaunchedOptions, run: Store, go: Callable[[], int] | None =
 
 
 def _say_finished(plan: Plan, what: str) -> None:
-    images_seen, batch_size = plan.images_seen, plan.config.train.batch_size
+    images_seen = plan.images_seen
     # The run may have seen more epochs than this command asks for.
     epochs = images_seen // plan.index.images
-    grid = grid_key(label_at(images_seen, plan.index.images, batch_size), plan.config.sample.name(plan.first_sample))
-    outputs = {"page": ObjectKind.PAGE.value, "samples": grid}
+    outputs = {"page": ObjectKind.PAGE.value, "samples": plan.grid_key(images_seen)}
     there = [(title, plan.run.uri_of(key)) for title, key in outputs.items() if plan.run.exists(key)]
     # The work is done: a closed pipe must not make a failure of it.
     with suppress(OSError):

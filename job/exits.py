@@ -5,7 +5,8 @@ import errno
 import re
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import Self
@@ -275,6 +276,19 @@ def _out_of_memory(error: Exception) -> str:
         f"memory ran out on the {place}{what}: {allow}train with a smaller train.micro_batch_size, which changes "
         "rounding and nothing else; what was saved is there, and the same command goes on from it"
     )
+
+
+@contextmanager
+def needs_extra(extra: str, what: str) -> Iterator[None]:
+    """Reports that `what` needs an extra of this package, if a module is missing; also as a decorator.
+
+    Raises:
+        BadRequestError: a module is missing; the message has the remedy.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise BadRequestError(f"{what} needs more than is installed ({error}): {how_to_install(extra)}") from None
 
 
 def how_to_install(extra: str) -> str:

@@ -23,6 +23,7 @@ class Option:
         min: the smallest number.
         max: the largest number.
         choices: names that a shell completes.
+        pattern: a regular expression of the whole value, of which `help` gives examples.
     """
 
     words: str
@@ -30,6 +31,7 @@ class Option:
     min: float | None = None
     max: float | None = None
     choices: Sequence[str] = ()
+    pattern: str = ""
 
     @property
     def flags(self) -> list[str]:
@@ -116,7 +118,12 @@ BucketUri = Annotated[
 ]
 Certain = Annotated[bool, Option("--yes", "Delete. Without --yes: only print what would be deleted.")]
 Checkpoints = Annotated[
-    str, Option("--checkpoints LIST", "Checkpoints by epoch, such as 30,80,490; or latest, or all.")
+    str,
+    Option(
+        "--checkpoints LIST",
+        "Checkpoints by epoch, such as 30,80,490; or latest, or all.",
+        pattern=r"latest|all|\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*",
+    ),
 ]
 Dataset = Annotated[str, Option("--dataset NAME", "Name of a packed dataset, such as celeba.")]
 DatasetName = Annotated[str, Option("NAME", "Name of the dataset, such as celeba.")]

@@ -1,146 +1,24 @@
-"""The plan of a command, from the bucket, before it begins. Planning needs no tensors, so errors come at once."""
+"""The plan of a training, from the bucket, before it begins. Planning needs no tensors, so errors come at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ddpm.catalogue import EDM2Config, UNetConfig, levels_with_attention
 from job.config import EMBEDDED, RunConfig, changed_for_attempt, draft, layered, preset_names
-from job.config.schema import SamplerConfig, image_size
+from job.config.schema import image_size
 from job.data.reading.order import epochs_completed_by, images_at_epoch
 from job.data.shards import DatasetIndex, NoDatasetError, dataset_key, find_dataset, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, MissingInputError, State
-from job.progress import Progress, note
 from job.requests import TrainRequest
 from job.runs import records
 from job.runs.checkpoints import check_average, choose, list_checkpoints, sound_manifest
-from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef
-from job.runs.samples import label_at
+from job.runs.run import RunHandle
 from job.stop import NEVER, Stop
 from job.store import Store, open_bucket
-
-if TYPE_CHECKING:
-    from job.data.reading.cache import ImageCache
-
-
-@dataclass(frozen=True)
-class RunHandle:
-    """A run and its dataset. The stores wait for a bucket that does not answer."""
-
-    bucket: Store
-    run: Store
-    index: DatasetIndex | None
-    """None for a run that was imported without a dataset."""
-    config: RunConfig
-    """With the changes of the last attempt."""
-    stored: RunConfig
-    """As the run began."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The classes of the network; by number if they have no names."""
-        count = self.config.model.num_classes or 0
-        names = self.index.classes if self.index else self.config.data.classes
-        return names if names and count else tuple(map(str, range(count)))
-
-    @property
-    def first_sample(self) -> SamplerConfig:
-        """The run's first sampling settings: the name of a picture lists the differences from them."""
-        return self.stored.sample
-
-    @property
-    def sampled_classes(self) -> tuple[str, ...]:
-        """The classes that the seeds take in turn."""
-        return tuple(self.classes[label] for label in self.config.sample.labels) or self.classes
-
-    @property
-    def picture_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the pictures: after decoding, for a run on latents."""
-        if self.index and (encoding := self.index.encoding):
-            return encoding.channels, *encoding.size.shape
-        return self.config.image_shape
-
-    def pictures(self) -> DatasetIndex | None:
-        """Returns the dataset of the pictures: for latents, the dataset that was encoded.
-
-        Raises:
-            MissingInputError: the bucket no longer has it.
-            BadDataError: it has other images now.
-        """
-        if self.index is None or (encoding := self.index.encoding) is None:
-            return self.index
-        index = load_index(self.bucket, dataset_key(encoding.source, encoding.size))
-        if index.dataset_id != encoding.source_id:
-            raise BadDataError(f"{encoding.source}-{encoding.size} no longer holds the images of {self.index.name}")
-        return index
-
-    @property
-    def dataset_images(self) -> int:
-        """Images of an epoch; without a dataset, more than a run can see."""
-        return self.index.images if self.index else MAX_IMAGES_SEEN + 1
-
-    def label(self, images_seen: int) -> str:
-        """Returns the label of a moment; see `label_at`."""
-        return label_at(images_seen, self.dataset_images, self.config.train.batch_size)
-
-    def chosen(self, checkpoints: str, weights: str) -> list[CheckpointRef]:
-        """Returns the checkpoints that a person asked for, now; see `job.runs.checkpoints.choose`.
-
-        Raises:
-            MissingInputError: no such checkpoint, or it lacks these weights.
-            BadDataError: the run has lost all its checkpoints.
-        """
-        refs = choose(self.run, checkpoints, self.dataset_images, self.config.train.batch_size)
-        for ref in refs if weights not in ("ema", "model") else ():
-            check_average(self.run, ref, weights, self.run.uri.rpartition("/")[2])
-        return refs
-
-    def opened_images(self, index: DatasetIndex | None, stop: Stop) -> ImageCache:
-        """Opens the images of a dataset, such as the run's own, within the limits of this node's cache."""
-        from job.data.reading.cache import open_cache
-        from job.store.files import default_cache_dir
-
-        assert index is not None
-        key, size_bytes = dataset_key(index.name, index.size), int(self.config.data.cache_gigabytes * 1e9)
-        with Progress("reading images", total=index.images) as bar:
-            return open_cache(
-                self.bucket,
-                key,
-                index,
-                cache_dir=default_cache_dir(),
-                budget_bytes=size_bytes,
-                progress=lambda done, total: bar.update(done),
-                stop=stop,
-            )
-
-
-def open_run(bucket_uri: str, name: str, stop: Stop = NEVER, *, with_dataset: bool = True) -> RunHandle:
-    """Returns an existing run with its last changes, and its dataset; `stop` ends a wait for the bucket.
-
-    Without `with_dataset` a missing dataset is only a note.
-
-    Raises:
-        MissingInputError: no such run, or no such dataset.
-        BadDataError: the run's configuration or the dataset's index is damaged.
-    """
-    bucket = open_bucket(bucket_uri, stop)
-    run, stored = records.run_store(bucket, name), records.existing_config(bucket, name)
-    config = stored
-    try:
-        config = records.as_last_changed(run, stored)
-    except BadDataError as error:
-        note(f"{error}; taking the run as it began")
-    index = None
-    try:
-        index = load_index(bucket, records.dataset_key_of(config)) if config.data.dataset else None
-    except (MissingInputError, BadDataError) as error:
-        if with_dataset:
-            raise
-        note(f"going on without the dataset: {error}")
-    return RunHandle(bucket, run, index, config, stored)
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,18 @@ from ddpm import training
 from ddpm.state import TrainState
 from job.config import RunConfig, method, validated
 from job.coordination.sealed import code_version
-from job.data.reading.cache import ImageCache
+from job.data.reading.cache import ImageCache, open_cache
 from job.exchange.exporting import Objects, check_strangers, open_target, write_folder
 from job.exits import BadDataError, BadRequestError, MissingInputError
-from job.plan import follow_dataset, open_run
+from job.plan import follow_dataset
 from job.processes import compute
 from job.processes.ranks import meet
 from job.progress import Progress, note
 from job.runs import records
-from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest, newest_sound, opened
+from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest, newest_sound, restore
 from job.runs.layout import CheckpointRef
 from job.runs.retention import Retention, reading_chosen
+from job.runs.run import open_run
 from job.runs.writer import CheckpointFiles, write_part
 from job.stop import Stop
 from job.store import Store
@@ -102,7 +103,7 @@ class Replay:
     @cached_property
     def images(self) -> ImageCache:
         """The run's dataset."""
-        return self.of_run.opened_images(self.index, self.stop)
+        return open_cache(self.of_run.bucket, self.index, self.of_run.config.data.cache_gigabytes * 1e9, self.stop)
 
     def checkpoints(self) -> list[CheckpointRef]:
         """Returns the checkpoints on the way to the newest one that the run has now, in order."""
@@ -129,8 +130,7 @@ class Replay:
 
         with reading_chosen(run, nearest) as (refs, _):
             for ref in refs:
-                with opened(run, ref, into=self.state.tensors()):
-                    pass
+                restore(run, ref, self.state.tensors())
                 self.state.resume_at(ref.images_seen, self.batch_size)
         self.begun = refs[0] if refs else None
         # Before the last import the images were learnt elsewhere.

@@ -11,17 +11,20 @@ from typing import Annotated, Any, ClassVar, Self
 
 from ddpm.catalogue import EXTRACTORS, METRICS, Train
 from job.data.pack_request import EncodeRequest, PackRequest
-from job.exits import BadConfigError, BadRequestError, did_you_mean
+from job.exits import BadConfigError, BadRequestError
 from job.options import (
     SAMPLE_SETTINGS,
+    BucketUri,
     Checkpoints,
     Dataset,
     LaunchedOptions,
     OnTarget,
+    Option,
     Preset,
     RunOption,
     Sets,
     SettingsFile,
+    Size,
     SliceOption,
     Targets,
     option,
@@ -45,7 +48,8 @@ MAX_COUNT = 25_600_000
 """The largest `--count`: the five digits in the name of a piece allow 100,000 pieces of 256 images."""
 
 _OWN_SAMPLER = re.compile(r"[A-Za-z_][\w.]{0,99}:[A-Za-z_]\w{0,99}", re.ASCII)
-_CHECKPOINTS = re.compile(r"latest|all|\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*")
+_REPOSITORY = r"(?a:(?!.*(?:--|\.\.|\.git$))\w[\w.-]*/\w[\w.-]*)"
+"""The names of the hub's repositories; huggingface_hub.utils.validate_repo_id."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,7 @@ class SampleRequest(LaunchedOptions):
     chosen: Annotated[dict[str, Any], SAMPLE_SETTINGS] = field(default_factory=dict)
     """Values that replace those of the run's section `sample`, by key."""
     classes: str = option(
-        "--classes --class LIST",
+        "--classes LIST",
         "Names or numbers, such as forest,coast. The seeds take them in turn. Default: all classes.",
     )
     autoguidance: str | None = option(
@@ -254,8 +258,6 @@ class SampleRequest(LaunchedOptions):
         sampler = self.chosen.get("sampler")
         if sampler == "own" or (self.custom_sampler and not _OWN_SAMPLER.fullmatch(self.custom_sampler)):
             raise BadRequestError(f"--sampler {sampler!r}: name yours as module:function, such as mysamplers:walk")
-        if not _CHECKPOINTS.fullmatch(self.checkpoints):
-            raise BadRequestError(f"--checkpoints {self.checkpoints!r}: use epochs such as 30,80, or latest, or all")
         if self.seeds:
             parse_numbers(self.seeds, "--seeds")
         for name, why in self._unfit().items():
@@ -319,7 +321,11 @@ class EvaluateRequest(SampleRequest):
     )
     count: int | None = option("--count IMAGES", "Samples to score, per checkpoint.", None, min=1, max=1_000_000)
     """None: `COUNT` or `CPU_COUNT` of `job.evaluation.evaluation_plan`."""
-    metrics: str = option("--metrics LIST", f"Some of {','.join(METRICS)}. Default: all that can be computed.")
+    metrics: str = option(
+        "--metrics LIST",
+        f"Some of {','.join(METRICS)}. Default: all that can be computed.",
+        pattern=r" *({0}) *(, *({0}) *)*".format("|".join(METRICS)),
+    )
     extractor: str = option(
         "--extractor NAME", f"One of {', '.join(EXTRACTORS)}.", "inception", choices=tuple(EXTRACTORS)
     )
@@ -335,27 +341,15 @@ class EvaluateRequest(SampleRequest):
         """Returns the request if its options are valid.
 
         Raises:
-            BadRequestError: as for a `SampleRequest`, or an unknown metric.
+            BadRequestError: as for a `SampleRequest`.
         """
-        _ = self.chosen_metrics
         SampleRequest.check(self.sampling)
         return self
 
     @property
     def chosen_metrics(self) -> tuple[str, ...]:
-        """The names of the metrics.
-
-        Raises:
-            BadRequestError: a metric is unknown.
-        """
-        if not self.metrics:
-            return tuple(METRICS)
-        chosen = tuple(dict.fromkeys(word.strip() for word in self.metrics.split(",")))
-        for metric in chosen:
-            if metric not in METRICS:
-                there = f"{did_you_mean(metric, METRICS)} (there are {', '.join(METRICS)})"
-                raise BadRequestError(f"--metrics: unknown metric {metric!r:.40}{there}")
-        return chosen
+        """The names of the metrics."""
+        return tuple(dict.fromkeys(self.metrics.replace(" ", "").split(","))) if self.metrics else tuple(METRICS)
 
     @property
     def sampling(self) -> Self:
@@ -417,3 +411,96 @@ class SubmitRequest:
     watch: bool = option("--watch", "Wait, and submit again after preemptions, failures or lack of machines.", False)
     yes: bool = option("--yes", "Do not ask for confirmation.", False)
     detach: bool = option("--detach", "Return at once; a local or container job runs in the background.", False)
+
+
+@dataclass(frozen=True)
+class ImportRequest:
+    """Make a run from a checkpoint of another program or of this one.
+
+    The command reads folders of diffusers (a UNet2DModel, alone or in a pipeline), the U-Nets of Ho et al. as
+    pesser/pytorch_diffusion and the DDIM authors save them, and those of the ddpm of dome272 and ErenGurs. It prefers
+    averaged weights. It executes nothing in a file, and refuses a pickle that holds more than tensors.
+
+    Checkpoints and exports of this program bring all settings of their run, and the names of its classes.
+
+    `ddpm sample` works at once. With --dataset, `ddpm train` also continues the training from --epoch. Several
+    checkpoints of one training fit into one run.
+
+    Examples:
+
+        ddpm import ddpm-celebahq-256 --run celebahq
+
+        ddpm import gs://bucket/exports/celeba-490 --run fork --dataset celeba
+
+        ddpm import ckpt_80.pt --run landscape --dataset landscape --preset erengurs --epoch 80
+    """
+
+    source: Annotated[str, Option("PATH|URI", "Folder of diffusers, or a .pt, .ckpt or .safetensors file.")]
+    _: KW_ONLY
+    run: RunOption
+    dataset: str = option("--dataset NAME", "Packed dataset for further training. Default: no training.")
+    size: Size = None
+    """Of the images, if the checkpoint does not state it."""
+    epoch: int = option("--epoch N", "Epoch of the dataset after which the file was saved.", 0, min=0, max=1_000_000)
+    preset: str = option("--preset NAME", "Settings that the file lacks, or that replace its own, such as erengurs.")
+    sets: tuple[str, ...] = option("--set KEY=VALUE", "Such as train.batch_size=64; may be repeated.", ())
+    bucket: BucketUri = ""
+
+    def check(self) -> dict[str, Any]:
+        """Returns the settings of `--set` by dotted keys, if the other options are valid.
+
+        Raises:
+            BadRequestError: an invalid name, or an epoch without a dataset.
+            BadConfigError: an invalid setting.
+        """
+        from job.config import parse_sets
+        from job.data.shards import validated_dataset_name
+        from job.runs.records import validated_run_name
+
+        validated_run_name(self.run)
+        if self.dataset:
+            validated_dataset_name(self.dataset)
+        elif self.epoch:
+            raise BadRequestError("--epoch counts the epochs of a dataset: name it with --dataset")
+        return parse_sets(self.sets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """Write a checkpoint for diffusers, or push it to the hub.
+
+    Every checkpoint of a unet is a folder for diffusers already, with the settings of its run and the names of its
+    classes. An export adds a README.md with sample code, leaves out the state of the training, and can hold other
+    weights. The command refuses a network that diffusers lacks.
+
+    --push makes one commit with all files, and a new repository is private. The token is that of `hf auth login`, or of
+    the variable HF_TOKEN.
+
+    Examples:
+
+        ddpm export --run celeba --checkpoint 490 --to celeba-490
+
+        ddpm export --run celeba --checkpoint 490 --push my-name/celeba
+    """
+
+    run: RunOption
+    to: str = option("--to DIR|URI", "New or empty folder; a path or a URI.")
+    push: str = option(
+        "--push ORG/NAME",
+        "In place of --to: a model repository of the hub, new or pushed to, such as my-name/celeba.",
+        pattern=_REPOSITORY,
+    )
+    checkpoint: str = option(
+        "--checkpoint EPOCH", "Epoch, such as 80, or latest.", "latest", pattern="[0-9]{1,9}|latest"
+    )
+    weights: str = option("--weights NAME", "ema, ema-STD or model. Default: the run's sample.weights.")
+    bucket: BucketUri = ""
+
+    def check(self) -> None:
+        """Checks what can be checked without the bucket.
+
+        Raises:
+            BadRequestError: both or none of `to` and `push`.
+        """
+        if bool(self.to) == bool(self.push):
+            raise BadRequestError("give either --to FOLDER or --push ORG/NAME")

@@ -1,7 +1,7 @@
 """Stop requests: one object with whether, why, and the time left; and the heartbeats of processes that work.
 
 The command makes the object, `install` connects it with signals and the deadline, `preemption_watched` with the
-machine's notice, and functions get it as `stop`.
+machine's notice, and functions get it as `stop`. `in_order` waits for work in threads, and checks for a stop meanwhile.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 from job.exits import BadRequestError, Exit, StoppedError
 
@@ -30,6 +33,11 @@ MARGIN_SECONDS = 3.0
 HEARTBEATS = "DDPM_HEARTBEATS"
 """`DESCRIPTOR:RANK` of the memory that this process shares with its launcher, and its place in it."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOP_POLL_SECONDS = 0.05
+"""How often a waiting thread checks for a stop."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _DURATION = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s?)?", re.IGNORECASE | re.ASCII)
 _UNIT_SECONDS = (86400, 3600, 60, 1)
@@ -308,6 +316,54 @@ def _watch_notice(stop: Stop, host: str, ended: threading.Event) -> None:
         # Also after an answer: a server that does not wait must not get requests without end.
         if ended.wait(_NOTICE_PAUSE_SECONDS):
             return
+
+
+def in_order(
+    pool: ThreadPoolExecutor,
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    window: int,
+    check: Callable[[], object] = bool,
+) -> Iterator[Result]:
+    """Yields `function` of each item in order, like `pool.map`, but takes only `window` items ahead, to limit memory.
+
+    Args:
+        pool: the threads that call `function`.
+        function: the work.
+        items: taken one by one.
+        window: number of items ahead.
+        check: called for each result and during the wait for it; raises if this process has to stop.
+    """
+    waiting: deque[Future[Result]] = deque()
+    failed: list[int] = []
+
+    def work(number: int, item: Item) -> Result:
+        # After an error no later item is started, which would only wait as long for the same outage.
+        if min(failed, default=number) < number:
+            raise CancelledError
+        try:
+            return function(item)
+        except BaseException:
+            failed.append(number)
+            raise
+
+    def first() -> Result:
+        future = waiting.popleft()
+        check()
+        while not wait([future], timeout=STOP_POLL_SECONDS).done:
+            check()
+        return future.result()
+
+    try:
+        for number, item in enumerate(items):
+            waiting.append(pool.submit(work, number, item))
+            if len(waiting) >= window:
+                yield first()
+        while waiting:
+            yield first()
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 class Heartbeats:

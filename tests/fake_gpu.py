@@ -29,14 +29,15 @@ from torch.utils._pytree import tree_leaves
 
 from ddpm import editing, training
 from ddpm.catalogue import PREDICTIONS, SAMPLERS, SCHEDULES, WEIGHTINGS
-from ddpm.generation import Sampling, Walk, from_noise, generate
-from ddpm.model import Model
+from ddpm.model import Model, Sampling, generate
+from ddpm.samplers import Walk, from_noise
 from ddpm.slots import Slots
 from ddpm.state import learnt_parameters
 from job.config import RunConfig, layered, method, parse_sets, validated
 from job.exits import BadConfigError
 from job.processes.group import usable_cores
 from job.progress import Progress
+from job.sampling.painter import model_of
 
 DEVICE = torch.device("cuda:0")
 SIZE, IMAGES, STEPS, MODES = 8, 2, 2, 5
@@ -172,7 +173,7 @@ def samplings(config: RunConfig) -> list[Sampling]:
 def draw(config: RunConfig, first: int, count: int) -> None:
     """Draws with some pairs of a sampler and a mode, from this number on."""
     with fake_gpu():
-        model: Model = method.model_of(config, DEVICE)
+        model: Model = model_of(config, DEVICE)
         seeds = torch.arange(IMAGES, device=DEVICE)
         pairs = list(product(samplings(config), walks().values()))
         random.Random(0).shuffle(pairs)

@@ -51,12 +51,10 @@ def read_ending(run: Store) -> Ending:
     Raises:
         BadDataError: no checkpoint verifies, or a metric segment does not.
     """
-    with newest_good(run, lambda _: None) as restored:
-        if restored is None:
-            raise LookupError(f"{run.uri} has no checkpoint")
-        hashes = {group: _sha256_of(paths) for group, paths in restored.files.items()}
-        manifest = restored.manifest
-        hashes |= {f"{located(f.key).checkpoint.images_seen:,}-image {f.name}": f.sha256 for f in manifest.snapshots}
+    if (manifest := newest_good(run)) is None:
+        raise LookupError(f"{run.uri} has no checkpoint")
+    hashes = {f"{manifest.group_of(f)} {f.name}": f.sha256 for f in manifest.files if manifest.group_of(f)}
+    hashes |= {f"{located(f.key).checkpoint.images_seen:,}-image {f.name}": f.sha256 for f in manifest.snapshots}
     return Ending(
         (manifest.fence, manifest.images_seen),
         hashes,
@@ -91,20 +89,6 @@ def _pixels_sha256(data: bytes) -> str:
         below = (0, TITLE_PIXELS, image.width, image.height)
         frames = (frame.convert("RGB").crop(below).tobytes() for frame in ImageSequence.Iterator(image))
         return hashlib.sha256(b"".join(frames)).hexdigest()
-
-
-def _sha256_of(paths: Iterable[Any]) -> str:
-    from safetensors import safe_open
-
-    tensors: dict[str, Any] = {}
-    for path in paths:
-        with safe_open(path, framework="numpy") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    sha256 = hashlib.sha256()
-    for name in sorted(tensors):
-        array = tensors[name]
-        sha256.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
-    return sha256.hexdigest()
 
 
 @dataclass

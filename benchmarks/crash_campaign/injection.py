@@ -226,19 +226,16 @@ class Watched:
         setattr(kind, name, watched_check)
 
     def _watch_restoring(self, module: ModuleType) -> None:
-        opened = module.opened
+        restore = module.restore
 
-        @contextmanager
-        def watched(
-            run: Any, ref: Any, *args: Any, into: Any = None, may_differ: tuple[str, ...] = ()
-        ) -> Iterator[Any]:
-            with opened(run, ref, *args, into=into, may_differ=may_differ) as restored:
-                # An attempt does not go on from the weights of a parent, which may differ.
-                if into is not None and not may_differ:
-                    self._trace("restored", ref=[ref.fence, ref.images_seen])
-                yield restored
+        def watched(run: Any, ref: Any, into: Any = None, **options: Any) -> Any:
+            restored = restore(run, ref, into, **options)
+            # An attempt does not go on from the weights of a parent, which may differ.
+            if into is not None and "may_differ" not in options:
+                self._trace("restored", ref=[ref.fence, ref.images_seen])
+            return restored
 
-        module.opened = watched
+        module.restore = watched
 
     def _watch_attempt(self, module: ModuleType) -> None:
         restore = module.TrainingAttempt._restore

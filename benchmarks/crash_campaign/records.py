@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from benchmarks.crash_campaign.history import History
 from benchmarks.crash_campaign.processes import BrokenError, Invocation
 from job.exits import Exit, JobError
-from job.runs.checkpoints import list_checkpoints, opened
+from job.runs.checkpoints import list_checkpoints, restore
 from job.runs.layout import CHECKPOINTS, CheckpointRef
 from job.store import Store
 
@@ -95,10 +95,9 @@ class Run:
             if ref.fence in self.zombies:
                 continue
             try:
-                with opened(self.store, ref) as restored:
-                    for snapshot in restored.manifest.snapshots:
-                        snapshot.read(self.store)
-                    self.verified.add(ref)
+                for snapshot in restore(self.store, ref).manifest.snapshots:
+                    snapshot.read(self.store)
+                self.verified.add(ref)
             except JobError as error:
                 raise BrokenError(f"checkpoint {ref.key} is committed, but {error}") from None
 

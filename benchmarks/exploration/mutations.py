@@ -295,7 +295,7 @@ def _prefix_shared(replace: Replace) -> None:
 
     def save(this: Any, images_seen: int, loss_sums: Any) -> None:
         leased = this._leased
-        object.__setattr__(leased, "attempt", leased.attempt.model_copy(update={"fence": 1}))
+        object.__setattr__(leased, "record", leased.record.model_copy(update={"fence": 1}))
         attempt(this, images_seen, loss_sums)
 
     replace(writer, "CheckpointRef", same)
@@ -306,8 +306,8 @@ def _prefix_shared(replace: Replace) -> None:
 def _metrics_repeated(replace: Replace) -> None:
     init = writer.CheckpointWriter.__init__
 
-    def keeping(this: Any, leased: Any, live: Any, *, before: Any, stop: Any, note: Any) -> None:
-        init(this, leased, live, before=before, stop=stop, note=note)
+    def keeping(this: Any, leased: Any, live: Any, *, before: Any, stop: Any) -> None:
+        init(this, leased, live, before=before, stop=stop)
         named = {one.rows.key for one in this._history.segments}
         for entry in leased.store.list("metrics"):
             if entry.key not in named:

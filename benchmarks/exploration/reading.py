@@ -14,7 +14,7 @@ from benchmarks.exploration.store import SimulatedStore
 from benchmarks.exploration.world import Process, Request, World
 from job.exits import MissingInputError
 from job.runs import layout
-from job.runs.checkpoints import choose, opened
+from job.runs.checkpoints import choose, restore
 from job.runs.layout import ObjectKind
 from job.runs.retention import reading_chosen
 from job.verbs import averages, upkeep
@@ -29,8 +29,7 @@ def read(world: World, process: Process) -> None:
     with reading_chosen(run, lambda: choose(run, "latest", training.DATASET_IMAGES, training.BATCH_IMAGES)) as found:
         refs, renew = found
         for _ in range(2):
-            with opened(run, refs[0], ("model",)) as restored:
-                assert restored.files
+            restore(run, refs[0], groups=("model",))
             renew()
             world.sleep(4.0)
 
@@ -99,7 +98,6 @@ def opened_here() -> Iterator[None]:
             name = "open_bucket" if module is averages else "open_store"
             stack.enter_context(patch.object(module, name, store))
             stack.enter_context(patch.object(module, "Stop", stop))
-            stack.enter_context(patch.object(module, "note", lambda text: None))
             stack.enter_context(patch.object(module, "print", lambda *_: None, create=True))
         # To read the configuration takes longer than the rest, and it never changes.
         stack.enter_context(patch("job.runs.records.parsed_config", lambda *_: training.config()))

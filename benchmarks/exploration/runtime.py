@@ -23,6 +23,7 @@ from typing import Any
 from unittest.mock import patch
 
 from benchmarks.exploration.world import Killed, Process, Thread, World
+from job import progress
 from job.coordination import lease, sealed
 from job.coordination.lease import ProcessIdentity
 from job.coordination.sealed import Sealed
@@ -281,7 +282,7 @@ _REPLACED: list[tuple[object, object]] = [
 ]
 _ROOMS = ("job.coordination.lease", "job.coordination.pieces", "job.coordination.sealed", "job.runs", "job.verbs",
           "job.data.pack", "job.data.latents", "job.stop", "job.store.retry", "job.store.base", "job.evaluation",
-          "job.sampling.sets")  # fmt: skip
+          "job.sampling.sampling_plan")  # fmt: skip
 
 
 @lru_cache(20_000)
@@ -295,7 +296,7 @@ def _parsed(kind: type[Sealed], data: bytes, uri: str) -> Sealed:
 
 
 _REAL_BYTES, _REAL_FROM_JSON = sealed._bytes, Sealed.from_json
-_REPLACED.append((layout.located, lru_cache(20_000)(layout.located)))
+_REPLACED += [(layout.located, lru_cache(20_000)(layout.located)), (progress.note, lambda _: None)]
 
 
 class NoProgress:

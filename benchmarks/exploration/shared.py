@@ -30,8 +30,8 @@ from job.evaluation import evaluate
 from job.evaluation.evaluation_plan import Evaluation
 from job.exits import BadRequestError
 from job.runs.layout import CheckpointRef
-from job.runs.samples import Reference, SampleSetConfig
-from job.sampling.sets import SampleSet
+from job.runs.run import Reference, SampleSetConfig
+from job.sampling.sampling_plan import SampleSet
 from job.store import Store
 
 PIECES = 3
@@ -205,7 +205,7 @@ class _FewLatents(latents._Encoding):
         return np.zeros(0)
 
 
-def _opened(bucket: Store, key: str, index: shards.DatasetIndex, stop: Any) -> Any:
+def _opened(bucket: Store, index: shards.DatasetIndex, stop: Any) -> Any:
     return SimpleNamespace(index=index, close=lambda: None)
 
 
@@ -349,7 +349,7 @@ def small_work() -> Iterator[None]:
         for module, name, ours in (
             (packing, "_Copying", _FewImages),
             (latents, "_encoder", lambda *_: encoder),
-            (latents, "uncached_images", _opened),
+            (latents, "ImageCache", _opened),
             (latents, "_Encoding", _FewLatents),
             (evaluate, "scored", _scored),
         ):

@@ -75,16 +75,15 @@ def _train(run: Any, lease: Lease, process: Process, note: Any) -> None:
     made = records.record_attempt(run, lease.fence, lease.holder, changes={}, world_size=1, device="cpu")
     tensors = {"model": {"weight": FIRST.clone()}, "optimizer": {"moment": torch.zeros(2)}}
     tensors |= {name: {"weight": torch.zeros(2)} for name in config().ema.names}
-    seen, sums, damaged, manifest = 0, [0.0], set[Any](), None
-    with lease.unless_lost(), newest_good(run, note, damaged, into=tensors) as restored:
-        if restored is not None:
-            manifest = restored.manifest
+    seen, sums, damaged = 0, [0.0], set[Any]()
+    with lease.unless_lost():
+        if manifest := newest_good(run, damaged, tensors):
             seen, sums = manifest.images_seen, list(manifest.loss_sums[0])
     if manifest:
-        metric_rows.read_rows(run, manifest.metrics, note)
+        metric_rows.read_rows(run, manifest.metrics)
     retention = Retention(config(), DATASET_IMAGES)
     leased = LeasedRun(run, retention, made, lease, classes=(), damaged=damaged)
-    writer = CheckpointWriter(leased, tensors, before=manifest, stop=process.stop, note=note)
+    writer = CheckpointWriter(leased, tensors, before=manifest, stop=process.stop)
     try:
         while seen < STEPS * BATCH_IMAGES:
             runtime.world().sleep(STEP_SECONDS)

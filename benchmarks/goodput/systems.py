@@ -22,13 +22,13 @@ import torch
 from benchmarks.goodput.accounting import Event
 from benchmarks.goodput.trace import VARIABLE, digests
 from job.config import EMBEDDED
+from job.data.reading.cache import open_cache
 from job.plan import plan_run
 from job.processes import compute
 from job.progress import Progress
 from job.requests import TrainRequest
 from job.runs.checkpoints import newest_good
 from job.runs.layout import RUNS
-from job.stop import NEVER
 from job.store import open_store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,7 +75,8 @@ class Subject:
         ensure = [sys.executable, "-m", "job", "data", "ensure", EMBEDDED, "--bucket", bucket]
         subprocess.run(ensure, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
         plan = plan_run(TrainRequest(EMBEDDED, bucket=bucket, sets=sets).check(), suited=compute.suited)
-        config, everything, cache = plan.config, np.arange(plan.index.images), plan.opened_images(plan.index, NEVER)
+        config, everything = plan.config, np.arange(plan.index.images)
+        cache = open_cache(plan.bucket, plan.index, 1 << 40)
         images = torch.from_numpy(cache.read(everything)).permute(0, 3, 1, 2).contiguous()
         network = asdict(config.model) | dict.fromkeys(("in_channels", "out_channels"), plan.index.channels)
         network |= {"image_size": plan.index.image_shape[0], "null_class": network.pop("label_dropout") > 0}
@@ -108,8 +109,8 @@ class Subject:
     def kept_at(self, system: str, run: str) -> int:
         """Returns the progress of the newest state that loads: images seen of ours, steps of the peers."""
         if system == "ours":
-            with newest_good(open_store(self.bucket).sub(f"{RUNS}/{run}"), print) as restored:
-                return restored.manifest.images_seen if restored else 0
+            newest = newest_good(open_store(self.bucket).sub(f"{RUNS}/{run}"))
+            return newest.images_seen if newest else 0
         look = self.attempt(system, [*self.command(system, run, 0), "--look"], f"{system}: restoring", 120)
         return next((event["at"] for event in look.events if event["event"] == "restored"), 0)
 

@@ -3,6 +3,7 @@
 `app` has the commands.
 """
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from inspect import Parameter, Signature, getdoc, signature
@@ -88,6 +89,11 @@ def _parser(takes: Any, option: Option) -> Callable[[str], Any] | None:
             raise BadRequestError(f"{option.flags[0]} {text!r}: use {there}")
         return text
 
+    def matching(text: str) -> str:
+        if text and not re.fullmatch(option.pattern, text):
+            raise BadRequestError(f"{option.flags[0]} {text!r} is not valid: {option.help}")
+        return text
+
     def file(text: str) -> Path:
         path, suffix = Path(text), f".{str(option.metavar).lower()}"
         if path.suffix.lower() != suffix or path.is_dir() or not path.parent.is_dir():
@@ -96,6 +102,8 @@ def _parser(takes: Any, option: Option) -> Callable[[str], Any] | None:
 
     if ImageSize in get_args(takes):
         return _size
+    if option.pattern:
+        return matching
     # A setting of sampling has choices too: its request checks it, as it may be a function of the user.
     return file if option.metavar in ("PNG", "HTML") else one_of if option.choices and takes is str else None
 

@@ -9,7 +9,6 @@ import typer
 from ddpm.catalogue import SCHEDULES
 from job.cli import Commands, command, group
 from job.data.pack_request import EncodeRequest, EnsureRequest, IndexRequest, PackRequest
-from job.exchange.exchange_requests import ExportRequest, ImportRequest
 from job.exits import MissingInputError
 from job.options import (
     AsJson,
@@ -28,7 +27,15 @@ from job.options import (
     Targets,
 )
 from job.progress import set_loudness
-from job.requests import EvaluateRequest, JobRequest, SampleRequest, SubmitRequest, TrainRequest
+from job.requests import (
+    EvaluateRequest,
+    ExportRequest,
+    ImportRequest,
+    JobRequest,
+    SampleRequest,
+    SubmitRequest,
+    TrainRequest,
+)
 
 app = typer.Typer(
     name="ddpm",
@@ -296,7 +303,7 @@ def runs_list(as_json: AsJson = False, bucket: BucketUri = "") -> None:
 def runs_show(name: RunName, as_json: AsJson = False, bucket: BucketUri = "") -> None:
     """Show state, progress, checkpoints and attempts of a run.
 
-    It also prints the URIs of its page and pictures.
+    It also prints the URI of its page, which has the pictures.
 
     Example: ddpm runs show celeba --bucket gs://my-bucket
     """

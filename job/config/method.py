@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ddpm import networks, training
 from ddpm.augment import Augmentation
 from ddpm.ema import Exponential, PowerFunction, Profile
-from ddpm.generation import Sampling
-from ddpm.model import Model
+from ddpm.model import Sampling
 from ddpm.networks import memory_format_of
 from ddpm.objective import Objective
 from ddpm.process import Prediction, Process, make_process
 from ddpm.state import TrainState, create_state
-from ddpm.threads import threads_of
 from job.config import RunConfig
 from job.config.schema import SamplerConfig
 
@@ -48,39 +43,6 @@ def build_network(config: RunConfig, device: torch.device) -> nn.Module:
         **options,
     )
     return network.to(device=device, memory_format=memory_format_of(device))  # type: ignore[call-overload]
-
-
-def model_of(
-    config: RunConfig,
-    device: torch.device,
-    precision: str = "fp32",
-    decode: Callable[[Tensor], Tensor] | None = None,
-    classes: tuple[str, ...] | None = None,
-) -> Model:
-    """Returns a run's model with initial weights.
-
-    Args:
-        config: the run's configuration.
-        device: the network's device.
-        precision: number format of the network, `fp32` or `bf16`.
-        decode: decodes latents to pixels, if the run learns latents.
-        classes: names of the classes; None: their numbers.
-    """
-    model, count = config.model, config.model.num_classes or 0
-    bf16 = partial(torch.autocast, device.type, torch.bfloat16)
-    return Model(
-        network=build_network(config, device).eval().requires_grad_(False),
-        process=process_of(config),
-        prediction=prediction_of(config),
-        image_shape=config.image_shape,
-        sampling=sampling_of(config.sample),
-        classes=classes or tuple(map(str, range(count))),
-        null_class=model.label_dropout > 0,
-        diffusion=config.diffusion,
-        autocast=bf16 if precision == "bf16" else nullcontext,
-        decode=decode,
-        threads=threads_of(device, config.train.slot_threads or 1),
-    )
 
 
 def process_of(config: RunConfig) -> Process:

@@ -13,9 +13,12 @@ from contextlib import contextmanager, suppress
 
 from pydantic import Field
 
+from job.coordination.pieces import Slice
 from job.coordination.sealed import Moment, Sealed, utc_now
 from job.exits import BadDataError, Exit, JobError, State, ending_of, restart_after, state_after
+from job.options import JobOptions
 from job.processes.group import JOB
+from job.stop import Stop, deadline, preemption_watched
 from job.store import ObjectMissingError, Retry, open_store
 
 JOBS = "jobs"
@@ -50,6 +53,23 @@ class Outcome(Sealed):
     def is_sliced(self) -> bool:
         """Returns whether several machines share the pieces of the job."""
         return self.machines > 1 and not self.is_group
+
+
+@contextmanager
+def command_on(request: JobOptions, node: Slice | None = None) -> Iterator[Stop]:
+    """Runs a command with the common parts: its outcome in the bucket, its deadline, and its reaction to signals.
+
+    Args:
+        request: the command's.
+        node: this machine among those that train together.
+    """
+    share = node or Slice.parse(getattr(request, "slice", ""))
+    outcome = outcome_written(request.bucket, share.index, share.count, is_group=node is not None)
+    with outcome, deadline(request.stop_after):
+        # Signals end this process until its work begins.
+        stop = Stop().install(signals=False)
+        with preemption_watched(stop):
+            yield stop
 
 
 @contextmanager

@@ -32,8 +32,8 @@ from job.data import shards
 from job.data.images import codec_versions, encode_latents
 from job.data.pack import Packing, check_absent, make_dataset
 from job.data.pack_request import EncodeRequest
-from job.data.reading.cache import ImageCache, uncached_images
-from job.exits import BadConfigError, BadDataError, BadRequestError, how_to_install
+from job.data.reading.cache import ImageCache
+from job.exits import BadConfigError, BadDataError, BadRequestError, needs_extra
 from job.stop import Stop
 from job.store import Retry, Store
 from job.store.files import default_cache_dir, os_errors, scratch_folder
@@ -64,7 +64,7 @@ def load_decoder(bucket: Store, index: shards.DatasetIndex | None, device: torch
     """
     if index is None or index.encoding is None:
         return None
-    dataset, encoding = bucket.sub(shards.dataset_key(index.name, index.size)), index.encoding
+    dataset, encoding = bucket.sub(index.key), index.encoding
     config = dataset.read(CONFIG).data
     path = default_cache_dir() / "autoencoders" / f"{encoding.hashes[1]}.safetensors"
     if not path.exists():
@@ -96,10 +96,8 @@ def _build_autoencoder(config: Mapping[str, Any], tensors: Mapping[str, Tensor],
     """
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise BadDataError(f"{where} is a {config['_class_name']!s:.60}, and only AutoencoderKL is supported")
-    try:
+    with needs_extra("latents", "the autoencoder"):
         from diffusers import AutoencoderKL
-    except ModuleNotFoundError as error:
-        raise BadRequestError(f"latents need more than is installed ({error}): {how_to_install('latents')}") from None
     try:
         # A network of a forged configuration would be built for hours before its weights do not fit.
         if (layers := config.get("layers_per_block", 1)) > len(tensors):
@@ -152,16 +150,14 @@ def encode_dataset(bucket: Store, request: EncodeRequest, opened: Opened, stop: 
         raise BadRequestError(f"{request.name} holds latents already, of {source.encoding.source}")
     with opened(request.autoencoder, bucket.retry.elsewhere()) as found:
         encoder = _encoder(*found, source, request.autoencoder)
-    if not request.slice:
-        check_absent(bucket, shards.dataset_key(request.to, encoder.size))
+    check_absent(bucket, shards.dataset_key(request.to, encoder.size), unless=request.slice)
     parts, made = [(source, request.to)], None
     if source.held_out:
         held_out = shards.load_index(bucket, shards.dataset_key(source.held_out, source.size))
         parts.insert(0, (held_out, f"{request.to}-held-out"))
     with scratch_folder("encode") as folder:
         for index, name in parts:
-            key = shards.dataset_key(index.name, index.size)
-            with closing(uncached_images(bucket, key, index, stop)) as images:
+            with closing(ImageCache(bucket, index, stop=stop)) as images:
                 made = make_dataset(bucket, _Encoding(images, name, encoder, folder, stop), request.slice, stop)
     return made
 

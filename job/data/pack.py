@@ -29,17 +29,17 @@ from typing import Any
 
 from job.coordination.pieces import RECORDS, WHOLE, Advance, Made, OtherWorkError, PieceRecord, Pieces, Slice
 from job.data import shards
+from job.data.checks import preview_png
 from job.data.images import RejectedImageError, UndecidedImageError, codec_versions, encode_png, prepare
 from job.data.pack_request import FIRST_IMAGES, PackRequest
-from job.data.preview import preview_png
-from job.data.reading import in_order
+from job.data.source import chosen_source
 from job.data.source.archives import Sample, find_tars
 from job.data.source.labels import split_labels
 from job.data.source.members import Member, split_in
-from job.data.source.survey import chosen_source, lacking_labels, no_images, survey
+from job.data.source.survey import lacking_labels, no_images, survey
 from job.exits import BadDataError, BadRequestError, StoppedError
 from job.progress import some_of
-from job.stop import NEVER, Stop
+from job.stop import NEVER, Stop, in_order
 from job.store import ObjectExistsError, ObjectMissingError, Store
 from job.store.files import os_errors, scratch_folder
 
@@ -73,7 +73,7 @@ def pack(
         NoPermissionError: the credentials do not allow to write, or to read.
     """
     request = request.check()
-    check_free(bucket, request)
+    check_absent(bucket, request.key, unless=request.slice or request.replaces)
     with scratch_folder("pack") as folder:
         kind = _InPlace if request.tars else _Copying
         packing = kind(bucket, request, folder, stop=stop, shard_images=shard_images)
@@ -90,16 +90,6 @@ def pack(
         if request.replaces and bucket.exists(f"{request.key}/{shards.INDEX}"):
             shards.delete(bucket.sub(request.key))
         return make_dataset(bucket, packing, request.slice, stop)
-
-
-def check_free(bucket: Store, request: PackRequest) -> None:
-    """Checks that the bucket lacks the dataset, unless this process is to replace it or is one of several.
-
-    Raises:
-        BadRequestError: there is.
-    """
-    if not (request.slice or request.replaces):
-        check_absent(bucket, request.key)
 
 
 def is_source_of(bucket: Store, request: PackRequest, index: shards.DatasetIndex, stop: Stop = NEVER) -> bool:
@@ -185,13 +175,13 @@ def existing_index(bucket: Store, key: str) -> shards.DatasetIndex | None:
     return shards.load_index(bucket, key) if bucket.exists(f"{key}/{shards.INDEX}") else None
 
 
-def check_absent(bucket: Store, key: str) -> None:
-    """Checks that the bucket lacks a dataset.
+def check_absent(bucket: Store, key: str, unless: object) -> None:
+    """Checks that the bucket lacks a dataset, `unless` this process is one of several, or is to replace it.
 
     Raises:
         BadRequestError: it is there.
     """
-    if there := existing_index(bucket, key):
+    if not unless and (there := existing_index(bucket, key)):
         raise BadRequestError(
             f"{bucket.uri}/{key} is there already: {there.images:,} images of {there.source}, crop "
             f"{there.crop}. Choose another name, or delete it first: {shards.deleting(bucket, key)}"
@@ -290,7 +280,7 @@ class _Packing(Packing):
         if rejects:
             dataset.create(shards.REJECTS, rejects)
         try:
-            preview = preview_png(self._bucket, self._request.key, index, self._folder, self._stop)
+            preview = preview_png(self._bucket, index, self._folder, self._stop)
             dataset.put(shards.PREVIEW, preview)
         except StoppedError:
             raise

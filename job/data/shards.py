@@ -272,6 +272,11 @@ class DatasetIndex(Sealed):
     shards: Shards
 
     @property
+    def key(self) -> str:
+        """Returns the dataset's folder in its bucket; see `dataset_key`."""
+        return dataset_key(self.name, self.size)
+
+    @property
     def is_foreign(self) -> bool:
         """Returns whether the tars are indexed in place, so that `crop` and `resize_filter` apply at each read."""
         return bool(self.shards.uris)

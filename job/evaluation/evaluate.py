@@ -20,13 +20,13 @@ import torch
 from ddpm import metrics, randomness
 from ddpm.augment import Latents
 from ddpm.catalogue import METRICS
-from ddpm.generation import Sampling
-from ddpm.objective import Condition, Drawn, Objective, spread_over_steps
+from ddpm.model import Sampling
+from ddpm.objective import Condition, Drawn, spread_over_steps
 from ddpm.state import LossLog, loss_row
 from job.config import method
 from job.coordination.pieces import IF_NONE_RUNS, WHOLE, Advance, Made, Slice
 from job.coordination.sealed import code_version, utc_now
-from job.data.reading.cache import ImageCache
+from job.data.reading.cache import ImageCache, open_cache
 from job.data.reading.order import Order
 from job.data.shards import dataset_key, load_index
 from job.evaluation.evaluation_plan import (
@@ -40,12 +40,12 @@ from job.evaluation.evaluation_plan import (
     reference_of,
 )
 from job.exits import BadDataError
-from job.plan import Plan, RunHandle
+from job.plan import Plan
 from job.processes.ranks import Ranks, meet
 from job.progress import Progress, note
 from job.runs.layout import ObjectKind
 from job.runs.metric_rows import Row
-from job.runs.samples import Reference, Scores, score_name, score_words
+from job.runs.run import Reference, RunHandle, Scores, score_name, score_words
 from job.sampling.painter import Painter, prepared
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError
@@ -68,7 +68,7 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
     """
     ranks = meet(stop)
     # `prepared` marks the checkpoints until all scores are printed: without it training could retire them.
-    with prepared(plan.sampling, ranks, stop) as (sampling_plan, painter, sampling):
+    with prepared(plan.sampling, ranks) as (sampling_plan, painter, sampling):
         plan = replace(plan, sampling=sampling_plan)
         # Machines of any kind share one number of samples.
         if plan.request.count is None and not plan.request.slice and painter.device.type == "cpu":
@@ -81,9 +81,9 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
 
 def _is_scored(plan: EvaluatePlan, todo: list[Evaluation], painter: Painter, sampling: Sampling) -> bool:
     """Scores sample sets; returns False while other machines are at work on some of their features. Collective."""
-    of_run, ranks, stop = plan.sampling, painter.ranks, painter.stop
+    of_run, ranks = plan.sampling, painter.ranks
     extract, share = plan.located.load(painter.device), todo[0].sample_set.share
-    look = partial(real_features, of_run, plan.reference, extract, ranks, stop, painter.check_stopped, share)
+    look = partial(real_features, of_run, plan.reference, extract, ranks, painter.check_stopped, share)
     real = look()
     for one in todo:
         painter.load(of_run.run, one.sample_set.ref, of_run.config.sample.weights)
@@ -92,7 +92,7 @@ def _is_scored(plan: EvaluatePlan, todo: list[Evaluation], painter: Painter, sam
             seeds = one.sample_set.config.seeds(piece)
             return painter.sample_batches(seeds, sampling, of_run.config.sample.batch_size, advance)
 
-        _make_features(one.features, sampled, extract, one.sample_set.name, ranks, stop)
+        _make_features(one.features, sampled, extract, one.sample_set.name, ranks)
     both = [reference_features(of_run, plan.reference), *(one.features for one in todo)]
     if missing := ranks.on_main(lambda: sum(len(features.missing()) for features in both)):
         others = f"{missing:,} pieces are to come from other machines; {IF_NONE_RUNS}"
@@ -102,7 +102,7 @@ def _is_scored(plan: EvaluatePlan, todo: list[Evaluation], painter: Painter, sam
     real = look() if real is None else real
     for one in todo:
         painter.load(of_run.run, one.sample_set.ref, of_run.config.sample.weights)
-        ranks.on_main(partial(_publish, one, real or {}, _bits_per_dim(plan, painter), stop))
+        ranks.on_main(partial(_publish, one, real or {}, _bits_per_dim(plan, painter), ranks.stop))
     return True
 
 
@@ -111,7 +111,6 @@ def real_features(
     reference: Reference,
     extract: ExtractorFunction,
     ranks: Ranks,
-    stop: Stop,
     check: Callable[[], object],
     share: Slice = WHOLE,
 ) -> Named | None:
@@ -129,7 +128,9 @@ def real_features(
             return ranks.only_on_main(features.load) or {}
     chosen = Order((reference.of_images,), seed=0).indices(np.arange(reference.images))
     of_pieces = np.split(chosen, np.cumsum(features.sizes, dtype=int)[:-1])
-    images = of_run.opened_images(of_run.pictures(), stop)
+    pixels = of_run.pixels()
+    assert pixels is not None
+    images = open_cache(of_run.bucket, pixels, of_run.config.data.cache_gigabytes * 1e9, ranks.stop)
 
     def read(piece: int, advance: Advance) -> Iterator[np.ndarray]:
         for start in range(0, len(of_pieces[piece]), REAL_BATCH_IMAGES):
@@ -138,7 +139,7 @@ def real_features(
             yield images.read(some)
             advance(len(some))
 
-    _make_features(features, read, extract, f"looking at {reference.dataset}", ranks, stop)
+    _make_features(features, read, extract, f"looking at {reference.dataset}", ranks)
     return None if ranks.on_main(features.missing) else ranks.only_on_main(features.load) or {}
 
 
@@ -148,7 +149,6 @@ def _make_features(
     extract: ExtractorFunction,
     title: str,
     ranks: Ranks,
-    stop: Stop,
 ) -> None:
     """Makes the missing features of a set of images; `images_of` yields those of a piece in batches. Collective."""
 
@@ -156,7 +156,7 @@ def _make_features(
         parts = [features_of(extract, images, ranks.device) for images in images_of(piece, advance)]
         return features.made(piece, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
-    features.make_missing(make, title, stop=stop, ranks=ranks)
+    features.make_missing(make, title, stop=ranks.stop, ranks=ranks)
 
 
 @torch.inference_mode()
@@ -174,14 +174,8 @@ def _bits_per_dim(plan: EvaluatePlan, painter: Painter) -> tuple[float | None, i
         return None, 0
     if index.held_out:
         index = load_index(plan.sampling.bucket, dataset_key(index.held_out, index.size))
-    images = plan.sampling.opened_images(index, painter.stop)
-    row = validation_row(
-        painter,
-        images,
-        method.objective_of(config),
-        count=config.log.validate_images,
-        batch_size=config.sample.batch_size,
-    )
+    images = open_cache(plan.sampling.bucket, index, config.data.cache_gigabytes * 1e9, painter.stop)
+    row = validation_row(painter, images)
     return row["val_bits_per_dim"], min(config.log.validate_images, index.images)
 
 
@@ -278,19 +272,19 @@ def tables(plan: EvaluatePlan) -> Iterator[str]:
 class Evaluator:
     """Scores a run's samples while it trains against the features of real images, which are computed once."""
 
-    def __init__(self, plan: Plan, ranks: Ranks, stop: Stop) -> None:
+    def __init__(self, plan: Plan, ranks: Ranks) -> None:
         """Computes the features of the real images, which may take minutes. Collective.
 
         Raises:
             StoppedError: a stop was requested; the same command resumes.
         """
-        self._chosen, self._sample, pictures = plan.config.evaluate, plan.config.sample, plan.pictures()
-        assert pictures is not None
+        self._chosen, self._sample, pixels = plan.config.evaluate, plan.config.sample, plan.pixels()
+        assert pixels is not None
         found = locate_extractor(self._chosen.extractor, plan.bucket)
         self._extract = found.load(ranks.device)
-        reference = reference_of(pictures, found.extractor, self._chosen.references)
-        check = partial(stop.check, "while looking at real images")
-        self._real = real_features(plan, reference, self._extract, ranks, stop, check) or {}
+        reference = reference_of(pixels, found.extractor, self._chosen.references)
+        check = partial(ranks.stop.check, "while looking at real images")
+        self._real = real_features(plan, reference, self._extract, ranks, check) or {}
 
     def scores(self, painter: Painter) -> Row:
         """Returns the scores of the painter's network by name on the main process, and {} on the others. Collective.
@@ -316,40 +310,31 @@ class Evaluator:
         return painter.ranks.only_on_main(score) or {}
 
 
-def validation_row(
-    painter: Painter,
-    images: ImageCache,
-    objective: Objective,
-    *,
-    count: int,
-    batch_size: int,
-    latents: Latents | None = None,
-) -> Row:
+def validation_row(painter: Painter, images: ImageCache, latents: Latents | None = None) -> Row:
     """Returns the mean loss as `val_loss`, and by quarters of the draws as `val_loss_q0` and so on. Collective.
 
     The points are spread evenly over the draws, which lowers the variance. `val_bits_per_dim` is the variational bound
     on pixels with independent noise, to which each image adds one step.
 
     Args:
-        painter: has the weights, such as averaged ones.
-        images: the held-out images.
-        objective: the training objective.
-        count: the largest number of images.
-        batch_size: images per batch on each process.
+        painter: has the weights, such as averaged ones, and the settings of the run.
+        images: the held-out images, of which it takes `log.validate_images` at most.
         latents: the distribution of latents, for a run on them.
 
     Raises:
         StoppedError: one of the processes got a stop request; it raises on all of them at the same batch.
     """
-    numbers = np.linspace(0, images.index.images - 1, min(count, images.index.images)).astype(np.int64)
+    config, objective = painter.config, method.objective_of(painter.config)
+    count = min(config.log.validate_images, images.index.images)
+    numbers = np.linspace(0, images.index.images - 1, count).astype(np.int64)
     # Images are in order of classes: without a permutation each class would get its own part of the draws.
-    strata = randomness.training_uniforms(SEED, torch.arange(len(numbers))).argsort()
+    strata = randomness.training_uniforms(SEED, torch.arange(count)).argsort()
     spread = replace(objective, diffusion=replace(objective.diffusion, stratified=True))
-    points = spread.draw(SEED, strata, len(numbers))
-    steps, stands_for = (part[strata] for part in spread_over_steps(objective.process.num_timesteps, len(numbers)))
+    points = spread.draw(SEED, strata, count)
+    steps, stands_for = (part[strata] for part in spread_over_steps(objective.process.num_timesteps, count))
     log, bits = LossLog(painter.device), LossLog(painter.device)
-    is_bounded = not (painter.config.diffusion.offset_noise or latents)
-    of_ranks = painter.shared_out(len(numbers), batch_size)
+    is_bounded = not (config.diffusion.offset_noise or latents)
+    of_ranks = painter.shared_out(count, config.sample.batch_size)
     # Every process checks as often as the first one, which has the most images: the others would wait for it for ever.
     for _, of_batch in zip_longest(of_ranks[0], of_ranks[painter.ranks.rank]):
         painter.check_agreed("while validating")

@@ -22,14 +22,13 @@ from typing import TYPE_CHECKING
 from ddpm.catalogue import EXTRACTORS, Extractor
 from job.coordination.pieces import TRANSFERS, WHOLE, Made, PieceRecord, Pieces, Slice
 from job.data.shards import REFERENCES, DatasetIndex, dataset_key
-from job.exits import BadDataError, BadRequestError, MissingInputError, how_to_install
-from job.plan import Plan, RunHandle
+from job.exits import BadDataError, BadRequestError, MissingInputError, how_to_install, needs_extra
+from job.plan import Plan
 from job.requests import EvaluateRequest
 from job.runs.checkpoints import sha256_of
 from job.runs.layout import ObjectKind
-from job.runs.samples import Reference, Scores
-from job.sampling.sampling_plan import SamplePlan, plan_sampling
-from job.sampling.sets import SampleSet, piece_images, plan_sets
+from job.runs.run import Reference, RunHandle, Scores
+from job.sampling.sampling_plan import SamplePlan, SampleSet, piece_images, plan_sampling, plan_sets
 from job.stop import NEVER, Stop
 from job.store import ObjectMissingError, Store, is_remote, open_store
 from job.store.files import default_cache_dir, os_errors
@@ -126,9 +125,8 @@ class LocatedExtractor:
                 f"{self.extractor.sha256:.12}…: delete it, and take the right one"
             )
         try:
-            extract = LOADERS[self.extractor.name](path, device)
-        except ModuleNotFoundError as error:
-            raise BadRequestError(f"{error}: {how_to_install(self.extractor.name)}") from None
+            with needs_extra(self.extractor.name, self.extractor.title):
+                extract = LOADERS[self.extractor.name](path, device)
         except (KeyError, RuntimeError, SafetensorError) as error:
             said = " ".join(str(error).split())
             raise BadDataError(f"{path} holds no weights of {self.extractor.title}: {said:.200}") from None
@@ -216,7 +214,7 @@ def plan_evaluation(request: EvaluateRequest, stop: Stop = NEVER) -> EvaluatePla
         BadConfigError: as `plan_sampling`.
     """
     sampling = plan_sampling(request.sampling, stop)
-    index = sampling.pictures()
+    index = sampling.pixels()
     if index is None:
         raise BadRequestError(
             f"run {request.run!r} was imported without a dataset, so it has no real images to compare with: "

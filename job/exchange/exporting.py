@@ -9,12 +9,12 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
 
 from job.coordination.sealed import code_version
-from job.exchange.exchange_requests import ExportRequest
 from job.exits import (
     BadDataError,
     BadRequestError,
@@ -22,17 +22,18 @@ from job.exits import (
     JobError,
     MissingInputError,
     NoPermissionError,
-    how_to_install,
+    needs_extra,
 )
-from job.plan import RunHandle, open_run
 from job.progress import Progress, note, printable
+from job.requests import ExportRequest
 from job.runs import checkpoints
-from job.runs.checkpoints import opened
+from job.runs.checkpoints import restore
 from job.runs.layout import RUNS, CheckpointRef, ObjectKind, located, places_in
 from job.runs.retention import reading_chosen
-from job.runs.samples import Scores, grid_key, score_words
+from job.runs.run import RunHandle, Scores, open_run, score_words
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Retry, Store, open_store
+from job.store.files import scratch_folder
 from job.store.retry import answer, in_thread
 
 CARD, PICTURE = "README.md", "grid.png"
@@ -83,15 +84,15 @@ def _opened_export(
     weights = config.sample.weights
     with reading_chosen(run, partial(of_run.chosen, request.checkpoint, weights)) as ((ref,), _):
         label = of_run.label(ref.images_seen)
-        with opened(run, ref, (weights,)) as restored:
-            paths = restored.files[weights]
+        with scratch_folder("export") as folder:
+            paths = restore(run, ref, groups=(weights,), folder=folder).files[weights]
             files = dict(zip(checkpoints.weights_names(len(paths)), paths, strict=True))
             small = dict(described.objects)
             last = {key: small.pop(key) for key in ("model_index.json",) if key in small}
             if len(files) > 1:
                 small[checkpoints.INDEX] = _index(files)
             with suppress(ObjectMissingError):
-                small[PICTURE] = run.read(grid_key(label, config.sample.name(of_run.stored.sample))).data
+                small[PICTURE] = run.read(replace(of_run, config=config).grid_key(ref.images_seen)).data
             if of_run.classes and last:
                 small[checkpoints.PIPELINE_CODE] = (resources.files("job.exchange") / "class_pipeline.py").read_bytes()
             named = {"place": request.push or "this folder", "lacking": described.lacking}
@@ -212,10 +213,8 @@ class Hub:
             BadRequestError: the client is not installed.
             NoPermissionError: this machine has no token, or one that no request can carry.
         """
-        try:
+        with needs_extra("web", "--push"):
             from huggingface_hub import HfApi, get_token
-        except ImportError as error:
-            raise BadRequestError(f"--push needs more than is installed ({error}): {how_to_install('web')}") from None
         self._name, self._api, token = name, HfApi(), get_token()
         # The client's error about an odd token would print it.
         if not token or not (token.isascii() and token.isprintable()):
@@ -256,7 +255,9 @@ class Hub:
                 f"--push {self._name}: {printable(strangers[0]):.100} is there already, and no earlier export: name "
                 "another repository, or a new one"
             )
-        stale = [key for key in there - objects.keys() if _is_of_an_export(key)]
+        own, folder = {CARD, PICTURE, checkpoints.PIPELINE_CODE}, CheckpointRef(0, 0).key
+        of_a_run = {key for key in there if located(f"{folder}/{key}").kind is ObjectKind.PIPELINE}
+        stale = (there & own | of_a_run) - objects.keys()
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(path_in_repo=key, path_or_fileobj=content) for key, content in objects.items()),
             *(CommitOperationDelete(path_in_repo=key) for key in stale),
@@ -265,11 +266,6 @@ class Hub:
             note(f"{self._name} is private: {url}/settings makes it public")
         self._api.create_commit(self._name, operations, commit_message=message)
         return url
-
-
-def _is_of_an_export(key: str) -> bool:
-    in_a_run = f"{CheckpointRef(0, 0).key}/{key}"
-    return key in (CARD, PICTURE, checkpoints.PIPELINE_CODE) or located(in_a_run).kind is ObjectKind.PIPELINE
 
 
 def _meaning(error: Exception, name: str) -> JobError:

@@ -26,16 +26,17 @@ from job.coordination.lease import Lease
 from job.coordination.sealed import utc_now
 from job.data.reading.order import images_at_epoch
 from job.data.shards import DatasetIndex, find_dataset, load_index
-from job.exchange.exchange_requests import ImportRequest
 from job.exchange.other_programs import OtherCheckpoint, opened_checkpoint, settings_of_diffusers
 from job.exits import BadConfigError, BadDataError, BadRequestError, State
-from job.plan import RunHandle, check_sampling, follow_dataset
+from job.plan import check_sampling, follow_dataset
 from job.processes.compute import describe_device
 from job.progress import note, printable
+from job.requests import ImportRequest
 from job.runs import checkpoints, records
 from job.runs.checkpoints import RUN_CONFIG, SCHEDULER_CONFIG, UNET_CONFIG
 from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef
 from job.runs.retention import Retention
+from job.runs.run import RunHandle
 from job.runs.writer import CheckpointWriter, LeasedRun
 from job.stop import Stop
 from job.store import Store, open_bucket, without_queries
@@ -223,7 +224,7 @@ def _commit(of_run: RunHandle, state: TrainState, lease: Lease, *, stop: Stop, s
     # Of no epoch, and the last of very many: the next import into this run must not retire this checkpoint.
     retention = Retention(config.updated({"checkpoint.keep_last": LARGEST}), MAX_IMAGES_SEEN + 1)
     leased = LeasedRun(run, retention, attempt, lease, of_run.classes)
-    writer = CheckpointWriter(leased, state.tensors(), before=None, stop=stop, note=note)
+    writer = CheckpointWriter(leased, state.tensors(), before=None, stop=stop)
     try:
         writer.save(state.images_seen, state.log.reduced().tolist())
         writer.wait()

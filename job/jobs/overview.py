@@ -48,7 +48,7 @@ class Search:
             except JobError as error:
                 if self.on:
                     raise
-                if target.is_expected:
+                if target.is_remote:
                     note(f"{target.name}: {error}")
         return list(found.values())
 

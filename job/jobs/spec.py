@@ -1,4 +1,4 @@
-"""A job as data: a command of this program, and the machines that it asks for or needs. Targets render and send it."""
+"""A job as data: a command of this program, its machines, and what its container gets. Targets render and send it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from job.exits import BadRequestError
+from job.stop import GRACE_VARIABLE
 from job.store import is_remote, open_store
 
 NAME_CHARACTERS = 46
@@ -18,6 +19,10 @@ NAME_CHARACTERS = 46
 LABEL_PREFIX = "ddpm"
 RETRIES = 4
 """The number of failures that count, such as crashes, after which the engine or `--watch` tries again."""
+IMAGE_USER = 10001
+"""User and group of the image, for jobs that touch no file of the machine they run on."""
+SCRATCH = "/scratch"
+"""The local disk that the program may write; elsewhere /tmp may be memory."""
 _HASH_CHARACTERS = 8
 _JOB_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
@@ -141,3 +146,22 @@ def is_about(name: str, run: str) -> bool:
         return True
     words = (job_name(verb, run, ("words",)) for verb in ("sample", "evaluate"))
     return name[:-_HASH_CHARACTERS] in {each[:-_HASH_CHARACTERS] for each in words}
+
+
+def scratch_variables(grace_seconds: int) -> dict[str, str]:
+    """Returns the container's variables for the folders it may write, and for the time it has to save."""
+    folders = {"TMPDIR": SCRATCH, "XDG_CACHE_HOME": f"{SCRATCH}/cache", "DDPM_CACHE": f"{SCRATCH}/ddpm"}
+    return {**folders, GRACE_VARIABLE: str(grace_seconds)}
+
+
+def docker_options(user: int, group: int, stop_seconds: int) -> list[str]:
+    """Returns options of `docker run`: no rights, only scratch and /tmp to write, and the time until SIGKILL."""
+    return [
+        f"--stop-timeout={stop_seconds}",
+        "--read-only",
+        # torch.compile puts libraries there and runs them.
+        "--tmpfs=/tmp:rw,exec,nosuid,nodev,mode=1777",
+        f"--user={user}:{group}",
+        "--cap-drop=ALL",
+        "--security-opt=no-new-privileges",
+    ]

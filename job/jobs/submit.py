@@ -1,65 +1,42 @@
-"""`ddpm submit`: shows a job and its highest cost, asks, and sends it; with `--watch` it does so again.
-
-`--watch` follows a job, and submits it again where its engine gives up, as the table of exit codes allows. Engines
-retry as well, but Google Batch counts every retry, a VM that was taken away is gone, and none of them looks for
-machines elsewhere. The watch is a process on a person's machine: if it ends, the job goes on without it, and the same
-command watches it again.
-"""
+"""`ddpm submit`: builds the job that a command is on a target, shows it with its highest cost, asks, and sends it."""
 
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from datetime import datetime
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from job.config import draft
-from job.coordination.outcome import Outcome, read_outcome
-from job.exits import (
-    BadRequestError,
-    BucketAwayError,
-    JobEndedError,
-    JobError,
-    MissingInputError,
-    Restart,
-    State,
-    StoppedError,
-)
-from job.jobs.backends import Cause, JobStatus, JsonObject, NoCapacityError, Target
-from job.jobs.building import spec_of
+from job.config import EMBEDDED, draft, parse_sets, read_config_file
+from job.coordination.lease import EXPIRE_SECONDS
+from job.data.pack_request import EncodeRequest, IndexRequest, PackRequest
+from job.data.source.labels import split_labels
+from job.exits import BadConfigError, BadRequestError, JobError, MissingInputError
+from job.jobs.backends import JsonObject, Target
 from job.jobs.machines import gpus_of
-from job.jobs.spec import RETRIES, JobSpec
-from job.jobs.targets import target_on
+from job.jobs.spec import JobSpec, job_name
+from job.jobs.targets import BACKENDS, target_class, target_on
+from job.jobs.watch import Watch
+from job.processes.group import GPUS, JOB
 from job.progress import note
-from job.requests import JobRequest, SubmitRequest, TrainRequest
+from job.requests import EvaluateRequest, JobRequest, SampleRequest, SubmitRequest, TrainRequest, check_world_size
 from job.runs.outlook import attempts_of, best_interval_seconds, interval_seconds, outlook_of, spans_of
-from job.runs.records import read_status, run_store
-from job.stop import Stop
-from job.store import open_store
+from job.runs.records import DOLLARS, read_status, run_store, split_run
+from job.stop import Stop, duration_seconds
+from job.store import check_source, check_uri, is_foreign, is_remote, open_store, split_chain, without_queries
 
+_WITHOUT_GPUS = ("pack", "index")
+WAIT_MARGIN_SECONDS = 30.0
+"""For a predecessor's last save to arrive, and for two reads of the lease."""
 OUTLOOK_SECONDS = 10.0
 """The limit of a look at the run that a job will go on with."""
-WATCH_POLL_SECONDS = 15.0
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 10.0, 600.0
-"""Before a job is submitted again; doubled each time, until one had a machine for `STEADY_SECONDS`."""
-STEADY_SECONDS = 600.0
-ELSEWHERE_SECONDS = 900.0
-"""The wait for a machine after which a job is moved to the target's next zone or region."""
-NO_IMAGE_SECONDS = 300.0
-"""The time after which a job is ended whose image cannot be pulled: its machine costs meanwhile."""
-SHORTEST_HOURS = 1 / 60
-"""The rest of `max_hours` for which a job is not submitted again."""
-SLACK_HOURS = 0.1
-"""The rest of `max_hours`, as the watch counts them, of a job that its engine ended for having used them. A larger rest
-means that the engine counts the time without a machine as well."""
-_GONE = "is gone, deleted by a person or over for longer than its engine remembers, and its bucket has no other end"
 SPOT_HOURS = 3.0
 """Between two preemptions of a spot machine: 47 in 145 hours on AWS machines with a V100, in the first two days of four
 zones of April 2023. Other machines and places differ by a factor of ten.
@@ -104,6 +81,188 @@ def submit_command(request: JobRequest, how: SubmitRequest) -> None:
         print(f"{spec.name} is submitted: `ddpm jobs logs {job} -f` follows it, `ddpm jobs cancel {job}` stops it")
     else:
         target.become(spec)
+
+
+def spec_of(request: JobRequest, target: Target, how: SubmitRequest) -> JobSpec:
+    """Returns the job that a command is on `target`. Equal arguments give equal specs.
+
+    Raises:
+        BadRequestError: an option is not valid, or not for this target.
+        BadConfigError: a setting is not valid, or the target lacks a key that jobs need.
+        MissingInputError: a named file does not exist.
+    """
+    if request.stop_after:
+        # It becomes the job's limit: an engine would start a job again that ends itself with 75.
+        hours = min(duration_seconds(request.stop_after) / 3600, _hours(how, target))
+        request, how = replace(request, stop_after=""), replace(how, max_hours=hours)
+    verb = request.command[-1]
+    _check_machines(verb, target, how)
+    bucket = _uri_for_jobs("--bucket or DDPM_BUCKET:", request.bucket, target)
+    request = replace(request, bucket=bucket)
+    checked = request.check()
+    request, reads = _adapted(request, checked, target, how)
+    run, subject = ("", checked.name) if isinstance(checked, PackRequest | EncodeRequest) else (checked.run,) * 2
+    # A container has exactly the requested GPUs.
+    if target.is_in_place and not isinstance(request, PackRequest | EncodeRequest):
+        request = replace(request, processes=request.processes or how.gpus or None)
+    words = request.argv()
+    # A single machine makes all slices.
+    slices = how.slices if target.is_remote or verb == "train" else 0
+    of_name = (*words, "--slices", str(slices)) if slices else words
+    name = job_name(verb, subject, () if verb == "train" else of_name)
+    gpus = (0 if verb in _WITHOUT_GPUS else target.gpus) if how.gpus is None else how.gpus
+    spec = JobSpec(
+        name=name,
+        verb=verb,
+        argv=words,
+        image=target.software,
+        bucket=bucket,
+        run=run,
+        gpus=gpus,
+        gpu_type=(how.gpu_type or target.gpu_type) if gpus and target.selects_machines else "",
+        nodes=how.nodes,
+        slices=slices,
+        spot=target.spot if how.spot is None else how.spot,
+        max_hours=_hours(how, target),
+        reads=tuple(map(_path_of, reads)),
+        # The job itself checks its GPUs: a machine with too old a driver would silently compute on its CPU.
+        env={JOB: name, **({GPUS: str(gpus)} if gpus and target.is_remote else {}), **target.env},
+    )
+    if verb == "train" and (hourly := target.hourly(spec)):
+        return replace(spec, env={**spec.env, DOLLARS: f"{spec.machines * hourly.dollars:.6g}"})
+    return spec
+
+
+def _hours(how: SubmitRequest, target: Target) -> float:
+    """Returns `--max-hours`, else the target's; on this machine no limit is the default."""
+    if how.max_hours is not None:
+        return how.max_hours
+    return target.max_hours if target.is_remote or "max_hours" in target.model_fields_set else math.inf
+
+
+def wait_seconds(target: Target) -> float:
+    """Returns how long a job waits for its predecessor, which may save until its machine is gone.
+
+    Otherwise a machine that comes back early would find the run held, and end for good with 76.
+    """
+    return math.ceil(EXPIRE_SECONDS + target.notice_seconds + WAIT_MARGIN_SECONDS)
+
+
+def _check_machines(verb: str, target: Target, how: SubmitRequest) -> None:
+    spot = "" if how.spot is None else "--spot" if how.spot else "--on-demand"
+    option, on = f"--gpu-type {how.gpu_type}" if how.gpu_type else spot, f"target {target.name!r}"
+    if how.max_hours is not None and not 1 / 60 <= how.max_hours <= 720:
+        raise BadRequestError(f"--max-hours {how.max_hours:g}, or --stop-after: a job lasts for 0.017 to 720 hours")
+    if how.nodes > 1 and not target.has_groups:
+        groups = " or ".join(backend for backend in BACKENDS if target_class(backend).has_groups)
+        raise BadRequestError(f"--nodes {how.nodes}: on {on} no machines train together: use a {groups} target")
+    if verb in _WITHOUT_GPUS and (how.gpus or how.gpu_type):
+        raise BadRequestError("packing uses no GPUs: leave --gpus and --gpu-type out")
+    if target.is_remote and not target.software:
+        raise BadConfigError(f"{on} has no `image:`, which its machines would run")
+    if target.is_remote and option and not target.selects_machines:
+        raise BadRequestError(f"{option} decides nothing on {on}, which has its own `node_selector:`: leave it out")
+    if not target.is_remote and option not in ("", "--on-demand"):
+        raise BadRequestError(f"{option} is about machines in a cloud, and {on} is this one: leave it out")
+
+
+def _uri_for_jobs(what: str, uri: str, target: Target) -> str:
+    """Returns a URI or a path that the jobs of a target can see. Folders of this machine become absolute."""
+    check_uri(uri)
+    if is_remote(uri):
+        return uri
+    if not target.has_files:
+        raise BadRequestError(f"{what} {uri!r} is a path of this machine, which jobs on {target.name!r} cannot see")
+    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+
+
+def _adapted(
+    request: JobRequest, checked: JobRequest, target: Target, how: SubmitRequest
+) -> tuple[JobRequest, list[str]]:
+    """Returns the command as it runs on the target, and the sources that it reads besides its bucket."""
+    if how.slices and not isinstance(request, TrainRequest):
+        if request.slice:
+            raise BadRequestError("--slices gives each machine a --slice of its own: leave one of them out")
+        replace(request, slice=f"0/{how.slices}").check()
+    match request:
+        case TrainRequest():
+            assert isinstance(checked, TrainRequest)
+            request, run = _training(request, checked, target, how), checked.changes.get("parent.run", "")
+            if "/" not in run:
+                return request, []
+            uri, epoch = _uri_for_jobs("--from", run, target), checked.changes.get("parent.epoch", "latest")
+            return replace(request, from_=f"{uri}@{epoch}"), [split_run(uri)[0]]
+        case SampleRequest():
+            for option, name in request.files.items() if not target.is_in_place else ():
+                there = f"is a file of this machine, which jobs on {target.name!r} cannot see"
+                raise BadRequestError(f"{option} {name!r} {there}")
+            if isinstance(request, EvaluateRequest) and request.extractor_file:
+                file = _uri_for_jobs("--extractor-file", request.extractor_file, target)
+                return replace(request, extractor_file=file), [file]
+        case IndexRequest():
+            tars = [_source(tar, target) for tar in request.tars]
+            return replace(request, tars=tuple(tars)), tars
+        case PackRequest():
+            reads = [_source(request.source, target)]
+            request = replace(request, source=reads[0])
+            file, column = split_labels(request.labels)
+            if file:
+                reads.append(_source(file, target, "--labels"))
+                request = replace(request, labels=f"{reads[1]}:{column}" if column else reads[1])
+            return request, reads
+        case EncodeRequest():
+            autoencoder = _uri_for_jobs("--autoencoder", request.autoencoder, target)
+            return replace(request, autoencoder=autoencoder), [autoencoder]
+    return request, []
+
+
+def _source(source: str, target: Target, what: str = "SOURCE") -> str:
+    """Returns a source of a dataset, as the jobs of a target can see it."""
+    inside, archive = split_chain(source)
+    if is_foreign(archive):
+        check_source(archive)
+        if target.is_remote and (shown := without_queries(archive)) != archive:
+            raise BadRequestError(f"{shown}?…: lists and logs would show its query, which may be a signature")
+    elif archive != EMBEDDED:
+        archive = _uri_for_jobs(what, archive, target)
+    return f"{inside}::{archive}" if inside else archive
+
+
+def _path_of(source: str) -> str:
+    """Returns the file or folder of this machine that contains a source; empty if the source is remote."""
+    path = split_chain(source)[1].removeprefix("file://")
+    # The files of a pattern lie in a folder.
+    start = re.split(r"[{*]", path)[0]
+    return "" if not path.startswith("/") else path if start == path else str(Path(f"{start}x").parent)
+
+
+def _training(request: TrainRequest, checked: TrainRequest, target: Target, how: SubmitRequest) -> TrainRequest:
+    # Otherwise an existing run keeps its batch size.
+    if "train.batch_size" in checked.changes:
+        gpus = target.gpus if how.gpus is None and target.is_remote else how.gpus
+        key = "train.batch_size"
+        train = draft(request.preset_name(), {key: checked.changes[key]}).train
+        check_world_size((request.processes or gpus or 1) * how.nodes, train)
+    if not target.is_in_place:
+        if request.open_page:
+            how_to = f"`ddpm report {checked.run} --open` opens the page when it is in the bucket"
+            raise BadRequestError(f"--open: jobs on {target.name!r} have no browser; {how_to}")
+        if checked.changes.get("log.tracker", "none") != "none":
+            raise BadRequestError(f"--tracker: jobs on {target.name!r} lack its library and its key: leave it out")
+        if request.config_file is not None:
+            # The job cannot see the file.
+            sets, settings = parse_sets(request.sets), read_config_file(request.config_file)
+            inlined = [f"{key}={_as_yaml(value)}" for key, value in settings.items() if key not in sets]
+            request = replace(request, config_file=None, sets=(*inlined, *request.sets))
+    if target.is_remote:
+        request = replace(request, wait_seconds=max(request.wait_seconds, wait_seconds(target)))
+    return request
+
+
+def _as_yaml(value: Any) -> str:
+    """Returns a value as `--set` reads it."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def plan_lines(spec: JobSpec, target: Target) -> list[str]:
@@ -198,200 +357,3 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_representer(str, _Dumper.represent_str)
-
-
-@dataclass
-class Watch:
-    """The watch of one job, until it is finished or must not be tried again.
-
-    Attributes:
-        home: the target's first place; `elsewhere` of it are the others.
-        spec: the job. Each submission has the rest of its `max_hours`.
-        sleep: waits for a time, and returns whether to stop watching, as `Stop.sleep` does.
-        now: the time of day, which goes on while a laptop sleeps, as jobs and their costs do.
-    """
-
-    home: Target
-    spec: JobSpec
-    sleep: Callable[[float], bool]
-    now: Callable[[], float] = time.time
-
-    def __post_init__(self) -> None:
-        self._here = self.home
-        self._outcome_before: Outcome | None = None
-        """The outcome in the bucket before the job was submitted, which belongs to an earlier one."""
-        self._failures, self._pause_seconds = 0, FIRST_PAUSE_SECONDS
-        """Failures that count, over all submissions: crashes, and machines that vanished, which may as well have failed
-        for good. Preemptions do not count. After more than `RETRIES` the watch gives up."""
-        self._waited_for: str | None = ""
-        """Why the job had no machine at the last look; None once it had one."""
-        self._seen_seconds = self._unseen_seconds = 0.0
-        """The time for which the watch saw the job have a machine, and the most it may have had one before."""
-
-    def run(self) -> None:
-        """Submits the job unless it is there, and returns when it is finished.
-
-        Raises:
-            StoppedError: the watch has to stop, or a person cancelled the job, or its `max_hours` are used up.
-            JobEndedError: the job's end is not tried again, or was too often.
-            JobError: the engine's answer to a request; see `Target`.
-        """
-        status = self._ask()
-        if status.state.is_over:
-            self._submit()
-        else:
-            note(f"{self.spec.name} is {status.state} already: watching it")
-            # A job that still waits for its first machine has not run; only the bucket knows of an evicted attempt.
-            outcome = read_outcome(self.spec.name, self.spec.bucket)
-            if status.occupies_machine or (outcome and outcome.updated >= status.created):
-                with suppress(ValueError):
-                    self._unseen_seconds = self.now() - datetime.fromisoformat(status.created).timestamp()
-        while (status := self._follow()).state is not State.FINISHED:
-            self._judge(status)
-            self._pause()
-            # A person may have removed what failed.
-            is_kept = status.state is not State.GONE and self._here.keeps_ended
-            if is_kept and self._ask().state is State.GONE:
-                raise self._ended_by_person(_GONE)
-            self._submit()
-        note(f"{self.spec.name} is finished")
-
-    def _follow(self) -> JobStatus:
-        """Looks at the job until it is over, counts how long it has a machine, and removes a job that waits in vain."""
-        looked_at, before = self.now(), JobStatus(self.spec.name, State.GONE)
-        seen_before, waited, without_image = self._seen_seconds, 0.0, 0.0
-        while True:
-            status = self._ask()
-            passed, looked_at = self.now() - looked_at, self.now()
-            # A machine may have come, or come and gone, between two looks.
-            if status.state.is_over or status.occupies_machine or before.occupies_machine:
-                self._seen_seconds += passed
-            if self._seen_seconds - seen_before > STEADY_SECONDS:
-                self._pause_seconds = FIRST_PAUSE_SECONDS
-            if status.state.is_over:
-                return status.with_outcome(self.spec.bucket, self._outcome_before)
-            self._waited_for = None if status.occupies_machine or self._waited_for is None else status.message
-            if (status.state, status.place, status.message) != (before.state, before.place, before.message):
-                place, why = f" in {status.place}" * bool(status.place), f": {status.message}" * bool(status.message)
-                note(f"{self.spec.name} is {status.state}{place}{why}")
-            waited = 0.0 if status.occupies_machine else waited + passed
-            without_image = without_image + passed if before.cause is status.cause is Cause.NO_IMAGE else 0.0
-            before = status
-            hopeless = self._why_hopeless(status, without_image)
-            if hopeless or (waited > ELSEWHERE_SECONDS and self.home.elsewhere() is not None):
-                if self._remove().state not in (State.CANCELLED, State.GONE):
-                    # It had ended by itself.
-                    continue
-                if hopeless:
-                    return replace(status, state=State.GONE, cause=hopeless)
-                note(f"{self.spec.name} has waited for {ELSEWHERE_SECONDS / 60:g} minutes: trying elsewhere")
-                self._here = self._here.elsewhere() or self.home
-                self._submit()
-                waited, looked_at = 0.0, self.now()
-            self._sleep(WATCH_POLL_SECONDS)
-
-    def _why_hopeless(self, status: JobStatus, without_image_seconds: float) -> Cause | None:
-        """Returns why a job is to be removed that waits for what will not come, or for what it may not use."""
-        if without_image_seconds > NO_IMAGE_SECONDS:
-            return Cause.NO_IMAGE
-        # Only hours that were seen may end a job.
-        is_out_of_time = self._hours_left(self._seen_seconds) < SHORTEST_HOURS
-        return Cause.OUT_OF_TIME if is_out_of_time and not status.occupies_machine else None
-
-    def _judge(self, status: JobStatus) -> None:
-        """Checks that the job may be submitted again.
-
-        Raises:
-            JobEndedError: it may not.
-            StoppedError: a person stopped it, or its hours are used up.
-        """
-        name, code, rule, hours = self.spec.name, status.exit_code, status.restart, f"{self.spec.max_hours:g} hours"
-        # On this machine only a person or its own deadline stops a job.
-        is_stopped_here = status.state is State.STOPPED and not self.home.is_remote
-        if (status.state is State.CANCELLED or is_stopped_here) and self._hours_left() >= SHORTEST_HOURS:
-            raise self._ended_by_person(f"was cancelled ({status.message})" if status.message else "was cancelled")
-        # A deleted job is stopped, and ends with 75.
-        is_deleted = status.state is State.GONE and status.cause is None and code in (None, StoppedError.exit_code)
-        if is_deleted and self._here.keeps_ended:
-            raise self._ended_by_person(_GONE)
-        how = f"ended with {code}" if code is not None else "is gone" if status.state is State.GONE else State.FAILED
-        why = f": {status.why}" if status.why else ""
-        if status.cause is Cause.NO_IMAGE:
-            raise JobEndedError(f"{name} cannot begin, and is removed{why}", MissingInputError.exit_code)
-        if status.cause is Cause.OUT_OF_TIME:
-            # It may have used them without a machine, while it waited for one.
-            rule, how, why = Restart.ALWAYS, f"had a machine for less than its {hours}", ""
-        if rule is Restart.NEVER:
-            raise JobEndedError(f"{name} {how}, which would come again{why}", code)
-        # Otherwise the failures of the engine's own attempts would multiply with those seen here.
-        self._failures += max(status.failures, rule is Restart.BOUNDED)
-        if self._failures > RETRIES:
-            raise JobEndedError(f"{name} {how}, the {self._failures}th failure: giving up{why}", code)
-        if self._hours_left() < (SLACK_HOURS if status.cause is Cause.OUT_OF_TIME else SHORTEST_HOURS):
-            never_ran = self._waited_for and self._hours_left() > self.spec.max_hours / 2
-            used = f"never started within its {hours} ({self._waited_for})" if never_ran else f"has used its {hours}"
-            raise StoppedError(f"{name} {used}: the same command goes on, for as long again")
-        counted = f" (failure {self._failures} of {RETRIES})" if rule is Restart.BOUNDED else ""
-        note(f"{name} {how}{why}; submitting it again{counted}")
-
-    def _submit(self) -> None:
-        """Submits the job where there is a machine, however long that takes to find."""
-        self._outcome_before = read_outcome(self.spec.name, self.spec.bucket)
-        hours = max(self._hours_left(), SHORTEST_HOURS)
-        spec = replace(self.spec, max_hours=hours, retries=RETRIES - self._failures)
-        while True:
-            try:
-                self._here = self._retry(lambda: self._here.submit_where_possible(spec), "trying again")
-                return
-            except NoCapacityError as error:
-                note(f"{error}; trying again from the first place")
-                self._here = self.home
-                self._pause()
-            except BadRequestError:
-                # After a lost answer the job is there all the same.
-                if self._ask().state.is_over:
-                    raise
-                return
-
-    def _remove(self) -> JobStatus:
-        """Ends the job, and returns its last status: it may have ended by itself."""
-        name = self.spec.name
-        with suppress(MissingInputError, BadRequestError):
-            self._retry(lambda: self._here.cancel(name), f"trying again to remove {name}")
-        while not (status := self._ask()).state.is_over:
-            self._sleep(WATCH_POLL_SECONDS)
-        return status
-
-    def _ask(self) -> JobStatus:
-        return self._retry(lambda: self._here.alive(self.spec.name), "the job goes on meanwhile")
-
-    def _retry(self, request: Callable[[], Any], meanwhile: str) -> Any:
-        """Returns an engine's answer, however long the engine is away."""
-        is_noted = False
-        while True:
-            try:
-                return request()
-            except BucketAwayError as error:
-                if not is_noted:
-                    note(f"{error}; {meanwhile}")
-                is_noted = True
-                self._sleep(WATCH_POLL_SECONDS)
-
-    def _hours_left(self, used_seconds: float | None = None) -> float:
-        if self.home.limits_attempts:
-            return self.spec.max_hours
-        used_seconds = self._seen_seconds + self._unseen_seconds if used_seconds is None else used_seconds
-        # Rounded up, so that the first submission is the one that a dry run shows.
-        return max(self.spec.max_hours - int(used_seconds) / 3600, 0.0)
-
-    def _pause(self) -> None:
-        self._sleep(self._pause_seconds)
-        self._pause_seconds = min(2 * self._pause_seconds, LONGEST_PAUSE_SECONDS)
-
-    def _sleep(self, seconds: float) -> None:
-        if self.sleep(seconds):
-            name = self.spec.name
-            raise StoppedError(f"no longer watching {name}, which goes on: `ddpm jobs cancel {name}` would stop it")
-
-    def _ended_by_person(self, how: str) -> StoppedError:
-        return StoppedError(f"{self.spec.name} {how}: its saved state stays, and the same command goes on")

@@ -23,12 +23,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageSequence
 
-from job.config import CHOSEN_ELSEWHERE, FOLLOWS, RunConfig, description_of, draft
+from job.config import CHOSEN_ELSEWHERE, FOLLOWS, RunConfig, description_of, draft, shown
 from job.coordination.sealed import code_version, utc_now
-from job.data.preview import preview_png
-from job.data.shards import PREVIEW, dataset_key
+from job.data.checks import preview_png
+from job.data.shards import PREVIEW
 from job.exits import BadDataError, JobError, State
-from job.plan import RunHandle
 from job.progress import note
 from job.runs import metric_rows, records
 from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound
@@ -36,9 +35,8 @@ from job.runs.layout import ObjectKind, places_in
 from job.runs.metric_rows import Row
 from job.runs.outlook import AttemptSpan, Outlook, attempts_of, duration, outlook_of, spans_of, state_in
 from job.runs.records import Status
-from job.runs.samples import Scores, denoising_key, grid_key, label_at, moment_of
+from job.runs.run import RunHandle, Scores, denoising_key, grid_key, label_at, moment_of
 from job.store import ObjectMissingError, Store
-from job.store.files import default_cache_dir
 
 PAGE_KEY = ObjectKind.PAGE.value
 POINTS = 1000
@@ -150,7 +148,7 @@ def facts_of(handle: RunHandle, name: str, rows: Sequence[Row] | None = None, st
     places = places_in(run, ObjectKind.PICTURE.folder, ObjectKind.SCORES.folder)
     attempts = spans_of(attempts_of(run), status)
     pictures = [key for key in places if places[key].kind in (ObjectKind.PICTURE, ObjectKind.GRID)]
-    how = config.sample.name(handle.first_sample)
+    how = handle.how_sampled
     grids, gifs = (_in_order(pictures, key_of(_LABEL, how)) for key_of in (grid_key, denoising_key))
     made_by_run = {key for _, key in (*grids, *gifs)}
     labels = [label_at(seen, handle.dataset_images, config.train.batch_size) for seen in by_progress(refs)]
@@ -195,11 +193,6 @@ def _newest_first(key: str) -> tuple[float, str]:
     return -int(match[1]) if match else -inf, key
 
 
-def put_page(facts: Facts, pictures: PictureCache) -> None:
-    """Writes the page into the run's folder, in the place of the one before."""
-    facts.handle.run.put(PAGE_KEY, run_page(facts, pictures))
-
-
 def run_page(facts: Facts, pictures: PictureCache) -> bytes:
     """Returns the page."""
     run, config = facts.handle.run, facts.config
@@ -209,9 +202,9 @@ def run_page(facts: Facts, pictures: PictureCache) -> bytes:
         for moment, key in chosen
         if (src := pictures.get(run, key, NEWEST_BYTES if key == chosen[-1][1] else GRID_BYTES))
     ]
-    shown = facts.own_pictures[:OWN_PICTURES]
-    own_bytes = min(OWN_BYTES, ALL_OWN_BYTES // max(1, len(shown)))
-    own = {key: src for key in shown if (src := pictures.get(run, key, own_bytes))}
+    newest = facts.own_pictures[:OWN_PICTURES]
+    own_bytes = min(OWN_BYTES, ALL_OWN_BYTES // max(1, len(newest)))
+    own = {key: src for key in newest if (src := pictures.get(run, key, own_bytes))}
     settings = {key: (value, description_of(key)) for key, value in config.flat().items()}
     return rendered(
         "run.html",
@@ -252,7 +245,7 @@ def _templates() -> Any:
         loader=FunctionLoader(_asset), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["thousands"] = lambda number: f"{number:,}"
-    environment.filters["short"] = _short
+    environment.filters["shown"] = shown
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     return environment
 
@@ -262,15 +255,6 @@ def _asset(name: str) -> str:
     return (resources.files("job.report") / "assets" / name).read_text(encoding="utf-8")
 
 
-def _short(value: Any) -> str:
-    """Formats a value of the configuration for people."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_short, value)) or "none"
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _sheet(facts: Facts, pictures: PictureCache) -> str:
     """Returns the preview of the dataset; empty without a dataset, or if it cannot be read."""
     index, bucket = facts.handle.index, facts.handle.bucket
@@ -278,14 +262,13 @@ def _sheet(facts: Facts, pictures: PictureCache) -> str:
         return ""
 
     def sheet() -> bytes:
-        shown = facts.handle.pictures()
-        assert shown is not None
-        key = dataset_key(shown.name, shown.size)
+        pixels = facts.handle.pixels()
+        assert pixels is not None
         with suppress(ObjectMissingError):
-            return bucket.read(f"{key}/{PREVIEW}").data
-        return preview_png(bucket, key, shown, default_cache_dir() / shown.dataset_id)
+            return bucket.read(f"{pixels.key}/{PREVIEW}").data
+        return preview_png(bucket, pixels)
 
-    where = bucket.uri_of(dataset_key(index.name, index.size))
+    where = bucket.uri_of(index.key)
     return pictures.made((where, SHEET_BYTES, WIDEST_PIXELS), sheet)
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from job.exits import JobError, MissingInputError
-from job.plan import open_run
 from job.printing import open_page
 from job.progress import Progress, note
 from job.report import PAGE_KEY, Facts, PictureCache, columns, facts_of, rendered, run_page
 from job.runs.layout import RUNS
 from job.runs.metric_rows import Row
 from job.runs.outlook import AttemptSpan
+from job.runs.run import open_run
 from job.store import Store, open_store
 from job.store.files import write_file
 from job.verbs.run_listing import differing, run_names

@@ -25,9 +25,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NamedTuple
@@ -39,13 +39,14 @@ from job.config import RunConfig
 from job.coordination.sealed import NamedObject, RecordPart, Sealed
 from job.data.reading.order import epochs_completed_by
 from job.exits import BadConfigError, BadDataError, MissingInputError
+from job.progress import note
 from job.runs.layout import CHECKPOINTS, CheckpointRef, ObjectKind, located, places_in
 from job.runs.records import readable_attempt
 from job.store import ObjectMissingError, Store
 from job.store.files import scratch_folder
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 LATEST_KEY = ObjectKind.LATEST.value
 PARALLEL_DOWNLOADS = 4
@@ -82,7 +83,7 @@ class Manifest(Sealed):
     lineage: tuple[Annotated[str, Field(pattern=r"^\d{6}-\d{12}$")], ...] = ()
     """The checkpoints from which this attempt and those before it resumed, by name, oldest first."""
     files: tuple[NamedObject, ...]
-    drawn: str = ""
+    unet_group: str = ""
     """The group of weights in `unet/`, such as `ema`; empty if diffusers lacks the network."""
     segments: tuple[Segment, ...] = ()
     """The run's metrics up to here, in order."""
@@ -116,8 +117,8 @@ class Manifest(Sealed):
     def group_of(self, file: NamedObject) -> str:
         """Returns the group of a file's tensors: `model`, `optimizer` or an average such as `ema`; else empty."""
         place = located(file.key)
-        is_drawn = place.kind is ObjectKind.PIPELINE and file.key.endswith(".safetensors")
-        return self.drawn if is_drawn else place.group
+        is_in_unet = place.kind is ObjectKind.PIPELINE and file.key.endswith(".safetensors")
+        return self.unet_group if is_in_unet else place.group
 
 
 class AverageRecord(Sealed):
@@ -198,17 +199,13 @@ def newest_sound(run: Store, refs: list[CheckpointRef]) -> Manifest | None:
     return next((manifest for ref in sorted(refs, reverse=True) if (manifest := sound_manifest(run, ref))), None)
 
 
-@contextmanager
 def newest_good(
-    run: Store,
-    warn: Callable[[str], None],
-    aside: set[CheckpointRef] | None = None,
-    into: dict[str, dict[str, Any]] | None = None,
-) -> Iterator[Restored | None]:
-    """Yields the newest checkpoint whose every file verifies, from which an attempt goes on; None in a new run.
+    run: Store, aside: set[CheckpointRef] | None = None, into: dict[str, dict[str, Any]] | None = None
+) -> Manifest | None:
+    """Returns the manifest of the newest checkpoint whose every file verifies, to go on from; None in a new run.
 
-    Damaged ones are reported to `warn` and added to `aside`. Damaged metrics do not matter here: see `read_rows`.
-    For `into` see `opened`; after an error these tensors may have values of damaged checkpoints.
+    Damaged ones are reported, and added to `aside`. Damaged metrics do not matter here: see `read_rows`. For `into` see
+    `restore`; after an error these tensors may have values of damaged checkpoints.
 
     Raises:
         BadDataError: there are checkpoints, but none of them verifies.
@@ -217,47 +214,50 @@ def newest_good(
     refs, problems = list_checkpoints(run), list[str]()
     if lost := lost_manifest(run, refs):
         problems.append(lost)
-        warn(f"{lost}; the manifests that are there tell which checkpoint is the newest")
-    with ExitStack() as stack:
-        for ref in reversed(refs):
-            try:
-                found = stack.enter_context(opened(run, ref, into=into))
-            except (BadDataError, ObjectMissingError) as error:
-                problems.append(str(error))
-                warn(f"set aside checkpoint {run.uri}/{ref.key}: {error}")
-                if aside is not None:
-                    aside.add(ref)
-            else:
-                yield found
-                return
+        note(f"{lost}; the manifests that are there tell which checkpoint is the newest")
+    for ref in reversed(refs):
+        try:
+            return restore(run, ref, into).manifest
+        except (BadDataError, ObjectMissingError) as error:
+            problems.append(str(error))
+            note(f"set aside checkpoint {run.uri}/{ref.key}: {error}")
+            if aside is not None:
+                aside.add(ref)
     if problems:
         raise BadDataError(
             f"no checkpoint of {run.uri} can be used: {'; '.join(problems)}. Restore one of them, or start another "
             "run with --run NAME"
         )
-    yield None
+    return None
 
 
-@contextmanager
-def opened(
+def load_weights(run: Store, ref: CheckpointRef, group: str, network: nn.Module) -> None:
+    """Copies weights of a checkpoint, such as `ema` or `model`, into a network; see `restore`."""
+    restore(run, ref, {group: {name: parameter.detach() for name, parameter in network.named_parameters()}})
+
+
+def restore(
     run: Store,
     ref: CheckpointRef,
-    groups: tuple[str, ...] = (),
     into: dict[str, dict[str, Any]] | None = None,
+    *,
     may_differ: tuple[str, ...] = (),
-) -> Iterator[Restored]:
-    """Downloads and verifies a checkpoint, or some of its groups; the files are deleted when the context ends.
+    groups: tuple[str, ...] = (),
+    folder: Path | None = None,
+) -> Restored:
+    """Downloads and verifies a checkpoint, or some of its groups.
 
     A group that is not in the checkpoint itself is an average that was made for it later.
 
     Args:
         run: the run's folder.
         ref: the checkpoint.
-        groups: those to download; none: those of `into`, or all.
         into: live tensors by group and name, which keep their memory layout. Each file's values go there as soon as
-            it verifies, while others still download, and the file is deleted.
+            it verifies, while others still download.
         may_differ: the beginnings of the names of tensors that may be on one side alone, or have another shape there:
             these keep their values.
+        groups: those to download; none: those of `into`, or all.
+        folder: keeps the files; without it each is deleted as soon as it is read.
 
     Raises:
         BadDataError: it is damaged, or another run's; the message names the object.
@@ -270,10 +270,11 @@ def opened(
     wanted = [(file, group) for file, group in wanted if not groups or group in groups]
     for group in set(groups) - {*manifest.groups}:
         wanted += [(file, group) for file in load_average(run, ref, group).files]
-    with scratch_folder("restore") as folder:
+    files, unfit = dict[str, list[Path]](), {group: set(named) for group, named in (into or {}).items()}
+    with scratch_folder("restore") as scratch, ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
 
         def fetch(named: NamedObject) -> Path:
-            path, uri = folder / named.name, run.uri_of(named.key)
+            path, uri = (folder or scratch) / named.name, run.uri_of(named.key)
             try:
                 sha256 = run.download(named.key, path)
             except ObjectMissingError:
@@ -282,22 +283,21 @@ def opened(
                 raise BadDataError(f"{uri} is corrupt: its SHA-256 is not the one in the manifest")
             return path
 
-        files, unfit = dict[str, list[Path]](), {group: set(named) for group, named in (into or {}).items()}
-        with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
-            paths = pool.map(fetch, (file for file, _ in wanted))
-            for (file, group), path in zip(wanted, paths, strict=True):
-                if into is None:
-                    files.setdefault(group, []).append(path)
-                else:
-                    _fill(path, file.key, into[group], unfit[group])
-                    path.unlink()
-        differing = set[str]().union(*unfit.values())
-        if strangers := [name for name in differing if not name.startswith(may_differ)]:
-            raise BadConfigError(
-                f"{ref.key}: tensor {min(strangers)!r} does not fit this configuration: use the version of the program "
-                "that the run's last attempt names"
-            )
-        yield Restored(manifest, files, differing)
+        paths = pool.map(fetch, (file for file, _ in wanted))
+        for (file, group), path in zip(wanted, paths, strict=True):
+            if into is not None:
+                _fill(path, file.key, into[group], unfit[group])
+            if folder:
+                files.setdefault(group, []).append(path)
+            else:
+                path.unlink()
+    differing = set[str]().union(*unfit.values())
+    if strangers := [name for name in differing if not name.startswith(may_differ)]:
+        raise BadConfigError(
+            f"{ref.key}: tensor {min(strangers)!r} does not fit this configuration: use the version of the program "
+            "that the run's last attempt names"
+        )
+    return Restored(manifest, files, differing)
 
 
 def load_average(run: Store, ref: CheckpointRef, group: str) -> AverageRecord:
@@ -340,8 +340,8 @@ class Restored:
 
     Attributes:
         manifest: its manifest.
-        files: its files on the local disk by group, if their values went nowhere else.
-        differing: the names of tensors that were on one side alone, or have another shape there; see `opened`.
+        files: its files in the folder that keeps them, by group.
+        differing: the names of tensors that were on one side alone, or have another shape there; see `restore`.
     """
 
     manifest: Manifest
@@ -492,11 +492,11 @@ def files_for_diffusers(
         objects beside them, by key below the checkpoint.
     """
     descriptions = described(config, classes).objects
-    drawn = config.sample.weights if descriptions else ""
-    weights = {part: tensors for part, tensors in parts.items() if drawn and part.rpartition("-")[0] == drawn}
+    group = config.sample.weights if descriptions else ""
+    weights = {part: tensors for part, tensors in parts.items() if group and part.rpartition("-")[0] == group}
     names = dict(zip(weights, weights_names(len(weights)), strict=True))
     if len(weights) > 1:
         where = {tensor: names[part].rpartition("/")[2] for part, tensors in weights.items() for tensor in tensors}
         size_bytes = sum(tensor.nbytes for tensors in weights.values() for tensor in tensors.values())
         descriptions[INDEX] = weights_index(size_bytes, where)
-    return drawn, names, descriptions
+    return group, names, descriptions

@@ -109,7 +109,7 @@ class Located:
 OF_CHECKPOINT = (ObjectKind.TENSORS, ObjectKind.PIPELINE)
 """Kinds that a manifest commits."""
 PICTURES = (ObjectKind.PICTURE, ObjectKind.FIGURE, ObjectKind.GRID)
-"""Kinds with their origin and SHA-256 in themselves; see `samples.with_origin`."""
+"""Kinds with their origin and SHA-256 in themselves; see `run.with_origin`."""
 _FIELDS = {
     "checkpoint": r"\d{6}-\d{12}",
     "fence": r"\d{6}",

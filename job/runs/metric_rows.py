@@ -58,10 +58,10 @@ class History:
         segments: those that the next manifest names.
     """
 
-    def __init__(self, run: Store, segments: Sequence[Segment], config: RunConfig, warn: Callable[[str], None]) -> None:
-        """Goes on from the segments of a restored checkpoint; `warn` hears of damaged ones, which stay as they are."""
+    def __init__(self, run: Store, segments: Sequence[Segment], config: RunConfig) -> None:
+        """Goes on from the segments of a restored checkpoint; damaged ones stay as they are."""
         self.segments = tuple(segments)
-        self._run, self._config, self._warn, self._damaged = run, config, warn, set[str]()
+        self._run, self._config, self._damaged = run, config, set[str]()
 
     def add(self, rows: Sequence[Row], ref: CheckpointRef, *, is_hurried: bool) -> None:
         """Uploads the rows since the last checkpoint, together with the segments that the new one takes in.
@@ -97,7 +97,7 @@ class History:
             return contents
         except BadDataError as error:
             self._damaged.add(segment.rows.key)
-            self._warn(f"{self._run.uri_of(segment.rows.key)} stays by itself: {error}")
+            note(f"{self._run.uri_of(segment.rows.key)} stays by itself: {error}")
             return []
 
 
@@ -171,7 +171,7 @@ def _tensorboardx() -> ModuleType:
     return tensorboardX
 
 
-def read_rows(run: Store, named: Iterable[NamedObject], warn: Callable[[str], None]) -> list[Row]:
+def read_rows(run: Store, named: Iterable[NamedObject], warn: Callable[[str], None] = note) -> list[Row]:
     """Returns the rows of a checkpoint's metrics, in order; reports damaged objects to `warn`, and skips them."""
 
     def read(one: NamedObject) -> list[Row]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from job.exits import JobError, State
+from job.progress import note
 from job.runs.records import STATUS_KEY, Attempt, Status, attempt_fences, read_status, readable_attempt
 from job.stop import MARGIN_SECONDS
 from job.store import Store
@@ -193,18 +194,15 @@ class Cadence:
         save_seconds: of the last commit without an outage; None before the first.
     """
 
-    def __init__(
-        self, run: Store, every_minutes: float | None, grace_seconds: float, note: Callable[[str], None]
-    ) -> None:
+    def __init__(self, run: Store, every_minutes: float | None, grace_seconds: float) -> None:
         """Begins an interval, and reads in a thread how often the run is killed.
 
         Args:
             run: the run's folder.
             every_minutes: as configured; see `interval_seconds`.
             grace_seconds: between a preemption notice and the end.
-            note: receives messages for people.
         """
-        self._run, self._every_minutes, self._grace_seconds, self._note = run, every_minutes, grace_seconds, note
+        self._run, self._every_minutes, self._grace_seconds = run, every_minutes, grace_seconds
         self.save_seconds: float | None = None
         self._copy_seconds, self._is_too_long = 0.0, False
         self._started, self._spans = time.monotonic(), list[AttemptSpan]()
@@ -230,7 +228,7 @@ class Cadence:
         was_too_long, self._is_too_long = self._is_too_long, not is_saved_in(self._grace_seconds, save_seconds)
         if self._is_too_long and not was_too_long:
             instead = "" if self._every_minutes is None else f" instead of {self._every_minutes:g}"
-            self._note(
+            note(
                 f"a save takes about {save_seconds:.1f} s, which does not fit into the {self._grace_seconds:g} s "
                 f"between a preemption notice and the end: saving every {self._seconds / 60:.1f}{instead} minutes"
             )

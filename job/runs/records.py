@@ -19,7 +19,7 @@ from job.config import RunConfig, flatten, parse_yaml, validated
 from job.coordination.sealed import SHA256_PATTERN, Moment, RecordPart, Sealed, code_version, utc_now
 from job.data.shards import dataset_key, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, JobError, LostRunError, MissingInputError, State
-from job.progress import all_printable
+from job.progress import all_printable, note
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, RUNS, ObjectKind, places_in
 from job.store import ObjectExistsError, ObjectMissingError, Store, open_store, redacted
 from job.store.retry import PATIENCE_SECONDS
@@ -313,9 +313,9 @@ def check_writable(run: Store) -> None:
 class StatusReporter:
     """Writes the status in a thread, at intervals and at the end; an unavailable bucket does not stop the run."""
 
-    def __init__(self, run: Store, current: Callable[[State], Status], warn: Callable[[str], None]) -> None:
+    def __init__(self, run: Store, current: Callable[[State], Status]) -> None:
         # The store has a limit of its own, because the last state is written after a stop request.
-        self._run, self._current, self._warn = run.within(PATIENCE_SECONDS), current, warn
+        self._run, self._current = run.within(PATIENCE_SECONDS), current
         self._state, self._ended = State.RUNNING, threading.Event()
         self._thread = threading.Thread(target=self._work, name="status", daemon=True)
         self._thread.start()
@@ -326,7 +326,7 @@ class StatusReporter:
         self._ended.set()
         self._thread.join(timeout_seconds)
         if self._thread.is_alive():
-            self._warn(f"the run's status could not be set to {state}: the bucket did not answer in time")
+            note(f"the run's status could not be set to {state}: the bucket did not answer in time")
 
     def _work(self) -> None:
         is_last = False
@@ -337,5 +337,5 @@ class StatusReporter:
             except JobError as error:
                 # The next one is written soon, and lease and saves report an outage.
                 if is_last:
-                    self._warn(f"could not write the run's status: {error}")
+                    note(f"could not write the run's status: {error}")
             self._ended.wait(STATUS_SECONDS)

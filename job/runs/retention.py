@@ -18,10 +18,11 @@ from job.coordination.lease import Lease, ProcessIdentity
 from job.coordination.sealed import Sealed
 from job.data.reading.order import epochs_completed_by
 from job.exits import BadDataError, JobError, LostRunError, NoPermissionError
+from job.progress import note
 from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, CheckpointRef, Located, ObjectKind, located, places_in
 from job.runs.metric_rows import Row
-from job.runs.samples import score_name
+from job.runs.run import score_name
 from job.store import ObjectMissingError, Store
 
 LAST_SAVES = 2
@@ -222,11 +223,9 @@ def leftovers(
 class Retirement:
     """Deletes what no checkpoint needs after each commit of an attempt: old checkpoints, their metrics, leftovers."""
 
-    def __init__(
-        self, run: Store, lease: Lease, damaged: Collection[CheckpointRef], note: Callable[[str], None]
-    ) -> None:
+    def __init__(self, run: Store, lease: Lease, damaged: Collection[CheckpointRef]) -> None:
         """Checkpoints that are `damaged` do not count for retention, and stay."""
-        self._run, self._lease, self._damaged, self._note = run, lease, damaged, note
+        self._run, self._lease, self._damaged = run, lease, damaged
         self._named, self._is_swept = Named(), False
 
     def after(self, newest: Manifest, retention: Retention) -> None:
@@ -241,7 +240,7 @@ class Retirement:
         except LostRunError:
             raise
         except JobError as error:
-            self._note(f"old checkpoints of {self._run.uri} stay for now: {error}")
+            note(f"old checkpoints of {self._run.uri} stay for now: {error}")
 
     def _retire(self, ref: CheckpointRef, there: set[CheckpointRef]) -> None:
         # Checked right before the deletion: a reader that comes later misses the manifest, and chooses again.

@@ -29,7 +29,7 @@ from job.runs.metric_rows import History, Row
 from job.runs.outlook import Cadence
 from job.runs.records import Attempt
 from job.runs.retention import Retention, Retirement
-from job.runs.samples import put_picture
+from job.runs.run import put_picture
 from job.stop import GRACE_VARIABLE, Stop
 from job.store import Store
 from job.store.files import os_errors, scratch_folder
@@ -64,7 +64,7 @@ class CheckpointFiles:
     The host buffers are contiguous, allocated and touched once, and pinned for CUDA.
 
     Attributes:
-        drawn: the group whose weights lie where diffusers reads them.
+        unet_group: the group whose weights lie where diffusers reads them.
         descriptions: the objects beside them, by key below the checkpoint.
     """
 
@@ -82,7 +82,7 @@ class CheckpointFiles:
             views = zip(named.items(), flat.split(sizes), strict=True)
             self._host[group] = {name: view.view(tensor.shape) for (name, tensor), view in views}
         self._parts = plan_parts(self._host)
-        self.drawn, self._names, self.descriptions = files_for_diffusers(retention.config, classes, self._parts)
+        self.unet_group, self._names, self.descriptions = files_for_diffusers(retention.config, classes, self._parts)
 
     def copy(self) -> None:
         """Copies the live values into the host buffers: on a GPU beside the next step, up to `before_change`."""
@@ -184,7 +184,8 @@ class LeasedRun:
     store: Store
     """The run's folder."""
     retention: Retention
-    attempt: Attempt
+    record: Attempt
+    """Of the attempt."""
     lease: Lease
     classes: tuple[str, ...]
     """The names of its classes."""
@@ -205,9 +206,7 @@ class CheckpointWriter:
         cadence: the interval between saves, and the measured duration of the last one.
     """
 
-    def __init__(
-        self, leased: LeasedRun, live: Tensors, *, before: Manifest | None, stop: Stop, note: Callable[[str], None]
-    ) -> None:
+    def __init__(self, leased: LeasedRun, live: Tensors, *, before: Manifest | None, stop: Stop) -> None:
         """Allocates the host buffers and starts the thread.
 
         Args:
@@ -215,7 +214,6 @@ class CheckpointWriter:
             live: the tensors to save, by group.
             before: of the restored checkpoint, whose metrics and snapshots stay those of the run.
             stop: asked while the main thread waits.
-            note: receives messages for people.
         """
         self.rows = list[Row]()
         self._snapshots = before.snapshots if before else ()
@@ -225,11 +223,11 @@ class CheckpointWriter:
         # Unlike `stop` this ends no upload that is under way when a stop is requested.
         self._closing = Stop(stop.grace_seconds)
         self._run = leased.store.within(leased.store.retry.limit_seconds, self._closing)
-        self._history = History(self._run, before.segments if before else (), leased.retention.config, note)
+        self._history = History(self._run, before.segments if before else (), leased.retention.config)
         self._files = CheckpointFiles(live, leased.retention, leased.classes)
         every_minutes = leased.retention.config.checkpoint.every_minutes
-        self.cadence = Cadence(self._run, every_minutes, stop.grace_seconds, note)
-        self._retirement = Retirement(self._run, leased.lease, leased.damaged, note)
+        self.cadence = Cadence(self._run, every_minutes, stop.grace_seconds)
+        self._retirement = Retirement(self._run, leased.lease, leased.damaged)
         self._changed = threading.Condition()
         self._queued: tuple[Manifest, list[Row]] | None = None
         self._later: list[Callable[[Store], None]] = []
@@ -270,15 +268,15 @@ class CheckpointWriter:
             BucketAwayError: a stop was requested, and no time is left to wait.
         """
         self.cadence.begin()
-        attempt = self._leased.attempt
+        record = self._leased.record
         manifest = Manifest(
-            fence=attempt.fence,
-            attempt=attempt.id,
+            fence=record.fence,
+            attempt=record.id,
             images_seen=images_seen,
             loss_sums=loss_sums,
             lineage=self._lineage,
             files=(),
-            drawn=self._files.drawn,
+            unet_group=self._files.unet_group,
         )
         with self._change():
             while self._reading_host or (self._queued and self.retention.needs(self._queued[0].images_seen)):
@@ -295,8 +293,8 @@ class CheckpointWriter:
         self._files.before_change()
 
     def put(self, key: str, picture: bytes, *, images_seen: int) -> None:
-        """Queues the upload of a picture that the weights of `images_seen` drew."""
-        ref = CheckpointRef(self._leased.attempt.fence, images_seen)
+        """Queues the upload of a picture by the weights of `images_seen`."""
+        ref = CheckpointRef(self._leased.record.fence, images_seen)
         self.do_later(lambda run: put_picture(run, key, picture, ref))
 
     def do_later(self, work: Callable[[Store], None]) -> None:
@@ -363,7 +361,7 @@ class CheckpointWriter:
     def _work(self) -> None:
         try:
             while self._has_work():
-                # In order: a resumed attempt draws only the picture of the checkpoint that it begins with. After a
+                # In order: a resumed attempt makes only the picture of the checkpoint that it begins with. After a
                 # stop request the checkpoint goes first, because there may be no time for both.
                 if self._later and not (self._queued and self._stop.reason):
                     self._run.retry(self._leased.lease.confirm)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,24 +15,23 @@ import torch.distributed as dist
 from torch import nn
 
 from ddpm import figures
-from ddpm.generation import Callback, Sampling, Walk, beginning, from_noise
 from ddpm.grids import find_grid, numbered_points
-from ddpm.model import Model, NotFiniteError
+from ddpm.model import Callback, Model, NotFiniteError, Sampling
 from ddpm.process import Point, VarianceExploding
-from ddpm.threads import group_of
+from ddpm.samplers import Walk, beginning, from_noise
+from ddpm.threads import group_of, threads_of
 from job.config import RunConfig, method
 from job.data.latents import Decoder, load_decoder
 from job.exits import BadDataError, BadRequestError, NotANumberError, StoppedError
 from job.processes.ranks import Agreement, Ranks
 from job.progress import Progress
 from job.requests import SampleRequest
-from job.runs.checkpoints import opened
+from job.runs.checkpoints import load_weights
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.records import split_run
 from job.runs.retention import kept_while_read, reading_chosen
-from job.runs.samples import FoundGrid, moment_of
+from job.runs.run import FoundGrid, moment_of
 from job.sampling.sampling_plan import SamplePlan, Worse, found_points, plan_sampling
-from job.stop import Stop
 from job.store import ObjectExistsError, Store
 
 GIF_FRAMES = 20
@@ -58,7 +58,6 @@ class Painter(Model):
         config: RunConfig,
         ranks: Ranks,
         precision: str,
-        stop: Stop,
         agreement: Agreement,
         decoder: Decoder | None = None,
         renewals: Sequence[Callable[[], None]] = (),
@@ -69,13 +68,13 @@ class Painter(Model):
             config: that of the run.
             ranks: all processes.
             precision: the number format of the network, `fp32` or `bf16`.
-            stop: the stop request of this process.
             agreement: has one flag for stop requests, so that all processes stop at the same step.
             decoder: turns latents into pixels, for a run on latents.
             renewals: called at each evaluation: see `job.runs.retention.kept_while_read`.
         """
-        super().__init__(**vars(method.model_of(config, ranks.device, precision, decoder)))
-        self.config, self.ranks, self.stop, self.agreement, self.renewals = config, ranks, stop, agreement, renewals
+        super().__init__(**vars(model_of(config, ranks.device, precision, decoder)))
+        self.config, self.ranks, self.stop = config, ranks, ranks.stop
+        self.agreement, self.renewals = agreement, renewals
 
     def load_worse(self, worse: Worse) -> None:
         """Reads the weights of the weaker network for autoguidance, with the configuration of its run. Collective."""
@@ -93,10 +92,8 @@ class Painter(Model):
         network = network or self.network
 
         def load() -> None:
-            tensors = {group: {name: value.detach() for name, value in network.named_parameters()}}
             try:
-                with opened(run, ref, into=tensors):
-                    pass
+                load_weights(run, ref, group, network)
             except BadDataError as error:
                 name = run.uri.rsplit("/", 1)[-1]
                 raise BadDataError(
@@ -240,7 +237,7 @@ class Painter(Model):
         """
         numbers = torch.tensor(seeds, dtype=torch.int64, device=self.device)
         try:
-            return figures.to_uint8(self.draw(numbers, sampling, callback or self.check_stopped, walk))
+            return figures.to_uint8(self.sample_seeds(numbers, sampling, callback or self.check_stopped, walk))
         except NotFiniteError as error:
             raise NotANumberError(str(error)) from None
 
@@ -260,8 +257,41 @@ class Painter(Model):
             renew()
 
 
+def model_of(
+    config: RunConfig,
+    device: torch.device,
+    precision: str = "fp32",
+    decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    classes: tuple[str, ...] | None = None,
+) -> Model:
+    """Returns a run's model with initial weights.
+
+    Args:
+        config: the run's configuration.
+        device: the network's device.
+        precision: number format of the network, `fp32` or `bf16`.
+        decode: decodes latents to pixels, if the run learns latents.
+        classes: names of the classes; None: their numbers.
+    """
+    model, count = config.model, config.model.num_classes or 0
+    bf16 = partial(torch.autocast, device.type, torch.bfloat16)
+    return Model(
+        network=method.build_network(config, device).eval().requires_grad_(False),
+        process=method.process_of(config),
+        prediction=method.prediction_of(config),
+        image_shape=config.image_shape,
+        sampling=method.sampling_of(config.sample),
+        classes=classes or tuple(map(str, range(count))),
+        null_class=model.label_dropout > 0,
+        diffusion=config.diffusion,
+        autocast=bf16 if precision == "bf16" else nullcontext,
+        decode=decode,
+        threads=threads_of(device, config.train.slot_threads or 1),
+    )
+
+
 @contextmanager
-def prepared(plan: SamplePlan, ranks: Ranks, stop: Stop) -> Iterator[tuple[SamplePlan, Painter, Sampling]]:
+def prepared(plan: SamplePlan, ranks: Ranks) -> Iterator[tuple[SamplePlan, Painter, Sampling]]:
     """Yields the plan, painter and sampling of all processes, and marks the checkpoints as being read. Collective."""
     with ExitStack() as stack:
         # One process chooses for all: training may commit a newer checkpoint between the choices of two.
@@ -272,10 +302,7 @@ def prepared(plan: SamplePlan, ranks: Ranks, stop: Stop) -> Iterator[tuple[Sampl
         if (worse := plan.worse) is not None:
             renewals.append(stack.enter_context(kept_while_read(worse.of_run.run, worse.ref)))
         decoder = load_decoder(plan.bucket, plan.index, ranks.device)
-        agreement = Agreement(ranks.world_size, flags=1)
-        painter = Painter(
-            plan.config, ranks, plan.precision, stop, agreement=agreement, decoder=decoder, renewals=renewals
-        )
+        painter = Painter(plan.config, ranks, plan.precision, Agreement(ranks.world_size, flags=1), decoder, renewals)
         if worse is not None:
             painter.load_worse(worse)
         sampling = painter.sampling
@@ -354,9 +381,8 @@ def load_run(
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     decode, group = load_decoder(plan.bucket, plan.index, on), plan.config.sample.weights
     # On many processors bf16 is slower than fp32.
-    model = method.model_of(plan.config, on, plan.precision if on.type == "cuda" else "fp32", decode, plan.classes)
-    tensors = {group: {name: each.detach() for name, each in model.network.named_parameters()}}
-    with reading_chosen(plan.run, plan.choose) as ((ref,), _), opened(plan.run, ref, into=tensors):
-        pass
+    model = model_of(plan.config, on, plan.precision if on.type == "cuda" else "fp32", decode, plan.classes)
+    with reading_chosen(plan.run, plan.choose) as ((ref,), _):
+        load_weights(plan.run, ref, group, model.network)
     model.source = f"{plan.run.uri}, {moment_of(plan.label(ref.images_seen))}, weights {group}"
     return model

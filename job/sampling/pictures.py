@@ -5,7 +5,7 @@ RUN/samples/epoch-0080-ddim-100.png              one image per seed, from the av
             comparison-30-80-490-ddim-100.png    the same seeds under several checkpoints
             denoising-epoch-0080-ddim-100.gif    from noise to image, 20 frames at most
             epoch-0080-ddim-100-inpaint-image-3-mask-half-resamplings-10.png  see `ddpm.editing`
-            epoch-0080-ddim-100-0-50000-1f3a9c02/  see `sets`
+            epoch-0080-ddim-100-0-50000-1f3a9c02/  see `sampling_plan`
 
 The figures of the method, `ddpm figure schedule` and `ddpm figure noising`, need no network.
 """
@@ -27,22 +27,22 @@ from PIL import Image
 
 from ddpm import editing, figures, randomness
 from ddpm.catalogue import Diffusion
-from ddpm.generation import Sampling, Walk
 from ddpm.image_size import ImageSize
+from ddpm.model import Sampling
 from ddpm.process import VarianceExploding, VariancePreserving, make_process
+from ddpm.samplers import Walk
 from job.config import RunConfig
 from job.coordination.pieces import IF_NONE_RUNS, Advance, Made
-from job.data.reading.cache import ImageCache, uncached_images
+from job.data.reading.cache import ImageCache, open_cache
 from job.data.shards import find_dataset, load_index
 from job.exits import BadRequestError
 from job.processes.ranks import meet
 from job.requests import GIF_SEEDS, parse_numbers
 from job.runs import records
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.samples import SampleSetConfig, denoising_key, file_words, grid_key, moment_of, put_picture, title_of
+from job.runs.run import SampleSetConfig, denoising_key, file_words, grid_key, moment_of, put_picture, title_of
 from job.sampling.painter import Painter, Route, prepared
-from job.sampling.sampling_plan import Given, SamplePlan
-from job.sampling.sets import SampleSet, plan_sets
+from job.sampling.sampling_plan import Given, SamplePlan, SampleSet, plan_sets
 from job.stop import NEVER, Stop
 from job.store import Store, open_store
 from job.store.files import write_file
@@ -64,7 +64,7 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
         BadDataError: a checkpoint or a record is damaged; the message names the object.
         StoppedError: with `--count`, whole pieces are saved, and the same command resumes.
     """
-    with prepared(plan, meet(stop), stop) as (plan, painter, sampling):
+    with prepared(plan, meet(stop)) as (plan, painter, sampling):
         editor = Editor(plan.given, painter, sampling) if plan.given else None
         if plan.request.count is None:
             _make_pictures(plan, painter, sampling, editor)
@@ -82,8 +82,8 @@ def _make_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
     how, usual = plan.how(request.seeds), plan.stored.sample
     layout = "" if editor or sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-no-nearest"
     training = None
-    if sample.nearest and is_main and editor is None and plan.index:
-        training = plan.opened_images(plan.pictures(), painter.stop)
+    if sample.nearest and is_main and editor is None and (pixels := plan.pixels()):
+        training = open_cache(plan.bucket, pixels, plan.config.data.cache_gigabytes * 1e9, painter.stop)
     grids: list[tuple[str, np.ndarray]] = []
 
     def publish(ref: CheckpointRef, key: str, picture: bytes, note: str = "") -> None:
@@ -354,13 +354,13 @@ def noising_picture(
         dataset, size = config.data.dataset, config.data.size
     if not dataset:
         raise BadRequestError("--dataset is needed: it names the images, unless --run names a run that saw some")
-    index = load_index(bucket, key := find_dataset(bucket, dataset, size))
+    index = load_index(bucket, find_dataset(bucket, dataset, size))
     if index.encoding:
         raise BadRequestError(f"--dataset {dataset} holds latents, of {index.encoding.source}: name that one")
     if image is not None and image >= index.images:
         raise BadRequestError(f"--image {image}: {index.name} has the images 0 to {index.images - 1:,}")
     numbers = np.linspace(0, index.images - 1, len(steps)).astype(np.int64) if image is None else np.array([image])
-    images = uncached_images(bucket, key, index).read(numbers)
+    images = ImageCache(bucket, index).read(numbers)
     process, x_start = make_process(diffusion), torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     noise = randomness.sampling_noise(torch.arange(len(images)), 0, tuple(x_start.shape[1:]), x_start.device)
     _, alpha, sigma = (part.float().view(-1, 1, 1, 1) for part in process.numbered(torch.tensor(steps)))

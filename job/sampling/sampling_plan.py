@@ -1,6 +1,14 @@
-"""The plan of a sampling command, before it begins: given images, and a sampler of the user's.
+"""The plan of a sampling command, before it begins: given images, a sampler of the user's, and sets of many images.
 
-It needs no tensors.
+It needs no tensors. `ddpm sample --count` makes the images of a checkpoint in pieces, which are committed one by one:
+
+RUN/samples/epoch-0080-ddim-100-0-50000-1f3a9c02/piece-00012.tar      a shard that webdataset can read
+                                                 pieces/00012.json    created once, after the piece: its commit
+                                                 grid.png             the first images, before their piece
+                                                 index.json           created once, when all pieces are there
+RUN/samples/epoch-0080-ddim-100-0-50000-7be2c4d1/piece-00012/000003072.png …   with --save png
+
+The last part of the name is a hash of everything that decides the images and their files: no two sets share a folder.
 """
 
 from __future__ import annotations
@@ -9,8 +17,10 @@ import hashlib
 import importlib
 import sys
 import traceback
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,16 +28,24 @@ import numpy as np
 
 from ddpm.catalogue import takers
 from ddpm.image_size import ImageSize
+from job.coordination.pieces import WHOLE, Pieces, Slice
 from job.data.images import Recipe, RejectedImageError, prepare
 from job.exits import BadDataError, BadRequestError, JobError, did_you_mean
-from job.plan import RunHandle, open_run
 from job.processes.launcher import lost_peer
 from job.progress import detail, note
 from job.requests import SampleRequest, parse_numbers
-from job.runs import records
-from job.runs.checkpoints import lost_manifest
-from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.samples import Editing, FoundGrid, file_words
+from job.runs.checkpoints import load_manifest, lost_manifest
+from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind
+from job.runs.run import (
+    Editing,
+    FoundGrid,
+    RunHandle,
+    SampleSetConfig,
+    SampleSetIndex,
+    file_words,
+    named_piece,
+    open_run,
+)
 from job.stop import NEVER, Stop, StopSignal
 from job.store import Store
 from job.store.files import os_errors
@@ -172,7 +190,7 @@ class SamplePlan(RunHandle):
 
     def how(self, seeds: str = "") -> str:
         """Returns everything that decides the images of a checkpoint, as part of a picture's name."""
-        how = self.config.sample.name(self.stored.sample)
+        how = self.how_sampled
         how += f"-{self.custom_sampler.words}" if self.custom_sampler else ""
         how += f"-{self.given.editing.name}" if self.given else ""
         return f"{how}-seeds-{file_words(seeds, '_')}" if seeds else how
@@ -269,19 +287,19 @@ def _given(request: SampleRequest, of_run: RunHandle) -> Given | None:
     if request.mode == "interpolate":
         return Given(Editing(mode="interpolate"))
     labels, name, index = list[int](), request.image, of_run.index
-    channels, height, width = of_run.picture_shape
+    channels, height, width = of_run.pixel_shape
     size = ImageSize(height, width)
     if index and index.encoding:
         raise BadRequestError(f"--mode {request.mode} needs pixels, and {index.name} holds latents: leave it out")
     if "--image" not in request.files:
-        from job.data.reading.cache import uncached_images
+        from job.data.reading.cache import ImageCache
 
         numbers = np.array(parse_numbers(name, "--image"))
         if index is None:
             raise BadRequestError(f"--image {name}: the run was imported without a dataset, so name a file")
         if max(numbers) >= index.images:
             raise BadRequestError(f"--image {name}: {index.name} has the images 0 to {index.images - 1:,}")
-        cache = uncached_images(of_run.bucket, records.dataset_key_of(of_run.config), index)
+        cache = ImageCache(of_run.bucket, index)
         # An image of the dataset keeps its own class.
         images, labels = cache.read(numbers), cache.labels(numbers).tolist()
     else:
@@ -314,3 +332,118 @@ def _read_image(option: str, path: str, recipe: Recipe) -> tuple[np.ndarray, str
         return prepare(encoded, recipe), hashlib.sha256(encoded).hexdigest()
     except RejectedImageError as error:
         raise BadDataError(f"{option} {path} {error}") from None
+
+
+PIECES_WANTED = 64
+"""The preferred number of pieces: enough for a dozen slices to finish at about the same time."""
+SMALLEST_PIECE_IMAGES = 16
+LARGEST_PIECE_IMAGES = 256
+"""A killed process loses at most two pieces: one in upload, one half made."""
+
+
+def piece_images(count: int) -> int:
+    """Returns the images of a piece, a function of `count` alone, so that other slices or processes can resume."""
+    return min(max(ceil(count / PIECES_WANTED), SMALLEST_PIECE_IMAGES), LARGEST_PIECE_IMAGES)
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """The numbered images of one set, and their folder `name` below the run's samples."""
+
+    run: Store
+    name: str
+    ref: CheckpointRef
+    config: SampleSetConfig
+    share: Slice = WHOLE
+
+    @property
+    def folder(self) -> Store:
+        """The folder of the set."""
+        return self.run.sub(f"{SAMPLES}/{self.name}")
+
+    def key(self, kind: ObjectKind, piece: int = 0, seed: int = 0) -> str:
+        """Returns the key of an object of this set, below the run."""
+        return kind.key(folder=self.name, piece=piece, seed=seed)
+
+    @property
+    def pieces(self) -> Pieces:
+        """The pieces, of which this machine makes its share first."""
+        sizes = [len(self.config.seeds(number)) for number in range(self.config.pieces)]
+        folder = f"{SAMPLES}/{self.name}"
+        return Pieces(self.run, self.config.fingerprint, sizes, folder=folder, share=self.share)
+
+    def index(self) -> SampleSetIndex | None:
+        """Returns the index, if all pieces are there.
+
+        Raises:
+            BadDataError: the index is corrupt, or a listed piece is gone; the message says what to delete.
+        """
+        index = SampleSetIndex.load_made(self.run, self.key(ObjectKind.INDEX))
+        if index is not None:
+            self._check_files(index)
+        return index
+
+    def publish(self, stop: Stop = NEVER) -> None:
+        """Creates the index, once all pieces are there.
+
+        Raises:
+            BadDataError: an object is corrupt or missing; the message says what to delete.
+        """
+        pieces = [named_piece(record, self.config) for record in self.pieces.records(stop=stop)]
+        index = SampleSetIndex(sample_set=self.config, pieces=tuple(pieces))
+        self._check_files(index)
+        # Another machine that found no piece missing writes the same bytes.
+        self.run.create(self.key(ObjectKind.INDEX), index.to_json())
+
+    def describe(self, note: str) -> str:
+        """Returns a line for people about a complete set."""
+        pieces = f"{self.config.pieces:,} piece{'s' * (self.config.pieces > 1)}"
+        return f"{self.run.uri_of(self.key(ObjectKind.INDEX))}  ({self.config.count:,} images in {pieces}; {note})"
+
+    def _check_files(self, index: SampleSetIndex) -> None:
+        """Checks that a listing has all pieces; `ddpm runs verify` checks their content."""
+        found = Counter[str]()
+        for entry in self.run.list(f"{SAMPLES}/{self.name}"):
+            # With --save png a piece is a folder of images: their sizes are added.
+            found["/".join(entry.key.split("/")[:3])] += entry.size_bytes
+        wrong = [number for number, piece in enumerate(index.pieces) if found[piece.key] != piece.size_bytes]
+        if wrong:
+            record_key, index_key = self.key(ObjectKind.RECORD, wrong[0]), self.key(ObjectKind.INDEX)
+            raise BadDataError(
+                f"{self.run.uri_of(index.pieces[wrong[0]].key)} is missing, or not as its record says "
+                f"({len(wrong)} such); delete it, {self.run.uri_of(record_key)} and {self.run.uri_of(index_key)}, if "
+                "they exist, and the same command makes this piece again"
+            )
+
+
+def plan_sets(plan: SamplePlan) -> list[SampleSet]:
+    """Returns the sets of `--count`, one for each checkpoint; an empty list without it. Writes nothing.
+
+    Raises:
+        BadDataError: a checkpoint's manifest is damaged.
+    """
+    request, count = plan.request, plan.request.count
+    if count is None:
+        return []
+    first_seed, save = request.first_seed or 0, request.save or "shards"
+    sets = []
+    for ref in plan.checkpoints:
+        config = SampleSetConfig(
+            **plan.config.sample.effective.model_copy(update={"precision": plan.precision}).model_dump(),
+            checkpoint=ref.key,
+            checkpoint_sha256=load_manifest(plan.run, ref).sha256,
+            worse_sha256=load_manifest(plan.worse.of_run.run, plan.worse.ref).sha256 if plan.worse else "",
+            editing=plan.given.editing if plan.given else None,
+            custom_sampler=f"{plan.custom_sampler.name} {plan.custom_sampler.sha256}" if plan.custom_sampler else "",
+            found=plan.found,
+            size=ImageSize(*plan.pixel_shape[1:]),
+            channels=plan.pixel_shape[0],
+            classes=plan.sampled_classes,
+            first_seed=first_seed,
+            count=count,
+            piece_images=piece_images(count),
+            save=save,
+        )
+        name = f"{plan.label(ref.images_seen)}-{plan.how()}-{first_seed}-{count}-{config.fingerprint[:8]}"
+        sets.append(SampleSet(plan.run, name, ref, config, Slice.parse(request.slice)))
+    return sets

@@ -13,7 +13,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from urllib.parse import unquote, urlsplit
 
-from job.exits import BadConfigError, BadRequestError, how_to_install
+from job.exits import BadConfigError, BadRequestError, needs_extra
 from job.progress import note
 from job.stop import Stop
 from job.store.base import READ_BYTES, ConflictError, Entry, ObjectExistsError, ObjectMissingError, Store
@@ -108,12 +108,8 @@ def open_store(uri: str, retry: Retry | None = None) -> Store:
         return LocalStore(_local_root(uri), retry)
     scheme, bucket, prefix = _bucket_of(uri)
     kind = _BY_SCHEME[scheme]
-    try:
-        with fsspec_configured():
-            store: Store = resolve_name(kind.store)(bucket, retry)
-    except ModuleNotFoundError as error:
-        how = how_to_install(kind.extra)
-        raise BadRequestError(f"{scheme}:// needs more than is installed ({error}): {how}") from None
+    with needs_extra(kind.extra, f"{scheme}://"), fsspec_configured():
+        store: Store = resolve_name(kind.store)(bucket, retry)
     return store.sub(prefix) if prefix else store
 
 

@@ -138,10 +138,10 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
         FileNotFoundError: no folder for temporary files exists, or all are full; see `job.exits.ending_of`.
         DiskFullError: the disk is full.
     """
-    parent = Path(tempfile.gettempdir())
+    above = Path(tempfile.gettempdir())
     with os_errors("the folder for temporary files (TMPDIR)"):
-        _sweep_once(parent, _SCRATCH)
-        folder, descriptor = _locked(lambda: Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{purpose}-", dir=parent)))
+        _sweep_once(above, _SCRATCH)
+        folder, descriptor = _locked(lambda: Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{purpose}-", dir=above)))
     try:
         yield folder
     finally:

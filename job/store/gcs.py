@@ -32,7 +32,7 @@ from requests.adapters import HTTPAdapter
 from job.exits import JobError
 from job.store.base import Entry
 from job.store.files import COPY_BYTES
-from job.store.remote import CONNECTIONS, Piece, RemoteStore, Watched, cause, content_type, damaged, one_line
+from job.store.remote import CONNECTIONS, Fetched, RemoteStore, Watched, cause, content_type, damaged, one_line
 from job.store.retry import Retry, T, in_thread
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
@@ -92,17 +92,17 @@ class GcsStore(RemoteStore):
             self._in_time(token)
         return bool(self._login)
 
-    def _get(self, key: str, start: int, stop: int | None, version: str = "") -> Future[Piece]:
-        def piece(headers: Any, blocks: Sequence[bytes]) -> Piece:
+    def _get(self, key: str, start: int, stop: int | None, version: str = "") -> Future[Fetched]:
+        def fetched(headers: Any, blocks: Sequence[bytes]) -> Fetched:
             got_bytes = sum(map(len, blocks))
             size_bytes = int(headers.get("Content-Range", f"/{got_bytes}").rpartition("/")[2])
             crc32c = _CRC32C.search(",".join(headers.getall("X-Goog-Hash")))
-            return Piece(blocks, got_bytes, size_bytes, headers["X-Goog-Generation"], crc32c[1] if crc32c else "")
+            return Fetched(blocks, got_bytes, size_bytes, headers["X-Goog-Generation"], crc32c[1] if crc32c else "")
 
         url = self._fs.url(f"{self._bucket.name}/{self._prefix}{key}", generation=version or None)
         part = {"Range": f"bytes={start}-{stop - 1}"} if stop else {}
         # A compressed object arrives as it is stored, for that is what the checksum covers.
-        return self._call(piece, "GET", url, headers={"Accept-Encoding": "gzip", **part})
+        return self._call(fetched, "GET", url, headers={"Accept-Encoding": "gzip", **part})
 
     def _send(self, key: str, content: Watched, over: str | None) -> str | None:
         name, condition = self._prefix + key, None if over is None else over or "0"

@@ -31,7 +31,7 @@ from obstore.store import S3Store as S3Client
 from job.exits import BadDataError, BadRequestError, JobError, NoPermissionError
 from job.store.base import Entry, ObjectMissingError
 from job.store.files import COPY_BYTES
-from job.store.remote import Piece, RemoteStore, Watched, cause, content_type, damaged, one_line
+from job.store.remote import Fetched, RemoteStore, Watched, cause, content_type, damaged, one_line
 from job.store.retry import Retry, T, in_thread
 
 _CRC32C = "ddpm_crc32c"
@@ -98,20 +98,20 @@ class ObjectStore(RemoteStore):
     def _ask(self, work: Callable[..., T], *args: Any, **named: Any) -> T:
         return self._answer(in_thread(_asked, work, *args, **named))
 
-    def _get(self, key: str, start: int, stop: int | None, version: str = "") -> Future[Piece]:
-        def get() -> Piece:
+    def _get(self, key: str, start: int, stop: int | None, version: str = "") -> Future[Fetched]:
+        def get() -> Fetched:
             which: Any = {**({"range": (start, stop)} if stop else {}), **({"if_match": version} if version else {})}
             found = obstore.get(self._client, self._prefix + key, options=which)
             # An object that another program wrote has no such checksum.
             crc32c = found.attributes.get(_CRC32C, "")
-            # Heaps of threads would keep the memory of the pieces.
+            # Heaps of threads would keep the memory of the ranges.
             content = mmap.mmap(-1, found.range[1] - found.range[0] or 1, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             for block in found.stream(_BLOCK_BYTES):
                 content.write(block)
             got_bytes = content.tell()
             content.seek(0)
             blocks = iter(partial(content.read, _BLOCK_BYTES), b"") if got_bytes else ()
-            return Piece(blocks, got_bytes, found.meta["size"], str(found.meta["e_tag"]), crc32c)
+            return Fetched(blocks, got_bytes, found.meta["size"], str(found.meta["e_tag"]), crc32c)
 
         return in_thread(_asked, get)
 

@@ -1,4 +1,4 @@
-"""The common part of gs://, s3:// and az://: downloads in pieces with a checksum, and the errors of HTTP."""
+"""The common part of gs://, s3:// and az://: downloads by ranges with a checksum, and the errors of HTTP."""
 
 from __future__ import annotations
 
@@ -28,18 +28,15 @@ from job.store.files import COPY_BYTES
 from job.store.retry import Retry, T, UnknownHostError, answer
 
 CONNECTIONS = 64
-PIECE_BYTES = 4 << 20
+RANGE_BYTES = 4 << 20
 """Size of one ranged read: on most networks its transfer takes longer than its request."""
-_PIECES_AHEAD = 6
-READ_AHEAD_BYTES = PIECE_BYTES
-PART_BYTES = 2 * READ_AHEAD_BYTES
-"""Largest part of a file that one request fetches, of those that are read in parts."""
+_RANGES_AHEAD = 6
 _REASON_CHARACTERS = 200
 _UNKNOWN_HOST = re.compile("not known|not resolve")
 """Part of what name servers say of a name that does not exist."""
 
 
-class Piece(NamedTuple):
+class Fetched(NamedTuple):
     """`got_bytes` of an object, and the size, version and, if the bucket knows it, crc32c of the whole."""
 
     blocks: Iterable[bytes]
@@ -66,7 +63,7 @@ class RemoteStore(Store):
         self._roles, self._make = (text.format(uri=self.uri, name=name) for text in (self._roles, self._make))
 
     @abc.abstractmethod
-    def _get(self, key: str, start: int, stop: int | None, version: str = "") -> Future[Piece]:
+    def _get(self, key: str, start: int, stop: int | None, version: str = "") -> Future[Fetched]:
         """Starts to read the bytes from `start` to `stop`, or to the end, of this version or of any."""
 
     @abc.abstractmethod
@@ -108,36 +105,36 @@ class RemoteStore(Store):
 
     def _fetch(self, key: str, consume: Callable[[bytes], object]) -> str:
         checksum = google_crc32c.Checksum()
-        # A full disk cancels the pieces ahead.
-        with closing(self._pieces(key)) as pieces:
-            for piece in pieces:
-                for block in piece.blocks:
+        # A full disk cancels the ranges ahead.
+        with closing(self._ranges(key)) as ranges:
+            for fetched in ranges:
+                for block in fetched.blocks:
                     checksum.update(block)
                     consume(block)
-        if piece.crc32c and piece.crc32c != _encoded(checksum):
+        if fetched.crc32c and fetched.crc32c != _encoded(checksum):
             raise damaged(self.uri_of(key))
-        return piece.version
+        return fetched.version
 
-    def _pieces(self, key: str) -> Generator[Piece]:
-        """Yields the content of one version in order, and reads some pieces ahead."""
-        piece = self._first(key, PIECE_BYTES)
-        size_bytes, version = piece.size_bytes, piece.version
-        stops = ((start, min(start + PIECE_BYTES, size_bytes)) for start in range(PIECE_BYTES, size_bytes, PIECE_BYTES))
-        ahead: deque[tuple[int, int, Future[Piece]]] = deque()
+    def _ranges(self, key: str) -> Generator[Fetched]:
+        """Yields the content of one version in order, and reads some ranges ahead."""
+        fetched = self._first(key, RANGE_BYTES)
+        size_bytes, version = fetched.size_bytes, fetched.version
+        stops = ((start, min(start + RANGE_BYTES, size_bytes)) for start in range(RANGE_BYTES, size_bytes, RANGE_BYTES))
+        ahead: deque[tuple[int, int, Future[Fetched]]] = deque()
         try:
             while True:
-                for start, stop in islice(stops, _PIECES_AHEAD - len(ahead)):
+                for start, stop in islice(stops, _RANGES_AHEAD - len(ahead)):
                     ahead.append((start, stop, self._get(key, start, stop, version)))
-                yield piece
+                yield fetched
                 if not ahead:
                     return
                 self.retry.is_under_way(self.uri_of(key))
-                piece = self._whole(key, *ahead.popleft())
+                fetched = self._whole(key, *ahead.popleft())
         finally:
-            for *_, piece_ahead in ahead:
-                piece_ahead.cancel()
+            for *_, coming in ahead:
+                coming.cancel()
 
-    def _first(self, key: str, stop: int) -> Piece:
+    def _first(self, key: str, stop: int) -> Fetched:
         try:
             return self._whole(key, 0, stop, self._get(key, 0, stop))
         except Exception as error:
@@ -149,13 +146,13 @@ class RemoteStore(Store):
     def _open(self, key: str) -> BinaryIO:
         # Azurite's answer to a request for one byte of an empty object has no valid range.
         first = self._first(key, 2)
-        return cast(BinaryIO, Ranges(partial(self._attempt, self._part, key, first.version), first.size_bytes))
+        return cast(BinaryIO, Ranges(partial(self._attempt, self._range, key, first.version), first.size_bytes))
 
-    def _part(self, key: str, version: str, start: int, stop: int) -> bytes:
+    def _range(self, key: str, version: str, start: int, stop: int) -> bytes:
         return b"".join(self._whole(key, start, stop, self._get(key, start, stop, version)).blocks)
 
-    def _whole(self, key: str, start: int, stop: int, piece: Future[Piece]) -> Piece:
-        found = self._answer(piece)
+    def _whole(self, key: str, start: int, stop: int, coming: Future[Fetched]) -> Fetched:
+        found = self._answer(coming)
         if found.got_bytes != min(stop, found.size_bytes) - start:
             raise damaged(self.uri_of(key))
         return found
@@ -223,18 +220,18 @@ class Ranges(AbstractBufferedFile):
     def __init__(self, fetch: Callable[[int, int], bytes], size_bytes: int) -> None:
         """Takes the function, which threads call: one connection does not fill a network."""
         self._fetch = fetch
-        super().__init__(None, "", block_size=READ_AHEAD_BYTES, size=size_bytes)
+        super().__init__(None, "", block_size=RANGE_BYTES, size=size_bytes)
 
     def read_ahead(self, size_bytes: int) -> None:
         """Sets how many bytes each later request fetches behind those that are read."""
         self.cache.blocksize = size_bytes
 
     def _fetch_range(self, start: int, stop: int) -> bytes:
-        starts = range(start, stop, PART_BYTES)
+        starts = range(start, stop, 2 * RANGE_BYTES)
         if len(starts) < 2:
             return self._fetch(start, stop)
-        with ThreadPoolExecutor(_PIECES_AHEAD) as pool:
-            return b"".join(pool.map(lambda start: self._fetch(start, min(start + PART_BYTES, stop)), starts))
+        with ThreadPoolExecutor(_RANGES_AHEAD) as pool:
+            return b"".join(pool.map(lambda start: self._fetch(start, min(start + 2 * RANGE_BYTES, stop)), starts))
 
 
 def damaged(uri: str) -> BucketAwayError:

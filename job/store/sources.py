@@ -23,7 +23,7 @@ from job.exits import BadDataError, BadRequestError, BucketAwayError, JobError, 
 from job.store import URIS, WEB, check_source, is_safe, redacted, split_query
 from job.store.base import Entry, ObjectMissingError, Store
 from job.store.files import COPY_BYTES
-from job.store.remote import CONNECTIONS, READ_AHEAD_BYTES, Ranges, one_line
+from job.store.remote import CONNECTIONS, RANGE_BYTES, Ranges, one_line
 from job.store.retry import POLL_SECONDS, Retry, T, UnknownHostError, answer, in_thread
 
 # It logs many lines about an error that this program reports in one.
@@ -153,7 +153,7 @@ class SourceStore(Store):
         where, is_web = self.uri_of(key), self._is_web
         (size_bytes, version), received_bytes = self._about(key), 0
         # On the web, block size 0 opens a stream; a size saves the request for it.
-        how = {"block_size": 0, "size": 1} if is_web else {"block_size": READ_AHEAD_BYTES, "cache_type": "readahead"}
+        how = {"block_size": 0, "size": 1} if is_web else {"block_size": RANGE_BYTES, "cache_type": "readahead"}
         file = self._ask(where, lambda fs: fs.open(self._path(key), "rb", **how))
         # A whole answer is final; an empty one may be an outage.
         is_final = is_web and "Content-Length" in file.r.headers
@@ -170,7 +170,7 @@ class SourceStore(Store):
             said = f"{where} sends {received_bytes:,} of {size_bytes:,} bytes"
             raise BadDataError(f"{said}: download it") if is_final and received_bytes else BucketAwayError(said)
         # A smaller file arrives in one request, and the hub limits the requests per hour.
-        if received_bytes > READ_AHEAD_BYTES:
+        if received_bytes > RANGE_BYTES:
             self._check_same(key, About(size_bytes, version))
         return repr(version)
 
@@ -187,7 +187,7 @@ class SourceStore(Store):
     def _part(self, key: str, about: About, start: int, stop: int) -> bytes:
         def part_of(fs: Any) -> bytes:
             # The end is known: bytes behind it would be for nothing.
-            how = {"block_size": READ_AHEAD_BYTES, "cache_type": "none", "size": about.size_bytes}
+            how = {"block_size": RANGE_BYTES, "cache_type": "none", "size": about.size_bytes}
             with fs.open(self._path(key), "rb", **how) as file:
                 file.seek(start)
                 return bytes(file.read(stop - start))

@@ -22,16 +22,17 @@ from job.data.reading.cache import ImageCache
 from job.data.reading.order import order_of
 from job.evaluation.evaluation_plan import check_scores_in_training
 from job.exits import BadDataError, JobError, LostRunError, MissingInputError, State, ending_of, state_after
-from job.plan import Plan, RunHandle, plan_run
+from job.plan import Plan, plan_run
 from job.processes import compute
 from job.processes.launcher import is_launched
 from job.processes.ranks import meet
 from job.progress import note
 from job.requests import TrainRequest, check_world_size
 from job.runs import records
-from job.runs.checkpoints import Manifest, check_average, newest_good, opened
+from job.runs.checkpoints import Manifest, check_average, newest_good, restore
 from job.runs.layout import CheckpointRef
 from job.runs.retention import kept_while_read
+from job.runs.run import RunHandle
 from job.stop import Stop
 from job.store import open_bucket
 from job.training.reporting import Recorder
@@ -44,7 +45,7 @@ _EXIT_SECONDS = 0.5
 
 
 class TrainingAttempt:
-    """One attempt at a run: `held` takes the run, `recording` writes down what comes of it, `restore` prepares it.
+    """An attempt at a run: `held` takes it, `recording` writes down what comes of it, `restore` and `begin` prepare it.
 
     Attributes:
         plan: made with the lease.
@@ -123,19 +124,19 @@ class TrainingAttempt:
             recorder.close(State.FINISHED)
 
     def restore(self) -> None:
-        """Restores the state and opens the images; the recorder can write checkpoints then. Collective."""
-        plan, ranks = self.plan, self.ranks
-        # First, because a parent that trains on may delete its checkpoint while the images are read.
-        self.state = method.initial_state(method.build_network(plan.config, ranks.device), plan.config)
+        """Makes the state of a new run, or restores it. Collective."""
+        self.state = method.initial_state(method.build_network(self.plan.config, self.ranks.device), self.plan.config)
         self._restore()
-        self.images = plan.opened_images(plan.index, self.stop)
-        self.held_out = plan.opened_images(plan.held_out, self.stop) if plan.held_out else None
+
+    def begin(self, images: ImageCache, held_out: ImageCache | None = None) -> None:
+        """Takes the images; the recorder can write checkpoints then. Collective."""
+        self.images, self.held_out = images, held_out
         if self.recorder is not None:
             if self.restored is None:
                 self._compare_sigma_data()
             self.recorder.begin(self.state, self.restored, self.damaged)
         # Building the network waits for all processes without a heartbeat, which would look like a hang.
-        ranks.sum(0)
+        self.ranks.sum(0)
 
     def on_main(self, work: Callable[[Recorder], T]) -> T:
         """Runs `work` with the recorder on the main process; see `Ranks.on_main`. Collective."""
@@ -202,10 +203,11 @@ class TrainingAttempt:
 
         def load() -> Manifest | None:
             assert self._lease is not None
-            with self._lease.unless_lost(), newest_good(plan.run, note, self.damaged, into=tensors) as restored:
+            with self._lease.unless_lost():
+                restored = newest_good(plan.run, self.damaged, tensors)
                 if restored is None and plan.config.parent.run:
                     load_parent(state, plan)
-                return restored.manifest if restored else None
+                return restored
 
         self.restored = manifest = self.ranks.on_main(load)
         if dist.is_initialized():
@@ -251,8 +253,8 @@ def load_parent(state: TrainState, of_run: RunHandle) -> None:
         if check_average(run, ref, parent.weights, name).sha256 != parent.sha256:
             raise BadDataError(f"{run.uri}/{ref.key} has changed since it was pinned: {what_to_do}")
         weights = {parent.weights: state.tensors()["model"]}
-        with kept_while_read(run, ref), opened(run, ref, into=weights, may_differ=OF_CLASSES) as restored:
-            others = restored.differing
+        with kept_while_read(run, ref):
+            others = restore(run, ref, weights, may_differ=OF_CLASSES).differing
     except MissingInputError as error:
         raise MissingInputError(f"{run.uri}/{ref.key} is gone ({error}): {what_to_do}") from None
     for average in state.averages.values():

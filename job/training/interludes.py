@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ddpm import figures
-from job.config import method
 from job.data.latents import latents_of, load_decoder
-from job.data.reading.cache import ImageCache
+from job.data.reading.cache import ImageCache, open_cache
 from job.evaluation.evaluate import Evaluator, validation_row
 from job.processes.ranks import Agreement
 from job.requests import GIF_SEEDS
-from job.runs.samples import (
+from job.runs.run import (
     SCORES_FIGURE,
     denoising_key,
-    grid_key,
-    label_at,
     moment_of,
     score_name,
     title_of,
@@ -51,7 +48,7 @@ class Interludes:
         chosen = self._config.evaluate
         self.score_name = score_name(chosen.metrics[0], chosen.extractor)
         if chosen.every_epochs:
-            self._evaluator = Evaluator(self._plan, attempt.ranks, attempt.stop)
+            self._evaluator = Evaluator(self._plan, attempt.ranks)
 
     def lacks_value(self, name: str) -> bool:
         """Returns whether the newest checkpoint has no row of this moment with this value. Collective."""
@@ -70,21 +67,15 @@ class Interludes:
         Raises:
             StoppedError: on all processes at once, when any of them was asked to stop.
         """
-        held_out, config = self._attempt.held_out, self._config
+        held_out = self._attempt.held_out
         assert held_out is not None
-        row = validation_row(
-            self._painter("ema", config.train.precision),
-            held_out,
-            method.objective_of(config),
-            count=config.log.validate_images,
-            batch_size=config.sample.batch_size,
-            latents=latents_of(self._plan.index),
-        )
+        painter = self._painter("ema", self._config.train.precision)
+        row = validation_row(painter, held_out, latents_of(self._plan.index))
         if self._attempt.recorder is not None:
-            self._attempt.recorder.record(row)
+            self._attempt.recorder.add_row(row)
 
     def score(self) -> None:
-        """Adds the scores of what the run draws to the log, and decides which checkpoint is the best. Collective.
+        """Adds the scores of what the run samples to the log, and decides which checkpoint is the best. Collective.
 
         Raises:
             StoppedError: as for `validate`.
@@ -92,7 +83,7 @@ class Interludes:
         row = self._evaluator.scores(self._sampling_painter())
 
         def publish(recorder: Recorder) -> None:
-            recorder.record(row)
+            recorder.add_row(row)
             recorder.writer.retention = recorder.retention()
             scored = [row for row in recorder.rows if self.score_name in row]
             figure = figures.scores_figure(scored, self._plan.index.images, self._plan.request.run)
@@ -100,33 +91,33 @@ class Interludes:
 
         self._attempt.on_main(publish)
 
-    def draw_grid(self) -> None:
-        """Draws the sample grid, and writes the run's page with it. Collective.
+    def sample_grid(self) -> None:
+        """Makes the sample grid, and writes the run's page with it. Collective.
 
         Raises:
             StoppedError: as for `validate`.
         """
         count, on_cpu = self._config.sample.images, self._attempt.ranks.device.type == "cpu"
         # On a CPU a whole grid may take longer than the epoch before it.
-        self._draw(range(min(count, _EARLY_IMAGES) if on_cpu else count))
+        self._sample(range(min(count, _EARLY_IMAGES) if on_cpu else count))
         self._attempt.on_main(Recorder.write_page)
 
     def finish(self) -> None:
-        """Draws the last grid and the GIF from noise to image. Collective."""
-        painter = self._draw(range(self._config.sample.images))
+        """Makes the last grid and the GIF from noise to image. Collective."""
+        painter = self._sample(range(self._config.sample.images))
 
         def publish(recorder: Recorder) -> None:
             title = with_class(self._title(range(GIF_SEEDS)), self._plan.sampled_classes)
-            gif = painter.denoising_gif(range(GIF_SEEDS), method.sampling_of(self._config.sample), title)
-            key = denoising_key(self._label(), self._config.sample.name(self._plan.first_sample))
+            gif = painter.denoising_gif(range(GIF_SEEDS), painter.sampling, title)
+            key = denoising_key(self._plan.label(self._state.images_seen), self._plan.how_sampled)
             recorder.writer.put(key, gif, images_seen=self._state.images_seen)
 
         self._attempt.on_main(publish)
 
     def _painter(self, weights: str, precision: str) -> Painter:
-        """Returns a model that draws with the weights of this moment: `model`, or the name of an average."""
+        """Returns a model that samples with the weights of this moment: `model`, or the name of an average."""
         attempt, config, decoder = self._attempt, self._config, self._decoder
-        painter = Painter(config, attempt.ranks, precision, attempt.stop, self._agreement, decoder)
+        painter = Painter(config, attempt.ranks, precision, self._agreement, decoder)
         if weights == "model":
             painter.network.load_state_dict(self._state.model.state_dict())
         else:
@@ -134,18 +125,18 @@ class Interludes:
         return painter
 
     def _sampling_painter(self) -> Painter:
-        """Returns a model that draws as the run's section `sample` says."""
+        """Returns a model that samples as the run's section `sample` says."""
         sample = self._config.sample
         precision = self._config.train.precision if sample.precision == "auto" else sample.precision
         return self._painter(sample.weights, precision)
 
-    def _draw(self, seeds: range) -> Painter:
+    def _sample(self, seeds: range) -> Painter:
         sample, painter = self._config.sample, self._sampling_painter()
-        drawn = painter.sample_together(seeds, method.sampling_of(sample), sample.batch_size, "sampling")
+        images = painter.sample_together(seeds, painter.sampling, sample.batch_size, "sampling")
 
         def publish(recorder: Recorder) -> None:
             grid = grid_png(
-                drawn,
+                images,
                 seeds,
                 self._plan.sampled_classes,
                 training=self._training_images() if sample.nearest else None,
@@ -158,17 +149,15 @@ class Interludes:
         return painter
 
     def _training_images(self) -> ImageCache:
-        pictures = self._plan.pictures()
-        if pictures is self._plan.index:
+        pixels = self._plan.pixels()
+        if pixels is self._plan.index:
             return self._attempt.images
-        return self._plan.opened_images(pictures, self._attempt.stop)
-
-    def _label(self) -> str:
-        return label_at(self._state.images_seen, self._plan.index.images, self._config.train.batch_size)
+        assert pixels is not None
+        return open_cache(self._plan.bucket, pixels, self._config.data.cache_gigabytes * 1e9, self._attempt.stop)
 
     def _grid_key(self) -> str:
-        return grid_key(self._label(), self._config.sample.name(self._plan.first_sample))
+        return self._plan.grid_key(self._state.images_seen)
 
     def _title(self, seeds: Sequence[int]) -> str:
-        words = self._config.sample.words(self._plan.first_sample)
-        return title_of(self._plan.run, moment_of(self._label()), words, seeds)
+        moment = moment_of(self._plan.label(self._state.images_seen))
+        return title_of(self._plan.run, moment, self._config.sample.words(self._plan.stored.sample), seeds)

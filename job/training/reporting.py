@@ -11,18 +11,18 @@ from ddpm.state import TrainState, loss_row
 from job.coordination.lease import Lease
 from job.coordination.sealed import utc_now
 from job.exits import State
-from job.plan import Plan, RunHandle
+from job.plan import Plan
 from job.printing import open_page
 from job.progress import Progress, note
-from job.report import PictureCache, facts_of, put_page
+from job.report import PAGE_KEY, PictureCache, facts_of, run_page
 from job.runs import records
 from job.runs.checkpoints import Manifest
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.metric_rows import Row, grid_events, read_rows
 from job.runs.retention import Retention, best_images_seen
-from job.runs.samples import (
+from job.runs.run import (
     LOSS_FIGURE,
-    label_at,
+    RunHandle,
     moment_of,
 )
 from job.runs.writer import CheckpointWriter, LeasedRun
@@ -48,9 +48,9 @@ class Recorder:
     _status: records.StatusReporter
     _state: TrainState | None = None
 
-    def __init__(self, plan: Plan, attempt: records.Attempt, lease: Lease, stop: Stop) -> None:
+    def __init__(self, plan: Plan, record: records.Attempt, lease: Lease, stop: Stop) -> None:
         """Writes the page of a new run, for an attempt that is recorded."""
-        self.plan, self.attempt, self._stop, self._lease, request = plan, attempt, stop, lease, plan.request
+        self.plan, self._record, self._stop, self._lease, request = plan, record, stop, lease, plan.request
         self.rows, self._shown, self._pictures = list[Row](), Row(), PictureCache(note)
         self.tracking = Tracking(plan.config, request.run, plan.run.uri)
         if plan.is_new or request.open_page:
@@ -60,15 +60,15 @@ class Recorder:
 
     def begin(self, state: TrainState, restored: Manifest | None, damaged: set[CheckpointRef]) -> None:
         """Starts the threads that write checkpoints and the run's status, for an attempt that is restored."""
-        plan, seen = self.plan, self.attempt.previous_seen
-        self.rows = read_rows(plan.run, restored.metrics, note) if restored else []
+        plan, seen = self.plan, self._record.previous_seen
+        self.rows = read_rows(plan.run, restored.metrics) if restored else []
         # An attempt that ends before its first row still has a loss in its status.
         self._shown = next((Row(loss=row["loss"]) for row in reversed(self.rows) if "loss" in row), Row())
-        leased = LeasedRun(plan.run, self.retention(), self.attempt, self._lease, plan.classes, damaged)
-        self.writer = CheckpointWriter(leased, state.tensors(), before=restored, stop=self._stop, note=note)
+        leased = LeasedRun(plan.run, self.retention(), self._record, self._lease, plan.classes, damaged)
+        self.writer = CheckpointWriter(leased, state.tensors(), before=restored, stop=self._stop)
         self._page_due = time.monotonic() + PAGE_SECONDS
         self._state = state
-        self._status = records.StatusReporter(plan.run, self._confirmed_status, note)
+        self._status = records.StatusReporter(plan.run, self._confirmed_status)
         # The page of an attempt that was cut off says what is true again.
         if not plan.is_new and not (seen is not None and seen.state == State.RUNNING):
             # It takes longer than the first steps, which need not wait for it.
@@ -84,7 +84,7 @@ class Recorder:
         config = self.plan.config
         return Retention(config, self.plan.index.images, best_images_seen(config, self.rows))
 
-    def record(self, values: Row) -> None:
+    def add_row(self, values: Row) -> None:
         """Adds a row of this moment, which goes into the next checkpoint, to the tracker and to a page that is old."""
         epoch, now = round(self.images_seen / self.plan.index.images, 4), round(time.time(), 3)
         row = {"images_seen": self.images_seen, "epoch": epoch, **values, "time": now}
@@ -98,7 +98,7 @@ class Recorder:
 
     def put_grid(self, key: str, grid: bytes) -> None:
         """Queues the upload of a sample grid of this moment, also for TensorBoard, and sends it to the tracker."""
-        ref = CheckpointRef(self.attempt.fence, self.images_seen)
+        ref = CheckpointRef(self._record.fence, self.images_seen)
         self.writer.put(key, grid, images_seen=ref.images_seen)
         events = grid_events(grid, ref.images_seen)
         self.writer.do_later(lambda run: run.put(ObjectKind.GRID_EVENTS.key(checkpoint=ref), events))
@@ -124,7 +124,7 @@ class Recorder:
     def finish(self) -> None:
         """Queues the figure of the losses and the finished page, and waits until everything is in the bucket."""
         plan, images_seen = self.plan, self.images_seen
-        moment = moment_of(label_at(images_seen, plan.index.images, plan.config.train.batch_size))
+        moment = moment_of(plan.label(images_seen))
         title = f"{plan.request.run} · {moment} of {plan.config.train.epochs:,}"
         figure = figures.loss_figure(self.rows, plan.index.images, title)
         self.writer.put(LOSS_FIGURE, figure, images_seen=images_seen)
@@ -175,7 +175,8 @@ class Recorder:
         handle = RunHandle(bucket, run, plan.index, plan.config, plan.stored)
         try:
             self._lease.confirm()
-            put_page(facts_of(handle, plan.request.run, rows, status), self._pictures)
+            page = run_page(facts_of(handle, plan.request.run, rows, status), self._pictures)
+            run.put(PAGE_KEY, page)
         except Exception as error:
             note(f"the run's page stays as it was: {type(error).__name__}: {error}")
 
@@ -188,7 +189,7 @@ class Recorder:
         images_seen = self.images_seen
         return records.Status(
             state=state,
-            fence=self.attempt.fence,
+            fence=self._record.fence,
             images_seen=images_seen,
             target_images=self.plan.target_images,
             epoch=round(self._epoch_at(images_seen), 3),

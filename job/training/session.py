@@ -20,9 +20,8 @@ from ddpm.state import TrainState, loss_row
 from ddpm.threads import threads_of
 from job.config import RunConfig, method
 from job.data.latents import latents_of
-from job.data.reading.cache import ImageCache
-from job.data.reading.order import crosses, order_of
-from job.data.reading.stream import stream_batches
+from job.data.reading.cache import ImageCache, open_cache
+from job.data.reading.order import crosses, order_of, stream_batches
 from job.exits import NotANumberError, StoppedError
 from job.plan import Plan
 from job.processes import compute
@@ -65,6 +64,10 @@ def run_training(request: TrainRequest, stop: Stop = NEVER) -> Plan:
         if not is_finished:
             with attempt.recording():
                 attempt.restore()
+                # Later, because a parent that trains on may delete its checkpoint while the images are read.
+                plan, budget_bytes = attempt.plan, attempt.plan.config.data.cache_gigabytes * 1e9
+                indexes = filter(None, (plan.index, plan.held_out))
+                attempt.begin(*(open_cache(plan.bucket, index, budget_bytes, stop) for index in indexes))
                 session = TrainingSession(attempt)
                 session.train()
                 session.finish()
@@ -165,15 +168,16 @@ def due_at(images_seen: int, plan: Plan) -> Due:
     ends, ended = partial(retention.ends_epoch, images_seen), retention.ended(images_seen)
     begins_trained = config.parent.run is not None and not images_seen
     is_scored = bool(config.evaluate.every_epochs) and (is_last or ends(config.evaluate.every_epochs))
-    draws = any(epoch.bit_count() == 1 for epoch in ended) if sample.every_epochs is None else ends(sample.every_epochs)
+    is_early = any(epoch.bit_count() == 1 for epoch in ended)
+    is_sampled = is_early if sample.every_epochs is None else ends(sample.every_epochs)
     return Due(
         log=crosses(images_seen, config.train.batch_size, every_images),
         validation=plan.held_out is not None and (begins_trained or is_last or ends(config.log.validate_epochs)),
         scores=is_scored,
         # The best checkpoint is kept: it must exist. From the first one on the parent is not needed.
         save=begins_trained or ends(config.checkpoint.every_epochs) or is_scored or retention.needs(images_seen),
-        # `Interludes.finish` draws the last one.
-        grid=draws and not is_last,
+        # `Interludes.finish` makes the last one.
+        grid=is_sampled and not is_last,
     )
 
 
@@ -270,7 +274,7 @@ class TrainingSession(Loop):
         self.attempt.on_main(Recorder.finish)
 
     def after_step(self, state: TrainState) -> bool:
-        """Logs, saves and draws what is due; returns whether all processes stop.
+        """Logs, saves and samples what is due; returns whether all processes stop.
 
         The flags of `agreement` are those that any process raised one step earlier. Every process reads the same flags
         at the same step, so all take the same branches below, and no step waits for an answer.
@@ -295,11 +299,11 @@ class TrainingSession(Loop):
             self.stop.request(ANOTHER_PROCESS)
         if due.save or is_overdue or stopping:
             self._save()
-        # The checkpoint is queued first: images may never come, and drawing takes long.
+        # The checkpoint is queued first: images may never come, and sampling takes long.
         with self.pace.waiting_for_images():
             stopping = stopping or (starved and not self._can_all_begin(1))
         if due.grid and not stopping:
-            stopping = self._is_stopped_in(self.interludes.draw_grid)
+            stopping = self._is_stopped_in(self.interludes.sample_grid)
         if recorder is not None:
             recorder.show(self.bar)
         return stopping
@@ -317,7 +321,7 @@ class TrainingSession(Loop):
         if due.save:
             self._save()
         if due.grid and interludes.lacks_grid():
-            interludes.draw_grid()
+            interludes.sample_grid()
 
     def _is_stopped_in(self, work: Callable[[], None]) -> bool:
         """Does work between two steps; returns whether a process was asked to stop meanwhile. Collective."""
@@ -365,7 +369,7 @@ class TrainingSession(Loop):
         average = self.settings.averages["ema"]
         rate = self.pace.images_per_second(images_seen)
         if self.recorder is not None:
-            self.recorder.record(
+            self.recorder.add_row(
                 {
                     **losses,
                     "learning_rate": learning_rate_at(self.settings.train, images_seen - self.batch_size),

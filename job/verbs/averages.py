@@ -26,7 +26,7 @@ from job.runs import records
 from job.runs.checkpoints import AverageRecord, Manifest, choose, load_average, load_manifest
 from job.runs.layout import CheckpointRef, ObjectKind, located
 from job.runs.retention import reading_chosen
-from job.runs.samples import label_at
+from job.runs.run import label_at
 from job.runs.writer import plan_parts, write_part
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, open_bucket

@@ -14,7 +14,7 @@ from job.config import EMBEDDED, pack_config, preset_names
 from job.data.shards import DATASETS, PREVIEW, DatasetIndex, dataset_key, find_dataset, load_index
 from job.exits import BadDataError, BadRequestError, MissingInputError, did_you_mean
 from job.printing import open_page, print_json, print_table
-from job.progress import Progress, note
+from job.progress import note
 from job.store import Retry, Store, open_store
 from job.store.retry import away_limit_seconds
 
@@ -97,7 +97,7 @@ def _index_or_why(bucket: Store, folder: str) -> DatasetIndex | str:
 
 def _told(bucket: Store, index: DatasetIndex) -> dict[str, Any]:
     """Returns the facts of a dataset as JSON values."""
-    size_bytes, uri = int(index.shards.bytes.sum()), bucket.uri_of(dataset_key(index.name, index.size))
+    size_bytes, uri = int(index.shards.bytes.sum()), bucket.uri_of(index.key)
     more = {"uri": uri, "id": index.dataset_id, "images": index.images, "bytes": size_bytes}
     return more | index.model_dump(mode="json", exclude={"sha256", "shards", "format"}) | {"shards": len(index.shards)}
 
@@ -123,18 +123,18 @@ def show_dataset(
         print_json(_told(bucket, index))
         return
 
-    from job.data.preview import preview_png
-    from job.data.reading.cache import uncached_images
-    from job.store.files import default_cache_dir, write_file
+    from job.data.checks import preview_png
+    from job.data.reading.cache import ImageCache
+    from job.store.files import write_file
 
     print(describe_dataset(index, bucket))
-    labels = uncached_images(bucket, key, index).labels(np.arange(index.images)) if index.classes else np.empty(0)
+    labels = ImageCache(bucket, index).labels(np.arange(index.images)) if index.classes else np.empty(0)
     for number, class_name in enumerate(index.classes):
         print(f"  {class_name:<20} {int((labels == number).sum()):>9,} images")
     if encoding := index.encoding:
         print(f"to look at: `ddpm data show {encoding.source} --size {encoding.size}`")
         return
-    preview = preview_png(bucket, key, index, default_cache_dir() / index.dataset_id)
+    preview = preview_png(bucket, index)
     if output is None:
         bucket.put(f"{key}/{PREVIEW}", preview)
     else:
@@ -150,12 +150,11 @@ def verify_named(bucket_uri: str, name: str, size: ImageSize | None, *, as_json:
     Raises:
         BadDataError: an object is damaged; the message names each.
     """
-    from job.data.verify import verify_dataset
+    from job.data.checks import verify_dataset
 
     bucket = open_store(bucket_uri, Retry(away_limit_seconds(), note=note))
     key = find_dataset(bucket, name, size)
-    with Progress(f"verifying {name}", unit="images") as bar:
-        problems = verify_dataset(bucket, key, lambda done, total: bar.update(done, total=total))
+    problems = verify_dataset(bucket, key)
     if as_json:
         print_json({"uri": f"{bucket.uri}/{key}", "problems": problems})
     if problems:

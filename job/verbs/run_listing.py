@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,10 +16,10 @@ from job.printing import in_lines, print_json, print_table
 from job.progress import note
 from job.runs import metric_rows, records
 from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound
-from job.runs.layout import CHECKPOINTS, PICTURES, RUNS, SAMPLES, ObjectKind, places_in
+from job.runs.layout import RUNS, ObjectKind
 from job.runs.outlook import attempts_of, duration, outlook_of, spans_of, state_in
 from job.runs.records import Status, read_status, run_store, validated_run_name
-from job.runs.samples import label_at, moment_of
+from job.runs.run import label_at, moment_of
 from job.store import Store, open_store
 
 RUNS_AT_ONCE = 32
@@ -99,17 +98,16 @@ def progress_cells(run: dict[str, Any]) -> list[str]:
 
 
 def show_run(bucket_uri: str, name: str, *, as_json: bool = False) -> None:
-    """Prints a run: its state, progress, checkpoints and attempts, and the URIs of its pictures."""
+    """Prints a run: its state, progress, checkpoints and attempts, and the URI of its page."""
     bucket = open_store(bucket_uri)
     config = records.existing_config(bucket, name)
     run, summary = run_store(bucket, name), summary_of(bucket, name)
     dataset_images, batch_size = records.dataset_images_of(bucket, config), config.train.batch_size
     labels = [label_at(seen, dataset_images, batch_size) for seen in by_progress(list_checkpoints(run))]
-    moments, attempts, outputs = [moment_of(label) for label in labels], list(_attempts(run)), _outputs_of(run)
+    moments, attempts = [moment_of(label) for label in labels], list(_attempts(run))
     if as_json:
         data = config.data.model_dump(include={"dataset", "size"}) | {"from": config.parent.model_dump()}
-        more = {"checkpoints": moments, "attempts": attempts, "outputs": [uri for _, uri in outputs]}
-        print_json(summary | data | more)
+        print_json(summary | data | {"checkpoints": moments, "attempts": attempts})
         return
     lines = [("run", f"{name}  ({run.uri})")]
     lines += [("dataset", f"{config.data.dataset}-{config.data.size}" if config.data.dataset else "none")]
@@ -126,10 +124,9 @@ def show_run(bucket_uri: str, name: str, *, as_json: bool = False) -> None:
         lines += [("newest", f"{newest}, {images_seen:,} images seen" if newest else "no readable one")]
         lines += [("checkpoints", f"{len(moments):,}: {', '.join(moments)}")]
     lines += [(f"attempt {attempt['fence']}", attempt["summary"]) for attempt in attempts]
-    # The single images of a batch are too many.
-    folders = Counter((title, uri.rpartition("/")[0]) for title, uri in outputs if title in ("pictures", "scores"))
-    pages = [(title, uri) for title, uri in outputs if title in ("page", "checkpoints")]
-    print(in_lines([*lines, *pages, *((title, f"{count:,} in {uri}") for (title, uri), count in folders.items())]))
+    if run.exists(page := ObjectKind.PAGE.value):
+        lines += [("page", run.uri_of(page))]
+    print(in_lines(lines))
 
 
 def _attempts(run: Store) -> Iterator[dict[str, Any]]:
@@ -143,15 +140,6 @@ def _attempts(run: Store) -> Iterator[dict[str, Any]]:
         imported = f"imported from {attempt.imported} " * bool(attempt.imported)
         summary = f"{attempt.started} {imported}on {where}"
         yield attempt.model_dump(mode="json", exclude={"sha256"}) | {"summary": summary}
-
-
-def _outputs_of(run: Store) -> list[tuple[str, str]]:
-    """Returns titles and URIs of the run's page, checkpoints, pictures and scores."""
-    page, titles = ObjectKind.PAGE.value, {**dict.fromkeys(PICTURES, "pictures"), ObjectKind.SCORES: "scores"}
-    pages = [("page", run.uri_of(page))] if run.exists(page) else []
-    pages += [("checkpoints", run.uri_of(CHECKPOINTS))]
-    places = places_in(run, SAMPLES, ObjectKind.FIGURE.folder, ObjectKind.SCORES.folder)
-    return pages + [(titles[place.kind], run.uri_of(key)) for key, place in places.items() if place.kind in titles]
 
 
 def differing(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -47,9 +47,9 @@ from job.runs.retention import (
     delete_checkpoint,
     leftovers,
 )
-from job.runs.samples import FoundGrid, SampleSetIndex, Scores, has_origin
+from job.runs.run import FoundGrid, SampleSetIndex, Scores, has_origin
 from job.stop import NEVER, Stop
-from job.store import ObjectMissingError, Store, open_store
+from job.store import Entry, ObjectMissingError, Store, open_store
 from job.verbs.run_listing import run_names
 
 T = TypeVar("T")
@@ -292,9 +292,9 @@ def _removals(bucket: Store, run: Store, config: RunConfig, fence: int) -> list[
         why += ", nor of an epoch to keep"
     found, read = list[Removal](), being_read(run)
     if old := Retention(config, dataset_images).retire(list_checkpoints(run)):
-        with newest_good(run, note) as newest:
-            stays = read | ({newest.manifest.ref} if newest else set())
-            best = best_images_seen(config, read_rows(run, newest.manifest.metrics, note)) if newest else -1
+        newest = newest_good(run)
+        stays = read | ({newest.ref} if newest else set())
+        best = best_images_seen(config, read_rows(run, newest.metrics)) if newest else -1
         for ref in old:
             if ref not in stays and ref.images_seen != best:
                 size_bytes = sum(size for key, size in sizes.items() if key.startswith(f"{ref.key}/"))
@@ -337,12 +337,7 @@ def delete_run(bucket_uri: str, name: str, *, certain: bool) -> None:
     entries = [entry for entry in run.list() if entry.key != LEASE_KEY]
     if not entries:
         raise records.no_such_run(bucket, name)
-    size_bytes = sum(entry.size_bytes for entry in entries)
-    if not certain:
-        raise BadRequestError(
-            f"{run.uri} has {len(entries):,} objects of {size_bytes:,} bytes, its checkpoints and pictures among them: "
-            "add --yes to delete them for good"
-        )
+    size_bytes = _deletable(run, entries, "its checkpoints and pictures among them", certain)
     # An object with the last fence must not stop the deletion, which removes it.
     floor = min(records.highest_fence(run), MAX_FENCE - 1)
     with closing(Lease.take(run, floor, 0.0, stop, note)) as lease:
@@ -370,15 +365,19 @@ def delete_dataset(bucket_uri: str, name: str, size: ImageSize | None, certain: 
     bucket = open_store(bucket_uri)
     key = shards.find_dataset(bucket, name, size, unfinished=True)
     dataset = bucket.sub(key)
-    if not certain:
-        sizes = [entry.size_bytes for entry in dataset.list()]
-        raise BadRequestError(
-            f"{dataset.uri} has {len(sizes):,} objects of {sum(sizes):,} bytes, and runs may need them to go on: "
-            "add --yes to delete them for good"
-        )
+    _deletable(dataset, [*dataset.list()], "and runs may need them to go on", certain)
     check_unused(bucket, key)
     count, size_bytes = shards.delete(dataset)
     print(f"deleted {dataset.uri}: {count:,} objects, {size_bytes:,} bytes")
+
+
+def _deletable(folder: Store, entries: Sequence[Entry], loss: str, certain: bool) -> int:
+    """Returns the bytes of the objects to delete; raises `BadRequestError` unless a person is `certain`."""
+    size_bytes = sum(entry.size_bytes for entry in entries)
+    if not certain:
+        said = f"{folder.uri} has {len(entries):,} objects of {size_bytes:,} bytes, {loss}"
+        raise BadRequestError(f"{said}: add --yes to delete them for good")
+    return size_bytes
 
 
 def check_unused(bucket: Store, dataset: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm import networks
+from ddpm.catalogue import NETWORKS
 from ddpm.objective import Condition
 from ddpm.process import Point, Process, points_of
 
@@ -60,7 +61,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "dome": {},
 }
 """Options of a small network of each kind; dome's has one size."""
-TOLD = ("unet", "edm2", "dit")
+TOLD = tuple(kind for kind, network in NETWORKS.items() if network.takes_estimates)
 """The kinds that take estimates and labels of augmentation."""
 
 

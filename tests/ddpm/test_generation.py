@@ -14,8 +14,8 @@ from torch.testing import assert_close
 
 from benchmarks.solvers import Mixture, rms
 from ddpm import editing
-from ddpm.generation import Guidance, guided, make_denoiser
 from ddpm.grids import make_grid
+from ddpm.model import Guidance, guided, make_denoiser
 from ddpm.objective import Condition
 from ddpm.process import (
     CLEAN,

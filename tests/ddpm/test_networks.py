@@ -81,7 +81,7 @@ def test_published_sizes(about: tuple[str, int, int, int]) -> None:
         ("dome", {"image_size": ImageSize(16, 24)}, r"takes squares alone, not data.size=24x16"),
         ("dome", {"self_conditioning": True}, "t and the class alone"),
         ("dome", {"augmentation_labels": 2}, "t and the class alone"),
-        ("vit", {}, "unknown network 'vit': choose one of unet, edm2, dit, dome"),
+        ("vit", {}, f"unknown network 'vit': choose one of {', '.join(NETWORKS)}"),
     ],
 )
 def test_impossible_networks_are_refused(kind: str, changes: dict[str, Any], message: str) -> None:

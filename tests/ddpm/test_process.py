@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.solvers import Mixture, rms
 from ddpm.catalogue import PREDICTIONS, Diffusion
-from ddpm.generation import Sampling
 from ddpm.grids import find_grid, make_grid, numbered_points
+from ddpm.model import Sampling
 from ddpm.process import (
     CLEAN,
     Point,

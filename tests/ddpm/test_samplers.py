@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from benchmarks.solvers import ORDERS, Mixture, errors_by_steps, orders, refined, rms
-from ddpm.generation import Sampling, from_noise
 from ddpm.grids import make_grid
+from ddpm.model import Sampling
 from ddpm.process import (
     CLEAN,
     Point,
@@ -36,6 +36,7 @@ from ddpm.samplers import (
     dpmpp_2m,
     dpmpp_3m,
     dpmpp_sde_2m,
+    from_noise,
     heun,
     ipndm_step,
     unipc,

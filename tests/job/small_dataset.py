@@ -64,8 +64,8 @@ def write_dataset(
     classes: tuple[str, ...] = ("cat", "dog", "hen"),
     encode: Callable[[np.ndarray], bytes] = png,
 ) -> SmallDataset:
-    """Writes a dataset of random squares of `grain` pixels below `KEY`; `folder` is for temporary files."""
-    bucket = open_store(bucket_uri)
+    """Writes a dataset of squares of `grain` pixels, of size 8 below `KEY`; `folder` is for temporary files."""
+    bucket, key = open_store(bucket_uri), f"datasets/random-{size}"
     images = sum(shard_images)
     squares = (images, size // grain, size // grain, channels)
     pixels = np.random.default_rng(0).integers(0, 256, squares, dtype=np.uint8).repeat(grain, 1).repeat(grain, 2)
@@ -77,8 +77,8 @@ def write_dataset(
             writer.add(f"{image:08d}", encode(pixels[image]), int(labels[image]))
             image += 1
         shard, offsets = writer.finish()
-        bucket.upload(writer.path, f"{KEY}/{shard.name}")
-        bucket.create(f"{KEY}/{shard.offsets_name}", offsets)
+        bucket.upload(writer.path, f"{key}/{shard.name}")
+        bucket.create(f"{key}/{shard.offsets_name}", offsets)
         shards.append(shard)
     index = DatasetIndex(
         name="random",
@@ -90,5 +90,5 @@ def write_dataset(
         source="rng",
         shards=Shards.of(shards),
     )
-    bucket.create(f"{KEY}/{INDEX}", index.to_json())
-    return SmallDataset(bucket, KEY, index, pixels, labels)
+    bucket.create(f"{key}/{INDEX}", index.to_json())
+    return SmallDataset(bucket, key, index, pixels, labels)

@@ -4,6 +4,7 @@ half-made is left that a later command would take for whole.
 
 from __future__ import annotations
 
+from ddpm.catalogue import NETWORKS
 from job.exits import Exit
 from tests.job.command_line import ddpm, ddpm_here, refused, succeeded
 from tests.job.some_images import encoded, files_in, picture, zip_of
@@ -44,7 +45,9 @@ MEANINGLESS: Rows = [
     ("sample --run a --precision fp16", 64, ["--precision 'fp16'", "'fp32' or 'bf16'"]),
     ("sample --run a --seeds 3-1", 64, ["--seeds '3-1'", "such as 0-63"]),
     ("sample --run a --seeds 0-99999", 64, ["--seeds", "at most 10,000"]),
-    ("sample --run a --checkpoints newest", 64, ["--checkpoints 'newest'", "30,80, or latest, or all"]),
+    ("sample --run a --checkpoints newest", 64, ["--checkpoints 'newest'", "30,80,490; or latest, or all"]),
+    ("ema --run a --std 0.1 --checkpoints newest", 64, ["--checkpoints 'newest'", "30,80,490; or latest, or all"]),
+    ("export --run a --to x --checkpoint newest", 64, ["--checkpoint 'newest'", "such as 80, or latest"]),
     ("data pack x a", 64, ["--size is needed", "try --size 64"]),
     ("data ensure landscape-sample --source x", 64, ["'landscape-sample' has its own images", "(make: DATASET=NAME)"]),
     ("submit pack x landscape-sample", 64, ["has its own images: give yours another name"]),
@@ -107,7 +110,7 @@ SETTINGS = {
     "data.size=33": ["data.size=33", "multiple of 4", "fewer levels"],
     "data.size=32 model.norm_groups=7": ["model.channels=32", "groups=7"],
     "model.channels=5 model.norm_groups=1": ["model.channels=5 must be even"],
-    "model.kind=vit": ["model.kind", "choose one of unet, edm2, dit, dome", "got 'vit'"],
+    "model.kind=vit": ["model.kind", f"choose one of {', '.join(NETWORKS)}", "got 'vit'"],
     "model.patchsize=4": ["'model.patchsize'", "did you mean 'model.patch_size'?"],
     "model.patch_size=4": ["model.patch_size: not an option of model.kind=unet (got 4)"],
     "model.kind=dit model.channels=64": ["model.channels", "model.kind=dit"],

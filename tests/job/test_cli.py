@@ -122,9 +122,7 @@ def test_runs_are_listed_and_shown(bucket):
     assert "checkpoints 2: epoch 1, epoch 3" in out
     assert re.search(r"^attempt 1   20\d\d-.* on .*, 1 × .*, code 0\.", out, re.MULTILINE)
     run = bucket / "runs/walk"
-    count = len([path for path in (run / "samples").iterdir() if path.is_file()])
-    assert f"page        {run}/report.html\ncheckpoints {run}/checkpoints\n" in out
-    assert f"pictures    {count} in {run}/samples\npictures    1 in {run}/figures\n" in out
+    assert out.startswith(f"run         walk  ({run})\n") and out.endswith(f"page        {run}/report.html\n")
 
 
 def test_images_are_noised(bucket, tmp_path):

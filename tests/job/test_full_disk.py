@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from job.data.verify import verify_dataset
+from job.data.checks import verify_dataset
 from job.exits import Exit
 from job.runs.checkpoints import list_checkpoints
 from job.runs.records import read_status

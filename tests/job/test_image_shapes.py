@@ -14,10 +14,10 @@ import webdataset
 from PIL import Image
 
 import ddpm
-from job.data.reading.cache import uncached_images
+from job.data.reading.cache import ImageCache
 from job.data.shards import load_index
-from job.plan import open_run
 from job.runs.records import existing_config
+from job.runs.run import open_run
 from job.store import open_store
 from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
@@ -40,7 +40,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def packed(bucket: Path, *numbers: int) -> np.ndarray:
     store = open_store(str(bucket))
-    return uncached_images(store, KEY, load_index(store, KEY)).read(np.array(numbers))
+    return ImageCache(store, load_index(store, KEY)).read(np.array(numbers))
 
 
 def pictures_in(folder: Path) -> np.ndarray:
@@ -173,7 +173,7 @@ def test_latents_have_the_shape(bucket: Path, tmp_path: Path) -> None:
     said = succeeded(ddpm_here(*encode, vae))
     assert "299 as latents of 12×8×4, encoded from wide-24x16" in said
     key = "datasets/wide-latents-12x8"
-    moments = uncached_images(open_store(str(copy)), key, load_index(open_store(str(copy)), key)).read(np.arange(3))
+    moments = ImageCache(open_store(str(copy)), load_index(open_store(str(copy)), key)).read(np.arange(3))
     pixels = torch.from_numpy(packed(copy, 0, 1, 2)).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         theirs = AutoencoderKL.from_pretrained(vae).eval().encode(pixels).latent_dist
@@ -189,7 +189,7 @@ def test_latents_have_the_shape(bucket: Path, tmp_path: Path) -> None:
     )
     sets = [word for setting in network for word in ("--set", setting)]
     succeeded(ddpm_here("train", "--dataset", "wide-latents", "--run", "l", "--epochs", 1, "--bucket", copy, *sets))
-    assert open_run(str(copy), "l").picture_shape == (3, 16, 24)
+    assert open_run(str(copy), "l").pixel_shape == (3, 16, 24)
     succeeded(ddpm_here("sample", "--run", "l", "--bucket", copy, "--count", 2, "--save", "png"))
     (folder,) = (copy / "runs/l/samples").glob("*-0-2-*")
     assert pictures_in(folder).shape == (2, 16, 24, 3)

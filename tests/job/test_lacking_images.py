@@ -15,6 +15,7 @@ from job.plan import Plan, plan_run
 from job.requests import TrainRequest
 from job.runs.checkpoints import list_checkpoints
 from job.store import Store
+from job.training import session
 from job.training.session import run_training
 from tests.job.command_line import NETWORK
 from tests.job.leases import eventually
@@ -44,8 +45,8 @@ lacking, going_on = threading.Event(), threading.Event()
 
 @pytest.fixture
 def plan(tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plan]:
-    opened = Plan.opened_images
-    monkeypatch.setattr(Plan, "opened_images", lambda *words: Lacking(opened(*words)))
+    opened = session.open_cache
+    monkeypatch.setattr(session, "open_cache", lambda *words: Lacking(opened(*words)))
     bucket = shutil.copytree(tiles, tmp_path / "bucket")
     lacking.clear()
     going_on.clear()

@@ -21,11 +21,12 @@ from ddpm import training
 from ddpm.threads import threads_of
 from job.exits import Exit, NotANumberError, StoppedError
 from job.requests import TrainRequest
-from job.runs.checkpoints import list_checkpoints, opened
+from job.runs.checkpoints import list_checkpoints, restore
 from job.runs.layout import located
 from job.runs.metric_rows import read_rows
 from job.runs.records import read_status
 from job.store import open_store
+from job.store.files import scratch_folder
 from job.training import reporting
 from job.training.session import run_training
 from tests.job.command_line import NETWORK, ddpm_here, refused, succeeded
@@ -78,7 +79,8 @@ def final_state(run):
     """All tensors of the newest checkpoint, those of the snapshots too, and the metric rows without the clock."""
     ref = max(list_checkpoints(run))
     tensors = {}
-    with opened(run, ref) as restored:
+    with scratch_folder("restored") as folder:
+        restored = restore(run, ref, folder=folder)
         for group, paths in restored.files.items():
             for path in paths:
                 tensors |= {f"{group}.{name}": tensor for name, tensor in load_file(path).items()}
@@ -276,13 +278,13 @@ def test_a_short_attempt_shows_a_loss(train, packed):
 
 def test_an_old_page_is_renewed(train, monkeypatch):
     """Between grids, of which the next one may be days away."""
-    put, shown = reporting.put_page, list[int]()
+    made, shown = reporting.run_page, list[int]()
 
     def watched(facts, pictures):
         shown.append(facts.status.images_seen)
-        put(facts, pictures)
+        return made(facts, pictures)
 
-    monkeypatch.setattr(reporting, "put_page", watched)
+    monkeypatch.setattr(reporting, "run_page", watched)
     for page_seconds, expected in [(300, [0, 300]), (0, [0, 100, 200, 300, 300])]:
         shown.clear()
         monkeypatch.setattr(reporting, "PAGE_SECONDS", page_seconds)

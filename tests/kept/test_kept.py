@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from job.data.checks import verify_dataset
 from job.data.shards import load_index
-from job.data.verify import verify_dataset
 from job.runs.records import existing_config
 from job.store import open_store
 from job.verbs.upkeep import verify_run

@@ -14,7 +14,7 @@ import os
 import shutil
 import tarfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import islice, repeat
@@ -27,17 +27,15 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from job.data.images import Recipe, RejectedImageError, codec_versions, decode, decode_latents, prepare
-from job.data.reading import STOP_POLL_SECONDS, in_order
 from job.data.reading.order import Int64s, Order
 from job.data.shards import OFFSETS_DTYPE, DatasetIndex, Record, image_hash
 from job.exits import BadConfigError, BadDataError, DiskFullError, MissingInputError
-from job.stop import NEVER, Stop
+from job.progress import Progress
+from job.stop import NEVER, STOP_POLL_SECONDS, Stop, in_order
 from job.store import Store, open_to_read, split_uri
 from job.store.files import default_cache_dir, os_errors
 
 Uint8s = npt.NDArray[np.uint8]
-Progress = Callable[[int, int], None]
-"""Takes the number of images decoded so far, and of all."""
 
 _DOWNLOADS = 4
 _READ_AT_A_TIME = 32
@@ -47,46 +45,32 @@ _THREADS = 8
 
 
 def open_cache(
-    bucket: Store,
-    key: str,
-    index: DatasetIndex,
-    *,
-    cache_dir: Path,
-    budget_bytes: int,
-    progress: Progress = lambda done, total: None,
-    stop: Stop = NEVER,
+    bucket: Store, index: DatasetIndex, budget_bytes: float, stop: Stop = NEVER, *, cache_dir: Path | None = None
 ) -> ImageCache:
-    """Opens a node's cache of the dataset at `key`; all processes of the node share its files and the work.
+    """Opens a node's cache of a dataset; all processes of the node share its files and the work.
 
     Returns after all images are decoded, if they fit the budget; at once otherwise.
 
     Args:
         bucket: bucket of the dataset.
-        key: folder of the dataset, `datasets/NAME-SIZE`.
         index: index of the dataset.
-        cache_dir: folder on a local disk; the dataset's part of it is named after `index.dataset_id`.
-        budget_bytes: size limit of the images on that disk.
-        progress: called after each shard.
+        budget_bytes: size limit of the images on the disk of the cache.
         stop: asked many times a second.
+        cache_dir: folder on a local disk; None for the usual one. The dataset's part of it is `index.dataset_id`.
 
     Raises:
         StoppedError: this process has to stop; the images decoded so far are kept.
         DiskFullError: the images fit the budget but not the disk.
         BadDataError: a shard in the bucket is corrupt.
     """
-    folder = cache_dir / index.dataset_id
+    folder = cache_dir and cache_dir / index.dataset_id
     if index.decoded_bytes <= budget_bytes:
-        return DecodedCache(bucket, key, index, folder, stop, progress)
-    return ShardCache(bucket, key, index, folder, budget_bytes)
-
-
-def uncached_images(bucket: Store, key: str, index: DatasetIndex, stop: Stop = NEVER) -> ImageCache:
-    """Opens the dataset at `key` without a cache, to read a few images: no shard is fetched for them."""
-    return ImageCache(bucket, key, index, default_cache_dir() / index.dataset_id, stop)
+        return DecodedCache(bucket, index, folder, stop)
+    return ShardCache(bucket, index, folder, budget_bytes)
 
 
 class ImageCache:
-    """Images of a dataset by index, read from the bucket each time; the subclasses keep them on a disk.
+    """Images of a dataset by index, each read from the bucket, without its shard; the subclasses keep them on a disk.
 
     The shards lie beside the index, or at the URIs of tars that are indexed in place. Thread-safe.
 
@@ -100,20 +84,18 @@ class ImageCache:
     def __init__(
         self,
         bucket: Store,
-        key: str,
         index: DatasetIndex,
-        folder: Path,
+        folder: Path | None = None,
         stop: Stop = NEVER,
         *,
         with_pillow: bool = False,
     ) -> None:
-        """Opens the stores of the shards of the dataset at `key`, without any request.
+        """Opens the stores of the dataset's shards, without any request.
 
         Args:
             bucket: bucket of the dataset.
-            key: folder of the dataset.
             index: index of the dataset.
-            folder: this dataset's part of the node's cache, shared by all processes of the node.
+            folder: this dataset's part of the cache, shared by all processes of the node; None for the usual one.
             stop: ends reading and fetching.
             with_pillow: whether packed images are decoded without torch.
 
@@ -121,7 +103,8 @@ class ImageCache:
             BadRequestError: a shard's URI, or the crop or the filter of the index, is not valid.
             NoPermissionError: no credentials for a shard's bucket were found.
         """
-        self.index, self._bucket, self._key, self._folder, self._stop = index, bucket, key, folder, stop
+        self.index, self._bucket, self._key, self._stop = index, bucket, index.key, stop
+        self._folder = folder = folder or default_cache_dir() / index.dataset_id
         self.starts: Int64s = np.concatenate([[0], np.cumsum(index.shards.images)])
         retry = bucket.retry.elsewhere()
         self._foreign = {uri: open_to_read(uri, retry) for uri in {split_uri(uri)[0] for uri in index.shards.uris}}
@@ -320,20 +303,19 @@ class DecodedCache(ImageCache):
     about a microsecond: training never sees what another program writes into the cache.
     """
 
-    def __init__(
-        self, bucket: Store, key: str, index: DatasetIndex, folder: Path, stop: Stop, progress: Progress
-    ) -> None:
+    def __init__(self, bucket: Store, index: DatasetIndex, folder: Path | None, stop: Stop) -> None:
         """Verifies all images and decodes the missing ones, in one process of the node. Raises as `open_cache`."""
-        super().__init__(bucket, key, index, folder, stop)
-        self._images_path, self._checksums_path = folder / "images", folder / "checksums"
+        super().__init__(bucket, index, folder, stop)
+        self._images_path, self._checksums_path = self._folder / "images", self._folder / "checksums"
         self._copy: Path | None = None
         """That of the shard which is being decoded."""
         try:
-            if self._missing():
-                with self._locked():
-                    _allocate(self._images_path, index.decoded_bytes)
-                    _allocate(self._checksums_path, 8 * index.images)
-                    self._fill(self._missing(), progress)
+            with Progress("reading images", total=index.images) as bar:
+                if self._missing():
+                    with self._locked():
+                        _allocate(self._images_path, index.decoded_bytes)
+                        _allocate(self._checksums_path, 8 * index.images)
+                        self._fill(self._missing(), bar)
         except BaseException:
             self.close()
             raise
@@ -376,11 +358,11 @@ class DecodedCache(ImageCache):
         intact = in_order(self._decoders, is_intact, shards, 2 * self._threads, self._check)
         return [shard for shard, is_there in zip(shards, intact, strict=True) if not is_there]
 
-    def _fill(self, missing: list[int], progress: Progress) -> None:
+    def _fill(self, missing: list[int], bar: Progress) -> None:
         images = np.asarray(np.memmap(self._images_path, np.uint8, "r+", shape=self._images.shape))
         checksums = np.memmap(self._checksums_path, "<u8", "r+")
         done = self.index.images - int(self.index.shards.images[missing].sum())
-        progress(done, self.index.images)
+        bar.update(done)
         for shard, copy in zip(missing, repeat(None)) if self.is_local else self._copies(missing):
             self._copy = copy
             first, last = self.starts[shard : shard + 2].tolist()
@@ -389,7 +371,7 @@ class DecodedCache(ImageCache):
             if copy:
                 copy.unlink()
             done += last - first
-            progress(done, self.index.images)
+            bar.update(done)
         self._copy = None
 
 
@@ -401,11 +383,11 @@ class ShardCache(ImageCache):
     a local bucket are read without a copy.
     """
 
-    def __init__(self, bucket: Store, key: str, index: DatasetIndex, folder: Path, budget_bytes: int) -> None:
+    def __init__(self, bucket: Store, index: DatasetIndex, folder: Path | None, budget_bytes: float) -> None:
         """Keeps at most `budget_bytes` of shards, but at least one shard."""
         # A stop does not interrupt a batch: training stops between steps, where all processes agree, and saves.
-        super().__init__(bucket, key, index, folder)
-        self._budget_bytes, self._shards_folder = budget_bytes, folder / "shards"
+        super().__init__(bucket, index, folder)
+        self._budget_bytes, self._shards_folder = budget_bytes, self._folder / "shards"
         self._shards_folder.mkdir(exist_ok=True)
         self._prefetched_block: tuple[int, int] | None = None
         self._due: tuple[int, ...] = ()

@@ -1,27 +1,43 @@
-"""The order of a run: which image of the dataset is image n of the run.
+"""The order of a run, which image of the dataset is image n of the run, and the batches, read ahead.
 
-It maps image n to an image of the dataset, as a function of (seed, n) alone. Image n is at position n mod N of epoch n
-div N. In each epoch the shards are permuted and concatenated, the sequence is cut into blocks, and each block is
-shuffled. A reader that cannot hold the dataset needs the shards of one block at a time. The number of machines, their
-caches and the batch size do not change the order.
+`Order` maps image n to an image of the dataset, as a function of (seed, n) alone. Image n is at position n mod N of
+epoch n div N. In each epoch the shards are permuted and concatenated, the sequence is cut into blocks, and each block
+is shuffled. A reader that cannot hold the dataset needs the shards of one block at a time. The number of machines,
+their caches and the batch size do not change the order.
 
 A run's `data.order` names this algorithm: another one would show a resumed run some images twice and others never.
+
+Batches straddle epochs, without dropping or repeating an image. So an epoch may end inside a batch, and work "after an
+epoch" is done at the first batch boundary at or after its last image.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from job.exits import StoppedError
+from job.stop import NEVER, Stop
+
 if TYPE_CHECKING:
+    import torch
+
     from job.config import RunConfig
     from job.data.shards import DatasetIndex
 
+PREFETCH_BATCHES = 4
+"""Number of batches that are read ahead."""
+_CHUNK_IMAGES = 8192
+_LOOK_SECONDS = 0.5
+_LAST_BATCH_SECONDS = 2.0
 # Fewer rounds suffice for thousands of images, but blocks of three to six show a bias.
 _FEISTEL_ROUNDS = 20
 
@@ -111,6 +127,152 @@ def order_of(index: DatasetIndex, config: RunConfig) -> Order:
     return Order(tuple(index.shards.images.tolist()), config.train.seed, config.data.shuffle_block_images)
 
 
+def images_at_epoch(epoch: int, dataset_images: int, batch_size_images: int) -> int:
+    """Returns `images_seen` at the first batch boundary at or after `epoch` passes over the dataset."""
+    return -(-epoch * dataset_images // batch_size_images) * batch_size_images
+
+
+def epochs_completed_by(images_seen: int, dataset_images: int, batch_size_images: int) -> range:
+    """Returns the epochs that the batch ending at `images_seen` completed; a batch may be larger than the dataset."""
+    before = max(0, images_seen - batch_size_images)
+    return range(before // dataset_images + 1, images_seen // dataset_images + 1)
+
+
+def crosses(images_seen: int, batch_size_images: int, every_images: int) -> bool:
+    """Returns whether the batch ending at `images_seen` reached or passed a multiple of `every_images`."""
+    return images_seen // every_images > max(0, images_seen - batch_size_images) // every_images
+
+
+class Images(Protocol):
+    """The images of a dataset, as `job.data.reading.cache.ImageCache` reads them."""
+
+    index: DatasetIndex
+
+    def read(self, indices: Int64s, out: npt.NDArray[np.uint8]) -> object:
+        """Reads images `indices` into `out`, uint8 [b, H, W, C]."""
+
+    def labels(self, indices: Int64s) -> Int64s:
+        """Returns their classes, int64 [b]."""
+
+    def prefetch(self, order: Order, image_number: int) -> None:
+        """Announces that a run will read from `image_number` on."""
+
+
+class LoadedBatch(NamedTuple):
+    """This process's part of one global batch.
+
+    Attributes:
+        image_numbers: int64 [b].
+        images: uint8 [b, C, H, W], or float16 [b, 2 C, h, w] of latents; channels_last in memory.
+        labels: int64 [b], or None without classes.
+    """
+
+    image_numbers: Int64s
+    images: torch.Tensor
+    labels: torch.Tensor | None
+
+
+def stream_batches(
+    images: Images,
+    order: Order,
+    *,
+    batch_size_images: int,
+    first_image: int,
+    last_image: int | None,
+    places: range | None = None,
+    pin_memory: bool = False,
+    with_labels: bool = True,
+    stop: Stop = NEVER,
+) -> BatchStream:
+    """Yields this process's images of each global batch, read ahead in one thread.
+
+    Global batches are full, also across epochs: the k-th covers `batch_size_images` images of the run from
+    `first_image + k * batch_size_images` on. They end where `last_image` is reached; without it, never.
+
+    An error in the thread is raised at its place in the sequence.
+
+    Args:
+        images: the dataset.
+        order: order of the images.
+        batch_size_images: size of the global batch, over all processes.
+        first_image: number of the first image, on any batch boundary of the run.
+        last_image: how many images of the run are needed at least, or None for no end.
+        places: this process's places in each global batch; None: all.
+        pin_memory: whether batches are page-locked, so that a GPU copies them in the background.
+        with_labels: whether batches have the dataset's classes, as the network has.
+        stop: polled during the wait for a batch, as a heartbeat, also while the bucket of a shard is away.
+    """
+    import torch
+
+    def batches() -> Iterator[LoadedBatch]:
+        own = range(batch_size_images) if places is None else places
+        for first, indices, numbers in _parts(order, batch_size_images, first_image, last_image, own):
+            images.prefetch(order, first)
+            batch = torch.empty((len(indices), *images.index.image_shape), dtype=torch.uint8, pin_memory=pin_memory)
+            images.read(indices, out=batch.numpy())
+            batch = batch.view(torch.float16) if images.index.encoding else batch
+            labels = torch.from_numpy(images.labels(indices)) if with_labels and images.index.classes else None
+            if labels is not None and pin_memory:
+                labels = labels.pin_memory()
+            yield LoadedBatch(numbers, batch.permute(0, 3, 1, 2), labels)
+
+    return BatchStream(batches(), stop)
+
+
+class BatchStream(Iterator[LoadedBatch]):
+    """Batches that a thread reads ahead, from the first call until they end or `close` is called."""
+
+    def __init__(self, batches: Iterator[LoadedBatch], stop: Stop) -> None:
+        """Takes its arguments from `stream_batches`."""
+        self._batches, self._stop = batches, stop
+        self._reader = ThreadPoolExecutor(1, "batches")
+        self._coming: deque[Future[LoadedBatch | None]] = deque()
+        self._is_closed = False
+
+    def __next__(self) -> LoadedBatch:
+        """Waits for the next batch and returns it."""
+        self._read_ahead(PREFETCH_BATCHES + 1)
+        if not self._coming:
+            raise StopIteration
+        coming = self._coming.popleft()
+        while not coming.done() and not wait([coming], _LOOK_SECONDS).done:
+            self._stop()
+        if coming.exception() is None and (batch := coming.result()) is not None:
+            return batch
+        self.close()
+        raise coming.exception() or StopIteration
+
+    def holds(self, count: int) -> bool:
+        """Returns at once whether the next `count` batches are read, or all that remain; not if a stop ended a read."""
+        self._read_ahead(PREFETCH_BATCHES)
+        coming = islice(self._coming, count)
+        return all(batch.done() and not isinstance(batch.exception(), StoppedError) for batch in coming)
+
+    def close(self) -> None:
+        """Ends the thread, and waits at most `_LAST_BATCH_SECONDS` for its current batch."""
+        self._is_closed = True
+        self._reader.shutdown(wait=False, cancel_futures=True)
+        wait([batch for batch in self._coming if not batch.cancelled()], _LAST_BATCH_SECONDS)
+        self._coming.clear()
+
+    def _read_ahead(self, count: int) -> None:
+        while len(self._coming) < count and not self._is_closed:
+            self._coming.append(self._reader.submit(next, self._batches, None))
+
+
+def _parts(
+    order: Order, batch_size: int, first: int, last: int | None, places: range
+) -> Iterator[tuple[int, Int64s, Int64s]]:
+    """Yields each batch's first image, and the indices and numbers at these places, computed for thousands at once."""
+    chunk_batches = max(1, _CHUNK_IMAGES // batch_size)
+    while last is None or first < last:
+        batches = chunk_batches if last is None else min(chunk_batches, -(-(last - first) // batch_size))
+        firsts = first + batch_size * np.arange(batches)
+        numbers = firsts[:, None] + np.arange(places.start, places.stop, places.step)
+        yield from zip(firsts.tolist(), order.indices(numbers.ravel()).reshape(numbers.shape), numbers, strict=True)
+        first += batches * batch_size
+
+
 def _shuffled(offsets: Int64s, sizes: Int64s, keys: UInt64s, *, backwards: bool = False) -> Int64s:
     """Evaluates a keyed permutation of `range(size)`, or its inverse, at `offset`, elementwise.
 
@@ -168,19 +330,3 @@ def _key(*words: Int64s | int) -> UInt64s:
     for word in words:
         key = _mixed64((key ^ np.asarray(word).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
     return key
-
-
-def images_at_epoch(epoch: int, dataset_images: int, batch_size_images: int) -> int:
-    """Returns `images_seen` at the first batch boundary at or after `epoch` passes over the dataset."""
-    return -(-epoch * dataset_images // batch_size_images) * batch_size_images
-
-
-def epochs_completed_by(images_seen: int, dataset_images: int, batch_size_images: int) -> range:
-    """Returns the epochs that the batch ending at `images_seen` completed; a batch may be larger than the dataset."""
-    before = max(0, images_seen - batch_size_images)
-    return range(before // dataset_images + 1, images_seen // dataset_images + 1)
-
-
-def crosses(images_seen: int, batch_size_images: int, every_images: int) -> bool:
-    """Returns whether the batch ending at `images_seen` reached or passed a multiple of `every_images`."""
-    return images_seen // every_images > max(0, images_seen - batch_size_images) // every_images

@@ -6,23 +6,28 @@ import hashlib
 import os
 import re
 import shutil
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, cast
 
-from job.data.source import members
-from job.data.source.archives import ARCHIVES, find_tars, open_zipped, opened_zip, tar_members, zip_members
-from job.data.source.formats import next_step, recognised
+from job.data.pack_request import PackRequest
+from job.data.source import labels, members
+from job.data.source.archives import find_tars, tar_members
+from job.data.source.formats import FORMATS, next_step
 from job.data.source.formats.published import IDX_NAME, archive_source
 from job.data.source.formats.tables import has_shards
-from job.data.source.labels import json_of, labels_of_pairs, pairs_in, sidecars, text_of, with_sidecars
-from job.data.source.members import Files, Member, Opener, RefusedError, Source, is_data_file, refused, split_in
+from job.data.source.labels import Rows
+from job.data.source.members import Files, Member, Opener, RefusedError, Source, refused
+from job.data.source.survey import are_classes, class_folders
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import Progress, printable
 from job.store import (
     Retry,
+    Store,
     fsspec_configured,
     is_foreign,
     is_remote,
@@ -43,6 +48,69 @@ _BRACES = re.compile(r"\{.*\}")
 _DATASET_JSON = "dataset.json"
 """The table of labels that StyleGAN's and EDM's `dataset_tool.py` writes (Karras et al. 2022)."""
 _PATTERN = re.compile(r"([^*]*/)([^/*]*\*.*)")
+
+
+def chosen_source(request: PackRequest, bucket: Store, check_stop: Callable[[], None]) -> Source:
+    """Opens the source of a request, with the split and the labels that are taken; its note says which.
+
+    Args:
+        request: a checked one, of a source that is copied.
+        bucket: where the dataset goes.
+        check_stop: called at each image; raises `StoppedError`.
+
+    Raises:
+        MissingInputError: the source or the table of labels does not exist.
+        BadRequestError: the table does not belong to the source.
+        BadDataError: the source or the table is damaged, or has no such split.
+    """
+    retry, (file, column) = bucket.retry.elsewhere(), labels.split_labels(request.labels)
+    source = open_source(request.place, bucket.uri, retry, None if request.classes is False or file else column)
+    notes = [source.note]
+    if request.split:
+        split = "" if request.split == members.ALL else request.split
+        where = f"{source.where}, split {split}" if split else source.where
+        source = replace(source, split=split, where=where, other_splits=())
+        if next(source.members(), None) is None:
+            said = "no file or folder of it is named so. Without --split the command says which splits there are"
+            raise BadDataError(f"{source.where} holds no images: {said}")
+    rows, folders = _rows(source, file, retry) if file else None, Counter[tuple[str, ...]]()
+
+    def names() -> Iterator[str]:
+        # A bare name in a table must be that of one image of all splits.
+        for image in (replace(source, split=None) if rows else source).images():
+            check_stop()
+            folders[members.path_parts(image.name)[:-1]] += 1
+            yield image.name
+
+    if rows:
+        with members.refusing(rows.where):
+            table = labels.join_labels(rows, names(), column)
+        source = replace(source, table=table.where, label_by_name=table.of)
+        notes.append(f"{table.where}: {table.names!r} names the images, {table.column!r} labels them")
+    elif source.split is None:
+        deque(names(), maxlen=0)
+    # A folder among many that are classes says no split.
+    classes = class_folders(set(folders), are_classes).names if folders else ()
+    splits = {members.split_of(part) for folder in folders for part in folder if part not in classes} - {""}
+    if source.split is None and "train" in splits and len(splits) > 1:
+        source = replace(source, split="train", other_splits=tuple(sorted(splits - {"train"})))
+        if outside := sum(images for folder, images in folders.items() if not members.split_in(folder)):
+            notes.append(f"leaving out all images in none of its splits ({outside:,})")
+    if others := " or ".join(f"--split {other}" for other in source.other_splits):
+        notes.append(f"packing its split {source.split}; {others} would pack another; all: --split {members.ALL}")
+    return replace(source, note="; ".join(filter(None, notes)))
+
+
+def _rows(source: Source, file: str, retry: Retry) -> Rows:
+    """Returns the table of labels in a file, or else in one of that name beside the images of the source."""
+    beside = source.beside
+    if not beside or file not in beside.names:
+        return labels.read_labels(file, retry)
+    if Path(file).exists() and not Path(file).samefile(Path(beside.where, file)):
+        there = f"one in {beside.where} and one in this folder, which ./{file} would name"
+        raise BadRequestError(f"--labels {file}: there is {there}: choose, or rename one")
+    with members.refusing(f"{beside.where}: {file}"):
+        return labels.table_in(file, beside.read(file))
 
 
 def open_source(source: str, bucket: str = "", retry: Retry | None = None, column: str | None = "") -> Source:
@@ -206,17 +274,31 @@ def forget(source: str) -> None:
 
 def _file(files: Files, column: str | None) -> Source:
     """Returns the images of the chosen file."""
-    return recognised(files, column) or _archive(files.place, partial(files.open, files.chosen), column)
+    return _recognised(files, column) or _archive(files.place, partial(files.open, files.chosen), column)
+
+
+def _recognised(files: Files, column: str | None) -> Source | None:
+    """Returns the images of a format that is not a folder or an archive; None if the names say nothing.
+
+    Args:
+        files: the files of the place.
+        column: the label to take where a format has several; empty for the usual one, None for no labels.
+
+    Raises:
+        BadRequestError: there are several labels, or a library is missing.
+    """
+    readers = (resolve_name(f"job.data.source.formats.{reader}") for reader in FORMATS)
+    return next(filter(None, (reader(files, column) for reader in readers)), None)
 
 
 def _read_as(files: Files, images: Source, has_images: bool, column: str | None) -> Source:
     """Returns the images of a folder, or those in its files of other formats if these are the dataset."""
     if not has_images or has_shards(files.names):
-        if found := recognised(files, column):
+        if found := _recognised(files, column):
             # A dataset of the hub may show some of its images on its page.
             beside = "leaving out the images beside its tables" if has_images else ""
             return replace(found, note="; ".join(filter(None, (found.note, beside))), beside=files)
-        archives = [name for name in files.names if name.lower().endswith(ARCHIVES)] if not has_images else []
+        archives = [name for name in files.names if name.lower().endswith(members.ARCHIVES)] if not has_images else []
         opened = [(name, partial(files.open, name)) for name in archives]
         if len(opened) == 1:
             one = _archive(f"{files.where}/{opened[0][0]}", opened[0][1], column)
@@ -254,7 +336,7 @@ def _inside(archive: Source, inside: str, where: str) -> Source:
         if is_empty:
             raise RefusedError(f"is empty: {'no file matches' if '*' in path else 'no file is in'} {path!r}")
 
-    if split_in(folder.split("/")):
+    if members.split_in(folder.split("/")):
         archive = replace(whole, note="", other_splits=())
     labelled = partial(listed, True)
     return replace(
@@ -266,21 +348,21 @@ def _archive(where: str, opener: Opener, column: str | None) -> Source:
     """Returns a zip or a tar, which may hold files of another format."""
     with members.refusing(where), opener() as file:
         if (start := file.read(4)) in (b"PK\x03\x04", b"PK\x05\x06"):
-            with opened_zip(file) as archive:
+            with members.opened_zip(file) as archive:
                 names = archive.namelist()
             # The size of a gzipped file in a zip is unknown before it is unpacked.
             others = [name for name in names if not members.is_image(name) and not name.endswith((".gz", "/"))]
-            files = Files(where, tuple(others), partial(open_zipped, opener))
+            files = Files(where, tuple(others), partial(members.open_zipped, opener))
             has_images = any(map(members.is_image, names))
-            found = None if has_images else recognised(files, column)
-            return found or _labelled_beside(Source(where, partial(zip_members, opener)), files, column)
+            found = None if has_images else _recognised(files, column)
+            return found or _labelled_beside(Source(where, partial(members.zip_members, opener)), files, column)
         if unread := next_step(start=start):
             raise RefusedError(f"has no images: {unread}")
         first = next(tar_members(opener), None)
     listed = partial(tar_members, opener)
     if first is not None and (found := archive_source(first.name, where, listed, column)):
         return found
-    labelled = partial(with_sidecars, where, listed, column)
+    labelled = partial(labels.with_sidecars, where, listed, column)
     return Source(where, listed, with_labels=labelled if column is not None else None)
 
 
@@ -292,7 +374,7 @@ def _labelled_beside(source: Source, files: Files, column: str | None) -> Source
     Raises:
         BadRequestError: several files name labels, and `column` is not None.
     """
-    if others := list(filter(is_data_file, files.names)):
+    if others := list(filter(members.is_data_file, files.names)):
         more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
         said = f"packing its images, and not those in {printable(others[0])}{more}: name these to pack them"
         source = replace(source, note="; ".join(filter(None, (source.note, said))))
@@ -301,14 +383,15 @@ def _labelled_beside(source: Source, files: Files, column: str | None) -> Source
     # A person who names a column means another one than the only one here.
     if tables and column == "":
         with members.refusing(f"{files.where}: {tables[0]}"):
-            found = json_of(text_of(files.read(tables[0])))
+            found = labels.json_of(labels.text_of(files.read(tables[0])))
             if isinstance(found, dict) and found.get("labels"):
                 if len(tables) > 1:
                     said = f"{files.where} has several tables of labels, {tables[0]}, {tables[1]} …"
                     raise BadRequestError(f"{said}: pack one of their folders, or use --no-classes")
                 folder = tables[0].removesuffix(_DATASET_JSON)
-                pairs = [(folder + name, label) for name, label in pairs_in(found)]
-                return replace(source, table=tables[0], label_by_name=labels_of_pairs(tables[0], pairs).of)
-    if not any(name.lower().endswith(sidecars(column, adjacent=False)) for name in files.names):
-        return source
-    return replace(source, with_labels=partial(with_sidecars, source.where, source.listed, column, adjacent=False))
+                pairs = [(folder + name, label) for name, label in labels.pairs_in(found)]
+                return replace(source, table=tables[0], label_by_name=labels.labels_of_pairs(tables[0], pairs).of)
+    if any(name.lower().endswith(labels.sidecars(column, adjacent=False)) for name in files.names):
+        labelled = partial(labels.with_sidecars, source.where, source.listed, column, adjacent=False)
+        return replace(source, with_labels=labelled)
+    return source

@@ -1,4 +1,4 @@
-"""The files in a zip or a tar, and the samples of WebDataset tars that are indexed in place.
+"""The files in a tar, and the samples of WebDataset tars that are indexed in place.
 
 Nothing is extracted to a disk; an unsafe, truncated or damaged archive is refused.
 
@@ -14,7 +14,7 @@ import io
 import re
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,68 +26,16 @@ from braceexpand import braceexpand
 from job.data.shards import Digests, is_tar_uri
 from job.data.source import members
 from job.data.source.labels import sample_key, with_sidecars
-from job.data.source.members import ENTRY_BYTES, EXPANSION, SUFFIXES, Member, Opener, RefusedError, Source, refused
+from job.data.source.members import Member, Opener, RefusedError, Source, refused
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import printable
 from job.store import Retry, Store, open_to_read, split_uri, without_queries
 
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
-"""Suffixes of the archives of which a folder may consist."""
-EXPANDS = f"unpacks to more than {EXPANSION} times its size: do not trust this archive"
 MOST_TARS = 1_000_000
 """The number of tars that a pattern of six digits can count; the index names each, and is held in memory."""
 
-_SMALL_BYTES = 1 << 24
-"""A file of an archive may have as many bytes, however small the archive is."""
 _SKIPPED_BYTES = 1 << 20
 _CLASS = re.compile(r"0|[1-9]\d{0,4}")
-
-
-def opened_zip(file: BinaryIO, is_wanted: Callable[[str], object] = lambda name: False) -> zipfile.ZipFile:
-    """Opens a zip.
-
-    Args:
-        file: the zip.
-        is_wanted: whether an entry of this name will be read.
-
-    Raises:
-        RefusedError: there is something before its first entry, such as another zip; or it has odd names, or a bomb.
-    """
-    limit_bytes = max(members.ENTRY_BYTES, EXPANSION * file.seek(0, io.SEEK_END))
-    try:
-        # zipfile takes names without a flag for those of DOS; Linux and macOS write them in UTF-8.
-        archive = zipfile.ZipFile(file, metadata_encoding="utf-8")
-    except UnicodeDecodeError:
-        raise RefusedError("has names that are not in UTF-8: unpack it, and pack the folder") from None
-    if first := min((info.header_offset for info in archive.infolist()), default=archive.start_dir):
-        said = f"has {first:,} bytes before its first entry: was it joined by `cat`, or is it self-extracting?"
-        raise RefusedError(f"{said} Unpack it, and pack the folder")
-    if sum(info.file_size for info in archive.infolist() if is_wanted(info.filename)) > limit_bytes:
-        raise RefusedError(EXPANDS)
-    return archive
-
-
-def zip_members(opener: Opener) -> Iterator[Member]:
-    """Yields the files of a zip, in the order of its directory."""
-    with opener() as file, opened_zip(file, members.is_image) as archive:
-        for info in archive.infolist():
-            if not info.is_dir():
-                yield Member(info.filename, partial(_read_zipped, archive, info), size_bytes=info.file_size)
-
-
-def _read_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    with archive.open(info) as stream:
-        return members.read_exactly(stream, info.file_size)
-
-
-def open_zipped(opener: Opener, name: str) -> BinaryIO:
-    """Opens one file of a zip as a stream."""
-    file = opener()
-    limit_bytes = max(_SMALL_BYTES, EXPANSION * file.seek(0, io.SEEK_END))
-    archive = opened_zip(file)
-    if archive.getinfo(name).file_size > limit_bytes:
-        raise RefusedError(EXPANDS)
-    return cast(BinaryIO, archive.open(name))
 
 
 def tar_members(opener: Opener, digests: Digests | None = None) -> Iterator[Member]:
@@ -101,7 +49,7 @@ def tar_members(opener: Opener, digests: Digests | None = None) -> Iterator[Memb
             archive = tarfile.TarFile(fileobj=cast(BinaryIO, stream))
         except tarfile.TarError:
             with suppress(zipfile.BadZipFile, ValueError, OSError):
-                opened_zip(file)
+                members.opened_zip(file)
             raise RefusedError("is damaged, or not a .zip, .tar, .tar.gz or MNIST idx file") from None
         while (member := archive.next()) is not None:
             # tarfile would keep every header, and memory would grow with the archive.
@@ -136,7 +84,7 @@ class _TarStream:
         if position < self._position:
             raise tarfile.ReadError(f"a header that leads back to byte {position}")
         if position > self._limit_bytes:
-            raise RefusedError(EXPANDS)
+            raise RefusedError(members.EXPANDS)
         if self._digests is None:
             self._position = self._file.seek(position)
         while self._position < position:
@@ -146,12 +94,12 @@ class _TarStream:
     def read(self, size: int) -> bytes:
         """Returns the next bytes."""
         # A header may give itself any length, and tarfile would allocate that.
-        if not 0 <= size <= ENTRY_BYTES:
+        if not 0 <= size <= members.ENTRY_BYTES:
             raise tarfile.ReadError(f"a block of {size:,} bytes")
         self._last_block = self._file.read(size)
         self._position += len(self._last_block)
         if self._position > self._limit_bytes:
-            raise RefusedError(EXPANDS)
+            raise RefusedError(members.EXPANDS)
         if self._digests is not None:
             self._digests.update(self._last_block)
         return self._last_block
@@ -221,7 +169,7 @@ class ForeignTar:
             for key, files in groupby(filter(lambda file: members.is_image(file.name), labelled), sample_key):
                 images = list(files)
                 # `photo.jpg` is the image, `photo.mask.png` is not, and `photo.1.jpg` belongs to another one.
-                plain = [image for image in images if image.name[len(key) :].lower() in SUFFIXES]
+                plain = [image for image in images if image.name[len(key) :].lower() in members.SUFFIXES]
                 if len(images) > 1 and (len(plain) != 1 or any(image.name[len(key) + 1].isdigit() for image in images)):
                     said = f"{images[0].name!r} and {images[1].name!r} would be one sample, for its key ends at the"
                     said += " first dot of a name: rename them, or pack the tar with `ddpm data pack`"

@@ -20,16 +20,13 @@ from itertools import groupby
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from job.data.source.members import Member, RefusedError, is_hidden, is_image, path_parts, read_table, refused, refusing
+from job.data.source.members import Files, Member, RefusedError, is_hidden, is_image, path_parts, refused, refusing
 from job.exits import BadRequestError, MissingInputError
 from job.progress import printable, printable_label, some_of
 from job.store import Retry, open_to_read, split_uri, without_queries
 
 LABEL_KEYS = ("label", "cls", "class")
 """The names under which formats keep a label."""
-
-MOST_CLASSES = 100_000
-"""Largest number of different labels that are classes."""
 
 _SAMPLE_KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
 """The key of a WebDataset sample, the path up to the first dot of the file's name, and the rest of the name."""
@@ -60,10 +57,9 @@ def label_of(value: object) -> str:
         if not float(text).is_integer():
             raise RefusedError(f"has the label {text:.40}, which is not a whole number: use --no-classes")
         text = str(int(Decimal(text)))
-    if len(text) > _LONGEST:
-        raise RefusedError(f"has a label of {len(text):,} characters, which names no class: use --no-classes")
-    if "\n" in text:
-        raise RefusedError(f"has a label of several lines, {text[:40]!r}: close its quotes, or use --no-classes")
+    if len(text) > _LONGEST or "\n" in text:
+        said = f"has a label of {len(text):,} characters, which names no class, {text[:40]!r}"
+        raise RefusedError(f"{said}: close its quotes, or use --no-classes")
     return "" if re.fullmatch(r"-\d+", text) else printable_label(text)
 
 
@@ -71,10 +67,8 @@ def class_names(names: Sequence[object]) -> tuple[str, ...]:
     """Returns the names of a format's classes in the order of their numbers; a blank name becomes its number.
 
     Raises:
-        RefusedError: two classes have one name, or there are more than `MOST_CLASSES`.
+        RefusedError: two classes have one name.
     """
-    if len(names) > MOST_CLASSES:
-        raise RefusedError(f"has {len(names):,} classes, more than {MOST_CLASSES:,}: use --no-classes")
     classes = tuple(printable_label(str(name).strip())[:_LONGEST] or str(number) for number, name in enumerate(names))
     if len(set(classes)) < len(classes):
         raise RefusedError("has two classes of one name: rename one, or use --no-classes")
@@ -407,9 +401,7 @@ def read_labels(file: str, retry: Retry | None = None) -> Rows:
         own = "" if PurePosixPath(file).suffix else f": a column of the source itself is :{file}"
         raise MissingInputError(f"--labels: there is nothing at {file}{own}")
     with refusing(file):
-        with store.open(name) as opened:
-            content = read_table(opened)
-        return table_in(file, content)
+        return table_in(file, Files(folder, (name,), store.open).read(name))
 
 
 def table_in(where: str, content: bytes) -> Rows:

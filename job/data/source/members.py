@@ -20,12 +20,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, BinaryIO, cast
 
-from job.data.reading import in_order
+from job.data.source.formats import FORMATS
 from job.exits import BadDataError, MissingInputError, NoPermissionError
 from job.progress import printable
+from job.stop import in_order
 
 SUFFIXES = {
     *(".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jpe", ".jpeg", ".jpg"),
@@ -37,6 +39,9 @@ TABLE_BYTES = 128 * 1024 * 1024
 """Largest table of labels that is read: twice ImageNet's, in which the names of 1.3 million images are long."""
 EXPANSION = 200
 """How many times larger than the archive its content may be. Images hardly compress; deflate alone reaches 1,032."""
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+"""Suffixes of the archives of which a folder may consist."""
+EXPANDS = f"unpacks to more than {EXPANSION} times its size: do not trust this archive"
 Opener = Callable[[], BinaryIO]
 """Opens a file from its beginning, as a seekable stream; may be called several times."""
 ALL = "all"
@@ -48,13 +53,11 @@ SPLITS = {
 }
 """The split that each word names."""
 
-_DATA_FILE = re.compile(
-    r"\.(zip|tar|tgz|tar\.gz|parquet|arrow|np[yz]|tfrec(?:ords?)?|bin|lmdb)(\.gz)?$"
-    r"|\.tfrecords?-|-\d{5}-of-\d{5}(\.gz)?$|_lmdb$",
-    re.IGNORECASE,
-)
+_DATA_FILE = re.compile(rf"(?:\.(?:zip|tar|tgz)|{'|'.join(filter(None, FORMATS.values()))})(?:\.gz)?$", re.IGNORECASE)
 """Files that hold many images: a part of an image's name, but never a class."""
 _REASON_CHARACTERS = 160
+_SMALL_BYTES = 1 << 24
+"""A file of an archive may have as many bytes, however small the archive is."""
 _DAMAGES = (csv.Error, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
 _FORK = re.compile(r"(^|/)(__MACOSX/|\._)")
 """A resource fork, which macOS adds beside each file under the same suffix."""
@@ -154,13 +157,6 @@ def check_size(size: int, most_bytes: int = 0, what: str = "an image") -> None:
         raise RefusedError(f"has {size:,} bytes, more than the {most_bytes:,} that {what} may have")
 
 
-def read_table(file: BinaryIO) -> bytes:
-    """Returns the content of a file that may be a table of labels; raises `RefusedError` if it is too large."""
-    check_size(file.seek(0, io.SEEK_END), TABLE_BYTES, "a table of labels")
-    file.seek(0)
-    return file.read()
-
-
 def unpacked(file: BinaryIO) -> tuple[BinaryIO, int]:
     """Returns the content of a file that may be gzipped, and how many bytes it may have."""
     limit_bytes = max(ENTRY_BYTES, EXPANSION * file.seek(0, io.SEEK_END))
@@ -168,6 +164,53 @@ def unpacked(file: BinaryIO) -> tuple[BinaryIO, int]:
     is_gzipped = file.read(2) == b"\x1f\x8b"
     file.seek(0)
     return cast(BinaryIO, gzip.GzipFile(fileobj=file)) if is_gzipped else file, limit_bytes
+
+
+def opened_zip(file: BinaryIO, is_wanted: Callable[[str], object] = lambda name: False) -> zipfile.ZipFile:
+    """Opens a zip.
+
+    Args:
+        file: the zip.
+        is_wanted: whether an entry of this name will be read.
+
+    Raises:
+        RefusedError: there is something before its first entry, such as another zip; or it has odd names, or a bomb.
+    """
+    limit_bytes = max(ENTRY_BYTES, EXPANSION * file.seek(0, io.SEEK_END))
+    try:
+        # zipfile takes names without a flag for those of DOS; Linux and macOS write them in UTF-8.
+        archive = zipfile.ZipFile(file, metadata_encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RefusedError("has names that are not in UTF-8: unpack it, and pack the folder") from None
+    if first := min((info.header_offset for info in archive.infolist()), default=archive.start_dir):
+        said = f"has {first:,} bytes before its first entry: was it joined by `cat`, or is it self-extracting?"
+        raise RefusedError(f"{said} Unpack it, and pack the folder")
+    if sum(info.file_size for info in archive.infolist() if is_wanted(info.filename)) > limit_bytes:
+        raise RefusedError(EXPANDS)
+    return archive
+
+
+def zip_members(opener: Opener) -> Iterator[Member]:
+    """Yields the files of a zip, in the order of its directory."""
+    with opener() as file, opened_zip(file, is_image) as archive:
+        for info in archive.infolist():
+            if not info.is_dir():
+                yield Member(info.filename, partial(_read_zipped, archive, info), size_bytes=info.file_size)
+
+
+def _read_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    with archive.open(info) as stream:
+        return read_exactly(stream, info.file_size)
+
+
+def open_zipped(opener: Opener, name: str) -> BinaryIO:
+    """Opens one file of a zip as a stream."""
+    file = opener()
+    limit_bytes = max(_SMALL_BYTES, EXPANSION * file.seek(0, io.SEEK_END))
+    archive = opened_zip(file)
+    if archive.getinfo(name).file_size > limit_bytes:
+        raise RefusedError(EXPANDS)
+    return cast(BinaryIO, archive.open(name))
 
 
 def is_data_file(part: str) -> bool:
@@ -221,7 +264,9 @@ class Files:
     def read(self, name: str) -> bytes:
         """Returns the content of one; raises `RefusedError` if it is larger than a table of labels may be."""
         with self.open(name) as file:
-            return read_table(file)
+            check_size(file.seek(0, io.SEEK_END), TABLE_BYTES, "a table of labels")
+            file.seek(0)
+            return file.read()
 
 
 @dataclass(frozen=True)

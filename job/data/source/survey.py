@@ -1,4 +1,4 @@
-"""A survey of a source before it is packed: its split and labels, the number of its images, and their classes.
+"""A survey of a source before it is packed: the number of its images, and their classes.
 
 Classes are never made up. A person decides whether folders named by numbers or splits are classes, and reads which
 folders became classes before anything is trained.
@@ -10,22 +10,17 @@ import hashlib
 import re
 import unicodedata
 from array import array
-from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from job.data.pack_request import PackRequest
-from job.data.source import members, open_source
+from job.data.source import members
 from job.data.source.formats import next_step
-from job.data.source.labels import MOST_CLASSES, Rows, join_labels, read_labels, split_labels, table_in
-from job.data.source.members import ALL, SUFFIXES, Source, is_data_file, split_in, split_of, stem_of
+from job.data.source.members import SUFFIXES, Source, is_data_file, split_of, stem_of
 from job.exits import BadDataError, BadRequestError
 from job.progress import some_of
-from job.store import Retry, Store
 
-_FEW_IMAGES = 100
+_FEW_IMAGES, _MOST_CLASSES = 100, 100_000
 _NUMBER = re.compile(r"[\d_. -]+")
 _WHOLE = re.compile(r"0|[1-9]\d*")
 
@@ -57,68 +52,6 @@ class Survey:
         """Returns the class of image `number` of the source, -1 without classes; None for one that is left out."""
         label = self._labels[number]
         return None if self.classes and label < 0 else label
-
-
-def chosen_source(request: PackRequest, bucket: Store, check_stop: Callable[[], None]) -> Source:
-    """Opens the source of a request, with the split and the labels that are taken; its note says which.
-
-    Args:
-        request: a checked one, of a source that is copied.
-        bucket: where the dataset goes.
-        check_stop: called at each image; raises `StoppedError`.
-
-    Raises:
-        MissingInputError: the source or the table of labels does not exist.
-        BadRequestError: the table does not belong to the source.
-        BadDataError: the source or the table is damaged, or has no such split.
-    """
-    retry, (file, column) = bucket.retry.elsewhere(), split_labels(request.labels)
-    source = open_source(request.place, bucket.uri, retry, None if request.classes is False or file else column)
-    notes = [source.note]
-    if request.split:
-        where = source.where if request.split == ALL else f"{source.where}, split {request.split}"
-        source = replace(source, split="" if request.split == ALL else request.split, where=where, other_splits=())
-        if next(source.members(), None) is None:
-            said = "no file or folder of it is named so. Without --split the command says which splits there are"
-            raise BadDataError(f"{source.where} holds no images: {said}")
-    rows, folders = _rows(source, file, retry) if file else None, Counter[tuple[str, ...]]()
-
-    def names() -> Iterator[str]:
-        # A bare name in a table must be that of one image of all splits.
-        for image in (replace(source, split=None) if rows else source).images():
-            check_stop()
-            folders[members.path_parts(image.name)[:-1]] += 1
-            yield image.name
-
-    if rows:
-        with members.refusing(rows.where):
-            table = join_labels(rows, names(), column)
-        source = replace(source, table=table.where, label_by_name=table.of)
-        notes.append(f"{table.where}: {table.names!r} names the images, {table.column!r} labels them")
-    elif source.split is None:
-        deque(names(), maxlen=0)
-    # A folder among many that are classes says no split.
-    classes = _class_folders(set(folders), _are_classes).names if folders else ()
-    splits = {split_of(part) for folder in folders for part in folder if part not in classes} - {""}
-    if source.split is None and "train" in splits and len(splits) > 1:
-        source = replace(source, split="train", other_splits=tuple(sorted(splits - {"train"})))
-        if outside := sum(images for folder, images in folders.items() if not split_in(folder)):
-            notes.append(f"leaving out all images in none of its splits ({outside:,})")
-    if others := " or ".join(f"--split {other}" for other in source.other_splits):
-        notes.append(f"packing its split {source.split}; {others} would pack another; all: --split {ALL}")
-    return replace(source, note="; ".join(filter(None, notes)))
-
-
-def _rows(source: Source, file: str, retry: Retry) -> Rows:
-    """Returns the table of labels in a file, or else in one of that name beside the images of the source."""
-    beside = source.beside
-    if not beside or file not in beside.names:
-        return read_labels(file, retry)
-    if Path(file).exists() and not Path(file).samefile(Path(beside.where, file)):
-        there = f"one in {beside.where} and one in this folder, which ./{file} would name"
-        raise BadRequestError(f"--labels {file}: there is {there}: choose, or rename one")
-    with members.refusing(f"{beside.where}: {file}"):
-        return table_in(file, beside.read(file))
 
 
 def survey(
@@ -154,15 +87,15 @@ def survey(
     if not labels:
         raise no_images(where, source.skipped)
     known, found = set(labels) - {""}, _Found((), {})
-    if len(known) > MOST_CLASSES:
-        raise BadRequestError(f"{where} has more than {MOST_CLASSES:,} different labels: use --no-classes")
     if classes is not False and known:
         ordered = tuple(dict.fromkeys([*names, *sorted(known, key=_in_order)]))
         found = _Found(ordered, {label: number for number, label in enumerate(ordered)}, are_labels=True)
     elif classes is not False:
-        ways = (_are_classes, _are_no_splits, bool) if classes else (_are_classes,)
-        by_name = [_class_folders(set(folders), accepts) for accepts in ways]
+        ways = (are_classes, _are_no_splits, bool) if classes else (are_classes,)
+        by_name = [class_folders(set(folders), accepts) for accepts in ways]
         found = next((found for found in by_name if found.names), by_name[0])
+    if (many := len(found.names)) > _MOST_CLASSES:
+        raise BadRequestError(f"{where} has {many:,} classes, more than {_MOST_CLASSES:,}: use --no-classes")
     if classes and not found.names:
         said = "no image has a label, and each would have to lie in one of at least two folders"
         raise BadRequestError(f"{where} has no classes: {said}. --labels FILE names a table of labels")
@@ -245,7 +178,7 @@ class _Found:
             yield f"{why}; {some_of(there)} would take labels" if there else why
 
 
-def _class_folders(folders: set[tuple[str, ...]], accepts: Callable[[set[str]], bool]) -> _Found:
+def class_folders(folders: set[tuple[str, ...]], accepts: Callable[[set[str]], bool]) -> _Found:
     """Returns the first level of folders in which images differ and whose names are accepted as those of classes."""
     inner, passed = {folder: folder for folder in folders}, tuple[str, ...]()
     while True:
@@ -267,7 +200,7 @@ def _in_order(name: str) -> tuple[int, str]:
     return int(name) if name.isdecimal() else -1, name
 
 
-def _are_classes(names: set[str]) -> bool:
+def are_classes(names: set[str]) -> bool:
     """Returns whether names look like classes: neither splits, files of many images, dates nor numbers such as 007."""
     are_numbers = all(is_data_file(name) or _NUMBER.fullmatch(name) for name in names)
     return _are_no_splits(names) and (not are_numbers or all(map(_WHOLE.fullmatch, names)))

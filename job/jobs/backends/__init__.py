@@ -9,7 +9,6 @@ import re
 import select
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import reduce
@@ -26,7 +25,6 @@ from job.exits import (
     MissingInputError,
     Restart,
     State,
-    how_to_install,
     meaning,
     restart_after,
     state_after,
@@ -302,19 +300,6 @@ class Terms(NamedTuple):
     kind: str = ""
 
 
-@contextmanager
-def needs_extra(extra: str) -> Iterator[None]:
-    """As a decorator: reports a library that is missing, of an `extra` of this program.
-
-    Raises:
-        MissingInputError: it is missing; the message has the remedy.
-    """
-    try:
-        yield
-    except ImportError as error:
-        raise MissingInputError(f"the target needs more than is installed ({error}): {how_to_install(extra)}") from None
-
-
 class Target(BaseModel):
     """A place for jobs, as `targets.yaml` describes it, and the operations of its engine, each of which has a subclass.
 
@@ -333,8 +318,6 @@ class Target(BaseModel):
     """Whether several of its machines can train together."""
     limits_attempts: ClassVar[bool] = False
     """Whether `max_hours` end one attempt, after which the engine itself begins the next."""
-    is_expected: ClassVar[bool] = True
-    """Whether a list of all jobs reports that its engine does not answer."""
     keeps_ended: ClassVar[bool] = False
     """Whether the engine knows a job for a day after its end: an unknown one was then deleted."""
 

@@ -18,9 +18,8 @@ from pydantic import Field
 from job.coordination.sealed import utc_text
 from job.exits import BadRequestError, Restart, State, failures, state_after
 from job.jobs.backends import Cause, JobStatus, JsonObject, google
-from job.jobs.backends.container import SCRATCH
 from job.jobs.machines import Machine
-from job.jobs.spec import LABEL_PREFIX, JobSpec
+from job.jobs.spec import LABEL_PREFIX, SCRATCH, JobSpec
 
 TASK_INDEX = "$BATCH_TASK_INDEX"
 """The variable in which Batch gives each task its number."""

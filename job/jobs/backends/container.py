@@ -31,10 +31,9 @@ from job.exits import (
     state_after,
 )
 from job.jobs.backends import FOLLOW_SECONDS, Check, Image, JobStatus, JsonObject, Target, Word, last_line, output_of
-from job.jobs.spec import LABEL_PREFIX, JobSpec
+from job.jobs.spec import IMAGE_USER, LABEL_PREFIX, SCRATCH, JobSpec, docker_options, scratch_variables
 from job.processes.group import local_gpus
 from job.progress import note
-from job.stop import GRACE_VARIABLE
 from job.store import kind_of
 
 OWN_IMAGE = "localhost/"
@@ -46,29 +45,6 @@ BUCKET_LABEL = "ddpm-bucket"
 CREDENTIALS_FOLDER = "/credentials"
 """The container's folder into which files with credentials are mounted."""
 _OVER = ("exited", "stopped", "dead", "removing")
-IMAGE_USER = 10001
-"""User and group of the image, for jobs that touch no file of the machine they run on."""
-SCRATCH = "/scratch"
-"""The local disk that the program may write; elsewhere /tmp may be memory."""
-
-
-def scratch_variables(grace_seconds: int) -> dict[str, str]:
-    """Returns the container's variables for the folders it may write, and for the time it has to save."""
-    folders = {"TMPDIR": SCRATCH, "XDG_CACHE_HOME": f"{SCRATCH}/cache", "DDPM_CACHE": f"{SCRATCH}/ddpm"}
-    return {**folders, GRACE_VARIABLE: str(grace_seconds)}
-
-
-def docker_options(user: int, group: int, stop_seconds: int) -> list[str]:
-    """Returns options of `docker run`: no rights, only scratch and /tmp to write, and the time until SIGKILL."""
-    return [
-        f"--stop-timeout={stop_seconds}",
-        "--read-only",
-        # torch.compile puts libraries there and runs them.
-        "--tmpfs=/tmp:rw,exec,nosuid,nodev,mode=1777",
-        f"--user={user}:{group}",
-        "--cap-drop=ALL",
-        "--security-opt=no-new-privileges",
-    ]
 
 
 def _mount(path: str, inside: str, *options: str) -> str:
@@ -82,7 +58,6 @@ class ContainerTarget(Target):
     """Jobs that are containers of this machine, by podman or docker, whichever is installed, found by their labels."""
 
     is_remote = False
-    is_expected = False
     # Until a person removes the container.
     keeps_ended = True
     backend: Literal["container"] = "container"

@@ -24,11 +24,10 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, PrivateAttr
 
-from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
-from job.jobs.backends import Check, JsonObject, LabelValue, NoCapacityError, Target, Terms, Word, needs_extra
-from job.jobs.backends.container import IMAGE_USER, docker_options, scratch_variables
+from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError, needs_extra
+from job.jobs.backends import Check, JsonObject, LabelValue, NoCapacityError, Target, Terms, Word
 from job.jobs.machines import Hourly, Machine, listed_price, machine_for
-from job.jobs.spec import JobSpec
+from job.jobs.spec import IMAGE_USER, JobSpec, docker_options, scratch_variables
 
 API_RETRY_PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)
 """Between attempts, while an API does not answer or is too busy."""
@@ -156,18 +155,13 @@ class GoogleTarget(Target):
         """Returns the zone or region to which jobs are submitted."""
         return self.places[self._first]
 
-    @property
-    def all_regions(self) -> tuple[str, ...]:
-        """Returns the regions of the places."""
-        return tuple(dict.fromkeys(re.sub(r"-[a-z]$", "", place) for place in self.places))
-
     def terms(self, spec: JobSpec) -> Terms:
         """See `Target.terms`."""
         return Terms(self.machine_type, (f"project {self.project}", ", then ".join(self.places)), *self.limit)
 
     def list_price(self, spec: JobSpec) -> Hourly | None:
         """See `Target.list_price`."""
-        return listed_price(self.machine_type, self.all_regions)
+        return listed_price(self.machine_type, [re.sub("-[a-z]$", "", place) for place in self.places])
 
     def network_in(self, region: str) -> dict[str, str]:
         """Returns `network` and `subnetwork` of a machine's interface, as paths, if the target names them."""
@@ -220,7 +214,7 @@ class GoogleTarget(Target):
         for page in self.pages("POST logging/entries:list", asked):
             yield from page.get("entries", ())
 
-    @needs_extra("google")
+    @needs_extra("google", "the target")
     def _ask_once(self, request: str, body: JsonObject | None, query: dict[str, str]) -> JsonObject:
         import requests
         from google.auth.exceptions import GoogleAuthError, TransportError

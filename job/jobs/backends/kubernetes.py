@@ -24,15 +24,9 @@ from job.exits import (
     MissingInputError,
     NoPermissionError,
     State,
-)
-from job.jobs.backends import (
-    Cause,
-    Check,
-    JobStatus,
-    JsonObject,
-    Terms,
     needs_extra,
 )
+from job.jobs.backends import Cause, Check, JobStatus, JsonObject, Terms
 from job.jobs.backends.kubernetes_objects import (
     CONTAINER,
     KubernetesKeys,
@@ -210,7 +204,7 @@ class ClusterApi:
     def _ask(self, api: str, call: str, *words: Any, **options: Any) -> JsonObject:
         return dict(json.loads(self._content(api, call, *words, **options)))
 
-    @needs_extra("kubernetes")
+    @needs_extra("kubernetes", "the target")
     def _content(self, api: str, call: str, *words: Any, **options: Any) -> bytes:
         """Returns the answer to a method of the client."""
         import urllib3

@@ -18,9 +18,8 @@ from pydantic import Field
 
 from job.exits import BadRequestError, Exit, Restart, State, failures, restart_after
 from job.jobs.backends import Cause, JobStatus, JsonObject, LabelValue, Name, Target, Text, failed_slices, joined
-from job.jobs.backends.container import IMAGE_USER, SCRATCH, scratch_variables
 from job.jobs.machines import GKE_GPU_TYPES, Machine, gpus_of
-from job.jobs.spec import RETRIES, JobSpec
+from job.jobs.spec import IMAGE_USER, RETRIES, SCRATCH, JobSpec, scratch_variables
 from job.stop import GRACE_VARIABLE
 
 CONTAINER = "ddpm"

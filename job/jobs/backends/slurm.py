@@ -331,7 +331,7 @@ def script_of(spec: JobSpec, target: SlurmTarget) -> str:
         "export": "NONE",
         "requeue": "",
         "time": f"{minutes // 60}:{minutes % 60:02}:{seconds:02}",
-        "signal": f"B:TERM@{target.grace_seconds}",
+        "signal": f"TERM@{target.grace_seconds}",
         **_resources(spec, target),
     }
     again, never = (" ".join(map(str, failures(rule))) for rule in (Restart.ALWAYS, Restart.NEVER))

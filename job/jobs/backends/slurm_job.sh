@@ -32,19 +32,12 @@ fi
 remember ''
 say "job $SLURM_JOB_ID begins on $SLURM_JOB_NODELIST at $(date --utc +%FT%TZ)"
 
-# At the end of its time Slurm tells this script alone; when the job is preempted or cancelled, it tells the program, too.
-# In the background, because scancel would wait for a job that is being ended until Slurm kills it.
-told=
-trap 'told=yes; (scancel --quiet --signal=TERM "$job" 2>/dev/null &)' TERM
-"${words[@]}" &
-# A signal ends the wait, and not the program.
-while
-  wait $!
-  code=$?
-  [[ $told ]]
-do
-  told=
-done
+# Slurm tells the program when its time is nearly up; when the job is preempted or cancelled, it tells this script, too,
+# which waits for the program, and then ignores a late signal: that would end a command that notes the code.
+trap : TERM
+"${words[@]}"
+code=$?
+trap '' TERM
 
 why="ended with code $code"
 # Slurm itself ends a job that was cancelled, and requeues one that was preempted, whatever its code. It would do so

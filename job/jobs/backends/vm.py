@@ -22,9 +22,8 @@ from pydantic import Field
 from job.coordination.sealed import utc_text
 from job.exits import Exit, JobError, Restart, State, restart_after, state_after
 from job.jobs.backends import Cause, JobStatus, JsonObject, google, joined
-from job.jobs.backends.container import SCRATCH
 from job.jobs.machines import Machine
-from job.jobs.spec import JobSpec
+from job.jobs.spec import SCRATCH, JobSpec
 
 VM_IMAGE = "projects/cos-cloud/global/images/family/cos-stable"
 VM_LOG = "ddpm-jobs"

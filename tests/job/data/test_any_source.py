@@ -12,9 +12,9 @@ from pathlib import Path
 import asyncssh
 import pytest
 
+from job.data.checks import verify_dataset
 from job.data.shards import load_index
 from job.data.source import members, open_source
-from job.data.verify import verify_dataset
 from job.exits import BadDataError, BadRequestError, BucketAwayError, Exit, MissingInputError
 from job.store import Retry, open_store, open_to_read
 from tests.job.command_line import ddpm_here, refused, succeeded

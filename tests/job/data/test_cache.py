@@ -15,10 +15,11 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from job.data.reading.cache import DecodedCache, ImageCache, ShardCache, open_cache, uncached_images
+from job.data.reading.cache import DecodedCache, ImageCache, ShardCache, open_cache
 from job.data.reading.order import Order
 from job.data.shards import OFFSETS_DTYPE
 from job.exits import BadConfigError, BadDataError, BucketAwayError, DiskFullError, Exit, StoppedError
+from job.progress import Progress
 from job.stop import Stop
 from job.store.files import default_cache_dir
 from tests.job.damages import flip_a_bit
@@ -43,7 +44,7 @@ def far(dataset, tmp_path) -> FarStore:
 def opened(bucket, dataset: SmallDataset, cache_dir: Path, shards: int = 0, **options) -> ImageCache:
     """All images decoded, or room for so many shards, which take less."""
     budget_bytes = shards * max(shard.bytes for shard in dataset.index.shards) or dataset.index.decoded_bytes
-    cache = open_cache(bucket, KEY, dataset.index, cache_dir=cache_dir, budget_bytes=budget_bytes, **options)
+    cache = open_cache(bucket, dataset.index, budget_bytes, cache_dir=cache_dir, **options)
     assert type(cache) is (ShardCache if shards else DecodedCache)
     return cache
 
@@ -74,11 +75,12 @@ def test_cache_reads_any_order_and_bucket(bucket_uri, tmp_path):
         cache.close()
 
 
-def test_second_opening_fetches_nothing(dataset, far, tmp_path):
-    progress: list[tuple[int, int]] = []
-    assert_equal(opened(far, dataset, tmp_path / "cache", progress=lambda *done: progress.append(done)), dataset)
+def test_second_opening_fetches_nothing(dataset, far, tmp_path, monkeypatch):
+    progress: list[int] = []
+    monkeypatch.setattr(Progress, "update", lambda _, done: progress.append(done))
+    assert_equal(opened(far, dataset, tmp_path / "cache"), dataset)
     assert sorted(far.downloads) == SHARDS
-    assert progress == [(done, IMAGES) for done in range(0, IMAGES + 1, 4)]
+    assert progress == [*range(0, IMAGES + 1, 4)]
     # The file is allocated, and no shard stays.
     folder = tmp_path / "cache" / dataset.index.dataset_id
     status = (folder / "images").stat()
@@ -86,7 +88,7 @@ def test_second_opening_fetches_nothing(dataset, far, tmp_path):
     assert not list(folder.rglob("*.tar"))
     (tmp_path / "bucket").rename(tmp_path / "gone")
     progress.clear()
-    assert_equal(opened(far, dataset, tmp_path / "cache", progress=lambda *done: progress.append(done)), dataset)
+    assert_equal(opened(far, dataset, tmp_path / "cache"), dataset)
     assert (len(far.downloads), progress) == (6, [])
 
 
@@ -97,7 +99,7 @@ def test_local_shards_are_not_copied(dataset, far, tmp_path):
         cache.prefetch(Order(SHARD_IMAGES, 0), 0)
         assert_equal(cache, dataset)
         assert (far.downloads, shards_in(tmp_path / "cache")) == ([], [])
-        assert {path.name for path in (tmp_path / "bucket" / KEY).glob("*.tar")} == set(SHARDS)
+        assert {path.name for path in (tmp_path / "bucket" / dataset.key).glob("*.tar")} == set(SHARDS)
 
 
 def test_damaged_cache_is_repaired(dataset, far, tmp_path):
@@ -140,17 +142,19 @@ from pathlib import Path
 import numpy as np
 from job.data.reading.cache import open_cache
 from job.data.shards import load_index
+from job.progress import Progress
 from tests.job.small_dataset import KEY, FarStore
 root, killed_after = Path(sys.argv[1]), int(sys.argv[2])
 def note(key):
     with (root / "downloads").open("a") as file:
         file.write(key + "\\n")
-def die(done, total):
+def die(bar, done):
     if done >= killed_after:
         os.kill(os.getpid(), signal.SIGKILL)
 store = FarStore(root / "bucket", note)
 index = load_index(store, KEY)
-cache = open_cache(store, KEY, index, cache_dir=root / "cache", budget_bytes=10**9, progress=die)
+Progress.update = die
+cache = open_cache(store, index, 10**9, cache_dir=root / "cache")
 np.save(root / f"{os.getpid()}.npy", cache.read(np.arange(index.images)))
 """
 
@@ -184,17 +188,18 @@ def test_full_disk_is_found_before_decoding(small_disk, tmp_path):
     assert_equal(opened(small.bucket, small, small_disk), small)
 
 
-def test_stop_keeps_decoded_images(dataset, far, tmp_path):
+def test_stop_keeps_decoded_images(dataset, far, tmp_path, monkeypatch):
     done: list[int] = []
     stop = Stop()
 
-    def progress(images: int, total: int) -> None:
+    def update(bar: Progress, images: int) -> None:
         done.append(images)
-        if images >= 8:
+        if images == 8:
             stop.request("a test")
 
+    monkeypatch.setattr(Progress, "update", update)
     with pytest.raises(StoppedError, match=r"the images read so far are kept; the same command goes on"):
-        opened(far, dataset, tmp_path / "cache", progress=progress, stop=stop)
+        opened(far, dataset, tmp_path / "cache", stop=stop)
     assert done == [0, 4, 8]
     # While another process works, too.
     asked = Stop()
@@ -203,7 +208,7 @@ def test_stop_keeps_decoded_images(dataset, far, tmp_path):
         threading.Timer(0.2, asked.request, ["a test"]).start()
         with pytest.raises(StoppedError):
             opened(dataset.bucket, dataset, tmp_path / "cache", stop=asked)
-    assert_equal(opened(far, dataset, tmp_path / "cache", progress=lambda images, total: done.append(images)), dataset)
+    assert_equal(opened(far, dataset, tmp_path / "cache"), dataset)
     assert done[3:] == [8, 12, 16, 20, 24]
 
 
@@ -211,7 +216,7 @@ def test_few_images_need_no_shard(tmp_path, monkeypatch):
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
     written = write_dataset(str(tmp_path / "bucket"), tmp_path)
     bucket = FarStore(tmp_path / "bucket")
-    images = uncached_images(bucket, KEY, written.index)
+    images = ImageCache(bucket, written.index)
     np.testing.assert_array_equal(images.labels(np.arange(22)), written.labels)
     for indices in ([0], [21, 3, 4, 5, 3], list(range(22))):
         np.testing.assert_array_equal(images.read(np.array(indices)), written.pixels[indices])
@@ -228,14 +233,14 @@ def test_ranges_are_verified_by_a_hash(remote_bucket, proxy, tmp_path, monkeypat
     """The proxy adds a multiple of the polynomial to an image, so that its CRC-32C stays the same."""
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
     written = write_dataset(remote_bucket, tmp_path, size=64)
-    tar, table = tmp_path / "shard-00002.tar", written.bucket.read(f"{KEY}/shard-00002.offsets").data
+    tar, table = tmp_path / "shard-00002.tar", written.bucket.read(f"{written.key}/shard-00002.offsets").data
     offset, size_bytes, *_ = np.frombuffer(table, OFFSETS_DTYPE)[2].tolist()
     image = tar.read_bytes()[offset : offset + size_bytes]
     flips = int(f"{0x11EDC6F41:033b}"[::-1], 2) << 8 * (size_bytes // 2)
     forged = (int.from_bytes(image, "little") ^ flips).to_bytes(size_bytes, "little")
     assert forged != image and google_crc32c.value(forged) == google_crc32c.value(image)
     proxy.received = lambda body: body.replace(image, forged)
-    images = uncached_images(written.bucket, KEY, written.index)
+    images = ImageCache(written.bucket, written.index)
     np.testing.assert_array_equal(images.read(np.array([0, 21])), written.pixels[[0, 21]])
     with pytest.raises(BadDataError, match=r"shard-00002\.tar, image 2 .* differs from the index"):
         images.read(np.array([0, 10]))

@@ -5,8 +5,8 @@ from contextlib import closing
 import pytest
 
 from job.coordination.lease import Lease
+from job.data.checks import verify_dataset
 from job.data.shards import load_index
-from job.data.verify import verify_dataset
 from job.exits import Exit
 from job.runs.records import highest_fence
 from job.stop import Stop

@@ -11,12 +11,12 @@ import pytest
 import webdataset
 from PIL import Image
 
+from job.data.checks import verify_dataset
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
 from job.data.reading.cache import open_cache
 from job.data.shards import DatasetIndex, load_index
 from job.data.source.archives import find_tars
-from job.data.verify import verify_dataset
 from job.exits import BadDataError, BadRequestError, Exit, JobError, StoppedError
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, succeeded
@@ -55,7 +55,7 @@ def indexed(bucket: Store, *words: object, **options) -> DatasetIndex:
 
 
 def pixels(bucket: Store, key: str, cache_dir: Path, budget_bytes: int = 1 << 30) -> np.ndarray:
-    cache = open_cache(bucket, key, load_index(bucket, key), cache_dir=cache_dir, budget_bytes=budget_bytes)
+    cache = open_cache(bucket, load_index(bucket, key), budget_bytes, cache_dir=cache_dir)
     try:
         return cache.read(np.arange(cache.index.images))
     finally:
@@ -147,7 +147,7 @@ def test_cls_files_are_classes(tmp_path, bucket, monkeypatch):
     tars = write_tars(tmp_path / "tars", samples_of(12, cls=lambda n: b"%d" % (n % 3)))
     index = indexed(bucket, tars)
     assert index.classes == ("0", "1", "2")
-    cache = open_cache(bucket, KEY, index, cache_dir=tmp_path / "cache", budget_bytes=1 << 30)
+    cache = open_cache(bucket, index, 1 << 30, cache_dir=tmp_path / "cache")
     assert cache.labels(np.arange(12)).tolist() == [n % 3 for n in range(12)]
     mistyped = write_tars(tmp_path / "mistyped", samples_of(12, cls=lambda n: b"%d" % (n + 7 * (n == 5))))
     with pytest.raises(BadDataError, match="says class 12, of 12 images"):
@@ -291,8 +291,8 @@ def test_bad_images_in_tars_are_named(tmp_path, bucket):
         "00001.tar/000000012.jpg",
         "00002.tar/000000029.jpg",
     ]
-    assert [line["reason"].split()[0] for line in lines[-3:]] == ["cannot", "has", "has"]
-    assert "10000×10000 pixels, more than the limit" in lines[-1]["reason"]
+    assert [line["reason"].split()[0] for line in lines[-3:]] == ["cannot", "has", "cannot"]
+    assert "Image size (100000000 pixels) exceeds limit" in lines[-1]["reason"]
     assert len(pixels(bucket, KEY, tmp_path / "cache")) == 26
     assert verify_dataset(bucket, KEY) == []
     with pytest.raises(BadDataError, match="none of its images can be used"):

@@ -19,14 +19,13 @@ READ = """
 import json, re, sys
 from pathlib import Path
 from job.data.reading.cache import open_cache
-from job.data.reading.order import Order
-from job.data.shards import INDEX, DatasetIndex
-from job.data.reading.stream import stream_batches
-from tests.job.small_dataset import KEY, FarStore
+from job.data.reading.order import Order, stream_batches
+from job.data.shards import load_index
+from tests.job.small_dataset import FarStore
 
 store, cache_dir, budget_bytes = FarStore(Path(sys.argv[1])), Path(sys.argv[2]), int(sys.argv[3])
-index = DatasetIndex.load(store, f"{KEY}/{INDEX}")
-cache = open_cache(store, KEY, index, cache_dir=cache_dir, budget_bytes=budget_bytes)
+index = load_index(store, "datasets/random-64")
+cache = open_cache(store, index, budget_bytes, cache_dir=cache_dir)
 order = Order(tuple(index.shards.images.tolist()), seed=5, block_images=60)
 anonymous = 0
 for batch in stream_batches(cache, order, batch_size_images=20, first_image=0, last_image=2 * index.images):

@@ -12,10 +12,10 @@ import webdataset
 from PIL import Image
 
 import job.data.pack
+from job.data.checks import verify_dataset
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
 from job.data.shards import OFFSETS_DTYPE, DatasetIndex, load_index
-from job.data.verify import verify_dataset
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError, StoppedError
 from job.stop import Stop
 from job.store import open_store

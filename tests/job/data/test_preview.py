@@ -12,10 +12,9 @@ from PIL import Image
 
 import job.data.pack
 from ddpm import figures
-from job.data.preview import preview_png
+from job.data.checks import preview_png, verify_dataset
 from job.data.reading.cache import ImageCache
 from job.data.shards import load_index
-from job.data.verify import verify_dataset
 from job.store import open_store
 from tests.job.command_line import DDPM, ddpm, ddpm_here, succeeded
 from tests.job.packing import KEY, objects, packed
@@ -123,7 +122,7 @@ def test_odd_names_and_empty_classes_have_rows(tmp_path):
         assert [(row < 128).any() for row in np.split(beside, 3)] == [True] * 3, part
         assert (beside[:, :20] == 255).all(), "a long name is cut"
     index = load_index(open_store(str(tmp_path)), KEY).model_copy(update={"classes": ("a\nb", "x" * 10**7, "\x1b[2J")})
-    assert preview_png(open_store(str(tmp_path)), KEY, index, tmp_path / "tables").startswith(b"\x89PNG")
+    assert preview_png(open_store(str(tmp_path)), index, tmp_path / "tables").startswith(b"\x89PNG")
 
 
 def test_a_failed_preview_costs_no_dataset(tmp_path, monkeypatch, caplog):

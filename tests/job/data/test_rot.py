@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from job.data.checks import verify_dataset
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
 from job.data.reading.cache import DecodedCache, ImageCache, ShardCache
 from job.data.shards import OFFSETS_DTYPE, Shards, load_index
-from job.data.verify import verify_dataset
 from job.exits import BadDataError, Exit, MissingInputError
+from job.progress import Progress
 from job.stop import NEVER
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
@@ -64,8 +65,8 @@ def pixels(store: Store, bucket: Path) -> np.ndarray:
 
 
 def opened_cache(store: Store, folder: Path, kind: str) -> ImageCache:
-    where = store, KEY, load_index(store, KEY), folder
-    return DecodedCache(*where, NEVER, lambda *_: None) if kind == "decoded" else ShardCache(*where, 1 << 30)
+    where = store, load_index(store, KEY), folder
+    return DecodedCache(*where, NEVER) if kind == "decoded" else ShardCache(*where, 1 << 30)
 
 
 def read(store: Store, folder: Path, kind: str = "decoded") -> np.ndarray:
@@ -164,7 +165,7 @@ def test_damaged_image_is_named(bucket, store, dataset, tmp_path):
     index = load_index(store, KEY)
     row, shard = 3, index.shards[1]
     image = index.shards[0].images + row
-    offset, size_bytes, _, _ = ImageCache(store, KEY, index, tmp_path / "records").records([image])[0].tolist()
+    offset, size_bytes, _, _ = ImageCache(store, index, tmp_path / "records").records([image])[0].tolist()
 
     def flip(data: bytes) -> bytes:
         at = offset + size_bytes // 2
@@ -204,7 +205,7 @@ def test_corrupt_image_is_fetched_anew(gcs_bucket, tmp_path):
     files = [(f"{n}.jpg", jpeg(n)) for n in range(8)]
     open_store(gcs_bucket).upload(tar_of(tmp_path / "a.tar", files), "a.tar")
     index = pack(store := open_store(str(tmp_path / "bucket")), PackRequest("", "pets", 16, tars=(gcs_bucket,)))
-    cache = ShardCache(store, KEY, index, tmp_path / "cache", 1 << 30)
+    cache = ShardCache(store, index, tmp_path / "cache", 1 << 30)
     whole, path = cache.read(np.arange(8)), tmp_path / "cache" / "shards" / "shard-00000.tar"
     for offset, size_bytes, *_ in cache.records(np.arange(8)).tolist():
         # Nothing in a JPEG tells that a bit of it flipped.
@@ -214,7 +215,7 @@ def test_corrupt_image_is_fetched_anew(gcs_bucket, tmp_path):
     cache.close()
 
 
-def test_images_packed_wrong_are_named(tmp_path):
+def test_images_packed_wrong_are_named(tmp_path, monkeypatch):
     """Hashes are right, images are not; nor are those of a table that is about another tar."""
     good, wide, other = encoded(picture(1, 8, 8)), encoded(picture(1, 8, 9)), encoded(picture(2, 8, 8))
     files = iter([good, good[:99], wide, jpeg(1), *[other] * 4])
@@ -225,8 +226,9 @@ def test_images_packed_wrong_are_named(tmp_path):
     shards = (first, second.model_copy(update={"offsets_sha256": first.offsets_sha256}))
     index = written.index.model_copy(update={"shards": Shards.of(shards)})
     (tmp_path / written.key / "index.json").write_bytes(index.to_json())
-    done: list[tuple[int, int]] = []
-    problems = verify_dataset(written.bucket, written.key, lambda *progress: done.append(progress))
+    done: list[int] = []
+    monkeypatch.setattr(Progress, "update", lambda _, images: done.append(images))
+    problems = verify_dataset(written.bucket, written.key)
     assert [
         re.sub(r" \(at byte \d+\)", "", problem).removesuffix(": restore it, or pack the dataset again")
         for problem in problems
@@ -236,6 +238,6 @@ def test_images_packed_wrong_are_named(tmp_path):
         f"{where}/shard-00000.tar, image 3: an image is damaged, or not a PNG",
         *(f"{where}/shard-00001.tar, image {row}: it differs from the index" for row in range(4)),
     ]
-    assert done == [(n, 8) for n in range(1, 9)]
+    assert done == [*range(1, 9)]
     with pytest.raises(MissingInputError):
         verify_dataset(written.bucket, "datasets/other-16")

@@ -16,11 +16,11 @@ import pytest
 
 from ddpm.image_size import ImageSize
 from job.data.images import Recipe, are_grey, prepare
-from job.data.reading import in_order
 from job.data.source import members, open_source
 from job.data.source.members import Member, Source
 from job.data.source.survey import Survey, survey
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
+from job.stop import in_order
 from tests.job.damages import flip_a_bit
 from tests.job.packing import entries_of, images_of, names_of
 from tests.job.some_images import folder_of, idx, jpeg, mnist, tar_of, zip_of

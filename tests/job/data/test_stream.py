@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from job.data.reading.cache import DecodedCache, ImageCache, ShardCache, open_cache
-from job.data.reading.order import Order
-from job.data.reading.stream import PREFETCH_BATCHES, LoadedBatch, stream_batches
+from job.data.reading.order import PREFETCH_BATCHES, LoadedBatch, Order, stream_batches
 from job.exits import BadDataError
 from tests.job.launching import eventually
-from tests.job.small_dataset import KEY, FarStore, SmallDataset, write_dataset
+from tests.job.small_dataset import FarStore, SmallDataset, write_dataset
 
 SHARD_IMAGES = (9, 2, 11, 7, 6)
 IMAGES = sum(SHARD_IMAGES)
@@ -32,7 +31,7 @@ def cache(request, dataset, tmp_path):
     far = FarStore(Path(dataset.bucket.uri))
     shard_bytes = sum(shard.bytes for shard in dataset.index.shards)
     budget_bytes = dataset.index.decoded_bytes if request.param is DecodedCache else shard_bytes * 19 // 20
-    cache = open_cache(far, KEY, dataset.index, cache_dir=tmp_path, budget_bytes=budget_bytes)
+    cache = open_cache(far, dataset.index, budget_bytes, cache_dir=tmp_path)
     assert type(cache) is request.param
     yield cache
     cache.close()
@@ -105,7 +104,7 @@ def test_batches_are_channels_last(cache, tmp_path):
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
     assert (batch.labels.dtype, batch.image_numbers.dtype) == (torch.int64, np.int64)
     plain = write_dataset(str(tmp_path / "bucket"), tmp_path, (4, 4), classes=(), channels=1)
-    grey = open_cache(plain.bucket, KEY, plain.index, cache_dir=tmp_path, budget_bytes=10**9)
+    grey = open_cache(plain.bucket, plain.index, 10**9, cache_dir=tmp_path)
     (batch,) = stream_batches(grey, Order((4, 4), 0), batch_size_images=8, first_image=0, last_image=8)
     assert (batch.labels, batch.images.shape) == (None, (8, 1, 8, 8))
 

@@ -182,7 +182,7 @@ def test_files_elsewhere_are_streamed(server, tmp_path):
 
 def test_tables_in_a_bucket(gcs_bucket, monkeypatch):
     """A group of which several requests at a time fetch parts."""
-    monkeypatch.setattr("job.store.remote.PART_BYTES", 1 << 14)
+    monkeypatch.setattr("job.store.remote.RANGE_BYTES", 1 << 14)
     content, store = table(20, size=64), open_store(gcs_bucket)
     store.put("theirs/data/train-00000-of-00001.parquet", parquet_bytes(content))
     store.put("other/train/data-00000-of-00001.arrow", arrow_bytes(content))

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm.generation import noise_of
+from ddpm.model import noise_of
 from job.config import method
 from job.data.latents import latents_of
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
-from job.data.reading.cache import uncached_images
+from job.data.reading.cache import ImageCache
 from job.data.shards import INDEX, OFFSETS_DTYPE, Shards, load_index, shard_name
 from job.exits import Exit
 from job.plan import plan_run
@@ -87,7 +87,7 @@ def test_latents_are_the_autoencoders(bucket, autoencoder):
     index, source = load_index(store, KEY), load_index(store, "datasets/tiles-16")
     assert len(index.shards) == len(source.shards) > 2
     assert (str(index.size), index.image_shape, index.classes) == ("8", (8, 8, 16), source.classes)
-    pixels = uncached_images(store, "datasets/tiles-16", source).read(np.arange(source.images))
+    pixels = ImageCache(store, source).read(np.arange(source.images))
     with torch.no_grad():
         theirs = judge(autoencoder).encode(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
     theirs = torch.cat([theirs.mean, theirs.logvar], dim=1)
@@ -95,8 +95,8 @@ def test_latents_are_the_autoencoders(bucket, autoencoder):
     samples = list(webdataset.WebDataset(paths, shardshuffle=False, empty_check=False).decode())
     ours = torch.from_numpy(np.stack([sample["npy"] for sample in samples])).float()
     assert (ours - theirs).abs().max() < 2e-3
-    assert [sample["cls"] for sample in samples[:3]] == uncached_images(store, KEY, index).labels(np.arange(3)).tolist()
-    stored = uncached_images(store, KEY, index).read(np.arange(index.images)).view(np.float16)
+    assert [sample["cls"] for sample in samples[:3]] == ImageCache(store, index).labels(np.arange(3)).tolist()
+    stored = ImageCache(store, index).read(np.arange(index.images)).view(np.float16)
     assert np.array_equal(stored.transpose(0, 3, 1, 2), np.stack([sample["npy"] for sample in samples]))
     # Measured over what is drawn.
     drawn = latents_of(index).drawn(0, torch.arange(index.images), ours)
@@ -135,7 +135,7 @@ def test_edms_network_sees_latents_of_unit_variance(bucket):
     """By c_in of Karras et al. 2022, table 1; a user's own sigma_data stays."""
     store, edm = open_store(str(bucket)), {"diffusion.schedule": "edm", "diffusion.prediction": "edm"}
     index = load_index(store, KEY)
-    moments = uncached_images(store, KEY, index).read(np.arange(index.images)).view(np.float16).transpose(0, 3, 1, 2)
+    moments = ImageCache(store, index).read(np.arange(index.images)).view(np.float16).transpose(0, 3, 1, 2)
     x_0 = latents_of(index).drawn(0, torch.arange(index.images), torch.from_numpy(moments.copy()))
     for chosen, expected in (({}, 1.0), ({"diffusion.sigma_data": 0.5}, 0.5)):
         request = TrainRequest("tiles-latents", bucket=str(bucket), run="edm", changes=edm | chosen)

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import CommitOperationAdd, ModelCard
 
 import ddpm
-from ddpm.generation import generate, make_denoiser
+from ddpm.model import generate, make_denoiser
 from ddpm.objective import Condition
 from job.exits import Exit
 from job.store import open_store
@@ -170,7 +170,9 @@ def test_impossible_exports_leave_nothing(bucket, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
     assert "notes.txt is there already" in refused(export(bucket, "images", tmp_path / "full"), Exit.BAD_REQUEST)
-    assert "use an epoch" in refused(export(bucket, "images", tmp_path / "x", "--checkpoint", "1,2"), Exit.BAD_REQUEST)
+    assert "such as 80, or latest" in refused(
+        export(bucket, "images", tmp_path / "x", "--checkpoint", "1,2"), Exit.BAD_REQUEST
+    )
     assert "no run 'nope'" in refused(export(bucket, "nope", tmp_path / "x"), Exit.MISSING_INPUT)
     assert not (tmp_path / "x").exists()
 

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm.generation import beginning, generate, make_denoiser, noise_of
+from ddpm.model import generate, make_denoiser, noise_of
 from ddpm.networks.dome import DomeUNet
 from ddpm.networks.unet import UNet
 from ddpm.objective import Condition
+from ddpm.samplers import beginning
 from job.config import method
 from job.exits import Exit
-from job.runs.checkpoints import choose, list_checkpoints, load_manifest, opened
+from job.runs.checkpoints import choose, list_checkpoints, load_manifest, load_weights
 from job.runs.records import existing_config, load_attempt
 from job.store import open_store
 from job.verbs.upkeep import verify_run
@@ -58,8 +59,8 @@ def network_of(bucket: Path, run: str):
     config = existing_config(store, run)
     network = method.build_network(config, torch.device("cpu")).eval()
     (ref,) = choose(store.sub(f"runs/{run}"), "latest", 1, 1)
-    with opened(store.sub(f"runs/{run}"), ref, into={"ema": {n: p.detach() for n, p in network.named_parameters()}}):
-        return config, network
+    load_weights(store.sub(f"runs/{run}"), ref, "ema", network)
+    return config, network
 
 
 def drawn(bucket: Path, run: str):
@@ -585,5 +586,5 @@ def test_buckets_are_imported_and_exported(pipeline, gcs_bucket, tmp_path):
         succeeded(ddpm_here("import", f"{gcs_bucket}/{source}", "--run", run, "--bucket", gcs_bucket, *how))
         assert len(list_checkpoints(store.sub(f"runs/{run}"))) == 1
     succeeded(ddpm_here("export", "--run", "unet", "--to", f"{gcs_bucket}/out", "--bucket", gcs_bucket))
-    assert load_manifest(store.sub("runs/unet"), list_checkpoints(store.sub("runs/unet"))[0]).drawn == "ema"
+    assert load_manifest(store.sub("runs/unet"), list_checkpoints(store.sub("runs/unet"))[0]).unet_group == "ema"
     assert {entry.key for entry in store.list("out")} >= {"out/README.md", "out/model_index.json"}

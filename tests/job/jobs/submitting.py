@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import typer
+import yaml
 
+import job
 from job.cli import command
 from job.cli.app import EXAMPLES
 from job.jobs.backends import JobStatus, JsonObject, Target
-from job.jobs.building import spec_of
 from job.jobs.spec import JobSpec
-from job.jobs.submit import formatted
-from job.jobs.targets import target_on
+from job.jobs.submit import formatted, spec_of
+from job.jobs.targets import BACKENDS, BUILT_IN, target_on
 from job.requests import JobRequest, SubmitRequest
 
 TARGETS = """
@@ -29,10 +32,23 @@ s3: {backend: kubernetes, image: i, env: {A: b}}
 queued: {backend: kubernetes, image: i, bucket: gs://bucket, queue: gpus}
 batch: {backend: batch, project: my-project, regions: [us-east1], image: registry/ddpm:1, bucket: gs://bucket}
 """
+DOCS = Path(job.__file__).parents[1] / "docs"
 FOR_TRAIN = ["--dataset", "celeba"]
 REWRITE = "DDPM_TEST_REWRITE_GOLDEN"
 
 
+def _shown(backend: str) -> dict[str, Any]:
+    """The keys of the target that the engine's page shows; one that exists without a file needs none."""
+    if backend in BUILT_IN:
+        return {}
+    page = (DOCS / f"{backend}.md").read_text()
+    (block,) = re.findall(rf"^\w+:\n  backend: {backend}\n(?:  .*\n)+", page, re.MULTILINE)
+    (keys,) = yaml.safe_load(block).values()
+    return dict(keys)
+
+
+SHOWN = {backend: _shown(backend) for backend in BACKENDS}
+"""A target of each engine, as a person copies it."""
 KINDS = {kind.command[-1]: kind for kind in EXAMPLES}
 
 

@@ -11,7 +11,7 @@ from job.jobs.backends import JobStatus
 from job.jobs.backends.kubernetes import KubernetesTarget
 from job.jobs.backends.kubernetes_objects import size_bytes
 from job.jobs.backends.local import LocalTarget
-from job.jobs.targets import load_targets, parse_targets
+from job.jobs.targets import BACKENDS, load_targets, parse_targets
 from tests.job.command_line import ddpm_here, refused
 
 GKE = "gke: {backend: kubernetes, image: i, bucket: gs://bucket"
@@ -51,7 +51,7 @@ REFUSED = [
     (GKE, ["not valid YAML"]),
     ("[gke]", ["must be a mapping of names to targets"]),
     ("gke: kubernetes", ["target 'gke' must be a mapping of keys"]),
-    ("gke: {image: i}", ["`backend:` must be one of local, container, kubernetes, vm, batch, slurm (got '')"]),
+    ("gke: {image: i}", [f"`backend:` must be one of {', '.join(BACKENDS)} (got '')"]),
     (GKE + ", namspace: a}", ["target 'gke'", "unknown key 'namspace'; did you mean 'namespace'?"]),
     (GKE + ", name: a}", ["unknown key 'name'"]),
     (GKE + ", '': a}", ["target 'gke': unknown key ''"]),

@@ -11,7 +11,7 @@ import pytest
 from job.coordination.outcome import Outcome
 from job.exits import BadRequestError, BucketAwayError, Exit, JobError, NoPermissionError, State, StoppedError
 from job.jobs.backends import Cause, JobStatus, NoCapacityError
-from job.jobs.submit import ELSEWHERE_SECONDS, LONGEST_PAUSE_SECONDS, WATCH_POLL_SECONDS, JobEndedError
+from job.jobs.watch import ELSEWHERE_SECONDS, LONGEST_PAUSE_SECONDS, WATCH_POLL_SECONDS, JobEndedError
 from job.store import open_store
 from tests.job.jobs.written_engine import CANCELLED, FINISHED, GONE, RUNNING, SPEC, TAKEN, WAITING, Engine, Place
 

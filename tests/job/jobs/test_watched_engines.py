@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from job.exits import Exit, StoppedError
-from job.jobs.submit import JobEndedError, Watch
+from job.jobs.watch import JobEndedError, Watch
 from tests.job.jobs import google_jobs, kubernetes_jobs
 
 

@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 import pytest
 
 from job.exits import JobError, State
-from job.jobs import backends, submit
+from job.jobs import backends, watch
 from job.jobs.backends import Cause, JobStatus, NoCapacityError, Target
 from job.jobs.spec import JobSpec
-from job.jobs.submit import Watch
+from job.jobs.watch import Watch
 
 SPEC = JobSpec("train-a", "train", ("train", "--dataset", "a"), "i", "gs://bucket", run="a", max_hours=2.0)
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -63,7 +63,7 @@ class Engine:
         """Watches a job on it to the end. Its bucket is nowhere, unless it is a folder here."""
         bucket = "/nowhere" if "://" in spec.bucket else spec.bucket
         with pytest.MonkeyPatch.context() as patch:
-            for module in (submit, backends):
+            for module in (watch, backends):
                 patch.setattr(module, "note", self.told.append)
             Watch(Place(self, places or ("a",)), replace(spec, bucket=bucket), self.wait, self.now).run()
         return self

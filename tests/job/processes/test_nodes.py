@@ -107,17 +107,17 @@ def test_a_preempted_node_stops_all(place, together):
 
 OPENS_SLOWLY = """
 import os
-def slowly(plan, index, stop, opened_images=RunHandle.opened_images):
+def slowly(bucket, index, budget_bytes, stop, opened=open_cache):
     stop.sleep(24 * int(os.environ["NODE_RANK"]))
-    return opened_images(plan, index, stop)
+    return opened(bucket, index, budget_bytes, stop)
 
-RunHandle.opened_images = slowly
+open_cache = slowly
 """
 
 
 @pytest.mark.slow
 def test_a_slow_node_is_waited_for(together, tmp_path):
-    hooks = hooked(tmp_path / "hooks", job__plan=OPENS_SLOWLY)
+    hooks = hooked(tmp_path / "hooks", job__data__reading__cache=OPENS_SLOWLY)
     found, said = codes(together("decodes", 1, "--hang-after", "12", PYTHONPATH=hooks))
     assert found == [0, 0], said
 

@@ -15,11 +15,11 @@ from PIL import Image
 
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
-from job.plan import open_run
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.metric_rows import History
 from job.runs.records import run_store
+from job.runs.run import open_run
 from job.store import open_store
 from tests.job.command_line import ddpm_here, settings, succeeded
 
@@ -50,7 +50,7 @@ def lengthen(bucket: Path, run: str, epochs: int, grids: int, rows: int) -> None
     found = open_run(str(bucket), run)
     assert found.index is not None
     noise = np.random.default_rng(0)
-    images, how = found.index.images, found.config.sample.name(found.first_sample)
+    images, how = found.index.images, found.how_sampled
     for epoch in np.linspace(1, epochs, grids).astype(int):
         # As smooth as photographs are, and 64 of them.
         coarse = Image.fromarray(noise.integers(0, 255, (80, 80, 3), np.uint8))
@@ -65,7 +65,7 @@ def lengthen(bucket: Path, run: str, epochs: int, grids: int, rows: int) -> None
         | {name: 0.1 * noise.random() for name in ("loss", "loss_q0", "loss_q1", "loss_q2", "loss_q3", "val_loss")}
         for i in range(rows)
     ]
-    history = History(store, (), found.config, [].append)
+    history = History(store, (), found.config)
     history.add(logged, CheckpointRef(ref.fence, 1), is_hurried=False)
     named = manifest.model_copy(update={"segments": history.segments})
     store.put(ObjectKind.MANIFEST.key(checkpoint=ref), named.to_json())

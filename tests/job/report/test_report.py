@@ -20,10 +20,11 @@ from PIL import Image
 
 from job.config import draft
 from job.exits import Exit
-from job.plan import follow_dataset, open_run
+from job.plan import follow_dataset
 from job.report import PictureCache, evenly, facts_of, run_page
 from job.report.bucket_page import loss_curve
 from job.runs.outlook import AttemptSpan
+from job.runs.run import open_run
 from job.store import open_store
 from job.verbs.upkeep import verify_run
 from tests.job.command_line import DDPM, ddpm_here, refused, settings, succeeded
@@ -270,7 +271,7 @@ def test_failed_pages_cost_no_training(tiles, tmp_path, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("a mistake")
 
-    monkeypatch.setattr("job.training.reporting.put_page", broken)
+    monkeypatch.setattr("job.training.reporting.run_page", broken)
     words = ("--dataset", "tiles", "--run", "r", "--bucket", bucket, "--epochs", 1, "--open")
     done = ddpm_here("train", *words, *settings())
     succeeded(done)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from job.coordination import lease
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
+from job.runs import metric_rows, outlook, records, retention
 from job.runs.checkpoints import list_checkpoints
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.retention import Reader
@@ -85,3 +87,13 @@ def keys(run: Store) -> list[str]:
 def contents(run: Store) -> dict[CheckpointRef, str]:
     """What a resumed run gets of each checkpoint: a hash over weights, averages and moments."""
     return {ref: content_hash(run, ref) for ref in list_checkpoints(run)}
+
+
+@pytest.fixture
+def notes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The notes of saving, from any thread; a test that expects one takes it out."""
+    said: list[str] = []
+    for module in (metric_rows, outlook, records, retention):
+        monkeypatch.setattr(module, "note", said.append)
+    yield said
+    assert said == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 import torch
 
 from job.config import RunConfig, validated
@@ -63,9 +62,8 @@ def leased(run: Store, fence: int = 1, **changes: object) -> LeasedRun:
     return LeasedRun(run, retention, attempt, SureLease(fence), ())  # type: ignore[arg-type]
 
 
-def writer_of(leased_run: LeasedRun, tensors: Tensors, stop: Stop = NEVER, notes: list[str] | None = None):
-    note = pytest.fail if notes is None else notes.append
-    return CheckpointWriter(leased_run, tensors, before=None, stop=stop, note=note)
+def writer_of(leased_run: LeasedRun, tensors: Tensors, stop: Stop = NEVER):
+    return CheckpointWriter(leased_run, tensors, before=None, stop=stop)
 
 
 def save(writer: CheckpointWriter, *images_seen: int) -> None:

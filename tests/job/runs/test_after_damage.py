@@ -29,13 +29,13 @@ def copy(store, tmp_path):
     return open_store(str(tmp_path)).sub("runs/r")
 
 
-def test_the_newest_whole_checkpoint_is_used(run, keys, contents):
+def test_the_newest_whole_checkpoint_is_used(run, keys, contents, capsys):
     refs, wrong = sorted(contents, reverse=True), {}
     differing = [key for key in keys if not key.endswith(DESCRIPTIONS)]
     cases = [(name, (key,)) for name in DAMAGES for key in keys] + [("swapped", pair) for pair in pairs(differing)]
     for name, case in cases:
         with swapped(run, *case) if name == "swapped" else damaged(run, case[0], DAMAGES[name]):
-            ref, named, content = resumed(run)
+            ref, named, content = resumed(run, capsys)
         # Rows of the metrics that are lost cost no work, nor do averages that were made later, nor descriptions.
         needed = [key for key in case if "/averages/" not in key and not key.endswith(DESCRIPTIONS)]
         expected = next(ref for ref in refs if not any(key.startswith(f"{ref.key}/") for key in needed))
@@ -50,8 +50,8 @@ def test_lost_manifests_begin_no_new_run(copy):
     for ref in refs:
         copy.delete(f"{ref.key}/MANIFEST.json")
     missing = rf"{re.escape(copy.uri_of(refs[-1].key))}/MANIFEST\.json is missing, though .*/LATEST names it"
-    with pytest.raises(BadDataError, match=missing), newest_good(copy, lambda _: None):
-        pass
+    with pytest.raises(BadDataError, match=missing):
+        newest_good(copy)
     with pytest.raises(BadDataError, match=missing):
         plan_sampling(SampleRequest("r", bucket=copy.uri.removesuffix("/runs/r")).check())
 
@@ -103,7 +103,7 @@ def test_a_foreign_checkpoint_is_trained_again(copy, store, contents, tmp_path):
 def test_lost_metrics_change_no_weights(copy, store, tmp_path):
     undisturbed, newest = store.sub("runs/undisturbed"), max(list_checkpoints(copy))
     manifest = load_manifest(copy, newest)
-    rows, history = read_rows(copy, manifest.metrics, pytest.fail), History(copy, (), load_config(copy), pytest.fail)
+    rows, history = read_rows(copy, manifest.metrics, pytest.fail), History(copy, (), load_config(copy))
     for number, part in enumerate((rows[:1], rows[1:2], rows[2:3], rows[3:]), 1):
         # As after stops, which leave no time to join them.
         history.add(part, CheckpointRef(1, number), is_hurried=True)

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 from job.exits import Exit
 from job.runs import records
-from job.runs.checkpoints import list_checkpoints, load_average, load_manifest, opened
+from job.runs.checkpoints import list_checkpoints, load_average, load_manifest, restore
 from job.runs.layout import CheckpointRef, ObjectKind, places_in
 from job.store import Store, open_store
+from job.store.files import scratch_folder
 from job.store.local import LocalStore
 from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm_here, refused, succeeded
@@ -50,8 +51,9 @@ def make(folder: Path, std: float, run: str = "made"):
 
 
 def tensors_of(run: Store, ref: CheckpointRef, group: str) -> dict[str, torch.Tensor]:
-    with opened(run, ref, (group,)) as restored:
-        return {name: tensor for path in restored.files[group] for name, tensor in load_file(path).items()}
+    with scratch_folder("restored") as folder:
+        paths = restore(run, ref, groups=(group,), folder=folder).files[group]
+        return {name: tensor for path in paths for name, tensor in load_file(path).items()}
 
 
 def weights_of(run: Store, ref: CheckpointRef, group: str) -> torch.Tensor:
@@ -83,8 +85,7 @@ def test_made_averages_equal_kept_ones(folder):
     assert "is in the checkpoint itself" in succeeded(make(folder, 0.1))
     # Half a unit in the last of ten bits.
     last = max(place.checkpoint for place in places_in(made, ObjectKind.SNAPSHOT.folder).values())
-    with opened(made, last, ("ema-0.1",)) as exact:
-        full = load_file(exact.files["ema-0.1"][0])
+    full = tensors_of(made, last, "ema-0.1")
     (snapshot,) = (file for file in load_manifest(made, ref).snapshots if f"{last}/ema-0.1-" in file.key)
     half = load_file(Path(made.uri, snapshot.key))
     for name, tensor in full.items():

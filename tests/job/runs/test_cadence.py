@@ -17,6 +17,8 @@ from job.store import open_store
 from tests.job.leases import eventually
 from tests.job.runs.leased import leased
 
+pytestmark = pytest.mark.usefixtures("notes")
+
 
 @pytest.mark.parametrize(
     ("configured", "grace", "save", "killed_every", "seconds"),
@@ -66,7 +68,7 @@ def test_a_run_that_is_killed_saves_often(tmp_path):
         run = open_store(str(tmp_path / name))
         for fence in range(1, 4):
             seen = LastStatus(state=state, images_seen=0, updated=moment(100 * (4 - fence) + 95))
-            record = leased(run, fence).attempt.model_copy(
+            record = leased(run, fence).record.model_copy(
                 update={
                     "started": moment(100 * (4 - fence)),
                     "previous": fence - 1 or None,
@@ -75,9 +77,7 @@ def test_a_run_that_is_killed_saves_often(tmp_path):
             )
             run.create(ObjectKind.ATTEMPT.key(fence=fence), record.to_json())
     # Killed after five seconds, twice: it saves before the next five are over.
-    cadences = {
-        name: Cadence(open_store(str(tmp_path / name)), None, 30.0, pytest.fail) for name in ("killed", "stopped")
-    }
+    cadences = {name: Cadence(open_store(str(tmp_path / name)), None, 30.0) for name in ("killed", "stopped")}
     began = time.monotonic()
     eventually(lambda: cadences["killed"].is_over)
     assert time.monotonic() - began < 2.5

@@ -35,7 +35,7 @@ def put_runs(bucket: str, folder, count: int) -> None:
     for fence in range(1, 4):
         seen = LastStatus(state="stopped", images_seen=24, updated="2026-01-01T00:00:00Z") if fence > 1 else None
         update = {"previous": fence - 1 or None, "previous_seen": seen}
-        run.create(f"attempts/{fence:06d}.json", leased(run, fence).attempt.model_copy(update=update).to_json())
+        run.create(f"attempts/{fence:06d}.json", leased(run, fence).record.model_copy(update=update).to_json())
     write(run, (2, 24), (3, 48))
     status = Status(
         state="stopped",

@@ -7,12 +7,13 @@ from itertools import product
 import pytest
 import torch
 
-from ddpm.generation import beginning, generate, make_denoiser, noise_of
+from ddpm.model import generate, make_denoiser, noise_of
 from ddpm.objective import UNCONDITIONAL, Condition
 from ddpm.process import RectifiedFlow
+from ddpm.samplers import beginning
 from job.config import method
 from job.runs import checkpoints
-from job.runs.checkpoints import list_checkpoints, load_manifest, opened
+from job.runs.checkpoints import list_checkpoints, load_manifest, load_weights
 from job.runs.records import existing_config
 from job.store import open_store
 from job.verbs.upkeep import verify_run
@@ -41,9 +42,8 @@ def network_of(store, run, ref):
     """The weights that draw, by our own reader."""
     config, device = existing_config(store, run), torch.device("cpu")
     network = method.build_network(config, device).eval()
-    weights = {config.sample.weights: {name: p.detach() for name, p in network.named_parameters()}}
-    with opened(store.sub(f"runs/{run}"), ref, into=weights):
-        return config, network
+    load_weights(store.sub(f"runs/{run}"), ref, config.sample.weights, network)
+    return config, network
 
 
 def drawn(config, network, condition=UNCONDITIONAL, **changes):

@@ -15,7 +15,7 @@ import torch
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from job.exits import BadDataError, BucketAwayError, LostRunError
-from job.runs.checkpoints import list_checkpoints, load_manifest, opened
+from job.runs.checkpoints import list_checkpoints, load_manifest, restore
 from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef
 from job.runs.metric_rows import read_rows
 from job.runs.retention import Retention, kept_while_read
@@ -27,6 +27,8 @@ from tests.job.command_line import ddpm, settings
 from tests.job.hooked import hooked
 from tests.job.leases import eventually
 from tests.job.runs.leased import DATASET_IMAGES, committed_images, leased, live_tensors, save, small_config, writer_of
+
+pytestmark = pytest.mark.usefixtures("notes")
 
 
 class Watched(LocalStore):
@@ -70,14 +72,13 @@ def test_checkpoints_hold_the_values_then(run, monkeypatch):
     names = [file.name for file in load_manifest(run, CheckpointRef(1, 16)).files]
     assert names == [*(f"model-{i:02d}.safetensors" for i in range(4)), "ema-00.safetensors"]
     target = {"model": {name: torch.zeros_like(tensor) for name, tensor in tensors["model"].items()}}
-    with opened(run, CheckpointRef(1, 16), into=target):
-        pass
+    restore(run, CheckpointRef(1, 16), target)
     assert [tensor.unique().tolist() for tensor in target["model"].values()] == [[i - 100.0] for i in range(10)]
 
 
 def test_a_failed_save_is_raised_later(run):
     run.hooks["move"] = Mock(side_effect=BadDataError("the disk ate it"))
-    writer = writer_of(leased(run), live_tensors(), notes=[])
+    writer = writer_of(leased(run), live_tensors())
     writer.save(80, [])
     eventually(lambda: writer.troubled)
     for call in (
@@ -122,17 +123,18 @@ def test_old_checkpoints_and_leftovers_go(run):
     assert all(decisive[number - 1] == "confirm" for number in manifests)
 
 
-def test_a_checkpoint_in_use_stays(run):
+def test_a_checkpoint_in_use_stays(run, notes):
     # Each ends an epoch.
-    notes = []
-    writer = writer_of(leased(run, checkpoint__keep_last=1), live_tensors(), notes=notes)
+    writer = writer_of(leased(run, checkpoint__keep_last=1), live_tensors())
     save(writer, 48)
     with kept_while_read(run, CheckpointRef(1, 48)):
         save(writer, 96, 144)
         eventually(lambda: committed_images(run) == [48, 144] and not list(run.list(CheckpointRef(1, 96).key)))
     run.hooks["delete"] = Mock(side_effect=BucketAwayError("the bucket is away"))
     save(writer, 192)
-    eventually(lambda: [note for note in notes if "stay for now: the bucket is away" in note])
+    eventually(lambda: notes)
+    assert ["stay for now: the bucket is away" in note for note in notes] == [True]
+    notes.clear()
     del run.hooks["delete"]
     assert committed_images(run) == [48, 144, 192]
     save(writer, 240)
@@ -231,7 +233,7 @@ def test_an_outage_confirms_the_lease_again(gcs_server, gcs_bucket, monkeypatch)
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
         run = open_store(gcs_bucket, Retry(60)).sub("runs/r")
         holder = leased(run)
-        writer = writer_of(holder, live_tensors(), notes=[])
+        writer = writer_of(holder, live_tensors())
         proxy.inject(Fault.UNAVAILABLE, "MANIFEST", times=2)
         save(writer, 8)
         # A wait for the bucket would pass for the duration of a save.
@@ -252,7 +254,7 @@ def test_an_outage_confirms_the_lease_again(gcs_server, gcs_bucket, monkeypatch)
 @pytest.mark.parametrize("queue", [lambda w: w.put("samples/a.png", b"1", images_seen=8), lambda w: w.save(8, [])])
 def test_a_lost_run_gets_no_writes(run, queue):
     holder, is_queued = leased(run), threading.Event()
-    writer = writer_of(holder, live_tensors(), notes=[])
+    writer = writer_of(holder, live_tensors())
 
     def lose(_: object) -> None:
         is_queued.wait(30)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddpm.objective import Condition
 from job.config import method
-from job.runs.checkpoints import list_checkpoints, opened
+from job.runs.checkpoints import list_checkpoints, load_weights
 from job.runs.records import existing_config
 from job.store import open_store
 
@@ -34,9 +34,7 @@ def estimate_of(bucket: Path, run: str, labels: Tensor | None, checkpoint: int =
     """What the averaged weights of a run that predicts v estimate."""
     store = open_store(str(bucket))
     network, folder = method.build_network(existing_config(store, run), torch.device("cpu")).eval(), f"runs/{run}"
-    into = {weights: {name: p.detach() for name, p in network.named_parameters()}}
-    with opened(store.sub(folder), list_checkpoints(store.sub(folder))[checkpoint], into=into):
-        pass
+    load_weights(store.sub(folder), list_checkpoints(store.sub(folder))[checkpoint], weights, network)
 
     @torch.no_grad()
     def estimate(x: Tensor, t: float, alphas_cumprod: float) -> Tensor:

@@ -44,7 +44,7 @@ def draw(learned: Path) -> Draw:
     def draw(seeds, batch_size, precision="fp32", run="walk", **chosen) -> np.ndarray:
         AcceleratorState._reset_state(reset_partial_state=True)
         plan = plan_sampling(SampleRequest(run, bucket=str(learned), chosen=chosen))
-        painter = Painter(plan.config, meet(NEVER), precision, NEVER, Agreement(1, flags=1))
+        painter = Painter(plan.config, meet(NEVER), precision, Agreement(1, flags=1))
         painter.load(plan.run, plan.checkpoints[0], "ema")
         if plan.worse:
             painter.load_worse(plan.worse)

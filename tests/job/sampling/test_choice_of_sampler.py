@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from job.runs.samples import FoundGrid
+from job.runs.run import FoundGrid
 from job.store import open_store
 from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm_here, refused, succeeded

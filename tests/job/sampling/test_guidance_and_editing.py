@@ -16,12 +16,12 @@ from PIL import Image
 
 from benchmarks.solvers import rms
 from ddpm.editing import inverted
-from ddpm.generation import noise_of
 from ddpm.grids import make_grid
+from ddpm.model import noise_of
 from ddpm.process import points_of
 from ddpm.samplers import Visit, ddim
 from job import load
-from job.data.reading.cache import uncached_images
+from job.data.reading.cache import ImageCache
 from job.data.shards import load_index
 from job.store import open_store
 from job.verbs.upkeep import verify_run
@@ -51,7 +51,7 @@ def sampled(bucket: Path) -> Callable[..., dict[str, np.ndarray]]:
 def images_of(bucket: Path, *numbers: int) -> np.ndarray:
     store = open_store(str(bucket))
     index = load_index(store, "datasets/tiles-16")
-    return uncached_images(store, "datasets/tiles-16", index).read(np.array(numbers)).astype(np.int16)
+    return ImageCache(store, index).read(np.array(numbers)).astype(np.int16)
 
 
 def tiles_of(picture: np.ndarray, columns: int, left: int = 0, padding: int = 8) -> np.ndarray:

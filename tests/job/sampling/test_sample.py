@@ -93,7 +93,7 @@ def test_infinite_pixels_are_refused(draw, monkeypatch):
         painter.network.conv_out.bias[0] = float("nan")
 
     monkeypatch.setattr(Painter, "load", load_damaged)
-    with pytest.raises(NotANumberError, match="draw from an earlier checkpoint"):
+    with pytest.raises(NotANumberError, match="sample from an earlier checkpoint"):
         draw(SEEDS, 4)
 
 

@@ -20,8 +20,7 @@ from job.requests import MAX_COUNT, SampleRequest
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.layout import ObjectKind
 from job.sampling.pictures import made_piece
-from job.sampling.sampling_plan import plan_sampling
-from job.sampling.sets import SampleSet, plan_sets
+from job.sampling.sampling_plan import SampleSet, plan_sampling, plan_sets
 from job.store import Store, open_store
 from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm, ddpm_here, refused, started, succeeded

@@ -122,8 +122,7 @@ def test_damage_in_transit_is_repaired(proxy: FaultyProxy, store: Store, file: P
 
 
 def test_broken_reads_take_few_requests(proxy, remote_bucket: str, file: Path, monkeypatch) -> None:
-    for name in ("PIECE_BYTES", "READ_AHEAD_BYTES"):
-        monkeypatch.setattr(f"job.store.remote.{name}", 1 << 20)
+    monkeypatch.setattr("job.store.remote.RANGE_BYTES", 1 << 20)
     # A busy server is silent for a second, which would add requests.
     monkeypatch.setattr("job.store.retry.SILENCE_SECONDS", 60.0)
     store = open_store(remote_bucket, Retry(120))
@@ -134,7 +133,7 @@ def test_broken_reads_take_few_requests(proxy, remote_bucket: str, file: Path, m
     for fault in (Fault.SHORT, Fault.SHORT_CHUNKS, Fault.LOST_ANSWER):
         stream = store.open("part")
         stream.seek(-1000, io.SEEK_END)
-        for read, pieces in (
+        for read, ranges in (
             (lambda: store.download("part", file.with_name("out")), 5),
             (stream.read, 1),
             (lambda: store.read("part"), 5),
@@ -142,7 +141,7 @@ def test_broken_reads_take_few_requests(proxy, remote_bucket: str, file: Path, m
             before = requests["GET"]
             proxy.inject(fault, "^GET .*part")
             assert read() != bytes(999)
-            assert requests["GET"] == before + 1 + pieces
+            assert requests["GET"] == before + 1 + ranges
         assert stream.tell() == size_bytes
         proxy.inject(fault, "^GET .*missing")
         assert not store.exists("missing")

@@ -1,8 +1,9 @@
 """The formats that keep many images in a file: the reader of each, and the next step with those that have none.
 
-A format is a module here with a reader, which `recognised` lists. A reader returns a `Source` whose members have their
-labels, or None if it sees no files of its format by their names. It imports the library of its format late, and reads
-nothing that could execute code.
+A format is a module here with a reader, and its line in `FORMATS`. A reader takes the files of a place, and the label
+to take where the format has several: empty for the usual one, None for no labels. It returns a `Source` whose members
+have their labels, or None if it sees no files of its format by their names. It imports the library of its format late,
+and reads nothing that could execute code.
 """
 
 from __future__ import annotations
@@ -12,8 +13,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-    from job.data.source.members import Files, Source
-
+FORMATS = {
+    "published:idx_source": "",
+    "published:cifar_source": r"\.bin",
+    "published:lsun_source": r"[._]lmdb",
+    "tfrecords:tfrecord_source": r"\.tfrec(?:ords?)?|\.tfrecords?-.*|-\d{5}-of-\d{5}",
+    "tables:table_source": r"\.parquet|\.arrow",
+    # Other formats may have statistics in an .npz beside them.
+    "arrays:array_source": r"\.np[yz]",
+}
+"""The reader of each format, in this order, and how the names of files of many images end (a regular expression)."""
 _CONVERT = "write its images into a folder or an .npz, and pack that"
 _UNREAD = {
     ".zip .tar .tgz": "it holds archives: unpack it once, and pack the folder of archives",
@@ -30,30 +39,6 @@ _UNREAD = {
 }
 """The next step with files that are recognised and not read, by their suffixes, and first bytes as Latin-1."""
 _IMAGE_STARTS = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*"
-
-
-def recognised(files: Files, column: str | None) -> Source | None:
-    """Returns the images of a format that is not a folder or an archive; None if the names say nothing.
-
-    Args:
-        files: the files of the place.
-        column: the label to take where a format has several; empty for the usual one, None for no labels.
-
-    Raises:
-        BadRequestError: there are several labels, or a library is missing.
-    """
-    from job.data.source.formats import arrays, published, tables, tfrecords
-
-    readers = (
-        published.idx_source,
-        published.cifar_source,
-        published.lsun_source,
-        tfrecords.tfrecord_source,
-        tables.table_source,
-        # Other formats may have statistics in an .npz beside them.
-        arrays.array_source,
-    )
-    return next(filter(None, (reader(files, column) for reader in readers)), None)
 
 
 def next_step(suffix: str = "", start: bytes = b"") -> str:

@@ -21,10 +21,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from job.data.source import members
-from job.data.source.archives import ARCHIVES, open_zipped, opened_zip
 from job.data.source.formats import netpbm
 from job.data.source.labels import chosen_label, label_of, text_of
-from job.data.source.members import SPLITS, Files, Member, RefusedError, Source, refused, split_in
+from job.data.source.members import Files, Member, RefusedError, Source, refused
 from job.exits import BadDataError, BadRequestError
 
 _FILE = re.compile(r".*\.np[yz]", re.IGNORECASE)
@@ -34,7 +33,6 @@ _LABELS = {"y", "label", "labels", "class", "classes", "cls", "target", "targets
 _UNNAMED = {"arr_0": "images", "arr_1": "labels"}
 
 _HEADER_BYTES = 10_240
-_MOST_AXES = 32
 _LEAST_SIDE = 4
 _NEXT_STEP = "save it as uint8 [images, height, width, 1 or 3] in C order, and pack that"
 
@@ -67,13 +65,13 @@ class _Array:
     @property
     def split(self) -> str:
         """Returns the split that the path names, if it does."""
-        return split_in(self.path.split("/"))
+        return members.split_in(self.path.split("/"))
 
     @property
     def words(self) -> list[str]:
         """Returns the words of the name, without that of a split."""
         name = PurePosixPath(self.path).stem.lower()
-        return [word for word in re.split(r"[\W_]+", _UNNAMED.get(name, name)) if word and word not in SPLITS]
+        return [word for word in re.split(r"[\W_]+", _UNNAMED.get(name, name)) if word and word not in members.SPLITS]
 
     @property
     def key(self) -> str:
@@ -147,7 +145,7 @@ def array_source(files: Files, column: str | None) -> Source | None:
                 images.check()
                 labels = None if column is None else _labels_of(files.place, images, named, arrays, column)
             sets.append((images, labels))
-    if not sets and not files.chosen and any(name.lower().endswith(ARCHIVES) for name in files.names):
+    if not sets and not files.chosen and any(name.lower().endswith(members.ARCHIVES) for name in files.names):
         return None
     if not sets:
         said = "; ".join(map(str, sorted(others, key=lambda array: array.are_labels)[:3])) or "its .npz are empty"
@@ -183,11 +181,11 @@ def _zipped(files: Files, name: str) -> list[_Array]:
     with closing(files.open(name)) as file:
         if isinstance(file, zipfile.ZipExtFile):
             raise RefusedError("is a zip in a zip: unzip the outer one, and pack the folder")
-        with opened_zip(file, is_array := re.compile(r".*\.npy").fullmatch) as archive:
+        with members.opened_zip(file, is_array := re.compile(r".*\.npy").fullmatch) as archive:
             arrays = list[_Array]()
             for inner in filter(is_array, dict.fromkeys(archive.namelist())):
                 with archive.open(inner) as stream:
-                    opener = partial(open_zipped, partial(files.open, name), inner)
+                    opener = partial(members.open_zipped, partial(files.open, name), inner)
                     arrays.append(_array(f"{name}/{inner}", stream, archive.getinfo(inner).file_size, opener))
     return arrays
 
@@ -200,8 +198,6 @@ def _array(path: str, stream: Any, size_bytes: int, opener: Callable[[], BinaryI
     readers = {(1, 0): formats.read_array_header_1_0, (2, 0): formats.read_array_header_2_0}
     try:
         shape, is_fortran, dtype = readers[formats.read_magic(start)](start)
-        if len(shape) > _MOST_AXES or any(type(length) is not int or length < 0 for length in shape):
-            raise ValueError
     # NumPy evaluates the header as a Python literal, which raises anything from TokenError to MemoryError.
     except Exception:
         raise refused(path, "is damaged, or not an array: get it again") from None

@@ -26,7 +26,7 @@ from job.data.source import members
 from job.data.source.formats import netpbm
 from job.data.source.labels import chosen_label, label_of
 from job.data.source.members import Files, Member, Opener, RefusedError, Source, read_exactly, refused, unpacked
-from job.exits import BadRequestError, how_to_install
+from job.exits import BadRequestError, needs_extra
 
 IDX_NAME = re.compile(r"(?:.*/)?[^/]*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")
 _IDX_IMAGES = re.compile(r"(?:.*/)?[^/]*images[-.]idx3-ubyte(\.gz)?")
@@ -221,10 +221,8 @@ def lsun_source(files: Files, column: str | None) -> Source | None:
         return None
     if files.folder is None:
         raise BadRequestError(f"{files.place} holds LMDB: copy or unzip its folder to a disk, and pack that")
-    try:
+    with needs_extra("lsun", f"{files.place} is LMDB, which"):
         import lmdb  # noqa: F401
-    except ModuleNotFoundError:
-        raise BadRequestError(f"{files.place} is LMDB, which needs lmdb: {how_to_install('lsun')}") from None
     folders = {_LMDB_FOLDER.sub("", name): str(files.folder / name) for name in names}
     for name, path in zip(names, folders.values(), strict=True):
         with members.refusing(f"{files.where}/{name}"):

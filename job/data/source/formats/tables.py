@@ -20,12 +20,12 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
-from job.data.reading import in_order
 from job.data.source import members
 from job.data.source.labels import LABEL_KEYS, chosen_label, class_names, label_among
 from job.data.source.members import Files, Member, RefusedError, Source, path_parts, split_in
-from job.exits import BadRequestError, how_to_install
+from job.exits import BadRequestError, needs_extra
 from job.progress import some_of
+from job.stop import in_order
 
 _KINDS = {
     "Parquet": re.compile(r".*\.(parquet|parq|pq)", re.IGNORECASE),
@@ -47,17 +47,14 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def table_source(files: Files, column: str | None) -> Source | None:
-    """Returns the images of Parquet files, else of Arrow files; raises as `recognised`."""
+    """Returns the images of Parquet files, else of Arrow files."""
     found = ((kind, _tables_among(files, pattern)) for kind, pattern in _KINDS.items())
     kind, names = next((pair for pair in found if pair[1]), ("", []))
     if not names:
         return None
     where, open_table = files.place, partial(_opened, files, is_arrow=kind == "Arrow")
-    try:
+    with needs_extra("parquet", f"{where} is {kind}, which"):
         import pyarrow  # noqa: F401
-    except ModuleNotFoundError:
-        how = how_to_install("parquet")
-        raise BadRequestError(f"{where} is {kind}, which needs pyarrow: {how}") from None
     # Other splits may lack the labels.
     first = next((name for name in names if split_in(path_parts(name)) == "train"), names[0])
     with members.refusing(f"{files.where}/{first}"), _reading(), open_table(first) as table:

@@ -20,10 +20,9 @@ import google_crc32c
 import numpy as np
 
 from job.data.source import members
-from job.data.source.archives import EXPANDS
 from job.data.source.formats import is_image_file, netpbm
 from job.data.source.labels import LABEL_KEYS, chosen_label, class_names, label_among, text_of
-from job.data.source.members import Files, Member, RefusedError, Source, read_exactly, refused, unpacked
+from job.data.source.members import EXPANDS, Files, Member, RefusedError, Source, read_exactly, refused, unpacked
 from job.exits import BadDataError, BadRequestError
 from job.progress import some_of
 

@@ -184,8 +184,8 @@ def test_headers_that_lie_and_bombs_are_refused(tmp_path: Path, monkeypatch: pyt
         (whole + b"\0", "which has 705 bytes, and promises 704"),
         (whole.replace(b"(9, 8, 8)", b"(9<<60, 8)"), "which is damaged, or not an array"),
         (whole.replace(b"(9, 8, 8), ", b"(9" + b"0" * 8 + b",8,8)"), "and promises 57,600,000,128"),
-        (whole.replace(b"(9, 8, 8), ", b"(-9, 8, 8),"), "which is damaged, or not an array"),
-        (whole.replace(b"(9, 8, 8)", b"(True,8,8)"), "which is damaged, or not an array"),
+        (whole.replace(b"(9, 8, 8), ", b"(-9, 8, 8),"), "holds no array of images: x.npy is uint8 [-9, 8, 8]"),
+        (whole.replace(b"(9, 8, 8)", b"(True,8,8)"), "which has 705 bytes, and promises 192"),
         (b"\x93NUMPY\2\0\xff\xff\xff\xff" + b"-" * 9000, "which is damaged, or not an array"),
         (b"", "which is damaged, or not an array"),
     ]:

@@ -10,11 +10,13 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import lmdb
 import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from job.data.source.formats import FORMATS
 from job.exits import JobError
 from tests.job.data.coloured import (
     BAD,
@@ -116,6 +118,13 @@ def cifar(path: Path) -> Path:
     return tar_of(path, [(f"cifar-10-batches-bin/{name}", content) for name, content in files])
 
 
+def lsun(path: Path) -> Path:
+    with lmdb.open(str(path)) as environment, environment.begin(write=True) as transaction:
+        for name, kind in PLAIN:
+            transaction.put(stem(name).encode(), png(kind))
+    return path
+
+
 def both(*made: Path) -> Path:
     return made[0].parent
 
@@ -170,62 +179,82 @@ BESIDE = [
     ("folders of shards", images([(f"{kind:05d}/{name}", kind) for name, kind in PLAIN]), {}, "no classes"),
     ("folders of train", images([(f"train/{KINDS[k]}/{n}", k) for n, k in PLAIN] + [("test/owl/1.png", 2)]), {}, 7),
 ]
-FORMATS = [
-    ("Parquet, numbers of names", lambda at: parquet_of(at / "a.parquet", pa.array([k for _, k in PLAIN]), KINDS), 7),
-    (
-        "Parquet, floats of names",
-        lambda at: parquet_of(at / "a.parquet", pa.array([float(k) for _, k in PLAIN]), KINDS),
-        7,
-    ),
-    ("Parquet, names", lambda at: parquet_of(at / "a.parquet", pa.array([KINDS[k] for _, k in PLAIN])), 7),
-    ("Parquet, floats", lambda at: parquet_of(at / "a.parquet", pa.array([k + 0.5 for _, k in PLAIN])), BAD),
-    (
-        "Parquet, a name twice",
-        lambda at: parquet_of(at / "a.parquet", pa.array([k for _, k in PLAIN]), ("a", "a", "b")),
-        BAD,
-    ),
-    ("Parquet, a null", lambda at: parquet_of(at / "a.parquet", pa.array([None, *(k for _, k in PLAIN[1:])])), BAD),
-    (
-        "Parquet, a name too few",
-        lambda at: parquet_of(at / "a.parquet", pa.array([k for _, k in PLAIN]), KINDS[:2]),
-        BAD,
-    ),
-    ("npz", lambda at: arrays(at / "a.npz", [k for _, k in PLAIN]), 7),
-    ("npz, names", lambda at: arrays(at / "a.npz", [KINDS[k].encode() for _, k in PLAIN]), 7),
-    ("npz, whole floats", lambda at: arrays(at / "a.npz", [float(k) for _, k in PLAIN]), 7),
-    ("npz, floats", lambda at: arrays(at / "a.npz", [k + 0.5 for _, k in PLAIN]), BAD),
-    ("npz, one -1", lambda at: arrays(at / "a.npz", [-1, *(k for _, k in PLAIN[1:])]), BAD),
-    ("npz, too few", lambda at: arrays(at / "a.npz", [k for _, k in PLAIN[1:]]), REFUSED),
-    ("TFRecord", lambda at: records(at / "r", None, each()), 7),
-    ("TFRecord, names", lambda at: records(at / "r", b"cat\ndog\nowl\n", each()), 7),
-    ("TFRecord, names with a BOM", lambda at: records(at / "r", b"\xef\xbb\xbfcat\ndog\nowl", each()), 7),
-    (
-        "TFRecord, U+0085 in a name",
-        lambda at: records(at / "r", "x\x85y\ncat\ndog\nowl".encode(), each(label=lambda k: k + 1)),
-        7,
-    ),
-    ("TFRecord, a blank line among names", lambda at: records(at / "r", b"cat\n\ndog\nowl\n", each()), 7),
-    ("TFRecord, a name twice", lambda at: records(at / "r", b"cat\ncat\nowl\n", each()), BAD),
-    ("TFRecord, names not in UTF-8", lambda at: records(at / "r", b"cat\ndog\n\xff\n", each()), BAD),
-    ("TFRecord, texts", lambda at: records(at / "r", None, each("byte", lambda k: KINDS[k].encode())), 7),
-    ("TFRecord, the first lacks it", lambda at: records(at / "r", None, each(lacking=0)), BAD),
-    ("TFRecord, the last lacks it", lambda at: records(at / "r", None, each(lacking=6)), BAD),
-    ("TFRecord, whole floats", lambda at: records(at / "r", None, each("float", float)), 7),
-    ("TFRecord, floats", lambda at: records(at / "r", None, each("float", lambda k: k + 0.5)), BAD),
-    ("MNIST", lambda at: mnist(at / "digits"), 7),
-    ("MNIST below a folder of images", lambda at: mnist(at / "images idx3" / "my images", zipped=False), 7),
-    ("MNIST, a flipped byte", lambda at: mnist(at / "digits", damaged=True), BAD),
-    ("MNIST, labels too few", lambda at: mnist(at / "digits", count=6), BAD),
-    ("CIFAR", lambda at: cifar(at / "cifar-10-binary.tar.gz"), 7),
-    ("CIFAR in a folder", lambda at: both(cifar(at / "cifar-10-binary.tar.gz")), 7),
-    (
-        "CIFAR beside a tar",
-        lambda at: both(
-            cifar(at / "cifar-10-binary.tar.gz"), tar_of(at / "more.tar", samples(PLAIN, label=KINDS.__getitem__))
+OF_FORMATS = {
+    "published:idx_source": [
+        ("MNIST", lambda at: mnist(at / "digits"), 7),
+        ("MNIST below a folder of images", lambda at: mnist(at / "images idx3" / "my images", zipped=False), 7),
+        ("MNIST, a flipped byte", lambda at: mnist(at / "digits", damaged=True), BAD),
+        ("MNIST, labels too few", lambda at: mnist(at / "digits", count=6), BAD),
+    ],
+    "published:cifar_source": [
+        ("CIFAR", lambda at: cifar(at / "cifar-10-binary.tar.gz"), 7),
+        ("CIFAR in a folder", lambda at: both(cifar(at / "cifar-10-binary.tar.gz")), 7),
+        (
+            "CIFAR beside a tar",
+            lambda at: both(
+                cifar(at / "cifar-10-binary.tar.gz"), tar_of(at / "more.tar", samples(PLAIN, label=KINDS.__getitem__))
+            ),
+            # Train alone, since a test set is there; the command says how many images that leaves out.
+            7,
         ),
-        # Train alone, since a test set is there; the command says how many images that leaves out.
-        7,
-    ),
+    ],
+    "published:lsun_source": [
+        ("LSUN", lambda at: lsun(at / "cat_train_lmdb"), "no classes"),
+    ],
+    "tfrecords:tfrecord_source": [
+        ("TFRecord", lambda at: records(at / "r", None, each()), 7),
+        ("TFRecord, names", lambda at: records(at / "r", b"cat\ndog\nowl\n", each()), 7),
+        ("TFRecord, names with a BOM", lambda at: records(at / "r", b"\xef\xbb\xbfcat\ndog\nowl", each()), 7),
+        (
+            "TFRecord, U+0085 in a name",
+            lambda at: records(at / "r", "x\x85y\ncat\ndog\nowl".encode(), each(label=lambda k: k + 1)),
+            7,
+        ),
+        ("TFRecord, a blank line among names", lambda at: records(at / "r", b"cat\n\ndog\nowl\n", each()), 7),
+        ("TFRecord, a name twice", lambda at: records(at / "r", b"cat\ncat\nowl\n", each()), BAD),
+        ("TFRecord, names not in UTF-8", lambda at: records(at / "r", b"cat\ndog\n\xff\n", each()), BAD),
+        ("TFRecord, texts", lambda at: records(at / "r", None, each("byte", lambda k: KINDS[k].encode())), 7),
+        ("TFRecord, the first lacks it", lambda at: records(at / "r", None, each(lacking=0)), BAD),
+        ("TFRecord, the last lacks it", lambda at: records(at / "r", None, each(lacking=6)), BAD),
+        ("TFRecord, whole floats", lambda at: records(at / "r", None, each("float", float)), 7),
+        ("TFRecord, floats", lambda at: records(at / "r", None, each("float", lambda k: k + 0.5)), BAD),
+    ],
+    "tables:table_source": [
+        (
+            "Parquet, numbers of names",
+            lambda at: parquet_of(at / "a.parquet", pa.array([k for _, k in PLAIN]), KINDS),
+            7,
+        ),
+        (
+            "Parquet, floats of names",
+            lambda at: parquet_of(at / "a.parquet", pa.array([float(k) for _, k in PLAIN]), KINDS),
+            7,
+        ),
+        ("Parquet, names", lambda at: parquet_of(at / "a.parquet", pa.array([KINDS[k] for _, k in PLAIN])), 7),
+        ("Parquet, floats", lambda at: parquet_of(at / "a.parquet", pa.array([k + 0.5 for _, k in PLAIN])), BAD),
+        (
+            "Parquet, a name twice",
+            lambda at: parquet_of(at / "a.parquet", pa.array([k for _, k in PLAIN]), ("a", "a", "b")),
+            BAD,
+        ),
+        ("Parquet, a null", lambda at: parquet_of(at / "a.parquet", pa.array([None, *(k for _, k in PLAIN[1:])])), BAD),
+        (
+            "Parquet, a name too few",
+            lambda at: parquet_of(at / "a.parquet", pa.array([k for _, k in PLAIN]), KINDS[:2]),
+            BAD,
+        ),
+    ],
+    "arrays:array_source": [
+        ("npz", lambda at: arrays(at / "a.npz", [k for _, k in PLAIN]), 7),
+        ("npz, names", lambda at: arrays(at / "a.npz", [KINDS[k].encode() for _, k in PLAIN]), 7),
+        ("npz, whole floats", lambda at: arrays(at / "a.npz", [float(k) for _, k in PLAIN]), 7),
+        ("npz, floats", lambda at: arrays(at / "a.npz", [k + 0.5 for _, k in PLAIN]), BAD),
+        ("npz, one -1", lambda at: arrays(at / "a.npz", [-1, *(k for _, k in PLAIN[1:])]), BAD),
+        ("npz, too few", lambda at: arrays(at / "a.npz", [k for _, k in PLAIN[1:]]), REFUSED),
+    ],
+}
+"""The sources of each format, and their images with right labels."""
+ARCHIVES = [
     (
         "EDM's zip beside a tar",
         lambda at: both(zip_of(at / "edm.zip", edm(PLAIN)), tar_of(at / "more.tar", samples(PLAIN))),
@@ -262,7 +291,8 @@ FOUND = [
         for make in (folder_of, zip_of)
         for name, files, options, expected in BESIDE
     ),
-    *((name, make, {}, expected) for name, make, expected in FORMATS),
+    *((name, make, {}, expected) for reader in FORMATS for name, make, expected in OF_FORMATS[reader]),
+    *((name, make, {}, expected) for name, make, expected in ARCHIVES),
 ]
 
 

@@ -1,34 +1,99 @@
-"""Verifies a dataset: compares every object with the index, and decodes every image."""
+"""Checks of a dataset: a preview, in which a person sees the labels, and the verification of each object and image.
+
+The preview has a few images, by class if there are classes. They come from the shards, as training reads them. The
+choice costs a bounded number of requests for any dataset.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
+from ddpm import figures
 from job.coordination.pieces import CLAIMS, RECORDS
 from job.data import shards
-from job.data.reading import in_order
-from job.data.reading.cache import ImageCache, Progress
+from job.data.reading.cache import ImageCache
+from job.data.reading.order import Int64s
 from job.data.shards import DatasetIndex, Record, load_index
 from job.exits import BadDataError
+from job.progress import Progress, printable
+from job.stop import NEVER, Stop, in_order
 from job.store import ObjectMissingError, Store
 from job.store.files import scratch_folder
 
+COLUMNS, CLASSES, IMAGES = 8, 12, 32
+"""Images of each class, classes, and images of a dataset without classes."""
+_SEED = 0
+_SHARDS = 64
+"""Shards whose tables are read; of a dataset with no more, all labels are known."""
+_LONGEST_NAME = 200
 _IMAGES_AHEAD = 256
 
 
-def verify_dataset(bucket: Store, key: str, progress: Progress = lambda done, total: None) -> list[str]:
+def preview_png(bucket: Store, index: DatasetIndex, folder: Path | None = None, stop: Stop = NEVER) -> bytes:
+    """Returns the preview of a dataset as a PNG: equal datasets give equal bytes.
+
+    Args:
+        bucket: bucket of the dataset.
+        index: index of the dataset, which may not be in the bucket yet.
+        folder: for the offset tables that are read; None for that of the cache.
+        stop: ends the reading.
+
+    Raises:
+        BadDataError: an offset table or an image in the bucket is damaged.
+        StoppedError: this process has to stop.
+    """
+    rng = np.random.default_rng(_SEED)
+    # A hostile index has line breaks, which cannot be drawn, and names whose width takes minutes to measure.
+    names = [printable(name[:_LONGEST_NAME]) for name in index.classes[:CLASSES]]
+    with closing(ImageCache(bucket, index, folder, stop, with_pillow=True)) as reader:
+        groups = _by_class(reader, rng, len(names))
+        if not any(map(len, groups)):
+            names, groups = [], [np.sort(rng.choice(index.images, min(IMAGES, index.images), replace=False))]
+        images = reader.read(np.concatenate(groups))
+    labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    hidden, title = len(index.classes) - len(names), f"{index.name}-{index.size}"
+    title += f" · {hidden:,} of {len(index.classes):,} classes not shown" if hidden else ""
+    return figures.png(figures.contact_sheet(images, labels.tolist() if names else None, names, COLUMNS, title))
+
+
+def _by_class(source: ImageCache, rng: np.random.Generator, classes: int) -> list[Int64s]:
+    """Returns random images of each of the first classes, as indices; fewer of a class that is rare in large data."""
+    starts, all_shards = source.starts, range(len(source.index.shards))
+
+    @cache
+    def labels(shard: int) -> np.ndarray:
+        return source.records(np.arange(*starts[shard : shard + 2]))["label"].copy()
+
+    chosen = {*rng.permutation(len(all_shards))[:_SHARDS].tolist()} if classes else set()
+    # Loads the tables of these shards in parallel.
+    source.records(starts[sorted(chosen)])
+    for number in range(classes):
+        # In a dataset that is sorted by class, no random shard may have this one.
+        first = bisect_left(all_shards, number, key=lambda shard: labels(shard).max())
+        chosen |= {*all_shards[first : first + 2]}
+    groups = []
+    for number in range(classes):
+        found = np.concatenate([starts[shard] + np.flatnonzero(labels(shard) == number) for shard in sorted(chosen)])
+        groups.append(np.sort(rng.permutation(found)[:COLUMNS]))
+    return groups
+
+
+def verify_dataset(bucket: Store, key: str) -> list[str]:
     """Checks every image of the dataset at `key` (`datasets/NAME-SIZE`), with one shard on the local disk at a time.
 
     Args:
         bucket: bucket of the dataset.
         key: folder of the dataset.
-        progress: called with the number of images checked so far, and of all.
 
     Returns:
         A line for each bad object with its URI and problem; none for an intact dataset.
@@ -51,15 +116,16 @@ def verify_dataset(bucket: Store, key: str, progress: Progress = lambda done, to
     with (
         scratch_folder("verify") as folder,
         ThreadPoolExecutor(os.cpu_count()) as workers,
-        closing(ImageCache(bucket, key, index, folder)) as reader,
+        closing(ImageCache(bucket, index, folder)) as reader,
+        Progress(f"verifying {index.name}", total=index.images) as bar,
     ):
         for shard in range(len(index.shards)):
-            problems += _in_shard(shard, reader, dataset, folder / "shard", workers, progress)
+            problems += _in_shard(shard, reader, dataset, folder / "shard", workers, bar)
     return problems
 
 
 def _in_shard(
-    shard: int, reader: ImageCache, dataset: Store, path: Path, workers: ThreadPoolExecutor, progress: Progress
+    shard: int, reader: ImageCache, dataset: Store, path: Path, workers: ThreadPoolExecutor, bar: Progress
 ) -> list[str]:
     """Returns the problems of a shard and its table; a tar elsewhere is copied to a path."""
     packed, (store, key) = reader.index.shards[shard], reader.place(shard)
@@ -86,7 +152,7 @@ def _in_shard(
         damaged = list[str]()
         for row, found in enumerate(in_order(workers, problem, range(len(records)), _IMAGES_AHEAD)):
             damaged += filter(None, [found])
-            progress(int(reader.starts[shard]) + row + 1, reader.index.images)
+            bar.update(int(reader.starts[shard]) + row + 1)
         between = f"{uri} differs from the index{', but all its images are intact' if records else ''}"
         # In a truncated shard every image behind its end is damaged.
         problems += damaged if is_whole else damaged[:1] or [f"{between}: {reader.remedy}"]

@@ -1,6 +1,6 @@
-"""Samples in a run's folder: pictures with names and origin, sets of images in pieces, and their scores.
+"""A run as commands open it, and its samples: pictures with names and origin, sets in pieces, and their scores.
 
-The name of a picture holds the settings that it was drawn with, so that other settings do not overwrite it. Its
+The name of a picture holds the settings that it was made with, so that other settings do not overwrite it. Its
 last comment has its origin and its SHA-256.
 
 A set of many images has a folder, whose name has a hash of all that decides them. Each piece is created before its
@@ -24,6 +24,7 @@ import re
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from math import ceil
 from typing import Literal
@@ -31,12 +32,19 @@ from typing import Literal
 from pydantic import Field
 
 from ddpm.catalogue import METRICS, Metric
+from job.config import RunConfig
 from job.config.schema import SamplerConfig, Section, Size
 from job.coordination.pieces import PieceRecord
 from job.coordination.sealed import SHA256_PATTERN, NamedObject, RecordPart, Sealed, code_version
 from job.data.reading.order import epochs_completed_by
-from job.runs.layout import CheckpointRef, ObjectKind
-from job.store import Store
+from job.data.shards import DatasetIndex, dataset_key, load_index
+from job.exits import BadDataError, MissingInputError
+from job.progress import note
+from job.runs import records
+from job.runs.checkpoints import check_average, choose
+from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef, ObjectKind
+from job.stop import NEVER, Stop
+from job.store import Store, open_bucket
 
 LOSS_FIGURE = ObjectKind.FIGURE.key(name="loss", picture="png")
 SCORES_FIGURE = ObjectKind.FIGURE.key(name="scores", picture="png")
@@ -47,6 +55,109 @@ _ORIGIN = re.compile(
 )
 
 
+@dataclass(frozen=True)
+class RunHandle:
+    """A run and its dataset. The stores wait for a bucket that does not answer."""
+
+    bucket: Store
+    run: Store
+    index: DatasetIndex | None
+    """None for a run that was imported without a dataset."""
+    config: RunConfig
+    """With the changes of the last attempt."""
+    stored: RunConfig
+    """As the run began."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes of the network; by number if they have no names."""
+        count = self.config.model.num_classes or 0
+        names = self.index.classes if self.index else self.config.data.classes
+        return names if names and count else tuple(map(str, range(count)))
+
+    @property
+    def how_sampled(self) -> str:
+        """The sampling settings as part of a picture's name: their differences from those as the run began."""
+        return self.config.sample.name(self.stored.sample)
+
+    def grid_key(self, images_seen: int) -> str:
+        """Returns the key of the sample grid of a moment."""
+        return grid_key(self.label(images_seen), self.how_sampled)
+
+    @property
+    def sampled_classes(self) -> tuple[str, ...]:
+        """The classes that the seeds take in turn."""
+        return tuple(self.classes[label] for label in self.config.sample.labels) or self.classes
+
+    @property
+    def pixel_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the pixels: after decoding, for a run on latents."""
+        if self.index and (encoding := self.index.encoding):
+            return encoding.channels, *encoding.size.shape
+        return self.config.image_shape
+
+    def pixels(self) -> DatasetIndex | None:
+        """Returns the dataset of the pixels: for latents, the dataset that was encoded.
+
+        Raises:
+            MissingInputError: the bucket no longer has it.
+            BadDataError: it has other images now.
+        """
+        if self.index is None or (encoding := self.index.encoding) is None:
+            return self.index
+        index = load_index(self.bucket, dataset_key(encoding.source, encoding.size))
+        if index.dataset_id != encoding.source_id:
+            raise BadDataError(f"{encoding.source}-{encoding.size} no longer holds the images of {self.index.name}")
+        return index
+
+    @property
+    def dataset_images(self) -> int:
+        """Images of an epoch; without a dataset, more than a run can see."""
+        return self.index.images if self.index else MAX_IMAGES_SEEN + 1
+
+    def label(self, images_seen: int) -> str:
+        """Returns the label of a moment; see `label_at`."""
+        return label_at(images_seen, self.dataset_images, self.config.train.batch_size)
+
+    def chosen(self, checkpoints: str, weights: str) -> list[CheckpointRef]:
+        """Returns the checkpoints that a person asked for, now; see `job.runs.checkpoints.choose`.
+
+        Raises:
+            MissingInputError: no such checkpoint, or it lacks these weights.
+            BadDataError: the run has lost all its checkpoints.
+        """
+        refs = choose(self.run, checkpoints, self.dataset_images, self.config.train.batch_size)
+        for ref in refs if weights not in ("ema", "model") else ():
+            check_average(self.run, ref, weights, self.run.uri.rpartition("/")[2])
+        return refs
+
+
+def open_run(bucket_uri: str, name: str, stop: Stop = NEVER, *, with_dataset: bool = True) -> RunHandle:
+    """Returns an existing run with its last changes, and its dataset; `stop` ends a wait for the bucket.
+
+    Without `with_dataset` a missing dataset is only a note.
+
+    Raises:
+        MissingInputError: no such run, or no such dataset.
+        BadDataError: the run's configuration or the dataset's index is damaged.
+    """
+    bucket = open_bucket(bucket_uri, stop)
+    run, stored = records.run_store(bucket, name), records.existing_config(bucket, name)
+    config = stored
+    try:
+        config = records.as_last_changed(run, stored)
+    except BadDataError as error:
+        note(f"{error}; taking the run as it began")
+    index = None
+    try:
+        index = load_index(bucket, records.dataset_key_of(config)) if config.data.dataset else None
+    except (MissingInputError, BadDataError) as error:
+        if with_dataset:
+            raise
+        note(f"going on without the dataset: {error}")
+    return RunHandle(bucket, run, index, config, stored)
+
+
 def put_picture(run: Store, key: str, picture: bytes, ref: CheckpointRef) -> None:
     """Puts a picture with its origin, and replaces an earlier picture of the same key.
 
@@ -54,7 +165,7 @@ def put_picture(run: Store, key: str, picture: bytes, ref: CheckpointRef) -> Non
         run: the run's folder.
         key: of the picture below the run.
         picture: the content of a PNG or GIF.
-        ref: the attempt whose weights drew it, and their progress.
+        ref: the attempt whose weights made it, and their progress.
     """
     run_name = run.uri.rpartition("/")[2]
     origin = {"run": run_name, "fence": ref.fence, "images_seen": ref.images_seen, "code_version": code_version()}
@@ -122,7 +233,7 @@ def file_words(numbers: str, comma: str) -> str:
 
 
 def grid_key(label: str, how: str) -> str:
-    """Returns the key of a sample grid; `how` it was drawn is a `SamplerConfig.name`."""
+    """Returns the key of a sample grid; `how` it was made is a `SamplerConfig.name`."""
     return ObjectKind.PICTURE.key(name=f"{label}-{how}", picture="png")
 
 
@@ -283,5 +394,5 @@ class Scores(Sealed):
 
     @property
     def ref(self) -> CheckpointRef:
-        """Returns the checkpoint that drew the images."""
+        """Returns the checkpoint that made the images."""
         return CheckpointRef.parse(self.sample_set.checkpoint.partition("/")[2])

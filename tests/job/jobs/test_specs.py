@@ -14,8 +14,8 @@ from ddpm.image_size import ImageSize
 from job.config import parse_yaml, read_config_file
 from job.coordination.lease import EXPIRE_SECONDS
 from job.exits import BadConfigError, BadRequestError
-from job.jobs.building import wait_seconds
 from job.jobs.spec import NAME_CHARACTERS, JobSpec, is_about, job_name
+from job.jobs.submit import wait_seconds
 from job.jobs.targets import load_targets, target_on
 from job.options import options_of
 from tests.job.jobs.submitting import FOR_TRAIN, KINDS, built, parsed
@@ -199,7 +199,7 @@ def test_configuration_files_become_words(targets_folder):
 
 
 def test_values_survive_as_words(tmp_path):
-    from job.jobs.building import _as_yaml
+    from job.jobs.submit import _as_yaml
 
     for value in (1, 1.0, 1e-9, 1e22, True, None, "true", "1", "", "a: b", "#", [1, [2.5, "x"]], "é\n'\""):
         again = parse_yaml(_as_yaml(value))
@@ -261,7 +261,13 @@ REFUSED = [
     ("train --dataset a", "plain", {"gpu_type": "l4"}, BadRequestError, "--gpu-type l4 decides nothing on"),
     ("train --dataset a", "own", {"spot": False}, BadRequestError, "--on-demand decides nothing on target 'own'"),
     ("pack gs://abc/b.zip b --size 8", "gke", {"gpus": 1}, BadRequestError, "packing uses no GPUs"),
-    ("train --dataset a", "vm", {"nodes": 2}, BadRequestError, "use a kubernetes or slurm target"),
+    (
+        "train --dataset a",
+        "vm",
+        {"nodes": 2},
+        BadRequestError,
+        "target 'vm' no machines train together: use a kubernetes ",
+    ),
     ("train --dataset a", "gke", {"slices": 2}, BadRequestError, "--slices 2 is not for training: use --nodes"),
     ("sample --run r", "gke", {"slices": 2}, BadRequestError, "--slice works only with --count"),
     ("sample --run r", "gke", {"nodes": 2}, BadRequestError, "--nodes 2 is for training: use --slices"),

@@ -1,0 +1,138 @@
+"""The model of a folder of diffusers on disk, from safetensors and JSON alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm import interop, networks
+from ddpm.catalogue import Diffusion, SampleOptions
+from ddpm.model import Model, Sampling
+from ddpm.process import Prediction, make_process
+from ddpm.threads import threads_of
+
+MOST_TIMESTEPS = 100_000
+"""Limit of the timesteps of a process that is loaded."""
+_CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+_SCHEDULER, _NAMES = "scheduler_config.json", "id2label.json"
+
+
+def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
+    """Loads the model of a diffusers folder on disk: a pipeline of `UNet2DModel` and a scheduler, or the network alone.
+
+    It runs no code from the folder, since it reads weights from safetensors alone. The default sampler is `ddim`. The
+    file `id2label.json`, if there is one, names the classes.
+
+    Args:
+        folder: with `unet/config.json`, or `config.json`.
+        device: None: the first GPU, if there is one.
+
+    Raises:
+        FileNotFoundError: the folder or its weights are missing.
+        ValueError: the folder is not of diffusers, its network or process has no counterpart here, or it is corrupt.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder: name one of diffusers, with unet/config.json in it")
+    inner = next((inner for inner in (root / "unet", root) if (inner / _CONFIG).is_file()), None)
+    if inner is None:
+        raise ValueError(f"{root} is not a diffusers folder: neither unet/config.json nor config.json is in it")
+    found = next((path for path in (root / "scheduler" / _SCHEDULER, root / _SCHEDULER) if path.is_file()), None)
+    try:
+        options = interop.unet_options(_json(inner / _CONFIG))
+        scheduler = _json(found) if found else {}
+        said = interop.process_options(scheduler)
+        shape, labels = _network_shape(options, said["variance"]), options["num_classes"]
+        # On "meta" no memory is allocated before the weights are known to fit.
+        with torch.device("meta"):
+            network = networks.build("unet", **options)
+        tensors: dict[str, Tensor] = {}
+        for path in _weights(inner):
+            tensors |= load_file(path)
+        # A network that trained with augmentation has it, and no sample needs it.
+        tensors.pop("augmentation_embedding.weight", None)
+        tensors = interop.with_names_of_today(tensors)
+        # Copies, as a file that is written over later would change these weights.
+        weights = {name: each.to(torch.float32, copy=True) for name, each in tensors.items()}
+        network.load_state_dict(weights, assign=True)
+        classes = _class_names(root / _NAMES, labels) if labels else ()
+        if not 1 <= int(said["timesteps"]) <= MOST_TIMESTEPS:
+            raise ValueError(f"num_train_timesteps={said['timesteps']}: from 1 to {MOST_TIMESTEPS:,}")
+        diffusion = Diffusion(**said, self_conditioning=options["in_channels"] == 2 * shape[0])
+        process = make_process(diffusion)
+    except FileNotFoundError:
+        raise
+    # A corrupt folder may raise any of these in the readers.
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{root} cannot be loaded: {' '.join(str(error).split()):.300}") from None
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Model(
+        network=network.to(device).eval().requires_grad_(False),
+        process=process,
+        prediction=Prediction(diffusion.prediction),
+        image_shape=shape,
+        sampling=Sampling(steps=min(SampleOptions.steps, diffusion.timesteps), **interop.sample_options(scheduler)),
+        classes=classes,
+        null_class=len(classes) < labels,
+        diffusion=diffusion,
+        threads=threads_of(device),
+        source=str(root),
+    )
+
+
+def _network_shape(options: interop.Options, variance: str) -> tuple[int, int, int]:
+    """Returns (C, H, W) of the images of a network with these arguments.
+
+    Raises:
+        ValueError: its numbers of channels do not fit a diffusion model.
+    """
+    channels = options["out_channels"] // (2 if variance == "learned_range" else 1)
+    if options["in_channels"] not in (channels, 2 * channels):
+        found = f"{options['in_channels']} channels to {options['out_channels']}"
+        raise ValueError(
+            f"the network maps {found}: a scheduler with variance_type=learned_range is missing, or it is another model"
+        )
+    return channels, *options["image_size"].shape
+
+
+def _class_names(path: Path, labels: int) -> tuple[str, ...]:
+    """Returns the names of a network's classes; numbers without the file. A last label without a name means no class.
+
+    Raises:
+        ValueError: the file does not name the classes of this network.
+    """
+    if not path.is_file():
+        return tuple(map(str, range(labels)))
+    said = _json(path)
+    names = tuple(str(said.get(str(number), "")) for number in range(len(said)))
+    if not names or not all(names) or len(names) not in (labels, labels - 1):
+        raise ValueError(f"{path.name} does not name the {labels} classes of the network, from 0")
+    return names
+
+
+def _weights(folder: Path) -> list[Path]:
+    if (path := folder / _WEIGHTS).is_file():
+        return [path]
+    if (index := folder / f"{_WEIGHTS}.index.json").is_file():
+        names = sorted({str(name) for name in _json(index).get("weight_map", {}).values()})
+        if any("/" in name or not (folder / name).is_file() for name in names):
+            raise FileNotFoundError(f"{index} names files that are missing")
+        return [folder / name for name in names]
+    raise FileNotFoundError(
+        f"{folder} has no {_WEIGHTS}: only safetensors are read here, for other files may run code; "
+        "diffusers writes it by save_pretrained"
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    said = json.loads(path.read_bytes())
+    if not isinstance(said, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return said
